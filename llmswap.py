@@ -1,0 +1,6283 @@
+#!/usr/bin/env python3
+"""llmswap: one address for many local language models."""
+
+import argparse
+import base64
+import collections
+import contextlib
+import difflib
+import enum
+import errno
+import functools
+import hmac
+import http
+import http.server
+import itertools
+import json
+import math
+import os
+import queue
+import random
+import re
+import resource
+import select
+import shlex
+import shutil
+import signal
+import socket
+import socketserver
+import struct
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import traceback
+import urllib.parse
+from collections import namedtuple
+from dataclasses import dataclass, replace
+from typing import (
+    Callable,
+    Dict,
+    FrozenSet,
+    Iterable,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)
+
+VERSION = "1.0"
+
+
+# ==================================================================================
+# 1  Errors: every way to fail, with its HTTP status.
+#    Never knows anything else in this file.
+# ==================================================================================
+
+
+class ConfigError(Exception):
+    """What is wrong in the INI file; the text names file, line, section and key."""
+
+
+class ClientGone(Exception):
+    """The client hung up; nobody is left to answer."""
+
+
+class Problem(Exception):
+    """A failure to be told to a client: a message, an HTTP status and OpenAI's words.
+
+    `retry_after` (seconds) becomes Retry-After. `may_retry` False becomes
+    `x-should-retry: false`, which the OpenAI SDKs obey.
+    """
+
+    status = 500
+    type = "server_error"
+    code = None
+
+    def __init__(self, message, param=None, retry_after=None, may_retry=None):
+        super().__init__(message)
+        self.param = param
+        self.retry_after = retry_after
+        self.may_retry = may_retry
+
+
+class BadRequest(Problem):
+    """The request cannot be understood."""
+
+    status, type, code = 400, "invalid_request_error", "invalid_request"
+
+
+class UnknownModel(Problem):
+    """No model has that name."""
+
+    status, type, code = 404, "invalid_request_error", "model_not_found"
+
+
+class StartFailed(Problem):
+    """The model's server did not come up; the message says why, in its own words."""
+
+    status, code = 502, "model_start_failed"
+
+    def __init__(self, message):
+        super().__init__(message, may_retry=False)
+
+
+class LoadTimeout(StartFailed):
+    """The model's server gave no sign of progress for too long."""
+
+    status, type, code = 504, "timeout_error", "model_load_timeout"
+
+
+class BackingOff(Problem):
+    """Loads failed in a row; the next is not tried yet."""
+
+    status, code = 503, "model_backing_off"
+
+    def __init__(self, failure: Problem, seconds: float):
+        seconds = max(1, math.ceil(seconds))
+        text = f"{failure}\n(it is tried again in {seconds} s)"
+        super().__init__(text, retry_after=seconds)
+
+
+class QueueFull(Problem):
+    """Too many requests wait already."""
+
+    status, type, code = 503, "overloaded_error", "queue_full"
+
+    def __init__(self, limit: int):
+        text = f"{limit} requests wait already (queue-max in [llmswap])"
+        super().__init__(text, retry_after=5)
+
+
+class QueueTimeout(Problem):
+    """The request waited as long as queue-timeout lets it."""
+
+    status, type, code = 503, "overloaded_error", "queue_timeout"
+
+    def __init__(self, name: str, seconds: float):
+        text = f"waited {seconds:g} s for {name!r} (queue-timeout in [llmswap])"
+        super().__init__(text, retry_after=5)
+
+
+class Unloaded(Problem):
+    """Somebody unloaded the model while the request waited for it."""
+
+    status, code = 503, "model_unloaded"
+
+    def __init__(self, name: str):
+        super().__init__(f"{name!r} was unloaded by hand", may_retry=False)
+
+
+class ShuttingDown(Problem):
+    """llmswap is about to end."""
+
+    status, code = 503, "shutting_down"
+
+    def __init__(self):
+        super().__init__("llmswap is shutting down", retry_after=5)
+
+
+class BackendDied(Problem):
+    """The backend broke the connection before it answered anything."""
+
+    status, code = 502, "backend_died"
+
+
+class Unauthorized(Problem):
+    """The request carries no valid API key."""
+
+    status, type, code = 401, "authentication_error", "invalid_api_key"
+
+
+class Forbidden(Problem):
+    """The request's Host or Origin is not allowed; the message names the key to set."""
+
+    status, type, code = 403, "permission_error", "forbidden"
+
+
+class NotFound(Problem):
+    """There is nothing at that path."""
+
+    status, type, code = 404, "invalid_request_error", "not_found"
+
+
+class MethodNotAllowed(Problem):
+    """That path exists, but not for this method."""
+
+    status, type, code = 405, "invalid_request_error", "method_not_allowed"
+
+
+class TooSlow(Problem):
+    """The client stopped sending in the middle of a request."""
+
+    status, type, code = 408, "invalid_request_error", "request_timeout"
+
+
+class TooLarge(Problem):
+    """The request's body is larger than max-body."""
+
+    status, type, code = 413, "invalid_request_error", "request_too_large"
+
+
+class HeadTooLarge(Problem):
+    """The request's head is larger than a head may be."""
+
+    status, type, code = 431, "invalid_request_error", "headers_too_large"
+
+
+class Unusable(Problem):
+    """What the file says of this model makes no sense; the message says where."""
+
+    code = "model_unusable"
+
+    def __init__(self, reason: str):
+        super().__init__(f"this model cannot be used: {reason}", may_retry=False)
+
+
+# ==================================================================================
+# 2  Configuration: text to frozen values.
+#    Never knows processes, sockets, clocks.
+# ==================================================================================
+
+# The rules of the room. A *section* is what stands in the file, an *entry* one of its
+# lines. Entries are of two kinds: *keys* are ours and listed in the tables below;
+# everything else is an *option* of llama-server. Options stay as they were written
+# until a command is rendered, because only the table of that very llama-server's
+# options knows which spellings mean the same and which take a value.
+
+
+# ---- Values: one parser per kind of text; ValueError says what was expected --------
+
+SECONDS = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+LONGEST = 100 * 365 * SECONDS["d"]  # what the clocks of the threading module can count
+BYTES = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}  # as powers of two
+NUMBER = r"[0-9]+(?:\.[0-9]+)?"
+TRUE_WORDS = ("on", "true", "1", "enabled", "yes")
+FALSE_WORDS = ("off", "false", "0", "disabled", "no")
+
+
+def parse_duration(text) -> float:
+    """Return seconds: 90, 90s, 15m, 1h30m."""
+    parts = re.findall(rf"({NUMBER})(ms|[smhd]?)", text)
+    is_mixed = len(parts) > 1 and "" in [unit for _, unit in parts]
+    if not parts or is_mixed or "".join(map("".join, parts)) != text:
+        raise ValueError(f"{text!r} is not a duration such as 15m")
+    seconds = sum(float(number) * SECONDS[unit] for number, unit in parts)
+    if seconds > LONGEST:
+        raise ValueError(f"{text!r} is longer than a hundred years")
+    return seconds
+
+
+def parse_patience(text) -> Optional[float]:
+    """Return seconds, or None for "auto"."""
+    return None if text == "auto" else parse_duration(text)
+
+
+def parse_size(text) -> int:
+    """Return bytes: 512M, 18G, 1.5T; units are powers of 1024."""
+    match = re.fullmatch(rf"({NUMBER}) ?([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{text!r} is not a size such as 18G")
+    return int(float(match[1]) * 2 ** BYTES[match[2].upper()])
+
+
+def size_text(size) -> str:
+    """Return a size as people write it: the inverse of parse_size."""
+    unit = next((unit for unit in "TGMK" if size >= 2 ** BYTES[unit]), "")
+    return f"{size / 2 ** BYTES[unit]:.4g}{unit}"
+
+
+def parse_boolean(text) -> bool:
+    """Return whether it is on: on, true, 1, enabled, yes or their opposites."""
+    if text.lower() not in TRUE_WORDS + FALSE_WORDS:
+        raise ValueError(f"{text!r} is neither on nor off")
+    return text.lower() in TRUE_WORDS
+
+
+def parse_count(text) -> int:
+    """Return a whole number, 0 or more."""
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def parse_score(text) -> int:
+    """Return a score for the kernel's out-of-memory killer."""
+    if not re.fullmatch("-?[0-9]{1,4}", text) or abs(int(text)) > 1000:
+        raise ValueError(f"{text!r} is not a number from -1000 to 1000")
+    return int(text)
+
+
+def parse_text(text) -> str:
+    """Return the text itself."""
+    return text
+
+
+def parse_path(text) -> str:
+    """Return the path with ~ replaced by the home directory."""
+    return os.path.expanduser(text)
+
+
+def parse_words(text) -> tuple:
+    """Return the parts between commas, without empty ones and each only once."""
+    parts = (part.strip() for part in text.split(","))
+    return tuple(dict.fromkeys(part for part in parts if part))
+
+
+def parse_resources(text) -> dict:
+    """Return amounts by resource: "vram 18G, ram 4G"."""
+    amounts = {}
+    for part in parse_words(text):
+        match = re.fullmatch(r"(\S+)[ \t]+(.+)", part)
+        if not match or match[1] in amounts:
+            raise ValueError(f"{part!r} is not one resource and its size: vram 18G")
+        amounts[match[1]] = parse_size(match[2])
+    return amounts
+
+
+def parse_sets(text) -> tuple:
+    """Return sets of names, each a tuple: "coder + embed, thinker + embed"."""
+    sets = tuple(
+        tuple(name.strip() for name in part.split("+")) for part in parse_words(text)
+    )
+    if not all(name for names in sets for name in names):
+        raise ValueError(f"{text!r} are not sets such as a + b, a + c")
+    return sets
+
+
+def parse_object(text) -> dict:
+    """Return a JSON object; nothing is the empty one."""
+    try:
+        value = json.loads(text or "{}", parse_constant=_refuse_constant)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object such as {\"temperature\": 0.7}")
+    return value
+
+
+def _refuse_constant(name):
+    raise ValueError(f"{name} has no place in JSON")
+
+
+def parse_host_port(text) -> tuple:
+    """Return host and port: 127.0.0.1:8080, [::1]:8080."""
+    match = re.fullmatch(r"(?:\[([\w:.%]+)\]|([^\s\[\]:/]+)):([0-9]{1,5})", text)
+    if not match or int(match[3]) > 65535:
+        raise ValueError(f"{text!r} is not an address such as 127.0.0.1:8080")
+    return match[1] or match[2], int(match[3])
+
+
+def parse_listen(text) -> tuple:
+    """Return addresses: (host, port) for TCP, the path alone for a Unix socket."""
+    addresses = tuple(
+        part[5:] if re.match("unix:.", part) else parse_host_port(part)
+        for part in parse_words(text)
+    )
+    if not addresses:
+        raise ValueError("an address such as 127.0.0.1:8080 is missing")
+    return addresses
+
+
+def parse_url(text) -> str:
+    """Return the base URL of a server."""
+    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", text):
+        raise ValueError(f"{text!r} is not a URL such as http://127.0.0.1:8000")
+    return text
+
+
+def parse_endpoint(text) -> Optional[str]:
+    """Return a path, or None for "none"."""
+    if text != "none" and not re.fullmatch(r"/\S*", text):
+        raise ValueError(f"{text!r} is neither a path such as /health nor none")
+    return None if text == "none" else text
+
+
+def parse_request(text) -> Optional[tuple]:
+    """Return method and path: "POST /sleep?level=1"; nothing is None."""
+    match = re.fullmatch(r"(?:([A-Z]+) +)?(/\S*)|", text)
+    if not match:
+        raise ValueError(f"{text!r} is not a request such as POST /sleep?level=1")
+    return (match[1] or "POST", match[2]) if text else None
+
+
+def parse_mac(text) -> Optional[bytes]:
+    """Return the six bytes of a network card's address; nothing is None."""
+    if not re.fullmatch("[0-9A-Fa-f]{2}([:-][0-9A-Fa-f]{2}){5}|", text):
+        raise ValueError(f"{text!r} is not an address such as ab:cd:ef:01:23:45")
+    return bytes.fromhex(re.sub("[:-]", "", text)) or None
+
+
+def one_of(*words):
+    """Return a parser that accepts these words, in any case."""
+
+    def parse(text):
+        if text.lower() not in words:
+            raise ValueError(f"{text!r} is none of {', '.join(words)}")
+        return text.lower()
+
+    return parse
+
+
+# ---- Keys: one row is parser, default, help, README table and example.ini ----------
+
+
+class Key(NamedTuple):
+    """A key of ours; `default` is written as in the file and read by `parse`.
+
+    What a change of it needs on reload is its scope: "launch" a new process,
+    "schedule" nothing, "request" nothing either, and it may stand beside `uses`.
+    """
+
+    name: str
+    parse: object
+    default: str
+    help: str
+    scope: str = "proxy"
+
+    @property
+    def attribute(self):
+        """The name in ProxySettings or ModelSettings."""
+        return self.name.replace("-", "_")
+
+
+PROXY_KEYS = (
+    Key("listen", parse_listen, "127.0.0.1:8080",
+        "addresses, comma-separated: `[::1]:8080`, `unix:/run/llmswap.sock`; "
+        "sockets from systemd replace them"),
+    Key("models-max", parse_count, "1",
+        "how many may be loaded at once; 0: no limit, which is the default with "
+        "`budget` or `sets`"),
+    Key("budget", parse_resources, "",
+        "what there is, e.g. `vram 24G, ram 64G`; the `needs` of models must fit"),
+    Key("sets", parse_sets, "",
+        "which may be loaded together: `coder + embed, thinker + embed`; "
+        "a model in no set is loaded alone"),
+    Key("models-dir", parse_path, "",
+        "every GGUF in it becomes a model, as llama-server does it"),
+    Key("llama-server", parse_path, "llama-server",
+        "the binary for models that name none themselves"),
+    Key("default-model", parse_text, "",
+        "for requests that name none; empty: the only one there is"),
+    Key("patience", parse_patience, "auto",
+        "how long a busy model goes on while another waits for its room; "
+        "`auto`: as long as the swap costs; 0: strict order"),
+    Key("queue-max", parse_count, "512", "requests beyond are refused"),
+    Key("queue-timeout", parse_duration, "0",
+        "how long a request may wait; 0: as long as its client does"),
+    Key("api-key", parse_words, "",
+        "comma-separated; also the environment's `LLMSWAP_API_KEY`"),
+    Key("api-key-file", parse_path, "", "a file with one key per line"),
+    Key("allowed-hosts", parse_words, "localhost, host.docker.internal",
+        "`Host` names accepted on loopback connections, beside IP literals; "
+        "`*`: any"),
+    Key("cors-origins", parse_words, "localhost",
+        "web origins allowed: `localhost` (any port), a list, or `*`; the page's "
+        "own always"),
+    Key("max-body", parse_size, "1G", "larger requests are refused"),
+    Key("settle-timeout", parse_duration, "5s",
+        "wait at most this long for the GPU memory of a stopped model to be free"),
+    Key("exit-idle-time", parse_duration, "0",
+        "end the process when nothing is loaded or asked for this long, for socket "
+        "activation; 0: never"),
+    Key("idle-command", parse_text, "",
+        "run when idle, e.g. `systemctl suspend`; everything is unloaded first"),
+    Key("idle-command-after", parse_duration, "1h", "how long idle for that"),
+    Key("log-level", one_of("debug", "info", "warning", "error"), "info", "`debug`, `info`, `warning` or `error`"),
+)
+
+MODEL_KEYS = (
+    Key("cmd", parse_text, "",
+        "command line instead of llama-server; quoted as in a shell, no shell is "
+        "run; `${PORT}` is the port to listen on", "launch"),
+    Key("llama-server", parse_path, "llama-server",
+        "which binary to run when there is no `cmd`", "launch"),
+    Key("extra-args", parse_text, "", "appended to the command as written", "launch"),
+    Key("unit", parse_text, "",
+        "a systemd service to start and stop: of the user manager; `system:NAME` of "
+        "the system's", "launch"),
+    Key("proxy", parse_url, "http://127.0.0.1:${PORT}",
+        "base URL of the backend; alone it is a remote model", "launch"),
+    Key("proxy-key", parse_text, "",
+        "sent to the backend as `Authorization: Bearer`", "schedule"),
+    Key("model-name", parse_text, "",
+        "the name put into the request's `model` before forwarding; empty: as asked",
+        "request"),
+    Key("uses", parse_text, "",
+        "share the backend of another model; only keys about requests and listing "
+        "may stand beside it", "request"),
+    Key("alias", parse_words, "", "further names, comma-separated", "request"),
+    Key("env.NAME", parse_text, "", "environment of the backend", "launch"),
+    Key("cwd", parse_path, "",
+        "working directory of the backend; empty: that of llmswap", "launch"),
+    Key("check-endpoint", parse_endpoint, "/health",
+        "path that answers 200 once ready; `none`: ready when the port accepts",
+        "schedule"),
+    Key("load-timeout", parse_duration, "10m",
+        "give up this long after the last sign of progress (a line written, bytes "
+        "read)", "schedule"),
+    Key("stop-timeout", parse_duration, "10",
+        "seconds from SIGTERM to SIGKILL", "schedule"),
+    Key("cmd-stop", parse_text, "",
+        "run instead of SIGTERM; `${PID}` is the backend's", "schedule"),
+    Key("idle-timeout", parse_duration, "0",
+        "unload after this long without a request; 0: never; `ttl` is the same",
+        "schedule"),
+    Key("load-on-startup", parse_boolean, "off", "load when llmswap starts",
+        "schedule"),
+    Key("pin", parse_boolean, "off",
+        "never evicted to make room, nor unloaded when idle", "schedule"),
+    Key("needs", parse_resources, "", "resources, e.g. `vram 18G, ram 4G`",
+        "schedule"),
+    Key("sleep-needs", parse_resources, "", "what it still holds while `sleeping`",
+        "schedule"),
+    Key("concurrency", parse_count, "0",
+        "requests sent at once; more wait in order; 0: no limit", "schedule"),
+    Key("oom-score-adj", parse_score, "1000",
+        "how gladly the kernel kills it when memory is short: -1000 to 1000",
+        "launch"),
+    Key("sleep", parse_request, "",
+        "e.g. `POST /sleep?level=1`: make room by putting to sleep, not by stopping",
+        "schedule"),
+    Key("wake", parse_request, "", "e.g. `POST /wake_up`: undo `sleep`", "schedule"),
+    Key("hang-timeout", parse_duration, "60s",
+        "restart when a request is silent and health unanswered for this long; 0: "
+        "never, the default of `cmd` models", "schedule"),
+    Key("wake-mac", parse_mac, "",
+        "send Wake-on-LAN to this address while the backend does not answer",
+        "schedule"),
+    Key("wake-broadcast", parse_host_port, "255.255.255.255:9",
+        "where Wake-on-LAN is sent", "schedule"),
+    Key("strip-params", parse_words, "", "parameters removed from requests", "request"),
+    Key("set-params", parse_object, "",
+        "JSON object laid over requests; objects merge deep", "request"),
+    Key("json-repair", parse_boolean, "off", "repair the arguments of tool calls",
+        "request"),
+    Key("loading-notice", one_of("off", "comment", "reasoning"), "comment",
+        "what a streaming client sees while it waits: `off`, `comment`, `reasoning`",
+        "request"),
+    Key("unlisted", parse_boolean, "off", "not in `/v1/models`", "request"),
+    Key("description", parse_text, "", "shown in `/v1/models` and on the page",
+        "request"),
+)
+
+ProxySettings = namedtuple("ProxySettings", [key.attribute for key in PROXY_KEYS])
+ModelSettings = namedtuple(
+    "ModelSettings", [key.attribute for key in MODEL_KEYS if "." not in key.name]
+)
+PROXY_KEY = {key.name: key for key in PROXY_KEYS}
+MODEL_KEY = {key.name: key for key in MODEL_KEYS}
+
+# What llama.cpp, or habit, calls by another name. llama.cpp's three own keys have
+# these spellings too; it keeps the last for itself.
+SYNONYMS = {
+    "ttl": "idle-timeout",
+    "a": "alias",
+    "LLAMA_ARG_ALIAS": "alias",
+    "__PRESET_LOAD_ON_STARTUP": "load-on-startup",
+    "__PRESET_STOP_TIMEOUT": "stop-timeout",
+}
+IGNORED_KEYS = ("version", "dedup-cache-models", "__PRESET_DEDUP_CACHE_MODELS")
+
+
+def proxy_key(spelling) -> Optional[str]:
+    """Return the name of the key of [llmswap] that is so spelled, or None."""
+    names = (spelling, spelling.replace("_", "-"))
+    return next((name for name in names if name in PROXY_KEY), None)
+
+
+def model_key(spelling) -> Optional[str]:
+    """Return the name of the key of models that is so spelled, or None."""
+    if re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", spelling):
+        return spelling
+    names = (SYNONYMS.get(spelling, spelling), spelling.replace("_", "-"))
+    return next((name for name in names if name in MODEL_KEY), None)
+
+
+def near_name(name, names) -> str:
+    """Return a question that ends a message about an unknown name, or nothing."""
+    near = difflib.get_close_matches(name, names, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def keys_table(keys) -> str:
+    """Return the rows as a table in Markdown."""
+    lines = ["| key | default | meaning |", "|---|---|---|"]
+    for key in keys:
+        default = f"`{key.default}`" if key.default else ""
+        lines.append(f"| `{key.name}` | {default} | {key.help} |")
+    return "\n".join(lines) + "\n"
+
+
+# ---- Sections: the language of the file ---------------------------------------------
+
+STATEMENT = re.compile(
+    r"""(?P<indent>[ \t]*)
+    (?: \[ [ \t]* (?P<header>[^\] \t][^\]]*) \] [ \t]* (?:[;#][^\r\n]*)?
+      | -{0,2} (?P<key>[A-Za-z_][A-Za-z0-9_.-]*) [ \t]* = (?P<value>[^\r\n]*)
+      | (?:[;#][^\r\n]*)?
+    ) (?:\r\n|\r|\n|\Z)""",
+    re.VERBOSE,
+)
+CONTINUATION = re.compile(r"([ \t]+)([^ \t\r\n][^\r\n]*)(?:\r\n|\r|\n|\Z)")
+NEWLINE = re.compile(r"\r\n|\r|\n")
+
+# Keys whose value is the whole line, `;` and `#` included, and those that llama.cpp
+# reads too, so that its rule holds: a comment begins at any `;` or `#`.
+WITHOUT_COMMENT = (
+    "cmd", "cmd-stop", "extra-args", "idle-command",
+    "api-key", "proxy-key", "set-params",
+)
+SHARED_KEYS = ("alias", "stop-timeout", "load-on-startup")
+COMMENT_OF_OURS = re.compile(r"[ \t]+[;#]")
+COMMENT_OF_LLAMA = re.compile(r"[ \t]*[;#]")
+
+
+class Entry(NamedTuple):
+    """One `key = text`; `place` names file, line, section and key."""
+
+    key: str
+    text: str
+    place: str
+
+
+class Section(NamedTuple):
+    """One section; `entries` by key, the last of equal keys."""
+
+    name: str
+    line: int
+    place: str
+    entries: dict
+
+
+def read_preset(data, path, warn=lambda message: None) -> dict:
+    """Return the sections of a file's bytes by name, or raise ConfigError.
+
+    It is llama.cpp's language, read kindly: a line may be indented, a key may have
+    its dashes. Of sections with the same name only the last counts.
+    """
+    return PresetReader(_decoded(data, path), path, warn).read()
+
+
+def _decoded(data, path):
+    try:
+        text = data.decode("utf-8-sig")
+        at = text.find("\0")
+    except UnicodeDecodeError as error:
+        text, at = data[: error.start].decode("utf-8", "replace"), error.start
+    if at >= 0:
+        line = len(NEWLINE.findall(text[:at])) + 1
+        raise ConfigError(f"{path}:{line}: this is not a text in UTF-8")
+    return text
+
+
+class PresetReader:
+    """Reads one text once, statement by statement."""
+
+    def __init__(self, text, path, warn):
+        self._text = text
+        self._path = path
+        self._warn = warn
+        self._at = 0
+        self._line = 1
+        self._section = None
+        self._sections = {}
+
+    def read(self) -> dict:
+        """Return the sections by name."""
+        while self._at < len(self._text):
+            line = self._line
+            statement = self._take(STATEMENT)
+            if statement is None:
+                self._refuse()
+            elif statement["header"]:
+                self._open(statement["header"], line)
+            elif statement["key"]:
+                self._add(statement, line)
+        return self._sections
+
+    def _take(self, pattern):
+        match = pattern.match(self._text, self._at)
+        if match:
+            self._at = match.end()
+            self._line += len(NEWLINE.findall(match[0]))
+        return match
+
+    def _refuse(self):
+        line = NEWLINE.split(self._text[self._at :], 1)[0]
+        raise ConfigError(
+            f"{self._path}:{self._line}: {line.strip()!r} is neither [section], "
+            "key = value nor a comment"
+        )
+
+    def _open(self, name, line):
+        if name.strip() in ("llmswap", "macros"):
+            name = name.strip()
+        place = f"{self._path}:{line}: [{name}]"
+        if name in self._sections:
+            before = self._sections.pop(name).line
+            self._warn(f"{place}: replaces the section of that name in line {before}")
+        self._section = self._sections[name] = Section(name, line, place, {})
+
+    def _add(self, statement, line):
+        key = statement["key"]
+        if self._section is None and key not in IGNORED_KEYS:
+            self._open("default", line)
+            self._warn(
+                f"{self._path}:{line}: keys before the first section make a model "
+                "'default'; what is meant for all models belongs into [*]"
+            )
+        section = self._section or Section("", 0, "", {})
+        place = f"{self._path}:{line}: [{section.name}] {key}"
+        if key in section.entries:
+            self._warn(f"{place}: given before; this one counts")
+        text = self._value(statement, section.name, place)
+        section.entries[key] = Entry(key, text, place)
+
+    def _value(self, statement, section, place):
+        rest, name = statement["value"], statement["key"]
+        ours = key_of(section, name)
+        if ours == "cmd":
+            return self._continued(rest, len(statement["indent"].expandtabs()))
+        if ours in WITHOUT_COMMENT:
+            return rest.strip(" \t")
+        if ours and ours not in SHARED_KEYS:
+            return COMMENT_OF_OURS.split(rest, 1)[0].strip(" \t")
+        return self._cut(rest, place)
+
+    def _continued(self, first, indent):
+        lines = [first]
+        while True:
+            before = self._at, self._line
+            line = self._take(CONTINUATION)
+            if line is None or len(line[1].expandtabs()) <= indent:
+                self._at, self._line = before
+                return _joined(lines)
+            lines.append(line[2])
+
+    def _cut(self, rest, place):
+        comment = COMMENT_OF_LLAMA.search(rest)
+        value = rest[: comment.start()].strip(" \t") if comment else rest.strip(" \t")
+        if comment and (comment[0] in (";", "#") or value.count('"') % 2):
+            self._warn(f"{place}: a comment begins at {comment[0][-1]!r}, as in "
+                       f"llama.cpp; the value is {value!r}")
+        return value
+
+
+def key_of(section, spelling) -> Optional[str]:
+    """Return the key of ours that a spelling means in that section, or None."""
+    if section == "macros":
+        return "macro"
+    return proxy_key(spelling) if section == "llmswap" else model_key(spelling)
+
+
+def _joined(lines):
+    bare = [line.strip(" \t") for line in lines]
+    bare = [line for line in bare if line[:1] not in (";", "#")]
+    return " ".join(re.sub(r"(^|[ \t]+)\\$", "", line) for line in bare).strip()
+
+
+# ---- Variables: ${NAME}, and the [macros] of the file -------------------------------
+
+VARIABLE = re.compile(r"\$\$\{|\$\{([^{}]*)\}")
+
+
+def expand(text, variables) -> str:
+    """Return the text with each ${NAME} replaced and each $${ a literal ${.
+
+    Raise ValueError for a name that has no value.
+    """
+
+    def value(match):
+        if match[1] is None:
+            return "${"
+        if match[1] not in variables:
+            raise ValueError(f"${{{match[1]}}} is unknown here; $${{ is a literal ${{")
+        return str(variables[match[1]])
+
+    return VARIABLE.sub(value, text)
+
+
+def variables_in(text) -> set:
+    """Return the names that stand in ${}."""
+    return {match[1] for match in VARIABLE.finditer(text)} - {None}
+
+
+def expand_macros(text, macros) -> str:
+    """Return the text with macros, and macros in them, replaced; all else stays."""
+
+    def value(match):
+        if match[1] not in macros:
+            return match[0]
+        others = {name: macros[name] for name in macros if name != match[1]}
+        return expand_macros(macros[match[1]], others)
+
+    return VARIABLE.sub(value, text)
+
+
+# ---- Options of llama-server ---------------------------------------------------------
+
+TRUTHY = ("on", "enabled", "true", "1")  # llama.cpp's words, and only so written
+FALSY = ("off", "disabled", "false", "0")
+NAMES = re.compile(r"(-[^\s,]+(?:, +-[^\s,]+)*)(?: (\S+(?: [A-Z]+)?)| {2,}|$)")
+ENVIRONMENT = re.compile(r" {40}\(env: (\w+)\)")
+
+
+class Option(NamedTuple):
+    """One option: its spellings in the order of --help, and how many values follow."""
+
+    names: tuple
+    negatives: tuple
+    environment: Optional[str]
+    values: int
+
+
+class OptionTable:
+    """What a llama-server's options are; `source` says who told."""
+
+    def __init__(self, options, source, guess=False):
+        self.source = source
+        self._guess = guess
+        self._by_key = {}
+        for option in options:
+            for key in _spellings(option):
+                self._by_key[key] = option
+
+    def find(self, key) -> Optional[Option]:
+        """Return the option a key means; the built-in table guesses what it lacks."""
+        known = self._by_key.get(key) or self._by_key.get(key.replace("_", "-"))
+        return known or (self._guessed(key) if self._guess else None)
+
+    def knows(self, key) -> bool:
+        """Return whether the table lists the key."""
+        return key in self._by_key or key.replace("_", "-") in self._by_key
+
+    def keys(self) -> list:
+        """Return every key the table lists."""
+        return list(self._by_key)
+
+    def _guessed(self, key):
+        if not key.startswith("LLAMA_ARG_"):
+            return Option(("--" + key.replace("_", "-"),), (), None, 1)
+        name = key[len("LLAMA_ARG_") :].lower()
+        return self.find(name.replace("_", "-"))
+
+
+def _spellings(option):
+    """Yield every INI key of an option; llama.cpp lets later options have it."""
+    if option.environment:
+        yield option.environment
+        if option.negatives:
+            yield option.environment.replace("LLAMA_ARG_", "LLAMA_ARG_NO_", 1)
+    for name in option.names + option.negatives:
+        yield name.lstrip("-")
+
+
+def make_option(names, environment, values) -> Option:
+    """Return the option; of a flag's further names, those with "no" are negatives."""
+    negative = re.compile("--no-|-n" if values == 0 else "$")
+    negatives = tuple(name for name in names[1:] if negative.match(name))
+    positives = tuple(name for name in names if name not in negatives)
+    return Option(positives, negatives, environment, values)
+
+
+def parse_help(text) -> Optional[OptionTable]:
+    """Return the options that llama-server --help lists, or None if it is no such list.
+
+    A name in the first column begins an option; one blank after the last name, and a
+    hint, mean that it takes a value. Two words in capitals are two values.
+    """
+    found = []
+    for line in text.splitlines():
+        head, environment = NAMES.match(line), ENVIRONMENT.fullmatch(line)
+        if head and not line.startswith("---"):
+            hint = head[2] or ""
+            found.append([re.split(", +", head[1]), None, len(hint.split())])
+        elif environment and found:
+            found[-1][1] = environment[1]
+    table = OptionTable([make_option(*row) for row in found], "llama-server --help")
+    return table if len(found) >= 150 and _is_sane(table) else None
+
+
+def _is_sane(table):
+    model, version = table.find("model"), table.find("version")
+    return bool(model and model.values and version and not version.values)
+
+
+# For when no --help can be had. Listed are the flags, and of the options with a value
+# those with several spellings or an unlikely variable of the environment (without
+# dashes) or the name of a key of ours; any other key is taken for a name with a value.
+BUILT_IN_FLAGS = """
+-h|--help|--usage --version -cl|--cache-list --completion-bash --swa-full
+--perf|--no-perf -e|--escape|--no-escape -kvo|--kv-offload|-nkvo|--no-kv-offload
+--repack|-nr|--no-repack --no-host --list-devices -cmoe|--cpu-moe --check-tensors
+--op-offload|--no-op-offload --log-disable --log-jsonl|--no-log-jsonl
+-v|--verbose|--log-verbose --offline --log-prefix|--no-log-prefix
+--log-timestamps|--no-log-timestamps --ignore-eos -bs|--backend-sampling
+--spec-draft-cpu-moe|-cmoed|--cpu-moe-draft
+--spec-draft-backend-sampling|--no-spec-draft-backend-sampling
+-kvu|--kv-unified|-no-kvu|--no-kv-unified --cache-idle-slots|--no-cache-idle-slots
+--context-shift|--no-context-shift -sp|--special --warmup|--no-warmup --spm-infill
+-cb|--cont-batching|-nocb|--no-cont-batching
+--mmproj-auto|--no-mmproj|--no-mmproj-auto --mmproj-offload|--no-mmproj-offload
+--reuse-port --cors-credentials|--no-cors-credentials
+--ui-mcp-proxy|--webui-mcp-proxy|--no-ui-mcp-proxy|--no-webui-mcp-proxy
+-ag|--agent|-no-ag|--no-agent --ui|--webui|--no-ui|--no-webui
+--embedding|--embeddings --rerank|--reranking --cache-prompt|--no-cache-prompt
+--metrics|LLAMA_ARG_ENDPOINT_METRICS --props|LLAMA_ARG_ENDPOINT_PROPS
+--slots|--no-slots|LLAMA_ARG_ENDPOINT_SLOTS --models-autoload|--no-models-autoload
+--jinja|--no-jinja --reasoning-preserve|--no-reasoning-preserve
+--skip-chat-parsing|--no-skip-chat-parsing
+--prefill-assistant|--no-prefill-assistant --lora-init-without-apply
+--embd-gemma-default --fim-qwen-1.5b-default --fim-qwen-3b-default
+--fim-qwen-7b-default --fim-qwen-7b-spec --fim-qwen-14b-spec --fim-qwen-30b-default
+--gpt-oss-20b-default --gpt-oss-120b-default --vision-gemma-4b-default
+--vision-gemma-12b-default --spec-default
+"""
+BUILT_IN_VALUED = """
+-t|--threads -tb|--threads-batch -C|--cpu-mask -Cr|--cpu-range -Cb|--cpu-mask-batch
+-Crb|--cpu-range-batch -c|--ctx-size -n|--predict|--n-predict
+-b|--batch-size|LLAMA_ARG_BATCH -ub|--ubatch-size|LLAMA_ARG_UBATCH -fa|--flash-attn
+--rope-scaling|LLAMA_ARG_ROPE_SCALING_TYPE -ctk|--cache-type-k -ctv|--cache-type-v
+-dt|--defrag-thold -lm|--load-mode -lzm|--lazy-mode -dev|--device
+-ot|--override-tensor -ncmoe|--n-cpu-moe -ncffn|--n-cpu-ffn
+-ngl|--gpu-layers|--n-gpu-layers -sm|--split-mode -ts|--tensor-split -mg|--main-gpu
+-fit|--fit -fitt|--fit-target -fitc|--fit-ctx -m|--model -mu|--model-url
+-dr|--docker-repo -hf|-hfr|--hf-repo -hff|--hf-file -hft|--hf-token|HF_TOKEN
+-lv|--verbosity|--log-verbosity
+--spec-draft-type-k|-ctkd|--cache-type-k-draft|LLAMA_ARG_SPEC_DRAFT_CACHE_TYPE_K
+--spec-draft-type-v|-ctvd|--cache-type-v-draft|LLAMA_ARG_SPEC_DRAFT_CACHE_TYPE_V
+-s|--seed --sampler-seq|--sampling-seq --temp|--temperature
+--top-nsigma|--top-n-sigma --typical|--typical-p -l|--logit-bias -j|--json-schema
+-jf|--json-schema-file
+--spec-draft-hf|-hfd|-hfrd|--hf-repo-draft|LLAMA_ARG_SPEC_DRAFT_HF_REPO
+--spec-draft-threads|-td|--threads-draft
+--spec-draft-threads-batch|-tbd|--threads-batch-draft
+--spec-draft-cpu-mask|-Cd|--cpu-mask-draft
+--spec-draft-cpu-range|-Crd|--cpu-range-draft
+--spec-draft-cpu-strict|--cpu-strict-draft --spec-draft-prio|--prio-draft
+--spec-draft-poll|--poll-draft
+--spec-draft-cpu-mask-batch|-Cbd|--cpu-mask-batch-draft
+--spec-draft-cpu-strict-batch|--cpu-strict-batch-draft
+--spec-draft-prio-batch|--prio-batch-draft
+--spec-draft-poll-batch|--poll-batch-draft
+--spec-draft-override-tensor|-otd|--override-tensor-draft
+--spec-draft-n-cpu-moe|--spec-draft-ncmoe|-ncmoed|--n-cpu-moe-draft
+--spec-draft-p-split|--draft-p-split --spec-draft-p-min|--draft-p-min
+--spec-draft-device|-devd|--device-draft
+--spec-draft-ngl|-ngld|--gpu-layers-draft|--n-gpu-layers-draft
+--spec-draft-model|-md|--model-draft --draft|--draft-n|--draft-max
+--draft-min|--draft-n-min -lcs|--lookup-cache-static -lcd|--lookup-cache-dynamic
+-ctxcp|--ctx-checkpoints|--swa-checkpoints
+-cms|--checkpoint-min-step|LLAMA_ARG_CHECKPOINT_MIN_SPACING_NT -cram|--cache-ram
+-r|--reverse-prompt -np|--parallel|LLAMA_ARG_N_PARALLEL -mm|--mmproj
+-mmu|--mmproj-url -mmdev|--mmproj-device|MTMD_BACKEND_DEVICE -a|--alias
+--path|LLAMA_ARG_STATIC_PATH --ui-config|--webui-config
+--ui-config-file|--webui-config-file --api-key|LLAMA_API_KEY -to|--timeout
+--reasoning-format|LLAMA_ARG_THINK -rea|--reasoning
+--reasoning-budget|LLAMA_ARG_THINK_BUDGET
+--reasoning-budget-message|LLAMA_ARG_THINK_BUDGET_MESSAGE
+-sps|--slot-prompt-similarity --api-key-file --models-dir --models-max --cors-origins
+"""
+
+
+def _built_in_options():
+    for block, values in ((BUILT_IN_FLAGS, 0), (BUILT_IN_VALUED, 1)):
+        for word in block.split():
+            names = [name for name in word.split("|") if name.startswith("-")]
+            variable = [name for name in word.split("|") if not name.startswith("-")]
+            yield make_option(names, variable[0] if variable else None, values)
+
+
+BUILT_IN_OPTIONS = OptionTable(_built_in_options(), "built-in", guess=True)
+
+# Options that llama.cpp's router takes out of its presets: they are the router's own.
+ROUTER_OPTIONS = frozenset(
+    "--api-key --api-key-file --ssl-key-file --ssl-cert-file --models-dir --models-max "
+    "--models-preset --models-autoload --log-colors".split()
+)
+
+
+def render_options(layers, table, fixed) -> list:
+    """Return the words that llama.cpp's router would put on a command line.
+
+    `layers` are options by key, the weakest first; within one, llama.cpp reads the
+    keys in the order of their bytes. `fixed` are values by key, above all.
+    """
+    chosen = {}
+    for layer in layers:
+        for key in sorted(layer):
+            option = find_option(layer[key], table)
+            chosen[option.names[0]] = option, option_value(option, layer[key])
+    for key, value in fixed.items():
+        option = table.find(key)
+        chosen[option.names[0]] = option, value
+    words = []
+    for _, (option, value) in sorted(chosen.items()):
+        words += option_words(option, value)
+    return words
+
+
+def find_option(entry, table) -> Option:
+    """Return the option that an entry means, or raise ConfigError."""
+    belongs_elsewhere = proxy_key(entry.key) and not table.knows(entry.key)
+    option = None if belongs_elsewhere else table.find(entry.key)
+    if option is None:
+        raise ConfigError(f"{entry.place}: {_why_unknown(entry.key, table)}")
+    if option.values > 1:
+        raise ConfigError(f"{entry.place}: takes two values; write it into extra-args")
+    return option
+
+
+def _why_unknown(key, table):
+    if proxy_key(key):
+        return "belongs into [llmswap]"
+    if BUILT_IN_OPTIONS.knows(key):
+        return "the llama-server in use does not have this option"
+    return "unknown key" + near_name(key, [*MODEL_KEY, *table.keys()])
+
+
+def option_value(option, entry) -> str:
+    """Return the value, or its opposite under a negative name, as llama.cpp has it."""
+    key = entry.key.replace("_", "-")
+    if any(key == name.lstrip("-") for name in option.negatives):
+        return "false" if entry.text in TRUTHY else "true"
+    return entry.text
+
+
+def option_words(option, value) -> list:
+    """Return the words of one option: its last name, and the value if it takes one."""
+    if not ROUTER_OPTIONS.isdisjoint(option.names):
+        return []
+    if option.values:
+        return [option.names[-1], value]
+    return list(option.names[-1:] if value not in FALSY else option.negatives[-1:])
+
+
+# ---- Models --------------------------------------------------------------------------
+
+# What makes the running thing, by kind of model: a change of these needs a new one.
+LAUNCH_KEYS = {
+    "llama-server": (
+        "llama-server", "extra-args", "proxy", "env.NAME", "cwd", "oom-score-adj"
+    ),
+    "cmd": ("cmd", "extra-args", "proxy", "env.NAME", "cwd", "oom-score-adj"),
+    "unit": ("unit", "proxy"),
+    "remote": ("proxy",),
+    "uses": ("uses",),
+}
+SOURCES = ("--model", "--hf-repo", "--model-url", "--docker-repo")
+SOURCE_FLAG = re.compile("--(?!spec-).*-default$|--fim-.*-spec$")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model as the file describes it.
+
+    `options` are layers of entries by key, the weakest first; `environment` and the
+    texts of commands may still hold variables: ask command_of, environment_of,
+    proxy_of. `problem` is None, or why the model cannot be used.
+    """
+
+    name: str
+    kind: str
+    line: int
+    place: str
+    settings: ModelSettings
+    options: tuple
+    environment: dict
+    variables: dict
+    has_macros: bool
+    names: tuple
+    aliases: tuple
+    backend: str
+    problem: Optional[str] = None
+
+    @property
+    def launch(self) -> tuple:
+        """What makes the process; equal means that it need not be started anew."""
+        keys = LAUNCH_KEYS[self.kind]
+        values = [getattr(self.settings, MODEL_KEY[name].attribute)
+                  for name in keys if name != "env.NAME"]
+        environment = self.environment if "env.NAME" in keys else {}
+        return self.kind, values, environment, self.variables, self._given()
+
+    def _given(self):
+        """Return the options that count, strongest layer first, as key and text."""
+        layers, seen = [], set()
+        for layer in reversed(self.options):
+            layers.append({key: layer[key].text for key in layer if key not in seen})
+            seen.update(layer)
+        return layers
+
+    @property
+    def takes_room(self) -> bool:
+        """Whether it counts against models-max and sets: remote models do not."""
+        return self.kind not in ("remote", "uses")
+
+
+def command_of(model, table, port) -> list:
+    """Return the argv of a model that is a process; [] for other kinds.
+
+    Raise ConfigError for options that the table does not have.
+    """
+    variables = {**model.variables, "PORT": port}
+    try:
+        extra = _words(model.settings.extra_args, variables)
+        if model.kind == "cmd":
+            return _words(model.settings.cmd, variables) + extra
+        if model.kind == "llama-server":
+            return _llama_server(model, table, variables) + extra
+    except ValueError as error:
+        raise ConfigError(model.problem or f"{model.place}: {error}") from None
+    return []
+
+
+def _llama_server(model, table, variables):
+    layers = model.options
+    if model.has_macros:
+        layers = [_expanded(layer, variables) for layer in layers]
+    fixed = {"host": "127.0.0.1", "port": str(variables["PORT"]), "alias": model.name}
+    return [model.settings.llama_server, *render_options(layers, table, fixed)]
+
+
+def _expanded(layer, variables):
+    return {
+        key: entry._replace(text=expand(entry.text, variables))
+        for key, entry in layer.items()
+    }
+
+
+def _words(text, variables):
+    return [expand(word, variables) for word in shlex.split(text)]
+
+
+def stop_command_of(model, port, pid) -> list:
+    """Return the argv of cmd-stop; [] if there is none."""
+    variables = {**model.variables, "PORT": port, "PID": pid}
+    return _words(model.settings.cmd_stop, variables)
+
+
+def proxy_of(model, port) -> str:
+    """Return the base URL of the model's backend."""
+    url = expand(model.settings.proxy, {**model.variables, "PORT": port})
+    return url.rstrip("/")
+
+
+def environment_of(model, port) -> dict:
+    """Return what the backend's environment has beside that of llmswap."""
+    variables = {**model.variables, "PORT": port}
+    return {name: expand(text, variables) for name, text in model.environment.items()}
+
+
+TAG = re.compile(r"[-.]([A-Z0-9_]+)\Z", re.IGNORECASE | re.ASCII)
+
+
+def canonical_name(name) -> str:
+    """Return llama.cpp's spelling of a section name: `qwen3:8b` is `qwen3:8B`."""
+    head, colon, tag = name.rpartition(":")
+    match = TAG.search(tag)
+    tag = match[1] if match else tag
+    upper = "".join(char.upper() if char.isascii() else char for char in tag)
+    return head + colon + upper if colon else name
+
+
+def find_models(directory) -> dict:
+    """Return the models in a directory by id: options by key, as llama-server has them.
+
+    Raise OSError if it cannot be listed.
+    """
+    models = {}
+    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
+        if entry.is_dir():
+            options = _model_in(entry.path)
+        else:
+            options = {"model": entry.path} if _part_of(entry.name) == "model" else {}
+        if "model" in options:
+            models[entry.name.replace(".gguf", "")] = options
+    return models
+
+
+def _model_in(directory):
+    """Return the files of one model; of several the first, first shards before all."""
+    names = sorted(os.listdir(directory), key=lambda name: "-00001-of-" not in name)
+    options = {}
+    for name in names:
+        part = _part_of(name)
+        if part:
+            options.setdefault(part, os.path.join(directory, name))
+    return options
+
+
+def _part_of(name):
+    if not name.endswith(".gguf"):
+        return None
+    if "mmproj" in name:
+        return "mmproj"
+    return "model-draft" if re.match("(mtp|dspark|dflash)-", name) else "model"
+
+
+# ---- From sections to a configuration ------------------------------------------------
+
+# Variables known only when a backend starts, by the keys that may hold them, whose
+# texts stay as they are until then. The values here only serve to check them.
+LATE_VARIABLES = {
+    "cmd": {"PORT": 1},
+    "cmd-stop": {"PORT": 1, "PID": 1},
+    "extra-args": {"PORT": 1},
+    "proxy": {"PORT": 1},
+    "env.NAME": {"PORT": 1},
+}
+QUOTED_KEYS = ("cmd", "cmd-stop", "extra-args", "idle-command")
+LENIENT_KEYS = ("stop-timeout", "load-on-startup")  # llama.cpp takes anything for them
+EXCLUSIVE_KEYS = ("cmd", "unit", "uses")
+NOT_FOR_ALL = ("cmd", "unit", "proxy", "uses", "alias")
+NOT_MODELS = ("llmswap", "macros", "*")
+
+
+def split_entries(section):
+    """Return the entries of a section by name of our key, and its options by key."""
+    ours, options = {}, {}
+    for spelling, entry in sorted(section.entries.items()):
+        name = model_key(spelling)
+        if name:
+            ours[name] = entry
+        elif spelling not in IGNORED_KEYS:
+            options[spelling] = entry
+    return ours, options
+
+
+def kind_of(ours, options) -> str:
+    """Return what kind of model a section's own entries make."""
+    for name in EXCLUSIVE_KEYS:
+        if name in ours:
+            return name
+    return "remote" if "proxy" in ours and not has_source(options) else "llama-server"
+
+
+def has_source(options) -> bool:
+    """Return whether one of the options says where the model's file is."""
+    names = (BUILT_IN_OPTIONS.find(key).names[-1] for key in options)
+    return any(name in SOURCES or SOURCE_FLAG.match(name) for name in names)
+
+
+def warn_of_traps(options, warn):
+    """Warn of what llama.cpp reads otherwise than people do, in one section."""
+    first = {}
+    for key, entry in sorted(options.items()):
+        option = BUILT_IN_OPTIONS.find(key)
+        other = first.setdefault(option.names[0], key)
+        if other != key:
+            warn(f"{entry.place}: the same option as {other}; this one counts")
+        for trap in _traps(option, entry):
+            warn(f"{entry.place}: {trap}")
+
+
+def _traps(option, entry):
+    """Yield what may surprise in one entry."""
+    is_known = BUILT_IN_OPTIONS.knows(entry.key)
+    if not is_known and difflib.get_close_matches(entry.key, MODEL_KEY, 1, 0.8):
+        yield f"taken for an option of llama-server{near_name(entry.key, MODEL_KEY)}"
+    if not ROUTER_OPTIONS.isdisjoint(option.names):
+        yield "no option of a model; it is ignored"
+    elif not option.values and entry.text not in TRUTHY + FALSY:
+        words = option_words(option, option_value(option, entry))
+        yield f"{entry.text!r} is neither true nor false; llama.cpp makes it {words[0]}"
+    elif option.values and re.fullmatch("\".*\"|'.*'", entry.text):
+        yield f"the quotes are part of the value {entry.text}"
+    if option.negatives and entry.key.startswith("LLAMA_ARG_NO_"):
+        yield "no negation: llama.cpp reads it like the name without NO"
+
+
+class Texts:
+    """Reads entries: puts in macros and the environment, then lets the key parse."""
+
+    def __init__(self, macros, environ):
+        self.macros = macros
+        self._environ = {f"env.{name}": value for name, value in environ.items()}
+
+    def raw(self, entry) -> str:
+        """Return the text with macros replaced."""
+        return expand_macros(entry.text, self.macros)
+
+    def environment_in(self, text) -> dict:
+        """Return those variables of the environment that the text mentions."""
+        names = variables_in(text) & self._environ.keys()
+        return {name: self._environ[name] for name in names}
+
+    def value(self, key, entry, variables):
+        """Return the value of the key, or raise ConfigError with the entry's place."""
+        text = self.raw(entry)
+        late = LATE_VARIABLES.get(key.name, {})
+        try:
+            expanded = expand(text, {**self.environment_in(text), **variables, **late})
+            value = key.parse(expanded)
+            if key.name in QUOTED_KEYS:
+                shlex.split(text)
+        except ValueError as error:
+            raise ConfigError(f"{entry.place}: {error}") from None
+        return text if late else value
+
+
+class ModelReading:
+    """One section on its way to a Model; the first thing wrong is its problem."""
+
+    def __init__(self, section, below, texts, warn):
+        """`below` are what the section's entries overrule: keys, then options."""
+        self._section = section
+        self._texts = texts
+        self._warn = warn
+        self._own, options = split_entries(section)
+        self._kind = kind_of(self._own, options)
+        self._keys = {**self._inherited(below[0]), **self._own}
+        self._layers = (*below[1:], options)
+        self._variables = {"MODEL_ID": section.name}
+        self._problems = []
+
+    def model(self) -> Model:
+        """Return the Model; where something is wrong, defaults stand in for it."""
+        name, line, place = self._section[:3]
+        settings = self._settings()
+        environment = self._environment()
+        options = self._options() if self._kind == "llama-server" else ()
+        for entry, reason in self._complaints(settings, environment):
+            self._problems.append(f"{entry.place if entry else place}: {reason}")
+        return Model(
+            name=name, kind=self._kind, line=line, place=place, settings=settings,
+            options=options, environment=environment, variables=self._variables,
+            has_macros=bool(self._texts.macros), names=(name,), aliases=(),
+            backend=name, problem=next(iter(self._problems), None),
+        )
+
+    def _inherited(self, defaults):
+        if self._kind != "uses":
+            return defaults
+        about_requests = {key.name for key in MODEL_KEYS if key.scope == "request"}
+        return {name: defaults[name] for name in defaults if name in about_requests}
+
+    def _settings(self):
+        rows = [key for key in MODEL_KEYS if key.attribute in ModelSettings._fields]
+        return ModelSettings(*map(self._value, rows))
+
+    def _value(self, key):
+        never_hangs = key.name == "hang-timeout" and self._kind == "cmd"
+        default = Entry(key.name, "0" if never_hangs else key.default, "")
+        entry = self._keys.get(key.name, default)
+        try:
+            return self._read(key, entry)
+        except ConfigError as error:
+            if key.name in LENIENT_KEYS:
+                self._warn(f"{error}; taken as {key.default}")
+            else:
+                self._problems.append(str(error))
+            return self._read(key, default)
+
+    def _read(self, key, entry):
+        self._variables.update(self._texts.environment_in(self._texts.raw(entry)))
+        return self._texts.value(key, entry, self._variables)
+
+    def _environment(self):
+        names = [name for name in self._keys if name.startswith("env.")]
+        return {name[len("env.") :]: self._late(self._keys[name]) for name in names}
+
+    def _late(self, entry):
+        """Return the text of an entry that may hold ${PORT}."""
+        try:
+            return self._read(MODEL_KEY["env.NAME"], entry)
+        except ConfigError as error:
+            self._problems.append(str(error))
+            return ""
+
+    def _options(self):
+        warn_of_traps(self._layers[-1], self._warn)
+        if not self._texts.macros:
+            return self._layers
+        return tuple(
+            {key: layer[key]._replace(text=self._late(layer[key])) for key in layer}
+            for layer in self._layers
+        )
+
+    def _complaints(self, settings, environment):
+        """Yield what makes the model unusable, each with the entry to blame."""
+        yield from self._complaints_of_keys()
+        if self._kind == "llama-server":
+            yield from self._complaints_of_source(settings, environment)
+        if self._kind == "unit" and not settings.unit:
+            yield self._own["unit"], "the name of the unit is missing"
+        if self._kind in ("unit", "remote") and "PORT" in variables_in(settings.proxy):
+            yield self._own.get("proxy"), "it needs proxy = URL, without ${PORT}"
+        if self._kind == "cmd":
+            yield from self._complaints_of_command(settings, environment)
+        if bool(settings.sleep) != bool(settings.wake):
+            yield None, "sleep and wake need each other"
+
+    def _complaints_of_keys(self):
+        for entry in self._layers[-1].values() if self._kind != "llama-server" else ():
+            yield entry, self._why_refused(entry.key)
+        for name, entry in self._own.items():
+            key = MODEL_KEY["env.NAME" if name.startswith("env.") else name]
+            is_other_kind = name in EXCLUSIVE_KEYS and name != self._kind
+            if is_other_kind or self._kind == "uses" and key.scope != "request":
+                yield entry, f"cannot stand beside {self._kind}"
+            elif key.scope == "launch" and key.name not in LAUNCH_KEYS[self._kind]:
+                self._warn(f"{entry.place}: without effect beside {self._kind}")
+
+    def _why_refused(self, key):
+        if proxy_key(key):
+            return "belongs into [llmswap]"
+        if BUILT_IN_OPTIONS.knows(key):
+            return f"an option of llama-server cannot stand beside {self._kind}"
+        return "unknown key" + near_name(key, MODEL_KEY)
+
+    def _complaints_of_source(self, settings, environment):
+        words = (word.split("=")[0].lstrip("-") for word in settings.extra_args.split())
+        if not has_source({*words, *environment}.union(*self._layers)):
+            yield None, "it has no source: model, hf-repo, model-url or docker-repo"
+        if "PORT" not in variables_in(settings.proxy):
+            yield self._own.get("proxy"), "the proxy of a llama-server needs ${PORT}"
+
+    def _complaints_of_command(self, settings, environment):
+        texts = [settings.cmd, settings.extra_args, *environment.values()]
+        is_told = "PORT" in set().union(*map(variables_in, texts))
+        if not settings.cmd:
+            yield self._own["cmd"], "the command is empty"
+        elif not is_told and "PORT" in variables_in(settings.proxy):
+            yield self._own["cmd"], "without ${PORT} it needs proxy = URL"
+
+
+class Names:
+    """Which model is meant by a name; who claims a name first keeps it."""
+
+    def __init__(self):
+        self._exact = {}
+        self._folded = {}
+
+    def claim(self, name, owner) -> bool:
+        """Give the name to a model unless another has it; return whether it has it."""
+        self._folded.setdefault(name.strip().casefold(), owner)
+        return self._exact.setdefault(name, owner) == owner
+
+    def find(self, name) -> Optional[str]:
+        """Return the id of the model so named, in any case if none is exactly so."""
+        return self._exact.get(name) or self._folded.get(name.strip().casefold())
+
+    def of(self, owner) -> tuple:
+        """Return all names of a model."""
+        return tuple(name for name in self._exact if self._exact[name] == owner)
+
+
+def misfit(models, settings) -> Optional[str]:
+    """Return why these models cannot be loaded together, or None if they can."""
+    counted = {model.name for model in models if model.takes_room}
+    if 0 < settings.models_max < len(counted):
+        return f"models-max is {settings.models_max}"
+    is_together = len(counted) < 2 or any(counted <= names for names in settings.sets)
+    if settings.sets and not is_together:
+        return "none of sets has them together"
+    for resource, limit in settings.budget.items():
+        needed = sum(model.settings.needs.get(resource, 0) for model in models)
+        if needed > limit:
+            return (f"they need {resource} {size_text(needed)}, "
+                    f"the budget is {size_text(limit)}")
+    return None
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that a file says: `models` by id in its order, `api_keys` from everywhere."""
+
+    path: str
+    settings: ProxySettings
+    models: dict
+    names: Names
+    api_keys: tuple
+    warnings: tuple
+
+    def resolve(self, name) -> Model:
+        """Return the model of that name, or raise UnknownModel with names like it."""
+        known = self.names.find(name)
+        if known is None:
+            raise UnknownModel(f"there is no model {name!r}{self._near(name)}", "model")
+        return self.models[known]
+
+    def default_model(self) -> Optional[Model]:
+        """Return the model for requests that name none, if there is one."""
+        if self.settings.default_model:
+            return self.models[self.settings.default_model]
+        return next(iter(self.models.values())) if len(self.models) == 1 else None
+
+    def _near(self, name):
+        listed = [m for m in self.models.values() if not m.settings.unlisted]
+        near = near_name(name, [other for model in listed for other in model.names])
+        shown = ", ".join(model.name for model in listed[:8]) or "none"
+        more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
+        return f"{near or ';'} there are {shown}{more}"
+
+
+def load_config(path, listen=None, models_max=None, environ=os.environ) -> Config:
+    """Read a file and what it names; the other arguments are texts that overrule it.
+
+    Raise ConfigError for broken syntax and for errors in [llmswap].
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    given = {"listen": listen, "models-max": models_max}
+    overrides = {
+        name: Entry(name, str(text), f"--{name}")
+        for name, text in given.items() if text is not None
+    }
+    return Reading(data, str(path), overrides, environ).config()
+
+
+class Reading:
+    """One reading of one file, from bytes to a Config whose parts agree."""
+
+    def __init__(self, data, path, overrides, environ):
+        self._path = path
+        self._environ = environ
+        self._warnings = {}  # used as a set that keeps its order
+        self._sections = read_preset(data, path, self._warn)
+        self._texts = Texts(self._macros(), environ)
+        self._proxy = {**self._limit_in_star(), **self._proxy_entries(), **overrides}
+        self._names = Names()
+
+    def config(self) -> Config:
+        """Return the Config, or raise ConfigError."""
+        settings = self._settings()
+        models = self._named(self._models(settings))
+        settings = self._resolved(settings, models)
+        models = self._joined(self._fitting(models, settings))
+        keys = self._api_keys(settings)
+        return Config(
+            self._path, settings, models, self._names, keys, tuple(self._warnings)
+        )
+
+    def _warn(self, message):
+        self._warnings[message] = True
+
+    def _section(self, name):
+        missing = Section(name, 0, f"{self._path}: [{name}]", {})
+        return self._sections.get(name, missing)
+
+    def _macros(self):
+        entries = self._section("macros").entries
+        for name, entry in entries.items():
+            if name in ("PORT", "PID", "MODEL_ID") or name.startswith("env."):
+                raise ConfigError(f"{entry.place}: this name has its own meaning")
+        return {name: entry.text for name, entry in entries.items()}
+
+    def _limit_in_star(self):
+        """Return models-max where people put it; llama.cpp drops whatever is there."""
+        for entry in self._section("*").entries.values():
+            if BUILT_IN_OPTIONS.find(entry.key).names[-1] == "--models-max":
+                if re.fullmatch("[0-9]{1,9}", entry.text):
+                    return {"models-max": entry}
+        return {}
+
+    def _proxy_entries(self):
+        entries = {}
+        for spelling, entry in self._section("llmswap").entries.items():
+            if proxy_key(spelling):
+                entries[proxy_key(spelling)] = entry
+            elif model_key(spelling):
+                raise ConfigError(f"{entry.place}: belongs to a model, or into [*]")
+            elif spelling not in IGNORED_KEYS:
+                near = near_name(spelling, PROXY_KEY)
+                raise ConfigError(f"{entry.place}: unknown key{near}")
+        return entries
+
+    def _settings(self):
+        values = {}
+        for key in PROXY_KEYS:
+            entry = self._proxy.get(key.name, Entry(key.name, key.default, ""))
+            values[key.attribute] = self._texts.value(key, entry, {})
+        if "models-max" not in self._proxy and (values["budget"] or values["sets"]):
+            values["models_max"] = 0
+        return ProxySettings(**values)
+
+    def _api_keys(self, settings):
+        keys = settings.api_key + parse_words(self._environ.get("LLMSWAP_API_KEY", ""))
+        if settings.api_key_file:
+            try:
+                with open(settings.api_key_file, encoding="utf-8") as file:
+                    lines = [line.strip() for line in file]
+            except (OSError, ValueError) as error:
+                place = self._proxy["api-key-file"].place
+                raise ConfigError(f"{place}: {error}") from None
+            keys += tuple(line for line in lines if line and not line.startswith("#"))
+        return tuple(dict.fromkeys(keys))
+
+    def _models(self, settings):
+        keys, options = self._star()
+        found = self._found(settings)
+        place = f"{self._path}: [{{}}]"
+        sections = {name: Section(name, 0, place.format(name), {}) for name in found}
+        sections.update(self._model_sections())
+        return [
+            ModelReading(section, (keys, options, found.get(section.name, {})),
+                         self._texts, self._warn).model()
+            for section in sections.values()
+        ]
+
+    def _star(self):
+        """Return what holds for all models: our keys, then options."""
+        keys, options = split_entries(self._section("*"))
+        for name in NOT_FOR_ALL:
+            if name in keys:
+                raise ConfigError(f"{keys[name].place}: cannot be given for all models")
+        limit = self._proxy.get("models-max")
+        options = {key: options[key] for key in options if options[key] is not limit}
+        warn_of_traps(options, self._warn)
+        if "llama-server" in self._proxy:
+            keys.setdefault("llama-server", self._proxy["llama-server"])
+        return keys, options
+
+    def _found(self, settings):
+        """Return the models of models-dir by id, their options as entries by key."""
+        if not settings.models_dir:
+            return {}
+        place = self._proxy["models-dir"].place
+        try:
+            models = find_models(settings.models_dir)
+        except OSError as error:
+            self._warn(f"{place}: {error}")
+            return {}
+        return {
+            name: {key: Entry(key, path, place) for key, path in options.items()}
+            for name, options in models.items()
+        }
+
+    def _model_sections(self):
+        """Return the sections that are models; of those with names that are one to
+        llama.cpp, it knows only the last in the order of bytes."""
+        sections = {
+            name: section for name, section in self._sections.items()
+            if name not in NOT_MODELS and (section.entries or name != "default")
+        }
+        last = {canonical_name(name): name for name in sorted(sections)}
+        for name in [name for name in sections if last.get(name, name) != name]:
+            place = sections.pop(name).place
+            self._warn(f"{place}: replaced by [{last[name]}], the same to llama.cpp")
+        return sections
+
+    def _named(self, models):
+        """Return the models by id, with all the names that they could claim."""
+        for model in models:
+            self._names.claim(model.name, model.name)
+        aliases = {model.name: self._aliases(model) for model in models}
+        for model in sorted(models, key=lambda model: model.name, reverse=True):
+            self._claim(canonical_name(model.name), model, "llama.cpp's name")
+        return {
+            model.name: replace(model, aliases=aliases[model.name],
+                                names=self._names.of(model.name))
+            for model in models
+        }
+
+    def _aliases(self, model):
+        others = [name for name in model.settings.alias if name != model.name]
+        return tuple(name for name in others if self._claim(name, model, "the alias"))
+
+    def _claim(self, name, model, what):
+        is_ours = self._names.claim(name, model.name)
+        if not is_ours:
+            owner = self._names.find(name)
+            self._warn(f"{model.place}: {what} {name!r} already means [{owner}]")
+        return is_ours
+
+    def _resolved(self, settings, models):
+        """Return the settings with ids for the names of models in them."""
+        def backend(name):
+            model = models[self._id(name, "sets")]
+            return self._names.find(model.settings.uses) or model.name
+
+        default = settings.default_model
+        return settings._replace(
+            sets=tuple(frozenset(map(backend, names)) for names in settings.sets),
+            default_model=default and self._id(default, "default-model"),
+        )
+
+    def _id(self, name, key):
+        found = self._names.find(name)
+        if found is None:
+            raise ConfigError(f"{self._proxy[key].place}: there is no model {name!r}")
+        return found
+
+    def _fitting(self, models, settings):
+        """Return the models; what does not fit beside those pinned is unusable."""
+        checked, pinned = {}, []
+        for model in sorted(models.values(), key=lambda model: not model.settings.pin):
+            if not model.problem and model.kind != "uses":
+                model = self._beside(model, pinned, settings)
+            checked[model.name] = model
+            if model.settings.pin and not model.problem:
+                pinned.append(model)
+        return {name: checked[name] for name in models}
+
+    def _beside(self, model, pinned, settings):
+        for resource in (*model.settings.needs, *model.settings.sleep_needs):
+            if resource not in settings.budget:
+                reason = f"budget in [llmswap] does not name {resource!r}"
+                return replace(model, problem=f"{model.place}: {reason}")
+        reason = misfit([*pinned, model], settings)
+        beside = f" beside the pinned {', '.join(pin.name for pin in pinned)}"
+        problem = f"{model.place}: does not fit{beside if pinned else ''}: {reason}"
+        return replace(model, problem=problem) if reason else model
+
+    def _joined(self, models):
+        """Return the models; those that use another have its backend, or a problem."""
+        return {name: self._using(model, models) for name, model in models.items()}
+
+    def _using(self, model, models):
+        if model.kind != "uses" or model.problem:
+            return model
+        target = models.get(self._names.find(model.settings.uses))
+        if target is None:
+            reason = f"there is no model {model.settings.uses!r} to use"
+        elif target.kind == "uses":
+            reason = f"{target.name!r} itself uses another model"
+        elif target.problem:
+            reason = f"it uses {target.name!r}: {target.problem}"
+        else:
+            return replace(model, backend=target.name)
+        return replace(model, problem=f"{model.place}: {reason}")
+
+
+# ==================================================================================
+# 3  Scheduling: who starts, who goes, who is served next.
+#    Never knows time, threads, sockets, processes, the log or the configuration.
+#
+#    Events change plain data and decide nothing. `decide(now)` looks at what is, walks
+#    the queue from the oldest ticket to the youngest, and returns decisions as values;
+#    `look_again` then names the moment at which time alone may change the outcome.
+#    All times are seconds on one clock of the caller's. One thread at a time.
+#
+#        submit, withdraw, release ──┐                       ┌── Grant, Refuse
+#        loaded, slept, exited ──────┼──> slots and queue ──>┤
+#        unload, configure, close ───┘     decide(now)       └── Start, Stop
+# ==================================================================================
+
+
+class State(enum.Enum):
+    """What a backend is doing, in llama.cpp's words (and `unloading`)."""
+
+    UNLOADED = "unloaded"
+    LOADING = "loading"
+    LOADED = "loaded"
+    SLEEPING = "sleeping"
+    UNLOADING = "unloading"
+
+
+class Event(enum.Enum):
+    """What moves a slot from one state to the next."""
+
+    START = "start"
+    FOUND = "found"
+    LOADED = "loaded"
+    SLEPT = "slept"
+    STOP = "stop"
+    EXITED = "exited"
+
+
+NEXT_STATE = {
+    State.UNLOADED: {
+        Event.START: State.LOADING,
+        Event.FOUND: State.LOADED,  # it ran before we came: a service, a remote
+    },
+    State.LOADING: {
+        Event.LOADED: State.LOADED,
+        Event.SLEPT: State.LOADING,  # news from before the wake
+        Event.STOP: State.UNLOADING,
+        Event.EXITED: State.UNLOADED,
+    },
+    State.LOADED: {
+        Event.LOADED: State.LOADED,
+        Event.SLEPT: State.SLEEPING,  # by its own choice
+        Event.STOP: State.UNLOADING,
+        Event.EXITED: State.UNLOADED,
+    },
+    State.SLEEPING: {
+        Event.START: State.LOADING,  # a wake is a start
+        Event.LOADED: State.LOADED,  # woke unasked
+        Event.SLEPT: State.SLEEPING,
+        Event.STOP: State.UNLOADING,
+        Event.EXITED: State.UNLOADED,
+    },
+    State.UNLOADING: {
+        Event.LOADED: State.UNLOADING,  # too late
+        Event.SLEPT: State.SLEEPING,
+        Event.EXITED: State.UNLOADED,
+    },
+}
+
+SHORTEST_GAP = 0.005  # s; a client that answers at once comes back within this
+UNKNOWN_COST = 1.0  # s; what a swap is taken to cost before one was seen
+LONGEST_PATIENCE = 30.0  # s
+LONGEST_BACK_OFF = 60.0  # s
+FREE_FAILURES = 3  # so many failed loads in a row cost no delay
+
+
+class Spec(NamedTuple):
+    """What scheduling must know of a model. Times in seconds; 0 means never, no limit.
+
+    `takes_place` False: it runs elsewhere and does not count towards models-max.
+    `can_sleep`: it is put to sleep instead of stopped when another needs its room.
+    """
+
+    needs: Mapping[str, int] = {}
+    sleep_needs: Mapping[str, int] = {}
+    takes_place: bool = True
+    is_pinned: bool = False
+    can_sleep: bool = False
+    concurrency: int = 0
+    idle_timeout: float = 0.0
+    stop_timeout: float = 10.0
+
+
+class Holding(NamedTuple):
+    """What one backend takes of what there is."""
+
+    name: str
+    places: int
+    needs: Mapping[str, int]
+
+
+class Limits(NamedTuple):
+    """What may be loaded together, and how long a ticket is kept waiting for it.
+
+    `patience` None: learned from what swaps cost. `models_max`, `queue_max` and
+    `queue_timeout` 0: no limit.
+    """
+
+    models_max: int = 1
+    budget: Mapping[str, int] = {}
+    sets: Tuple[FrozenSet[str], ...] = ()
+    patience: Optional[float] = None
+    queue_max: int = 512
+    queue_timeout: float = 0.0
+
+    def allow(self, holdings: Iterable[Holding]) -> bool:
+        """Whether all of these may be held at once; fewer of them then may be, too."""
+        held = [each for each in holdings if each.places or each.needs]
+        if self.models_max and sum(each.places for each in held) > self.models_max:
+            return False
+        for resource, amount in self.budget.items():
+            if sum(each.needs.get(resource, 0) for each in held) > amount:
+                return False
+        if not self.sets or len(held) < 2:
+            return True
+        names = {each.name for each in held if each.places}
+        return len(names) < 2 or any(names <= together for together in self.sets)
+
+
+class Grant(NamedTuple):
+    """Let this ticket's request go to its backend."""
+
+    ticket: "Ticket"
+
+
+class Refuse(NamedTuple):
+    """Answer this ticket's request with this problem."""
+
+    ticket: "Ticket"
+    problem: Problem
+
+
+class Start(NamedTuple):
+    """Start the backend of this model, or wake it; report under this generation."""
+
+    name: str
+    generation: int
+    is_wake: bool = False
+
+
+class Stop(NamedTuple):
+    """Stop the backend of this model, or put it to sleep.
+
+    `cause` is evicted, idle, unload, reload, abandoned or shutdown; `newcomer` the model
+    that needs the room. A backend that is not loaded yet is to be killed.
+    """
+
+    name: str
+    generation: int
+    cause: str
+    newcomer: Optional[str] = None
+    to_sleep: bool = False
+
+
+class Ticket:
+    """A request that waits for a backend or, once granted, holds a lease of it.
+
+    `outcome` is None while it waits, GRANTED, or the Problem it was refused with.
+    A loose ticket's lease ends when its model is stopped; nobody waits for it.
+    """
+
+    __slots__ = (
+        "number", "slot", "arrived", "is_loose", "is_by_hand",
+        "victims", "generation", "outcome", "waiter",
+    )  # fmt: skip
+
+    def __init__(self, number, slot, arrived, is_loose=False, is_by_hand=False):
+        self.number = number
+        self.slot = slot
+        self.arrived = arrived
+        self.is_loose = is_loose
+        self.is_by_hand = is_by_hand
+        self.victims = frozenset()
+        self.generation = None
+        self.outcome = None
+        self.waiter = None  # the caller's own
+
+    def __repr__(self):
+        return f"Ticket({self.number}, {self.slot.name!r})"
+
+
+GRANTED = "granted"
+
+
+class Slot:
+    """One model's place in the schedule: its state, its leases and what was learned.
+
+    Only the Scheduler changes it.
+    """
+
+    def __init__(self, name: str, spec: Spec):
+        self.name = name
+        self.spec = spec
+        self.state = State.UNLOADED
+        self.generation = 0
+        self.in_flight = 0
+        self.loose = 0
+        self.waiting = 0  # tickets in the queue
+        self.last_grant = -math.inf
+        self.started_at = self.stopped_at = self.ready_at = self.idle_since = 0.0
+        self.fell_idle = None  # when the pause that runs now began
+        self.pauses = collections.deque(maxlen=8)
+        self.load_seconds = self.stop_seconds = None
+        self.failures = 0
+        self.last_failure = None
+        self.retry_at = -math.inf
+        self.idle_timeout = None  # as a request set it, until unloaded; inf: never
+        self.unload_by = None  # stopped by hand: no grants; leases are cut then
+        self.stop_cause = None
+        self.is_asleep = False  # it is, or was when it was told to stop
+        self.is_falling_asleep = False  # it was told to sleep, not to stop
+        self.successor = None  # the Spec that a reload puts here once this one is gone
+        self.removal = None  # the Problem its tickets meet since a reload dropped it
+
+    def advance(self, event: Event):
+        """Move to the next state; a KeyError is a bug found."""
+        self.state = NEXT_STATE[self.state][event]
+
+    @property
+    def is_held(self) -> bool:
+        return self.state is not State.UNLOADED
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.in_flight or self.waiting)
+
+    @property
+    def is_retiring(self) -> bool:
+        return self.successor is not None or self.removal is not None
+
+    @property
+    def needs_room(self) -> bool:
+        return bool(self.spec.takes_place or self.spec.needs)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it grants nothing because it is to go, whoever asks."""
+        return self.is_retiring or self.unload_by is not None
+
+    def holding(self) -> Holding:
+        """What it takes now."""
+        if self.is_asleep:
+            places = int(self.spec.takes_place and not self.spec.can_sleep)
+            return Holding(self.name, places, self.spec.sleep_needs)
+        return self.full_holding()
+
+    def full_holding(self) -> Holding:
+        """What it takes when loaded."""
+        return Holding(self.name, int(self.spec.takes_place), self.spec.needs)
+
+    def note_arrival(self, now: float):
+        """A request came: the pause since the model fell idle, if any, is over."""
+        if self.fell_idle is not None:
+            self.pauses.append(now - self.fell_idle)
+            self.fell_idle = None
+
+    def note_idle(self, now: float):
+        """Its last request left, answered or not."""
+        self.idle_since = now
+        if self.is_idle:
+            self.fell_idle = now
+
+    def note_failure(self, problem: Problem, now: float):
+        """A load failed; from the third in a row on, the next must wait."""
+        self.failures += 1
+        self.last_failure = problem
+        surplus = self.failures - FREE_FAILURES
+        if surplus >= 0:
+            self.retry_at = now + min(LONGEST_BACK_OFF, 2.0 ** min(surplus, 16))
+
+    def forgive(self):
+        """Forget failed loads: the next start is free."""
+        self.failures, self.retry_at = 0, -math.inf
+
+    def swap_cost(self, newcomer: "Slot") -> float:
+        """Seconds to stop this model, load the newcomer, and load this one again."""
+        loads = [self.load_seconds, newcomer.load_seconds]
+        known = sum(seconds for seconds in loads + [self.stop_seconds] if seconds)
+        if None in loads:
+            known = max(known, UNKNOWN_COST)
+        return min(known, LONGEST_PATIENCE)
+
+    def return_gap(self, cost: float) -> float:
+        """Seconds of silence after which its clients are taken not to come back soon."""
+        short = [pause for pause in self.pauses if pause < cost / 4]
+        if not short or 2 * len(short) < len(self.pauses):
+            return SHORTEST_GAP
+        return max(SHORTEST_GAP, 2 * max(short))
+
+    def unload_at(self) -> Optional[float]:
+        """When it is to be unloaded for being idle; None: not as things are."""
+        timeout = self.idle_timeout
+        if timeout is None:
+            timeout = self.spec.idle_timeout or math.inf
+        if self.spec.is_pinned or timeout == math.inf or self.loose or not self.is_idle:
+            return None
+        return max(self.idle_since, self.ready_at) + timeout
+
+
+def choose_victims(
+    candidates: Iterable[Slot], makes_room: Callable[[FrozenSet[Slot]], bool]
+) -> Optional[FrozenSet[Slot]]:
+    """Return the candidates to evict, or None if even all of them make no room.
+
+    No busy one before any idle ones, then the fewest, then the least recently granted.
+    """
+    by_age = sorted(candidates, key=lambda slot: slot.last_grant)
+    if not makes_room(frozenset(by_age)):
+        return None
+    idle = [slot for slot in by_age if slot.is_idle]
+    busy = [slot for slot in by_age if not slot.is_idle]
+    busy = _fewest(busy, lambda chosen: makes_room(chosen.union(idle)))
+    return busy | _fewest(idle, lambda chosen: makes_room(chosen | busy))
+
+
+def _fewest(slots: List[Slot], makes_room) -> FrozenSet[Slot]:
+    """The smallest sufficient choice, older slots first. All of them must suffice.
+
+    Beyond a few thousand choices it settles for one that has no member too many.
+    """
+    tries = (
+        frozenset(choice)
+        for size in range(len(slots) + 1)
+        for choice in itertools.combinations(slots, size)
+    )
+    for choice in itertools.islice(tries, 2000):
+        if makes_room(choice):
+            return choice
+    chosen = frozenset(slots)
+    for slot in reversed(slots):
+        if makes_room(chosen - {slot}):
+            chosen -= {slot}
+    return chosen
+
+
+class Scheduler:
+    """Decides which models run and which tickets are served. See the banner above."""
+
+    def __init__(self, limits: Limits, specs: Mapping[str, Spec]):
+        self.limits = limits
+        self.slots = {name: Slot(name, spec) for name, spec in specs.items()}
+        self.look_again = math.inf
+        self._held = {}  # name -> Slot, those that are not unloaded
+        self._queue = {}  # number -> Ticket, oldest first
+        self._numbers = itertools.count(1)
+        self._generations = itertools.count(1)  # of all models: names come and go
+        self._decisions = []  # taken since the last decide(), some by events
+        self._leaving = {}  # Slot -> the oldest ticket that it drains for
+        self._going = {}  # those and the victims to be -> when they begin to drain
+        self._closing = None  # the Problem that every ticket meets once closed
+
+    # -- events: requests ------------------------------------------------------------
+
+    def submit(self, name: str, now: float, is_loose=False, is_by_hand=False) -> Ticket:
+        """Queue a request for the model; the next `decide` may grant or refuse it.
+
+        By hand (load it, serve nobody): its lease ends at once and failures are forgiven.
+        """
+        slot = self.slots[name]
+        ticket = Ticket(next(self._numbers), slot, now, is_loose, is_by_hand)
+        if is_by_hand:
+            slot.forgive()
+        else:
+            slot.note_arrival(now)
+        self._queue[ticket.number] = ticket
+        slot.waiting += 1
+        return ticket
+
+    def withdraw(self, ticket: Ticket, now: float):
+        """The client of a ticket is gone, whether it waits, is granted or was refused."""
+        if ticket.number in self._queue:
+            self._leave_queue(ticket)
+            ticket.slot.note_idle(now)
+        elif ticket.outcome is GRANTED:
+            self.release(ticket, now)
+
+    def release(self, ticket: Ticket, now: float):
+        """The request of a granted ticket has ended; call it once."""
+        slot = ticket.slot
+        if ticket.generation != slot.generation or not slot.is_held:
+            return  # its backend went first and took all leases along
+        if ticket.is_loose:
+            slot.loose -= 1
+        else:
+            slot.in_flight -= 1
+        slot.note_idle(now)
+
+    def keep_alive(self, name: str, seconds: float):
+        """Set the idle timeout of a model until it unloads; below 0: never unload."""
+        self.slots[name].idle_timeout = seconds if seconds >= 0 else math.inf
+
+    # -- events: backends ------------------------------------------------------------
+
+    def loaded(self, name: str, generation: int, now: float):
+        """The backend is ready: loaded, or awake again."""
+        slot = self._slot_of(name, generation)
+        if slot is None:
+            return
+        if slot.state is State.LOADING:
+            slot.load_seconds = now - slot.started_at
+            slot.ready_at = slot.idle_since = now
+            slot.forgive()
+            slot.last_failure = None
+        slot.advance(Event.LOADED)
+        slot.is_asleep = False
+
+    def found(self, name: str, now: float) -> int:
+        """The backend ran before we did; return the generation it has from now on."""
+        slot = self.slots[name]
+        slot.advance(Event.FOUND)
+        slot.generation = next(self._generations)
+        slot.ready_at = slot.idle_since = now
+        self._held[name] = slot
+        return slot.generation
+
+    def slept(self, name: str, generation: int, now: float):
+        """The backend sleeps: as it was told to, or by its own choice."""
+        slot = self._slot_of(name, generation)
+        if slot is None:
+            return
+        if slot.state is State.UNLOADING:
+            if not slot.is_falling_asleep:
+                return  # of its own choice, but it goes
+            slot.stop_seconds = now - slot.stopped_at
+            slot.stop_cause = None
+            self._spare(slot)
+        slot.advance(Event.SLEPT)
+        slot.is_asleep = slot.state is State.SLEEPING
+
+    def exited(
+        self, name: str, generation: int, now: float, failure: Optional[Problem] = None
+    ):
+        """The backend is gone and holds nothing. `failure`: why, if nobody stopped it."""
+        slot = self._slot_of(name, generation)
+        if slot is None:
+            return
+        if slot.state is State.UNLOADING:
+            slot.stop_seconds = now - slot.stopped_at
+        elif slot.state is State.LOADING:
+            failure = failure or Problem(f"{name} ended while it was loading")
+            slot.note_failure(failure, now)
+            self._refuse_waiting(slot, failure)
+        elif failure is not None:
+            slot.last_failure = failure
+        slot.advance(Event.EXITED)
+        self._clear(slot)
+
+    def _slot_of(self, name, generation):
+        slot = self.slots.get(name)
+        if slot is None or slot.generation != generation or not slot.is_held:
+            return None
+        return slot
+
+    def _clear(self, slot):
+        """Nothing of the slot's last life is left; a reload may now take effect."""
+        del self._held[slot.name]
+        self._spare(slot)
+        slot.in_flight = slot.loose = 0
+        slot.is_asleep = False
+        slot.idle_timeout = slot.unload_by = slot.stop_cause = None
+        if slot.removal is not None:
+            del self.slots[slot.name]
+        elif slot.successor is not None:
+            slot.spec, slot.successor = slot.successor, None
+            slot.forgive()
+
+    def _spare(self, slot):
+        """It has made room: nobody has a claim on its next life."""
+        for ticket in self._queue.values():
+            ticket.victims -= {slot}
+
+    # -- events: people --------------------------------------------------------------
+
+    def unload(self, name: str, now: float, problem: Problem) -> bool:
+        """Stop a model by hand; who waits for it is refused. False if it is unloaded.
+
+        Requests in flight have its stop timeout to end, then their backend goes.
+        """
+        slot = self.slots[name]
+        self._refuse_waiting(slot, problem)
+        if slot.is_held and slot.unload_by is None:
+            slot.unload_by = now + slot.spec.stop_timeout
+        return slot.is_held
+
+    def configure(
+        self, limits: Limits, specs: Mapping[str, Spec], changed: Iterable[str], gone
+    ):
+        """Take over a new configuration.
+
+        Backends in `changed` drain and are replaced, those not in `specs` drain and go;
+        `gone(name)` gives the Problem for tickets of the latter. No lease is cut.
+        """
+        self.limits = limits
+        changed = set(changed)
+        for name in [name for name in self.slots if name not in specs]:
+            self._remove(self.slots[name], gone(name))
+        for name, spec in specs.items():
+            slot = self.slots.setdefault(name, Slot(name, spec))
+            if slot.is_held and (name in changed or slot.is_retiring):
+                slot.successor, slot.removal = spec, None
+            else:
+                slot.spec = spec
+                if name in changed:
+                    slot.forgive()
+
+    def refuse_waiting(self, name: str, problem: Problem):
+        """Refuse every ticket that waits for the model."""
+        self._refuse_waiting(self.slots[name], problem)
+
+    def _remove(self, slot, problem):
+        self._refuse_waiting(slot, problem)
+        if slot.is_held:
+            slot.removal, slot.successor = problem, None
+        else:
+            del self.slots[slot.name]
+
+    def close(self, problem: Problem):
+        """Refuse every ticket that waits, and from now on every new one."""
+        self._closing = problem
+        for ticket in list(self._queue.values()):
+            self._refuse(ticket, problem)
+
+    def stop_all(self, now: float):
+        """Stop every backend now, whoever uses it."""
+        for slot in self._held.values():
+            slot.unload_by = -math.inf
+
+    # -- what is ---------------------------------------------------------------------
+
+    @property
+    def queued(self) -> int:
+        """How many tickets wait."""
+        return len(self._queue)
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests are with a backend, loose ones aside."""
+        return sum(slot.in_flight for slot in self._held.values())
+
+    @property
+    def held(self) -> Iterable[Slot]:
+        """The slots that are not unloaded."""
+        return self._held.values()
+
+    # -- decisions -------------------------------------------------------------------
+
+    def decide(self, now: float) -> List[NamedTuple]:
+        """Return what is to be done now, in this order, and set `look_again`."""
+        while self._serve_queue(now) or self._stop_the_leaving(now):
+            pass  # what was done may let others do more
+        decisions, self._decisions = self._decisions, []
+        return decisions
+
+    def _look_again_at(self, moment):
+        self.look_again = min(self.look_again, moment)
+
+    def _chosen_victims(self):
+        chosen = {}
+        for ticket in self._queue.values():
+            for victim in ticket.victims:
+                chosen.setdefault(victim, ticket)
+        return chosen
+
+    def _serve_queue(self, now):
+        """Walk the queue once; say whether that changed anything."""
+        self.look_again = math.inf
+        self._leaving = self._chosen_victims()
+        self._going = dict.fromkeys(self._leaving, -math.inf)
+        before = len(self._decisions), len(self._leaving)
+        ahead = {}  # name -> what older tickets wait for
+        waiting, is_full = 0, False  # whether what is ahead alone fills the limits
+        for ticket in list(self._queue.values()):
+            is_first = ticket.slot.name not in ahead
+            if self._settle(ticket, is_first, waiting, now):
+                continue
+            waiting += 1
+            if is_first:
+                is_full = self._pursue(ticket, ahead, is_full, now)
+                ahead[ticket.slot.name] = ticket.slot
+        return before != (len(self._decisions), len(self._leaving))
+
+    def _settle(self, ticket, is_first, waiting, now):
+        """Grant or refuse a ticket if it is time to; say whether it was."""
+        queue_max = self.limits.queue_max
+        if self._refuse_early(ticket, now):
+            return True
+        if is_first and self._may_grant(ticket):
+            self._grant(ticket, now)
+        elif queue_max and waiting >= queue_max:
+            self._refuse(ticket, QueueFull(queue_max))
+        else:
+            return False
+        return True
+
+    def _refuse_early(self, ticket, now):
+        """Refuse a ticket that has no chance or no time left; say whether it was so."""
+        slot, limits = ticket.slot, self.limits
+        if self._closing:
+            self._refuse(ticket, self._closing)
+        elif slot.removal is not None:
+            self._refuse(ticket, slot.removal)
+        elif limits.queue_timeout and now >= ticket.arrived + limits.queue_timeout:
+            if self._may_grant(ticket):
+                return False
+            self._refuse(ticket, QueueTimeout(slot.name, limits.queue_timeout))
+        elif not slot.is_held and now < slot.retry_at:
+            self._refuse(ticket, BackingOff(slot.last_failure, slot.retry_at - now))
+        else:
+            if limits.queue_timeout:
+                self._look_again_at(ticket.arrived + limits.queue_timeout)
+            return False
+        return True
+
+    def _may_grant(self, ticket):
+        slot = ticket.slot
+        if slot.state is not State.LOADED or slot.is_closed:
+            return False
+        drains_for = self._leaving.get(slot)
+        if drains_for is not None and drains_for.number < ticket.number:
+            return False
+        limit = slot.spec.concurrency
+        return not limit or slot.in_flight < limit or ticket.is_loose
+
+    def _grant(self, ticket, now):
+        self._leave_queue(ticket)
+        slot = ticket.slot
+        ticket.generation = slot.generation
+        ticket.outcome = GRANTED
+        if ticket.is_by_hand:
+            slot.note_idle(now)
+        else:
+            slot.last_grant = now
+            if ticket.is_loose:
+                slot.loose += 1
+            else:
+                slot.in_flight += 1
+        self._decisions.append(Grant(ticket))
+
+    def _refuse(self, ticket, problem):
+        self._leave_queue(ticket)
+        ticket.outcome = problem
+        self._decisions.append(Refuse(ticket, problem))
+
+    def _refuse_waiting(self, slot, problem):
+        if slot.waiting:
+            for ticket in [t for t in self._queue.values() if t.slot is slot]:
+                self._refuse(ticket, problem)
+
+    def _leave_queue(self, ticket):
+        del self._queue[ticket.number]
+        ticket.victims = frozenset()
+        ticket.slot.waiting -= 1
+
+    def _pursue(self, ticket, ahead, is_full, now):
+        """Get the ticket's model loaded: start it, or make room, or wait for room.
+
+        Return whether what is ahead, this model included, fills the limits, so that no
+        younger ticket can start anything that takes room.
+        """
+        slot = ticket.slot
+        may_start = slot.state in (State.UNLOADED, State.SLEEPING) and not slot.is_closed
+        if not slot.needs_room:
+            if may_start:
+                self._start(ticket, now)
+            return is_full
+        wanted = [each.full_holding() for each in ahead.values()]
+        wanted.append(slot.full_holding())
+        if is_full or not self.limits.allow(wanted):
+            return True
+        if may_start:
+            self._make_way(ticket, wanted, set(ahead) | {slot.name}, now)
+        return False
+
+    def _make_way(self, ticket, wanted, names, now):
+        if not self._may_stay(wanted, names, self._going.keys()):
+            self._choose(ticket, wanted, names, now)
+        elif self._has_room(ticket.slot):
+            self._start(ticket, now)
+
+    def _has_room(self, slot):
+        """Whether it fits now, beside everything that is there or still there."""
+        others = [each.holding() for each in self._held.values() if each is not slot]
+        return self.limits.allow(others + [slot.full_holding()])
+
+    def _may_stay(self, wanted, names, going):
+        """Whether what is wanted fits once the departing and `going` are gone."""
+        staying = [
+            each.holding()
+            for each in self._held.values()
+            if each.name not in names and each not in going and not self._departs(each)
+        ]
+        return self.limits.allow(staying + wanted)
+
+    def _departs(self, slot):
+        return slot.state is State.UNLOADING or slot.is_closed
+
+    def _start(self, ticket, now):
+        slot = ticket.slot
+        is_wake = slot.state is State.SLEEPING
+        slot.advance(Event.START)
+        slot.is_asleep = False
+        if not is_wake:
+            slot.generation = next(self._generations)
+        slot.started_at = now
+        ticket.victims = frozenset()
+        self._held[slot.name] = slot
+        self._decisions.append(Start(slot.name, slot.generation, is_wake))
+
+    def _choose(self, ticket, wanted, names, now):
+        """Choose victims for the ticket, or name the time when they may be chosen."""
+        candidates = [
+            slot
+            for slot in self._held.values()
+            if slot.name not in names
+            and slot not in self._going
+            and not self._departs(slot)
+            and self._is_evictable(slot)
+        ]
+        victims = choose_victims(
+            candidates,
+            lambda chosen: self._may_stay(wanted, names, chosen.union(self._going)),
+        )
+        if victims is None:
+            return  # who is loading for someone, or pinned, stands in the way
+        due = max(self._due(ticket, victim, now) for victim in victims)
+        due = max(due, *self._going.values(), -math.inf)
+        self._going.update(dict.fromkeys(victims, due))
+        if due > now:
+            self._look_again_at(due)
+            return
+        ticket.victims = victims
+        for victim in victims:
+            self._leaving[victim] = ticket
+
+    def _is_evictable(self, slot):
+        if slot.spec.is_pinned or not slot.needs_room:
+            return False
+        if slot.state is State.SLEEPING and slot.spec.can_sleep:
+            return bool(slot.spec.sleep_needs)
+        return slot.state is not State.LOADING or not slot.waiting
+
+    def _due(self, ticket, victim, now):
+        """When the victim may begin to drain for the ticket."""
+        if victim.state is not State.LOADED:
+            return now  # sleeping, or a load that nobody waits for any more
+        cost = victim.swap_cost(ticket.slot)
+        patience = cost if self.limits.patience is None else self.limits.patience
+        due = max(ticket.arrived, victim.ready_at) + patience
+        if victim.is_idle:
+            due = min(due, victim.idle_since + victim.return_gap(cost))
+        return due
+
+    def _stop_the_leaving(self, now):
+        """Stop who has drained, for whatever reason, or is idle; say whether any was."""
+        before = len(self._decisions)
+        for slot in list(self._held.values()):
+            if slot.state is State.UNLOADING:
+                continue
+            if slot.unload_by is not None:
+                self._stop_by_hand(slot, now)
+            elif slot.is_retiring:
+                if not slot.in_flight:
+                    self._stop(slot, now, "reload")
+            elif slot in self._leaving:
+                self._stop_victim(slot, now)
+            elif slot.state is not State.LOADING:
+                self._stop_if_idle(slot, now)
+        return len(self._decisions) != before
+
+    def _stop_by_hand(self, slot, now):
+        if slot.state is State.LOADING or not slot.in_flight or now >= slot.unload_by:
+            self._stop(slot, now, "shutdown" if self._closing else "unload")
+        else:
+            self._look_again_at(slot.unload_by)
+
+    def _stop_victim(self, slot, now):
+        ticket = self._leaving[slot]
+        if not slot.in_flight:
+            is_abandoned = slot.state is State.LOADING
+            cause = "abandoned" if is_abandoned else "evicted"
+            self._stop(slot, now, cause, ticket.slot.name)
+
+    def _stop_if_idle(self, slot, now):
+        moment = slot.unload_at()
+        if moment is None:
+            return
+        if now >= moment:
+            self._stop(slot, now, "idle")
+        else:
+            self._look_again_at(moment)
+
+    def _stop(self, slot, now, cause, newcomer=None):
+        to_sleep = (
+            cause == "evicted" and slot.spec.can_sleep and slot.state is State.LOADED
+        )
+        slot.advance(Event.STOP)
+        slot.stopped_at = now
+        slot.stop_cause = cause
+        slot.is_falling_asleep = to_sleep
+        self._decisions.append(
+            Stop(slot.name, slot.generation, cause, newcomer, to_sleep)
+        )
+
+
+# ==================================================================================
+# 4  Backends: one life of one model server, told in one place from spawn to death.
+#    Never knows the Scheduler, the Pool, clients, other models, or any lock.
+#
+#        spawn ──> await health ──> ready ──> await end ──> stop ──> reap ──> settle
+#                   │  on_loaded ───┘              │                          │
+#                   └── exit, stop or timeout ─────┴──────────── on_exited ───┘
+#
+#    One thread lives one life. It sleeps in one poll() over the child's exit, its
+#    output, its answer to a health check, and a bell that others ring to stop it.
+# ==================================================================================
+
+TICK = 0.5  # s; how long a relay's socket may be silent before the client is looked at
+HEALTH_PATIENCE = 5.0  # s; a health check that was not answered by then is asked anew
+IDLE_CONNECTIONS = 16  # kept to one backend
+LAST_LINES = 200  # kept of what a backend wrote
+LONGEST_LINE = 16384  # bytes; a longer one is cut into several
+PORT_TRIES = 3
+
+
+def free_port() -> int:
+    """Return a port that is free on loopback now, outside the ephemeral range if it can.
+
+    Outgoing connections never take a port from outside that range.
+    """
+    low, high = _ephemeral_range()
+    outside = [*range(max(10000, low - 20000), low), *range(high + 1, 65536)]
+    for port in random.sample(outside, min(50, len(outside))) + [0]:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+                return probe.getsockname()[1]
+            except OSError:
+                continue
+    raise StartFailed("no free port was found on 127.0.0.1")
+
+
+def _ephemeral_range():
+    try:
+        with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+            low, high = file.read().split()
+        return int(low), int(high)
+    except (OSError, ValueError):
+        return 32768, 60999
+
+
+class Bell:
+    """Wakes the thread that polls `fileno()`. Anyone may ring; nobody can ring a bell
+    that is gone, because it closes with its last reference."""
+
+    def __init__(self):
+        self._hear, self._pull = os.pipe()
+        os.set_blocking(self._hear, False)
+        os.set_blocking(self._pull, False)
+
+    def fileno(self) -> int:
+        return self._hear
+
+    def ring(self):
+        try:
+            os.write(self._pull, b"!")
+        except BlockingIOError:
+            pass  # it rings already
+
+    def silence(self):
+        try:
+            os.read(self._hear, 4096)
+        except BlockingIOError:
+            pass
+
+    def __del__(self):
+        os.close(self._hear)
+        os.close(self._pull)
+
+
+# -- whose port is it? -----------------------------------------------------------------
+
+
+def listening_inodes(port: int) -> Set[str]:
+    """Return the inodes of the sockets to which 127.0.0.1:`port` may lead."""
+    exact, wild = set(), set()
+    for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
+        for fields in _table_rows(table):
+            address, _, number = fields[1].rpartition(":")
+            if fields[3] != "0A" or int(number, 16) != port:
+                continue
+            if address == "0100007F":
+                exact.add(fields[9])
+            elif not address.strip("0") or address.endswith("FFFF00000100007F"):
+                wild.add(fields[9])
+    return exact or wild
+
+
+def _table_rows(path):
+    try:
+        with open(path) as file:
+            next(file, None)
+            return [line.split() for line in file]
+    except OSError:
+        return []
+
+
+def holder_of(inode: str, likely: Iterable[int] = ()) -> Optional[int]:
+    """Return a process that has this socket open, `likely` ones first, or None."""
+    target = f"socket:[{inode}]"
+    seen = set()
+    for pid in itertools.chain(likely, _all_processes()):
+        if pid in seen:
+            continue
+        seen.add(pid)
+        try:
+            with os.scandir(f"/proc/{pid}/fd") as entries:
+                if any(os.readlink(entry.path) == target for entry in entries):
+                    return pid
+        except OSError:
+            continue  # gone, or another user's
+    return None
+
+
+def _all_processes():
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+class ProcessStat(NamedTuple):
+    """What /proc says of a process: group, session, and start in ticks since boot."""
+
+    group: int
+    session: int
+    start: int
+
+
+def process_stat(pid: int) -> Optional[ProcessStat]:
+    """Return it, or None where there is no such process or no /proc."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return ProcessStat(int(fields[2]), int(fields[3]), int(fields[19]))
+
+
+def stranger_on(port: int, child: int, may_hide: bool) -> Optional[str]:
+    """Return who holds the port if it is not the child's process group, else None.
+
+    `may_hide`: the listener may be somebody else's (a container engine's) if it is not
+    older than the child; where nothing can be seen, the listener is believed.
+    """
+    birth = process_stat(child)
+    if birth is None:
+        return None
+    for inode in listening_inodes(port):
+        holder = holder_of(inode, [child])
+        found = process_stat(holder) if holder else None
+        if found is None or birth.session == found.session or birth.group == found.group:
+            continue
+        if not may_hide or found.start < birth.start:
+            return f"process {holder} ({process_name(holder)})"
+    return None
+
+
+def process_name(pid: int) -> str:
+    """Return the process's short name, or `?`."""
+    try:
+        with open(f"/proc/{pid}/comm") as file:
+            return file.read().strip()
+    except OSError:
+        return "?"
+
+
+# -- connections to a backend ----------------------------------------------------------
+
+
+class Upstream:
+    """Where a backend listens, and the connections to it. Any thread may call.
+
+    The sockets block for TICK at most, then raise BlockingIOError.
+    """
+
+    def __init__(self, url: str):
+        parts = urllib.parse.urlsplit(url)
+        self.host = parts.hostname or "127.0.0.1"
+        self.is_tls = parts.scheme == "https"
+        self.port = parts.port or (443 if self.is_tls else 80)
+        self.authority = parts.netloc.rpartition("@")[2]
+        self.base_path = parts.path.rstrip("/")
+        self._idle = collections.deque()
+        self._active = set()
+        self._is_closed = False
+
+    def connect(self) -> Tuple[socket.socket, bool]:
+        """Return a connection and whether it was used before. Raise OSError."""
+        while self._idle:
+            try:
+                sock = self._idle.pop()
+            except IndexError:
+                break
+            if _is_quiet(sock):
+                self._active.add(sock)
+                return sock, True
+            sock.close()
+        sock = self._dial()
+        self._active.add(sock)
+        if self._is_closed:
+            self.drop(sock)
+            raise ConnectionAbortedError("the backend is being stopped")
+        return sock, False
+
+    def _dial(self):
+        sock = socket.create_connection((self.host, self.port), timeout=10)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.is_tls:
+            sock = _tls_context().wrap_socket(sock, server_hostname=self.host)
+            sock.settimeout(TICK)
+        else:
+            set_tick(sock)
+        return sock
+
+    def give_back(self, sock: socket.socket):
+        """Take back a connection on which a whole answer was read."""
+        self._active.discard(sock)
+        if self._is_closed or len(self._idle) >= IDLE_CONNECTIONS:
+            sock.close()
+        else:
+            self._idle.append(sock)
+            if self._is_closed:  # it closed in between
+                self._close_idle()
+
+    def drop(self, sock: socket.socket):
+        """Close a connection for good; the backend notices and stops generating."""
+        self._active.discard(sock)
+        sock.close()
+
+    def close(self):
+        """Close what is idle and cut what is not; from now on nobody can connect."""
+        self._is_closed = True
+        self._close_idle()
+        for sock in list(self._active):
+            try:
+                sock.shutdown(socket.SHUT_RDWR)  # close() would not wake its reader
+            except OSError:
+                pass  # it broke already
+
+    def _close_idle(self):
+        while self._idle:
+            try:
+                self._idle.pop().close()
+            except IndexError:
+                break
+
+
+def set_tick(sock: socket.socket):
+    """Make the socket block for TICK at most: cheaper than a poll before each read."""
+    sock.settimeout(None)
+    interval = struct.pack("ll", 0, int(TICK * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
+
+
+def _is_quiet(sock):
+    """Whether the other side neither closed nor said anything unasked."""
+    try:
+        sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
+
+
+@functools.lru_cache(maxsize=None)
+def _tls_context():
+    import ssl  # 3 MB that only https upstreams pay for
+
+    return ssl.create_default_context()
+
+
+class Health(enum.Enum):
+    """What a health check found so far."""
+
+    PENDING = "no answer yet"
+    READY = "ready"
+    NOT_YET = "not ready"
+
+
+class HealthCheck:
+    """Asks a backend whether it is ready, without ever blocking.
+
+    Poll its `fileno()` for `events`, then call `advance`. `may_ask()` is called once
+    connected, before a byte is sent. `path` None: who accepts is ready.
+    """
+
+    def __init__(self, upstream: Upstream, path: Optional[str], may_ask):
+        self._path = path
+        self._may_ask = may_ask
+        self._upstream = upstream
+        self._answer = b""
+        self.events = select.POLLOUT
+        self._sock = socket.socket()
+        self._sock.setblocking(False)
+        self._refusal = self._sock.connect_ex((upstream.host, upstream.port))
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def advance(self) -> Health:
+        """Go on as far as it goes without waiting."""
+        if self._refusal not in (0, errno.EINPROGRESS):
+            return Health.NOT_YET
+        try:
+            if self.events == select.POLLOUT:
+                return self._ask()
+            return self._hear()
+        except BlockingIOError:
+            return Health.PENDING
+        except OSError:
+            return Health.NOT_YET
+
+    def _ask(self):
+        self._refusal = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if self._refusal:
+            return Health.NOT_YET
+        self._sock.getpeername()  # ENOTCONN: not connected yet
+        if not self._may_ask():
+            return Health.NOT_YET
+        if self._path is None:
+            return Health.READY
+        target = self._upstream.base_path + self._path
+        self._sock.send(
+            f"GET {target} HTTP/1.1\r\nHost: {self._upstream.authority}\r\n"
+            "Connection: close\r\n\r\n".encode()
+        )
+        self.events = select.POLLIN
+        return Health.PENDING
+
+    def _hear(self):
+        piece = self._sock.recv(256)
+        self._answer += piece
+        if len(self._answer) < 12 and piece:
+            return Health.PENDING
+        is_ok = re.match(rb"HTTP/1\.[01] 200", self._answer)
+        return Health.READY if is_ok else Health.NOT_YET
+
+    def close(self):
+        self._sock.close()
+
+
+# -- the guard -------------------------------------------------------------------------
+
+# Reads "+ PGID" and "- PGID"; at the end of its input llmswap is dead: TERM, then KILL.
+GUARD_SCRIPT = r"""
+trap '' TERM INT HUP QUIT
+groups=' '
+while read -r sign group; do
+  case $sign in
+    +) groups="$groups$group " ;;
+    -) while :; do case $groups in
+         *" $group "*) groups="${groups%%" $group "*} ${groups#*" $group "}" ;;
+         *) break ;;
+       esac; done ;;
+  esac
+done
+for group in $groups; do kill -TERM -- "-$group" 2>/dev/null; done
+[ "$groups" = ' ' ] || sleep 0.5
+for group in $groups; do kill -KILL -- "-$group" 2>/dev/null; done
+"""
+
+# The child tells the guard its group before it becomes the model server: whoever dies
+# when, there is no moment at which the server runs and the guard does not know it.
+SPAWN_SCRIPT = r"""
+echo "+ $$" >&0
+{ echo "$1" >/proc/self/oom_score_adj; } 2>/dev/null
+shift
+exec "$@" </dev/null
+"""
+
+
+class Guard:
+    """A process that kills what is left of our children should we be killed.
+
+    Its input is a pipe of which we keep both ends, so it outlives a dead guard, and the
+    next one is told every group. Any thread may call.
+    """
+
+    def __init__(self):
+        self._read_end, self.fd = os.pipe()
+        self._groups = set()
+        self._process = None
+        self._is_closing = False
+
+    def start(self):
+        """Start the guard and a thread that replaces it whenever it dies."""
+        self._launch()
+        threading.Thread(target=self._watch, name="guard", daemon=True).start()
+
+    def _launch(self):
+        self._process = subprocess.Popen(
+            ["/bin/sh", "-c", GUARD_SCRIPT, "llmswap-guard"],
+            stdin=self._read_end,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            cwd="/",
+        )
+
+    def _watch(self):
+        while not self._is_closing:
+            self._process.wait()
+            if not self._is_closing:
+                self._launch()
+                for group in list(self._groups):
+                    self._tell("+", group)
+                time.sleep(0.1)  # a guard that cannot live must not eat the processor
+
+    def _tell(self, sign, group):
+        os.write(self.fd, f"{sign} {group}\n".encode())
+
+    def watch(self, group: int):
+        """Be responsible for this process group."""
+        self._groups.add(group)
+        self._tell("+", group)
+
+    def forget(self, group: int):
+        """The group is dead; its number may soon be another's."""
+        self._groups.discard(group)
+        self._tell("-", group)
+
+    def close(self):
+        """End the guard; call when no group is left."""
+        self._is_closing = True
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+
+
+# -- before a start --------------------------------------------------------------------
+
+
+def clean_environment(extra: Mapping[str, str]) -> Dict[str, str]:
+    """Return our environment without what is meant for us alone, and with `extra`."""
+    foreign = re.compile(
+        "LISTEN_|WATCHDOG_|LLMSWAP_|(NOTIFY_SOCKET|JOURNAL_STREAM|LLAMA_API_KEY"
+        "|LLAMA_SERVER_ROUTER_PORT)$"
+    )
+    kept = {name: value for name, value in os.environ.items() if not foreign.match(name)}
+    return {**kept, **extra}
+
+
+def find_program(name: str, environment: Mapping[str, str], cwd: Optional[str]) -> str:
+    """Return the path of the program as the child will find it. Raise StartFailed."""
+    base = cwd or os.getcwd()
+    if os.sep in name:
+        found = os.path.join(base, name)
+        if os.path.isfile(found) and os.access(found, os.X_OK):
+            return found
+        reason = "is not executable" if os.path.exists(found) else "does not exist"
+        raise StartFailed(f"{found} {reason}")
+    found = shutil.which(name, path=environment.get("PATH", os.defpath))
+    if found is None:
+        raise StartFailed(f"there is no program {name!r} on the PATH")
+    return os.path.join(base, found)
+
+
+_option_tables = {}
+
+
+def options_of(binary: str) -> OptionTable:
+    """Return the options that this llama-server says it has, else the built-in ones.
+
+    It is asked once for each version of the file, 10 s at most. Any thread may call.
+    """
+    try:
+        path = find_program(binary, os.environ, None)
+        status = os.stat(path)
+        key = (path, status.st_size, status.st_mtime_ns)
+    except (StartFailed, OSError):
+        return BUILT_IN_OPTIONS
+    if key not in _option_tables:
+        _option_tables[key] = _ask_for_options(path) or BUILT_IN_OPTIONS
+    return _option_tables[key]
+
+
+def _ask_for_options(path):
+    environment = {
+        name: value
+        for name, value in clean_environment({}).items()
+        if not name.startswith("LLAMA_ARG_")
+    }
+    try:
+        text = subprocess.run(
+            [path, "--help"],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=10,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return parse_help(text.decode("utf-8", "replace"))
+
+
+def table_of(model: Model) -> Optional[OptionTable]:
+    """Return the options that the model's llama-server has; None for other kinds."""
+    if model.kind != "llama-server":
+        return None
+    return options_of(model.settings.llama_server)
+
+
+def check_start(model: Model):
+    """Raise StartFailed if a start of the model is bound to fail. Reads the disk."""
+    if model.kind not in ("llama-server", "cmd"):
+        return
+    try:
+        argv = command_of(model, table_of(model), "0")
+    except ConfigError as error:
+        raise StartFailed(str(error)) from None
+    cwd = model.settings.cwd or None
+    find_program(argv[0], clean_environment(environment_of(model, "0")), cwd)
+    if model.kind == "llama-server":
+        for option, path in zip(argv, argv[1:]):
+            if option in ("--model", "--mmproj", "--model-draft"):
+                if not os.path.exists(os.path.join(cwd or "", path)):
+                    raise StartFailed(f"{path} does not exist (option {option})")
+
+
+# -- one life --------------------------------------------------------------------------
+
+
+class ProcessBackend:
+    """One run of a model server that is a child process.
+
+    `start()` returns at once. Then `on_loaded(self)` is called when it is ready, and
+    `on_exited(self, problem)` when nothing of it is left (problem: a StartFailed, or
+    None if it was stopped), both on its own thread. `on_line(text)` gets each line that
+    it writes.
+    """
+
+    def __init__(self, model: Model, guard: Guard, settle_timeout: float):
+        self.model = model
+        self.upstream = None
+        self.pid = None
+        self.port = None
+        self.started_at = time.monotonic()
+        self.on_loaded = self.on_exited = self.on_line = None
+        self.lines = collections.deque(maxlen=LAST_LINES)
+        self._guard = guard
+        self._settle_timeout = settle_timeout
+        self._bell = Bell()
+        self._process = None
+        self._is_ready = False
+        self._is_stop_asked = self._is_kill_asked = False
+        self._suspicion = None  # since when a request is silent
+        self._check = None
+        self._stranger = None
+        self._partial_line = b""
+        self._progress_at = self.started_at
+        self._has_ended = threading.Event()
+
+    def start(self):
+        """Begin the life on a thread of its own."""
+        name = f"model {self.model.name}"
+        threading.Thread(target=self._live, name=name, daemon=True).start()
+
+    def stop(self, at_once=False):
+        """Ask it to end: with its stop timeout if it is loaded, else killed."""
+        self._is_kill_asked = self._is_kill_asked or at_once
+        self._is_stop_asked = True
+        self._bell.ring()
+
+    def has_died(self, within: float) -> bool:
+        """Whether it ended unasked, now or within so many seconds. Any thread."""
+        return self._has_ended.wait(within) and not self._is_stop_asked
+
+    def suspect(self):
+        """A request has been silent for long: see whether it hangs. Any thread."""
+        if self._suspicion is None and self.model.settings.hang_timeout:
+            self._suspicion = time.monotonic()
+            self._bell.ring()
+
+    def _live(self):
+        problem = None
+        try:
+            if self._come_up():
+                self._is_ready = True
+                self.on_loaded(self)
+                self._await_end()
+            if not self._is_stop_asked:
+                problem = self._failure()
+        except Problem as error:
+            problem = error
+        except Exception as error:  # a bug or no descriptors left: never a silent thread
+            problem = StartFailed(f"{self.model.name}: {type(error).__name__}: {error}")
+        self._end()
+        self.on_exited(self, problem)
+
+    # -- coming up
+
+    def _come_up(self):
+        """Whether it became ready. If its port was taken meanwhile, take another."""
+        for _ in range(PORT_TRIES):
+            self._spawn()
+            if self._await_health():
+                return True
+            if self._is_stop_asked or not self._stranger or not self._chooses_port():
+                return False
+            self._end_process()
+        return False
+
+    def _chooses_port(self):
+        return self.upstream.port == self.port
+
+    def _spawn(self):
+        model = self.model
+        self.port = free_port()
+        try:
+            argv = command_of(model, table_of(model), str(self.port))
+            self.upstream = Upstream(proxy_of(model, str(self.port)))
+        except ConfigError as error:
+            raise StartFailed(str(error)) from None
+        environment = clean_environment(environment_of(model, str(self.port)))
+        cwd = model.settings.cwd or None
+        find_program(argv[0], environment, cwd)
+        self._stranger = self._exit_status = None
+        self._is_exited = self._is_ours = False
+        self._oom_kills = oom_kills()
+        score = str(model.settings.oom_score_adj)
+        try:
+            self._process = subprocess.Popen(
+                ["/bin/sh", "-c", SPAWN_SCRIPT, "sh", score, *argv],
+                stdin=self._guard.fd,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=cwd,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise StartFailed(f"{model.name} could not be started: {error}") from None
+        self.pid = self._process.pid
+        self._guard.watch(self.pid)
+        self._spawned_at = self._progress_at = time.monotonic()
+        self._watch_child()
+
+    def _watch_child(self):
+        self._output = self._process.stdout.fileno()
+        os.set_blocking(self._output, False)
+        self._exit_fd = _pidfd_of(self.pid)
+        self._poll = select.poll()
+        self._poll.register(self._bell, select.POLLIN)
+        self._poll.register(self._output, select.POLLIN)
+        if self._exit_fd is not None:
+            self._poll.register(self._exit_fd, select.POLLIN)
+
+    def _await_health(self):
+        """Wait until it is ready; False: it exited, or was asked to stop."""
+        next_check = 0.0
+        while not (self._is_exited or self._is_stop_asked):
+            now = time.monotonic()
+            if self._check is None and now >= next_check:
+                self._ask_health()
+                if self._is_healthy():
+                    return True
+                age = time.monotonic() - self._spawned_at
+                next_check = now + min(0.1, max(0.005, age / 100))
+            self._raise_if_stuck(now)
+            self._has_written = False
+            self._wait(next_check if self._check is None else now + 1.0)
+            if self._has_written:  # it may have said that it is ready
+                next_check = min(next_check, now + 0.005)
+            if self._check is not None and self._is_healthy():
+                return True
+        return False
+
+    def _ask_health(self):
+        path = self.model.settings.check_endpoint
+        self._asked_at = time.monotonic()
+        self._check = HealthCheck(self.upstream, path, self._is_listener_ours)
+
+    def _is_healthy(self):
+        """Whether the check that runs says ready; a check that is over is put away."""
+        found = self._check.advance()
+        if found is Health.PENDING:
+            if time.monotonic() < self._asked_at + HEALTH_PATIENCE:
+                return False
+        self._drop_check()
+        return found is Health.READY
+
+    def _drop_check(self):
+        if self._check is not None:
+            self._check.close()
+            self._check = None
+
+    def _is_listener_ours(self):
+        if not self._is_ours and self.upstream.host in ("127.0.0.1", "localhost", "::1"):
+            may_hide = self.model.kind == "cmd"
+            self._stranger = stranger_on(self.upstream.port, self.pid, may_hide)
+            self._is_ours = self._stranger is None
+            return self._is_ours
+        return True
+
+    def _raise_if_stuck(self, now):
+        limit = self.model.settings.load_timeout
+        if not limit or now < self._progress_at + limit:
+            return
+        self._end_process()
+        raise LoadTimeout(
+            f"{self.model.name} was not ready and showed no sign of progress for "
+            f"{limit:g} s{self._told()}"
+        )
+
+    # -- being there
+
+    def _await_end(self):
+        """Wait until it exits or is asked to stop; meanwhile see to suspicions."""
+        self._warn_if_score_was_refused()
+        while not (self._is_exited or self._is_stop_asked):
+            if self._suspicion is None:
+                self._wait(None)
+            else:
+                self._examine()
+
+    def _examine(self):
+        """A request is silent: ask for health; no answer in time means that it hangs."""
+        limit = self.model.settings.hang_timeout
+        if self._check is None:
+            self._ask_health()
+        self._wait(self._asked_at + min(1.0, limit))
+        if self._check.advance() is not Health.PENDING:
+            self._suspicion = None
+            self._drop_check()
+        elif time.monotonic() > self._suspicion + limit:
+            self._drop_check()
+            self._has_ended.set()
+            self._end_process()
+            raise StartFailed(
+                f"{self.model.name} hung: neither a request nor {limit:g} s of health "
+                f"checks were answered; it was stopped{self._told()}"
+            )
+
+    def _warn_if_score_was_refused(self):
+        wanted = self.model.settings.oom_score_adj
+        try:
+            with open(f"/proc/{self.pid}/oom_score_adj") as file:
+                actual = int(file.read())
+        except (OSError, ValueError):
+            return
+        if actual != wanted:
+            self.on_line(f"llmswap: oom-score-adj is {actual}, {wanted} was refused")
+
+    def _wait(self, until):
+        """Sleep until something happens, or until then; note what happened."""
+        timeout = None if until is None else max(0.0, until - time.monotonic())
+        if self._exit_fd is None:
+            timeout = min(0.05, 0.05 if timeout is None else timeout)
+        if self._check is not None:
+            self._poll.register(self._check, self._check.events)
+        events = self._poll.poll(None if timeout is None else math.ceil(timeout * 1e3))
+        if self._check is not None:
+            self._poll.unregister(self._check)
+        for fd, _ in events:
+            if fd == self._output:
+                self._read_output()
+            elif fd == self._exit_fd:
+                self._is_exited = True
+            elif fd == self._bell.fileno():
+                self._bell.silence()
+        if self._exit_fd is None:
+            self._is_exited = has_exited(self.pid)
+        if self._is_exited and self._is_ready:
+            self._has_ended.set()
+        self._note_progress()
+
+    def _note_progress(self):
+        """While it loads: memory that grows is a sign of life as good as a line."""
+        now = time.monotonic()
+        if not self._is_ready and now > self._progress_at + 1.0:
+            mark = memory_of(self.pid)
+            if mark != getattr(self, "_memory_mark", None):
+                self._memory_mark, self._progress_at = mark, now
+
+    def _read_output(self):
+        try:
+            piece = os.read(self._output, 65536)
+        except BlockingIOError:
+            return False
+        if not piece:
+            self._poll.unregister(self._output)
+            self._output = None
+            return False
+        self._progress_at = time.monotonic()
+        self._has_written = True
+        *lines, rest = (self._partial_line + piece).split(b"\n")
+        while len(rest) > LONGEST_LINE:
+            lines.append(rest[:LONGEST_LINE])
+            rest = rest[LONGEST_LINE:]
+        self._partial_line = rest
+        for line in lines:
+            self._take_line(line)
+        return True
+
+    def _take_line(self, line):
+        text = line.decode("utf-8", "replace").rstrip("\r")
+        self.lines.append(text)
+        self.on_line(text)
+
+    # -- going
+
+    def _end(self):
+        """Stop it if it runs, and wait until nothing of it is left."""
+        try:
+            if self.upstream:
+                self.upstream.close()
+            self._drop_check()
+            if self._process is not None:
+                if self._is_ready and not self._is_exited:
+                    self._ask_to_stop()
+                self._end_process()
+        except OSError as error:
+            self.on_line(f"llmswap: while it was stopped: {error}")
+
+    def _ask_to_stop(self):
+        """Let it end by itself, for as long as its stop timeout lets it."""
+        deadline = time.monotonic() + self.model.settings.stop_timeout
+        command = stop_command_of(self.model, str(self.port), str(self.pid))
+        stopper = self._run_stop_command(command) if command else None
+        if not stopper:
+            self._signal(signal.SIGTERM)
+        while not (self._is_exited or self._is_kill_asked):
+            if time.monotonic() >= deadline:
+                break
+            self._wait(deadline)
+        if stopper:
+            stopper.kill()
+            stopper.wait()
+
+    def _run_stop_command(self, command):
+        try:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=clean_environment(environment_of(self.model, str(self.port))),
+                cwd=self.model.settings.cwd or None,
+            )
+        except OSError as error:
+            self.on_line(f"llmswap: cmd-stop: {error}")
+            return None
+
+    def _end_process(self):
+        """Kill the whole group, then reap its leader; keep its last words."""
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        memory_users = gpu_users_among(self.pid)
+        self._signal(signal.SIGKILL)  # its workers may outlive the leader
+        self._await_exit()
+        self._signal(signal.SIGKILL)  # what was forked at that moment
+        self._guard.forget(self.pid)
+        self._exit_status = process.wait()
+        self._await_group()
+        while self._output is not None and self._read_output():
+            pass
+        if self._partial_line:
+            self._take_line(self._partial_line)
+            self._partial_line = b""
+        process.stdout.close()
+        if self._exit_fd is not None:
+            os.close(self._exit_fd)
+        settle(memory_users, self._settle_timeout)
+
+    def _await_exit(self):
+        """Wait for the leader's death, however long the kernel takes over it."""
+        killed_at, has_complained = time.monotonic(), False
+        while not self._is_exited:
+            self._wait(time.monotonic() + 1.0)
+            if not has_complained and time.monotonic() > killed_at + 10:
+                has_complained = True
+                self.on_line(f"llmswap: process {self.pid} hangs in the kernel, killed")
+
+    def _await_group(self):
+        """The others of the group were killed; give the kernel up to 1 s to finish."""
+        deadline = time.monotonic() + 1.0
+        while time.monotonic() < deadline and _is_group_alive(self.pid):
+            time.sleep(0.002)
+
+    def _signal(self, number):
+        try:
+            os.killpg(self.pid, number)
+        except (ProcessLookupError, PermissionError):
+            pass  # nobody is left, or only who changed the user
+
+    def _failure(self):
+        """Say why it ended though nobody asked it to."""
+        self._end_process()
+        status = self._exit_status
+        name = self.model.name
+        if self._stranger:
+            why = f"its port {self.upstream.port} is held by {self._stranger}"
+        elif status == -signal.SIGKILL and oom_kills() > self._oom_kills:
+            why = "killed by the kernel: out of memory"
+        elif status < 0:
+            why = f"killed by signal {-status} ({signal_name(-status)})"
+        else:
+            why = f"exited with status {status}"
+        what = "ended by itself" if self._is_ready else "could not be started"
+        return StartFailed(f"{name} {what}: {why}{self._told()}")
+
+    def _told(self):
+        """The last lines that it wrote, for people to read."""
+        told = "\n".join([line for line in self.lines if line.strip()][-10:])
+        return f"\n{told[-3000:]}" if told else ""
+
+
+def _pidfd_of(pid):
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return None  # not Linux, or an old one: its exit is looked for instead
+
+
+def has_exited(pid: int) -> bool:
+    """Whether our child has exited; it is not reaped."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _is_group_alive(group):
+    try:
+        os.killpg(group, 0)
+        return True
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+
+
+def signal_name(number: int) -> str:
+    """Return SIGKILL for 9."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"
+
+
+def memory_of(pid: int) -> Dict[str, int]:
+    """Return bytes of resident memory: `RssAnon`, `RssFile` and their sum `VmRSS`."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            rows = [line.split() for line in file if line.startswith(("Rss", "VmRSS"))]
+    except OSError:
+        return {}
+    return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows}
+
+
+def oom_kills() -> int:
+    """Return how many processes the kernel has killed for memory since boot."""
+    try:
+        with open("/proc/vmstat") as file:
+            found = re.search(r"^oom_kill (\d+)$", file.read(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found.group(1)) if found else 0
+
+
+# -- memory of the GPU -----------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=None)
+def _gpu_query():
+    """The command that lists processes on the GPU, or None where there is no tool."""
+    if shutil.which("nvidia-smi"):
+        return ("nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader")
+    if shutil.which("rocm-smi"):
+        return ("rocm-smi", "--showpids")
+    return None
+
+
+def gpu_processes() -> Set[int]:
+    """Return the processes that hold memory of a GPU, as its vendor's tool shows them."""
+    try:
+        done = subprocess.run(
+            _gpu_query(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=2,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return set()
+    return {int(word) for word in re.findall(rb"^\s*(\d+)\b", done.stdout, re.MULTILINE)}
+
+
+def gpu_users_among(group: int) -> Set[int]:
+    """Return the members of a process group, where their GPU memory can be watched."""
+    if _gpu_query() is None:
+        return set()
+    members = {pid for pid in _all_processes() if _group_of(pid) == group}
+    return members
+
+
+def _group_of(pid):
+    found = process_stat(pid)
+    return found.group if found else None
+
+
+def settle(pids: Set[int], timeout: float):
+    """Wait until none of these processes holds GPU memory, `timeout` at most."""
+    deadline = time.monotonic() + timeout
+    while pids and time.monotonic() < deadline and pids & gpu_processes():
+        time.sleep(0.05)
+
+
+# ==================================================================================
+# 5  Pool: the one lock; it carries the Scheduler's decisions out.
+#    Never knows HTTP or a client's socket, and never waits while it holds the lock.
+#
+#    The lock's law: the Scheduler and the dict of backends are touched only under it,
+#    and it is held just long enough to record an event and to carry out what follows
+#    (start a thread, ring a bell, free a waiter). No I/O, no sleep, no other lock.
+# ==================================================================================
+
+
+class Feed:
+    """The last things said, for any number of followers. Any thread may call.
+
+    A follower that does not keep up loses what it did not fetch.
+    """
+
+    BACKLOG = 10000
+
+    def __init__(self, kept: int):
+        self._kept = collections.deque(maxlen=kept)
+        self._followers = set()
+        self._numbers = itertools.count()
+
+    def publish(self, item):
+        """Hand the item to all followers, at once and without blocking."""
+        numbered = (next(self._numbers), item)
+        self._kept.append(numbered)
+        for follower in list(self._followers):
+            if follower.qsize() < self.BACKLOG:
+                follower.put(numbered)
+
+    def history(self) -> list:
+        """Return what is kept, oldest first."""
+        return [item for _, item in list(self._kept)]
+
+    @contextlib.contextmanager
+    def follow(self, with_history=True):
+        """Yield `get(timeout)`: the next item, or None if there was none in time."""
+        follower = queue.SimpleQueue()
+        self._followers.add(follower)
+        kept = collections.deque(list(self._kept))
+        last = kept[-1][0] if kept else -1
+        if not with_history:
+            kept.clear()
+
+        def get(timeout):
+            if kept:
+                return kept.popleft()[1]
+            try:
+                number, item = follower.get(timeout=timeout)
+                while number <= last:
+                    number, item = follower.get(timeout=timeout)
+                return item
+            except queue.Empty:
+                return None
+
+        try:
+            yield get
+        finally:
+            self._followers.discard(follower)
+
+
+class Status(NamedTuple):
+    """What a model is doing, at one moment. Times in seconds."""
+
+    name: str
+    state: State
+    in_flight: int
+    waiting: int
+    since: float  # in this state, roughly: since its start, readiness or stop
+    unload_in: Optional[float]
+    failure: Optional[Problem]
+    load_seconds: Optional[float]
+    pid: Optional[int]
+    port: Optional[int]
+
+
+class Pool:
+    """All backends, and who may use them when. Any thread may call.
+
+    `log(level, text)` must not block.
+    """
+
+    def __init__(self, config: Config, log, make_backend=None, clock=time.monotonic):
+        self.config = config
+        self.events = Feed(0)
+        self._log = log
+        self._clock = clock
+        self._guard = Guard()
+        self._make_backend = make_backend or self._make_process
+        self._scheduler = Scheduler(limits_of(config), specs_of(config))
+        self._backends = {}
+        self._feeds = {}
+        self._lock = threading.Lock()
+        self._alarm = threading.Condition(self._lock)  # look_again came nearer
+        self._quiet = threading.Condition(self._lock)  # a lease or a backend ended
+        self._alarm_at = math.inf
+        self._is_closed = False
+
+    def start(self):
+        """Begin to watch the clock, and load what is to be loaded on startup."""
+        self._guard.start()
+        threading.Thread(target=self._watch_clock, name="clock", daemon=True).start()
+        for model in self.config.models.values():
+            if model.settings.load_on_startup:
+                self._load_on_startup(model)
+
+    def _load_on_startup(self, model):
+        try:
+            self.load(model)
+        except Problem as problem:
+            self._log("error", f"{model.name}: {problem}")
+
+    # -- requests --------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def lease(self, model: Model, gone: Callable[[], bool], is_loose=False):
+        """Yield a backend of the model, ready, loading it if need be; it stays until the
+        block ends (a loose lease may be cut).
+
+        Raise a Problem if it cannot be had, or ClientGone once gone() is true; that is
+        asked about twice a second.
+        """
+        self._check(model)
+        ticket = self._submit(model.backend, is_loose)
+        try:
+            while ticket.outcome is None:
+                if not ticket.waiter.acquire(timeout=TICK) and gone():
+                    raise ClientGone
+            if ticket.outcome is not GRANTED:
+                raise ticket.outcome
+            yield ticket.waiter
+        finally:
+            with self._lock:
+                self._scheduler.withdraw(ticket, self._clock())
+                self._turn()
+                if self._is_closed:
+                    self._quiet.notify_all()
+
+    def _check(self, model):
+        """Raise what makes a start impossible, before anything is evicted for it."""
+        if model.problem:
+            raise Unusable(model.problem)
+        with self._lock:
+            slot = self._scheduler.slots.get(model.backend)
+            is_held = slot is not None and slot.is_held
+        if not is_held:
+            check_start(self.config.models.get(model.backend, model))
+
+    def _submit(self, name, is_loose=False, is_by_hand=False):
+        with self._lock:
+            if name not in self._scheduler.slots:
+                raise _removed(name)
+            now = self._clock()
+            ticket = self._scheduler.submit(name, now, is_loose, is_by_hand)
+            self._turn()
+            if ticket.outcome is None:
+                ticket.waiter = threading.Lock()
+                ticket.waiter.acquire()
+            return ticket
+
+    def keep_alive(self, model: Model, seconds: float):
+        """Set how long the model stays without a request until it unloads; < 0: on."""
+        with self._lock:
+            if model.backend in self._scheduler.slots:
+                self._scheduler.keep_alive(model.backend, seconds)
+                self._turn()
+
+    # -- by hand ---------------------------------------------------------------------
+
+    def load(self, model: Model) -> bool:
+        """Begin to load the model and forgive its failures; False if it is there."""
+        if self.state_of(model) is not State.UNLOADED:
+            return False
+        self._check(model)
+        self._submit(model.backend, is_by_hand=True)
+        return True
+
+    def unload(self, model: Model) -> bool:
+        """Begin to unload the model: False if there is nothing to unload."""
+        with self._lock:
+            if model.backend not in self._scheduler.slots:
+                return False
+            problem = Unloaded(model.name)
+            found = self._scheduler.unload(model.backend, self._clock(), problem)
+            self._turn()
+            return found
+
+    def await_unloaded(self, gone: Callable[[], bool]):
+        """Wait until no backend is left, or somebody needs one, or gone() is true."""
+        while not gone():
+            with self._lock:
+                if all(slot.unload_by is None for slot in self._scheduler.held):
+                    return
+                self._quiet.wait(TICK)
+
+    def reload(self, config: Config):
+        """Take over a configuration: see Scheduler.configure."""
+        with self._lock:
+            changed = [
+                name
+                for name, model in config.models.items()
+                if name in self.config.models
+                and model.launch != self.config.models[name].launch
+            ]
+            self.config = config
+            self._scheduler.configure(
+                limits_of(config), specs_of(config), changed, _removed
+            )
+            self._refuse_unusable()
+            for name, backend in self._backends.items():
+                if name in config.models and name not in changed:
+                    backend.model = config.models[name]
+            self._turn()
+        self.events.publish({"model": "*", "event": "models_reload"})
+
+    def _refuse_unusable(self):
+        for model in self.config.models.values():
+            if model.problem and model.name in self._scheduler.slots:
+                problem = Unusable(model.problem)
+                self._scheduler.refuse_waiting(model.name, problem)
+
+    # -- what is ---------------------------------------------------------------------
+
+    def state_of(self, model: Model) -> State:
+        """Return what the backend of the model is doing."""
+        with self._lock:
+            slot = self._scheduler.slots.get(model.backend)
+            return slot.state if slot else State.UNLOADED
+
+    def backend_of(self, model: Model):
+        """Return the running backend of the model, or None; it may end at any time."""
+        with self._lock:
+            return self._backends.get(model.backend)
+
+    def snapshot(self) -> Dict[str, Status]:
+        """Return every model's status, those that share a backend with that backend's."""
+        with self._lock:
+            now = self._clock()
+            slots = dict(self._scheduler.slots)
+            return {
+                name: self._status(name, slots[model.backend], now)
+                for name, model in self.config.models.items()
+                if model.backend in slots
+            }
+
+    def _status(self, name, slot, now):
+        backend = self._backends.get(slot.name)
+        unload_at = slot.unload_at() if slot.state is State.LOADED else None
+        return Status(
+            name=name,
+            state=slot.state,
+            in_flight=slot.in_flight + slot.loose,
+            waiting=slot.waiting,
+            since=now - max(slot.started_at, slot.ready_at, slot.stopped_at),
+            unload_in=None if unload_at is None else max(0.0, unload_at - now),
+            failure=slot.last_failure,
+            load_seconds=slot.load_seconds,
+            pid=getattr(backend, "pid", None),
+            port=getattr(backend, "port", None),
+        )
+
+    def feed_of(self, name: str) -> Feed:
+        """Return the lines that the model's backends wrote, whichever life wrote them."""
+        return self._feeds.setdefault(name, Feed(1000))
+
+    def counts(self) -> Dict[str, int]:
+        """Return how many models are held, and how many requests run and wait."""
+        with self._lock:
+            return {
+                "models": len(self._scheduler.slots),
+                "loaded": sum(1 for _ in self._scheduler.held),
+                "requests": self._scheduler.in_flight,
+                "queued": self._scheduler.queued,
+            }
+
+    # -- the turn of the wheel -------------------------------------------------------
+
+    def _turn(self):
+        """Carry out what is to be done now. The lock is held."""
+        for decision in self._scheduler.decide(self._clock()):
+            _CARRY_OUT[type(decision)](self, decision)
+        if self._scheduler.look_again < self._alarm_at:
+            self._alarm_at = self._scheduler.look_again
+            self._alarm.notify()
+
+    def _watch_clock(self):
+        """Turn when time alone changes what is to be done."""
+        with self._lock:
+            while not self._is_closed:
+                self._alarm_at = self._scheduler.look_again
+                if self._alarm_at == math.inf:
+                    self._alarm.wait()
+                else:
+                    self._alarm.wait(max(0.0, self._alarm_at - self._clock()))
+                self._turn()
+
+    def _grant(self, decision):
+        ticket = decision.ticket
+        waiter, ticket.waiter = ticket.waiter, self._backends[ticket.slot.name]
+        if waiter is not None:
+            waiter.release()
+
+    def _refuse(self, decision):
+        ticket = decision.ticket
+        if ticket.is_by_hand:
+            self._log("error", f"{ticket.slot.name}: not loaded: {decision.problem}")
+        elif ticket.waiter is not None:
+            ticket.waiter.release()
+
+    def _start(self, decision):
+        name = decision.name
+        self._log("info", f"{name}: loading")
+        if decision.is_wake:
+            self._backends[name].wake()
+        else:
+            backend = self._make_backend(self.config.models[name])
+            backend.generation = decision.generation
+            backend.on_loaded, backend.on_exited = self._on_loaded, self._on_exited
+            backend.on_line = functools.partial(self._on_line, name)
+            self._backends[name] = backend
+            backend.start()
+        self._tell(name, "loading", event="model_status")
+
+    def _stop(self, decision):
+        reason = f"{decision.cause}"
+        if decision.newcomer:
+            reason += f" for {decision.newcomer}"
+        self._log("info", f"{decision.name}: unloading ({reason})")
+        backend = self._backends[decision.name]
+        if decision.to_sleep:
+            backend.sleep()
+        else:
+            backend.stop()
+
+    def _tell(self, name, status, event="status_change", **more):
+        told = {"model": name, "event": event, "data": {"status": status, **more}}
+        self.events.publish(told)
+
+    def _make_process(self, model):
+        return ProcessBackend(model, self._guard, self.config.settings.settle_timeout)
+
+    # -- news from backends, on their threads ----------------------------------------
+
+    def _on_loaded(self, backend):
+        with self._lock:
+            now, name = self._clock(), backend.model.name
+            self._scheduler.loaded(name, backend.generation, now)
+            self._turn()
+        seconds = time.monotonic() - backend.started_at
+        where = f"pid {backend.pid}, port {backend.port}"
+        self._log("info", f"{name}: loaded in {seconds:.2f} s ({where})")
+        self._tell(name, "loaded")
+
+    def _on_exited(self, backend, problem):
+        name = backend.model.name
+        if problem is None:
+            self._log("info", f"{name}: unloaded")
+        else:
+            self._log("error", str(problem))
+        with self._lock:
+            self._backends.pop(name, None)
+            now = self._clock()
+            self._scheduler.exited(name, backend.generation, now, problem)
+            self._turn()
+            self._quiet.notify_all()
+        self._tell(name, "unloaded", exit_code=int(problem is not None))
+
+    def _on_line(self, name, text):
+        self.feed_of(name).publish(text)
+        self._log("debug", f"{name} | {text}")
+
+    # -- the end ---------------------------------------------------------------------
+
+    def close(self, grace: float):
+        """Refuse who waits, give requests in flight `grace` seconds, then stop all
+        backends at once and wait for their end."""
+        with self._lock:
+            self._scheduler.close(ShuttingDown())
+            self._is_closed = True
+            self._turn()
+            self._alarm.notify()
+            deadline = self._clock() + grace
+            while self._scheduler.in_flight and self._clock() < deadline:
+                self._quiet.wait(deadline - self._clock())
+            self._scheduler.stop_all(self._clock())
+            self._turn()
+            while self._backends:
+                self._quiet.wait()
+        self._guard.close()
+
+    def kill(self):
+        """Kill every backend now, without grace; a `close` that runs then ends soon."""
+        with self._lock:
+            self._scheduler.close(ShuttingDown())
+            self._scheduler.stop_all(self._clock())
+            self._turn()
+            for backend in self._backends.values():
+                backend.stop(at_once=True)
+
+
+_CARRY_OUT = {
+    Grant: Pool._grant,
+    Refuse: Pool._refuse,
+    Start: Pool._start,
+    Stop: Pool._stop,
+}
+
+
+def _removed(name):
+    return UnknownModel(f"the model {name!r} is no longer in the configuration")
+
+
+def limits_of(config: Config) -> Limits:
+    """Return what the configuration lets be loaded together."""
+    settings = config.settings
+    return Limits(
+        models_max=settings.models_max,
+        budget=dict(settings.budget),
+        sets=tuple(
+            frozenset(config.models[name].backend for name in together)
+            for together in settings.sets
+        ),
+        patience=settings.patience,
+        queue_max=settings.queue_max,
+        queue_timeout=settings.queue_timeout,
+    )
+
+
+def specs_of(config: Config) -> Dict[str, Spec]:
+    """Return what scheduling must know of each model that has a backend of its own."""
+    return {
+        model.name: _spec_of(model)
+        for model in config.models.values()
+        if model.backend == model.name
+    }
+
+
+def _spec_of(model):
+    settings = model.settings
+    return Spec(
+        needs=dict(settings.needs),
+        sleep_needs=dict(settings.sleep_needs),
+        takes_place=model.kind != "remote",
+        is_pinned=settings.pin,
+        can_sleep=bool(settings.sleep),
+        concurrency=settings.concurrency,
+        idle_timeout=settings.idle_timeout,
+        stop_timeout=settings.stop_timeout,
+    )
+
+
+# ==================================================================================
+# 6  Relay: one request to a backend, one answer back.
+#    Never knows models, the configuration or the Pool.
+#
+#        client ── Wire ──> Request, Body ──> relay() ──> Upstream ── Wire ──> Answer
+#        client <── Reply <───────────────────  pieces  <────────────────────────┘
+#
+#    Nothing is held but what must be: bytes go on as they come. All sockets block for
+#    TICK at most; who waits then looks whether waiting still makes sense.
+# ==================================================================================
+
+HEAD_LIMIT = 65536  # bytes; as nginx's four buffers of 16 KB
+LINES_LIMIT = 100  # header lines; as Apache's LimitRequestFields
+HEAD_SECONDS = 10.0  # for a whole head once its first byte is there
+STALL_SECONDS = 60.0  # without a byte in the middle of a body; as nginx
+HELD_BODY = 1 << 20  # bytes of a request's body that are held in memory
+PIECE = 1 << 18  # bytes read at once
+EARLY_HEAD_AFTER = 3.0  # s; until then a failure keeps its true status
+COMMENT_EVERY = 10.0  # s; the shortest header timeout seen in clients is 30 s
+SUSPECT_AFTER = 5.0  # s of silence until a backend is asked whether it lives
+
+HOP_BY_HOP = frozenset(
+    "connection keep-alive proxy-connection te trailer transfer-encoding upgrade "
+    "proxy-authenticate proxy-authorization expect".split()
+)
+
+Fields = List[Tuple[str, str]]
+
+
+class Wire:
+    """Reads one connection through a buffer. One thread uses it.
+
+    `on_silence()` is called whenever TICK passes without a byte; it may raise.
+    """
+
+    def __init__(self, sock: socket.socket, on_silence=lambda: None):
+        self.sock = sock
+        self.on_silence = on_silence
+        self.held = b""  # received and not used yet
+        self.is_untouched = True  # nothing was ever received
+
+    def receive(self, size=65536) -> bytes:
+        """Return what is there, or comes next; b"" at the end of the stream."""
+        if self.held:
+            piece, self.held = self.held[:size], self.held[size:]
+            return piece
+        while True:
+            try:
+                return self.sock.recv(size)
+            except (BlockingIOError, TimeoutError, socket.timeout):
+                self.on_silence()
+
+    def receive_into(self, buffer: memoryview) -> int:
+        """Fill the buffer with what is there, or comes next; 0 at the end."""
+        if self.held:
+            piece = self.receive(len(buffer))
+            buffer[: len(piece)] = piece
+            return len(piece)
+        while True:
+            try:
+                return self.sock.recv_into(buffer)
+            except (BlockingIOError, TimeoutError, socket.timeout):
+                self.on_silence()
+
+    def head(self) -> bytes:
+        """Return a whole head with its blank line; b"" if the stream ends before it."""
+        data, searched = b"", 0
+        while True:
+            end = data.find(b"\r\n\r\n", searched)
+            if end >= 0:
+                self.held = data[end + 4 :]
+                return data[: end + 4]
+            if len(data) > HEAD_LIMIT:
+                raise HeadTooLarge(f"the head is larger than {HEAD_LIMIT} bytes")
+            searched = max(0, len(data) - 3)
+            piece = self.receive()
+            if not piece:
+                return b""
+            self.is_untouched = False
+            data += piece
+
+
+def send_all(sock: socket.socket, data, on_silence):
+    """Send all of it, calling `on_silence` whenever TICK passes without progress."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[sock.send(view) :]
+        except (BlockingIOError, TimeoutError, socket.timeout):
+            on_silence()
+
+
+class Deadline:
+    """An `on_silence` that raises `problem` when no progress was made for so long."""
+
+    def __init__(self, seconds: float, problem: Exception):
+        self._seconds = seconds
+        self._problem = problem
+        self.extend()
+
+    def extend(self):
+        """There was progress."""
+        self._end = time.monotonic() + self._seconds
+
+    def __call__(self):
+        if time.monotonic() > self._end:
+            raise self._problem
+
+
+def hung_up(sock: socket.socket) -> bool:
+    """Whether the client closed its side. One that only stopped sending has left too."""
+    try:
+        return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+# -- heads -----------------------------------------------------------------------------
+
+_HEADER_LINES = re.compile(
+    rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n"
+)
+_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) (\S+) HTTP/1\.([01])")
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: ([^\r\n]*))?")
+
+
+def parse_head(head: bytes, start: "re.Pattern") -> Tuple["re.Match", Fields]:
+    """Return the match of the start line and the header fields, names in lower case.
+
+    Raise BadRequest for anything but strict HTTP/1: no folding, no bare CR or LF, no
+    blank before a colon.
+    """
+    line_end = head.index(b"\r\n")
+    found = start.fullmatch(head, 0, line_end)
+    if not found:
+        raise BadRequest(f"not an HTTP/1 start line: {head[:line_end][:200]!r}")
+    if not _HEADER_LINES.fullmatch(head, line_end + 2):
+        raise BadRequest("a header line is malformed")
+    lines = head[line_end + 2 : -4].decode("latin-1").split("\r\n")
+    if len(lines) > LINES_LIMIT:
+        raise HeadTooLarge(f"more than {LINES_LIMIT} header lines")
+    fields = []
+    for line in lines:
+        name, _, value = line.partition(":")
+        fields.append((name.lower(), value.strip(" \t")))
+    return found, fields if lines != [""] else []
+
+
+def render_head(start: str, fields: Fields) -> bytes:
+    """Return the bytes of a head."""
+    lines = [start, *(f"{name}: {value}" for name, value in fields), "\r\n"]
+    return "\r\n".join(lines).encode("latin-1")
+
+
+def end_to_end(fields: Fields) -> Fields:
+    """Return the fields without those that concern one connection only."""
+    named = {
+        name.strip().lower()
+        for field, value in fields
+        if field == "connection"
+        for name in value.split(",")
+    }
+    dropped = HOP_BY_HOP | named if named else HOP_BY_HOP
+    return [field for field in fields if field[0] not in dropped]
+
+
+class Framing(NamedTuple):
+    """How a body is delimited: by `length`, as `chunked`, or by the end of the stream
+    (neither). No body: length 0."""
+
+    length: Optional[int] = None
+    is_chunked: bool = False
+
+
+def framing_of(fields: Fields, default: Framing) -> Framing:
+    """Return how the body after these fields is framed. Raise BadRequest if in doubt.
+
+    1. Transfer-Encoding must be exactly `chunked`, once, and alone.
+    2. Content-Length must be one number.
+    3. Without either, `default` holds.
+    """
+    lengths = [value for name, value in fields if name == "content-length"]
+    codings = [value.lower() for name, value in fields if name == "transfer-encoding"]
+    if codings:
+        if codings != ["chunked"] or lengths:
+            raise BadRequest("Transfer-Encoding must be `chunked`, without a length")
+        return Framing(is_chunked=True)
+    if not lengths:
+        return default
+    if len(lengths) > 1 or not re.fullmatch("[0-9]{1,18}", lengths[0]):
+        raise BadRequest("Content-Length must be one number")
+    return Framing(length=int(lengths[0]))
+
+
+class Request:
+    """The head of a client's request, strictly read. Field names are in lower case."""
+
+    def __init__(self, head: bytes):
+        start, self.fields = parse_head(head, _REQUEST_LINE)
+        method, target, minor = start.groups()
+        self.method = method.decode()
+        self.is_http_10 = minor == b"0"
+        self.target = target.decode("latin-1")
+        if "://" in self.target:  # absolute form, as sent to proxies
+            rest = self.target.split("://", 1)[1]
+            self.target = "/" + rest.partition("/")[2]
+        self.path, _, self.query = self.target.partition("?")
+        self.framing = framing_of(self.fields, Framing(length=0))
+        if not self.is_http_10 and len(self.all("host")) != 1:
+            raise BadRequest("a request must have one Host")
+
+    def get(self, name: str) -> str:
+        """Return the first value of a field, or an empty string."""
+        for field, value in self.fields:
+            if field == name:
+                return value
+        return ""
+
+    def all(self, name: str) -> List[str]:
+        """Return all values of a field."""
+        return [value for field, value in self.fields if field == name]
+
+    def parameter(self, name: str) -> Optional[str]:
+        """Return the first value of a query parameter, or None."""
+        if name not in self.query:
+            return None
+        pairs = urllib.parse.parse_qsl(self.query, keep_blank_values=True)
+        return next((value for key, value in pairs if key == name), None)
+
+    @property
+    def wants_to_stay(self) -> bool:
+        """Whether the connection is to serve further requests."""
+        words = self.get("connection").lower()
+        return "keep-alive" in words if self.is_http_10 else "close" not in words
+
+    @property
+    def is_upgrade(self) -> bool:
+        return "upgrade" in self.get("connection").lower() and bool(self.get("upgrade"))
+
+
+# -- bodies ----------------------------------------------------------------------------
+
+
+class ChunkDecoder:
+    """Takes chunked bytes cut anywhere, gives the payload. Raises BadRequest."""
+
+    def __init__(self):
+        self.is_done = False
+        self.rest = b""  # what came after the end
+        self._left = 0  # bytes of the current chunk, with its CRLF, to come
+        self._line = b""
+        self._is_last = False
+
+    def feed(self, data: bytes) -> bytes:
+        """Return the payload in these bytes."""
+        payload = []
+        while data and not self.is_done:
+            if self._left:
+                data = self._take(data, payload)
+            else:
+                data = self._take_line(data)
+        self.rest = data
+        return payload[0] if len(payload) == 1 else b"".join(payload)
+
+    def _take(self, data, payload):
+        if self._left > 2:
+            piece = data[: self._left - 2]
+            payload.append(piece)
+            self._left -= len(piece)
+            data = data[len(piece) :]
+        if self._left <= 2 and data:
+            ending = data[: self._left]
+            if not b"\r\n".endswith(ending) or (
+                self._left == 2 and ending[:1] != b"\r"
+            ):
+                if ending != b"\r":
+                    raise BadRequest("a chunk does not end with CRLF")
+            self._left -= len(ending)
+            data = data[len(ending) :]
+        return data
+
+    def _take_line(self, data):
+        line, newline, rest = data.partition(b"\n")
+        self._line += line
+        if len(self._line) > 4096:
+            raise BadRequest("a chunk's size line is too long")
+        if not newline:
+            return b""
+        line, self._line = self._line, b""
+        if self._is_last:
+            self.is_done = line == b"\r"  # else a trailer, which goes nowhere
+            return rest
+        size = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r]*)?\r", line)
+        if not size:
+            raise BadRequest(f"not the size of a chunk: {line[:40]!r}")
+        length = int(size.group(1), 16)
+        self._is_last = length == 0
+        self._left = length + 2 if length else 0
+        return rest
+
+
+class Body:
+    """A client's request body: what is held of it, then the rest as it comes.
+
+    Up to HELD_BODY it is held in memory, beyond that in an unnamed file.
+    """
+
+    def __init__(self, wire: Wire, request: Request, limit: int):
+        self._wire = wire
+        self._limit = limit
+        self._decoder = ChunkDecoder() if request.framing.is_chunked else None
+        self._stall = Deadline(STALL_SECONDS, TooSlow("the body stalled for 60 s"))
+        self.length = request.framing.length
+        if self.length is not None and self.length > limit:
+            raise self._too_large()
+        self._expects = request.get("expect").lower() == "100-continue"
+        self._read = 0
+        self._held = bytearray()
+        self._file = None
+        self._map = None
+        self.is_complete = self.length == 0
+
+    def _too_large(self):
+        return TooLarge(f"the body exceeds {self._limit} bytes (max-body in [llmswap])")
+
+    def hold(self, size: int) -> bool:
+        """Read until so many bytes are held, or all; return whether it is all."""
+        while not self.is_complete and self._read < size:
+            self._keep(self._next_piece())
+        return self.is_complete
+
+    def _keep(self, piece):
+        if self._file is None and len(self._held) + len(piece) > HELD_BODY:
+            import tempfile  # only who sends so much before the model's name needs it
+
+            self._file = tempfile.TemporaryFile()
+            self._file.write(self._held)
+            self._held = bytearray()
+        if self._file is None:
+            self._held += piece
+        else:
+            self._file.write(piece)
+
+    @property
+    def held(self):
+        """What is held, as bytes or something that is searched and sliced like them."""
+        if self._file is None:
+            return self._held
+        import mmap
+
+        self._file.flush()
+        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._map
+
+    def _next_piece(self):
+        """Return the next bytes of the payload; note the end. Raise ClientGone."""
+        if self._expects:
+            self._expects = False
+            self._wire.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._stall.extend()
+        self._wire.on_silence = self._stall
+        if self._decoder:
+            piece = self._next_chunks()
+        else:
+            piece = self._wire.receive(min(PIECE, self.length - self._read))
+            if not piece:
+                raise ClientGone
+        self._read += len(piece)
+        if self._read > self._limit:
+            raise self._too_large()
+        self.is_complete = self.is_complete or self._read == self.length
+        return piece
+
+    def _next_chunks(self):
+        piece = b""
+        while not piece and not self._decoder.is_done:
+            data = self._wire.receive(PIECE)
+            if not data:
+                raise ClientGone
+            piece = self._decoder.feed(data)
+        if self._decoder.is_done:
+            self._wire.held = self._decoder.rest
+            self.is_complete = True
+        return piece
+
+    def rest(self) -> Iterable[bytes]:
+        """Yield what is not held, as it comes; then the body cannot be sent again."""
+        while not self.is_complete:
+            yield self._next_piece()
+
+    def skip(self, limit=HELD_BODY):
+        """Read and forget what is left, so much at most, lest a close resets the answer.
+
+        Return whether the connection is at the next request.
+        """
+        end = self._read + limit
+        while not self.is_complete and self._read < end and not self._expects:
+            self._next_piece()
+        return self.is_complete
+
+
+# -- the model's name ------------------------------------------------------------------
+
+
+class Member(NamedTuple):
+    """A top-level member of a JSON object: its name, and where it stands in the bytes."""
+
+    name: str
+    start: int
+    value: int
+    end: int
+
+
+_SPACE = re.compile(rb"[ \t\r\n]*")
+_SCALAR = re.compile(rb"[^\s,}\]]*")
+_TOKEN = re.compile(rb'[{}\[\]]|"(?:[^"\\]*")?')
+
+
+def members_of(data) -> Tuple[List[Member], bool]:
+    """Return the top-level members of the JSON object that `data` is or begins, and
+    whether it is there to its end. Raise BadRequest if it cannot be an object.
+
+    Values are passed over, not checked: that is the backend's business.
+    """
+    members = []
+    at = _SPACE.match(data, 3 if data[:3] == b"\xef\xbb\xbf" else 0).end()
+    if at < len(data) and data[at : at + 1] != b"{":
+        raise BadRequest("the body is not a JSON object")
+    at += 1
+    while True:
+        at = _SPACE.match(data, at).end()
+        mark = data[at : at + 1]
+        if mark == b",":
+            at += 1
+            continue
+        if mark == b"}" or not mark:
+            return members, bool(mark)
+        if mark != b'"':
+            raise BadRequest(f"the body is not JSON: a name was expected at byte {at}")
+        member = _member_at(data, at)
+        if member is None:
+            return members, False
+        members.append(member)
+        at = member.end
+
+
+def _member_at(data, at):
+    """The member whose name begins there; None if the data ends before it does."""
+    name_end = _end_of_string(data, at)
+    if name_end < 0:
+        return None
+    colon = _SPACE.match(data, name_end).end()
+    if data[colon : colon + 1] not in (b":", b""):
+        raise BadRequest(f"the body is not JSON: a colon was expected at byte {colon}")
+    value = _SPACE.match(data, colon + 1).end()
+    end = _end_of_value(data, value)
+    if end < 0:
+        return None
+    raw = bytes(data[at + 1 : name_end - 1])
+    name = raw.decode("utf-8", "replace")
+    if b"\\" in raw:
+        name = json_or(b'"' + raw + b'"', name)
+    return Member(name, at, value, end)
+
+
+def _end_of_string(data, at):
+    """Index after the string that begins there, or -1. Finds its quote in C, however
+    long it is, and counts the backslashes before it."""
+    at += 1
+    while True:
+        end = data.find(b'"', at)
+        if end < 0:
+            return -1
+        before = end
+        while data[before - 1 : before] == b"\\":
+            before -= 1
+        if (end - before) % 2 == 0:
+            return end + 1
+        at = end + 1
+
+
+def _end_of_value(data, at):
+    """Index after the value that begins there, or -1 if the data ends before it."""
+    mark = data[at : at + 1]
+    if mark == b'"':
+        return _end_of_string(data, at)
+    if mark not in (b"{", b"["):
+        end = _SCALAR.match(data, at).end()
+        return end if end < len(data) else -1
+    depth, find = 0, _TOKEN.search
+    while True:
+        token = find(data, at)
+        if token is None:
+            return -1
+        at, mark = token.end(), token[0]
+        if mark in (b"{", b"["):
+            depth += 1
+        elif mark in (b"}", b"]"):
+            depth -= 1
+            if not depth:
+                return at
+        elif mark == b'"':  # one with a backslash, or cut
+            at = _end_of_string(data, token.start())
+            if at < 0:
+                return -1
+
+
+def json_or(raw, fallback):
+    """Return the JSON value in these bytes, or the fallback if it is none."""
+    try:
+        return json.loads(bytes(raw))
+    except (ValueError, RecursionError):
+        return fallback
+
+
+class Named(NamedTuple):
+    """What a body says that matters here: `model` and the rest of `members` by name.
+
+    `span` is where the model's value stands, `members` are all top-level ones."""
+
+    model: Optional[str] = None
+    span: Tuple[int, int] = (0, 0)
+    members: Tuple[Member, ...] = ()
+    is_json: bool = False
+
+    def value(self, data, name: str, fallback=None):
+        """Return the value of the first member of that name."""
+        for member in self.members:
+            if member.name == name:
+                return json_or(data[member.value : member.end], fallback)
+        return fallback
+
+
+def model_named_in(body: Body, content_type: str) -> Named:
+    """Read as much of the body as it takes to find the model's name, and no more than
+    HELD_BODY beyond it; return what was found. Raise BadRequest, TooLarge, ClientGone.
+
+    JSON: the first top-level `model`. Forms: the field `model`.
+    """
+    kind = content_type.partition(";")[0].strip().lower()
+    find = _named_in_json
+    if kind == "multipart/form-data":
+        boundary = _boundary_of(content_type)
+        find = functools.partial(_named_in_multipart, boundary=boundary)
+    elif kind == "application/x-www-form-urlencoded":
+        find = _named_in_form
+    size = HELD_BODY
+    while True:
+        is_all = body.hold(size)
+        named = find(body.held, is_all)
+        if is_all or named.model is not None:
+            return named
+        size *= 2
+
+
+def _named_in_json(data, is_all):
+    if is_all and not len(data):
+        return Named()
+    members, _ = members_of(data)
+    for member in members:
+        if member.name == "model":
+            value = json_or(data[member.value : member.end], None)
+            model = value if isinstance(value, str) else None
+            return Named(model, (member.value, member.end), tuple(members), True)
+    return Named(members=tuple(members), is_json=True)
+
+
+def _named_in_form(data, is_all):
+    if data[:1] == b"{":  # curl -d says that all it sends are forms
+        return _named_in_json(data, is_all)
+    if is_all:
+        for pair in re.finditer(rb"(?:^|&)model=([^&]*)", data):
+            raw = pair.group(1).decode("latin-1")
+            return Named(urllib.parse.unquote_plus(raw), pair.span(1))
+    return Named()
+
+
+def _boundary_of(content_type):
+    found = re.search(r'boundary=(?:"([^"]+)"|([^\s;]+))', content_type)
+    if not found:
+        raise BadRequest("multipart/form-data without a boundary")
+    return (found.group(1) or found.group(2)).encode("latin-1")
+
+
+def _named_in_multipart(data, is_all, boundary):
+    """The part named `model`, wherever it stands among the parts that are there."""
+    mark = b"--" + boundary
+    at = data.find(mark)
+    while at >= 0:
+        head_end = data.find(b"\r\n\r\n", at)
+        end = data.find(b"\r\n" + mark, head_end + 2) if head_end >= 0 else -1
+        if end < 0:
+            break
+        head = bytes(data[at:head_end])
+        if re.search(rb'(?i)content-disposition:[^\r]*[; ]name="?model"?(?:[;\r]|$)', head):
+            value = bytes(data[head_end + 4 : end]).decode("utf-8", "replace")
+            return Named(value, (head_end + 4, end))
+        at = end + 2
+    return Named()
+
+
+# -- edits -----------------------------------------------------------------------------
+
+
+class Edits(NamedTuple):
+    """What is changed in a request's JSON: `model` (None: as it is), parameters laid
+    over it, names removed."""
+
+    model: Optional[str] = None
+    laid_over: Mapping[str, object] = {}
+    removed: FrozenSet[str] = frozenset()
+
+
+def edited_json(data, members: Sequence[Member], edits: Edits) -> List[bytes]:
+    """Return the pieces of the edited object. What is not edited stays byte for byte;
+    of members with one name the first counts and the others go."""
+    lay = dict(edits.laid_over)
+    if edits.model is not None:
+        lay["model"] = edits.model
+    kept, seen = [], set(edits.removed).difference(lay)
+    for place, member in enumerate(members):
+        if member.name not in seen:
+            seen.add(member.name)
+            kept.append(place)
+    brace = data.find(b"{") + 1
+    pieces = [data[:brace], b""]
+    for place in kept:
+        member = members[place]
+        before = members[place - 1].end if place and pieces[2:] else brace
+        first = member.start if pieces[2:] else members[0].start
+        pieces.append(data[before:first])
+        if member.name in lay:
+            old = json_or(data[member.value : member.end], None)
+            pieces.append(data[member.start : member.value])
+            pieces.append(_dump(merged(old, lay.pop(member.name))))
+        else:
+            pieces.append(data[member.start : member.end])
+    more = [_dump(name) + b":" + _dump(value) for name, value in lay.items()]
+    pieces[1] = b",".join(more) + (b"," if more and kept else b"")
+    pieces.append(data[members[-1].end if members else brace :])
+    return pieces
+
+
+def merged(old, new):
+    """Lay `new` over `old`; objects merge deep."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return {**old, **{key: merged(old.get(key), value) for key, value in new.items()}}
+
+
+def _dump(value):
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+# -- the answer, read from the backend -------------------------------------------------
+
+
+class Truncated(Exception):
+    """The backend broke off in the middle of its answer."""
+
+
+class Answer:
+    """A backend's answer, head read; `pieces()` gives its payload once."""
+
+    def __init__(self, wire: Wire, method: str):
+        self._wire = wire
+        self.is_begun = False
+        self.status = 100
+        while 100 <= self.status < 200 and self.status != 101:
+            self._read_head()
+        self.is_over = False  # read to its end: the connection can serve another
+        self.framing = self._framing(method)
+
+    def _read_head(self):
+        head = self._wire.head()
+        if not head:
+            raise EOFError
+        self.is_begun = True
+        start, self.fields = parse_head(head, _STATUS_LINE)
+        self.status = int(start.group(2))
+        self.reason = (start.group(3) or b"").decode("latin-1")
+        self._is_http_10 = start.group(1) == b"0"
+
+    def _framing(self, method):
+        if method == "HEAD" or self.status in (101, 204, 304):
+            return Framing(length=0)
+        return framing_of(self.fields, Framing())
+
+    def get(self, name: str) -> str:
+        """Return the first value of a field, or an empty string."""
+        return next((value for field, value in self.fields if field == name), "")
+
+    @property
+    def leftover(self) -> bytes:
+        """What came right behind the head of an upgrade."""
+        return self._wire.held
+
+    @property
+    def is_event_stream(self) -> bool:
+        coding = self.get("content-encoding") or "identity"
+        kind = self.get("content-type").lower()
+        return kind.startswith("text/event-stream") and coding == "identity"
+
+    def pieces(self) -> Iterable:
+        """Yield the payload as it comes; each piece is good until the next is asked for.
+        Raise Truncated if it ends too early."""
+        try:
+            if self.framing.is_chunked:
+                yield from self._chunks()
+            elif self.framing.length is not None:
+                yield from self._counted(self.framing.length)
+            else:
+                yield from self._until_close()
+        except (OSError, BadRequest) as error:
+            raise Truncated(str(error)) from None
+
+    def _chunks(self):
+        decoder = ChunkDecoder()
+        while not decoder.is_done:
+            data = self._wire.receive()
+            if not data:
+                raise Truncated("the connection closed in the middle of an answer")
+            payload = decoder.feed(data)
+            if payload:
+                yield payload
+        self._end(not decoder.rest)
+
+    def _counted(self, left):
+        buffer = memoryview(bytearray(min(left, PIECE)))
+        while left:
+            count = self._wire.receive_into(buffer[: min(left, len(buffer))])
+            if not count:
+                raise Truncated(f"the connection closed {left} bytes before the end")
+            left -= count
+            yield buffer[:count]
+        self._end(not self._wire.held)
+
+    def _until_close(self):
+        while True:
+            piece = self._wire.receive(PIECE)
+            if not piece:
+                return
+            yield piece
+
+    def _end(self, is_clean):
+        words = self.get("connection").lower()
+        stays = "keep-alive" in words if self._is_http_10 else "close" not in words
+        self.is_over = is_clean and stays
+
+
+# -- the answer, written to the client -------------------------------------------------
+
+_EVENT_STREAM = [
+    ("content-type", "text/event-stream"),
+    ("cache-control", "no-cache"),
+    ("x-accel-buffering", "no"),
+]
+
+
+class Reply:
+    """One answer to one request, framed as the client can read it. One thread uses it.
+
+    `wants_events`: the client asked for a stream of events; while it waits it gets an
+    early head and comments. `extra` fields go with every answer.
+    """
+
+    def __init__(self, sock: socket.socket, request: Optional[Request], extra: Fields):
+        self.sock = sock
+        self.extra = extra
+        self.wants_events = False
+        self.is_begun = False  # a head was sent or is about to be
+        self.is_early = False  # it was sent before the backend's was known
+        self.is_broken = False
+        self.stays = request is not None and request.wants_to_stay
+        self.status = 0
+        self.sent = 0  # bytes of payload
+        self._is_http_10 = request is not None and request.is_http_10
+        self._is_head = request is not None and request.method == "HEAD"
+        self._head = b""  # waits for the first piece
+        self._is_chunked = False
+        self._is_events = False
+        self._left = None
+        self._tail = b"\n\n"
+        self._born = self._spoke = time.monotonic()
+
+    def begin(self, status: int, reason: str, fields: Fields, length: Optional[int]):
+        """Set the head; it goes out with the first piece, or after a TICK."""
+        self.is_begun, self.status, self._left = True, status, length
+        self._is_events = any(
+            name == "content-type" and value.lower().startswith("text/event-stream")
+            for name, value in fields
+        )
+        framing = []
+        if length is not None:
+            if status not in (101, 204, 304):
+                framing.append(("content-length", str(length)))
+        elif self._is_http_10 or self._is_head:
+            self.stays = False
+        else:
+            self._is_chunked = True
+            framing.append(("transfer-encoding", "chunked"))
+        if status != 101 and not self.stays:
+            framing.append(("connection", "close"))
+        elif self._is_http_10:
+            framing.append(("connection", "keep-alive"))
+        start = f"HTTP/1.1 {status} {reason}"
+        self._head = render_head(start, fields + self.extra + framing)
+
+    def begin_events(self):
+        """Begin a stream of events that is not (or not yet) a backend's."""
+        self.begin(200, "OK", _EVENT_STREAM, None)
+
+    def send(self, piece):
+        """Send a piece of payload, with the head if it still waits."""
+        if self._is_head or not len(piece):
+            return
+        self.sent += len(piece)
+        if self._left is not None:
+            self._left -= len(piece)
+        if self._is_events:
+            self._tail = (self._tail + bytes(piece[-4:]))[-4:]
+        head, self._head = self._head, b""
+        if self._is_chunked:
+            self._put(head + b"%x\r\n%b\r\n" % (len(piece), piece))
+        elif head:
+            self._put(head + piece)
+        else:
+            self._put(piece)
+        self._spoke = time.monotonic()
+
+    def end(self):
+        """The answer is complete."""
+        head, self._head = self._head, b""
+        if self._is_chunked and not self._is_head:
+            self._put(head + b"0\r\n\r\n")
+        elif head:
+            self._put(head)
+        if self._left and not self._is_head:
+            self.stays = False  # less than was promised: the client must notice
+
+    def flush(self):
+        """Send the head if it still waits for a first piece."""
+        if self._head:
+            head, self._head = self._head, b""
+            self._put(head)
+
+    def _put(self, data):
+        try:
+            send_all(self.sock, data, Deadline(STALL_SECONDS, ClientGone()))
+        except OSError:
+            raise ClientGone from None
+
+    def tick(self):
+        """To be called every TICK while nothing flows. Raise ClientGone.
+
+        Looks whether the client is there, and keeps it from giving up.
+        """
+        if hung_up(self.sock):
+            raise ClientGone
+        self.flush()
+        now = time.monotonic()
+        if not self.is_begun:
+            if self.wants_events and now > self._born + EARLY_HEAD_AFTER:
+                self.is_early = True
+                self.begin_events()
+                self._comment()
+        elif self._is_events and self._is_at_boundary():
+            if now > self._spoke + COMMENT_EVERY:
+                self._comment()
+
+    def _comment(self):
+        sent, tail = self.sent, self._tail
+        self.send(b":\n\n")
+        self.sent, self._tail = sent, tail  # says nothing of the answer
+
+    def _is_at_boundary(self):
+        return self._tail.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
+
+    def break_off(self, problem: Problem):
+        """The backend's answer broke off: end the client's so that it is seen.
+
+        Between two events it is told why; then the connection is cut.
+        """
+        try:
+            if self._is_events and self._is_at_boundary():
+                self.send(error_event(problem))
+            self.flush()
+        except ClientGone:
+            pass
+        self.stays = False
+        self.is_broken = True
+        if not self._is_chunked and self._left is None:  # only a reset can tell
+            linger = struct.pack("ii", 1, 0)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+
+def error_body(problem: Problem) -> dict:
+    """Return what OpenAI's clients expect of an error."""
+    return {
+        "error": {
+            "message": str(problem),
+            "type": problem.type,
+            "param": problem.param,
+            "code": problem.code,
+        }
+    }
+
+
+def error_event(problem: Problem) -> bytes:
+    """Return an event that OpenAI's clients raise as an error."""
+    return b"data: " + _dump(error_body(problem)) + b"\n\n"
+
+
+# -- one request to a backend, one answer back -----------------------------------------
+
+
+class Outgoing(NamedTuple):
+    """A request as the backend gets it. `rest` is what is not held of the body."""
+
+    method: str
+    target: str
+    fields: Fields
+    held: bytes
+    length: Optional[int]  # of all of the body; None: unknown, sent chunked
+    rest: Optional[Body] = None
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether all of it is held, so that it can be sent again."""
+        return self.rest is None or self.rest.is_complete
+
+
+class Link(NamedTuple):
+    """What the relay may ask of a backend: its `upstream`; `suspect()` that it hangs;
+    `has_died(seconds)`, whether it ended by itself by then."""
+
+    upstream: Upstream
+    suspect: Callable[[], None]
+    has_died: Callable[[float], bool]
+
+
+class Silence:
+    """What to do every TICK while the backend is silent: look after the client, and
+    after SUSPECT_AFTER after the backend."""
+
+    def __init__(self, reply: Reply, suspect):
+        self._reply = reply
+        self._suspect = suspect
+        self.since = time.monotonic()
+
+    def __call__(self):
+        self._reply.tick()
+        if time.monotonic() > self.since + SUSPECT_AFTER:
+            self.since = time.monotonic()
+            self._suspect()
+
+
+def relay(outgoing: Outgoing, link: Link, reply: Reply, transform=None):
+    """Send the request to the backend and its answer to the client.
+
+    Raise BackendDied if it gave no answer (nothing was sent to the client then, but for
+    an early head), ClientGone if the client left. An answer that breaks off is passed on
+    as broken. `transform` may change the payload of an answer; see RepairStream.
+    """
+    silence = Silence(reply, link.suspect)
+    sock, answer = _ask(outgoing, link, silence)
+    try:
+        if answer.status == 101:
+            _tunnel(answer, sock, reply)
+        else:
+            _pass_on(answer, link, reply, transform)
+    finally:
+        if answer.is_over and outgoing.is_repeatable:
+            link.upstream.give_back(sock)
+        else:
+            link.upstream.drop(sock)
+            reply.stays = reply.stays and outgoing.is_repeatable
+
+
+def _ask(outgoing, link, silence):
+    """Send the request; return the connection and the head of the answer.
+
+    A kept connection that the backend closed meanwhile is replaced by a new one.
+    """
+    while True:
+        try:
+            sock, was_used = link.upstream.connect()
+        except OSError as error:
+            raise BackendDied(f"the backend cannot be reached: {error}") from None
+        wire = Wire(sock, silence)
+        try:
+            _send(outgoing, link.upstream, sock, silence)
+            return sock, Answer(wire, outgoing.method)
+        except (OSError, EOFError, BadRequest, HeadTooLarge) as error:
+            link.upstream.drop(sock)
+            if not (was_used and outgoing.is_repeatable and wire.is_untouched):
+                reason = str(error) or "it closed the connection"
+                raise BackendDied(f"the backend gave no answer: {reason}") from None
+        except BaseException:
+            link.upstream.drop(sock)
+            raise
+
+
+def _send(outgoing, upstream, sock, silence):
+    fields = [("host", upstream.authority), *outgoing.fields]
+    is_chunked = outgoing.length is None
+    if is_chunked:
+        fields.append(("transfer-encoding", "chunked"))
+    elif outgoing.length or outgoing.method in ("POST", "PUT", "PATCH"):
+        fields.append(("content-length", str(outgoing.length)))
+    start = f"{outgoing.method} {upstream.base_path}{outgoing.target} HTTP/1.1"
+    head = render_head(start, fields)
+    frame = _chunk if is_chunked else memoryview
+    if len(outgoing.held) < 65536:
+        send_all(sock, head + frame(outgoing.held), silence)
+    else:
+        send_all(sock, head, silence)
+        send_all(sock, frame(outgoing.held), silence)
+    if outgoing.rest is not None:
+        try:
+            for piece in outgoing.rest.rest():
+                silence.since = time.monotonic()
+                send_all(sock, frame(piece), silence)
+        except (BrokenPipeError, ConnectionResetError):
+            return  # it answers before it has read all: the answer says why
+    if is_chunked:
+        send_all(sock, b"0\r\n\r\n", silence)
+
+
+def _chunk(piece):
+    return b"%x\r\n%b\r\n" % (len(piece), piece) if len(piece) else b""
+
+
+def _pass_on(answer, link, reply, transform):
+    """Pass the answer on piece by piece; broken if it breaks."""
+    if reply.is_early and not (answer.status == 200 and answer.is_event_stream):
+        return _pass_on_as_event(answer, reply)
+    if not reply.is_early:
+        length = None if transform else answer.framing.length
+        reply.begin(answer.status, answer.reason, _fields_down(answer), length)
+    try:
+        for piece in answer.pieces():
+            reply.send(transform.feed(bytes(piece)) if transform else piece)
+        if answer.framing == Framing() and link.has_died(0.05):
+            raise Truncated("the backend ended in the middle of its answer")
+    except Truncated as error:
+        reply.break_off(BackendDied(f"the backend broke off: {error}"))
+        return
+    if transform:
+        reply.send(transform.finish())
+    reply.end()
+
+
+def _fields_down(answer):
+    return [
+        field
+        for field in end_to_end(answer.fields)
+        if field[0] != "content-length" and not field[0].startswith("access-control-")
+    ]
+
+
+def _pass_on_as_event(answer, reply):
+    """The head said that events come, but this is none: an event says what it is."""
+    body = b""
+    try:
+        for piece in answer.pieces():
+            body += piece
+            if len(body) > HELD_BODY:
+                break
+    except Truncated:
+        pass  # what came will do
+    told = json_or(body, None)
+    if isinstance(told, dict) and "error" in told:
+        reply.send(b"data: " + _dump({"error": told["error"]}) + b"\n\n")
+    else:
+        text = body[:2000].decode("utf-8", "replace")
+        problem = Problem(f"the backend answered {answer.status} and no events: {text}")
+        reply.send(error_event(problem))
+    reply.end()
+
+
+def _tunnel(answer, sock, reply):
+    """Pass bytes both ways after an upgrade, until either side ends."""
+    fields = [field for field in answer.fields if field[0] != "content-length"]
+    reply.stays = False
+    reply.begin(101, answer.reason, fields, 0)
+    reply.flush()
+    _carry(reply.sock, answer.leftover)
+    ends = {reply.sock.fileno(): (reply.sock, sock), sock.fileno(): (sock, reply.sock)}
+    waiter = select.poll()
+    for fd in ends:
+        waiter.register(fd, select.POLLIN)
+    while ends:
+        for fd, _ in waiter.poll():
+            source, target = ends[fd]
+            try:
+                data = source.recv(65536)
+                _carry(target, data)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return
+            if not data:
+                return
+
+
+def _carry(target, data):
+    send_all(target, data, Deadline(STALL_SECONDS, OSError("it does not read")))
+
+
+# ==================================================================================
+# 9  API: what each path means; the only place that writes an error to a client.
+#    Never knows the Scheduler or subprocesses.
+#
+#    One Handler serves one connection, request after request, on a thread of its own.
+#    A route either replies or raises a Problem; `_serve` is the one place that answers.
+# ==================================================================================
+
+IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
+SECRET_OPTION = re.compile(r"(?i)key|token|password")
+BROWSER = re.compile(r"Mozilla/")
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+MODEL_WORDS = ("/props", "/slots", "/metrics", "/lora-adapters")
+
+
+class Handler(socketserver.BaseRequestHandler):
+    """Serves one client's connection. `server.pool` and `server.log` are its world."""
+
+    def setup(self):
+        self.pool = self.server.pool
+        self.config = self.pool.config
+        self.wire = Wire(self.request)
+        if self.request.family != socket.AF_UNIX:
+            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        set_tick(self.request)
+
+    def handle(self):
+        """Serve requests until either side has had enough."""
+        try:
+            while self._await_request() and self._serve():
+                pass
+        except (ClientGone, OSError):
+            pass  # nobody is left to be told
+
+    def _await_request(self):
+        """Whether a request begins before the connection has been idle for too long."""
+        if self.wire.held:
+            return True
+        with self.server.idling(self.request) as may_idle:
+            if not may_idle:
+                return False
+            waiter = select.poll()
+            waiter.register(self.request, select.POLLIN)
+            return bool(waiter.poll(IDLE_SECONDS * 1000))
+
+    def _serve(self):
+        """Serve one request; return whether the connection can serve another."""
+        self.began = time.monotonic()
+        self.config = self.pool.config
+        self.reply = Reply(self.request, None, [])
+        self.head = self.body = self.model = None
+        try:
+            if not self._read_head():
+                return False
+            self._check_access()
+            self._route()
+        except Problem as problem:
+            self._answer_problem(problem)
+        except ConfigError as error:
+            self._answer_problem(Problem(str(error)))
+        self._log_slow()
+        if self.body is not None and self.reply.stays:
+            self.reply.stays = self._skip_body()
+        return self.reply.stays
+
+    def _read_head(self):
+        self.wire.on_silence = Deadline(HEAD_SECONDS, ClientGone())
+        raw = self.wire.head()
+        if not raw:
+            return False
+        self.head = Request(raw)
+        self.reply = Reply(self.request, self.head, self._cors_fields())
+        self.body = Body(self.wire, self.head, self.config.settings.max_body)
+        return True
+
+    def _skip_body(self):
+        try:
+            return self.body.skip()
+        except Problem:
+            return False
+
+    def _log_slow(self):
+        seconds = time.monotonic() - self.began
+        if self.model is not None and seconds > 60:
+            where = f"{self.head.method} {self.head.path}"
+            text = f"{self.model.name}: {where} took {seconds:.0f} s"
+            self.server.log("info", text)
+
+    def _answer_problem(self, problem):
+        """Answer with an error in whatever form is still possible."""
+        reply = self.reply
+        if self.body is None:
+            reply.stays = False
+        if not reply.is_begun:
+            self._send_problem(problem)
+        elif reply.is_early and not reply.sent:
+            reply.send(error_event(problem))
+            reply.end()
+        else:
+            reply.break_off(problem)
+
+    def _send_problem(self, problem):
+        fields = [("content-type", "application/json; charset=utf-8")]
+        if problem.retry_after is not None:
+            fields.append(("retry-after", str(math.ceil(problem.retry_after))))
+        if problem.may_retry is not None:
+            fields.append(("x-should-retry", str(problem.may_retry).lower()))
+        if problem.status == 401:
+            fields.append(("www-authenticate", "Bearer"))
+        if self.body is not None and not self.body.is_complete:
+            self.reply.stays = self.reply.stays and self._skip_body()
+        self._send(problem.status, fields, _dump(error_body(problem)))
+
+    def _send(self, status, fields, payload):
+        reason = http.HTTPStatus(status).phrase
+        self.reply.begin(status, reason, [*fields, ("server", "llmswap")], len(payload))
+        self.reply.send(payload)
+        self.reply.end()
+
+    def _send_json(self, value, status=200):
+        fields = [("content-type", "application/json; charset=utf-8")]
+        self._send(status, fields, _dump(value))
+
+    def _send_text(self, text, kind="text/plain"):
+        fields = [("content-type", f"{kind}; charset=utf-8")]
+        self._send(200, fields, text.encode())
+
+    # -- who may ask what ------------------------------------------------------------
+
+    def _check_access(self):
+        """Raise unless Host, Origin and key are as they must be."""
+        head = self.head
+        self._check_host(head.get("host"))
+        origin = head.get("origin")
+        if origin and (head.method not in SAFE_METHODS or head.is_upgrade):
+            if not self._is_origin_allowed(origin):
+                raise self._foreign(origin)
+        if head.method == "OPTIONS" or head.path in ("/health", "/v1/health", "/"):
+            return
+        self._check_key()
+
+    def _check_host(self, host):
+        allowed = self.config.settings.allowed_hosts
+        if "*" in allowed or not self._is_on_loopback():
+            return
+        name = _host_name(host)
+        if name and name not in allowed and not _is_address(name):
+            raise Forbidden(
+                f"Host {host!r} is not among allowed-hosts in [llmswap], which guards "
+                "local servers against web pages"
+            )
+
+    def _is_on_loopback(self):
+        address = self.request.getsockname()
+        return isinstance(address, tuple) and (
+            address[0].startswith("127.") or address[0] in ("::1", "::ffff:127.0.0.1")
+        )
+
+    def _is_origin_allowed(self, origin):
+        allowed = self.config.settings.cors_origins
+        if "*" in allowed or origin in allowed:
+            return True
+        name = origin.partition("://")[2]
+        if name == self.head.get("host"):
+            return True
+        return "localhost" in allowed and _host_name(name) in LOOPBACK_NAMES
+
+    def _foreign(self, origin):
+        return Forbidden(f"the origin {origin!r} is not in cors-origins in [llmswap]")
+
+    def _check_not_from_a_page(self):
+        """For GETs that change something: a page must not cause them by a mere link."""
+        head = self.head
+        origin = head.get("origin")
+        if head.method != "GET" or (origin and self._is_origin_allowed(origin)):
+            return
+        signs = [name for name, _ in head.fields if name.startswith("sec-fetch-")]
+        is_page = origin or head.get("referer") or signs
+        if is_page or BROWSER.match(head.get("user-agent")):
+            if head.get("sec-fetch-site") != "same-origin":
+                raise self._foreign(origin or head.get("referer") or "of a browser")
+
+    def _check_key(self):
+        keys = self.config.api_keys
+        if keys and not any(_is_key(given, keys) for given in self._given_keys()):
+            raise Unauthorized("a valid API key is needed (Authorization: Bearer KEY)")
+
+    def _given_keys(self):
+        head = self.head
+        yield from head.all("x-api-key")
+        for value in head.all("authorization"):
+            scheme, _, rest = value.partition(" ")
+            if scheme.lower() == "basic":
+                yield _basic_password(rest)
+            else:
+                yield rest.strip() if scheme.lower() == "bearer" else value
+
+    def _cors_fields(self):
+        origin = self.head.get("origin")
+        if not origin or not self._is_origin_allowed(origin):
+            return []
+        return [
+            ("access-control-allow-origin", origin),
+            ("access-control-allow-credentials", "true"),
+            ("access-control-expose-headers", "*"),
+            ("vary", "Origin"),
+        ]
+
+    # -- routes ----------------------------------------------------------------------
+
+    def _route(self):
+        """Do what the path means; whatever is not ours belongs to a model."""
+        head = self.head
+        if head.method == "OPTIONS":
+            return self._answer_preflight()
+        method = "GET" if head.method == "HEAD" else head.method
+        route = ROUTES.get((method, head.path))
+        if route:
+            return route(self)
+        for prefix, methods, action in PREFIXES:
+            if head.path.startswith(prefix) and (not methods or method in methods):
+                return action(self, urllib.parse.unquote(head.path[len(prefix) :]))
+        if any(path == head.path for _, path in ROUTES) and method != "POST":
+            raise MethodNotAllowed(f"{head.path} has no {head.method}")
+        self._serve_by_model()
+
+    def _answer_preflight(self):
+        wanted = self.head.get("access-control-request-headers") or "*"
+        fields = [
+            ("access-control-allow-methods", "GET, POST, PUT, PATCH, DELETE, OPTIONS"),
+            ("access-control-allow-headers", wanted),
+            ("access-control-max-age", "600"),
+        ]
+        self._send(204, fields if self.reply.extra else [], b"")
+
+    def _show_page(self):
+        self._send_text(
+            "llmswap is running. Models: /v1/models. OpenAI's API: /v1.\n"
+        )
+
+    def _show_health(self):
+        self._send_json({"status": "ok", "server": "llmswap", **self.pool.counts()})
+
+    def _list_models(self):
+        if self.head.parameter("reload"):
+            self._check_not_from_a_page()
+            self.server.reload()
+            self.config = self.pool.config
+        statuses = self.pool.snapshot()
+        listed = [
+            self._model_entry(model, statuses.get(model.name))
+            for model in self.config.models.values()
+            if not model.settings.unlisted
+        ]
+        self._send_json({"object": "list", "data": listed})
+
+    def _show_model(self, name):
+        model = self.config.resolve(name)
+        status = self.pool.snapshot().get(model.name)
+        self._send_json(self._model_entry(model, status))
+
+    def _model_entry(self, model, status):
+        state = status.state.value if status else "unloaded"
+        told = {
+            "value": "loaded" if state == "unloading" else state,
+            "args": self._shown_command(model, status),
+        }
+        problem = model.problem or (status and status.failure)
+        if problem and state == "unloaded":
+            told.update(failed=True, exit_code=1, error=str(problem))
+        entry = {
+            "id": model.name,
+            "object": "model",
+            "created": self.server.born,
+            "owned_by": "llmswap",
+            "aliases": list(model.aliases),
+            "status": told,
+            "meta": {},
+        }
+        if model.settings.description:
+            entry["description"] = model.settings.description
+        return entry
+
+    def _shown_command(self, model, status):
+        owner = self.config.models.get(model.backend, model)
+        port = str(status.port) if status and status.port else "${PORT}"
+        try:
+            return masked(command_of(owner, table_of(owner), port))
+        except ConfigError:
+            return []
+
+    def _load(self):
+        model = self._model_of_body()
+        if not self.pool.load(model):
+            raise BadRequest("model is already running")
+        self._send_json({"success": True})
+
+    def _unload(self):
+        model = self._model_of_body()
+        if not self.pool.unload(model):
+            raise BadRequest("model is not running")
+        self._send_json({"success": True})
+
+    def _model_of_body(self):
+        """The model that the JSON body names."""
+        named = model_named_in(self.body, "application/json")
+        if named.model is None:
+            raise BadRequest("model name is missing from the request", "model")
+        return self.config.resolve(named.model)
+
+    def _unload_all(self):
+        self._check_not_from_a_page()
+        for model in self.config.models.values():
+            if model.backend == model.name:
+                self.pool.unload(model)
+        self.pool.await_unloaded(self._look_after_client)
+        self._send_text("OK")
+
+    def _unload_named(self, name):
+        if not name:
+            return self._unload_all()
+        self.pool.unload(self.config.resolve(name))
+        self.pool.await_unloaded(self._look_after_client)
+        self._send_text("OK")
+
+    def _show_running(self):
+        words = {"loading": "starting", "loaded": "ready", "unloading": "stopping"}
+        running = []
+        for name, status in self.pool.snapshot().items():
+            model = self.config.models.get(name)
+            if model is None or model.backend != name or status.state is State.UNLOADED:
+                continue
+            running.append(
+                {
+                    "model": name,
+                    "state": words.get(status.state.value, status.state.value),
+                    "cmd": shlex.join(self._shown_command(model, status)),
+                    "proxy": proxy_of(model, str(status.port)),
+                    "ttl": int(model.settings.idle_timeout),
+                    "name": name,
+                    "description": model.settings.description,
+                }
+            )
+        self._send_json({"running": running})
+
+    def _show_props(self):
+        if self.head.parameter("model") is not None:
+            return self._ask_model()
+        self._send_json(
+            {
+                "role": "router",
+                "max_instances": self.config.settings.models_max,
+                "models_autoload": True,
+                "model_alias": "llmswap",
+                "model_path": "none",
+                "default_generation_settings": {"params": None, "n_ctx": 0},
+                "ui_settings": {},
+                "build_info": f"llmswap {VERSION}",
+                "cors_proxy_enabled": False,
+            }
+        )
+
+    def _ask_model(self):
+        """GET something of one model; it is not loaded, woken or kept for that."""
+        name = self.head.parameter("model")
+        if not name:
+            raise BadRequest("model name is missing from the request", "model")
+        model = self.model = self.config.resolve(name)
+        if self.head.parameter("autoload") in ("true", "1"):
+            return self._forward(model, self.head.target, Named())
+        backend = self.pool.backend_of(model)
+        if backend is None or self.pool.state_of(model) is not State.LOADED:
+            raise BadRequest("model is not loaded")
+        outgoing = self._outgoing(model, self.head.target, Named())
+        relay(outgoing, _link_to(backend), self.reply)
+
+    # -- what goes on ----------------------------------------------------------------
+
+    def _stream_events(self):
+        with self.pool.events.follow() as get:
+            self.reply.begin_events()
+            self.reply.flush()
+            self._follow(get, lambda event: b"data: " + _dump(event) + b"\n\n")
+
+    def _show_logs(self):
+        self._send_text("".join(f"{line}\n" for line in self.server.log.feed.history()))
+
+    def _stream_logs(self, name=""):
+        feed = self.server.log.feed
+        if name not in ("", "proxy"):
+            feed = self.pool.feed_of(self.config.resolve(name).backend)
+        with feed.follow(self.head.parameter("no-history") is None) as get:
+            fields = [
+                ("content-type", "text/plain; charset=utf-8"),
+                ("cache-control", "no-cache"),
+                ("x-accel-buffering", "no"),
+            ]
+            self.reply.begin(200, "OK", fields, None)
+            self.reply.flush()
+            self._follow(get, lambda line: f"{line}\n".encode())
+
+    def _follow(self, get, render):
+        """Send item after item until the client leaves or llmswap ends."""
+        while not self.server.is_closing:
+            item = get(TICK)
+            if item is None:
+                self.reply.tick()
+            else:
+                self.reply.send(render(item))
+        self.reply.end()
+
+    # -- requests for models ---------------------------------------------------------
+
+    def _serve_upstream(self, rest):
+        """/upstream/ID/REST: that model's own server, whatever REST is."""
+        name, path = self._longest_name(rest)
+        model = self.model = self.config.resolve(name)
+        if not path:
+            fields = [("location", f"/upstream/{urllib.parse.quote(name)}/")]
+            return self._send(308, fields, b"")
+        if self.pool.state_of(model) is not State.LOADED:
+            self._check_not_from_a_page()
+        query = f"?{self.head.query}" if self.head.query else ""
+        target = urllib.parse.quote(path, safe="/:@!$&'()*+,;=~%") + query
+        self._forward(model, target, self._named_in_body(), is_loose=True)
+
+    def _longest_name(self, rest):
+        """Split REST after the longest known name: ids may contain slashes."""
+        parts = rest.split("/")
+        for count in range(len(parts), 0, -1):
+            name = "/".join(parts[:count])
+            if self.config.names.find(name):
+                path = "/".join(parts[count:])
+                return name, "/" + path if count < len(parts) else ""
+        return parts[0], "/"
+
+    def _named_in_body(self):
+        if self.head.method in ("GET", "HEAD") or self.head.is_upgrade:
+            return Named()
+        try:
+            return model_named_in(self.body, self.head.get("content-type"))
+        except BadRequest:
+            return Named()  # not JSON at all: the backend may know what it is
+
+    def _serve_by_model(self):
+        """Route by the model that the body, the form or the query names."""
+        head = self.head
+        named = Named()
+        if head.method not in ("GET", "HEAD"):
+            named = model_named_in(self.body, head.get("content-type"))
+        name = named.model or head.parameter("model")
+        if name is not None:
+            model = self.config.resolve(name)
+        elif head.method in SAFE_METHODS:
+            raise NotFound(f"there is nothing at {head.path}")
+        else:
+            model = self._default_model()
+        self.model = model
+        self._forward(model, head.target, named)
+
+    def _default_model(self):
+        model = self.config.default_model()
+        if model is None:
+            raise BadRequest(
+                "model name is missing from the request, and there is no default-model",
+                "model",
+            )
+        return model
+
+    def _forward(self, model, target, named, is_loose=False):
+        """Let the model's backend answer; once more if it died over it."""
+        stay = self._stay_asked(named)
+        is_loose = self.head.is_upgrade or (is_loose and self.head.method == "GET")
+        self.reply.wants_events = self._wants_events(model, named)
+        outgoing = self._outgoing(model, target, named)
+        for is_last in (False, True):
+            with self.pool.lease(model, self._look_after_client, is_loose) as backend:
+                if stay is not None:
+                    self.pool.keep_alive(model, stay)
+                try:
+                    return relay(outgoing, _link_to(backend), self.reply)
+                except BackendDied as problem:
+                    may_resend = outgoing.is_repeatable and not is_last
+                    if not may_resend or not backend.has_died(1.0):
+                        raise problem
+
+    def _look_after_client(self):
+        """Raise ClientGone once it is; meanwhile keep it from giving up."""
+        self.reply.tick()
+        return False
+
+    def _wants_events(self, model, named):
+        if model.settings.loading_notice == "off" or self.head.method != "POST":
+            return False
+        return named.value(self.body.held, "stream") is True
+
+    def _stay_asked(self, named):
+        """Seconds that `keep_alive` or `ttl` ask for; None: they are not there."""
+        for name in ("keep_alive", "ttl"):
+            value = named.value(self.body.held, name) if named.is_json else None
+            if value is not None:
+                return _seconds_of(name, value)
+        return None
+
+    def _outgoing(self, model, target, named):
+        """The request as the backend is to get it."""
+        body, edits = self.body, _edits_of(model, named)
+        held, length, rest = body.held, body.length, body
+        if named.is_json and _has_edits(edits, named):
+            body.hold(self.config.settings.max_body + 1)
+            members, _ = members_of(body.held)
+            held = b"".join(edited_json(body.held, members, edits))
+            length = len(held)
+        elif named.model is not None and edits.model is not None:
+            start, end = named.span
+            name = edits.model.encode()
+            held = b"".join([body.held[:start], name, body.held[end:]])
+            length = length and length + len(name) - (end - start)
+        if body.is_complete:
+            length, rest = len(held), None
+        fields = self._fields_up(model)
+        return Outgoing(self.head.method, target, fields, held, length, rest)
+
+    def _fields_up(self, model):
+        dropped = {"host", "content-length", "x-conversation-id"}
+        if self.config.api_keys or model.settings.proxy_key:
+            dropped.update(("authorization", "x-api-key"))
+        if self.head.method == "POST":
+            dropped.add("accept-encoding")  # events and numbers are read on the way
+        fields = [each for each in end_to_end(self.head.fields) if each[0] not in dropped]
+        if model.settings.proxy_key:
+            fields.append(("authorization", f"Bearer {model.settings.proxy_key}"))
+        if self.head.is_upgrade:
+            fields += [("connection", "upgrade"), ("upgrade", self.head.get("upgrade"))]
+        return fields
+
+
+def _link_to(backend):
+    return Link(backend.upstream, backend.suspect, backend.has_died)
+
+
+def _edits_of(model, named):
+    settings = model.settings
+    removed = set(settings.strip_params)
+    removed.update(each.name for each in named.members if each.name in STAY_NAMES)
+    return Edits(settings.model_name or None, settings.set_params, frozenset(removed))
+
+
+STAY_NAMES = ("keep_alive", "ttl")
+
+
+def _has_edits(edits, named):
+    return bool(edits.model is not None or edits.laid_over or edits.removed)
+
+
+def _seconds_of(name, value):
+    """Seconds that Ollama's keep_alive or LM Studio's ttl means; below 0: for ever."""
+    try:
+        if isinstance(value, str):
+            sign = -1 if value.startswith("-") else 1
+            return sign * parse_duration(value.lstrip("-"))
+        return float(value)
+    except (TypeError, ValueError):
+        raise BadRequest(f"{name}: {value!r} is not a duration", name) from None
+
+
+def _host_name(host):
+    """The name in a Host, without its port."""
+    if host.startswith("["):
+        return host.partition("]")[0] + "]"
+    return host.partition(":")[0].lower()
+
+
+def _is_address(name):
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, name.strip("[]"))
+            return True
+        except OSError:
+            continue
+    return False
+
+
+def _is_key(given, keys):
+    raw = given.encode("utf-8", "replace")
+    found = [hmac.compare_digest(raw, key.encode()) for key in keys]
+    return any(found)
+
+
+def _basic_password(encoded):
+    try:
+        return base64.b64decode(encoded).decode().partition(":")[2]
+    except ValueError:
+        return ""
+
+
+def masked(argv: List[str]) -> List[str]:
+    """Return the command with *** for values of options named key, token, password."""
+    return [
+        "***" if index and SECRET_OPTION.search(argv[index - 1]) and
+        argv[index - 1].startswith("-") else word
+        for index, word in enumerate(argv)
+    ]  # fmt: skip
+
+
+ROUTES = {
+    ("GET", "/"): Handler._show_page,
+    ("GET", "/health"): Handler._show_health,
+    ("GET", "/v1/health"): Handler._show_health,
+    ("GET", "/v1/models"): Handler._list_models,
+    ("GET", "/models"): Handler._list_models,
+    ("GET", "/models/sse"): Handler._stream_events,
+    ("POST", "/models/load"): Handler._load,
+    ("POST", "/models/unload"): Handler._unload,
+    ("GET", "/props"): Handler._show_props,
+    ("GET", "/slots"): Handler._ask_model,
+    ("GET", "/metrics"): Handler._ask_model,
+    ("GET", "/lora-adapters"): Handler._ask_model,
+    ("GET", "/running"): Handler._show_running,
+    ("GET", "/unload"): Handler._unload_all,
+    ("POST", "/unload"): Handler._unload_all,
+    ("POST", "/api/models/unload"): Handler._unload_all,
+    ("GET", "/logs"): Handler._show_logs,
+    ("GET", "/logs/stream"): Handler._stream_logs,
+}
+PREFIXES = (
+    ("/upstream/", (), Handler._serve_upstream),
+    ("/v1/models/", ("GET",), Handler._show_model),
+    ("/logs/stream/", ("GET",), Handler._stream_logs),
+    ("/api/models/unload/", ("POST",), Handler._unload_named),
+)
+
+
+# ==================================================================================
+# 10  Command line: arguments, logging, signals, and the order of shutdown.
+#     Decides nothing else.
+# ==================================================================================
+
+DRAIN_SECONDS = 30.0  # for requests in flight at the end
+STACK_BYTES = 512 * 1024  # of a thread; the deepest call here needs a tenth of it
+IDLE_THREADS = 32  # kept for the next connections
+MOST_DESCRIPTORS = 65536
+MOST_CONNECTIONS = 4096
+
+
+class Log:
+    """Lines for people, on stderr and in `feed`. Any thread may call; nobody waits.
+
+    `log(level, text)`. Under systemd's journal each line carries its priority instead of
+    the time; colours only on a terminal.
+    """
+
+    LEVELS = {"debug": 7, "info": 6, "warning": 4, "error": 3}
+    COLOURS = {"warning": "\033[33m", "error": "\033[31m", "debug": "\033[2m"}
+
+    def __init__(self, stream=None):
+        self.feed = Feed(2000)
+        self.level = "info"
+        self._stream = stream or sys.stderr
+        self._lines = queue.SimpleQueue()
+        self._is_journal = _is_journal(self._stream)
+        self._is_colourful = self._stream.isatty() and "NO_COLOR" not in os.environ
+        threading.Thread(target=self._write, name="log", daemon=True).start()
+
+    def __call__(self, level: str, text: str):
+        if self.LEVELS[level] <= self.LEVELS[self.level]:
+            self._lines.put((level, text, time.time()))
+
+    def flush(self):
+        """Wait until what was said so far is written, a second at most."""
+        done = threading.Event()
+        self._lines.put(done)
+        done.wait(1.0)
+
+    def _write(self):
+        while True:
+            item = self._lines.get()
+            if isinstance(item, threading.Event):
+                item.set()
+                continue
+            level, text, moment = item
+            stamp = time.strftime("%H:%M:%S", time.localtime(moment))
+            self.feed.publish(f"{stamp} {text}")
+            try:
+                self._stream.write(self._shown(level, stamp, text))
+                self._stream.flush()
+            except (OSError, ValueError):
+                pass  # nobody reads it; the feed has it
+
+    def _shown(self, level, stamp, text):
+        if self._is_journal:
+            mark = f"<{self.LEVELS[level]}>"
+            return "".join(f"{mark}{line}\n" for line in text.splitlines())
+        if self._is_colourful:
+            colour = self.COLOURS.get(level, "")
+            return f"\033[2m{stamp}\033[0m {colour}{text}\033[0m\n"
+        return f"{stamp} {text}\n"
+
+
+def _is_journal(stream):
+    """Whether it is systemd's journal: the variable alone proves nothing."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Accepts connections on several sockets and gives each a thread.
+
+    Threads are kept for the next connection: to start one costs more than to serve a
+    small request. `serve` returns once `stop` was called.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, sockets: List[socket.socket], pool: Pool, log: Log, reload):
+        super().__init__(("", 0), Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = sockets[0]
+        self.sockets = sockets
+        self.pool, self.log, self.reload = pool, log, reload
+        self.born = int(time.time())
+        self.is_closing = False
+        self.most_connections = min(MOST_CONNECTIONS, raise_descriptor_limit() // 2)
+        self._bell = Bell()
+        self._open = set()
+        self._idle_connections = set()
+        self._idle_threads = collections.deque()
+
+    def serve(self):
+        """Accept until stopped. Sleeps while nothing happens."""
+        waiter = select.poll()
+        waiter.register(self._bell, select.POLLIN)
+        listeners = {each.fileno(): each for each in self.sockets}
+        for fd, listener in listeners.items():
+            listener.setblocking(False)
+            waiter.register(fd, select.POLLIN)
+        while not self.is_closing:
+            for fd, _ in waiter.poll():
+                if fd in listeners:
+                    self._accept(listeners[fd])
+
+    def _accept(self, listener):
+        try:
+            connection, address = listener.accept()
+        except BlockingIOError:
+            return  # it left again
+        except OSError as error:  # no descriptors left: let others end first
+            if self.is_closing:
+                return
+            self.log("error", f"a connection could not be accepted: {error}")
+            time.sleep(0.1)
+            return
+        connection.setblocking(True)
+        if len(self._open) >= self.most_connections:
+            self._turn_away(connection)
+        else:
+            self.process_request(connection, address)
+
+    def _turn_away(self, connection):
+        connection.settimeout(1)
+        problem = Problem(f"{self.most_connections} connections are open already")
+        problem.status = 503
+        reply = Reply(connection, None, [])
+        try:
+            payload = _dump(error_body(problem))
+            reply.begin(503, "Service Unavailable", [("retry-after", "5")], len(payload))
+            reply.send(payload)
+        except ClientGone:
+            pass
+        connection.close()
+
+    def process_request(self, request, client_address):
+        """Give the connection to a thread that waits for one, else to a new one."""
+        self._open.add(request)
+        try:
+            self._idle_threads.pop().put((request, client_address))
+        except IndexError:
+            work = (request, client_address)
+            threading.Thread(target=self._work, args=(work,), daemon=True).start()
+
+    def _work(self, connection):
+        inbox = queue.SimpleQueue()
+        while connection is not None:
+            self.process_request_thread(*connection)
+            self._open.discard(connection[0])
+            connection = None
+            if len(self._idle_threads) < IDLE_THREADS:
+                self._idle_threads.append(inbox)
+                connection = self._next_connection(inbox)
+
+    def _next_connection(self, inbox):
+        try:
+            return inbox.get(timeout=IDLE_SECONDS)
+        except queue.Empty:
+            pass
+        try:
+            self._idle_threads.remove(inbox)
+            return None
+        except ValueError:
+            return inbox.get()  # somebody took it at this very moment
+
+    def handle_error(self, request, client_address):
+        """A bug: say where. The connection is closed by the caller."""
+        self.log("error", f"bug in llmswap:\n{traceback.format_exc()}")
+
+    @contextlib.contextmanager
+    def idling(self, connection):
+        """While inside, `stop` may close the connection; yields False if it has to."""
+        self._idle_connections.add(connection)
+        try:
+            yield not self.is_closing
+        finally:
+            self._idle_connections.discard(connection)
+
+    def stop(self):
+        """Stop to accept, and end the connections that wait for a next request."""
+        self.is_closing = True
+        self._bell.ring()
+        for listener in self.sockets:
+            listener.close()  # never shutdown(): systemd may own it
+        for connection in list(self._idle_connections):
+            try:
+                connection.shutdown(socket.SHUT_RD)
+            except OSError:
+                pass
+
+
+def raise_descriptor_limit() -> int:
+    """Raise our soft limit of descriptors to the hard one; return it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
+    wanted = max(soft, min(wanted, MOST_DESCRIPTORS))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError):
+        return soft
+    return wanted
+
+
+# -- listening -------------------------------------------------------------------------
+
+
+def open_listener(address: tuple) -> socket.socket:
+    """Listen on ("host", port) or ("unix", path). Raise OSError."""
+    kind, place = address
+    if kind == "unix":
+        return _open_unix(place)
+    family = socket.AF_INET6 if ":" in kind else socket.AF_INET
+    listener = socket.socket(family)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind((kind, place))
+        listener.listen(1024)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _open_unix(path):
+    listener = socket.socket(socket.AF_UNIX)
+    if _is_stale(path):
+        os.unlink(path)
+    mask = os.umask(0o117)
+    try:
+        listener.bind(path)
+    finally:
+        os.umask(mask)
+    listener.listen(1024)
+    return listener
+
+
+def _is_stale(path):
+    """Whether a socket is there on which nobody listens any more."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
+def is_llmswap(address: tuple) -> bool:
+    """Whether a llmswap answers there."""
+    kind, place = address
+    try:
+        if kind == "unix":
+            probe = socket.socket(socket.AF_UNIX)
+            probe.settimeout(2)
+            probe.connect(place)
+        else:
+            host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(kind, kind)
+            probe = socket.create_connection((host, place), timeout=2)
+        with probe:
+            probe.sendall(
+                b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+            )
+            return b"server: llmswap" in probe.recv(65536)
+    except OSError:
+        return False
+
+
+def shown_address(address: tuple) -> str:
+    """Return the address as something that can be clicked or copied."""
+    kind, place = address
+    if kind == "unix":
+        return f"unix:{place}"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(kind, kind)
+    return f"http://[{host}]:{place}/" if ":" in host else f"http://{host}:{place}/"
+
+
+# -- the demo model server -------------------------------------------------------------
+
+
+class Parrot(http.server.BaseHTTPRequestHandler):
+    """A model server that repeats what it is told, so that a first try needs nothing
+    else installed."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+    def do_GET(self):
+        """Answer health checks and lists."""
+        self._answer({"status": "ok", "object": "list", "data": [{"id": "parrot"}]})
+
+    def do_POST(self):
+        """Repeat the last message, word by word if it is to be streamed."""
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        words = self._words(asked)
+        if asked.get("stream"):
+            return self._stream(words)
+        message = {"role": "assistant", "content": "".join(words)}
+        usage = {"prompt_tokens": len(words), "completion_tokens": len(words)}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        self._answer(
+            {"object": "chat.completion", "model": asked.get("model"),
+             "choices": [choice], "usage": usage}
+        )  # fmt: skip
+
+    def _words(self, asked):
+        told = (asked.get("messages") or [{}])[-1].get("content") or "squawk"
+        return re.findall(r"\S+\s*", f"{asked.get('model')} says: {told}")
+
+    def _stream(self, words):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        for word in words:
+            chunk = {"object": "chat.completion.chunk",
+                     "choices": [{"index": 0, "delta": {"content": word}}]}  # fmt: skip
+            self.wfile.write(b"data: " + _dump(chunk) + b"\n\n")
+            time.sleep(0.05)
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def _answer(self, value):
+        payload = _dump(value)
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+
+# -- starting and ending ---------------------------------------------------------------
+
+
+def parse_args(argv: List[str]) -> argparse.Namespace:
+    """Return the arguments; exit with status 2 and a usage if they make no sense."""
+    parser = argparse.ArgumentParser(
+        prog="llmswap.py",
+        description="One address for many local language models.",
+    )
+    parser.add_argument("file", nargs="?", metavar="FILE.ini")
+    parser.add_argument("--listen", metavar="ADDRESS", help="instead of the file's")
+    parser.add_argument("--models-max", metavar="N", help="instead of the file's")
+    parser.add_argument(
+        "--check", action="store_true", help="show each model's command, or its error"
+    )
+    parser.add_argument("--verbose", action="store_true", help="log what models write")
+    parser.add_argument("--version", action="version", version=f"llmswap {VERSION}")
+    parser.add_argument(
+        "--parrot", action="store_true", help="be the demo model server (with --port)"
+    )
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if not args.file and not args.parrot:
+        parser.error("which INI file? (try: llmswap.py example.ini)")
+    return args
+
+
+def check(config: Config) -> int:
+    """Print each model with its command or its error; return the exit status."""
+    for warning in config.warnings:
+        print(f"warning: {warning}")
+    status = 0
+    for model in config.models.values():
+        print(f"\n[{model.name}]  {', '.join(model.aliases)}".rstrip())
+        try:
+            if model.problem:
+                raise ConfigError(model.problem)
+            print(textwrap.indent(_description(model), "  "))
+        except ConfigError as error:
+            print(f"  UNUSABLE: {error}")
+            status = 2
+    return status
+
+
+def _description(model):
+    if model.kind == "uses":
+        return f"uses {model.backend}"
+    table = table_of(model)
+    argv = command_of(model, table, "${PORT}")
+    if not argv:
+        return f"{model.kind} at {proxy_of(model, '')}"
+    source = f"\n(options from {table.source})" if table else ""
+    return shlex.join(argv).replace("'${PORT}'", "${PORT}") + source
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run llmswap until it is told to end; return the exit status."""
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    if args.parrot:
+        return _run_parrot(args.port or 8090)
+    try:
+        config = load_config(args.file, args.listen, args.models_max)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if args.check:
+        return check(config)
+    return Program(args, config).run()
+
+
+def _run_parrot(port):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Parrot)
+    server.daemon_threads = True
+    server.serve_forever()
+    return 0
+
+
+class Program:
+    """One run of llmswap: from the listening sockets to the last backend's end."""
+
+    def __init__(self, args: argparse.Namespace, config: Config):
+        self._args = args
+        self._config = config
+        self._signals = queue.SimpleQueue()  # put() may interrupt a put(): a list may not
+        self._reload_lock = threading.Lock()
+        self.log = Log()
+        self.log.level = "debug" if args.verbose else config.settings.log_level
+
+    def run(self) -> int:
+        """Serve until a signal ends it; return the exit status."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda number, _: self._signals.put(number))
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        threading.stack_size(STACK_BYTES)
+        listeners = self._open_listeners()
+        if isinstance(listeners, int):
+            self.log.flush()
+            return listeners
+        self.pool = Pool(self._config, self.log)
+        self.pool.start()
+        self.server = Server(listeners, self.pool, self.log, self.reload)
+        threading.Thread(target=self.server.serve, name="accept", daemon=True).start()
+        self._announce()
+        self._await_end()
+        self._shut_down()
+        return 0
+
+    def _open_listeners(self):
+        """The listening sockets, or an exit status if an address is taken."""
+        listeners = []
+        for address in self._config.settings.listen:
+            try:
+                listeners.append(open_listener(address))
+            except OSError as error:
+                where = shown_address(address)
+                if error.errno == errno.EADDRINUSE and is_llmswap(address):
+                    self.log("info", f"llmswap answers at {where} already")
+                    return 0
+                self.log("error", f"cannot listen on {where}: {error.strerror or error}")
+                return 1
+        return listeners
+
+    def _announce(self):
+        self._tell_warnings(self._config)
+        names = [model.name for model in self._config.models.values()]
+        where = ", ".join(shown_address(each) for each in self._config.settings.listen)
+        what = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        self.log("info", f"llmswap {VERSION} at {where} serves {what or 'no models'}")
+        tables = {m.settings.llama_server for m in self._config.models.values()
+                  if m.kind == "llama-server"}  # fmt: skip
+        for binary in tables:
+            threading.Thread(target=options_of, args=(binary,), daemon=True).start()
+
+    def _tell_warnings(self, config):
+        for warning in config.warnings:
+            self.log("warning", warning)
+        for model in config.models.values():
+            if model.problem:
+                self.log("warning", f"{model.name} cannot be used: {model.problem}")
+
+    def _await_end(self):
+        """Sleep until a signal says to end; on SIGHUP, read the file again."""
+        while True:
+            number = self._signals.get()
+            if number != signal.SIGHUP:
+                return
+            try:
+                self.reload()
+            except Problem as problem:
+                self.log("error", str(problem))
+
+    def reload(self):
+        """Read the file again and take it over; a broken one changes nothing and
+        raises a Problem that says why."""
+        with self._reload_lock:
+            try:
+                config = load_config(
+                    self._args.file, self._args.listen, self._args.models_max
+                )
+            except ConfigError as error:
+                raise Problem(f"not reloaded: {error}") from None
+            if config.settings.listen != self._config.settings.listen:
+                self.log("warning", "a change of `listen` needs a restart")
+            self.pool.reload(config)
+            self._config = config
+            if not self._args.verbose:
+                self.log.level = config.settings.log_level
+            self._tell_warnings(config)
+            self.log("info", f"{self._args.file} was read again")
+
+    def _shut_down(self):
+        self.log("info", "ending; requests in flight may end first")
+        self.server.stop()
+        threading.Thread(target=self._hasten, name="hasten", daemon=True).start()
+        self.pool.close(DRAIN_SECONDS)
+        self.log("info", "ended")
+        self.log.flush()
+        for address in self._config.settings.listen:
+            if address[0] == "unix":
+                contextlib.suppress(OSError)(os.unlink)(address[1])
+
+    def _hasten(self):
+        """A second signal means now."""
+        while self._signals.get() == signal.SIGHUP:
+            pass
+        self.pool.kill()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
