@@ -1,5 +1,41 @@
 #!/usr/bin/env python3
-"""llmswap: one address for many local language models."""
+"""llmswap: one address for many local language models.
+
+An OpenAI-compatible reverse proxy that starts the model server a request asks for,
+stops others to make room, unloads what is idle, and gives the memory back. One file,
+standard library only: `python3 llmswap.py example.ini`.
+
+    clients ──> Handler ──> Pool.lease() ──> relay() ──> llama-server, or any other
+                 (9)          (5) │            (6)           ^
+                                  v                          │ starts, watches, stops
+                          Scheduler.decide() ──> Start, Stop ┘ ProcessBackend (4)
+                                 (3)
+
+Words. A *model* is a section of the INI file. A *backend* is the running thing that
+serves it: a process, a systemd unit, or a remote server. *Upstream* is that backend as
+the relay sees it. A *ticket* is a waiting request, a *lease* the right to use a backend
+until the request ends. *Evict*: stop to make room. *Drain*: let requests in flight end,
+grant no new ones. *Unload*: stop because told to, or idle.
+
+Rooms, each using only what stands above it:
+
+    1  Errors         every way to fail, with its HTTP status
+    2  Configuration  text to frozen values
+    3  Scheduling     who starts, who goes, who is served next; pure
+    4  Backends       one life of one model server, from spawn to death
+    5  Pool           the one lock; carries decisions out
+    6  Relay          one request to a backend, one answer back
+    9  API            what each path means; the only place that writes an error
+    10 Command line   arguments, logging, signals, the order of shutdown
+
+Threads. One accepts connections; one serves each connection, request after request; one
+lives the life of each backend, from spawn to death; one turns the Pool's wheel when
+time alone changes something; one writes the log; one replaces a dead guard. What they
+share is the Scheduler and the dict of backends. Both belong to the Pool and are touched
+only under its one lock, which is held just long enough to record an event and to carry
+out what follows, never across I/O or a sleep. Waiting happens outside. So there is no
+order of locks to remember, and nothing can wait for someone who waits.
+"""
 
 import argparse
 import base64
@@ -3619,6 +3655,7 @@ class Status(NamedTuple):
     """What a model is doing, at one moment. Times in seconds."""
 
     name: str
+    is_owner: bool  # of the backend, which others may use
     state: State
     in_flight: int
     waiting: int
@@ -3651,6 +3688,7 @@ class Pool:
         self._quiet = threading.Condition(self._lock)  # a lease or a backend ended
         self._alarm_at = math.inf
         self._is_closed = False
+        self._quiet_since = clock()
 
     def start(self):
         """Begin to watch the clock, and load what is to be loaded on startup."""
@@ -3804,6 +3842,7 @@ class Pool:
         unload_at = slot.unload_at() if slot.state is State.LOADED else None
         return Status(
             name=name,
+            is_owner=name == slot.name,
             state=slot.state,
             in_flight=slot.in_flight + slot.loose,
             waiting=slot.waiting,
@@ -3819,15 +3858,26 @@ class Pool:
         """Return the lines that the model's backends wrote, whichever life wrote them."""
         return self._feeds.setdefault(name, Feed(1000))
 
-    def counts(self) -> Dict[str, int]:
-        """Return how many models are held, and how many requests run and wait."""
-        with self._lock:
+    def counts(self, timeout: float = -1) -> Optional[Dict[str, int]]:
+        """Return how many models are held, and how many requests run and wait; None if
+        the lock cannot be had in so many seconds."""
+        if not self._lock.acquire(timeout=timeout):
+            return None
+        try:
             return {
                 "models": len(self._scheduler.slots),
                 "loaded": sum(1 for _ in self._scheduler.held),
                 "requests": self._scheduler.in_flight,
                 "queued": self._scheduler.queued,
             }
+        finally:
+            self._lock.release()
+
+    def quiet_since(self) -> Optional[float]:
+        """Return when (on the clock) the last backend or request left; None: there are
+        some."""
+        with self._lock:
+            return self._quiet_since
 
     # -- the turn of the wheel -------------------------------------------------------
 
@@ -3835,6 +3885,10 @@ class Pool:
         """Carry out what is to be done now. The lock is held."""
         for decision in self._scheduler.decide(self._clock()):
             _CARRY_OUT[type(decision)](self, decision)
+        if self._scheduler.queued or any(self._scheduler.held):
+            self._quiet_since = None
+        elif self._quiet_since is None:
+            self._quiet_since = self._clock()
         if self._scheduler.look_again < self._alarm_at:
             self._alarm_at = self._scheduler.look_again
             self._alarm.notify()
@@ -5156,12 +5210,12 @@ class Handler(socketserver.BaseRequestHandler):
         """Whether a request begins before the connection has been idle for too long."""
         if self.wire.held:
             return True
-        with self.server.idling(self.request) as may_idle:
-            if not may_idle:
-                return False
-            waiter = select.poll()
-            waiter.register(self.request, select.POLLIN)
+        waiter = select.poll()
+        waiter.register(self.request, select.POLLIN)
+        if self.wire.is_untouched:  # who just connected is about to ask
             return bool(waiter.poll(IDLE_SECONDS * 1000))
+        with self.server.idling(self.request) as may_idle:
+            return may_idle and bool(waiter.poll(IDLE_SECONDS * 1000))
 
     def _serve(self):
         """Serve one request; return whether the connection can serve another."""
@@ -5845,6 +5899,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.is_closing = False
         self.most_connections = min(MOST_CONNECTIONS, raise_descriptor_limit() // 2)
         self._bell = Bell()
+        self._is_paused = False
+        self._paused = threading.Event()
+        self._quiet_at = time.monotonic()
         self._open = set()
         self._idle_connections = set()
         self._idle_threads = collections.deque()
@@ -5857,10 +5914,12 @@ class Server(http.server.ThreadingHTTPServer):
         for fd, listener in listeners.items():
             listener.setblocking(False)
             waiter.register(fd, select.POLLIN)
-        while not self.is_closing:
+        while not (self.is_closing or self._is_paused):
             for fd, _ in waiter.poll():
                 if fd in listeners:
                     self._accept(listeners[fd])
+        self._bell.silence()
+        self._paused.set()
 
     def _accept(self, listener):
         try:
@@ -5930,10 +5989,34 @@ class Server(http.server.ThreadingHTTPServer):
     def idling(self, connection):
         """While inside, `stop` may close the connection; yields False if it has to."""
         self._idle_connections.add(connection)
+        self._quiet_at = time.monotonic()
         try:
             yield not self.is_closing
         finally:
             self._idle_connections.discard(connection)
+
+    def quiet_since(self) -> Optional[float]:
+        """Return when the last request ended; None while one runs or may come at once."""
+        is_busy = len(self._open) > len(self._idle_connections)
+        return None if is_busy else self._quiet_at
+
+    def try_to_leave(self) -> bool:
+        """Stop to accept, unless somebody is there already: then go on, return False.
+
+        Who connects later waits in the backlog, of which systemd keeps its own copy.
+        """
+        self._is_paused = True
+        self._bell.ring()
+        self._paused.wait()
+        waiter = select.poll()
+        for listener in self.sockets:
+            waiter.register(listener, select.POLLIN)
+        if self.quiet_since() is not None and not waiter.poll(0):
+            return True
+        self._is_paused = False
+        self._paused.clear()
+        threading.Thread(target=self.serve, name="accept", daemon=True).start()
+        return False
 
     def stop(self):
         """Stop to accept, and end the connections that wait for a next request."""
@@ -6036,6 +6119,152 @@ def shown_address(address: tuple) -> str:
     return f"http://[{host}]:{place}/" if ":" in host else f"http://{host}:{place}/"
 
 
+# -- systemd ---------------------------------------------------------------------------
+
+
+def take_listeners(environ: Dict[str, str]) -> Tuple[List[socket.socket], Optional[str]]:
+    """Return the listening sockets that systemd passed to us, and what is wrong if it
+    meant to but could not. Its variables are removed from `environ`."""
+    names = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
+    count, pid, *_ = [environ.pop(name, "") for name in names]
+    if not count:
+        return [], None
+    if pid != str(os.getpid()):
+        return [], (
+            f"systemd passed its sockets to process {pid}, not to us ({os.getpid()}): "
+            "start llmswap without a shell around it, or with exec"
+        )
+    listeners = []
+    for fd in range(3, 3 + int(count)):
+        os.set_inheritable(fd, False)
+        listener = socket.socket(fileno=fd)
+        if listener.type != socket.SOCK_STREAM or not listener.getsockopt(
+            socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+        ):
+            return [], f"descriptor {fd} from systemd is not a listening stream socket"
+        listeners.append(listener)
+    return listeners, None
+
+
+class ServiceManager:
+    """Tells systemd how we are, if it asked. Any thread may call; never fails.
+
+    `watchdog` is the interval in seconds in which it wants to hear from us, or None.
+    """
+
+    def __init__(self, environ: Dict[str, str]):
+        self._address = environ.pop("NOTIFY_SOCKET", "")
+        microseconds = environ.pop("WATCHDOG_USEC", "")
+        pid = environ.pop("WATCHDOG_PID", "")
+        is_ours = pid in ("", str(os.getpid()))
+        self.watchdog = int(microseconds) / 1e6 if microseconds and is_ours else None
+        self.is_listening = self._address.startswith(("/", "@"))
+
+    def tell(self, *lines: str):
+        """Send these lines in one datagram."""
+        if not self.is_listening:
+            return
+        address = self._address
+        address = "\0" + address[1:] if address.startswith("@") else address
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.connect(address)
+                sender.sendall("\n".join(lines).encode())
+        except OSError:
+            pass  # it went away; that must not matter to us
+
+    def tell_reloading(self):
+        """Say that the configuration is being read; `READY=1` ends that."""
+        self.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+    def follow(self, pool: Pool):
+        """Keep systemd told what is loaded, and that the Pool is alive; for ever.
+
+        The watchdog hears nothing unless the Pool's lock could be had.
+        """
+        interval = self.watchdog / 2 if self.watchdog else None
+        with pool.events.follow() as get:
+            while True:
+                counts = pool.counts(timeout=interval or -1)
+                if counts:
+                    alive = ["WATCHDOG=1"] if interval else []
+                    self.tell(*alive, f"STATUS={status_line(pool)}")
+                get(interval)
+
+
+def status_line(pool: Pool) -> str:
+    """Return in one line what is loaded and what runs."""
+    held = [
+        f"{name} {status.state.value}"
+        + (f" ({status.in_flight} running)" if status.in_flight else "")
+        for name, status in pool.snapshot().items()
+        if status.state is not State.UNLOADED and status.is_owner
+    ]
+    return ", ".join(held) or "nothing is loaded"
+
+
+UNITS = """\
+# {folder}/llmswap.socket
+[Unit]
+Description=Address of llmswap
+
+[Socket]
+{streams}
+FileDescriptorName=http
+Backlog=1024
+
+[Install]
+WantedBy=sockets.target
+
+# {folder}/llmswap.service
+[Unit]
+Description=One address for many local language models
+Requires=llmswap.socket
+After=llmswap.socket
+
+[Service]
+Type=notify
+WorkingDirectory={cwd}
+ExecStart={command}
+ExecReload=/bin/kill -HUP $MAINPID
+KillMode=mixed
+OOMPolicy=continue
+Restart=on-failure
+TimeoutStopSec=60
+WatchdogSec=60
+
+[Install]
+WantedBy=default.target
+"""
+
+
+def units_for(config: Config) -> str:
+    """Return a socket and a service unit for the user's systemd that run this file."""
+    words = [sys.executable, os.path.abspath(__file__), os.path.abspath(config.path)]
+    streams = [_stream_of(address) for address in config.settings.listen]
+    return UNITS.format(
+        folder="~/.config/systemd/user",
+        cwd=os.getcwd().replace("%", "%%"),
+        streams="\n".join(f"ListenStream={each}" for each in streams),
+        command=" ".join(_unit_word(word) for word in words),
+    )
+
+
+def _stream_of(address):
+    kind, place = address
+    if kind == "unix":
+        return f"{place}\nSocketMode=0660"
+    return f"[{kind}]:{place}" if ":" in kind else f"{kind}:{place}"
+
+
+def _unit_word(word):
+    """Quote a word for ExecStart=."""
+    word = word.replace("%", "%%").replace("$", "$$")
+    if re.search(r"[\s\"'\\;]", word):
+        word = '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return word
+
+
 # -- the demo model server -------------------------------------------------------------
 
 
@@ -6106,6 +6335,9 @@ def parse_args(argv: List[str]) -> argparse.Namespace:
     parser.add_argument(
         "--check", action="store_true", help="show each model's command, or its error"
     )
+    parser.add_argument(
+        "--units", action="store_true", help="print systemd user units for this file"
+    )
     parser.add_argument("--verbose", action="store_true", help="log what models write")
     parser.add_argument("--version", action="version", version=f"llmswap {VERSION}")
     parser.add_argument(
@@ -6158,6 +6390,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 2
     if args.check:
         return check(config)
+    if args.units:
+        print(units_for(config), end="")
+        return 0
     return Program(args, config).run()
 
 
@@ -6176,6 +6411,8 @@ class Program:
         self._config = config
         self._signals = queue.SimpleQueue()  # put() may interrupt a put(): a list may not
         self._reload_lock = threading.Lock()
+        self._manager = ServiceManager(os.environ)
+        self._is_activated = False
         self.log = Log()
         self.log.level = "debug" if args.verbose else config.settings.log_level
 
@@ -6194,13 +6431,22 @@ class Program:
         self.server = Server(listeners, self.pool, self.log, self.reload)
         threading.Thread(target=self.server.serve, name="accept", daemon=True).start()
         self._announce()
-        self._await_end()
-        self._shut_down()
+        self._manager.tell("READY=1", f"STATUS={status_line(self.pool)}")
+        if self._manager.is_listening:
+            follow = functools.partial(self._manager.follow, self.pool)
+            threading.Thread(target=follow, name="systemd", daemon=True).start()
+        if self._await_end():
+            self._shut_down()
         return 0
 
     def _open_listeners(self):
         """The listening sockets, or an exit status if an address is taken."""
-        listeners = []
+        listeners, complaint = take_listeners(os.environ)
+        if complaint:
+            self.log("warning", complaint)
+        if listeners:
+            self._is_activated = True
+            return listeners
         for address in self._config.settings.listen:
             try:
                 listeners.append(open_listener(address))
@@ -6232,15 +6478,50 @@ class Program:
                 self.log("warning", f"{model.name} cannot be used: {model.problem}")
 
     def _await_end(self):
-        """Sleep until a signal says to end; on SIGHUP, read the file again."""
+        """Sleep until a signal says to end: True; or being idle does: False. On SIGHUP,
+        read the file again."""
         while True:
-            number = self._signals.get()
-            if number != signal.SIGHUP:
-                return
             try:
-                self.reload()
-            except Problem as problem:
-                self.log("error", str(problem))
+                number = self._signals.get(timeout=self._until_idle_exit())
+            except queue.Empty:
+                if self._may_leave():
+                    return False
+                continue
+            if number != signal.SIGHUP:
+                return True
+            self._reload_on_signal()
+
+    def _reload_on_signal(self):
+        self._manager.tell_reloading()
+        try:
+            self.reload()
+        except Problem as problem:
+            self.log("error", str(problem))
+        self._manager.tell("READY=1")
+
+    def _until_idle_exit(self):
+        """Seconds until it is worth to look whether we may leave; None: never."""
+        limit = self._config.settings.exit_idle_time
+        if not limit or not self._is_activated:
+            return None
+        quiet = [self.pool.quiet_since(), self.server.quiet_since()]
+        if None in quiet:
+            return limit
+        return max(0.0, max(quiet) + limit - time.monotonic())
+
+    def _may_leave(self):
+        """Leave if we were idle for long enough and nobody waits in the backlog."""
+        limit = self._config.settings.exit_idle_time
+        quiet = [self.pool.quiet_since(), self.server.quiet_since()]
+        if None in quiet or time.monotonic() < max(quiet) + limit:
+            return False
+        if not self.server.try_to_leave():
+            return False
+        self.log("info", f"idle for {limit:g} s; the next connection starts it again")
+        self._manager.tell("STOPPING=1")
+        self.pool.close(0)
+        self.log.flush()
+        return True
 
     def reload(self):
         """Read the file again and take it over; a broken one changes nothing and
@@ -6263,14 +6544,22 @@ class Program:
 
     def _shut_down(self):
         self.log("info", "ending; requests in flight may end first")
+        self._manager.tell("STOPPING=1")
         self.server.stop()
-        threading.Thread(target=self._hasten, name="hasten", daemon=True).start()
+        for task in (self._hasten, self._ask_for_time):
+            threading.Thread(target=task, name=task.__name__, daemon=True).start()
         self.pool.close(DRAIN_SECONDS)
         self.log("info", "ended")
         self.log.flush()
         for address in self._config.settings.listen:
             if address[0] == "unix":
                 contextlib.suppress(OSError)(os.unlink)(address[1])
+
+    def _ask_for_time(self):
+        """Tell systemd every 5 s that we are not stuck, but draining."""
+        while self._manager.is_listening:
+            self._manager.tell("EXTEND_TIMEOUT_USEC=15000000")
+            time.sleep(5)
 
     def _hasten(self):
         """A second signal means now."""
