@@ -2603,6 +2603,7 @@ HEALTH_PATIENCE = 5.0  # s; a health check that was not answered by then is aske
 IDLE_CONNECTIONS = 16  # kept to one backend
 LAST_LINES = 200  # kept of what a backend wrote
 LONGEST_LINE = 16384  # bytes; a longer one is cut into several
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PORT_TRIES = 3
 
 
@@ -2657,8 +2658,8 @@ class Bell:
             pass
 
     def __del__(self):
-        os.close(self._hear)
-        os.close(self._pull)
+        for fd in vars(self).values():  # none if no descriptors were left
+            os.close(fd)
 
 
 # -- whose port is it? -----------------------------------------------------------------
@@ -2706,12 +2707,16 @@ def holder_of(inode: str, likely: Iterable[int] = ()) -> Optional[int]:
 
 
 def _all_processes():
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    except OSError:
+        return []  # not Linux, or no descriptor left
 
 
 class ProcessStat(NamedTuple):
-    """What /proc says of a process: group, session, and start in ticks since boot."""
+    """What /proc says of a process: start is in ticks since boot, state a letter."""
 
+    state: str
     group: int
     session: int
     start: int
@@ -2724,14 +2729,16 @@ def process_stat(pid: int) -> Optional[ProcessStat]:
             fields = file.read().rpartition(b")")[2].split()
     except OSError:
         return None
-    return ProcessStat(int(fields[2]), int(fields[3]), int(fields[19]))
+    state = fields[0].decode()
+    return ProcessStat(state, int(fields[2]), int(fields[3]), int(fields[19]))
 
 
 def stranger_on(port: int, child: int, may_hide: bool) -> Optional[str]:
     """Return who holds the port if it is not the child's process group, else None.
 
-    `may_hide`: the listener may be somebody else's (a container engine's) if it is not
-    older than the child; where nothing can be seen, the listener is believed.
+    `may_hide`: the listener may be somebody else's (a container engine's) if it cannot
+    be seen or is not older than the child. Where even the child's own descriptors cannot
+    be seen, the listener is believed.
     """
     birth = process_stat(child)
     if birth is None:
@@ -2739,10 +2746,12 @@ def stranger_on(port: int, child: int, may_hide: bool) -> Optional[str]:
     for inode in listening_inodes(port):
         holder = holder_of(inode, [child])
         found = process_stat(holder) if holder else None
-        if found is None or birth.session == found.session or birth.group == found.group:
-            continue
-        if not may_hide or found.start < birth.start:
-            return f"process {holder} ({process_name(holder)})"
+        if found is None:
+            if not may_hide and os.access(f"/proc/{child}/fd", os.R_OK):
+                return "a process of another user"
+        elif birth.session != found.session and birth.group != found.group:
+            if not may_hide or found.start < birth.start:
+                return f"process {holder} ({process_name(holder)})"
     return None
 
 
@@ -2783,15 +2792,16 @@ class Upstream:
             except IndexError:
                 break
             if _is_quiet(sock):
-                self._active.add(sock)
-                return sock, True
+                return self._in_use(sock), True
             sock.close()
-        sock = self._dial()
+        return self._in_use(self._dial()), False
+
+    def _in_use(self, sock):
         self._active.add(sock)
         if self._is_closed:
             self.drop(sock)
             raise ConnectionAbortedError("the backend is being stopped")
-        return sock, False
+        return sock
 
     def _dial(self):
         sock = socket.create_connection((self.host, self.port), timeout=10)
@@ -2883,9 +2893,13 @@ class HealthCheck:
         self._upstream = upstream
         self._answer = b""
         self.events = select.POLLOUT
-        self._sock = socket.socket()
+        family = socket.AF_INET6 if ":" in upstream.host else socket.AF_INET
+        self._sock = socket.socket(family)
         self._sock.setblocking(False)
-        self._refusal = self._sock.connect_ex((upstream.host, upstream.port))
+        try:
+            self._refusal = self._sock.connect_ex((upstream.host, upstream.port))
+        except OSError as error:  # the name cannot be resolved
+            self._refusal = error.errno
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -2907,7 +2921,8 @@ class HealthCheck:
         self._refusal = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if self._refusal:
             return Health.NOT_YET
-        self._sock.getpeername()  # ENOTCONN: not connected yet
+        if not self._is_connected():
+            return Health.PENDING
         if not self._may_ask():
             return Health.NOT_YET
         if self._path is None:
@@ -2919,6 +2934,18 @@ class HealthCheck:
         )
         self.events = select.POLLIN
         return Health.PENDING
+
+    def _is_connected(self):
+        try:
+            self._sock.getpeername()
+            return True
+        except OSError:
+            return False
+
+    @property
+    def was_answered(self) -> bool:
+        """Whether anything at all came back."""
+        return bool(self._answer)
 
     def _hear(self):
         piece = self._sock.recv(256)
@@ -2947,9 +2974,9 @@ while read -r sign group; do
        esac; done ;;
   esac
 done
-for group in $groups; do kill -TERM -- "-$group" 2>/dev/null; done
+for group in $groups; do kill -s TERM -- "-$group"; done
 [ "$groups" = ' ' ] || sleep 0.5
-for group in $groups; do kill -KILL -- "-$group" 2>/dev/null; done
+for group in $groups; do kill -s KILL -- "-$group"; done
 """
 
 # The child tells the guard its group before it becomes the model server: whoever dies
@@ -2994,10 +3021,18 @@ class Guard:
         while not self._is_closing:
             self._process.wait()
             if not self._is_closing:
-                self._launch()
-                for group in list(self._groups):
-                    self._tell("+", group)
+                self._replace()
                 time.sleep(0.1)  # a guard that cannot live must not eat the processor
+
+    def _replace(self):
+        try:
+            self._launch()
+        except OSError:
+            return  # no process or descriptor left; tried again soon
+        for group in list(self._groups):
+            self._tell("+", group)
+            if group not in self._groups:  # it ended at this very moment
+                self._tell("-", group)
 
     def _tell(self, sign, group):
         os.write(self.fd, f"{sign} {group}\n".encode())
@@ -3048,7 +3083,8 @@ def find_program(name: str, environment: Mapping[str, str], cwd: Optional[str]) 
     return os.path.join(base, found)
 
 
-_option_tables = {}
+_option_tables = {}  # by version of a binary
+_being_asked = {}  # likewise; an Event that is set once it has answered
 
 
 def options_of(binary: str) -> OptionTable:
@@ -3063,8 +3099,15 @@ def options_of(binary: str) -> OptionTable:
     except (StartFailed, OSError):
         return BUILT_IN_OPTIONS
     if key not in _option_tables:
-        _option_tables[key] = _ask_for_options(path) or BUILT_IN_OPTIONS
-    return _option_tables[key]
+        ours = threading.Event()
+        answered = _being_asked.setdefault(key, ours)
+        if answered is ours:
+            try:
+                _option_tables[key] = _ask_for_options(path) or BUILT_IN_OPTIONS
+            finally:
+                answered.set()
+        answered.wait()
+    return _option_tables.get(key, BUILT_IN_OPTIONS)
 
 
 def _ask_for_options(path):
@@ -3175,7 +3218,7 @@ class ProcessBackend:
             if not self._is_stop_asked:
                 problem = self._failure()
         except Problem as error:
-            problem = error
+            problem = error.with_traceback(None)  # whose frames would keep us alive
         except Exception as error:  # a bug or no descriptors left: never a silent thread
             problem = StartFailed(f"{self.model.name}: {type(error).__name__}: {error}")
         self._end()
@@ -3189,8 +3232,11 @@ class ProcessBackend:
             self._spawn()
             if self._await_health():
                 return True
+            if self._is_exited:
+                self._look_for_stranger()
             if self._is_stop_asked or not self._stranger or not self._chooses_port():
                 return False
+            self._drop_check()
             self._end_process()
         return False
 
@@ -3227,6 +3273,7 @@ class ProcessBackend:
         self.pid = self._process.pid
         self._guard.watch(self.pid)
         self._spawned_at = self._progress_at = time.monotonic()
+        self._memory_mark = memory_of(self.pid)
         self._watch_child()
 
     def _watch_child(self):
@@ -3240,9 +3287,9 @@ class ProcessBackend:
             self._poll.register(self._exit_fd, select.POLLIN)
 
     def _await_health(self):
-        """Wait until it is ready; False: it exited, or was asked to stop."""
+        """Wait until it is ready; False: it exited, lost its port or is to stop."""
         next_check = 0.0
-        while not (self._is_exited or self._is_stop_asked):
+        while not (self._is_exited or self._is_stop_asked or self._has_lost_port()):
             now = time.monotonic()
             if self._check is None and now >= next_check:
                 self._ask_health()
@@ -3259,8 +3306,22 @@ class ProcessBackend:
                 return True
         return False
 
+    def _has_lost_port(self):
+        """Whether a stranger listens there: a fixed port may yet become free."""
+        if not self._stranger:
+            return False
+        given_up_at = self._spawned_at + HEALTH_PATIENCE
+        return self._chooses_port() or time.monotonic() > given_up_at
+
+    def _look_for_stranger(self):
+        """It failed: perhaps because somebody took its port before any check saw it."""
+        result = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if result and result.si_status and self.upstream.host in LOOPBACK:
+            self._stranger = stranger_on(self.upstream.port, self.pid, may_hide=False)
+
     def _ask_health(self):
         path = self.model.settings.check_endpoint
+        self._stranger = None
         self._asked_at = time.monotonic()
         self._check = HealthCheck(self.upstream, path, self._is_listener_ours)
 
@@ -3279,7 +3340,7 @@ class ProcessBackend:
             self._check = None
 
     def _is_listener_ours(self):
-        if not self._is_ours and self.upstream.host in ("127.0.0.1", "localhost", "::1"):
+        if not self._is_ours and self.upstream.host in LOOPBACK:
             may_hide = self.model.kind == "cmd"
             self._stranger = stranger_on(self.upstream.port, self.pid, may_hide)
             self._is_ours = self._stranger is None
@@ -3310,13 +3371,15 @@ class ProcessBackend:
     def _examine(self):
         """A request is silent: ask for health; no answer in time means that it hangs."""
         limit = self.model.settings.hang_timeout
-        if self._check is None:
+        if self._check is None and (
+            time.monotonic() >= self._asked_at + 1.0 or self._asked_at < self._suspicion
+        ):
             self._ask_health()
-        self._wait(self._asked_at + min(1.0, limit))
-        if self._check.advance() is not Health.PENDING:
+        pause = 1.0 if self._check is None else HEALTH_PATIENCE
+        self._wait(min(self._suspicion + limit, self._asked_at + pause))
+        if self._is_answering():
             self._suspicion = None
-            self._drop_check()
-        elif time.monotonic() > self._suspicion + limit:
+        elif time.monotonic() >= self._suspicion + limit:
             self._drop_check()
             self._has_ended.set()
             self._end_process()
@@ -3324,6 +3387,16 @@ class ProcessBackend:
                 f"{self.model.name} hung: neither a request nor {limit:g} s of health "
                 f"checks were answered; it was stopped{self._told()}"
             )
+
+    def _is_answering(self):
+        """Whether a health check brought anything; one that did not is asked anew."""
+        if self._check is None:
+            return False
+        check, found = self._check, self._check.advance()
+        is_late = time.monotonic() > self._asked_at + HEALTH_PATIENCE
+        if is_late or found is not Health.PENDING:
+            self._drop_check()
+        return found is Health.READY or check.was_answered
 
     def _warn_if_score_was_refused(self):
         wanted = self.model.settings.oom_score_adj
@@ -3350,6 +3423,7 @@ class ProcessBackend:
                 self._read_output()
             elif fd == self._exit_fd:
                 self._is_exited = True
+                self._poll.unregister(fd)
             elif fd == self._bell.fileno():
                 self._bell.silence()
         if self._exit_fd is None:
@@ -3363,7 +3437,7 @@ class ProcessBackend:
         now = time.monotonic()
         if not self._is_ready and now > self._progress_at + 1.0:
             mark = memory_of(self.pid)
-            if mark != getattr(self, "_memory_mark", None):
+            if mark != self._memory_mark:
                 self._memory_mark, self._progress_at = mark, now
 
     def _read_output(self):
@@ -3399,39 +3473,48 @@ class ProcessBackend:
             if self.upstream:
                 self.upstream.close()
             self._drop_check()
-            if self._process is not None:
-                if self._is_ready and not self._is_exited:
-                    self._ask_to_stop()
-                self._end_process()
-        except OSError as error:
+            if self._process and self._is_ready and not self._is_exited:
+                self._ask_to_stop()
+        except Exception as error:  # whatever it is, the process must go
             self.on_line(f"llmswap: while it was stopped: {error}")
+        finally:
+            self._end_process()
 
     def _ask_to_stop(self):
         """Let it end by itself, for as long as its stop timeout lets it."""
         deadline = time.monotonic() + self.model.settings.stop_timeout
-        command = stop_command_of(self.model, str(self.port), str(self.pid))
-        stopper = self._run_stop_command(command) if command else None
+        stopper = self._run_stop_command()
         if not stopper:
             self._signal(signal.SIGTERM)
-        while not (self._is_exited or self._is_kill_asked):
-            if time.monotonic() >= deadline:
-                break
+        while not self._is_exited and self._may_wait(deadline):
             self._wait(deadline)
         if stopper:
-            stopper.kill()
+            self._finish(stopper, deadline)
+
+    def _may_wait(self, deadline):
+        return not self._is_kill_asked and time.monotonic() < deadline
+
+    def _finish(self, stopper, deadline):
+        """It may have more to do, such as to remove a container."""
+        while stopper.poll() is None and self._may_wait(deadline):
+            self._wait(min(deadline, time.monotonic() + 0.02))
+        if stopper.returncode is None:
+            os.killpg(stopper.pid, signal.SIGKILL)
             stopper.wait()
 
-    def _run_stop_command(self, command):
+    def _run_stop_command(self):
         try:
-            return subprocess.Popen(
+            command = stop_command_of(self.model, str(self.port), str(self.pid))
+            return command and subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=clean_environment(environment_of(self.model, str(self.port))),
                 cwd=self.model.settings.cwd or None,
+                start_new_session=True,
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self.on_line(f"llmswap: cmd-stop: {error}")
             return None
 
@@ -3447,15 +3530,21 @@ class ProcessBackend:
         self._guard.forget(self.pid)
         self._exit_status = process.wait()
         self._await_group()
-        while self._output is not None and self._read_output():
-            pass
-        if self._partial_line:
-            self._take_line(self._partial_line)
-            self._partial_line = b""
+        self._hear_last_words()
         process.stdout.close()
         if self._exit_fd is not None:
             os.close(self._exit_fd)
-        settle(memory_users, self._settle_timeout)
+        if not self._is_kill_asked:
+            settle(memory_users, self._settle_timeout)
+
+    def _hear_last_words(self):
+        """Read what is left in the pipe; who left the group may write for ever."""
+        for _ in range(64):
+            if self._output is None or not self._read_output():
+                break
+        if self._partial_line:
+            self._take_line(self._partial_line)
+            self._partial_line = b""
 
     def _await_exit(self):
         """Wait for the leader's death, however long the kernel takes over it."""
@@ -3485,7 +3574,7 @@ class ProcessBackend:
         name = self.model.name
         if self._stranger:
             why = f"its port {self.upstream.port} is held by {self._stranger}"
-        elif status == -signal.SIGKILL and oom_kills() > self._oom_kills:
+        elif status in (-9, 128 + 9) and oom_kills() > self._oom_kills:
             why = "killed by the kernel: out of memory"
         elif status < 0:
             why = f"killed by signal {-status} ({signal_name(-status)})"
@@ -3513,13 +3602,20 @@ def has_exited(pid: int) -> bool:
 
 
 def _is_group_alive(group):
+    """Whether any of it still runs: the dead count no more, reaped or not."""
+    try:
+        while os.waitpid(-group, os.WNOHANG)[0]:
+            pass  # its orphans are our children where we are process 1
+    except ChildProcessError:
+        pass
     try:
         os.killpg(group, 0)
-        return True
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass  # they changed the user
+    found = [process_stat(pid) for pid in _all_processes()]
+    return any(each and each.group == group and each.state not in "ZX" for each in found)
 
 
 def signal_name(number: int) -> str:
@@ -3703,15 +3799,16 @@ class Pool:
         """Begin to watch the clock, and load what is to be loaded on startup."""
         self._guard.start()
         threading.Thread(target=self._watch_clock, name="clock", daemon=True).start()
-        for model in self.config.models.values():
-            if model.settings.load_on_startup:
-                self._load_on_startup(model)
+        threading.Thread(target=self._load_first, name="startup", daemon=True).start()
 
-    def _load_on_startup(self, model):
-        try:
-            self.load(model)
-        except Problem as problem:
-            self._log("error", f"{model.name}: {problem}")
+    def _load_first(self):
+        """Load what is to be loaded on startup; to ask binaries for options is slow."""
+        for model in list(self.config.models.values()):
+            try:
+                if model.settings.load_on_startup:
+                    self.load(model)
+            except Problem as problem:
+                self._log("error", f"{model.name}: {problem}")
 
     # -- requests --------------------------------------------------------------------
 
@@ -3724,13 +3821,13 @@ class Pool:
         asked about twice a second.
         """
         self._check(model)
-        ticket = self._submit(model.backend, is_loose)
+        ticket, waiter = self._submit(model.backend, is_loose)
         try:
-            while ticket.outcome is None:
-                if not ticket.waiter.acquire(timeout=TICK) and gone():
+            while waiter and not waiter.acquire(timeout=TICK):
+                if gone():
                     raise ClientGone
             if ticket.outcome is not GRANTED:
-                raise ticket.outcome
+                raise ticket.outcome.with_traceback(None)  # others raise it, too
             yield ticket.waiter
         finally:
             with self._lock:
@@ -3750,16 +3847,18 @@ class Pool:
             check_start(self.config.models.get(model.backend, model))
 
     def _submit(self, name, is_loose=False, is_by_hand=False):
+        """Queue a ticket; return it, and the lock to wait for if it has to wait."""
         with self._lock:
             if name not in self._scheduler.slots:
                 raise _removed(name)
             now = self._clock()
             ticket = self._scheduler.submit(name, now, is_loose, is_by_hand)
             self._turn()
-            if ticket.outcome is None:
-                ticket.waiter = threading.Lock()
-                ticket.waiter.acquire()
-            return ticket
+            if ticket.outcome is not None:
+                return ticket, None
+            waiter = ticket.waiter = threading.Lock()
+            waiter.acquire()
+            return ticket, waiter
 
     def keep_alive(self, model: Model, seconds: float):
         """Set how long the model stays without a request until it unloads; < 0: on."""
@@ -3772,7 +3871,7 @@ class Pool:
 
     def load(self, model: Model) -> bool:
         """Begin to load the model and forgive its failures; False if it is there."""
-        if self.state_of(model) is not State.UNLOADED:
+        if self.state_of(model) in (State.LOADING, State.LOADED):
             return False
         self._check(model)
         self._submit(model.backend, is_by_hand=True)
@@ -3892,8 +3991,9 @@ class Pool:
 
     def _turn(self):
         """Carry out what is to be done now. The lock is held."""
-        for decision in self._scheduler.decide(self._clock()):
-            _CARRY_OUT[type(decision)](self, decision)
+        decisions = self._scheduler.decide(self._clock())
+        if any([_CARRY_OUT[type(each)](self, each) for each in decisions]):
+            self._turn()  # something failed at once
         if self._scheduler.queued or any(self._scheduler.held):
             self._quiet_since = None
         elif self._quiet_since is None:
@@ -3910,7 +4010,8 @@ class Pool:
                 if self._alarm_at == math.inf:
                     self._alarm.wait()
                 else:
-                    self._alarm.wait(max(0.0, self._alarm_at - self._clock()))
+                    left = self._alarm_at - self._clock()
+                    self._alarm.wait(min(max(0.0, left), threading.TIMEOUT_MAX))
                 self._turn()
 
     def _grant(self, decision):
@@ -3927,18 +4028,29 @@ class Pool:
             ticket.waiter.release()
 
     def _start(self, decision):
+        """Start or wake it; say whether that failed at once."""
         name = decision.name
         self._log("info", f"{name}: loading")
-        if decision.is_wake:
-            self._backends[name].wake()
-        else:
-            backend = self._make_backend(self.config.models[name])
-            backend.generation = decision.generation
-            backend.on_loaded, backend.on_exited = self._on_loaded, self._on_exited
-            backend.on_line = functools.partial(self._on_line, name)
-            self._backends[name] = backend
-            backend.start()
         self._tell(name, "loading", event="model_status")
+        if decision.is_wake:
+            return self._backends[name].wake()
+        try:
+            self._begin_life(name, decision.generation)
+        except (OSError, RuntimeError) as error:  # no descriptor or no thread is left
+            self._backends.pop(name, None)
+            problem = StartFailed(f"{name} could not be started: {error}")
+            self._log("error", str(problem))
+            self._scheduler.exited(name, decision.generation, self._clock(), problem)
+            self._tell(name, "unloaded", exit_code=1)
+            return True
+
+    def _begin_life(self, name, generation):
+        backend = self._make_backend(self.config.models[name])
+        backend.generation = generation
+        backend.on_loaded, backend.on_exited = self._on_loaded, self._on_exited
+        backend.on_line = functools.partial(self._on_line, name)
+        self._backends[name] = backend
+        backend.start()
 
     def _stop(self, decision):
         reason = f"{decision.cause}"
@@ -3986,7 +4098,8 @@ class Pool:
 
     def _on_line(self, name, text):
         self.feed_of(name).publish(text)
-        self._log("debug", f"{name} | {text}")
+        level = "warning" if text.startswith("llmswap: ") else "debug"
+        self._log(level, f"{name} | {text}")
 
     # -- the end ---------------------------------------------------------------------
 
@@ -4130,21 +4243,30 @@ class Wire:
                 self.on_silence()
 
     def head(self) -> bytes:
-        """Return a whole head with its blank line; b"" if the stream ends before it."""
-        data, searched = b"", 0
-        while True:
-            end = data.find(b"\r\n\r\n", searched)
-            if end >= 0:
-                self.held = data[end + 4 :]
-                return data[: end + 4]
-            if len(data) > HEAD_LIMIT:
-                raise HeadTooLarge(f"the head is larger than {HEAD_LIMIT} bytes")
+        """Return a whole head with its blank line; b"" if the stream ends before it.
+
+        Raise BadRequest as soon as it can be none, HeadTooLarge. Empty lines before it
+        are skipped: some clients send one after a body.
+        """
+        data, end = b"", -1
+        while end < 0:
+            if data:
+                self.on_silence()  # who sends byte by byte is late as well
             searched = max(0, len(data) - 3)
             piece = self.receive()
             if not piece:
                 return b""
             self.is_untouched = False
             data += piece
+            while data.startswith(b"\r\n"):
+                data, searched = data[2:], 0
+            end = data.find(b"\r\n\r\n", searched)
+            if (len(data) if end < 0 else end + 4) > HEAD_LIMIT:
+                raise HeadTooLarge(f"the head is larger than {HEAD_LIMIT} bytes")
+            if end < 0 and _NO_HEAD.search(data, searched):
+                raise BadRequest("this is not HTTP/1 in lines that end with CRLF")
+        self.held = data[end + 4 :]
+        return data[: end + 4]
 
 
 def send_all(sock: socket.socket, data, on_silence):
@@ -4176,7 +4298,13 @@ class Deadline:
 
 def hung_up(sock: socket.socket) -> bool:
     """Whether the client closed its side. One that only stopped sending has left too."""
-    try:
+    waiter = select.poll()
+    waiter.register(sock, _HANG_UP)
+    if not waiter.poll(0):
+        return False
+    if _HANG_UP != select.POLLIN:
+        return True
+    try:  # a system that cannot tell what it sent last from its end
         return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:
         return False
@@ -4184,12 +4312,16 @@ def hung_up(sock: socket.socket) -> bool:
         return True
 
 
+_HANG_UP = getattr(select, "POLLRDHUP", select.POLLIN)
+
+
 # -- heads -----------------------------------------------------------------------------
 
+_NO_HEAD = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _HEADER_LINES = re.compile(
     rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n"
 )
-_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) (\S+) HTTP/1\.([01])")
+_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([!-~\x80-\xff]+) HTTP/1\.([01])")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: ([^\r\n]*))?")
 
 
@@ -4270,13 +4402,22 @@ class Request:
         self.method = method.decode()
         self.is_http_10 = minor == b"0"
         self.target = target.decode("latin-1")
-        if "://" in self.target:  # absolute form, as sent to proxies
-            rest = self.target.split("://", 1)[1]
-            self.target = "/" + rest.partition("/")[2]
-        self.path, _, self.query = self.target.partition("?")
         self.framing = framing_of(self.fields, Framing(length=0))
-        if not self.is_http_10 and len(self.all("host")) != 1:
+        if self.is_http_10 and self.framing.is_chunked:
+            raise BadRequest("HTTP/1.0 has no Transfer-Encoding")
+        hosts = self.all("host")
+        if len(hosts) > 1 or not (hosts or self.is_http_10):
             raise BadRequest("a request must have one Host")
+        if not self.target.startswith("/") and self.target != "*":
+            self.target = self._origin_form()
+        self.path, _, self.query = self.target.partition("?")
+
+    def _origin_form(self):
+        """Of an absolute target, as sent to proxies, what stands after the host."""
+        found = re.fullmatch("(?i)https?://([^/?]+)(/[^?]*)?([?].*)?", self.target)
+        if not found or found.group(1).lower() != self.get("host").lower():
+            raise BadRequest("the target must be a path, or a URL of this very host")
+        return (found.group(2) or "/") + (found.group(3) or "")
 
     def get(self, name: str) -> str:
         """Return the first value of a field, or an empty string."""
@@ -4293,7 +4434,8 @@ class Request:
         """Return the first value of a query parameter, or None."""
         if name not in self.query:
             return None
-        pairs = urllib.parse.parse_qsl(self.query, keep_blank_values=True)
+        query = self.query.encode("latin-1").decode("utf-8", "replace")
+        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
         return next((value for key, value in pairs if key == name), None)
 
     @property
@@ -4304,7 +4446,10 @@ class Request:
 
     @property
     def is_upgrade(self) -> bool:
-        return "upgrade" in self.get("connection").lower() and bool(self.get("upgrade"))
+        """Whether a websocket is asked for; other upgrades (Java's to HTTP/2) are not
+        taken, which is every server's right."""
+        is_asked = "upgrade" in self.get("connection").lower() and self.method == "GET"
+        return is_asked and self.get("upgrade").lower() == "websocket"
 
 
 # -- bodies ----------------------------------------------------------------------------
@@ -4316,62 +4461,70 @@ class ChunkDecoder:
     def __init__(self):
         self.is_done = False
         self.rest = b""  # what came after the end
-        self._left = 0  # bytes of the current chunk, with its CRLF, to come
-        self._line = b""
-        self._is_last = False
+        self._size = self._left = 0  # bytes of the current chunk, and of them to come
+        self._line = b""  # as much as there is of it
+        self._trailers = 0
+        self._take_line = self._take_size
+
+    @property
+    def given(self) -> int:
+        """Bytes that were given of a chunk whose end has not come."""
+        return self._size - self._left if self._left else 0
 
     def feed(self, data: bytes) -> bytes:
         """Return the payload in these bytes."""
-        payload = []
-        while data and not self.is_done:
+        payload, at = [], 0
+        while at < len(data) and not self.is_done:
             if self._left:
-                data = self._take(data, payload)
+                piece = data[at : at + self._left]
+                payload.append(piece)
+                self._left -= len(piece)
+                at += len(piece)
             else:
-                data = self._take_line(data)
-        self.rest = data
+                at = self._end_of_line(data, at)
+        self.rest = data[at:] if at < len(data) else b""
         return payload[0] if len(payload) == 1 else b"".join(payload)
 
-    def _take(self, data, payload):
-        if self._left > 2:
-            piece = data[: self._left - 2]
-            payload.append(piece)
-            self._left -= len(piece)
-            data = data[len(piece) :]
-        if self._left <= 2 and data:
-            ending = data[: self._left]
-            if not b"\r\n".endswith(ending) or (
-                self._left == 2 and ending[:1] != b"\r"
-            ):
-                if ending != b"\r":
-                    raise BadRequest("a chunk does not end with CRLF")
-            self._left -= len(ending)
-            data = data[len(ending) :]
-        return data
-
-    def _take_line(self, data):
-        line, newline, rest = data.partition(b"\n")
-        self._line += line
+    def _end_of_line(self, data, at):
+        end = data.find(b"\n", at) + 1
+        self._line += data[at : end or len(data)]
         if len(self._line) > 4096:
-            raise BadRequest("a chunk's size line is too long")
-        if not newline:
-            return b""
-        line, self._line = self._line, b""
-        if self._is_last:
-            self.is_done = line == b"\r"  # else a trailer, which goes nowhere
-            return rest
-        size = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r]*)?\r", line)
-        if not size:
+            raise BadRequest("a line between chunks is too long")
+        if end:
+            line, self._line = self._line, b""
+            self._take_line(line)
+        return end or len(data)
+
+    def _take_size(self, line):
+        found = _CHUNK_SIZE.fullmatch(line)
+        if not found:
             raise BadRequest(f"not the size of a chunk: {line[:40]!r}")
-        length = int(size.group(1), 16)
-        self._is_last = length == 0
-        self._left = length + 2 if length else 0
-        return rest
+        self._size = self._left = int(found.group(1), 16)
+        self._take_line = self._take_ending if self._size else self._take_trailer
+
+    def _take_ending(self, line):
+        if line != b"\r\n":
+            raise BadRequest("a chunk does not end with CRLF")
+        self._take_line = self._take_size
+
+    def _take_trailer(self, line):
+        """The blank line that ends it all, or a field, which goes nowhere."""
+        self._trailers += 1
+        if not line.endswith(b"\r\n") or self._trailers > LINES_LIMIT:
+            raise BadRequest("the trailer is malformed")
+        self.is_done = line == b"\r\n"
+
+
+_CHUNK_SIZE = re.compile(
+    rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n"
+)
 
 
 class Body:
     """A client's request body: what is held of it, then the rest as it comes.
 
-    Up to HELD_BODY it is held in memory, beyond that in an unnamed file.
+    Up to HELD_BODY it is held in memory, beyond that in an unnamed file. A body that
+    could not be read once cannot be read on: its connection is lost.
     """
 
     def __init__(self, wire: Wire, request: Request, limit: int):
@@ -4382,7 +4535,9 @@ class Body:
         self.length = request.framing.length
         if self.length is not None and self.length > limit:
             raise self._too_large()
-        self._expects = request.get("expect").lower() == "100-continue"
+        expected = request.get("expect").lower()
+        self._expects = expected == "100-continue" and not request.is_http_10
+        self._is_lost = False
         self._read = 0
         self._held = bytearray()
         self._file = None
@@ -4402,13 +4557,27 @@ class Body:
         if self._file is None and len(self._held) + len(piece) > HELD_BODY:
             import tempfile  # only who sends so much before the model's name needs it
 
-            self._file = tempfile.TemporaryFile()
-            self._file.write(self._held)
-            self._held = bytearray()
+            try:
+                self._file = tempfile.TemporaryFile(buffering=0)
+            except OSError as error:
+                raise self._unheld(error) from None
+            piece, self._held = bytes(self._held) + piece, bytearray()
         if self._file is None:
             self._held += piece
         else:
-            self._file.write(piece)
+            self._write(piece)
+
+    def _write(self, piece):
+        view = memoryview(piece)
+        try:
+            while view:
+                view = view[self._file.write(view) :]
+        except OSError as error:
+            raise self._unheld(error) from None
+
+    def _unheld(self, error):
+        self._is_lost = True
+        return Problem(f"the body could not be kept in a temporary file: {error}")
 
     @property
     def held(self):
@@ -4417,27 +4586,35 @@ class Body:
             return self._held
         import mmap
 
-        self._file.flush()
-        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        if self._map is None or len(self._map) != self._read:
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         return self._map
 
     def _next_piece(self):
         """Return the next bytes of the payload; note the end. Raise ClientGone."""
-        if self._expects:
-            self._expects = False
-            self._wire.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._stall.extend()
         self._wire.on_silence = self._stall
-        if self._decoder:
-            piece = self._next_chunks()
-        else:
-            piece = self._wire.receive(min(PIECE, self.length - self._read))
-            if not piece:
-                raise ClientGone
+        try:
+            if self._expects:
+                self._expects = False
+                self._wire.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            piece = self._next_chunks() if self._decoder else self._next_counted()
+        except OSError:
+            raise ClientGone from None
+        except Problem:
+            self._is_lost = True
+            raise
         self._read += len(piece)
         if self._read > self._limit:
+            self._is_lost = True
             raise self._too_large()
         self.is_complete = self.is_complete or self._read == self.length
+        return piece
+
+    def _next_counted(self):
+        piece = self._wire.receive(min(PIECE, self.length - self._read))
+        if not piece:
+            raise ClientGone
         return piece
 
     def _next_chunks(self):
@@ -4457,13 +4634,24 @@ class Body:
         while not self.is_complete:
             yield self._next_piece()
 
-    def skip(self, limit=HELD_BODY):
-        """Read and forget what is left, so much at most, lest a close resets the answer.
+    @property
+    def can_be_read(self) -> bool:
+        """Whether what is left could be read; its meaning does not matter."""
+        return not self._is_lost
 
-        Return whether the connection is at the next request.
-        """
-        end = self._read + limit
-        while not self.is_complete and self._read < end and not self._expects:
+    @property
+    def can_be_skipped(self) -> bool:
+        """Whether what is left can be read and forgotten at small cost."""
+        is_short = self.length is None or self.length - self._read <= HELD_BODY
+        return self.is_complete or (
+            is_short and not self._expects and not self._is_lost
+        )
+
+    def skip(self) -> bool:
+        """Read and forget what is left if that is little; return whether the connection
+        is at the next request."""
+        end = self._read + HELD_BODY
+        while not self.is_complete and self.can_be_skipped and self._read < end:
             self._next_piece()
         return self.is_complete
 
@@ -4483,6 +4671,11 @@ class Member(NamedTuple):
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _SCALAR = re.compile(rb"[^\s,}\]]*")
 _TOKEN = re.compile(rb'[{}\[\]]|"(?:[^"\\]*")?')
+_STRINGS = re.compile(
+    rb'(?:[^{}\[\]"]*"[^"\\]*(?:\\.[^"\\]*){0,16}"){1,1000}', re.DOTALL
+)
+_ESCAPES = re.compile(rb'(?:[^"\\]*\\.){1,1000}', re.DOTALL)
+DEEPEST = 500  # levels of JSON that are read; a thread's stack bears some thousands
 
 
 def members_of(data) -> Tuple[List[Member], bool]:
@@ -4491,7 +4684,7 @@ def members_of(data) -> Tuple[List[Member], bool]:
 
     Values are passed over, not checked: that is the backend's business.
     """
-    if len(data) <= HELD_BODY:
+    if len(data) <= HELD_BODY and _brackets_in(data) <= 2 * DEEPEST:
         try:
             return _members_by_decoder(data), True
         except (ValueError, StopIteration, IndexError, RecursionError):
@@ -4574,32 +4767,32 @@ def _member_at(data, at):
 
 
 def _end_of_string(data, at):
-    """Index after the string that begins there, or -1. Finds its quote in C, however
-    long it is, and counts the backslashes before it."""
+    """Index after the string that begins there, or -1. Its quote is found in C, however
+    long it is, and a thousand escapes at once (a single pattern for all of it would use
+    gigabytes)."""
     at += 1
+    end = data.find(b'"', at)
+    if end < 0 or data.find(b"\\", at, end) < 0:
+        return end + 1 if end >= 0 else -1
     while True:
-        end = data.find(b'"', at)
-        if end < 0:
-            return -1
-        before = end
-        while data[before - 1 : before] == b"\\":
-            before -= 1
-        if (end - before) % 2 == 0:
-            return end + 1
-        at = end + 1
+        escapes = _ESCAPES.match(data, at)
+        if not escapes:
+            return data.find(b'"', at) + 1 or -1
+        at = escapes.end()
 
 
-def _end_of_value(data, at):
-    """Index after the value that begins there, or -1 if the data ends before it."""
+def _end_of_value(data, at, deepest=math.inf):
+    """Index after the value that begins there, or -1 if the data ends before it does, or
+    if it is nested deeper than that."""
     mark = data[at : at + 1]
     if mark == b'"':
         return _end_of_string(data, at)
     if mark not in (b"{", b"["):
         end = _SCALAR.match(data, at).end()
         return end if end < len(data) else -1
-    depth, find = 0, _TOKEN.search
-    while True:
-        token = find(data, at)
+    depth = 0
+    while 0 <= depth <= deepest:
+        token = _TOKEN.search(data, at)
         if token is None:
             return -1
         at, mark = token.end(), token[0]
@@ -4613,12 +4806,28 @@ def _end_of_value(data, at):
             at = _end_of_string(data, token.start())
             if at < 0:
                 return -1
+        else:
+            strings = _STRINGS.match(data, at)
+            at = strings.end() if strings else at
+    return -1
+
+
+def _brackets_in(data):
+    """How deep JSON may be nested at most; json's decoder overruns the stack of a thread
+    at depths that Python 3.13 lets pass."""
+    data = bytes(data)
+    return data.count(b"[") + data.count(b"{")
 
 
 def json_or(raw, fallback):
-    """Return the JSON value in these bytes, or the fallback if it is none."""
+    """Return the JSON value in these bytes, or the fallback if it is none or too deep."""
+    raw = bytes(raw)
+    if _brackets_in(raw) > DEEPEST:
+        start = _SPACE.match(raw).end()
+        if raw[start : start + 1] != b'"' and _end_of_value(raw, start, DEEPEST) < 0:
+            return fallback
     try:
-        return json.loads(bytes(raw))
+        return json.loads(raw)
     except (ValueError, RecursionError):
         return fallback
 
@@ -4641,9 +4850,9 @@ class Named(NamedTuple):
         return fallback
 
 
-def model_named_in(body: Body, content_type: str) -> Named:
-    """Read as much of the body as it takes to find the model's name, and no more than
-    HELD_BODY beyond it; return what was found. Raise BadRequest, TooLarge, ClientGone.
+def model_named_in(body: Body, content_type: str, is_needed=True) -> Named:
+    """Read as much of the body as it takes to find the model's name (HELD_BODY at most
+    if it is not needed); return what was found. Raise BadRequest, TooLarge, ClientGone.
 
     JSON: the first top-level `model`. Forms: the field `model`.
     """
@@ -4658,7 +4867,7 @@ def model_named_in(body: Body, content_type: str) -> Named:
     while True:
         is_all = body.hold(size)
         named = find(body.held, is_all)
-        if is_all or named.model is not None:
+        if is_all or named.model is not None or not is_needed:
             return named
         size *= 2
 
@@ -4666,7 +4875,9 @@ def model_named_in(body: Body, content_type: str) -> Named:
 def _named_in_json(data, is_all):
     if is_all and not len(data):
         return Named()
-    members, _ = members_of(data)
+    members, is_whole = members_of(data)
+    if is_all and not is_whole:
+        raise BadRequest("the body is not JSON: it ends too early")
     for member in members:
         if member.name == "model":
             value = json_or(data[member.value : member.end], None)
@@ -4676,17 +4887,18 @@ def _named_in_json(data, is_all):
 
 
 def _named_in_form(data, is_all):
-    if data[:1] == b"{":  # curl -d says that all it sends are forms
+    start = _SPACE.match(data).end()
+    if data[start : start + 1] == b"{":  # curl -d says that all it sends are forms
         return _named_in_json(data, is_all)
-    if is_all:
-        for pair in re.finditer(rb"(?:^|&)model=([^&]*)", data):
-            raw = pair.group(1).decode("latin-1")
-            return Named(urllib.parse.unquote_plus(raw), pair.span(1))
-    return Named()
+    pair = re.search(rb"(?:^|&)model=([^&]*)(&)?", data)
+    if pair is None or not (is_all or pair.group(2)):
+        return Named()
+    raw = pair.group(1).decode("latin-1")
+    return Named(urllib.parse.unquote_plus(raw), pair.span(1))
 
 
 def _boundary_of(content_type):
-    found = re.search(r'boundary=(?:"([^"]+)"|([^\s;]+))', content_type)
+    found = re.search(r'(?i)boundary=(?:"([^"]+)"|([^\s;]+))', content_type)
     if not found:
         raise BadRequest("multipart/form-data without a boundary")
     return (found.group(1) or found.group(2)).encode("latin-1")
@@ -4721,9 +4933,10 @@ class Edits(NamedTuple):
     removed: FrozenSet[str] = frozenset()
 
 
-def edited_json(data, members: Sequence[Member], edits: Edits) -> List[bytes]:
+def edited_json(data, members: Sequence[Member], edits: Edits) -> list:
     """Return the pieces of the edited object. What is not edited stays byte for byte;
     of members with one name the first counts and the others go."""
+    data = memoryview(data)  # its slices are no copies
     lay = dict(edits.laid_over)
     if edits.model is not None:
         lay["model"] = edits.model
@@ -4732,7 +4945,7 @@ def edited_json(data, members: Sequence[Member], edits: Edits) -> List[bytes]:
         if member.name not in seen:
             seen.add(member.name)
             kept.append(place)
-    brace = data.find(b"{") + 1
+    brace = _BRACE.match(data).end()
     pieces = [data[:brace], b""]
     for place in kept:
         member = members[place]
@@ -4740,7 +4953,8 @@ def edited_json(data, members: Sequence[Member], edits: Edits) -> List[bytes]:
         first = member.start if pieces[2:] else members[0].start
         pieces.append(data[before:first])
         if member.name in lay:
-            old = json_or(data[member.value : member.end], None)
+            is_kept = member.name not in edits.removed
+            old = json_or(data[member.value : member.end], None) if is_kept else None
             pieces.append(data[member.start : member.value])
             pieces.append(_dump(merged(old, lay.pop(member.name))))
         else:
@@ -4751,6 +4965,9 @@ def edited_json(data, members: Sequence[Member], edits: Edits) -> List[bytes]:
     return pieces
 
 
+_BRACE = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*\{?")
+
+
 def merged(old, new):
     """Lay `new` over `old`; objects merge deep."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
@@ -4759,7 +4976,8 @@ def merged(old, new):
 
 
 def _dump(value):
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace")  # half a surrogate pair: \ud800
 
 
 # -- the answer, read from the backend -------------------------------------------------
@@ -4770,22 +4988,26 @@ class Truncated(Exception):
 
 
 class Answer:
-    """A backend's answer, head read; `pieces()` gives its payload once."""
+    """A backend's answer, head read; `pieces()` gives its payload once.
+
+    Raise EOFError if nothing came, Truncated if it is cut or not HTTP.
+    """
 
     def __init__(self, wire: Wire, method: str):
         self._wire = wire
-        self.is_begun = False
         self.status = 100
-        while 100 <= self.status < 200 and self.status != 101:
-            self._read_head()
         self.is_over = False  # read to its end: the connection can serve another
-        self.framing = self._framing(method)
+        try:
+            while 100 <= self.status < 200 and self.status != 101:
+                self._read_head()
+            self.framing = self._framing(method)
+        except (BadRequest, HeadTooLarge) as error:
+            raise Truncated(f"its answer is not HTTP: {error}") from None
 
     def _read_head(self):
         head = self._wire.head()
         if not head:
             raise EOFError
-        self.is_begun = True
         start, self.fields = parse_head(head, _STATUS_LINE)
         self.status = int(start.group(2))
         self.reason = (start.group(3) or b"").decode("latin-1")
@@ -4807,9 +5029,13 @@ class Answer:
 
     @property
     def is_event_stream(self) -> bool:
-        coding = self.get("content-encoding") or "identity"
-        kind = self.get("content-type").lower()
-        return kind.startswith("text/event-stream") and coding == "identity"
+        return _are_events(self.fields)
+
+    @property
+    def length(self) -> Optional[int]:
+        """The length to be told to the client; that of a HEAD is of a body not sent."""
+        told = self.get("content-length")
+        return int(told) if told.isdigit() else self.framing.length
 
     def pieces(self) -> Iterable:
         """Yield the payload as it comes; each piece is good until the next is asked for.
@@ -4825,12 +5051,17 @@ class Answer:
             raise Truncated(str(error)) from None
 
     def _chunks(self):
-        decoder = ChunkDecoder()
+        """Events are passed on by whole chunks, so that a cut falls between them."""
+        decoder, part, is_whole = ChunkDecoder(), b"", self.is_event_stream
         while not decoder.is_done:
             data = self._wire.receive()
             if not data:
                 raise Truncated("the connection closed in the middle of an answer")
-            payload = decoder.feed(data)
+            payload = part + decoder.feed(data) if part else decoder.feed(data)
+            part = b""
+            if decoder.given and is_whole and len(payload) < HELD_BODY:
+                cut = len(payload) - decoder.given
+                payload, part = payload[:cut], payload[cut:]
             if payload:
                 yield payload
         self._end(not decoder.rest)
@@ -4856,6 +5087,14 @@ class Answer:
         words = self.get("connection").lower()
         stays = "keep-alive" in words if self._is_http_10 else "close" not in words
         self.is_over = is_clean and stays
+
+
+def _are_events(fields):
+    """Whether a payload with these fields is a stream of events that can be read."""
+    told = dict(fields)
+    kind = told.get("content-type", "").lower()
+    coding = told.get("content-encoding", "identity")
+    return kind.startswith("text/event-stream") and coding == "identity"
 
 
 # -- the answer, written to the client -------------------------------------------------
@@ -4896,15 +5135,14 @@ class Reply:
     def begin(self, status: int, reason: str, fields: Fields, length: Optional[int]):
         """Set the head; it goes out with the first piece, or after a TICK."""
         self.is_begun, self.status, self._left = True, status, length
-        self._is_events = any(
-            name == "content-type" and value.lower().startswith("text/event-stream")
-            for name, value in fields
-        )
+        self._is_events = _are_events(fields)
         framing = []
         if length is not None:
             if status not in (101, 204, 304):
                 framing.append(("content-length", str(length)))
-        elif self._is_http_10 or self._is_head:
+        elif self._is_head:
+            pass  # there will be no body to delimit
+        elif self._is_http_10:
             self.stays = False
         else:
             self._is_chunked = True
@@ -4970,12 +5208,12 @@ class Reply:
         self.flush()
         now = time.monotonic()
         if not self.is_begun:
-            if self.wants_events and now > self._born + EARLY_HEAD_AFTER:
+            if self.wants_events and now >= self._born + EARLY_HEAD_AFTER:
                 self.is_early = True
                 self.begin_events()
                 self._comment()
         elif self._is_events and self._is_at_boundary():
-            if now > self._spoke + COMMENT_EVERY:
+            if now >= self._spoke + COMMENT_EVERY:
                 self._comment()
 
     def _comment(self):
@@ -4986,10 +5224,16 @@ class Reply:
     def _is_at_boundary(self):
         return self._tail.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
 
+    @property
+    def is_within_line(self) -> bool:
+        """Whether the last event cannot be complete."""
+        return self._is_events and self._tail[-1:] not in (b"\n", b"\r")
+
     def break_off(self, problem: Problem):
         """The backend's answer broke off: end the client's so that it is seen.
 
-        Between two events it is told why; then the connection is cut.
+        Between two events it is told why; then the connection is cut, if need be by a
+        reset: the end of the stream alone would look complete.
         """
         try:
             if self._is_events and self._is_at_boundary():
@@ -4999,9 +5243,10 @@ class Reply:
             pass
         self.stays = False
         self.is_broken = True
-        if not self._is_chunked and self._left is None:  # only a reset can tell
+        if not self._is_chunked and self._left is None:
             linger = struct.pack("ii", 1, 0)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.sock.close()  # now, before a shutdown() says goodbye
 
 
 def error_body(problem: Problem) -> dict:
@@ -5030,13 +5275,18 @@ class Outgoing(NamedTuple):
     method: str
     target: str
     fields: Fields
-    held: bytes
+    held: Sequence  # of bytes or the like
     length: Optional[int]  # of all of the body; None: unknown, sent chunked
     rest: Optional[Body] = None
 
     @property
     def is_repeatable(self) -> bool:
         """Whether all of it is held, so that it can be sent again."""
+        return self.rest is None
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether, once there is an answer, all of the client's body was passed on."""
         return self.rest is None or self.rest.is_complete
 
 
@@ -5074,17 +5324,17 @@ def relay(outgoing: Outgoing, link: Link, reply: Reply, transform=None):
     """
     silence = Silence(reply, link.suspect)
     sock, answer = _ask(outgoing, link, silence)
+    reply.stays = reply.stays and outgoing.is_sent
     try:
         if answer.status == 101:
             _tunnel(answer, sock, reply)
         else:
             _pass_on(answer, link, reply, transform)
     finally:
-        if answer.is_over and outgoing.is_repeatable:
+        if answer.is_over and outgoing.is_sent:
             link.upstream.give_back(sock)
         else:
             link.upstream.drop(sock)
-            reply.stays = reply.stays and outgoing.is_repeatable
 
 
 def _ask(outgoing, link, silence):
@@ -5093,22 +5343,32 @@ def _ask(outgoing, link, silence):
     A kept connection that the backend closed meanwhile is replaced by a new one.
     """
     while True:
-        try:
-            sock, was_used = link.upstream.connect()
-        except OSError as error:
-            raise BackendDied(f"the backend cannot be reached: {error}") from None
+        sock, was_used = _connection(link.upstream, outgoing.is_repeatable)
         wire = Wire(sock, silence)
         try:
             _send(outgoing, link.upstream, sock, silence)
             return sock, Answer(wire, outgoing.method)
-        except (OSError, EOFError, BadRequest, HeadTooLarge) as error:
+        except (OSError, EOFError, Truncated) as error:
             link.upstream.drop(sock)
-            if not (was_used and outgoing.is_repeatable and wire.is_untouched):
+            if not (was_used and wire.is_untouched):
                 reason = str(error) or "it closed the connection"
                 raise BackendDied(f"the backend gave no answer: {reason}") from None
         except BaseException:
             link.upstream.drop(sock)
             raise
+
+
+def _connection(upstream, may_be_used):
+    """A connection and whether it was used before. One that was may be closed at any
+    moment, so it is not for a body that can be sent only once."""
+    try:
+        sock, was_used = upstream.connect()
+        while was_used and not may_be_used:
+            upstream.drop(sock)
+            sock, was_used = upstream.connect()
+        return sock, was_used
+    except OSError as error:
+        raise BackendDied(f"the backend cannot be reached: {error}") from None
 
 
 def _send(outgoing, upstream, sock, silence):
@@ -5120,21 +5380,28 @@ def _send(outgoing, upstream, sock, silence):
         fields.append(("content-length", str(outgoing.length)))
     start = f"{outgoing.method} {upstream.base_path}{outgoing.target} HTTP/1.1"
     head = render_head(start, fields)
-    frame = _chunk if is_chunked else memoryview
-    if len(outgoing.held) < 65536:
-        send_all(sock, head + frame(outgoing.held), silence)
+    if not is_chunked and sum(map(len, outgoing.held)) < 65536:
+        send_all(sock, b"".join([head, *outgoing.held]), silence)
+        pieces = ()
     else:
         send_all(sock, head, silence)
-        send_all(sock, frame(outgoing.held), silence)
-    if outgoing.rest is not None:
-        try:
-            for piece in outgoing.rest.rest():
-                silence.since = time.monotonic()
-                send_all(sock, frame(piece), silence)
-        except (BrokenPipeError, ConnectionResetError):
-            return  # it answers before it has read all: the answer says why
-    if is_chunked:
-        send_all(sock, b"0\r\n\r\n", silence)
+        pieces = (view for held in outgoing.held for view in _views(held))
+    rest = outgoing.rest.rest() if outgoing.rest is not None else ()
+    frame = _chunk if is_chunked else memoryview
+    try:
+        for piece in itertools.chain(pieces, rest):
+            silence.since = time.monotonic()
+            send_all(sock, frame(piece), silence)
+        if is_chunked:
+            send_all(sock, b"0\r\n\r\n", silence)
+    except (BrokenPipeError, ConnectionResetError):
+        return  # it may have answered before it read all: the answer says why
+
+
+def _views(held):
+    """What is held, piece by piece, without a copy."""
+    view = memoryview(held)
+    return (view[at : at + PIECE] for at in range(0, len(view), PIECE))
 
 
 def _chunk(piece):
@@ -5146,13 +5413,14 @@ def _pass_on(answer, link, reply, transform):
     if reply.is_early and not (answer.status == 200 and answer.is_event_stream):
         return _pass_on_as_event(answer, reply)
     if not reply.is_early:
-        length = None if transform else answer.framing.length
+        length = None if transform else answer.length
         reply.begin(answer.status, answer.reason, _fields_down(answer), length)
     try:
         for piece in answer.pieces():
             reply.send(transform.feed(bytes(piece)) if transform else piece)
-        if answer.framing == Framing() and link.has_died(0.05):
-            raise Truncated("the backend ended in the middle of its answer")
+        if answer.framing == Framing():  # its end says nothing: it may be a death
+            if reply.is_within_line or link.has_died(0.05):
+                raise Truncated("the connection ended in the middle of the answer")
     except Truncated as error:
         reply.break_off(BackendDied(f"the backend broke off: {error}"))
         return
@@ -5162,11 +5430,14 @@ def _pass_on(answer, link, reply, transform):
 
 
 def _fields_down(answer):
-    return [
+    fields = [
         field
         for field in end_to_end(answer.fields)
         if field[0] != "content-length" and not field[0].startswith("access-control-")
     ]
+    if answer.is_event_stream and not answer.get("x-accel-buffering"):
+        fields.append(("x-accel-buffering", "no"))  # else nginx collects the events
+    return fields
 
 
 def _pass_on_as_event(answer, reply):
@@ -5191,31 +5462,41 @@ def _pass_on_as_event(answer, reply):
 
 def _tunnel(answer, sock, reply):
     """Pass bytes both ways after an upgrade, until either side ends."""
-    fields = [field for field in answer.fields if field[0] != "content-length"]
+    upgrade = [("connection", "upgrade"), ("upgrade", answer.get("upgrade"))]
     reply.stays = False
-    reply.begin(101, answer.reason, fields, 0)
+    reply.begin(101, answer.reason, _fields_down(answer) + upgrade, 0)
     reply.flush()
-    _carry(reply.sock, answer.leftover)
-    ends = {reply.sock.fileno(): (reply.sock, sock), sock.fileno(): (sock, reply.sock)}
-    waiter = select.poll()
-    for fd in ends:
-        waiter.register(fd, select.POLLIN)
-    while ends:
-        for fd, _ in waiter.poll():
-            source, target = ends[fd]
+    try:
+        _carry(reply.sock, sock, answer.leftover)
+    except OSError:
+        pass  # the other side shall see an end too
+
+
+def _carry(client, backend, leftover):
+    """Carry bytes; neither way waits for the other. `leftover` is for the client."""
+    sides = {client.fileno(): (client, backend), backend.fileno(): (backend, client)}
+    unsent = {client: leftover, backend: b""}  # one read of each, at most
+    while True:
+        waiter = select.poll()
+        for mine, theirs in sides.values():
+            wanted = select.POLLOUT if unsent[mine] else 0
+            wanted |= 0 if unsent[theirs] else select.POLLIN
+            if wanted:
+                waiter.register(mine, wanted)
+        ready = waiter.poll(STALL_SECONDS * 1000 if any(unsent.values()) else None)
+        if not ready:
+            return  # somebody does not read
+        for fd, events in ready:
+            mine, theirs = sides[fd]
             try:
-                data = source.recv(65536)
-                _carry(target, data)
-            except BlockingIOError:
-                continue
-            except OSError:
-                return
-            if not data:
-                return
-
-
-def _carry(target, data):
-    send_all(target, data, Deadline(STALL_SECONDS, OSError("it does not read")))
+                if unsent[mine] and events & ~select.POLLIN:
+                    unsent[mine] = unsent[mine][mine.send(unsent[mine]) :]
+                elif not unsent[theirs]:
+                    unsent[theirs] = mine.recv(65536)
+                    if not unsent[theirs]:
+                        return
+            except (BlockingIOError, TimeoutError, socket.timeout):
+                continue  # not ready after all
 
 
 # ==================================================================================
@@ -5227,8 +5508,9 @@ def _carry(target, data):
 # ==================================================================================
 
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
+LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
+NAME_LIMIT = 1000  # characters of a model's name in a request
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
-SECRET_OPTION = re.compile(r"(?i)key|token|password")
 BROWSER = re.compile(r"Mozilla/")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 MODEL_WORDS = ("/props", "/slots", "/metrics", "/lora-adapters")
@@ -5241,6 +5523,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.pool = self.server.pool
         self.config = self.pool.config
         self.wire = Wire(self.request)
+        self.is_unread = False  # the client may be sending what nobody reads
         if self.request.family != socket.AF_UNIX:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         set_tick(self.request)
@@ -5252,6 +5535,19 @@ class Handler(socketserver.BaseRequestHandler):
                 pass
         except (ClientGone, OSError):
             pass  # nobody is left to be told
+
+    def finish(self):
+        """Read what is on its way before the socket is closed: the reset that would
+        answer it can destroy our answer."""
+        if not self.is_unread or self.reply.is_broken:
+            return
+        end = time.monotonic() + LINGER_SECONDS
+        try:
+            self.request.shutdown(socket.SHUT_WR)
+            while time.monotonic() < end and self.request.recv(PIECE):
+                pass
+        except OSError:
+            pass  # it left, or is silent
 
     def _await_request(self):
         """Whether a request begins before the connection has been idle for too long."""
@@ -5279,13 +5575,17 @@ class Handler(socketserver.BaseRequestHandler):
             self._answer_problem(problem)
         except ConfigError as error:
             self._answer_problem(Problem(str(error)))
+        except OSError as error:  # no client's, those are ClientGone: disk, memory
+            self._answer_problem(Problem(f"{type(error).__name__}: {error}"))
         self._log_slow()
         if self.body is not None and self.reply.stays:
             self.reply.stays = self._skip_body()
+        self.is_unread = self.body is None or not self.body.is_complete
         return self.reply.stays
 
     def _read_head(self):
-        self.wire.on_silence = Deadline(HEAD_SECONDS, ClientGone())
+        late = TooSlow(f"the head took longer than {HEAD_SECONDS:g} s")
+        self.wire.on_silence = Deadline(HEAD_SECONDS, late)
         raw = self.wire.head()
         if not raw:
             return False
@@ -5310,7 +5610,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _answer_problem(self, problem):
         """Answer with an error in whatever form is still possible."""
         reply = self.reply
-        if self.body is None:
+        if self.body is None or not self.body.can_be_skipped:
             reply.stays = False
         if not reply.is_begun:
             self._send_problem(problem)
@@ -5328,8 +5628,9 @@ class Handler(socketserver.BaseRequestHandler):
             fields.append(("x-should-retry", str(problem.may_retry).lower()))
         if problem.status == 401:
             fields.append(("www-authenticate", "Bearer"))
-        if self.body is not None and not self.body.is_complete:
-            self.reply.stays = self.reply.stays and self._skip_body()
+        if problem.status == 405:
+            methods = [method for method, path in ROUTES if path == self.head.path]
+            fields.append(("allow", ", ".join([*methods, "OPTIONS"])))
         self._send(problem.status, fields, _dump(error_body(problem)))
 
     def _send(self, status, fields, payload):
@@ -5374,7 +5675,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _is_on_loopback(self):
         address = self.request.getsockname()
         return isinstance(address, tuple) and (
-            address[0].startswith("127.") or address[0] in ("::1", "::ffff:127.0.0.1")
+            address[0].startswith(("127.", "::ffff:127.")) or address[0] == "::1"
         )
 
     def _is_origin_allowed(self, origin):
@@ -5382,7 +5683,7 @@ class Handler(socketserver.BaseRequestHandler):
         if "*" in allowed or origin in allowed:
             return True
         name = origin.partition("://")[2]
-        if name == self.head.get("host"):
+        if name and name == self.head.get("host"):
             return True
         return "localhost" in allowed and _host_name(name) in LOOPBACK_NAMES
 
@@ -5392,14 +5693,20 @@ class Handler(socketserver.BaseRequestHandler):
     def _check_not_from_a_page(self):
         """For GETs that change something: a page must not cause them by a mere link."""
         head = self.head
-        origin = head.get("origin")
-        if head.method != "GET" or (origin and self._is_origin_allowed(origin)):
+        origin = head.get("origin") or _origin_of(head.get("referer"))
+        if head.method not in SAFE_METHODS or head.get("sec-fetch-site") == "same-origin":
+            return
+        if origin and self._is_origin_allowed(origin):
             return
         signs = [name for name, _ in head.fields if name.startswith("sec-fetch-")]
-        is_page = origin or head.get("referer") or signs
-        if is_page or BROWSER.match(head.get("user-agent")):
-            if head.get("sec-fetch-site") != "same-origin":
-                raise self._foreign(origin or head.get("referer") or "of a browser")
+        if origin or signs or BROWSER.match(head.get("user-agent")):
+            raise self._foreign(origin or "of a browser")
+
+    def _check_may_load(self, model):
+        """For GETs: they may load the model only if no foreign page asks for it."""
+        if self.head.method in SAFE_METHODS:
+            if self.pool.state_of(model) is not State.LOADED:
+                self._check_not_from_a_page()
 
     def _check_key(self):
         keys = self.config.api_keys
@@ -5407,14 +5714,16 @@ class Handler(socketserver.BaseRequestHandler):
             raise Unauthorized("a valid API key is needed (Authorization: Bearer KEY)")
 
     def _given_keys(self):
-        head = self.head
-        yield from head.all("x-api-key")
-        for value in head.all("authorization"):
+        """The bytes of what may be a key."""
+        for value in self.head.all("x-api-key"):
+            yield value.encode("latin-1")
+        for value in self.head.all("authorization"):
             scheme, _, rest = value.partition(" ")
             if scheme.lower() == "basic":
                 yield _basic_password(rest)
             else:
-                yield rest.strip() if scheme.lower() == "bearer" else value
+                key = rest.strip() if scheme.lower() == "bearer" else value
+                yield key.encode("latin-1")
 
     def _cors_fields(self):
         origin = self.head.get("origin")
@@ -5440,9 +5749,10 @@ class Handler(socketserver.BaseRequestHandler):
             return route(self)
         for prefix, methods, action in PREFIXES:
             if head.path.startswith(prefix) and (not methods or method in methods):
-                return action(self, urllib.parse.unquote(head.path[len(prefix) :]))
-        if any(path == head.path for _, path in ROUTES) and method != "POST":
-            raise MethodNotAllowed(f"{head.path} has no {head.method}")
+                return action(self, head.path[len(prefix) :])
+        if head.path not in MODEL_WORDS:
+            if any(path == head.path for _, path in ROUTES):
+                raise MethodNotAllowed(f"{head.path} has no {head.method}")
         self._serve_by_model()
 
     def _answer_preflight(self):
@@ -5476,7 +5786,7 @@ class Handler(socketserver.BaseRequestHandler):
         self._send_json({"object": "list", "data": listed})
 
     def _show_model(self, name):
-        model = self.config.resolve(name)
+        model = self._resolve(unquoted(name))
         status = self.pool.snapshot().get(model.name)
         self._send_json(self._model_entry(model, status))
 
@@ -5527,7 +5837,13 @@ class Handler(socketserver.BaseRequestHandler):
         named = model_named_in(self.body, "application/json")
         if named.model is None:
             raise BadRequest("model name is missing from the request", "model")
-        return self.config.resolve(named.model)
+        return self._resolve(named.model)
+
+    def _resolve(self, name):
+        if len(name) > NAME_LIMIT:
+            text = f"there is no model with a name of {len(name)} characters"
+            raise UnknownModel(text, "model")
+        return self.config.resolve(name)
 
     def _unload_all(self):
         self._check_not_from_a_page()
@@ -5540,7 +5856,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _unload_named(self, name):
         if not name:
             return self._unload_all()
-        self.pool.unload(self.config.resolve(name))
+        self.pool.unload(self._resolve(unquoted(name)))
         self.pool.await_unloaded(self._look_after_client)
         self._send_text("OK")
 
@@ -5586,8 +5902,9 @@ class Handler(socketserver.BaseRequestHandler):
         name = self.head.parameter("model")
         if not name:
             raise BadRequest("model name is missing from the request", "model")
-        model = self.model = self.config.resolve(name)
+        model = self.model = self._resolve(name)
         if self.head.parameter("autoload") in ("true", "1"):
+            self._check_may_load(model)
             return self._forward(model, self.head.target, Named())
         backend = self.pool.backend_of(model)
         if backend is None or self.pool.state_of(model) is not State.LOADED:
@@ -5609,7 +5926,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _stream_logs(self, name=""):
         feed = self.server.log.feed
         if name not in ("", "proxy"):
-            feed = self.pool.feed_of(self.config.resolve(name).backend)
+            feed = self.pool.feed_of(self._resolve(unquoted(name)).backend)
         with feed.follow(self.head.parameter("no-history") is None) as get:
             fields = [
                 ("content-type", "text/plain; charset=utf-8"),
@@ -5622,7 +5939,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _follow(self, get, render):
         """Send item after item until the client leaves or llmswap ends."""
-        while not self.server.is_closing:
+        while not self.server.is_closing and self.head.method != "HEAD":
             item = get(TICK)
             if item is None:
                 self.reply.tick()
@@ -5635,48 +5952,52 @@ class Handler(socketserver.BaseRequestHandler):
     def _serve_upstream(self, rest):
         """/upstream/ID/REST: that model's own server, whatever REST is."""
         name, path = self._longest_name(rest)
-        model = self.model = self.config.resolve(name)
-        if not path:
-            fields = [("location", f"/upstream/{urllib.parse.quote(name)}/")]
-            return self._send(308, fields, b"")
-        if self.pool.state_of(model) is not State.LOADED:
-            self._check_not_from_a_page()
+        model = self.model = self._resolve(name)
         query = f"?{self.head.query}" if self.head.query else ""
-        target = urllib.parse.quote(path, safe="/:@!$&'()*+,;=~%") + query
-        self._forward(model, target, self._named_in_body(), is_loose=True)
+        if not path:
+            fields = [("location", f"/upstream/{rest}/{query}")]
+            return self._send(308, fields, b"")
+        self._check_may_load(model)
+        self._forward(model, path + query, self._named_in_body(), is_loose=True)
 
     def _longest_name(self, rest):
         """Split REST after the longest known name: ids may contain slashes."""
         parts = rest.split("/")
         for count in range(len(parts), 0, -1):
-            name = "/".join(parts[:count])
+            name = unquoted("/".join(parts[:count]))
             if self.config.names.find(name):
                 path = "/".join(parts[count:])
                 return name, "/" + path if count < len(parts) else ""
-        return parts[0], "/"
+        return unquoted(parts[0]), "/"
 
     def _named_in_body(self):
         if self.head.method in ("GET", "HEAD") or self.head.is_upgrade:
             return Named()
         try:
-            return model_named_in(self.body, self.head.get("content-type"))
+            kind = self.head.get("content-type")
+            return model_named_in(self.body, kind, is_needed=False)
         except BadRequest:
+            if not self.body.can_be_read:
+                raise
             return Named()  # not JSON at all: the backend may know what it is
 
     def _serve_by_model(self):
         """Route by the model that the body, the form or the query names."""
         head = self.head
-        named = Named()
-        if head.method not in ("GET", "HEAD"):
+        name = head.parameter("model")
+        if name or head.method in ("GET", "HEAD"):
+            named = self._named_in_body()
+        else:
             named = model_named_in(self.body, head.get("content-type"))
-        name = named.model or head.parameter("model")
-        if name is not None:
-            model = self.config.resolve(name)
+        name = named.model or name
+        if name:
+            model = self._resolve(name)
         elif head.method in SAFE_METHODS:
             raise NotFound(f"there is nothing at {head.path}")
         else:
             model = self._default_model()
         self.model = model
+        self._check_may_load(model)
         self._forward(model, head.target, named)
 
     def _default_model(self):
@@ -5691,7 +6012,8 @@ class Handler(socketserver.BaseRequestHandler):
     def _forward(self, model, target, named, is_loose=False):
         """Let the model's backend answer; once more if it died over it."""
         stay = self._stay_asked(named)
-        is_loose = self.head.is_upgrade or (is_loose and self.head.method == "GET")
+        is_safe = self.head.method in SAFE_METHODS
+        is_loose = self.head.is_upgrade or (is_loose and is_safe)
         self.reply.wants_events = self._wants_events(model, named)
         outgoing = self._outgoing(model, target, named)
         for is_last in (False, True):
@@ -5726,26 +6048,33 @@ class Handler(socketserver.BaseRequestHandler):
     def _outgoing(self, model, target, named):
         """The request as the backend is to get it."""
         body, edits = self.body, _edits_of(model, named)
-        held, length, rest = body.held, body.length, body
+        length = body.length
         if named.is_json and _has_edits(edits, named):
             body.hold(self.config.settings.max_body + 1)
-            members, _ = members_of(body.held)
-            held = b"".join(edited_json(body.held, members, edits))
-            length = len(held)
+            held = edited_json(body.held, members_of(body.held)[0], edits)
         elif named.model is not None and edits.model is not None:
-            start, end = named.span
-            name = edits.model.encode()
-            held = b"".join([body.held[:start], name, body.held[end:]])
+            view, (start, end) = memoryview(body.held), named.span
+            name = self._as_in_form(edits.model)
+            held = [view[:start], name, view[end:]]
             length = length and length + len(name) - (end - start)
+        else:
+            held = [body.held]
+        rest = body
         if body.is_complete:
-            length, rest = len(held), None
+            length, rest = sum(map(len, held)), None
         fields = self._fields_up(model)
         return Outgoing(self.head.method, target, fields, held, length, rest)
+
+    def _as_in_form(self, name):
+        """The name as it stands in a form of this request's kind."""
+        if self.head.get("content-type").lower().startswith("multipart/"):
+            return name.encode()
+        return urllib.parse.quote_plus(name).encode()
 
     def _fields_up(self, model):
         dropped = {"host", "content-length", "x-conversation-id"}
         if self.config.api_keys or model.settings.proxy_key:
-            dropped.update(("authorization", "x-api-key"))
+            dropped.update(("authorization", "x-api-key", "api-key"))
         if self.head.method == "POST":
             dropped.add("accept-encoding")  # events and numbers are read on the way
         fields = [each for each in end_to_end(self.head.fields) if each[0] not in dropped]
@@ -5754,6 +6083,12 @@ class Handler(socketserver.BaseRequestHandler):
         if self.head.is_upgrade:
             fields += [("connection", "upgrade"), ("upgrade", self.head.get("upgrade"))]
         return fields
+
+
+def unquoted(text: str) -> str:
+    """Return a part of a target without percent encoding; it is UTF-8 in any case."""
+    raw = urllib.parse.unquote_to_bytes(text.encode("latin-1"))
+    return raw.decode("utf-8", "replace")
 
 
 def _link_to(backend):
@@ -5780,8 +6115,10 @@ def _seconds_of(name, value):
         if isinstance(value, str):
             sign = -1 if value.startswith("-") else 1
             return sign * parse_duration(value.lstrip("-"))
+        if math.isnan(value) or isinstance(value, bool):
+            raise ValueError
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise BadRequest(f"{name}: {value!r} is not a duration", name) from None
 
 
@@ -5803,25 +6140,44 @@ def _is_address(name):
 
 
 def _is_key(given, keys):
-    raw = given.encode("utf-8", "replace")
-    found = [hmac.compare_digest(raw, key.encode()) for key in keys]
+    found = [hmac.compare_digest(given, key.encode()) for key in keys]
     return any(found)
 
 
 def _basic_password(encoded):
     try:
-        return base64.b64decode(encoded).decode().partition(":")[2]
+        return base64.b64decode(encoded).partition(b":")[2]
     except ValueError:
-        return ""
+        return b""
+
+
+def _origin_of(url):
+    """The origin of a page whose address this is; empty if it tells none."""
+    parts = urllib.parse.urlsplit(url) if url else None
+    return f"{parts.scheme}://{parts.netloc}" if parts and parts.netloc else ""
 
 
 def masked(argv: List[str]) -> List[str]:
-    """Return the command with *** for values of options named key, token, password."""
-    return [
-        "***" if index and SECRET_OPTION.search(argv[index - 1]) and
-        argv[index - 1].startswith("-") else word
-        for index, word in enumerate(argv)
-    ]  # fmt: skip
+    """Return the command with *** for the values of options and variables whose name
+    says key, token or password, also within the words of a command for a shell."""
+    shown, is_secret = [], False
+    for word in argv:
+        if is_secret and not word.startswith("--"):
+            shown.append("***")
+        elif _SECRET_WORD.match(word):
+            shown.append(word.partition("=")[0] + "=***")
+        else:
+            shown.append(_SECRET_WITHIN.sub(r"\1***", word))
+        is_secret = bool(_SECRET_OPTION.fullmatch(word))
+    return shown
+
+
+_SECRET = r"[\w.-]*(?:keys?|token|password)(?![a-z])[\w.-]*"
+_SECRET_OPTION = re.compile(rf"(?i)--?{_SECRET}|-hft")
+_SECRET_WORD = re.compile(rf"(?i)-{{0,2}}{_SECRET}=")
+_SECRET_WITHIN = re.compile(
+    rf"""(?i)((?<![\w-])(?:--?{_SECRET}(?:=|\s+)|{_SECRET}=))("[^"]*"|'[^']*'|[^\s'"]+)"""
+)
 
 
 ROUTES = {
@@ -6069,6 +6425,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Stop to accept, and end the connections that wait for a next request."""
         self.is_closing = True
         self._bell.ring()
+        self._paused.wait(1.0)  # nobody polls what is closed now
         for listener in self.sockets:
             listener.close()  # never shutdown(): systemd may own it
         for connection in list(self._idle_connections):
@@ -6247,10 +6604,9 @@ class ServiceManager:
 
 
 def status_line(pool: Pool) -> str:
-    """Return in one line what is loaded and what runs."""
+    """Return in one line what is loaded, or about to be."""
     held = [
         f"{name} {status.state.value}"
-        + (f" ({status.in_flight} running)" if status.in_flight else "")
         for name, status in pool.snapshot().items()
         if status.state is not State.UNLOADED and status.is_owner
     ]
@@ -6475,6 +6831,8 @@ class Program:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda number, _: self._signals.put(number))
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         threading.stack_size(STACK_BYTES)
         listeners = self._open_listeners()
         if isinstance(listeners, int):
