@@ -3325,6 +3325,10 @@ class ProcessBackend:
         self._asked_at = time.monotonic()
         self._check = HealthCheck(self.upstream, path, self._is_listener_ours)
 
+    def _late_at(self):
+        """When to look after the check that runs: for its end, or signs of progress."""
+        return min(self._asked_at + HEALTH_PATIENCE, time.monotonic() + 1.0)
+
     def _is_healthy(self):
         """Whether the check that runs says ready; a check that is over is put away."""
         found = self._check.advance()
@@ -3451,19 +3455,19 @@ class ProcessBackend:
             return False
         self._progress_at = time.monotonic()
         self._has_written = True
-        *lines, rest = (self._partial_line + piece).split(b"\n")
-        while len(rest) > LONGEST_LINE:
-            lines.append(rest[:LONGEST_LINE])
-            rest = rest[LONGEST_LINE:]
-        self._partial_line = rest
+        *lines, self._partial_line = (self._partial_line + piece).split(b"\n")
         for line in lines:
             self._take_line(line)
+        if len(self._partial_line) > LONGEST_LINE:
+            self._take_line(self._partial_line)
+            self._partial_line = b""
         return True
 
     def _take_line(self, line):
-        text = line.decode("utf-8", "replace").rstrip("\r")
-        self.lines.append(text)
-        self.on_line(text)
+        for start in range(0, len(line) or 1, LONGEST_LINE):
+            text = line[start : start + LONGEST_LINE].decode("utf-8", "replace")
+            self.lines.append(text.rstrip("\r"))
+            self.on_line(self.lines[-1])
 
     # -- going
 
