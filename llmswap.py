@@ -1925,8 +1925,8 @@ class Start(NamedTuple):
 class Stop(NamedTuple):
     """Stop the backend of this model, or put it to sleep.
 
-    `cause` is evicted, idle, unload, reload, abandoned or shutdown; `newcomer` the model
-    that needs the room. A backend that is not loaded yet is to be killed.
+    `cause` is evicted, idle, unload, reload, abandoned or shutdown; `newcomer` is who
+    needs the room. A backend that is not loaded yet is to be killed.
     """
 
     name: str
@@ -1984,6 +1984,7 @@ class Slot:
         self.started_at = self.stopped_at = self.ready_at = self.idle_since = 0.0
         self.fell_idle = None  # when the pause that runs now began
         self.pauses = collections.deque(maxlen=8)
+        self.evicted_for = None  # the slot that needed its room, until that is ready
         self.load_seconds = self.stop_seconds = None
         self.failures = 0
         self.last_failure = None
@@ -2009,6 +2010,12 @@ class Slot:
         return not (self.in_flight or self.waiting)
 
     @property
+    def is_reserved(self) -> bool:
+        """Whether it loads, or has loaded, for somebody whom it has not served yet."""
+        is_new = self.state is State.LOADED and self.last_grant < self.ready_at
+        return bool(self.waiting) and (is_new or self.state is State.LOADING)
+
+    @property
     def is_retiring(self) -> bool:
         return self.successor is not None or self.removal is not None
 
@@ -2031,6 +2038,10 @@ class Slot:
     def full_holding(self) -> Holding:
         """What it takes when loaded."""
         return Holding(self.name, int(self.spec.takes_place), self.spec.needs)
+
+    def last_wanted(self) -> float:
+        """When it was last granted, or loaded (by hand, say)."""
+        return max(self.last_grant, self.ready_at)
 
     def note_arrival(self, now: float):
         """A request came: the pause since the model fell idle, if any, is over."""
@@ -2065,7 +2076,7 @@ class Slot:
         return min(known, LONGEST_PATIENCE)
 
     def return_gap(self, cost: float) -> float:
-        """Seconds of silence after which its clients are taken not to come back soon."""
+        """Seconds of silence after which its clients are taken not to return soon."""
         short = [pause for pause in self.pauses if pause < cost / 4]
         if not short or 2 * len(short) < len(self.pauses):
             return SHORTEST_GAP
@@ -2088,7 +2099,7 @@ def choose_victims(
 
     No busy one before any idle ones, then the fewest, then the least recently granted.
     """
-    by_age = sorted(candidates, key=lambda slot: slot.last_grant)
+    by_age = sorted(candidates, key=Slot.last_wanted)
     if not makes_room(frozenset(by_age)):
         return None
     idle = [slot for slot in by_age if slot.is_idle]
@@ -2100,14 +2111,15 @@ def choose_victims(
 def _fewest(slots: List[Slot], makes_room) -> FrozenSet[Slot]:
     """The smallest sufficient choice, older slots first. All of them must suffice.
 
-    Beyond a few thousand choices it settles for one that has no member too many.
+    Beyond a few hundred choices (all there are of eight slots, all pairs of twenty) it
+    settles for one that has no member too many.
     """
     tries = (
         frozenset(choice)
         for size in range(len(slots) + 1)
         for choice in itertools.combinations(slots, size)
     )
-    for choice in itertools.islice(tries, 2000):
+    for choice in itertools.islice(tries, 256):
         if makes_room(choice):
             return choice
     chosen = frozenset(slots)
@@ -2138,7 +2150,7 @@ class Scheduler:
     def submit(self, name: str, now: float, is_loose=False, is_by_hand=False) -> Ticket:
         """Queue a request for the model; the next `decide` may grant or refuse it.
 
-        By hand (load it, serve nobody): its lease ends at once and failures are forgiven.
+        By hand (load it, serve nobody): its lease ends at once, failures are forgiven.
         """
         slot = self.slots[name]
         ticket = Ticket(next(self._numbers), slot, now, is_loose, is_by_hand)
@@ -2151,7 +2163,7 @@ class Scheduler:
         return ticket
 
     def withdraw(self, ticket: Ticket, now: float):
-        """The client of a ticket is gone, whether it waits, is granted or was refused."""
+        """The ticket's client is gone, whether it waits, is granted or was refused."""
         if ticket.number in self._queue:
             self._leave_queue(ticket)
             ticket.slot.note_idle(now)
@@ -2185,8 +2197,26 @@ class Scheduler:
             slot.ready_at = slot.idle_since = now
             slot.forgive()
             slot.last_failure = None
+            self._end_pauses(slot)
         slot.advance(Event.LOADED)
         slot.is_asleep = False
+
+    def _end_pauses(self, newcomer):
+        """Who did not come back to a victim while the newcomer loaded was not about to:
+        he may even be the one who asked for the newcomer."""
+        for slot in self.slots.values():
+            if slot.evicted_for is newcomer:
+                slot.evicted_for = None
+                if slot.fell_idle is not None:
+                    slot.note_arrival(math.inf)
+
+    def dying(self, name: str, generation: int, now: float):
+        """The loaded backend has ended by itself; `exited` follows once it is gone."""
+        slot = self._slot_of(name, generation)
+        if slot is not None and slot.state in (State.LOADED, State.SLEEPING):
+            slot.advance(Event.STOP)
+            slot.stopped_at = now
+            slot.stop_cause, slot.is_falling_asleep = "died", False
 
     def found(self, name: str, now: float) -> int:
         """The backend ran before we did; return the generation it has from now on."""
@@ -2214,11 +2244,11 @@ class Scheduler:
     def exited(
         self, name: str, generation: int, now: float, failure: Optional[Problem] = None
     ):
-        """The backend is gone and holds nothing. `failure`: why, if nobody stopped it."""
+        """The backend is gone and holds nothing. `failure`: why, if nobody told it."""
         slot = self._slot_of(name, generation)
         if slot is None:
             return
-        if slot.state is State.UNLOADING:
+        if slot.state is State.UNLOADING and slot.stop_cause != "died":
             slot.stop_seconds = now - slot.stopped_at
         elif slot.state is State.LOADING:
             failure = failure or Problem(f"{name} ended while it was loading")
@@ -2442,14 +2472,17 @@ class Scheduler:
         younger ticket can start anything that takes room.
         """
         slot = ticket.slot
-        may_start = slot.state in (State.UNLOADED, State.SLEEPING) and not slot.is_closed
+        is_down = slot.state in (State.UNLOADED, State.SLEEPING)
+        may_start = is_down and not slot.is_closed
         if not slot.needs_room:
             if may_start:
                 self._start(ticket, now)
             return is_full
+        if is_full:
+            return True
         wanted = [each.full_holding() for each in ahead.values()]
         wanted.append(slot.full_holding())
-        if is_full or not self.limits.allow(wanted):
+        if not self.limits.allow(wanted):
             return True
         if may_start:
             self._make_way(ticket, wanted, set(ahead) | {slot.name}, now)
@@ -2512,7 +2545,7 @@ class Scheduler:
         if due > now:
             self._look_again_at(due)
             return
-        ticket.victims = victims
+        ticket.victims |= victims
         for victim in victims:
             self._leaving[victim] = ticket
 
@@ -2521,7 +2554,7 @@ class Scheduler:
             return False
         if slot.state is State.SLEEPING and slot.spec.can_sleep:
             return bool(slot.spec.sleep_needs)
-        return slot.state is not State.LOADING or not slot.waiting
+        return not slot.is_reserved
 
     def _due(self, ticket, victim, now):
         """When the victim may begin to drain for the ticket."""
@@ -2535,7 +2568,7 @@ class Scheduler:
         return due
 
     def _stop_the_leaving(self, now):
-        """Stop who has drained, for whatever reason, or is idle; say whether any was."""
+        """Stop who has drained for any reason, or is idle; say whether anyone was."""
         before = len(self._decisions)
         for slot in list(self._held.values()):
             if slot.state is State.UNLOADING:
@@ -2562,6 +2595,7 @@ class Scheduler:
         if not slot.in_flight:
             is_abandoned = slot.state is State.LOADING
             cause = "abandoned" if is_abandoned else "evicted"
+            slot.evicted_for = ticket.slot
             self._stop(slot, now, cause, ticket.slot.name)
 
     def _stop_if_idle(self, slot, now):
@@ -3160,7 +3194,8 @@ def check_start(model: Model):
 class ProcessBackend:
     """One run of a model server that is a child process.
 
-    `start()` returns at once. Then `on_loaded(self)` is called when it is ready, and
+    `start()` returns at once. Then `on_loaded(self)` is called when it is ready,
+    `on_dying(self)` when it is found dead or hanging though nobody stopped it, and
     `on_exited(self, problem)` when nothing of it is left (problem: a StartFailed, or
     None if it was stopped), both on its own thread. `on_line(text)` gets each line that
     it writes.
@@ -3172,7 +3207,7 @@ class ProcessBackend:
         self.pid = None
         self.port = None
         self.started_at = time.monotonic()
-        self.on_loaded = self.on_exited = self.on_line = None
+        self.on_loaded = self.on_dying = self.on_exited = self.on_line = None
         self.lines = collections.deque(maxlen=LAST_LINES)
         self._guard = guard
         self._settle_timeout = settle_timeout
@@ -3299,7 +3334,7 @@ class ProcessBackend:
                 next_check = now + min(0.1, max(0.005, age / 100))
             self._raise_if_stuck(now)
             self._has_written = False
-            self._wait(next_check if self._check is None else now + 1.0)
+            self._wait(next_check if self._check is None else self._late_at())
             if self._has_written:  # it may have said that it is ready
                 next_check = min(next_check, now + 0.005)
             if self._check is not None and self._is_healthy():
@@ -3371,6 +3406,13 @@ class ProcessBackend:
                 self._wait(None)
             else:
                 self._examine()
+        if not self._is_stop_asked:
+            self._note_death()
+
+    def _note_death(self):
+        """It ended, or must: from now on nobody is sent to it."""
+        self.on_dying(self)
+        self._has_ended.set()
 
     def _examine(self):
         """A request is silent: ask for health; no answer in time means that it hangs."""
@@ -3385,7 +3427,7 @@ class ProcessBackend:
             self._suspicion = None
         elif time.monotonic() >= self._suspicion + limit:
             self._drop_check()
-            self._has_ended.set()
+            self._note_death()
             self._end_process()
             raise StartFailed(
                 f"{self.model.name} hung: neither a request nor {limit:g} s of health "
@@ -3432,8 +3474,6 @@ class ProcessBackend:
                 self._bell.silence()
         if self._exit_fd is None:
             self._is_exited = has_exited(self.pid)
-        if self._is_exited and self._is_ready:
-            self._has_ended.set()
         self._note_progress()
 
     def _note_progress(self):
@@ -4052,6 +4092,7 @@ class Pool:
         backend = self._make_backend(self.config.models[name])
         backend.generation = generation
         backend.on_loaded, backend.on_exited = self._on_loaded, self._on_exited
+        backend.on_dying = self._on_dying
         backend.on_line = functools.partial(self._on_line, name)
         self._backends[name] = backend
         backend.start()
@@ -4085,6 +4126,12 @@ class Pool:
         where = f"pid {backend.pid}, port {backend.port}"
         self._log("info", f"{name}: loaded in {seconds:.2f} s ({where})")
         self._tell(name, "loaded")
+
+    def _on_dying(self, backend):
+        with self._lock:
+            name, now = backend.model.name, self._clock()
+            self._scheduler.dying(name, backend.generation, now)
+            self._turn()
 
     def _on_exited(self, backend, problem):
         name = backend.model.name
