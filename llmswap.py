@@ -25,6 +25,7 @@ Rooms, each using only what stands above it:
     4  Backends       one life of one model server, from spawn to death
     5  Pool           the one lock; carries decisions out
     6  Relay          one request to a backend, one answer back
+    8  Pages          what people and Prometheus see
     9  API            what each path means; the only place that writes an error
     10 Command line   arguments, logging, signals, the order of shutdown
 
@@ -39,12 +40,14 @@ order of locks to remember, and nothing can wait for someone who waits.
 
 import argparse
 import base64
+import bisect
 import collections
 import contextlib
 import difflib
 import enum
 import errno
 import functools
+import hashlib
 import hmac
 import http
 import http.server
@@ -1976,6 +1979,7 @@ class Slot:
         self.name = name
         self.spec = spec
         self.state = State.UNLOADED
+        self.changed_at = None  # when it came into its state; None: never
         self.generation = 0
         self.in_flight = 0
         self.loose = 0
@@ -1997,9 +2001,11 @@ class Slot:
         self.successor = None  # the Spec that a reload puts here once this one is gone
         self.removal = None  # the Problem its tickets meet since a reload dropped it
 
-    def advance(self, event: Event):
+    def advance(self, event: Event, now: float):
         """Move to the next state; a KeyError is a bug found."""
-        self.state = NEXT_STATE[self.state][event]
+        state = NEXT_STATE[self.state][event]
+        if state is not self.state:
+            self.state, self.changed_at = state, now
 
     @property
     def is_held(self) -> bool:
@@ -2198,7 +2204,7 @@ class Scheduler:
             slot.forgive()
             slot.last_failure = None
             self._end_pauses(slot)
-        slot.advance(Event.LOADED)
+        slot.advance(Event.LOADED, now)
         slot.is_asleep = False
 
     def _end_pauses(self, newcomer):
@@ -2214,14 +2220,14 @@ class Scheduler:
         """The loaded backend has ended by itself; `exited` follows once it is gone."""
         slot = self._slot_of(name, generation)
         if slot is not None and slot.state in (State.LOADED, State.SLEEPING):
-            slot.advance(Event.STOP)
+            slot.advance(Event.STOP, now)
             slot.stopped_at = now
             slot.stop_cause, slot.is_falling_asleep = "died", False
 
     def found(self, name: str, now: float) -> int:
         """The backend ran before we did; return the generation it has from now on."""
         slot = self.slots[name]
-        slot.advance(Event.FOUND)
+        slot.advance(Event.FOUND, now)
         slot.generation = next(self._generations)
         slot.ready_at = slot.idle_since = now
         self._held[name] = slot
@@ -2238,7 +2244,7 @@ class Scheduler:
             slot.stop_seconds = now - slot.stopped_at
             slot.stop_cause = None
             self._spare(slot)
-        slot.advance(Event.SLEPT)
+        slot.advance(Event.SLEPT, now)
         slot.is_asleep = slot.state is State.SLEEPING
 
     def exited(
@@ -2256,7 +2262,7 @@ class Scheduler:
             self._refuse_waiting(slot, failure)
         elif failure is not None:
             slot.last_failure = failure
-        slot.advance(Event.EXITED)
+        slot.advance(Event.EXITED, now)
         self._clear(slot)
 
     def _slot_of(self, name, generation):
@@ -2514,7 +2520,7 @@ class Scheduler:
     def _start(self, ticket, now):
         slot = ticket.slot
         is_wake = slot.state is State.SLEEPING
-        slot.advance(Event.START)
+        slot.advance(Event.START, now)
         slot.is_asleep = False
         if not is_wake:
             slot.generation = next(self._generations)
@@ -2611,7 +2617,7 @@ class Scheduler:
         to_sleep = (
             cause == "evicted" and slot.spec.can_sleep and slot.state is State.LOADED
         )
-        slot.advance(Event.STOP)
+        slot.advance(Event.STOP, now)
         slot.stopped_at = now
         slot.stop_cause = cause
         slot.is_falling_asleep = to_sleep
@@ -3758,6 +3764,85 @@ def settle(pids: Set[int], timeout: float):
         time.sleep(0.05)
 
 
+# -- memory of what runs ---------------------------------------------------------------
+
+
+class MemoryWatch:
+    """Memory of process groups, looked up once for all who ask within a moment.
+
+    Any thread; two that ask at the same time may both look.
+    """
+
+    def __init__(self):
+        self._resident = -math.inf, {}
+        self._on_gpu = -math.inf, {}
+
+    def resident(self, group: int) -> Optional[int]:
+        """Return the bytes of its resident memory, at most a second old."""
+        now = time.monotonic()
+        if now > self._resident[0] + 1.0:
+            self._resident = now, resident_by_group()
+        return self._resident[1].get(group)
+
+    def on_gpu(self, group: int) -> Optional[int]:
+        """Return the bytes of its GPU memory, at most five seconds old."""
+        now = time.monotonic()
+        if now > self._on_gpu[0] + 5.0:
+            self._on_gpu = now, gpu_memory_by_group()
+        return self._on_gpu[1].get(group)
+
+
+def resident_by_group() -> Dict[int, int]:
+    """Return bytes of resident memory by process group; empty without /proc."""
+    found = collections.Counter()
+    for pid in _all_processes() if os.path.exists("/proc/self/stat") else ():
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                fields = file.read().rpartition(b")")[2].split()
+        except OSError:
+            continue  # it ended meanwhile
+        found[int(fields[2])] += int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+    return found
+
+
+_GPU_MEMORY = (  # the command, how its lines read, bytes per unit
+    (
+        ["nvidia-smi", "--query-compute-apps=pid,used_gpu_memory",
+         "--format=csv,noheader,nounits"],
+        rb"^\s*(\d+),\s*(\d+)",
+        1 << 20,
+    ),
+    (["rocm-smi", "--showpids"], rb"^\s*(\d+)\s+\S+\s+\S+\s+(\d+)\b", 1),
+)  # fmt: skip
+
+
+def gpu_memory_by_group() -> Dict[int, int]:
+    """Return bytes of GPU memory by process group, as the vendor's tool shows it."""
+    found = collections.Counter()
+    for command, row, unit in _GPU_MEMORY:
+        if not shutil.which(command[0]):
+            continue
+        told = _output_of(command)
+        for pid, amount in re.findall(row, told, re.MULTILINE):
+            group = _group_of(int(pid))
+            if group is not None:
+                found[group] += int(amount) * unit
+    return found
+
+
+def _output_of(command):
+    try:
+        return subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=2,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return b""
+
+
 # ==================================================================================
 # 5  Pool: the one lock; it carries the Scheduler's decisions out.
 #    Never knows HTTP or a client's socket, and never waits while it holds the lock.
@@ -3820,6 +3905,88 @@ class Feed:
             self._followers.discard(follower)
 
 
+BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # s
+
+
+class Meters:
+    """What happened since the start, in numbers. Whoever calls holds the Pool's lock.
+
+    `counts` maps (metric, label, ...) to a number; the last label of a histogram is the
+    index of a bucket. `speeds` has the tokens per second of each backend's last answer,
+    `reasons` why it was last stopped, in words.
+    """
+
+    def __init__(self):
+        self.counts = collections.Counter()
+        self.speeds = {}
+        self.reasons = {}
+        self._newcomers = set()  # others were evicted for them; not loaded yet
+
+    def count_request(
+        self,
+        model: str,
+        status: int,
+        seconds: float,
+        waited: Optional[float] = None,
+        tokens_in: int = 0,
+        tokens_out: int = 0,
+        bytes_out: int = 0,
+    ):
+        """A request has ended. `waited`: seconds until its lease, None if it got none.
+
+        The empty model: a request for none, or for one that is not known.
+        """
+        counts = self.counts
+        counts["requests", model, status] += 1
+        counts["tokens_in", model] += tokens_in
+        counts["tokens_out", model] += tokens_out
+        counts["bytes_out", model] += bytes_out
+        self._observe("durations", model, seconds)
+        if waited is not None:
+            self._observe("waits", model, waited)
+
+    def count_load(self, model: str, seconds: float):
+        """A model has become ready, so many seconds after its start."""
+        self._observe("loads", model, seconds)
+        if model in self._newcomers:
+            self._newcomers.discard(model)
+            self.counts["swaps",] += 1
+
+    def count_stop(self, model: str, cause: str, newcomer: Optional[str] = None):
+        """A model is being stopped, for the sake of `newcomer` if there is one."""
+        self.counts["stops", model, cause] += 1
+        self.reasons[model] = STOPPED.get(cause, cause).format(newcomer)
+        if newcomer is not None:
+            self._newcomers.add(newcomer)
+
+    def count_failure(self, model: str, state: str):
+        """A model ended unasked, in this state; nobody has stopped it."""
+        self.counts["failures", model, state] += 1
+        self.reasons.pop(model, None)
+        self._newcomers.discard(model)
+
+    def copy(self) -> "Meters":
+        """Return what was counted so far."""
+        other = Meters()
+        other.counts = self.counts.copy()
+        other.speeds, other.reasons = dict(self.speeds), dict(self.reasons)
+        return other
+
+    def _observe(self, metric, model, seconds):
+        self.counts[metric, model, bisect.bisect_left(BUCKETS, seconds)] += 1
+        self.counts[f"{metric}_sum", model] += seconds
+
+
+STOPPED = {
+    "evicted": "evicted for {}",
+    "abandoned": "given up for {}",
+    "idle": "unloaded after its idle time",
+    "unload": "unloaded by hand",
+    "reload": "stopped for a new configuration",
+    "shutdown": "stopped at the end",
+}
+
+
 class Status(NamedTuple):
     """What a model is doing, at one moment. Times in seconds."""
 
@@ -3828,12 +3995,13 @@ class Status(NamedTuple):
     state: State
     in_flight: int
     waiting: int
-    since: float  # in this state, roughly: since its start, readiness or stop
+    since: Optional[float]  # in this state; None: it was never in another
     unload_in: Optional[float]
     failure: Optional[Problem]
     load_seconds: Optional[float]
     pid: Optional[int]
     port: Optional[int]
+    progress: Optional[float]  # of a load, 0 to 1
 
 
 class Pool:
@@ -3852,9 +4020,13 @@ class Pool:
         self._scheduler = Scheduler(limits_of(config), specs_of(config))
         self._backends = {}
         self._feeds = {}
+        self._meters = Meters()
+        self._revision = 0
+        self.memory = MemoryWatch()
         self._lock = threading.Lock()
         self._alarm = threading.Condition(self._lock)  # look_again came nearer
         self._quiet = threading.Condition(self._lock)  # a lease or a backend ended
+        self._changed = threading.Condition(self._lock)  # anything people see
         self._alarm_at = math.inf
         self._is_closed = False
         self._quiet_since = clock()
@@ -4018,12 +4190,13 @@ class Pool:
             state=slot.state,
             in_flight=slot.in_flight + slot.loose,
             waiting=slot.waiting,
-            since=now - max(slot.started_at, slot.ready_at, slot.stopped_at),
+            since=None if slot.changed_at is None else now - slot.changed_at,
             unload_in=None if unload_at is None else max(0.0, unload_at - now),
             failure=slot.last_failure,
             load_seconds=slot.load_seconds,
             pid=getattr(backend, "pid", None),
             port=getattr(backend, "port", None),
+            progress=getattr(backend, "progress", None),
         )
 
     def feed_of(self, name: str) -> Feed:
@@ -4051,6 +4224,32 @@ class Pool:
         with self._lock:
             return self._quiet_since
 
+    # -- what people see -------------------------------------------------------------
+
+    def await_change(self, seen: Optional[int], timeout: float) -> int:
+        """Wait until the revision of what people see is not `seen`; return it."""
+        with self._lock:
+            if self._revision == seen:
+                self._changed.wait(timeout)
+            return self._revision
+
+    def count_request(self, model: Optional[Model], speed: Optional[float], *what):
+        """Note how a request ended: see Meters. `speed` is in tokens per second."""
+        with self._lock:
+            self._meters.count_request(model.name if model else "", *what)
+            if model and speed is not None:
+                self._meters.speeds[model.backend] = speed
+                self._note_change()
+
+    def meters(self) -> Meters:
+        """Return what was counted so far, as a copy."""
+        with self._lock:
+            return self._meters.copy()
+
+    def _note_change(self):
+        self._revision += 1
+        self._changed.notify_all()
+
     # -- the turn of the wheel -------------------------------------------------------
 
     def _turn(self):
@@ -4062,6 +4261,7 @@ class Pool:
             self._quiet_since = None
         elif self._quiet_since is None:
             self._quiet_since = self._clock()
+        self._note_change()
         if self._scheduler.look_again < self._alarm_at:
             self._alarm_at = self._scheduler.look_again
             self._alarm.notify()
@@ -4104,6 +4304,7 @@ class Pool:
             self._backends.pop(name, None)
             problem = StartFailed(f"{name} could not be started: {error}")
             self._log("error", str(problem))
+            self._meters.count_failure(name, "loading")
             self._scheduler.exited(name, decision.generation, self._clock(), problem)
             self._tell(name, "unloaded", exit_code=1)
             return True
@@ -4118,6 +4319,8 @@ class Pool:
         backend.start()
 
     def _stop(self, decision):
+        name, cause = decision.name, decision.cause
+        self._meters.count_stop(name, cause, decision.newcomer)
         reason = f"{decision.cause}"
         if decision.newcomer:
             reason += f" for {decision.newcomer}"
@@ -4141,6 +4344,7 @@ class Pool:
         with self._lock:
             now, name = self._clock(), backend.model.name
             self._scheduler.loaded(name, backend.generation, now)
+            self._meters.count_load(name, time.monotonic() - backend.started_at)
             self._turn()
         seconds = time.monotonic() - backend.started_at
         where = f"pid {backend.pid}, port {backend.port}"
@@ -4162,6 +4366,9 @@ class Pool:
         with self._lock:
             self._backends.pop(name, None)
             now = self._clock()
+            if problem is not None:
+                state = self._scheduler.slots[name].state.value
+                self._meters.count_failure(name, state)
             self._scheduler.exited(name, backend.generation, now, problem)
             self._turn()
             self._quiet.notify_all()
@@ -5085,9 +5292,14 @@ class Answer:
         self._is_http_10 = start.group(1) == b"0"
 
     def _framing(self, method):
-        if method == "HEAD" or self.status in (101, 204, 304):
-            return Framing(length=0)
-        return framing_of(self.fields, Framing())
+        """How the body is framed; `length` is what is told of it, even if by a HEAD."""
+        told = framing_of(self.fields, Framing())
+        self.length = told.length
+        if self.status in (101, 204, 304):
+            self.length = 0
+        elif method != "HEAD":
+            return told
+        return Framing(length=0)
 
     def get(self, name: str) -> str:
         """Return the first value of a field, or an empty string."""
@@ -5102,11 +5314,6 @@ class Answer:
     def is_event_stream(self) -> bool:
         return _are_events(self.fields)
 
-    @property
-    def length(self) -> Optional[int]:
-        """The length to be told to the client; that of a HEAD is of a body not sent."""
-        told = self.get("content-length")
-        return int(told) if told.isdigit() else self.framing.length
 
     def pieces(self) -> Iterable:
         """Yield the payload as it comes; each piece is good until the next is asked for.
@@ -5177,6 +5384,34 @@ _EVENT_STREAM = [
 ]
 
 
+class Ends:
+    """The first and the last bytes of a payload, some kilobytes of each.
+
+    It keeps the small pieces themselves and copies only the ends of large ones.
+    """
+
+    KEPT = 4096
+
+    def __init__(self):
+        self._first, self._wanted = [], self.KEPT
+        self._last, self._size = collections.deque(), 0
+
+    def add(self, piece):
+        """Take the next piece, whose buffer may be used again afterwards."""
+        if self._wanted > 0:
+            self._first.append(bytes(piece[: self._wanted]))
+            self._wanted -= len(piece)
+        if len(piece) > self.KEPT or not isinstance(piece, bytes):
+            piece = bytes(piece[-self.KEPT :])
+        self._last.append(piece)
+        self._size += len(piece)
+        while self._size - len(self._last[0]) >= self.KEPT:
+            self._size -= len(self._last.popleft())
+
+    def __bytes__(self):
+        return b"".join(self._first) + b"\0" + b"".join(self._last)
+
+
 class Reply:
     """One answer to one request, framed as the client can read it. One thread uses it.
 
@@ -5194,6 +5429,7 @@ class Reply:
         self.stays = request is not None and request.wants_to_stay
         self.status = 0
         self.sent = 0  # bytes of payload
+        self.ends = Ends()  # of it
         self._is_http_10 = request is not None and request.is_http_10
         self._is_head = request is not None and request.method == "HEAD"
         self._head = b""  # waits for the first piece
@@ -5234,6 +5470,7 @@ class Reply:
         if self._is_head or not len(piece):
             return
         self.sent += len(piece)
+        self.ends.add(piece)
         if self._left is not None:
             self._left -= len(piece)
         if self._is_events:
@@ -5571,6 +5808,1099 @@ def _carry(client, backend, leftover):
 
 
 # ==================================================================================
+# 8  Pages: what people and Prometheus see.
+#    Never knows how it is served.
+#
+#    The page is one text without any outside resource. It asks for `/` again, as a
+#    stream of events, each of which is a whole `snapshot`: it never has to add up.
+# ==================================================================================
+
+
+class Row(NamedTuple):
+    """One model as people see it at one moment. Times in seconds, memory in bytes.
+
+    `state` is one of State's words, and since `seconds` in it (None: since the start);
+    `progress` of a load goes from 0 to 1, where it is known. `rss` and `vram` are None
+    where they cannot be told. `failure` says why its last run failed, with the last
+    lines that it wrote; `stopped` why it was stopped; `unusable` what is wrong with it
+    in the file. `shares` names the model whose backend it uses, with its state.
+    """
+
+    id: str
+    aliases: Sequence[str] = ()
+    description: str = ""
+    kind: str = "llama-server"
+    state: str = "unloaded"
+    seconds: Optional[float] = None
+    progress: Optional[float] = None
+    rss: Optional[int] = None
+    vram: Optional[int] = None
+    running: int = 0
+    waiting: int = 0
+    unload_in: Optional[float] = None
+    tokens_per_second: Optional[float] = None
+    failure: Optional[str] = None
+    exit_code: Optional[int] = None
+    stopped: Optional[str] = None
+    pinned: bool = False
+    unusable: Optional[str] = None
+    shares: Optional[str] = None
+
+
+class Facts(NamedTuple):
+    """Everything that the page and Prometheus show. `born` is in Unix time."""
+
+    version: str
+    born: float
+    rows: Sequence[Row]
+    meters: Meters
+
+
+def snapshot(facts: Facts) -> dict:
+    """Return what the page shows, ready for JSON.
+
+        {"version": "1.0", "born": 1750000000.0,
+         "totals": {"models": 3, "loaded": 1, "running": 2, "waiting": 1,
+                    "rss": 5368709120, "vram": null},
+         "models": [{"id": "coder", ...all fields of Row...}, ...]}
+
+    Models that share another's backend are listed, but not counted.
+    """
+    own = [row for row in facts.rows if row.shares is None]
+    totals = {
+        "models": len(facts.rows),
+        "loaded": sum(row.state == "loaded" for row in own),
+        "running": sum(row.running for row in own),
+        "waiting": sum(row.waiting for row in own),
+        "rss": _total(row.rss for row in own),
+        "vram": _total(row.vram for row in own),
+    }
+    models = [row._asdict() for row in facts.rows]
+    return {
+        "version": facts.version,
+        "born": facts.born,
+        "totals": totals,
+        "models": models,
+    }
+
+
+def _total(values):
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+# -- numbers in answers ----------------------------------------------------------------
+
+
+class Usage(NamedTuple):
+    """What an answer says of itself; None: it does not say."""
+
+    tokens_in: Optional[int] = None
+    tokens_out: Optional[int] = None
+    tokens_per_second: Optional[float] = None
+
+
+# Quotes within a text are escaped, so what a model says is never taken for these.
+_NAMES_IN = ("prompt_tokens", "input_tokens", "tokens_evaluated", "prompt_n")
+_NAMES_OUT = ("completion_tokens", "output_tokens", "tokens_predicted", "predicted_n")
+_NAMES = "|".join(_NAMES_IN + _NAMES_OUT + ("cache_n", "predicted_per_second"))
+_USAGE = re.compile(
+    rb'"(%b)"\s*:\s*(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*[,}]' % _NAMES.encode()
+)
+
+
+def usage_in(ends: bytes) -> Usage:
+    """Return what the first and last bytes of an answer say of tokens and speed.
+
+    JSON or events, of OpenAI, Anthropic or llama-server, cut anywhere; of what is said
+    twice the last counts, and `usage` before llama-server's `timings`.
+    """
+    found = {name.decode(): float(value) for name, value in _USAGE.findall(ends)}
+    if "prompt_n" in found:  # of the prompt, what was not in the cache
+        found["prompt_n"] += found.get("cache_n", 0)
+    return Usage(
+        _first_of(found, _NAMES_IN),
+        _first_of(found, _NAMES_OUT),
+        found.get("predicted_per_second"),
+    )
+
+
+def _first_of(found, names):
+    return next((int(found[name]) for name in names if name in found), None)
+
+
+def speed_of(usage: Usage, seconds: float) -> Optional[float]:
+    """Return tokens per second, if the answer says them or took long enough to tell."""
+    if not usage.tokens_out or usage.tokens_out < 2:
+        return None
+    if usage.tokens_per_second is not None:
+        return usage.tokens_per_second
+    return usage.tokens_out / seconds if seconds > 0.05 else None
+
+
+# -- Prometheus ------------------------------------------------------------------------
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metric(NamedTuple):
+    """A row of the list below: how Prometheus is told what Meters calls `count`."""
+
+    count: str
+    name: str
+    labels: Tuple[str, ...]
+    text: str
+
+
+COUNTERS = (
+    Metric("requests", "llmswap_requests_total", ("model", "status"),
+           "Requests by model and HTTP status. An empty model: none was found for it. "
+           "499: the client left first. 502: also an answer that broke off."),
+    Metric("tokens_in", "llmswap_prompt_tokens_total", ("model",),
+           "Tokens of prompts, as far as answers tell."),
+    Metric("tokens_out", "llmswap_completion_tokens_total", ("model",),
+           "Tokens generated, as far as answers tell."),
+    Metric("bytes_out", "llmswap_response_bytes_total", ("model",),
+           "Bytes of answers sent to clients, without their heads."),
+    Metric("swaps", "llmswap_swaps_total", (),
+           "Loads for which another model had to go."),
+    Metric("stops", "llmswap_stops_total", ("model", "cause"),
+           "Stops of models: evicted, idle, unload (by hand), reload, abandoned (while "
+           "it loaded), shutdown."),
+    Metric("failures", "llmswap_failures_total", ("model", "state"),
+           "Models that ended by themselves, by the state they were in."),
+)  # fmt: skip
+
+HISTOGRAMS = (
+    Metric("durations", "llmswap_request_duration_seconds", ("model",),
+           "Time from a request's first byte to the end of its answer."),
+    Metric("waits", "llmswap_request_wait_seconds", ("model",),
+           "Time that a request waited for its model."),
+    Metric("loads", "llmswap_load_duration_seconds", ("model",),
+           "Time from a model's start to its readiness."),
+)  # fmt: skip
+
+GAUGES = (
+    Metric("running", "llmswap_requests_in_flight", ("model",),
+           "Requests that are with a model."),
+    Metric("waiting", "llmswap_requests_queued", ("model",),
+           "Requests that wait for a model."),
+    Metric("rss", "llmswap_model_resident_memory_bytes", ("model",),
+           "Resident memory of a model's processes."),
+    Metric("vram", "llmswap_model_gpu_memory_bytes", ("model",),
+           "GPU memory of a model's processes, where its vendor's tool tells it."),
+    Metric("progress", "llmswap_load_progress_ratio", ("model",),
+           "How far a model that loads has come, where it is known."),
+    Metric("tokens_per_second", "llmswap_last_tokens_per_second", ("model",),
+           "Tokens generated per second in a model's last answer."),
+)  # fmt: skip
+
+
+def metrics_text(facts: Facts) -> str:
+    """Return everything in Prometheus' text format, version 0.0.4."""
+    own = [row for row in facts.rows if row.shares is None]
+    counts = collections.defaultdict(list)
+    for (count, *labels), value in sorted(facts.meters.counts.items(), key=repr):
+        counts[count].append((labels, value))
+    lines = _about_us(facts) + _states(own)
+    for metric in GAUGES:
+        lines += _family(metric, "gauge") + _gauges(metric, own)
+    for metric in COUNTERS:
+        zero = [] if metric.labels else [((), 0)]
+        told = counts[metric.count] or zero
+        lines += _family(metric, "counter")
+        lines += [_sample(metric.name, metric.labels, *each) for each in told]
+    for metric in HISTOGRAMS:
+        lines += _family(metric, "histogram") + _histograms(metric, counts)
+    return "\n".join(lines) + "\n"
+
+
+def _about_us(facts):
+    build = Metric("", "llmswap_build_info", ("version", "python"), "What runs here.")
+    start = Metric("", "process_start_time_seconds", (), "Start, in Unix time.")
+    busy = Metric("", "process_cpu_seconds_total", (), "CPU time of llmswap itself.")
+    python = "{}.{}.{}".format(*sys.version_info)
+    return [
+        *_family(build, "gauge"),
+        _sample(build.name, build.labels, (facts.version, python), 1),
+        *_family(start, "gauge"),
+        _sample(start.name, (), (), facts.born),
+        *_family(busy, "counter"),
+        _sample(busy.name, (), (), time.process_time()),
+    ]
+
+
+def _states(rows):
+    metric = Metric("", "llmswap_model_state", ("model", "state"), "1 for its state.")
+    pairs = [(row, each.value) for row in rows for each in State]
+    return _family(metric, "gauge") + [
+        _sample(metric.name, metric.labels, (row.id, state), int(row.state == state))
+        for row, state in pairs
+    ]
+
+
+def _gauges(metric, rows):
+    values = [(row.id, getattr(row, metric.count)) for row in rows]
+    return [
+        _sample(metric.name, metric.labels, (model,), value)
+        for model, value in values
+        if value is not None
+    ]
+
+
+def _histograms(metric, counts):
+    """Each model's buckets, added up as Prometheus wants them, their sum and count."""
+    cells = {(model, index): value for (model, index), value in counts[metric.count]}
+    lines = []
+    for (model,), total in counts[f"{metric.count}_sum"]:
+        reached = 0
+        for index, bound in enumerate((*BUCKETS, math.inf)):
+            reached += cells.get((model, index), 0)
+            le = "+Inf" if bound == math.inf else f"{bound:g}"
+            labels = (*metric.labels, "le")
+            lines.append(_sample(f"{metric.name}_bucket", labels, (model, le), reached))
+        lines.append(_sample(f"{metric.name}_sum", metric.labels, (model,), total))
+        lines.append(_sample(f"{metric.name}_count", metric.labels, (model,), reached))
+    return lines
+
+
+def _family(metric, kind):
+    return [f"# HELP {metric.name} {metric.text}", f"# TYPE {metric.name} {kind}"]
+
+
+def _sample(name, labels, values, number):
+    pairs = [f'{label}="{_escaped(value)}"' for label, value in zip(labels, values)]
+    inner = "{" + ",".join(pairs) + "}" if pairs else ""
+    return f"{name}{inner} {number!r}"
+
+
+def _escaped(value):
+    text = str(value).replace("\\", r"\\").replace('"', r"\"")
+    return text.replace("\n", r"\n")
+
+
+# -- the status page -------------------------------------------------------------------
+
+_STYLE = r"""
+:root {
+  --ground: #f4f4f1; --sheet: #fff; --well: #f8f8f6; --line: #e4e3de;
+  --edge: #c9c8c2;
+  --ink: #1b1d20; --soft: #61656b; --accent: #1f5fd6; --on-accent: #fff;
+  --loaded: #14804f; --loading: #8f5b00; --sleeping: #5a53c4; --failed: #c0302b;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ground: #111315; --sheet: #191c1f; --well: #131517; --line: #2b2f33;
+    --edge: #454b51;
+    --ink: #e7e8ea; --soft: #9ba1a8; --accent: #82aaff; --on-accent: #0d1626;
+    --loaded: #4fc78d; --loading: #e0ad4a; --sleeping: #a5a0f5; --failed: #ff8a80;
+  }
+}
+* { box-sizing: border-box; margin: 0; }
+[hidden] { display: none !important; }
+html { color-scheme: light dark; -webkit-text-size-adjust: 100%; }
+body {
+  max-width: 1360px; margin: 0 auto; padding: 0 24px 48px;
+  background: var(--ground); color: var(--ink); font-variant-numeric: tabular-nums;
+  font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+}
+h1, h2, h3, b { font-weight: 600; }
+p, h2, h3, pre { overflow-wrap: anywhere; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+.unseen {
+  position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
+}
+
+/* The head: what there is in all, and whether the news is fresh */
+header, h1 { display: flex; align-items: center; }
+header { flex-wrap: wrap; gap: 4px 28px; padding: 22px 0 18px; }
+h1 { gap: 10px; font-size: 19px; letter-spacing: -.02em; }
+h1 svg { width: 24px; }
+#totals { display: flex; flex-wrap: wrap; gap: 2px 20px; flex: 1; color: var(--soft); }
+#totals b, #none b { color: var(--ink); }
+#find { width: 200px; padding-block: 5px; }
+#link { color: var(--soft); font-size: 13px; }
+#link::before {
+  content: ""; display: inline-block; width: 7px; height: 7px; margin-right: 7px;
+  border-radius: 50%; background: var(--loading); vertical-align: 1px;
+}
+#link.live::before { background: var(--loaded); }
+
+/* Buttons, fields, sheets */
+button, .button, input, select, textarea {
+  font: inherit; color: inherit; background: var(--sheet);
+  border: 1px solid var(--line); border-radius: 8px;
+}
+button, .button {
+  padding: 4px 12px; font-size: 13.5px; line-height: 1.5; cursor: pointer;
+  text-decoration: none; white-space: nowrap;
+}
+button:hover, .button:hover, input, select, textarea { border-color: var(--edge); }
+[aria-disabled=true] { opacity: .5; cursor: default; }
+.plain { padding: 4px 8px; border-color: transparent; background: none; }
+.plain:not(:hover) { color: var(--soft); }
+.main, .main:hover {
+  background: var(--accent); border-color: var(--accent); color: var(--on-accent);
+  font-weight: 600;
+}
+input, select, textarea { width: 100%; padding: 8px 11px; }
+::placeholder { color: var(--soft); opacity: 1; }
+textarea { display: block; resize: vertical; min-height: 76px; }
+.sheet, main ul, #none, dialog, #notice {
+  background: var(--sheet); border: 1px solid var(--line); border-radius: 14px;
+}
+pre {
+  overflow: auto; white-space: pre-wrap;
+  font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace;
+}
+
+/* Two columns: the models; prompt and log */
+.columns {
+  display: grid; grid-template-columns: minmax(0, 1fr) minmax(340px, 400px);
+  gap: 28px; align-items: start;
+}
+.columns:has(#prompt[hidden]):has(#log[hidden]) { display: block; }
+main section { margin-bottom: 26px; }
+main ul { list-style: none; padding: 0; overflow: hidden; }
+h2 { font-size: 13px; color: var(--soft); margin: 0 0 8px 2px; }
+h2 span { font-weight: 400; margin-left: 4px; }
+#none { padding: 72px 24px; text-align: center; color: var(--soft); }
+#none b { display: block; font-size: 17px; margin-bottom: 6px; }
+
+/* One model */
+.model {
+  --tone: var(--soft); padding: 11px 14px 11px 18px;
+  display: grid; grid-template-columns: 12px minmax(0, 1fr) auto auto;
+  gap: 0 14px; align-items: baseline;
+}
+.model + .model { border-top: 1px solid var(--line); }
+.held .model, .broken .model { padding-block: 15px 16px; }
+.loaded { --tone: var(--loaded); }
+.loading, .unloading { --tone: var(--loading); }
+.sleeping { --tone: var(--sleeping); }
+.failed, .unusable { --tone: var(--failed); }
+.dot { width: 10px; height: 10px; border: 2px solid var(--tone); border-radius: 50%; }
+.unloaded .dot { opacity: .55; }
+.loaded .dot, .broken .dot { background: var(--tone); }
+.broken .dot { border-radius: 2px; }
+.loading .dot, .unloading .dot {
+  border-right-color: transparent; animation: turn 1.1s linear infinite;
+}
+@keyframes turn { to { transform: rotate(1turn); } }
+h3 { font-size: 15px; }
+h3 small { font-size: 13px; font-weight: 400; color: var(--soft); margin-left: 8px; }
+.about, .state { color: var(--soft); font-size: 13.5px; }
+.state { text-align: right; }
+.state b { color: var(--tone); }
+.state b:not([hidden]) + :not([hidden]) { margin-left: .35em; }
+.acts { display: flex; gap: 2px; align-items: center; }
+.acts :last-child { margin-left: 6px; min-width: 76px; }
+.model > dl, .why, progress { grid-column: 2 / -1; }
+dl { display: flex; flex-wrap: wrap; gap: 8px 24px; margin-top: 10px; }
+dl div { min-width: 88px; }
+dt { font-size: 12px; color: var(--soft); }
+dd { margin: 0; }
+progress {
+  appearance: none; display: block; width: 100%; height: 5px; margin-top: 12px;
+  border: 0; border-radius: 3px; overflow: hidden; background: var(--line);
+}
+progress::-webkit-progress-bar { background: var(--line); }
+progress::-webkit-progress-value { background: var(--loading); transition: width .3s; }
+progress::-moz-progress-bar { background: var(--loading); }
+.why { font-size: 13.5px; }
+.why p { margin-top: 6px; color: var(--failed); }
+.why pre {
+  max-height: 24em; margin-top: 8px; padding: 10px 12px; color: var(--soft);
+  background: var(--well); border: 1px solid var(--line); border-radius: 8px;
+}
+
+/* Prompt and log */
+aside {
+  position: sticky; top: 16px; display: flex; flex-direction: column; gap: 16px;
+  max-height: calc(100vh - 32px); padding-top: 27px;
+}
+aside .sheet, #answer { display: flex; flex-direction: column; gap: 10px; }
+aside .sheet { min-height: 0; padding: 14px; }
+aside h2 {
+  display: flex; align-items: center; margin: 0; color: var(--ink); font-size: 15px;
+}
+aside h2 span { flex: 1; font-weight: 600; margin: 0; }
+#prompt .close { display: none; }
+#log { flex: 1 1 320px; }
+#lines {
+  flex: 1; min-height: 120px; margin: 0 -14px -14px; padding: 10px 14px;
+  background: var(--well); border-top: 1px solid var(--line);
+  border-radius: 0 0 14px 14px;
+}
+.send { display: flex; gap: 8px; }
+.send select { flex: 1; min-width: 0; }
+.send button { padding-inline: 18px; }
+#pace { color: var(--soft); font-size: 13px; }
+#answer { overflow: auto; }
+#answer p { white-space: pre-wrap; }
+#thought {
+  padding-left: 12px; border-left: 2px solid var(--line);
+  color: var(--soft); font-size: 13.5px;
+}
+#broken { color: var(--failed); }
+
+/* What stands above all */
+dialog, #notice {
+  color: var(--ink); border-color: var(--edge); box-shadow: 0 12px 40px rgb(0 0 0 / .2);
+}
+dialog { margin: auto; width: min(400px, calc(100vw - 32px)); padding: 22px; }
+dialog::backdrop { background: rgb(0 0 0 / .4); }
+dialog form { display: grid; gap: 12px; }
+dialog h2 { margin: 0; font-size: 17px; color: var(--ink); }
+dialog p { color: var(--soft); }
+#notice {
+  position: fixed; z-index: 3; inset: auto 16px 20px; margin: auto; width: fit-content;
+  max-width: 560px; max-height: 50vh; overflow: auto; padding: 11px 16px;
+  font-size: 14px; white-space: pre-wrap; cursor: pointer;
+}
+
+@media (max-width: 900px) {
+  body { padding: 0 14px 32px; }
+  header { padding: 16px 2px 18px; gap: 6px 16px; }
+  #totals { order: 3; flex-basis: 100%; gap: 2px 16px; }
+  #link { margin-left: auto; }
+  #find { order: 4; width: 100%; margin-top: 6px; }
+  .columns, aside #prompt .close { display: block; }
+  aside, [data-panel=prompt] #log, [data-panel=log] #prompt {
+    display: none !important;
+  }
+  [data-panel]:not([data-panel=""]) aside {
+    display: block !important; position: fixed; z-index: 2; inset: auto 0 0; padding: 0;
+    max-height: none;
+  }
+  aside .sheet {
+    max-height: 86vh; max-height: 86dvh;
+    border-radius: 16px 16px 0 0; border-width: 1px 0 0;
+    padding-bottom: max(14px, env(safe-area-inset-bottom));
+    box-shadow: 0 -10px 40px rgb(0 0 0 / .2);
+  }
+  #log { height: 86vh; height: 86dvh; }
+  #lines { border-radius: 0; }
+  input, select, textarea { font-size: 16px; }
+}
+@media (max-width: 620px) {
+  .model { grid-template-columns: 12px minmax(0, 1fr) auto; gap: 0 10px; }
+  .acts { grid-column: 2 / -1; grid-row: 9; margin: 10px 0 0 -8px; }
+  .acts :last-child { margin-left: auto; }
+  .rest .acts { grid-area: 1 / 3; margin: 0; }
+  .rest .state { grid-column: 2 / -1; text-align: left; }
+  .rest [data-do=log] { display: none; }
+  h3 small { display: block; margin: 0; }
+  dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)); }
+  button, .button { padding-block: 6px; }
+}
+@media (prefers-reduced-motion: reduce) {
+  * { animation: none !important; transition: none !important; }
+}
+"""
+
+_BODY = r"""
+<header>
+  <h1>
+    <svg viewBox="0 0 24 24" fill="none" stroke="currentColor" stroke-width="2.2"
+      stroke-linecap="round" stroke-linejoin="round" aria-hidden="true">
+      <path d="M4 8.5h14l-3.6-3.6M20 15.5H6l3.6 3.6"/></svg>
+    llmswap
+  </h1>
+  <p id="totals"></p>
+  <input id="find" type="search" placeholder="Find a model" aria-label="Find a model"
+    hidden>
+  <p id="link" role="status">connecting</p>
+  <button data-do="log" class="plain">Log</button>
+</header>
+<div class="columns">
+  <main>
+    <section class="held" hidden><h2>In memory <span></span></h2><ul></ul></section>
+    <section class="broken" hidden>
+      <h2>Needs attention <span></span></h2><ul></ul></section>
+    <section class="rest" hidden><h2>Not loaded <span></span></h2><ul></ul></section>
+    <p id="none" hidden><b>No models yet</b>
+      Each section of the INI file becomes one; SIGHUP reads it again.</p>
+    <noscript>This page needs JavaScript. The models:
+      <a href="/v1/models">/v1/models</a></noscript>
+  </main>
+  <aside>
+    <section id="prompt" class="sheet" aria-label="Prompt" hidden>
+      <h2><span>Prompt</span>
+        <button class="plain close" data-do="close">Close</button></h2>
+      <textarea id="text" aria-label="Prompt" placeholder="Ask something"></textarea>
+      <div class="send">
+        <select id="who" aria-label="Model"></select>
+        <button id="stop" hidden>Stop</button>
+        <button id="send" class="main">Send</button>
+      </div>
+      <p id="pace" hidden></p>
+      <div id="answer" aria-live="polite" aria-label="Answer" tabindex="0" hidden>
+        <p id="thought"></p><p id="reply"></p><p id="broken"></p>
+      </div>
+    </section>
+    <section id="log" class="sheet" aria-label="Log" hidden>
+      <h2><span></span><button class="plain close" data-do="close">Close</button></h2>
+      <pre id="lines" aria-label="Lines" tabindex="0"></pre>
+    </section>
+  </aside>
+</div>
+<p id="said" class="unseen" role="status"></p>
+<p id="notice" role="alert" title="Dismiss" hidden></p>
+<dialog id="door" aria-labelledby="door-title">
+  <form method="dialog">
+    <h2 id="door-title">API key</h2>
+    <p id="door-text">It is kept until this tab is closed.</p>
+    <input id="key" type="password" aria-labelledby="door-title"
+      autocomplete="current-password" required>
+    <button class="main">Continue</button>
+  </form>
+</dialog>
+<template id="row">
+  <li class="model">
+    <span class="dot" aria-hidden="true"></span>
+    <div><h3><span></span><small></small></h3><p class="about"></p></div>
+    <p class="state"><b></b><span></span></p>
+    <div class="acts">
+      <button class="plain" data-do="log">Log</button>
+      <button class="plain" data-do="prompt">Prompt</button>
+      <a class="button plain" target="_blank" rel="noreferrer">Web UI</a>
+      <button></button>
+    </div>
+    <progress max="1" aria-label="Progress"></progress>
+    <dl></dl>
+    <div class="why"><p></p><pre aria-label="Last lines" tabindex="0"></pre></div>
+  </li>
+</template>
+"""
+
+_SCRIPT = r"""
+"use strict";
+
+const $ = (id) => document.getElementById(id);
+const rows = new Map(); // id of a model -> its element
+const states = new Map(); // id of a model -> the state that was last told of it
+let news = null; // the last snapshot, which came at newsAt
+let newsAt = 0;
+
+// ---- Values for people ----
+
+const join = (parts, by = " · ") => parts.filter(Boolean).join(by);
+const speed = (n) => `${n < 100 ? n.toFixed(1) : Math.round(n)} tokens/s`;
+
+function bytes(n) {
+  const gib = n / 2 ** 30;
+  return gib >= 1 ? `${gib.toFixed(1)} GiB` : `${Math.round(gib * 1024)} MiB`;
+}
+
+function time(seconds, isExact) {
+  const s = Math.max(0, Math.round(seconds));
+  const [m, h] = [Math.floor(s / 60), Math.floor(s / 3600)];
+  if (m < 1) return `${s} s`;
+  if (h < 1) return isExact ? `${m} min ${s % 60} s` : `${m} min`;
+  return h < 48 ? `${h} h ${m % 60} min` : `${Math.floor(h / 24)} d ${h % 24} h`;
+}
+
+// ---- Elements: only what differs is changed, so that focus and selections stay ----
+
+function put(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+  show(element, text);
+}
+
+function show(element, isShown) {
+  if (element.hidden === Boolean(isShown)) element.hidden = !isShown;
+}
+
+function make(tag, ...inner) {
+  const element = document.createElement(tag);
+  element.append(...inner);
+  return element;
+}
+
+function add(text, target, scroller, most = Infinity) {
+  const {scrollTop, clientHeight, scrollHeight} = scroller;
+  target.hidden = false;
+  target.append(text);
+  while (target.childNodes.length > most) target.firstChild.remove();
+  if (scrollTop + clientHeight > scrollHeight - 24) scroller.scrollTop = 1e9;
+}
+
+// ---- Asking the server; the key is asked for once ----
+
+let key = sessionStorage.getItem("llmswap-key") || "";
+let opening = null; // settled once somebody has entered a key
+
+async function ask(path, options = {}) {
+  for (;;) {
+    const sent = key, headers = {...options.headers};
+    if (sent) headers.authorization = `Bearer ${sent}`;
+    const answer = await fetch(path, {...options, headers, cache: "no-store"});
+    if (answer.status === 401) {
+      if (sent === key) await (opening ||= askForKey());
+    } else if (answer.ok) {
+      return answer;
+    } else {
+      throw new Error(await reason(answer));
+    }
+  }
+}
+
+function askForKey() {
+  if (key) put($("door-text"), "That key was not accepted.");
+  tell("needs a key");
+  $("key").value = "";
+  $("door").showModal();
+  return new Promise((open) => {
+    $("door").onclose = () => {
+      if (!$("key").value) return $("door").showModal();
+      key = $("key").value;
+      sessionStorage.setItem("llmswap-key", key);
+      opening = null;
+      open();
+    };
+  });
+}
+
+async function reason(answer) {
+  const text = await answer.text();
+  try {
+    return JSON.parse(text).error.message;
+  } catch {
+    return text.slice(0, 500) || `status ${answer.status}`;
+  }
+}
+
+function post(path, value, signal) {
+  const headers = {"content-type": "application/json"};
+  return ask(path, {method: "POST", headers, body: JSON.stringify(value), signal});
+}
+
+async function* texts(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (;;) {
+    const {value, done} = await reader.read();
+    if (done) return;
+    yield value;
+  }
+}
+
+async function* events(answer, onSign = () => {}) {
+  let rest = "";
+  for await (const text of texts(answer)) {
+    onSign();
+    const lines = (rest + text).split("\n");
+    rest = lines.pop();
+    for (const line of lines) if (line.startsWith("data:")) yield line.slice(5).trim();
+  }
+}
+
+// ---- The news: one stream, while the page is in sight ----
+
+const pause = (ms) => new Promise((done) => setTimeout(done, ms));
+let stream = null; // aborts it
+let heardAt = 0;
+
+function tell(text, isLive) {
+  put($("link"), text);
+  $("link").className = isLive ? "live" : "";
+}
+
+async function follow() {
+  for (let delay = 250; ; delay = Math.min(2 * delay, 4000)) {
+    try {
+      stream = new AbortController();
+      const headers = {accept: "text/event-stream"};
+      const answer = await ask("/", {headers, signal: stream.signal});
+      for await (const data of events(answer, () => { heardAt = Date.now(); })) {
+        delay = 250;
+        tell("live", true);
+        take(JSON.parse(data));
+      }
+    } catch { /* the next try will tell */ }
+    if (!document.hidden) tell("reconnecting");
+    await pause(delay);
+    while (document.hidden) await pause(250);
+  }
+}
+
+function take(snapshot) {
+  for (const model of snapshot.models) {
+    const state = stateOf(model), before = states.get(model.id);
+    if (before && before !== state) put($("said"), `${model.id} ${state}`);
+    states.set(model.id, state);
+  }
+  news = snapshot;
+  newsAt = Date.now();
+  paint();
+}
+
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden) stream.abort(); // browsers allow few connections
+});
+setInterval(() => {
+  if (Date.now() - heardAt > 30000) stream.abort(); // not even a comment came
+  if (news && !document.hidden) paint();
+}, 1000);
+
+// ---- The page ----
+
+function stateOf(model) {
+  if (model.unusable) return "unusable";
+  return model.state === "unloaded" && model.failure ? "failed" : model.state;
+}
+
+const groups = {unusable: "broken", failed: "broken", unloaded: "rest"};
+const groupOf = (model) => groups[stateOf(model)] || "held";
+
+function paint() {
+  const age = (Date.now() - newsAt) / 1000, focused = document.activeElement;
+  const lists = {held: [], broken: [], rest: []};
+  for (const [id, row] of rows) {
+    if (!news.models.some((model) => model.id === id)) row.remove(), rows.delete(id);
+  }
+  for (const model of news.models) {
+    if (!rows.has(model.id)) rows.set(model.id, makeRow(model.id));
+    const row = rows.get(model.id);
+    paintModel(row, model, age);
+    show(row, isSought(model));
+    lists[groupOf(model)].push(row);
+  }
+  for (const name in lists) paintGroup(name, lists[name]);
+  if (focused !== document.activeElement) focused.focus({preventScroll: true});
+  show($("none"), !news.models.length);
+  show($("find"), news.models.length > 12);
+  paintTotals(news.totals);
+  paintChoice();
+  paintPace();
+}
+
+function isSought(model) {
+  const text = join([model.id, ...model.aliases, model.description]).toLowerCase();
+  return text.includes($("find").value.trim().toLowerCase());
+}
+
+function paintGroup(name, list) {
+  const section = document.querySelector(`.${name}`), ul = section.lastElementChild;
+  list.forEach((row, at) => {
+    if (ul.children[at] !== row) ul.insertBefore(row, ul.children[at] || null);
+  });
+  const shown = list.filter((row) => !row.hidden).length;
+  put(section.querySelector("span"), `${shown}`);
+  show(section, shown);
+}
+
+function paintTotals(totals) {
+  const parts = [
+    [`${totals.loaded}`, ` of ${totals.models} loaded`],
+    [`${totals.running}`, " running"],
+    [`${totals.waiting}`, " waiting"],
+  ];
+  if (totals.rss) parts.push([bytes(totals.rss), " memory"]);
+  if (totals.vram) parts.push([bytes(totals.vram), " VRAM"]);
+  if ($("totals").textContent !== parts.flat().join("")) {
+    const made = parts.map(([value, word]) => make("span", make("b", value), word));
+    $("totals").replaceChildren(...made);
+  }
+  const held = news.models.filter((model) => model.state === "loaded" && !model.shares);
+  document.title = join([...held.map((model) => model.id), "llmswap"]);
+}
+
+function makeRow(id) {
+  const row = $("row").content.firstElementChild.cloneNode(true);
+  row.dataset.id = id;
+  put(row.querySelector("h3 span"), id);
+  for (const act of row.querySelector(".acts").children) {
+    act.ariaLabel = `${act.textContent} ${id}`;
+  }
+  row.querySelector("a").href = `/upstream/${encodeURIComponent(id)}/`;
+  return row;
+}
+
+function paintModel(row, model, age) {
+  const find = (selector) => row.querySelector(selector), state = stateOf(model);
+  const kind = {remote: "remote", unit: "systemd unit"}[model.kind];
+  const shares = model.shares && `shares ${model.shares}`;
+  const isPartial = state === "loading" && model.progress !== null;
+  const failure = model.unusable || (state === "failed" && model.failure) || "";
+  const [why, ...lines] = failure.split("\n");
+  if (row.className !== `model ${state}`) row.className = `model ${state}`;
+  put(find("small"), model.aliases.join(", "));
+  const pinned = model.pinned && "pinned";
+  put(find(".about"), join([kind, shares, pinned, model.description]));
+  put(find(".why p"), why);
+  put(find(".why pre"), lines.join("\n"));
+  show(find("progress"), isPartial);
+  if (isPartial) find("progress").value = model.progress;
+  paintState(find(".state"), model, state, age);
+  paintActs(find, model, state);
+  paintFacts(find("dl"), model, age);
+}
+
+function paintState(element, model, state, age) {
+  const isKnown = model.seconds !== null && state !== "unusable";
+  const since = isKnown && time(model.seconds + age, /loading$/.test(state));
+  const percent = model.progress !== null && `${Math.round(model.progress * 100)} %`;
+  const ago = since && `${since} ago`;
+  const stopped = model.stopped && join([model.stopped, ago], ", ");
+  const more = {
+    failed: ago,
+    loading: join([percent, since]),
+    unloaded: model.waiting ? requests(model) : stopped,
+  };
+  put(element.firstChild, state === "unloaded" ? "" : state);
+  put(element.lastChild, (state in more ? more[state] : since) || "");
+}
+
+function paintActs(find, model, state) {
+  const own = !model.shares, isIdle = state === "unloaded" || state === "failed";
+  const word = {failed: "Try again", unloaded: "Load", loading: "Cancel"}[state];
+  const main = find(".acts").lastElementChild;
+  put(main, own && state !== "unusable" ? word || "Unload" : "");
+  main.ariaLabel = `${main.textContent} ${model.id}`;
+  main.dataset.do = isIdle ? "load" : "unload";
+  main.ariaDisabled = state === "unloading";
+  const hasRun = own && model.kind !== "remote" && (model.seconds !== null || !isIdle);
+  show(find("[data-do=log]"), hasRun && state !== "unusable");
+  show(find("[data-do=prompt]"), state !== "unusable");
+  show(find(".acts"), state !== "unusable");
+  const hasPage = model.kind === "llama-server" && state === "loaded";
+  show(find("a"), own && hasPage && !key); // a link cannot carry a key
+}
+
+function paintFacts(dl, model, age) {
+  const {rss, vram, tokens_per_second: tps, unload_in: left} = model;
+  const facts = [
+    ["Memory", rss !== null && bytes(rss)],
+    ["VRAM", vram !== null && bytes(vram)],
+    ["Requests", requests(model)],
+    ["Last answer", tps !== null && speed(tps)],
+    ["Unloads in", left !== null && time(left - age, true)],
+  ].filter(([, value]) => value && groupOf(model) === "held" && !model.shares);
+  while (dl.children.length > facts.length) dl.lastChild.remove();
+  facts.forEach(([name, value], at) => {
+    if (!dl.children[at]) dl.append(make("div", make("dt"), make("dd")));
+    put(dl.children[at].firstChild, name);
+    put(dl.children[at].lastChild, value);
+  });
+  show(dl, facts.length);
+}
+
+function requests({running, waiting}) {
+  const parts = [running && `${running} running`, waiting && `${waiting} waiting`];
+  return join(parts, ", ") || "none";
+}
+
+// ---- What people do ----
+
+let opener = null; // has the focus again when a panel closes
+
+const deeds = {
+  load: (id) => post("/models/load", {model: id}),
+  unload: (id) => post("/models/unload", {model: id}),
+  log: openLog,
+  close: () => panel(""),
+  prompt(id) {
+    $("who").value = id;
+    isChosen = true;
+    panel("prompt");
+    $("text").focus();
+  },
+};
+
+document.addEventListener("click", async (event) => {
+  const button = event.target.closest("[data-do]");
+  if (!button || button.ariaDisabled === "true") return;
+  if (event.detail > 1) return; // of a double click on Load, the second would cancel
+  const deed = button.dataset.do, id = button.closest("li")?.dataset.id || "";
+  if (deed !== "close") opener = button;
+  try {
+    await deeds[deed](id);
+  } catch (error) {
+    notice(`${id}: ${error.message}`);
+  }
+});
+
+function notice(text) {
+  put($("notice"), text);
+  clearTimeout(notice.timer);
+  notice.timer = setTimeout(() => show($("notice"), false), 10000);
+}
+
+function panel(name) {
+  document.body.dataset.panel = name;
+  if (name) return;
+  reading?.abort();
+  show($("log"), false);
+  opener?.focus();
+}
+
+document.addEventListener("keydown", (event) => {
+  const isOpen = document.body.dataset.panel && !$("door").open;
+  if (event.key === "Escape" && isOpen) panel("");
+});
+$("find").addEventListener("input", paint);
+$("notice").addEventListener("click", () => show($("notice"), false));
+
+// ---- A log, which follows as long as its end is in sight ----
+
+let reading = null; // aborts it
+
+async function openLog(id) {
+  reading?.abort();
+  const {signal} = reading = new AbortController(), lines = $("lines");
+  const colours = /\x1b\[[\d;]*m/g;
+  const tell = (text) => add(text.replace(colours, ""), lines, lines, 3000);
+  put($("log").querySelector("span"), `Log of ${id || "llmswap"}`);
+  lines.replaceChildren();
+  show($("log"), true);
+  panel("log");
+  lines.focus();
+  try {
+    const path = id ? `/logs/stream/${encodeURIComponent(id)}` : "/logs/stream";
+    for await (const text of texts(await ask(path, {signal}))) tell(text);
+  } catch (error) {
+    if (!signal.aborted) tell(`(${error.message})\n`);
+  }
+}
+
+// ---- A prompt, and its answer as it comes ----
+
+let asking = null; // aborts the request
+let awaited = null; // the model that has not begun to answer yet
+let askedAt = 0;
+let isChosen = false; // somebody chose the model
+
+function paintChoice() {
+  const usable = news.models.filter((model) => !model.unusable), who = $("who");
+  const ids = usable.map((model) => model.id), before = who.value;
+  const loaded = usable.find((model) => model.state === "loaded");
+  show($("prompt"), ids.length);
+  if (who.dataset.ids !== `${ids}`) {
+    who.replaceChildren(...ids.map((id) => make("option", id)));
+    who.dataset.ids = ids;
+    if (ids.includes(before)) who.value = before;
+  }
+  if (loaded && !isChosen && !asking) who.value = loaded.id;
+}
+
+function paintPace() {
+  if (!awaited) return;
+  const state = states.get(awaited), isLate = state !== "loaded";
+  const seconds = time((Date.now() - askedAt) / 1000, true);
+  put($("pace"), join([`waiting for ${awaited}`, isLate && state, seconds]));
+}
+
+function setAsking(control) {
+  const focused = document.activeElement;
+  const [from, to] = control ? ["send", "stop"] : ["stop", "send"];
+  asking = control;
+  awaited = control && $("who").value;
+  show($(to), true);
+  if (focused === $(from)) $(to).focus();
+  show($(from), false);
+  $("answer").ariaBusy = Boolean(control);
+}
+
+async function send() {
+  const text = $("text").value.trim(), control = new AbortController();
+  if (!text || asking) return;
+  askedAt = Date.now();
+  setAsking(control);
+  for (const name of ["thought", "reply", "broken"]) put($(name), "");
+  show($("answer"), true);
+  paintPace();
+  let end = "stopped";
+  try {
+    end = await chat($("who").value, text, control.signal);
+  } catch (error) {
+    if (!control.signal.aborted) put($("broken"), error.message), end = "";
+  }
+  setAsking(null);
+  put($("pace"), end);
+}
+
+async function chat(model, text, signal) {
+  const messages = [{role: "user", content: text}];
+  const asked = {model, messages, stream: true, stream_options: {include_usage: true}};
+  const answer = await post("/v1/chat/completions", asked, signal);
+  let tokens, perSecond, firstAt = 0, isWhole = false;
+  for await (const data of events(answer)) {
+    if (data === "[DONE]") return pace(firstAt, tokens, perSecond);
+    const {error, choices, usage, timings} = JSON.parse(data);
+    const delta = choices?.[0]?.delta;
+    if (error) throw new Error(error.message);
+    isWhole ||= Boolean(choices?.[0]?.finish_reason);
+    tokens = usage?.completion_tokens ?? tokens;
+    perSecond = timings?.predicted_per_second ?? perSecond;
+    if (grow("thought", delta?.reasoning_content || delta?.reasoning)
+      | grow("reply", delta?.content)) firstAt ||= Date.now();
+  }
+  if (!isWhole) throw new Error("The answer broke off.");
+  return pace(firstAt, tokens, perSecond);
+}
+
+function grow(name, text) {
+  if (!text) return false;
+  if (awaited) put($("pace"), "");
+  awaited = null;
+  add(text, $(name), $("answer"));
+  return true;
+}
+
+function pace(firstAt, tokens, perSecond) {
+  const lasted = (Date.now() - firstAt) / 1000;
+  if (!firstAt) return "an empty answer";
+  if (!perSecond && tokens > 1 && lasted > 0.1) perSecond = tokens / lasted;
+  const first = `first word after ${((firstAt - askedAt) / 1000).toFixed(1)} s`;
+  return join([first, tokens && `${tokens} tokens`, perSecond && speed(perSecond)]);
+}
+
+$("send").addEventListener("click", send);
+$("stop").addEventListener("click", () => asking?.abort());
+$("who").addEventListener("change", () => { isChosen = true; });
+$("text").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  send();
+});
+
+heardAt = Date.now();
+follow();
+"""
+
+_FRAME = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>llmswap</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'
+ viewBox='0 0 24 24' fill='none' stroke='%231f5fd6' stroke-width='3'%3E%3Cpath
+ d='M3 8h17l-4-4M21 16H4l4 4'/%3E%3C/svg%3E">
+<style>{style}</style>
+{body}<script>{script}</script>
+</html>
+"""
+
+STATUS_PAGE = _FRAME.format(style=_STYLE, body=_BODY, script=_SCRIPT)
+
+
+def _source(text):
+    """How a policy names an inline text that it allows."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+# Nothing is fetched but from here, nothing runs or is drawn but what stands above.
+PAGE_POLICY = (
+    f"default-src 'none'; script-src {_source(_SCRIPT)}; style-src {_source(_STYLE)}; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+
+
+# ==================================================================================
 # 9  API: what each path means; the only place that writes an error to a client.
 #    Never knows the Scheduler or subprocesses.
 #
@@ -5637,6 +6967,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.config = self.pool.config
         self.reply = Reply(self.request, None, [])
         self.head = self.body = self.model = None
+        self.waited = None
         try:
             if not self._read_head():
                 return False
@@ -5648,6 +6979,11 @@ class Handler(socketserver.BaseRequestHandler):
             self._answer_problem(Problem(str(error)))
         except OSError as error:  # no client's, those are ClientGone: disk, memory
             self._answer_problem(Problem(f"{type(error).__name__}: {error}"))
+        except ClientGone:
+            self.reply.status = 499  # as nginx calls it
+            raise
+        finally:
+            self._count()
         self._log_slow()
         if self.body is not None and self.reply.stays:
             self.reply.stays = self._skip_body()
@@ -5677,6 +7013,19 @@ class Handler(socketserver.BaseRequestHandler):
             where = f"{self.head.method} {self.head.path}"
             text = f"{self.model.name}: {where} took {seconds:.0f} s"
             self.server.log("info", text)
+
+    def _count(self):
+        """Note what has become of the request, if it was for a model or was refused."""
+        reply = self.reply
+        if self.model is None and reply.status < 400:
+            return
+        status = 502 if reply.is_broken else reply.status or 500
+        seconds = time.monotonic() - self.began
+        usage = usage_in(bytes(reply.ends)) if status < 300 else Usage()
+        speed = speed_of(usage, seconds - (self.waited or 0))
+        tokens = usage.tokens_in or 0, usage.tokens_out or 0
+        what = status, seconds, self.waited, *tokens, reply.sent
+        self.pool.count_request(self.model, speed, *what)
 
     def _answer_problem(self, problem):
         """Answer with an error in whatever form is still possible."""
@@ -5728,7 +7077,8 @@ class Handler(socketserver.BaseRequestHandler):
         if origin and (head.method not in SAFE_METHODS or head.is_upgrade):
             if not self._is_origin_allowed(origin):
                 raise self._foreign(origin)
-        if head.method == "OPTIONS" or head.path in ("/health", "/v1/health", "/"):
+        is_bare = head.path in ("/health", "/v1/health", "/")
+        if head.method == "OPTIONS" or (is_bare and not self._wants_states()):
             return
         self._check_key()
 
@@ -5835,9 +7185,83 @@ class Handler(socketserver.BaseRequestHandler):
         ]
         self._send(204, fields if self.reply.extra else [], b"")
 
+    def _wants_states(self):
+        """Whether it is the page that asks for `/` once more: for the news."""
+        head = self.head
+        is_root = head.method == "GET" and head.path == "/"
+        return is_root and "text/event-stream" in head.get("accept")
+
     def _show_page(self):
-        self._send_text(
-            "llmswap is running. Models: /v1/models. OpenAI's API: /v1.\n"
+        if self._wants_states():
+            return self._stream_states()
+        fields = [
+            ("content-type", "text/html; charset=utf-8"),
+            ("content-security-policy", PAGE_POLICY),
+            ("x-content-type-options", "nosniff"),
+            ("referrer-policy", "no-referrer"),
+            ("cache-control", "no-cache"),
+            ("vary", "Accept"),
+        ]
+        self._send(200, fields, STATUS_PAGE.encode())
+
+    def _stream_states(self):
+        """Send a snapshot at each change, and every 2 s while a model is held."""
+        self.reply.begin_events()
+        seen, again_at = None, math.inf
+        while not self.server.is_closing:
+            revision = self.pool.await_change(seen, TICK)
+            if revision == seen and time.monotonic() < again_at:
+                self.reply.tick()
+                continue
+            seen = revision
+            facts = self._facts()
+            self.reply.send(b"data: " + _dump(snapshot(facts)) + b"\n\n")
+            is_busy = any(row.state != "unloaded" for row in facts.rows)
+            again_at = time.monotonic() + 2.0 if is_busy else math.inf
+            time.sleep(0.25)  # nobody reads faster
+        self.reply.end()
+
+    def _show_metrics(self):
+        if self.head.parameter("model") is not None:
+            return self._ask_model()
+        text = metrics_text(self._facts())
+        self._send(200, [("content-type", METRICS_TYPE)], text.encode())
+
+    def _facts(self):
+        config, statuses = self.pool.config, self.pool.snapshot()
+        meters = self.pool.meters()
+        rows = [
+            self._row(model, statuses.get(model.name), meters)
+            for model in config.models.values()
+        ]
+        return Facts(VERSION, self.server.born, rows, meters)
+
+    def _row(self, model, status, meters):
+        row = Row(
+            id=model.name,
+            aliases=model.aliases,
+            description=model.settings.description or "",
+            kind=model.kind,
+            pinned=model.settings.pin,
+            unusable=model.problem,
+            shares=None if model.backend == model.name else model.backend,
+        )
+        if status is None:
+            return row
+        memory, failure = self.pool.memory, status.failure
+        return row._replace(
+            state=status.state.value,
+            seconds=status.since,
+            progress=status.progress,
+            rss=memory.resident(status.pid) if status.pid else None,
+            vram=memory.on_gpu(status.pid) if status.pid else None,
+            running=status.in_flight,
+            waiting=status.waiting,
+            unload_in=status.unload_in,
+            tokens_per_second=meters.speeds.get(model.backend),
+            failure=str(failure) if failure else None,
+            exit_code=getattr(failure, "exit_code", None),
+            stopped=meters.reasons.get(model.backend),
         )
 
     def _show_health(self):
@@ -6087,8 +7511,10 @@ class Handler(socketserver.BaseRequestHandler):
         is_loose = self.head.is_upgrade or (is_loose and is_safe)
         self.reply.wants_events = self._wants_events(model, named)
         outgoing = self._outgoing(model, target, named)
+        asked = time.monotonic()
         for is_last in (False, True):
             with self.pool.lease(model, self._look_after_client, is_loose) as backend:
+                self.waited = time.monotonic() - asked
                 if stay is not None:
                     self.pool.keep_alive(model, stay)
                 try:
@@ -6150,7 +7576,8 @@ class Handler(socketserver.BaseRequestHandler):
             dropped.add("accept-encoding")  # events and numbers are read on the way
         fields = [each for each in end_to_end(self.head.fields) if each[0] not in dropped]
         if model.settings.proxy_key:
-            fields.append(("authorization", f"Bearer {model.settings.proxy_key}"))
+            key = model.settings.proxy_key.encode().decode("latin-1")  # sent as UTF-8
+            fields.append(("authorization", f"Bearer {key}"))
         if self.head.is_upgrade:
             fields += [("connection", "upgrade"), ("upgrade", self.head.get("upgrade"))]
         return fields
@@ -6262,7 +7689,7 @@ ROUTES = {
     ("POST", "/models/unload"): Handler._unload,
     ("GET", "/props"): Handler._show_props,
     ("GET", "/slots"): Handler._ask_model,
-    ("GET", "/metrics"): Handler._ask_model,
+    ("GET", "/metrics"): Handler._show_metrics,
     ("GET", "/lora-adapters"): Handler._ask_model,
     ("GET", "/running"): Handler._show_running,
     ("GET", "/unload"): Handler._unload_all,

@@ -1,0 +1,9390 @@
+#!/usr/bin/env python3
+"""The tests of llmswap, with what they need: a client, a fake model server, a benchmark.
+
+    python3 -m pytest test_llmswap.py      the tests; LLAMA_SERVER names a real one
+    python3 test_llmswap.py --port N       the fake model server that they spawn
+    python3 test_llmswap.py bench          the benchmark; see bench --help
+    python3 test_llmswap.py soak           random clients, kills and reloads
+"""
+
+import atexit
+import base64
+import collections
+import contextlib
+import errno
+import functools
+import gc
+import hashlib
+import heapq
+import itertools
+import json
+import math
+import os
+import pathlib
+import platform
+import py_compile
+import queue
+import random
+import re
+import resource
+import select
+import shlex
+import shutil
+import signal
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+import urllib.request
+from browser import Browser, CHROMIUM
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple, Optional
+from urllib.parse import quote
+
+try:
+    import pytest
+except ImportError:  # the commands do without it
+    pytest = None
+
+import llmswap
+
+
+# ==================================================================================
+# The harness: a client, the fake server and llmswap itself, as a test wants them.
+# ==================================================================================
+
+
+HERE = Path(__file__).resolve()
+LLMSWAP = os.environ.get("LLMSWAP") or str(HERE.with_name("llmswap.py"))
+FAMILY = "TEST_FAMILY"  # an environment variable by which a test knows its processes
+
+
+class BrokenAnswer(Exception):
+    """The connection ended before the answer was complete."""
+
+
+def free_port():
+    """A port nobody listens on, outside the range the kernel gives to clients."""
+    while True:
+        port = random.randrange(12000, 32000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+
+
+def eventually(condition, timeout=5.0, every=0.01):
+    """What `condition` returns once that is true; AssertionError after `timeout`."""
+    deadline = time.monotonic() + timeout
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not within {timeout} s: {condition}"
+        time.sleep(every)
+    return found
+
+
+class Answer(NamedTuple):
+    """A complete answer; names of headers in lower case."""
+
+    status: int
+    headers: dict
+    body: bytes
+
+    def json(self):
+        return json.loads(self.body)
+
+    def message(self):
+        """The message of an error as OpenAI's."""
+        return self.json()["error"]["message"]
+
+    def content(self):
+        """The text of a chat's answer."""
+        return self.json()["choices"][0]["message"]["content"]
+
+
+def encoded(body):
+    """The bytes of a body: those given, those of a text, or JSON."""
+    if body is None or isinstance(body, (bytes, bytearray, memoryview)):
+        return body or b""
+    return body.encode() if isinstance(body, str) else json.dumps(body).encode()
+
+
+def request_head(method, path, length, headers=(), host="127.0.0.1"):
+    """A head; what `headers` (pairs) says replaces what it would say by itself."""
+    fields = {"Host": host}
+    if length:
+        fields["Content-Type"] = "application/json"
+    if length or method in ("POST", "PUT", "PATCH"):
+        fields["Content-Length"] = str(length)
+    fields.update(headers)
+    lines = [f"{method} {path} HTTP/1.1"]
+    lines += [f"{name}: {value}" for name, value in fields.items() if value is not None]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+class Client:
+    """One connection, used for one request after the other; strict about framing."""
+
+    def __init__(self, port, timeout=30.0):
+        if isinstance(port, str):
+            self.sock = socket.socket(socket.AF_UNIX)
+            self.sock.connect(port)
+        else:
+            self.sock = socket.create_connection(("127.0.0.1", port), timeout)
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock.settimeout(timeout)
+        self.buffer = b""
+        self.method = "GET"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.hang_up()
+
+    def hang_up(self, reset=False):
+        """Close the connection, by a FIN or a RST."""
+        if reset:
+            linger = (1).to_bytes(4, sys.byteorder) + bytes(4)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.sock.close()
+
+    def send(self, method, path, body=None, headers=()):
+        """Send a whole request."""
+        self.method, data = method, encoded(body)
+        head = request_head(method, path, len(data), headers)
+        if len(data) < 2**20:
+            return self.sock.sendall(head + data)
+        self.sock.sendall(head)
+        return self.sock.sendall(data)
+
+    def ask(self, method, path, body=None, headers=()):
+        """Send a request and return the answer."""
+        self.send(method, path, body, headers)
+        return self.answer()
+
+    def answer(self):
+        """The next answer, whole; BrokenAnswer if it is not."""
+        status, headers = self.head()
+        return Answer(status, headers, b"".join(self.pieces(status, headers)))
+
+    def head(self):
+        """Status and headers of the next answer that is not a 100 Continue."""
+        status = 100
+        while status == 100:
+            start, *lines = self._until(b"\r\n\r\n").decode("latin-1").split("\r\n")
+            version, status = start.split(" ")[:2]
+            assert version == "HTTP/1.1", start
+            status = int(status)
+        pairs = (line.split(":", 1) for line in lines)
+        return status, {name.lower(): value.strip() for name, value in pairs}
+
+    def pieces(self, status, headers):
+        """Yield the body of the answer with this head as it comes, without framing."""
+        if self.method == "HEAD" or status in (101, 204, 304):
+            return
+        if headers.get("transfer-encoding", "").lower() == "chunked":
+            yield from self._chunks()
+        elif "content-length" in headers:
+            yield from self.exactly(int(headers["content-length"]))
+        else:
+            yield from self._rest()
+
+    def exactly(self, count):
+        """Yield the next `count` bytes in pieces as they come."""
+        while count:
+            if not self.buffer:
+                self._receive()
+            piece, self.buffer = self.buffer[:count], self.buffer[count:]
+            count -= len(piece)
+            yield piece
+
+    def _until(self, mark):
+        while (end := self.buffer.find(mark)) < 0:
+            self._receive()
+        found, self.buffer = self.buffer[:end], self.buffer[end + len(mark) :]
+        return found
+
+    def _receive(self):
+        data = self.sock.recv(262144)
+        if not data:
+            raise BrokenAnswer(f"the connection ended after {self.buffer[-200:]!r}")
+        self.buffer += data
+
+    def _chunks(self):
+        while size := int(self._until(b"\r\n").partition(b";")[0], 16):
+            yield from self.exactly(size)
+            assert self._until(b"\r\n") == b"", "a chunk is longer than its size"
+        while self._until(b"\r\n"):
+            pass
+
+    def _rest(self):
+        if self.buffer:
+            yield self.buffer
+        while piece := self.sock.recv(262144):
+            yield piece
+
+
+def ask(port, method, path, body=None, headers=(), timeout=30.0):
+    """Ask once on a connection of its own: (status, headers, body)."""
+    with Client(port, timeout) as client:
+        return client.ask(method, path, body, headers)
+
+
+class Stream:
+    """A request answered by server-sent events: its head at once, then its events."""
+
+    def __init__(self, port, path, body=None, headers=(), timeout=30.0):
+        self.client = Client(port, timeout)
+        self.client.send("POST" if body is not None else "GET", path, body, headers)
+        self.status, self.headers = self.client.head()
+        self.raw = b""  # everything that came, comments too
+        self.is_complete = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self, reset=False):
+        """Hang up."""
+        self.client.hang_up(reset)
+
+    def events(self):
+        """Yield the data of each event; BrokenAnswer if the stream was cut."""
+        rest = b""
+        for piece in self.client.pieces(self.status, self.headers):
+            self.raw += piece
+            *blocks, rest = (rest + piece).split(b"\n\n")
+            for block in blocks:
+                lines = [line for line in block.split(b"\n") if line[:5] == b"data:"]
+                if lines:
+                    yield b"\n".join(line[5:].strip() for line in lines).decode()
+        if rest.strip():
+            raise BrokenAnswer(f"the stream ended within an event: {rest!r}")
+        self.is_complete = True
+
+    def documents(self):
+        """Yield each event as JSON, but [DONE]."""
+        for event in self.events():
+            if event != "[DONE]":
+                yield json.loads(event)
+
+    def text(self):
+        """The content of all chunks of a chat, joined; "[DONE]" must have come."""
+        choices = (each["choices"] for each in self.documents() if each.get("choices"))
+        pieces = [choice[0]["delta"].get("content") or "" for choice in choices]
+        assert b"data: [DONE]" in self.raw, self.raw[-300:]
+        return "".join(pieces)
+
+
+# ----------------------------------------------------------------------------------
+# Processes
+
+
+FAKE_IMPORTS = """\
+import heapq, json, os, select, signal, socket, sys, threading, time
+from types import SimpleNamespace
+"""
+
+
+@lru_cache(maxsize=None)
+def fake_file():
+    """The fake server as a compiled file of its own: one that starts in 25 ms."""
+    folder = tempfile.mkdtemp(prefix="llmswap-fake-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    source, compiled = os.path.join(folder, "fake.py"), os.path.join(folder, "fake.pyc")
+    Path(source).write_text(_fake_source())
+    return py_compile.compile(source, compiled, doraise=True)
+
+
+def _fake_source():
+    """The fake server's room, cut out of the file that holds it."""
+    alone = HERE.with_name("fake.py")
+    if alone.exists():
+        return alone.read_text()
+    parts = HERE.read_text().split("# " + "=" * 82 + "\n")
+    banner = next(part for part in parts if part.startswith("# The fake model server"))
+    room = parts[parts.index(banner) + 1]
+    return f"{FAKE_IMPORTS}{room}\n\nfake_main(sys.argv[1:])\n"
+
+
+def fake_command(*flags, port="${PORT}"):
+    """The value of `cmd` for a fake server with these flags."""
+    words = [sys.executable, "-I", "-S", fake_file(), "--port", port]
+    return " ".join([*words, *map(str, flags)])
+
+
+def fake_binary(folder):
+    """An executable in `folder` that takes llama-server's options and is the fake."""
+    path = Path(folder) / "llama-server"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {fake_file()} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def family(token):
+    """{pid: command line} of the living processes that carry this token."""
+    mark, found = f"{FAMILY}={token}\0".encode(), {}
+    for entry in os.listdir("/proc"):
+        try:
+            if entry.isdigit() and mark in _read_proc(entry, "environ"):
+                words = _read_proc(entry, "cmdline").replace(b"\0", b" ")
+                found[int(entry)] = words.decode().strip()
+        except OSError:
+            pass  # it ended meanwhile, or is not ours
+    return found
+
+
+def _read_proc(pid, name):
+    with open(f"/proc/{pid}/{name}", "rb") as file:
+        return file.read()
+
+
+def zombies_of(pid):
+    """The pids of the dead children that process `pid` has not reaped."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            state, parent = _read_proc(entry, "stat").rpartition(b")")[2].split()[:2]
+        except OSError:
+            continue
+        if state == b"Z" and int(parent) == pid:
+            found.append(int(entry))
+    return found
+
+
+class Fake:
+    """A fake server run for itself, until the block ends."""
+
+    def __init__(self, *flags, env=None):
+        self.port = free_port()
+        self._command = fake_command(*flags, port=str(self.port)).split()
+        self._env = env
+
+    def __enter__(self):
+        self.process = subprocess.Popen(
+            self._command,
+            env=self._env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self.pid = self.process.pid
+        eventually(lambda: is_listening(self.port))
+        return self
+
+    def __exit__(self, *_):
+        os.killpg(self.pid, signal.SIGKILL)  # not reaped yet, so still its number
+        self.process.wait()
+
+    def ask(self, method, path, body=None, headers=()):
+        return ask(self.port, method, path, body, headers)
+
+    def stats(self):
+        return self.ask("GET", "/stats").json()
+
+
+def is_listening(port):
+    """Whether somebody accepts connections on this port of loopback."""
+    try:
+        socket.create_connection(("127.0.0.1", port), 5).close()
+    except OSError:
+        return False
+    return True
+
+
+class Llmswap:
+    """llmswap on an INI file, in a folder of its own, until the block ends.
+
+    The end is a SIGTERM, after which it must exit with status 0 and leave no process;
+    a test that ends it otherwise calls `kill` or waits for `process` itself.
+    `FAKE` in the text stands for the command of a fake server with a journal.
+    """
+
+    def __init__(self, text, *args, env=None):
+        self.folder = Path(tempfile.mkdtemp(prefix="llmswap-test-"))
+        self.ini = self.folder / "test.ini"
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.token = f"{os.getpid()}-{self.port}"
+        self._args = [sys.executable, LLMSWAP, str(self.ini)]
+        self._args += ["--listen", f"127.0.0.1:{self.port}", *args]
+        self._env = {**os.environ, FAMILY: self.token, **(env or {})}
+        self.write(text)
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, kind, *_):
+        try:
+            self._end(is_failing=kind is not None)
+        finally:
+            for pid in family(self.token):
+                os.kill(pid, signal.SIGKILL)
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def start(self):
+        """Start it and wait until it answers."""
+        with open(self.folder / "stderr", "ab") as stderr:
+            self.process = subprocess.Popen(
+                self._args,
+                env=self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+                start_new_session=True,
+            )
+        self.pid = self.process.pid
+        eventually(self._is_up, 10)
+
+    def _is_up(self):
+        assert self.process.poll() is None, f"it ended at its start:\n{self.log()}"
+        return is_listening(self.port)
+
+    def _end(self, is_failing):
+        if self.process.poll() is None:
+            self.process.terminate()
+            status = self.process.wait(45)
+            assert is_failing or status == 0, f"exit status {status}:\n{self.log()}"
+        if not is_failing:
+            eventually(lambda: not family(self.token), 3)
+            assert "Traceback" not in self.log(), self.log()
+
+    def kill(self):
+        """SIGKILL, as the kernel or a careless person sends it."""
+        self.process.kill()
+        self.process.wait()
+
+    def write(self, text):
+        """Write the INI file, FAKE replaced."""
+        fake = fake_command("--journal", str(self.folder / "journal"))
+        fresh = self.ini.with_suffix(".new")
+        fresh.write_text(text.replace("FAKE", fake))
+        fresh.replace(self.ini)  # nobody ever reads half a file
+
+    def reload(self, text):
+        """Write the INI file and send SIGHUP."""
+        self.write(text)
+        self.process.send_signal(signal.SIGHUP)
+
+    def log(self):
+        """What it wrote to stdout and stderr so far."""
+        path = self.folder / "stderr"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def journal(self, event=None, model=None):
+        """The events of its fake servers' lives so far, of one kind, of one model."""
+        path = self.folder / "journal"
+        lines = path.read_text().splitlines() if path.exists() else []
+        events = [json.loads(line) for line in lines]
+        return [
+            each
+            for each in events
+            if event in (None, each["event"]) and model in (None, each["model"])
+        ]
+
+    def ask(self, method, path, body=None, headers=(), timeout=30.0):
+        return ask(self.port, method, path, body, headers, timeout)
+
+    def get(self, path, headers=()):
+        return self.ask("GET", path, None, headers)
+
+    def post(self, path, body=None, headers=()):
+        return self.ask("POST", path, body, headers)
+
+    def chat(self, model, **wish):
+        """The answer to a chat request; `wish` as the fake server understands it."""
+        return self.post("/v1/chat/completions", chat_body(model, **wish))
+
+    def stream(self, model, **wish):
+        """A streamed chat; `wish` as the fake server understands it."""
+        body = chat_body(model, stream=True, **wish)
+        return Stream(self.port, "/v1/chat/completions", body)
+
+    def connect(self, timeout=30.0):
+        return Client(self.port, timeout)
+
+    def states(self):
+        """{model: state} as /v1/models tells it."""
+        data = self.get("/v1/models").json()["data"]
+        return {model["id"]: model["status"]["value"] for model in data}
+
+    def loaded(self):
+        """The names of the models that are loaded, sorted."""
+        return sorted(n for n, state in self.states().items() if state == "loaded")
+
+    def stats(self, model):
+        """What the fake server of a model has seen (it is loaded if it is not)."""
+        return self.get(f"/upstream/{model}/stats").json()
+
+
+def chat_body(model, **wish):
+    """A chat request that a fake server understands."""
+    messages = [{"role": "user", "content": "Hello"}]
+    return {"model": model, "messages": messages, **wish}
+
+
+# ==================================================================================
+# 0  The file itself: its rooms, its README, its example.
+# ==================================================================================
+
+BANNER = re.compile(r"^# ={82}\n# (\d+)  (\w[\w ]*): ", re.MULTILINE)
+STRANGERS = {  # names that a room never uses: what it never knows
+    "Errors": "threading socket subprocess time os",
+    "Configuration": "threading socket subprocess time select signal",
+    "Scheduling": "threading socket subprocess time os select signal Config Model",
+    "Backends": "Scheduler Pool Handler Reply Request Lock Condition",
+    "Pool": "socket http Handler Reply Request select subprocess",
+    "Relay": "Config Model Pool Scheduler subprocess Handler",
+    "Repair": "socket Request Reply Model Config Pool Handler http",
+    "Pages": "socket Handler Pool Scheduler subprocess threading",
+    "API": "Scheduler subprocess Popen",
+}
+
+
+def source_rooms():
+    """(number, name, its nodes) of each room of llmswap.py, in order."""
+    text = Path(LLMSWAP).read_text()
+    tree = ast.parse(text)
+    starts = [(text.count("\n", 0, m.start()), m[1], m[2]) for m in BANNER.finditer(text)]
+    ends = [start for start, _, _ in starts[1:]] + [text.count("\n") + 1]
+    for (start, number, name), end in zip(starts, ends):
+        yield int(number), name, [n for n in tree.body if start < n.lineno <= end]
+
+
+def names_in(node):
+    """Every name and attribute that the code mentions; annotations count, too."""
+    for each in ast.walk(node):
+        if isinstance(each, ast.Name):
+            yield each.id
+        elif isinstance(each, ast.Attribute):
+            yield each.attr
+
+
+def test_the_rooms_stand_in_their_order():
+    numbers = [number for number, _, _ in source_rooms()]
+    assert numbers == sorted(numbers) and len(numbers) >= 8
+
+
+def test_a_room_uses_only_what_stands_above_it():
+    defined = {}  # name -> number of its room
+    rooms = list(source_rooms())
+    for number, _, nodes in rooms:
+        for node in nodes:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                defined[node.name] = number
+    for number, room, nodes in rooms:
+        for node in nodes:
+            for each in ast.walk(node):
+                if isinstance(each, ast.Name) and defined.get(each.id, 0) > number:
+                    raise AssertionError(f"{room} uses {each.id}, which stands below")
+
+
+def test_a_room_does_not_know_what_it_must_not_know():
+    for _, room, nodes in source_rooms():
+        used = {name for node in nodes for name in names_in(node)}
+        assert not used & set(STRANGERS.get(room, "").split()), room
+
+
+def test_no_function_is_longer_than_forty_lines():
+    tree = ast.parse(Path(LLMSWAP).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 40, node.name
+
+
+def test_no_line_is_wider_than_88_columns():
+    for file in (LLMSWAP, __file__):
+        for number, line in enumerate(Path(file).read_text().splitlines(), 1):
+            assert len(line) <= 88, f"{file}:{number}"
+
+
+def test_what_is_public_says_what_it_guarantees():
+    for node in ast.parse(Path(LLMSWAP).read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_":
+            assert ast.get_docstring(node), node.name
+
+
+def test_only_the_standard_library_is_imported():
+    if not hasattr(sys, "stdlib_module_names"):
+        pytest.skip("needs Python 3.10")
+    for node in ast.walk(ast.parse(Path(LLMSWAP).read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                assert alias.name.partition(".")[0] in sys.stdlib_module_names
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module.partition(".")[0] in sys.stdlib_module_names
+
+
+def test_the_readme_has_the_tables_of_all_keys():
+    readme = HERE.with_name("README.md").read_text()
+    assert llmswap.keys_table(llmswap.PROXY_KEYS) in readme
+    assert llmswap.keys_table(llmswap.MODEL_KEYS) in readme
+
+
+def test_the_example_shows_every_key_once_at_its_default():
+    text = HERE.with_name("example.ini").read_text()
+    for key in llmswap.PROXY_KEYS + llmswap.MODEL_KEYS:
+        found = re.findall(rf"^;?{re.escape(key.name)} =(.*)$", text, re.MULTILINE)
+        written = [each.strip() for each in found]
+        assert key.default in written or key.name == "idle-timeout", key.name
+
+
+def test_the_example_has_no_errors_and_no_warnings():
+    config = llmswap.load_config(str(HERE.with_name("example.ini")))
+    assert config.warnings == ()
+    assert [m.problem for m in config.models.values() if m.problem] == []
+
+
+# ==================================================================================
+# 2  Configuration: text to frozen values.
+# ==================================================================================
+
+
+def read(tmp_path, text, environ={}, **overrides):
+    """Return the Config of a file with this text, called m.ini."""
+    path = tmp_path / "m.ini"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    cwd = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        return llmswap.load_config("m.ini", environ=environ, **overrides)
+    finally:
+        os.chdir(cwd)
+
+
+def sections_of(text):
+    """Return the sections of a text as plain values."""
+    data = text if isinstance(text, bytes) else text.encode()
+    return {
+        name: {key: entry.text for key, entry in section.entries.items()}
+        for name, section in llmswap.read_preset(data, "m.ini").items()
+    }
+
+
+def options(tmp_path, text, model="a"):
+    """Return a model's llama-server options, without those the router would add."""
+    config = read(tmp_path, text)
+    argv = llmswap.command_of(config.resolve(model), llmswap.BUILT_IN_OPTIONS, 1)
+    return without_router_options(argv)
+
+
+def without_router_options(argv):
+    kept, words = [], iter(argv[1:])
+    for word in words:
+        if word in ("--host", "--port", "--alias", "--log-colors"):
+            next(words)
+        else:
+            kept.append(word)
+    return kept
+
+
+def problem(tmp_path, text, model="a"):
+    return read(tmp_path, text).models[model].problem
+
+
+# ---- Values ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parse, text, value", [
+    (llmswap.parse_duration, "90", 90),
+    (llmswap.parse_duration, "90s", 90),
+    (llmswap.parse_duration, "15m", 900),
+    (llmswap.parse_duration, "1h30m", 5400),
+    (llmswap.parse_duration, "1.5h", 5400),
+    (llmswap.parse_duration, "250ms", 0.25),
+    (llmswap.parse_duration, "0", 0),
+    (llmswap.parse_patience, "auto", None),
+    (llmswap.parse_patience, "5s", 5),
+    (llmswap.parse_size, "512M", 512 * 2**20),
+    (llmswap.parse_size, "18G", 18 * 2**30),
+    (llmswap.parse_size, "1.5T", 1.5 * 2**40),
+    (llmswap.parse_size, "18 GiB", 18 * 2**30),
+    (llmswap.parse_size, "18gb", 18 * 2**30),
+    (llmswap.parse_size, "7", 7),
+    (llmswap.parse_boolean, "ON", True),
+    (llmswap.parse_boolean, "yes", True),
+    (llmswap.parse_boolean, "enabled", True),
+    (llmswap.parse_boolean, "0", False),
+    (llmswap.parse_boolean, "No", False),
+    (llmswap.parse_count, "0", 0),
+    (llmswap.parse_score, "-1000", -1000),
+    (llmswap.parse_words, "a, b,,a , c", ("a", "b", "c")),
+    (llmswap.parse_resources, "vram 18G, ram 4", {"vram": 18 * 2**30, "ram": 4}),
+    (llmswap.parse_resources, "", {}),
+    (llmswap.parse_sets, "a + b, c+b", (("a", "b"), ("c", "b"))),
+    (llmswap.parse_sets, "", ()),
+    (llmswap.parse_object, '{"a": {"b": 1}}', {"a": {"b": 1}}),
+    (llmswap.parse_object, "", {}),
+    (llmswap.parse_listen, "127.0.0.1:8080", (("127.0.0.1", 8080),)),
+    (llmswap.parse_listen, "[::1]:80, unix:/run/a.sock", (("::1", 80), "/run/a.sock")),
+    (llmswap.parse_listen, "box.lan:0", (("box.lan", 0),)),
+    (llmswap.parse_endpoint, "/v1/health", "/v1/health"),
+    (llmswap.parse_endpoint, "none", None),
+    (llmswap.parse_request, "POST /sleep?level=1", ("POST", "/sleep?level=1")),
+    (llmswap.parse_request, "/wake_up", ("POST", "/wake_up")),
+    (llmswap.parse_request, "", None),
+    (llmswap.parse_mac, "ab:cd:EF:01:23:45", bytes.fromhex("abcdef012345")),
+    (llmswap.parse_mac, "ab-cd-ef-01-23-45", bytes.fromhex("abcdef012345")),
+    (llmswap.parse_mac, "", None),
+    (llmswap.parse_url, "https://h:1/base", "https://h:1/base"),
+    (llmswap.one_of("off", "comment"), "OFF", "off"),
+])
+def test_values_are_read(parse, text, value):
+    assert parse(text) == value
+
+
+@pytest.mark.parametrize("parse, texts", [
+    (llmswap.parse_duration, ["", "soon", "1.", ".5", "-1", "1h30", "1 h", "m", "inf",
+                              "1e3", "٣s", "9" * 400, "10M"]),
+    (llmswap.parse_patience, ["", "never"]),
+    (llmswap.parse_size, ["", "G", "-1G", "1X", "1GG", "one", "1,5G"]),
+    (llmswap.parse_boolean, ["", "maybe", "2", "onn"]),
+    (llmswap.parse_count, ["", "-1", "1.5", "one", "1_0", "٣", "9" * 20]),
+    (llmswap.parse_score, ["", "1001", "-1001", "1.5", "--1"]),
+    (llmswap.parse_resources, ["vram", "vram 1G, vram 2G", "18G", "vram 1X", "v=1"]),
+    (llmswap.parse_sets, ["a + ", "+", "a + + b"]),
+    (llmswap.parse_object, ["[1]", "1", "{", '{"a": NaN}', "{'a': 1}", "null"]),
+    (llmswap.parse_listen, ["", ",", "8080", ":8080", "host", "h:99999", "::1:80",
+                            "[::1]", "http://h:1", "unix:", "h:x", "a b:1"]),
+    (llmswap.parse_endpoint, ["", "health", "/a b", "None"]),
+    (llmswap.parse_request, ["sleep", "post /x", "POST", "POST sleep"]),
+    (llmswap.parse_mac, ["ab:cd:ef:01:23", "ab:cd:ef:01:23:45:67", "abcdef012345",
+                         "gb:cd:ef:01:23:45", "ab:cd:ef:01:23:45:"]),
+    (llmswap.parse_url, ["", "h:1", "ftp://h", "http://", "http://h/a b"]),
+    (llmswap.one_of("off", "comment"), ["", "on"]),
+])
+def test_values_that_are_none_are_refused(parse, texts):
+    for text in texts:
+        with pytest.raises(ValueError):
+            parse(text)
+
+
+@pytest.mark.parametrize("text", ["512M", "18G", "1.5T", "7", "0", "1K"])
+def test_a_size_is_shown_as_it_is_written(text):
+    assert llmswap.size_text(llmswap.parse_size(text)) == text
+
+
+# ---- Keys ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", llmswap.PROXY_KEYS + llmswap.MODEL_KEYS)
+def test_every_default_is_text_that_its_own_parser_reads(key):
+    key.parse(key.default)
+    assert key.help and key.scope in ("proxy", "launch", "schedule", "request")
+
+
+def test_an_empty_file_has_every_setting_at_its_default(tmp_path):
+    settings = read(tmp_path, "").settings
+    for key in llmswap.PROXY_KEYS:
+        if key.name not in ("sets", "default-model"):
+            assert getattr(settings, key.attribute) == key.parse(key.default)
+
+
+def test_the_table_for_the_readme_has_one_row_for_each_key():
+    lines = llmswap.keys_table(llmswap.MODEL_KEYS).splitlines()
+    assert lines[:2] == ["| key | default | meaning |", "|---|---|---|"]
+    assert lines[2].startswith("| `cmd` |  | command line")
+    assert "| `load-timeout` | `10m` |" in "\n".join(lines)
+    assert len(lines) == 2 + len(llmswap.MODEL_KEYS)
+
+
+def test_no_key_of_ours_is_an_option_of_llama_server():
+    """alias is; load-on-startup and stop-timeout are keys that llama.cpp itself has."""
+    for key in llmswap.MODEL_KEYS:
+        assert not llmswap.BUILT_IN_OPTIONS.knows(key.name) or key.name == "alias"
+
+
+# ---- The language: llama.cpp's, with its traps -------------------------------------
+
+
+@pytest.mark.parametrize("text, sections", [
+    ("", {}),
+    ("[a]\nc = 1", {"a": {"c": "1"}}),
+    ("[a]\r\nc = 1\r\n", {"a": {"c": "1"}}),
+    ("[a]\rc = 1\rd = 2", {"a": {"c": "1", "d": "2"}}),
+    ("[a] ; x\n; c = 1\n  # c = 2\n\t\n", {"a": {}}),
+    ("[ a b ]\n", {"a b ": {}}),
+    ("[x#y;z]\n", {"x#y;z": {}}),
+    ("[a\nb]\nc = 1", {"a\nb": {"c": "1"}}),
+    ("[a]# comment\n", {"a": {}}),
+    ("[a]\nc\t = \t1 \t\n", {"a": {"c": "1"}}),
+    ("[a]\nc=\nd = ", {"a": {"c": "", "d": ""}}),
+    ("[a]\nsamplers = top_k;top_p", {"a": {"samplers": "top_k"}}),
+    ("[a]\nm = /m/a#1.gguf", {"a": {"m": "/m/a"}}),
+    ("[a]\nm = /m/a  ; why", {"a": {"m": "/m/a"}}),
+    ("[a]\nm = ;", {"a": {"m": ""}}),
+    ("[a]\nj = {\"x\":\"a#b\"}", {"a": {"j": "{\"x\":\"a"}}),
+    ("[a]\nm = \"/m/a b.gguf\"", {"a": {"m": "\"/m/a b.gguf\""}}),
+    ("[a]\nt = foo\\\nc = 1", {"a": {"t": "foo\\", "c": "1"}}),
+    ("[a]\nokv = a.b=bool:false", {"a": {"okv": "a.b=bool:false"}}),
+    ("[a]\nt = é\u2028\x85\x0b\x0cé", {"a": {"t": "é\u2028\x85\x0b\x0cé"}}),
+    ("[a]\nc = 1\nc = 2", {"a": {"c": "2"}}),
+    ("[a]\nc = 1\n[b]\n[a]\nd = 2", {"b": {}, "a": {"d": "2"}}),
+    ("c = 1\n[a]", {"default": {"c": "1"}, "a": {}}),
+    ("c = 1\n[default]\nd = 1", {"default": {"d": "1"}}),
+    ("version = 1\n[a]\nversion = 2", {"a": {"version": "2"}}),
+    # what llama.cpp refuses and means only one thing
+    ("  [a]\n  c = 1", {"a": {"c": "1"}}),
+    ("\ufeff[a]\nc = 1", {"a": {"c": "1"}}),
+    ("[a]\n--ctx-size = 1\n-c = 2", {"a": {"ctx-size": "1", "c": "2"}}),
+])
+def test_sections_are_read(text, sections):
+    assert list(sections_of(text).items()) == list(sections.items())
+
+
+@pytest.mark.parametrize("text, line", [
+    ("[a]\nmodel: x", 2),
+    ("[a]\njinja\n", 2),
+    ("[a] junk\n", 1),
+    ("\n\n[]\n", 3),
+    ("[ ]\n", 1),
+    ("[a]\n9 = 1\n", 2),
+    ("[a]\r\n\r\n= 1", 3),
+    ("[a\n", 1),
+    ("[a]\nc d = 1", 2),
+    ("[a]\n---c = 1", 2),
+    (b"[a]\nc = \xff", 2),
+    ("[a]\nc = 1".encode("utf-16-le"), 1),
+])
+def test_broken_syntax_names_file_and_line(tmp_path, text, line):
+    with pytest.raises(ConfigError, match=f"^m.ini:{line}: "):
+        read(tmp_path, text)
+
+
+def test_any_bytes_are_read_or_refused():
+    chance = random.Random(7)
+    words = (b"[ ] [a] [b] [*] [llmswap] [macros] = ; # $ ${ } PORT ' \" \\ , - _ 1 c "
+             b"m cmd uses proxy alias listen env.A \xc3\xa9 \xff \0").split(b" ")
+    words += [b"\n", b"\n", b"\r", b" ", b"\t"]
+    for _ in range(2000):
+        data = b"".join(chance.choice(words) for _ in range(chance.randrange(30)))
+        try:
+            config = llmswap.Reading(data, "m.ini", {}, {}).config()
+        except ConfigError as error:
+            assert str(error).startswith("m.ini:")
+        else:
+            assert all(config.resolve(name) is model
+                       for name, model in config.models.items())
+
+
+@pytest.mark.parametrize("line, value", [
+    ("cmd = serve #1; ${PORT}", "serve #1; ${PORT}"),
+    ("cmd = serve ${PORT} \\", "serve ${PORT}"),
+    ("extra-args = --x a;b # c", "--x a;b # c"),
+    ("set-params = {\"stop\": \"; #\"}", {"stop": "; #"}),
+    ("description = it's C#; really ; a comment", "it's C#; really"),
+    ("description = a\t# b", "a"),
+    ("idle-timeout = 5m ; five", 300),
+    ("idle_timeout = 5m", 300),
+    ("ttl = 60", 60),
+    ("--pin = on", True),
+    ("alias = a#b", ("a",)),
+    ("stop-timeout = 5;x", 5),
+])
+def test_comments_in_keys_of_ours(tmp_path, line, value):
+    text = f"[m]\nmodel = x\n{line}" if "cmd" not in line else f"[m]\n{line}"
+    settings = read(tmp_path, text).models["m"].settings
+    key = llmswap.model_key(line.split("=")[0].strip(" -"))
+    assert getattr(settings, llmswap.MODEL_KEY[key].attribute) == value
+
+
+def test_lines_indented_deeper_continue_a_command(tmp_path):
+    config = read(tmp_path, """
+        [a]
+        cmd = docker run --rm \\
+            -p ${PORT}:80   ; literal \\
+            # a remark
+          --name 'x  y'
+
+          idle-timeout = 5
+        [b]
+        cmd =
+            serve
+            --port ${PORT}
+        pin = on
+        """)
+    assert llmswap.command_of(config.models["a"], None, 7) == [
+        "docker", "run", "--rm", "-p", "7:80", ";", "literal", "--name", "x  y"]
+    assert config.models["a"].settings.idle_timeout == 5
+    assert llmswap.command_of(config.models["b"], None, 7) == ["serve", "--port", "7"]
+    assert config.models["b"].settings.pin
+
+
+@pytest.mark.parametrize("name, canonical", [
+    ("qwen3:8b", "qwen3:8B"), ("u/r:q4_k_m", "u/r:Q4_K_M"), ("m:a-b-c", "m:C"),
+    ("u/r:UD-Q4_K_XL", "u/r:Q4_K_XL"), ("m:thinking-high", "m:HIGH"), ("m:v1.5", "m:5"),
+    ("m:latest", "m:LATEST"), ("a:b:c", "a:b:C"), ("m:x y", "m:X Y"), ("m:é", "m:é"),
+    ("m:", "m:"), ("plain", "plain"), ("m:a-", "m:A-"), ("m:-aſ", "m:-Aſ"),
+])
+def test_canonical_names_are_llama_cpps(name, canonical):
+    assert llmswap.canonical_name(name) == canonical
+
+
+# ---- Variables -------------------------------------------------------------------
+
+
+def test_variables_are_replaced_and_dollar_dollar_is_literal():
+    assert llmswap.expand("${A}$${A}$A${", {"A": 1}) == "1${A}$A${"
+    with pytest.raises(ValueError, match="B"):
+        llmswap.expand("${B}", {"A": 1})
+
+
+def test_macros_may_hold_macros_and_variables_but_not_themselves(tmp_path):
+    config = read(tmp_path, """
+        [macros]
+        base = serve --port ${PORT} ${who}  ; a remark
+        who  = --name ${MODEL_ID} --key ${env.KEY}
+        loop = ${loop}
+        [a b]
+        cmd = ${base} $${x}
+        [c]
+        cmd = ${loop}
+        [d]
+        model = ${env.KEY}/${MODEL_ID}.gguf
+        """, {"KEY": "k ${PORT}"})
+    assert llmswap.command_of(config.models["a b"], None, 7) == [
+        "serve", "--port", "7", "--name", "a b", "--key", "k ${PORT}", "${x}"]
+    assert "${loop} is unknown" in config.models["c"].problem
+    argv = llmswap.command_of(config.models["d"], llmswap.BUILT_IN_OPTIONS, 7)
+    assert argv[-1] == "k ${PORT}/d.gguf"
+
+
+def test_without_macros_options_of_llama_server_keep_their_dollars(tmp_path):
+    assert options(tmp_path, "[a]\nm = ${PORT}$${x}") == ["--model", "${PORT}$${x}"]
+
+
+@pytest.mark.parametrize("name", ["PORT", "PID", "MODEL_ID", "env.HOME"])
+def test_macros_cannot_take_the_names_of_variables(tmp_path, name):
+    with pytest.raises(ConfigError, match=rf"m.ini:2: \[macros\] {name}: "):
+        read(tmp_path, f"[macros]\n{name} = x")
+
+
+def test_port_and_pid_are_filled_in_when_they_are_known(tmp_path):
+    model = read(tmp_path, """
+        [a]
+        cmd      = serve
+        cmd-stop = stop --pid ${PID} --port ${PORT} '${MODEL_ID}'
+        proxy    = http://127.0.0.1:${PORT}/base/
+        env.OLLAMA_HOST = 127.0.0.1:${PORT}
+        """).models["a"]
+    assert model.problem is None
+    assert llmswap.command_of(model, None, 8) == ["serve"]
+    assert llmswap.stop_command_of(model, 8, 9) == [
+        "stop", "--pid", "9", "--port", "8", "a"]
+    assert llmswap.proxy_of(model, 8) == "http://127.0.0.1:8/base"
+    assert llmswap.environment_of(model, 8) == {"OLLAMA_HOST": "127.0.0.1:8"}
+
+
+def test_settings_of_the_proxy_are_expanded_too(tmp_path):
+    config = read(tmp_path, "[llmswap]\napi-key = ${env.K}, ${k}\n[macros]\nk = two",
+                  {"K": "one"})
+    assert config.api_keys == ("one", "two")
+
+
+# ---- Options of llama-server -----------------------------------------------------
+
+HELP = """\
+----- common params -----
+
+-h,    --help, --usage                  print usage and exit
+--version                               show version and build info
+-c,    --ctx-size N                     size of the prompt context
+                                        (env: LLAMA_ARG_CTX_SIZE)
+-kvo,  --kv-offload, -nkvo, --no-kv-offload
+                                        whether to enable KV cache offloading
+                                        (env: LLAMA_ARG_KV_OFFLOAD)
+--no-host                               bypass host buffer
+                                        (env: LLAMA_ARG_NO_HOST)
+-ot,   --override-tensor <tensor name pattern>=<buffer type>,...
+                                        override tensor buffer type
+--control-vector-layer-range START END
+                                        layer range to apply the control vector to
+-m,    --model FNAME                    model path to load
+""" + "".join(f"--filler-{number} N\n" for number in range(150))
+
+
+def test_help_tells_flags_from_options_with_values():
+    table = llmswap.parse_help(HELP)
+    assert table.source == "llama-server --help"
+    assert table.find("kvo") == llmswap.Option(
+        names=("-kvo", "--kv-offload"), negatives=("-nkvo", "--no-kv-offload"),
+        environment="LLAMA_ARG_KV_OFFLOAD", values=0)
+    assert table.find("ctx_size") is table.find("LLAMA_ARG_CTX_SIZE")
+    assert table.find("no-host").negatives == ()
+    values = {key: table.find(key).values for key in (
+        "version", "no-host", "c", "ot", "m", "control-vector-layer-range")}
+    assert values == {"version": 0, "no-host": 0, "c": 1, "ot": 1, "m": 1,
+                      "control-vector-layer-range": 2}
+    assert table.find("nonsense") is None
+
+
+@pytest.mark.parametrize("text", [
+    "", "usage: wrapper [options]\n", HELP.replace("--filler", "filler"),
+    HELP.replace("--model FNAME", "--model"), HELP.replace("--version ", "--vers     "),
+])
+def test_what_is_no_help_of_a_llama_server_gives_no_table(text):
+    assert llmswap.parse_help(text) is None
+
+
+@pytest.mark.parametrize("line, words", [
+    ("jinja = true", ["--jinja"]), ("jinja = 1", ["--jinja"]),
+    ("jinja = on", ["--jinja"]), ("jinja = enabled", ["--jinja"]),
+    ("jinja = false", ["--no-jinja"]), ("jinja = 0", ["--no-jinja"]),
+    ("jinja = off", ["--no-jinja"]), ("jinja = disabled", ["--no-jinja"]),
+    ("jinja = no", ["--jinja"]), ("jinja = False", ["--jinja"]),
+    ("jinja = OFF", ["--jinja"]), ("jinja = auto", ["--jinja"]),
+    ("jinja =", ["--jinja"]),
+    ("no-jinja = true", ["--no-jinja"]), ("no-jinja = on", ["--no-jinja"]),
+    ("no-jinja = yes", ["--jinja"]), ("no-jinja = True", ["--jinja"]),
+    ("no-jinja =", ["--jinja"]), ("no-jinja = 0", ["--jinja"]),
+    ("no_jinja = on", ["--no-jinja"]),
+    ("embedding = false", []), ("embedding = no", ["--embeddings"]),
+    ("embedding =", ["--embeddings"]), ("LLAMA_ARG_NO_JINJA = true", ["--jinja"]),
+    ("LLAMA_ARG_JINJA = off", ["--no-jinja"]), ("nkvo = 1", ["--no-kv-offload"]),
+    ("no-host = true", ["--no-host"]), ("LLAMA_ARG_NO_HOST = on", ["--no-host"]),
+    ("flash-attn = true", ["--flash-attn", "true"]),
+    ("fa = off", ["--flash-attn", "off"]),
+    ("webui = off", ["--no-webui"]), ("ui = on", ["--webui"]),
+    ("nocb = on", ["--no-cont-batching"]),
+    ("ngl = 99", ["--n-gpu-layers", "99"]), ("c=1", ["--ctx-size", "1"]),
+    ("ctx_size = 1", ["--ctx-size", "1"]), ("--ctx-size = 1", ["--ctx-size", "1"]),
+    ("LLAMA_ARG_CTX_SIZE = 1", ["--ctx-size", "1"]),
+    ("temp = 0", ["--temperature", "0"]),
+    ("LLAMA_ARG_N_PARALLEL = 2", ["--parallel", "2"]), ("keep = 1", ["--keep", "1"]),
+    ("chat-template =", ["--chat-template", ""]), ("HF_TOKEN = t", ["--hf-token", "t"]),
+    ("lora = a\nlora = b", ["--lora", "b"]),
+    ("ctx-size=1\nc=2\nLLAMA_ARG_CTX_SIZE=3", ["--ctx-size", "1"]),
+    ("ngl=4\nn-gpu-layers=5\ngpu-layers=6", ["--n-gpu-layers", "4"]),
+    ("no-mmproj=1\nmmproj-auto=1", ["--no-mmproj-auto"]),
+    ("api-key = k\nmodels-max = 2\nssl-cert-file = x\nlog-colors = on", []),
+    ("host = h\nport = 1", []),
+    ("seed=1\nc=2\nkeep=3", ["--keep", "3", "--ctx-size", "2", "--seed", "1"]),
+    ("version = 3\ndedup-cache-models = on", []),
+    ("extra-args = --x 'a b' -y", ["--x", "a b", "-y"]),
+])
+def test_options_become_words_as_the_router_has_them(tmp_path, line, words):
+    assert options(tmp_path, f"[a]\n{line}") == words
+
+
+def test_star_is_below_every_section_wherever_it_stands(tmp_path):
+    text = "[a]\nctx-size = 1\n[*]\nc = 2\nkeep = 3\nno-jinja = on\n[b]\njinja = on"
+    assert options(tmp_path, text) == ["--no-jinja", "--keep", "3", "--ctx-size", "1"]
+    assert options(tmp_path, text, "b") == ["--jinja", "--keep", "3", "--ctx-size", "2"]
+
+
+def test_host_port_and_alias_are_set_where_the_router_sets_them(tmp_path):
+    config = read(tmp_path, "[q:8b]\nhost = 0.0.0.0\nm = x\nembedding = on")
+    model = config.models["q:8b"]
+    for port in (7, "${PORT}"):
+        assert llmswap.command_of(model, llmswap.BUILT_IN_OPTIONS, port) == [
+            "llama-server", "--embeddings", "--host", "127.0.0.1", "--port", str(port),
+            "--alias", "q:8b", "--model", "x"]
+
+
+@pytest.mark.parametrize("line, reason", [
+    ("ctx-sise = 1", "unknown key; did you mean ctx-size?"),
+    ("idle-timeuot = 1", "unknown key; did you mean idle-timeout?"),
+    ("zzz = 1", "unknown key"),
+    ("listen = x", "belongs into [llmswap]"),
+    ("top-n-sigma = 1", "the llama-server in use does not have this option"),
+    ("control-vector-layer-range = 1 2", "takes two values; write it into extra-args"),
+])
+def test_an_unknown_option_is_named_with_its_place(tmp_path, line, reason):
+    config = read(tmp_path, f"[a]\nm = x\n{line}\n[b]\nm = y")
+    table = llmswap.parse_help(HELP)
+    with pytest.raises(ConfigError) as caught:
+        llmswap.command_of(config.models["a"], table, 1)
+    key = line.split()[0]
+    assert str(caught.value) == f"m.ini:3: [a] {key}: {reason}"
+    llmswap.command_of(config.models["b"], table, 1)
+
+
+# ---- Models ----------------------------------------------------------------------
+
+
+def test_a_models_kind_is_decided_by_its_own_section(tmp_path):
+    config = read(tmp_path, """
+        [*]
+        m = default.gguf
+        [a]
+        [b]
+        cmd = serve ${PORT}
+        [c]
+        unit  = c.service
+        proxy = http://h:1
+        [d]
+        proxy = http://h:1
+        [e]
+        uses = A
+        [f]
+        proxy = http://127.0.0.1:${PORT}/prefix
+        """)
+    kinds = {model.name: model.kind for model in config.models.values()}
+    assert kinds == {"a": "llama-server", "b": "cmd", "c": "unit", "d": "remote",
+                     "e": "uses", "f": "llama-server"}
+    assert [model.problem for model in config.models.values()] == [None] * 6
+    assert [config.models[name].backend for name in "abe"] == ["a", "b", "a"]
+    assert llmswap.command_of(config.models["c"], None, 1) == []
+
+
+@pytest.mark.parametrize("section, reason", [
+    ("c = 1", "[a]: it has no source"),
+    ("", "[a]: it has no source"),
+    ("m = x\nidle-timeout = soon", "[a] idle-timeout: 'soon' is not a duration such"),
+    ("m = x\nset-params = {", "[a] set-params: not JSON"),
+    ("m = x\nneeds = 8G", "[a] needs: "),
+    ("m = x\nneeds = vram 8G", "budget in [llmswap] does not name 'vram'"),
+    ("m = x\ndescription = ${env.NO}", "[a] description: ${env.NO} is unknown here"),
+    ("m = x\ndescription = ${PORT}", "[a] description: ${PORT} is unknown here"),
+    ("m = x\nenv.A = ${B}", "[a] env.A: ${B} is unknown here"),
+    ("m = x\nextra-args = 'a", "[a] extra-args: No closing quotation"),
+    ("m = x\nproxy = http://h:1", "[a] proxy: the proxy of a llama-server needs ${P"),
+    ("m = x\nsleep = /sleep", "sleep and wake need each other"),
+    ("cmd = serve", "[a] cmd: without ${PORT} it needs proxy = URL"),
+    ("cmd = serve $${PORT}", "[a] cmd: without ${PORT} it needs proxy = URL"),
+    ("cmd = serve ${PID} ${PORT}", "[a] cmd: ${PID} is unknown here"),
+    ("cmd =", "[a] cmd: the command is empty"),
+    ("cmd = 'serve ${PORT}", "[a] cmd: No closing quotation"),
+    ("cmd = serve ${PORT}\nctx-size = 1",
+     "[a] ctx-size: an option of llama-server cannot stand beside cmd"),
+    ("cmd = serve ${PORT}\nlode-timeout = 1",
+     "[a] lode-timeout: unknown key; did you mean load-timeout?"),
+    ("cmd = serve ${PORT}\nlisten = 1", "[a] listen: belongs into [llmswap]"),
+    ("cmd = serve ${PORT}\nunit = x", "[a] unit: cannot stand beside cmd"),
+    ("unit = x", "it needs proxy = URL, without ${PORT}"),
+    ("unit =\nproxy = http://h", "the name of the unit is missing"),
+    ("unit = x\nproxy = http://h:${PORT}", "[a] proxy: it needs proxy = URL, without"),
+    ("proxy = http://h:${PORT}", "[a]: it has no source"),
+    ("proxy = h:1", "[a] proxy: 'h:1' is not a URL"),
+    ("proxy = http://h\nwake-mca = x", "wake-mca: unknown key; did you mean wake-mac?"),
+    ("uses = nobody", "there is no model 'nobody' to use"),
+    ("uses = a", "'a' itself uses another model"),
+    ("uses = b\nidle-timeout = 1", "[a] idle-timeout: cannot stand beside uses"),
+    ("uses = b\nctx-size = 1", "[a] ctx-size: an option of llama-server cannot stand"),
+    ("uses = b\ncmd = x ${PORT}", "[a] uses: cannot stand beside cmd"),
+    ("uses = c", "it uses 'c': m.ini:"),
+])
+def test_what_is_wrong_makes_only_that_model_unusable(tmp_path, section, reason):
+    config = read(tmp_path, f"[b]\nm = x\n[c]\n[d]\nm = x\n[a]\n{section}\n")
+    assert config.models["a"].problem.startswith("m.ini:")
+    assert reason in config.models["a"].problem
+    assert config.models["b"].problem is config.models["d"].problem is None
+
+
+@pytest.mark.parametrize("line", [
+    "m = x", "model = x", "hf = u/r", "hfr = u/r", "hf-repo = u/r", "mu = u", "dr = d",
+    "LLAMA_ARG_MODEL = x", "gpt-oss-20b-default = on", "fim-qwen-7b-spec = on",
+    "extra-args = -m x", "extra-args = --model=x", "env.LLAMA_ARG_HF_REPO = u/r",
+])
+def test_a_source_may_be_spelled_in_many_ways(tmp_path, line):
+    assert problem(tmp_path, f"[a]\n{line}") is None
+    assert problem(tmp_path, f"[*]\n{line}\n[a]") is None
+
+
+@pytest.mark.parametrize("line, warning", [
+    ("stop-timeout = soon", "'soon' is not a duration such as 15m; taken as 10"),
+    ("stop-timeout =", "'' is not a duration such as 15m; taken as 10"),
+    ("load-on-startup = maybe", "'maybe' is neither on nor off; taken as off"),
+])
+def test_what_llama_cpp_forgives_is_forgiven(tmp_path, line, warning):
+    config = read(tmp_path, f"[a]\nm = x\n{line}")
+    assert config.models["a"].problem is None
+    assert config.warnings == (f"m.ini:3: [a] {line.split()[0]}: {warning}",)
+    assert config.models["a"].settings.stop_timeout == 10
+    assert not config.models["a"].settings.load_on_startup
+
+
+def test_keys_of_ours_in_star_hold_for_all_and_options_for_llama_servers(tmp_path):
+    config = read(tmp_path, """
+        [*]
+        idle-timeout = 5m
+        ngl = 9
+        env.A = 1
+        env.B = 2
+        hang-timeout = 5
+        [a]
+        cmd = serve ${PORT}
+        env.B = 3
+        [b]
+        m = x
+        idle-timeout = 1
+        """)
+    a, b = config.models.values()
+    assert a.settings.idle_timeout == 300 and b.settings.idle_timeout == 1
+    assert a.environment == {"A": "1", "B": "3"}
+    assert b.environment == {"A": "1", "B": "2"}
+    assert a.settings.hang_timeout == 5 and a.options == ()
+
+
+def test_a_cmd_model_is_not_thought_to_hang_unless_told(tmp_path):
+    config = read(tmp_path, "[a]\ncmd = x ${PORT}\n[b]\nm = x")
+    assert [m.settings.hang_timeout for m in config.models.values()] == [0, 60]
+
+
+@pytest.mark.parametrize("key", ["cmd", "unit", "proxy", "uses", "alias", "a"])
+def test_what_makes_one_model_cannot_stand_in_star(tmp_path, key):
+    with pytest.raises(ConfigError, match=rf"m.ini:2: \[\*\] {key}: cannot be given"):
+        read(tmp_path, f"[*]\n{key} = x")
+
+
+def test_a_bad_value_in_star_spoils_the_models_that_inherit_it(tmp_path):
+    config = read(tmp_path, "[*]\npin = perhaps\n[a]\nm = x\n[b]\nm = x\npin = off")
+    assert config.models["a"].problem.startswith("m.ini:2: [*] pin: 'perhaps'")
+    assert config.models["b"].problem is None
+
+
+def test_the_binary_is_that_of_the_model_of_star_of_llmswap(tmp_path):
+    text = ("[a]\nm = x\n[b]\nm = x\nllama-server = /three\n"
+            "[llmswap]\nllama-server = /one\n")
+    for star, binary in (("", "/one"), ("[*]\nllama-server = /two", "/two")):
+        models = read(tmp_path, text + star).models.values()
+        assert [model.settings.llama_server for model in models] == [binary, "/three"]
+
+
+def test_what_makes_the_process_is_told_from_what_does_not(tmp_path):
+    text = "[*]\nngl = 1\nc = 7\n[a]\nm = x\nc = 2\nidle-timeout = 5\nenv.A = 1\n"
+
+    def launch(text):
+        return read(tmp_path, text).models["a"].launch
+
+    for line in ("alias = b", "idle-timeout = 9", "set-params = {\"a\": 1}", "pin = on",
+                 "description = ${MODEL_ID}", "proxy-key = x", "cmd-stop = x ${PID}"):
+        assert launch(text + line) == launch(text)
+    assert launch("\n\n" + text.replace("c = 7", "c = 8")) == launch(text)
+    for line in ("c = 3", "env.A = 2", "extra-args = -x", "cwd = /", "keep = 1",
+                 "llama-server = /x", "oom-score-adj = 0", "env.B = 1"):
+        assert launch(text + line) != launch(text)
+    assert launch(text.replace("ngl = 1", "ngl = 2")) != launch(text)
+
+
+def test_the_process_depends_on_macros_and_environment(tmp_path):
+    text = "[macros]\nx = {}\n[a]\ncmd = serve ${{PORT}} ${{x}} ${{env.Y}}"
+    launches = [read(tmp_path, text.format(x), {"Y": y}).models["a"].launch
+                for x, y in ((1, "1"), (1, "1"), (2, "1"), (1, "2"))]
+    assert launches[0] == launches[1]
+    assert launches[2] != launches[0] != launches[3]
+
+
+# ---- Names -----------------------------------------------------------------------
+
+
+def test_models_are_found_by_every_name(tmp_path):
+    config = read(tmp_path, "[qwen3:8b]\nm = x\nalias = coder, GPT-4\n[Coder]\nm = y")
+    for name in ("qwen3:8b", "qwen3:8B", "coder", "GPT-4", "gpt-4", " QWEN3:8B "):
+        assert config.resolve(name).name == "qwen3:8b"
+    assert config.resolve("Coder").name == "Coder"
+    assert config.models["qwen3:8b"].names == ("qwen3:8b", "coder", "GPT-4", "qwen3:8B")
+    assert config.models["qwen3:8b"].aliases == ("coder", "GPT-4")
+
+
+def test_an_unknown_name_is_answered_with_near_ones(tmp_path):
+    config = read(tmp_path, "[coder]\nm = x\n[embed]\nm = x\n[c]\nm = x\nunlisted = on")
+    with pytest.raises(UnknownModel) as caught:
+        config.resolve("codr")
+    assert str(caught.value) == (
+        "there is no model 'codr'; did you mean coder? there are coder, embed")
+    with pytest.raises(UnknownModel, match="; there are coder, embed$"):
+        config.resolve("zzz")
+
+
+def test_who_comes_first_keeps_a_name(tmp_path):
+    config = read(tmp_path, "[a]\nm = x\nalias = b, c, a\n[b]\nm = x\nalias = c, d")
+    assert [config.resolve(name).name for name in "abcd"] == ["a", "b", "a", "b"]
+    assert config.warnings == ("m.ini:1: [a]: the alias 'b' already means [b]",
+                               "m.ini:4: [b]: the alias 'c' already means [a]")
+
+
+def test_of_two_names_that_are_one_to_llama_cpp_the_last_in_bytes_wins(tmp_path):
+    names = ("m:q4", "m:Q4", "n:a-q", "n:b-q")
+    config = read(tmp_path, "".join(f"[{name}]\nm = x\n" for name in names))
+    assert list(config.models) == ["m:q4", "n:a-q", "n:b-q"]
+    assert config.resolve("m:Q4").name == "m:q4"
+    assert config.resolve("n:Q").name == "n:b-q"
+    assert config.resolve("n:a-q").name == "n:a-q"
+    assert config.warnings == (
+        "m.ini:3: [m:Q4]: replaced by [m:q4], the same to llama.cpp",
+        "m.ini:5: [n:a-q]: llama.cpp's name 'n:Q' already means [n:b-q]")
+
+
+def test_the_default_model_is_the_one_named_or_the_only_one(tmp_path):
+    assert read(tmp_path, "").default_model() is None
+    assert read(tmp_path, "[a]\nm = x").default_model().name == "a"
+    assert read(tmp_path, "[a]\nm = x\n[b]\nm = x").default_model() is None
+    text = "[llmswap]\ndefault-model = bee\n[a]\nm = x\n[b]\nm = x\nalias = bee"
+    assert read(tmp_path, text).default_model().name == "b"
+
+
+def test_keys_before_the_first_section_are_a_model_called_default(tmp_path):
+    config = read(tmp_path, "version = 1\nm = x\n[a]\nm = y")
+    assert list(config.models) == ["default", "a"]
+    assert config.warnings[0].startswith("m.ini:2: keys before the first section")
+    assert list(read(tmp_path, "version = 1\n[default]\n[a]\nm = x").models) == ["a"]
+
+
+@pytest.mark.parametrize("text, warning", [
+    ("[a]\nm = /a#b", "m.ini:2: [a] m: a comment begins at '#', as in llama.cpp; "
+                      "the value is '/a'"),
+    ("[a]\nm = x\nj = {\"a #b\"}", "a comment begins at '#'"),
+    ("[a]\nm = \"x y\"", "the quotes are part of the value"),
+    ("[a]\nm = x\njinja = no", "neither true nor false; llama.cpp makes it --jinja"),
+    ("[a]\nm = x\nno-jinja = yes", "llama.cpp makes it --jinja"),
+    ("[a]\nm = x\nLLAMA_ARG_NO_JINJA = on", "no negation"),
+    ("[a]\nm = x\nc = 1\nctx-size = 2", "[a] ctx-size: the same option as c; this one"),
+    ("[a]\nm = x\nm = y", "m.ini:3: [a] m: given before; this one counts"),
+    ("[a]\n[a]\nm = x", "m.ini:2: [a]: replaces the section of that name in line 1"),
+    ("[*]\napi-key = x\n[a]\nm = x", "[*] api-key: no option of a model; it is ignor"),
+    ("[*]\nidle-timeuot = 1\n[a]\nm = x", "did you mean idle-timeout?"),
+    ("[a]\ncmd = x ${PORT}\nllama-server = y", "llama-server: without effect"),
+    ("[llmswap]\nmodels-dir = nowhere", "[llmswap] models-dir: [Errno 2]"),
+])
+def test_what_may_surprise_is_warned_of_once(tmp_path, text, warning):
+    warnings = [w for w in read(tmp_path, text).warnings if warning in w]
+    assert len(warnings) == 1 and warnings[0].startswith("m.ini:")
+
+
+def test_an_ordinary_file_gives_no_warning(tmp_path):
+    assert read(tmp_path, """
+        version = 1
+        [llmswap]          ; the proxy
+        listen = 127.0.0.1:8080
+        [*]
+        ngl = 99           ; all
+        models-max = 2
+        [a:Q8_0]           # a model
+        model = /m/a.gguf  # its file
+        jinja = on
+        fa = auto
+        """).warnings == ()
+
+
+# ---- The proxy -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line, reason", [
+    ("models-max = many", "models-max: 'many' is not a whole number"),
+    ("listen = 8080", "listen: '8080' is not an address such as 127.0.0.1:8080"),
+    ("lissen = x", "lissen: unknown key; did you mean listen?"),
+    ("idle-timeout = 5", "idle-timeout: belongs to a model, or into [*]"),
+    ("ctx-size = 5", "ctx-size: unknown key"),
+    ("patience = ${env.NONE}", "patience: ${env.NONE} is unknown here"),
+    ("sets = a + nobody", "sets: there is no model 'nobody'"),
+    ("default-model = nobody", "default-model: there is no model 'nobody'"),
+    ("api-key-file = /nowhere/keys", "api-key-file: [Errno 2]"),
+    ("idle-command = 'x", "idle-command: No closing quotation"),
+])
+def test_errors_in_llmswap_stop_the_start(tmp_path, line, reason):
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, f"[a]\nm = x\n[llmswap]\n{line}")
+    assert str(caught.value).startswith(f"m.ini:4: [llmswap] {reason}")
+
+
+def test_a_file_that_cannot_be_read_is_a_config_error(tmp_path):
+    with pytest.raises(ConfigError, match="No such file"):
+        llmswap.load_config(tmp_path / "none.ini")
+
+
+@pytest.mark.parametrize("text, overrides, limit", [
+    ("", {}, 1),
+    ("[llmswap]\nmodels-max = 3", {}, 3),
+    ("[*]\nmodels-max = 3", {}, 3),
+    ("[*]\nLLAMA_ARG_MODELS_MAX = 3", {}, 3),
+    ("[*]\nmodels-max = x", {}, 1),
+    ("[*]\nmodels-max = 3\n[llmswap]\nmodels-max = 2", {}, 2),
+    ("[llmswap]\nbudget = vram 1G", {}, 0),
+    ("[llmswap]\nsets = a\n[a]\nm = x", {}, 0),
+    ("[llmswap]\nsets = a\nmodels-max = 1\n[a]\nm = x", {}, 1),
+    ("[llmswap]\nbudget = vram 1G", {"models_max": 2}, 2),
+    ("[llmswap]\nmodels-max = 3", {"models_max": "0"}, 0),
+])
+def test_how_many_models_may_be_loaded(tmp_path, text, overrides, limit):
+    assert read(tmp_path, text, **overrides).settings.models_max == limit
+
+
+def test_the_command_line_overrules_the_file(tmp_path):
+    text = "[llmswap]\nlisten = 127.0.0.1:1"
+    assert read(tmp_path, text, listen="[::1]:2").settings.listen == (("::1", 2),)
+    with pytest.raises(ConfigError, match="^--listen: 'x'"):
+        read(tmp_path, text, listen="x")
+
+
+def test_keys_come_from_the_file_its_key_file_and_the_environment(tmp_path):
+    (tmp_path / "keys").write_text("# mine\nthree\n\n one \n")
+    config = read(tmp_path, "[llmswap]\napi-key = one, t;w #o\napi-key-file = keys",
+                  {"LLMSWAP_API_KEY": "four"})
+    assert config.api_keys == ("one", "t;w #o", "four", "three")
+
+
+def test_sets_hold_the_ids_of_backends(tmp_path):
+    config = read(tmp_path, """
+        [llmswap]
+        sets = coder + E, a+b
+        [c,1]
+        m = x
+        alias = coder
+        [e]
+        m = x
+        [f]
+        uses = e
+        alias = a
+        [b]
+        m = x
+        """)
+    assert config.settings.sets == (frozenset({"c,1", "e"}), frozenset({"e", "b"}))
+
+
+@pytest.mark.parametrize("limits, a, b, misfit", [
+    ("models-max = 2", "pin = on", "", None),
+    ("models-max = 1", "pin = on", "", "beside the pinned a: models-max is 1"),
+    ("models-max = 1", "pin = on", "pin = on", "beside the pinned a: models-max is 1"),
+    ("models-max = 0", "pin = on", "pin = on", None),
+    ("budget = vram 24G", "pin = on\nneeds = vram 20G", "needs = vram 4G", None),
+    ("budget = vram 24G", "pin = on\nneeds = vram 20G", "needs = vram 5G",
+     "beside the pinned a: they need vram 25G, the budget is 24G"),
+    ("budget = vram 24G", "", "needs = vram 25G", "fit: they need vram 25G"),
+    ("budget = vram 24G", "", "needs = vrma 25G", "does not name 'vrma'"),
+    ("budget = vram 24G", "", "sleep-needs = ram 1G", "does not name 'ram'"),
+    ("sets = a + b", "pin = on", "", None),
+    ("sets = a + c, b + c", "pin = on", "", "pinned a: none of sets has them together"),
+    ("sets = a + c", "", "", None),
+])
+def test_a_model_must_fit_beside_all_that_are_pinned(tmp_path, limits, a, b, misfit):
+    config = read(tmp_path, f"[llmswap]\n{limits}\n[a]\nm=x\n{a}\n[b]\nm=x\n{b}\n"
+                            "[c]\nm = x\n[r]\nproxy = http://h\n[u]\nuses = b\n")
+    assert config.models["a"].problem is None and config.models["r"].problem is None
+    if misfit is None:
+        assert config.models["b"].problem is config.models["u"].problem is None
+    else:
+        assert misfit in config.models["b"].problem
+        assert config.models["b"].problem in config.models["u"].problem
+
+
+# ---- models-dir ------------------------------------------------------------------
+
+
+@pytest.fixture
+def models_dir(tmp_path):
+    for name in ("top.gguf", "a.gguf.b.gguf", "mmproj-top.gguf", "mtp-top.gguf",
+                 "U.GGUF", "e:q4_0/z.gguf", "only/mmproj.gguf", "empty/readme.txt",
+                 "notes.txt", "s/s-00001-of-00002.gguf", "s/s-00002-of-00002.gguf",
+                 "s/mmproj-s.gguf", "s/dflash-s.gguf", "p-00001-of-00002.gguf"):
+        path = tmp_path / "dir" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return tmp_path / "dir"
+
+
+def test_every_gguf_in_models_dir_is_a_model(tmp_path, models_dir):
+    config = read(tmp_path, "[llmswap]\nmodels-dir = dir\n[*]\nngl = 1\n[top]\nc = 2\n"
+                            "[s]\nmodel-draft = other\n[e:q4_0]\ncmd = x ${PORT}")
+    argvs = {model.name: without_router_options(
+        llmswap.command_of(model, llmswap.BUILT_IN_OPTIONS, 1))
+        for model in config.models.values()}
+    assert argvs == {
+        "a.b": ["--model", "dir/a.gguf.b.gguf", "--n-gpu-layers", "1"],
+        "e:q4_0": ["1"],
+        "p-00001-of-00002": [
+            "--model", "dir/p-00001-of-00002.gguf", "--n-gpu-layers", "1"],
+        "s": ["--model-draft", "other", "--model", "dir/s/s-00001-of-00002.gguf",
+              "--mmproj", "dir/s/mmproj-s.gguf", "--n-gpu-layers", "1"],
+        "top": ["--ctx-size", "2", "--model", "dir/top.gguf", "--n-gpu-layers", "1"],
+    }
+    assert [model.problem for model in config.models.values()] == [None] * 5
+
+
+# ---- The same argv as llama-server's router -----------------------------------------
+
+LLAMA_SERVER = os.environ.get("LLAMA_SERVER")
+PRESET_ROUNDS = int(os.environ.get("PRESET_ROUNDS", "3"))  # of 300 sections each
+
+TRAPS = [
+    "1", "0", "on", "off", "true", "false", "enabled", "disabled", "True", "OFF", "no",
+    "yes", "auto", "", " ", "a;b", "a#b", "a ; b", "a\t# b", ";", "# c", '"quoted"',
+    '"a b"', '{"x":"a#b"}', '{"x": 1}', "x\\", "back\\slash", "a = b", "=", "==c",
+    "${PORT}", "$${x}", "${env.HOME}", "é 日本", "a  b", "[x]", "a]b", "-1", "--jinja",
+    "a.b=bool:false", "/m/a b.gguf", "~/x", "a\x0bb", "a\u2028b", "a\x85b",
+    "\u00a0nbsp\u00a0", "\x0c", "\x0ca\x0c # c", "a,b,,c", "'", '"', "`", "$HOME",
+]
+NAMES = [
+    "m{n}", "m {n}", " m{n} ", "\tm{n}\t", "m{n}:q4_k_m", "u/r{n}:UD-Q4_K_XL", "m{n}#y",
+    "m{n};z", "m{n}\nb", "é{n}:é", "m{n}:", "m{n}:x y", "m{n}:a-b-c", "m{n}:v1.5",
+    "a:b{n}:c", "M{n}", ":t{n}", "m{n}[", "m{n}=x", "*{n}", "m{n}:Q4_K_M", "m{n}:a.b-",
+    "m{n}:-x", "m{n}:ſ-ſ", "m{n}:-aſ", "m{n}:a\nb-c",
+]
+ALIASES = ["alias", "a", "LLAMA_ARG_ALIAS"]
+FORGIVEN = ["load-on-startup", "stop-timeout", "dedup-cache-models", "version",
+            "__PRESET_LOAD_ON_STARTUP", "__PRESET_STOP_TIMEOUT"]
+
+
+class RandomPreset:
+    """Writes files that llama-server reads, with as many traps as fit."""
+
+    def __init__(self, seed, table):
+        self.chance = random.Random(seed)
+        self.table = table
+        self.keys = [key for key in sorted(table.keys())
+                     if table.find(key).values < 2 and key not in ALIASES]
+
+    def text(self, sections=300):
+        lines = [self.line(self.keys) for _ in range(self.chance.choice([0, 3]))]
+        for number in range(sections):
+            lines += self.section(number, sections)
+        return self.chance.choice(["\n", "\r\n", "\r"]).join(lines)
+
+    def section(self, number, sections):
+        number = self.chance.choice([number, number, self.chance.randrange(sections)])
+        name = self.chance.choice(NAMES).format(n=number)
+        if self.chance.random() < 0.02:
+            name = self.chance.choice(["*", "*", "default"])
+        head = self.chance.choice(["[%s]", "[ %s]", "[%s] ; c", "[%s]#c"])
+        yield head % name
+        if name != "*" and self.chance.random() < 0.1:
+            alias = f"x{self.chance.random()}, y{self.chance.random()}#c"
+            yield f"{self.chance.choice(ALIASES)} = {alias}"
+        keys = self.some_keys()
+        for _ in range(self.chance.randrange(8)):
+            yield self.chance.choice([self.line(keys)] * 4 + ["", "; c", "  # c", "\t"])
+
+    def some_keys(self):
+        """Return a few keys: of many options, or all the spellings of two."""
+        few = self.chance.sample(self.keys, 2)
+        options = [self.table.find(key) for key in few]
+        spellings = [key for key in self.keys if self.table.find(key) in options]
+        many = [*self.chance.sample(self.keys, 6), "model", "c", "jinja"]
+        return self.chance.choice([many, many, spellings])
+
+    def line(self, keys):
+        key, value = self.chance.choice(keys), self.chance.choice(TRAPS)
+        if self.chance.random() < 0.05:  # but no word that would start a model
+            key = self.chance.choice(FORGIVEN)
+            value = self.chance.choice(["yes", "x", "", "off", "7", "soon # no"])
+        gap = [self.chance.choice(["", " ", "\t", "  "]) for _ in range(3)]
+        return f"{key}{gap[0]}={gap[1]}{value}{gap[2]}"
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def argvs_of_router(path, *options):
+    """Return what argv each model has in llama-server's own router, by its id."""
+    port = free_port()
+    environ = {name: value for name, value in os.environ.items()
+               if not name.startswith("LLAMA_ARG_")}
+    environ.update(HF_HOME=str(path.parent), LLAMA_CACHE=str(path.parent))
+    argv = [LLAMA_SERVER, "--models-preset", str(path), "--port", str(port), *options]
+    with open(path.with_suffix(".log"), "wb") as log:
+        router = subprocess.Popen(argv, stdout=log, stderr=log, env=environ)
+        try:
+            models = models_at(f"http://127.0.0.1:{port}/models", router)
+        finally:
+            router.kill()
+            router.wait()
+    assert models, path.with_suffix(".log").read_text()[-2000:]
+    return {model["id"]: model["status"]["args"] for model in models}
+
+
+def models_at(url, router):
+    while router.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                return json.load(answer)["data"]
+        except OSError:
+            time.sleep(0.01)
+
+
+@pytest.mark.skipif(not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server")
+@pytest.mark.parametrize("seed", range(PRESET_ROUNDS))
+def test_every_argv_is_that_of_llama_servers_router(tmp_path, seed):
+    done = subprocess.run([LLAMA_SERVER, "--help"], stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, encoding="utf-8")
+    table = llmswap.parse_help(done.stdout)
+    path = tmp_path / "models.ini"
+    path.write_bytes(RandomPreset(seed, table).text().encode())
+    theirs = argvs_of_router(path)
+    config = llmswap.load_config(path)
+    assert not [text for text in config.warnings if "did you mean" in text]
+    ours = {name: config.resolve(name) for name in theirs}
+    assert len({model.name for model in ours.values()}) == len(theirs)
+    for known in (table, llmswap.BUILT_IN_OPTIONS):
+        for name, model in ours.items():
+            argv = llmswap.command_of(model, known, 1)
+            assert without_router_options(argv) == without_router_options(theirs[name])
+
+
+@pytest.mark.skipif(not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server")
+def test_models_dir_is_read_as_the_router_reads_it(tmp_path, models_dir):
+    path = tmp_path / "models.ini"
+    path.write_text("[*]\nc = 1\n[top]\nngl = 2\n")
+    theirs = argvs_of_router(path, "--models-dir", str(models_dir))
+    path.write_text(f"{path.read_text()}[llmswap]\nmodels-dir = {models_dir}\n")
+    config = llmswap.load_config(path)
+    assert set(config.models) == set(theirs)
+    for name, model in config.models.items():
+        argv = llmswap.command_of(model, llmswap.BUILT_IN_OPTIONS, 1)
+        assert without_router_options(argv) == without_router_options(theirs[name])
+
+
+"""Tests of the room "3 Scheduling"."""
+
+
+# -- to be replaced by `import llmswap` --------------------------------------------
+
+CORE = pathlib.Path(__file__).parent.parent / "core"
+ROOMS = (
+    (CORE / "errors.py").read_text()
+    + "\nimport collections, enum, itertools, math\nfrom typing import *\n"
+    + (CORE / os.environ.get("SCHEDULING", "scheduling.py")).read_text()
+)
+llmswap = types.ModuleType("llmswap")
+exec(compile(ROOMS, "llmswap", "exec"), llmswap.__dict__)
+# ----------------------------------------------------------------------------------
+
+
+# ==================================================================================
+# 3  Scheduling
+# ==================================================================================
+
+# -- tables ------------------------------------------------------------------------
+
+
+VICTIMS = [
+    # what it shows; name: (last grant, in flight, size); room needed; who goes
+    ("nothing needed, nobody goes", {"a": (1, 0, 1)}, 0, ""),
+    ("the least recently granted", {"a": (2, 0, 1), "b": (1, 0, 1)}, 1, "b"),
+    ("fewest first", {"a": (1, 0, 1), "b": (2, 0, 1), "c": (3, 0, 2)}, 2, "c"),
+    ("two idle before a busy one", {"a": (1, 1, 2), "b": (2, 0, 1), "c": (3, 0, 1)},
+     2, "bc"),
+    ("one busy, and no idle one in vain", {"a": (1, 1, 2), "b": (2, 0, 1)}, 2, "a"),
+    ("one busy beside the idle", {"a": (1, 1, 2), "b": (2, 0, 1)}, 3, "ab"),
+    ("fewest busy", {"a": (1, 1, 1), "b": (2, 1, 1), "c": (3, 2, 2)}, 2, "c"),
+    ("the oldest of equal pairs", {"a": (3, 0, 1), "b": (1, 0, 1), "c": (2, 0, 1)},
+     2, "bc"),
+    ("all together are not enough", {"a": (1, 0, 1), "b": (2, 1, 1)}, 3, None),
+    ("nobody is there", {}, 1, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shows, slots, needed, expected", VICTIMS)
+def test_victims(shows, slots, needed, expected):
+    candidates = [
+        slot_of(name, last_grant=last_grant, in_flight=in_flight, size=size)
+        for name, (last_grant, in_flight, size) in slots.items()
+    ]
+    chosen = llmswap.choose_victims(candidates, lambda them: size_of(them) >= needed)
+    names = None if chosen is None else "".join(sorted(slot.name for slot in chosen))
+    assert names == expected, shows
+
+
+def slot_of(name, size=0, **facts):
+    slot = llmswap.Slot(name, llmswap.Spec(needs={"vram": size}))
+    for fact, value in facts.items():
+        setattr(slot, fact, value)
+    return slot
+
+
+def size_of(slots):
+    return sum(slot.spec.needs["vram"] for slot in slots)
+
+
+def test_many_candidates_are_chosen_from_in_bounded_steps_and_without_waste():
+    candidates = [slot_of(f"m{i}", size=1, last_grant=i) for i in range(60)]
+    tries = []
+    chosen = llmswap.choose_victims(
+        candidates, lambda them: tries.append(1) or size_of(them) >= 30
+    )
+    assert chosen == set(candidates[:30])
+    assert len(tries) < 1000
+
+
+SETS = (frozenset("ab"), frozenset("bc"))
+ALLOWED = [
+    # limits; what is held, as name or (name, places, vram); whether it may be
+    (dict(models_max=1), "", True),
+    (dict(models_max=1), "a", True),
+    (dict(models_max=1), "ab", False),
+    (dict(models_max=0), "abcdefgh", True),
+    (dict(models_max=1), ["a", ("remote", 0, 0)], True),
+    (dict(models_max=0, budget={"vram": 3}), [("a", 1, 1), ("b", 1, 2)], True),
+    (dict(models_max=0, budget={"vram": 3}), [("a", 1, 2), ("b", 1, 2)], False),
+    (dict(models_max=0, budget={"vram": 3}), [("a", 1, 4)], False),
+    (dict(models_max=1, budget={"vram": 3}), [("a", 1, 1), ("b", 1, 1)], False),
+    (dict(models_max=0, budget={"vram": 3}), [("a", 1, 2), ("asleep", 0, 2)], False),
+    (dict(models_max=0, budget={"ram": 3}), [("a", 1, 9)], True),
+    (dict(models_max=0, sets=SETS), "ab", True),
+    (dict(models_max=0, sets=SETS), "bc", True),
+    (dict(models_max=0, sets=SETS), "ac", False),
+    (dict(models_max=0, sets=SETS), "abc", False),
+    (dict(models_max=0, sets=SETS), "d", True),
+    (dict(models_max=0, sets=SETS), "ad", False),
+    (dict(models_max=0, sets=SETS), ["a", "b", ("asleep", 0, 1)], True),
+    (dict(models_max=0, sets=SETS), ["d", ("remote", 0, 0)], True),
+]
+
+
+@pytest.mark.parametrize("limits, held, expected", ALLOWED)
+def test_limits_allow(limits, held, expected):
+    rows = [(each, 1, 0) if isinstance(each, str) else each for each in held]
+    holdings = [
+        llmswap.Holding(name, places, {"vram": vram} if vram else {})
+        for name, places, vram in rows
+    ]
+    assert llmswap.Limits(**limits).allow(holdings) is expected
+
+
+GAPS = [
+    # pauses seen; cost of a swap; gap
+    ([], 1.0, 0.005),
+    ([0.1], 1.0, 0.2),
+    ([0.1, 0.2], 1.0, 0.4),
+    ([0.1, 5.0], 1.0, 0.2),
+    ([0.1, 5.0, 5.0], 1.0, 0.005),
+    ([0.001], 1.0, 0.005),
+    ([0.25], 1.0, 0.005),
+    ([0.25], 2.0, 0.5),
+    ([0.1] + [9.0] * 8, 1.0, 0.005),
+    ([9.0] * 8 + [0.1] * 4, 1.0, 0.2),
+    ([0.1], 0.0, 0.005),
+]
+
+
+@pytest.mark.parametrize("pauses, cost, expected", GAPS)
+def test_return_gap(pauses, cost, expected):
+    slot = slot_of("a")
+    slot.pauses.extend(pauses)
+    assert slot.return_gap(cost) == expected
+
+
+COSTS = [
+    # last stop and last load of the victim; last load of the newcomer; cost
+    (None, None, None, 1.0),
+    (0.25, 2.0, 3.0, 5.25),
+    (None, 2.0, 3.0, 5.0),
+    (0.25, 2.0, None, 2.25),
+    (0.25, None, 0.25, 1.0),
+    (0.25, 0.25, 0.25, 0.75),
+    (9.0, 20.0, 20.0, 30.0),
+    (0.0, 0.0, 0.0, 0.0),
+]
+
+
+@pytest.mark.parametrize("stop, load, newcomers_load, expected", COSTS)
+def test_swap_cost(stop, load, newcomers_load, expected):
+    victim = slot_of("a", stop_seconds=stop, load_seconds=load)
+    assert victim.swap_cost(slot_of("b", load_seconds=newcomers_load)) == expected
+
+
+# -- stories -----------------------------------------------------------------------
+
+
+class Stage:
+    """A scheduler on which every event is followed by a decision, told in words.
+
+    Models are given as "a b" or as name=dict(of its Spec). Tickets are numbered from 1.
+    """
+
+    def __init__(self, names="", limits=None, **specs):
+        specs = {name: llmswap.Spec(**spec) for name, spec in specs.items()}
+        specs.update((name, llmswap.Spec()) for name in names.split())
+        self.specs = specs
+        self.core = llmswap.Scheduler(llmswap.Limits(**(limits or {})), specs)
+        self.words = []
+
+    def decide(self, now):
+        self.words = [in_words(each) for each in self.core.decide(now)]
+        return self.words
+
+    def ask(self, name, now, **kind):
+        ticket = self.core.submit(name, now, **kind)
+        self.decide(now)
+        return ticket
+
+    def release(self, ticket, now):
+        self.core.release(ticket, now)
+        return self.decide(now)
+
+    def withdraw(self, ticket, now):
+        self.core.withdraw(ticket, now)
+        return self.decide(now)
+
+    def loaded(self, name, now):
+        self.core.loaded(name, self.core.slots[name].generation, now)
+        return self.decide(now)
+
+    def slept(self, name, now):
+        self.core.slept(name, self.core.slots[name].generation, now)
+        return self.decide(now)
+
+    def exited(self, name, now, failure=None):
+        self.core.exited(name, self.core.slots[name].generation, now, failure)
+        return self.decide(now)
+
+    def unload(self, name, now):
+        self.core.unload(name, now, llmswap.Unloaded(name))
+        return self.decide(now)
+
+    def configure(self, now, changed=(), limits=None, **specs):
+        specs = {name: llmswap.Spec(**spec) for name, spec in specs.items()}
+        self.core.configure(
+            llmswap.Limits(**limits) if limits else self.core.limits,
+            specs,
+            changed,
+            lambda name: llmswap.UnknownModel(f"there is no model {name!r}"),
+        )
+        return self.decide(now)
+
+    def serve(self, name, begin, end):
+        """Load the model if need be, in no time, and serve one request of it."""
+        ticket = self.ask(name, begin)
+        self.loaded(name, begin)
+        self.release(ticket, end)
+
+    def busy(self, name, now):
+        """Load the model if need be, in no time, and leave one request in flight."""
+        ticket = self.ask(name, now)
+        self.loaded(name, now)
+        assert ticket.outcome is llmswap.GRANTED
+        return ticket
+
+    def fail(self, name, times, now):
+        """Let so many loads of the model fail at once."""
+        for _ in range(times):
+            self.ask(name, now)
+            self.exited(name, now, BROKEN)
+            now = max(now, self.core.slots[name].retry_at)
+
+    def put_to_sleep(self, name, newcomer, now):
+        """Load the newcomer, in no time, in place of one that can sleep."""
+        ticket = self.ask(newcomer, now)
+        assert self.words == [f"sleep {name} for {newcomer}"]
+        assert self.slept(name, now) == [f"start {newcomer}"]
+        self.loaded(newcomer, now)
+        self.release(ticket, now)
+
+    def state(self, name):
+        return self.core.slots[name].state.value
+
+
+def in_words(decision):
+    if isinstance(decision, llmswap.Grant):
+        return f"grant {decision.ticket.number}"
+    if isinstance(decision, llmswap.Refuse):
+        return f"refuse {decision.ticket.number}: {decision.problem.code}"
+    if isinstance(decision, llmswap.Start):
+        return f"{'wake' if decision.is_wake else 'start'} {decision.name}"
+    aim = f" for {decision.newcomer}" if decision.newcomer else ""
+    return f"{'sleep' if decision.to_sleep else decision.cause} {decision.name}{aim}"
+
+
+# 1: one start, and the ticket is reserved
+
+
+def test_forty_waiters_cause_one_start():
+    stage = Stage("a")
+    starts = []
+    for i in range(40):
+        stage.ask("a", now=i / 100)
+        starts += stage.words
+    assert starts == ["start a"]
+    assert stage.loaded("a", now=0.5) == [f"grant {i + 1}" for i in range(40)]
+
+
+def test_a_ticket_is_reserved_before_its_model_is_ready():
+    stage = Stage("a b", limits=dict(patience=0))
+    first = stage.ask("a", now=0)
+    stage.ask("b", now=0.1)
+    assert stage.words == []
+    assert stage.loaded("a", now=0.5) == ["grant 1"]
+    assert stage.release(first, now=0.6) == ["evicted a for b"]
+
+
+# 2: what may be loaded together
+
+
+def test_who_joins_a_load_that_another_left_is_served_even_in_strict_order():
+    stage = Stage("a b", limits=dict(patience=0))
+    gone = stage.ask("a", now=0)
+    stage.ask("b", now=1)
+    joined = stage.core.submit("a", 2)
+    assert stage.withdraw(gone, now=2) == []
+    assert stage.loaded("a", now=3) == ["grant 3"]
+    assert stage.release(joined, now=4) == ["evicted a for b"]
+
+
+def test_at_most_models_max_are_loaded():
+    stage = Stage("a b c", limits=dict(models_max=2))
+    stage.busy("a", now=0)
+    stage.busy("b", now=0)
+    stage.ask("c", now=0.1)
+    assert stage.words == []
+
+
+def test_what_is_needed_fits_the_budget():
+    limits = dict(models_max=0, budget={"vram": 24})
+    stage = Stage("x", limits, a=dict(needs={"vram": 16}), b=dict(needs={"vram": 16}))
+    stage.busy("a", now=0)
+    stage.ask("x", now=0)
+    assert stage.words == ["start x"]
+    stage.ask("b", now=0)
+    assert stage.words == []
+
+
+def test_only_members_of_one_set_are_loaded_together():
+    stage = Stage("a b c", dict(models_max=0, sets=(frozenset("ab"), frozenset("bc"))))
+    stage.busy("a", now=0)
+    stage.ask("b", now=0)
+    assert stage.words == ["start b"]
+    stage.ask("c", now=0)
+    assert stage.words == []
+
+
+def test_a_model_in_no_set_is_loaded_alone():
+    stage = Stage("a b loner", dict(models_max=0, sets=(frozenset("ab"),)))
+    stage.serve("a", 0, 1)
+    stage.ask("loner", now=9)
+    assert stage.words == ["evicted a for loner"]
+    assert stage.exited("a", now=10) == ["start loner"]
+
+
+def test_a_model_counts_until_its_process_is_gone():
+    stage = Stage("a b")
+    stage.serve("a", 0, 1)
+    stage.ask("b", now=9)
+    assert stage.words == ["evicted a for b"]
+    assert stage.decide(now=10) == []
+    assert stage.exited("a", now=11) == ["start b"]
+
+
+NAPS = dict(can_sleep=True, needs={"vram": 8}, sleep_needs={"vram": 2})
+
+
+def test_a_sleeping_model_holds_its_sleep_needs_and_no_place():
+    limits = dict(models_max=1, budget={"vram": 8})
+    stage = Stage("", limits, naps=NAPS, small=dict(needs={"vram": 6}))
+    stage.serve("naps", 0, 1)
+    stage.ask("small", now=9)
+    assert stage.words == ["sleep naps for small"]
+    assert stage.slept("naps", now=10) == ["start small"]
+    assert stage.loaded("small", now=11) == ["grant 2"]
+    assert stage.state("naps") == "sleeping"
+
+
+def test_a_model_is_stopped_where_even_asleep_it_is_in_the_way():
+    limits = dict(models_max=1, budget={"vram": 8})
+    stage = Stage("", limits, naps=NAPS, big=dict(needs={"vram": 7}))
+    stage.serve("naps", 0, 1)
+    stage.ask("big", now=9)
+    assert stage.words == ["sleep naps for big"]
+    assert stage.slept("naps", now=9) == ["evicted naps for big"]
+    assert stage.exited("naps", now=10) == ["start big"]
+
+
+def test_waking_is_a_start():
+    stage = Stage("b", naps=dict(can_sleep=True))
+    stage.serve("naps", 0, 1)
+    stage.put_to_sleep("naps", newcomer="b", now=9)
+    stage.ask("naps", now=20)
+    assert stage.words == ["evicted b for naps"]
+    assert stage.exited("b", now=21) == ["wake naps"]
+    assert stage.loaded("naps", now=22) == ["grant 3"]
+
+
+def test_a_server_that_put_itself_to_sleep_keeps_its_place():
+    stage = Stage("a b")
+    stage.serve("a", 0, 1)
+    assert stage.slept("a", now=5) == []
+    stage.ask("b", now=9)
+    assert stage.words == ["evicted a for b"]
+    assert stage.exited("a", now=10) == ["start b"]
+
+
+def test_nothing_starts_until_adopted_models_fit():
+    stage = Stage("a b c")
+    stage.core.found("a", now=0)
+    stage.core.found("b", now=0)
+    stage.ask("c", now=9)
+    assert stage.words == ["evicted a for c", "evicted b for c"]
+    assert stage.exited("a", now=10) == []
+    assert stage.exited("b", now=11) == ["start c"]
+
+
+# 3: who goes
+
+
+def test_an_idle_model_goes_before_a_busy_one():
+    stage = Stage("a b c", dict(models_max=2))
+    stage.busy("a", now=0)
+    stage.serve("b", 0, 1)
+    stage.ask("c", now=9)
+    assert stage.words == ["evicted b for c"]
+
+
+def test_a_model_somebody_has_just_asked_for_counts_as_busy():
+    stage = Stage("a b c", dict(models_max=2, patience=0))
+    stage.serve("a", 0, 1)
+    stage.serve("b", 0, 2)
+    stage.core.submit("c", 9)
+    stage.ask("a", now=9)
+    assert stage.words == ["grant 4", "evicted b for c"]
+
+
+def test_nobody_is_evicted_for_room_that_is_on_its_way():
+    stage = Stage("a b c", dict(models_max=2))
+    stage.serve("a", 0, 1)
+    stage.serve("b", 0, 2)
+    assert stage.unload("b", now=8) == ["unload b"]
+    stage.ask("c", now=9)
+    assert stage.words == []
+    assert stage.exited("b", now=10) == ["start c"]
+
+
+def test_the_least_recently_granted_goes():
+    stage = Stage("a b c", dict(models_max=2))
+    stage.serve("a", 0, 3)
+    stage.serve("b", 1, 2)
+    stage.ask("c", now=9)
+    assert stage.words == ["evicted a for c"]
+
+
+def test_a_pinned_model_is_never_evicted():
+    stage = Stage("a b", dict(models_max=2), pinned=dict(is_pinned=True))
+    stage.serve("pinned", 0, 1)
+    stage.serve("a", 2, 3)
+    stage.ask("b", now=9)
+    assert stage.words == ["evicted a for b"]
+
+
+def test_a_model_that_loads_for_someone_is_never_evicted():
+    stage = Stage("a b", dict(patience=0))
+    stage.ask("a", now=0)
+    stage.ask("b", now=1)
+    assert stage.words == []
+    assert stage.decide(now=100) == []
+
+
+def test_requests_in_flight_drain_first():
+    stage = Stage("a b", dict(patience=0))
+    first = stage.busy("a", now=0)
+    stage.ask("b", now=1)
+    assert stage.decide(now=100) == []
+    assert stage.release(first, now=101) == ["evicted a for b"]
+
+
+def test_nothing_is_evicted_for_a_model_that_backs_off():
+    stage = Stage("a broken")
+    for now in range(3):
+        stage.ask("broken", now)
+        stage.exited("broken", now, llmswap.StartFailed("no such file"))
+    stage.serve("a", 2, 2.1)
+    stage.ask("broken", now=2.9)
+    assert stage.words == ["refuse 5: model_backing_off"]
+    assert stage.state("a") == "loaded"
+
+
+def test_victims_once_draining_stay_chosen():
+    stage = Stage("a b c", dict(models_max=2, patience=0))
+    first, second = stage.busy("a", now=0), stage.busy("b", now=1)
+    stage.ask("c", now=2)
+    assert stage.release(second, now=3) == []
+    stage.ask("a", now=4)
+    assert stage.words == []
+    assert stage.release(first, now=5) == ["evicted a for c"]
+
+
+def test_victims_stay_chosen_when_more_comes_in_the_way():
+    stage = Stage("a b c", dict(patience=0))
+    stage.busy("a", now=0)
+    stage.ask("b", now=1)
+    stage.core.found("c", now=2)
+    assert stage.decide(now=2) == ["evicted c for b"]
+    stage.ask("a", now=3)
+    assert stage.words == []
+
+
+def test_a_victim_that_has_gone_owes_its_next_life_to_nobody():
+    sizes = dict(a=1, b=1, c=3, d=2)
+    specs = {name: dict(needs={"vram": size}) for name, size in sizes.items()}
+    stage = Stage("", dict(models_max=0, budget={"vram": 4}), **specs)
+    for now, name in enumerate("abd"):
+        stage.serve(name, now, now + 1)
+    stage.ask("c", now=9)
+    assert stage.words == ["evicted a for c", "evicted d for c"]
+    stage.exited("a", now=10)
+    stage.exited("b", now=11)  # by itself; d takes its time
+    stage.ask("a", now=12)
+    assert stage.words == ["start a"]
+    assert stage.exited("d", now=13) == ["start c"]
+
+
+def test_victims_serve_again_when_the_ticket_is_withdrawn():
+    stage = Stage("a b", dict(patience=0))
+    stage.busy("a", now=0)
+    impatient = stage.ask("b", now=1)
+    stage.ask("a", now=2)
+    assert stage.words == []
+    assert stage.withdraw(impatient, now=3) == ["grant 3"]
+
+
+def test_victims_serve_again_when_the_ticket_times_out():
+    stage = Stage("a b", dict(patience=0, queue_timeout=5))
+    first = stage.busy("a", now=0)
+    stage.ask("b", now=1)
+    stage.core.release(first, now=6)
+    assert stage.decide(now=6) == ["refuse 2: queue_timeout"]
+    assert stage.state("a") == "loaded"
+
+
+# 4: patience
+
+
+def test_a_busy_victim_serves_new_requests_until_patience_ends():
+    stage = Stage("a b", dict(patience=5))
+    first = stage.busy("a", now=0)
+    stage.ask("b", now=10)
+    second = stage.ask("a", now=14.9)
+    assert stage.words == ["grant 3"]
+    assert stage.core.look_again == 15
+    assert stage.decide(now=15) == []
+    stage.ask("a", now=15.1)
+    assert stage.words == []
+    stage.release(first, now=16)
+    assert stage.release(second, now=17) == ["evicted a for b"]
+
+
+def test_patience_is_learned_from_what_a_swap_costs():
+    stage = Stage("a b")
+    stage.ask("a", now=0)
+    stage.loaded("a", now=3)
+    stage.ask("b", now=10)
+    assert stage.core.look_again == 13
+
+
+def test_what_a_swap_costs_includes_the_stop():
+    stage = Stage("a b")
+    for now, name in ((0, "a"), (10, "b"), (20, "a")):
+        ticket = stage.ask(name, now)
+        if now:
+            stage.exited("b" if name == "a" else "a", now + 0.25)
+        stage.loaded(name, now + 1.25)
+        if now < 20:
+            stage.release(ticket, now + 2)
+    stage.ask("b", now=30)
+    assert stage.core.look_again == 30 + 0.25 + 1.0 + 1.0
+
+
+def test_patience_counts_from_readiness_if_that_is_later_than_the_arrival():
+    stage = Stage("a b", dict(patience=5))
+    stage.ask("a", now=0)
+    stage.ask("b", now=1)
+    stage.loaded("a", now=20)
+    assert stage.core.look_again == 25
+
+
+def test_a_victim_silent_for_its_return_gap_drains_before_patience_ends():
+    stage = Stage("a b", dict(patience=5))
+    first = stage.busy("a", now=0)
+    stage.ask("b", now=1)
+    assert stage.release(first, now=2) == []
+    assert stage.core.look_again == 2.005
+    assert stage.decide(now=2.005) == ["evicted a for b"]
+
+
+def test_a_victim_is_waited_for_as_long_as_its_clients_use_to_pause():
+    stage = Stage("a b")
+    for now in range(8):
+        stage.serve("a", now + 0.1, now + 1)
+    last = stage.busy("a", now=8.1)
+    stage.ask("b", now=8.2)
+    stage.release(last, now=8.3)
+    assert stage.core.look_again == pytest.approx(8.5)
+
+
+def test_pauses_are_kept_across_loads():
+    stage = Stage("a")
+    stage.serve("a", 0, 1)
+    stage.unload("a", now=1)
+    stage.exited("a", now=1)
+    stage.serve("a", 1.1, 2)
+    assert list(stage.core.slots["a"].pauses) == [pytest.approx(0.1)]
+
+
+def test_a_pause_begins_when_the_last_client_has_left_answered_or_not():
+    stage = Stage("a")
+    stage.withdraw(stage.ask("a", now=0), now=1)
+    stage.ask("a", now=1.5)
+    assert list(stage.core.slots["a"].pauses) == [0.5]
+
+
+def test_a_victim_that_was_idle_for_long_goes_at_once():
+    stage = Stage("a b", dict(patience=5))
+    stage.serve("a", 0, 1)
+    stage.ask("b", now=1.1)
+    assert stage.words == ["evicted a for b"]
+
+
+def test_patience_zero_is_strict_order():
+    stage = Stage("a b", dict(patience=0))
+    first = stage.busy("a", now=0)
+    stage.ask("b", now=1)
+    stage.ask("a", now=2)
+    assert stage.words == []
+    assert stage.release(first, now=3) == ["evicted a for b"]
+    assert stage.exited("a", now=4) == ["start b"]
+    assert stage.loaded("b", now=5) == ["grant 2"]
+
+
+# 5: order
+
+
+def test_tickets_of_one_model_are_granted_in_order():
+    stage = Stage("", a=dict(concurrency=1))
+    first = stage.busy("a", now=0)
+    second = stage.ask("a", now=1)
+    stage.ask("a", now=2)
+    assert stage.words == []
+    assert stage.release(first, now=3) == ["grant 2"]
+    assert stage.release(second, now=4) == ["grant 3"]
+
+
+def test_a_draining_model_grants_its_tickets_older_than_the_one_it_drains_for():
+    stage = Stage("b", dict(patience=0), a=dict(concurrency=1))
+    first = stage.busy("a", now=0)
+    second = stage.ask("a", now=1)
+    stage.ask("b", now=2)
+    stage.ask("a", now=3)
+    assert stage.release(first, now=4) == ["grant 2"]
+    assert stage.release(second, now=5) == ["evicted a for b"]
+
+
+def test_a_younger_ticket_never_takes_the_room_an_older_one_waits_for():
+    half, large = dict(needs={"vram": 4}), dict(needs={"vram": 6})
+    stage = Stage("", dict(models_max=0, budget={"vram": 8}), a=half, b=large, c=half)
+    ticket = stage.busy("a", now=0)
+    stage.ask("b", now=0)
+    stage.ask("c", now=0)  # fits beside a, but not beside b
+    assert stage.words == []
+    assert stage.release(ticket, now=1) == ["evicted a for b"]
+    assert stage.exited("a", now=3) == ["start b"]
+
+
+def test_a_younger_ticket_may_pass_one_that_it_does_not_hinder():
+    limits = dict(models_max=0, budget={"vram": 8})
+    large, small = dict(needs={"vram": 6}), dict(needs={"vram": 1})
+    stage = Stage("", limits, a=large, b=large, small=small)
+    stage.busy("a", now=0)
+    stage.ask("b", now=0)
+    assert stage.words == []
+    stage.ask("small", now=0)
+    assert stage.words == ["start small"]
+
+
+def test_nobody_goes_for_a_younger_ticket_before_the_older_one_has_its_way():
+    sizes = dict(a=6, idle=4, b=5, c=5)
+    specs = {name: dict(needs={"vram": size}) for name, size in sizes.items()}
+    stage = Stage("", dict(models_max=0, budget={"vram": 10}, patience=5), **specs)
+    stage.serve("idle", 0, 1)
+    ticket = stage.busy("a", now=2)
+    stage.ask("b", now=9)
+    stage.ask("c", now=10)
+    assert stage.words == []
+    assert stage.decide(now=14) == ["evicted idle for c"]
+    assert stage.release(ticket, now=15) == ["evicted a for b"]
+
+
+def test_a_model_that_takes_no_room_never_waits_for_any():
+    stage = Stage("a b c", remote=dict(takes_place=False))
+    stage.busy("a", now=0)
+    stage.ask("b", now=0)
+    stage.ask("c", now=0)
+    assert stage.words == []
+    stage.ask("remote", now=0)
+    assert stage.words == ["start remote"]
+
+
+# 6: clients and loads that nobody waits for
+
+
+def test_a_client_that_goes_away_leaves_the_queue_at_once():
+    stage = Stage("a b")
+    stage.busy("a", now=0)
+    waiting = stage.ask("b", now=0)
+    assert stage.withdraw(waiting, now=0.1) == []
+    assert stage.core.queued == 0
+    assert stage.decide(now=60) == []
+
+
+def test_a_load_that_nobody_waits_for_goes_on():
+    stage = Stage("a")
+    gone = stage.ask("a", now=0)
+    assert stage.withdraw(gone, now=1) == []
+    assert stage.loaded("a", now=2) == []
+    assert stage.state("a") == "loaded"
+
+
+def test_a_load_that_nobody_waits_for_is_killed_for_another():
+    stage = Stage("a b")
+    gone = stage.ask("a", now=0)
+    stage.ask("b", now=1)
+    assert stage.withdraw(gone, now=1.5) == ["abandoned a for b"]
+    assert stage.exited("a", now=3) == ["start b"]
+
+
+def test_idle_time_counts_from_the_end_of_the_last_request():
+    stage = Stage("", a=dict(idle_timeout=60))
+    ticket = stage.busy("a", now=0)
+    assert stage.decide(now=90) == []
+    stage.release(ticket, now=100)
+    assert stage.core.look_again == 160
+    assert stage.decide(now=160) == ["idle a"]
+
+
+def test_idle_time_counts_from_readiness():
+    stage = Stage("", a=dict(idle_timeout=60))
+    gone = stage.ask("a", now=0)
+    stage.withdraw(gone, now=1)
+    stage.loaded("a", now=50)
+    assert stage.core.look_again == 110
+    assert stage.decide(now=110) == ["idle a"]
+
+
+def test_a_pinned_model_is_not_unloaded_when_idle():
+    stage = Stage("", a=dict(idle_timeout=60, is_pinned=True))
+    stage.serve("a", 0, 1)
+    assert stage.decide(now=1000) == []
+
+
+# 7: failure
+
+
+BROKEN = llmswap.StartFailed("exit status 1: out of memory")
+
+
+def test_everyone_who_waits_for_a_failed_start_is_refused_with_its_reason():
+    stage = Stage("a b")
+    first, second = stage.ask("a", now=0), stage.ask("a", now=0.5)
+    stage.exited("a", now=1, failure=BROKEN)
+    assert first.outcome is second.outcome is BROKEN
+    assert BROKEN.may_retry is False
+
+
+def test_after_three_failures_in_a_row_starts_are_spaced():
+    stage, now, spaces = Stage("a"), 0.0, []
+    for _ in range(10):
+        stage.ask("a", now)
+        assert stage.words == ["start a"]
+        stage.exited("a", now, BROKEN)
+        now = max(now, stage.core.slots["a"].retry_at)
+        spaces.append(now)
+    steps = [after - before for before, after in zip([0.0] + spaces, spaces)]
+    assert steps == [0, 0, 1, 2, 4, 8, 16, 32, 60, 60]
+
+
+def test_requests_in_between_are_told_when_to_come_back():
+    stage = Stage("a")
+    stage.fail("a", times=4, now=0)
+    ticket = stage.ask("a", now=1.5)
+    problem = ticket.outcome
+    assert (problem.status, problem.retry_after) == (503, 2)
+    assert str(BROKEN) in str(problem)
+
+
+def test_a_load_by_hand_resets_the_spacing():
+    stage = Stage("a")
+    stage.fail("a", times=4, now=0)
+    stage.ask("a", now=0.5, is_by_hand=True)
+    assert stage.words == ["start a"]
+
+
+def test_a_load_that_succeeds_resets_the_spacing():
+    stage = Stage("a")
+    stage.fail("a", times=2, now=0)
+    stage.serve("a", 0, 1)
+    stage.exited("a", now=1)
+    stage.fail("a", times=2, now=2)
+    stage.ask("a", now=2)
+    assert stage.words == ["start a"]
+
+
+def test_a_backend_that_dies_later_is_loaded_again_for_those_who_wait():
+    stage = Stage("", a=dict(concurrency=1))
+    stage.busy("a", now=0)
+    stage.ask("a", now=1)
+    assert stage.exited("a", now=2, failure=llmswap.BackendDied("signal 9")) == [
+        "start a"
+    ]
+    assert stage.loaded("a", now=3) == ["grant 2"]
+
+
+# 8: keep_alive
+
+
+def test_keep_alive_zero_unloads_once_nothing_is_in_flight_or_waiting():
+    stage = Stage("", a=dict(concurrency=1))
+    first = stage.busy("a", now=0)
+    stage.core.keep_alive("a", 0)
+    second = stage.ask("a", now=1)
+    assert stage.release(first, now=2) == ["grant 2"]
+    assert stage.release(second, now=3) == ["idle a"]
+
+
+def test_keep_alive_below_zero_never_unloads():
+    stage = Stage("", a=dict(idle_timeout=60))
+    ticket = stage.busy("a", now=0)
+    stage.core.keep_alive("a", -1)
+    assert stage.release(ticket, now=1) == []
+    assert stage.core.look_again == math.inf
+
+
+def test_keep_alive_holds_until_the_model_unloads():
+    stage = Stage("", a=dict(idle_timeout=60))
+    ticket = stage.busy("a", now=0)
+    stage.core.keep_alive("a", 5)
+    stage.release(ticket, now=1)
+    assert stage.decide(now=6) == ["idle a"]
+    stage.exited("a", now=7)
+    stage.serve("a", 10, 11)
+    assert stage.core.look_again == 71
+
+
+# 9: loose leases
+
+
+def test_a_loose_lease_is_not_drained_for():
+    stage = Stage("a b")
+    stage.serve("a", 0, 1)
+    websocket = stage.ask("a", now=1, is_loose=True)
+    assert stage.words == ["grant 2"]
+    stage.ask("b", now=9)
+    assert stage.words == ["evicted a for b"]
+    stage.exited("a", now=10)
+    assert stage.release(websocket, now=10) == []
+    assert stage.core.slots["a"].loose == 0
+
+
+def test_a_loose_lease_takes_no_turn_and_keeps_its_model_from_being_idle():
+    stage = Stage("", a=dict(concurrency=1, idle_timeout=60))
+    websocket = stage.ask("a", now=0, is_loose=True)
+    stage.loaded("a", now=0)
+    first = stage.ask("a", now=1)
+    assert stage.words == ["grant 2"]
+    stage.release(first, now=2)
+    assert stage.decide(now=1000) == []
+    stage.release(websocket, now=1000)
+    assert stage.decide(now=1060) == ["idle a"]
+
+
+# 10: by hand, and the end
+
+
+def test_unload_by_hand_gives_requests_in_flight_their_stop_timeout():
+    stage = Stage("", a=dict(stop_timeout=10))
+    stage.busy("a", now=0)
+    assert stage.unload("a", now=5) == []
+    assert stage.core.look_again == 15
+    assert stage.decide(now=15) == ["unload a"]
+
+
+def test_unload_by_hand_asked_for_twice_gives_no_more_time():
+    stage = Stage("", a=dict(stop_timeout=10))
+    stage.busy("a", now=0)
+    stage.unload("a", now=5)
+    assert stage.unload("a", now=14) == []
+    assert stage.decide(now=15) == ["unload a"]
+
+
+def test_unload_by_hand_ends_as_soon_as_the_requests_do():
+    stage = Stage("a")
+    ticket = stage.busy("a", now=0)
+    stage.unload("a", now=5)
+    stage.ask("a", now=6)
+    assert stage.words == []
+    assert stage.release(ticket, now=7) == ["unload a"]
+    assert stage.exited("a", now=8) == ["start a"]
+
+
+def test_unload_by_hand_refuses_those_who_wait_for_the_load():
+    stage = Stage("a")
+    ticket = stage.ask("a", now=0)
+    assert stage.unload("a", now=1) == ["refuse 1: model_unloaded", "unload a"]
+    assert (ticket.outcome.status, ticket.outcome.may_retry) == (503, False)
+
+
+def test_what_is_loaded_by_hand_serves_nobody_and_stays():
+    stage = Stage("a b")
+    stage.ask("a", now=0, is_by_hand=True)
+    assert stage.words == ["start a"]
+    assert stage.loaded("a", now=1) == ["grant 1"]
+    assert stage.core.in_flight == 0
+    stage.ask("b", now=2)
+    assert stage.words == ["evicted a for b"]
+
+
+def test_who_waits_behind_a_load_by_hand_waits_no_longer_than_for_the_silence():
+    stage = Stage("a b", dict(patience=5))
+    stage.serve("a", 0, 1)
+    stage.core.submit("b", 1.001)
+    stage.ask("a", now=1.001, is_by_hand=True)
+    assert stage.words == ["grant 3"]
+    assert stage.core.look_again == pytest.approx(1.006)
+
+
+def test_at_the_end_the_queue_is_refused_and_those_in_flight_may_end():
+    stage = Stage("a b")
+    stage.busy("a", now=0)
+    stage.ask("b", now=1)
+    stage.core.close(llmswap.ShuttingDown())
+    assert stage.decide(now=2) == ["refuse 2: shutting_down"]
+    stage.ask("a", now=3)
+    assert stage.words == ["refuse 3: shutting_down"]
+    stage.core.stop_all(now=30)
+    assert stage.decide(now=30) == ["shutdown a"]
+
+
+# a new configuration
+
+
+def test_a_changed_model_drains_and_is_replaced_and_its_tickets_wait():
+    stage = Stage("a")
+    ticket = stage.busy("a", now=0)
+    assert stage.configure(1, changed=["a"], a=dict(concurrency=3)) == []
+    stage.ask("a", now=2)
+    assert stage.words == []
+    assert stage.release(ticket, now=3) == ["reload a"]
+    assert stage.exited("a", now=4) == ["start a"]
+    assert stage.core.slots["a"].spec.concurrency == 3
+
+
+def test_a_removed_model_drains_and_goes_and_its_tickets_are_refused():
+    stage = Stage("", a=dict(concurrency=1))
+    ticket = stage.busy("a", now=0)
+    stage.ask("a", now=1)
+    assert stage.configure(2, b={}) == ["refuse 2: model_not_found"]
+    assert stage.release(ticket, now=3) == ["reload a"]
+    stage.exited("a", now=4)
+    assert list(stage.core.slots) == ["b"]
+
+
+def test_a_request_that_comes_too_late_for_a_removed_model_is_refused():
+    stage = Stage("a")
+    stage.busy("a", now=0)
+    stage.configure(1, b={})
+    stage.ask("a", now=2)
+    assert stage.words == ["refuse 2: model_not_found"]
+
+
+def test_an_unchanged_model_is_not_touched_by_a_reload():
+    stage = Stage("a b")
+    stage.busy("a", now=0)
+    assert stage.configure(1, changed=["b"], a={}, b={}) == []
+    stage.ask("a", now=2)
+    assert stage.words == ["grant 2"]
+
+
+def test_a_model_removed_and_named_again_before_it_went_is_replaced():
+    stage = Stage("a")
+    ticket = stage.busy("a", now=0)
+    stage.configure(1, b={})
+    stage.configure(2, a={}, b={})
+    stage.ask("a", now=3)
+    assert stage.release(ticket, now=4) == ["reload a"]
+    assert stage.exited("a", now=5) == ["start a"]
+
+
+def test_lower_limits_cut_nothing_and_let_nothing_start_until_it_fits():
+    stage = Stage("a b c", dict(models_max=2))
+    first, second = stage.busy("a", now=0), stage.busy("b", now=0)
+    assert stage.configure(1, limits=dict(models_max=1), a={}, b={}, c={}) == []
+    stage.ask("c", now=2)
+    stage.decide(now=4)
+    stage.release(first, now=5)
+    assert stage.release(second, now=6) == ["evicted b for c"]
+    assert stage.exited("a", now=7) == []
+    assert stage.exited("b", now=8) == ["start c"]
+
+
+# late news, and the queue's limits
+
+
+def test_news_of_an_old_load_never_touches_a_new_one():
+    stage = Stage("a")
+    ticket = stage.busy("a", now=0)
+    old = ticket.generation
+    stage.exited("a", now=1)
+    stage.ask("a", now=2)
+    for news in (stage.core.loaded, stage.core.slept, stage.core.exited):
+        news("a", old, 3)
+    stage.core.release(ticket, 3)
+    assert stage.decide(now=3) == []
+    assert stage.state("a") == "loading"
+    assert stage.loaded("a", now=4) == ["grant 2"]
+
+
+def test_a_model_that_was_removed_and_comes_back_has_new_generations():
+    stage = Stage("a")
+    old = stage.busy("a", now=0).generation
+    stage.configure(1, b={})
+    stage.exited("a", now=2)
+    stage.configure(3, a={}, b={})
+    assert stage.busy("a", now=4).generation > old
+
+
+def test_readiness_that_comes_after_the_order_to_stop_is_too_late():
+    stage = Stage("a")
+    stage.ask("a", now=0)
+    stage.unload("a", now=1)
+    assert stage.loaded("a", now=2) == []
+    assert stage.state("a") == "unloading"
+
+
+def test_falling_asleep_by_itself_does_not_call_off_a_stop():
+    stage = Stage("a b")
+    stage.serve("a", 0, 1)
+    stage.ask("b", now=9)
+    assert stage.slept("a", now=9.1) == []
+    assert stage.state("a") == "unloading"
+    assert stage.exited("a", now=10) == ["start b"]
+
+
+def test_news_of_a_sleep_that_comes_after_the_wake_changes_nothing():
+    limits = dict(models_max=2, budget={"vram": 8})
+    stage = Stage("b", limits, naps=NAPS, small=dict(needs={"vram": 4}))
+    stage.serve("naps", 0, 1)
+    stage.slept("naps", now=5)
+    gone = stage.ask("naps", now=6)
+    assert stage.words == ["wake naps"]
+    stage.slept("naps", now=7)
+    stage.withdraw(gone, now=7)
+    stage.ask("small", now=8)
+    assert stage.words == ["abandoned naps for small"]
+
+
+def test_the_youngest_are_refused_when_the_queue_is_full():
+    stage = Stage("a b", dict(queue_max=2))
+    stage.busy("a", now=0)
+    for _ in range(3):
+        stage.ask("b", now=0)
+    assert stage.words == ["refuse 4: queue_full"]
+    stage.ask("a", now=0)
+    assert stage.words == ["grant 5"]
+
+
+def test_nothing_goes_or_starts_for_a_ticket_that_finds_the_queue_full():
+    stage = Stage("a b c d", dict(models_max=3, queue_max=1))
+    stage.serve("a", 0, 1)
+    stage.busy("b", now=0)
+    stage.ask("c", now=9)
+    stage.ask("d", now=9)
+    assert stage.words == ["refuse 4: queue_full"]
+
+
+def test_a_ticket_waits_no_longer_than_the_queue_timeout():
+    stage = Stage("a b", dict(queue_timeout=5, patience=60))
+    stage.busy("a", now=0)
+    stage.ask("b", now=1)
+    assert stage.core.look_again == 6
+    assert stage.decide(now=6) == ["refuse 2: queue_timeout"]
+
+
+# -- the world outside: clients in closed loops --------------------------------------
+
+
+class World:
+    """What surrounds a scheduler: a clock, backends that take time, requests that end.
+
+    `seconds(what, name)` says how long a load, stop, sleep, wake or request takes.
+    `witness(decision)` sees each decision before it is carried out.
+    """
+
+    def __init__(self, scheduler, seconds, witness=lambda decision: None):
+        self.scheduler = scheduler
+        self.seconds = seconds
+        self.witness = witness
+        self.now = 0.0
+        self.lives = {}  # name -> Life
+        self.starts = collections.Counter()
+        self._agenda = []
+        self._numbers = itertools.count()
+
+    def after(self, seconds, action, *arguments):
+        moment = self.now + seconds
+        heapq.heappush(self._agenda, (moment, next(self._numbers), action, arguments))
+
+    def next_moment(self):
+        planned = self._agenda[0][0] if self._agenda else math.inf
+        return min(planned, self.scheduler.look_again)
+
+    def run(self, until=math.inf):
+        """Let time pass, a decision following each event, until nothing is planned."""
+        while self.next_moment() <= until and self.next_moment() < math.inf:
+            self.step()
+        self.now = max(self.now, until) if until < math.inf else self.now
+
+    def step(self):
+        self.now = max(self.now, self.next_moment())
+        if self._agenda and self._agenda[0][0] <= self.now:
+            _, _, action, arguments = heapq.heappop(self._agenda)
+            action(*arguments)
+        self.turn()
+
+    def turn(self):
+        decisions = self.scheduler.decide(self.now)
+        for decision in decisions:
+            self.witness(decision)
+            self._carry_out(decision)
+        return decisions
+
+    def _carry_out(self, decision):
+        if isinstance(decision, llmswap.Start):
+            self._start(decision)
+        elif isinstance(decision, llmswap.Stop):
+            self._stop(self.lives[decision.name], decision.to_sleep)
+        elif decision.ticket.waiter is not None:
+            decision.ticket.waiter(decision)
+
+    def _start(self, order):
+        self.starts[order.name] += 1
+        if order.is_wake:
+            life = self.lives[order.name]
+        else:
+            life = self.lives[order.name] = Life(order.name, order.generation)
+        life.obey("loading")
+        what = "wake" if order.is_wake else "load"
+        self.after(self.seconds(what, life.name), self._come_up, life, life.orders)
+
+    def _stop(self, life, to_sleep):
+        life.obey("falling asleep" if to_sleep else "ending")
+        action, what = (self._sleep, "sleep") if to_sleep else (self.end, "stop")
+        self.after(self.seconds(what, life.name), action, life, life.orders)
+
+    def _come_up(self, life, orders):
+        if life.orders == orders:
+            life.phase, life.ready_at = "up", self.now
+            self.scheduler.loaded(life.name, life.generation, self.now)
+
+    def _sleep(self, life, orders):
+        if life.orders == orders:
+            life.phase = "asleep"
+            self.scheduler.slept(life.name, life.generation, self.now)
+
+    def end(self, life, orders, failure=None):
+        """The backend's process is gone, unless it had another order meanwhile."""
+        if life.orders == orders and self.lives.get(life.name) is life:
+            del self.lives[life.name]
+            self.scheduler.exited(life.name, life.generation, self.now, failure)
+
+
+class Life:
+    """One life of a backend: loading, up, falling asleep, asleep, ending, gone."""
+
+    def __init__(self, name, generation, phase="loading"):
+        self.name = name
+        self.generation = generation
+        self.phase = phase
+        self.orders = 0
+        self.has_served = False
+        self.was_asleep = False  # when it was told to stop
+        self.ready_at = -math.inf
+
+    def obey(self, phase):
+        self.phase = phase
+        self.orders += 1
+
+
+class Client:
+    """Asks, waits, is served, thinks, and asks again, so many times."""
+
+    def __init__(self, world, name, requests, thinking=0.0, begins=0.0):
+        self.world, self.name, self.left = world, name, requests
+        self.thinking = thinking
+        self.waits = []
+        world.after(begins, self._ask)
+
+    def _ask(self):
+        self.left -= 1
+        self.asked = self.world.now
+        ticket = self.world.scheduler.submit(self.name, self.world.now)
+        ticket.waiter = self._served
+
+    def _served(self, grant):
+        self.waits.append(self.world.now - self.asked)
+        seconds = self.world.seconds("request", self.name)
+        self.world.after(seconds, self._done, grant.ticket)
+
+    def _done(self, ticket):
+        self.world.scheduler.release(ticket, self.world.now)
+        if self.left:
+            self.world.after(self.thinking, self._ask)
+
+
+def world_of(names, load=0.5, stop=0.02, request=0.05, **limits):
+    """A world in which each load, stop and request takes that many seconds."""
+    specs = {name: llmswap.Spec() for name in names}
+    scheduler = llmswap.Scheduler(llmswap.Limits(**limits), specs)
+    takes = {"load": load, "stop": stop, "request": request}
+    return World(scheduler, lambda what, name: takes[what])
+
+
+def loads_of_two_groups(thinking, patience=None, clients=3, requests=10):
+    """How many loads two groups of clients, one to a model, need for their work."""
+    world = world_of("ab", patience=patience)
+    group = [
+        Client(world, name, requests, thinking, begins=i / 100)
+        for i, name in enumerate("ab" * clients)
+    ]
+    world.run()
+    assert all(len(client.waits) == requests for client in group)
+    return sum(world.starts.values())
+
+
+def test_two_groups_of_clients_in_closed_loops_need_few_loads():
+    assert loads_of_two_groups(thinking=0) <= 3
+
+
+def test_clients_that_think_between_requests_do_not_make_models_swap_at_each():
+    assert loads_of_two_groups(thinking=0.1) <= 10
+    assert loads_of_two_groups(thinking=0.1, clients=1, requests=30) <= 12
+
+
+def test_in_strict_order_the_same_clients_swap_at_each_request():
+    assert loads_of_two_groups(thinking=0.1, patience=0) == 60
+
+
+def test_overlapping_clients_keep_another_waiting_for_two_swaps_and_a_drain():
+    world = world_of("ab", load=0.5, stop=0.02, request=1.0)
+    for i in range(3):
+        Client(world, "a", 60, begins=i / 3)
+    other = Client(world, "b", 5, begins=10.0)
+    world.run()
+    swap = 0.5 + 0.02 + 0.5
+    assert max(other.waits) <= 2 * swap + 1.0 + 1e-9
+
+
+def test_forty_clients_at_once_cause_one_start():
+    world = world_of("a")
+    for i in range(40):
+        Client(world, "a", 1, begins=i / 100)
+    world.run()
+    assert world.starts == {"a": 1}
+
+
+# -- speed ---------------------------------------------------------------------------
+
+
+def calls_of_a_decision(limits, tickets, models=500, loaded=20):
+    """How many Python calls it takes to decide nothing, everybody waiting for room."""
+    names = [f"m{i}" for i in range(models)]
+    specs = {name: llmswap.Spec(needs={"vram": 1}) for name in names}
+    core = llmswap.Scheduler(llmswap.Limits(**limits, queue_max=0), specs)
+    for name in names[:loaded]:
+        core.submit(name, 0.0)
+        core.loaded(name, core.decide(0.0)[0].generation, 0.0)
+        core.decide(0.0)
+    for name in itertools.islice(itertools.cycle(names[loaded:]), tickets):
+        core.submit(name, 0.0)
+    core.decide(0.1)
+    calls = []
+    sys.setprofile(lambda frame, event, what: event == "call" and calls.append(1))
+    core.decide(0.2)
+    sys.setprofile(None)
+    assert core.queued == tickets
+    return len(calls)
+
+
+@pytest.mark.parametrize(
+    "limits", [dict(models_max=20), dict(models_max=0, budget={"vram": 20})]
+)
+def test_a_decision_takes_time_in_proportion_to_the_queue(limits):
+    some, twice = (calls_of_a_decision(limits, tickets) for tickets in (500, 1000))
+    assert twice < 2.5 * some
+    assert some < 20_000
+
+
+# -- the random walk -----------------------------------------------------------------
+
+
+NAMES = "abcdef"
+LONGEST = {"load": 3.0, "wake": 1.0, "stop": 2.0, "sleep": 1.0, "request": 4.0}
+WALK_SECONDS = float(os.environ.get("WALK_SECONDS", 2))
+WALK_SEED = int(os.environ.get("WALK_SEED", 1))
+
+
+def random_limits(rng):
+    budget = rng.choice(({}, {"vram": 8}, {"vram": 8, "ram": 6}))
+    sets = rng.choice(((), (), ("ab", "bcd", "ef"), ("abc", "cde")))
+    return llmswap.Limits(
+        models_max=rng.choice((0, 1, 1, 2, 3)),
+        budget=budget,
+        sets=tuple(frozenset(each) for each in sets),
+        patience=rng.choice((None, None, 0.0, 0.5, 5.0)),
+        queue_max=rng.choice((0, 2, 6, 512)),
+        queue_timeout=rng.choice((0.0, 0.0, 0.0, 3.0, 10.0)),
+    )
+
+
+def random_spec(rng, limits):
+    needs = {
+        resource: rng.randint(1, amount)
+        for resource, amount in limits.budget.items()
+        if rng.random() < 0.8
+    }
+    return llmswap.Spec(
+        needs=needs,
+        sleep_needs={each: rng.randint(0, needs[each]) // 2 for each in needs},
+        takes_place=rng.random() < 0.85,
+        is_pinned=rng.random() < 0.15,
+        can_sleep=rng.random() < 0.3,
+        concurrency=rng.choice((0, 0, 1, 2)),
+        idle_timeout=rng.choice((0.0, 0.0, 0.5, 5.0)),
+        stop_timeout=rng.choice((0.0, 1.0, 10.0)),
+    )
+
+
+def demand(name, spec):
+    return llmswap.Holding(name, int(spec.takes_place), spec.needs)
+
+
+def usable(limits, specs):
+    """Those of the specs that fit beside all pinned ones, as the configuration does it.
+
+    A model that could not be pinned beside the other pinned ones is not pinned.
+    """
+    pins, fit = [], {}
+    for name, spec in specs.items():
+        if spec.is_pinned and limits.allow(pins + [demand(name, spec)]):
+            pins.append(demand(name, spec))
+        else:
+            specs = {**specs, name: spec._replace(is_pinned=False)}
+    for name, spec in specs.items():
+        others = [pin for pin in pins if pin.name != name]
+        if limits.allow(others + [demand(name, spec)]):
+            fit[name] = spec
+    return fit
+
+
+class Walk:
+    """Random events upon a scheduler in its own world, and a judge of what it does.
+
+    What the judge knows it has seen itself: it reads the scheduler's counters only to
+    compare them with its own. A calm walk has clients and time, and no other events.
+    """
+
+    def __init__(self, seed, is_calm=False):
+        self.rng = random.Random(seed)
+        self.is_calm = is_calm
+        limits = random_limits(self.rng)
+        if is_calm:
+            limits = limits._replace(queue_max=0, queue_timeout=0.0)
+        self.budget = limits.budget
+        self.specs = usable(limits, self._random_specs(limits))
+        self.core = llmswap.Scheduler(limits, self.specs)
+        self.world = World(self.core, self._seconds, self._judge)
+        self.holds = {}  # name -> the spec of what is held
+        self.waiting = {}  # number -> Ticket
+        self.leases = {}  # number -> (Ticket, Life)
+        self.bounds = {}  # number -> the moment by which it must be settled
+        self.cut_at = {}  # Life -> when its leases may be cut
+        self.departing = set()  # lives that are to go, by hand or for a reload
+        self.replaced = set()  # those that go for a reload
+        self.newest = collections.defaultdict(int)  # name -> generation
+        self.failures = collections.Counter()
+        self.retry_at = {}
+        self.is_closed = False
+        self.story = collections.deque(maxlen=60)
+
+    def _random_specs(self, limits):
+        names = NAMES[: self.rng.randint(2, len(NAMES))]
+        return {name: random_spec(self.rng, limits) for name in names}
+
+    def _seconds(self, what, name):
+        return self.rng.uniform(0.01, LONGEST[what])
+
+    # events
+
+    def run(self, steps):
+        for _ in range(steps):
+            self.rng.choice(self._calm_events if self.is_calm else self._events)(self)
+            if self.rng.random() < 0.85:
+                self.turn()
+        self.turn()
+        self.run_out()
+
+    def run_out(self):
+        """Let every request end; whoever waits must be settled within its bound."""
+        for number, (ticket, _) in list(self.leases.items()):
+            self.world.after(self._seconds("request", ""), self._release, number)
+        self._bound_all()
+        while self.waiting or self.leases:
+            moment = self.world.next_moment()
+            assert moment < math.inf, self.tell("stuck")
+            self._note(f"-- time {moment:.3f}")
+            self.world.now = max(self.world.now, moment)
+            self._run_agenda()
+            self.turn()
+
+    def _run_agenda(self):
+        agenda = self.world._agenda
+        while agenda and agenda[0][0] <= self.world.now:
+            _, _, action, arguments = heapq.heappop(agenda)
+            action(*arguments)
+
+    def _pass_time(self):
+        until = self.world.now + self.rng.choice((0.0, 0.004, 0.1, 1.0, 5.0))
+        while self.world.next_moment() <= until:
+            self._note(f"-- time {self.world.next_moment():.3f}")
+            self.world.now = max(self.world.now, self.world.next_moment())
+            self._run_agenda()
+            self.turn()
+        self.world.now = until
+
+    def _submit(self):
+        if not self.specs:
+            return
+        name = self.rng.choice(sorted(self.specs))
+        kind = self.rng.choice(({}, {}, {}, dict(is_loose=True), dict(is_by_hand=True)))
+        ticket = self.core.submit(name, self.world.now, **kind)
+        ticket.waiter = self._settled
+        self.waiting[ticket.number] = ticket
+        if ticket.is_by_hand:
+            self._forgive(name)
+        self._note(f"submit {ticket} {kind}")
+        if self.is_calm:
+            self.bounds[ticket.number] = self._bound(ticket)
+
+    def _withdraw(self):
+        candidates = list(self.waiting.values()) + [t for t, _ in self.leases.values()]
+        if candidates:
+            ticket = self.rng.choice(candidates)
+            self._note(f"withdraw {ticket}")
+            self.core.withdraw(ticket, self.world.now)
+            self._forget(ticket.number)
+
+    def _forget(self, number):
+        for where in (self.waiting, self.leases, self.bounds):
+            where.pop(number, None)
+
+    def _release(self, number):
+        if number in self.leases:
+            ticket, _ = self.leases.pop(number)
+            self._note(f"release {ticket}")
+            self.core.release(ticket, self.world.now)
+
+    def _crash(self):
+        """A backend ends by itself, in whatever state it is."""
+        if self.world.lives:
+            life = self.rng.choice(list(self.world.lives.values()))
+            failure = self.rng.choice((None, BROKEN))
+            self._note(f"crash {life.name} while {life.phase}: {failure}")
+            self._learn_of_end(life)
+            life.orders += 1
+            self.world.end(life, life.orders, failure)
+
+    def _learn_of_end(self, life):
+        if life.phase == "up":
+            self._forgive(life.name)
+        if life.phase == "loading":
+            self.failures[life.name] += 1
+            surplus = self.failures[life.name] - 3
+            if surplus >= 0:
+                self.retry_at[life.name] = self.world.now + min(60.0, 2.0**surplus)
+        if life in self.replaced:
+            self._forgive(life.name)
+
+    def _forgive(self, name):
+        self.failures[name], self.retry_at[name] = 0, -math.inf
+
+    def _doze(self):
+        """A backend that nobody uses goes to sleep, or wakes, by its own choice."""
+        for life in self.world.lives.values():
+            if life.phase == "up" and not self._in_flight(life):
+                self._note(f"{life.name} falls asleep by itself")
+                life.phase = "asleep"
+                return self.core.slept(life.name, life.generation, self.world.now)
+            if life.phase == "asleep" and not self._spec(life).can_sleep:
+                self._note(f"{life.name} wakes by itself")
+                life.phase = "up"
+                return self.core.loaded(life.name, life.generation, self.world.now)
+
+    def _late_news(self):
+        """News that has crossed with an order, or is of a life long gone."""
+        news = self.rng.choice((self.core.loaded, self.core.slept))
+        for life in self.world.lives.values():
+            if life.phase == "ending":
+                self._note(f"late {news.__name__} {life.name}")
+                news(life.name, life.generation, self.world.now)
+        name = self.rng.choice(NAMES)
+        life = self.world.lives.get(name)
+        if self.newest[name] and life is None or self.newest[name] > 1:
+            old = self.newest[name] if life is None else life.generation - 1
+            news = self.rng.choice((news, self.core.exited))
+            news(name, old, self.world.now)
+
+    def _find(self):
+        for name in sorted(self.specs):
+            slot = self.core.slots[name]
+            if name not in self.world.lives and not slot.waiting:
+                generation = self.core.found(name, self.world.now)
+                self._note(f"found {name}")
+                self.world.lives[name] = Life(name, generation, "up")
+                self.holds[name] = self.specs[name]
+                self.newest[name] = generation
+                return
+
+    def _unload(self):
+        name = self.rng.choice(sorted(self.core.slots) or ["none"])
+        if name in self.core.slots:
+            self._note(f"unload {name}")
+            self.core.unload(name, self.world.now, llmswap.Unloaded(name))
+            life = self.world.lives.get(name)
+            if life is not None and life not in self.cut_at:
+                self.departing.add(life)
+                timeout = self._spec(life).stop_timeout
+                self.cut_at[life] = self.world.now + timeout
+
+    def _keep_alive(self):
+        if self.specs:
+            seconds = self.rng.choice((-1, 0, 0.3, 4))
+            self.core.keep_alive(self.rng.choice(sorted(self.specs)), seconds)
+
+    def _configure(self):
+        """A reload: new limits, and models changed, removed, added or as they were."""
+        limits = self.rng.choice((self.core.limits, random_limits(self.rng)))
+        less = self.rng.choice((0, 0, 3))
+        budget = {each: amount - less for each, amount in self.budget.items()}
+        limits = limits._replace(budget=budget)
+        fresh = self._random_specs(limits)
+        mixed = {**self.specs, **fresh}
+        for name in sorted(mixed):
+            if name in self.specs and self.rng.random() < 0.5:
+                mixed[name] = self.specs[name]
+            elif self.rng.random() < 0.3:
+                del mixed[name]
+        specs = usable(limits, mixed)
+        changed = [
+            name
+            for name in specs
+            if self._has_changed(name, specs) or self.rng.random() < 0.1
+        ]
+        self._note(f"configure {limits} {specs} changed {changed}")
+        self.core.configure(limits, specs, changed, llmswap.UnknownModel)
+        for name, life in self.world.lives.items():
+            if name in changed or name not in specs:
+                self.departing.add(life)
+                self.replaced.add(life)
+            elif life not in self.replaced:
+                self.holds[name] = specs[name]
+        for name in set(changed) | set(self.specs) - set(specs):
+            self._forgive(name)
+        self.specs = specs
+        self._bound_all()
+
+    def _has_changed(self, name, specs):
+        old, new = self.specs.get(name), specs[name]
+        free = dict(is_pinned=False, concurrency=0, idle_timeout=0)
+        return old is None or old._replace(**free) != new._replace(**free)
+
+    def _close(self):
+        if self.rng.random() < 0.02:
+            self._note("close")
+            self.is_closed = True
+            self.core.close(llmswap.ShuttingDown())
+
+    def _stop_all(self):
+        if self.is_closed:
+            self._note("stop all")
+            self.core.stop_all(self.world.now)
+            self.cut_at.update(dict.fromkeys(self.world.lives.values(), -math.inf))
+            self.departing.update(self.world.lives.values())
+
+    _calm_events = [_submit] * 4 + [_withdraw] + [_pass_time] * 4
+    _events = _calm_events * 3 + [
+        _crash, _crash, _doze, _late_news, _find, _unload, _keep_alive, _keep_alive,
+        _configure, _close, _stop_all,
+    ]  # fmt: skip
+
+    # the judge
+
+    def turn(self):
+        for life in self.world.lives.values():
+            if life.phase == "up":
+                self._forgive(life.name)
+        decisions = self.world.turn()
+        self._judge_starts([d for d in decisions if isinstance(d, llmswap.Start)])
+        self._judge_counters()
+        self._judge_queue()
+        self._judge_rest()
+        return decisions
+
+    def _note(self, text):
+        self.story.append(f"{self.world.now:9.3f}  {text}")
+
+    def tell(self, fault):
+        return "\n".join([fault, str(self.core.limits), str(self.specs), *self.story])
+
+    def expect(self, truth, fault):
+        if not truth:
+            raise AssertionError(self.tell(fault))
+
+    def _judge(self, decision):
+        self._note(in_words(decision))
+        judge = {
+            llmswap.Grant: self._judge_grant,
+            llmswap.Refuse: self._judge_refusal,
+            llmswap.Start: self._judge_start,
+            llmswap.Stop: self._judge_stop,
+        }
+        judge[type(decision)](decision)
+
+    def _spec(self, life):
+        return self.holds[life.name]
+
+    def _waiting_for(self, name):
+        return [each for each in self.waiting.values() if each.slot.name == name]
+
+    def _in_flight(self, life):
+        leases = self.leases.values()
+        return [each for each, of in leases if of is life and not each.is_loose]
+
+    def _judge_grant(self, grant):
+        ticket, name = grant.ticket, grant.ticket.slot.name
+        life = self.world.lives.get(name)
+        self.expect(life is not None and life.phase == "up", "granted, but not loaded")
+        self.expect(ticket.generation == life.generation, "granted of another life")
+        self.expect(life not in self.departing, "granted by one that is to go")
+        oldest = min(each.number for each in self._waiting_for(name))
+        self.expect(ticket.number == oldest, "granted out of order")
+        concurrency = self.specs[name].concurrency
+        if concurrency and not ticket.is_loose and not ticket.is_by_hand:
+            self.expect(len(self._in_flight(life)) < concurrency, "one too many")
+
+    def _judge_refusal(self, refusal):
+        ticket, problem = refusal.ticket, refusal.problem
+        self.expect(isinstance(problem, llmswap.Problem), "refused without a reason")
+        self.expect(ticket.outcome is problem, "refused with two problems")
+
+    def _settled(self, decision):
+        ticket = self.waiting.pop(decision.ticket.number, None)
+        if ticket is None:
+            return  # refused at once, and withdrawn before anybody was told
+        bound = self.bounds.pop(ticket.number, math.inf)
+        self.expect(self.world.now <= bound + 1e-6, f"{ticket} waited beyond {bound}")
+        if isinstance(decision, llmswap.Grant):
+            life = self.world.lives[ticket.slot.name]
+            life.has_served = True
+            if not ticket.is_by_hand:
+                self.leases[ticket.number] = ticket, life
+                seconds = self._seconds("request", life.name)
+                self.world.after(seconds, self._release, ticket.number)
+
+    def _judge_start(self, start):
+        name, life = start.name, self.world.lives.get(start.name)
+        self.expect(self._waiting_for(name), "started for nobody")
+        self.expect(not self.is_closed, "started although closed")
+        self.expect(
+            self.world.now >= self.retry_at.get(name, -math.inf), "did not back off"
+        )
+        if start.is_wake:
+            self.expect(life.phase == "asleep", "woken, but it did not sleep")
+            self.expect(life.generation == start.generation, "woken as another")
+            self.expect(life not in self.departing, "woken, but it is to go")
+        else:
+            self.expect(life is None, "started twice")
+            self.expect(start.generation > self.newest[name], "an old generation")
+            self.newest[name] = start.generation
+            self.holds[name] = self.specs[name]
+
+    def _judge_starts(self, starts):
+        """After all decisions: what is held fits, and no older ticket was robbed."""
+        held = [self._held_by(life) for life in self.world.lives.values()]
+        for start in starts:
+            if demand("", self.holds[start.name])[1:] == (0, {}):
+                continue
+            self.expect(self.core.limits.allow(held), f"no room for {start.name}")
+            self._judge_precedence(start.name)
+
+    def _held_by(self, life):
+        spec = self._spec(life)
+        if life.phase == "asleep" or life.phase == "ending" and life.was_asleep:
+            places = int(spec.takes_place and not spec.can_sleep)
+            return llmswap.Holding(life.name, places, spec.sleep_needs)
+        return demand(life.name, spec)
+
+    def _judge_precedence(self, name):
+        """It fits beside what older tickets wait for and what cannot be moved."""
+        number = min(each.number for each in self._waiting_for(name))
+        older = {
+            each.slot.name: demand(each.slot.name, each.slot.spec)
+            for each in self.waiting.values()
+            if each.number < number
+        }
+        fixed = {
+            life.name: self._held_by(life)
+            for life in self.world.lives.values()
+            if life not in self.departing and self._is_fixed(life)
+        }
+        wanted = {**fixed, **older, name: demand(name, self.holds[name])}
+        self.expect(
+            self.core.limits.allow(wanted.values()), f"{name} started before its turn"
+        )
+
+    def _is_fixed(self, life):
+        loads_for = self._waiting_for(life.name) if life.phase == "loading" else []
+        return self.specs[life.name].is_pinned or bool(loads_for)
+
+    def _judge_stop(self, stop):
+        life = self.world.lives[stop.name]
+        life.was_asleep = life.phase == "asleep"
+        self.expect(stop.generation == life.generation, "stopped another")
+        self.expect(life.phase in ("loading", "up", "asleep"), "stopped twice")
+        busy = self._in_flight(life)
+        judge = {
+            "unload": self._judge_unload,
+            "shutdown": self._judge_unload,
+            "reload": self._judge_reload,
+            "idle": self._judge_idle,
+            "evicted": self._judge_eviction,
+            "abandoned": self._judge_eviction,
+        }
+        judge[stop.cause](stop, life, busy)
+        if not stop.to_sleep:
+            self.departing.add(life)
+
+    def _judge_unload(self, stop, life, busy):
+        is_time = self.world.now >= self.cut_at[life] or life.phase == "loading"
+        self.expect(not busy or is_time, "cut before its time")
+
+    def _judge_reload(self, stop, life, busy):
+        self.expect(life in self.departing, "no reload removed or changed it")
+        self.expect(not busy, "a reload cut a request")
+
+    def _judge_idle(self, stop, life, busy):
+        users = [each for each, of in self.leases.values() if of is life]
+        self.expect(not users and not self._waiting_for(life.name), "it was not idle")
+        self.expect(not self.specs[life.name].is_pinned, "it was pinned")
+
+    def _judge_eviction(self, stop, life, busy):
+        name = life.name
+        self.expect(not busy, "evicted while busy")
+        self.expect(not self.specs[name].is_pinned, "evicted though pinned")
+        newcomers = self._waiting_for(stop.newcomer)
+        self.expect(newcomers, "evicted for nobody")
+        waiters = self._waiting_for(name)
+        is_loading = life.phase == "loading"
+        self.expect(is_loading == (stop.cause == "abandoned"), "a wrong cause")
+        self.expect(not (is_loading and waiters), "killed while loading for someone")
+        for waiter in waiters:
+            is_older = waiter.number < min(each.number for each in newcomers)
+            self.expect(not is_older or life.phase == "asleep", "an older one waited")
+            is_reserved = waiter.arrived <= life.ready_at and not life.has_served
+            self.expect(not is_reserved, "evicted before it served")
+
+    def _judge_counters(self):
+        for name, slot in self.core.slots.items():
+            life = self.world.lives.get(name)
+            leases = [each for each, of in self.leases.values() if of is life]
+            loose = sum(each.is_loose for each in leases)
+            facts = len(self._waiting_for(name)), len(leases) - loose, loose
+            counted = slot.waiting, slot.in_flight, slot.loose
+            self.expect(counted == facts, f"{name} counts {counted}, not {facts}")
+            self.expect(slot.is_held == (life is not None), f"{name} is not held")
+        self.expect(self.core.queued == len(self.waiting), "a wrong length of queue")
+
+    def _judge_queue(self):
+        limits = self.core.limits
+        self.expect(not self.is_closed or not self.waiting, "waits at a closed door")
+        self.expect(
+            not limits.queue_max or len(self.waiting) <= limits.queue_max, "too long"
+        )
+        for ticket in self.waiting.values():
+            waited = self.world.now - ticket.arrived
+            self.expect(
+                not limits.queue_timeout or waited < limits.queue_timeout + 1e-9,
+                f"{ticket} waits too long",
+            )
+
+    def _judge_rest(self):
+        """Having decided, there is nothing to decide, and something will happen."""
+        look_again = self.core.look_again
+        again = self.core.decide(self.world.now)
+        self.expect(not again, f"decided more on second thoughts: {again}")
+        self.expect(self.core.look_again == look_again, "looks again at another time")
+        self.expect(look_again > self.world.now, "looks again at once")
+        moving = ("loading", "ending", "falling asleep")
+        lives = self.world.lives.values()
+        self.expect(
+            not self.waiting
+            or look_again < math.inf
+            or any(life.phase in moving or self._in_flight(life) for life in lives),
+            "stuck",
+        )
+
+    # bounds
+
+    def _bound_all(self):
+        for ticket in self.waiting.values():
+            self.bounds[ticket.number] = self._bound(ticket)
+
+    def _bound(self, ticket):
+        """When the ticket must have been settled if nothing but requests interferes."""
+        ahead = [each for each in self.waiting.values() if each.number < ticket.number]
+        models = {each.slot.name for each in ahead} | {ticket.slot.name}
+        patience = self.core.limits.patience
+        if patience is None:
+            patience = max(1.0, 2 * LONGEST["load"] + LONGEST["stop"])
+        drain, stop = LONGEST["request"], LONGEST["sleep"] + LONGEST["stop"]
+        swap = patience + drain + stop + LONGEST["load"]
+        queue = (len(ahead) + len(self.leases) + 1) * LONGEST["request"]
+        return self.world.now + (len(models) + 1) * swap + queue
+
+
+@pytest.mark.parametrize("is_calm", [False, True])
+def test_a_random_walk_over_all_events(is_calm):
+    ends = time.monotonic() + WALK_SECONDS / 2
+    for seed in itertools.count(WALK_SEED):
+        walk = Walk(seed, is_calm)
+        try:
+            walk.run(steps=150)
+        except Exception as error:
+            raise AssertionError(f"seed {seed}, is_calm={is_calm}") from error
+        if time.monotonic() > ends:
+            return
+
+
+os.environ["LLMSWAP"] = "/work/main/llmswap.py"
+sys.dont_write_bytecode = True
+
+
+# ==================================================================================
+# 4  Backends
+# ==================================================================================
+
+
+class Life:
+    """One life of a model's backend in this process, told by its callbacks."""
+
+    def __init__(self, model, guard, settle_timeout=0.0):
+        self.backend = llmswap.ProcessBackend(model, guard, settle_timeout)
+        self.news = queue.SimpleQueue()
+        self.backend.on_loaded = lambda _: self.news.put(("loaded", None))
+        self.backend.on_exited = lambda _, problem: self.news.put(("exited", problem))
+        self.backend.on_line = lambda _: None
+        self.backend.start()
+
+    def loaded(self):
+        """Wait until it is ready."""
+        event, problem = self.news.get(timeout=10)
+        assert event == "loaded", problem
+        return self.backend
+
+    def exited(self):
+        """Wait for its end and return its problem."""
+        event, problem = self.news.get(timeout=10)
+        assert event == "exited"
+        return problem
+
+    def stop(self):
+        self.backend.stop()
+        return self.exited()
+
+    def wrote(self, text):
+        return any(text in line for line in list(self.backend.lines))
+
+
+@pytest.fixture(scope="module")
+def guard():
+    guard = llmswap.Guard()
+    guard.start()
+    yield guard
+    guard.close()
+
+
+@pytest.fixture
+def begin(guard, tmp_path):
+    """Begin the life of a model [m] with these lines; what is left at the end is killed.
+
+    A word after the command is a flag of the fake server.
+    """
+    lives = []
+
+    def begin(*flags, settle=0.0, **keys):
+        model = model_of(tmp_path, *flags, **keys)
+        lives.append(Life(model, guard, settle))
+        return lives[-1]
+
+    yield begin
+    for life in lives:
+        life.backend.stop(at_once=True)
+        eventually(lambda life=life: not has_group(life.backend.pid))
+
+
+def model_of(folder, *flags, **keys):
+    """The model [m] of a file with these keys; without `cmd`, a fake server."""
+    keys = {name.replace("_", "-"): value for name, value in keys.items()}
+    if not {"cmd", "model"} & set(keys):
+        keys["cmd"] = fake_command(*flags)
+    path = folder / "m.ini"
+    path.write_text("[m]\n" + "".join(f"{n} = {v}\n" for n, v in keys.items()))
+    model = llmswap.load_config(str(path)).models["m"]
+    assert not model.problem, model.problem
+    return model
+
+
+def script(folder, text, name="script"):
+    """The command of a shell script."""
+    path = folder / name
+    path.write_text(text)
+    return f"/bin/sh {path} ${{PORT}}"
+
+
+def has_group(group):
+    """Whether any process of this group lives."""
+    for entry in filter(str.isdigit, os.listdir("/proc") if group else []):
+        found = llmswap.process_stat(int(entry))
+        if found and found.group == group and found.state != "Z":
+            return True
+    return False
+
+
+def get(port, path):
+    return ask(port, "GET", path).json()
+
+
+def test_a_free_port_is_outside_the_range_of_outgoing_connections():
+    low, high = llmswap._ephemeral_range()
+    ports = {llmswap.free_port() for _ in range(20)}
+    assert all(port >= 10000 and not low <= port <= high for port in ports)
+    assert len(ports) > 10
+
+
+def test_a_bell_wakes_a_poll_and_leaves_no_descriptor():
+    before = len(os.listdir("/proc/self/fd"))
+    bell = llmswap.Bell()
+    poll = llmswap.select.poll()
+    poll.register(bell)
+    for _ in range(70000):  # more than a pipe holds
+        bell.ring()
+    assert poll.poll(0)
+    del bell
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    "name, cwd, said",
+    [
+        ("no-such-program", None, "no program 'no-such-program' on the PATH"),
+        ("/no/such/file", None, "/no/such/file does not exist"),
+        ("./m.ini", "here", "m.ini is not executable"),
+    ],
+)
+def test_a_missing_program_is_found_before_the_start(tmp_path, name, cwd, said):
+    keys = {"cwd": tmp_path} if cwd else {}
+    model = model_of(tmp_path, cmd=f"{name} ${{PORT}}", **keys)
+    with pytest.raises(llmswap.StartFailed, match=re.escape(said)):
+        llmswap.check_start(model)
+
+
+def test_a_missing_model_file_is_found_before_the_start(tmp_path):
+    keys = {"model": tmp_path / "no.gguf", "llama-server": "/bin/true"}
+    with pytest.raises(llmswap.StartFailed, match="no.gguf does not exist"):
+        llmswap.check_start(model_of(tmp_path, **keys))
+
+
+def test_an_empty_command_is_a_failed_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("NOTHING", "")
+    keys = {"cmd": "${env.NOTHING}", "proxy": "http://127.0.0.1:1"}
+    with pytest.raises(llmswap.StartFailed, match="no program '' on the PATH"):
+        llmswap.check_start(model_of(tmp_path, **keys))
+
+
+def test_forty_callers_ask_a_binary_for_its_options_once(tmp_path):
+    asked = tmp_path / "asked"
+    binary = tmp_path / "server"
+    binary.write_text(f"#!/bin/sh\nsleep 0.2\necho x >>{asked}\n")
+    binary.chmod(0o755)
+    threads = [
+        threading.Thread(target=llmswap.options_of, args=(str(binary),))
+        for _ in range(40)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert asked.read_text() == "x\n"
+
+
+SURROUNDINGS = """\
+cat /proc/self/oom_score_adj
+ls /proc/self/fd
+grep ^Sig /proc/$$/status
+env
+exit 3
+"""
+
+
+def test_a_child_starts_in_clean_surroundings(begin, tmp_path, monkeypatch):
+    foreign = ("LISTEN_FDS LISTEN_PID NOTIFY_SOCKET WATCHDOG_USEC WATCHDOG_PID "
+               "LLAMA_API_KEY LLAMA_SERVER_ROUTER_PORT LLMSWAP_API_KEY "
+               "JOURNAL_STREAM").split()  # fmt: skip
+    for name in foreign:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("KEPT", "kept")
+    keys = {"cmd": script(tmp_path, SURROUNDINGS), "env.OTHER": "${PORT}"}
+    inherited = os.open("/dev/null", os.O_RDONLY)
+    os.set_inheritable(inherited, True)
+    life = begin(**keys, oom_score_adj=777)
+    problem = life.exited()
+    os.close(inherited)
+    assert "exited with status 3" in str(problem)
+    lines = list(life.backend.lines)
+    assert lines[0] == "777"
+    assert lines[1:5] == ["0", "1", "2", "3"]  # the last one is of ls itself
+    masks = dict(line.split(":\t") for line in lines if line.startswith("Sig"))
+    masks = {name: int(mask, 16) for name, mask in masks.items() if name != "SigQ"}
+    assert masks["SigBlk"] == masks["SigIgn"] == 0, masks
+    environment = dict(line.split("=", 1) for line in lines if "=" in line)
+    assert environment["KEPT"] == "kept"
+    assert environment["OTHER"] == str(life.backend.port)
+    assert not set(foreign) & set(environment)
+
+
+def test_a_life_from_spawn_to_a_stop(begin):
+    life = begin("--load", "0.05", "--model", "m")
+    backend = life.loaded()
+    stats = get(backend.port, "/stats")
+    assert stats["pid"] == backend.pid
+    assert stats["oom_score_adj"] == 1000
+    assert life.stop() is None
+    assert not has_group(backend.pid)
+    assert not backend.has_died(0)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--load-exit", "7"], "exited with status 7"),
+        (["--load-signal", "11"], "killed by signal 11 (SIGSEGV)"),
+    ],
+)
+def test_a_failed_load_is_told_with_its_reason_and_last_lines(begin, flags, said):
+    problem = begin("--lines", "1", *flags).exited()
+    assert f"m could not be started: {said}" in str(problem)
+    assert "load_tensors: layer 0 of 1" in str(problem)
+    assert problem.may_retry is False and problem.status == 502
+    assert problem.__traceback__ is None  # whose frames would keep descriptors open
+
+
+@pytest.mark.parametrize("status", [-9, 137])
+def test_a_kill_by_the_kernel_for_memory_is_told_as_such(begin, monkeypatch, status):
+    counts = iter([4, 5])
+    monkeypatch.setattr(llmswap, "oom_kills", lambda: next(counts))
+    flags = ["--load-signal", "9"] if status < 0 else ["--load-exit", "137"]
+    assert "killed by the kernel: out of memory" in str(begin(*flags).exited())
+
+
+def test_an_exit_is_noticed_at_once_while_loading_and_when_loaded(begin):
+    loading = begin("--load-hang")
+    eventually(lambda: loading.wrote("listening"))
+    os.kill(loading.backend.pid, signal.SIGKILL)
+    killed_at = time.monotonic()
+    assert "killed by signal 9" in str(loading.exited())
+    assert time.monotonic() - killed_at < 0.5
+    loaded = begin()
+    os.kill(loaded.loaded().pid, signal.SIGKILL)
+    assert loaded.backend.has_died(1.0)
+    assert "m ended by itself: killed by signal 9" in str(loaded.exited())
+
+
+def test_a_load_without_a_sign_of_progress_is_given_up(begin):
+    problem = begin("--load-hang", load_timeout=0.3).exited()
+    assert isinstance(problem, llmswap.LoadTimeout) and problem.status == 504
+    assert "no sign of progress for 0.3 s" in str(problem)
+
+
+def test_a_load_that_goes_on_writing_is_not_given_up(begin):
+    begin("--load", "0.9", "--lines", "9", load_timeout=0.6).loaded()
+
+
+def test_a_load_whose_memory_grows_is_not_given_up(begin, tmp_path):
+    grow = "import time\nkept = []\nfor i in range(40):\n"
+    grow += "    kept.append(b'x' * 2**20)\n    time.sleep(0.1)\n"
+    (tmp_path / "grow.py").write_text(grow)
+    life = begin(cmd=f"{sys.executable} -S {tmp_path}/grow.py", load_timeout=1.2,
+                 proxy="http://127.0.0.1:1")  # fmt: skip
+    with pytest.raises(queue.Empty):
+        life.news.get(timeout=1.7)
+
+
+def test_a_stop_while_loading_kills_without_grace(begin):
+    life = begin("--load-hang", "--ignore-term", "--grandchild")
+    eventually(lambda: life.wrote("listening"))
+    asked_at = time.monotonic()
+    assert life.stop() is None
+    assert time.monotonic() - asked_at < 1
+    assert not has_group(life.backend.pid)
+
+
+@pytest.mark.parametrize("delay", [0, 0.001, 0.003, 0.01, 0.02, 0.04, 0.08])
+def test_a_stop_at_any_moment_of_a_start_leaves_nothing(begin, delay):
+    life = begin("--load", "0.02")
+    threading.Event().wait(delay)
+    life.backend.stop()
+    news = life.news.get(timeout=5)
+    if news[0] == "loaded":
+        news = life.news.get(timeout=5)
+    assert news == ("exited", None)
+    assert not has_group(life.backend.pid)
+
+
+def test_who_ignores_sigterm_is_killed_after_its_stop_timeout(begin):
+    life = begin("--ignore-term", "--grandchild", stop_timeout=0.3)
+    life.loaded()
+    asked_at = time.monotonic()
+    assert life.stop() is None
+    assert 0.3 <= time.monotonic() - asked_at < 1.5
+    assert not has_group(life.backend.pid)
+
+
+def test_a_stop_can_be_hastened(begin):
+    life = begin("--ignore-term", stop_timeout=60)
+    life.loaded()
+    life.backend.stop()
+    life.backend.stop(at_once=True)
+    assert life.exited() is None
+
+
+def test_workers_that_outlive_their_leader_are_killed(begin):
+    life = begin("--grandchild")
+    backend = life.loaded()
+    worker = get(backend.port, "/stats")["grandchild"]
+    os.kill(backend.pid, signal.SIGKILL)
+    life.exited()
+    found = llmswap.process_stat(worker)
+    assert found is None or found.state == "Z"
+
+
+STOPPER = """\
+echo "$1 $2" >{told}
+kill -TERM $1
+sleep 0.2
+echo done >>{told}
+"""
+
+
+def test_a_stop_command_is_run_instead_and_may_finish(begin, tmp_path):
+    told = tmp_path / "told"
+    script(tmp_path, STOPPER.format(told=told))
+    life = begin(cmd_stop=f"/bin/sh {tmp_path}/script ${{PID}} ${{PORT}}")
+    backend = life.loaded()
+    assert life.stop() is None
+    assert told.read_text() == f"{backend.pid} {backend.port}\ndone\n"
+
+
+def test_a_stop_command_that_hangs_is_killed_with_what_it_started(begin, tmp_path):
+    script(tmp_path, f"echo $$ >{tmp_path}/pid; sleep 60; :")
+    life = begin(cmd_stop=f"/bin/sh {tmp_path}/script", stop_timeout=0.3)
+    life.loaded()
+    assert life.stop() is None
+    stopper = int((tmp_path / "pid").read_text())
+    eventually(lambda: not has_group(stopper))
+
+
+@pytest.mark.parametrize("command", ["/no/such/stopper", "'unclosed"])
+def test_a_stop_command_that_cannot_run_is_replaced_by_sigterm(guard, tmp_path, command):
+    model = model_of(tmp_path)
+    settings = model.settings._replace(cmd_stop=command)
+    life = Life(llmswap.replace(model, settings=settings), guard)
+    life.loaded()
+    assert life.stop() is None
+    assert not has_group(life.backend.pid)
+
+
+def test_a_server_that_closes_its_output_lives_on(begin, tmp_path):
+    command = fake_command()
+    life = begin(cmd=script(tmp_path, f"exec >&- 2>&-\nPORT=$1\nexec {command}"))
+    port = life.loaded().port
+    assert get(port, "/stats")["pid"] == life.backend.pid
+    cpu = time.process_time()
+    threading.Event().wait(0.2)
+    assert time.process_time() - cpu < 0.15  # nobody spins on the end of its output
+    assert life.stop() is None
+
+
+def test_a_flood_of_output_neither_blocks_it_nor_fills_the_memory(begin, tmp_path):
+    flood = "head -c 100000000 /dev/zero | tr '\\0' x; echo; echo over; exit 5"
+    life = begin(cmd=script(tmp_path, flood))
+    assert "exited with status 5" in str(life.exited())
+    assert life.backend.lines[-1] == "over"
+    assert max(map(len, life.backend.lines)) <= llmswap.LONGEST_LINE
+
+
+def test_who_left_the_group_and_floods_the_output_delays_nobody(begin, tmp_path):
+    text = f"echo $$ >{tmp_path}/pid; exec yes"
+    (tmp_path / "flood").write_text(text)
+    life = begin(cmd=script(tmp_path, f"setsid sh {tmp_path}/flood & sleep 0.1; exit 4"))
+    try:
+        assert "exited with status 4" in str(life.exited())
+    finally:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+# -- readiness and strangers
+
+
+def test_ready_is_who_accepts_if_there_is_no_check_endpoint(begin):
+    begin("--no-health", "--load", "0.05", "--bind-late", check_endpoint="none").loaded()
+
+
+def test_a_server_without_the_check_endpoint_is_never_ready(begin):
+    problem = begin("--no-health", load_timeout=0.4).exited()
+    assert isinstance(problem, llmswap.LoadTimeout)
+
+
+@contextlib.contextmanager
+def answering(*answers):
+    """A server that answers its connections one after the other; None: never."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        kept = []
+
+        def serve():
+            with contextlib.suppress(OSError):
+                for answer in answers:
+                    kept.append(listener.accept()[0])
+                    if answer is not None:
+                        kept[-1].recv(1000)
+                        kept.pop().sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield listener.getsockname()[1]
+
+
+def health_of(port, path="/health", may_ask=lambda: True, patience=2.0):
+    """What a health check finds in the end."""
+    upstream = llmswap.Upstream(f"http://127.0.0.1:{port}")
+    check = llmswap.HealthCheck(upstream, path, may_ask)
+    deadline = time.monotonic() + patience
+    while (found := check.advance()) is llmswap.Health.PENDING:
+        poll = llmswap.select.poll()
+        poll.register(check, check.events)
+        if not poll.poll(100) and time.monotonic() > deadline:
+            break
+    check.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    "answer, found",
+    [
+        (b"HTTP/1.1 200 OK\r\n\r\n", "READY"),
+        (b"HTTP/1.0 200 OK\r\n\r\n", "READY"),
+        (b"HTTP/1.1 503 Service Unavailable\r\n\r\n", "NOT_YET"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "NOT_YET"),
+        (b"HTTP", "NOT_YET"),
+        (b"", "NOT_YET"),
+    ],
+)
+def test_what_a_health_check_makes_of_an_answer(answer, found):
+    with answering(answer) as port:
+        assert health_of(port).name == found
+
+
+def test_a_health_check_that_nobody_answers_blocks_nobody():
+    with answering(None) as port:
+        assert health_of(port, patience=0.2) is llmswap.Health.PENDING
+    assert health_of(free_port()) is llmswap.Health.NOT_YET
+
+
+def test_a_health_check_waits_for_a_connection_that_takes_its_time():
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        port = full.getsockname()[1]
+        others = [socket.socket() for _ in range(3)]
+        for other in others:
+            other.setblocking(False)
+            other.connect_ex(("127.0.0.1", port))
+        assert health_of(port, patience=0.1) is llmswap.Health.PENDING
+        for other in others:
+            other.close()
+
+
+def test_a_health_check_survives_a_name_that_does_not_exist():
+    upstream = llmswap.Upstream("http://no-such-host.invalid:1")
+    check = llmswap.HealthCheck(upstream, "/health", lambda: True)
+    assert check.advance() is llmswap.Health.NOT_YET
+    check.close()
+
+
+def test_a_health_check_that_is_never_answered_is_asked_anew(begin, monkeypatch, tmp_path):
+    monkeypatch.setattr(llmswap, "HEALTH_PATIENCE", 0.1)
+    text = (
+        "import socket, sys\n"
+        "server = socket.create_server(('127.0.0.1', int(sys.argv[1])))\n"
+        "kept = [server.accept(), server.accept()]\n"
+        "while True:\n"
+        "    client, _ = server.accept()\n"
+        "    client.recv(1000)\n"
+        "    client.sendall(b'HTTP/1.1 200 OK\\r\\n\\r\\n')\n"
+        "    client.close()\n"
+    )
+    (tmp_path / "deaf.py").write_text(text)
+    begin(cmd=f"{sys.executable} -S {tmp_path}/deaf.py ${{PORT}}").loaded()
+
+
+STRANGER = """\
+import socket, sys
+if len(sys.argv) > 2:
+    sys.stdin.readline()
+server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+print("listening", flush=True)
+while True:
+    client, _ = server.accept()
+    client.settimeout(1)
+    try:
+        heard = client.recv(1000)
+    except OSError:
+        heard = b""
+    if heard:
+        print(heard, flush=True)
+        client.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 0\\r\\n\\r\\n")
+    client.close()
+"""
+
+
+def ticks():
+    """The time since boot, as /proc counts it."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK") - 1
+
+
+class Stranger:
+    """A process that takes a port, at once or when told, and tells what it hears."""
+
+    def __init__(self, port, *, is_late=False):
+        command = [sys.executable, "-I", "-S", "-c", STRANGER, str(port)]
+        self.port = port
+        self._process = subprocess.Popen(
+            command + ["late"] * is_late,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self.pid = self._process.pid
+        birth = llmswap.process_stat(self.pid).start
+        eventually(lambda: ticks() > birth)  # whoever is born now is younger
+        if not is_late:
+            self.listen()
+
+    def listen(self):
+        """Take the port now."""
+        self._process.stdin.write(b"\n")
+        self._process.stdin.flush()
+        assert self._process.stdout.readline() == b"listening\n"
+
+    def heard(self):
+        """Everything that anybody said to it; it ends."""
+        self._process.kill()
+        return self._process.communicate()[0]
+
+
+@pytest.fixture
+def first_port(monkeypatch):
+    """The port that is chosen first, whether it is free or not."""
+    port, really = free_port(), llmswap.free_port
+    ports = iter([port])
+    monkeypatch.setattr(llmswap, "free_port", lambda: next(ports, None) or really())
+    return port
+
+
+def kind_keys(kind, folder):
+    """What makes the model [m] a fake server of this kind."""
+    if kind == "cmd":
+        return {"cmd": fake_command("--bind-late", "--load", "0.15")}
+    (folder / "m.gguf").touch()
+    return {
+        "llama-server": fake_binary(folder),
+        "model": folder / "m.gguf",
+        "extra-args": "--bind-late --load 0.15",
+    }
+
+
+@pytest.mark.parametrize("kind", ["cmd", "llama-server"])
+def test_a_stranger_on_the_chosen_port_hears_nothing(begin, tmp_path, first_port, kind):
+    stranger = Stranger(first_port)
+    life = begin(**kind_keys(kind, tmp_path))
+    assert life.loaded().port != first_port
+    assert get(life.backend.port, "/stats")["pid"] == life.backend.pid
+    assert stranger.heard() == b""
+
+
+@pytest.mark.parametrize("kind", ["cmd", "llama-server"])
+def test_a_stranger_who_comes_during_the_load_hears_nothing(
+    begin, tmp_path, first_port, kind
+):
+    stranger = Stranger(first_port, is_late=True)
+    life = begin(**kind_keys(kind, tmp_path))
+    eventually(lambda: life.backend.pid)
+    stranger.listen()
+    assert life.loaded().port != first_port
+    assert stranger.heard() == b""
+
+
+def test_a_port_lost_within_a_moment_is_found_out_at_the_exit(
+    begin, tmp_path, first_port, monkeypatch
+):
+    check = llmswap.HealthCheck
+    nobody = llmswap.Upstream(f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setattr(
+        llmswap, "HealthCheck",
+        lambda upstream, *rest: check(
+            nobody if upstream.port == first_port else upstream, *rest
+        ),
+    )  # fmt: skip
+    stranger = Stranger(first_port)  # whom no health check sees
+    life = begin(cmd=fake_command())
+    assert life.loaded().port != first_port
+    assert stranger.heard() == b""
+
+
+def test_a_fixed_port_held_by_a_stranger_is_told(begin, tmp_path, monkeypatch):
+    monkeypatch.setattr(llmswap, "HEALTH_PATIENCE", 0.3)
+    port = free_port()
+    stranger = Stranger(port)
+    proxy = f"http://127.0.0.1:{port}"
+    said = rf"its port {port} is held by process {stranger.pid} \(python"
+    exiting = begin(cmd=fake_command(port=str(port)), proxy=proxy)
+    assert re.search(said, str(exiting.exited()))
+    patient = begin(cmd="sleep 60", proxy=proxy)
+    assert re.search(said, str(patient.exited()))
+    assert stranger.heard() == b""
+
+
+def test_a_listener_in_the_childs_group_is_the_childs(begin, tmp_path):
+    wrapped = fake_command(port="$1")
+    life = begin(cmd=script(tmp_path, f"{wrapped} &\nwait"))
+    backend = life.loaded()
+    assert get(backend.port, "/stats")["pid"] != backend.pid
+
+
+# -- hanging
+
+
+def talk(port, **wish):
+    """Send a chat request and do not wait for its answer."""
+    client = Client(port)
+    client.send("POST", "/v1/chat/completions", chat_body("m", **wish))
+    return client
+
+
+def test_who_answers_neither_requests_nor_health_is_stopped(begin):
+    life = begin(hang_timeout=0.3)
+    backend = life.loaded()
+    with talk(backend.port, hang=True, hang_health=True):
+        eventually(lambda: life.backend.upstream)
+        eventually(lambda: get(backend.port, "/stats")["in_flight"])
+        cpu = time.process_time()
+        backend.suspect()
+        problem = life.exited()
+        assert time.process_time() - cpu < 0.25  # it did not spin meanwhile
+    assert "hung: neither a request nor 0.3 s of health" in str(problem)
+    assert backend.has_died(0)
+    assert not has_group(backend.pid)
+
+
+def test_a_stopped_process_hangs(begin):
+    life = begin(hang_timeout=0.3)
+    os.kill(life.loaded().pid, signal.SIGSTOP)
+    life.backend.suspect()
+    assert "hung" in str(life.exited())
+
+
+def test_a_silent_request_with_answering_health_is_left_alone(begin):
+    life = begin(hang_timeout=0.2)
+    backend = life.loaded()
+    with talk(backend.port, hang=True):
+        seen = get(backend.port, "/stats")["health"]
+        for _ in range(3):
+            backend.suspect()
+            eventually(lambda: backend._suspicion is None)
+        assert get(backend.port, "/stats")["health"] > seen
+        assert life.news.empty()
+
+
+def test_cmd_models_are_not_suspected_by_default(begin):
+    backend = begin().loaded()
+    backend.suspect()
+    assert backend._suspicion is None
+
+
+# -- memory of the GPU
+
+
+def test_the_end_waits_until_the_memory_of_the_gpu_is_free(begin, tmp_path, monkeypatch):
+    state = tmp_path / "gpu"
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\ncat {state} 2>/dev/null\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    llmswap._gpu_query.cache_clear()
+    try:
+        life = begin("--grandchild", settle=10)
+        worker = get(life.loaded().port, "/stats")["grandchild"]
+        state.write_text(f"1\n{worker}\n")
+        life.backend.stop()
+        eventually(lambda: not has_group(life.backend.pid))
+        with pytest.raises(queue.Empty):
+            life.news.get(timeout=0.2)
+        state.write_text("1\n")
+        assert life.exited() is None
+    finally:
+        llmswap._gpu_query.cache_clear()
+
+
+def test_waiting_for_the_gpu_has_an_end(monkeypatch):
+    monkeypatch.setattr(llmswap, "gpu_processes", lambda: {5, 6})
+    started_at = time.monotonic()
+    llmswap.settle({6}, 0.1)
+    assert 0.1 <= time.monotonic() - started_at < 1
+    llmswap.settle({7}, 60)
+
+
+# -- descriptors, threads, guard
+
+
+def test_lives_leave_no_descriptor_and_no_thread(begin, tmp_path, monkeypatch):
+    def live(number):
+        life = begin(*[[], ["--load-exit", "1"], ["--load-hang"]][number % 3])
+        if number % 3 == 0:
+            life.loaded()
+        if number % 3 != 1:
+            life.backend.stop()
+        life.exited()
+        life.backend = Gone(life.backend.pid)
+
+    live(0)
+    threads, before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    for number in range(12):
+        live(number)
+    eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)
+    eventually(lambda: threading.active_count() <= threads)
+    assert not zombies_of(os.getpid())
+
+
+class Gone:
+    """What is left of a backend whose end was seen."""
+
+    def __init__(self, pid):
+        self.pid = pid
+
+    def stop(self, at_once):
+        """Nothing is left to stop."""
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EMFILE])
+def test_a_fork_that_fails_is_a_failed_start(begin, monkeypatch, number):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(llmswap.subprocess, "Popen", fail)
+    assert os.strerror(number) in str(begin().exited())
+    monkeypatch.undo()
+    begin().loaded()
+
+
+def test_without_pidfd_an_exit_is_noticed_all_the_same(begin, monkeypatch):
+    monkeypatch.setattr(llmswap, "_pidfd_of", lambda pid: None)
+    life = begin()
+    os.kill(life.loaded().pid, signal.SIGKILL)
+    assert "killed by signal 9" in str(life.exited())
+    assert begin("--load-exit", "3").exited().status == 502
+    third = begin()
+    third.loaded()
+    assert third.stop() is None
+
+
+def test_a_closed_upstream_gives_no_connection_and_cuts_those_in_use():
+    with answering(None, None, None) as port:
+        upstream = llmswap.Upstream(f"http://127.0.0.1:{port}")
+        used, idle = upstream.connect()[0], upstream.connect()[0]
+        upstream.give_back(idle)
+        assert upstream.connect() == (idle, True)
+        upstream.give_back(idle)
+        upstream.close()
+        assert used.recv(1) == b""
+        upstream.give_back(used)
+        assert used.fileno() == idle.fileno() == -1
+        with pytest.raises(ConnectionAbortedError):
+            upstream.connect()
+
+
+@pytest.mark.parametrize("shell", ["/bin/sh", "bash"])
+def test_the_guard_kills_the_groups_it_was_told_and_no_others(shell):
+    stubborn = "trap '' TERM INT HUP; sleep 60 & sleep 60"
+    groups = [
+        subprocess.Popen(["/bin/sh", "-c", stubborn], start_new_session=True)
+        for _ in range(3)
+    ]
+    guard = subprocess.Popen(
+        [shell, "-c", llmswap.GUARD_SCRIPT],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    first, second, third = (group.pid for group in groups)
+    told = f"+ {first}\n+ {second}\n- {second}\n+ {third}\n+ {third}\n- {third}\n"
+    guard.communicate(told.encode(), timeout=5)
+    assert groups[0].wait(2) == -signal.SIGKILL
+    assert not has_group(first)
+    assert groups[1].poll() is None and groups[2].poll() is None
+    for group in groups[1:]:
+        os.killpg(group.pid, signal.SIGKILL)
+        group.wait()
+
+
+def test_a_killed_guard_is_replaced_and_told_every_group(begin):
+    guard = llmswap.Guard()
+    guard.start()
+    group = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    guard.watch(group.pid)
+    for _ in range(3):
+        old = guard._process
+        old.kill()
+        eventually(lambda old=old: guard._process is not old)
+    guard._is_closing = True
+    os.close(guard.fd)  # as if we died
+    assert group.wait(3) in (-signal.SIGTERM, -signal.SIGKILL)
+    os.close(guard._read_end)
+    guard._process.wait(3)
+
+
+def test_a_guard_that_cannot_be_started_is_tried_again(monkeypatch):
+    guard = llmswap.Guard()
+    guard.start()
+    failed = threading.Event()
+
+    def fail(*_, **__):
+        failed.set()
+        raise OSError(errno.EAGAIN, "no more processes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llmswap.subprocess, "Popen", fail)
+        old = guard._process
+        old.kill()
+        assert failed.wait(3)
+    eventually(lambda: guard._process is not old)
+    guard.close()
+    os.close(guard.fd), os.close(guard._read_end)
+
+
+# ==================================================================================
+# 5  Pool
+# ==================================================================================
+
+
+class Puppet:
+    """A backend that does what the test says."""
+
+    pid, port, upstream = 1, 2, None
+
+    def __init__(self, model):
+        self.model = model
+        self.is_started = self.is_stopping = self.is_killed = False
+
+    def start(self):
+        self.is_started = True
+
+    def stop(self, at_once=False):
+        self.is_stopping = True
+        self.is_killed = self.is_killed or at_once
+
+    def load(self):
+        self.started_at = time.monotonic()
+        self.on_loaded(self)
+
+    def end(self, problem=None):
+        self.on_exited(self, problem)
+
+
+class Request:
+    """A request on a thread of its own: has a lease until it is ended."""
+
+    def __init__(self, pool, name, is_loose=False):
+        self.backend = self.problem = None
+        self.is_gone = False
+        self._may_end = threading.Event()
+        self._is_over = threading.Event()
+        model = pool.config.resolve(name)
+        work = (pool, model, is_loose)
+        before = pool.counts()["queued"] + pool.counts()["requests"]
+        threading.Thread(target=self._live, args=work, daemon=True).start()
+        eventually(lambda: self._is_over.is_set() or is_loose
+                   or sum(map(pool.counts().get, ("queued", "requests"))) > before)  # fmt: skip
+
+    def _live(self, pool, model, is_loose):
+        try:
+            with pool.lease(model, lambda: self.is_gone, is_loose) as backend:
+                self.backend = backend
+                self._may_end.wait(30)
+        except (llmswap.Problem, llmswap.ClientGone) as problem:
+            self.problem = problem
+        self._is_over.set()
+
+    def granted(self):
+        return eventually(lambda: self.backend)
+
+    def refused(self):
+        return eventually(lambda: self.problem)
+
+    def end(self):
+        self._may_end.set()
+        assert self._is_over.wait(5)
+
+    def hang_up(self):
+        self.is_gone = True
+        assert isinstance(self.refused(), llmswap.ClientGone)
+
+
+class Stage:
+    """A Pool whose backends are puppets and whose clock is turned by hand."""
+
+    def __init__(self, folder, text):
+        self.path = folder / "pool.ini"
+        self.now = 1000.0
+        self.lives = []  # every puppet there was
+        self.said = []
+        self.is_exhausted = False
+        config = self.config(text)
+        self.pool = llmswap.Pool(config, self._log, self._make, lambda: self.now)
+
+    def _log(self, level, text):
+        self.said.append((level, text))
+
+    def _make(self, model):
+        if self.is_exhausted:
+            raise OSError(errno.EMFILE, "Too many open files")
+        self.lives.append(Puppet(model))
+        return self.lives[-1]
+
+    def config(self, text):
+        text = text.replace("TRUE", "cmd = true ${PORT}")
+        self.path.write_text(text)
+        return llmswap.load_config(str(self.path))
+
+    def ask(self, name, is_loose=False):
+        return Request(self.pool, name, is_loose)
+
+    def life(self, name, number=-1):
+        """The puppet of a model, the last one if not told otherwise."""
+        found = lambda: [e for e in self.lives if e.model.name == name]  # noqa: E731
+        return eventually(found)[number]
+
+    def pass_time(self, seconds):
+        self.now += seconds
+        with self.pool._lock:
+            self.pool._turn()
+
+    def state(self, name):
+        return self.pool.snapshot()[name].state.value
+
+    def load(self, name):
+        """Have the model loaded and idle."""
+        request = self.ask(name)
+        self.life(name).load()
+        request.granted()
+        request.end()
+
+
+TWO = "[a]\nTRUE\n[b]\nTRUE\n"
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(llmswap, "TICK", 0.02)  # how soon a hang-up is noticed
+    return Stage(tmp_path, TWO)
+
+
+def test_a_lease_is_granted_once_its_model_is_ready_and_kept_until_its_end(stage):
+    request = stage.ask("a")
+    assert request.backend is None
+    stage.life("a").load()
+    assert request.granted() is stage.life("a")
+    assert stage.pool.counts()["requests"] == 1
+    request.end()
+    assert stage.pool.counts() == {"models": 2, "loaded": 1, "requests": 0, "queued": 0}
+
+
+def test_a_model_is_not_evicted_before_it_served_what_it_was_loaded_for(stage):
+    first, second = stage.ask("a"), stage.ask("b")
+    stage.pass_time(100)
+    stage.life("a").load()
+    assert first.granted()
+    assert not stage.life("a").is_stopping
+    stage.pass_time(100)
+    first.end()
+    assert stage.life("a").is_stopping
+    stage.life("a").end()
+    stage.life("b").load()
+    assert second.granted()
+
+
+def test_an_idle_model_is_not_unloaded_under_an_arriving_request(tmp_path):
+    stage = Stage(tmp_path, "[a]\nTRUE\nidle-timeout = 10\n")
+    stage.load("a")
+    stage.now += 20  # nobody has looked at the clock yet
+    request = stage.ask("a")
+    assert request.granted() and not stage.life("a").is_stopping
+    request.end()
+    stage.pass_time(9)
+    assert not stage.life("a").is_stopping
+    stage.pass_time(2)
+    assert stage.life("a").is_stopping
+    late = stage.ask("a")
+    stage.life("a").end()
+    stage.life("a", 1).load()
+    assert late.granted() is stage.life("a", 1)
+
+
+def test_forty_wait_for_one_start_and_who_asked_first_may_leave(stage):
+    first = stage.ask("a")
+    others = [stage.ask("a") for _ in range(39)]
+    first.hang_up()
+    assert len(stage.lives) == 1 and not stage.life("a").is_stopping
+    stage.life("a").load()
+    for request in others:
+        assert request.granted() is stage.life("a")
+        request.end()
+
+
+def test_a_load_that_everybody_left_goes_on_until_its_room_is_needed(stage):
+    stage.ask("a").hang_up()
+    assert not stage.life("a").is_stopping
+    request = stage.ask("b")
+    assert stage.life("a").is_stopping and len(stage.lives) == 1
+    stage.life("a").load()  # too late
+    stage.life("a").end()
+    stage.life("b").load()
+    assert request.granted() is stage.life("b")
+
+
+def test_a_fresh_request_after_a_stop_during_the_load_is_served(stage):
+    first = stage.ask("a")
+    assert stage.pool.unload(stage.pool.config.resolve("a"))
+    assert isinstance(first.refused(), llmswap.Unloaded)
+    second = stage.ask("a")
+    stage.life("a", 0).load()
+    assert second.backend is None
+    stage.life("a", 0).end()
+    stage.life("a", 1).load()
+    assert second.granted() is stage.life("a", 1)
+
+
+def test_a_crash_between_ready_and_the_first_byte_frees_the_lease(stage):
+    request = stage.ask("a")
+    stage.life("a").load()
+    request.granted()
+    stage.life("a").end(llmswap.StartFailed("it died"))
+    again = stage.ask("a")
+    request.end()
+    stage.life("a", 1).load()
+    assert again.granted() is stage.life("a", 1)
+    assert stage.pool.counts()["requests"] == 1
+    assert ("error", "it died") in stage.said
+
+
+def test_a_failed_load_is_told_to_everybody_who_waits(stage):
+    waiting = [stage.ask("a") for _ in range(3)]
+    stage.life("a").end(llmswap.StartFailed("no luck"))
+    for request in waiting:
+        assert str(request.refused()) == "no luck"
+    assert stage.pool.snapshot()["a"].failure is waiting[0].problem
+
+
+def test_three_failures_in_a_row_back_off_and_a_load_by_hand_forgives(stage):
+    for _ in range(3):
+        request = stage.ask("a")
+        stage.life("a").end(llmswap.StartFailed("no luck"))
+        request.refused()
+    problem = stage.ask("a").refused()
+    assert isinstance(problem, llmswap.BackingOff) and problem.retry_after == 1
+    assert len(stage.lives) == 3
+    assert stage.pool.load(stage.pool.config.resolve("a"))
+    assert len(stage.lives) == 4
+    stage.life("a").end(llmswap.StartFailed("no luck"))
+    stage.ask("a")
+    assert len(stage.lives) == 5
+
+
+@pytest.mark.parametrize("error", [OSError(24, "none left"), RuntimeError("no thread")])
+def test_a_start_that_is_impossible_refuses_and_does_not_block(stage, monkeypatch, error):
+    def fail(model):
+        raise error
+
+    monkeypatch.setattr(stage.pool, "_make_backend", fail)
+    problem = stage.ask("a").refused()
+    assert problem.status == 502 and "could not be started" in str(problem)
+    assert stage.state("a") == "unloaded"
+    monkeypatch.undo()
+    request = stage.ask("b")
+    stage.life("b").load()
+    assert request.granted()
+
+
+def test_aliases_share_one_load(tmp_path):
+    text = "[a]\nTRUE\nalias = x, y\n[twin]\nuses = a\n"
+    stage = Stage(tmp_path, text)
+    requests = [stage.ask(name) for name in ("a", "x", "y", "twin")]
+    stage.life("a").load()
+    assert {request.granted() for request in requests} == {stage.life("a")}
+    assert stage.state("twin") == "loaded"
+
+
+def test_unloading_by_hand_gives_requests_their_stop_timeout(tmp_path):
+    stage = Stage(tmp_path, "[a]\nTRUE\nstop-timeout = 5\n")
+    request = stage.ask("a")
+    stage.life("a").load()
+    request.granted()
+    assert stage.pool.unload(stage.pool.config.resolve("a"))
+    stage.pass_time(4.9)
+    assert not stage.life("a").is_stopping
+    stage.pass_time(0.2)
+    assert stage.life("a").is_stopping
+
+
+def test_loading_by_hand_what_is_being_unloaded_loads_it_again(stage):
+    stage.load("a")
+    model = stage.pool.config.resolve("a")
+    assert not stage.pool.load(model)
+    stage.pool.unload(model)
+    assert stage.pool.load(model)
+    stage.life("a").end()
+    stage.life("a", 1).load()
+    assert stage.state("a") == "loaded"
+
+
+def test_a_reload_removes_replaces_and_keeps(stage):
+    both = "[llmswap]\nmodels-max = 0\n" + TWO + "[c]\nTRUE\n"
+    stage.pool.reload(stage.config(both))
+    requests = {name: stage.ask(name) for name in "abc"}
+    for name, request in requests.items():
+        stage.life(name).load()
+        request.granted()
+    text = "[llmswap]\nmodels-max = 0\n[a]\nTRUE\n[b]\ncmd = true 2 ${PORT}\n"
+    stage.pool.reload(stage.config(text))
+    waiting = stage.ask("b")
+    assert not any(life.is_stopping for life in stage.lives)
+    for request in requests.values():
+        request.end()
+    assert [life.is_stopping for life in stage.lives] == [False, True, True]
+    assert set(stage.pool.snapshot()) == {"a", "b"}
+    stage.life("c").end()
+    stage.life("b").end()
+    assert stage.life("b", 1).model.settings.cmd == "true 2 ${PORT}"
+    stage.life("b", 1).load()
+    assert waiting.granted() is stage.life("b", 1)
+
+
+def test_a_removed_model_refuses_who_waits_and_who_comes(stage):
+    waiting, model = stage.ask("b"), stage.pool.config.resolve("b")
+    stage.pool.reload(stage.config("[a]\nTRUE\n"))
+    assert waiting.refused().status == 404
+    assert stage.life("b").is_stopping
+    stage.life("b").end()
+    with pytest.raises(llmswap.UnknownModel):
+        with stage.pool.lease(model, lambda: False):
+            pass
+
+
+def test_a_reload_that_makes_a_model_unusable_refuses_who_waits(stage):
+    waiting = stage.ask("b")
+    stage.pool.reload(stage.config("[a]\nTRUE\n[b]\nno-such-key = 1\n"))
+    assert isinstance(waiting.refused(), llmswap.Unusable)
+
+
+def test_keep_alive_holds_until_the_model_unloads(stage):
+    stage.load("a")
+    stage.pool.keep_alive(stage.pool.config.resolve("a"), 5)
+    stage.pass_time(6)
+    assert stage.life("a").is_stopping
+    stage.life("a").end()
+    stage.load("a")
+    stage.pass_time(1e6)
+    assert not stage.life("a").is_stopping
+
+
+def test_a_pinned_model_is_neither_evicted_nor_idle(tmp_path):
+    text = "[llmswap]\nmodels-max = 2\n[a]\nTRUE\npin = on\nidle-timeout = 5\n"
+    stage = Stage(tmp_path, text + "[b]\nTRUE\n[c]\nTRUE\n")
+    stage.load("a")
+    stage.load("b")
+    request = stage.ask("c")
+    stage.pass_time(100)
+    assert [life.is_stopping for life in stage.lives] == [False, True]
+    stage.life("b").end()
+    stage.life("c").load()
+    assert request.granted()
+
+
+def test_a_loose_lease_does_not_keep_its_model(stage):
+    loose = stage.ask("a", is_loose=True)
+    stage.life("a").load()
+    loose.granted()
+    stage.ask("b")
+    stage.pass_time(100)
+    assert stage.life("a").is_stopping
+    loose.end()
+
+
+def test_closing_refuses_who_waits_and_lets_requests_end(stage):
+    request = stage.ask("a")
+    stage.life("a").load()
+    request.granted()
+    waiting = stage.ask("b")
+    closing = threading.Thread(target=stage.pool.close, args=(60,), daemon=True)
+    closing.start()
+    assert isinstance(waiting.refused(), llmswap.ShuttingDown)
+    assert not stage.life("a").is_stopping
+    assert isinstance(stage.ask("a").refused(), llmswap.ShuttingDown)
+    request.end()
+    eventually(lambda: stage.life("a").is_stopping)
+    stage.life("a").end()
+    closing.join(5)
+    assert not closing.is_alive()
+
+
+def test_killing_hastens_a_close_that_waits(stage):
+    request = stage.ask("a")
+    stage.life("a").load()
+    request.granted()
+    closing = threading.Thread(target=stage.pool.close, args=(60,), daemon=True)
+    closing.start()
+    eventually(lambda: stage.pool._is_closed)
+    stage.pool.kill()
+    assert stage.life("a").is_killed
+    stage.life("a").end()
+    closing.join(5)
+    assert not closing.is_alive()
+
+
+class Quick(Puppet):
+    """A backend that loads and ends by itself after random moments."""
+
+    def start(self):
+        self._is_asked = threading.Event()
+        threading.Thread(target=self._live, daemon=True).start()
+
+    def stop(self, at_once=False):
+        self._is_asked.set()
+
+    def _live(self):
+        chance = random.random()
+        if self._is_asked.wait(random.random() * 0.004) or chance < 0.1:
+            problem = None if self._is_asked.is_set() else llmswap.StartFailed("bad luck")
+            return self.on_exited(self, problem)
+        self.load()
+        is_asked = self._is_asked.wait(random.random() * 0.05 if chance < 0.3 else None)
+        problem = None if is_asked else llmswap.StartFailed("it died")
+        return self.on_exited(self, problem)
+
+
+def test_many_clients_at_once_get_a_backend_or_a_reason(tmp_path):
+    text = "[llmswap]\nmodels-max = 2\npatience = 0\n"
+    stage = Stage(tmp_path, text + "".join(f"[{name}]\nTRUE\n" for name in "abcde"))
+    pool = llmswap.Pool(stage.pool.config, lambda *_: None, Quick)
+    pool.start()
+    end, strange, served = time.monotonic() + 0.6, [], []
+
+    def work(seed):
+        rng = random.Random(seed)
+        while time.monotonic() < end:
+            model = pool.config.resolve(rng.choice("abcde"))
+            try:
+                with pool.lease(model, lambda: rng.random() < 0.1) as backend:
+                    served.append(type(backend) is Quick)
+                    if rng.random() < 0.1:
+                        pool.unload(model)
+            except (llmswap.Problem, llmswap.ClientGone):
+                pass
+            except BaseException as error:
+                strange.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads), pool.counts()
+    assert not strange and all(served) and len(served) > 20
+    assert pool.counts()["requests"] == pool.counts()["queued"] == 0
+    pool.close(0)
+
+
+def test_a_lease_never_yields_what_it_waited_on(stage, monkeypatch):
+    """The grant may come between any two steps of the thread that waits for it."""
+    monkeypatch.setattr(llmswap, "TICK", 0.0)
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(40):
+            request = stage.ask("a")
+            stage.life("a").load()
+            assert request.granted() is stage.life("a")
+            request.end()
+            stage.pool.unload(stage.pool.config.resolve("a"))
+            stage.life("a").end()
+            stage.lives.clear()
+    finally:
+        sys.setswitchinterval(switch)
+
+
+def wakeups(pid):
+    """How often the threads of a process were woken."""
+    count = 0
+    for entry in Path(f"/proc/{pid}/task").iterdir():
+        text = (entry / "status").read_text()
+        count += int(re.search(r"^voluntary_ctxt_switches:\s+(\d+)", text, re.M)[1])
+    return count
+
+
+def test_the_clock_survives_a_time_beyond_all_limits(tmp_path):
+    stage = Stage(tmp_path, "[a]\nTRUE\n")
+    pool = llmswap.Pool(stage.pool.config, lambda *_: None, Puppet)
+    pool.start()
+    try:
+        model = pool.config.resolve("a")
+        pool.load(model)
+        pool.backend_of(model).load()
+        for seconds in (1e300, 1e10):
+            pool.keep_alive(model, seconds)
+        pool.keep_alive(model, 0.01)
+        eventually(lambda: pool.backend_of(model).is_stopping)
+        pool.backend_of(model).end()
+    finally:
+        pool.close(0)
+
+
+def test_what_is_loaded_on_startup_does_not_hold_up_the_start(tmp_path, monkeypatch):
+    asked, may_go_on = threading.Event(), threading.Event()
+
+    def check(model):
+        asked.set()
+        may_go_on.wait(10)
+
+    monkeypatch.setattr(llmswap, "check_start", check)
+    stage = Stage(tmp_path, "[a]\nTRUE\nload-on-startup = on\n[b]\nTRUE\n")
+    stage.pool.start()
+    assert asked.wait(5) and not stage.lives
+    may_go_on.set()
+    stage.life("a").load()
+    assert stage.state("a") == "loaded"
+    threading.Thread(target=stage.pool.close, args=(0,), daemon=True).start()
+    eventually(lambda: stage.life("a").is_stopping)
+    stage.life("a").end()
+
+
+def test_a_feed_gives_its_followers_what_was_and_what_comes_once_each():
+    feed = llmswap.Feed(3)
+    for number in range(5):
+        feed.publish(number)
+    assert feed.history() == [2, 3, 4]
+    with feed.follow() as get, feed.follow(with_history=False) as get_new:
+        feed.publish(5)
+        assert [get(0.1) for _ in range(5)] == [2, 3, 4, 5, None]
+        assert [get_new(0.1) for _ in range(2)] == [5, None]
+    assert not feed._followers
+
+
+def test_a_follower_that_sleeps_loses_items_but_not_the_memory(monkeypatch):
+    monkeypatch.setattr(llmswap.Feed, "BACKLOG", 10)
+    feed = llmswap.Feed(0)
+    with feed.follow() as get:
+        for number in range(100):
+            feed.publish(number)
+        assert [get(0) for _ in range(11)] == [*range(10), None]
+
+
+# ==================================================================================
+# 10  Command line
+# ==================================================================================
+
+MANY = """\
+[llmswap]
+models-max = 0
+
+[still]
+cmd = FAKE --model still --grandchild --ignore-term
+
+[loading]
+cmd = FAKE --model loading --load-hang --grandchild --ignore-term
+
+[stopping]
+cmd = FAKE --model stopping --grandchild --ignore-term
+stop-timeout = 20
+"""
+
+
+def ask_later(server, model):
+    """Send a chat request and leave its answer alone."""
+    client = server.connect()
+    client.send("POST", "/v1/chat/completions", chat_body(model))
+    return client
+
+
+def guard_of(server):
+    """The pid of its guard."""
+    lines = family(server.token).items()
+    return next((pid for pid, line in lines if "llmswap-guard" in line), None)
+
+
+def assert_all_gone(server):
+    """Nothing of it is left, 2 s after its end at the latest."""
+    eventually(lambda: not family(server.token), 2.5)
+
+
+def test_sigkill_leaves_nothing_of_any_group():
+    with Llmswap(MANY) as server:
+        ask_later(server, "loading")
+        assert server.chat("still").status == server.chat("stopping").status == 200
+        server.post("/models/unload", {"model": "stopping"})
+        eventually(lambda: server.journal("term", "stopping"))
+        eventually(lambda: server.journal("grandchild", "loading"))
+        eventually(lambda: len(family(server.token)) == 8)
+        server.kill()
+        assert_all_gone(server)
+
+
+@pytest.mark.parametrize("moment", [0.001, 0.02])
+def test_sigkill_at_any_moment_of_a_start_leaves_nothing(moment):
+    with Llmswap(MANY) as server:
+        for model in ("still", "loading", "stopping"):
+            ask_later(server, model)
+        threading.Event().wait(moment)
+        server.kill()
+        assert_all_gone(server)
+
+
+def test_a_killed_guard_is_replaced_and_knows_every_group_when_we_are_killed():
+    with Llmswap(MANY) as server:
+        ask_later(server, "loading")
+        assert server.chat("still").status == 200
+        eventually(lambda: server.journal("grandchild", "loading"))
+        old = guard_of(server)
+        os.kill(old, signal.SIGKILL)
+        eventually(lambda: guard_of(server) not in (None, old))
+        eventually(lambda: not zombies_of(server.pid))
+        server.kill()
+        assert_all_gone(server)
+
+
+def test_sigterm_lets_requests_end_and_refuses_the_queue():
+    text = "[a]\ncmd = FAKE --model a --grandchild\n[b]\ncmd = FAKE --model b\n"
+    with Llmswap(text) as server:
+        stream = server.stream("a", tokens=20, interval=0.03)
+        waiting = ask_later(server, "b")
+        eventually(lambda: server.get("/health").json().get("queued"))
+        server.process.terminate()
+        refusal = waiting.answer()
+        assert refusal.status == 503 and "retry-after" in refusal.headers
+        assert "word19" in stream.text() and stream.is_complete
+        assert server.process.wait(5) == 0
+        assert_all_gone(server)
+
+
+def test_idle_backends_are_stopped_in_parallel_and_quickly():
+    names = "abcd"
+    text = "[llmswap]\nmodels-max = 0\n" + "".join(
+        f"[{name}]\ncmd = FAKE --model {name} --stop-delay 0.4\n" for name in names
+    )
+    with Llmswap(text) as server:
+        for name in names:
+            server.chat(name)
+        told_at = time.monotonic()
+        server.process.terminate()
+        assert server.process.wait(10) == 0
+        assert time.monotonic() - told_at < 1.3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_everything_at_once(number):
+    text = "[a]\ncmd = FAKE --model a --ignore-term\nstop-timeout = 20\n"
+    with Llmswap(text) as server:
+        stream = server.stream("a", tokens=1000, interval=0.1)
+        server.process.send_signal(number)
+        eventually(lambda: "ending" in server.log())
+        told_at = time.monotonic()
+        server.process.send_signal(number)
+        assert server.process.wait(10) == 0
+        assert time.monotonic() - told_at < 2
+        stream.close()
+        assert_all_gone(server)
+
+
+def test_an_end_is_clean_though_nobody_reads_what_it_says(tmp_path):
+    (tmp_path / "m.ini").write_text(f"[m]\ncmd = {fake_command()}\n")
+    port = free_port()
+    command = [sys.executable, os.environ["LLMSWAP"], str(tmp_path / "m.ini")]
+    command += ["--listen", f"127.0.0.1:{port}", "--verbose"]
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(write_end, b"x" * 4096):
+            pass
+    os.set_blocking(write_end, True)
+    process = subprocess.Popen(command, stderr=write_end)
+    eventually(lambda: llmswap.is_llmswap(("127.0.0.1", port)))
+    assert ask(port, "POST", "/v1/chat/completions", chat_body("m")).status == 200
+    process.terminate()
+    assert process.wait(5) == 0
+    os.close(read_end), os.close(write_end)
+
+
+def test_who_ignores_sigterm_delays_only_who_needs_its_room():
+    text = (
+        "[llmswap]\nmodels-max = 2\n"
+        "[slow]\ncmd = FAKE --model slow --ignore-term\nstop-timeout = 0.6\n"
+        "[a]\ncmd = FAKE --model a\n[b]\ncmd = FAKE --model b\n"
+    )
+    with Llmswap(text) as server:
+        assert server.chat("slow").status == server.chat("a").status == 200
+        needs_room = ask_later(server, "b")
+        eventually(lambda: server.journal("term", "slow"))
+        started_at = time.monotonic()
+        assert server.chat("a").status == 200
+        assert time.monotonic() - started_at < 0.5
+        assert needs_room.answer().status == 200
+
+
+def test_a_request_after_a_stop_during_the_load_is_served_every_time():
+    with Llmswap("[a]\ncmd = FAKE --model a --load 0-0.06\n") as server:
+        for number in range(20):
+            first = ask_later(server, "a")
+            if number % 2:
+                eventually(lambda: server.states()["a"] != "unloaded")
+            server.post("/models/unload", {"model": "a"})
+            assert server.chat("a").status == 200, number
+            assert first.answer().status in (200, 503)
+            server.post("/models/unload", {"model": "a"})
+        eventually(lambda: not zombies_of(server.pid))
+
+
+def test_nothing_runs_while_nothing_happens():
+    text = "[llmswap]\nmodels-max = 0\n[a]\ncmd = FAKE\n[b]\ncmd = FAKE\n"
+    with Llmswap(text) as server:
+        server.chat("a"), server.chat("b")
+        counts = [-1]
+
+        def is_asleep():
+            counts.append(wakeups(server.pid))
+            return counts[-2] == counts[-1]
+
+        eventually(is_asleep, every=0.5)
+        assert not zombies_of(server.pid)
+
+
+RELOADS = """\
+[llmswap]
+models-max = 0
+[kept]
+cmd = FAKE --model kept
+[changed]
+cmd = FAKE --model {changed}
+"""
+
+
+def test_a_reload_keeps_streams_replaces_what_changed_and_removes_what_is_gone():
+    gone = "[gone]\ncmd = FAKE --model gone\n"
+    with Llmswap(RELOADS.format(changed="old") + gone) as server:
+        streams = [
+            server.stream(name, tokens=40, interval=0.03)
+            for name in ("kept", "changed", "gone")
+        ]
+        pid = server.stats("kept")["pid"]
+        server.reload(RELOADS.format(changed="new"))
+        eventually(lambda: "was read again" in server.log())
+        waiting = ask_later(server, "changed")
+        refused = server.chat("gone")
+        assert refused.status == 404
+        assert all("word39" in stream.text() for stream in streams)
+        assert waiting.answer().content().startswith("new ")
+        assert server.stats("kept")["pid"] == pid
+        eventually(lambda: not any("model gone" in c for c in family(server.token).values()))
+
+
+def test_a_broken_file_changes_nothing_and_says_why():
+    whole = RELOADS.format(changed="old")
+    with Llmswap(whole) as server:
+        pid = server.stats("kept")["pid"]
+        broken = [
+            ("[llmswap]\nmodels-max = many\n", "test.ini:2: [llmswap] models-max"),
+            ("[kept\n", "test.ini:1:"),
+            ("[llmswap]\nno-such-key = 1\n", "test.ini:2: [llmswap] no-such-key"),
+        ]
+        for number, (text, said) in enumerate(broken, 1):
+            server.reload(text)
+            eventually(lambda n=number: server.log().count("not reloaded") == n)
+            assert f"not reloaded: {server.folder}/{said}" in server.log()
+        server.ini.unlink()
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: server.log().count("not reloaded") == len(broken) + 1)
+        assert server.stats("kept")["pid"] == pid
+        server.reload(whole.replace("[llmswap]", "[llmswap]\nlog-level = debug"))
+        eventually(lambda: "was read again" in server.log())
+        assert server.stats("kept")["pid"] == pid
+
+
+def test_a_change_of_listen_is_not_taken_over_and_said(tmp_path):
+    path, port = tmp_path / "m.ini", free_port()
+    path.write_text(f"[llmswap]\nlisten = 127.0.0.1:{port}\n")
+    command = [sys.executable, os.environ["LLMSWAP"], str(path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    eventually(lambda: llmswap.is_llmswap(("127.0.0.1", port)))
+    path.write_text(f"[llmswap]\nlisten = unix:{tmp_path}/socket\n")
+    process.send_signal(signal.SIGHUP)
+    line = next(line for line in process.stderr if "listen" in line)
+    assert "a change of `listen` needs a restart" in line
+    assert llmswap.is_llmswap(("127.0.0.1", port))
+    process.terminate()
+    assert process.communicate(timeout=5) and process.returncode == 0
+
+
+def test_a_unix_socket_is_removed_at_the_end(tmp_path):
+    path, place = tmp_path / "m.ini", tmp_path / "socket"
+    path.write_text(f"[llmswap]\nlisten = unix:{place}\n")
+    command = [sys.executable, os.environ["LLMSWAP"], str(path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    eventually(place.exists)
+    process.terminate()
+    said = process.communicate(timeout=5)[1]
+    assert process.returncode == 0 and "Traceback" not in said and not place.exists()
+
+
+def test_a_storm_of_reloads_harms_no_request():
+    with Llmswap(RELOADS.format(changed="m")) as server:
+        storm_ends = threading.Event()
+
+        def storm():
+            for number in range(60):
+                server.reload(RELOADS.format(changed=f"m{number}"))
+                storm_ends.wait(0.01)
+            storm_ends.set()
+
+        thread = threading.Thread(target=storm)
+        thread.start()
+        stream = server.stream("kept", tokens=30, interval=0.02)
+        while not storm_ends.is_set():
+            assert server.chat("changed").status == 200
+        thread.join()
+        assert "word29" in stream.text()
+        eventually(lambda: "m59" in server.chat("changed").content())
+        eventually(lambda: not zombies_of(server.pid))
+
+
+def test_signals_that_our_parent_ignored_do_not_harm(tmp_path):
+    path, port = tmp_path / "m.ini", free_port()
+    path.write_text(f"[m]\ncmd = {fake_command('--load-exit', '7')}\n")
+    command = [sys.executable, os.environ["LLMSWAP"], str(path)]
+    command += ["--listen", f"127.0.0.1:{port}"]
+    ignore = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN);"
+    ignore += "os.execv(sys.argv[1], sys.argv[1:])"
+    process = subprocess.Popen([sys.executable, "-c", ignore, *command])
+    eventually(lambda: llmswap.is_llmswap(("127.0.0.1", port)))
+    answer = ask(port, "POST", "/v1/chat/completions", chat_body("m"))
+    assert "exited with status 7" in answer.message()
+    process.terminate()
+    assert process.wait(5) == 0
+
+
+"""Rooms 6 (Relay) and 9 (API) of llmswap, tested as a hostile world would use them."""
+
+
+SOURCE = Path(os.environ.get("LLMSWAP", "/work/main/llmswap.py"))
+os.environ["LLMSWAP"] = str(SOURCE)
+
+
+# ==================================================================================
+# 6  Relay
+# ==================================================================================
+
+
+@contextmanager
+def pair():
+    """Two ends of a connection; both give up after a while."""
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(10)
+    llmswap.set_tick(ours)
+    with ours, theirs:
+        yield ours, theirs
+
+
+def fed(data, is_ended=True):
+    """A Wire that receives these bytes (at most what a socket holds) and their end."""
+    ours, theirs = socket.socketpair()
+    llmswap.set_tick(ours)
+    pump = threading.Thread(target=_feed, args=(theirs, data, is_ended), daemon=True)
+    pump.start()
+    wire = llmswap.Wire(ours)
+    wire.keep = theirs
+    return wire
+
+
+def _feed(sock, data, is_ended):
+    try:
+        sock.sendall(data)
+        if is_ended:
+            sock.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass
+
+
+def everything(sock):
+    """All that comes until the other side ends; and whether it ended by a reset."""
+    data = b""
+    try:
+        while piece := sock.recv(65536):
+            data += piece
+    except ConnectionError:
+        return data, True
+    return data, False
+
+
+def request_of(text):
+    """A Request from its lines."""
+    return llmswap.Request(text.replace("\n", "\r\n").encode("latin-1") + b"\r\n\r\n")
+
+
+GET = "GET / HTTP/1.1\nHost: x"
+
+
+# ---- heads
+
+
+def test_a_head_is_found_however_its_bytes_are_cut():
+    head = b"GET /x HTTP/1.1\r\nHost: a\r\nX: \xc3\xa4\r\n\r\n"
+    for cut in range(1, len(head)):
+        with pair() as (ours, theirs):
+            theirs.sendall(head[:cut])
+            wire, heads = llmswap.Wire(ours), []
+            reader = threading.Thread(target=lambda w=wire: heads.append(w.head()))
+            reader.start()
+            theirs.sendall(head[cut:] + b"rest")
+            reader.join(10)
+            assert heads == [head]
+            assert wire.receive() == b"rest"
+
+
+@pytest.mark.parametrize("data", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: x\r\n"])
+def test_a_stream_that_ends_before_the_head_does_gives_no_head(data):
+    assert fed(data).head() == b""
+
+
+def test_empty_lines_before_a_head_are_skipped():
+    assert fed(b"\r\n\r\nGET / HTTP/1.1\r\n\r\n").head() == b"GET / HTTP/1.1\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\nHost: x\n\n",
+        b"GET / HTTP/1.1\r\nHost: x\nX: y",
+        b"GET / HTTP/1.1\rHost: x\r",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # somebody speaks TLS
+        b"GET /\x00 HTTP/1.1\r\n",
+    ],
+)
+def test_what_can_be_no_head_is_refused_before_it_ends(data):
+    with pytest.raises(llmswap.BadRequest):
+        fed(data, is_ended=False).head()
+
+
+def test_a_head_may_have_64_kilobytes_and_no_more():
+    start, end = b"GET / HTTP/1.1\r\nX: ", b"\r\n\r\n"
+    fill = llmswap.HEAD_LIMIT - len(start + end)
+    assert len(fed(start + b"x" * fill + end).head()) == llmswap.HEAD_LIMIT
+    with pytest.raises(llmswap.HeadTooLarge):
+        fed(start + b"x" * (fill + 1) + end).head()
+
+
+def test_a_head_may_have_a_hundred_lines_and_no_more():
+    lines = [f"X-{number}: y" for number in range(99)]
+    assert len(request_of("\n".join([GET, *lines])).fields) == 100
+    with pytest.raises(llmswap.HeadTooLarge):
+        request_of("\n".join([GET, *lines, "X: y"]))
+
+
+def test_who_sends_a_head_byte_by_byte_is_late_as_well():
+    with pair() as (ours, theirs):
+        wire = llmswap.Wire(ours, llmswap.Deadline(0.05, llmswap.TooSlow("late")))
+
+        def trickle():
+            try:
+                for byte in b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 10000:
+                    theirs.sendall(bytes([byte]))
+            except OSError:
+                pass
+
+        threading.Thread(target=trickle, daemon=True).start()
+        with pytest.raises(llmswap.TooSlow):
+            wire.head()
+
+
+SMUGGLING = [
+    f"{GET}\nContent-Length: 5\nContent-Length: 5",
+    f"{GET}\nContent-Length: 5\nContent-Length: 6",
+    f"{GET}\nContent-Length: 5, 5",
+    f"{GET}\nContent-Length: +5",
+    f"{GET}\nContent-Length: -5",
+    f"{GET}\nContent-Length: 0x5",
+    f"{GET}\nContent-Length: 5 5",
+    f"{GET}\nContent-Length:",
+    f"{GET}\nContent-Length: \u00b2",
+    f"{GET}\nContent-Length: 9999999999999999999",
+    f"{GET}\nContent-Length: 5\nTransfer-Encoding: chunked",
+    f"{GET}\nTransfer-Encoding: chunked\nTransfer-Encoding: chunked",
+    f"{GET}\nTransfer-Encoding: chunked, chunked",
+    f"{GET}\nTransfer-Encoding: gzip, chunked",
+    f"{GET}\nTransfer-Encoding: identity",
+    f"{GET}\nTransfer-Encoding: xchunked",
+    f"{GET}\nTransfer-Encoding: chunked;x=y",
+    f"{GET}\nTransfer-Encoding:\x0bchunked",
+    f"{GET}\nX: a\n b",
+    f"{GET}\nX: a\n\tb",
+    f"{GET}\nX : a",
+    f"{GET}\n: a",
+    f"{GET}\nX",
+    f"{GET}\nX: a\x00b",
+    f"{GET}\nX: a\rb",
+    f"{GET}\nX\u00e4: b",
+    f"{GET}\nHost: y",
+    "GET / HTTP/1.1",
+    "GET / HTTP/1.1\n",
+    "GET / HTTP/1.0\nTransfer-Encoding: chunked",
+    "GET  / HTTP/1.1\nHost: x",
+    "GET / HTTP/1.1 \nHost: x",
+    " GET / HTTP/1.1\nHost: x",
+    "GET / x HTTP/1.1\nHost: x",
+    "GET /\x01 HTTP/1.1\nHost: x",
+    "GET / HTTP/1.2\nHost: x",
+    "GET / HTTP/2.0\nHost: x",
+    "GET / http/1.1\nHost: x",
+    "GET /\nHost: x",
+    "G(T / HTTP/1.1\nHost: x",
+    "GET x HTTP/1.1\nHost: x",
+    "CONNECT x:80 HTTP/1.1\nHost: x:80",
+    "GET http://y/ HTTP/1.1\nHost: x",
+    "GET ftp://x/ HTTP/1.1\nHost: x",
+]
+
+
+@pytest.mark.parametrize("text", SMUGGLING)
+def test_a_doubtful_head_is_refused(text):
+    with pytest.raises(llmswap.BadRequest):
+        request_of(text)
+
+
+@pytest.mark.parametrize(
+    "target, path, query",
+    [
+        ("/a?b=http://c/d", "/a", "b=http://c/d"),
+        ("http://x/a?b", "/a", "b"),
+        ("HTTP://X", "/", ""),
+        ("http://x?q", "/", "q"),
+        ("*", "*", ""),
+        ("//evil/a", "//evil/a", ""),
+    ],
+)
+def test_targets_in_all_forms_are_understood(target, path, query):
+    request = request_of(f"GET {target} HTTP/1.1\nHost: x")
+    assert (request.path, request.query) == (path, query)
+
+
+def test_field_values_lose_blanks_around_them_and_nothing_else():
+    request = request_of(f"{GET}\nX-A: \t a  b\t \nX-B:\nx-a: 2")
+    assert request.all("x-a") == ["a  b", "2"]
+    assert request.get("x-b") == "" and request.get("none") == ""
+
+
+def test_a_query_is_decoded_as_utf_8_percent_encoded_or_raw():
+    raw = "GET /?a=b&model=q%C3%A4+1%2Fx HTTP/1.1\nHost: x"
+    assert request_of(raw).parameter("model") == "q\u00e4 1/x"
+    head = "GET /?model=q\u00e4 HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    assert llmswap.Request(head).parameter("model") == "q\u00e4"
+    assert request_of(raw).parameter("b") is None
+
+
+@pytest.mark.parametrize(
+    "start, connection, stays",
+    [
+        ("HTTP/1.1", None, True),
+        ("HTTP/1.1", "close", False),
+        ("HTTP/1.1", "Keep-Alive, Close", False),
+        ("HTTP/1.0", None, False),
+        ("HTTP/1.0", "Keep-Alive", True),
+    ],
+)
+def test_a_connection_stays_as_its_client_wishes(start, connection, stays):
+    text = f"GET / {start}\nHost: x"
+    text += f"\nConnection: {connection}" if connection else ""
+    assert request_of(text).wants_to_stay is stays
+
+
+def test_only_websockets_are_upgrades():
+    def is_upgrade(method, kind):
+        text = f"{method} / HTTP/1.1\nHost: x\nConnection: Upgrade\nUpgrade: {kind}"
+        return request_of(text).is_upgrade
+
+    assert is_upgrade("GET", "WebSocket")
+    assert not is_upgrade("POST", "websocket")
+    assert not is_upgrade("GET", "h2c")
+
+
+def test_hop_by_hop_fields_and_those_that_connection_names_are_dropped():
+    names = "keep-alive te trailer upgrade proxy-authorization proxy-connection x-own"
+    fields = [(name, "1") for name in names.split()]
+    fields += [("connection", "close, X-Own"), ("accept", "y")]
+    assert llmswap.end_to_end(fields) == [("accept", "y")]
+
+
+# ---- chunks
+
+
+CHUNKED = [
+    (b"0\r\n\r\n", b""),
+    (b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
+    (b"A;x=y\r\n0123456789\r\n1\r\n!\r\n000\r\n\r\n", b"0123456789!"),
+    (b"2 \r\n\r\n\r\n0\r\nTrailer: x\r\nOther: y\r\n\r\n", b"\r\n"),
+    (b"1\r\n\r\r\n1\r\n\n\r\n0;a\r\n\r\n", b"\r\n"),
+]
+
+
+@pytest.mark.parametrize("data, payload", CHUNKED)
+def test_chunks_are_decoded_however_they_are_cut(data, payload):
+    for cut in range(len(data) + 1):
+        decoder = llmswap.ChunkDecoder()
+        got = decoder.feed(data[:cut]) + decoder.feed(data[cut:] + b"next")
+        assert (got, decoder.is_done) == (payload, True)
+        assert decoder.rest == b"next"
+    decoder = llmswap.ChunkDecoder()
+    got = b"".join(decoder.feed(bytes([byte])) for byte in data)
+    assert (got, decoder.is_done, decoder.rest) == (payload, True, b"")
+
+
+BAD_CHUNKS = [
+    b"\r\n",
+    b"x\r\n",
+    b"-1\r\n",
+    b"+1\r\n",
+    b"0x1\r\nx\r\n",
+    b"1_0\r\n",
+    b"1\nx\r\n0\r\n\r\n",
+    b"1\r\nxx\r\n0\r\n\r\n",
+    b"1\r\nx\r\r\n",
+    b"1\r\nx\n0\r\n\r\n",
+    b"1\r\nx\r\n0\r\n\n",
+    b"1\r\nx\r\n0\r\nA: b\n\r\n",
+    b"1\r\nx0\r\n\r\n",
+    b" 1\r\nx\r\n",
+    b"1;a\x00\r\nx\r\n",
+    b"1000000000000000\r\n",
+    b"1;" + b"x" * 5000,
+    b"0\r\n" + b"A: b\r\n" * 200,
+]
+
+
+@pytest.mark.parametrize("data", BAD_CHUNKS)
+def test_bad_chunks_are_refused_however_they_are_cut(data):
+    for cut in range(0, len(data), max(1, len(data) // 50)):
+        decoder = llmswap.ChunkDecoder()
+        with pytest.raises(llmswap.BadRequest):
+            decoder.feed(data[:cut])
+            decoder.feed(data[cut:])
+
+
+def seconds_of(action):
+    """Processor seconds of this thread, the best of three."""
+    times = []
+    for _ in range(3):
+        began = time.thread_time()
+        action()
+        times.append(time.thread_time() - began)
+    return min(times)
+
+
+def test_tiny_chunks_cost_in_proportion_to_their_number():
+    def decode(count):
+        llmswap.ChunkDecoder().feed(b"1\r\nx\r\n" * count)
+
+    assert seconds_of(lambda: decode(80000)) < 16 * seconds_of(lambda: decode(10000))
+
+
+# ---- bodies
+
+
+def body_of(head, data, limit=1 << 30, is_ended=True):
+    """The Body that comes behind this head."""
+    wire = fed(data, is_ended)
+    return llmswap.Body(wire, request_of(head), limit), wire
+
+
+POST = "POST /v1/x HTTP/1.1\nHost: x"
+LARGE = os.urandom(1 << 16) * 40  # 2.5 MB
+
+
+def chunked(data, size=50000):
+    """The data in chunks."""
+    cuts = range(0, len(data), size)
+    pieces = [b"%x\r\n%b\r\n" % (len(data[c : c + size]), data[c : c + size]) for c in cuts]
+    return b"".join(pieces) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+@pytest.mark.parametrize("size", [0, 1, 1 << 20, (1 << 20) + 1, len(LARGE)])
+def test_a_body_is_held_whole_in_memory_or_in_a_file(is_chunked, size):
+    data = LARGE[:size]
+    framing = "Transfer-Encoding: chunked" if is_chunked else f"Content-Length: {size}"
+    raw = chunked(data) if is_chunked else data
+    body, wire = body_of(f"{POST}\n{framing}", raw + b"next")
+    assert body.hold(1 << 30)
+    assert bytes(body.held[:]) == data
+    assert body.is_complete
+    assert wire.receive() == b"next"
+
+
+def test_what_is_not_held_of_a_body_comes_piece_by_piece():
+    body, _ = body_of(f"{POST}\nContent-Length: {len(LARGE)}", LARGE)
+    assert not body.hold(1000)
+    held = bytes(body.held)
+    assert 1000 <= len(held) <= 1000 + llmswap.PIECE
+    assert held + b"".join(body.rest()) == LARGE
+    assert body.is_complete
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 100", "Transfer-Encoding: chunked"])
+def test_a_body_that_ends_too_early_means_that_the_client_left(framing):
+    body, _ = body_of(f"{POST}\n{framing}", b"50\r\nhello")
+    with pytest.raises(llmswap.ClientGone):
+        body.hold(1000)
+
+
+def test_a_body_beyond_the_limit_is_refused_at_its_head_or_once_it_is_there():
+    with pytest.raises(llmswap.TooLarge):
+        body_of(f"{POST}\nContent-Length: 101", b"", limit=100)
+    head = f"{POST}\nTransfer-Encoding: chunked"
+    body, _ = body_of(head, chunked(b"x" * 101, 60), limit=100)
+    with pytest.raises(llmswap.TooLarge):
+        body.hold(1000)
+    assert not body.can_be_skipped and not body.skip()
+
+
+def test_after_bad_chunks_nothing_of_that_connection_is_believed():
+    head = f"{POST}\nTransfer-Encoding: chunked"
+    body, _ = body_of(head, b"1\r\nxx\r\n0\r\n\r\nGET /unload HTTP/1.1\r\n\r\n")
+    with pytest.raises(llmswap.BadRequest):
+        body.hold(1000)
+    assert not body.skip()
+
+
+def test_a_client_that_asks_is_told_to_continue_once_its_body_is_wanted():
+    head = f"{POST}\nContent-Length: 5\nExpect: 100-Continue"
+    with pair() as (ours, theirs):
+        body = llmswap.Body(llmswap.Wire(ours), request_of(head), 100)
+        assert not body.can_be_skipped and not body.skip()
+        theirs.sendall(b"hello")
+        assert body.hold(5)
+        assert theirs.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    body, wire = body_of(head.replace("1.1", "1.0"), b"hello", is_ended=False)
+    assert body.hold(5)
+    with pytest.raises(BlockingIOError):  # HTTP/1.0 knows no such thing
+        wire.keep.recv(1, socket.MSG_DONTWAIT)
+
+
+def test_a_body_that_cannot_be_kept_says_why(monkeypatch):
+    def refuse(**_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    body, _ = body_of(f"{POST}\nContent-Length: {len(LARGE)}", LARGE)
+    with pytest.raises(llmswap.Problem, match="No space left"):
+        body.hold(1 << 30)
+
+
+# ---- JSON
+
+
+def named(data, kind="application/json", chunk=None):
+    """What is found in this body, and how much of it was read for that."""
+    body, _ = body_of(f"{POST}\nContent-Length: {len(data)}", bytes(data))
+    found = llmswap.model_named_in(body, kind)
+    return found, body
+
+
+@pytest.mark.parametrize(
+    "data, model",
+    [
+        ('{"model":"a"}', "a"),
+        (' \r\n\t{ "x" : [ {"model":"no"} ] ,\n"model" : "b" } ', "b"),
+        ('\ufeff{"model":"a"}', "a"),
+        ('{"model":"a","model":"b"}', "a"),
+        ('{"\\u006dodel":"a"}', "a"),
+        ('{"model":"a\\"\\u00e4\\n\\\\"}', 'a"\u00e4\n\\'),
+        ('{"x":"\\"model\\":\\"no\\"","model":"b"}', "b"),
+        ('{"x":"\\\\","model":"b"}', "b"),
+        ('{"x":{"model":"no"}}', None),
+        ('{"model":5}', None),
+        ('{"model":null}', None),
+        ('{"model":["a"]}', None),
+        ("{}", None),
+        ("", None),
+        ('{"model":"a"} trailing', "a"),
+        ('{"x":' + "[" * 5000 + "]" * 5000 + ',"model":"a"}', "a"),
+        ('{"x":1e400,"y":-0.0e-1,"z":truefalse,"model":"a"}', "a"),
+        ('{"model":"\\ud800"}', "\ud800"),
+    ],
+)
+def test_the_model_is_found_at_the_top_level_of_json_and_nowhere_else(data, model):
+    assert named(data.encode())[0].model == model
+
+
+@pytest.mark.parametrize(
+    "data", ["[]", '"model"', "5", "model=a", "{'model': 'a'}", '{"x" "y"}', '{"x":']
+)
+def test_what_is_no_json_object_is_refused(data):
+    with pytest.raises(llmswap.BadRequest):
+        named(data.encode())
+
+
+def test_no_more_is_read_than_it_takes_to_find_the_model():
+    data = b'{"model":"a","x":"' + b"x" * (8 << 20) + b'"}'
+    found, body = named(data)
+    assert found.model == "a"
+    assert len(body.held) <= llmswap.HELD_BODY + llmswap.PIECE
+    data = b'{"x":"' + b"x" * (3 << 20) + b'","model":"a","y":"' + b"y" * (9 << 20) + b'"}'
+    found, body = named(data)
+    assert found.model == "a"
+    assert len(body.held) <= (4 << 20) + llmswap.PIECE
+    assert bytes(body.held[:]) + b"".join(body.rest()) == data
+
+
+def any_json(dice, depth=0):
+    """A random JSON value."""
+    kind = dice.randrange(7 if depth < 4 else 5)
+    if kind < 3:
+        alphabet = 'ab"\\/{}[]:, \n\t\u00e4\u20ac\U0001f600\x7f\x00'
+        return "".join(dice.choices(alphabet, k=dice.randrange(6)))
+    if kind == 3:
+        return dice.choice([0, -1, 1.5e300, 12345678901234567890])
+    if kind == 4:
+        return dice.choice([True, False, None])
+    if kind == 5:
+        return [any_json(dice, depth + 1) for _ in range(dice.randrange(4))]
+    return {any_json_name(dice): any_json(dice, depth + 1) for _ in range(dice.randrange(4))}
+
+
+def any_json_name(dice):
+    return dice.choice(["model", "m", "a", "\u00e4", '"', "stream", "ttl", "x\\"])
+
+
+def any_object(dice):
+    """The text of a random object with doubled names and odd spaces; its pairs."""
+    pairs = [(any_json_name(dice), any_json(dice)) for _ in range(dice.randrange(6))]
+    space = lambda: dice.choice(["", "", " ", "\r\n\t"])  # noqa: E731
+    is_ascii = dice.random() < 0.5
+    members = [
+        space() + json.dumps(name, ensure_ascii=is_ascii) + space() + ":" + space()
+        + json.dumps(value, ensure_ascii=is_ascii) + space()
+        for name, value in pairs
+    ]  # fmt: skip
+    return (space() + "{" + ",".join(members) + space() + "}").encode(), pairs
+
+
+def first_of_each(pairs):
+    return dict(reversed(pairs))
+
+
+def test_members_are_found_as_python_finds_them():
+    dice = random.Random(1)
+    for _ in range(1500):
+        data, pairs = any_object(dice)
+        for find in (llmswap.members_of, llmswap._members_by_hand):
+            found = find(data)
+            members, is_whole = found if isinstance(found, tuple) else (found, True)
+            assert is_whole
+            got = [(each.name, json.loads(data[each.value : each.end])) for each in members]
+            assert got == pairs
+
+
+def test_of_an_object_that_is_cut_the_members_before_the_cut_are_found():
+    dice = random.Random(2)
+    for _ in range(200):
+        data, pairs = any_object(dice)
+        for cut in range(len(data.rstrip())):
+            members, is_whole = llmswap.members_of(data[:cut])
+            assert not is_whole
+            names = [each.name for each in members]
+            assert names == [name for name, _ in pairs][: len(names)]
+            for member, (_, value) in zip(members, pairs):
+                assert json.loads(data[member.value : member.end]) == value
+
+
+def test_edits_are_those_of_a_dict_and_leave_the_rest_byte_for_byte():
+    dice = random.Random(3)
+    for _ in range(1500):
+        data, pairs = any_object(dice)
+        removed = frozenset(dice.sample(["a", "m", "ttl", "none"], dice.randrange(3)))
+        lay = {name: {"deep": 1} for name in dice.sample(["a", "x", "new"], 1)}
+        model = dice.choice([None, "n\u00e4me"])
+        edits = llmswap.Edits(model, lay, removed)
+        members, _ = llmswap.members_of(data)
+        pieces = llmswap.edited_json(data, members, edits)
+        got = json.loads(b"".join(pieces), object_pairs_hook=list)
+        expected = {k: v for k, v in first_of_each(pairs).items() if k not in removed}
+        expected = llmswap.merged(expected, lay)
+        expected.update({"model": model} if model else {})
+        names = [name for name, _ in got]
+        assert len(names) == len(set(names))
+        assert json.loads(b"".join(pieces)) == expected
+        for member in members:
+            if member.name not in (removed | set(lay) | {"model"}):
+                assert data[member.start : member.end] in b"".join(pieces)
+
+
+@pytest.mark.parametrize(
+    "body, edits, result",
+    [
+        ("{}", {"model": "a"}, '{"model":"a"}'),
+        ('{ "x": 1 }', {"model": "a"}, '{"model":"a", "x": 1 }'),
+        ('{"model": "b" , "x":1}', {"model": "a"}, '{"model": "a" , "x":1}'),
+        ('{"a":1,"b":2,"c":3}', {"removed": {"a"}}, '{"b":2,"c":3}'),
+        ('{"a":1,"b":2,"c":3}', {"removed": {"b"}}, '{"a":1,"c":3}'),
+        ('{"a":1,"b":2,"c":3}', {"removed": {"c"}}, '{"a":1,"b":2}'),
+        ('{"a":1,"b":2,"c":3}', {"removed": {"a", "b", "c"}}, "{}"),
+        ('{"a":{"x":1}}', {"laid_over": {"a": {"y": 2}}}, '{"a":{"x":1,"y":2}}'),
+        ('{"a":{"x":1}}', {"laid_over": {"a": 5}}, '{"a":5}'),
+        ('{"a":1,"a":2}', {"laid_over": {"b": 5}}, '{"b":5,"a":1}'),
+        (
+            '{"a":{"x":1}}',
+            {"laid_over": {"a": {"y": 2}}, "removed": {"a"}},
+            '{"a":{"y":2}}',
+        ),
+        ('{"a":{"x":"\\ud800"}}', {"laid_over": {"a": {}}}, '{"a":{"x":"\\ud800"}}'),
+        ('\ufeff{"a":1}', {"removed": {"a"}}, "\ufeff{}"),
+    ],
+)
+def test_edits_are_spliced(body, edits, result):
+    data = body.encode()
+    edits = llmswap.Edits(**{**edits, "removed": frozenset(edits.get("removed", ()))})
+    pieces = llmswap.edited_json(data, llmswap.members_of(data)[0], edits)
+    assert b"".join(pieces).decode() == result
+
+
+@pytest.mark.parametrize(
+    "filler", [b"x", b'\\"', b"\\\\", b"\\u00e4 text\\n"], ids=["plain", "quotes", "\\", "u"]
+)
+def test_a_string_of_40_megabytes_is_passed_over_in_linear_time_and_memory(filler):
+    def pass_over(size):
+        data = b'{"image":"' + filler * (size // len(filler)) + b'","model":"a"}'
+        began = time.thread_time()
+        members, _ = llmswap.members_of(data)
+        assert [each.name for each in members] == ["image", "model"]
+        return time.thread_time() - began
+
+    half, whole = (min(pass_over(size) for _ in range(2)) for size in (10**7, 4 * 10**7))
+    assert whole < 1.5
+    assert whole < 8 * half + 0.05
+
+
+@pytest.mark.parametrize("opening", [b"[", b'{"a":'])
+def test_json_as_deep_as_it_gets_overruns_no_stack(opening):
+    def look():
+        data = b'{"keep_alive":' + opening * 200_000
+        members, is_whole = llmswap.members_of(data)
+        seen.append((members, is_whole, llmswap.json_or(data[14:], "too deep")))
+        deep = opening * 100_000 + b"1" + (b"}" if opening > b"[" else b"]") * 100_000
+        data = b'{"stream":' + deep + b',"model":"a"}'
+        found = llmswap._named_in_json(data, True)
+        seen.append((found.model, found.value(data, "stream", "too deep")))
+
+    seen = []
+    before = threading.stack_size(llmswap.STACK_BYTES)
+    try:
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+    finally:
+        threading.stack_size(before)
+    assert seen == [([], False, "too deep"), ("a", "too deep")]
+
+
+# ---- forms
+
+
+def multipart(*fields, boundary="xYz"):
+    """A form's bytes and its content type; a value that is bytes is a file."""
+    parts = []
+    for name, value in fields:
+        more = "" if isinstance(value, str) else '; filename="model"'
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'
+        data = value.encode() if isinstance(value, str) else value
+        parts.append(head.encode() + data + b"\r\n")
+    return b"".join(parts) + f"--{boundary}--\r\n".encode(), (
+        f"multipart/form-data; boundary={boundary}"
+    )
+
+
+def test_the_model_of_a_form_is_found_before_or_behind_a_large_file():
+    noise = LARGE + b'\r\n\r\nname="model"\r\n\r\nno\r\n--xY'
+    for fields in (
+        [("model", "a/b"), ("file", noise)],
+        [("file", noise), ("x", "y"), ("model", "a/b"), ("z", noise)],
+    ):
+        data, kind = multipart(*fields)
+        found, body = named(data, kind)
+        assert found.model == "a/b"
+        start, end = found.span
+        assert data[start:end] == b"a/b"
+        assert bytes(body.held[:]) + b"".join(body.rest()) == data
+
+
+def test_a_form_may_quote_its_boundary_and_have_no_model():
+    data, _ = multipart(("file", b"model"), boundary="a b'c")
+    assert named(data, 'multipart/form-data; Boundary="a b\'c"')[0].model is None
+    with pytest.raises(llmswap.BadRequest):
+        named(data, "multipart/form-data")
+
+
+@pytest.mark.parametrize(
+    "data, model",
+    [
+        (b"model=a%2Fb+c&x=1", "a/b c"),
+        (b"x=1&model=%C3%A4", "\u00e4"),
+        (b"xmodel=1", None),
+        (b'{"model":"a"}', "a"),
+        (b' \n{"model":"a"}', "a"),
+    ],
+)
+def test_the_model_of_a_simple_form_or_of_what_curl_calls_one(data, model):
+    assert named(data, "application/x-www-form-urlencoded; charset=x")[0].model == model
+
+
+# ---- answers read
+
+
+ANSWERS = [
+    b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n",
+    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+    b"Transfer-Encoding: Chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+]
+
+
+def read_answer(data, method="GET"):
+    answer = llmswap.Answer(fed(data), method)
+    return answer, b"".join(bytes(piece) for piece in answer.pieces())
+
+
+@pytest.mark.parametrize("data", ANSWERS)
+def test_an_answer_cut_anywhere_is_never_taken_for_whole(data):
+    answer, payload = read_answer(data)
+    assert (answer.status, payload, answer.is_over) == (200, b"hello", True)
+    for cut in range(len(data)):
+        with pytest.raises((EOFError, llmswap.Truncated)):
+            read_answer(data[:cut])
+
+
+@pytest.mark.parametrize(
+    "head, method, payload, is_over",
+    [
+        ("HTTP/1.1 200 OK", "GET", b"hello", False),
+        ("HTTP/1.1 204 No Content", "GET", b"", False),
+        ("HTTP/1.1 200 OK\r\nContent-Length: 9", "HEAD", b"", False),
+        ("HTTP/1.1 304 Not Modified\r\nContent-Length: 9", "GET", b"", False),
+        ("HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close", "GET", b"hello", False),
+        ("HTTP/1.0 200 OK\r\nContent-Length: 5", "GET", b"hello", False),
+        (
+            "HTTP/1.0 200 OK\r\nContent-Length: 5\r\nConnection: keep-alive",
+            "GET",
+            b"hello",
+            True,
+        ),
+        ("HTTP/1.1 200\r\nContent-Length: 5", "GET", b"hello", True),
+    ],
+)
+def test_an_answer_ends_where_its_head_says(head, method, payload, is_over):
+    answer, got = read_answer(f"{head}\r\n\r\nhello".encode(), method)
+    assert (got, answer.is_over) == (payload, is_over)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "nonsense",
+        "HTTP/1.1 99 No",
+        "HTTP/1.1 600 No",
+        "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2",
+        "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nTransfer-Encoding: chunked",
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip",
+        "HTTP/1.1 200 OK\r\nX : y",
+        "HTTP/1.1 200 OK\r\nX: y\nZ: a",
+        "HTTP/1.1 200 OK\r\n" + "X: y\r\n" * 101,
+    ],
+)
+def test_an_answer_that_is_not_http_counts_as_truncated(head):
+    with pytest.raises(llmswap.Truncated):
+        read_answer(f"{head}\r\n\r\nhello".encode())
+
+
+def test_events_are_passed_on_by_whole_chunks_and_other_bytes_as_they_come():
+    head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Type: {}\r\n\r\n"
+    for kind, expected in (("text/event-stream", b"ab"), ("text/plain", b"abcd")):
+        got = b""
+        data = head.format(kind).encode() + b"2\r\nab\r\n4\r\ncd"
+        with pytest.raises(llmswap.Truncated):
+            for piece in llmswap.Answer(fed(data), "GET").pieces():
+                got += piece
+        assert got == expected
+
+
+# ---- answers written
+
+
+def replied(request, act, *extra):
+    """The bytes that a client gets, whether it gets a reset, and the Reply."""
+    with pair() as (ours, theirs):
+        reply = llmswap.Reply(ours, request_of(request), list(extra))
+        act(reply)
+        ours.close()
+        return (*everything(theirs), reply)
+
+
+def whole_answer(length):
+    def act(reply):
+        reply.begin(200, "OK", [("x", "y")], length)
+        reply.send(b"hel")
+        reply.send(memoryview(b"lo"))
+        reply.send(b"")
+        reply.end()
+
+    return act
+
+
+@pytest.mark.parametrize(
+    "request_text, length, framing, payload, stays",
+    [
+        (GET, 5, "content-length: 5", b"hello", True),
+        (GET, None, "transfer-encoding: chunked", b"3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n", True),
+        (GET.replace("GET", "HEAD"), 5, "content-length: 5", b"", True),
+        (GET.replace("GET", "HEAD"), None, None, b"", True),
+        (GET.replace("1.1", "1.0"), 5, "content-length: 5\r\nconnection: close", b"hello", False),
+        (GET.replace("1.1", "1.0"), None, "connection: close", b"hello", False),
+        (
+            GET.replace("1.1", "1.0") + "\nConnection: keep-alive",
+            5,
+            "content-length: 5\r\nconnection: keep-alive",
+            b"hello",
+            True,
+        ),
+        (GET + "\nConnection: close", 5, "content-length: 5\r\nconnection: close", b"hello", False),
+    ],
+)
+def test_an_answer_is_framed_as_its_client_can_read_it(
+    request_text, length, framing, payload, stays
+):
+    data, is_reset, reply = replied(request_text, whole_answer(length), ("e", "f"))
+    lines = ["HTTP/1.1 200 OK", "x: y", "e: f"] + ([framing] if framing else [])
+    assert data == "\r\n".join([*lines, "", ""]).encode() + payload
+    assert (is_reset, reply.stays) == (False, stays)
+
+
+def test_an_answer_without_a_body_says_nothing_of_its_length():
+    data, _, _ = replied(GET, lambda r: (r.begin(204, "No Content", [], 0), r.end()))
+    assert data == b"HTTP/1.1 204 No Content\r\n\r\n"
+
+
+def broken_answer(events, payload, length=None):
+    def act(reply):
+        kind = "text/event-stream" if events else "text/plain"
+        reply.begin(200, "OK", [("content-type", kind)], length)
+        reply.send(payload)
+        reply.break_off(llmswap.BackendDied("it died"))
+
+    return act
+
+
+ERROR_EVENT = re.compile(rb'data: \{"error":\{"message":"it died".*\}\}\n\n')
+
+
+@pytest.mark.parametrize("ending", [b"\n\n", b"\r\n\r\n", b"\r\r"])
+def test_a_stream_broken_between_events_says_why_and_does_not_end(ending):
+    data, _, reply = replied(GET, broken_answer(True, b"data: x" + ending))
+    assert ERROR_EVENT.search(data)
+    assert not data.endswith(b"0\r\n\r\n") and not reply.stays
+
+
+@pytest.mark.parametrize("payload", [b"data: x", b"data: x\n", b"data: x\n\ndata: y\r\n"])
+def test_a_stream_broken_within_an_event_says_nothing_and_does_not_end(payload):
+    data, _, reply = replied(GET, broken_answer(True, payload))
+    assert b"error" not in data
+    assert not data.endswith(b"0\r\n\r\n") and not reply.stays
+
+
+def test_a_broken_answer_that_only_the_end_delimits_ends_by_a_reset():
+    listener = socket.create_server(("127.0.0.1", 0))
+    with listener, socket.create_connection(listener.getsockname()) as theirs:
+        ours, _ = listener.accept()
+        llmswap.set_tick(ours)
+        reply = llmswap.Reply(ours, request_of(GET.replace("1.1", "1.0")), [])
+        broken_answer(False, b"half")(reply)
+        try:
+            ours.shutdown(socket.SHUT_WR)  # as socketserver does it
+        except OSError:
+            pass
+        theirs.settimeout(10)
+        assert everything(theirs)[1]
+
+
+def test_a_waiting_client_gets_an_early_head_then_comments(monkeypatch):
+    monkeypatch.setattr(llmswap, "EARLY_HEAD_AFTER", 0.0)
+    monkeypatch.setattr(llmswap, "COMMENT_EVERY", 0.0)
+    with pair() as (ours, theirs):
+        reply = llmswap.Reply(ours, request_of(GET), [])
+        reply.tick()
+        assert not reply.is_begun  # it did not ask for events
+        reply.wants_events = True
+        reply.tick()
+        reply.tick()
+        reply.send(b"data: x")
+        reply.tick()  # not within an event
+        reply.send(b"\n\n")
+        reply.tick()
+        ours.close()
+        data, _ = everything(theirs)
+    assert data.startswith(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n")
+    body = data.partition(b"\r\n\r\n")[2]
+    lines = re.sub(rb"[0-9a-f]+\r\n(.*?)\r\n", rb"\1", body, flags=re.DOTALL)
+    assert lines == b":\n\n:\n\ndata: x\n\n:\n\n"
+
+
+def test_a_hang_up_is_noticed_even_behind_bytes_that_nobody_read():
+    with pair() as (ours, theirs):
+        assert not llmswap.hung_up(ours)
+        theirs.sendall(b"pipelined")
+        assert not llmswap.hung_up(ours)
+        theirs.close()
+        assert llmswap.hung_up(ours)
+
+
+# ==================================================================================
+# Pages: what people and Prometheus see.
+# ==================================================================================
+
+
+os.environ.setdefault("LLMSWAP", "/tmp/w/page/llmswap.py")
+
+# ----------------------------------------------------------------------------------
+# Numbers in answers
+
+
+OPENAI_END = b"""data: {"choices":[{"delta":{},"finish_reason":"stop"}],"usage":null}
+
+data: {"choices":[],"usage":{"completion_tokens":20,"prompt_tokens":7,
+"total_tokens":27,"prompt_tokens_details":{"cached_tokens":3}}}
+
+data: [DONE]
+
+"""
+LLAMA_END = b"""data: {"choices":[{"delta":{},"finish_reason":"stop"}],"timings":{
+"cache_n":236,"prompt_n":1,"prompt_ms":30.9,"predicted_n":35,
+"predicted_ms":661.1,"predicted_per_second":52.94}}
+
+data: [DONE]
+
+"""
+ANTHROPIC_START = b"""event: message_start
+data: {"type":"message_start","message":{"id":"a","usage":{"input_tokens":25,
+"cache_read_input_tokens":0,"output_tokens":1}}}
+
+"""
+ANTHROPIC_END = b"""event: message_delta
+data: {"type":"message_delta","delta":{"stop_reason":"end_turn"},
+"usage":{"output_tokens":15}}
+
+event: message_stop
+data: {"type":"message_stop"}
+
+"""
+JSON_END = b'"}}],"usage":{"prompt_tokens":7,"completion_tokens":3,"total_tokens":10}}'
+LLAMA_PLAIN = b',"tokens_predicted":4,"tokens_evaluated":9,"truncated":false}'
+
+
+@pytest.mark.parametrize(
+    "ends, told",
+    [
+        (b"", (None, None, None)),
+        (OPENAI_END, (7, 20, None)),
+        (LLAMA_END, (237, 35, 52.94)),
+        (JSON_END, (7, 3, None)),
+        (LLAMA_PLAIN, (9, 4, None)),
+        (ANTHROPIC_START + b"\0" + ANTHROPIC_END, (25, 15, None)),
+        (ANTHROPIC_END, (None, 15, None)),
+        (JSON_END[:-1] + b',"timings":{"predicted_per_second":1e2}}', (7, 3, 100.0)),
+        (b'{"usage":{"prompt_tokens":7,"completion_tokens":1', (7, None, None)),
+        (b'{"usage": {"prompt_tokens" : 7 }}', (7, None, None)),
+        (b'{"content":"say {\\"prompt_tokens\\": 99, }"}', (None, None, None)),
+        (bytes(range(256)) * 16, (None, None, None)),
+    ],
+)
+def test_token_counts_are_read_from_the_ends_of_an_answer(ends, told):
+    assert llmswap.usage_in(ends) == told
+
+
+@pytest.mark.parametrize("end", [OPENAI_END, LLAMA_END, ANTHROPIC_END, JSON_END])
+def test_a_tail_cut_anywhere_tells_the_truth_or_nothing(end):
+    whole = llmswap.usage_in(end)
+    for at in range(len(end)):
+        for part in (end[at:], end[:at]):
+            told = llmswap.usage_in(part)
+            assert told.tokens_out in (None, whole.tokens_out)
+            assert told.tokens_in in (None, whole.tokens_in, 1)  # prompt_n, cache_n lost
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_ends_of_a_payload_are_kept_however_it_comes(seed):
+    chance = random.Random(seed)
+    ends, sent = llmswap.Ends(), b""
+    for _ in range(chance.randrange(1, 60)):
+        piece = chance.randbytes(chance.choice([1, 3, 200, 4095, 4096, 70000]))
+        buffer = bytearray(piece)
+        ends.add(piece if chance.random() < 0.5 else memoryview(buffer))
+        buffer[:] = bytes(len(buffer))  # as a buffer that is used again
+        sent += piece
+    kept = llmswap.Ends.KEPT
+    assert bytes(ends).startswith(sent[:kept] + b"\0")
+    assert bytes(ends).endswith(sent[-kept:])
+    assert sum(map(len, ends._last)) < 2 * kept
+
+
+# ----------------------------------------------------------------------------------
+# Prometheus
+
+
+SAMPLE = re.compile(r'([a-z_]+)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\[\\"n])*",?)*)\})? (\S+)')
+
+
+def metrics_of(text):
+    """{(name, label, value, ...): number}, after a strict reading of the format."""
+    assert text.endswith("\n") and "\n\n" not in text
+    found, kinds = {}, {}
+    for line in text.splitlines():
+        if line.startswith("# TYPE "):
+            _, _, name, kind = line.split(" ")
+            assert name not in kinds, f"{name} comes twice"
+            kinds[name] = kind
+        elif not line.startswith("# HELP "):
+            name, labels, number = SAMPLE.fullmatch(line).groups()
+            family = re.sub("_(bucket|sum|count)$", "", name)
+            assert list(kinds)[-1] in (name, family), f"{line} is not with its family"
+            pairs = re.findall(r'([a-z_]+)="((?:[^"\\]|\\.)*)"', labels or "")
+            key = (name, *sum(pairs, ()))
+            assert key not in found, f"{line} comes twice"
+            found[key] = float(number)
+    for name, kind in kinds.items():
+        assert name.endswith("_total") == (kind == "counter")
+    return found
+
+
+def facts(*rows, meters=None):
+    return llmswap.Facts("1.0", 1750000000.0, rows, meters or llmswap.Meters())
+
+
+def test_metrics_without_models_are_well_formed():
+    found = metrics_of(llmswap.metrics_text(facts()))
+    assert found["llmswap_swaps_total",] == 0
+    assert found["process_start_time_seconds",] == 1750000000
+
+
+def test_labels_are_escaped():
+    row = llmswap.Row('a"b\\c\nd')
+    found = metrics_of(llmswap.metrics_text(facts(row)))
+    assert found["llmswap_requests_queued", "model", r'a\"b\\c\nd'] == 0
+
+
+def test_requests_are_counted_by_model_and_status():
+    meters = llmswap.Meters()
+    meters.count_request("a", 200, 0.3, 0.004, 7, 20, 1000)
+    meters.count_request("a", 200, 700.0, 0.0, 1, 2, 10)
+    meters.count_request("a", 503, 0.0)
+    found = metrics_of(llmswap.metrics_text(facts(llmswap.Row("a"), meters=meters)))
+    assert found["llmswap_requests_total", "model", "a", "status", "200"] == 2
+    assert found["llmswap_requests_total", "model", "a", "status", "503"] == 1
+    assert found["llmswap_prompt_tokens_total", "model", "a"] == 8
+    assert found["llmswap_completion_tokens_total", "model", "a"] == 22
+    assert found["llmswap_response_bytes_total", "model", "a"] == 1010
+
+
+def test_histograms_add_up_and_their_bounds_are_inclusive():
+    meters = llmswap.Meters()
+    for seconds in (0.005, 0.3, 600, 700):
+        meters.count_load("a", seconds)
+    found = metrics_of(llmswap.metrics_text(facts(meters=meters)))
+    name = "llmswap_load_duration_seconds"
+    buckets = {key[4]: n for key, n in found.items() if key[0] == f"{name}_bucket"}
+    assert list(buckets.values()) == sorted(buckets.values())
+    assert (buckets["0.005"], buckets["0.25"], buckets["0.5"]) == (1, 1, 2)
+    assert (buckets["600"], buckets["+Inf"]) == (3, 4)
+    assert found[f"{name}_count", "model", "a"] == 4
+    assert found[f"{name}_sum", "model", "a"] == pytest.approx(1300.305)
+
+
+def test_a_swap_is_a_load_for_which_others_were_evicted():
+    meters = llmswap.Meters()
+    meters.count_load("a", 1)
+    meters.count_stop("a", "evicted", "c")
+    meters.count_stop("b", "evicted", "c")
+    assert meters.counts["swaps",] == 0
+    meters.count_load("c", 1)
+    meters.count_load("c", 1)
+    assert meters.counts["swaps",] == 1
+    assert meters.reasons == {"a": "evicted for c", "b": "evicted for c"}
+
+
+def test_models_that_share_a_backend_are_counted_once():
+    own = llmswap.Row("a", state="loaded", rss=10, running=1)
+    twin = own._replace(id="b", shares="a")
+    totals = llmswap.snapshot(facts(own, twin))["totals"]
+    assert (totals["models"], totals["loaded"], totals["rss"]) == (2, 1, 10)
+    assert totals["vram"] is None
+    found = metrics_of(llmswap.metrics_text(facts(own, twin)))
+    assert ("llmswap_requests_in_flight", "model", "b") not in found
+
+
+TWO = """
+[llmswap]
+models-max = 1
+[a]
+cmd = FAKE --load 0.6
+[b]
+cmd = FAKE
+[bad]
+cmd = FAKE --load-exit 3
+"""
+CHAT = "/v1/chat/completions"
+
+
+def test_what_happened_is_told_to_prometheus():
+    with Llmswap(TWO) as server:
+        server.post(CHAT, {"model": "a", "tokens": 20})
+        body = {"model": "b", "tokens": 5, "stream": True, "interval": 0.01}
+        with Stream(server.port, CHAT, body) as stream:
+            stream.text()
+        server.post(CHAT, {"model": "bad"})
+        server.post(CHAT, {"model": "nobody"})
+        with Client(server.port) as client:
+            client.send("POST", CHAT, {"model": "b", "delay": 60})
+            time.sleep(0.1)
+        counted = ("llmswap_requests_total", "model", "b", "status", "499")
+        found = eventually(lambda: metrics_with(server, counted))
+    requests = {key[2:5:2]: n for key, n in found.items() if key[0] == counted[0]}
+    assert requests == {
+        ("a", "200"): 1, ("b", "200"): 1, ("bad", "502"): 1, ("", "404"): 1,
+        ("b", "499"): 1,
+    }  # fmt: skip
+    assert found["llmswap_completion_tokens_total", "model", "a"] == 20
+    assert found["llmswap_completion_tokens_total", "model", "b"] == 5
+    assert found["llmswap_stops_total", "model", "a", "cause", "evicted"] == 1
+    assert found["llmswap_failures_total", "model", "bad", "state", "loading"] == 1
+    assert found["llmswap_load_duration_seconds_sum", "model", "a"] > 0.6
+    assert found["llmswap_request_wait_seconds_sum", "model", "a"] > 0.6
+    assert found["llmswap_model_resident_memory_bytes", "model", "b"] > 2**20
+    assert found["llmswap_swaps_total",] >= 1
+    assert found["llmswap_model_state", "model", "b", "state", "loaded"] == 1
+
+
+def metrics_with(server, key):
+    found = metrics_of(server.get("/metrics").body.decode())
+    return found if key in found else None
+
+
+def test_an_answer_that_breaks_off_is_counted_as_502():
+    with Llmswap(TWO) as server:
+        body = {"model": "b", "tokens": 5, "stream": True, "cut": "mid-event"}
+        with Stream(server.port, CHAT, body) as stream:
+            with pytest.raises(Exception):
+                list(stream.events())
+        key = ("llmswap_requests_total", "model", "b", "status", "502")
+        eventually(lambda: metrics_with(server, key))
+
+
+# ----------------------------------------------------------------------------------
+# The page and its news
+
+
+def test_the_page_needs_nothing_from_outside():
+    page = llmswap.STATUS_PAGE
+    urls = re.findall(r"https?://[^'\"\s]*", page)
+    assert set(urls) == {"http://www.w3.org/2000/svg"}  # a name, never fetched
+    assert not re.search(r"\s(src|on\w+|style)=|@import|url\(", page)
+    assert len(page) < 30000
+
+
+def test_the_policy_allows_the_pages_own_script_and_style_alone():
+    for tag in ("script", "style"):
+        inner = re.search(f"<{tag}>(.*)</{tag}>", llmswap.STATUS_PAGE, re.DOTALL)[1]
+        digest = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in llmswap.PAGE_POLICY
+    assert "unsafe" not in llmswap.PAGE_POLICY
+
+
+EVENTS = {"Accept": "text/event-stream"}
+
+
+def test_the_bare_page_needs_no_key_and_its_news_does():
+    with Llmswap("[llmswap]\napi-key = secret\n" + TWO.replace("[llmswap]", "")) as server:
+        page = server.get("/", {"Accept": "text/html"})
+        assert page.status == 200 and page.headers["content-type"].startswith("text/html")
+        assert page.headers["content-security-policy"] == llmswap.PAGE_POLICY
+        assert server.get("/", EVENTS).status == 401
+        assert server.get("/metrics").status == 401
+        key = {"Authorization": "Bearer secret"}
+        with Stream(server.port, "/", None, {**EVENTS, **key}) as stream:
+            assert next(stream.documents())["totals"]["models"] == 3
+
+
+def test_news_comes_at_each_change_and_says_why_a_model_went():
+    with Llmswap(TWO) as server, Stream(server.port, "/", None, EVENTS) as stream:
+        news = stream.documents()
+        assert [model["state"] for model in next(news)["models"]] == ["unloaded"] * 3
+        server.post("/models/load", {"model": "a"})
+        until(news, lambda models: models["a"]["state"] == "loading")
+        models = until(news, lambda models: models["a"]["state"] == "loaded")
+        assert models["a"]["rss"] is None or models["a"]["rss"] > 0
+        assert models["a"]["seconds"] < 2 and models["b"]["seconds"] is None
+        server.post(CHAT, {"model": "b", "tokens": 20})
+        models = until(news, lambda models: models["b"]["tokens_per_second"])
+        assert models["a"]["stopped"] == "evicted for b"
+        server.post(CHAT, {"model": "bad"})
+        models = until(news, lambda models: models["bad"]["failure"])
+        assert "exited with status 3" in models["bad"]["failure"]
+        assert models["bad"]["seconds"] < 2
+
+
+def until(news, condition):
+    """The models of the first snapshot that has what is waited for."""
+    deadline = time.monotonic() + 10
+    for told in news:
+        models = {model["id"]: model for model in told["models"]}
+        if condition(models):
+            return models
+        assert time.monotonic() < deadline, models
+
+
+def test_snapshots_come_at_most_about_four_times_a_second():
+    with Llmswap(TWO) as server, Stream(server.port, "/", None, EVENTS) as stream:
+        news, began, count = stream.documents(), time.monotonic(), 0
+        next(news)
+        for _ in range(100):
+            server.post(CHAT, {"model": "b", "tokens": 1, "interval": 0})
+        lasted = time.monotonic() - began
+        server.post("/models/unload", {"model": "b"})
+        until_gone = lambda models: models["b"]["stopped"] == "unloaded by hand"  # noqa
+        deadline = time.monotonic() + 10
+        for told in news:
+            count += 1
+            if until_gone({model["id"]: model for model in told["models"]}):
+                break
+            assert time.monotonic() < deadline
+        assert count <= 5 * (lasted + 1) + 2
+
+
+# ----------------------------------------------------------------------------------
+# The page in a browser
+
+
+pytestmark = []
+in_browser = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with Browser() as browser:
+        yield browser
+
+
+def row(name, selector=""):
+    return f"document.querySelector('li[data-id=\"{name}\"] {selector}')"
+
+
+def shown(selector, text):
+    """An expression: whether what is shown there contains the text."""
+    return f"{selector}?.innerText.includes({json.dumps(text)})"
+
+
+@in_browser
+def test_the_page_shows_a_change_by_itself(browser):
+    with Llmswap(TWO) as server:
+        browser.open(server.url)
+        browser.until(shown(row("a"), "Load"))
+        server.post("/models/load", {"model": "a"})
+        browser.until(shown(row("a", ".state"), "loading"))
+        browser.until(shown(row("a", ".state"), "loaded"))
+        browser.until(shown(row("a", "dl"), "MiB"))
+        assert browser.value("document.title") == "a · llmswap"
+        server.post(CHAT, {"model": "bad"})
+        browser.until(shown(row("bad", ".why"), "exited with status 3"))
+        browser.until(shown(row("a", ".state"), "evicted for bad"))
+        assert browser.complaints == []
+
+
+@in_browser
+def test_a_model_is_loaded_and_unloaded_by_keyboard(browser):
+    with Llmswap(TWO) as server:
+        browser.open(server.url)
+        browser.until(shown(row("a"), "Load"))
+        browser.value(row("a", ".acts > :last-child") + ".focus()")
+        browser.press("Enter")
+        browser.until(shown(row("a", ".state"), "loaded"))
+        focused = "document.activeElement.closest('li')?.dataset.id"
+        assert browser.value(focused) == "a", "the focus did not move along"
+        assert browser.value("document.activeElement.innerText") == "Unload"
+        browser.press(" ")
+        browser.until(shown(row("a", ".state"), "unloaded by hand"))
+        assert browser.complaints == []
+
+
+@in_browser
+def test_an_answer_streams_into_the_page_and_can_be_stopped(browser):
+    with Llmswap(TWO) as server:
+        browser.open(server.url)
+        browser.until(shown(row("a"), "Prompt"))
+        browser.value(row("a", "[data-do=prompt]") + ".click()")
+        browser.type("hello")
+        browser.press("Enter")
+        reply = "document.querySelector('#reply')"
+        browser.until(shown(reply, "word1"))
+        browser.until(shown("document.querySelector('#pace')", "tokens"))
+        slow = {"tokens": 1000, "interval": 0.02}
+        server_slow(browser, slow)
+        browser.press("Enter")
+        browser.until(shown(reply, "word9"))
+        browser.value("document.querySelector('#stop').click()")
+        browser.until(shown("document.querySelector('#pace')", "stopped"))
+        eventually(lambda: server.get("/health").json()["requests"] == 0)
+        assert browser.complaints == []
+
+
+def server_slow(browser, more):
+    """Let the page's next prompt ask the fake server for more."""
+    browser.value(
+        "{const old = JSON.stringify; JSON.stringify = (value) => old(value.messages"
+        f" ? {{...value, ...{json.dumps(more)}}} : value);}}"
+    )
+    browser.value("document.querySelector('#text').focus()")
+
+
+@in_browser
+def test_a_failure_answers_the_prompt_with_its_reason(browser):
+    with Llmswap(TWO) as server:
+        browser.open(server.url)
+        browser.until(shown(row("bad"), "Load"))
+        browser.value(row("bad", "[data-do=prompt]") + ".click()")
+        browser.type("hello")
+        browser.press("Enter")
+        broken = "document.querySelector('#broken')"
+        browser.until(shown(broken, "exited with status 3"))
+
+
+@in_browser
+def test_a_log_is_followed(browser):
+    with Llmswap(TWO) as server:
+        browser.open(server.url)
+        server.post("/models/load", {"model": "a"})
+        browser.until(shown(row("a", ".state"), "loaded"))
+        browser.value(row("a", "[data-do=log]") + ".click()")
+        browser.until(shown("document.querySelector('#lines')", "listening"))
+        browser.press("Escape")
+        browser.until("document.querySelector('#log').hidden")
+        assert browser.value("document.activeElement.innerText") == "Log"
+        assert browser.complaints == []
+
+
+@in_browser
+def test_the_key_is_asked_for_once(browser):
+    text = "[llmswap]\napi-key = secret\n" + TWO.replace("[llmswap]", "")
+    with Llmswap(text) as server:
+        browser.open(server.url)
+        for given in ("wrong", "secret"):
+            browser.until("document.querySelector('#door')?.open")
+            browser.type(given)
+            browser.press("Enter")
+            refused = "$('door-text').innerText.includes('not accepted')"
+            browser.until(f"!$('door').open || {refused}")
+        browser.until(shown(row("a"), "Load"))
+        browser.value(row("a", ".acts > :last-child") + ".click()")
+        browser.until(shown(row("a", ".state"), "loaded"))
+        browser.open(server.url)
+        browser.until(shown(row("a", ".state"), "loaded"))
+        assert not browser.value("document.querySelector('#door').open")
+
+
+@in_browser
+@pytest.mark.parametrize("width", [320, 390, 1280])
+def test_forty_models_and_none_fit_any_width(browser, width):
+    size = {"height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.call("Emulation.setDeviceMetricsOverride", width=width, **size)
+    names = [f"a-model-with-a-rather-long-name-{n}-instruct-q4_k_m" for n in range(40)]
+    text = "".join(f"[{name}]\ncmd = FAKE\n" for name in names)
+    for models, mark in ((text, "Load"), ("", "No models yet")):
+        with Llmswap(f"[llmswap]\n{models}") as server:
+            browser.open(server.url)
+            browser.until(shown("document.querySelector('main')", mark))
+            assert browser.value("document.documentElement.scrollWidth") <= width
+            seen = "[...document.querySelectorAll('main li')].length"
+            assert browser.value(seen) == (40 if models else 0)
+            assert browser.value("!$('find').hidden") == bool(models)
+            assert browser.complaints == []
+    browser.call("Emulation.clearDeviceMetricsOverride")
+
+
+@in_browser
+def test_the_page_comes_back_after_llmswap_was_restarted(browser):
+    with Llmswap(TWO) as server:
+        browser.open(server.url)
+        browser.until(shown(row("a"), "Load"))
+        server.process.terminate()
+        server.process.wait(20)
+        browser.until(shown("document.querySelector('#link')", "reconnecting"))
+        server.start()
+        browser.until(shown("document.querySelector('#link')", "live"))
+
+
+# ==================================================================================
+# 10  Command line: systemd
+# ==================================================================================
+
+PASS_SOCKETS = """\
+import os, sys
+for number, fd in enumerate(map(int, sys.argv[1].split(","))):
+    os.dup2(fd, 3 + number)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(number + 1))
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+class Activator:
+    """systemd as far as a socket unit goes: it owns the listening socket and starts
+    llmswap whenever a connection waits and none runs."""
+
+    def __init__(self, text, folder, env=None):
+        self.ini = Path(folder) / "test.ini"
+        self.ini.write_text(text)
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port = self.listener.getsockname()[1]
+        self.starts, self.statuses = 0, []
+        self.token = f"{os.getpid()}-{self.port}"
+        self._env = {**os.environ, harness.FAMILY: self.token, **(env or {})}
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._live)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._is_over.set()
+        socket.create_connection(("127.0.0.1", self.port)).close()
+        self._thread.join()
+        for pid in family(self.token):
+            os.kill(pid, signal.SIGKILL)
+        self.listener.close()
+
+    def _live(self):
+        waiter = select.poll()
+        waiter.register(self.listener, select.POLLIN)
+        while not self._is_over.is_set():
+            waiter.poll()
+            if not self._is_over.is_set():
+                self._run()
+
+    def _run(self):
+        fd = self.listener.fileno()
+        words = ["-c", PASS_SOCKETS, str(fd), LLMSWAP, str(self.ini)]
+        self.starts += 1
+        with open(self.ini.with_name("stderr"), "ab") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, *words], env=self._env, pass_fds=[fd], stderr=stderr
+            )
+        while self.process.poll() is None and not self._is_over.is_set():
+            time.sleep(0.005)
+        if self.process.poll() is None:
+            self.process.terminate()
+        self.statuses.append(self.process.wait())
+
+    def log(self):
+        return self.ini.with_name("stderr").read_text()
+
+
+def quick_file(*flags):
+    return (
+        "[llmswap]\nexit-idle-time = 50ms\n"
+        f"[a]\ncmd = {fake_command(*flags)}\nidle-timeout = 20ms\n"
+    )
+
+
+def test_activated_it_answers_leaves_when_idle_and_loses_no_connection(tmp_path):
+    rounds = 20
+    with Activator(quick_file(), tmp_path) as systemd:
+        for turn in range(rounds):
+            answer = ask(systemd.port, "POST", "/v1/chat/completions", {"model": "a"})
+            assert answer.status == 200, systemd.log()
+            wanted = len(systemd.statuses) + 1
+            if turn % 2:  # else the next one comes at the very moment of the exit
+                eventually(lambda: len(systemd.statuses) >= wanted, 10)
+            else:
+                eventually(lambda: "idle for" in systemd.log()[-200:], 10)
+    assert set(systemd.statuses) == {0}
+    assert systemd.starts >= rounds // 2
+
+
+def test_connections_that_come_while_it_leaves_are_all_answered(tmp_path):
+    with Activator("[llmswap]\nexit-idle-time = 20ms\n", tmp_path) as systemd:
+        deadline = time.monotonic() + 3
+        asked = 0
+        while time.monotonic() < deadline or systemd.starts < 4:
+            assert ask(systemd.port, "GET", "/health").status == 200
+            asked += 1
+            time.sleep(random.uniform(0.0, 0.06))
+    assert asked >= systemd.starts > 3
+
+
+def test_an_idle_connection_does_not_keep_it_from_leaving(tmp_path):
+    with Activator(quick_file(), tmp_path) as systemd:
+        with Client(systemd.port) as client:
+            assert client.ask("GET", "/v1/models").status == 200
+            eventually(lambda: systemd.statuses == [0])
+            assert client.sock.recv(1) == b""
+
+
+def test_sockets_meant_for_another_process_are_not_taken():
+    environ = {"LISTEN_FDS": "1", "LISTEN_PID": "1", "LISTEN_FDNAMES": "http"}
+    listeners, complaint = llmswap.take_listeners(environ)
+    assert listeners == [] and "without a shell" in complaint and environ == {}
+
+
+@pytest.mark.skipif(
+    not shutil.which("systemd-socket-activate"), reason="needs systemd-socket-activate"
+)
+def test_systemd_socket_activate_is_served(tmp_path):
+    ini, port = tmp_path / "test.ini", free_port()
+    ini.write_text(quick_file())
+    activate = ["systemd-socket-activate", "-l", f"127.0.0.1:{port}", "--fdname=http"]
+    for _ in range(2):
+        command = [*activate, sys.executable, LLMSWAP, str(ini)]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+            eventually(lambda: is_bound(port))
+            answer = ask(port, "POST", "/v1/chat/completions", {"model": "a"})
+            assert answer.status == 200
+            assert process.wait(10) == 0
+
+
+def is_bound(port):
+    """Whether somebody listens; unlike a connection it activates nothing."""
+    return bool(llmswap.listening_inodes(port))
+
+
+class Notifications:
+    """The socket that systemd would listen on for notifications."""
+
+    def __init__(self, folder):
+        self.path = str(Path(folder) / "notify")
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(self.path)
+        self._socket.settimeout(10)
+
+    def until(self, wanted):
+        """Return the datagrams up to the one that has this line."""
+        seen = []
+        while not seen or wanted not in seen[-1]:
+            seen.append(self._socket.recv(4096).decode().split("\n"))
+        return seen
+
+
+def test_systemd_is_told_ready_what_is_loaded_reloading_and_stopping(tmp_path):
+    systemd = Notifications(tmp_path)
+    env = {"NOTIFY_SOCKET": systemd.path}
+    with Llmswap(f"[a]\ncmd = {fake_command('--print-env')}\n", env=env) as proxy:
+        systemd.until("READY=1")
+        assert proxy.post("/v1/chat/completions", {"model": "a"}).status == 200
+        systemd.until("STATUS=a loaded")
+        os.kill(proxy.pid, signal.SIGHUP)
+        reloading = systemd.until("RELOADING=1")[-1]
+        assert reloading[1].startswith("MONOTONIC_USEC=")
+        systemd.until("READY=1")
+        proxy.process.terminate()
+        systemd.until("STOPPING=1")
+        systemd.until("EXTEND_TIMEOUT_USEC=15000000")
+
+
+def test_the_watchdog_hears_of_a_living_pool_only(tmp_path):
+    systemd = Notifications(tmp_path)
+    environ = {"NOTIFY_SOCKET": systemd.path, "WATCHDOG_USEC": "40000"}
+    manager = llmswap.ServiceManager(environ)
+    assert manager.watchdog == 0.04 and environ == {}
+    pool = llmswap.Pool(no_models(), lambda *_: None)
+    threading.Thread(target=manager.follow, args=(pool,), daemon=True).start()
+    assert all("WATCHDOG=1" in lines for lines in systemd.until("STATUS=nothing is loaded"))
+    systemd.until("WATCHDOG=1")
+    with pool._lock:
+        systemd._socket.settimeout(0.3)
+        with pytest.raises(socket.timeout):
+            while True:  # what was on its way
+                systemd._socket.recv(4096)
+    systemd._socket.settimeout(10)
+    systemd.until("WATCHDOG=1")
+
+
+def no_models():
+    return llmswap.Reading(b"", "none.ini", {}, {}).config()
+
+
+def test_a_watchdog_meant_for_another_process_is_left_alone():
+    environ = {"WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"}
+    assert llmswap.ServiceManager(environ).watchdog is None
+
+
+def test_lines_for_the_journal_carry_their_priority():
+    read_end, write_end = os.pipe()
+    status = os.fstat(write_end)
+    stream = f"{status.st_dev}:{status.st_ino}"
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import llmswap;"
+        "log = llmswap.Log(); log('error', 'one\\ntwo'); log('info', 'x'); log.flush()"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program, str(Path(LLMSWAP).parent)],
+        stderr=write_end,
+        env={**os.environ, "JOURNAL_STREAM": stream},
+        check=True,
+    )
+    os.close(write_end)
+    with open(read_end) as lines:
+        assert lines.read() == "<3>one\n<3>two\n<6>x\n"
+
+
+def test_units_are_what_systemd_accepts(tmp_path):
+    ini = tmp_path / "my models.ini"
+    ini.write_text("[llmswap]\nlisten = 127.0.0.1:8123, unix:/run/user/1/x.sock\n")
+    command = [sys.executable, LLMSWAP, str(ini), "--units"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"^# \S+/(llmswap\.\w+)$\n", text, flags=re.MULTILINE)[1:]
+    files = dict(zip(parts[::2], parts[1::2]))
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert "ListenStream=127.0.0.1:8123" in files["llmswap.socket"]
+    for line in ("KillMode=mixed", "OOMPolicy=continue", "Restart=on-failure"):
+        assert line in files["llmswap.service"]
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("needs systemd-analyze")
+    checked = subprocess.run(
+        ["systemd-analyze", "verify", "--user", *(str(tmp_path / n) for n in files)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
+    )
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+# ==================================================================================
+# The fake model server: everything a backend can do, and every way it can misbehave.
+# ==================================================================================
+
+
+FAKE_USAGE = """\
+The fake model server: python3 test_llmswap.py --port N [FLAG ...]
+
+  --host A --port N      where to listen (127.0.0.1, any)
+  --model NAME           its name in answers; options of llama-server are ignored
+  --load S or LOW-HIGH   seconds until it is ready; meanwhile all answers are 503
+  --bind-late            nothing listens until it is ready
+  --load-exit CODE       complain on stderr and exit at the end of the load
+  --load-signal N        kill itself with signal N at the end of the load
+  --load-hang            never become ready, and write nothing
+  --lines N              write N lines of log during the load
+  --ignore-term          ignore SIGTERM
+  --stop-delay S         take S seconds to end after SIGTERM
+  --grandchild           spawn a process in its group that ignores SIGTERM
+  --close-idle           close connections after each answer, without a word
+  --no-health            404 on /health
+  --sleepable            POST /sleep, POST /wake_up, GET /is_sleeping, as vLLM
+  --wake-fails           POST /wake_up is answered with 500
+  --print-env            write the environment to stdout
+  --journal FILE         append one JSON line for each event of its life
+  --canned               for benchmarks: one thread, answers made beforehand
+
+A request's JSON body says how it is answered:
+  stream, stream_options.include_usage, model, max_tokens    as usual
+  tokens N, interval S   how many tokens, and the pause between them
+  delay S                before the first byte
+  size BYTES             of the content; tag, stamp: put the tag, the time into it
+  text STRING            the content itself
+  arguments STRING       a tool call (a list: several), in fragments of `fragment`
+  finish REASON          the finish reason
+  status N               an error with that status
+  die, cut PLACE         end the process, or the connection: before-byte, mid-event
+                         (a whole chunk, half an event), boundary, mid-body
+  reset                  with cut: RST instead of FIN
+  stall K                silent for ever after K tokens
+  hang, hang_health      never answer this request, nor any health check from now on
+  until_close            no chunks: the end of the connection ends the stream
+"""
+
+FAKE_FLAGS = {
+    "host": (str, "127.0.0.1"),
+    "port": (int, 0),
+    "model": (str, "fake"),
+    "load": (str, "0"),
+    "bind-late": (bool, False),
+    "load-exit": (int, None),
+    "load-signal": (int, None),
+    "load-hang": (bool, False),
+    "lines": (int, 0),
+    "ignore-term": (bool, False),
+    "stop-delay": (float, 0.0),
+    "grandchild": (bool, False),
+    "close-idle": (bool, False),
+    "no-health": (bool, False),
+    "sleepable": (bool, False),
+    "wake-fails": (bool, False),
+    "print-env": (bool, False),
+    "journal": (str, None),
+    "canned": (bool, False),
+}
+
+FAKE_REASONS = {
+    100: "Continue", 101: "Switching Protocols", 200: "OK", 400: "Bad Request",
+    401: "Unauthorized", 404: "Not Found", 413: "Content Too Large",
+    429: "Too Many Requests", 500: "Internal Server Error",
+    503: "Service Unavailable",
+}  # fmt: skip
+
+FAKE_HANG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+FAKE_BLOCK = memoryview(b"0123456789abcdef" * 65536)  # what /bytes sends: 1 MB
+FAKE_JSON = "application/json; charset=utf-8"
+
+
+class FakeHangUp(Exception):
+    """The client went away before its answer was complete, or is to be cut off."""
+
+
+def fake_flags(argv):
+    """The flags in `argv`; what is not one of ours is ignored."""
+    values = {name: default for name, (_, default) in FAKE_FLAGS.items()}
+    words = iter(argv)
+    for word in words:
+        name, _, value = word[2:].partition("=")
+        if word.startswith("--") and name in FAKE_FLAGS:
+            kind = FAKE_FLAGS[name][0]
+            values[name] = True if kind is bool else kind(value or next(words))
+    return SimpleNamespace(**{name.replace("-", "_"): values[name] for name in values})
+
+
+def fake_seconds(text):
+    """Seconds in "0.5", or a random number of them in "0-2"."""
+    low, _, high = text.partition("-")
+    share = int.from_bytes(os.urandom(4), "big") / 2**32
+    return float(low) + share * (float(high or low) - float(low))
+
+
+def fake_error(status, message, kind="server_error"):
+    """An error as llama-server writes it."""
+    return {"error": {"code": status, "message": message, "type": kind}}
+
+
+class FakeConnection:
+    """One client's connection: reads requests, writes bytes, notices a hang-up."""
+
+    def __init__(self, sock):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock = sock
+        self.buffer = b""
+        self._poll = select.poll()
+        self._poll.register(sock, FAKE_HANG_UP)
+
+    def next_head(self):
+        """The bytes of the next request head, or b"" at the end of the connection."""
+        while (end := self.buffer.find(b"\r\n\r\n")) < 0:
+            data = self.sock.recv(65536)
+            if not data:
+                return b""
+            self.buffer += data
+        head, self.buffer = self.buffer[:end], self.buffer[end + 4 :]
+        return head
+
+    def read(self, count):
+        """Exactly `count` bytes."""
+        data = bytearray(count)
+        view, have = memoryview(data), min(count, len(self.buffer))
+        view[:have] = self.buffer[:have]
+        self.buffer = self.buffer[have:]
+        while have < count:
+            got = self.sock.recv_into(view[have:])
+            if not got:
+                raise FakeHangUp
+            have += got
+        return bytes(data) if count < 2**20 else data
+
+    def read_line(self):
+        """The next line, without its end."""
+        while (end := self.buffer.find(b"\r\n")) < 0:
+            data = self.sock.recv(65536)
+            if not data:
+                raise FakeHangUp
+            self.buffer += data
+        line, self.buffer = self.buffer[:end], self.buffer[end + 2 :]
+        return line
+
+    def read_chunks(self):
+        """A chunked body, its trailers dropped."""
+        pieces = []
+        while size := int(self.read_line().partition(b";")[0], 16):
+            pieces.append(self.read(size))
+            self.read_line()
+        while self.read_line():
+            pass
+        return b"".join(pieces)
+
+    def hold(self, seconds=None):
+        """Wait (None: for ever); FakeHangUp as soon as the client hangs up."""
+        timeout = None if seconds is None else max(0.0, seconds) * 1000
+        if self._poll.poll(timeout):
+            raise FakeHangUp
+
+    def cut(self, reset):
+        """End the connection here and now, with a FIN or a RST."""
+        if reset:
+            linger = (1).to_bytes(4, sys.byteorder) + bytes(4)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        else:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        raise FakeHangUp
+
+
+class FakeRequest:
+    """One request, and the means to answer it."""
+
+    def __init__(self, connection, head):
+        self.connection = connection
+        self.send = connection.sock.sendall
+        start, *lines = head.decode("latin-1").split("\r\n")
+        self.method, self.target, self.version = start.split(" ")
+        self.path, _, self.query = self.target.partition("?")
+        pairs = [line.split(":", 1) for line in lines]
+        self.headers = [(name, value.strip()) for name, value in pairs]
+        self.fields = {name.lower(): value for name, value in self.headers}
+        self.body = b""
+        self.chunked = self.version == "HTTP/1.1"
+        wish = self.fields.get("connection", "").lower()
+        self.keep = wish != "close" if self.chunked else wish == "keep-alive"
+
+    def read_body(self):
+        """Take the body from the connection, however it is framed."""
+        if self.fields.get("expect", "").lower() == "100-continue":
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self.fields.get("transfer-encoding", "").lower() == "chunked":
+            self.body = self.connection.read_chunks()
+        else:
+            self.body = self.connection.read(int(self.fields.get("content-length", 0)))
+
+    def parameter(self, name, default):
+        """A number in the query."""
+        pairs = (pair.partition("=") for pair in self.query.split("&"))
+        return next((int(value) for key, _, value in pairs if key == name), default)
+
+    def head(self, status, kind, *more):
+        """An answer's head."""
+        lines = [
+            f"HTTP/1.1 {status} {FAKE_REASONS.get(status, 'Unknown')}",
+            "Server: llama.cpp",
+            "Access-Control-Allow-Origin: *",
+            f"Content-Type: {kind}",
+            *more,
+            "Keep-Alive: timeout=5, max=100" if self.keep else "Connection: close",
+        ]
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+    def reply(self, document, status=200, kind=FAKE_JSON):
+        """Answer with a JSON document, or bytes as they are."""
+        body = document
+        if not isinstance(body, bytes):
+            body = json.dumps(document).encode()
+        head = self.head(status, kind, f"Content-Length: {len(body)}")
+        self.send(head if self.method == "HEAD" else head + body)
+
+    def start_stream(self, kind="text/event-stream"):
+        """Send the head of an answer whose length is not known."""
+        if self.chunked:
+            self.send(self.head(200, kind, "Transfer-Encoding: chunked"))
+        else:
+            self.keep = False
+            self.send(self.head(200, kind))
+
+    def send_piece(self, data):
+        """A piece of a stream that was started: one chunk."""
+        self.send(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
+
+    def end_stream(self):
+        """End an answer that was started, where the framing says so."""
+        if self.chunked:
+            self.send(b"0\r\n\r\n")
+
+
+class FakeTalk:
+    """What one chat, completion or message request wishes, and its content."""
+
+    def __init__(self, server, request):
+        self.wish = json.loads(request.body)
+        self.request = request
+        self.model = self.wish.get("model", server.flags.model)
+        self.server_name = server.flags.model
+        self.id = f"{os.getpid()}-{threading.get_ident()}"
+        self.tokens = self.wish.get("tokens", 3)
+        self.with_usage = (self.wish.get("stream_options") or {}).get("include_usage")
+        calls = self.wish.get("arguments", [])
+        self.calls = [calls] if isinstance(calls, str) else calls
+        default = "tool_calls" if self.calls else "stop"
+        self.finish = self.wish.get("finish", default)
+
+    def pieces(self):
+        """Yield the content, token by token, each made when it is asked for."""
+        if "text" in self.wish or self.calls:
+            yield from filter(None, [self.wish.get("text")])
+            return
+        width = self.wish.get("size", 0) // max(1, self.tokens)
+        for number in range(self.tokens):
+            text = f" word{number}" if number else self._first_piece()
+            if self.wish.get("stamp"):
+                text = f"{time.monotonic():.6f}"
+            yield text.ljust(width, "x")
+
+    def _first_piece(self):
+        return f"{self.server_name} {os.getpid()} {self.wish.get('tag', '')}".rstrip()
+
+    def fragments(self):
+        """Yield (number of the call, fragment of its arguments)."""
+        step = self.wish.get("fragment", 5)
+        for number, text in enumerate(self.calls):
+            for start in range(0, len(text), step):
+                yield number, text[start : start + step]
+
+    def usage(self):
+        return {
+            "completion_tokens": self.tokens,
+            "prompt_tokens": 7,
+            "total_tokens": self.tokens + 7,
+        }
+
+    def timings(self):
+        return {
+            "cache_n": 0,
+            "prompt_n": 7,
+            "prompt_ms": 14.0,
+            "prompt_per_token_ms": 2.0,
+            "prompt_per_second": 500.0,
+            "predicted_n": self.tokens,
+            "predicted_ms": 20.0 * self.tokens,
+            "predicted_per_token_ms": 20.0,
+            "predicted_per_second": 50.0,
+        }
+
+
+class FakeChat:
+    """The shape of /v1/chat/completions, as llama-server writes it."""
+
+    def __init__(self, talk):
+        self.talk = talk
+
+    def whole(self):
+        message = {"role": "assistant", "content": "".join(self.talk.pieces()) or None}
+        if "text" in self.talk.wish:
+            message["content"] = self.talk.wish["text"]
+        if self.talk.calls:
+            message["tool_calls"] = [
+                self._call(number, text) for number, text in enumerate(self.talk.calls)
+            ]
+        choice = {"finish_reason": self.talk.finish, "index": 0, "message": message}
+        return self._object("chat.completion", [choice], self._numbers())
+
+    def _call(self, number, arguments):
+        function = {"name": f"tool{number}", "arguments": arguments}
+        return {"type": "function", "function": function, "id": f"call{number}"}
+
+    def _numbers(self):
+        return {"usage": self.talk.usage(), "timings": self.talk.timings()}
+
+    def _object(self, kind, choices, more):
+        return {
+            "choices": choices,
+            "created": int(time.time()),
+            "model": self.talk.model,
+            "system_fingerprint": "b0-fake",
+            "object": kind,
+            "id": f"chatcmpl-{self.talk.id}",
+            **more,
+        }
+
+    def events(self):
+        """Yield (event, whether it is a token)."""
+        yield self._delta({"role": "assistant", "content": None}), False
+        for piece in self.talk.pieces():
+            yield self._delta({"content": piece}), True
+        opened = -1
+        for number, fragment in self.talk.fragments():
+            if number > opened:
+                opened = number
+                call = {"index": number, **self._call(number, "")}
+                yield self._delta({"tool_calls": [call]}), False
+            call = {"index": number, "function": {"arguments": fragment}}
+            yield self._delta({"tool_calls": [call]}), True
+        yield from ((event, False) for event in self._last_events())
+
+    def _delta(self, delta, finish=None, more=()):
+        choice = {"finish_reason": finish, "index": 0, "delta": delta}
+        return self._event([choice], dict(more))
+
+    def _event(self, choices, more):
+        chunk = self._object("chat.completion.chunk", choices, more)
+        return b"data: %b\n\n" % json.dumps(chunk).encode()
+
+    def _last_events(self):
+        if self.talk.with_usage:
+            yield self._delta({}, self.talk.finish)
+            yield self._event([], self._numbers())
+        else:
+            timings = {"timings": self.talk.timings()}
+            yield self._delta({}, self.talk.finish, timings)
+        yield b"data: [DONE]\n\n"
+
+
+class FakeCompletion:
+    """The shape of /v1/completions."""
+
+    def __init__(self, talk):
+        self.talk = talk
+
+    def whole(self):
+        numbers = {"usage": self.talk.usage(), "timings": self.talk.timings()}
+        return self._object("".join(self.talk.pieces()), self.talk.finish, numbers)
+
+    def _object(self, text, finish, more):
+        choice = {"text": text, "index": 0, "logprobs": None, "finish_reason": finish}
+        return {
+            "choices": [choice],
+            "created": int(time.time()),
+            "model": self.talk.model,
+            "system_fingerprint": "b0-fake",
+            "object": "text_completion",
+            "id": f"chatcmpl-{self.talk.id}",
+            **more,
+        }
+
+    def events(self):
+        """Yield (event, whether it is a token)."""
+        for piece in self.talk.pieces():
+            yield self._event(self._object(piece, None, {})), True
+        timings = {"timings": self.talk.timings()}
+        yield self._event(self._object("", self.talk.finish, timings)), False
+        yield b"data: [DONE]\n\n", False
+
+    def _event(self, document):
+        return b"data: %b\n\n" % json.dumps(document).encode()
+
+
+class FakeMessage:
+    """The shape of Anthropic's /v1/messages."""
+
+    def __init__(self, talk):
+        self.talk = talk
+        reasons = {"tool_calls": "tool_use", "length": "max_tokens", "stop": "end_turn"}
+        self.reason = reasons.get(talk.finish, talk.finish)
+
+    def whole(self):
+        text = "".join(self.talk.pieces())
+        content = [{"type": "text", "text": text}] if text else []
+        for number, arguments in enumerate(self.talk.calls):
+            content.append({**self._tool(number), "input": fake_parsed(arguments)})
+        usage = {"input_tokens": 7, "output_tokens": self.talk.tokens}
+        return {**self._message(content, self.reason), "usage": usage}
+
+    def _message(self, content, reason):
+        return {
+            "id": f"msg-{self.talk.id}",
+            "type": "message",
+            "role": "assistant",
+            "content": content,
+            "model": self.talk.model,
+            "stop_reason": reason,
+            "stop_sequence": None,
+        }
+
+    def _tool(self, number):
+        name = f"tool{number}"
+        return {"type": "tool_use", "id": f"toolu{number}", "name": name, "input": {}}
+
+    def events(self):
+        """Yield (event, whether it is a token)."""
+        usage = {"input_tokens": 7, "output_tokens": 0}
+        message = {**self._message([], None), "usage": usage}
+        yield self._event("message_start", message=message), False
+        yield from self._text_events()
+        yield from self._tool_events()
+        delta = {"stop_reason": self.reason, "stop_sequence": None}
+        usage = {"output_tokens": self.talk.tokens}
+        yield self._event("message_delta", delta=delta, usage=usage), False
+        yield self._event("message_stop"), False
+
+    def _event(self, kind, **more):
+        data = json.dumps({"type": kind, **more}).encode()
+        return b"event: %b\ndata: %b\n\n" % (kind.encode(), data)
+
+    def _text_events(self):
+        block = {"type": "text", "text": ""}
+        yield self._event("content_block_start", index=0, content_block=block), False
+        for piece in self.talk.pieces():
+            delta = {"type": "text_delta", "text": piece}
+            yield self._event("content_block_delta", index=0, delta=delta), True
+        yield self._event("content_block_stop", index=0), False
+
+    def _tool_events(self):
+        opened = 0
+        for number, fragment in self.talk.fragments():
+            index = number + 1
+            if index > opened:
+                yield from self._close_block(opened)
+                opened, block = index, self._tool(number)
+                start = "content_block_start"
+                yield self._event(start, index=index, content_block=block), False
+            delta = {"type": "input_json_delta", "partial_json": fragment}
+            yield self._event("content_block_delta", index=index, delta=delta), True
+        yield from self._close_block(opened)
+
+    def _close_block(self, opened):
+        if opened:
+            yield self._event("content_block_stop", index=opened), False
+
+
+def fake_parsed(arguments):
+    """The JSON value, or the text itself if it is none."""
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        return arguments
+
+
+class FakeServer:
+    """The server: its life from the first instruction to the end, and its counts."""
+
+    def __init__(self, flags):
+        self.flags = flags
+        self.lock = threading.Lock()
+        self.counts = {"requests": 0, "in_flight": 0, "cancelled": 0, "health": 0}
+        self.connections = 0
+        self.is_ready = False
+        self.is_asleep = False
+        self.is_health_hung = False
+        self.grandchild = None
+        self.listener = None
+        self._journal = None
+        if flags.journal:
+            mode = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+            self._journal = os.open(flags.journal, mode, 0o644)
+
+    def live(self):
+        """Load, then serve until killed."""
+        self.note("main")
+        signal.signal(signal.SIGTERM, self._on_term)
+        if self.flags.grandchild:
+            self.grandchild = self._spawn_grandchild()
+        if self.flags.print_env:
+            for name in sorted(os.environ):
+                self.say(f"env {name}={os.environ[name]}", 1)
+        if not self.flags.bind_late:
+            self._listen()
+        self._load()
+        if self.flags.bind_late:
+            self._listen()
+        self.is_ready = True
+        self.note("ready")
+        self.say("main: model loaded")
+        if self.flags.canned:
+            CannedServer(self.listener).serve()
+        while True:
+            signal.pause()
+
+    def note(self, event, **more):
+        """Append an event to the journal, with the monotonic time."""
+        if self._journal is not None:
+            now, name = time.monotonic(), self.flags.model
+            line = {"event": event, "t": now, "pid": os.getpid(), "model": name, **more}
+            os.write(self._journal, json.dumps(line).encode() + b"\n")
+
+    def say(self, text, descriptor=2):
+        """Write a line of log; a closed pipe does not matter."""
+        try:
+            os.write(descriptor, text.encode() + b"\n")
+        except OSError:
+            pass
+
+    def _on_term(self, number, frame):
+        self.note("term")
+        if not self.flags.ignore_term:
+            time.sleep(self.flags.stop_delay)
+            self.note("end")
+            os._exit(0)
+
+    def _spawn_grandchild(self):
+        script = "trap '' TERM INT HUP; exec sleep 86399"
+        pid = os.posix_spawn("/bin/sh", ["sh", "-c", script], os.environ)
+        self.note("grandchild", grandchild=pid)
+        return pid
+
+    def _listen(self):
+        host, port = self.flags.host, self.flags.port
+        try:
+            self.listener = socket.create_server((host, port), backlog=1024)
+        except OSError as error:
+            self.say(f"couldn't bind HTTP server socket, port: {port} ({error})")
+            self.note("end")
+            os._exit(1)
+        if not self.flags.canned:
+            threading.Thread(target=self._accept, daemon=True).start()
+        port = self.listener.getsockname()[1]
+        self.say(f"main: server is listening on http://{host}:{port}")
+
+    def _load(self):
+        seconds, lines = fake_seconds(self.flags.load), self.flags.lines
+        if self.flags.load_hang:
+            time.sleep(1e6)
+        deadline = time.monotonic() + seconds
+        for number in range(lines):
+            self.say(f"load_tensors: layer {number} of {lines}")
+            time.sleep(seconds / lines)
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        self._end_load()
+
+    def _end_load(self):
+        if self.flags.load_signal is not None:
+            os.kill(os.getpid(), self.flags.load_signal)
+        if self.flags.load_exit is not None:
+            self.say("llama_model_load: error loading model: unexpected end of file")
+            self.say(f"main: exiting due to model loading error {self.flags.load_exit}")
+            self.note("end")
+            os._exit(self.flags.load_exit)
+
+    def _accept(self):
+        threading.stack_size(262144)
+        while True:
+            sock, _ = self.listener.accept()
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock):
+        """Answer one connection's requests until it ends."""
+        with self.lock:
+            self.connections += 1
+        try:
+            connection = FakeConnection(sock)
+            while (head := connection.next_head()) and self._answer(connection, head):
+                pass
+        except (OSError, FakeHangUp):
+            pass
+        finally:
+            with self.lock:
+                self.connections -= 1
+            sock.close()
+
+    def _answer(self, connection, head):
+        """Answer one request; whether the connection goes on."""
+        request = FakeRequest(connection, head)
+        is_bare = self.flags.no_health and request.path == "/health"
+        if not self.is_ready and not is_bare:
+            request.read_body()
+            request.reply(fake_error(503, "Loading model", "unavailable_error"), 503)
+        elif request.path in FAKE_QUIET:
+            request.read_body()
+            FAKE_QUIET[request.path](self, request)
+        else:
+            self._answer_counted(request)
+        return request.keep and not self.flags.close_idle
+
+    def _answer_counted(self, request):
+        self._count(requests=1, in_flight=1)
+        self.note("request", path=request.path)
+        try:
+            self._route(request)
+        except (OSError, FakeHangUp):
+            self._count(cancelled=1)
+            raise
+        finally:
+            self._count(in_flight=-1)
+
+    def _count(self, **changes):
+        with self.lock:
+            for name, change in changes.items():
+                self.counts[name] += change
+
+    def _route(self, request):
+        if request.path == "/early":
+            return fake_early(self, request)
+        request.read_body()
+        if self.is_asleep:
+            return request.reply(fake_error(503, "asleep"), 503)
+        return FAKE_ROUTES.get(request.path, fake_echo)(self, request)
+
+    def stats(self):
+        """What it has seen, and what it is."""
+        with open("/proc/self/oom_score_adj") as file:
+            score = int(file.read())
+        return {
+            **self.counts,
+            "connections": self.connections,
+            "pid": os.getpid(),
+            "model": self.flags.model,
+            "argv": sys.argv,
+            "grandchild": self.grandchild,
+            "is_asleep": self.is_asleep,
+            "oom_score_adj": score,
+            "environ": sorted(os.environ),
+        }
+
+
+def fake_health(server, request):
+    """Answer 200, unless a request wished otherwise."""
+    server._count(health=1)
+    if server.is_health_hung:
+        request.connection.hold()
+    if server.flags.no_health:
+        request.reply(fake_error(404, "File Not Found", "not_found_error"), 404)
+    else:
+        request.reply({"status": "ok"})
+
+
+def fake_stats(server, request):
+    """What this server has seen."""
+    request.reply(server.stats())
+
+
+def fake_models(server, request):
+    """The list of its one model."""
+    model = {"id": server.flags.model, "object": "model", "owned_by": "llamacpp"}
+    request.reply({"object": "list", "data": [model]})
+
+
+def fake_talk(shape):
+    """A route that answers a chat, a completion or a message in that shape."""
+
+    def route(server, request):
+        talk = FakeTalk(server, request)
+        if talk.wish.get("hang"):
+            server.is_health_hung |= bool(talk.wish.get("hang_health"))
+            request.connection.hold()
+        request.connection.hold(talk.wish.get("delay", 0))
+        fake_end(talk, "before-byte")
+        if "status" in talk.wish:
+            status = talk.wish["status"]
+            return request.reply(fake_error(status, "as asked"), status)
+        server.note("answer")
+        return (fake_stream if talk.wish.get("stream") else fake_whole)(talk, shape)
+
+    return route
+
+
+def fake_end(talk, place):
+    """End the process or the connection here if the request wishes it."""
+    if talk.wish.get("die") == place:
+        os._exit(9)
+    if talk.wish.get("cut") == place:
+        talk.request.connection.cut(talk.wish.get("reset"))
+
+
+def fake_whole(talk, shape):
+    """Answer at once, or with the first half of the body before an end."""
+    request, wish = talk.request, talk.wish
+    if not {wish.get("die"), wish.get("cut")} & {"mid-event", "mid-body", "boundary"}:
+        request.connection.hold(wish.get("interval", 0) * talk.tokens)
+        request.reply(shape(talk).whole())
+        return
+    body = json.dumps(shape(talk).whole()).encode()
+    head = request.head(200, FAKE_JSON, f"Content-Length: {len(body)}")
+    request.send(head + body[: len(body) // 2])
+    for place in ("mid-event", "mid-body", "boundary"):
+        fake_end(talk, place)
+
+
+def fake_stream(talk, shape):
+    """Answer event by event, one chunk each, ending where the request wishes."""
+    request, wish = talk.request, talk.wish
+    request.chunked &= not wish.get("until_close")
+    request.start_stream()
+    interval, due, sent = wish.get("interval", 0), time.monotonic(), 0
+    for event, is_token in shape(talk).events():
+        if is_token:
+            fake_break(talk, event, sent)
+            sent += 1
+        request.send_piece(event)
+        if is_token and interval:
+            due += interval
+            request.connection.hold(due - time.monotonic())
+    request.end_stream()
+
+
+def fake_break(talk, event, sent):
+    """Stall, die or cut before token number `sent`, if the request wishes it."""
+    if talk.wish.get("stall") == sent:
+        talk.request.connection.hold()
+    if sent != talk.tokens // 2:
+        return
+    fake_end(talk, "boundary")
+    wishes = {talk.wish.get("die"), talk.wish.get("cut")}
+    if "mid-event" in wishes:
+        talk.request.send_piece(event[: len(event) // 2])
+        fake_end(talk, "mid-event")
+    if "mid-body" in wishes:
+        talk.request.send(b"%x\r\n%b" % (len(event), event[: len(event) // 2]))
+        fake_end(talk, "mid-body")
+
+
+def fake_embeddings(server, request):
+    """A vector for each text."""
+    wish = json.loads(request.body)
+    texts = wish.get("input", "")
+    texts = [texts] if isinstance(texts, str) else texts
+    request.reply({
+        "object": "list",
+        "model": wish.get("model", server.flags.model),
+        "served_by": f"{server.flags.model} {os.getpid()}",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": [len(text) / 8] * 8}
+            for index, text in enumerate(texts)
+        ],
+        "usage": {"prompt_tokens": len(texts), "total_tokens": len(texts)},
+    })  # fmt: skip
+
+
+def fake_transcription(server, request):
+    """Say which form fields came, and how long each was."""
+    mark = b"--" + request.fields["content-type"].partition("boundary=")[2].encode()
+    fields = {}
+    for part in bytes(request.body).split(mark)[1:-1]:
+        head, _, value = part[2:-2].partition(b"\r\n\r\n")
+        name = head.decode().partition('name="')[2].partition('"')[0]
+        text = value.decode("latin-1")
+        fields[name] = text if b"filename=" not in head else {"size": len(value)}
+    text = f"{server.flags.model} {os.getpid()}: {len(request.body)} bytes"
+    request.reply({"text": text, "fields": fields})
+
+
+def fake_echo(server, request):
+    """Tell what was asked, byte by byte."""
+    from hashlib import sha256
+
+    request.reply({
+        "model": server.flags.model,
+        "pid": os.getpid(),
+        "method": request.method,
+        "path": request.target,
+        "version": request.version,
+        "headers": request.headers,
+        "sha256": sha256(request.body).hexdigest(),
+        "length": len(request.body),
+        "body": bytes(request.body[:2000]).decode("latin-1"),
+    })  # fmt: skip
+
+
+def fake_bytes(server, request):
+    """`n` bytes with a Content-Length."""
+    size = request.parameter("n", 1000)
+    kind = "application/octet-stream"
+    request.send(request.head(200, kind, f"Content-Length: {size}"))
+    for block in fake_blocks(size if request.method != "HEAD" else 0, len(FAKE_BLOCK)):
+        request.send(block)
+
+
+def fake_blocks(total, size):
+    """Yield `total` bytes in views of `size`."""
+    for start in range(0, total, size):
+        yield FAKE_BLOCK[: min(size, total - start)]
+
+
+def fake_chunked(server, request):
+    """`n` bytes in chunks of `size`."""
+    request.start_stream("application/octet-stream")
+    size = request.parameter("size", 100)
+    for block in fake_blocks(request.parameter("n", 1000), size):
+        request.send_piece(block)
+    request.end_stream()
+
+
+def fake_until_close(server, request):
+    """`n` bytes that end with the connection."""
+    request.chunked = False
+    request.start_stream("application/octet-stream")
+    for block in fake_blocks(request.parameter("n", 1000), len(FAKE_BLOCK)):
+        request.send(block)
+
+
+def fake_websocket(server, request):
+    """Accept the upgrade and send every byte back."""
+    from base64 import b64encode
+    from hashlib import sha1
+
+    key = request.fields.get("sec-websocket-key", "").encode()
+    token = sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
+    accept = b64encode(token).decode()
+    lines = [
+        "HTTP/1.1 101 Switching Protocols",
+        "Upgrade: websocket",
+        "Connection: Upgrade",
+        f"Sec-WebSocket-Accept: {accept}",
+    ]
+    request.send(("\r\n".join(lines) + "\r\n\r\n").encode())
+    data, request.keep = request.connection.buffer, False
+    while data or (data := request.connection.sock.recv(65536)):
+        request.send(data)
+        data = b""
+
+
+def fake_raw(server, request):
+    """Send the request's body as it is, for an answer, and end the connection."""
+    request.send(bytes(request.body))
+    request.keep = False
+
+
+def fake_early(server, request):
+    """Refuse a body without reading it."""
+    request.keep = False
+    status = request.parameter("status", 413)
+    request.reply(fake_error(status, "refused before it was read"), status)
+
+
+def fake_sleep(server, request):
+    """Fall asleep, where it can."""
+    server.is_asleep = server.flags.sleepable
+    server.note("sleep")
+    request.reply(b"", 200 if server.flags.sleepable else 404)
+
+
+def fake_wake(server, request):
+    """Wake up, or say why not."""
+    if server.flags.wake_fails:
+        return request.reply(fake_error(500, "no memory left to wake up"), 500)
+    server.is_asleep = False
+    server.note("wake")
+    return request.reply(b"", 200 if server.flags.sleepable else 404)
+
+
+def fake_is_sleeping(server, request):
+    """Whether it sleeps."""
+    request.reply({"is_sleeping": server.is_asleep})
+
+
+FAKE_QUIET = {  # neither counted as requests nor kept in the journal
+    "/health": fake_health,
+    "/stats": fake_stats,
+    "/sleep": fake_sleep,
+    "/wake_up": fake_wake,
+    "/is_sleeping": fake_is_sleeping,
+}
+
+FAKE_ROUTES = {
+    "/v1/models": fake_models,
+    "/v1/chat/completions": fake_talk(FakeChat),
+    "/v1/completions": fake_talk(FakeCompletion),
+    "/v1/messages": fake_talk(FakeMessage),
+    "/v1/embeddings": fake_embeddings,
+    "/v1/audio/transcriptions": fake_transcription,
+    "/bytes": fake_bytes,
+    "/chunked": fake_chunked,
+    "/until-close": fake_until_close,
+    "/ws": fake_websocket,
+    "/raw": fake_raw,
+}
+
+
+class CannedConnection:
+    """One connection of the canned server: finds where requests end, drops bodies."""
+
+    def __init__(self, server, sock):
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.server = server
+        self.sock = sock
+        self.buffer = b""
+        self.head = b""
+        self.wish = b""  # the first bytes of the body
+        self.missing = 0  # bytes of the body; None: chunked
+        self.to_send = 0  # bytes of a large answer
+
+    def receive(self):
+        """Take what has come, and answer the requests that are whole."""
+        size = self.sock.recv_into(self.server.scratch)
+        if not size:
+            return self.server.drop(self)
+        if self.missing and self.missing > size and len(self.wish) == CANNED_WISH:
+            self.missing -= size
+            return None
+        self.buffer += self.server.scratch[:size]
+        while self.buffer and self._take():
+            self.server.answer(self)
+            self.head = self.wish = b""
+        return None
+
+    def _take(self):
+        """Whether a whole request was taken from the buffer."""
+        if not self.head and not self._take_head():
+            return False
+        self.wish += self.buffer[: CANNED_WISH - len(self.wish)]
+        if self.missing is None:
+            is_whole = self.buffer.endswith(b"0\r\n\r\n")
+            self.buffer = b"" if is_whole else self.buffer[-5:]
+            return is_whole
+        taken = min(self.missing, len(self.buffer))
+        self.missing -= taken
+        self.buffer = self.buffer[taken:]
+        return not self.missing
+
+    def _take_head(self):
+        end = self.buffer.find(b"\r\n\r\n")
+        if end < 0:
+            return False
+        self.head, self.buffer = self.buffer[:end].lower(), self.buffer[end + 4 :]
+        length = self.head.partition(b"content-length:")[2].partition(b"\r")[0]
+        is_chunked = not length and b"transfer-encoding:" in self.head
+        self.missing = None if is_chunked else int(length or 0)
+        return True
+
+    def send_large(self):
+        """Send what the socket takes of a large answer, from the page cache."""
+        while self.to_send:
+            size = min(self.to_send, CANNED_BLOCK)
+            try:
+                sent = os.sendfile(self.sock.fileno(), self.server.block, 0, size)
+            except BlockingIOError:
+                return self.server.poll.modify(self.sock, select.EPOLLOUT)
+            self.to_send -= sent
+        return self.server.poll.modify(self.sock, select.EPOLLIN)
+
+
+class CannedServer:
+    """A model server that costs next to nothing: one thread, answers made beforehand.
+
+    The body's first 400 bytes may hold "stream": true with "tokens" and "interval",
+    for a stream whose every token is the time at which it was sent, or "bytes": N.
+    """
+
+    def __init__(self, listener):
+        listener.setblocking(False)
+        self.listener = listener
+        self.poll = select.epoll()
+        self.poll.register(listener, select.EPOLLIN)
+        self.connections = {}
+        self.timers = []  # (due, id, connection, tokens left, interval)
+        self.scratch = memoryview(bytearray(262144))
+        self.block = os.memfd_create("block")
+        os.truncate(self.block, CANNED_BLOCK)
+
+    def serve(self):
+        """Serve for ever."""
+        while True:
+            for descriptor, event in self.poll.poll(self._pause()):
+                if descriptor == self.listener.fileno():
+                    self._accept()
+                elif connection := self.connections.get(descriptor):
+                    self._serve_one(connection, event)
+            self._send_tokens()
+
+    def _pause(self):
+        return max(0.0, self.timers[0][0] - time.monotonic()) if self.timers else -1
+
+    def _accept(self):
+        while True:
+            try:
+                sock, _ = self.listener.accept()
+            except BlockingIOError:
+                return
+            self.connections[sock.fileno()] = CannedConnection(self, sock)
+            self.poll.register(sock, select.EPOLLIN)
+
+    def _serve_one(self, connection, event):
+        try:
+            if event & select.EPOLLOUT:
+                connection.send_large()
+            else:
+                connection.receive()
+        except OSError:
+            self.drop(connection)
+
+    def drop(self, connection):
+        """Forget a connection, at its end or at an error."""
+        self.connections.pop(connection.sock.fileno(), None)
+        connection.sock.close()
+
+    def answer(self, connection):
+        """Answer the request that `connection` just took."""
+        connection.wish = wish = connection.wish.replace(b" ", b"")
+        if b'"stream":true' in wish:
+            self._start_stream(connection)
+        elif size := int(canned_number(wish, "bytes")):
+            connection.sock.send(CANNED_LARGE % size)
+            connection.to_send = size
+            connection.send_large()
+        else:
+            connection.sock.send(CANNED_ANSWER)
+
+    def _start_stream(self, connection):
+        """Send the head; the first token comes at a random moment of an interval."""
+        connection.sock.send(CANNED_STREAM)
+        tokens = int(canned_number(connection.wish, "tokens"))
+        interval = canned_number(connection.wish, "interval")
+        due = time.monotonic() + interval * int.from_bytes(os.urandom(2), "big") / 65536
+        heapq.heappush(self.timers, (due, id(connection), connection, tokens, interval))
+
+    def _send_tokens(self):
+        now = time.monotonic()
+        while self.timers and self.timers[0][0] <= now:
+            due, number, connection, tokens, interval = self.timers[0]
+            event = CANNED_TOKEN % time.monotonic() if tokens else CANNED_END
+            try:
+                connection.sock.send(event)
+            except OSError:
+                self.drop(connection)
+                tokens = 0
+            if tokens:
+                timer = (due + interval, number, connection, tokens - 1, interval)
+                heapq.heapreplace(self.timers, timer)
+            else:
+                heapq.heappop(self.timers)
+
+
+def canned_number(wish, name):
+    """The number that follows `name` in the first bytes of compact JSON, or 0."""
+    text = wish.partition(b'"%b":' % name.encode())[2]
+    return float(text.partition(b",")[0].partition(b"}")[0] or 0)
+
+
+def canned_chunk(content):
+    """A chunk that holds one event of a chat's stream."""
+    choice = {"finish_reason": None, "index": 0, "delta": {"content": content}}
+    document = {
+        "choices": [choice],
+        "created": 1700000000,
+        "id": "chatcmpl-" + "x" * 32,
+        "model": "canned",
+        "system_fingerprint": "b0-fake",
+        "object": "chat.completion.chunk",
+    }
+    event = f"data: {json.dumps(document)}\n\n".encode()
+    return b"%x\r\n%b\r\n" % (len(event), event)
+
+
+CANNED_BLOCK = 16 * 2**20
+CANNED_WISH = 400
+CANNED_HEAD = b"HTTP/1.1 200 OK\r\nServer: llama.cpp\r\n"
+CANNED_TYPE = b"Content-Type: application/json; charset=utf-8\r\n"
+CANNED_LARGE = CANNED_HEAD + CANNED_TYPE + b"Content-Length: %d\r\n\r\n"
+CANNED_BODY = json.dumps({
+    "choices": [{
+        "finish_reason": "stop",
+        "index": 0,
+        "message": {"role": "assistant", "content": "word " * 340},
+    }],
+    "created": 1700000000,
+    "model": "canned",
+    "object": "chat.completion",
+    "id": "chatcmpl-" + "x" * 32,
+    "usage": {"completion_tokens": 340, "prompt_tokens": 400, "total_tokens": 740},
+}).encode()  # fmt: skip
+CANNED_ANSWER = CANNED_LARGE % len(CANNED_BODY) + CANNED_BODY
+CANNED_CHUNKS = b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
+CANNED_STREAM = CANNED_HEAD + CANNED_CHUNKS + b"\r\n"
+CANNED_TOKEN = canned_chunk("@" * 16).replace(b"@" * 16, b"%016.6f")
+CANNED_END = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+
+
+def fake_main(argv):
+    """Be a model server until killed."""
+    if "--help" in argv:
+        print(FAKE_USAGE)
+        return
+    FakeServer(fake_flags(argv)).live()
+
+
+# ==================================================================================
+# The benchmark: each figure for the proxy, beside the model server asked directly.
+# ==================================================================================
+
+
+BENCH_USAGE = """\
+python3 test_llmswap.py bench [--only NAME,...] [--quick] [--against COMMAND]
+
+Measures llmswap, or with --against another proxy, beside the model server asked
+directly, and prints one line for each figure. NAMEs: {names}.
+
+  --quick            shorter: figures are less steady
+  --against COMMAND  the command line of another proxy; {{port}} is replaced by the port
+                     it must listen on, {{config}} by the file of the models that it
+                     must serve, as llama-swap's YAML:
+                       llama-swap --config {{config}} --listen 127.0.0.1:{{port}}
+                     No shell is run: the process started must be the proxy itself.
+  --print-config     print that YAML, which names each model and its command, and end
+
+wrk and nginx measure requests per second where both are installed; else a Python load
+generator and the fake server do. Times of one run compare, those of two may not.
+"""
+
+BENCH_FOLDER = Path(tempfile.gettempdir()) / "llmswap-bench"
+BENCH_CHAT = "/v1/chat/completions"
+BENCH_FAULTS = (ArithmeticError, AssertionError, BrokenAnswer, LookupError, OSError)
+
+BENCH_NGINX = """\
+#!/bin/sh
+# nginx as a model server on port $1: an answer of 300 bytes to everything
+cat >"{folder}/nginx.conf" <<END
+daemon off;
+master_process off;
+worker_processes 1;
+pid {folder}/nginx.pid;
+error_log stderr crit;
+events {{ worker_connections 1024; }}
+http {{
+    access_log off;
+    keepalive_requests 100000000;
+    default_type application/json;
+    server {{
+        listen 127.0.0.1:$1 backlog=1024;
+        location / {{ return 200 '{answer}'; }}
+    }}
+}}
+END
+exec nginx -e stderr -p "{folder}" -c "{folder}/nginx.conf"
+"""
+
+
+# ----------------------------------------------------------------------------------
+# Rows
+
+
+class BenchRow(NamedTuple):
+    """One line of the table; all its numbers are of one unit."""
+
+    name: str
+    unit: str
+    through: float
+    direct: Optional[float] = None
+    target: Optional[float] = None
+    is_added: bool = False  # the target is for what the proxy adds, not for the whole
+    at_least: bool = False  # the target is a lower bound
+
+    def text(self):
+        """The line."""
+        added = self.through - (self.direct or 0)
+        change = "" if self.direct is None else f"{self.through / self.direct:.2f}x"
+        if self.is_added and self.direct is not None:
+            change = f"+{bench_number(added)}"
+        judged = added if self.is_added else self.through
+        mark = ""
+        if self.target is not None:
+            is_met = judged >= self.target if self.at_least else judged <= self.target
+            mark = "reached" if is_met else "missed"
+        cells = [self.direct, self.through, change, self.target]
+        cells = [c if isinstance(c, str) else bench_number(c) for c in cells]
+        label = f"{self.name} [{self.unit}]"
+        return f"{label:<48}" + "".join(f"{cell:>9}" for cell in cells) + f"  {mark}"
+
+
+def bench_number(value):
+    """Three digits that matter, thousands grouped; nothing for None."""
+    if value is None:
+        return ""
+    if abs(value) >= 100 or value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def bench_title():
+    """The line above the rows."""
+    cells = "".join(f"{word:>9}" for word in ("direct", "through", "change", "target"))
+    return f"{'figure':<48}{cells}"
+
+
+def bench_percentile(values, share):
+    """The value below which that share of the values lies."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+# ----------------------------------------------------------------------------------
+# What is measured from outside a process
+
+
+def bench_cpu(pid):
+    """Processor seconds that a process has used, its ended threads included."""
+    return time.clock_gettime((~pid << 3) | 2)  # its CPU clock, as the kernel names it
+
+
+def bench_resident(pid):
+    """Resident memory of a process in MB."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", text)[1]) / 1024
+
+
+def bench_wakeups(pid):
+    """How often the threads of a process were put on a processor so far."""
+    texts = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/status")]
+    found = re.findall(r"_ctxt_switches:\s+(\d+)", "".join(texts))
+    return sum(map(int, found))
+
+
+# ----------------------------------------------------------------------------------
+# The proxy and the servers under measurement
+
+
+def bench_models(count=10):
+    """{name: command} of the models that the proxy must serve, `count` in all."""
+    fake = functools.partial(fake_command, "--journal", BENCH_FOLDER / "journal")
+    models = {
+        "swap-a": fake("--model", "swap-a", "--load", "0-2"),
+        "swap-b": fake("--model", "swap-b", "--load", "0-2"),
+        "a": fake("--model", "a", "--load", "0.5"),
+        "b": fake("--model", "b", "--load", "0.5"),
+        "canned": fake("--model", "canned", "--canned"),
+        "rps": fake("--model", "rps", "--canned"),
+    }
+    if shutil.which("wrk") and shutil.which("nginx"):
+        models["rps"] = f"sh {BENCH_FOLDER}/nginx.sh ${{PORT}}"
+    spares = (f"spare-{number}" for number in range(count - len(models)))
+    return {**models, **{name: fake("--model", name) for name in spares}}
+
+
+def bench_ini(models):
+    """The INI file for llmswap."""
+    sections = [f"[{name}]\ncmd = {command}\n" for name, command in models.items()]
+    return "\n".join(["[llmswap]\nmodels-max = 1\nqueue-max = 2048\n", *sections])
+
+
+def bench_yaml(models):
+    """The same for llama-swap."""
+    lines = ["healthCheckTimeout: 60", "startPort: 21000", "models:"]
+    for name, command in models.items():
+        lines += [f'  "{name}":', f"    cmd: {command}", "    concurrencyLimit: 4096"]
+    return "\n".join(lines) + "\n"
+
+
+def bench_write_files():
+    """Write what the models' commands and --against need."""
+    BENCH_FOLDER.mkdir(exist_ok=True)
+    shutil.copy(fake_file(), BENCH_FOLDER / "fake.pyc")
+    (BENCH_FOLDER / "journal").write_text("")
+    answer = json.dumps({"choices": [{"message": {"content": "word " * 50}}]})
+    script = BENCH_NGINX.format(folder=BENCH_FOLDER, answer=answer)
+    (BENCH_FOLDER / "nginx.sh").write_text(script)
+    for name, count in (("few", 10), ("many", 500)):
+        models = bench_models(count)
+        (BENCH_FOLDER / f"{name}.ini").write_text(bench_stable(bench_ini(models)))
+        (BENCH_FOLDER / f"{name}.yaml").write_text(bench_stable(bench_yaml(models)))
+
+
+def bench_stable(text):
+    """The text with the fake server where it outlives this process."""
+    return text.replace(fake_file(), str(BENCH_FOLDER / "fake.pyc"))
+
+
+class BenchProxy:
+    """The proxy under measurement, while the block lasts."""
+
+    def __init__(self, against=None, config="few"):
+        self.port = free_port()
+        path = BENCH_FOLDER / config
+        words = [sys.executable, LLMSWAP, f"{path}.ini"]
+        self._command = [*words, "--listen", f"127.0.0.1:{self.port}"]
+        if against:
+            command = against.format(port=self.port, config=f"{path}.yaml")
+            self._command = shlex.split(command)
+
+    def __enter__(self):
+        self.started = time.monotonic()
+        with open(BENCH_FOLDER / "log", "ab") as log:
+            self.process = subprocess.Popen(self._command, stdout=log, stderr=log)
+        self.pid = self.process.pid
+        self.first_answer = self._await_answer() - self.started
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.wait(60)
+
+    def _await_answer(self):
+        """The time of the first answer on /v1/models."""
+        while True:
+            with contextlib.suppress(ConnectionRefusedError):
+                ask(self.port, "GET", "/v1/models")
+                return time.monotonic()
+            assert self.process.poll() is None, f"see {BENCH_FOLDER}/log"
+            time.sleep(0.0005)
+
+
+class BenchDirect:
+    """A model's server run by itself, to be asked directly."""
+
+    def __init__(self, name):
+        self.port = free_port()
+        command = bench_stable(bench_models()[name]).replace("${PORT}", str(self.port))
+        self._command = command.split()
+
+    def __enter__(self):
+        with open(BENCH_FOLDER / "log", "ab") as log:
+            self.process = subprocess.Popen(self._command, stdout=log, stderr=log)
+        eventually(lambda: is_listening(self.port))
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+
+class Bench:
+    """One run: the proxy with ten models, and how long to measure."""
+
+    def __init__(self, against, is_quick):
+        self.against = against
+        self.is_quick = is_quick
+        self.proxy = None
+
+    def times(self, count):
+        """`count`, or a quarter of it when quick."""
+        return max(2, count // 4) if self.is_quick else count
+
+    def warm(self, model):
+        """Have the proxy load a model."""
+        answer = ask(self.proxy.port, "POST", BENCH_CHAT, chat_body(model), timeout=60)
+        assert answer.status == 200, answer
+
+    def unload(self):
+        """Have everything unloaded, where the proxy knows how."""
+        ask(self.proxy.port, "GET", "/unload")
+        time.sleep(0.2)
+
+
+def bench_journal(offset=0):
+    """(events that the fake servers noted after `offset`, the next offset)."""
+    with open(BENCH_FOLDER / "journal", "rb") as file:
+        file.seek(offset)
+        data = file.read()
+    return [json.loads(line) for line in data.splitlines()], offset + len(data)
+
+
+# ----------------------------------------------------------------------------------
+# The load generator
+
+
+def bench_request(model, size=0, **wish):
+    """A chat request as bytes, its body of `size` bytes."""
+    body = chat_body(model, **wish)
+    missing = size - len(json.dumps(body))
+    body["messages"][0]["content"] += "x" * max(0, missing)
+    data = json.dumps(body).encode()
+    return request_head("POST", BENCH_CHAT, len(data)) + data
+
+
+def bench_connect(port):
+    """A connection that sends at once."""
+    sock = socket.create_connection(("127.0.0.1", port), 60)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def bench_receive(sock):
+    """Receive one answer with a Content-Length into nothing."""
+    data = b""
+    while (end := data.find(b"\r\n\r\n")) < 0:
+        assert (more := sock.recv(65536)), f"no answer: {data}"
+        data += more
+    assert data.startswith(b"HTTP/1.1 200"), data[:500]
+    head = data[:end].lower()
+    missing = int(head.partition(b"content-length:")[2].partition(b"\r")[0])
+    missing -= len(data) - end - 4
+    buffer = bytearray(2**20)
+    while missing:  # MSG_TRUNC: the kernel drops the bytes instead of copying them
+        got = sock.recv_into(buffer, min(missing, len(buffer)), socket.MSG_TRUNC)
+        assert got, "the answer was cut"
+        missing -= got
+
+
+def bench_latencies(sock, request, count):
+    """Seconds that each of `count` requests in turn took on one connection."""
+    found = []
+    for _ in range(count):
+        started = time.perf_counter()
+        sock.sendall(request)
+        data = sock.recv(65536)
+        head, _, body = data.partition(b"\r\n\r\n")
+        length = head.lower().partition(b"content-length:")[2].partition(b"\r")[0]
+        missing = int(length) - len(body)
+        while missing > 0:
+            assert (more := sock.recv(65536)), "the answer was cut"
+            missing -= len(more)
+        found.append(time.perf_counter() - started)
+    return found
+
+
+class BenchStreams:
+    """Many streams received by one thread; how late each token came."""
+
+    def __init__(self, port, model, count, rate):
+        self.lateness = []
+        self._poll = select.epoll()
+        self._socks = {}
+        request = bench_request(model, stream=True, tokens=10**6, interval=1 / rate)
+        for _ in range(count):
+            sock = bench_connect(port)
+            sock.sendall(request)
+            self._socks[sock.fileno()] = sock
+            self._poll.register(sock, select.EPOLLIN)
+
+    def run(self, seconds):
+        """Receive; return the lateness (s) of the tokens that came meanwhile."""
+        self.lateness = []
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            for descriptor, _ in self._poll.poll(left):
+                self._receive(self._socks[descriptor])
+        return self.lateness
+
+    def _receive(self, sock):
+        data = sock.recv(65536)
+        now = time.monotonic()
+        assert data, "a stream ended"
+        for piece in data.split(b'"content":')[1:]:
+            stamp = piece.lstrip(b' "')[:16]
+            if len(stamp) == 16:
+                self.lateness.append(now - float(stamp))
+
+    def close(self):
+        """Hang up."""
+        for sock in self._socks.values():
+            sock.close()
+
+
+def bench_rate(port, model, connections, seconds):
+    """Requests per second in closed loops over that many connections."""
+    if shutil.which("wrk") and shutil.which("nginx"):
+        return bench_wrk(port, model, connections, seconds)
+    request, count = bench_request(model), 0
+    poll, socks = select.epoll(), [bench_connect(port) for _ in range(connections)]
+    by_descriptor = {sock.fileno(): sock for sock in socks}
+    for sock in socks:
+        poll.register(sock, select.EPOLLIN)
+        sock.sendall(request)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for descriptor, _ in poll.poll(1):
+            bench_receive(by_descriptor[descriptor])
+            by_descriptor[descriptor].sendall(request)
+            count += 1
+    return count / seconds
+
+
+def bench_wrk(port, model, connections, seconds):
+    """The same measured by wrk."""
+    script = BENCH_FOLDER / "wrk.lua"
+    body = json.dumps(chat_body(model)).replace("\\", "\\\\").replace("'", "\\'")
+    script.write_text(
+        f"wrk.method = 'POST'\nwrk.body = '{body}'\n"
+        "wrk.headers['Content-Type'] = 'application/json'\n"
+    )
+    url = f"http://127.0.0.1:{port}{BENCH_CHAT}"
+    words = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "-s", str(script), url]
+    text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert "Non-2xx" not in text and "Socket errors" not in text, text
+    return float(re.search(r"Requests/sec:\s+([\d.]+)", text)[1])
+
+
+def bench_threads(calls):
+    """Run all calls at once, each in a thread; their results, in order."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [each.result() for each in [pool.submit(call) for call in calls]]
+
+
+# ----------------------------------------------------------------------------------
+# The figures: each yields rows
+
+
+def bench_swap(bench):
+    """What is added around a server's own start, without the start of its process."""
+    bench.unload()
+    names = ["swap-a", "swap-b"] * (bench.times(24) // 2)
+    swaps = bench_swaps(bench.proxy.port, names)
+    before, after = zip(*swaps)
+    both = [sum(swap) * 1000 for swap in swaps]
+    median = statistics.median(both)
+    yield BenchRow("swap: added around a start, median", "ms", median, target=10)
+    yield BenchRow("swap: the same, maximum", "ms", max(both), target=25)
+    part = statistics.median(before) * 1000
+    yield BenchRow("swap: of it, from request to spawn", "ms", part)
+    part = statistics.median(after) * 1000
+    yield BenchRow("swap: of it, from ready to first byte", "ms", part)
+
+
+def bench_swaps(port, names):
+    """(seconds from request to spawn, from ready to first byte) of each swap but one.
+
+    The start of the process itself is measured before each swap, so that both see the
+    same machine, and its median taken off. The first swap has nobody to stop: it is
+    left out.
+    """
+    starts, swaps = [], []
+    for name in names:
+        starts.append(bench_process_start())
+        swaps.append(bench_swap_once(port, name))
+    cost = statistics.median(starts)
+    return [(before - cost, after) for before, after in swaps[1:]]
+
+
+def bench_process_start():
+    """Seconds from the call that starts a fake server to its first instruction."""
+    command = bench_stable(bench_models()["spare-0"]).replace("${PORT}", "0").split()
+    _, offset = bench_journal()
+    started = time.monotonic()
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        main = eventually(lambda: bench_event("main", process.pid, offset))
+        process.kill()
+    return main["t"] - started
+
+
+def bench_event(kind, pid, offset):
+    """The first event of that kind and process after `offset`, or None."""
+    events, _ = bench_journal(offset)
+    return next((e for e in events if (e["event"], e["pid"]) == (kind, pid)), None)
+
+
+def bench_swap_once(port, name):
+    """(seconds from request to the process's main, from ready to first byte)."""
+    _, offset = bench_journal()
+    request = bench_request(name)
+    with contextlib.closing(bench_connect(port)) as sock:
+        asked = time.monotonic()
+        sock.sendall(request)
+        head = sock.recv(65536)
+        answered = time.monotonic()
+    assert head.startswith(b"HTTP/1.1 200"), head
+    events = [e for e in bench_journal(offset)[0] if e["model"] == name]
+    times = {event["event"]: event["t"] for event in events}
+    return times["main"] - asked, answered - times["ready"]
+
+
+def bench_chat(bench):
+    """What is added to a chat of 2 KB with a warm model, one connection."""
+    bench.warm("canned")
+    found = {"direct": [], "through": []}
+    with BenchDirect("canned") as server:
+        ports = {"direct": server.port, "through": bench.proxy.port}
+        socks = {name: bench_connect(port) for name, port in ports.items()}
+        request = bench_request("canned", 2048)
+        for turn in range(bench.times(24) + 1):
+            for name, sock in socks.items():
+                latencies = bench_latencies(sock, request, 200)
+                found[name] += latencies if turn else []
+    for share in (0.5, 0.99):
+        values = [bench_percentile(found[name], share) * 1e6 for name in found]
+        name = f"chat: a warm one of 2 KB, p{share * 100:.0f}"
+        target = 110 if share == 0.5 else 200
+        yield BenchRow(name, "us", values[1], values[0], target, is_added=True)
+
+
+def bench_streams(bench):
+    """How late the tokens of 32 streams at 50 a second come, and what one costs."""
+    bench.warm("canned")
+    seconds = bench.times(12)
+    with BenchDirect("canned") as server:
+        direct, _, _ = bench_lateness(server.port, server.process.pid, 32, 50, seconds)
+    pid = bench.proxy.pid
+    through, cost, _ = bench_lateness(bench.proxy.port, pid, 32, 50, seconds)
+    for share, target in ((0.5, 0.09), (0.99, 0.6)):
+        values = [bench_percentile(found, share) * 1000 for found in (through, direct)]
+        name = f"streams: 32 at 50/s, a token late, p{share * 100:.0f}"
+        yield BenchRow(name, "ms", *values, target)
+    cost *= 1e6
+    yield BenchRow("streams: processor time for each token", "us", cost, target=35)
+
+
+def bench_lateness(port, pid, count, rate, seconds):
+    """(lateness of tokens, processor s of `pid` for each, its KB for each stream)."""
+    resident = bench_resident(pid)
+    streams = BenchStreams(port, "canned", count, rate)
+    try:
+        streams.run(1 + count / 500)
+        cpu = bench_cpu(pid)
+        lateness = streams.run(seconds)
+        cost = (bench_cpu(pid) - cpu) / len(lateness)
+        expected = count * rate * seconds
+        assert len(lateness) > 0.9 * expected, f"{len(lateness)} of {expected} tokens"
+        return lateness, cost, (bench_resident(pid) - resident) * 1024 / count
+    finally:
+        streams.close()
+        time.sleep(0.5)
+
+
+def bench_download(bench):
+    """An answer of 512 MB."""
+    bench.warm("canned")
+    size, times = 512 * 2**20, bench.times(7)
+    with BenchDirect("canned") as server:
+        direct, _ = bench_download_rate(server.port, server.process.pid, size, times)
+    through, cost = bench_download_rate(bench.proxy.port, bench.proxy.pid, size, times)
+    target = 2300 if sys.version_info >= (3, 10) else 1300
+    name = "download: an answer of 512 MB"
+    yield BenchRow(name, "MB/s", through, direct, target, at_least=True)
+    yield BenchRow("download: processor time for 1 GB", "s", cost, target=0.25)
+
+
+def bench_download_rate(port, pid, size, times):
+    """(MB/s, processor seconds of `pid` for 1 GB), medians."""
+    rates, costs = [], []
+    request = bench_request("canned", bytes=size)
+    with contextlib.closing(bench_connect(port)) as sock:
+        for _ in range(times):
+            cpu, started = bench_cpu(pid), time.monotonic()
+            sock.sendall(request)
+            bench_receive(sock)
+            rates.append(size / 1e6 / (time.monotonic() - started))
+            costs.append((bench_cpu(pid) - cpu) * 1e9 / size)
+    return statistics.median(rates), statistics.median(costs)
+
+
+def bench_upload(bench):
+    """A request of 40 MB (an image in JSON), its model named first or last."""
+    bench.warm("canned")
+    image = "data:image/png;base64," + "iVBORw0KGgoA" * (40 * 10**6 // 12)
+    part = {"type": "image_url", "image_url": {"url": image}}
+    messages = [{"role": "user", "content": [part]}]
+    bodies = {
+        "first": {"model": "canned", "messages": messages},
+        "last": {"messages": messages, "model": "canned"},
+    }
+    for place, body in bodies.items():
+        data = json.dumps(body).encode()
+        with BenchDirect("canned") as server:
+            direct = bench_upload_time(server.port, data, bench.times(9))
+        through = bench_upload_time(bench.proxy.port, data, bench.times(9))
+        name = f"upload: 40 MB, the model named {place}"
+        yield BenchRow(name, "ms", through, direct, 50)
+    resident = bench_resident(bench.proxy.pid)
+    yield BenchRow("upload: resident afterwards", "MB", resident, target=35)
+
+
+def bench_upload_time(port, data, times):
+    """Milliseconds from the first byte sent to the end of the answer, median."""
+    head, found = request_head("POST", BENCH_CHAT, len(data)), []
+    with contextlib.closing(bench_connect(port)) as sock:
+        for _ in range(times):
+            started = time.monotonic()
+            sock.sendall(head)
+            sock.sendall(data)
+            bench_receive(sock)
+            found.append((time.monotonic() - started) * 1000)
+    return statistics.median(found)
+
+
+def bench_rps(bench):
+    """Small requests as fast as they go."""
+    bench.warm("rps")
+    seconds = bench.times(8)
+    for connections, target in ((1, 5500), (32, 8000)):
+        with BenchDirect("rps") as server:
+            direct = bench_rate(server.port, "rps", connections, seconds)
+        through = bench_rate(bench.proxy.port, "rps", connections, seconds)
+        name = f"requests per second, connections: {connections}"
+        yield BenchRow(name, "1/s", through, direct, target, at_least=True)
+
+
+def bench_alternate(bench):
+    """Four clients in closed loops, two of them asking a, two b; one may be loaded."""
+    bench.unload()
+    _, offset = bench_journal()
+    loop = functools.partial(bench_loop, bench.proxy.port, count=10, delay=0.05)
+    started = time.monotonic()
+    bench_threads([functools.partial(loop, model) for model in "abab"])
+    seconds = time.monotonic() - started
+    loads = sum(event["event"] == "main" for event in bench_journal(offset)[0])
+    yield BenchRow("four clients, two models: loads", "n", loads, target=2)
+    yield BenchRow("four clients, two models: all done after", "s", seconds, target=2.3)
+
+
+def bench_loop(port, model, count, delay):
+    """Ask `count` times, one after the other."""
+    with Client(port, 120) as client:
+        for _ in range(count):
+            answer = client.ask("POST", BENCH_CHAT, chat_body(model, delay=delay))
+            assert answer.status == 200, answer
+
+
+def bench_fair(bench):
+    """b, while three clients keep a busy with requests that overlap."""
+    bench.warm("b")
+    bench.warm("a")
+    stop = threading.Event()
+    port = bench.proxy.port
+    busy = [functools.partial(bench_keep_busy, port, n, stop) for n in range(3)]
+    asking = functools.partial(bench_ask_b, port, stop)
+    waited = bench_threads([asking, *busy])[0]
+    yield BenchRow("three clients keep a busy: b waits", "s", waited, target=2.5)
+
+
+def bench_keep_busy(port, number, stop):
+    """Ask a for 0.3 s each time, until told to stop; the clients' turns overlap."""
+    time.sleep(number * 0.1)
+    with Client(port, 120) as client:
+        while not stop.is_set():
+            client.ask("POST", BENCH_CHAT, chat_body("a", delay=0.3))
+
+
+def bench_ask_b(port, stop):
+    """Seconds that a request to b takes; it gives up after 20."""
+    time.sleep(2)
+    started = time.monotonic()
+    with contextlib.suppress(socket.timeout):
+        ask(port, "POST", BENCH_CHAT, chat_body("b"), timeout=20)
+    stop.set()
+    return time.monotonic() - started
+
+
+def bench_waiters(bench):
+    """Forty, then five hundred requests for one model that is not loaded."""
+    for count in (40, 500):
+        bench.warm("a")
+        _, offset = bench_journal()
+        answered = bench_crowd(bench.proxy.port, "b", count)
+        events, _ = bench_journal(offset)
+        starts = sum(e["event"] == "main" for e in events)
+        ready = max(e["t"] for e in events if e["event"] == "ready")
+        yield BenchRow(f"{count} waiters: starts", "n", starts, target=1)
+        late = (answered - ready) * 1000
+        yield BenchRow(f"{count} waiters: from ready to the last answer", "ms", late)
+
+
+def bench_crowd(port, model, count):
+    """Send that many requests at once; the time of the last answer."""
+    request = bench_request(model)
+    socks = [bench_connect(port) for _ in range(count)]
+    for sock in socks:
+        sock.sendall(request)
+    for sock in socks:
+        bench_receive(sock)
+        sock.close()
+    return time.monotonic()
+
+
+def bench_start(bench):
+    """From the start of the process to the first answer on /v1/models."""
+    found = []
+    for _ in range(bench.times(8)):
+        with BenchProxy(bench.against) as proxy:
+            found.append(proxy.first_answer * 1000)
+    median = statistics.median(found)
+    yield BenchRow("start to first answer on /v1/models", "ms", median, target=75)
+
+
+def bench_idle(bench):
+    """Wake-ups with a model loaded and nothing asked."""
+    bench.warm("canned")
+    time.sleep(2)
+    seconds = bench.times(20)
+    before = bench_wakeups(bench.proxy.pid)
+    time.sleep(seconds)
+    found = (bench_wakeups(bench.proxy.pid) - before) * 10 / seconds
+    yield BenchRow("idle, a model loaded: wake-ups in 10 s", "n", found, target=0)
+
+
+def bench_growth(bench):
+    """One to a thousand open streams at 5 tokens a second, on a fresh proxy."""
+    with BenchProxy(bench.against) as proxy, BenchDirect("canned") as server:
+        ask(proxy.port, "POST", BENCH_CHAT, chat_body("canned"))
+        seconds = bench.times(8)
+        for count in (1, 30, 1000):
+            found, _, _ = bench_lateness(server.port, proxy.pid, count, 5, seconds)
+            direct = bench_percentile(found, 0.99) * 1000
+            through = proxy.port, proxy.pid
+            found, cost, size = bench_lateness(*through, count, 5, seconds)
+            late = bench_percentile(found, 0.99) * 1000
+            name = f"{count} streams at 5/s"
+            yield BenchRow(f"{name}: a token late, p99", "ms", late, direct, 5)
+        yield BenchRow(f"{name}: memory for each", "KB", size, target=60)
+        yield BenchRow(f"{name}: processor time for a token", "us", cost * 1e6)
+
+
+def bench_many(bench):
+    """Five hundred models in the file."""
+    with BenchProxy(bench.against, "many") as proxy:
+        start = proxy.first_answer * 1000
+        yield BenchRow("500 models: start to first answer", "ms", start)
+        found = []
+        for _ in range(bench.times(20)):
+            started = time.monotonic()
+            ask(proxy.port, "GET", "/v1/models")
+            found.append((time.monotonic() - started) * 1000)
+        median = statistics.median(found)
+        yield BenchRow("500 models: /v1/models", "ms", median, target=10)
+        swaps = bench_swaps(proxy.port, ["spare-7", "spare-400"] * 5)
+        part = statistics.median(before for before, _ in swaps) * 1000
+        yield BenchRow("500 models: from request to spawn", "ms", part, target=10)
+
+
+def bench_memory(bench):
+    """Resident memory after everything that was asked so far."""
+    resident = bench_resident(bench.proxy.pid)
+    yield BenchRow("resident after all of the above", "MB", resident, target=35)
+
+
+def bench_memory_idle(bench):
+    """Resident memory of a fresh proxy with ten models."""
+    with BenchProxy(bench.against) as proxy:
+        time.sleep(2)
+        resident = bench_resident(proxy.pid)
+    yield BenchRow("resident when idle, 10 models", "MB", resident, target=24)
+
+
+BENCH_FIGURES = {
+    "start": bench_start,
+    "resident": bench_memory_idle,
+    "swap": bench_swap,
+    "alternate": bench_alternate,
+    "fair": bench_fair,
+    "waiters": bench_waiters,
+    "chat": bench_chat,
+    "streams": bench_streams,
+    "download": bench_download,
+    "upload": bench_upload,
+    "rps": bench_rps,
+    "idle": bench_idle,
+    "memory": bench_memory,
+    "growth": bench_growth,
+    "many": bench_many,
+}
+
+
+# ----------------------------------------------------------------------------------
+# The command
+
+
+def bench_main(argv):
+    """Run the benchmark, a line for each figure; the exit status."""
+    if "--help" in argv:
+        print(BENCH_USAGE.format(names=", ".join(BENCH_FIGURES)))
+        return 0
+    bench_write_files()
+    if "--print-config" in argv:
+        print((BENCH_FOLDER / "few.yaml").read_text(), end="")
+        return 0
+    against = argv[argv.index("--against") + 1] if "--against" in argv else None
+    chosen = argv[argv.index("--only") + 1].split(",") if "--only" in argv else None
+    if unknown := set(chosen or ()) - set(BENCH_FIGURES):
+        print(f"no such figure: {', '.join(unknown)}; see --help", file=sys.stderr)
+        return 2
+    bench_prepare()
+    print(bench_machine(against), bench_title(), sep="\n\n", flush=True)
+    bench = Bench(against, "--quick" in argv)
+    with BenchProxy(against) as bench.proxy:
+        for name in chosen or BENCH_FIGURES:
+            bench_print(bench, name)
+    return 0
+
+
+def bench_prepare():
+    """Have descriptors enough, and no pauses of our own."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+
+
+def bench_machine(against):
+    """One line on where and what is measured."""
+    text = Path("/proc/cpuinfo").read_text()
+    processor = re.search(r"model name\s*: (.*)", text)
+    names = [
+        processor[1] if processor else platform.machine(),
+        f"{os.cpu_count()} cores",
+        f"Linux {platform.release()}",
+        f"Python {platform.python_version()}",
+        against or "llmswap",
+    ]
+    return ", ".join(names)
+
+
+def bench_print(bench, name):
+    """Print a figure's rows, or why there are none: the proxy may be at fault."""
+    try:
+        for row in BENCH_FIGURES[name](bench):
+            print(row.text(), flush=True)
+    except BENCH_FAULTS as error:
+        reason = f"{type(error).__name__} {error}"[:250]
+        print(f"{name:<48} not measured: {reason}", flush=True)
+
+
+# ==================================================================================
+# The soak: random clients, kills, unloads and reloads; nothing stuck, leaked or lying.
+# ==================================================================================
+
+
+SOAK_USAGE = """\
+python3 test_llmswap.py soak [--minutes M] [--seed N] [--clients N]
+
+Random clients ask seven models of which two may be loaded, while servers are killed,
+models loaded and unloaded by hand and the file rewritten. Each client checks its own
+answer; at the end all must be quiet and given back. Exit status 1 if anything was not
+as promised, with the evidence.
+"""
+
+SOAK_BOUND = 60.0  # seconds that no request may take
+SOAK_LOG = os.path.join(tempfile.gettempdir(), "llmswap-soak.log")
+SOAK_CHAT = "/v1/chat/completions"
+SOAK_MODELS = {
+    "quick": "cmd = FAKE --model quick --load 0-0.2\nidle-timeout = 1s\n",
+    "narrow": "cmd = FAKE --model narrow --load 0-0.4\nconcurrency = 2\n",
+    "stubborn": "cmd = FAKE --model stubborn --ignore-term --grandchild\n"
+    "stop-timeout = 1\n",
+    "closing": "cmd = FAKE --model closing --close-idle --load 0.1 --lines 50\n",
+    "bare": "cmd = FAKE --model bare --no-health --load 0.1\n"
+    "check-endpoint = /v1/models\nalias = naked\n",
+    "failing": "cmd = FAKE --model failing --load 0.1 --load-exit 3 --lines 5\n",
+    "other-name": 'uses = quick\nset-params = {"tokens": 5}\n',
+}
+SOAK_EXTRA = "cmd = FAKE --model extra --load 0-0.3\nidle-timeout = 2s\n"
+SOAK_HEAD = "[llmswap]\nmodels-max = 2\npatience = 300ms\n\n"
+SOAK_EDITS = (
+    "pin = on\n",
+    "idle-timeout = 1s\n",
+    "concurrency = 1\n",
+    "description = edited\n",
+    "env.EDITED = 1\n",
+    "loading-notice = off\n",
+)
+SOAK_BROKEN = (
+    "[llmswap\nmodels-max = 2\n",
+    "[llmswap]\nmodels-max = several\n",
+    "[llmswap]\nno such key = 1\n",
+)
+
+
+class SoakViolation(Exception):
+    """Something that must not happen did; the text is the evidence."""
+
+
+def soak_require(condition, evidence):
+    """Raise the evidence unless the condition holds."""
+    if not condition:
+        raise SoakViolation(evidence)
+
+
+def soak_ini(models):
+    """The INI file with these models."""
+    return SOAK_HEAD + "\n".join(f"[{name}]\n{body}" for name, body in models.items())
+
+
+class SoakTally:
+    """What happened, counted by all threads."""
+
+    def __init__(self):
+        self.outcomes = Counter()  # (action, outcome)
+        self.refusals = Counter()  # (status, the message's beginning)
+        self.chaos = Counter()
+        self.slowest = {}
+        self.violations = []
+        self.peaks = {"early": Counter(), "late": Counter()}  # in either half
+        self._lock = threading.Lock()
+
+    def count(self, action, outcome, seconds):
+        with self._lock:
+            self.outcomes[action, outcome] += 1
+            slowest = seconds, f"ended at {time.strftime('%H:%M:%S')}"
+            self.slowest[action] = max(slowest, self.slowest.get(action, slowest))
+
+    def refuse(self, status, message):
+        with self._lock:
+            self.refusals[status, " ".join(message.split())[:70]] += 1
+
+    def violate(self, evidence):
+        with self._lock:
+            self.violations.append(f"{time.strftime('%H:%M:%S')} {evidence}")
+
+    def peak(self, half, sizes):
+        """Remember the largest sizes of a half."""
+        for name, value in sizes.items():
+            self.peaks[half][name] = max(self.peaks[half][name], value)
+
+
+# ----------------------------------------------------------------------------------
+# Clients: each action returns its outcome, complete, refused, broken or hung up
+
+
+class SoakClient:
+    """One client: asks one thing after the other, and checks what it is told."""
+
+    def __init__(self, server, tally, seed, stop):
+        self.server = server
+        self.tally = tally
+        self.random = random.Random(seed)
+        self.stop = stop
+        self.connection = None
+
+    def run(self):
+        """Ask until told to stop."""
+        while not self.stop.is_set():
+            actions, weights = list(SOAK_ACTIONS), list(SOAK_ACTIONS.values())
+            action = self.random.choices(actions, weights)[0]
+            self._try(action)
+            if self.random.random() < 0.3:
+                self.stop.wait(self.random.random() ** 3)
+        self._disconnect()
+
+    def _try(self, action):
+        started = time.monotonic()
+        try:
+            outcome = action(self)
+        except SoakViolation as violation:
+            self.tally.violate(f"{action.__name__}: {violation}")
+            outcome = "violation"
+        except (BrokenAnswer, OSError, AssertionError, ValueError, KeyError) as error:
+            evidence = f"{action.__name__}: {type(error).__name__}: {error}"
+            self.tally.violate(evidence[:1500])
+            outcome = "violation"
+        if outcome not in ("complete", "refused"):
+            self._disconnect()
+        self.tally.count(action.__name__[5:], outcome, time.monotonic() - started)
+
+    def _disconnect(self):
+        if self.connection:
+            self.connection.hang_up()
+        self.connection = None
+
+    def model(self):
+        """A name to ask for; the failing and the missing ones less often."""
+        names = [*SOAK_MODELS, "naked", "extra"]
+        weights = [0.2 if name == "failing" else 1 for name in names]
+        return self.random.choices(names, weights)[0]
+
+    def connect(self):
+        """The connection of before, or a new one."""
+        if not self.connection or self.random.random() < 0.2:
+            self._disconnect()
+            self.connection = Client(self.server.port, SOAK_BOUND)
+        return self.connection
+
+    def chat(self, model, **wish):
+        """(a body whose answer will carry a tag of its own, that tag)."""
+        tag = f"tag{self.random.randrange(10**12)}"
+        return chat_body(model, tag=tag, **wish), tag
+
+    def ask(self, model, path, body, headers=()):
+        """The answer to a POST, None if its body was cut, which is no lie."""
+        connection = self.connect()
+        with contextlib.suppress(ConnectionError):  # refused in mid-body: read on
+            connection.send("POST", path, body, headers)
+        answer = self.finish(connection, model)
+        if answer is None or answer.headers.get("connection", "").lower() == "close":
+            self._disconnect()
+        return answer
+
+    def finish(self, connection, model):
+        """The answer that begins now, or None if it is cut after its head."""
+        status, headers = soak_answered(connection.head, model)
+        try:
+            body = b"".join(connection.pieces(status, headers))
+        except socket.timeout:
+            raise SoakViolation(f"{model} stopped in mid-answer") from None
+        except (BrokenAnswer, OSError):
+            return None
+        return Answer(status, headers, body)
+
+    def outcome(self, answer, model):
+        """broken or refused, or None if there is an answer to be checked."""
+        if answer is None:
+            return "broken"
+        if answer.status == 200:
+            return None
+        soak_check_error(answer.status, answer.body, model)
+        self.tally.refuse(answer.status, json.loads(answer.body)["error"]["message"])
+        return "refused"
+
+
+def soak_answered(call, model):
+    """What `call` returns; a request that gets no head at all is a violation."""
+    try:
+        return call()
+    except socket.timeout:
+        raise SoakViolation(f"{model} waited over {SOAK_BOUND} s") from None
+    except (BrokenAnswer, OSError) as error:
+        raise SoakViolation(f"{model} got no answer at all: {error!r}") from None
+
+
+def soak_check_error(status, body, model):
+    """An error must have OpenAI's shape, and a status that fits what happens here."""
+    try:
+        error = json.loads(body)["error"]
+        shape = {name: type(error[name]) for name in ("message", "type")}
+    except (ValueError, KeyError, TypeError):
+        raise SoakViolation(f"{model}: {status} with the body {body[:300]}") from None
+    soak_require(shape == {"message": str, "type": str}, f"{model}: {error}")
+    allowed = {502, 503, 504} | ({404} if model == "extra" else set())
+    soak_require(status in allowed, f"{model}: {status} {error}")
+
+
+def soak_server_name(model):
+    """The name of the fake server that must answer for a model."""
+    return {"other-name": "quick", "naked": "bare"}.get(model, model)
+
+
+def soak_chat(client):
+    """A chat answered whole."""
+    model = client.model()
+    wish = {"delay": round(client.random.random() ** 4, 3)}
+    wish["size"] = client.random.choice([0, 0, 1000, 300000])
+    body, tag = client.chat(model, **wish)
+    answer = client.ask(model, SOAK_CHAT, body)
+    return client.outcome(answer, model) or soak_check_content(answer, model, tag)
+
+
+def soak_check_content(answer, model, tag):
+    """complete, if the right server answered."""
+    soak_check_text(answer.content(), model, tag)
+    return "complete"
+
+
+def soak_check_text(text, model, tag):
+    """The right server must have answered the right request."""
+    words = text.split()
+    soak_require(
+        words[0] == soak_server_name(model) and words[2].startswith(tag),
+        f"{model} with {tag} was answered: {text[:200]}",
+    )
+
+
+def soak_stream(client):
+    """A stream read to its end."""
+    tokens = client.random.randrange(1, 60)
+    return soak_read_stream(client, {"tokens": tokens, "interval": 0.01})
+
+
+def soak_slow_reader(client):
+    """A stream of a megabyte, read slowly."""
+    wish = {"tokens": 20, "size": 1000000}
+    return soak_read_stream(client, wish, pause=client.random.random() / 20)
+
+
+def soak_dying(client):
+    """A stream in the middle of which the server dies, or cuts the connection."""
+    place = client.random.choice(["before-byte", "mid-event", "boundary", "mid-body"])
+    how = client.random.choice(["die", "cut"])
+    return soak_read_stream(client, {"tokens": 6, how: place})
+
+
+def soak_read_stream(client, wish, pause=0.0):
+    """Read a stream as the server sends it; it must end with [DONE] or be broken."""
+    model, events = client.model(), []
+    body, tag = client.chat(model, stream=True, **wish)
+    args = client.server.port, SOAK_CHAT, body, (), SOAK_BOUND
+    with soak_answered(lambda: Stream(*args), model) as stream:
+        try:
+            if stream.status != 200:
+                return soak_refused_stream(client, stream, model)
+            for event in stream.events():
+                events.append(event)
+                time.sleep(pause)
+        except socket.timeout:
+            evidence = f"{model} with {tag} stopped after {events[-1:]}"
+            raise SoakViolation(evidence) from None
+        except (BrokenAnswer, ConnectionError):
+            return "broken"
+    return soak_check_events(client, events, model, tag)
+
+
+def soak_refused_stream(client, stream, model):
+    """refused, if the error is one."""
+    pieces = stream.client.pieces(stream.status, stream.headers)
+    answer = Answer(stream.status, stream.headers, b"".join(pieces))
+    return client.outcome(answer, model)
+
+
+def soak_check_events(client, events, model, tag):
+    """A stream that ended cleanly: whole, or with an error event."""
+    soak_require(events, f"{model} with {tag}: a stream without an event ended cleanly")
+    last = events[-1]
+    if last == "[DONE]" and not any('"error"' in event[:20] for event in events):
+        documents = [json.loads(event) for event in events[:-1]]
+        choices = [each["choices"] for each in documents if each.get("choices")]
+        texts = [choice[0]["delta"].get("content") or "" for choice in choices]
+        finish = choices[-1][0]["finish_reason"]
+        soak_require(finish, f"{model}: no finish reason in {events[-3:]}")
+        soak_check_text("".join(texts), model, tag)
+        return "complete"
+    errors = [event for event in events if event.startswith('{"error"')]
+    soak_require(errors, f"{model} with {tag}: ended cleanly after {events[-2:]}")
+    client.tally.refuse("event", json.loads(errors[0])["error"]["message"])
+    return "refused"
+
+
+def soak_hang_up(client):
+    """A request whose client goes away at a random moment."""
+    body, _ = client.chat(
+        client.model(),
+        stream=client.random.random() < 0.5,
+        tokens=50,
+        interval=0.02,
+        delay=client.random.choice([0, 1, 30]),
+    )
+    with Client(client.server.port, SOAK_BOUND) as connection:
+        connection.send("POST", SOAK_CHAT, body)
+        with contextlib.suppress(OSError):
+            soak_listen(connection.sock, client.random.random() ** 2 * 2)
+        connection.hang_up(reset=client.random.random() < 0.3)
+    return "hung up"
+
+
+def soak_listen(sock, seconds):
+    """Receive for that long, or to the end of the answer."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        sock.settimeout(left)
+        if not sock.recv(65536):
+            return
+
+
+def soak_half_request(client):
+    """A request that stops in the middle of its head or body."""
+    body, _ = client.chat(client.model())
+    with Client(client.server.port, SOAK_BOUND) as connection:
+        data = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        data += b"Content-Length: 5000\r\n\r\n" + json.dumps(body).encode()
+        connection.sock.sendall(data[: client.random.randrange(1, len(data))])
+        time.sleep(client.random.random() / 2)
+    return "hung up"
+
+
+def soak_upload(client):
+    """A body of some megabytes, which the server must get byte for byte."""
+    model = client.random.choice(["narrow", "stubborn", "closing", "bare"])
+    filler = "x" * client.random.randrange(10**4, 6 * 10**6)
+    fields = [("model", model), ("filler", filler)]
+    client.random.shuffle(fields)
+    body = json.dumps(dict(fields)).encode()
+    answer = client.ask(model, "/echo", body)
+    if outcome := client.outcome(answer, model):
+        return outcome
+    seen = answer.json()
+    soak_require(seen["sha256"] == sha256(body).hexdigest(), f"{model}: altered {seen}")
+    soak_require(seen["model"] == model, f"{model} was answered by {seen['model']}")
+    return "complete"
+
+
+def soak_form(client):
+    """Audio in a multipart form, the model in a field before or after the file."""
+    model = client.random.choice(["quick", "narrow", "bare"])
+    size = client.random.randrange(10, 3 * 10**6)
+    parts = [
+        f'Content-Disposition: form-data; name="model"\r\n\r\n{model}\r\n',
+        'Content-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
+        + "z" * size
+        + "\r\n",
+    ]
+    client.random.shuffle(parts)
+    body = "".join(f"--limit\r\n{part}" for part in parts) + "--limit--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=limit"}
+    answer = client.ask(model, "/v1/audio/transcriptions", body.encode(), headers)
+    if outcome := client.outcome(answer, model):
+        return outcome
+    found = answer.json()["fields"]["file"]["size"]
+    soak_require(found == size, f"{model}: {found} bytes of {size}")
+    return "complete"
+
+
+def soak_embeddings(client):
+    """Embeddings of some texts."""
+    model, count = client.model(), client.random.randrange(1, 50)
+    body = {"model": model, "input": ["text"] * count}
+    answer = client.ask(model, "/v1/embeddings", body)
+    if outcome := client.outcome(answer, model):
+        return outcome
+    found = answer.json()
+    soak_require(len(found["data"]) == count, f"{model}: {found}")
+    name = found["served_by"].split()[0]
+    soak_require(name == soak_server_name(model), f"{model} was answered by {name}")
+    return "complete"
+
+
+def soak_websocket(client):
+    """An upgraded connection that sends and gets back some bytes; it may be cut."""
+    model = client.random.choice(["quick", "narrow", "bare"])
+    headers = {
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    }
+    with Client(client.server.port, SOAK_BOUND) as connection:
+        connection.send("GET", f"/upstream/{model}/ws", None, headers)
+        answer = client.finish(connection, model)
+        if answer.status != 101:
+            return client.outcome(answer, model)
+        return soak_echo(client, connection, model)
+
+
+def soak_echo(client, connection, model):
+    """complete if all comes back as it was sent, broken if cut."""
+    for _ in range(client.random.randrange(1, 10)):
+        sent = client.random.randbytes(client.random.randrange(1, 5000))
+        try:
+            connection.sock.sendall(sent)
+            got = b"".join(connection.exactly(len(sent)))
+        except socket.timeout:
+            raise SoakViolation(f"{model}: a websocket went silent") from None
+        except (BrokenAnswer, OSError):
+            return "broken"
+        soak_require(got == sent, f"{model}: a websocket altered its bytes")
+        time.sleep(client.random.random() / 10)
+    return "complete"
+
+
+def soak_listing(client):
+    """What llmswap answers itself, whatever goes on."""
+    path = client.random.choice(["/v1/models", "/health", "/running", "/props"])
+    started = time.monotonic()
+    answer = client.server.get(path)
+    soak_require(answer.status == 200 and answer.json(), f"{path}: {answer}")
+    waited = time.monotonic() - started
+    soak_require(waited < 3, f"{path} took {waited:.1f} s")
+    return "complete"
+
+
+SOAK_UNCOMPLETED = {"dying", "hang_up", "half_request"}  # meant to be broken
+SOAK_ACTIONS = {  # and how often each is chosen
+    soak_chat: 20,
+    soak_stream: 20,
+    soak_slow_reader: 3,
+    soak_dying: 2,
+    soak_hang_up: 10,
+    soak_half_request: 3,
+    soak_upload: 4,
+    soak_form: 4,
+    soak_embeddings: 10,
+    soak_websocket: 4,
+    soak_listing: 10,
+}
+
+
+# ----------------------------------------------------------------------------------
+# Chaos
+
+
+class SoakChaos:
+    """Whatever a careless world does to llmswap and its servers."""
+
+    def __init__(self, server, tally, seed):
+        self.server = server
+        self.tally = tally
+        self.random = random.Random(seed)
+
+    def run(self, seconds):
+        """Do something random again and again, and look at the invariants."""
+        start = time.monotonic()
+        while (past := time.monotonic() - start) < seconds:
+            soak_require(self.server.process.poll() is None, "llmswap ended")
+            half = "early" if past < seconds / 2 else "late"
+            self.tally.peak(half, soak_size(self.server.pid))
+            self._disturb()
+            time.sleep(self.random.random() * 3)
+
+    def _disturb(self):
+        """Do one thing, and look at the invariants."""
+        deeds, weights = list(SOAK_CHAOS), list(SOAK_CHAOS.values())
+        deed = self.random.choices(deeds, weights)[0]
+        self.tally.chaos[deed] += 1
+        try:
+            deed(self)
+            self._look()
+        except SoakViolation as violation:
+            self.tally.violate(f"{deed.__name__}: {violation}")
+        except (OSError, BrokenAnswer, AssertionError, ValueError) as error:
+            self.tally.violate(f"{deed.__name__}: {type(error).__name__}: {error}")
+
+    def _look(self):
+        """Never more servers than allowed, no zombies that stay."""
+        servers = self.fakes()
+        if len(servers) > 2:  # the list was not read in one instant: look again
+            staying = set(servers) & set(self.fakes())
+            soak_require(len(staying) <= 2, f"too many servers at once: {servers}")
+        if dead := set(zombies_of(self.server.pid)):
+            time.sleep(1)
+            dead &= set(zombies_of(self.server.pid))
+            soak_require(not dead, f"zombies: {dead}")
+
+    def fakes(self):
+        """{pid: command line} of the model servers."""
+        processes = family(self.server.token)
+        return {pid: line for pid, line in processes.items() if "fake.pyc" in line}
+
+    def kill_server(self):
+        if servers := sorted(self.fakes()):
+            soak_kill(self.random.choice(servers))
+
+    def kill_helper(self):
+        """Kill one of llmswap's own helpers, such as its guard."""
+        others = set(family(self.server.token)) - {self.server.pid} - set(self.fakes())
+        if others:
+            soak_kill(self.random.choice(sorted(others)))
+
+    def unload_all(self):
+        answer = self.server.get("/unload")
+        soak_require(answer.status == 200, f"/unload: {answer}")
+
+    def load_one(self):
+        self._command("/models/load")
+
+    def unload_one(self):
+        self._command("/models/unload")
+
+    def _command(self, path):
+        """Load or unload by hand; what cannot be done is refused in OpenAI's shape."""
+        model = self.random.choice(list(SOAK_MODELS))
+        answer = self.server.ask("POST", path, {"model": model}, (), SOAK_BOUND)
+        if answer.status != 200:
+            message = answer.message()
+            self.tally.refuse(answer.status, f"{path}: {message}")
+            soak_require(answer.status in (400, 502, 503, 504), f"{path}: {answer}")
+
+    def reload(self):
+        """Rewrite the file: models changed, added and removed."""
+        models = dict(SOAK_MODELS)
+        models["failing"] += self.random.choice(SOAK_EDITS[1:])
+        models[self.random.choice(list(models)[:5])] += self.random.choice(SOAK_EDITS)
+        if self.random.random() < 0.5:
+            models["extra"] = SOAK_EXTRA
+        self._reload(models)
+
+    def _reload(self, models):
+        """Have the file read again, and wait until it has been."""
+        self.server.reload(soak_ini(models))
+        eventually(lambda: set(self.server.states()) == set(models), 10)
+
+    def reload_broken(self):
+        """Rewrite the file with an error in it: nothing may change."""
+        before = set(self.server.states())
+        self.server.reload(self.random.choice(SOAK_BROKEN))
+        time.sleep(0.3)
+        after = set(self.server.states())
+        soak_require(before == after, f"a broken file changed {before} to {after}")
+        self._reload(SOAK_MODELS)
+
+
+SOAK_CHAOS = {  # and how often each is chosen
+    SoakChaos.kill_server: 6,
+    SoakChaos.kill_helper: 1,
+    SoakChaos.unload_all: 1,
+    SoakChaos.load_one: 3,
+    SoakChaos.unload_one: 3,
+    SoakChaos.reload: 3,
+    SoakChaos.reload_broken: 1,
+}
+
+
+def soak_kill(pid):
+    """SIGKILL, if it still lives."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def soak_size(pid):
+    """Threads, descriptors and resident MB of a process."""
+    with open(f"/proc/{pid}/status") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return {
+        "threads": int(fields["Threads"]),
+        "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
+        "resident": int(fields["VmRSS"].split()[0]) // 1024,
+    }
+
+
+# ----------------------------------------------------------------------------------
+# The command
+
+
+def soak_main(argv):
+    """Soak, print one table, and return the exit status."""
+    if "--help" in argv:
+        print(SOAK_USAGE)
+        return 0
+    minutes = float(soak_option(argv, "--minutes", 10))
+    seed = int(soak_option(argv, "--seed", random.randrange(10**6)))
+    clients = int(soak_option(argv, "--clients", 12))
+    print(f"{minutes:g} minutes, {clients} clients, seed {seed}", flush=True)
+    tally, soak = SoakTally(), SoakRun(minutes * 60, clients, seed)
+    try:
+        soak.run(tally)
+    except (AssertionError, SoakViolation) as error:  # the end was not clean
+        tally.violate(str(error)[-3000:])
+    soak_print(tally, soak.sizes)
+    return 1 if tally.violations else 0
+
+
+def soak_option(argv, name, default):
+    """The word after `name`, or the default."""
+    return argv[argv.index(name) + 1] if name in argv else default
+
+
+class SoakRun:
+    """One soak, from a fresh llmswap to its end."""
+
+    def __init__(self, seconds, clients, seed):
+        self._seconds = seconds
+        self._clients = clients
+        self._seed = seed
+        self.sizes = {}  # {moment: threads, descriptors, resident MB}
+
+    def run(self, tally):
+        """Start, soak, become quiet, end; violations go to `tally`."""
+        with Llmswap(soak_ini(SOAK_MODELS)) as server:
+            try:
+                self._soak(server, tally)
+                self._quieten(server, tally)
+            finally:
+                shutil.copy(server.folder / "stderr", SOAK_LOG)
+
+    def _soak(self, server, tally):
+        self._visit_all(server)
+        self.sizes["before"] = soak_size(server.pid)
+        stop = threading.Event()
+        seeds = (self._seed * 1000 + number for number in range(self._clients))
+        clients = [SoakClient(server, tally, seed, stop) for seed in seeds]
+        threads = [threading.Thread(target=each.run, daemon=True) for each in clients]
+        for thread in threads:
+            thread.start()
+        SoakChaos(server, tally, self._seed).run(self._seconds)
+        stop.set()
+        self._join(threads, tally)
+
+    def _visit_all(self, server):
+        """Use each model and many connections once: what is kept for later then is."""
+        for model in SOAK_MODELS:
+            server.chat(model)
+        crowd = [server.connect() for _ in range(48)]
+        for client in crowd:
+            client.send("POST", "/echo", {"model": "closing", "filler": "x" * 10**6})
+        for client in crowd:
+            assert client.answer().status == 200
+            client.hang_up()
+        self._unload(server)
+
+    def _join(self, threads, tally):
+        deadline = time.monotonic() + SOAK_BOUND + 10
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if stuck := sum(thread.is_alive() for thread in threads):
+            tally.violate(f"{stuck} clients still wait")
+
+    def _unload(self, server):
+        """Unload everything; only llmswap and its guard may be left."""
+        server.get("/unload")
+        eventually(lambda: not server.get("/running").json()["running"], 15)
+        chaos = SoakChaos(server, None, 0)
+        eventually(lambda: not chaos.fakes(), 15)
+
+    def _quieten(self, server, tally):
+        """When nobody asks, everything is given back."""
+        for model in server.loaded():  # no server generates for clients that left
+            eventually(lambda: server.stats(model)["in_flight"] == 0, 5)
+        server.reload(soak_ini(SOAK_MODELS))
+        self._unload(server)
+        for model in ("quick", "stubborn"):
+            assert server.chat(model).status == 200, "it no longer serves"
+        self._unload(server)
+        tally.chaos["loads in all"] = len(server.journal("main"))
+        with contextlib.suppress(AssertionError):
+            eventually(lambda: not self._grown(server), 30, every=0.5)
+        self.sizes["after"] = soak_size(server.pid)
+        for grown in self._grown(server):
+            tally.violate(f"not given back: {grown}")
+        early, late = tally.peaks["early"], tally.peaks["late"]
+        if late["resident"] > early["resident"] + 30:
+            tally.violate(f"memory grows: {early['resident']}, {late['resident']} MB")
+        for action in {action for action, _ in tally.outcomes} - SOAK_UNCOMPLETED:
+            if not tally.outcomes[action, "complete"]:
+                tally.violate(f"{action} was never complete")
+
+    def _grown(self, server):
+        """What is not near what it was before."""
+        now, before = soak_size(server.pid), self.sizes["before"]
+        return [
+            f"{name}: {before[name]} before, {now[name]} now"
+            for name, slack in {"threads": 4, "descriptors": 4, "resident": 20}.items()
+            if now[name] > before[name] + slack
+        ]
+
+
+def soak_print(tally, sizes):
+    """The table, and the evidence."""
+    outcomes = ["complete", "refused", "broken", "hung up", "violation"]
+    titles = "".join(f"{name:>11}" for name in [*outcomes, "slowest"])
+    print(f"{'action':<16}{titles}")
+    for action in sorted(tally.slowest):
+        counts = [tally.outcomes[action, outcome] for outcome in outcomes]
+        cells = "".join(f"{count:>11,}" for count in counts)
+        seconds, moment = tally.slowest[action]
+        print(f"{action:<16}{cells}{seconds:>10.2f}s  {moment}")
+    print("\nrefusals")
+    for (status, message), count in tally.refusals.most_common():
+        print(f"{count:>8,}  {status} {message}")
+    chaos = {getattr(k, "__name__", k): count for k, count in tally.chaos.items()}
+    moments = {
+        "chaos": chaos,
+        "before": sizes.get("before", {}),
+        "first half, at most": tally.peaks["early"],
+        "second half, at most": tally.peaks["late"],
+        "after": sizes.get("after", {}),
+    }
+    print()
+    for moment, values in moments.items():
+        text = ", ".join(f"{name} {value:,}" for name, value in values.items())
+        print(f"{moment:<22}{text}")
+    print(f"\nviolations: {len(tally.violations)}  (llmswap's log: {SOAK_LOG})")
+    for evidence in tally.violations[:20]:
+        print(f"  {evidence}")
+
+
+# ==================================================================================
+# The commands
+# ==================================================================================
+
+
+def main(argv):
+    """Be what the first argument says; the exit status."""
+    if argv[:1] == ["bench"]:
+        return bench_main(argv[1:])
+    if argv[:1] == ["soak"]:
+        return soak_main(argv[1:])
+    if "--port" in argv:
+        return fake_main(argv)
+    print(__doc__)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
