@@ -3609,7 +3609,7 @@ class ProcessBackend:
 
     def _hear_last_words(self):
         """Read what is left in the pipe; who left the group may write for ever."""
-        for _ in range(64):
+        for _ in range(17):  # a pipe holds a megabyte at most
             if self._output is None or not self._read_output():
                 break
         if self._partial_line:
@@ -3684,8 +3684,8 @@ def _is_group_alive(group):
         return False
     except PermissionError:
         pass  # they changed the user
-    found = [process_stat(pid) for pid in _all_processes()]
-    return any(each and each.group == group and each.state not in "ZX" for each in found)
+    found = filter(None, map(process_stat, _all_processes()))
+    return any(each.group == group and each.state not in "ZX" for each in found)
 
 
 def signal_name(number: int) -> str:
@@ -4575,7 +4575,7 @@ class Deadline:
 
 
 def hung_up(sock: socket.socket) -> bool:
-    """Whether the client closed its side. One that only stopped sending has left too."""
+    """Whether the client closed its side; one that only stopped sending left too."""
     waiter = select.poll()
     waiter.register(sock, _HANG_UP)
     if not waiter.poll(0):
@@ -4599,7 +4599,9 @@ _NO_HEAD = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _HEADER_LINES = re.compile(
     rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n"
 )
-_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([!-~\x80-\xff]+) HTTP/1\.([01])")
+_REQUEST_LINE = re.compile(
+    rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([!-~\x80-\xff]+) HTTP/1\.([01])"
+)
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: ([^\r\n]*))?")
 
 
@@ -5060,8 +5062,8 @@ def _end_of_string(data, at):
 
 
 def _end_of_value(data, at, deepest=math.inf):
-    """Index after the value that begins there, or -1 if the data ends before it does, or
-    if it is nested deeper than that."""
+    """Index after the value that begins there, or -1 if the data ends before it does,
+    or if it is nested deeper than that."""
     mark = data[at : at + 1]
     if mark == b'"':
         return _end_of_string(data, at)
@@ -5091,14 +5093,14 @@ def _end_of_value(data, at, deepest=math.inf):
 
 
 def _brackets_in(data):
-    """How deep JSON may be nested at most; json's decoder overruns the stack of a thread
-    at depths that Python 3.13 lets pass."""
+    """How deep JSON may be nested at most; json's decoder overruns the stack of a
+    thread at depths that Python 3.13 lets pass."""
     data = bytes(data)
     return data.count(b"[") + data.count(b"{")
 
 
 def json_or(raw, fallback):
-    """Return the JSON value in these bytes, or the fallback if it is none or too deep."""
+    """Return the JSON value in these bytes, or the fallback if none or too deep."""
     raw = bytes(raw)
     if _brackets_in(raw) > DEEPEST:
         start = _SPACE.match(raw).end()
@@ -5182,6 +5184,11 @@ def _boundary_of(content_type):
     return (found.group(1) or found.group(2)).encode("latin-1")
 
 
+_NAMED_MODEL = re.compile(
+    rb'(?i)content-disposition:[^\r]*[; ]name="?model"?[ \t]*(?:[;\r]|$)'
+)
+
+
 def _named_in_multipart(data, is_all, boundary):
     """The part named `model`, wherever it stands among the parts that are there."""
     mark = b"--" + boundary
@@ -5192,7 +5199,7 @@ def _named_in_multipart(data, is_all, boundary):
         if end < 0:
             break
         head = bytes(data[at:head_end])
-        if re.search(rb'(?i)content-disposition:[^\r]*[; ]name="?model"?(?:[;\r]|$)', head):
+        if _NAMED_MODEL.search(head):
             value = bytes(data[head_end + 4 : end]).decode("utf-8", "replace")
             return Named(value, (head_end + 4, end))
         at = end + 2
@@ -7115,7 +7122,8 @@ class Handler(socketserver.BaseRequestHandler):
         """For GETs that change something: a page must not cause them by a mere link."""
         head = self.head
         origin = head.get("origin") or _origin_of(head.get("referer"))
-        if head.method not in SAFE_METHODS or head.get("sec-fetch-site") == "same-origin":
+        is_ours = head.get("sec-fetch-site") == "same-origin"
+        if is_ours or head.method not in SAFE_METHODS:
             return
         if origin and self._is_origin_allowed(origin):
             return
@@ -7522,6 +7530,7 @@ class Handler(socketserver.BaseRequestHandler):
                 except BackendDied as problem:
                     may_resend = outgoing.is_repeatable and not is_last
                     if not may_resend or not backend.has_died(1.0):
+                        problem.may_retry = False if is_last else None  # it kills
                         raise problem
 
     def _look_after_client(self):
@@ -7674,7 +7683,8 @@ _SECRET = r"[\w.-]*(?:keys?|token|password)(?![a-z])[\w.-]*"
 _SECRET_OPTION = re.compile(rf"(?i)--?{_SECRET}|-hft")
 _SECRET_WORD = re.compile(rf"(?i)-{{0,2}}{_SECRET}=")
 _SECRET_WITHIN = re.compile(
-    rf"""(?i)((?<![\w-])(?:--?{_SECRET}(?:=|\s+)|{_SECRET}=))("[^"]*"|'[^']*'|[^\s'"]+)"""
+    rf"(?i)((?<![\w-])(?:--?{_SECRET}(?:=|\s+)|{_SECRET}=))"
+    r"""("[^"]*"|'[^']*'|[^\s'"]+)"""
 )
 
 
@@ -8338,10 +8348,10 @@ class Program:
             return listeners
         self._listeners = listeners
         self.pool = Pool(self._config, self.log)
-        self.pool.start()
         self.server = Server(listeners, self.pool, self.log, self.reload)
-        threading.Thread(target=self.server.serve, name="accept", daemon=True).start()
         self._announce()
+        self.pool.start()
+        threading.Thread(target=self.server.serve, name="accept", daemon=True).start()
         self._manager.tell("READY=1", f"STATUS={status_line(self.pool)}")
         if self._manager.is_listening:
             follow = functools.partial(self._manager.follow, self.pool)
