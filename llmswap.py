@@ -49,6 +49,7 @@ import errno
 import functools
 import hashlib
 import hmac
+import html
 import http
 import http.server
 import itertools
@@ -5812,6 +5813,1038 @@ def _carry(client, backend, leftover):
                         return
             except (BlockingIOError, TimeoutError, socket.timeout):
                 continue  # not ready after all
+
+
+# ==================================================================================
+# 7  Repair: the broken JSON of a tool call becomes the one object it means, or stays.
+#    Never knows HTTP or models.
+# ==================================================================================
+
+# Strict JSON comes first and passes untouched. What is not strict is read once, from
+# left to right, by a reader that takes whatever stands where a key, a colon or a value
+# should be, and closes at the end what is still open. One question is hard: does this
+# quote end the string, or did the model forget to escape it? It ends the string if the
+# text goes on from there as JSON would: with a comma and a key, with brackets that are
+# open, with nothing. Looking ahead is bounded, so that time is linear for any text.
+
+MAX_DEPTH = 400  # json itself stops near 1000
+MAX_OBJECTS = 32  # looked at in one text
+HELD_MAX = 16 << 20  # bytes of arguments that a stream may hold back
+CUT_OFF = {"length", "max_tokens", "model_context_window_exceeded", "content_filter"}
+
+_CLOSERS = {"{": "}", "[": "]", "(": ")"}
+_ENDS = {
+    **{quote: quote for quote in "\"'`"},
+    **{quote: '"“”„' for quote in "“”„"},
+    **{quote: "'‘’‚" for quote in "‘’‚"},
+}
+_STOP = {quote: re.compile(rf"\\+|[{ends}]") for quote, ends in _ENDS.items()}
+_DOUBLED = re.compile(r'""([^"\s,:;}\])][^"]*)""')
+_PREFIX = re.compile(r"[bBfFrRuU]{1,2}(?=[\"'][^\s,:}\])])")
+_PLUS = re.compile(r"\s*\+\s*(?=[\"'`])")
+
+_BLANK = re.compile(r"[\s\ufeff]*")
+_COMMENT = re.compile(r"(?://|#)[^\n]{0,200}|/\*[^*]{0,200}\*/")
+_COMMAS = re.compile(r"(?:[\s\ufeff,;，；]|\.\.+|…){0,50}")
+_JUNK = re.compile(
+    r"[\s\ufeff,;，；]+|\.\.+|…|(?://|#)[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL
+)
+_COLON = re.compile(r"[\s\ufeff]*(?:[:：][\s:：]*=?|=+>?|->)")
+_QUOTED = (
+    r"""(?:"[^"\n]{0,200}"|'[^'\n]{0,200}'"""
+    r"""|`[^`\n]{0,200}`|“[^”\n]{0,200}”)"""
+)
+_KEY = re.compile(_QUOTED + r"\s{0,99}[:：=]")
+_KEY_AND_VALUE = re.compile(  # the colon is missing, or the text ends
+    rf"""{_QUOTED}\s{{0,99}}(?:["'\[{{\d-]|true|false|null|\Z)"""
+    r"""|["'][\w .$-]{0,200}\Z"""
+)
+_BARE_KEY = re.compile(
+    r"[A-Za-z_$][\w$.-]{0,99}(?: [\w$.-]{1,99})?\s{0,99}[:：](?![/\\:])"
+)
+_BARE_NAME = re.compile(r"[^\s:：=,;{}\[\]\"][^:：=,;{}\[\]\"\n]*")
+_UNENDED_NAME = re.compile(r"([\w$.-]+)['’”]?\s*(?=:)")
+_NEXT_MEMBER = re.compile(rf"\s*,\s*{_KEY.pattern}")
+_VALUE = re.compile(r"[\"'“‘`\[{(\d.+-]|true|false|null|True|False|None")
+_BARE_SCALAR = re.compile(r"[-+.\w]+")
+_BARE_STOP = re.compile(r"[\[\]{}(),;，；\"']|\n\s*")
+
+_SPECIAL = re.compile(r'\\(?:u[\da-fA-F]{4}|x[\da-fA-F]{2}|.)|["\\\0-\x1f]', re.DOTALL)
+_CUT_ESCAPE = re.compile(  # at the end: half a pair, and then half an escape
+    r"(?<!\\)((?:\\\\)*)(?:\\u[dD][89abAB][\da-fA-F]{2})?(?:\\(?:u[\da-fA-F]{0,3})?)?\Z"
+)
+_DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\(?=[^\\\"'])")
+_PATTERN = re.compile(r"\\[dDwWsSBAZ.()\[\]{}*+?|^$-]")
+_NUMBER = re.compile(
+    r"([-+]?)(?:0*([1-9][0-9]*|0)|(?=\.[0-9]))(?:\.([0-9]*))?"
+    r"(?:([eE][-+]?[0-9]+)|[eE][-+]?)?"
+)
+_BASED = re.compile(r"[-+]?0(?:[xX][0-9a-fA-F]{1,64}|[bB][01]{1,64}|[oO][0-7]{1,64})")
+_GROUPED = re.compile(r"[-+]?[0-9]{1,3}(?:(?:,[0-9]{3})+|(?:_[0-9]+)+)(?:\.[0-9]+)?")
+_WORDS = {
+    **dict.fromkeys(("true", "True", "TRUE"), "true"),
+    **dict.fromkeys(("false", "False", "FALSE"), "false"),
+    **dict.fromkeys(("null", "None", "NULL", "Null", "none", "nil"), "null"),
+    **dict.fromkeys(("undefined", "NaN", "nan", "inf", "-inf"), "null"),
+    **dict.fromkeys(("Infinity", "+Infinity", "-Infinity"), "null"),
+}
+
+
+def _as_number(digits):
+    return (digits,)  # not 1, which is True and 1.0; nor does it take time to convert
+
+
+def _refuse(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+_STRICT = json.JSONDecoder(
+    parse_int=_as_number, parse_float=_as_number, parse_constant=_refuse
+)
+
+
+def _as_string(raw):
+    """Return the JSON string that is meant by `raw`, which stood between quotes."""
+    plain = "bf" if _PATTERN.search(raw) else ""
+    plain = "bfnrtux/'`" if _DRIVE.search(raw) else plain
+    return f'"{_SPECIAL.sub(lambda mark: _fixed(mark[0], plain), raw)}"'
+
+
+def _fixed(mark, plain):
+    """Return the JSON for an escape, or for a character that needs one.
+
+    Before a letter of `plain` a backslash is just that, as in C:\\new.
+    """
+    if mark[0] != "\\":
+        return json.dumps(mark)[1:-1]
+    name = mark[1:2]
+    if name and name not in plain:
+        if len(mark) == 6 or name in '"\\/bfnrt':
+            return mark
+        if name == "x" and len(mark) == 4:
+            return f"\\u00{mark[2:]}"
+        if name in "'`":
+            return name
+    return "\\\\" + json.dumps(mark[1:], ensure_ascii=False)[1:-1]
+
+
+def _literal(raw):
+    """Return the JSON of a number or a word such as None; None if it is neither."""
+    if len(raw) > 400:
+        return None
+    if raw in _WORDS:
+        return _WORDS[raw]
+    if _GROUPED.fullmatch(raw):
+        raw = raw.replace(",", "").replace("_", "")
+    if _BASED.fullmatch(raw):
+        return str(int(raw, 0))
+    number = _NUMBER.fullmatch(raw)
+    if not number:
+        return None
+    sign, whole, fraction, exponent = (part or "" for part in number.groups())
+    return sign.strip("+") + (whole or "0") + (fraction and f".{fraction}") + exponent
+
+
+def _cut_literal(raw):
+    """The same at the end of the text, where it may be cut; "" if nothing is left."""
+    if not raw.strip("-+."):
+        return ""
+    words = (_WORDS[word] for word in _WORDS if word.startswith(raw))
+    return next(words, None) or _literal(raw)
+
+
+def _last_before(text, at, start):
+    """Return (where the last character that is not blank stands, whether in a line
+    above)."""
+    is_above = False
+    at -= 1
+    while at > start and text[at].isspace():
+        is_above = is_above or text[at] == "\n"
+        at -= 1
+    return at, is_above
+
+
+class _Inside:
+    """What is known about the inside of a string whose quotes may lack backslashes."""
+
+    def __init__(self, text: str, start: int):
+        self._text = text
+        self._seen = start
+        self._nested = 0  # brackets open since a quote followed one, as in {"
+        self.is_odd = False  # a quote inside waits for its partner
+
+    def is_closed(self, at):
+        """Whether the brackets of JSON or code inside are closed before `at`."""
+        if self._nested > 0:
+            count = [self._text.count(char, self._seen, at) for char in "{[(}])"]
+            self._nested += sum(count[:3]) - sum(count[3:])
+            self._seen = at
+        return self._nested <= 0
+
+    def is_whole(self, at):
+        """Whether quotes have their partners, too."""
+        return self.is_closed(at) and not self.is_odd
+
+    def add_quote(self, at):
+        """Note that the quote at `at` does not end the string."""
+        if self._nested > 0:
+            return
+        last = _last_before(self._text, at, self._seen)[0]
+        if self._text[last] in "{[(" and last >= self._seen:
+            self._nested, self._seen = 1, at
+        elif self.is_odd or not self._is_apostrophe(at):
+            self.is_odd = not self.is_odd
+
+    def _is_apostrophe(self, at):
+        return self._text[at - 1].isalnum() and self._text[at + 1 : at + 2].isalnum()
+
+
+class _Frame:
+    """An object or array that is open: where it began in the output, how it ends."""
+
+    def __init__(self, at: int, end: str):
+        self.at = at
+        self.end = end
+        self.is_empty = True
+        self.extra = 0  # opening braces beyond the first, as in {{
+
+
+class _Reader:
+    """Reads one object, however broken, and writes it as JSON; never goes back."""
+
+    def __init__(self, text: str, at: int):
+        self.text = text
+        self.at = at
+        self._out = []
+        self._frames = []
+        self._closers = ""  # of all frames, as the text should have them
+        self._key = None
+        self._has_bare_keys = False
+        self._is_object = True
+
+    def read(self):
+        """Return the object as JSON; None if the braces hold none."""
+        self._open("{")
+        while self._frames:
+            self._skip_junk()
+            char = self.text[self.at : self.at + 1]
+            if not char:
+                self._close_to(0)
+            elif char in "}])":
+                self._close(char)
+            elif self._frames[-1].end == "}":
+                self._read_member(char)
+            else:
+                self._read_item(char)
+        return "".join(self._out) if self._is_object else None
+
+    # Brackets
+
+    def _skip_junk(self):
+        junk = _JUNK.match(self.text, self.at)
+        while junk:
+            self.at = junk.end()
+            junk = _JUNK.match(self.text, self.at)
+
+    def _emit(self, text):
+        """Write a value, with its key if it has one."""
+        if self._frames:
+            frame = self._frames[-1]
+            if not frame.is_empty:
+                self._out.append(",")
+            frame.is_empty = False
+        if self._key is not None:
+            self._out.append(self._key + ":")
+            self._key = None
+        self._out.append(text)
+
+    def _open(self, char):
+        if len(self._frames) >= MAX_DEPTH:
+            raise ValueError("too deep")
+        self.at += 1
+        self._emit("{" if char == "{" else "[")
+        frame = _Frame(len(self._out) - 1, "}" if char == "{" else "]")
+        self._frames.append(frame)
+        self._closers += _CLOSERS[char]
+        after = _BLANK.match(self.text, self.at).end()
+        while char == "{" and self.text.startswith("{", after):
+            frame.extra += 1
+            if frame.extra > 2:
+                raise ValueError("too many braces")
+            self.at = after + 1
+            after = _BLANK.match(self.text, self.at).end()
+
+    def _close(self, char):
+        """Close the innermost frame that `char` can close, and those inside it.
+
+        The outermost stays open if a further member follows: the brace is too many.
+        """
+        depth = self._closers.rfind(char)
+        self.at += 1
+        if depth < 0:
+            return
+        for _ in range(self._frames[depth].extra):
+            after = _BLANK.match(self.text, self.at).end()
+            if self.text.startswith(char, after):
+                self.at = after + 1
+        is_early = depth == 0 and _NEXT_MEMBER.match(self.text, self.at)
+        self._close_to(1 if is_early else depth)
+
+    def _close_to(self, depth):
+        self._key = None
+        self._out += [frame.end for frame in reversed(self._frames[depth:])]
+        del self._frames[depth:]
+        self._closers = self._closers[:depth]
+
+    # Members and items
+
+    def _read_member(self, char):
+        """Read a key and its value; a key without a value is dropped."""
+        if char in _CLOSERS:
+            return self._meet_opener(char)
+        is_quoted = char in _ENDS
+        key = self._string("key") if is_quoted else self._bare_key()
+        colon = _COLON.match(self.text, self.at)
+        if colon:
+            self.at = colon.end()
+            return self._read_value(key)
+        after = self._past_blank(self.at)
+        follower = self.text[after : after + 1]
+        frame = self._frames[-1]
+        if frame.is_empty and follower in (",", "}"):
+            self._become_array(frame, key if is_quoted else _literal(key[1:-1]) or key)
+        elif is_quoted and _VALUE.match(self.text, after):
+            self._read_value(key)
+        elif frame is self._frames[0] and frame.is_empty and not is_quoted:
+            self._is_object = False
+
+    def _meet_opener(self, char):
+        """Take { where a key should be for the next item of the array around."""
+        if char == "{" and [frame.end for frame in self._frames[-2:]] == ["]", "}"]:
+            self._close_to(len(self._frames) - 1)
+        else:
+            self.at += 1
+
+    def _become_array(self, frame, item):
+        """Take {a, b}, a set, for an array."""
+        frame.end = "]"
+        self._out[frame.at] = "["
+        self._is_object = frame is not self._frames[0]
+        self._emit(item)
+
+    def _bare_key(self):
+        self._has_bare_keys = True
+        name = _BARE_NAME.match(self.text, self.at)
+        self.at = name.end() if name else self.at + 1
+        if self.text.startswith('"', self.at):
+            self.at += 1
+        return _as_string(name[0].strip().strip("'`“”‘’") if name else "")
+
+    def _read_item(self, char):
+        """Read an item of an array; a key there means that the array was not closed."""
+        start = self.at
+        if char not in _ENDS:
+            self._read_value()
+            self.at = max(self.at, start + 1)
+            return
+        item = self._strings()
+        colon = self._is_in_object(2) and _COLON.match(self.text, self.at)
+        if colon:
+            self._close_to(len(self._frames) - 1)
+            self.at = colon.end()
+            self._read_value(item)
+        else:
+            self._emit(item)
+
+    def _is_in_object(self, depth=1):
+        return len(self._frames) >= depth and self._frames[-depth].end == "}"
+
+    def _read_value(self, key=None):
+        """Read the value at the cursor; nothing is written if there is none."""
+        self.at = self._past_blank(self.at)
+        prefix = _PREFIX.match(self.text, self.at)
+        self.at = prefix.end() if prefix else self.at
+        char = self.text[self.at : self.at + 1]
+        self._key = key
+        if not char or char in ",;，；}])":
+            self._key = None
+        elif char in _CLOSERS:
+            self._open(char)
+        elif char in _ENDS:
+            self._emit(self._strings())
+        else:
+            self._read_bare()
+
+    # Strings
+
+    def _strings(self):
+        """Read a string, or several with + between them; return it as JSON."""
+        role = "value" if self._is_in_object() else "item"
+        parts = [self._string(role)]
+        plus = _PLUS.match(self.text, self.at)
+        while plus:
+            self.at = plus.end()
+            parts.append(self._string(role))
+            plus = _PLUS.match(self.text, self.at)
+        return '"' + "".join(part[1:-1] for part in parts) + '"'
+
+    def _string(self, role):
+        """Read the string at the cursor, a "key", a "value" or an "item"."""
+        text, start = self.text, self.at
+        quote = text[start]
+        if quote in "\"'`" and text.startswith(quote * 3, start):
+            end = text.find(quote * 3, start + 3)
+            end = len(text) if end < 0 else end
+            return self._take(start + 3, end, end + 3)
+        doubled = _DOUBLED.match(text, start)
+        if doubled and self._may_end(doubled.end(), role):
+            return self._take(*doubled.span(1), doubled.end())
+        return self._simple_string(start + 1, _STOP[quote], role)
+
+    def _take(self, start, end, after):
+        self.at = after
+        return _as_string(self.text[start:end])
+
+    def _simple_string(self, start, stop, role):
+        """Read on to the quote that ends the string, or to where one was forgotten."""
+        text, inside = self.text, _Inside(self.text, start)
+        for at in self._quotes(start, stop):
+            if inside.is_closed(at) and self._may_end(at + 1, role, inside.is_odd):
+                return self._take(start, at, at + 1)
+            if role == "key":
+                return self._unended_key(start, at)
+            if inside.is_whole(at) and _KEY.match(text, at):
+                end = self._forgotten_end(start, at)
+                if end >= start:
+                    return self._take(start, end, end)
+            inside.add_quote(at)
+        if role == "key":
+            return self._unended_key(start, len(text))
+        return self._unended(start)
+
+    def _forgotten_end(self, start, at):
+        """Return where a string should have ended before the key at `at`, or 0."""
+        last, is_above = _last_before(self.text, at, start)
+        if self.text[last] == ",":
+            return last
+        return last + 1 if is_above and self.text[last] not in "{[(" else 0
+
+    def _quotes(self, start, stop):
+        """Yield where each quote stands that has no backslash, from `start` on."""
+        text, at = self.text, start
+        has_paths = _DRIVE.match(text, start)
+        found = stop.search(text, at)
+        while found:
+            at = found.end()
+            if text[at - 1] != "\\":
+                yield found.start()
+            elif (at - found.start()) % 2 and not has_paths:
+                at += 1
+            found = stop.search(text, at)
+
+    def _unended_key(self, start, end):
+        """Return a key that nothing ends; it may have lost its quote, as in {"a: 1."""
+        name = _UNENDED_NAME.match(self.text, start, end)
+        if name:
+            return self._take(*name.span(1), name.end())
+        return self._take(start, end, end + 1)
+
+    def _unended(self, start):
+        """Return the string that the end of the text cuts, perhaps before brackets."""
+        raw = self.text[start:]
+        self.at = len(self.text)
+        if raw.count("}") > raw.count("{"):
+            raw = raw.rstrip("}]) \t\r\n“”‘’'\"")
+        return _as_string(raw[:-80] + _CUT_ESCAPE.sub(r"\1", raw[-80:]))
+
+    # Looking ahead
+
+    def _past_blank(self, at):
+        """Return where blanks and comments, if they are few and short, end."""
+        for _ in range(4):
+            at = _BLANK.match(self.text, at).end()
+            comment = _COMMENT.match(self.text, at)
+            if not comment:
+                break
+            at = comment.end()
+        return at
+
+    def _may_end(self, at, role, is_odd=False, is_last=False):
+        """Whether a string may end before `at`: the text goes on there as JSON would.
+
+        `is_odd`: it may be the partner of a quote inside. `is_last`: look no further
+        than the end of the object.
+        """
+        text, depth = self.text, len(self._frames)
+        after = self._past_blank(at)
+        if role == "key":
+            is_loose = text[at : at + 1].isalnum() or _UNENDED_NAME.match(text, at)
+            return bool(_COLON.match(text, after)) or not is_loose
+        for _ in range(16):
+            if text[after : after + 1] not in ("}", "]", ")"):
+                break
+            closed = self._closers.rfind(text[after], 0, depth)
+            depth = depth if closed < 0 else closed
+            if depth == 0:
+                return is_last or self._may_trail(after + 1)
+            at = after + 1
+            after = self._past_blank(at)
+        if after >= len(text) or text.startswith("```", after):
+            return True
+        is_odd = is_odd and depth == len(self._frames)
+        if self._frames[depth - 1].end == "}":
+            return self._is_member(at, after, is_odd)
+        return self._is_item(at, after, is_odd)
+
+    def _is_member(self, at, after, is_odd):
+        """Whether an object can go on at `after`, where the blanks from `at` on end."""
+        text = self.text
+        if text[after] in ",;，；":
+            after = self._past_blank(_COMMAS.match(text, after).end())
+            if text[after : after + 1] in ("", "}", "]"):
+                return True
+            return bool(
+                _KEY_AND_VALUE.match(text, after) or self._is_key(after, not is_odd)
+            )
+        if not is_odd and _PLUS.match(text, after):
+            return True
+        return self._is_key(after, self._has_bare_keys and "\n" in text[at:after])
+
+    def _is_item(self, at, after, is_odd):
+        """The same for an array. A colon: its end was forgotten, this is a key."""
+        text = self.text
+        if is_odd:
+            return False
+        if text[after] in ",;，；" or _PLUS.match(text, after):
+            return True
+        if self._is_in_object(2) and _COLON.match(text, after):
+            return True
+        return after > at and bool(_VALUE.match(text, after))
+
+    def _is_key(self, at, may_be_bare):
+        if _KEY.match(self.text, at):
+            return True
+        return may_be_bare and bool(_BARE_KEY.match(self.text, at))
+
+    def _may_trail(self, at):
+        """Whether the text from `at` on, after the whole object, is not part of it."""
+        text = self.text
+        quote = text.find('"', at, at + 2000)
+        if quote < 0 or "\n" in text[at:quote] or "{" in text[at:quote]:
+            return True
+        if self._may_end(quote + 1, "value", is_last=True):
+            return False
+        return not re.match(r"\s*[\]})]+\s*\Z", text[text.rfind('"', -40) + 1 :][-40:])
+
+    # Values without quotes
+
+    def _read_bare(self):
+        """Read a number, a word, or a string that lacks its quotes."""
+        text, start = self.text, self.at
+        scalar = _BARE_SCALAR.match(text, start)
+        known = scalar and _literal(scalar[0])
+        if known and self._scalar_ends(scalar.end()):
+            self.at = scalar.end()
+            return self._emit(known)
+        self.at = self._end_of_bare(start)
+        raw = text[start : self.at].strip()
+        known = _literal(raw) if self.at < len(text) else _cut_literal(raw)
+        if raw.count('"') % 2:
+            raw = raw.rstrip('"')
+        if known == "" or not raw:
+            self._key = None
+        else:
+            self._emit(known or _as_string(raw))
+
+    def _scalar_ends(self, at):
+        """Whether a number or word ends at `at`, and is not the start of bare text."""
+        text, in_object = self.text, self._is_in_object()
+        after = self._past_blank(at)
+        char = text[after : after + 1]
+        if not char or char in "}])":
+            return True
+        if char in ",;，；":
+            return not (in_object and text[after + 1 : after + 2].isdigit())
+        if "\n" in text[at:after] or text.startswith("```", after):
+            return True
+        if in_object:
+            return self._is_key(after, True)
+        return after > at and bool(_VALUE.match(text, after))
+
+    def _end_of_bare(self, at):
+        """Return where the string without quotes at `at` ends."""
+        nested = 0
+        for stop in _BARE_STOP.finditer(self.text, at):
+            at, char = stop.start(), stop[0][0]
+            if char in _CLOSERS:
+                nested += 1
+            elif char in "}])":
+                if not nested and char in self._closers:
+                    return at
+                nested = max(0, nested - 1)
+            elif self._bare_ends(at, char, nested):
+                return at
+        return len(self.text)
+
+    def _bare_ends(self, at, char, nested):
+        """Whether a comma, line end or quote at `at` ends a string without quotes."""
+        text, in_object = self.text, self._is_in_object()
+        if char in "\"'":
+            is_apart = text[at - 1].isspace()
+            return is_apart and (not in_object or bool(_KEY.match(text, at)))
+        if char != "\n" and not in_object:
+            return not nested
+        after = self._past_blank(_COMMAS.match(text, at).end())
+        if text[after : after + 1] in ("", "}", "]"):
+            return True
+        return self._is_key(after, not nested)
+
+
+_TOKENS = re.compile(  # of chat templates, at the end
+    r"\s*(?:(?:<[|｜][^<>]{0,60}[|｜]>|</[\w:]{1,30}>)\s*)+\Z"
+)
+_ESCAPED = re.compile(r'[^{]{0,500}\{(?:\s|\\[nrt]){0,99}\\+(?:"|u0022)')
+_ESCAPE = re.compile(r'\\(u00[0-7][\da-fA-F]|[nrtbf"\\/])')
+_ENTITIES = re.compile(r"[^{]{0,500}\{\s{0,99}&quot;")
+_NO_BRACE = re.compile(
+    r"""["']?[\w$ .-]{1,99}["']\s*:\s*(?:["'\[{\d-]|true|false|null|True|False|None)"""
+)
+_BARE_START = re.compile(r"[A-Za-z_$][\w$-]{0,99}\s*:[^{]*\}\s*\Z")
+_SCALARS = re.compile(r"\[\s*[\"'\d-]")
+_QUOTED_KEY = re.compile(r"\{\s*(?:[\"'“‘`{/#]|\Z)")
+_WRAPPING = re.compile(r"```\w*|<[^<>{}]{0,60}>|json|[\s\[(\"'`]+")
+
+
+def _unescaped(match):
+    char = match[1]
+    if len(char) == 5:
+        return chr(int(char[1:], 16))
+    return dict(zip('nrtbf"\\/', '\n\r\t\b\f"\\/'))[char]
+
+
+def _unwrapped(text):
+    """Return `text` without what is known to be around objects or laid over them."""
+    text = text.lstrip("\ufeff \t\r\n")
+    if text.startswith("<think>"):
+        text = text.rpartition("</think>")[2].lstrip()
+    text = text[:-200] + _TOKENS.sub("", text[-200:])
+    if text.startswith("```"):
+        text = re.sub(r"```\w*\s*", "", text, count=1).rstrip("`\n")
+    if _NO_BRACE.match(text) or _BARE_START.match(text):
+        return "{" + text
+    for _ in range(3):
+        if _ESCAPED.match(text):
+            text = _ESCAPE.sub(_unescaped, text)
+    if _ENTITIES.match(text):
+        text = html.unescape(text)
+    if text[:1] in ("'", '"', "`") and text[1:2] == "{":
+        text = text[1:].rstrip().rstrip(text[0])
+    return text
+
+
+def _object_in(text):
+    """Return the JSON text of the only object in `text`, None if there is no such."""
+    text = _unwrapped(text)
+    at, end, found = text.find("{"), 0, []
+    if _SCALARS.match(text):
+        return None
+    for _ in range(MAX_OBJECTS):
+        if at < 0:
+            break
+        mended, after = _read_object(text, at)
+        if _is_meant(text, at, end, mended):
+            value = _STRICT.decode(mended)
+            if value not in [known for known, _ in found]:
+                found.append((value, mended))
+        at, end = text.find("{", after), after
+    full = [(value, mended) for value, mended in found if value] or found
+    return full[0][1] if len(full) == 1 and at < 0 else None
+
+
+def _read_object(text, at):
+    """Return (JSON text of the object at `at` or None, where it ends)."""
+    try:
+        end = _STRICT.raw_decode(text, at)[1]
+        if not _NEXT_MEMBER.match(text, end):
+            return text[at:end], end
+    except ValueError:
+        pass
+    reader = _Reader(text, at)
+    return reader.read(), reader.at
+
+
+def _is_meant(text, at, before, mended):
+    """Whether an object was read, and from more than braces in prose or code."""
+    lead = text[max(before, at - 200) : at]
+    if not mended or not _WRAPPING.sub("", lead):
+        return bool(mended)
+    if not mended[1:-1].strip():
+        return lead.rstrip().endswith((":", ">"))
+    ends = (":", ">", "`", "(", "[", "=", "\n")
+    return bool(_QUOTED_KEY.match(text, at)) or lead.rstrip(" \t").endswith(ends)
+
+
+def repair_arguments(text: str) -> str:
+    """Return the JSON text of the one object that `text` clearly means.
+
+    Valid JSON comes back as it is, and so does text that means no object or several.
+    The time it takes is proportional to the length, whatever the text.
+    """
+    try:
+        _STRICT.decode(text)
+        return text
+    except RecursionError:
+        return text
+    except ValueError:
+        pass
+    try:
+        return _object_in(text) or text
+    except (ValueError, RecursionError):  # too deep
+        return text
+
+
+def _at(value, *path):
+    """Return what stands at that path of parsed JSON, None if there is nothing."""
+    for step in path:
+        try:
+            value = value[step]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+def _text_at(value, *path):
+    text = _at(value, *path)
+    return text if isinstance(text, str) else ""
+
+
+def _number_of(entry, default):
+    """Return the "index" of an entry; some servers leave it out."""
+    number = entry.get("index")
+    return number if isinstance(number, int) else default
+
+
+def _entries(value, *path):
+    """Yield (position, entry) for each object in the list at that path."""
+    entries = _at(value, *path)
+    if isinstance(entries, list):
+        yield from (pair for pair in enumerate(entries) if isinstance(pair[1], dict))
+
+
+def _calls_in(payload, field):
+    """Yield ((choice, tool), path of the arguments, arguments) for every tool call.
+
+    `field` is message or delta; the tool of a function_call, as of old, is None.
+    """
+    for position, choice in _entries(payload, "choices"):
+        number = _number_of(choice, position)
+        for place, call in _entries(choice, field, "tool_calls"):
+            path = (field, "tool_calls", place, "function", "arguments")
+            key = number, _number_of(call, place)
+            yield key, ("choices", position, *path), _text_at(choice, *path)
+        if _at(choice, field, "function_call"):
+            path = (field, "function_call", "arguments")
+            yield (number, None), ("choices", position, *path), _text_at(choice, *path)
+
+
+def _ends_in(payload):
+    """Return the finish reason of every choice that ends, by its number."""
+    return {
+        _number_of(choice, position): _text_at(choice, "finish_reason")
+        for position, choice in _entries(payload, "choices")
+        if choice.get("finish_reason")
+    }
+
+
+_JSON = json.JSONDecoder()
+_JSON_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _put(edits, path, text):
+    """Note that the value at `path` is to become the JSON `text`."""
+    for step in path[:-1]:
+        edits = edits.setdefault(step, {})
+    edits[path[-1]] = text
+
+
+def _edited(text, edits):
+    """Return JSON with `edits` made; the rest stays, character for character."""
+    start = _past_space(text, 0)
+    value, end = _edited_value(text, start, edits)
+    return text[:start] + value + text[end:]
+
+
+def _past_space(text, at):
+    return _JSON_SPACE.match(text, at).end()
+
+
+def _edited_value(text, at, edits):
+    """Return (the value at `at` with its edits made, where it ended)."""
+    if isinstance(edits, str):
+        return edits, _JSON.raw_decode(text, at)[1]
+    out, seen, position = [], at, 0
+    is_object = text[at] == "{"
+    at = _past_space(text, at + 1)
+    while text[at] not in "]}":
+        step = position
+        if is_object:
+            step, at = _JSON.raw_decode(text, at)
+            at = _past_space(text, _past_space(text, at) + 1)
+        if step in edits:
+            out.append(text[seen:at])
+            value, at = _edited_value(text, at, edits[step])
+            out.append(value)
+            seen = at
+        else:
+            at = _JSON.raw_decode(text, at)[1]
+        at = _past_space(text, at)
+        if text[at] == ",":
+            at = _past_space(text, at + 1)
+        position += 1
+    return "".join(out) + text[seen : at + 1], at + 1
+
+
+def _json_of(text):
+    """Return what JSON means, None if it is not JSON that can be read."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _edit_completion(payload, edits):
+    calls, ends = list(_calls_in(payload, "message")), _ends_in(payload)
+    last = {key[0]: key for key, _, _ in calls}
+    for key, path, text in calls:
+        is_cut = ends.get(key[0]) in CUT_OFF and last[key[0]] == key
+        mended = text if is_cut else repair_arguments(text)
+        if mended != text:
+            _put(edits, path, json.dumps(mended))
+        content = (*path[:3], "content")
+        if _at(payload, *content) == "":
+            _put(edits, content, "null")
+
+
+def _edit_message(payload, edits):
+    blocks = list(_entries(payload, "content"))
+    if _text_at(payload, "stop_reason") in CUT_OFF:
+        del blocks[-1:]
+    for position, block in blocks:
+        given = block.get("input")
+        if block.get("type") == "tool_use" and isinstance(given, (str, list)):
+            text = given if isinstance(given, str) else json.dumps(given)
+            mended = _json_of(repair_arguments(text))
+            if isinstance(mended, list) and len(mended) == 1:
+                mended = mended[0]
+            if isinstance(mended, dict):
+                _put(edits, ("content", position, "input"), json.dumps(mended))
+
+
+def repair_body(body: bytes) -> bytes:
+    """Return an answer that is no stream with the arguments of its tool calls repaired.
+
+    It may be OpenAI's chat completion or Anthropic's message. What needs no repair
+    stays byte for byte; so do a call that was cut off and anything else.
+    """
+    try:
+        text, edits = body.decode(), {}
+        payload = json.loads(text)
+        _edit_completion(payload, edits)
+        _edit_message(payload, edits)
+        return _edited(text, edits).encode() if edits else body
+    except (ValueError, RecursionError):  # no JSON that we can read
+        return body
+
+
+_EVENT_END = re.compile(rb"\n\r?\n")
+_OF_A_CALL = re.compile(rb'"(?:tool_calls|function_call|partial_json)"')
+_OF_AN_END = re.compile(rb'\[DONE\]|"(?:finish|stop)_reason"\s*:\s*"|"message_stop"')
+
+_Held = namedtuple("_Held", "event path text")  # the fragment of an event, and where
+
+
+def _data_of(event):
+    """Return the data of an event; "" if it is not text."""
+    lines = [line[5:] for line in event.splitlines() if line.startswith(b"data:")]
+    try:
+        return b"\n".join(lines).decode()
+    except UnicodeDecodeError:
+        return ""
+
+
+def _edited_event(event, edits):
+    """Return an event with `edits` made in its data; all other lines stay."""
+    if not edits:
+        return event
+    data = b"data:" + _edited(_data_of(event), edits).replace("\n", " ").encode()
+    out = []
+    for line in event.splitlines(keepends=True):
+        if line.startswith(b"data:"):
+            line, data = data + line[len(line.rstrip(b"\r\n")) :] if data else b"", b""
+        out.append(line)
+    return b"".join(out)
+
+
+def _filled(entry):
+    return {key for key, value in entry.items() if value}
+
+
+def _is_bare(payload, path):
+    """Whether a chunk has nothing that must not wait beside the fragment at `path`."""
+    delta, calls = _at(payload, *path[:3]), _at(payload, *path[:4])
+    is_alone = len(payload["choices"]) == 1
+    if isinstance(calls, list):
+        is_alone = is_alone and len(calls) == 1
+        is_alone = is_alone and _filled(calls[0]) <= {"index", "type", "function"}
+    is_alone = is_alone and _filled(delta) <= {"role", path[3]}
+    return is_alone and _filled(_at(payload, *path[:-1])) == {"arguments"}
+
+
+def _lone_fragment(payload, key, text, line_end):
+    """Return a chunk of the same stream with nothing but this fragment in it."""
+    kept = ("id", "object", "created", "model", "system_fingerprint")
+    chunk = {name: payload[name] for name in kept if name in payload}
+    choice, tool = key
+    if tool is None:
+        delta = {"function_call": {"arguments": text}}
+        path = ("function_call", "arguments")
+    else:
+        delta = {"tool_calls": [{"index": tool, "function": {"arguments": text}}]}
+        path = ("tool_calls", 0, "function", "arguments")
+    chunk["choices"] = [{"index": choice, "delta": delta, "finish_reason": None}]
+    data = json.dumps(chunk, separators=(",", ":")).encode()
+    event = b"data: " + data + line_end * 2
+    return _Held(event, ("choices", 0, "delta", *path), text)
+
+
+class RepairStream:
+    """Repairs the tool calls in a stream of server-sent events; all else flows.
+
+    It may be OpenAI's chunks or Anthropic's events. Fragments of arguments are held
+    until their call is complete; then they are sent as they came or, if they need
+    repair, with all that is meant in the first and nothing in the others. A call that
+    was cut off is sent as it came; so is everything once too much would be held.
+    """
+
+    def __init__(self):
+        self._buffer = bytearray()  # an event of which the end has not come
+        self._calls = {}  # (choice or block, tool): its list of _Held
+        self._size = 0
+        self._has_given_up = False
+
+    def feed(self, payload: bytes) -> bytes:
+        """Return what can be sent now; `payload` may be cut anywhere."""
+        if self._has_given_up:
+            return payload
+        start, searched = 0, max(0, len(self._buffer) - 2)
+        self._buffer += payload
+        out = []
+        for end in [end.end() for end in _EVENT_END.finditer(self._buffer, searched)]:
+            out.append(self._pass_event(bytes(self._buffer[start:end])))
+            start = end
+        del self._buffer[:start]
+        if self._size + len(self._buffer) > HELD_MAX:
+            self._has_given_up = True
+            out.append(self.finish())
+        return b"".join(out)
+
+    def finish(self) -> bytes:
+        """Return what is held; a call of which no end came goes as it is."""
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        if _OF_AN_END.search(rest):
+            rest = self._pass_event(rest)
+        return self._release_all(False) + rest
+
+    def _pass_event(self, event):
+        """Return what is to be sent when this event has come, lines and all."""
+        if not (self._calls or _OF_A_CALL.search(event)):
+            return event
+        data = _data_of(event)
+        payload = _json_of(data)
+        if _at(payload, "choices"):
+            return self._pass_chunk(event, payload)
+        if _text_at(payload, "type"):
+            return self._pass_anthropic(event, payload)
+        if data.strip() == "[DONE]" or _at(payload, "error"):
+            return self._release_all(payload is None) + event
+        return event
+
+    def _pass_chunk(self, event, payload):
+        """A chunk may hold fragments of several calls, and more that must not wait."""
+        calls, ends = list(_calls_in(payload, "delta")), _ends_in(payload)
+        out = self._release_others({key for key, _, _ in calls})
+        fragments = [call for call in calls if call[2]]
+        key, path, text = fragments[0] if fragments else (None, None, "")
+        if len(fragments) == 1 and not ends and _is_bare(payload, path):
+            self._hold(key, _Held(event, path, text))
+            return out
+        edits = {}
+        line_end = b"\r\n" if event.endswith(b"\r\n") else b"\n"
+        for key, path, text in fragments:
+            if key[0] in ends:
+                self._hold(key, _Held(b"", path, text))
+            else:
+                self._hold(key, _lone_fragment(payload, key, text, line_end))
+                _put(edits, path, '""')
+        for key in [key for key in self._calls if key[0] in ends]:
+            out += self._release(key, ends[key[0]] not in CUT_OFF, edits)
+        return out + _edited_event(event, edits)
+
+    def _release_others(self, keys):
+        """Release the calls that are complete because their choice has gone on."""
+        choices = {choice for choice, _ in keys}
+        done = [key for key in self._calls if key[0] in choices and key not in keys]
+        return b"".join(self._release(key, True) for key in done)
+
+    def _pass_anthropic(self, event, payload):
+        """The end of a block does not tell whether it was cut off. If it is not valid,
+        it waits for what does: the next block, or the reason in message_delta."""
+        kind, key = payload["type"], (_number_of(payload, 0), None)
+        fragment = _text_at(payload, "delta", "partial_json")
+        reason = _text_at(payload, "delta", "stop_reason")
+        if fragment:
+            self._hold(key, _Held(event, ("delta", "partial_json"), fragment))
+            return b""
+        if kind == "content_block_stop" and key in self._calls:
+            self._hold(key, _Held(event, None, ""))
+            text = self._text_of(key)
+            return self._release(key, True) if repair_arguments(text) == text else b""
+        if kind == "error":
+            return self._release_all(False) + event
+        if reason or kind in ("content_block_start", "message_stop"):
+            return self._release_all(reason not in CUT_OFF) + event
+        return event
+
+    # What is held
+
+    def _text_of(self, key):
+        return "".join(held.text for held in self._calls[key])
+
+    def _hold(self, key, held):
+        """Hold a fragment; what is around it counts too, but less."""
+        self._calls.setdefault(key, []).append(held)
+        self._size += max(len(held.text), len(held.event) // 4)
+
+    def _release_all(self, is_whole):
+        return b"".join(self._release(key, is_whole) for key in list(self._calls))
+
+    def _release(self, key, is_whole, edits=None):
+        """Return the events of a call, repaired if it is whole.
+
+        A fragment without an event is in the event at hand; its change goes to `edits`.
+        """
+        text = self._text_of(key)
+        mended = repair_arguments(text) if is_whole else text
+        out, rest = [], mended
+        for event, path, fragment in self._calls.pop(key):
+            self._size -= max(len(fragment), len(event) // 4)
+            own = {} if event else edits
+            if mended != text and path:
+                _put(own, path, json.dumps(rest))
+                rest = ""
+            out.append(_edited_event(event, own) if event else b"")
+        return b"".join(out)
 
 
 # ==================================================================================
