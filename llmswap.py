@@ -2687,13 +2687,22 @@ class Bell:
     def fileno(self) -> int:
         return self._hear
 
+    def ring_on_signals(self):
+        """Ring whenever a signal arrives, at whatever moment. Main thread only.
+
+        A thread that is about to block in anything but a poll may miss one for ever.
+        """
+        signal.set_wakeup_fd(self._pull, warn_on_full_buffer=False)
+
     def ring(self):
+        """Wake the poller, or the next to poll."""
         try:
             os.write(self._pull, b"!")
         except BlockingIOError:
             pass  # it rings already
 
     def silence(self):
+        """Forget that it rang."""
         try:
             os.read(self._hear, 4096)
         except BlockingIOError:
@@ -9360,17 +9369,20 @@ class Program:
     def __init__(self, args: argparse.Namespace, config: Config):
         self._args = args
         self._config = config
-        self._signals = queue.SimpleQueue()  # put() may interrupt a put(): a list may not
+        self._signals = collections.deque()  # that arrived and were not seen to
+        self._bell = Bell()
         self._reload_lock = threading.Lock()
         self._manager = ServiceManager(os.environ)
         self._is_activated = False
+        self._has_closed = False
         self.log = Log()
         self.log.level = "debug" if args.verbose else config.settings.log_level
 
     def run(self) -> int:
         """Serve until a signal ends it; return the exit status."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda number, _: self._signals.put(number))
+            signal.signal(number, lambda number, _: self._signals.append(number))
+        self._bell.ring_on_signals()
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -9435,15 +9447,23 @@ class Program:
         """Sleep until a signal says to end: True; or being idle does: False. On SIGHUP,
         read the file again."""
         while True:
-            try:
-                number = self._signals.get(timeout=self._until_idle_exit())
-            except queue.Empty:
-                if self._may_leave():
-                    return False
-                continue
-            if number != signal.SIGHUP:
+            number = self._next_signal(self._until_idle_exit())
+            if number == signal.SIGHUP:
+                self._reload_on_signal()
+            elif number is not None:
                 return True
-            self._reload_on_signal()
+            elif self._may_leave():
+                return False
+
+    def _next_signal(self, timeout=None):
+        """The next signal, or None if none came in time or the bell rang for another
+        reason. Main thread only."""
+        if not self._signals:
+            waiter = select.poll()
+            waiter.register(self._bell, select.POLLIN)
+            waiter.poll(None if timeout is None else math.ceil(timeout * 1000))
+            self._bell.silence()
+        return self._signals.popleft() if self._signals else None
 
     def _reload_on_signal(self):
         self._manager.tell_reloading()
@@ -9498,11 +9518,15 @@ class Program:
 
     def _shut_down(self):
         self.log("info", "ending; requests in flight may end first")
-        self._manager.tell("STOPPING=1")
+        self._manager.tell("STOPPING=1", "EXTEND_TIMEOUT_USEC=15000000")
         self.server.stop()
-        for task in (self._hasten, self._ask_for_time):
-            threading.Thread(target=task, name=task.__name__, daemon=True).start()
-        self.pool.close(DRAIN_SECONDS)
+        closing = threading.Thread(target=self._close, name="closing", daemon=True)
+        closing.start()
+        while not self._has_closed:
+            number = self._next_signal(5)
+            if number not in (None, signal.SIGHUP):
+                self.pool.kill()  # a second one means now
+            self._manager.tell("EXTEND_TIMEOUT_USEC=15000000")
         self.log("info", "ended")
         self.log.flush()
         for address in self._config.settings.listen:
@@ -9510,17 +9534,11 @@ class Program:
                 with contextlib.suppress(OSError):
                     os.unlink(address)
 
-    def _ask_for_time(self):
-        """Tell systemd every 5 s that we are not stuck, but draining."""
-        while self._manager.is_listening:
-            self._manager.tell("EXTEND_TIMEOUT_USEC=15000000")
-            time.sleep(5)
-
-    def _hasten(self):
-        """A second signal means now."""
-        while self._signals.get() == signal.SIGHUP:
-            pass
-        self.pool.kill()
+    def _close(self):
+        """Close the Pool, while the main thread goes on to hear signals."""
+        self.pool.close(DRAIN_SECONDS)
+        self._has_closed = True
+        self._bell.ring()
 
 
 if __name__ == "__main__":
