@@ -2650,7 +2650,8 @@ PORT_TRIES = 3
 
 
 def free_port() -> int:
-    """Return a port that is free on loopback now, outside the ephemeral range if it can.
+    """Return a port that is free on loopback now, outside the ephemeral range if
+    possible.
 
     Outgoing connections never take a port from outside that range.
     """
@@ -5640,12 +5641,13 @@ class Silence:
             self._suspect()
 
 
-def relay(outgoing: Outgoing, link: Link, reply: Reply, transform=None):
+def relay(outgoing: Outgoing, link: Link, reply: Reply, transform_of=lambda _: None):
     """Send the request to the backend and its answer to the client.
 
     Raise BackendDied if it gave no answer (nothing was sent to the client then, but for
     an early head), ClientGone if the client left. An answer that breaks off is passed on
-    as broken. `transform` may change the payload of an answer; see RepairStream.
+    as broken. `transform_of(answer)` may return what changes its payload: pieces go
+    through `feed`, and `finish` gives what is left at the end.
     """
     silence = Silence(reply, link.suspect)
     sock, answer = _ask(outgoing, link, silence)
@@ -5654,7 +5656,7 @@ def relay(outgoing: Outgoing, link: Link, reply: Reply, transform=None):
         if answer.status == 101:
             _tunnel(answer, sock, reply)
         else:
-            _pass_on(answer, link, reply, transform)
+            _pass_on(answer, link, reply, transform_of(answer))
     finally:
         if answer.is_over and outgoing.is_sent:
             link.upstream.give_back(sock)
@@ -5746,12 +5748,15 @@ def _pass_on(answer, link, reply, transform):
         if answer.framing == Framing():  # its end says nothing: it may be a death
             if reply.is_within_line or link.has_died(0.05):
                 raise Truncated("the connection ended in the middle of the answer")
+        problem = None
     except Truncated as error:
-        reply.break_off(BackendDied(f"the backend broke off: {error}"))
-        return
+        problem = BackendDied(f"the backend broke off: {error}")
     if transform:
         reply.send(transform.finish())
-    reply.end()
+    if problem:
+        reply.break_off(problem)
+    else:
+        reply.end()
 
 
 def _fields_down(answer):
@@ -6724,6 +6729,29 @@ def _lone_fragment(payload, key, text, line_end):
     data = json.dumps(chunk, separators=(",", ":")).encode()
     event = b"data: " + data + line_end * 2
     return _Held(event, ("choices", 0, "delta", *path), text)
+
+
+class RepairBody:
+    """Repairs an answer that is no stream, once all of it is there. What exceeds
+    HELD_MAX passes as it comes, unrepaired."""
+
+    def __init__(self):
+        self._held = bytearray()
+        self._is_too_large = False
+
+    def feed(self, piece: bytes) -> bytes:
+        """Return what may go on now."""
+        if self._is_too_large:
+            return piece
+        self._held += piece
+        if len(self._held) <= HELD_MAX:
+            return b""
+        self._is_too_large = True
+        return bytes(self._held)
+
+    def finish(self) -> bytes:
+        """Return what is left at the end, repaired if it is whole."""
+        return b"" if self._is_too_large else repair_body(bytes(self._held))
 
 
 class RepairStream:
@@ -8561,6 +8589,7 @@ class Handler(socketserver.BaseRequestHandler):
         is_loose = self.head.is_upgrade or (is_loose and is_safe)
         self.reply.wants_events = self._wants_events(model, named)
         outgoing = self._outgoing(model, target, named)
+        repair = _repairer_of if model.settings.json_repair else _no_repairer
         asked = time.monotonic()
         for is_last in (False, True):
             with self.pool.lease(model, self._look_after_client, is_loose) as backend:
@@ -8568,7 +8597,7 @@ class Handler(socketserver.BaseRequestHandler):
                 if stay is not None:
                     self.pool.keep_alive(model, stay)
                 try:
-                    return relay(outgoing, _link_to(backend), self.reply)
+                    return relay(outgoing, _link_to(backend), self.reply, repair)
                 except BackendDied as problem:
                     may_resend = outgoing.is_repeatable and not is_last
                     if not may_resend or not backend.has_died(1.0):
@@ -8638,6 +8667,20 @@ def unquoted(text: str) -> str:
     """Return a part of a target without percent encoding; it is UTF-8 in any case."""
     raw = urllib.parse.unquote_to_bytes(text.encode("latin-1"))
     return raw.decode("utf-8", "replace")
+
+
+def _repairer_of(answer):
+    """What repairs the tool calls in an answer, if it may have some."""
+    is_plain = not answer.get("content-encoding")
+    if answer.status != 200 or not is_plain:
+        return None
+    if answer.is_event_stream:
+        return RepairStream()
+    return RepairBody() if "json" in answer.get("content-type") else None
+
+
+def _no_repairer(_):
+    return None
 
 
 def _link_to(backend):
