@@ -25,6 +25,7 @@ Rooms, each using only what stands above it:
     4  Backends       one life of one model server, from spawn to death
     5  Pool           the one lock; carries decisions out
     6  Relay          one request to a backend, one answer back
+    7  Repair         broken JSON of tool calls to the one object it means, or nothing
     8  Pages          what people and Prometheus see
     9  API            what each path means; the only place that writes an error
     10 Command line   arguments, logging, signals, the order of shutdown

@@ -303,6 +303,15 @@ from types import SimpleNamespace
 
 
 @lru_cache(maxsize=None)
+def llmswap_file():
+    """llmswap.py compiled, which saves each start the time to do that."""
+    folder = tempfile.mkdtemp(prefix="llmswap-compiled-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    compiled = os.path.join(folder, "llmswap.pyc")
+    return py_compile.compile(LLMSWAP, compiled, doraise=True)
+
+
+@lru_cache(maxsize=None)
 def fake_file():
     """The fake server as a compiled file of its own: one that starts in 25 ms."""
     folder = tempfile.mkdtemp(prefix="llmswap-fake-")
@@ -422,7 +431,7 @@ class Llmswap:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.token = f"{os.getpid()}-{self.port}"
-        self._args = [sys.executable, LLMSWAP, str(self.ini)]
+        self._args = [sys.executable, llmswap_file(), str(self.ini)]
         self._args += ["--listen", f"127.0.0.1:{self.port}", *args]
         self._env = {**os.environ, FAMILY: self.token, **(env or {})}
         self.write(text)
@@ -3479,7 +3488,6 @@ def test_a_random_walk_over_all_events(is_calm):
             return
 
 
-os.environ["LLMSWAP"] = "/work/main/llmswap.py"
 sys.dont_write_bytecode = True
 
 
@@ -4979,7 +4987,7 @@ def test_a_second_signal_ends_everything_at_once(number):
 def test_an_end_is_clean_though_nobody_reads_what_it_says(tmp_path):
     (tmp_path / "m.ini").write_text(f"[m]\ncmd = {fake_command()}\n")
     port = free_port()
-    command = [sys.executable, os.environ["LLMSWAP"], str(tmp_path / "m.ini")]
+    command = [sys.executable, LLMSWAP, str(tmp_path / "m.ini")]
     command += ["--listen", f"127.0.0.1:{port}", "--verbose"]
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
@@ -5092,7 +5100,7 @@ def test_a_broken_file_changes_nothing_and_says_why():
 def test_a_change_of_listen_is_not_taken_over_and_said(tmp_path):
     path, port = tmp_path / "m.ini", free_port()
     path.write_text(f"[llmswap]\nlisten = 127.0.0.1:{port}\n")
-    command = [sys.executable, os.environ["LLMSWAP"], str(path)]
+    command = [sys.executable, LLMSWAP, str(path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     eventually(lambda: llmswap.is_llmswap(("127.0.0.1", port)))
     path.write_text(f"[llmswap]\nlisten = unix:{tmp_path}/socket\n")
@@ -5107,7 +5115,7 @@ def test_a_change_of_listen_is_not_taken_over_and_said(tmp_path):
 def test_a_unix_socket_is_removed_at_the_end(tmp_path):
     path, place = tmp_path / "m.ini", tmp_path / "socket"
     path.write_text(f"[llmswap]\nlisten = unix:{place}\n")
-    command = [sys.executable, os.environ["LLMSWAP"], str(path)]
+    command = [sys.executable, LLMSWAP, str(path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     eventually(place.exists)
     process.terminate()
@@ -5139,7 +5147,7 @@ def test_a_storm_of_reloads_harms_no_request():
 def test_signals_that_our_parent_ignored_do_not_harm(tmp_path):
     path, port = tmp_path / "m.ini", free_port()
     path.write_text(f"[m]\ncmd = {fake_command('--load-exit', '7')}\n")
-    command = [sys.executable, os.environ["LLMSWAP"], str(path)]
+    command = [sys.executable, LLMSWAP, str(path)]
     command += ["--listen", f"127.0.0.1:{port}"]
     ignore = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN);"
     ignore += "os.execv(sys.argv[1], sys.argv[1:])"
@@ -5154,8 +5162,7 @@ def test_signals_that_our_parent_ignored_do_not_harm(tmp_path):
 """Rooms 6 (Relay) and 9 (API) of llmswap, tested as a hostile world would use them."""
 
 
-SOURCE = Path(os.environ.get("LLMSWAP", "/work/main/llmswap.py"))
-os.environ["LLMSWAP"] = str(SOURCE)
+SOURCE = Path(LLMSWAP)
 
 
 # ==================================================================================
@@ -7872,6 +7879,65 @@ def test_a_body_that_is_no_json_stays_byte_for_byte(body):
     assert repair_body(body) == body
 
 
+# ==================================================================================
+# 7  Repair, end to end
+# ==================================================================================
+
+BROKEN_CALL = "{'path': 'a.py', 'lines': [1, 2,"
+MEANT_CALL = {"path": "a.py", "lines": [1, 2]}
+
+
+@pytest.fixture(scope="module")
+def repairing():
+    """llmswap with one fake model under two names, only one of which is repaired."""
+    text = "[as-is]\ncmd = {}\n[mended]\nuses = as-is\njson-repair = on\n"
+    with Llmswap(text.format(fake_command("--model", "x"))) as proxy:
+        yield proxy
+
+
+def arguments_of(proxy, model, **wish):
+    """The arguments of the one tool call in an answer."""
+    answer = proxy.post("/v1/chat/completions", {"model": model, **wish})
+    [call] = answer.json()["choices"][0]["message"]["tool_calls"]
+    return call["function"]["arguments"]
+
+
+def streamed_arguments_of(proxy, model, **wish):
+    """The arguments of the one tool call in a stream, joined."""
+    with proxy.stream(model, **wish) as stream:
+        deltas = [doc["choices"][0]["delta"] for doc in stream.documents()
+                  if doc.get("choices")]  # fmt: skip
+    calls = [call for delta in deltas for call in delta.get("tool_calls") or ()]
+    return "".join(call["function"].get("arguments", "") for call in calls)
+
+
+@pytest.mark.parametrize("ask", [arguments_of, streamed_arguments_of])
+def test_arguments_are_repaired_where_that_is_asked_for(repairing, ask):
+    assert json.loads(ask(repairing, "mended", arguments=BROKEN_CALL)) == MEANT_CALL
+    assert ask(repairing, "as-is", arguments=BROKEN_CALL) == BROKEN_CALL
+
+
+@pytest.mark.parametrize("ask", [arguments_of, streamed_arguments_of])
+def test_valid_arguments_and_cut_off_calls_stay_as_they_are(repairing, ask):
+    valid = '{"a" : 1,\t"b": [ ]}'
+    assert ask(repairing, "mended", arguments=valid) == valid
+    cut = dict(arguments=BROKEN_CALL, finish="length")
+    assert ask(repairing, "mended", **cut) == BROKEN_CALL
+
+
+def test_errors_of_the_backend_keep_their_status_though_repair_is_on(repairing):
+    answer = repairing.post("/v1/chat/completions", {"model": "mended", "status": 422})
+    assert answer.status == 422
+
+
+def test_a_repaired_stream_that_breaks_is_still_broken(repairing):
+    wish = dict(arguments=BROKEN_CALL, cut="boundary", fragment=4)
+    with repairing.stream("mended", **wish) as stream:
+        with pytest.raises(Exception, match="ended|complete|closed"):
+            list(stream.events())
+    assert b"[DONE]" not in stream.raw
+
+
 # ----------------------------------------------------------------------------------
 # A browser: headless Chromium, driven through its DevTools protocol
 
@@ -8056,8 +8122,6 @@ class Browser:
 # Pages: what people and Prometheus see.
 # ==================================================================================
 
-
-os.environ.setdefault("LLMSWAP", "/tmp/w/page/llmswap.py")
 
 # ----------------------------------------------------------------------------------
 # Numbers in answers
@@ -8608,7 +8672,7 @@ class Activator:
 
     def _run(self):
         fd = self.listener.fileno()
-        words = ["-c", PASS_SOCKETS, str(fd), LLMSWAP, str(self.ini)]
+        words = ["-c", PASS_SOCKETS, str(fd), llmswap_file(), str(self.ini)]
         self.starts += 1
         with open(self.ini.with_name("stderr"), "ab") as stderr:
             self.process = subprocess.Popen(
@@ -8679,7 +8743,7 @@ def test_systemd_socket_activate_is_served(tmp_path):
     ini.write_text(quick_file())
     activate = ["systemd-socket-activate", "-l", f"127.0.0.1:{port}", "--fdname=http"]
     for _ in range(2):
-        command = [*activate, sys.executable, LLMSWAP, str(ini)]
+        command = [*activate, sys.executable, llmswap_file(), str(ini)]
         with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
             eventually(lambda: is_bound(port))
             answer = ask(port, "POST", "/v1/chat/completions", {"model": "a"})
