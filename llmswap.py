@@ -2839,10 +2839,18 @@ def process_name(pid: int) -> str:
 # -- connections to a backend ----------------------------------------------------------
 
 
+def suspended_seconds() -> float:
+    """Return how long this machine has been suspended since it was booted."""
+    if not hasattr(time, "CLOCK_BOOTTIME"):
+        return 0.0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
+
+
 class Upstream:
     """Where a backend listens, and the connections to it. Any thread may call.
 
-    The sockets block for TICK at most, then raise BlockingIOError.
+    The sockets block for TICK at most, then raise BlockingIOError (TLS: TimeoutError).
+    What was kept while the machine was suspended is not used again.
     """
 
     def __init__(self, url: str):
@@ -2855,9 +2863,41 @@ class Upstream:
         self._idle = collections.deque()
         self._active = set()
         self._is_closed = False
+        self._turns = itertools.count()
+        self.note_life()
+        self.used_at = self._seen_at  # when the last request to it ended
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request uses a connection now."""
+        return bool(self._active)
+
+    def note_life(self):
+        """The backend gave a sign of life just now."""
+        self._seen_at = time.monotonic()
+        self._suspended = suspended_seconds()
+
+    def is_fresh(self, seconds: float) -> bool:
+        """Whether its last sign of life is no older, nor from before a suspension."""
+        return not self._has_slept() and time.monotonic() < self._seen_at + seconds
+
+    def _has_slept(self):
+        return suspended_seconds() > self._suspended + 1.0
+
+    def address(self) -> Tuple[int, tuple]:
+        """Return family and address; of several, another each time. Raise OSError."""
+        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        family, _, _, _, address = found[next(self._turns) % len(found)]
+        return family, address
+
+    def wrap(self, sock: socket.socket, **options) -> socket.socket:
+        """Return the connection with TLS around it; certificates are verified."""
+        return _tls_context().wrap_socket(sock, server_hostname=self.host, **options)
 
     def connect(self) -> Tuple[socket.socket, bool]:
         """Return a connection and whether it was used before. Raise OSError."""
+        if self._idle and self._has_slept():
+            self._close_idle()
         while self._idle:
             try:
                 sock = self._idle.pop()
@@ -2879,7 +2919,7 @@ class Upstream:
         sock = socket.create_connection((self.host, self.port), timeout=10)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.is_tls:
-            sock = _tls_context().wrap_socket(sock, server_hostname=self.host)
+            sock = self.wrap(sock, suppress_ragged_eofs=False)
             sock.settimeout(TICK)
         else:
             set_tick(sock)
@@ -2888,6 +2928,8 @@ class Upstream:
     def give_back(self, sock: socket.socket):
         """Take back a connection on which a whole answer was read."""
         self._active.discard(sock)
+        self.note_life()
+        self.used_at = time.monotonic()
         if self._is_closed or len(self._idle) >= IDLE_CONNECTIONS:
             sock.close()
         else:
@@ -2898,6 +2940,7 @@ class Upstream:
     def drop(self, sock: socket.socket):
         """Close a connection for good; the backend notices and stops generating."""
         self._active.discard(sock)
+        self.used_at = time.monotonic()
         sock.close()
 
     def close(self):
@@ -2906,7 +2949,8 @@ class Upstream:
         self._close_idle()
         for sock in list(self._active):
             try:
-                sock.shutdown(socket.SHUT_RDWR)  # close() would not wake its reader
+                # close() would not wake its reader, nor would TLS's own shutdown()
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
             except OSError:
                 pass  # it broke already
 
@@ -2928,6 +2972,10 @@ def set_tick(sock: socket.socket):
 
 def _is_quiet(sock):
     """Whether the other side neither closed nor said anything unasked."""
+    if hasattr(sock, "do_handshake"):  # TLS cannot peek
+        waiter = select.poll()
+        waiter.register(sock, select.POLLIN)
+        return not waiter.poll(0)
     try:
         sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:
@@ -2944,6 +2992,9 @@ def _tls_context():
     return ssl.create_default_context()
 
 
+TLS_WANTS = {"SSLWantReadError": select.POLLIN, "SSLWantWriteError": select.POLLOUT}
+
+
 class Health(enum.Enum):
     """What a health check found so far."""
 
@@ -2953,82 +3004,138 @@ class Health(enum.Enum):
 
 
 class HealthCheck:
-    """Asks a backend whether it is ready, without ever blocking.
+    """Asks a backend one thing, mostly whether it is ready, without ever blocking.
 
     Poll its `fileno()` for `events`, then call `advance`. `may_ask()` is called once
-    connected, before a byte is sent. `path` None: who accepts is ready.
+    connected, before a byte is sent. `path` None: who accepts is ready. READY means an
+    answer of 200, whose text, if it `is_whole`, is read to its end and in `text` then.
+    `found` is what `advance` said last, `reason` why that is not READY.
     """
 
-    def __init__(self, upstream: Upstream, path: Optional[str], may_ask):
+    def __init__(self, upstream, path, may_ask, method="GET", key="", is_whole=False):
+        self.events = select.POLLOUT
+        self.found = Health.PENDING
+        self.reason = "no answer in time"
+        self.is_hopeless = False  # whoever answers there, it is not who is meant
+        self._upstream = upstream
         self._path = path
         self._may_ask = may_ask
-        self._upstream = upstream
+        self._method = method
+        self._key = key
+        self._is_whole = is_whole
         self._answer = b""
-        self.events = select.POLLOUT
-        family = socket.AF_INET6 if ":" in upstream.host else socket.AF_INET
+        self._step = type(self)._await_connection  # not bound: that were a cycle
+        self._connect()
+
+    def _connect(self):
+        try:
+            family, address = self._upstream.address()
+        except OSError as error:
+            self._sock, self._refusal, self.reason = socket.socket(), -1, str(error)
+            return
         self._sock = socket.socket(family)
         self._sock.setblocking(False)
-        try:
-            self._refusal = self._sock.connect_ex((upstream.host, upstream.port))
-        except OSError as error:  # the name cannot be resolved
-            self._refusal = error.errno
+        self._refusal = self._sock.connect_ex(address)
 
     def fileno(self) -> int:
         return self._sock.fileno()
 
-    def advance(self) -> Health:
-        """Go on as far as it goes without waiting."""
-        if self._refusal not in (0, errno.EINPROGRESS):
-            return Health.NOT_YET
-        try:
-            if self.events == select.POLLOUT:
-                return self._ask()
-            return self._hear()
-        except BlockingIOError:
-            return Health.PENDING
-        except OSError:
-            return Health.NOT_YET
-
-    def _ask(self):
-        self._refusal = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if self._refusal:
-            return Health.NOT_YET
-        if not self._is_connected():
-            return Health.PENDING
-        if not self._may_ask():
-            return Health.NOT_YET
-        if self._path is None:
-            return Health.READY
-        target = self._upstream.base_path + self._path
-        self._sock.send(
-            f"GET {target} HTTP/1.1\r\nHost: {self._upstream.authority}\r\n"
-            "Connection: close\r\n\r\n".encode()
-        )
-        self.events = select.POLLIN
-        return Health.PENDING
-
-    def _is_connected(self):
-        try:
-            self._sock.getpeername()
-            return True
-        except OSError:
-            return False
+    @property
+    def is_connected(self) -> bool:
+        """Whether it has a connection already."""
+        return self._step is not type(self)._await_connection
 
     @property
     def was_answered(self) -> bool:
-        """Whether anything at all came back."""
+        """Whether the backend said anything at all."""
         return bool(self._answer)
 
-    def _hear(self):
-        piece = self._sock.recv(256)
-        self._answer += piece
-        if len(self._answer) < 12 and piece:
+    @property
+    def text(self) -> bytes:
+        """The answer without its head."""
+        return self._answer.partition(b"\r\n\r\n")[2]
+
+    def advance(self) -> Health:
+        """Go on as far as it goes without waiting."""
+        try:
+            self.found = self._refused() or self._step(self)
+        except BlockingIOError:
+            self.found = Health.PENDING
+        except OSError as error:
+            self.found = self._judge(error)
+        return self.found
+
+    def _refused(self):
+        if self._refusal in (0, errno.EINPROGRESS):
+            return None
+        if self._refusal > 0:  # else the name was not found
+            self.reason = os.strerror(self._refusal)
+        return Health.NOT_YET
+
+    def _judge(self, error):
+        kind = type(error).__name__  # by name: plain HTTP is not to import ssl
+        if kind in TLS_WANTS:
+            self.events = TLS_WANTS[kind]
             return Health.PENDING
-        is_ok = re.match(rb"HTTP/1\.[01] 200", self._answer)
-        return Health.READY if is_ok else Health.NOT_YET
+        self.is_hopeless = kind == "SSLCertVerificationError"
+        self.reason = str(error)
+        return Health.NOT_YET
+
+    def _await_connection(self):
+        self._refusal = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if self._refusal:
+            return self._refused()
+        if not _is_connected(self._sock):
+            return Health.PENDING
+        if not self._may_ask():
+            self.reason = "somebody else answers there"
+            return Health.NOT_YET
+        if self._path is None:
+            return Health.READY
+        is_tls = self._upstream.is_tls
+        self._step = type(self)._shake_hands if is_tls else type(self)._ask
+        return self._step(self)
+
+    def _shake_hands(self):
+        if not hasattr(self._sock, "do_handshake"):
+            self._sock = self._upstream.wrap(self._sock, do_handshake_on_connect=False)
+        self._sock.do_handshake()
+        return self._ask()
+
+    def _ask(self):
+        target = self._upstream.base_path + self._path
+        host = self._upstream.authority
+        lines = [f"{self._method} {target} HTTP/1.1", f"Host: {host}"]
+        lines += [f"Authorization: Bearer {self._key}"] if self._key else []
+        lines += ["Content-Length: 0"] if self._method != "GET" else []
+        lines += ["Connection: close", "", ""]
+        self._sock.send("\r\n".join(lines).encode())
+        self.events = select.POLLIN
+        self._step = type(self)._hear
+        return Health.PENDING
+
+    def _hear(self):
+        while True:
+            piece = self._sock.recv(65536)
+            self._answer += piece
+            if not piece or (len(self._answer) >= 12 and not self._is_whole):
+                break
+        if re.match(rb"HTTP/1\.[01] 200", self._answer):
+            return Health.READY
+        line = self._answer.partition(b"\r\n")[0].decode("latin-1")
+        self.reason = f"it answers {line[:80]!r}"
+        return Health.NOT_YET
 
     def close(self):
         self._sock.close()
+
+
+def _is_connected(sock):
+    try:
+        sock.getpeername()
+        return True
+    except OSError:
+        return False
 
 
 # -- the guard -------------------------------------------------------------------------
@@ -3211,6 +3318,8 @@ def table_of(model: Model) -> Optional[OptionTable]:
 
 def check_start(model: Model):
     """Raise StartFailed if a start of the model is bound to fail. Reads the disk."""
+    if model.kind == "unit":
+        check_unit(model)
     if model.kind not in ("llama-server", "cmd"):
         return
     try:
@@ -3232,9 +3341,9 @@ def check_start(model: Model):
 class ProcessBackend:
     """One run of a model server that is a child process.
 
-    `start()` returns at once. Then `on_loaded(self)` is called when it is ready,
-    `on_dying(self)` when it is found dead or hanging though nobody stopped it, and
-    `on_exited(self, problem)` when nothing of it is left (problem: a StartFailed, or
+    `start()` returns at once. Then `on_loaded(self)` is called when it is ready, or
+    awake again, `on_slept(self)` when it fell asleep, `on_dying(self)` when it is found
+    dead or hanging though nobody stopped it, and `on_exited(self, problem)` when nothing of it is left (problem: a StartFailed, or
     None if it was stopped), both on its own thread. `on_line(text)` gets each line that
     it writes.
     """
@@ -3245,7 +3354,8 @@ class ProcessBackend:
         self.pid = None
         self.port = None
         self.started_at = time.monotonic()
-        self.on_loaded = self.on_dying = self.on_exited = self.on_line = None
+        self.on_loaded = self.on_slept = self.on_dying = None
+        self.on_exited = self.on_line = None
         self.lines = collections.deque(maxlen=LAST_LINES)
         self._guard = guard
         self._settle_timeout = settle_timeout
@@ -3259,6 +3369,13 @@ class ProcessBackend:
         self._partial_line = b""
         self._progress_at = self.started_at
         self._has_ended = threading.Event()
+        self._nap = None  # what it is to do about its sleep
+        self._doze = None  # the sleep that it falls into by itself
+
+    @property
+    def where(self) -> str:
+        """Where it runs, for people."""
+        return f"pid {self.pid}, port {self.port}"
 
     def start(self):
         """Begin the life on a thread of its own."""
@@ -3271,9 +3388,35 @@ class ProcessBackend:
         self._is_stop_asked = True
         self._bell.ring()
 
+    def sleep(self):
+        """Ask it to fall asleep; one that does not is stopped."""
+        self._nap = Nap.SLEEP
+        self._bell.ring()
+
+    def wake(self):
+        """Ask it to wake up; one that does not is started anew."""
+        self._nap = Nap.WAKE
+        self._bell.ring()
+
+    def is_there(self, within: float) -> Optional[bool]:
+        """Whether a request may be sent; other kinds may take so long, and return None
+        if they do not know yet. Any thread."""
+        return not self._has_ended.is_set() and still_answers(self)
+
     def has_died(self, within: float) -> bool:
         """Whether it ended unasked, now or within so many seconds. Any thread."""
         return self._has_ended.wait(within) and not self._is_stop_asked
+
+    def is_over(self) -> bool:
+        return self._is_exited or self._is_stop_asked
+
+    def rest(self, until: float, check: Optional[HealthCheck] = None):
+        """Sleep until then, or until something happens."""
+        self._check = check
+        try:
+            self._wait(None if until == math.inf else until)
+        finally:
+            self._check = None
 
     def suspect(self):
         """A request has been silent for long: see whether it hangs. Any thread."""
@@ -3284,10 +3427,13 @@ class ProcessBackend:
     def _live(self):
         problem = None
         try:
-            if self._come_up():
+            while self._come_up():
                 self._is_ready = True
+                self.upstream.note_life()
                 self.on_loaded(self)
-                self._await_end()
+                if self._await_end() or self._is_stop_asked:
+                    break
+                self._clear_away()  # it slept and could not be woken: start it anew
             if not self._is_stop_asked:
                 problem = self._failure()
         except Problem as error:
@@ -3324,6 +3470,7 @@ class ProcessBackend:
             self.upstream = Upstream(proxy_of(model, str(self.port)))
         except ConfigError as error:
             raise StartFailed(str(error)) from None
+        self._doze = doze_of(argv) if model.kind == "llama-server" else None
         environment = clean_environment(environment_of(model, str(self.port)))
         cwd = model.settings.cwd or None
         find_program(argv[0], environment, cwd)
@@ -3437,15 +3584,32 @@ class ProcessBackend:
     # -- being there
 
     def _await_end(self):
-        """Wait until it exits or is asked to stop; meanwhile see to suspicions."""
+        """Wait until it exits or is asked to stop, and see to naps and suspicions
+        meanwhile; False: it slept and did not wake up."""
         self._warn_if_score_was_refused()
-        while not (self._is_exited or self._is_stop_asked):
-            if self._suspicion is None:
-                self._wait(None)
-            else:
+        while not self.is_over():
+            nap, self._nap = self._nap, None
+            if nap:
+                if not take_nap(self, nap, self.model.settings.wake or ROUSE):
+                    return False
+                if self._doze:
+                    self._doze.note_wake()
+            elif self._suspicion is not None:
                 self._examine()
+            elif self._doze:
+                self.rest(self._doze.next_look)
+                self._doze.look(self)
+            else:
+                self._wait(None)
         if not self._is_stop_asked:
             self._note_death()
+        return True
+
+    def _clear_away(self):
+        """End it, but not this life."""
+        self.upstream.close()
+        self._end_process()
+        self._is_ready = False
 
     def _note_death(self):
         """It ended, or must: from now on nobody is sent to it."""
@@ -3728,6 +3892,218 @@ def oom_kills() -> int:
     return int(found.group(1)) if found else 0
 
 
+# -- what every life asks over HTTP ----------------------------------------------------
+#
+# A *life* here is a backend: it has a `model` and an `upstream`; `rest(until, check)`
+# lets time pass until then or until something happens; `is_over()` says that it ended
+# or is to end. These functions are for its own thread, if they do not say otherwise.
+
+CONNECT_PATIENCE = 1.0  # s; who has not even accepted by then sleeps, or is gone
+SLEEP_PATIENCE = 60.0  # s; a backend that has not fallen asleep by then is stopped
+DOZE_OPTION = "--sleep-idle-seconds"
+PROPS = ("GET", "/props")  # answered by a llama-server that sleeps; does not wake it
+DOZE_SLACK = 1.5  # s; a llama-server looks once a second whether it may sleep
+DOZE_LOOK = 30.0  # s; how often one that sleeps is asked whether it still does
+ROUSE = ("GET", "/lora-adapters")  # the cheapest request that wakes a llama-server
+
+
+class Nap(enum.Enum):
+    """What a backend is to do about its sleep."""
+
+    SLEEP = "sleep"
+    WAKE = "wake"
+
+
+def always() -> bool:
+    """Whether it may be asked, where nothing speaks against it."""
+    return True
+
+
+def never() -> bool:
+    """Whether to give up early, where nothing asks for it."""
+    return False
+
+
+def question(life, request, may_ask=always, is_whole=False) -> HealthCheck:
+    """Return a check that sends this (method, path) to the life's backend."""
+    method, path = request
+    key = life.model.settings.proxy_key
+    return HealthCheck(life.upstream, path, may_ask, method, key, is_whole)
+
+
+def verdict(life, check: HealthCheck, until: float, connect_by=math.inf) -> Health:
+    """Return what the check finds; PENDING: nothing by then, or no connection by the
+    other time, or the life is over."""
+    try:
+        while True:
+            found = check.advance()
+            late = until if check.is_connected else min(until, connect_by)
+            is_late = time.monotonic() >= late
+            if found is not Health.PENDING or is_late or life.is_over():
+                return found
+            life.rest(late, check)
+    finally:
+        check.close()
+
+
+def await_health(life, until: float, began: float, may_ask=always) -> HealthCheck:
+    """Ask for health until it is good, or hopeless, or the life is over, or time is;
+    return the last check."""
+    while True:
+        now = time.monotonic()
+        check = question(life, ("GET", life.model.settings.check_endpoint), may_ask)
+        verdict(life, check, min(until, now + HEALTH_PATIENCE), now + CONNECT_PATIENCE)
+        is_settled = check.found is Health.READY or check.is_hopeless
+        if is_settled or life.is_over() or now >= until:
+            return check
+        life.rest(min(until, now + min(0.1, max(0.005, (now - began) / 100))))
+
+
+def fall_asleep(life, request) -> bool:
+    """Ask the backend to sleep; whether it does."""
+    until = time.monotonic() + SLEEP_PATIENCE
+    return verdict(life, question(life, request), until) is Health.READY
+
+
+def wake_up(life, request) -> bool:
+    """Ask the backend to wake; whether it is healthy then."""
+    began = time.monotonic()
+    until = began + (life.model.settings.load_timeout or math.inf)
+    if verdict(life, question(life, request), until) is not Health.READY:
+        return False
+    return await_health(life, until, began).found is Health.READY
+
+
+def take_nap(life, nap: Nap, wake_request) -> bool:
+    """Carry out what was asked for and tell of it; False: it did not wake up.
+
+    A backend that does not fall asleep is to be stopped instead.
+    """
+    if nap is Nap.WAKE:
+        is_awake = wake_up(life, wake_request)
+        if is_awake:
+            life.on_loaded(life)
+        else:
+            life.on_line("llmswap: it did not wake up")
+        return is_awake
+    if fall_asleep(life, life.model.settings.sleep):
+        life.on_slept(life)
+    elif not life.is_over():
+        life.on_line("llmswap: it did not fall asleep; it is stopped instead")
+        life.stop()
+    return True
+
+
+def is_asleep(life) -> Optional[bool]:
+    """Whether the llama-server says that it sleeps; None: it does not say."""
+    check = question(life, PROPS, is_whole=True)
+    if verdict(life, check, time.monotonic() + HEALTH_PATIENCE) is not Health.READY:
+        return None
+    found = re.search(rb'"is_sleeping"\s*:\s*(true|false)', check.text)
+    return found[1] == b"true" if found else None
+
+
+class Asker:
+    """What a thread that lives no life rests on while it asks; see above."""
+
+    def __init__(self, backend):
+        self.model, self.upstream = backend.model, backend.upstream
+
+    def is_over(self) -> bool:
+        return False
+
+    def rest(self, until: float, check: HealthCheck):
+        waiter = select.poll()
+        waiter.register(check, check.events)
+        waiter.poll(max(0, math.ceil((until - time.monotonic()) * 1e3)))
+
+
+def ask_now(backend, patience: float) -> HealthCheck:
+    """Ask for health once, wait for the answer, and return the check; any thread."""
+    asker, now = Asker(backend), time.monotonic()
+    check = question(asker, ("GET", backend.model.settings.check_endpoint))
+    verdict(asker, check, now + patience, now + CONNECT_PATIENCE)
+    return check
+
+
+class Doze:
+    """The sleep that a llama-server falls into by itself, after so many seconds."""
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._is_asleep = False
+        self.next_look = time.monotonic() + seconds + DOZE_SLACK
+
+    def look(self, life):
+        """Ask whether it sleeps, if it is time to; tell if that has changed."""
+        now = time.monotonic()
+        if now < self.next_look:
+            return
+        rested = -math.inf if life.upstream.is_busy else now - life.upstream.used_at
+        if not self._is_asleep and rested < self._seconds + DOZE_SLACK:
+            pause = self._seconds + DOZE_SLACK - max(0.0, rested)
+        else:
+            self._learn(life, is_asleep(life))
+            pause = DOZE_LOOK if self._is_asleep else self._seconds + DOZE_SLACK
+        self.next_look = now + pause
+
+    def _learn(self, life, found):
+        was_asleep, self._is_asleep = self._is_asleep, bool(found)
+        if found and not was_asleep:
+            life.on_slept(life)
+        elif was_asleep and found is False:
+            life.on_loaded(life)  # somebody else woke it
+
+    def note_wake(self):
+        """It was woken."""
+        self._is_asleep = False
+        self.next_look = time.monotonic() + self._seconds + DOZE_SLACK
+
+
+def doze_of(argv: List[str]) -> Optional[Doze]:
+    """Return the Doze that this command of a llama-server asks for, or None."""
+    given = [after for word, after in zip(argv, argv[1:]) if word == DOZE_OPTION]
+    try:
+        seconds = float(given[-1]) if given else 0.0
+    except ValueError:
+        return None  # it will say so itself
+    return Doze(seconds) if seconds > 0 else None
+
+
+class Watch:
+    """Where a life without a child of its own rests. Any thread may `ring`."""
+
+    def __init__(self):
+        self._bell = Bell()
+        self._poll = select.poll()
+        self._poll.register(self._bell, select.POLLIN)
+
+    def ring(self):
+        self._bell.ring()
+
+    def add(self, fd: int):
+        """From now on, news of this descriptor ends a rest."""
+        self._poll.register(fd, select.POLLIN)
+
+    def remove(self, fd: int):
+        self._poll.unregister(fd)
+
+    def rest(self, until: float, check: Optional[HealthCheck] = None) -> Set[int]:
+        """Sleep until then, or until something happens; return whose news it is."""
+        timeout = max(0.0, until - time.monotonic())
+        if check is not None:
+            self._poll.register(check, check.events)
+        try:
+            events = self._poll.poll(
+                None if timeout == math.inf else math.ceil(timeout * 1e3)
+            )
+        finally:
+            if check is not None:
+                self._poll.unregister(check)
+        self._bell.silence()
+        return {fd for fd, _ in events}
+
+
 # -- memory of the GPU -----------------------------------------------------------------
 
 
@@ -3774,6 +4150,648 @@ def settle(pids: Set[int], timeout: float):
     deadline = time.monotonic() + timeout
     while pids and time.monotonic() < deadline and pids & gpu_processes():
         time.sleep(0.05)
+
+
+# -- systemd units ---------------------------------------------------------------------
+
+ERRAND_PATIENCE = 5.0  # s; what a quick question to systemd may take
+LOOK_EVERY = 5.0  # s; how often a unit is looked at whose main process is not known
+DEAF_SECONDS = 30.0  # s; a systemd that hangs is not asked again before
+RUNNING = ("active", "activating", "reloading")
+
+
+class Service:
+    """A systemd service: of the user's manager, or `system:NAME` of the system's."""
+
+    def __init__(self, unit: str):
+        self.is_system = unit.startswith("system:")
+        self.name = unit[len("system:") :] if self.is_system else unit
+
+    def systemctl(self, verb: str, *options: str) -> List[str]:
+        """Return the command that does this to the service."""
+        scope = "--system" if self.is_system else "--user"
+        words = ["systemctl", scope, "--no-ask-password", verb, *options]
+        return [*words, "--", self.name]
+
+    def journalctl(self) -> List[str]:
+        """Return the command that prints the last lines it wrote."""
+        scope = [] if self.is_system else ["--user"]
+        return ["journalctl", *scope, "-u", self.name, "-n", "20", "-o", "cat", "-q"]
+
+
+class Errand:
+    """A short command of the system's, which may hang. OSError if it cannot run."""
+
+    def __init__(self, argv: List[str]):
+        import tempfile  # only units need it
+
+        environment = clean_environment({})
+        environment.setdefault("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}")
+        self._output = tempfile.TemporaryFile()  # a pipe may outlive the command
+        self._process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        self.exit_fd = _pidfd_of(self._process.pid)
+
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def end(self) -> Tuple[Optional[int], str]:
+        """Return its status (None: it had to be killed) and what it wrote."""
+        status = self._process.poll()
+        if status is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        if self.exit_fd is not None:
+            os.close(self.exit_fd)
+        with self._output:
+            self._output.seek(0)
+            return status, self._output.read(65536).decode("utf-8", "replace").strip()
+
+
+def run_errand(argv: List[str], watch: Watch, rest, until: float, gives_up=never):
+    """Run the command until then, or until `gives_up()`; return what Errand.end does.
+
+    `rest(until)` is how the caller rests on its watch.
+    """
+    try:
+        errand = Errand(argv)
+    except OSError as error:
+        return None, f"{argv[0]}: {error.strerror}"
+    if errand.exit_fd is None:
+        interval = 0.02
+    else:
+        interval = TICK
+        watch.add(errand.exit_fd)
+    while not (errand.has_ended() or gives_up()) and time.monotonic() < until:
+        rest(min(until, time.monotonic() + interval))
+    if errand.exit_fd is not None:
+        watch.remove(errand.exit_fd)
+    return errand.end()
+
+
+def running_units(units: Sequence[str], gives_up=never) -> Set[str]:
+    """Return those of the units (as `unit =` names them) that run. Takes seconds if
+    systemd hangs and gives_up() does not come true."""
+    found = set()
+    for is_system in (False, True):
+        named = [unit for unit in units if Service(unit).is_system is is_system]
+        if named:
+            first, *others = [Service(unit) for unit in named]
+            argv = first.systemctl("is-active") + [each.name for each in others]
+            watch, until = Watch(), time.monotonic() + ERRAND_PATIENCE
+            _, said = run_errand(argv, watch, watch.rest, until, gives_up)
+            states = zip(named, said.split())
+            found.update(unit for unit, state in states if state in RUNNING)
+    return found
+
+
+def unit_processes(name: str) -> Set[int]:
+    """Return the processes that systemd runs for the unit."""
+    return {pid for pid in _all_processes() if _unit_of(pid) == name}
+
+
+def _unit_of(pid):
+    try:
+        with open(f"/proc/{pid}/cgroup") as file:
+            found = re.search(r"/([^/\n]+\.service)(/.*)?$", file.read(), re.MULTILINE)
+    except OSError:
+        return None
+    return found[1] if found else None
+
+
+def check_unit(model: Model):
+    """Raise StartFailed if systemd has no such unit. Takes seconds if systemd hangs."""
+    service, watch = Service(model.settings.unit), Watch()
+    argv = service.systemctl("show", "-p", "LoadState")
+    until = time.monotonic() + ERRAND_PATIENCE
+    status, said = run_errand(argv, watch, watch.rest, until)
+    state = said.partition("LoadState=")[2].partition("\n")[0]
+    if status == 0 and state not in ("", "loaded"):
+        raise StartFailed(f"{model.name}: the unit {service.name} is {state}")
+
+
+class UnitBackend:
+    """One run of a model server that is a systemd service.
+
+    It is started, watched and stopped by systemctl, which may hang: that holds up this
+    life alone. Calls back as ProcessBackend does. `rivals` are the other units that
+    listen where this one does: they are stopped before it starts.
+    """
+
+    def __init__(self, model: Model, rivals: Sequence[str], settle_timeout: float):
+        self.model = model
+        self.service = Service(model.settings.unit)
+        self.upstream = Upstream(proxy_of(model, ""))
+        self.pid = None  # of its main process, once known
+        self.port = self.upstream.port
+        self.started_at = time.monotonic()
+        self.on_loaded = self.on_slept = self.on_dying = None
+        self.on_exited = self.on_line = None
+        self._rivals = rivals
+        self._settle_timeout = settle_timeout
+        self._watch = Watch()
+        self._exit_fd = None
+        self._nap = None
+        self._deaf_until = 0.0  # systemd did not answer; it is not asked until then
+        self._is_adopted = self._is_started = False
+        self._is_ready = self._is_exited = False
+        self._is_stop_asked = self._is_kill_asked = self._is_suspect = False
+        self._is_settled = threading.Event()  # it became ready, or it is gone
+        self._has_ended = threading.Event()
+
+    @property
+    def where(self) -> str:
+        """Where it runs, for people."""
+        return self.model.settings.unit
+
+    def start(self):
+        """Begin the life on a thread of its own."""
+        name = f"model {self.model.name}"
+        threading.Thread(target=self._live, name=name, daemon=True).start()
+
+    def adopt(self):
+        """Begin the life of a unit that runs already; see `is_there`."""
+        self._is_adopted = self._is_started = True
+        self.start()
+
+    def stop(self, at_once=False):
+        """Ask it to end: with its stop timeout if it is loaded, else killed."""
+        self._is_kill_asked = self._is_kill_asked or at_once
+        self._is_stop_asked = True
+        self._watch.ring()
+
+    def sleep(self):
+        """Ask it to fall asleep."""
+        self._nap = Nap.SLEEP
+        self._watch.ring()
+
+    def wake(self):
+        """Ask it to wake up."""
+        self._nap = Nap.WAKE
+        self._watch.ring()
+
+    def is_there(self, within: float) -> Optional[bool]:
+        """Whether a request may be sent; None: not known within so many seconds, as it
+        was found running and did not answer yet. Any thread."""
+        if not self._is_settled.wait(within):
+            return None
+        return not self._has_ended.is_set() and still_answers(self)
+
+    def has_died(self, within: float) -> bool:
+        """Whether it ended unasked, now or within so many seconds. Any thread."""
+        return self._has_ended.wait(within) and not self._is_stop_asked
+
+    def suspect(self):
+        """A request has been silent for long: see whether it hangs. Any thread."""
+        if self.model.settings.hang_timeout:
+            self._is_suspect = True
+            self._watch.ring()
+
+    def is_over(self) -> bool:
+        return self._is_exited or self._is_stop_asked
+
+    def rest(self, until: float, check: Optional[HealthCheck] = None):
+        """Sleep until then, or until something happens."""
+        if self._exit_fd in self._watch.rest(until, check):
+            self._watch.remove(self._exit_fd)  # it would end every rest from now on
+            self._is_exited = True
+
+    def _live(self):
+        problem = None
+        try:
+            while self._come_up() and not (self._stay() or self._is_stop_asked):
+                self._bring_down()  # it slept and could not be woken: start it anew
+            if not self._is_stop_asked:
+                problem = self._failure()
+        except Problem as error:
+            problem = error.with_traceback(None)  # whose frames would keep us alive
+        except Exception as error:  # a bug, or no descriptors: never a silent thread
+            problem = StartFailed(f"{self.model.name}: {type(error).__name__}: {error}")
+        self._end()
+        self.on_exited(self, problem)
+        self._has_ended.set()
+        self._is_settled.set()
+
+    # -- coming up
+
+    def _come_up(self):
+        """Start the unit, unless it was found running; whether it became ready."""
+        self._began = time.monotonic()
+        if not self._is_adopted:
+            self._start_unit()
+        self._is_adopted = False
+        self._follow_main_process()
+        if not self._await_ready():
+            return False
+        if self._exit_fd is None:
+            self._follow_main_process()  # what ran first, if any, was but a preparation
+        self._is_ready = True
+        self.upstream.note_life()
+        self._is_settled.set()
+        self.on_loaded(self)
+        return True
+
+    def _start_unit(self):
+        self._stop_rivals()
+        if self._look("ActiveState").get("ActiveState") == "failed":
+            self._tell_systemd("reset-failed")
+        self._is_started = True
+        limit = self.model.settings.load_timeout or math.inf
+        status, said = self._tell_systemd("start", limit, self.is_over)
+        if self.is_over() or status == 0:
+            return
+        if status is None and time.monotonic() >= self._began + limit:
+            raise LoadTimeout(f"{self._name()}: systemctl start took over {limit:g} s")
+        raise StartFailed(f"{self._name()} could not be started: {said}{self._told()}")
+
+    def _stop_rivals(self):
+        """Make sure that nobody else answers where this unit is to listen."""
+        for unit in running_units(self._rivals, self.is_over):
+            self.on_line(f"llmswap: {unit} is in the way; it is stopped")
+            limit = self.model.settings.stop_timeout + ERRAND_PATIENCE
+            argv = Service(unit).systemctl("stop")
+            status, said = self._run(argv, limit, self.is_over)
+            if status != 0 and not self.is_over():
+                why = f"{unit}, which uses its port, could not be stopped: {said}"
+                raise StartFailed(f"{self._name()}: {why}")
+
+    def _follow_main_process(self):
+        """Find its main process, whose end is the unit's; there may be none."""
+        self._unfollow()
+        found = self._look("MainPID", "ActiveState")
+        self._is_exited = found.get("ActiveState", "active") not in RUNNING
+        self.pid = int(found.get("MainPID") or 0) or None
+        self._exit_fd = _pidfd_of(self.pid) if self.pid else None
+        if self._exit_fd is not None:
+            self._watch.add(self._exit_fd)
+
+    def _unfollow(self):
+        if self._exit_fd is not None:
+            if not self._is_exited:
+                self._watch.remove(self._exit_fd)
+            os.close(self._exit_fd)
+            self._exit_fd = None
+        self._is_exited = False
+
+    def _await_ready(self):
+        """Wait until it answers, as long as it shows signs of progress."""
+        limit = self.model.settings.load_timeout or math.inf
+        progress_at, mark = self._began, None
+        while not self.is_over():
+            until = time.monotonic() + 1.0
+            check = await_health(self, until, self._began, self._is_listener_ours)
+            if check.found is Health.READY:
+                return True
+            if check.is_hopeless:
+                raise StartFailed(f"{self._name()}: {check.reason}")
+            memory = memory_of(self.pid) if self.pid else None
+            if memory != mark:
+                mark, progress_at = memory, time.monotonic()
+            if time.monotonic() > progress_at + limit:
+                self._raise_stuck(limit, check.reason)
+            self._look_after()
+        return False
+
+    def _raise_stuck(self, limit, reason):
+        raise LoadTimeout(
+            f"{self._name()} was not ready and showed no sign of progress for "
+            f"{limit:g} s ({reason}){self._told()}"
+        )
+
+    def _is_listener_ours(self):
+        if self.pid is None:
+            return self._is_running()
+        main = process_stat(self.pid)
+        if main is None or main.state in "ZX":
+            return False  # it is somebody else who answers
+        is_near = self.upstream.host in LOOPBACK
+        return not (is_near and stranger_on(self.port, self.pid, may_hide=True))
+
+    def _is_running(self):
+        """Whether systemd says so, or says nothing."""
+        return self._look("ActiveState").get("ActiveState", "active") in RUNNING
+
+    # -- being there
+
+    def _stay(self):
+        """Wait until it is over, and see to what is asked meanwhile; False: it sleeps
+        and cannot be woken."""
+        while not self.is_over():
+            nap, self._nap = self._nap, None
+            if nap:
+                if not take_nap(self, nap, self.model.settings.wake):
+                    return False
+            elif self._is_suspect:
+                self._examine()
+            else:
+                self.rest(self._next_look())
+                self._look_after()
+        if not self._is_stop_asked:
+            self._note_death()
+        return True
+
+    def _note_death(self):
+        """It ended, or must: from now on nobody is sent to it."""
+        self.on_dying(self)
+        self._has_ended.set()
+
+    def _next_look(self):
+        is_known = self._exit_fd is not None
+        return math.inf if is_known else time.monotonic() + LOOK_EVERY
+
+    def _look_after(self):
+        """Without a main process to watch, ask whether the unit still runs."""
+        if self._exit_fd is None and not (self.is_over() or self._is_running()):
+            self._is_exited = True
+
+    def _examine(self):
+        """A request is silent: no answer to health in time means that it hangs."""
+        limit = self.model.settings.hang_timeout
+        check = question(self, ("GET", self.model.settings.check_endpoint))
+        found = verdict(self, check, time.monotonic() + limit)
+        self._is_suspect = False
+        if found is Health.PENDING and not self.is_over():
+            self._note_death()
+            raise StartFailed(
+                f"{self._name()} hung: neither a request nor {limit:g} s of health "
+                f"checks were answered; it is stopped{self._told()}"
+            )
+
+    # -- going
+
+    def _end(self):
+        try:
+            self.upstream.close()
+            if self._is_started:
+                self._bring_down()
+        except OSError as error:
+            self.on_line(f"llmswap: while it was stopped: {error}")
+
+    def _bring_down(self):
+        """Stop the unit, and wait until nothing of it is left."""
+        users = unit_processes(self.service.name) if _gpu_query() else set()
+        if not self._is_ready:
+            self._tell_systemd("kill", ERRAND_PATIENCE, never, "--signal=KILL")
+        limit = self.model.settings.stop_timeout
+        status, said = self._tell_systemd("stop", limit, lambda: self._is_kill_asked)
+        if status != 0:
+            said = said or "no answer"
+            self.on_line(f"llmswap: systemctl stop: {said}; it is killed")
+            self._tell_systemd("kill", ERRAND_PATIENCE, never, "--signal=KILL")
+            self._tell_systemd("stop", ERRAND_PATIENCE)
+            self._kill_main_process()
+        self._unfollow()
+        self._is_ready = False
+        settle(users, self._settle_timeout)
+
+    def _kill_main_process(self):
+        """systemd did not do it: do it ourselves if we may, and wait for the end."""
+        if self._exit_fd is None:
+            return
+        try:
+            signal.pidfd_send_signal(self._exit_fd, signal.SIGKILL)
+        except OSError:
+            pass  # it is gone, or not ours to kill
+        until = time.monotonic() + ERRAND_PATIENCE
+        while not self._is_exited and time.monotonic() < until:
+            self.rest(until)
+        if not self._is_exited:
+            self.on_line(f"llmswap: process {self.pid} of {self.service.name} lives on")
+
+    # -- systemd
+
+    def _name(self):
+        return f"{self.model.name} ({self.model.settings.unit})"
+
+    def _run(self, argv, limit=ERRAND_PATIENCE, gives_up=never):
+        until = time.monotonic() + limit
+        return run_errand(argv, self._watch, self.rest, until, gives_up)
+
+    def _tell_systemd(self, verb, limit=ERRAND_PATIENCE, gives_up=never, *options):
+        return self._run(self.service.systemctl(verb, *options), limit, gives_up)
+
+    def _look(self, *properties):
+        """Return what systemd says of the unit; nothing if it does not answer."""
+        if time.monotonic() < self._deaf_until:
+            return {}
+        argv = self.service.systemctl("show", "-p", ",".join(properties))
+        status, said = self._run(argv)
+        if status is None:
+            self._deaf_until = time.monotonic() + DEAF_SECONDS
+        lines = [line.partition("=") for line in said.splitlines()]
+        return {name: value for name, _, value in lines}
+
+    def _failure(self):
+        """Say why it ended; None: somebody else stopped it, which is no failure."""
+        found = self._look("Result", "ExecMainStatus")
+        result = found.get("Result", "unknown")
+        if self._is_ready and result == "success":
+            self.on_line(f"llmswap: {self.service.name} was stopped by somebody else")
+            return None
+        if result == "oom-kill":
+            why = "killed by the kernel: out of memory"
+        else:
+            why = f"{result}, status {found.get('ExecMainStatus', 'unknown')}"
+        what = "ended by itself" if self._is_ready else "could not be started"
+        return StartFailed(f"{self._name()} {what}: {why}{self._told()}")
+
+    def _told(self):
+        """The last lines that it wrote, as the journal has them."""
+        status, said = self._run(self.service.journalctl())
+        return f"\n{said[-3000:]}" if status == 0 and said else ""
+
+
+# -- remote models ---------------------------------------------------------------------
+
+FRESH = 15.0  # s; so long the last sign of life of a remote backend is trusted
+WAKE_EVERY = 2.0  # s, from one magic packet to the next
+
+
+def magic_packet(mac: bytes) -> bytes:
+    """Return the packet that wakes the machine whose network card has this address."""
+    return b"\xff" * 6 + mac * 16
+
+
+def send_magic_packet(mac: bytes, address: Tuple[str, int]):
+    """Send it by UDP, broadcast allowed. Raise OSError."""
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        if family == socket.AF_INET:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        sock.sendto(magic_packet(mac), address)
+
+
+def still_answers(backend) -> bool:
+    """Ask a backend that was ready anew if this machine slept meanwhile; one that does
+    not answer is suspected. Return True. Any thread."""
+    if not backend.upstream.is_fresh(math.inf):
+        if ask_now(backend, HEALTH_PATIENCE).found is Health.READY:
+            backend.upstream.note_life()
+        else:
+            backend.suspect()
+    return True
+
+
+class RemoteBackend:
+    """A server elsewhere, for as long as it is there. It is woken if it can be, asked
+    for health, and relayed to; stopping it means to forget about it.
+
+    When it vanishes, `on_exited(self, None)` tells so: it is asleep, not broken. Calls
+    back as ProcessBackend does.
+    """
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.upstream = Upstream(proxy_of(model, ""))
+        self.pid = None
+        self.port = self.upstream.port
+        self.started_at = time.monotonic()
+        self.on_loaded = self.on_slept = self.on_dying = None
+        self.on_exited = self.on_line = None
+        self._watch = Watch()
+        self._nap = None
+        self._next_packet = math.inf
+        self._is_stop_asked = self._is_lost = self._is_suspect = False
+        self._has_ended = threading.Event()
+
+    @property
+    def where(self) -> str:
+        """Where it runs, for people."""
+        return proxy_of(self.model, "")
+
+    def start(self):
+        """Begin the life on a thread of its own."""
+        name = f"model {self.model.name}"
+        threading.Thread(target=self._live, name=name, daemon=True).start()
+
+    def stop(self, at_once=False):
+        """Ask to forget it."""
+        self._is_stop_asked = True
+        self._watch.ring()
+
+    def sleep(self):
+        """Ask it to fall asleep."""
+        self._nap = Nap.SLEEP
+        self._watch.ring()
+
+    def wake(self):
+        """Ask it to wake up."""
+        self._nap = Nap.WAKE
+        self._watch.ring()
+
+    def is_there(self, within: float) -> Optional[bool]:
+        """Whether a request may be sent. It is asked if it gave no sign of life lately,
+        which takes seconds at most. Any thread."""
+        upstream = self.upstream
+        if self._has_ended.is_set():
+            return False
+        if upstream.is_fresh(math.inf if upstream.is_busy else FRESH):
+            return True
+        if ask_now(self, HEALTH_PATIENCE).found is Health.READY:
+            upstream.note_life()
+            return True
+        self._lose()
+        return False if self._has_ended.wait(within) else None
+
+    def has_died(self, within: float) -> bool:
+        """Whether it vanished, as far as it can be found out so soon. Any thread."""
+        check = ask_now(self, within)
+        is_refused = check.found is Health.NOT_YET and not check.was_answered
+        is_silent = check.found is Health.PENDING and within >= CONNECT_PATIENCE
+        if is_refused or (is_silent and not self.upstream.is_busy):
+            self._lose()
+        return self._is_lost and self._has_ended.wait(CONNECT_PATIENCE)
+
+    def _lose(self):
+        """It is not there any more."""
+        self._is_lost = True
+        self._watch.ring()
+
+    def suspect(self):
+        """A request has been silent for long: see whether it is there. Any thread."""
+        self._is_suspect = True
+        self._watch.ring()
+
+    def is_over(self) -> bool:
+        return self._is_stop_asked or self._is_lost
+
+    def rest(self, until: float, check: Optional[HealthCheck] = None):
+        """Sleep until then, or until something happens; send what is due meanwhile."""
+        self._watch.rest(min(until, self._next_packet), check)
+        if time.monotonic() >= self._next_packet:
+            self._send_packet()
+
+    def _live(self):
+        problem = None
+        try:
+            if self._come_up():
+                self.on_loaded(self)
+                self._stay()
+                if not self._is_stop_asked:
+                    self.on_dying(self)
+        except Problem as error:
+            problem = error.with_traceback(None)  # whose frames would keep us alive
+        except Exception as error:  # a bug, or no descriptors: never a silent thread
+            problem = StartFailed(f"{self.model.name}: {type(error).__name__}: {error}")
+        self._has_ended.set()
+        self.upstream.close()
+        if problem is None and not self._is_stop_asked:
+            self.on_line("llmswap: it does not answer any more: asleep or gone")
+        self.on_exited(self, problem)
+
+    def _come_up(self):
+        """Whether it answers: wake it until it does."""
+        began = time.monotonic()
+        limit = self.model.settings.load_timeout or math.inf
+        if self.model.settings.wake_mac:
+            self._send_packet()
+        check = await_health(self, began + limit, began)
+        self._next_packet = math.inf
+        if check.found is Health.READY:
+            self.upstream.note_life()
+            return True
+        if self.is_over():
+            return False
+        what = f"{self.model.name} at {self.where}"
+        if check.is_hopeless:
+            raise StartFailed(f"{what} is not to be trusted: {check.reason}")
+        raise LoadTimeout(f"{what} did not answer for {limit:g} s: {check.reason}")
+
+    def _send_packet(self):
+        settings = self.model.settings
+        self._next_packet = time.monotonic() + WAKE_EVERY
+        try:
+            send_magic_packet(settings.wake_mac, settings.wake_broadcast)
+        except OSError as error:
+            self.on_line(f"llmswap: Wake-on-LAN: {error}")
+
+    def _stay(self):
+        """Wait until it vanishes or is to be forgotten; see to what is asked."""
+        while not self.is_over():
+            nap, self._nap = self._nap, None
+            if nap:
+                is_done = take_nap(self, nap, self.model.settings.wake)
+                if not (is_done or self.is_over()):
+                    raise StartFailed(f"{self.model.name} did not wake up")
+            elif self._is_suspect:
+                self._examine()
+            else:
+                self.rest(math.inf)
+
+    def _examine(self):
+        """A request is silent: if health is, too, it vanished."""
+        self._is_suspect = False
+        until = time.monotonic() + (self.model.settings.hang_timeout or math.inf)
+        check = question(self, ("GET", self.model.settings.check_endpoint))
+        found = verdict(self, check, until)
+        if found is not Health.READY and not check.was_answered and not self.is_over():
+            self._lose()
 
 
 # -- memory of what runs ---------------------------------------------------------------
@@ -3863,6 +4881,9 @@ def _output_of(command):
 #    and it is held just long enough to record an event and to carry out what follows
 #    (start a thread, ring a bell, free a waiter). No I/O, no sleep, no other lock.
 # ==================================================================================
+
+
+ADOPT_PATIENCE = 1.0  # s; how long the start may wait for systemd to say what runs
 
 
 class Feed:
@@ -4028,7 +5049,7 @@ class Pool:
         self._log = log
         self._clock = clock
         self._guard = Guard()
-        self._make_backend = make_backend or self._make_process
+        self._make_backend = make_backend or self._backend_of_kind
         self._scheduler = Scheduler(limits_of(config), specs_of(config))
         self._backends = {}
         self._feeds = {}
@@ -4041,12 +5062,16 @@ class Pool:
         self._changed = threading.Condition(self._lock)  # anything people see
         self._alarm_at = math.inf
         self._is_closed = False
-        self._quiet_since = clock()
+        self._adoption = None
+        self._quiet_since = self._used_at = clock()
 
     def start(self):
-        """Begin to watch the clock, and load what is to be loaded on startup."""
+        """Begin to watch the clock, take over units that run, and load what is to be
+        loaded on startup."""
         self._guard.start()
         threading.Thread(target=self._watch_clock, name="clock", daemon=True).start()
+        self._adopt_units()
+        self._await_adoption(ADOPT_PATIENCE)
         threading.Thread(target=self._load_first, name="startup", daemon=True).start()
 
     def _load_first(self):
@@ -4058,6 +5083,38 @@ class Pool:
             except Problem as problem:
                 self._log("error", f"{model.name}: {problem}")
 
+    def _adopt_units(self):
+        """Begin to find out which units run already, and to take them over."""
+        names = {
+            model.settings.unit: name
+            for name, model in self.config.models.items()
+            if model.kind == "unit" and not model.problem
+        }
+        if names:
+            adopt = functools.partial(self._adopt, names)
+            self._adoption = threading.Thread(target=adopt, name="units", daemon=True)
+            self._adoption.start()
+
+    def _await_adoption(self, seconds):
+        if self._adoption:
+            self._adoption.join(seconds)
+
+    def _adopt(self, names):
+        running = running_units(list(names), gives_up=lambda: self._is_closed)
+        with self._lock:
+            for unit in running - self._units_in_use():
+                slot = self._scheduler.slots.get(names[unit])
+                if slot is None or slot.is_held or self._is_closed:
+                    continue
+                self._log("info", f"{slot.name}: {unit} runs already")
+                backend = self._backends[slot.name] = self._new_backend(slot.name)
+                backend.generation = self._scheduler.found(slot.name, self._clock())
+                backend.adopt()
+            self._turn()
+
+    def _units_in_use(self):
+        return {backend.model.settings.unit for backend in self._backends.values()}
+
     # -- requests --------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -4068,21 +5125,25 @@ class Pool:
         Raise a Problem if it cannot be had, or ClientGone once gone() is true; that is
         asked about twice a second.
         """
-        self._check(model)
-        ticket, waiter = self._submit(model.backend, is_loose)
-        try:
-            while waiter and not waiter.acquire(timeout=TICK):
-                if gone():
-                    raise ClientGone
-            if ticket.outcome is not GRANTED:
-                raise ticket.outcome.with_traceback(None)  # others raise it, too
-            yield ticket.waiter
-        finally:
-            with self._lock:
-                self._scheduler.withdraw(ticket, self._clock())
-                self._turn()
-                if self._is_closed:
-                    self._quiet.notify_all()
+        is_served = False
+        while not is_served:
+            self._check(model)
+            ticket, waiter = self._submit(model.backend, is_loose)
+            try:
+                backend = _await_grant(ticket, waiter, gone)
+                is_served = _is_there(backend, gone)
+                if is_served:
+                    yield backend
+            finally:
+                self._withdraw(ticket)
+
+    def _withdraw(self, ticket):
+        with self._lock:
+            self._used_at = self._clock()
+            self._scheduler.withdraw(ticket, self._used_at)
+            self._turn()
+            if self._is_closed:
+                self._quiet.notify_all()
 
     def _check(self, model):
         """Raise what makes a start impossible, before anything is evicted for it."""
@@ -4099,7 +5160,7 @@ class Pool:
         with self._lock:
             if name not in self._scheduler.slots:
                 raise _removed(name)
-            now = self._clock()
+            now = self._used_at = self._clock()
             ticket = self._scheduler.submit(name, now, is_loose, is_by_hand)
             self._turn()
             if ticket.outcome is not None:
@@ -4135,6 +5196,13 @@ class Pool:
             self._turn()
             return found
 
+    def unload_all(self):
+        """Begin to unload every model."""
+        with self._lock:
+            for slot in list(self._scheduler.held):
+                self._scheduler.unload(slot.name, self._clock(), Unloaded(slot.name))
+            self._turn()
+
     def await_unloaded(self, gone: Callable[[], bool]):
         """Wait until no backend is left, or somebody needs one, or gone() is true."""
         while not gone():
@@ -4161,6 +5229,7 @@ class Pool:
                 if name in config.models and name not in changed:
                     backend.model = config.models[name]
             self._turn()
+        self._adopt_units()
         self.events.publish({"model": "*", "event": "models_reload"})
 
     def _refuse_unusable(self):
@@ -4229,6 +5298,13 @@ class Pool:
             }
         finally:
             self._lock.release()
+
+    def idle_since(self) -> Optional[float]:
+        """Return when (on the clock) the last request came or ended; None: one waits or
+        is being served."""
+        with self._lock:
+            is_busy = self._scheduler.queued or self._scheduler.in_flight
+            return None if is_busy else self._used_at
 
     def quiet_since(self) -> Optional[float]:
         """Return when (on the clock) the last backend or request left; None: there are
@@ -4306,9 +5382,10 @@ class Pool:
     def _start(self, decision):
         """Start or wake it; say whether that failed at once."""
         name = decision.name
-        self._log("info", f"{name}: loading")
+        self._log("info", f"{name}: {'waking' if decision.is_wake else 'loading'}")
         self._tell(name, "loading", event="model_status")
         if decision.is_wake:
+            self._backends[name].started_at = time.monotonic()
             return self._backends[name].wake()
         try:
             self._begin_life(name, decision.generation)
@@ -4322,13 +5399,18 @@ class Pool:
             return True
 
     def _begin_life(self, name, generation):
-        backend = self._make_backend(self.config.models[name])
+        backend = self._new_backend(name)
         backend.generation = generation
-        backend.on_loaded, backend.on_exited = self._on_loaded, self._on_exited
-        backend.on_dying = self._on_dying
-        backend.on_line = functools.partial(self._on_line, name)
         self._backends[name] = backend
         backend.start()
+
+    def _new_backend(self, name):
+        """Return a backend of the model that reports to us."""
+        backend = self._make_backend(self.config.models[name])
+        backend.on_loaded, backend.on_slept = self._on_loaded, self._on_slept
+        backend.on_dying, backend.on_exited = self._on_dying, self._on_exited
+        backend.on_line = functools.partial(self._on_line, name)
+        return backend
 
     def _stop(self, decision):
         name, cause = decision.name, decision.cause
@@ -4336,7 +5418,8 @@ class Pool:
         reason = f"{decision.cause}"
         if decision.newcomer:
             reason += f" for {decision.newcomer}"
-        self._log("info", f"{decision.name}: unloading ({reason})")
+        what = "going to sleep" if decision.to_sleep else "unloading"
+        self._log("info", f"{decision.name}: {what} ({reason})")
         backend = self._backends[decision.name]
         if decision.to_sleep:
             backend.sleep()
@@ -4347,8 +5430,14 @@ class Pool:
         told = {"model": name, "event": event, "data": {"status": status, **more}}
         self.events.publish(told)
 
-    def _make_process(self, model):
-        return ProcessBackend(model, self._guard, self.config.settings.settle_timeout)
+    def _backend_of_kind(self, model):
+        settle_timeout = self.config.settings.settle_timeout
+        if model.kind == "unit":
+            rivals = rivals_of(model, self.config.models)
+            return UnitBackend(model, rivals, settle_timeout)
+        if model.kind == "remote":
+            return RemoteBackend(model)
+        return ProcessBackend(model, self._guard, settle_timeout)
 
     # -- news from backends, on their threads ----------------------------------------
 
@@ -4359,9 +5448,17 @@ class Pool:
             self._meters.count_load(name, time.monotonic() - backend.started_at)
             self._turn()
         seconds = time.monotonic() - backend.started_at
-        where = f"pid {backend.pid}, port {backend.port}"
-        self._log("info", f"{name}: loaded in {seconds:.2f} s ({where})")
+        self._log("info", f"{name}: loaded in {seconds:.2f} s ({backend.where})")
         self._tell(name, "loaded")
+
+    def _on_slept(self, backend):
+        with self._lock:
+            now, name = self._clock(), backend.model.name
+            self._scheduler.slept(name, backend.generation, now)
+            self._turn()
+            self._quiet.notify_all()
+        self._log("info", f"{name}: asleep")
+        self._tell(name, "sleeping")
 
     def _on_dying(self, backend):
         with self._lock:
@@ -4408,6 +5505,7 @@ class Pool:
             self._turn()
             while self._backends:
                 self._quiet.wait()
+        self._await_adoption(2 * TICK)
         self._guard.close()
 
     def kill(self):
@@ -4428,6 +5526,44 @@ _CARRY_OUT = {
 }
 
 
+def _await_grant(ticket, waiter, gone):
+    """Return the backend once the ticket is granted; raise what it is refused with."""
+    while waiter and not waiter.acquire(timeout=TICK):
+        if gone():
+            raise ClientGone
+    if ticket.outcome is not GRANTED:
+        raise ticket.outcome.with_traceback(None)  # others raise it, too
+    return ticket.waiter
+
+
+def _is_there(backend, gone):
+    """Whether the backend that was granted is still there to be asked."""
+    while True:
+        found = backend.is_there(TICK)
+        if found is not None:
+            return found
+        if gone():
+            raise ClientGone
+
+
+def rivals_of(model: Model, models: Mapping[str, Model]) -> List[str]:
+    """Return the other units that listen where this one does."""
+    where = proxy_of(model, "")
+    return [
+        other.settings.unit
+        for other in models.values()
+        if other.kind == "unit" and not other.problem and proxy_of(other, "") == where
+        and other.settings.unit != model.settings.unit
+    ]  # fmt: skip
+
+
+def address_of(model: Model) -> Dict[str, int]:
+    """Return what a unit needs of its address: all of it. So units that share one are
+    never loaded together."""
+    is_bound = model.kind == "unit" and not model.problem
+    return {proxy_of(model, ""): 1} if is_bound else {}
+
+
 def _removed(name):
     return UnknownModel(f"the model {name!r} is no longer in the configuration")
 
@@ -4437,12 +5573,16 @@ def limits_of(config: Config) -> Limits:
     settings = config.settings
     return Limits(
         models_max=settings.models_max,
-        budget=dict(settings.budget),
+        budget={**settings.budget, **_addresses(config)},
         sets=tuple(settings.sets),
         patience=settings.patience,
         queue_max=settings.queue_max,
         queue_timeout=settings.queue_timeout,
     )
+
+
+def _addresses(config):
+    return {url: 1 for model in config.models.values() for url in address_of(model)}
 
 
 def specs_of(config: Config) -> Dict[str, Spec]:
@@ -4457,8 +5597,8 @@ def specs_of(config: Config) -> Dict[str, Spec]:
 def _spec_of(model):
     settings = model.settings
     return Spec(
-        needs=dict(settings.needs),
-        sleep_needs=dict(settings.sleep_needs),
+        needs={**settings.needs, **address_of(model)},
+        sleep_needs={**settings.sleep_needs, **address_of(model)},
         takes_place=model.kind != "remote",
         is_pinned=settings.pin,
         can_sleep=bool(settings.sleep),
@@ -8481,10 +9621,16 @@ class Handler(socketserver.BaseRequestHandler):
             self._check_may_load(model)
             return self._forward(model, self.head.target, Named())
         backend = self.pool.backend_of(model)
-        if backend is None or self.pool.state_of(model) is not State.LOADED:
+        if backend is None or not self._may_be_asked(model):
             raise BadRequest("model is not loaded")
         outgoing = self._outgoing(model, self.head.target, Named())
         relay(outgoing, _link_to(backend), self.reply)
+
+    def _may_be_asked(self, model):
+        """Whether this neither loads nor wakes the model; two paths wake none."""
+        state = self.pool.state_of(model)
+        is_harmless = self.head.path in ("/props", "/metrics")
+        return state is State.LOADED or (state is State.SLEEPING and is_harmless)
 
     # -- what goes on ----------------------------------------------------------------
 
@@ -9416,6 +10562,8 @@ class Program:
         self._signals = collections.deque()  # that arrived and were not seen to
         self._bell = Bell()
         self._reload_lock = threading.Lock()
+        self._is_reloaded = threading.Event()
+        self._rested_at = -math.inf  # when the idle-command ended last
         self._manager = ServiceManager(os.environ)
         self._is_activated = False
         self._has_closed = False
@@ -9441,6 +10589,7 @@ class Program:
         self._announce()
         self.pool.start()
         threading.Thread(target=self.server.serve, name="accept", daemon=True).start()
+        threading.Thread(target=self._mind_idleness, name="idle", daemon=True).start()
         self._manager.tell("READY=1", f"STATUS={status_line(self.pool)}")
         if self._manager.is_listening:
             follow = functools.partial(self._manager.follow, self.pool)
@@ -9541,6 +10690,53 @@ class Program:
         self.log.flush()
         return True
 
+    def _mind_idleness(self):
+        """Run the idle-command each time that nobody asked for anything for so long."""
+        while not self.server.is_closing:
+            pause = self._until_idle_command()
+            if pause <= 0:
+                self._rest()
+                self._rested_at = time.monotonic()
+            elif self._is_reloaded.wait(None if pause == math.inf else pause):
+                self._is_reloaded.clear()
+
+    def _until_idle_command(self):
+        """Seconds until it is worth to look whether to run it."""
+        settings = self._config.settings
+        if not settings.idle_command:
+            return math.inf
+        idle_since = self.pool.idle_since()
+        if idle_since is None:
+            return max(1.0, settings.idle_command_after)
+        since = max(idle_since, self._rested_at)
+        return since + settings.idle_command_after - time.monotonic()
+
+    def _rest(self):
+        """Unload everything, then run the idle-command, if nobody asks meanwhile."""
+        idle_since = self.pool.idle_since()
+
+        def is_disturbed():
+            return self.server.is_closing or self.pool.idle_since() != idle_since
+
+        self.pool.unload_all()
+        self.pool.await_unloaded(is_disturbed)
+        if not is_disturbed():
+            self._run_idle_command(shlex.split(self._config.settings.idle_command))
+
+    def _run_idle_command(self, argv):
+        suspended = suspended_seconds()
+        self.log("info", f"idle: running {shlex.join(argv)}")
+        try:
+            status = subprocess.call(
+                argv, stdin=subprocess.DEVNULL, env=clean_environment({})
+            )
+        except OSError as error:
+            self.log("error", f"idle-command: {error}")
+            return
+        level = "error" if status else "info"
+        slept = suspended_seconds() - suspended
+        self.log(level, f"idle-command ended with status {status}; slept {slept:.0f} s")
+
     def reload(self):
         """Read the file again and take it over; a broken one changes nothing and
         raises a Problem that says why."""
@@ -9555,6 +10751,7 @@ class Program:
                 self.log("warning", "a change of `listen` needs a restart")
             self.pool.reload(config)
             self._config = config
+            self._is_reloaded.set()
             if not self._args.verbose:
                 self.log.level = config.settings.log_level
             self._tell_warnings(config)
