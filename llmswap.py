@@ -2386,6 +2386,9 @@ class Scheduler:
     def _serve_queue(self, now):
         """Walk the queue once; say whether that changed anything."""
         self.look_again = math.inf
+        if not self._queue:
+            self._leaving, self._going = {}, {}
+            return False
         self._leaving = self._chosen_victims()
         self._going = dict.fromkeys(self._leaving, -math.inf)
         before = len(self._decisions), len(self._leaving)
@@ -2977,12 +2980,15 @@ def _is_quiet(sock):
         waiter.register(sock, select.POLLIN)
         return not waiter.poll(0)
     try:
-        sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        sock.recv(1, _PEEK)
     except BlockingIOError:
         return True
     except (OSError, ValueError):
         return False
     return False
+
+
+_PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)  # to join the flags takes 3 us
 
 
 @functools.lru_cache(maxsize=None)
@@ -5055,6 +5061,7 @@ class Pool:
         self._feeds = {}
         self._meters = Meters()
         self._revision = 0
+        self._watchers = 0  # of the revision
         self.memory = MemoryWatch()
         self._lock = threading.Lock()
         self._alarm = threading.Condition(self._lock)  # look_again came nearer
@@ -5318,7 +5325,9 @@ class Pool:
         """Wait until the revision of what people see is not `seen`; return it."""
         with self._lock:
             if self._revision == seen:
+                self._watchers += 1
                 self._changed.wait(timeout)
+                self._watchers -= 1
             return self._revision
 
     def count_request(self, model: Optional[Model], speed: Optional[float], *what):
@@ -5336,7 +5345,8 @@ class Pool:
 
     def _note_change(self):
         self._revision += 1
-        self._changed.notify_all()
+        if self._watchers:
+            self._changed.notify_all()
 
     # -- the turn of the wheel -------------------------------------------------------
 
@@ -5649,16 +5659,31 @@ class Wire:
         self.held = b""  # received and not used yet
         self.is_untouched = True  # nothing was ever received
 
+    def take(self, size: int) -> bytes:
+        """Return so much of what was received already, without waiting for more."""
+        piece, self.held = self.held[:size], self.held[size:]
+        return piece
+
     def receive(self, size=65536) -> bytes:
         """Return what is there, or comes next; b"" at the end of the stream."""
         if self.held:
-            piece, self.held = self.held[:size], self.held[size:]
-            return piece
+            return self.take(size)
         while True:
             try:
                 return self.sock.recv(size)
             except (BlockingIOError, TimeoutError, socket.timeout):
                 self.on_silence()
+
+    def awaits(self, seconds: float) -> bool:
+        """Whether bytes come within so many seconds. Only who is silent for a TICK is
+        polled, which costs more than a read but wakes nobody meanwhile."""
+        try:
+            self.held = self.held or self.sock.recv(65536)
+            return bool(self.held)
+        except (BlockingIOError, TimeoutError, socket.timeout):
+            waiter = select.poll()
+            waiter.register(self.sock, select.POLLIN)
+            return bool(waiter.poll(seconds * 1000))
 
     def receive_into(self, buffer: memoryview) -> int:
         """Fill the buffer with what is there, or comes next; 0 at the end."""
@@ -5701,10 +5726,10 @@ class Wire:
 
 def send_all(sock: socket.socket, data, on_silence):
     """Send all of it, calling `on_silence` whenever TICK passes without progress."""
-    view = memoryview(data)
-    while view:
+    sent, size = 0, len(data)
+    while sent < size:
         try:
-            view = view[sock.send(view) :]
+            sent += sock.send(memoryview(data)[sent:] if sent else data)
         except (BlockingIOError, TimeoutError, socket.timeout):
             on_silence()
 
@@ -5751,6 +5776,7 @@ _NO_HEAD = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _HEADER_LINES = re.compile(
     rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n"
 )
+_FIELD = re.compile(r"([^:\r\n]+):[\t ]*((?:[^\r]*[^\r\t ])?)[\t ]*\r\n")
 _REQUEST_LINE = re.compile(
     rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([!-~\x80-\xff]+) HTTP/1\.([01])"
 )
@@ -5769,20 +5795,16 @@ def parse_head(head: bytes, start: "re.Pattern") -> Tuple["re.Match", Fields]:
         raise BadRequest(f"not an HTTP/1 start line: {head[:line_end][:200]!r}")
     if not _HEADER_LINES.fullmatch(head, line_end + 2):
         raise BadRequest("a header line is malformed")
-    lines = head[line_end + 2 : -4].decode("latin-1").split("\r\n")
-    if len(lines) > LINES_LIMIT:
+    pairs = _FIELD.findall(head[line_end + 2 :].decode("latin-1"))
+    if len(pairs) > LINES_LIMIT:
         raise HeadTooLarge(f"more than {LINES_LIMIT} header lines")
-    fields = []
-    for line in lines:
-        name, _, value = line.partition(":")
-        fields.append((name.lower(), value.strip(" \t")))
-    return found, fields if lines != [""] else []
+    return found, [(name.lower(), value) for name, value in pairs]
 
 
 def render_head(start: str, fields: Fields) -> bytes:
     """Return the bytes of a head."""
-    lines = [start, *(f"{name}: {value}" for name, value in fields), "\r\n"]
-    return "\r\n".join(lines).encode("latin-1")
+    lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
+    return f"{start}\r\n{lines}\r\n".encode("latin-1")
 
 
 def end_to_end(fields: Fields) -> Fields:
@@ -5812,17 +5834,25 @@ def framing_of(fields: Fields, default: Framing) -> Framing:
     2. Content-Length must be one number.
     3. Without either, `default` holds.
     """
-    lengths = [value for name, value in fields if name == "content-length"]
-    codings = [value.lower() for name, value in fields if name == "transfer-encoding"]
-    if codings:
-        if codings != ["chunked"] or lengths:
+    told = [field for field in fields if field[0] in _FRAMING_FIELDS]
+    if not told:
+        return default
+    if any(name == "transfer-encoding" for name, _ in told):
+        if len(told) > 1 or told[0][1].lower() != "chunked":
             raise BadRequest("Transfer-Encoding must be `chunked`, without a length")
         return Framing(is_chunked=True)
-    if not lengths:
-        return default
-    if len(lengths) > 1 or not re.fullmatch("[0-9]{1,18}", lengths[0]):
+    if len(told) > 1 or not _LENGTH.fullmatch(told[0][1]):
         raise BadRequest("Content-Length must be one number")
-    return Framing(length=int(lengths[0]))
+    return Framing(length=int(told[0][1]))
+
+
+_FRAMING_FIELDS = frozenset(("content-length", "transfer-encoding"))
+_LENGTH = re.compile("[0-9]{1,18}")
+
+
+def first_of_each(fields: Fields) -> Dict[str, str]:
+    """Return the first value of each field."""
+    return dict(reversed(fields))
 
 
 class Request:
@@ -5830,6 +5860,7 @@ class Request:
 
     def __init__(self, head: bytes):
         start, self.fields = parse_head(head, _REQUEST_LINE)
+        self._first = first_of_each(self.fields)
         method, target, minor = start.groups()
         self.method = method.decode()
         self.is_http_10 = minor == b"0"
@@ -5853,10 +5884,7 @@ class Request:
 
     def get(self, name: str) -> str:
         """Return the first value of a field, or an empty string."""
-        for field, value in self.fields:
-            if field == name:
-                return value
-        return ""
+        return self._first.get(name, "")
 
     def all(self, name: str) -> List[str]:
         """Return all values of a field."""
@@ -5963,7 +5991,6 @@ class Body:
         self._wire = wire
         self._limit = limit
         self._decoder = ChunkDecoder() if request.framing.is_chunked else None
-        self._stall = Deadline(STALL_SECONDS, TooSlow("the body stalled for 60 s"))
         self.length = request.framing.length
         if self.length is not None and self.length > limit:
             raise self._too_large()
@@ -6024,8 +6051,8 @@ class Body:
 
     def _next_piece(self):
         """Return the next bytes of the payload; note the end. Raise ClientGone."""
-        self._stall.extend()
-        self._wire.on_silence = self._stall
+        self._moved_at = time.monotonic()
+        self._wire.on_silence = self._check_stall
         try:
             if self._expects:
                 self._expects = False
@@ -6042,6 +6069,10 @@ class Body:
             raise self._too_large()
         self.is_complete = self.is_complete or self._read == self.length
         return piece
+
+    def _check_stall(self):
+        if time.monotonic() > self._moved_at + STALL_SECONDS:
+            raise TooSlow(f"the body stalled for {STALL_SECONDS:g} s")
 
     def _next_counted(self):
         piece = self._wire.receive(min(PIECE, self.length - self._read))
@@ -6102,11 +6133,12 @@ class Member(NamedTuple):
 
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _SCALAR = re.compile(rb"[^\s,}\]]*")
-_TOKEN = re.compile(rb'[{}\[\]]|"(?:[^"\\]*")?')
+_TOKEN = re.compile(rb'[{}\[\]]|"(?:[^"\\]{0,512}")?')
 _STRINGS = re.compile(
-    rb'(?:[^{}\[\]"]*"[^"\\]*(?:\\.[^"\\]*){0,16}"){1,1000}', re.DOTALL
+    rb'(?:[^{}\[\]"]{0,512}"[^"\\]{0,512}(?:\\.[^"\\]{0,512}){0,16}"){1,1000}',
+    re.DOTALL,
 )
-_ESCAPES = re.compile(rb'(?:[^"\\]*\\.){1,1000}', re.DOTALL)
+_ESCAPES = re.compile(rb'(?:[^"\\]{0,512}\\.){1,1000}', re.DOTALL)
 DEEPEST = 500  # levels of JSON that are read; a thread's stack bears some thousands
 
 
@@ -6124,8 +6156,9 @@ def members_of(data) -> Tuple[List[Member], bool]:
     return _members_by_hand(data)
 
 
-_NAME = re.compile(r'[ \t\r\n]*"([^"\\]*)"[ \t\r\n]*:[ \t\r\n]*')
-_NEXT = re.compile(r"[ \t\r\n]*([,}])")
+_FIRST = re.compile(r'[ \t\r\n]*\{[ \t\r\n]*"([^"\\]*)"[ \t\r\n]*:[ \t\r\n]*')
+_NEXT = re.compile(r'[ \t\r\n]*,[ \t\r\n]*"([^"\\]*)"[ \t\r\n]*:[ \t\r\n]*')
+_LAST = re.compile(r"[ \t\r\n]*\}")
 _decode_value = json.JSONDecoder(strict=False).scan_once
 
 
@@ -6133,22 +6166,16 @@ def _members_by_decoder(data):
     """The members of a whole object without escapes in its names. Five times as fast as
     by hand, since json's decoder finds the ends of values in C; as Latin-1, because then
     each character is one byte."""
-    text = bytes(data).decode("latin-1")
-    at = _SPACE.match(data).end()
-    if text[at] != "{":
+    text = str(data, "latin-1")
+    members, end = [], 0
+    name = _FIRST.match(text)
+    while name:
+        value = name.end()
+        _, end = _decode_value(text, value)
+        members.append(Member(_as_utf_8(name[1]), name.start(1) - 1, value, end))
+        name = _NEXT.match(text, end)
+    if not _LAST.match(text, end):
         raise ValueError
-    members, mark = [], ","
-    at += 1
-    while mark == ",":
-        name = _NAME.match(text, at)
-        if name is None:
-            raise ValueError
-        _, end = _decode_value(text, name.end())
-        members.append(Member(_as_utf_8(name[1]), name.start(1) - 1, name.end(), end))
-        found = _NEXT.match(text, end)
-        if found is None:
-            raise ValueError
-        mark, at = found[1], found.end()
     return members
 
 
@@ -6202,15 +6229,20 @@ def _end_of_string(data, at):
     """Index after the string that begins there, or -1. Its quote is found in C, however
     long it is, and a thousand escapes at once (a single pattern for all of it would use
     gigabytes)."""
-    at += 1
-    end = data.find(b'"', at)
-    if end < 0 or data.find(b"\\", at, end) < 0:
-        return end + 1 if end >= 0 else -1
+    at, size = at + 1, 512
     while True:
-        escapes = _ESCAPES.match(data, at)
-        if not escapes:
-            return data.find(b'"', at) + 1 or -1
-        at = escapes.end()
+        piece = data[at : at + size]  # a map, searched byte by byte, would be slow
+        end = piece.find(b'"')
+        escape = piece.find(b"\\", 0, end if end >= 0 else len(piece))
+        if escape >= 0:
+            escapes = _ESCAPES.match(data, at + escape)
+            if not escapes:
+                return -1
+            at = escapes.end()
+        elif end >= 0 or not piece:
+            return at + end + 1 if piece else -1
+        else:
+            at, size = at + len(piece), min(size * 8, PIECE)
 
 
 def _end_of_value(data, at, deepest=math.inf):
@@ -6254,6 +6286,9 @@ def _brackets_in(data):
 def json_or(raw, fallback):
     """Return the JSON value in these bytes, or the fallback if none or too deep."""
     raw = bytes(raw)
+    plain = _PLAIN.fullmatch(raw)
+    if plain:  # most values that are asked for; the rest takes ten times as long
+        return plain[1].decode()
     if _brackets_in(raw) > DEEPEST:
         start = _SPACE.match(raw).end()
         if raw[start : start + 1] != b'"' and _end_of_value(raw, start, DEEPEST) < 0:
@@ -6262,6 +6297,9 @@ def json_or(raw, fallback):
         return json.loads(raw)
     except (ValueError, RecursionError):
         return fallback
+
+
+_PLAIN = re.compile(rb'"([ !#-\[\]-~]*)"')
 
 
 class Named(NamedTuple):
@@ -6301,7 +6339,7 @@ def model_named_in(body: Body, content_type: str, is_needed=True) -> Named:
         named = find(body.held, is_all)
         if is_all or named.model is not None or not is_needed:
             return named
-        size *= 2
+        size *= 4
 
 
 def _named_in_json(data, is_all):
@@ -6446,6 +6484,7 @@ class Answer:
         if not head:
             raise EOFError
         start, self.fields = parse_head(head, _STATUS_LINE)
+        self._first = first_of_each(self.fields)
         self.status = int(start.group(2))
         self.reason = (start.group(3) or b"").decode("latin-1")
         self._is_http_10 = start.group(1) == b"0"
@@ -6462,7 +6501,7 @@ class Answer:
 
     def get(self, name: str) -> str:
         """Return the first value of a field, or an empty string."""
-        return next((value for field, value in self.fields if field == name), "")
+        return self._first.get(name, "")
 
     @property
     def leftover(self) -> bytes:
@@ -6471,8 +6510,7 @@ class Answer:
 
     @property
     def is_event_stream(self) -> bool:
-        return _are_events(self.fields)
-
+        return _are_events(self._first)
 
     def pieces(self) -> Iterable:
         """Yield the payload as it comes; each piece is good until the next is asked for.
@@ -6504,6 +6542,10 @@ class Answer:
         self._end(not decoder.rest)
 
     def _counted(self, left):
+        first = self._wire.take(left)  # of a short answer, all came with the head
+        if first:
+            left -= len(first)
+            yield first
         buffer = memoryview(bytearray(min(left, PIECE)))
         while left:
             count = self._wire.receive_into(buffer[: min(left, len(buffer))])
@@ -6526,9 +6568,8 @@ class Answer:
         self.is_over = is_clean and stays
 
 
-def _are_events(fields):
+def _are_events(told):
     """Whether a payload with these fields is a stream of events that can be read."""
-    told = dict(fields)
     kind = told.get("content-type", "").lower()
     coding = told.get("content-encoding", "identity")
     return kind.startswith("text/event-stream") and coding == "identity"
@@ -6578,30 +6619,35 @@ class Reply:
     early head and comments. `extra` fields go with every answer.
     """
 
+    wants_events = False
+    is_begun = False  # a head was sent or is about to be
+    is_early = False  # it was sent before the backend's was known
+    is_broken = False
+    stays = False
+    status = 0
+    sent = 0  # bytes of payload
+    _is_http_10 = False
+    _is_head = False
+    _head = b""  # waits for the first piece
+    _is_chunked = False
+    _is_events = False
+    _left = None
+    _tail = b"\n\n"
+
     def __init__(self, sock: socket.socket, request: Optional[Request], extra: Fields):
         self.sock = sock
         self.extra = extra
-        self.wants_events = False
-        self.is_begun = False  # a head was sent or is about to be
-        self.is_early = False  # it was sent before the backend's was known
-        self.is_broken = False
-        self.stays = request is not None and request.wants_to_stay
-        self.status = 0
-        self.sent = 0  # bytes of payload
-        self.ends = Ends()  # of it
-        self._is_http_10 = request is not None and request.is_http_10
-        self._is_head = request is not None and request.method == "HEAD"
-        self._head = b""  # waits for the first piece
-        self._is_chunked = False
-        self._is_events = False
-        self._left = None
-        self._tail = b"\n\n"
+        self.ends = Ends()  # of the payload
         self._born = self._spoke = time.monotonic()
+        if request is not None:
+            self.stays = request.wants_to_stay
+            self._is_http_10 = request.is_http_10
+            self._is_head = request.method == "HEAD"
 
     def begin(self, status: int, reason: str, fields: Fields, length: Optional[int]):
         """Set the head; it goes out with the first piece, or after a TICK."""
         self.is_begun, self.status, self._left = True, status, length
-        self._is_events = _are_events(fields)
+        self._is_events = _are_events(dict(fields))
         framing = []
         if length is not None:
             if status not in (101, 204, 304):
@@ -6641,7 +6687,6 @@ class Reply:
             self._put(head + piece)
         else:
             self._put(piece)
-        self._spoke = time.monotonic()
 
     def end(self):
         """The answer is complete."""
@@ -6660,10 +6705,15 @@ class Reply:
             self._put(head)
 
     def _put(self, data):
+        self._spoke = time.monotonic()
         try:
-            send_all(self.sock, data, Deadline(STALL_SECONDS, ClientGone()))
+            send_all(self.sock, data, self._check_stall)
         except OSError:
             raise ClientGone from None
+
+    def _check_stall(self):
+        if time.monotonic() > self._spoke + STALL_SECONDS:
+            raise ClientGone
 
     def tick(self):
         """To be called every TICK while nothing flows. Raise ClientGone.
@@ -6850,6 +6900,8 @@ def _send(outgoing, upstream, sock, silence):
     head = render_head(start, fields)
     if not is_chunked and sum(map(len, outgoing.held)) < 65536:
         send_all(sock, b"".join([head, *outgoing.held]), silence)
+        if outgoing.rest is None:
+            return
         pieces = ()
     else:
         send_all(sock, head, silence)
@@ -9142,6 +9194,9 @@ class Handler(socketserver.BaseRequestHandler):
         self.pool = self.server.pool
         self.config = self.pool.config
         self.wire = Wire(self.request)
+        late = TooSlow(f"the head took longer than {HEAD_SECONDS:g} s")
+        self.late = Deadline(HEAD_SECONDS, late)
+        self.is_on_loopback = _is_loopback(self.request.getsockname())
         self.is_unread = False  # the client may be sending what nobody reads
         if self.request.family != socket.AF_UNIX:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -9172,12 +9227,13 @@ class Handler(socketserver.BaseRequestHandler):
         """Whether a request begins before the connection has been idle for too long."""
         if self.wire.held:
             return True
-        waiter = select.poll()
-        waiter.register(self.request, select.POLLIN)
         if self.wire.is_untouched:  # who just connected is about to ask
-            return bool(waiter.poll(IDLE_SECONDS * 1000))
-        with self.server.idling(self.request) as may_idle:
-            return may_idle and bool(waiter.poll(IDLE_SECONDS * 1000))
+            return self.wire.awaits(IDLE_SECONDS)
+        self.server.begin_idling(self.request)
+        try:
+            return not self.server.is_closing and self.wire.awaits(IDLE_SECONDS)
+        finally:
+            self.server.end_idling(self.request)
 
     def _serve(self):
         """Serve one request; return whether the connection can serve another."""
@@ -9209,8 +9265,8 @@ class Handler(socketserver.BaseRequestHandler):
         return self.reply.stays
 
     def _read_head(self):
-        late = TooSlow(f"the head took longer than {HEAD_SECONDS:g} s")
-        self.wire.on_silence = Deadline(HEAD_SECONDS, late)
+        self.late.extend()
+        self.wire.on_silence = self.late
         raw = self.wire.head()
         if not raw:
             return False
@@ -9302,7 +9358,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _check_host(self, host):
         allowed = self.config.settings.allowed_hosts
-        if "*" in allowed or not self._is_on_loopback():
+        if "*" in allowed or not self.is_on_loopback:
             return
         name = _host_name(host)
         if name and name not in allowed and not _is_address(name):
@@ -9310,12 +9366,6 @@ class Handler(socketserver.BaseRequestHandler):
                 f"Host {host!r} is not among allowed-hosts in [llmswap], which guards "
                 "local servers against web pages"
             )
-
-    def _is_on_loopback(self):
-        address = self.request.getsockname()
-        return isinstance(address, tuple) and (
-            address[0].startswith(("127.", "::ffff:127.")) or address[0] == "::1"
-        )
 
     def _is_origin_allowed(self, origin):
         allowed = self.config.settings.cors_origins
@@ -9391,7 +9441,7 @@ class Handler(socketserver.BaseRequestHandler):
             if head.path.startswith(prefix) and (not methods or method in methods):
                 return action(self, head.path[len(prefix) :])
         if head.path not in MODEL_WORDS:
-            if any(path == head.path for _, path in ROUTES):
+            if head.path in PATHS:
                 raise MethodNotAllowed(f"{head.path} has no {head.method}")
         self._serve_by_model()
 
@@ -9861,6 +9911,12 @@ def _seconds_of(name, value):
         raise BadRequest(f"{name}: {value!r} is not a duration", name) from None
 
 
+def _is_loopback(address):
+    return isinstance(address, tuple) and (
+        address[0].startswith(("127.", "::ffff:127.")) or address[0] == "::1"
+    )
+
+
 def _host_name(host):
     """The name in a Host, without its port."""
     if host.startswith("["):
@@ -9940,6 +9996,7 @@ ROUTES = {
     ("GET", "/logs"): Handler._show_logs,
     ("GET", "/logs/stream"): Handler._stream_logs,
 }
+PATHS = frozenset(path for _, path in ROUTES)
 PREFIXES = (
     ("/upstream/", (), Handler._serve_upstream),
     ("/v1/models/", ("GET",), Handler._show_model),
@@ -10128,15 +10185,14 @@ class Server(http.server.ThreadingHTTPServer):
         """A bug: say where. The connection is closed by the caller."""
         self.log("error", f"bug in llmswap:\n{traceback.format_exc()}")
 
-    @contextlib.contextmanager
-    def idling(self, connection):
-        """While inside, `stop` may close the connection; yields False if it has to."""
+    def begin_idling(self, connection):
+        """From now on `stop` may close the connection."""
         self._idle_connections.add(connection)
         self._quiet_at = time.monotonic()
-        try:
-            yield not self.is_closing
-        finally:
-            self._idle_connections.discard(connection)
+
+    def end_idling(self, connection):
+        """A request came on it, or its end."""
+        self._idle_connections.discard(connection)
 
     def quiet_since(self) -> Optional[float]:
         """Return when the last request ended; None while one runs or may come at once."""

@@ -33,6 +33,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import statistics
 import struct
 import subprocess
@@ -4344,7 +4345,7 @@ def test_a_guard_that_cannot_be_started_is_tried_again(monkeypatch):
 class Puppet:
     """A backend that does what the test says."""
 
-    pid, port, upstream = 1, 2, None
+    pid, port, upstream, where = 1, 2, None, "pid 1"
 
     def __init__(self, model):
         self.model = model
@@ -4357,6 +4358,10 @@ class Puppet:
         self.is_stopping = True
         self.is_killed = self.is_killed or at_once
 
+    def is_there(self, within):
+        """Whether it may be given to a request."""
+        return True
+
     def load(self):
         self.started_at = time.monotonic()
         self.on_loaded(self)
@@ -4365,7 +4370,7 @@ class Puppet:
         self.on_exited(self, problem)
 
 
-class Request:
+class PoolRequest:
     """A request on a thread of its own: has a lease until it is ended."""
 
     def __init__(self, pool, name, is_loose=False):
@@ -4436,7 +4441,7 @@ class PoolStage:
         return llmswap.load_config(str(self.path))
 
     def ask(self, name, is_loose=False):
-        return Request(self.pool, name, is_loose)
+        return PoolRequest(self.pool, name, is_loose)
 
     def life(self, name, number=-1):
         """The puppet of a model, the last one if not told otherwise."""
@@ -5157,6 +5162,825 @@ def test_signals_that_our_parent_ignored_do_not_harm(tmp_path):
     assert "exited with status 7" in answer.message()
     process.terminate()
     assert process.wait(5) == 0
+
+
+"""Units, remote models and sleep, with a stand-in systemctl and real sockets."""
+
+
+# ==================================================================================
+# 4  Backends: systemd units, remote models, sleep
+# ==================================================================================
+
+BRISK = {
+    "ERRAND_PATIENCE": 0.8, "WAKE_EVERY": 0.4, "CONNECT_PATIENCE": 0.5,
+    "EARLY_HEAD_AFTER": 0.3,
+}  # fmt: skip
+
+
+def brisk(text, *args, env=None, **constants):
+    """llmswap with less patience than it has with real systems."""
+    proxy = Llmswap(text, *args, env=env)
+    folder, constants = str(Path(LLMSWAP).parent), {**BRISK, **constants}
+    sets = "; ".join(f"l.{name} = {value}" for name, value in constants.items())
+    code = f"import sys; sys.path.insert(0, {folder!r}); import llmswap as l; {sets}; "
+    proxy._args[1:2] = ["-c", f"{code}sys.exit(l.main())"]
+    return proxy
+
+
+# ----------------------------------------------------------------------------------
+# A systemd that keeps its units in a folder
+
+SYSTEMCTL = r'''
+import os, signal, subprocess, sys, time
+words = sys.argv[1:]
+folder = os.environ["STAND_IN"]
+with open(folder + "/calls", "a") as calls:
+    calls.write(" ".join(words) + "\n")
+cut = words.index("--")
+options, names = words[:cut], words[cut + 1:]
+verb = next(word for word in options if not word.startswith("-"))
+assert options[0] in ("--user", "--system")
+
+def path(name, what):
+    return os.path.join(folder, name + "." + what)
+
+def read(name, what):
+    try:
+        with open(path(name, what)) as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+def alive(name):
+    try:
+        with open("/proc/%s/stat" % (read(name, "pid") or "x")) as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+def state(name):
+    if alive(name):
+        return "active"
+    return "failed" if read(name, "status") not in ("", "0") else "inactive"
+
+def stop(name, number):
+    if alive(name):
+        os.kill(int(read(name, "pid")), number)
+        while alive(name):
+            time.sleep(0.01)
+        time.sleep(0.05)
+        open(path(name, "status"), "w").write("0")
+
+for name in names:
+    if os.path.exists(path(name, "hang-" + verb)):
+        time.sleep(1000)
+    if verb == "is-active":
+        print(state(name))
+    elif verb == "show":
+        print("LoadState=" + ("loaded" if read(name, "cmd") else "not-found"))
+        print("ActiveState=" + state(name))
+        print("MainPID=" + (read(name, "pid") if alive(name) else "0"))
+        status = read(name, "status") or "0"
+        print("Result=" + ("success" if status == "0" else "exit-code"))
+        print("ExecMainStatus=" + status)
+    elif verb == "reset-failed":
+        os.unlink(path(name, "status"))
+    elif verb == "start" and state(name) == "failed":
+        sys.exit("Start request repeated too quickly.")
+    elif verb == "start" and not alive(name):
+        script = "%s & echo $! >%s; wait $!; echo $? >%s" % (
+            read(name, "cmd"), path(name, "pid"), path(name, "status"))
+        with open(path(name, "log"), "ab") as log:
+            subprocess.Popen(["/bin/sh", "-c", script], stdin=subprocess.DEVNULL,
+                             stdout=log, stderr=log, start_new_session=True)
+        while not read(name, "pid"):
+            time.sleep(0.005)
+        time.sleep(0.02)
+    elif verb == "stop":
+        stop(name, signal.SIGTERM)
+    elif verb == "kill":
+        stop(name, signal.SIGKILL)
+'''
+JOURNALCTL = r'''
+name=; while [ $# -gt 0 ]; do case $1 in -u) name=$2; shift;; esac; shift; done
+exec tail -n 20 "$STAND_IN/$name.log"
+'''
+
+
+class Units:
+    """A folder with a stand-in for systemctl and journalctl, and the units they have."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.env = {"PATH": f"{folder}:{os.environ['PATH']}", "STAND_IN": str(folder)}
+        self._write("systemctl", f"#!{sys.executable} -IS\n{SYSTEMCTL}")
+        self._write("journalctl", f"#!/bin/sh\n{JOURNALCTL}")
+
+    def _write(self, name, text):
+        path = self.folder / name
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def add(self, name, *flags, port):
+        """A unit that is a fake server."""
+        command = fake_command("--model", name, *flags, port=str(port))
+        (self.folder / f"{name}.service.cmd").write_text(command)
+
+    def __call__(self, *words, **more):
+        return subprocess.run(
+            [self.folder / "systemctl", "--user", *words],
+            env={**os.environ, **self.env, **more}, check=True, timeout=20,
+        )  # fmt: skip
+
+    def pid(self, name):
+        return int((self.folder / f"{name}.service.pid").read_text())
+
+    def is_running(self, name):
+        status = subprocess.run(
+            [self.folder / "systemctl", "--user", "is-active", "--", f"{name}.service"],
+            env={**os.environ, **self.env}, stdout=subprocess.PIPE, timeout=20,
+        )  # fmt: skip
+        return status.stdout == b"active\n"
+
+    def calls(self):
+        path = self.folder / "calls"
+        return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def units(tmp_path):
+    found = Units(tmp_path)
+    yield found
+    for path in tmp_path.glob("*.pid"):
+        try:
+            os.killpg(os.getpgid(int(path.read_text() or 0)), signal.SIGKILL)
+        except (OSError, ValueError):
+            pass
+
+
+def unit_ini(*names, port=None, head="", **more):
+    """An INI file of units; `port` is shared if given."""
+    keys = "".join(f"{key.replace('_', '-')} = {more[key]}\n" for key in more)
+    text = f"[llmswap]\n{head}\n"
+    for name, where in names:
+        text += f"[{name}]\nunit = {name}.service\nproxy = http://127.0.0.1:{where}\n{keys}"
+    return text
+
+
+# ==================================================================================
+# Units
+# ==================================================================================
+
+
+def test_a_unit_is_started_asked_and_stopped(units):
+    port = free_port()
+    units.add("a", "--load", "0.2", port=port)
+    with brisk(unit_ini(("a", port)), env=units.env) as server:
+        assert server.states() == {"a": "unloaded"}
+        assert server.chat("a").content().startswith("a ")
+        assert server.states() == {"a": "loaded"} and units.is_running("a")
+        assert server.post("/models/unload", {"model": "a"}).status == 200
+        eventually(lambda: server.states() == {"a": "unloaded"})
+        assert not units.is_running("a")
+        assert server.chat("a").status == 200
+    assert not units.is_running("a")
+    assert any(call.startswith("--user --no-ask-password start") for call in units.calls())
+
+
+def test_a_unit_of_the_system_manager_is_asked_for_there(units):
+    port = free_port()
+    units.add("a", port=port)
+    text = unit_ini(("a", port)).replace("unit = a", "unit = system:a")
+    with brisk(text, env=units.env) as server:
+        assert server.chat("a").status == 200
+    assert all(call.startswith("--system") for call in units.calls())
+
+
+def test_two_units_share_one_port_and_are_never_confused(units):
+    port = free_port()
+    units.add("a", "--load", "0.2", "--stop-delay", "0.3", port=port)
+    units.add("b", "--load", "0.2", port=port)
+    ini = unit_ini(("a", port), ("b", port), head="models-max = 0")
+    with brisk(ini, env=units.env) as server:
+        for name in "abab":
+            assert server.chat(name).content().split()[0] == name
+            assert server.loaded() == [name]
+
+
+def test_a_rival_started_by_hand_is_stopped_first(units):
+    port = free_port()
+    units.add("a", port=port)
+    units.add("b", port=port)
+    with brisk(unit_ini(("a", port), ("b", port)), env=units.env) as server:
+        units("start", "--", "a.service", TEST_FAMILY=server.token)
+        eventually(lambda: is_listening(port))
+        assert server.chat("b").content().split()[0] == "b"
+        assert not units.is_running("a")
+
+
+def test_a_stranger_on_the_port_of_a_unit_gets_no_request(units):
+    with Fake("--model", "stranger") as stranger:
+        units.add("a", "--load", "0.2", port=stranger.port)
+        ini = unit_ini(("a", stranger.port), load_timeout="2s")
+        with brisk(ini, env=units.env) as server:
+            answer = server.chat("a")
+            assert answer.status in (502, 504)
+            assert "couldn't bind" in answer.message()
+            assert stranger.stats()["requests"] == 0
+
+
+def test_a_unit_found_running_is_adopted(units):
+    port = free_port()
+    units.add("a", "--load", "0.6", port=port)
+    server = brisk(unit_ini(("a", port), idle_timeout="1s"), env=units.env)
+    units("start", "--", "a.service", TEST_FAMILY=server.token)
+    pid = units.pid("a")
+    with server:
+        assert server.states() == {"a": "loaded"}
+        assert server.chat("a").content().split() == ["a", str(pid), "word1", "word2"]
+        assert not any(" start " in call for call in units.calls()[1:])
+        eventually(lambda: server.states() == {"a": "unloaded"})
+        assert not units.is_running("a")
+
+
+def test_a_unit_added_by_a_reload_is_adopted(units):
+    ports = free_port(), free_port()
+    units.add("a", port=ports[0])
+    units.add("b", port=ports[1])
+    with brisk(unit_ini(("a", ports[0])), env=units.env) as server:
+        units("start", "--", "b.service", TEST_FAMILY=server.token)
+        server.reload(unit_ini(("a", ports[0]), ("b", ports[1])))
+        eventually(lambda: server.states() == {"a": "unloaded", "b": "loaded"})
+
+
+def test_a_unit_that_stops_by_itself_is_noticed_and_started_again(units):
+    port = free_port()
+    units.add("a", port=port)
+    with brisk(unit_ini(("a", port)), env=units.env) as server:
+        assert server.chat("a").status == 200
+        os.kill(units.pid("a"), signal.SIGKILL)
+        eventually(lambda: server.states() == {"a": "unloaded"}, 2)
+        model = server.get("/v1/models/a").json()
+        assert "ended by itself: exit-code, status 137" in model["status"]["error"]
+        assert "model loaded" in model["status"]["error"]  # from its journal
+        assert server.chat("a").status == 200
+        assert any("reset-failed" in call for call in units.calls())
+
+
+def test_a_unit_stopped_by_somebody_else_is_no_failure(units):
+    port = free_port()
+    units.add("a", port=port)
+    with brisk(unit_ini(("a", port)), env=units.env) as server:
+        assert server.chat("a").status == 200
+        units("stop", "--", "a.service")
+        eventually(lambda: server.states() == {"a": "unloaded"}, 2)
+        assert "failed" not in server.get("/v1/models/a").json()["status"]
+        assert server.chat("a").status == 200
+
+
+def test_requests_while_a_dead_unit_is_cleared_away_wait_for_the_next(units):
+    port = free_port()
+    units.add("a", "--load", "0.2", port=port)
+    with brisk(unit_ini(("a", port)), env=units.env) as server:
+        assert server.chat("a").status == 200
+        for _ in range(5):
+            os.kill(units.pid("a"), signal.SIGKILL)
+            assert [server.chat("a").status for _ in range(3)] == [200] * 3
+
+
+def test_the_reason_why_a_unit_does_not_come_up_is_told(units):
+    port = free_port()
+    units.add("a", "--load-exit", "3", port=port)
+    with brisk(unit_ini(("a", port), ("b", port)), env=units.env) as server:
+        answer = server.chat("a")
+        assert answer.status == 502
+        assert "a (a.service) could not be started: exit-code, status 3" in answer.message()
+        assert "exiting due to model loading error 3" in answer.message()
+        assert answer.headers["x-should-retry"] == "false"
+        assert "the unit b.service is not-found" in server.chat("b").message()
+        assert server.chat("a").status == 502  # and not: repeated too quickly
+        assert "repeated too quickly" not in server.chat("a").message()
+
+
+@pytest.mark.parametrize("verb", ["is-active", "show", "start", "stop"])
+def test_a_systemctl_that_hangs_blocks_no_other_model(units, verb):
+    port = free_port()
+    units.add("a", port=port)
+    (units.folder / f"a.service.hang-{verb}").touch()
+    ini = unit_ini(("a", port), head="models-max = 0", load_timeout="2s", stop_timeout="0.5")
+    with brisk(ini + "[b]\ncmd = FAKE\n", env=units.env) as server:
+        assert server.get("/health").status == 200  # the start waits a second for systemd
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(server.chat("a")))
+        thread.start()
+        began = time.monotonic()
+        assert server.chat("b").status == 200
+        assert time.monotonic() - began < 1
+        thread.join(15)
+        assert answers[0].status == (504 if verb == "start" else 200)
+        server.post("/models/unload", {"model": "a"})
+        eventually(lambda: server.states()["a"] == "unloaded", 15)
+        os.unlink(units.folder / f"a.service.hang-{verb}")
+        assert not units.is_running("a")
+
+
+def test_without_systemctl_the_answer_says_so(tmp_path):
+    env = {"PATH": str(tmp_path)}
+    with brisk(unit_ini(("a", free_port())), env=env) as server:
+        answer = server.chat("a")
+        assert answer.status == 502 and "systemctl: No such file" in answer.message()
+
+
+def test_a_unit_that_ignores_the_stop_is_killed(units):
+    port = free_port()
+    units.add("a", "--ignore-term", port=port)
+    with brisk(unit_ini(("a", port), stop_timeout="0.5"), env=units.env) as server:
+        assert server.chat("a").status == 200
+        began = time.monotonic()
+        server.post("/models/unload", {"model": "a"})
+        eventually(lambda: server.states() == {"a": "unloaded"})
+        assert 0.4 < time.monotonic() - began < 2.5
+        assert not units.is_running("a")
+
+
+def test_a_unit_is_put_to_sleep_and_woken(units):
+    ports = free_port(), free_port()
+    units.add("a", "--sleepable", port=ports[0])
+    units.add("b", port=ports[1])
+    ini = unit_ini(("a", ports[0]), ("b", ports[1]))
+    ini = ini.replace("[b]", "sleep = POST /sleep?level=1\nwake = POST /wake_up\n[b]")
+    with brisk(ini, env=units.env) as server:
+        pid = server.chat("a").content().split()[1]
+        assert server.chat("b").status == 200
+        assert server.states() == {"a": "sleeping", "b": "loaded"}
+        assert server.chat("a").content().split()[1] == pid
+        assert server.states() == {"a": "loaded", "b": "unloaded"}
+
+
+# ==================================================================================
+# Sleep of processes
+# ==================================================================================
+
+SLEEPY = """
+[a]
+cmd = FAKE --model a --sleepable {}
+sleep = POST /sleep?level=1
+wake = POST /wake_up
+[b]
+cmd = FAKE --model b
+"""
+
+
+def test_a_victim_that_can_sleep_is_put_to_sleep_and_woken():
+    with brisk(SLEEPY.format("")) as server:
+        pid = server.chat("a").content().split()[1]
+        assert server.chat("b").status == 200
+        assert server.states() == {"a": "sleeping", "b": "loaded"}
+        assert server.chat("a").content().split()[1] == pid
+        assert server.states() == {"a": "loaded", "b": "unloaded"}
+        events = [each["event"] for each in server.journal(model="a")]
+        assert events.count("sleep") == events.count("wake") == 1
+        assert events.count("main") == 1
+
+
+def test_a_model_that_does_not_fall_asleep_is_stopped():
+    text = SLEEPY.format("").replace("--sleepable", "")
+    with brisk(text) as server:
+        assert server.chat("a").status == 200
+        assert server.chat("b").status == 200
+        assert server.states() == {"a": "unloaded", "b": "loaded"}
+        assert "did not fall asleep" in server.log()
+
+
+def test_a_wake_that_fails_is_a_restart_in_the_same_life():
+    with brisk(SLEEPY.format("--wake-fails")) as server:
+        pid = server.chat("a").content().split()[1]
+        assert server.chat("b").status == 200
+        answer = server.chat("a")
+        assert answer.status == 200 and answer.content().split()[1] != pid
+        assert server.loaded() == ["a"]
+        assert len(server.journal("main", "a")) == 2
+
+
+def test_a_sleeping_model_that_dies_is_unloaded_and_starts_again():
+    with brisk(SLEEPY.format("")) as server:
+        pid = server.chat("a").content().split()[1]
+        server.chat("b")
+        os.kill(int(pid), signal.SIGKILL)
+        eventually(lambda: server.states()["a"] == "unloaded")
+        assert server.chat("a").status == 200
+
+
+def test_a_sleeping_model_is_stopped_by_hand_and_loaded_by_hand():
+    with brisk(SLEEPY.format("")) as server:
+        server.chat("a"), server.chat("b")
+        assert server.states()["a"] == "sleeping"
+        assert server.post("/models/load", {"model": "a"}).status == 200
+        eventually(lambda: server.states() == {"a": "loaded", "b": "unloaded"})
+        server.chat("b")
+        assert server.states()["a"] == "sleeping"
+        assert server.get("/props?model=a").status == 503  # passed on; the fake sleeps
+        assert server.get("/slots?model=a").status == 400
+        assert server.states()["a"] == "sleeping"
+        assert server.post("/models/unload", {"model": "a"}).status == 200
+        eventually(lambda: server.states()["a"] == "unloaded")
+
+
+def test_sleep_needs_count_while_it_sleeps():
+    text = "[llmswap]\nbudget = vram 10G\n" + SLEEPY.format("")
+    text = text.replace("[b]", "needs = vram 8G\nsleep-needs = vram 4G\n[b]")
+    with brisk(text + "needs = vram 8G\n") as server:
+        server.chat("a"), server.chat("b")  # asleep it still holds too much: it is stopped
+        assert server.states() == {"a": "unloaded", "b": "loaded"}
+
+
+@pytest.mark.skipif(not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server")
+def test_a_llama_server_that_puts_itself_to_sleep_shows_as_sleeping(tmp_path):
+    tiny = write_gguf(tmp_path / "a.gguf")
+    text = f"[a]\nllama-server = {LLAMA_SERVER}\nmodel = {tiny}\nsleep-idle-seconds = 1\n"
+    body = {"model": "a", "prompt": "hi", "max_tokens": 2}
+    with brisk(text) as server:
+        assert server.post("/v1/completions", body).status == 200
+        pid = server.get("/v1/models/a").json()
+        eventually(lambda: server.states() == {"a": "sleeping"}, 6)
+        for path in ("/health", "/v1/models", "/props?model=a"):
+            assert server.get(path).status == 200
+        assert server.get("/props?model=a").json()["is_sleeping"] is True
+        assert server.get("/slots?model=a").status == 400
+        assert server.states() == {"a": "sleeping"}
+        assert server.post("/v1/completions", body).status == 200
+        assert server.states() == {"a": "loaded"}
+        eventually(lambda: server.states() == {"a": "sleeping"}, 6)
+        assert server.log().count("loaded in") == 2, server.log()
+        del pid
+
+
+# ==================================================================================
+# Remote models
+# ==================================================================================
+
+
+def test_a_magic_packet_is_six_ff_and_the_address_sixteen_times():
+    packet = llmswap.magic_packet(bytes.fromhex("abcdef012345"))
+    assert packet == b"\xff" * 6 + bytes.fromhex("abcdef012345") * 16
+
+
+@contextmanager
+def ears():
+    """(port, packets): a UDP socket and what it hears, with the time."""
+    packets = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+
+        def listen():
+            while True:
+                data = sock.recv(2000)
+                if not data:
+                    return
+                packets.append((time.monotonic(), data))
+
+        thread = threading.Thread(target=listen, daemon=True)
+        thread.start()
+        port = sock.getsockname()[1]
+        yield port, packets
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end:
+            end.sendto(b"", ("127.0.0.1", port))
+        thread.join()
+
+
+class Machine:
+    """A machine elsewhere that can be switched on and off; its address stays."""
+
+    def __init__(self, *flags, env=None):
+        self.port = free_port()
+        self._command = fake_command("--model", "far", *flags, port=str(self.port)).split()
+        self.process = None
+
+    def on(self):
+        self.process = subprocess.Popen(
+            self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    def is_ready(self):
+        try:
+            return ask(self.port, "GET", "/health").status == 200
+        except OSError:
+            return False
+
+    def off(self):
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def freeze(self):
+        """As a suspended machine: nobody answers, nothing is refused."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self):
+        self.process.send_signal(signal.SIGCONT)
+
+
+@pytest.fixture
+def machine():
+    found = Machine("--load", "0.2")
+    yield found
+    found.off()
+
+
+def remote_ini(port, *lines):
+    more = "\n".join(lines)
+    return f"[far]\nproxy = http://127.0.0.1:{port}\n{more}\n[near]\ncmd = FAKE --model near\n"
+
+
+def test_a_remote_model_takes_no_room(machine):
+    machine.on()
+    with brisk(remote_ini(machine.port)) as server:
+        assert server.chat("near").status == 200
+        assert server.chat("far").content().startswith("far ")
+        assert server.loaded() == ["far", "near"]
+        assert server.post("/models/unload", {"model": "far"}).status == 200
+        eventually(lambda: server.loaded() == ["near"])
+        assert is_listening(machine.port)
+
+
+def test_the_proxy_key_is_sent_and_the_clients_is_not(machine):
+    machine.on()
+    with brisk(remote_ini(machine.port, "proxy-key = secret")) as server:
+        answer = server.ask(
+            "POST", "/echo", {"model": "far"}, {"Authorization": "Bearer mine"}.items()
+        ).json()
+        fields = [value for name, value in answer["headers"] if name.lower() == "authorization"]
+        assert fields == ["Bearer secret"]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_sleeping_machine_is_woken_and_the_client_gets_its_answer(machine, is_stream):
+    with ears() as (port, packets):
+        lines = ["wake-mac = ab:cd:ef:01:23:45", f"wake-broadcast = 127.0.0.1:{port}"]
+        with brisk(remote_ini(machine.port, *lines)) as server:
+            timer = threading.Timer(0.9, machine.on)
+            timer.start()
+            began = time.monotonic()
+            if is_stream:
+                with server.stream("far") as stream:
+                    assert stream.text().startswith("far ")
+                    assert stream.raw.startswith(b":")
+            else:
+                assert server.chat("far").content().startswith("far ")
+            took = time.monotonic() - began
+            times = [moment - began for moment, _ in packets]
+            count = len(times)
+            assert took > 0.9 and count >= 3 and times[0] < 0.4, times
+            assert all(b - a > 0.3 for a, b in zip(times, times[1:])), times
+            packet = llmswap.magic_packet(bytes.fromhex("abcdef012345"))
+            assert {data for _, data in packets} == {packet}
+            assert server.chat("far").status == 200
+            assert len(packets) <= count + 1
+
+
+def test_a_machine_that_does_not_wake_in_time_is_a_504(machine):
+    with brisk(remote_ini(machine.port, "load-timeout = 1s")) as server:
+        began = time.monotonic()
+        answer = server.chat("far")
+        assert answer.status == 504 and 0.9 < time.monotonic() - began < 2
+        assert "did not answer for 1 s" in answer.message()
+        assert "Connection refused" in answer.message()
+
+
+def test_a_remote_that_vanished_is_waited_for_and_not_called_broken(machine):
+    machine.on()
+    with brisk(remote_ini(machine.port)) as server:
+        for _ in range(5):
+            assert server.chat("far").status == 200
+            machine.off()
+            timer = threading.Timer(0.3, machine.on)
+            timer.start()
+            assert server.chat("far").status == 200
+        status = server.get("/v1/models/far").json()["status"]
+        assert status["value"] == "loaded" and "failed" not in status
+        assert "could not" not in server.log()
+
+
+def test_a_stream_from_a_remote_that_vanishes_ends_broken(machine):
+    machine.on()
+    with brisk(remote_ini(machine.port)) as server:
+        with server.stream("far", tokens=100, interval=0.05) as stream:
+            events = stream.events()
+            next(events), next(events)
+            machine.off()
+            with pytest.raises((BrokenAnswer, OSError, StopIteration)) as caught:
+                while "error" not in (event := next(events)):
+                    assert event != "[DONE]"
+                next(events)
+            assert caught.type is not StopIteration or not stream.is_complete
+        timer = threading.Timer(0.3, machine.on)
+        timer.start()
+        assert server.chat("far").status == 200
+
+
+def test_a_frozen_machine_is_asked_before_a_request_is_sent(machine):
+    machine.on()
+    with brisk(remote_ini(machine.port), FRESH=0.3) as server:
+        assert server.chat("far").status == 200
+        requests = ask(machine.port, "GET", "/stats").json()["requests"]
+        machine.freeze()
+        time.sleep(0.4)
+        timer = threading.Timer(1.0, machine.thaw)
+        timer.start()
+        began = time.monotonic()
+        assert server.chat("far").status == 200
+        assert time.monotonic() - began > 0.9
+        assert ask(machine.port, "GET", "/stats").json()["requests"] == requests + 1
+
+
+def test_a_remote_that_does_not_even_accept_is_asleep_after_a_second(monkeypatch, tmp_path):
+    """A full backlog drops what comes, as a machine that sleeps does."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+        port = listener.getsockname()[1]
+        crowd = [socket.socket() for _ in range(3)]
+        for sock in crowd:
+            sock.setblocking(False)
+            sock.connect_ex(("127.0.0.1", port))
+        path = tmp_path / "remote.ini"
+        path.write_text(remote_ini(port))
+        backend = llmswap.RemoteBackend(llmswap.load_config(path).models["far"])
+        monkeypatch.setattr(llmswap, "FRESH", 0.0)
+        calls = []
+        backend.on_dying = lambda _: calls.append("dying")
+        backend.on_exited = lambda _, problem: calls.append(("exited", problem))
+        backend.on_line = backend.on_loaded = lambda _: None
+        backend._come_up = lambda: True
+        backend.start()
+        began = time.monotonic()
+        assert backend.is_there(0.5) is False
+        assert 0.9 < time.monotonic() - began < 1.5
+        eventually(lambda: calls == ["dying", ("exited", None)])
+        for sock in crowd:
+            sock.close()
+
+
+def test_a_remote_llmswap_is_a_model_like_any_other(machine):
+    far = "[big]\ncmd = FAKE --model big --load 0.3\n"
+    with brisk(far) as remote:
+        near = f"""
+[big]
+proxy = {remote.url}
+[big-loud]
+uses = big
+model-name = big
+set-params = {{"tag": "LOUD"}}
+"""
+        with brisk(near) as server:
+            assert remote.states() == {"big": "unloaded"}
+            assert server.chat("big").content().startswith("big ")
+            assert "LOUD" in server.chat("big-loud").content()
+            assert remote.loaded() == ["big"]
+
+
+# ==================================================================================
+# TLS, suspension
+# ==================================================================================
+
+
+class Tls:
+    """Terminates TLS before a port, with a certificate of its own."""
+
+    def __init__(self, folder, port, name="IP:127.0.0.1"):
+        self.certificate, key = folder / "cert.pem", folder / "key.pem"
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+             "-keyout", key, "-out", self.certificate, "-subj", "/CN=far",
+             "-addext", f"subjectAltName={name}"],
+            check=True, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.certificate, key)
+        self._context, self._target = context, port
+        self.accepted = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            sock, _ = self._listener.accept()
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock):
+        try:
+            client = self._context.wrap_socket(sock, server_side=True)
+            self.accepted += 1
+            server = socket.create_connection(("127.0.0.1", self._target))
+            threading.Thread(target=self._carry, args=(server, client), daemon=True).start()
+            self._carry(client, server)
+        except OSError:
+            sock.close()
+
+    def _carry(self, source, target):
+        try:
+            while data := source.recv(65536):
+                target.sendall(data)
+        except (OSError, ValueError):
+            pass
+        for sock in (source, target):
+            try:
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+
+def test_an_https_upstream_is_used_if_its_certificate_is_good(machine, tmp_path):
+    machine.on()
+    eventually(machine.is_ready)
+    tls = Tls(tmp_path, machine.port)
+    ini = remote_ini(tls.port, "load-timeout = 5s").replace("http:", "https:")
+    with brisk(ini, env={"SSL_CERT_FILE": str(tls.certificate)}) as server:
+        for _ in range(3):
+            assert server.chat("far").content().startswith("far ")
+        with server.stream("far", tokens=20, interval=0.05) as stream:
+            assert stream.text().startswith("far ")
+        big = server.chat("far", size=3_000_000)
+        assert len(big.content()) >= 3_000_000 - 3
+        with server.stream("far", tokens=3, stall=1) as stream:  # silent: TICK passes
+            next(stream.events())
+            time.sleep(1.2)
+        assert tls.accepted <= 5  # kept connections are used again
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_an_https_upstream_that_cannot_be_verified_gets_nothing(machine, tmp_path, trust):
+    machine.on()
+    eventually(machine.is_ready)
+    tls = Tls(tmp_path, machine.port, "DNS:elsewhere" if trust else "IP:127.0.0.1")
+    env = {"SSL_CERT_FILE": str(tls.certificate)} if trust else {}
+    ini = remote_ini(tls.port).replace("http:", "https:")
+    with brisk(ini, env=env) as server:
+        answer = server.chat("far")
+        assert answer.status == 502 and "certificate verify failed" in answer.message()
+        assert ask(machine.port, "GET", "/stats").json()["requests"] == 0
+
+
+def test_after_a_suspension_no_kept_connection_is_used(machine, monkeypatch):
+    machine.on()
+    eventually(lambda: is_listening(machine.port))
+    upstream = llmswap.Upstream(f"http://127.0.0.1:{machine.port}")
+    sock, _ = upstream.connect()
+    upstream.give_back(sock)
+    again, was_used = upstream.connect()
+    assert was_used and again is sock and upstream.is_busy
+    upstream.give_back(again)
+    now = llmswap.suspended_seconds()
+    monkeypatch.setattr(llmswap, "suspended_seconds", lambda: now + 60)
+    assert not upstream.is_fresh(1e9)
+    fresh, was_used = upstream.connect()
+    assert not was_used and fresh is not sock
+    upstream.give_back(fresh)
+    assert upstream.is_fresh(1e9)
+    upstream.close()
+
+
+# ==================================================================================
+# The idle-command
+# ==================================================================================
+
+
+def test_when_nobody_asks_everything_is_unloaded_and_the_idle_command_run(tmp_path):
+    mark = tmp_path / "ran"
+    command = f"/bin/sh -c 'date +%s.%N >>{mark}; sleep 0.3'"
+    head = f"[llmswap]\nidle-command = {command}\nidle-command-after = 1s\n"
+    with brisk(head + "[a]\ncmd = FAKE --model a\npin = on\n") as server:
+        ended = []
+        for _ in range(4):
+            assert server.chat("a").status == 200
+            ended.append(time.time())
+            time.sleep(0.5)
+            assert server.get("/v1/models").status == 200  # no request for a model
+            assert server.states() == {"a": "loaded"} and not mark.exists()
+        eventually(lambda: mark.exists() and mark.read_text(), 3)
+        assert 0.95 < float(mark.read_text()) - ended[-1] < 2
+        assert server.states() == {"a": "unloaded"}
+        eventually(lambda: "idle-command ended with status 0" in server.log())
+        assert server.chat("a").status == 200
+        eventually(lambda: len(mark.read_text().split()) == 2, 4)
+
+
+def test_a_request_while_the_last_model_goes_cancels_the_idle_command(tmp_path):
+    mark = tmp_path / "ran"
+    head = f"[llmswap]\nidle-command = touch {mark}\nidle-command-after = 0.5s\n"
+    with brisk(head + "[a]\ncmd = FAKE --model a --stop-delay 0.6\n") as server:
+        assert server.chat("a").status == 200
+        eventually(lambda: "unload" in server.log())
+        assert server.chat("a").status == 200
+        assert not mark.exists()
+        eventually(mark.exists, 4)
+
+
+def test_an_idle_command_that_does_not_exist_is_told_of():
+    head = "[llmswap]\nidle-command = /no/such/thing\nidle-command-after = 0.2s\n"
+    with brisk(head + "[a]\ncmd = FAKE\n") as server:
+        eventually(lambda: "idle-command: " in server.log())
+        assert server.chat("a").status == 200
 
 
 """Rooms 6 (Relay) and 9 (API) of llmswap, tested as a hostile world would use them."""
