@@ -8,8 +8,9 @@ standard library only: `python3 llmswap.py example.ini`.
     clients ──> Handler ──> Pool.lease() ──> relay() ──> llama-server, or any other
                  (9)          (5) │            (6)           ^
                                   v                          │ starts, watches, stops
-                          Scheduler.decide() ──> Start, Stop ┘ ProcessBackend (4)
-                                 (3)
+                          Scheduler.decide() ──> Start, Stop ┘ ProcessBackend,
+                                 (3)                           UnitBackend,
+                                                               RemoteBackend (4)
 
 Words. A *model* is a section of the INI file. A *backend* is the running thing that
 serves it: a process, a systemd unit, or a remote server. *Upstream* is that backend as
@@ -32,8 +33,9 @@ Rooms, each using only what stands above it:
 
 Threads. One accepts connections; one serves each connection, request after request; one
 lives the life of each backend, from spawn to death; one turns the Pool's wheel when
-time alone changes something; one writes the log; one replaces a dead guard. What they
-share is the Scheduler and the dict of backends. Both belong to the Pool and are touched
+time alone changes something; one writes the log; one replaces a dead guard; where they
+are wanted, one talks to systemd and one sees to the idle command. The main thread hears
+signals. What they share is the Scheduler and the dict of backends. Both belong to the Pool and are touched
 only under its one lock, which is held just long enough to record an event and to carry
 out what follows, never across I/O or a sleep. Waiting happens outside. So there is no
 order of locks to remember, and nothing can wait for someone who waits.
@@ -2636,7 +2638,7 @@ class Scheduler:
 #    Never knows the Scheduler, the Pool, clients, other models, or any lock.
 #
 #        spawn ──> await health ──> ready ──> await end ──> stop ──> reap ──> settle
-#                   │  on_loaded ───┘              │                          │
+#                   │  on_loaded ───┘              │ on_dying, on_slept       │
 #                   └── exit, stop or timeout ─────┴──────────── on_exited ───┘
 #
 #    One thread lives one life. It sleeps in one poll() over the child's exit, its
@@ -2744,7 +2746,8 @@ def _listeners(family, port):
         family, tcp, 0, listening, socket.htons(port),
     )  # fmt: skip
     try:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as kernel:
+        kind = (socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
+        with socket.socket(*kind) as kernel:
             kernel.settimeout(1.0)
             kernel.send(query)
             return list(_told_listeners(kernel, 4 if family == socket.AF_INET else 16))
@@ -2760,7 +2763,8 @@ def _told_listeners(kernel, width):
             size, kind = struct.unpack_from("=IH", data, at)
             if kind != SOCK_DIAG_BY_FAMILY:
                 return
-            yield data[at + 24 : at + 24 + width], *struct.unpack_from("=I", data, at + 84)
+            (inode,) = struct.unpack_from("=I", data, at + 84)
+            yield data[at + 24 : at + 24 + width], inode
             at += (size + 3) & ~3
 
 
@@ -2812,7 +2816,7 @@ def stranger_on(port: int, child: int, may_hide: bool) -> Optional[str]:
     """Return who holds the port if it is not the child's process group, else None.
 
     `may_hide`: the listener may be somebody else's (a container engine's) if it cannot
-    be seen or is not older than the child. Where even the child's own descriptors cannot
+    be seen or is not older than the child. Where even the child's own sockets cannot
     be seen, the listener is believed.
     """
     birth = process_stat(child)
@@ -3249,7 +3253,8 @@ def clean_environment(extra: Mapping[str, str]) -> Dict[str, str]:
         "LISTEN_|WATCHDOG_|LLMSWAP_|(NOTIFY_SOCKET|JOURNAL_STREAM|LLAMA_API_KEY"
         "|LLAMA_SERVER_ROUTER_PORT)$"
     )
-    kept = {name: value for name, value in os.environ.items() if not foreign.match(name)}
+    ours = os.environ.items()
+    kept = {name: value for name, value in ours if not foreign.match(name)}
     return {**kept, **extra}
 
 
@@ -3349,7 +3354,8 @@ class ProcessBackend:
 
     `start()` returns at once. Then `on_loaded(self)` is called when it is ready, or
     awake again, `on_slept(self)` when it fell asleep, `on_dying(self)` when it is found
-    dead or hanging though nobody stopped it, and `on_exited(self, problem)` when nothing of it is left (problem: a StartFailed, or
+    dead or hanging though nobody stopped it, and `on_exited(self, problem)` when
+    nothing of it is left (problem: a StartFailed, or
     None if it was stopped), both on its own thread. `on_line(text)` gets each line that
     it writes.
     """
@@ -3444,7 +3450,7 @@ class ProcessBackend:
                 problem = self._failure()
         except Problem as error:
             problem = error.with_traceback(None)  # whose frames would keep us alive
-        except Exception as error:  # a bug or no descriptors left: never a silent thread
+        except Exception as error:  # a bug, or no descriptors: never a silent thread
             problem = StartFailed(f"{self.model.name}: {type(error).__name__}: {error}")
         self._end()
         self.on_exited(self, problem)
@@ -3623,7 +3629,7 @@ class ProcessBackend:
         self._has_ended.set()
 
     def _examine(self):
-        """A request is silent: ask for health; no answer in time means that it hangs."""
+        """A request is silent: ask for health; without an answer in time it hangs."""
         limit = self.model.settings.hang_timeout
         if self._check is None and (
             time.monotonic() >= self._asked_at + 1.0 or self._asked_at < self._suspicion
@@ -4124,7 +4130,7 @@ def _gpu_query():
 
 
 def gpu_processes() -> Set[int]:
-    """Return the processes that hold memory of a GPU, as its vendor's tool shows them."""
+    """Return the processes that hold memory of a GPU, as its vendor's tool has them."""
     try:
         done = subprocess.run(
             _gpu_query(),
@@ -4135,7 +4141,8 @@ def gpu_processes() -> Set[int]:
         )
     except (OSError, subprocess.SubprocessError):
         return set()
-    return {int(word) for word in re.findall(rb"^\s*(\d+)\b", done.stdout, re.MULTILINE)}
+    found = re.findall(rb"^\s*(\d+)\b", done.stdout, re.MULTILINE)
+    return {int(word) for word in found}
 
 
 def gpu_users_among(group: int) -> Set[int]:
@@ -5126,8 +5133,8 @@ class Pool:
 
     @contextlib.contextmanager
     def lease(self, model: Model, gone: Callable[[], bool], is_loose=False):
-        """Yield a backend of the model, ready, loading it if need be; it stays until the
-        block ends (a loose lease may be cut).
+        """Yield a backend of the model, ready, loading it if need be; it stays until
+        the block ends (a loose lease may be cut).
 
         Raise a Problem if it cannot be had, or ClientGone once gone() is true; that is
         asked about twice a second.
@@ -5259,7 +5266,7 @@ class Pool:
             return self._backends.get(model.backend)
 
     def snapshot(self) -> Dict[str, Status]:
-        """Return every model's status, those that share a backend with that backend's."""
+        """Return every model's status; those that share a backend have its status."""
         with self._lock:
             now = self._clock()
             slots = dict(self._scheduler.slots)
@@ -5288,7 +5295,7 @@ class Pool:
         )
 
     def feed_of(self, name: str) -> Feed:
-        """Return the lines that the model's backends wrote, whichever life wrote them."""
+        """Return the lines that the model's backends wrote, in all their lives."""
         return self._feeds.setdefault(name, Feed(1000))
 
     def counts(self, timeout: float = -1) -> Optional[Dict[str, int]]:
@@ -6123,7 +6130,7 @@ class Body:
 
 
 class Member(NamedTuple):
-    """A top-level member of a JSON object: its name, and where it stands in the bytes."""
+    """A top-level member of a JSON object: its name, and where in the bytes it is."""
 
     name: str
     start: int
@@ -6164,8 +6171,8 @@ _decode_value = json.JSONDecoder(strict=False).scan_once
 
 def _members_by_decoder(data):
     """The members of a whole object without escapes in its names. Five times as fast as
-    by hand, since json's decoder finds the ends of values in C; as Latin-1, because then
-    each character is one byte."""
+    by hand, since json's decoder finds the ends of values in C; as Latin-1, because
+    then each character is one byte."""
     text = str(data, "latin-1")
     members, end = [], 0
     name = _FIRST.match(text)
@@ -6180,7 +6187,9 @@ def _members_by_decoder(data):
 
 
 def _as_utf_8(latin):
-    return latin if latin.isascii() else latin.encode("latin-1").decode("utf-8", "replace")
+    if latin.isascii():
+        return latin
+    return latin.encode("latin-1").decode("utf-8", "replace")
 
 
 def _members_by_hand(data):
@@ -6513,7 +6522,7 @@ class Answer:
         return _are_events(self._first)
 
     def pieces(self) -> Iterable:
-        """Yield the payload as it comes; each piece is good until the next is asked for.
+        """Yield the payload as it comes; a piece is good until the next is asked for.
         Raise Truncated if it ends too early."""
         try:
             if self.framing.is_chunked:
@@ -6836,8 +6845,8 @@ def relay(outgoing: Outgoing, link: Link, reply: Reply, transform_of=lambda _: N
     """Send the request to the backend and its answer to the client.
 
     Raise BackendDied if it gave no answer (nothing was sent to the client then, but for
-    an early head), ClientGone if the client left. An answer that breaks off is passed on
-    as broken. `transform_of(answer)` may return what changes its payload: pieces go
+    an early head), ClientGone if the client left. An answer that breaks off is passed
+    on as broken. `transform_of(answer)` may return what changes its payload: pieces go
     through `feed`, and `finish` gives what is left at the end.
     """
     silence = Silence(reply, link.suspect)
@@ -9851,7 +9860,8 @@ class Handler(socketserver.BaseRequestHandler):
             dropped.update(("authorization", "x-api-key", "api-key"))
         if self.head.method == "POST":
             dropped.add("accept-encoding")  # events and numbers are read on the way
-        fields = [each for each in end_to_end(self.head.fields) if each[0] not in dropped]
+        fields = end_to_end(self.head.fields)
+        fields = [each for each in fields if each[0] not in dropped]
         if model.settings.proxy_key:
             key = model.settings.proxy_key.encode().decode("latin-1")  # sent as UTF-8
             fields.append(("authorization", f"Bearer {key}"))
@@ -10020,8 +10030,8 @@ MOST_CONNECTIONS = 4096
 class Log:
     """Lines for people, on stderr and in `feed`. Any thread may call; nobody waits.
 
-    `log(level, text)`. Under systemd's journal each line carries its priority instead of
-    the time; colours only on a terminal.
+    `log(level, text)`. Under systemd's journal each line carries its priority instead
+    of the time; colours only on a terminal.
     """
 
     LEVELS = {"debug": 7, "info": 6, "warning": 4, "error": 3}
@@ -10145,7 +10155,8 @@ class Server(http.server.ThreadingHTTPServer):
         reply = Reply(connection, None, [])
         try:
             payload = _dump(error_body(problem))
-            reply.begin(503, "Service Unavailable", [("retry-after", "5")], len(payload))
+            fields = [("retry-after", "5")]
+            reply.begin(503, "Service Unavailable", fields, len(payload))
             reply.send(payload)
         except ClientGone:
             pass
@@ -10195,7 +10206,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._idle_connections.discard(connection)
 
     def quiet_since(self) -> Optional[float]:
-        """Return when the last request ended; None while one runs or may come at once."""
+        """Return when the last request ended; None while one runs or is to come."""
         is_busy = len(self._open) > len(self._idle_connections)
         return None if is_busy else self._quiet_at
 
@@ -10329,7 +10340,7 @@ def shown_address(address: Address) -> str:
 # -- systemd ---------------------------------------------------------------------------
 
 
-def take_listeners(environ: Dict[str, str]) -> Tuple[List[socket.socket], Optional[str]]:
+def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
     """Return the listening sockets that systemd passed to us, and what is wrong if it
     meant to but could not. Its variables are removed from `environ`."""
     names = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
@@ -10670,7 +10681,8 @@ class Program:
                 if error.errno == errno.EADDRINUSE and is_llmswap(address):
                     self.log("info", f"llmswap answers at {where} already")
                     return 0
-                self.log("error", f"cannot listen on {where}: {error.strerror or error}")
+                reason = error.strerror or error
+                self.log("error", f"cannot listen on {where}: {reason}")
                 return 1
         return listeners
 
