@@ -35,18 +35,17 @@ Threads. One accepts connections; one serves each connection, request after requ
 lives the life of each backend, from spawn to death; one turns the Pool's wheel when
 time alone changes something; one writes the log; one replaces a dead guard; where they
 are wanted, one talks to systemd and one sees to the idle command. The main thread hears
-signals. What they share is the Scheduler and the dict of backends. Both belong to the Pool and are touched
-only under its one lock, which is held just long enough to record an event and to carry
-out what follows, never across I/O or a sleep. Waiting happens outside. So there is no
-order of locks to remember, and nothing can wait for someone who waits.
+signals. What they share is the Scheduler and the dict of backends. Both belong to the
+Pool and are touched only under its one lock, which is held just long enough to record
+an event and to carry out what follows, never across I/O or a sleep. Waiting happens
+outside. So there is no order of locks to remember, and nothing can wait for someone who
+waits.
 """
 
-import argparse
 import base64
 import bisect
 import collections
 import contextlib
-import difflib
 import enum
 import errno
 import functools
@@ -71,10 +70,8 @@ import socketserver
 import struct
 import subprocess
 import sys
-import textwrap
 import threading
 import time
-import traceback
 import urllib.parse
 from collections import namedtuple
 from dataclasses import dataclass, replace
@@ -624,8 +621,15 @@ def model_key(spelling) -> Optional[str]:
 
 def near_name(name, names) -> str:
     """Return a question that ends a message about an unknown name, or nothing."""
-    near = difflib.get_close_matches(name, names, 1)
+    near = close_names(name, names)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def close_names(name, names, similarity=0.6) -> list:
+    """Return the name that is most like this one, if any is as similar as that."""
+    import difflib  # only who mistypes needs it
+
+    return difflib.get_close_matches(name, names, 1, similarity)
 
 
 def keys_table(keys) -> str:
@@ -1311,7 +1315,7 @@ def warn_of_traps(options, warn):
 def _traps(option, entry):
     """Yield what may surprise in one entry."""
     is_known = BUILT_IN_OPTIONS.knows(entry.key)
-    if not is_known and difflib.get_close_matches(entry.key, MODEL_KEY, 1, 0.8):
+    if not is_known and close_names(entry.key, MODEL_KEY, 0.8):
         yield f"taken for an option of llama-server{near_name(entry.key, MODEL_KEY)}"
     if not ROUTER_OPTIONS.isdisjoint(option.names):
         yield "no option of a model; it is ignored"
@@ -9271,6 +9275,7 @@ class Handler(socketserver.BaseRequestHandler):
         if self.body is not None and self.reply.stays:
             self.reply.stays = self._skip_body()
         self.is_unread = self.body is None or not self.body.is_complete
+        self.body = None  # what it holds, while the connection waits for the next
         return self.reply.stays
 
     def _read_head(self):
@@ -9550,18 +9555,33 @@ class Handler(socketserver.BaseRequestHandler):
             self._check_not_from_a_page()
             self.server.reload()
             self.config = self.pool.config
-        statuses = self.pool.snapshot()
-        listed = [
-            self._model_entry(model, statuses.get(model.name))
-            for model in self.config.models.values()
-            if not model.settings.unlisted
-        ]
-        self._send_json({"object": "list", "data": listed})
+        listed = self._entries(self.config.models.values())
+        self._send_listing(b'{"object":"list","data":[%b]}' % b",".join(listed))
 
     def _show_model(self, name):
-        model = self._resolve(unquoted(name))
-        status = self.pool.snapshot().get(model.name)
-        self._send_json(self._model_entry(model, status))
+        self._send_listing(*self._entries([self._resolve(unquoted(name))], True))
+
+    def _send_listing(self, payload):
+        fields = [("content-type", "application/json; charset=utf-8")]
+        self._send(200, fields, payload)
+
+    def _entries(self, models, is_asked_for=False):
+        """Yield what there is to say of each model, as JSON. To write 500 of them takes
+        50 ms, so the server keeps each, and what it was made of."""
+        statuses, tables, kept = self.pool.snapshot(), {}, self.server.entries
+        for model in models:
+            if model.settings.unlisted and not is_asked_for:
+                continue
+            owner = self.config.models.get(model.backend, model)
+            binary = owner.settings.llama_server
+            if binary not in tables:
+                tables[binary] = options_of(binary)
+            status = statuses.get(model.name)
+            told = status and (status.state, status.port, status.failure)
+            source = (model, owner, tables[binary], told)
+            if kept.get(model.name, (None,))[0] != source:
+                kept[model.name] = source, _dump(self._model_entry(model, status))
+            yield kept[model.name][1]
 
     def _model_entry(self, model, status):
         state = status.state.value if status else "unloaded"
@@ -10106,6 +10126,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.sockets = sockets
         self.pool, self.log, self.reload = pool, log, reload
         self.born = int(time.time())
+        self.entries = {}  # of /v1/models: see Handler._entries
         self.is_closing = False
         self.most_connections = min(MOST_CONNECTIONS, raise_descriptor_limit() // 2)
         self._bell = Bell()
@@ -10194,6 +10215,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         """A bug: say where. The connection is closed by the caller."""
+        import traceback
+
         self.log("error", f"bug in llmswap:\n{traceback.format_exc()}")
 
     def begin_idling(self, connection):
@@ -10540,8 +10563,10 @@ class Parrot(http.server.BaseHTTPRequestHandler):
 # -- starting and ending ---------------------------------------------------------------
 
 
-def parse_args(argv: List[str]) -> argparse.Namespace:
+def parse_args(argv: List[str]):
     """Return the arguments; exit with status 2 and a usage if they make no sense."""
+    import argparse
+
     parser = argparse.ArgumentParser(
         prog="llmswap.py",
         description="One address for many local language models.",
@@ -10577,7 +10602,8 @@ def check(config: Config) -> int:
         try:
             if model.problem:
                 raise ConfigError(model.problem)
-            print(textwrap.indent(_description(model), "  "))
+            lines = _description(model).splitlines(True)
+            print("".join(f"  {line}" if line.strip() else line for line in lines))
         except ConfigError as error:
             print(f"  UNUSABLE: {error}")
             status = 2
@@ -10623,7 +10649,7 @@ def _run_parrot(port):
 class Program:
     """One run of llmswap: from the listening sockets to the last backend's end."""
 
-    def __init__(self, args: argparse.Namespace, config: Config):
+    def __init__(self, args, config: Config):
         self._args = args
         self._config = config
         self._signals = collections.deque()  # that arrived and were not seen to
