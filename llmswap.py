@@ -142,8 +142,9 @@ class StartFailed(Problem):
 
     status, code = 502, "model_start_failed"
 
-    def __init__(self, message):
+    def __init__(self, message, exit_code=None):
         super().__init__(message, may_retry=False)
+        self.exit_code = exit_code  # of its process, if that exited by itself
 
 
 class LoadTimeout(StartFailed):
@@ -820,6 +821,9 @@ def expand(text, variables) -> str:
     Raise ValueError for a name that has no value.
     """
 
+    if "${" not in text:
+        return text
+
     def value(match):
         if match[1] is None:
             return "${"
@@ -1337,10 +1341,12 @@ class Texts:
 
     def raw(self, entry) -> str:
         """Return the text with macros replaced."""
-        return expand_macros(entry.text, self.macros)
+        return expand_macros(entry.text, self.macros) if self.macros else entry.text
 
     def environment_in(self, text) -> dict:
         """Return those variables of the environment that the text mentions."""
+        if "${" not in text:
+            return {}
         names = variables_in(text) & self._environ.keys()
         return {name: self._environ[name] for name in names}
 
@@ -1356,6 +1362,12 @@ class Texts:
         except ValueError as error:
             raise ConfigError(f"{entry.place}: {error}") from None
         return text if late else value
+
+
+@functools.lru_cache(maxsize=None)
+def _parsed(key, text):
+    """The value of a default, which hundreds of models may share."""
+    return key.parse(text)
 
 
 class ModelReading:
@@ -1403,6 +1415,8 @@ class ModelReading:
         default = Entry(key.name, "0" if never_hangs else key.default, "")
         entry = self._keys.get(key.name, default)
         try:
+            if entry is default and "${" not in default.text:
+                return _parsed(key, default.text)
             return self._read(key, entry)
         except ConfigError as error:
             if key.name in LENIENT_KEYS:
@@ -1490,10 +1504,13 @@ class Names:
     def __init__(self):
         self._exact = {}
         self._folded = {}
+        self._of = {}
 
     def claim(self, name, owner) -> bool:
         """Give the name to a model unless another has it; return whether it has it."""
         self._folded.setdefault(name.strip().casefold(), owner)
+        if name not in self._exact:
+            self._of.setdefault(owner, []).append(name)
         return self._exact.setdefault(name, owner) == owner
 
     def find(self, name) -> Optional[str]:
@@ -1502,7 +1519,7 @@ class Names:
 
     def of(self, owner) -> tuple:
         """Return all names of a model."""
-        return tuple(name for name in self._exact if self._exact[name] == owner)
+        return tuple(self._of.get(owner, ()))
 
 
 def misfit(models, settings) -> Optional[str]:
@@ -3273,7 +3290,11 @@ def find_program(name: str, environment: Mapping[str, str], cwd: Optional[str]) 
         raise StartFailed(f"{found} {reason}")
     found = shutil.which(name, path=environment.get("PATH", os.defpath))
     if found is None:
-        raise StartFailed(f"there is no program {name!r} on the PATH")
+        where = "`llama-server` in [llmswap], or " if name == "llama-server" else ""
+        raise StartFailed(
+            f"there is no program {name!r} on the PATH; {where}the model's `cmd` can "
+            "name its whole path"
+        )
     return os.path.join(base, found)
 
 
@@ -3447,6 +3468,8 @@ class ProcessBackend:
                 self._is_ready = True
                 self.upstream.note_life()
                 self.on_loaded(self)
+                if self.model.kind == "llama-server":
+                    self.entry = entry_of(self)
                 if self._await_end() or self._is_stop_asked:
                     break
                 self._clear_away()  # it slept and could not be woken: start it anew
@@ -3843,7 +3866,8 @@ class ProcessBackend:
         else:
             why = f"exited with status {status}"
         what = "ended by itself" if self._is_ready else "could not be started"
-        return StartFailed(f"{name} {what}: {why}{self._told()}")
+        exit_code = status if status >= 0 else None
+        return StartFailed(f"{name} {what}: {why}{self._told()}", exit_code)
 
     def _told(self):
         """The last lines that it wrote, for people to read."""
@@ -4040,6 +4064,17 @@ def ask_now(backend, patience: float) -> HealthCheck:
     check = question(asker, ("GET", backend.model.settings.check_endpoint))
     verdict(asker, check, now + patience, now + CONNECT_PATIENCE)
     return check
+
+
+def entry_of(life) -> dict:
+    """Return what the backend's own /v1/models says of its first model, or {}."""
+    check = question(life, ("GET", "/v1/models"), is_whole=True)
+    verdict(life, check, time.monotonic() + HEALTH_PATIENCE)
+    try:
+        entry = json.loads(check.text)["data"][0]
+    except (ValueError, LookupError, TypeError):
+        return {}
+    return entry if isinstance(entry, dict) else {}
 
 
 class Doze:
@@ -4811,6 +4846,97 @@ class RemoteBackend:
             self._lose()
 
 
+# -- how far a load is -----------------------------------------------------------------
+
+MOST_BEFORE_READY = 0.99
+MODEL_OPTIONS = ("-m", "--model", "-mm", "--mmproj", "-md", "--model-draft")
+
+
+class LoadGauge:
+    """How far one load is: `progress`, from 0 to 1, or None where that cannot be told.
+
+    It never goes back, and says 1 of nothing. Known by what the backend reports; if it
+    does not, by the memory of its processes against the files of the model they load.
+    """
+
+    def __init__(self):
+        self.progress = None
+        self._stages = {"stages": ["text_model"], "current": "text_model"}
+        self._value = 0.0
+        self._is_reported = False
+        self._size = 0
+
+    def report(self, payload):
+        """Take over what a llama-server tells its router of its load, if it is that."""
+        try:
+            stages, current = list(payload["stages"]), payload["current"]
+            value = min(1.0, max(0.0, float(payload["value"])))
+            share = (stages.index(current) + value) / len(stages)
+        except (KeyError, TypeError, ValueError):
+            return
+        self._is_reported = True
+        self._stages, self._value = {"stages": stages, "current": current}, value
+        self._rise_to(share)
+
+    def look(self, pid: Optional[int]):
+        """Look at the memory of that process and its descendants. Reads /proc."""
+        if pid is None or self._is_reported:
+            return
+        family = family_of(pid)
+        self._size = self._size or sum(map(size_of_models, family))
+        if self._size:
+            self._rise_to(sum(map(memory_for_models, family)) / self._size)
+            self._value = self.progress
+
+    def _rise_to(self, share):
+        share = min(MOST_BEFORE_READY, round(share, 3))
+        self.progress = max(share, self.progress or 0.0)
+
+    def told(self) -> dict:
+        """Return it in llama.cpp's words: the value is that of the current stage."""
+        return {**self._stages, "value": self._value}
+
+
+def family_of(pid: int) -> List[int]:
+    """Return the process and its descendants, as far as the kernel tells."""
+    family = [pid]
+    for each in family:  # it grows meanwhile
+        try:
+            with open(f"/proc/{each}/task/{each}/children") as file:
+                family += map(int, file.read().split())
+        except OSError:
+            continue  # it ended, or the kernel does not list children
+    return family
+
+
+def size_of_models(pid: int) -> int:
+    """Return the bytes of the model files named in the process's command line."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = os.fsdecode(file.read()).split("\0")
+    except OSError:
+        return 0
+    named = {after for word, after in zip(words, words[1:]) if word in MODEL_OPTIONS}
+    paths = [os.path.join(f"/proc/{pid}/cwd", path) for path in named]
+    shards = [shard for path in paths for shard in shards_of(path)]
+    return sum(os.path.getsize(path) for path in shards if os.path.isfile(path))
+
+
+def memory_for_models(pid: int) -> int:
+    """Return the bytes that the process has read or mapped, models among them."""
+    found = memory_of(pid)
+    return found.get("RssAnon", 0) + found.get("RssFile", 0)
+
+
+def shards_of(path: str) -> List[str]:
+    """Return the files of the model of which this is the first, or the only one."""
+    found = re.fullmatch(r"(.*)-00001-of-(\d{5})(\.gguf)", path)
+    if not found:
+        return [path]
+    start, count, end = found.groups()
+    return [f"{start}-{n:05}-of-{count}{end}" for n in range(1, int(count) + 1)]
+
+
 # -- memory of what runs ---------------------------------------------------------------
 
 
@@ -4901,6 +5027,10 @@ def _output_of(command):
 
 
 ADOPT_PATIENCE = 1.0  # s; how long the start may wait for systemd to say what runs
+
+
+LOOK_AT_LOADS = 0.2  # s, from one look at what loads to the next
+LOAD_LINE_EVERY = 10.0  # s; so often the log tells of a load that takes long
 
 
 class Feed:
@@ -5052,6 +5182,7 @@ class Status(NamedTuple):
     pid: Optional[int]
     port: Optional[int]
     progress: Optional[float]  # of a load, 0 to 1
+    entry: dict  # of its own /v1/models
 
 
 class Pool:
@@ -5078,6 +5209,7 @@ class Pool:
         self._alarm = threading.Condition(self._lock)  # look_again came nearer
         self._quiet = threading.Condition(self._lock)  # a lease or a backend ended
         self._changed = threading.Condition(self._lock)  # anything people see
+        self._loading = threading.Condition(self._lock)  # a load began
         self._alarm_at = math.inf
         self._is_closed = False
         self._adoption = None
@@ -5088,6 +5220,7 @@ class Pool:
         loaded on startup."""
         self._guard.start()
         threading.Thread(target=self._watch_clock, name="clock", daemon=True).start()
+        threading.Thread(target=self._watch_loads, name="loads", daemon=True).start()
         self._adopt_units()
         self._await_adoption(ADOPT_PATIENCE)
         threading.Thread(target=self._load_first, name="startup", daemon=True).start()
@@ -5269,6 +5402,12 @@ class Pool:
         with self._lock:
             return self._backends.get(model.backend)
 
+    def status_of(self, model: Model) -> Optional[Status]:
+        """Return the model's status; None: a reload has just removed it."""
+        with self._lock:
+            slot = self._scheduler.slots.get(model.backend)
+            return slot and self._status(model.name, slot, self._clock())
+
     def snapshot(self) -> Dict[str, Status]:
         """Return every model's status; those that share a backend have its status."""
         with self._lock:
@@ -5282,6 +5421,7 @@ class Pool:
 
     def _status(self, name, slot, now):
         backend = self._backends.get(slot.name)
+        is_loading = backend is not None and slot.state is State.LOADING
         unload_at = slot.unload_at() if slot.state is State.LOADED else None
         return Status(
             name=name,
@@ -5295,7 +5435,8 @@ class Pool:
             load_seconds=slot.load_seconds,
             pid=getattr(backend, "pid", None),
             port=getattr(backend, "port", None),
-            progress=getattr(backend, "progress", None),
+            progress=backend.gauge.progress if is_loading else None,
+            entry=getattr(backend, "entry", {}),
         )
 
     def feed_of(self, name: str) -> Feed:
@@ -5387,6 +5528,42 @@ class Pool:
                     self._alarm.wait(min(max(0.0, left), threading.TIMEOUT_MAX))
                 self._turn()
 
+    def _watch_loads(self):
+        """While anything loads, look how far it is; sleep while nothing does."""
+        while not self._is_closed:
+            with self._lock:
+                found = self._what_loads()
+                if not found:
+                    self._loading.wait()
+            for backend in found:
+                backend.gauge.look(getattr(backend, "pid", None))
+                with self._lock:
+                    if backend in self._what_loads():
+                        self._tell_of_load(backend)
+            if found:
+                time.sleep(LOOK_AT_LOADS)
+
+    def _what_loads(self):
+        slots = self._scheduler.slots
+        return [
+            backend
+            for name, backend in self._backends.items()
+            if name in slots and slots[name].state is State.LOADING
+        ]
+
+    def _tell_of_load(self, backend):
+        """Tell followers how far it is, if that changed, and people now and then."""
+        gauge, name = backend.gauge, backend.model.name
+        if gauge.progress != backend.told_progress:
+            backend.told_progress = gauge.progress
+            self._tell(name, "loading", progress=gauge.told())
+            self._note_change()
+        seconds = time.monotonic() - backend.started_at
+        if seconds >= backend.next_line:
+            backend.next_line += LOAD_LINE_EVERY
+            share = percent(gauge.progress)
+            self._log("info", f"{name}: loading{share} after {seconds:.0f} s")
+
     def _grant(self, decision):
         ticket = decision.ticket
         waiter, ticket.waiter = ticket.waiter, self._backends[ticket.slot.name]
@@ -5396,7 +5573,9 @@ class Pool:
     def _refuse(self, decision):
         ticket = decision.ticket
         if ticket.is_by_hand:
-            self._log("error", f"{ticket.slot.name}: not loaded: {decision.problem}")
+            if decision.problem is not ticket.slot.last_failure:  # which was told
+                text = f"{ticket.slot.name}: not loaded: {decision.problem}"
+                self._log("error", text)
         elif ticket.waiter is not None:
             ticket.waiter.release()
 
@@ -5407,6 +5586,7 @@ class Pool:
         self._tell(name, "loading", event="model_status")
         if decision.is_wake:
             self._backends[name].started_at = time.monotonic()
+            self._begin_to_gauge(self._backends[name])
             return self._backends[name].wake()
         try:
             self._begin_life(name, decision.generation)
@@ -5423,7 +5603,14 @@ class Pool:
         backend = self._new_backend(name)
         backend.generation = generation
         self._backends[name] = backend
+        self._begin_to_gauge(backend)
         backend.start()
+
+    def _begin_to_gauge(self, backend):
+        backend.gauge = LoadGauge()
+        backend.told_progress = None
+        backend.next_line = LOAD_LINE_EVERY
+        self._loading.notify()
 
     def _new_backend(self, name):
         """Return a backend of the model that reports to us."""
@@ -5431,17 +5618,20 @@ class Pool:
         backend.on_loaded, backend.on_slept = self._on_loaded, self._on_slept
         backend.on_dying, backend.on_exited = self._on_dying, self._on_exited
         backend.on_line = functools.partial(self._on_line, name)
+        backend.gauge = LoadGauge()
+        backend.told_to_go_at = None  # or to fall asleep
         return backend
 
     def _stop(self, decision):
         name, cause = decision.name, decision.cause
         self._meters.count_stop(name, cause, decision.newcomer)
-        reason = f"{decision.cause}"
+        reason = "by hand" if cause == "unload" else cause
         if decision.newcomer:
             reason += f" for {decision.newcomer}"
         what = "going to sleep" if decision.to_sleep else "unloading"
-        self._log("info", f"{decision.name}: {what} ({reason})")
-        backend = self._backends[decision.name]
+        self._log("info", f"{name}: {what} ({reason})")
+        backend = self._backends[name]
+        backend.told_to_go_at = time.monotonic()
         if decision.to_sleep:
             backend.sleep()
         else:
@@ -5478,7 +5668,7 @@ class Pool:
             self._scheduler.slept(name, backend.generation, now)
             self._turn()
             self._quiet.notify_all()
-        self._log("info", f"{name}: asleep")
+        self._tell_of_rest(backend, "asleep")
         self._tell(name, "sleeping")
 
     def _on_dying(self, backend):
@@ -5490,7 +5680,7 @@ class Pool:
     def _on_exited(self, backend, problem):
         name = backend.model.name
         if problem is None:
-            self._log("info", f"{name}: unloaded")
+            self._tell_of_rest(backend, "unloaded")
         else:
             self._log("error", str(problem))
         with self._lock:
@@ -5502,7 +5692,15 @@ class Pool:
             self._scheduler.exited(name, backend.generation, now, problem)
             self._turn()
             self._quiet.notify_all()
-        self._tell(name, "unloaded", exit_code=int(problem is not None))
+        self._tell(name, "unloaded", exit_code=exit_code_of(problem))
+
+    def _tell_of_rest(self, backend, what):
+        """One line is enough, unless the end took long or was not asked for."""
+        asked_at, backend.told_to_go_at = backend.told_to_go_at, None
+        seconds = math.inf if asked_at is None else time.monotonic() - asked_at
+        took = f" after {seconds:.1f} s" if asked_at is not None else ""
+        level = "info" if seconds >= 1 else "debug"
+        self._log(level, f"{backend.model.name}: {what}{took}")
 
     def _on_line(self, name, text):
         self.feed_of(name).publish(text)
@@ -5545,6 +5743,20 @@ _CARRY_OUT = {
     Start: Pool._start,
     Stop: Pool._stop,
 }
+
+
+def percent(progress: Optional[float]) -> str:
+    """Return ", 45 %" for 0.45, and nothing for what is not known."""
+    return "" if progress is None else f", {progress:.0%}".replace("%", " %")
+
+
+def exit_code_of(problem: Optional[Problem]) -> int:
+    """Return the exit code as llama.cpp's router tells it: 1 for signals and the like,
+    0 where nothing went wrong."""
+    if problem is None:
+        return 0
+    code = getattr(problem, "exit_code", None)
+    return 1 if code is None else code
 
 
 def _await_grant(ticket, waiter, gone):
@@ -5647,6 +5859,7 @@ STALL_SECONDS = 60.0  # without a byte in the middle of a body; as nginx
 HELD_BODY = 1 << 20  # bytes of a request's body that are held in memory
 PIECE = 1 << 18  # bytes read at once
 EARLY_HEAD_AFTER = 3.0  # s; until then a failure keeps its true status
+COMMENT = b":\n\n"
 COMMENT_EVERY = 10.0  # s; the shortest header timeout seen in clients is 30 s
 SUSPECT_AFTER = 5.0  # s of silence until a backend is asked whether it lives
 
@@ -5944,6 +6157,8 @@ class ChunkDecoder:
 
     def feed(self, data: bytes) -> bytes:
         """Return the payload in these bytes."""
+        if not self._left and self._is_whole_chunk(data):
+            return data[data.index(b"\n") + 1 : -2]
         payload, at = [], 0
         while at < len(data) and not self.is_done:
             if self._left:
@@ -5955,6 +6170,14 @@ class ChunkDecoder:
                 at = self._end_of_line(data, at)
         self.rest = data[at:] if at < len(data) else b""
         return payload[0] if len(payload) == 1 else b"".join(payload)
+
+    def _is_whole_chunk(self, data):
+        """Whether this is one chunk and nothing else, as most tokens come."""
+        found = _CHUNK_SIZE.match(data)
+        if not found or self._line or self._take_line != self._take_size:
+            return False
+        size = int(found[1], 16)
+        return bool(size) and data[found.end() + size :] == b"\r\n"
 
     def _end_of_line(self, data, at):
         end = data.find(b"\n", at) + 1
@@ -6635,6 +6858,8 @@ class Reply:
     wants_events = False
     is_begun = False  # a head was sent or is about to be
     is_early = False  # it was sent before the backend's was known
+    notice = None  # gives events to send, instead of comments, after that early head
+    first_at = None  # when the first piece of payload was sent
     is_broken = False
     stays = False
     status = 0
@@ -6687,12 +6912,15 @@ class Reply:
         """Send a piece of payload, with the head if it still waits."""
         if self._is_head or not len(piece):
             return
+        if not self.sent:
+            self.first_at = time.monotonic()
         self.sent += len(piece)
         self.ends.add(piece)
         if self._left is not None:
             self._left -= len(piece)
         if self._is_events:
-            self._tail = (self._tail + bytes(piece[-4:]))[-4:]
+            last = bytes(piece[-4:])
+            self._tail = last if len(last) == 4 else (self._tail + last)[-4:]
         head, self._head = self._head, b""
         if self._is_chunked:
             self._put(head + b"%x\r\n%b\r\n" % (len(piece), piece))
@@ -6741,15 +6969,22 @@ class Reply:
             if self.wants_events and now >= self._born + EARLY_HEAD_AFTER:
                 self.is_early = True
                 self.begin_events()
-                self._comment()
+                self._say(self._next_notice() or COMMENT)
         elif self._is_events and self._is_at_boundary():
-            if now >= self._spoke + COMMENT_EVERY:
-                self._comment()
+            is_late = now >= self._spoke + COMMENT_EVERY
+            text = self._next_notice() or (COMMENT if is_late else b"")
+            self._say(text)
 
-    def _comment(self):
-        sent, tail = self.sent, self._tail
-        self.send(b":\n\n")
-        self.sent, self._tail = sent, tail  # says nothing of the answer
+    def _next_notice(self):
+        """What the client is to be told before the answer begins, if anything."""
+        is_waiting = self.is_early and not self.sent
+        return self.notice() if self.notice and is_waiting else b""
+
+    def _say(self, text):
+        """Send what is no part of the answer."""
+        kept = self.sent, self._tail, self.first_at
+        self.send(text)
+        self.sent, self._tail, self.first_at = kept
 
     def _is_at_boundary(self):
         return self._tail.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
@@ -9197,7 +9432,37 @@ NAME_LIMIT = 1000  # characters of a model's name in a request
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 BROWSER = re.compile(r"Mozilla/")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+SLOW_SECONDS = 10.0  # until the first byte; such requests are logged
+NOTICE_EVERY = 5.0  # s, for clients that are told how far a load is
 MODEL_WORDS = ("/props", "/slots", "/metrics", "/lora-adapters")
+
+
+class LoadingNotice:
+    """What a chat client reads as the model's reasoning while it waits for the model.
+
+    `news()` says in words what goes on; empty: nothing to tell.
+    """
+
+    def __init__(self, name: str, news: Callable[[], str]):
+        self._news = news
+        self._chunk = {
+            "id": f"chatcmpl-{name}-loading",
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": name,
+        }
+        self._told, self._next_at = "", 0.0
+
+    def __call__(self) -> bytes:
+        """Return an event with the news; nothing if there are none, or too soon."""
+        now = time.monotonic()
+        news = self._news() if now >= self._next_at else ""
+        if not news or news == self._told:
+            return b""
+        self._told, self._next_at = news, now + NOTICE_EVERY
+        delta = {"reasoning_content": f"{news}\n"}
+        choice = {"index": 0, "delta": delta, "finish_reason": None}
+        return b"data: " + _dump({**self._chunk, "choices": [choice]}) + b"\n\n"
 
 
 class Handler(socketserver.BaseRequestHandler):
@@ -9271,11 +9536,10 @@ class Handler(socketserver.BaseRequestHandler):
             raise
         finally:
             self._count()
-        self._log_slow()
         if self.body is not None and self.reply.stays:
             self.reply.stays = self._skip_body()
         self.is_unread = self.body is None or not self.body.is_complete
-        self.body = None  # what it holds, while the connection waits for the next
+        self.body, self.wire.on_silence = None, self.late  # frees what it held
         return self.reply.stays
 
     def _read_head(self):
@@ -9295,12 +9559,17 @@ class Handler(socketserver.BaseRequestHandler):
         except Problem:
             return False
 
-    def _log_slow(self):
-        seconds = time.monotonic() - self.began
-        if self.model is not None and seconds > 60:
-            where = f"{self.head.method} {self.head.path}"
-            text = f"{self.model.name}: {where} took {seconds:.0f} s"
-            self.server.log("info", text)
+    def _log_if_slow(self):
+        """Tell of an answer whose first byte took long."""
+        first_at = self.reply.first_at
+        if first_at is None or first_at < self.began + SLOW_SECONDS:
+            return
+        where = f"{self.head.method} {self.head.path[:60]}"
+        seconds = first_at - self.began
+        text = f"{self.model.name}: first byte of {where} after {seconds:.1f} s"
+        if self.waited >= 1:
+            text += f", {self.waited:.1f} s of it waiting"
+        self.server.log("info", text)
 
     def _count(self):
         """Note what has become of the request, if it was for a model or was refused."""
@@ -9573,9 +9842,9 @@ class Handler(socketserver.BaseRequestHandler):
             if model.settings.unlisted and not is_asked_for:
                 continue
             owner = self.config.models.get(model.backend, model)
-            binary = owner.settings.llama_server
+            binary = (owner.kind, owner.settings.llama_server)
             if binary not in tables:
-                tables[binary] = options_of(binary)
+                tables[binary] = table_of(owner)  # which looks at the disk
             status = statuses.get(model.name)
             told = status and (status.state, status.port, status.failure)
             source = (model, owner, tables[binary], told)
@@ -9591,7 +9860,8 @@ class Handler(socketserver.BaseRequestHandler):
         }
         problem = model.problem or (status and status.failure)
         if problem and state == "unloaded":
-            told.update(failed=True, exit_code=1, error=str(problem))
+            code = exit_code_of(status.failure) if status and status.failure else 1
+            told.update(failed=True, exit_code=code, error=str(problem))
         entry = {
             "id": model.name,
             "object": "model",
@@ -9599,11 +9869,10 @@ class Handler(socketserver.BaseRequestHandler):
             "owned_by": "llmswap",
             "aliases": list(model.aliases),
             "status": told,
-            "meta": {},
         }
         if model.settings.description:
             entry["description"] = model.settings.description
-        return entry
+        return {"meta": {}, **(status.entry if status else {}), **entry}
 
     def _shown_command(self, model, status):
         owner = self.config.models.get(model.backend, model)
@@ -9814,6 +10083,7 @@ class Handler(socketserver.BaseRequestHandler):
         is_safe = self.head.method in SAFE_METHODS
         is_loose = self.head.is_upgrade or (is_loose and is_safe)
         self.reply.wants_events = self._wants_events(model, named)
+        self.reply.notice = self._notice_of(model, target)
         outgoing = self._outgoing(model, target, named)
         repair = _repairer_of if model.settings.json_repair else _no_repairer
         asked = time.monotonic()
@@ -9823,7 +10093,8 @@ class Handler(socketserver.BaseRequestHandler):
                 if stay is not None:
                     self.pool.keep_alive(model, stay)
                 try:
-                    return relay(outgoing, _link_to(backend), self.reply, repair)
+                    relay(outgoing, _link_to(backend), self.reply, repair)
+                    return self._log_if_slow()
                 except BackendDied as problem:
                     may_resend = outgoing.is_repeatable and not is_last
                     if not may_resend or not backend.has_died(1.0):
@@ -9839,6 +10110,23 @@ class Handler(socketserver.BaseRequestHandler):
         if model.settings.loading_notice == "off" or self.head.method != "POST":
             return False
         return named.value(self.body.held, "stream") is True
+
+    def _notice_of(self, model, target):
+        """What tells the client of the load as it asked for it, if it is a chat."""
+        is_chat = target.partition("?")[0].endswith("/chat/completions")
+        if model.settings.loading_notice != "reasoning" or not is_chat:
+            return None
+        return LoadingNotice(model.name, functools.partial(self._news_of, model))
+
+    def _news_of(self, model):
+        status = self.pool.status_of(model)
+        if status is None or status.state is State.LOADED:
+            return ""
+        if status.state is not State.LOADING:
+            return f"waiting for room for {model.name}"
+        if status.progress is None:
+            return f"loading {model.name}, {status.since:.0f} s"
+        return f"loading {model.name}{percent(status.progress)}"
 
     def _stay_asked(self, named):
         """Seconds that `keep_alive` or `ttl` ask for; None: they are not there."""
@@ -10045,13 +10333,15 @@ STACK_BYTES = 512 * 1024  # of a thread; the deepest call here needs a tenth of 
 IDLE_THREADS = 32  # kept for the next connections
 MOST_DESCRIPTORS = 65536
 MOST_CONNECTIONS = 4096
+MIN_COLUMNS, MAX_COLUMNS = 40, 80  # that --check fits; the log fits any terminal
 
 
 class Log:
     """Lines for people, on stderr and in `feed`. Any thread may call; nobody waits.
 
     `log(level, text)`. Under systemd's journal each line carries its priority instead
-    of the time; colours only on a terminal.
+    of the time; on a terminal there are colours, and long lines are wrapped. What is
+    said again and again is written once, and then how often.
     """
 
     LEVELS = {"debug": 7, "info": 6, "warning": 4, "error": 3}
@@ -10063,7 +10353,9 @@ class Log:
         self._stream = stream or sys.stderr
         self._lines = queue.SimpleQueue()
         self._is_journal = _is_journal(self._stream)
-        self._is_colourful = self._stream.isatty() and "NO_COLOR" not in os.environ
+        self._is_terminal = self._stream.isatty()
+        self._is_colourful = self._is_terminal and "NO_COLOR" not in os.environ
+        self._last, self._repeats = None, 0
         threading.Thread(target=self._write, name="log", daemon=True).start()
 
     def __call__(self, level: str, text: str):
@@ -10080,25 +10372,61 @@ class Log:
         while True:
             item = self._lines.get()
             if isinstance(item, threading.Event):
+                self._tell_repeats(time.time())
                 item.set()
-                continue
-            level, text, moment = item
-            stamp = time.strftime("%H:%M:%S", time.localtime(moment))
-            self.feed.publish(f"{stamp} {text}")
-            try:
-                self._stream.write(self._shown(level, stamp, text))
-                self._stream.flush()
-            except (OSError, ValueError):
-                pass  # nobody reads it; the feed has it
+            elif item[:2] == self._last:
+                self._repeats += 1
+            else:
+                self._tell_repeats(item[2])
+                self._last = item[:2]
+                self._write_line(*item)
+
+    def _tell_repeats(self, moment):
+        if self._repeats:
+            self._write_line("info", f"({self._repeats} times more)", moment)
+            self._repeats = 0
+
+    def _write_line(self, level, text, moment):
+        stamp = time.strftime("%H:%M:%S", time.localtime(moment))
+        self.feed.publish(f"{stamp} {text}")
+        try:
+            self._stream.write(self._shown(level, stamp, text))
+            self._stream.flush()
+        except (OSError, ValueError):
+            pass  # nobody reads it; the feed has it
 
     def _shown(self, level, stamp, text):
         if self._is_journal:
             mark = f"<{self.LEVELS[level]}>"
             return "".join(f"{mark}{line}\n" for line in text.splitlines())
+        if self._is_terminal:
+            text = self._fitted(text, " " * (len(stamp) + 1))
         if self._is_colourful:
             colour = self.COLOURS.get(level, "")
             return f"\033[2m{stamp}\033[0m {colour}{text}\033[0m\n"
         return f"{stamp} {text}\n"
+
+    def _fitted(self, text, indent):
+        """The text as lines that fit the terminal beside the time."""
+        width = max(MIN_COLUMNS, os.get_terminal_size(self._stream.fileno()).columns)
+        rows = [fill(line.split(" "), width, indent) for line in text.splitlines()]
+        rows = [[(indent + row[0]).rstrip(), *row[1:]] for row in rows]
+        return "\n".join(line for row in rows for line in row)[len(indent) :]
+
+
+def fill(parts: Iterable[str], width: int, indent: str, end: str = "") -> List[str]:
+    """Join the parts by blanks to lines that fit the width if no part is too long.
+
+    All lines but the first begin with `indent`, all but the last end with `end`.
+    """
+    lines, line, width = [], "", width - len(end)
+    for part in parts:
+        if line and len(line) + 1 + len(part) > width - (0 if lines else len(indent)):
+            lines.append(line + end)
+            line = indent + part
+        else:
+            line = f"{line} {part}" if line else part
+    return [*lines, line]
 
 
 def _is_journal(stream):
@@ -10592,33 +10920,108 @@ def parse_args(argv: List[str]):
     return args
 
 
+def what_is_missing(model: Model) -> Optional[str]:
+    """Say what keeps a process from being started now that may yet come, a file say."""
+    if model.problem or model.kind not in ("llama-server", "cmd"):
+        return None
+    try:
+        check_start(model)
+    except StartFailed as problem:
+        return str(problem)
+
+
 def check(config: Config) -> int:
     """Print each model with its command or its error; return the exit status."""
-    for warning in config.warnings:
-        print(f"warning: {warning}")
-    status = 0
-    for model in config.models.values():
-        print(f"\n[{model.name}]  {', '.join(model.aliases)}".rstrip())
-        try:
-            if model.problem:
-                raise ConfigError(model.problem)
-            lines = _description(model).splitlines(True)
-            print("".join(f"  {line}" if line.strip() else line for line in lines))
-        except ConfigError as error:
-            print(f"  UNUSABLE: {error}")
-            status = 2
-    return status
+    width = shutil.get_terminal_size().columns
+    width = max(MIN_COLUMNS, min(width, MAX_COLUMNS))
+    models = list(config.models.values())
+    found = [_checked(model, width) for model in models]
+    for model, (lines, _) in zip(models, found):
+        print("\n".join([*_title(model, width), *lines, ""]))
+    for text in [*_told_tables(models), *config.warnings]:
+        print("\n".join(fill(text.split(" "), width, "    ")))
+    bad = sum(not is_good for _, is_good in found)
+    print(f"{bad} of {len(models)} models cannot be used" if bad else "no errors")
+    return 2 if bad else 0
 
 
-def _description(model):
+def _title(model, width):
+    """Name and aliases, and at the right the model's kind."""
+    names = model.name
+    if model.aliases:
+        names += f" ({', '.join(model.aliases)})"
+    first, *others = fill(names.split(" "), width - len(model.kind) - 2, "  ")
+    gap = " " * max(2, width - len(first) - len(model.kind))
+    return [_painted(first, "1") + gap + _painted(model.kind, "2"), *others]
+
+
+def _checked(model, width):
+    """The lines that say what runs, or what is wrong; whether nothing is."""
+    try:
+        if model.problem:
+            raise ConfigError(model.problem)
+        lines = _running(model, width - 2)
+        missing = what_is_missing(model)
+    except ConfigError as error:
+        lines = fill(f"error: {error}".split(" "), width - 2, "  ")
+        return ["  " + _painted(line, "31") for line in lines], False
+    if missing:
+        told = fill(f"cannot start now: {missing}".split(" "), width - 2, "  ")
+        lines += [_painted(line, "33") for line in told]
+    return [f"  {line}" for line in lines], True
+
+
+def _running(model, width):
+    """What runs for the model: a command to paste into a shell, or where it is."""
     if model.kind == "uses":
-        return f"uses {model.backend}"
-    table = table_of(model)
-    argv = command_of(model, table, "${PORT}")
-    if not argv:
-        return f"{model.kind} at {proxy_of(model, '')}"
-    source = f"\n(options from {table.source})" if table else ""
-    return shlex.join(argv).replace("'${PORT}'", "${PORT}") + source
+        return [f"the backend of {model.backend}"]
+    argv = command_of(model, table_of(model), PORT_MARK)
+    if argv:
+        return shell_lines(model, argv, width)
+    where = [model.settings.unit, "at", proxy_of(model, "")]
+    return [" ".join(where if model.kind == "unit" else where[2:])]
+
+
+PORT_MARK = "\0"  # stands in a command where the port will
+
+
+def shell_lines(model: Model, argv: List[str], width: int) -> List[str]:
+    """Return lines for a shell in which PORT is set that do what a start does."""
+    cwd = model.settings.cwd
+    parts = [f"cd {shlex.quote(cwd)} &&"] if cwd else []
+    for name, value in environment_of(model, PORT_MARK).items():
+        parts.append(f"{name}={_shell_word(value)}")
+    for word in map(_shell_word, argv):
+        both = f"{parts[-1]} {word}" if parts else word
+        is_value = bool(parts) and parts[-1].startswith("-") and word[0] != "-"
+        if is_value and " " not in parts[-1] and len(both) < width - 6:
+            parts[-1] = both
+        else:
+            parts.append(word)
+    return fill(parts, width, "    ", " \\")
+
+
+def _shell_word(word):
+    """The word as a shell reads it, with ${PORT} where the port stands."""
+    quoted = [part and shlex.quote(part) for part in word.split(PORT_MARK)]
+    return "${PORT}".join(quoted) or "''"
+
+
+def _told_tables(models):
+    """Where the options of each llama-server are known from."""
+    binaries = {m.settings.llama_server for m in models if m.kind == "llama-server"}
+    for binary in sorted(binaries):
+        source = options_of(binary).source
+        is_guess = source == BUILT_IN_OPTIONS.source
+        source = "the built-in list, without its --help" if is_guess else "its --help"
+        yield f"options of {binary}: from {source}"
+
+
+def _painted(text, colour):
+    """The text in a colour, on a terminal."""
+    if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
+        return text
+    return f"\033[{colour}m{text}\033[0m"
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -10713,11 +11116,12 @@ class Program:
         return listeners
 
     def _announce(self):
-        self._tell_warnings(self._config)
+        where = [shown_address(each.getsockname()) for each in self._listeners]
+        self.log("info", f"llmswap {VERSION} at {' and '.join(where)}")
         names = [model.name for model in self._config.models.values()]
-        where = ", ".join(shown_address(each.getsockname()) for each in self._listeners)
-        what = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        self.log("info", f"llmswap {VERSION} at {where} serves {what or 'no models'}")
+        count = f"{len(names)} model" + ("" if len(names) == 1 else "s")
+        self.log("info", f"{count}: {', '.join(names)}" if names else "no models")
+        self._tell_warnings(self._config)
         tables = {m.settings.llama_server for m in self._config.models.values()
                   if m.kind == "llama-server"}  # fmt: skip
         for binary in tables:
@@ -10729,6 +11133,20 @@ class Program:
         for model in config.models.values():
             if model.problem:
                 self.log("warning", f"{model.name} cannot be used: {model.problem}")
+        look = functools.partial(self._look_ahead, config)
+        threading.Thread(target=look, name="look ahead", daemon=True).start()
+
+    def _look_ahead(self, config):
+        """Say which models could not be started now; mounts may come later."""
+        reasons = collections.defaultdict(list)
+        for model in config.models.values():
+            problem = what_is_missing(model)
+            if problem:
+                reasons[problem].append(model.name)
+        for reason, names in reasons.items():
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            text = f"{', '.join(names[:5])}{more} could not be started now: {reason}"
+            self.log("warning", text)
 
     def _await_end(self):
         """Sleep until a signal says to end: True; or being idle does: False. On SIGHUP,
