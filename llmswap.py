@@ -33,13 +33,13 @@ Rooms, each using only what stands above it:
 
 Threads. One accepts connections; one serves each connection, request after request; one
 lives the life of each backend, from spawn to death; one turns the Pool's wheel when
-time alone changes something; one writes the log; one replaces a dead guard; where they
-are wanted, one talks to systemd and one sees to the idle command. The main thread hears
-signals. What they share is the Scheduler and the dict of backends. Both belong to the
-Pool and are touched only under its one lock, which is held just long enough to record
-an event and to carry out what follows, never across I/O or a sleep. Waiting happens
-outside. So there is no order of locks to remember, and nothing can wait for someone who
-waits.
+time alone changes something; one looks how far loads are; one writes the log; one
+replaces a dead guard; where they are wanted, one talks to systemd and one sees to the
+idle command. The main thread hears signals. What they share is the Scheduler and the
+dict of backends. Both belong to the Pool and are touched only under its one lock, which
+is held just long enough to record an event and to carry out what follows, never across
+I/O or a sleep. Waiting happens outside. So there is no order of locks to remember, and
+nothing can wait for someone who waits.
 """
 
 import base64
@@ -5681,14 +5681,13 @@ class Pool:
         name = backend.model.name
         if problem is None:
             self._tell_of_rest(backend, "unloaded")
-        else:
-            self._log("error", str(problem))
         with self._lock:
             self._backends.pop(name, None)
             now = self._clock()
             if problem is not None:
-                state = self._scheduler.slots[name].state.value
-                self._meters.count_failure(name, state)
+                slot = self._scheduler.slots[name]
+                self._log("error", _told_once(problem, slot.last_failure))
+                self._meters.count_failure(name, slot.state.value)
             self._scheduler.exited(name, backend.generation, now, problem)
             self._turn()
             self._quiet.notify_all()
@@ -5757,6 +5756,14 @@ def exit_code_of(problem: Optional[Problem]) -> int:
         return 0
     code = getattr(problem, "exit_code", None)
     return 1 if code is None else code
+
+
+def _told_once(problem, last):
+    """What to log of a failure: all that it says, unless it began and ended as the last
+    one, which may have had another port or time in between."""
+    lines, told = str(problem).splitlines(), str(last).splitlines()
+    is_same = told and (lines[0], lines[-1]) == (told[0], told[-1])
+    return f"{lines[0]}, as before" if is_same else str(problem)
 
 
 def _await_grant(ticket, waiter, gone):
@@ -9872,7 +9879,9 @@ class Handler(socketserver.BaseRequestHandler):
         }
         if model.settings.description:
             entry["description"] = model.settings.description
-        return {"meta": {}, **(status.entry if status else {}), **entry}
+        for key, value in {"meta": {}, **(status.entry if status else {})}.items():
+            entry.setdefault(key, value)
+        return entry
 
     def _shown_command(self, model, status):
         owner = self.config.models.get(model.backend, model)
@@ -10764,7 +10773,7 @@ class ServiceManager:
 def status_line(pool: Pool) -> str:
     """Return in one line what is loaded, or about to be."""
     held = [
-        f"{name} {status.state.value}"
+        f"{name} {status.state.value}{percent(status.progress)[1:]}"
         for name, status in pool.snapshot().items()
         if status.state is not State.UNLOADED and status.is_owner
     ]
