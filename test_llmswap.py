@@ -23,6 +23,7 @@ import json
 import math
 import os
 import platform
+import pty
 import py_compile
 import queue
 import random
@@ -4344,7 +4345,7 @@ def test_a_guard_that_cannot_be_started_is_tried_again(monkeypatch):
 class Puppet:
     """A backend that does what the test says."""
 
-    pid, port, upstream, where = 1, 2, None, "pid 1"
+    pid, port, upstream, where, started_at = 1, 2, None, "pid 1", 0.0
 
     def __init__(self, model):
         self.model = model
@@ -8759,6 +8760,509 @@ def test_a_repaired_stream_that_breaks_is_still_broken(repairing):
     assert b"[DONE]" not in stream.raw
 
 
+# ==================================================================================
+# Progress and the terminal: how far a load is, and what a person sees.
+# ==================================================================================
+
+MAPPER = """\
+import mmap, os, sys, time
+words = sys.argv[1:]
+flag = lambda name: words[words.index(name) + 1]
+seconds, mapped = float(flag("--map-seconds")), []
+for path in flag("--read").split(","):
+    with open(path, "rb") as file:
+        mapped.append(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+for step in range(40):
+    for each in mapped:
+        part = len(each) // 40
+        sum(each[step * part : (step + 1) * part : 4096])
+    time.sleep(seconds / 40)
+os.execv(sys.executable, [sys.executable, "-I", "-S", flag("--then"), *words])
+"""
+
+
+def slow_model(folder, seconds=1.2, shards=1, wrapper=""):
+    """The `cmd` of a server that maps a model of 80 MB for so long, then is ready."""
+    script = folder / "mapper.py"
+    script.write_text(MAPPER)
+    name = "model-{:05}-of-{:05}.gguf" if shards > 1 else "model.gguf"
+    paths = [folder / name.format(n, shards) for n in range(1, shards + 1)]
+    for path in paths:
+        path.write_bytes(os.urandom(4096) * (80 * 256 // shards))
+    words = [sys.executable, "-I", "-S", script, "--map-seconds", seconds]
+    words += ["--read", ",".join(map(str, paths)), "--then", fake_file()]
+    words += ["--model", paths[0], "--port", "${PORT}"]
+    return wrapper + " ".join(map(str, words))
+
+
+def progress_events(server, model, count=1):
+    """The progress that /models/sse tells while the model loads, then its end."""
+    found = []
+    with Stream(server.port, "/models/sse") as stream:
+        server.post("/models/load", {"model": model})
+        for event in stream.documents():
+            told = event["data"]
+            if event["model"] == model and "progress" in told:
+                assert event["event"] == "status_change"
+                found.append((time.monotonic(), told["progress"]))
+            elif event["model"] == model and told["status"] != "loading":
+                return found, told
+
+
+# -- how far a load is -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shards, wrapper", [(1, ""), (3, ""), (1, "sh -c '\"$@\"; exit' x ")]
+)
+def test_progress_is_read_from_the_memory_of_who_loads(tmp_path, shards, wrapper):
+    command = slow_model(tmp_path, shards=shards, wrapper=wrapper)
+    with Llmswap(f"[a]\ncmd = {command}\n") as server:
+        found, end = progress_events(server, "a")
+        values = [told["value"] for _, told in found]
+        assert values == sorted(values) and values[-1] <= 0.99
+        assert any(0.15 < value < 0.85 for value in values), values
+        assert end == {"status": "loaded"}
+        first = found[0][1]
+        assert (first["stages"], first["current"]) == (["text_model"], "text_model")
+        pauses = [b - a for (a, _), (b, _) in zip(found[1:], found[2:])]
+        assert min(pauses, default=1) > 0.1, pauses
+
+
+def test_without_a_model_file_progress_is_not_guessed():
+    with Llmswap("[a]\ncmd = FAKE --load 0.5\n") as server:
+        assert progress_events(server, "a") == ([], {"status": "loaded"})
+
+
+def test_the_metrics_and_the_page_show_progress(tmp_path):
+    with Llmswap(f"[a]\ncmd = {slow_model(tmp_path)}\n") as server:
+        server.post("/models/load", {"model": "a"})
+        shown = rb'llmswap_load_progress_ratio\{model="a"\} 0\.[1-9]'
+        eventually(lambda: re.search(shown, server.get("/metrics").body))
+        with Stream(server.port, "/", headers={"Accept": "text/event-stream"}) as page:
+            for states in page.documents():
+                model = states["models"][0]
+                if model["progress"] or model["state"] == "loaded":
+                    break
+            assert model["state"] == "loaded" or 0 < model["progress"] < 1
+        eventually(lambda: server.loaded() == ["a"])
+        assert not re.search(shown, server.get("/metrics").body)
+
+
+def test_what_the_backend_reports_goes_before_its_memory():
+    gauge = llmswap.LoadGauge()
+    gauge.report({"stages": ["a", "b"], "current": "a", "value": 0.5})
+    assert gauge.progress == 0.25
+    gauge.look(os.getpid())
+    gauge.report({"stages": ["a", "b"], "current": "b", "value": 1.0})
+    assert gauge.progress == 0.99  # it is not ready yet
+    gauge.report({"stages": ["a", "b"], "current": "a", "value": 0.1})
+    assert gauge.progress == 0.99  # never back
+    assert gauge.told() == {"stages": ["a", "b"], "current": "a", "value": 0.1}
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [None, [], {}, 7, {"stages": []}, {"stages": ["a"], "current": "b", "value": 0},
+     {"stages": ["a"], "current": "a", "value": "x"}],
+)  # fmt: skip
+def test_a_report_that_makes_no_sense_changes_nothing(payload):
+    gauge = llmswap.LoadGauge()
+    gauge.report(payload)
+    assert gauge.progress is None
+
+
+def test_the_shards_of_a_model_are_counted_together():
+    name = "/m/x-{}-of-00003.gguf"
+    numbers = ["00001", "00002", "00003"]
+    assert llmswap.shards_of(name.format("00001")) == [name.format(n) for n in numbers]
+    assert llmswap.shards_of("/m/x.gguf") == ["/m/x.gguf"]
+    assert llmswap.shards_of(name.format("00002")) == [name.format("00002")]
+
+
+def test_when_nothing_loads_nobody_looks(tmp_path):
+    with Llmswap("[a]\ncmd = FAKE\n") as server:
+        server.chat("a")
+        time.sleep(0.3)
+        before = switches(server.pid)
+        time.sleep(1.0)
+        assert switches(server.pid) - before <= 2
+
+
+def switches(pid):
+    """How often the threads of a process went to sleep so far."""
+    total = 0
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        status = Path(f"/proc/{pid}/task/{thread}/status").read_text()
+        total += int(re.search(r"\nvoluntary_ctxt_switches:\s*(\d+)", status)[1])
+    return total
+
+
+# -- what a client sees that waits -----------------------------------------------------
+
+
+def test_a_chat_that_asked_for_it_reads_the_progress_as_reasoning(tmp_path):
+    command = slow_model(tmp_path, 4.5)
+    text = f"[*]\nloading-notice = reasoning\n[a]\ncmd = {command}\n"
+    with Llmswap(text) as server, server.stream("a") as stream:
+        chunks = list(stream.documents())
+        told = [chunk for chunk in chunks if "loading" in chunk["id"]]
+        assert told and chunks[: len(told)] == told  # before the backend's first
+        for chunk in told:
+            (choice,) = chunk["choices"]
+            assert chunk["object"] == "chat.completion.chunk" and chunk["model"] == "a"
+            assert choice["index"] == 0 and choice["finish_reason"] is None
+            said = choice["delta"].pop("reasoning_content")
+            assert re.fullmatch(r"loading a, \d\d %\n", said) and not choice["delta"]
+        assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+        assert stream.is_complete and b"data: [DONE]" in stream.raw
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/messages"])
+def test_other_requests_get_comments_instead(path):
+    text = f"[a]\ncmd = {fake_command('--load', 3.6)}\nloading-notice = reasoning\n"
+    body = {"model": "a", "stream": True, "prompt": "x", "max_tokens": 3}
+    body["messages"] = [{"role": "user", "content": "x"}]
+    with Llmswap(text) as server, Stream(server.port, path, body) as stream:
+        assert list(stream.events())
+        assert stream.raw.startswith(b":\n\n") and b"reasoning" not in stream.raw
+
+
+def test_a_load_that_fails_after_notices_ends_in_an_error_event():
+    command = fake_command("--load", 3.6, "--load-exit", 3)
+    text = f"[a]\ncmd = {command}\nloading-notice = reasoning\n"
+    with Llmswap(text) as server, server.stream("a") as stream:
+        first, *_, last = stream.documents()
+        said = first["choices"][0]["delta"]["reasoning_content"]
+        assert re.fullmatch(r"loading a, 3 s\n", said)
+        assert last["error"]["code"] == "model_start_failed" and stream.is_complete
+
+
+def test_a_chat_that_waits_for_room_is_told_so():
+    text = "[*]\nloading-notice = reasoning\n[a]\ncmd = FAKE\n[b]\ncmd = FAKE\n"
+    with Llmswap(text) as server:
+        busy = threading.Thread(target=server.chat, args=["a"], kwargs={"delay": 4})
+        busy.start()
+        eventually(lambda: server.get("/health").json()["requests"])
+        with server.stream("b") as stream:
+            first, *_ = stream.documents()
+        said = first["choices"][0]["delta"]["reasoning_content"]
+        assert said == "waiting for room for b\n"
+        busy.join()
+
+
+# -- what the lists tell ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag, code", [("--load-exit 3", 3), ("--load-signal 9", 1)])
+def test_the_exit_code_of_a_failed_start_is_told(flag, code):
+    with Llmswap(f"[a]\ncmd = FAKE {flag}\n") as server:
+        _, end = progress_events(server, "a")
+        assert end == {"status": "unloaded", "exit_code": code}
+        status = server.get("/v1/models/a").json()["status"]
+        assert (status["failed"], status["exit_code"]) == (True, code)
+
+
+LISTER = """\
+import http.server, json, sys, time
+class Lister(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/v1/models":
+            time.sleep(float(sys.argv[1]))
+        entry = {"id": "other", "aliases": [], "tags": ["x"], "meta": {"n_ctx": 256}}
+        body = json.dumps({"data": [entry]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Lister).serve_forever()
+"""
+
+
+def llama_server_with_a_list(folder, delay=0.0):
+    """A configuration of one model whose llama-server lists it after so long."""
+    (folder / "lister.py").write_text(LISTER)
+    binary, model = folder / "llama-server", folder / "x.gguf"
+    command = f"exec {sys.executable} -I {folder}/lister.py {delay} \"$@\""
+    binary.write_text(f"#!/bin/sh\n{command}\n")
+    binary.chmod(0o755)
+    model.write_bytes(b"GGUF")
+    head = f"[llmswap]\nllama-server = {binary}\n[a]\nmodel = {model}\n"
+    return head + "alias = b, c\n"
+
+
+def test_the_meta_of_a_llama_server_is_shown_while_it_is_loaded(tmp_path):
+    with Llmswap(llama_server_with_a_list(tmp_path)) as server:
+        assert server.get("/v1/models/a").json()["meta"] == {}
+        server.post("/models/load", {"model": "a"})
+        entry = eventually(lambda: entry_with_meta(server))
+        assert entry["meta"] == {"n_ctx": 256} and entry["tags"] == ["x"]
+        assert (entry["id"], entry["aliases"]) == ("a", ["b", "c"])  # ours win
+        server.post("/models/unload", {"model": "a"})
+        eventually(lambda: server.states()["a"] == "unloaded")
+        assert server.get("/v1/models/a").json()["meta"] == {}
+
+
+def entry_with_meta(server):
+    """What the list says of the model, once it has its meta."""
+    entry = server.get("/v1/models/a").json()
+    return entry if entry["meta"] else None
+
+
+def test_a_list_that_does_not_come_holds_up_neither_requests_nor_the_end(tmp_path):
+    with Llmswap(llama_server_with_a_list(tmp_path, delay=9)) as server:
+        began = time.monotonic()
+        assert server.get("/upstream/a/x").status == 200
+        server.post("/models/unload", {"model": "a"})
+        eventually(lambda: server.states()["a"] == "unloaded")
+        assert time.monotonic() < began + 3
+
+
+# -- the log ---------------------------------------------------------------------------
+
+
+def test_a_life_is_told_in_calm_lines():
+    with Llmswap("[a]\ncmd = FAKE\n[b]\ncmd = FAKE\n") as server:
+        server.chat("a")
+        server.chat("b")
+        server.post("/models/unload", {"model": "b"})
+        eventually(lambda: server.states()["b"] == "unloaded")
+        lines = [line[9:] for line in server.log().splitlines()]
+    patterns = [
+        rf"llmswap {llmswap.VERSION} at http://127\.0\.0\.1:{server.port}/",
+        r"2 models: a, b",
+        r"a: loading",
+        r"a: loaded in \d\.\d\d s \(pid \d+, port \d+\)",
+        r"a: unloading \(evicted for b\)",
+        r"b: loading",
+        r"b: loaded in \d\.\d\d s \(pid \d+, port \d+\)",
+        r"b: unloading \(by hand\)",
+    ]
+    assert len(lines) == len(patterns), lines
+    for line, pattern in zip(lines, patterns):
+        assert re.fullmatch(pattern, line), line
+
+
+def test_a_stop_that_takes_long_is_told_again():
+    with Llmswap("[a]\ncmd = FAKE --stop-delay 1.2\n") as server:
+        server.chat("a")
+        server.post("/models/unload", {"model": "a"})
+        eventually(lambda: re.search(r"a: unloaded after 1\.\d s", server.log()))
+
+
+def test_a_failure_is_told_whole_once():
+    with Llmswap("[a]\ncmd = FAKE --load-exit 3\n") as server:
+        server.chat("a")
+        server.chat("a")
+        server.post("/models/load", {"model": "a"})
+        same = "a could not be started: exited with status 3"
+        eventually(lambda: server.log().count(f"{same}, as before\n") == 2)
+        assert server.log().count(f"{same}\n") == 1
+        assert server.log().count("error loading model: unexpected end of file") == 1
+
+
+def test_long_loads_and_slow_requests_are_told(tmp_path, monkeypatch):
+    script = tmp_path / "hasty.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {os.path.dirname(LLMSWAP)!r})\n"
+        "import llmswap\nllmswap.LOAD_LINE_EVERY = 0.5\nllmswap.SLOW_SECONDS = 1.0\n"
+        "sys.exit(llmswap.main())\n"
+    )
+    world = Llmswap.__init__.__globals__
+    monkeypatch.setitem(world, "llmswap_file", lambda: str(script))
+    with Llmswap(f"[a]\ncmd = {slow_model(tmp_path, 1.6)}\n") as server:
+        server.chat("a")
+        server.chat("a", delay=1.1)
+        server.chat("a")
+        log = server.log()
+    assert len(re.findall(r"a: loading, \d\d? % after [1-3] s", log)) in (2, 3), log
+    where = r"a: first byte of POST /v1/chat/completions after"
+    assert re.search(rf"{where} \d\.\d s, \d\.\d s of it waiting", log), log
+    assert re.search(rf"{where} 1\.1 s\n", log) and len(re.findall(where, log)) == 2
+
+
+def test_what_is_said_again_and_again_is_written_once():
+    code = (
+        "import llmswap; log = llmswap.Log()\n"
+        "for text in 'xyyyx': log('error', text)\n"
+        "log.flush()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=os.path.dirname(LLMSWAP),
+        stderr=subprocess.PIPE,
+    )
+    lines = [line[9:] for line in done.stderr.decode().splitlines()]
+    assert lines == ["x", "y", "(2 times more)", "x"]
+
+
+def test_who_has_no_file_or_program_is_told_at_the_start(tmp_path):
+    text = "".join(f"[m{n}]\ncmd = no-such-server ${{PORT}}\n" for n in range(8))
+    text += "[x]\ncmd = FAKE\nctx-siz = 3\n[y]\nmodel = /none.gguf\n"
+    with Llmswap(text, env={"PATH": "/usr/bin:/bin"}) as server:
+        missing = eventually(lambda: re.findall(".*no-such-server.*", server.log()))
+        assert len(missing) == 1 and "m0, m1, m2, m3, m4 and 3 more could" in missing[0]
+        assert re.search(r"x cannot be used: .*test\.ini:\d+: \[x\]", server.log())
+        remedy = eventually(lambda: re.search("(?m)^.* y could.*$", server.log()))[0]
+        assert "'llama-server' on the PATH; `llama-server` in [llmswap]" in remedy
+
+
+# -- the terminal ----------------------------------------------------------------------
+
+
+def on_terminal(command, until, columns=80, **environment):
+    """What the command shows on a terminal until that matches; then it is stopped."""
+    import fcntl
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    env = {**os.environ, "TERM": "xterm", **environment}
+    env.pop("COLUMNS", None)
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=env)
+    os.close(theirs)
+    shown, deadline = "", time.monotonic() + 10
+    while not re.search(until, shown) and time.monotonic() < deadline:
+        if select.select([ours], [], [], 0.1)[0]:
+            try:
+                shown += os.read(ours, 65536).decode()
+            except OSError:
+                break  # it ended
+    process.terminate()
+    process.wait(10)
+    os.close(ours)
+    return shown.replace("\r\n", "\n")
+
+
+def bare(shown):
+    """What is shown without its colours."""
+    return re.sub(r"\x1b\[\d*m", "", shown)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_long_list_of_models_is_wrapped_at_the_terminals_width(tmp_path, columns):
+    ini = tmp_path / "x.ini"
+    names = [f"a-model-with-a-name-{n}" for n in range(40)]
+    ini.write_text("".join(f"[{name}]\ncmd = no-such ${{PORT}}\n" for name in names))
+    command = [sys.executable, LLMSWAP, str(ini), "--listen"]
+    command.append(f"127.0.0.1:{free_port()}")
+    shown = on_terminal(command, "whole path", columns)
+    assert "\x1b[33m" in shown
+    lines = bare(shown).splitlines()
+    assert max(map(len, lines)) <= columns
+    assert " ".join(line[9:] for line in lines).count("a-model-with-a-name-39") == 1
+    assert all(re.match(r"\d\d:\d\d:\d\d | {9}\S", line) for line in lines)
+
+
+def test_no_color_is_heeded(tmp_path):
+    ini = tmp_path / "x.ini"
+    ini.write_text("[a]\ncmd = no-such ${PORT}\n")
+    listen = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, LLMSWAP, str(ini), "--listen", listen]
+    assert "\x1b" not in on_terminal(command, "whole path", NO_COLOR="1")
+
+
+# -- --check ---------------------------------------------------------------------------
+
+ODD_WORDS = """--url http://x:${PORT}/v1 '' 'a  b' "it's" '$HOME `x` \\' """
+
+CHECKED = """\
+[*]
+ngl = 99
+[coder]
+model = {folder}/with a blank/qwen3-coder-30b-a3b-instruct-q4_k_m-00001-of-00003.gguf
+chat-template-kwargs = {{"enable_thinking": false, "it's": "a b"}}
+alias = one-alias, another-alias, a-third-alias, a-fourth-alias, a-fifth-alias, six
+[shared]
+uses = coder
+[script]
+cmd = sh -c 'printf "%s|" "$PWD" "$WHERE" "$@"' sh --port ${{PORT}} {more}
+env.WHERE = at ${{PORT}}; here
+cwd = {folder}
+proxy = http://127.0.0.1:${{PORT}}
+[service]
+unit = bge-m3.service
+proxy = http://127.0.0.1:3004
+[far]
+proxy = http://192.168.11.11:8080
+"""
+
+
+def checked(folder, text, columns="80"):
+    """The lines and the exit status of --check."""
+    (folder / "x.ini").write_text(text)
+    done = subprocess.run(
+        [sys.executable, LLMSWAP, str(folder / "x.ini"), "--check"],
+        env={**os.environ, "COLUMNS": columns, "PATH": "/usr/bin:/bin"},
+        stdout=subprocess.PIPE,
+    )
+    return done.stdout.decode().splitlines(), done.returncode
+
+
+def block(lines, name):
+    """The lines below the title of one model."""
+    start = next(n for n, line in enumerate(lines) if re.match(rf"{name}\b", line)) + 1
+    while not lines[start].startswith("  ") or lines[start].endswith(")"):
+        start += 1
+    return lines[start : lines.index("", start)]
+
+
+def test_check_fits_eighty_columns_and_its_commands_can_be_pasted(tmp_path):
+    many = " ".join(f"--option-{n} {n}" for n in range(20))
+    more = ODD_WORDS + many
+    lines, status = checked(tmp_path, CHECKED.format(folder=tmp_path, more=more))
+    assert status == 0, lines
+    wide = [line for line in lines if len(line) > 80]
+    assert all(str(tmp_path) in line for line in wide), wide  # a path is never cut
+    titles = [line.split()[-1] for line in lines if line and line[0] != " "][:5]
+    assert titles[1:] == ["uses", "cmd", "unit", "remote"]
+    command = "\n".join(block(lines, "script"))
+    done = subprocess.run(["sh", "-c", command], env={"PORT": "81"}, stdout=-1)
+    words = done.stdout.decode().split("|")
+    assert words[:8] == [
+        str(tmp_path), "at 81; here", "--port", "81",
+        "--url", "http://x:81/v1", "", "a  b",
+    ]  # fmt: skip
+    assert words[8:10] == ["it's", "$HOME `x` \\"]
+    assert words[10:-1] == many.split()
+
+
+def test_check_shows_argv_and_where_the_options_are_from(tmp_path):
+    binary = fake_binary(tmp_path)
+    text = CHECKED.format(folder=tmp_path, more="")
+    lines, _ = checked(tmp_path, f"[llmswap]\nllama-server = {binary}\n{text}")
+    shown = block(lines, "coder")
+    missing = next(n for n, line in enumerate(shown) if "cannot start now" in line)
+    words = shlex.split("\n".join(shown[:missing]).replace("\\\n", " "))
+    config = llmswap.load_config(str(tmp_path / "x.ini"))
+    model = config.models["coder"]
+    assert words == llmswap.command_of(model, llmswap.table_of(model), "${PORT}")
+    told = " ".join(line.strip() for line in lines)
+    assert f"options of {binary}: from the built-in list, without its" in told
+    assert lines[-1] == "no errors"
+
+
+def test_check_tells_errors_and_warnings_and_exits_with_two(tmp_path):
+    text = "[a]\nctx-siz = 3\n[b]\ncmd = b ${PORT}\nttl = 3\n[b]\ncmd = c ${PORT}\n"
+    lines, status = checked(tmp_path, text)
+    assert status == 2 and lines[-1] == "1 of 2 models cannot be used"
+    assert block(lines, "a")[0].startswith("  error:")
+    warned = [line for line in lines if line[:1] not in (" ", "") and ":6: " in line]
+    assert len(warned) == 1, lines
+
+
+@pytest.mark.parametrize("columns, widest", [("40", 40), ("60", 60), ("200", 80)])
+def test_check_is_as_wide_as_the_terminal_but_not_wider_than_eighty(
+    tmp_path, columns, widest
+):
+    text = "[a-model]\nalias = b-model, c-model, d-model, e-model\ncmd = "
+    text += " ".join(f"-o{n} value" for n in range(30)) + " ${PORT}\n"
+    lines, _ = checked(tmp_path, text, columns)
+    assert widest - 8 < max(map(len, lines)) <= widest
+
+
 # ----------------------------------------------------------------------------------
 # A browser: headless Chromium, driven through its DevTools protocol
 
@@ -10405,8 +10909,8 @@ class FakeServer:
         self.say("main: model loaded")
         if self.flags.canned:
             CannedServer(self.listener).serve()
-        while True:
-            signal.pause()
+        while True:  # pause() would miss a signal that comes just before it
+            time.sleep(0.2)
 
     def note(self, event, **more):
         """Append an event to the journal, with the monotonic time."""
