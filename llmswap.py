@@ -5303,8 +5303,21 @@ class Pool:
         with self._lock:
             slot = self._scheduler.slots.get(model.backend)
             is_held = slot is not None and slot.is_held
-        if not is_held:
+        if is_held:
+            return
+        try:
             check_start(self.config.models.get(model.backend, model))
+        except StartFailed as problem:
+            self._note_refusal(model.backend, problem)
+            raise
+
+    def _note_refusal(self, name, problem):
+        """Nothing was started, but people are to see why, in the log and on a page."""
+        self._log("error", f"{name} could not be started: {problem}")
+        with self._lock:
+            slot = self._scheduler.slots.get(name)
+            if slot is not None and not slot.is_held:
+                slot.last_failure = problem.with_traceback(None)
 
     def _submit(self, name, is_loose=False, is_by_hand=False):
         """Queue a ticket; return it, and the lock to wait for if it has to wait."""
@@ -6863,6 +6876,7 @@ class Reply:
     """
 
     wants_events = False
+    is_for_anthropic = False  # whose clients know errors by other signs
     is_begun = False  # a head was sent or is about to be
     is_early = False  # it was sent before the backend's was known
     notice = None  # gives events to send, instead of comments, after that early head
@@ -7001,6 +7015,12 @@ class Reply:
         """Whether the last event cannot be complete."""
         return self._is_events and self._tail[-1:] not in (b"\n", b"\r")
 
+    def error_event(self, told: dict) -> bytes:
+        """Return an event that the client's SDK raises as this error."""
+        if not self.is_for_anthropic:
+            return b"data: " + _dump(told) + b"\n\n"
+        return b"event: error\ndata: " + _dump({"type": "error", **told}) + b"\n\n"
+
     def break_off(self, problem: Problem):
         """The backend's answer broke off: end the client's so that it is seen.
 
@@ -7009,7 +7029,7 @@ class Reply:
         """
         try:
             if self._is_events and self._is_at_boundary():
-                self.send(error_event(problem))
+                self.send(self.error_event(error_body(problem)))
             self.flush()
         except ClientGone:
             pass
@@ -7031,11 +7051,6 @@ def error_body(problem: Problem) -> dict:
             "code": problem.code,
         }
     }
-
-
-def error_event(problem: Problem) -> bytes:
-    """Return an event that OpenAI's clients raise as an error."""
-    return b"data: " + _dump(error_body(problem)) + b"\n\n"
 
 
 # -- one request to a backend, one answer back -----------------------------------------
@@ -7230,11 +7245,11 @@ def _pass_on_as_event(answer, reply):
         pass  # what came will do
     told = json_or(body, None)
     if isinstance(told, dict) and "error" in told:
-        reply.send(b"data: " + _dump({"error": told["error"]}) + b"\n\n")
+        reply.send(reply.error_event({"error": told["error"]}))
     else:
         text = body[:2000].decode("utf-8", "replace")
         problem = Problem(f"the backend answered {answer.status} and no events: {text}")
-        reply.send(error_event(problem))
+        reply.send(reply.error_event(error_body(problem)))
     reply.end()
 
 
@@ -9557,6 +9572,7 @@ class Handler(socketserver.BaseRequestHandler):
             return False
         self.head = Request(raw)
         self.reply = Reply(self.request, self.head, self._cors_fields())
+        self.reply.is_for_anthropic = self.head.path.endswith("/v1/messages")
         self.body = Body(self.wire, self.head, self.config.settings.max_body)
         return True
 
@@ -9599,7 +9615,7 @@ class Handler(socketserver.BaseRequestHandler):
         if not reply.is_begun:
             self._send_problem(problem)
         elif reply.is_early and not reply.sent:
-            reply.send(error_event(problem))
+            reply.send(reply.error_event(error_body(problem)))
             reply.end()
         else:
             reply.break_off(problem)
@@ -9615,7 +9631,10 @@ class Handler(socketserver.BaseRequestHandler):
         if problem.status == 405:
             methods = [method for method, path in ROUTES if path == self.head.path]
             fields.append(("allow", ", ".join([*methods, "OPTIONS"])))
-        self._send(problem.status, fields, _dump(error_body(problem)))
+        told = error_body(problem)
+        if self.reply.is_for_anthropic:
+            told = {"type": "error", **told}
+        self._send(problem.status, fields, _dump(told))
 
     def _send(self, status, fields, payload):
         reason = http.HTTPStatus(status).phrase
@@ -9853,7 +9872,9 @@ class Handler(socketserver.BaseRequestHandler):
             if binary not in tables:
                 tables[binary] = table_of(owner)  # which looks at the disk
             status = statuses.get(model.name)
-            told = status and (status.state, status.port, status.failure)
+            told = status and (
+                status.state, status.port, status.failure, status.entry
+            )  # fmt: skip
             source = (model, owner, tables[binary], told)
             if kept.get(model.name, (None,))[0] != source:
                 kept[model.name] = source, _dump(self._model_entry(model, status))
@@ -11022,7 +11043,7 @@ def _told_tables(models):
     for binary in sorted(binaries):
         source = options_of(binary).source
         is_guess = source == BUILT_IN_OPTIONS.source
-        source = "the built-in list, without its --help" if is_guess else "its --help"
+        source = "a built-in list, which knows not all" if is_guess else "its --help"
         yield f"options of {binary}: from {source}"
 
 

@@ -8761,6 +8761,26 @@ def test_a_repaired_stream_that_breaks_is_still_broken(repairing):
 
 
 # ==================================================================================
+# 6  Relay: what Anthropic's clients read
+# ==================================================================================
+
+
+def test_an_answer_that_breaks_tells_anthropics_clients_in_their_words(repairing):
+    body = {"model": "as-is", "stream": True, "tokens": 4, "cut": "boundary"}
+    with Stream(repairing.port, "/v1/messages", body) as stream:
+        with pytest.raises(BrokenAnswer):
+            list(stream.events())
+    assert b"event: error\ndata: {\"type\":\"error\",\"error\":{" in stream.raw
+
+
+def test_an_error_has_anthropics_type_beside_openais_shape(repairing):
+    answer = repairing.post("/v1/messages", {"model": "nobody"})
+    assert answer.status == 404
+    assert answer.json()["type"] == "error"
+    assert answer.json()["error"]["code"] == "model_not_found"
+
+
+# ==================================================================================
 # Progress and the terminal: how far a load is, and what a person sees.
 # ==================================================================================
 
@@ -9240,7 +9260,7 @@ def test_check_shows_argv_and_where_the_options_are_from(tmp_path):
     model = config.models["coder"]
     assert words == llmswap.command_of(model, llmswap.table_of(model), "${PORT}")
     told = " ".join(line.strip() for line in lines)
-    assert f"options of {binary}: from the built-in list, without its" in told
+    assert f"options of {binary}: from a built-in list" in told
     assert lines[-1] == "no errors"
 
 
