@@ -4923,8 +4923,12 @@ def test_sigkill_leaves_nothing_of_any_group():
         assert_all_gone(server)
 
 
-@pytest.mark.parametrize("moment", [0.001, 0.02])
-def test_sigkill_at_any_moment_of_a_start_leaves_nothing(moment):
+KILLS = int(os.environ.get("KILLS", 2))  # 50 takes most of a minute
+KILL_MOMENTS = [0.001, *(random.uniform(0, 1.5 / 50 * KILLS) for _ in range(KILLS - 1))]
+
+
+@pytest.mark.parametrize("moment", KILL_MOMENTS, ids=range(KILLS))
+def test_sigkill_at_any_moment_leaves_nothing(moment):
     with Llmswap(MANY) as server:
         for model in ("still", "loading", "stopping"):
             ask_later(server, model)
