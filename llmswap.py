@@ -42,6 +42,39 @@ I/O or a sleep. Waiting happens outside. So there is no order of locks to rememb
 nothing can wait for someone who waits.
 """
 
+import os
+import sys
+
+
+def run_lean(code):
+    """Become a process that runs this code without having compiled it.
+
+    Python keeps what it took to compile a main script, 20 MB of this one, until the
+    script ends. So the code goes into unnamed memory and Python starts anew, with the
+    same process id, descriptors, environment and arguments, and reads it from there.
+    """
+    import marshal
+
+    memory = os.memfd_create("llmswap", 0)
+    with os.fdopen(memory, "wb", closefd=False) as file:
+        marshal.dump(code, file)
+    os.lseek(memory, 0, os.SEEK_SET)
+    flags = getattr(sys, "orig_argv", sys.argv)[1 : -len(sys.argv)]  # from 3.10 on
+    read = (
+        "import marshal, sys; del sys.argv[0]; __file__ = sys.argv[1]; "
+        "file = open(int(sys.argv.pop(0)), 'rb'); code = marshal.load(file); "
+        "file.close(); exec(code)"
+    )
+    lean = [*flags, "-I", "-S", "-c", read, str(memory), *sys.argv]
+    os.execv(sys.executable, [sys.executable, *lean])
+
+
+if __name__ == "__main__" and __file__[-4:] != ".pyc" and not sys._getframe().f_back:
+    try:
+        run_lean(sys._getframe().f_code)
+    except (AttributeError, OSError, TypeError):
+        pass  # not every system can; go on as we are
+
 import base64
 import bisect
 import collections
@@ -49,15 +82,10 @@ import contextlib
 import enum
 import errno
 import functools
-import hashlib
-import hmac
 import html
-import http
-import http.server
 import itertools
 import json
 import math
-import os
 import queue
 import random
 import re
@@ -69,12 +97,11 @@ import socket
 import socketserver
 import struct
 import subprocess
-import sys
 import threading
+
 import time
 import urllib.parse
 from collections import namedtuple
-from dataclasses import dataclass, replace
 from typing import (
     Callable,
     Dict,
@@ -89,6 +116,12 @@ from typing import (
     Tuple,
     Union,
 )
+
+sys.modules.setdefault("ssl", None)  # http.client would load it: 4 MB and 5 ms for
+import http.server  # what only https backends need, who import it then
+
+if sys.modules["ssl"] is None:
+    del sys.modules["ssl"]
 
 VERSION = "1.0"
 
@@ -1106,8 +1139,7 @@ SOURCES = ("--model", "--hf-repo", "--model-url", "--docker-repo")
 SOURCE_FLAG = re.compile("--(?!spec-).*-default$|--fim-.*-spec$")
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     """One model as the file describes it.
 
     `options` are layers of entries by key, the weakest first; `environment` and the
@@ -1538,8 +1570,7 @@ def misfit(models, settings) -> Optional[str]:
     return None
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """All that a file says: `models` by id in its order, `api_keys` from everywhere."""
 
     path: str
@@ -1728,8 +1759,8 @@ class Reading:
         for model in sorted(models, key=lambda model: model.name, reverse=True):
             self._claim(canonical_name(model.name), model, "llama.cpp's name")
         return {
-            model.name: replace(model, aliases=aliases[model.name],
-                                names=self._names.of(model.name))
+            model.name: model._replace(aliases=aliases[model.name],
+                                       names=self._names.of(model.name))
             for model in models
         }
 
@@ -1777,11 +1808,11 @@ class Reading:
         for resource in (*model.settings.needs, *model.settings.sleep_needs):
             if resource not in settings.budget:
                 reason = f"budget in [llmswap] does not name {resource!r}"
-                return replace(model, problem=f"{model.place}: {reason}")
+                return model._replace(problem=f"{model.place}: {reason}")
         reason = misfit([*pinned, model], settings)
         beside = f" beside the pinned {', '.join(pin.name for pin in pinned)}"
         problem = f"{model.place}: does not fit{beside if pinned else ''}: {reason}"
-        return replace(model, problem=problem) if reason else model
+        return model._replace(problem=problem) if reason else model
 
     def _joined(self, models):
         """Return the models; those that use another have its backend, or a problem."""
@@ -1798,8 +1829,8 @@ class Reading:
         elif target.problem:
             reason = f"it uses {target.name!r}: {target.problem}"
         else:
-            return replace(model, backend=target.name)
-        return replace(model, problem=f"{model.place}: {reason}")
+            return model._replace(backend=target.name)
+        return model._replace(problem=f"{model.place}: {reason}")
 
 
 # ==================================================================================
@@ -1841,7 +1872,7 @@ class Event(enum.Enum):
 NEXT_STATE = {
     State.UNLOADED: {
         Event.START: State.LOADING,
-        Event.FOUND: State.LOADED,  # it ran before we came: a service, a remote
+        Event.FOUND: State.LOADING,  # it ran before we came: a service
     },
     State.LOADING: {
         Event.LOADED: State.LOADED,
@@ -1879,7 +1910,8 @@ FREE_FAILURES = 3  # so many failed loads in a row cost no delay
 class Spec(NamedTuple):
     """What scheduling must know of a model. Times in seconds; 0 means never, no limit.
 
-    `takes_place` False: it runs elsewhere and does not count towards models-max.
+    `takes_place` False: it runs elsewhere, does not count towards models-max, and may
+    be asked again at once when it did not come up: it sleeps, which is no failure.
     `can_sleep`: it is put to sleep instead of stopped when another needs its room.
     """
 
@@ -2057,7 +2089,7 @@ class Slot:
     @property
     def is_closed(self) -> bool:
         """Whether it grants nothing because it is to go, whoever asks."""
-        return self.is_retiring or self.unload_by is not None
+        return self.unload_by is not None or self.is_retiring
 
     def holding(self) -> Holding:
         """What it takes now."""
@@ -2088,8 +2120,10 @@ class Slot:
 
     def note_failure(self, problem: Problem, now: float):
         """A load failed; from the third in a row on, the next must wait."""
-        self.failures += 1
         self.last_failure = problem
+        if not self.spec.takes_place:
+            return
+        self.failures += 1
         surplus = self.failures - FREE_FAILURES
         if surplus >= 0:
             self.retry_at = now + min(LONGEST_BACK_OFF, 2.0 ** min(surplus, 16))
@@ -2115,10 +2149,12 @@ class Slot:
 
     def unload_at(self) -> Optional[float]:
         """When it is to be unloaded for being idle; None: not as things are."""
+        if self.in_flight or self.waiting or self.loose or self.spec.is_pinned:
+            return None
         timeout = self.idle_timeout
         if timeout is None:
             timeout = self.spec.idle_timeout or math.inf
-        if self.spec.is_pinned or timeout == math.inf or self.loose or not self.is_idle:
+        if timeout == math.inf:
             return None
         return max(self.idle_since, self.ready_at) + timeout
 
@@ -2224,8 +2260,10 @@ class Scheduler:
         if slot is None:
             return
         if slot.state is State.LOADING:
-            slot.load_seconds = now - slot.started_at
+            if slot.started_at > -math.inf:
+                slot.load_seconds = now - slot.started_at
             slot.ready_at = slot.idle_since = now
+            slot.last_grant = -math.inf  # of this life
             slot.forgive()
             slot.last_failure = None
             self._end_pauses(slot)
@@ -2250,11 +2288,12 @@ class Scheduler:
             slot.stop_cause, slot.is_falling_asleep = "died", False
 
     def found(self, name: str, now: float) -> int:
-        """The backend ran before we did; return the generation it has from now on."""
+        """The backend ran before we did, and is ready once `loaded` says so; return the
+        generation it has from now on."""
         slot = self.slots[name]
         slot.advance(Event.FOUND, now)
         slot.generation = next(self._generations)
-        slot.ready_at = slot.idle_since = now
+        slot.started_at = -math.inf  # who knows when
         self._held[name] = slot
         return slot.generation
 
@@ -2407,11 +2446,8 @@ class Scheduler:
         return chosen
 
     def _serve_queue(self, now):
-        """Walk the queue once; say whether that changed anything."""
+        """Walk the queue once; say whether to do so again, as that changed anything."""
         self.look_again = math.inf
-        if not self._queue:
-            self._leaving, self._going = {}, {}
-            return False
         self._leaving = self._chosen_victims()
         self._going = dict.fromkeys(self._leaving, -math.inf)
         before = len(self._decisions), len(self._leaving)
@@ -2425,6 +2461,9 @@ class Scheduler:
             if is_first:
                 is_full = self._pursue(ticket, ahead, is_full, now)
                 ahead[ticket.slot.name] = ticket.slot
+        if not self._queue:  # who left it takes its victims along
+            self._leaving, self.look_again = {}, math.inf
+            return False
         return before != (len(self._decisions), len(self._leaving))
 
     def _settle(self, ticket, is_first, waiting, now):
@@ -2507,7 +2546,7 @@ class Scheduler:
         """
         slot = ticket.slot
         is_down = slot.state in (State.UNLOADED, State.SLEEPING)
-        may_start = is_down and not slot.is_closed
+        may_start = is_down and not slot.is_closed and slot not in self._leaving
         if not slot.needs_room:
             if may_start:
                 self._start(ticket, now)
@@ -2674,6 +2713,7 @@ LONGEST_LINE = 16384  # bytes; a longer one is cut into several
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20  # of Linux's sock_diag(7)
 PORT_TRIES = 3
+SIGNS_EVERY = 1.0  # s; so often a silent load is looked at for signs of life
 
 
 def free_port() -> int:
@@ -2869,9 +2909,12 @@ def process_name(pid: int) -> str:
 
 def suspended_seconds() -> float:
     """Return how long this machine has been suspended since it was booted."""
-    if not hasattr(time, "CLOCK_BOOTTIME"):
+    if BOOT_CLOCK is None:
         return 0.0
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
+    return time.clock_gettime(BOOT_CLOCK) - time.monotonic()
+
+
+BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", None)  # runs on while the machine sleeps
 
 
 class Upstream:
@@ -2892,6 +2935,7 @@ class Upstream:
         self._active = set()
         self._is_closed = False
         self._turns = itertools.count()
+        self._suspended = suspended_seconds()
         self.note_life()
         self.used_at = self._seen_at  # when the last request to it ended
 
@@ -2902,12 +2946,21 @@ class Upstream:
 
     def note_life(self):
         """The backend gave a sign of life just now."""
+        if self._has_slept():
+            self._close_idle()
         self._seen_at = time.monotonic()
         self._suspended = suspended_seconds()
 
     def is_fresh(self, seconds: float) -> bool:
         """Whether its last sign of life is no older, nor from before a suspension."""
         return not self._has_slept() and time.monotonic() < self._seen_at + seconds
+
+    def is_answering(self, seconds: float) -> bool:
+        """Whether a request was answered within so many seconds, or is being answered:
+        the kernel knows when bytes came last."""
+        return self.is_fresh(seconds) or any(
+            _has_heard(sock, seconds) for sock in list(self._active)
+        )
 
     def _has_slept(self):
         return suspended_seconds() > self._suspended + 1.0
@@ -2998,6 +3051,17 @@ def set_tick(sock: socket.socket):
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
 
 
+def _has_heard(sock, seconds):
+    """Whether bytes came on it within so many seconds; False where nobody tells."""
+    try:
+        told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
+        (silence,) = struct.unpack_from("=I", told, 52)  # ms; counts from its opening
+        (received,) = struct.unpack_from("=Q", told, 128)
+    except (AttributeError, OSError, struct.error):
+        return False
+    return received > 0 and silence < 1000 * seconds
+
+
 def _is_quiet(sock):
     """Whether the other side neither closed nor said anything unasked."""
     if hasattr(sock, "do_handshake"):  # TLS cannot peek
@@ -3078,8 +3142,8 @@ class HealthCheck:
 
     @property
     def was_answered(self) -> bool:
-        """Whether the backend said anything at all."""
-        return bool(self._answer)
+        """Whether the backend said anything that begins as HTTP does."""
+        return self._answer.startswith(b"HTTP/")
 
     @property
     def text(self) -> bytes:
@@ -3371,6 +3435,82 @@ def check_start(model: Model):
                     raise StartFailed(f"{path} does not exist (option {option})")
 
 
+# -- what all lives share --------------------------------------------------------------
+#
+# A *life* is one run of a backend, on a thread of its own: `_story()` tells it and
+# returns the problem that ended it, `_end()` clears away what is left. What others
+# call, from any thread, is the same for all kinds unless they say otherwise.
+
+
+def equip(life, model: Model, upstream: Optional["Upstream"], ring):
+    """Give a life what all of them have; `ring()` wakes its thread."""
+    life.model = model
+    life.upstream = upstream
+    life.pid = None  # of its main process, once known
+    life.port = upstream and upstream.port
+    life.started_at = time.monotonic()
+    life.on_loaded = life.on_slept = life.on_dying = None
+    life.on_exited = life.on_line = None
+    life._ring = ring
+    life._nap = None  # what it is to do about its sleep
+    life._is_ready = life._is_stop_asked = life._is_kill_asked = False
+    life._has_ended = threading.Event()
+
+
+def begin(life):
+    """Begin the life on a thread of its own."""
+    name = f"model {life.model.name}"
+    threading.Thread(target=_live, args=(life,), name=name, daemon=True).start()
+
+
+def _live(life):
+    try:
+        problem = life._story()
+    except Problem as error:
+        problem = error.with_traceback(None)  # whose frames would keep us alive
+    except Exception as error:  # a bug, or no descriptors: never a silent thread
+        problem = StartFailed(f"{life.model.name}: {type(error).__name__}: {error}")
+    life._end()
+    life.on_exited(life, problem)
+    life._has_ended.set()
+
+
+def ask_to_stop(life, at_once=False):
+    """Ask it to end: with its stop timeout if it is loaded, else killed."""
+    life._is_kill_asked = life._is_kill_asked or at_once
+    life._is_stop_asked = True
+    life._ring()
+
+
+def ask_to_sleep(life):
+    """Ask it to fall asleep; one that does not is stopped."""
+    life._nap = Nap.SLEEP
+    life._ring()
+
+
+def ask_to_wake(life):
+    """Ask it to wake up; one that does not is started anew."""
+    life._nap = Nap.WAKE
+    life._ring()
+
+
+def may_be_asked(life, within: float) -> Optional[bool]:
+    """Whether a request may be sent; other kinds may take so long, and return None if
+    they do not know yet. Any thread."""
+    return not life._has_ended.is_set() and still_answers(life)
+
+
+def has_ended_unasked(life, within: float) -> bool:
+    """Whether it ended unasked, now or within so many seconds. Any thread."""
+    return life._has_ended.wait(within) and not life._is_stop_asked
+
+
+def note_death(life):
+    """It ended, or must: from now on nobody is sent to it."""
+    life.on_dying(life)
+    life._has_ended.set()
+
+
 # -- one life --------------------------------------------------------------------------
 
 
@@ -3386,27 +3526,18 @@ class ProcessBackend:
     """
 
     def __init__(self, model: Model, guard: Guard, settle_timeout: float):
-        self.model = model
-        self.upstream = None
-        self.pid = None
-        self.port = None
-        self.started_at = time.monotonic()
-        self.on_loaded = self.on_slept = self.on_dying = None
-        self.on_exited = self.on_line = None
+        self._bell = Bell()
+        equip(self, model, None, self._bell.ring)
         self.lines = collections.deque(maxlen=LAST_LINES)
         self._guard = guard
         self._settle_timeout = settle_timeout
-        self._bell = Bell()
         self._process = None
-        self._is_ready = False
-        self._is_stop_asked = self._is_kill_asked = False
         self._suspicion = None  # since when a request is silent
         self._check = None
         self._stranger = None
         self._partial_line = b""
         self._progress_at = self.started_at
-        self._has_ended = threading.Event()
-        self._nap = None  # what it is to do about its sleep
+        self.gauge = LoadGauge()
         self._doze = None  # the sleep that it falls into by itself
 
     @property
@@ -3414,35 +3545,9 @@ class ProcessBackend:
         """Where it runs, for people."""
         return f"pid {self.pid}, port {self.port}"
 
-    def start(self):
-        """Begin the life on a thread of its own."""
-        name = f"model {self.model.name}"
-        threading.Thread(target=self._live, name=name, daemon=True).start()
-
-    def stop(self, at_once=False):
-        """Ask it to end: with its stop timeout if it is loaded, else killed."""
-        self._is_kill_asked = self._is_kill_asked or at_once
-        self._is_stop_asked = True
-        self._bell.ring()
-
-    def sleep(self):
-        """Ask it to fall asleep; one that does not is stopped."""
-        self._nap = Nap.SLEEP
-        self._bell.ring()
-
-    def wake(self):
-        """Ask it to wake up; one that does not is started anew."""
-        self._nap = Nap.WAKE
-        self._bell.ring()
-
-    def is_there(self, within: float) -> Optional[bool]:
-        """Whether a request may be sent; other kinds may take so long, and return None
-        if they do not know yet. Any thread."""
-        return not self._has_ended.is_set() and still_answers(self)
-
-    def has_died(self, within: float) -> bool:
-        """Whether it ended unasked, now or within so many seconds. Any thread."""
-        return self._has_ended.wait(within) and not self._is_stop_asked
+    start, stop = begin, ask_to_stop
+    sleep, wake = ask_to_sleep, ask_to_wake
+    is_there, has_died = may_be_asked, has_ended_unasked
 
     def is_over(self) -> bool:
         return self._is_exited or self._is_stop_asked
@@ -3461,26 +3566,17 @@ class ProcessBackend:
             self._suspicion = time.monotonic()
             self._bell.ring()
 
-    def _live(self):
-        problem = None
-        try:
-            while self._come_up():
-                self._is_ready = True
-                self.upstream.note_life()
-                self.on_loaded(self)
-                if self.model.kind == "llama-server":
-                    self.entry = entry_of(self)
-                if self._await_end() or self._is_stop_asked:
-                    break
-                self._clear_away()  # it slept and could not be woken: start it anew
-            if not self._is_stop_asked:
-                problem = self._failure()
-        except Problem as error:
-            problem = error.with_traceback(None)  # whose frames would keep us alive
-        except Exception as error:  # a bug, or no descriptors: never a silent thread
-            problem = StartFailed(f"{self.model.name}: {type(error).__name__}: {error}")
-        self._end()
-        self.on_exited(self, problem)
+    def _story(self):
+        while self._come_up():
+            self._is_ready = True
+            self.upstream.note_life()
+            self.on_loaded(self)
+            if self.model.kind == "llama-server":
+                self.entry = entry_of(self)
+            if self._await_end() or self._is_stop_asked:
+                break
+            self._clear_away()  # it slept and could not be woken: start it anew
+        return None if self._is_stop_asked else self._failure()
 
     # -- coming up
 
@@ -3514,7 +3610,7 @@ class ProcessBackend:
         cwd = model.settings.cwd or None
         find_program(argv[0], environment, cwd)
         self._stranger = self._exit_status = None
-        self._is_exited = self._is_ours = False
+        self._is_exited = self._is_ours = self._was_told_to_go = False
         self._oom_kills = oom_kills()
         score = str(model.settings.oom_score_adj)
         try:
@@ -3532,7 +3628,7 @@ class ProcessBackend:
         self.pid = self._process.pid
         self._guard.watch(self.pid)
         self._spawned_at = self._progress_at = time.monotonic()
-        self._memory_mark = memory_of(self.pid)
+        self._last_signs = signs_of_life(self.pid)
         self._watch_child()
 
     def _watch_child(self):
@@ -3641,7 +3737,7 @@ class ProcessBackend:
             else:
                 self._wait(None)
         if not self._is_stop_asked:
-            self._note_death()
+            note_death(self)
         return True
 
     def _clear_away(self):
@@ -3649,11 +3745,6 @@ class ProcessBackend:
         self.upstream.close()
         self._end_process()
         self._is_ready = False
-
-    def _note_death(self):
-        """It ended, or must: from now on nobody is sent to it."""
-        self.on_dying(self)
-        self._has_ended.set()
 
     def _examine(self):
         """A request is silent: ask for health; without an answer in time it hangs."""
@@ -3664,11 +3755,12 @@ class ProcessBackend:
             self._ask_health()
         pause = 1.0 if self._check is None else HEALTH_PATIENCE
         self._wait(min(self._suspicion + limit, self._asked_at + pause))
-        if self._is_answering():
+        is_time = time.monotonic() >= self._suspicion + limit
+        if self._is_answering() or is_time and self.upstream.is_answering(limit):
             self._suspicion = None
-        elif time.monotonic() >= self._suspicion + limit:
+        elif is_time:
             self._drop_check()
-            self._note_death()
+            note_death(self)
             self._end_process()
             raise StartFailed(
                 f"{self.model.name} hung: neither a request nor {limit:g} s of health "
@@ -3718,12 +3810,12 @@ class ProcessBackend:
         self._note_progress()
 
     def _note_progress(self):
-        """While it loads: memory that grows is a sign of life as good as a line."""
+        """While it loads: what it reads or maps is as good as a line that it writes."""
         now = time.monotonic()
-        if not self._is_ready and now > self._progress_at + 1.0:
-            mark = memory_of(self.pid)
-            if mark != self._memory_mark:
-                self._memory_mark, self._progress_at = mark, now
+        if not self._is_ready and now > self._progress_at + SIGNS_EVERY:
+            signs = signs_of_life(self.pid)
+            if signs != self._last_signs:
+                self._last_signs, self._progress_at = signs, now
 
     def _read_output(self):
         try:
@@ -3747,8 +3839,9 @@ class ProcessBackend:
     def _take_line(self, line):
         for start in range(0, len(line) or 1, LONGEST_LINE):
             text = line[start : start + LONGEST_LINE].decode("utf-8", "replace")
-            self.lines.append(text.rstrip("\r"))
-            self.on_line(self.lines[-1])
+            if not self.gauge.hear(text):
+                self.lines.append(text.rstrip("\r"))
+                self.on_line(self.lines[-1])
 
     # -- going
 
@@ -3767,6 +3860,7 @@ class ProcessBackend:
 
     def _ask_to_stop(self):
         """Let it end by itself, for as long as its stop timeout lets it."""
+        self._was_told_to_go = True
         deadline = time.monotonic() + self.model.settings.stop_timeout
         stopper = self._run_stop_command()
         if not stopper:
@@ -3807,6 +3901,10 @@ class ProcessBackend:
         """Kill the whole group, then reap its leader; keep its last words."""
         if self._process is None:
             return
+        if self.model.settings.cmd_stop and not (
+            self._is_exited or self._was_told_to_go
+        ):
+            self._ask_to_stop()  # what is elsewhere, in a container, outlives a kill
         process, self._process = self._process, None
         memory_users = gpu_users_among(self.pid)
         self._signal(signal.SIGKILL)  # its workers may outlive the leader
@@ -3922,6 +4020,20 @@ def memory_of(pid: int) -> Dict[str, int]:
     return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows}
 
 
+def disk_reads_of(pid: int) -> str:
+    """Return how much the process had disks read, past the cache too, as digits."""
+    try:
+        with open(f"/proc/{pid}/io") as file:
+            return file.read().partition("\nread_bytes: ")[2].partition("\n")[0]
+    except OSError:
+        return ""
+
+
+def signs_of_life(pid: int) -> list:
+    """Return what changes while the process or its descendants load a model."""
+    return [(memory_of(each), disk_reads_of(each)) for each in family_of(pid)]
+
+
 def oom_kills() -> int:
     """Return how many processes the kernel has killed for memory since boot."""
     try:
@@ -3934,7 +4046,7 @@ def oom_kills() -> int:
 
 # -- what every life asks over HTTP ----------------------------------------------------
 #
-# A *life* here is a backend: it has a `model` and an `upstream`; `rest(until, check)`
+# Such a life has a `model` and an `upstream`; `rest(until, check)`
 # lets time pass until then or until something happens; `is_over()` says that it ended
 # or is to end. These functions are for its own thread, if they do not say otherwise.
 
@@ -4168,7 +4280,7 @@ def _gpu_query():
     return None
 
 
-def gpu_processes() -> Set[int]:
+def gpu_processes(timeout=2.0) -> Set[int]:
     """Return the processes that hold memory of a GPU, as its vendor's tool has them."""
     try:
         done = subprocess.run(
@@ -4176,7 +4288,7 @@ def gpu_processes() -> Set[int]:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            timeout=2,
+            timeout=timeout,
         )
     except (OSError, subprocess.SubprocessError):
         return set()
@@ -4200,13 +4312,16 @@ def _group_of(pid):
 def settle(pids: Set[int], timeout: float):
     """Wait until none of these processes holds GPU memory, `timeout` at most."""
     deadline = time.monotonic() + timeout
-    while pids and time.monotonic() < deadline and pids & gpu_processes():
+    while pids and (left := deadline - time.monotonic()) > 0:
+        if not pids & gpu_processes(min(2.0, left)):
+            return
         time.sleep(0.05)
 
 
 # -- systemd units ---------------------------------------------------------------------
 
 ERRAND_PATIENCE = 5.0  # s; what a quick question to systemd may take
+JOURNAL_MOMENT = 0.2  # s; if it has nothing new by then, it has everything
 LOOK_EVERY = 5.0  # s; how often a unit is looked at whose main process is not known
 DEAF_SECONDS = 30.0  # s; a systemd that hangs is not asked again before
 RUNNING = ("active", "activating", "reloading")
@@ -4227,8 +4342,8 @@ class Service:
 
     def journalctl(self) -> List[str]:
         """Return the command that prints the last lines it wrote."""
-        scope = [] if self.is_system else ["--user"]
-        return ["journalctl", *scope, "-u", self.name, "-n", "20", "-o", "cat", "-q"]
+        which = "--unit" if self.is_system else "--user-unit"  # --user is deaf as root
+        return ["journalctl", which, self.name, "-n", "20", "-o", "cat", "-q"]
 
 
 class Errand:
@@ -4337,67 +4452,29 @@ class UnitBackend:
     """
 
     def __init__(self, model: Model, rivals: Sequence[str], settle_timeout: float):
-        self.model = model
+        self._watch = Watch()
+        equip(self, model, Upstream(proxy_of(model, "")), self._watch.ring)
         self.service = Service(model.settings.unit)
-        self.upstream = Upstream(proxy_of(model, ""))
-        self.pid = None  # of its main process, once known
-        self.port = self.upstream.port
-        self.started_at = time.monotonic()
-        self.on_loaded = self.on_slept = self.on_dying = None
-        self.on_exited = self.on_line = None
         self._rivals = rivals
         self._settle_timeout = settle_timeout
-        self._watch = Watch()
         self._exit_fd = None
-        self._nap = None
         self._deaf_until = 0.0  # systemd did not answer; it is not asked until then
         self._is_adopted = self._is_started = False
-        self._is_ready = self._is_exited = False
-        self._is_stop_asked = self._is_kill_asked = self._is_suspect = False
-        self._is_settled = threading.Event()  # it became ready, or it is gone
-        self._has_ended = threading.Event()
+        self._is_exited = self._is_suspect = False
 
     @property
     def where(self) -> str:
         """Where it runs, for people."""
         return self.model.settings.unit
 
-    def start(self):
-        """Begin the life on a thread of its own."""
-        name = f"model {self.model.name}"
-        threading.Thread(target=self._live, name=name, daemon=True).start()
+    start, stop = begin, ask_to_stop
+    sleep, wake = ask_to_sleep, ask_to_wake
+    is_there, has_died = may_be_asked, has_ended_unasked
 
     def adopt(self):
-        """Begin the life of a unit that runs already; see `is_there`."""
+        """Begin the life of a unit that runs already, ready or not."""
         self._is_adopted = self._is_started = True
         self.start()
-
-    def stop(self, at_once=False):
-        """Ask it to end: with its stop timeout if it is loaded, else killed."""
-        self._is_kill_asked = self._is_kill_asked or at_once
-        self._is_stop_asked = True
-        self._watch.ring()
-
-    def sleep(self):
-        """Ask it to fall asleep."""
-        self._nap = Nap.SLEEP
-        self._watch.ring()
-
-    def wake(self):
-        """Ask it to wake up."""
-        self._nap = Nap.WAKE
-        self._watch.ring()
-
-    def is_there(self, within: float) -> Optional[bool]:
-        """Whether a request may be sent; None: not known within so many seconds, as it
-        was found running and did not answer yet. Any thread."""
-        if not self._is_settled.wait(within):
-            return None
-        return not self._has_ended.is_set() and still_answers(self)
-
-    def has_died(self, within: float) -> bool:
-        """Whether it ended unasked, now or within so many seconds. Any thread."""
-        return self._has_ended.wait(within) and not self._is_stop_asked
 
     def suspect(self):
         """A request has been silent for long: see whether it hangs. Any thread."""
@@ -4414,21 +4491,10 @@ class UnitBackend:
             self._watch.remove(self._exit_fd)  # it would end every rest from now on
             self._is_exited = True
 
-    def _live(self):
-        problem = None
-        try:
-            while self._come_up() and not (self._stay() or self._is_stop_asked):
-                self._bring_down()  # it slept and could not be woken: start it anew
-            if not self._is_stop_asked:
-                problem = self._failure()
-        except Problem as error:
-            problem = error.with_traceback(None)  # whose frames would keep us alive
-        except Exception as error:  # a bug, or no descriptors: never a silent thread
-            problem = StartFailed(f"{self.model.name}: {type(error).__name__}: {error}")
-        self._end()
-        self.on_exited(self, problem)
-        self._has_ended.set()
-        self._is_settled.set()
+    def _story(self):
+        while self._come_up() and not (self._stay() or self._is_stop_asked):
+            self._bring_down()  # it slept and could not be woken: start it anew
+        return None if self._is_stop_asked else self._failure()
 
     # -- coming up
 
@@ -4445,7 +4511,6 @@ class UnitBackend:
             self._follow_main_process()  # what ran first, if any, was but a preparation
         self._is_ready = True
         self.upstream.note_life()
-        self._is_settled.set()
         self.on_loaded(self)
         return True
 
@@ -4455,7 +4520,7 @@ class UnitBackend:
             self._tell_systemd("reset-failed")
         self._is_started = True
         limit = self.model.settings.load_timeout or math.inf
-        status, said = self._tell_systemd("start", limit, self.is_over)
+        status, said = self._tell_systemd("start", limit=limit, gives_up=self.is_over)
         if self.is_over() or status == 0:
             return
         if status is None and time.monotonic() >= self._began + limit:
@@ -4545,13 +4610,8 @@ class UnitBackend:
                 self.rest(self._next_look())
                 self._look_after()
         if not self._is_stop_asked:
-            self._note_death()
+            note_death(self)
         return True
-
-    def _note_death(self):
-        """It ended, or must: from now on nobody is sent to it."""
-        self.on_dying(self)
-        self._has_ended.set()
 
     def _next_look(self):
         is_known = self._exit_fd is not None
@@ -4568,8 +4628,9 @@ class UnitBackend:
         check = question(self, ("GET", self.model.settings.check_endpoint))
         found = verdict(self, check, time.monotonic() + limit)
         self._is_suspect = False
-        if found is Health.PENDING and not self.is_over():
-            self._note_death()
+        is_silent = found is Health.PENDING and not self.upstream.is_answering(limit)
+        if is_silent and not self.is_over():
+            note_death(self)
             raise StartFailed(
                 f"{self._name()} hung: neither a request nor {limit:g} s of health "
                 f"checks were answered; it is stopped{self._told()}"
@@ -4589,14 +4650,17 @@ class UnitBackend:
         """Stop the unit, and wait until nothing of it is left."""
         users = unit_processes(self.service.name) if _gpu_query() else set()
         if not self._is_ready:
-            self._tell_systemd("kill", ERRAND_PATIENCE, never, "--signal=KILL")
-        limit = self.model.settings.stop_timeout
-        status, said = self._tell_systemd("stop", limit, lambda: self._is_kill_asked)
+            self._tell_systemd("kill", "--signal=KILL")
+        status, said = self._tell_systemd(
+            "stop",
+            limit=self.model.settings.stop_timeout,
+            gives_up=lambda: self._is_kill_asked,
+        )
         if status != 0:
             said = said or "no answer"
             self.on_line(f"llmswap: systemctl stop: {said}; it is killed")
-            self._tell_systemd("kill", ERRAND_PATIENCE, never, "--signal=KILL")
-            self._tell_systemd("stop", ERRAND_PATIENCE)
+            self._tell_systemd("kill", "--signal=KILL")
+            self._tell_systemd("stop")
             self._kill_main_process()
         self._unfollow()
         self._is_ready = False
@@ -4621,11 +4685,11 @@ class UnitBackend:
     def _name(self):
         return f"{self.model.name} ({self.model.settings.unit})"
 
-    def _run(self, argv, limit=ERRAND_PATIENCE, gives_up=never):
-        until = time.monotonic() + limit
+    def _run(self, argv, limit=None, gives_up=never):
+        until = time.monotonic() + (ERRAND_PATIENCE if limit is None else limit)
         return run_errand(argv, self._watch, self.rest, until, gives_up)
 
-    def _tell_systemd(self, verb, limit=ERRAND_PATIENCE, gives_up=never, *options):
+    def _tell_systemd(self, verb, *options, limit=None, gives_up=never):
         return self._run(self.service.systemctl(verb, *options), limit, gives_up)
 
     def _look(self, *properties):
@@ -4651,11 +4715,18 @@ class UnitBackend:
         else:
             why = f"{result}, status {found.get('ExecMainStatus', 'unknown')}"
         what = "ended by itself" if self._is_ready else "could not be started"
-        return StartFailed(f"{self._name()} {what}: {why}{self._told()}")
+        code = int(found["ExecMainStatus"]) if result == "exit-code" else None
+        return StartFailed(f"{self._name()} {what}: {why}{self._told()}", code)
 
     def _told(self):
-        """The last lines that it wrote, as the journal has them."""
+        """What it wrote last; the journal has it a moment after the end."""
         status, said = self._run(self.service.journalctl())
+        until = time.monotonic() + ERRAND_PATIENCE
+        while status == 0 and time.monotonic() < until:
+            self.rest(time.monotonic() + JOURNAL_MOMENT)
+            before, (status, said) = said, self._run(self.service.journalctl())
+            if said == before:
+                break
         return f"\n{said[-3000:]}" if status == 0 and said else ""
 
 
@@ -4699,43 +4770,18 @@ class RemoteBackend:
     """
 
     def __init__(self, model: Model):
-        self.model = model
-        self.upstream = Upstream(proxy_of(model, ""))
-        self.pid = None
-        self.port = self.upstream.port
-        self.started_at = time.monotonic()
-        self.on_loaded = self.on_slept = self.on_dying = None
-        self.on_exited = self.on_line = None
         self._watch = Watch()
-        self._nap = None
+        equip(self, model, Upstream(proxy_of(model, "")), self._watch.ring)
         self._next_packet = math.inf
-        self._is_stop_asked = self._is_lost = self._is_suspect = False
-        self._has_ended = threading.Event()
+        self._is_lost = self._is_suspect = False
 
     @property
     def where(self) -> str:
         """Where it runs, for people."""
         return proxy_of(self.model, "")
 
-    def start(self):
-        """Begin the life on a thread of its own."""
-        name = f"model {self.model.name}"
-        threading.Thread(target=self._live, name=name, daemon=True).start()
-
-    def stop(self, at_once=False):
-        """Ask to forget it."""
-        self._is_stop_asked = True
-        self._watch.ring()
-
-    def sleep(self):
-        """Ask it to fall asleep."""
-        self._nap = Nap.SLEEP
-        self._watch.ring()
-
-    def wake(self):
-        """Ask it to wake up."""
-        self._nap = Nap.WAKE
-        self._watch.ring()
+    start, stop = begin, ask_to_stop  # to stop it is to forget it
+    sleep, wake = ask_to_sleep, ask_to_wake
 
     def is_there(self, within: float) -> Optional[bool]:
         """Whether a request may be sent. It is asked if it gave no sign of life lately,
@@ -4779,23 +4825,16 @@ class RemoteBackend:
         if time.monotonic() >= self._next_packet:
             self._send_packet()
 
-    def _live(self):
-        problem = None
-        try:
-            if self._come_up():
-                self.on_loaded(self)
-                self._stay()
-                if not self._is_stop_asked:
-                    self.on_dying(self)
-        except Problem as error:
-            problem = error.with_traceback(None)  # whose frames would keep us alive
-        except Exception as error:  # a bug, or no descriptors: never a silent thread
-            problem = StartFailed(f"{self.model.name}: {type(error).__name__}: {error}")
-        self._has_ended.set()
-        self.upstream.close()
-        if problem is None and not self._is_stop_asked:
+    def _story(self):
+        if self._come_up():
+            self.on_loaded(self)
+            self._stay()
+        if not self._is_stop_asked:
+            self.on_dying(self)
             self.on_line("llmswap: it does not answer any more: asleep or gone")
-        self.on_exited(self, problem)
+
+    def _end(self):
+        self.upstream.close()
 
     def _come_up(self):
         """Whether it answers: wake it until it does."""
@@ -4850,13 +4889,20 @@ class RemoteBackend:
 
 MOST_BEFORE_READY = 0.99
 MODEL_OPTIONS = ("-m", "--model", "-mm", "--mmproj", "-md", "--model-draft")
+REPORT_MARK = "cmd_child_to_router:state:"
+GPU_LOOK_AFTER = 2.0  # s; the vendor's tool takes long itself
 
 
 class LoadGauge:
     """How far one load is: `progress`, from 0 to 1, or None where that cannot be told.
 
     It never goes back, and says 1 of nothing. Known by what the backend reports; if it
-    does not, by the memory of its processes against the files of the model they load.
+    does not, by the memory of its processes, or theirs on the GPU if that is more,
+    against the files of the model they load.
+
+    A llama-server is not asked to report, as its router would: from then on it hangs
+    after a SIGTERM until it reads a line on its standard input, and it calls a mapped
+    file read that has yet to be.
     """
 
     def __init__(self):
@@ -4865,18 +4911,25 @@ class LoadGauge:
         self._value = 0.0
         self._is_reported = False
         self._size = 0
+        self._born, self._memory = time.monotonic(), MemoryWatch()
 
-    def report(self, payload):
-        """Take over what a llama-server tells its router of its load, if it is that."""
+    def hear(self, line: str) -> bool:
+        """Whether this is no log but what a llama-server reports to its router; if it
+        tells of a load, take that over."""
+        _, mark, told = line.partition(REPORT_MARK)
+        if not mark:
+            return False
         try:
+            payload = json.loads(told)["payload"]
             stages, current = list(payload["stages"]), payload["current"]
             value = min(1.0, max(0.0, float(payload["value"])))
             share = (stages.index(current) + value) / len(stages)
-        except (KeyError, TypeError, ValueError):
-            return
+        except (KeyError, TypeError, ValueError, RecursionError):
+            return True
         self._is_reported = True
         self._stages, self._value = {"stages": stages, "current": current}, value
         self._rise_to(share)
+        return True
 
     def look(self, pid: Optional[int]):
         """Look at the memory of that process and its descendants. Reads /proc."""
@@ -4885,8 +4938,14 @@ class LoadGauge:
         family = family_of(pid)
         self._size = self._size or sum(map(size_of_models, family))
         if self._size:
-            self._rise_to(sum(map(memory_for_models, family)) / self._size)
+            held = max(sum(map(memory_for_models, family)), self._on_gpu(pid))
+            self._rise_to(held / self._size)
             self._value = self.progress
+
+    def _on_gpu(self, group):
+        """Files that are read, not mapped, leave no other trace on their way there."""
+        is_long = time.monotonic() > self._born + GPU_LOOK_AFTER
+        return is_long and self._memory.on_gpu(group) or 0
 
     def _rise_to(self, share):
         share = min(MOST_BEFORE_READY, round(share, 3))
@@ -5031,6 +5090,7 @@ ADOPT_PATIENCE = 1.0  # s; how long the start may wait for systemd to say what r
 
 LOOK_AT_LOADS = 0.2  # s, from one look at what loads to the next
 LOAD_LINE_EVERY = 10.0  # s; so often the log tells of a load that takes long
+LONG_WAIT = 1.0  # s; worth a word in the log
 
 
 class Feed:
@@ -5110,6 +5170,7 @@ class Meters:
         waited: Optional[float] = None,
         tokens_in: int = 0,
         tokens_out: int = 0,
+        bytes_in: int = 0,
         bytes_out: int = 0,
     ):
         """A request has ended. `waited`: seconds until its lease, None if it got none.
@@ -5120,14 +5181,15 @@ class Meters:
         counts["requests", model, status] += 1
         counts["tokens_in", model] += tokens_in
         counts["tokens_out", model] += tokens_out
+        counts["bytes_in", model] += bytes_in
         counts["bytes_out", model] += bytes_out
-        self._observe("durations", model, seconds)
+        self._observe("durations", "durations_sum", model, seconds)
         if waited is not None:
-            self._observe("waits", model, waited)
+            self._observe("waits", "waits_sum", model, waited)
 
     def count_load(self, model: str, seconds: float):
         """A model has become ready, so many seconds after its start."""
-        self._observe("loads", model, seconds)
+        self._observe("loads", "loads_sum", model, seconds)
         if model in self._newcomers:
             self._newcomers.discard(model)
             self.counts["swaps",] += 1
@@ -5152,9 +5214,10 @@ class Meters:
         other.speeds, other.reasons = dict(self.speeds), dict(self.reasons)
         return other
 
-    def _observe(self, metric, model, seconds):
+    def _observe(self, metric, total, model, seconds):
         self.counts[metric, model, bisect.bisect_left(BUCKETS, seconds)] += 1
-        self.counts[f"{metric}_sum", model] += seconds
+        self.counts[total, model] += seconds
+
 
 
 STOPPED = {
@@ -5260,6 +5323,7 @@ class Pool:
                 self._log("info", f"{slot.name}: {unit} runs already")
                 backend = self._backends[slot.name] = self._new_backend(slot.name)
                 backend.generation = self._scheduler.found(slot.name, self._clock())
+                self._begin_to_gauge(backend)
                 backend.adopt()
             self._turn()
 
@@ -5699,7 +5763,9 @@ class Pool:
             now = self._clock()
             if problem is not None:
                 slot = self._scheduler.slots[name]
-                self._log("error", _told_once(problem, slot.last_failure))
+                told = _told_once(problem, slot.last_failure)
+                is_named = told.startswith(name)
+                self._log("error", told if is_named else f"{name}: {told}")
                 self._meters.count_failure(name, slot.state.value)
             self._scheduler.exited(name, backend.generation, now, problem)
             self._turn()
@@ -5711,7 +5777,7 @@ class Pool:
         asked_at, backend.told_to_go_at = backend.told_to_go_at, None
         seconds = math.inf if asked_at is None else time.monotonic() - asked_at
         took = f" after {seconds:.1f} s" if asked_at is not None else ""
-        level = "info" if seconds >= 1 else "debug"
+        level = "info" if seconds >= LONG_WAIT else "debug"
         self._log(level, f"{backend.model.name}: {what}{took}")
 
     def _on_line(self, name, text):
@@ -5877,7 +5943,11 @@ LINES_LIMIT = 100  # header lines; as Apache's LimitRequestFields
 HEAD_SECONDS = 10.0  # for a whole head once its first byte is there
 STALL_SECONDS = 60.0  # without a byte in the middle of a body; as nginx
 HELD_BODY = 1 << 20  # bytes of a request's body that are held in memory
-PIECE = 1 << 18  # bytes read at once
+PIECE = 1 << 18  # bytes read at once, at most
+LEAST = 1 << 11  # bytes read at once, at first: a thousand streams wait in as many
+FIRST = 1 << 14  # bytes of a request read at once; nobody waits in these for long
+PIPE = 1 << 20  # bytes in the pipe that large answers are spliced through
+F_SETPIPE_SZ = 1031  # of Linux's fcntl(2); Python names it from 3.10 on
 EARLY_HEAD_AFTER = 3.0  # s; until then a failure keeps its true status
 COMMENT = b":\n\n"
 COMMENT_EVERY = 10.0  # s; the shortest header timeout seen in clients is 30 s
@@ -5902,27 +5972,35 @@ class Wire:
         self.on_silence = on_silence
         self.held = b""  # received and not used yet
         self.is_untouched = True  # nothing was ever received
+        self._size = LEAST  # of the next read: a buffer is ours for as long as it waits
 
     def take(self, size: int) -> bytes:
         """Return so much of what was received already, without waiting for more."""
         piece, self.held = self.held[:size], self.held[size:]
         return piece
 
-    def receive(self, size=65536) -> bytes:
-        """Return what is there, or comes next; b"" at the end of the stream."""
+    def receive(self, size=PIECE) -> bytes:
+        """Return what is there, or comes next; b"" at the end of the stream.
+
+        Reads are small until one is full: a thousand streams wait in as many of them.
+        """
         if self.held:
             return self.take(size)
+        size = min(size, self._size)
         while True:
             try:
-                return self.sock.recv(size)
+                piece = self.sock.recv(size)
             except (BlockingIOError, TimeoutError, socket.timeout):
                 self.on_silence()
+            else:
+                self._size = 4 * size if len(piece) == size else LEAST
+                return piece
 
     def awaits(self, seconds: float) -> bool:
         """Whether bytes come within so many seconds. Only who is silent for a TICK is
         polled, which costs more than a read but wakes nobody meanwhile."""
         try:
-            self.held = self.held or self.sock.recv(65536)
+            self.held = self.held or self.sock.recv(FIRST)
             return bool(self.held)
         except (BlockingIOError, TimeoutError, socket.timeout):
             waiter = select.poll()
@@ -5947,9 +6025,9 @@ class Wire:
         Raise BadRequest as soon as it can be none, HeadTooLarge. Empty lines before it
         are skipped: some clients send one after a body.
         """
-        data, end = b"", -1
+        data, end, skipped = b"", -1, 0
         while end < 0:
-            if data:
+            if data or skipped:
                 self.on_silence()  # who sends byte by byte is late as well
             searched = max(0, len(data) - 3)
             piece = self.receive()
@@ -5957,10 +6035,11 @@ class Wire:
                 return b""
             self.is_untouched = False
             data += piece
-            while data.startswith(b"\r\n"):
-                data, searched = data[2:], 0
+            if data.startswith(b"\r\n"):
+                blank = _EMPTY_LINES.match(data).end()
+                data, searched, skipped = data[blank:], 0, skipped + blank
             end = data.find(b"\r\n\r\n", searched)
-            if (len(data) if end < 0 else end + 4) > HEAD_LIMIT:
+            if skipped + (len(data) if end < 0 else end + 4) > HEAD_LIMIT:
                 raise HeadTooLarge(f"the head is larger than {HEAD_LIMIT} bytes")
             if end < 0 and _NO_HEAD.search(data, searched):
                 raise BadRequest("this is not HTTP/1 in lines that end with CRLF")
@@ -5968,12 +6047,30 @@ class Wire:
         return data[: end + 4]
 
 
-def send_all(sock: socket.socket, data, on_silence):
-    """Send all of it, calling `on_silence` whenever TICK passes without progress."""
+@contextlib.contextmanager
+def open_pipe():
+    """Yield both ends of a pipe as long as it may be, for splices through it."""
+    import fcntl
+
+    take, give = os.pipe()
+    try:
+        with contextlib.suppress(OSError):  # its owner has too many pipes
+            fcntl.fcntl(give, F_SETPIPE_SZ, PIPE)
+        yield take, give
+    finally:
+        os.close(take)
+        os.close(give)
+
+
+def send_all(sock: socket.socket, data, on_silence, on_progress=lambda: None):
+    """Send all of it, calling `on_silence` whenever TICK passes without progress, and
+    `on_progress` when there was some, but not all could be sent."""
     sent, size = 0, len(data)
     while sent < size:
         try:
             sent += sock.send(memoryview(data)[sent:] if sent else data)
+            if sent < size:
+                on_progress()
         except (BlockingIOError, TimeoutError, socket.timeout):
             on_silence()
 
@@ -6016,15 +6113,17 @@ _HANG_UP = getattr(select, "POLLRDHUP", select.POLLIN)
 
 # -- heads -----------------------------------------------------------------------------
 
+_EMPTY_LINES = re.compile(rb"(?:\r\n)+")
 _NO_HEAD = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|[\x00-\x08\x0b\x0c\x0e-\x1f]")
-_HEADER_LINES = re.compile(
-    rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n"
-)
+_LINE = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n"
+_HEADER_LINES = re.compile(rb"(?:%b)*\r\n" % _LINE)
 _FIELD = re.compile(r"([^:\r\n]+):[\t ]*((?:[^\r]*[^\r\t ])?)[\t ]*\r\n")
 _REQUEST_LINE = re.compile(
     rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([!-~\x80-\xff]+) HTTP/1\.([01])"
 )
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: ([^\r\n]*))?")
+_STATUS_LINE = re.compile(
+    rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?"
+)
 
 
 def parse_head(head: bytes, start: "re.Pattern") -> Tuple["re.Match", Fields]:
@@ -6053,13 +6152,10 @@ def render_head(start: str, fields: Fields) -> bytes:
 
 def end_to_end(fields: Fields) -> Fields:
     """Return the fields without those that concern one connection only."""
-    named = {
-        name.strip().lower()
-        for field, value in fields
-        if field == "connection"
-        for name in value.split(",")
-    }
-    dropped = HOP_BY_HOP | named if named else HOP_BY_HOP
+    dropped = HOP_BY_HOP
+    for name, value in fields:
+        if name == "connection" and value.lower() not in ("keep-alive", "close"):
+            dropped = dropped.union(map(str.strip, value.lower().split(",")))
     return [field for field in fields if field[0] not in dropped]
 
 
@@ -6081,15 +6177,19 @@ def framing_of(fields: Fields, default: Framing) -> Framing:
     told = [field for field in fields if field[0] in _FRAMING_FIELDS]
     if not told:
         return default
-    if any(name == "transfer-encoding" for name, _ in told):
-        if len(told) > 1 or told[0][1].lower() != "chunked":
-            raise BadRequest("Transfer-Encoding must be `chunked`, without a length")
-        return Framing(is_chunked=True)
-    if len(told) > 1 or not _LENGTH.fullmatch(told[0][1]):
-        raise BadRequest("Content-Length must be one number")
-    return Framing(length=int(told[0][1]))
+    if len(told) == 1:
+        ((name, value),) = told
+        if name == "content-length" and _LENGTH.fullmatch(value):
+            return Framing(int(value))
+        if name == "transfer-encoding" and value.lower() == "chunked":
+            return Framing(is_chunked=True)
+    if "transfer-encoding" in dict(told):
+        raise BadRequest("Transfer-Encoding must be `chunked`, without a length")
+    raise BadRequest("Content-Length must be one number")
 
 
+NO_BODY = Framing(length=0)
+UNTIL_CLOSE = Framing()
 _FRAMING_FIELDS = frozenset(("content-length", "transfer-encoding"))
 _LENGTH = re.compile("[0-9]{1,18}")
 
@@ -6109,13 +6209,14 @@ class Request:
         self.method = method.decode()
         self.is_http_10 = minor == b"0"
         self.target = target.decode("latin-1")
-        self.framing = framing_of(self.fields, Framing(length=0))
+        self.framing = framing_of(self.fields, NO_BODY)
         if self.is_http_10 and self.framing.is_chunked:
             raise BadRequest("HTTP/1.0 has no Transfer-Encoding")
         hosts = self.all("host")
         if len(hosts) > 1 or not (hosts or self.is_http_10):
             raise BadRequest("a request must have one Host")
-        if not self.target.startswith("/") and self.target != "*":
+        is_of_all = self.target == "*" and self.method == "OPTIONS"
+        if not self.target.startswith("/") and not is_of_all:
             self.target = self._origin_form()
         self.path, _, self.query = self.target.partition("?")
 
@@ -6152,8 +6253,8 @@ class Request:
     def is_upgrade(self) -> bool:
         """Whether a websocket is asked for; other upgrades (Java's to HTTP/2) are not
         taken, which is every server's right."""
-        is_asked = "upgrade" in self.get("connection").lower() and self.method == "GET"
-        return is_asked and self.get("upgrade").lower() == "websocket"
+        is_asked = self.get("upgrade").lower() == "websocket" and self.method == "GET"
+        return is_asked and "upgrade" in self.get("connection").lower()
 
 
 # -- bodies ----------------------------------------------------------------------------
@@ -6224,7 +6325,7 @@ class ChunkDecoder:
     def _take_trailer(self, line):
         """The blank line that ends it all, or a field, which goes nowhere."""
         self._trailers += 1
-        if not line.endswith(b"\r\n") or self._trailers > LINES_LIMIT:
+        if self._trailers > LINES_LIMIT or not _TRAILER.fullmatch(line):
             raise BadRequest("the trailer is malformed")
         self.is_done = line == b"\r\n"
 
@@ -6232,6 +6333,7 @@ class ChunkDecoder:
 _CHUNK_SIZE = re.compile(
     rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n"
 )
+_TRAILER = re.compile(rb"%b|\r\n" % _LINE)
 
 
 class Body:
@@ -6251,7 +6353,7 @@ class Body:
         expected = request.get("expect").lower()
         self._expects = expected == "100-continue" and not request.is_http_10
         self._is_lost = False
-        self._read = 0
+        self.received = 0  # bytes of payload
         self._held = bytearray()
         self._file = None
         self._map = None
@@ -6262,7 +6364,7 @@ class Body:
 
     def hold(self, size: int) -> bool:
         """Read until so many bytes are held, or all; return whether it is all."""
-        while not self.is_complete and self._read < size:
+        while not self.is_complete and self.received < size:
             self._keep(self._next_piece())
         return self.is_complete
 
@@ -6299,7 +6401,7 @@ class Body:
             return self._held
         import mmap
 
-        if self._map is None or len(self._map) != self._read:
+        if self._map is None or len(self._map) != self.received:
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         return self._map
 
@@ -6317,11 +6419,11 @@ class Body:
         except Problem:
             self._is_lost = True
             raise
-        self._read += len(piece)
-        if self._read > self._limit:
+        self.received += len(piece)
+        if self.received > self._limit:
             self._is_lost = True
             raise self._too_large()
-        self.is_complete = self.is_complete or self._read == self.length
+        self.is_complete = self.is_complete or self.received == self.length
         return piece
 
     def _check_stall(self):
@@ -6329,7 +6431,7 @@ class Body:
             raise TooSlow(f"the body stalled for {STALL_SECONDS:g} s")
 
     def _next_counted(self):
-        piece = self._wire.receive(min(PIECE, self.length - self._read))
+        piece = self._wire.receive(min(PIECE, self.length - self.received))
         if not piece:
             raise ClientGone
         return piece
@@ -6359,7 +6461,7 @@ class Body:
     @property
     def can_be_skipped(self) -> bool:
         """Whether what is left can be read and forgotten at small cost."""
-        is_short = self.length is None or self.length - self._read <= HELD_BODY
+        is_short = self.length is None or self.length - self.received <= HELD_BODY
         return self.is_complete or (
             is_short and not self._expects and not self._is_lost
         )
@@ -6367,8 +6469,8 @@ class Body:
     def skip(self) -> bool:
         """Read and forget what is left if that is little; return whether the connection
         is at the next request."""
-        end = self._read + HELD_BODY
-        while not self.is_complete and self.can_be_skipped and self._read < end:
+        end = self.received + HELD_BODY
+        while not self.is_complete and self.can_be_skipped and self.received < end:
             self._next_piece()
         return self.is_complete
 
@@ -6561,19 +6663,19 @@ _PLAIN = re.compile(rb'"([ !#-\[\]-~]*)"')
 class Named(NamedTuple):
     """What a body says that matters here: `model` and the rest of `members` by name.
 
-    `span` is where the model's value stands, `members` are all top-level ones."""
+    `span` is where the model's value stands, `members` the first of each name."""
 
     model: Optional[str] = None
     span: Tuple[int, int] = (0, 0)
-    members: Tuple[Member, ...] = ()
+    members: Mapping[str, Member] = {}
     is_json: bool = False
 
     def value(self, data, name: str, fallback=None):
         """Return the value of the first member of that name."""
-        for member in self.members:
-            if member.name == name:
-                return json_or(data[member.value : member.end], fallback)
-        return fallback
+        member = self.members.get(name)
+        if member is None:
+            return fallback
+        return json_or(data[member.value : member.end], fallback)
 
 
 def model_named_in(body: Body, content_type: str, is_needed=True) -> Named:
@@ -6604,12 +6706,13 @@ def _named_in_json(data, is_all):
     members, is_whole = members_of(data)
     if is_all and not is_whole:
         raise BadRequest("the body is not JSON: it ends too early")
-    for member in members:
-        if member.name == "model":
-            value = json_or(data[member.value : member.end], None)
-            model = value if isinstance(value, str) else None
-            return Named(model, (member.value, member.end), tuple(members), True)
-    return Named(members=tuple(members), is_json=True)
+    first = {member.name: member for member in reversed(members)}
+    member = first.get("model")
+    if member is None:
+        return Named(members=first, is_json=True)
+    value = json_or(data[member.value : member.end], None)
+    model = value if isinstance(value, str) else None
+    return Named(model, (member.value, member.end), first, True)
 
 
 def _named_in_form(data, is_all):
@@ -6630,9 +6733,7 @@ def _boundary_of(content_type):
     return (found.group(1) or found.group(2)).encode("latin-1")
 
 
-_NAMED_MODEL = re.compile(
-    rb'(?i)content-disposition:[^\r]*[; ]name="?model"?[ \t]*(?:[;\r]|$)'
-)
+_NAMED_MODEL = re.compile(rb'(?i)[; ]name="?model"?[ \t]*(?:;|$)')
 
 
 def _named_in_multipart(data, is_all, boundary):
@@ -6644,12 +6745,19 @@ def _named_in_multipart(data, is_all, boundary):
         end = data.find(b"\r\n" + mark, head_end + 2) if head_end >= 0 else -1
         if end < 0:
             break
-        head = bytes(data[at:head_end])
-        if _NAMED_MODEL.search(head):
+        if _is_named_model(data[at : min(head_end, at + HEAD_LIMIT)]):
             value = bytes(data[head_end + 4 : end]).decode("utf-8", "replace")
             return Named(value, (head_end + 4, end))
         at = end + 2
     return Named()
+
+
+def _is_named_model(head):
+    """Whether these are the header lines of the field `model`."""
+    return any(
+        line[:20].lower() == b"content-disposition:" and _NAMED_MODEL.search(line)
+        for line in bytes(head).split(b"\r\n")
+    )
 
 
 # -- edits -----------------------------------------------------------------------------
@@ -6729,8 +6837,12 @@ class Answer:
         self.status = 100
         self.is_over = False  # read to its end: the connection can serve another
         try:
-            while 100 <= self.status < 200 and self.status != 101:
+            for _ in range(LINES_LIMIT):
                 self._read_head()
+                if self.status == 101 or self.status >= 200:
+                    break
+            else:
+                raise BadRequest("interim answers without end")
             self.framing = self._framing(method)
         except (BadRequest, HeadTooLarge) as error:
             raise Truncated(f"its answer is not HTTP: {error}") from None
@@ -6747,13 +6859,13 @@ class Answer:
 
     def _framing(self, method):
         """How the body is framed; `length` is what is told of it, even if by a HEAD."""
-        told = framing_of(self.fields, Framing())
+        told = framing_of(self.fields, UNTIL_CLOSE)
         self.length = told.length
         if self.status in (101, 204, 304):
             self.length = 0
         elif method != "HEAD":
             return told
-        return Framing(length=0)
+        return NO_BODY
 
     def get(self, name: str) -> str:
         """Return the first value of a field, or an empty string."""
@@ -6768,14 +6880,17 @@ class Answer:
     def is_event_stream(self) -> bool:
         return _are_events(self._first)
 
-    def pieces(self) -> Iterable:
+    def pieces(self, carry=None) -> Iterable:
         """Yield the payload as it comes; a piece is good until the next is asked for.
-        Raise Truncated if it ends too early."""
+        Raise Truncated if it ends too early.
+
+        `carry(wire, size)` may take some of a long one past us; it returns how much.
+        """
         try:
             if self.framing.is_chunked:
                 yield from self._chunks()
             elif self.framing.length is not None:
-                yield from self._counted(self.framing.length)
+                yield from self._counted(self.framing.length, carry)
             else:
                 yield from self._until_close()
         except (OSError, BadRequest) as error:
@@ -6797,11 +6912,13 @@ class Answer:
                 yield payload
         self._end(not decoder.rest)
 
-    def _counted(self, left):
+    def _counted(self, left, carry):
         first = self._wire.take(left)  # of a short answer, all came with the head
         if first:
             left -= len(first)
             yield first
+        if carry and left > HELD_BODY:
+            left -= carry(self._wire, left - PIECE)  # what stands at its end is read
         buffer = memoryview(bytearray(min(left, PIECE)))
         while left:
             count = self._wire.receive_into(buffer[: min(left, len(buffer))])
@@ -6865,6 +6982,8 @@ class Ends:
             self._size -= len(self._last.popleft())
 
     def __bytes__(self):
+        if self._wanted >= 0:  # all of it
+            return b"".join(self._first)
         return b"".join(self._first) + b"\0" + b"".join(self._last)
 
 
@@ -6906,7 +7025,7 @@ class Reply:
     def begin(self, status: int, reason: str, fields: Fields, length: Optional[int]):
         """Set the head; it goes out with the first piece, or after a TICK."""
         self.is_begun, self.status, self._left = True, status, length
-        self._is_events = _are_events(dict(fields))
+        self._is_events = length is None and _are_events(dict(fields))
         framing = []
         if length is not None:
             if status not in (101, 204, 304):
@@ -6950,6 +7069,44 @@ class Reply:
         else:
             self._put(piece)
 
+    @property
+    def can_splice(self) -> bool:
+        """Whether payload may go to the client as it is, unseen."""
+        is_plain = type(self.sock) is socket.socket and hasattr(os, "splice")
+        return is_plain and not (self._is_chunked or self._is_head or self._is_events)
+
+    def splice(self, wire: Wire, size: int) -> int:
+        """Send so many bytes of payload from another connection; return how many came
+        before its end. They stay in the kernel, which halves what they cost."""
+        if type(wire.sock) is not socket.socket:
+            return 0
+        self.flush()
+        done = 0
+        with open_pipe() as (take, give):
+            while done < size:
+                try:
+                    count = os.splice(wire.sock.fileno(), give, min(size - done, PIPE))
+                except BlockingIOError:
+                    wire.on_silence()
+                    continue
+                if not count:
+                    break
+                done += count
+                self._splice_from(take, count)
+        self.sent += done
+        self._left -= done
+        return done
+
+    def _splice_from(self, pipe, left):
+        while left:
+            try:
+                left -= os.splice(pipe, self.sock.fileno(), left)
+                self._spoke = time.monotonic()
+            except BlockingIOError:
+                self._check_stall()
+            except OSError:
+                raise ClientGone from None
+
     def end(self):
         """The answer is complete."""
         head, self._head = self._head, b""
@@ -6967,11 +7124,14 @@ class Reply:
             self._put(head)
 
     def _put(self, data):
-        self._spoke = time.monotonic()
+        self._note_progress()
         try:
-            send_all(self.sock, data, self._check_stall)
+            send_all(self.sock, data, self._check_stall, self._note_progress)
         except OSError:
             raise ClientGone from None
+
+    def _note_progress(self):
+        self._spoke = time.monotonic()
 
     def _check_stall(self):
         if time.monotonic() > self._spoke + STALL_SECONDS:
@@ -7072,6 +7232,11 @@ class Outgoing(NamedTuple):
         return self.rest is None
 
     @property
+    def is_upgrade(self) -> bool:
+        """Whether it asks for another protocol."""
+        return any(name == "upgrade" for name, _ in self.fields)
+
+    @property
     def is_sent(self) -> bool:
         """Whether, once there is an answer, all of the client's body was passed on."""
         return self.rest is None or self.rest.is_complete
@@ -7110,8 +7275,14 @@ def relay(outgoing: Outgoing, link: Link, reply: Reply, transform_of=lambda _: N
     on as broken. `transform_of(answer)` may return what changes its payload: pieces go
     through `feed`, and `finish` gives what is left at the end.
     """
+    if link.upstream.base_path and _CLIMBS.search(outgoing.target.partition("?")[0]):
+        raise BadRequest("the path must not leave that of the model's server")
     silence = Silence(reply, link.suspect)
-    sock, answer = _ask(outgoing, link, silence)
+    try:
+        sock, answer = _ask(outgoing, link, silence)
+    except BackendDied:
+        link.suspect()  # it may live on, deaf
+        raise
     reply.stays = reply.stays and outgoing.is_sent
     try:
         if answer.status == 101:
@@ -7125,6 +7296,9 @@ def relay(outgoing: Outgoing, link: Link, reply: Reply, transform_of=lambda _: N
             link.upstream.drop(sock)
 
 
+_CLIMBS = re.compile(r"(?i)(?:[/\\]|%2f|%5c)(?:\.|%2e){2}(?:[/\\;]|%2f|%5c|$)")
+
+
 def _ask(outgoing, link, silence):
     """Send the request; return the connection and the head of the answer.
 
@@ -7135,7 +7309,10 @@ def _ask(outgoing, link, silence):
         wire = Wire(sock, silence)
         try:
             _send(outgoing, link.upstream, sock, silence)
-            return sock, Answer(wire, outgoing.method)
+            answer = Answer(wire, outgoing.method)
+            if answer.status == 101 and not outgoing.is_upgrade:
+                raise Truncated("it switched protocols unasked")
+            return sock, answer
         except (OSError, EOFError, Truncated) as error:
             link.upstream.drop(sock)
             if not (was_used and wire.is_untouched):
@@ -7189,9 +7366,15 @@ def _send(outgoing, upstream, sock, silence):
 
 
 def _views(held):
-    """What is held, piece by piece, without a copy."""
+    """What is held, piece by piece, without a copy; what is mapped of a file counts as
+    our memory no longer once it was sent."""
     view = memoryview(held)
-    return (view[at : at + PIECE] for at in range(0, len(view), PIECE))
+    for at in range(0, len(view), PIECE):
+        yield view[at : at + PIECE]
+    if hasattr(view.obj, "madvise"):
+        import mmap
+
+        view.obj.madvise(mmap.MADV_DONTNEED)
 
 
 def _chunk(piece):
@@ -7205,10 +7388,11 @@ def _pass_on(answer, link, reply, transform):
     if not reply.is_early:
         length = None if transform else answer.length
         reply.begin(answer.status, answer.reason, _fields_down(answer), length)
+    carry = reply.splice if reply.can_splice and not transform else None
     try:
-        for piece in answer.pieces():
+        for piece in answer.pieces(carry):
             reply.send(transform.feed(bytes(piece)) if transform else piece)
-        if answer.framing == Framing():  # its end says nothing: it may be a death
+        if answer.framing == UNTIL_CLOSE:  # its end says nothing: it may be a death
             if reply.is_within_line or link.has_died(0.05):
                 raise Truncated("the connection ended in the middle of the answer")
         problem = None
@@ -7217,6 +7401,7 @@ def _pass_on(answer, link, reply, transform):
     if transform:
         reply.send(transform.finish())
     if problem:
+        link.suspect()
         reply.break_off(problem)
     else:
         reply.end()
@@ -7312,40 +7497,42 @@ CUT_OFF = {"length", "max_tokens", "model_context_window_exceeded", "content_fil
 _CLOSERS = {"{": "}", "[": "]", "(": ")"}
 _ENDS = {
     **{quote: quote for quote in "\"'`"},
-    **{quote: '"“”„' for quote in "“”„"},
-    **{quote: "'‘’‚" for quote in "‘’‚"},
+    **dict.fromkeys("“”„", '"“”„'),
+    **dict.fromkeys("‘’‚", "'‘’‚"),
 }
-_STOP = {quote: re.compile(rf"\\+|[{ends}]") for quote, ends in _ENDS.items()}
 _DOUBLED = re.compile(r'""([^"\s,:;}\])][^"]*)""')
 _PREFIX = re.compile(r"[bBfFrRuU]{1,2}(?=[\"'][^\s,:}\])])")
 _PLUS = re.compile(r"\s*\+\s*(?=[\"'`])")
 
-_BLANK = re.compile(r"[\s\ufeff]*")
-_COMMENT = re.compile(r"(?://|#)[^\n]{0,200}|/\*[^*]{0,200}\*/")
-_COMMAS = re.compile(r"(?:[\s\ufeff,;，；]|\.\.+|…){0,50}")
-_JUNK = re.compile(
-    r"[\s\ufeff,;，；]+|\.\.+|…|(?://|#)[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL
+_GAP = re.compile(  # blanks and comments, if they are few and short
+    r"\s*(?:(?:(?://|#)[^\n]{0,200}|/\*[^*]{0,200}\*/)\s*){0,4}"
 )
-_COLON = re.compile(r"[\s\ufeff]*(?:[:：][\s:：]*=?|=+>?|->)")
+_COMMAS = re.compile(r"(?:[\s,;，；]|\.\.+|…){0,50}")
+_JUNK = re.compile(
+    r"(?:[\s\ufeff,;，；]+|\.\.+|…|(?://|#)[^\n]*|/\*.*?(?:\*/|\Z))*", re.DOTALL
+)
+_COLON = re.compile(r"\s*(?:[:：][\s:：]*=?|=+>?|->)")
 _QUOTED = (
     r"""(?:"[^"\n]{0,200}"|'[^'\n]{0,200}'"""
     r"""|`[^`\n]{0,200}`|“[^”\n]{0,200}”)"""
 )
 _KEY = re.compile(_QUOTED + r"\s{0,99}[:：=]")
-_KEY_AND_VALUE = re.compile(  # the colon is missing, or the text ends
-    rf"""{_QUOTED}\s{{0,99}}(?:["'\[{{\d-]|true|false|null|\Z)"""
+_MEMBER_OR_END = re.compile(  # here the colon may be missing, or the text may end
+    rf"""[}}\]]|\Z|{_QUOTED}\s{{0,99}}(?:["'\[{{:：=\d-]|true|false|null|\Z)"""
     r"""|["'][\w .$-]{0,200}\Z"""
 )
 _BARE_KEY = re.compile(
     r"[A-Za-z_$][\w$.-]{0,99}(?: [\w$.-]{1,99})?\s{0,99}[:：](?![/\\:])"
 )
 _BARE_NAME = re.compile(r"[^\s:：=,;{}\[\]\"][^:：=,;{}\[\]\"\n]*")
-_UNENDED_NAME = re.compile(r"([\w$.-]+)['’”]?\s*(?=:)")
+_UNENDED_NAME = re.compile(r"([\w$.-]+)(?:['’”]|\\+\")?\s*(?=:)")
 _NEXT_MEMBER = re.compile(rf"\s*,\s*{_KEY.pattern}")
 _VALUE = re.compile(r"[\"'“‘`\[{(\d.+-]|true|false|null|True|False|None")
 _BARE_SCALAR = re.compile(r"[-+.\w]+")
 _BARE_STOP = re.compile(r"[\[\]{}(),;，；\"']|\n\s*")
 
+_APOSTROPHE = re.compile(r"[^\W_].[^\W_]", re.DOTALL)
+_FORGOTTEN_END = re.compile(r"(,\s*|(?<=[^\s{\[(])\s*\n\s*)\Z")
 _SPECIAL = re.compile(r'\\(?:u[\da-fA-F]{4}|x[\da-fA-F]{2}|.)|["\\\0-\x1f]', re.DOTALL)
 _CUT_ESCAPE = re.compile(  # at the end: half a pair, and then half an escape
     r"(?<!\\)((?:\\\\)*)(?:\\u[dD][89abAB][\da-fA-F]{2})?(?:\\(?:u[\da-fA-F]{0,3})?)?\Z"
@@ -7359,11 +7546,9 @@ _NUMBER = re.compile(
 _BASED = re.compile(r"[-+]?0(?:[xX][0-9a-fA-F]{1,64}|[bB][01]{1,64}|[oO][0-7]{1,64})")
 _GROUPED = re.compile(r"[-+]?[0-9]{1,3}(?:(?:,[0-9]{3})+|(?:_[0-9]+)+)(?:\.[0-9]+)?")
 _WORDS = {
-    **dict.fromkeys(("true", "True", "TRUE"), "true"),
-    **dict.fromkeys(("false", "False", "FALSE"), "false"),
-    **dict.fromkeys(("null", "None", "NULL", "Null", "none", "nil"), "null"),
-    **dict.fromkeys(("undefined", "NaN", "nan", "inf", "-inf"), "null"),
-    **dict.fromkeys(("Infinity", "+Infinity", "-Infinity"), "null"),
+    "true": "true",
+    "false": "false",
+    **dict.fromkeys("null none nil undefined nan inf infinity".split(), "null"),
 }
 
 
@@ -7381,20 +7566,21 @@ _STRICT = json.JSONDecoder(
 
 
 def _as_string(raw):
-    """Return the JSON string that is meant by `raw`, which stood between quotes."""
+    """Return the JSON string that is meant by `raw`, which stood between quotes.
+
+    In a path such as C:\\new, or beside a pattern such as \\d, fewer letters make an
+    escape with the backslash before them.
+    """
     plain = "bf" if _PATTERN.search(raw) else ""
     plain = "bfnrtux/'`" if _DRIVE.search(raw) else plain
     return f'"{_SPECIAL.sub(lambda mark: _fixed(mark[0], plain), raw)}"'
 
 
 def _fixed(mark, plain):
-    """Return the JSON for an escape, or for a character that needs one.
-
-    Before a letter of `plain` a backslash is just that, as in C:\\new.
-    """
+    """Return the JSON for an escape, or for a character that needs one."""
+    name = mark[1:2]
     if mark[0] != "\\":
         return json.dumps(mark)[1:-1]
-    name = mark[1:2]
     if name and name not in plain:
         if len(mark) == 6 or name in '"\\/bfnrt':
             return mark
@@ -7405,12 +7591,18 @@ def _fixed(mark, plain):
     return "\\\\" + json.dumps(mark[1:], ensure_ascii=False)[1:-1]
 
 
-def _literal(raw):
-    """Return the JSON of a number or a word such as None; None if it is neither."""
-    if len(raw) > 400:
-        return None
-    if raw in _WORDS:
-        return _WORDS[raw]
+def _literal(raw, is_cut=False):
+    """Return the JSON of a number or a word such as None; None if it is neither.
+
+    At the end of the text it may be cut: "" if nothing is left.
+    """
+    word = raw.lower().lstrip("+-")
+    if is_cut:
+        word = next((known for known in _WORDS if known.startswith(word)), "")
+        if not raw.strip("-+."):
+            return ""
+    if word in _WORDS:
+        return _WORDS[word]
     if _GROUPED.fullmatch(raw):
         raw = raw.replace(",", "").replace("_", "")
     if _BASED.fullmatch(raw):
@@ -7422,58 +7614,20 @@ def _literal(raw):
     return sign.strip("+") + (whole or "0") + (fraction and f".{fraction}") + exponent
 
 
-def _cut_literal(raw):
-    """The same at the end of the text, where it may be cut; "" if nothing is left."""
-    if not raw.strip("-+."):
-        return ""
-    words = (_WORDS[word] for word in _WORDS if word.startswith(raw))
-    return next(words, None) or _literal(raw)
+def _balance(text, start, end):
+    """Return how many more brackets open than close there."""
+    count = [text.count(char, start, end) for char in "{[(}])"]
+    return sum(count[:3]) - sum(count[3:])
 
 
-def _last_before(text, at, start):
-    """Return (where the last character that is not blank stands, whether in a line
-    above)."""
-    is_above = False
-    at -= 1
-    while at > start and text[at].isspace():
-        is_above = is_above or text[at] == "\n"
-        at -= 1
-    return at, is_above
+def _without_closers(text):
+    """Return `text` without the brackets at its end if it closes more than it opens."""
+    is_over = text.count("}") > text.count("{")
+    return text.rstrip("}]) \t\r\n“”‘’'\"") if is_over else text
 
 
-class _Inside:
-    """What is known about the inside of a string whose quotes may lack backslashes."""
-
-    def __init__(self, text: str, start: int):
-        self._text = text
-        self._seen = start
-        self._nested = 0  # brackets open since a quote followed one, as in {"
-        self.is_odd = False  # a quote inside waits for its partner
-
-    def is_closed(self, at):
-        """Whether the brackets of JSON or code inside are closed before `at`."""
-        if self._nested > 0:
-            count = [self._text.count(char, self._seen, at) for char in "{[(}])"]
-            self._nested += sum(count[:3]) - sum(count[3:])
-            self._seen = at
-        return self._nested <= 0
-
-    def is_whole(self, at):
-        """Whether quotes have their partners, too."""
-        return self.is_closed(at) and not self.is_odd
-
-    def add_quote(self, at):
-        """Note that the quote at `at` does not end the string."""
-        if self._nested > 0:
-            return
-        last = _last_before(self._text, at, self._seen)[0]
-        if self._text[last] in "{[(" and last >= self._seen:
-            self._nested, self._seen = 1, at
-        elif self.is_odd or not self._is_apostrophe(at):
-            self.is_odd = not self.is_odd
-
-    def _is_apostrophe(self, at):
-        return self._text[at - 1].isalnum() and self._text[at + 1 : at + 2].isalnum()
+def _past_gap(text, at):
+    return _GAP.match(text, at).end()
 
 
 class _Frame:
@@ -7503,13 +7657,13 @@ class _Reader:
         """Return the object as JSON; None if the braces hold none."""
         self._open("{")
         while self._frames:
-            self._skip_junk()
+            self.at = _JUNK.match(self.text, self.at).end()
             char = self.text[self.at : self.at + 1]
             if not char:
                 self._close_to(0)
             elif char in "}])":
                 self._close(char)
-            elif self._frames[-1].end == "}":
+            elif self._is_in_object():
                 self._read_member(char)
             else:
                 self._read_item(char)
@@ -7517,19 +7671,15 @@ class _Reader:
 
     # Brackets
 
-    def _skip_junk(self):
-        junk = _JUNK.match(self.text, self.at)
-        while junk:
-            self.at = junk.end()
-            junk = _JUNK.match(self.text, self.at)
+    def _is_in_object(self, depth=1):
+        return len(self._frames) >= depth and self._frames[-depth].end == "}"
 
     def _emit(self, text):
         """Write a value, with its key if it has one."""
         if self._frames:
-            frame = self._frames[-1]
-            if not frame.is_empty:
+            if not self._frames[-1].is_empty:
                 self._out.append(",")
-            frame.is_empty = False
+            self._frames[-1].is_empty = False
         if self._key is not None:
             self._out.append(self._key + ":")
             self._key = None
@@ -7540,16 +7690,8 @@ class _Reader:
             raise ValueError("too deep")
         self.at += 1
         self._emit("{" if char == "{" else "[")
-        frame = _Frame(len(self._out) - 1, "}" if char == "{" else "]")
-        self._frames.append(frame)
+        self._frames.append(_Frame(len(self._out) - 1, "}" if char == "{" else "]"))
         self._closers += _CLOSERS[char]
-        after = _BLANK.match(self.text, self.at).end()
-        while char == "{" and self.text.startswith("{", after):
-            frame.extra += 1
-            if frame.extra > 2:
-                raise ValueError("too many braces")
-            self.at = after + 1
-            after = _BLANK.match(self.text, self.at).end()
 
     def _close(self, char):
         """Close the innermost frame that `char` can close, and those inside it.
@@ -7558,17 +7700,13 @@ class _Reader:
         """
         depth = self._closers.rfind(char)
         self.at += 1
-        if depth < 0:
-            return
-        for _ in range(self._frames[depth].extra):
-            after = _BLANK.match(self.text, self.at).end()
-            if self.text.startswith(char, after):
-                self.at = after + 1
-        is_early = depth == 0 and _NEXT_MEMBER.match(self.text, self.at)
-        self._close_to(1 if is_early else depth)
+        if depth >= 0 and self._frames[depth].extra:
+            self._frames[depth].extra -= 1
+        elif depth >= 0:
+            is_early = depth == 0 and _NEXT_MEMBER.match(self.text, self.at)
+            self._close_to(1 if is_early else depth)
 
     def _close_to(self, depth):
-        self._key = None
         self._out += [frame.end for frame in reversed(self._frames[depth:])]
         del self._frames[depth:]
         self._closers = self._closers[:depth]
@@ -7579,28 +7717,26 @@ class _Reader:
         """Read a key and its value; a key without a value is dropped."""
         if char in _CLOSERS:
             return self._meet_opener(char)
-        is_quoted = char in _ENDS
+        is_quoted, frame = char in _ENDS, self._frames[-1]
         key = self._string("key") if is_quoted else self._bare_key()
         colon = _COLON.match(self.text, self.at)
         if colon:
             self.at = colon.end()
             return self._read_value(key)
-        after = self._past_blank(self.at)
-        follower = self.text[after : after + 1]
-        frame = self._frames[-1]
-        if frame.is_empty and follower in (",", "}"):
+        after = _past_gap(self.text, self.at)
+        if frame.is_empty and self.text[after : after + 1] in (",", "}"):
             self._become_array(frame, key if is_quoted else _literal(key[1:-1]) or key)
         elif is_quoted and _VALUE.match(self.text, after):
             self._read_value(key)
-        elif frame is self._frames[0] and frame.is_empty and not is_quoted:
+        elif len(self._frames) == 1 and frame.is_empty and not is_quoted:
             self._is_object = False
 
     def _meet_opener(self, char):
         """Take { where a key should be for the next item of the array around."""
         if char == "{" and [frame.end for frame in self._frames[-2:]] == ["]", "}"]:
-            self._close_to(len(self._frames) - 1)
-        else:
-            self.at += 1
+            return self._close_to(len(self._frames) - 1)
+        self._frames[-1].extra += char == "{"
+        self.at += 1
 
     def _become_array(self, frame, item):
         """Take {a, b}, a set, for an array."""
@@ -7626,26 +7762,22 @@ class _Reader:
             return
         item = self._strings()
         colon = self._is_in_object(2) and _COLON.match(self.text, self.at)
-        if colon:
-            self._close_to(len(self._frames) - 1)
-            self.at = colon.end()
-            self._read_value(item)
-        else:
-            self._emit(item)
-
-    def _is_in_object(self, depth=1):
-        return len(self._frames) >= depth and self._frames[-depth].end == "}"
+        if not colon:
+            return self._emit(item)
+        self._close_to(len(self._frames) - 1)
+        self.at = colon.end()
+        self._read_value(item)
 
     def _read_value(self, key=None):
         """Read the value at the cursor; nothing is written if there is none."""
-        self.at = self._past_blank(self.at)
+        self.at = _past_gap(self.text, self.at)
         prefix = _PREFIX.match(self.text, self.at)
         self.at = prefix.end() if prefix else self.at
         char = self.text[self.at : self.at + 1]
-        self._key = key
         if not char or char in ",;，；}])":
-            self._key = None
-        elif char in _CLOSERS:
+            return
+        self._key = key
+        if char in _CLOSERS:
             self._open(char)
         elif char in _ENDS:
             self._emit(self._strings())
@@ -7676,48 +7808,44 @@ class _Reader:
         doubled = _DOUBLED.match(text, start)
         if doubled and self._may_end(doubled.end(), role):
             return self._take(*doubled.span(1), doubled.end())
-        return self._simple_string(start + 1, _STOP[quote], role)
+        return self._simple_string(start + 1, _ENDS[quote], role)
 
     def _take(self, start, end, after):
         self.at = after
         return _as_string(self.text[start:end])
 
-    def _simple_string(self, start, stop, role):
+    def _simple_string(self, start, ends, role):
         """Read on to the quote that ends the string, or to where one was forgotten."""
-        text, inside = self.text, _Inside(self.text, start)
-        for at in self._quotes(start, stop):
-            if inside.is_closed(at) and self._may_end(at + 1, role, inside.is_odd):
+        text = self.text
+        escape = "" if _DRIVE.match(text, start) else r"\\.|"
+        nested, since = 0, start  # brackets open since a quote followed one, as in {"
+        is_odd = False  # a quote inside waits for its partner
+        for quote in re.compile(f"{escape}[{ends}]", re.DOTALL).finditer(text, start):
+            at = quote.start()
+            if text[at] == "\\":
+                continue
+            if nested > 0:
+                nested += _balance(text, since, at)
+                since = at
+            if nested > 0:
+                continue
+            if self._may_end(at + 1, role, is_odd):
                 return self._take(start, at, at + 1)
             if role == "key":
                 return self._unended_key(start, at)
-            if inside.is_whole(at) and _KEY.match(text, at):
-                end = self._forgotten_end(start, at)
-                if end >= start:
-                    return self._take(start, end, end)
-            inside.add_quote(at)
+            before = text[max(start, at - 99) : at]
+            is_key = not is_odd and _KEY.match(text, at)
+            forgotten = is_key and _FORGOTTEN_END.search(before)
+            if forgotten:
+                end = at - len(forgotten[0])
+                return self._take(start, end, end)
+            if before.rstrip().endswith(("{", "[", "(")):
+                nested, since = 1, at
+            elif is_odd or not _APOSTROPHE.match(text, at - 1):
+                is_odd = not is_odd
         if role == "key":
             return self._unended_key(start, len(text))
         return self._unended(start)
-
-    def _forgotten_end(self, start, at):
-        """Return where a string should have ended before the key at `at`, or 0."""
-        last, is_above = _last_before(self.text, at, start)
-        if self.text[last] == ",":
-            return last
-        return last + 1 if is_above and self.text[last] not in "{[(" else 0
-
-    def _quotes(self, start, stop):
-        """Yield where each quote stands that has no backslash, from `start` on."""
-        text, at = self.text, start
-        has_paths = _DRIVE.match(text, start)
-        found = stop.search(text, at)
-        while found:
-            at = found.end()
-            if text[at - 1] != "\\":
-                yield found.start()
-            elif (at - found.start()) % 2 and not has_paths:
-                at += 1
-            found = stop.search(text, at)
 
     def _unended_key(self, start, end):
         """Return a key that nothing ends; it may have lost its quote, as in {"a: 1."""
@@ -7728,32 +7856,20 @@ class _Reader:
 
     def _unended(self, start):
         """Return the string that the end of the text cuts, perhaps before brackets."""
-        raw = self.text[start:]
+        raw = _without_closers(self.text[start:])
         self.at = len(self.text)
-        if raw.count("}") > raw.count("{"):
-            raw = raw.rstrip("}]) \t\r\n“”‘’'\"")
         return _as_string(raw[:-80] + _CUT_ESCAPE.sub(r"\1", raw[-80:]))
 
     # Looking ahead
 
-    def _past_blank(self, at):
-        """Return where blanks and comments, if they are few and short, end."""
-        for _ in range(4):
-            at = _BLANK.match(self.text, at).end()
-            comment = _COMMENT.match(self.text, at)
-            if not comment:
-                break
-            at = comment.end()
-        return at
-
     def _may_end(self, at, role, is_odd=False, is_last=False):
-        """Whether a string may end before `at`: the text goes on there as JSON would.
+        """Whether a value may end before `at`: the text goes on there as JSON would.
 
-        `is_odd`: it may be the partner of a quote inside. `is_last`: look no further
-        than the end of the object.
+        `role` is what ends: "key", "value" of a member, "item", all in quotes, "bare"
+        text, or "scalar", a number or word. `is_odd`: it may be the partner of a quote
+        inside. `is_last`: look no further than the end of the object.
         """
-        text, depth = self.text, len(self._frames)
-        after = self._past_blank(at)
+        text, depth, after = self.text, len(self._frames), _past_gap(self.text, at)
         if role == "key":
             is_loose = text[at : at + 1].isalnum() or _UNENDED_NAME.match(text, at)
             return bool(_COLON.match(text, after)) or not is_loose
@@ -7765,33 +7881,31 @@ class _Reader:
             if depth == 0:
                 return is_last or self._may_trail(after + 1)
             at = after + 1
-            after = self._past_blank(at)
+            after = _past_gap(text, at)
         if after >= len(text) or text.startswith("```", after):
             return True
         is_odd = is_odd and depth == len(self._frames)
         if self._frames[depth - 1].end == "}":
-            return self._is_member(at, after, is_odd)
-        return self._is_item(at, after, is_odd)
+            return self._is_member(at, after, role, is_odd)
+        return not is_odd and self._is_item(at, after)
 
-    def _is_member(self, at, after, is_odd):
+    def _is_member(self, at, after, role, is_odd):
         """Whether an object can go on at `after`, where the blanks from `at` on end."""
         text = self.text
         if text[after] in ",;，；":
-            after = self._past_blank(_COMMAS.match(text, after).end())
-            if text[after : after + 1] in ("", "}", "]"):
+            if role == "scalar" and not text[after + 1 : after + 2].isdigit():
                 return True
-            return bool(
-                _KEY_AND_VALUE.match(text, after) or self._is_key(after, not is_odd)
-            )
+            after = _past_gap(text, _COMMAS.match(text, after).end())
+            is_next = _MEMBER_OR_END.match(text, after)
+            return bool(is_next) or self._is_key(after, not is_odd)
         if not is_odd and _PLUS.match(text, after):
             return True
-        return self._is_key(after, self._has_bare_keys and "\n" in text[at:after])
+        is_loose = (self._has_bare_keys or role == "bare") and "\n" in text[at:after]
+        return self._is_key(after, is_loose or role == "scalar")
 
-    def _is_item(self, at, after, is_odd):
+    def _is_item(self, at, after):
         """The same for an array. A colon: its end was forgotten, this is a key."""
         text = self.text
-        if is_odd:
-            return False
         if text[after] in ",;，；" or _PLUS.match(text, after):
             return True
         if self._is_in_object(2) and _COLON.match(text, after):
@@ -7799,9 +7913,8 @@ class _Reader:
         return after > at and bool(_VALUE.match(text, after))
 
     def _is_key(self, at, may_be_bare):
-        if _KEY.match(self.text, at):
-            return True
-        return may_be_bare and bool(_BARE_KEY.match(self.text, at))
+        found = _KEY.match(self.text, at)
+        return bool(found or (may_be_bare and _BARE_KEY.match(self.text, at)))
 
     def _may_trail(self, at):
         """Whether the text from `at` on, after the whole object, is not part of it."""
@@ -7820,12 +7933,12 @@ class _Reader:
         text, start = self.text, self.at
         scalar = _BARE_SCALAR.match(text, start)
         known = scalar and _literal(scalar[0])
-        if known and self._scalar_ends(scalar.end()):
+        if known and self._may_end(scalar.end(), "scalar"):
             self.at = scalar.end()
             return self._emit(known)
         self.at = self._end_of_bare(start)
-        raw = text[start : self.at].strip()
-        known = _literal(raw) if self.at < len(text) else _cut_literal(raw)
+        raw = _without_closers(text[start : self.at]).strip()
+        known = _literal(raw, self.at == len(text))
         if raw.count('"') % 2:
             raw = raw.rstrip('"')
         if known == "" or not raw:
@@ -7833,70 +7946,41 @@ class _Reader:
         else:
             self._emit(known or _as_string(raw))
 
-    def _scalar_ends(self, at):
-        """Whether a number or word ends at `at`, and is not the start of bare text."""
-        text, in_object = self.text, self._is_in_object()
-        after = self._past_blank(at)
-        char = text[after : after + 1]
-        if not char or char in "}])":
-            return True
-        if char in ",;，；":
-            return not (in_object and text[after + 1 : after + 2].isdigit())
-        if "\n" in text[at:after] or text.startswith("```", after):
-            return True
-        if in_object:
-            return self._is_key(after, True)
-        return after > at and bool(_VALUE.match(text, after))
-
     def _end_of_bare(self, at):
         """Return where the string without quotes at `at` ends."""
-        nested = 0
-        for stop in _BARE_STOP.finditer(self.text, at):
+        text, in_object, nested = self.text, self._is_in_object(), 0
+        for stop in _BARE_STOP.finditer(text, at):
             at, char = stop.start(), stop[0][0]
             if char in _CLOSERS:
                 nested += 1
-            elif char in "}])":
-                if not nested and char in self._closers:
-                    return at
-                nested = max(0, nested - 1)
-            elif self._bare_ends(at, char, nested):
+            elif char in "}])" and nested:
+                nested -= 1
+            elif char in "}])" and char in self._closers:
                 return at
-        return len(self.text)
-
-    def _bare_ends(self, at, char, nested):
-        """Whether a comma, line end or quote at `at` ends a string without quotes."""
-        text, in_object = self.text, self._is_in_object()
-        if char in "\"'":
-            is_apart = text[at - 1].isspace()
-            return is_apart and (not in_object or bool(_KEY.match(text, at)))
-        if char != "\n" and not in_object:
-            return not nested
-        after = self._past_blank(_COMMAS.match(text, at).end())
-        if text[after : after + 1] in ("", "}", "]"):
-            return True
-        return self._is_key(after, not nested)
+            elif char in "\"'":
+                is_next = not in_object or _KEY.match(text, at)
+                if text[at - 1].isspace() and is_next:
+                    return at
+            elif _NEXT_MEMBER.match(text, at):
+                return at
+            elif not nested and self._may_end(at, "bare"):
+                return at
+        return len(text)
 
 
 _TOKENS = re.compile(  # of chat templates, at the end
     r"\s*(?:(?:<[|｜][^<>]{0,60}[|｜]>|</[\w:]{1,30}>)\s*)+\Z"
 )
 _ESCAPED = re.compile(r'[^{]{0,500}\{(?:\s|\\[nrt]){0,99}\\+(?:"|u0022)')
-_ESCAPE = re.compile(r'\\(u00[0-7][\da-fA-F]|[nrtbf"\\/])')
+_ESCAPE = re.compile(r'\\(?:u00[0-7][\da-fA-F]|[nrtbf"\\/])')
 _ENTITIES = re.compile(r"[^{]{0,500}\{\s{0,99}&quot;")
 _NO_BRACE = re.compile(
     r"""["']?[\w$ .-]{1,99}["']\s*:\s*(?:["'\[{\d-]|true|false|null|True|False|None)"""
+    r"""|[A-Za-z_$][\w$-]{0,99}\s*:[^{]*\}\s*\Z"""
 )
-_BARE_START = re.compile(r"[A-Za-z_$][\w$-]{0,99}\s*:[^{]*\}\s*\Z")
 _SCALARS = re.compile(r"\[\s*[\"'\d-]")
 _QUOTED_KEY = re.compile(r"\{\s*(?:[\"'“‘`{/#]|\Z)")
 _WRAPPING = re.compile(r"```\w*|<[^<>{}]{0,60}>|json|[\s\[(\"'`]+")
-
-
-def _unescaped(match):
-    char = match[1]
-    if len(char) == 5:
-        return chr(int(char[1:], 16))
-    return dict(zip('nrtbf"\\/', '\n\r\t\b\f"\\/'))[char]
 
 
 def _unwrapped(text):
@@ -7907,11 +7991,11 @@ def _unwrapped(text):
     text = text[:-200] + _TOKENS.sub("", text[-200:])
     if text.startswith("```"):
         text = re.sub(r"```\w*\s*", "", text, count=1).rstrip("`\n")
-    if _NO_BRACE.match(text) or _BARE_START.match(text):
+    if _NO_BRACE.match(text):
         return "{" + text
     for _ in range(3):
         if _ESCAPED.match(text):
-            text = _ESCAPE.sub(_unescaped, text)
+            text = _ESCAPE.sub(lambda escape: json.loads(f'"{escape[0]}"'), text)
     if _ENTITIES.match(text):
         text = html.unescape(text)
     if text[:1] in ("'", '"', "`") and text[1:2] == "{":
@@ -7929,7 +8013,7 @@ def _object_in(text):
         if at < 0:
             break
         mended, after = _read_object(text, at)
-        if _is_meant(text, at, end, mended):
+        if mended and _is_meant(text, at, end, mended):
             value = _STRICT.decode(mended)
             if value not in [known for known, _ in found]:
                 found.append((value, mended))
@@ -7951,10 +8035,10 @@ def _read_object(text, at):
 
 
 def _is_meant(text, at, before, mended):
-    """Whether an object was read, and from more than braces in prose or code."""
+    """Whether what was read comes from more than braces in prose or code."""
     lead = text[max(before, at - 200) : at]
-    if not mended or not _WRAPPING.sub("", lead):
-        return bool(mended)
+    if not _WRAPPING.sub("", lead):
+        return True
     if not mended[1:-1].strip():
         return lead.rstrip().endswith((":", ">"))
     ends = (":", ">", "`", "(", "[", "=", "\n")
@@ -7980,19 +8064,12 @@ def repair_arguments(text: str) -> str:
         return text
 
 
-def _at(value, *path):
-    """Return what stands at that path of parsed JSON, None if there is nothing."""
-    for step in path:
-        try:
-            value = value[step]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return value
+# Answers are read as far as their shape is known; one of another shape stays as it is.
 
-
-def _text_at(value, *path):
-    text = _at(value, *path)
-    return text if isinstance(text, str) else ""
+_UNKNOWN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_UNKNOWN += (RecursionError,)
+_JSON = json.JSONDecoder()
+_JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def _number_of(entry, default):
@@ -8001,40 +8078,33 @@ def _number_of(entry, default):
     return number if isinstance(number, int) else default
 
 
-def _entries(value, *path):
-    """Yield (position, entry) for each object in the list at that path."""
-    entries = _at(value, *path)
-    if isinstance(entries, list):
-        yield from (pair for pair in enumerate(entries) if isinstance(pair[1], dict))
-
-
-def _calls_in(payload, field):
+def _calls_in(payload):
     """Yield ((choice, tool), path of the arguments, arguments) for every tool call.
 
-    `field` is message or delta; the tool of a function_call, as of old, is None.
+    The tool of a function_call, as of old, is None.
     """
-    for position, choice in _entries(payload, "choices"):
+    for position, choice in enumerate(payload["choices"]):
         number = _number_of(choice, position)
-        for place, call in _entries(choice, field, "tool_calls"):
-            path = (field, "tool_calls", place, "function", "arguments")
-            key = number, _number_of(call, place)
-            yield key, ("choices", position, *path), _text_at(choice, *path)
-        if _at(choice, field, "function_call"):
-            path = (field, "function_call", "arguments")
-            yield (number, None), ("choices", position, *path), _text_at(choice, *path)
+        field = "delta" if "delta" in choice else "message"
+        answer = choice.get(field) or {}
+        calls = answer.get("tool_calls") or ()
+        told = [(_number_of(call, at), ("tool_calls", at, "function"), call["function"])
+                for at, call in enumerate(calls)]  # fmt: skip
+        if answer.get("function_call"):
+            told.append((None, ("function_call",), answer["function_call"]))
+        for tool, path, function in told:
+            text, path = function.get("arguments"), (*path, "arguments")
+            if isinstance(text, (str, type(None))):
+                yield (number, tool), ("choices", position, field, *path), text or ""
 
 
 def _ends_in(payload):
     """Return the finish reason of every choice that ends, by its number."""
     return {
-        _number_of(choice, position): _text_at(choice, "finish_reason")
-        for position, choice in _entries(payload, "choices")
+        _number_of(choice, position): str(choice["finish_reason"])
+        for position, choice in enumerate(payload["choices"])
         if choice.get("finish_reason")
     }
-
-
-_JSON = json.JSONDecoder()
-_JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def _put(edits, path, text):
@@ -8044,73 +8114,55 @@ def _put(edits, path, text):
     edits[path[-1]] = text
 
 
-def _edited(text, edits):
-    """Return JSON with `edits` made; the rest stays, character for character."""
-    start = _past_space(text, 0)
-    value, end = _edited_value(text, start, edits)
-    return text[:start] + value + text[end:]
-
-
-def _past_space(text, at):
+def _space(text, at):
     return _JSON_SPACE.match(text, at).end()
 
 
-def _edited_value(text, at, edits):
-    """Return (the value at `at` with its edits made, where it ended)."""
-    if isinstance(edits, str):
-        return edits, _JSON.raw_decode(text, at)[1]
+def _edited(text, at, edits):
+    """Return (the JSON value at `at` with `edits` made, where it ends in `text`).
+
+    The rest of it stays, character for character.
+    """
+    if not isinstance(edits, dict) or text[at] not in "[{":
+        end = _JSON.raw_decode(text, at)[1]
+        return text[at:end] if edits is None else edits, end
     out, seen, position = [], at, 0
-    is_object = text[at] == "{"
-    at = _past_space(text, at + 1)
+    is_object, at = text[at] == "{", _space(text, at + 1)
     while text[at] not in "]}":
         step = position
         if is_object:
             step, at = _JSON.raw_decode(text, at)
-            at = _past_space(text, _past_space(text, at) + 1)
-        if step in edits:
-            out.append(text[seen:at])
-            value, at = _edited_value(text, at, edits[step])
-            out.append(value)
-            seen = at
-        else:
-            at = _JSON.raw_decode(text, at)[1]
-        at = _past_space(text, at)
-        if text[at] == ",":
-            at = _past_space(text, at + 1)
+            at = _space(text, _space(text, at) + 1)
+        out.append(text[seen:at])
+        value, seen = _edited(text, at, edits.get(step))
+        out.append(value)
+        at = _space(text, seen)
+        at = _space(text, at + 1) if text[at] == "," else at
         position += 1
     return "".join(out) + text[seen : at + 1], at + 1
 
 
-def _json_of(text):
-    """Return what JSON means, None if it is not JSON that can be read."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
 def _edit_completion(payload, edits):
-    calls, ends = list(_calls_in(payload, "message")), _ends_in(payload)
+    calls, ends = list(_calls_in(payload)), _ends_in(payload)
     last = {key[0]: key for key, _, _ in calls}
     for key, path, text in calls:
         is_cut = ends.get(key[0]) in CUT_OFF and last[key[0]] == key
         mended = text if is_cut else repair_arguments(text)
         if mended != text:
             _put(edits, path, json.dumps(mended))
-        content = (*path[:3], "content")
-        if _at(payload, *content) == "":
-            _put(edits, content, "null")
+        if payload["choices"][path[1]]["message"].get("content") == "":
+            _put(edits, (*path[:3], "content"), "null")
 
 
 def _edit_message(payload, edits):
-    blocks = list(_entries(payload, "content"))
-    if _text_at(payload, "stop_reason") in CUT_OFF:
+    blocks = list(enumerate(payload["content"]))
+    if payload.get("stop_reason") in CUT_OFF:
         del blocks[-1:]
     for position, block in blocks:
         given = block.get("input")
         if block.get("type") == "tool_use" and isinstance(given, (str, list)):
             text = given if isinstance(given, str) else json.dumps(given)
-            mended = _json_of(repair_arguments(text))
+            mended = json_or(repair_arguments(text).encode(), None)
             if isinstance(mended, list) and len(mended) == 1:
                 mended = mended[0]
             if isinstance(mended, dict):
@@ -8126,35 +8178,38 @@ def repair_body(body: bytes) -> bytes:
     try:
         text, edits = body.decode(), {}
         payload = json.loads(text)
-        _edit_completion(payload, edits)
-        _edit_message(payload, edits)
-        return _edited(text, edits).encode() if edits else body
-    except (ValueError, RecursionError):  # no JSON that we can read
+        edit = _edit_completion if "choices" in payload else _edit_message
+        edit(payload, edits)
+        start = _space(text, 0)
+        value, end = _edited(text, start, edits)
+    except _UNKNOWN:
         return body
+    return (text[:start] + value + text[end:]).encode() if edits else body
 
 
 _EVENT_END = re.compile(rb"\n\r?\n")
 _OF_A_CALL = re.compile(rb'"(?:tool_calls|function_call|partial_json)"')
 _OF_AN_END = re.compile(rb'\[DONE\]|"(?:finish|stop)_reason"\s*:\s*"|"message_stop"')
+_OF_A_CHUNK = ("id", "object", "created", "model", "system_fingerprint")
+_OF_A_FRAGMENT = {"index", "delta", "role", "type", "tool_calls", "function"}
+_OF_A_FRAGMENT |= {"function_call", "arguments"}
 
 _Held = namedtuple("_Held", "event path text")  # the fragment of an event, and where
 
 
 def _data_of(event):
-    """Return the data of an event; "" if it is not text."""
     lines = [line[5:] for line in event.splitlines() if line.startswith(b"data:")]
-    try:
-        return b"\n".join(lines).decode()
-    except UnicodeDecodeError:
-        return ""
+    return b"\n".join(lines).decode()
 
 
 def _edited_event(event, edits):
     """Return an event with `edits` made in its data; all other lines stay."""
-    if not edits:
+    if not (event and edits):
         return event
-    data = b"data:" + _edited(_data_of(event), edits).replace("\n", " ").encode()
-    out = []
+    text, out = _data_of(event), []
+    start = _space(text, 0)
+    data = b"data:" + text[:start].encode() + _edited(text, start, edits)[0].encode()
+    data = data.replace(b"\n", b" ")
     for line in event.splitlines(keepends=True):
         if line.startswith(b"data:"):
             line, data = data + line[len(line.rstrip(b"\r\n")) :] if data else b"", b""
@@ -8162,59 +8217,27 @@ def _edited_event(event, edits):
     return b"".join(out)
 
 
-def _filled(entry):
-    return {key for key, value in entry.items() if value}
-
-
-def _is_bare(payload, path):
-    """Whether a chunk has nothing that must not wait beside the fragment at `path`."""
-    delta, calls = _at(payload, *path[:3]), _at(payload, *path[:4])
-    is_alone = len(payload["choices"]) == 1
-    if isinstance(calls, list):
-        is_alone = is_alone and len(calls) == 1
-        is_alone = is_alone and _filled(calls[0]) <= {"index", "type", "function"}
-    is_alone = is_alone and _filled(delta) <= {"role", path[3]}
-    return is_alone and _filled(_at(payload, *path[:-1])) == {"arguments"}
+def _names_in(value):
+    """Yield the names of all that is not empty in parsed JSON."""
+    entries = value if isinstance(value, list) else ()
+    if isinstance(value, dict):
+        entries = [entry for entry in value.values() if entry]
+        yield from (name for name, entry in value.items() if entry)
+    for entry in entries:
+        yield from _names_in(entry)
 
 
 def _lone_fragment(payload, key, text, line_end):
     """Return a chunk of the same stream with nothing but this fragment in it."""
-    kept = ("id", "object", "created", "model", "system_fingerprint")
-    chunk = {name: payload[name] for name in kept if name in payload}
+    chunk = {name: payload[name] for name in _OF_A_CHUNK if name in payload}
     choice, tool = key
-    if tool is None:
-        delta = {"function_call": {"arguments": text}}
-        path = ("function_call", "arguments")
-    else:
+    delta = {"function_call": {"arguments": text}}
+    if tool is not None:
         delta = {"tool_calls": [{"index": tool, "function": {"arguments": text}}]}
-        path = ("tool_calls", 0, "function", "arguments")
     chunk["choices"] = [{"index": choice, "delta": delta, "finish_reason": None}]
+    [(_, path, _)] = _calls_in(chunk)
     data = json.dumps(chunk, separators=(",", ":")).encode()
-    event = b"data: " + data + line_end * 2
-    return _Held(event, ("choices", 0, "delta", *path), text)
-
-
-class RepairBody:
-    """Repairs an answer that is no stream, once all of it is there. What exceeds
-    HELD_MAX passes as it comes, unrepaired."""
-
-    def __init__(self):
-        self._held = bytearray()
-        self._is_too_large = False
-
-    def feed(self, piece: bytes) -> bytes:
-        """Return what may go on now."""
-        if self._is_too_large:
-            return piece
-        self._held += piece
-        if len(self._held) <= HELD_MAX:
-            return b""
-        self._is_too_large = True
-        return bytes(self._held)
-
-    def finish(self) -> bytes:
-        """Return what is left at the end, repaired if it is whole."""
-        return b"" if self._is_too_large else repair_body(bytes(self._held))
+    return _Held(b"data: " + data + line_end * 2, path, text)
 
 
 class RepairStream:
@@ -8224,11 +8247,13 @@ class RepairStream:
     until their call is complete; then they are sent as they came or, if they need
     repair, with all that is meant in the first and nothing in the others. A call that
     was cut off is sent as it came; so is everything once too much would be held.
+    An answer `is_whole` that is no stream: all of it is held until its end.
     """
 
-    def __init__(self):
+    def __init__(self, is_whole: bool = False):
+        self._is_whole = is_whole
         self._buffer = bytearray()  # an event of which the end has not come
-        self._calls = {}  # (choice or block, tool): its list of _Held
+        self._calls = {}  # (choice or block, tool): its list of _Held; the latest last
         self._size = 0
         self._has_given_up = False
 
@@ -8236,10 +8261,10 @@ class RepairStream:
         """Return what can be sent now; `payload` may be cut anywhere."""
         if self._has_given_up:
             return payload
-        start, searched = 0, max(0, len(self._buffer) - 2)
+        start, searched, out = 0, max(0, len(self._buffer) - 2), []
         self._buffer += payload
-        out = []
-        for end in [end.end() for end in _EVENT_END.finditer(self._buffer, searched)]:
+        ends = () if self._is_whole else _EVENT_END.finditer(self._buffer, searched)
+        for end in [found.end() for found in ends]:
             out.append(self._pass_event(bytes(self._buffer[start:end])))
             start = end
         del self._buffer[:start]
@@ -8252,34 +8277,40 @@ class RepairStream:
         """Return what is held; a call of which no end came goes as it is."""
         rest = bytes(self._buffer)
         self._buffer.clear()
+        if self._is_whole:
+            return rest if self._has_given_up else repair_body(rest)
         if _OF_AN_END.search(rest):
             rest = self._pass_event(rest)
-        return self._release_all(False) + rest
+        return self._release(self._calls, False) + rest
 
     def _pass_event(self, event):
         """Return what is to be sent when this event has come, lines and all."""
         if not (self._calls or _OF_A_CALL.search(event)):
             return event
-        data = _data_of(event)
-        payload = _json_of(data)
-        if _at(payload, "choices"):
-            return self._pass_chunk(event, payload)
-        if _text_at(payload, "type"):
-            return self._pass_anthropic(event, payload)
-        if data.strip() == "[DONE]" or _at(payload, "error"):
-            return self._release_all(payload is None) + event
-        return event
+        try:
+            text = _data_of(event)
+            if text.strip() == "[DONE]":
+                return self._release(self._calls, True) + event
+            payload = json.loads(text)
+            if payload.get("choices"):
+                news = list(_calls_in(payload)), _ends_in(payload)
+                return self._pass_chunk(event, payload, *news)
+            if payload.get("type") == "error" or payload.get("error"):
+                return self._release(self._calls, False) + event
+            return self._pass_anthropic(event, payload, payload.get("delta") or {})
+        except _UNKNOWN:
+            return event
 
-    def _pass_chunk(self, event, payload):
+    def _pass_chunk(self, event, payload, calls, ends):
         """A chunk may hold fragments of several calls, and more that must not wait."""
-        calls, ends = list(_calls_in(payload, "delta")), _ends_in(payload)
-        out = self._release_others({key for key, _, _ in calls})
+        out, edits = b"".join(self._begin(key) for key, _, _ in calls), {}
         fragments = [call for call in calls if call[2]]
-        key, path, text = fragments[0] if fragments else (None, None, "")
-        if len(fragments) == 1 and not ends and _is_bare(payload, path):
+        is_bare = len(fragments) == 1 and not ends
+        names = _names_in([choice.get("delta") for choice in payload["choices"]])
+        if is_bare and _OF_A_FRAGMENT.issuperset(names):
+            [(key, path, text)] = fragments
             self._hold(key, _Held(event, path, text))
             return out
-        edits = {}
         line_end = b"\r\n" if event.endswith(b"\r\n") else b"\n"
         for key, path, text in fragments:
             if key[0] in ends:
@@ -8287,63 +8318,68 @@ class RepairStream:
             else:
                 self._hold(key, _lone_fragment(payload, key, text, line_end))
                 _put(edits, path, '""')
-        for key in [key for key in self._calls if key[0] in ends]:
-            out += self._release(key, ends[key[0]] not in CUT_OFF, edits)
+        for choice, reason in ends.items():
+            done = [key for key in self._calls if key[0] == choice]
+            out += self._release(done[:-1], True, edits)
+            out += self._release(done[-1:], reason not in CUT_OFF, edits)
         return out + _edited_event(event, edits)
 
-    def _release_others(self, keys):
-        """Release the calls that are complete because their choice has gone on."""
-        choices = {choice for choice, _ in keys}
-        done = [key for key in self._calls if key[0] in choices and key not in keys]
-        return b"".join(self._release(key, True) for key in done)
-
-    def _pass_anthropic(self, event, payload):
+    def _pass_anthropic(self, event, payload, delta):
         """The end of a block does not tell whether it was cut off. If it is not valid,
         it waits for what does: the next block, or the reason in message_delta."""
         kind, key = payload["type"], (_number_of(payload, 0), None)
-        fragment = _text_at(payload, "delta", "partial_json")
-        reason = _text_at(payload, "delta", "stop_reason")
-        if fragment:
+        fragment, reason = delta.get("partial_json"), delta.get("stop_reason")
+        if isinstance(fragment, str) and fragment:
             self._hold(key, _Held(event, ("delta", "partial_json"), fragment))
             return b""
         if kind == "content_block_stop" and key in self._calls:
             self._hold(key, _Held(event, None, ""))
-            text = self._text_of(key)
-            return self._release(key, True) if repair_arguments(text) == text else b""
-        if kind == "error":
-            return self._release_all(False) + event
+            return self._release([key], False) if self._is_sound(key) else b""
         if reason or kind in ("content_block_start", "message_stop"):
-            return self._release_all(reason not in CUT_OFF) + event
+            return self._release(self._calls, str(reason) not in CUT_OFF) + event
         return event
 
     # What is held
+
+    def _begin(self, key):
+        """Return the call before this one, if it began just now, unless that needs
+        repair: fragments of both may still come by turns."""
+        if key in self._calls:
+            return b""
+        before = [known for known in self._calls if known[0] == key[0]][-1:]
+        self._calls[key] = []
+        return self._release(filter(self._is_sound, before), False)
+
+    def _is_sound(self, key):
+        text = self._text_of(key)
+        return repair_arguments(text) == text
 
     def _text_of(self, key):
         return "".join(held.text for held in self._calls[key])
 
     def _hold(self, key, held):
         """Hold a fragment; what is around it counts too, but less."""
-        self._calls.setdefault(key, []).append(held)
+        fragments = self._calls.pop(key, [])
+        fragments.append(held)
+        self._calls[key] = fragments  # the last one, now
         self._size += max(len(held.text), len(held.event) // 4)
 
-    def _release_all(self, is_whole):
-        return b"".join(self._release(key, is_whole) for key in list(self._calls))
-
-    def _release(self, key, is_whole, edits=None):
-        """Return the events of a call, repaired if it is whole.
+    def _release(self, keys, is_whole, edits=None):
+        """Return the events of these calls, repaired if they are whole.
 
         A fragment without an event is in the event at hand; its change goes to `edits`.
         """
-        text = self._text_of(key)
-        mended = repair_arguments(text) if is_whole else text
-        out, rest = [], mended
-        for event, path, fragment in self._calls.pop(key):
-            self._size -= max(len(fragment), len(event) // 4)
-            own = {} if event else edits
-            if mended != text and path:
-                _put(own, path, json.dumps(rest))
-                rest = ""
-            out.append(_edited_event(event, own) if event else b"")
+        out = []
+        for key in list(keys):
+            text = self._text_of(key)
+            rest = mended = repair_arguments(text) if is_whole else text
+            for event, path, fragment in self._calls.pop(key):
+                self._size -= max(len(fragment), len(event) // 4)
+                own = {} if event else edits
+                if mended != text and path:
+                    _put(own, path, json.dumps(rest))
+                    rest = ""
+                out.append(_edited_event(event, own))
         return b"".join(out)
 
 
@@ -8380,7 +8416,6 @@ class Row(NamedTuple):
     unload_in: Optional[float] = None
     tokens_per_second: Optional[float] = None
     failure: Optional[str] = None
-    exit_code: Optional[int] = None
     stopped: Optional[str] = None
     pinned: bool = False
     unusable: Optional[str] = None
@@ -8456,6 +8491,8 @@ def usage_in(ends: bytes) -> Usage:
     twice the last counts, and `usage` before llama-server's `timings`.
     """
     found = {name.decode(): float(value) for name, value in _USAGE.findall(ends)}
+    if not found:
+        return Usage()
     if "prompt_n" in found:  # of the prompt, what was not in the cache
         found["prompt_n"] += found.get("cache_n", 0)
     return Usage(
@@ -8466,7 +8503,10 @@ def usage_in(ends: bytes) -> Usage:
 
 
 def _first_of(found, names):
-    return next((int(found[name]) for name in names if name in found), None)
+    for name in names:
+        if name in found:
+            return int(found[name])
+    return None
 
 
 def speed_of(usage: Usage, seconds: float) -> Optional[float]:
@@ -8500,6 +8540,8 @@ COUNTERS = (
            "Tokens of prompts, as far as answers tell."),
     Metric("tokens_out", "llmswap_completion_tokens_total", ("model",),
            "Tokens generated, as far as answers tell."),
+    Metric("bytes_in", "llmswap_request_bytes_total", ("model",),
+           "Bytes of requests received from clients, without their heads."),
     Metric("bytes_out", "llmswap_response_bytes_total", ("model",),
            "Bytes of answers sent to clients, without their heads."),
     Metric("swaps", "llmswap_swaps_total", (),
@@ -8556,18 +8598,28 @@ def metrics_text(facts: Facts) -> str:
 
 
 def _about_us(facts):
-    build = Metric("", "llmswap_build_info", ("version", "python"), "What runs here.")
-    start = Metric("", "process_start_time_seconds", (), "Start, in Unix time.")
-    busy = Metric("", "process_cpu_seconds_total", (), "CPU time of llmswap itself.")
     python = "{}.{}.{}".format(*sys.version_info)
-    return [
-        *_family(build, "gauge"),
-        _sample(build.name, build.labels, (facts.version, python), 1),
-        *_family(start, "gauge"),
-        _sample(start.name, (), (), facts.born),
-        *_family(busy, "counter"),
-        _sample(busy.name, (), (), time.process_time()),
-    ]
+    build = Metric("", "llmswap_build_info", ("version", "python"), "What runs here.")
+    told = _sample(build.name, build.labels, (facts.version, python), 1)
+    lines = [*_family(build, "gauge"), told]
+    busy, held = time.process_time(), _own_memory()
+    for kind, name, text, value in (
+        ("gauge", "process_start_time_seconds", "Start, in Unix time.", facts.born),
+        ("counter", "process_cpu_seconds_total", "CPU time of llmswap itself.", busy),
+        ("gauge", "process_resident_memory_bytes", "Memory of llmswap itself.", held),
+    ):
+        lines += _family(Metric("", name, (), text), kind)
+        lines += [_sample(name, (), (), value)] if value is not None else []
+    return lines
+
+
+def _own_memory():
+    """Resident bytes of this process; None without /proc."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
 
 
 def _states(rows):
@@ -8624,14 +8676,14 @@ def _escaped(value):
 _STYLE = r"""
 :root {
   --ground: #f4f4f1; --sheet: #fff; --well: #f8f8f6; --line: #e4e3de;
-  --edge: #c9c8c2;
+  --edge: #8f8e87;
   --ink: #1b1d20; --soft: #61656b; --accent: #1f5fd6; --on-accent: #fff;
   --loaded: #14804f; --loading: #8f5b00; --sleeping: #5a53c4; --failed: #c0302b;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --ground: #111315; --sheet: #191c1f; --well: #131517; --line: #2b2f33;
-    --edge: #454b51;
+    --edge: #6b7279;
     --ink: #e7e8ea; --soft: #9ba1a8; --accent: #82aaff; --on-accent: #0d1626;
     --loaded: #4fc78d; --loading: #e0ad4a; --sleeping: #a5a0f5; --failed: #ff8a80;
   }
@@ -8720,7 +8772,6 @@ h2 span { font-weight: 400; margin-left: 4px; }
 .sleeping { --tone: var(--sleeping); }
 .failed, .unusable { --tone: var(--failed); }
 .dot { width: 10px; height: 10px; border: 2px solid var(--tone); border-radius: 50%; }
-.unloaded .dot { opacity: .55; }
 .loaded .dot, .broken .dot { background: var(--tone); }
 .broken .dot { border-radius: 2px; }
 .loading .dot, .unloading .dot {
@@ -8731,6 +8782,7 @@ h3 { font-size: 15px; }
 h3 small { font-size: 13px; font-weight: 400; color: var(--soft); margin-left: 8px; }
 .about, .state { color: var(--soft); font-size: 13.5px; }
 .state { text-align: right; }
+.unusable .state { grid-column: 3 / -1; }
 .state b { color: var(--tone); }
 .state b:not([hidden]) + :not([hidden]) { margin-left: .35em; }
 .acts { display: flex; gap: 2px; align-items: center; }
@@ -8770,7 +8822,7 @@ aside h2 span { flex: 1; font-weight: 600; margin: 0; }
 #lines {
   flex: 1; min-height: 120px; margin: 0 -14px -14px; padding: 10px 14px;
   background: var(--well); border-top: 1px solid var(--line);
-  border-radius: 0 0 14px 14px;
+  border-radius: 0 0 14px 14px; outline-offset: -2px;
 }
 .send { display: flex; gap: 8px; }
 .send select { flex: 1; min-width: 0; }
@@ -9205,7 +9257,7 @@ function paintActs(find, model, state) {
   show(find("[data-do=prompt]"), state !== "unusable");
   show(find(".acts"), state !== "unusable");
   const hasPage = model.kind === "llama-server" && state === "loaded";
-  show(find("a"), own && hasPage && !key); // a link cannot carry a key
+  show(find("a"), own && hasPage);
 }
 
 function paintFacts(dl, model, age) {
@@ -9426,18 +9478,23 @@ _FRAME = """<!doctype html>
 STATUS_PAGE = _FRAME.format(style=_STYLE, body=_BODY, script=_SCRIPT)
 
 
+@functools.lru_cache(maxsize=None)
+def page_policy() -> str:
+    """Return the page's Content-Security-Policy: nothing is fetched but from here,
+    nothing runs or is drawn but what stands above."""
+    return (
+        f"default-src 'none'; script-src {_source(_SCRIPT)}; "
+        f"style-src {_source(_STYLE)}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
 def _source(text):
     """How a policy names an inline text that it allows."""
+    import hashlib  # 3 MB that only who opens the page pays for
+
     digest = hashlib.sha256(text.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"
-
-
-# Nothing is fetched but from here, nothing runs or is drawn but what stands above.
-PAGE_POLICY = (
-    f"default-src 'none'; script-src {_source(_SCRIPT)}; style-src {_source(_STYLE)}; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'"
-)
 
 
 # ==================================================================================
@@ -9451,6 +9508,7 @@ PAGE_POLICY = (
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
 NAME_LIMIT = 1000  # characters of a model's name in a request
+NAME_PARTS = 64  # between slashes in one
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 BROWSER = re.compile(r"Mozilla/")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -9511,17 +9569,9 @@ class Handler(socketserver.BaseRequestHandler):
             pass  # nobody is left to be told
 
     def finish(self):
-        """Read what is on its way before the socket is closed: the reset that would
-        answer it can destroy our answer."""
-        if not self.is_unread or self.reply.is_broken:
-            return
-        end = time.monotonic() + LINGER_SECONDS
-        try:
-            self.request.shutdown(socket.SHUT_WR)
-            while time.monotonic() < end and self.request.recv(PIECE):
-                pass
-        except OSError:
-            pass  # it left, or is silent
+        """Let the client read our answer, even if it still sends."""
+        if self.is_unread and not self.reply.is_broken:
+            see_off(self.request)
 
     def _await_request(self):
         """Whether a request begins before the connection has been idle for too long."""
@@ -9590,7 +9640,7 @@ class Handler(socketserver.BaseRequestHandler):
         where = f"{self.head.method} {self.head.path[:60]}"
         seconds = first_at - self.began
         text = f"{self.model.name}: first byte of {where} after {seconds:.1f} s"
-        if self.waited >= 1:
+        if self.waited >= LONG_WAIT:
             text += f", {self.waited:.1f} s of it waiting"
         self.server.log("info", text)
 
@@ -9604,7 +9654,8 @@ class Handler(socketserver.BaseRequestHandler):
         usage = usage_in(bytes(reply.ends)) if status < 300 else Usage()
         speed = speed_of(usage, seconds - (self.waited or 0))
         tokens = usage.tokens_in or 0, usage.tokens_out or 0
-        what = status, seconds, self.waited, *tokens, reply.sent
+        received = self.body.received if self.body is not None else 0
+        what = status, seconds, self.waited, *tokens, received, reply.sent
         self.pool.count_request(self.model, speed, *what)
 
     def _answer_problem(self, problem):
@@ -9626,8 +9677,10 @@ class Handler(socketserver.BaseRequestHandler):
             fields.append(("retry-after", str(math.ceil(problem.retry_after))))
         if problem.may_retry is not None:
             fields.append(("x-should-retry", str(problem.may_retry).lower()))
-        if problem.status == 401:
-            fields.append(("www-authenticate", "Bearer"))
+        if problem.status == 401:  # a person is asked for it as a password
+            is_page = "text/html" in self.head.get("accept")
+            scheme = 'Basic realm="API key"' if is_page else "Bearer"
+            fields.append(("www-authenticate", scheme))
         if problem.status == 405:
             methods = [method for method, path in ROUTES if path == self.head.path]
             fields.append(("allow", ", ".join([*methods, "OPTIONS"])))
@@ -9774,7 +9827,7 @@ class Handler(socketserver.BaseRequestHandler):
             return self._stream_states()
         fields = [
             ("content-type", "text/html; charset=utf-8"),
-            ("content-security-policy", PAGE_POLICY),
+            ("content-security-policy", page_policy()),
             ("x-content-type-options", "nosniff"),
             ("referrer-policy", "no-referrer"),
             ("cache-control", "no-cache"),
@@ -9838,7 +9891,6 @@ class Handler(socketserver.BaseRequestHandler):
             unload_in=status.unload_in,
             tokens_per_second=meters.speeds.get(model.backend),
             failure=str(failure) if failure else None,
-            exit_code=getattr(failure, "exit_code", None),
             stopped=meters.reasons.get(model.backend),
         )
 
@@ -10051,7 +10103,7 @@ class Handler(socketserver.BaseRequestHandler):
         """/upstream/ID/REST: that model's own server, whatever REST is."""
         name, path = self._longest_name(rest)
         model = self.model = self._resolve(name)
-        query = f"?{self.head.query}" if self.head.query else ""
+        query = self.head.target[len(self.head.path) :]
         if not path:
             fields = [("location", f"/upstream/{rest}/{query}")]
             return self._send(308, fields, b"")
@@ -10061,7 +10113,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _longest_name(self, rest):
         """Split REST after the longest known name: ids may contain slashes."""
         parts = rest.split("/")
-        for count in range(len(parts), 0, -1):
+        for count in range(min(len(parts), NAME_PARTS), 0, -1):
             name = unquoted("/".join(parts[:count]))
             if self.config.names.find(name):
                 path = "/".join(parts[count:])
@@ -10193,11 +10245,11 @@ class Handler(socketserver.BaseRequestHandler):
         return urllib.parse.quote_plus(name).encode()
 
     def _fields_up(self, model):
-        dropped = {"host", "content-length", "x-conversation-id"}
+        dropped = NOT_UP
         if self.config.api_keys or model.settings.proxy_key:
-            dropped.update(("authorization", "x-api-key", "api-key"))
-        if self.head.method == "POST":
-            dropped.add("accept-encoding")  # events and numbers are read on the way
+            dropped = dropped.union(KEY_FIELDS)
+        if self.head.method == "POST":  # events and numbers are read on the way
+            dropped = dropped.union(("accept-encoding",))
         fields = end_to_end(self.head.fields)
         fields = [each for each in fields if each[0] not in dropped]
         if model.settings.proxy_key:
@@ -10206,6 +10258,18 @@ class Handler(socketserver.BaseRequestHandler):
         if self.head.is_upgrade:
             fields += [("connection", "upgrade"), ("upgrade", self.head.get("upgrade"))]
         return fields
+
+
+def see_off(sock: socket.socket):
+    """End our side and read what is on its way before the socket is closed: the reset
+    that would answer it can destroy our answer."""
+    end = time.monotonic() + LINGER_SECONDS
+    try:
+        sock.shutdown(socket.SHUT_WR)
+        while time.monotonic() < end and sock.recv(PIECE):
+            pass
+    except OSError:
+        pass  # it left, or is silent
 
 
 def unquoted(text: str) -> str:
@@ -10221,7 +10285,8 @@ def _repairer_of(answer):
         return None
     if answer.is_event_stream:
         return RepairStream()
-    return RepairBody() if "json" in answer.get("content-type") else None
+    is_json = "json" in answer.get("content-type")
+    return RepairStream(is_whole=True) if is_json else None
 
 
 def _no_repairer(_):
@@ -10234,12 +10299,14 @@ def _link_to(backend):
 
 def _edits_of(model, named):
     settings = model.settings
-    removed = set(settings.strip_params)
-    removed.update(each.name for each in named.members if each.name in STAY_NAMES)
-    return Edits(settings.model_name or None, settings.set_params, frozenset(removed))
+    stays = [name for name in STAY_NAMES if name in named.members]
+    removed = frozenset(stays + list(settings.strip_params))
+    return Edits(settings.model_name or None, settings.set_params, removed)
 
 
 STAY_NAMES = ("keep_alive", "ttl")
+NOT_UP = frozenset(("host", "content-length", "x-conversation-id"))
+KEY_FIELDS = ("authorization", "x-api-key", "api-key")
 
 
 def _has_edits(edits, named):
@@ -10267,9 +10334,7 @@ def _is_loopback(address):
 
 def _host_name(host):
     """The name in a Host, without its port."""
-    if host.startswith("["):
-        return host.partition("]")[0] + "]"
-    return host.partition(":")[0].lower()
+    return re.match(r"\[[^]]*\](?=:|$)|[^:]*", host)[0].lower()
 
 
 def _is_address(name):
@@ -10283,8 +10348,11 @@ def _is_address(name):
 
 
 def _is_key(given, keys):
+    import hmac  # and OpenSSL with it: 3 MB that only who has keys pays for
+
     found = [hmac.compare_digest(given, key.encode()) for key in keys]
     return any(found)
+
 
 
 def _basic_password(encoded):
@@ -10296,8 +10364,8 @@ def _basic_password(encoded):
 
 def _origin_of(url):
     """The origin of a page whose address this is; empty if it tells none."""
-    parts = urllib.parse.urlsplit(url) if url else None
-    return f"{parts.scheme}://{parts.netloc}" if parts and parts.netloc else ""
+    found = re.match("[a-z][a-z0-9+.-]*://[^/?#]+", url)
+    return found[0] if found else ""
 
 
 def masked(argv: List[str]) -> List[str]:
@@ -10363,6 +10431,7 @@ STACK_BYTES = 512 * 1024  # of a thread; the deepest call here needs a tenth of 
 IDLE_THREADS = 32  # kept for the next connections
 MOST_DESCRIPTORS = 65536
 MOST_CONNECTIONS = 4096
+MOST_LEAVING = 32  # that are given the time to read why they must leave
 MIN_COLUMNS, MAX_COLUMNS = 40, 80  # that --check fits; the log fits any terminal
 
 
@@ -10418,6 +10487,7 @@ class Log:
 
     def _write_line(self, level, text, moment):
         stamp = time.strftime("%H:%M:%S", time.localtime(moment))
+        text = printable(text).replace("\n", "\n  ")  # no name can begin a line
         self.feed.publish(f"{stamp} {text}")
         try:
             self._stream.write(self._shown(level, stamp, text))
@@ -10442,6 +10512,18 @@ class Log:
         rows = [fill(line.split(" "), width, indent) for line in text.splitlines()]
         rows = [[(indent + row[0]).rstrip(), *row[1:]] for row in rows]
         return "\n".join(line for row in rows for line in row)[len(indent) :]
+
+
+def printable(text: str) -> str:
+    """Return the text without colours and with other control characters as \\xNN, so
+    that no terminal obeys it. Line feeds stay."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], _COLOUR.sub("", text))
+
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def fill(parts: Iterable[str], width: int, indent: str, end: str = "") -> List[str]:
@@ -10492,6 +10574,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._paused = threading.Event()
         self._quiet_at = time.monotonic()
         self._open = set()
+        self._leaving = set()  # are told that there is no room
         self._idle_connections = set()
         self._idle_threads = collections.deque()
 
@@ -10522,12 +10605,16 @@ class Server(http.server.ThreadingHTTPServer):
             time.sleep(0.1)
             return
         connection.setblocking(True)
-        if len(self._open) >= self.most_connections:
-            self._turn_away(connection)
-        else:
+        if len(self._open) < self.most_connections:
             self.process_request(connection, address)
+        elif len(self._leaving) < MOST_LEAVING:
+            self._leaving.add(connection)
+            leave = functools.partial(self._turn_away, connection, see_off)
+            threading.Thread(target=leave, daemon=True).start()
+        else:
+            self._turn_away(connection)
 
-    def _turn_away(self, connection):
+    def _turn_away(self, connection, see_off=lambda _: None):
         connection.settimeout(1)
         problem = Problem(f"{self.most_connections} connections are open already")
         problem.status = 503
@@ -10537,9 +10624,11 @@ class Server(http.server.ThreadingHTTPServer):
             fields = [("retry-after", "5")]
             reply.begin(503, "Service Unavailable", fields, len(payload))
             reply.send(payload)
+            see_off(connection)
         except ClientGone:
             pass
         connection.close()
+        self._leaving.discard(connection)
 
     def process_request(self, request, client_address):
         """Give the connection to a thread that waits for one, else to a new one."""
@@ -10819,10 +10908,13 @@ WantedBy=sockets.target
 Description=One address for many local language models
 Requires=llmswap.socket
 After=llmswap.socket
+StartLimitIntervalSec=30
+StartLimitBurst=30
 
 [Service]
 Type=notify
 WorkingDirectory={cwd}
+Environment={path}
 ExecStart={command}
 ExecReload=/bin/kill -HUP $MAINPID
 KillMode=mixed
@@ -10844,7 +10936,8 @@ def units_for(config: Config) -> str:
         folder="~/.config/systemd/user",
         cwd=os.getcwd().replace("%", "%%"),
         streams="\n".join(f"ListenStream={each}" for each in streams),
-        command=" ".join(_unit_word(word) for word in words),
+        path=_unit_word(f"PATH={os.environ.get('PATH', os.defpath)}"),
+        command=" ".join(_unit_word(word).replace("$", "$$") for word in words),
     )
 
 
@@ -10856,8 +10949,8 @@ def _stream_of(address):
 
 
 def _unit_word(word):
-    """Quote a word for ExecStart=."""
-    word = word.replace("%", "%%").replace("$", "$$")
+    """Quote a word for a unit file."""
+    word = word.replace("%", "%%")
     if re.search(r"[\s\"'\\;]", word):
         word = '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
     return word
@@ -10969,7 +11062,7 @@ def check(config: Config) -> int:
     for model, (lines, _) in zip(models, found):
         print("\n".join([*_title(model, width), *lines, ""]))
     for text in [*_told_tables(models), *config.warnings]:
-        print("\n".join(fill(text.split(" "), width, "    ")))
+        print("\n".join(fill(printable(text).split(" "), width, "    ")))
     bad = sum(not is_good for _, is_good in found)
     print(f"{bad} of {len(models)} models cannot be used" if bad else "no errors")
     return 2 if bad else 0
@@ -10980,6 +11073,7 @@ def _title(model, width):
     names = model.name
     if model.aliases:
         names += f" ({', '.join(model.aliases)})"
+    names = printable(names).replace("\n", "\\n")
     first, *others = fill(names.split(" "), width - len(model.kind) - 2, "  ")
     gap = " " * max(2, width - len(first) - len(model.kind))
     return [_painted(first, "1") + gap + _painted(model.kind, "2"), *others]
@@ -10990,14 +11084,14 @@ def _checked(model, width):
     try:
         if model.problem:
             raise ConfigError(model.problem)
-        lines = _running(model, width - 2)
+        lines = [printable(line) for line in _running(model, width - 2)]
         missing = what_is_missing(model)
     except ConfigError as error:
-        lines = fill(f"error: {error}".split(" "), width - 2, "  ")
+        lines = fill(printable(f"error: {error}").split(" "), width - 2, "  ")
         return ["  " + _painted(line, "31") for line in lines], False
     if missing:
         told = fill(f"cannot start now: {missing}".split(" "), width - 2, "  ")
-        lines += [_painted(line, "33") for line in told]
+        lines += [_painted(printable(line), "33") for line in told]
     return [f"  {line}" for line in lines], True
 
 
@@ -11062,7 +11156,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         config = load_config(args.file, args.listen, args.models_max)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 2
     if args.check:
         return check(config)
@@ -11276,7 +11370,7 @@ class Program:
             self.log("error", f"idle-command: {error}")
             return
         level = "error" if status else "info"
-        slept = suspended_seconds() - suspended
+        slept = max(0.0, suspended_seconds() - suspended)
         self.log(level, f"idle-command ended with status {status}; slept {slept:.0f} s")
 
     def reload(self):
@@ -11325,4 +11419,7 @@ class Program:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    with contextlib.suppress(OSError):  # nobody reads it
+        sys.stdout.flush()
+    os._exit(exit_status)  # a normal end would wait for who is stuck in writing a log

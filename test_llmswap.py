@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
 """The tests of llmswap, with a client, a fake model server and a benchmark for them.
 
-    python3 -m pytest test_llmswap.py      the tests; LLAMA_SERVER names a real one
+    python3 -m pytest test_llmswap.py      the tests; see .ci/run for what more they use
     python3 test_llmswap.py --port N       the fake model server that they spawn
     python3 test_llmswap.py bench          the benchmark; see bench --help
     python3 test_llmswap.py soak           random clients, kills and reloads
+    python3 test_llmswap.py explore        the scheduler: every order of events
+    python3 test_llmswap.py faults         each fault in each state, as a table
+    python3 test_llmswap.py fuzz           mutated HTTP, read by two readers
 """
 
 import array
@@ -13,13 +16,17 @@ import atexit
 import base64
 import collections
 import contextlib
+import copy
+import ctypes
 import errno
 import functools
+import gzip
 import gc
 import hashlib
 import heapq
 import itertools
 import json
+import marshal
 import math
 import os
 import platform
@@ -43,8 +50,9 @@ import tempfile
 import threading
 import time
 import urllib.request
+import zlib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import sha256
@@ -313,6 +321,15 @@ def llmswap_file():
     return py_compile.compile(LLMSWAP, compiled, doraise=True)
 
 
+def llmswap_words(constants):
+    """What Python is to run to be llmswap, with other constants if there are any."""
+    if not constants:
+        return [llmswap_file()]
+    path = f"import sys; sys.path.insert(0, {os.path.dirname(llmswap_file())!r})"
+    sets = "; ".join(f"l.{name} = {value!r}" for name, value in constants.items())
+    return ["-c", f"{path}; import llmswap as l; {sets}; sys.exit(l.main())"]
+
+
 @lru_cache(maxsize=None)
 def fake_file():
     """The fake server as a compiled file of its own: one that starts in 25 ms."""
@@ -424,16 +441,18 @@ class Llmswap:
 
     The end is a SIGTERM, after which it must exit with status 0 and leave no process;
     a test that ends it otherwise calls `kill` or waits for `process` itself.
-    `FAKE` in the text stands for the command of a fake server with a journal.
+    `FAKE` in the text stands for the command of a fake server with a journal;
+    `constants` are those of llmswap.py that are to be others.
     """
 
-    def __init__(self, text, *args, env=None):
+    def __init__(self, text, *args, env=None, **constants):
         self.folder = Path(tempfile.mkdtemp(prefix="llmswap-test-"))
         self.ini = self.folder / "test.ini"
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.token = f"{os.getpid()}-{self.port}"
-        self._args = [sys.executable, llmswap_file(), str(self.ini)]
+        words = ["-I", "-S", *llmswap_words(constants)]
+        self._args = [sys.executable, *words, str(self.ini)]
         self._args += ["--listen", f"127.0.0.1:{self.port}", *args]
         self._env = {**os.environ, FAMILY: self.token, **(env or {})}
         self.write(text)
@@ -654,12 +673,27 @@ def test_the_readme_has_the_tables_of_all_keys():
     assert llmswap.keys_table(llmswap.MODEL_KEYS) in readme
 
 
-def test_the_example_shows_every_key_once_at_its_default():
+def test_the_readme_translates_llama_swaps_keys_into_ours():
+    readme = HERE.with_name("README.md").read_text()
+    table = readme.partition("### Coming from llama-swap\n")[2].partition("\n## ")[0]
+    ours = [line.split("|")[-2] for line in table.splitlines() if line[:3] == "| `"]
+    named = re.findall(r"`([a-z][a-z-]+)(?: = [^`]*)?`", "".join(ours))
+    known = {key.name for key in llmswap.PROXY_KEYS + llmswap.MODEL_KEYS} | {"ttl"}
+    assert len(named) > 15 and set(named) <= known
+
+
+@pytest.mark.parametrize(
+    "section, keys", [("*", llmswap.MODEL_KEYS), ("llmswap", llmswap.PROXY_KEYS)]
+)
+def test_the_example_shows_every_key_once_at_its_default(section, keys):
     text = HERE.with_name("example.ini").read_text()
-    for key in llmswap.PROXY_KEYS + llmswap.MODEL_KEYS:
-        found = re.findall(rf"^;?{re.escape(key.name)} =(.*)$", text, re.MULTILINE)
-        written = [each.strip() for each in found]
-        assert key.default in written or key.name == "idle-timeout", key.name
+    manual = text.partition(f"\n[{section}]\n")[2].partition("\n[")[0]
+    shown = re.findall(r"((?:^; .*\n)+);?([\w.-]+) =(.*)\n", manual, re.MULTILINE)
+    others = {"idle-timeout": "15m"}  # it is set, so that the example gives back memory
+    for (help, name, value), key in itertools.zip_longest(shown, keys):
+        assert name == key.name and value.strip() == others.get(name, key.default)
+        told = " ".join(line[2:] for line in help.splitlines())
+        assert told == key.help.replace("`", "")
 
 
 def test_the_example_has_no_errors_and_no_warnings():
@@ -1802,6 +1836,29 @@ def test_a_backend_that_died_is_granted_to_nobody_until_it_is_back():
     assert again.outcome is llmswap.GRANTED
 
 
+def test_who_loaded_for_a_ticket_serves_it_though_no_time_has_passed_since_its_last():
+    stage = Story("a b", limits=dict(patience=0.0, models_max=2))
+    stage.serve("a", 0, 0)
+    stage.exited("a", 0)
+    ticket = stage.ask("a", 0)
+    stage.core.loaded("a", stage.core.slots["a"].generation, 0)
+    assert stage.core.slots["a"].is_reserved
+    stage.decide(0)
+    assert ticket.outcome is llmswap.GRANTED
+
+
+def test_a_victim_that_fell_asleep_with_a_request_in_flight_is_not_woken():
+    stage = Story("a b c", limits=dict(models_max=2, patience=1.0))
+    busy, other = stage.busy("b", now=0), stage.busy("a", now=0)
+    stage.ask("c", now=0.5)
+    stage.slept("b", now=0.6)
+    stage.ask("b", now=0.7)
+    assert stage.decide(1.5) == []  # both are to go, one for each who waits
+    assert stage.release(busy, 2) == ["evicted b for c"]
+    assert stage.exited("b", 2.1) == ["start c"]
+    assert stage.release(other, 2.2) == ["evicted a for b"]
+
+
 def test_one_client_that_alternates_teaches_nobody_to_wait_for_it():
     stage = Story("", a={}, b={})
     for turn in range(6):
@@ -2040,8 +2097,10 @@ def test_a_server_that_put_itself_to_sleep_keeps_its_place():
 
 def test_nothing_starts_until_adopted_models_fit():
     stage = Story("a b c")
-    stage.core.found("a", now=0)
-    stage.core.found("b", now=0)
+    for name in "ab":
+        stage.core.found(name, now=0)
+        assert stage.state(name) == "loading"
+        stage.loaded(name, now=1)
     stage.ask("c", now=9)
     assert stage.words == ["evicted a for c", "evicted b for c"]
     assert stage.exited("a", now=10) == []
@@ -2136,7 +2195,7 @@ def test_victims_stay_chosen_when_more_comes_in_the_way():
     stage.busy("a", now=0)
     stage.ask("b", now=1)
     stage.core.found("c", now=2)
-    assert stage.decide(now=2) == ["evicted c for b"]
+    assert stage.loaded("c", now=2) == ["evicted c for b"]
     stage.ask("a", now=3)
     assert stage.words == []
 
@@ -3014,8 +3073,10 @@ class Walk:
         limits = random_limits(self.rng)
         if is_calm:
             limits = limits._replace(queue_max=0, queue_timeout=0.0)
-        self.budget = limits.budget
-        self.specs = usable(limits, self._random_specs(limits))
+        self._begin(limits, usable(limits, self._random_specs(limits)))
+
+    def _begin(self, limits, specs):
+        self.budget, self.specs = limits.budget, specs
         self.core = llmswap.Scheduler(limits, self.specs)
         self.world = World(self.core, self._seconds, self._judge)
         self.holds = {}  # name -> the spec of what is held
@@ -3081,26 +3142,29 @@ class Walk:
             return
         name = self.rng.choice(sorted(self.specs))
         kind = self.rng.choice(({}, {}, {}, dict(is_loose=True), dict(is_by_hand=True)))
+        ticket = self._ask(name, kind)
+        if self.is_calm:
+            self.bounds[ticket.number] = self._bound(ticket)
+
+    def _ask(self, name, kind):
         ticket = self.core.submit(name, self.world.now, **kind)
         ticket.waiter = self._settled
         self.waiting[ticket.number] = ticket
         if ticket.is_by_hand:
             self._forgive(name)
         self._note(f"submit {ticket} {kind}")
-        if self.is_calm:
-            self.bounds[ticket.number] = self._bound(ticket)
+        return ticket
 
     def _withdraw(self):
         candidates = list(self.waiting.values()) + [t for t, _ in self.leases.values()]
         if candidates:
-            ticket = self.rng.choice(candidates)
-            self._note(f"withdraw {ticket}")
-            self.core.withdraw(ticket, self.world.now)
-            self._forget(ticket.number)
+            self._leave(self.rng.choice(candidates))
 
-    def _forget(self, number):
+    def _leave(self, ticket):
+        self._note(f"withdraw {ticket}")
+        self.core.withdraw(ticket, self.world.now)
         for where in (self.waiting, self.leases, self.bounds):
-            where.pop(number, None)
+            where.pop(ticket.number, None)
 
     def _release(self, number):
         if number in self.leases:
@@ -3112,16 +3176,18 @@ class Walk:
         """A backend ends by itself, in whatever state it is."""
         if self.world.lives:
             life = self.rng.choice(list(self.world.lives.values()))
-            failure = self.rng.choice((None, BROKEN))
-            self._note(f"crash {life.name} while {life.phase}: {failure}")
-            self._learn_of_end(life)
-            life.orders += 1
-            self.world.end(life, life.orders, failure)
+            self._end(life, self.rng.choice((None, BROKEN)))
+
+    def _end(self, life, failure):
+        self._note(f"crash {life.name} while {life.phase}: {failure}")
+        self._learn_of_end(life)
+        life.orders += 1
+        self.world.end(life, life.orders, failure)
 
     def _learn_of_end(self, life):
         if life.phase == "up":
             self._forgive(life.name)
-        if life.phase == "loading":
+        if life.phase == "loading" and self._spec(life).takes_place:
             self.failures[life.name] += 1
             surplus = self.failures[life.name] - 3
             if surplus >= 0:
@@ -3162,23 +3228,27 @@ class Walk:
         for name in sorted(self.specs):
             slot = self.core.slots[name]
             if name not in self.world.lives and not slot.waiting:
-                generation = self.core.found(name, self.world.now)
-                self._note(f"found {name}")
-                self.world.lives[name] = LoopLife(name, generation, "up")
-                self.holds[name] = self.specs[name]
-                self.newest[name] = generation
-                return
+                return self._adopt(name)
+
+    def _adopt(self, name):
+        generation = self.core.found(name, self.world.now)
+        self._note(f"found {name}")
+        self.world.lives[name] = life = LoopLife(name, generation)
+        self.world.after(self._seconds("load", name), self.world._come_up, life, 0)
+        self.holds[name] = self.specs[name]
+        self.newest[name] = generation
 
     def _unload(self):
-        name = self.rng.choice(sorted(self.core.slots) or ["none"])
-        if name in self.core.slots:
-            self._note(f"unload {name}")
-            self.core.unload(name, self.world.now, llmswap.Unloaded(name))
-            life = self.world.lives.get(name)
-            if life is not None and life not in self.cut_at:
-                self.departing.add(life)
-                timeout = self._spec(life).stop_timeout
-                self.cut_at[life] = self.world.now + timeout
+        if self.core.slots:
+            self._unload_one(self.rng.choice(sorted(self.core.slots)))
+
+    def _unload_one(self, name):
+        self._note(f"unload {name}")
+        self.core.unload(name, self.world.now, llmswap.Unloaded(name))
+        life = self.world.lives.get(name)
+        if life is not None and life not in self.cut_at:
+            self.departing.add(life)
+            self.cut_at[life] = self.world.now + self._spec(life).stop_timeout
 
     def _keep_alive(self):
         if self.specs:
@@ -3204,6 +3274,9 @@ class Walk:
             for name in specs
             if self._has_changed(name, specs) or self.rng.random() < 0.1
         ]
+        self._reload(limits, specs, changed)
+
+    def _reload(self, limits, specs, changed):
         self._note(f"configure {limits} {specs} changed {changed}")
         self.core.configure(limits, specs, changed, llmswap.UnknownModel)
         for name, life in self.world.lives.items():
@@ -3224,9 +3297,12 @@ class Walk:
 
     def _close(self):
         if self.rng.random() < 0.02:
-            self._note("close")
-            self.is_closed = True
-            self.core.close(llmswap.ShuttingDown())
+            self._close_door()
+
+    def _close_door(self):
+        self._note("close")
+        self.is_closed = True
+        self.core.close(llmswap.ShuttingDown())
 
     def _stop_all(self):
         if self.is_closed:
@@ -3743,14 +3819,25 @@ def test_a_load_that_goes_on_writing_is_not_given_up(begin):
     begin("--load", "0.6", "--lines", "12", load_timeout=0.4).loaded()
 
 
-def test_a_load_whose_memory_grows_is_not_given_up(begin, tmp_path):
-    grow = "import time\nkept = []\nfor i in range(40):\n"
-    grow += "    kept.append(b'x' * 2**20)\n    time.sleep(0.1)\n"
-    (tmp_path / "grow.py").write_text(grow)
-    life = begin(cmd=f"{sys.executable} -S {tmp_path}/grow.py", load_timeout=1.1,
+LOADS = {  # how a silent server gets at its model
+    "memory grows": "kept = []; step = lambda: kept.append(b'x' * 2**20)",
+    "read past the cache": "page = mmap.mmap(-1, 4096); file = os.open(__file__, "
+    "os.O_RDONLY | os.O_DIRECT); step = lambda: os.preadv(file, [page], 0)",
+}
+
+
+@pytest.mark.parametrize("wrapper", ["", "sh -c '\"$@\"; exit' x "])
+@pytest.mark.parametrize("load", LOADS)
+def test_a_load_that_goes_on_in_silence_is_not_given_up(
+    begin, tmp_path, monkeypatch, load, wrapper
+):
+    monkeypatch.setattr(llmswap, "SIGNS_EVERY", 0.1)
+    loop = "while True:\n    step()\n    time.sleep(0.03)\n"
+    (tmp_path / "x.py").write_text(f"import mmap, os, time\n{LOADS[load]}\n{loop}")
+    life = begin(cmd=f"{wrapper}{sys.executable} -S {tmp_path}/x.py", load_timeout=0.3,
                  proxy="http://127.0.0.1:1")  # fmt: skip
     with pytest.raises(queue.Empty):
-        life.news.get(timeout=1.4)
+        life.news.get(timeout=0.7)
 
 
 def test_a_stop_while_loading_kills_without_grace(begin):
@@ -3831,7 +3918,7 @@ def test_a_stop_command_that_hangs_is_killed_with_what_it_started(begin, tmp_pat
 def test_a_stop_command_that_cannot_run_gives_way_to_sigterm(guard, tmp_path, command):
     model = model_of(tmp_path)
     settings = model.settings._replace(cmd_stop=command)
-    life = Life(llmswap.replace(model, settings=settings), guard)
+    life = Life(model._replace(settings=settings), guard)
     life.loaded()
     assert life.stop() is None
     assert not has_group(life.backend.pid)
@@ -3995,9 +4082,7 @@ def test_a_health_check_that_nobody_answers_is_repeated(begin, monkeypatch, tmp_
 
 STRANGER = """\
 import socket, sys
-if len(sys.argv) > 2:
-    sys.stdin.readline()
-server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+server = socket.create_server(("127.0.0.1", int(sys.stdin.readline())))
 print("listening", flush=True)
 while True:
     client, _ = server.accept()
@@ -4021,11 +4106,10 @@ def ticks():
 class Stranger:
     """A process that takes a port, at once or when told, and tells what it hears."""
 
-    def __init__(self, port, *, is_late=False):
-        command = [sys.executable, "-I", "-S", "-c", STRANGER, str(port)]
+    def __init__(self, port=None, *, is_late=False):
         self.port = port
         self._process = subprocess.Popen(
-            command + ["late"] * is_late,
+            [sys.executable, "-I", "-S", "-c", STRANGER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
@@ -4033,12 +4117,12 @@ class Stranger:
         self.pid = self._process.pid
         birth = llmswap.process_stat(self.pid).start
         eventually(lambda: ticks() > birth)  # whoever is born now is younger
-        if not is_late:
+        if port and not is_late:
             self.listen()
 
     def listen(self):
         """Take the port now."""
-        self._process.stdin.write(b"\n")
+        self._process.stdin.write(b"%d\n" % self.port)
         self._process.stdin.flush()
         assert self._process.stdout.readline() == b"listening\n"
 
@@ -4201,8 +4285,37 @@ def test_the_end_waits_until_the_gpus_memory_is_free(begin, tmp_path, monkeypatc
         llmswap._gpu_query.cache_clear()
 
 
+GPU_TOOLS = [
+    # the tool, what it does with the pid of the model that goes; how long that delays
+    ("nvidia-smi", "echo $PID", 0.4, 1.0),
+    ("rocm-smi", "echo 'PID  PROCESS'; echo \"$PID  python3  1  4096\"", 0.4, 1.0),
+    ("nvidia-smi", "echo 1", 0.0, 0.3),
+    ("nvidia-smi", "sleep 0.2", 0.2, 0.4),
+    ("nvidia-smi", "exec sleep 60", 0.4, 1.0),
+    ("nvidia-smi", "exit 9", 0.0, 0.3),
+]
+
+
+@pytest.mark.parametrize("tool, does, least, most", GPU_TOOLS)
+def test_the_next_start_waits_for_the_gpu_no_longer_than_it_may(
+    tool, does, least, most, tmp_path
+):
+    text = "[llmswap]\nsettle-timeout = 400ms\n[a]\ncmd = FAKE --model a\n"
+    text += "[b]\ncmd = FAKE --model b\n"
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    with Llmswap(text, env={"PATH": path}) as server:
+        server.chat("a")
+        pid = server.journal("main", "a")[0]["pid"]
+        script = tmp_path / tool
+        script.write_text(f"#!/bin/sh\nPID={pid}\n{does}\n")
+        script.chmod(0o755)
+        assert server.chat("b").status == 200
+        ended, began = server.journal("end", "a")[0], server.journal("main", "b")[0]
+        assert least <= began["t"] - ended["t"] < most
+
+
 def test_waiting_for_the_gpu_has_an_end(monkeypatch):
-    monkeypatch.setattr(llmswap, "gpu_processes", lambda: {5, 6})
+    monkeypatch.setattr(llmswap, "gpu_processes", lambda timeout: {5, 6})
     started_at = time.monotonic()
     llmswap.settle({6}, 0.1)
     assert 0.1 <= time.monotonic() - started_at < 1
@@ -5125,6 +5238,24 @@ def test_a_change_of_listen_is_not_taken_over_and_said(tmp_path):
     assert process.communicate(timeout=5) and process.returncode == 0
 
 
+def test_it_serves_without_the_memory_that_its_compilation_took(tmp_path):
+    path, port = tmp_path / "it's \"$HOME\" \\.ini", free_port()
+    path.write_text("".join(f"[m{n}]\ncmd = {fake_command()}\n" for n in range(10)))
+    command = [sys.executable, "-W", "error", LLMSWAP, str(path)]
+    command += ["--listen", f"127.0.0.1:{port}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    eventually(lambda: llmswap.is_llmswap(("127.0.0.1", port)))
+    assert llmswap.memory_of(process.pid)["VmRSS"] < 34 << 20  # 45 MB with it
+    words = Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")[:-1]
+    assert words[-4:] == command[3:]
+    assert words[1:3] == ["-W", "error"] or sys.version_info < (3, 10)
+    names = [os.readlink(fd) for fd in Path(f"/proc/{process.pid}/fd").iterdir()]
+    assert not [name for name in names if "memfd" in name]
+    process.terminate()
+    assert "Traceback" not in process.communicate(timeout=5)[1]
+    assert process.returncode == 0
+
+
 def test_a_unix_socket_is_removed_at_the_end(tmp_path):
     path, place = tmp_path / "m.ini", tmp_path / "socket"
     path.write_text(f"[llmswap]\nlisten = unix:{place}\n")
@@ -5180,26 +5311,21 @@ def test_signals_that_our_parent_ignored_do_not_harm(tmp_path):
 # ==================================================================================
 
 BRISK = {
-    "ERRAND_PATIENCE": 0.5, "WAKE_EVERY": 0.4, "CONNECT_PATIENCE": 0.5,
-    "EARLY_HEAD_AFTER": 0.3,
+    "ERRAND_PATIENCE": 0.5, "WAKE_EVERY": 0.2, "CONNECT_PATIENCE": 0.3, "TICK": 0.1,
+    "EARLY_HEAD_AFTER": 0.2, "JOURNAL_MOMENT": 0.01, "ADOPT_PATIENCE": 0.5,
 }  # fmt: skip
 
 
 def brisk(text, *args, env=None, **constants):
     """llmswap with less patience than it has with real systems."""
-    proxy = Llmswap(text, *args, env=env)
-    folder, constants = str(Path(LLMSWAP).parent), {**BRISK, **constants}
-    sets = "; ".join(f"l.{name} = {value}" for name, value in constants.items())
-    code = f"import sys; sys.path.insert(0, {folder!r}); import llmswap as l; {sets}; "
-    proxy._args[1:2] = ["-c", f"{code}sys.exit(l.main())"]
-    return proxy
+    return Llmswap(text, *args, env=env, **{**BRISK, **constants})
 
 
 # ----------------------------------------------------------------------------------
 # A systemd that keeps its units in a folder
 
 SYSTEMCTL = r'''
-import os, signal, subprocess, sys, time
+import os, sys, time  # and no more: each call is a start of Python
 words = sys.argv[1:]
 folder = os.environ["STAND_IN"]
 with open(folder + "/calls", "a") as calls:
@@ -5258,19 +5384,22 @@ for name in names:
     elif verb == "start" and not alive(name):
         script = "%s & echo $! >%s; wait $!; echo $? >%s" % (
             read(name, "cmd"), path(name, "pid"), path(name, "status"))
-        with open(path(name, "log"), "ab") as log:
-            subprocess.Popen(["/bin/sh", "-c", script], stdin=subprocess.DEVNULL,
-                             stdout=log, stderr=log, start_new_session=True)
+        if not os.fork():
+            os.setsid()
+            log = os.open(path(name, "log"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            for fd, target in enumerate((os.open("/dev/null", 0), log, log)):
+                os.dup2(target, fd)
+            os.execv("/bin/sh", ["/bin/sh", "-c", script])
         while not read(name, "pid"):
             time.sleep(0.005)
         time.sleep(0.02)
     elif verb == "stop":
-        stop(name, signal.SIGTERM)
+        stop(name, 15)
     elif verb == "kill":
-        stop(name, signal.SIGKILL)
+        stop(name, 9)
 '''
 JOURNALCTL = r'''
-name=; while [ $# -gt 0 ]; do case $1 in -u) name=$2; shift;; esac; shift; done
+name=; while [ $# -gt 0 ]; do case $1 in --*unit) name=$2; shift;; esac; shift; done
 exec tail -n 20 "$STAND_IN/$name.log"
 '''
 
@@ -5366,11 +5495,11 @@ def test_a_unit_of_the_system_manager_is_asked_for_there(units):
 
 def test_two_units_share_one_port_and_are_never_confused(units):
     port = free_port()
-    units.add("a", "--load", "0.2", "--stop-delay", "0.3", port=port)
-    units.add("b", "--load", "0.2", port=port)
+    units.add("a", "--load", "0.1", "--stop-delay", "0.2", port=port)
+    units.add("b", "--load", "0.1", port=port)
     ini = unit_ini(("a", port), ("b", port), head="models-max = 0")
     with brisk(ini, env=units.env) as server:
-        for name in "abab":
+        for name in "aba":
             assert server.chat(name).content().split()[0] == name
             assert server.loaded() == [name]
 
@@ -5388,8 +5517,8 @@ def test_a_rival_started_by_hand_is_stopped_first(units):
 
 def test_a_stranger_on_the_port_of_a_unit_gets_no_request(units):
     with Fake("--model", "stranger") as stranger:
-        units.add("a", "--load", "0.2", port=stranger.port)
-        ini = unit_ini(("a", stranger.port), load_timeout="2s")
+        units.add("a", "--load", "0.1", port=stranger.port)
+        ini = unit_ini(("a", stranger.port), load_timeout="1s")
         with brisk(ini, env=units.env) as server:
             answer = server.chat("a")
             assert answer.status in (502, 504)
@@ -5399,12 +5528,12 @@ def test_a_stranger_on_the_port_of_a_unit_gets_no_request(units):
 
 def test_a_unit_found_running_is_adopted(units):
     port = free_port()
-    units.add("a", "--load", "0.6", port=port)
-    server = brisk(unit_ini(("a", port), idle_timeout="1s"), env=units.env)
+    units.add("a", "--load", "0.5", port=port)
+    server = brisk(unit_ini(("a", port), idle_timeout="200ms"), env=units.env)
     units("start", "--", "a.service", TEST_FAMILY=server.token)
     pid = units.pid("a")
     with server:
-        assert server.states() == {"a": "loaded"}
+        assert server.states() == {"a": "loading"}
         assert server.chat("a").content().split() == ["a", str(pid), "word1", "word2"]
         assert not any(" start " in call for call in units.calls()[1:])
         eventually(lambda: server.states() == {"a": "unloaded"})
@@ -5451,7 +5580,7 @@ def test_requests_while_a_dead_unit_is_cleared_away_wait_for_the_next(units):
     units.add("a", "--load", "0.2", port=port)
     with brisk(unit_ini(("a", port)), env=units.env) as server:
         assert server.chat("a").status == 200
-        for _ in range(5):
+        for _ in range(3):
             os.kill(units.pid("a"), signal.SIGKILL)
             assert [server.chat("a").status for _ in range(3)] == [200] * 3
 
@@ -5465,6 +5594,7 @@ def test_the_reason_why_a_unit_does_not_come_up_is_told(units):
         assert "a (a.service) could not be started: exit-code, status 3" in answer.message()
         assert "exiting due to model loading error 3" in answer.message()
         assert answer.headers["x-should-retry"] == "false"
+        assert server.get("/v1/models/a").json()["status"]["exit_code"] == 3
         assert "the unit b.service is not-found" in server.chat("b").message()
         assert server.chat("a").status == 502  # and not: repeated too quickly
         assert "repeated too quickly" not in server.chat("a").message()
@@ -5475,9 +5605,9 @@ def test_a_systemctl_that_hangs_blocks_no_other_model(units, verb):
     port = free_port()
     units.add("a", port=port)
     (units.folder / f"a.service.hang-{verb}").touch()
-    ini = unit_ini(("a", port), head="models-max = 0", load_timeout="2s", stop_timeout="0.5")
-    with brisk(ini + "[b]\ncmd = FAKE\n", env=units.env) as server:
-        assert server.get("/health").status == 200  # the start waits a second for systemd
+    ini = unit_ini(("a", port), head="models-max = 0", load_timeout="1s", stop_timeout="0.3")
+    with brisk(ini + "[b]\ncmd = FAKE\n", env=units.env, ERRAND_PATIENCE=0.3) as server:
+        assert server.get("/health").status == 200  # the start waits a while for systemd
         answers = []
         thread = threading.Thread(target=lambda: answers.append(server.chat("a")))
         thread.start()
@@ -5502,12 +5632,12 @@ def test_without_systemctl_the_answer_says_so(tmp_path):
 def test_a_unit_that_ignores_the_stop_is_killed(units):
     port = free_port()
     units.add("a", "--ignore-term", port=port)
-    with brisk(unit_ini(("a", port), stop_timeout="0.5"), env=units.env) as server:
+    with brisk(unit_ini(("a", port), stop_timeout="0.3"), env=units.env) as server:
         assert server.chat("a").status == 200
         began = time.monotonic()
         server.post("/models/unload", {"model": "a"})
         eventually(lambda: server.states() == {"a": "unloaded"})
-        assert 0.4 < time.monotonic() - began < 2.5
+        assert 0.25 < time.monotonic() - began < 2.5
         assert not units.is_running("a")
 
 
@@ -5605,19 +5735,35 @@ def test_sleep_needs_count_while_it_sleeps():
 @pytest.mark.skipif(not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server")
 def test_a_llama_server_that_puts_itself_to_sleep_shows_as_sleeping(tmp_path):
     tiny = write_gguf(tmp_path / "a.gguf")
-    text = f"[a]\nllama-server = {LLAMA_SERVER}\nmodel = {tiny}\nsleep-idle-seconds = 1\n"
+    text = f"""
+[llmswap]
+budget = vram 8G
+[*]
+needs = vram 5G
+[a]
+llama-server = {LLAMA_SERVER}
+model = {tiny}
+sleep-idle-seconds = 1
+[b]
+cmd = FAKE --model b
+"""
     body = {"model": "a", "prompt": "hi", "max_tokens": 2}
-    with brisk(text) as server:
+    lists = ("/health", "/", "/v1/models", "/v1/models/a", "/running", "/metrics", "/slots")
+    with brisk(text, DOZE_SLACK=0.6) as server:
         assert server.post("/v1/completions", body).status == 200
-        eventually(lambda: server.states() == {"a": "sleeping"}, 6)
-        for path in ("/health", "/v1/models", "/props?model=a"):
-            assert server.get(path).status == 200
+        eventually(lambda: server.states()["a"] == "sleeping", 6)
+        for path in (*lists, "/props?model=a", "/metrics?model=a"):
+            server.get(path)
         assert server.get("/props?model=a").json()["is_sleeping"] is True
         assert server.get("/slots?model=a").status == 400
-        assert server.states() == {"a": "sleeping"}
+        assert server.states() == {"a": "sleeping", "b": "unloaded"}
+        assert server.chat("b").status == 200  # beside it, as what sleeps holds no needs
+        assert server.states() == {"a": "sleeping", "b": "loaded"}
         assert server.post("/v1/completions", body).status == 200
-        assert server.states() == {"a": "loaded"}
-        assert server.log().count("loaded in") == 2, server.log()
+        assert server.states() == {"a": "loaded", "b": "unloaded"}
+        assert len([each for each in family(server.token).values() if "a.gguf" in each]) == 1
+        assert server.log().count("a: loaded in") == 2, server.log()
+        assert "a: unloading" not in server.log()  # the same process all the time
 
 
 # ==================================================================================
@@ -5688,7 +5834,7 @@ class Machine:
 
 @pytest.fixture
 def machine():
-    found = Machine("--load", "0.2")
+    found = Machine("--load", "0.1")
     yield found
     found.off()
 
@@ -5724,7 +5870,7 @@ def test_a_sleeping_machine_is_woken_and_the_client_gets_its_answer(machine, is_
     with ears() as (port, packets):
         lines = ["wake-mac = ab:cd:ef:01:23:45", f"wake-broadcast = 127.0.0.1:{port}"]
         with brisk(remote_ini(machine.port, *lines)) as server:
-            timer = threading.Timer(0.9, machine.on)
+            timer = threading.Timer(0.5, machine.on)
             timer.start()
             began = time.monotonic()
             if is_stream:
@@ -5736,8 +5882,8 @@ def test_a_sleeping_machine_is_woken_and_the_client_gets_its_answer(machine, is_
             took = time.monotonic() - began
             times = [moment - began for moment, _ in packets]
             count = len(times)
-            assert took > 0.9 and count >= 3 and times[0] < 0.4, times
-            assert all(b - a > 0.3 for a, b in zip(times, times[1:])), times
+            assert took > 0.5 and count >= 3 and times[0] < 0.4, times
+            assert all(b - a > 0.15 for a, b in zip(times, times[1:])), times
             packet = llmswap.magic_packet(bytes.fromhex("abcdef012345"))
             assert {data for _, data in packets} == {packet}
             assert server.chat("far").status == 200
@@ -5745,21 +5891,25 @@ def test_a_sleeping_machine_is_woken_and_the_client_gets_its_answer(machine, is_
 
 
 def test_a_machine_that_does_not_wake_in_time_is_a_504(machine):
-    with brisk(remote_ini(machine.port, "load-timeout = 1s")) as server:
-        began = time.monotonic()
-        answer = server.chat("far")
-        assert answer.status == 504 and 0.9 < time.monotonic() - began < 2
-        assert "did not answer for 1 s" in answer.message()
-        assert "Connection refused" in answer.message()
+    with brisk(remote_ini(machine.port, "load-timeout = 100ms")) as server:
+        for _ in range(4):  # it is tried again each time: asleep, not broken
+            began = time.monotonic()
+            answer = server.chat("far")
+            assert answer.status == 504 and 0.09 < time.monotonic() - began < 2
+            assert "did not answer for 0.1 s" in answer.message()
+            assert "Connection refused" in answer.message()
+        machine.on()
+        eventually(machine.is_ready)
+        assert server.chat("far").status == 200
 
 
 def test_a_remote_that_vanished_is_waited_for_and_not_called_broken(machine):
     machine.on()
     with brisk(remote_ini(machine.port)) as server:
-        for _ in range(5):
+        for _ in range(3):
             assert server.chat("far").status == 200
             machine.off()
-            timer = threading.Timer(0.3, machine.on)
+            timer = threading.Timer(0.2, machine.on)
             timer.start()
             assert server.chat("far").status == 200
         status = server.get("/v1/models/far").json()["status"]
@@ -5770,7 +5920,7 @@ def test_a_remote_that_vanished_is_waited_for_and_not_called_broken(machine):
 def test_a_stream_from_a_remote_that_vanishes_ends_broken(machine):
     machine.on()
     with brisk(remote_ini(machine.port)) as server:
-        with server.stream("far", tokens=100, interval=0.05) as stream:
+        with server.stream("far", tokens=100, interval=0.02) as stream:
             events = stream.events()
             next(events), next(events)
             machine.off()
@@ -5779,27 +5929,27 @@ def test_a_stream_from_a_remote_that_vanishes_ends_broken(machine):
                     assert event != "[DONE]"
                 next(events)
             assert caught.type is not StopIteration or not stream.is_complete
-        timer = threading.Timer(0.3, machine.on)
+        timer = threading.Timer(0.2, machine.on)
         timer.start()
         assert server.chat("far").status == 200
 
 
 def test_a_frozen_machine_is_asked_before_a_request_is_sent(machine):
     machine.on()
-    with brisk(remote_ini(machine.port), FRESH=0.3) as server:
+    with brisk(remote_ini(machine.port), FRESH=0.05) as server:
         assert server.chat("far").status == 200
         requests = ask(machine.port, "GET", "/stats").json()["requests"]
         machine.freeze()
-        time.sleep(0.4)
-        timer = threading.Timer(1.0, machine.thaw)
+        time.sleep(0.1)
+        timer = threading.Timer(0.5, machine.thaw)
         timer.start()
         began = time.monotonic()
         assert server.chat("far").status == 200
-        assert time.monotonic() - began > 0.9
+        assert time.monotonic() - began > 0.45
         assert ask(machine.port, "GET", "/stats").json()["requests"] == requests + 1
 
 
-def test_a_remote_that_does_not_even_accept_is_asleep_after_a_second(monkeypatch, tmp_path):
+def test_a_remote_that_does_not_even_accept_is_soon_taken_to_be_asleep(monkeypatch, tmp_path):
     """A full backlog drops what comes, as a machine that sleeps does."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
         port = listener.getsockname()[1]
@@ -5811,6 +5961,7 @@ def test_a_remote_that_does_not_even_accept_is_asleep_after_a_second(monkeypatch
         path.write_text(remote_ini(port))
         backend = llmswap.RemoteBackend(llmswap.load_config(path).models["far"])
         monkeypatch.setattr(llmswap, "FRESH", 0.0)
+        monkeypatch.setattr(llmswap, "CONNECT_PATIENCE", 0.3)
         calls = []
         backend.on_dying = lambda _: calls.append("dying")
         backend.on_exited = lambda _, problem: calls.append(("exited", problem))
@@ -5819,7 +5970,7 @@ def test_a_remote_that_does_not_even_accept_is_asleep_after_a_second(monkeypatch
         backend.start()
         began = time.monotonic()
         assert backend.is_there(0.5) is False
-        assert 0.9 < time.monotonic() - began < 1.5
+        assert 0.25 < time.monotonic() - began < 0.8
         eventually(lambda: calls == ["dying", ("exited", None)])
         for sock in crowd:
             sock.close()
@@ -5904,11 +6055,11 @@ def test_an_https_upstream_is_used_if_its_certificate_is_good(machine, tmp_path)
     with brisk(ini, env={"SSL_CERT_FILE": str(tls.certificate)}) as server:
         for _ in range(3):
             assert server.chat("far").content().startswith("far ")
-        with server.stream("far", tokens=20, interval=0.05) as stream:
+        with server.stream("far", tokens=5, interval=0.02) as stream:
             assert stream.text().startswith("far ")
         big = server.chat("far", size=3_000_000)
         assert len(big.content()) >= 3_000_000 - 3
-        with server.stream("far", tokens=3, stall=0.7) as stream:  # silent: TICK passes
+        with server.stream("far", tokens=3, stall=0.25) as stream:  # silent: TICK passes
             assert stream.text().startswith("far ")
         assert tls.accepted <= 5  # kept connections are used again
 
@@ -5946,6 +6097,50 @@ def test_after_a_suspension_no_kept_connection_is_used(machine, monkeypatch):
     upstream.close()
 
 
+class Code(str):
+    """A constant that is to be written as it is."""
+
+    __repr__ = str.__str__
+
+
+def test_after_a_suspension_the_whole_program_trusts_nothing_of_before(machine, tmp_path):
+    """It is stopped as the machine would stop it; only the clocks' jump is played."""
+    machine.on()
+    eventually(machine.is_ready)
+    clock = tmp_path / "slept"
+    clock.write_text("0")
+    slept = Code(f"lambda: float(open({str(clock)!r}).read())")
+    with brisk(remote_ini(machine.port), suspended_seconds=slept, FRESH=1e9) as server:
+        assert server.chat("far").status == server.chat("near").status == 200
+        for is_jump in (False, True):
+            before = ask(machine.port, "GET", "/stats").json()
+            server.process.send_signal(signal.SIGSTOP)
+            machine.freeze()
+            clock.write_text("3600" if is_jump else "0")
+            server.process.send_signal(signal.SIGCONT)
+            with ThreadPoolExecutor() as crowd:
+                far = crowd.submit(server.chat, "far")
+                assert server.chat("near").status == 200
+                time.sleep(0.2)  # who trusts the machine has sent his request by now
+                machine.thaw()
+                assert far.result().status == 200
+            after = ask(machine.port, "GET", "/stats").json()
+            assert after["requests"] == before["requests"] + 1
+            assert after["health"] == before["health"] + is_jump
+            kept = set(after["ports"]) & set(before["ports"])
+            assert len(kept) == (0 if is_jump else 1)
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("unshare"), reason="needs root")
+def test_how_long_the_machine_slept_is_read_from_the_kernels_clocks():
+    program = "import llmswap; print(llmswap.suspended_seconds())"
+    words = ["unshare", "-T", "--boottime", "3600", sys.executable, "-c", program]
+    done = subprocess.run(words, cwd=HERE.parent, stdout=subprocess.PIPE)
+    if done.returncode:
+        pytest.skip("no time namespaces here")
+    assert 3599 < float(done.stdout) - llmswap.suspended_seconds() < 3601
+
+
 # ==================================================================================
 # The idle-command
 # ==================================================================================
@@ -5953,11 +6148,11 @@ def test_after_a_suspension_no_kept_connection_is_used(machine, monkeypatch):
 
 def test_when_nobody_asks_everything_is_unloaded_and_the_idle_command_run(tmp_path):
     mark = tmp_path / "ran"
-    command = f"/bin/sh -c 'date +%s.%N >>{mark}; sleep 0.3'"
+    command = f"/bin/sh -c 'date +%s.%N >>{mark}; sleep 0.1'"
     head = f"[llmswap]\nidle-command = {command}\nidle-command-after = 0.4s\n"
     with brisk(head + "[a]\ncmd = FAKE --model a\npin = on\n") as server:
         ended = []
-        for _ in range(3):
+        for _ in range(2):
             assert server.chat("a").status == 200
             ended.append(time.time())
             time.sleep(0.2)
@@ -5973,8 +6168,8 @@ def test_when_nobody_asks_everything_is_unloaded_and_the_idle_command_run(tmp_pa
 
 def test_a_request_while_the_last_model_goes_cancels_the_idle_command(tmp_path):
     mark = tmp_path / "ran"
-    head = f"[llmswap]\nidle-command = touch {mark}\nidle-command-after = 0.5s\n"
-    with brisk(head + "[a]\ncmd = FAKE --model a --stop-delay 0.6\n") as server:
+    head = f"[llmswap]\nidle-command = touch {mark}\nidle-command-after = 0.3s\n"
+    with brisk(head + "[a]\ncmd = FAKE --model a --stop-delay 0.4\n") as server:
         assert server.chat("a").status == 200
         eventually(lambda: "unload" in server.log())
         assert server.chat("a").status == 200
@@ -5992,7 +6187,6 @@ def test_an_idle_command_that_does_not_exist_is_told_of():
 """Rooms 6 (Relay) and 9 (API) of llmswap, tested as a hostile world would use them."""
 
 
-SOURCE = Path(LLMSWAP)
 
 
 # ==================================================================================
@@ -6090,6 +6284,15 @@ def test_what_can_be_no_head_is_refused_before_it_ends(data):
         fed(data, is_ended=False).head()
 
 
+def test_empty_lines_cost_little_and_count_as_a_head():
+    def skip(count):
+        fed(b"\r\n" * count + b"GET / HTTP/1.1\r\n\r\n").head()
+
+    assert seconds_of(lambda: skip(32000)) < 0.05
+    with pytest.raises(llmswap.HeadTooLarge):
+        skip(33000)
+
+
 def test_a_head_may_have_64_kilobytes_and_no_more():
     start, end = b"GET / HTTP/1.1\r\nX: ", b"\r\n\r\n"
     fill = llmswap.HEAD_LIMIT - len(start + end)
@@ -6166,6 +6369,8 @@ SMUGGLING = [
     "CONNECT x:80 HTTP/1.1\nHost: x:80",
     "GET http://y/ HTTP/1.1\nHost: x",
     "GET ftp://x/ HTTP/1.1\nHost: x",
+    "GET * HTTP/1.1\nHost: x",
+    "OPTIONS ** HTTP/1.1\nHost: x",
 ]
 
 
@@ -6182,7 +6387,6 @@ def test_a_doubtful_head_is_refused(text):
         ("http://x/a?b", "/a", "b"),
         ("HTTP://X", "/", ""),
         ("http://x?q", "/", "q"),
-        ("*", "*", ""),
         ("//evil/a", "//evil/a", ""),
     ],
 )
@@ -6281,6 +6485,10 @@ BAD_CHUNKS = [
     b"1000000000000000\r\n",
     b"1;" + b"x" * 5000,
     b"0\r\n" + b"A: b\r\n" * 200,
+    b"0\r\nA: \0\r\n\r\n",
+    b"0\r\nA: b\rc\r\n\r\n",
+    b"0\r\nA : b\r\n\r\n",
+    b"0\r\nA: b\r\n c\r\n\r\n",
 ]
 
 
@@ -6653,6 +6861,14 @@ def test_the_model_of_a_form_is_found_before_or_behind_a_large_file():
         assert bytes(body.held[:]) + b"".join(body.rest()) == data
 
 
+def test_a_form_made_to_be_slow_is_read_in_linear_time():
+    def read(count):
+        head = b"--x\r\n" + b"Content-Disposition: form-data;" * count + b"\r\n\r\n\r\n--x"
+        assert llmswap._named_in_multipart(head, True, b"x").model is None
+
+    assert seconds_of(lambda: read(30000)) < 0.1
+
+
 def test_a_form_may_quote_its_boundary_and_have_no_model():
     data, _ = multipart(("file", b"model"), boundary="a b'c")
     assert named(data, 'multipart/form-data; Boundary="a b\'c"')[0].model is None
@@ -6740,6 +6956,13 @@ def test_an_answer_ends_where_its_head_says(head, method, payload, is_over):
         "HTTP/1.1 200 OK\r\nX : y",
         "HTTP/1.1 200 OK\r\nX: y\nZ: a",
         "HTTP/1.1 200 OK\r\n" + "X: y\r\n" * 101,
+        "HTTP/1.1 200 O\0K",
+        "HTTP/1.1 200 \x1b[31mOK",
+        "HTTP/1.1 200 O\nK",
+        "HTTP/1.1 \u00b2\u00b2\u00b2 OK",
+        "HTTP/1.2 200 OK",
+        "HTTP/1.1 200 OK\r\nX: y\r\n folded",
+        "\r\n\r\n".join(["HTTP/1.1 103 Early Hints"] * 101 + ["HTTP/1.1 200 OK"]),
     ],
 )
 def test_an_answer_that_is_not_http_counts_as_truncated(head):
@@ -6840,6 +7063,42 @@ def broken_answer(events, payload, length=None):
         reply.break_off(llmswap.BackendDied("it died"))
 
     return act
+
+
+def test_a_counted_stream_of_events_gets_nothing_that_was_not_counted(monkeypatch):
+    monkeypatch.setattr(llmswap, "COMMENT_EVERY", 0.0)
+
+    def act(reply):
+        broken_answer(True, b"data: x\n\n", 500)(reply)
+        reply.tick()
+
+    data, _, reply = replied(GET, act)
+    assert data.endswith(b"\r\n\r\ndata: x\n\n") and not reply.stays
+
+
+def test_who_reads_slowly_is_served_and_who_does_not_read_is_not(monkeypatch):
+    monkeypatch.setattr(llmswap, "STALL_SECONDS", 0.15)
+    monkeypatch.setattr(llmswap, "TICK", 0.02)
+    for pause, is_served in ((0.06, True), (None, False)):
+        with pair() as (ours, theirs):
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            reply = llmswap.Reply(ours, request_of(GET), [])
+            reply.begin(200, "OK", [], 30000)
+            reader = threading.Thread(target=read_slowly, args=(theirs, pause))
+            reader.start()
+            began = time.monotonic()
+            refused = pytest.raises(llmswap.ClientGone)
+            with contextlib.nullcontext() if is_served else refused:
+                reply.send(bytes(30000))
+            assert time.monotonic() > began + 0.15
+            ours.close()
+            reader.join()
+
+
+def read_slowly(sock, pause):
+    """Receive bit by bit, or never."""
+    while pause and sock.recv(4096):
+        time.sleep(pause)
 
 
 ERROR_EVENT = re.compile(rb'data: \{"error":\{"message":"it died".*\}\}\n\n')
@@ -6959,15 +7218,7 @@ cmd = /no/such/program ${PORT}
 
 def hasty(text, *args, **constants):
     """llmswap with shorter times than people are given."""
-    swap = Llmswap(text, *args)
-    sets = "; ".join(
-        f"l.{key} = {value}" for key, value in {**HASTE, **constants}.items()
-    )
-    code = (
-        f"import sys; sys.path.insert(0, {str(SOURCE.parent)!r}); import llmswap as l; "
-    )
-    swap._args[1:2] = ["-c", f"{code}{sets}; sys.exit(l.main())"]
-    return swap
+    return Llmswap(text, *args, **{**HASTE, **constants})
 
 
 @pytest.fixture(scope="module")
@@ -7019,6 +7270,53 @@ def test_512_megabytes_go_down_in_bounded_memory(swap):
             got = sum(len(piece) for piece in client.pieces(status, headers))
         assert got == size
     assert anonymous_memory(swap.pid) < before + (16 << 20)
+
+
+def digest_of(pieces):
+    found = hashlib.sha256()
+    for piece in pieces:
+        found.update(piece)
+    return found.hexdigest()
+
+
+@pytest.mark.parametrize("size", [1 << 20, (1 << 20) + 1, (5 << 20) + 12345])
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_large_answer_goes_down_byte_for_byte(swap, size, version):
+    expected = digest_of(fake_blocks(size, len(FAKE_BLOCK)))
+    head = f"GET /upstream/a/bytes?n={size} HTTP/{version}\nHost: localhost"
+    with swap.connect() as client:
+        for _ in range(2):  # the connection is where the next answer begins
+            client.sock.sendall(http(f"{head}\nConnection: keep-alive"))
+            assert digest_of(client.pieces(*client.head())) == expected
+
+
+def test_who_reads_a_large_answer_slowly_gets_all_of_it(swap):
+    size = 40 << 20  # more than all buffers on the way
+    with swap.connect() as client:
+        client.send("GET", f"/upstream/a/bytes?n={size}")
+        answer = client.head()
+        end = time.monotonic() + 3 * HASTE.get("TICK", llmswap.TICK)
+        while time.monotonic() < end:
+            swap.chat("a")
+        expected = digest_of(fake_blocks(size, len(FAKE_BLOCK)))
+        assert digest_of(client.pieces(*answer)) == expected
+
+
+def test_a_large_answer_that_breaks_off_ends_broken(swap):
+    swap.chat("a")
+    there = b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n" + bytes(3 << 20)
+    head = f"POST /upstream/a/raw HTTP/1.1\nHost: localhost\nContent-Length: {len(there)}"
+    came, _ = raw(swap, http(head, there))
+    assert b"Content-Length: 9000000" in came.title()
+    assert len(came.partition(b"\r\n\r\n")[2]) == 3 << 20
+    assert swap.chat("a").status == 200
+
+
+def test_a_hang_up_within_a_large_answer_is_noticed(swap):
+    with swap.connect() as client:
+        client.send("GET", f"/upstream/a/bytes?n={1 << 40}")
+        assert len(next(client.pieces(*client.head())))
+    eventually(lambda: swap.stats("a")["in_flight"] == 0, 2)
 
 
 @pytest.mark.parametrize("is_early", [True, False], ids=["model first", "model last"])
@@ -7445,17 +7743,6 @@ def test_the_head_of_an_answer_can_be_had_alone(swap):
             assert answer.headers.get("content-length") == length or length is None
 
 
-@pytest.mark.parametrize("text", SMUGGLING[:12] + SMUGGLING[18:26])
-def test_a_doubtful_request_is_answered_400_and_its_connection_closed(swap, text):
-    text = text.replace("Host: x", "Host: localhost", 1)
-    before = swap.get("/health").json()
-    data, _ = raw(swap, http(text, b"0\r\n\r\nGET /unload HTTP/1.1\r\nHost: x\r\n\r\n"))
-    assert data.startswith(b"HTTP/1.1 400 ") and data.count(b"HTTP/1.1 ") == 1
-    assert json.loads(data.partition(b"\r\n\r\n")[2])["error"]["code"]
-    assert b"connection: close" in data
-    assert swap.get("/health").json()["loaded"] == before["loaded"]
-
-
 @pytest.mark.parametrize("chunks", BAD_CHUNKS[:10])
 def test_bad_chunks_are_answered_400_and_the_connection_closed(swap, chunks):
     head = "POST /v1/x HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked"
@@ -7801,7 +8088,9 @@ def test_without_a_valid_key_only_health_and_the_page_are_there(guarded, fields)
             401,
             "invalid_api_key",
         )
-        assert answer.headers["www-authenticate"]
+        assert answer.headers["www-authenticate"] == "Bearer"
+    opened = guarded.get("/upstream/a/", {**fields, "Accept": "text/html, */*"})
+    assert opened.headers["www-authenticate"].startswith("Basic")  # it asks a person
     assert guarded.post("/v1/x", {"model": "a"}, fields).status == 401
     assert guarded.get("/health", fields).status == 200
     assert guarded.get("/", fields).status == 200
@@ -7827,6 +8116,12 @@ def test_keys_are_not_logged(guarded):
         ("evil.example", 403),
         ("localhost.evil.example", 403),
         ("127.0.0.1.evil.example:8080", 403),
+        ("[::1].evil.example", 403),
+        ("[::1", 403),
+        ("[evil.example]", 403),
+        ("evil.example@localhost", 403),
+        ("localhost evil.example", 403),
+        ("\u00e4", 403),
     ],
 )
 def test_a_connection_to_loopback_must_name_an_allowed_host(swap, host, status):
@@ -7847,6 +8142,8 @@ def test_a_connection_to_loopback_must_name_an_allowed_host(swap, host, status):
         ("http://chat.example", False),
         ("https://evil.example", False),
         ("http://localhost.evil.example", False),
+        ("http://[::1].evil.example", False),
+        ("http://localhost@evil.example", False),
         ("null", False),
     ],
 )
@@ -7899,10 +8196,35 @@ def test_errors_are_readable_for_allowed_pages(guarded):
         assert answer.headers["access-control-allow-origin"] == "http://localhost:3000"
 
 
+@pytest.mark.parametrize("origin", ["https://evil.example", "null"])
+@pytest.mark.parametrize(
+    "kind",
+    ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", None],
+)
+def test_a_foreign_page_changes_nothing_by_a_simple_request(swap, origin, kind):
+    swap.chat("a")
+    fields = {"Origin": origin, "Content-Type": kind}
+    for path, body in (
+        ("/models/load", {"model": "hidden"}),
+        ("/models/unload", {"model": "a"}),
+        ("/api/models/unload", None),
+        ("/api/models/unload/a", None),
+        ("/unload", None),
+        ("/v1/chat/completions", chat_body("hidden")),
+        ("/upstream/hidden/x", b"--x--"),
+    ):
+        answer = swap.post(path, body, fields)
+        assert answer.status == 403 and "access-control-allow-origin" not in answer.headers
+    states = swap.states()
+    assert states["a"] == "loaded" and "hidden" not in swap.loaded()
+
+
 PAGES = [
     {"Origin": "https://evil.example"},
     {"Origin": "null"},
     {"Referer": "https://evil.example/page"},
+    {"Referer": "http://["},
+    {"Referer": "http://\u2100.example/".encode().decode("latin-1")},
     {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},
     {"User-Agent": "Mozilla/5.0 (X11; Linux x86_64)"},
 ]
@@ -7941,12 +8263,550 @@ def test_our_own_page_and_programs_may_load_by_get(swap, page):
     swap.post("/api/models/unload/hidden")
 
 
+# ---- secrets and strange names
+
+
+def test_every_key_is_compared_and_in_constant_time(monkeypatch):
+    seen = []
+    monkeypatch.setattr("hmac.compare_digest", lambda a, b: seen.append((a, b)) or a == b)
+    keys = ("one", "two", "thr\u00e4e")
+    for given in (b"one", b"two", "thr\u00e4e".encode(), b"none", b""):
+        seen.clear()
+        assert llmswap._is_key(given, keys) is (given.decode() in keys)
+        assert seen == [(given, key.encode()) for key in keys]
+
+
+def texts_of(server, fields):
+    """All that llmswap tells of itself: log, page, lists, news, numbers."""
+    yield "log", server.log()
+    paths = "/ /models /v1/models /v1/models/a /running /props /metrics /logs /health"
+    for path in [*paths.split(), "/v1/none?key=K-wrong", "/upstream/a/stats"]:
+        answer = server.get(path, fields)
+        yield path, f"{answer.headers}{answer.body.decode()}"
+    for path, more in (("/", {"Accept": "text/event-stream"}), ("/logs/stream/a", {})):
+        with server.connect() as client:
+            client.send("GET", path, None, {**fields, **more})
+            status, headers = client.head()
+            yield path, next(client.pieces(status, headers)).decode()
+
+
+def test_no_key_is_ever_logged_shown_or_passed_on(tmp_path):
+    (tmp_path / "keys").write_text("K-file\n")
+    backend = FuzzBackend()
+    text = f"""
+    [llmswap]
+    api-key      = K-ini
+    api-key-file = {tmp_path}/keys
+    [a]
+    cmd = FAKE --print-env --api-key K-option
+    [far]
+    proxy     = http://127.0.0.1:{backend.port}
+    proxy-key = K-proxy
+    """
+    with Llmswap(text, "--verbose", env={"LLMSWAP_API_KEY": "K-env"}) as server:
+        forms = [{"x-api-key": f"K-{name}"} for name in ("ini", "file", "env")]
+        forms += [{"Authorization": form} for form in ("K-ini", "Bearer K-env", basic("K-file"))]
+        for fields in forms:
+            assert server.post("/v1/x", {"model": "far"}, fields).status == 200
+            wrong = {name: f"{value}-wrong" for name, value in fields.items()}
+            assert server.post("/v1/x?key=K-wrong", {"model": "a"}, wrong).status == 401
+        assert server.get("/upstream/a/x", forms[0]).status == 200
+        for place, told in texts_of(server, forms[0]):
+            told = told.replace("/upstream/a/stats", "").replace(str(tmp_path), "")
+            if place == "/upstream/a/stats":  # the server knows its own options
+                told = told.replace("K-option", "")
+            assert not re.search(r"K-(ini|file|env|proxy|wrong|option)", told), place
+            assert basic("K-file")[6:] not in told, place
+    for request in backend.news():
+        fields = [value for _, value in request.fields if "K-" in value]
+        assert fields == ["Bearer K-proxy"] and not request.all("x-api-key")
+    backend.close()
+
+
+STRANGE = "a\x1b[2J\x9b31mb\x07", "<img src=x onerror=alert(1)>", "x\n12:00:00 y: loaded"
+CONTROLS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]")
+
+
+def test_strange_names_reach_no_log_terminal_or_header_as_they_are():
+    text = "".join(f"[{name}]\ncmd = FAKE --load-exit 1\n" for name in STRANGE)
+    text += "[ok]\ncmd = FAKE\nalias = \x9b1m\u202e, \x1b]0;title\x07\ndescription = \x1b[1m\n"
+    text += "[bad]\ncmd = FAKE\nidle-timeout = \x1b[2J\n[odd\x85]\nno-key = \x1b[2J\n"
+    with Llmswap("[llmswap]\nmodels-max = 0\n" + text, "--verbose") as server:
+        for name in (*STRANGE, "bad", "none\x1b[2J\x9b", "none\r\nX: y", "\x1b" * 2000):
+            answer = server.chat(name)
+            assert answer.status in (404, 500, 502) and b"\x1b" not in answer.body
+            path = urllib.parse.quote(name, safe="")
+            for answer in (
+                server.get(f"/upstream/{path}"),
+                server.get(f"/upstream/{path}/x"),
+                server.get(f"/v1/models/{path}"),
+                server.post(f"/api/models/unload/{path}"),
+            ):
+                assert not CONTROLS.search(str([*answer.headers.values()]))
+                assert "x" not in answer.headers and b"\x1b" not in answer.body
+        assert "a[2J" not in server.log() and r"\x9b31mb\x07" in server.log()
+        for told in (server.log(), server.get("/logs").body.decode()):
+            assert not CONTROLS.search(told)
+            assert not re.search("^12:00:00 y", told, re.MULTILINE)
+        assert "\n12:00" not in server.get("/metrics").body.decode()
+        words = [sys.executable, LLMSWAP, str(server.ini), "--check"]
+        shown = subprocess.run(words, capture_output=True, text=True, encoding="utf-8")
+        assert not CONTROLS.search(shown.stdout + shown.stderr)
+        server.ini.write_text("[a]\n\x1b[2J broken\n")
+        shown = subprocess.run(words, capture_output=True, text=True, encoding="utf-8")
+        assert shown.returncode == 2 and not CONTROLS.search(shown.stderr)
+
+
+def test_the_page_writes_text_only_as_text():
+    for word in "innerHTML outerHTML insertAdjacent document.write eval( setHTML".split():
+        assert word not in llmswap.STATUS_PAGE
+
+
+def test_a_unix_socket_is_for_owner_and_group_from_its_first_moment(tmp_path, monkeypatch):
+    modes, path = [], str(tmp_path / "socket")
+    bind = socket.socket.bind
+
+    def watched(sock, address):
+        bind(sock, address)
+        modes.append(os.stat(path).st_mode & 0o777)
+
+    monkeypatch.setattr(socket.socket, "bind", watched)
+    monkeypatch.delattr(os, "chmod")  # it would come too late
+    before = os.umask(0)
+    try:
+        for _ in range(2):  # the second finds what the first left
+            llmswap.open_listener(path).close()
+    finally:
+        assert os.umask(before) == 0
+    assert modes == [0o660, 0o660] and os.stat(path).st_mode & 0o777 == 0o660
+
+
+# ---- backends that answer anything
+
+
+@pytest.fixture(scope="module")
+def liar():
+    """llmswap before a backend that answers as a test wishes; one more model has a path
+    of its own there."""
+    backend = FuzzBackend()
+    url = f"http://127.0.0.1:{backend.port}"
+    text = f"[a]\nproxy = {url}\n[b]\nproxy = {url}/own\n"
+    with hasty(text) as running:
+        running.backend, running.text = backend, text
+        assert running.get("/upstream/a/").status == 200
+        yield running
+    backend.close()
+
+
+def test_doubtful_requests_are_answered_400_closed_and_not_forwarded(liar):
+    behind = http("GET /upstream/a/smuggled HTTP/1.1\nHost: localhost")
+    upload = "POST /upstream/a/x HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked"
+    requests = [http(upload, chunks + b"\r\n\r\n") for chunks in BAD_CHUNKS]
+    for text in SMUGGLING:
+        text = text.replace("Host: x", "Host: localhost", 1)
+        requests.append(http(text.replace(" / ", " /upstream/a/x ", 1), b"0\r\n\r\n"))
+    list(liar.backend.news())
+    clients = [crowd(liar, 1, request + behind)[0] for request in requests]
+    for client, request in zip(clients, requests):
+        data, _ = everything(client.sock)
+        assert data.startswith(b"HTTP/1.1 400 "), request
+        assert data.count(b"server: llmswap") == 1, request
+        assert b"connection: close" in data, request
+        assert json.loads(data.partition(b"\r\n\r\n")[2])["error"]["code"]
+        client.hang_up()
+    assert list(liar.backend.news()) == [] and "Traceback" not in liar.log()
+
+
+def test_unusual_requests_are_understood(liar):
+    name = "\u00e4 b/c%"
+    liar.reload(f"[{name}]\nproxy = http://127.0.0.1:{liar.backend.port}\nalias = a\n")
+    eventually(lambda: name in liar.states())
+    path = urllib.parse.quote(name, safe="")
+    start = f"/upstream/{path}/x HTTP/1"
+    requests = {
+        f"POST {start}.1\nHost: localhost\nContent-Length: 0": b"",
+        f"POST {start}.1\nHost: localhost\nContent-Length: 000003": b"abc",
+        f"POST {start}.1\nHost: localhost\nTRANSFER-ENCODING: Chunked": b"3 ;a=b\r\nabc\r\n"
+        b"0\r\nX: y\r\n\r\n",
+        f"POST {start}.0\nContent-Length: 3": b"abc",
+        f"GET {start}.1\nHost: localhost\nContent-Length: 3": b"abc",
+        f"DELETE http://localhost/upstream/{path}/x HTTP/1.1\nHost: LOCALHOST": b"",
+        f"PROPFIND {start}.1\nHost: localhost\nX-A:\t b \t": b"",
+    }
+    list(liar.backend.news())
+    for text, body in requests.items():
+        data, _ = raw(liar, http(f"{text}\nConnection: close", body))
+        assert data.startswith(b"HTTP/1.1 200 "), text
+        (request,) = liar.backend.news()
+        assert request.start[:2] == (text.split()[0], "/x")
+        assert request.body == (b"abc" if body else b"")
+    for target in ("*", "/upstream/a/x"):
+        text = f"OPTIONS {target} HTTP/1.1\nHost: localhost\nConnection: close"
+        data, _ = raw(liar, http(text))
+        assert data.startswith(b"HTTP/1.1 204 ")
+    liar.reload(liar.text)
+    eventually(lambda: "b" in liar.states())
+
+
+def told(liar, answer, method="GET", fields=()):
+    """What a client gets when the backend answers with these bytes."""
+    target = f"/{random.randrange(10**12)}"
+    liar.backend.wishes[target] = [answer], False
+    return liar.ask(method, f"/upstream/a{target}", None, fields)
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+RUBBISH = [
+    b"\0\1\2\3",
+    b"220 smtp.example ESMTP\r\n\r\n",
+    b"HTTP/2.0 200 OK\r\n\r\n",
+    b"HTTP/1.1 200 OK\nContent-Length: 0\n\n",
+    b"HTTP/1.1 0200 OK\r\n\r\n",
+    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n",
+    b"HTTP/1.1 100 Continue\r\n\r\n" * 200,
+    OK + b"Content-Length: 1\r\nContent-Length: 1\r\n\r\nx",
+    OK + b"Content-Length: 1, 1\r\n\r\nx",
+    OK + b"Content-Length: -1\r\n\r\nx",
+    OK + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    OK + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    OK + b"X: a\r\n folded\r\n\r\n",
+    OK + b"X : a\r\n\r\n",
+    OK + b"X: \0\r\n\r\n",
+    OK + b"X: " + b"x" * 70000 + b"\r\n\r\n",
+    OK + b"X: y\r\n" * 101 + b"\r\n",
+    OK + b"X: y\r\n",
+    b"HTTP/1.1 200 \x1b[2JOK\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("answer", RUBBISH, ids=range(len(RUBBISH)))
+def test_rubbish_from_a_backend_is_a_502_with_the_reason(liar, answer):
+    got = told(liar, answer)
+    assert (got.status, got.json()["error"]["code"]) == (502, "backend_died")
+    assert "the backend gave no answer: " in got.message()
+    assert liar.get("/health").status == 200 and "Traceback" not in liar.log()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"x\r\n",
+        b"3\r\nabcd\r\n0\r\n\r\n",
+        b"3\nabc\n0\n\n",
+        b"3\r\nabc\r\n0\r\nX : y\r\n\r\n",
+        b"3\r\nabc\r\n",
+        b"ffffffffffffffff\r\nabc",
+        b"3;\0\r\nabc\r\n0\r\n\r\n",
+    ],
+)
+def test_bad_chunks_from_a_backend_break_the_answer(liar, body):
+    with pytest.raises(BrokenAnswer):
+        told(liar, OK + b"Transfer-Encoding: chunked\r\n\r\n" + body)
+
+
+@pytest.mark.parametrize(
+    "answer, status, body",
+    [
+        (OK + b"\r\nabc", 200, b"abc"),
+        (b"HTTP/1.0 200 OK\r\n\r\nabc", 200, b"abc"),
+        (b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n" + OK + b"\r\nabc", 200, b"abc"),
+        (b"\r\n" + OK + b"Content-Length: 3\r\n\r\nabcdef", 200, b"abc"),
+        (OK + b"Transfer-Encoding: Chunked\r\n\r\n3 ;a=b\r\nabc\r\n0\r\nX: y\r\n\r\n", 200, b"abc"),
+        (b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", 204, b""),
+        (b"HTTP/1.1 418 \xe4\r\nContent-Length: 0\r\n\r\n", 418, b""),
+    ],
+)  # fmt: skip
+def test_what_is_unusual_but_right_from_a_backend_is_passed_on(liar, answer, status, body):
+    got = told(liar, answer)
+    assert (got.status, got.body) == (status, body)
+
+
+def test_compressed_bodies_pass_unchanged_both_ways(liar):
+    data = zlib.compress(b'{"model":"nobody"}' * 100)
+    fields = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+    list(liar.backend.news())
+    liar.post("/upstream/a/x", data, fields)
+    (request,) = liar.backend.news()
+    assert request.body == data and request.all("content-encoding") == ["gzip"]
+    head = OK + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(data)
+    got = told(liar, head + data, fields={"Accept-Encoding": "gzip"})
+    assert got.body == data and got.headers["content-encoding"] == "gzip"
+    (request,) = liar.backend.news()
+    assert request.all("accept-encoding") == ["gzip"]
+
+
+@pytest.mark.parametrize(
+    "path, target",
+    [
+        ("x/..y/.", "/own/x/..y/."),
+        ("x?a=/../..", "/own/x?a=/../.."),
+        ("", "/own/"),
+        ("?", "/own/?"),
+        ("//x", "/own///x"),
+        ("%00%0d%0a%25", "/own/%00%0d%0a%25"),
+        ("../x", None),
+        ("x/..", None),
+        ("x/%2e%2E/y", None),
+        ("x/.%2e/y", None),
+        ("..%2fx", None),
+        ("x\\..\\y", None),
+        ("x/..%5cy", None),
+        ("x/..;/y", None),
+    ],
+)
+def test_no_path_leads_out_of_the_one_that_a_backend_has(liar, path, target):
+    list(liar.backend.news())
+    assert liar.get(f"/upstream/b/{path}").status == (200 if target else 400)
+    assert [each.start[1] for each in liar.backend.news()] == ([target] if target else [])
+
+
+@pytest.mark.parametrize(
+    "path, status",
+    [
+        ("/upstream/", 404),
+        ("/upstream//", 404),
+        ("/upstream/../a/x", 404),
+        ("/upstream/%2e%2e/health", 404),
+        ("/upstream/a%2f..%2f..%2fhealth", 404),
+        ("/upstream/a%00/x", 404),
+        ("/upstream/a%0d%0aSet-Cookie:%20x=y/x", 404),
+        ("/upstream/%ff%fe/x", 404),
+        ("/upstream/" + "a/" * 30000, 200),
+        ("/upstream/" + "%61" * 20000 + "/", 404),
+        ("//upstream/a/x", 404),
+        ("/UPSTREAM/a/x", 404),
+        ("/unload/", 404),
+        ("/./unload", 404),
+        ("/%75nload", 404),
+        ("*", 400),
+    ],
+)
+def test_tricks_with_paths_lead_nowhere(liar, path, status):
+    began = time.monotonic()
+    answer = liar.get(path)
+    assert answer.status == status and "set-cookie" not in answer.headers
+    assert time.monotonic() < began + 0.5
+    assert "a" in liar.loaded()  # nothing was unloaded
+
+
+# ---- the slow and the many
+
+
+def quickest(swap, count=20):
+    """Seconds that the quicker half of some requests took at most."""
+    with swap.connect() as client:
+        times = []
+        for _ in range(count):
+            began = time.monotonic()
+            assert client.ask("GET", "/upstream/a/stats").status == 200
+            times.append(time.monotonic() - began)
+    return statistics.median(times)
+
+
+def given_back(swap, before):
+    """Whether connections, descriptors and all threads but those kept are gone."""
+    now, kept = soak_size(swap.pid), llmswap.IDLE_CONNECTIONS + 4
+    threads = before["threads"] + llmswap.IDLE_THREADS
+    descriptors = before["descriptors"] + kept
+    return now["descriptors"] <= descriptors and now["threads"] <= threads
+
+
+def crowd(swap, count, data):
+    """So many connections on which these bytes were sent."""
+    clients = [swap.connect() for _ in range(count)]
+    for client in clients:
+        client.sock.sendall(data)
+    return clients
+
+
+HEAD_AND_HALF = "POST /v1/x HTTP/1.1\nHost: localhost\nContent-Length: 9000"
+
+
+@pytest.mark.parametrize(
+    "count, data",
+    [
+        (1000, b""),
+        (300, b"GET /health HTTP/1.1\r\nHost:"),
+        (300, http(HEAD_AND_HALF, b'{"model":"a",')),
+        (50, http("GET /upstream/a/bytes?n=99000000 HTTP/1.1\nHost: localhost")),
+    ],
+    ids=["idle", "half heads", "half bodies", "streams nobody reads"],
+)
+def test_many_who_are_slow_hold_up_nobody_and_leave_nothing(count, data):
+    with hasty(MODELS) as swap:
+        swap.chat("a")
+        before, alone = soak_size(swap.pid), quickest(swap)
+        clients = crowd(swap, count, data)
+        eventually(lambda: soak_size(swap.pid)["descriptors"] > count)
+        size = soak_size(swap.pid)
+        assert size["threads"] <= before["threads"] + count + 5
+        assert quickest(swap) < 3 * alone + 0.01
+        for client in clients:
+            client.hang_up(reset=True)
+        eventually(lambda: given_back(swap, before), 10)
+        eventually(lambda: swap.stats("a")["in_flight"] == 0)
+
+
+def test_five_hundred_at_once_are_all_answered(swap):
+    swap.chat("a")
+    before = soak_size(swap.pid)
+    clients = crowd(swap, 500, chat_text("a", delay=0.3))
+    assert [client.answer().status for client in clients] == [200] * 500
+    for client in clients:
+        client.hang_up()
+    eventually(lambda: given_back(swap, before), 10)
+
+
+def test_a_client_that_never_reads_its_stream_is_given_up():
+    with hasty(MODELS, STALL_SECONDS=0.3) as swap:
+        swap.chat("a")
+        path = "/upstream/a/bytes?n=99000000"
+        (client,) = crowd(swap, 1, http(f"GET {path} HTTP/1.1\nHost: localhost"))
+        eventually(lambda: swap.stats("a")["in_flight"] == 1)
+        eventually(lambda: swap.stats("a")["in_flight"] == 0)
+        client.hang_up()
+
+
+def with_few_descriptors(swap, count):
+    """The same llmswap, under a hard limit of descriptors."""
+    swap._args[:0] = ["sh", "-c", f'ulimit -n {count}; exec "$@"', "sh"]
+    return swap
+
+
+def test_beyond_the_limit_of_connections_there_is_a_clear_503():
+    with with_few_descriptors(hasty(MODELS, IDLE_SECONDS=1.0), 128) as swap:
+        swap.chat("a")
+        before = soak_size(swap.pid)
+        clients = crowd(swap, 64, b"")
+        for _ in range(3):  # also those who send first and read only then
+            answer = swap.post("/v1/x", "x" * 4_000_000)
+            assert (answer.status, answer.headers["retry-after"]) == (503, "5")
+            assert "64 connections are open already" in answer.message()
+        more = crowd(swap, 200, b"GET / HTTP/1.1\r\n")
+        refused = [client.answer().status for client in more]
+        assert refused == [503] * 200
+        assert soak_size(swap.pid)["descriptors"] < 128
+        for client in [*clients, *more]:
+            client.hang_up()
+        eventually(lambda: given_back(swap, before), 10)
+        assert swap.chat("a").status == 200
+
+
+def test_without_descriptors_nothing_spins_and_all_is_well_afterwards():
+    with hasty(MODELS, MOST_DESCRIPTORS=10**6) as swap:
+        swap.chat("a")
+        used = max(map(int, os.listdir(f"/proc/{swap.pid}/fd")))
+        limits = resource.prlimit(swap.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(swap.pid, resource.RLIMIT_NOFILE, (used + 8, limits[1]))
+        clients = crowd(swap, 40, b"")
+        eventually(lambda: "could not be accepted" in swap.log())
+        busy = busy_seconds(swap.pid)
+        time.sleep(0.5)  # what is measured
+        assert busy_seconds(swap.pid) < busy + 0.1
+        assert swap.log().count("could not be accepted") < 5
+        resource.prlimit(swap.pid, resource.RLIMIT_NOFILE, limits)
+        for client in clients:
+            client.hang_up()
+        eventually(lambda: swap.chat("a").status == 200)
+
+
+def busy_seconds(pid):
+    """Processor time that a process has used."""
+    fields = _read_proc(pid, "stat").rpartition(b")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+# ---- fuzz
+
+
+def test_a_second_of_fuzz_finds_nothing():
+    tally, violations = fuzz_parser(1000, 1)
+    assert violations == [] and tally["request", "read"] and tally["answer", "read"]
+    tally, violations, _ = fuzz_wire(400, 1)
+    assert violations == [] and tally["answer", "passed on"]
+
+
 # ==================================================================================
 # 7  Repair
 # ==================================================================================
 
-# What a model wrote ⇒ what it meant; ␤ is the end of a line.
+# What a model wrote ⇒ what it meant; ␤ ␍ ␉ as they look, ❞ for three quotes.
 MEANT = r"""
+{ ⇒ {}
+{"a": 1 ⇒ {"a": 1}
+{"a": "b ⇒ {"a": "b"}
+"a": 1, "b": 2 ⇒ {"a": 1, "b": 2}
+"a": 1, "b": 2} ⇒ {"a": 1, "b": 2}
+{"a": [{"b": 1}, {"c": 2} ⇒ {"a": [{"b": 1}, {"c": 2}]}
+{"a": 1,} ⇒ {"a": 1}
+{"a": [1 2 3]} ⇒ {"a": [1, 2, 3]}
+{"a": 1 "b": 2} ⇒ {"a": 1, "b": 2}
+{"a": 1; "b": 2} ⇒ {"a": 1, "b": 2}
+{"a": 1␤ "b": 2␤} ⇒ {"a": 1, "b": 2}
+{"a": 1}]} ⇒ {"a": 1}
+{"a": 1}{"a": 1} ⇒ {"a": 1}
+"{\"a\": 1 ⇒ {"a": 1}
+{\"a\": 1} ⇒ {"a": 1}
+{1: "x"} ⇒ {"1": "x"}
+{"a":: 1} ⇒ {"a": 1}
+{"a" => "b"} ⇒ {"a": "b"}
+{a: 1, b_2: "x"} ⇒ {"a": 1, "b_2": "x"}
+{"a": nil} ⇒ {"a": null}
+{"recursive": yes} ⇒ {"recursive": "yes"}
+{"a": True, "b": False, "c": None} ⇒ {"a": true, "b": false, "c": null}
+{"a": (1, 2)} ⇒ {"a": [1, 2]}
+{"a": 1}␤{"a": 1}␤ ⇒ {"a": 1}
+{"a": 5.} ⇒ {"a": 5}
+{"a": 007} ⇒ {"a": 7}
+{"a": 0x1F} ⇒ {"a": 31}
+{"a": 1_000} ⇒ {"a": 1000}
+{'a': 'b'} ⇒ {"a": "b"}
+{“a”: “b”} ⇒ {"a": "b"}
+{'a': 'it\'s'} ⇒ {"a": "it's"}
+{""a"": ""b""} ⇒ {"a": "b"}
+{"a": ❞x❞} ⇒ {"a": "x"}
+{"a": `ls -la`} ⇒ {"a": "ls -la"}
+{"city": New York, "n": 2} ⇒ {"city": "New York", "n": 2}
+{'a': "it's", 'b': 'say "hi"'} ⇒ {"a": "it's", "b": "say \"hi\""}
+{"a": "x␉y"} ⇒ {"a": "x\ty"}
+{"a": "x␍␤y"} ⇒ {"a": "x\r\ny"}
+{"re": "\d+\.\w"} ⇒ {"re": "\\d+\\.\\w"}
+{"a": "line1␤line2"} ⇒ {"a": "line1\nline2"}
+{"cmd": "echo "hello world""} ⇒ {"cmd": "echo \"hello world\""}
+{"code": "print("x")", "lang": "py"} ⇒ {"code": "print(\"x\")", "lang": "py"}
+{"a": "x", "html": "<a href="u">t</a>"} ⇒ {"a": "x", "html": "<a href=\"u\">t</a>"}
+{"a" ⇒ {}
+{"a": - ⇒ {}
+{"a": nul ⇒ {"a": null}
+{"a": tru ⇒ {"a": true}
+{"a": 1, "b" ⇒ {"a": 1}
+{"a": [1, 2, ⇒ {"a": [1, 2]}
+{"a": 1, "b": ⇒ {"a": 1}
+{"a": "b", ...} ⇒ {"a": "b"}
+{"a": [1, {"b": 2 ⇒ {"a": [1, {"b": 2}]}
+json␤{"a": 1} ⇒ {"a": 1}
+```json␤{"a": 1} ⇒ {"a": 1}
+{"a": 1}<|im_end|> ⇒ {"a": 1}
+{"code": "```json\n{}\n```" ⇒ {"code": "```json\n{}\n```"}
+Sure! Here is the call:␤{"a": 1} ⇒ {"a": 1}
+{"a": 1}␤Let me know if that helps. ⇒ {"a": 1}
+{"x": {"a": {{"b": 1}}, "c": 2}} ⇒ {"x": {"a": {"b": 1}, "c": 2}}
+␤␤<think>maybe {"x": 1}</think>{"a": 1} ⇒ {"a": 1}
+"{a": "b"}" ⇒ {"a": "b"}
+{"a": x␤b: y␤} ⇒ {"a": "x", "b": "y"}
+{"a\": {"b": 1}, "c": 2} ⇒ {"a": {"b": 1}, "c": 2}
+{"a\": "x", "b\": 2} ⇒ {"a": "x", "b": 2}
+{"a": "b"}<|call|> ⇒ {"a": "b"}
+{"url": "https://x.com/} ⇒ {"url": "https://x.com/"}
+{"a":"The TV is 24" wide", "b": 1} ⇒ {"a": "The TV is 24\" wide", "b": 1}
+{"to": ["x"], "body": "Hi,␤␤See "this" and {that}.␤Bye", "n": 1} ⇒ {"to": ["x"], "body": "Hi,\n\nSee \"this\" and {that}.\nBye", "n": 1}
+{"diff": "<<<␤-old "x"␤===␤+new␤>>>", "path": "x"} ⇒ {"diff": "<<<\n-old \"x\"\n===\n+new\n>>>", "path": "x"}
+{..."a":1} ⇒ {"a": 1}
+{"a": 1}, {"a": 1} ⇒ {"a": 1}
+{"a": "x"}{"b ⇒ {"a": "x"}
+{"a": [{"k": "v"]} ⇒ {"a": [{"k": "v"}]}
+{"a": "1"}</arg_value></tool_call> ⇒ {"a": "1"}
+{"a": -.5 [1, "b": 2,} ⇒ {"a": "-.5 [1", "b": 2}
 {"a": {"b": {"c": 1 ⇒ {"a": {"b": {"c": 1}}}
 {"a": [1, [2, [3 ⇒ {"a": [1, [2, [3]]]}
 {"a": "b} ⇒ {"a": "b"}
@@ -8296,20 +9156,37 @@ VALID = [
 ]
 
 
-@pytest.mark.parametrize("row", MEANT.strip().split("\n"))
-def test_broken_arguments_become_the_object_that_is_meant(row):
-    text, meant = row.replace("␤", "\n").split(" ⇒ ")
-    assert json.loads(repair_arguments(text)) == json.loads(meant)
+def test_broken_arguments_become_the_object_that_is_meant():
+    signs = str.maketrans({"␤": "\n", "␍": "\r", "␉": "\t", "❞": '"' * 3})
+    for row in MEANT.strip().split("\n"):
+        text, meant = row.translate(signs).split(" ⇒ ")
+        assert json_or_text(repair_arguments(text)) == json.loads(meant), row
 
 
-@pytest.mark.parametrize("text", LEFT_ALONE)
-def test_what_means_no_single_object_is_left_alone(text):
-    assert repair_arguments(text) == text
+def json_or_text(text):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
-@pytest.mark.parametrize("text", VALID, ids=range(len(VALID)))
-def test_valid_json_passes_character_for_character(text):
-    assert repair_arguments(text) == text
+def test_what_means_no_single_object_is_left_alone():
+    for text in LEFT_ALONE:
+        assert repair_arguments(text) == text
+
+
+def test_valid_json_passes_character_for_character():
+    for text in VALID:
+        assert repair_arguments(text) == text
+        if text[0] == "{":
+            assert repair_arguments(f"<tool_call>{text}</tool_call>") == text
+
+
+def test_depth_is_bounded():
+    for opener in ('{"a":', "[", '{"a":[', "{x:("):
+        deep = '{"a":' + opener * 500
+        assert repair_arguments(deep) == deep
+    assert isinstance(json.loads(repair_arguments('{"a":' * 300)), dict)
 
 
 PIECES = """hello|New York|x = 1|foo(bar, baz)|a: b|it's|if (x) { return y; }|d['k']
@@ -8401,17 +9278,18 @@ HOSTILE = [
 
 
 def seconds(text):
-    start = time.process_time()
+    start = time.thread_time()
     repair_arguments(text)
-    return time.process_time() - start
+    return time.thread_time() - start
 
 
-@pytest.mark.parametrize("unit", HOSTILE)
-def test_time_is_linear_whatever_comes(unit):
-    for start in ("", '{"a": ', '{"a": x', "{'a': '", '{"a": {"b": ["'):
-        small = start + unit * (30_000 // len(unit))
-        large = start + unit * (120_000 // len(unit))
-        assert seconds(large) < 8 * max(seconds(small), 0.02)
+@pytest.mark.parametrize("start", ["", '{"a": ', '{"a": x', "{'a': '", '{"a": {"b": ["'])
+def test_time_is_linear_whatever_comes(start):
+    for unit in HOSTILE:
+        small = start + unit * (2500 // len(unit))
+        large = start + unit * (10_000 // len(unit))
+        ratios = (seconds(large) / max(seconds(small), 0.001) for _ in range(5))
+        assert any(ratio < 6 for ratio in ratios), unit  # four, if it is linear
 
 
 # The streams. `chunk` makes OpenAI's events, `call` the delta of a tool call.
@@ -8549,13 +9427,27 @@ def test_an_error_in_the_stream_leaves_calls_as_they_came():
     assert through(stream) == stream
 
 
-def test_the_next_call_releases_the_one_before():
+def test_a_sound_call_goes_on_when_the_next_begins():
     repair = RepairStream()
-    begun = [*one_call(BAD, None), chunk(call("", 1, id="2"))]
-    first = repair.feed(events(begun, None))
-    assert is_repaired(arguments_in(first)[0, 0])
+    begun = [*one_call(GOOD, None), chunk(call("", 1, id="2"))]
+    assert arguments_in(repair.feed(events(begun, None)))[0, 0] == GOOD
     rest = [chunk(call(part, 1)) for part in fragments(BAD)] + [chunk({}, "length")]
-    assert arguments_in(repair.feed(events(rest)))[0, 1] == BAD
+    assert arguments_in(repair.feed(events(rest))) == {(0, 1): BAD}
+
+
+def test_only_the_last_call_can_have_been_cut_off():
+    begun = [*one_call(BAD, None), chunk(call("", 1, id="2"))]
+    for last in ("", BAD):
+        rest = [chunk(call(part, 1)) for part in fragments(last)]
+        calls = arguments_in(through(events([*begun, *rest, chunk({}, "length")])))
+        assert is_repaired(calls[0, 0]) and calls[0, 1] == last
+
+
+def test_calls_whose_fragments_come_by_turns_are_repaired_each():
+    names = [chunk(call("", number, id=str(number))) for number in (0, 1)]
+    turns = [chunk(call(part, number)) for part in fragments(BAD) for number in (0, 1)]
+    calls = arguments_in(through(events([*names, *turns, chunk({}, "tool_calls")])))
+    assert is_repaired(calls[0, 0]) and is_repaired(calls[0, 1])
 
 
 def test_text_names_and_comments_do_not_wait_for_arguments():
@@ -8595,6 +9487,9 @@ def test_choices_end_each_by_itself():
 def test_function_calls_as_of_old_are_repaired():
     parts = [chunk({"function_call": {"arguments": part}}) for part in fragments(BAD)]
     assert is_repaired(arguments_in(through(events(parts)))[0, None])
+    parts[0]["choices"][0]["delta"]["function_call"]["name"] = "f"
+    out = through(events(parts))
+    assert is_repaired(arguments_in(out)[0, None]) and out.count(b'"name"') == 1
 
 
 def test_a_changed_event_keeps_all_but_the_arguments():
@@ -8602,6 +9497,14 @@ def test_a_changed_event_keeps_all_but_the_arguments():
     event += b'"function":{ "arguments" : %b}}]}, "logprobs":[-0.10]}]}\r\n\r\n'
     out = through(event % b"\"{'a': 1\"" + events([]))
     assert out == event % b'"{\\"a\\":1}"' + events([])
+
+
+def test_an_event_of_several_lines_of_data_is_repaired():
+    event = b'data: {"choices": [{"finish_reason": "stop",\ndata: "delta": {"tool_calls": [\n'
+    event += b'data: {"function": {"arguments": "{a: 1"}}]}}]}\n\n'
+    [line] = through(event).splitlines()[:-1]
+    [choice] = json.loads(line[5:])["choices"]
+    assert choice["delta"]["tool_calls"][0]["function"]["arguments"] == '{"a":1}'
 
 
 def test_too_many_arguments_flow_as_they_are():
@@ -8613,6 +9516,9 @@ def test_too_many_arguments_flow_as_they_are():
     assert out + repair.feed(stream[17 << 20 :]) + repair.finish() == stream
     noise = b"x" * (17 << 20)
     assert RepairStream().feed(noise) == noise
+    whole = RepairStream(is_whole=True)
+    body = json.dumps(completion(BAD)).encode() + b" " * (17 << 20)
+    assert whole.feed(body) + whole.feed(b"{") + whole.finish() == body + b"{"
 
 
 def test_no_stream_is_too_strange():
@@ -8715,6 +9621,8 @@ def test_a_body_that_is_no_json_stays_byte_for_byte(body):
 
 BROKEN_CALL = "{'path': 'a.py', 'lines': [1, 2,"
 MEANT_CALL = {"path": "a.py", "lines": [1, 2]}
+CHATS, MESSAGES = "/v1/chat/completions", "/v1/messages"
+each_api = pytest.mark.parametrize("path", [CHATS, MESSAGES])
 
 
 @pytest.fixture(scope="module")
@@ -8725,47 +9633,216 @@ def repairing():
         yield proxy
 
 
-def arguments_of(proxy, model, **wish):
-    """The arguments of the one tool call in an answer."""
-    answer = proxy.post("/v1/chat/completions", {"model": model, **wish})
-    [call] = answer.json()["choices"][0]["message"]["tool_calls"]
-    return call["function"]["arguments"]
+def calls_of(proxy, path, model="mended", **wish):
+    """What a client takes for the arguments of each tool call in an answer."""
+    answer = proxy.post(path, {"model": model, **wish}).json()
+    if path == MESSAGES:
+        return [part["input"] for part in answer["content"] if "input" in part]
+    calls = answer["choices"][0]["message"]["tool_calls"]
+    return [call["function"]["arguments"] for call in calls]
 
 
-def streamed_arguments_of(proxy, model, **wish):
-    """The arguments of the one tool call in a stream, joined."""
-    with proxy.stream(model, **wish) as stream:
-        deltas = [doc["choices"][0]["delta"] for doc in stream.documents()
-                  if doc.get("choices")]  # fmt: skip
-    calls = [call for delta in deltas for call in delta.get("tool_calls") or ()]
-    return "".join(call["function"].get("arguments", "") for call in calls)
+def streamed_calls_of(proxy, path, model="mended", **wish):
+    """The same of a stream."""
+    body = {"model": model, "stream": True, **wish}
+    with Stream(proxy.port, path, body) as stream:
+        assert list(stream.events())
+        return list(arguments_in(stream.raw).values())
 
 
-@pytest.mark.parametrize("ask", [arguments_of, streamed_arguments_of])
-def test_arguments_are_repaired_where_that_is_asked_for(repairing, ask):
-    assert json.loads(ask(repairing, "mended", arguments=BROKEN_CALL)) == MEANT_CALL
-    assert ask(repairing, "as-is", arguments=BROKEN_CALL) == BROKEN_CALL
+def through_llmswap(proxy, head, body, status="200 OK"):
+    """The answer to a request to which the backend answers with just these bytes."""
+    lines = f"HTTP/1.1 {status}\n{head}\nContent-Length: {len(body)}"
+    return proxy.post("/upstream/mended/raw", http(lines, body))
 
 
-@pytest.mark.parametrize("ask", [arguments_of, streamed_arguments_of])
-def test_valid_arguments_and_cut_off_calls_stay_as_they_are(repairing, ask):
-    valid = '{"a" : 1,\t"b": [ ]}'
-    assert ask(repairing, "mended", arguments=valid) == valid
-    cut = dict(arguments=BROKEN_CALL, finish="length")
-    assert ask(repairing, "mended", **cut) == BROKEN_CALL
+EVENT_STREAM = "Content-Type: text/event-stream"
 
 
-def test_errors_of_the_backend_keep_their_status_though_repair_is_on(repairing):
-    answer = repairing.post("/v1/chat/completions", {"model": "mended", "status": 422})
-    assert answer.status == 422
+@each_api
+def test_arguments_are_repaired_where_that_is_asked_for(repairing, path):
+    wish = dict(arguments=BROKEN_CALL)
+    [mended], [given] = (calls_of(repairing, path, m, **wish) for m in ("mended", "as-is"))
+    assert mended == MEANT_CALL if path == MESSAGES else json.loads(mended) == MEANT_CALL
+    assert given == BROKEN_CALL
+    [mended] = streamed_calls_of(repairing, path, **wish)
+    assert json.loads(mended) == MEANT_CALL
+    assert streamed_calls_of(repairing, path, "as-is", **wish) == [BROKEN_CALL]
 
 
-def test_a_repaired_stream_that_breaks_is_still_broken(repairing):
-    wish = dict(arguments=BROKEN_CALL, cut="boundary", fragment=4)
-    with repairing.stream("mended", **wish) as stream:
-        with pytest.raises(Exception, match="ended|complete|closed"):
+@each_api
+def test_calls_that_were_cut_off_stay_as_they_are(repairing, path):
+    cut = dict(arguments=BROKEN_CALL, finish="length", text="Let me see")
+    assert calls_of(repairing, path, **cut) == [BROKEN_CALL]
+    assert streamed_calls_of(repairing, path, **cut) == [BROKEN_CALL]
+    two = {**cut, "arguments": [BROKEN_CALL] * 2}
+    whole, last = streamed_calls_of(repairing, path, **two)
+    assert json.loads(whole) == MEANT_CALL and last == BROKEN_CALL
+
+
+@pytest.mark.parametrize("payloads", [one_call, message])
+def test_valid_calls_pass_llmswap_byte_for_byte(repairing, payloads):
+    for arguments in (GOOD, '{"a" : 1.50,\t"b": [ ]}', "no object at all"):
+        stream = events(payloads(arguments))
+        assert through_llmswap(repairing, EVENT_STREAM, stream).body == stream
+    for answer in (completion(GOOD), anthropic(json.loads(GOOD))):
+        body = json.dumps(answer, indent=1).encode()
+        head = "Content-Type: application/json"
+        assert through_llmswap(repairing, head, body).body == body
+
+
+def test_content_beside_calls_is_null_where_it_is_empty(repairing):
+    for text, content in (("", None), ("Let me see", "Let me see")):
+        for arguments in (GOOD, BROKEN_CALL):
+            wish = dict(text=text, arguments=arguments)
+            answer = repairing.chat("mended", **wish).json()
+            assert answer["choices"][0]["message"]["content"] == content
+    assert repairing.chat("mended", text="").json()["choices"][0]["message"]["content"] == ""
+
+
+@each_api
+def test_text_flows_while_the_arguments_are_held(repairing, path):
+    body = dict(text="Let me see", arguments=BROKEN_CALL, fragment=8, stall=4)
+    body["stream"] = True
+    with Stream(repairing.port, path, {"model": "mended", **body}) as stream:
+        seen = ""
+        for event in stream.events():  # after three fragments nothing comes any more
+            seen += event
+            if "Let me see" in seen and "tool0" in seen:
+                break
+        assert "path" not in seen
+    with Stream(repairing.port, path, {"model": "as-is", **body}) as stream:
+        assert any("path" in event for event in stream.events())
+
+
+@each_api
+def test_several_calls_are_repaired_each(repairing, path):
+    calls = [BROKEN_CALL, GOOD, "{a: 1", "{}", "{'b': None"]
+    meant = [MEANT_CALL, json.loads(GOOD), {"a": 1}, {}, {"b": None}]
+    given = calls_of(repairing, path, arguments=calls)
+    assert (given if path == MESSAGES else list(map(json.loads, given))) == meant
+    given = streamed_calls_of(repairing, path, arguments=calls)
+    assert list(map(json.loads, given)) == meant
+
+
+def test_calls_whose_fragments_come_by_turns_pass_llmswap_repaired(repairing):
+    turns = [chunk(call(part, index)) for part in fragments(BAD) for index in (1, 0)]
+    stream = events([*turns, chunk({}, "tool_calls")])
+    calls = arguments_in(through_llmswap(repairing, EVENT_STREAM, stream).body)
+    assert is_repaired(calls[0, 0]) and is_repaired(calls[0, 1])
+
+
+@each_api
+def test_errors_of_the_backend_keep_their_status_though_repair_is_on(repairing, path):
+    for stream in (False, True):
+        wish = {"status": 422, "stream": stream, "arguments": BROKEN_CALL}
+        mended = repairing.post(path, {"model": "mended", **wish})
+        given = repairing.post(path, {"model": "as-is", **wish})
+        assert mended.status == 422 and mended.body == given.body
+    body = json.dumps(completion(BAD)).encode()
+    head, status = "Content-Type: application/json", "500 Internal Server Error"
+    answer = through_llmswap(repairing, head, body, status)
+    assert answer.status == 500 and answer.body == body
+
+
+def test_an_error_within_a_stream_passes_and_the_call_before_it_stays(repairing):
+    ours = [*one_call(BAD, None), {"error": {"message": "x", "code": 500}}]
+    theirs = [*message(BAD)[:-4], {"type": "error", "error": {"type": "api_error"}}]
+    for stream in (events(ours), events(theirs, None)):
+        assert through_llmswap(repairing, EVENT_STREAM, stream).body == stream
+
+
+@each_api
+@pytest.mark.parametrize("place", ["boundary", "mid-event", "mid-body"])
+def test_a_repaired_stream_that_breaks_is_still_broken(repairing, path, place):
+    wish = dict(arguments=BROKEN_CALL, cut=place, fragment=4, tokens=6)
+    body = {"model": "mended", "stream": True, **wish}
+    with Stream(repairing.port, path, body) as stream:
+        with pytest.raises(BrokenAnswer):
             list(stream.events())
-    assert b"[DONE]" not in stream.raw
+    assert b"[DONE]" not in stream.raw and b"message_stop" not in stream.raw
+    came = arguments_in(stream.raw[: stream.raw.rfind(b"\n\n") + 2])
+    assert BROKEN_CALL.startswith("".join(came.values()))  # never mended
+
+
+@pytest.mark.parametrize("place", ["boundary", "mid-body"])
+def test_a_repaired_answer_that_breaks_is_still_broken(repairing, place):
+    with pytest.raises(BrokenAnswer):
+        repairing.chat("mended", arguments=BROKEN_CALL, cut=place)
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "identity, gzip"])
+def test_an_answer_that_is_encoded_passes_unchanged(repairing, coding):
+    head = f"Content-Encoding: {coding}\nContent-Type: "
+    for kind, body in (
+        ("application/json", json.dumps(completion(BAD)).encode()),
+        ("text/event-stream", events(one_call(BAD))),
+    ):
+        for body in (gzip.compress(body), body):  # the latter shows that none looks
+            answer = through_llmswap(repairing, head + kind, body)
+            assert answer.body == body and answer.headers["content-encoding"] == coding
+
+
+def test_a_backend_is_not_asked_for_encodings_that_could_not_be_repaired(repairing):
+    answer = repairing.post("/upstream/mended/echo", {}, {"Accept-Encoding": "gzip"})
+    names = {name.lower() for name, _ in answer.json()["headers"]}
+    assert "accept-encoding" not in names
+
+
+# What Roo Code does with the library it uses: it asks for a stream with tools, takes
+# from each chunk the text and the calls by their index, and parses at the end.
+ROO_CODE = """
+const OpenAI = require("openai").default
+const client = new OpenAI({ baseURL: process.argv[1], apiKey: "any" })
+const schema = { type: "object", properties: { path: { type: "string" } } }
+const tool = { type: "function", function: { name: "tool0", parameters: schema } }
+const ask = async (model, wish) => {
+  const stream = await client.chat.completions.create({
+    model, temperature: 0, stream: true, stream_options: { include_usage: true },
+    messages: [{ role: "system", content: "You are Roo" }, { role: "user", content: "x" }],
+    tools: [tool], tool_choice: "auto", parallel_tool_calls: true, ...wish,
+  })
+  const calls = [], told = { text: "", calls: [] }
+  for await (const chunk of stream) {
+    const delta = chunk.choices?.[0]?.delta
+    told.text += delta?.content ?? ""
+    for (const { index, id, function: piece } of delta?.tool_calls ?? []) {
+      const call = (calls[index] ??= { name: "", text: "" })
+      if (id) call.id = id
+      if (piece?.name) call.name = piece.name
+      call.text += piece?.arguments ?? ""
+    }
+    told.end = chunk.choices?.[0]?.finish_reason ?? told.end
+    if (chunk.usage) told.tokens = chunk.usage.completion_tokens
+  }
+  for (const { id, name, text } of calls)
+    try { told.calls.push([id, name, JSON.parse(text)]) }
+    catch (error) { told.calls.push([id, name, error.name]) }
+  return told
+}
+const main = async () => {
+  const [models, wish] = [["mended", "as-is"], JSON.parse(process.argv[2])]
+  const told = await Promise.all(models.map((model) => ask(model, wish)))
+  console.log(JSON.stringify(told))
+}
+main()
+"""
+
+
+def test_roo_code_reads_what_was_repaired(repairing):
+    find = ["node", "-e", "require.resolve('openai')"]
+    if not shutil.which("node") or subprocess.run(find, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("NODE_PATH has no package openai for node")
+    calls = [BROKEN_CALL, '{"path": "b.py",}']
+    wish = json.dumps({"text": "Let me see", "arguments": calls})
+    words = ["node", "-e", ROO_CODE, f"{repairing.url}/v1", wish]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    usual = {"text": "Let me see", "end": "tool_calls", "tokens": 3}
+    meant = [MEANT_CALL, {"path": "b.py"}]
+    pairs = [[f"call{i}", f"tool{i}", each] for i, each in enumerate(meant)]
+    raw = [[*pair[:2], "SyntaxError"] for pair in pairs]
+    assert json.loads(ended.stdout) == [{**usual, "calls": pairs}, {**usual, "calls": raw}]
 
 
 # ==================================================================================
@@ -8809,21 +9886,28 @@ os.execv(sys.executable, [sys.executable, "-I", "-S", flag("--then"), *words])
 """
 
 
-def slow_model(folder, seconds=1.2, shards=1, wrapper=""):
+def slow_model(folder, seconds=0.4, shards=1, wrapper=""):
     """The `cmd` of a server that maps a model of 80 MB for so long, then is ready."""
     script = folder / "mapper.py"
     script.write_text(MAPPER)
     name = "model-{:05}-of-{:05}.gguf" if shards > 1 else "model.gguf"
     paths = [folder / name.format(n, shards) for n in range(1, shards + 1)]
     for path in paths:
-        path.write_bytes(os.urandom(4096) * (80 * 256 // shards))
+        path.touch()
+        os.truncate(path, 80 * 2**20 // shards)
     words = [sys.executable, "-I", "-S", script, "--map-seconds", seconds]
     words += ["--read", ",".join(map(str, paths)), "--then", fake_file()]
     words += ["--model", paths[0], "--port", "${PORT}"]
     return wrapper + " ".join(map(str, words))
 
 
-def progress_events(server, model, count=1):
+def watchful(text, *args):
+    """llmswap that looks at loads, and tells of them, often."""
+    often = {"LOOK_AT_LOADS": 0.04, "NOTICE_EVERY": 0.1, "LOAD_LINE_EVERY": 0.2}
+    return hasty(text, *args, SLOW_SECONDS=0.4, LONG_WAIT=0.3, **often)
+
+
+def progress_events(server, model):
     """The progress that /models/sse tells while the model loads, then its end."""
     found = []
     with Stream(server.port, "/models/sse") as stream:
@@ -8841,11 +9925,11 @@ def progress_events(server, model, count=1):
 
 
 @pytest.mark.parametrize(
-    "shards, wrapper", [(1, ""), (3, ""), (1, "sh -c '\"$@\"; exit' x ")]
+    "shards, wrapper", [(1, ""), (3, "sh -c '\"$@\"; exit' x ")]
 )
 def test_progress_is_read_from_the_memory_of_who_loads(tmp_path, shards, wrapper):
     command = slow_model(tmp_path, shards=shards, wrapper=wrapper)
-    with Llmswap(f"[a]\ncmd = {command}\n") as server:
+    with watchful(f"[a]\ncmd = {command}\n") as server:
         found, end = progress_events(server, "a")
         values = [told["value"] for _, told in found]
         assert values == sorted(values) and values[-1] <= 0.99
@@ -8854,16 +9938,16 @@ def test_progress_is_read_from_the_memory_of_who_loads(tmp_path, shards, wrapper
         first = found[0][1]
         assert (first["stages"], first["current"]) == (["text_model"], "text_model")
         pauses = [b - a for (a, _), (b, _) in zip(found[1:], found[2:])]
-        assert min(pauses, default=1) > 0.1, pauses
+        assert min(pauses, default=1) > 0.02, pauses
 
 
 def test_without_a_model_file_progress_is_not_guessed():
-    with Llmswap("[a]\ncmd = FAKE --load 0.5\n") as server:
+    with watchful("[a]\ncmd = FAKE --load 0.3\n") as server:
         assert progress_events(server, "a") == ([], {"status": "loaded"})
 
 
 def test_the_metrics_and_the_page_show_progress(tmp_path):
-    with Llmswap(f"[a]\ncmd = {slow_model(tmp_path)}\n") as server:
+    with watchful(f"[a]\ncmd = {slow_model(tmp_path)}\n") as server:
         server.post("/models/load", {"model": "a"})
         shown = rb'llmswap_load_progress_ratio\{model="a"\} 0\.[1-9]'
         eventually(lambda: re.search(shown, server.get("/metrics").body))
@@ -8877,27 +9961,84 @@ def test_the_metrics_and_the_page_show_progress(tmp_path):
         assert not re.search(shown, server.get("/metrics").body)
 
 
+def report(current, value, **more):
+    """The line in which a llama-server tells its router how far its load is."""
+    payload = {"stages": ["a", "b"], "current": current, "value": value, **more}
+    told = {"state": "loading", "payload": payload}
+    return f"cmd_child_to_router:state:{json.dumps(told)}"
+
+
 def test_what_the_backend_reports_goes_before_its_memory():
     gauge = llmswap.LoadGauge()
-    gauge.report({"stages": ["a", "b"], "current": "a", "value": 0.5})
-    assert gauge.progress == 0.25
+    assert gauge.hear(report("a", 0.5)) and gauge.progress == 0.25
     gauge.look(os.getpid())
-    gauge.report({"stages": ["a", "b"], "current": "b", "value": 1.0})
+    gauge.hear(report("b", 1.0))
     assert gauge.progress == 0.99  # it is not ready yet
-    gauge.report({"stages": ["a", "b"], "current": "a", "value": 0.1})
+    gauge.hear(f"a log line that it ran into {report('a', 0.1)}")
     assert gauge.progress == 0.99  # never back
     assert gauge.told() == {"stages": ["a", "b"], "current": "a", "value": 0.1}
 
 
 @pytest.mark.parametrize(
-    "payload",
-    [None, [], {}, 7, {"stages": []}, {"stages": ["a"], "current": "b", "value": 0},
-     {"stages": ["a"], "current": "a", "value": "x"}],
+    "line",
+    [report("c", 0), report("a", "x"), report("a", 0, stages=7), report("a", 0)[:-9],
+     *(f"cmd_child_to_router:state:{told}" for told in
+       ("", "7", "{}", '{"state": "sleeping", "payload": null}', "[" * 9999))],
 )  # fmt: skip
-def test_a_report_that_makes_no_sense_changes_nothing(payload):
+def test_a_report_that_makes_no_sense_changes_nothing(line):
     gauge = llmswap.LoadGauge()
-    gauge.report(payload)
-    assert gauge.progress is None
+    assert gauge.hear(line) and gauge.progress is None
+
+
+def test_what_a_server_reports_of_its_load_is_shown_and_is_no_log(tmp_path):
+    script = tmp_path / "reporter"
+    lines = [report("a", 0.5), "a log line", report("b", 0.5)]
+    told = "; ".join(f"echo {shlex.quote(line)}; sleep 0.1" for line in lines)
+    script.write_text(f'#!/bin/sh\n{told}\nexec "$@"\n')
+    with watchful(f"[a]\ncmd = sh {script} FAKE\n", "--verbose") as server:
+        found, _ = progress_events(server, "a")
+        values = [(told["current"], told["value"]) for _, told in found]
+        assert values == [("a", 0.5), ("b", 0.5)]
+        written = re.findall(r"a \| (.*)", server.log())
+    assert written[0] == "a log line" and "cmd_child" not in str(written)
+
+
+@pytest.mark.skipif(not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server")
+def test_a_real_llama_server_that_is_asked_to_report_hangs_after_sigterm(tmp_path):
+    """Its reports are understood; why it is not asked for them."""
+    model = write_gguf(tmp_path / "a.gguf")
+    command = [LLAMA_SERVER, "-m", model, "-c", "256", "--port", str(free_port())]
+    env = {**os.environ, "LLAMA_SERVER_ROUTER_PORT": "1"}
+    gauge = llmswap.LoadGauge()
+    with subprocess.Popen(command, env=env, stdin=-1, stdout=-1, stderr=-3) as process:
+        lines = [process.stdout.readline().decode() for _ in range(3)]
+        assert all(map(gauge.hear, lines)) and gauge.progress == 0.99
+        assert '"ready"' in lines[-1]
+        process.terminate()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.stdin.write(b"cmd_router_to_child:exit\n")
+        process.stdin.flush()
+        assert process.wait(5) == 0
+
+
+@pytest.mark.parametrize("after, progress", [(0, 0.5), (60, 0.25)])
+def test_a_load_that_takes_long_is_looked_for_on_the_gpu(
+    tmp_path, monkeypatch, after, progress
+):
+    (tmp_path / "a.gguf").touch()
+    os.truncate(tmp_path / "a.gguf", 80 << 20)
+    monkeypatch.setattr(llmswap, "GPU_LOOK_AFTER", after)
+    monkeypatch.setattr(llmswap, "memory_for_models", lambda pid: 20 << 20)
+    command = ["sh", "-c", "sleep 9; :", "sh", "--model", tmp_path / "a.gguf"]
+    with subprocess.Popen(command, start_new_session=True) as process:
+        found = {process.pid: 40 << 20}
+        monkeypatch.setattr(llmswap, "gpu_memory_by_group", lambda: found)
+        monkeypatch.setattr(llmswap, "family_of", lambda pid: [pid])
+        gauge = llmswap.LoadGauge()
+        gauge.look(process.pid)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert gauge.progress == progress
 
 
 def test_the_shards_of_a_model_are_counted_together():
@@ -8909,11 +10050,11 @@ def test_the_shards_of_a_model_are_counted_together():
 
 
 def test_when_nothing_loads_nobody_looks(tmp_path):
-    with Llmswap("[a]\ncmd = FAKE\n") as server:
+    with watchful("[a]\ncmd = FAKE\n") as server:
         server.chat("a")
-        time.sleep(0.3)
+        time.sleep(0.1)
         before = switches(server.pid)
-        time.sleep(1.0)
+        time.sleep(0.3)  # seven looks
         assert switches(server.pid) - before <= 2
 
 
@@ -8930,9 +10071,9 @@ def switches(pid):
 
 
 def test_a_chat_that_asked_for_it_reads_the_progress_as_reasoning(tmp_path):
-    command = slow_model(tmp_path, 4.5)
+    command = slow_model(tmp_path)
     text = f"[*]\nloading-notice = reasoning\n[a]\ncmd = {command}\n"
-    with Llmswap(text) as server, server.stream("a") as stream:
+    with watchful(text) as server, server.stream("a") as stream:
         chunks = list(stream.documents())
         told = [chunk for chunk in chunks if "loading" in chunk["id"]]
         assert told and chunks[: len(told)] == told  # before the backend's first
@@ -8948,28 +10089,28 @@ def test_a_chat_that_asked_for_it_reads_the_progress_as_reasoning(tmp_path):
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/messages"])
 def test_other_requests_get_comments_instead(path):
-    text = f"[a]\ncmd = {fake_command('--load', 3.6)}\nloading-notice = reasoning\n"
+    text = f"[a]\ncmd = {fake_command('--load', 0.4)}\nloading-notice = reasoning\n"
     body = {"model": "a", "stream": True, "prompt": "x", "max_tokens": 3}
     body["messages"] = [{"role": "user", "content": "x"}]
-    with Llmswap(text) as server, Stream(server.port, path, body) as stream:
+    with watchful(text) as server, Stream(server.port, path, body) as stream:
         assert list(stream.events())
         assert stream.raw.startswith(b":\n\n") and b"reasoning" not in stream.raw
 
 
 def test_a_load_that_fails_after_notices_ends_in_an_error_event():
-    command = fake_command("--load", 3.6, "--load-exit", 3)
+    command = fake_command("--load", 0.5, "--load-exit", 3)
     text = f"[a]\ncmd = {command}\nloading-notice = reasoning\n"
-    with Llmswap(text) as server, server.stream("a") as stream:
+    with watchful(text) as server, server.stream("a") as stream:
         first, *_, last = stream.documents()
         said = first["choices"][0]["delta"]["reasoning_content"]
-        assert re.fullmatch(r"loading a, 3 s\n", said)
+        assert re.fullmatch(r"loading a, \d s\n", said)
         assert last["error"]["code"] == "model_start_failed" and stream.is_complete
 
 
 def test_a_chat_that_waits_for_room_is_told_so():
     text = "[*]\nloading-notice = reasoning\n[a]\ncmd = FAKE\n[b]\ncmd = FAKE\n"
-    with Llmswap(text) as server:
-        busy = threading.Thread(target=server.chat, args=["a"], kwargs={"delay": 4})
+    with watchful(text) as server:
+        busy = threading.Thread(target=server.chat, args=["a"], kwargs={"delay": 0.5})
         busy.start()
         eventually(lambda: server.get("/health").json()["requests"])
         with server.stream("b") as stream:
@@ -9072,11 +10213,27 @@ def test_a_life_is_told_in_calm_lines():
         assert re.fullmatch(pattern, line), line
 
 
+@pytest.mark.parametrize("address, shown", [
+    (("127.0.0.1", 80), "http://127.0.0.1:80/"), (("::1", 80), "http://[::1]:80/"),
+    (("0.0.0.0", 80), "http://127.0.0.1:80/"), (("::", 80), "http://[::1]:80/"),
+    (("10.0.0.7", 80), "http://10.0.0.7:80/"), ("/run/x.sock", "unix:/run/x.sock"),
+])  # fmt: skip
+def test_an_address_is_shown_as_one_that_can_be_clicked(address, shown):
+    assert llmswap.shown_address(address) == shown
+
+
+def test_the_address_in_the_first_line_is_that_of_the_page():
+    with Llmswap("") as server:
+        [line] = [line for line in server.log().splitlines() if " at http" in line]
+        with urlopen(re.search(r"http\S+$", line)[0]) as page:
+            assert b"<title>llmswap</title>" in page.read()
+
+
 def test_a_stop_that_takes_long_is_told_again():
-    with Llmswap("[a]\ncmd = FAKE --stop-delay 1.2\n") as server:
+    with watchful("[a]\ncmd = FAKE --stop-delay 0.3\n") as server:
         server.chat("a")
         server.post("/models/unload", {"model": "a"})
-        eventually(lambda: re.search(r"a: unloaded after 1\.\d s", server.log()))
+        eventually(lambda: re.search(r"a: unloaded after 0\.\d s", server.log()))
 
 
 def test_a_failure_is_told_whole_once():
@@ -9090,24 +10247,16 @@ def test_a_failure_is_told_whole_once():
         assert server.log().count("error loading model: unexpected end of file") == 1
 
 
-def test_long_loads_and_slow_requests_are_told(tmp_path, monkeypatch):
-    script = tmp_path / "hasty.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {os.path.dirname(LLMSWAP)!r})\n"
-        "import llmswap\nllmswap.LOAD_LINE_EVERY = 0.5\nllmswap.SLOW_SECONDS = 1.0\n"
-        "sys.exit(llmswap.main())\n"
-    )
-    world = Llmswap.__init__.__globals__
-    monkeypatch.setitem(world, "llmswap_file", lambda: str(script))
-    with Llmswap(f"[a]\ncmd = {slow_model(tmp_path, 1.6)}\n") as server:
+def test_long_loads_and_slow_requests_are_told(tmp_path):
+    with watchful(f"[a]\ncmd = {slow_model(tmp_path)}\n") as server:
         server.chat("a")
-        server.chat("a", delay=1.1)
+        server.chat("a", delay=0.5)
         server.chat("a")
         log = server.log()
-    assert len(re.findall(r"a: loading, \d\d? % after [1-3] s", log)) in (2, 3), log
+    assert len(re.findall(r"a: loading, \d\d? % after [0-3] s", log)) in (2, 3, 4), log
     where = r"a: first byte of POST /v1/chat/completions after"
     assert re.search(rf"{where} \d\.\d s, \d\.\d s of it waiting", log), log
-    assert re.search(rf"{where} 1\.1 s\n", log) and len(re.findall(where, log)) == 2
+    assert re.search(rf"{where} 0\.5 s\n", log) and len(re.findall(where, log)) == 2
 
 
 def test_what_is_said_again_and_again_is_written_once():
@@ -9174,7 +10323,7 @@ def test_a_long_list_of_models_is_wrapped_at_the_terminals_width(tmp_path, colum
     ini = tmp_path / "x.ini"
     names = [f"a-model-with-a-name-{n}" for n in range(40)]
     ini.write_text("".join(f"[{name}]\ncmd = no-such ${{PORT}}\n" for name in names))
-    command = [sys.executable, LLMSWAP, str(ini), "--listen"]
+    command = [sys.executable, llmswap_file(), str(ini), "--listen"]
     command.append(f"127.0.0.1:{free_port()}")
     shown = on_terminal(command, "whole path", columns)
     assert "\x1b[33m" in shown
@@ -9188,7 +10337,7 @@ def test_no_color_is_heeded(tmp_path):
     ini = tmp_path / "x.ini"
     ini.write_text("[a]\ncmd = no-such ${PORT}\n")
     listen = f"127.0.0.1:{free_port()}"
-    command = [sys.executable, LLMSWAP, str(ini), "--listen", listen]
+    command = [sys.executable, llmswap_file(), str(ini), "--listen", listen]
     assert "\x1b" not in on_terminal(command, "whole path", NO_COLOR="1")
 
 
@@ -9218,11 +10367,19 @@ proxy = http://192.168.11.11:8080
 """
 
 
+def test_check_is_coloured_on_a_terminal_only(tmp_path):
+    lines, _ = checked(tmp_path, "[a]\nctx-siz = 3\n")
+    assert "\x1b" not in "".join(lines)
+    command = [sys.executable, llmswap_file(), str(tmp_path / "x.ini"), "--check"]
+    assert "\x1b[31m" in on_terminal(command, "cannot be used")
+    assert "\x1b" not in on_terminal(command, "cannot be used", NO_COLOR="1")
+
+
 def checked(folder, text, columns="80"):
     """The lines and the exit status of --check."""
     (folder / "x.ini").write_text(text)
     done = subprocess.run(
-        [sys.executable, LLMSWAP, str(folder / "x.ini"), "--check"],
+        [sys.executable, llmswap_file(), str(folder / "x.ini"), "--check"],
         env={**os.environ, "COLUMNS": columns, "PATH": "/usr/bin:/bin"},
         stdout=subprocess.PIPE,
     )
@@ -9292,6 +10449,344 @@ def test_check_is_as_wide_as_the_terminal_but_not_wider_than_eighty(
 
 
 # ----------------------------------------------------------------------------------
+# The recipes of the README, each run as it stands but for paths and ports
+
+
+def adapted(title, kind, *changes):
+    """The recipe's block of that kind; `changes`: (what stands there, what instead)."""
+    text = recipe(title, kind)[0] if kind else recipe(title)
+    for old, new in changes:
+        assert old in text, f"{old!r} is not in the recipe {title!r}"
+        text = text.replace(old, str(new))
+    return text
+
+
+def alike(line):
+    """The line without what differs from one run to the next."""
+    line = re.sub(r"^\d\d:\d\d:\d\d ", "", line)
+    return re.sub(r"in \d\.\d\d s \(pid \d+, port \d+\)", "in S s (pid N, port N)", line)
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_the_first_screen_of_the_readme_shows_what_happens(tmp_path):
+    readme, port = HERE.with_name("README.md").read_text(), free_port()
+    start = re.search(r"\n {4}(python3 llmswap.py example.ini)\n", readme)[1]
+    commands = re.findall(r"^\$ (curl .*)\n(.*)$", readme, re.MULTILINE)
+    told = re.search(r"terminal says.*?```\n(.*?)```", readme, re.DOTALL)[1]
+    told = told.replace("\n" + " " * 9, " ").replace(":8080", f":{port}")
+    for name in (LLMSWAP, HERE.with_name("example.ini")):
+        shutil.copy(name, tmp_path)
+    (tmp_path / "python3").symlink_to(sys.executable)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    command = f"exec {start} --listen 127.0.0.1:{port} 2>log"
+    process = subprocess.Popen(["sh", "-c", command], cwd=tmp_path, env=env)
+    try:
+        log = tmp_path / "log"
+        eventually(lambda: log.exists() and log.read_text().count("could not be") == 3)
+        for line, output in commands:
+            line = line.replace("localhost:8080", f"127.0.0.1:{port}")
+            assert subprocess.check_output(["sh", "-c", line], text=True) == output
+        said = [alike(line) for line in log.read_text().splitlines()]
+        assert sorted(said) == sorted(map(alike, told.splitlines()))
+        assert len(commands) == 2
+    finally:
+        process.terminate()
+        assert process.wait(10) == 0
+
+
+STAND_IN_DOCKER = """\
+import os, signal, subprocess, sys, time
+words, state = sys.argv[2:], os.environ["DOCKER_STATE"]
+flag = lambda name: words[words.index(name) + 1]
+def alive(pid):
+    return os.path.exists(f"/proc/{pid}/cwd")
+if sys.argv[1] == "stop":
+    pid = int(open(f"{state}/{words[0]}").read())
+    os.kill(pid, signal.SIGTERM)
+    while alive(pid): time.sleep(0.01)
+    sys.exit(print(words[0]))
+if os.path.exists(f"{state}/{flag('--name')}"):
+    sys.exit("docker: the container name is already in use")
+after = words[words.index("--port") + 2:]  # the port within is not that without
+port = flag("-p").split(":")[1]
+box = subprocess.Popen([sys.executable, "-I", "-S", os.environ["DOCKER_RUNS"],
+    "--port", port, *after], start_new_session=True)
+name = f"{state}/{flag('--name')}"
+open(name, "w").write(str(box.pid))
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, _: box.send_signal(number))
+status = box.wait()
+os.remove(name)  # as --rm has it
+sys.exit(status)
+"""
+
+
+@pytest.fixture
+def docker(tmp_path):
+    """The environment in which `docker` is a program that behaves like its client: the
+    container is no child of it that ends with it."""
+    script = tmp_path / "docker.py"
+    script.write_text(STAND_IN_DOCKER)
+    (tmp_path / "docker").write_text(f'#!/bin/sh\nexec {sys.executable} {script} "$@"\n')
+    (tmp_path / "docker").chmod(0o755)
+    (tmp_path / "state").mkdir()
+    return {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "DOCKER_STATE": str(tmp_path / "state"),
+        "DOCKER_RUNS": fake_file(),
+    }
+
+
+def test_recipe_docker(docker):
+    text = adapted("Docker and Podman", "ini") + "[other]\ncmd = FAKE\n"
+    state = Path(docker["DOCKER_STATE"])
+    with Llmswap(text, env=docker) as server:
+        assert server.chat("boxed").status == 200
+        [box] = state.iterdir()
+        assert box.name == "llmswap-boxed"
+        server.chat("other")  # evicts it
+        assert not box.exists() and server.loaded() == ["other"]
+        assert server.chat("boxed").status == 200
+    assert not box.exists()  # at the end of llmswap
+
+
+def test_recipe_docker_stopped_while_it_loads(docker):
+    slow = adapted("Docker and Podman", "ini", ("-ngl 99", "-ngl 99 --load 60"))
+    text = f"[*]\nload-timeout = 300ms\n{slow}[other]\ncmd = FAKE\nload-timeout = 9\n"
+    state = Path(docker["DOCKER_STATE"])
+    with Llmswap(text, env=docker) as server:
+        assert server.chat("boxed").status == 504  # and nothing of it is left
+        assert list(state.iterdir()) == []
+        server.reload(text.replace("300ms", "9"))
+        eventually(lambda: "was read again" in server.log())
+        server.post("/models/load", {"model": "boxed"})
+        eventually(lambda: list(state.iterdir()))
+        server.post("/models/unload", {"model": "boxed"})
+        eventually(lambda: server.states()["boxed"] == "unloaded")
+        assert list(state.iterdir()) == []
+
+
+def test_recipe_docker_where_it_hangs(docker):
+    text = adapted("Docker and Podman", "ini") + "hang-timeout = 300ms\n"
+    state = Path(docker["DOCKER_STATE"])
+    with Llmswap(text, env=docker, SUSPECT_AFTER=0.1, TICK=0.05) as server:
+        assert server.chat("boxed", hang=True, hang_health=True).status == 502
+        eventually(lambda: server.states()["boxed"] == "unloaded")
+        assert "boxed hung" in server.log() and not list(state.iterdir())
+
+
+PODMAN = """\
+#!/bin/sh
+export CONTAINERS_CONF={0}/conf
+exec podman --root {0}/graph --runroot {0}/run --storage-driver vfs --runtime runc "$@"
+"""
+
+
+@pytest.fixture
+def podman():
+    """A folder with a `docker` that is Podman, with an image of the real llama-server
+    under the name that the recipe has."""
+    if not (LLAMA_SERVER and shutil.which("podman") and shutil.which("runc")):
+        pytest.skip("needs podman, runc and LLAMA_SERVER")
+    folder = tempfile.TemporaryDirectory(prefix="podman-")  # it wants a short path
+    tmp_path = Path(folder.name)
+    (tmp_path / "conf").write_text("[containers]\ndefault_ulimits = []\n")
+    (tmp_path / "docker").write_text(PODMAN.format(tmp_path))
+    (tmp_path / "docker").chmod(0o755)
+    needs = subprocess.check_output(["ldd", LLAMA_SERVER], text=True)
+    for path in [LLAMA_SERVER, *re.findall(r"/\S+", needs)]:
+        there = "/app/llama-server" if path == LLAMA_SERVER else path
+        target = Path(f"{tmp_path}/image{there}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    [image] = re.findall(r"ghcr\.io\S+", adapted("Docker and Podman", "ini"))
+    entry = "--change 'ENTRYPOINT [\"/app/llama-server\"]'"
+    command = f"tar c -C image . | ./docker import -q {entry} - {image}"
+    command += f" && ./docker run --rm {image} --version"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, stderr=-1, text=True)
+    if done.returncode:
+        pytest.skip(f"podman cannot run here: {done.stderr}")
+    yield tmp_path
+    subprocess.run([tmp_path / "docker", "rm", "-fa", "-t0"], stdout=-3)
+    folder.cleanup()
+
+
+def test_recipe_docker_with_podman_and_a_real_llama_server(podman):
+    write_gguf(podman / "qwen3-8b-q4_k_m.gguf")
+    volume, small = ("/models:/models", f"{podman}:/models"), ("-ngl", "-t 1 -c 256 -ngl")
+    text = adapted("Docker and Podman", "ini", volume, small)
+    boxes = [podman / "docker", "ps", "-aq"]
+    env = {"PATH": f"{podman}:{os.environ['PATH']}"}
+    with Llmswap(text + "[other]\ncmd = FAKE\n", env=env) as server:
+        answer = server.post("/v1/chat/completions", real_chat("boxed"))
+        assert answer.status == 200, answer.body
+        assert subprocess.check_output(boxes)
+        server.chat("other")
+        assert server.loaded() == ["other"] and not subprocess.check_output(boxes)
+
+
+def test_recipe_an_embedding_model_that_stays(tmp_path):
+    title = "An embedding model that stays while large ones swap"
+    pooled = "[embed]\npooling = mean"  # as the real bge-m3 says of itself
+    text = adapted(title, "ini", ("/models/", f"{tmp_path}/"), ("[embed]", pooled))
+    for path in re.findall(r"= (/\S+\.gguf)", text):
+        write_gguf(path)
+    binary = LLAMA_SERVER or fake_binary(tmp_path)
+    text = text.replace("[llmswap]", f"[llmswap]\nllama-server = {binary}")
+    small = "[*]\nctx-size = 256\nthreads = 1\n"
+    with Llmswap(small + text) as server:
+        eventually(lambda: server.loaded() == ["embed"])
+        for large in ("coder", "thinker"):
+            assert server.post("/v1/chat/completions", real_chat(large)).status == 200
+            assert server.loaded() == sorted(["embed", large])
+            answer = server.post("/v1/embeddings", {"model": "embed", "input": "x"})
+            assert answer.json()["data"][0]["embedding"]
+        assert server.log().count("embed: loading") == 1
+        assert server.log().count("unloading") == 1
+
+
+def test_recipe_an_api_key():
+    text = adapted("An API key", "ini")
+    with Llmswap(text + "[a]\ncmd = FAKE\n") as server:
+        assert server.get("/v1/models").status == 401
+        bearer = {"Authorization": "Bearer choose-one"}
+        for field in (bearer, {"x-api-key": "choose-one"}):
+            assert server.get("/v1/models", field).status == 200
+            sent = server.post("/echo", {"model": "a"}, field).json()["headers"]
+            assert "choose-one" not in str(sent)
+
+
+def test_recipe_open_webui():
+    _, _, rest = HERE.with_name("README.md").read_text().partition("\n### Open WebUI")
+    bases = re.findall(r"`http://([^/]+)(/\S+)`", rest.partition("\n###")[0])
+    hosts = [host for host, _ in bases]
+    assert hosts == ["127.0.0.1:8080", "host.docker.internal:8080"]
+    with Llmswap("[a]\ncmd = FAKE\n") as server:
+        for host, path in bases:
+            assert server.get(f"{path}/models", {"Host": host}).status == 200
+            body = chat_body("a", stream=False)
+            answer = server.post(f"{path}/chat/completions", body, {"Host": host})
+            assert answer.status == 200
+
+
+def certificate(folder):
+    """A key and a certificate that it signed itself."""
+    key, pem = folder / "models.key", folder / "models.pem"
+    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2"
+    name = "/CN=models.home.example"
+    command = ["openssl", *words.split(), "-subj", name, "-keyout", key, "-out", pem]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+
+
+@contextmanager
+def nginx(folder, text):
+    """nginx with this in its http block, until the block ends."""
+    (folder / "nginx.conf").write_text(
+        f"daemon off; pid {folder}/pid; error_log {folder}/error.log;\n"
+        f"events {{ }}\nhttp {{ access_log off;\n{text}\n}}\n"
+    )
+    command = ["nginx", "-p", folder, "-e", folder / "error.log"]
+    process = subprocess.Popen([*command, "-c", folder / "nginx.conf"])
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+class TlsClient(Client):
+    """A client of the recipe's site, which trusts its certificate."""
+
+    def __init__(self, port, folder):
+        super().__init__(port)
+        trust = ssl.create_default_context(cafile=folder / "models.pem")
+        self.sock = trust.wrap_socket(self.sock, server_hostname="models.home.example")
+
+    def send(self, method, path, body=None, headers=()):
+        host = {"Host": "models.home.example"}
+        super().send(method, path, body, {**host, **dict(headers)})
+
+
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("nginx", "openssl"))), reason="needs nginx and openssl"
+)
+def test_recipe_behind_nginx_with_tls(tmp_path):
+    certificate(tmp_path)
+    text = "[llmswap]\n" + named_key("Behind nginx", "allowed-hosts")
+    with Llmswap(text + "[a]\ncmd = FAKE\n") as server:
+        port = free_port()
+        site = adapted(
+            "Behind nginx, with TLS", "nginx", ("listen 443", f"listen 127.0.0.1:{port}"),
+            ("/etc/ssl", tmp_path), ("127.0.0.1:8080", f"127.0.0.1:{server.port}"),
+        )  # fmt: skip
+        with nginx(tmp_path, site):
+            eventually(lambda: is_listening(port))
+            with TlsClient(port, tmp_path) as client:
+                assert client.ask("GET", "/v1/models").status == 200
+                body = chat_body("a", stream=True, tokens=4, interval=0.1)
+                client.send("POST", "/v1/chat/completions", body)
+                moments = [time.monotonic() for _ in client.pieces(*client.head())]
+                assert moments[-1] - moments[0] > 0.25  # it did not come at once
+            with TlsClient(port, tmp_path) as client:
+                upgrade = {"Upgrade": "websocket", "Connection": "Upgrade"}
+                client.send("GET", "/upstream/a/ws", None, upgrade)
+                assert client.head()[0] == 101
+                client.sock.sendall(b"to and fro")
+                assert b"".join(client.exactly(10)) == b"to and fro"
+            server.reload("[a]\ncmd = FAKE\n")
+            eventually(lambda: "was read again" in server.log())
+            with TlsClient(port, tmp_path) as client:  # the name is what was let in
+                assert client.ask("GET", "/v1/models").status == 403
+
+
+def named_key(title, key):
+    """The line `key = value` that the recipe names in its prose."""
+    _, _, rest = HERE.with_name("README.md").read_text().partition(f"\n### {title}")
+    return re.search(rf"`({key} = [^`]*)`", rest)[1] + "\n"
+
+
+def test_recipe_cron(tmp_path):
+    folder, port = tmp_path / "llmswap", free_port()
+    folder.mkdir()
+    shutil.copy(LLMSWAP, folder / "llmswap.py")
+    (folder / "models.ini").write_text(f"[llmswap]\nlisten = 127.0.0.1:{port}\n")
+    (tmp_path / "python3").symlink_to(sys.executable)
+    title = "cron instead of systemd"
+    lines = adapted(title, "", ("/opt/llmswap", folder)).splitlines()
+    each_minute = next(line for line in lines if "* * * * *" in line)
+    command = re.sub(r"^\s*(\S+\s+){5}", "", each_minute)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SHELL": "/bin/sh", "HOME": "/root"}
+    first = subprocess.Popen(["sh", "-c", f"exec {command}"], env=env, cwd="/")
+    try:
+        eventually(lambda: is_listening(port))
+        assert subprocess.run(["sh", "-c", command], env=env, cwd="/").returncode == 0
+        assert first.poll() is None
+        told = (folder / "log").read_text().splitlines()[-1]
+        assert told.endswith(f"llmswap answers at http://127.0.0.1:{port}/ already")
+    finally:
+        first.terminate()
+        assert first.wait(10) == 0
+
+
+def test_recipe_sleeping_instead_of_stopping(tmp_path):
+    program = tmp_path / "vllm"
+    program.write_text(
+        f'#!/bin/sh\ncase "$*" in *--enable-sleep-mode*) ;; *) exit 1 ;; esac\nexec '
+        f'{sys.executable} -I -S {fake_file()} --sleepable "$@"\n'
+    )
+    program.chmod(0o755)
+    text = adapted("Sleeping instead of stopping", "ini") + "[other]\ncmd = FAKE\n"
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with Llmswap(text, env=env) as server:
+        first = server.stats("vllm")
+        assert "VLLM_SERVER_DEV_MODE" in first["environ"]
+        server.chat("other")
+        assert server.states() == {"vllm": "sleeping", "other": "loaded"}
+        assert server.chat("vllm").status == 200
+        assert server.stats("vllm")["pid"] == first["pid"]
+
+
+# ----------------------------------------------------------------------------------
 # A browser: headless Chromium, driven through its DevTools protocol
 
 
@@ -9302,7 +10797,7 @@ CHROMIUM = next(
 CHROMIUM_FLAGS = """\
 --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
 --disable-background-networking --disable-component-update --remote-debugging-port=0
-""".split()
+""".split() + ["--host-resolver-rules=MAP *.test 127.0.0.1"]
 
 
 class WebSocket:
@@ -9470,6 +10965,23 @@ class Browser:
         """Type a text into whatever has the focus."""
         self.call("Input.insertText", text=text)
 
+    def click(self, element):
+        """Click on the middle of an element, as a person does, once it is there."""
+        self.until(f"{element}?.checkVisibility()")
+        box = f"{{const e = {element}; e.scrollIntoView({{block: 'center'}});"
+        box += " const r = e.getBoundingClientRect();"
+        x, y = self.value(f"{box} [r.x + r.width / 2, r.y + r.height / 2]}}")
+        for kind in ("mousePressed", "mouseReleased"):
+            how = {"x": x, "y": y, "button": "left", "clickCount": 1}
+            self.call("Input.dispatchMouseEvent", type=kind, **how)
+
+    def look(self, width, scheme):
+        """Be a screen of this width, in a `light` or a `dark` room."""
+        size = {"height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.call("Emulation.setDeviceMetricsOverride", width=width, **size)
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.call("Emulation.setEmulatedMedia", features=features)
+
 
 # ==================================================================================
 # Pages: what people and Prometheus see.
@@ -9607,14 +11119,15 @@ def test_labels_are_escaped():
 
 def test_requests_are_counted_by_model_and_status():
     meters = llmswap.Meters()
-    meters.count_request("a", 200, 0.3, 0.004, 7, 20, 1000)
-    meters.count_request("a", 200, 700.0, 0.0, 1, 2, 10)
+    meters.count_request("a", 200, 0.3, 0.004, 7, 20, 300, 1000)
+    meters.count_request("a", 200, 700.0, 0.0, 1, 2, 3, 10)
     meters.count_request("a", 503, 0.0)
     found = metrics_of(llmswap.metrics_text(facts(llmswap.Row("a"), meters=meters)))
     assert found["llmswap_requests_total", "model", "a", "status", "200"] == 2
     assert found["llmswap_requests_total", "model", "a", "status", "503"] == 1
     assert found["llmswap_prompt_tokens_total", "model", "a"] == 8
     assert found["llmswap_completion_tokens_total", "model", "a"] == 22
+    assert found["llmswap_request_bytes_total", "model", "a"] == 303
     assert found["llmswap_response_bytes_total", "model", "a"] == 1010
 
 
@@ -9669,7 +11182,8 @@ CHAT = "/v1/chat/completions"
 
 def test_what_happened_is_told_to_prometheus():
     with Llmswap(PAGE_MODELS) as server:
-        server.post(CHAT, {"model": "a", "tokens": 20})
+        sent = encoded({"model": "a", "tokens": 20})
+        got = server.post(CHAT, sent).body
         body = {"model": "b", "tokens": 5, "stream": True, "interval": 0.01}
         with Stream(server.port, CHAT, body) as stream:
             stream.text()
@@ -9677,7 +11191,7 @@ def test_what_happened_is_told_to_prometheus():
         server.post(CHAT, {"model": "nobody"})
         with Client(server.port) as client:
             client.send("POST", CHAT, {"model": "b", "delay": 60})
-            time.sleep(0.1)
+            eventually(lambda: server.get("/health").json()["requests"])
         counted = ("llmswap_requests_total", "model", "b", "status", "499")
         found = eventually(lambda: metrics_with(server, counted))
     requests = {key[2:5:2]: n for key, n in found.items() if key[0] == counted[0]}
@@ -9685,6 +11199,9 @@ def test_what_happened_is_told_to_prometheus():
         ("a", "200"): 1, ("b", "200"): 1, ("bad", "502"): 1, ("", "404"): 1,
         ("b", "499"): 1,
     }  # fmt: skip
+    assert found["llmswap_request_bytes_total", "model", "a"] == len(sent)
+    assert found["llmswap_response_bytes_total", "model", "a"] == len(got)
+    assert found["llmswap_prompt_tokens_total", "model", "a"] == 7
     assert found["llmswap_completion_tokens_total", "model", "a"] == 20
     assert found["llmswap_completion_tokens_total", "model", "b"] == 5
     assert found["llmswap_stops_total", "model", "a", "cause", "evicted"] == 1
@@ -9692,13 +11209,74 @@ def test_what_happened_is_told_to_prometheus():
     assert found["llmswap_load_duration_seconds_sum", "model", "a"] > 0.6
     assert found["llmswap_request_wait_seconds_sum", "model", "a"] > 0.6
     assert found["llmswap_model_resident_memory_bytes", "model", "b"] > 2**20
+    assert found["process_resident_memory_bytes",] > 2**20
     assert found["llmswap_swaps_total",] >= 1
     assert found["llmswap_model_state", "model", "b", "state", "loaded"] == 1
 
 
-def metrics_with(server, key):
-    found = metrics_of(server.get("/metrics").body.decode())
+PARSE_METRICS = """\
+import json, sys
+from prometheus_client.parser import text_string_to_metric_families
+told = []
+for family in text_string_to_metric_families(sys.stdin.read()):
+    assert family.type in ("gauge", "counter", "histogram"), family
+    assert family.documentation, family
+    for sample in family.samples:
+        told.append([sample.name, sample.labels, sample.value])
+print(json.dumps(told))
+"""
+
+
+def test_prometheus_own_parser_reads_what_we_mean(clients):
+    server, told = clients
+    if not CLIENTS:
+        pytest.skip("CLIENTS names no Python with prometheus_client")
+    text = server.get("/metrics", SECRET).body.decode()
+    words = [CLIENTS, "-c", PARSE_METRICS]
+    read = json.loads(subprocess.check_output(words, input=text, text=True))
+    found = {(name, *sum(labels.items(), ())): n for name, labels, n in read}
+    assert found == metrics_of(text) and len(found) > 300
+    assert found["llmswap_prompt_tokens_total", "model", "anthropic"] >= 4 * 7
+    assert found["llmswap_request_bytes_total", "model", "litellm"] > 10000
+
+
+def metrics_with(server, key, headers=()):
+    found = metrics_of(server.get("/metrics", headers).body.decode())
     return found if key in found else None
+
+
+CAUSES_FILE = """
+[a]
+cmd = FAKE
+idle-timeout = 300ms
+[b]
+cmd = FAKE
+[slow]
+cmd = FAKE --load 60
+"""
+
+
+def test_stops_are_told_to_prometheus_by_their_cause():
+    with Llmswap(CAUSES_FILE) as server:
+        for _ in range(2):  # b makes room for a, and a for b
+            assert server.chat("b").status == server.chat("a").status == 200
+        assert server.chat("b").status == 200
+        server.post("/unload")
+        with server.connect() as client:
+            client.send("POST", CHAT, chat_body("slow"))
+            eventually(lambda: "loading" in server.states().values())
+        assert server.chat("b").status == 200
+        server.reload(CAUSES_FILE.replace("[b]\n", "[b]\npin = off\nenv.X = 1\n"))
+        eventually(lambda: server.loaded() == [])
+        assert server.chat("a").status == 200
+        eventually(lambda: server.loaded() == [])
+        found = metrics_of(server.get("/metrics").body.decode())
+    stops = {key[2:5:2]: n for key, n in found.items() if key[0] == "llmswap_stops_total"}
+    assert stops == {
+        ("b", "evicted"): 2, ("a", "evicted"): 2, ("b", "unload"): 1,
+        ("slow", "abandoned"): 1, ("b", "reload"): 1, ("a", "idle"): 1,
+    }  # fmt: skip
+    assert found["llmswap_swaps_total",] == 5  # that for which a load was given up, too
 
 
 def test_an_answer_that_breaks_off_is_counted_as_502():
@@ -9754,12 +11332,13 @@ def test_the_policy_allows_the_pages_own_script_and_style_alone():
     for tag in ("script", "style"):
         inner = re.search(f"<{tag}>(.*)</{tag}>", llmswap.STATUS_PAGE, re.DOTALL)[1]
         digest = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
-        assert f"{tag}-src 'sha256-{digest}'" in llmswap.PAGE_POLICY
-    assert "unsafe" not in llmswap.PAGE_POLICY
+        assert f"{tag}-src 'sha256-{digest}'" in llmswap.page_policy()
+    assert "unsafe" not in llmswap.page_policy()
 
 
 EVENTS = {"Accept": "text/event-stream"}
 LOCKED = PAGE_MODELS.replace("models-max", "api-key = secret\nmodels-max")
+SECRET = {"x-api-key": "secret"}
 
 
 def test_the_bare_page_needs_no_key_and_its_news_does():
@@ -9767,7 +11346,7 @@ def test_the_bare_page_needs_no_key_and_its_news_does():
         page = server.get("/", {"Accept": "text/html"})
         assert page.status == 200
         assert page.headers["content-type"].startswith("text/html")
-        assert page.headers["content-security-policy"] == llmswap.PAGE_POLICY
+        assert page.headers["content-security-policy"] == llmswap.page_policy()
         assert server.get("/", EVENTS).status == 401
         assert server.get("/metrics").status == 401
         key = {"Authorization": "Bearer secret"}
@@ -9859,7 +11438,8 @@ def test_a_model_is_loaded_and_unloaded_by_keyboard(browser):
     with Llmswap(PAGE_MODELS) as server:
         browser.open(server.url)
         browser.until(shown(row("a"), "Load"))
-        browser.value(row("a", ".acts > :last-child") + ".focus()")
+        while browser.value("document.activeElement.ariaLabel") != "Load a":
+            browser.press("Tab")
         browser.press("Enter")
         browser.until(shown(row("a", ".state"), "loaded"))
         focused = "document.activeElement.closest('li')?.dataset.id"
@@ -9914,12 +11494,17 @@ def test_a_failure_answers_the_prompt_with_its_reason(browser):
 
 @in_browser
 def test_a_log_is_followed(browser):
-    with Llmswap(PAGE_MODELS) as server:
+    with Llmswap("[b]\ncmd = FAKE --lines 40") as server:
         browser.open(server.url)
-        server.post("/models/load", {"model": "a"})
-        browser.until(shown(row("a", ".state"), "loaded"))
-        browser.value(row("a", "[data-do=log]") + ".click()")
-        browser.until(shown("document.querySelector('#lines')", "listening"))
+        assert server.chat("b").status == 200
+        browser.click(row("b", "[data-do=log]"))
+        browser.until(shown("$('lines')", "model loaded"))
+        server.post("/unload")
+        assert server.chat("b").status == 200
+        browser.until("$('lines').innerText.split('model loaded').length === 3")
+        assert browser.value("$('lines').scrollHeight > $('lines').clientHeight")
+        below = "{const l = $('lines'); l.scrollHeight - l.clientHeight - l.scrollTop}"
+        assert browser.value(below) < 2, "the end is out of sight"
         browser.press("Escape")
         browser.until("document.querySelector('#log').hidden")
         assert browser.value("document.activeElement.innerText") == "Log"
@@ -9945,22 +11530,194 @@ def test_the_key_is_asked_for_once(browser):
 
 
 @in_browser
-@pytest.mark.parametrize("width", [320, 390, 1280])
-def test_forty_models_and_none_fit_any_width(browser, width):
-    size = {"height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.call("Emulation.setDeviceMetricsOverride", width=width, **size)
-    names = [f"a-model-with-a-rather-long-name-{n}-instruct-q4_k_m" for n in range(40)]
+@pytest.mark.parametrize("count", [40, 0])
+def test_forty_models_and_none_fit_any_width(browser, count):
+    names = [f"a-model-with-a-rather-long-name-{n}-instruct-q4_k_m" for n in range(count)]
     text = "".join(f"[{name}]\ncmd = FAKE\n" for name in names)
-    for models, mark in ((text, "Load"), ("", "No models yet")):
-        with Llmswap(f"[llmswap]\n{models}") as server:
+    with Llmswap(f"[llmswap]\n{text}") as server:
+        for width in (320, 390, 1280):
+            browser.look(width, "light")
             browser.open(server.url)
+            mark = "Load" if count else "No models yet"
             browser.until(shown("document.querySelector('main')", mark))
             assert browser.value("document.documentElement.scrollWidth") <= width
             seen = "[...document.querySelectorAll('main li')].length"
-            assert browser.value(seen) == (40 if models else 0)
-            assert browser.value("!$('find').hidden") == bool(models)
+            assert browser.value(seen) == count
+            assert browser.value("!$('find').hidden") == bool(count)
             assert browser.complaints == []
-    browser.call("Emulation.clearDeviceMetricsOverride")
+
+
+@in_browser
+def test_a_load_is_cancelled(browser):
+    text = PAGE_MODELS.replace("--load 0.6", "--load 60")
+    with Llmswap(text) as server:
+        browser.open(server.url)
+        browser.click(row("a", "[data-do=load]"))
+        browser.until(shown(row("a", ".state"), "loading"))
+        eventually(lambda: server.journal("main", "fake"))
+        assert browser.value(row("a", ".acts > :last-child") + ".innerText") == "Cancel"
+        browser.click(row("a", "[data-do=unload]"))
+        browser.until(shown(row("a", ".state"), "unloaded by hand"))
+        assert server.states()["a"] == "unloaded" and browser.complaints == []
+
+
+# Lists the processes of fake servers that are loaded as if each held half a GiB.
+NVIDIA_SMI = f"""\
+#!{sys.executable} -IS
+import os
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    try:
+        words = open(f"/proc/{{pid}}/cmdline", "rb").read()
+        if b"fake.pyc" in words and b"mapper.py" not in words:
+            print(pid, 512, sep=", ")
+    except OSError:
+        pass
+"""
+ALL_STATES = """
+[llmswap]
+models-max = 3
+[*]
+idle-timeout = 15m
+[busy]
+cmd = FAKE
+alias = first, second
+description = For code
+[still]
+cmd = FAKE
+[slow]
+cmd = {slow}
+[dozy]
+cmd = FAKE --sleepable
+sleep = POST /sleep?level=1
+wake = POST /wake_up
+[gone]
+cmd = FAKE
+[bad]
+cmd = FAKE --load-exit 3
+[wrong]
+cmd = FAKE
+colour = red
+[twin]
+uses = busy
+"""
+AT_A_GLANCE = {
+    "busy": "first, second|For code|loaded|1 running|50.0 tokens/s|512 MiB",
+    "still": "loaded|none|Unloads in|14 min",
+    "slow": "loading| %| s|1 waiting|Cancel",
+    "dozy": "sleeping|512 MiB",
+    "bad": "failed| s ago|exited with status 3|unexpected end of file|Try again",
+    "gone": "evicted for bad",
+    "wrong": "unusable|colour",
+    "twin": "shares busy",
+}
+
+# Every text whose colour is too near to what lies behind it, and every field whose
+# border is (WCAG AA asks for 4.5 and 3).
+PALE_TEXTS = """\
+(() => {
+  const light = (colour) => {
+    const parts = colour.match(/[\\d.]+/g).slice(0, 3).map((n) => n / 255);
+    const bend = (c) => c <= .04 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
+    const [r, g, b] = parts.map(bend);
+    return .2126 * r + .7152 * g + .0722 * b;
+  };
+  const behind = (element) => {
+    const colour = getComputedStyle(element).backgroundColor;
+    return colour === "rgba(0, 0, 0, 0)" ? behind(element.parentElement) : colour;
+  };
+  const ratio = (one, other) => {
+    const [a, b] = [light(one), light(other)];
+    return (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+  };
+  const found = [];
+  const all = document.querySelectorAll("body *:not(script, style, option)");
+  for (const element of all) {
+    const own = [...element.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+    if (!element.checkVisibility() || !(own || element.placeholder)) continue;
+    const kind = element.placeholder ? "::placeholder" : null;
+    const style = getComputedStyle(element, kind), shown = element.outerHTML.slice(0, 80);
+    const texts = ratio(style.color, behind(element));
+    if (texts < 4.5) found.push([shown, texts]);
+    const edges = kind && ratio(getComputedStyle(element).borderColor, behind(element));
+    if (kind && edges < 3) found.push([shown, edges]);
+  }
+  return found;
+})()"""
+
+
+@pytest.fixture(scope="module")
+def all_states(tmp_path_factory):
+    """llmswap with a model in each state there is."""
+    folder = tmp_path_factory.mktemp("states")
+    tool = folder / "nvidia-smi"
+    tool.write_text(NVIDIA_SMI)
+    tool.chmod(0o755)
+    text = ALL_STATES.format(slow=slow_model(folder, seconds=60))
+    path = f"{folder}:{os.environ['PATH']}"
+    with hasty(text, env={"PATH": path}) as server, server.connect() as waiting:
+        for model in ("dozy", "gone", "still", "busy"):
+            assert server.chat(model, tokens=5).status == 200
+        with server.stream("busy", tokens=10**6, interval=0.1) as stream:
+            next(stream.events())
+            server.chat("bad")
+            waiting.send("POST", CHAT, chat_body("slow"))
+            yield server
+
+
+def test_prometheus_is_told_what_goes_on_now(all_states):
+    progress = "llmswap_load_progress_ratio", "model", "slow"
+    found = eventually(lambda: metrics_with(all_states, progress))
+    for name, model, number in (
+        ("requests_in_flight", "busy", 1),
+        ("requests_queued", "slow", 1),
+        ("model_gpu_memory_bytes", "still", 2**29),
+        ("last_tokens_per_second", "busy", 50),
+        ("failures_total", "bad", 1),
+    ):
+        more = ("state", "loading") if name == "failures_total" else ()
+        assert found[(f"llmswap_{name}", "model", model, *more)] == number
+    assert found["llmswap_model_resident_memory_bytes", "model", "dozy"] > 2**20
+    assert 0 < found[progress] < 0.9
+    now = [key[2:5:2] for key, n in found.items() if n and key[0] == "llmswap_model_state"]
+    assert dict(now) == {
+        "busy": "loaded", "still": "loaded", "slow": "loading", "dozy": "sleeping",
+        "gone": "unloaded", "bad": "unloaded", "wrong": "unloaded",
+    }  # fmt: skip
+
+
+@in_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_every_state_is_plain_at_any_width_by_day_and_night(
+    browser, all_states, width, scheme
+):
+    browser.look(width, scheme)
+    browser.open(all_states.url)
+    for model, words in AT_A_GLANCE.items():
+        for word in words.split("|"):
+            browser.until(shown(row(model), word))
+    assert 0 < browser.value(row("slow", "progress") + ".value") < 0.9
+    assert browser.value("document.documentElement.scrollWidth") <= width
+    assert browser.value(PALE_TEXTS) == []
+    ground = browser.value("getComputedStyle(document.body).backgroundColor")
+    darkest = max(map(int, re.findall(r"\d+", ground)))
+    assert (darkest < 64) == (scheme == "dark")
+    for words in ("2 of 8 loaded", "1 running", "1 waiting", "VRAM"):
+        browser.until(shown("$('totals')", words))
+    assert browser.complaints == []
+
+
+@in_browser
+def test_nothing_runs_but_the_pages_own_script(browser, all_states):
+    browser.open(all_states.url)
+    browser.until(shown(row("busy"), "loaded"))
+    add = "document.body.append(Object.assign(document.createElement"
+    browser.value(f"{add}('script'), {{textContent: 'window.stolen = 1'}}))")
+    browser.value(f"{add}('img'), {{src: 'http://other.test/'}}))")
+    assert browser.value("fetch('http://other.test/').catch(() => 'no')") == "no"
+    assert browser.value("window.stolen") is None
+    told = " ".join(map(str, browser.complaints))
+    assert all(word in told for word in ("script-src", "img-src", "connect-src"))
 
 
 @in_browser
@@ -9976,6 +11733,571 @@ def test_the_page_comes_back_after_llmswap_was_restarted(browser):
 
 
 # ==================================================================================
+# Clients: what people have already, driven as it is.
+# ==================================================================================
+
+CLIENTS = os.environ.get("CLIENTS")  # a Python that has openai, anthropic, litellm
+NODE_OPENAI = os.path.join(os.environ.get("NODE_PATH", "/nowhere"), "openai")
+
+# Each library is driven by one process, for to import it takes seconds. A script tells
+# {case: what came of it}: of an answer its text or tool call, its reason to end and its
+# tokens; of an error its type and status.
+PYTHON_SETUP = """\
+import io, json, sys, time
+url, name, real = sys.argv[1:]
+hello = [{"role": "user", "content": "Hello"}]
+parameters = {"type": "object", "properties": {"a": {"type": "integer"}}}
+tools = [{"type": "function", "function": {"name": "tool0", "parameters": parameters}}]
+told = {}
+def case(act):
+    try:
+        told[act.__name__] = act()
+    except Exception as error:
+        told[act.__name__] = [type(error).__name__, getattr(error, "status_code", None)]
+def called(calls):
+    each = [(call.function.name or "") + (call.function.arguments or "") for call in calls]
+    return "".join(each)
+def whole(answer):
+    [choice] = answer.choices
+    text = choice.message.content or called(choice.message.tool_calls)
+    return [text, choice.finish_reason, answer.usage.completion_tokens]
+def flow(wish, model=name, **how):
+    text, used, end = "", None, None
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    for chunk in ask(wish, model, **usage, **how):
+        used = getattr(chunk, "usage", None) or used
+        for choice in chunk.choices:
+            text += choice.delta.content or called(choice.delta.tool_calls or ())
+            end = choice.finish_reason or end
+    return [text, end, used and used.completion_tokens]
+"""
+OPENAI_SETUP = """
+import openai
+client = openai.OpenAI(base_url=url + "/v1", api_key="secret")
+def ask(wish, model=name, api_key="secret", max_retries=2, **how):
+    by = client.with_options(api_key=api_key, max_retries=max_retries)
+    create = by.chat.completions.create
+    return create(model=model, messages=hello, extra_body=wish, **how)
+def embed(model, texts):
+    answer = client.embeddings.create(model=model, input=texts)
+    return [each.embedding for each in answer.data]
+def hear(sound):
+    return client.audio.transcriptions.create(model=name, file=sound)
+"""
+LITELLM_SETUP = """
+import litellm
+litellm.suppress_debug_info = True
+way = {"api_base": url + "/v1", "api_key": "secret"}
+lean = {"_skip_mcp_handler": True}  # else tools make it import for two seconds more
+def ask(wish, model=name, **how):
+    how = {**way, **lean, "extra_body": wish, **how}
+    return litellm.completion("openai/" + model, hello, **how)
+def embed(model, texts):
+    answer = litellm.embedding("openai/" + model, texts, **way)
+    return [each["embedding"] for each in answer.data]
+def hear(sound):
+    return litellm.transcription("openai/" + name, sound, **way)
+@case
+def lists():
+    found = litellm.get_valid_models(True, "openai", **way)
+    return sorted(each.removeprefix("openai/") for each in found)
+"""
+ANTHROPIC_SETUP = """
+import anthropic
+client = anthropic.Anthropic(base_url=url, api_key="secret")
+tools = [{"name": "tool0", "input_schema": parameters}]
+def wished(wish, model, how):
+    usual = {"model": model, "max_tokens": 9, "messages": hello}
+    return {**usual, "extra_body": wish, **how}
+def ask(wish, model=name, api_key="secret", max_retries=2, **how):
+    by = client.with_options(api_key=api_key, max_retries=max_retries)
+    return by.messages.create(**wished(wish, model, how))
+def whole(message):
+    text = ""
+    for each in message.content:
+        text += each.text if each.type == "text" else each.name + json.dumps(each.input)
+    return [text, message.stop_reason, message.usage.output_tokens]
+def flow(wish, model=name, **how):
+    with client.messages.stream(**wished(wish, model, how)) as stream:
+        return whole(stream.get_final_message())
+"""
+LISTING_CASES = """
+@case
+def lists():
+    return sorted(each.id for each in client.models.list())
+@case
+def finds():
+    return client.models.retrieve(name).id
+"""
+CHAT_CASES = """
+@case
+def chats():
+    return whole(ask({"text": "Good day"}))
+@case
+def streams():
+    return flow({"text": "Good day"})
+@case
+def calls_tools():
+    return whole(ask({"arguments": '{"a": 1}'}, tools=tools))
+@case
+def streams_tools():
+    return flow({"arguments": '{"a": 1}'}, tools=tools)
+@case
+def is_refused_an_unknown_model():
+    return whole(ask({}, "nobody"))
+@case
+def is_refused_a_wrong_key():
+    return whole(ask({}, api_key="wrong"))
+@case
+def is_refused_a_large_body():
+    return whole(ask({"padding": "x" * 2**20}))
+@case
+def does_not_repeat_a_failed_load():
+    return whole(ask({}, "bad-" + name, max_retries=2))
+@case
+def repeats_what_was_refused_as_busy():
+    return whole(ask({"status": 503}, "busy-" + name, max_retries=1))
+@case
+def sees_a_stream_break_off():
+    return flow({"cut": "boundary", "tokens": 4})
+@case
+def sees_an_event_break_off():
+    return flow({"cut": "mid-event", "tokens": 4})
+if real:
+    @case
+    def streams_from_llama_server():
+        return flow({"ignore_eos": True}, "real", max_tokens=4)[1:]
+"""
+OTHER_CASES = """
+@case
+def embeds():
+    return [[len(vector), vector[0]] for vector in embed(name, ["four", "eight888"])]
+@case
+def uploads_audio():
+    return hear(("a.wav", io.BytesIO(bytes(10000)), "audio/wav")).text
+if real:
+    @case
+    def embeds_by_llama_server():
+        return len(embed("small", ["a b"])[0])
+"""
+PATIENT_CASE = """
+@case
+def waits_as_long_as_told():  # from the third failed load on they are spaced
+    for model in ["bad-" + name] * 2:
+        try:
+            ask({}, model)
+        except openai.InternalServerError:
+            began = time.monotonic()
+    try:
+        ask({}, model, max_retries=1)
+    except openai.InternalServerError as error:
+        return [error.status_code, 0.9 < time.monotonic() - began < 5]
+"""
+COUNT_CASE = """
+if real:
+    @case
+    def counts_tokens_by_llama_server():
+        count = client.messages.count_tokens(model="real", messages=hello)
+        return count.input_tokens > 4
+"""
+NODE_CASES = """\
+const {OpenAI, toFile} = require("openai");
+const [url, name, real] = process.argv.slice(1);
+const told = {}, messages = [{role: "user", content: "Hello"}];
+const parameters = {type: "object", properties: {a: {type: "integer"}}};
+const tools = [{type: "function", function: {name: "tool0", parameters}}];
+const defaultHeaders = { // these, and what `roo` asks for, are Roo Code's
+  "HTTP-Referer": "https://github.com/RooVetGit/Roo-Cline", "X-Title": "Roo Code",
+  "User-Agent": "RooCode/3.36.0",
+};
+const roo = {tools, tool_choice: "auto", parallel_tool_calls: false, temperature: 0};
+const client = new OpenAI({baseURL: `${url}/v1`, apiKey: "secret", defaultHeaders});
+const stranger = client.withOptions({apiKey: "wrong"});
+const ask = (wish, model = name, how, by = client) =>
+  by.chat.completions.create({model, messages, ...wish}, how);
+const embed = async (model, input) =>
+  (await client.embeddings.create({model, input})).data.map((each) => each.embedding);
+const called = (calls) =>
+  (calls ?? []).map(({function: f}) => (f.name ?? "") + (f.arguments ?? "")).join("");
+async function whole(wish) {
+  const {choices: [{message, finish_reason}], usage} = await ask(wish);
+  const text = message.content || called(message.tool_calls);
+  return [text, finish_reason, usage.completion_tokens];
+}
+async function flow(wish, model) {
+  let text = "", used, end;
+  const usage = {stream: true, stream_options: {include_usage: true}};
+  for await (const {choices, usage: told} of await ask({...usage, ...wish}, model)) {
+    used = told ?? used;
+    for (const {delta, finish_reason} of choices) {
+      text += delta.content || called(delta.tool_calls);
+      end = finish_reason ?? end;
+    }
+  }
+  return [text, end, used?.completion_tokens];
+}
+const cases = {
+  lists: async () => (await client.models.list()).data.map((each) => each.id).sort(),
+  finds: async () => (await client.models.retrieve(name)).id,
+  chats: () => whole({text: "Good day"}),
+  streams: () => flow({text: "Good day"}),
+  calls_tools: () => whole({arguments: '{"a": 1}', ...roo}),
+  streams_tools: () => flow({arguments: '{"a": 1}', ...roo}),
+  is_refused_an_unknown_model: () => ask({}, "nobody"),
+  is_refused_a_wrong_key: () => ask({}, name, {}, stranger),
+  is_refused_a_large_body: () => ask({padding: "x".repeat(2 ** 20)}),
+  does_not_repeat_a_failed_load: () => ask({}, `bad-${name}`),
+  repeats_what_was_refused_as_busy: () =>
+    ask({status: 503}, `busy-${name}`, {maxRetries: 1}),
+  sees_a_stream_break_off: () => flow({cut: "boundary", tokens: 4}),
+  sees_an_event_break_off: () => flow({cut: "mid-event", tokens: 4}),
+  embeds: async () =>
+    (await embed(name, ["four", "eight888"])).map((each) => [each.length, each[0]]),
+  async uploads_audio() {
+    const file = await toFile(Buffer.alloc(10000), "a.wav");
+    return (await client.audio.transcriptions.create({model: name, file})).text;
+  },
+};
+if (real) {
+  cases.streams_from_llama_server = async () =>
+    (await flow({max_tokens: 4, ignore_eos: true}, "real")).slice(1);
+  cases.embeds_by_llama_server = async () => (await embed("small", ["a b"]))[0].length;
+}
+(async () => {
+  for (const [what, act] of Object.entries(cases)) {
+    const failed = (error) => [error.constructor.name, error.status ?? null];
+    told[what] = await Promise.resolve().then(act).catch(failed);
+  }
+  console.log(JSON.stringify(told));
+})();
+"""
+OF_PYTHON = {  # the parts of each script
+    "openai": OPENAI_SETUP + LISTING_CASES + CHAT_CASES + OTHER_CASES + PATIENT_CASE,
+    "anthropic": ANTHROPIC_SETUP + LISTING_CASES + CHAT_CASES + COUNT_CASE,
+    "litellm": LITELLM_SETUP + CHAT_CASES + OTHER_CASES,
+}
+SCRIPTS = {
+    client: PYTHON_SETUP + parts + "print(json.dumps(told))"
+    for client, parts in OF_PYTHON.items()
+}
+SCRIPTS["node"] = NODE_CASES
+CLIENT_FILE = """
+[llmswap]
+models-max = 0
+api-key = secret
+max-body = 1M
+"""
+MODELS_OF_A_CLIENT = """
+[{0}]
+cmd = FAKE --model {0}
+[busy-{0}]
+cmd = FAKE --model busy-{0}
+[bad-{0}]
+cmd = FAKE --model bad-{0} --load-exit 3
+"""
+REAL_MODELS = """
+[real]
+llama-server = {0}
+model = {1}
+[small]
+llama-server = {0}
+model = {1}
+embeddings = on
+pooling = mean
+"""
+
+
+def client_command(client):
+    """How to run a client's script; None if the client is not there."""
+    if client == "node":
+        node = shutil.which("node")
+        return [node, "-e"] if node and os.path.exists(NODE_OPENAI) else None
+    return [CLIENTS, "-c"] if CLIENTS else None
+
+
+@pytest.fixture(scope="module")
+def clients():
+    """llmswap, and {client: what it told} of every client that is there."""
+    proxy = Llmswap("")
+    text = CLIENT_FILE + "".join(map(MODELS_OF_A_CLIENT.format, SCRIPTS))
+    if LLAMA_SERVER:
+        model = write_gguf(proxy.folder / "model.gguf")
+        text += REAL_MODELS.format(LLAMA_SERVER, model)
+    proxy.write(text)
+    present = [client for client in SCRIPTS if client_command(client)]
+    with proxy, ThreadPoolExecutor() as pool:
+        run = functools.partial(run_client, proxy.url)
+        yield proxy, dict(zip(present, pool.map(run, present)))
+
+
+def run_client(url, client):
+    words = [*client_command(client), SCRIPTS[client], url, client, LLAMA_SERVER or ""]
+    env = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # fetch nothing
+    ended = subprocess.run(words, env=env, capture_output=True, text=True, timeout=180)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
+
+
+USUAL = {
+    "chats": ["Good day", "stop", 3],
+    "streams": ["Good day", "stop", 3],
+    "calls_tools": ['tool0{"a": 1}', "tool_calls", 3],
+    "streams_tools": ['tool0{"a": 1}', "tool_calls", 3],
+    "is_refused_an_unknown_model": ["NotFoundError", 404],
+    "is_refused_a_wrong_key": ["AuthenticationError", 401],
+    "is_refused_a_large_body": ["APIStatusError", 413],
+    "does_not_repeat_a_failed_load": ["InternalServerError", 502],
+    "repeats_what_was_refused_as_busy": ["InternalServerError", 503],
+    "sees_a_stream_break_off": ["APIError", None],
+    "sees_an_event_break_off": ["RemoteProtocolError", None],
+    "embeds": [[8, 0.5], [8, 1.0]],
+    "streams_from_llama_server": ["length", 4],
+    "embeds_by_llama_server": 64,
+}
+UNUSUAL = {
+    "openai": {"waits_as_long_as_told": [502, True]},
+    "anthropic": {
+        "chats": ["Good day", "end_turn", 3],
+        "streams": ["Good day", "end_turn", 3],
+        "calls_tools": ['tool0{"a": 1}', "tool_use", 3],
+        "streams_tools": ['tool0{"a": 1}', "tool_use", 3],
+        "is_refused_a_large_body": ["ContentTooLargeError", 413],
+        "repeats_what_was_refused_as_busy": ["ServiceUnavailableError", 503],
+        "sees_a_stream_break_off": ["APIStatusError", 200],
+        "streams_from_llama_server": ["max_tokens", 4],
+        "counts_tokens_by_llama_server": True,
+    },
+    "litellm": {
+        "is_refused_a_large_body": ["BadRequestError", 413],
+        "does_not_repeat_a_failed_load": ["BadGatewayError", 502],
+        "repeats_what_was_refused_as_busy": ["ServiceUnavailableError", 503],
+        "sees_a_stream_break_off": ["MidStreamFallbackError", 500],
+        "sees_an_event_break_off": ["MidStreamFallbackError", 500],
+    },
+    "node": {
+        "is_refused_a_large_body": ["APIError", 413],
+        "sees_an_event_break_off": ["TypeError", None],
+    },
+}
+
+
+@pytest.mark.parametrize("client", SCRIPTS)
+def test_a_client_sees_what_was_meant(clients, client):
+    server, told = clients
+    if client not in told:
+        pytest.skip(f"{client} is not there (CLIENTS, NODE_PATH)")
+    listed = server.get("/v1/models", SECRET).json()["data"]
+    named = {"lists": sorted(each["id"] for each in listed), "finds": client}
+    expected = {**named, **USUAL, **UNUSUAL[client]}
+    heard = told[client].pop("uploads_audio", f"{client} 1: 10000 bytes")
+    assert re.fullmatch(rf"{client} \d+: 10\d\d\d bytes", heard)  # form and all
+    assert told[client] == {case: expected[case] for case in told[client]}
+
+
+@pytest.mark.parametrize("client", SCRIPTS)
+def test_a_client_repeats_what_may_yet_succeed_and_nothing_else(clients, client):
+    server, told = clients
+    if client not in told:
+        pytest.skip(f"{client} is not there (CLIENTS, NODE_PATH)")
+    asked = Counter(each["path"] for each in server.journal("request", client))
+    chats = "/v1/messages" if client == "anthropic" else "/v1/chat/completions"
+    assert asked[chats] == 6 and set(asked.values()) <= {6, 1}
+    assert len(server.journal("request", f"busy-{client}")) == 2
+    starts = 4 if client == "openai" else 1
+    assert len(server.journal("main", f"bad-{client}")) == starts
+
+
+WEBUI = {  # what Open WebUI sends with each request, a GET too
+    "Content-Type": "application/json",
+    "Authorization": "Bearer secret",
+    "X-OpenWebUI-User-Name": "Ann%20Example",
+    "X-OpenWebUI-User-Email": "ann@example.org",
+    "X-OpenWebUI-Chat-Id": "b7c1",
+    "Accept": "*/*",
+    "Accept-Encoding": "gzip, deflate, br",
+    "User-Agent": "Python/3.11 aiohttp/3.14.5",
+}
+ROO = {  # Roo Code's list of models
+    "Accept": "application/json, text/plain, */*",
+    "Authorization": "Bearer secret",
+    "HTTP-Referer": "https://github.com/RooVetGit/Roo-Cline",
+    "X-Title": "Roo Code",
+    "User-Agent": "RooCode/3.36.0",
+}
+WEBUI_FILE = CLIENT_FILE + "[m]\ncmd = FAKE\n[bad]\ncmd = FAKE --load-exit 3\n"
+
+
+def test_open_webuis_calls_do_what_it_expects():
+    with Llmswap(WEBUI_FILE) as server, server.connect() as client:
+        for path in ("/v1/models", "/models"):
+            listed = client.ask("GET", path, None, WEBUI).json()["data"]
+            states = {each["id"]: each["status"]["value"] for each in listed}
+            assert states == {"m": "unloaded", "bad": "unloaded"}
+        assert client.ask("POST", "/models/load", {"model": "m"}, WEBUI).status == 200
+        with Stream(server.port, CHAT, chat_body("m", stream=True), WEBUI) as stream:
+            assert stream.headers["content-type"].startswith("text/event-stream")
+            assert stream.text().endswith("word2")
+        texts = {"model": "m", "input": ["four", "eight888"]}
+        answer = client.ask("POST", "/v1/embeddings", texts, WEBUI).json()
+        assert [each["embedding"][0] for each in answer["data"]] == [0.5, 1.0]
+        speech = {"model": "m", "input": "Good day", "voice": "alloy"}
+        told = client.ask("POST", "/v1/audio/speech", speech, WEBUI).json()
+        assert json.loads(told["body"]) == speech
+        sent = {name.lower(): value for name, value in told["headers"]}
+        assert sent["x-openwebui-chat-id"] == "b7c1" and "authorization" not in sent
+        answer = client.ask("POST", CHAT, chat_body("bad"), WEBUI)
+        assert answer.status == 502 and "exited with status 3" in answer.message()
+        assert client.ask("POST", "/models/unload", {"model": "m"}, WEBUI).json()
+
+
+def test_open_webui_and_roo_code_read_the_list_and_errors():
+    with Llmswap(WEBUI_FILE) as server:
+        listed = server.get("/v1/models", ROO).json()["data"]
+        assert [each["id"] for each in listed] == ["m", "bad"]
+        with Stream(server.port, "/models/sse", None, WEBUI) as news:
+            body = {"model": "m"}
+            assert server.ask("POST", "/models/load", body, WEBUI).json()["success"]
+            events = news.documents()
+            assert next(events)["model"] == "m"
+        download = server.ask("POST", "/models", {"model": "org/name"}, WEBUI)
+        assert download.status == 405 and "POST" in download.message()
+
+
+def test_open_webuis_audio_comes_in_chunks_of_unknown_length():
+    parts = (
+        b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n'
+        b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
+    )
+    pieces = [parts, *[bytes(65536)] * 3, b"\r\n--b--\r\n"]
+    chunks = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces]
+    fields = {**WEBUI, "Content-Type": "multipart/form-data; boundary=b"}
+    fields.update({"Content-Length": None, "Transfer-Encoding": "chunked"})
+    path = "/v1/audio/transcriptions"
+    with Llmswap(WEBUI_FILE) as server, server.connect() as client:
+        head = request_head("POST", path, 0, fields)
+        client.sock.sendall(b"".join([head, *chunks, b"0\r\n\r\n"]))
+        client.method = "POST"
+        assert client.answer().json()["fields"]["file"]["size"] == 3 * 65536
+
+
+# ----------------------------------------------------------------------------------
+# Other pages, and llama-server's own
+
+
+# What a page of another origin gets: of its own server it would all be this easy.
+FROM_A_PAGE = """\
+(async () => {{
+  const ask = async (path, body, key = "secret") => {{
+    const headers = {{"authorization": `Bearer ${{key}}`, "x-stainless-lang": "js",
+      "content-type": "application/json"}};
+    const options = body ? {{method: "POST", body: JSON.stringify(body)}} : {{}};
+    const answer = await fetch("{url}" + path, {{...options, headers}});
+    const told = await answer.text();
+    return [answer.status, answer.headers.get("x-should-retry"), told];
+  }};
+  const messages = [], chat = "/v1/chat/completions";
+  return [
+    await ask("/v1/models"),
+    await ask(chat, {{model: "b", messages, stream: true}}),
+    await ask(chat, {{model: "bad", messages}}),
+    await ask(chat, {{model: "nobody", messages}}),
+    await ask("/v1/models", null, "wrong"),
+    await ask(chat, {{model: "b", messages, status: 400}}),
+  ];
+}})()"""
+
+
+@in_browser
+def test_a_page_of_an_allowed_origin_reads_answers_and_errors(browser):
+    with Fake() as site:  # any page will do
+        origin = f"http://app.test:{site.port}"
+        text = LOCKED.replace("[llmswap]", f"[llmswap]\ncors-origins = {origin}")
+        browser.open(origin)
+        browser.until(f"location.origin === '{origin}'")
+    with Llmswap(text) as server:
+        listed, streamed, failed, unknown, locked, bad = browser.value(
+            FROM_A_PAGE.format(url=server.url)
+        )
+    assert listed[0] == 200 and '"id":"bad"' in listed[2]
+    assert streamed[0] == 200 and streamed[2].endswith("data: [DONE]\n\n")
+    assert failed[:2] == [502, "false"] and "exited with status 3" in failed[2]
+    assert unknown[0] == 404 and "model_not_found" in unknown[2]
+    assert locked[0] == 401 and "API key" in locked[2]
+    assert bad[0] == 400 and "as asked" in bad[2]
+
+
+@in_browser
+def test_a_page_of_another_origin_gets_and_causes_nothing(browser):
+    text = PAGE_MODELS.replace("[llmswap]", "[llmswap]\ncors-origins = http://app.test")
+    with Fake() as site:
+        browser.open(f"http://evil.test:{site.port}")
+        browser.until(f"location.origin === 'http://evil.test:{site.port}'")
+    with Llmswap(text) as server:
+        asked = f"fetch('{server.url}/v1/models').catch((error) => error.name)"
+        assert browser.value(asked) == "TypeError"
+        simple = "{method: 'POST', mode: 'no-cors', body: '{\"model\": \"b\"}'}"
+        for path in (CHAT, "/models/load"):
+            browser.value(f"fetch('{server.url}{path}', {simple}).then((a) => a.type)")
+        for path in ("/unload", "/upstream/b/"):
+            linked = "{mode: 'no-cors'}"
+            browser.value(f"fetch('{server.url}{path}', {linked}).then((a) => a.type)")
+        assert server.journal() == [] and server.loaded() == []
+        statuses = metrics_of(server.get("/metrics").body.decode())
+        assert statuses["llmswap_requests_total", "model", "", "status", "403"] >= 2
+
+
+LLAMA_UI = os.environ.get("LLAMA_UI")  # the folder of llama-server's own web UI, built
+UI_FILE = """
+[llmswap]
+api-key = secret
+llama-server = {server}
+models-max = 0
+[*]
+path = {ui}
+ctx-size = 512
+threads = 1
+[one]
+model = {model}
+[org/two]
+model = {model}
+n-predict = 5
+"""
+
+
+@in_browser
+@pytest.mark.skipif(not (LLAMA_SERVER and LLAMA_UI), reason="LLAMA_UI names no folder")
+def test_llama_servers_own_page_works_under_upstream(browser, tmp_path):
+    model = write_gguf(tmp_path / "model.gguf")
+    text = UI_FILE.format(server=LLAMA_SERVER, ui=LLAMA_UI, model=model)
+    browser.look(1280, "light")
+    with Llmswap(text) as server:
+        browser.open(server.url)
+        browser.until("document.querySelector('#door')?.open")
+        browser.type("secret")
+        browser.press("Enter")
+        browser.click(row("org/two", "[data-do=load]"))
+        browser.until(shown(row("org/two", ".state"), "loaded"))
+        link = browser.value(row("org/two", "a") + ".href")
+        named = link.replace("//", "//anyone:secret@")  # as if typed when asked for
+        browser.open(named + "health")
+        browser.until(shown("document.body", "ok"))
+        browser.open(link)
+        box = "document.querySelector('textarea')"
+        browser.until(f"{box}?.checkVisibility()")
+        browser.click(box)
+        browser.type("hello")
+        browser.press("Enter")
+        counted = "llmswap_completion_tokens_total", "model", "org/two"
+        eventually(lambda: metrics_with(server, counted, SECRET)[counted])
+        listed = server.get("/v1/models", SECRET).json()["data"]
+        assert [each["status"]["value"] for each in listed] == ["unloaded", "loaded"]
+        urls = "performance.getEntriesByType('resource').map((each) => each.name)"
+        asked = [url for url in browser.value(urls) if url.startswith("http")]
+        assert len(asked) > 5 and all(url.startswith(link) for url in asked), asked
+        browser.until(shown("document.body", " t/s"))  # the answer's figures
+
+
+# ==================================================================================
 # 10  Command line: systemd
 # ==================================================================================
 
@@ -9984,13 +12306,15 @@ import os, sys
 for number, fd in enumerate(map(int, sys.argv[1].split(","))):
     os.dup2(fd, 3 + number)
 os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(number + 1))
-os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+os.execv(sys.argv[2], sys.argv[2:])
 """
+SOCKET_ACTIVATE = shutil.which("systemd-socket-activate")
 
 
 class Activator:
     """systemd as far as a socket unit goes: it owns the listening socket and starts
-    llmswap whenever a connection waits and none runs."""
+    llmswap whenever a connection waits and none runs, by way of
+    systemd-socket-activate if there is one."""
 
     def __init__(self, text, folder, env=None):
         self.ini = Path(folder) / "test.ini"
@@ -10025,7 +12349,9 @@ class Activator:
 
     def _run(self):
         fd = self.listener.fileno()
-        words = ["-c", PASS_SOCKETS, str(fd), llmswap_file(), str(self.ini)]
+        words = ["-IS", "-c", PASS_SOCKETS, str(fd)]
+        words += [SOCKET_ACTIVATE, "--fdname=http"] if SOCKET_ACTIVATE else []
+        words += [sys.executable, "-IS", llmswap_file(), str(self.ini)]
         self.starts += 1
         with open(self.ini.with_name("stderr"), "ab") as stderr:
             self.process = subprocess.Popen(
@@ -10048,30 +12374,33 @@ def quick_file(*flags):
     )
 
 
-def test_activated_it_answers_leaves_when_idle_and_loses_no_connection(tmp_path):
-    rounds = 20
-    with Activator(quick_file(), tmp_path) as systemd:
-        for turn in range(rounds):
-            answer = ask(systemd.port, "POST", "/v1/chat/completions", {"model": "a"})
-            assert answer.status == 200, systemd.log()
-            wanted = len(systemd.statuses) + 1
-            if turn % 2:  # else the next one comes at the very moment of the exit
-                eventually(lambda: len(systemd.statuses) >= wanted, 10)
-            else:
-                eventually(lambda: "idle for" in systemd.log()[-200:], 10)
+def rounds_of_activation(folder, rounds):
+    """In each it is started, and the next clients come at the moment when it leaves."""
+    with Activator(quick_file(), folder) as systemd:
+        answer = ask(systemd.port, "POST", "/v1/chat/completions", {"model": "a"})
+        assert answer.status == 200, systemd.log()
+        eventually(lambda: "idle for" in systemd.log())
+        while systemd.starts < rounds:
+            clients = []
+            for _ in range(6):
+                clients.append(Client(systemd.port))
+                clients[-1].send("GET", "/v1/models")
+                time.sleep(0.002)
+            for client in clients:
+                assert client.answer().status == 200
+                client.hang_up()
+            time.sleep(0.05 + random.uniform(-0.006, 0.004))  # its exit-idle-time
+        eventually(lambda: len(systemd.statuses) == systemd.starts)
     assert set(systemd.statuses) == {0}
-    assert systemd.starts >= rounds // 2
 
 
-def test_connections_that_come_while_it_leaves_are_all_answered(tmp_path):
-    with Activator("[llmswap]\nexit-idle-time = 20ms\n", tmp_path) as systemd:
-        deadline = time.monotonic() + 3
-        asked = 0
-        while time.monotonic() < deadline or systemd.starts < 4:
-            assert ask(systemd.port, "GET", "/health").status == 200
-            asked += 1
-            time.sleep(random.uniform(0.0, 0.06))
-    assert asked >= systemd.starts > 3
+def test_activated_it_answers_leaves_when_idle_and_loses_no_connection(tmp_path):
+    """Twenty rounds, four at a time."""
+    folders = [tmp_path / name for name in "abcd"]
+    for each in folders:
+        each.mkdir()
+    with ThreadPoolExecutor() as crowd:
+        list(crowd.map(rounds_of_activation, folders, [5] * 4))
 
 
 def test_an_idle_connection_does_not_keep_it_from_leaving(tmp_path):
@@ -10086,27 +12415,6 @@ def test_sockets_meant_for_another_process_are_not_taken():
     environ = {"LISTEN_FDS": "1", "LISTEN_PID": "1", "LISTEN_FDNAMES": "http"}
     listeners, complaint = llmswap.take_listeners(environ)
     assert listeners == [] and "without a shell" in complaint and environ == {}
-
-
-@pytest.mark.skipif(
-    not shutil.which("systemd-socket-activate"), reason="needs systemd-socket-activate"
-)
-def test_systemd_socket_activate_is_served(tmp_path):
-    ini, port = tmp_path / "test.ini", free_port()
-    ini.write_text(quick_file())
-    activate = ["systemd-socket-activate", "-l", f"127.0.0.1:{port}", "--fdname=http"]
-    for _ in range(2):
-        command = [*activate, sys.executable, llmswap_file(), str(ini)]
-        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-            eventually(lambda: is_bound(port))
-            answer = ask(port, "POST", "/v1/chat/completions", {"model": "a"})
-            assert answer.status == 200
-            assert process.wait(10) == 0
-
-
-def is_bound(port):
-    """Whether somebody listens; unlike a connection it activates nothing."""
-    return bool(llmswap.listening_inodes(port))
 
 
 class Notifications:
@@ -10184,20 +12492,22 @@ def test_lines_for_the_journal_carry_their_priority():
     )
     os.close(write_end)
     with open(read_end) as lines:
-        assert lines.read() == "<3>one\n<3>two\n<6>x\n"
+        assert lines.read() == "<3>one\n<3>  two\n<6>x\n"
 
 
 def test_units_are_what_systemd_accepts(tmp_path):
     ini = tmp_path / "my models.ini"
     ini.write_text("[llmswap]\nlisten = 127.0.0.1:8123, unix:/run/user/1/x.sock\n")
     command = [sys.executable, LLMSWAP, str(ini), "--units"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    env = {**os.environ, "PATH": f"{tmp_path}/my $tools 10%:{os.environ['PATH']}"}
+    text = subprocess.run(command, capture_output=True, text=True, env=env).stdout
     parts = re.split(r"^# \S+/(llmswap\.\w+)$\n", text, flags=re.MULTILINE)[1:]
     files = dict(zip(parts[::2], parts[1::2]))
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     assert "ListenStream=127.0.0.1:8123" in files["llmswap.socket"]
-    for line in ("KillMode=mixed", "OOMPolicy=continue", "Restart=on-failure"):
+    path = f'Environment="PATH={tmp_path}/my $tools 10%%:'
+    for line in ("KillMode=mixed", "OOMPolicy=continue", "Restart=on-failure", path):
         assert line in files["llmswap.service"]
     if not shutil.which("systemd-analyze"):
         pytest.skip("needs systemd-analyze")
@@ -10208,6 +12518,343 @@ def test_units_are_what_systemd_accepts(tmp_path):
         env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
     )
     assert (checked.returncode, checked.stderr) == (0, "")
+
+
+# ----------------------------------------------------------------------------------
+# A Debian that is booted for these tests, in namespaces of its own
+
+BOOT = """\
+mount --make-rprivate /
+mount -t proc proc /proc
+umount -R -l /sys/fs/cgroup
+mount -t cgroup2 none /sys/fs/cgroup
+for folder in /run /etc/systemd/system /var/lib/systemd /usr/lib/systemd/system/*.wants
+do mount -t tmpfs none "$folder"; done
+mkdir /run/written /run/work
+mount -t overlay none -o lowerdir=/root,upperdir=/run/written,workdir=/run/work /root
+cd /etc/systemd/system
+echo '[Unit]' >sysinit.target
+echo '[Unit]
+Requires=systemd-journald.service systemd-logind.service user@0.service' >default.target
+ip link set lo up
+exec env -i PATH="$PATH" container=test /lib/systemd/systemd --system
+"""
+CONTROL_GROUPS = ("/sys/fs/cgroup/unified", "/sys/fs/cgroup")
+CLONE_NEWNET = 0x40000000
+
+
+@contextmanager
+def network_of(path):
+    """Until the block ends, this thread and what it starts are in that network."""
+    setns = ctypes.CDLL(None, use_errno=True).setns
+    with open("/proc/thread-self/ns/net") as ours, open(path) as theirs:
+        assert setns(theirs.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+        try:
+            yield
+        finally:
+            assert setns(ours.fileno(), CLONE_NEWNET) == 0
+
+
+class Debian:
+    """This machine's Debian, booted once more: systemd with its own processes, network
+    (but a loopback) and control groups, and root's user manager. What is written below
+    /root is gone afterwards.
+    """
+
+    def __init__(self, folder):
+        self._log = Path(folder, "boot.log")
+        found = [each for each in CONTROL_GROUPS if os.path.exists(f"{each}/cgroup.procs")]
+        self._group = Path(found[0], f"llmswap-test-{os.getpid()}")
+        self._group.mkdir()
+        unshare = "unshare --mount --pid --net --cgroup --ipc --uts --fork --kill-child"
+        enter = f'echo $$ >{self._group}/cgroup.procs; exec setpriv --pdeathsig KILL {unshare}'
+        with open(self._log, "wb") as log:
+            self._process = subprocess.Popen(
+                ["sh", "-c", f'{enter} sh -ec "$0"', BOOT],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    def _first(self):
+        pid = self._process.pid
+        assert self._process.poll() is None, self._log.read_text()[-2000:]
+        return _read_proc(pid, f"task/{pid}/children").decode().split()
+
+    def is_up(self):
+        """Whether root's user manager runs."""
+        if not self._first():
+            return False
+        self.pid = int(self._first()[0])
+        self.home = Path(f"/proc/{self.pid}/root/root")
+        self.network = f"/proc/{self.pid}/ns/net"
+        return self("systemctl --user is-active default.target", check=False) == "active"
+
+    def __call__(self, script, check=True):
+        """What root's shell there writes while it runs the script, as after a login."""
+        session = "/sys/fs/cgroup/user.slice/user-0.slice/session-1.scope"
+        login = f"mkdir -p {session}; echo $$ >{session}/cgroup.procs"
+        shell = ["nsenter", "-a", "-t", str(self.pid), "bash", "-euo", "pipefail"]
+        path = f"/root/.local/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        env = {"PATH": path, "HOME": "/root", "USER": "root", "XDG_RUNTIME_DIR": "/run/user/0"}
+        done = subprocess.run(
+            [*shell, "-c", f"{login}\n{script}"], env=env, cwd="/", timeout=30, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        assert not check or done.returncode == 0, f"{script}\n{done.stdout}"
+        return done.stdout.strip()
+
+    def show(self, name, unit, scope="--user"):
+        """A property of a unit."""
+        return self(f"systemctl {scope} show --value -p {name} {unit}")
+
+    def end(self):
+        for pid in self._first():
+            os.kill(int(pid), signal.SIGKILL)
+        self._process.wait(10)
+        for folder, _, _ in os.walk(self._group, topdown=False):
+            os.rmdir(folder)
+
+
+@pytest.fixture(scope="module")
+def debian(tmp_path_factory):
+    if os.getuid() or not all(map(shutil.which, ("systemctl", "dbus-daemon", "ip", "unshare"))):
+        pytest.skip("needs root, systemd, dbus and iproute2")
+    found = Debian(tmp_path_factory.mktemp("debian"))
+    try:
+        try:
+            eventually(found.is_up, 20, 0.1)
+        except (AssertionError, OSError, subprocess.SubprocessError) as error:
+            pytest.skip(f"no systemd can be booted here: {error}")
+        yield found
+    finally:
+        found.end()
+
+
+def recipe(title, kind=""):
+    """The commands (or the blocks of that kind) of a recipe in the README, as written."""
+    text = HERE.with_name("README.md").read_text().partition(f"\n### {title}\n")[2]
+    text = re.split(r"^##", text, flags=re.MULTILINE)[0]
+    if kind:
+        return re.findall(rf"^```{kind}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return "".join(re.findall(r"^    (.*\n)", text, re.MULTILINE))
+
+
+def install(debian, ini):
+    """Follow the recipe for a user service in the machine, as root, with this file."""
+    debian("systemctl --user stop llmswap.service", check=False)
+    folder = debian.home / "llmswap"
+    folder.mkdir(exist_ok=True)
+    shutil.copy(LLMSWAP, folder)
+    (folder / "models.ini").write_text(ini)
+    commands = recipe("A systemd user service that starts when somebody asks")
+    assert "--units" in commands and "enable --now llmswap.socket" in commands
+    debian(commands)
+
+
+def chat_within(debian, model):
+    with network_of(debian.network):
+        return ask(8080, "POST", "/v1/chat/completions", chat_body(model))
+
+
+def test_the_recipe_for_a_user_service_as_written_on_a_real_systemd(debian):
+    tools = debian.home / ".local/bin"  # on the PATH of a login, not of a service
+    tools.mkdir(parents=True)
+    fake_binary(tools)
+    text = f"{quick_file()}[b]\nmodel = {LLMSWAP}\nidle-timeout = 20ms\n"
+    install(debian, text.replace("idle-timeout = 20ms", "idle-timeout = 200ms", 1))
+    assert debian("loginctl show-user --value -p Linger root") == "yes"
+    assert debian("systemctl --user is-enabled llmswap.socket") == "enabled"
+
+    def show(what):
+        return debian.show(what, "llmswap.service")
+
+    assert show("ActiveState") == "inactive"
+    for turn in range(7):
+        assert chat_within(debian, "b" if turn == 1 else "a").status == 200
+        if not turn:
+            eventually(lambda: show("StatusText") == "a loaded", every=0.1)
+        if turn < 6:  # and so often may no service start by default
+            eventually(lambda: show("ActiveState") == "inactive", every=0.1)
+    assert show("Result") == "success"
+    log = debian("journalctl --user-unit llmswap.service -o cat")
+    assert log.count("Starting llmswap.service") == 7
+    assert "failed" not in log.lower()
+
+
+UNIT = "[Service]\nExecStart={}\n"
+
+
+def test_the_recipe_for_units_as_models_as_written_on_a_real_systemd(debian):
+    [text] = recipe("systemd units as models", "ini")
+    assert "unit  = bge-m3.service\n" in text and "unit  = system:qwen3.service " in text
+    text += "[broken]\nunit = broken.service\nproxy = http://127.0.0.1:3004\n"
+    folders = {"--user": debian.home / ".config/systemd/user",
+               "--system": debian.home.parent / "etc/systemd/system"}  # fmt: skip
+    wanted = [("--user", "bge-m3", ()), ("--system", "qwen3", ("--load", "0.2")),
+              ("--user", "broken", ("--load-exit", "3"))]  # fmt: skip
+    for scope, name, flags in wanted:
+        command = fake_command("--model", name, *flags, port="3004")
+        folders[scope].mkdir(parents=True, exist_ok=True)
+        (folders[scope] / f"{name}.service").write_text(UNIT.format(command))
+        debian(f"systemctl {scope} daemon-reload")
+    debian("systemctl --user start bge-m3.service")
+    pid = debian.show("MainPID", "bge-m3.service")
+    install(debian, text)
+
+    def state_of(name):
+        with network_of(debian.network):
+            return ask(8080, "GET", f"/v1/models/{name}").json()["status"]
+
+    eventually(lambda: state_of("bge-m3")["value"] == "loaded")  # found running
+    assert chat_within(debian, "bge-m3").content().split()[:2] == ["bge-m3", pid]
+    for name in ("qwen3", "bge-m3", "qwen3"):
+        assert chat_within(debian, name).content().split()[0] == name
+        found = {each: debian.show("ActiveState", f"{each}.service", scope)
+                 for scope, each, _ in wanted[:2]}  # fmt: skip
+        other = "bge-m3" if name == "qwen3" else "qwen3"
+        assert found == {name: "active", other: "inactive"}
+    debian("systemctl kill --signal=KILL qwen3.service")
+    eventually(lambda: state_of("qwen3")["value"] == "unloaded")
+    assert "ended by itself: signal, status 9" in state_of("qwen3")["error"]
+    assert chat_within(debian, "qwen3").status == 200
+    answer = chat_within(debian, "broken")
+    assert answer.status == 502
+    assert "broken (broken.service) could not be started: exit-code, status 3" in answer.message()
+    assert "exiting due to model loading error 3" in answer.message()  # the journal has it
+    assert chat_within(debian, "bge-m3").status == 200
+
+
+# ----------------------------------------------------------------------------------
+# Two machines, in network namespaces joined by a cable
+
+
+class Sleeper:
+    """The GPU machine of the README's recipe: 192.168.11.11 in a network with the box,
+    192.168.11.1. Asleep it keeps its processes, stopped, and answers nothing; its
+    network card hears the magic packet and wakes it 0.4 s later.
+    """
+
+    def __init__(self, folder):
+        self.gpu, self.box = (f"/run/netns/{n}-{os.getpid()}" for n in ("gpu", "box"))
+        self.packets = []
+        self.naps = 0
+        self._asks = folder / "suspend"
+        self._is_over = threading.Event()
+        (folder / "systemctl").write_text(
+            f"#!/bin/sh\necho $@ >{self._asks}\n"
+            f"while [ -e {self._asks} ]; do sleep 0.05; done\n"
+        )
+        (folder / "systemctl").chmod(0o755)
+        fake_binary(folder)
+        self.env = {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+    def __enter__(self):
+        gpu, box = (Path(each).name for each in (self.gpu, self.box))
+        for line in (
+            f"netns add {gpu}", f"netns add {box}",
+            f"-n {gpu} link add eth0 type veth peer name eth0 netns {box}",
+            f"-n {gpu} link set lo up", f"-n {box} link set lo up",
+            f"-n {gpu} link set eth0 up", f"-n {box} link set eth0 up",
+            f"-n {gpu} addr add 192.168.11.11/24 dev eth0",
+            f"-n {box} addr add 192.168.11.1/24 dev eth0",
+            f"-n {box} route add default dev eth0",
+            f"-n {box} ntable change name arp_cache dev eth0 retrans 50",
+        ):  # fmt: skip
+            subprocess.run(["ip", *line.split()], check=True)
+        with network_of(self.gpu):
+            kind = socket.SOCK_RAW, socket.htons(0x0800)  # IP
+            self._card = socket.socket(socket.AF_PACKET, *kind)
+        self._card.settimeout(0.02)
+        return self
+
+    def __exit__(self, *_):
+        self._card.close()
+        for each in (self.gpu, self.box):
+            subprocess.run(["ip", "netns", "del", Path(each).name], check=True)
+
+    @contextmanager
+    def alive(self, server):
+        """Until the block ends it sleeps when told to, with this llmswap."""
+        self._server = server
+        thread = threading.Thread(target=self._live)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._is_over.set()
+            thread.join()
+
+    def _live(self):
+        while not self._is_over.is_set():
+            if self._asks.exists():
+                self._sleep()
+            self._hear()
+
+    def _hear(self):
+        """Whether the card hears a magic packet for it just now."""
+        magic = b"\xff" * 6 + bytes.fromhex("abcdef012345") * 16
+        try:
+            frame = self._card.recv(2000)
+        except socket.timeout:
+            return False
+        is_magic = magic in frame and frame.startswith(b"\xff" * 6)  # a broadcast
+        self.packets += [frame] * is_magic
+        return is_magic
+
+    def _sleep(self):
+        while self._hear():
+            pass  # what came before
+        self._switch("del", signal.SIGSTOP)
+        self.naps += 1
+        while not (self._is_over.is_set() or self._hear()):
+            pass
+        self._is_over.wait(0.4)  # as a machine takes a while to come up
+        self._asks.unlink()
+        self._switch("add", signal.SIGCONT)
+
+    def _switch(self, verb, number):
+        line = f"-n {Path(self.gpu).name} addr {verb} 192.168.11.11/24 dev eth0"
+        subprocess.run(["ip", *line.split()], check=True)
+        os.kill(self._server.pid, number)
+
+
+def as_written(text, **more):
+    """llmswap that listens where its file says, on port 8080."""
+    proxy = brisk(text, **more)
+    proxy.port = 8080
+    assert proxy._args[-2] == "--listen"
+    del proxy._args[-2:]
+    return proxy
+
+
+@pytest.mark.skipif(
+    os.getuid() != 0 or not shutil.which("ip"), reason="needs root and iproute2"
+)
+def test_the_recipe_for_two_machines_as_written_but_for_its_times(tmp_path):
+    box, gpu = recipe("Two machines, one of them asleep", "ini")
+    assert "wake-mac     = ab:cd:ef:01:23:45\n" in box and "192.168.11.11:8080" in box
+    gpu = gpu.replace("= 30m", "= 400ms").replace("/models/", f"{tmp_path}/")
+    assert "idle-command       = systemctl suspend\n" in gpu and "= 400ms" in gpu
+    (tmp_path / "gpt-oss-120b-mxfp4-00001-of-00003.gguf").touch()
+    with contextlib.ExitStack() as stack:
+        machine = stack.enter_context(Sleeper(tmp_path))
+        with network_of(machine.gpu):
+            far = stack.enter_context(as_written(gpu, env=machine.env))
+        stack.enter_context(machine.alive(far))
+        eventually(lambda: machine.naps == 1)
+        stack.enter_context(network_of(machine.box))
+        haste = dict.fromkeys(("FRESH", "CONNECT_PATIENCE", "EARLY_HEAD_AFTER", "TICK"), 0.1)
+        near = stack.enter_context(as_written(box, **haste))
+        wanted = f"{tmp_path}/gpt-oss-120b-mxfp4-00001-of-00003.gguf"
+        began = time.monotonic()
+        assert near.chat("big").content().split()[0] == wanted
+        assert time.monotonic() - began > 0.4 and machine.packets
+        packets = len(machine.packets)
+        assert near.chat("big").status == 200 and len(machine.packets) == packets
+        eventually(lambda: machine.naps == 2)
+        with near.stream("big") as stream:
+            assert stream.text().split()[0] == wanted
+        assert stream.raw.startswith(b":") and len(machine.packets) > packets
+        assert "could not" not in near.log() + far.log(), near.log()
 
 
 # ==================================================================================
@@ -10457,6 +13104,8 @@ A request's JSON body says how it is answered:
   stall K                silent for ever after K tokens
   hang, hang_health      never answer this request, nor any health check from now on
   until_close            no chunks: the end of the connection ends the stream
+
+SIGRTMIN + 1, 2: it exits with status 0, 1; 3: it closes its sockets; 4: rubbish on all.
 """
 
 FAKE_FLAGS = {
@@ -10488,6 +13137,8 @@ FAKE_REASONS = {
     503: "Service Unavailable",
 }  # fmt: skip
 
+FAKE_ORDERS = {1: "exit 0", 2: "exit 1", 3: "deaf", 4: "mad"}
+FAKE_RUBBISH = b"\0\xffrubbish\n\n" * 9
 FAKE_HANG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 FAKE_BLOCK = memoryview(b"0123456789abcdef" * 65536)  # what /bytes sends: 1 MB
 FAKE_JSON = "application/json; charset=utf-8"
@@ -10908,9 +13559,10 @@ class FakeServer:
         self.flags = flags
         self.lock = threading.Lock()
         self.counts = {"requests": 0, "in_flight": 0, "cancelled": 0, "health": 0}
-        self.connections = 0
+        self.socks = set()
         self.is_ready = False
         self.is_asleep = False
+        self.is_mad = False
         self.is_health_hung = False
         self.grandchild = None
         self.listener = None
@@ -10923,6 +13575,8 @@ class FakeServer:
         """Load, then serve until killed."""
         self.note("main")
         signal.signal(signal.SIGTERM, self._on_term)
+        for order in FAKE_ORDERS:
+            signal.signal(signal.SIGRTMIN + order, self._on_order)
         if self.flags.grandchild:
             self.grandchild = self._spawn_grandchild()
         if self.flags.print_env:
@@ -10961,6 +13615,22 @@ class FakeServer:
             time.sleep(self.flags.stop_delay)
             self.note("end")
             os._exit(0)
+
+    def _on_order(self, number, frame):
+        order = FAKE_ORDERS[number - signal.SIGRTMIN]
+        if order == "exit 1":
+            self.say("error: no reason is given")
+        if order in ("exit 0", "exit 1"):
+            os._exit(int(order[-1]))
+        if order == "deaf" and self.listener:
+            self.listener.shutdown(socket.SHUT_RDWR)
+            self.listener.close()
+        self.is_mad = order == "mad"
+        for sock in list(self.socks):
+            if order == "mad":
+                sock.send(FAKE_RUBBISH)
+            else:
+                sock.shutdown(socket.SHUT_RDWR)
 
     def _spawn_grandchild(self):
         script = "trap '' TERM INT HUP; exec sleep 86399"
@@ -11004,13 +13674,15 @@ class FakeServer:
     def _accept(self):
         threading.stack_size(262144)
         while True:
-            sock, _ = self.listener.accept()
+            try:
+                sock, _ = self.listener.accept()
+            except OSError:  # told to be deaf
+                return
             threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
 
     def _serve(self, sock):
         """Answer one connection's requests until it ends."""
-        with self.lock:
-            self.connections += 1
+        self.socks.add(sock)
         try:
             connection = FakeConnection(sock)
             while (head := connection.next_head()) and self._answer(connection, head):
@@ -11018,12 +13690,14 @@ class FakeServer:
         except (OSError, FakeHangUp):
             pass
         finally:
-            with self.lock:
-                self.connections -= 1
+            self.socks.discard(sock)
             sock.close()
 
     def _answer(self, connection, head):
         """Answer one request; whether the connection goes on."""
+        if self.is_mad:
+            connection.sock.sendall(FAKE_RUBBISH)
+            return False
         request = FakeRequest(connection, head)
         is_bare = self.flags.no_health and request.path == "/health"
         if not self.is_ready and not is_bare:
@@ -11066,7 +13740,8 @@ class FakeServer:
             score = int(file.read())
         return {
             **self.counts,
-            "connections": self.connections,
+            "connections": len(self.socks),
+            "ports": list(map(fake_peer, list(self.socks))),
             "pid": os.getpid(),
             "model": self.flags.model,
             "argv": sys.argv,
@@ -11075,6 +13750,14 @@ class FakeServer:
             "oom_score_adj": score,
             "environ": sorted(os.environ),
         }
+
+
+def fake_peer(sock):
+    """The port of who is at the other end."""
+    try:
+        return sock.getpeername()[1]
+    except OSError:
+        return None  # he is gone
 
 
 def fake_health(server, request):
@@ -11178,16 +13861,28 @@ def fake_embeddings(server, request):
     wish = json.loads(request.body)
     texts = wish.get("input", "")
     texts = [texts] if isinstance(texts, str) else texts
+    in_base64 = wish.get("encoding_format") == "base64"
     request.reply({
         "object": "list",
         "model": wish.get("model", server.flags.model),
         "served_by": f"{server.flags.model} {os.getpid()}",
         "data": [
-            {"object": "embedding", "index": index, "embedding": [len(text) / 8] * 8}
-            for index, text in enumerate(texts)
+            {"object": "embedding", "index": index, "embedding": vector}
+            for index, vector in enumerate(fake_vector(text, in_base64) for text in texts)
         ],
         "usage": {"prompt_tokens": len(texts), "total_tokens": len(texts)},
     })  # fmt: skip
+
+
+def fake_vector(text, in_base64):
+    """Eight numbers, or their four bytes each in base64, as llama-server has it."""
+    vector = [len(text) / 8] * 8
+    if not in_base64:
+        return vector
+    from array import array
+    from base64 import b64encode
+
+    return b64encode(array("f", vector)).decode()
 
 
 def fake_transcription(server, request):
@@ -12272,10 +14967,69 @@ def bench_memory_idle(bench):
     yield BenchRow("resident when idle, 10 models", "MB", resident, target=24)
 
 
+BENCH_SIZES = {"2 MB": (128, 2), "200 MB": (512, 16)}  # width and layers
+BENCH_PRESET = """\
+version = 1
+[*]
+ctx-size = 256
+threads = 1
+[one]
+model = {one}
+[two]
+model = {two}
+"""
+
+
+def bench_real(bench):
+    """Two real models asked in turn, each request a swap, beside llama.cpp's router."""
+    assert LLAMA_SERVER and not bench.against, "needs LLAMA_SERVER, and no --against"
+    listen = ("--listen", "127.0.0.1:")
+    commands = {
+        "through": ([sys.executable, LLMSWAP, "{preset}"], listen),
+        "router": ([LLAMA_SERVER, "--models-preset", "{preset}"], ("--port", "")),
+    }
+    for size, shape in BENCH_SIZES.items():
+        paths = {name: BENCH_FOLDER / f"{name}.gguf" for name in ("one", "two")}
+        for seed, path in enumerate(paths.values()):
+            write_gguf(path, *shape, seed=seed)
+        preset = BENCH_FOLDER / "real.ini"
+        preset.write_text(BENCH_PRESET.format(**paths))
+        found = {
+            name: bench_real_swap(words, option, preset, bench.times(24))
+            for name, (words, option) in commands.items()
+        }
+        name = f"real models of {size}: a swap (direct: router)"
+        yield BenchRow(name, "ms", found["through"], found["router"])
+
+
+def bench_real_swap(words, option, preset, times):
+    """Milliseconds from a request to its answer when the other model is loaded."""
+    port, (name, prefix) = free_port(), option
+    argv = [word.format(preset=preset) for word in words]
+    argv += ["--models-max", "1", name, f"{prefix}{port}"]
+    environ = {**os.environ, "PATH": f"{Path(LLAMA_SERVER).parent}:{os.environ['PATH']}"}
+    with open(BENCH_FOLDER / "log", "ab") as log:
+        process = subprocess.Popen(argv, stdout=log, stderr=log, env=environ)
+    found = []
+    try:
+        eventually(lambda: is_listening(port))
+        for turn in range(times + 2):
+            body = real_chat("one" if turn % 2 else "two")
+            started = time.monotonic()
+            answer = ask(port, "POST", BENCH_CHAT, body, timeout=60)
+            assert answer.status == 200, answer.body[:300]
+            found.append((time.monotonic() - started) * 1000)
+    finally:
+        process.terminate()
+        process.wait(60)
+    return statistics.median(found[2:])
+
+
 BENCH_FIGURES = {
     "start": bench_start,
     "resident": bench_memory_idle,
     "swap": bench_swap,
+    "real": bench_real,
     "alternate": bench_alternate,
     "fair": bench_fair,
     "waiters": bench_waiters,
@@ -12357,11 +15111,11 @@ def bench_print(bench, name):
 
 
 SOAK_USAGE = """\
-python3 test_llmswap.py soak [--minutes M] [--seed N] [--clients N]
+python3 test_llmswap.py soak [--minutes M] [--seed N] [--clients N] [--cores N]
 
 Random clients ask seven models of which two may be loaded, while servers are killed,
-models loaded and unloaded by hand and the file rewritten. Each client checks its own
-answer; at the end all must be quiet and given back. Exit status 1 if anything was not
+models loaded and unloaded by hand, the file rewritten, and llmswap itself ended or
+killed and started again, all on so many cores. Each client checks its own answer; at the end all must be quiet and given back. Exit status 1 if anything was not
 as promised, with the evidence.
 """
 
@@ -12400,6 +15154,10 @@ class SoakViolation(Exception):
     """Something that must not happen did; the text is the evidence."""
 
 
+class SoakSilence(SoakViolation):
+    """No answer at all, which only a restart of llmswap excuses."""
+
+
 def soak_require(condition, evidence):
     """Raise the evidence unless the condition holds."""
     if not condition:
@@ -12421,6 +15179,7 @@ class SoakTally:
         self.slowest = {}
         self.violations = []
         self.peaks = {"early": Counter(), "late": Counter()}  # in either half
+        self.restarts = 0  # counts the beginning and the end of each
         self._lock = threading.Lock()
 
     def count(self, action, outcome, seconds):
@@ -12468,15 +15227,20 @@ class SoakClient:
         self._disconnect()
 
     def _try(self, action):
-        started = time.monotonic()
+        started, restarts = time.monotonic(), self.tally.restarts
         try:
             outcome = action(self)
+        except (SoakSilence, BrokenAnswer, OSError) as error:
+            outcome = "broken"
+            if restarts % 2 == 0 and restarts == self.tally.restarts:
+                outcome = "violation"
+                self.tally.violate(f"{action.__name__}: {error!r}"[:1500])
+            self.stop.wait(0.1)
         except SoakViolation as violation:
             self.tally.violate(f"{action.__name__}: {violation}")
             outcome = "violation"
-        except (BrokenAnswer, OSError, AssertionError, ValueError, KeyError) as error:
-            evidence = f"{action.__name__}: {type(error).__name__}: {error}"
-            self.tally.violate(evidence[:1500])
+        except (AssertionError, ValueError, KeyError) as error:
+            self.tally.violate(f"{action.__name__}: {error!r}"[:1500])
             outcome = "violation"
         if outcome not in ("complete", "refused"):
             self._disconnect()
@@ -12544,7 +15308,7 @@ def soak_answered(call, model):
     except socket.timeout:
         raise SoakViolation(f"{model} waited over {SOAK_BOUND} s") from None
     except (BrokenAnswer, OSError) as error:
-        raise SoakViolation(f"{model} got no answer at all: {error!r}") from None
+        raise SoakSilence(f"{model} got no answer at all: {error!r}") from None
 
 
 def soak_check_error(status, body, model):
@@ -12862,6 +15626,26 @@ class SoakChaos:
         if others:
             soak_kill(self.random.choice(sorted(others)))
 
+    def restart(self):
+        """SIGTERM, and a new start."""
+        self._begin_anew(self._end_gently)
+
+    def crash(self):
+        """SIGKILL, and a new start."""
+        self._begin_anew(self.server.kill)
+
+    def _begin_anew(self, end):
+        self.tally.restarts += 1
+        end()
+        eventually(lambda: not family(self.server.token), 2)
+        self.server.start()
+        self.tally.restarts += 1
+
+    def _end_gently(self):
+        self.server.process.terminate()
+        status = self.server.process.wait(45)
+        soak_require(status == 0, f"SIGTERM: exit status {status}")
+
     def unload_all(self):
         answer = self.server.get("/unload")
         soak_require(answer.status == 200, f"/unload: {answer}")
@@ -12908,6 +15692,8 @@ class SoakChaos:
 SOAK_CHAOS = {  # and how often each is chosen
     SoakChaos.kill_server: 6,
     SoakChaos.kill_helper: 1,
+    SoakChaos.restart: 1,
+    SoakChaos.crash: 1,
     SoakChaos.unload_all: 1,
     SoakChaos.load_one: 3,
     SoakChaos.unload_one: 3,
@@ -12945,6 +15731,8 @@ def soak_main(argv):
     minutes = float(soak_option(argv, "--minutes", 10))
     seed = int(soak_option(argv, "--seed", random.randrange(10**6)))
     clients = int(soak_option(argv, "--clients", 12))
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[: int(soak_option(argv, "--cores", len(cores)))])
     print(f"{minutes:g} minutes, {clients} clients, seed {seed}", flush=True)
     tally, soak = SoakTally(), SoakRun(minutes * 60, clients, seed)
     try:
@@ -13080,6 +15868,2099 @@ def soak_print(tally, sizes):
 
 
 # ==================================================================================
+# The exploration: every order of events in small worlds of the scheduler.
+# ==================================================================================
+
+
+EXPLORE_USAGE = """\
+python3 test_llmswap.py explore [WORLD ...] [--tickets N] [--faults N] [--tokens N]
+
+Goes through every order of events in small worlds of three models: up to N tickets (4),
+N faults or deeds of people (1; clients that leave are among them) and N pauses of a
+second (1), one after another, until no new state is found. In each state the judge of
+the random walk looks on; and from each, if nobody comes any more and backends and
+requests do what they must, every ticket gets its answer, in finitely many events.
+"""
+
+A, B, C = "abc"
+ROOM = llmswap.Limits(models_max=1, patience=1.0)
+HALF = dict(needs={"vram": 2})
+
+
+class SmallWorld(NamedTuple):
+    """Three models, what people and faults do to them, and how tickets may be."""
+
+    limits: llmswap.Limits
+    specs: dict
+    faults: tuple = ("crash",)
+    kinds: tuple = ({},)
+    reloads: tuple = ()  # (limits, specs, changed)
+
+
+def small_world(limits=ROOM, faults="crash", kinds=({},), reloads=(), **specs):
+    """A world of three models, plain where nothing else is said."""
+    specs = {name: llmswap.Spec(**specs.get(name, {})) for name in (A, B, C)}
+    reloads = [(each.get("limits", limits), each) for each in reloads]
+    reloads = [(new, *_reloaded(specs, each)) for new, each in reloads]
+    return SmallWorld(limits, specs, tuple(faults.split()), kinds, tuple(reloads))
+
+
+def _reloaded(specs, changes):
+    """The specs after a reload, and the names of those changed."""
+    mixed = {**specs, **{name: changes[name] for name in specs if name in changes}}
+    new = {name: spec for name, spec in mixed.items() if spec is not None}
+    return new, [name for name in new if new[name] is not specs[name]]
+
+
+def room(**limits):
+    return ROOM._replace(**limits)
+
+
+CAN_SLEEP = dict(needs={"vram": 2}, sleep_needs={"vram": 1}, can_sleep=True)
+LOOSE = ({}, dict(is_loose=True))
+BY_HAND = ({}, dict(is_by_hand=True))
+SMALL_WORLDS = {
+    "one": small_world(),
+    "strict": small_world(room(patience=0.0)),
+    "learned": small_world(room(patience=None)),
+    "two": small_world(room(models_max=2)),
+    "budget": small_world(
+        room(models_max=0, budget={"vram": 3}), b=HALF, c=dict(needs={"vram": 3}),
+        a=dict(needs={"vram": 1}),
+    ),
+    "sets": small_world(room(models_max=0, sets=(frozenset("ab"), frozenset("bc")))),
+    "pin": small_world(room(models_max=2), a=dict(is_pinned=True)),
+    "elsewhere": small_world(a=dict(takes_place=False)),
+    "narrow": small_world(a=dict(concurrency=1), b=dict(concurrency=1)),
+    "idle": small_world(a=dict(idle_timeout=0.5), faults="crash keep_alive"),
+    "sleep": small_world(
+        room(models_max=0, budget={"vram": 3}), a=CAN_SLEEP, b=CAN_SLEEP, c=CAN_SLEEP,
+    ),
+    "dozing": small_world(room(models_max=2), faults="doze doze_late"),
+    "loose": small_world(kinds=LOOSE, faults="unload"),
+    "by hand": small_world(kinds=BY_HAND, faults="unload", a=dict(stop_timeout=1.0)),
+    "failing": small_world(faults="fail"),
+    "reload": small_world(
+        faults="reload",
+        reloads=(
+            dict(a=llmswap.Spec()), dict(a=None), dict(limits=room(models_max=2)),
+        ),
+    ),
+    "found": small_world(room(patience=0.0), faults="find crash"),
+    "closing": small_world(faults="close stop_all", a=dict(stop_timeout=1.0)),
+    "short queue": small_world(room(queue_max=2, queue_timeout=1.0)),
+}  # fmt: skip
+
+
+class Explored(Walk):
+    """One state of a small world; what the walk does by chance, it does when told."""
+
+    def __init__(self, world, tickets, faults, tokens):
+        self.small = world
+        self._begin(world.limits, world.specs)
+        self.world.after = lambda *_: None  # nothing is planned: all orders are tried
+        self.left = {"tickets": tickets, "faults": faults, "tokens": tokens}
+        self.path = None  # (the path before, the event that led here)
+        self.is_told = False
+        self.number = None
+
+    def _note(self, text):
+        if self.is_told:
+            super()._note(text)
+
+    def _seconds(self, what, name):
+        return 0.0
+
+    # what may happen here
+
+    def events(self):
+        """Yield (what may happen, whether it must, in the end)."""
+        for name, life in self.world.lives.items():
+            if life.phase in ("loading", "ending", "falling asleep"):
+                yield (life.phase, name), True
+        for at, (ticket, _) in enumerate(self.leases.values()):
+            yield ("release", at), not ticket.is_loose
+        if self.core.look_again < math.inf:
+            yield ("wait",), True
+        if self.left["tokens"]:
+            yield ("token",), False
+        if self.left["tickets"]:
+            for name in self._askable():
+                yield from ((("ask", name, k), False) for k in self.small.kinds)
+        if self.left["faults"]:
+            yield from ((each, False) for each in self._faults())
+
+    def _askable(self):
+        """The models that may be asked for: of equal ones not yet used, the first."""
+        seen = []
+        for name in sorted(self.specs):
+            slot = self.core.slots[name]
+            is_fresh = slot.changed_at is None and not slot.waiting
+            if is_fresh and slot.spec in seen and not self.small.limits.sets:
+                continue
+            if is_fresh:
+                seen.append(slot.spec)
+            yield name
+
+    def _faults(self):
+        for at in range(len(self.waiting)):
+            yield "leave", at
+        for fault in self.small.faults:
+            for what in self._targets(fault):
+                yield fault, what
+
+    def _targets(self, fault):
+        phases = {
+            "crash": ("loading", "up", "asleep", "falling asleep", "ending"),
+            "fail": ("loading",),
+            "doze": ("up", "asleep"),
+            "doze_late": ("ending",),
+        }
+        if fault in phases:
+            lives = self.world.lives.values()
+            return [life.name for life in lives if life.phase in phases[fault]]
+        if fault == "find":
+            slots = self.core.slots.values()
+            free = (s for s in slots if not s.is_held and not s.waiting)
+            return [slot.name for slot in free if slot.name in self.specs]
+        if fault == "reload":
+            return range(len(self.small.reloads))
+        if fault == "close":
+            return [] if self.is_closed else [None]
+        if fault == "stop_all":
+            return [None] if self.is_closed else []
+        return sorted(self.core.slots)
+
+    # what happens
+
+    def do(self, event):
+        """Let it happen, and let the scheduler decide."""
+        self.path = self.path, event
+        what, *details = event
+        EXPLORED_EVENTS[what](self, *details)
+        self.turn()
+
+    def _pass(self, what):
+        self.left[what] -= 1
+
+    def _come_up(self, name):
+        life = self.world.lives[name]
+        self._note(f"{name} comes up")
+        self.world._come_up(life, life.orders)
+
+    def _be_gone(self, name):
+        life = self.world.lives[name]
+        self._note(f"{name} is gone")
+        self._learn_of_end(life)
+        self.world.end(life, life.orders)
+
+    def _be_asleep(self, name):
+        life = self.world.lives[name]
+        self._note(f"{name} is asleep")
+        self.world._sleep(life, life.orders)
+
+    def _release_at(self, at):
+        self._release(list(self.leases)[at])
+
+    def _wait(self):
+        self.world.now = self.core.look_again
+        self._note("-- time")
+
+    def _token(self):
+        self._pass("tokens")
+        ahead = min(self.world.now + 1.0, self.core.look_again)
+        self.world.now = ahead
+        self._note("-- time")
+
+    def _ask_for(self, name, kind):
+        self._pass("tickets")
+        self._ask(name, kind)
+
+    def _leave_at(self, at):
+        self._pass("faults")
+        self._leave(list(self.waiting.values())[at])
+
+    def _crash_one(self, name):
+        self._pass("faults")
+        self._end(self.world.lives[name], BROKEN)
+
+    def _fail_all(self, name):
+        """Three loads have failed before: this one makes the next wait."""
+        self._pass("faults")
+        for _ in range(3):
+            self.failures[name] += 1
+            self.core.slots[name].failures += 1
+        self._end(self.world.lives[name], BROKEN)
+
+    def _doze_one(self, name):
+        self._pass("faults")
+        life = self.world.lives[name]
+        is_up = life.phase == "up"
+        life.phase = "asleep" if is_up else "up"
+        news = self.core.slept if is_up else self.core.loaded
+        news(name, life.generation, self.world.now)
+
+    def _doze_late(self, name):
+        self._pass("faults")
+        for news in (self.core.slept, self.core.loaded):
+            news(name, self.world.lives[name].generation, self.world.now)
+
+    def _unload_by_hand(self, name):
+        self._pass("faults")
+        self._unload_one(name)
+
+    def _keep(self, name):
+        self._pass("faults")
+        self.core.keep_alive(name, 0)
+
+    def _reload_to(self, at):
+        self._pass("faults")
+        self._reload(*self.small.reloads[at])
+
+    def _find_one(self, name):
+        self._pass("faults")
+        self._adopt(name)
+
+    def _close_now(self, _):
+        self._pass("faults")
+        self._close_door()
+
+    def _stop_now(self, _):
+        self._pass("faults")
+        self._stop_all()
+
+    # copies
+
+    def fork(self):
+        """The same state again, to be changed without a trace in this one."""
+        twin, lives, slots = copy.copy(self), {}, {}
+        twin.world = copy.copy(self.world)
+        for name, life in self.world.lives.items():
+            lives[life] = copy.copy(life)
+        twin.world.lives = {name: lives[life] for name, life in self.world.lives.items()}
+        self._fork_core(twin, slots)
+        twin.waiting = {
+            ticket.number: twin.core._queue[ticket.number]
+            for ticket in self.waiting.values()
+        }
+        for ticket in twin.waiting.values():
+            ticket.waiter = twin._settled
+        twin.leases = {
+            number: (_forked_ticket(ticket, slots), lives.get(life, life))
+            for number, (ticket, life) in self.leases.items()
+        }
+        twin.cut_at = {lives.get(life): at for life, at in self.cut_at.items()}
+        twin.departing = {lives.get(life) for life in self.departing}
+        twin.replaced = {lives.get(life) for life in self.replaced}
+        for what in ("left", "holds", "newest", "failures", "retry_at"):
+            setattr(twin, what, copy.copy(getattr(self, what)))
+        return twin
+
+    def _fork_core(self, twin, slots):
+        core = twin.core = copy.copy(self.core)
+        twin.world.scheduler, twin.world.witness = core, twin._judge
+        core.slots = {n: _forked(slot, slots) for n, slot in core.slots.items()}
+        core._held = {n: _forked(slot, slots) for n, slot in core._held.items()}
+        core._queue = {
+            number: _forked_ticket(ticket, slots)
+            for number, ticket in core._queue.items()
+        }
+        core._leaving, core._going = {}, {}  # each decision finds them anew
+        core._decisions = []
+
+    # what makes two states the same
+
+    def key(self):
+        """All that matters of this state to what can follow, as bytes."""
+        now, core = self.world.now, self.core
+        held = sorted(core._held.values(), key=llmswap.Slot.last_wanted)
+        order = {slot: rank for rank, slot in enumerate(held)}
+        slots = [self._slot_key(slot, order, now) for slot in core.slots.values()]
+        tickets = [
+            (
+                ticket.slot.name,
+                _age(ticket.arrived, now),
+                ticket.is_loose,
+                ticket.is_by_hand,
+                sorted(victim.name for victim in ticket.victims),
+            )
+            for ticket in core._queue.values()
+        ]
+        leases = sorted(
+            (life.name, self.world.lives.get(life.name) is life, ticket.is_loose)
+            for ticket, life in self.leases.values()
+        )
+        rest = list(self.left.values()), self.is_closed, core.limits.models_max
+        return marshal.dumps((slots, tickets, leases, rest), 2)
+
+    def _slot_key(self, slot, order, now):
+        life = self.world.lives.get(slot.name)
+        is_kept = slot.fell_idle is not None
+        row = [
+            slot.name, slot.state.value, slot.changed_at is None, slot.in_flight,
+            slot.loose, slot.failures, _ahead(slot.retry_at, now), id(slot.spec),
+            slot.evicted_for and slot.evicted_for.name,
+            slot.load_seconds, slot.stop_seconds,
+            sorted(min(round(pause, 6), 8.0) for pause in slot.pauses),
+            _age(slot.fell_idle, now) if is_kept else None,
+        ]  # fmt: skip
+        if life is None:
+            return row
+        return row + [
+            order[slot], slot.last_grant < slot.ready_at,
+            _age(slot.ready_at, now), _age(slot.idle_since, now),
+            _age(slot.started_at, now) if life.phase == "loading" else None,
+            _age(slot.stopped_at, now) if life.phase.endswith("ing") else None,
+            slot.idle_timeout,
+            None if slot.unload_by is None else _ahead(slot.unload_by, now),
+            slot.stop_cause, slot.is_asleep, slot.is_falling_asleep,
+            slot.successor and id(slot.successor), slot.removal is not None,
+            life.phase, life.has_served, life.was_asleep, life in self.departing,
+            life in self.replaced, life in self.cut_at, id(self.holds[slot.name]),
+            [t.arrived <= life.ready_at for t in self._waiting_for(slot.name)],
+        ]  # fmt: skip
+
+
+EXPLORED_EVENTS = {
+    "loading": Explored._come_up,
+    "ending": Explored._be_gone,
+    "falling asleep": Explored._be_asleep,
+    "release": Explored._release_at,
+    "wait": Explored._wait,
+    "token": Explored._token,
+    "ask": Explored._ask_for,
+    "leave": Explored._leave_at,
+    "crash": Explored._crash_one,
+    "fail": Explored._fail_all,
+    "doze": Explored._doze_one,
+    "doze_late": Explored._doze_late,
+    "unload": Explored._unload_by_hand,
+    "keep_alive": Explored._keep,
+    "reload": Explored._reload_to,
+    "find": Explored._find_one,
+    "close": Explored._close_now,
+    "stop_all": Explored._stop_now,
+}
+
+
+def _forked(slot, slots):
+    """The copy of a slot, made once; `slots` has those made so far."""
+    if slot is None or slot in slots:
+        return slots.get(slot)
+    twin = slots[slot] = copy.copy(slot)
+    twin.pauses = slot.pauses.copy()
+    twin.evicted_for = _forked(slot.evicted_for, slots)
+    return twin
+
+
+def _forked_ticket(ticket, slots):
+    twin = copy.copy(ticket)
+    twin.slot = _forked(ticket.slot, slots)
+    twin.victims = frozenset(_forked(slot, slots) for slot in ticket.victims)
+    return twin
+
+
+def _age(moment, now):
+    """How long ago; nothing asks for more than the longest patience."""
+    return min(round(now - moment, 6), llmswap.LONGEST_PATIENCE)
+
+
+def _ahead(moment, now):
+    """How far ahead; what is past is past."""
+    return max(round(moment - now, 6), 0.0)
+
+
+class Exploration:
+    """All states of one small world."""
+
+    def __init__(self, world, **left):
+        self._start = lambda: Explored(world, **left)
+        self._numbers = {}  # hash of a key -> number of the state
+        self._follow = []  # number -> the numbers that what must happen leads to
+        self._waiting = []  # number -> whether somebody waits
+        self.transitions = 0
+
+    @property
+    def states(self):
+        return len(self._follow)
+
+    def run(self):
+        """Go everywhere; an AssertionError tells the way to what is wrong."""
+        start = self._start()
+        start.turn()
+        self._enter(start)
+        stack = [start]
+        while stack:
+            state = stack.pop()
+            for event, is_due in state.events():
+                twin = self._after(state, event)
+                if self._enter(twin):
+                    stack.append(twin)
+                if is_due:
+                    self._follow[state.number].append(twin.number)
+        self._check_ends()
+
+    def _after(self, state, event):
+        twin = state.fork()
+        self.transitions += 1
+        try:
+            twin.do(event)
+        except Exception as error:
+            raise AssertionError(self._tell(twin.path)) from error
+        return twin
+
+    def _enter(self, state):
+        """Give the state its number; say whether it is new."""
+        digest = hash(state.key())
+        number = self._numbers.setdefault(digest, len(self._follow))
+        state.number = number
+        if number < len(self._follow):
+            return False
+        self._follow.append([])
+        self._waiting.append(state.path if state.waiting else None)
+        return True
+
+    def _check_ends(self):
+        """Whatever must happen comes to an end, and there nobody waits."""
+        for number, followers in enumerate(self._follow):
+            if self._waiting[number] and not followers:
+                raise AssertionError("waits for ever\n" + self._tell(self._waiting[number]))
+        degrees = Counter(each for followers in self._follow for each in followers)
+        free = [number for number in range(self.states) if not degrees[number]]
+        for number in free:  # grows: what only these led to is free in its turn
+            for follower in self._follow[number]:
+                degrees[follower] -= 1
+                if not degrees[follower]:
+                    free.append(follower)
+        round_about = set(range(self.states)) - set(free)
+        for number in sorted(round_about):
+            if self._waiting[number] and round_about & set(self._follow[number]):
+                raise AssertionError("goes round\n" + self._tell(self._waiting[number]))
+
+    def _tell(self, path):
+        """The story of a path, gone once more."""
+        events = []
+        while path is not None:
+            path, event = path
+            events.append(event)
+        state = self._start()
+        state.is_told = True
+        try:
+            state.turn()
+            for event in reversed(events):
+                state.do(event)
+        except Exception as error:
+            return f"{error}\n{events[::-1]}"
+        return state.tell(f"{events[::-1]}")
+
+
+@pytest.mark.parametrize("name", SMALL_WORLDS)
+def test_every_order_of_events_in_a_small_world_keeps_all_promises(name):
+    for left in (2, 1, 0), (3, 0, 0):
+        left = dict(zip(("tickets", "faults", "tokens"), left))
+        exploration = Exploration(SMALL_WORLDS[name], **left)
+        exploration.run()
+        assert exploration.states > 50
+
+
+def explore_main(argv):
+    """Explore the worlds named, or all, print what was seen; the exit status."""
+    if "--help" in argv:
+        print(EXPLORE_USAGE)
+        return 0
+    defaults = {"tickets": 4, "faults": 1, "tokens": 1}
+    left = {k: int(soak_option(argv, f"--{k}", v)) for k, v in defaults.items()}
+    names = [word for word in argv if word in SMALL_WORLDS] or list(SMALL_WORLDS)
+    print(f"{'world':<14}{'states':>12}{'events':>12}{'seconds':>9}")
+    total, status = Counter(), 0
+    with ProcessPoolExecutor() as pool:
+        found = pool.map(explore_world, names, itertools.repeat(left))
+        for name, (states, events, seconds, wrong) in zip(names, found):
+            print(f"{name:<14}{states:>12,}{events:>12,}{seconds:>9.1f}", flush=True)
+            total.update(states=states, events=events)
+            if wrong:
+                print(wrong)
+                status = 1
+    print(f"{'in all':<14}{total['states']:>12,}{total['events']:>12,}")
+    return status
+
+
+def explore_world(name, left):
+    """Explore one world: (states, events, seconds, what is wrong)."""
+    began, exploration = time.monotonic(), Exploration(SMALL_WORLDS[name], **left)
+    wrong = None
+    try:
+        exploration.run()
+    except AssertionError as error:
+        wrong = str(error)
+    seconds = time.monotonic() - began
+    return exploration.states, exploration.transitions, seconds, wrong
+
+
+# ==================================================================================
+# The fuzz: mutated requests and answers, read by llmswap and by a plain second reader.
+# ==================================================================================
+
+
+FUZZ_USAGE = """\
+python3 test_llmswap.py fuzz [--parser N] [--wire N] [--seed S]
+
+N mutated requests and as many mutated answers (1,000,000 each) go through the reader of
+HTTP in this process, and N connections (10,000) with such requests, cut anywhere and
+half closed, or with such answers of a backend, through a real llmswap. A second reader,
+written as plainly as can be, says what each means: llmswap must read the same or refuse
+it, forward nothing else, answer in whole, and give all of it back. Exit status 1 if
+not, with the evidence.
+"""
+
+FUZZ_LIMIT = 50000  # bytes of a body
+FUZZ_TOKEN = frozenset(
+    b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+)
+FUZZ_HEX = frozenset(b"0123456789abcdefABCDEF")
+
+
+class FuzzBad(Exception):
+    """What was read is not strict HTTP/1; `method` if only the body is not."""
+
+    method = None
+
+
+class FuzzCut(FuzzBad):
+    """What was read ends too early."""
+
+
+class FuzzViolation(Exception):
+    """llmswap did not do what the plain reader says."""
+
+
+# ----------------------------------------------------------------------------------
+# The plain reader
+
+
+class FuzzMessage(NamedTuple):
+    """A request (`start` is method, target, version) or an answer (version, status,
+    reason), and where it ends in the data."""
+
+    start: tuple
+    fields: list
+    body: bytes
+    end: int
+    is_last: bool = False  # nothing may follow on this connection
+
+    def all(self, name):
+        return [value for field, value in self.fields if field == name]
+
+
+def fuzz_require(condition, *evidence):
+    """Raise the evidence unless the condition holds."""
+    if not condition:
+        raise FuzzViolation("\n    ".join(repr(each)[:1500] for each in evidence))
+
+
+def fuzz_text_only(data):
+    """Refuse control characters other than tabs."""
+    if any(byte < 32 and byte != 9 or byte == 127 for byte in data):
+        raise FuzzBad("a control character")
+
+
+def fuzz_head(data, at):
+    """The start line, the fields and the index behind the head that begins there."""
+    start = at
+    while data[at : at + 2] == b"\r\n":
+        at += 2
+    end = data.find(b"\r\n\r\n", at)
+    if end < 0:
+        raise FuzzCut
+    if end + 4 - start > llmswap.HEAD_LIMIT:
+        raise FuzzBad("a long head")
+    line, *lines = data[at:end].split(b"\r\n")
+    if len(lines) > llmswap.LINES_LIMIT:
+        raise FuzzBad("many lines")
+    return line, [fuzz_field(each) for each in lines], end + 4
+
+
+def fuzz_field(line):
+    """Name and value in a header line."""
+    name, colon, value = line.partition(b":")
+    if not colon or not name or not FUZZ_TOKEN.issuperset(name):
+        raise FuzzBad("not a field")
+    fuzz_text_only(value)
+    return name.decode().lower(), value.strip(b" \t").decode("latin-1")
+
+
+def fuzz_length(fields):
+    """The length that is told, None if none is, "chunked"."""
+    coded = [value for name, value in fields if name == "transfer-encoding"]
+    counted = [value for name, value in fields if name == "content-length"]
+    if coded and (counted or [each.lower() for each in coded] != ["chunked"]):
+        raise FuzzBad("both framings, or a coding")
+    if coded:
+        return "chunked"
+    if not counted:
+        return None
+    if len(counted) > 1 or not set(counted[0]) <= set("0123456789"):
+        raise FuzzBad("not one length")
+    if not 0 < len(counted[0]) < 19:
+        raise FuzzBad("not a length")
+    return int(counted[0])
+
+
+def fuzz_payload(data, at, length):
+    """The payload of that length and the index behind it."""
+    if length == "chunked":
+        return fuzz_chunks(data, at)
+    if len(data) < at + length:
+        raise FuzzCut
+    return data[at : at + length], at + length
+
+
+def fuzz_line(data, at):
+    """The line that begins there, without its end, and the index behind it."""
+    end = data.find(b"\n", at)
+    if end < 0:
+        raise FuzzCut
+    if end + 1 - at > 4096 or data[end - 1 : end] != b"\r" or end - 1 < at:
+        raise FuzzBad("a long line, or one that ends with LF alone")
+    return data[at : end - 1], end + 1
+
+
+def fuzz_chunks(data, at):
+    """The payload in these chunks and the index behind them."""
+    payload = b""
+    while True:
+        line, at = fuzz_line(data, at)
+        size, _, extension = line.partition(b";")
+        size = size.rstrip(b" \t")
+        fuzz_text_only(extension)
+        if not 0 < len(size) < 16 or not FUZZ_HEX.issuperset(size):
+            raise FuzzBad("not a size")
+        if not int(size, 16):
+            return payload, fuzz_trailer(data, at)
+        piece, at = fuzz_payload(data, at, int(size, 16))
+        payload += piece
+        line, at = fuzz_line(data, at)
+        if line:
+            raise FuzzBad("a chunk is longer than its size")
+
+
+def fuzz_trailer(data, at):
+    """The index behind the fields after the last chunk."""
+    for _ in range(llmswap.LINES_LIMIT):
+        line, at = fuzz_line(data, at)
+        if not line:
+            return at
+        fuzz_field(line)
+    raise FuzzBad("many trailers")
+
+
+def fuzz_request(data, at):
+    """The request that begins there. Raise FuzzBad."""
+    line, fields, at = fuzz_head(data, at)
+    words = line.split(b" ")
+    if len(words) != 3 or words[2] not in (b"HTTP/1.0", b"HTTP/1.1"):
+        raise FuzzBad("not three words")
+    method, target, version = words
+    if not method or not FUZZ_TOKEN.issuperset(method) or not target:
+        raise FuzzBad("not a method or no target")
+    if any(byte < 33 or byte == 127 for byte in target):
+        raise FuzzBad("not a target")
+    length = fuzz_length(fields) or 0
+    hosts = [value for name, value in fields if name == "host"]
+    if version == b"HTTP/1.0" and length == "chunked":
+        raise FuzzBad("chunks in HTTP/1.0")
+    if len(hosts) > 1 or (version == b"HTTP/1.1" and not hosts):
+        raise FuzzBad("not one host")
+    target = fuzz_target(method, target.decode("latin-1"), (hosts or [""])[0])
+    try:
+        if length != "chunked" and length > FUZZ_LIMIT:
+            raise FuzzBad("a long body")
+        body, at = fuzz_payload(data, at, length)
+        if len(body) > FUZZ_LIMIT:
+            raise FuzzBad("a long body")
+    except FuzzBad as error:
+        error.method = method.decode()
+        raise
+    wish = next((value for name, value in fields if name == "connection"), "").lower()
+    is_last = "keep-alive" not in wish if version == b"HTTP/1.0" else "close" in wish
+    return FuzzMessage((method.decode(), target, version), fields, body, at, is_last)
+
+
+def fuzz_target(method, target, host):
+    """The target as a path and a query."""
+    if target[0] == "/" or (method == b"OPTIONS" and target == "*"):
+        return target
+    scheme, mark, rest = target.partition("://")
+    if not mark or scheme.lower() not in ("http", "https"):
+        raise FuzzBad("not a URL")
+    cut = min(rest.find(mark) % (len(rest) + 1) for mark in "/?")
+    if not cut or rest[:cut].lower() != host.lower():
+        raise FuzzBad("the URL of another host")
+    return rest[cut:] if rest[cut : cut + 1] == "/" else "/" + rest[cut:]
+
+
+def fuzz_requests(data):
+    """The requests in this data, and why there are no more, if it is not their end."""
+    found, at = [], 0
+    while at < len(data):
+        try:
+            found.append(fuzz_request(data, at))
+        except FuzzBad as error:
+            return found, error
+        at = found[-1].end
+        if found[-1].is_last:
+            return found, None
+    return found, None
+
+
+def fuzz_answer(data, at, method):
+    """The final answer that begins there; of one that only the end of the connection
+    delimits, `is_last` is true. Raise FuzzBad."""
+    status, interim = b"100", 0
+    while status[:1] == b"1" and status != b"101":
+        line, fields, at = fuzz_head(data, at)
+        version, _, rest = line.partition(b" ")
+        status, blank, reason = rest[:3], rest[3:4], rest[4:]
+        fuzz_text_only(reason)
+        if version not in (b"HTTP/1.0", b"HTTP/1.1") or blank not in (b"", b" "):
+            raise FuzzBad("not a status line")
+        if len(status) != 3 or not status.isdigit() or not b"1" <= status[:1] <= b"5":
+            raise FuzzBad("not a status")
+        interim += 1
+        if interim > llmswap.LINES_LIMIT:
+            raise FuzzBad("interim answers without end")
+    length = fuzz_length(fields)
+    if method == "HEAD" or status in (b"101", b"204", b"304"):
+        length = 0
+    start = version, int(status), reason
+    if length is None:
+        return FuzzMessage(start, fields, data[at:], len(data), True)
+    return FuzzMessage(start, fields, *fuzz_payload(data, at, length))
+
+
+# ----------------------------------------------------------------------------------
+# What is sent: sound messages, then changed
+
+
+FUZZ_BYTES = [
+    bytes([each])
+    for each in b"\r\n\0 \t:;,\x0b\x0c\x1b\x7f\x80\xa0\xff%/\\+-0fFgGx\"'{}*?#@"
+]
+FUZZ_LINES = [
+    b"Content-Length: 5", b"Content-Length: 0", b"content-length: 5, 5",
+    b"Content-Length: +5", b"Content-Length: -1", b"Content-Length: 0x5",
+    b"Content-Length:", b"Content-Length: 5 5", b"Content-Length: 99999999999999999999",
+    b"Content-Length: 00000000000000005", b"Content-Length: \xb2",
+    b"Content-Length : 5", b" Content-Length: 5", b"Content_Length: 5",
+    b"Content-Length: 5\t", b"Content-Length: 60000", b"Transfer-Encoding: chunked",
+    b"Transfer-Encoding: Chunked", b"Transfer-Encoding: xchunked",
+    b"Transfer-Encoding: chunked, chunked", b"Transfer-Encoding: gzip, chunked",
+    b"Transfer-Encoding: identity", b"Transfer-Encoding: chunked;q=1",
+    b"Transfer-Encoding:\x0bchunked", b"Transfer-Encoding:",
+    b"Transfer-Encoding : chunked", b"Transfer-Encoding: chunked\x00",
+    b"Transfer-Encoding\r\n: chunked", b"X: a\r\n\tTransfer-Encoding: chunked",
+    b"Host: x", b"Host: localhost", b"Host:", b"Host: localhost:1", b"Host: [::1]",
+    b"Host: [::1", b"Host: evil.example", b"Host: a b", b"Host: \xe4",
+    b"HOST: localhost", b"Connection: close", b"Connection: keep-alive",
+    b"Connection: Close, X-A", b"Connection: upgrade",
+    b"Connection: host, content-length, transfer-encoding", b"Upgrade: websocket",
+    b"Upgrade: h2c", b"Expect: 100-continue", b"Expect: x", b"TE: trailers",
+    b"Trailer: X", b"Keep-Alive: 5", b"Origin: null", b"Origin: http://localhost:1",
+    b"Origin: http://[", b"Referer: http://[", b"Referer: http://\xe2\x84\x80/",
+    b"Referer: x", b"Sec-Fetch-Site: cross-site", b"Authorization: Basic =",
+    b"Authorization: Basic \xff", b"Authorization: Bearer", b"x-api-key: \xff",
+    b"Content-Type: multipart/form-data",
+    b"Content-Type: multipart/form-data; boundary=x",
+    b"Content-Type: application/x-www-form-urlencoded", b"Content-Encoding: gzip", b"X",
+    b": x", b"X : y", b"X: \x00", b"X: a\rb", b"X: a\nb", b"X: a\x1b[31m", b"\xe4: b",
+    b"X: \xe4\x80", b"", b" ", b"\t", b" folded", b"\tfolded: x", b"GET / HTTP/1.1",
+    b"X:" + b" " * 300 + b"y" + b" " * 300,
+]  # fmt: skip
+FUZZ_TARGETS = [
+    b"/", b"*", b"x", b"", b"//x/y", b"/../..", b"/%2e%2e/%00", b"/%", b"/%zz%f",
+    b"/\xe4\x80", b"/?model=%ff", b"/?model=\xff&autoload=1", b"/?%6dodel=x",
+    b"http://localhost/a?b", b"HTTP://LOCALHOST", b"http://x/", b"http://localhost@x/",
+    b"http://localhost:80/", b"https://localhost?x", b"http:///x", b"http://",
+    b"ftp://localhost/", b"localhost:80", b"/#x", b"/a b", b"/\x00", b"/\x7f",
+    b"/upstream/", b"/upstream//", b"/upstream/%2e%2e/x", b"/upstream/..",
+    b"/logs/stream/%00", b"/v1/models/%0d%0aX:%20y", b"/health", b"/v1/models?reload=",
+    b"/running", b"/props?model=", b"/metrics", b"/unload/",
+    b"/upstream/" + b"a/" * 2000,
+]  # fmt: skip
+FUZZ_SIZES = [
+    b"0", b"00", b"5", b"A", b"+5", b"-5", b"0x5", b"5;x=y", b"5 ;x", b"5;\x00",
+    b"5;a\r", b" 5", b"5 ", b"5\t", b"", b";x", b"g", b"5_0", b"fffffffffffffff",
+    b"ffffffffffffffff", b"7fffffff", b"5;" + b"x" * 5000, b"0;x", b"5\n", b"\xb2",
+]  # fmt: skip
+FUZZ_ENDS = [
+    b"\n", b"\r", b"\n\r", b"\r\r\n", b"", b"\r\n\r\n", b"\r\n ", b"\r\n\t", b"\0\r\n",
+    b"\r\n\0", b"\x85", b" \r\n",
+]  # fmt: skip
+FUZZ_VERSIONS = [
+    b"HTTP/1.0", b"HTTP/1.1", b"HTTP/1.2", b"HTTP/2.0", b"HTTP/0.9", b"http/1.1",
+    b"HTTP/1.1 ", b"HTTP/01.1", b"HTTP/1", b"",
+]  # fmt: skip
+FUZZ_STATUSES = [
+    b"200 OK", b"200", b"200 ", b"99 X", b"600 X", b"204 No", b"304 No", b"101 Switch",
+    b"100 C", b"103 H", b"2000 X", b"20 X", b"-20 X", b"200\tOK", b"200 \x00",
+    b"200 \x1b[31m", b"\xb2\xb2\xb2 X", b"502 \xe4",
+]  # fmt: skip
+FUZZ_FORM = (
+    b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\n%s\r\n--x--\r\n'
+)
+FUZZ_WORDS = [b"get", b"G(T", b"CONNECT", b"TRACE", b""], FUZZ_TARGETS, FUZZ_VERSIONS
+
+
+class FuzzDice(random.Random):
+    """A source of sound messages and of changes to them."""
+
+    def request(self, model="m"):
+        """A sound request to a model, or for llmswap itself."""
+        method = self.choice(b"GET POST POST POST PUT DELETE HEAD OPTIONS X-Y".split())
+        name = model.encode()
+        under = b"/upstream/" + name
+        query = b"/v1/x?model=" + name
+        target = self.choice([query, under + b"/a%20b?c=d", under + b"//", b"/health"])
+        if self.random() < 0.1:
+            target = self.choice(FUZZ_TARGETS[:4] + FUZZ_TARGETS[-8:])
+        version = b"HTTP/1.0" if self.random() < 0.1 else b"HTTP/1.1"
+        lines = [b"%s %s %s" % (method, target or b"/", version), b"Host: localhost"]
+        more = b"Accept: */*,X-A: b,x-c:\td ,User-Agent: curl/8,Connection: keep-alive"
+        lines += self.choices(more.split(b","), k=self.randrange(3))
+        is_bare = method in (b"GET", b"HEAD", b"OPTIONS") and self.random() < 0.8
+        body = b"" if is_bare else self.body(name)
+        return self._framed(lines, body, version == b"HTTP/1.1")
+
+    def body(self, name):
+        """The bytes of a body: JSON, a form, rubbish, a long one."""
+        return self.choice([
+            b'{"model":"%s"}' % name,
+            b'{ "messages": [{"a":"\\u00e4"}], "model" : "%s", "stream":false}' % name,
+            b'{"model":"%s","model":1,"y":"%s"}' % (name, b"y" * self.randrange(3000)),
+            b"model=%s&x=y" % name,
+            FUZZ_FORM % name,
+            b"\0\r\n\r\nGET /unload HTTP/1.1\r\n\r\n",
+            b"",
+        ])  # fmt: skip
+
+    def _framed(self, lines, body, may_be_chunked):
+        if body and may_be_chunked and self.random() < 0.5:
+            lines.append(b"Transfer-Encoding: chunked")
+            body = self.chunked(body)
+        elif body or self.random() < 0.2:
+            lines.append(b"Content-Length: %d" % len(body))
+        return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+    def chunked(self, body):
+        """The body in chunks of any sizes, perhaps with extensions and trailers."""
+        data, at = b"", 0
+        while at < len(body):
+            piece = body[at : at + self.randrange(1, 2 + len(body))]
+            more = self.choice([b"", b"", b"", b";a=b", b' ; a="b"'])
+            data += b"%x%s\r\n%s\r\n" % (len(piece), more, piece)
+            at += len(piece)
+        return data + b"0\r\n" + self.choice([b"", b"", b"X: y\r\n"]) + b"\r\n"
+
+    def answer(self):
+        """A sound answer of a backend."""
+        status = self.choice([b"200 OK", b"200", b"404 Not Found", b"204 No", b"503 X"])
+        version = b"HTTP/1.0" if self.random() < 0.1 else b"HTTP/1.1"
+        kind = self.choice([b"application/json", b"text/event-stream", b"text/plain"])
+        lines = [version + b" " + status, b"Content-Type: " + kind]
+        events, text = b"data: x\n\n" * self.randrange(4), b"x" * self.randrange(5000)
+        body = b"" if status[:3] == b"204" else self.choice([b"{}", events, text])
+        data = self._framed(lines, body, True)
+        if self.random() < 0.1:
+            hints = b"HTTP/1.1 103 Hints\r\nLink: x\r\n\r\n"
+            data = hints * self.randrange(1, 3) + data
+        return data
+
+    def changed(self, data):
+        """The data after up to four changes, mostly one."""
+        for _ in range(self.choice([0, 1, 1, 1, 1, 2, 2, 3, 4])):
+            data = self.choice(FUZZ_CHANGES)(self, data)
+        return data
+
+    def cut(self, data):
+        """The data in pieces as they might arrive."""
+        if self.random() < 0.5:
+            return [data]
+        count = self.randrange(1, 5)
+        places = sorted(self.randrange(len(data) + 1) for _ in range(count))
+        return [data[a:b] for a, b in zip([0, *places], [*places, len(data)]) if a < b]
+
+    # changes
+
+    def one_byte(self, data):
+        at, byte = self.randrange(len(data) + 1), self.choice(FUZZ_BYTES)
+        return data[:at] + byte + data[at + self.randrange(2) :]
+
+    def lost_bytes(self, data):
+        at = self.randrange(len(data) + 1)
+        return data[:at] + data[at + self.randrange(1, 9) :]
+
+    def a_line(self, data):
+        """One line more, less or other."""
+        head, mark, body = data.partition(b"\r\n\r\n")
+        lines = head.split(b"\r\n")
+        at = self.randrange(1, len(lines) + 1)
+        fresh = [self.choice(FUZZ_LINES)] * self.choice([0, 1, 1, 1, 2])
+        lines[at : at + self.randrange(2)] = fresh
+        return b"\r\n".join(lines) + mark + body
+
+    def an_end_of_line(self, data):
+        return self._replaced(data, b"\r\n", self.choice(FUZZ_ENDS))
+
+    def _replaced(self, data, old, new):
+        """One of its places, exchanged."""
+        found = [at for at in range(len(data)) if data.startswith(old, at)]
+        at = self.choice(found or [0])
+        return data[:at] + new + data[at + len(old) :] if found else data
+
+    def a_word(self, data):
+        """Another method, target, version or status."""
+        line, mark, rest = data.partition(b"\r\n")
+        words = line.split(b" ", 2)
+        at = self.randrange(len(words))
+        is_answer = line[:5] == b"HTTP/"
+        table = (FUZZ_VERSIONS, FUZZ_STATUSES, [b""]) if is_answer else FUZZ_WORDS
+        words[at] = self.choice(table[at])
+        return b" ".join(words) + mark + rest
+
+    def a_size(self, data):
+        """Another size of a chunk."""
+        found = list(re.finditer(rb"\r\n([0-9a-f]+)[^\r\n]*\r\n", data))
+        if not found:
+            return data
+        start, end = self.choice(found).span(1)
+        return data[:start] + self.choice(FUZZ_SIZES) + data[end:]
+
+    def a_trailer(self, data):
+        line = b"0\r\n" + self.choice(FUZZ_LINES) + b"\r\n"
+        return self._replaced(data, b"0\r\n", line)
+
+    def much(self, data):
+        """Too many or too long lines; seldom, since that takes long."""
+        if self.random() < 0.95:
+            return data
+        line, count = self.choice([(b"y", 66000), (b"y", 65300), (b"\r\nX: y", 101)])
+        line = b"\r\nX: " + line * count + b"\r\n"
+        if self.random() < 0.2:
+            return b"\r\n" * self.choice([32600, 40000]) + data
+        return self._replaced(data, b"\r\n", line)
+
+    def spliced(self, data):
+        at = self.randrange(len(data) + 1)
+        other = self.answer() if data[:5] == b"HTTP/" else self.request()
+        return data[:at] + other[self.randrange(len(other)) :]
+
+    def truncated(self, data):
+        return data[: self.randrange(len(data) + 1)]
+
+
+FUZZ_CHANGES = [
+    FuzzDice.one_byte, FuzzDice.one_byte, FuzzDice.lost_bytes, FuzzDice.a_line,
+    FuzzDice.a_line, FuzzDice.a_line, FuzzDice.an_end_of_line, FuzzDice.an_end_of_line,
+    FuzzDice.a_word, FuzzDice.a_size, FuzzDice.a_size, FuzzDice.a_trailer,
+    FuzzDice.much, FuzzDice.spliced, FuzzDice.truncated,
+]  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------
+# The reader of HTTP, in this process
+
+
+class FuzzSocket:
+    """Gives these pieces, then the end; takes whatever is sent."""
+
+    def __init__(self, pieces):
+        self.unread = collections.deque(pieces)
+
+    def recv(self, size):
+        if not self.unread:
+            return b""
+        piece = self.unread.popleft()
+        if len(piece) > size:
+            self.unread.appendleft(piece[size:])
+        return piece[:size]
+
+    def recv_into(self, buffer):
+        piece = self.recv(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def sendall(self, data):
+        pass
+
+
+def fuzz_read(pieces):
+    """What llmswap reads as requests, and what it refuses the next with."""
+    wire, served = llmswap.Wire(FuzzSocket(pieces)), []
+    try:
+        while raw := wire.head():
+            request = llmswap.Request(raw)
+            served.append(fuzz_read_one(wire, request))
+            if not request.wants_to_stay:
+                break
+    except (llmswap.Problem, llmswap.ClientGone) as error:
+        return served, error
+    return served, None
+
+
+def fuzz_read_one(wire, request):
+    """Method, target, fields and body, after all that Handler looks at."""
+    body = llmswap.Body(wire, request, FUZZ_LIMIT)
+    request.parameter("model"), request.is_upgrade, llmswap.unquoted(request.path)
+    llmswap.end_to_end(request.fields)
+    host = llmswap._host_name(request.get("host"))
+    llmswap._is_address(host), llmswap._origin_of(request.get("referer"))
+    llmswap._basic_password(request.get("authorization"))
+    try:
+        kind = request.get("content-type")
+        found = llmswap.model_named_in(body, kind, is_needed=False)
+        if found.is_json and body.is_complete:
+            edits = llmswap.Edits("other", {"x": {}}, frozenset(["y"]))
+            members = llmswap.members_of(body.held)[0]
+            llmswap.edited_json(body.held, members, edits)
+    except llmswap.BadRequest:
+        if not body.can_be_read:
+            raise
+    data = bytes(body.held[:]) + b"".join(body.rest())
+    return request.method, request.target, request.fields, data
+
+
+def fuzz_parse_request(dice):
+    """Have both read the same mutated requests."""
+    count = dice.choice([1, 1, 1, 2, 3])
+    data = b"".join(dice.changed(dice.request()) for _ in range(count))
+    found, error = fuzz_requests(data)
+    served, problem = fuzz_read(dice.cut(data))
+    expected = [(*each.start[:2], each.fields, each.body) for each in found]
+    fuzz_require(served == expected, data, served, expected, error, problem)
+    if type(error) is not FuzzCut:
+        fuzz_require(bool(error) == bool(problem), data, error, problem)
+    return "refused" if error else "read"
+
+
+def fuzz_parse_answer(dice):
+    """Have both read the same mutated answer."""
+    method = dice.choice(["GET", "GET", "POST", "HEAD"])
+    data = dice.changed(dice.answer())
+    try:
+        found, error = fuzz_answer(data, 0, method), None
+    except FuzzBad as problem:
+        found, error = None, problem
+    sock = FuzzSocket(dice.cut(data))
+    try:
+        answer = llmswap.Answer(llmswap.Wire(sock), method)
+        payload = b"".join(bytes(piece) for piece in answer.pieces())
+    except (EOFError, llmswap.Truncated) as problem:
+        fuzz_require(error, data, method, problem, found)
+        return "refused"
+    fuzz_require(found, data, method, error, payload)
+    got = answer.status, answer.reason, answer.fields, payload
+    _, status, reason = found.start
+    expected = status, reason.decode("latin-1"), found.fields, found.body
+    fuzz_require(got == expected, data, method, got, expected)
+    is_over = not found.is_last and (found.end == len(data) or sock.unread)
+    fuzz_require(is_over or not answer.is_over, data, method, "serves another")
+    return "read"
+
+
+def fuzz_parser(count, seed):
+    """So many requests and answers; what became of them, and the violations."""
+    tally, violations = Counter(), []
+    for number in range(count):
+        dice = FuzzDice(seed * 10**9 + number)
+        for act in (fuzz_parse_request, fuzz_parse_answer):
+            what = act.__name__[11:]
+            try:
+                tally[what, act(dice)] += 1
+            except FuzzViolation as error:
+                violations.append(f"{what} {number}: {error}")
+            except Exception as error:
+                violations.append(f"{what} {number}: {error!r}")
+    return tally, violations
+
+
+# ----------------------------------------------------------------------------------
+# Over the wire
+
+
+class FuzzBackend:
+    """A backend that reads plainly, remembers all requests, and answers each with what
+    it saw, or as a case wishes. Runs in threads of this process."""
+
+    def __init__(self):
+        self.seen = queue.SimpleQueue()
+        self.wishes = {}  # target: (pieces of the answer, whether a reset ends it)
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self._listener.accept()
+                sock.settimeout(60)
+                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock):
+        data = b""
+        with sock, contextlib.suppress(OSError):
+            while piece := sock.recv(65536):
+                data += piece
+                try:
+                    request = fuzz_request(data, 0)
+                except FuzzCut:
+                    continue
+                except FuzzBad as error:
+                    self.seen.put((error, data))
+                    return
+                data = data[request.end :]
+                if not self._answer(sock, request):
+                    return
+
+    def _answer(self, sock, request):
+        """Answer; whether the connection goes on."""
+        method, target, _ = request.start
+        if target in ("/health", "/own/health"):
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+            return True
+        self.seen.put(request)
+        pieces, is_reset = self.wishes.get(target, (None, False))
+        if pieces is None:
+            told = b"" if method == "HEAD" else fuzz_digest(request)
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 64\r\n\r\n" + told)
+            return True
+        for piece in pieces:
+            sock.sendall(piece)
+        if is_reset:
+            linger = struct.pack("ii", 1, 0)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        return False
+
+    def news(self):
+        """What was seen since this was last asked."""
+        while not self.seen.empty():
+            yield self.seen.get()
+
+    def close(self):
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+def fuzz_digest(request, target=None):
+    """What names a request: its method, its target as the backend gets it, its body."""
+    method, own, _ = request.start
+    text = f"{method} {own if target is None else target} ".encode()
+    return sha256(text + request.body).hexdigest().encode()
+
+
+class FuzzClient:
+    """One after the other, connections with mutated requests or for mutated answers."""
+
+    def __init__(self, server, backend, model, seed):
+        self.server, self.backend, self.model = server, backend, model
+        self.seed = seed
+        self.owed = Counter()  # digests of the requests that the backend may see
+        self.tally = Counter()
+        self.violations = []
+
+    def run(self, count):
+        for number in range(count):
+            dice = FuzzDice(f"{self.seed} {self.model} {number}")
+            act = self.try_requests if dice.random() < 0.75 else self.try_answer
+            try:
+                self.tally[act(dice)] += 1
+                self._look_at_backend()
+            except (FuzzViolation, OSError) as error:
+                self.violations.append(f"{self.model} {number}: {error!r}")
+
+    def _look_at_backend(self):
+        for request in self.backend.news():
+            fuzz_require(isinstance(request, FuzzMessage), "forwarded", request)
+            digest = fuzz_digest(request)
+            fuzz_require(self.owed[digest] > 0, "nobody asked for this", request)
+            self.owed[digest] -= 1
+            names = [name for name, _ in request.fields]
+            fuzz_require(names.count("host") == 1, request)
+            own = {"transfer-encoding", "connection", "upgrade"}
+            fuzz_require(not (llmswap.HOP_BY_HOP - own) & set(names), request)
+
+    def _target_of(self, request):
+        """The target of a request as the backend gets it."""
+        target, prefix = request.start[1], f"/upstream/{self.model}"
+        return target[len(prefix) :] if target.startswith(f"{prefix}/") else target
+
+    def try_requests(self, dice):
+        """Some requests on one connection; what llmswap answers."""
+        sound = [dice.request(self.model) for _ in range(dice.choice([1, 1, 2, 3]))]
+        data = b"".join(dice.changed(each) for each in sound)
+        found, error = fuzz_requests(data)
+        for request in found:
+            self.owed[fuzz_digest(request, self._target_of(request))] += 1
+        end = dice.choice(["half closed", "half closed", "left", "reset"])
+        got = self._talk(dice.cut(data), end)
+        if got is None:
+            return "request", end
+        methods = [request.start[0] for request in found]
+        methods.append(error and error.method or "GET")
+        answers = self._answers(got, methods, data)
+        if error and not error.method and len(answers) > len(found):
+            status = answers[-1].start[1]
+            fuzz_require(400 <= status < 500, data, error, got)
+        fuzz_require(len(answers) <= len(found) + bool(error), data, found, got)
+        for request, answer in zip(found, answers):
+            if answer.start[1] == 200 and len(answer.body) == 64:
+                digest = fuzz_digest(request, self._target_of(request))
+                fuzz_require(answer.body == digest, "another's answer", data, got)
+        return "request", "refused" if error else "served"
+
+    def _talk(self, pieces, end):
+        """Send the pieces; all that comes back, or None if we did not wait for it."""
+        with socket.create_connection(("127.0.0.1", self.server.port)) as sock:
+            sock.settimeout(20)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                for piece in pieces:
+                    sock.sendall(piece)
+            if end == "reset":
+                linger = struct.pack("ii", 1, 0)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            if end != "half closed":
+                return None
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_WR)
+            return everything(sock)[0]
+
+    def _answers(self, got, methods, data):
+        """The answers in what came back: each is whole."""
+        answers, at = [], 0
+        while at < len(got):
+            method = methods[min(len(answers), len(methods) - 1)]
+            try:
+                answers.append(fuzz_answer(got, at, method))
+            except FuzzCut:
+                if got[at:] == b"HTTP/1.1 100 Continue\r\n\r\n":
+                    break  # told to go on, we did not
+                fuzz_require(False, "half an answer", data, got)
+            except FuzzBad as error:
+                fuzz_require(False, "not HTTP", error, data, got)
+            at = answers[-1].end
+            status = answers[-1].start[1]
+            fuzz_require(status not in (500, 501, 502, 503, 504), data, got[-500:])
+        return answers
+
+    def try_answer(self, dice):
+        """A sound request, answered by what may be rubbish."""
+        method = dice.choice(["GET", "GET", "HEAD", "POST"])
+        data, is_reset = dice.changed(dice.answer()), dice.random() < 0.2
+        target = f"/wish-{dice.randrange(10**12)}"
+        self.backend.wishes[target] = dice.cut(data), is_reset
+        path = f"/upstream/{self.model}{target}"
+        lines = f"{method} {path} HTTP/1.1\nHost: localhost\nConnection: close"
+        request = http(lines + ("\nContent-Length: 0" if method == "POST" else ""))
+        digest = fuzz_digest(fuzz_request(request, 0), target)
+        self.owed[digest] = 2  # if a kept connection ends without a byte, once more
+        with socket.create_connection(("127.0.0.1", self.server.port)) as sock:
+            sock.settimeout(20)
+            sock.sendall(request)
+            got, was_reset = everything(sock)
+        del self.backend.wishes[target]
+        return "answer", self._check_answer(data, method, got, was_reset or is_reset)
+
+    def _check_answer(self, data, method, got, was_reset):
+        """It must be passed on as it was meant, be broken, or be called bad: 502."""
+        try:
+            meant, error = fuzz_answer(data, 0, method), None
+        except FuzzBad as problem:
+            meant, error = None, problem
+        try:
+            answer = fuzz_answer(got, 0, method)
+        except FuzzCut:
+            fuzz_require(error or was_reset or meant.is_last, "broken", data, got)
+            return "broken"
+        except FuzzBad as problem:
+            fuzz_require(False, "not HTTP", problem, data, got)
+        fuzz_require(answer.end == len(got), "more than one answer", data, got)
+        if answer.start[1] == 502 and (method == "HEAD" or b'"backend_died"' in got):
+            fuzz_require(error or was_reset or meant.start[1] in (101, 502), data, got)
+            return "refused"
+        fuzz_require(meant, "passed on", error, data, got)
+        fuzz_require(answer.start[1:] == meant.start[1:], data, got)
+        fuzz_require(answer.body == meant.body, data, got)
+        return "passed on"
+
+
+FUZZ_MODELS = ("alpha-one", "bravo-two", "charlie-three", "delta-four")
+
+
+def fuzz_wire(count, seed):
+    """So many connections; what became of them, the violations, llmswap's sizes."""
+    backends = [FuzzBackend() for _ in FUZZ_MODELS]
+    text = "".join(
+        f"[{name}]\nproxy = http://127.0.0.1:{backend.port}\n"
+        for name, backend in zip(FUZZ_MODELS, backends)
+    )
+    head = f"[llmswap]\nmax-body = {FUZZ_LIMIT}\nmodels-max = 0\n"
+    with Llmswap(head + text) as server:
+        clients = [
+            FuzzClient(server, backend, name, seed)
+            for name, backend in zip(FUZZ_MODELS, backends)
+        ]
+        for client in clients:
+            assert server.get(f"/upstream/{client.model}/").status == 200
+            list(client.backend.news())
+        sizes = {}
+        for moment in ("before", "after"):
+            fuzz_run(clients, math.ceil(count / 2 / len(clients)))
+            eventually(lambda: not fuzz_busy(server), 20)
+            sizes[moment] = soak_size(server.pid)
+        violations = [each for client in clients for each in client.violations]
+        violations += fuzz_grown(sizes, 8 if count > 9999 else 50)
+        if "Traceback" in server.log() or "bug" in server.log():
+            violations.append(server.log()[-3000:])
+    for backend in backends:
+        backend.close()
+    return sum((client.tally for client in clients), Counter()), violations, sizes
+
+
+def fuzz_run(clients, count):
+    """Let all of them work at once."""
+    threads = [threading.Thread(target=each.run, args=(count,)) for each in clients]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for client in clients:
+        client.seed += 1
+
+
+def fuzz_busy(server):
+    """Whether clients that left still occupy it."""
+    health = server.get("/health").json()
+    return health["requests"] + health["queued"]
+
+
+def fuzz_grown(sizes, megabytes):
+    """What is not near what it was after the first half."""
+    before, after = sizes["before"], sizes["after"]
+    slack = {"threads": 40, "descriptors": 40, "resident": megabytes}
+    return [
+        f"{name}: {before[name]} before, {after[name]} after"
+        for name in slack
+        if after[name] > before[name] + slack[name]
+    ]
+
+
+# ----------------------------------------------------------------------------------
+# The command
+
+
+def fuzz_main(argv):
+    """Fuzz, print what became of it, and return the exit status."""
+    if "--help" in argv:
+        print(FUZZ_USAGE)
+        return 0
+    seed = int(soak_option(argv, "--seed", random.randrange(10**6)))
+    count = int(soak_option(argv, "--parser", 10**6))
+    began, before = time.monotonic(), soak_size(os.getpid())["resident"]
+    tally, violations = fuzz_parser(count, seed)
+    grown = soak_size(os.getpid())["resident"] - before
+    seconds = time.monotonic() - began
+    print(f"seed {seed}: the parser alone, {seconds:.0f} s, {grown:+} MB")
+    fuzz_print(tally, violations)
+    began, status = time.monotonic(), bool(violations)
+    count = int(soak_option(argv, "--wire", 10**4))
+    tally, violations, sizes = fuzz_wire(count, seed)
+    print(f"over the wire, {time.monotonic() - began:.0f} s")
+    fuzz_print(tally, violations)
+    for moment, size in sizes.items():
+        print(f"{moment:<9}" + ", ".join(f"{k} {v:,}" for k, v in size.items()))
+    return 1 if status or violations else 0
+
+
+def fuzz_print(tally, violations):
+    """What became of how many, and the evidence."""
+    for (what, outcome), count in sorted(tally.items()):
+        print(f"{count:>10,}  {what} {outcome}")
+    print(f"{len(violations):>10,}  violations")
+    for evidence in violations[:10]:
+        print(f"  {evidence}")
+
+
+# ==================================================================================
+# Faults: each state of a model, and each thing that can go wrong in it.
+# ==================================================================================
+
+
+FAULTS_USAGE = """\
+python3 test_llmswap.py faults [FAULT ...]
+
+Puts six models of one llmswap into the six states, lets the fault happen to all of them
+at once, and compares what each client sees, what is logged and what the state is after
+with the table; then asks each model again, ends llmswap, and looks for what is left.
+Prints the table (?: it may be missing). Every question bears a mark that its answer
+must bear; whatever takes longer than 15 s hangs.
+"""
+
+FAULT_INI = """\
+[llmswap]
+models-max = 0
+budget = q 1, s 2
+patience = 1m
+log-level = info
+
+[*]
+stop-timeout = 1
+load-timeout = 2
+hang-timeout = 1500ms
+
+[blocker]
+cmd = FAKE --model blocker
+needs = q 1
+[queued]
+cmd = FAKE --model queued
+needs = q 1
+[loading]
+cmd = FAKE --model loading --load 1
+[idle]
+cmd = FAKE --model idle
+[busy]
+cmd = FAKE --model busy
+[sleeping]
+cmd = FAKE --model sleeping --sleepable
+needs = s 2
+sleep-needs = s 1
+sleep = POST /sleep?level=1
+wake = POST /wake_up
+[newcomer]
+cmd = FAKE --model newcomer
+needs = s 1
+[unloading]
+cmd = FAKE --model unloading --stop-delay 0.7
+"""
+
+FAULT_LAUNCHER = """\
+import os, sys, time
+folder, compiled, *argv = sys.argv[1:]
+sys.path.insert(0, compiled)
+import llmswap
+llmswap.SUSPECT_AFTER = 0.3
+def has(what): return os.path.exists(os.path.join(folder, what))
+wall, clocks = time.time, time.clock_gettime
+time.time = lambda: wall() + 7200 * has("ahead") - 7200 * has("back")
+time.clock_gettime = lambda clock: (
+    clocks(clock) + 3600 * (clock == time.CLOCK_BOOTTIME and has("slept"))
+)
+sys.exit(llmswap.main(argv))
+"""
+
+FAULT_WORDS = (  # by which the table knows what clients and the log are told
+    "exited with status 0", "exited with status 1", "killed by signal 9",
+    "no sign of progress", " hung", "did not wake up", "broke off", "is not HTTP",
+    "cannot be reached",
+    "does not exist", "temporary file", "Too many open files", "start new thread",
+    "shutting down", "(reload)", "(shutdown)", "unloaded after 1",
+)  # fmt: skip
+FAULT_TABLE = """\
+fault          | state     | what its client sees     | what is logged       | after
+exits 0        | queued    | 200                      | exited with status 0? | loaded
+exits 0        | loading   | 502: exited with status 0 | exited with status 0 | unloaded
+exits 0        | idle      | 200                      | exited with status 0 | loaded
+exits 0        | busy      | event, cut: broke off    | exited with status 0 | unloaded
+exits 0        | sleeping  | 200                      | exited with status 0 | loaded
+exits 0        | unloading | 200                      |                      | loaded
+exits 1        | queued    | 200                      | exited with status 1? | loaded
+exits 1        | loading   | 502: exited with status 1 | exited with status 1 | unloaded
+exits 1        | idle      | 200                      | exited with status 1 | loaded
+exits 1        | busy      | event, cut: broke off    | exited with status 1 | unloaded
+exits 1        | sleeping  | 200                      | exited with status 1 | loaded
+exits 1        | unloading | 200                      |                      | loaded
+SIGKILL        | queued    | 200                      | killed by signal 9?  | loaded
+SIGKILL        | loading   | 502: killed by signal 9  | killed by signal 9   | unloaded
+SIGKILL        | idle      | 200                      | killed by signal 9   | loaded
+SIGKILL        | busy      | event, cut: broke off    | killed by signal 9   | unloaded
+SIGKILL        | sleeping  | 200                      | killed by signal 9   | loaded
+SIGKILL        | unloading | 200                      |                      | loaded
+hangs          | queued    | 200                      | unloaded after 1     | loaded
+hangs          | loading   | 504: no sign of progress | no sign of progress  | unloaded
+hangs          | idle      | 200                      | hung                 | loaded
+hangs          | busy      | event, cut: broke off    | hung                 | unloaded
+hangs          | sleeping  | 200                      | did not wake up      | loaded
+hangs          | unloading | 200                      | unloaded after 1     | loaded
+closes socket  | queued    | 200                      |                      | loaded
+closes socket  | loading   | 504: no sign of progress | no sign of progress  | unloaded
+closes socket  | idle      | 502: cannot be reached   | hung                 | unloaded
+closes socket  | busy      | event, cut: broke off    | hung                 | unloaded
+closes socket  | sleeping  | 200                      | did not wake up      | loaded
+closes socket  | unloading | 200                      |                      | loaded
+rubbish        | queued    | 200                      |                      | loaded
+rubbish        | loading   | 504: no sign of progress | no sign of progress  | unloaded
+rubbish        | idle      | 502: is not HTTP         | hung                 | unloaded
+rubbish        | busy      | event, cut: broke off    | hung                 | unloaded
+rubbish        | sleeping  | 200                      | did not wake up      | loaded
+rubbish        | unloading | 200                      |                      | loaded
+late           | queued    | 200                      |                      | loaded
+late           | loading   | 200                      |                      | loaded
+late           | idle      | 200                      |                      | loaded
+late           | busy      | 200                      |                      | loaded
+late           | sleeping  | 200                      |                      | loaded
+late           | unloading | 200                      |                      | loaded
+port taken     | queued    | -: it has none yet       |                      | loaded
+port taken     | loading   | 200                      |                      | loaded
+port taken     | idle      | 200                      | killed by signal 9   | loaded
+port taken     | busy      | event, cut: broke off    | killed by signal 9   | unloaded
+port taken     | sleeping  | 200                      | killed by signal 9   | loaded
+port taken     | unloading | -: it still has it       |                      | loaded
+binary gone    | queued    | 502: does not exist      | does not exist       | unloaded
+binary gone    | loading   | 200                      |                      | loaded
+binary gone    | idle      | 200                      |                      | loaded
+binary gone    | busy      | 200                      |                      | loaded
+binary gone    | sleeping  | 200                      |                      | loaded
+binary gone    | unloading | 502: does not exist      | does not exist       | unloaded
+disk full      | queued    | 200                      |                      | loaded
+disk full      | loading   | 200                      |                      | loaded
+disk full      | idle      | 500: temporary file      |                      | loaded
+disk full      | busy      | 200                      |                      | loaded
+disk full      | sleeping  | 500: temporary file      |                      | sleeping
+disk full      | unloading | 200                      |                      | loaded
+fork fails     | queued    | 502: start new thread    | start new thread     | unloaded
+fork fails     | loading   | 200                      |                      | loaded
+fork fails     | idle      | 200                      |                      | loaded
+fork fails     | busy      | 200                      |                      | loaded
+fork fails     | sleeping  | 200                      |                      | loaded
+fork fails     | unloading | 502: start new thread    | start new thread     | unloaded
+no descriptors | queued    | 502: Too many open files | Too many open files  | unloaded
+no descriptors | loading   | 502: Too many open files | Too many open files  | unloaded
+no descriptors | idle      | 200                      |                      | loaded
+no descriptors | busy      | 200                      |                      | loaded
+no descriptors | sleeping  | 502: Too many open files | Too many open files  | unloaded
+no descriptors | unloading | 502: Too many open files | Too many open files  | unloaded
+clock ahead    | queued    | 200                      |                      | loaded
+clock ahead    | loading   | 200                      |                      | loaded
+clock ahead    | idle      | 200                      |                      | loaded
+clock ahead    | busy      | 200                      |                      | loaded
+clock ahead    | sleeping  | 200                      |                      | loaded
+clock ahead    | unloading | 200                      |                      | loaded
+clock back     | queued    | 200                      |                      | loaded
+clock back     | loading   | 200                      |                      | loaded
+clock back     | idle      | 200                      |                      | loaded
+clock back     | busy      | 200                      |                      | loaded
+clock back     | sleeping  | 200                      |                      | loaded
+clock back     | unloading | 200                      |                      | loaded
+machine sleeps | queued    | 200                      |                      | loaded
+machine sleeps | loading   | 200                      |                      | loaded
+machine sleeps | idle      | 200                      |                      | loaded
+machine sleeps | busy      | 200                      |                      | loaded
+machine sleeps | sleeping  | 200                      |                      | loaded
+machine sleeps | unloading | 200                      |                      | loaded
+client leaves  | queued    | cut                      |                      | unloaded
+client leaves  | loading   | cut                      |                      | loaded
+client leaves  | idle      | -: nobody asks           |                      | loaded
+client leaves  | busy      | cut                      |                      | loaded
+client leaves  | sleeping  | -: nobody asks           |                      | sleeping
+client leaves  | unloading | cut                      |                      | unloaded
+SIGHUP         | queued    | 200                      | (reload)             | loaded
+SIGHUP         | loading   | 200                      | (reload)             | loaded
+SIGHUP         | idle      | 200                      | (reload)             | loaded
+SIGHUP         | busy      | 200                      | (reload)             | unloaded
+SIGHUP         | sleeping  | 200                      | (reload)             | loaded
+SIGHUP         | unloading | 200                      |                      | loaded
+SIGTERM        | queued    | 503: shutting down       | (shutdown)           | exit 0
+SIGTERM        | loading   | 503: shutting down       | (shutdown)           | exit 0
+SIGTERM        | idle      | 503: shutting down       | (shutdown)           | exit 0
+SIGTERM        | busy      | 200                      | (shutdown)           | exit 0
+SIGTERM        | sleeping  | 503: shutting down       | (shutdown)           | exit 0
+SIGTERM        | unloading | 503: shutting down       |                      | exit 0
+SIGTERM twice  | queued    | 503: shutting down       | (shutdown)           | exit 0
+SIGTERM twice  | loading   | 503: shutting down       | (shutdown)           | exit 0
+SIGTERM twice  | idle      | cut                      | (shutdown)           | exit 0
+SIGTERM twice  | busy      | event, cut: broke off    | (shutdown)           | exit 0
+SIGTERM twice  | sleeping  | cut                      | (shutdown)           | exit 0
+SIGTERM twice  | unloading | 503: shutting down       |                      | exit 0
+restart        | queued    | cut                      |                      | unloaded
+restart        | loading   | cut                      |                      | unloaded
+restart        | idle      | cut                      |                      | unloaded
+restart        | busy      | cut                      |                      | unloaded
+restart        | sleeping  | cut                      |                      | unloaded
+restart        | unloading | cut                      |                      | unloaded
+"""
+FAULT_STATES = ("queued", "loading", "idle", "busy", "sleeping", "unloading")
+FAULT_BOUND = 15.0  # s; nothing takes longer
+
+
+class FaultyLlmswap(Llmswap):
+    """llmswap that believes what its folder says of the clock, and suspects sooner."""
+
+    def __init__(self, fault):
+        super().__init__("")
+        program = self.program = self.folder / "llmswap"
+        program.write_text(f'#!/bin/sh\nexec {fake_command(port="")[:-8]} "$@"\n')
+        program.chmod(0o755)
+        self.folder.chmod(0o755)
+        self.fake = f"{program} --port ${{PORT}}"
+        text = FAULT_INI.replace("FAKE", self.fake)
+        if fault == "port taken":
+            text = text.replace("--load 1", "--load 1 --bind-late")
+        self.write(text)
+        words = [sys.executable, "-S", "-c", FAULT_LAUNCHER, str(self.folder)]
+        words += [os.path.dirname(llmswap_file())]
+        self._args[: self._args.index(str(self.ini))] = words
+        if fault == "fork fails" and os.getuid() == 0:
+            keep = "+dac_override"
+            words = f"setpriv --reuid {FAULT_NOBODY} --inh-caps {keep}"
+            self._args[:0] = [*words.split(), "--ambient-caps", keep]
+
+
+FAULT_NOBODY = 64321  # a user whose processes, unlike root's, are limited
+
+
+class Plight:
+    """Six models of one llmswap in the six states, their clients, and a fault."""
+
+    def __init__(self, fault):
+        self.fault = fault
+        self.swap = FaultyLlmswap(fault)
+        self.clients = {}  # state -> FaultClient
+        self.streams = []
+        self.strangers = {}
+        self.servers = {}  # state -> (pid, port); for queued: of who is in its way
+
+    def run(self):
+        """The six lines of the table, as they came out."""
+        with self.swap:
+            try:
+                self._get_into_states()
+                self._strike()
+                return self._look()
+            finally:
+                for stream in self.streams:
+                    stream.close()
+                for stranger in self.strangers.values():
+                    stranger.heard()
+
+    # before
+
+    def _get_into_states(self):
+        """All at once, those last that do not last."""
+        if self.fault == "port taken":  # strangers are older than the backends
+            self.strangers = {state: Stranger() for state in FAULT_STATES[1:5]}
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda step: step(), [self._block, self._lull, self._warm]))
+        for state in FAULT_STATES:
+            self.clients[state] = FaultClient(self.swap, state)
+        self.clients["busy"].ask(stream=True, tokens=20, interval=0.05)
+        self.clients["busy"].has_begun.wait(FAULT_BOUND)
+        self.clients["queued"].ask()
+        self.clients["loading"].ask()
+        eventually(self._find)
+        assert self.swap.post("/models/unload", {"model": "unloading"}).status == 200
+        self.clients["unloading"].ask()
+        eventually(lambda: self._waiting() == 3)
+        self.mark = len(self.swap.log())
+
+    def _block(self):
+        stream = self.swap.stream("blocker", tokens=10**6, interval=0.05)
+        next(stream.events())
+        self.streams.append(stream)
+
+    def _lull(self):
+        assert self.swap.chat("sleeping").status == 200
+        assert self.swap.chat("newcomer").status == 200
+        eventually(lambda: self.swap.states()["sleeping"] == "sleeping")
+
+    def _warm(self):
+        for model in ("idle", "busy", "unloading"):
+            assert self.swap.chat(model).status == 200
+
+    def _waiting(self):
+        return self.swap.get("/health").json()["queued"]
+
+    def _find(self):
+        """Find all servers; whether they have come so far as to take orders."""
+        lines = family(self.swap.token)
+        for state in FAULT_STATES:
+            name = "blocker" if state == "queued" else state
+            mark = rf"fake.pyc --port (\d+) --model {name}\b"
+            for pid, line in lines.items():
+                if found := re.search(mark, line):
+                    self.servers[state] = pid, int(found[1])
+        return len(self.servers) == 6 and takes_orders(self.servers["loading"][0])
+
+    # the fault
+
+    def _strike(self):
+        strike, self._heal = FAULTS[self.fault]
+        strike(self)
+        for state in ("idle", "sleeping"):
+            if self.fault != "client leaves":
+                self.clients[state].ask(**FAULT_WISHES.get(self.fault, {}))
+        if self.fault == "client leaves":
+            eventually(lambda: not self._waiting())
+        self.clients["queued"].done.wait(0.3)
+        for stream in self.streams:
+            stream.close()
+
+    # after
+
+    def _look(self):
+        for client in self.clients.values():
+            client.done.wait(FAULT_BOUND if client.is_asking else 0)
+        states = self._end() if "SIGTERM" in self.fault else self._recover()
+        self.told = self.swap.log()[self.mark :]
+        lines = self.told.splitlines()
+        if "SIGTERM" not in self.fault:
+            self._ask_again()
+        return [self._row(state, lines, states[state]) for state in FAULT_STATES]
+
+    def _end(self):
+        status = self.swap.process.wait(FAULT_BOUND)
+        return dict.fromkeys(FAULT_STATES, f"exit {status}")
+
+    def _recover(self):
+        self._heal(self)
+        eventually(lambda: "loading" not in self.swap.states().values(), FAULT_BOUND)
+        return self.swap.states()
+
+    def _row(self, state, lines, after):
+        """A line of the table."""
+        client = FAULT_NONSENSE.get((self.fault, state)) or self.clients[state].cell()
+        cells = [self.fault, state, client, _log_cell(lines, state)]
+        widths = map(len, FAULT_TABLE.partition("\n")[0].split(" | "))
+        return " | ".join([*(f"{c:<{w}}" for c, w in zip(cells, widths)), after])
+
+    def _ask_again(self):
+        """Whatever happened: when it is over, each model serves."""
+        again = [FaultClient(self.swap, state) for state in FAULT_STATES]
+        for client in again:
+            client.ask()
+        for client in again:
+            client.done.wait(FAULT_BOUND)
+            told = f"{client.model}: {client.data}\n{self.swap.log()}"
+            assert client.outcome == "200", told
+
+
+def _log_cell(lines, state):
+    """What the log says of a model, in short."""
+    names = f"{state}|blocker" if state == "queued" else state
+    text = "\n".join(line for line in lines if re.match(rf"\S+ ({names})\b", line))
+    return fault_words(text)
+
+
+def fault_words(text):
+    return ", ".join(word.strip() for word in FAULT_WORDS if word in text)
+
+
+class FaultClient:
+    """A client that asks for one model, on a connection it had before the fault."""
+
+    def __init__(self, swap, model):
+        self.model = model
+        self.connection = swap.connect(FAULT_BOUND)
+        self.has_begun, self.done = threading.Event(), threading.Event()
+        self.outcome = "-"
+        self.is_asking = False
+        self.data = b""
+        self.tag = f"mark-{random.randrange(10**9)}"
+
+    def ask(self, **wish):
+        """Ask; `outcome` will say how that ended."""
+        self.is_asking, self.outcome = True, "hangs"
+        threading.Thread(target=self._ask, args=(wish,), daemon=True).start()
+
+    def _ask(self, wish):
+        body = {**wish, **chat_body(self.model, tag=self.tag)}
+        try:
+            with self.connection as connection:
+                connection.send("POST", "/v1/chat/completions", body)
+                self.outcome = self._hear(connection)
+        except socket.timeout:
+            pass
+        except (BrokenAnswer, OSError):
+            self.outcome = "event, cut" if b"data: {\"error\"" in self.data else "cut"
+        finally:
+            self.has_begun.set()
+            self.done.set()
+
+    def _hear(self, connection):
+        status, headers = connection.head()
+        for piece in connection.pieces(status, headers):
+            self.data += piece
+            self.has_begun.set()
+        if status != 200:
+            return str(status)
+        marks = f"{self.model} ".encode(), self.tag.encode()
+        is_ours = all(mark in self.data for mark in marks)
+        return "200" if is_ours else f"another's answer: {self.data}"
+
+    def cell(self):
+        """The outcome, with the reason that was given, in short."""
+        if self.outcome in ("200", "cut", "-"):
+            return self.outcome
+        return f"{self.outcome}: {fault_words(self.data.decode('latin-1'))}"
+
+    def leave(self):
+        """Hang up."""
+        if self.is_asking:
+            self.connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+def takes_orders(pid):
+    """Whether a fake server has installed its last handler."""
+    caught = re.search(rb"SigCgt:\s+(\w+)", _read_proc(pid, "status"))
+    return int(caught[1], 16) >> (signal.SIGRTMIN + max(FAKE_ORDERS) - 1) & 1
+
+
+def is_gone(pid):
+    """Whether the process is dead, buried or not."""
+    try:
+        return _read_proc(pid, "stat").rpartition(b")")[2].split()[0] in b"ZX"
+    except OSError:
+        return True
+
+
+def strike_servers(number):
+    def strike(plight):
+        for pid, _ in reversed(plight.servers.values()):  # first those that end soon
+            os.kill(pid, number)
+
+    return strike
+
+
+def strike_order(name):
+    """Order it, and wait until it is obeyed."""
+    order = next(number for number, each in FAKE_ORDERS.items() if each == name)
+
+    def strike(plight):
+        strike_servers(signal.SIGRTMIN + order)(plight)
+        if "exit" in name:
+            return await_notice(plight)
+        for pid, port in plight.servers.values():
+            eventually(lambda: is_gone(pid) or is_obeyed(name, port))
+
+    return strike
+
+
+def strike_dead(plight):
+    strike_servers(signal.SIGKILL)(plight)
+    await_notice(plight)
+
+
+def await_notice(plight):
+    """Wait until llmswap knows: who asks sooner is served, too, but logged otherwise."""
+    for state in ("idle", "sleeping"):
+        eventually(lambda: f"{state} ended by itself" in plight.swap.log())
+
+
+def is_obeyed(order, port):
+    with contextlib.suppress(OSError):
+        with socket.create_connection(("127.0.0.1", port), 5) as sock:
+            sock.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+            return order == "mad" and sock.recv(100) == FAKE_RUBBISH[:100]
+    return order == "deaf"
+
+
+def strike_late(plight):
+    """Stopped for longer than it takes to be suspected, for less than hang-timeout."""
+    strike_servers(signal.SIGSTOP)(plight)
+    wake = functools.partial(strike_servers(signal.SIGCONT), plight)
+    threading.Timer(0.6, wake).start()
+
+
+def strike_port(plight):
+    """A stranger takes the port: before the backend does, or once that is dead."""
+    for state, stranger in plight.strangers.items():
+        pid, stranger.port = plight.servers[state]
+        if state != "loading":
+            os.kill(pid, signal.SIGKILL)
+            eventually(lambda: not is_listening(stranger.port))
+        stranger.listen()
+
+
+def heal_port(plight):
+    for stranger in plight.strangers.values():
+        assert not re.search(b"completions", stranger.heard()), "a stranger was asked"
+
+
+def strike_binary(plight):
+    plight.swap.program.rename(plight.swap.program.with_suffix(".away"))
+
+
+def heal_binary(plight):
+    plight.swap.program.with_suffix(".away").rename(plight.swap.program)
+
+
+def limit(kind, soft):
+    def strike(plight):
+        plight.limits = resource.prlimit(plight.swap.pid, kind)
+        resource.prlimit(plight.swap.pid, kind, (soft, plight.limits[1]))
+
+    def heal(plight):
+        resource.prlimit(plight.swap.pid, kind, plight.limits)
+
+    return strike, heal
+
+
+def strike_fork(plight, soft=0):
+    """No process and no thread more: as its own user, whom alone the kernel asks."""
+    user = {"user": FAULT_NOBODY} if os.getuid() == 0 else {}
+    words = ["prlimit", "--pid", str(plight.swap.pid), f"--nproc={soft}:"]
+    subprocess.run(words, check=True, **user)
+
+
+def heal_fork(plight):
+    text = Path(f"/proc/{plight.swap.pid}/limits").read_text()
+    strike_fork(plight, re.search(r"Max processes +\S+ +(\S+)", text)[1])
+
+
+def strike_file(name):
+    return lambda plight: (plight.swap.folder / name).touch()
+
+
+def strike_sleep(plight):
+    """Everything stands still for a moment, which was an hour."""
+    pids = list(family(plight.swap.token))
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    (plight.swap.folder / "slept").touch()
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+
+
+def strike_leave(plight):
+    for client in plight.clients.values():
+        client.leave()
+
+
+def strike_reload(plight):
+    plight.swap.reload(FAULT_INI.replace("FAKE", plight.swap.fake + " --lines 1"))
+    eventually(lambda: "(reload)" in plight.swap.log())
+
+
+def strike_term(times):
+    def strike(plight):
+        for _ in range(times):
+            plight.swap.process.terminate()
+            time.sleep(0.2)
+
+    return strike
+
+
+def strike_restart(plight):
+    plight.swap.kill()
+    eventually(lambda: not family(plight.swap.token), 2)
+
+
+def heal_restart(plight):
+    plight.swap.start()
+
+
+def nothing(plight):
+    pass
+
+
+FAULTS = {
+    "exits 0": (strike_order("exit 0"), nothing),
+    "exits 1": (strike_order("exit 1"), nothing),
+    "SIGKILL": (strike_dead, nothing),
+    "hangs": (strike_servers(signal.SIGSTOP), nothing),
+    "closes socket": (strike_order("deaf"), nothing),
+    "rubbish": (strike_order("mad"), nothing),
+    "late": (strike_late, nothing),
+    "port taken": (strike_port, heal_port),
+    "binary gone": (strike_binary, heal_binary),
+    "disk full": limit(resource.RLIMIT_FSIZE, 0),
+    "fork fails": (strike_fork, heal_fork),
+    "no descriptors": limit(resource.RLIMIT_NOFILE, 8),
+    "clock ahead": (strike_file("ahead"), nothing),
+    "clock back": (strike_file("back"), nothing),
+    "machine sleeps": (strike_sleep, nothing),
+    "client leaves": (strike_leave, nothing),
+    "SIGHUP": (strike_reload, nothing),
+    "SIGTERM": (strike_term(1), nothing),
+    "SIGTERM twice": (strike_term(2), nothing),
+    "restart": (strike_restart, heal_restart),
+}
+FAULT_NONSENSE = {  # why there is nothing to see
+    ("port taken", "queued"): "-: it has none yet",
+    ("port taken", "unloading"): "-: it still has it",
+    ("client leaves", "idle"): "-: nobody asks",
+    ("client leaves", "sleeping"): "-: nobody asks",
+}
+FAULT_WISHES = {"disk full": {"filler": "x" * 3 * 2**20}}
+
+
+def expected_rows(fault):
+    rows = FAULT_TABLE.splitlines()
+    return [row for row in rows if row.partition("|")[0].strip() == fault]
+
+
+def is_as_expected(fault, rows):
+    """Whether the rows are the table's; what stands there with a ? may be missing."""
+    expected = zip(*(row.split(" | ") for row in expected_rows(fault)))
+    found = zip(*(row.split(" | ") for row in rows))
+    return all(
+        was.strip() in {cell.strip().rstrip("?"), "" if "?" in cell else cell.strip()}
+        for column, cells in zip(found, expected)
+        for was, cell in zip(column, cells)
+    )
+
+
+def run_faults(names):
+    """Yield (the plight, its rows) of each fault, four of them side by side."""
+    plights = [Plight(name) for name in names]
+    with ThreadPoolExecutor(4) as pool:
+        yield from zip(plights, pool.map(Plight.run, plights))
+
+
+def test_faults_at_every_moment_do_what_the_table_says():
+    """Some of them, chosen by FAULTS_SEED; the command `faults` goes through all."""
+    names = random.Random(os.environ.get("FAULTS_SEED", "1")).sample(sorted(FAULTS), 3)
+    for plight, rows in run_faults(names):
+        assert is_as_expected(plight.fault, rows), "\n".join([*rows, plight.told])
+
+
+def test_the_table_of_faults_is_complete():
+    rows = FAULT_TABLE.splitlines()[1:]
+    cells = [tuple(map(str.strip, row.split("|")[:2])) for row in rows]
+    assert cells == list(itertools.product(FAULTS, FAULT_STATES))
+
+
+def test_who_hangs_is_left_alone_while_tokens_flow_then_restarted_and_that_is_said():
+    text = "[m]\ncmd = FAKE\nhang-timeout = 200ms\n"
+    with Llmswap(text, SUSPECT_AFTER=0.1, TICK=0.05) as server:
+        with server.stream("m", tokens=12, interval=0.05) as stream:
+            events, silent = stream.events(), server.connect()
+            next(events)
+            body = chat_body("m", hang=True, hang_health=True)
+            silent.send("POST", "/v1/chat/completions", body)
+            list(events)
+            assert stream.is_complete and "hung" not in server.log()
+        said = "m hung: neither a request nor 0.2 s of health checks"
+        eventually(lambda: said in server.log())
+        silent.hang_up()
+        assert server.chat("m").status == 200
+
+
+def faults_main(argv):
+    """Let the faults named, or all, happen, and print the table; the exit status."""
+    if "--help" in argv:
+        print(FAULTS_USAGE)
+        return 0
+    names, status = argv or list(FAULTS), 0
+    title = FAULT_TABLE.partition("\n")[0]
+    print(title, re.sub(r"[^|]", "-", title), sep="\n")
+    for plight, rows in run_faults(names):
+        print(*rows, sep="\n", flush=True)
+        if not is_as_expected(plight.fault, rows):
+            expected = expected_rows(plight.fault)
+            print("which is not what the table says:", *expected, plight.told, sep="\n")
+            status = 1
+    return status
+
+
+# ==================================================================================
 # The commands
 # ==================================================================================
 
@@ -13090,6 +17971,12 @@ def main(argv):
         return bench_main(argv[1:])
     if argv[:1] == ["soak"]:
         return soak_main(argv[1:])
+    if argv[:1] == ["faults"]:
+        return faults_main(argv[1:])
+    if argv[:1] == ["explore"]:
+        return explore_main(argv[1:])
+    if argv[:1] == ["fuzz"]:
+        return fuzz_main(argv[1:])
     if "--port" in argv:
         return fake_main(argv)
     print(__doc__)
