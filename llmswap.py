@@ -52,6 +52,7 @@ def run_lean(code):
     Python keeps what it took to compile a main script, 20 MB of this one, until the
     script ends. So the code goes into unnamed memory and Python starts anew, with the
     same process id, descriptors, environment and arguments, and reads it from there.
+    All threads share one arena of malloc then: of many, each keeps what it once had.
     """
     import marshal
 
@@ -65,8 +66,12 @@ def run_lean(code):
         "file = open(int(sys.argv.pop(0)), 'rb'); code = marshal.load(file); "
         "file.close(); exec(code)"
     )
+    arenas = "MALLOC_ARENA_MAX"
+    if arenas not in os.environ:  # it is for us, not for the model servers
+        read = f"import os; del os.environ['{arenas}']; {read}"
     lean = [*flags, "-I", "-S", "-c", read, str(memory), *sys.argv]
-    os.execv(sys.executable, [sys.executable, *lean])
+    environ = {arenas: "1", **os.environ}
+    os.execve(sys.executable, [sys.executable, *lean], environ)
 
 
 if __name__ == "__main__" and __file__[-4:] != ".pyc" and not sys._getframe().f_back:
@@ -3678,7 +3683,10 @@ class ProcessBackend:
         path = self.model.settings.check_endpoint
         self._stranger = None
         self._asked_at = time.monotonic()
-        self._check = HealthCheck(self.upstream, path, self._is_listener_ours)
+        try:
+            self._check = HealthCheck(self.upstream, path, self._is_listener_ours)
+        except OSError:
+            pass  # no descriptor is left, which says nothing of the backend
 
     def _late_at(self):
         """When to look after the check that runs: for its end, or signs of progress."""
@@ -3686,6 +3694,8 @@ class ProcessBackend:
 
     def _is_healthy(self):
         """Whether the check that runs says ready; a check that is over is put away."""
+        if self._check is None:
+            return False
         found = self._check.advance()
         if found is Health.PENDING:
             if time.monotonic() < self._asked_at + HEALTH_PATIENCE:
@@ -4727,7 +4737,7 @@ class UnitBackend:
             before, (status, said) = said, self._run(self.service.journalctl())
             if said == before:
                 break
-        return f"\n{said[-3000:]}" if status == 0 and said else ""
+        return f"\n{said[-3000:] or '(the journal shows us nothing of it)'}"
 
 
 # -- remote models ---------------------------------------------------------------------
@@ -6973,7 +6983,7 @@ class Ends:
         """Take the next piece, whose buffer may be used again afterwards."""
         if self._wanted > 0:
             self._first.append(bytes(piece[: self._wanted]))
-            self._wanted -= len(piece)
+        self._wanted -= len(piece)
         if len(piece) > self.KEPT or not isinstance(piece, bytes):
             piece = bytes(piece[-self.KEPT :])
         self._last.append(piece)
@@ -10350,7 +10360,8 @@ def _is_address(name):
 def _is_key(given, keys):
     import hmac  # and OpenSSL with it: 3 MB that only who has keys pays for
 
-    found = [hmac.compare_digest(given, key.encode()) for key in keys]
+    raw = [key.encode("utf-8", "surrogateescape") for key in keys]
+    found = [hmac.compare_digest(given, key) for key in raw]
     return any(found)
 
 
@@ -11314,12 +11325,11 @@ class Program:
 
     def _may_leave(self):
         """Leave if we were idle for long enough and nobody waits in the backlog."""
-        limit = self._config.settings.exit_idle_time
-        quiet = [self.pool.quiet_since(), self.server.quiet_since()]
-        if None in quiet or time.monotonic() < max(quiet) + limit:
+        if self._until_idle_exit() != 0.0:  # the bell may ring for nothing
             return False
         if not self.server.try_to_leave():
             return False
+        limit = self._config.settings.exit_idle_time
         self.log("info", f"idle for {limit:g} s; the next connection starts it again")
         self._manager.tell("STOPPING=1")
         self.pool.close(0)
