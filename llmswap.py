@@ -87,6 +87,7 @@ import contextlib
 import enum
 import errno
 import functools
+import gc
 import html
 import itertools
 import json
@@ -3633,7 +3634,7 @@ class ProcessBackend:
         self.pid = self._process.pid
         self._guard.watch(self.pid)
         self._spawned_at = self._progress_at = time.monotonic()
-        self._last_signs = signs_of_life(self.pid)
+        self._seen_signs = {signs_of_life(self.pid)}
         self._watch_child()
 
     def _watch_child(self):
@@ -3824,8 +3825,9 @@ class ProcessBackend:
         now = time.monotonic()
         if not self._is_ready and now > self._progress_at + SIGNS_EVERY:
             signs = signs_of_life(self.pid)
-            if signs != self._last_signs:
-                self._last_signs, self._progress_at = signs, now
+            if signs not in self._seen_signs:  # memory that goes up and down is none
+                self._seen_signs.add(signs)
+                self._progress_at = now
 
     def _read_output(self):
         try:
@@ -4039,9 +4041,13 @@ def disk_reads_of(pid: int) -> str:
         return ""
 
 
-def signs_of_life(pid: int) -> list:
-    """Return what changes while the process or its descendants load a model."""
-    return [(memory_of(each), disk_reads_of(each)) for each in family_of(pid)]
+def signs_of_life(pid: int) -> tuple:
+    """Return what changes while the process or its descendants load a model: megabytes
+    of memory, and what they had disks read."""
+    return tuple(
+        (memory_of(each).get("VmRSS", 0) >> 20, disk_reads_of(each))
+        for each in family_of(pid)
+    )
 
 
 def oom_kills() -> int:
@@ -11214,6 +11220,7 @@ class Program:
         if isinstance(listeners, int):
             self.log.flush()
             return listeners
+        gc.freeze()  # what is there stays; to look through it takes 3 ms each time
         self._listeners = listeners
         self.pool = Pool(self._config, self.log)
         self.server = Server(listeners, self.pool, self.log, self.reload)
