@@ -56,6 +56,9 @@ def run_lean(code):
     """
     import marshal
 
+    while (missing := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(missing, True)  # else a log would go into any descriptor
+    os.close(missing)
     memory = os.memfd_create("llmswap", 0)
     with os.fdopen(memory, "wb", closefd=False) as file:
         marshal.dump(code, file)
@@ -4940,7 +4943,7 @@ class LoadGauge:
             stages, current = list(payload["stages"]), payload["current"]
             value = min(1.0, max(0.0, float(payload["value"])))
             share = (stages.index(current) + value) / len(stages)
-        except (KeyError, TypeError, ValueError, RecursionError):
+        except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError):
             return True
         self._is_reported = True
         self._stages, self._value = {"stages": stages, "current": current}, value
@@ -6009,7 +6012,7 @@ class Wire:
             except (BlockingIOError, TimeoutError, socket.timeout):
                 self.on_silence()
             else:
-                self._size = 4 * size if len(piece) == size else LEAST
+                self._size = max(LEAST, 4 * size if len(piece) == size else 0)
                 return piece
 
     def awaits(self, seconds: float) -> bool:
@@ -7068,12 +7071,8 @@ class Reply:
         """Send a piece of payload, with the head if it still waits."""
         if self._is_head or not len(piece):
             return
-        if not self.sent:
-            self.first_at = time.monotonic()
-        self.sent += len(piece)
+        self._count(len(piece))
         self.ends.add(piece)
-        if self._left is not None:
-            self._left -= len(piece)
         if self._is_events:
             last = bytes(piece[-4:])
             self._tail = last if len(last) == 4 else (self._tail + last)[-4:]
@@ -7097,27 +7096,28 @@ class Reply:
         if type(wire.sock) is not socket.socket:
             return 0
         self.flush()
-        done = 0
-        with open_pipe() as (take, give):
-            while done < size:
+        left = size
+        # no descriptor for a pipe, or the backend broke off: who reads on will see
+        with contextlib.suppress(OSError), open_pipe() as (take, give):
+            while left:
                 try:
-                    count = os.splice(wire.sock.fileno(), give, min(size - done, PIPE))
+                    count = os.splice(wire.sock.fileno(), give, min(left, PIPE))
                 except BlockingIOError:
                     wire.on_silence()
                     continue
                 if not count:
                     break
-                done += count
+                left -= count
+                self._count(count)
                 self._splice_from(take, count)
-        self.sent += done
-        self._left -= done
-        return done
+        return size - left
 
     def _splice_from(self, pipe, left):
+        self._note_progress()
         while left:
             try:
                 left -= os.splice(pipe, self.sock.fileno(), left)
-                self._spoke = time.monotonic()
+                self._note_progress()
             except BlockingIOError:
                 self._check_stall()
             except OSError:
@@ -7145,6 +7145,14 @@ class Reply:
             send_all(self.sock, data, self._check_stall, self._note_progress)
         except OSError:
             raise ClientGone from None
+
+    def _count(self, size):
+        """So much more of the payload goes to the client."""
+        if not self.sent:
+            self.first_at = time.monotonic()
+        self.sent += size
+        if self._left is not None:
+            self._left -= size
 
     def _note_progress(self):
         self._spoke = time.monotonic()
@@ -8733,6 +8741,7 @@ h1 svg { width: 24px; }
   border-radius: 50%; background: var(--loading); vertical-align: 1px;
 }
 #link.live::before { background: var(--loaded); }
+header .plain { margin-right: -8px; }
 
 /* Buttons, fields, sheets */
 button, .button, input, select, textarea {
@@ -8745,7 +8754,9 @@ button, .button {
 }
 button:hover, .button:hover, input, select, textarea { border-color: var(--edge); }
 [aria-disabled=true] { opacity: .5; cursor: default; }
-.plain { padding: 4px 8px; border-color: transparent; background: none; }
+.plain {
+  padding: 4px 8px; border-color: transparent; background: none; font-weight: 400;
+}
 .plain:not(:hover) { color: var(--soft); }
 .main, .main:hover {
   background: var(--accent); border-color: var(--accent); color: var(--on-accent);
@@ -8802,10 +8813,11 @@ h3 small { font-size: 13px; font-weight: 400; color: var(--soft); margin-left: 8
 .state b { color: var(--tone); }
 .state b:not([hidden]) + :not([hidden]) { margin-left: .35em; }
 .acts { display: flex; gap: 2px; align-items: center; }
-.acts :last-child { margin-left: 6px; min-width: 76px; }
+.acts :last-child { margin-left: 6px; min-width: 88px; }
+.acts :last-child[hidden] { display: block !important; visibility: hidden; }
 .model > dl, .why, progress { grid-column: 2 / -1; }
 dl { display: flex; flex-wrap: wrap; gap: 8px 24px; margin-top: 10px; }
-dl div { min-width: 88px; }
+dl div { min-width: 100px; }
 dt { font-size: 12px; color: var(--soft); }
 dd { margin: 0; }
 progress {
@@ -8825,7 +8837,7 @@ progress::-moz-progress-bar { background: var(--loading); }
 /* Prompt and log */
 aside {
   position: sticky; top: 16px; display: flex; flex-direction: column; gap: 16px;
-  max-height: calc(100vh - 32px); padding-top: 27px;
+  max-height: calc(100vh - 92px); padding-top: 27px;
 }
 aside .sheet, #answer { display: flex; flex-direction: column; gap: 10px; }
 aside .sheet { min-height: 0; padding: 14px; }
@@ -8834,7 +8846,7 @@ aside h2 {
 }
 aside h2 span { flex: 1; font-weight: 600; margin: 0; }
 #prompt .close { display: none; }
-#log { flex: 1 1 320px; }
+#log { flex: 1 0 min(320px, 45vh); }
 #lines {
   flex: 1; min-height: 120px; margin: 0 -14px -14px; padding: 10px 14px;
   background: var(--well); border-top: 1px solid var(--line);
@@ -8970,9 +8982,9 @@ _BODY = r"""
     <div><h3><span></span><small></small></h3><p class="about"></p></div>
     <p class="state"><b></b><span></span></p>
     <div class="acts">
+      <a class="button plain" target="_blank" rel="noreferrer">Web UI</a>
       <button class="plain" data-do="log">Log</button>
       <button class="plain" data-do="prompt">Prompt</button>
-      <a class="button plain" target="_blank" rel="noreferrer">Web UI</a>
       <button></button>
     </div>
     <progress max="1" aria-label="Progress"></progress>
@@ -9750,9 +9762,24 @@ class Handler(socketserver.BaseRequestHandler):
         if "*" in allowed or origin in allowed:
             return True
         name = origin.partition("://")[2]
-        if name and name == self.head.get("host"):
+        if self._is_own(origin):
             return True
         return "localhost" in allowed and _host_name(name) in LOOPBACK_NAMES
+
+    def _is_own(self, origin):
+        name = origin.partition("://")[2]
+        return bool(name) and name == self.head.get("host")
+
+    def _is_for_another_page(self):
+        """Whether a browser asks for a page that is not ours, more than to follow its
+        link there: a password that it was told for ours it sends along unasked."""
+        head = self.head
+        site = head.get("sec-fetch-site")  # told by new browsers, on safe ways
+        if not site:
+            return bool(head.get("origin")) and not self._is_own(head.get("origin"))
+        mode = head.get("sec-fetch-mode")
+        is_link = mode == "navigate" and head.method in SAFE_METHODS
+        return site not in ("same-origin", "none") and not is_link
 
     def _foreign(self, origin):
         return Forbidden(f"the origin {origin!r} is not in cors-origins in [llmswap]")
@@ -9788,7 +9815,8 @@ class Handler(socketserver.BaseRequestHandler):
         for value in self.head.all("authorization"):
             scheme, _, rest = value.partition(" ")
             if scheme.lower() == "basic":
-                yield _basic_password(rest)
+                if not self._is_for_another_page():
+                    yield _basic_password(rest)
             else:
                 key = rest.strip() if scheme.lower() == "bearer" else value
                 yield key.encode("latin-1")
@@ -11437,6 +11465,8 @@ class Program:
 
 if __name__ == "__main__":
     exit_status = main()
-    with contextlib.suppress(OSError):  # nobody reads it
-        sys.stdout.flush()
+    try:
+        print(end="", flush=True)
+    except OSError:  # nobody reads it, or it has no room
+        exit_status = exit_status or 1
     os._exit(exit_status)  # a normal end would wait for who is stuck in writing a log

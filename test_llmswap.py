@@ -2,6 +2,7 @@
 """The tests of llmswap, with a client, a fake model server and a benchmark for them.
 
     python3 -m pytest test_llmswap.py      the tests; see .ci/run for what more they use
+    python3 test_llmswap.py test           the same on all cores, in half the time
     python3 test_llmswap.py --port N       the fake model server that they spawn
     python3 test_llmswap.py bench          the benchmark; see bench --help
     python3 test_llmswap.py soak           random clients, kills and reloads
@@ -79,6 +80,7 @@ HERE = Path(__file__).resolve()
 LLMSWAP = os.environ.get("LLMSWAP") or str(HERE.with_name("llmswap.py"))
 LLAMA_SERVER = os.environ.get("LLAMA_SERVER")  # a real one; without it, tests skip
 FAMILY = "TEST_FAMILY"  # an environment variable by which a test knows its processes
+SHARE, SHARES = map(int, os.environ.get("TEST_SHARE", "0/1").split("/"))
 
 
 class BrokenAnswer(Exception):
@@ -86,9 +88,10 @@ class BrokenAnswer(Exception):
 
 
 def free_port():
-    """A port nobody listens on, outside the range the kernel gives to clients."""
+    """A port nobody listens on, outside the range the kernel gives to clients, and
+    that of others who run a share of the same tests."""
     while True:
-        port = random.randrange(12000, 32000)
+        port = random.randrange(12000 + SHARE, 32000, SHARES)
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
@@ -645,6 +648,15 @@ def test_no_function_is_longer_than_forty_lines():
             assert node.end_lineno - node.lineno < 40, node.name
 
 
+def test_every_test_is_in_one_share_beside_those_that_share_what_is_dear():
+    found = re.findall(r'@pytest.fixture\(scope="module"\)\ndef (\w+)', HERE.read_text())
+    assert sorted(found) == sorted(DEAR_FIXTURES)
+    names = [("test_a", ["swap"]), ("test_b", []), ("test_c", ["swap"]), ("test_b", [])]
+    items = [SimpleNamespace(originalname=n, fixturenames=f) for n, f in names]
+    groups = suite_groups(items)
+    assert groups == [[items[0], items[2]], [items[1], items[3]]]
+
+
 def test_no_line_is_wider_than_88_columns():
     for number, line in enumerate(Path(LLMSWAP).read_text().splitlines(), 1):
         assert len(line) <= 88, f"line {number}"
@@ -671,6 +683,17 @@ def test_the_readme_has_the_tables_of_all_keys():
     readme = HERE.with_name("README.md").read_text()
     assert llmswap.keys_table(llmswap.PROXY_KEYS) in readme
     assert llmswap.keys_table(llmswap.MODEL_KEYS) in readme
+
+
+def test_every_file_that_the_readme_shows_is_read_without_complaint(tmp_path):
+    readme = HERE.with_name("README.md").read_text()
+    files = re.findall(r"^```ini\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    assert len(files) > 8
+    for text in files:
+        (tmp_path / "x.ini").write_text(text)
+        config = llmswap.load_config(str(tmp_path / "x.ini"))
+        problems = [model.problem for model in config.models.values() if model.problem]
+        assert [*config.warnings, *problems] == [], text
 
 
 def test_the_readme_translates_llama_swaps_keys_into_ours():
@@ -5271,6 +5294,23 @@ def test_a_unix_socket_is_removed_at_the_end(tmp_path):
     assert process.returncode == 0 and "Traceback" not in said and not place.exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="of Linux")
+def test_who_starts_it_without_standard_descriptors_is_served_as_well(tmp_path):
+    path, port = tmp_path / "m.ini", free_port()
+    path.write_text(f"[llmswap]\nlisten = 127.0.0.1:{port}\n[m]\ncmd = {fake_command()}\n")
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, LLMSWAP, str(path)]
+    process = subprocess.Popen(command)
+    eventually(lambda: llmswap.is_llmswap(("127.0.0.1", port)))
+    for fd in range(3):
+        assert os.readlink(f"/proc/{process.pid}/fd/{fd}") == os.devnull
+    assert ask(port, "POST", "/v1/chat/completions", chat_body("m")).status == 200
+    process.terminate()
+    assert process.wait(5) == 0
+    with open("/dev/full", "w") as full:  # what could not be written was not told
+        check = [*command[4:], "--check"]
+        assert subprocess.run(check, stdout=full, stderr=subprocess.DEVNULL).returncode == 1
+
+
 def test_a_storm_of_reloads_harms_no_request():
     with Llmswap(RELOADS.format(changed="m")) as server:
         storm_ends = threading.Event()
@@ -7106,6 +7146,72 @@ def read_slowly(sock, pause):
         time.sleep(pause)
 
 
+@pytest.mark.skipif(not hasattr(os, "splice"), reason="Python 3.10 has it")
+def test_a_spliced_answer_is_counted_as_it_goes_however_it_ends(monkeypatch):
+    monkeypatch.setattr(llmswap, "STALL_SECONDS", 0.15)
+    monkeypatch.setattr(llmswap, "TICK", 0.02)
+    size, begun = 1 << 20, time.monotonic()
+
+    def spliced(there, reads, prepare=lambda reply: None):
+        """The reply, and what splice() returned, of which it promised twice as much."""
+        with pair() as (backend, source), pair() as (ours, theirs):
+            for sock in (ours, backend):
+                llmswap.set_tick(sock)
+            threads = [
+                threading.Thread(target=lambda: send_and_end(source, bytes(there))),
+                threading.Thread(target=lambda: reads(theirs)),
+            ]
+            reply = llmswap.Reply(ours, request_of(GET), [])
+            reply.begin(200, "OK", [], 2 * size)
+            prepare(reply)
+            for thread in threads:
+                thread.start()
+            try:
+                done = reply.splice(llmswap.Wire(backend, lambda: None), size)
+            except llmswap.ClientGone:
+                done = None
+            ours.close(), backend.close()
+            for thread in threads:
+                thread.join()
+        return reply, done
+
+    reply, done = spliced(300_000, everything)  # the backend ends too early
+    assert done == reply.sent == 300_000 and reply.first_at > begun
+    reply.end()
+    assert not reply.stays
+    reply, done = spliced(size, lambda sock: sock.recv(1000) and sock.close())
+    assert done is None and 0 < reply.sent <= size
+
+    def clog(reply):  # as after a backend's long pause in which the client did not read
+        reply.flush()
+        reply.sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                reply.sock.send(bytes(65536))
+        llmswap.set_tick(reply.sock)
+        reply._spoke -= 60
+
+    assert spliced(size, read_slowly_after(0.06), clog)[1] == size
+    failing = contextlib.contextmanager(lambda: (_ for _ in ()).throw(OSError(24, "")))
+    monkeypatch.setattr(llmswap, "open_pipe", failing)  # no descriptor is left
+    assert spliced(size, everything)[1] == 0
+
+
+def send_and_end(sock, data):
+    with contextlib.suppress(OSError):
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+
+
+def read_slowly_after(pause):
+    """A reader that begins after so many seconds."""
+    def read(sock):
+        threading.Event().wait(pause)
+        everything(sock)
+
+    return read
+
+
 ERROR_EVENT = re.compile(rb'data: \{"error":\{"message":"it died".*\}\}\n\n')
 
 
@@ -8099,6 +8205,32 @@ def test_without_a_valid_key_only_health_and_the_page_are_there(guarded, fields)
     assert guarded.post("/v1/x", {"model": "a"}, fields).status == 401
     assert guarded.get("/health", fields).status == 200
     assert guarded.get("/", fields).status == 200
+
+
+@pytest.mark.parametrize(
+    "method, fields, status",
+    [
+        ("POST", {"Origin": "http://localhost:3000"}, 401),
+        ("POST", {"Origin": "null", "Sec-Fetch-Site": "cross-site",
+                  "Sec-Fetch-Mode": "navigate"}, 403),
+        ("GET", {"Origin": "http://localhost:3000"}, 401),
+        ("GET", {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors"}, 401),
+        ("GET", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 200),
+        ("GET", {"Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate"}, 200),
+        ("POST", {"Origin": "http://127.0.0.1:{port}"}, 200),
+        ("POST", {"Origin": "http://localhost:3000", "Sec-Fetch-Site": "same-origin"}, 200),
+    ],
+)  # fmt: skip
+def test_a_browsers_stored_password_serves_no_other_page(guarded, method, fields, status):
+    port = guarded.port
+    fields = {name: value.format(port=port) for name, value in fields.items()}
+    target, body = ("/v1/x", {"model": "a"}) if method == "POST" else ("/v1/models", "")
+    fields["Host"] = f"127.0.0.1:{port}"
+    stored = {"Authorization": basic("s3cret")}
+    with guarded.connect() as client:
+        assert client.ask(method, target, body, {**fields, **stored}).status == status
+        told = client.ask(method, target, body, {**fields, **KEY})  # a page that knows it
+        assert told.status == (403 if status == 403 else 200)
 
 
 def test_keys_are_not_logged(guarded):
@@ -9994,6 +10126,7 @@ def test_what_the_backend_reports_goes_before_its_memory():
 @pytest.mark.parametrize(
     "line",
     [report("c", 0), report("a", "x"), report("a", 0, stages=7), report("a", 0)[:-9],
+     report("a", 10**400),
      *(f"cmd_child_to_router:state:{told}" for told in
        ("", "7", "{}", '{"state": "sleeping", "payload": null}', "[" * 9999))],
 )  # fmt: skip
@@ -10665,6 +10798,16 @@ def test_recipe_an_api_key():
             assert server.get("/v1/models", field).status == 200
             sent = server.post("/echo", {"model": "a"}, field).json()["headers"]
             assert "choose-one" not in str(sent)
+
+
+def test_recipe_roo_code(tmp_path):
+    title = "Roo Code, and other agents, with repaired tool calls"
+    text = adapted(title, "ini", ("/models/", f"{tmp_path}/"))
+    (tmp_path / "qwen3-coder-30b-a3b-q4_k_m.gguf").write_bytes(b"GGUF")
+    binary = fake_binary(tmp_path)
+    with Llmswap(f"[llmswap]\nllama-server = {binary}\n{text}") as server:
+        [call] = calls_of(server, CHAT, "qwen3-coder", arguments=BROKEN_CALL)
+        assert json.loads(call) == MEANT_CALL
 
 
 def test_recipe_open_webui():
@@ -11444,13 +11587,21 @@ def test_the_page_shows_a_change_by_itself(browser):
         assert browser.complaints == []
 
 
+def tab_to(browser, label):
+    """Press Tab until the element of that name has the focus."""
+    seen = []
+    while (found := browser.value("document.activeElement.ariaLabel")) != label:
+        assert len(seen) < 60, f"Tab does not lead to {label!r}, only to {set(seen)}"
+        seen.append(found)
+        browser.press("Tab")
+
+
 @in_browser
-def test_a_model_is_loaded_and_unloaded_by_keyboard(browser):
+def test_all_is_done_by_keyboard(browser):
     with Llmswap(PAGE_MODELS) as server:
         browser.open(server.url)
         browser.until(shown(row("a"), "Load"))
-        while browser.value("document.activeElement.ariaLabel") != "Load a":
-            browser.press("Tab")
+        tab_to(browser, "Load a")
         browser.press("Enter")
         browser.until(shown(row("a", ".state"), "loaded"))
         focused = "document.activeElement.closest('li')?.dataset.id"
@@ -11458,15 +11609,27 @@ def test_a_model_is_loaded_and_unloaded_by_keyboard(browser):
         assert browser.value("document.activeElement.innerText") == "Unload"
         browser.press(" ")
         browser.until(shown(row("a", ".state"), "unloaded by hand"))
+        tab_to(browser, "Prompt b")
+        browser.press("Enter")
+        browser.type("hello")
+        browser.press("Enter")
+        browser.until(shown("$('reply')", "word1"))
+        browser.press("Escape")
+        tab_to(browser, "Log b")
+        browser.press("Enter")
+        browser.until(shown("$('lines')", "model loaded"))
+        browser.press("Escape")
+        assert browser.value("document.activeElement.ariaLabel") == "Log b"
         assert browser.complaints == []
 
 
 @in_browser
 def test_an_answer_streams_into_the_page_and_can_be_stopped(browser):
     with Llmswap(PAGE_MODELS) as server:
+        browser.look(390, "dark")  # where it slides in above the list
         browser.open(server.url)
         browser.until(shown(row("a"), "Prompt"))
-        browser.value(row("a", "[data-do=prompt]") + ".click()")
+        browser.click(row("a", "[data-do=prompt]"))
         browser.type("hello")
         browser.press("Enter")
         reply = "document.querySelector('#reply')"
@@ -18005,12 +18168,110 @@ def faults_main(argv):
 
 
 # ==================================================================================
+# The suite on all cores: some processes of pytest, each runs what is next in the line.
+# ==================================================================================
+
+
+class Share:
+    """A plugin of pytest that runs those groups of tests whose numbers it gets out of a
+    pipe, from which others read as well; the outcome of each test goes into another."""
+
+    def __init__(self, numbers, outcomes):
+        self._numbers, self._outcomes = numbers, outcomes
+
+    def pytest_runtestloop(self, session):
+        """Run tests until no number is left."""
+        if session.testsfailed or session.config.option.collectonly:
+            return None
+        groups = suite_groups(session.items)
+        while number := os.read(self._numbers, 4):
+            for item in dict(enumerate(groups)).get(int.from_bytes(number, "big"), ()):
+                other = session.items[0 if item is session.items[-1] else -1]
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=other)
+                if session.shouldstop or session.shouldfail:
+                    return True
+        return True
+
+    def pytest_runtest_logreport(self, report):
+        """Tell how a test ended."""
+        if report.when == "call" or report.outcome != "passed":
+            os.write(self._outcomes, report.outcome[0].upper().encode())
+
+
+DEAR_FIXTURES = (
+    "browser", "all_states", "clients", "debian", "real", "swap", "hospital", "guarded",
+    "liar", "repairing", "guard",
+)  # fmt: skip
+
+
+def suite_groups(items):
+    """The tests in groups that share what is dear to set up, and else a function; long
+    ones first."""
+    groups = collections.defaultdict(list)
+    for item in items:
+        shared = [name for name in item.fixturenames if name in DEAR_FIXTURES]
+        groups[(shared or [item.originalname])[0]].append(item)
+    dear = [group for name, group in groups.items() if not name.startswith("test_")]
+    others = [group for name, group in groups.items() if name.startswith("test_")]
+    return sorted(dear, key=len, reverse=True) + others[::-1]
+
+
+def suite_main(argv):
+    """Run the tests with pytest's options `argv` on all cores; the exit status."""
+    numbers, outcomes = os.pipe(), os.pipe()
+    os.write(numbers[1], b"".join(n.to_bytes(4, "big") for n in range(10000)))
+    os.close(numbers[1])
+    shares = (os.cpu_count() or 1) + 1
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, str(number)) for number in range(shares)]
+        processes = [
+            suite_process(number, shares, path, (numbers[0], outcomes[1]), argv)
+            for number, path in enumerate(paths)
+        ]
+        os.close(outcomes[1])
+        started, counts = time.monotonic(), Counter()
+        while letters := os.read(outcomes[0], 4096).decode():
+            counts.update(letters)
+            print(letters.replace("P", "."), end="", flush=True)
+        failed = [path for path, each in zip(paths, processes) if each.wait()]
+        for path in failed:
+            print(f"\n{path.read_text()}")
+    names = {"P": "passed", "F": "failed", "S": "skipped"}
+    told = ", ".join(f"{counts[letter]} {names[letter]}" for letter in "PFS")
+    print(f"\n{told} in {time.monotonic() - started:.0f} s on {shares} processes")
+    return 1 if failed or not counts["P"] else 0
+
+
+def suite_process(number, shares, path, pipes, argv):
+    """Start one process of pytest that takes its share."""
+    words = [sys.executable, str(HERE), "share", *map(str, pipes), *argv]
+    environ = {**os.environ, "TEST_SHARE": f"{number}/{shares}"}
+    with open(path, "wb") as log:
+        return subprocess.Popen(
+            words, stdout=log, stderr=log, env=environ, pass_fds=pipes
+        )
+
+
+def suite_share(numbers, outcomes, *argv):
+    """Be one of these processes; the exit status."""
+    plugin = Share(int(numbers), int(outcomes))
+    for pipe in (int(numbers), int(outcomes)):
+        os.set_inheritable(pipe, False)
+    options = ["-q", "-p", "no:cacheprovider", *argv, str(HERE)]
+    return int(pytest.main(options, plugins=[plugin]))
+
+
+# ==================================================================================
 # The commands
 # ==================================================================================
 
 
 def main(argv):
     """Be what the first argument says; the exit status."""
+    if argv[:1] == ["test"]:
+        return suite_main(argv[1:])
+    if argv[:1] == ["share"]:
+        return suite_share(*argv[1:])
     if argv[:1] == ["bench"]:
         return bench_main(argv[1:])
     if argv[:1] == ["soak"]:
