@@ -5301,7 +5301,8 @@ class Pool:
         """Begin to watch the clock, take over units that run, and load what is to be
         loaded on startup."""
         self._guard.start()
-        threading.Thread(target=self._watch_clock, name="clock", daemon=True).start()
+        self._clockwork = threading.Thread(target=self._watch_clock, daemon=True)
+        self._clockwork.start()
         threading.Thread(target=self._watch_loads, name="loads", daemon=True).start()
         self._adopt_units()
         self._await_adoption(ADOPT_PATIENCE)
@@ -5539,20 +5540,23 @@ class Pool:
         """Return the lines that the model's backends wrote, in all their lives."""
         return self._feeds.setdefault(name, Feed(1000))
 
-    def counts(self, timeout: float = -1) -> Optional[Dict[str, int]]:
-        """Return how many models are held, and how many requests run and wait; None if
-        the lock cannot be had in so many seconds."""
-        if not self._lock.acquire(timeout=timeout):
-            return None
-        try:
+    def counts(self) -> Dict[str, int]:
+        """Return how many models are held, and how many requests run and wait."""
+        with self._lock:
             return {
                 "models": len(self._scheduler.slots),
                 "loaded": sum(1 for _ in self._scheduler.held),
                 "requests": self._scheduler.in_flight,
                 "queued": self._scheduler.queued,
             }
-        finally:
-            self._lock.release()
+
+    def is_alive(self, timeout: float) -> bool:
+        """Whether the lock can be had in so many seconds (-1: at all), and there is
+        somebody who turns when it is time."""
+        if not self._lock.acquire(timeout=timeout):
+            return False
+        self._lock.release()
+        return self._is_closed or self._clockwork.is_alive()
 
     def idle_since(self) -> Optional[float]:
         """Return when (on the clock) the last request came or ended; None: one waits or
@@ -10623,6 +10627,15 @@ class Server(http.server.ThreadingHTTPServer):
         self._idle_connections = set()
         self._idle_threads = collections.deque()
 
+    def begin(self):
+        """Serve on a thread of its own."""
+        self._acceptor = threading.Thread(target=self.serve, name="accept", daemon=True)
+        self._acceptor.start()
+
+    def is_serving(self) -> bool:
+        """Whether connections are accepted, or are not to be."""
+        return self._is_paused or self.is_closing or self._acceptor.is_alive()
+
     def serve(self):
         """Accept until stopped. Sleeps while nothing happens."""
         waiter = select.poll()
@@ -10650,18 +10663,27 @@ class Server(http.server.ThreadingHTTPServer):
             time.sleep(0.1)
             return
         connection.setblocking(True)
+        try:
+            self._admit(connection, address)
+        except RuntimeError as error:  # no thread is left
+            self.log("error", f"a connection could not be served: {error}")
+            self._open.discard(connection)
+            self._turn_away(connection, str(error))
+
+    def _admit(self, connection, address):
+        why = f"{self.most_connections} connections are open already"
         if len(self._open) < self.most_connections:
             self.process_request(connection, address)
         elif len(self._leaving) < MOST_LEAVING:
             self._leaving.add(connection)
-            leave = functools.partial(self._turn_away, connection, see_off)
+            leave = functools.partial(self._turn_away, connection, why, see_off)
             threading.Thread(target=leave, daemon=True).start()
         else:
-            self._turn_away(connection)
+            self._turn_away(connection, why)
 
-    def _turn_away(self, connection, see_off=lambda _: None):
+    def _turn_away(self, connection, why, see_off=lambda _: None):
         connection.settimeout(1)
-        problem = Problem(f"{self.most_connections} connections are open already")
+        problem = Problem(why)
         problem.status = 503
         reply = Reply(connection, None, [])
         try:
@@ -10740,7 +10762,7 @@ class Server(http.server.ThreadingHTTPServer):
             return True
         self._is_paused = False
         self._paused.clear()
-        threading.Thread(target=self.serve, name="accept", daemon=True).start()
+        self.begin()
         return False
 
     def stop(self):
@@ -10910,16 +10932,16 @@ class ServiceManager:
         """Say that the configuration is being read; `READY=1` ends that."""
         self.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
-    def follow(self, pool: Pool):
+    def follow(self, pool: Pool, is_serving: Callable[[], bool]):
         """Keep systemd told what is loaded, and that the Pool is alive; for ever.
 
-        The watchdog hears nothing unless the Pool's lock could be had.
+        The watchdog hears nothing unless connections are accepted, the Pool's lock can
+        be had, and its clock is watched.
         """
         interval = self.watchdog / 2 if self.watchdog else None
         with pool.events.follow() as get:
             while True:
-                counts = pool.counts(timeout=interval or -1)
-                if counts:
+                if is_serving() and pool.is_alive(interval or -1):
                     alive = ["WATCHDOG=1"] if interval else []
                     self.tell(*alive, f"STATUS={status_line(pool)}")
                 get(interval)
@@ -11254,12 +11276,13 @@ class Program:
         self.server = Server(listeners, self.pool, self.log, self.reload)
         self._announce()
         self.pool.start()
-        threading.Thread(target=self.server.serve, name="accept", daemon=True).start()
+        self.server.begin()
         threading.Thread(target=self._mind_idleness, name="idle", daemon=True).start()
         self._manager.tell("READY=1", f"STATUS={status_line(self.pool)}")
         if self._manager.is_listening:
-            follow = functools.partial(self._manager.follow, self.pool)
-            threading.Thread(target=follow, name="systemd", daemon=True).start()
+            what = (self.pool, self.server.is_serving)
+            follow = threading.Thread(target=self._manager.follow, args=what, daemon=True)
+            follow.start()
         if self._await_end():
             self._shut_down()
         return 0
