@@ -64,6 +64,7 @@ def run_lean(code):
         marshal.dump(code, file)
     os.lseek(memory, 0, os.SEEK_SET)
     flags = getattr(sys, "orig_argv", sys.argv)[1 : -len(sys.argv)]  # from 3.10 on
+    flags = [flag for flag in flags if flag != "--"]
     read = (
         "import marshal, sys; del sys.argv[0]; __file__ = sys.argv[1]; "
         "file = open(int(sys.argv.pop(0)), 'rb'); code = marshal.load(file); "
@@ -79,7 +80,8 @@ def run_lean(code):
 
 if __name__ == "__main__" and __file__[-4:] != ".pyc" and not sys._getframe().f_back:
     try:
-        run_lean(sys._getframe().f_code)
+        if "PYTHONHOME" not in os.environ:  # which such a start would not read
+            run_lean(sys._getframe().f_code)
     except (AttributeError, OSError, TypeError):
         pass  # not every system can; go on as we are
 
@@ -107,7 +109,6 @@ import socketserver
 import struct
 import subprocess
 import threading
-
 import time
 import urllib.parse
 from collections import namedtuple
@@ -2838,6 +2839,23 @@ def _told_listeners(kernel, width):
             at += (size + 3) & ~3
 
 
+def listener_behind(sock: socket.socket) -> int:
+    """Return the inode of the socket that accepts where this connection leads to, 0
+    where the kernel names none. 11 us."""
+    tcp, request = socket.IPPROTO_TCP, 1
+    host, port = sock.getpeername()[:2]
+    where = socket.inet_pton(sock.family, host)
+    query = struct.pack(
+        "=IHHIIBBBxIHH16s16sIq", 72, SOCK_DIAG_BY_FAMILY, request, 0, 0,
+        sock.family, tcp, 0, 0, socket.htons(port), 0, where, where, 0, -1,
+    )  # fmt: skip
+    kind = (socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
+    with socket.socket(*kind) as kernel:
+        kernel.settimeout(1.0)
+        kernel.send(query)
+        return next((inode for _, inode in _told_listeners(kernel, 4)), 0)
+
+
 def holder_of(inode: int, likely: Iterable[int] = ()) -> Optional[int]:
     """Return a process that has this socket open, `likely` ones first, or None."""
     target = f"socket:[{inode}]"
@@ -2882,8 +2900,8 @@ def process_stat(pid: int) -> Optional[ProcessStat]:
     return ProcessStat(state, int(fields[2]), int(fields[3]), int(fields[19]))
 
 
-def stranger_on(port: int, child: int, may_hide: bool) -> Optional[str]:
-    """Return who holds the port if it is not the child's process group, else None.
+def stranger_on(inodes: Set[int], child: int, may_hide: bool) -> Optional[str]:
+    """Return who has these listeners if it is not the child's process group, else None.
 
     `may_hide`: the listener may be somebody else's (a container engine's) if it cannot
     be seen or is not older than the child. Where even the child's own sockets cannot
@@ -2892,7 +2910,7 @@ def stranger_on(port: int, child: int, may_hide: bool) -> Optional[str]:
     birth = process_stat(child)
     if birth is None:
         return None
-    for inode in listening_inodes(port):
+    for inode in inodes:
         holder = holder_of(inode, [child])
         found = process_stat(holder) if holder else None
         if found is None:
@@ -2902,6 +2920,12 @@ def stranger_on(port: int, child: int, may_hide: bool) -> Optional[str]:
             if not may_hide or found.start < birth.start:
                 return f"process {holder} ({process_name(holder)})"
     return None
+
+
+def judge_of(inodes: Set[int], child: int, may_hide: bool) -> Callable:
+    """Return what tells strangers: who showed itself as ours need not hide later."""
+    may_hide = may_hide and (not inodes or bool(stranger_on(inodes, child, False)))
+    return functools.partial(stranger_on, child=child, may_hide=may_hide)
 
 
 def process_name(pid: int) -> str:
@@ -2943,6 +2967,8 @@ class Upstream:
         self._idle = collections.deque()
         self._active = set()
         self._is_closed = False
+        self._stranger_among = None
+        self._known = set()  # inodes of the backend's listeners
         self._turns = itertools.count()
         self._suspended = suspended_seconds()
         self.note_life()
@@ -3007,6 +3033,9 @@ class Upstream:
 
     def _dial(self):
         sock = socket.create_connection((self.host, self.port), timeout=10)
+        if self._stranger_among and not self._is_home(sock):
+            sock.close()
+            raise ConnectionRefusedError("somebody else listens there")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.is_tls:
             sock = self.wrap(sock, suppress_ragged_eofs=False)
@@ -3014,6 +3043,24 @@ class Upstream:
         else:
             set_tick(sock)
         return sock
+
+    def _is_home(self, sock):
+        """Whether it leads to the backend."""
+        try:
+            inode = listener_behind(sock)
+        except (AttributeError, OSError) as error:
+            if getattr(error, "errno", None) == errno.EMFILE:
+                raise
+            return True  # not Linux, or not allowed here: who accepts is believed
+        if inode not in self._known and not self._stranger_among({inode}):
+            self._known.add(inode)
+        return inode in self._known
+
+    def trust(self, inodes: Set[int], stranger_among: Callable[[Set[int]], object]):
+        """Connect from now on to these listeners only, and to those with no stranger
+        among them."""
+        self._known |= inodes
+        self._stranger_among = stranger_among
 
     def give_back(self, sock: socket.socket):
         """Take back a connection on which a whole answer was read."""
@@ -3599,7 +3646,6 @@ class ProcessBackend:
                 self._look_for_stranger()
             if self._is_stop_asked or not self._stranger or not self._chooses_port():
                 return False
-            self._drop_check()
             self._end_process()
         return False
 
@@ -3681,7 +3727,8 @@ class ProcessBackend:
         """It failed: perhaps because somebody took its port before any check saw it."""
         result = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if result and result.si_status and self.upstream.host in LOOPBACK:
-            self._stranger = stranger_on(self.upstream.port, self.pid, may_hide=False)
+            inodes = listening_inodes(self.upstream.port)
+            self._stranger = stranger_on(inodes, self.pid, may_hide=False)
 
     def _ask_health(self):
         path = self.model.settings.check_endpoint
@@ -3714,9 +3761,12 @@ class ProcessBackend:
 
     def _is_listener_ours(self):
         if not self._is_ours and self.upstream.host in LOOPBACK:
-            may_hide = self.model.kind == "cmd"
-            self._stranger = stranger_on(self.upstream.port, self.pid, may_hide)
+            inodes = listening_inodes(self.upstream.port)
+            judge = judge_of(inodes, self.pid, may_hide=self.model.kind == "cmd")
+            self._stranger = judge(inodes)
             self._is_ours = self._stranger is None
+            if self._is_ours:
+                self.upstream.trust(inodes, judge)
             return self._is_ours
         return True
 
@@ -3766,6 +3816,7 @@ class ProcessBackend:
         if self._check is None and (
             time.monotonic() >= self._asked_at + 1.0 or self._asked_at < self._suspicion
         ):
+            self._is_ours = False  # it may have lost its port since
             self._ask_health()
         pause = 1.0 if self._check is None else HEALTH_PATIENCE
         self._wait(min(self._suspicion + limit, self._asked_at + pause))
@@ -3773,7 +3824,6 @@ class ProcessBackend:
         if self._is_answering() or is_time and self.upstream.is_answering(limit):
             self._suspicion = None
         elif is_time:
-            self._drop_check()
             note_death(self)
             self._end_process()
             raise StartFailed(
@@ -3914,6 +3964,7 @@ class ProcessBackend:
 
     def _end_process(self):
         """Kill the whole group, then reap its leader; keep its last words."""
+        self._drop_check()  # whose answer, read by nobody, would end every rest
         if self._process is None:
             return
         if self.model.settings.cmd_stop and not (
@@ -4035,20 +4086,21 @@ def memory_of(pid: int) -> Dict[str, int]:
     return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows}
 
 
-def disk_reads_of(pid: int) -> str:
-    """Return how much the process had disks read, past the cache too, as digits."""
+def disk_reads_of(pid: int) -> int:
+    """Return how many bytes the process had disks read, past the cache too."""
     try:
         with open(f"/proc/{pid}/io") as file:
-            return file.read().partition("\nread_bytes: ")[2].partition("\n")[0]
+            read = file.read().partition("\nread_bytes: ")[2]
     except OSError:
-        return ""
+        return 0
+    return int(read.partition("\n")[0] or 0)
 
 
 def signs_of_life(pid: int) -> tuple:
     """Return what changes while the process or its descendants load a model: megabytes
-    of memory, and what they had disks read."""
+    of memory, and those that they had disks read; a page now and then is no load."""
     return tuple(
-        (memory_of(each).get("VmRSS", 0) >> 20, disk_reads_of(each))
+        (memory_of(each).get("VmRSS", 0) >> 20, disk_reads_of(each) >> 20)
         for each in family_of(pid)
     )
 
@@ -4065,9 +4117,9 @@ def oom_kills() -> int:
 
 # -- what every life asks over HTTP ----------------------------------------------------
 #
-# Such a life has a `model` and an `upstream`; `rest(until, check)`
-# lets time pass until then or until something happens; `is_over()` says that it ended
-# or is to end. These functions are for its own thread, if they do not say otherwise.
+# To be asked, a life has a `model` and an `upstream`; `rest(until, check)` lets time
+# pass until then or until something happens; `is_over()` says that it ended or is to
+# end. These functions are for its own thread, if they do not say otherwise.
 
 CONNECT_PATIENCE = 1.0  # s; who has not even accepted by then sleeps, or is gone
 SLEEP_PATIENCE = 60.0  # s; a backend that has not fallen asleep by then is stopped
@@ -4607,7 +4659,14 @@ class UnitBackend:
         if main is None or main.state in "ZX":
             return False  # it is somebody else who answers
         is_near = self.upstream.host in LOOPBACK
-        return not (is_near and stranger_on(self.port, self.pid, may_hide=True))
+        if not is_near:
+            return True
+        inodes = listening_inodes(self.port)
+        judge = judge_of(inodes, self.pid, may_hide=True)
+        if judge(inodes):
+            return False
+        self.upstream.trust(inodes, judge)
+        return True
 
     def _is_running(self):
         """Whether systemd says so, or says nothing."""
@@ -4897,10 +4956,13 @@ class RemoteBackend:
     def _examine(self):
         """A request is silent: if health is, too, it vanished."""
         self._is_suspect = False
-        until = time.monotonic() + (self.model.settings.hang_timeout or math.inf)
+        limit = self.model.settings.hang_timeout
         check = question(self, ("GET", self.model.settings.check_endpoint))
-        found = verdict(self, check, until)
-        if found is not Health.READY and not check.was_answered and not self.is_over():
+        found = verdict(self, check, time.monotonic() + (limit or math.inf))
+        is_here = found is Health.READY or check.was_answered
+        if found is Health.PENDING:
+            is_here = is_here or self.upstream.is_answering(limit)
+        if not (is_here or self.is_over()):
             self._lose()
 
 
@@ -5236,7 +5298,6 @@ class Meters:
     def _observe(self, metric, total, model, seconds):
         self.counts[metric, model, bisect.bisect_left(BUCKETS, seconds)] += 1
         self.counts[total, model] += seconds
-
 
 
 STOPPED = {
@@ -5718,7 +5779,6 @@ class Pool:
         backend.on_loaded, backend.on_slept = self._on_loaded, self._on_slept
         backend.on_dying, backend.on_exited = self._on_dying, self._on_exited
         backend.on_line = functools.partial(self._on_line, name)
-        backend.gauge = LoadGauge()
         backend.told_to_go_at = None  # or to fall asleep
         return backend
 
@@ -5967,7 +6027,7 @@ HEAD_SECONDS = 10.0  # for a whole head once its first byte is there
 STALL_SECONDS = 60.0  # without a byte in the middle of a body; as nginx
 HELD_BODY = 1 << 20  # bytes of a request's body that are held in memory
 PIECE = 1 << 18  # bytes read at once, at most
-LEAST = 1 << 11  # bytes read at once, at first: a thousand streams wait in as many
+LEAST = 1 << 11  # bytes read at once, at first, and by streams of small events
 FIRST = 1 << 14  # bytes of a request read at once; nobody waits in these for long
 PIPE = 1 << 20  # bytes in the pipe that large answers are spliced through
 F_SETPIPE_SZ = 1031  # of Linux's fcntl(2); Python names it from 3.10 on
@@ -6005,7 +6065,8 @@ class Wire:
     def receive(self, size=PIECE) -> bytes:
         """Return what is there, or comes next; b"" at the end of the stream.
 
-        Reads are small until one is full: a thousand streams wait in as many of them.
+        A read is small unless the one before was full: each stream that waits holds
+        memory for one.
         """
         if self.held:
             return self.take(size)
@@ -10294,14 +10355,15 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _fields_up(self, model):
         dropped = NOT_UP
-        if self.config.api_keys or model.settings.proxy_key:
+        key = self.config.models.get(model.backend, model).settings.proxy_key
+        if self.config.api_keys or key:
             dropped = dropped.union(KEY_FIELDS)
         if self.head.method == "POST":  # events and numbers are read on the way
             dropped = dropped.union(("accept-encoding",))
         fields = end_to_end(self.head.fields)
         fields = [each for each in fields if each[0] not in dropped]
-        if model.settings.proxy_key:
-            key = model.settings.proxy_key.encode().decode("latin-1")  # sent as UTF-8
+        if key:
+            key = key.encode().decode("latin-1")  # sent as UTF-8
             fields.append(("authorization", f"Bearer {key}"))
         if self.head.is_upgrade:
             fields += [("connection", "upgrade"), ("upgrade", self.head.get("upgrade"))]
@@ -10381,8 +10443,9 @@ def _is_loopback(address):
 
 
 def _host_name(host):
-    """The name in a Host, without its port."""
-    return re.match(r"\[[^]]*\](?=:|$)|[^:]*", host)[0].lower()
+    """The name in a Host, without its port; "?" if it is none."""
+    found = re.fullmatch(r"(\[[^]]*\]|[^:]*)(?::[0-9]*)?", host)
+    return found[1].lower() if found else "?"
 
 
 def _is_address(name):
@@ -10401,7 +10464,6 @@ def _is_key(given, keys):
     raw = [key.encode("utf-8", "surrogateescape") for key in keys]
     found = [hmac.compare_digest(given, key) for key in raw]
     return any(found)
-
 
 
 def _basic_password(encoded):
@@ -10476,6 +10538,7 @@ PREFIXES = (
 # ==================================================================================
 
 DRAIN_SECONDS = 30.0  # for requests in flight at the end
+EXTEND_EVERY = 5.0  # s; how often systemd is then asked for 15 s more
 STACK_BYTES = 512 * 1024  # of a thread; the deepest call here needs a tenth of it
 IDLE_THREADS = 32  # kept for the next connections
 MOST_DESCRIPTORS = 65536
@@ -10682,19 +10745,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._turn_away(connection, why)
 
     def _turn_away(self, connection, why, see_off=lambda _: None):
-        connection.settimeout(1)
-        problem = Problem(why)
-        problem.status = 503
-        reply = Reply(connection, None, [])
-        try:
-            payload = _dump(error_body(problem))
-            fields = [("retry-after", "5")]
-            reply.begin(503, "Service Unavailable", fields, len(payload))
-            reply.send(payload)
-            see_off(connection)
-        except ClientGone:
-            pass
-        connection.close()
+        turn_away(connection, why, see_off)
         self._leaving.discard(connection)
 
     def process_request(self, request, client_address):
@@ -10777,6 +10828,23 @@ class Server(http.server.ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RD)
             except OSError:
                 pass
+
+
+def turn_away(connection: socket.socket, why: str, see_off=lambda _: None):
+    """Answer a connection on which nothing was read, and close it."""
+    connection.settimeout(1)
+    problem = Problem(why)
+    problem.status = 503
+    reply = Reply(connection, None, [])
+    try:
+        payload = _dump(error_body(problem))
+        fields = [("retry-after", "5")]
+        reply.begin(503, "Service Unavailable", fields, len(payload))
+        reply.send(payload)
+        see_off(connection)
+    except ClientGone:
+        pass
+    connection.close()
 
 
 def raise_descriptor_limit() -> int:
@@ -10987,6 +11055,7 @@ ExecReload=/bin/kill -HUP $MAINPID
 KillMode=mixed
 OOMPolicy=continue
 Restart=on-failure
+RestartPreventExitStatus=2
 TimeoutStopSec=60
 WatchdogSec=60
 
@@ -11224,6 +11293,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         config = load_config(args.file, args.listen, args.models_max)
     except ConfigError as error:
         print(printable(str(error)), file=sys.stderr)
+        _disappoint_who_waits()
         return 2
     if args.check:
         return check(config)
@@ -11231,6 +11301,16 @@ def main(argv: Optional[List[str]] = None) -> int:
         print(units_for(config), end="")
         return 0
     return Program(args, config).run()
+
+
+def _disappoint_who_waits():
+    """Tell who wait at systemd's sockets, or they make it start us again and again."""
+    for listener in take_listeners(os.environ)[0]:
+        listener.setblocking(False)
+        with contextlib.suppress(OSError):  # nobody is left
+            while True:
+                why = "llmswap cannot start: its file is broken, its log says where"
+                turn_away(listener.accept()[0], why, see_off)
 
 
 def _run_parrot(port):
@@ -11280,9 +11360,8 @@ class Program:
         threading.Thread(target=self._mind_idleness, name="idle", daemon=True).start()
         self._manager.tell("READY=1", f"STATUS={status_line(self.pool)}")
         if self._manager.is_listening:
-            what = (self.pool, self.server.is_serving)
-            follow = threading.Thread(target=self._manager.follow, args=what, daemon=True)
-            follow.start()
+            follow, what = self._manager.follow, (self.pool, self.server.is_serving)
+            threading.Thread(target=follow, args=what, daemon=True).start()
         if self._await_end():
             self._shut_down()
         return 0
@@ -11468,7 +11547,7 @@ class Program:
         closing = threading.Thread(target=self._close, name="closing", daemon=True)
         closing.start()
         while not self._has_closed:
-            number = self._next_signal(5)
+            number = self._next_signal(EXTEND_EVERY)
             if number not in (None, signal.SIGHUP):
                 self.pool.kill()  # a second one means now
             self._manager.tell("EXTEND_TIMEOUT_USEC=15000000")
