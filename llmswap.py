@@ -2993,9 +2993,11 @@ class Upstream:
     def is_answering(self, seconds: float) -> bool:
         """Whether a request was answered within so many seconds, or is being answered:
         the kernel knows when bytes came last."""
-        return self.is_fresh(seconds) or any(
-            _has_heard(sock, seconds) for sock in list(self._active)
-        )
+        return self.is_fresh(seconds) or self.is_heard(seconds)
+
+    def is_heard(self, seconds: float) -> bool:
+        """Whether an answer that is not over yet came on within so many seconds."""
+        return any(_has_heard(sock, seconds) for sock in list(self._active))
 
     def _has_slept(self):
         return suspended_seconds() > self._suspended + 1.0
@@ -3664,7 +3666,7 @@ class ProcessBackend:
         environment = clean_environment(environment_of(model, str(self.port)))
         cwd = model.settings.cwd or None
         find_program(argv[0], environment, cwd)
-        self._stranger = self._exit_status = None
+        self._stranger = self._judge = self._exit_status = None
         self._is_exited = self._is_ours = self._was_told_to_go = False
         self._oom_kills = oom_kills()
         score = str(model.settings.oom_score_adj)
@@ -3762,10 +3764,12 @@ class ProcessBackend:
     def _is_listener_ours(self):
         if not self._is_ours and self.upstream.host in LOOPBACK:
             inodes = listening_inodes(self.upstream.port)
-            judge = judge_of(inodes, self.pid, may_hide=self.model.kind == "cmd")
+            is_cmd = self.model.kind == "cmd"
+            judge = self._judge or judge_of(inodes, self.pid, may_hide=is_cmd)
             self._stranger = judge(inodes)
             self._is_ours = self._stranger is None
             if self._is_ours:
+                self._judge = judge
                 self.upstream.trust(inodes, judge)
             return self._is_ours
         return True
@@ -4021,7 +4025,7 @@ class ProcessBackend:
         self._end_process()
         status = self._exit_status
         name = self.model.name
-        if self._stranger:
+        if self._stranger and not self._is_ready:
             why = f"its port {self.upstream.port} is held by {self._stranger}"
         elif status in (-9, 128 + 9) and oom_kills() > self._oom_kills:
             why = "killed by the kernel: out of memory"
@@ -4908,8 +4912,10 @@ class RemoteBackend:
             self.on_loaded(self)
             self._stay()
         if not self._is_stop_asked:
-            self.on_dying(self)
+            note_death(self)
             self.on_line("llmswap: it does not answer any more: asleep or gone")
+        while self.upstream.is_heard(FRESH) and not self._is_stop_asked:
+            self.rest(time.monotonic() + TICK)  # it may be a server that drains
 
     def _end(self):
         self.upstream.close()
@@ -6279,8 +6285,12 @@ _LENGTH = re.compile("[0-9]{1,18}")
 
 
 def first_of_each(fields: Fields) -> Dict[str, str]:
-    """Return the first value of each field."""
-    return dict(reversed(fields))
+    """Return the first value of each field, and all that Connection says."""
+    first = dict(reversed(fields))
+    if len(first) < len(fields):  # one may forbid what another allows
+        said = [value for name, value in fields if name == "connection"]
+        first["connection"] = ", ".join(said)
+    return first
 
 
 class Request:
@@ -6900,7 +6910,12 @@ def merged(old, new):
 
 def _dump(value):
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    if not text.isascii() or "\x7f" in text:
+        text = OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     return text.encode("utf-8", "backslashreplace")  # half a surrogate pair: \ud800
+
+
+OBEYED = re.compile("[\0-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # by terminals
 
 
 # -- the answer, read from the backend -------------------------------------------------
@@ -8756,8 +8771,8 @@ def _sample(name, labels, values, number):
 
 
 def _escaped(value):
-    text = str(value).replace("\\", r"\\").replace('"', r"\"")
-    return text.replace("\n", r"\n")
+    text = str(value).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return OBEYED.sub(lambda found: ascii(found[0])[1:-1].replace("\\", r"\\"), text)
 
 
 # -- the status page -------------------------------------------------------------------
@@ -9902,14 +9917,16 @@ class Handler(socketserver.BaseRequestHandler):
     def _route(self):
         """Do what the path means; whatever is not ours belongs to a model."""
         head = self.head
-        if head.method == "OPTIONS":
-            return self._answer_preflight()
         method = "GET" if head.method == "HEAD" else head.method
         route = ROUTES.get((method, head.path))
+        if method == "OPTIONS":
+            route = Handler._answer_preflight
         if route:
+            self.body.hold(HELD_BODY)  # what is not HTTP to its end is not obeyed
             return route(self)
         for prefix, methods, action in PREFIXES:
             if head.path.startswith(prefix) and (not methods or method in methods):
+                self.body.hold(HELD_BODY if methods else 0)
                 return action(self, head.path[len(prefix) :])
         if head.path not in MODEL_WORDS:
             if head.path in PATHS:
@@ -11067,7 +11084,7 @@ WantedBy=default.target
 def units_for(config: Config) -> str:
     """Return a socket and a service unit for the user's systemd that run this file."""
     words = [sys.executable, os.path.abspath(__file__), os.path.abspath(config.path)]
-    streams = [_stream_of(address) for address in config.settings.listen]
+    streams = [_stream_of(each).replace("%", "%%") for each in config.settings.listen]
     return UNITS.format(
         folder="~/.config/systemd/user",
         cwd=os.getcwd().replace("%", "%%"),
