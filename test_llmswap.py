@@ -6316,9 +6316,9 @@ def test_after_a_suspension_the_whole_program_trusts_nothing_of_before(machine, 
     with brisk(remote_ini(machine.port), suspended_seconds=slept, FRESH=1e9) as server:
         assert server.chat("far").status == server.chat("near").status == 200
         for is_jump in (False, True):
-            eventually(lambda: server.get("/health").json()["requests"] == 0)
             before = ask(machine.port, "GET", "/stats").json()
             asked = server.stats("near")["health"]
+            eventually(lambda: server.get("/health").json()["requests"] == 0)
             server.process.send_signal(signal.SIGSTOP)
             machine.freeze()
             if is_jump:
