@@ -11795,6 +11795,7 @@ def test_all_is_done_by_keyboard(browser):
         browser.press("Enter")
         browser.until(shown("$('reply')", "word1"))
         browser.press("Escape")
+        browser.until(shown(row("b", ".state"), "loaded"))  # news come after answers
         tab_to(browser, "Log b")
         browser.press("Enter")
         browser.until(shown("$('lines')", "model loaded"))
