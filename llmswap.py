@@ -10555,6 +10555,7 @@ PREFIXES = (
 # ==================================================================================
 
 DRAIN_SECONDS = 30.0  # for requests in flight at the end
+REFUSAL_SECONDS = 1.0  # for those that came too late to be told so
 EXTEND_EVERY = 5.0  # s; how often systemd is then asked for 15 s more
 STACK_BYTES = 512 * 1024  # of a thread; the deepest call here needs a tenth of it
 IDLE_THREADS = 32  # kept for the next connections
@@ -10832,6 +10833,12 @@ class Server(http.server.ThreadingHTTPServer):
         self._paused.clear()
         self.begin()
         return False
+
+    def finish(self, seconds: float):
+        """Wait until who has begun to ask was answered, so many seconds at most."""
+        deadline = time.monotonic() + seconds
+        while self.quiet_since() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
 
     def stop(self):
         """Stop to accept, and end the connections that wait for a next request."""
@@ -11578,6 +11585,7 @@ class Program:
     def _close(self):
         """Close the Pool, while the main thread goes on to hear signals."""
         self.pool.close(DRAIN_SECONDS)
+        self.server.finish(REFUSAL_SECONDS)
         self._has_closed = True
         self._bell.ring()
 

@@ -5326,6 +5326,19 @@ def test_a_broken_file_changes_nothing_and_says_why():
         assert server.stats("kept")["pid"] == pid
 
 
+def test_who_asks_at_the_very_end_is_told_that_it_is_the_end():
+    with Llmswap("[a]\ncmd = FAKE\n") as server, server.connect() as client:
+        body = json.dumps(chat_body("a")).encode()
+        head = request_head("POST", "/v1/chat/completions", len(body))
+        client.sock.sendall(head + body[:9])
+        eventually(lambda: server.get("/health").status == 200)  # it was taken up
+        server.process.terminate()
+        eventually(lambda: not is_listening(server.port))
+        client.sock.sendall(body[9:])
+        assert client.answer().status == 503
+        assert server.process.wait(5) == 0
+
+
 def test_a_change_of_listen_is_not_taken_over_and_said(tmp_path):
     path, port = tmp_path / "m.ini", free_port()
     path.write_text(f"[llmswap]\nlisten = 127.0.0.1:{port}\n")
