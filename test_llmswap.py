@@ -18580,7 +18580,7 @@ def suite_main(argv):
     numbers, outcomes = os.pipe(), os.pipe()
     os.write(numbers[1], b"".join(n.to_bytes(4, "big") for n in range(10000)))
     os.close(numbers[1])
-    shares = (os.cpu_count() or 1) + 1
+    shares = (os.cpu_count() or 1) + 2
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, str(number)) for number in range(shares)]
         processes = [
