@@ -5270,13 +5270,13 @@ class Meters:
         counts["tokens_out", model] += tokens_out
         counts["bytes_in", model] += bytes_in
         counts["bytes_out", model] += bytes_out
-        self._observe("durations", "durations_sum", model, seconds)
+        self._observe("durations", model, seconds)
         if waited is not None:
-            self._observe("waits", "waits_sum", model, waited)
+            self._observe("waits", model, waited)
 
     def count_load(self, model: str, seconds: float):
         """A model has become ready, so many seconds after its start."""
-        self._observe("loads", "loads_sum", model, seconds)
+        self._observe("loads", model, seconds)
         if model in self._newcomers:
             self._newcomers.discard(model)
             self.counts["swaps",] += 1
@@ -5301,9 +5301,9 @@ class Meters:
         other.speeds, other.reasons = dict(self.speeds), dict(self.reasons)
         return other
 
-    def _observe(self, metric, total, model, seconds):
+    def _observe(self, metric, model, seconds):
         self.counts[metric, model, bisect.bisect_left(BUCKETS, seconds)] += 1
-        self.counts[total, model] += seconds
+        self.counts[f"{metric}_sum", model] += seconds
 
 
 STOPPED = {
