@@ -66,8 +66,9 @@ def run_lean(code):
     flags = getattr(sys, "orig_argv", sys.argv)[1 : -len(sys.argv)]  # from 3.10 on
     flags = [flag for flag in flags if flag != "--"]
     read = (
-        "import marshal, sys; del sys.argv[0]; __file__ = sys.argv[1]; "
-        "file = open(int(sys.argv.pop(0)), 'rb'); code = marshal.load(file); "
+        "import gc, marshal, sys; gc.disable(); "  # until all is there
+        "del sys.argv[0]; __file__ = sys.argv[1]; "
+        "file = open(int(sys.argv.pop(0)), 'rb'); code = marshal.loads(file.read()); "
         "file.close(); exec(code)"
     )
     arenas = "MALLOC_ARENA_MAX"
@@ -85,7 +86,6 @@ if __name__ == "__main__" and __file__[-4:] != ".pyc" and not sys._getframe().f_
     except (AttributeError, OSError, TypeError):
         pass  # not every system can; go on as we are
 
-import base64
 import bisect
 import collections
 import contextlib
@@ -93,16 +93,13 @@ import enum
 import errno
 import functools
 import gc
-import html
 import itertools
 import json
 import math
 import queue
-import random
 import re
 import select
 import shlex
-import shutil
 import signal
 import socket
 import socketserver
@@ -126,12 +123,6 @@ from typing import (
     Tuple,
     Union,
 )
-
-sys.modules.setdefault("ssl", None)  # http.client would load it: 4 MB and 5 ms for
-import http.server  # what only https backends need, who import it then
-
-if sys.modules["ssl"] is None:
-    del sys.modules["ssl"]
 
 VERSION = "1.0"
 
@@ -2101,6 +2092,13 @@ class Slot:
         """Whether it grants nothing because it is to go, whoever asks."""
         return self.unload_by is not None or self.is_retiring
 
+    def is_ready_for(self, is_loose: bool) -> bool:
+        """Whether it can serve one more lease of this kind now."""
+        if self.state is not State.LOADED or self.is_closed:
+            return False
+        limit = self.spec.concurrency
+        return not limit or self.in_flight < limit or is_loose
+
     def holding(self) -> Holding:
         """What it takes now."""
         if self.is_asleep:
@@ -2239,6 +2237,20 @@ class Scheduler:
         slot.waiting += 1
         return ticket
 
+    def submit_to_ready(
+        self, name: str, now: float, is_loose=False
+    ) -> Optional[Ticket]:
+        """Grant a request for the model at once, if `submit` and `decide` would do that
+        and nothing else; else do nothing. Most requests find their model ready."""
+        slot = self.slots[name]
+        is_alone = not (self._queue or self._leaving or self._closing)
+        if not is_alone or not slot.is_ready_for(is_loose):
+            return None
+        ticket = Ticket(next(self._numbers), slot, now, is_loose)
+        slot.note_arrival(now)
+        self._give(ticket, now)
+        return ticket
+
     def withdraw(self, ticket: Ticket, now: float):
         """The ticket's client is gone, whether it waits, is granted or was refused."""
         if ticket.number in self._queue:
@@ -2246,6 +2258,16 @@ class Scheduler:
             ticket.slot.note_idle(now)
         elif ticket.outcome is GRANTED:
             self.release(ticket, now)
+
+    def is_settled(self, slot: Slot, now: float) -> bool:
+        """Whether `decide` has nothing to do after the withdrawal of a ticket of this
+        slot, but for setting `look_again`, which is done here."""
+        if self._queue or self._decisions or slot.is_closed:
+            return False
+        moment = slot.unload_at()
+        if moment is not None:
+            self._look_again_at(moment)
+        return moment is None or now < moment
 
     def release(self, ticket: Ticket, now: float):
         """The request of a granted ticket has ended; call it once."""
@@ -2509,17 +2531,18 @@ class Scheduler:
         return True
 
     def _may_grant(self, ticket):
-        slot = ticket.slot
-        if slot.state is not State.LOADED or slot.is_closed:
-            return False
-        drains_for = self._leaving.get(slot)
+        drains_for = self._leaving.get(ticket.slot)
         if drains_for is not None and drains_for.number < ticket.number:
             return False
-        limit = slot.spec.concurrency
-        return not limit or slot.in_flight < limit or ticket.is_loose
+        return ticket.slot.is_ready_for(ticket.is_loose)
 
     def _grant(self, ticket, now):
         self._leave_queue(ticket)
+        self._give(ticket, now)
+        self._decisions.append(Grant(ticket))
+
+    def _give(self, ticket, now):
+        """Make it a lease."""
         slot = ticket.slot
         ticket.generation = slot.generation
         ticket.outcome = GRANTED
@@ -2531,7 +2554,6 @@ class Scheduler:
                 slot.loose += 1
             else:
                 slot.in_flight += 1
-        self._decisions.append(Grant(ticket))
 
     def _refuse(self, ticket, problem):
         self._leave_queue(ticket)
@@ -2734,7 +2756,8 @@ def free_port() -> int:
     """
     low, high = _ephemeral_range()
     outside = [*range(max(10000, low - 20000), low), *range(high + 1, 65536)]
-    for port in random.sample(outside, min(50, len(outside))) + [0]:
+    picks = struct.unpack("=50I", os.urandom(200)) if outside else ()
+    for port in [*(outside[pick % len(outside)] for pick in picks), 0]:
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
@@ -3404,20 +3427,27 @@ def clean_environment(extra: Mapping[str, str]) -> Dict[str, str]:
 def find_program(name: str, environment: Mapping[str, str], cwd: Optional[str]) -> str:
     """Return the path of the program as the child will find it. Raise StartFailed."""
     base = cwd or os.getcwd()
-    if os.sep in name:
-        found = os.path.join(base, name)
+    path = environment.get("PATH", os.defpath)
+    for place in [""] if os.sep in name else path.split(os.pathsep):
+        found = os.path.join(base, place, name)
         if os.path.isfile(found) and os.access(found, os.X_OK):
             return found
+    if os.sep in name:
         reason = "is not executable" if os.path.exists(found) else "does not exist"
         raise StartFailed(f"{found} {reason}")
-    found = shutil.which(name, path=environment.get("PATH", os.defpath))
-    if found is None:
-        where = "`llama-server` in [llmswap], or " if name == "llama-server" else ""
-        raise StartFailed(
-            f"there is no program {name!r} on the PATH; {where}the model's `cmd` can "
-            "name its whole path"
-        )
-    return os.path.join(base, found)
+    where = "`llama-server` in [llmswap], or " if name == "llama-server" else ""
+    raise StartFailed(
+        f"there is no program {name!r} on the PATH; {where}the model's `cmd` can "
+        "name its whole path"
+    )
+
+
+def has_program(name: str) -> bool:
+    """Whether there is a program of that name on our own PATH."""
+    try:
+        return bool(find_program(name, os.environ, os.sep))
+    except StartFailed:
+        return False
 
 
 _option_tables = {}  # by version of a binary
@@ -4348,9 +4378,9 @@ class Watch:
 @functools.lru_cache(maxsize=None)
 def _gpu_query():
     """The command that lists processes on the GPU, or None where there is no tool."""
-    if shutil.which("nvidia-smi"):
+    if has_program("nvidia-smi"):
         return ("nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader")
-    if shutil.which("rocm-smi"):
+    if has_program("rocm-smi"):
         return ("rocm-smi", "--showpids")
     return None
 
@@ -5139,7 +5169,7 @@ def gpu_memory_by_group() -> Dict[int, int]:
     """Return bytes of GPU memory by process group, as the vendor's tool shows it."""
     found = collections.Counter()
     for command, row, unit in _GPU_MEMORY:
-        if not shutil.which(command[0]):
+        if not has_program(command[0]):
             continue
         told = _output_of(command)
         for pid, amount in re.findall(row, told, re.MULTILINE):
@@ -5419,31 +5449,40 @@ class Pool:
 
     # -- requests --------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def lease(self, model: Model, gone: Callable[[], bool], is_loose=False):
-        """Yield a backend of the model, ready, loading it if need be; it stays until
-        the block ends (a loose lease may be cut).
+    def lease(self, model: Model, gone: Callable[[], bool], is_loose=False) -> "Lease":
+        """For a `with`: give a backend of the model, ready, loading it if need be; it
+        stays until the block ends (a loose lease may be cut).
 
         Raise a Problem if it cannot be had, or ClientGone once gone() is true; that is
         asked about twice a second.
         """
-        is_served = False
-        while not is_served:
-            self._check(model)
-            ticket, waiter = self._submit(model.backend, is_loose)
+        return Lease(self, model, gone, is_loose)
+
+    def take(self, model: Model, gone: Callable[[], bool], is_loose: bool):
+        """Return a ticket that was granted, and its backend: see `lease`."""
+        while True:
+            ticket, waiter = self._submit_to_ready(model, is_loose), None
+            if not ticket:
+                self._check(model)
+                ticket, waiter = self._submit(model.backend, is_loose)
             try:
                 backend = _await_grant(ticket, waiter, gone)
-                is_served = _is_there(backend, gone)
-                if is_served:
-                    yield backend
-            finally:
-                self._withdraw(ticket)
+                if _is_there(backend, gone):
+                    return ticket, backend
+            except BaseException:
+                self.give_back(ticket)
+                raise
+            self.give_back(ticket)
 
-    def _withdraw(self, ticket):
+    def give_back(self, ticket: Ticket):
+        """Its request has ended, however that may be."""
         with self._lock:
             self._used_at = self._clock()
             self._scheduler.withdraw(ticket, self._used_at)
-            self._turn()
+            if self._scheduler.is_settled(ticket.slot, self._used_at):
+                self._tell_time()
+            else:
+                self._turn()
             if self._is_closed:
                 self._quiet.notify_all()
 
@@ -5469,6 +5508,20 @@ class Pool:
             slot = self._scheduler.slots.get(name)
             if slot is not None and not slot.is_held:
                 slot.last_failure = problem.with_traceback(None)
+
+    def _submit_to_ready(self, model, is_loose):
+        """Return a granted ticket if the model is ready for one, and nobody waits."""
+        with self._lock:
+            name = model.backend
+            if model.problem or name not in self._scheduler.slots:
+                return None
+            now = self._clock()
+            ticket = self._scheduler.submit_to_ready(name, now, is_loose)
+            if ticket:
+                ticket.waiter = self._backends[name]
+                self._used_at = now
+                self._note_change()
+            return ticket
 
     def _submit(self, name, is_loose=False, is_by_hand=False):
         """Queue a ticket; return it, and the lock to wait for if it has to wait."""
@@ -5678,6 +5731,10 @@ class Pool:
             self._quiet_since = None
         elif self._quiet_since is None:
             self._quiet_since = self._clock()
+        self._tell_time()
+
+    def _tell_time(self):
+        """Something changed: let who looks see it, and the clockwork turn in time."""
         self._note_change()
         if self._scheduler.look_again < self._alarm_at:
             self._alarm_at = self._scheduler.look_again
@@ -5904,6 +5961,20 @@ class Pool:
                 backend.stop(at_once=True)
 
 
+class Lease:
+    """The right to use a backend while a block runs: see Pool.lease."""
+
+    def __init__(self, pool: Pool, *wanted):
+        self._pool, self._wanted = pool, wanted
+
+    def __enter__(self):
+        self._ticket, backend = self._pool.take(*self._wanted)
+        return backend
+
+    def __exit__(self, *_):
+        self._pool.give_back(self._ticket)
+
+
 _CARRY_OUT = {
     Grant: Pool._grant,
     Refuse: Pool._refuse,
@@ -6029,12 +6100,14 @@ def _spec_of(model):
 
 HEAD_LIMIT = 65536  # bytes; as nginx's four buffers of 16 KB
 LINES_LIMIT = 100  # header lines; as Apache's LimitRequestFields
+KEPT_HEADS = 64  # that were read and may come again
+LONGEST_KEPT = 2048  # bytes; those of most clients have a third of that
 HEAD_SECONDS = 10.0  # for a whole head once its first byte is there
 STALL_SECONDS = 60.0  # without a byte in the middle of a body; as nginx
 HELD_BODY = 1 << 20  # bytes of a request's body that are held in memory
 PIECE = 1 << 18  # bytes read at once, at most
-LEAST = 1 << 11  # bytes read at once, at first, and by streams of small events
-FIRST = 1 << 14  # bytes of a request read at once; nobody waits in these for long
+LEAST = 1 << 11  # bytes read at once by streams of small events
+FIRST = 1 << 14  # bytes read at once, at first: a whole chat, most often
 PIPE = 1 << 20  # bytes in the pipe that large answers are spliced through
 F_SETPIPE_SZ = 1031  # of Linux's fcntl(2); Python names it from 3.10 on
 EARLY_HEAD_AFTER = 3.0  # s; until then a failure keeps its true status
@@ -6061,7 +6134,7 @@ class Wire:
         self.on_silence = on_silence
         self.held = b""  # received and not used yet
         self.is_untouched = True  # nothing was ever received
-        self._size = LEAST  # of the next read: a buffer is ours for as long as it waits
+        self._size = FIRST  # of the next read: a buffer is ours for as long as it waits
 
     def take(self, size: int) -> bytes:
         """Return so much of what was received already, without waiting for more."""
@@ -6293,33 +6366,21 @@ def first_of_each(fields: Fields) -> Dict[str, str]:
     return first
 
 
-class Request:
-    """The head of a client's request, strictly read. Field names are in lower case."""
+class Head:
+    """A head, strictly read, and not to be changed: others may have the same one.
 
-    def __init__(self, head: bytes):
-        start, self.fields = parse_head(head, _REQUEST_LINE)
+    `fields` are without those that `framing` stands for, `end_to_end` also without
+    those that concern one connection only. Names are in lower case.
+    """
+
+    def __init__(self, fields: Fields, framing: Framing, is_http_10: bool):
+        self.framing = framing
+        self.is_http_10 = is_http_10
+        self.fields = [each for each in fields if each[0] not in _FRAMING_FIELDS]
+        self.end_to_end = end_to_end(self.fields)
         self._first = first_of_each(self.fields)
-        method, target, minor = start.groups()
-        self.method = method.decode()
-        self.is_http_10 = minor == b"0"
-        self.target = target.decode("latin-1")
-        self.framing = framing_of(self.fields, NO_BODY)
-        if self.is_http_10 and self.framing.is_chunked:
-            raise BadRequest("HTTP/1.0 has no Transfer-Encoding")
-        hosts = self.all("host")
-        if len(hosts) > 1 or not (hosts or self.is_http_10):
-            raise BadRequest("a request must have one Host")
-        is_of_all = self.target == "*" and self.method == "OPTIONS"
-        if not self.target.startswith("/") and not is_of_all:
-            self.target = self._origin_form()
-        self.path, _, self.query = self.target.partition("?")
-
-    def _origin_form(self):
-        """Of an absolute target, as sent to proxies, what stands after the host."""
-        found = re.fullmatch("(?i)https?://([^/?]+)(/[^?]*)?([?].*)?", self.target)
-        if not found or found.group(1).lower() != self.get("host").lower():
-            raise BadRequest("the target must be a path, or a URL of this very host")
-        return (found.group(2) or "/") + (found.group(3) or "")
+        words = self.get("connection").lower()  # may it serve more than this?
+        self.stays = "keep-alive" in words if is_http_10 else "close" not in words
 
     def get(self, name: str) -> str:
         """Return the first value of a field, or an empty string."""
@@ -6329,6 +6390,66 @@ class Request:
         """Return all values of a field."""
         return [value for field, value in self.fields if field == name]
 
+    def with_length(self, length: int) -> "Head":
+        """Return one that differs by the length of the body only."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, framing=Framing(length))
+        return other
+
+
+def remembering(read: Callable[[bytes], Head]) -> Callable[[bytes], Head]:
+    """Return what reads heads like `read`, but each of the last ones only once.
+
+    Both sides say the same again and again, but for the length of the body. So heads
+    are kept with a 0 for it.
+    """
+    kept = functools.lru_cache(KEPT_HEADS)(read)
+
+    def read_or_remember(head):
+        if len(head) > LONGEST_KEPT:
+            return read(head)
+        found = _LENGTH_LINE.search(head)
+        if not found:
+            return kept(head)
+        start, end = found.span(1)
+        return kept(b"%b0%b" % (head[:start], head[end:])).with_length(int(found[1]))
+
+    return read_or_remember
+
+
+_LENGTH_LINE = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,18})\r\n")
+
+
+class Request(Head):
+    """The head of a client's request."""
+
+    def __init__(self, head: bytes):
+        start, fields = parse_head(head, _REQUEST_LINE)
+        method, target, minor = start.groups()
+        super().__init__(fields, framing_of(fields, NO_BODY), minor == b"0")
+        self.method = method.decode()
+        self.target = target.decode("latin-1")
+        if self.is_http_10 and self.framing.is_chunked:
+            raise BadRequest("HTTP/1.0 has no Transfer-Encoding")
+        hosts = self.all("host")
+        if len(hosts) > 1 or not (hosts or self.is_http_10):
+            raise BadRequest("a request must have one Host")
+        is_of_all = self.target == "*" and self.method == "OPTIONS"
+        if not self.target.startswith("/") and not is_of_all:
+            self.target = self._origin_form()
+        self.path, _, self.query = self.target.partition("?")
+        # other upgrades (Java's to HTTP/2) are not taken, which is every server's right
+        is_upgrade = "upgrade" in self.get("connection").lower()
+        is_websocket = self.get("upgrade").lower() == "websocket"
+        self.is_upgrade = is_upgrade and is_websocket and self.method == "GET"
+
+    def _origin_form(self):
+        """Of an absolute target, as sent to proxies, what stands after the host."""
+        found = re.fullmatch("(?i)https?://([^/?]+)(/[^?]*)?([?].*)?", self.target)
+        if not found or found.group(1).lower() != self.get("host").lower():
+            raise BadRequest("the target must be a path, or a URL of this very host")
+        return (found.group(2) or "/") + (found.group(3) or "")
+
     def parameter(self, name: str) -> Optional[str]:
         """Return the first value of a query parameter, or None."""
         if name not in self.query:
@@ -6337,18 +6458,8 @@ class Request:
         pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
         return next((value for key, value in pairs if key == name), None)
 
-    @property
-    def wants_to_stay(self) -> bool:
-        """Whether the connection is to serve further requests."""
-        words = self.get("connection").lower()
-        return "keep-alive" in words if self.is_http_10 else "close" not in words
 
-    @property
-    def is_upgrade(self) -> bool:
-        """Whether a websocket is asked for; other upgrades (Java's to HTTP/2) are not
-        taken, which is every server's right."""
-        is_asked = self.get("upgrade").lower() == "websocket" and self.method == "GET"
-        return is_asked and "upgrade" in self.get("connection").lower()
+read_request = remembering(Request)
 
 
 # -- bodies ----------------------------------------------------------------------------
@@ -6447,11 +6558,12 @@ class Body:
         expected = request.get("expect").lower()
         self._expects = expected == "100-continue" and not request.is_http_10
         self._is_lost = False
-        self.received = 0  # bytes of payload
-        self._held = bytearray()
+        came = wire.take(self.length) if self.length else b""  # with the head
+        self.received = len(came)  # bytes of payload
+        self._held = bytearray(came)
         self._file = None
         self._map = None
-        self.is_complete = self.length == 0
+        self.is_complete = self.received == self.length
 
     def _too_large(self):
         return TooLarge(f"the body exceeds {self._limit} bytes (max-body in [llmswap])")
@@ -6925,6 +7037,22 @@ class Truncated(Exception):
     """The backend broke off in the middle of its answer."""
 
 
+class AnswerHead(Head):
+    """The head of an answer; `framing` is that of its body unless the request or the
+    status allows none."""
+
+    def __init__(self, head: bytes):
+        start, fields = parse_head(head, _STATUS_LINE)
+        minor, status, reason = start.groups()
+        super().__init__(fields, framing_of(fields, UNTIL_CLOSE), minor == b"0")
+        self.status = int(status)
+        self.reason = (reason or b"").decode("latin-1")
+        self.is_event_stream = _are_events(self._first)
+
+
+read_answer_head = remembering(AnswerHead)
+
+
 class Answer:
     """A backend's answer, head read; `pieces()` gives its payload once.
 
@@ -6933,51 +7061,33 @@ class Answer:
 
     def __init__(self, wire: Wire, method: str):
         self._wire = wire
-        self.status = 100
         self.is_over = False  # read to its end: the connection can serve another
         try:
             for _ in range(LINES_LIMIT):
-                self._read_head()
-                if self.status == 101 or self.status >= 200:
+                self.head = head = self._read_head()
+                if head.status == 101 or head.status >= 200:
                     break
             else:
                 raise BadRequest("interim answers without end")
-            self.framing = self._framing(method)
         except (BadRequest, HeadTooLarge) as error:
             raise Truncated(f"its answer is not HTTP: {error}") from None
+        self.status, self.framing, self.get = head.status, head.framing, head.get
+        self.length = head.framing.length  # as it is told, even if to a HEAD
+        if self.status in (101, 204, 304):
+            self.length, self.framing = 0, NO_BODY
+        elif method == "HEAD":
+            self.framing = NO_BODY
 
     def _read_head(self):
         head = self._wire.head()
         if not head:
             raise EOFError
-        start, self.fields = parse_head(head, _STATUS_LINE)
-        self._first = first_of_each(self.fields)
-        self.status = int(start.group(2))
-        self.reason = (start.group(3) or b"").decode("latin-1")
-        self._is_http_10 = start.group(1) == b"0"
-
-    def _framing(self, method):
-        """How the body is framed; `length` is what is told of it, even if by a HEAD."""
-        told = framing_of(self.fields, UNTIL_CLOSE)
-        self.length = told.length
-        if self.status in (101, 204, 304):
-            self.length = 0
-        elif method != "HEAD":
-            return told
-        return NO_BODY
-
-    def get(self, name: str) -> str:
-        """Return the first value of a field, or an empty string."""
-        return self._first.get(name, "")
+        return read_answer_head(head)
 
     @property
     def leftover(self) -> bytes:
         """What came right behind the head of an upgrade."""
         return self._wire.held
-
-    @property
-    def is_event_stream(self) -> bool:
-        return _are_events(self._first)
 
     def pieces(self, carry=None) -> Iterable:
         """Yield the payload as it comes; a piece is good until the next is asked for.
@@ -6997,7 +7107,7 @@ class Answer:
 
     def _chunks(self):
         """Events are passed on by whole chunks, so that a cut falls between them."""
-        decoder, part, is_whole = ChunkDecoder(), b"", self.is_event_stream
+        decoder, part, is_whole = ChunkDecoder(), b"", self.head.is_event_stream
         while not decoder.is_done:
             data = self._wire.receive()
             if not data:
@@ -7035,9 +7145,7 @@ class Answer:
             yield piece
 
     def _end(self, is_clean):
-        words = self.get("connection").lower()
-        stays = "keep-alive" in words if self._is_http_10 else "close" not in words
-        self.is_over = is_clean and stays
+        self.is_over = is_clean and self.head.stays
 
 
 def _are_events(told):
@@ -7117,7 +7225,7 @@ class Reply:
         self.ends = Ends()  # of the payload
         self._born = self._spoke = time.monotonic()
         if request is not None:
-            self.stays = request.wants_to_stay
+            self.stays = request.stays
             self._is_http_10 = request.is_http_10
             self._is_head = request.method == "HEAD"
 
@@ -7142,6 +7250,17 @@ class Reply:
             framing.append(("connection", "keep-alive"))
         start = f"HTTP/1.1 {status} {reason}"
         self._head = render_head(start, fields + self.extra + framing)
+
+    def answer(self, status: int, fields: Fields, payload: bytes):
+        """Send an answer that is there as a whole."""
+        reason = "OK"
+        if status != 200:
+            import http  # whose table of them only what fails needs
+
+            reason = http.HTTPStatus(status).phrase
+        self.begin(status, reason, fields, len(payload))
+        self.send(payload)
+        self.end()
 
     def begin_events(self):
         """Begin a stream of events that is not (or not yet) a backend's."""
@@ -7487,11 +7606,11 @@ def _chunk(piece):
 
 def _pass_on(answer, link, reply, transform):
     """Pass the answer on piece by piece; broken if it breaks."""
-    if reply.is_early and not (answer.status == 200 and answer.is_event_stream):
+    if reply.is_early and not (answer.status == 200 and answer.head.is_event_stream):
         return _pass_on_as_event(answer, reply)
     if not reply.is_early:
         length = None if transform else answer.length
-        reply.begin(answer.status, answer.reason, _fields_down(answer), length)
+        reply.begin(answer.status, answer.head.reason, _fields_down(answer), length)
     carry = reply.splice if reply.can_splice and not transform else None
     try:
         for piece in answer.pieces(carry):
@@ -7513,11 +7632,9 @@ def _pass_on(answer, link, reply, transform):
 
 def _fields_down(answer):
     fields = [
-        field
-        for field in end_to_end(answer.fields)
-        if field[0] != "content-length" and not field[0].startswith("access-control-")
+        each for each in answer.head.end_to_end if each[0][:15] != "access-control-"
     ]
-    if answer.is_event_stream and not answer.get("x-accel-buffering"):
+    if answer.head.is_event_stream and not answer.get("x-accel-buffering"):
         fields.append(("x-accel-buffering", "no"))  # else nginx collects the events
     return fields
 
@@ -7546,7 +7663,7 @@ def _tunnel(answer, sock, reply):
     """Pass bytes both ways after an upgrade, until either side ends."""
     upgrade = [("connection", "upgrade"), ("upgrade", answer.get("upgrade"))]
     reply.stays = False
-    reply.begin(101, answer.reason, _fields_down(answer) + upgrade, 0)
+    reply.begin(101, answer.head.reason, _fields_down(answer) + upgrade, 0)
     reply.flush()
     try:
         _carry(reply.sock, sock, answer.leftover)
@@ -8101,6 +8218,8 @@ def _unwrapped(text):
         if _ESCAPED.match(text):
             text = _ESCAPE.sub(lambda escape: json.loads(f'"{escape[0]}"'), text)
     if _ENTITIES.match(text):
+        import html  # a table of two thousand names
+
         text = html.unescape(text)
     if text[:1] in ("'", '"', "`") and text[1:2] == "{":
         text = text[1:].rstrip().rstrip(text[0])
@@ -8170,8 +8289,9 @@ def repair_arguments(text: str) -> str:
 
 # Answers are read as far as their shape is known; one of another shape stays as it is.
 
-_UNKNOWN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-_UNKNOWN += (RecursionError,)
+_UNKNOWN = (
+    ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError
+)  # fmt: skip
 _JSON = json.JSONDecoder()
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -8295,8 +8415,9 @@ _EVENT_END = re.compile(rb"\n\r?\n")
 _OF_A_CALL = re.compile(rb'"(?:tool_calls|function_call|partial_json)"')
 _OF_AN_END = re.compile(rb'\[DONE\]|"(?:finish|stop)_reason"\s*:\s*"|"message_stop"')
 _OF_A_CHUNK = ("id", "object", "created", "model", "system_fingerprint")
-_OF_A_FRAGMENT = {"index", "delta", "role", "type", "tool_calls", "function"}
-_OF_A_FRAGMENT |= {"function_call", "arguments"}
+_OF_A_FRAGMENT = frozenset(
+    "index delta role type tool_calls function function_call arguments".split()
+)
 
 _Held = namedtuple("_Held", "event path text")  # the fragment of an event, and where
 
@@ -8628,7 +8749,7 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metric(NamedTuple):
-    """A row of the list below: how Prometheus is told what Meters calls `count`."""
+    """How Prometheus is told what Meters, or a Row for gauges, calls `count`."""
 
     count: str
     name: str
@@ -9079,7 +9200,7 @@ _SCRIPT = r"""
 
 const $ = (id) => document.getElementById(id);
 const rows = new Map(); // id of a model -> its element
-const states = new Map(); // id of a model -> the state that was last told of it
+let states = new Map(); // id of a model -> its state, in the last snapshot
 let news = null; // the last snapshot, which came at newsAt
 let newsAt = 0;
 
@@ -9225,10 +9346,10 @@ async function follow() {
 }
 
 function take(snapshot) {
-  for (const model of snapshot.models) {
-    const state = stateOf(model), before = states.get(model.id);
-    if (before && before !== state) put($("said"), `${model.id} ${state}`);
-    states.set(model.id, state);
+  const before = states;
+  states = new Map(snapshot.models.map((model) => [model.id, stateOf(model)]));
+  for (const [id, state] of states) {
+    if (before.has(id) && before.get(id) !== state) put($("said"), `${id} ${state}`);
   }
   news = snapshot;
   newsAt = Date.now();
@@ -9257,7 +9378,7 @@ function paint() {
   const age = (Date.now() - newsAt) / 1000, focused = document.activeElement;
   const lists = {held: [], broken: [], rest: []};
   for (const [id, row] of rows) {
-    if (!news.models.some((model) => model.id === id)) row.remove(), rows.delete(id);
+    if (!states.has(id)) row.remove(), rows.delete(id);
   }
   for (const model of news.models) {
     if (!rows.has(model.id)) rows.set(model.id, makeRow(model.id));
@@ -9450,7 +9571,7 @@ async function openLog(id) {
   reading?.abort();
   const {signal} = reading = new AbortController(), lines = $("lines");
   const colours = /\x1b\[[\d;]*m/g;
-  const tell = (text) => add(text.replace(colours, ""), lines, lines, 3000);
+  const write = (text) => add(text.replace(colours, ""), lines, lines, 3000);
   put($("log").querySelector("span"), `Log of ${id || "llmswap"}`);
   lines.replaceChildren();
   show($("log"), true);
@@ -9458,9 +9579,9 @@ async function openLog(id) {
   lines.focus();
   try {
     const path = id ? `/logs/stream/${encodeURIComponent(id)}` : "/logs/stream";
-    for await (const text of texts(await ask(path, {signal}))) tell(text);
+    for await (const text of texts(await ask(path, {signal}))) write(text);
   } catch (error) {
-    if (!signal.aborted) tell(`(${error.message})\n`);
+    if (!signal.aborted) write(`(${error.message})\n`);
   }
 }
 
@@ -9599,6 +9720,7 @@ def page_policy() -> str:
 
 def _source(text):
     """How a policy names an inline text that it allows."""
+    import base64
     import hashlib  # 3 MB that only who opens the page pays for
 
     digest = hashlib.sha256(text.encode()).digest()
@@ -9664,6 +9786,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.late = Deadline(HEAD_SECONDS, late)
         self.is_on_loopback = _is_loopback(self.request.getsockname())
         self.is_unread = False  # the client may be sending what nobody reads
+        self.let_in = self.let_in_by = None  # the fields of a head, and a configuration
         if self.request.family != socket.AF_UNIX:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         set_tick(self.request)
@@ -9728,7 +9851,7 @@ class Handler(socketserver.BaseRequestHandler):
         raw = self.wire.head()
         if not raw:
             return False
-        self.head = Request(raw)
+        self.head = read_request(raw)
         self.reply = Reply(self.request, self.head, self._cors_fields())
         self.reply.is_for_anthropic = self.head.path.endswith("/v1/messages")
         self.body = Body(self.wire, self.head, self.config.settings.max_body)
@@ -9798,10 +9921,7 @@ class Handler(socketserver.BaseRequestHandler):
         self._send(problem.status, fields, _dump(told))
 
     def _send(self, status, fields, payload):
-        reason = http.HTTPStatus(status).phrase
-        self.reply.begin(status, reason, [*fields, ("server", "llmswap")], len(payload))
-        self.reply.send(payload)
-        self.reply.end()
+        self.reply.answer(status, [*fields, ("server", "llmswap")], payload)
 
     def _send_json(self, value, status=200):
         fields = [("content-type", "application/json; charset=utf-8")]
@@ -9814,7 +9934,14 @@ class Handler(socketserver.BaseRequestHandler):
     # -- who may ask what ------------------------------------------------------------
 
     def _check_access(self):
-        """Raise unless Host, Origin and key are as they must be."""
+        """Raise unless Host, Origin and key are as they must be. Who asks in the same
+        words again is let in again."""
+        is_known = self.head.fields is self.let_in and self.config is self.let_in_by
+        if not is_known:
+            self._check_words()
+            self.let_in, self.let_in_by = self.head.fields, self.config
+
+    def _check_words(self):
         head = self.head
         self._check_host(head.get("host"))
         origin = head.get("origin")
@@ -10377,8 +10504,7 @@ class Handler(socketserver.BaseRequestHandler):
             dropped = dropped.union(KEY_FIELDS)
         if self.head.method == "POST":  # events and numbers are read on the way
             dropped = dropped.union(("accept-encoding",))
-        fields = end_to_end(self.head.fields)
-        fields = [each for each in fields if each[0] not in dropped]
+        fields = [each for each in self.head.end_to_end if each[0] not in dropped]
         if key:
             key = key.encode().decode("latin-1")  # sent as UTF-8
             fields.append(("authorization", f"Bearer {key}"))
@@ -10410,7 +10536,7 @@ def _repairer_of(answer):
     is_plain = not answer.get("content-encoding")
     if answer.status != 200 or not is_plain:
         return None
-    if answer.is_event_stream:
+    if answer.head.is_event_stream:
         return RepairStream()
     is_json = "json" in answer.get("content-type")
     return RepairStream(is_whole=True) if is_json else None
@@ -10432,7 +10558,7 @@ def _edits_of(model, named):
 
 
 STAY_NAMES = ("keep_alive", "ttl")
-NOT_UP = frozenset(("host", "content-length", "x-conversation-id"))
+NOT_UP = frozenset(("host", "x-conversation-id"))
 KEY_FIELDS = ("authorization", "x-api-key", "api-key")
 
 
@@ -10484,6 +10610,8 @@ def _is_key(given, keys):
 
 
 def _basic_password(encoded):
+    import base64
+
     try:
         return base64.b64decode(encoded).partition(b":")[2]
     except ValueError:
@@ -10556,7 +10684,8 @@ PREFIXES = (
 
 DRAIN_SECONDS = 30.0  # for requests in flight at the end
 REFUSAL_SECONDS = 1.0  # for those that came too late to be told so
-EXTEND_EVERY = 5.0  # s; how often systemd is then asked for 15 s more
+MORE_TIME = "EXTEND_TIMEOUT_USEC=15000000"  # is what systemd is asked for then
+EXTEND_EVERY = 5.0  # s; so often
 STACK_BYTES = 512 * 1024  # of a thread; the deepest call here needs a tenth of it
 IDLE_THREADS = 32  # kept for the next connections
 MOST_DESCRIPTORS = 65536
@@ -10576,10 +10705,10 @@ class Log:
     LEVELS = {"debug": 7, "info": 6, "warning": 4, "error": 3}
     COLOURS = {"warning": "\033[33m", "error": "\033[31m", "debug": "\033[2m"}
 
-    def __init__(self, stream=None):
+    def __init__(self):
         self.feed = Feed(2000)
         self.level = "info"
-        self._stream = stream or sys.stderr
+        self._stream = sys.stderr
         self._lines = queue.SimpleQueue()
         self._is_journal = _is_journal(self._stream)
         self._is_terminal = self._stream.isatty()
@@ -10680,7 +10809,7 @@ def _is_journal(stream):
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-class Server(http.server.ThreadingHTTPServer):
+class Server(socketserver.ThreadingTCPServer):
     """Accepts connections on several sockets and gives each a thread.
 
     Threads are kept for the next connection: to start one costs more than to serve a
@@ -10757,13 +10886,13 @@ class Server(http.server.ThreadingHTTPServer):
             self.process_request(connection, address)
         elif len(self._leaving) < MOST_LEAVING:
             self._leaving.add(connection)
-            leave = functools.partial(self._turn_away, connection, why, see_off)
+            leave = functools.partial(self._turn_away, connection, why, is_patient=True)
             threading.Thread(target=leave, daemon=True).start()
         else:
             self._turn_away(connection, why)
 
-    def _turn_away(self, connection, why, see_off=lambda _: None):
-        turn_away(connection, why, see_off)
+    def _turn_away(self, connection, why, is_patient=False):
+        turn_away(connection, why, is_patient)
         self._leaving.discard(connection)
 
     def process_request(self, request, client_address):
@@ -10854,18 +10983,19 @@ class Server(http.server.ThreadingHTTPServer):
                 pass
 
 
-def turn_away(connection: socket.socket, why: str, see_off=lambda _: None):
-    """Answer a connection on which nothing was read, and close it."""
+def turn_away(connection: socket.socket, why: str, is_patient: bool):
+    """Answer a connection on which nothing was read, and close it; patiently, once who
+    still sends has had the time to read why."""
     connection.settimeout(1)
     problem = Problem(why)
     problem.status = 503
     reply = Reply(connection, None, [])
+    fields = [("content-type", "application/json; charset=utf-8")]
+    fields += [("retry-after", "5"), ("server", "llmswap")]
     try:
-        payload = _dump(error_body(problem))
-        fields = [("retry-after", "5")]
-        reply.begin(503, "Service Unavailable", fields, len(payload))
-        reply.send(payload)
-        see_off(connection)
+        reply.answer(503, fields, _dump(error_body(problem)))
+        if is_patient:
+            see_off(connection)
     except ClientGone:
         pass
     connection.close()
@@ -10931,7 +11061,7 @@ def _is_stale(path):
         except ConnectionRefusedError:
             return True
         except OSError:
-            return False
+            pass
     return False
 
 
@@ -11119,56 +11249,58 @@ def _unit_word(word):
 # -- the demo model server -------------------------------------------------------------
 
 
-class Parrot(http.server.BaseHTTPRequestHandler):
+class Parrot(socketserver.BaseRequestHandler):
     """A model server that repeats what it is told, so that a first try needs nothing
     else installed."""
 
-    protocol_version = "HTTP/1.1"
+    def handle(self):
+        """Answer request after request."""
+        wire = Wire(self.request)
+        with contextlib.suppress(ClientGone, OSError, Problem):  # it left, or babbles
+            for raw in iter(wire.head, b""):
+                head = Request(raw)
+                body = Body(wire, head, sys.maxsize)
+                body.hold(sys.maxsize)
+                self._reply = Reply(self.request, head, [])
+                self._answer(head.method, json_or(body.held, None))
+                if not self._reply.stays:
+                    break
 
-    def log_message(self, *_):
-        """Say nothing."""
-
-    def do_GET(self):
-        """Answer health checks and lists."""
-        self._answer({"status": "ok", "object": "list", "data": [{"id": "parrot"}]})
-
-    def do_POST(self):
-        """Repeat the last message, word by word if it is to be streamed."""
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        words = self._words(asked)
+    def _answer(self, method, asked):
+        """Repeat the last message; else tell what health checks and lists want."""
+        if method != "POST":
+            names = [{"id": "parrot"}]
+            return self._send({"status": "ok", "object": "list", "data": names})
+        try:
+            told = (asked.get("messages") or [{}])[-1].get("content") or "squawk"
+        except (AttributeError, LookupError, TypeError):
+            problem = BadRequest("there is no list of messages in this")
+            return self._send(error_body(problem), problem.status)
+        words = re.findall(r"\S+\s*", f"{asked.get('model')} says: {told}")
         if asked.get("stream"):
             return self._stream(words)
         message = {"role": "assistant", "content": "".join(words)}
         usage = {"prompt_tokens": len(words), "completion_tokens": len(words)}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        self._answer(
+        self._send(
             {"object": "chat.completion", "model": asked.get("model"),
              "choices": [choice], "usage": usage}
         )  # fmt: skip
 
-    def _words(self, asked):
-        told = (asked.get("messages") or [{}])[-1].get("content") or "squawk"
-        return re.findall(r"\S+\s*", f"{asked.get('model')} says: {told}")
-
     def _stream(self, words):
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Connection", "close")
-        self.end_headers()
+        """Say it word by word."""
+        self._reply.begin_events()
         for word in words:
             chunk = {"object": "chat.completion.chunk",
                      "choices": [{"index": 0, "delta": {"content": word}}]}  # fmt: skip
-            self.wfile.write(b"data: " + _dump(chunk) + b"\n\n")
+            self._reply.send(b"data: " + _dump(chunk) + b"\n\n")
             time.sleep(0.05)
-        self.wfile.write(b"data: [DONE]\n\n")
+        self._reply.send(b"data: [DONE]\n\n")
+        self._reply.end()
 
-    def _answer(self, value):
-        payload = _dump(value)
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
+    def _send(self, value, status=200):
+        fields = [("content-type", "application/json")]
+        self._reply.answer(status, fields, _dump(value))
 
 
 # -- starting and ending ---------------------------------------------------------------
@@ -11181,6 +11313,8 @@ def parse_args(argv: List[str]):
     parser = argparse.ArgumentParser(
         prog="llmswap.py",
         description="One address for many local language models.",
+        # the terminal's width would take shutil, and that 2 ms
+        formatter_class=functools.partial(argparse.HelpFormatter, width=78),
     )
     parser.add_argument("file", nargs="?", metavar="FILE.ini")
     parser.add_argument("--listen", metavar="ADDRESS", help="instead of the file's")
@@ -11215,6 +11349,8 @@ def what_is_missing(model: Model) -> Optional[str]:
 
 def check(config: Config) -> int:
     """Print each model with its command or its error; return the exit status."""
+    import shutil  # and with it compressors of all kinds
+
     width = shutil.get_terminal_size().columns
     width = max(MIN_COLUMNS, min(width, MAX_COLUMNS))
     models = list(config.models.values())
@@ -11293,12 +11429,16 @@ def _shell_word(word):
 
 def _told_tables(models):
     """Where the options of each llama-server are known from."""
-    binaries = {m.settings.llama_server for m in models if m.kind == "llama-server"}
-    for binary in sorted(binaries):
+    for binary in sorted(binaries_of(models)):
         source = options_of(binary).source
         is_guess = source == BUILT_IN_OPTIONS.source
         source = "a built-in list, which knows not all" if is_guess else "its --help"
         yield f"options of {binary}: from {source}"
+
+
+def binaries_of(models: Iterable[Model]) -> Set[str]:
+    """Return what runs the models that are llama-server's, as the file names it."""
+    return {m.settings.llama_server for m in models if m.kind == "llama-server"}
 
 
 def _painted(text, colour):
@@ -11334,12 +11474,14 @@ def _disappoint_who_waits():
         with contextlib.suppress(OSError):  # nobody is left
             while True:
                 why = "llmswap cannot start: its file is broken, its log says where"
-                turn_away(listener.accept()[0], why, see_off)
+                turn_away(listener.accept()[0], why, is_patient=True)
 
 
 def _run_parrot(port):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Parrot)
-    server.daemon_threads = True
+    server = socketserver.ThreadingTCPServer(("127.0.0.1", port), Parrot, False)
+    server.allow_reuse_address = server.daemon_threads = True
+    server.server_bind()
+    server.server_activate()
     server.serve_forever()
     return 0
 
@@ -11374,8 +11516,6 @@ class Program:
         if isinstance(listeners, int):
             self.log.flush()
             return listeners
-        gc.freeze()  # what is there stays; to look through it takes 3 ms each time
-        self._listeners = listeners
         self.pool = Pool(self._config, self.log)
         self.server = Server(listeners, self.pool, self.log, self.reload)
         self._announce()
@@ -11412,15 +11552,13 @@ class Program:
         return listeners
 
     def _announce(self):
-        where = [shown_address(each.getsockname()) for each in self._listeners]
+        where = [shown_address(each.getsockname()) for each in self.server.sockets]
         self.log("info", f"llmswap {VERSION} at {' and '.join(where)}")
         names = [model.name for model in self._config.models.values()]
         count = f"{len(names)} model" + ("" if len(names) == 1 else "s")
         self.log("info", f"{count}: {', '.join(names)}" if names else "no models")
         self._tell_warnings(self._config)
-        tables = {m.settings.llama_server for m in self._config.models.values()
-                  if m.kind == "llama-server"}  # fmt: skip
-        for binary in tables:
+        for binary in binaries_of(self._config.models.values()):
             threading.Thread(target=options_of, args=(binary,), daemon=True).start()
 
     def _tell_warnings(self, config):
@@ -11566,7 +11704,7 @@ class Program:
 
     def _shut_down(self):
         self.log("info", "ending; requests in flight may end first")
-        self._manager.tell("STOPPING=1", "EXTEND_TIMEOUT_USEC=15000000")
+        self._manager.tell("STOPPING=1", MORE_TIME)
         self.server.stop()
         closing = threading.Thread(target=self._close, name="closing", daemon=True)
         closing.start()
@@ -11574,7 +11712,7 @@ class Program:
             number = self._next_signal(EXTEND_EVERY)
             if number not in (None, signal.SIGHUP):
                 self.pool.kill()  # a second one means now
-            self._manager.tell("EXTEND_TIMEOUT_USEC=15000000")
+            self._manager.tell(MORE_TIME)
         self.log("info", "ended")
         self.log.flush()
         for address in self._config.settings.listen:
@@ -11591,6 +11729,8 @@ class Program:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what is there stays; to look through it takes 3 ms each time
+    gc.enable()
     exit_status = main()
     try:
         print(end="", flush=True)

@@ -42,6 +42,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import ssl
 import statistics
 import struct
@@ -79,6 +80,7 @@ import llmswap
 HERE = Path(__file__).resolve()
 LLMSWAP = os.environ.get("LLMSWAP") or str(HERE.with_name("llmswap.py"))
 LLAMA_SERVER = os.environ.get("LLAMA_SERVER")  # a real one; without it, tests skip
+CHAT = "/v1/chat/completions"
 FAMILY = "TEST_FAMILY"  # an environment variable by which a test knows its processes
 SHARE, SHARES = map(int, os.environ.get("TEST_SHARE", "0/1").split("/"))
 
@@ -171,8 +173,7 @@ class Client:
     def hang_up(self, reset=False):
         """Close the connection, by a FIN or a RST."""
         if reset:
-            linger = (1).to_bytes(4, sys.byteorder) + bytes(4)
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            reset_at_close(self.sock)
         self.sock.close()
 
     def send(self, method, path, body=None, headers=()):
@@ -249,6 +250,12 @@ class Client:
             yield self.buffer
         while piece := self.sock.recv(262144):
             yield piece
+
+
+def reset_at_close(sock):
+    """Let the connection end by a reset, not by a clean end."""
+    linger = struct.pack("ii", 1, 0)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
 
 def ask(port, method, path, body=None, headers=(), timeout=30.0):
@@ -611,8 +618,8 @@ def names_in(node):
 
 
 def test_the_rooms_stand_in_their_order():
-    numbers = [number for number, _, _ in source_rooms()]
-    assert numbers == sorted(numbers) and len(numbers) >= 8
+    numbers, names, _ = zip(*source_rooms())
+    assert numbers == tuple(range(1, 11)) and names == (*STRANGERS, "Command line")
 
 
 def test_a_room_uses_only_what_stands_above_it():
@@ -679,15 +686,25 @@ def test_only_the_standard_library_is_imported():
             assert node.module.partition(".")[0] in sys.stdlib_module_names
 
 
+def readme_text():
+    return HERE.with_name("README.md").read_text()
+
+
+def section(title):
+    """What stands in the README under the heading that begins so."""
+    text = readme_text().partition(f"\n### {title}")[2].partition("\n")[2]
+    assert text, f"the README has no section {title!r}"
+    return re.split(r"^##", text, flags=re.MULTILINE)[0]
+
+
 def test_the_readme_has_the_tables_of_all_keys():
-    readme = HERE.with_name("README.md").read_text()
+    readme = readme_text()
     assert llmswap.keys_table(llmswap.PROXY_KEYS) in readme
     assert llmswap.keys_table(llmswap.MODEL_KEYS) in readme
 
 
 def test_every_file_that_the_readme_shows_is_read_without_complaint(tmp_path):
-    readme = HERE.with_name("README.md").read_text()
-    files = re.findall(r"^```ini\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    files = re.findall(r"^```ini\n(.*?)^```$", readme_text(), re.MULTILINE | re.DOTALL)
     assert len(files) > 8
     for text in files:
         (tmp_path / "x.ini").write_text(text)
@@ -697,9 +714,8 @@ def test_every_file_that_the_readme_shows_is_read_without_complaint(tmp_path):
 
 
 def test_the_readme_translates_llama_swaps_keys_into_ours():
-    readme = HERE.with_name("README.md").read_text()
-    table = readme.partition("### Coming from llama-swap\n")[2].partition("\n## ")[0]
-    ours = [line.split("|")[-2] for line in table.splitlines() if line[:3] == "| `"]
+    lines = section("Coming from llama-swap").splitlines()
+    ours = [line.split("|")[-2] for line in lines if line[:3] == "| `"]
     named = re.findall(r"`([a-z][a-z-]+)(?: = [^`]*)?`", "".join(ours))
     known = {key.name for key in llmswap.PROXY_KEYS + llmswap.MODEL_KEYS} | {"ttl"}
     assert len(named) > 15 and set(named) <= known
@@ -1897,6 +1913,12 @@ def test_one_client_that_alternates_teaches_nobody_to_wait_for_it():
     assert slot.return_gap(slot.swap_cost(stage.core.slots["b"])) == 0.005
 
 
+def submitted(core, name, now, **kind):
+    """A ticket, submitted as the Pool does: first to a model that is ready for it."""
+    ticket = None if kind.get("is_by_hand") else core.submit_to_ready(name, now, **kind)
+    return ticket or core.submit(name, now, **kind)
+
+
 class Story:
     """A scheduler on which every event is followed by a decision, told in words.
 
@@ -1915,8 +1937,9 @@ class Story:
         return self.words
 
     def ask(self, name, now, **kind):
-        ticket = self.core.submit(name, now, **kind)
-        self.decide(now)
+        ticket = submitted(self.core, name, now, **kind)
+        at_once = [llmswap.Grant(ticket)] if ticket.outcome else []
+        self.words = [in_words(each) for each in at_once + self.core.decide(now)]
         return ticket
 
     def release(self, ticket, now):
@@ -2932,8 +2955,10 @@ class LoopClient:
     def _ask(self):
         self.left -= 1
         self.asked = self.world.now
-        ticket = self.world.scheduler.submit(self.name, self.world.now)
+        ticket = submitted(self.world.scheduler, self.name, self.world.now)
         ticket.waiter = self._served
+        if ticket.outcome:
+            self._served(llmswap.Grant(ticket))
 
     def _served(self, grant):
         self.waits.append(self.world.now - self.asked)
@@ -3121,6 +3146,7 @@ class Walk:
         self.failures = collections.Counter()
         self.retry_at = {}
         self.is_closed = False
+        self.untold = 0  # events since the last decision
         self.story = collections.deque(maxlen=60)
 
     def _random_specs(self, limits):
@@ -3135,6 +3161,7 @@ class Walk:
     def run(self, steps):
         for _ in range(steps):
             self.rng.choice(self._calm_events if self.is_calm else self._events)(self)
+            self.untold += 1
             if self.rng.random() < 0.85:
                 self.turn()
         self.turn()
@@ -3158,6 +3185,7 @@ class Walk:
         while agenda and agenda[0][0] <= self.world.now:
             _, _, action, arguments = heapq.heappop(agenda)
             action(*arguments)
+            self.untold += 1
 
     def _pass_time(self):
         until = self.world.now + self.rng.choice((0.0, 0.004, 0.1, 1.0, 5.0))
@@ -3174,16 +3202,19 @@ class Walk:
         name = self.rng.choice(sorted(self.specs))
         kind = self.rng.choice(({}, {}, {}, dict(is_loose=True), dict(is_by_hand=True)))
         ticket = self._ask(name, kind)
-        if self.is_calm:
+        if self.is_calm and ticket.number in self.waiting:
             self.bounds[ticket.number] = self._bound(ticket)
 
     def _ask(self, name, kind):
-        ticket = self.core.submit(name, self.world.now, **kind)
+        ticket = submitted(self.core, name, self.world.now, **kind)
         ticket.waiter = self._settled
         self.waiting[ticket.number] = ticket
         if ticket.is_by_hand:
             self._forgive(name)
         self._note(f"submit {ticket} {kind}")
+        if ticket.outcome:
+            self._judge(llmswap.Grant(ticket))
+            self._settled(llmswap.Grant(ticket))
         return ticket
 
     def _withdraw(self):
@@ -3196,12 +3227,14 @@ class Walk:
         self.core.withdraw(ticket, self.world.now)
         for where in (self.waiting, self.leases, self.bounds):
             where.pop(ticket.number, None)
+        self._judge_settled(ticket)
 
     def _release(self, number):
         if number in self.leases:
             ticket, _ = self.leases.pop(number)
             self._note(f"release {ticket}")
             self.core.release(ticket, self.world.now)
+            self._judge_settled(ticket)
 
     def _crash(self):
         """A backend ends by itself, in whatever state it is."""
@@ -3354,7 +3387,7 @@ class Walk:
         for life in self.world.lives.values():
             if life.phase == "up":
                 self._forgive(life.name)
-        decisions = self.world.turn()
+        decisions, self.untold = self.world.turn(), 0
         self._judge_starts([d for d in decisions if isinstance(d, llmswap.Start)])
         self._judge_counters()
         self._judge_queue()
@@ -3397,6 +3430,7 @@ class Walk:
         self.expect(life is not None and life.phase == "up", "granted, but not loaded")
         self.expect(ticket.generation == life.generation, "granted of another life")
         self.expect(life not in self.departing, "granted by one that is to go")
+        self.expect(not self.is_closed, "granted although closed")
         oldest = min(each.number for each in self._waiting_for(name))
         self.expect(ticket.number == oldest, "granted out of order")
         concurrency = self.specs[name].concurrency
@@ -3438,6 +3472,14 @@ class Walk:
             self.expect(start.generation > self.newest[name], "an old generation")
             self.newest[name] = start.generation
             self.holds[name] = self.specs[name]
+
+    def _judge_settled(self, ticket):
+        """If the scheduler says that a withdrawal changes nothing, it is so."""
+        if self.untold or not self.core.is_settled(ticket.slot, self.world.now):
+            return
+        before = self.core.look_again
+        self.expect(not self.world.turn(), "not settled")
+        self.expect(before <= self.core.look_again, "it looks again too late")
 
     def _judge_starts(self, starts):
         """After all decisions: what is held fits, and no older ticket was robbed."""
@@ -3594,9 +3636,6 @@ def test_a_random_walk_over_all_events(is_calm):
             raise AssertionError(f"seed {seed}, is_calm={is_calm}") from error
         if time.monotonic() > ends:
             return
-
-
-sys.dont_write_bytecode = True
 
 
 # ==================================================================================
@@ -3868,10 +3907,10 @@ def test_a_load_that_goes_on_in_silence_is_not_given_up(
     loop = "while True:\n    step()\n    time.sleep(0.03)\n"
     (tmp_path / "x.py").write_text(f"import mmap, os, time\n{LOADS[load]}\n{loop}")
     (tmp_path / "file").write_bytes(bytes(2**20))
-    life = begin(cmd=f"{wrapper}{sys.executable} -S {tmp_path}/x.py", load_timeout=0.3,
+    life = begin(cmd=f"{wrapper}{sys.executable} -S {tmp_path}/x.py", load_timeout=0.5,
                  proxy="http://127.0.0.1:1", cwd=tmp_path)  # fmt: skip
     with pytest.raises(queue.Empty):
-        life.news.get(timeout=0.7)
+        life.news.get(timeout=1.0)
 
 
 def test_a_page_read_now_and_then_is_no_progress(begin, monkeypatch):
@@ -4242,13 +4281,18 @@ def test_a_stranger_who_comes_during_the_load_hears_nothing(
     assert stranger.heard() == b""
 
 
+def order_to(name):
+    """The signal by which a fake server is ordered to do this."""
+    number = next(number for number, order in FAKE_ORDERS.items() if order == name)
+    return signal.SIGRTMIN + number
+
+
 @pytest.mark.parametrize("kind", ["cmd", "llama-server"])
 def test_a_stranger_who_comes_after_the_load_hears_nothing(begin, tmp_path, kind):
     backend = begin(**kind_keys(kind, tmp_path), hang_timeout=0.3).loaded()
     stranger = Stranger(backend.port, is_late=True)
     backend.upstream.connect()[0].close()
-    order = next(number for number, name in FAKE_ORDERS.items() if name == "deaf")
-    os.kill(backend.pid, signal.SIGRTMIN + order)  # it lives on
+    os.kill(backend.pid, order_to("deaf"))  # it lives on
     eventually(lambda: not is_listening(backend.port))
     with pytest.raises(ConnectionRefusedError):
         backend.upstream.connect()
@@ -4392,10 +4436,10 @@ GPU_TOOLS = [
     # the tool, what it does with the pid of the model that goes; how long that delays
     ("nvidia-smi", "echo $PID", 0.4, 1.0),
     ("rocm-smi", "echo 'PID  PROCESS'; echo \"$PID  python3  1  4096\"", 0.4, 1.0),
-    ("nvidia-smi", "echo 1", 0.0, 0.3),
+    ("nvidia-smi", "echo 1", 0.0, 0.4),
     ("nvidia-smi", "sleep 0.2", 0.2, 0.4),
     ("nvidia-smi", "exec sleep 60", 0.4, 1.0),
-    ("nvidia-smi", "exit 9", 0.0, 0.3),
+    ("nvidia-smi", "exit 9", 0.0, 0.4),
 ]
 
 
@@ -4496,11 +4540,16 @@ def test_a_closed_upstream_gives_no_connection_and_cuts_those_in_use():
 
 @pytest.mark.parametrize("shell", ["/bin/sh", "bash"])
 def test_the_guard_kills_the_groups_it_was_told_and_no_others(shell):
-    stubborn = "trap '' TERM INT HUP; sleep 60 & sleep 60"
+    stubborn = "trap '' TERM INT HUP; echo; sleep 60 & sleep 60"
     groups = [
-        subprocess.Popen(["/bin/sh", "-c", stubborn], start_new_session=True)
+        subprocess.Popen(
+            ["/bin/sh", "-c", stubborn], start_new_session=True, stdout=subprocess.PIPE
+        )
         for _ in range(3)
     ]
+    for group in groups:
+        with group.stdout as told:
+            assert told.readline()  # it is stubborn now
     guard = subprocess.Popen(
         [shell, "-c", llmswap.GUARD_SCRIPT],
         stdin=subprocess.PIPE,
@@ -4565,10 +4614,10 @@ class Puppet:
 
     def __init__(self, model):
         self.model = model
-        self.is_started = self.is_stopping = self.is_killed = False
+        self.is_stopping = self.is_killed = False
 
     def start(self):
-        self.is_started = True
+        """Nothing: the test says when it is loaded."""
 
     def stop(self, at_once=False):
         self.is_stopping = True
@@ -5023,15 +5072,6 @@ def test_a_lease_never_yields_what_it_waited_on(stage, monkeypatch):
         sys.setswitchinterval(switch)
 
 
-def wakeups(pid):
-    """How often the threads of a process were woken."""
-    count = 0
-    for entry in Path(f"/proc/{pid}/task").iterdir():
-        text = (entry / "status").read_text()
-        count += int(re.search(r"^voluntary_ctxt_switches:\s+(\d+)", text, re.M)[1])
-    return count
-
-
 def test_the_clock_survives_a_time_beyond_all_limits(tmp_path):
     stage = PoolStage(tmp_path, "[a]\nTRUE\n")
     pool = llmswap.Pool(stage.pool.config, lambda *_: None, Puppet)
@@ -5209,6 +5249,21 @@ def test_a_second_signal_ends_everything_at_once(number):
         assert_all_gone(server)
 
 
+@contextmanager
+def running(command, address, **options):
+    """The process of llmswap that this command starts, once it answers there; it must
+    end with status 0 at a SIGTERM, and without a traceback if its stderr is a pipe."""
+    with subprocess.Popen(command, **options) as process:
+        try:
+            eventually(lambda: llmswap.is_llmswap(address))
+            yield process
+            process.terminate()
+            said = process.communicate(timeout=5)[1]
+            assert process.returncode == 0 and "Traceback" not in (said or "")
+        finally:
+            process.kill()
+
+
 def test_an_end_is_clean_though_nobody_reads_what_it_says(tmp_path):
     (tmp_path / "m.ini").write_text(f"[m]\ncmd = {fake_command()}\n")
     port = free_port()
@@ -5220,11 +5275,8 @@ def test_an_end_is_clean_though_nobody_reads_what_it_says(tmp_path):
         while os.write(write_end, b"x" * 4096):
             pass
     os.set_blocking(write_end, True)
-    process = subprocess.Popen(command, stderr=write_end)
-    eventually(lambda: llmswap.is_llmswap(("127.0.0.1", port)))
-    assert ask(port, "POST", "/v1/chat/completions", chat_body("m")).status == 200
-    process.terminate()
-    assert process.wait(5) == 0
+    with running(command, ("127.0.0.1", port), stderr=write_end):
+        assert ask(port, "POST", "/v1/chat/completions", chat_body("m")).status == 200
     os.close(read_end), os.close(write_end)
 
 
@@ -5304,6 +5356,18 @@ def test_a_reload_keeps_streams_replaces_what_changed_and_removes_what_is_gone()
         eventually(lambda: "model gone" not in str(family(server.token)))
 
 
+def test_a_new_key_counts_on_connections_that_were_let_in_with_the_old_one():
+    locked = "[llmswap]\napi-key = {}\n[a]\ncmd = FAKE\n"
+    old, new = ({"Authorization": f"Bearer {key}"} for key in ("old", "new"))
+    with Llmswap(locked.format("old")) as server, server.connect() as client:
+        asked = "GET", "/v1/models", None
+        assert [client.ask(*asked, old).status for _ in range(3)] == [200] * 3
+        server.reload(locked.format("new"))
+        eventually(lambda: "was read again" in server.log())
+        answers = [client.ask(*asked, key).status for key in (old, new, old, new)]
+        assert answers == [401, 200, 401, 200]
+
+
 def test_a_broken_file_changes_nothing_and_says_why():
     whole = RELOADS.format(changed="old")
     with Llmswap(whole) as server:
@@ -5331,7 +5395,7 @@ def test_who_asks_at_the_very_end_is_told_that_it_is_the_end():
         body = json.dumps(chat_body("a")).encode()
         head = request_head("POST", "/v1/chat/completions", len(body))
         client.sock.sendall(head + body[:9])
-        eventually(lambda: server.get("/health").status == 200)  # it was taken up
+        assert server.get("/health").status == 200  # so who came before was taken up
         server.process.terminate()
         eventually(lambda: not is_listening(server.port))
         client.sock.sendall(body[9:])
@@ -5342,16 +5406,36 @@ def test_who_asks_at_the_very_end_is_told_that_it_is_the_end():
 def test_a_change_of_listen_is_not_taken_over_and_said(tmp_path):
     path, port = tmp_path / "m.ini", free_port()
     path.write_text(f"[llmswap]\nlisten = 127.0.0.1:{port}\n")
-    command = [sys.executable, LLMSWAP, str(path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    eventually(lambda: llmswap.is_llmswap(("127.0.0.1", port)))
-    path.write_text(f"[llmswap]\nlisten = unix:{tmp_path}/socket\n")
-    process.send_signal(signal.SIGHUP)
-    line = next(line for line in process.stderr if "listen" in line)
-    assert "a change of `listen` needs a restart" in line
-    assert llmswap.is_llmswap(("127.0.0.1", port))
-    process.terminate()
-    assert process.communicate(timeout=5) and process.returncode == 0
+    command, address = [sys.executable, LLMSWAP, str(path)], ("127.0.0.1", port)
+    with running(command, address, stderr=subprocess.PIPE, text=True) as process:
+        path.write_text(f"[llmswap]\nlisten = unix:{tmp_path}/socket\n")
+        process.send_signal(signal.SIGHUP)
+        line = next(line for line in process.stderr if "listen" in line)
+        assert "a change of `listen` needs a restart" in line
+        assert llmswap.is_llmswap(address)
+
+
+def test_the_parrot_repeats_what_it_is_told_and_survives_nonsense():
+    with socketserver.TCPServer(("127.0.0.1", 0), llmswap.Parrot) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with Client(server.server_address[1]) as client:  # one connection for all
+            assert client.ask("GET", "/health").json()["status"] == "ok"
+            assert client.ask("GET", "/v1/models").json()["data"] == [{"id": "parrot"}]
+            assert client.ask("HEAD", "/health").body == b""
+            told = {"model": "jo", "messages": [{"content": "no"}, {"content": "Hi you"}]}
+            answer = client.ask("POST", CHAT, told).json()
+            assert answer["choices"][0]["message"]["content"] == "jo says: Hi you"
+            assert answer["usage"]["completion_tokens"] == 4
+            for body in (b"", b"{", b"[]", b"3", b'{"messages":"x"}', b"[" * 5000):
+                assert client.ask("POST", CHAT, body).status == 400
+            began = time.monotonic()
+            events = client.ask("POST", CHAT, {**told, "stream": True}).body
+            assert time.monotonic() > began + 0.2
+            words = [json.loads(each[6:]) for each in events.split(b"\n\n")[:-2]]
+            words = [word["choices"][0]["delta"]["content"] for word in words]
+            assert words == ["jo ", "says: ", "Hi ", "you"]
+            assert events.endswith(b"data: [DONE]\n\n")
+            assert b"squawk" in client.ask("POST", CHAT, {"messages": []}).body
 
 
 def test_it_serves_without_the_memory_that_its_compilation_took(tmp_path):
@@ -5361,47 +5445,46 @@ def test_it_serves_without_the_memory_that_its_compilation_took(tmp_path):
     path.write_text("".join(f"[m{n}]\ncmd = sh -c '{script}'\n" for n in range(10)))
     command = [sys.executable, "-W", "error", LLMSWAP, str(path)]
     command += ["--listen", f"127.0.0.1:{port}"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    eventually(lambda: llmswap.is_llmswap(("127.0.0.1", port)))
-    assert llmswap.memory_of(process.pid)["VmRSS"] < 34 << 20  # 45 MB with it
-    words = Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")[:-1]
-    assert words[-4:] == command[3:]
-    assert words[1:3] == ["-W", "error"] or sys.version_info < (3, 10)
-    names = [os.readlink(fd) for fd in Path(f"/proc/{process.pid}/fd").iterdir()]
-    assert not [name for name in names if "memfd" in name]
-    assert ask(port, "POST", "/v1/chat/completions", chat_body("m1")).status == 200
-    assert "PATH=" in told.read_text() and "MALLOC" not in told.read_text()
-    process.terminate()
-    assert "Traceback" not in process.communicate(timeout=5)[1]
-    assert process.returncode == 0
+    pipe = dict(stderr=subprocess.PIPE, text=True)
+    with running(command, ("127.0.0.1", port), **pipe) as process:
+        assert llmswap.memory_of(process.pid)["VmRSS"] < 24 << 20  # 40 MB with it
+        words = Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")[:-1]
+        assert words[-4:] == command[3:]
+        assert words[1:3] == ["-W", "error"] or sys.version_info < (3, 10)
+        names = [os.readlink(fd) for fd in Path(f"/proc/{process.pid}/fd").iterdir()]
+        assert not [name for name in names if "memfd" in name]
+        assert ask(port, "POST", "/v1/chat/completions", chat_body("m1")).status == 200
+        assert "PATH=" in told.read_text() and "MALLOC" not in told.read_text()
 
 
 def test_a_unix_socket_is_removed_at_the_end(tmp_path):
     path, place = tmp_path / "m.ini", tmp_path / "socket"
     path.write_text(f"[llmswap]\nlisten = unix:{place}\n")
     command = [sys.executable, LLMSWAP, str(path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    eventually(place.exists)
-    process.terminate()
-    said = process.communicate(timeout=5)[1]
-    assert process.returncode == 0 and "Traceback" not in said and not place.exists()
+    with running(command, str(place), stderr=subprocess.PIPE, text=True):
+        assert place.exists()
+    assert not place.exists()
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="of Linux")
 def test_who_starts_it_without_standard_descriptors_is_served_as_well(tmp_path):
     path, port = tmp_path / "m.ini", free_port()
-    path.write_text(f"[llmswap]\nlisten = 127.0.0.1:{port}\n[m]\ncmd = {fake_command()}\n")
-    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, LLMSWAP, str(path)]
-    process = subprocess.Popen(command)
-    eventually(lambda: llmswap.is_llmswap(("127.0.0.1", port)))
-    for fd in range(3):
-        assert os.readlink(f"/proc/{process.pid}/fd/{fd}") == os.devnull
-    assert ask(port, "POST", "/v1/chat/completions", chat_body("m")).status == 200
-    process.terminate()
-    assert process.wait(5) == 0
-    with open("/dev/full", "w") as full:  # what could not be written was not told
-        check = [*command[4:], "--check"]
-        assert subprocess.run(check, stdout=full, stderr=subprocess.DEVNULL).returncode == 1
+    head = f"[llmswap]\nlisten = 127.0.0.1:{port}\n"
+    path.write_text(f"{head}[m]\ncmd = {fake_command()}\n")
+    words = [sys.executable, LLMSWAP, str(path)]
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words]
+    with running(command, ("127.0.0.1", port)) as process:
+        for fd in range(3):
+            assert os.readlink(f"/proc/{process.pid}/fd/{fd}") == os.devnull
+        assert ask(port, "POST", "/v1/chat/completions", chat_body("m")).status == 200
+
+
+def test_what_could_not_be_written_was_not_told(tmp_path):
+    (tmp_path / "m.ini").write_text("[m]\ncmd = true ${PORT}\n")
+    check = [sys.executable, LLMSWAP, str(tmp_path / "m.ini"), "--check"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(check, stdout=full, stderr=subprocess.DEVNULL)
+    assert done.returncode == 1
 
 
 def test_a_storm_of_reloads_harms_no_request():
@@ -5452,19 +5535,13 @@ def test_signals_that_our_parent_ignored_do_not_harm(tmp_path):
     command += ["--listen", f"127.0.0.1:{port}"]
     ignore = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN);"
     ignore += "os.execv(sys.argv[1], sys.argv[1:])"
-    process = subprocess.Popen([sys.executable, "-c", ignore, *command])
-    eventually(lambda: llmswap.is_llmswap(("127.0.0.1", port)))
-    answer = ask(port, "POST", "/v1/chat/completions", chat_body("m"))
-    assert "exited with status 7" in answer.message()
-    process.terminate()
-    assert process.wait(5) == 0
-
-
-"""Units, remote models and sleep, with a stand-in systemctl and real sockets."""
+    with running([sys.executable, "-c", ignore, *command], ("127.0.0.1", port)):
+        answer = ask(port, "POST", "/v1/chat/completions", chat_body("m"))
+        assert "exited with status 7" in answer.message()
 
 
 # ==================================================================================
-# 4  Backends: systemd units, remote models, sleep
+# 4  Backends: systemd units (of a stand-in systemctl), remote models, sleep
 # ==================================================================================
 
 BRISK = {
@@ -5612,12 +5689,12 @@ def units(tmp_path):
             pass
 
 
-def unit_ini(*names, port=None, head="", **more):
-    """An INI file of units; `port` is shared if given."""
+def unit_ini(*units, head="", **more):
+    """An INI file of units, each (name, port), with the same further keys."""
     keys = "".join(f"{key.replace('_', '-')} = {more[key]}\n" for key in more)
     text = f"[llmswap]\n{head}\n"
-    for name, where in names:
-        text += f"[{name}]\nunit = {name}.service\nproxy = http://127.0.0.1:{where}\n{keys}"
+    for name, port in units:
+        text += f"[{name}]\nunit = {name}.service\nproxy = http://127.0.0.1:{port}\n{keys}"
     return text
 
 
@@ -6072,7 +6149,7 @@ def test_a_sleeping_machine_is_woken_and_the_client_gets_its_answer(machine, is_
             times = [moment - began for moment, _ in packets]
             count = len(times)
             assert took > 0.5 and count >= 3 and times[0] < 0.4, times
-            assert all(b - a > 0.15 for a, b in zip(times, times[1:])), times
+            assert times[-1] - times[0] > 0.2 * (count - 1) - 0.1, times
             packet = llmswap.magic_packet(bytes.fromhex("abcdef012345"))
             assert {data for _, data in packets} == {packet}
             with server.stream("far", tokens=9, interval=0.05) as stream:
@@ -6086,7 +6163,7 @@ def test_a_machine_that_does_not_wake_in_time_is_a_504(machine):
                    f"wake-broadcast = 127.0.0.1:{port}"), WAKE_EVERY=60.0
     ) as server:  # fmt: skip
         for turn in range(4):  # it is tried again each time: asleep, not broken
-            assert len(packets) == turn  # each of them sent at once
+            eventually(lambda: len(packets) == turn)  # each of them sent at once
             began = time.monotonic()
             answer = server.chat("far")
             assert answer.status == 504 and 0.09 < time.monotonic() - began < 2
@@ -6330,8 +6407,11 @@ def test_after_a_suspension_the_whole_program_trusts_nothing_of_before(machine, 
         assert server.chat("far").status == server.chat("near").status == 200
         for is_jump in (False, True):
             before = ask(machine.port, "GET", "/stats").json()
-            asked = server.stats("near")["health"]
-            eventually(lambda: server.get("/health").json()["requests"] == 0)
+            with server.connect() as client:
+                asked = client.ask("GET", "/upstream/near/stats").json()["health"]
+                # its thread is done with near's connection once it answers again
+                health = "GET", "/health"
+                eventually(lambda c=client: c.ask(*health).json()["requests"] == 0)
             server.process.send_signal(signal.SIGSTOP)
             machine.freeze()
             if is_jump:
@@ -6405,13 +6485,8 @@ def test_an_idle_command_that_does_not_exist_is_told_of():
         assert server.chat("a").status == 200
 
 
-"""Rooms 6 (Relay) and 9 (API) of llmswap, tested as a hostile world would use them."""
-
-
-
-
 # ==================================================================================
-# 6  Relay
+# 6  Relay: as a hostile world would use it.
 # ==================================================================================
 
 
@@ -6479,6 +6554,32 @@ def test_a_head_is_found_however_its_bytes_are_cut():
             reader.join(10)
             assert heads == [head]
             assert wire.receive() == b"rest"
+
+
+LENGTHY = b"POST /%b HTTP/1.1\r\nHost: x\r\nContent-Length: %b\r\nX: y\r\n\r\n"
+
+
+@pytest.mark.parametrize("path", [b"short", b"x" * 3000])
+def test_a_head_that_comes_again_is_read_as_if_it_were_new(path):
+    for length in (5, 7, 5, 0):
+        request = llmswap.read_request(LENGTHY % (path, b"%d" % length))
+        assert request.framing == llmswap.Framing(length)
+        assert request.fields == [("host", "x"), ("x", "y")]
+        assert request.path == "/" + path.decode()
+    other = LENGTHY.replace(b"X: y", b"X: z")
+    assert llmswap.read_request(other % (path, b"5")).get("x") == "z"
+    for worse in (b"5\r\nContent-Length: 6", b"5\r\nTransfer-Encoding: chunked", b"-1"):
+        for _ in range(2):
+            with pytest.raises(llmswap.BadRequest):
+                llmswap.read_request(LENGTHY % (path, worse))
+
+
+def test_of_answers_that_come_again_each_has_its_own_length_and_status():
+    head = b"HTTP/1.1 %b\r\nContent-Length: %d\r\nA: b\r\n\r\n%b"
+    for status, body in [(b"200 OK", b"abc"), (b"200 OK", b"a"), (b"404 No", b"abcd")]:
+        answer = llmswap.Answer(fed(head % (status, len(body), body)), "GET")
+        assert b"".join(map(bytes, answer.pieces())) == body and answer.is_over
+        assert answer.status == int(status[:3]) and answer.head.fields == [("a", "b")]
 
 
 @pytest.mark.parametrize("data", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: x\r\n"])
@@ -6644,7 +6745,7 @@ def test_a_query_is_decoded_as_utf_8_percent_encoded_or_raw():
 def test_a_connection_stays_as_its_client_wishes(start, connection, stays):
     text = f"GET / {start}\nHost: x"
     text += f"\nConnection: {connection}" if connection else ""
-    assert request_of(text).wants_to_stay is stays
+    assert request_of(text).stays is stays
 
 
 def test_only_websockets_are_upgrades():
@@ -6838,8 +6939,8 @@ def test_a_body_that_cannot_be_kept_says_why(monkeypatch):
 # ---- JSON
 
 
-def named(data, kind="application/json", chunk=None):
-    """What is found in this body, and how much of it was read for that."""
+def named(data, kind="application/json"):
+    """What is found in this body, and the body, read as far as that took."""
     body, _ = body_of(f"{POST}\nContent-Length: {len(data)}", bytes(data))
     found = llmswap.model_named_in(body, kind)
     return found, body
@@ -7305,20 +7406,20 @@ def test_a_counted_stream_of_events_gets_nothing_that_was_not_counted(monkeypatc
 
 
 def test_who_reads_slowly_is_served_and_who_does_not_read_is_not(monkeypatch):
-    monkeypatch.setattr(llmswap, "STALL_SECONDS", 0.15)
+    monkeypatch.setattr(llmswap, "STALL_SECONDS", 0.3)
     monkeypatch.setattr(llmswap, "TICK", 0.02)
     for pause, is_served in ((0.06, True), (None, False)):
         with pair() as (ours, theirs):
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             reply = llmswap.Reply(ours, request_of(GET), [])
-            reply.begin(200, "OK", [], 30000)
+            reply.begin(200, "OK", [], 40000)
             reader = threading.Thread(target=read_slowly, args=(theirs, pause))
             reader.start()
             began = time.monotonic()
             refused = pytest.raises(llmswap.ClientGone)
             with contextlib.nullcontext() if is_served else refused:
-                reply.send(bytes(30000))
-            assert time.monotonic() > began + 0.15
+                reply.send(bytes(40000))
+            assert time.monotonic() > began + 0.3
             ours.close()
             reader.join()
 
@@ -7331,7 +7432,7 @@ def read_slowly(sock, pause):
 
 @pytest.mark.skipif(not hasattr(os, "splice"), reason="Python 3.10 has it")
 def test_a_spliced_answer_is_counted_as_it_goes_however_it_ends(monkeypatch):
-    monkeypatch.setattr(llmswap, "STALL_SECONDS", 0.15)
+    monkeypatch.setattr(llmswap, "STALL_SECONDS", 5.0)
     monkeypatch.setattr(llmswap, "TICK", 0.02)
     size, begun = 1 << 20, time.monotonic()
 
@@ -8416,14 +8517,6 @@ def test_a_browsers_stored_password_serves_no_other_page(guarded, method, fields
         assert told.status == (403 if status == 403 else 200)
 
 
-def test_keys_are_not_logged(guarded):
-    guarded.get("/v1/models?key=x", KEY)
-    assert (
-        "s3cret" not in guarded.log()
-        and b"s3cret" not in guarded.get("/logs", KEY).body
-    )
-
-
 @pytest.mark.parametrize(
     "host, status",
     [
@@ -9014,6 +9107,7 @@ def test_beyond_the_limit_of_connections_there_is_a_clear_503():
                 eventually(lambda: select.select([client.sock], [], [], 0)[0])
                 answer = client.ask("POST", "/v1/x", "x" * 1_500_000)
             assert (answer.status, answer.headers["retry-after"]) == (503, "5")
+            assert answer.headers["server"] == "llmswap"  # a second start knows it by this
             assert "64 connections are open already" in answer.message()
         more = crowd(swap, 200, b"GET / HTTP/1.1\r\n")
         refused = [client.answer().status for client in more]
@@ -9033,20 +9127,14 @@ def test_without_descriptors_nothing_spins_and_all_is_well_afterwards():
         resource.prlimit(swap.pid, resource.RLIMIT_NOFILE, (used + 8, limits[1]))
         clients = crowd(swap, 40, b"")
         eventually(lambda: "could not be accepted" in swap.log())
-        busy = busy_seconds(swap.pid)
+        busy = cpu_seconds(swap.pid)
         time.sleep(0.5)  # what is measured
-        assert busy_seconds(swap.pid) < busy + 0.1
+        assert cpu_seconds(swap.pid) < busy + 0.1
         assert swap.log().count("could not be accepted") < 5
         resource.prlimit(swap.pid, resource.RLIMIT_NOFILE, limits)
         for client in clients:
             client.hang_up()
         eventually(lambda: swap.chat("a").status == 200)
-
-
-def busy_seconds(pid):
-    """Processor time that a process has used."""
-    fields = _read_proc(pid, "stat").rpartition(b")")[2].split()
-    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 # ---- fuzz
@@ -9958,8 +10046,8 @@ def test_a_body_that_is_no_json_stays_byte_for_byte(body):
 
 BROKEN_CALL = "{'path': 'a.py', 'lines': [1, 2,"
 MEANT_CALL = {"path": "a.py", "lines": [1, 2]}
-CHATS, MESSAGES = "/v1/chat/completions", "/v1/messages"
-each_api = pytest.mark.parametrize("path", [CHATS, MESSAGES])
+MESSAGES = "/v1/messages"
+each_api = pytest.mark.parametrize("path", [CHAT, MESSAGES])
 
 
 @pytest.fixture(scope="module")
@@ -10390,18 +10478,9 @@ def test_when_nothing_loads_nobody_looks(tmp_path):
     with watchful("[a]\ncmd = FAKE\n") as server:
         server.chat("a")
         time.sleep(0.1)
-        before = switches(server.pid)
+        before = wakeups(server.pid)
         time.sleep(0.3)  # seven looks
-        assert switches(server.pid) - before <= 2
-
-
-def switches(pid):
-    """How often the threads of a process went to sleep so far."""
-    total = 0
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        status = Path(f"/proc/{pid}/task/{thread}/status").read_text()
-        total += int(re.search(r"\nvoluntary_ctxt_switches:\s*(\d+)", status)[1])
-    return total
+        assert wakeups(server.pid) - before <= 2
 
 
 # -- what a client sees that waits -----------------------------------------------------
@@ -10570,7 +10649,7 @@ def test_a_stop_that_takes_long_is_told_again():
     with watchful("[a]\ncmd = FAKE --stop-delay 0.3\n") as server:
         server.chat("a")
         server.post("/models/unload", {"model": "a"})
-        eventually(lambda: re.search(r"a: unloaded after 0\.\d s", server.log()))
+        eventually(lambda: re.search(r"a: unloaded after \d\.\d s", server.log()))
 
 
 def test_a_failure_is_told_whole_once():
@@ -10586,14 +10665,16 @@ def test_a_failure_is_told_whole_once():
 
 def test_long_loads_and_slow_requests_are_told(tmp_path):
     with watchful(f"[a]\ncmd = {slow_model(tmp_path)}\n") as server:
+        began = time.monotonic()
         server.chat("a")
+        most = (time.monotonic() - began) / 0.2
         server.chat("a", delay=0.5)
         server.chat("a")
         log = server.log()
-    assert len(re.findall(r"a: loading, \d\d? % after [0-3] s", log)) in (2, 3, 4), log
+    assert 2 <= len(re.findall(r"a: loading, \d\d? % after \d s", log)) <= most, log
     where = r"a: first byte of POST /v1/chat/completions after"
     assert re.search(rf"{where} \d\.\d s, \d\.\d s of it waiting", log), log
-    assert re.search(rf"{where} 0\.5 s\n", log) and len(re.findall(where, log)) == 2
+    assert re.search(rf"{where} \d\.\d s\n", log) and len(re.findall(where, log)) == 2
 
 
 def test_what_is_said_again_and_again_is_written_once():
@@ -10806,7 +10887,7 @@ def alike(line):
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
 def test_the_first_screen_of_the_readme_shows_what_happens(tmp_path):
-    readme, port = HERE.with_name("README.md").read_text(), free_port()
+    readme, port = readme_text(), free_port()
     start = re.search(r"\n {4}(python3 llmswap.py example.ini)\n", readme)[1]
     commands = re.findall(r"^\$ (curl .*)\n(.*)$", readme, re.MULTILINE)
     told = re.search(r"terminal says.*?```\n(.*?)```", readme, re.DOTALL)[1]
@@ -11004,8 +11085,7 @@ def test_recipe_roo_code(tmp_path):
 
 
 def test_recipe_open_webui():
-    _, _, rest = HERE.with_name("README.md").read_text().partition("\n### Open WebUI")
-    bases = re.findall(r"`http://([^/]+)(/\S+)`", rest.partition("\n###")[0])
+    bases = re.findall(r"`http://([^/]+)(/\S+)`", section("Open WebUI"))
     hosts = [host for host, _ in bases]
     assert hosts == ["127.0.0.1:8080", "host.docker.internal:8080"]
     with Llmswap("[a]\ncmd = FAKE\n") as server:
@@ -11088,8 +11168,7 @@ def test_recipe_behind_nginx_with_tls(tmp_path):
 
 def named_key(title, key):
     """The line `key = value` that the recipe names in its prose."""
-    _, _, rest = HERE.with_name("README.md").read_text().partition(f"\n### {title}")
-    return re.search(rf"`({key} = [^`]*)`", rest)[1] + "\n"
+    return re.search(rf"`({key} = [^`]*)`", section(title))[1] + "\n"
 
 
 def test_recipe_cron(tmp_path):
@@ -11524,7 +11603,6 @@ cmd = FAKE
 [bad]
 cmd = FAKE --load-exit 3
 """
-CHAT = "/v1/chat/completions"
 
 
 def test_what_happened_is_told_to_prometheus():
@@ -11575,7 +11653,7 @@ print(json.dumps(told))
 
 
 def test_prometheus_own_parser_reads_what_we_mean(clients):
-    server, told = clients
+    server, _ = clients
     if not CLIENTS:
         pytest.skip("CLIENTS names no Python with prometheus_client")
     text = server.get("/metrics", SECRET).body.decode()
@@ -11777,6 +11855,9 @@ def test_the_page_shows_a_change_by_itself(browser):
         server.post(CHAT, {"model": "bad"})
         browser.until(shown(row("bad", ".why"), "exited with status 3"))
         browser.until(shown(row("a", ".state"), "evicted for bad"))
+        assert browser.value("$('said').textContent") == "bad failed"  # read aloud
+        server.reload(PAGE_MODELS.replace("[b]\ncmd = FAKE\n", ""))
+        browser.until(f"!{row('b')}")
         assert browser.complaints == []
 
 
@@ -12457,9 +12538,10 @@ def test_a_client_sees_what_was_meant(clients, client):
     listed = server.get("/v1/models", SECRET).json()["data"]
     named = {"lists": sorted(each["id"] for each in listed), "finds": client}
     expected = {**named, **USUAL, **UNUSUAL[client]}
-    heard = told[client].pop("uploads_audio", f"{client} 1: 10000 bytes")
+    found = dict(told[client])
+    heard = found.pop("uploads_audio", f"{client} 1: 10000 bytes")
     assert re.fullmatch(rf"{client} \d+: 10\d\d\d bytes", heard)  # form and all
-    assert told[client] == {case: expected[case] for case in told[client]}
+    assert found == {case: expected[case] for case in found} and len(found) > 12
 
 
 @pytest.mark.parametrize("client", SCRIPTS)
@@ -12515,7 +12597,8 @@ def test_open_webuis_calls_do_what_it_expects():
         assert sent["x-openwebui-chat-id"] == "b7c1" and "authorization" not in sent
         answer = client.ask("POST", CHAT, chat_body("bad"), WEBUI)
         assert answer.status == 502 and "exited with status 3" in answer.message()
-        assert client.ask("POST", "/models/unload", {"model": "m"}, WEBUI).json()
+        answer = client.ask("POST", "/models/unload", {"model": "m"}, WEBUI)
+        assert answer.json() == {"success": True}
 
 
 def test_open_webui_and_roo_code_read_the_list_and_errors():
@@ -12748,7 +12831,9 @@ def rounds_of_activation(folder, rounds):
         answer = ask(systemd.port, "POST", "/v1/chat/completions", {"model": "a"})
         assert answer.status == 200, systemd.log()
         eventually(lambda: "idle for" in systemd.log())
+        deadline = time.monotonic() + 30
         while systemd.starts < rounds:
+            assert time.monotonic() < deadline, systemd.log()
             clients = []
             for _ in range(6):
                 clients.append(Client(systemd.port))
@@ -13086,11 +13171,10 @@ def debian(tmp_path_factory):
 
 def recipe(title, kind=""):
     """The commands (or the blocks of that kind) of a recipe in the README, as written."""
-    text = HERE.with_name("README.md").read_text().partition(f"\n### {title}\n")[2]
-    text = re.split(r"^##", text, flags=re.MULTILINE)[0]
     if kind:
-        return re.findall(rf"^```{kind}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return "".join(re.findall(r"^    (.*\n)", text, re.MULTILINE))
+        blocks = rf"^```{kind}\n(.*?)^```$"
+        return re.findall(blocks, section(title), re.MULTILINE | re.DOTALL)
+    return "".join(re.findall(r"^    (.*\n)", section(title), re.MULTILINE))
 
 
 def install(debian, ini):
@@ -14760,7 +14844,6 @@ generator and the fake server do. Times of one run compare, those of two may not
 """
 
 BENCH_FOLDER = Path(tempfile.gettempdir()) / "llmswap-bench"
-BENCH_CHAT = "/v1/chat/completions"
 BENCH_FAULTS = (ArithmeticError, AssertionError, BrokenAnswer, LookupError, OSError)
 
 BENCH_NGINX = """\
@@ -14844,21 +14927,20 @@ def bench_percentile(values, share):
 # What is measured from outside a process
 
 
-def bench_cpu(pid):
+def cpu_seconds(pid):
     """Processor seconds that a process has used, its ended threads included."""
     return time.clock_gettime((~pid << 3) | 2)  # its CPU clock, as the kernel names it
 
 
 def bench_resident(pid):
     """Resident memory of a process in MB."""
-    text = Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(r"VmRSS:\s+(\d+)", text)[1]) / 1024
+    return llmswap.memory_of(pid)["VmRSS"] / 2**20
 
 
-def bench_wakeups(pid):
-    """How often the threads of a process were put on a processor so far."""
+def wakeups(pid):
+    """How often the threads of a process went to sleep so far, and were woken."""
     texts = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/status")]
-    found = re.findall(r"_ctxt_switches:\s+(\d+)", "".join(texts))
+    found = re.findall(r"\nvoluntary_ctxt_switches:\s+(\d+)", "".join(texts))
     return sum(map(int, found))
 
 
@@ -14983,7 +15065,7 @@ class Bench:
 
     def warm(self, model):
         """Have the proxy load a model."""
-        answer = ask(self.proxy.port, "POST", BENCH_CHAT, chat_body(model), timeout=60)
+        answer = ask(self.proxy.port, "POST", CHAT, chat_body(model), timeout=60)
         assert answer.status == 200, answer
 
     def unload(self):
@@ -15010,7 +15092,7 @@ def bench_request(model, size=0, **wish):
     missing = size - len(json.dumps(body))
     body["messages"][0]["content"] += "x" * max(0, missing)
     data = json.dumps(body).encode()
-    return request_head("POST", BENCH_CHAT, len(data)) + data
+    return request_head("POST", CHAT, len(data)) + data
 
 
 def bench_connect(port):
@@ -15119,7 +15201,7 @@ def bench_wrk(port, model, connections, seconds):
         f"wrk.method = 'POST'\nwrk.body = '{body}'\n"
         "wrk.headers['Content-Type'] = 'application/json'\n"
     )
-    url = f"http://127.0.0.1:{port}{BENCH_CHAT}"
+    url = f"http://127.0.0.1:{port}{CHAT}"
     words = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "-s", str(script), url]
     text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     assert "Non-2xx" not in text and "Socket errors" not in text, text
@@ -15240,9 +15322,9 @@ def bench_lateness(port, pid, count, rate, seconds):
     streams = BenchStreams(port, "canned", count, rate)
     try:
         streams.run(1 + count / 500)
-        cpu = bench_cpu(pid)
+        cpu = cpu_seconds(pid)
         lateness = streams.run(seconds)
-        cost = (bench_cpu(pid) - cpu) / len(lateness)
+        cost = (cpu_seconds(pid) - cpu) / len(lateness)
         expected = count * rate * seconds
         assert len(lateness) > 0.9 * expected, f"{len(lateness)} of {expected} tokens"
         return lateness, cost, (bench_resident(pid) - resident) * 1024 / count
@@ -15270,11 +15352,11 @@ def bench_download_rate(port, pid, size, times):
     request = bench_request("canned", bytes=size)
     with contextlib.closing(bench_connect(port)) as sock:
         for _ in range(times):
-            cpu, started = bench_cpu(pid), time.monotonic()
+            cpu, started = cpu_seconds(pid), time.monotonic()
             sock.sendall(request)
             bench_receive(sock)
             rates.append(size / 1e6 / (time.monotonic() - started))
-            costs.append((bench_cpu(pid) - cpu) * 1e9 / size)
+            costs.append((cpu_seconds(pid) - cpu) * 1e9 / size)
     return statistics.median(rates), statistics.median(costs)
 
 
@@ -15301,7 +15383,7 @@ def bench_upload(bench):
 
 def bench_upload_time(port, data, times):
     """Milliseconds from the first byte sent to the end of the answer, median."""
-    head, found = request_head("POST", BENCH_CHAT, len(data)), []
+    head, found = request_head("POST", CHAT, len(data)), []
     with contextlib.closing(bench_connect(port)) as sock:
         for _ in range(times):
             started = time.monotonic()
@@ -15341,7 +15423,7 @@ def bench_loop(port, model, count, delay):
     """Ask `count` times, one after the other."""
     with Client(port, 120) as client:
         for _ in range(count):
-            answer = client.ask("POST", BENCH_CHAT, chat_body(model, delay=delay))
+            answer = client.ask("POST", CHAT, chat_body(model, delay=delay))
             assert answer.status == 200, answer
 
 
@@ -15362,7 +15444,7 @@ def bench_keep_busy(port, number, stop):
     time.sleep(number * 0.1)
     with Client(port, 120) as client:
         while not stop.is_set():
-            client.ask("POST", BENCH_CHAT, chat_body("a", delay=0.3))
+            client.ask("POST", CHAT, chat_body("a", delay=0.3))
 
 
 def bench_ask_b(port, stop):
@@ -15370,7 +15452,7 @@ def bench_ask_b(port, stop):
     time.sleep(2)
     started = time.monotonic()
     with contextlib.suppress(socket.timeout):
-        ask(port, "POST", BENCH_CHAT, chat_body("b"), timeout=20)
+        ask(port, "POST", CHAT, chat_body("b"), timeout=20)
     stop.set()
     return time.monotonic() - started
 
@@ -15416,16 +15498,16 @@ def bench_idle(bench):
     bench.warm("canned")
     time.sleep(2)
     seconds = bench.times(20)
-    before = bench_wakeups(bench.proxy.pid)
+    before = wakeups(bench.proxy.pid)
     time.sleep(seconds)
-    found = (bench_wakeups(bench.proxy.pid) - before) * 10 / seconds
+    found = (wakeups(bench.proxy.pid) - before) * 10 / seconds
     yield BenchRow("idle, a model loaded: wake-ups in 10 s", "n", found, target=0)
 
 
 def bench_growth(bench):
     """One to a thousand open streams at 5 tokens a second, on a fresh proxy."""
     with BenchProxy(bench.against) as proxy, BenchDirect("canned") as server:
-        ask(proxy.port, "POST", BENCH_CHAT, chat_body("canned"))
+        ask(proxy.port, "POST", CHAT, chat_body("canned"))
         seconds = bench.times(8)
         for count in (1, 30, 1000):
             found, _, _ = bench_lateness(server.port, proxy.pid, count, 5, seconds)
@@ -15519,7 +15601,7 @@ def bench_real_swap(words, option, preset, times):
         for turn in range(times + 2):
             body = real_chat("one" if turn % 2 else "two")
             started = time.monotonic()
-            answer = ask(port, "POST", BENCH_CHAT, body, timeout=60)
+            answer = ask(port, "POST", CHAT, body, timeout=60)
             assert answer.status == 200, answer.body[:300]
             found.append((time.monotonic() - started) * 1000)
     finally:
@@ -15627,7 +15709,6 @@ with the evidence.
 
 SOAK_BOUND = 60.0  # seconds that no request may take
 SOAK_LOG = os.path.join(tempfile.gettempdir(), "llmswap-soak.log")
-SOAK_CHAT = "/v1/chat/completions"
 SOAK_MODELS = {
     "quick": "cmd = FAKE --model quick --load 0-0.2\nidle-timeout = 1s\n",
     "narrow": "cmd = FAKE --model narrow --load 0-0.4\nconcurrency = 2\n",
@@ -15840,7 +15921,7 @@ def soak_chat(client):
     wish = {"delay": round(client.random.random() ** 4, 3)}
     wish["size"] = client.random.choice([0, 0, 1000, 300000])
     body, tag = client.chat(model, **wish)
-    answer = client.ask(model, SOAK_CHAT, body)
+    answer = client.ask(model, CHAT, body)
     return client.outcome(answer, model) or soak_check_content(answer, model, tag)
 
 
@@ -15882,7 +15963,7 @@ def soak_read_stream(client, wish, pause=0.0):
     """Read a stream as the server sends it; it must end with [DONE] or be broken."""
     model, events = client.model(), []
     body, tag = client.chat(model, stream=True, **wish)
-    args = client.server.port, SOAK_CHAT, body, (), SOAK_BOUND
+    args = client.server.port, CHAT, body, (), SOAK_BOUND
     with soak_answered(lambda: Stream(*args), model) as stream:
         try:
             if stream.status != 200:
@@ -15933,7 +16014,7 @@ def soak_hang_up(client):
         delay=client.random.choice([0, 1, 30]),
     )
     with Client(client.server.port, SOAK_BOUND) as connection:
-        connection.send("POST", SOAK_CHAT, body)
+        connection.send("POST", CHAT, body)
         with contextlib.suppress(OSError):
             soak_listen(connection.sock, client.random.random() ** 2 * 2)
         connection.hang_up(reset=client.random.random() < 0.3)
@@ -16238,11 +16319,11 @@ def soak_main(argv):
     if "--help" in argv:
         print(SOAK_USAGE)
         return 0
-    minutes = float(soak_option(argv, "--minutes", 10))
-    seed = int(soak_option(argv, "--seed", random.randrange(10**6)))
-    clients = int(soak_option(argv, "--clients", 12))
+    minutes = float(word_after(argv, "--minutes", 10))
+    seed = int(word_after(argv, "--seed", random.randrange(10**6)))
+    clients = int(word_after(argv, "--clients", 12))
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[: int(soak_option(argv, "--cores", len(cores)))])
+    os.sched_setaffinity(0, cores[: int(word_after(argv, "--cores", len(cores)))])
     print(f"{minutes:g} minutes, {clients} clients, seed {seed}", flush=True)
     tally, soak = SoakTally(), SoakRun(minutes * 60, clients, seed)
     try:
@@ -16253,7 +16334,7 @@ def soak_main(argv):
     return 1 if tally.violations else 0
 
 
-def soak_option(argv, name, default):
+def word_after(argv, name, default):
     """The word after `name`, or the default."""
     return argv[argv.index(name) + 1] if name in argv else default
 
@@ -16647,7 +16728,7 @@ class Explored(Walk):
         """The same state again, to be changed without a trace in this one."""
         twin, lives, slots = copy.copy(self), {}, {}
         twin.world = copy.copy(self.world)
-        for name, life in self.world.lives.items():
+        for life in self.world.lives.values():
             lives[life] = copy.copy(life)
         twin.world.lives = {life.name: life for life in lives.values()}
         self._fork_core(twin, slots)
@@ -16882,7 +16963,7 @@ def explore_main(argv):
         print(EXPLORE_USAGE)
         return 0
     defaults = {"tickets": 4, "faults": 1, "tokens": 0}
-    left = {k: int(soak_option(argv, f"--{k}", v)) for k, v in defaults.items()}
+    left = {k: int(word_after(argv, f"--{k}", v)) for k, v in defaults.items()}
     names = [word for word in argv if word in SMALL_WORLDS] or list(SMALL_WORLDS)
     print(f"{'world':<14}{'states':>12}{'events':>12}{'seconds':>9}")
     total, status = Counter(), 0
@@ -17142,7 +17223,7 @@ def fuzz_answer(data, at, method):
         interim += 1
         if interim > llmswap.LINES_LIMIT:
             raise FuzzBad("interim answers without end")
-    length = fuzz_length(fields)
+        length = fuzz_length(fields)  # even of what has no body
     if method == "HEAD" or status in (b"101", b"204", b"304"):
         length = 0
     start = version, int(status), reason
@@ -17411,9 +17492,9 @@ def fuzz_read(pieces):
     wire, served = llmswap.Wire(FuzzSocket(pieces)), []
     try:
         while raw := wire.head():
-            request = llmswap.Request(raw)
+            request = llmswap.read_request(raw)
             served.append(fuzz_read_one(wire, request))
-            if not request.wants_to_stay:
+            if not request.stays:
                 break
     except (llmswap.Problem, llmswap.ClientGone) as error:
         return served, error
@@ -17424,7 +17505,6 @@ def fuzz_read_one(wire, request):
     """Method, target, fields and body, after all that Handler looks at."""
     body = llmswap.Body(wire, request, FUZZ_LIMIT)
     request.parameter("model"), request.is_upgrade, llmswap.unquoted(request.path)
-    llmswap.end_to_end(request.fields)
     host = llmswap._host_name(request.get("host"))
     llmswap._is_address(host), llmswap._origin_of(request.get("referer"))
     llmswap._basic_password(request.get("authorization"))
@@ -17442,13 +17522,19 @@ def fuzz_read_one(wire, request):
     return request.method, request.target, request.fields, data
 
 
+def fuzz_told(message):
+    """Its fields without those that only say how its body is framed."""
+    framing = ("content-length", "transfer-encoding")
+    return [field for field in message.fields if field[0] not in framing]
+
+
 def fuzz_parse_request(dice):
     """Have both read the same mutated requests."""
     count = dice.choice([1, 1, 1, 2, 3])
     data = b"".join(dice.changed(dice.request()) for _ in range(count))
     found, error = fuzz_requests(data)
     served, problem = fuzz_read(dice.cut(data))
-    expected = [(*each.start[:2], each.fields, each.body) for each in found]
+    expected = [(*each.start[:2], fuzz_told(each), each.body) for each in found]
     fuzz_require(served == expected, data, served, expected, error, problem)
     if type(error) is not FuzzCut:
         fuzz_require(bool(error) == bool(problem), data, error, problem)
@@ -17471,9 +17557,9 @@ def fuzz_parse_answer(dice):
         fuzz_require(error, data, method, problem, found)
         return "refused"
     fuzz_require(found, data, method, error, payload)
-    got = answer.status, answer.reason, answer.fields, payload
+    got = answer.status, answer.head.reason, answer.head.fields, payload
     _, status, reason = found.start
-    expected = status, reason.decode("latin-1"), found.fields, found.body
+    expected = status, reason.decode("latin-1"), fuzz_told(found), found.body
     fuzz_require(got == expected, data, method, got, expected)
     is_over = not found.is_last and (found.end == len(data) or sock.unread)
     fuzz_require(is_over or not answer.is_over, data, method, "serves another")
@@ -17549,8 +17635,7 @@ class FuzzBackend:
         for piece in pieces:
             sock.sendall(piece)
         if is_reset:
-            linger = struct.pack("ii", 1, 0)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            reset_at_close(sock)
         return False
 
     def news(self):
@@ -17638,8 +17723,7 @@ class FuzzClient:
                 for piece in pieces:
                     sock.sendall(piece)
             if end == "reset":
-                linger = struct.pack("ii", 1, 0)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                reset_at_close(sock)
             if end != "half closed":
                 return None
             with contextlib.suppress(OSError):
@@ -17775,8 +17859,8 @@ def fuzz_main(argv):
     if "--help" in argv:
         print(FUZZ_USAGE)
         return 0
-    seed = int(soak_option(argv, "--seed", random.randrange(10**6)))
-    count = int(soak_option(argv, "--parser", 10**6))
+    seed = int(word_after(argv, "--seed", random.randrange(10**6)))
+    count = int(word_after(argv, "--parser", 10**6))
     fuzz_parser(min(count, 10**4), seed + 1)  # what is kept for later then is
     began, before = time.monotonic(), soak_size(os.getpid())["resident"]
     tally, violations = fuzz_parser(count, seed)
@@ -17787,7 +17871,7 @@ def fuzz_main(argv):
     print(f"seed {seed}: the parser alone, {seconds:.0f} s, {grown:+} MB")
     fuzz_print(tally, violations)
     began, status = time.monotonic(), bool(violations)
-    count = int(soak_option(argv, "--wire", 10**4))
+    count = int(word_after(argv, "--wire", 10**4))
     tally, violations, sizes = fuzz_wire(count, seed)
     print(f"over the wire, {time.monotonic() - began:.0f} s")
     fuzz_print(tally, violations)
@@ -18244,10 +18328,8 @@ def takes_orders(pid):
 
 def is_gone(pid):
     """Whether the process is dead, buried or not."""
-    try:
-        return _read_proc(pid, "stat").rpartition(b")")[2].split()[0] in b"ZX"
-    except OSError:
-        return True
+    found = llmswap.process_stat(pid)
+    return found is None or found.state in "ZX"
 
 
 def is_stopped(pid):
@@ -18267,10 +18349,9 @@ def strike_servers(number):
 
 def strike_order(name):
     """Order it, and wait until it is obeyed."""
-    order = next(number for number, each in FAKE_ORDERS.items() if each == name)
 
     def strike(plight):
-        strike_servers(signal.SIGRTMIN + order)(plight)
+        strike_servers(order_to(name))(plight)
         if "exit" in name:
             return await_notice(plight)
         for pid, port in plight.servers.values():
@@ -18450,12 +18531,11 @@ def expected_rows(fault):
 
 def is_as_expected(fault, rows):
     """Whether the rows are the table's; what stands there with a ? may be missing."""
-    expected = zip(*(row.split(" | ") for row in expected_rows(fault)))
-    found = zip(*(row.split(" | ") for row in rows))
-    return all(
+    expected = " | ".join(expected_rows(fault)).split(" | ")
+    found = " | ".join(rows).split(" | ")
+    return len(found) == len(expected) and all(
         was.strip() in {cell.strip().rstrip("?"), "" if "?" in cell else cell.strip()}
-        for column, cells in zip(found, expected)
-        for was, cell in zip(column, cells)
+        for was, cell in zip(found, expected)
     )
 
 
@@ -18542,9 +18622,9 @@ class Share:
         """Run tests until no number is left."""
         if session.testsfailed or session.config.option.collectonly:
             return None
-        groups = suite_groups(session.items)
+        groups = dict(enumerate(suite_groups(session.items)))
         while number := os.read(self._numbers, 4):
-            for item in dict(enumerate(groups)).get(int.from_bytes(number, "big"), ()):
+            for item in groups.get(int.from_bytes(number, "big"), ()):
                 other = session.items[0 if item is session.items[-1] else -1]
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=other)
                 if session.shouldstop or session.shouldfail:
@@ -18611,13 +18691,13 @@ def suite_process(number, shares, path, pipes, argv):
         )
 
 
-def suite_share(numbers, outcomes, *argv):
-    """Be one of these processes; the exit status."""
-    plugin = Share(int(numbers), int(outcomes))
-    for pipe in (int(numbers), int(outcomes)):
+def suite_share(argv):
+    """Be one of these processes: (numbers, outcomes, options); the exit status."""
+    pipes = [int(each) for each in argv[:2]]
+    for pipe in pipes:
         os.set_inheritable(pipe, False)
-    options = ["-q", "-p", "no:cacheprovider", *argv, str(HERE)]
-    return int(pytest.main(options, plugins=[plugin]))
+    options = ["-q", "-p", "no:cacheprovider", *argv[2:], str(HERE)]
+    return int(pytest.main(options, plugins=[Share(*pipes)]))
 
 
 # ==================================================================================
@@ -18625,22 +18705,21 @@ def suite_share(numbers, outcomes, *argv):
 # ==================================================================================
 
 
+COMMANDS = {
+    "test": suite_main,
+    "share": suite_share,
+    "bench": bench_main,
+    "soak": soak_main,
+    "explore": explore_main,
+    "faults": faults_main,
+    "fuzz": fuzz_main,
+}
+
+
 def main(argv):
     """Be what the first argument says; the exit status."""
-    if argv[:1] == ["test"]:
-        return suite_main(argv[1:])
-    if argv[:1] == ["share"]:
-        return suite_share(*argv[1:])
-    if argv[:1] == ["bench"]:
-        return bench_main(argv[1:])
-    if argv[:1] == ["soak"]:
-        return soak_main(argv[1:])
-    if argv[:1] == ["faults"]:
-        return faults_main(argv[1:])
-    if argv[:1] == ["explore"]:
-        return explore_main(argv[1:])
-    if argv[:1] == ["fuzz"]:
-        return fuzz_main(argv[1:])
+    if argv and argv[0] in COMMANDS:
+        return COMMANDS[argv[0]](argv[1:])
     if "--port" in argv:
         return fake_main(argv)
     print(__doc__)
