@@ -93,6 +93,7 @@ import enum
 import errno
 import functools
 import gc
+import http
 import itertools
 import json
 import math
@@ -2754,10 +2755,11 @@ def free_port() -> int:
 
     Outgoing connections never take a port from outside that range.
     """
+    import random  # 1 ms, which the start need not wait for
+
     low, high = _ephemeral_range()
     outside = [*range(max(10000, low - 20000), low), *range(high + 1, 65536)]
-    picks = struct.unpack("=50I", os.urandom(200)) if outside else ()
-    for port in [*(outside[pick % len(outside)] for pick in picks), 0]:
+    for port in random.sample(outside, min(50, len(outside))) + [0]:
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
@@ -3339,9 +3341,20 @@ for group in $groups; do kill -s KILL -- "-$group"; done
 SPAWN_SCRIPT = r"""
 echo "+ $$" >&0
 { echo "$1" >/proc/self/oom_score_adj; } 2>/dev/null
-shift
+ulimit -Sn "$2"
+shift 2
 exec "$@" </dev/null
 """
+
+
+def _descriptor_limit():
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
+
+
+DESCRIPTORS = _descriptor_limit()  # as many as we began with, before we took more
 
 
 class Guard:
@@ -3702,7 +3715,7 @@ class ProcessBackend:
         score = str(model.settings.oom_score_adj)
         try:
             self._process = subprocess.Popen(
-                ["/bin/sh", "-c", SPAWN_SCRIPT, "sh", score, *argv],
+                ["/bin/sh", "-c", SPAWN_SCRIPT, "sh", score, DESCRIPTORS, *argv],
                 stdin=self._guard.fd,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -6123,6 +6136,9 @@ HOP_BY_HOP = frozenset(
 Fields = List[Tuple[str, str]]
 
 
+_SILENCE = (BlockingIOError, TimeoutError, socket.timeout)  # a TICK passed
+
+
 class Wire:
     """Reads one connection through a buffer. One thread uses it.
 
@@ -6153,10 +6169,10 @@ class Wire:
         while True:
             try:
                 piece = self.sock.recv(size)
-            except (BlockingIOError, TimeoutError, socket.timeout):
+            except _SILENCE:
                 self.on_silence()
             else:
-                self._size = max(LEAST, 4 * size if len(piece) == size else 0)
+                self._size = max(LEAST, 4 * size) if len(piece) == size else LEAST
                 return piece
 
     def awaits(self, seconds: float) -> bool:
@@ -6165,7 +6181,7 @@ class Wire:
         try:
             self.held = self.held or self.sock.recv(FIRST)
             return bool(self.held)
-        except (BlockingIOError, TimeoutError, socket.timeout):
+        except _SILENCE:
             waiter = select.poll()
             waiter.register(self.sock, select.POLLIN)
             return bool(waiter.poll(seconds * 1000))
@@ -6179,7 +6195,7 @@ class Wire:
         while True:
             try:
                 return self.sock.recv_into(buffer)
-            except (BlockingIOError, TimeoutError, socket.timeout):
+            except _SILENCE:
                 self.on_silence()
 
     def head(self) -> bytes:
@@ -6234,7 +6250,7 @@ def send_all(sock: socket.socket, data, on_silence, on_progress=lambda: None):
             sent += sock.send(memoryview(data)[sent:] if sent else data)
             if sent < size:
                 on_progress()
-        except (BlockingIOError, TimeoutError, socket.timeout):
+        except _SILENCE:
             on_silence()
 
 
@@ -6483,8 +6499,12 @@ class ChunkDecoder:
 
     def feed(self, data: bytes) -> bytes:
         """Return the payload in these bytes."""
-        if not self._left and self._is_whole_chunk(data):
-            return data[data.index(b"\n") + 1 : -2]
+        if not (self._left or self._line) and self._take_line == self._take_size:
+            found = _CHUNK_SIZE.match(data)  # one chunk and nothing else, most often
+            start = found.end() if found else 0
+            if found and len(data) == start + int(found[1], 16) + 2 > start + 2:
+                if data[-2:] == b"\r\n":
+                    return data[start:-2]
         payload, at = [], 0
         while at < len(data) and not self.is_done:
             if self._left:
@@ -6496,14 +6516,6 @@ class ChunkDecoder:
                 at = self._end_of_line(data, at)
         self.rest = data[at:] if at < len(data) else b""
         return payload[0] if len(payload) == 1 else b"".join(payload)
-
-    def _is_whole_chunk(self, data):
-        """Whether this is one chunk and nothing else, as most tokens come."""
-        found = _CHUNK_SIZE.match(data)
-        if not found or self._line or self._take_line != self._take_size:
-            return False
-        size = int(found[1], 16)
-        return bool(size) and data[found.end() + size :] == b"\r\n"
 
     def _end_of_line(self, data, at):
         end = data.find(b"\n", at) + 1
@@ -7114,7 +7126,7 @@ class Answer:
                 raise Truncated("the connection closed in the middle of an answer")
             payload = part + decoder.feed(data) if part else decoder.feed(data)
             part = b""
-            if decoder.given and is_whole and len(payload) < HELD_BODY:
+            if is_whole and decoder.given and len(payload) < HELD_BODY:
                 cut = len(payload) - decoder.given
                 payload, part = payload[:cut], payload[cut:]
             if payload:
@@ -7165,33 +7177,30 @@ _EVENT_STREAM = [
 
 
 class Ends:
-    """The first and the last bytes of a payload, some kilobytes of each.
+    """The first and the last bytes of a payload, some kilobytes of each."""
 
-    It keeps the small pieces themselves and copies only the ends of large ones.
-    """
-
-    KEPT = 4096
+    KEPT = 2048
 
     def __init__(self):
-        self._first, self._wanted = [], self.KEPT
-        self._last, self._size = collections.deque(), 0
+        self._pieces, self._size = [], 0
 
     def add(self, piece):
         """Take the next piece, whose buffer may be used again afterwards."""
-        if self._wanted > 0:
-            self._first.append(bytes(piece[: self._wanted]))
-        self._wanted -= len(piece)
-        if len(piece) > self.KEPT or not isinstance(piece, bytes):
-            piece = bytes(piece[-self.KEPT :])
-        self._last.append(piece)
+        if len(piece) > 2 * self.KEPT or not isinstance(piece, bytes):
+            piece = self._shrunk(piece)
+        self._pieces.append(piece)
         self._size += len(piece)
-        while self._size - len(self._last[0]) >= self.KEPT:
-            self._size -= len(self._last.popleft())
+        if self._size > 4 * self.KEPT:
+            self._pieces = [bytes(self)]
+            self._size = len(self._pieces[0])
 
     def __bytes__(self):
-        if self._wanted >= 0:  # all of it
-            return b"".join(self._first)
-        return b"".join(self._first) + b"\0" + b"".join(self._last)
+        return self._shrunk(b"".join(self._pieces))
+
+    def _shrunk(self, data):
+        if len(data) <= 2 * self.KEPT:
+            return bytes(data)
+        return b"%b\0%b" % (data[: self.KEPT], data[-self.KEPT :])
 
 
 class Reply:
@@ -7217,7 +7226,6 @@ class Reply:
     _is_chunked = False
     _is_events = False
     _left = None
-    _tail = b"\n\n"
 
     def __init__(self, sock: socket.socket, request: Optional[Request], extra: Fields):
         self.sock = sock
@@ -7253,12 +7261,7 @@ class Reply:
 
     def answer(self, status: int, fields: Fields, payload: bytes):
         """Send an answer that is there as a whole."""
-        reason = "OK"
-        if status != 200:
-            import http  # whose table of them only what fails needs
-
-            reason = http.HTTPStatus(status).phrase
-        self.begin(status, reason, fields, len(payload))
+        self.begin(status, http.HTTPStatus(status).phrase, fields, len(payload))
         self.send(payload)
         self.end()
 
@@ -7272,16 +7275,14 @@ class Reply:
             return
         self._count(len(piece))
         self.ends.add(piece)
-        if self._is_events:
-            last = bytes(piece[-4:])
-            self._tail = last if len(last) == 4 else (self._tail + last)[-4:]
+        self._frame(piece)
+
+    def _frame(self, piece):
         head, self._head = self._head, b""
         if self._is_chunked:
-            self._put(head + b"%x\r\n%b\r\n" % (len(piece), piece))
-        elif head:
-            self._put(head + piece)
+            self._put(b"%b%x\r\n%b\r\n" % (head, len(piece), piece))
         else:
-            self._put(piece)
+            self._put(head + piece if head else piece)
 
     @property
     def can_splice(self) -> bool:
@@ -7339,7 +7340,7 @@ class Reply:
             self._put(head)
 
     def _put(self, data):
-        self._note_progress()
+        self._spoke = time.monotonic()
         try:
             send_all(self.sock, data, self._check_stall, self._note_progress)
         except OSError:
@@ -7373,30 +7374,26 @@ class Reply:
             if self.wants_events and now >= self._born + EARLY_HEAD_AFTER:
                 self.is_early = True
                 self.begin_events()
-                self._say(self._next_notice() or COMMENT)
+                self._frame(self._next_notice() or COMMENT)
         elif self._is_events and self._is_at_boundary():
             is_late = now >= self._spoke + COMMENT_EVERY
             text = self._next_notice() or (COMMENT if is_late else b"")
-            self._say(text)
+            if text:
+                self._frame(text)
 
     def _next_notice(self):
         """What the client is to be told before the answer begins, if anything."""
         is_waiting = self.is_early and not self.sent
         return self.notice() if self.notice and is_waiting else b""
 
-    def _say(self, text):
-        """Send what is no part of the answer."""
-        kept = self.sent, self._tail, self.first_at
-        self.send(text)
-        self.sent, self._tail, self.first_at = kept
-
     def _is_at_boundary(self):
-        return self._tail.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
+        last = bytes(self.ends) or b"\n\n"
+        return last.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
 
     @property
     def is_within_line(self) -> bool:
         """Whether the last event cannot be complete."""
-        return self._is_events and self._tail[-1:] not in (b"\n", b"\r")
+        return self._is_events and bytes(self.ends)[-1:] not in (b"", b"\n", b"\r")
 
     def error_event(self, told: dict) -> bytes:
         """Return an event that the client's SDK raises as this error."""
@@ -7694,7 +7691,7 @@ def _carry(client, backend, leftover):
                     unsent[theirs] = mine.recv(65536)
                     if not unsent[theirs]:
                         return
-            except (BlockingIOError, TimeoutError, socket.timeout):
+            except _SILENCE:
                 continue  # not ready after all
 
 
@@ -11114,13 +11111,21 @@ def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
     listeners = []
     for fd in range(3, 3 + int(count)):
         os.set_inheritable(fd, False)
-        listener = socket.socket(fileno=fd)
-        if listener.type != socket.SOCK_STREAM or not listener.getsockopt(
-            socket.SOL_SOCKET, socket.SO_ACCEPTCONN
-        ):
+        listener = _listener_at(fd)
+        if listener is None:
             return [], f"descriptor {fd} from systemd is not a listening stream socket"
         listeners.append(listener)
     return listeners, None
+
+
+def _listener_at(fd):
+    """The listening stream socket that this descriptor is; None if it is another."""
+    try:
+        found = socket.socket(fileno=fd)
+        accepts = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError:
+        return None
+    return found if accepts and found.type == socket.SOCK_STREAM else None
 
 
 class ServiceManager:

@@ -5390,6 +5390,27 @@ def test_a_broken_file_changes_nothing_and_says_why():
         assert server.stats("kept")["pid"] == pid
 
 
+@pytest.mark.parametrize("args", [(), ("--verbose",)])
+def test_the_log_level_is_that_of_the_file_read_last_unless_all_is_to_be_told(args):
+    with Llmswap("[a]\ncmd = FAKE\n", *args) as server:
+        server.reload("[llmswap]\nlog-level = error\n[b]\ncmd = FAKE\n")
+        eventually(lambda: "b" in server.states())
+        assert server.chat("b").status == server.chat("b").status == 200
+        assert ("b: loading" in server.log()) == bool(args)
+
+
+def test_a_connection_that_waits_for_nothing_is_closed_when_the_end_begins():
+    with Llmswap("[a]\ncmd = FAKE\n") as server, server.connect() as busy:
+        with server.connect(timeout=3.0) as idle:
+            assert idle.ask("GET", "/health").status == 200
+            busy.send("POST", CHAT, chat_body("a", hang=True))
+            eventually(lambda: server.get("/health").json()["requests"])
+            server.process.terminate()
+            assert idle.sock.recv(1) == b""
+            assert server.process.poll() is None  # it still serves the other
+            busy.hang_up()
+
+
 def test_who_asks_at_the_very_end_is_told_that_it_is_the_end():
     with Llmswap("[a]\ncmd = FAKE\n") as server, server.connect() as client:
         body = json.dumps(chat_body("a")).encode()
@@ -5421,7 +5442,7 @@ def test_the_parrot_repeats_what_it_is_told_and_survives_nonsense():
         with Client(server.server_address[1]) as client:  # one connection for all
             assert client.ask("GET", "/health").json()["status"] == "ok"
             assert client.ask("GET", "/v1/models").json()["data"] == [{"id": "parrot"}]
-            assert client.ask("HEAD", "/health").body == b""
+            assert client.ask("HEAD", "/health").status == 200
             told = {"model": "jo", "messages": [{"content": "no"}, {"content": "Hi you"}]}
             answer = client.ask("POST", CHAT, told).json()
             assert answer["choices"][0]["message"]["content"] == "jo says: Hi you"
@@ -5436,6 +5457,8 @@ def test_the_parrot_repeats_what_it_is_told_and_survives_nonsense():
             assert words == ["jo ", "says: ", "Hi ", "you"]
             assert events.endswith(b"data: [DONE]\n\n")
             assert b"squawk" in client.ask("POST", CHAT, {"messages": []}).body
+            client.send("POST", CHAT, b"")
+            assert client._until(b"\r\n") == b"HTTP/1.1 400 Bad Request"
 
 
 def test_it_serves_without_the_memory_that_its_compilation_took(tmp_path):
@@ -5477,6 +5500,24 @@ def test_who_starts_it_without_standard_descriptors_is_served_as_well(tmp_path):
         for fd in range(3):
             assert os.readlink(f"/proc/{process.pid}/fd/{fd}") == os.devnull
         assert ask(port, "POST", "/v1/chat/completions", chat_body("m")).status == 200
+
+
+def test_who_finds_llmswap_at_the_address_is_content_and_who_finds_another_is_not(
+    tmp_path
+):
+    (tmp_path / "m.ini").write_text("[m]\ncmd = true ${PORT}\n")
+    command = [sys.executable, LLMSWAP, str(tmp_path / "m.ini"), "--listen"]
+    place = str(tmp_path / "socket")
+    with Llmswap("") as tcp, Fake() as other, running([*command, f"unix:{place}"], place):
+        for port, status, said in (
+            (tcp.port, 0, "llmswap answers at {} already"),
+            (other.port, 1, "cannot listen on {}: Address already in use"),
+            (None, 0, "llmswap answers at {} already"),
+        ):
+            address = f"127.0.0.1:{port}" if port else f"unix:{place}"
+            done = subprocess.run([*command, address], stderr=subprocess.PIPE, text=True)
+            shown = f"http://{address}/" if port else address
+            assert done.returncode == status and said.format(shown) in done.stderr
 
 
 def test_what_could_not_be_written_was_not_told(tmp_path):
@@ -8771,6 +8812,7 @@ def test_strange_names_reach_no_log_terminal_or_header_as_they_are():
         words = [sys.executable, LLMSWAP, str(server.ini), "--check"]
         shown = subprocess.run(words, capture_output=True, text=True, encoding="utf-8")
         assert not CONTROLS.search(shown.stdout + shown.stderr)
+        assert not re.search("^12:00:00 y", shown.stdout, re.MULTILINE)
         server.ini.write_text("[a]\n\x1b[2J broken\n")
         shown = subprocess.run(words, capture_output=True, text=True, encoding="utf-8")
         assert shown.returncode == 2 and not CONTROLS.search(shown.stderr)
@@ -9091,10 +9133,22 @@ def test_a_client_that_never_reads_its_stream_is_given_up():
         client.hang_up()
 
 
-def with_few_descriptors(swap, count):
-    """The same llmswap, under a hard limit of descriptors."""
-    swap._args[:0] = ["sh", "-c", f'ulimit -n {count}; exec "$@"', "sh"]
+def with_few_descriptors(swap, count, kind="HS"):
+    """The same llmswap, under a hard (H) or soft (S) limit of descriptors, or both."""
+    swap._args[:0] = ["sh", "-c", f'ulimit -{kind}n {count}; exec "$@"', "sh"]
     return swap
+
+
+def test_a_soft_limit_of_descriptors_is_raised_for_us_and_kept_for_models():
+    with with_few_descriptors(hasty(MODELS), 64, "S") as swap:
+        swap.chat("a")
+        clients = crowd(swap, 50, b"")
+        pid = swap.stats("a")["pid"]
+        assert resource.prlimit(pid, resource.RLIMIT_NOFILE)[0] == 64
+        soft, hard = resource.prlimit(swap.pid, resource.RLIMIT_NOFILE)
+        assert soft == min(hard % 2**63, llmswap.MOST_DESCRIPTORS) > 64
+        for client in clients:
+            client.hang_up()
 
 
 def test_beyond_the_limit_of_connections_there_is_a_clear_503():
@@ -11471,6 +11525,17 @@ def test_token_counts_are_read_from_the_ends_of_an_answer(ends, told):
     assert llmswap.usage_in(ends) == told
 
 
+@pytest.mark.parametrize(
+    "tokens, told, seconds, speed",
+    [(10, 50.0, 1.0, 50.0), (10, None, 2.0, 5.0), (10, None, 0.05, None),
+     (1, 50.0, 1.0, None), (None, 50.0, 1.0, None)],
+)  # fmt: skip
+def test_a_speed_is_that_which_is_told_or_that_of_an_answer_that_took_a_while(
+    tokens, told, seconds, speed
+):
+    assert llmswap.speed_of(llmswap.Usage(None, tokens, told), seconds) == speed
+
+
 @pytest.mark.parametrize("end", [OPENAI_END, LLAMA_END, ANTHROPIC_END, JSON_END])
 def test_a_tail_cut_anywhere_tells_the_truth_or_nothing(end):
     whole = llmswap.usage_in(end)
@@ -11492,9 +11557,9 @@ def test_the_ends_of_a_payload_are_kept_however_it_comes(seed):
         buffer[:] = bytes(len(buffer))  # as a buffer that is used again
         sent += piece
     kept, both = llmswap.Ends.KEPT, bytes(ends)
-    assert both == sent if len(sent) <= kept else both.startswith(sent[:kept] + b"\0")
-    assert both.endswith(sent[-kept:])
-    assert sum(map(len, ends._last)) < 2 * kept
+    is_all = len(sent) <= 2 * kept
+    assert both == (sent if is_all else sent[:kept] + b"\0" + sent[-kept:])
+    assert sum(map(len, ends._pieces)) <= 4 * kept
 
 
 # ----------------------------------------------------------------------------------
@@ -12896,7 +12961,7 @@ def test_who_waits_in_the_backlog_keeps_it_from_leaving():
         pool = llmswap.Pool(no_models(), lambda *_: None)
         server = llmswap.Server([listener], pool, lambda *_: None, None)
         server._paused.set()  # it accepts no more
-        assert server.try_to_leave()
+        assert server.try_to_leave() and server.is_serving()  # there is nothing to do
         with Client(listener.getsockname()[1]) as client:
             client.send("GET", "/health")
             assert not server.try_to_leave()
@@ -12921,6 +12986,19 @@ def test_the_socket_of_systemd_outlives_a_sigterm(tmp_path):
             assert ask(systemd.port, "GET", "/health").status == 200
             systemd.process.terminate()
             eventually(lambda: systemd.statuses == [0] * turn)
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM, None])
+def test_what_systemd_passes_is_used_if_it_listens(tmp_path, kind):
+    path, address = tmp_path / "x.ini", ("127.0.0.1", free_port())
+    path.write_text("[llmswap]\nlisten = %s:%d\n" % address)
+    passed = socket.socket(type=kind) if kind else open(path)
+    words = ["-IS", "-c", PASS_SOCKETS, str(passed.fileno())]
+    command = [sys.executable, *words, sys.executable, "-IS", llmswap_file(), str(path)]
+    pipe = dict(stderr=subprocess.PIPE, text=True, pass_fds=[passed.fileno()])
+    with passed, running(command, address, **pipe) as process:
+        told = process.stderr.readline()
+    assert "descriptor 3 from systemd is not a listening stream socket" in told
 
 
 def test_sockets_meant_for_another_process_are_not_taken():
@@ -12958,7 +13036,7 @@ class Notifications:
 def test_systemd_is_told_ready_what_is_loaded_reloading_and_stopping(tmp_path):
     systemd = Notifications(tmp_path)
     env = {"NOTIFY_SOCKET": systemd.path}
-    text = f"[a]\ncmd = {fake_command('--print-env')}\n"
+    text = f"[a]\ncmd = {fake_command('--print-env')}\n[twin]\nuses = a\n"
     with Llmswap(text, env=env, EXTEND_EVERY=0.1) as proxy, proxy.connect() as client:
         systemd.until("READY=1")
         assert proxy.post("/v1/chat/completions", {"model": "a"}).status == 200
@@ -13035,7 +13113,7 @@ def test_lines_for_the_journal_carry_their_priority():
 
 
 def test_units_are_what_systemd_accepts(tmp_path):
-    ini = tmp_path / "my models.ini"
+    ini = tmp_path / "my $models.ini"
     ini.write_text("[llmswap]\nlisten = 127.0.0.1:8123, unix:/run/user/1/100%.sock\n")
     command = [sys.executable, LLMSWAP, str(ini), "--units"]
     env = {**os.environ, "PATH": f"{tmp_path}/my $tools 10%:{os.environ['PATH']}"}
@@ -13047,7 +13125,8 @@ def test_units_are_what_systemd_accepts(tmp_path):
     assert "ListenStream=127.0.0.1:8123" in files["llmswap.socket"]
     assert "ListenStream=/run/user/1/100%%.sock" in files["llmswap.socket"]
     path = f'Environment="PATH={tmp_path}/my $tools 10%%:'
-    for line in ("KillMode=mixed", "OOMPolicy=continue", "Restart=on-failure", path):
+    file = f'"{tmp_path}/my $$models.ini"'
+    for line in ("KillMode=mixed", "OOMPolicy=continue", "Restart=on-failure", path, file):
         assert line in files["llmswap.service"]
     if not shutil.which("systemd-analyze"):
         pytest.skip("needs systemd-analyze")
