@@ -2746,6 +2746,7 @@ LONGEST_LINE = 16384  # bytes; a longer one is cut into several
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20  # of Linux's sock_diag(7)
 PORT_TRIES = 3
+SO_MEMINFO, TCP_ESTABLISHED = 55, 1  # of Linux's socket(7) and tcp(7)
 SIGNS_EVERY = 1.0  # s; so often a silent load is looked at for signs of life
 
 
@@ -3151,6 +3152,12 @@ def _is_quiet(sock):
         waiter = select.poll()
         waiter.register(sock, select.POLLIN)
         return not waiter.poll(0)
+    try:  # to read these lets no other thread run, as a look with recv() does
+        (state,) = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+        unread = sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 4)
+        return state == TCP_ESTABLISHED and not any(unread)
+    except (AttributeError, OSError):
+        pass  # not Linux, or an old one
     try:
         sock.recv(1, _PEEK)
     except BlockingIOError:

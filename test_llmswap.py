@@ -6413,6 +6413,35 @@ def test_an_https_upstream_that_cannot_be_verified_gets_nothing(machine, tmp_pat
         assert ask(machine.port, "GET", "/stats").json()["requests"] == 0
 
 
+@pytest.mark.parametrize("is_told_in_numbers", [True, False])
+@pytest.mark.parametrize(
+    "act, is_quiet",
+    [
+        (lambda other: None, True),
+        (lambda other: other.sendall(b"x"), False),
+        (lambda other: other.shutdown(socket.SHUT_WR), False),
+        (lambda other: other.close(), False),
+        (lambda other: (reset_at_close(other), other.close()), False),
+    ],
+)
+def test_a_kept_connection_serves_again_only_if_nothing_came_on_it(
+    monkeypatch, is_told_in_numbers, act, is_quiet
+):
+    if not is_told_in_numbers:
+        monkeypatch.delattr(socket, "TCP_INFO")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+    with ours, theirs:
+        for size in (1, 100_000):  # what was read leaves no trace
+            theirs.sendall(b"x" * size)
+            while size:
+                size -= len(ours.recv(size))
+        assert llmswap._is_quiet(ours)
+        act(theirs)
+        eventually(lambda: llmswap._is_quiet(ours) == is_quiet)
+
+
 def test_after_a_suspension_no_kept_connection_is_used(machine, monkeypatch):
     machine.on()
     eventually(lambda: is_listening(machine.port))
@@ -9133,14 +9162,14 @@ def test_a_client_that_never_reads_its_stream_is_given_up():
         client.hang_up()
 
 
-def with_few_descriptors(swap, count, kind="HS"):
-    """The same llmswap, under a hard (H) or soft (S) limit of descriptors, or both."""
-    swap._args[:0] = ["sh", "-c", f'ulimit -{kind}n {count}; exec "$@"', "sh"]
+def with_few_descriptors(swap, option, count):
+    """The same llmswap, under a limit of descriptors: the soft one (-S) or both."""
+    swap._args[:0] = ["sh", "-c", f'ulimit {option}n {count}; exec "$@"', "sh"]
     return swap
 
 
 def test_a_soft_limit_of_descriptors_is_raised_for_us_and_kept_for_models():
-    with with_few_descriptors(hasty(MODELS), 64, "S") as swap:
+    with with_few_descriptors(hasty(MODELS), "-S", 64) as swap:
         swap.chat("a")
         clients = crowd(swap, 50, b"")
         pid = swap.stats("a")["pid"]
@@ -9152,7 +9181,7 @@ def test_a_soft_limit_of_descriptors_is_raised_for_us_and_kept_for_models():
 
 
 def test_beyond_the_limit_of_connections_there_is_a_clear_503():
-    with with_few_descriptors(hasty(MODELS, LINGER_SECONDS=3.0), 128) as swap:
+    with with_few_descriptors(hasty(MODELS, LINGER_SECONDS=3.0), "-", 128) as swap:
         swap.chat("a")
         before = soak_size(swap.pid)
         clients = crowd(swap, 64, b"")
