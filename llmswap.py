@@ -6167,7 +6167,7 @@ class Wire:
     def receive(self, size=PIECE) -> bytes:
         """Return what is there, or comes next; b"" at the end of the stream.
 
-        A read is small unless the one before was full: each stream that waits holds
+        A read is no larger than what comes calls for: each stream that waits holds
         memory for one.
         """
         if self.held:
@@ -6179,7 +6179,10 @@ class Wire:
             except _SILENCE:
                 self.on_silence()
             else:
-                self._size = max(LEAST, 4 * size) if len(piece) == size else LEAST
+                if len(piece) == size:
+                    self._size = max(self._size, 4 * size)
+                elif 4 * len(piece) < size:
+                    self._size = max(LEAST, size // 4)
                 return piece
 
     def awaits(self, seconds: float) -> bool:
@@ -10876,7 +10879,7 @@ class Server(socketserver.ThreadingTCPServer):
             self.log("error", f"a connection could not be accepted: {error}")
             time.sleep(0.1)
             return
-        connection.setblocking(True)
+        connection.setblocking(True)  # elsewhere than on Linux it is as its listener
         try:
             self._admit(connection, address)
         except RuntimeError as error:  # no thread is left

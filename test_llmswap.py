@@ -5264,6 +5264,18 @@ def running(command, address, **options):
             process.kill()
 
 
+def test_sighup_at_the_end_is_no_second_signal():
+    with Llmswap("[a]\ncmd = FAKE\n") as server:
+        with server.stream("a", tokens=8, interval=0.05) as stream:
+            events = stream.events()
+            next(events)
+            server.process.terminate()
+            eventually(lambda: "ending" in server.log())
+            server.process.send_signal(signal.SIGHUP)
+            assert list(events)[-1] == "[DONE]"
+        assert server.process.wait(5) == 0
+
+
 def test_an_end_is_clean_though_nobody_reads_what_it_says(tmp_path):
     (tmp_path / "m.ini").write_text(f"[m]\ncmd = {fake_command()}\n")
     port = free_port()
@@ -6546,6 +6558,14 @@ def test_a_request_while_the_last_model_goes_cancels_the_idle_command(tmp_path):
         assert server.chat("a").status == 200
         assert not mark.exists()
         eventually(mark.exists, 4)
+
+
+def test_how_long_the_machine_slept_after_the_idle_command_is_told(tmp_path):
+    mark = tmp_path / "slept"
+    slept = Code(f"lambda: 3600.0 * l.os.path.exists({str(mark)!r})")
+    head = f"[llmswap]\nidle-command = touch {mark}\nidle-command-after = 0.2s\n"
+    with brisk(head + "[a]\ncmd = FAKE\n", suspended_seconds=slept) as server:
+        eventually(lambda: "ended with status 0; slept 3600 s" in server.log())
 
 
 def test_an_idle_command_that_does_not_exist_is_told_of():
@@ -9168,6 +9188,13 @@ def with_few_descriptors(swap, option, count):
     return swap
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/net/if_inet6"), reason="no IPv6 here")
+def test_all_addresses_of_both_kinds_may_be_listened_on_at_one_port():
+    port = free_port()
+    with llmswap.open_listener(("0.0.0.0", port)):
+        llmswap.open_listener(("::", port)).close()
+
+
 def test_a_soft_limit_of_descriptors_is_raised_for_us_and_kept_for_models():
     with with_few_descriptors(hasty(MODELS), "-S", 64) as swap:
         swap.chat("a")
@@ -10944,9 +10971,11 @@ def test_check_is_as_wide_as_the_terminal_but_not_wider_than_eighty(
     tmp_path, columns, widest
 ):
     text = "[a-model]\nalias = b-model, c-model, d-model, e-model\ncmd = "
-    text += " ".join(f"-o{n} value" for n in range(30)) + " ${PORT}\n"
+    text += " ".join(f"-o{n} value" for n in range(30)) + " ${PORT} "
+    text += "--a-rather-long-option a-rather-long-value-of-it\n"
     lines, _ = checked(tmp_path, text, columns)
-    assert widest - 8 < max(map(len, lines)) <= widest
+    assert widest - 8 < max(map(len, lines[1:])) <= widest
+    assert lines[0].endswith(" cmd") and len(lines[0]) == widest
 
 
 # ----------------------------------------------------------------------------------
@@ -13115,6 +13144,15 @@ def test_the_watchdog_hears_of_a_living_pool_only(tmp_path, monkeypatch):
 
 def no_models():
     return llmswap.Reading(b"", "none.ini", {}, {}).config()
+
+
+def test_systemd_may_listen_at_an_abstract_address():
+    name = f"llmswap-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(f"\0{name}")
+        systemd.settimeout(5)
+        llmswap.ServiceManager({"NOTIFY_SOCKET": f"@{name}"}).tell("A=1", "B=2")
+        assert systemd.recv(99) == b"A=1\nB=2"
 
 
 def test_a_watchdog_meant_for_another_process_is_left_alone():
