@@ -64,12 +64,23 @@ from types import SimpleNamespace
 from typing import NamedTuple, Optional
 from urllib.request import urlopen
 
+import llmswap
+
+
+class Absent:
+    """Stands for a library that is not there: what is taken from it, too."""
+
+    def __getattr__(self, name):
+        return self
+
+    def __call__(self, *_, **__):
+        return self
+
+
 try:
     import pytest
 except ImportError:  # the commands do without it
-    pytest = None
-
-import llmswap
+    pytest = Absent()
 
 
 # ==================================================================================
@@ -711,6 +722,24 @@ def test_every_file_that_the_readme_shows_is_read_without_complaint(tmp_path):
         config = llmswap.load_config(str(tmp_path / "x.ini"))
         problems = [model.problem for model in config.models.values() if model.problem]
         assert [*config.warnings, *problems] == [], text
+
+
+WITHOUT_PYTEST = f"""import runpy, sys
+sys.modules["pytest"] = None
+sys.path.insert(0, {str(HERE.parent)!r})
+runpy.run_path({str(HERE)!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("command", ["bench", "test"])
+def test_the_commands_do_without_pytest_and_the_tests_say_that_they_do_not(command):
+    words = [sys.executable, "-c", WITHOUT_PYTEST, command, "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    if command == "test":
+        assert (done.returncode, done.stderr) == (2, "The tests need pytest.\n")
+    else:
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"test_llmswap.py {command}" in done.stdout
 
 
 def test_the_readme_translates_llama_swaps_keys_into_ours():
@@ -18803,6 +18832,9 @@ def suite_groups(items):
 
 def suite_main(argv):
     """Run the tests with pytest's options `argv` on all cores; the exit status."""
+    if isinstance(pytest, Absent):
+        print("The tests need pytest.", file=sys.stderr)
+        return 2
     numbers, outcomes = os.pipe(), os.pipe()
     os.write(numbers[1], b"".join(n.to_bytes(4, "big") for n in range(10000)))
     os.close(numbers[1])
