@@ -3007,10 +3007,11 @@ class Upstream:
 
     def note_life(self):
         """The backend gave a sign of life just now."""
-        if self._has_slept():
+        suspended = suspended_seconds()
+        if suspended > self._suspended + 1.0:
             self._close_idle()
         self._seen_at = time.monotonic()
-        self._suspended = suspended_seconds()
+        self._suspended = suspended
 
     def is_fresh(self, seconds: float) -> bool:
         """Whether its last sign of life is no older, nor from before a suspension."""
@@ -9827,8 +9828,7 @@ class Handler(socketserver.BaseRequestHandler):
         """Serve one request; return whether the connection can serve another."""
         self.began = time.monotonic()
         self.config = self.pool.config
-        self.reply = Reply(self.request, None, [])
-        self.head = self.body = self.model = None
+        self.head = self.body = self.model = self.reply = None
         self.waited = None
         try:
             if not self._read_head():
@@ -9842,7 +9842,8 @@ class Handler(socketserver.BaseRequestHandler):
         except OSError as error:  # no client's, those are ClientGone: disk, memory
             self._answer_problem(Problem(f"{type(error).__name__}: {error}"))
         except ClientGone:
-            self.reply.status = 499  # as nginx calls it
+            if self.reply:
+                self.reply.status = 499  # as nginx calls it
             raise
         finally:
             self._count()
@@ -9855,7 +9856,10 @@ class Handler(socketserver.BaseRequestHandler):
     def _read_head(self):
         self.late.extend()
         self.wire.on_silence = self.late
-        raw = self.wire.head()
+        try:
+            raw = self.wire.head()
+        except OSError:
+            raise ClientGone from None
         if not raw:
             return False
         self.head = read_request(raw)
@@ -9885,7 +9889,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _count(self):
         """Note what has become of the request, if it was for a model or was refused."""
         reply = self.reply
-        if self.model is None and reply.status < 400:
+        if reply is None or (self.model is None and reply.status < 400):
             return
         status = 502 if reply.is_broken else reply.status or 500
         seconds = time.monotonic() - self.began
@@ -9898,7 +9902,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _answer_problem(self, problem):
         """Answer with an error in whatever form is still possible."""
-        reply = self.reply
+        reply = self.reply = self.reply or Reply(self.request, None, [])
         if self.body is None or not self.body.can_be_skipped:
             reply.stays = False
         if not reply.is_begun:

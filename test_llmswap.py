@@ -8555,6 +8555,19 @@ def test_after_an_error_the_connection_serves_on(swap):
             assert client.ask("GET", "/health").json()["status"] == "ok"
 
 
+def test_who_breaks_off_within_a_head_is_counted_as_no_failure():
+    with Llmswap("[a]\ncmd = FAKE\n") as server:
+        assert server.get("/health").status == 200
+        folder = f"/proc/{server.process.pid}/fd"
+        before = len(os.listdir(folder))
+        with server.connect() as client:
+            client.sock.sendall(b"GET /health HTTP/1.1\r\nHost: x")
+            eventually(lambda: len(os.listdir(folder)) > before)
+            reset_at_close(client.sock)
+        eventually(lambda: len(os.listdir(folder)) <= before)
+        assert b'status="500"' not in server.get("/metrics").body
+
+
 # ---- who may ask what
 
 
