@@ -8412,11 +8412,13 @@ def repair_body(body: bytes) -> bytes:
         payload = json.loads(text)
         edit = _edit_completion if "choices" in payload else _edit_message
         edit(payload, edits)
+        if not edits:
+            return body
         start = _space(text, 0)
         value, end = _edited(text, start, edits)
     except _UNKNOWN:
         return body
-    return (text[:start] + value + text[end:]).encode() if edits else body
+    return (text[:start] + value + text[end:]).encode()
 
 
 _EVENT_END = re.compile(rb"\n\r?\n")
