@@ -1589,6 +1589,10 @@ class Config(NamedTuple):
             raise UnknownModel(f"there is no model {name!r}{self._near(name)}", "model")
         return self.models[known]
 
+    def owner_of(self, model: Model) -> Model:
+        """Return the model whose backend serves this one."""
+        return self.models.get(model.backend, model)
+
     def default_model(self) -> Optional[Model]:
         """Return the model for requests that name none, if there is one."""
         if self.settings.default_model:
@@ -2244,8 +2248,7 @@ class Scheduler:
         """Grant a request for the model at once, if `submit` and `decide` would do that
         and nothing else; else do nothing. Most requests find their model ready."""
         slot = self.slots[name]
-        is_alone = not (self._queue or self._leaving or self._closing)
-        if not is_alone or not slot.is_ready_for(is_loose):
+        if self._queue or self._closing or not slot.is_ready_for(is_loose):
             return None
         ticket = Ticket(next(self._numbers), slot, now, is_loose)
         slot.note_arrival(now)
@@ -3152,7 +3155,7 @@ def _is_quiet(sock):
     if hasattr(sock, "do_handshake"):  # TLS cannot peek
         waiter = select.poll()
         waiter.register(sock, select.POLLIN)
-        return not waiter.poll(0)
+        return not (sock.pending() or waiter.poll(0))
     try:  # to read these lets no other thread run, as a look with recv() does
         (state,) = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
         unread = sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 4)
@@ -5378,7 +5381,6 @@ class Status(NamedTuple):
     since: Optional[float]  # in this state; None: it was never in another
     unload_in: Optional[float]
     failure: Optional[Problem]
-    load_seconds: Optional[float]
     pid: Optional[int]
     port: Optional[int]
     progress: Optional[float]  # of a load, 0 to 1
@@ -5517,7 +5519,7 @@ class Pool:
         if is_held:
             return
         try:
-            check_start(self.config.models.get(model.backend, model))
+            check_start(self.config.owner_of(model))
         except StartFailed as problem:
             self._note_refusal(model.backend, problem)
             raise
@@ -5588,8 +5590,8 @@ class Pool:
     def unload_all(self):
         """Begin to unload every model."""
         with self._lock:
-            for slot in list(self._scheduler.held):
-                self._scheduler.unload(slot.name, self._clock(), Unloaded(slot.name))
+            for name in self._scheduler.slots:
+                self._scheduler.unload(name, self._clock(), Unloaded(name))
             self._turn()
 
     def await_unloaded(self, gone: Callable[[], bool]):
@@ -5670,7 +5672,6 @@ class Pool:
             since=None if slot.changed_at is None else now - slot.changed_at,
             unload_in=None if unload_at is None else max(0.0, unload_at - now),
             failure=slot.last_failure,
-            load_seconds=slot.load_seconds,
             pid=getattr(backend, "pid", None),
             port=getattr(backend, "port", None),
             progress=backend.gauge.progress if is_loading else None,
@@ -5899,10 +5900,10 @@ class Pool:
     def _on_loaded(self, backend):
         with self._lock:
             now, name = self._clock(), backend.model.name
+            seconds = time.monotonic() - backend.started_at
             self._scheduler.loaded(name, backend.generation, now)
-            self._meters.count_load(name, time.monotonic() - backend.started_at)
+            self._meters.count_load(name, seconds)
             self._turn()
-        seconds = time.monotonic() - backend.started_at
         self._log("info", f"{name}: loaded in {seconds:.2f} s ({backend.where})")
         self._tell(name, "loaded")
 
@@ -6157,7 +6158,7 @@ class Wire:
         self.sock = sock
         self.on_silence = on_silence
         self.held = b""  # received and not used yet
-        self.is_untouched = True  # nothing was ever received
+        self.is_untouched = True  # nothing of a head was ever received
         self._size = FIRST  # of the next read: a buffer is ours for as long as it waits
 
     def take(self, size: int) -> bytes:
@@ -6741,9 +6742,9 @@ def members_of(data) -> Tuple[List[Member], bool]:
     return _members_by_hand(data)
 
 
-_FIRST = re.compile(r'[ \t\r\n]*\{[ \t\r\n]*"([^"\\]*)"[ \t\r\n]*:[ \t\r\n]*')
-_NEXT = re.compile(r'[ \t\r\n]*,[ \t\r\n]*"([^"\\]*)"[ \t\r\n]*:[ \t\r\n]*')
-_LAST = re.compile(r"[ \t\r\n]*\}")
+_FIRST_NAME = re.compile(r'[ \t\r\n]*\{[ \t\r\n]*"([^"\\]*)"[ \t\r\n]*:[ \t\r\n]*')
+_NEXT_NAME = re.compile(r'[ \t\r\n]*,[ \t\r\n]*"([^"\\]*)"[ \t\r\n]*:[ \t\r\n]*')
+_LAST_BRACE = re.compile(r"[ \t\r\n]*\}")
 _decode_value = json.JSONDecoder(strict=False).scan_once
 
 
@@ -6753,13 +6754,13 @@ def _members_by_decoder(data):
     then each character is one byte."""
     text = str(data, "latin-1")
     members, end = [], 0
-    name = _FIRST.match(text)
+    name = _FIRST_NAME.match(text)
     while name:
         value = name.end()
         _, end = _decode_value(text, value)
         members.append(Member(_as_utf_8(name[1]), name.start(1) - 1, value, end))
-        name = _NEXT.match(text, end)
-    if not _LAST.match(text, end):
+        name = _NEXT_NAME.match(text, end)
+    if not _LAST_BRACE.match(text, end):
         raise ValueError
     return members
 
@@ -8726,8 +8727,6 @@ def usage_in(ends: bytes) -> Usage:
     twice the last counts, and `usage` before llama-server's `timings`.
     """
     found = {name.decode(): float(value) for name, value in _USAGE.findall(ends)}
-    if not found:
-        return Usage()
     if "prompt_n" in found:  # of the prompt, what was not in the cache
         found["prompt_n"] += found.get("cache_n", 0)
     return Usage(
@@ -8746,7 +8745,7 @@ def _first_of(found, names):
 
 def speed_of(usage: Usage, seconds: float) -> Optional[float]:
     """Return tokens per second, if the answer says them or took long enough to tell."""
-    if not usage.tokens_out or usage.tokens_out < 2:
+    if (usage.tokens_out or 0) < 2:
         return None
     if usage.tokens_per_second is not None:
         return usage.tokens_per_second
@@ -9936,12 +9935,15 @@ class Handler(socketserver.BaseRequestHandler):
     def _send(self, status, fields, payload):
         self.reply.answer(status, [*fields, ("server", "llmswap")], payload)
 
-    def _send_json(self, value, status=200):
-        fields = [("content-type", "application/json; charset=utf-8")]
-        self._send(status, fields, _dump(value))
+    def _send_json(self, value):
+        self._send_listing(_dump(value))
 
-    def _send_text(self, text, kind="text/plain"):
-        fields = [("content-type", f"{kind}; charset=utf-8")]
+    def _send_listing(self, payload):
+        fields = [("content-type", "application/json; charset=utf-8")]
+        self._send(200, fields, payload)
+
+    def _send_text(self, text):
+        fields = [("content-type", "text/plain; charset=utf-8")]
         self._send(200, fields, text.encode())
 
     # -- who may ask what ------------------------------------------------------------
@@ -10174,10 +10176,6 @@ class Handler(socketserver.BaseRequestHandler):
     def _show_model(self, name):
         self._send_listing(*self._entries([self._resolve(unquoted(name))], True))
 
-    def _send_listing(self, payload):
-        fields = [("content-type", "application/json; charset=utf-8")]
-        self._send(200, fields, payload)
-
     def _entries(self, models, is_asked_for=False):
         """Yield what there is to say of each model, as JSON. To write 500 of them takes
         50 ms, so the server keeps each, and what it was made of."""
@@ -10185,7 +10183,7 @@ class Handler(socketserver.BaseRequestHandler):
         for model in models:
             if model.settings.unlisted and not is_asked_for:
                 continue
-            owner = self.config.models.get(model.backend, model)
+            owner = self.config.owner_of(model)
             binary = (owner.kind, owner.settings.llama_server)
             if binary not in tables:
                 tables[binary] = table_of(owner)  # which looks at the disk
@@ -10223,7 +10221,7 @@ class Handler(socketserver.BaseRequestHandler):
         return entry
 
     def _shown_command(self, model, status):
-        owner = self.config.models.get(model.backend, model)
+        owner = self.config.owner_of(model)
         port = str(status.port) if status and status.port else "${PORT}"
         try:
             return masked(command_of(owner, table_of(owner), port))
@@ -10257,9 +10255,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _unload_all(self):
         self._check_not_from_a_page()
-        for model in self.config.models.values():
-            if model.backend == model.name:
-                self.pool.unload(model)
+        self.pool.unload_all()
         self.pool.await_unloaded(self._look_after_client)
         self._send_text("OK")
 
@@ -10275,7 +10271,7 @@ class Handler(socketserver.BaseRequestHandler):
         running = []
         for name, status in self.pool.snapshot().items():
             model = self.config.models.get(name)
-            if model is None or model.backend != name or status.state is State.UNLOADED:
+            if model is None or status.state is State.UNLOADED or not status.is_owner:
                 continue
             running.append(
                 {
@@ -10488,7 +10484,7 @@ class Handler(socketserver.BaseRequestHandler):
         """The request as the backend is to get it."""
         body, edits = self.body, _edits_of(model, named)
         length = body.length
-        if named.is_json and _has_edits(edits, named):
+        if named.is_json and edits != Edits():
             body.hold(self.config.settings.max_body + 1)
             held = edited_json(body.held, members_of(body.held)[0], edits)
         elif named.model is not None and edits.model is not None:
@@ -10512,7 +10508,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _fields_up(self, model):
         dropped = NOT_UP
-        key = self.config.models.get(model.backend, model).settings.proxy_key
+        key = self.config.owner_of(model).settings.proxy_key
         if self.config.api_keys or key:
             dropped = dropped.union(KEY_FIELDS)
         if self.head.method == "POST":  # events and numbers are read on the way
@@ -10573,10 +10569,6 @@ def _edits_of(model, named):
 STAY_NAMES = ("keep_alive", "ttl")
 NOT_UP = frozenset(("host", "x-conversation-id"))
 KEY_FIELDS = ("authorization", "x-api-key", "api-key")
-
-
-def _has_edits(edits, named):
-    return bool(edits.model is not None or edits.laid_over or edits.removed)
 
 
 def _seconds_of(name, value):
