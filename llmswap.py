@@ -6511,7 +6511,7 @@ class ChunkDecoder:
 
     def feed(self, data: bytes) -> bytes:
         """Return the payload in these bytes."""
-        if not (self._left or self._line) and self._take_line == self._take_size:
+        if not self._line and self._take_line == self._take_size:
             found = _CHUNK_SIZE.match(data)  # one chunk and nothing else, most often
             start = found.end() if found else 0
             if found and len(data) == start + int(found[1], 16) + 2 > start + 2:
@@ -7399,8 +7399,8 @@ class Reply:
         return self.notice() if self.notice and is_waiting else b""
 
     def _is_at_boundary(self):
-        last = bytes(self.ends) or b"\n\n"
-        return last.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
+        said = b"\n\n" + bytes(self.ends)  # before the first event is between events
+        return said.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
 
     @property
     def is_within_line(self) -> bool:

@@ -1942,6 +1942,15 @@ def test_one_client_that_alternates_teaches_nobody_to_wait_for_it():
     assert slot.return_gap(slot.swap_cost(stage.core.slots["b"])) == 0.005
 
 
+def test_nothing_is_settled_while_what_an_event_decided_is_untold():
+    stage = Story("a")
+    ticket = stage.core.submit("a", 0)
+    stage.core.unload("a", 0, llmswap.Problem("no"))
+    stage.core.withdraw(ticket, 0)
+    assert not stage.core.is_settled(ticket.slot, 0)
+    assert stage.core.decide(0) and stage.core.is_settled(ticket.slot, 0)
+
+
 def submitted(core, name, now, **kind):
     """A ticket, submitted as the Pool does: first to a model that is ready for it."""
     ticket = None if kind.get("is_by_hand") else core.submit_to_ready(name, now, **kind)
@@ -4777,6 +4786,27 @@ def test_a_lease_is_granted_once_its_model_is_ready_and_kept_until_its_end(stage
     assert stage.pool.counts() == {"models": 2, "loaded": 1, "requests": 0, "queued": 0}
 
 
+@pytest.mark.parametrize("is_loose", [False, True])
+def test_a_lease_of_a_ready_model_is_seen_and_is_use_from_its_start_to_its_end(
+    stage, is_loose
+):
+    pool, seen = stage.pool, [None]
+
+    def is_news():
+        seen.append(pool.await_change(seen[-1], 0))
+        return seen[-1] != seen[-2]
+
+    stage.load("a")
+    stage.now += 10
+    assert is_news() and not is_news()
+    request = stage.ask("a", is_loose)
+    request.granted()
+    assert is_news() and pool.idle_since() == (stage.now if is_loose else None)
+    stage.now += 10
+    request.end()
+    assert is_news() and pool.idle_since() == stage.now
+
+
 def test_a_model_is_not_evicted_before_it_served_what_it_was_loaded_for(stage):
     first, second = stage.ask("a"), stage.ask("b")
     stage.pass_time(100)
@@ -4958,10 +4988,13 @@ def test_a_removed_model_refuses_who_waits_and_who_comes(stage):
             pass
 
 
-def test_a_reload_that_makes_a_model_unusable_refuses_who_waits(stage):
+def test_a_reload_that_makes_a_model_unusable_refuses_who_waits_and_who_comes(stage):
+    stage.load("a")
     waiting = stage.ask("b")
-    stage.pool.reload(stage.config("[a]\nTRUE\n[b]\nno-such-key = 1\n"))
+    stage.pool.reload(stage.config("[a]\nTRUE\nno-such-key = 1\n[b]\nno-such-key = 1\n"))
     assert isinstance(waiting.refused(), llmswap.Unusable)
+    assert stage.state("a") == "loaded"  # as it is
+    assert isinstance(stage.ask("a").refused(), llmswap.Unusable)
 
 
 def test_keep_alive_holds_until_the_model_unloads(stage):
@@ -5519,6 +5552,14 @@ def test_it_serves_without_the_memory_that_its_compilation_took(tmp_path):
         assert not [name for name in names if "memfd" in name]
         assert ask(port, "POST", "/v1/chat/completions", chat_body("m1")).status == 200
         assert "PATH=" in told.read_text() and "MALLOC" not in told.read_text()
+
+
+def test_garbage_is_collected_once_it_has_started():
+    code = "import gc, runpy, sys; gc.disable(); sys.argv[1:] = ['--version']\ntry:\n"
+    code += f" runpy.run_path({llmswap_file()!r}, run_name='__main__')\nfinally:\n"
+    code += " print(gc.isenabled(), gc.get_freeze_count() > 1000)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"llmswap {llmswap.VERSION}\nTrue True\n"
 
 
 def test_a_unix_socket_is_removed_at_the_end(tmp_path):
@@ -6690,6 +6731,20 @@ def test_a_head_is_found_however_its_bytes_are_cut():
             assert wire.receive() == b"rest"
 
 
+def test_a_read_is_as_large_as_what_came_before_it_calls_for():
+    asked, there = [], [1 << 20] * 4 + [100] * 6 + [1 << 20] * 2
+
+    def recv(size):
+        asked.append(size)
+        return bytes(min(size, there[len(asked) - 1]))
+
+    wire = llmswap.Wire(SimpleNamespace(recv=recv))
+    for _ in there:
+        wire.receive()
+    kilobytes = [16, 64, 256, 256, 256, 64, 16, 4, 2, 2, 2, 8]
+    assert asked == [each << 10 for each in kilobytes]
+
+
 LENGTHY = b"POST /%b HTTP/1.1\r\nHost: x\r\nContent-Length: %b\r\nX: y\r\n\r\n"
 
 
@@ -6948,6 +7003,9 @@ BAD_CHUNKS = [
     b"0\r\nA: b\rc\r\n\r\n",
     b"0\r\nA : b\r\n\r\n",
     b"0\r\nA: b\r\n c\r\n\r\n",
+    b"1\r\nx1\r\nx\r\n",
+    b"0\r\n1\r\nx\r\n",
+    b"1\r\nx\n\n",
 ]
 
 
@@ -7635,9 +7693,13 @@ def read_slowly_after(pause):
 ERROR_EVENT = re.compile(rb'data: \{"error":\{"message":"it died".*\}\}\n\n')
 
 
-@pytest.mark.parametrize("ending", [b"\n\n", b"\r\n\r\n", b"\r\r"])
-def test_a_stream_broken_between_events_says_why_and_does_not_end(ending):
-    data, _, reply = replied(GET, broken_answer(True, b"data: x" + ending))
+@pytest.mark.parametrize(
+    "payload",
+    [b"", b"\n", b"data: x\n\n", b"data: x\r\n\r\n", b"data: x\r\r",
+     b"data: " + b"x" * 9999 + b"\n\n"],
+)  # fmt: skip
+def test_a_stream_broken_between_events_says_why_and_does_not_end(payload):
+    data, _, reply = replied(GET, broken_answer(True, payload))
     assert ERROR_EVENT.search(data)
     assert not data.endswith(b"0\r\n\r\n") and not reply.stays
 
@@ -7649,6 +7711,15 @@ def test_a_stream_broken_within_an_event_says_nothing_and_does_not_end(payload):
     data, _, reply = replied(GET, broken_answer(True, payload))
     assert b"error" not in data
     assert not data.endswith(b"0\r\n\r\n") and not reply.stays
+
+
+@pytest.mark.parametrize("end", [b"", b"data: x\n", b"data: x\r", b"data: x"])
+def test_a_stream_of_events_may_end_where_a_line_does(end):
+    with pair() as (ours, _):
+        reply = llmswap.Reply(ours, request_of(GET), [])
+        reply.begin_events()
+        reply.send(end)
+        assert reply.is_within_line is end.endswith(b"x")
 
 
 def test_a_broken_answer_that_only_the_end_delimits_ends_by_a_reset():
@@ -12184,7 +12255,9 @@ def test_a_log_is_followed(browser):
         assert browser.value(below) < 2, "the end is out of sight"
         browser.press("Escape")
         browser.until("document.querySelector('#log').hidden")
-        assert browser.value("document.activeElement.innerText") == "Log"
+        where = "opener.isConnected, opener.checkVisibility(), document.hasFocus(), news"
+        told = browser.value(f"[document.activeElement.innerText, {where}]")
+        assert told[0] == "Log", told
         assert browser.complaints == []
 
 
@@ -13450,7 +13523,7 @@ def test_the_recipe_for_a_user_service_as_written_on_a_real_systemd(debian):
     tools.mkdir(parents=True)
     fake_binary(tools)
     text = f"{quick_file()}[b]\nmodel = {LLMSWAP}\nidle-timeout = 20ms\n"
-    install(debian, text.replace("idle-timeout = 20ms", "idle-timeout = 200ms", 1))
+    install(debian, text)
     assert debian("loginctl show-user --value -p Linger root") == "yes"
     assert debian("systemctl --user is-enabled llmswap.socket") == "enabled"
 
@@ -13458,11 +13531,15 @@ def test_the_recipe_for_a_user_service_as_written_on_a_real_systemd(debian):
         return debian.show(what, "llmswap.service")
 
     assert show("ActiveState") == "inactive"
-    for turn in range(6):  # so often may no service start by default
-        assert chat_within(debian, "b" if turn == 1 else "a").status == 200
-        if not turn:
-            eventually(lambda: show("StatusText") == "a loaded", every=0.1)
+    with network_of(debian.network):
+        body = chat_body("a", stream=True, tokens=10**5, interval=0.05)
+        stream = Stream(8080, "/v1/chat/completions", body)
+    with stream:
+        eventually(lambda: show("StatusText") == "a loaded", every=0.1)
+    for turn in range(5):  # more often may no service start by default
         eventually(lambda: show("ActiveState") == "inactive", every=0.1)
+        assert chat_within(debian, "a" if turn else "b").status == 200
+    eventually(lambda: show("ActiveState") == "inactive", every=0.1)
     assert show("Result") == "success"
     (debian.home / "llmswap/models.ini").write_text("no file of ours")
     with network_of(debian.network):
