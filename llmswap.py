@@ -4450,7 +4450,7 @@ def settle(pids: Set[int], timeout: float):
 # -- systemd units ---------------------------------------------------------------------
 
 ERRAND_PATIENCE = 5.0  # s; what a quick question to systemd may take
-JOURNAL_MOMENT = 0.2  # s; if it has nothing new by then, it has everything
+JOURNAL_MOMENT = 0.4  # s; if it has nothing new by then, it has everything
 LOOK_EVERY = 5.0  # s; how often a unit is looked at whose main process is not known
 DEAF_SECONDS = 30.0  # s; a systemd that hangs is not asked again before
 RUNNING = ("active", "activating", "reloading")

@@ -5712,7 +5712,10 @@ def alive(name):
 def state(name):
     if alive(name):
         return "active"
-    return "failed" if read(name, "status") not in ("", "0") else "inactive"
+    status = read(name, "status")
+    if not status and read(name, "pid"):
+        return "deactivating"  # it ended; the shell will say how
+    return "failed" if status not in ("", "0") else "inactive"
 
 def stop(name, number):
     if alive(name):
@@ -5735,10 +5738,13 @@ for name in names:
         print("Result=" + ("success" if status == "0" else "exit-code"))
         print("ExecMainStatus=" + status)
     elif verb == "reset-failed":
-        os.unlink(path(name, "status"))
+        open(path(name, "status"), "w").write("0")
     elif verb == "start" and state(name) == "failed":
         sys.exit("Start request repeated too quickly.")
     elif verb == "start" and not alive(name):
+        for what in "status", "pid":
+            if os.path.exists(path(name, what)):
+                os.unlink(path(name, what))
         script = "%s & echo $! >%s; wait $!; echo $? >%s" % (
             read(name, "cmd"), path(name, "pid"), path(name, "status"))
         if not os.fork():
