@@ -10484,7 +10484,7 @@ class Handler(socketserver.BaseRequestHandler):
         """The request as the backend is to get it."""
         body, edits = self.body, _edits_of(model, named)
         length = body.length
-        if named.is_json and edits != Edits():
+        if named.is_json and edits is not NO_EDITS:
             body.hold(self.config.settings.max_body + 1)
             held = edited_json(body.held, members_of(body.held)[0], edits)
         elif named.model is not None and edits.model is not None:
@@ -10561,11 +10561,15 @@ def _link_to(backend):
 
 def _edits_of(model, named):
     settings = model.settings
-    stays = [name for name in STAY_NAMES if name in named.members]
-    removed = frozenset(stays + list(settings.strip_params))
-    return Edits(settings.model_name or None, settings.set_params, removed)
+    removed = [name for name in STAY_NAMES if name in named.members]
+    removed.extend(settings.strip_params)
+    if not (removed or settings.model_name or settings.set_params):
+        return NO_EDITS
+    name = settings.model_name or None
+    return Edits(name, settings.set_params, frozenset(removed))
 
 
+NO_EDITS = Edits()
 STAY_NAMES = ("keep_alive", "ttl")
 NOT_UP = frozenset(("host", "x-conversation-id"))
 KEY_FIELDS = ("authorization", "x-api-key", "api-key")
