@@ -8117,7 +8117,7 @@ def test_a_client_that_does_not_stream_or_wants_no_notice_just_waits(swap):
 
 
 def test_during_prefill_and_in_pauses_comments_come_between_events(swap):
-    with swap.stream("a", delay=0.4, tokens=2, interval=0.3) as stream:
+    with swap.stream("a", delay=1, tokens=2, interval=0.6) as stream:
         assert stream.text()
     assert re.match(rb"(:\n\n){2,}data: ", stream.raw)
     assert re.search(rb"\}\n\n(:\n\n)+data: ", stream.raw)
@@ -13587,7 +13587,8 @@ def test_the_recipe_for_units_as_models_as_written_on_a_real_systemd(debian):
     folders = {"--user": debian.home / ".config/systemd/user",
                "--system": debian.home.parent / "etc/systemd/system"}  # fmt: skip
     wanted = [("--user", "bge-m3", ()), ("--system", "qwen3", ("--load", "0.2")),
-              ("--user", "broken", ("--load-exit", "3"))]  # fmt: skip
+              # it lives long enough for the journal to learn whose lines these are
+              ("--user", "broken", ("--load", "0.5", "--load-exit", "3"))]  # fmt: skip
     for scope, name, flags in wanted:
         command = fake_command("--model", name, *flags, port="3004")
         folders[scope].mkdir(parents=True, exist_ok=True)
@@ -13639,7 +13640,7 @@ class Sleeper:
         (folder / "systemctl").write_text(
             f"#!/bin/sh\necho $@ >{self._asks}\n"
             f"while [ -e {self._asks} ]; do sleep 0.05; done\n"
-        )
+        )  # it returns once the machine is awake again
         (folder / "systemctl").chmod(0o755)
         fake_binary(folder)
         self.env = {"PATH": f"{folder}:{os.environ['PATH']}"}
@@ -13679,6 +13680,8 @@ class Sleeper:
         finally:
             self._is_over.set()
             thread.join()
+            (self._asks.parent / "systemctl").write_text("#!/bin/sh\n")
+            self._asks.unlink(missing_ok=True)
 
     def _live(self):
         while not self._is_over.is_set():
