@@ -11197,8 +11197,9 @@ def test_the_first_screen_of_the_readme_shows_what_happens(tmp_path):
         for line, output in commands:
             line = line.replace("localhost:8080", f"127.0.0.1:{port}")
             assert subprocess.check_output(["sh", "-c", line], text=True) == output
-        said = [alike(line) for line in log.read_text().splitlines()]
-        assert sorted(said) == sorted(map(alike, told.splitlines()))
+        expected = sorted(map(alike, told.splitlines()))
+        eventually(lambda: log.read_text().count("\n") >= len(expected))
+        assert sorted(map(alike, log.read_text().splitlines())) == expected
         assert len(commands) == 2
     finally:
         process.terminate()
