@@ -10696,7 +10696,7 @@ REFUSAL_SECONDS = 1.0  # for those that came too late to be told so
 MORE_TIME = "EXTEND_TIMEOUT_USEC=15000000"  # is what systemd is asked for then
 EXTEND_EVERY = 5.0  # s; so often
 STACK_BYTES = 512 * 1024  # of a thread; the deepest call here needs a tenth of it
-IDLE_THREADS = 32  # kept for the next connections
+IDLE_THREADS = 16  # kept for the next connections
 MOST_DESCRIPTORS = 65536
 MOST_CONNECTIONS = 4096
 MOST_LEAVING = 32  # that are given the time to read why they must leave
