@@ -4841,7 +4841,7 @@ class UnitBackend:
 
     def _failure(self):
         """Say why it ended; None: somebody else stopped it, which is no failure."""
-        found = self._look("Result", "ExecMainStatus")
+        found = self._end_as_told()
         result = found.get("Result", "unknown")
         if self._is_ready and result == "success":
             self.on_line(f"llmswap: {self.service.name} was stopped by somebody else")
@@ -4853,6 +4853,15 @@ class UnitBackend:
         what = "ended by itself" if self._is_ready else "could not be started"
         code = int(found["ExecMainStatus"]) if result == "exit-code" else None
         return StartFailed(f"{self._name()} {what}: {why}{self._told()}", code)
+
+    def _end_as_told(self):
+        """What systemd says of the end, which it may notice a moment after us."""
+        until = time.monotonic() + ERRAND_PATIENCE
+        while True:
+            found = self._look("MainPID", "Result", "ExecMainStatus")
+            if found.get("MainPID") != str(self.pid) or time.monotonic() >= until:
+                return found
+            self.rest(time.monotonic() + 0.05)
 
     def _told(self):
         """What it wrote last; the journal has it a moment after the end."""

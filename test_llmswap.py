@@ -5714,7 +5714,7 @@ def state(name):
         return "active"
     status = read(name, "status")
     if not status and read(name, "pid"):
-        return "deactivating"  # it ended; the shell will say how
+        return "active"  # it ended, which systemd has not noticed yet
     return "failed" if status not in ("", "0") else "inactive"
 
 def stop(name, number):
@@ -5733,7 +5733,7 @@ for name in names:
     elif verb == "show":
         print("LoadState=" + ("loaded" if read(name, "cmd") else "not-found"))
         print("ActiveState=" + state(name))
-        print("MainPID=" + (read(name, "pid") if alive(name) else "0"))
+        print("MainPID=" + (read(name, "pid") if state(name) == "active" else "0"))
         status = read(name, "status") or "0"
         print("Result=" + ("success" if status == "0" else "exit-code"))
         print("ExecMainStatus=" + status)
@@ -5745,7 +5745,7 @@ for name in names:
         for what in "status", "pid":
             if os.path.exists(path(name, what)):
                 os.unlink(path(name, what))
-        script = "%s & echo $! >%s; wait $!; echo $? >%s" % (
+        script = "%s & echo $! >%s; wait $!; s=$?; sleep 0.1; echo $s >%s" % (
             read(name, "cmd"), path(name, "pid"), path(name, "status"))
         if not os.fork():
             os.setsid()
