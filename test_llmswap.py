@@ -8659,21 +8659,24 @@ def descriptors_of(pid):
 
 
 def connections_of(pid):
-    """Local and remote address and state of its TCP connections, as the kernel writes."""
-    inodes = {name[8:-1] for name in descriptors_of(pid) if name[:8] == "socket:["}
+    """{name: local address, remote address and state, as the kernel writes them} of
+    its TCP connections."""
     with open("/proc/net/tcp") as file:
         rows = [line.split() for line in file]
-    return sorted(" ".join(row[1:4]) for row in rows if row[9] in inodes)
+    told = {f"socket:[{row[9]}]": " ".join(row[1:4]) for row in rows}
+    return {name: told[name] for name in descriptors_of(pid) if name in told}
 
 
 def test_who_breaks_off_within_a_head_is_counted_as_no_failure():
     with Llmswap("[a]\ncmd = FAKE\n") as server:
-        before = descriptors_of(server.process.pid)
+        pid = server.process.pid
         with server.connect() as client:
             client.sock.sendall(b"GET /health HTTP/1.1\r\nHost: x")
-            its = eventually(lambda: descriptors_of(server.process.pid) - before)
+            ours = f":{client.sock.getsockname()[1]:04X} 01"
+            found = lambda: [k for k, v in connections_of(pid).items() if ours in v]
+            (its,) = eventually(found)
             reset_at_close(client.sock)
-        eventually(lambda: not its & descriptors_of(server.process.pid))
+        eventually(lambda: its not in descriptors_of(pid))
         assert b'status="500"' not in server.get("/metrics").body
 
 
@@ -16756,7 +16759,7 @@ class SoakRun:
             eventually(lambda: not self._grown(server, most), 30, every=0.5)
         self.sizes["after"] = soak_size(server.pid)
         for grown in self._grown(server, most):
-            held = connections_of(server.pid) if "descriptors" in grown else ""
+            held = connections_of(server.pid) if "descriptors" in grown else {}
             tally.violate(f"not given back: {grown} {held}")
         for name, slack in SOAK_GROWTH.items():
             if late[name] > early[name] + slack:
