@@ -2910,23 +2910,26 @@ def _all_processes():
 
 
 class ProcessStat(NamedTuple):
-    """What /proc says of a process: start is in ticks since boot, state a letter."""
+    """What /proc says of a process: state is a letter, start in ticks since boot,
+    resident in pages, processor the one it ran on last."""
 
     state: str
     group: int
     session: int
     start: int
+    resident: int
+    processor: int
 
 
-def process_stat(pid: int) -> Optional[ProcessStat]:
+def process_stat(pid: Union[int, str]) -> Optional[ProcessStat]:
     """Return it, or None where there is no such process or no /proc."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
     except OSError:
         return None
-    state = fields[0].decode()
-    return ProcessStat(state, int(fields[2]), int(fields[3]), int(fields[19]))
+    numbers = (int(fields[at]) for at in (2, 3, 19, 21, 36))
+    return ProcessStat(fields[0].decode(), *numbers)
 
 
 def stranger_on(inodes: Set[int], child: int, may_hide: bool) -> Optional[str]:
@@ -3576,6 +3579,7 @@ def begin(life):
 
 
 def _live(life):
+    use_all_processors()
     try:
         problem = life._story()
     except Problem as error:
@@ -3585,6 +3589,13 @@ def _live(life):
     life._end()
     life.on_exited(life, problem)
     life._has_ended.set()
+
+
+def use_all_processors():
+    """Let this thread, and whom it starts, run wherever the main thread may: a thread
+    that serves clients is kept to one processor, and so are those that it starts."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
 
 
 def ask_to_stop(life, at_once=False):
@@ -5177,13 +5188,9 @@ class MemoryWatch:
 def resident_by_group() -> Dict[int, int]:
     """Return bytes of resident memory by process group; empty without /proc."""
     found = collections.Counter()
-    for pid in _all_processes() if os.path.exists("/proc/self/stat") else ():
-        try:
-            with open(f"/proc/{pid}/stat", "rb") as file:
-                fields = file.read().rpartition(b")")[2].split()
-        except OSError:
-            continue  # it ended meanwhile
-        found[int(fields[2])] += int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+    for stat in map(process_stat, _all_processes()):
+        if stat is not None:  # else it ended meanwhile
+            found[stat.group] += stat.resident * os.sysconf("SC_PAGE_SIZE")
     return found
 
 
@@ -9805,6 +9812,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.is_on_loopback = _is_loopback(self.request.getsockname())
         self.is_unread = False  # the client may be sending what nobody reads
         self.let_in = self.let_in_by = None  # the fields of a head, and a configuration
+        self.processor = None  # the only one this thread runs on
         if self.request.family != socket.AF_UNIX:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         set_tick(self.request)
@@ -9838,6 +9846,8 @@ class Handler(socketserver.BaseRequestHandler):
         """Serve one request; return whether the connection can serve another."""
         self.began = time.monotonic()
         self.config = self.pool.config
+        if self.processor != self.server.processor:
+            self._join_others()
         self.head = self.body = self.model = self.reply = None
         self.waited = None
         try:
@@ -9862,6 +9872,14 @@ class Handler(socketserver.BaseRequestHandler):
         self.is_unread = self.body is None or not self.body.is_complete
         self.body, self.wire.on_silence = None, self.late  # frees what it held
         return self.reply.stays
+
+    def _join_others(self):
+        """Run where all do who serve clients: Python lets only one of them run at a
+        time, and handing this over from processor to processor costs as much again as
+        a whole small request."""
+        self.processor = self.server.processor
+        with contextlib.suppress(OSError):  # it may have been taken from us
+            os.sched_setaffinity(0, {self.processor})
 
     def _read_head(self):
         self.late.extend()
@@ -10845,6 +10863,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.born = int(time.time())
         self.entries = {}  # of /v1/models: see Handler._entries
         self.is_closing = False
+        self.processor = None  # for all threads that serve clients
         self.most_connections = min(MOST_CONNECTIONS, raise_descriptor_limit() // 2)
         self._bell = Bell()
         self._is_paused = False
@@ -10868,6 +10887,7 @@ class Server(socketserver.ThreadingTCPServer):
         """Accept until stopped. Sleeps while nothing happens."""
         waiter = select.poll()
         waiter.register(self._bell, select.POLLIN)
+        self._choose_processor()
         listeners = {each.fileno(): each for each in self.sockets}
         for fd, listener in listeners.items():
             listener.setblocking(False)
@@ -10890,6 +10910,8 @@ class Server(socketserver.ThreadingTCPServer):
             self.log("error", f"a connection could not be accepted: {error}")
             time.sleep(0.1)
             return
+        if self.quiet_since() is not None:
+            self._choose_processor()
         connection.setblocking(True)  # elsewhere than on Linux it is as its listener
         try:
             self._admit(connection, address)
@@ -10897,6 +10919,13 @@ class Server(socketserver.ThreadingTCPServer):
             self.log("error", f"a connection could not be served: {error}")
             self._open.discard(connection)
             self._turn_away(connection, str(error))
+
+    def _choose_processor(self):
+        """Who serves from now on runs where this thread was put: there was room."""
+        needs_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
+        if needs_lock and hasattr(os, "sched_setaffinity"):
+            here = process_stat("thread-self")
+            self.processor = here and here.processor
 
     def _admit(self, connection, address):
         why = f"{self.most_connections} connections are open already"

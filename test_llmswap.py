@@ -9380,6 +9380,39 @@ def test_a_soft_limit_of_descriptors_is_raised_for_us_and_kept_for_models():
             client.hang_up()
 
 
+MANY_PROCESSORS = pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity")
+    or len(os.sched_getaffinity(0)) < 2
+    or not getattr(sys, "_is_gil_enabled", lambda: True)(),
+    reason="threads are kept on one of several processors, where one lock serves all",
+)
+
+
+def processors_of(pid):
+    """The processors that each of its threads may use."""
+    threads = map(int, os.listdir(f"/proc/{pid}/task"))
+    return [frozenset(os.sched_getaffinity(thread)) for thread in threads]
+
+
+@MANY_PROCESSORS
+def test_who_serve_share_a_processor_and_whom_they_start_has_all(tmp_path):
+    told, every = tmp_path / "told", frozenset(os.sched_getaffinity(0))
+    stop = tmp_path / "stop"
+    stop.write_text(f"grep Cpus_allowed: /proc/self/status > {told}; kill $1\n")
+    text = f"[a]\ncmd = FAKE\ncmd-stop = sh {stop} ${{PID}}\n[b]\ncmd = FAKE\n"
+    with Llmswap(text) as swap:
+        streams = [swap.stream("a", tokens=1000, interval=0.1) for _ in range(3)]
+        bound = [each for each in processors_of(swap.pid) if each != every]
+        assert len(bound) >= 3 and len(set(bound)) == len(bound[0]) == 1
+        for stream in streams:
+            stream.close()
+        assert set(processors_of(swap.stats("a")["pid"])) == {every}
+        assert swap.chat("b").status == 200
+        assert set(processors_of(swap.stats("b")["pid"])) == {every}
+    mask = int(told.read_text().split()[1].replace(",", ""), 16)
+    assert mask == sum(1 << each for each in every)
+
+
 def test_beyond_the_limit_of_connections_there_is_a_clear_503():
     with with_few_descriptors(hasty(MODELS, LINGER_SECONDS=3.0), "-", 128) as swap:
         swap.chat("a")
