@@ -5644,6 +5644,7 @@ def test_without_a_thread_for_a_connection_it_is_refused_and_others_are_not(
     said = []
     server = llmswap.Server.__new__(llmswap.Server)
     server._open, server._leaving, server._idle_threads = set(), set(), []
+    server._idle_connections, server._quiet_at = set(), 0.0
     server.most_connections, server.log = most, lambda *told: said.append(told)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         with Client(listener.getsockname()[1]) as client:
