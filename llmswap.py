@@ -31,15 +31,15 @@ Rooms, each using only what stands above it:
     9  API            what each path means; the only place that writes an error
     10 Command line   arguments, logging, signals, the order of shutdown
 
-Threads. One accepts connections; one serves each connection, request after request; one
-lives the life of each backend, from spawn to death; one turns the Pool's wheel when
-time alone changes something; one looks how far loads are; one writes the log; one
-replaces a dead guard; where they are wanted, one talks to systemd and one sees to the
-idle command. The main thread hears signals. What they share is the Scheduler and the
-dict of backends. Both belong to the Pool and are touched only under its one lock, which
-is held just long enough to record an event and to carry out what follows, never across
-I/O or a sleep. Waiting happens outside. So there is no order of locks to remember, and
-nothing can wait for someone who waits.
+Threads. One accepts connections; one serves each connection, request after request, all
+of these on one processor; one lives the life of each backend, from spawn to death; one
+turns the Pool's wheel when time alone changes something; one looks how far loads are;
+one writes the log; one replaces a dead guard; where they are wanted, one talks to
+systemd and one sees to the idle command. The main thread hears signals. What they share
+is the Scheduler and the dict of backends. Both belong to the Pool and are touched only
+under its one lock, which is held just long enough to record an event and to carry out
+what follows, never across I/O or a sleep. Waiting happens outside. So there is no order
+of locks to remember, and nothing can wait for someone who waits.
 """
 
 import os
@@ -6883,8 +6883,8 @@ def _end_of_value(data, at, deepest=math.inf):
 def _brackets_in(data):
     """How deep JSON may be nested at most; json's decoder overruns the stack of a
     thread at depths that Python 3.13 lets pass."""
-    data = bytes(data)
-    return data.count(b"[") + data.count(b"{")
+    data = bytes(data)  # whose count() takes ten times as long
+    return len(data) - len(data.replace(b"[", b"").replace(b"{", b""))
 
 
 def json_or(raw, fallback):
