@@ -708,10 +708,19 @@ def section(title):
     return re.split(r"^##", text, flags=re.MULTILINE)[0]
 
 
+def keys_table(keys):
+    """The rows as a table in Markdown."""
+    lines = ["| key | default | meaning |", "|---|---|---|"]
+    for key in keys:
+        default = f"`{key.default}`" if key.default else ""
+        lines.append(f"| `{key.name}` | {default} | {key.help} |")
+    return "\n".join(lines) + "\n"
+
+
 def test_the_readme_has_the_tables_of_all_keys():
     readme = readme_text()
-    assert llmswap.keys_table(llmswap.PROXY_KEYS) in readme
-    assert llmswap.keys_table(llmswap.MODEL_KEYS) in readme
+    assert keys_table(llmswap.PROXY_KEYS) in readme
+    assert keys_table(llmswap.MODEL_KEYS) in readme
 
 
 def test_every_file_that_the_readme_shows_is_read_without_complaint(tmp_path):
@@ -872,10 +881,11 @@ def test_values_are_read(parse, text, value):
     (llmswap.parse_duration, ["", "soon", "1.", ".5", "-1", "1h30", "1 h", "m", "inf",
                               "1e3", "٣s", "9" * 400, "10M"]),
     (llmswap.parse_patience, ["", "never"]),
-    (llmswap.parse_size, ["", "G", "-1G", "1X", "1GG", "one", "1,5G"]),
+    (llmswap.parse_size, ["", "G", "-1G", "1X", "1GG", "one", "1,5G", "1\u212a",
+                          "9" * 400]),
     (llmswap.parse_boolean, ["", "maybe", "2", "onn"]),
     (llmswap.parse_count, ["", "-1", "1.5", "one", "1_0", "٣", "9" * 20]),
-    (llmswap.parse_score, ["", "1001", "-1001", "1.5", "--1"]),
+    (llmswap.parse_score, ["", "1001", "-1001", "9999", "1.5", "--1"]),
     (llmswap.parse_resources, ["vram", "vram 1G, vram 2G", "18G", "vram 1X", "v=1"]),
     (llmswap.parse_sets, ["a + ", "+", "a + + b"]),
     (llmswap.parse_object, ["[1]", "1", "{", '{"a": NaN}', "{'a': 1}", "null"]),
@@ -905,7 +915,7 @@ def test_a_size_is_shown_as_it_is_written(text):
 @pytest.mark.parametrize("key", llmswap.PROXY_KEYS + llmswap.MODEL_KEYS)
 def test_every_default_is_text_that_its_own_parser_reads(key):
     key.parse(key.default)
-    assert key.help and key.scope in ("proxy", "launch", "schedule", "request")
+    assert key.help
 
 
 def test_an_empty_file_has_every_setting_at_its_default(tmp_path):
@@ -915,18 +925,10 @@ def test_an_empty_file_has_every_setting_at_its_default(tmp_path):
             assert getattr(settings, key.attribute) == key.parse(key.default)
 
 
-def test_the_table_for_the_readme_has_one_row_for_each_key():
-    lines = llmswap.keys_table(llmswap.MODEL_KEYS).splitlines()
-    assert lines[:2] == ["| key | default | meaning |", "|---|---|---|"]
-    assert lines[2].startswith("| `cmd` |  | command line")
-    assert "| `load-timeout` | `10m` |" in "\n".join(lines)
-    assert len(lines) == 2 + len(llmswap.MODEL_KEYS)
-
-
 def test_no_key_of_ours_is_an_option_of_llama_server():
     """alias is; load-on-startup and stop-timeout are keys that llama.cpp itself has."""
     for key in llmswap.MODEL_KEYS:
-        assert not llmswap.BUILT_IN_OPTIONS.knows(key.name) or key.name == "alias"
+        assert not llmswap.BUILT_IN_OPTIONS.listed(key.name) or key.name == "alias"
 
 
 # ---- The language: llama.cpp's, with its traps -------------------------------------
@@ -1392,12 +1394,11 @@ def test_what_makes_the_process_is_told_from_what_does_not(tmp_path):
     assert launch(text.replace("ngl = 1", "ngl = 2")) != launch(text)
 
 
-def test_the_process_depends_on_macros_and_environment(tmp_path):
-    text = "[macros]\nx = {}\n[a]\ncmd = serve ${{PORT}} ${{x}} ${{env.Y}}"
-    launches = [read(tmp_path, text.format(x), {"Y": y}).models["a"].launch
-                for x, y in ((1, "1"), (1, "1"), (2, "1"), (1, "2"))]
-    assert launches[0] == launches[1]
-    assert launches[2] != launches[0] != launches[3]
+@pytest.mark.parametrize("line", ["cmd = serve ${PORT} ${x}", "m = ${x}"])
+def test_the_process_depends_on_macros(tmp_path, line):
+    launches = [read(tmp_path, f"[macros]\nx = {x}\n[a]\n{line}").models["a"].launch
+                for x in (1, 1, 2)]
+    assert launches[0] == launches[1] != launches[2]
 
 
 # ---- Names -----------------------------------------------------------------------
@@ -1408,7 +1409,6 @@ def test_models_are_found_by_every_name(tmp_path):
     for name in ("qwen3:8b", "qwen3:8B", "coder", "GPT-4", "gpt-4", " QWEN3:8B "):
         assert config.resolve(name).name == "qwen3:8b"
     assert config.resolve("Coder").name == "Coder"
-    assert config.models["qwen3:8b"].names == ("qwen3:8b", "coder", "GPT-4", "qwen3:8B")
     assert config.models["qwen3:8b"].aliases == ("coder", "GPT-4")
 
 
@@ -1420,6 +1420,8 @@ def test_an_unknown_name_is_answered_with_near_ones(tmp_path):
         "there is no model 'codr'; did you mean coder? there are coder, embed")
     with pytest.raises(UnknownModel, match="; there are coder, embed$"):
         config.resolve("zzz")
+    with pytest.raises(UnknownModel, match="; did you mean gpt-4o-mini[?] there are a"):
+        read(tmp_path, "[a]\nm = x\nalias = gpt-4o-mini").resolve("gpt-4-mini")
 
 
 def test_who_comes_first_keeps_a_name(tmp_path):
@@ -1655,7 +1657,7 @@ class RandomPreset:
     def __init__(self, seed, table):
         self.chance = random.Random(seed)
         self.table = table
-        self.keys = [key for key in sorted(table.keys())
+        self.keys = [key for key in sorted(table.by_key)
                      if table.find(key).values < 2 and key not in ALIASES]
 
     def text(self, sections=300):
@@ -9382,9 +9384,7 @@ def test_a_soft_limit_of_descriptors_is_raised_for_us_and_kept_for_models():
 
 
 MANY_PROCESSORS = pytest.mark.skipif(
-    not hasattr(os, "sched_getaffinity")
-    or len(os.sched_getaffinity(0)) < 2
-    or not getattr(sys, "_is_gil_enabled", lambda: True)(),
+    not llmswap.may_share_processor() or len(os.sched_getaffinity(0)) < 2,
     reason="threads are kept on one of several processors, where one lock serves all",
 )
 
@@ -9412,6 +9412,73 @@ def test_who_serve_share_a_processor_and_whom_they_start_has_all(tmp_path):
         assert set(processors_of(swap.stats("b")["pid"])) == {every}
     mask = int(told.read_text().split()[1].replace(",", ""), 16)
     assert mask == sum(1 << each for each in every)
+
+
+FILTERED = """
+import ctypes, os, struct, sys
+call = int(sys.argv.pop(1))
+rules = (0x20, 0, 0, 0), (0x15, 0, 1, call), (6, 0, 0, 2**31), (6, 0, 0, 0x7FFF0000)
+text = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *r) for r in rules))
+program = struct.pack("HP", len(rules), ctypes.addressof(text))
+for words in (38, 1, 0, 0, 0), (22, 2, program):
+    assert not ctypes.CDLL(None).prctl(*words)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+SET_AFFINITY = {"x86_64": 203, "aarch64": 122}.get(platform.machine())
+
+
+@pytest.mark.skipif(not SET_AFFINITY, reason="the system call's number is not known")
+def test_a_filter_that_kills_who_chooses_processors_kills_nobody(tmp_path):
+    path, port = tmp_path / "m.ini", free_port()
+    path.write_text(f"[m]\ncmd = {fake_command()}\n")
+    command = [sys.executable, "-c", FILTERED, str(SET_AFFINITY), sys.executable]
+    command += [LLMSWAP, str(path), "--listen", f"127.0.0.1:{port}"]
+    with running(command, ("127.0.0.1", port)):
+        assert ask(port, "POST", CHAT, chat_body("m")).status == 200
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS, errno.EINVAL])
+def test_who_may_not_choose_processors_loads_and_serves(monkeypatch, begin, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuse, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", refuse, raising=False)
+    monkeypatch.setattr(llmswap, "may_share_processor", lambda: True)
+    begin().loaded()
+    handler = llmswap.Handler.__new__(llmswap.Handler)
+    handler.server = SimpleNamespace(processor=0)
+    handler._join_others()
+
+
+@pytest.mark.parametrize(
+    "ours, then, later",  # what we asked for, what is allowed at the load, and after it
+    [(range(4), {0}, range(4)), (range(4), {1, 2}, {0, 1}), ({1, 2}, range(4), {2, 3})],
+)
+def test_a_model_follows_a_change_of_processors(monkeypatch, ours, then, later):
+    asked, allowed = {os.getpid(): set(ours), 0: {3}}, set(then)
+
+    def choose(who, processors):
+        asked[who] = set(processors)
+
+    def may_use(who):
+        return asked[who] & allowed
+
+    monkeypatch.setattr(os, "sched_setaffinity", choose, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", may_use, raising=False)
+    monkeypatch.setattr(llmswap, "may_share_processor", lambda: True)
+    llmswap.use_all_processors()
+    assert may_use(0) == may_use(os.getpid())
+    allowed = set(later)
+    assert may_use(0) == may_use(os.getpid())
+
+
+def test_without_a_descriptor_the_processor_stays_as_it_was(monkeypatch):
+    server = llmswap.Server.__new__(llmswap.Server)
+    server.processor = 3
+    monkeypatch.setattr(llmswap, "process_stat", lambda _: None)
+    server._choose_processor()
+    assert server.processor == 3
 
 
 def test_beyond_the_limit_of_connections_there_is_a_clear_503():
@@ -12262,7 +12329,7 @@ def test_an_answer_streams_into_the_page_and_can_be_stopped(browser):
         server_slow(browser, slow)
         browser.press("Enter")
         browser.until(shown(reply, "word9"))
-        browser.value("document.querySelector('#stop').click()")
+        browser.value("document.querySelector('#send').click()")
         browser.until(shown("document.querySelector('#pace')", "stopped"))
         eventually(lambda: server.get("/health").json()["requests"] == 0)
         assert browser.complaints == []
@@ -18599,11 +18666,14 @@ class Plight:
     def _look(self):
         for client in self.clients.values():
             client.done.wait(FAULT_BOUND if client.is_asking else 0)
-        states = self._end() if "SIGTERM" in self.fault else self._recover()
+        is_end = "SIGTERM" in self.fault
+        if not is_end:
+            self._heal(self)
+        look = self._end if is_end else self._rest
         with contextlib.suppress(AssertionError):  # clients may hear of it first
-            eventually(lambda: is_as_expected(self.fault, self._rows(states)), 1.0)
-        rows = self._rows(states)
-        if "SIGTERM" not in self.fault:
+            eventually(lambda: is_as_expected(self.fault, self._rows(look())), 3.0)
+        rows = self._rows(look())
+        if not is_end:
             self._ask_again()
         return rows
 
@@ -18616,8 +18686,7 @@ class Plight:
         status = self.swap.process.wait(FAULT_BOUND)
         return dict.fromkeys(FAULT_STATES, f"exit {status}")
 
-    def _recover(self):
-        self._heal(self)
+    def _rest(self):
         eventually(self._is_at_rest, FAULT_BOUND)
         return self.swap.states()
 
