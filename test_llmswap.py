@@ -4600,7 +4600,7 @@ def test_the_guard_kills_the_groups_it_was_told_and_no_others(shell):
     told = f"+ {first}\n+ {second}\n- {second}\n+ {third}\n+ {third}\n- {third}\n"
     guard.communicate(told.encode(), timeout=5)
     assert groups[0].wait(2) == -signal.SIGKILL
-    assert not has_group(first)
+    eventually(lambda: not has_group(first))
     assert groups[1].poll() is None and groups[2].poll() is None
     for group in groups[1:]:
         os.killpg(group.pid, signal.SIGKILL)
