@@ -110,20 +110,9 @@ import threading
 import time
 import urllib.parse
 from collections import namedtuple
-from typing import (
-    Callable,
-    Dict,
-    FrozenSet,
-    Iterable,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Set,
-    Tuple,
-    Union,
-)
+from stat import S_ISSOCK
+from typing import Callable, Dict, FrozenSet, Iterable, List, Mapping, NamedTuple
+from typing import Optional, Sequence, Set, Tuple, Union
 
 VERSION = "1.0"
 
@@ -149,15 +138,12 @@ class Problem(Exception):
     `x-should-retry: false`, which the OpenAI SDKs obey.
     """
 
-    status = 500
-    type = "server_error"
-    code = None
+    status, type, code = 500, "server_error", None
+    retry_after = may_retry = None
 
-    def __init__(self, message, param=None, retry_after=None, may_retry=None):
+    def __init__(self, message, param=None):
         super().__init__(message)
         self.param = param
-        self.retry_after = retry_after
-        self.may_retry = may_retry
 
 
 class BadRequest(Problem):
@@ -175,10 +161,10 @@ class UnknownModel(Problem):
 class StartFailed(Problem):
     """The model's server did not come up; the message says why, in its own words."""
 
-    status, code = 502, "model_start_failed"
+    status, code, may_retry = 502, "model_start_failed", False
 
     def __init__(self, message, exit_code=None):
-        super().__init__(message, may_retry=False)
+        super().__init__(message)
         self.exit_code = exit_code  # of its process, if that exited by itself
 
 
@@ -194,47 +180,45 @@ class BackingOff(Problem):
     status, code = 503, "model_backing_off"
 
     def __init__(self, failure: Problem, seconds: float):
-        seconds = max(1, math.ceil(seconds))
-        text = f"{failure}\n(it is tried again in {seconds} s)"
-        super().__init__(text, retry_after=seconds)
+        self.retry_after = max(1, math.ceil(seconds))
+        super().__init__(f"{failure}\n(it is tried again in {self.retry_after} s)")
 
 
 class QueueFull(Problem):
     """Too many requests wait already."""
 
-    status, type, code = 503, "overloaded_error", "queue_full"
+    status, type, code, retry_after = 503, "overloaded_error", "queue_full", 5
 
     def __init__(self, limit: int):
-        text = f"{limit} requests wait already (queue-max in [llmswap])"
-        super().__init__(text, retry_after=5)
+        super().__init__(f"{limit} requests wait already (queue-max in [llmswap])")
 
 
 class QueueTimeout(Problem):
     """The request waited as long as queue-timeout lets it."""
 
-    status, type, code = 503, "overloaded_error", "queue_timeout"
+    status, type, code, retry_after = 503, "overloaded_error", "queue_timeout", 5
 
     def __init__(self, name: str, seconds: float):
-        text = f"waited {seconds:g} s for {name!r} (queue-timeout in [llmswap])"
-        super().__init__(text, retry_after=5)
+        waited = f"waited {seconds:g} s for {name!r}"
+        super().__init__(f"{waited} (queue-timeout in [llmswap])")
 
 
 class Unloaded(Problem):
     """Somebody unloaded the model while the request waited for it."""
 
-    status, code = 503, "model_unloaded"
+    status, code, may_retry = 503, "model_unloaded", False
 
     def __init__(self, name: str):
-        super().__init__(f"{name!r} was unloaded by hand", may_retry=False)
+        super().__init__(f"{name!r} was unloaded by hand")
 
 
 class ShuttingDown(Problem):
     """llmswap is about to end."""
 
-    status, code = 503, "shutting_down"
+    status, code, retry_after = 503, "shutting_down", 5
 
     def __init__(self):
-        super().__init__("llmswap is shutting down", retry_after=5)
+        super().__init__("llmswap is shutting down")
 
 
 class BackendDied(Problem):
@@ -288,10 +272,10 @@ class HeadTooLarge(Problem):
 class Unusable(Problem):
     """What the file says of this model makes no sense; the message says where."""
 
-    code = "model_unusable"
+    code, may_retry = "model_unusable", False
 
     def __init__(self, reason: str):
-        super().__init__(f"this model cannot be used: {reason}", may_retry=False)
+        super().__init__(f"this model cannot be used: {reason}")
 
 
 # ==================================================================================
@@ -311,17 +295,24 @@ class Unusable(Problem):
 SECONDS = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 LONGEST = 100 * 365 * SECONDS["d"]  # a lock can wait for this, not for any number
 BYTES = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}  # as powers of two
-NUMBER = r"[0-9]+(?:\.[0-9]+)?"
+NUMBER = r"[0-9]{1,15}(?:\.[0-9]+)?"  # no more digits than a float can tell
 TRUE_WORDS = ("on", "true", "1", "enabled", "yes")
 FALSE_WORDS = ("off", "false", "0", "disabled", "no")
 
 
+def _matched(pattern, text, complaint):
+    """Return the match of the whole text, or raise ValueError: it is `complaint`."""
+    match = re.fullmatch(pattern, text)
+    if not match:
+        raise ValueError(f"{text!r} is {complaint}")
+    return match
+
+
 def parse_duration(text) -> float:
     """Return seconds: 90, 90s, 15m, 1h30m."""
+    pattern = rf"{NUMBER}|(?:{NUMBER}(?:ms|[smhd]))+"
+    _matched(pattern, text, "not a duration such as 15m")
     parts = re.findall(rf"({NUMBER})(ms|[smhd]?)", text)
-    is_mixed = len(parts) > 1 and "" in [unit for _, unit in parts]
-    if not parts or is_mixed or "".join(map("".join, parts)) != text:
-        raise ValueError(f"{text!r} is not a duration such as 15m")
     seconds = sum(float(number) * SECONDS[unit] for number, unit in parts)
     if seconds > LONGEST:
         raise ValueError(f"{text!r} is longer than a hundred years")
@@ -335,9 +326,8 @@ def parse_patience(text) -> Optional[float]:
 
 def parse_size(text) -> int:
     """Return bytes: 512M, 18G, 1.5T; units are powers of 1024."""
-    match = re.fullmatch(rf"({NUMBER}) ?([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
-    if not match:
-        raise ValueError(f"{text!r} is not a size such as 18G")
+    pattern = rf"(?ai)({NUMBER}) ?([KMGT]?)(?:i?B)?"
+    match = _matched(pattern, text, "not a size such as 18G")
     return int(float(match[1]) * 2 ** BYTES[match[2].upper()])
 
 
@@ -356,26 +346,13 @@ def parse_boolean(text) -> bool:
 
 def parse_count(text) -> int:
     """Return a whole number, 0 or more."""
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise ValueError(f"{text!r} is not a whole number")
-    return int(text)
+    return int(_matched("[0-9]{1,9}", text, "not a whole number")[0])
 
 
 def parse_score(text) -> int:
     """Return a score for the kernel's out-of-memory killer."""
-    if not re.fullmatch("-?[0-9]{1,4}", text) or abs(int(text)) > 1000:
-        raise ValueError(f"{text!r} is not a number from -1000 to 1000")
-    return int(text)
-
-
-def parse_text(text) -> str:
-    """Return the text itself."""
-    return text
-
-
-def parse_path(text) -> str:
-    """Return the path with ~ replaced by the home directory."""
-    return os.path.expanduser(text)
+    pattern = "-?(?:0?[0-9]{1,3}|1000)"
+    return int(_matched(pattern, text, "not a number from -1000 to 1000")[0])
 
 
 def parse_words(text) -> tuple:
@@ -397,19 +374,17 @@ def parse_resources(text) -> dict:
 
 def parse_sets(text) -> tuple:
     """Return sets of names, each a tuple: "coder + embed, thinker + embed"."""
-    sets = tuple(
-        tuple(name.strip() for name in part.split("+")) for part in parse_words(text)
-    )
+    sets = [tuple(map(str.strip, part.split("+"))) for part in parse_words(text)]
     if not all(name for names in sets for name in names):
         raise ValueError(f"{text!r} are not sets such as a + b, a + c")
-    return sets
+    return tuple(sets)
 
 
 def parse_object(text) -> dict:
     """Return a JSON object; nothing is the empty one."""
     try:
         value = json.loads(text or "{}", parse_constant=_refuse_constant)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError("not a JSON object such as {\"temperature\": 0.7}")
@@ -441,30 +416,27 @@ def parse_listen(text) -> tuple:
 
 def parse_url(text) -> str:
     """Return the base URL of a server."""
-    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", text):
-        raise ValueError(f"{text!r} is not a URL such as http://127.0.0.1:8000")
-    return text
+    complaint = "not a URL such as http://127.0.0.1:8000"
+    return _matched(r"https?://[^\s/?#]+(/[^\s?#]*)?", text, complaint)[0]
 
 
 def parse_endpoint(text) -> Optional[str]:
     """Return a path, or None for "none"."""
-    if text != "none" and not re.fullmatch(r"/\S*", text):
-        raise ValueError(f"{text!r} is neither a path such as /health nor none")
+    _matched(r"/\S*|none", text, "neither a path such as /health nor none")
     return None if text == "none" else text
 
 
 def parse_request(text) -> Optional[tuple]:
     """Return method and path: "POST /sleep?level=1"; nothing is None."""
-    match = re.fullmatch(r"(?:([A-Z]+) +)?(/\S*)|", text)
-    if not match:
-        raise ValueError(f"{text!r} is not a request such as POST /sleep?level=1")
+    complaint = "not a request such as POST /sleep?level=1"
+    match = _matched(r"(?:([A-Z]+) +)?(/\S*)|", text, complaint)
     return (match[1] or "POST", match[2]) if text else None
 
 
 def parse_mac(text) -> Optional[bytes]:
     """Return the six bytes of a network card's address; nothing is None."""
-    if not re.fullmatch("[0-9A-Fa-f]{2}([:-][0-9A-Fa-f]{2}){5}|", text):
-        raise ValueError(f"{text!r} is not an address such as ab:cd:ef:01:23:45")
+    complaint = "not an address such as ab:cd:ef:01:23:45"
+    _matched("[0-9A-Fa-f]{2}([:-][0-9A-Fa-f]{2}){5}|", text, complaint)
     return bytes.fromhex(re.sub("[:-]", "", text)) or None
 
 
@@ -483,17 +455,12 @@ def one_of(*words):
 
 
 class Key(NamedTuple):
-    """A key of ours; `default` is written as in the file and read by `parse`.
-
-    What a change of it needs on reload is its scope: "launch" a new process,
-    "schedule" nothing, "request" nothing either, and it may stand beside `uses`.
-    """
+    """A key of ours; `default` is written as in the file and read by `parse`."""
 
     name: str
-    parse: object
+    parse: Callable
     default: str
     help: str
-    scope: str = "proxy"
 
     @property
     def attribute(self):
@@ -503,44 +470,43 @@ class Key(NamedTuple):
 
 PROXY_KEYS = (
     Key("listen", parse_listen, "127.0.0.1:8080",
-        "addresses, comma-separated: `[::1]:8080`, `unix:/run/llmswap.sock`; "
-        "sockets from systemd replace them"),
+        "addresses, comma-separated: `[::1]:8080`, `unix:/run/llmswap.sock`; sockets "
+        "from systemd replace them"),
     Key("models-max", parse_count, "1",
         "how many may be loaded at once; 0: no limit, which is the default with "
         "`budget` or `sets`"),
     Key("budget", parse_resources, "",
         "what there is, e.g. `vram 24G, ram 64G`; the `needs` of models must fit"),
     Key("sets", parse_sets, "",
-        "which may be loaded together: `coder + embed, thinker + embed`; "
-        "a model in no set is loaded alone"),
-    Key("models-dir", parse_path, "",
+        "which may be loaded together: `coder + embed, thinker + embed`; a model in no "
+        "set is loaded alone"),
+    Key("models-dir", os.path.expanduser, "",
         "every GGUF in it becomes a model, as llama-server does it"),
-    Key("llama-server", parse_path, "llama-server",
+    Key("llama-server", os.path.expanduser, "llama-server",
         "the binary for models that name none themselves"),
-    Key("default-model", parse_text, "",
+    Key("default-model", str, "",
         "for requests that name none; empty: the only one there is"),
     Key("patience", parse_patience, "auto",
-        "how long a busy model goes on while another waits for its room; "
-        "`auto`: as long as the swap costs; 0: strict order"),
+        "how long a busy model goes on while another waits for its room; `auto`: as "
+        "long as the swap costs; 0: strict order"),
     Key("queue-max", parse_count, "512", "requests beyond are refused"),
     Key("queue-timeout", parse_duration, "0",
         "how long a request may wait; 0: as long as its client does"),
     Key("api-key", parse_words, "",
         "comma-separated; also the environment's `LLMSWAP_API_KEY`"),
-    Key("api-key-file", parse_path, "", "a file with one key per line"),
+    Key("api-key-file", os.path.expanduser, "", "a file with one key per line"),
     Key("allowed-hosts", parse_words, "localhost, host.docker.internal",
-        "`Host` names accepted on loopback connections, beside IP literals; "
-        "`*`: any"),
+        "`Host` names accepted on loopback connections, beside IP literals; `*`: any"),
     Key("cors-origins", parse_words, "localhost",
-        "web origins allowed: `localhost` (any port), a list, or `*`; the page's "
-        "own always"),
+        "web origins allowed: `localhost` (any port), a list, or `*`; the page's own "
+        "always"),
     Key("max-body", parse_size, "1G", "larger requests are refused"),
     Key("settle-timeout", parse_duration, "5s",
         "wait at most this long for the GPU memory of a stopped model to be free"),
     Key("exit-idle-time", parse_duration, "0",
         "end the process when nothing is loaded or asked for this long, for socket "
         "activation; 0: never"),
-    Key("idle-command", parse_text, "",
+    Key("idle-command", str, "",
         "run when idle, e.g. `systemctl suspend`; everything is unloaded first"),
     Key("idle-command-after", parse_duration, "1h", "how long idle for that"),
     Key("log-level", one_of("debug", "info", "warning", "error"), "info",
@@ -548,86 +514,83 @@ PROXY_KEYS = (
 )
 
 MODEL_KEYS = (
-    Key("cmd", parse_text, "",
-        "command line instead of llama-server; quoted as in a shell, no shell is "
-        "run; `${PORT}` is the port to listen on", "launch"),
-    Key("llama-server", parse_path, "llama-server",
-        "which binary to run when there is no `cmd`", "launch"),
-    Key("extra-args", parse_text, "", "appended to the command as written", "launch"),
-    Key("unit", parse_text, "",
+    Key("cmd", str, "",
+        "command line instead of llama-server; quoted as in a shell, no shell is run; "
+        "`${PORT}` is the port to listen on"),
+    Key("llama-server", os.path.expanduser, "llama-server",
+        "which binary to run when there is no `cmd`"),
+    Key("extra-args", str, "", "appended to the command as written"),
+    Key("unit", str, "",
         "a systemd service to start and stop: of the user manager; `system:NAME` of "
-        "the system's", "launch"),
+        "the system's"),
     Key("proxy", parse_url, "http://127.0.0.1:${PORT}",
-        "base URL of the backend; alone it is a remote model", "launch"),
-    Key("proxy-key", parse_text, "",
-        "sent to the backend as `Authorization: Bearer`", "schedule"),
-    Key("model-name", parse_text, "",
-        "the name put into the request's `model` before forwarding; empty: as asked",
-        "request"),
-    Key("uses", parse_text, "",
-        "share the backend of another model; only keys about requests and listing "
-        "may stand beside it", "request"),
-    Key("alias", parse_words, "", "further names, comma-separated", "request"),
-    Key("env.NAME", parse_text, "", "environment of the backend", "launch"),
-    Key("cwd", parse_path, "",
-        "working directory of the backend; empty: that of llmswap", "launch"),
+        "base URL of the backend; alone it is a remote model"),
+    Key("proxy-key", str, "", "sent to the backend as `Authorization: Bearer`"),
+    Key("model-name", str, "",
+        "the name put into the request's `model` before forwarding; empty: as asked"),
+    Key("uses", str, "",
+        "share the backend of another model; only keys about requests and listing may "
+        "stand beside it"),
+    Key("alias", parse_words, "", "further names, comma-separated"),
+    Key("env.NAME", str, "", "environment of the backend"),
+    Key("cwd", os.path.expanduser, "",
+        "working directory of the backend; empty: that of llmswap"),
     Key("check-endpoint", parse_endpoint, "/health",
-        "path that answers 200 once ready; `none`: ready when the port accepts",
-        "schedule"),
+        "path that answers 200 once ready; `none`: ready when the port accepts"),
     Key("load-timeout", parse_duration, "10m",
         "give up this long after the last sign of progress (a line written, bytes "
-        "read)", "schedule"),
-    Key("stop-timeout", parse_duration, "10",
-        "seconds from SIGTERM to SIGKILL", "schedule"),
-    Key("cmd-stop", parse_text, "",
-        "run instead of SIGTERM; `${PID}` is the backend's", "schedule"),
+        "read)"),
+    Key("stop-timeout", parse_duration, "10", "seconds from SIGTERM to SIGKILL"),
+    Key("cmd-stop", str, "", "run instead of SIGTERM; `${PID}` is the backend's"),
     Key("idle-timeout", parse_duration, "0",
-        "unload after this long without a request; 0: never; `ttl` is the same",
-        "schedule"),
-    Key("load-on-startup", parse_boolean, "off", "load when llmswap starts",
-        "schedule"),
+        "unload after this long without a request; 0: never; `ttl` is the same"),
+    Key("load-on-startup", parse_boolean, "off", "load when llmswap starts"),
     Key("pin", parse_boolean, "off",
-        "never evicted to make room, nor unloaded when idle", "schedule"),
-    Key("needs", parse_resources, "", "resources, e.g. `vram 18G, ram 4G`",
-        "schedule"),
-    Key("sleep-needs", parse_resources, "", "what it still holds while `sleeping`",
-        "schedule"),
+        "never evicted to make room, nor unloaded when idle"),
+    Key("needs", parse_resources, "", "resources, e.g. `vram 18G, ram 4G`"),
+    Key("sleep-needs", parse_resources, "", "what it still holds while `sleeping`"),
     Key("concurrency", parse_count, "0",
-        "requests sent at once; more wait in order; 0: no limit", "schedule"),
+        "requests sent at once; more wait in order; 0: no limit"),
     Key("oom-score-adj", parse_score, "1000",
-        "how gladly the kernel kills it when memory is short: -1000 to 1000",
-        "launch"),
+        "how gladly the kernel kills it when memory is short: -1000 to 1000"),
     Key("sleep", parse_request, "",
-        "e.g. `POST /sleep?level=1`: make room by putting to sleep, not by stopping",
-        "schedule"),
-    Key("wake", parse_request, "", "e.g. `POST /wake_up`: undo `sleep`", "schedule"),
+        "e.g. `POST /sleep?level=1`: make room by putting to sleep, not by stopping"),
+    Key("wake", parse_request, "", "e.g. `POST /wake_up`: undo `sleep`"),
     Key("hang-timeout", parse_duration, "60s",
         "restart when a request is silent and health unanswered for this long; 0: "
-        "never, the default of `cmd` models", "schedule"),
+        "never, the default of `cmd` models"),
     Key("wake-mac", parse_mac, "",
-        "send Wake-on-LAN to this address while the backend does not answer",
-        "schedule"),
+        "send Wake-on-LAN to this address while the backend does not answer"),
     Key("wake-broadcast", parse_host_port, "255.255.255.255:9",
-        "where Wake-on-LAN is sent", "schedule"),
-    Key("strip-params", parse_words, "", "parameters removed from requests", "request"),
+        "where Wake-on-LAN is sent"),
+    Key("strip-params", parse_words, "", "parameters removed from requests"),
     Key("set-params", parse_object, "",
-        "JSON object laid over requests; objects merge deep", "request"),
-    Key("json-repair", parse_boolean, "off", "repair the arguments of tool calls",
-        "request"),
+        "JSON object laid over requests; objects merge deep"),
+    Key("json-repair", parse_boolean, "off", "repair the arguments of tool calls"),
     Key("loading-notice", one_of("off", "comment", "reasoning"), "comment",
-        "what a streaming client sees while it waits: `off`, `comment`, `reasoning`",
-        "request"),
-    Key("unlisted", parse_boolean, "off", "not in `/v1/models`", "request"),
-    Key("description", parse_text, "", "shown in `/v1/models` and on the page",
-        "request"),
+        "what a streaming client sees while it waits: `off`, `comment`, `reasoning`"),
+    Key("unlisted", parse_boolean, "off", "not in `/v1/models`"),
+    Key("description", str, "", "shown in `/v1/models` and on the page"),
 )
 
-ProxySettings = namedtuple("ProxySettings", [key.attribute for key in PROXY_KEYS])
-ModelSettings = namedtuple(
-    "ModelSettings", [key.attribute for key in MODEL_KEYS if "." not in key.name]
-)
 PROXY_KEY = {key.name: key for key in PROXY_KEYS}
 MODEL_KEY = {key.name: key for key in MODEL_KEYS}
+
+# Variables known only when a backend starts, by the keys that may hold them, whose
+# texts stay as they are until then. The values here only serve to check them.
+LATE_VARIABLES = {
+    **dict.fromkeys(("cmd", "extra-args", "proxy", "env.NAME"), {"PORT": 1}),
+    "cmd-stop": {"PORT": 1, "PID": 1},
+}
+QUOTED_KEYS = ("cmd", "cmd-stop", "extra-args", "idle-command")  # as in a shell
+
+SETTINGS = [key for key in MODEL_KEYS if key.name != "env.NAME"]
+ProxySettings = namedtuple("ProxySettings", [key.attribute for key in PROXY_KEYS])
+ModelSettings = namedtuple("ModelSettings", [key.attribute for key in SETTINGS])
+DEFAULTS = {
+    key.attribute: key.default if key.name in LATE_VARIABLES else key.parse(key.default)
+    for key in SETTINGS
+}
 
 # Other spellings: habit's, and llama.cpp's for what stands in its presets only, which
 # it knows under names like variables of the environment too.
@@ -643,38 +606,24 @@ IGNORED_KEYS = ("version", "dedup-cache-models", "__PRESET_DEDUP_CACHE_MODELS")
 
 def proxy_key(spelling) -> Optional[str]:
     """Return the name of the key of [llmswap] that is so spelled, or None."""
-    names = (spelling, spelling.replace("_", "-"))
-    return next((name for name in names if name in PROXY_KEY), None)
+    name = spelling.replace("_", "-")
+    return name if name in PROXY_KEY else None
 
 
 def model_key(spelling) -> Optional[str]:
     """Return the name of the key of models that is so spelled, or None."""
     if re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", spelling):
         return spelling
-    names = (SYNONYMS.get(spelling, spelling), spelling.replace("_", "-"))
-    return next((name for name in names if name in MODEL_KEY), None)
+    name = SYNONYMS.get(spelling, spelling).replace("_", "-")
+    return name if name in MODEL_KEY else None
 
 
-def near_name(name, names) -> str:
+def near_name(name, names, similarity=0.6) -> str:
     """Return a question that ends a message about an unknown name, or nothing."""
-    near = close_names(name, names)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def close_names(name, names, similarity=0.6) -> list:
-    """Return the name that is most like this one, if any is as similar as that."""
     import difflib  # only who mistypes needs it
 
-    return difflib.get_close_matches(name, names, 1, similarity)
-
-
-def keys_table(keys) -> str:
-    """Return the rows as a table in Markdown."""
-    lines = ["| key | default | meaning |", "|---|---|---|"]
-    for key in keys:
-        default = f"`{key.default}`" if key.default else ""
-        lines.append(f"| `{key.name}` | {default} | {key.help} |")
-    return "\n".join(lines) + "\n"
+    near = difflib.get_close_matches(name, names, 1, similarity)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 # ---- Sections: the language of the file ---------------------------------------------
@@ -692,10 +641,7 @@ NEWLINE = re.compile(r"\r\n|\r|\n")
 
 # Keys whose value is the whole line, `;` and `#` included, and those that llama.cpp
 # reads too, so that its rule holds: a comment begins at any `;` or `#`.
-WITHOUT_COMMENT = (
-    "cmd", "cmd-stop", "extra-args", "idle-command",
-    "api-key", "proxy-key", "set-params",
-)
+WITHOUT_COMMENT = (*QUOTED_KEYS, "api-key", "proxy-key", "set-params")
 SHARED_KEYS = ("alias", "stop-timeout", "load-on-startup")
 COMMENT_OF_OURS = re.compile(r"[ \t]+[;#]")
 COMMENT_OF_LLAMA = re.compile(r"[ \t]*[;#]")
@@ -724,10 +670,6 @@ def read_preset(data, path, warn=lambda message: None) -> dict:
     It is llama.cpp's language, read kindly: a line may be indented, a key may have
     its dashes. Of sections with the same name only the last counts.
     """
-    return PresetReader(_decoded(data, path), path, warn).read()
-
-
-def _decoded(data, path):
     try:
         text = data.decode("utf-8-sig")
         at = text.find("\0")
@@ -736,7 +678,7 @@ def _decoded(data, path):
     if at >= 0:
         line = len(NEWLINE.findall(text[:at])) + 1
         raise ConfigError(f"{path}:{line}: this is not a text in UTF-8")
-    return text
+    return PresetReader(text, path, warn).read()
 
 
 class PresetReader:
@@ -757,8 +699,12 @@ class PresetReader:
             line = self._line
             statement = self._take(STATEMENT)
             if statement is None:
-                self._refuse()
-            elif statement["header"]:
+                wrong = NEWLINE.split(self._text[self._at :], 1)[0].strip()
+                raise ConfigError(
+                    f"{self._path}:{line}: {wrong!r} is neither [section], "
+                    "key = value nor a comment"
+                )
+            if statement["header"]:
                 self._open(statement["header"], line)
             elif statement["key"]:
                 self._add(statement, line)
@@ -770,13 +716,6 @@ class PresetReader:
             self._at = match.end()
             self._line += len(NEWLINE.findall(match[0]))
         return match
-
-    def _refuse(self):
-        line = NEWLINE.split(self._text[self._at :], 1)[0]
-        raise ConfigError(
-            f"{self._path}:{self._line}: {line.strip()!r} is neither [section], "
-            "key = value nor a comment"
-        )
 
     def _open(self, name, line):
         if name.strip() in ("llmswap", "macros"):
@@ -815,13 +754,13 @@ class PresetReader:
 
     def _continued(self, first, indent):
         lines = [first]
-        while True:
-            before = self._at, self._line
-            line = self._take(CONTINUATION)
-            if line is None or len(line[1].expandtabs()) <= indent:
-                self._at, self._line = before
-                return _joined(lines)
-            lines.append(line[2])
+        while line := CONTINUATION.match(self._text, self._at):
+            if len(line[1].expandtabs()) <= indent:
+                break
+            lines.append(self._take(CONTINUATION)[2])
+        bare = [line.strip(" \t") for line in lines]
+        bare = [line for line in bare if line[:1] not in (";", "#")]
+        return " ".join(re.sub(r"(^|[ \t]+)\\$", "", line) for line in bare).strip()
 
     def _cut(self, rest, place):
         comment = COMMENT_OF_LLAMA.search(rest)
@@ -839,12 +778,6 @@ def key_of(section, spelling) -> Optional[str]:
     return proxy_key(spelling) if section == "llmswap" else model_key(spelling)
 
 
-def _joined(lines):
-    bare = [line.strip(" \t") for line in lines]
-    bare = [line for line in bare if line[:1] not in (";", "#")]
-    return " ".join(re.sub(r"(^|[ \t]+)\\$", "", line) for line in bare).strip()
-
-
 # ---- Variables: ${NAME}, and the [macros] of the file -------------------------------
 
 VARIABLE = re.compile(r"\$\$\{|\$\{([^{}]*)\}")
@@ -855,9 +788,6 @@ def expand(text, variables) -> str:
 
     Raise ValueError for a name that has no value.
     """
-
-    if "${" not in text:
-        return text
 
     def value(match):
         if match[1] is None:
@@ -886,6 +816,29 @@ def expand_macros(text, macros) -> str:
     return VARIABLE.sub(value, text)
 
 
+class Texts:
+    """Reads entries: puts in macros and the environment, then lets the key parse."""
+
+    def __init__(self, macros, environ):
+        self.macros = macros
+        self.variables = {f"env.{name}": value for name, value in environ.items()}
+
+    def value(self, key, entry, more):
+        """Return the value of the key, or raise ConfigError with the entry's place.
+
+        `more` are variables. A text that may hold late ones stays, but for its macros.
+        """
+        text = expand_macros(entry.text, self.macros)
+        late = LATE_VARIABLES.get(key.name, {})
+        try:
+            value = key.parse(expand(text, {**self.variables, **more, **late}))
+            if key.name in QUOTED_KEYS:
+                shlex.split(text)
+        except ValueError as error:
+            raise ConfigError(f"{entry.place}: {error}") from None
+        return text if late else value
+
+
 # ---- Options of llama-server ---------------------------------------------------------
 
 TRUTHY = ("on", "enabled", "true", "1")  # llama.cpp's words, and only so written
@@ -904,28 +857,20 @@ class Option(NamedTuple):
 
 
 class OptionTable:
-    """What a llama-server's options are; `source` says who told."""
+    """What a llama-server's options are, by key; `source` says who told."""
 
     def __init__(self, options, source, guess=False):
         self.source = source
+        self.by_key = {key: option for option in options for key in _spellings(option)}
         self._guess = guess
-        self._by_key = {}
-        for option in options:
-            for key in _spellings(option):
-                self._by_key[key] = option
 
     def find(self, key) -> Optional[Option]:
         """Return the option a key means; the built-in table guesses what it lacks."""
-        known = self._by_key.get(key) or self._by_key.get(key.replace("_", "-"))
-        return known or (self._guessed(key) if self._guess else None)
+        return self.listed(key) or (self._guessed(key) if self._guess else None)
 
-    def knows(self, key) -> bool:
-        """Return whether the table lists the key."""
-        return key in self._by_key or key.replace("_", "-") in self._by_key
-
-    def keys(self) -> list:
-        """Return every key the table lists."""
-        return list(self._by_key)
+    def listed(self, key) -> Optional[Option]:
+        """Return the option a key means if the table has it."""
+        return self.by_key.get(key) or self.by_key.get(key.replace("_", "-"))
 
     def _guessed(self, key):
         if not key.startswith("LLAMA_ARG_"):
@@ -967,12 +912,9 @@ def parse_help(text) -> Optional[OptionTable]:
         elif environment and found:
             found[-1][1] = environment[1]
     table = OptionTable([make_option(*row) for row in found], "llama-server --help")
-    return table if len(found) >= 150 and _is_sane(table) else None
-
-
-def _is_sane(table):
     model, version = table.find("model"), table.find("version")
-    return bool(model and model.values and version and not version.values)
+    is_sane = model and model.values and version and not version.values
+    return table if is_sane and len(found) >= 150 else None
 
 
 # For when no --help can be had. Listed are the flags, and of the options with a value
@@ -989,49 +931,43 @@ BUILT_IN_FLAGS = """
 --spec-draft-backend-sampling|--no-spec-draft-backend-sampling
 -kvu|--kv-unified|-no-kvu|--no-kv-unified --cache-idle-slots|--no-cache-idle-slots
 --context-shift|--no-context-shift -sp|--special --warmup|--no-warmup --spm-infill
--cb|--cont-batching|-nocb|--no-cont-batching
---mmproj-auto|--no-mmproj|--no-mmproj-auto --mmproj-offload|--no-mmproj-offload
---reuse-port --cors-credentials|--no-cors-credentials
+-cb|--cont-batching|-nocb|--no-cont-batching --mmproj-auto|--no-mmproj|--no-mmproj-auto
+--mmproj-offload|--no-mmproj-offload --reuse-port
+--cors-credentials|--no-cors-credentials
 --ui-mcp-proxy|--webui-mcp-proxy|--no-ui-mcp-proxy|--no-webui-mcp-proxy
--ag|--agent|-no-ag|--no-agent --ui|--webui|--no-ui|--no-webui
---embedding|--embeddings --rerank|--reranking --cache-prompt|--no-cache-prompt
+-ag|--agent|-no-ag|--no-agent --ui|--webui|--no-ui|--no-webui --embedding|--embeddings
+--rerank|--reranking --cache-prompt|--no-cache-prompt
 --metrics|LLAMA_ARG_ENDPOINT_METRICS --props|LLAMA_ARG_ENDPOINT_PROPS
 --slots|--no-slots|LLAMA_ARG_ENDPOINT_SLOTS --models-autoload|--no-models-autoload
 --jinja|--no-jinja --reasoning-preserve|--no-reasoning-preserve
---skip-chat-parsing|--no-skip-chat-parsing
---prefill-assistant|--no-prefill-assistant --lora-init-without-apply
---embd-gemma-default --fim-qwen-1.5b-default --fim-qwen-3b-default
---fim-qwen-7b-default --fim-qwen-7b-spec --fim-qwen-14b-spec --fim-qwen-30b-default
---gpt-oss-20b-default --gpt-oss-120b-default --vision-gemma-4b-default
---vision-gemma-12b-default --spec-default
+--skip-chat-parsing|--no-skip-chat-parsing --prefill-assistant|--no-prefill-assistant
+--lora-init-without-apply --embd-gemma-default --fim-qwen-1.5b-default
+--fim-qwen-3b-default --fim-qwen-7b-default --fim-qwen-7b-spec --fim-qwen-14b-spec
+--fim-qwen-30b-default --gpt-oss-20b-default --gpt-oss-120b-default
+--vision-gemma-4b-default --vision-gemma-12b-default --spec-default
 """
 BUILT_IN_VALUED = """
 -t|--threads -tb|--threads-batch -C|--cpu-mask -Cr|--cpu-range -Cb|--cpu-mask-batch
 -Crb|--cpu-range-batch -c|--ctx-size -n|--predict|--n-predict
 -b|--batch-size|LLAMA_ARG_BATCH -ub|--ubatch-size|LLAMA_ARG_UBATCH -fa|--flash-attn
 --rope-scaling|LLAMA_ARG_ROPE_SCALING_TYPE -ctk|--cache-type-k -ctv|--cache-type-v
--dt|--defrag-thold -lm|--load-mode -lzm|--lazy-mode -dev|--device
--ot|--override-tensor -ncmoe|--n-cpu-moe -ncffn|--n-cpu-ffn
--ngl|--gpu-layers|--n-gpu-layers -sm|--split-mode -ts|--tensor-split -mg|--main-gpu
--fit|--fit -fitt|--fit-target -fitc|--fit-ctx -m|--model -mu|--model-url
--dr|--docker-repo -hf|-hfr|--hf-repo -hff|--hf-file -hft|--hf-token|HF_TOKEN
--lv|--verbosity|--log-verbosity
+-dt|--defrag-thold -lm|--load-mode -lzm|--lazy-mode -dev|--device -ot|--override-tensor
+-ncmoe|--n-cpu-moe -ncffn|--n-cpu-ffn -ngl|--gpu-layers|--n-gpu-layers -sm|--split-mode
+-ts|--tensor-split -mg|--main-gpu -fit|--fit -fitt|--fit-target -fitc|--fit-ctx
+-m|--model -mu|--model-url -dr|--docker-repo -hf|-hfr|--hf-repo -hff|--hf-file
+-hft|--hf-token|HF_TOKEN -lv|--verbosity|--log-verbosity
 --spec-draft-type-k|-ctkd|--cache-type-k-draft|LLAMA_ARG_SPEC_DRAFT_CACHE_TYPE_K
 --spec-draft-type-v|-ctvd|--cache-type-v-draft|LLAMA_ARG_SPEC_DRAFT_CACHE_TYPE_V
--s|--seed --sampler-seq|--sampling-seq --temp|--temperature
---top-nsigma|--top-n-sigma --typical|--typical-p -l|--logit-bias -j|--json-schema
--jf|--json-schema-file
+-s|--seed --sampler-seq|--sampling-seq --temp|--temperature --top-nsigma|--top-n-sigma
+--typical|--typical-p -l|--logit-bias -j|--json-schema -jf|--json-schema-file
 --spec-draft-hf|-hfd|-hfrd|--hf-repo-draft|LLAMA_ARG_SPEC_DRAFT_HF_REPO
 --spec-draft-threads|-td|--threads-draft
 --spec-draft-threads-batch|-tbd|--threads-batch-draft
---spec-draft-cpu-mask|-Cd|--cpu-mask-draft
---spec-draft-cpu-range|-Crd|--cpu-range-draft
+--spec-draft-cpu-mask|-Cd|--cpu-mask-draft --spec-draft-cpu-range|-Crd|--cpu-range-draft
 --spec-draft-cpu-strict|--cpu-strict-draft --spec-draft-prio|--prio-draft
---spec-draft-poll|--poll-draft
---spec-draft-cpu-mask-batch|-Cbd|--cpu-mask-batch-draft
+--spec-draft-poll|--poll-draft --spec-draft-cpu-mask-batch|-Cbd|--cpu-mask-batch-draft
 --spec-draft-cpu-strict-batch|--cpu-strict-batch-draft
---spec-draft-prio-batch|--prio-batch-draft
---spec-draft-poll-batch|--poll-batch-draft
+--spec-draft-prio-batch|--prio-batch-draft --spec-draft-poll-batch|--poll-batch-draft
 --spec-draft-override-tensor|-otd|--override-tensor-draft
 --spec-draft-n-cpu-moe|--spec-draft-ncmoe|-ncmoed|--n-cpu-moe-draft
 --spec-draft-p-split|--draft-p-split --spec-draft-p-min|--draft-p-min
@@ -1041,14 +977,13 @@ BUILT_IN_VALUED = """
 --draft-min|--draft-n-min -lcs|--lookup-cache-static -lcd|--lookup-cache-dynamic
 -ctxcp|--ctx-checkpoints|--swa-checkpoints
 -cms|--checkpoint-min-step|LLAMA_ARG_CHECKPOINT_MIN_SPACING_NT -cram|--cache-ram
--r|--reverse-prompt -np|--parallel|LLAMA_ARG_N_PARALLEL -mm|--mmproj
--mmu|--mmproj-url -mmdev|--mmproj-device|MTMD_BACKEND_DEVICE -a|--alias
---path|LLAMA_ARG_STATIC_PATH --ui-config|--webui-config
---ui-config-file|--webui-config-file --api-key|LLAMA_API_KEY -to|--timeout
---reasoning-format|LLAMA_ARG_THINK -rea|--reasoning
+-r|--reverse-prompt -np|--parallel|LLAMA_ARG_N_PARALLEL -mm|--mmproj -mmu|--mmproj-url
+-mmdev|--mmproj-device|MTMD_BACKEND_DEVICE -a|--alias --path|LLAMA_ARG_STATIC_PATH
+--ui-config|--webui-config --ui-config-file|--webui-config-file --api-key|LLAMA_API_KEY
+-to|--timeout --reasoning-format|LLAMA_ARG_THINK -rea|--reasoning
 --reasoning-budget|LLAMA_ARG_THINK_BUDGET
---reasoning-budget-message|LLAMA_ARG_THINK_BUDGET_MESSAGE
--sps|--slot-prompt-similarity --api-key-file --models-dir --models-max --cors-origins
+--reasoning-budget-message|LLAMA_ARG_THINK_BUDGET_MESSAGE -sps|--slot-prompt-similarity
+--api-key-file --models-dir --models-max --cors-origins
 """
 
 
@@ -1083,29 +1018,30 @@ def render_options(layers, table, fixed) -> list:
     for key, value in fixed.items():
         option = table.find(key) or Option((f"--{key}",), (), None, 1)
         chosen[option.names[0]] = option, value
-    words = []
-    for _, (option, value) in sorted(chosen.items()):
-        words += option_words(option, value)
-    return words
+    pairs = [chosen[name] for name in sorted(chosen)]
+    return [word for pair in pairs for word in option_words(*pair)]
 
 
 def find_option(entry, table) -> Option:
     """Return the option that an entry means, or raise ConfigError."""
-    belongs_elsewhere = proxy_key(entry.key) and not table.knows(entry.key)
-    option = None if belongs_elsewhere else table.find(entry.key)
+    find = table.listed if proxy_key(entry.key) else table.find
+    option = find(entry.key)
     if option is None:
-        raise ConfigError(f"{entry.place}: {_why_unknown(entry.key, table)}")
+        elsewhere = "the llama-server in use does not have this option"
+        reason = why_unknown(entry.key, elsewhere, [*MODEL_KEY, *table.by_key])
+        raise ConfigError(f"{entry.place}: {reason}")
     if option.values > 1:
         raise ConfigError(f"{entry.place}: takes two values; write it into extra-args")
     return option
 
 
-def _why_unknown(key, table):
+def why_unknown(key, elsewhere, names) -> str:
+    """Return what is wrong with a key; `elsewhere` if llama-servers do know it."""
     if proxy_key(key):
         return "belongs into [llmswap]"
-    if BUILT_IN_OPTIONS.knows(key):
-        return "the llama-server in use does not have this option"
-    return "unknown key" + near_name(key, [*MODEL_KEY, *table.keys()])
+    if BUILT_IN_OPTIONS.listed(key):
+        return elsewhere
+    return "unknown key" + near_name(key, names)
 
 
 def option_value(option, entry) -> str:
@@ -1128,15 +1064,18 @@ def option_words(option, value) -> list:
 # ---- Models --------------------------------------------------------------------------
 
 # What makes the running thing, by kind of model: a change of these needs a new one.
+PROCESS_KEYS = ("extra-args", "proxy", "env.NAME", "cwd", "oom-score-adj")
 LAUNCH_KEYS = {
-    "llama-server": (
-        "llama-server", "extra-args", "proxy", "env.NAME", "cwd", "oom-score-adj"
-    ),
-    "cmd": ("cmd", "extra-args", "proxy", "env.NAME", "cwd", "oom-score-adj"),
+    "llama-server": ("llama-server", *PROCESS_KEYS),
+    "cmd": ("cmd", *PROCESS_KEYS),
     "unit": ("unit", "proxy"),
     "remote": ("proxy",),
     "uses": ("uses",),
 }
+REQUEST_KEYS = (  # and those of listing: they may stand beside `uses`
+    "model-name", "uses", "alias", "strip-params", "set-params", "json-repair",
+    "loading-notice", "unlisted", "description",
+)
 SOURCES = ("--model", "--hf-repo", "--model-url", "--docker-repo")
 SOURCE_FLAG = re.compile("--(?!spec-).*-default$|--fim-.*-spec$")
 
@@ -1151,42 +1090,33 @@ class Model(NamedTuple):
 
     name: str
     kind: str
-    line: int
     place: str
     settings: ModelSettings
     options: tuple
     environment: dict
-    variables: dict
-    has_macros: bool
-    names: tuple
-    aliases: tuple
+    texts: Texts
     backend: str
-    problem: Optional[str] = None
+    problem: Optional[str]
+    aliases: tuple = ()
 
     @property
     def launch(self) -> tuple:
         """What makes the process; equal means that it need not be started anew."""
-        keys = LAUNCH_KEYS[self.kind]
-        values = [getattr(self.settings, MODEL_KEY[name].attribute)
-                  for name in keys if name != "env.NAME"]
-        environment = self.environment if "env.NAME" in keys else {}
-        texts = [values, sorted(environment.items()), self._given()]
-        used = variables_in(str(texts))
-        return self.kind, texts, {name: self.variables.get(name) for name in used}
+        names = LAUNCH_KEYS[self.kind]
+        values = [getattr(self.settings, key.attribute)
+                  for key in SETTINGS if key.name in names]
+        environment = self.environment if "env.NAME" in names else {}
+        options = {  # of the same key, that of the strongest layer
+            key: (strength, entry.text)
+            for strength, layer in enumerate(self.options)
+            for key, entry in layer.items()
+        }
+        return self.kind, values, environment, options
 
-    def _given(self):
-        """Return key and text of the options that count, the strongest layer first."""
-        layers, seen = [], set()
-        for layer in reversed(self.options):
-            layers.append([(key, layer[key].text) for key in sorted(layer)
-                           if key not in seen])
-            seen.update(layer)
-        return layers
 
-    @property
-    def takes_room(self) -> bool:
-        """Whether it counts against models-max and sets: remote models do not."""
-        return self.kind not in ("remote", "uses")
+def variables_of(model, port) -> dict:
+    """Return what ${NAME} means in texts of a model whose port is known."""
+    return {**model.texts.variables, "MODEL_ID": model.name, "PORT": port}
 
 
 def command_of(model, table, port) -> list:
@@ -1194,7 +1124,7 @@ def command_of(model, table, port) -> list:
 
     Raise ConfigError for options that the table does not have.
     """
-    variables = {**model.variables, "PORT": port}
+    variables = variables_of(model, port)
     try:
         extra = _words(model.settings.extra_args, variables)
         if model.kind == "cmd":
@@ -1208,17 +1138,18 @@ def command_of(model, table, port) -> list:
 
 def _llama_server(model, table, variables):
     layers = model.options
-    if model.has_macros:
-        layers = [_expanded(layer, variables) for layer in layers]
+    if model.texts.macros:
+        layers = _reread(layers, lambda entry: expand(entry.text, variables))
     fixed = {"host": "127.0.0.1", "port": str(variables["PORT"]), "alias": model.name}
     return [model.settings.llama_server, *render_options(layers, table, fixed)]
 
 
-def _expanded(layer, variables):
-    return {
-        key: entry._replace(text=expand(entry.text, variables))
-        for key, entry in layer.items()
-    }
+def _reread(layers, read):
+    """Return the layers with the text that `read` makes of each entry."""
+    return tuple(
+        {key: entry._replace(text=read(entry)) for key, entry in layer.items()}
+        for layer in layers
+    )
 
 
 def _words(text, variables):
@@ -1227,19 +1158,17 @@ def _words(text, variables):
 
 def stop_command_of(model, port, pid) -> list:
     """Return the argv of cmd-stop; [] if there is none."""
-    variables = {**model.variables, "PORT": port, "PID": pid}
-    return _words(model.settings.cmd_stop, variables)
+    return _words(model.settings.cmd_stop, {**variables_of(model, port), "PID": pid})
 
 
 def proxy_of(model, port) -> str:
     """Return the base URL of the model's backend."""
-    url = expand(model.settings.proxy, {**model.variables, "PORT": port})
-    return url.rstrip("/")
+    return expand(model.settings.proxy, variables_of(model, port)).rstrip("/")
 
 
 def environment_of(model, port) -> dict:
     """Return what the backend's environment has beside that of llmswap."""
-    variables = {**model.variables, "PORT": port}
+    variables = variables_of(model, port)
     return {name: expand(text, variables) for name, text in model.environment.items()}
 
 
@@ -1250,42 +1179,41 @@ def canonical_name(name) -> str:
     """Return llama.cpp's spelling of a section name: `qwen3:8b` is `qwen3:8B`."""
     head, colon, tag = name.rpartition(":")
     match = TAG.search(tag)
-    tag = match[1] if match else tag
-    upper = "".join(char.upper() if char.isascii() else char for char in tag)
-    return head + colon + upper if colon else name
+    tag = re.sub("[a-z]+", lambda part: part[0].upper(), match[1] if match else tag)
+    return head + colon + tag if colon else name
 
 
-def find_models(directory) -> dict:
-    """Return the models in a directory by id: options by key, as llama-server has them.
+def find_models(directory, place) -> dict:
+    """Return the models in a directory by id: entries by key, as llama-server has them.
 
     Raise OSError if it cannot be listed.
     """
     models = {}
-    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
-        if entry.is_dir():
-            options = _model_in(entry.path)
-        else:
-            options = {"model": entry.path} if _part_of(entry.name) == "model" else {}
+    for found in sorted(os.scandir(directory), key=lambda found: found.name):
+        options = {}
+        for path in _files_of(found):
+            key = _option_for(os.path.basename(path))
+            if key:
+                options.setdefault(key, Entry(key, path, place))
         if "model" in options:
-            models[entry.name.replace(".gguf", "")] = options
+            models[found.name.replace(".gguf", "")] = options
     return models
 
 
-def _model_in(directory):
-    """Return the files of one model; of several the first, first shards before all."""
+def _files_of(found):
+    """Return the paths of what may be one model, first shards before all others."""
+    if not found.is_dir():
+        return [found.path]
     try:
-        names = os.listdir(directory)
+        names = os.listdir(found.path)
     except PermissionError:  # lost+found, for one
-        return {}
-    options = {}
-    for name in sorted(names, key=lambda name: ("-00001-of-" not in name, name)):
-        part = _part_of(name)
-        if part:
-            options.setdefault(part, os.path.join(directory, name))
-    return options
+        return []
+    names.sort(key=lambda name: ("-00001-of-" not in name, name))
+    return [os.path.join(found.path, name) for name in names]
 
 
-def _part_of(name):
+def _option_for(name):
+    """Return the key of the option that takes a file of that name, or None."""
     if not name.endswith(".gguf"):
         return None
     if "mmproj" in name:
@@ -1295,19 +1223,9 @@ def _part_of(name):
 
 # ---- From sections to a configuration ------------------------------------------------
 
-# Variables known only when a backend starts, by the keys that may hold them, whose
-# texts stay as they are until then. The values here only serve to check them.
-LATE_VARIABLES = {
-    "cmd": {"PORT": 1},
-    "cmd-stop": {"PORT": 1, "PID": 1},
-    "extra-args": {"PORT": 1},
-    "proxy": {"PORT": 1},
-    "env.NAME": {"PORT": 1},
-}
-QUOTED_KEYS = ("cmd", "cmd-stop", "extra-args", "idle-command")
 LENIENT_KEYS = ("stop-timeout", "load-on-startup")  # llama.cpp takes anything for them
 EXCLUSIVE_KEYS = ("cmd", "unit", "uses")
-NOT_FOR_ALL = ("cmd", "unit", "proxy", "uses", "alias")
+NOT_FOR_ALL = (*EXCLUSIVE_KEYS, "proxy", "alias")
 NOT_MODELS = ("llmswap", "macros", "*")
 
 
@@ -1352,9 +1270,10 @@ def warn_of_traps(options, warn):
 
 def _traps(option, entry):
     """Yield what may surprise in one entry."""
-    is_known = BUILT_IN_OPTIONS.knows(entry.key)
-    if not is_known and close_names(entry.key, MODEL_KEY, 0.8):
-        yield f"taken for an option of llama-server{near_name(entry.key, MODEL_KEY)}"
+    if not BUILT_IN_OPTIONS.listed(entry.key):
+        near = near_name(entry.key, MODEL_KEY, 0.8)
+        if near:
+            yield f"taken for an option of llama-server{near}"
     if not ROUTER_OPTIONS.isdisjoint(option.names):
         yield "no option of a model; it is ignored"
     elif not option.values and entry.text not in TRUTHY + FALSY:
@@ -1364,44 +1283,6 @@ def _traps(option, entry):
         yield f"the quotes are part of the value {entry.text}"
     if option.negatives and entry.key.startswith("LLAMA_ARG_NO_"):
         yield "no negation: llama.cpp reads it like the name without NO"
-
-
-class Texts:
-    """Reads entries: puts in macros and the environment, then lets the key parse."""
-
-    def __init__(self, macros, environ):
-        self.macros = macros
-        self._environ = {f"env.{name}": value for name, value in environ.items()}
-
-    def raw(self, entry) -> str:
-        """Return the text with macros replaced."""
-        return expand_macros(entry.text, self.macros) if self.macros else entry.text
-
-    def environment_in(self, text) -> dict:
-        """Return those variables of the environment that the text mentions."""
-        if "${" not in text:
-            return {}
-        names = variables_in(text) & self._environ.keys()
-        return {name: self._environ[name] for name in names}
-
-    def value(self, key, entry, variables):
-        """Return the value of the key, or raise ConfigError with the entry's place."""
-        text = self.raw(entry)
-        late = LATE_VARIABLES.get(key.name, {})
-        try:
-            expanded = expand(text, {**self.environment_in(text), **variables, **late})
-            value = key.parse(expanded)
-            if key.name in QUOTED_KEYS:
-                shlex.split(text)
-        except ValueError as error:
-            raise ConfigError(f"{entry.place}: {error}") from None
-        return text if late else value
-
-
-@functools.lru_cache(maxsize=None)
-def _parsed(key, text):
-    """The value of a default, which hundreds of models may share."""
-    return key.parse(text)
 
 
 class ModelReading:
@@ -1414,54 +1295,47 @@ class ModelReading:
         self._warn = warn
         self._own, options = split_entries(section)
         self._kind = kind_of(self._own, options)
-        self._keys = {**self._inherited(below[0]), **self._own}
-        self._layers = (*below[1:], options)
-        self._variables = {"MODEL_ID": section.name}
+        keys, *layers = below
+        if self._kind == "uses":
+            keys = {name: keys[name] for name in keys if name in REQUEST_KEYS}
+        self._keys = {**keys, **self._own}
+        self._layers = (*layers, options)
         self._problems = []
 
     def model(self) -> Model:
         """Return the Model; where something is wrong, defaults stand in for it."""
-        name, line, place = self._section[:3]
+        name, place = self._section.name, self._section.place
         settings = self._settings()
         environment = self._environment()
         options = self._options() if self._kind == "llama-server" else ()
         for entry, reason in self._complaints(settings, environment):
             self._problems.append(f"{entry.place if entry else place}: {reason}")
         return Model(
-            name=name, kind=self._kind, line=line, place=place, settings=settings,
-            options=options, environment=environment, variables=self._variables,
-            has_macros=bool(self._texts.macros), names=(name,), aliases=(),
-            backend=name, problem=next(iter(self._problems), None),
+            name=name, kind=self._kind, place=place, settings=settings, options=options,
+            environment=environment, texts=self._texts, backend=name,
+            problem=next(iter(self._problems), None),
         )
 
-    def _inherited(self, defaults):
-        if self._kind != "uses":
-            return defaults
-        about_requests = {key.name for key in MODEL_KEYS if key.scope == "request"}
-        return {name: defaults[name] for name in defaults if name in about_requests}
-
     def _settings(self):
-        rows = [key for key in MODEL_KEYS if key.attribute in ModelSettings._fields]
-        return ModelSettings(*map(self._value, rows))
+        values = dict(DEFAULTS)
+        if self._kind == "cmd":
+            values["hang_timeout"] = 0.0
+        for key in SETTINGS:
+            if key.name in self._keys:
+                entry = self._keys[key.name]
+                values[key.attribute] = self._value(key, entry, values[key.attribute])
+        return ModelSettings(**values)
 
-    def _value(self, key):
-        never_hangs = key.name == "hang-timeout" and self._kind == "cmd"
-        default = Entry(key.name, "0" if never_hangs else key.default, "")
-        entry = self._keys.get(key.name, default)
+    def _value(self, key, entry, default):
+        """Return the entry's value; if it makes no sense, note it and take another."""
         try:
-            if entry is default and "${" not in default.text:
-                return _parsed(key, default.text)
-            return self._read(key, entry)
+            return self._texts.value(key, entry, {"MODEL_ID": self._section.name})
         except ConfigError as error:
             if key.name in LENIENT_KEYS:
                 self._warn(f"{error}; taken as {key.default}")
             else:
                 self._problems.append(str(error))
-            return self._read(key, default)
-
-    def _read(self, key, entry):
-        self._variables.update(self._texts.environment_in(self._texts.raw(entry)))
-        return self._texts.value(key, entry, self._variables)
+            return default
 
     def _environment(self):
         names = [name for name in self._keys if name.startswith("env.")]
@@ -1469,96 +1343,76 @@ class ModelReading:
 
     def _late(self, entry):
         """Return the text of an entry that may hold ${PORT}."""
-        try:
-            return self._read(MODEL_KEY["env.NAME"], entry)
-        except ConfigError as error:
-            self._problems.append(str(error))
-            return ""
+        return self._value(MODEL_KEY["env.NAME"], entry, "")
 
     def _options(self):
         warn_of_traps(self._layers[-1], self._warn)
         if not self._texts.macros:
-            return self._layers
-        return tuple(
-            {key: layer[key]._replace(text=self._late(layer[key])) for key in layer}
-            for layer in self._layers
-        )
+            return self._layers  # as llama-server would read them
+        return _reread(self._layers, self._late)
 
     def _complaints(self, settings, environment):
         """Yield what makes the model unusable, each with the entry to blame."""
         yield from self._complaints_of_keys()
+        proxy = self._own.get("proxy")
+        needs_port = "PORT" in variables_in(settings.proxy)
         if self._kind == "llama-server":
-            yield from self._complaints_of_source(settings, environment)
-        if self._kind == "unit" and not settings.unit:
+            if not self._has_source(settings, environment):
+                yield None, "it has no source: model, hf-repo, model-url or docker-repo"
+            if not needs_port:
+                yield proxy, "the proxy of a llama-server needs ${PORT}"
+        elif self._kind == "cmd":
+            texts = [settings.cmd, settings.extra_args, *environment.values()]
+            if not settings.cmd:
+                yield self._own["cmd"], "the command is empty"
+            elif needs_port and "PORT" not in variables_in(" ".join(texts)):
+                yield self._own["cmd"], "without ${PORT} it needs proxy = URL"
+        elif self._kind == "unit" and not settings.unit:
             yield self._own["unit"], "the name of the unit is missing"
-        if self._kind in ("unit", "remote") and "PORT" in variables_in(settings.proxy):
-            yield self._own.get("proxy"), "it needs proxy = URL, without ${PORT}"
-        if self._kind == "cmd":
-            yield from self._complaints_of_command(settings, environment)
+        if self._kind in ("unit", "remote") and needs_port:
+            yield proxy, "it needs proxy = URL, without ${PORT}"
         if bool(settings.sleep) != bool(settings.wake):
             yield None, "sleep and wake need each other"
 
     def _complaints_of_keys(self):
         for entry in self._layers[-1].values() if self._kind != "llama-server" else ():
-            yield entry, self._why_refused(entry.key)
-        for name, entry in self._own.items():
-            key = MODEL_KEY["env.NAME" if name.startswith("env.") else name]
+            refusal = f"an option of llama-server cannot stand beside {self._kind}"
+            yield entry, why_unknown(entry.key, refusal, MODEL_KEY)
+        without_effect = {*itertools.chain(*LAUNCH_KEYS.values())}
+        without_effect -= {*LAUNCH_KEYS[self._kind]}
+        for spelling, entry in self._own.items():
+            name = "env.NAME" if spelling.startswith("env.") else spelling
             is_other_kind = name in EXCLUSIVE_KEYS and name != self._kind
-            if is_other_kind or self._kind == "uses" and key.scope != "request":
+            if is_other_kind or self._kind == "uses" and name not in REQUEST_KEYS:
                 yield entry, f"cannot stand beside {self._kind}"
-            elif key.scope == "launch" and key.name not in LAUNCH_KEYS[self._kind]:
+            elif name in without_effect:
                 self._warn(f"{entry.place}: without effect beside {self._kind}")
 
-    def _why_refused(self, key):
-        if proxy_key(key):
-            return "belongs into [llmswap]"
-        if BUILT_IN_OPTIONS.knows(key):
-            return f"an option of llama-server cannot stand beside {self._kind}"
-        return "unknown key" + near_name(key, MODEL_KEY)
-
-    def _complaints_of_source(self, settings, environment):
+    def _has_source(self, settings, environment):
         words = (word.split("=")[0].lstrip("-") for word in settings.extra_args.split())
-        if not has_source({*words, *environment}.union(*self._layers)):
-            yield None, "it has no source: model, hf-repo, model-url or docker-repo"
-        if "PORT" not in variables_in(settings.proxy):
-            yield self._own.get("proxy"), "the proxy of a llama-server needs ${PORT}"
-
-    def _complaints_of_command(self, settings, environment):
-        texts = [settings.cmd, settings.extra_args, *environment.values()]
-        is_told = "PORT" in set().union(*map(variables_in, texts))
-        if not settings.cmd:
-            yield self._own["cmd"], "the command is empty"
-        elif not is_told and "PORT" in variables_in(settings.proxy):
-            yield self._own["cmd"], "without ${PORT} it needs proxy = URL"
+        return has_source({*words, *environment}.union(*self._layers))
 
 
 class Names:
     """Which model is meant by a name; who claims a name first keeps it."""
 
     def __init__(self):
-        self._exact = {}
+        self.owners = {}  # ids of models by name
         self._folded = {}
-        self._of = {}
 
     def claim(self, name, owner) -> bool:
         """Give the name to a model unless another has it; return whether it has it."""
         self._folded.setdefault(name.strip().casefold(), owner)
-        if name not in self._exact:
-            self._of.setdefault(owner, []).append(name)
-        return self._exact.setdefault(name, owner) == owner
+        return self.owners.setdefault(name, owner) == owner
 
     def find(self, name) -> Optional[str]:
         """Return the id of the model so named, in any case if none is exactly so."""
-        return self._exact.get(name) or self._folded.get(name.strip().casefold())
-
-    def of(self, owner) -> tuple:
-        """Return all names of a model."""
-        return tuple(self._of.get(owner, ()))
+        return self.owners.get(name) or self._folded.get(name.strip().casefold())
 
 
 def misfit(models, settings) -> Optional[str]:
     """Return why these models cannot be loaded together, or None if they can."""
-    counted = {model.name for model in models if model.takes_room}
+    counted = {model.name for model in models if model.kind not in ("remote", "uses")}
     if 0 < settings.models_max < len(counted):
         return f"models-max is {settings.models_max}"
     is_together = len(counted) < 2 or any(counted <= names for names in settings.sets)
@@ -1600,9 +1454,10 @@ class Config(NamedTuple):
         return next(iter(self.models.values())) if len(self.models) == 1 else None
 
     def _near(self, name):
-        listed = [m for m in self.models.values() if not m.settings.unlisted]
-        near = near_name(name, [other for model in listed for other in model.names])
-        shown = ", ".join(model.name for model in listed[:8]) or "none"
+        listed = {m.name: m for m in self.models.values() if not m.settings.unlisted}
+        owners = self.names.owners.items()
+        near = near_name(name, [other for other, owner in owners if owner in listed])
+        shown = ", ".join([*listed][:8]) or "none"
         more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
         return f"{near or ';'} there are {shown}{more}"
 
@@ -1632,7 +1487,8 @@ class Reading:
         self._path = path
         self._environ = environ
         self._warnings = {}  # used as a set that keeps its order
-        self._sections = read_preset(data, path, self._warn)
+        empty = {name: Section(name, 0, "", {}) for name in NOT_MODELS}
+        self._sections = {**empty, **read_preset(data, path, self._warn)}
         self._texts = Texts(self._macros(), environ)
         self._proxy = {**self._limit_in_star(), **self._proxy_entries(), **overrides}
         self._names = Names()
@@ -1642,7 +1498,8 @@ class Reading:
         settings = self._settings()
         models = self._named(self._models(settings))
         settings = self._resolved(settings, models)
-        models = self._joined(self._fitting(models, settings))
+        models = self._fitting(models, settings)
+        models = {name: self._joined(model, models) for name, model in models.items()}
         keys = self._api_keys(settings)
         return Config(
             self._path, settings, models, self._names, keys, tuple(self._warnings)
@@ -1651,12 +1508,8 @@ class Reading:
     def _warn(self, message):
         self._warnings[message] = True
 
-    def _section(self, name):
-        missing = Section(name, 0, f"{self._path}: [{name}]", {})
-        return self._sections.get(name, missing)
-
     def _macros(self):
-        entries = self._section("macros").entries
+        entries = self._sections["macros"].entries
         for name, entry in entries.items():
             if name in ("PORT", "PID", "MODEL_ID") or name.startswith("env."):
                 raise ConfigError(f"{entry.place}: this name has its own meaning")
@@ -1664,15 +1517,15 @@ class Reading:
 
     def _limit_in_star(self):
         """Return models-max where people put it; llama.cpp drops whatever is there."""
-        for entry in self._section("*").entries.values():
-            if BUILT_IN_OPTIONS.find(entry.key).names[-1] == "--models-max":
-                if re.fullmatch("[0-9]{1,9}", entry.text):
-                    return {"models-max": entry}
+        for entry in self._sections["*"].entries.values():
+            is_limit = BUILT_IN_OPTIONS.find(entry.key).names[-1] == "--models-max"
+            if is_limit and re.fullmatch("[0-9]{1,9}", entry.text):
+                return {"models-max": entry}
         return {}
 
     def _proxy_entries(self):
         entries = {}
-        for spelling, entry in self._section("llmswap").entries.items():
+        for spelling, entry in self._sections["llmswap"].entries.items():
             if proxy_key(spelling):
                 entries[proxy_key(spelling)] = entry
             elif model_key(spelling):
@@ -1717,7 +1570,7 @@ class Reading:
 
     def _star(self):
         """Return what holds for all models: our keys, then options."""
-        keys, options = split_entries(self._section("*"))
+        keys, options = split_entries(self._sections["*"])
         for name in NOT_FOR_ALL:
             if name in keys:
                 raise ConfigError(f"{keys[name].place}: cannot be given for all models")
@@ -1734,14 +1587,10 @@ class Reading:
             return {}
         place = self._proxy["models-dir"].place
         try:
-            models = find_models(settings.models_dir)
+            return find_models(settings.models_dir, place)
         except OSError as error:
             self._warn(f"{place}: {error}")
             return {}
-        return {
-            name: {key: Entry(key, path, place) for key, path in options.items()}
-            for name, options in models.items()
-        }
 
     def _model_sections(self):
         """Return the sections that are models; of those with names that are one to
@@ -1758,17 +1607,13 @@ class Reading:
         return sections
 
     def _named(self, models):
-        """Return the models by id, with all the names that they could claim."""
+        """Return the models by id, after they claimed all the names that they could."""
         for model in models:
             self._names.claim(model.name, model.name)
-        aliases = {model.name: self._aliases(model) for model in models}
+        models = [model._replace(aliases=self._aliases(model)) for model in models]
         for model in sorted(models, key=lambda model: model.name, reverse=True):
             self._claim(canonical_name(model.name), model, "llama.cpp's name")
-        return {
-            model.name: model._replace(aliases=aliases[model.name],
-                                       names=self._names.of(model.name))
-            for model in models
-        }
+        return {model.name: model for model in models}
 
     def _aliases(self, model):
         others = [name for name in model.settings.alias if name != model.name]
@@ -1820,11 +1665,8 @@ class Reading:
         problem = f"{model.place}: does not fit{beside if pinned else ''}: {reason}"
         return model._replace(problem=problem) if reason else model
 
-    def _joined(self, models):
-        """Return the models; those that use another have its backend, or a problem."""
-        return {name: self._using(model, models) for name, model in models.items()}
-
-    def _using(self, model, models):
+    def _joined(self, model, models):
+        """Return the model; if it uses another, it has its backend, or a problem."""
         if model.kind != "uses" or model.problem:
             return model
         target = models.get(self._names.find(model.settings.uses))
@@ -1868,7 +1710,6 @@ class Event(enum.Enum):
     """What moves a slot from one state to the next."""
 
     START = "start"
-    FOUND = "found"
     LOADED = "loaded"
     SLEPT = "slept"
     STOP = "stop"
@@ -1876,10 +1717,7 @@ class Event(enum.Enum):
 
 
 NEXT_STATE = {
-    State.UNLOADED: {
-        Event.START: State.LOADING,
-        Event.FOUND: State.LOADING,  # it ran before we came: a service
-    },
+    State.UNLOADED: {Event.START: State.LOADING},
     State.LOADING: {
         Event.LOADED: State.LOADED,
         Event.SLEPT: State.LOADING,  # news from before the wake
@@ -1955,13 +1793,13 @@ class Limits(NamedTuple):
 
     def allow(self, holdings: Iterable[Holding]) -> bool:
         """Whether all of these may be held at once; fewer of them then may be, too."""
-        held = [each for each in holdings if each.places or each.needs]
+        held = list(holdings)
         if self.models_max and sum(each.places for each in held) > self.models_max:
             return False
         for resource, amount in self.budget.items():
             if sum(each.needs.get(resource, 0) for each in held) > amount:
                 return False
-        if not self.sets or len(held) < 2:
+        if not self.sets:
             return True
         names = {each.name for each in held if each.places}
         return len(names) < 2 or any(names <= together for together in self.sets)
@@ -2011,7 +1849,7 @@ class Ticket:
 
     __slots__ = (
         "number", "slot", "arrived", "is_loose", "is_by_hand",
-        "victims", "generation", "outcome", "waiter",
+        "generation", "outcome", "waiter",
     )  # fmt: skip
 
     def __init__(self, number, slot, arrived, is_loose=False, is_by_hand=False):
@@ -2020,7 +1858,6 @@ class Ticket:
         self.arrived = arrived
         self.is_loose = is_loose
         self.is_by_hand = is_by_hand
-        self.victims = frozenset()
         self.generation = None
         self.outcome = None
         self.waiter = None  # the caller's own
@@ -2051,6 +1888,7 @@ class Slot:
         self.started_at = self.stopped_at = self.ready_at = self.idle_since = 0.0
         self.fell_idle = None  # when the pause that runs now began
         self.pauses = collections.deque(maxlen=8)
+        self.drains_for = None  # the ticket that needs its room
         self.evicted_for = None  # the slot that needed its room, until that is ready
         self.load_seconds = self.stop_seconds = None
         self.failures = 0
@@ -2069,6 +1907,8 @@ class Slot:
         state = NEXT_STATE[self.state][event]
         if state is not self.state:
             self.state, self.changed_at = state, now
+        if event is not Event.STOP:  # who is told to go holds what it held
+            self.is_asleep = state is State.SLEEPING
 
     @property
     def is_held(self) -> bool:
@@ -2096,6 +1936,11 @@ class Slot:
     def is_closed(self) -> bool:
         """Whether it grants nothing because it is to go, whoever asks."""
         return self.unload_by is not None or self.is_retiring
+
+    @property
+    def is_departing(self) -> bool:
+        """Whether it goes, or is to go, whoever asks."""
+        return self.state is State.UNLOADING or self.is_closed
 
     def is_ready_for(self, is_loose: bool) -> bool:
         """Whether it can serve one more lease of this kind now."""
@@ -2160,16 +2005,14 @@ class Slot:
             return SHORTEST_GAP
         return max(SHORTEST_GAP, 2 * max(short))
 
-    def unload_at(self) -> Optional[float]:
-        """When it is to be unloaded for being idle; None: not as things are."""
+    def unload_at(self) -> float:
+        """When it is to be unloaded for being idle; inf: not as things are."""
         if self.in_flight or self.waiting or self.loose or self.spec.is_pinned:
-            return None
+            return math.inf
         timeout = self.idle_timeout
         if timeout is None:
             timeout = self.spec.idle_timeout or math.inf
-        if timeout == math.inf:
-            return None
-        return max(self.idle_since, self.ready_at) + timeout
+        return self.idle_since + timeout
 
 
 def choose_victims(
@@ -2215,14 +2058,14 @@ class Scheduler:
     def __init__(self, limits: Limits, specs: Mapping[str, Spec]):
         self.limits = limits
         self.slots = {name: Slot(name, spec) for name, spec in specs.items()}
+        self.held = {}  # name -> Slot, those that are not unloaded
         self.look_again = math.inf
-        self._held = {}  # name -> Slot, those that are not unloaded
         self._queue = {}  # number -> Ticket, oldest first
         self._numbers = itertools.count(1)
         self._generations = itertools.count(1)  # of all models: names come and go
         self._decisions = []  # taken since the last decide(), some by events
-        self._leaving = {}  # Slot -> the oldest ticket that it drains for
-        self._going = {}  # those and the victims to be -> when they begin to drain
+        self._leaving = {}  # Slot -> the ticket that it drains for
+        self._going = {}  # Slot that goes, or is to make room -> when it begins to
         self._closing = None  # the Problem that every ticket meets once closed
 
     # -- events: requests ------------------------------------------------------------
@@ -2269,9 +2112,9 @@ class Scheduler:
         if self._queue or self._decisions or slot.is_closed:
             return False
         moment = slot.unload_at()
-        if moment is not None:
-            self._look_again_at(moment)
-        return moment is None or now < moment
+        if moment < self.look_again:
+            self.look_again = moment
+        return now < moment
 
     def release(self, ticket: Ticket, now: float):
         """The request of a granted ticket has ended; call it once."""
@@ -2304,7 +2147,6 @@ class Scheduler:
             slot.last_failure = None
             self._end_pauses(slot)
         slot.advance(Event.LOADED, now)
-        slot.is_asleep = False
 
     def _end_pauses(self, newcomer):
         """Who did not come back to a victim while the newcomer loaded was not about to:
@@ -2327,10 +2169,8 @@ class Scheduler:
         """The backend ran before we did, and is ready once `loaded` says so; return the
         generation it has from now on."""
         slot = self.slots[name]
-        slot.advance(Event.FOUND, now)
-        slot.generation = next(self._generations)
+        self._begin_life(slot, now)
         slot.started_at = -math.inf  # who knows when
-        self._held[name] = slot
         return slot.generation
 
     def slept(self, name: str, generation: int, now: float):
@@ -2342,10 +2182,8 @@ class Scheduler:
             if not slot.is_falling_asleep:
                 return  # of its own choice, but it goes
             slot.stop_seconds = now - slot.stopped_at
-            slot.stop_cause = None
-            self._spare(slot)
+            slot.stop_cause = slot.drains_for = None
         slot.advance(Event.SLEPT, now)
-        slot.is_asleep = slot.state is State.SLEEPING
 
     def exited(
         self, name: str, generation: int, now: float, failure: Optional[Problem] = None
@@ -2359,7 +2197,7 @@ class Scheduler:
         elif slot.state is State.LOADING:
             failure = failure or Problem(f"{name} ended while it was loading")
             slot.note_failure(failure, now)
-            self._refuse_waiting(slot, failure)
+            self.refuse_waiting(name, failure)
         elif failure is not None:
             slot.last_failure = failure
         slot.advance(Event.EXITED, now)
@@ -2373,21 +2211,14 @@ class Scheduler:
 
     def _clear(self, slot):
         """Nothing of the slot's last life is left; a reload may now take effect."""
-        del self._held[slot.name]
-        self._spare(slot)
+        del self.held[slot.name]
         slot.in_flight = slot.loose = 0
-        slot.is_asleep = False
-        slot.idle_timeout = slot.unload_by = slot.stop_cause = None
+        slot.idle_timeout = slot.unload_by = slot.stop_cause = slot.drains_for = None
         if slot.removal is not None:
             del self.slots[slot.name]
         elif slot.successor is not None:
             slot.spec, slot.successor = slot.successor, None
             slot.forgive()
-
-    def _spare(self, slot):
-        """It has made room: nobody has a claim on its next life."""
-        for ticket in self._queue.values():
-            ticket.victims -= {slot}
 
     # -- events: people --------------------------------------------------------------
 
@@ -2397,13 +2228,13 @@ class Scheduler:
         Requests in flight have its stop timeout to end, then their backend goes.
         """
         slot = self.slots[name]
-        self._refuse_waiting(slot, problem)
+        self.refuse_waiting(name, problem)
         if slot.is_held and slot.unload_by is None:
             slot.unload_by = now + slot.spec.stop_timeout
         return slot.is_held
 
     def configure(
-        self, limits: Limits, specs: Mapping[str, Spec], changed: Iterable[str], gone
+        self, limits: Limits, specs: Mapping[str, Spec], changed: Sequence[str], gone
     ):
         """Take over a new configuration.
 
@@ -2411,9 +2242,8 @@ class Scheduler:
         `gone(name)` gives the Problem for tickets of the latter. No lease is cut.
         """
         self.limits = limits
-        changed = set(changed)
         for name in [name for name in self.slots if name not in specs]:
-            self._remove(self.slots[name], gone(name))
+            self._remove(name, gone(name))
         for name, spec in specs.items():
             slot = self.slots.setdefault(name, Slot(name, spec))
             if slot.is_held and (name in changed or slot.is_retiring):
@@ -2423,26 +2253,26 @@ class Scheduler:
                 if name in changed:
                     slot.forgive()
 
-    def refuse_waiting(self, name: str, problem: Problem):
-        """Refuse every ticket that waits for the model."""
-        self._refuse_waiting(self.slots[name], problem)
-
-    def _remove(self, slot, problem):
-        self._refuse_waiting(slot, problem)
+    def _remove(self, name, problem):
+        slot = self.slots[name]
+        self.refuse_waiting(name, problem)
         if slot.is_held:
             slot.removal, slot.successor = problem, None
         else:
-            del self.slots[slot.name]
+            del self.slots[name]
+
+    def refuse_waiting(self, name: str, problem: Problem):
+        """Refuse every ticket that waits for the model."""
+        for ticket in [each for each in self._queue.values() if each.slot.name == name]:
+            self._refuse(ticket, problem)
 
     def close(self, problem: Problem):
-        """Refuse every ticket that waits, and from now on every new one."""
+        """From now on `decide` refuses every ticket, those that wait already, too."""
         self._closing = problem
-        for ticket in list(self._queue.values()):
-            self._refuse(ticket, problem)
 
     def stop_all(self, now: float):
         """Stop every backend now, whoever uses it."""
-        for slot in self._held.values():
+        for slot in self.held.values():
             slot.unload_by = -math.inf
 
     # -- what is ---------------------------------------------------------------------
@@ -2455,12 +2285,7 @@ class Scheduler:
     @property
     def in_flight(self) -> int:
         """How many requests are with a backend, loose ones aside."""
-        return sum(slot.in_flight for slot in self._held.values())
-
-    @property
-    def held(self) -> Iterable[Slot]:
-        """The slots that are not unloaded."""
-        return self._held.values()
+        return sum(slot.in_flight for slot in self.held.values())
 
     # -- decisions -------------------------------------------------------------------
 
@@ -2474,71 +2299,56 @@ class Scheduler:
     def _look_again_at(self, moment):
         self.look_again = min(self.look_again, moment)
 
-    def _chosen_victims(self):
-        chosen = {}
-        for ticket in self._queue.values():
-            for victim in ticket.victims:
-                chosen.setdefault(victim, ticket)
-        return chosen
-
     def _serve_queue(self, now):
         """Walk the queue once; say whether to do so again, as that changed anything."""
         self.look_again = math.inf
-        self._leaving = self._chosen_victims()
-        self._going = dict.fromkeys(self._leaving, -math.inf)
+        held = self.held.values()
+        self._leaving = {each: each.drains_for for each in held if each.drains_for}
+        going = [each for each in held if each.is_departing or each.drains_for]
+        self._going = dict.fromkeys(going, -math.inf)
         before = len(self._decisions), len(self._leaving)
-        ahead = {}  # name -> what older tickets wait for
-        waiting, is_full = 0, False  # whether what is ahead alone fills the limits
+        wanted = {}  # name -> what this ticket and older ones wait for
+        waiting, is_full = 0, False  # whether that alone fills the limits
         for ticket in list(self._queue.values()):
-            is_first = ticket.slot.name not in ahead
+            is_first = ticket.slot.name not in wanted
             if self._settle(ticket, is_first, waiting, now):
                 continue
             waiting += 1
             if is_first:
-                is_full = self._pursue(ticket, ahead, is_full, now)
-                ahead[ticket.slot.name] = ticket.slot
-        if not self._queue:  # who left it takes its victims along
-            self._leaving, self.look_again = {}, math.inf
-            return False
+                wanted[ticket.slot.name] = ticket.slot.full_holding()
+                is_full = self._pursue(ticket, wanted, is_full, now)
         return before != (len(self._decisions), len(self._leaving))
 
     def _settle(self, ticket, is_first, waiting, now):
         """Grant or refuse a ticket if it is time to; say whether it was."""
-        queue_max = self.limits.queue_max
-        if self._refuse_early(ticket, now):
-            return True
         if is_first and self._may_grant(ticket):
             self._grant(ticket, now)
-        elif queue_max and waiting >= queue_max:
-            self._refuse(ticket, QueueFull(queue_max))
-        else:
-            return False
-        return True
-
-    def _refuse_early(self, ticket, now):
-        """Refuse a ticket that has no chance or no time left; say whether it was so."""
-        slot, limits = ticket.slot, self.limits
-        if self._closing:
-            self._refuse(ticket, self._closing)
-        elif slot.removal is not None:
-            self._refuse(ticket, slot.removal)
-        elif limits.queue_timeout and now >= ticket.arrived + limits.queue_timeout:
-            if self._may_grant(ticket):
-                return False
-            self._refuse(ticket, QueueTimeout(slot.name, limits.queue_timeout))
-        elif not slot.is_held and now < slot.retry_at:
-            self._refuse(ticket, BackingOff(slot.last_failure, slot.retry_at - now))
-        else:
-            if limits.queue_timeout:
-                self._look_again_at(ticket.arrived + limits.queue_timeout)
-            return False
-        return True
+            return True
+        problem = self._refusal_of(ticket, waiting, now)
+        if problem is not None:
+            self._refuse(ticket, problem)
+        return problem is not None
 
     def _may_grant(self, ticket):
         drains_for = self._leaving.get(ticket.slot)
-        if drains_for is not None and drains_for.number < ticket.number:
+        if self._closing or drains_for and drains_for.number < ticket.number:
             return False
         return ticket.slot.is_ready_for(ticket.is_loose)
+
+    def _refusal_of(self, ticket, waiting, now):
+        """Why a ticket has no chance, no time or no place to wait; None: it has."""
+        slot, limits = ticket.slot, self.limits
+        if self._closing or slot.removal:
+            return self._closing or slot.removal
+        if limits.queue_timeout:
+            ends = ticket.arrived + limits.queue_timeout
+            if now >= ends:
+                return QueueTimeout(slot.name, limits.queue_timeout)
+            self._look_again_at(ends)
+        if not slot.is_held and now < slot.retry_at:
+            return BackingOff(slot.last_failure, slot.retry_at - now)
+        is_full = limits.queue_max and waiting >= limits.queue_max
+        return QueueFull(limits.queue_max) if is_full else None
 
     def _grant(self, ticket, now):
         self._leave_queue(ticket)
@@ -2564,21 +2374,21 @@ class Scheduler:
         ticket.outcome = problem
         self._decisions.append(Refuse(ticket, problem))
 
-    def _refuse_waiting(self, slot, problem):
-        if slot.waiting:
-            for ticket in [t for t in self._queue.values() if t.slot is slot]:
-                self._refuse(ticket, problem)
-
     def _leave_queue(self, ticket):
         del self._queue[ticket.number]
-        ticket.victims = frozenset()
         ticket.slot.waiting -= 1
+        self._spare_victims(ticket)
 
-    def _pursue(self, ticket, ahead, is_full, now):
+    def _spare_victims(self, ticket):
+        for slot in self.held.values():
+            if slot.drains_for is ticket:
+                slot.drains_for = None
+
+    def _pursue(self, ticket, wanted, is_full, now):
         """Get the ticket's model loaded: start it, or make room, or wait for room.
 
-        Return whether what is ahead, this model included, fills the limits, so that no
-        younger ticket can start anything that takes room.
+        Return whether what is wanted fills the limits, so that no younger ticket can
+        start anything that takes room.
         """
         slot = ticket.slot
         is_down = slot.state in (State.UNLOADED, State.SLEEPING)
@@ -2587,76 +2397,58 @@ class Scheduler:
             if may_start:
                 self._start(ticket, now)
             return is_full
-        if is_full:
+        if is_full or not self.limits.allow(wanted.values()):
             return True
-        wanted = [each.full_holding() for each in ahead.values()]
-        wanted.append(slot.full_holding())
-        if not self.limits.allow(wanted):
-            return True
-        if may_start:
-            self._make_way(ticket, wanted, set(ahead) | {slot.name}, now)
+        if may_start and not self._fits(wanted, self._going.keys()):
+            self._choose(ticket, wanted, now)
+        elif may_start and self._fits({slot.name: wanted[slot.name]}):
+            self._start(ticket, now)
         return False
 
-    def _make_way(self, ticket, wanted, names, now):
-        if not self._may_stay(wanted, names, self._going.keys()):
-            self._choose(ticket, wanted, names, now)
-        elif self._has_room(ticket.slot):
-            self._start(ticket, now)
-
-    def _has_room(self, slot):
-        """Whether it fits now, beside everything that is there or still there."""
-        others = [each.holding() for each in self._held.values() if each is not slot]
-        return self.limits.allow(others + [slot.full_holding()])
-
-    def _may_stay(self, wanted, names, going):
-        """Whether what is wanted fits once the departing and `going` are gone."""
-        staying = [
+    def _fits(self, wanted, going=frozenset()):
+        """Whether it fits beside all that is there, but for those that are going."""
+        others = [
             each.holding()
-            for each in self._held.values()
-            if each.name not in names and each not in going and not self._departs(each)
+            for each in self.held.values()
+            if each.name not in wanted and each not in going
         ]
-        return self.limits.allow(staying + wanted)
-
-    def _departs(self, slot):
-        return slot.state is State.UNLOADING or slot.is_closed
+        return self.limits.allow([*wanted.values(), *others])
 
     def _start(self, ticket, now):
-        slot = ticket.slot
-        is_wake = slot.state is State.SLEEPING
-        slot.advance(Event.START, now)
-        slot.is_asleep = False
-        if not is_wake:
-            slot.generation = next(self._generations)
-        slot.started_at = now
-        ticket.victims = frozenset()
-        self._held[slot.name] = slot
+        slot, is_wake = ticket.slot, ticket.slot.state is State.SLEEPING
+        self._begin_life(slot, now)
+        self._spare_victims(ticket)
         self._decisions.append(Start(slot.name, slot.generation, is_wake))
 
-    def _choose(self, ticket, wanted, names, now):
+    def _begin_life(self, slot, now):
+        if not slot.is_held:  # and is not woken
+            slot.generation = next(self._generations)
+        slot.advance(Event.START, now)
+        slot.started_at = now
+        self.held[slot.name] = slot
+
+    def _choose(self, ticket, wanted, now):
         """Choose victims for the ticket, or name the time when they may be chosen."""
         candidates = [
             slot
-            for slot in self._held.values()
-            if slot.name not in names
+            for slot in self.held.values()
+            if slot.name not in wanted
             and slot not in self._going
-            and not self._departs(slot)
             and self._is_evictable(slot)
         ]
         victims = choose_victims(
-            candidates,
-            lambda chosen: self._may_stay(wanted, names, chosen.union(self._going)),
+            candidates, lambda chosen: self._fits(wanted, chosen.union(self._going))
         )
         if victims is None:
             return  # who is loading for someone, or pinned, stands in the way
-        due = max(self._due(ticket, victim, now) for victim in victims)
-        due = max(due, *self._going.values(), -math.inf)
+        dues = [self._due(ticket, victim, now) for victim in victims]
+        due = max([*dues, *self._going.values()])
         self._going.update(dict.fromkeys(victims, due))
         if due > now:
             self._look_again_at(due)
             return
-        ticket.victims |= victims
         for victim in victims:
-            self._leaving[victim] = ticket
+            victim.drains_for = self._leaving[victim] = ticket
 
     def _is_evictable(self, slot):
         if slot.spec.is_pinned or not slot.needs_room:
@@ -2679,50 +2471,37 @@ class Scheduler:
     def _stop_the_leaving(self, now):
         """Stop who has drained for any reason, or is idle; say whether anyone was."""
         before = len(self._decisions)
-        for slot in list(self._held.values()):
-            if slot.state is State.UNLOADING:
-                continue
-            if slot.unload_by is not None:
-                self._stop_by_hand(slot, now)
-            elif slot.is_retiring:
-                if not slot.in_flight:
-                    self._stop(slot, now, "reload")
-            elif slot in self._leaving:
-                self._stop_victim(slot, now)
-            elif slot.state is not State.LOADING:
-                self._stop_if_idle(slot, now)
+        for slot in self.held.values():
+            cause, moment = self._end_of(slot)
+            if now >= moment:
+                self._stop(slot, now, cause)
+            else:
+                self._look_again_at(moment)
         return len(self._decisions) != before
 
-    def _stop_by_hand(self, slot, now):
-        if slot.state is State.LOADING or not slot.in_flight or now >= slot.unload_by:
-            self._stop(slot, now, "shutdown" if self._closing else "unload")
-        else:
-            self._look_again_at(slot.unload_by)
+    def _end_of(self, slot):
+        """Why it is to be stopped, and when; inf: not as things are."""
+        is_loading = slot.state is State.LOADING
+        once_drained = math.inf if slot.in_flight else -math.inf
+        if slot.state is State.UNLOADING:
+            return None, math.inf
+        if slot.unload_by is not None:
+            cause = "shutdown" if self._closing else "unload"
+            return cause, -math.inf if is_loading else min(slot.unload_by, once_drained)
+        if slot.is_retiring:
+            return "reload", once_drained
+        if slot in self._leaving:
+            return "abandoned" if is_loading else "evicted", once_drained
+        return "idle", math.inf if is_loading else slot.unload_at()
 
-    def _stop_victim(self, slot, now):
-        ticket = self._leaving[slot]
-        if not slot.in_flight:
-            is_abandoned = slot.state is State.LOADING
-            cause = "abandoned" if is_abandoned else "evicted"
-            slot.evicted_for = ticket.slot
-            self._stop(slot, now, cause, ticket.slot.name)
-
-    def _stop_if_idle(self, slot, now):
-        moment = slot.unload_at()
-        if moment is None:
-            return
-        if now >= moment:
-            self._stop(slot, now, "idle")
-        else:
-            self._look_again_at(moment)
-
-    def _stop(self, slot, now, cause, newcomer=None):
-        to_sleep = (
-            cause == "evicted" and slot.spec.can_sleep and slot.state is State.LOADED
-        )
+    def _stop(self, slot, now, cause):
+        newcomer, to_sleep = None, False
+        if cause in ("evicted", "abandoned"):
+            slot.evicted_for = self._leaving[slot].slot
+            newcomer = slot.evicted_for.name
+            to_sleep = slot.spec.can_sleep and slot.state is State.LOADED
         slot.advance(Event.STOP, now)
-        slot.stopped_at = now
-        slot.stop_cause = cause
+        slot.stopped_at, slot.stop_cause = now, cause
         slot.is_falling_asleep = to_sleep
         self._decisions.append(
             Stop(slot.name, slot.generation, cause, newcomer, to_sleep)
@@ -2748,7 +2527,10 @@ LAST_LINES = 200  # kept of what a backend wrote
 LONGEST_LINE = 16384  # bytes; a longer one is cut into several
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20  # of Linux's sock_diag(7)
+ONE, DUMP = 1, 0x301  # of netlink(7): what a question asks for
 PORT_TRIES = 3
+MOST_PROCESSORS = 256  # of a machine, those switched off included
+MOST_WAITING = 2  # for a processor, threads of all; with more, ours keep to no one
 SO_MEMINFO, TCP_ESTABLISHED = 55, 1  # of Linux's socket(7) and tcp(7)
 SIGNS_EVERY = 1.0  # s; so often a silent load is looked at for signs of life
 
@@ -2774,12 +2556,18 @@ def free_port() -> int:
 
 
 def _ephemeral_range():
+    told = _kernel_says("/proc/sys/net/ipv4/ip_local_port_range")
+    low, high = map(int, told.split() or (32768, 60999))
+    return low, high
+
+
+def _kernel_says(path):
+    """Return what the kernel says there, nothing where it says nothing."""
     try:
-        with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
-            low, high = file.read().split()
-        return int(low), int(high)
-    except (OSError, ValueError):
-        return 32768, 60999
+        with open(path, "rb") as file:
+            return os.fsdecode(file.read())
+    except OSError:
+        return ""
 
 
 class Bell:
@@ -2827,72 +2615,54 @@ def listening_inodes(port: int) -> Set[int]:
     """Return the inodes of the sockets to which 127.0.0.1:`port` may lead."""
     exact, wild = set(), set()
     for family in (socket.AF_INET, socket.AF_INET6):
-        for address, inode in _listeners(family, port):
-            if address == b"\x7f\0\0\1":
-                exact.add(inode)
-            elif not any(address) or address.endswith(b"\xff\xff\x7f\0\0\1"):
-                wild.add(inode)
+        try:
+            for address, inode in _listeners(family, port, DUMP, states=1 << 10):
+                if address == b"\x7f\0\0\1":
+                    exact.add(inode)
+                elif not any(address) or address.endswith(b"\xff\xff\x7f\0\0\1"):
+                    wild.add(inode)
+        except (AttributeError, OSError):
+            continue  # not Linux, or not allowed here: who accepts is believed
     return exact or wild
-
-
-def _listeners(family, port):
-    """Return (address, inode) of the sockets that listen there, as the kernel tells.
-
-    Asked directly: to write its tables into /proc takes it 20 ms and more.
-    """
-    tcp, listening, dump = socket.IPPROTO_TCP, 1 << 10, 0x301
-    query = struct.pack(
-        "=IHHIIBBBxIH46x", 72, SOCK_DIAG_BY_FAMILY, dump, 0, 0,
-        family, tcp, 0, listening, socket.htons(port),
-    )  # fmt: skip
-    try:
-        kind = (socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
-        with socket.socket(*kind) as kernel:
-            kernel.settimeout(1.0)
-            kernel.send(query)
-            return list(_told_listeners(kernel, 4 if family == socket.AF_INET else 16))
-    except OSError:
-        return []  # not allowed here: who accepts is believed
-
-
-def _told_listeners(kernel, width):
-    """Yield what the messages say until one says that it was the last."""
-    while True:
-        data, at = kernel.recv(65536), 0
-        while at < len(data):
-            size, kind = struct.unpack_from("=IH", data, at)
-            if kind != SOCK_DIAG_BY_FAMILY:
-                return
-            (inode,) = struct.unpack_from("=I", data, at + 84)
-            yield data[at + 24 : at + 24 + width], inode
-            at += (size + 3) & ~3
 
 
 def listener_behind(sock: socket.socket) -> int:
     """Return the inode of the socket that accepts where this connection leads to, 0
     where the kernel names none. 11 us."""
-    tcp, request = socket.IPPROTO_TCP, 1
     host, port = sock.getpeername()[:2]
     where = socket.inet_pton(sock.family, host)
+    return next((inode for _, inode in _listeners(sock.family, port, ONE, where)), 0)
+
+
+def _listeners(family, port, flags, where=b"", states=0):
+    """Yield (address, inode) of the sockets that the kernel finds there.
+
+    Asked directly: to write its tables into /proc takes it 20 ms and more.
+    """
     query = struct.pack(
-        "=IHHIIBBBxIHH16s16sIq", 72, SOCK_DIAG_BY_FAMILY, request, 0, 0,
-        sock.family, tcp, 0, 0, socket.htons(port), 0, where, where, 0, -1,
+        "=IHHIIBBBxIHH16s16sIq", 72, SOCK_DIAG_BY_FAMILY, flags, 0, 0, family,
+        socket.IPPROTO_TCP, 0, states, socket.htons(port), 0, where, where, 0, -1,
     )  # fmt: skip
     kind = (socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
+    width = 4 if family == socket.AF_INET else 16
     with socket.socket(*kind) as kernel:
         kernel.settimeout(1.0)
         kernel.send(query)
-        return next((inode for _, inode in _told_listeners(kernel, 4)), 0)
+        while True:
+            data, at = kernel.recv(65536), 0
+            while at < len(data):
+                size, kind = struct.unpack_from("=IH", data, at)
+                if kind != SOCK_DIAG_BY_FAMILY:
+                    return  # that was the last
+                (inode,) = struct.unpack_from("=I", data, at + 84)
+                yield data[at + 24 : at + 24 + width], inode
+                at += (size + 3) & ~3
 
 
 def holder_of(inode: int, likely: Iterable[int] = ()) -> Optional[int]:
     """Return a process that has this socket open, `likely` ones first, or None."""
     target = f"socket:[{inode}]"
-    seen = set()
     for pid in itertools.chain(likely, _all_processes()):
-        if pid in seen:
-            continue
-        seen.add(pid)
         try:
             with os.scandir(f"/proc/{pid}/fd") as entries:
                 if any(os.readlink(entry.path) == target for entry in entries):
@@ -2923,13 +2693,18 @@ class ProcessStat(NamedTuple):
 
 def process_stat(pid: Union[int, str]) -> Optional[ProcessStat]:
     """Return it, or None where there is no such process or no /proc."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
+    fields = _kernel_says(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    if not fields:
         return None
-    numbers = (int(fields[at]) for at in (2, 3, 19, 21, 36))
-    return ProcessStat(fields[0].decode(), *numbers)
+    return ProcessStat(fields[0], *(int(fields[at]) for at in (2, 3, 19, 21, 36)))
+
+
+def _all_stats():
+    """Yield each process that there is, and what /proc says of it."""
+    for pid in _all_processes():
+        stat = process_stat(pid)
+        if stat:  # else it ended meanwhile
+            yield pid, stat
 
 
 def stranger_on(inodes: Set[int], child: int, may_hide: bool) -> Optional[str]:
@@ -2950,7 +2725,8 @@ def stranger_on(inodes: Set[int], child: int, may_hide: bool) -> Optional[str]:
                 return "a process of another user"
         elif birth.session != found.session and birth.group != found.group:
             if not may_hide or found.start < birth.start:
-                return f"process {holder} ({process_name(holder)})"
+                name = _kernel_says(f"/proc/{holder}/comm").strip() or "?"
+                return f"process {holder} ({name})"
     return None
 
 
@@ -2960,13 +2736,19 @@ def judge_of(inodes: Set[int], child: int, may_hide: bool) -> Callable:
     return functools.partial(stranger_on, child=child, may_hide=may_hide)
 
 
-def process_name(pid: int) -> str:
-    """Return the process's short name, or `?`."""
-    try:
-        with open(f"/proc/{pid}/comm") as file:
-            return file.read().strip()
-    except OSError:
-        return "?"
+def is_listener_ours(life, may_hide: bool) -> bool:
+    """Whether who listens where the life's backend is to listen is the backend, to whom
+    alone connections lead from then on; if not, `_stranger` says who it is."""
+    if life._is_ours or life.upstream.host not in LOOPBACK:
+        return True
+    inodes = listening_inodes(life.upstream.port)
+    judge = life._judge or judge_of(inodes, life.pid, may_hide)
+    life._stranger = judge(inodes)
+    life._is_ours = life._stranger is None
+    if life._is_ours:
+        life._judge = judge
+        life.upstream.trust(inodes, judge)
+    return life._is_ours
 
 
 # -- connections to a backend ----------------------------------------------------------
@@ -3198,10 +2980,10 @@ class Health(enum.Enum):
 class HealthCheck:
     """Asks a backend one thing, mostly whether it is ready, without ever blocking.
 
-    Poll its `fileno()` for `events`, then call `advance`. `may_ask()` is called once
-    connected, before a byte is sent. `path` None: who accepts is ready. READY means an
-    answer of 200, whose text, if it `is_whole`, is read to its end and in `text` then.
-    `found` is what `advance` said last, `reason` why that is not READY.
+    Poll its `fileno()` for `events`, then call `advance`. `may_ask()`, if given, is
+    called once connected, before a byte is sent. `path` None: who accepts is ready.
+    READY means an answer of 200, whose text, if it `is_whole`, is read to its end and
+    in `text` then. `found` is what `advance` said last, `reason` why it is not READY.
     """
 
     def __init__(self, upstream, path, may_ask, method="GET", key="", is_whole=False):
@@ -3209,6 +2991,8 @@ class HealthCheck:
         self.found = Health.PENDING
         self.reason = "no answer in time"
         self.is_hopeless = False  # whoever answers there, it is not who is meant
+        self.is_unasked = False  # no descriptor was left, which says nothing of it
+        self._sock = None
         self._upstream = upstream
         self._path = path
         self._may_ask = may_ask
@@ -3217,17 +3001,13 @@ class HealthCheck:
         self._is_whole = is_whole
         self._answer = b""
         self._step = type(self)._await_connection  # not bound: that were a cycle
-        self._connect()
-
-    def _connect(self):
         try:
-            family, address = self._upstream.address()
+            family, self._address = upstream.address()
+            self._sock = socket.socket(family)
+            self._sock.setblocking(False)
         except OSError as error:
-            self._sock, self._refusal, self.reason = socket.socket(), -1, str(error)
-            return
-        self._sock = socket.socket(family)
-        self._sock.setblocking(False)
-        self._refusal = self._sock.connect_ex(address)
+            self.is_unasked = error.errno in (errno.EMFILE, errno.ENFILE)
+            self.reason = str(error)
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -3250,19 +3030,13 @@ class HealthCheck:
     def advance(self) -> Health:
         """Go on as far as it goes without waiting."""
         try:
-            self.found = self._refused() or self._step(self)
+            self.found = self._step(self)
         except BlockingIOError:
             self.found = Health.PENDING
         except OSError as error:
             self.found = self._judge(error)
         return self.found
 
-    def _refused(self):
-        if self._refusal in (0, errno.EINPROGRESS):
-            return None
-        if self._refusal > 0:  # else the name was not found
-            self.reason = os.strerror(self._refusal)
-        return Health.NOT_YET
 
     def _judge(self, error):
         kind = type(error).__name__  # by name: plain HTTP is not to import ssl
@@ -3274,12 +3048,19 @@ class HealthCheck:
         return Health.NOT_YET
 
     def _await_connection(self):
-        self._refusal = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if self._refusal:
-            return self._refused()
-        if not _is_connected(self._sock):
+        if self._sock is None:
+            return Health.NOT_YET
+        refusal = self._sock.connect_ex(self._address)
+        if refusal == errno.EINPROGRESS:  # who is near has answered meanwhile
+            refusal = self._sock.connect_ex(self._address)
+        if refusal == errno.EALREADY:
             return Health.PENDING
-        if not self._may_ask():
+        if refusal in (0, errno.EISCONN):  # it may have been cut since
+            refusal = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if refusal:
+            self.reason = os.strerror(refusal)
+            return Health.NOT_YET
+        if self._may_ask and not self._may_ask():
             self.reason = "somebody else answers there"
             return Health.NOT_YET
         if self._path is None:
@@ -3319,15 +3100,59 @@ class HealthCheck:
         return Health.NOT_YET
 
     def close(self):
-        self._sock.close()
+        if self._sock:
+            self._sock.close()
 
 
-def _is_connected(sock):
-    try:
-        sock.getpeername()
-        return True
-    except OSError:
-        return False
+class Watch:
+    """Where a life rests; or who rests that lives none. Any thread may `ring`."""
+
+    def __init__(self):
+        self._bell = Bell()
+        self._poll = select.poll()
+        self.ring = self._bell.ring
+        self.add(self._bell)
+
+    def add(self, fd):
+        """From now on, news of this descriptor ends a rest."""
+        self._poll.register(fd, select.POLLIN)
+
+    def remove(self, fd):
+        self._poll.unregister(fd)
+
+    def is_over(self) -> bool:
+        return False  # see `verdict`
+
+    def follow(self, pid: int) -> Optional[int]:
+        """From now on, the end of the process ends a rest: return the descriptor whose
+        news it is; None: nobody tells of it."""
+        try:
+            fd = os.pidfd_open(pid)
+        except (AttributeError, OSError):
+            return None  # not Linux, an old one, or it is gone
+        self.add(fd)
+        return fd
+
+    def unfollow(self, fd: Optional[int]):
+        """Follow it no longer."""
+        if fd is not None:
+            self.remove(fd)
+            os.close(fd)
+
+    def rest(self, until: float, check: Optional[HealthCheck] = None) -> Set[int]:
+        """Sleep until then, or until something happens; return whose news it is."""
+        timeout = max(0.0, until - time.monotonic())
+        if check is not None:
+            self._poll.register(check, check.events)
+        try:
+            events = self._poll.poll(
+                None if timeout == math.inf else math.ceil(timeout * 1e3)
+            )
+        finally:
+            if check is not None:
+                self.remove(check)
+        self._bell.silence()
+        return {fd for fd, _ in events}
 
 
 # -- the guard -------------------------------------------------------------------------
@@ -3469,14 +3294,6 @@ def find_program(name: str, environment: Mapping[str, str], cwd: Optional[str]) 
     )
 
 
-def has_program(name: str) -> bool:
-    """Whether there is a program of that name on our own PATH."""
-    try:
-        return bool(find_program(name, os.environ, os.sep))
-    except StartFailed:
-        return False
-
-
 _option_tables = {}  # by version of a binary
 _being_asked = {}  # likewise; an Event that is set once it has answered
 
@@ -3510,18 +3327,23 @@ def _ask_for_options(path):
         for name, value in clean_environment({}).items()
         if not name.startswith("LLAMA_ARG_")
     }
+    text = _output_of([path, "--help"], 10, environment)
+    return parse_help(text.decode("utf-8", "replace"))
+
+
+def _output_of(command, timeout, environment=None):
+    """Return what it writes within so many seconds; nothing if it fails to."""
     try:
-        text = subprocess.run(
-            [path, "--help"],
+        return subprocess.run(
+            command,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            timeout=10,
+            timeout=timeout,
         ).stdout
     except (OSError, subprocess.SubprocessError):
-        return None
-    return parse_help(text.decode("utf-8", "replace"))
+        return b""
 
 
 def table_of(model: Model) -> Optional[OptionTable]:
@@ -3552,23 +3374,31 @@ def check_start(model: Model):
 
 # -- what all lives share --------------------------------------------------------------
 #
-# A *life* is one run of a backend, on a thread of its own: `_story()` tells it and
-# returns the problem that ended it, `_end()` clears away what is left. What others
+# A *life* is one run of a backend, on a thread of its own: see `_story`. What others
 # call, from any thread, is the same for all kinds unless they say otherwise.
 
 
-def equip(life, model: Model, upstream: Optional["Upstream"], ring):
-    """Give a life what all of them have; `ring()` wakes its thread."""
+def equip(life, model: Model, upstream: Optional["Upstream"] = None):
+    """Give a life what all of them have."""
     life.model = model
     life.upstream = upstream
     life.pid = None  # of its main process, once known
     life.port = upstream and upstream.port
+    life.where = None  # it runs, for people
+    life.doze = None  # the sleep that it falls into by itself
     life.started_at = time.monotonic()
     life.on_loaded = life.on_slept = life.on_dying = None
     life.on_exited = life.on_line = None
-    life._ring = ring
+    life._title = model.name
+    life._watch = Watch()
+    life._progress_at = life.started_at
+    life._seen_signs = set()
     life._nap = None  # what it is to do about its sleep
-    life._is_ready = life._is_stop_asked = life._is_kill_asked = False
+    life._suspicion = None  # since when a request is silent
+    life._exit_fd = None
+    life._judge = None  # who tells strangers from the backend
+    life._is_ready = life._is_exited = life._is_ours = False
+    life._is_stop_asked = life._is_kill_asked = False
     life._has_ended = threading.Event()
 
 
@@ -3581,7 +3411,7 @@ def begin(life):
 def _live(life):
     use_all_processors()
     try:
-        problem = life._story()
+        problem = _story(life)
     except Problem as error:
         problem = error.with_traceback(None)  # whose frames would keep us alive
     except Exception as error:  # a bug, or no descriptors: never a silent thread
@@ -3591,36 +3421,112 @@ def _live(life):
     life._has_ended.set()
 
 
+@functools.lru_cache(maxsize=None)
+def may_share_processor() -> bool:
+    """Whether to keep threads that serve clients to one processor: they share a lock,
+    and no filter of system calls, such as a unit may have, could kill who asks."""
+    has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
+    try:
+        with open("/proc/self/status", "rb") as file:
+            is_filtered = b"\nSeccomp:\t2\n" in file.read()
+    except OSError:
+        return False  # not Linux
+    return has_lock and not is_filtered and hasattr(os, "sched_setaffinity")
+
+
+def are_processors_busy() -> bool:
+    """Whether threads of this machine wait for a processor. OSError: nobody knows."""
+    with open("/proc/loadavg", "rb") as file:
+        running = int(file.read().split()[3].partition(b"/")[0])
+    return running > (os.cpu_count() or 1) + MOST_WAITING
+
+
 def use_all_processors():
     """Let this thread, and whom it starts, run wherever the main thread may: a thread
     that serves clients is kept to one processor, and so are those that it starts."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
+    if not may_share_processor():
+        return
+    with contextlib.suppress(OSError):  # who forbids it has nobody kept to one
+        os.sched_setaffinity(0, range(MOST_PROCESSORS))  # those not there now as well
+        may_use = os.sched_getaffinity(os.getpid())
+        if os.sched_getaffinity(0) != may_use:
+            os.sched_setaffinity(0, may_use)
+
+
+def _story(life):
+    """Tell the life from its begin on; return the problem that ended it, if any."""
+    while life._come_up():
+        life._is_ready = True
+        life.upstream.note_life()
+        life.on_loaded(life)
+        if life.model.kind == "llama-server":
+            life.entry = entry_of(life)
+        if _stay(life) or life._is_stop_asked:
+            break
+        life._bring_down()  # it slept and could not be woken: start it anew
+    return None if life._is_stop_asked else life._failure()
+
+
+def _stay(life):
+    """Wait until it is over, and see to what is asked meanwhile; False: it slept and
+    did not wake up."""
+    while not life.is_over():
+        nap, life._nap = life._nap, None
+        if nap:
+            if not nap(life):
+                return False
+        elif life._suspicion is not None:
+            life._examine()
+        else:
+            life._dwell()
+    if not life._is_stop_asked:
+        note_death(life)
+    return True
+
+
+def has_to_end(life) -> bool:
+    """Whether it ended, or is to end."""
+    return life._is_exited or life._is_stop_asked
 
 
 def ask_to_stop(life, at_once=False):
     """Ask it to end: with its stop timeout if it is loaded, else killed."""
     life._is_kill_asked = life._is_kill_asked or at_once
     life._is_stop_asked = True
-    life._ring()
+    life._watch.ring()
 
 
 def ask_to_sleep(life):
     """Ask it to fall asleep; one that does not is stopped."""
-    life._nap = Nap.SLEEP
-    life._ring()
+    life._nap = fall_asleep
+    life._watch.ring()
 
 
 def ask_to_wake(life):
     """Ask it to wake up; one that does not is started anew."""
-    life._nap = Nap.WAKE
-    life._ring()
+    life._nap = wake_up
+    life._watch.ring()
+
+
+def note_silence(life):
+    """A request has been silent for long: see whether it hangs. Any thread."""
+    if life._suspicion is None and life.model.settings.hang_timeout:
+        life._suspicion = time.monotonic()
+        life._watch.ring()
 
 
 def may_be_asked(life, within: float) -> Optional[bool]:
     """Whether a request may be sent; other kinds may take so long, and return None if
-    they do not know yet. Any thread."""
-    return not life._has_ended.is_set() and still_answers(life)
+    they do not know yet. Any thread.
+
+    Whoever does not answer after this machine slept is suspected.
+    """
+    if life._has_ended.is_set():
+        return False
+    if not life.upstream.is_fresh(math.inf):
+        if ask_now(life, HEALTH_PATIENCE).found is not Health.READY:
+            life.suspect()
+    return True
 
 
 def has_ended_unasked(life, within: float) -> bool:
@@ -3634,6 +3540,234 @@ def note_death(life):
     life._has_ended.set()
 
 
+# -- what every life asks over HTTP ----------------------------------------------------
+#
+# To be asked, a life has a `model` and an `upstream`; `rest(until, check)` lets time
+# pass until then or until something happens; `is_over()` says that it ended or is to
+# end. These functions are for its own thread, if they do not say otherwise.
+
+CONNECT_PATIENCE = 1.0  # s; who has not even accepted by then sleeps, or is gone
+SLEEP_PATIENCE = 60.0  # s; a backend that has not fallen asleep by then is stopped
+DOZE_OPTION = "--sleep-idle-seconds"
+PROPS = ("GET", "/props")  # answered by a llama-server that sleeps; does not wake it
+DOZE_SLACK = 1.5  # s; a llama-server looks once a second whether it may sleep
+DOZE_LOOK = 30.0  # s; how often one that sleeps is asked whether it still does
+ROUSE = ("GET", "/lora-adapters")  # the cheapest request that wakes a llama-server
+
+
+def question(life, request=None, may_ask=None, is_whole=False) -> HealthCheck:
+    """Return a check that sends this (method, path) to the life's backend, or else asks
+    for its health."""
+    method, path = request or ("GET", life.model.settings.check_endpoint)
+    key = life.model.settings.proxy_key
+    return HealthCheck(life.upstream, path, may_ask, method, key, is_whole)
+
+
+def verdict(life, check: HealthCheck, until: float, connect_by=math.inf) -> Health:
+    """Return what the check finds; PENDING: nothing by then, or no connection by the
+    other time, or the life is over."""
+    try:
+        while True:
+            found = check.advance()
+            late = until if check.is_connected else min(until, connect_by)
+            is_late = time.monotonic() >= late
+            if found is not Health.PENDING or is_late or life.is_over():
+                return found
+            life.rest(late, check)
+    finally:
+        check.close()
+
+
+def ask_health(life, until: float, began: float, may_ask=None) -> HealthCheck:
+    """Ask for health once, and return the check; unless it is good, not before it is
+    time to ask again."""
+    now = time.monotonic()
+    check = question(life, may_ask=may_ask)
+    verdict(life, check, min(until, now + HEALTH_PATIENCE), now + CONNECT_PATIENCE)
+    if check.found is not Health.READY and not life.is_over():
+        if life._progress_at < now:  # else it wrote, perhaps that it is ready
+            life.rest(min(until, now + min(0.1, max(0.005, (now - began) / 100))))
+        pause(life, min(until, now + 0.005))
+    return check
+
+
+def pause(life, until: float):
+    """Let the time pass until then, unless the life is over."""
+    while time.monotonic() < until and not life.is_over():
+        life.rest(until)
+
+
+def await_health(life, until: float, began: float) -> HealthCheck:
+    """Ask for health until it is good, or hopeless, or the life is over, or time is;
+    return the last check."""
+    while True:
+        check = ask_health(life, until, began)
+        is_settled = check.found is Health.READY or check.is_hopeless
+        if is_settled or life.is_over() or time.monotonic() >= until:
+            return check
+
+
+def await_ready(life) -> bool:
+    """Wait until it is healthy; False: it is over, or there is no hope.
+
+    Raise LoadTimeout when it showed no sign of progress for its load timeout.
+    """
+    limit = life.model.settings.load_timeout or math.inf
+    while life._may_hope():
+        until = life._progress_at + limit
+        check = ask_health(life, until, life._began, life._is_listener_ours)
+        if check.found is Health.READY:
+            return True
+        if check.is_hopeless:
+            raise StartFailed(f"{life._title}: {check.reason}")
+        if time.monotonic() >= life._progress_at + limit:
+            raise LoadTimeout(
+                f"{life._title} was not ready and showed no sign of progress for "
+                f"{limit:g} s ({check.reason}){life._last_words()}"
+            )
+    return False
+
+
+def note_progress(life):
+    """While it loads: what it reads or maps is as good as a line that it writes."""
+    now = time.monotonic()
+    if life.pid and not life._is_ready and now > life._progress_at + SIGNS_EVERY:
+        signs = signs_of_life(life.pid)
+        if signs not in life._seen_signs:  # memory that goes up and down is none
+            life._seen_signs.add(signs)
+            life._progress_at = now
+
+
+def examine(life):
+    """A request is silent: ask for health; without an answer in time it hangs."""
+    limit = life.model.settings.hang_timeout
+    until = life._suspicion + limit
+    is_answered = life._is_ours = False  # it may have lost its port since
+    while not (is_answered or life.is_over()) and time.monotonic() < until:
+        now = time.monotonic()
+        check = question(life, may_ask=life._is_listener_ours)
+        found = verdict(life, check, until, now + HEALTH_PATIENCE)
+        is_answered = found is Health.READY or check.was_answered
+        if not is_answered:
+            pause(life, min(until, now + 1.0))
+    life._suspicion = None
+    if not (is_answered or life.is_over() or life.upstream.is_answering(limit)):
+        note_death(life)
+        raise StartFailed(
+            f"{life._title} hung: neither a request nor {limit:g} s of health checks "
+            f"were answered; it is stopped{life._last_words()}"
+        )
+
+
+def fall_asleep(life) -> bool:
+    """Have the backend sleep, and tell; one that does not is to be stopped. True."""
+    until = time.monotonic() + SLEEP_PATIENCE
+    check = question(life, life.model.settings.sleep)
+    if verdict(life, check, until) is Health.READY:
+        life.on_slept(life)
+    elif not life.is_over():
+        life.on_line("llmswap: it did not fall asleep; it is stopped instead")
+        life.stop()
+    return True
+
+
+def wake_up(life) -> bool:
+    """Have the backend wake, and tell; whether it is healthy then."""
+    began = time.monotonic()
+    until = began + (life.model.settings.load_timeout or math.inf)
+    check = question(life, life.model.settings.wake or ROUSE)
+    if check.is_unasked:
+        raise OSError(check.reason)
+    if verdict(life, check, until) is Health.READY:
+        check = await_health(life, until, began)
+    is_awake = check.found is Health.READY
+    if is_awake:
+        life.on_loaded(life)
+    else:
+        life.on_line("llmswap: it did not wake up")
+    if life.doze:
+        life.doze.note_wake()
+    return is_awake
+
+
+def answer_to(life, request) -> bytes:
+    """Return the whole answer to this (method, path) without its head; nothing if it
+    is none of 200, or none in time."""
+    check = question(life, request, is_whole=True)
+    found = verdict(life, check, time.monotonic() + HEALTH_PATIENCE)
+    return check.text if found is Health.READY else b""
+
+
+def is_asleep(life) -> Optional[bool]:
+    """Whether the llama-server says that it sleeps; None: it does not say."""
+    found = re.search(rb'"is_sleeping"\s*:\s*(true|false)', answer_to(life, PROPS))
+    return found[1] == b"true" if found else None
+
+
+def entry_of(life) -> dict:
+    """Return what the backend's own /v1/models says of its first model, or {}."""
+    try:
+        entry = json.loads(answer_to(life, ("GET", "/v1/models")))["data"][0]
+    except (LookupError, RecursionError, TypeError, ValueError):
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+def ask_now(life, patience: float) -> HealthCheck:
+    """Ask for health once, wait for the answer, and return the check; any thread."""
+    now = time.monotonic()
+    check = question(life)
+    if check.is_unasked:
+        raise OSError(check.reason)
+    verdict(Watch(), check, now + patience, now + CONNECT_PATIENCE)
+    if check.found is Health.READY:
+        life.upstream.note_life()
+    return check
+
+
+class Doze:
+    """The sleep that a llama-server falls into by itself, after so many seconds."""
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds + DOZE_SLACK
+        self.note_wake()
+
+    def note_wake(self):
+        """It is awake as of now."""
+        self._is_asleep = False
+        self.next_look = time.monotonic() + self._seconds
+
+    def look(self, life):
+        """Ask whether it sleeps, if it is time to; tell if that has changed."""
+        now = time.monotonic()
+        if now < self.next_look:
+            return
+        rested = -math.inf if life.upstream.is_busy else now - life.upstream.used_at
+        if not self._is_asleep and rested < self._seconds:
+            wait = self._seconds - max(0.0, rested)
+        else:
+            self._learn(life, is_asleep(life))
+            wait = DOZE_LOOK if self._is_asleep else self._seconds
+        self.next_look = now + wait
+
+    def _learn(self, life, found):
+        was_asleep, self._is_asleep = self._is_asleep, bool(found)
+        if found and not was_asleep:
+            life.on_slept(life)
+        elif was_asleep and found is False:
+            life.on_loaded(life)  # somebody else woke it
+
+
+def doze_of(argv: List[str]) -> Optional[Doze]:
+    """Return the Doze that this command of a llama-server asks for, or None."""
+    given = [after for word, after in zip(argv, argv[1:]) if word == DOZE_OPTION]
+    try:
+        seconds = float(given[-1]) if given else 0.0
+    except ValueError:
+        return None  # it will say so itself
+    return Doze(seconds) if seconds > 0 else None
+
+
 # -- one life --------------------------------------------------------------------------
 
 
@@ -3643,63 +3777,38 @@ class ProcessBackend:
     `start()` returns at once. Then `on_loaded(self)` is called when it is ready, or
     awake again, `on_slept(self)` when it fell asleep, `on_dying(self)` when it is found
     dead or hanging though nobody stopped it, and `on_exited(self, problem)` when
-    nothing of it is left (problem: a StartFailed, or
-    None if it was stopped), both on its own thread. `on_line(text)` gets each line that
-    it writes.
+    nothing of it is left (problem: a StartFailed, or None if it was stopped), all on
+    its own thread. `on_line(text)` gets each line that it writes.
     """
 
     def __init__(self, model: Model, guard: Guard, settle_timeout: float):
-        self._bell = Bell()
-        equip(self, model, None, self._bell.ring)
+        equip(self, model)
         self.lines = collections.deque(maxlen=LAST_LINES)
+        self.gauge = LoadGauge()
         self._guard = guard
         self._settle_timeout = settle_timeout
         self._process = None
-        self._suspicion = None  # since when a request is silent
-        self._check = None
-        self._stranger = None
         self._partial_line = b""
-        self._progress_at = self.started_at
-        self.gauge = LoadGauge()
-        self._doze = None  # the sleep that it falls into by itself
-
-    @property
-    def where(self) -> str:
-        """Where it runs, for people."""
-        return f"pid {self.pid}, port {self.port}"
 
     start, stop = begin, ask_to_stop
     sleep, wake = ask_to_sleep, ask_to_wake
     is_there, has_died = may_be_asked, has_ended_unasked
-
-    def is_over(self) -> bool:
-        return self._is_exited or self._is_stop_asked
+    suspect, is_over = note_silence, has_to_end
 
     def rest(self, until: float, check: Optional[HealthCheck] = None):
-        """Sleep until then, or until something happens."""
-        self._check = check
-        try:
-            self._wait(None if until == math.inf else until)
-        finally:
-            self._check = None
-
-    def suspect(self):
-        """A request has been silent for long: see whether it hangs. Any thread."""
-        if self._suspicion is None and self.model.settings.hang_timeout:
-            self._suspicion = time.monotonic()
-            self._bell.ring()
-
-    def _story(self):
-        while self._come_up():
-            self._is_ready = True
-            self.upstream.note_life()
-            self.on_loaded(self)
-            if self.model.kind == "llama-server":
-                self.entry = entry_of(self)
-            if self._await_end() or self._is_stop_asked:
-                break
-            self._clear_away()  # it slept and could not be woken: start it anew
-        return None if self._is_stop_asked else self._failure()
+        """Sleep until then, or until something happens; note what happened."""
+        if self._exit_fd is None:
+            until = min(until, time.monotonic() + 0.05)
+        news = self._watch.rest(until, check)
+        if self._output in news:
+            self._read_output()
+        if self._exit_fd in news:
+            self._watch.unfollow(self._exit_fd)
+            self._exit_fd = None
+            self._is_exited = True
+        elif self._exit_fd is None and not self._is_exited:
+            self._is_exited = _exit_of(self.pid) is not None
+        note_progress(self)
 
     # -- coming up
 
@@ -3707,17 +3816,15 @@ class ProcessBackend:
         """Whether it became ready. If its port was taken meanwhile, take another."""
         for _ in range(PORT_TRIES):
             self._spawn()
-            if self._await_health():
+            if await_ready(self):
+                self._warn_if_score_was_refused()
                 return True
             if self._is_exited:
                 self._look_for_stranger()
-            if self._is_stop_asked or not self._stranger or not self._chooses_port():
+            if self._is_stop_asked or not (self._stranger and self._is_port_chosen):
                 return False
             self._end_process()
         return False
-
-    def _chooses_port(self):
-        return self.upstream.port == self.port
 
     def _spawn(self):
         model = self.model
@@ -3727,11 +3834,12 @@ class ProcessBackend:
             self.upstream = Upstream(proxy_of(model, str(self.port)))
         except ConfigError as error:
             raise StartFailed(str(error)) from None
-        self._doze = doze_of(argv) if model.kind == "llama-server" else None
+        self._is_port_chosen = self.upstream.port == self.port
+        self.doze = doze_of(argv) if model.kind == "llama-server" else None
         environment = clean_environment(environment_of(model, str(self.port)))
         cwd = model.settings.cwd or None
         find_program(argv[0], environment, cwd)
-        self._stranger = self._judge = self._exit_status = None
+        self._stranger = self._judge = None
         self._is_exited = self._is_ours = self._was_told_to_go = False
         self._oom_kills = oom_kills()
         score = str(model.settings.oom_score_adj)
@@ -3748,208 +3856,59 @@ class ProcessBackend:
         except OSError as error:
             raise StartFailed(f"{model.name} could not be started: {error}") from None
         self.pid = self._process.pid
+        self.where = f"pid {self.pid}, port {self.port}"
         self._guard.watch(self.pid)
-        self._spawned_at = self._progress_at = time.monotonic()
-        self._seen_signs = {signs_of_life(self.pid)}
         self._watch_child()
 
     def _watch_child(self):
+        self._began = self._progress_at = time.monotonic()
+        self._seen_signs = {signs_of_life(self.pid)}
         self._output = self._process.stdout.fileno()
         os.set_blocking(self._output, False)
-        self._exit_fd = _pidfd_of(self.pid)
-        self._poll = select.poll()
-        self._poll.register(self._bell, select.POLLIN)
-        self._poll.register(self._output, select.POLLIN)
-        if self._exit_fd is not None:
-            self._poll.register(self._exit_fd, select.POLLIN)
+        self._watch.add(self._output)
+        self._exit_fd = self._watch.follow(self.pid)
 
-    def _await_health(self):
-        """Wait until it is ready; False: it exited, lost its port or is to stop."""
-        next_check = 0.0
-        while not (self._is_exited or self._is_stop_asked or self._has_lost_port()):
-            now = time.monotonic()
-            if self._check is None and now >= next_check:
-                self._ask_health()
-                if self._is_healthy():
-                    return True
-                age = time.monotonic() - self._spawned_at
-                next_check = now + min(0.1, max(0.005, age / 100))
-            self._raise_if_stuck(now)
-            self._has_written = False
-            self._wait(next_check if self._check is None else self._late_at())
-            if self._has_written:  # it may have said that it is ready
-                next_check = min(next_check, now + 0.005)
-            if self._check is not None and self._is_healthy():
-                return True
-        return False
-
-    def _has_lost_port(self):
-        """Whether a stranger listens there: a fixed port may yet become free."""
-        if not self._stranger:
+    def _may_hope(self):
+        """Whether it may become ready yet: of ports that strangers have, fixed ones may
+        yet become free."""
+        if self.is_over():
             return False
-        given_up_at = self._spawned_at + HEALTH_PATIENCE
-        return self._chooses_port() or time.monotonic() > given_up_at
+        is_late = time.monotonic() > self._began + HEALTH_PATIENCE
+        if self._stranger and (is_late or self._is_port_chosen):
+            return False
+        self._stranger = None  # unless it is seen again
+        return True
 
     def _look_for_stranger(self):
         """It failed: perhaps because somebody took its port before any check saw it."""
-        result = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if result and result.si_status and self.upstream.host in LOOPBACK:
+        end = _exit_of(self.pid)
+        if end and end.si_status and self.upstream.host in LOOPBACK:
             inodes = listening_inodes(self.upstream.port)
             self._stranger = stranger_on(inodes, self.pid, may_hide=False)
 
-    def _ask_health(self):
-        path = self.model.settings.check_endpoint
-        self._stranger = None
-        self._asked_at = time.monotonic()
-        try:
-            self._check = HealthCheck(self.upstream, path, self._is_listener_ours)
-        except OSError:
-            pass  # no descriptor is left, which says nothing of the backend
-
-    def _late_at(self):
-        """When to look after the check that runs: for its end, or signs of progress."""
-        return min(self._asked_at + HEALTH_PATIENCE, time.monotonic() + 1.0)
-
-    def _is_healthy(self):
-        """Whether the check that runs says ready; a check that is over is put away."""
-        if self._check is None:
-            return False
-        found = self._check.advance()
-        if found is Health.PENDING:
-            if time.monotonic() < self._asked_at + HEALTH_PATIENCE:
-                return False
-        self._drop_check()
-        return found is Health.READY
-
-    def _drop_check(self):
-        if self._check is not None:
-            self._check.close()
-            self._check = None
-
     def _is_listener_ours(self):
-        if not self._is_ours and self.upstream.host in LOOPBACK:
-            inodes = listening_inodes(self.upstream.port)
-            is_cmd = self.model.kind == "cmd"
-            judge = self._judge or judge_of(inodes, self.pid, may_hide=is_cmd)
-            self._stranger = judge(inodes)
-            self._is_ours = self._stranger is None
-            if self._is_ours:
-                self._judge = judge
-                self.upstream.trust(inodes, judge)
-            return self._is_ours
-        return True
-
-    def _raise_if_stuck(self, now):
-        limit = self.model.settings.load_timeout
-        if not limit or now < self._progress_at + limit:
-            return
-        self._end_process()
-        raise LoadTimeout(
-            f"{self.model.name} was not ready and showed no sign of progress for "
-            f"{limit:g} s{self._told()}"
-        )
+        return is_listener_ours(self, may_hide=self.model.kind == "cmd")
 
     # -- being there
 
-    def _await_end(self):
-        """Wait until it exits or is asked to stop, and see to naps and suspicions
-        meanwhile; False: it slept and did not wake up."""
-        self._warn_if_score_was_refused()
-        while not self.is_over():
-            nap, self._nap = self._nap, None
-            if nap:
-                if not take_nap(self, nap, self.model.settings.wake or ROUSE):
-                    return False
-                if self._doze:
-                    self._doze.note_wake()
-            elif self._suspicion is not None:
-                self._examine()
-            elif self._doze:
-                self.rest(self._doze.next_look)
-                self._doze.look(self)
-            else:
-                self._wait(None)
-        if not self._is_stop_asked:
-            note_death(self)
-        return True
+    def _dwell(self):
+        self.rest(self.doze.next_look if self.doze else math.inf)
+        if self.doze:
+            self.doze.look(self)
 
-    def _clear_away(self):
+    _examine = examine
+
+    def _bring_down(self):
         """End it, but not this life."""
         self.upstream.close()
         self._end_process()
         self._is_ready = False
 
-    def _examine(self):
-        """A request is silent: ask for health; without an answer in time it hangs."""
-        limit = self.model.settings.hang_timeout
-        if self._check is None and (
-            time.monotonic() >= self._asked_at + 1.0 or self._asked_at < self._suspicion
-        ):
-            self._is_ours = False  # it may have lost its port since
-            self._ask_health()
-        pause = 1.0 if self._check is None else HEALTH_PATIENCE
-        self._wait(min(self._suspicion + limit, self._asked_at + pause))
-        is_time = time.monotonic() >= self._suspicion + limit
-        if self._is_answering() or is_time and self.upstream.is_answering(limit):
-            self._suspicion = None
-        elif is_time:
-            note_death(self)
-            self._end_process()
-            raise StartFailed(
-                f"{self.model.name} hung: neither a request nor {limit:g} s of health "
-                f"checks were answered; it was stopped{self._told()}"
-            )
-
-    def _is_answering(self):
-        """Whether a health check brought anything; one that did not is asked anew."""
-        if self._check is None:
-            return False
-        check, found = self._check, self._check.advance()
-        is_late = time.monotonic() > self._asked_at + HEALTH_PATIENCE
-        if is_late or found is not Health.PENDING:
-            self._drop_check()
-        return found is Health.READY or check.was_answered
-
     def _warn_if_score_was_refused(self):
-        wanted = self.model.settings.oom_score_adj
-        try:
-            with open(f"/proc/{self.pid}/oom_score_adj") as file:
-                actual = int(file.read())
-        except (OSError, ValueError):
-            return
-        if actual != wanted:
+        wanted = str(self.model.settings.oom_score_adj)
+        actual = _kernel_says(f"/proc/{self.pid}/oom_score_adj").strip()
+        if actual not in ("", wanted):
             self.on_line(f"llmswap: oom-score-adj is {actual}, {wanted} was refused")
-
-    def _wait(self, until):
-        """Sleep until something happens, or until then; note what happened."""
-        timeout = None if until is None else max(0.0, until - time.monotonic())
-        if self._exit_fd is None:
-            timeout = min(0.05, 0.05 if timeout is None else timeout)
-        if self._check is not None:
-            self._poll.register(self._check, self._check.events)
-        events = self._poll.poll(None if timeout is None else math.ceil(timeout * 1e3))
-        if self._check is not None:
-            self._poll.unregister(self._check)
-        for fd, _ in events:
-            if fd == self._output:
-                self._read_output()
-            elif fd == self._exit_fd:
-                self._is_exited = True
-                self._poll.unregister(fd)
-            elif fd == self._bell.fileno():
-                self._bell.silence()
-        if self._exit_fd is None:
-            self._is_exited = has_exited(self.pid)
-        self._note_progress()
-
-    def _note_progress(self):
-        """While it loads: what it reads or maps is as good as a line that it writes."""
-        now = time.monotonic()
-        if not self._is_ready and now > self._progress_at + SIGNS_EVERY:
-            signs = signs_of_life(self.pid)
-            if signs not in self._seen_signs:  # memory that goes up and down is none
-                self._seen_signs.add(signs)
-                self._progress_at = now
 
     def _read_output(self):
         try:
@@ -3957,11 +3916,9 @@ class ProcessBackend:
         except BlockingIOError:
             return False
         if not piece:
-            self._poll.unregister(self._output)
-            self._output = None
+            self._close_output()
             return False
         self._progress_at = time.monotonic()
-        self._has_written = True
         *lines, self._partial_line = (self._partial_line + piece).split(b"\n")
         for line in lines:
             self._take_line(line)
@@ -3984,7 +3941,6 @@ class ProcessBackend:
         try:
             if self.upstream:
                 self.upstream.close()
-            self._drop_check()
             if self._process and self._is_ready and not self._is_exited:
                 self._ask_to_stop()
         except Exception as error:  # whatever it is, the process must go
@@ -4000,7 +3956,7 @@ class ProcessBackend:
         if not stopper:
             self._signal(signal.SIGTERM)
         while not self._is_exited and self._may_wait(deadline):
-            self._wait(deadline)
+            self.rest(deadline)
         if stopper:
             self._finish(stopper, deadline)
 
@@ -4010,7 +3966,7 @@ class ProcessBackend:
     def _finish(self, stopper, deadline):
         """It may have more to do, such as to remove a container."""
         while stopper.poll() is None and self._may_wait(deadline):
-            self._wait(min(deadline, time.monotonic() + 0.02))
+            self.rest(min(deadline, time.monotonic() + 0.02))
         if stopper.returncode is None:
             os.killpg(stopper.pid, signal.SIGKILL)
             stopper.wait()
@@ -4033,12 +3989,10 @@ class ProcessBackend:
 
     def _end_process(self):
         """Kill the whole group, then reap its leader; keep its last words."""
-        self._drop_check()  # whose answer, read by nobody, would end every rest
         if self._process is None:
             return
-        if self.model.settings.cmd_stop and not (
-            self._is_exited or self._was_told_to_go
-        ):
+        is_unaware = not (self._is_exited or self._was_told_to_go)
+        if self.model.settings.cmd_stop and is_unaware:
             self._ask_to_stop()  # what is elsewhere, in a container, outlives a kill
         process, self._process = self._process, None
         memory_users = gpu_users_among(self.pid)
@@ -4050,8 +4004,6 @@ class ProcessBackend:
         self._await_group()
         self._hear_last_words()
         process.stdout.close()
-        if self._exit_fd is not None:
-            os.close(self._exit_fd)
         if not self._is_kill_asked:
             settle(memory_users, self._settle_timeout)
 
@@ -4063,14 +4015,20 @@ class ProcessBackend:
         if self._partial_line:
             self._take_line(self._partial_line)
             self._partial_line = b""
+        self._close_output()
+
+    def _close_output(self):
+        if self._output is not None:
+            self._watch.remove(self._output)
+            self._output = None
 
     def _await_exit(self):
         """Wait for the leader's death, however long the kernel takes over it."""
-        killed_at, has_complained = time.monotonic(), False
+        late_at = time.monotonic() + 10.0
         while not self._is_exited:
-            self._wait(time.monotonic() + 1.0)
-            if not has_complained and time.monotonic() > killed_at + 10:
-                has_complained = True
+            self.rest(late_at)
+            if time.monotonic() > late_at:
+                late_at = math.inf
                 self.on_line(f"llmswap: process {self.pid} hangs in the kernel, killed")
 
     def _await_group(self):
@@ -4087,9 +4045,7 @@ class ProcessBackend:
 
     def _failure(self):
         """Say why it ended though nobody asked it to."""
-        self._end_process()
-        status = self._exit_status
-        name = self.model.name
+        told, status = self._last_words(), self._exit_status
         if self._stranger and not self._is_ready:
             why = f"its port {self.upstream.port} is held by {self._stranger}"
         elif status in (-9, 128 + 9) and oom_kills() > self._oom_kills:
@@ -4100,24 +4056,18 @@ class ProcessBackend:
             why = f"exited with status {status}"
         what = "ended by itself" if self._is_ready else "could not be started"
         exit_code = status if status >= 0 else None
-        return StartFailed(f"{name} {what}: {why}{self._told()}", exit_code)
+        return StartFailed(f"{self._title} {what}: {why}{told}", exit_code)
 
-    def _told(self):
-        """The last lines that it wrote, for people to read."""
+    def _last_words(self):
+        """End it; return the last lines that it wrote, for people to read."""
+        self._end_process()
         told = "\n".join([line for line in self.lines if line.strip()][-10:])
         return f"\n{told[-3000:]}" if told else ""
 
 
-def _pidfd_of(pid):
-    try:
-        return os.pidfd_open(pid)
-    except (AttributeError, OSError):
-        return None  # not Linux, or an old one: its exit is looked for instead
-
-
-def has_exited(pid: int) -> bool:
-    """Whether our child has exited; it is not reaped."""
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+def _exit_of(pid):
+    """Return what is known of our child's exit, else None; it is not reaped."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
 
 
 def _is_group_alive(group):
@@ -4133,8 +4083,9 @@ def _is_group_alive(group):
         return False
     except PermissionError:
         pass  # they changed the user
-    found = filter(None, map(process_stat, _all_processes()))
-    return any(each.group == group and each.state not in "ZX" for each in found)
+    return any(
+        stat.group == group and stat.state not in "ZX" for _, stat in _all_stats()
+    )
 
 
 def signal_name(number: int) -> str:
@@ -4147,22 +4098,14 @@ def signal_name(number: int) -> str:
 
 def memory_of(pid: int) -> Dict[str, int]:
     """Return bytes of resident memory: `RssAnon`, `RssFile` and their sum `VmRSS`."""
-    try:
-        with open(f"/proc/{pid}/status") as file:
-            rows = [line.split() for line in file if line.startswith(("Rss", "VmRSS"))]
-    except OSError:
-        return {}
-    return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows}
+    told = _kernel_says(f"/proc/{pid}/status")
+    rows = re.findall(r"^(Rss\w+|VmRSS):\s+(\d+)", told, re.MULTILINE)
+    return {name: int(size) * 1024 for name, size in rows}
 
 
 def disk_reads_of(pid: int) -> int:
     """Return how many bytes the process had disks read, past the cache too."""
-    try:
-        with open(f"/proc/{pid}/io") as file:
-            read = file.read().partition("\nread_bytes: ")[2]
-    except OSError:
-        return 0
-    return int(read.partition("\n")[0] or 0)
+    return _kernel_counts(f"/proc/{pid}/io", "read_bytes: ")
 
 
 def signs_of_life(pid: int) -> tuple:
@@ -4176,286 +4119,104 @@ def signs_of_life(pid: int) -> tuple:
 
 def oom_kills() -> int:
     """Return how many processes the kernel has killed for memory since boot."""
-    try:
-        with open("/proc/vmstat") as file:
-            found = re.search(r"^oom_kill (\d+)$", file.read(), re.MULTILINE)
-    except OSError:
-        return 0
-    return int(found.group(1)) if found else 0
+    return _kernel_counts("/proc/vmstat", "oom_kill ")
 
 
-# -- what every life asks over HTTP ----------------------------------------------------
-#
-# To be asked, a life has a `model` and an `upstream`; `rest(until, check)` lets time
-# pass until then or until something happens; `is_over()` says that it ended or is to
-# end. These functions are for its own thread, if they do not say otherwise.
-
-CONNECT_PATIENCE = 1.0  # s; who has not even accepted by then sleeps, or is gone
-SLEEP_PATIENCE = 60.0  # s; a backend that has not fallen asleep by then is stopped
-DOZE_OPTION = "--sleep-idle-seconds"
-PROPS = ("GET", "/props")  # answered by a llama-server that sleeps; does not wake it
-DOZE_SLACK = 1.5  # s; a llama-server looks once a second whether it may sleep
-DOZE_LOOK = 30.0  # s; how often one that sleeps is asked whether it still does
-ROUSE = ("GET", "/lora-adapters")  # the cheapest request that wakes a llama-server
+def _kernel_counts(path, name):
+    found = re.search(rf"^{name}(\d+)$", _kernel_says(path), re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
-class Nap(enum.Enum):
-    """What a backend is to do about its sleep."""
+# -- memory of what runs ---------------------------------------------------------------
 
-    SLEEP = "sleep"
-    WAKE = "wake"
-
-
-def always() -> bool:
-    """Whether it may be asked, where nothing speaks against it."""
-    return True
-
-
-def never() -> bool:
-    """Whether to give up early, where nothing asks for it."""
-    return False
+_GPU_TOOLS = (  # command; a process and its bytes in what it says, if told; their unit
+    (
+        ["nvidia-smi", "--query-compute-apps=pid,used_gpu_memory",
+         "--format=csv,noheader,nounits"],
+        rb"^\s*(\d+)\b(?:,\s*(\d+))?",
+        1 << 20,
+    ),
+    (["rocm-smi", "--showpids"], rb"^\s*(\d+)\b(?:\s+\S+\s+\S+\s+(\d+)\b)?", 1),
+)  # fmt: skip
 
 
-def question(life, request, may_ask=always, is_whole=False) -> HealthCheck:
-    """Return a check that sends this (method, path) to the life's backend."""
-    method, path = request
-    key = life.model.settings.proxy_key
-    return HealthCheck(life.upstream, path, may_ask, method, key, is_whole)
+def _gpu_tools():
+    found = []
+    for tool in _GPU_TOOLS:
+        with contextlib.suppress(StartFailed):
+            find_program(tool[0][0], os.environ, os.sep)
+            found.append(tool)
+    return found
 
 
-def verdict(life, check: HealthCheck, until: float, connect_by=math.inf) -> Health:
-    """Return what the check finds; PENDING: nothing by then, or no connection by the
-    other time, or the life is over."""
-    try:
-        while True:
-            found = check.advance()
-            late = until if check.is_connected else min(until, connect_by)
-            is_late = time.monotonic() >= late
-            if found is not Health.PENDING or is_late or life.is_over():
-                return found
-            life.rest(late, check)
-    finally:
-        check.close()
-
-
-def await_health(life, until: float, began: float, may_ask=always) -> HealthCheck:
-    """Ask for health until it is good, or hopeless, or the life is over, or time is;
-    return the last check."""
-    while True:
-        now = time.monotonic()
-        check = question(life, ("GET", life.model.settings.check_endpoint), may_ask)
-        verdict(life, check, min(until, now + HEALTH_PATIENCE), now + CONNECT_PATIENCE)
-        is_settled = check.found is Health.READY or check.is_hopeless
-        if is_settled or life.is_over() or now >= until:
-            return check
-        life.rest(min(until, now + min(0.1, max(0.005, (now - began) / 100))))
-
-
-def fall_asleep(life, request) -> bool:
-    """Ask the backend to sleep; whether it does."""
-    until = time.monotonic() + SLEEP_PATIENCE
-    return verdict(life, question(life, request), until) is Health.READY
-
-
-def wake_up(life, request) -> bool:
-    """Ask the backend to wake; whether it is healthy then."""
-    began = time.monotonic()
-    until = began + (life.model.settings.load_timeout or math.inf)
-    if verdict(life, question(life, request), until) is not Health.READY:
-        return False
-    return await_health(life, until, began).found is Health.READY
-
-
-def take_nap(life, nap: Nap, wake_request) -> bool:
-    """Carry out what was asked for and tell of it; False: it did not wake up.
-
-    A backend that does not fall asleep is to be stopped instead.
-    """
-    if nap is Nap.WAKE:
-        is_awake = wake_up(life, wake_request)
-        if is_awake:
-            life.on_loaded(life)
-        else:
-            life.on_line("llmswap: it did not wake up")
-        return is_awake
-    if fall_asleep(life, life.model.settings.sleep):
-        life.on_slept(life)
-    elif not life.is_over():
-        life.on_line("llmswap: it did not fall asleep; it is stopped instead")
-        life.stop()
-    return True
-
-
-def is_asleep(life) -> Optional[bool]:
-    """Whether the llama-server says that it sleeps; None: it does not say."""
-    check = question(life, PROPS, is_whole=True)
-    if verdict(life, check, time.monotonic() + HEALTH_PATIENCE) is not Health.READY:
-        return None
-    found = re.search(rb'"is_sleeping"\s*:\s*(true|false)', check.text)
-    return found[1] == b"true" if found else None
-
-
-class Asker:
-    """What a thread that lives no life rests on while it asks; see above."""
-
-    def __init__(self, backend):
-        self.model, self.upstream = backend.model, backend.upstream
-
-    def is_over(self) -> bool:
-        return False
-
-    def rest(self, until: float, check: HealthCheck):
-        waiter = select.poll()
-        waiter.register(check, check.events)
-        waiter.poll(max(0, math.ceil((until - time.monotonic()) * 1e3)))
-
-
-def ask_now(backend, patience: float) -> HealthCheck:
-    """Ask for health once, wait for the answer, and return the check; any thread."""
-    asker, now = Asker(backend), time.monotonic()
-    check = question(asker, ("GET", backend.model.settings.check_endpoint))
-    verdict(asker, check, now + patience, now + CONNECT_PATIENCE)
-    return check
-
-
-def entry_of(life) -> dict:
-    """Return what the backend's own /v1/models says of its first model, or {}."""
-    check = question(life, ("GET", "/v1/models"), is_whole=True)
-    verdict(life, check, time.monotonic() + HEALTH_PATIENCE)
-    try:
-        entry = json.loads(check.text)["data"][0]
-    except (ValueError, LookupError, TypeError):
-        return {}
-    return entry if isinstance(entry, dict) else {}
-
-
-class Doze:
-    """The sleep that a llama-server falls into by itself, after so many seconds."""
-
-    def __init__(self, seconds: float):
-        self._seconds = seconds
-        self._is_asleep = False
-        self.next_look = time.monotonic() + seconds + DOZE_SLACK
-
-    def look(self, life):
-        """Ask whether it sleeps, if it is time to; tell if that has changed."""
-        now = time.monotonic()
-        if now < self.next_look:
-            return
-        rested = -math.inf if life.upstream.is_busy else now - life.upstream.used_at
-        if not self._is_asleep and rested < self._seconds + DOZE_SLACK:
-            pause = self._seconds + DOZE_SLACK - max(0.0, rested)
-        else:
-            self._learn(life, is_asleep(life))
-            pause = DOZE_LOOK if self._is_asleep else self._seconds + DOZE_SLACK
-        self.next_look = now + pause
-
-    def _learn(self, life, found):
-        was_asleep, self._is_asleep = self._is_asleep, bool(found)
-        if found and not was_asleep:
-            life.on_slept(life)
-        elif was_asleep and found is False:
-            life.on_loaded(life)  # somebody else woke it
-
-    def note_wake(self):
-        """It was woken."""
-        self._is_asleep = False
-        self.next_look = time.monotonic() + self._seconds + DOZE_SLACK
-
-
-def doze_of(argv: List[str]) -> Optional[Doze]:
-    """Return the Doze that this command of a llama-server asks for, or None."""
-    given = [after for word, after in zip(argv, argv[1:]) if word == DOZE_OPTION]
-    try:
-        seconds = float(given[-1]) if given else 0.0
-    except ValueError:
-        return None  # it will say so itself
-    return Doze(seconds) if seconds > 0 else None
-
-
-class Watch:
-    """Where a life without a child of its own rests. Any thread may `ring`."""
-
-    def __init__(self):
-        self._bell = Bell()
-        self._poll = select.poll()
-        self._poll.register(self._bell, select.POLLIN)
-
-    def ring(self):
-        self._bell.ring()
-
-    def add(self, fd: int):
-        """From now on, news of this descriptor ends a rest."""
-        self._poll.register(fd, select.POLLIN)
-
-    def remove(self, fd: int):
-        self._poll.unregister(fd)
-
-    def rest(self, until: float, check: Optional[HealthCheck] = None) -> Set[int]:
-        """Sleep until then, or until something happens; return whose news it is."""
-        timeout = max(0.0, until - time.monotonic())
-        if check is not None:
-            self._poll.register(check, check.events)
-        try:
-            events = self._poll.poll(
-                None if timeout == math.inf else math.ceil(timeout * 1e3)
-            )
-        finally:
-            if check is not None:
-                self._poll.unregister(check)
-        self._bell.silence()
-        return {fd for fd, _ in events}
-
-
-# -- memory of the GPU -----------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=None)
-def _gpu_query():
-    """The command that lists processes on the GPU, or None where there is no tool."""
-    if has_program("nvidia-smi"):
-        return ("nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader")
-    if has_program("rocm-smi"):
-        return ("rocm-smi", "--showpids")
-    return None
-
-
-def gpu_processes(timeout=2.0) -> Set[int]:
-    """Return the processes that hold memory of a GPU, as its vendor's tool has them."""
-    try:
-        done = subprocess.run(
-            _gpu_query(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=timeout,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return set()
-    found = re.findall(rb"^\s*(\d+)\b", done.stdout, re.MULTILINE)
-    return {int(word) for word in found}
+def gpu_users(timeout=2.0) -> List[Tuple[int, int]]:
+    """Return (process, bytes) of who holds memory of a GPU, as the vendor's tool has
+    them; 0 bytes where it does not say how many."""
+    return [
+        (int(pid), int(amount or 0) * unit)
+        for command, row, unit in _gpu_tools()
+        for pid, amount in re.findall(row, _output_of(command, timeout), re.MULTILINE)
+    ]
 
 
 def gpu_users_among(group: int) -> Set[int]:
     """Return the members of a process group, where their GPU memory can be watched."""
-    if _gpu_query() is None:
+    if not _gpu_tools():
         return set()
-    members = {pid for pid in _all_processes() if _group_of(pid) == group}
-    return members
-
-
-def _group_of(pid):
-    found = process_stat(pid)
-    return found.group if found else None
+    return {pid for pid, stat in _all_stats() if stat.group == group}
 
 
 def settle(pids: Set[int], timeout: float):
     """Wait until none of these processes holds GPU memory, `timeout` at most."""
     deadline = time.monotonic() + timeout
     while pids and (left := deadline - time.monotonic()) > 0:
-        if not pids & gpu_processes(min(2.0, left)):
+        if pids.isdisjoint(pid for pid, _ in gpu_users(min(2.0, left))):
             return
         time.sleep(0.05)
+
+
+class MemoryWatch:
+    """Memory of process groups, looked up once for all who ask within a moment.
+
+    Any thread; two that ask at the same time may both look.
+    """
+
+    def __init__(self):
+        self._seen = {}  # by what looks: when it did, and what it found
+
+    def resident(self, group: int) -> Optional[int]:
+        """Return the bytes of its resident memory, at most a second old."""
+        return self._lately(resident_by_group, 1.0).get(group)
+
+    def on_gpu(self, group: int) -> Optional[int]:
+        """Return the bytes of its GPU memory, at most five seconds old."""
+        return self._lately(gpu_memory_by_group, 5.0).get(group)
+
+    def _lately(self, look, seconds):
+        now = time.monotonic()
+        seen_at, found = self._seen.get(look, (-math.inf, None))
+        if now > seen_at + seconds:
+            found = look()
+            self._seen[look] = now, found
+        return found
+
+
+def resident_by_group() -> Dict[int, int]:
+    """Return bytes of resident memory by process group; empty without /proc."""
+    found = collections.Counter()
+    for _, stat in _all_stats():
+        found[stat.group] += stat.resident * os.sysconf("SC_PAGE_SIZE")
+    return found
+
+
+def gpu_memory_by_group() -> Dict[int, int]:
+    """Return bytes of GPU memory by process group, as the vendor's tool shows it."""
+    found = collections.Counter()
+    for pid, amount in gpu_users():
+        stat = process_stat(pid)
+        if stat and amount:
+            found[stat.group] += amount
+    return found
 
 
 # -- systemd units ---------------------------------------------------------------------
@@ -4486,63 +4247,50 @@ class Service:
         return ["journalctl", which, self.name, "-n", "20", "-o", "cat", "-q"]
 
 
-class Errand:
-    """A short command of the system's, which may hang. OSError if it cannot run."""
-
-    def __init__(self, argv: List[str]):
-        import tempfile  # only units need it
-
-        environment = clean_environment({})
-        environment.setdefault("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}")
-        self._output = tempfile.TemporaryFile()  # a pipe may outlive the command
-        self._process = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-        self.exit_fd = _pidfd_of(self._process.pid)
-
-    def has_ended(self) -> bool:
-        return self._process.poll() is not None
-
-    def end(self) -> Tuple[Optional[int], str]:
-        """Return its status (None: it had to be killed) and what it wrote."""
-        status = self._process.poll()
-        if status is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        if self.exit_fd is not None:
-            os.close(self.exit_fd)
-        with self._output:
-            self._output.seek(0)
-            return status, self._output.read(65536).decode("utf-8", "replace").strip()
-
-
-def run_errand(argv: List[str], watch: Watch, rest, until: float, gives_up=never):
-    """Run the command until then, or until `gives_up()`; return what Errand.end does.
-
-    `rest(until)` is how the caller rests on its watch.
+def run_errand(argv: List[str], patience: float, gives_up=None, life=None):
+    """Run a short command of the system's, which may hang, for so many seconds at most,
+    or until `gives_up()`; return its status (None: it was killed, or cannot run) and
+    what it wrote. `life` is the one that has to wait for it, if any.
     """
+    import tempfile  # only units need it
+
+    environment = clean_environment({})
+    environment.setdefault("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}")
     try:
-        errand = Errand(argv)
+        with tempfile.TemporaryFile() as output:  # a pipe may outlive the command
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+            status = _await_errand(process, patience, gives_up, life)
+            output.seek(0)
+            return status, output.read(65536).decode("utf-8", "replace").strip()
     except OSError as error:
         return None, f"{argv[0]}: {error.strerror}"
-    if errand.exit_fd is None:
-        interval = 0.02
-    else:
-        interval = TICK
-        watch.add(errand.exit_fd)
-    while not (errand.has_ended() or gives_up()) and time.monotonic() < until:
+
+
+def _await_errand(process, patience, gives_up, life):
+    watch = life._watch if life else Watch()
+    rest, until = (life or watch).rest, time.monotonic() + patience
+    exit_fd = watch.follow(process.pid)
+    interval = 0.02 if exit_fd is None else TICK
+    while process.poll() is None and time.monotonic() < until:
+        if gives_up and gives_up():
+            break
         rest(min(until, time.monotonic() + interval))
-    if errand.exit_fd is not None:
-        watch.remove(errand.exit_fd)
-    return errand.end()
+    watch.unfollow(exit_fd)
+    status = process.poll()
+    if status is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return status
 
 
-def running_units(units: Sequence[str], gives_up=never) -> Set[str]:
+def running_units(units: Sequence[str], gives_up: Callable) -> Set[str]:
     """Return those of the units (as `unit =` names them) that run. Takes seconds if
     systemd hangs and gives_up() does not come true."""
     found = set()
@@ -4551,8 +4299,7 @@ def running_units(units: Sequence[str], gives_up=never) -> Set[str]:
         if named:
             first, *others = [Service(unit) for unit in named]
             argv = first.systemctl("is-active") + [each.name for each in others]
-            watch, until = Watch(), time.monotonic() + ERRAND_PATIENCE
-            _, said = run_errand(argv, watch, watch.rest, until, gives_up)
+            _, said = run_errand(argv, ERRAND_PATIENCE, gives_up)
             states = zip(named, said.split())
             found.update(unit for unit, state in states if state in RUNNING)
     return found
@@ -4564,20 +4311,16 @@ def unit_processes(name: str) -> Set[int]:
 
 
 def _unit_of(pid):
-    try:
-        with open(f"/proc/{pid}/cgroup") as file:
-            found = re.search(r"/([^/\n]+\.service)(/.*)?$", file.read(), re.MULTILINE)
-    except OSError:
-        return None
-    return found[1] if found else None
+    cgroups = _kernel_says(f"/proc/{pid}/cgroup")
+    found = re.search(r"/([^/\n]+\.service)(/.*)?$", cgroups, re.MULTILINE)
+    return found and found[1]
 
 
 def check_unit(model: Model):
     """Raise StartFailed if systemd has no such unit. Takes seconds if systemd hangs."""
-    service, watch = Service(model.settings.unit), Watch()
+    service = Service(model.settings.unit)
     argv = service.systemctl("show", "-p", "LoadState")
-    until = time.monotonic() + ERRAND_PATIENCE
-    status, said = run_errand(argv, watch, watch.rest, until)
+    status, said = run_errand(argv, ERRAND_PATIENCE)
     state = said.partition("LoadState=")[2].partition("\n")[0]
     if status == 0 and state not in ("", "loaded"):
         raise StartFailed(f"{model.name}: the unit {service.name} is {state}")
@@ -4592,67 +4335,44 @@ class UnitBackend:
     """
 
     def __init__(self, model: Model, rivals: Sequence[str], settle_timeout: float):
-        self._watch = Watch()
-        equip(self, model, Upstream(proxy_of(model, "")), self._watch.ring)
+        equip(self, model, Upstream(proxy_of(model, "")))
         self.service = Service(model.settings.unit)
+        self.where = model.settings.unit
+        self._title = f"{model.name} ({self.where})"
         self._rivals = rivals
         self._settle_timeout = settle_timeout
-        self._exit_fd = None
         self._deaf_until = 0.0  # systemd did not answer; it is not asked until then
-        self._is_adopted = self._is_started = False
-        self._is_exited = self._is_suspect = False
-
-    @property
-    def where(self) -> str:
-        """Where it runs, for people."""
-        return self.model.settings.unit
+        self._is_started = False
 
     start, stop = begin, ask_to_stop
     sleep, wake = ask_to_sleep, ask_to_wake
     is_there, has_died = may_be_asked, has_ended_unasked
+    suspect, is_over = note_silence, has_to_end
 
     def adopt(self):
         """Begin the life of a unit that runs already, ready or not."""
-        self._is_adopted = self._is_started = True
+        self._is_started = True
         self.start()
 
-    def suspect(self):
-        """A request has been silent for long: see whether it hangs. Any thread."""
-        if self.model.settings.hang_timeout:
-            self._is_suspect = True
-            self._watch.ring()
-
-    def is_over(self) -> bool:
-        return self._is_exited or self._is_stop_asked
-
     def rest(self, until: float, check: Optional[HealthCheck] = None):
-        """Sleep until then, or until something happens."""
+        """Sleep until then, or until something happens; note what happened."""
         if self._exit_fd in self._watch.rest(until, check):
-            self._watch.remove(self._exit_fd)  # it would end every rest from now on
+            self._unfollow()
             self._is_exited = True
-
-    def _story(self):
-        while self._come_up() and not (self._stay() or self._is_stop_asked):
-            self._bring_down()  # it slept and could not be woken: start it anew
-        return None if self._is_stop_asked else self._failure()
+        note_progress(self)
 
     # -- coming up
 
     def _come_up(self):
         """Start the unit, unless it was found running; whether it became ready."""
-        self._began = time.monotonic()
-        if not self._is_adopted:
+        self._began = self._progress_at = time.monotonic()
+        if not self._is_started:
             self._start_unit()
-        self._is_adopted = False
         self._follow_main_process()
-        if not self._await_ready():
-            return False
-        if self._exit_fd is None:
+        is_ready = await_ready(self)
+        if is_ready and self._exit_fd is None:
             self._follow_main_process()  # what ran first, if any, was but a preparation
-        self._is_ready = True
-        self.upstream.note_life()
-        self.on_loaded(self)
-        return True
+        return is_ready
 
     def _start_unit(self):
         self._stop_rivals()
@@ -4664,8 +4384,9 @@ class UnitBackend:
         if self.is_over() or status == 0:
             return
         if status is None and time.monotonic() >= self._began + limit:
-            raise LoadTimeout(f"{self._name()}: systemctl start took over {limit:g} s")
-        raise StartFailed(f"{self._name()} could not be started: {said}{self._told()}")
+            raise LoadTimeout(f"{self._title}: systemctl start took over {limit:g} s")
+        why = f"{said}{self._last_words()}"
+        raise StartFailed(f"{self._title} could not be started: {why}")
 
     def _stop_rivals(self):
         """Make sure that nobody else answers where this unit is to listen."""
@@ -4676,7 +4397,7 @@ class UnitBackend:
             status, said = self._run(argv, limit, self.is_over)
             if status != 0 and not self.is_over():
                 why = f"{unit}, which uses its port, could not be stopped: {said}"
-                raise StartFailed(f"{self._name()}: {why}")
+                raise StartFailed(f"{self._title}: {why}")
 
     def _follow_main_process(self):
         """Find its main process, whose end is the unit's; there may be none."""
@@ -4684,42 +4405,25 @@ class UnitBackend:
         found = self._look("MainPID", "ActiveState")
         self._is_exited = found.get("ActiveState", "active") not in RUNNING
         self.pid = int(found.get("MainPID") or 0) or None
-        self._exit_fd = _pidfd_of(self.pid) if self.pid else None
-        if self._exit_fd is not None:
-            self._watch.add(self._exit_fd)
+        self._judge, self._is_ours = None, False
+        self._exit_fd = self._watch.follow(self.pid) if self.pid else None
+        is_watched = self._exit_fd is not None
+        self._look_at = math.inf if is_watched else time.monotonic() + SIGNS_EVERY
 
     def _unfollow(self):
-        if self._exit_fd is not None:
-            if not self._is_exited:
-                self._watch.remove(self._exit_fd)
-            os.close(self._exit_fd)
-            self._exit_fd = None
-        self._is_exited = False
+        self._watch.unfollow(self._exit_fd)
+        self._exit_fd = None
 
-    def _await_ready(self):
-        """Wait until it answers, as long as it shows signs of progress."""
-        limit = self.model.settings.load_timeout or math.inf
-        progress_at, mark = self._began, None
-        while not self.is_over():
-            until = time.monotonic() + 1.0
-            check = await_health(self, until, self._began, self._is_listener_ours)
-            if check.found is Health.READY:
-                return True
-            if check.is_hopeless:
-                raise StartFailed(f"{self._name()}: {check.reason}")
-            memory = memory_of(self.pid) if self.pid else None
-            if memory != mark:
-                mark, progress_at = memory, time.monotonic()
-            if time.monotonic() > progress_at + limit:
-                self._raise_stuck(limit, check.reason)
-            self._look_after()
-        return False
+    def _may_hope(self):
+        self._look_after()
+        return not self.is_over()
 
-    def _raise_stuck(self, limit, reason):
-        raise LoadTimeout(
-            f"{self._name()} was not ready and showed no sign of progress for "
-            f"{limit:g} s ({reason}){self._told()}"
-        )
+    def _look_after(self):
+        """Without a main process to watch, ask now and then whether the unit runs."""
+        now = time.monotonic()
+        if now >= self._look_at and not self.is_over():
+            self._look_at = now + (LOOK_EVERY if self._is_ready else SIGNS_EVERY)
+            self._is_exited = not self._is_running()
 
     def _is_listener_ours(self):
         if self.pid is None:
@@ -4727,15 +4431,7 @@ class UnitBackend:
         main = process_stat(self.pid)
         if main is None or main.state in "ZX":
             return False  # it is somebody else who answers
-        is_near = self.upstream.host in LOOPBACK
-        if not is_near:
-            return True
-        inodes = listening_inodes(self.port)
-        judge = judge_of(inodes, self.pid, may_hide=True)
-        if judge(inodes):
-            return False
-        self.upstream.trust(inodes, judge)
-        return True
+        return is_listener_ours(self, may_hide=True)
 
     def _is_running(self):
         """Whether systemd says so, or says nothing."""
@@ -4743,45 +4439,11 @@ class UnitBackend:
 
     # -- being there
 
-    def _stay(self):
-        """Wait until it is over, and see to what is asked meanwhile; False: it sleeps
-        and cannot be woken."""
-        while not self.is_over():
-            nap, self._nap = self._nap, None
-            if nap:
-                if not take_nap(self, nap, self.model.settings.wake):
-                    return False
-            elif self._is_suspect:
-                self._examine()
-            else:
-                self.rest(self._next_look())
-                self._look_after()
-        if not self._is_stop_asked:
-            note_death(self)
-        return True
+    _examine = examine
 
-    def _next_look(self):
-        is_known = self._exit_fd is not None
-        return math.inf if is_known else time.monotonic() + LOOK_EVERY
-
-    def _look_after(self):
-        """Without a main process to watch, ask whether the unit still runs."""
-        if self._exit_fd is None and not (self.is_over() or self._is_running()):
-            self._is_exited = True
-
-    def _examine(self):
-        """A request is silent: no answer to health in time means that it hangs."""
-        limit = self.model.settings.hang_timeout
-        check = question(self, ("GET", self.model.settings.check_endpoint))
-        found = verdict(self, check, time.monotonic() + limit)
-        self._is_suspect = False
-        is_silent = found is Health.PENDING and not self.upstream.is_answering(limit)
-        if is_silent and not self.is_over():
-            note_death(self)
-            raise StartFailed(
-                f"{self._name()} hung: neither a request nor {limit:g} s of health "
-                f"checks were answered; it is stopped{self._told()}"
-            )
+    def _dwell(self):
+        self.rest(self._look_at)
+        self._look_after()
 
     # -- going
 
@@ -4795,7 +4457,7 @@ class UnitBackend:
 
     def _bring_down(self):
         """Stop the unit, and wait until nothing of it is left."""
-        users = unit_processes(self.service.name) if _gpu_query() else set()
+        users = unit_processes(self.service.name) if _gpu_tools() else set()
         if not self._is_ready:
             self._tell_systemd("kill", "--signal=KILL")
         status, said = self._tell_systemd(
@@ -4810,7 +4472,7 @@ class UnitBackend:
             self._tell_systemd("stop")
             self._kill_main_process()
         self._unfollow()
-        self._is_ready = False
+        self._is_ready = self._is_exited = self._is_started = False
         settle(users, self._settle_timeout)
 
     def _kill_main_process(self):
@@ -4829,14 +4491,11 @@ class UnitBackend:
 
     # -- systemd
 
-    def _name(self):
-        return f"{self.model.name} ({self.model.settings.unit})"
+    def _run(self, argv, limit=None, gives_up=None):
+        patience = ERRAND_PATIENCE if limit is None else limit
+        return run_errand(argv, patience, gives_up, self)
 
-    def _run(self, argv, limit=None, gives_up=never):
-        until = time.monotonic() + (ERRAND_PATIENCE if limit is None else limit)
-        return run_errand(argv, self._watch, self.rest, until, gives_up)
-
-    def _tell_systemd(self, verb, *options, limit=None, gives_up=never):
+    def _tell_systemd(self, verb, *options, limit=None, gives_up=None):
         return self._run(self.service.systemctl(verb, *options), limit, gives_up)
 
     def _look(self, *properties):
@@ -4863,7 +4522,7 @@ class UnitBackend:
             why = f"{result}, status {found.get('ExecMainStatus', 'unknown')}"
         what = "ended by itself" if self._is_ready else "could not be started"
         code = int(found["ExecMainStatus"]) if result == "exit-code" else None
-        return StartFailed(f"{self._name()} {what}: {why}{self._told()}", code)
+        return StartFailed(f"{self._title} {what}: {why}{self._last_words()}", code)
 
     def _end_as_told(self):
         """What systemd says of the end, which it may notice a moment after us."""
@@ -4874,7 +4533,7 @@ class UnitBackend:
                 return found
             self.rest(time.monotonic() + 0.05)
 
-    def _told(self):
+    def _last_words(self):
         """What it wrote last; the journal has it a moment after the end."""
         status, said = self._run(self.service.journalctl())
         until = time.monotonic() + ERRAND_PATIENCE
@@ -4906,17 +4565,6 @@ def send_magic_packet(mac: bytes, address: Tuple[str, int]):
         sock.sendto(magic_packet(mac), address)
 
 
-def still_answers(backend) -> bool:
-    """Ask a backend that was ready anew if this machine slept meanwhile; one that does
-    not answer is suspected. Return True. Any thread."""
-    if not backend.upstream.is_fresh(math.inf):
-        if ask_now(backend, HEALTH_PATIENCE).found is Health.READY:
-            backend.upstream.note_life()
-        else:
-            backend.suspect()
-    return True
-
-
 class RemoteBackend:
     """A server elsewhere, for as long as it is there. It is woken if it can be, asked
     for health, and relayed to; stopping it means to forget about it.
@@ -4926,18 +4574,13 @@ class RemoteBackend:
     """
 
     def __init__(self, model: Model):
-        self._watch = Watch()
-        equip(self, model, Upstream(proxy_of(model, "")), self._watch.ring)
+        equip(self, model, Upstream(proxy_of(model, "")))
+        self.where = proxy_of(model, "")
         self._next_packet = math.inf
-        self._is_lost = self._is_suspect = False
-
-    @property
-    def where(self) -> str:
-        """Where it runs, for people."""
-        return proxy_of(self.model, "")
 
     start, stop = begin, ask_to_stop  # to stop it is to forget it
     sleep, wake = ask_to_sleep, ask_to_wake
+    is_over = has_to_end
 
     def is_there(self, within: float) -> Optional[bool]:
         """Whether a request may be sent. It is asked if it gave no sign of life lately,
@@ -4948,7 +4591,6 @@ class RemoteBackend:
         if upstream.is_fresh(math.inf if upstream.is_busy else FRESH):
             return True
         if ask_now(self, HEALTH_PATIENCE).found is Health.READY:
-            upstream.note_life()
             return True
         self._lose()
         return False if self._has_ended.wait(within) else None
@@ -4960,20 +4602,17 @@ class RemoteBackend:
         is_silent = check.found is Health.PENDING and within >= CONNECT_PATIENCE
         if is_refused or (is_silent and not self.upstream.is_busy):
             self._lose()
-        return self._is_lost and self._has_ended.wait(CONNECT_PATIENCE)
+        return self._is_exited and self._has_ended.wait(CONNECT_PATIENCE)
 
     def _lose(self):
         """It is not there any more."""
-        self._is_lost = True
+        self._is_exited = True
         self._watch.ring()
 
     def suspect(self):
         """A request has been silent for long: see whether it is there. Any thread."""
-        self._is_suspect = True
+        self._suspicion = time.monotonic()
         self._watch.ring()
-
-    def is_over(self) -> bool:
-        return self._is_stop_asked or self._is_lost
 
     def rest(self, until: float, check: Optional[HealthCheck] = None):
         """Sleep until then, or until something happens; send what is due meanwhile."""
@@ -4981,15 +4620,14 @@ class RemoteBackend:
         if time.monotonic() >= self._next_packet:
             self._send_packet()
 
-    def _story(self):
-        if self._come_up():
-            self.on_loaded(self)
-            self._stay()
-        if not self._is_stop_asked:
-            note_death(self)
-            self.on_line("llmswap: it does not answer any more: asleep or gone")
+    def _failure(self):
+        """It vanished: tell of it, which is no failure, and let go of it."""
+        self.on_line("llmswap: it does not answer any more: asleep or gone")
         while self.upstream.is_heard(FRESH) and not self._is_stop_asked:
             self.rest(time.monotonic() + TICK)  # it may be a server that drains
+
+    def _bring_down(self):
+        raise StartFailed(f"{self._title} did not wake up")
 
     def _end(self):
         self.upstream.close()
@@ -5002,12 +4640,9 @@ class RemoteBackend:
             self._send_packet()
         check = await_health(self, began + limit, began)
         self._next_packet = math.inf
-        if check.found is Health.READY:
-            self.upstream.note_life()
-            return True
-        if self.is_over():
-            return False
-        what = f"{self.model.name} at {self.where}"
+        if check.found is Health.READY or self.is_over():
+            return check.found is Health.READY
+        what = f"{self._title} at {self.where}"
         if check.is_hopeless:
             raise StartFailed(f"{what} is not to be trusted: {check.reason}")
         raise LoadTimeout(f"{what} did not answer for {limit:g} s: {check.reason}")
@@ -5020,25 +4655,15 @@ class RemoteBackend:
         except OSError as error:
             self.on_line(f"llmswap: Wake-on-LAN: {error}")
 
-    def _stay(self):
-        """Wait until it vanishes or is to be forgotten; see to what is asked."""
-        while not self.is_over():
-            nap, self._nap = self._nap, None
-            if nap:
-                is_done = take_nap(self, nap, self.model.settings.wake)
-                if not (is_done or self.is_over()):
-                    raise StartFailed(f"{self.model.name} did not wake up")
-            elif self._is_suspect:
-                self._examine()
-            else:
-                self.rest(math.inf)
+    def _dwell(self):
+        self.rest(math.inf)
 
     def _examine(self):
         """A request is silent: if health is, too, it vanished."""
-        self._is_suspect = False
-        limit = self.model.settings.hang_timeout
-        check = question(self, ("GET", self.model.settings.check_endpoint))
-        found = verdict(self, check, time.monotonic() + (limit or math.inf))
+        limit = self.model.settings.hang_timeout or math.inf
+        check = question(self)
+        found = verdict(self, check, time.monotonic() + limit)
+        self._suspicion = None
         is_here = found is Health.READY or check.was_answered
         if found is Health.PENDING:
             is_here = is_here or self.upstream.is_answering(limit)
@@ -5121,21 +4746,13 @@ def family_of(pid: int) -> List[int]:
     """Return the process and its descendants, as far as the kernel tells."""
     family = [pid]
     for each in family:  # it grows meanwhile
-        try:
-            with open(f"/proc/{each}/task/{each}/children") as file:
-                family += map(int, file.read().split())
-        except OSError:
-            continue  # it ended, or the kernel does not list children
+        family += map(int, _kernel_says(f"/proc/{each}/task/{each}/children").split())
     return family
 
 
 def size_of_models(pid: int) -> int:
     """Return the bytes of the model files named in the process's command line."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            words = os.fsdecode(file.read()).split("\0")
-    except OSError:
-        return 0
+    words = _kernel_says(f"/proc/{pid}/cmdline").split("\0")
     named = {after for word, after in zip(words, words[1:]) if word in MODEL_OPTIONS}
     paths = [os.path.join(f"/proc/{pid}/cwd", path) for path in named]
     shards = [shard for path in paths for shard in shards_of(path)]
@@ -5157,81 +4774,6 @@ def shards_of(path: str) -> List[str]:
     return [f"{start}-{n:05}-of-{count}{end}" for n in range(1, int(count) + 1)]
 
 
-# -- memory of what runs ---------------------------------------------------------------
-
-
-class MemoryWatch:
-    """Memory of process groups, looked up once for all who ask within a moment.
-
-    Any thread; two that ask at the same time may both look.
-    """
-
-    def __init__(self):
-        self._resident = -math.inf, {}
-        self._on_gpu = -math.inf, {}
-
-    def resident(self, group: int) -> Optional[int]:
-        """Return the bytes of its resident memory, at most a second old."""
-        now = time.monotonic()
-        if now > self._resident[0] + 1.0:
-            self._resident = now, resident_by_group()
-        return self._resident[1].get(group)
-
-    def on_gpu(self, group: int) -> Optional[int]:
-        """Return the bytes of its GPU memory, at most five seconds old."""
-        now = time.monotonic()
-        if now > self._on_gpu[0] + 5.0:
-            self._on_gpu = now, gpu_memory_by_group()
-        return self._on_gpu[1].get(group)
-
-
-def resident_by_group() -> Dict[int, int]:
-    """Return bytes of resident memory by process group; empty without /proc."""
-    found = collections.Counter()
-    for stat in map(process_stat, _all_processes()):
-        if stat is not None:  # else it ended meanwhile
-            found[stat.group] += stat.resident * os.sysconf("SC_PAGE_SIZE")
-    return found
-
-
-_GPU_MEMORY = (  # the command, how its lines read, bytes per unit
-    (
-        ["nvidia-smi", "--query-compute-apps=pid,used_gpu_memory",
-         "--format=csv,noheader,nounits"],
-        rb"^\s*(\d+),\s*(\d+)",
-        1 << 20,
-    ),
-    (["rocm-smi", "--showpids"], rb"^\s*(\d+)\s+\S+\s+\S+\s+(\d+)\b", 1),
-)  # fmt: skip
-
-
-def gpu_memory_by_group() -> Dict[int, int]:
-    """Return bytes of GPU memory by process group, as the vendor's tool shows it."""
-    found = collections.Counter()
-    for command, row, unit in _GPU_MEMORY:
-        if not has_program(command[0]):
-            continue
-        told = _output_of(command)
-        for pid, amount in re.findall(row, told, re.MULTILINE):
-            group = _group_of(int(pid))
-            if group is not None:
-                found[group] += int(amount) * unit
-    return found
-
-
-def _output_of(command):
-    try:
-        return subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=2,
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return b""
-
-
 # ==================================================================================
 # 5  Pool: the one lock; it carries the Scheduler's decisions out.
 #    Never knows HTTP or a client's socket, and never waits while it holds the lock.
@@ -5243,8 +4785,6 @@ def _output_of(command):
 
 
 ADOPT_PATIENCE = 1.0  # s; how long the start may wait for systemd to say what runs
-
-
 LOOK_AT_LOADS = 0.2  # s, from one look at what loads to the next
 LOAD_LINE_EVERY = 10.0  # s; so often the log tells of a load that takes long
 LONG_WAIT = 1.0  # s; worth a word in the log
@@ -5288,13 +4828,13 @@ class Feed:
         def get(timeout):
             if kept:
                 return kept.popleft()[1]
+            number, item = last, None
             try:
-                number, item = follower.get(timeout=timeout)
                 while number <= last:
                     number, item = follower.get(timeout=timeout)
-                return item
             except queue.Empty:
                 return None
+            return item
 
         try:
             yield get
@@ -5472,19 +5012,16 @@ class Pool:
     def _adopt(self, names):
         running = running_units(list(names), gives_up=lambda: self._is_closed)
         with self._lock:
-            for unit in running - self._units_in_use():
+            in_use = {each.model.settings.unit for each in self._backends.values()}
+            for unit in running - in_use:
                 slot = self._scheduler.slots.get(names[unit])
                 if slot is None or slot.is_held or self._is_closed:
                     continue
                 self._log("info", f"{slot.name}: {unit} runs already")
-                backend = self._backends[slot.name] = self._new_backend(slot.name)
+                backend = self._new_backend(slot.name)
                 backend.generation = self._scheduler.found(slot.name, self._clock())
-                self._begin_to_gauge(backend)
                 backend.adopt()
             self._turn()
-
-    def _units_in_use(self):
-        return {backend.model.settings.unit for backend in self._backends.values()}
 
     # -- requests --------------------------------------------------------------------
 
@@ -5530,8 +5067,7 @@ class Pool:
         if model.problem:
             raise Unusable(model.problem)
         with self._lock:
-            slot = self._scheduler.slots.get(model.backend)
-            is_held = slot is not None and slot.is_held
+            is_held = model.backend in self._scheduler.held
         if is_held:
             return
         try:
@@ -5614,7 +5150,8 @@ class Pool:
         """Wait until no backend is left, or somebody needs one, or gone() is true."""
         while not gone():
             with self._lock:
-                if all(slot.unload_by is None for slot in self._scheduler.held):
+                held = self._scheduler.held.values()
+                if all(slot.unload_by is None for slot in held):
                     return
                 self._quiet.wait(TICK)
 
@@ -5631,19 +5168,15 @@ class Pool:
             self._scheduler.configure(
                 limits_of(config), specs_of(config), changed, _removed
             )
-            self._refuse_unusable()
+            for model in config.models.values():
+                if model.problem:
+                    self._scheduler.refuse_waiting(model.name, Unusable(model.problem))
             for name, backend in self._backends.items():
                 if name in config.models and name not in changed:
                     backend.model = config.models[name]
             self._turn()
         self._adopt_units()
         self.events.publish({"model": "*", "event": "models_reload"})
-
-    def _refuse_unusable(self):
-        for model in self.config.models.values():
-            if model.problem and model.name in self._scheduler.slots:
-                problem = Unusable(model.problem)
-                self._scheduler.refuse_waiting(model.name, problem)
 
     # -- what is ---------------------------------------------------------------------
 
@@ -5678,7 +5211,7 @@ class Pool:
     def _status(self, name, slot, now):
         backend = self._backends.get(slot.name)
         is_loading = backend is not None and slot.state is State.LOADING
-        unload_at = slot.unload_at() if slot.state is State.LOADED else None
+        unload_at = slot.unload_at() if slot.state is State.LOADED else math.inf
         return Status(
             name=name,
             is_owner=name == slot.name,
@@ -5686,7 +5219,7 @@ class Pool:
             in_flight=slot.in_flight + slot.loose,
             waiting=slot.waiting,
             since=None if slot.changed_at is None else now - slot.changed_at,
-            unload_in=None if unload_at is None else max(0.0, unload_at - now),
+            unload_in=None if unload_at == math.inf else max(0.0, unload_at - now),
             failure=slot.last_failure,
             pid=getattr(backend, "pid", None),
             port=getattr(backend, "port", None),
@@ -5703,7 +5236,7 @@ class Pool:
         with self._lock:
             return {
                 "models": len(self._scheduler.slots),
-                "loaded": sum(1 for _ in self._scheduler.held),
+                "loaded": len(self._scheduler.held),
                 "requests": self._scheduler.in_flight,
                 "queued": self._scheduler.queued,
             }
@@ -5765,7 +5298,7 @@ class Pool:
         decisions = self._scheduler.decide(self._clock())
         if any([_CARRY_OUT[type(each)](self, each) for each in decisions]):
             self._turn()  # something failed at once
-        if self._scheduler.queued or any(self._scheduler.held):
+        if self._scheduler.queued or self._scheduler.held:
             self._quiet_since = None
         elif self._quiet_since is None:
             self._quiet_since = self._clock()
@@ -5783,34 +5316,28 @@ class Pool:
         with self._lock:
             while not self._is_closed:
                 self._alarm_at = self._scheduler.look_again
-                if self._alarm_at == math.inf:
-                    self._alarm.wait()
-                else:
-                    left = self._alarm_at - self._clock()
-                    self._alarm.wait(min(max(0.0, left), threading.TIMEOUT_MAX))
+                left = self._alarm_at - self._clock()
+                self._alarm.wait(min(max(0.0, left), threading.TIMEOUT_MAX))
                 self._turn()
 
     def _watch_loads(self):
         """While anything loads, look how far it is; sleep while nothing does."""
         while not self._is_closed:
             with self._lock:
-                found = self._what_loads()
-                if not found:
+                while not (found := self._what_loads()):
                     self._loading.wait()
             for backend in found:
                 backend.gauge.look(getattr(backend, "pid", None))
                 with self._lock:
                     if backend in self._what_loads():
                         self._tell_of_load(backend)
-            if found:
-                time.sleep(LOOK_AT_LOADS)
+            time.sleep(LOOK_AT_LOADS)
 
     def _what_loads(self):
-        slots = self._scheduler.slots
         return [
-            backend
-            for name, backend in self._backends.items()
-            if name in slots and slots[name].state is State.LOADING
+            self._backends[slot.name]
+            for slot in self._scheduler.held.values()
+            if slot.state is State.LOADING
         ]
 
     def _tell_of_load(self, backend):
@@ -5847,32 +5374,18 @@ class Pool:
         self._log("info", f"{name}: {'waking' if decision.is_wake else 'loading'}")
         self._tell(name, "loading", event="model_status")
         if decision.is_wake:
-            self._backends[name].started_at = time.monotonic()
-            self._begin_to_gauge(self._backends[name])
-            return self._backends[name].wake()
+            backend = self._backends[name]
+            backend.started_at = time.monotonic()
+            self._begin_to_gauge(backend)
+            return backend.wake()
         try:
-            self._begin_life(name, decision.generation)
+            backend = self._new_backend(name)
+            backend.generation = decision.generation
+            backend.start()
         except (OSError, RuntimeError) as error:  # no descriptor or no thread is left
-            self._backends.pop(name, None)
             problem = StartFailed(f"{name} could not be started: {error}")
-            self._log("error", str(problem))
-            self._meters.count_failure(name, "loading")
-            self._scheduler.exited(name, decision.generation, self._clock(), problem)
-            self._tell(name, "unloaded", exit_code=1)
+            self._note_end(name, decision.generation, problem)
             return True
-
-    def _begin_life(self, name, generation):
-        backend = self._new_backend(name)
-        backend.generation = generation
-        self._backends[name] = backend
-        self._begin_to_gauge(backend)
-        backend.start()
-
-    def _begin_to_gauge(self, backend):
-        backend.gauge = LoadGauge()
-        backend.told_progress = None
-        backend.next_line = LOAD_LINE_EVERY
-        self._loading.notify()
 
     def _new_backend(self, name):
         """Return a backend of the model that reports to us."""
@@ -5881,7 +5394,15 @@ class Pool:
         backend.on_dying, backend.on_exited = self._on_dying, self._on_exited
         backend.on_line = functools.partial(self._on_line, name)
         backend.told_to_go_at = None  # or to fall asleep
+        self._backends[name] = backend
+        self._begin_to_gauge(backend)
         return backend
+
+    def _begin_to_gauge(self, backend):
+        backend.gauge = LoadGauge()
+        backend.told_progress = None
+        backend.next_line = LOAD_LINE_EVERY
+        self._loading.notify()
 
     def _stop(self, decision):
         name, cause = decision.name, decision.cause
@@ -5939,21 +5460,22 @@ class Pool:
             self._turn()
 
     def _on_exited(self, backend, problem):
-        name = backend.model.name
         if problem is None:
             self._tell_of_rest(backend, "unloaded")
         with self._lock:
-            self._backends.pop(name, None)
-            now = self._clock()
-            if problem is not None:
-                slot = self._scheduler.slots[name]
-                told = _told_once(problem, slot.last_failure)
-                is_named = told.startswith(name)
-                self._log("error", told if is_named else f"{name}: {told}")
-                self._meters.count_failure(name, slot.state.value)
-            self._scheduler.exited(name, backend.generation, now, problem)
+            self._note_end(backend.model.name, backend.generation, problem)
             self._turn()
             self._quiet.notify_all()
+
+    def _note_end(self, name, generation, problem):
+        """A backend is gone, or did not come to be. The lock is held."""
+        self._backends.pop(name, None)
+        if problem is not None:
+            slot = self._scheduler.slots[name]
+            told = _told_once(problem, slot.last_failure)
+            self._log("error", told if told.startswith(name) else f"{name}: {told}")
+            self._meters.count_failure(name, slot.state.value)
+        self._scheduler.exited(name, generation, self._clock(), problem)
         self._tell(name, "unloaded", exit_code=exit_code_of(problem))
 
     def _tell_of_rest(self, backend, what):
@@ -6065,13 +5587,9 @@ def _is_there(backend, gone):
 
 def rivals_of(model: Model, models: Mapping[str, Model]) -> List[str]:
     """Return the other units that listen where this one does."""
-    where = proxy_of(model, "")
-    return [
-        other.settings.unit
-        for other in models.values()
-        if other.kind == "unit" and not other.problem and proxy_of(other, "") == where
-        and other.settings.unit != model.settings.unit
-    ]  # fmt: skip
+    where, others = address_of(model), models.values()
+    units = {each.settings.unit for each in others if address_of(each) == where}
+    return sorted(units - {model.settings.unit})
 
 
 def address_of(model: Model) -> Dict[str, int]:
@@ -6088,9 +5606,11 @@ def _removed(name):
 def limits_of(config: Config) -> Limits:
     """Return what the configuration lets be loaded together."""
     settings = config.settings
+    models = config.models.values()
+    addresses = {url: 1 for model in models for url in address_of(model)}
     return Limits(
         models_max=settings.models_max,
-        budget={**settings.budget, **_addresses(config)},
+        budget={**settings.budget, **addresses},
         sets=tuple(settings.sets),
         patience=settings.patience,
         queue_max=settings.queue_max,
@@ -6098,17 +5618,10 @@ def limits_of(config: Config) -> Limits:
     )
 
 
-def _addresses(config):
-    return {url: 1 for model in config.models.values() for url in address_of(model)}
-
-
 def specs_of(config: Config) -> Dict[str, Spec]:
     """Return what scheduling must know of each model that has a backend of its own."""
-    return {
-        model.name: _spec_of(model)
-        for model in config.models.values()
-        if model.backend == model.name
-    }
+    owners = [each for each in config.models.values() if each.backend == each.name]
+    return {model.name: _spec_of(model) for model in owners}
 
 
 def _spec_of(model):
@@ -7747,21 +7260,18 @@ _ENDS = {
     **dict.fromkeys("‘’‚", "'‘’‚"),
 }
 _DOUBLED = re.compile(r'""([^"\s,:;}\])][^"]*)""')
+_TRIPLED = re.compile(r"(\"\"\"|'''|```)(.*?)(?:\1|\Z)", re.DOTALL)
 _PREFIX = re.compile(r"[bBfFrRuU]{1,2}(?=[\"'][^\s,:}\])])")
 _PLUS = re.compile(r"\s*\+\s*(?=[\"'`])")
 
-_GAP = re.compile(  # blanks and comments, if they are few and short
-    r"\s*(?:(?:(?://|#)[^\n]{0,200}|/\*[^*]{0,200}\*/)\s*){0,4}"
-)
+# Blanks and comments, if they are few and short
+_GAP = re.compile(r"\s*(?:(?:(?://|#)[^\n]{0,200}|/\*[^*]{0,200}\*/)\s*){0,4}")
 _COMMAS = re.compile(r"(?:[\s,;，；]|\.\.+|…){0,50}")
 _JUNK = re.compile(
     r"(?:[\s\ufeff,;，；]+|\.\.+|…|(?://|#)[^\n]*|/\*.*?(?:\*/|\Z))*", re.DOTALL
 )
 _COLON = re.compile(r"\s*(?:[:：][\s:：]*=?|=+>?|->)")
-_QUOTED = (
-    r"""(?:"[^"\n]{0,200}"|'[^'\n]{0,200}'"""
-    r"""|`[^`\n]{0,200}`|“[^”\n]{0,200}”)"""
-)
+_QUOTED = r"""(?:"[^"\n]{0,200}"|'[^'\n]{0,200}'|`[^`\n]{0,200}`|“[^”\n]{0,200}”)"""
 _KEY = re.compile(_QUOTED + r"\s{0,99}[:：=]")
 _MEMBER_OR_END = re.compile(  # here the colon may be missing, or the text may end
     rf"""[}}\]]|\Z|{_QUOTED}\s{{0,99}}(?:["'\[{{:：=\d-]|true|false|null|\Z)"""
@@ -7770,7 +7280,7 @@ _MEMBER_OR_END = re.compile(  # here the colon may be missing, or the text may e
 _BARE_KEY = re.compile(
     r"[A-Za-z_$][\w$.-]{0,99}(?: [\w$.-]{1,99})?\s{0,99}[:：](?![/\\:])"
 )
-_BARE_NAME = re.compile(r"[^\s:：=,;{}\[\]\"][^:：=,;{}\[\]\"\n]*")
+_BARE_NAME = re.compile(r'(?:([^\s:：=,;{}\[\]"][^:：=,;{}\[\]"\n]*)|.)"?', re.DOTALL)
 _UNENDED_NAME = re.compile(r"([\w$.-]+)(?:['’”]|\\+\")?\s*(?=:)")
 _NEXT_MEMBER = re.compile(rf"\s*,\s*{_KEY.pattern}")
 _VALUE = re.compile(r"[\"'“‘`\[{(\d.+-]|true|false|null|True|False|None")
@@ -7791,11 +7301,8 @@ _NUMBER = re.compile(
 )
 _BASED = re.compile(r"[-+]?0(?:[xX][0-9a-fA-F]{1,64}|[bB][01]{1,64}|[oO][0-7]{1,64})")
 _GROUPED = re.compile(r"[-+]?[0-9]{1,3}(?:(?:,[0-9]{3})+|(?:_[0-9]+)+)(?:\.[0-9]+)?")
-_WORDS = {
-    "true": "true",
-    "false": "false",
-    **dict.fromkeys("null none nil undefined nan inf infinity".split(), "null"),
-}
+_NULLS = "null none nil undefined nan inf infinity".split()
+_WORDS = {"true": "true", "false": "false", **dict.fromkeys(_NULLS, "null")}
 
 
 def _as_number(digits):
@@ -7876,16 +7383,6 @@ def _past_gap(text, at):
     return _GAP.match(text, at).end()
 
 
-class _Frame:
-    """An object or array that is open: where it began in the output, how it ends."""
-
-    def __init__(self, at: int, end: str):
-        self.at = at
-        self.end = end
-        self.is_empty = True
-        self.extra = 0  # opening braces beyond the first, as in {{
-
-
 class _Reader:
     """Reads one object, however broken, and writes it as JSON; never goes back."""
 
@@ -7893,17 +7390,17 @@ class _Reader:
         self.text = text
         self.at = at
         self._out = []
-        self._frames = []
-        self._closers = ""  # of all frames, as the text should have them
-        self._key = None
+        self._open = []  # where in _out each object or array began that is open
+        self._closers = ""  # of all of them, as the text should have them
+        self._extra = {}  # by depth: opening braces beyond the first, as in {{
         self._has_bare_keys = False
         self._is_object = True
 
     def read(self):
         """Return the object as JSON; None if the braces hold none."""
-        self._open("{")
-        while self._frames:
-            self.at = _JUNK.match(self.text, self.at).end()
+        self._begin("{")
+        while self._open:
+            self._skip(_JUNK)
             char = self.text[self.at : self.at + 1]
             if not char:
                 self._close_to(0)
@@ -7915,46 +7412,53 @@ class _Reader:
                 self._read_item(char)
         return "".join(self._out) if self._is_object else None
 
+    def _skip(self, pattern):
+        """Go past what matches here; return whether something does."""
+        found = pattern.match(self.text, self.at)
+        self.at = found.end() if found else self.at
+        return bool(found)
+
     # Brackets
 
     def _is_in_object(self, depth=1):
-        return len(self._frames) >= depth and self._frames[-depth].end == "}"
+        return len(self._open) >= depth and self._out[self._open[-depth]] == "{"
 
-    def _emit(self, text):
-        """Write a value, with its key if it has one."""
-        if self._frames:
-            if not self._frames[-1].is_empty:
-                self._out.append(",")
-            self._frames[-1].is_empty = False
-        if self._key is not None:
-            self._out.append(self._key + ":")
-            self._key = None
+    def _is_empty(self):
+        return self._open[-1] == len(self._out) - 1
+
+    def _emit(self, text, key=None):
+        if self._open and not self._is_empty():
+            self._out.append(",")
+        if key is not None:
+            self._out.append(key + ":")
         self._out.append(text)
 
-    def _open(self, char):
-        if len(self._frames) >= MAX_DEPTH:
+    def _begin(self, char, key=None):
+        if len(self._open) >= MAX_DEPTH:
             raise ValueError("too deep")
         self.at += 1
-        self._emit("{" if char == "{" else "[")
-        self._frames.append(_Frame(len(self._out) - 1, "}" if char == "{" else "]"))
+        self._emit("{" if char == "{" else "[", key)
+        self._extra[len(self._open)] = 0
+        self._open.append(len(self._out) - 1)
         self._closers += _CLOSERS[char]
 
     def _close(self, char):
-        """Close the innermost frame that `char` can close, and those inside it.
+        """Close the innermost that `char` can close, and those inside it.
 
         The outermost stays open if a further member follows: the brace is too many.
         """
         depth = self._closers.rfind(char)
         self.at += 1
-        if depth >= 0 and self._frames[depth].extra:
-            self._frames[depth].extra -= 1
+        if self._extra.get(depth):
+            self._extra[depth] -= 1
         elif depth >= 0:
             is_early = depth == 0 and _NEXT_MEMBER.match(self.text, self.at)
             self._close_to(1 if is_early else depth)
 
     def _close_to(self, depth):
-        self._out += [frame.end for frame in reversed(self._frames[depth:])]
-        del self._frames[depth:]
+        begun = [self._out[at] for at in reversed(self._open[depth:])]
+        self._out += [_CLOSERS[char] for char in begun]
+        del self._open[depth:]
         self._closers = self._closers[:depth]
 
     # Members and items
@@ -7963,41 +7467,31 @@ class _Reader:
         """Read a key and its value; a key without a value is dropped."""
         if char in _CLOSERS:
             return self._meet_opener(char)
-        is_quoted, frame = char in _ENDS, self._frames[-1]
+        is_quoted, depth = char in _ENDS, len(self._open)
         key = self._string("key") if is_quoted else self._bare_key()
-        colon = _COLON.match(self.text, self.at)
-        if colon:
-            self.at = colon.end()
-            return self._read_value(key)
         after = _past_gap(self.text, self.at)
-        if frame.is_empty and self.text[after : after + 1] in (",", "}"):
-            self._become_array(frame, key if is_quoted else _literal(key[1:-1]) or key)
-        elif is_quoted and _VALUE.match(self.text, after):
+        if self._skip(_COLON) or (is_quoted and _VALUE.match(self.text, after)):
             self._read_value(key)
-        elif len(self._frames) == 1 and frame.is_empty and not is_quoted:
+        elif self._is_empty() and self.text[after : after + 1] in (",", "}"):
+            self._out[-1] = "["  # {a, b}, a set, becomes an array
+            self._is_object = depth > 1
+            self._emit(key if is_quoted else _literal(key[1:-1]) or key)
+        elif depth == 1 and self._is_empty() and not is_quoted:
             self._is_object = False
 
     def _meet_opener(self, char):
         """Take { where a key should be for the next item of the array around."""
-        if char == "{" and [frame.end for frame in self._frames[-2:]] == ["]", "}"]:
-            return self._close_to(len(self._frames) - 1)
-        self._frames[-1].extra += char == "{"
+        depth = len(self._open) - 1
+        if char == "{" and depth and not self._is_in_object(2):
+            return self._close_to(depth)
+        self._extra[depth] += char == "{"
         self.at += 1
-
-    def _become_array(self, frame, item):
-        """Take {a, b}, a set, for an array."""
-        frame.end = "]"
-        self._out[frame.at] = "["
-        self._is_object = frame is not self._frames[0]
-        self._emit(item)
 
     def _bare_key(self):
         self._has_bare_keys = True
         name = _BARE_NAME.match(self.text, self.at)
-        self.at = name.end() if name else self.at + 1
-        if self.text.startswith('"', self.at):
-            self.at += 1
-        return _as_string(name[0].strip().strip("'`“”‘’") if name else "")
+        self.at = name.end()
+        return _as_string((name[1] or "").strip().strip("'`“”‘’"))
 
     def _read_item(self, char):
         """Read an item of an array; a key there means that the array was not closed."""
@@ -8007,28 +7501,24 @@ class _Reader:
             self.at = max(self.at, start + 1)
             return
         item = self._strings()
-        colon = self._is_in_object(2) and _COLON.match(self.text, self.at)
-        if not colon:
+        if not (self._is_in_object(2) and self._skip(_COLON)):
             return self._emit(item)
-        self._close_to(len(self._frames) - 1)
-        self.at = colon.end()
+        self._close_to(len(self._open) - 1)
         self._read_value(item)
 
     def _read_value(self, key=None):
         """Read the value at the cursor; nothing is written if there is none."""
-        self.at = _past_gap(self.text, self.at)
-        prefix = _PREFIX.match(self.text, self.at)
-        self.at = prefix.end() if prefix else self.at
+        self._skip(_GAP)
+        self._skip(_PREFIX)
         char = self.text[self.at : self.at + 1]
         if not char or char in ",;，；}])":
             return
-        self._key = key
         if char in _CLOSERS:
-            self._open(char)
+            self._begin(char, key)
         elif char in _ENDS:
-            self._emit(self._strings())
+            self._emit(self._strings(), key)
         else:
-            self._read_bare()
+            self._read_bare(key)
 
     # Strings
 
@@ -8036,25 +7526,19 @@ class _Reader:
         """Read a string, or several with + between them; return it as JSON."""
         role = "value" if self._is_in_object() else "item"
         parts = [self._string(role)]
-        plus = _PLUS.match(self.text, self.at)
-        while plus:
-            self.at = plus.end()
+        while self._skip(_PLUS):
             parts.append(self._string(role))
-            plus = _PLUS.match(self.text, self.at)
         return '"' + "".join(part[1:-1] for part in parts) + '"'
 
     def _string(self, role):
         """Read the string at the cursor, a "key", a "value" or an "item"."""
         text, start = self.text, self.at
-        quote = text[start]
-        if quote in "\"'`" and text.startswith(quote * 3, start):
-            end = text.find(quote * 3, start + 3)
-            end = len(text) if end < 0 else end
-            return self._take(start + 3, end, end + 3)
-        doubled = _DOUBLED.match(text, start)
+        tripled, doubled = _TRIPLED.match(text, start), _DOUBLED.match(text, start)
+        if tripled:
+            return self._take(*tripled.span(2), tripled.end())
         if doubled and self._may_end(doubled.end(), role):
             return self._take(*doubled.span(1), doubled.end())
-        return self._simple_string(start + 1, _ENDS[quote], role)
+        return self._simple_string(start + 1, _ENDS[text[start]], role)
 
     def _take(self, start, end, after):
         self.at = after
@@ -8115,7 +7599,7 @@ class _Reader:
         text, or "scalar", a number or word. `is_odd`: it may be the partner of a quote
         inside. `is_last`: look no further than the end of the object.
         """
-        text, depth, after = self.text, len(self._frames), _past_gap(self.text, at)
+        text, depth, after = self.text, len(self._open), _past_gap(self.text, at)
         if role == "key":
             is_loose = text[at : at + 1].isalnum() or _UNENDED_NAME.match(text, at)
             return bool(_COLON.match(text, after)) or not is_loose
@@ -8130,8 +7614,8 @@ class _Reader:
             after = _past_gap(text, at)
         if after >= len(text) or text.startswith("```", after):
             return True
-        is_odd = is_odd and depth == len(self._frames)
-        if self._frames[depth - 1].end == "}":
+        is_odd = is_odd and depth == len(self._open)
+        if self._out[self._open[depth - 1]] == "{":
             return self._is_member(at, after, role, is_odd)
         return not is_odd and self._is_item(at, after)
 
@@ -8170,27 +7654,25 @@ class _Reader:
             return True
         if self._may_end(quote + 1, "value", is_last=True):
             return False
-        return not re.match(r"\s*[\]})]+\s*\Z", text[text.rfind('"', -40) + 1 :][-40:])
+        return not re.search(r'"\s*[\]})]+\s*\Z', text[-40:])
 
     # Values without quotes
 
-    def _read_bare(self):
+    def _read_bare(self, key):
         """Read a number, a word, or a string that lacks its quotes."""
         text, start = self.text, self.at
         scalar = _BARE_SCALAR.match(text, start)
         known = scalar and _literal(scalar[0])
         if known and self._may_end(scalar.end(), "scalar"):
             self.at = scalar.end()
-            return self._emit(known)
+            return self._emit(known, key)
         self.at = self._end_of_bare(start)
         raw = _without_closers(text[start : self.at]).strip()
         known = _literal(raw, self.at == len(text))
         if raw.count('"') % 2:
             raw = raw.rstrip('"')
-        if known == "" or not raw:
-            self._key = None
-        else:
-            self._emit(known or _as_string(raw))
+        if raw and known != "":
+            self._emit(known or _as_string(raw), key)
 
     def _end_of_bare(self, at):
         """Return where the string without quotes at `at` ends."""
@@ -8201,7 +7683,7 @@ class _Reader:
                 nested += 1
             elif char in "}])" and nested:
                 nested -= 1
-            elif char in "}])" and char in self._closers:
+            elif char in self._closers:
                 return at
             elif char in "\"'":
                 is_next = not in_object or _KEY.match(text, at)
@@ -8214,9 +7696,8 @@ class _Reader:
         return len(text)
 
 
-_TOKENS = re.compile(  # of chat templates, at the end
-    r"\s*(?:(?:<[|｜][^<>]{0,60}[|｜]>|</[\w:]{1,30}>)\s*)+\Z"
-)
+# Tokens of chat templates, at the end
+_TOKENS = re.compile(r"\s*(?:(?:<[|｜][^<>]{0,60}[|｜]>|</[\w:]{1,30}>)\s*)+\Z")
 _ESCAPED = re.compile(r'[^{]{0,500}\{(?:\s|\\[nrt]){0,99}\\+(?:"|u0022)')
 _ESCAPE = re.compile(r'\\(?:u00[0-7][\da-fA-F]|[nrtbf"\\/])')
 _ENTITIES = re.compile(r"[^{]{0,500}\{\s{0,99}&quot;")
@@ -8272,12 +7753,10 @@ def _object_in(text):
 
 def _read_object(text, at):
     """Return (JSON text of the object at `at` or None, where it ends)."""
-    try:
+    with contextlib.suppress(ValueError):
         end = _STRICT.raw_decode(text, at)[1]
         if not _NEXT_MEMBER.match(text, end):
             return text[at:end], end
-    except ValueError:
-        pass
     reader = _Reader(text, at)
     return reader.read(), reader.at
 
@@ -8301,15 +7780,12 @@ def repair_arguments(text: str) -> str:
     """
     try:
         _STRICT.decode(text)
-        return text
     except RecursionError:
-        return text
-    except ValueError:
         pass
-    try:
-        return _object_in(text) or text
-    except (ValueError, RecursionError):  # too deep
-        return text
+    except ValueError:
+        with contextlib.suppress(ValueError, RecursionError):  # too deep
+            return _object_in(text) or text
+    return text
 
 
 # Answers are read as far as their shape is known; one of another shape stays as it is.
@@ -8318,7 +7794,7 @@ _UNKNOWN = (
     ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError
 )  # fmt: skip
 _JSON = json.JSONDecoder()
-_JSON_SPACE = re.compile(r"[ \t\r\n]*")
+_JSON_SPACE = re.compile(r"[ \t\r\n,:]*")  # and what else stands between values
 
 
 def _number_of(entry, default):
@@ -8381,12 +7857,11 @@ def _edited(text, at, edits):
         step = position
         if is_object:
             step, at = _JSON.raw_decode(text, at)
-            at = _space(text, _space(text, at) + 1)
+            at = _space(text, at)
         out.append(text[seen:at])
         value, seen = _edited(text, at, edits.get(step))
         out.append(value)
         at = _space(text, seen)
-        at = _space(text, at + 1) if text[at] == "," else at
         position += 1
     return "".join(out) + text[seen : at + 1], at + 1
 
@@ -8470,13 +7945,13 @@ def _edited_event(event, edits):
 
 
 def _names_in(value):
-    """Yield the names of all that is not empty in parsed JSON."""
-    entries = value if isinstance(value, list) else ()
-    if isinstance(value, dict):
-        entries = [entry for entry in value.values() if entry]
-        yield from (name for name, entry in value.items() if entry)
-    for entry in entries:
-        yield from _names_in(entry)
+    """Return the names of all that is not empty in parsed JSON."""
+    if isinstance(value, list):
+        return set().union(*map(_names_in, value))
+    if not isinstance(value, dict):
+        return set()
+    full = {name: entry for name, entry in value.items() if entry}
+    return set(full).union(*map(_names_in, full.values()))
 
 
 def _lone_fragment(payload, key, text, line_end):
@@ -8545,21 +8020,21 @@ class RepairStream:
                 return self._release(self._calls, True) + event
             payload = json.loads(text)
             if payload.get("choices"):
-                news = list(_calls_in(payload)), _ends_in(payload)
-                return self._pass_chunk(event, payload, *news)
+                return self._pass_chunk(event, payload)
             if payload.get("type") == "error" or payload.get("error"):
                 return self._release(self._calls, False) + event
             return self._pass_anthropic(event, payload, payload.get("delta") or {})
         except _UNKNOWN:
             return event
 
-    def _pass_chunk(self, event, payload, calls, ends):
+    def _pass_chunk(self, event, payload):
         """A chunk may hold fragments of several calls, and more that must not wait."""
+        calls, ends = list(_calls_in(payload)), _ends_in(payload)
         out, edits = b"".join(self._begin(key) for key, _, _ in calls), {}
         fragments = [call for call in calls if call[2]]
         is_bare = len(fragments) == 1 and not ends
         names = _names_in([choice.get("delta") for choice in payload["choices"]])
-        if is_bare and _OF_A_FRAGMENT.issuperset(names):
+        if is_bare and names <= _OF_A_FRAGMENT:
             [(key, path, text)] = fragments
             self._hold(key, _Held(event, path, text))
             return out
@@ -8703,12 +8178,7 @@ def snapshot(facts: Facts) -> dict:
         "vram": _total(row.vram for row in own),
     }
     models = [row._asdict() for row in facts.rows]
-    return {
-        "version": facts.version,
-        "born": facts.born,
-        "totals": totals,
-        "models": models,
-    }
+    return dict(version=facts.version, born=facts.born, totals=totals, models=models)
 
 
 def _total(values):
@@ -8745,18 +8215,11 @@ def usage_in(ends: bytes) -> Usage:
     found = {name.decode(): float(value) for name, value in _USAGE.findall(ends)}
     if "prompt_n" in found:  # of the prompt, what was not in the cache
         found["prompt_n"] += found.get("cache_n", 0)
-    return Usage(
-        _first_of(found, _NAMES_IN),
-        _first_of(found, _NAMES_OUT),
-        found.get("predicted_per_second"),
+    tokens_in, tokens_out = (
+        next((int(found[name]) for name in names if name in found), None)
+        for names in (_NAMES_IN, _NAMES_OUT)
     )
-
-
-def _first_of(found, names):
-    for name in names:
-        if name in found:
-            return int(found[name])
-    return None
+    return Usage(tokens_in, tokens_out, found.get("predicted_per_second"))
 
 
 def speed_of(usage: Usage, seconds: float) -> Optional[float]:
@@ -8776,144 +8239,112 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class Metric(NamedTuple):
     """How Prometheus is told what Meters, or a Row for gauges, calls `count`."""
 
+    kind: str
     count: str
     name: str
-    labels: Tuple[str, ...]
     text: str
+    labels: Sequence[str] = ("model",)
 
 
-COUNTERS = (
-    Metric("requests", "llmswap_requests_total", ("model", "status"),
-           "Requests by model and HTTP status. An empty model: none was found for it. "
-           "499: the client left first. 502: also an answer that broke off."),
-    Metric("tokens_in", "llmswap_prompt_tokens_total", ("model",),
-           "Tokens of prompts, as far as answers tell."),
-    Metric("tokens_out", "llmswap_completion_tokens_total", ("model",),
-           "Tokens generated, as far as answers tell."),
-    Metric("bytes_in", "llmswap_request_bytes_total", ("model",),
-           "Bytes of requests received from clients, without their heads."),
-    Metric("bytes_out", "llmswap_response_bytes_total", ("model",),
-           "Bytes of answers sent to clients, without their heads."),
-    Metric("swaps", "llmswap_swaps_total", (),
-           "Loads for which another model had to go."),
-    Metric("stops", "llmswap_stops_total", ("model", "cause"),
-           "Stops of models: evicted, idle, unload (by hand), reload, abandoned (while "
-           "it loaded), shutdown."),
-    Metric("failures", "llmswap_failures_total", ("model", "state"),
-           "Models that ended by themselves, by the state they were in."),
-)  # fmt: skip
-
-HISTOGRAMS = (
-    Metric("durations", "llmswap_request_duration_seconds", ("model",),
-           "Time from a request's first byte to the end of its answer."),
-    Metric("waits", "llmswap_request_wait_seconds", ("model",),
-           "Time that a request waited for its model."),
-    Metric("loads", "llmswap_load_duration_seconds", ("model",),
-           "Time from a model's start to its readiness."),
-)  # fmt: skip
-
-GAUGES = (
-    Metric("running", "llmswap_requests_in_flight", ("model",),
+METRICS = (
+    Metric("gauge", "running", "llmswap_requests_in_flight",
            "Requests that are with a model."),
-    Metric("waiting", "llmswap_requests_queued", ("model",),
+    Metric("gauge", "waiting", "llmswap_requests_queued",
            "Requests that wait for a model."),
-    Metric("rss", "llmswap_model_resident_memory_bytes", ("model",),
+    Metric("gauge", "rss", "llmswap_model_resident_memory_bytes",
            "Resident memory of a model's processes."),
-    Metric("vram", "llmswap_model_gpu_memory_bytes", ("model",),
+    Metric("gauge", "vram", "llmswap_model_gpu_memory_bytes",
            "GPU memory of a model's processes, where its vendor's tool tells it."),
-    Metric("progress", "llmswap_load_progress_ratio", ("model",),
+    Metric("gauge", "progress", "llmswap_load_progress_ratio",
            "How far a model that loads has come, where it is known."),
-    Metric("tokens_per_second", "llmswap_last_tokens_per_second", ("model",),
+    Metric("gauge", "tokens_per_second", "llmswap_last_tokens_per_second",
            "Tokens generated per second in a model's last answer."),
+    Metric("counter", "requests", "llmswap_requests_total",
+           "Requests by model and HTTP status. An empty model: none was found for it. "
+           "499: the client left first. 502: also an answer that broke off.",
+           ("model", "status")),
+    Metric("counter", "tokens_in", "llmswap_prompt_tokens_total",
+           "Tokens of prompts, as far as answers tell."),
+    Metric("counter", "tokens_out", "llmswap_completion_tokens_total",
+           "Tokens generated, as far as answers tell."),
+    Metric("counter", "bytes_in", "llmswap_request_bytes_total",
+           "Bytes of requests received from clients, without their heads."),
+    Metric("counter", "bytes_out", "llmswap_response_bytes_total",
+           "Bytes of answers sent to clients, without their heads."),
+    Metric("counter", "swaps", "llmswap_swaps_total",
+           "Loads for which another model had to go.", ()),
+    Metric("counter", "stops", "llmswap_stops_total",
+           "Stops of models: evicted, idle, unload (by hand), reload, abandoned (while "
+           "it loaded), shutdown.", ("model", "cause")),
+    Metric("counter", "failures", "llmswap_failures_total",
+           "Models that ended by themselves, by the state they were in.",
+           ("model", "state")),
+    Metric("histogram", "durations", "llmswap_request_duration_seconds",
+           "Time from a request's first byte to the end of its answer."),
+    Metric("histogram", "waits", "llmswap_request_wait_seconds",
+           "Time that a request waited for its model."),
+    Metric("histogram", "loads", "llmswap_load_duration_seconds",
+           "Time from a model's start to its readiness."),
 )  # fmt: skip
 
 
 def metrics_text(facts: Facts) -> str:
     """Return everything in Prometheus' text format, version 0.0.4."""
-    own = [row for row in facts.rows if row.shares is None]
-    counts = collections.defaultdict(list)
-    for (count, *labels), value in sorted(facts.meters.counts.items(), key=repr):
-        counts[count].append((labels, value))
-    lines = _about_us(facts) + _states(own)
-    for metric in GAUGES:
-        lines += _family(metric, "gauge") + _gauges(metric, own)
-    for metric in COUNTERS:
-        zero = [] if metric.labels else [((), 0)]
-        told = counts[metric.count] or zero
-        lines += _family(metric, "counter")
-        lines += [_sample(metric.name, metric.labels, *each) for each in told]
-    for metric in HISTOGRAMS:
-        lines += _family(metric, "histogram") + _histograms(metric, counts)
+    lines = []
+    for kind, name, text, samples in (*_about_us(facts), *_about_models(facts)):
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+        for suffix, labels, number in samples:
+            pairs = [f'{label}="{_escaped(value)}"' for label, value in labels.items()]
+            inner = "{" + ",".join(pairs) + "}" if pairs else ""
+            lines += [] if number is None else [f"{name}{suffix}{inner} {number!r}"]
     return "\n".join(lines) + "\n"
 
 
 def _about_us(facts):
-    python = "{}.{}.{}".format(*sys.version_info)
-    build = Metric("", "llmswap_build_info", ("version", "python"), "What runs here.")
-    told = _sample(build.name, build.labels, (facts.version, python), 1)
-    lines = [*_family(build, "gauge"), told]
-    busy, held = time.process_time(), _own_memory()
-    for kind, name, text, value in (
-        ("gauge", "process_start_time_seconds", "Start, in Unix time.", facts.born),
-        ("counter", "process_cpu_seconds_total", "CPU time of llmswap itself.", busy),
-        ("gauge", "process_resident_memory_bytes", "Memory of llmswap itself.", held),
+    """Yield kind, name, text and samples of metrics; a sample has a suffix of the name,
+    labels, and a number or None."""
+    build = {"version": facts.version, "python": "{}.{}.{}".format(*sys.version_info)}
+    yield "gauge", "llmswap_build_info", "What runs here.", [("", build, 1)]
+    busy, held = time.process_time(), memory_of(os.getpid()).get("VmRSS")
+    for kind, name, text, number in (
+        ("gauge", "start_time_seconds", "Start, in Unix time.", facts.born),
+        ("counter", "cpu_seconds_total", "CPU time of llmswap itself.", busy),
+        ("gauge", "resident_memory_bytes", "Memory of llmswap itself.", held),
     ):
-        lines += _family(Metric("", name, (), text), kind)
-        lines += [_sample(name, (), (), value)] if value is not None else []
-    return lines
+        yield kind, f"process_{name}", text, [("", {}, number)]
 
 
-def _own_memory():
-    """Resident bytes of this process; None without /proc."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return None
-
-
-def _states(rows):
-    metric = Metric("", "llmswap_model_state", ("model", "state"), "1 for its state.")
-    pairs = [(row, each.value) for row in rows for each in State]
-    return _family(metric, "gauge") + [
-        _sample(metric.name, metric.labels, (row.id, state), int(row.state == state))
-        for row, state in pairs
+def _about_models(facts):
+    own = [row for row in facts.rows if row.shares is None]
+    yield "gauge", "llmswap_model_state", "1 for its state.", [
+        ("", {"model": row.id, "state": state.value}, int(row.state == state.value))
+        for row in own
+        for state in State
     ]
+    counts = collections.defaultdict(list)
+    for (count, *labels), value in sorted(facts.meters.counts.items(), key=repr):
+        counts[count].append((labels, value))
+    for kind, count, name, text, labels in METRICS:
+        if kind == "gauge":
+            told = [("", {"model": row.id}, getattr(row, count)) for row in own]
+        elif kind == "counter":
+            given = counts[count] or ([] if labels else [((), 0)])
+            told = [("", dict(zip(labels, values)), n) for values, n in given]
+        else:
+            told = _buckets(counts[count], counts[f"{count}_sum"])
+        yield kind, name, text, told
 
 
-def _gauges(metric, rows):
-    values = [(row.id, getattr(row, metric.count)) for row in rows]
-    return [
-        _sample(metric.name, metric.labels, (model,), value)
-        for model, value in values
-        if value is not None
-    ]
-
-
-def _histograms(metric, counts):
+def _buckets(cells, sums):
     """Each model's buckets, added up as Prometheus wants them, their sum and count."""
-    cells = {(model, index): value for (model, index), value in counts[metric.count]}
-    lines = []
-    for (model,), total in counts[f"{metric.count}_sum"]:
+    cells = {tuple(labels): value for labels, value in cells}
+    for (model,), total in sums:
         reached = 0
-        for index, bound in enumerate((*BUCKETS, math.inf)):
+        for index, bound in enumerate((*BUCKETS, "+Inf")):
             reached += cells.get((model, index), 0)
-            le = "+Inf" if bound == math.inf else f"{bound:g}"
-            labels = (*metric.labels, "le")
-            lines.append(_sample(f"{metric.name}_bucket", labels, (model, le), reached))
-        lines.append(_sample(f"{metric.name}_sum", metric.labels, (model,), total))
-        lines.append(_sample(f"{metric.name}_count", metric.labels, (model,), reached))
-    return lines
-
-
-def _family(metric, kind):
-    return [f"# HELP {metric.name} {metric.text}", f"# TYPE {metric.name} {kind}"]
-
-
-def _sample(name, labels, values, number):
-    pairs = [f'{label}="{_escaped(value)}"' for label, value in zip(labels, values)]
-    inner = "{" + ",".join(pairs) + "}" if pairs else ""
-    return f"{name}{inner} {number!r}"
+            yield "_bucket", {"model": model, "le": bound}, reached
+        yield "_sum", {"model": model}, total
+        yield "_count", {"model": model}, reached
 
 
 def _escaped(value):
@@ -8925,8 +8356,7 @@ def _escaped(value):
 
 _STYLE = r"""
 :root {
-  --ground: #f4f4f1; --sheet: #fff; --well: #f8f8f6; --line: #e4e3de;
-  --edge: #8f8e87;
+  --ground: #f4f4f1; --sheet: #fff; --well: #f8f8f6; --line: #e4e3de; --edge: #8f8e87;
   --ink: #1b1d20; --soft: #61656b; --accent: #1f5fd6; --on-accent: #fff;
   --loaded: #14804f; --loading: #8f5b00; --sleeping: #5a53c4; --failed: #c0302b;
 }
@@ -9033,7 +8463,7 @@ h2 span { font-weight: 400; margin-left: 4px; }
 @keyframes turn { to { transform: rotate(1turn); } }
 h3 { font-size: 15px; }
 h3 small { font-size: 13px; font-weight: 400; color: var(--soft); margin-left: 8px; }
-.about, .state { color: var(--soft); font-size: 13.5px; }
+.about, .state, .why { color: var(--soft); font-size: 13.5px; }
 .state { text-align: right; }
 .unusable .state { grid-column: 3 / -1; }
 .state b { color: var(--tone); }
@@ -9045,7 +8475,6 @@ h3 small { font-size: 13px; font-weight: 400; color: var(--soft); margin-left: 8
 dl { display: flex; flex-wrap: wrap; gap: 8px 24px; margin-top: 10px; }
 dl div { min-width: 100px; }
 dt { font-size: 12px; color: var(--soft); }
-dd { margin: 0; }
 progress {
   appearance: none; display: block; width: 100%; height: 5px; margin-top: 12px;
   border: 0; border-radius: 3px; overflow: hidden; background: var(--line);
@@ -9053,10 +8482,9 @@ progress {
 progress::-webkit-progress-bar { background: var(--line); }
 progress::-webkit-progress-value { background: var(--loading); transition: width .3s; }
 progress::-moz-progress-bar { background: var(--loading); }
-.why { font-size: 13.5px; }
 .why p { margin-top: 6px; color: var(--failed); }
 .why pre {
-  max-height: 24em; margin-top: 8px; padding: 10px 12px; color: var(--soft);
+  max-height: 24em; margin-top: 8px; padding: 10px 12px;
   background: var(--well); border: 1px solid var(--line); border-radius: 8px;
 }
 
@@ -9145,81 +8573,6 @@ dialog p { color: var(--soft); }
 }
 """
 
-_BODY = r"""
-<header>
-  <h1>
-    <svg viewBox="0 0 24 24" fill="none" stroke="currentColor" stroke-width="2.2"
-      stroke-linecap="round" stroke-linejoin="round" aria-hidden="true">
-      <path d="M4 8.5h14l-3.6-3.6M20 15.5H6l3.6 3.6"/></svg>
-    llmswap
-  </h1>
-  <p id="totals"></p>
-  <input id="find" type="search" placeholder="Find a model" aria-label="Find a model"
-    hidden>
-  <p id="link" role="status">connecting</p>
-  <button data-do="log" class="plain">Log</button>
-</header>
-<div class="columns">
-  <main>
-    <section class="held" hidden><h2>In memory <span></span></h2><ul></ul></section>
-    <section class="broken" hidden>
-      <h2>Needs attention <span></span></h2><ul></ul></section>
-    <section class="rest" hidden><h2>Not loaded <span></span></h2><ul></ul></section>
-    <p id="none" hidden><b>No models yet</b>
-      Each section of the INI file becomes one; SIGHUP reads it again.</p>
-    <noscript>This page needs JavaScript. The models:
-      <a href="/v1/models">/v1/models</a></noscript>
-  </main>
-  <aside>
-    <section id="prompt" class="sheet" aria-label="Prompt" hidden>
-      <h2><span>Prompt</span>
-        <button class="plain close" data-do="close">Close</button></h2>
-      <textarea id="text" aria-label="Prompt" placeholder="Ask something"></textarea>
-      <div class="send">
-        <select id="who" aria-label="Model"></select>
-        <button id="stop" hidden>Stop</button>
-        <button id="send" class="main">Send</button>
-      </div>
-      <p id="pace" hidden></p>
-      <div id="answer" aria-live="polite" aria-label="Answer" tabindex="0" hidden>
-        <p id="thought"></p><p id="reply"></p><p id="broken"></p>
-      </div>
-    </section>
-    <section id="log" class="sheet" aria-label="Log" hidden>
-      <h2><span></span><button class="plain close" data-do="close">Close</button></h2>
-      <pre id="lines" aria-label="Lines" tabindex="0"></pre>
-    </section>
-  </aside>
-</div>
-<p id="said" class="unseen" role="status"></p>
-<p id="notice" role="alert" title="Dismiss" hidden></p>
-<dialog id="door" aria-labelledby="door-title">
-  <form method="dialog">
-    <h2 id="door-title">API key</h2>
-    <p id="door-text">It is kept until this tab is closed.</p>
-    <input id="key" type="password" aria-labelledby="door-title"
-      autocomplete="current-password" required>
-    <button class="main">Continue</button>
-  </form>
-</dialog>
-<template id="row">
-  <li class="model">
-    <span class="dot" aria-hidden="true"></span>
-    <div><h3><span></span><small></small></h3><p class="about"></p></div>
-    <p class="state"><b></b><span></span></p>
-    <div class="acts">
-      <a class="button plain" target="_blank" rel="noreferrer">Web UI</a>
-      <button class="plain" data-do="log">Log</button>
-      <button class="plain" data-do="prompt">Prompt</button>
-      <button></button>
-    </div>
-    <progress max="1" aria-label="Progress"></progress>
-    <dl></dl>
-    <div class="why"><p></p><pre aria-label="Last lines" tabindex="0"></pre></div>
-  </li>
-</template>
-"""
-
 _SCRIPT = r"""
 "use strict";
 
@@ -9255,7 +8608,7 @@ function put(element, text) {
 }
 
 function show(element, isShown) {
-  if (element.hidden === Boolean(isShown)) element.hidden = !isShown;
+  element.hidden = !isShown;
 }
 
 function make(tag, ...inner) {
@@ -9282,13 +8635,9 @@ async function ask(path, options = {}) {
     const sent = key, headers = {...options.headers};
     if (sent) headers.authorization = `Bearer ${sent}`;
     const answer = await fetch(path, {...options, headers, cache: "no-store"});
-    if (answer.status === 401) {
-      if (sent === key) await (opening ||= askForKey());
-    } else if (answer.ok) {
-      return answer;
-    } else {
-      throw new Error(await reason(answer));
-    }
+    if (answer.ok) return answer;
+    if (answer.status !== 401) throw new Error(await reason(answer));
+    if (sent === key) await (opening ||= askForKey());
   }
 }
 
@@ -9345,7 +8694,7 @@ async function* events(answer, onSign = () => {}) {
 
 const pause = (ms) => new Promise((done) => setTimeout(done, ms));
 let stream = null; // aborts it
-let heardAt = 0;
+let heardAt = Date.now();
 
 function tell(text, isLive) {
   put($("link"), text);
@@ -9372,7 +8721,8 @@ async function follow() {
 
 function take(snapshot) {
   const before = states;
-  states = new Map(snapshot.models.map((model) => [model.id, stateOf(model)]));
+  for (const model of snapshot.models) model.state = stateOf(model);
+  states = new Map(snapshot.models.map(({id, state}) => [id, state]));
   for (const [id, state] of states) {
     if (before.has(id) && before.get(id) !== state) put($("said"), `${id} ${state}`);
   }
@@ -9389,30 +8739,26 @@ setInterval(() => {
   if (news && !document.hidden) paint();
 }, 1000);
 
-// ---- The page ----
-
 function stateOf(model) {
   if (model.unusable) return "unusable";
   return model.state === "unloaded" && model.failure ? "failed" : model.state;
 }
 
+// ---- The page ----
+
 const groups = {unusable: "broken", failed: "broken", unloaded: "rest"};
-const groupOf = (model) => groups[stateOf(model)] || "held";
+const groupOf = (model) => groups[model.state] || "held";
 
 function paint() {
   const age = (Date.now() - newsAt) / 1000, focused = document.activeElement;
-  const lists = {held: [], broken: [], rest: []};
   for (const [id, row] of rows) {
     if (!states.has(id)) row.remove(), rows.delete(id);
   }
   for (const model of news.models) {
     if (!rows.has(model.id)) rows.set(model.id, makeRow(model.id));
-    const row = rows.get(model.id);
-    paintModel(row, model, age);
-    show(row, isSought(model));
-    lists[groupOf(model)].push(row);
+    paintModel(rows.get(model.id), model, age);
   }
-  for (const name in lists) paintGroup(name, lists[name]);
+  for (const name of ["held", "broken", "rest"]) paintGroup(name);
   if (focused !== document.activeElement) focused.focus({preventScroll: true});
   show($("none"), !news.models.length);
   show($("find"), news.models.length > 12);
@@ -9426,30 +8772,38 @@ function isSought(model) {
   return text.includes($("find").value.trim().toLowerCase());
 }
 
-function paintGroup(name, list) {
+function paintGroup(name) {
   const section = document.querySelector(`.${name}`), ul = section.lastElementChild;
-  list.forEach((row, at) => {
-    if (ul.children[at] !== row) ul.insertBefore(row, ul.children[at] || null);
+  const models = news.models.filter((model) => groupOf(model) === name);
+  models.forEach(({id}, at) => {
+    const row = rows.get(id), before = ul.children[at] || null;
+    if (row !== before) ul.insertBefore(row, before);
   });
-  const shown = list.filter((row) => !row.hidden).length;
+  const shown = models.filter(isSought).length;
   put(section.querySelector("span"), `${shown}`);
   show(section, shown);
 }
 
-function paintTotals(totals) {
+function paintTotals({loaded, models, running, waiting, rss, vram}) {
   const parts = [
-    [`${totals.loaded}`, ` of ${totals.models} loaded`],
-    [`${totals.running}`, " running"],
-    [`${totals.waiting}`, " waiting"],
+    [`${loaded}`, ` of ${models} loaded`],
+    [`${running}`, " running"],
+    [`${waiting}`, " waiting"],
+    [rss && bytes(rss), " memory"],
+    [vram && bytes(vram), " VRAM"],
   ];
-  if (totals.rss) parts.push([bytes(totals.rss), " memory"]);
-  if (totals.vram) parts.push([bytes(totals.vram), " VRAM"]);
-  if ($("totals").textContent !== parts.flat().join("")) {
-    const made = parts.map(([value, word]) => make("span", make("b", value), word));
-    $("totals").replaceChildren(...made);
-  }
+  paintPairs($("totals"), parts.filter(([value]) => value), "span", "b", "span");
   const held = news.models.filter((model) => model.state === "loaded" && !model.shares);
   document.title = join([...held.map((model) => model.id), "llmswap"]);
+}
+
+function paintPairs(list, pairs, outer, ...inner) {
+  while (list.children.length > pairs.length) list.lastChild.remove();
+  pairs.forEach(([first, last], at) => {
+    if (!list.children[at]) list.append(make(outer, ...inner.map((tag) => make(tag))));
+    put(list.children[at].firstChild, first);
+    put(list.children[at].lastChild, last);
+  });
 }
 
 function makeRow(id) {
@@ -9464,13 +8818,14 @@ function makeRow(id) {
 }
 
 function paintModel(row, model, age) {
-  const find = (selector) => row.querySelector(selector), state = stateOf(model);
+  const find = (selector) => row.querySelector(selector), {state} = model;
   const kind = {remote: "remote", unit: "systemd unit"}[model.kind];
   const shares = model.shares && `shares ${model.shares}`;
   const isPartial = state === "loading" && model.progress !== null;
   const failure = model.unusable || (state === "failed" && model.failure) || "";
   const [why, ...lines] = failure.split("\n");
-  if (row.className !== `model ${state}`) row.className = `model ${state}`;
+  row.className = `model ${state}`;
+  show(row, isSought(model));
   put(find("small"), model.aliases.join(", "));
   const pinned = model.pinned && "pinned";
   put(find(".about"), join([kind, shares, pinned, model.description]));
@@ -9478,13 +8833,13 @@ function paintModel(row, model, age) {
   put(find(".why pre"), lines.join("\n"));
   show(find("progress"), isPartial);
   if (isPartial) find("progress").value = model.progress;
-  paintState(find(".state"), model, state, age);
-  paintActs(find, model, state);
+  paintState(find(".state"), model, age);
+  paintActs(find, model);
   paintFacts(find("dl"), model, age);
 }
 
-function paintState(element, model, state, age) {
-  const isKnown = model.seconds !== null && state !== "unusable";
+function paintState(element, model, age) {
+  const {state} = model, isKnown = model.seconds !== null && state !== "unusable";
   const since = isKnown && time(model.seconds + age, /loading$/.test(state));
   const percent = model.progress !== null && `${Math.round(model.progress * 100)} %`;
   const ago = since && `${since} ago`;
@@ -9498,20 +8853,18 @@ function paintState(element, model, state, age) {
   put(element.lastChild, (state in more ? more[state] : since) || "");
 }
 
-function paintActs(find, model, state) {
-  const own = !model.shares, isIdle = state === "unloaded" || state === "failed";
+function paintActs(find, {id, state, kind, shares, seconds}) {
   const word = {failed: "Try again", unloaded: "Load", loading: "Cancel"}[state];
-  const main = find(".acts").lastElementChild;
-  put(main, own && state !== "unusable" ? word || "Unload" : "");
-  main.ariaLabel = `${main.textContent} ${model.id}`;
+  const acts = find(".acts"), main = acts.lastElementChild;
+  const isIdle = groupOf({state}) !== "held";
+  put(main, shares ? "" : word || "Unload");
+  main.ariaLabel = `${main.textContent} ${id}`;
   main.dataset.do = isIdle ? "load" : "unload";
   main.ariaDisabled = state === "unloading";
-  const hasRun = own && model.kind !== "remote" && (model.seconds !== null || !isIdle);
-  show(find("[data-do=log]"), hasRun && state !== "unusable");
-  show(find("[data-do=prompt]"), state !== "unusable");
-  show(find(".acts"), state !== "unusable");
-  const hasPage = model.kind === "llama-server" && state === "loaded";
-  show(find("a"), own && hasPage);
+  const hasRun = kind !== "remote" && (seconds !== null || !isIdle);
+  show(find("[data-do=log]"), !shares && hasRun);
+  show(find("a"), !shares && kind === "llama-server" && state === "loaded");
+  show(acts, state !== "unusable");
 }
 
 function paintFacts(dl, model, age) {
@@ -9523,12 +8876,7 @@ function paintFacts(dl, model, age) {
     ["Last answer", tps !== null && speed(tps)],
     ["Unloads in", left !== null && time(left - age, true)],
   ].filter(([, value]) => value && groupOf(model) === "held" && !model.shares);
-  while (dl.children.length > facts.length) dl.lastChild.remove();
-  facts.forEach(([name, value], at) => {
-    if (!dl.children[at]) dl.append(make("div", make("dt"), make("dd")));
-    put(dl.children[at].firstChild, name);
-    put(dl.children[at].lastChild, value);
-  });
+  paintPairs(dl, facts, "div", "dt", "dd");
   show(dl, facts.length);
 }
 
@@ -9615,6 +8963,7 @@ async function openLog(id) {
 let asking = null; // aborts the request
 let awaited = null; // the model that has not begun to answer yet
 let askedAt = 0;
+let firstAt = 0; // when the first word of the answer came
 let isChosen = false; // somebody chose the model
 
 function paintChoice() {
@@ -9638,20 +8987,17 @@ function paintPace() {
 }
 
 function setAsking(control) {
-  const focused = document.activeElement;
-  const [from, to] = control ? ["send", "stop"] : ["stop", "send"];
   asking = control;
   awaited = control && $("who").value;
-  show($(to), true);
-  if (focused === $(from)) $(to).focus();
-  show($(from), false);
+  put($("send"), control ? "Stop" : "Send");
+  $("send").className = control ? "" : "main";
   $("answer").ariaBusy = Boolean(control);
 }
 
 async function send() {
   const text = $("text").value.trim(), control = new AbortController();
   if (!text || asking) return;
-  askedAt = Date.now();
+  [askedAt, firstAt] = [Date.now(), 0];
   setAsking(control);
   for (const name of ["thought", "reply", "broken"]) put($(name), "");
   show($("answer"), true);
@@ -9670,31 +9016,31 @@ async function chat(model, text, signal) {
   const messages = [{role: "user", content: text}];
   const asked = {model, messages, stream: true, stream_options: {include_usage: true}};
   const answer = await post("/v1/chat/completions", asked, signal);
-  let tokens, perSecond, firstAt = 0, isWhole = false;
+  let tokens, perSecond, isWhole = false;
   for await (const data of events(answer)) {
-    if (data === "[DONE]") return pace(firstAt, tokens, perSecond);
+    if (data === "[DONE]") return pace(tokens, perSecond);
     const {error, choices, usage, timings} = JSON.parse(data);
     const delta = choices?.[0]?.delta;
     if (error) throw new Error(error.message);
     isWhole ||= Boolean(choices?.[0]?.finish_reason);
     tokens = usage?.completion_tokens ?? tokens;
     perSecond = timings?.predicted_per_second ?? perSecond;
-    if (grow("thought", delta?.reasoning_content || delta?.reasoning)
-      | grow("reply", delta?.content)) firstAt ||= Date.now();
+    grow("thought", delta?.reasoning_content || delta?.reasoning);
+    grow("reply", delta?.content);
   }
   if (!isWhole) throw new Error("The answer broke off.");
-  return pace(firstAt, tokens, perSecond);
+  return pace(tokens, perSecond);
 }
 
 function grow(name, text) {
-  if (!text) return false;
-  if (awaited) put($("pace"), "");
+  if (!text) return;
+  firstAt ||= Date.now();
   awaited = null;
+  put($("pace"), "");
   add(text, $(name), $("answer"));
-  return true;
 }
 
-function pace(firstAt, tokens, perSecond) {
+function pace(tokens, perSecond) {
   const lasted = (Date.now() - firstAt) / 1000;
   if (!firstAt) return "an empty answer";
   if (!perSecond && tokens > 1 && lasted > 0.1) perSecond = tokens / lasted;
@@ -9702,8 +9048,7 @@ function pace(firstAt, tokens, perSecond) {
   return join([first, tokens && `${tokens} tokens`, perSecond && speed(perSecond)]);
 }
 
-$("send").addEventListener("click", send);
-$("stop").addEventListener("click", () => asking?.abort());
+$("send").addEventListener("click", () => (asking ? asking.abort() : send()));
 $("who").addEventListener("change", () => { isChosen = true; });
 $("text").addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
@@ -9711,11 +9056,10 @@ $("text").addEventListener("keydown", (event) => {
   send();
 });
 
-heardAt = Date.now();
 follow();
 """
 
-_FRAME = """<!doctype html>
+STATUS_PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -9725,31 +9069,98 @@ _FRAME = """<!doctype html>
  viewBox='0 0 24 24' fill='none' stroke='%231f5fd6' stroke-width='3'%3E%3Cpath
  d='M3 8h17l-4-4M21 16H4l4 4'/%3E%3C/svg%3E">
 <style>{style}</style>
-{body}<script>{script}</script>
+<header>
+  <h1>
+    <svg viewBox="0 0 24 24" fill="none" stroke="currentColor" stroke-width="2.2"
+      stroke-linecap="round" stroke-linejoin="round" aria-hidden="true">
+      <path d="M4 8.5h14l-3.6-3.6M20 15.5H6l3.6 3.6"/></svg>
+    llmswap
+  </h1>
+  <p id="totals"></p>
+  <input id="find" type="search" placeholder="Find a model" aria-label="Find a model"
+    hidden>
+  <p id="link" role="status">connecting</p>
+  <button data-do="log" class="plain">Log</button>
+</header>
+<div class="columns">
+  <main>
+    <section class="held" hidden><h2>In memory <span></span></h2><ul></ul></section>
+    <section class="broken" hidden>
+      <h2>Needs attention <span></span></h2><ul></ul></section>
+    <section class="rest" hidden><h2>Not loaded <span></span></h2><ul></ul></section>
+    <p id="none" hidden><b>No models yet</b>
+      Each section of the INI file becomes one; SIGHUP reads it again.</p>
+    <noscript>This page needs JavaScript. The models:
+      <a href="/v1/models">/v1/models</a></noscript>
+  </main>
+  <aside>
+    <section id="prompt" class="sheet" aria-label="Prompt" hidden>
+      <h2><span>Prompt</span>
+        <button class="plain close" data-do="close">Close</button></h2>
+      <textarea id="text" aria-label="Prompt" placeholder="Ask something"></textarea>
+      <div class="send">
+        <select id="who" aria-label="Model"></select>
+        <button id="send" class="main">Send</button>
+      </div>
+      <p id="pace" hidden></p>
+      <div id="answer" aria-live="polite" aria-label="Answer" tabindex="0" hidden>
+        <p id="thought"></p><p id="reply"></p><p id="broken"></p>
+      </div>
+    </section>
+    <section id="log" class="sheet" aria-label="Log" hidden>
+      <h2><span></span><button class="plain close" data-do="close">Close</button></h2>
+      <pre id="lines" aria-label="Lines" tabindex="0"></pre>
+    </section>
+  </aside>
+</div>
+<p id="said" class="unseen" role="status"></p>
+<p id="notice" role="alert" title="Dismiss" hidden></p>
+<dialog id="door" aria-labelledby="door-title">
+  <form method="dialog">
+    <h2 id="door-title">API key</h2>
+    <p id="door-text">It is kept until this tab is closed.</p>
+    <input id="key" type="password" aria-labelledby="door-title"
+      autocomplete="current-password" required>
+    <button class="main">Continue</button>
+  </form>
+</dialog>
+<template id="row">
+  <li class="model">
+    <span class="dot" aria-hidden="true"></span>
+    <div><h3><span></span><small></small></h3><p class="about"></p></div>
+    <p class="state"><b></b><span></span></p>
+    <div class="acts">
+      <a class="button plain" target="_blank" rel="noreferrer">Web UI</a>
+      <button class="plain" data-do="log">Log</button>
+      <button class="plain" data-do="prompt">Prompt</button>
+      <button></button>
+    </div>
+    <progress max="1" aria-label="Progress"></progress>
+    <dl></dl>
+    <div class="why"><p></p><pre aria-label="Last lines" tabindex="0"></pre></div>
+  </li>
+</template>
+<script>{script}</script>
 </html>
-"""
-
-STATUS_PAGE = _FRAME.format(style=_STYLE, body=_BODY, script=_SCRIPT)
+""".format(style=_STYLE, script=_SCRIPT)
 
 
 @functools.lru_cache(maxsize=None)
 def page_policy() -> str:
     """Return the page's Content-Security-Policy: nothing is fetched but from here,
     nothing runs or is drawn but what stands above."""
-    return (
-        f"default-src 'none'; script-src {_source(_SCRIPT)}; "
-        f"style-src {_source(_STYLE)}; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-
-
-def _source(text):
-    """How a policy names an inline text that it allows."""
     import base64
     import hashlib  # 3 MB that only who opens the page pays for
 
-    digest = hashlib.sha256(text.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"
+    script, style = (
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for text in (_SCRIPT, _STYLE)
+    )
+    return (
+        f"default-src 'none'; script-src 'sha256-{script}'; "
+        f"style-src 'sha256-{style}'; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
 
 
 # ==================================================================================
@@ -9812,7 +9223,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.is_on_loopback = _is_loopback(self.request.getsockname())
         self.is_unread = False  # the client may be sending what nobody reads
         self.let_in = self.let_in_by = None  # the fields of a head, and a configuration
-        self.processor = None  # the only one this thread runs on
+        self.processor = -1  # the one this thread is kept to; None: none, -1: who knows
         if self.request.family != socket.AF_UNIX:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         set_tick(self.request)
@@ -9878,6 +9289,8 @@ class Handler(socketserver.BaseRequestHandler):
         time, and handing this over from processor to processor costs as much again as
         a whole small request."""
         self.processor = self.server.processor
+        if self.processor is None:
+            return use_all_processors()
         with contextlib.suppress(OSError):  # it may have been taken from us
             os.sched_setaffinity(0, {self.processor})
 
@@ -10784,11 +10197,9 @@ class Log:
         stamp = time.strftime("%H:%M:%S", time.localtime(moment))
         text = printable(text).replace("\n", "\n  ")  # no name can begin a line
         self.feed.publish(f"{stamp} {text}")
-        try:
+        with contextlib.suppress(OSError, ValueError):  # nobody reads; the feed has it
             self._stream.write(self._shown(level, stamp, text))
             self._stream.flush()
-        except (OSError, ValueError):
-            pass  # nobody reads it; the feed has it
 
     def _shown(self, level, stamp, text):
         if self._is_journal:
@@ -10863,7 +10274,8 @@ class Server(socketserver.ThreadingTCPServer):
         self.born = int(time.time())
         self.entries = {}  # of /v1/models: see Handler._entries
         self.is_closing = False
-        self.processor = None  # for all threads that serve clients
+        self.processor = None  # for all threads that serve clients; None: any
+        self._choose_at = 0.0  # the next time; at once we would see our own threads
         self.most_connections = min(MOST_CONNECTIONS, raise_descriptor_limit() // 2)
         self._bell = Bell()
         self._is_paused = False
@@ -10910,7 +10322,7 @@ class Server(socketserver.ThreadingTCPServer):
             self.log("error", f"a connection could not be accepted: {error}")
             time.sleep(0.1)
             return
-        if self.quiet_since() is not None:
+        if time.monotonic() > self._choose_at and self.pool.idle_since() is not None:
             self._choose_processor()
         connection.setblocking(True)  # elsewhere than on Linux it is as its listener
         try:
@@ -10921,11 +10333,13 @@ class Server(socketserver.ThreadingTCPServer):
             self._turn_away(connection, str(error))
 
     def _choose_processor(self):
-        """Who serves from now on runs where this thread was put: there was room."""
-        needs_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
-        if needs_lock and hasattr(os, "sched_setaffinity"):
-            here = process_stat("thread-self")
-            self.processor = here and here.processor
+        """Who serves from now on runs where this thread was put, if there was room: of
+        busy processors one gives us a smaller share than all of them."""
+        self._choose_at = time.monotonic() + 1.0
+        if may_share_processor():
+            with contextlib.suppress(OSError):  # no descriptor is left
+                here = None if are_processors_busy() else process_stat("thread-self")
+                self.processor = here and here.processor
 
     def _admit(self, connection, address):
         why = f"{self.most_connections} connections are open already"
@@ -11039,12 +10453,10 @@ def turn_away(connection: socket.socket, why: str, is_patient: bool):
     reply = Reply(connection, None, [])
     fields = [("content-type", "application/json; charset=utf-8")]
     fields += [("retry-after", "5"), ("server", "llmswap")]
-    try:
+    with contextlib.suppress(ClientGone):
         reply.answer(503, fields, _dump(error_body(problem)))
         if is_patient:
             see_off(connection)
-    except ClientGone:
-        pass
     connection.close()
 
 
@@ -11072,19 +10484,8 @@ def open_listener(address: Address) -> socket.socket:
     """Listen there. Raise OSError."""
     if isinstance(address, str):
         return _open_unix(address)
-    host, port = address
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind((host, port))
-        listener.listen(1024)
-    except OSError:
-        listener.close()
-        raise
-    return listener
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    return socket.create_server(address, family=family, backlog=1024)
 
 
 def _open_unix(path):
@@ -11103,13 +10504,8 @@ def _open_unix(path):
 def _is_stale(path):
     """Whether a socket is there on which nobody listens any more."""
     with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            pass
-    return False
+        is_refused = probe.connect_ex(path) == errno.ECONNREFUSED  # by any file, too
+    return is_refused and S_ISSOCK(os.stat(path).st_mode)
 
 
 def is_llmswap(address: Address) -> bool:
@@ -11185,29 +10581,21 @@ class ServiceManager:
     """
 
     def __init__(self, environ: Dict[str, str]):
-        self._address = environ.pop("NOTIFY_SOCKET", "")
+        self._address = re.sub("^@", "\0", environ.pop("NOTIFY_SOCKET", ""))
         microseconds = environ.pop("WATCHDOG_USEC", "")
         pid = environ.pop("WATCHDOG_PID", "")
         is_ours = pid in ("", str(os.getpid()))
         self.watchdog = int(microseconds) / 1e6 if microseconds and is_ours else None
-        self.is_listening = self._address.startswith(("/", "@"))
+        self.is_listening = self._address.startswith(("/", "\0"))
 
     def tell(self, *lines: str):
         """Send these lines in one datagram."""
         if not self.is_listening:
             return
-        address = self._address
-        address = "\0" + address[1:] if address.startswith("@") else address
-        try:
+        with contextlib.suppress(OSError):  # if it went away, it must not matter to us
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-                sender.connect(address)
+                sender.connect(self._address)
                 sender.sendall("\n".join(lines).encode())
-        except OSError:
-            pass  # it went away; that must not matter to us
-
-    def tell_reloading(self):
-        """Say that the configuration is being read; `READY=1` ends that."""
-        self.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def follow(self, pool: Pool, is_serving: Callable[[], bool]):
         """Keep systemd told what is loaded, and that the Pool is alive; for ever.
@@ -11601,7 +10989,8 @@ class Program:
                 if error.errno == errno.EADDRINUSE and is_llmswap(address):
                     self.log("info", f"llmswap answers at {where} already")
                     return 0
-                reason = error.strerror or error
+                reason = str(error.strerror or error)
+                reason = reason.partition(" (while ")[0]  # binding to this address
                 self.log("error", f"cannot listen on {where}: {reason}")
                 return 1
         return listeners
@@ -11649,7 +11038,7 @@ class Program:
             elif self._may_leave():
                 return False
 
-    def _next_signal(self, timeout=None):
+    def _next_signal(self, timeout):
         """The next signal, or None if none came in time or the bell rang for another
         reason. Main thread only."""
         if not self._signals:
@@ -11660,7 +11049,8 @@ class Program:
         return self._signals.popleft() if self._signals else None
 
     def _reload_on_signal(self):
-        self._manager.tell_reloading()
+        now = time.monotonic_ns() // 1000
+        self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={now}")
         try:
             self.reload()
         except Problem as problem:

@@ -780,6 +780,26 @@ def test_the_example_has_no_errors_and_no_warnings():
 
 
 # ==================================================================================
+# 1  Errors: every way to fail, with its HTTP status.
+# ==================================================================================
+
+
+@pytest.mark.parametrize("problem, told", [
+    (llmswap.QueueFull(3), (503, 5, None)),
+    (llmswap.QueueTimeout("a", 1), (503, 5, None)),
+    (llmswap.ShuttingDown(), (503, 5, None)),
+    (llmswap.BackingOff(llmswap.Problem("no"), 2.1), (503, 3, None)),
+    (llmswap.Unloaded("a"), (503, None, False)),
+    (llmswap.Unusable("no"), (500, None, False)),
+    (llmswap.StartFailed("no"), (502, None, False)),
+    (llmswap.LoadTimeout("no"), (504, None, False)),
+    (llmswap.BadRequest("no"), (400, None, None)),
+])
+def test_a_problem_says_whether_and_when_to_try_again(problem, told):
+    assert (problem.status, problem.retry_after, problem.may_retry) == told
+
+
+# ==================================================================================
 # 2  Configuration: text to frozen values.
 # ==================================================================================
 
@@ -888,7 +908,8 @@ def test_values_are_read(parse, text, value):
     (llmswap.parse_score, ["", "1001", "-1001", "9999", "1.5", "--1"]),
     (llmswap.parse_resources, ["vram", "vram 1G, vram 2G", "18G", "vram 1X", "v=1"]),
     (llmswap.parse_sets, ["a + ", "+", "a + + b"]),
-    (llmswap.parse_object, ["[1]", "1", "{", '{"a": NaN}', "{'a': 1}", "null"]),
+    (llmswap.parse_object, ["[1]", "1", "{", '{"a": NaN}', "{'a': 1}", "null",
+                            "[" * 200000]),
     (llmswap.parse_listen, ["", ",", "8080", ":8080", "host", "h:99999", "::1:80",
                             "[::1]", "http://h:1", "unix:", "h:x", "a b:1"]),
     (llmswap.parse_endpoint, ["", "health", "/a b", "None"]),
@@ -1364,6 +1385,16 @@ def test_what_makes_one_model_cannot_stand_in_star(tmp_path, key):
         read(tmp_path, f"[*]\n{key} = x")
 
 
+def test_a_model_that_uses_another_inherits_no_needs_of_its_own(tmp_path):
+    text = "[llmswap]\nbudget = vram 8G\n[*]\nneeds = vram 8G\npin = on\n[a]\nm = x\n"
+    assert problem(tmp_path, f"{text}[b]\nuses = a", "b") is None
+
+
+def test_a_key_of_llmswap_is_not_guessed_to_be_an_option(tmp_path):
+    with pytest.raises(ConfigError, match="listen: belongs into .llmswap.$"):
+        options(tmp_path, "[a]\nm = x\nlisten = y")
+
+
 def test_a_bad_value_in_star_spoils_the_models_that_inherit_it(tmp_path):
     config = read(tmp_path, "[*]\npin = perhaps\n[a]\nm = x\n[b]\nm = x\npin = off")
     assert config.models["a"].problem.startswith("m.ini:2: [*] pin: 'perhaps'")
@@ -1413,7 +1444,7 @@ def test_models_are_found_by_every_name(tmp_path):
 
 
 def test_an_unknown_name_is_answered_with_near_ones(tmp_path):
-    config = read(tmp_path, "[coder]\nm = x\n[embed]\nm = x\n[c]\nm = x\nunlisted = on")
+    config = read(tmp_path, "[coder]\nm=x\n[embed]\nm=x\n[zzy]\nm=x\nunlisted = on")
     with pytest.raises(UnknownModel) as caught:
         config.resolve("codr")
     assert str(caught.value) == (
@@ -2317,6 +2348,47 @@ def test_victims_serve_again_when_the_ticket_times_out():
     stage.core.release(first, now=6)
     assert stage.decide(now=6) == ["refuse 2: queue_timeout"]
     assert stage.state("a") == "loaded"
+
+
+def test_a_victim_serves_on_if_the_newcomer_got_its_room_from_another():
+    stage = Story("a b c", dict(models_max=2, patience=0))
+    first = stage.busy("a", now=0)
+    stage.busy("b", now=1)
+    stage.ask("c", now=2)  # which a is to drain for
+    assert stage.exited("b", now=3) == ["start c"]
+    assert stage.release(first, now=4) == []
+
+
+def test_nobody_is_evicted_while_who_goes_anyway_makes_the_room():
+    limits = dict(models_max=2, patience=0)
+    stage = Story("b c", limits, a=dict(idle_timeout=1.0))
+    stage.serve("b", 0, 0)
+    stage.serve("a", 1, 1)
+    assert stage.decide(now=2) == ["idle a"]
+    stage.ask("c", now=2)
+    assert stage.words == [] and stage.exited("a", now=3) == ["start c"]
+
+
+def test_who_is_told_to_go_in_its_sleep_holds_no_more_than_before():
+    limits = dict(models_max=0, budget={"vram": 10})
+    stage = Story("", limits, a=NAPS, b=dict(needs={"vram": 8}))
+    stage.serve("a", 0, 0)
+    stage.slept("a", now=1)
+    assert stage.unload("a", now=2) == ["unload a"]
+    stage.ask("b", now=2)
+    assert stage.words == ["start b"]
+
+
+def test_a_victim_that_fell_asleep_is_left_alone_while_another_drains():
+    limits = dict(models_max=0, budget={"vram": 12}, patience=0)
+    needs = dict(b=dict(needs={"vram": 4}), c=dict(needs={"vram": 10}))
+    stage = Story("", limits, a=NAPS, **needs)
+    stage.serve("a", 0, 0)
+    busy = stage.busy("b", now=0)
+    stage.ask("c", now=1)
+    assert stage.words == ["sleep a for c"] and stage.slept("a", now=2) == []
+    assert stage.release(busy, now=3) == ["evicted b for c"]
+    assert stage.exited("b", now=4) == ["start c"]
 
 
 # 4: patience
@@ -4391,6 +4463,21 @@ def test_a_fixed_port_held_by_a_stranger_is_told(begin, tmp_path, monkeypatch):
     assert stranger.heard() == b""
 
 
+def test_who_writes_a_line_at_every_question_is_not_asked_without_end():
+    settings = SimpleNamespace(check_endpoint="/health", proxy_key="")
+    life = SimpleNamespace(
+        model=SimpleNamespace(settings=settings), is_over=lambda: False,
+        upstream=llmswap.Upstream(f"http://127.0.0.1:{free_port()}"),
+        rest=lambda *_: setattr(life, "_progress_at", time.monotonic()),
+        _progress_at=0.0,
+    )  # fmt: skip
+    began, asked = time.monotonic(), 0
+    while time.monotonic() < began + 0.1:
+        assert llmswap.ask_health(life, math.inf, began).found is llmswap.Health.NOT_YET
+        asked += 1
+    assert asked <= 21
+
+
 def test_a_listener_in_the_childs_group_is_the_childs(begin, tmp_path):
     wrapped = fake_command(port="$1")
     life = begin(cmd=script(tmp_path, f"{wrapped} &\nwait"))
@@ -4457,19 +4544,15 @@ def test_the_end_waits_until_the_gpus_memory_is_free(begin, tmp_path, monkeypatc
     tool.write_text(f"#!/bin/sh\ncat {state} 2>/dev/null\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    llmswap._gpu_query.cache_clear()
-    try:
-        life = begin("--grandchild", settle=10)
-        worker = get(life.loaded().port, "/stats")["grandchild"]
-        state.write_text(f"1\n{worker}\n")
-        life.backend.stop()
-        eventually(lambda: not has_group(life.backend.pid))
-        with pytest.raises(queue.Empty):
-            life.news.get(timeout=0.2)
-        state.write_text("1\n")
-        assert life.exited() is None
-    finally:
-        llmswap._gpu_query.cache_clear()
+    life = begin("--grandchild", settle=10)
+    worker = get(life.loaded().port, "/stats")["grandchild"]
+    state.write_text(f"1\n{worker}\n")
+    life.backend.stop()
+    eventually(lambda: not has_group(life.backend.pid))
+    with pytest.raises(queue.Empty):
+        life.news.get(timeout=0.2)
+    state.write_text("1\n")
+    assert life.exited() is None
 
 
 GPU_TOOLS = [
@@ -4502,7 +4585,7 @@ def test_the_next_start_waits_for_the_gpu_no_longer_than_it_may(
 
 
 def test_waiting_for_the_gpu_has_an_end(monkeypatch):
-    monkeypatch.setattr(llmswap, "gpu_processes", lambda timeout: {5, 6})
+    monkeypatch.setattr(llmswap, "gpu_users", lambda timeout: [(5, 0), (6, 1)])
     started_at = time.monotonic()
     llmswap.settle({6}, 0.1)
     assert 0.1 <= time.monotonic() - started_at < 1
@@ -4553,7 +4636,7 @@ def test_a_fork_that_fails_is_a_failed_start(begin, monkeypatch, number):
 
 
 def test_without_pidfd_an_exit_is_noticed_all_the_same(begin, monkeypatch):
-    monkeypatch.setattr(llmswap, "_pidfd_of", lambda pid: None)
+    monkeypatch.delattr(os, "pidfd_open")
     life = begin()
     os.kill(life.loaded().pid, signal.SIGKILL)
     assert "killed by signal 9" in str(life.exited())
@@ -4727,7 +4810,6 @@ class PoolStage:
         self.now = 1000.0
         self.lives = []  # every puppet there was
         self.said = []
-        self.is_exhausted = False
         config = self.config(text)
         self.pool = llmswap.Pool(config, self._log, self._make, lambda: self.now)
 
@@ -4735,8 +4817,6 @@ class PoolStage:
         self.said.append((level, text))
 
     def _make(self, model):
-        if self.is_exhausted:
-            raise OSError(errno.EMFILE, "Too many open files")
         self.lives.append(Puppet(model))
         return self.lives[-1]
 
@@ -4912,13 +4992,19 @@ def test_three_failures_in_a_row_back_off_and_a_load_by_hand_forgives(stage):
 
 @pytest.mark.parametrize("error", [OSError(24, "none left"), RuntimeError("no thread")])
 def test_an_impossible_start_refuses_and_does_not_block(stage, monkeypatch, error):
-    def fail(model):
+    def fail(_):
         raise error
 
-    monkeypatch.setattr(stage.pool, "_make_backend", fail)
-    problem = stage.ask("a").refused()
+    is_made = isinstance(error, RuntimeError)  # and cannot begin its life
+    who, what = (Puppet, "start") if is_made else (stage.pool, "_make_backend")
+    monkeypatch.setattr(who, what, fail)
+    with stage.pool.events.follow() as get:
+        problem = stage.ask("a").refused()
+        told = [get(1)["data"], get(1)["data"]]
     assert problem.status == 502 and "could not be started" in str(problem)
-    assert stage.state("a") == "unloaded"
+    assert ("error", str(problem)) in stage.said and stage.state("a") == "unloaded"
+    assert told == [{"status": "loading"}, {"status": "unloaded", "exit_code": 1}]
+    assert stage.pool.backend_of(stage.pool.config.resolve("a")) is None
     monkeypatch.undo()
     request = stage.ask("b")
     stage.life("b").load()
@@ -5603,7 +5689,8 @@ def test_who_finds_llmswap_at_the_address_is_content_and_who_finds_another_is_no
             address = f"127.0.0.1:{port}" if port else f"unix:{place}"
             done = subprocess.run([*command, address], stderr=subprocess.PIPE, text=True)
             shown = f"http://{address}/" if port else address
-            assert done.returncode == status and said.format(shown) in done.stderr
+            said = said.format(shown) + "\n"
+            assert done.returncode == status and said in done.stderr
 
 
 def test_what_could_not_be_written_was_not_told(tmp_path):
@@ -5646,7 +5733,7 @@ def test_without_a_thread_for_a_connection_it_is_refused_and_others_are_not(
     said = []
     server = llmswap.Server.__new__(llmswap.Server)
     server._open, server._leaving, server._idle_threads = set(), set(), []
-    server._idle_connections, server._quiet_at = set(), 0.0
+    server.pool, server._choose_at = SimpleNamespace(idle_since=lambda: None), 0.0
     server.most_connections, server.log = most, lambda *told: said.append(told)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         with Client(listener.getsockname()[1]) as client:
@@ -9067,6 +9154,15 @@ def test_a_unix_socket_is_for_owner_and_group_from_its_first_moment(tmp_path, mo
     assert modes == [0o660, 0o660] and os.stat(path).st_mode & 0o777 == 0o660
 
 
+def test_a_unix_socket_takes_the_place_of_no_file_and_of_no_socket_in_use(tmp_path):
+    (tmp_path / "notes").write_text("dear")
+    with llmswap.open_listener(str(tmp_path / "socket")):
+        for name in ("notes", "socket"):
+            with pytest.raises(OSError, match="Address already in use"):
+                llmswap.open_listener(str(tmp_path / name))
+    assert (tmp_path / "notes").read_text() == "dear"
+
+
 # ---- backends that answer anything
 
 
@@ -9401,7 +9497,7 @@ def test_who_serve_share_a_processor_and_whom_they_start_has_all(tmp_path):
     stop = tmp_path / "stop"
     stop.write_text(f"grep Cpus_allowed: /proc/self/status > {told}; kill $1\n")
     text = f"[a]\ncmd = FAKE\ncmd-stop = sh {stop} ${{PID}}\n[b]\ncmd = FAKE\n"
-    with Llmswap(text) as swap:
+    with Llmswap(text, MOST_WAITING=10**6) as swap:
         streams = [swap.stream("a", tokens=1000, interval=0.1) for _ in range(3)]
         bound = [each for each in processors_of(swap.pid) if each != every]
         assert len(bound) >= 3 and len(set(bound)) == len(bound[0]) == 1
@@ -9473,10 +9569,52 @@ def test_a_model_follows_a_change_of_processors(monkeypatch, ours, then, later):
     assert may_use(0) == may_use(os.getpid())
 
 
+@MANY_PROCESSORS
+@pytest.mark.parametrize("waiting, is_bound", [(10**6, True), (-(10**6), False)])
+def test_where_all_processors_are_busy_each_runs_anywhere(
+    monkeypatch, waiting, is_bound
+):
+    monkeypatch.setattr(llmswap, "MOST_WAITING", waiting)
+    server = llmswap.Server.__new__(llmswap.Server)
+    handler = llmswap.Handler.__new__(llmswap.Handler)
+    handler.server, server.processor = server, None
+
+    def serve():
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # as it was before
+        server._choose_processor()
+        handler._join_others()
+        return os.sched_getaffinity(0)
+
+    with ThreadPoolExecutor(1) as pool:
+        used = pool.submit(serve).result()
+    assert used == ({server.processor} if is_bound else os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    "idle_since, choose_at, is_chosen",
+    [(1.0, 0.0, True), (None, 0.0, False), (1.0, math.inf, False)],
+)
+def test_a_processor_is_chosen_while_no_model_serves(idle_since, choose_at, is_chosen):
+    chosen = []
+    server = llmswap.Server.__new__(llmswap.Server)
+    server._open, server._idle_connections = {"one that watches the page"}, set()
+    server.pool = SimpleNamespace(idle_since=lambda: idle_since)
+    server._choose_processor, server._choose_at = lambda: chosen.append(True), choose_at
+    server._admit = lambda connection, _: connection.close()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with socket.create_connection(listener.getsockname()):
+            server._accept(listener)
+    assert bool(chosen) == is_chosen
+
+
 def test_without_a_descriptor_the_processor_stays_as_it_was(monkeypatch):
+    def refuse():
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
     server = llmswap.Server.__new__(llmswap.Server)
     server.processor = 3
-    monkeypatch.setattr(llmswap, "process_stat", lambda _: None)
+    monkeypatch.setattr(llmswap, "may_share_processor", lambda: True)
+    monkeypatch.setattr(llmswap, "are_processors_busy", refuse)
     server._choose_processor()
     assert server.processor == 3
 
@@ -11251,7 +11389,7 @@ def test_check_tells_errors_and_warnings_and_exits_with_two(tmp_path):
     lines, status = checked(tmp_path, text)
     assert status == 2 and lines[-1] == "1 of 2 models cannot be used"
     assert block(lines, "a")[0].startswith("  error:")
-    warned = [line for line in lines if line[:1] not in (" ", "") and ":6: " in line]
+    warned = [line for line in lines if re.match(r"\S.*:6:( |$)", line)]
     assert len(warned) == 1, lines
 
 
@@ -12270,6 +12408,7 @@ def test_the_page_shows_a_change_by_itself(browser):
         server.post(CHAT, {"model": "bad"})
         browser.until(shown(row("bad", ".why"), "exited with status 3"))
         browser.until(shown(row("a", ".state"), "evicted for bad"))
+        assert browser.value(row("a", "dl") + ".children.length") == 0
         assert browser.value("$('said').textContent") == "bad failed"  # read aloud
         server.reload(PAGE_MODELS.replace("[b]\ncmd = FAKE\n", ""))
         browser.until(f"!{row('b')}")
@@ -12329,8 +12468,10 @@ def test_an_answer_streams_into_the_page_and_can_be_stopped(browser):
         server_slow(browser, slow)
         browser.press("Enter")
         browser.until(shown(reply, "word9"))
-        browser.value("document.querySelector('#send').click()")
+        assert browser.value("$('send').innerText") == "Stop"
+        browser.click("$('send')")
         browser.until(shown("document.querySelector('#pace')", "stopped"))
+        assert browser.value("$('send').innerText") == "Send"
         eventually(lambda: server.get("/health").json()["requests"] == 0)
         assert browser.complaints == []
 
@@ -17208,11 +17349,14 @@ class Explored(Walk):
         core = twin.core = copy.copy(self.core)
         twin.world.scheduler, twin.world.witness = core, twin._judge
         core.slots = {n: _forked(slot, slots) for n, slot in core.slots.items()}
-        core._held = {n: _forked(slot, slots) for n, slot in core._held.items()}
+        core.held = {n: _forked(slot, slots) for n, slot in core.held.items()}
         core._queue = {
             number: _forked_ticket(ticket, slots)
             for number, ticket in core._queue.items()
         }
+        for slot in core.held.values():
+            if slot.drains_for:
+                slot.drains_for = core._queue[slot.drains_for.number]
         core._leaving, core._going = {}, {}  # each decision finds them anew
         core._decisions = []
 
@@ -17221,7 +17365,7 @@ class Explored(Walk):
     def key(self):
         """All that matters of this state to what can follow, as bytes."""
         now, core = self.world.now, self.core
-        held = sorted(core._held.values(), key=llmswap.Slot.last_wanted)
+        held = sorted(core.held.values(), key=llmswap.Slot.last_wanted)
         order = {slot: rank for rank, slot in enumerate(held)}
         slots = [self._slot_key(slot, order, now) for slot in core.slots.values()]
         tickets = [
@@ -17230,7 +17374,7 @@ class Explored(Walk):
                 _age(ticket.arrived, now),
                 ticket.is_loose,
                 ticket.is_by_hand,
-                sorted(victim.name for victim in ticket.victims),
+                sorted(each.name for each in held if each.drains_for is ticket),
             )
             for ticket in core._queue.values()
         ]
@@ -17304,7 +17448,6 @@ def _forked(slot, slots):
 def _forked_ticket(ticket, slots):
     twin = copy.copy(ticket)
     twin.slot = _forked(ticket.slot, slots)
-    twin.victims = frozenset(_forked(slot, slots) for slot in ticket.victims)
     return twin
 
 
