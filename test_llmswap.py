@@ -4557,12 +4557,12 @@ def test_the_end_waits_until_the_gpus_memory_is_free(begin, tmp_path, monkeypatc
 
 GPU_TOOLS = [
     # the tool, what it does with the pid of the model that goes; how long that delays
-    ("nvidia-smi", "echo $PID", 0.4, 1.0),
-    ("rocm-smi", "echo 'PID  PROCESS'; echo \"$PID  python3  1  4096\"", 0.4, 1.0),
-    ("nvidia-smi", "echo 1", 0.0, 0.4),
-    ("nvidia-smi", "sleep 0.2", 0.2, 0.4),
-    ("nvidia-smi", "exec sleep 60", 0.4, 1.0),
-    ("nvidia-smi", "exit 9", 0.0, 0.4),
+    ("nvidia-smi", "echo $PID", 0.8, 2.0),
+    ("rocm-smi", "echo 'PID  PROCESS'; echo \"$PID  python3  1  4096\"", 0.8, 2.0),
+    ("nvidia-smi", "echo 1", 0.0, 0.8),
+    ("nvidia-smi", "sleep 0.2", 0.2, 0.8),
+    ("nvidia-smi", "exec sleep 60", 0.8, 2.0),
+    ("nvidia-smi", "exit 9", 0.0, 0.8),
 ]
 
 
@@ -4570,7 +4570,7 @@ GPU_TOOLS = [
 def test_the_next_start_waits_for_the_gpu_no_longer_than_it_may(
     tool, does, least, most, tmp_path
 ):
-    text = "[llmswap]\nsettle-timeout = 400ms\n[a]\ncmd = FAKE --model a\n"
+    text = "[llmswap]\nsettle-timeout = 800ms\n[a]\ncmd = FAKE --model a\n"
     text += "[b]\ncmd = FAKE --model b\n"
     path = f"{tmp_path}:{os.environ['PATH']}"
     with Llmswap(text, env={"PATH": path}) as server:
