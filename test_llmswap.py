@@ -58,7 +58,13 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import sha256
-from llmswap import ConfigError, RepairStream, UnknownModel, repair_arguments, repair_body
+from llmswap import (
+    ConfigError,
+    RepairStream,
+    UnknownModel,
+    repair_arguments,
+    repair_body,
+)
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, Optional
@@ -613,7 +619,9 @@ def source_rooms():
     """(number, name, its nodes) of each room of llmswap.py, in order."""
     text = Path(LLMSWAP).read_text()
     tree = ast.parse(text)
-    starts = [(text.count("\n", 0, m.start()), m[1], m[2]) for m in BANNER.finditer(text)]
+    starts = [
+        (text.count("\n", 0, m.start()), m[1], m[2]) for m in BANNER.finditer(text)
+    ]
     ends = [start for start, _, _ in starts[1:]] + [text.count("\n") + 1]
     for (start, number, name), end in zip(starts, ends):
         yield int(number), name, [n for n in tree.body if start < n.lineno <= end]
@@ -667,7 +675,9 @@ def test_no_function_is_longer_than_forty_lines():
 
 
 def test_every_test_is_in_one_share_beside_those_that_share_what_is_dear():
-    found = re.findall(r'@pytest.fixture\(scope="module"\)\ndef (\w+)', HERE.read_text())
+    found = re.findall(
+        r'@pytest.fixture\(scope="module"\)\ndef (\w+)', HERE.read_text()
+    )
     assert sorted(found) == sorted(DEAR_FIXTURES)
     names = [("test_a", ["swap"]), ("test_b", []), ("test_c", ["swap"]), ("test_b", [])]
     items = [SimpleNamespace(originalname=n, fixturenames=f) for n, f in names]
@@ -5079,7 +5089,9 @@ def test_a_removed_model_refuses_who_waits_and_who_comes(stage):
 def test_a_reload_that_makes_a_model_unusable_refuses_who_waits_and_who_comes(stage):
     stage.load("a")
     waiting = stage.ask("b")
-    stage.pool.reload(stage.config("[a]\nTRUE\nno-such-key = 1\n[b]\nno-such-key = 1\n"))
+    stage.pool.reload(
+        stage.config("[a]\nTRUE\nno-such-key = 1\n[b]\nno-such-key = 1\n")
+    )
     assert isinstance(waiting.refused(), llmswap.Unusable)
     assert stage.state("a") == "loaded"  # as it is
     assert isinstance(stage.ask("a").refused(), llmswap.Unusable)
@@ -5607,7 +5619,10 @@ def test_the_parrot_repeats_what_it_is_told_and_survives_nonsense():
             assert client.ask("GET", "/health").json()["status"] == "ok"
             assert client.ask("GET", "/v1/models").json()["data"] == [{"id": "parrot"}]
             assert client.ask("HEAD", "/health").status == 200
-            told = {"model": "jo", "messages": [{"content": "no"}, {"content": "Hi you"}]}
+            told = {
+                "model": "jo",
+                "messages": [{"content": "no"}, {"content": "Hi you"}],
+            }
             answer = client.ask("POST", CHAT, told).json()
             assert answer["choices"][0]["message"]["content"] == "jo says: Hi you"
             assert answer["usage"]["completion_tokens"] == 4
@@ -5680,14 +5695,17 @@ def test_who_finds_llmswap_at_the_address_is_content_and_who_finds_another_is_no
     (tmp_path / "m.ini").write_text("[m]\ncmd = true ${PORT}\n")
     command = [sys.executable, LLMSWAP, str(tmp_path / "m.ini"), "--listen"]
     place = str(tmp_path / "socket")
-    with Llmswap("") as tcp, Fake() as other, running([*command, f"unix:{place}"], place):
+    ours = running([*command, f"unix:{place}"], place)
+    with Llmswap("") as tcp, Fake() as other, ours:
         for port, status, said in (
             (tcp.port, 0, "llmswap answers at {} already"),
             (other.port, 1, "cannot listen on {}: Address already in use"),
             (None, 0, "llmswap answers at {} already"),
         ):
             address = f"127.0.0.1:{port}" if port else f"unix:{place}"
-            done = subprocess.run([*command, address], stderr=subprocess.PIPE, text=True)
+            done = subprocess.run(
+                [*command, address], stderr=subprocess.PIPE, text=True
+            )
             shown = f"http://{address}/" if port else address
             said = said.format(shown) + "\n"
             assert done.returncode == status and said in done.stderr
@@ -5860,7 +5878,7 @@ exec tail -n 20 "$STAND_IN/$name.log"
 
 
 class Units:
-    """A folder with a stand-in for systemctl and journalctl, and the units they have."""
+    """A folder with stand-ins for systemctl and journalctl, and the units they have."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -5915,7 +5933,9 @@ def unit_ini(*units, head="", **more):
     keys = "".join(f"{key.replace('_', '-')} = {more[key]}\n" for key in more)
     text = f"[llmswap]\n{head}\n"
     for name, port in units:
-        text += f"[{name}]\nunit = {name}.service\nproxy = http://127.0.0.1:{port}\n{keys}"
+        text += (
+            f"[{name}]\nunit = {name}.service\nproxy = http://127.0.0.1:{port}\n{keys}"
+        )
     return text
 
 
@@ -5936,7 +5956,9 @@ def test_a_unit_is_started_asked_and_stopped(units):
         assert not units.is_running("a")
         assert server.chat("a").status == 200
     assert not units.is_running("a")
-    assert any(call.startswith("--user --no-ask-password start") for call in units.calls())
+    assert any(
+        call.startswith("--user --no-ask-password start") for call in units.calls()
+    )
 
 
 def test_a_unit_of_the_system_manager_is_asked_for_there(units):
@@ -6048,7 +6070,10 @@ def test_the_reason_why_a_unit_does_not_come_up_is_told(units):
     with brisk(unit_ini(("a", port), ("b", port)), env=units.env) as server:
         answer = server.chat("a")
         assert answer.status == 502
-        assert "a (a.service) could not be started: exit-code, status 3" in answer.message()
+        assert (
+            "a (a.service) could not be started: exit-code, status 3"
+            in answer.message()
+        )
         assert "exiting due to model loading error 3" in answer.message()
         assert answer.headers["x-should-retry"] == "false"
         assert server.get("/v1/models/a").json()["status"]["exit_code"] == 3
@@ -6062,9 +6087,13 @@ def test_a_systemctl_that_hangs_blocks_no_other_model(units, verb):
     port = free_port()
     units.add("a", port=port)
     (units.folder / f"a.service.hang-{verb}").touch()
-    ini = unit_ini(("a", port), head="models-max = 0", load_timeout="1s", stop_timeout="0.3")
+    ini = unit_ini(
+        ("a", port), head="models-max = 0", load_timeout="1s", stop_timeout="0.3"
+    )
     with brisk(ini + "[b]\ncmd = FAKE\n", env=units.env, ERRAND_PATIENCE=0.3) as server:
-        assert server.get("/health").status == 200  # the start waits a while for systemd
+        assert (
+            server.get("/health").status == 200
+        )  # the start waits a while for systemd
         answers = []
         thread = threading.Thread(target=lambda: answers.append(server.chat("a")))
         thread.start()
@@ -6079,7 +6108,9 @@ def test_a_systemctl_that_hangs_blocks_no_other_model(units, verb):
         assert not units.is_running("a")
 
 
-@pytest.mark.parametrize("said", ["systemctl: No such file", "Failed to connect to bus"])
+@pytest.mark.parametrize(
+    "said", ["systemctl: No such file", "Failed to connect to bus"]
+)
 def test_without_systemctl_or_if_it_fails_the_answer_says_so(tmp_path, said):
     if "bus" in said:
         (tmp_path / "systemctl").write_text(f"#!/bin/sh\necho {said} >&2\nexit 1\n")
@@ -6190,13 +6221,20 @@ def test_sleep_needs_count_while_it_sleeps():
     text = "[llmswap]\nbudget = vram 10G\n" + SLEEPY.format("")
     text = text.replace("[b]", "needs = vram 8G\nsleep-needs = vram 4G\n[b]")
     with brisk(text + "needs = vram 8G\n") as server:
-        server.chat("a"), server.chat("b")  # asleep it still holds too much: it is stopped
+        (
+            server.chat("a"),
+            server.chat("b"),
+        )  # asleep it still holds too much: it is stopped
         assert server.states() == {"a": "unloaded", "b": "loaded"}
 
 
-def test_a_server_that_may_put_itself_to_sleep_is_asked_only_when_it_is_time(monkeypatch):
+def test_a_server_that_may_put_itself_to_sleep_is_asked_only_when_it_is_time(
+    monkeypatch,
+):
     asked, told, answers = [], [], [True, False]
-    monkeypatch.setattr(llmswap, "is_asleep", lambda _: asked.append(0) or answers.pop(0))
+    monkeypatch.setattr(
+        llmswap, "is_asleep", lambda _: asked.append(0) or answers.pop(0)
+    )
     upstream = SimpleNamespace(is_busy=False, used_at=-1e9)
     life = SimpleNamespace(
         upstream=upstream, on_slept=lambda _: told.append("slept"),
@@ -6211,7 +6249,10 @@ def test_a_server_that_may_put_itself_to_sleep_is_asked_only_when_it_is_time(mon
         assert doze.next_look > time.monotonic() + 20
         return len(asked), told
 
-    assert look(False, -1e9, is_time=False) == (0, [])  # a line that it wrote is no reason
+    assert look(False, -1e9, is_time=False) == (
+        0,
+        [],
+    )  # a line that it wrote is no reason
     assert look(True, -1e9) == look(False, time.monotonic()) == (0, [])
     assert look(False, -1e9) == (1, ["slept"])
     assert look(False, -1e9, is_time=False) == (1, ["slept"])
@@ -6234,7 +6275,15 @@ sleep-idle-seconds = 1
 cmd = FAKE --model b
 """
     body = {"model": "a", "prompt": "hi", "max_tokens": 2}
-    lists = ("/health", "/", "/v1/models", "/v1/models/a", "/running", "/metrics", "/slots")
+    lists = (
+        "/health",
+        "/",
+        "/v1/models",
+        "/v1/models/a",
+        "/running",
+        "/metrics",
+        "/slots",
+    )
     with brisk(text, DOZE_SLACK=0.6) as server:
         assert server.post("/v1/completions", body).status == 200
         eventually(lambda: server.states()["a"] == "sleeping")
@@ -6243,11 +6292,16 @@ cmd = FAKE --model b
         assert server.get("/props?model=a").json()["is_sleeping"] is True
         assert server.get("/slots?model=a").status == 400
         assert server.states() == {"a": "sleeping", "b": "unloaded"}
-        assert server.chat("b").status == 200  # beside it, as what sleeps holds no needs
+        assert (
+            server.chat("b").status == 200
+        )  # beside it, as what sleeps holds no needs
         assert server.states() == {"a": "sleeping", "b": "loaded"}
         assert server.post("/v1/completions", body).status == 200
         assert server.states() == {"a": "loaded", "b": "unloaded"}
-        assert len([each for each in family(server.token).values() if "a.gguf" in each]) == 1
+        assert (
+            len([each for each in family(server.token).values() if "a.gguf" in each])
+            == 1
+        )
         eventually(lambda: server.log().count("a: loaded in") == 2)
         assert "a: unloading" not in server.log()  # the same process all the time
 
@@ -6291,7 +6345,9 @@ class Machine:
 
     def __init__(self, *flags, env=None):
         self.port = free_port()
-        self._command = fake_command("--model", "far", *flags, port=str(self.port)).split()
+        self._command = fake_command(
+            "--model", "far", *flags, port=str(self.port)
+        ).split()
         self.process = None
 
     def on(self):
@@ -6328,7 +6384,8 @@ def machine():
 
 def remote_ini(port, *lines):
     more = "\n".join(lines)
-    return f"[far]\nproxy = http://127.0.0.1:{port}\n{more}\n[near]\ncmd = FAKE --model near\n"
+    near = "[near]\ncmd = FAKE --model near\n"
+    return f"[far]\nproxy = http://127.0.0.1:{port}\n{more}\n{near}"
 
 
 def test_a_remote_model_takes_no_room(machine):
@@ -6348,7 +6405,11 @@ def test_the_proxy_key_is_sent_and_the_clients_is_not(machine):
         answer = server.ask(
             "POST", "/echo", {"model": "far"}, {"Authorization": "Bearer mine"}.items()
         ).json()
-        fields = [value for name, value in answer["headers"] if name.lower() == "authorization"]
+        fields = [
+            value
+            for name, value in answer["headers"]
+            if name.lower() == "authorization"
+        ]
         assert fields == ["Bearer secret"]
 
 
@@ -6441,7 +6502,9 @@ def test_a_frozen_machine_is_asked_before_a_request_is_sent(machine):
         assert ask(machine.port, "GET", "/stats").json()["requests"] == requests + 1
 
 
-def test_a_remote_that_does_not_even_accept_is_soon_taken_to_be_asleep(monkeypatch, tmp_path):
+def test_a_remote_that_does_not_even_accept_is_soon_taken_to_be_asleep(
+    monkeypatch, tmp_path
+):
     """A full backlog drops what comes, as a machine that sleeps does."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
         port = listener.getsockname()[1]
@@ -6484,7 +6547,9 @@ set-params = {{"tag": "LOUD"}}
 """
         with brisk(near) as server:
             def state():
-                return remote.get("/v1/models/big", key.items()).json()["status"]["value"]
+                return remote.get("/v1/models/big", key.items()).json()["status"][
+                    "value"
+                ]
 
             assert state() == "unloaded"
             assert server.chat("big").content().startswith("big ")
@@ -6520,7 +6585,8 @@ class Tls:
     def __init__(self, folder, port, name="IP:127.0.0.1"):
         self.certificate, key = folder / "cert.pem", folder / "key.pem"
         subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+            ["openssl", "req", "-x509", "-newkey", "ec", "-nodes", "-days", "2",
+             "-pkeyopt", "ec_paramgen_curve:prime256v1",
              "-keyout", key, "-out", self.certificate, "-subj", "/CN=far",
              "-addext", f"subjectAltName={name}"],
             check=True, stderr=subprocess.DEVNULL,
@@ -6543,7 +6609,9 @@ class Tls:
             client = self._context.wrap_socket(sock, server_side=True)
             self.accepted += 1
             server = socket.create_connection(("127.0.0.1", self._target))
-            threading.Thread(target=self._carry, args=(server, client), daemon=True).start()
+            threading.Thread(
+                target=self._carry, args=(server, client), daemon=True
+            ).start()
             self._carry(client, server)
         except OSError:
             sock.close()
@@ -6574,14 +6642,18 @@ def test_an_https_upstream_is_used_if_its_certificate_is_good(machine, tmp_path)
             assert stream.text().startswith("far ")
         big = server.chat("far", size=3_000_000)
         assert len(big.content()) >= 3_000_000 - 3
-        with server.stream("far", tokens=3, stall=0.25) as stream:  # silent: TICK passes
+        with server.stream(
+            "far", tokens=3, stall=0.25
+        ) as stream:  # silent: TICK passes
             assert stream.text().startswith("far ")
         assert tls.accepted <= 5  # kept connections are used again
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
 @pytest.mark.parametrize("trust", [False, True])
-def test_an_https_upstream_that_cannot_be_verified_gets_nothing(machine, tmp_path, trust):
+def test_an_https_upstream_that_cannot_be_verified_gets_nothing(
+    machine, tmp_path, trust
+):
     machine.on()
     eventually(machine.is_ready)
     tls = Tls(tmp_path, machine.port, "DNS:elsewhere" if trust else "IP:127.0.0.1")
@@ -6662,7 +6734,9 @@ class Code(str):
     __repr__ = str.__str__
 
 
-def test_after_a_suspension_the_whole_program_trusts_nothing_of_before(machine, tmp_path):
+def test_after_a_suspension_the_whole_program_trusts_nothing_of_before(
+    machine, tmp_path
+):
     """It is stopped as the machine would stop it; only the clocks' jump is played."""
     machine.on()
     eventually(machine.is_ready)
@@ -6696,7 +6770,9 @@ def test_after_a_suspension_the_whole_program_trusts_nothing_of_before(machine, 
             assert len(kept) == (0 if is_jump else 1)
 
 
-@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("unshare"), reason="needs root")
+@pytest.mark.skipif(
+    os.getuid() != 0 or not shutil.which("unshare"), reason="needs root"
+)
 def test_how_long_the_machine_slept_is_read_from_the_kernels_clocks():
     program = "import llmswap; print(llmswap.suspended_seconds())"
     words = ["unshare", "-T", "--boottime", "3600", sys.executable, "-c", program]
@@ -7478,7 +7554,9 @@ def test_the_model_of_a_form_is_found_before_or_behind_a_large_file():
 
 def test_a_form_made_to_be_slow_is_read_in_linear_time():
     def read(count):
-        head = b"--x\r\n" + b"Content-Disposition: form-data;" * count + b"\r\n\r\n\r\n--x"
+        head = (
+            b"--x\r\n" + b"Content-Disposition: form-data;" * count + b"\r\n\r\n\r\n--x"
+        )
         assert llmswap._named_in_multipart(head, True, b"x").model is None
 
     assert seconds_of(lambda: read(30000)) < 0.1
@@ -8005,7 +8083,9 @@ def test_who_reads_a_large_answer_slowly_gets_all_of_it(swap):
 def test_a_large_answer_that_breaks_off_ends_broken(swap):
     swap.chat("a")
     there = b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n" + bytes(3 << 20)
-    head = f"POST /upstream/a/raw HTTP/1.1\nHost: localhost\nContent-Length: {len(there)}"
+    head = (
+        f"POST /upstream/a/raw HTTP/1.1\nHost: localhost\nContent-Length: {len(there)}"
+    )
     came, _ = raw(swap, http(head, there))
     assert b"Content-Length: 9000000" in came.title()
     assert len(came.partition(b"\r\n\r\n")[2]) == 3 << 20
@@ -8857,7 +8937,9 @@ def test_who_was_let_in_is_looked_at_again_if_the_words_are_others(guarded):
         ("POST", {"Origin": "http://localhost:3000", "Sec-Fetch-Site": "same-origin"}, 200),
     ],
 )  # fmt: skip
-def test_a_browsers_stored_password_serves_no_other_page(guarded, method, fields, status):
+def test_a_browsers_stored_password_serves_no_other_page(
+    guarded, method, fields, status
+):
     port = guarded.port
     fields = {name: value.format(port=port) for name, value in fields.items()}
     target, body = ("/v1/x", {"model": "a"}) if method == "POST" else ("/v1/models", "")
@@ -8865,7 +8947,9 @@ def test_a_browsers_stored_password_serves_no_other_page(guarded, method, fields
     stored = {"Authorization": basic("s3cret")}
     with guarded.connect() as client:
         assert client.ask(method, target, body, {**fields, **stored}).status == status
-        told = client.ask(method, target, body, {**fields, **KEY})  # a page that knows it
+        told = client.ask(
+            method, target, body, {**fields, **KEY}
+        )  # a page that knows it
         assert told.status == (403 if status == 403 else 200)
 
 
@@ -8982,7 +9066,9 @@ def test_a_foreign_page_changes_nothing_by_a_simple_request(swap, origin, kind):
         ("/upstream/hidden/x", b"--x--"),
     ):
         answer = swap.post(path, body, fields)
-        assert answer.status == 403 and "access-control-allow-origin" not in answer.headers
+        assert (
+            answer.status == 403 and "access-control-allow-origin" not in answer.headers
+        )
     states = swap.states()
     assert states["a"] == "loaded" and "hidden" not in swap.loaded()
 
@@ -9036,8 +9122,15 @@ def test_our_own_page_and_programs_may_load_by_get(swap, page):
 
 def test_every_key_is_compared_and_in_constant_time(monkeypatch):
     seen = []
-    monkeypatch.setattr("hmac.compare_digest", lambda a, b: seen.append((a, b)) or a == b)
-    keys = (b"one", b"two", "thr\u00e4e".encode(), b"\xff")  # as the environment has them
+    monkeypatch.setattr(
+        "hmac.compare_digest", lambda a, b: seen.append((a, b)) or a == b
+    )
+    keys = (
+        b"one",
+        b"two",
+        "thr\u00e4e".encode(),
+        b"\xff",
+    )  # as the environment has them
     told = [os.fsdecode(key) for key in keys]
     for given in (*keys, b"none", b""):
         seen.clear()
@@ -9074,7 +9167,10 @@ def test_no_key_is_ever_logged_shown_or_passed_on(tmp_path):
     """
     with Llmswap(text, "--verbose", env={"LLMSWAP_API_KEY": "K-env"}) as server:
         forms = [{"x-api-key": f"K-{name}"} for name in ("ini", "file", "env")]
-        forms += [{"Authorization": form} for form in ("K-ini", "Bearer K-env", basic("K-file"))]
+        forms += [
+            {"Authorization": form}
+            for form in ("K-ini", "Bearer K-env", basic("K-file"))
+        ]
         for fields in forms:
             assert server.post("/v1/x", {"model": "far"}, fields).status == 200
             wrong = {name: f"{value}-wrong" for name, value in fields.items()}
@@ -9092,7 +9188,11 @@ def test_no_key_is_ever_logged_shown_or_passed_on(tmp_path):
     backend.close()
 
 
-STRANGE = "a\x1b[2J\x9b31mb\x07", "<img src=x onerror=alert(1)>", "x\n12:00:00 y: loaded"
+STRANGE = (
+    "a\x1b[2J\x9b31mb\x07",
+    "<img src=x onerror=alert(1)>",
+    "x\n12:00:00 y: loaded",
+)
 CONTROLS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]")
 
 
@@ -9113,7 +9213,14 @@ def test_strange_names_reach_no_log_terminal_or_header_as_they_are():
             ):
                 assert not CONTROLS.search(str([*answer.headers.values()]))
                 assert "x" not in answer.headers and b"\x1b" not in answer.body
-        for path in ("/models", "/v1/models", "/running", "/health", "/metrics", "/props"):
+        for path in (
+            "/models",
+            "/v1/models",
+            "/running",
+            "/health",
+            "/metrics",
+            "/props",
+        ):
             assert not CONTROLS.search(server.get(path).body.decode()), path
         eventually(lambda: r"\x9b31mb\x07" in server.log())
         assert "a[2J" not in server.log()
@@ -9131,11 +9238,15 @@ def test_strange_names_reach_no_log_terminal_or_header_as_they_are():
 
 
 def test_the_page_writes_text_only_as_text():
-    for word in "innerHTML outerHTML insertAdjacent document.write eval( setHTML".split():
+    for (
+        word
+    ) in "innerHTML outerHTML insertAdjacent document.write eval( setHTML".split():
         assert word not in llmswap.STATUS_PAGE
 
 
-def test_a_unix_socket_is_for_owner_and_group_from_its_first_moment(tmp_path, monkeypatch):
+def test_a_unix_socket_is_for_owner_and_group_from_its_first_moment(
+    tmp_path, monkeypatch
+):
     modes, path = [], str(tmp_path / "socket")
     bind = socket.socket.bind
 
@@ -9184,8 +9295,15 @@ def test_doubtful_requests_are_answered_400_closed_and_not_forwarded(liar):
     behind = http("GET /upstream/a/smuggled HTTP/1.1\nHost: localhost")
     upload = "POST /upstream/a/x HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked"
     requests = [http(upload, chunks + b"\r\n\r\n") for chunks in BAD_CHUNKS]
-    for ours in ("POST /unload", "POST /api/models/unload/a", "GET /health", "OPTIONS /x"):
-        requests.append(http(upload.replace("POST /upstream/a/x", ours), BAD_CHUNKS[-1]))
+    for ours in (
+        "POST /unload",
+        "POST /api/models/unload/a",
+        "GET /health",
+        "OPTIONS /x",
+    ):
+        requests.append(
+            http(upload.replace("POST /upstream/a/x", ours), BAD_CHUNKS[-1])
+        )
     for text in SMUGGLING:
         text = text.replace("Host: x", "Host: localhost", 1)
         requests.append(http(text.replace(" / ", " /upstream/a/x ", 1), b"0\r\n\r\n"))
@@ -9301,7 +9419,9 @@ def test_bad_chunks_from_a_backend_break_the_answer(liar, body):
         (b"HTTP/1.1 418 \xe4\r\nContent-Length: 0\r\n\r\n", 418, b""),
     ],
 )  # fmt: skip
-def test_what_is_unusual_but_right_from_a_backend_is_passed_on(liar, answer, status, body):
+def test_what_is_unusual_but_right_from_a_backend_is_passed_on(
+    liar, answer, status, body
+):
     got = told(liar, answer)
     assert (got.status, got.body) == (status, body)
 
@@ -9342,7 +9462,9 @@ def test_compressed_bodies_pass_unchanged_both_ways(liar):
 def test_no_path_leads_out_of_the_one_that_a_backend_has(liar, path, target):
     list(liar.backend.news())
     assert liar.get(f"/upstream/b/{path}").status == (200 if target else 400)
-    assert [each.start[1] for each in liar.backend.news()] == ([target] if target else [])
+    assert [each.start[1] for each in liar.backend.news()] == (
+        [target] if target else []
+    )
 
 
 @pytest.mark.parametrize(
@@ -9629,7 +9751,9 @@ def test_beyond_the_limit_of_connections_there_is_a_clear_503():
                 eventually(lambda: select.select([client.sock], [], [], 0)[0])
                 answer = client.ask("POST", "/v1/x", "x" * 1_500_000)
             assert (answer.status, answer.headers["retry-after"]) == (503, "5")
-            assert answer.headers["server"] == "llmswap"  # a second start knows it by this
+            assert (
+                answer.headers["server"] == "llmswap"
+            )  # a second start knows it by this
             assert "64 connections are open already" in answer.message()
         more = crowd(swap, 200, b"GET / HTTP/1.1\r\n")
         refused = [client.answer().status for client in more]
@@ -10623,8 +10747,12 @@ EVENT_STREAM = "Content-Type: text/event-stream"
 @each_api
 def test_arguments_are_repaired_where_that_is_asked_for(repairing, path):
     wish = dict(arguments=BROKEN_CALL)
-    [mended], [given] = (calls_of(repairing, path, m, **wish) for m in ("mended", "as-is"))
-    assert mended == MEANT_CALL if path == MESSAGES else json.loads(mended) == MEANT_CALL
+    [mended], [given] = (
+        calls_of(repairing, path, m, **wish) for m in ("mended", "as-is")
+    )
+    assert (
+        mended == MEANT_CALL if path == MESSAGES else json.loads(mended) == MEANT_CALL
+    )
     assert given == BROKEN_CALL
     [mended] = streamed_calls_of(repairing, path, **wish)
     assert json.loads(mended) == MEANT_CALL
@@ -10658,7 +10786,10 @@ def test_content_beside_calls_is_null_where_it_is_empty(repairing):
             wish = dict(text=text, arguments=arguments)
             answer = repairing.chat("mended", **wish).json()
             assert answer["choices"][0]["message"]["content"] == content
-    assert repairing.chat("mended", text="").json()["choices"][0]["message"]["content"] == ""
+    assert (
+        repairing.chat("mended", text="").json()["choices"][0]["message"]["content"]
+        == ""
+    )
 
 
 @each_api
@@ -10792,7 +10923,10 @@ main()
 
 def test_roo_code_reads_what_was_repaired(repairing):
     find = ["node", "-e", "require.resolve('openai')"]
-    if not shutil.which("node") or subprocess.run(find, stderr=subprocess.DEVNULL).returncode:
+    if (
+        not shutil.which("node")
+        or subprocess.run(find, stderr=subprocess.DEVNULL).returncode
+    ):
         pytest.skip("NODE_PATH has no package openai for node")
     calls = [BROKEN_CALL, '{"path": "b.py",}']
     wish = json.dumps({"text": "Let me see", "arguments": calls})
@@ -10803,7 +10937,10 @@ def test_roo_code_reads_what_was_repaired(repairing):
     meant = [MEANT_CALL, {"path": "b.py"}]
     pairs = [[f"call{i}", f"tool{i}", each] for i, each in enumerate(meant)]
     raw = [[*pair[:2], "SyntaxError"] for pair in pairs]
-    assert json.loads(ended.stdout) == [{**usual, "calls": pairs}, {**usual, "calls": raw}]
+    assert json.loads(ended.stdout) == [
+        {**usual, "calls": pairs},
+        {**usual, "calls": raw},
+    ]
 
 
 # ==================================================================================
@@ -11421,7 +11558,9 @@ def adapted(title, kind, *changes):
 def alike(line):
     """The line without what differs from one run to the next."""
     line = re.sub(r"^\d\d:\d\d:\d\d ", "", line)
-    return re.sub(r"in \d\.\d\d s \(pid \d+, port \d+\)", "in S s (pid N, port N)", line)
+    return re.sub(
+        r"in \d\.\d\d s \(pid \d+, port \d+\)", "in S s (pid N, port N)", line
+    )
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
@@ -11485,7 +11624,9 @@ def docker(tmp_path):
     container is no child of it that ends with it."""
     script = tmp_path / "docker.py"
     script.write_text(STAND_IN_DOCKER)
-    (tmp_path / "docker").write_text(f'#!/bin/sh\nexec {sys.executable} {script} "$@"\n')
+    (tmp_path / "docker").write_text(
+        f'#!/bin/sh\nexec {sys.executable} {script} "$@"\n'
+    )
     (tmp_path / "docker").chmod(0o755)
     (tmp_path / "state").mkdir()
     return {
@@ -11572,7 +11713,10 @@ def podman():
 
 def test_recipe_docker_with_podman_and_a_real_llama_server(podman):
     write_gguf(podman / "qwen3-8b-q4_k_m.gguf")
-    volume, small = ("/models:/models", f"{podman}:/models"), ("-ngl", "-t 1 -c 256 -ngl")
+    volume, small = (
+        ("/models:/models", f"{podman}:/models"),
+        ("-ngl", "-t 1 -c 256 -ngl"),
+    )
     text = adapted("Docker and Podman", "ini", volume, small)
     boxes = [podman / "docker", "ps", "-aq"]
     env = {"PATH": f"{podman}:{os.environ['PATH']}"}
@@ -11886,7 +12030,7 @@ class Browser:
                 self.complaints.append(entry["text"])
 
     def open(self, url):
-        """Go to a page; it may not be complete yet. Complaints of the last are dropped."""
+        """Go to a page; it may not be complete yet. Old complaints are dropped."""
         self.call("Page.navigate", url=url)
         self.complaints.clear()
 
@@ -12249,7 +12393,9 @@ def test_stops_are_told_to_prometheus_by_their_cause():
         assert server.chat("a").status == 200
         eventually(lambda: server.loaded() == [])
         found = metrics_of(server.get("/metrics").body.decode())
-    stops = {key[2:5:2]: n for key, n in found.items() if key[0] == "llmswap_stops_total"}
+    stops = {
+        key[2:5:2]: n for key, n in found.items() if key[0] == "llmswap_stops_total"
+    }
     assert stops == {
         ("b", "evicted"): 2, ("a", "evicted"): 2, ("b", "unload"): 1,
         ("slow", "abandoned"): 1, ("b", "reload"): 1, ("a", "idle"): 1,
@@ -12319,6 +12465,11 @@ LOCKED = PAGE_MODELS.replace("models-max", "api-key = secret\nmodels-max")
 SECRET = {"x-api-key": "secret"}
 
 
+def news_of(server):
+    """What the page hears of llmswap."""
+    return Stream(server.port, "/", None, EVENTS)
+
+
 def test_the_bare_page_needs_no_key_and_its_news_does():
     with Llmswap(LOCKED) as server:
         page = server.get("/", {"Accept": "text/html"})
@@ -12333,7 +12484,7 @@ def test_the_bare_page_needs_no_key_and_its_news_does():
 
 
 def test_news_comes_at_each_change_and_says_why_a_model_went():
-    with Llmswap(PAGE_MODELS) as server, Stream(server.port, "/", None, EVENTS) as stream:
+    with Llmswap(PAGE_MODELS) as server, news_of(server) as stream:
         news = stream.documents()
         assert [model["state"] for model in next(news)["models"]] == ["unloaded"] * 3
         server.post("/models/load", {"model": "a"})
@@ -12361,7 +12512,7 @@ def until(news, condition):
 
 
 def test_snapshots_come_at_most_about_four_times_a_second():
-    with Llmswap(PAGE_MODELS) as server, Stream(server.port, "/", None, EVENTS) as stream:
+    with Llmswap(PAGE_MODELS) as server, news_of(server) as stream:
         news, began, seen = stream.documents(), time.monotonic(), []
         next(news)
         for _ in range(100):
@@ -12512,7 +12663,9 @@ def test_a_log_is_followed(browser):
         assert browser.value(below) < 2, "the end is out of sight"
         browser.press("Escape")
         browser.until("document.querySelector('#log').hidden")
-        where = "opener.isConnected, opener.checkVisibility(), document.hasFocus(), news"
+        where = (
+            "opener.isConnected, opener.checkVisibility(), document.hasFocus(), news"
+        )
         told = browser.value(f"[document.activeElement.innerText, {where}]")
         assert told[0] == "Log", told
         assert browser.complaints == []
@@ -12539,7 +12692,9 @@ def test_the_key_is_asked_for_once(browser):
 @in_browser
 @pytest.mark.parametrize("count", [40, 0])
 def test_forty_models_and_none_fit_any_width(browser, count):
-    names = [f"a-model-with-a-rather-long-name-{n}-instruct-q4_k_m" for n in range(count)]
+    names = [
+        f"a-model-with-a-rather-long-name-{n}-instruct-q4_k_m" for n in range(count)
+    ]
     text = "".join(f"[{name}]\ncmd = FAKE\n" for name in names)
     with Llmswap(f"[llmswap]\n{text}") as server:
         for width in (320, 390, 1280):
@@ -12685,7 +12840,9 @@ def test_prometheus_is_told_what_goes_on_now(all_states):
         assert found[(f"llmswap_{name}", "model", model, *more)] == number
     assert found["llmswap_model_resident_memory_bytes", "model", "dozy"] > 2**20
     assert 0 < found[progress] < 0.9
-    now = [key[2:5:2] for key, n in found.items() if n and key[0] == "llmswap_model_state"]
+    now = [
+        key[2:5:2] for key, n in found.items() if n and key[0] == "llmswap_model_state"
+    ]
     assert dict(now) == {
         "busy": "loaded", "still": "loaded", "slow": "loading", "dozy": "sleeping",
         "gone": "unloaded", "bad": "unloaded", "wrong": "unloaded",
@@ -13442,7 +13599,9 @@ def test_it_leaves_if_nothing_was_loaded_or_asked_for_long(
     settings = config.settings._replace(exit_idle_time=limit)
     program._config = SimpleNamespace(settings=settings)
     program._is_activated = is_activated
-    program.server = SimpleNamespace(quiet_since=ago(requests), try_to_leave=lambda: True)
+    program.server = SimpleNamespace(
+        quiet_since=ago(requests), try_to_leave=lambda: True
+    )
     program.pool = SimpleNamespace(quiet_since=ago(models), close=lambda _: None)
     told = []
     program._manager = SimpleNamespace(tell=told.append)
@@ -13463,7 +13622,9 @@ def test_who_waits_in_the_backlog_keeps_it_from_leaving():
         server.stop()
 
 
-def test_who_wakes_it_with_a_broken_file_is_told_and_who_comes_later_is_served(tmp_path):
+def test_who_wakes_it_with_a_broken_file_is_told_and_who_comes_later_is_served(
+    tmp_path,
+):
     with Activator("[llmswap]\nlode = 1\n", tmp_path) as systemd:
         for turn in (1, 2):
             answer = ask(systemd.port, "GET", "/health")
@@ -13558,7 +13719,9 @@ def test_the_watchdog_hears_of_a_living_pool_only(tmp_path, monkeypatch):
     is_deaf = threading.Event()
     what = (pool, lambda: not is_deaf.is_set())
     threading.Thread(target=manager.follow, args=what, daemon=True).start()
-    assert all("WATCHDOG=1" in lines for lines in systemd.until("STATUS=nothing is loaded"))
+    assert all(
+        "WATCHDOG=1" in lines for lines in systemd.until("STATUS=nothing is loaded")
+    )
     systemd.until("WATCHDOG=1")
     with pool._lock:
         systemd.until_silence()
@@ -13629,7 +13792,13 @@ def test_units_are_what_systemd_accepts(tmp_path):
     assert "ListenStream=/run/user/1/100%%.sock" in files["llmswap.socket"]
     path = f'Environment="PATH={tmp_path}/my $tools 10%%:'
     file = f'"{tmp_path}/my $$models.ini"'
-    for line in ("KillMode=mixed", "OOMPolicy=continue", "Restart=on-failure", path, file):
+    for line in (
+        "KillMode=mixed",
+        "OOMPolicy=continue",
+        "Restart=on-failure",
+        path,
+        file,
+    ):
         assert line in files["llmswap.service"]
     if not shutil.which("systemd-analyze"):
         pytest.skip("needs systemd-analyze")
@@ -13670,7 +13839,9 @@ def network_of(path):
     """Until the block ends, this thread and what it starts are in that network."""
     setns = ctypes.CDLL(None, use_errno=True).setns
     with open("/proc/thread-self/ns/net") as ours, open(path) as theirs:
-        assert setns(theirs.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+        assert setns(theirs.fileno(), CLONE_NEWNET) == 0, os.strerror(
+            ctypes.get_errno()
+        )
         try:
             yield
         finally:
@@ -13685,15 +13856,18 @@ class Debian:
 
     def __init__(self, folder):
         self._log = Path(folder, "boot.log")
-        found = [each for each in CONTROL_GROUPS if os.path.exists(f"{each}/cgroup.procs")]
+        found = [
+            each for each in CONTROL_GROUPS if os.path.exists(f"{each}/cgroup.procs")
+        ]
         self._group = Path(found[0], f"llmswap-test-{os.getpid()}")
         self._group.mkdir()
         unshare = "unshare --mount --pid --net --cgroup --ipc --uts --fork --kill-child"
-        enter = f'echo $$ >{self._group}/cgroup.procs; exec setpriv --pdeathsig KILL {unshare}'
+        enter = f"echo $$ >{self._group}/cgroup.procs; exec setpriv --pdeathsig KILL {unshare}"
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
                 ["sh", "-c", f'{enter} sh -ec "$0"', BOOT],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
             )  # fmt: skip
 
     def _first(self):
@@ -13708,7 +13882,9 @@ class Debian:
         self.pid = int(self._first()[0])
         self.home = Path(f"/proc/{self.pid}/root/root")
         self.network = f"/proc/{self.pid}/ns/net"
-        return self("systemctl --user is-active default.target", check=False) == "active"
+        return (
+            self("systemctl --user is-active default.target", check=False) == "active"
+        )
 
     def __call__(self, script, check=True):
         """What root's shell there writes while it runs the script, as after a login."""
@@ -13716,9 +13892,15 @@ class Debian:
         login = f"mkdir -p {session}; echo $$ >{session}/cgroup.procs"
         shell = ["nsenter", "-a", "-t", str(self.pid), "bash", "-euo", "pipefail"]
         path = f"/root/.local/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        env = {"PATH": path, "HOME": "/root", "USER": "root", "XDG_RUNTIME_DIR": "/run/user/0"}
+        env = {
+            "PATH": path,
+            "HOME": "/root",
+            "USER": "root",
+            "XDG_RUNTIME_DIR": "/run/user/0",
+        }
         done = subprocess.run(
-            [*shell, "-c", f"{login}\n{script}"], env=env, cwd="/", timeout=30, stdin=subprocess.DEVNULL,
+            [*shell, "-c", f"{login}\n{script}"],
+            env=env, cwd="/", timeout=30, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         assert not check or done.returncode == 0, f"{script}\n{done.stdout}"
@@ -13738,7 +13920,9 @@ class Debian:
 
 @pytest.fixture(scope="module")
 def debian(tmp_path_factory):
-    if os.getuid() or not all(map(shutil.which, ("systemctl", "dbus-daemon", "ip", "unshare"))):
+    if os.getuid() or not all(
+        map(shutil.which, ("systemctl", "dbus-daemon", "ip", "unshare"))
+    ):
         pytest.skip("needs root, systemd, dbus and iproute2")
     found = Debian(tmp_path_factory.mktemp("debian"))
     try:
@@ -13752,7 +13936,7 @@ def debian(tmp_path_factory):
 
 
 def recipe(title, kind=""):
-    """The commands (or the blocks of that kind) of a recipe in the README, as written."""
+    """The commands (or the blocks of that kind) of a recipe in the README."""
     if kind:
         blocks = rf"^```{kind}\n(.*?)^```$"
         return re.findall(blocks, section(title), re.MULTILINE | re.DOTALL)
@@ -13819,7 +14003,9 @@ def test_a_core_that_is_stuck_is_started_anew_by_a_real_systemd(debian):
     try:
         pid = chat_within(debian, "a").content().split()[1]
         debian("kill -STOP $(systemctl --user show --value -p MainPID llmswap.service)")
-        eventually(lambda: debian.show("NRestarts", "llmswap.service") == "1", every=0.1)
+        eventually(
+            lambda: debian.show("NRestarts", "llmswap.service") == "1", every=0.1
+        )
         assert chat_within(debian, "a").content().split()[1] != pid
         assert debian("pgrep -fc '[f]ake.pyc.*--port'") == "1"
         log = debian("journalctl --user-unit llmswap.service -o cat")
@@ -13833,7 +14019,9 @@ UNIT = "[Service]\nExecStart={}\n"
 
 def test_the_recipe_for_units_as_models_as_written_on_a_real_systemd(debian):
     [text] = recipe("systemd units as models", "ini")
-    assert "unit  = bge-m3.service\n" in text and "unit  = system:qwen3.service " in text
+    assert (
+        "unit  = bge-m3.service\n" in text and "unit  = system:qwen3.service " in text
+    )
     text += "[broken]\nunit = broken.service\nproxy = http://127.0.0.1:3004\n"
     folders = {"--user": debian.home / ".config/systemd/user",
                "--system": debian.home.parent / "etc/systemd/system"}  # fmt: skip
@@ -13867,8 +14055,13 @@ def test_the_recipe_for_units_as_models_as_written_on_a_real_systemd(debian):
     assert chat_within(debian, "qwen3").status == 200
     answer = chat_within(debian, "broken")
     assert answer.status == 502
-    assert "broken (broken.service) could not be started: exit-code, status 3" in answer.message()
-    assert "exiting due to model loading error 3" in answer.message()  # the journal has it
+    assert (
+        "broken (broken.service) could not be started: exit-code, status 3"
+        in answer.message()
+    )
+    assert (
+        "exiting due to model loading error 3" in answer.message()
+    )  # the journal has it
     assert chat_within(debian, "bge-m3").status == 200
 
 
@@ -13993,7 +14186,9 @@ def test_the_recipe_for_two_machines_as_written_but_for_its_times(tmp_path):
         stack.enter_context(machine.alive(far))
         eventually(lambda: machine.naps == 1)
         stack.enter_context(network_of(machine.box))
-        haste = dict.fromkeys(("FRESH", "CONNECT_PATIENCE", "EARLY_HEAD_AFTER", "TICK"), 0.1)
+        haste = dict.fromkeys(
+            ("FRESH", "CONNECT_PATIENCE", "EARLY_HEAD_AFTER", "TICK"), 0.1
+        )
         near = stack.enter_context(as_written(box, **haste))
         wanted = f"{tmp_path}/gpt-oss-120b-mxfp4-00001-of-00003.gguf"
         began = time.monotonic()
@@ -14016,7 +14211,9 @@ with_llama_server = pytest.mark.skipif(
     not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server"
 )
 GGUF_INTEGER, GGUF_FLOAT, GGUF_STRING, GGUF_ARRAY = 4, 6, 8, 9
-GGUF_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+GGUF_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+)
 
 
 def gguf_text(text):
@@ -14057,7 +14254,9 @@ def gguf_fields(width, layers):
         gguf_field(epsilon, GGUF_FLOAT, 1e-5),
         gguf_field("tokenizer.ggml.model", GGUF_STRING, "llama"),
         gguf_field("tokenizer.ggml.tokens", GGUF_ARRAY, (GGUF_STRING, tokens)),
-        gguf_field("tokenizer.ggml.scores", GGUF_ARRAY, (GGUF_FLOAT, [0.0] * len(tokens))),
+        gguf_field(
+            "tokenizer.ggml.scores", GGUF_ARRAY, (GGUF_FLOAT, [0.0] * len(tokens))
+        ),
         gguf_field("tokenizer.ggml.token_type", GGUF_ARRAY, (5, kinds)),
         gguf_field("tokenizer.ggml.bos_token_id", GGUF_INTEGER, 1),
         gguf_field("tokenizer.ggml.eos_token_id", GGUF_INTEGER, 2),
@@ -14092,7 +14291,9 @@ def write_gguf(path, width=64, layers=2, seed=0):
         count = shape[0] * (shape[1] if len(shape) > 1 else 1)
         dimensions = b"".join(struct.pack("<Q", n) for n in shape)
         place = struct.pack("<IQ", 0, offset)
-        infos.append(gguf_text(name) + struct.pack("<I", len(shape)) + dimensions + place)
+        infos.append(
+            gguf_text(name) + struct.pack("<I", len(shape)) + dimensions + place
+        )
         values = noise * (count // len(noise) + 1)
         values = array.array("f", [1.0]) * count if "norm" in name else values[:count]
         bodies.append(values.tobytes() + bytes(-count * 4 % 32))
@@ -14204,7 +14405,9 @@ def test_the_router_of_llama_cpp_lists_the_same_commands(real):
 @with_llama_server
 def test_real_models_are_gone_soon_after_llmswap_was_killed(tmp_path):
     write_gguf(tmp_path / "one.gguf")
-    text = f"[llmswap]\nllama-server = {LLAMA_SERVER}\n[one]\nmodel = {tmp_path}/one.gguf"
+    text = (
+        f"[llmswap]\nllama-server = {LLAMA_SERVER}\n[one]\nmodel = {tmp_path}/one.gguf"
+    )
     with Llmswap(text) as proxy:
         assert proxy.post("/v1/chat/completions", real_chat("one")).status == 200
         assert family(proxy.token)
@@ -16181,7 +16384,10 @@ def bench_real_swap(words, option, preset, times):
     port, (name, prefix) = free_port(), option
     argv = [word.format(preset=preset) for word in words]
     argv += ["--models-max", "1", name, f"{prefix}{port}"]
-    environ = {**os.environ, "PATH": f"{Path(LLAMA_SERVER).parent}:{os.environ['PATH']}"}
+    environ = {
+        **os.environ,
+        "PATH": f"{Path(LLAMA_SERVER).parent}:{os.environ['PATH']}",
+    }
     with open(BENCH_FOLDER / "log", "ab") as log:
         process = subprocess.Popen(argv, stdout=log, stderr=log, env=environ)
     found = []
@@ -19067,7 +19273,9 @@ def strike_leave(plight):
 
 
 def strike_reload(plight):
-    plight.swap.reload(plight.swap.text.replace("FAKE", plight.swap.fake + " --lines 1"))
+    plight.swap.reload(
+        plight.swap.text.replace("FAKE", plight.swap.fake + " --lines 1")
+    )
     eventually(lambda: "(reload)" in plight.swap.log())
 
 
@@ -19160,7 +19368,11 @@ def test_the_table_of_faults_is_complete():
     assert cells == list(itertools.product(FAULTS, FAULT_STATES))
 
 
-HANGS = ["m hung: neither", "m (m.service) hung: neither", "it does not answer any more"]
+HANGS = [
+    "m hung: neither",
+    "m (m.service) hung: neither",
+    "it does not answer any more",
+]
 
 
 @pytest.mark.parametrize("kind, said", [*zip(("cmd", "unit", "remote"), HANGS)])
