@@ -833,7 +833,7 @@ class Texts:
         try:
             value = key.parse(expand(text, {**self.variables, **more, **late}))
             if key.name in QUOTED_KEYS:
-                shlex.split(text)
+                shlex.split(text if late else value)
         except ValueError as error:
             raise ConfigError(f"{entry.place}: {error}") from None
         return text if late else value
@@ -1111,7 +1111,8 @@ class Model(NamedTuple):
             for strength, layer in enumerate(self.options)
             for key, entry in layer.items()
         }
-        return self.kind, values, environment, options
+        has_variables = bool(self.texts.macros) and "${" in str(options)
+        return self.kind, values, environment, options, has_variables
 
 
 def variables_of(model, port) -> dict:
@@ -2524,6 +2525,7 @@ TICK = 0.5  # s; how long a relay's socket may be silent before the client is lo
 HEALTH_PATIENCE = 5.0  # s; a health check that was not answered by then is asked anew
 IDLE_CONNECTIONS = 16  # kept to one backend
 LAST_LINES = 200  # kept of what a backend wrote
+LONGEST_POLL = 2**31 - 1  # ms; poll takes no more, and who polls looks again anyway
 LONGEST_LINE = 16384  # bytes; a longer one is cut into several
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20  # of Linux's sock_diag(7)
@@ -3037,7 +3039,6 @@ class HealthCheck:
             self.found = self._judge(error)
         return self.found
 
-
     def _judge(self, error):
         kind = type(error).__name__  # by name: plain HTTP is not to import ssl
         if kind in TLS_WANTS:
@@ -3145,9 +3146,7 @@ class Watch:
         if check is not None:
             self._poll.register(check, check.events)
         try:
-            events = self._poll.poll(
-                None if timeout == math.inf else math.ceil(timeout * 1e3)
-            )
+            events = self._poll.poll(math.ceil(min(timeout * 1e3, LONGEST_POLL)))
         finally:
             if check is not None:
                 self.remove(check)
@@ -3649,6 +3648,7 @@ def examine(life):
         found = verdict(life, check, until, now + HEALTH_PATIENCE)
         is_answered = found is Health.READY or check.was_answered
         if not is_answered:
+            life._may_hope()  # who has no news of its end looks whether it runs
             pause(life, min(until, now + 1.0))
     life._suspicion = None
     if not (is_answered or life.is_over() or life.upstream.is_answering(limit)):
@@ -4426,8 +4426,8 @@ class UnitBackend:
             self._is_exited = not self._is_running()
 
     def _is_listener_ours(self):
-        if self.pid is None:
-            return self._is_running()
+        if self.pid is None:  # once ready, it is looked after
+            return self._is_ready or self._is_running()
         main = process_stat(self.pid)
         if main is None or main.state in "ZX":
             return False  # it is somebody else who answers
@@ -4627,7 +4627,10 @@ class RemoteBackend:
             self.rest(time.monotonic() + TICK)  # it may be a server that drains
 
     def _bring_down(self):
-        raise StartFailed(f"{self._title} did not wake up")
+        """It did not wake up: perhaps its machine sleeps, too, and can be woken."""
+        self._is_exited, now = False, time.monotonic()
+        if ask_health(self, now + HEALTH_PATIENCE, now).found is Health.READY:
+            raise StartFailed(f"{self._title} did not wake up")
 
     def _end(self):
         self.upstream.close()
@@ -5017,6 +5020,8 @@ class Pool:
                 slot = self._scheduler.slots.get(names[unit])
                 if slot is None or slot.is_held or self._is_closed:
                     continue
+                if self.config.models[slot.name].settings.unit != unit:
+                    continue  # since a reload, which looks for its own
                 self._log("info", f"{slot.name}: {unit} runs already")
                 backend = self._new_backend(slot.name)
                 backend.generation = self._scheduler.found(slot.name, self._clock())
@@ -5103,6 +5108,9 @@ class Pool:
         with self._lock:
             if name not in self._scheduler.slots:
                 raise _removed(name)
+            model = self.config.models.get(name)
+            if model and model.problem:  # since a reload, which `_check` did not see
+                raise Unusable(model.problem)
             now = self._used_at = self._clock()
             ticket = self._scheduler.submit(name, now, is_loose, is_by_hand)
             self._turn()
@@ -5589,7 +5597,7 @@ def rivals_of(model: Model, models: Mapping[str, Model]) -> List[str]:
     """Return the other units that listen where this one does."""
     where, others = address_of(model), models.values()
     units = {each.settings.unit for each in others if address_of(each) == where}
-    return sorted(units - {model.settings.unit})
+    return sorted(units - {model.settings.unit}) if where else []
 
 
 def address_of(model: Model) -> Dict[str, int]:
@@ -11044,7 +11052,8 @@ class Program:
         if not self._signals:
             waiter = select.poll()
             waiter.register(self._bell, select.POLLIN)
-            waiter.poll(None if timeout is None else math.ceil(timeout * 1000))
+            timeout = LONGEST_POLL if timeout is None else timeout * 1000
+            waiter.poll(math.ceil(min(timeout, LONGEST_POLL)))
             self._bell.silence()
         return self._signals.popleft() if self._signals else None
 

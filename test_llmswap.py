@@ -107,10 +107,11 @@ class BrokenAnswer(Exception):
 
 
 def free_port():
-    """A port nobody listens on, outside the range the kernel gives to clients, and
-    that of others who run a share of the same tests."""
+    """A port nobody listens on, below those that llmswap gives to model servers and the
+    kernel to clients, above those that browsers refuse, and not one of who runs another
+    share of the same tests."""
     while True:
-        port = random.randrange(12000 + SHARE, 32000, SHARES)
+        port = random.randrange(6700 + SHARE, 10000, SHARES)
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
@@ -1442,6 +1443,13 @@ def test_the_process_depends_on_macros(tmp_path, line):
     assert launches[0] == launches[1] != launches[2]
 
 
+def test_the_first_macro_is_a_new_process_where_options_have_variables(tmp_path):
+    for value, is_same in (("x", True), ("${MODEL_ID}", False), ("$${x}", False)):
+        old, new = [read(tmp_path, f"{macros}[a]\nm = {value}").models["a"].launch
+                    for macros in ("", "[macros]\ny = 1\n")]
+        assert (old == new) is is_same, value
+
+
 # ---- Names -----------------------------------------------------------------------
 
 
@@ -1549,10 +1557,11 @@ def test_an_ordinary_file_gives_no_warning(tmp_path):
     ("default-model = nobody", "default-model: there is no model 'nobody'"),
     ("api-key-file = /nowhere/keys", "api-key-file: [Errno 2]"),
     ("idle-command = 'x", "idle-command: No closing quotation"),
+    ("idle-command = x ${env.QUOTE}", "idle-command: No closing quotation"),
 ])
 def test_errors_in_llmswap_stop_the_start(tmp_path, line, reason):
     with pytest.raises(ConfigError) as caught:
-        read(tmp_path, f"[a]\nm = x\n[llmswap]\n{line}")
+        read(tmp_path, f"[a]\nm = x\n[llmswap]\n{line}", {"QUOTE": "'"})
     assert str(caught.value).startswith(f"m.ini:4: [llmswap] {reason}")
 
 
@@ -5270,6 +5279,34 @@ def test_what_is_loaded_on_startup_does_not_hold_up_the_start(tmp_path, monkeypa
     stage.life("a").end()
 
 
+def test_a_model_spoiled_by_a_reload_while_it_is_looked_at_holds_up_nobody(
+    stage, monkeypatch
+):
+    text = "[llmswap]\nmodels-max = 1\nbudget = vram 1G\n[a]\nTRUE\nneeds = vram 2G\n"
+    config = stage.config(text + "[b]\nTRUE\n")
+    monkeypatch.setattr(llmswap, "check_start", lambda _: stage.pool.reload(config))
+    assert "the budget is 1G" in str(stage.ask("a").refused())
+    stage.ask("b")
+    assert stage.state("b") == "loading"
+
+
+def test_a_unit_that_a_reload_replaces_while_it_is_looked_for_is_not_adopted(
+    tmp_path, monkeypatch
+):
+    text = "[a]\nunit = {}.service\nproxy = http://127.0.0.1:3004\n"
+    stage = PoolStage(tmp_path, text.format("old"))
+
+    def running(*_, **__):
+        monkeypatch.setattr(llmswap, "running_units", lambda *_, **__: set())
+        stage.pool.reload(stage.config(text.format("new")))
+        return {"old.service"}
+
+    monkeypatch.setattr(llmswap, "running_units", running)
+    monkeypatch.setattr(Puppet, "adopt", Puppet.start, raising=False)
+    stage.pool._adopt({"old.service": "a"})
+    assert stage.state("a") == "unloaded" and not stage.lives
+
+
 def test_a_feed_gives_its_followers_what_was_and_what_comes_once_each():
     feed = llmswap.Feed(3)
     for number in range(5):
@@ -5843,7 +5880,8 @@ for name in names:
     elif verb == "show":
         print("LoadState=" + ("loaded" if read(name, "cmd") else "not-found"))
         print("ActiveState=" + state(name))
-        print("MainPID=" + (read(name, "pid") if state(name) == "active" else "0"))
+        is_known = state(name) == "active" and not os.path.exists(path(name, "forks"))
+        print("MainPID=" + (read(name, "pid") if is_known else "0"))
         status = read(name, "status") or "0"
         print("Result=" + ("success" if status == "0" else "exit-code"))
         print("ExecMainStatus=" + status)
@@ -5970,6 +6008,17 @@ def test_a_unit_of_the_system_manager_is_asked_for_there(units):
     assert all(call.startswith("--system") for call in units.calls())
 
 
+def test_the_rivals_of_a_unit_listen_where_it_does_and_can_be_used(tmp_path):
+    def unit(name, more=""):
+        return f"[{name}]\nunit = {name}.service\nproxy = http://127.0.0.1:3004\n{more}"
+
+    broken = "wrong = 1\n"
+    text = unit("a") + unit("b") + unit("c", broken) + "[d]\ncmd = serve ${PORT}\n"
+    models = read(tmp_path, text + unit("e", broken)).models
+    rivals = [llmswap.rivals_of(models[name], models) for name in "abc"]
+    assert rivals == [["b.service"], ["a.service"], []]
+
+
 def test_two_units_share_one_port_and_are_never_confused(units):
     port = free_port()
     units.add("a", "--load", "0.1", "--stop-delay", "0.2", port=port)
@@ -6041,6 +6090,55 @@ def test_a_unit_that_stops_by_itself_is_noticed_and_started_again(units):
         assert "model loaded" in model["status"]["error"]  # from its journal
         assert server.chat("a").status == 200
         assert any("reset-failed" in call for call in units.calls())
+
+
+@pytest.fixture
+def forking(units, monkeypatch):
+    """Begin the life of a unit whose main process systemd does not know."""
+    for name, value in units.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(llmswap, "ERRAND_PATIENCE", 0.6)
+    monkeypatch.setattr(llmswap, "JOURNAL_MOMENT", 0.01)
+    monkeypatch.setattr(llmswap, "LOOK_EVERY", 0.1)
+    backends = []
+
+    def begin(limit):
+        port, path = free_port(), units.folder / "forking.ini"
+        units.add("a", port=port)
+        (units.folder / "a.service.forks").touch()
+        path.write_text(unit_ini(("a", port), hang_timeout=limit))
+        backend = llmswap.UnitBackend(llmswap.load_config(path).models["a"], [], 0.0)
+        backends.append(backend)
+        backend.news = []
+        backend.on_loaded = lambda _: backend.news.append("loaded")
+        backend.on_exited = lambda _, problem: backend.news.append(str(problem))
+        backend.on_dying = backend.on_line = lambda _: None
+        backend.start()
+        eventually(lambda: backend.news == ["loaded"])
+        return backend
+
+    yield begin
+    for backend in backends:
+        backend.stop()
+        eventually(backend._has_ended.is_set)
+
+
+def test_the_end_of_a_forking_unit_is_noticed_while_it_is_suspected(units, forking):
+    backend, pid = forking("30s"), units.pid("a")
+    os.kill(pid, signal.SIGSTOP)
+    backend.suspect()
+    assert backend._suspicion is not None
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: "ended by itself" in backend.news[-1], timeout=5)
+
+
+def test_a_forking_unit_that_answers_hangs_not_though_systemd_does(units, forking):
+    backend = forking("300ms")
+    (units.folder / "a.service.hang-show").touch()
+    backend.suspect()
+    eventually(lambda: backend._suspicion is None)
+    assert backend.news == ["loaded"] and backend.is_there(0)
+    (units.folder / "a.service.hang-show").unlink()
 
 
 def test_a_unit_stopped_by_somebody_else_is_no_failure(units):
@@ -6377,7 +6475,7 @@ class Machine:
 
 @pytest.fixture
 def machine():
-    found = Machine("--load", "0.1")
+    found = Machine("--load", "0.1", "--sleepable")
     yield found
     found.off()
 
@@ -6468,6 +6566,19 @@ def test_a_remote_that_vanished_is_waited_for_and_not_called_broken(machine):
         status = server.get("/v1/models/far").json()["status"]
         assert status["value"] == "loaded" and "failed" not in status
         assert "could not" not in server.log()
+
+
+def test_a_machine_that_was_switched_off_while_its_model_slept_is_waited_for(machine):
+    machine.on()
+    lines = ["sleep = POST /sleep?level=1", "wake = POST /wake_up", "needs = gpu 2"]
+    text = "[llmswap]\nbudget = gpu 2\n" + remote_ini(machine.port, *lines)
+    with brisk(text + "needs = gpu 1\n") as server:
+        assert server.chat("far").status == server.chat("near").status == 200
+        assert server.states() == {"far": "sleeping", "near": "loaded"}
+        machine.off()
+        timer = threading.Timer(0.2, machine.on)
+        timer.start()
+        assert server.chat("far").content().startswith("far ")
 
 
 def test_a_stream_from_a_remote_that_vanishes_ends_broken(machine):
@@ -13607,6 +13718,17 @@ def test_it_leaves_if_nothing_was_loaded_or_asked_for_long(
     program._manager = SimpleNamespace(tell=told.append)
     assert program._may_leave() is may_leave
     assert told == ["STOPPING=1"] * may_leave
+
+
+def test_what_is_to_come_in_a_month_is_waited_for():
+    month = 30 * 86400.0
+    watch = llmswap.Watch()
+    watch.ring()
+    assert watch.rest(time.monotonic() + month)
+    program = llmswap.Program(SimpleNamespace(verbose=False), no_models())
+    for seconds in (month, None):
+        program._bell.ring()
+        assert program._next_signal(seconds) is None
 
 
 def test_who_waits_in_the_backlog_keeps_it_from_leaving():
