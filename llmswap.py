@@ -2522,7 +2522,7 @@ class Scheduler:
 # ==================================================================================
 
 TICK = 0.5  # s; how long a relay's socket may be silent before the client is looked at
-HEALTH_PATIENCE = 5.0  # s; a health check that was not answered by then is asked anew
+HEALTH_PATIENCE = 5.0  # s; a check during a load not answered by then is asked anew
 IDLE_CONNECTIONS = 16  # kept to one backend
 LAST_LINES = 200  # kept of what a backend wrote
 LONGEST_POLL = 2**31 - 1  # ms; poll takes no more, and who polls looks again anyway
@@ -3413,6 +3413,7 @@ def _live(life):
         problem = _story(life)
     except Problem as error:
         problem = error.with_traceback(None)  # whose frames would keep us alive
+        problem.__context__ = None  # and so would those of what led to it
     except Exception as error:  # a bug, or no descriptors: never a silent thread
         problem = StartFailed(f"{life.model.name}: {type(error).__name__}: {error}")
     life._end()
@@ -3678,7 +3679,7 @@ def wake_up(life) -> bool:
     check = question(life, life.model.settings.wake or ROUSE)
     if check.is_unasked:
         raise OSError(check.reason)
-    if verdict(life, check, until) is Health.READY:
+    if verdict(life, check, until, began + CONNECT_PATIENCE) is Health.READY:
         check = await_health(life, until, began)
     is_awake = check.found is Health.READY
     if is_awake:
@@ -10562,6 +10563,8 @@ def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
             f"systemd passed its sockets to process {pid}, not to us ({os.getpid()}): "
             "start llmswap without a shell around it, or with exec"
         )
+    if not count.isdecimal():
+        return [], f"LISTEN_FDS is {count!r}, which is no number"
     listeners = []
     for fd in range(3, 3 + int(count)):
         os.set_inheritable(fd, False)

@@ -4654,6 +4654,24 @@ def test_a_fork_that_fails_is_a_failed_start(begin, monkeypatch, number):
     begin().loaded()
 
 
+def test_a_failed_start_leaves_no_descriptor_to_the_garbage_collector(
+    begin, monkeypatch
+):
+    def fail(*_, **__):
+        raise OSError(errno.EMFILE, "no descriptor is left")
+
+    monkeypatch.setattr(llmswap.subprocess, "Popen", fail)
+    before = len(os.listdir("/proc/self/fd"))
+    gc.disable()
+    try:
+        life = begin()
+        assert "no descriptor is left" in str(life.exited())
+        life.backend = Gone(None)
+        eventually(lambda: len(os.listdir("/proc/self/fd")) <= before, timeout=3)
+    finally:
+        gc.enable()
+
+
 def test_without_pidfd_an_exit_is_noticed_all_the_same(begin, monkeypatch):
     monkeypatch.delattr(os, "pidfd_open")
     life = begin()
@@ -6568,7 +6586,8 @@ def test_a_remote_that_vanished_is_waited_for_and_not_called_broken(machine):
         assert "could not" not in server.log()
 
 
-def test_a_machine_that_was_switched_off_while_its_model_slept_is_waited_for(machine):
+@pytest.mark.parametrize("is_silent", [False, True])
+def test_a_machine_that_left_while_its_model_slept_is_waited_for(machine, is_silent):
     machine.on()
     lines = ["sleep = POST /sleep?level=1", "wake = POST /wake_up", "needs = gpu 2"]
     text = "[llmswap]\nbudget = gpu 2\n" + remote_ini(machine.port, *lines)
@@ -6576,9 +6595,27 @@ def test_a_machine_that_was_switched_off_while_its_model_slept_is_waited_for(mac
         assert server.chat("far").status == server.chat("near").status == 200
         assert server.states() == {"far": "sleeping", "near": "loaded"}
         machine.off()
-        timer = threading.Timer(0.2, machine.on)
+        with contextlib.ExitStack() as stack:
+            if is_silent:
+                stack.enter_context(full_backlog(machine.port))
+            stack.callback(machine.on)
+            timer = threading.Timer(0.5, stack.pop_all().close)
         timer.start()
         assert server.chat("far").content().startswith("far ")
+        assert "did not wake up" in server.log()
+
+
+@contextmanager
+def full_backlog(port):
+    """Who listens there drops what comes, as a machine that sleeps does."""
+    with socket.create_server(("127.0.0.1", port), backlog=0):
+        crowd = [socket.socket() for _ in range(3)]
+        for sock in crowd:
+            sock.setblocking(False)
+            sock.connect_ex(("127.0.0.1", port))
+        yield
+        for sock in crowd:
+            sock.close()
 
 
 def test_a_stream_from_a_remote_that_vanishes_ends_broken(machine):
@@ -6616,13 +6653,8 @@ def test_a_frozen_machine_is_asked_before_a_request_is_sent(machine):
 def test_a_remote_that_does_not_even_accept_is_soon_taken_to_be_asleep(
     monkeypatch, tmp_path
 ):
-    """A full backlog drops what comes, as a machine that sleeps does."""
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
-        port = listener.getsockname()[1]
-        crowd = [socket.socket() for _ in range(3)]
-        for sock in crowd:
-            sock.setblocking(False)
-            sock.connect_ex(("127.0.0.1", port))
+    port = free_port()
+    with full_backlog(port):
         path = tmp_path / "remote.ini"
         path.write_text(remote_ini(port))
         backend = llmswap.RemoteBackend(llmswap.load_config(path).models["far"])
@@ -6638,8 +6670,6 @@ def test_a_remote_that_does_not_even_accept_is_soon_taken_to_be_asleep(
         assert backend.is_there(0.5) is False
         assert 0.25 < time.monotonic() - began < 0.8
         eventually(lambda: calls == ["dying", ("exited", None)])
-        for sock in crowd:
-            sock.close()
 
 
 def test_a_remote_llmswap_is_a_model_like_any_other(machine):
@@ -13778,10 +13808,13 @@ def test_what_systemd_passes_is_used_if_it_listens(tmp_path, kind):
     assert "descriptor 3 from systemd is not a listening stream socket" in told
 
 
-def test_sockets_meant_for_another_process_are_not_taken():
-    environ = {"LISTEN_FDS": "1", "LISTEN_PID": "1", "LISTEN_FDNAMES": "http"}
+@pytest.mark.parametrize(
+    "count, pid, said", [("1", 1, "without a shell"), ("x", os.getpid(), "no number")]
+)
+def test_sockets_that_are_not_for_us_are_not_taken(count, pid, said):
+    environ = {"LISTEN_FDS": count, "LISTEN_PID": str(pid), "LISTEN_FDNAMES": "http"}
     listeners, complaint = llmswap.take_listeners(environ)
-    assert listeners == [] and "without a shell" in complaint and environ == {}
+    assert listeners == [] and said in complaint and environ == {}
 
 
 class Notifications:
