@@ -3426,11 +3426,8 @@ def may_share_processor() -> bool:
     """Whether to keep threads that serve clients to one processor: they share a lock,
     and no filter of system calls, such as a unit may have, could kill who asks."""
     has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
-    try:
-        with open("/proc/self/status", "rb") as file:
-            is_filtered = b"\nSeccomp:\t2\n" in file.read()
-    except OSError:
-        return False  # not Linux
+    told = _kernel_says("/proc/self/status")  # nothing: it is not Linux
+    is_filtered = not told or "\nSeccomp:\t2\n" in told
     return has_lock and not is_filtered and hasattr(os, "sched_setaffinity")
 
 
