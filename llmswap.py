@@ -31,8 +31,8 @@ Rooms, each using only what stands above it:
     9  API            what each path means; the only place that writes an error
     10 Command line   arguments, logging, signals, the order of shutdown
 
-Threads. One accepts connections; one serves each connection, request after request, all
-of these on one processor; one lives the life of each backend, from spawn to death; one
+Threads. One accepts connections; one serves each connection, request after request;
+one lives the life of each backend, from spawn to death; one
 turns the Pool's wheel when time alone changes something; one looks how far loads are;
 one writes the log; one replaces a dead guard; where they are wanted, one talks to
 systemd and one sees to the idle command. The main thread hears signals. What they share
@@ -2531,8 +2531,6 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20  # of Linux's sock_diag(7)
 ONE, DUMP = 1, 0x301  # of netlink(7): what a question asks for
 PORT_TRIES = 3
-MOST_PROCESSORS = 256  # of a machine, those switched off included
-MOST_WAITING = 2  # for a processor, threads of all; with more, ours keep to no one
 SO_MEMINFO, TCP_ESTABLISHED = 55, 1  # of Linux's socket(7) and tcp(7)
 SIGNS_EVERY = 1.0  # s; so often a silent load is looked at for signs of life
 
@@ -3408,7 +3406,6 @@ def begin(life):
 
 
 def _live(life):
-    use_all_processors()
     try:
         problem = _story(life)
     except Problem as error:
@@ -3419,35 +3416,6 @@ def _live(life):
     life._end()
     life.on_exited(life, problem)
     life._has_ended.set()
-
-
-@functools.lru_cache(maxsize=None)
-def may_share_processor() -> bool:
-    """Whether to keep threads that serve clients to one processor: they share a lock,
-    and no filter of system calls, such as a unit may have, could kill who asks."""
-    has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
-    told = _kernel_says("/proc/self/status")  # nothing: it is not Linux
-    is_filtered = not told or "\nSeccomp:\t2\n" in told
-    return has_lock and not is_filtered and hasattr(os, "sched_setaffinity")
-
-
-def are_processors_busy() -> bool:
-    """Whether threads of this machine wait for a processor. OSError: nobody knows."""
-    with open("/proc/loadavg", "rb") as file:
-        running = int(file.read().split()[3].partition(b"/")[0])
-    return running > (os.cpu_count() or 1) + MOST_WAITING
-
-
-def use_all_processors():
-    """Let this thread, and whom it starts, run wherever the main thread may: a thread
-    that serves clients is kept to one processor, and so are those that it starts."""
-    if not may_share_processor():
-        return
-    with contextlib.suppress(OSError):  # who forbids it has nobody kept to one
-        os.sched_setaffinity(0, range(MOST_PROCESSORS))  # those not there now as well
-        may_use = os.sched_getaffinity(os.getpid())
-        if os.sched_getaffinity(0) != may_use:
-            os.sched_setaffinity(0, may_use)
 
 
 def _story(life):
@@ -9229,7 +9197,6 @@ class Handler(socketserver.BaseRequestHandler):
         self.is_on_loopback = _is_loopback(self.request.getsockname())
         self.is_unread = False  # the client may be sending what nobody reads
         self.let_in = self.let_in_by = None  # the fields of a head, and a configuration
-        self.processor = -1  # the one this thread is kept to; None: none, -1: who knows
         if self.request.family != socket.AF_UNIX:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         set_tick(self.request)
@@ -9263,8 +9230,6 @@ class Handler(socketserver.BaseRequestHandler):
         """Serve one request; return whether the connection can serve another."""
         self.began = time.monotonic()
         self.config = self.pool.config
-        if self.processor != self.server.processor:
-            self._join_others()
         self.head = self.body = self.model = self.reply = None
         self.waited = None
         try:
@@ -9289,16 +9254,6 @@ class Handler(socketserver.BaseRequestHandler):
         self.is_unread = self.body is None or not self.body.is_complete
         self.body, self.wire.on_silence = None, self.late  # frees what it held
         return self.reply.stays
-
-    def _join_others(self):
-        """Run where all do who serve clients: Python lets only one of them run at a
-        time, and handing this over from processor to processor costs as much again as
-        a whole small request."""
-        self.processor = self.server.processor
-        if self.processor is None:
-            return use_all_processors()
-        with contextlib.suppress(OSError):  # it may have been taken from us
-            os.sched_setaffinity(0, {self.processor})
 
     def _read_head(self):
         self.late.extend()
@@ -10280,8 +10235,6 @@ class Server(socketserver.ThreadingTCPServer):
         self.born = int(time.time())
         self.entries = {}  # of /v1/models: see Handler._entries
         self.is_closing = False
-        self.processor = None  # for all threads that serve clients; None: any
-        self._choose_at = 0.0  # the next time; at once we would see our own threads
         self.most_connections = min(MOST_CONNECTIONS, raise_descriptor_limit() // 2)
         self._bell = Bell()
         self._is_paused = False
@@ -10305,7 +10258,6 @@ class Server(socketserver.ThreadingTCPServer):
         """Accept until stopped. Sleeps while nothing happens."""
         waiter = select.poll()
         waiter.register(self._bell, select.POLLIN)
-        self._choose_processor()
         listeners = {each.fileno(): each for each in self.sockets}
         for fd, listener in listeners.items():
             listener.setblocking(False)
@@ -10328,8 +10280,6 @@ class Server(socketserver.ThreadingTCPServer):
             self.log("error", f"a connection could not be accepted: {error}")
             time.sleep(0.1)
             return
-        if time.monotonic() > self._choose_at and self.pool.idle_since() is not None:
-            self._choose_processor()
         connection.setblocking(True)  # elsewhere than on Linux it is as its listener
         try:
             self._admit(connection, address)
@@ -10337,15 +10287,6 @@ class Server(socketserver.ThreadingTCPServer):
             self.log("error", f"a connection could not be served: {error}")
             self._open.discard(connection)
             self._turn_away(connection, str(error))
-
-    def _choose_processor(self):
-        """Who serves from now on runs where this thread was put, if there was room: of
-        busy processors one gives us a smaller share than all of them."""
-        self._choose_at = time.monotonic() + 1.0
-        if may_share_processor():
-            with contextlib.suppress(OSError):  # no descriptor is left
-                here = None if are_processors_busy() else process_stat("thread-self")
-                self.processor = here and here.processor
 
     def _admit(self, connection, address):
         why = f"{self.most_connections} connections are open already"
