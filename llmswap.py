@@ -1771,7 +1771,7 @@ class ModelSpec(NamedTuple):
     stop_timeout: float = 10.0
 
 
-class Usage(NamedTuple):
+class ModelUsage(NamedTuple):
     """What one backend takes of models-max and of the budget."""
 
     name: str
@@ -1793,7 +1793,7 @@ class Limits(NamedTuple):
     queue_max: int = 512
     queue_timeout: float = 0.0
 
-    def allow(self, usages: Iterable[Usage]) -> bool:
+    def allow(self, usages: Iterable[ModelUsage]) -> bool:
         """Whether all of these fit together; then fewer of them fit, too."""
         usages = list(usages)
         if self.models_max and sum(each.places for each in usages) > self.models_max:
@@ -1938,15 +1938,15 @@ class ModelState:
         limit = self.spec.concurrency
         return not limit or self.in_flight < limit or ticket.preemptible
 
-    def usage(self) -> Usage:
+    def usage(self) -> ModelUsage:
         """What it takes now."""
         if self.is_asleep:
             places = int(self.spec.takes_place and not self.spec.can_sleep)
-            return Usage(self.name, places, self.spec.sleep_needs)
+            return ModelUsage(self.name, places, self.spec.sleep_needs)
         return self.usage_when_loaded()
 
-    def usage_when_loaded(self) -> Usage:
-        return Usage(self.name, int(self.spec.takes_place), self.spec.needs)
+    def usage_when_loaded(self) -> ModelUsage:
+        return ModelUsage(self.name, int(self.spec.takes_place), self.spec.needs)
 
     def last_used(self) -> float:
         """When it was last granted, or became ready (by hand, for example)."""
