@@ -88,6 +88,7 @@ if __name__ == "__main__" and __file__[-4:] != ".pyc" and not sys._getframe().f_
 
 import bisect
 import collections
+import concurrent.futures
 import contextlib
 import enum
 import errno
@@ -1683,17 +1684,17 @@ class Reading:
 
 
 # ==================================================================================
-# 3  Scheduling: who starts, who goes, who is served next.
-#    Never knows time, threads, sockets, processes, the log or the configuration.
+# 3  Scheduling: which models run, which are stopped, which request is served next.
+#    Never knows clocks, threads, sockets, processes, the log or the configuration.
 #
-#    Events change plain data and decide nothing. `decide(now)` looks at what is, walks
-#    the queue from the oldest ticket to the youngest, and returns decisions as values;
-#    `look_again` then names the moment at which time alone may change the outcome.
+#    Events change plain data and decide nothing. `decide(now)` walks the queue from
+#    the oldest ticket to the youngest and returns decisions as values, and with them
+#    the next deadline: the moment at which time alone may change the outcome.
 #    All times are seconds on one clock of the caller's. One thread at a time.
 #
-#        submit, withdraw, release ──┐                       ┌── Grant, Refuse
-#        loaded, slept, exited ──────┼──> slots and queue ──>┤
-#        unload, configure, close ───┘     decide(now)       └── Start, Stop
+#        submit, finish ─────────────┐                        ┌── Grant, Refuse
+#        loaded, slept, exited ──────┼──> models and queue ──>┤
+#        unload, configure, close ───┘      decide(now)       └── Start, Stop
 # ==================================================================================
 
 
@@ -1708,7 +1709,7 @@ class State(enum.Enum):
 
 
 class Event(enum.Enum):
-    """What moves a slot from one state to the next."""
+    """What moves a model from one state to the next."""
 
     START = "start"
     LOADED = "loaded"
@@ -1721,19 +1722,19 @@ NEXT_STATE = {
     State.UNLOADED: {Event.START: State.LOADING},
     State.LOADING: {
         Event.LOADED: State.LOADED,
-        Event.SLEPT: State.LOADING,  # news from before the wake
+        Event.SLEPT: State.LOADING,  # reported before it was told to wake
         Event.STOP: State.UNLOADING,
         Event.EXITED: State.UNLOADED,
     },
     State.LOADED: {
         Event.LOADED: State.LOADED,
-        Event.SLEPT: State.SLEEPING,  # by its own choice
+        Event.SLEPT: State.SLEEPING,  # by itself
         Event.STOP: State.UNLOADING,
         Event.EXITED: State.UNLOADED,
     },
     State.SLEEPING: {
-        Event.START: State.LOADING,  # a wake is a start
-        Event.LOADED: State.LOADED,  # woke unasked
+        Event.START: State.LOADING,  # waking is a start
+        Event.LOADED: State.LOADED,  # woke by itself
         Event.SLEPT: State.SLEEPING,
         Event.STOP: State.UNLOADING,
         Event.EXITED: State.UNLOADED,
@@ -1745,18 +1746,18 @@ NEXT_STATE = {
     },
 }
 
-SHORTEST_GAP = 0.005  # s; a client that answers at once comes back within this
-UNKNOWN_COST = 1.0  # s; what a swap is taken to cost before one was seen
-LONGEST_PATIENCE = 30.0  # s
-LONGEST_BACK_OFF = 60.0  # s
-FREE_FAILURES = 3  # so many failed loads in a row cost no delay
+MIN_RETURN_GAP = 0.005  # s; a client that sends its next request at once needs less
+UNKNOWN_SWAP_COST = 1.0  # s; assumed before a swap was measured
+MAX_PATIENCE = 30.0  # s
+MAX_BACKOFF = 60.0  # s
+FREE_FAILURES = 3  # so many failed loads in a row cause no back-off
 
 
-class Spec(NamedTuple):
+class ModelSpec(NamedTuple):
     """What scheduling must know of a model. Times in seconds; 0 means never, no limit.
 
-    `takes_place` False: it runs elsewhere, does not count towards models-max, and may
-    be asked again at once when it did not come up: it sleeps, which is no failure.
+    `takes_place` False: the model runs on another machine, does not count towards
+    models-max, and its failed loads cause no back-off: that machine may be asleep.
     `can_sleep`: it is put to sleep instead of stopped when another needs its room.
     """
 
@@ -1770,8 +1771,8 @@ class Spec(NamedTuple):
     stop_timeout: float = 10.0
 
 
-class Holding(NamedTuple):
-    """What one backend takes of what there is."""
+class ModelUsage(NamedTuple):
+    """What one backend takes of models-max and of the budget."""
 
     name: str
     places: int
@@ -1779,10 +1780,10 @@ class Holding(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What may be loaded together, and how long a ticket is kept waiting for it.
+    """What may be loaded together, and how long a ticket waits for it.
 
-    `patience` None: learned from what swaps cost. `models_max`, `queue_max` and
-    `queue_timeout` 0: no limit.
+    `patience` None: learned from the measured cost of swaps. `models_max`, `queue_max`
+    and `queue_timeout` 0: no limit.
     """
 
     models_max: int = 1
@@ -1792,50 +1793,50 @@ class Limits(NamedTuple):
     queue_max: int = 512
     queue_timeout: float = 0.0
 
-    def allow(self, holdings: Iterable[Holding]) -> bool:
-        """Whether all of these may be held at once; fewer of them then may be, too."""
-        held = list(holdings)
-        if self.models_max and sum(each.places for each in held) > self.models_max:
+    def allow(self, usages: Iterable[ModelUsage]) -> bool:
+        """Whether all of these fit together; then fewer of them fit, too."""
+        usages = list(usages)
+        if self.models_max and sum(each.places for each in usages) > self.models_max:
             return False
         for resource, amount in self.budget.items():
-            if sum(each.needs.get(resource, 0) for each in held) > amount:
+            if sum(each.needs.get(resource, 0) for each in usages) > amount:
                 return False
         if not self.sets:
             return True
-        names = {each.name for each in held if each.places}
+        names = {each.name for each in usages if each.places}
         return len(names) < 2 or any(names <= together for together in self.sets)
 
 
 class Grant(NamedTuple):
-    """Let this ticket's request go to its backend."""
+    """The request of this ticket may use its backend."""
 
     ticket: "Ticket"
 
 
 class Refuse(NamedTuple):
-    """Answer this ticket's request with this problem."""
+    """The request of this ticket fails with this problem."""
 
     ticket: "Ticket"
     problem: Problem
 
 
 class Start(NamedTuple):
-    """Start the backend of this model, or wake it; report under this generation."""
+    """Start the backend of this model, or wake it; its events carry this run."""
 
     name: str
-    generation: int
+    run: int
     is_wake: bool = False
 
 
 class Stop(NamedTuple):
     """Stop the backend of this model, or put it to sleep.
 
-    `cause` is evicted, idle, unload, reload, abandoned or shutdown; `newcomer` is who
-    needs the room. A backend that is not loaded yet is to be killed.
+    `cause` is evicted, idle, unload, reload, abandoned or shutdown; `newcomer` is the
+    model that needs the room. A backend that is still loading is to be killed.
     """
 
     name: str
-    generation: int
+    run: int
     cause: str
     newcomer: Optional[str] = None
     to_sleep: bool = False
@@ -1844,71 +1845,66 @@ class Stop(NamedTuple):
 class Ticket:
     """A request that waits for a backend or, once granted, holds a lease of it.
 
-    `outcome` is None while it waits, GRANTED, or the Problem it was refused with.
-    A loose ticket's lease ends when its model is stopped; nobody waits for it.
+    A preemptible lease ends when its model is stopped; no stop waits for it. A manual
+    ticket loads the model and holds no lease.
     """
 
     __slots__ = (
-        "number", "slot", "arrived", "is_loose", "is_by_hand",
-        "generation", "outcome", "waiter",
+        "number", "model", "arrived", "preemptible", "manual", "run", "waiter",
     )  # fmt: skip
 
-    def __init__(self, number, slot, arrived, is_loose=False, is_by_hand=False):
+    def __init__(self, number, model, arrived, preemptible=False, manual=False):
         self.number = number
-        self.slot = slot
+        self.model = model
         self.arrived = arrived
-        self.is_loose = is_loose
-        self.is_by_hand = is_by_hand
-        self.generation = None
-        self.outcome = None
-        self.waiter = None  # the caller's own
+        self.preemptible = preemptible
+        self.manual = manual
+        self.run = None  # of the backend that was granted
+        self.waiter = None  # belongs to the caller
 
     def __repr__(self):
-        return f"Ticket({self.number}, {self.slot.name!r})"
+        return f"Ticket({self.number}, {self.model.name!r})"
 
 
-GRANTED = "granted"
-
-
-class Slot:
-    """One model's place in the schedule: its state, its leases and what was learned.
+class ModelState:
+    """One model in the schedule: its state, its leases and what was measured.
 
     Only the Scheduler changes it.
     """
 
-    def __init__(self, name: str, spec: Spec):
+    def __init__(self, name: str, spec: ModelSpec):
         self.name = name
         self.spec = spec
         self.state = State.UNLOADED
-        self.changed_at = None  # when it came into its state; None: never
-        self.generation = 0
+        self.changed_at = None  # when it entered its state; None: never
+        self.run = 0  # number of its current backend
         self.in_flight = 0
-        self.loose = 0
+        self.preemptible = 0  # leases that no stop waits for
         self.waiting = 0  # tickets in the queue
         self.last_grant = -math.inf
         self.started_at = self.stopped_at = self.ready_at = self.idle_since = 0.0
-        self.fell_idle = None  # when the pause that runs now began
+        self.pause_began = None  # when it became idle, until the next request
         self.pauses = collections.deque(maxlen=8)
         self.drains_for = None  # the ticket that needs its room
-        self.evicted_for = None  # the slot that needed its room, until that is ready
+        self.evicted_for = None  # the model that needed its room, until that is ready
         self.load_seconds = self.stop_seconds = None
         self.failures = 0
         self.last_failure = None
         self.retry_at = -math.inf
-        self.idle_timeout = None  # as a request set it, until unloaded; inf: never
+        self.idle_timeout = None  # set by a request, until unloaded; inf: never
         self.unload_by = None  # stopped by hand: no grants; leases are cut then
         self.stop_cause = None
-        self.is_asleep = False  # it is, or was when it was told to stop
-        self.is_falling_asleep = False  # it was told to sleep, not to stop
-        self.successor = None  # the Spec that a reload puts here once this one is gone
-        self.removal = None  # the Problem its tickets meet since a reload dropped it
+        self.is_asleep = False  # asleep, or was when it was told to stop
+        self.is_falling_asleep = False  # told to sleep, not to stop
+        self.replacement = None  # the spec that a reload sets once the backend is gone
+        self.removal_error = None  # refuses its tickets once a reload removed it
 
     def advance(self, event: Event, now: float):
-        """Move to the next state; a KeyError is a bug found."""
+        """Move to the next state; a KeyError is a bug."""
         state = NEXT_STATE[self.state][event]
         if state is not self.state:
             self.state, self.changed_at = state, now
-        if event is not Event.STOP:  # who is told to go holds what it held
+        if event is not Event.STOP:  # a stopping backend still holds what it held
             self.is_asleep = state is State.SLEEPING
 
     @property
@@ -1921,63 +1917,54 @@ class Slot:
 
     @property
     def is_reserved(self) -> bool:
-        """Whether it loads, or has loaded, for somebody whom it has not served yet."""
+        """Whether it loads, or has loaded, for a ticket that was not granted yet."""
         is_new = self.state is State.LOADED and self.last_grant < self.ready_at
         return bool(self.waiting) and (is_new or self.state is State.LOADING)
-
-    @property
-    def is_retiring(self) -> bool:
-        return self.successor is not None or self.removal is not None
 
     @property
     def needs_room(self) -> bool:
         return bool(self.spec.takes_place or self.spec.needs)
 
     @property
-    def is_closed(self) -> bool:
-        """Whether it grants nothing because it is to go, whoever asks."""
-        return self.unload_by is not None or self.is_retiring
+    def is_stopping_soon(self) -> bool:
+        """Whether it drains for an unload by hand or a reload, and grants nothing."""
+        reloaded = self.replacement is not None or self.removal_error is not None
+        return self.unload_by is not None or reloaded
 
-    @property
-    def is_departing(self) -> bool:
-        """Whether it goes, or is to go, whoever asks."""
-        return self.state is State.UNLOADING or self.is_closed
-
-    def is_ready_for(self, is_loose: bool) -> bool:
-        """Whether it can serve one more lease of this kind now."""
-        if self.state is not State.LOADED or self.is_closed:
+    def is_ready_for(self, ticket: Ticket) -> bool:
+        """Whether the ticket can have a lease now."""
+        if self.state is not State.LOADED or self.is_stopping_soon:
             return False
         limit = self.spec.concurrency
-        return not limit or self.in_flight < limit or is_loose
+        return not limit or self.in_flight < limit or ticket.preemptible
 
-    def holding(self) -> Holding:
+    def usage(self) -> ModelUsage:
         """What it takes now."""
         if self.is_asleep:
             places = int(self.spec.takes_place and not self.spec.can_sleep)
-            return Holding(self.name, places, self.spec.sleep_needs)
-        return self.full_holding()
+            return ModelUsage(self.name, places, self.spec.sleep_needs)
+        return self.usage_when_loaded()
 
-    def full_holding(self) -> Holding:
-        """What it takes when loaded."""
-        return Holding(self.name, int(self.spec.takes_place), self.spec.needs)
+    def usage_when_loaded(self) -> ModelUsage:
+        return ModelUsage(self.name, int(self.spec.takes_place), self.spec.needs)
 
-    def last_wanted(self) -> float:
-        """When it was last granted, or loaded (by hand, say)."""
+    def last_used(self) -> float:
+        """When it was last granted, or became ready (by hand, for example)."""
         return max(self.last_grant, self.ready_at)
 
-    def note_arrival(self, now: float):
-        """A request came: the pause since the model fell idle, if any, is over."""
-        if self.fell_idle is not None:
-            self.pauses.append(now - self.fell_idle)
-            self.fell_idle = None
+    def record_arrival(self, now: float):
+        """A request arrived: the pause since the model became idle, if any, is over."""
+        if self.pause_began is not None:
+            self.pauses.append(now - self.pause_began)
+            self.pause_began = None
 
-    def note_idle(self, now: float):
-        """Its last request left, answered or not."""
+    def record_idle(self, now: float):
+        """A request left, served or not; a pause begins with the last one."""
         self.idle_since = now
         if self.is_idle:
-            self.fell_idle = now
+            self.pause_began = now
 
-    def note_failure(self, problem: Problem, now: float):
+    def record_failure(self, problem: Problem, now: float):
         """A load failed; from the third in a row on, the next must wait."""
         self.last_failure = problem
         if not self.spec.takes_place:
@@ -1985,30 +1972,29 @@ class Slot:
         self.failures += 1
         surplus = self.failures - FREE_FAILURES
         if surplus >= 0:
-            self.retry_at = now + min(LONGEST_BACK_OFF, 2.0 ** min(surplus, 16))
+            self.retry_at = now + min(MAX_BACKOFF, 2.0 ** min(surplus, 16))
 
-    def forgive(self):
-        """Forget failed loads: the next start is free."""
+    def reset_failures(self):
         self.failures, self.retry_at = 0, -math.inf
 
-    def swap_cost(self, newcomer: "Slot") -> float:
+    def swap_cost(self, newcomer: "ModelState") -> float:
         """Seconds to stop this model, load the newcomer, and load this one again."""
         loads = [self.load_seconds, newcomer.load_seconds]
         known = sum(seconds for seconds in loads + [self.stop_seconds] if seconds)
         if None in loads:
-            known = max(known, UNKNOWN_COST)
-        return min(known, LONGEST_PATIENCE)
+            known = max(known, UNKNOWN_SWAP_COST)
+        return min(known, MAX_PATIENCE)
 
     def return_gap(self, cost: float) -> float:
-        """Seconds of silence after which its clients are taken not to return soon."""
+        """Seconds of silence after which its clients are not expected back soon."""
         short = [pause for pause in self.pauses if pause < cost / 4]
         if not short or 2 * len(short) < len(self.pauses):
-            return SHORTEST_GAP
-        return max(SHORTEST_GAP, 2 * max(short))
+            return MIN_RETURN_GAP
+        return max(MIN_RETURN_GAP, 2 * max(short))
 
     def unload_at(self) -> float:
-        """When it is to be unloaded for being idle; inf: not as things are."""
-        if self.in_flight or self.waiting or self.loose or self.spec.is_pinned:
+        """When its idle time ends; inf: it is in use, or never unloads."""
+        if self.in_flight or self.waiting or self.preemptible or self.spec.is_pinned:
             return math.inf
         timeout = self.idle_timeout
         if timeout is None:
@@ -2017,266 +2003,253 @@ class Slot:
 
 
 def choose_victims(
-    candidates: Iterable[Slot], makes_room: Callable[[FrozenSet[Slot]], bool]
-) -> Optional[FrozenSet[Slot]]:
+    candidates: Iterable[ModelState],
+    makes_room: Callable[[FrozenSet[ModelState]], bool],
+) -> Optional[FrozenSet[ModelState]]:
     """Return the candidates to evict, or None if even all of them make no room.
 
-    No busy one before any idle ones, then the fewest, then the least recently granted.
+    No busy one before any idle ones, then the fewest, then the least recently used.
     """
-    by_age = sorted(candidates, key=Slot.last_wanted)
+    by_age = sorted(candidates, key=ModelState.last_used)
     if not makes_room(frozenset(by_age)):
         return None
-    idle = [slot for slot in by_age if slot.is_idle]
-    busy = [slot for slot in by_age if not slot.is_idle]
+    idle = [model for model in by_age if model.is_idle]
+    busy = [model for model in by_age if not model.is_idle]
     busy = _fewest(busy, lambda chosen: makes_room(chosen.union(idle)))
     return busy | _fewest(idle, lambda chosen: makes_room(chosen | busy))
 
 
-def _fewest(slots: List[Slot], makes_room) -> FrozenSet[Slot]:
-    """The smallest sufficient choice, older slots first. All of them must suffice.
+def _fewest(models: List[ModelState], makes_room) -> FrozenSet[ModelState]:
+    """The smallest sufficient choice, older models first. All together must suffice.
 
-    Beyond a few hundred choices (all there are of eight slots, all pairs of twenty) it
-    settles for one that has no member too many.
+    After 256 choices (all there are of eight models, all pairs of twenty), a choice
+    that has no superfluous member is good enough.
     """
-    tries = (
+    choices = (
         frozenset(choice)
-        for size in range(len(slots) + 1)
-        for choice in itertools.combinations(slots, size)
+        for size in range(len(models) + 1)
+        for choice in itertools.combinations(models, size)
     )
-    for choice in itertools.islice(tries, 256):
+    for choice in itertools.islice(choices, 256):
         if makes_room(choice):
             return choice
-    chosen = frozenset(slots)
-    for slot in reversed(slots):
-        if makes_room(chosen - {slot}):
-            chosen -= {slot}
+    chosen = frozenset(models)
+    for model in reversed(models):
+        if makes_room(chosen - {model}):
+            chosen -= {model}
     return chosen
 
 
 class Scheduler:
     """Decides which models run and which tickets are served. See the banner above."""
 
-    def __init__(self, limits: Limits, specs: Mapping[str, Spec]):
+    def __init__(self, limits: Limits, specs: Mapping[str, ModelSpec]):
         self.limits = limits
-        self.slots = {name: Slot(name, spec) for name, spec in specs.items()}
-        self.held = {}  # name -> Slot, those that are not unloaded
-        self.look_again = math.inf
+        self.models = {name: ModelState(name, spec) for name, spec in specs.items()}
+        self.held = {}  # name -> ModelState, those that are not unloaded
         self._queue = {}  # number -> Ticket, oldest first
         self._numbers = itertools.count(1)
-        self._generations = itertools.count(1)  # of all models: names come and go
-        self._decisions = []  # taken since the last decide(), some by events
-        self._leaving = {}  # Slot -> the ticket that it drains for
-        self._going = {}  # Slot that goes, or is to make room -> when it begins to
-        self._closing = None  # the Problem that every ticket meets once closed
+        self._runs = itertools.count(1)  # of all models: names come and go
+        self._decisions = []  # since the last decide(); events refuse tickets, too
+        self._next_deadline = math.inf
+        self._draining = {}  # ModelState -> the ticket that it drains for
+        self._stopping = {}  # ModelState that stops or is to make room -> when
+        self._closing_error = None  # refuses every ticket once closed
 
     # -- events: requests ------------------------------------------------------------
 
-    def submit(self, name: str, now: float, is_loose=False, is_by_hand=False) -> Ticket:
-        """Queue a request for the model; the next `decide` may grant or refuse it.
-
-        By hand (load it, serve nobody): its lease ends at once, failures are forgiven.
-        """
-        slot = self.slots[name]
-        ticket = Ticket(next(self._numbers), slot, now, is_loose, is_by_hand)
-        if is_by_hand:
-            slot.forgive()
+    def submit(
+        self, name: str, now: float, preemptible: bool = False, manual: bool = False
+    ) -> Ticket:
+        """Queue a request for the model; the next `decide` may grant or refuse it."""
+        model = self.models[name]
+        ticket = Ticket(next(self._numbers), model, now, preemptible, manual)
+        if manual:
+            model.reset_failures()
         else:
-            slot.note_arrival(now)
+            model.record_arrival(now)
         self._queue[ticket.number] = ticket
-        slot.waiting += 1
+        model.waiting += 1
         return ticket
 
-    def submit_to_ready(
-        self, name: str, now: float, is_loose=False
-    ) -> Optional[Ticket]:
-        """Grant a request for the model at once, if `submit` and `decide` would do that
-        and nothing else; else do nothing. Most requests find their model ready."""
-        slot = self.slots[name]
-        if self._queue or self._closing or not slot.is_ready_for(is_loose):
-            return None
-        ticket = Ticket(next(self._numbers), slot, now, is_loose)
-        slot.note_arrival(now)
-        self._give(ticket, now)
-        return ticket
+    def finish(self, ticket: Ticket, now: float):
+        """The request has ended or its client has left; call it once.
 
-    def withdraw(self, ticket: Ticket, now: float):
-        """The ticket's client is gone, whether it waits, is granted or was refused."""
+        The ticket may be waiting, granted or refused.
+        """
+        model = ticket.model
         if ticket.number in self._queue:
-            self._leave_queue(ticket)
-            ticket.slot.note_idle(now)
-        elif ticket.outcome is GRANTED:
-            self.release(ticket, now)
-
-    def is_settled(self, slot: Slot, now: float) -> bool:
-        """Whether `decide` has nothing to do after the withdrawal of a ticket of this
-        slot, but for setting `look_again`, which is done here."""
-        if self._queue or self._decisions or slot.is_closed:
-            return False
-        moment = slot.unload_at()
-        if moment < self.look_again:
-            self.look_again = moment
-        return now < moment
-
-    def release(self, ticket: Ticket, now: float):
-        """The request of a granted ticket has ended; call it once."""
-        slot = ticket.slot
-        if ticket.generation != slot.generation or not slot.is_held:
-            return  # its backend went first and took all leases along
-        if ticket.is_loose:
-            slot.loose -= 1
+            self._dequeue(ticket)
+        elif ticket.run != model.run or not model.is_held:
+            return  # refused, or its backend exited, and all leases with it
+        elif ticket.preemptible:
+            model.preemptible -= 1
         else:
-            slot.in_flight -= 1
-        slot.note_idle(now)
+            model.in_flight -= 1
+        model.record_idle(now)
 
     def keep_alive(self, name: str, seconds: float):
         """Set the idle timeout of a model until it unloads; below 0: never unload."""
-        self.slots[name].idle_timeout = seconds if seconds >= 0 else math.inf
+        self.models[name].idle_timeout = seconds if seconds >= 0 else math.inf
 
     # -- events: backends ------------------------------------------------------------
 
-    def loaded(self, name: str, generation: int, now: float):
+    def loaded(self, name: str, run: int, now: float):
         """The backend is ready: loaded, or awake again."""
-        slot = self._slot_of(name, generation)
-        if slot is None:
+        model = self._current(name, run)
+        if model is None:
             return
-        if slot.state is State.LOADING:
-            if slot.started_at > -math.inf:
-                slot.load_seconds = now - slot.started_at
-            slot.ready_at = slot.idle_since = now
-            slot.last_grant = -math.inf  # of this life
-            slot.forgive()
-            slot.last_failure = None
-            self._end_pauses(slot)
-        slot.advance(Event.LOADED, now)
+        if model.state is State.LOADING:
+            if model.started_at > -math.inf:
+                model.load_seconds = now - model.started_at
+            model.ready_at = model.idle_since = now
+            model.last_grant = -math.inf  # of this run
+            model.reset_failures()
+            model.last_failure = None
+            self._end_pauses(model)
+        model.advance(Event.LOADED, now)
 
     def _end_pauses(self, newcomer):
-        """Who did not come back to a victim while the newcomer loaded was not about to:
-        he may even be the one who asked for the newcomer."""
-        for slot in self.slots.values():
-            if slot.evicted_for is newcomer:
-                slot.evicted_for = None
-                if slot.fell_idle is not None:
-                    slot.note_arrival(math.inf)
+        """End the pause of each model evicted for `newcomer`.
 
-    def dying(self, name: str, generation: int, now: float):
-        """The loaded backend has ended by itself; `exited` follows once it is gone."""
-        slot = self._slot_of(name, generation)
-        if slot is not None and slot.state in (State.LOADED, State.SLEEPING):
-            slot.advance(Event.STOP, now)
-            slot.stopped_at = now
-            slot.stop_cause, slot.is_falling_asleep = "died", False
+        Its clients did not return while the newcomer loaded; a client that alternates
+        between the two caused that load itself.
+        """
+        for model in self.models.values():
+            if model.evicted_for is newcomer:
+                model.evicted_for = None
+                if model.pause_began is not None:
+                    model.record_arrival(math.inf)
 
-    def found(self, name: str, now: float) -> int:
-        """The backend ran before we did, and is ready once `loaded` says so; return the
-        generation it has from now on."""
-        slot = self.slots[name]
-        self._begin_life(slot, now)
-        slot.started_at = -math.inf  # who knows when
-        return slot.generation
+    def crashed(self, name: str, run: int, now: float):
+        """The loaded backend is ending by itself; `exited` follows once it is gone."""
+        model = self._current(name, run)
+        if model is not None and model.state in (State.LOADED, State.SLEEPING):
+            model.advance(Event.STOP, now)
+            model.stopped_at = now
+            model.stop_cause, model.is_falling_asleep = "crashed", False
 
-    def slept(self, name: str, generation: int, now: float):
-        """The backend sleeps: as it was told to, or by its own choice."""
-        slot = self._slot_of(name, generation)
-        if slot is None:
+    def adopted(self, name: str, now: float) -> int:
+        """The backend already runs, and `loaded` follows once it is known to be ready.
+
+        Return the run of its events.
+        """
+        model = self.models[name]
+        self._begin_run(model, now)
+        model.started_at = -math.inf  # unknown
+        return model.run
+
+    def slept(self, name: str, run: int, now: float):
+        """The backend sleeps: as it was told to, or by itself."""
+        model = self._current(name, run)
+        if model is None:
             return
-        if slot.state is State.UNLOADING:
-            if not slot.is_falling_asleep:
-                return  # of its own choice, but it goes
-            slot.stop_seconds = now - slot.stopped_at
-            slot.stop_cause = slot.drains_for = None
-        slot.advance(Event.SLEPT, now)
+        if model.state is State.UNLOADING:
+            if not model.is_falling_asleep:
+                return  # fell asleep by itself, but is to stop
+            model.stop_seconds = now - model.stopped_at
+            model.stop_cause = model.drains_for = None
+        model.advance(Event.SLEPT, now)
 
     def exited(
-        self, name: str, generation: int, now: float, failure: Optional[Problem] = None
+        self, name: str, run: int, now: float, failure: Optional[Problem] = None
     ):
-        """The backend is gone and holds nothing. `failure`: why, if nobody told it."""
-        slot = self._slot_of(name, generation)
-        if slot is None:
+        """The backend is gone and holds nothing. `failure`: why it ended by itself."""
+        model = self._current(name, run)
+        if model is None:
             return
-        if slot.state is State.UNLOADING and slot.stop_cause != "died":
-            slot.stop_seconds = now - slot.stopped_at
-        elif slot.state is State.LOADING:
+        if model.state is State.UNLOADING and model.stop_cause != "crashed":
+            model.stop_seconds = now - model.stopped_at
+        elif model.state is State.LOADING:
             failure = failure or Problem(f"{name} ended while it was loading")
-            slot.note_failure(failure, now)
+            model.record_failure(failure, now)
             self.refuse_waiting(name, failure)
         elif failure is not None:
-            slot.last_failure = failure
-        slot.advance(Event.EXITED, now)
-        self._clear(slot)
+            model.last_failure = failure
+        model.advance(Event.EXITED, now)
+        self._end_run(model)
 
-    def _slot_of(self, name, generation):
-        slot = self.slots.get(name)
-        if slot is None or slot.generation != generation or not slot.is_held:
+    def _current(self, name, run):
+        """The model if this is its current run; None if the event comes too late."""
+        model = self.models.get(name)
+        if model is None or model.run != run or not model.is_held:
             return None
-        return slot
+        return model
 
-    def _clear(self, slot):
-        """Nothing of the slot's last life is left; a reload may now take effect."""
-        del self.held[slot.name]
-        slot.in_flight = slot.loose = 0
-        slot.idle_timeout = slot.unload_by = slot.stop_cause = slot.drains_for = None
-        if slot.removal is not None:
-            del self.slots[slot.name]
-        elif slot.successor is not None:
-            slot.spec, slot.successor = slot.successor, None
-            slot.forgive()
+    def _end_run(self, model):
+        """Forget what belonged to the run; a reload may now take effect."""
+        del self.held[model.name]
+        model.in_flight = model.preemptible = 0
+        model.idle_timeout = model.unload_by = None
+        model.stop_cause = model.drains_for = None
+        if model.removal_error is not None:
+            del self.models[model.name]
+        elif model.replacement is not None:
+            model.spec, model.replacement = model.replacement, None
+            model.reset_failures()
 
-    # -- events: people --------------------------------------------------------------
+    # -- events: operators -----------------------------------------------------------
 
     def unload(self, name: str, now: float, problem: Problem) -> bool:
-        """Stop a model by hand; who waits for it is refused. False if it is unloaded.
+        """Stop a model by hand and refuse its tickets; False if it is not loaded.
 
-        Requests in flight have its stop timeout to end, then their backend goes.
+        Requests in flight have its stop timeout to end, then the backend is stopped.
         """
-        slot = self.slots[name]
+        model = self.models[name]
         self.refuse_waiting(name, problem)
-        if slot.is_held and slot.unload_by is None:
-            slot.unload_by = now + slot.spec.stop_timeout
-        return slot.is_held
+        if model.is_held and model.unload_by is None:
+            model.unload_by = now + model.spec.stop_timeout
+        return model.is_held
 
     def configure(
-        self, limits: Limits, specs: Mapping[str, Spec], changed: Sequence[str], gone
+        self,
+        limits: Limits,
+        specs: Mapping[str, ModelSpec],
+        changed: Sequence[str],
+        removal_error: Callable[[str], Problem],
     ):
         """Take over a new configuration.
 
-        Backends in `changed` drain and are replaced, those not in `specs` drain and go;
-        `gone(name)` gives the Problem for tickets of the latter. No lease is cut.
+        Backends in `changed` drain and are replaced, those not in `specs` drain and
+        stop; `removal_error(name)` refuses tickets of the latter. No lease is cut.
         """
         self.limits = limits
-        for name in [name for name in self.slots if name not in specs]:
-            self._remove(name, gone(name))
+        for name in [name for name in self.models if name not in specs]:
+            self._remove(name, removal_error(name))
         for name, spec in specs.items():
-            slot = self.slots.setdefault(name, Slot(name, spec))
-            if slot.is_held and (name in changed or slot.is_retiring):
-                slot.successor, slot.removal = spec, None
+            model = self.models.setdefault(name, ModelState(name, spec))
+            is_replaced = model.replacement or model.removal_error
+            if model.is_held and (name in changed or is_replaced):
+                model.replacement, model.removal_error = spec, None
             else:
-                slot.spec = spec
+                model.spec = spec
                 if name in changed:
-                    slot.forgive()
+                    model.reset_failures()
 
     def _remove(self, name, problem):
-        slot = self.slots[name]
+        model = self.models[name]
         self.refuse_waiting(name, problem)
-        if slot.is_held:
-            slot.removal, slot.successor = problem, None
+        if model.is_held:
+            model.removal_error, model.replacement = problem, None
         else:
-            del self.slots[name]
+            del self.models[name]
 
     def refuse_waiting(self, name: str, problem: Problem):
         """Refuse every ticket that waits for the model."""
-        for ticket in [each for each in self._queue.values() if each.slot.name == name]:
-            self._refuse(ticket, problem)
+        for ticket in list(self._queue.values()):
+            if ticket.model.name == name:
+                self._refuse(ticket, problem)
 
     def close(self, problem: Problem):
-        """From now on `decide` refuses every ticket, those that wait already, too."""
-        self._closing = problem
+        """From now on `decide` refuses every ticket, waiting or new."""
+        self._closing_error = problem
 
     def stop_all(self, now: float):
-        """Stop every backend now, whoever uses it."""
-        for slot in self.held.values():
-            slot.unload_by = -math.inf
+        """Stop every backend now, in use or not."""
+        for model in self.held.values():
+            model.unload_by = -math.inf
 
-    # -- what is ---------------------------------------------------------------------
+    # -- counts ----------------------------------------------------------------------
 
     @property
     def queued(self) -> int:
@@ -2285,43 +2258,46 @@ class Scheduler:
 
     @property
     def in_flight(self) -> int:
-        """How many requests are with a backend, loose ones aside."""
-        return sum(slot.in_flight for slot in self.held.values())
+        """How many leases there are that are not preemptible."""
+        return sum(model.in_flight for model in self.held.values())
 
     # -- decisions -------------------------------------------------------------------
 
-    def decide(self, now: float) -> List[NamedTuple]:
-        """Return what is to be done now, in this order, and set `look_again`."""
-        while self._serve_queue(now) or self._stop_the_leaving(now):
-            pass  # what was done may let others do more
+    def decide(self, now: float) -> Tuple[List[NamedTuple], float]:
+        """Return what is to be done now, in this order, and the next deadline."""
+        while self._serve_queue(now) or self._stop_models(now):
+            pass  # each decision may make others possible
         decisions, self._decisions = self._decisions, []
-        return decisions
+        return decisions, self._next_deadline
 
     def _look_again_at(self, moment):
-        self.look_again = min(self.look_again, moment)
+        self._next_deadline = min(self._next_deadline, moment)
 
     def _serve_queue(self, now):
-        """Walk the queue once; say whether to do so again, as that changed anything."""
-        self.look_again = math.inf
-        held = self.held.values()
-        self._leaving = {each: each.drains_for for each in held if each.drains_for}
-        going = [each for each in held if each.is_departing or each.drains_for]
-        self._going = dict.fromkeys(going, -math.inf)
-        before = len(self._decisions), len(self._leaving)
-        wanted = {}  # name -> what this ticket and older ones wait for
-        waiting, is_full = 0, False  # whether that alone fills the limits
+        """Walk the queue once; return whether anything changed."""
+        self._next_deadline = math.inf
+        self._draining, self._stopping = {}, {}
+        for model in self.held.values():
+            if model.drains_for:
+                self._draining[model] = model.drains_for
+            is_stopping = model.state is State.UNLOADING or model.is_stopping_soon
+            if is_stopping or model.drains_for:
+                self._stopping[model] = -math.inf
+        before = len(self._decisions), len(self._draining)
+        wanted = {}  # name -> usage that this ticket and older ones wait for
+        waiting, is_full = 0, False  # whether `wanted` alone fills the limits
         for ticket in list(self._queue.values()):
-            is_first = ticket.slot.name not in wanted
-            if self._settle(ticket, is_first, waiting, now):
+            is_first = ticket.model.name not in wanted
+            if self._resolve(ticket, is_first, waiting, now):
                 continue
             waiting += 1
             if is_first:
-                wanted[ticket.slot.name] = ticket.slot.full_holding()
-                is_full = self._pursue(ticket, wanted, is_full, now)
-        return before != (len(self._decisions), len(self._leaving))
+                wanted[ticket.model.name] = ticket.model.usage_when_loaded()
+                is_full = self._try_start(ticket, wanted, is_full, now)
+        return before != (len(self._decisions), len(self._draining))
 
-    def _settle(self, ticket, is_first, waiting, now):
-        """Grant or refuse a ticket if it is time to; say whether it was."""
+    def _resolve(self, ticket, is_first, waiting, now):
+        """Grant or refuse a ticket if that is due; return whether it was."""
         if is_first and self._may_grant(ticket):
             self._grant(ticket, now)
             return True
@@ -2331,182 +2307,176 @@ class Scheduler:
         return problem is not None
 
     def _may_grant(self, ticket):
-        drains_for = self._leaving.get(ticket.slot)
-        if self._closing or drains_for and drains_for.number < ticket.number:
+        drains_for = self._draining.get(ticket.model)
+        if self._closing_error or drains_for and drains_for.number < ticket.number:
             return False
-        return ticket.slot.is_ready_for(ticket.is_loose)
+        return ticket.model.is_ready_for(ticket)
 
     def _refusal_of(self, ticket, waiting, now):
-        """Why a ticket has no chance, no time or no place to wait; None: it has."""
-        slot, limits = ticket.slot, self.limits
-        if self._closing or slot.removal:
-            return self._closing or slot.removal
+        """Why a ticket may not wait (any longer); None: it may."""
+        model, limits = ticket.model, self.limits
+        if self._closing_error or model.removal_error:
+            return self._closing_error or model.removal_error
         if limits.queue_timeout:
             ends = ticket.arrived + limits.queue_timeout
             if now >= ends:
-                return QueueTimeout(slot.name, limits.queue_timeout)
+                return QueueTimeout(model.name, limits.queue_timeout)
             self._look_again_at(ends)
-        if not slot.is_held and now < slot.retry_at:
-            return BackingOff(slot.last_failure, slot.retry_at - now)
+        if not model.is_held and now < model.retry_at:
+            return BackingOff(model.last_failure, model.retry_at - now)
         is_full = limits.queue_max and waiting >= limits.queue_max
         return QueueFull(limits.queue_max) if is_full else None
 
     def _grant(self, ticket, now):
-        self._leave_queue(ticket)
-        self._give(ticket, now)
+        model = ticket.model
+        self._dequeue(ticket)
+        ticket.run = model.run
+        if ticket.manual:
+            model.record_idle(now)
+        else:
+            model.last_grant = now
+            if ticket.preemptible:
+                model.preemptible += 1
+            else:
+                model.in_flight += 1
         self._decisions.append(Grant(ticket))
 
-    def _give(self, ticket, now):
-        """Make it a lease."""
-        slot = ticket.slot
-        ticket.generation = slot.generation
-        ticket.outcome = GRANTED
-        if ticket.is_by_hand:
-            slot.note_idle(now)
-        else:
-            slot.last_grant = now
-            if ticket.is_loose:
-                slot.loose += 1
-            else:
-                slot.in_flight += 1
-
     def _refuse(self, ticket, problem):
-        self._leave_queue(ticket)
-        ticket.outcome = problem
+        self._dequeue(ticket)
         self._decisions.append(Refuse(ticket, problem))
 
-    def _leave_queue(self, ticket):
+    def _dequeue(self, ticket):
         del self._queue[ticket.number]
-        ticket.slot.waiting -= 1
+        ticket.model.waiting -= 1
         self._spare_victims(ticket)
 
     def _spare_victims(self, ticket):
-        for slot in self.held.values():
-            if slot.drains_for is ticket:
-                slot.drains_for = None
+        for model in self.held.values():
+            if model.drains_for is ticket:
+                model.drains_for = None
 
-    def _pursue(self, ticket, wanted, is_full, now):
-        """Get the ticket's model loaded: start it, or make room, or wait for room.
+    def _try_start(self, ticket, wanted, is_full, now):
+        """Start the ticket's model, or make room for it, or wait for room.
 
         Return whether what is wanted fills the limits, so that no younger ticket can
         start anything that takes room.
         """
-        slot = ticket.slot
-        is_down = slot.state in (State.UNLOADED, State.SLEEPING)
-        may_start = is_down and not slot.is_closed and slot not in self._leaving
-        if not slot.needs_room:
+        model = ticket.model
+        is_down = model.state in (State.UNLOADED, State.SLEEPING)
+        stays = not model.is_stopping_soon and model not in self._draining
+        may_start = is_down and stays
+        if not model.needs_room:
             if may_start:
                 self._start(ticket, now)
             return is_full
         if is_full or not self.limits.allow(wanted.values()):
             return True
-        if may_start and not self._fits(wanted, self._going.keys()):
-            self._choose(ticket, wanted, now)
-        elif may_start and self._fits({slot.name: wanted[slot.name]}):
+        if may_start and not self._fits(wanted, self._stopping.keys()):
+            self._evict(ticket, wanted, now)
+        elif may_start and self._fits({model.name: wanted[model.name]}):
             self._start(ticket, now)
         return False
 
-    def _fits(self, wanted, going=frozenset()):
-        """Whether it fits beside all that is there, but for those that are going."""
+    def _fits(self, wanted, stopping=frozenset()):
+        """Whether `wanted` fits beside all that is held, except what is stopping."""
         others = [
-            each.holding()
+            each.usage()
             for each in self.held.values()
-            if each.name not in wanted and each not in going
+            if each.name not in wanted and each not in stopping
         ]
         return self.limits.allow([*wanted.values(), *others])
 
     def _start(self, ticket, now):
-        slot, is_wake = ticket.slot, ticket.slot.state is State.SLEEPING
-        self._begin_life(slot, now)
+        model, is_wake = ticket.model, ticket.model.state is State.SLEEPING
+        self._begin_run(model, now)
         self._spare_victims(ticket)
-        self._decisions.append(Start(slot.name, slot.generation, is_wake))
+        self._decisions.append(Start(model.name, model.run, is_wake))
 
-    def _begin_life(self, slot, now):
-        if not slot.is_held:  # and is not woken
-            slot.generation = next(self._generations)
-        slot.advance(Event.START, now)
-        slot.started_at = now
-        self.held[slot.name] = slot
+    def _begin_run(self, model, now):
+        if not model.is_held:  # waking continues the run
+            model.run = next(self._runs)
+        model.advance(Event.START, now)
+        model.started_at = now
+        self.held[model.name] = model
 
-    def _choose(self, ticket, wanted, now):
-        """Choose victims for the ticket, or name the time when they may be chosen."""
+    def _evict(self, ticket, wanted, now):
+        """Choose victims for the ticket, and let them drain once patience ends."""
         candidates = [
-            slot
-            for slot in self.held.values()
-            if slot.name not in wanted
-            and slot not in self._going
-            and self._is_evictable(slot)
+            model
+            for model in self.held.values()
+            if model.name not in wanted
+            and model not in self._stopping
+            and self._is_evictable(model)
         ]
         victims = choose_victims(
-            candidates, lambda chosen: self._fits(wanted, chosen.union(self._going))
+            candidates, lambda chosen: self._fits(wanted, chosen.union(self._stopping))
         )
         if victims is None:
-            return  # who is loading for someone, or pinned, stands in the way
-        dues = [self._due(ticket, victim, now) for victim in victims]
-        due = max([*dues, *self._going.values()])
-        self._going.update(dict.fromkeys(victims, due))
-        if due > now:
-            self._look_again_at(due)
+            return  # a pinned or reserved model is in the way
+        moments = [self._evictable_at(ticket, victim, now) for victim in victims]
+        moment = max([*moments, *self._stopping.values()])
+        self._stopping.update(dict.fromkeys(victims, moment))
+        if moment > now:
+            self._look_again_at(moment)
             return
         for victim in victims:
-            victim.drains_for = self._leaving[victim] = ticket
+            victim.drains_for = self._draining[victim] = ticket
 
-    def _is_evictable(self, slot):
-        if slot.spec.is_pinned or not slot.needs_room:
+    def _is_evictable(self, model):
+        if model.spec.is_pinned or not model.needs_room:
             return False
-        if slot.state is State.SLEEPING and slot.spec.can_sleep:
-            return bool(slot.spec.sleep_needs)
-        return not slot.is_reserved
+        if model.state is State.SLEEPING and model.spec.can_sleep:
+            return bool(model.spec.sleep_needs)
+        return not model.is_reserved
 
-    def _due(self, ticket, victim, now):
+    def _evictable_at(self, ticket, victim, now):
         """When the victim may begin to drain for the ticket."""
         if victim.state is not State.LOADED:
-            return now  # sleeping, or a load that nobody waits for any more
-        cost = victim.swap_cost(ticket.slot)
+            return now  # sleeping, or loading without a ticket that waits for it
+        cost = victim.swap_cost(ticket.model)
         patience = cost if self.limits.patience is None else self.limits.patience
-        due = max(ticket.arrived, victim.ready_at) + patience
+        moment = max(ticket.arrived, victim.ready_at) + patience
         if victim.is_idle:
-            due = min(due, victim.idle_since + victim.return_gap(cost))
-        return due
+            moment = min(moment, victim.idle_since + victim.return_gap(cost))
+        return moment
 
-    def _stop_the_leaving(self, now):
-        """Stop who has drained for any reason, or is idle; say whether anyone was."""
+    def _stop_models(self, now):
+        """Stop every model that is drained or idle long enough; return if any was."""
         before = len(self._decisions)
-        for slot in self.held.values():
-            cause, moment = self._end_of(slot)
+        for model in self.held.values():
+            cause, moment = self._stop_due(model)
             if now >= moment:
-                self._stop(slot, now, cause)
+                self._stop(model, now, cause)
             else:
                 self._look_again_at(moment)
         return len(self._decisions) != before
 
-    def _end_of(self, slot):
-        """Why it is to be stopped, and when; inf: not as things are."""
-        is_loading = slot.state is State.LOADING
-        once_drained = math.inf if slot.in_flight else -math.inf
-        if slot.state is State.UNLOADING:
+    def _stop_due(self, model):
+        """Why the model is to be stopped, and when; inf: not as things are."""
+        is_loading = model.state is State.LOADING
+        once_drained = math.inf if model.in_flight else -math.inf
+        if model.state is State.UNLOADING:
             return None, math.inf
-        if slot.unload_by is not None:
-            cause = "shutdown" if self._closing else "unload"
-            return cause, -math.inf if is_loading else min(slot.unload_by, once_drained)
-        if slot.is_retiring:
+        if model.unload_by is not None:
+            cause = "shutdown" if self._closing_error else "unload"
+            by = -math.inf if is_loading else min(model.unload_by, once_drained)
+            return cause, by
+        if model.is_stopping_soon:
             return "reload", once_drained
-        if slot in self._leaving:
+        if model in self._draining:
             return "abandoned" if is_loading else "evicted", once_drained
-        return "idle", math.inf if is_loading else slot.unload_at()
+        return "idle", math.inf if is_loading else model.unload_at()
 
-    def _stop(self, slot, now, cause):
+    def _stop(self, model, now, cause):
         newcomer, to_sleep = None, False
         if cause in ("evicted", "abandoned"):
-            slot.evicted_for = self._leaving[slot].slot
-            newcomer = slot.evicted_for.name
-            to_sleep = slot.spec.can_sleep and slot.state is State.LOADED
-        slot.advance(Event.STOP, now)
-        slot.stopped_at, slot.stop_cause = now, cause
-        slot.is_falling_asleep = to_sleep
-        self._decisions.append(
-            Stop(slot.name, slot.generation, cause, newcomer, to_sleep)
-        )
+            model.evicted_for = self._draining[model].model
+            newcomer = model.evicted_for.name
+            to_sleep = model.spec.can_sleep and model.state is State.LOADED
+        model.advance(Event.STOP, now)
+        model.stopped_at, model.stop_cause = now, cause
+        model.is_falling_asleep = to_sleep
+        self._decisions.append(Stop(model.name, model.run, cause, newcomer, to_sleep))
 
 
 # ==================================================================================
@@ -4747,22 +4717,23 @@ def shards_of(path: str) -> List[str]:
 # 5  Pool: the one lock; it carries the Scheduler's decisions out.
 #    Never knows HTTP or a client's socket, and never waits while it holds the lock.
 #
-#    The lock's law: the Scheduler and the dict of backends are touched only under it,
-#    and it is held just long enough to record an event and to carry out what follows
-#    (start a thread, ring a bell, free a waiter). No I/O, no sleep, no other lock.
+#    The lock guards the Scheduler and the dict of backends. It is held just long
+#    enough to record an event and to carry out what follows (start a thread, wake a
+#    backend's thread, resolve a future). No I/O and no sleep under it, and no other
+#    lock but that of a queue or a future, which nobody holds while waiting.
 # ==================================================================================
 
 
 ADOPT_PATIENCE = 1.0  # s; how long the start may wait for systemd to say what runs
-LOOK_AT_LOADS = 0.2  # s, from one look at what loads to the next
-LOAD_LINE_EVERY = 10.0  # s; so often the log tells of a load that takes long
-LONG_WAIT = 1.0  # s; worth a word in the log
+LOOK_AT_LOADS = 0.2  # s between two looks at the progress of loads
+LOAD_LINE_EVERY = 10.0  # s between two log lines about a load that takes long
+LONG_WAIT = 1.0  # s; a wait that is worth a log line
 
 
 class Feed:
-    """The last things said, for any number of followers. Any thread may call.
+    """The last items published, for any number of followers. Any thread may call.
 
-    A follower that does not keep up loses what it did not fetch.
+    A follower that does not keep up loses items.
     """
 
     BACKLOG = 10000
@@ -4770,52 +4741,48 @@ class Feed:
     def __init__(self, kept: int):
         self._kept = collections.deque(maxlen=kept)
         self._followers = set()
-        self._numbers = itertools.count()
+        self._lock = threading.Lock()
 
     def publish(self, item):
-        """Hand the item to all followers, at once and without blocking."""
-        numbered = (next(self._numbers), item)
-        self._kept.append(numbered)
-        for follower in list(self._followers):
-            if follower.qsize() < self.BACKLOG:
-                follower.put(numbered)
+        """Hand the item to all followers without waiting for any."""
+        with self._lock:
+            self._kept.append(item)
+            for follower in self._followers:
+                if follower.qsize() < self.BACKLOG:
+                    follower.put(item)
 
     def history(self) -> list:
-        """Return what is kept, oldest first."""
-        return [item for _, item in list(self._kept)]
+        """Return the items that are kept, oldest first."""
+        with self._lock:
+            return list(self._kept)
 
     @contextlib.contextmanager
-    def follow(self, with_history=True):
+    def follow(self, with_history: bool = True):
         """Yield `get(timeout)`: the next item, or None if there was none in time."""
         follower = queue.SimpleQueue()
-        self._followers.add(follower)
-        kept = collections.deque(list(self._kept))
-        last = kept[-1][0] if kept else -1
-        if not with_history:
-            kept.clear()
+        with self._lock:
+            for item in self._kept if with_history else ():
+                follower.put(item)
+            self._followers.add(follower)
 
         def get(timeout):
-            if kept:
-                return kept.popleft()[1]
-            number, item = last, None
             try:
-                while number <= last:
-                    number, item = follower.get(timeout=timeout)
+                return follower.get(timeout=timeout)
             except queue.Empty:
                 return None
-            return item
 
         try:
             yield get
         finally:
-            self._followers.discard(follower)
+            with self._lock:
+                self._followers.discard(follower)
 
 
 BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # s
 
 
 class Meters:
-    """What happened since the start, in numbers. Whoever calls holds the Pool's lock.
+    """What happened since the start, in numbers. The caller holds the Pool's lock.
 
     `counts` maps (metric, label, ...) to a number; the last label of a histogram is the
     index of a bucket. `speeds` has the tokens per second of each backend's last answer,
@@ -4826,7 +4793,7 @@ class Meters:
         self.counts = collections.Counter()
         self.speeds = {}
         self.reasons = {}
-        self._newcomers = set()  # others were evicted for them; not loaded yet
+        self._newcomers = set()  # not loaded yet, though others were evicted for them
 
     def count_request(
         self,
@@ -4843,12 +4810,11 @@ class Meters:
 
         The empty model: a request for none, or for one that is not known.
         """
-        counts = self.counts
-        counts["requests", model, status] += 1
-        counts["tokens_in", model] += tokens_in
-        counts["tokens_out", model] += tokens_out
-        counts["bytes_in", model] += bytes_in
-        counts["bytes_out", model] += bytes_out
+        self.counts["requests", model, status] += 1
+        self.counts["tokens_in", model] += tokens_in
+        self.counts["tokens_out", model] += tokens_out
+        self.counts["bytes_in", model] += bytes_in
+        self.counts["bytes_out", model] += bytes_out
         self._observe("durations", model, seconds)
         if waited is not None:
             self._observe("waits", model, waited)
@@ -4861,14 +4827,14 @@ class Meters:
             self.counts["swaps",] += 1
 
     def count_stop(self, model: str, cause: str, newcomer: Optional[str] = None):
-        """A model is being stopped, for the sake of `newcomer` if there is one."""
+        """A model is being stopped, for `newcomer` if there is one."""
         self.counts["stops", model, cause] += 1
         self.reasons[model] = STOPPED.get(cause, cause).format(newcomer)
         if newcomer is not None:
             self._newcomers.add(newcomer)
 
     def count_failure(self, model: str, state: str):
-        """A model ended unasked, in this state; nobody has stopped it."""
+        """A model ended in this state without being stopped."""
         self.counts["failures", model, state] += 1
         self.reasons.pop(model, None)
         self._newcomers.discard(model)
@@ -4913,7 +4879,7 @@ class Status(NamedTuple):
 
 
 class Pool:
-    """All backends, and who may use them when. Any thread may call.
+    """All backends, and which request may use them when. Any thread may call.
 
     `log(level, text)` must not block.
     """
@@ -4921,6 +4887,7 @@ class Pool:
     def __init__(self, config: Config, log, make_backend=None, clock=time.monotonic):
         self.config = config
         self.events = Feed(0)
+        self.memory = MemoryWatch()
         self._log = log
         self._clock = clock
         self._guard = Guard()
@@ -4929,32 +4896,32 @@ class Pool:
         self._backends = {}
         self._feeds = {}
         self._meters = Meters()
-        self._revision = 0
-        self._watchers = 0  # of the revision
-        self.memory = MemoryWatch()
+        self._revision = 0  # of what people see
+        self._watchers = 0  # threads that wait for the next revision
         self._lock = threading.Lock()
-        self._alarm = threading.Condition(self._lock)  # look_again came nearer
-        self._quiet = threading.Condition(self._lock)  # a lease or a backend ended
-        self._changed = threading.Condition(self._lock)  # anything people see
+        self._timer = threading.Condition(self._lock)  # the next deadline came nearer
+        self._ended = threading.Condition(self._lock)  # a lease or a backend ended
+        self._changed = threading.Condition(self._lock)  # a new revision
         self._loading = threading.Condition(self._lock)  # a load began
-        self._alarm_at = math.inf
+        self._next_deadline = self._timer_at = math.inf
         self._is_closed = False
         self._adoption = None
         self._quiet_since = self._used_at = clock()
 
     def start(self):
-        """Begin to watch the clock, take over units that run, and load what is to be
-        loaded on startup."""
+        """Start the timer, adopt units that run, and load the models of
+        load-on-startup."""
         self._guard.start()
-        self._clockwork = threading.Thread(target=self._watch_clock, daemon=True)
-        self._clockwork.start()
+        self._timer_thread = threading.Thread(target=self._timer_loop, daemon=True)
+        self._timer_thread.start()
         threading.Thread(target=self._watch_loads, name="loads", daemon=True).start()
         self._adopt_units()
-        self._await_adoption(ADOPT_PATIENCE)
+        if self._adoption:
+            self._adoption.join(ADOPT_PATIENCE)
         threading.Thread(target=self._load_first, name="startup", daemon=True).start()
 
     def _load_first(self):
-        """Load what is to be loaded on startup; to ask binaries for options is slow."""
+        """Load on startup; on a thread, because asking binaries for options is slow."""
         for model in list(self.config.models.values()):
             try:
                 if model.settings.load_on_startup:
@@ -4963,171 +4930,138 @@ class Pool:
                 self._log("error", f"{model.name}: {problem}")
 
     def _adopt_units(self):
-        """Begin to find out which units run already, and to take them over."""
+        """Begin to find out which units run already, and to adopt them."""
         names = {
             model.settings.unit: name
             for name, model in self.config.models.items()
             if model.kind == "unit" and not model.problem
         }
         if names:
-            adopt = functools.partial(self._adopt, names)
-            self._adoption = threading.Thread(target=adopt, name="units", daemon=True)
+            self._adoption = threading.Thread(
+                target=self._adopt, args=(names,), name="units", daemon=True
+            )
             self._adoption.start()
-
-    def _await_adoption(self, seconds):
-        if self._adoption:
-            self._adoption.join(seconds)
 
     def _adopt(self, names):
         running = running_units(list(names), gives_up=lambda: self._is_closed)
         with self._lock:
             in_use = {each.model.settings.unit for each in self._backends.values()}
             for unit in running - in_use:
-                slot = self._scheduler.slots.get(names[unit])
-                if slot is None or slot.is_held or self._is_closed:
+                scheduled = self._scheduler.models.get(names[unit])
+                if scheduled is None or scheduled.is_held or self._is_closed:
                     continue
-                if self.config.models[slot.name].settings.unit != unit:
+                name = scheduled.name
+                if self.config.models[name].settings.unit != unit:
                     continue  # since a reload, which looks for its own
-                self._log("info", f"{slot.name}: {unit} runs already")
-                backend = self._new_backend(slot.name)
-                backend.generation = self._scheduler.found(slot.name, self._clock())
+                self._log("info", f"{name}: {unit} runs already")
+                backend = self._new_backend(name)
+                backend.run_number = self._scheduler.adopted(name, self._clock())
                 backend.adopt()
-            self._turn()
+            self._schedule()
 
     # -- requests --------------------------------------------------------------------
 
-    def lease(self, model: Model, gone: Callable[[], bool], is_loose=False) -> "Lease":
-        """For a `with`: give a backend of the model, ready, loading it if need be; it
-        stays until the block ends (a loose lease may be cut).
+    @contextlib.contextmanager
+    def lease(
+        self, model: Model, disconnected: Callable[[], bool], preemptible: bool = False
+    ):
+        """Yield a backend of the model, ready, loading it if need be; it stays until
+        the block ends (unless the lease is preemptible).
 
-        Raise a Problem if it cannot be had, or ClientGone once gone() is true; that is
-        asked about twice a second.
+        Raise a Problem if it cannot be had, or ClientGone once disconnected() is true,
+        which is asked twice a second.
         """
-        return Lease(self, model, gone, is_loose)
-
-    def take(self, model: Model, gone: Callable[[], bool], is_loose: bool):
-        """Return a ticket that was granted, and its backend: see `lease`."""
         while True:
-            ticket, waiter = self._submit_to_ready(model, is_loose), None
-            if not ticket:
-                self._check(model)
-                ticket, waiter = self._submit(model.backend, is_loose)
+            self._check_start(model)
+            ticket = self._submit(model.backend, preemptible)
             try:
-                backend = _await_grant(ticket, waiter, gone)
-                if _is_there(backend, gone):
-                    return ticket, backend
-            except BaseException:
-                self.give_back(ticket)
-                raise
-            self.give_back(ticket)
+                backend = _wait_for_grant(ticket.waiter, disconnected)
+                if _is_reachable(backend, disconnected):
+                    yield backend
+                    return
+            finally:
+                self._finish(ticket)
 
-    def give_back(self, ticket: Ticket):
-        """Its request has ended, however that may be."""
+    def _finish(self, ticket):
         with self._lock:
             self._used_at = self._clock()
-            self._scheduler.withdraw(ticket, self._used_at)
-            if self._scheduler.is_settled(ticket.slot, self._used_at):
-                self._tell_time()
-            else:
-                self._turn()
-            if self._is_closed:
-                self._quiet.notify_all()
+            self._scheduler.finish(ticket, self._used_at)
+            self._schedule()
+            self._ended.notify_all()
 
-    def _check(self, model):
+    def _check_start(self, model):
         """Raise what makes a start impossible, before anything is evicted for it."""
         if model.problem:
             raise Unusable(model.problem)
         with self._lock:
-            is_held = model.backend in self._scheduler.held
-        if is_held:
-            return
+            if model.backend in self._scheduler.held:
+                return
         try:
             check_start(self.config.owner_of(model))
         except StartFailed as problem:
-            self._note_refusal(model.backend, problem)
+            self._log("error", f"{model.backend} could not be started: {problem}")
+            with self._lock:
+                scheduled = self._scheduler.models.get(model.backend)
+                if scheduled is not None and not scheduled.is_held:
+                    scheduled.last_failure = problem.with_traceback(None)
             raise
 
-    def _note_refusal(self, name, problem):
-        """Nothing was started, but people are to see why, in the log and on a page."""
-        self._log("error", f"{name} could not be started: {problem}")
+    def _submit(self, name, preemptible=False, manual=False):
+        """Queue a ticket; its `waiter` is a future of the backend."""
         with self._lock:
-            slot = self._scheduler.slots.get(name)
-            if slot is not None and not slot.is_held:
-                slot.last_failure = problem.with_traceback(None)
-
-    def _submit_to_ready(self, model, is_loose):
-        """Return a granted ticket if the model is ready for one, and nobody waits."""
-        with self._lock:
-            name = model.backend
-            if model.problem or name not in self._scheduler.slots:
-                return None
-            now = self._clock()
-            ticket = self._scheduler.submit_to_ready(name, now, is_loose)
-            if ticket:
-                ticket.waiter = self._backends[name]
-                self._used_at = now
-                self._note_change()
-            return ticket
-
-    def _submit(self, name, is_loose=False, is_by_hand=False):
-        """Queue a ticket; return it, and the lock to wait for if it has to wait."""
-        with self._lock:
-            if name not in self._scheduler.slots:
+            if name not in self._scheduler.models:
                 raise _removed(name)
             model = self.config.models.get(name)
-            if model and model.problem:  # since a reload, which `_check` did not see
+            if model and model.problem:  # since a reload after `_check_start`
                 raise Unusable(model.problem)
             now = self._used_at = self._clock()
-            ticket = self._scheduler.submit(name, now, is_loose, is_by_hand)
-            self._turn()
-            if ticket.outcome is not None:
-                return ticket, None
-            waiter = ticket.waiter = threading.Lock()
-            waiter.acquire()
-            return ticket, waiter
+            ticket = self._scheduler.submit(name, now, preemptible, manual)
+            ticket.waiter = concurrent.futures.Future()
+            self._schedule()
+            return ticket
 
     def keep_alive(self, model: Model, seconds: float):
-        """Set how long the model stays without a request until it unloads; < 0: on."""
+        """Set after how many idle seconds the model unloads; below 0: never."""
         with self._lock:
-            if model.backend in self._scheduler.slots:
+            if model.backend in self._scheduler.models:
                 self._scheduler.keep_alive(model.backend, seconds)
-                self._turn()
+                self._schedule()
 
-    # -- by hand ---------------------------------------------------------------------
+    # -- operators -------------------------------------------------------------------
 
     def load(self, model: Model) -> bool:
-        """Begin to load the model and forgive its failures; False if it is there."""
+        """Begin to load the model despite earlier failures; False if it is loaded."""
         if self.state_of(model) in (State.LOADING, State.LOADED):
             return False
-        self._check(model)
-        self._submit(model.backend, is_by_hand=True)
+        self._check_start(model)
+        self._submit(model.backend, manual=True)
         return True
 
     def unload(self, model: Model) -> bool:
         """Begin to unload the model: False if there is nothing to unload."""
         with self._lock:
-            if model.backend not in self._scheduler.slots:
+            if model.backend not in self._scheduler.models:
                 return False
             problem = Unloaded(model.name)
-            found = self._scheduler.unload(model.backend, self._clock(), problem)
-            self._turn()
-            return found
+            is_held = self._scheduler.unload(model.backend, self._clock(), problem)
+            self._schedule()
+            return is_held
 
     def unload_all(self):
         """Begin to unload every model."""
         with self._lock:
-            for name in self._scheduler.slots:
+            for name in self._scheduler.models:
                 self._scheduler.unload(name, self._clock(), Unloaded(name))
-            self._turn()
+            self._schedule()
 
-    def await_unloaded(self, gone: Callable[[], bool]):
-        """Wait until no backend is left, or somebody needs one, or gone() is true."""
-        while not gone():
+    def await_unloaded(self, disconnected: Callable[[], bool]):
+        """Wait until no backend is being unloaded, or disconnected() is true."""
+        while not disconnected():
             with self._lock:
                 held = self._scheduler.held.values()
-                if all(slot.unload_by is None for slot in held):
+                if all(scheduled.unload_by is None for scheduled in held):
                     return
-                self._quiet.wait(TICK)
+                self._ended.wait(TICK)
 
     def reload(self, config: Config):
         """Take over a configuration: see Scheduler.configure."""
@@ -5148,17 +5082,17 @@ class Pool:
             for name, backend in self._backends.items():
                 if name in config.models and name not in changed:
                     backend.model = config.models[name]
-            self._turn()
+            self._schedule()
         self._adopt_units()
         self.events.publish({"model": "*", "event": "models_reload"})
 
-    # -- what is ---------------------------------------------------------------------
+    # -- status ----------------------------------------------------------------------
 
     def state_of(self, model: Model) -> State:
         """Return what the backend of the model is doing."""
         with self._lock:
-            slot = self._scheduler.slots.get(model.backend)
-            return slot.state if slot else State.UNLOADED
+            scheduled = self._scheduler.models.get(model.backend)
+            return scheduled.state if scheduled else State.UNLOADED
 
     def backend_of(self, model: Model):
         """Return the running backend of the model, or None; it may end at any time."""
@@ -5168,33 +5102,34 @@ class Pool:
     def status_of(self, model: Model) -> Optional[Status]:
         """Return the model's status; None: a reload has just removed it."""
         with self._lock:
-            slot = self._scheduler.slots.get(model.backend)
-            return slot and self._status(model.name, slot, self._clock())
+            scheduled = self._scheduler.models.get(model.backend)
+            return scheduled and self._status(model.name, scheduled, self._clock())
 
     def snapshot(self) -> Dict[str, Status]:
         """Return every model's status; those that share a backend have its status."""
         with self._lock:
             now = self._clock()
-            slots = dict(self._scheduler.slots)
             return {
-                name: self._status(name, slots[model.backend], now)
+                name: self._status(name, self._scheduler.models[model.backend], now)
                 for name, model in self.config.models.items()
-                if model.backend in slots
+                if model.backend in self._scheduler.models
             }
 
-    def _status(self, name, slot, now):
-        backend = self._backends.get(slot.name)
-        is_loading = backend is not None and slot.state is State.LOADING
-        unload_at = slot.unload_at() if slot.state is State.LOADED else math.inf
+    def _status(self, name, scheduled, now):
+        backend = self._backends.get(scheduled.name)
+        state = scheduled.state
+        is_loading = backend is not None and state is State.LOADING
+        unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
+        changed_at = scheduled.changed_at
         return Status(
             name=name,
-            is_owner=name == slot.name,
-            state=slot.state,
-            in_flight=slot.in_flight + slot.loose,
-            waiting=slot.waiting,
-            since=None if slot.changed_at is None else now - slot.changed_at,
+            is_owner=name == scheduled.name,
+            state=state,
+            in_flight=scheduled.in_flight + scheduled.preemptible,
+            waiting=scheduled.waiting,
+            since=None if changed_at is None else now - changed_at,
             unload_in=None if unload_at == math.inf else max(0.0, unload_at - now),
-            failure=slot.last_failure,
+            failure=scheduled.last_failure,
             pid=getattr(backend, "pid", None),
             port=getattr(backend, "port", None),
             progress=backend.gauge.progress if is_loading else None,
@@ -5202,41 +5137,39 @@ class Pool:
         )
 
     def feed_of(self, name: str) -> Feed:
-        """Return the lines that the model's backends wrote, in all their lives."""
+        """Return the output of the model's backends, of this one and earlier ones."""
         return self._feeds.setdefault(name, Feed(1000))
 
     def counts(self) -> Dict[str, int]:
         """Return how many models are held, and how many requests run and wait."""
         with self._lock:
             return {
-                "models": len(self._scheduler.slots),
+                "models": len(self._scheduler.models),
                 "loaded": len(self._scheduler.held),
                 "requests": self._scheduler.in_flight,
                 "queued": self._scheduler.queued,
             }
 
     def is_alive(self, timeout: float) -> bool:
-        """Whether the lock can be had in so many seconds (-1: at all), and there is
-        somebody who turns when it is time."""
+        """Whether the lock can be had in so many seconds (-1: at all), and the timer
+        runs."""
         if not self._lock.acquire(timeout=timeout):
             return False
         self._lock.release()
-        return self._is_closed or self._clockwork.is_alive()
+        return self._is_closed or self._timer_thread.is_alive()
 
     def idle_since(self) -> Optional[float]:
-        """Return when (on the clock) the last request came or ended; None: one waits or
-        is being served."""
+        """Return when (on the clock) the last request came or ended; None: there is
+        one."""
         with self._lock:
             is_busy = self._scheduler.queued or self._scheduler.in_flight
             return None if is_busy else self._used_at
 
     def quiet_since(self) -> Optional[float]:
-        """Return when (on the clock) the last backend or request left; None: there are
-        some."""
+        """Return when (on the clock) the last backend or request left; None: there is
+        one."""
         with self._lock:
             return self._quiet_since
-
-    # -- what people see -------------------------------------------------------------
 
     def await_change(self, seen: Optional[int], timeout: float) -> int:
         """Wait until the revision of what people see is not `seen`; return it."""
@@ -5247,155 +5180,98 @@ class Pool:
                 self._watchers -= 1
             return self._revision
 
-    def count_request(self, model: Optional[Model], speed: Optional[float], *what):
-        """Note how a request ended: see Meters. `speed` is in tokens per second."""
+    def count_request(self, model: Optional[Model], speed: Optional[float], *counts):
+        """Count a request that ended: see Meters. `speed` is in tokens per second."""
         with self._lock:
-            self._meters.count_request(model.name if model else "", *what)
+            self._meters.count_request(model.name if model else "", *counts)
             if model and speed is not None:
                 self._meters.speeds[model.backend] = speed
-                self._note_change()
+                self._revise()
 
     def meters(self) -> Meters:
         """Return what was counted so far, as a copy."""
         with self._lock:
             return self._meters.copy()
 
-    def _note_change(self):
+    def _revise(self):
         self._revision += 1
         if self._watchers:
             self._changed.notify_all()
 
-    # -- the turn of the wheel -------------------------------------------------------
+    # -- decisions carried out -------------------------------------------------------
 
-    def _turn(self):
-        """Carry out what is to be done now. The lock is held."""
-        decisions = self._scheduler.decide(self._clock())
-        if any([_CARRY_OUT[type(each)](self, each) for each in decisions]):
-            self._turn()  # something failed at once
+    def _schedule(self):
+        """Decide and carry the decisions out. The lock is held."""
+        has_failed = True
+        while has_failed:  # a start that fails at once is an event of its own
+            decisions, deadline = self._scheduler.decide(self._clock())
+            has_failed = any([self._carry_out(decision) for decision in decisions])
         if self._scheduler.queued or self._scheduler.held:
             self._quiet_since = None
         elif self._quiet_since is None:
             self._quiet_since = self._clock()
-        self._tell_time()
+        self._revise()
+        self._next_deadline = deadline
+        if deadline < self._timer_at:
+            self._timer_at = deadline
+            self._timer.notify()
 
-    def _tell_time(self):
-        """Something changed: let who looks see it, and the clockwork turn in time."""
-        self._note_change()
-        if self._scheduler.look_again < self._alarm_at:
-            self._alarm_at = self._scheduler.look_again
-            self._alarm.notify()
+    def _carry_out(self, decision):
+        """Return whether it failed at once."""
+        if isinstance(decision, Start):
+            return self._start(decision)
+        if isinstance(decision, Stop):
+            self._stop(decision)
+        elif isinstance(decision, Grant):
+            ticket = decision.ticket
+            ticket.waiter.set_result(self._backends[ticket.model.name])
+        else:
+            ticket, problem = decision
+            ticket.waiter.set_exception(problem)
+            if ticket.manual and problem is not ticket.model.last_failure:
+                self._log("error", f"{ticket.model.name}: not loaded: {problem}")
+        return False
 
-    def _watch_clock(self):
-        """Turn when time alone changes what is to be done."""
+    def _timer_loop(self):
+        """Decide again at each deadline."""
         with self._lock:
             while not self._is_closed:
-                self._alarm_at = self._scheduler.look_again
-                left = self._alarm_at - self._clock()
-                self._alarm.wait(min(max(0.0, left), threading.TIMEOUT_MAX))
-                self._turn()
-
-    def _watch_loads(self):
-        """While anything loads, look how far it is; sleep while nothing does."""
-        while not self._is_closed:
-            with self._lock:
-                while not (found := self._what_loads()):
-                    self._loading.wait()
-            for backend in found:
-                backend.gauge.look(getattr(backend, "pid", None))
-                with self._lock:
-                    if backend in self._what_loads():
-                        self._tell_of_load(backend)
-            time.sleep(LOOK_AT_LOADS)
-
-    def _what_loads(self):
-        return [
-            self._backends[slot.name]
-            for slot in self._scheduler.held.values()
-            if slot.state is State.LOADING
-        ]
-
-    def _tell_of_load(self, backend):
-        """Tell followers how far it is, if that changed, and people now and then."""
-        gauge, name = backend.gauge, backend.model.name
-        if gauge.progress != backend.told_progress:
-            backend.told_progress = gauge.progress
-            self._tell(name, "loading", progress=gauge.told())
-            self._note_change()
-        seconds = time.monotonic() - backend.started_at
-        if seconds >= backend.next_line:
-            backend.next_line += LOAD_LINE_EVERY
-            share = percent(gauge.progress)
-            self._log("info", f"{name}: loading{share} after {seconds:.0f} s")
-
-    def _grant(self, decision):
-        ticket = decision.ticket
-        waiter, ticket.waiter = ticket.waiter, self._backends[ticket.slot.name]
-        if waiter is not None:
-            waiter.release()
-
-    def _refuse(self, decision):
-        ticket = decision.ticket
-        if ticket.is_by_hand:
-            if decision.problem is not ticket.slot.last_failure:  # which was told
-                text = f"{ticket.slot.name}: not loaded: {decision.problem}"
-                self._log("error", text)
-        elif ticket.waiter is not None:
-            ticket.waiter.release()
+                self._timer_at = self._next_deadline
+                seconds = max(0.0, self._timer_at - self._clock())
+                self._timer.wait(min(seconds, threading.TIMEOUT_MAX))
+                self._schedule()
 
     def _start(self, decision):
-        """Start or wake it; say whether that failed at once."""
+        """Start or wake a backend; return whether that failed at once."""
         name = decision.name
         self._log("info", f"{name}: {'waking' if decision.is_wake else 'loading'}")
-        self._tell(name, "loading", event="model_status")
+        self._publish(name, "loading", event="model_status")
         if decision.is_wake:
             backend = self._backends[name]
             backend.started_at = time.monotonic()
-            self._begin_to_gauge(backend)
-            return backend.wake()
+            self._begin_progress(backend)
+            backend.wake()
+            return False
         try:
             backend = self._new_backend(name)
-            backend.generation = decision.generation
+            backend.run_number = decision.run
             backend.start()
         except (OSError, RuntimeError) as error:  # no descriptor or no thread is left
             problem = StartFailed(f"{name} could not be started: {error}")
-            self._note_end(name, decision.generation, problem)
+            self._record_exit(name, decision.run, problem)
             return True
+        return False
 
     def _new_backend(self, name):
-        """Return a backend of the model that reports to us."""
+        """Make a backend of the model that reports to this Pool."""
         backend = self._make_backend(self.config.models[name])
         backend.on_loaded, backend.on_slept = self._on_loaded, self._on_slept
         backend.on_dying, backend.on_exited = self._on_dying, self._on_exited
         backend.on_line = functools.partial(self._on_line, name)
-        backend.told_to_go_at = None  # or to fall asleep
+        backend.stop_requested_at = None  # or put to sleep
         self._backends[name] = backend
-        self._begin_to_gauge(backend)
+        self._begin_progress(backend)
         return backend
-
-    def _begin_to_gauge(self, backend):
-        backend.gauge = LoadGauge()
-        backend.told_progress = None
-        backend.next_line = LOAD_LINE_EVERY
-        self._loading.notify()
-
-    def _stop(self, decision):
-        name, cause = decision.name, decision.cause
-        self._meters.count_stop(name, cause, decision.newcomer)
-        reason = "by hand" if cause == "unload" else cause
-        if decision.newcomer:
-            reason += f" for {decision.newcomer}"
-        what = "going to sleep" if decision.to_sleep else "unloading"
-        self._log("info", f"{name}: {what} ({reason})")
-        backend = self._backends[name]
-        backend.told_to_go_at = time.monotonic()
-        if decision.to_sleep:
-            backend.sleep()
-        else:
-            backend.stop()
-
-    def _tell(self, name, status, event="status_change", **more):
-        told = {"model": name, "event": event, "data": {"status": status, **more}}
-        self.events.publish(told)
 
     def _backend_of_kind(self, model):
         settle_timeout = self.config.settings.settle_timeout
@@ -5406,83 +5282,149 @@ class Pool:
             return RemoteBackend(model)
         return ProcessBackend(model, self._guard, settle_timeout)
 
-    # -- news from backends, on their threads ----------------------------------------
+    def _stop(self, decision):
+        name, cause = decision.name, decision.cause
+        self._meters.count_stop(name, cause, decision.newcomer)
+        reason = "by hand" if cause == "unload" else cause
+        if decision.newcomer:
+            reason += f" for {decision.newcomer}"
+        action = "going to sleep" if decision.to_sleep else "unloading"
+        self._log("info", f"{name}: {action} ({reason})")
+        backend = self._backends[name]
+        backend.stop_requested_at = time.monotonic()
+        if decision.to_sleep:
+            backend.sleep()
+        else:
+            backend.stop()
+
+    def _publish(self, name, status, event="status_change", **more):
+        data = {"status": status, **more}
+        self.events.publish({"model": name, "event": event, "data": data})
+
+    # -- the progress of loads -------------------------------------------------------
+
+    def _begin_progress(self, backend):
+        backend.gauge = LoadGauge()
+        backend.published_progress = None
+        backend.next_line = LOAD_LINE_EVERY
+        self._loading.notify()
+
+    def _watch_loads(self):
+        """While any model loads, look at its progress; wait while none does."""
+        while not self._is_closed:
+            with self._lock:
+                self._loading.wait_for(
+                    lambda: self._is_closed or self._loading_backends()
+                )
+                backends = self._loading_backends()
+            for backend in backends:
+                backend.gauge.look(getattr(backend, "pid", None))
+                with self._lock:
+                    if backend in self._loading_backends():
+                        self._report_progress(backend)
+            time.sleep(LOOK_AT_LOADS)
+
+    def _loading_backends(self):
+        return [
+            self._backends[scheduled.name]
+            for scheduled in self._scheduler.held.values()
+            if scheduled.state is State.LOADING
+        ]
+
+    def _report_progress(self, backend):
+        """Publish the progress if it changed, and log it from time to time."""
+        gauge, name = backend.gauge, backend.model.name
+        if gauge.progress != backend.published_progress:
+            backend.published_progress = gauge.progress
+            self._publish(name, "loading", progress=gauge.told())
+            self._revise()
+        seconds = time.monotonic() - backend.started_at
+        if seconds >= backend.next_line:
+            backend.next_line += LOAD_LINE_EVERY
+            share = percent(gauge.progress)
+            self._log("info", f"{name}: loading{share} after {seconds:.0f} s")
+
+    # -- events from backends, on their threads --------------------------------------
 
     def _on_loaded(self, backend):
         with self._lock:
             now, name = self._clock(), backend.model.name
             seconds = time.monotonic() - backend.started_at
-            self._scheduler.loaded(name, backend.generation, now)
+            self._scheduler.loaded(name, backend.run_number, now)
             self._meters.count_load(name, seconds)
-            self._turn()
+            self._schedule()
         self._log("info", f"{name}: loaded in {seconds:.2f} s ({backend.where})")
-        self._tell(name, "loaded")
+        self._publish(name, "loaded")
 
     def _on_slept(self, backend):
         with self._lock:
             now, name = self._clock(), backend.model.name
-            self._scheduler.slept(name, backend.generation, now)
-            self._turn()
-            self._quiet.notify_all()
-        self._tell_of_rest(backend, "asleep")
-        self._tell(name, "sleeping")
+            self._scheduler.slept(name, backend.run_number, now)
+            self._schedule()
+            self._ended.notify_all()
+        self._log_end(backend, "asleep")
+        self._publish(name, "sleeping")
 
     def _on_dying(self, backend):
         with self._lock:
             name, now = backend.model.name, self._clock()
-            self._scheduler.dying(name, backend.generation, now)
-            self._turn()
+            self._scheduler.crashed(name, backend.run_number, now)
+            self._schedule()
 
     def _on_exited(self, backend, problem):
         if problem is None:
-            self._tell_of_rest(backend, "unloaded")
+            self._log_end(backend, "unloaded")
         with self._lock:
-            self._note_end(backend.model.name, backend.generation, problem)
-            self._turn()
-            self._quiet.notify_all()
+            self._record_exit(backend.model.name, backend.run_number, problem)
+            self._schedule()
+            self._ended.notify_all()
 
-    def _note_end(self, name, generation, problem):
-        """A backend is gone, or did not come to be. The lock is held."""
+    def _record_exit(self, name, run, problem):
+        """A backend is gone, or could not be started. The lock is held."""
         self._backends.pop(name, None)
         if problem is not None:
-            slot = self._scheduler.slots[name]
-            told = _told_once(problem, slot.last_failure)
-            self._log("error", told if told.startswith(name) else f"{name}: {told}")
-            self._meters.count_failure(name, slot.state.value)
-        self._scheduler.exited(name, generation, self._clock(), problem)
-        self._tell(name, "unloaded", exit_code=exit_code_of(problem))
+            scheduled = self._scheduler.models[name]
+            text = _failure_text(problem, scheduled.last_failure)
+            self._log("error", text if text.startswith(name) else f"{name}: {text}")
+            self._meters.count_failure(name, scheduled.state.value)
+        self._scheduler.exited(name, run, self._clock(), problem)
+        self._publish(name, "unloaded", exit_code=exit_code_of(problem))
 
-    def _tell_of_rest(self, backend, what):
-        """One line is enough, unless the end took long or was not asked for."""
-        asked_at, backend.told_to_go_at = backend.told_to_go_at, None
-        seconds = math.inf if asked_at is None else time.monotonic() - asked_at
-        took = f" after {seconds:.1f} s" if asked_at is not None else ""
-        level = "info" if seconds >= LONG_WAIT else "debug"
-        self._log(level, f"{backend.model.name}: {what}{took}")
+    def _log_end(self, backend, state):
+        """Log the end, as `info` only if it took over 1 s or was unexpected."""
+        requested_at, backend.stop_requested_at = backend.stop_requested_at, None
+        level, took = "info", ""
+        if requested_at is not None:
+            seconds = time.monotonic() - requested_at
+            level = "info" if seconds >= LONG_WAIT else "debug"
+            took = f" after {seconds:.1f} s"
+        self._log(level, f"{backend.model.name}: {state}{took}")
 
     def _on_line(self, name, text):
         self.feed_of(name).publish(text)
         level = "warning" if text.startswith("llmswap: ") else "debug"
         self._log(level, f"{name} | {text}")
 
-    # -- the end ---------------------------------------------------------------------
+    # -- shutdown --------------------------------------------------------------------
 
     def close(self, grace: float):
-        """Refuse who waits, give requests in flight `grace` seconds, then stop all
+        """Refuse tickets, give requests in flight `grace` seconds, then stop all
         backends at once and wait for their end."""
         with self._lock:
             self._scheduler.close(ShuttingDown())
             self._is_closed = True
-            self._turn()
-            self._alarm.notify()
+            self._schedule()
+            self._timer.notify()
+            self._loading.notify()
             deadline = self._clock() + grace
             while self._scheduler.in_flight and self._clock() < deadline:
-                self._quiet.wait(deadline - self._clock())
+                self._ended.wait(deadline - self._clock())
             self._scheduler.stop_all(self._clock())
-            self._turn()
+            self._schedule()
             while self._backends:
-                self._quiet.wait()
-        self._await_adoption(2 * TICK)
+                self._ended.wait()
+        if self._adoption:
+            self._adoption.join(2 * TICK)
         self._guard.close()
 
     def kill(self):
@@ -5490,85 +5432,64 @@ class Pool:
         with self._lock:
             self._scheduler.close(ShuttingDown())
             self._scheduler.stop_all(self._clock())
-            self._turn()
+            self._schedule()
             for backend in self._backends.values():
                 backend.stop(at_once=True)
 
 
-class Lease:
-    """The right to use a backend while a block runs: see Pool.lease."""
-
-    def __init__(self, pool: Pool, *wanted):
-        self._pool, self._wanted = pool, wanted
-
-    def __enter__(self):
-        self._ticket, backend = self._pool.take(*self._wanted)
-        return backend
-
-    def __exit__(self, *_):
-        self._pool.give_back(self._ticket)
-
-
-_CARRY_OUT = {
-    Grant: Pool._grant,
-    Refuse: Pool._refuse,
-    Start: Pool._start,
-    Stop: Pool._stop,
-}
-
-
 def percent(progress: Optional[float]) -> str:
-    """Return ", 45 %" for 0.45, and nothing for what is not known."""
+    """Return ", 45 %" for 0.45, and nothing if it is not known."""
     return "" if progress is None else f", {progress:.0%}".replace("%", " %")
 
 
 def exit_code_of(problem: Optional[Problem]) -> int:
-    """Return the exit code as llama.cpp's router tells it: 1 for signals and the like,
-    0 where nothing went wrong."""
+    """Return the exit code as llama.cpp's router reports it: 1 for signals and the
+    like, 0 without a problem."""
     if problem is None:
         return 0
     code = getattr(problem, "exit_code", None)
     return 1 if code is None else code
 
 
-def _told_once(problem, last):
-    """What to log of a failure: all that it says, unless it began and ended as the last
-    one, which may have had another port or time in between."""
-    lines, told = str(problem).splitlines(), str(last).splitlines()
-    is_same = told and (lines[0], lines[-1]) == (told[0], told[-1])
+def _failure_text(problem, last):
+    """The whole text of a failure, unless it begins and ends as the last one did; the
+    lines between may differ by a port or a time."""
+    lines, before = str(problem).splitlines(), str(last).splitlines()
+    is_same = before and (lines[0], lines[-1]) == (before[0], before[-1])
     return f"{lines[0]}, as before" if is_same else str(problem)
 
 
-def _await_grant(ticket, waiter, gone):
-    """Return the backend once the ticket is granted; raise what it is refused with."""
-    while waiter and not waiter.acquire(timeout=TICK):
-        if gone():
+def _wait_for_grant(future, disconnected):
+    """Return the backend; raise why it is refused, or ClientGone."""
+    while not concurrent.futures.wait([future], timeout=TICK).done:
+        if disconnected():
             raise ClientGone
-    if ticket.outcome is not GRANTED:
-        raise ticket.outcome.with_traceback(None)  # others raise it, too
-    return ticket.waiter
+    problem = future.exception()
+    if problem is not None:
+        raise problem.with_traceback(None)  # other threads raise the same one
+    return future.result()
 
 
-def _is_there(backend, gone):
-    """Whether the backend that was granted is still there to be asked."""
+def _is_reachable(backend, disconnected):
+    """Whether a backend that was granted still answers; raise ClientGone."""
     while True:
-        found = backend.is_there(TICK)
-        if found is not None:
-            return found
-        if gone():
+        answer = backend.is_there(TICK)
+        if answer is not None:
+            return answer
+        if disconnected():
             raise ClientGone
 
 
 def rivals_of(model: Model, models: Mapping[str, Model]) -> List[str]:
-    """Return the other units that listen where this one does."""
-    where, others = address_of(model), models.values()
-    units = {each.settings.unit for each in others if address_of(each) == where}
-    return sorted(units - {model.settings.unit}) if where else []
+    """Return the other units that listen on the address of this one."""
+    address, others = address_of(model), models.values()
+    units = {each.settings.unit for each in others if address_of(each) == address}
+    return sorted(units - {model.settings.unit}) if address else []
 
 
 def address_of(model: Model) -> Dict[str, int]:
-    """Return what a unit needs of its address: all of it. So units that share one are
-    never loaded together."""
+    """Return what a unit needs of its address: all of it, so that units which share
+    one are never loaded together."""
     is_bound = model.kind == "unit" and not model.problem
     return {proxy_of(model, ""): 1} if is_bound else {}
 
@@ -5592,7 +5513,7 @@ def limits_of(config: Config) -> Limits:
     )
 
 
-def specs_of(config: Config) -> Dict[str, Spec]:
+def specs_of(config: Config) -> Dict[str, ModelSpec]:
     """Return what scheduling must know of each model that has a backend of its own."""
     owners = [each for each in config.models.values() if each.backend == each.name]
     return {model.name: _spec_of(model) for model in owners}
@@ -5600,7 +5521,7 @@ def specs_of(config: Config) -> Dict[str, Spec]:
 
 def _spec_of(model):
     settings = model.settings
-    return Spec(
+    return ModelSpec(
         needs={**settings.needs, **address_of(model)},
         sleep_needs={**settings.sleep_needs, **address_of(model)},
         takes_place=model.kind != "remote",
