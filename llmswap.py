@@ -42,50 +42,6 @@ what follows, never across I/O or a sleep. Waiting happens outside. So there is 
 of locks to remember, and nothing can wait for someone who waits.
 """
 
-import os
-import sys
-
-
-def run_lean(code):
-    """Become a process that runs this code without having compiled it.
-
-    Python keeps what it took to compile a main script, 20 MB of this one, until the
-    script ends. So the code goes into unnamed memory and Python starts anew, with the
-    same process id, descriptors, environment and arguments, and reads it from there.
-    All threads share one arena of malloc then: of many, each keeps what it once had.
-    """
-    import marshal
-
-    while (missing := os.open(os.devnull, os.O_RDWR)) < 3:
-        os.set_inheritable(missing, True)  # else a log would go into any descriptor
-    os.close(missing)
-    memory = os.memfd_create("llmswap", 0)
-    with os.fdopen(memory, "wb", closefd=False) as file:
-        marshal.dump(code, file)
-    os.lseek(memory, 0, os.SEEK_SET)
-    flags = getattr(sys, "orig_argv", sys.argv)[1 : -len(sys.argv)]  # from 3.10 on
-    flags = [flag for flag in flags if flag != "--"]
-    read = (
-        "import gc, marshal, sys; gc.disable(); "  # until all is there
-        "del sys.argv[0]; __file__ = sys.argv[1]; "
-        "file = open(int(sys.argv.pop(0)), 'rb'); code = marshal.loads(file.read()); "
-        "file.close(); exec(code)"
-    )
-    arenas = "MALLOC_ARENA_MAX"
-    if arenas not in os.environ:  # it is for us, not for the model servers
-        read = f"import os; del os.environ['{arenas}']; {read}"
-    lean = [*flags, "-I", "-S", "-c", read, str(memory), *sys.argv]
-    environ = {arenas: "1", **os.environ}
-    os.execve(sys.executable, [sys.executable, *lean], environ)
-
-
-if __name__ == "__main__" and __file__[-4:] != ".pyc" and not sys._getframe().f_back:
-    try:
-        if "PYTHONHOME" not in os.environ:  # which such a start would not read
-            run_lean(sys._getframe().f_code)
-    except (AttributeError, OSError, TypeError):
-        pass  # not every system can; go on as we are
-
 import bisect
 import collections
 import concurrent.futures
@@ -93,11 +49,11 @@ import contextlib
 import enum
 import errno
 import functools
-import gc
 import http
 import itertools
 import json
 import math
+import os
 import queue
 import re
 import select
@@ -107,6 +63,7 @@ import socket
 import socketserver
 import struct
 import subprocess
+import sys
 import threading
 import time
 import urllib.parse
@@ -10017,7 +9974,7 @@ DRAIN_SECONDS = 30.0  # for requests in flight at the end
 REFUSAL_SECONDS = 1.0  # for those that came too late to be told so
 MORE_TIME = "EXTEND_TIMEOUT_USEC=15000000"  # is what systemd is asked for then
 EXTEND_EVERY = 5.0  # s; so often
-STACK_BYTES = 512 * 1024  # of a thread; the deepest call here needs a tenth of it
+M_ARENA_MAX = -8  # of malloc.h
 IDLE_THREADS = 16  # kept for the next connections
 MOST_DESCRIPTORS = 65536
 MOST_CONNECTIONS = 4096
@@ -10533,11 +10490,11 @@ WantedBy=default.target
 
 def units_for(config: Config) -> str:
     """Return a socket and a service unit for the user's systemd that run this file."""
-    words = [sys.executable, os.path.abspath(__file__), os.path.abspath(config.path)]
+    words = [sys.executable, "-m", "llmswap", os.path.abspath(config.path)]
     streams = [_stream_of(each).replace("%", "%%") for each in config.settings.listen]
     return UNITS.format(
         folder="~/.config/systemd/user",
-        cwd=os.getcwd().replace("%", "%%"),
+        cwd=os.path.dirname(os.path.abspath(__file__)).replace("%", "%%"),
         streams="\n".join(f"ListenStream={each}" for each in streams),
         path=_unit_word(f"PATH={os.environ.get('PATH', os.defpath)}"),
         command=" ".join(_unit_word(word).replace("$", "$$") for word in words),
@@ -10761,8 +10718,25 @@ def _painted(text, colour):
     return f"\033[{colour}m{text}\033[0m"
 
 
+def prepare_process():
+    """Open descriptors 0 to 2 if they are closed, and keep malloc to one arena.
+
+    Of several arenas each keeps the most that it ever held.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, "w")
+    sys.stderr = sys.stderr or open(2, "w")
+    with contextlib.suppress(AttributeError, OSError):  # not every C library has it
+        import ctypes
+
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     """Run llmswap until it is told to end; return the exit status."""
+    prepare_process()
     args = parse_args(sys.argv[1:] if argv is None else argv)
     if args.parrot:
         return _run_parrot(args.port or 8090)
@@ -10824,7 +10798,6 @@ class Program:
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        threading.stack_size(STACK_BYTES)
         listeners = self._open_listeners()
         if isinstance(listeners, int):
             self.log.flush()
@@ -11045,8 +11018,6 @@ class Program:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what is there stays; to look through it takes 3 ms each time
-    gc.enable()
     exit_status = main()
     try:
         print(end="", flush=True)
