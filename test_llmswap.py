@@ -1969,7 +1969,9 @@ A model with a new ticket serves it even if no time has passed since its last gr
     0    serve a 0
     0    exited a
     0    ask a           -> start a
-    0    loaded a        -> grant 2
+    0    +loaded a
+    0    +reserved a
+    0    wait            -> grant 2
 
 A crashed backend is granted to nobody until it is back
     a
@@ -1987,12 +1989,6 @@ A crashed backend is told once, and its end is no measured stop
     1    is a unloading
     2    exited a
     2    is a unloaded
-
-At most models-max are loaded
-    a b c | models_max=2
-    0    busy a
-    0    busy b
-    0.1  ask c           ; next 1.1
 
 Needs fit the budget
     x a(needs=16) b(needs=16) | models_max=0 budget=24
@@ -2020,7 +2016,7 @@ A model counts until its process is gone
     11   exited a        -> start b
 
 A sleeping model holds its sleep-needs and no place
-    a(can_sleep=1,needs=8,sleep_needs=2) b(needs=6) | budget=8
+    a(sleeps) b(needs=6) | budget=8
     0    serve a 1
     9    ask b           -> sleep a for b
     10   slept a         -> start b
@@ -2028,7 +2024,7 @@ A sleeping model holds its sleep-needs and no place
     11   is a sleeping
 
 A model is stopped where even asleep it is in the way
-    a(can_sleep=1,needs=8,sleep_needs=2) b(needs=7) | budget=8
+    a(sleeps) b(needs=7) | budget=8
     0    serve a 1
     9    ask b           -> sleep a for b
     9    slept a         -> evicted a for b
@@ -2111,19 +2107,6 @@ A pinned model is never evicted
     2    serve a 3
     9    ask b           -> evicted a for b
 
-A model that loads for a ticket is never evicted
-    a b | patience=0
-    0    ask a           -> start a
-    1    ask b
-    100  wait
-
-Requests in flight drain first
-    a b | patience=0
-    0    busy a
-    1    ask b
-    100  wait
-    101  end 1           -> evicted a for b
-
 Nothing is evicted for a model that backs off
     a x
     0    ask x           -> start x
@@ -2187,14 +2170,14 @@ A victim serves on if the newcomer got its room from another
     4    end 1
 
 A model stopped in its sleep holds no more than before
-    a(can_sleep=1,needs=8,sleep_needs=2) b(needs=8) | models_max=0 budget=10
+    a(sleeps) b(needs=8) | models_max=0 budget=10
     0    serve a 0
     1    slept a
     2    unload a        -> unload a
     2    ask b           -> start b
 
 A victim that fell asleep is left alone while another drains
-    a(can_sleep=1,needs=8,sleep_needs=2) b(needs=4) c(needs=10) | models_max=0 budget=12 patience=0
+    a(sleeps) b(needs=4) c(needs=10) | models_max=0 budget=12 patience=0
     0    serve a 0
     0    busy b
     1    ask c           -> sleep a for c
@@ -2269,6 +2252,21 @@ A pause is learned, across loads, and begins when the last client has left
     2.3  ask b
     2.3  end 3           ; next 2.7
 
+A client that alternates between two models teaches no return gap
+    a b
+    0    ask a           -> start a
+    8    loaded a        -> grant 1
+    8    end 1
+    8.1  ask b           -> evicted a for b
+    8.1  exited a        -> start b
+    8.2  loaded b        -> grant 2
+    8.2  end 2
+    9    ask a           -> evicted b for a
+    9    exited b        -> start a
+    17   loaded a        -> grant 3
+    17.1 ask b
+    17.2 end 3           ; next 17.205
+
 A victim that was idle for long goes at once
     a b | patience=5
     0    serve a 1
@@ -2330,20 +2328,6 @@ A model that takes no room never waits for any
     0    ask c
     0    ask r           -> start r
 
-A client that disconnects leaves the queue at once
-    a b
-    0    busy a
-    0    ask b
-    0.1  end 2
-    60   wait            ; next never
-
-A load without tickets goes on
-    a
-    0    ask a           -> start a
-    1    end 1
-    2    loaded a
-    2    is a loaded
-
 A load without tickets is killed for another model
     a b
     0    ask a           -> start a
@@ -2361,7 +2345,7 @@ Idle time counts from the end of the last request
 Idle time counts from readiness
     a(idle_timeout=60)
     0    ask a           -> start a
-    1    end 1
+    1    end 1           ; next never
     50   loaded a        ; next 110
     110  wait            -> idle a
 
@@ -2459,11 +2443,6 @@ Unload by hand ends as soon as the requests do
     6    ask a
     7    end 1           -> unload a
     8    exited a        -> start a
-
-Unload by hand refuses tickets and kills the load
-    a
-    0    ask a           -> start a
-    1    unload a        -> refuse 1: model_unloaded, unload a
 
 A model loaded by hand holds no lease and stays
     a b
@@ -2583,7 +2562,7 @@ Falling asleep by itself does not call off a stop
     10   exited a        -> start b
 
 A sleep reported after the order to wake changes nothing
-    b a(can_sleep=1,needs=8,sleep_needs=2) x(needs=4) | models_max=2 budget=8
+    b a(sleeps) x(needs=4) | models_max=2 budget=8
     0    serve a 1
     5    slept a
     6    ask a           -> wake a
@@ -2640,7 +2619,7 @@ class Story:
         return [in_words(decision) for decision in decisions], deadline
 
     def _wait(self, now):
-        pass
+        """Nothing but time passes."""
 
     def _ask(self, now, name, kind=None):
         kinds = {kind: True} if kind else {}
@@ -2715,6 +2694,9 @@ class Story:
     def _is(self, now, name, state):
         assert self.core.models[name].state.value == state
 
+    def _reserved(self, now, name):
+        assert self.core.models[name].is_reserved
+
     def _in(self, now, _, number):
         assert self.core.in_flight == int(number)
 
@@ -2728,6 +2710,7 @@ def setting_of(text):
     specs = {}
     for word in models.split():
         name, _, pairs = word.rstrip(")").partition("(")
+        pairs = pairs.replace("sleeps", "can_sleep=1,needs=8,sleep_needs=2")
         specs[name] = llmswap.ModelSpec(**values_of(pairs.replace(",", " ")))
     return specs, llmswap.Limits(**values_of(limits))
 
@@ -2793,23 +2776,6 @@ def test_failed_loads_are_spaced_and_a_refusal_says_for_how_long():
     [refusal] = stage.core.decide(now - 1.5)[0]
     assert (refusal.problem.status, refusal.problem.retry_after) == (503, 2)
     assert str(BROKEN) in str(refusal.problem)
-
-
-def test_one_client_that_alternates_teaches_nobody_to_wait_for_it():
-    stage = Story("a b")
-    for turn in range(6):
-        now, took = turn * 10.0, {"a": 3.0, "b": 0.2}
-        for name, other, start in (("a", "b", now), ("b", "a", now + 5)):
-            stage.tell(start, f"+ask {name}")
-            if turn or name == "b":
-                stage.core.decide(start + 0.01)
-                stage.tell(start + 0.02, f"exited {other}")
-            else:
-                stage.core.decide(start)
-            stage.tell(start + took[name], f"loaded {name}")
-            stage.tell(start + took[name] + 0.1, f"+end {len(stage.tickets)}")
-    a, b = stage.core.models["a"], stage.core.models["b"]
-    assert a.return_gap(a.swap_cost(b)) == 0.005
 
 
 # -- the world outside: clients in closed loops --------------------------------------
@@ -4684,20 +4650,19 @@ class PoolStage:
         found = lambda: [e for e in self.lives if e.model.name == name]  # noqa: E731
         return eventually(found)[number]
 
-    def pass_time(self, seconds):
-        self.now += seconds
-        with self.pool._lock:
-            self.pool._schedule()
-
     def state(self, name):
         return self.pool.snapshot()[name].state.value
 
-    def load(self, name):
-        """Have the model loaded and idle."""
+    def busy(self, name):
+        """Load the model and leave one request in flight."""
         request = self.ask(name)
         self.life(name).load()
         request.granted()
-        request.end()
+        return request
+
+    def load(self, name):
+        """Load the model and leave it idle."""
+        self.busy(name).end()
 
 
 TWO_MODELS = "[a]\nTRUE\n[b]\nTRUE\n"
@@ -4720,9 +4685,7 @@ def test_a_lease_is_granted_once_its_model_is_ready_and_kept_until_its_end(stage
 
 
 @pytest.mark.parametrize("preemptible", [False, True])
-def test_a_lease_is_a_change_that_people_see_and_counts_as_use(
-    stage, preemptible
-):
+def test_a_lease_is_a_change_that_people_see_and_counts_as_use(stage, preemptible):
     pool, seen = stage.pool, [None]
 
     def is_news():
@@ -4740,10 +4703,22 @@ def test_a_lease_is_a_change_that_people_see_and_counts_as_use(
     assert is_news() and pool.idle_since() == stage.now
 
 
-def test_a_crash_between_ready_and_the_first_byte_frees_the_lease(stage):
-    request = stage.ask("a")
+def test_a_request_that_disconnects_leaves_the_others_waiting(stage):
+    first, second = stage.ask("a"), stage.ask("a")
+    first.hang_up()
     stage.life("a").load()
-    request.granted()
+    assert second.granted() is stage.life("a")
+
+
+def test_a_failed_load_refuses_every_waiting_request(stage):
+    waiting = [stage.ask("a") for _ in range(3)]
+    stage.life("a").end(llmswap.StartFailed("no luck"))
+    assert {str(request.refused()) for request in waiting} == {"no luck"}
+    assert stage.pool.snapshot()["a"].failure is waiting[0].problem
+
+
+def test_a_crash_between_ready_and_the_first_byte_frees_the_lease(stage):
+    request = stage.busy("a")
     stage.life("a").end(llmswap.StartFailed("it died"))
     again = stage.ask("a")
     request.end()
@@ -4754,7 +4729,7 @@ def test_a_crash_between_ready_and_the_first_byte_frees_the_lease(stage):
 
 
 @pytest.mark.parametrize("error", [OSError(24, "none left"), RuntimeError("no thread")])
-def test_a_start_that_fails_at_once_refuses_and_blocks_nothing(stage, monkeypatch, error):
+def test_a_start_that_fails_at_once_blocks_nothing(stage, monkeypatch, error):
     def fail(_):
         raise error
 
@@ -4828,9 +4803,7 @@ def test_a_model_misconfigured_by_a_reload_refuses_waiting_and_new_requests(stag
 
 
 def test_closing_refuses_waiting_requests_and_lets_others_end(stage):
-    request = stage.ask("a")
-    stage.life("a").load()
-    request.granted()
+    request = stage.busy("a")
     waiting = stage.ask("b")
     closing = threading.Thread(target=stage.pool.close, args=(60,), daemon=True)
     closing.start()
@@ -4845,9 +4818,7 @@ def test_closing_refuses_waiting_requests_and_lets_others_end(stage):
 
 
 def test_kill_ends_a_close_that_waits(stage):
-    request = stage.ask("a")
-    stage.life("a").load()
-    request.granted()
+    stage.busy("a")
     closing = threading.Thread(target=stage.pool.close, args=(60,), daemon=True)
     closing.start()
     eventually(lambda: stage.pool._is_closed)
@@ -17158,7 +17129,8 @@ class Explored(Walk):
             age(model.ready_at, now), age(model.idle_since, now), model.idle_timeout,
             age(model.started_at, now) if life.phase == "loading" else None,
             age(model.stopped_at, now) if life.phase.endswith("ing") else None,
-            None if model.unload_by is None else ahead(model.unload_by, now), drains_for,
+            None if model.unload_by is None else ahead(model.unload_by, now),
+            drains_for,
             model.stop_cause, model.is_asleep, model.is_falling_asleep,
             repr(model.replacement), model.removal_error is not None,
             life.phase, life.has_served, life.was_asleep, life in self.departing,
