@@ -50,6 +50,7 @@ import enum
 import errno
 import functools
 import http
+import http.server
 import itertools
 import json
 import math
@@ -66,6 +67,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import urllib.parse
 from collections import namedtuple
 from stat import S_ISSOCK
@@ -9063,10 +9065,16 @@ class LoadingNotice:
         return b"data: " + _dump({**self._chunk, "choices": [choice]}) + b"\n\n"
 
 
-class Handler(socketserver.BaseRequestHandler):
-    """Serves one client's connection. `server.pool` and `server.log` are its world."""
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves one client's connection, request after request.
+
+    It reads the socket through `wire`, never `rfile`: heads are read strictly, and a
+    reader that timed out can go on.
+    """
 
     def setup(self):
+        self.connection = self.request
+        self.server = self.server.server  # the one that all listeners share
         self.pool = self.server.pool
         self.config = self.pool.config
         self.wire = Wire(self.request)
@@ -9080,12 +9088,13 @@ class Handler(socketserver.BaseRequestHandler):
         set_tick(self.request)
 
     def handle(self):
-        """Serve requests until either side has had enough."""
-        try:
-            while self._await_request() and self._serve():
-                pass
-        except (ClientGone, OSError):
-            pass  # nobody is left to be told
+        """Serve requests until either side closes the connection."""
+        with contextlib.suppress(ClientGone, OSError):
+            super().handle()
+
+    def handle_one_request(self):
+        """Wait for a request and serve it; then tell whether another may follow."""
+        self.close_connection = not (self._await_request() and self._serve())
 
     def finish(self):
         """Let the client read our answer, even if it still sends."""
@@ -9111,7 +9120,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.head = self.body = self.model = self.reply = None
         self.waited = None
         try:
-            if not self._read_head():
+            if not self.parse_request():
                 return False
             self._check_access()
             self._route()
@@ -9133,7 +9142,8 @@ class Handler(socketserver.BaseRequestHandler):
         self.body, self.wire.on_silence = None, self.late  # frees what it held
         return self.reply.stays
 
-    def _read_head(self):
+    def parse_request(self) -> bool:
+        """Read a head, strictly; False if the client sends no more requests."""
         self.late.extend()
         self.wire.on_silence = self.late
         try:
@@ -9142,7 +9152,9 @@ class Handler(socketserver.BaseRequestHandler):
             raise ClientGone from None
         if not raw:
             return False
-        self.head = read_request(raw)
+        self.head = self.headers = read_request(raw)
+        self.command, self.path = self.head.method, self.head.target
+        self.request_version = "HTTP/1.0" if self.head.is_http_10 else "HTTP/1.1"
         self.reply = Reply(self.request, self.head, self._cors_fields())
         self.reply.is_for_anthropic = self.head.path.endswith("/v1/messages")
         self.body = Body(self.wire, self.head, self.config.settings.max_body)
@@ -9215,11 +9227,8 @@ class Handler(socketserver.BaseRequestHandler):
         self.reply.answer(status, [*fields, ("server", "llmswap")], payload)
 
     def _send_json(self, value):
-        self._send_listing(_dump(value))
-
-    def _send_listing(self, payload):
         fields = [("content-type", "application/json; charset=utf-8")]
-        self._send(200, fields, payload)
+        self._send(200, fields, _dump(value))
 
     def _send_text(self, text):
         fields = [("content-type", "text/plain; charset=utf-8")]
@@ -9449,31 +9458,17 @@ class Handler(socketserver.BaseRequestHandler):
             self._check_not_from_a_page()
             self.server.reload()
             self.config = self.pool.config
-        listed = self._entries(self.config.models.values())
-        self._send_listing(b'{"object":"list","data":[%b]}' % b",".join(listed))
+        statuses = self.pool.snapshot()
+        entries = [
+            self._model_entry(model, statuses.get(model.name))
+            for model in self.config.models.values()
+            if not model.settings.unlisted
+        ]
+        self._send_json({"object": "list", "data": entries})
 
     def _show_model(self, name):
-        self._send_listing(*self._entries([self._resolve(unquoted(name))], True))
-
-    def _entries(self, models, is_asked_for=False):
-        """Yield what there is to say of each model, as JSON. To write 500 of them takes
-        50 ms, so the server keeps each, and what it was made of."""
-        statuses, tables, kept = self.pool.snapshot(), {}, self.server.entries
-        for model in models:
-            if model.settings.unlisted and not is_asked_for:
-                continue
-            owner = self.config.owner_of(model)
-            binary = (owner.kind, owner.settings.llama_server)
-            if binary not in tables:
-                tables[binary] = table_of(owner)  # which looks at the disk
-            status = statuses.get(model.name)
-            told = status and (
-                status.state, status.port, status.failure, status.entry
-            )  # fmt: skip
-            source = (model, owner, tables[binary], told)
-            if kept.get(model.name, (None,))[0] != source:
-                kept[model.name] = source, _dump(self._model_entry(model, status))
-            yield kept[model.name][1]
+        model = self._resolve(unquoted(name))
+        self._send_json(self._model_entry(model, self.pool.snapshot().get(model.name)))
 
     def _model_entry(self, model, status):
         state = status.state.value if status else "unloaded"
@@ -9975,7 +9970,6 @@ REFUSAL_SECONDS = 1.0  # for those that came too late to be told so
 MORE_TIME = "EXTEND_TIMEOUT_USEC=15000000"  # is what systemd is asked for then
 EXTEND_EVERY = 5.0  # s; so often
 M_ARENA_MAX = -8  # of malloc.h
-IDLE_THREADS = 16  # kept for the next connections
 MOST_DESCRIPTORS = 65536
 MOST_CONNECTIONS = 4096
 MOST_LEAVING = 32  # that are given the time to read why they must leave
@@ -10095,127 +10089,139 @@ def _is_journal(stream):
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-class Server(socketserver.ThreadingTCPServer):
-    """Accepts connections on several sockets and gives each a thread.
+class Listener(http.server.ThreadingHTTPServer):
+    """Accepts the connections of one socket; a Handler serves each on its own thread.
 
-    Threads are kept for the next connection: to start one costs more than to serve a
-    small request. `serve` returns once `stop` was called.
+    `server` is the Server that the listeners of all sockets belong to.
     """
 
-    daemon_threads = True
-
-    def __init__(self, sockets: List[socket.socket], pool: Pool, log: Log, reload):
+    def __init__(self, sock: socket.socket, server: "Server"):
         super().__init__(("", 0), Handler, bind_and_activate=False)
         self.socket.close()
-        self.socket = sockets[0]
+        self.socket = sock  # bound by us, or by systemd
+        self.socket.setblocking(False)
+        self.server = server
+        self._bell = Bell()
+        self._is_stopping = False
+        self._has_stopped = threading.Event()
+        self._has_stopped.set()
+
+    def begin(self):
+        """Accept on a thread of its own until `shutdown`."""
+        self._is_stopping = False
+        self._has_stopped.clear()
+        self._thread = threading.Thread(
+            target=self.serve_forever, name="accept", daemon=True
+        )
+        self._thread.start()
+
+    def is_accepting(self) -> bool:
+        """Whether connections are accepted, or are not to be."""
+        return self._is_stopping or self._thread.is_alive()
+
+    def serve_forever(self, poll_interval=None):
+        """Accept until `shutdown`; the base class would wake up twice a second."""
+        waiter = select.poll()
+        waiter.register(self._bell, select.POLLIN)
+        waiter.register(self.socket, select.POLLIN)
+        while not self._is_stopping:
+            waiter.poll()
+            if not self._is_stopping:
+                self._handle_request_noblock()
+        self._bell.silence()
+        self._has_stopped.set()
+
+    def shutdown(self):
+        """Accept no more; the socket stays open. Waits until the thread has ended."""
+        self._is_stopping = True
+        self._bell.ring()
+        self._has_stopped.wait(1.0)
+
+    def get_request(self):
+        """Accept one connection; OSError if there is none, or no descriptor for it."""
+        try:
+            connection, address = self.socket.accept()
+        except BlockingIOError:
+            raise  # the client has left again
+        except OSError as error:
+            if not self._is_stopping:
+                self.server.log("error", f"a connection could not be accepted: {error}")
+                time.sleep(0.1)  # until other connections have ended
+            raise
+        connection.setblocking(True)  # only on Linux it is so already
+        return connection, address
+
+    def process_request(self, request, client_address):
+        """Serve the connection on a new thread, or refuse it."""
+        why = self.server.admit(request)
+        try:
+            if why is None:
+                super().process_request(request, client_address)
+            else:
+                self.server.refuse(request, why)
+        except RuntimeError as error:  # no more threads can be started
+            self.server.log("error", f"a connection could not be served: {error}")
+            self.server.forget(request)
+            turn_away(request, str(error), is_patient=False)
+
+    def shutdown_request(self, request):
+        """Close a connection that was served."""
+        super().shutdown_request(request)
+        self.server.forget(request)
+
+    def handle_error(self, request, client_address):
+        """Log the traceback of a bug. The caller closes the connection."""
+        self.server.log("error", f"bug in llmswap:\n{traceback.format_exc()}")
+
+
+class Server:
+    """All listening sockets, and what the handlers of their connections share."""
+
+    def __init__(self, sockets: List[socket.socket], pool: Pool, log: Log, reload):
         self.sockets = sockets
         self.pool, self.log, self.reload = pool, log, reload
         self.born = int(time.time())
-        self.entries = {}  # of /v1/models: see Handler._entries
         self.is_closing = False
         self.most_connections = min(MOST_CONNECTIONS, raise_descriptor_limit() // 2)
-        self._bell = Bell()
-        self._is_paused = False
-        self._paused = threading.Event()
         self._quiet_at = time.monotonic()
-        self._open = set()
-        self._leaving = set()  # are told that there is no room
+        self._connections = set()
+        self._refused = set()  # connections that are being told so
         self._idle_connections = set()
-        self._idle_threads = collections.deque()
+        self._listeners = [Listener(each, self) for each in sockets]
 
     def begin(self):
-        """Serve on a thread of its own."""
-        self._acceptor = threading.Thread(target=self.serve, name="accept", daemon=True)
-        self._acceptor.start()
+        """Accept connections, on a thread for each listening socket."""
+        for listener in self._listeners:
+            listener.begin()
 
     def is_serving(self) -> bool:
         """Whether connections are accepted, or are not to be."""
-        return self._is_paused or self.is_closing or self._acceptor.is_alive()
+        return all(listener.is_accepting() for listener in self._listeners)
 
-    def serve(self):
-        """Accept until stopped. Sleeps while nothing happens."""
-        waiter = select.poll()
-        waiter.register(self._bell, select.POLLIN)
-        listeners = {each.fileno(): each for each in self.sockets}
-        for fd, listener in listeners.items():
-            listener.setblocking(False)
-            waiter.register(fd, select.POLLIN)
-        while not (self.is_closing or self._is_paused):
-            for fd, _ in waiter.poll():
-                if fd in listeners:
-                    self._accept(listeners[fd])
-        self._bell.silence()
-        self._paused.set()
+    def admit(self, connection: socket.socket) -> Optional[str]:
+        """Count a new connection, or return why it is refused."""
+        if len(self._connections) >= self.most_connections:
+            return f"{self.most_connections} connections are open already"
+        self._connections.add(connection)
+        return None
 
-    def _accept(self, listener):
-        try:
-            connection, address = listener.accept()
-        except BlockingIOError:
-            return  # it left again
-        except OSError as error:  # no descriptors left: let others end first
-            if self.is_closing:
-                return
-            self.log("error", f"a connection could not be accepted: {error}")
-            time.sleep(0.1)
+    def forget(self, connection: socket.socket):
+        """Count a connection no more."""
+        self._connections.discard(connection)
+        self._refused.discard(connection)
+
+    def refuse(self, connection: socket.socket, why: str):
+        """Answer 503 and close; on a thread, with time to read it, unless many are."""
+        if len(self._refused) >= MOST_LEAVING:
+            turn_away(connection, why, is_patient=False)
             return
-        connection.setblocking(True)  # elsewhere than on Linux it is as its listener
-        try:
-            self._admit(connection, address)
-        except RuntimeError as error:  # no thread is left
-            self.log("error", f"a connection could not be served: {error}")
-            self._open.discard(connection)
-            self._turn_away(connection, str(error))
 
-    def _admit(self, connection, address):
-        why = f"{self.most_connections} connections are open already"
-        if len(self._open) < self.most_connections:
-            self.process_request(connection, address)
-        elif len(self._leaving) < MOST_LEAVING:
-            self._leaving.add(connection)
-            leave = functools.partial(self._turn_away, connection, why, is_patient=True)
-            threading.Thread(target=leave, daemon=True).start()
-        else:
-            self._turn_away(connection, why)
+        def refuse_patiently():
+            turn_away(connection, why, is_patient=True)
+            self.forget(connection)
 
-    def _turn_away(self, connection, why, is_patient=False):
-        turn_away(connection, why, is_patient)
-        self._leaving.discard(connection)
-
-    def process_request(self, request, client_address):
-        """Give the connection to a thread that waits for one, else to a new one."""
-        self._open.add(request)
-        try:
-            self._idle_threads.pop().put((request, client_address))
-        except IndexError:
-            work = (request, client_address)
-            threading.Thread(target=self._work, args=(work,), daemon=True).start()
-
-    def _work(self, connection):
-        inbox = queue.SimpleQueue()
-        while connection is not None:
-            self.process_request_thread(*connection)
-            self._open.discard(connection[0])
-            connection = None
-            if len(self._idle_threads) < IDLE_THREADS:
-                self._idle_threads.append(inbox)
-                connection = self._next_connection(inbox)
-
-    def _next_connection(self, inbox):
-        try:
-            return inbox.get(timeout=IDLE_SECONDS)
-        except queue.Empty:
-            pass
-        try:
-            self._idle_threads.remove(inbox)
-            return None
-        except ValueError:
-            return inbox.get()  # somebody took it at this very moment
-
-    def handle_error(self, request, client_address):
-        """A bug: say where. The connection is closed by the caller."""
-        import traceback
-
-        self.log("error", f"bug in llmswap:\n{traceback.format_exc()}")
+        self._refused.add(connection)
+        threading.Thread(target=refuse_patiently, daemon=True).start()
 
     def begin_idling(self, connection):
         """From now on `stop` may close the connection."""
@@ -10223,50 +10229,43 @@ class Server(socketserver.ThreadingTCPServer):
         self._quiet_at = time.monotonic()
 
     def end_idling(self, connection):
-        """A request came on it, or its end."""
+        """A request came on the connection, or its end."""
         self._idle_connections.discard(connection)
 
     def quiet_since(self) -> Optional[float]:
         """Return when the last request ended; None while one runs or is to come."""
-        is_busy = len(self._open) > len(self._idle_connections)
+        is_busy = len(self._connections) > len(self._idle_connections)
         return None if is_busy else self._quiet_at
 
     def try_to_leave(self) -> bool:
-        """Stop to accept, unless somebody is there already: then go on, return False.
+        """Stop accepting; if a client has connected already go on, and return False.
 
-        Who connects later waits in the backlog, of which systemd keeps its own copy.
+        Later connections wait in the sockets' backlog, which systemd keeps open.
         """
-        self._is_paused = True
-        self._bell.ring()
-        self._paused.wait()
         waiter = select.poll()
-        for listener in self.sockets:
-            waiter.register(listener, select.POLLIN)
+        for listener in self._listeners:
+            listener.shutdown()
+            waiter.register(listener.socket, select.POLLIN)
         if self.quiet_since() is not None and not waiter.poll(0):
             return True
-        self._is_paused = False
-        self._paused.clear()
         self.begin()
         return False
 
     def finish(self, seconds: float):
-        """Wait until who has begun to ask was answered, so many seconds at most."""
+        """Wait until the requests in flight are answered, at most so many seconds."""
         deadline = time.monotonic() + seconds
         while self.quiet_since() is None and time.monotonic() < deadline:
             time.sleep(0.005)
 
     def stop(self):
-        """Stop to accept, and end the connections that wait for a next request."""
+        """Stop accepting, and end the connections that wait for a next request."""
         self.is_closing = True
-        self._bell.ring()
-        self._paused.wait(1.0)  # nobody polls what is closed now
-        for listener in self.sockets:
-            listener.close()  # never shutdown(): systemd may own it
+        for listener in self._listeners:
+            listener.shutdown()
+            listener.server_close()  # the socket is never shut down: systemd may own it
         for connection in list(self._idle_connections):
-            try:
+            with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)
-            except OSError:
-                pass
 
 
 def turn_away(connection: socket.socket, why: str, is_patient: bool):

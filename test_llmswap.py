@@ -5406,24 +5406,25 @@ def test_a_storm_of_reloads_harms_no_request():
 
 
 @pytest.mark.parametrize("most", [1, 0])
-def test_without_a_thread_for_a_connection_it_is_refused_and_others_are_not(
+def test_a_connection_without_a_thread_is_refused_and_the_listener_lives(
     monkeypatch, most
 ):
     def start(_):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threading.Thread, "start", start)
     said = []
-    server = llmswap.Server.__new__(llmswap.Server)
-    server._open, server._leaving, server._idle_threads = set(), set(), []
-    server.pool, server._choose_at = SimpleNamespace(idle_since=lambda: None), 0.0
-    server.most_connections, server.log = most, lambda *told: said.append(told)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        with Client(listener.getsockname()[1]) as client:
-            server._accept(listener)  # its thread lives on
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        pool = llmswap.Pool(no_models(), lambda *_: None)
+        server = llmswap.Server([sock], pool, lambda *told: said.append(told), None)
+        server.most_connections = most
+        with Client(sock.getsockname()[1]) as client:
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", start)
+                server._listeners[0]._handle_request_noblock()
             answer = client.answer()
+        assert server.quiet_since() is not None
     assert answer.status == 503 and "new thread" in answer.message()
-    assert not server._open and not server._leaving and "new thread" in said[0][1]
+    assert "new thread" in said[0][1]
 
 
 def test_signals_that_our_parent_ignored_do_not_harm(tmp_path):
@@ -9264,7 +9265,7 @@ def quickest(swap, count=20):
 def given_back(swap, before):
     """Whether connections, descriptors and all threads but those kept are gone."""
     now, kept = soak_size(swap.pid), llmswap.IDLE_CONNECTIONS + 4
-    threads = before["threads"] + llmswap.IDLE_THREADS
+    threads = before["threads"]
     descriptors = before["descriptors"] + kept
     return now["descriptors"] <= descriptors and now["threads"] <= threads
 
@@ -9294,7 +9295,7 @@ def test_many_who_are_slow_hold_up_nobody_and_leave_nothing():
     with hasty(MODELS) as swap:
         swap.chat("a")
         before, alone = soak_size(swap.pid), quickest(swap)
-        threads = before["threads"] + llmswap.IDLE_THREADS + 5
+        threads = before["threads"] + 5
         for count, data in CROWDS.values():
             clients = crowd(swap, count, data)
             both = 2 * count if b"/upstream/" in data else count
@@ -13235,7 +13236,6 @@ def test_who_waits_in_the_backlog_keeps_it_from_leaving():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         pool = llmswap.Pool(no_models(), lambda *_: None)
         server = llmswap.Server([listener], pool, lambda *_: None, None)
-        server._paused.set()  # it accepts no more
         assert server.try_to_leave() and server.is_serving()  # there is nothing to do
         with Client(listener.getsockname()[1]) as client:
             client.send("GET", "/health")
