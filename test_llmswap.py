@@ -2849,10 +2849,12 @@ class World:
         if order.is_wake:
             backend = self.backends[order.name]
         else:
-            backend = self.backends[order.name] = SimulatedBackend(order.name, order.run)
+            backend = SimulatedBackend(order.name, order.run)
+            self.backends[order.name] = backend
         backend.obey("loading")
         what = "wake" if order.is_wake else "load"
-        self.after(self.seconds(what, backend.name), self._come_up, backend, backend.orders)
+        seconds = self.seconds(what, backend.name)
+        self.after(seconds, self._come_up, backend, backend.orders)
 
     def _stop(self, backend, to_sleep):
         backend.obey("falling asleep" if to_sleep else "ending")
@@ -3356,7 +3358,8 @@ class Walk:
     def _judge_grant(self, grant):
         ticket, name = grant.ticket, grant.ticket.model.name
         backend = self.world.backends.get(name)
-        self.expect(backend is not None and backend.phase == "up", "granted, but not loaded")
+        is_up = backend is not None and backend.phase == "up"
+        self.expect(is_up, "granted, but not loaded")
         self.expect(ticket.run == backend.run, "granted of another run")
         self.expect(backend not in self.departing, "granted by one that is to go")
         self.expect(not self.is_closed, "granted although closed")
@@ -3413,7 +3416,8 @@ class Walk:
 
     def _held_by(self, backend):
         spec = self._spec(backend)
-        if backend.phase == "asleep" or backend.phase == "ending" and backend.was_asleep:
+        ended_asleep = backend.phase == "ending" and backend.was_asleep
+        if backend.phase == "asleep" or ended_asleep:
             places = int(spec.takes_place and not spec.can_sleep)
             return llmswap.ModelUsage(backend.name, places, spec.sleep_needs)
         return demand(backend.name, spec)
@@ -3437,8 +3441,9 @@ class Walk:
         )
 
     def _is_fixed(self, backend):
-        loads_for = self._waiting_for(backend.name) if backend.phase == "loading" else []
-        return self.specs[backend.name].is_pinned or bool(loads_for)
+        is_loading = backend.phase == "loading"
+        is_wanted = is_loading and bool(self._waiting_for(backend.name))
+        return self.specs[backend.name].is_pinned or is_wanted
 
     def _judge_stop(self, stop):
         backend = self.world.backends[stop.name]
@@ -3468,7 +3473,8 @@ class Walk:
 
     def _judge_idle(self, stop, backend, busy):
         users = [each for each, of in self.leases.values() if of is backend]
-        self.expect(not users and not self._waiting_for(backend.name), "it was not idle")
+        users += self._waiting_for(backend.name)
+        self.expect(not users, "it was not idle")
         self.expect(not self.specs[backend.name].is_pinned, "it was pinned")
 
     def _judge_eviction(self, stop, backend, busy):
@@ -3483,7 +3489,8 @@ class Walk:
         self.expect(not (is_loading and waiters), "killed while loading for someone")
         for waiter in waiters:
             is_older = waiter.number < min(each.number for each in newcomers)
-            self.expect(not is_older or backend.phase == "asleep", "an older one waited")
+            may_go = not is_older or backend.phase == "asleep"
+            self.expect(may_go, "an older one waited")
             is_reserved = waiter.arrived <= backend.ready_at and not backend.has_served
             self.expect(not is_reserved, "evicted before it served")
 
@@ -3522,7 +3529,7 @@ class Walk:
         self.expect(
             not self.waiting
             or deadline < math.inf
-            or any(backend.phase in moving or self._in_flight(backend) for backend in backends),
+            or any(each.phase in moving or self._in_flight(each) for each in backends),
             "stuck",
         )
 
@@ -17179,7 +17186,7 @@ class Explored(Walk):
             "stop_all": [None] if self.is_closed else [],
         }
         if phases:
-            return [name for name, backend in backends.items() if backend.phase in phases]
+            return [name for name in backends if backends[name].phase in phases]
         return targets.get(fault, sorted(models))
 
     def do(self, event):
@@ -17265,8 +17272,8 @@ class Explored(Walk):
             for t in core._queue.values()
         ]
         leases = sorted(
-            (backend.name, self.world.backends.get(backend.name) is backend, ticket.preemptible)
-            for ticket, backend in self.leases.values()
+            (of.name, self.world.backends.get(of.name) is of, ticket.preemptible)
+            for ticket, of in self.leases.values()
         )
         rest = [*self.left.values()], self.is_closed, core.limits.models_max
         return marshal.dumps((ages, models, tickets, leases, rest), 2)
@@ -17294,8 +17301,9 @@ class Explored(Walk):
             drains_for,
             model.stop_cause, model.is_asleep, model.is_falling_asleep,
             repr(model.replacement), model.removal_error is not None,
-            backend.phase, backend.has_served, backend.was_asleep, backend in self.departing,
-            backend in self.replaced, backend in self.cut_at, repr(self.holds[model.name]),
+            backend.phase, backend.has_served, backend.was_asleep,
+            backend in self.departing, backend in self.replaced, backend in self.cut_at,
+            repr(self.holds[model.name]),
             [t.arrived <= backend.ready_at for t in self._waiting_for(model.name)],
         ]  # fmt: skip
 
