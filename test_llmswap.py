@@ -1992,18 +1992,6 @@ A sleeping backend can crash, which is no measured stop
     10   busy a
     20   ask b           ; next 21
 
-Needs fit the budget
-    x a(needs=16) b(needs=16) | models_max=0 budget=24
-    0    busy a
-    0    ask x           -> start x
-    0    ask b           ; next 1
-
-Only members of one set are loaded together
-    a b c | models_max=0 sets=ab,bc
-    0    busy a
-    0    ask b           -> start b
-    0    ask c
-
 A model in no set is loaded alone
     a b x | models_max=0 sets=ab
     0    serve a 1
@@ -2068,12 +2056,6 @@ The load time of an adopted model is not measured
     9    busy a
     20   ask b           ; next 21
 
-An idle model is evicted before a busy one
-    a b c | models_max=2
-    0    busy a
-    0    serve b 1
-    9    ask c           -> evicted b for c
-
 A model with a waiting ticket counts as busy
     a b c | models_max=2 patience=0
     0    serve a 1
@@ -2097,12 +2079,6 @@ Nothing is evicted while a model stopped for idleness makes the room
     2    ask c
     3    exited a        -> start c
 
-The least recently granted model is evicted
-    a b c | models_max=2
-    0    serve a 3
-    1    serve b 2
-    9    ask c           -> evicted a for c
-
 A pinned model is never evicted
     a b p(is_pinned=1) | models_max=2
     0    serve p 1
@@ -2111,12 +2087,9 @@ A pinned model is never evicted
 
 Nothing is evicted for a model that backs off
     a x
-    0    ask x           -> start x
-    0    exited x broken -> refuse 1: model_start_failed
-    1    ask x           -> start x
-    1    exited x broken -> refuse 2: model_start_failed
-    2    ask x           -> start x
-    2    exited x broken -> refuse 3: model_start_failed
+    0    fail x
+    1    fail x
+    2    fail x
     2    serve a 2.1
     2.9  ask x           -> refuse 5: model_backing_off
     2.9  is a loaded
@@ -2379,6 +2352,13 @@ A successful load resets the back-off, and so does a load by hand
     2    fail a
     2.5  ask a           -> refuse 7: model_backing_off
     2.5  ask a manual    -> start a
+
+A model on another machine is not backed off
+    r(takes_place=0)
+    0    fail r
+    0    fail r
+    0    fail r
+    0    ask r           -> start r
 
 A backend that dies later is loaded again for the tickets that wait
     a(concurrency=1)
