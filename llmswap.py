@@ -2173,8 +2173,12 @@ class Scheduler:
         stop; `removal_error(name)` refuses tickets of the latter. No lease is cut.
         """
         self.limits = limits
-        for name in [name for name in self.models if name not in specs]:
-            self._remove(name, removal_error(name))
+        for name, model in list(self.models.items()):
+            if name not in specs:
+                model.removal_error, model.replacement = removal_error(name), None
+                self.refuse_waiting(name, model.removal_error)
+                if not model.is_held:
+                    del self.models[name]
         for name, spec in specs.items():
             model = self.models.setdefault(name, ModelState(name, spec))
             is_replaced = model.replacement or model.removal_error
@@ -2184,14 +2188,6 @@ class Scheduler:
                 model.spec = spec
                 if name in changed:
                     model.reset_failures()
-
-    def _remove(self, name, problem):
-        model = self.models[name]
-        self.refuse_waiting(name, problem)
-        if model.is_held:
-            model.removal_error, model.replacement = problem, None
-        else:
-            del self.models[name]
 
     def refuse_waiting(self, name: str, problem: Problem):
         """Refuse every ticket that waits for the model."""
@@ -5474,22 +5470,21 @@ def limits_of(config: Config) -> Limits:
 
 def specs_of(config: Config) -> Dict[str, ModelSpec]:
     """Return what scheduling must know of each model that has a backend of its own."""
-    owners = [each for each in config.models.values() if each.backend == each.name]
-    return {model.name: _spec_of(model) for model in owners}
-
-
-def _spec_of(model):
-    settings = model.settings
-    return ModelSpec(
-        needs={**settings.needs, **address_of(model)},
-        sleep_needs={**settings.sleep_needs, **address_of(model)},
-        takes_place=model.kind != "remote",
-        is_pinned=settings.pin,
-        can_sleep=bool(settings.sleep),
-        concurrency=settings.concurrency,
-        idle_timeout=settings.idle_timeout,
-        stop_timeout=settings.stop_timeout,
-    )
+    specs = {}
+    for name, model in config.models.items():
+        settings, address = model.settings, address_of(model)
+        if model.backend == name:
+            specs[name] = ModelSpec(
+                needs={**settings.needs, **address},
+                sleep_needs={**settings.sleep_needs, **address},
+                takes_place=model.kind != "remote",
+                is_pinned=settings.pin,
+                can_sleep=bool(settings.sleep),
+                concurrency=settings.concurrency,
+                idle_timeout=settings.idle_timeout,
+                stop_timeout=settings.stop_timeout,
+            )
+    return specs
 
 
 # ==================================================================================
