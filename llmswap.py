@@ -5500,16 +5500,12 @@ def specs_of(config: Config) -> Dict[str, ModelSpec]:
 
 HEAD_LIMIT = 65536  # bytes; as nginx's four buffers of 16 KB
 LINES_LIMIT = 100  # header lines; as Apache's LimitRequestFields
-KEPT_HEADS = 64  # that were read and may come again
-LONGEST_KEPT = 2048  # bytes; those of most clients have a third of that
 HEAD_SECONDS = 10.0  # for a whole head once its first byte is there
 STALL_SECONDS = 60.0  # without a byte in the middle of a body; as nginx
 HELD_BODY = 1 << 20  # bytes of a request's body that are held in memory
 PIECE = 1 << 18  # bytes read at once, at most
 LEAST = 1 << 11  # bytes read at once by streams of small events
 FIRST = 1 << 14  # bytes read at once, at first: a whole chat, most often
-PIPE = 1 << 20  # bytes in the pipe that large answers are spliced through
-F_SETPIPE_SZ = 1031  # of Linux's fcntl(2); Python names it from 3.10 on
 EARLY_HEAD_AFTER = 3.0  # s; until then a failure keeps its true status
 COMMENT = b":\n\n"
 COMMENT_EVERY = 10.0  # s; the shortest header timeout seen in clients is 30 s
@@ -5614,21 +5610,6 @@ class Wire:
                 raise BadRequest("this is not HTTP/1 in lines that end with CRLF")
         self.held = data[end + 4 :]
         return data[: end + 4]
-
-
-@contextlib.contextmanager
-def open_pipe():
-    """Yield both ends of a pipe as long as it may be, for splices through it."""
-    import fcntl
-
-    take, give = os.pipe()
-    try:
-        with contextlib.suppress(OSError):  # its owner has too many pipes
-            fcntl.fcntl(give, F_SETPIPE_SZ, PIPE)
-        yield take, give
-    finally:
-        os.close(take)
-        os.close(give)
 
 
 def send_all(sock: socket.socket, data, on_silence, on_progress=lambda: None):
@@ -5796,35 +5777,6 @@ class Head:
         """Return all values of a field."""
         return [value for field, value in self.fields if field == name]
 
-    def with_length(self, length: int) -> "Head":
-        """Return one that differs by the length of the body only."""
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, framing=Framing(length))
-        return other
-
-
-def remembering(read: Callable[[bytes], Head]) -> Callable[[bytes], Head]:
-    """Return what reads heads like `read`, but each of the last ones only once.
-
-    Both sides say the same again and again, but for the length of the body. So heads
-    are kept with a 0 for it.
-    """
-    kept = functools.lru_cache(KEPT_HEADS)(read)
-
-    def read_or_remember(head):
-        if len(head) > LONGEST_KEPT:
-            return read(head)
-        found = _LENGTH_LINE.search(head)
-        if not found:
-            return kept(head)
-        start, end = found.span(1)
-        return kept(b"%b0%b" % (head[:start], head[end:])).with_length(int(found[1]))
-
-    return read_or_remember
-
-
-_LENGTH_LINE = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,18})\r\n")
-
 
 class Request(Head):
     """The head of a client's request."""
@@ -5865,7 +5817,6 @@ class Request(Head):
         return next((value for key, value in pairs if key == name), None)
 
 
-read_request = remembering(Request)
 
 
 # -- bodies ----------------------------------------------------------------------------
@@ -6452,7 +6403,6 @@ class AnswerHead(Head):
         self.is_event_stream = _are_events(self._first)
 
 
-read_answer_head = remembering(AnswerHead)
 
 
 class Answer:
@@ -6484,24 +6434,23 @@ class Answer:
         head = self._wire.head()
         if not head:
             raise EOFError
-        return read_answer_head(head)
+        return AnswerHead(head)
 
     @property
     def leftover(self) -> bytes:
         """What came right behind the head of an upgrade."""
         return self._wire.held
 
-    def pieces(self, carry=None) -> Iterable:
-        """Yield the payload as it comes; a piece is good until the next is asked for.
-        Raise Truncated if it ends too early.
+    def pieces(self) -> Iterable:
+        """Yield the payload as it comes; a piece is valid until the next is asked for.
 
-        `carry(wire, size)` may take some of a long one past us; it returns how much.
+        Raise Truncated if it ends too early.
         """
         try:
             if self.framing.is_chunked:
                 yield from self._chunks()
             elif self.framing.length is not None:
-                yield from self._counted(self.framing.length, carry)
+                yield from self._counted(self.framing.length)
             else:
                 yield from self._until_close()
         except (OSError, BadRequest) as error:
@@ -6523,13 +6472,11 @@ class Answer:
                 yield payload
         self._end(not decoder.rest)
 
-    def _counted(self, left, carry):
+    def _counted(self, left):
         first = self._wire.take(left)  # of a short answer, all came with the head
         if first:
             left -= len(first)
             yield first
-        if carry and left > HELD_BODY:
-            left -= carry(self._wire, left - PIECE)  # what stands at its end is read
         buffer = memoryview(bytearray(min(left, PIECE)))
         while left:
             count = self._wire.receive_into(buffer[: min(left, len(buffer))])
@@ -6673,45 +6620,6 @@ class Reply:
             self._put(b"%b%x\r\n%b\r\n" % (head, len(piece), piece))
         else:
             self._put(head + piece if head else piece)
-
-    @property
-    def can_splice(self) -> bool:
-        """Whether payload may go to the client as it is, unseen."""
-        is_plain = type(self.sock) is socket.socket and hasattr(os, "splice")
-        return is_plain and not (self._is_chunked or self._is_head or self._is_events)
-
-    def splice(self, wire: Wire, size: int) -> int:
-        """Send so many bytes of payload from another connection; return how many came
-        before its end. They stay in the kernel, which halves what they cost."""
-        if type(wire.sock) is not socket.socket:
-            return 0
-        self.flush()
-        left = size
-        # no descriptor for a pipe, or the backend broke off: who reads on will see
-        with contextlib.suppress(OSError), open_pipe() as (take, give):
-            while left:
-                try:
-                    count = os.splice(wire.sock.fileno(), give, min(left, PIPE))
-                except BlockingIOError:
-                    wire.on_silence()
-                    continue
-                if not count:
-                    break
-                left -= count
-                self._count(count)
-                self._splice_from(take, count)
-        return size - left
-
-    def _splice_from(self, pipe, left):
-        self._note_progress()
-        while left:
-            try:
-                left -= os.splice(pipe, self.sock.fileno(), left)
-                self._note_progress()
-            except BlockingIOError:
-                self._check_stall()
-            except OSError:
-                raise ClientGone from None
 
     def end(self):
         """The answer is complete."""
@@ -6998,9 +6906,8 @@ def _pass_on(answer, link, reply, transform):
     if not reply.is_early:
         length = None if transform else answer.length
         reply.begin(answer.status, answer.head.reason, _fields_down(answer), length)
-    carry = reply.splice if reply.can_splice and not transform else None
     try:
-        for piece in answer.pieces(carry):
+        for piece in answer.pieces():
             reply.send(transform.feed(bytes(piece)) if transform else piece)
         if answer.framing == UNTIL_CLOSE:  # its end says nothing: it may be a death
             if reply.is_within_line or link.has_died(0.05):
@@ -9077,7 +8984,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.late = Deadline(HEAD_SECONDS, late)
         self.is_on_loopback = _is_loopback(self.request.getsockname())
         self.is_unread = False  # the client may be sending what nobody reads
-        self.let_in = self.let_in_by = None  # the fields of a head, and a configuration
         if self.request.family != socket.AF_UNIX:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         set_tick(self.request)
@@ -9147,7 +9053,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ClientGone from None
         if not raw:
             return False
-        self.head = self.headers = read_request(raw)
+        self.head = self.headers = Request(raw)
         self.command, self.path = self.head.method, self.head.target
         self.request_version = "HTTP/1.0" if self.head.is_http_10 else "HTTP/1.1"
         self.reply = Reply(self.request, self.head, self._cors_fields())
@@ -9232,14 +9138,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- who may ask what ------------------------------------------------------------
 
     def _check_access(self):
-        """Raise unless Host, Origin and key are as they must be. Who asks in the same
-        words again is let in again."""
-        is_known = self.head.fields is self.let_in and self.config is self.let_in_by
-        if not is_known:
-            self._check_words()
-            self.let_in, self.let_in_by = self.head.fields, self.config
-
-    def _check_words(self):
+        """Raise Forbidden or Unauthorized unless Host, Origin and key are accepted."""
         head = self.head
         self._check_host(head.get("host"))
         origin = head.get("origin")

@@ -6673,18 +6673,18 @@ LENGTHY = b"POST /%b HTTP/1.1\r\nHost: x\r\nContent-Length: %b\r\nX: y\r\n\r\n"
 @pytest.mark.parametrize("path", [b"short", b"x" * 3000])
 def test_a_head_that_comes_again_is_read_as_if_it_were_new(path):
     for length in (5, 7, 5, 0):
-        request = llmswap.read_request(LENGTHY % (path, b"%d" % length))
+        request = llmswap.Request(LENGTHY % (path, b"%d" % length))
         assert request.framing == llmswap.Framing(length)
         assert request.fields == [("host", "x"), ("x", "y")]
         assert request.path == "/" + path.decode()
     other = LENGTHY.replace(b"X: y", b"X: z")
-    assert llmswap.read_request(other % (path, b"5")).get("x") == "z"
+    assert llmswap.Request(other % (path, b"5")).get("x") == "z"
     no_length = LENGTHY.replace(b"Content", b"X-Content") % (path, b"5")
-    assert llmswap.read_request(no_length).framing == llmswap.NO_BODY
+    assert llmswap.Request(no_length).framing == llmswap.NO_BODY
     for worse in (b"5\r\nContent-Length: 6", b"5\r\nTransfer-Encoding: chunked", b"-1"):
         for _ in range(2):
             with pytest.raises(llmswap.BadRequest):
-                llmswap.read_request(LENGTHY % (path, worse))
+                llmswap.Request(LENGTHY % (path, worse))
 
 
 def test_of_answers_that_come_again_each_has_its_own_length_and_status():
@@ -7546,72 +7546,6 @@ def read_slowly(sock, pause):
     """Receive bit by bit, or never."""
     while pause and sock.recv(4096):
         time.sleep(pause)
-
-
-@pytest.mark.skipif(not hasattr(os, "splice"), reason="Python 3.10 has it")
-def test_a_spliced_answer_is_counted_as_it_goes_however_it_ends(monkeypatch):
-    monkeypatch.setattr(llmswap, "STALL_SECONDS", 5.0)
-    monkeypatch.setattr(llmswap, "TICK", 0.02)
-    size, begun = 1 << 20, time.monotonic()
-
-    def spliced(there, reads, prepare=lambda reply: None):
-        """The reply, and what splice() returned, of which it promised twice as much."""
-        with pair() as (backend, source), pair() as (ours, theirs):
-            for sock in (ours, backend):
-                llmswap.set_tick(sock)
-            threads = [
-                threading.Thread(target=lambda: send_and_end(source, bytes(there))),
-                threading.Thread(target=lambda: reads(theirs)),
-            ]
-            reply = llmswap.Reply(ours, request_of(GET), [])
-            reply.begin(200, "OK", [], 2 * size)
-            prepare(reply)
-            for thread in threads:
-                thread.start()
-            try:
-                done = reply.splice(llmswap.Wire(backend, lambda: None), size)
-            except llmswap.ClientGone:
-                done = None
-            ours.close(), backend.close()
-            for thread in threads:
-                thread.join()
-        return reply, done
-
-    reply, done = spliced(300_000, everything)  # the backend ends too early
-    assert done == reply.sent == 300_000 and reply.first_at > begun
-    reply.end()
-    assert not reply.stays
-    reply, done = spliced(size, lambda sock: sock.recv(1000) and sock.close())
-    assert done is None and 0 < reply.sent <= size
-
-    def clog(reply):  # as after a backend's long pause in which the client did not read
-        reply.flush()
-        reply.sock.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                reply.sock.send(bytes(65536))
-        llmswap.set_tick(reply.sock)
-        reply._spoke -= 60
-
-    assert spliced(size, read_slowly_after(0.06), clog)[1] == size
-    failing = contextlib.contextmanager(lambda: (_ for _ in ()).throw(OSError(24, "")))
-    monkeypatch.setattr(llmswap, "open_pipe", failing)  # no descriptor is left
-    assert spliced(size, everything)[1] == 0
-
-
-def send_and_end(sock, data):
-    with contextlib.suppress(OSError):
-        sock.sendall(data)
-        sock.shutdown(socket.SHUT_WR)
-
-
-def read_slowly_after(pause):
-    """A reader that begins after so many seconds."""
-    def read(sock):
-        threading.Event().wait(pause)
-        everything(sock)
-
-    return read
 
 
 ERROR_EVENT = re.compile(rb'data: \{"error":\{"message":"it died".*\}\}\n\n')
@@ -17691,7 +17625,7 @@ def fuzz_read(pieces):
     wire, served = llmswap.Wire(FuzzSocket(pieces)), []
     try:
         while raw := wire.head():
-            request = llmswap.read_request(raw)
+            request = llmswap.Request(raw)
             served.append(fuzz_read_one(wire, request))
             if not request.stays:
                 break
