@@ -185,7 +185,7 @@ TRUE_WORDS = ("on", "true", "1", "enabled", "yes")
 FALSE_WORDS = ("off", "false", "0", "disabled", "no")
 
 
-def pattern(regex, convert, expected):
+def pattern(expected, regex, convert=lambda match: match[0]):
     """Return a parser: `convert` of the match of a whole text."""
 
     def parse(text):
@@ -204,9 +204,8 @@ def or_none(word, parse):
 
 def one_of(*words):
     """Return a parser that accepts these words, in any case."""
-    choices = "|".join(words)
-    expected = f"one of {', '.join(words)}"
-    return pattern(f"(?i:{choices})", lambda match: match[0].lower(), expected)
+    regex = f"(?i:{'|'.join(words)})"
+    return pattern(f"one of {', '.join(words)}", regex, lambda match: match[0].lower())
 
 
 def _seconds(match):
@@ -216,41 +215,35 @@ def _seconds(match):
 
 
 parse_duration = pattern(
-    rf"{NUMBER}|(?:{NUMBER}(?:ms|[smhd]))+", _seconds, "a duration such as 15m"
+    "a duration such as 15m", rf"{NUMBER}|(?:{NUMBER}(?:ms|[smhd]))+", _seconds
 )
 parse_size = pattern(
+    "a size such as 18G",
     rf"(?ai)({NUMBER}) ?([KMGT]?)(?:i?B)?",
     lambda match: int(float(match[1]) * 2 ** UNIT_POWERS[match[2].upper()]),
-    "a size such as 18G",
 )
 parse_boolean = pattern(
+    "on or off",
     f"(?i:{'|'.join(TRUE_WORDS + FALSE_WORDS)})",
     lambda match: match[0].lower() in TRUE_WORDS,
-    "on or off",
 )
-parse_count = pattern("[0-9]{1,9}", lambda match: int(match[0]), "a whole number")
+parse_count = pattern("a whole number", "[0-9]{1,9}", lambda match: int(match[0]))
 parse_score = pattern(
-    "-?(?:0?[0-9]{1,3}|1000)",
-    lambda match: int(match[0]),
-    "a number from -1000 to 1000",
+    "from -1000 to 1000", "-?(?:0?[0-9]{1,3}|1000)", lambda match: int(match[0])
 )
 parse_url = pattern(
-    r"https?://[^\s/?#]+(/[^\s?#]*)?",
-    lambda match: match[0],
-    "a URL such as http://127.0.0.1:8000",
+    "a URL such as http://127.0.0.1:8000", r"https?://[^\s/?#]+(/[^\s?#]*)?"
 )
-parse_endpoint = or_none(
-    "none", pattern(r"/\S*", lambda match: match[0], "a path such as /health")
-)
+parse_endpoint = or_none("none", pattern("a path such as /health", r"/\S*"))
 parse_request = or_none("", pattern(
+    "a request such as POST /sleep?level=1",
     r"(?:([A-Z]+) +)?(/\S*)",
     lambda match: (match[1] or "POST", match[2]),
-    "a request such as POST /sleep?level=1",
 ))
 parse_mac = or_none("", pattern(
+    "an address such as ab:cd:ef:01:23:45",
     "[0-9A-Fa-f]{2}([:-][0-9A-Fa-f]{2}){5}",
     lambda match: bytes.fromhex(re.sub("[:-]", "", match[0])),
-    "an address such as ab:cd:ef:01:23:45",
 ))
 
 
@@ -524,7 +517,6 @@ class Section(NamedTuple):
     """One section; `settings` by key, the last of equal keys."""
 
     name: str
-    line: int
     place: str
     settings: dict
 
@@ -533,44 +525,34 @@ class PresetParser:
     """Parses llama.cpp's language of presets, and more: a line may be indented, a key
     may have its dashes. Of sections with the same name only the last counts."""
 
-    def __init__(self, path, warn):
+    def __init__(self, data, path, warn):
+        self._text = data.decode("utf-8-sig", "surrogateescape")
         self._path = path
         self._warn = warn
-        self._text = ""
         self._offset = 0
         self._line = 1
         self._section = None
         self._sections = {}
 
-    def parse(self, data) -> dict:
-        """Return the sections of a file's bytes by name, or raise ConfigError."""
-        self._text = self._decode(data)
+    def parse(self) -> dict:
+        """Return the sections by name, or raise ConfigError."""
+        wrong = re.search("[\0\udc80-\udcff]", self._text)
+        if wrong:
+            self._line += len(NEWLINE.findall(self._text[: wrong.start()]))
+            raise ConfigError(f"{self._path}:{self._line}: this is not UTF-8 text")
         while self._offset < len(self._text):
-            line = self._line
+            place = f"{self._path}:{self._line}:"
             statement = self._take(STATEMENT)
             if statement is None:
-                wrong = NEWLINE.split(self._text[self._offset :], 1)[0].strip()
+                line = NEWLINE.split(self._text[self._offset :], 1)[0].strip()
                 raise ConfigError(
-                    f"{self._path}:{line}: {wrong!r} is neither [section], "
-                    "key = value nor a comment"
+                    f"{place} {line!r} is neither [section], key = value nor a comment"
                 )
             if statement["header"]:
-                self._open_section(statement["header"], line)
+                self._open_section(statement["header"], place)
             elif statement["key"]:
-                self._add_setting(statement, line)
+                self._add_setting(statement, place)
         return self._sections
-
-    def _decode(self, data):
-        try:
-            text = data.decode("utf-8-sig")
-            wrong = text.find("\0")
-        except UnicodeDecodeError as error:
-            text = data[: error.start].decode("utf-8", "replace")
-            wrong = len(text)
-        if wrong >= 0:
-            line = len(NEWLINE.findall(text[:wrong])) + 1
-            raise ConfigError(f"{self._path}:{line}: this is not UTF-8 text")
-        return text
 
     def _take(self, expression):
         match = expression.match(self._text, self._offset)
@@ -579,26 +561,22 @@ class PresetParser:
             self._line += len(NEWLINE.findall(match[0]))
         return match
 
-    def _open_section(self, name, line):
+    def _open_section(self, name, place):
         if name.strip() in ("llmswap", "macros"):
             name = name.strip()
-        place = f"{self._path}:{line}: [{name}]"
-        if name in self._sections:
-            before = self._sections.pop(name).line
-            self._warn(f"{place}: replaces the section of that name in line {before}")
-        self._section = self._sections[name] = Section(name, line, place, {})
+        if self._sections.pop(name, None):
+            self._warn(f"{place} [{name}]: given before; this one counts")
+        self._section = self._sections[name] = Section(name, f"{place} [{name}]", {})
 
-    def _add_setting(self, statement, line):
+    def _add_setting(self, statement, place):
         key = statement["key"]
         if self._section is None:
             if key in IGNORED_KEYS:
                 return
-            self._open_section("default", line)
-            self._warn(
-                f"{self._path}:{line}: keys before the first section make a model "
-                "'default'; keys for all models belong into [*]"
-            )
-        place = f"{self._path}:{line}: [{self._section.name}] {key}"
+            self._open_section("default", place)
+            self._warn(f"{place} keys before the first section make a model 'default'; "
+                       "keys for all models belong into [*]")
+        place = f"{place} [{self._section.name}] {key}"
         if key in self._section.settings:
             self._warn(f"{place}: given before; this one counts")
         text = self._value(statement, place)
@@ -614,7 +592,12 @@ class PresetParser:
             return text.strip(" \t")
         if key and key not in SHARED_KEYS:
             return OWN_COMMENT.split(text, 1)[0].strip(" \t")
-        return self._cut_as_llama_does(text, place)
+        comment = LLAMA_COMMENT.search(text)
+        value = text[: comment.start() if comment else None].strip(" \t")
+        if comment and (comment[0] in (";", "#") or value.count('"') % 2):
+            self._warn(f"{place}: a comment begins at {comment[0][-1]!r}, as in "
+                       f"llama.cpp; the value is {value!r}")
+        return value
 
     def _continued(self, first, indent):
         lines = [first]
@@ -625,14 +608,6 @@ class PresetParser:
         stripped = [line.strip(" \t") for line in lines]
         commands = [line for line in stripped if line[:1] not in (";", "#")]
         return " ".join(re.sub(r"(^|[ \t]+)\\$", "", line) for line in commands).strip()
-
-    def _cut_as_llama_does(self, text, place):
-        comment = LLAMA_COMMENT.search(text)
-        value = text[: comment.start()].strip(" \t") if comment else text.strip(" \t")
-        if comment and (comment[0] in (";", "#") or value.count('"') % 2):
-            self._warn(f"{place}: a comment begins at {comment[0][-1]!r}, as in "
-                       f"llama.cpp; the value is {value!r}")
-        return value
 
 
 # ---- Variables: ${NAME}, and the [macros] of the file -------------------------------
@@ -756,17 +731,45 @@ class OptionTable:
             return Option((f"--{dashed}",))
         return self.by_key.get(key) or self.by_key.get(dashed)
 
-    def option_of(self, setting) -> Option:
-        """Return the option that a setting means, or raise ConfigError."""
-        option = self.find(setting.key)
-        if option is None:
-            reason = unknown_key(setting.key, "the llama-server in use", self.by_key)
-            raise ConfigError(f"{setting.place}: {reason}")
-        if option.values > 1:
-            raise ConfigError(
-                f"{setting.place}: takes two values; write it into extra-args"
-            )
-        return option
+    def words(self, layers) -> list:
+        """Return what llama.cpp's router would put on a command line.
+
+        `layers` are settings by key, the weakest first; within one, llama.cpp reads
+        the keys in the order of their bytes. Raise ConfigError for unknown ones.
+        """
+        chosen = {}
+        for setting in (layer[key] for layer in layers for key in sorted(layer)):
+            option = self.find(setting.key)
+            if option is None:
+                program = "the llama-server in use"
+                reason = unknown_key(setting.key, program, self.by_key)
+                raise ConfigError(f"{setting.place}: {reason}")
+            if option.values > 1:
+                reason = "takes two values; write it into extra-args"
+                raise ConfigError(f"{setting.place}: {reason}")
+            chosen[option.names[0]] = option.words(setting.key, setting.text)
+        return [word for name in sorted(chosen) for word in chosen[name]]
+
+    def pitfalls(self, options):
+        """Yield warnings of what llama.cpp reads otherwise than people do."""
+        first = {}
+        for key, setting in sorted(options.items()):
+            option, text = self.find(key), setting.text
+            if option is None:
+                continue
+            other = first.setdefault(option.names[0], key)
+            if other != key:
+                yield f"{setting.place}: the same option as {other}; this one counts"
+            if not ROUTER_OPTIONS.isdisjoint(option.names):
+                yield f"{setting.place}: no option of a model; it is ignored"
+            elif not option.values and text not in TRUTHY + FALSY:
+                word = "".join(option.words(key, text))
+                yield (f"{setting.place}: {text!r} is neither true nor false; "
+                       f"llama.cpp makes it {word}")
+            elif option.values and re.fullmatch("\".*\"|'.*'", text):
+                yield f"{setting.place}: the quotes are part of the value {text}"
+            if option.negatives and key.startswith("LLAMA_ARG_NO_"):
+                yield f"{setting.place}: NO is no negation here for llama.cpp"
 
 
 UNKNOWN_OPTIONS = OptionTable()
@@ -804,46 +807,6 @@ def parse_help(text) -> Optional[OptionTable]:
     model, version = table.by_key.get("model"), table.by_key.get("version")
     is_sane = model and model.values and version and not version.values
     return table if is_sane and len(options) >= 150 else None
-
-
-def render_options(layers, table, fixed) -> list:
-    """Return the words that llama.cpp's router would put on a command line.
-
-    `layers` are settings by key, the weakest first; within one, llama.cpp reads the
-    keys in the order of their bytes. `fixed` are texts by key, above all.
-    """
-    chosen = {}
-    for layer in layers:
-        for key in sorted(layer):
-            option = table.option_of(layer[key])
-            chosen[option.names[0]] = option.words(key, layer[key].text)
-    for key, text in fixed.items():
-        option = table.find(key) or Option((f"--{key}",))
-        chosen[option.names[0]] = option.words(key, text)
-    return [word for name in sorted(chosen) for word in chosen[name]]
-
-
-def pitfalls(options, table):
-    """Yield warnings of what llama.cpp reads otherwise than people do, in one layer."""
-    first = {}
-    for key, setting in sorted(options.items()):
-        option, text = table.find(key), setting.text
-        if option is None:
-            continue
-        other = first.setdefault(option.names[0], key)
-        if other != key:
-            yield f"{setting.place}: the same option as {other}; this one counts"
-        if not ROUTER_OPTIONS.isdisjoint(option.names):
-            yield f"{setting.place}: no option of a model; it is ignored"
-        elif not option.values and text not in TRUTHY + FALSY:
-            word = "".join(option.words(key, text))
-            yield (f"{setting.place}: {text!r} is neither true nor false; "
-                   f"llama.cpp makes it {word}")
-        elif option.values and re.fullmatch("\".*\"|'.*'", text):
-            yield f"{setting.place}: the quotes are part of the value {text}"
-        if option.negatives and key.startswith("LLAMA_ARG_NO_"):
-            yield (f"{setting.place}: no negation: llama.cpp reads it like the name "
-                   "without NO")
 
 
 # ---- Models --------------------------------------------------------------------------
@@ -923,8 +886,8 @@ def command_of(model, table, port) -> list:
     except ValueError as error:
         raise ConfigError(model.problem or f"{model.place}: {error}") from None
     fixed = {"host": "127.0.0.1", "port": str(port), "alias": model.name}
-    options = render_options(layers, table, fixed)
-    return [model.settings.llama_server, *options, *extra]
+    last = {key: Setting(key, text, model.place) for key, text in fixed.items()}
+    return [model.settings.llama_server, *table.words([*layers, last]), *extra]
 
 
 def stop_command_of(model, port, pid) -> list:
@@ -1190,7 +1153,7 @@ class Config(NamedTuple):
         found = {}  # used as a set that keeps its order
         for model in self.models.values():
             for layer in model.options:
-                found.update(dict.fromkeys(pitfalls(layer, table_of(model))))
+                found.update(dict.fromkeys(table_of(model).pitfalls(layer)))
         return list(found)
 
     def _near(self, name):
@@ -1202,9 +1165,9 @@ class Config(NamedTuple):
 
 
 def load_config(path, listen=None, models_max=None, environ=os.environ) -> Config:
-    """Return the Config of a file; `listen` and `models_max` are texts that overrule it.
+    """Return the Config of a file, or raise ConfigError.
 
-    Raise ConfigError for broken syntax and for errors in [llmswap].
+    `listen` and `models_max` are texts that overrule the file's.
     """
     try:
         with open(path, "rb") as file:
@@ -1226,8 +1189,8 @@ class ConfigLoader:
         self._path = path
         self._environ = environ
         self._warnings = {}  # used as a set that keeps its order
-        empty = {name: Section(name, 0, "", {}) for name in NOT_MODELS}
-        self._sections = {**empty, **PresetParser(path, self._warn).parse(data)}
+        empty = {name: Section(name, "", {}) for name in NOT_MODELS}
+        self._sections = {**empty, **PresetParser(data, path, self._warn).parse()}
         self._variables = Variables(self._read_macros(), environ)
         self._proxy = {
             **self._limit_in_star(), **self._read_proxy_section(), **overrides
@@ -1238,16 +1201,14 @@ class ConfigLoader:
         """Return the Config, or raise ConfigError."""
         settings = self._read_settings()
         models = self._assign_names(self._build_models(settings))
-        for name, known in [*self._names.items()]:
-            self._names.setdefault(name.strip().casefold(), known)
-        settings = self._resolve_names(settings, models)
+        keys = self._read_api_keys(settings)
+        config = Config(self._path, settings, models, self._names, keys, ())
+        settings = self._resolve_names(config)
         self._check_fit(models, settings)
         for model in models.values():
-            models[model.name] = self._link(model, models)
-        keys = self._read_api_keys(settings)
-        return Config(
-            self._path, settings, models, self._names, keys, tuple(self._warnings)
-        )
+            if model.kind == "uses" and not model.problem:
+                models[model.name] = self._link(model, config)
+        return config._replace(settings=settings, warnings=tuple(self._warnings))
 
     def _warn(self, message):
         self._warnings[message] = True
@@ -1261,10 +1222,10 @@ class ConfigLoader:
 
     def _limit_in_star(self):
         """Return models-max where people put it, though llama.cpp ignores it there."""
-        spellings = ("models-max", "models_max", "LLAMA_ARG_MODELS_MAX")
-        for setting in self._sections["*"].settings.values():
-            if setting.key in spellings and re.fullmatch("[0-9]{1,9}", setting.text):
-                return {"models-max": setting}
+        star = self._sections["*"].settings
+        for key in ("models-max", "models_max", "LLAMA_ARG_MODELS_MAX"):
+            if key in star and re.fullmatch("[0-9]{1,9}", star[key].text):
+                return {"models-max": star.pop(key)}
         return {}
 
     def _read_proxy_section(self):
@@ -1304,7 +1265,7 @@ class ConfigLoader:
         keys, options = self._read_star()
         found = self._find_models(settings)
         place = f"{self._path}: [{{}}]"
-        sections = {name: Section(name, 0, place.format(name), {}) for name in found}
+        sections = {name: Section(name, place.format(name), {}) for name in found}
         sections.update(self._model_sections())
         return [
             ModelBuilder(section, (keys, options, found.get(section.name, {})),
@@ -1318,8 +1279,6 @@ class ConfigLoader:
         for name in NOT_FOR_ALL:
             if name in keys:
                 raise ConfigError(f"{keys[name].place}: cannot be given for all models")
-        limit = self._proxy.get("models-max")
-        options = {key: options[key] for key in options if options[key] is not limit}
         if "llama-server" in self._proxy:
             keys.setdefault("llama-server", self._proxy["llama-server"])
         return keys, options
@@ -1353,15 +1312,18 @@ class ConfigLoader:
         """Return the models by id. Ids come first, then aliases, then llama.cpp's
         spellings; a name that is taken stays with its owner."""
         self._names.update((model.name, model.name) for model in models)
-        for position, model in enumerate(models):
+        named = {}
+        for model in models:
             aliases = tuple(
                 name for name in model.settings.alias
                 if name != model.name and self._register(name, model, "the alias")
             )
-            models[position] = model._replace(aliases=aliases)
+            named[model.name] = model._replace(aliases=aliases)
         for model in sorted(models, key=lambda model: model.name, reverse=True):
             self._register(canonical_name(model.name), model, "llama.cpp's name")
-        return {model.name: model for model in models}
+        for name, owner in [*self._names.items()]:
+            self._names.setdefault(name.strip().casefold(), owner)
+        return named
 
     def _register(self, name, model, label):
         """Return whether the model has the name, which it gets if none has it."""
@@ -1370,25 +1332,23 @@ class ConfigLoader:
             self._warn(f"{model.place}: {label} {name!r} already means [{owner}]")
         return owner == model.name
 
-    def _find(self, name):
-        return self._names.get(name) or self._names.get(name.strip().casefold())
-
-    def _resolve_names(self, settings, models):
+    def _resolve_names(self, config):
         """Return the settings with ids for the names of models in them."""
 
         def known(name, key):
-            if self._find(name) is None:
+            model = config.models.get(config.find(name))
+            if model is None:
                 place = self._proxy[key].place
                 raise ConfigError(f"{place}: there is no model {name!r}")
-            return models[self._find(name)]
+            return model
 
         def backend(name):
             model = known(name, "sets")
-            return self._find(model.settings.uses) or model.name
+            return config.find(model.settings.uses) or model.name
 
-        default = settings.default_model
-        return settings._replace(
-            sets=tuple(frozenset(map(backend, names)) for names in settings.sets),
+        default = config.settings.default_model
+        return config.settings._replace(
+            sets=tuple(frozenset(map(backend, s)) for s in config.settings.sets),
             default_model=default and known(default, "default-model").name,
         )
 
@@ -1413,11 +1373,9 @@ class ConfigLoader:
         beside = f" beside the pinned {', '.join(pin.name for pin in pinned)}"
         return reason and f"does not fit{beside if pinned else ''}: {reason}"
 
-    def _link(self, model, models):
-        """Return the model; one that uses another gets its backend, or a problem."""
-        if model.kind != "uses" or model.problem:
-            return model
-        target = models.get(self._find(model.settings.uses))
+    def _link(self, model, config):
+        """Return a model that uses another with its backend, or with a problem."""
+        target = config.models.get(config.find(model.settings.uses))
         if target is None:
             reason = f"there is no model {model.settings.uses!r} to use"
         elif target.kind == "uses":
