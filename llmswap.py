@@ -658,8 +658,7 @@ class Variables:
     def parse(self, key, setting, **more):
         """Return the value of the key, or raise ConfigError with the setting's place.
 
-        `more` are further variables. A text that may hold ${PORT} or ${PID} stays one,
-        with its macros expanded.
+        A text that may hold ${PORT} or ${PID} stays one, with its macros expanded.
         """
         text = expand_macros(setting.text, self.macros)
         late = LATE_VARIABLES.get(key.name, {})
@@ -839,9 +838,9 @@ SOURCE_FLAG = re.compile("(?!spec-).*-default|fim-.*-spec")
 class Model(NamedTuple):
     """One model as the file describes it.
 
-    `options` are layers of settings by key, the weakest first. `environment`, options
-    and the texts of commands may still hold variables, which the methods expand.
-    `problem` is None, or why the model cannot be used.
+    `options` are layers of settings by key, the weakest first. They, `env` and the
+    texts of commands may hold variables, which the methods expand. `problem` is None,
+    or why the model cannot be used.
     """
 
     name: str
@@ -849,7 +848,7 @@ class Model(NamedTuple):
     place: str
     settings: ModelSettings
     options: tuple
-    environment: dict
+    env: dict
     variables: dict
     backend: str
     problem: Optional[str]
@@ -861,57 +860,51 @@ class Model(NamedTuple):
         names = LAUNCH_KEYS[self.kind]
         values = [getattr(self.settings, key.attribute)
                   for key in SETTINGS if key.name in names]
-        environment = self.environment if "env.NAME" in names else {}
         options = {  # of the same key, that of the strongest layer
             key: (strength, setting.text)
             for strength, layer in enumerate(self.options)
             for key, setting in layer.items()
         }
-        return self.kind, values, environment, options
+        return self.kind, values, self.env if "env.NAME" in names else {}, options
+
+    def command(self, table, port) -> list:
+        """Return the argv of a model that is a process; [] for other kinds.
+
+        Raise ConfigError for options that the table does not have.
+        """
+        try:
+            extra = self._words(self.settings.extra_args, PORT=port)
+            if self.kind == "cmd":
+                return self._words(self.settings.cmd, PORT=port) + extra
+            if self.kind != "llama-server":
+                return []
+            layers = with_texts(self.options, lambda s: self._expand(s.text, PORT=port))
+        except ValueError as error:
+            raise ConfigError(self.problem or f"{self.place}: {error}") from None
+        fixed = {"host": "127.0.0.1", "port": str(port), "alias": self.name}
+        last = {key: Setting(key, text, self.place) for key, text in fixed.items()}
+        return [self.settings.llama_server, *table.words([*layers, last]), *extra]
+
+    def stop_command(self, port, pid) -> list:
+        """Return the argv of cmd-stop; [] if there is none."""
+        return self._words(self.settings.cmd_stop, PORT=port, PID=pid)
+
+    def url(self, port) -> str:
+        """Return the base URL of the backend."""
+        return self._expand(self.settings.proxy, PORT=port).rstrip("/")
+
+    def environment(self, port) -> dict:
+        """Return what the backend's environment has beside that of llmswap."""
+        return {name: self._expand(text, PORT=port) for name, text in self.env.items()}
+
+    def _words(self, text, **more):
+        return [self._expand(word, **more) for word in shlex.split(text)]
+
+    def _expand(self, text, **more):
+        return expand(text, {**self.variables, **more})
 
 
-def command_of(model, table, port) -> list:
-    """Return the argv of a model that is a process; [] for other kinds.
-
-    Raise ConfigError for options that the table does not have.
-    """
-    variables = {**model.variables, "PORT": port}
-    try:
-        extra = _words(model.settings.extra_args, variables)
-        if model.kind == "cmd":
-            return _words(model.settings.cmd, variables) + extra
-        if model.kind != "llama-server":
-            return []
-        layers = _with_texts(model.options, lambda each: expand(each.text, variables))
-    except ValueError as error:
-        raise ConfigError(model.problem or f"{model.place}: {error}") from None
-    fixed = {"host": "127.0.0.1", "port": str(port), "alias": model.name}
-    last = {key: Setting(key, text, model.place) for key, text in fixed.items()}
-    return [model.settings.llama_server, *table.words([*layers, last]), *extra]
-
-
-def stop_command_of(model, port, pid) -> list:
-    """Return the argv of cmd-stop; [] if there is none."""
-    variables = {**model.variables, "PORT": port, "PID": pid}
-    return _words(model.settings.cmd_stop, variables)
-
-
-def proxy_of(model, port) -> str:
-    """Return the base URL of the model's backend."""
-    return expand(model.settings.proxy, {**model.variables, "PORT": port}).rstrip("/")
-
-
-def environment_of(model, port) -> dict:
-    """Return what the backend's environment has beside that of llmswap."""
-    variables = {**model.variables, "PORT": port}
-    return {name: expand(text, variables) for name, text in model.environment.items()}
-
-
-def _words(text, variables):
-    return [expand(word, variables) for word in shlex.split(text)]
-
-
-def _with_texts(layers, text_of):
+def with_texts(layers, text_of):
     """Return the layers with `text_of(setting)` as the text of each setting."""
     return tuple(
         {key: setting._replace(text=text_of(setting)) for key, setting in layer.items()}
@@ -921,17 +914,16 @@ def _with_texts(layers, text_of):
 
 def has_source(keys) -> bool:
     """Return whether one of llama-server's keys says where the model's file is."""
-    names = [key if key in SOURCE_KEYS else key.replace("_", "-") for key in keys]
-    return any(name in SOURCE_KEYS or SOURCE_FLAG.fullmatch(name) for name in names)
+    names = {*keys, *(key.replace("_", "-") for key in keys)}
+    return bool(names & SOURCE_KEYS) or any(map(SOURCE_FLAG.fullmatch, names))
 
 
 def split_settings(section):
     """Return the settings of a section by name of a key of ours, and its options."""
     ours, options = {}, {}
     for spelling, setting in sorted(section.settings.items()):
-        name = model_key(spelling)
-        if name:
-            ours[name] = setting
+        if model_key(spelling):
+            ours[model_key(spelling)] = setting
         elif spelling not in IGNORED_KEYS:
             options[spelling] = setting
     return ours, options
@@ -942,9 +934,10 @@ class ModelBuilder:
 
     def __init__(self, section, defaults, variables, warn):
         """`defaults` are what the section overrules: keys, then layers of options."""
-        self._section = section
+        self._name, self._place, _ = section
         self._variables = variables
         self._warn = warn
+        self._problems = []
         self._own, options = split_settings(section)
         self._kind = self._find_kind(options)
         keys, *layers = defaults
@@ -952,7 +945,6 @@ class ModelBuilder:
             keys = {name: keys[name] for name in keys if name in REQUEST_KEYS}
         self._keys = {**keys, **self._own}
         self._layers = (*layers, options)
-        self._problems = []
 
     def _find_kind(self, options):
         for name in EXCLUSIVE_KEYS:
@@ -964,23 +956,21 @@ class ModelBuilder:
 
     def build(self) -> Model:
         """Return the Model; defaults replace values that are wrong."""
-        name, place = self._section.name, self._section.place
         settings = self._read_settings()
-        environment = {
+        env = {
             key[len("env.") :]: self._read_late(setting)
             for key, setting in self._keys.items() if key.startswith("env.")
         }
         is_llama = self._kind == "llama-server"
-        options = _with_texts(self._layers, self._read_option) if is_llama else ()
-        mistakes = (self._key_mistakes(), self._kind_mistakes(settings, environment))
+        options = with_texts(self._layers, self._read_option) if is_llama else ()
+        mistakes = self._key_mistakes(), self._kind_mistakes(settings, env)
         for setting, reason in itertools.chain(*mistakes):
-            self._problems.append(f"{setting.place if setting else place}: {reason}")
-        return Model(
-            name=name, kind=self._kind, place=place, settings=settings, options=options,
-            environment=environment,
-            variables={**self._variables.values, "MODEL_ID": name}, backend=name,
-            problem=self._problems[0] if self._problems else None,
-        )
+            place = setting.place if setting else self._place
+            self._problems.append(f"{place}: {reason}")
+        variables = {**self._variables.values, "MODEL_ID": self._name}
+        problem = self._problems[0] if self._problems else None
+        return Model(self._name, self._kind, self._place, settings, options, env,
+                     variables, self._name, problem)
 
     def _read_settings(self):
         values = dict(DEFAULTS)
@@ -993,9 +983,8 @@ class ModelBuilder:
         return ModelSettings(**values)
 
     def _read(self, key, setting, default):
-        """Return the setting's value, or `default` if it is wrong, which is noted."""
         try:
-            return self._variables.parse(key, setting, MODEL_ID=self._section.name)
+            return self._variables.parse(key, setting, MODEL_ID=self._name)
         except ConfigError as error:
             if key.name in LENIENT_KEYS:
                 self._warn(f"{error}; taken as {key.default}")
@@ -1016,37 +1005,36 @@ class ModelBuilder:
         if self._kind != "llama-server":
             for setting in self._layers[-1].values():
                 yield setting, unknown_key(setting.key, f"a {self._kind} model")
-        without_effect = {*itertools.chain(*LAUNCH_KEYS.values())}
-        without_effect -= {*LAUNCH_KEYS[self._kind]}
+        launch_keys = {*itertools.chain(*LAUNCH_KEYS.values())}
         for spelling, setting in self._own.items():
             name = "env.NAME" if spelling.startswith("env.") else spelling
             is_other_kind = name in EXCLUSIVE_KEYS and name != self._kind
             if is_other_kind or self._kind == "uses" and name not in REQUEST_KEYS:
                 yield setting, f"cannot stand beside {self._kind}"
-            elif name in without_effect:
+            elif name in launch_keys and name not in LAUNCH_KEYS[self._kind]:
                 self._warn(f"{setting.place}: without effect beside {self._kind}")
 
-    def _kind_mistakes(self, settings, environment):
+    def _kind_mistakes(self, settings, env):
         """Yield what else makes the model unusable, each with the setting to blame."""
-        proxy = self._own.get("proxy")
+        own = self._own.get
         needs_port = "PORT" in variables_in(settings.proxy)
         if self._kind == "llama-server":
             words = settings.extra_args.split()
             keys = {word.split("=")[0].lstrip("-") for word in words}
-            if not has_source(keys.union(environment, *self._layers)):
+            if not has_source(keys.union(env, *self._layers)):
                 yield None, "it has no source: model, hf-repo, model-url or docker-repo"
             if not needs_port:
-                yield proxy, "the proxy of a llama-server needs ${PORT}"
+                yield own("proxy"), "the proxy of a llama-server needs ${PORT}"
         elif self._kind == "cmd":
-            texts = [settings.cmd, settings.extra_args, *environment.values()]
+            texts = " ".join([settings.cmd, settings.extra_args, *env.values()])
             if not settings.cmd:
-                yield self._own["cmd"], "the command is empty"
-            elif needs_port and "PORT" not in variables_in(" ".join(texts)):
-                yield self._own["cmd"], "without ${PORT} it needs proxy = URL"
+                yield own("cmd"), "the command is empty"
+            elif needs_port and "PORT" not in variables_in(texts):
+                yield own("cmd"), "without ${PORT} it needs proxy = URL"
         elif self._kind == "unit" and not settings.unit:
-            yield self._own["unit"], "the name of the unit is missing"
+            yield own("unit"), "the name of the unit is missing"
         if self._kind in ("unit", "remote") and needs_port:
-            yield proxy, "it needs proxy = URL, without ${PORT}"
+            yield own("proxy"), "it needs proxy = URL, without ${PORT}"
         if bool(settings.sleep) != bool(settings.wake):
             yield None, "sleep and wake need each other"
 
@@ -3035,11 +3023,11 @@ def check_start(model: Model):
     if model.kind not in ("llama-server", "cmd"):
         return
     try:
-        argv = command_of(model, table_of(model), "0")
+        argv = model.command(table_of(model), "0")
     except ConfigError as error:
         raise StartFailed(str(error)) from None
     cwd = model.settings.cwd or None
-    find_program(argv[0], clean_environment(environment_of(model, "0")), cwd)
+    find_program(argv[0], clean_environment(model.environment("0")), cwd)
     if model.kind == "llama-server":
         for option, path in zip(argv, argv[1:]):
             if option in ("--model", "--mmproj", "--model-draft"):
@@ -3474,13 +3462,13 @@ class ProcessBackend:
         model = self.model
         self.port = free_port()
         try:
-            argv = command_of(model, table_of(model), str(self.port))
-            self.upstream = Upstream(proxy_of(model, str(self.port)))
+            argv = model.command(table_of(model), str(self.port))
+            self.upstream = Upstream(model.url(str(self.port)))
         except ConfigError as error:
             raise StartFailed(str(error)) from None
         self._is_port_chosen = self.upstream.port == self.port
         self.doze = doze_of(argv) if model.kind == "llama-server" else None
-        environment = clean_environment(environment_of(model, str(self.port)))
+        environment = clean_environment(model.environment(str(self.port)))
         cwd = model.settings.cwd or None
         find_program(argv[0], environment, cwd)
         self._stranger = self._judge = None
@@ -3617,13 +3605,13 @@ class ProcessBackend:
 
     def _run_stop_command(self):
         try:
-            command = stop_command_of(self.model, str(self.port), str(self.pid))
+            command = self.model.stop_command(str(self.port), str(self.pid))
             return command and subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env=clean_environment(environment_of(self.model, str(self.port))),
+                env=clean_environment(self.model.environment(str(self.port))),
                 cwd=self.model.settings.cwd or None,
                 start_new_session=True,
             )
@@ -3979,7 +3967,7 @@ class UnitBackend:
     """
 
     def __init__(self, model: Model, rivals: Sequence[str], settle_timeout: float):
-        equip(self, model, Upstream(proxy_of(model, "")))
+        equip(self, model, Upstream(model.url("")))
         self.service = Service(model.settings.unit)
         self.where = model.settings.unit
         self._title = f"{model.name} ({self.where})"
@@ -4218,8 +4206,8 @@ class RemoteBackend:
     """
 
     def __init__(self, model: Model):
-        equip(self, model, Upstream(proxy_of(model, "")))
-        self.where = proxy_of(model, "")
+        equip(self, model, Upstream(model.url("")))
+        self.where = model.url("")
         self._next_packet = math.inf
 
     start, stop = begin, ask_to_stop  # to stop it is to forget it
@@ -5200,7 +5188,7 @@ def address_of(model: Model) -> Dict[str, int]:
     """Return what a unit needs of its address: all of it, so that units which share
     one are never loaded together."""
     is_bound = model.kind == "unit" and not model.problem
-    return {proxy_of(model, ""): 1} if is_bound else {}
+    return {model.url(""): 1} if is_bound else {}
 
 
 def _removed(name):
@@ -9255,7 +9243,7 @@ class Handler(socketserver.BaseRequestHandler):
         owner = self.config.owner_of(model)
         port = str(status.port) if status and status.port else "${PORT}"
         try:
-            return masked(command_of(owner, table_of(owner), port))
+            return masked(owner.command(table_of(owner), port))
         except ConfigError:
             return []
 
@@ -9309,7 +9297,7 @@ class Handler(socketserver.BaseRequestHandler):
                     "model": name,
                     "state": words.get(status.state.value, status.state.value),
                     "cmd": shlex.join(self._shown_command(model, status)),
-                    "proxy": proxy_of(model, str(status.port)),
+                    "proxy": model.url(str(status.port)),
                     "ttl": int(model.settings.idle_timeout),
                     "name": name,
                     "description": model.settings.description,
@@ -10417,10 +10405,10 @@ def _running(model, width):
     """What runs for the model: a command to paste into a shell, or where it is."""
     if model.kind == "uses":
         return [f"the backend of {model.backend}"]
-    argv = command_of(model, table_of(model), PORT_MARK)
+    argv = model.command(table_of(model), PORT_MARK)
     if argv:
         return shell_lines(model, argv, width)
-    where = [model.settings.unit, "at", proxy_of(model, "")]
+    where = [model.settings.unit, "at", model.url("")]
     return [" ".join(where if model.kind == "unit" else where[2:])]
 
 
@@ -10431,7 +10419,7 @@ def shell_lines(model: Model, argv: List[str], width: int) -> List[str]:
     """Return lines for a shell in which PORT is set that do what a start does."""
     cwd = model.settings.cwd
     parts = [f"cd {shlex.quote(cwd)} &&"] if cwd else []
-    for name, value in environment_of(model, PORT_MARK).items():
+    for name, value in model.environment(PORT_MARK).items():
         parts.append(f"{name}={_shell_word(value)}")
     for word in map(_shell_word, argv):
         both = f"{parts[-1]} {word}" if parts else word

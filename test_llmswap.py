@@ -829,7 +829,7 @@ def read(tmp_path, text, environ={}, **overrides):
 
 def options(model, table=None):
     """Return a model's llama-server options, without those the router would add."""
-    return without_router_options(llmswap.command_of(model, table or OPTIONS, 1))
+    return without_router_options(model.command(table or OPTIONS, 1))
 
 
 def without_router_options(argv):
@@ -1085,10 +1085,10 @@ def test_lines_indented_deeper_continue_a_command(tmp_path):
             --port ${PORT}
         pin = on
         """)
-    assert llmswap.command_of(config.models["a"], None, 7) == [
+    assert config.models["a"].command(None, 7) == [
         "docker", "run", "--rm", "-p", "7:80", ";", "literal", "--name", "x  y"]
     assert config.models["a"].settings.idle_timeout == 5
-    assert llmswap.command_of(config.models["b"], None, 7) == ["serve", "--port", "7"]
+    assert config.models["b"].command(None, 7) == ["serve", "--port", "7"]
     assert config.models["b"].settings.pin
 
 
@@ -1121,7 +1121,7 @@ def test_macros_may_hold_macros_and_variables_but_not_themselves(tmp_path):
         [llmswap]
         api-key = ${env.KEY}, ${two}
         """, {"KEY": "k ${PORT}"})
-    assert llmswap.command_of(config.models["a b"], None, 7) == [
+    assert config.models["a b"].command(None, 7) == [
         "serve", "--port", "7", "--name", "a b", "--key", "k ${PORT}", "${x}", "${",
         "$A"]
     assert "${loop} is unknown" in config.models["c"].problem
@@ -1149,11 +1149,11 @@ def test_port_and_pid_are_filled_in_when_they_are_known(tmp_path):
         env.OLLAMA_HOST = 127.0.0.1:${PORT}
         """).models["a"]
     assert model.problem is None
-    assert llmswap.command_of(model, None, 8) == ["serve"]
-    assert llmswap.stop_command_of(model, 8, 9) == [
+    assert model.command(None, 8) == ["serve"]
+    assert model.stop_command(8, 9) == [
         "stop", "--pid", "9", "--port", "8", "a"]
-    assert llmswap.proxy_of(model, 8) == "http://127.0.0.1:8/base"
-    assert llmswap.environment_of(model, 8) == {"OLLAMA_HOST": "127.0.0.1:8"}
+    assert model.url(8) == "http://127.0.0.1:8/base"
+    assert model.environment(8) == {"OLLAMA_HOST": "127.0.0.1:8"}
 
 
 # ---- Options of llama-server -----------------------------------------------------
@@ -1236,7 +1236,7 @@ def test_star_is_below_every_section_wherever_it_stands(tmp_path):
 def test_host_port_and_alias_are_set_where_the_router_sets_them(tmp_path):
     config = read(tmp_path, "[q:8b]\nhost = 0.0.0.0\nm = x\nembedding = on")
     for port in (7, "${PORT}"):
-        assert llmswap.command_of(config.models["q:8b"], OPTIONS, port) == [
+        assert config.models["q:8b"].command(OPTIONS, port) == [
             "llama-server", "--embeddings", "--host", "127.0.0.1", "--port", str(port),
             "--alias", "q:8b", "--model", "x"]
 
@@ -1284,7 +1284,7 @@ def test_a_models_kind_is_decided_by_its_own_section(tmp_path):
                      "e": "uses", "f": "llama-server"}
     assert [model.problem for model in config.models.values()] == [None] * 6
     assert [config.models[name].backend for name in "abe"] == ["a", "b", "a"]
-    assert llmswap.command_of(config.models["c"], None, 1) == []
+    assert config.models["c"].command(None, 1) == []
 
 
 @pytest.mark.parametrize("section, reason", [
@@ -1378,8 +1378,8 @@ def test_own_keys_of_star_hold_for_all_and_options_for_llama_servers(tmp_path):
         """
     a, b, c = read(tmp_path, text).models.values()
     assert a.settings.idle_timeout == 300 and b.settings.idle_timeout == 1
-    assert a.environment == {"A": "1", "B": "3"}
-    assert b.environment == {"A": "1", "B": "2"}
+    assert a.env == {"A": "1", "B": "3"}
+    assert b.env == {"A": "1", "B": "2"}
     assert a.problem.startswith("m.ini:7: [*] pin: 'perhaps'") and a.options == ()
     assert b.problem is c.problem is None and c.settings.needs == {}
 
@@ -11104,7 +11104,7 @@ def test_check_shows_argv_and_where_the_options_are_from(tmp_path):
     words = shlex.split("\n".join(shown[:missing]).replace("\\\n", " "))
     config = llmswap.load_config(str(tmp_path / "x.ini"))
     model = config.models["coder"]
-    assert words == llmswap.command_of(model, llmswap.table_of(model), "${PORT}")
+    assert words == model.command(llmswap.table_of(model), "${PORT}")
     told = " ".join(line.strip() for line in lines)
     assert f"the options of {binary} are unknown" in told
     assert lines[-1] == "no errors"
