@@ -47,6 +47,7 @@ import enum
 import errno
 import functools
 import http
+import http.server
 import itertools
 import json
 import math
@@ -63,6 +64,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import urllib.parse
 from collections import namedtuple
 from stat import S_ISSOCK
@@ -1906,8 +1908,12 @@ class Scheduler:
         stop; `removal_error(name)` refuses tickets of the latter. No lease is cut.
         """
         self.limits = limits
-        for name in [name for name in self.models if name not in specs]:
-            self._remove(name, removal_error(name))
+        for name, model in list(self.models.items()):
+            if name not in specs:
+                model.removal_error, model.replacement = removal_error(name), None
+                self.refuse_waiting(name, model.removal_error)
+                if not model.is_held:
+                    del self.models[name]
         for name, spec in specs.items():
             model = self.models.setdefault(name, ModelState(name, spec))
             is_replaced = model.replacement or model.removal_error
@@ -1917,14 +1923,6 @@ class Scheduler:
                 model.spec = spec
                 if name in changed:
                     model.reset_failures()
-
-    def _remove(self, name, problem):
-        model = self.models[name]
-        self.refuse_waiting(name, problem)
-        if model.is_held:
-            model.removal_error, model.replacement = problem, None
-        else:
-            del self.models[name]
 
     def refuse_waiting(self, name: str, problem: Problem):
         """Refuse every ticket that waits for the model."""
@@ -5212,22 +5210,21 @@ def limits_of(config: Config) -> Limits:
 
 def specs_of(config: Config) -> Dict[str, ModelSpec]:
     """Return what scheduling must know of each model that has a backend of its own."""
-    owners = [each for each in config.models.values() if each.backend == each.name]
-    return {model.name: _spec_of(model) for model in owners}
-
-
-def _spec_of(model):
-    settings = model.settings
-    return ModelSpec(
-        needs={**settings.needs, **address_of(model)},
-        sleep_needs={**settings.sleep_needs, **address_of(model)},
-        takes_place=model.kind != "remote",
-        is_pinned=settings.pin,
-        can_sleep=bool(settings.sleep),
-        concurrency=settings.concurrency,
-        idle_timeout=settings.idle_timeout,
-        stop_timeout=settings.stop_timeout,
-    )
+    specs = {}
+    for name, model in config.models.items():
+        settings, address = model.settings, address_of(model)
+        if model.backend == name:
+            specs[name] = ModelSpec(
+                needs={**settings.needs, **address},
+                sleep_needs={**settings.sleep_needs, **address},
+                takes_place=model.kind != "remote",
+                is_pinned=settings.pin,
+                can_sleep=bool(settings.sleep),
+                concurrency=settings.concurrency,
+                idle_timeout=settings.idle_timeout,
+                stop_timeout=settings.stop_timeout,
+            )
+    return specs
 
 
 # ==================================================================================
@@ -5243,16 +5240,12 @@ def _spec_of(model):
 
 HEAD_LIMIT = 65536  # bytes; as nginx's four buffers of 16 KB
 LINES_LIMIT = 100  # header lines; as Apache's LimitRequestFields
-KEPT_HEADS = 64  # that were read and may come again
-LONGEST_KEPT = 2048  # bytes; those of most clients have a third of that
 HEAD_SECONDS = 10.0  # for a whole head once its first byte is there
 STALL_SECONDS = 60.0  # without a byte in the middle of a body; as nginx
 HELD_BODY = 1 << 20  # bytes of a request's body that are held in memory
 PIECE = 1 << 18  # bytes read at once, at most
 LEAST = 1 << 11  # bytes read at once by streams of small events
 FIRST = 1 << 14  # bytes read at once, at first: a whole chat, most often
-PIPE = 1 << 20  # bytes in the pipe that large answers are spliced through
-F_SETPIPE_SZ = 1031  # of Linux's fcntl(2); Python names it from 3.10 on
 EARLY_HEAD_AFTER = 3.0  # s; until then a failure keeps its true status
 COMMENT = b":\n\n"
 COMMENT_EVERY = 10.0  # s; the shortest header timeout seen in clients is 30 s
@@ -5357,21 +5350,6 @@ class Wire:
                 raise BadRequest("this is not HTTP/1 in lines that end with CRLF")
         self.held = data[end + 4 :]
         return data[: end + 4]
-
-
-@contextlib.contextmanager
-def open_pipe():
-    """Yield both ends of a pipe as long as it may be, for splices through it."""
-    import fcntl
-
-    take, give = os.pipe()
-    try:
-        with contextlib.suppress(OSError):  # its owner has too many pipes
-            fcntl.fcntl(give, F_SETPIPE_SZ, PIPE)
-        yield take, give
-    finally:
-        os.close(take)
-        os.close(give)
 
 
 def send_all(sock: socket.socket, data, on_silence, on_progress=lambda: None):
@@ -5539,35 +5517,6 @@ class Head:
         """Return all values of a field."""
         return [value for field, value in self.fields if field == name]
 
-    def with_length(self, length: int) -> "Head":
-        """Return one that differs by the length of the body only."""
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, framing=Framing(length))
-        return other
-
-
-def remembering(read: Callable[[bytes], Head]) -> Callable[[bytes], Head]:
-    """Return what reads heads like `read`, but each of the last ones only once.
-
-    Both sides say the same again and again, but for the length of the body. So heads
-    are kept with a 0 for it.
-    """
-    kept = functools.lru_cache(KEPT_HEADS)(read)
-
-    def read_or_remember(head):
-        if len(head) > LONGEST_KEPT:
-            return read(head)
-        found = _LENGTH_LINE.search(head)
-        if not found:
-            return kept(head)
-        start, end = found.span(1)
-        return kept(b"%b0%b" % (head[:start], head[end:])).with_length(int(found[1]))
-
-    return read_or_remember
-
-
-_LENGTH_LINE = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,18})\r\n")
-
 
 class Request(Head):
     """The head of a client's request."""
@@ -5608,7 +5557,6 @@ class Request(Head):
         return next((value for key, value in pairs if key == name), None)
 
 
-read_request = remembering(Request)
 
 
 # -- bodies ----------------------------------------------------------------------------
@@ -6195,7 +6143,6 @@ class AnswerHead(Head):
         self.is_event_stream = _are_events(self._first)
 
 
-read_answer_head = remembering(AnswerHead)
 
 
 class Answer:
@@ -6227,24 +6174,23 @@ class Answer:
         head = self._wire.head()
         if not head:
             raise EOFError
-        return read_answer_head(head)
+        return AnswerHead(head)
 
     @property
     def leftover(self) -> bytes:
         """What came right behind the head of an upgrade."""
         return self._wire.held
 
-    def pieces(self, carry=None) -> Iterable:
-        """Yield the payload as it comes; a piece is good until the next is asked for.
-        Raise Truncated if it ends too early.
+    def pieces(self) -> Iterable:
+        """Yield the payload as it comes; a piece is valid until the next is asked for.
 
-        `carry(wire, size)` may take some of a long one past us; it returns how much.
+        Raise Truncated if it ends too early.
         """
         try:
             if self.framing.is_chunked:
                 yield from self._chunks()
             elif self.framing.length is not None:
-                yield from self._counted(self.framing.length, carry)
+                yield from self._counted(self.framing.length)
             else:
                 yield from self._until_close()
         except (OSError, BadRequest) as error:
@@ -6266,13 +6212,11 @@ class Answer:
                 yield payload
         self._end(not decoder.rest)
 
-    def _counted(self, left, carry):
+    def _counted(self, left):
         first = self._wire.take(left)  # of a short answer, all came with the head
         if first:
             left -= len(first)
             yield first
-        if carry and left > HELD_BODY:
-            left -= carry(self._wire, left - PIECE)  # what stands at its end is read
         buffer = memoryview(bytearray(min(left, PIECE)))
         while left:
             count = self._wire.receive_into(buffer[: min(left, len(buffer))])
@@ -6416,45 +6360,6 @@ class Reply:
             self._put(b"%b%x\r\n%b\r\n" % (head, len(piece), piece))
         else:
             self._put(head + piece if head else piece)
-
-    @property
-    def can_splice(self) -> bool:
-        """Whether payload may go to the client as it is, unseen."""
-        is_plain = type(self.sock) is socket.socket and hasattr(os, "splice")
-        return is_plain and not (self._is_chunked or self._is_head or self._is_events)
-
-    def splice(self, wire: Wire, size: int) -> int:
-        """Send so many bytes of payload from another connection; return how many came
-        before its end. They stay in the kernel, which halves what they cost."""
-        if type(wire.sock) is not socket.socket:
-            return 0
-        self.flush()
-        left = size
-        # no descriptor for a pipe, or the backend broke off: who reads on will see
-        with contextlib.suppress(OSError), open_pipe() as (take, give):
-            while left:
-                try:
-                    count = os.splice(wire.sock.fileno(), give, min(left, PIPE))
-                except BlockingIOError:
-                    wire.on_silence()
-                    continue
-                if not count:
-                    break
-                left -= count
-                self._count(count)
-                self._splice_from(take, count)
-        return size - left
-
-    def _splice_from(self, pipe, left):
-        self._note_progress()
-        while left:
-            try:
-                left -= os.splice(pipe, self.sock.fileno(), left)
-                self._note_progress()
-            except BlockingIOError:
-                self._check_stall()
-            except OSError:
-                raise ClientGone from None
 
     def end(self):
         """The answer is complete."""
@@ -6741,9 +6646,8 @@ def _pass_on(answer, link, reply, transform):
     if not reply.is_early:
         length = None if transform else answer.length
         reply.begin(answer.status, answer.head.reason, _fields_down(answer), length)
-    carry = reply.splice if reply.can_splice and not transform else None
     try:
-        for piece in answer.pieces(carry):
+        for piece in answer.pieces():
             reply.send(transform.feed(bytes(piece)) if transform else piece)
         if answer.framing == UNTIL_CLOSE:  # its end says nothing: it may be a death
             if reply.is_within_line or link.has_died(0.05):
@@ -8803,10 +8707,16 @@ class LoadingNotice:
         return b"data: " + _dump({**self._chunk, "choices": [choice]}) + b"\n\n"
 
 
-class Handler(socketserver.BaseRequestHandler):
-    """Serves one client's connection. `server.pool` and `server.log` are its world."""
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves one client's connection, request after request.
+
+    It reads the socket through `wire`, never `rfile`: heads are read strictly, and a
+    reader that timed out can go on.
+    """
 
     def setup(self):
+        self.connection = self.request
+        self.server = self.server.server  # the one that all listeners share
         self.pool = self.server.pool
         self.config = self.pool.config
         self.wire = Wire(self.request)
@@ -8814,18 +8724,18 @@ class Handler(socketserver.BaseRequestHandler):
         self.late = Deadline(HEAD_SECONDS, late)
         self.is_on_loopback = _is_loopback(self.request.getsockname())
         self.is_unread = False  # the client may be sending what nobody reads
-        self.let_in = self.let_in_by = None  # the fields of a head, and a configuration
         if self.request.family != socket.AF_UNIX:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         set_tick(self.request)
 
     def handle(self):
-        """Serve requests until either side has had enough."""
-        try:
-            while self._await_request() and self._serve():
-                pass
-        except (ClientGone, OSError):
-            pass  # nobody is left to be told
+        """Serve requests until either side closes the connection."""
+        with contextlib.suppress(ClientGone, OSError):
+            super().handle()
+
+    def handle_one_request(self):
+        """Wait for a request and serve it; then tell whether another may follow."""
+        self.close_connection = not (self._await_request() and self._serve())
 
     def finish(self):
         """Let the client read our answer, even if it still sends."""
@@ -8851,7 +8761,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.head = self.body = self.model = self.reply = None
         self.waited = None
         try:
-            if not self._read_head():
+            if not self.parse_request():
                 return False
             self._check_access()
             self._route()
@@ -8873,7 +8783,8 @@ class Handler(socketserver.BaseRequestHandler):
         self.body, self.wire.on_silence = None, self.late  # frees what it held
         return self.reply.stays
 
-    def _read_head(self):
+    def parse_request(self) -> bool:
+        """Read a head, strictly; False if the client sends no more requests."""
         self.late.extend()
         self.wire.on_silence = self.late
         try:
@@ -8882,7 +8793,9 @@ class Handler(socketserver.BaseRequestHandler):
             raise ClientGone from None
         if not raw:
             return False
-        self.head = read_request(raw)
+        self.head = self.headers = Request(raw)
+        self.command, self.path = self.head.method, self.head.target
+        self.request_version = "HTTP/1.0" if self.head.is_http_10 else "HTTP/1.1"
         self.reply = Reply(self.request, self.head, self._cors_fields())
         self.reply.is_for_anthropic = self.head.path.endswith("/v1/messages")
         self.body = Body(self.wire, self.head, self.config.settings.max_body)
@@ -8955,11 +8868,8 @@ class Handler(socketserver.BaseRequestHandler):
         self.reply.answer(status, [*fields, ("server", "llmswap")], payload)
 
     def _send_json(self, value):
-        self._send_listing(_dump(value))
-
-    def _send_listing(self, payload):
         fields = [("content-type", "application/json; charset=utf-8")]
-        self._send(200, fields, payload)
+        self._send(200, fields, _dump(value))
 
     def _send_text(self, text):
         fields = [("content-type", "text/plain; charset=utf-8")]
@@ -8968,14 +8878,7 @@ class Handler(socketserver.BaseRequestHandler):
     # -- who may ask what ------------------------------------------------------------
 
     def _check_access(self):
-        """Raise unless Host, Origin and key are as they must be. Who asks in the same
-        words again is let in again."""
-        is_known = self.head.fields is self.let_in and self.config is self.let_in_by
-        if not is_known:
-            self._check_words()
-            self.let_in, self.let_in_by = self.head.fields, self.config
-
-    def _check_words(self):
+        """Raise Forbidden or Unauthorized unless Host, Origin and key are accepted."""
         head = self.head
         self._check_host(head.get("host"))
         origin = head.get("origin")
@@ -9189,31 +9092,17 @@ class Handler(socketserver.BaseRequestHandler):
             self._check_not_from_a_page()
             self.server.reload()
             self.config = self.pool.config
-        listed = self._entries(self.config.models.values())
-        self._send_listing(b'{"object":"list","data":[%b]}' % b",".join(listed))
+        statuses = self.pool.snapshot()
+        entries = [
+            self._model_entry(model, statuses.get(model.name))
+            for model in self.config.models.values()
+            if not model.settings.unlisted
+        ]
+        self._send_json({"object": "list", "data": entries})
 
     def _show_model(self, name):
-        self._send_listing(*self._entries([self._resolve(unquoted(name))], True))
-
-    def _entries(self, models, is_asked_for=False):
-        """Yield what there is to say of each model, as JSON. To write 500 of them takes
-        50 ms, so the server keeps each, and what it was made of."""
-        statuses, tables, kept = self.pool.snapshot(), {}, self.server.entries
-        for model in models:
-            if model.settings.unlisted and not is_asked_for:
-                continue
-            owner = self.config.owner_of(model)
-            binary = (owner.kind, owner.settings.llama_server)
-            if binary not in tables:
-                tables[binary] = table_of(owner)  # which looks at the disk
-            status = statuses.get(model.name)
-            told = status and (
-                status.state, status.port, status.failure, status.entry
-            )  # fmt: skip
-            source = (model, owner, tables[binary], told)
-            if kept.get(model.name, (None,))[0] != source:
-                kept[model.name] = source, _dump(self._model_entry(model, status))
-            yield kept[model.name][1]
+        model = self._resolve(unquoted(name))
+        self._send_json(self._model_entry(model, self.pool.snapshot().get(model.name)))
 
     def _model_entry(self, model, status):
         state = status.state.value if status else "unloaded"
@@ -9715,7 +9604,6 @@ REFUSAL_SECONDS = 1.0  # for those that came too late to be told so
 MORE_TIME = "EXTEND_TIMEOUT_USEC=15000000"  # is what systemd is asked for then
 EXTEND_EVERY = 5.0  # s; so often
 M_ARENA_MAX = -8  # of malloc.h
-IDLE_THREADS = 16  # kept for the next connections
 MOST_DESCRIPTORS = 65536
 MOST_CONNECTIONS = 4096
 MOST_LEAVING = 32  # that are given the time to read why they must leave
@@ -9835,127 +9723,139 @@ def _is_journal(stream):
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-class Server(socketserver.ThreadingTCPServer):
-    """Accepts connections on several sockets and gives each a thread.
+class Listener(http.server.ThreadingHTTPServer):
+    """Accepts the connections of one socket; a Handler serves each on its own thread.
 
-    Threads are kept for the next connection: to start one costs more than to serve a
-    small request. `serve` returns once `stop` was called.
+    `server` is the Server that the listeners of all sockets belong to.
     """
 
-    daemon_threads = True
-
-    def __init__(self, sockets: List[socket.socket], pool: Pool, log: Log, reload):
+    def __init__(self, sock: socket.socket, server: "Server"):
         super().__init__(("", 0), Handler, bind_and_activate=False)
         self.socket.close()
-        self.socket = sockets[0]
+        self.socket = sock  # bound by us, or by systemd
+        self.socket.setblocking(False)
+        self.server = server
+        self._bell = Bell()
+        self._is_stopping = False
+        self._has_stopped = threading.Event()
+        self._has_stopped.set()
+
+    def begin(self):
+        """Accept on a thread of its own until `shutdown`."""
+        self._is_stopping = False
+        self._has_stopped.clear()
+        self._thread = threading.Thread(
+            target=self.serve_forever, name="accept", daemon=True
+        )
+        self._thread.start()
+
+    def is_accepting(self) -> bool:
+        """Whether connections are accepted, or are not to be."""
+        return self._is_stopping or self._thread.is_alive()
+
+    def serve_forever(self, poll_interval=None):
+        """Accept until `shutdown`; the base class would wake up twice a second."""
+        waiter = select.poll()
+        waiter.register(self._bell, select.POLLIN)
+        waiter.register(self.socket, select.POLLIN)
+        while not self._is_stopping:
+            waiter.poll()
+            if not self._is_stopping:
+                self._handle_request_noblock()
+        self._bell.silence()
+        self._has_stopped.set()
+
+    def shutdown(self):
+        """Accept no more; the socket stays open. Waits until the thread has ended."""
+        self._is_stopping = True
+        self._bell.ring()
+        self._has_stopped.wait(1.0)
+
+    def get_request(self):
+        """Accept one connection; OSError if there is none, or no descriptor for it."""
+        try:
+            connection, address = self.socket.accept()
+        except BlockingIOError:
+            raise  # the client has left again
+        except OSError as error:
+            if not self._is_stopping:
+                self.server.log("error", f"a connection could not be accepted: {error}")
+                time.sleep(0.1)  # until other connections have ended
+            raise
+        connection.setblocking(True)  # only on Linux it is so already
+        return connection, address
+
+    def process_request(self, request, client_address):
+        """Serve the connection on a new thread, or refuse it."""
+        why = self.server.admit(request)
+        try:
+            if why is None:
+                super().process_request(request, client_address)
+            else:
+                self.server.refuse(request, why)
+        except RuntimeError as error:  # no more threads can be started
+            self.server.log("error", f"a connection could not be served: {error}")
+            self.server.forget(request)
+            turn_away(request, str(error), is_patient=False)
+
+    def shutdown_request(self, request):
+        """Close a connection that was served."""
+        super().shutdown_request(request)
+        self.server.forget(request)
+
+    def handle_error(self, request, client_address):
+        """Log the traceback of a bug. The caller closes the connection."""
+        self.server.log("error", f"bug in llmswap:\n{traceback.format_exc()}")
+
+
+class Server:
+    """All listening sockets, and what the handlers of their connections share."""
+
+    def __init__(self, sockets: List[socket.socket], pool: Pool, log: Log, reload):
         self.sockets = sockets
         self.pool, self.log, self.reload = pool, log, reload
         self.born = int(time.time())
-        self.entries = {}  # of /v1/models: see Handler._entries
         self.is_closing = False
         self.most_connections = min(MOST_CONNECTIONS, raise_descriptor_limit() // 2)
-        self._bell = Bell()
-        self._is_paused = False
-        self._paused = threading.Event()
         self._quiet_at = time.monotonic()
-        self._open = set()
-        self._leaving = set()  # are told that there is no room
+        self._connections = set()
+        self._refused = set()  # connections that are being told so
         self._idle_connections = set()
-        self._idle_threads = collections.deque()
+        self._listeners = [Listener(each, self) for each in sockets]
 
     def begin(self):
-        """Serve on a thread of its own."""
-        self._acceptor = threading.Thread(target=self.serve, name="accept", daemon=True)
-        self._acceptor.start()
+        """Accept connections, on a thread for each listening socket."""
+        for listener in self._listeners:
+            listener.begin()
 
     def is_serving(self) -> bool:
         """Whether connections are accepted, or are not to be."""
-        return self._is_paused or self.is_closing or self._acceptor.is_alive()
+        return all(listener.is_accepting() for listener in self._listeners)
 
-    def serve(self):
-        """Accept until stopped. Sleeps while nothing happens."""
-        waiter = select.poll()
-        waiter.register(self._bell, select.POLLIN)
-        listeners = {each.fileno(): each for each in self.sockets}
-        for fd, listener in listeners.items():
-            listener.setblocking(False)
-            waiter.register(fd, select.POLLIN)
-        while not (self.is_closing or self._is_paused):
-            for fd, _ in waiter.poll():
-                if fd in listeners:
-                    self._accept(listeners[fd])
-        self._bell.silence()
-        self._paused.set()
+    def admit(self, connection: socket.socket) -> Optional[str]:
+        """Count a new connection, or return why it is refused."""
+        if len(self._connections) >= self.most_connections:
+            return f"{self.most_connections} connections are open already"
+        self._connections.add(connection)
+        return None
 
-    def _accept(self, listener):
-        try:
-            connection, address = listener.accept()
-        except BlockingIOError:
-            return  # it left again
-        except OSError as error:  # no descriptors left: let others end first
-            if self.is_closing:
-                return
-            self.log("error", f"a connection could not be accepted: {error}")
-            time.sleep(0.1)
+    def forget(self, connection: socket.socket):
+        """Count a connection no more."""
+        self._connections.discard(connection)
+        self._refused.discard(connection)
+
+    def refuse(self, connection: socket.socket, why: str):
+        """Answer 503 and close; on a thread, with time to read it, unless many are."""
+        if len(self._refused) >= MOST_LEAVING:
+            turn_away(connection, why, is_patient=False)
             return
-        connection.setblocking(True)  # elsewhere than on Linux it is as its listener
-        try:
-            self._admit(connection, address)
-        except RuntimeError as error:  # no thread is left
-            self.log("error", f"a connection could not be served: {error}")
-            self._open.discard(connection)
-            self._turn_away(connection, str(error))
 
-    def _admit(self, connection, address):
-        why = f"{self.most_connections} connections are open already"
-        if len(self._open) < self.most_connections:
-            self.process_request(connection, address)
-        elif len(self._leaving) < MOST_LEAVING:
-            self._leaving.add(connection)
-            leave = functools.partial(self._turn_away, connection, why, is_patient=True)
-            threading.Thread(target=leave, daemon=True).start()
-        else:
-            self._turn_away(connection, why)
+        def refuse_patiently():
+            turn_away(connection, why, is_patient=True)
+            self.forget(connection)
 
-    def _turn_away(self, connection, why, is_patient=False):
-        turn_away(connection, why, is_patient)
-        self._leaving.discard(connection)
-
-    def process_request(self, request, client_address):
-        """Give the connection to a thread that waits for one, else to a new one."""
-        self._open.add(request)
-        try:
-            self._idle_threads.pop().put((request, client_address))
-        except IndexError:
-            work = (request, client_address)
-            threading.Thread(target=self._work, args=(work,), daemon=True).start()
-
-    def _work(self, connection):
-        inbox = queue.SimpleQueue()
-        while connection is not None:
-            self.process_request_thread(*connection)
-            self._open.discard(connection[0])
-            connection = None
-            if len(self._idle_threads) < IDLE_THREADS:
-                self._idle_threads.append(inbox)
-                connection = self._next_connection(inbox)
-
-    def _next_connection(self, inbox):
-        try:
-            return inbox.get(timeout=IDLE_SECONDS)
-        except queue.Empty:
-            pass
-        try:
-            self._idle_threads.remove(inbox)
-            return None
-        except ValueError:
-            return inbox.get()  # somebody took it at this very moment
-
-    def handle_error(self, request, client_address):
-        """A bug: say where. The connection is closed by the caller."""
-        import traceback
-
-        self.log("error", f"bug in llmswap:\n{traceback.format_exc()}")
+        self._refused.add(connection)
+        threading.Thread(target=refuse_patiently, daemon=True).start()
 
     def begin_idling(self, connection):
         """From now on `stop` may close the connection."""
@@ -9963,50 +9863,43 @@ class Server(socketserver.ThreadingTCPServer):
         self._quiet_at = time.monotonic()
 
     def end_idling(self, connection):
-        """A request came on it, or its end."""
+        """A request came on the connection, or its end."""
         self._idle_connections.discard(connection)
 
     def quiet_since(self) -> Optional[float]:
         """Return when the last request ended; None while one runs or is to come."""
-        is_busy = len(self._open) > len(self._idle_connections)
+        is_busy = len(self._connections) > len(self._idle_connections)
         return None if is_busy else self._quiet_at
 
     def try_to_leave(self) -> bool:
-        """Stop to accept, unless somebody is there already: then go on, return False.
+        """Stop accepting; if a client has connected already go on, and return False.
 
-        Who connects later waits in the backlog, of which systemd keeps its own copy.
+        Later connections wait in the sockets' backlog, which systemd keeps open.
         """
-        self._is_paused = True
-        self._bell.ring()
-        self._paused.wait()
         waiter = select.poll()
-        for listener in self.sockets:
-            waiter.register(listener, select.POLLIN)
+        for listener in self._listeners:
+            listener.shutdown()
+            waiter.register(listener.socket, select.POLLIN)
         if self.quiet_since() is not None and not waiter.poll(0):
             return True
-        self._is_paused = False
-        self._paused.clear()
         self.begin()
         return False
 
     def finish(self, seconds: float):
-        """Wait until who has begun to ask was answered, so many seconds at most."""
+        """Wait until the requests in flight are answered, at most so many seconds."""
         deadline = time.monotonic() + seconds
         while self.quiet_since() is None and time.monotonic() < deadline:
             time.sleep(0.005)
 
     def stop(self):
-        """Stop to accept, and end the connections that wait for a next request."""
+        """Stop accepting, and end the connections that wait for a next request."""
         self.is_closing = True
-        self._bell.ring()
-        self._paused.wait(1.0)  # nobody polls what is closed now
-        for listener in self.sockets:
-            listener.close()  # never shutdown(): systemd may own it
+        for listener in self._listeners:
+            listener.shutdown()
+            listener.server_close()  # the socket is never shut down: systemd may own it
         for connection in list(self._idle_connections):
-            try:
+            with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)
-            except OSError:
-                pass
 
 
 def turn_away(connection: socket.socket, why: str, is_patient: bool):
