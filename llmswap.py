@@ -2,7 +2,7 @@
 """llmswap: one address for many local language models.
 
 An OpenAI-compatible reverse proxy that starts the model server a request asks for,
-stops others to make room, unloads what is idle, and gives the memory back. One file,
+stops others to make room, unloads idle ones, and gives the memory back. One file,
 standard library only: `python3 llmswap.py example.ini`.
 
     clients ──> Handler ──> Pool.lease() ──> relay() ──> llama-server, or any other
@@ -12,34 +12,31 @@ standard library only: `python3 llmswap.py example.ini`.
                                  (3)                           UnitBackend,
                                                                RemoteBackend (4)
 
-Words. A *model* is a section of the INI file. A *backend* is the running thing that
-serves it: a process, a systemd unit, or a remote server. *Upstream* is that backend as
-the relay sees it. A *ticket* is a waiting request, a *lease* the right to use a backend
-until the request ends. *Evict*: stop to make room. *Drain*: let requests in flight end,
-grant no new ones. *Unload*: stop because told to, or idle.
+Terms. A *model* is a section of the INI file. A *backend* is the running server of a
+model: a process, a systemd unit, or a remote server; the relay calls it *upstream*. A
+*ticket* is a waiting request, a *lease* the right to use a backend until the request
+ends. *Evict*: stop to make room. *Drain*: let requests in flight end, grant no new
+ones. *Unload*: stop on demand or because of idleness.
 
-Rooms, each using only what stands above it:
+Sections, each of which uses only those above it:
 
-    1  Errors         every way to fail, with its HTTP status
-    2  Configuration  text to frozen values
-    3  Scheduling     who starts, who goes, who is served next; pure
-    4  Backends       one life of one model server, from spawn to death
-    5  Pool           the one lock; carries decisions out
-    6  Relay          one request to a backend, one answer back
-    7  Repair         broken JSON of tool calls to the one object it means, or nothing
-    8  Pages          what people and Prometheus see
-    9  API            what each path means; the only place that writes an error
+    1  Errors         every failure, with its HTTP status
+    2  Configuration  from text to frozen values
+    3  Scheduling     which models run, stop and serve next; pure
+    4  Backends       one run of one model server, from spawn to exit
+    5  Pool           the one lock; carries out decisions
+    6  Relay          one request to a backend, one response back
+    7  Repair         broken JSON of tool calls becomes the object it means, or stays
+    8  Pages          the status page and the metrics
+    9  API            the meaning of each path; the only place that answers errors
     10 Command line   arguments, logging, signals, the order of shutdown
 
-Threads. One accepts connections; one serves each connection, request after request;
-one lives the life of each backend, from spawn to death; one
-turns the Pool's wheel when time alone changes something; one looks how far loads are;
-one writes the log; one replaces a dead guard; where they are wanted, one talks to
-systemd and one sees to the idle command. The main thread hears signals. What they share
-is the Scheduler and the dict of backends. Both belong to the Pool and are touched only
-under its one lock, which is held just long enough to record an event and to carry out
-what follows, never across I/O or a sleep. Waiting happens outside. So there is no order
-of locks to remember, and nothing can wait for someone who waits.
+Threads. The main thread waits for signals. One thread accepts connections, one serves
+each connection, one runs each backend; the Pool, the log, systemd and the idle command
+have one each. They share the Scheduler and the dict of backends, which belong to the
+Pool and are touched only under its one lock. The lock is held to record an event and to
+carry out what follows, never across I/O or a sleep. With one lock there is no order of
+locks to remember and no deadlock.
 """
 
 import bisect
@@ -78,245 +75,188 @@ VERSION = "1.0"
 
 
 # ==================================================================================
-# 1  Errors: every way to fail, with its HTTP status.
+# 1  Errors: every failure, with its HTTP status.
 #    Never knows anything else in this file.
 # ==================================================================================
 
 
 class ConfigError(Exception):
-    """What is wrong in the INI file; the text names file, line, section and key."""
+    """A mistake in the INI file; the text names file, line, section and key."""
 
 
 class ClientGone(Exception):
-    """The client hung up; nobody is left to answer."""
+    """The client has disconnected, so that no answer is needed."""
+
+
+INVALID, OVERLOADED = "invalid_request_error", "overloaded_error"
 
 
 class Problem(Exception):
-    """A failure to be told to a client: a message, an HTTP status and OpenAI's words.
+    """A failure that a client is told, with an HTTP status and OpenAI's words for it.
 
-    `retry_after` (seconds) becomes Retry-After. `may_retry` False becomes
-    `x-should-retry: false`, which the OpenAI SDKs obey.
+    `param` is the parameter to blame. `retry_after` (seconds) becomes Retry-After.
+    `may_retry` False becomes `x-should-retry: false`, which the OpenAI SDKs obey.
     """
 
     status, type, code = 500, "server_error", None
-    retry_after = may_retry = None
+    param = retry_after = may_retry = None
 
-    def __init__(self, message, param=None):
+    def __init__(self, message, param=None, retry_after=None):
         super().__init__(message)
         self.param = param
+        self.retry_after = retry_after or self.retry_after
 
 
 class BadRequest(Problem):
-    """The request cannot be understood."""
+    status, type, code = 400, INVALID, "invalid_request"
 
-    status, type, code = 400, "invalid_request_error", "invalid_request"
+class Unauthorized(Problem):
+    status, type, code = 401, "authentication_error", "invalid_api_key"
 
+class Forbidden(Problem):
+    status, type, code = 403, "permission_error", "forbidden"
+
+class NotFound(Problem):
+    status, type, code = 404, INVALID, "not_found"
 
 class UnknownModel(Problem):
-    """No model has that name."""
+    status, type, code = 404, INVALID, "model_not_found"
 
-    status, type, code = 404, "invalid_request_error", "model_not_found"
+class MethodNotAllowed(Problem):
+    status, type, code = 405, INVALID, "method_not_allowed"
 
+class TooSlow(Problem):
+    status, type, code = 408, INVALID, "request_timeout"
+
+class TooLarge(Problem):
+    status, type, code = 413, INVALID, "request_too_large"
+
+class HeadTooLarge(Problem):
+    status, type, code = 431, INVALID, "headers_too_large"
+
+class Unusable(Problem):
+    code, may_retry = "model_unusable", False
+
+class BackendDied(Problem):
+    status, code = 502, "backend_died"
 
 class StartFailed(Problem):
-    """The model's server did not come up; the message says why, in its own words."""
-
     status, code, may_retry = 502, "model_start_failed", False
 
     def __init__(self, message, exit_code=None):
         super().__init__(message)
-        self.exit_code = exit_code  # of its process, if that exited by itself
-
+        self.exit_code = exit_code  # None unless the process exited by itself
 
 class LoadTimeout(StartFailed):
-    """The model's server gave no sign of progress for too long."""
-
     status, type, code = 504, "timeout_error", "model_load_timeout"
 
-
 class BackingOff(Problem):
-    """Loads failed in a row; the next is not tried yet."""
-
     status, code = 503, "model_backing_off"
 
-    def __init__(self, failure: Problem, seconds: float):
-        self.retry_after = max(1, math.ceil(seconds))
-        super().__init__(f"{failure}\n(it is tried again in {self.retry_after} s)")
-
-
 class QueueFull(Problem):
-    """Too many requests wait already."""
-
-    status, type, code, retry_after = 503, "overloaded_error", "queue_full", 5
-
-    def __init__(self, limit: int):
-        super().__init__(f"{limit} requests wait already (queue-max in [llmswap])")
-
+    status, type, code, retry_after = 503, OVERLOADED, "queue_full", 5
 
 class QueueTimeout(Problem):
-    """The request waited as long as queue-timeout lets it."""
-
-    status, type, code, retry_after = 503, "overloaded_error", "queue_timeout", 5
-
-    def __init__(self, name: str, seconds: float):
-        waited = f"waited {seconds:g} s for {name!r}"
-        super().__init__(f"{waited} (queue-timeout in [llmswap])")
-
+    status, type, code, retry_after = 503, OVERLOADED, "queue_timeout", 5
 
 class Unloaded(Problem):
-    """Somebody unloaded the model while the request waited for it."""
-
     status, code, may_retry = 503, "model_unloaded", False
 
-    def __init__(self, name: str):
-        super().__init__(f"{name!r} was unloaded by hand")
-
-
 class ShuttingDown(Problem):
-    """llmswap is about to end."""
-
     status, code, retry_after = 503, "shutting_down", 5
-
-    def __init__(self):
-        super().__init__("llmswap is shutting down")
-
-
-class BackendDied(Problem):
-    """The backend broke the connection before it answered anything."""
-
-    status, code = 502, "backend_died"
-
-
-class Unauthorized(Problem):
-    """The request carries no valid API key."""
-
-    status, type, code = 401, "authentication_error", "invalid_api_key"
-
-
-class Forbidden(Problem):
-    """The request's Host or Origin is not allowed; the message names the key to set."""
-
-    status, type, code = 403, "permission_error", "forbidden"
-
-
-class NotFound(Problem):
-    """There is nothing at that path."""
-
-    status, type, code = 404, "invalid_request_error", "not_found"
-
-
-class MethodNotAllowed(Problem):
-    """That path exists, but not for this method."""
-
-    status, type, code = 405, "invalid_request_error", "method_not_allowed"
-
-
-class TooSlow(Problem):
-    """The client stopped sending in the middle of a request."""
-
-    status, type, code = 408, "invalid_request_error", "request_timeout"
-
-
-class TooLarge(Problem):
-    """The request's body is larger than max-body."""
-
-    status, type, code = 413, "invalid_request_error", "request_too_large"
-
-
-class HeadTooLarge(Problem):
-    """The request's head is larger than a head may be."""
-
-    status, type, code = 431, "invalid_request_error", "headers_too_large"
-
-
-class Unusable(Problem):
-    """What the file says of this model makes no sense; the message says where."""
-
-    code, may_retry = "model_unusable", False
-
-    def __init__(self, reason: str):
-        super().__init__(f"this model cannot be used: {reason}")
 
 
 # ==================================================================================
-# 2  Configuration: text to frozen values.
+# 2  Configuration: from text to frozen values.
 #    Never knows processes, sockets, clocks.
 # ==================================================================================
 
-# The rules of the room. A *section* is what stands in the file, an *entry* one of its
-# lines. Entries are of two kinds: *keys* are ours and listed in the tables below;
-# everything else is an *option* of llama-server. Options stay as they were written
-# until a command is rendered, because only the table of that very llama-server's
-# options knows which spellings mean the same and which take a value.
+# A *section* of the file holds *settings*, one a line. Settings are of two kinds:
+# *keys* are llmswap's own and listed in the tables below; all others are *options* of
+# llama-server. Options stay as written until a command is made, because only the
+# table of that llama-server's options knows their spellings and which take a value.
 
 
 # ---- Values: one parser per kind of text; ValueError says what was expected --------
 
 SECONDS = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-LONGEST = 100 * 365 * SECONDS["d"]  # a lock can wait for this, not for any number
-BYTES = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}  # as powers of two
-NUMBER = r"[0-9]{1,15}(?:\.[0-9]+)?"  # no more digits than a float can tell
+MAX_DURATION = 100 * 365 * SECONDS["d"]  # a lock accepts this, but not any number
+UNIT_POWERS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+NUMBER = r"[0-9]{1,15}(?:\.[0-9]+)?"  # as many digits as a float can hold
 TRUE_WORDS = ("on", "true", "1", "enabled", "yes")
 FALSE_WORDS = ("off", "false", "0", "disabled", "no")
 
 
-def _matched(pattern, text, complaint):
-    """Return the match of the whole text, or raise ValueError: it is `complaint`."""
-    match = re.fullmatch(pattern, text)
-    if not match:
-        raise ValueError(f"{text!r} is {complaint}")
-    return match
+def pattern(expected, regex, convert=lambda match: match[0]):
+    """Return a parser: `convert` of the match of a whole text."""
+
+    def parse(text):
+        match = re.fullmatch(regex, text)
+        if not match:
+            raise ValueError(f"{text!r} is not {expected}")
+        return convert(match)
+
+    return parse
 
 
-def parse_duration(text) -> float:
-    """Return seconds: 90, 90s, 15m, 1h30m."""
-    pattern = rf"{NUMBER}|(?:{NUMBER}(?:ms|[smhd]))+"
-    _matched(pattern, text, "not a duration such as 15m")
-    parts = re.findall(rf"({NUMBER})(ms|[smhd]?)", text)
+def or_none(word, parse):
+    """Return a parser that reads this word as None, and other texts with `parse`."""
+    return lambda text: None if text == word else parse(text)
+
+
+def one_of(*words):
+    """Return a parser that accepts these words, in any case."""
+    regex = f"(?i:{'|'.join(words)})"
+    return pattern(f"one of {', '.join(words)}", regex, lambda match: match[0].lower())
+
+
+def _seconds(match):
+    parts = re.findall(rf"({NUMBER})(ms|[smhd]?)", match[0])
     seconds = sum(float(number) * SECONDS[unit] for number, unit in parts)
-    if seconds > LONGEST:
-        raise ValueError(f"{text!r} is longer than a hundred years")
-    return seconds
+    return min(seconds, MAX_DURATION)
 
 
-def parse_patience(text) -> Optional[float]:
-    """Return seconds, or None for "auto"."""
-    return None if text == "auto" else parse_duration(text)
-
-
-def parse_size(text) -> int:
-    """Return bytes: 512M, 18G, 1.5T; units are powers of 1024."""
-    pattern = rf"(?ai)({NUMBER}) ?([KMGT]?)(?:i?B)?"
-    match = _matched(pattern, text, "not a size such as 18G")
-    return int(float(match[1]) * 2 ** BYTES[match[2].upper()])
+parse_duration = pattern(
+    "a duration such as 15m", rf"{NUMBER}|(?:{NUMBER}(?:ms|[smhd]))+", _seconds
+)
+parse_size = pattern(
+    "a size such as 18G",
+    rf"(?ai)({NUMBER}) ?([KMGT]?)(?:i?B)?",
+    lambda match: int(float(match[1]) * 2 ** UNIT_POWERS[match[2].upper()]),
+)
+parse_boolean = pattern(
+    "on or off",
+    f"(?i:{'|'.join(TRUE_WORDS + FALSE_WORDS)})",
+    lambda match: match[0].lower() in TRUE_WORDS,
+)
+parse_count = pattern("a whole number", "[0-9]{1,9}", lambda match: int(match[0]))
+parse_score = pattern(
+    "from -1000 to 1000", "-?(?:0?[0-9]{1,3}|1000)", lambda match: int(match[0])
+)
+parse_url = pattern(
+    "a URL such as http://127.0.0.1:8000", r"https?://[^\s/?#]+(/[^\s?#]*)?"
+)
+parse_endpoint = or_none("none", pattern("a path such as /health", r"/\S*"))
+parse_request = or_none("", pattern(
+    "a request such as POST /sleep?level=1",
+    r"(?:([A-Z]+) +)?(/\S*)",
+    lambda match: (match[1] or "POST", match[2]),
+))
+parse_mac = or_none("", pattern(
+    "an address such as ab:cd:ef:01:23:45",
+    "[0-9A-Fa-f]{2}([:-][0-9A-Fa-f]{2}){5}",
+    lambda match: bytes.fromhex(re.sub("[:-]", "", match[0])),
+))
 
 
 def size_text(size) -> str:
     """Return a size as people write it: the inverse of parse_size."""
-    unit = next((unit for unit in "TGMK" if size >= 2 ** BYTES[unit]), "")
-    return f"{size / 2 ** BYTES[unit]:.4g}{unit}"
-
-
-def parse_boolean(text) -> bool:
-    """Return whether it is on: on, true, 1, enabled, yes or their opposites."""
-    if text.lower() not in TRUE_WORDS + FALSE_WORDS:
-        raise ValueError(f"{text!r} is neither on nor off")
-    return text.lower() in TRUE_WORDS
-
-
-def parse_count(text) -> int:
-    """Return a whole number, 0 or more."""
-    return int(_matched("[0-9]{1,9}", text, "not a whole number")[0])
-
-
-def parse_score(text) -> int:
-    """Return a score for the kernel's out-of-memory killer."""
-    pattern = "-?(?:0?[0-9]{1,3}|1000)"
-    return int(_matched(pattern, text, "not a number from -1000 to 1000")[0])
+    unit = next((unit for unit in "TGMK" if size >= 2 ** UNIT_POWERS[unit]), "")
+    return f"{size / 2 ** UNIT_POWERS[unit]:.4g}{unit}"
 
 
 def parse_words(text) -> tuple:
-    """Return the parts between commas, without empty ones and each only once."""
+    """Return the parts between commas, without empty and repeated ones."""
     parts = (part.strip() for part in text.split(","))
     return tuple(dict.fromkeys(part for part in parts if part))
 
@@ -341,18 +281,15 @@ def parse_sets(text) -> tuple:
 
 
 def parse_object(text) -> dict:
-    """Return a JSON object; nothing is the empty one."""
+    """Return a JSON object; an empty text is an empty one."""
     try:
-        value = json.loads(text or "{}", parse_constant=_refuse_constant)
+        value = json.loads(text or "{}")
+        json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError("not a JSON object such as {\"temperature\": 0.7}")
     return value
-
-
-def _refuse_constant(name):
-    raise ValueError(f"{name} has no place in JSON")
 
 
 def parse_host_port(text) -> tuple:
@@ -366,49 +303,12 @@ def parse_host_port(text) -> tuple:
 def parse_listen(text) -> tuple:
     """Return addresses: (host, port) for TCP, the path alone for a Unix socket."""
     addresses = tuple(
-        part[5:] if re.match("unix:.", part) else parse_host_port(part)
+        part[len("unix:") :] if re.match("unix:.", part) else parse_host_port(part)
         for part in parse_words(text)
     )
     if not addresses:
         raise ValueError("an address such as 127.0.0.1:8080 is missing")
     return addresses
-
-
-def parse_url(text) -> str:
-    """Return the base URL of a server."""
-    complaint = "not a URL such as http://127.0.0.1:8000"
-    return _matched(r"https?://[^\s/?#]+(/[^\s?#]*)?", text, complaint)[0]
-
-
-def parse_endpoint(text) -> Optional[str]:
-    """Return a path, or None for "none"."""
-    _matched(r"/\S*|none", text, "neither a path such as /health nor none")
-    return None if text == "none" else text
-
-
-def parse_request(text) -> Optional[tuple]:
-    """Return method and path: "POST /sleep?level=1"; nothing is None."""
-    complaint = "not a request such as POST /sleep?level=1"
-    match = _matched(r"(?:([A-Z]+) +)?(/\S*)|", text, complaint)
-    return (match[1] or "POST", match[2]) if text else None
-
-
-def parse_mac(text) -> Optional[bytes]:
-    """Return the six bytes of a network card's address; nothing is None."""
-    complaint = "not an address such as ab:cd:ef:01:23:45"
-    _matched("[0-9A-Fa-f]{2}([:-][0-9A-Fa-f]{2}){5}|", text, complaint)
-    return bytes.fromhex(re.sub("[:-]", "", text)) or None
-
-
-def one_of(*words):
-    """Return a parser that accepts these words, in any case."""
-
-    def parse(text):
-        if text.lower() not in words:
-            raise ValueError(f"{text!r} is none of {', '.join(words)}")
-        return text.lower()
-
-    return parse
 
 
 # ---- Keys: one row is parser, default, help, README table and example.ini ----------
@@ -446,7 +346,7 @@ PROXY_KEYS = (
         "the binary for models that name none themselves"),
     Key("default-model", str, "",
         "for requests that name none; empty: the only one there is"),
-    Key("patience", parse_patience, "auto",
+    Key("patience", or_none("auto", parse_duration), "auto",
         "how long a busy model goes on while another waits for its room; `auto`: as "
         "long as the swap costs; 0: strict order"),
     Key("queue-max", parse_count, "512", "requests beyond are refused"),
@@ -565,24 +465,24 @@ IGNORED_KEYS = ("version", "dedup-cache-models", "__PRESET_DEDUP_CACHE_MODELS")
 
 
 def proxy_key(spelling) -> Optional[str]:
-    """Return the name of the key of [llmswap] that is so spelled, or None."""
+    """Return the name of the [llmswap] key that is so spelled, or None."""
     name = spelling.replace("_", "-")
     return name if name in PROXY_KEY else None
 
 
 def model_key(spelling) -> Optional[str]:
-    """Return the name of the key of models that is so spelled, or None."""
+    """Return the name of the model key that is so spelled, or None."""
     if re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", spelling):
         return spelling
     name = SYNONYMS.get(spelling, spelling).replace("_", "-")
     return name if name in MODEL_KEY else None
 
 
-def near_name(name, names, similarity=0.6) -> str:
-    """Return a question that ends a message about an unknown name, or nothing."""
-    import difflib  # only who mistypes needs it
+def suggestion(name, names) -> str:
+    """Return the end of a message about an unknown name: a near one, or nothing."""
+    import difflib  # rarely needed
 
-    near = difflib.get_close_matches(name, names, 1, similarity)
+    near = difflib.get_close_matches(name, names, 1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -599,15 +499,15 @@ STATEMENT = re.compile(
 CONTINUATION = re.compile(r"([ \t]+)([^ \t\r\n][^\r\n]*)(?:\r\n|\r|\n|\Z)")
 NEWLINE = re.compile(r"\r\n|\r|\n")
 
-# Keys whose value is the whole line, `;` and `#` included, and those that llama.cpp
+# Keys whose value is the whole line, `;` and `#` included; and keys that llama.cpp
 # reads too, so that its rule holds: a comment begins at any `;` or `#`.
 WITHOUT_COMMENT = (*QUOTED_KEYS, "api-key", "proxy-key", "set-params")
 SHARED_KEYS = ("alias", "stop-timeout", "load-on-startup")
-COMMENT_OF_OURS = re.compile(r"[ \t]+[;#]")
-COMMENT_OF_LLAMA = re.compile(r"[ \t]*[;#]")
+OWN_COMMENT = re.compile(r"[ \t]+[;#]")
+LLAMA_COMMENT = re.compile(r"[ \t]*[;#]")
 
 
-class Entry(NamedTuple):
+class Setting(NamedTuple):
     """One `key = text`; `place` names file, line, section and key."""
 
     key: str
@@ -616,126 +516,100 @@ class Entry(NamedTuple):
 
 
 class Section(NamedTuple):
-    """One section; `entries` by key, the last of equal keys."""
+    """One section; `settings` by key, the last of equal keys."""
 
     name: str
-    line: int
     place: str
-    entries: dict
+    settings: dict
 
 
-def read_preset(data, path, warn=lambda message: None) -> dict:
-    """Return the sections of a file's bytes by name, or raise ConfigError.
+class PresetParser:
+    """Parses llama.cpp's language of presets, and more: a line may be indented, a key
+    may have its dashes. Of sections with the same name only the last counts."""
 
-    It is llama.cpp's language, read kindly: a line may be indented, a key may have
-    its dashes. Of sections with the same name only the last counts.
-    """
-    try:
-        text = data.decode("utf-8-sig")
-        at = text.find("\0")
-    except UnicodeDecodeError as error:
-        text, at = data[: error.start].decode("utf-8", "replace"), error.start
-    if at >= 0:
-        line = len(NEWLINE.findall(text[:at])) + 1
-        raise ConfigError(f"{path}:{line}: this is not a text in UTF-8")
-    return PresetReader(text, path, warn).read()
-
-
-class PresetReader:
-    """Reads one text once, statement by statement."""
-
-    def __init__(self, text, path, warn):
-        self._text = text
+    def __init__(self, data, path, warn):
+        self._text = data.decode("utf-8-sig", "surrogateescape")
         self._path = path
         self._warn = warn
-        self._at = 0
+        self._offset = 0
         self._line = 1
         self._section = None
         self._sections = {}
 
-    def read(self) -> dict:
-        """Return the sections by name."""
-        while self._at < len(self._text):
-            line = self._line
+    def parse(self) -> dict:
+        """Return the sections by name, or raise ConfigError."""
+        wrong = re.search("[\0\udc80-\udcff]", self._text)
+        if wrong:
+            self._line += len(NEWLINE.findall(self._text[: wrong.start()]))
+            raise ConfigError(f"{self._path}:{self._line}: this is not UTF-8 text")
+        while self._offset < len(self._text):
+            place = f"{self._path}:{self._line}:"
             statement = self._take(STATEMENT)
             if statement is None:
-                wrong = NEWLINE.split(self._text[self._at :], 1)[0].strip()
+                line = NEWLINE.split(self._text[self._offset :], 1)[0].strip()
                 raise ConfigError(
-                    f"{self._path}:{line}: {wrong!r} is neither [section], "
-                    "key = value nor a comment"
+                    f"{place} {line!r} is neither [section], key = value nor a comment"
                 )
             if statement["header"]:
-                self._open(statement["header"], line)
+                self._open_section(statement["header"], place)
             elif statement["key"]:
-                self._add(statement, line)
+                self._add_setting(statement, place)
         return self._sections
 
-    def _take(self, pattern):
-        match = pattern.match(self._text, self._at)
+    def _take(self, expression):
+        match = expression.match(self._text, self._offset)
         if match:
-            self._at = match.end()
+            self._offset = match.end()
             self._line += len(NEWLINE.findall(match[0]))
         return match
 
-    def _open(self, name, line):
+    def _open_section(self, name, place):
         if name.strip() in ("llmswap", "macros"):
             name = name.strip()
-        place = f"{self._path}:{line}: [{name}]"
-        if name in self._sections:
-            before = self._sections.pop(name).line
-            self._warn(f"{place}: replaces the section of that name in line {before}")
-        self._section = self._sections[name] = Section(name, line, place, {})
+        if self._sections.pop(name, None):
+            self._warn(f"{place} [{name}]: given before; this one counts")
+        self._section = self._sections[name] = Section(name, f"{place} [{name}]", {})
 
-    def _add(self, statement, line):
+    def _add_setting(self, statement, place):
         key = statement["key"]
-        if self._section is None and key not in IGNORED_KEYS:
-            self._open("default", line)
-            self._warn(
-                f"{self._path}:{line}: keys before the first section make a model "
-                "'default'; what is meant for all models belongs into [*]"
-            )
-        section = self._section or Section("", 0, "", {})
-        place = f"{self._path}:{line}: [{section.name}] {key}"
-        if key in section.entries:
+        if self._section is None:
+            if key in IGNORED_KEYS:
+                return
+            self._open_section("default", place)
+            self._warn(f"{place} keys before the first section make a model 'default'; "
+                       "keys for all models belong into [*]")
+        place = f"{place} [{self._section.name}] {key}"
+        if key in self._section.settings:
             self._warn(f"{place}: given before; this one counts")
-        text = self._value(statement, section.name, place)
-        section.entries[key] = Entry(key, text, place)
+        text = self._value(statement, place)
+        self._section.settings[key] = Setting(key, text, place)
 
-    def _value(self, statement, section, place):
-        rest, name = statement["value"], statement["key"]
-        ours = key_of(section, name)
-        if ours == "cmd":
-            return self._continued(rest, len(statement["indent"].expandtabs()))
-        if ours in WITHOUT_COMMENT:
-            return rest.strip(" \t")
-        if ours and ours not in SHARED_KEYS:
-            return COMMENT_OF_OURS.split(rest, 1)[0].strip(" \t")
-        return self._cut(rest, place)
-
-    def _continued(self, first, indent):
-        lines = [first]
-        while line := CONTINUATION.match(self._text, self._at):
-            if len(line[1].expandtabs()) <= indent:
-                break
-            lines.append(self._take(CONTINUATION)[2])
-        bare = [line.strip(" \t") for line in lines]
-        bare = [line for line in bare if line[:1] not in (";", "#")]
-        return " ".join(re.sub(r"(^|[ \t]+)\\$", "", line) for line in bare).strip()
-
-    def _cut(self, rest, place):
-        comment = COMMENT_OF_LLAMA.search(rest)
-        value = rest[: comment.start()].strip(" \t") if comment else rest.strip(" \t")
+    def _value(self, statement, place):
+        text, section = statement["value"], self._section.name
+        find = proxy_key if section == "llmswap" else model_key
+        key = "macro" if section == "macros" else find(statement["key"])
+        if key == "cmd":
+            return self._continued(text, len(statement["indent"].expandtabs()))
+        if key in WITHOUT_COMMENT:
+            return text.strip(" \t")
+        if key and key not in SHARED_KEYS:
+            return OWN_COMMENT.split(text, 1)[0].strip(" \t")
+        comment = LLAMA_COMMENT.search(text)
+        value = text[: comment.start() if comment else None].strip(" \t")
         if comment and (comment[0] in (";", "#") or value.count('"') % 2):
             self._warn(f"{place}: a comment begins at {comment[0][-1]!r}, as in "
                        f"llama.cpp; the value is {value!r}")
         return value
 
-
-def key_of(section, spelling) -> Optional[str]:
-    """Return the key of ours that a spelling means in that section, or None."""
-    if section == "macros":
-        return "macro"
-    return proxy_key(spelling) if section == "llmswap" else model_key(spelling)
+    def _continued(self, first, indent):
+        lines = [first]
+        while line := CONTINUATION.match(self._text, self._offset):
+            if len(line[1].expandtabs()) <= indent:
+                break
+            lines.append(self._take(CONTINUATION)[2])
+        stripped = [line.strip(" \t") for line in lines]
+        commands = [line for line in stripped if line[:1] not in (";", "#")]
+        return " ".join(re.sub(r"(^|[ \t]+)\\$", "", line) for line in commands).strip()
 
 
 # ---- Variables: ${NAME}, and the [macros] of the file -------------------------------
@@ -759,11 +633,6 @@ def expand(text, variables) -> str:
     return VARIABLE.sub(value, text)
 
 
-def variables_in(text) -> set:
-    """Return the names that stand in ${}."""
-    return {match[1] for match in VARIABLE.finditer(text)} - {None}
-
-
 def expand_macros(text, macros) -> str:
     """Return the text with macros, and macros in them, replaced; all else stays."""
 
@@ -776,186 +645,40 @@ def expand_macros(text, macros) -> str:
     return VARIABLE.sub(value, text)
 
 
-class Texts:
-    """Reads entries: puts in macros and the environment, then lets the key parse."""
+def variables_in(text) -> set:
+    """Return the names that stand in ${}."""
+    return {match[1] for match in VARIABLE.finditer(text)} - {None}
+
+
+class Variables:
+    """The file's macros and the variables of the environment."""
 
     def __init__(self, macros, environ):
         self.macros = macros
-        self.variables = {f"env.{name}": value for name, value in environ.items()}
+        self.values = {f"env.{name}": value for name, value in environ.items()}
 
-    def value(self, key, entry, more):
-        """Return the value of the key, or raise ConfigError with the entry's place.
+    def parse(self, key, setting, **more):
+        """Return the value of the key, or raise ConfigError with the setting's place.
 
-        `more` are variables. A text that may hold late ones stays, but for its macros.
+        A text that may hold ${PORT} or ${PID} stays one, with its macros expanded.
         """
-        text = expand_macros(entry.text, self.macros)
+        text = expand_macros(setting.text, self.macros)
         late = LATE_VARIABLES.get(key.name, {})
         try:
-            value = key.parse(expand(text, {**self.variables, **more, **late}))
+            value = key.parse(expand(text, {**self.values, **more, **late}))
             if key.name in QUOTED_KEYS:
                 shlex.split(text if late else value)
         except ValueError as error:
-            raise ConfigError(f"{entry.place}: {error}") from None
+            raise ConfigError(f"{setting.place}: {error}") from None
         return text if late else value
 
 
 # ---- Options of llama-server ---------------------------------------------------------
 
-TRUTHY = ("on", "enabled", "true", "1")  # llama.cpp's words, and only so written
+TRUTHY = ("on", "enabled", "true", "1")  # llama.cpp's words, in this case only
 FALSY = ("off", "disabled", "false", "0")
-NAMES = re.compile(r"(-[^\s,]+(?:, +-[^\s,]+)*)(?: (\S+(?: [A-Z]+)?)| {2,}|$)")
-ENVIRONMENT = re.compile(r" {40}\(env: (\w+)\)")
-
-
-class Option(NamedTuple):
-    """One option: its spellings in the order of --help, and how many values follow."""
-
-    names: tuple
-    negatives: tuple
-    environment: Optional[str]
-    values: int
-
-
-class OptionTable:
-    """What a llama-server's options are, by key; `source` says who told."""
-
-    def __init__(self, options, source, guess=False):
-        self.source = source
-        self.by_key = {key: option for option in options for key in _spellings(option)}
-        self._guess = guess
-
-    def find(self, key) -> Optional[Option]:
-        """Return the option a key means; the built-in table guesses what it lacks."""
-        return self.listed(key) or (self._guessed(key) if self._guess else None)
-
-    def listed(self, key) -> Optional[Option]:
-        """Return the option a key means if the table has it."""
-        return self.by_key.get(key) or self.by_key.get(key.replace("_", "-"))
-
-    def _guessed(self, key):
-        if not key.startswith("LLAMA_ARG_"):
-            return Option(("--" + key.replace("_", "-"),), (), None, 1)
-        name = key[len("LLAMA_ARG_") :].lower()
-        return self.find(name.replace("_", "-"))
-
-
-def _spellings(option):
-    """Yield every INI key of an option; llama.cpp lets later options have it."""
-    if option.environment:
-        yield option.environment
-        if option.negatives:
-            yield option.environment.replace("LLAMA_ARG_", "LLAMA_ARG_NO_", 1)
-    for name in option.names + option.negatives:
-        yield name.lstrip("-")
-
-
-def make_option(names, environment, values) -> Option:
-    """Return the option; of a flag's further names, those with "no" are negatives."""
-    negative = re.compile("--no-|-n" if values == 0 else "$")
-    negatives = tuple(name for name in names[1:] if negative.match(name))
-    positives = tuple(name for name in names if name not in negatives)
-    return Option(positives, negatives, environment, values)
-
-
-def parse_help(text) -> Optional[OptionTable]:
-    """Return the options that llama-server --help lists, or None if it is no such list.
-
-    A name in the first column begins an option; one blank after the last name, and a
-    hint, mean that it takes a value. Two words in capitals are two values.
-    """
-    found = []
-    for line in text.splitlines():
-        head, environment = NAMES.match(line), ENVIRONMENT.fullmatch(line)
-        if head and not line.startswith("---"):
-            hint = head[2] or ""
-            found.append([re.split(", +", head[1]), None, len(hint.split())])
-        elif environment and found:
-            found[-1][1] = environment[1]
-    table = OptionTable([make_option(*row) for row in found], "llama-server --help")
-    model, version = table.find("model"), table.find("version")
-    is_sane = model and model.values and version and not version.values
-    return table if is_sane and len(found) >= 150 else None
-
-
-# For when no --help can be had. Listed are the flags, and of the options with a value
-# those with several spellings or an unlikely variable of the environment (without
-# dashes) or the name of a key of ours; any other key is taken for a name with a value.
-BUILT_IN_FLAGS = """
--h|--help|--usage --version -cl|--cache-list --completion-bash --swa-full
---perf|--no-perf -e|--escape|--no-escape -kvo|--kv-offload|-nkvo|--no-kv-offload
---repack|-nr|--no-repack --no-host --list-devices -cmoe|--cpu-moe --check-tensors
---op-offload|--no-op-offload --log-disable --log-jsonl|--no-log-jsonl
--v|--verbose|--log-verbose --offline --log-prefix|--no-log-prefix
---log-timestamps|--no-log-timestamps --ignore-eos -bs|--backend-sampling
---spec-draft-cpu-moe|-cmoed|--cpu-moe-draft
---spec-draft-backend-sampling|--no-spec-draft-backend-sampling
--kvu|--kv-unified|-no-kvu|--no-kv-unified --cache-idle-slots|--no-cache-idle-slots
---context-shift|--no-context-shift -sp|--special --warmup|--no-warmup --spm-infill
--cb|--cont-batching|-nocb|--no-cont-batching --mmproj-auto|--no-mmproj|--no-mmproj-auto
---mmproj-offload|--no-mmproj-offload --reuse-port
---cors-credentials|--no-cors-credentials
---ui-mcp-proxy|--webui-mcp-proxy|--no-ui-mcp-proxy|--no-webui-mcp-proxy
--ag|--agent|-no-ag|--no-agent --ui|--webui|--no-ui|--no-webui --embedding|--embeddings
---rerank|--reranking --cache-prompt|--no-cache-prompt
---metrics|LLAMA_ARG_ENDPOINT_METRICS --props|LLAMA_ARG_ENDPOINT_PROPS
---slots|--no-slots|LLAMA_ARG_ENDPOINT_SLOTS --models-autoload|--no-models-autoload
---jinja|--no-jinja --reasoning-preserve|--no-reasoning-preserve
---skip-chat-parsing|--no-skip-chat-parsing --prefill-assistant|--no-prefill-assistant
---lora-init-without-apply --embd-gemma-default --fim-qwen-1.5b-default
---fim-qwen-3b-default --fim-qwen-7b-default --fim-qwen-7b-spec --fim-qwen-14b-spec
---fim-qwen-30b-default --gpt-oss-20b-default --gpt-oss-120b-default
---vision-gemma-4b-default --vision-gemma-12b-default --spec-default
-"""
-BUILT_IN_VALUED = """
--t|--threads -tb|--threads-batch -C|--cpu-mask -Cr|--cpu-range -Cb|--cpu-mask-batch
--Crb|--cpu-range-batch -c|--ctx-size -n|--predict|--n-predict
--b|--batch-size|LLAMA_ARG_BATCH -ub|--ubatch-size|LLAMA_ARG_UBATCH -fa|--flash-attn
---rope-scaling|LLAMA_ARG_ROPE_SCALING_TYPE -ctk|--cache-type-k -ctv|--cache-type-v
--dt|--defrag-thold -lm|--load-mode -lzm|--lazy-mode -dev|--device -ot|--override-tensor
--ncmoe|--n-cpu-moe -ncffn|--n-cpu-ffn -ngl|--gpu-layers|--n-gpu-layers -sm|--split-mode
--ts|--tensor-split -mg|--main-gpu -fit|--fit -fitt|--fit-target -fitc|--fit-ctx
--m|--model -mu|--model-url -dr|--docker-repo -hf|-hfr|--hf-repo -hff|--hf-file
--hft|--hf-token|HF_TOKEN -lv|--verbosity|--log-verbosity
---spec-draft-type-k|-ctkd|--cache-type-k-draft|LLAMA_ARG_SPEC_DRAFT_CACHE_TYPE_K
---spec-draft-type-v|-ctvd|--cache-type-v-draft|LLAMA_ARG_SPEC_DRAFT_CACHE_TYPE_V
--s|--seed --sampler-seq|--sampling-seq --temp|--temperature --top-nsigma|--top-n-sigma
---typical|--typical-p -l|--logit-bias -j|--json-schema -jf|--json-schema-file
---spec-draft-hf|-hfd|-hfrd|--hf-repo-draft|LLAMA_ARG_SPEC_DRAFT_HF_REPO
---spec-draft-threads|-td|--threads-draft
---spec-draft-threads-batch|-tbd|--threads-batch-draft
---spec-draft-cpu-mask|-Cd|--cpu-mask-draft --spec-draft-cpu-range|-Crd|--cpu-range-draft
---spec-draft-cpu-strict|--cpu-strict-draft --spec-draft-prio|--prio-draft
---spec-draft-poll|--poll-draft --spec-draft-cpu-mask-batch|-Cbd|--cpu-mask-batch-draft
---spec-draft-cpu-strict-batch|--cpu-strict-batch-draft
---spec-draft-prio-batch|--prio-batch-draft --spec-draft-poll-batch|--poll-batch-draft
---spec-draft-override-tensor|-otd|--override-tensor-draft
---spec-draft-n-cpu-moe|--spec-draft-ncmoe|-ncmoed|--n-cpu-moe-draft
---spec-draft-p-split|--draft-p-split --spec-draft-p-min|--draft-p-min
---spec-draft-device|-devd|--device-draft
---spec-draft-ngl|-ngld|--gpu-layers-draft|--n-gpu-layers-draft
---spec-draft-model|-md|--model-draft --draft|--draft-n|--draft-max
---draft-min|--draft-n-min -lcs|--lookup-cache-static -lcd|--lookup-cache-dynamic
--ctxcp|--ctx-checkpoints|--swa-checkpoints
--cms|--checkpoint-min-step|LLAMA_ARG_CHECKPOINT_MIN_SPACING_NT -cram|--cache-ram
--r|--reverse-prompt -np|--parallel|LLAMA_ARG_N_PARALLEL -mm|--mmproj -mmu|--mmproj-url
--mmdev|--mmproj-device|MTMD_BACKEND_DEVICE -a|--alias --path|LLAMA_ARG_STATIC_PATH
---ui-config|--webui-config --ui-config-file|--webui-config-file --api-key|LLAMA_API_KEY
--to|--timeout --reasoning-format|LLAMA_ARG_THINK -rea|--reasoning
---reasoning-budget|LLAMA_ARG_THINK_BUDGET
---reasoning-budget-message|LLAMA_ARG_THINK_BUDGET_MESSAGE -sps|--slot-prompt-similarity
---api-key-file --models-dir --models-max --cors-origins
-"""
-
-
-def _built_in_options():
-    for block, values in ((BUILT_IN_FLAGS, 0), (BUILT_IN_VALUED, 1)):
-        for word in block.split():
-            names = [name for name in word.split("|") if name.startswith("-")]
-            variable = [name for name in word.split("|") if not name.startswith("-")]
-            yield make_option(names, variable[0] if variable else None, values)
-
-
-BUILT_IN_OPTIONS = OptionTable(_built_in_options(), "built-in", guess=True)
+OPTION_LINE = re.compile(r"(-[^\s,]+(?:, +-[^\s,]+)*)(?: (\S+(?: [A-Z]+)?)| {2,}|$)")
+ENVIRONMENT_LINE = re.compile(r" {40}\(env: (\w+)\)")
 
 # Options that llama.cpp's router takes out of its presets: they are the router's own.
 ROUTER_OPTIONS = frozenset(
@@ -964,66 +687,137 @@ ROUTER_OPTIONS = frozenset(
 )
 
 
-def render_options(layers, table, fixed) -> list:
-    """Return the words that llama.cpp's router would put on a command line.
+class Option(NamedTuple):
+    """One option: its spellings in the order of --help, and how many values follow."""
 
-    `layers` are options by key, the weakest first; within one, llama.cpp reads the
-    keys in the order of their bytes. `fixed` are values by key, above all.
+    names: tuple
+    negatives: tuple = ()
+    environment: Optional[str] = None
+    values: int = 1
+
+    def keys(self):
+        """Yield every INI key of the option."""
+        if self.environment:
+            yield self.environment
+            if self.negatives:
+                yield self.environment.replace("LLAMA_ARG_", "LLAMA_ARG_NO_", 1)
+        for name in self.names + self.negatives:
+            yield name.lstrip("-")
+
+    def words(self, key, text) -> list:
+        """Return what llama.cpp's router makes of `key = text` on a command line."""
+        if not ROUTER_OPTIONS.isdisjoint(self.names):
+            return []
+        if self.values:
+            return [self.names[-1], text]
+        if key.replace("_", "-") in [name.lstrip("-") for name in self.negatives]:
+            text = "false" if text in TRUTHY else "true"
+        return list(self.names[-1:] if text not in FALSY else self.negatives[-1:])
+
+
+class OptionTable:
+    """The options of one llama-server by key.
+
+    An empty table means that they are unknown: each key is an option with a value.
     """
-    chosen = {}
-    for layer in layers:
-        for key in sorted(layer):
-            option = find_option(layer[key], table)
-            chosen[option.names[0]] = option, option_value(option, layer[key])
-    for key, value in fixed.items():
-        option = table.find(key) or Option((f"--{key}",), (), None, 1)
-        chosen[option.names[0]] = option, value
-    pairs = [chosen[name] for name in sorted(chosen)]
-    return [word for pair in pairs for word in option_words(*pair)]
+
+    def __init__(self, options=()):
+        # as in llama.cpp, a later option takes a key from an earlier one
+        self.by_key = {key: option for option in options for key in option.keys()}
+
+    def find(self, key) -> Optional[Option]:
+        """Return the option that a key means, or None."""
+        dashed = key.replace("_", "-")
+        if not self.by_key:
+            return Option((f"--{dashed}",))
+        return self.by_key.get(key) or self.by_key.get(dashed)
+
+    def words(self, layers) -> list:
+        """Return what llama.cpp's router would put on a command line.
+
+        `layers` are settings by key, the weakest first; within one, llama.cpp reads
+        the keys in the order of their bytes. Raise ConfigError for unknown ones.
+        """
+        chosen = {}
+        for setting in (layer[key] for layer in layers for key in sorted(layer)):
+            option = self.find(setting.key)
+            if option is None:
+                program = "the llama-server in use"
+                reason = unknown_key(setting.key, program, self.by_key)
+                raise ConfigError(f"{setting.place}: {reason}")
+            if option.values > 1:
+                reason = "takes two values; write it into extra-args"
+                raise ConfigError(f"{setting.place}: {reason}")
+            chosen[option.names[0]] = option.words(setting.key, setting.text)
+        return [word for name in sorted(chosen) for word in chosen[name]]
+
+    def pitfalls(self, options):
+        """Yield warnings of what llama.cpp reads otherwise than people do."""
+        first = {}
+        for key, setting in sorted(options.items()):
+            option, text = self.find(key), setting.text
+            if option is None:
+                continue
+            other = first.setdefault(option.names[0], key)
+            if other != key:
+                yield f"{setting.place}: the same option as {other}; this one counts"
+            if not ROUTER_OPTIONS.isdisjoint(option.names):
+                yield f"{setting.place}: no option of a model; it is ignored"
+            elif not option.values and text not in TRUTHY + FALSY:
+                word = "".join(option.words(key, text))
+                yield (f"{setting.place}: {text!r} is neither true nor false; "
+                       f"llama.cpp makes it {word}")
+            elif option.values and re.fullmatch("\".*\"|'.*'", text):
+                yield f"{setting.place}: the quotes are part of the value {text}"
+            if option.negatives and key.startswith("LLAMA_ARG_NO_"):
+                yield f"{setting.place}: NO is no negation here for llama.cpp"
 
 
-def find_option(entry, table) -> Option:
-    """Return the option that an entry means, or raise ConfigError."""
-    find = table.listed if proxy_key(entry.key) else table.find
-    option = find(entry.key)
-    if option is None:
-        elsewhere = "the llama-server in use does not have this option"
-        reason = why_unknown(entry.key, elsewhere, [*MODEL_KEY, *table.by_key])
-        raise ConfigError(f"{entry.place}: {reason}")
-    if option.values > 1:
-        raise ConfigError(f"{entry.place}: takes two values; write it into extra-args")
-    return option
+UNKNOWN_OPTIONS = OptionTable()
 
 
-def why_unknown(key, elsewhere, names) -> str:
-    """Return what is wrong with a key; `elsewhere` if llama-servers do know it."""
+def unknown_key(key, program, options=()) -> str:
+    """Return why a key means nothing for a model; `options` are known ones."""
     if proxy_key(key):
         return "belongs into [llmswap]"
-    if BUILT_IN_OPTIONS.listed(key):
-        return elsewhere
-    return "unknown key" + near_name(key, names)
+    near = suggestion(key, [*MODEL_KEY, *options])
+    return f"neither a key of llmswap nor an option of {program}{near}"
 
 
-def option_value(option, entry) -> str:
-    """Return the value, or its opposite under a negative name, as llama.cpp has it."""
-    key = entry.key.replace("_", "-")
-    if any(key == name.lstrip("-") for name in option.negatives):
-        return "false" if entry.text in TRUTHY else "true"
-    return entry.text
+def parse_help(text) -> Optional[OptionTable]:
+    """Return the options that llama-server --help lists, or None if it is no such list.
 
-
-def option_words(option, value) -> list:
-    """Return the words of one option: its last name, and the value if it takes one."""
-    if not ROUTER_OPTIONS.isdisjoint(option.names):
-        return []
-    if option.values:
-        return [option.names[-1], value]
-    return list(option.names[-1:] if value not in FALSY else option.negatives[-1:])
+    A name in the first column begins an option; one blank after the last name, and a
+    hint, mean that it takes a value. Two words in capitals are two values. Of a flag's
+    further names, those with "no" are negatives.
+    """
+    rows = []
+    for line in text.splitlines():
+        head, environment = OPTION_LINE.match(line), ENVIRONMENT_LINE.fullmatch(line)
+        if head and not line.startswith("---"):
+            rows.append([re.split(", +", head[1]), None, len((head[2] or "").split())])
+        elif environment and rows:
+            rows[-1][1] = environment[1]
+    options = []
+    for names, environment, values in rows:
+        negative = re.compile("--no-|-n" if values == 0 else "$")
+        negatives = tuple(name for name in names[1:] if negative.match(name))
+        positives = tuple(name for name in names if name not in negatives)
+        options.append(Option(positives, negatives, environment, values))
+    table = OptionTable(options)
+    model, version = table.by_key.get("model"), table.by_key.get("version")
+    is_sane = model and model.values and version and not version.values
+    return table if is_sane and len(options) >= 150 else None
 
 
 # ---- Models --------------------------------------------------------------------------
 
-# What makes the running thing, by kind of model: a change of these needs a new one.
+EXCLUSIVE_KEYS = ("cmd", "unit", "uses")
+NOT_FOR_ALL = (*EXCLUSIVE_KEYS, "proxy", "alias")
+NOT_MODELS = ("llmswap", "macros", "*")
+LENIENT_KEYS = ("stop-timeout", "load-on-startup")  # llama.cpp takes anything for them
+
+# The keys that make the backend, by kind of model: their change needs a new backend.
 PROCESS_KEYS = ("extra-args", "proxy", "env.NAME", "cwd", "oom-score-adj")
 LAUNCH_KEYS = {
     "llama-server": ("llama-server", *PROCESS_KEYS),
@@ -1036,16 +830,19 @@ REQUEST_KEYS = (  # and those of listing: they may stand beside `uses`
     "model-name", "uses", "alias", "strip-params", "set-params", "json-repair",
     "loading-notice", "unlisted", "description",
 )
-SOURCES = ("--model", "--hf-repo", "--model-url", "--docker-repo")
-SOURCE_FLAG = re.compile("--(?!spec-).*-default$|--fim-.*-spec$")
+SOURCE_KEYS = set(
+    "model m LLAMA_ARG_MODEL hf-repo hf hfr LLAMA_ARG_HF_REPO model-url mu "
+    "LLAMA_ARG_MODEL_URL docker-repo dr LLAMA_ARG_DOCKER_REPO".split()
+)
+SOURCE_FLAG = re.compile("(?!spec-).*-default|fim-.*-spec")
 
 
 class Model(NamedTuple):
     """One model as the file describes it.
 
-    `options` are layers of entries by key, the weakest first; `environment` and the
-    texts of commands may still hold variables: ask command_of, environment_of,
-    proxy_of. `problem` is None, or why the model cannot be used.
+    `options` are layers of settings by key, the weakest first. They, `env` and the
+    texts of commands may hold variables, which the methods expand. `problem` is None,
+    or why the model cannot be used.
     """
 
     name: str
@@ -1053,84 +850,195 @@ class Model(NamedTuple):
     place: str
     settings: ModelSettings
     options: tuple
-    environment: dict
-    texts: Texts
+    env: dict
+    variables: dict
     backend: str
     problem: Optional[str]
     aliases: tuple = ()
 
     @property
     def launch(self) -> tuple:
-        """What makes the process; equal means that it need not be started anew."""
+        """What makes the backend; equal means that it may go on after a reload."""
         names = LAUNCH_KEYS[self.kind]
         values = [getattr(self.settings, key.attribute)
                   for key in SETTINGS if key.name in names]
-        environment = self.environment if "env.NAME" in names else {}
         options = {  # of the same key, that of the strongest layer
-            key: (strength, entry.text)
+            key: (strength, setting.text)
             for strength, layer in enumerate(self.options)
-            for key, entry in layer.items()
+            for key, setting in layer.items()
         }
-        has_variables = bool(self.texts.macros) and "${" in str(options)
-        return self.kind, values, environment, options, has_variables
+        return self.kind, values, self.env if "env.NAME" in names else {}, options
+
+    def command(self, table, port) -> list:
+        """Return the argv of a model that is a process; [] for other kinds.
+
+        Raise ConfigError for options that the table does not have.
+        """
+        try:
+            extra = self._words(self.settings.extra_args, PORT=port)
+            if self.kind == "cmd":
+                return self._words(self.settings.cmd, PORT=port) + extra
+            if self.kind != "llama-server":
+                return []
+            layers = with_texts(self.options, lambda s: self._expand(s.text, PORT=port))
+        except ValueError as error:
+            raise ConfigError(self.problem or f"{self.place}: {error}") from None
+        fixed = {"host": "127.0.0.1", "port": str(port), "alias": self.name}
+        last = {key: Setting(key, text, self.place) for key, text in fixed.items()}
+        return [self.settings.llama_server, *table.words([*layers, last]), *extra]
+
+    def stop_command(self, port, pid) -> list:
+        """Return the argv of cmd-stop; [] if there is none."""
+        return self._words(self.settings.cmd_stop, PORT=port, PID=pid)
+
+    def url(self, port) -> str:
+        """Return the base URL of the backend."""
+        return self._expand(self.settings.proxy, PORT=port).rstrip("/")
+
+    def environment(self, port) -> dict:
+        """Return what the backend's environment has beside that of llmswap."""
+        return {name: self._expand(text, PORT=port) for name, text in self.env.items()}
+
+    def _words(self, text, **more):
+        return [self._expand(word, **more) for word in shlex.split(text)]
+
+    def _expand(self, text, **more):
+        return expand(text, {**self.variables, **more})
 
 
-def variables_of(model, port) -> dict:
-    """Return what ${NAME} means in texts of a model whose port is known."""
-    return {**model.texts.variables, "MODEL_ID": model.name, "PORT": port}
-
-
-def command_of(model, table, port) -> list:
-    """Return the argv of a model that is a process; [] for other kinds.
-
-    Raise ConfigError for options that the table does not have.
-    """
-    variables = variables_of(model, port)
-    try:
-        extra = _words(model.settings.extra_args, variables)
-        if model.kind == "cmd":
-            return _words(model.settings.cmd, variables) + extra
-        if model.kind == "llama-server":
-            return _llama_server(model, table, variables) + extra
-    except ValueError as error:
-        raise ConfigError(model.problem or f"{model.place}: {error}") from None
-    return []
-
-
-def _llama_server(model, table, variables):
-    layers = model.options
-    if model.texts.macros:
-        layers = _reread(layers, lambda entry: expand(entry.text, variables))
-    fixed = {"host": "127.0.0.1", "port": str(variables["PORT"]), "alias": model.name}
-    return [model.settings.llama_server, *render_options(layers, table, fixed)]
-
-
-def _reread(layers, read):
-    """Return the layers with the text that `read` makes of each entry."""
+def with_texts(layers, text_of):
+    """Return the layers with `text_of(setting)` as the text of each setting."""
     return tuple(
-        {key: entry._replace(text=read(entry)) for key, entry in layer.items()}
+        {key: setting._replace(text=text_of(setting)) for key, setting in layer.items()}
         for layer in layers
     )
 
 
-def _words(text, variables):
-    return [expand(word, variables) for word in shlex.split(text)]
+def has_source(keys) -> bool:
+    """Return whether one of llama-server's keys says where the model's file is."""
+    names = {*keys, *(key.replace("_", "-") for key in keys)}
+    return bool(names & SOURCE_KEYS) or any(map(SOURCE_FLAG.fullmatch, names))
 
 
-def stop_command_of(model, port, pid) -> list:
-    """Return the argv of cmd-stop; [] if there is none."""
-    return _words(model.settings.cmd_stop, {**variables_of(model, port), "PID": pid})
+def split_settings(section):
+    """Return the settings of a section by name of a key of ours, and its options."""
+    ours, options = {}, {}
+    for spelling, setting in sorted(section.settings.items()):
+        if model_key(spelling):
+            ours[model_key(spelling)] = setting
+        elif spelling not in IGNORED_KEYS:
+            options[spelling] = setting
+    return ours, options
 
 
-def proxy_of(model, port) -> str:
-    """Return the base URL of the model's backend."""
-    return expand(model.settings.proxy, variables_of(model, port)).rstrip("/")
+class ModelBuilder:
+    """Makes a Model of one section; the first mistake in it becomes its problem."""
 
+    def __init__(self, section, defaults, variables, warn):
+        """`defaults` are what the section overrules: keys, then layers of options."""
+        self._name, self._place, _ = section
+        self._variables = variables
+        self._warn = warn
+        self._problems = []
+        self._own, options = split_settings(section)
+        self._kind = self._find_kind(options)
+        keys, *layers = defaults
+        if self._kind == "uses":
+            keys = {name: keys[name] for name in keys if name in REQUEST_KEYS}
+        self._keys = {**keys, **self._own}
+        self._layers = (*layers, options)
 
-def environment_of(model, port) -> dict:
-    """Return what the backend's environment has beside that of llmswap."""
-    variables = variables_of(model, port)
-    return {name: expand(text, variables) for name, text in model.environment.items()}
+    def _find_kind(self, options):
+        for name in EXCLUSIVE_KEYS:
+            if name in self._own:
+                return name
+        proxy = self._own.get("proxy")
+        is_elsewhere = proxy and "PORT" not in variables_in(proxy.text)
+        return "remote" if is_elsewhere and not has_source(options) else "llama-server"
+
+    def build(self) -> Model:
+        """Return the Model; defaults replace values that are wrong."""
+        settings = self._read_settings()
+        env = {
+            key[len("env.") :]: self._read_late(setting)
+            for key, setting in self._keys.items() if key.startswith("env.")
+        }
+        is_llama = self._kind == "llama-server"
+        options = with_texts(self._layers, self._read_option) if is_llama else ()
+        mistakes = self._key_mistakes(), self._kind_mistakes(settings, env)
+        for setting, reason in itertools.chain(*mistakes):
+            place = setting.place if setting else self._place
+            self._problems.append(f"{place}: {reason}")
+        variables = {**self._variables.values, "MODEL_ID": self._name}
+        problem = self._problems[0] if self._problems else None
+        return Model(self._name, self._kind, self._place, settings, options, env,
+                     variables, self._name, problem)
+
+    def _read_settings(self):
+        values = dict(DEFAULTS)
+        if self._kind == "cmd":
+            values["hang_timeout"] = 0.0
+        for key in SETTINGS:
+            if key.name in self._keys:
+                setting, default = self._keys[key.name], values[key.attribute]
+                values[key.attribute] = self._read(key, setting, default)
+        return ModelSettings(**values)
+
+    def _read(self, key, setting, default):
+        try:
+            return self._variables.parse(key, setting, MODEL_ID=self._name)
+        except ConfigError as error:
+            if key.name in LENIENT_KEYS:
+                self._warn(f"{error}; taken as {key.default}")
+            else:
+                self._problems.append(str(error))
+            return default
+
+    def _read_late(self, setting):
+        return self._read(MODEL_KEY["env.NAME"], setting, "")
+
+    def _read_option(self, setting):
+        if self._variables.macros:
+            return self._read_late(setting)
+        return setting.text.replace("${", "$${")  # as llama-server reads it
+
+    def _key_mistakes(self):
+        """Yield settings that cannot stand in the section, and why."""
+        if self._kind != "llama-server":
+            for setting in self._layers[-1].values():
+                yield setting, unknown_key(setting.key, f"a {self._kind} model")
+        launch_keys = {*itertools.chain(*LAUNCH_KEYS.values())}
+        for spelling, setting in self._own.items():
+            name = "env.NAME" if spelling.startswith("env.") else spelling
+            is_other_kind = name in EXCLUSIVE_KEYS and name != self._kind
+            if is_other_kind or self._kind == "uses" and name not in REQUEST_KEYS:
+                yield setting, f"cannot stand beside {self._kind}"
+            elif name in launch_keys and name not in LAUNCH_KEYS[self._kind]:
+                self._warn(f"{setting.place}: without effect beside {self._kind}")
+
+    def _kind_mistakes(self, settings, env):
+        """Yield what else makes the model unusable, each with the setting to blame."""
+        own = self._own.get
+        needs_port = "PORT" in variables_in(settings.proxy)
+        if self._kind == "llama-server":
+            words = settings.extra_args.split()
+            keys = {word.split("=")[0].lstrip("-") for word in words}
+            if not has_source(keys.union(env, *self._layers)):
+                yield None, "it has no source: model, hf-repo, model-url or docker-repo"
+            if not needs_port:
+                yield own("proxy"), "the proxy of a llama-server needs ${PORT}"
+        elif self._kind == "cmd":
+            texts = " ".join([settings.cmd, settings.extra_args, *env.values()])
+            if not settings.cmd:
+                yield own("cmd"), "the command is empty"
+            elif needs_port and "PORT" not in variables_in(texts):
+                yield own("cmd"), "without ${PORT} it needs proxy = URL"
+        elif self._kind == "unit" and not settings.unit:
+            yield own("unit"), "the name of the unit is missing"
+        if self._kind in ("unit", "remote") and needs_port:
+            yield own("proxy"), "it needs proxy = URL, without ${PORT}"
+        if bool(settings.sleep) != bool(settings.wake):
+            yield None, "sleep and wake need each other"
 
 
 TAG = re.compile(r"[-.]([A-Z0-9_]+)\Z", re.IGNORECASE | re.ASCII)
@@ -1145,233 +1053,42 @@ def canonical_name(name) -> str:
 
 
 def find_models(directory, place) -> dict:
-    """Return the models in a directory by id: entries by key, as llama-server has them.
+    """Return the models in a directory by id: settings by key, as llama-server does it.
 
     Raise OSError if it cannot be listed.
     """
     models = {}
-    for found in sorted(os.scandir(directory), key=lambda found: found.name):
+    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
         options = {}
-        for path in _files_of(found):
-            key = _option_for(os.path.basename(path))
-            if key:
-                options.setdefault(key, Entry(key, path, place))
+        for path in _files_of(entry):
+            name = os.path.basename(path)
+            if not name.endswith(".gguf"):
+                continue
+            is_draft = re.match("(mtp|dspark|dflash)-", name)
+            key = "model-draft" if is_draft else "model"
+            key = "mmproj" if "mmproj" in name else key
+            options.setdefault(key, Setting(key, path, place))
         if "model" in options:
-            models[found.name.replace(".gguf", "")] = options
+            models[entry.name.replace(".gguf", "")] = options
     return models
 
 
-def _files_of(found):
-    """Return the paths of what may be one model, first shards before all others."""
-    if not found.is_dir():
-        return [found.path]
+def _files_of(entry):
+    """Return the paths that may make one model, first shards before all others."""
+    if not entry.is_dir():
+        return [entry.path]
     try:
-        names = os.listdir(found.path)
+        names = os.listdir(entry.path)
     except PermissionError:  # lost+found, for one
         return []
     names.sort(key=lambda name: ("-00001-of-" not in name, name))
-    return [os.path.join(found.path, name) for name in names]
-
-
-def _option_for(name):
-    """Return the key of the option that takes a file of that name, or None."""
-    if not name.endswith(".gguf"):
-        return None
-    if "mmproj" in name:
-        return "mmproj"
-    return "model-draft" if re.match("(mtp|dspark|dflash)-", name) else "model"
+    return [os.path.join(entry.path, name) for name in names]
 
 
 # ---- From sections to a configuration ------------------------------------------------
 
-LENIENT_KEYS = ("stop-timeout", "load-on-startup")  # llama.cpp takes anything for them
-EXCLUSIVE_KEYS = ("cmd", "unit", "uses")
-NOT_FOR_ALL = (*EXCLUSIVE_KEYS, "proxy", "alias")
-NOT_MODELS = ("llmswap", "macros", "*")
 
-
-def split_entries(section):
-    """Return the entries of a section by name of our key, and its options by key."""
-    ours, options = {}, {}
-    for spelling, entry in sorted(section.entries.items()):
-        name = model_key(spelling)
-        if name:
-            ours[name] = entry
-        elif spelling not in IGNORED_KEYS:
-            options[spelling] = entry
-    return ours, options
-
-
-def kind_of(ours, options) -> str:
-    """Return what kind of model a section's own entries make."""
-    for name in EXCLUSIVE_KEYS:
-        if name in ours:
-            return name
-    is_elsewhere = "proxy" in ours and "PORT" not in variables_in(ours["proxy"].text)
-    return "remote" if is_elsewhere and not has_source(options) else "llama-server"
-
-
-def has_source(options) -> bool:
-    """Return whether one of the options says where the model's file is."""
-    names = (BUILT_IN_OPTIONS.find(key).names[-1] for key in options)
-    return any(name in SOURCES or SOURCE_FLAG.match(name) for name in names)
-
-
-def warn_of_traps(options, warn):
-    """Warn of what llama.cpp reads otherwise than people do, in one section."""
-    first = {}
-    for key, entry in sorted(options.items()):
-        option = BUILT_IN_OPTIONS.find(key)
-        other = first.setdefault(option.names[0], key)
-        if other != key:
-            warn(f"{entry.place}: the same option as {other}; this one counts")
-        for trap in _traps(option, entry):
-            warn(f"{entry.place}: {trap}")
-
-
-def _traps(option, entry):
-    """Yield what may surprise in one entry."""
-    if not BUILT_IN_OPTIONS.listed(entry.key):
-        near = near_name(entry.key, MODEL_KEY, 0.8)
-        if near:
-            yield f"taken for an option of llama-server{near}"
-    if not ROUTER_OPTIONS.isdisjoint(option.names):
-        yield "no option of a model; it is ignored"
-    elif not option.values and entry.text not in TRUTHY + FALSY:
-        words = option_words(option, option_value(option, entry))
-        yield f"{entry.text!r} is neither true nor false; llama.cpp makes it {words[0]}"
-    elif option.values and re.fullmatch("\".*\"|'.*'", entry.text):
-        yield f"the quotes are part of the value {entry.text}"
-    if option.negatives and entry.key.startswith("LLAMA_ARG_NO_"):
-        yield "no negation: llama.cpp reads it like the name without NO"
-
-
-class ModelReading:
-    """One section on its way to a Model; the first thing wrong is its problem."""
-
-    def __init__(self, section, below, texts, warn):
-        """`below` are what the section's entries overrule: keys, then options."""
-        self._section = section
-        self._texts = texts
-        self._warn = warn
-        self._own, options = split_entries(section)
-        self._kind = kind_of(self._own, options)
-        keys, *layers = below
-        if self._kind == "uses":
-            keys = {name: keys[name] for name in keys if name in REQUEST_KEYS}
-        self._keys = {**keys, **self._own}
-        self._layers = (*layers, options)
-        self._problems = []
-
-    def model(self) -> Model:
-        """Return the Model; where something is wrong, defaults stand in for it."""
-        name, place = self._section.name, self._section.place
-        settings = self._settings()
-        environment = self._environment()
-        options = self._options() if self._kind == "llama-server" else ()
-        for entry, reason in self._complaints(settings, environment):
-            self._problems.append(f"{entry.place if entry else place}: {reason}")
-        return Model(
-            name=name, kind=self._kind, place=place, settings=settings, options=options,
-            environment=environment, texts=self._texts, backend=name,
-            problem=next(iter(self._problems), None),
-        )
-
-    def _settings(self):
-        values = dict(DEFAULTS)
-        if self._kind == "cmd":
-            values["hang_timeout"] = 0.0
-        for key in SETTINGS:
-            if key.name in self._keys:
-                entry = self._keys[key.name]
-                values[key.attribute] = self._value(key, entry, values[key.attribute])
-        return ModelSettings(**values)
-
-    def _value(self, key, entry, default):
-        """Return the entry's value; if it makes no sense, note it and take another."""
-        try:
-            return self._texts.value(key, entry, {"MODEL_ID": self._section.name})
-        except ConfigError as error:
-            if key.name in LENIENT_KEYS:
-                self._warn(f"{error}; taken as {key.default}")
-            else:
-                self._problems.append(str(error))
-            return default
-
-    def _environment(self):
-        names = [name for name in self._keys if name.startswith("env.")]
-        return {name[len("env.") :]: self._late(self._keys[name]) for name in names}
-
-    def _late(self, entry):
-        """Return the text of an entry that may hold ${PORT}."""
-        return self._value(MODEL_KEY["env.NAME"], entry, "")
-
-    def _options(self):
-        warn_of_traps(self._layers[-1], self._warn)
-        if not self._texts.macros:
-            return self._layers  # as llama-server would read them
-        return _reread(self._layers, self._late)
-
-    def _complaints(self, settings, environment):
-        """Yield what makes the model unusable, each with the entry to blame."""
-        yield from self._complaints_of_keys()
-        proxy = self._own.get("proxy")
-        needs_port = "PORT" in variables_in(settings.proxy)
-        if self._kind == "llama-server":
-            if not self._has_source(settings, environment):
-                yield None, "it has no source: model, hf-repo, model-url or docker-repo"
-            if not needs_port:
-                yield proxy, "the proxy of a llama-server needs ${PORT}"
-        elif self._kind == "cmd":
-            texts = [settings.cmd, settings.extra_args, *environment.values()]
-            if not settings.cmd:
-                yield self._own["cmd"], "the command is empty"
-            elif needs_port and "PORT" not in variables_in(" ".join(texts)):
-                yield self._own["cmd"], "without ${PORT} it needs proxy = URL"
-        elif self._kind == "unit" and not settings.unit:
-            yield self._own["unit"], "the name of the unit is missing"
-        if self._kind in ("unit", "remote") and needs_port:
-            yield proxy, "it needs proxy = URL, without ${PORT}"
-        if bool(settings.sleep) != bool(settings.wake):
-            yield None, "sleep and wake need each other"
-
-    def _complaints_of_keys(self):
-        for entry in self._layers[-1].values() if self._kind != "llama-server" else ():
-            refusal = f"an option of llama-server cannot stand beside {self._kind}"
-            yield entry, why_unknown(entry.key, refusal, MODEL_KEY)
-        without_effect = {*itertools.chain(*LAUNCH_KEYS.values())}
-        without_effect -= {*LAUNCH_KEYS[self._kind]}
-        for spelling, entry in self._own.items():
-            name = "env.NAME" if spelling.startswith("env.") else spelling
-            is_other_kind = name in EXCLUSIVE_KEYS and name != self._kind
-            if is_other_kind or self._kind == "uses" and name not in REQUEST_KEYS:
-                yield entry, f"cannot stand beside {self._kind}"
-            elif name in without_effect:
-                self._warn(f"{entry.place}: without effect beside {self._kind}")
-
-    def _has_source(self, settings, environment):
-        words = (word.split("=")[0].lstrip("-") for word in settings.extra_args.split())
-        return has_source({*words, *environment}.union(*self._layers))
-
-
-class Names:
-    """Which model is meant by a name; who claims a name first keeps it."""
-
-    def __init__(self):
-        self.owners = {}  # ids of models by name
-        self._folded = {}
-
-    def claim(self, name, owner) -> bool:
-        """Give the name to a model unless another has it; return whether it has it."""
-        self._folded.setdefault(name.strip().casefold(), owner)
-        return self.owners.setdefault(name, owner) == owner
-
-    def find(self, name) -> Optional[str]:
-        """Return the id of the model so named, in any case if none is exactly so."""
-        return self.owners.get(name) or self._folded.get(name.strip().casefold())
-
-
-def misfit(models, settings) -> Optional[str]:
+def why_not_together(models, settings) -> Optional[str]:
     """Return why these models cannot be loaded together, or None if they can."""
     counted = {model.name for model in models if model.kind not in ("remote", "uses")}
     if 0 < settings.models_max < len(counted):
@@ -1388,18 +1105,22 @@ def misfit(models, settings) -> Optional[str]:
 
 
 class Config(NamedTuple):
-    """All that a file says: `models` by id in its order, `api_keys` from everywhere."""
+    """What a file says: `models` by id in its order, ids by each of their `names`."""
 
     path: str
     settings: ProxySettings
     models: dict
-    names: Names
+    names: dict
     api_keys: tuple
     warnings: tuple
 
+    def find(self, name) -> Optional[str]:
+        """Return the id of the model so named, in any case if none is exactly so."""
+        return self.names.get(name) or self.names.get(name.strip().casefold())
+
     def resolve(self, name) -> Model:
         """Return the model of that name, or raise UnknownModel with names like it."""
-        known = self.names.find(name)
+        known = self.find(name)
         if known is None:
             raise UnknownModel(f"there is no model {name!r}{self._near(name)}", "model")
         return self.models[known]
@@ -1414,19 +1135,29 @@ class Config(NamedTuple):
             return self.models[self.settings.default_model]
         return next(iter(self.models.values())) if len(self.models) == 1 else None
 
+    def pitfalls(self, table_of: Callable) -> List[str]:
+        """Return warnings of options that llama.cpp reads otherwise than people do.
+
+        table_of(model) is the OptionTable of a llama-server model.
+        """
+        found = {}  # used as a set that keeps its order
+        for model in self.models.values():
+            for layer in model.options:
+                found.update(dict.fromkeys(table_of(model).pitfalls(layer)))
+        return list(found)
+
     def _near(self, name):
         listed = {m.name: m for m in self.models.values() if not m.settings.unlisted}
-        owners = self.names.owners.items()
-        near = near_name(name, [other for other, owner in owners if owner in listed])
+        names = [other for other, known in self.names.items() if known in listed]
         shown = ", ".join([*listed][:8]) or "none"
         more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
-        return f"{near or ';'} there are {shown}{more}"
+        return f"{suggestion(name, names) or ';'} there are {shown}{more}"
 
 
 def load_config(path, listen=None, models_max=None, environ=os.environ) -> Config:
-    """Read a file and what it names; the other arguments are texts that overrule it.
+    """Return the Config of a file, or raise ConfigError.
 
-    Raise ConfigError for broken syntax and for errors in [llmswap].
+    `listen` and `models_max` are texts that overrule the file's.
     """
     try:
         with open(path, "rb") as file:
@@ -1435,77 +1166,80 @@ def load_config(path, listen=None, models_max=None, environ=os.environ) -> Confi
         raise ConfigError(f"{path}: {error.strerror}") from None
     given = {"listen": listen, "models-max": models_max}
     overrides = {
-        name: Entry(name, str(text), f"--{name}")
+        name: Setting(name, str(text), f"--{name}")
         for name, text in given.items() if text is not None
     }
-    return Reading(data, str(path), overrides, environ).config()
+    return ConfigLoader(data, str(path), overrides, environ).load()
 
 
-class Reading:
-    """One reading of one file, from bytes to a Config whose parts agree."""
+class ConfigLoader:
+    """Makes a Config of the bytes of one file."""
 
     def __init__(self, data, path, overrides, environ):
         self._path = path
         self._environ = environ
         self._warnings = {}  # used as a set that keeps its order
-        empty = {name: Section(name, 0, "", {}) for name in NOT_MODELS}
-        self._sections = {**empty, **read_preset(data, path, self._warn)}
-        self._texts = Texts(self._macros(), environ)
-        self._proxy = {**self._limit_in_star(), **self._proxy_entries(), **overrides}
-        self._names = Names()
+        empty = {name: Section(name, "", {}) for name in NOT_MODELS}
+        self._sections = {**empty, **PresetParser(data, path, self._warn).parse()}
+        self._variables = Variables(self._read_macros(), environ)
+        self._proxy = {
+            **self._limit_in_star(), **self._read_proxy_section(), **overrides
+        }
+        self._names = {}  # ids of models by name
 
-    def config(self) -> Config:
+    def load(self) -> Config:
         """Return the Config, or raise ConfigError."""
-        settings = self._settings()
-        models = self._named(self._models(settings))
-        settings = self._resolved(settings, models)
-        models = self._fitting(models, settings)
-        models = {name: self._joined(model, models) for name, model in models.items()}
-        keys = self._api_keys(settings)
-        return Config(
-            self._path, settings, models, self._names, keys, tuple(self._warnings)
-        )
+        settings = self._read_settings()
+        models = self._assign_names(self._build_models(settings))
+        keys = self._read_api_keys(settings)
+        config = Config(self._path, settings, models, self._names, keys, ())
+        settings = self._resolve_names(config)
+        self._check_fit(models, settings)
+        for model in models.values():
+            if model.kind == "uses" and not model.problem:
+                models[model.name] = self._link(model, config)
+        return config._replace(settings=settings, warnings=tuple(self._warnings))
 
     def _warn(self, message):
         self._warnings[message] = True
 
-    def _macros(self):
-        entries = self._sections["macros"].entries
-        for name, entry in entries.items():
+    def _read_macros(self):
+        settings = self._sections["macros"].settings
+        for name, setting in settings.items():
             if name in ("PORT", "PID", "MODEL_ID") or name.startswith("env."):
-                raise ConfigError(f"{entry.place}: this name has its own meaning")
-        return {name: entry.text for name, entry in entries.items()}
+                raise ConfigError(f"{setting.place}: this name has its own meaning")
+        return {name: setting.text for name, setting in settings.items()}
 
     def _limit_in_star(self):
-        """Return models-max where people put it; llama.cpp drops whatever is there."""
-        for entry in self._sections["*"].entries.values():
-            is_limit = BUILT_IN_OPTIONS.find(entry.key).names[-1] == "--models-max"
-            if is_limit and re.fullmatch("[0-9]{1,9}", entry.text):
-                return {"models-max": entry}
+        """Return models-max where people put it, though llama.cpp ignores it there."""
+        star = self._sections["*"].settings
+        for key in ("models-max", "models_max", "LLAMA_ARG_MODELS_MAX"):
+            if key in star and re.fullmatch("[0-9]{1,9}", star[key].text):
+                return {"models-max": star.pop(key)}
         return {}
 
-    def _proxy_entries(self):
-        entries = {}
-        for spelling, entry in self._sections["llmswap"].entries.items():
+    def _read_proxy_section(self):
+        found = {}
+        for spelling, setting in self._sections["llmswap"].settings.items():
             if proxy_key(spelling):
-                entries[proxy_key(spelling)] = entry
+                found[proxy_key(spelling)] = setting
             elif model_key(spelling):
-                raise ConfigError(f"{entry.place}: belongs to a model, or into [*]")
+                raise ConfigError(f"{setting.place}: belongs to a model, or into [*]")
             elif spelling not in IGNORED_KEYS:
-                near = near_name(spelling, PROXY_KEY)
-                raise ConfigError(f"{entry.place}: unknown key{near}")
-        return entries
+                near = suggestion(spelling, PROXY_KEY)
+                raise ConfigError(f"{setting.place}: unknown key{near}")
+        return found
 
-    def _settings(self):
+    def _read_settings(self):
         values = {}
         for key in PROXY_KEYS:
-            entry = self._proxy.get(key.name, Entry(key.name, key.default, ""))
-            values[key.attribute] = self._texts.value(key, entry, {})
+            setting = self._proxy.get(key.name, Setting(key.name, key.default, ""))
+            values[key.attribute] = self._variables.parse(key, setting)
         if "models-max" not in self._proxy and (values["budget"] or values["sets"]):
             values["models_max"] = 0
         return ProxySettings(**values)
 
-    def _api_keys(self, settings):
+    def _read_api_keys(self, settings):
         keys = settings.api_key + parse_words(self._environ.get("LLMSWAP_API_KEY", ""))
         if settings.api_key_file:
             try:
@@ -1517,33 +1251,30 @@ class Reading:
             keys += tuple(line for line in lines if line and not line.startswith("#"))
         return tuple(dict.fromkeys(keys))
 
-    def _models(self, settings):
-        keys, options = self._star()
-        found = self._found(settings)
+    def _build_models(self, settings):
+        keys, options = self._read_star()
+        found = self._find_models(settings)
         place = f"{self._path}: [{{}}]"
-        sections = {name: Section(name, 0, place.format(name), {}) for name in found}
+        sections = {name: Section(name, place.format(name), {}) for name in found}
         sections.update(self._model_sections())
         return [
-            ModelReading(section, (keys, options, found.get(section.name, {})),
-                         self._texts, self._warn).model()
+            ModelBuilder(section, (keys, options, found.get(section.name, {})),
+                         self._variables, self._warn).build()
             for section in sections.values()
         ]
 
-    def _star(self):
-        """Return what holds for all models: our keys, then options."""
-        keys, options = split_entries(self._sections["*"])
+    def _read_star(self):
+        """Return what holds for all models: keys of ours, then options."""
+        keys, options = split_settings(self._sections["*"])
         for name in NOT_FOR_ALL:
             if name in keys:
                 raise ConfigError(f"{keys[name].place}: cannot be given for all models")
-        limit = self._proxy.get("models-max")
-        options = {key: options[key] for key in options if options[key] is not limit}
-        warn_of_traps(options, self._warn)
         if "llama-server" in self._proxy:
             keys.setdefault("llama-server", self._proxy["llama-server"])
         return keys, options
 
-    def _found(self, settings):
-        """Return the models of models-dir by id, their options as entries by key."""
+    def _find_models(self, settings):
+        """Return the models of models-dir by id, their options as settings by key."""
         if not settings.models_dir:
             return {}
         place = self._proxy["models-dir"].place
@@ -1554,12 +1285,12 @@ class Reading:
             return {}
 
     def _model_sections(self):
-        """Return the sections that are models; of those with names that are one to
-        llama.cpp, it knows only the last in the order of bytes."""
+        """Return the sections that are models. Of names that are equal to llama.cpp,
+        the last in the order of bytes remains."""
         sections = {
             name: section for name, section in self._sections.items()
             if name not in NOT_MODELS
-            and (name != "default" or section.entries.keys() - {"version"})
+            and (name != "default" or section.settings.keys() - {"version"})
         }
         last = {canonical_name(name): name for name in sorted(sections)}
         for name in [name for name in sections if last.get(name, name) != name]:
@@ -1567,70 +1298,74 @@ class Reading:
             self._warn(f"{place}: replaced by [{last[name]}], the same to llama.cpp")
         return sections
 
-    def _named(self, models):
-        """Return the models by id, after they claimed all the names that they could."""
+    def _assign_names(self, models):
+        """Return the models by id. Ids come first, then aliases, then llama.cpp's
+        spellings; a name that is taken stays with its owner."""
+        self._names.update((model.name, model.name) for model in models)
+        named = {}
         for model in models:
-            self._names.claim(model.name, model.name)
-        models = [model._replace(aliases=self._aliases(model)) for model in models]
+            aliases = tuple(
+                name for name in model.settings.alias
+                if name != model.name and self._register(name, model, "the alias")
+            )
+            named[model.name] = model._replace(aliases=aliases)
         for model in sorted(models, key=lambda model: model.name, reverse=True):
-            self._claim(canonical_name(model.name), model, "llama.cpp's name")
-        return {model.name: model for model in models}
+            self._register(canonical_name(model.name), model, "llama.cpp's name")
+        for name, owner in [*self._names.items()]:
+            self._names.setdefault(name.strip().casefold(), owner)
+        return named
 
-    def _aliases(self, model):
-        others = [name for name in model.settings.alias if name != model.name]
-        return tuple(name for name in others if self._claim(name, model, "the alias"))
+    def _register(self, name, model, label):
+        """Return whether the model has the name, which it gets if none has it."""
+        owner = self._names.setdefault(name, model.name)
+        if owner != model.name:
+            self._warn(f"{model.place}: {label} {name!r} already means [{owner}]")
+        return owner == model.name
 
-    def _claim(self, name, model, what):
-        is_ours = self._names.claim(name, model.name)
-        if not is_ours:
-            owner = self._names.find(name)
-            self._warn(f"{model.place}: {what} {name!r} already means [{owner}]")
-        return is_ours
-
-    def _resolved(self, settings, models):
+    def _resolve_names(self, config):
         """Return the settings with ids for the names of models in them."""
-        def backend(name):
-            model = models[self._id(name, "sets")]
-            return self._names.find(model.settings.uses) or model.name
 
-        default = settings.default_model
-        return settings._replace(
-            sets=tuple(frozenset(map(backend, names)) for names in settings.sets),
-            default_model=default and self._id(default, "default-model"),
+        def known(name, key):
+            model = config.models.get(config.find(name))
+            if model is None:
+                place = self._proxy[key].place
+                raise ConfigError(f"{place}: there is no model {name!r}")
+            return model
+
+        def backend(name):
+            model = known(name, "sets")
+            return config.find(model.settings.uses) or model.name
+
+        default = config.settings.default_model
+        return config.settings._replace(
+            sets=tuple(frozenset(map(backend, s)) for s in config.settings.sets),
+            default_model=default and known(default, "default-model").name,
         )
 
-    def _id(self, name, key):
-        found = self._names.find(name)
-        if found is None:
-            raise ConfigError(f"{self._proxy[key].place}: there is no model {name!r}")
-        return found
-
-    def _fitting(self, models, settings):
-        """Return the models; what does not fit beside those pinned is unusable."""
-        checked, pinned = {}, []
+    def _check_fit(self, models, settings):
+        """Make models unusable that do not fit beside all pinned ones."""
+        pinned = []
         for model in sorted(models.values(), key=lambda model: not model.settings.pin):
-            if not model.problem:
-                model = self._beside(model, pinned, settings)
-            checked[model.name] = model
-            if model.settings.pin and not model.problem:
+            if model.problem:
+                continue
+            reason = self._misfit(model, pinned, settings)
+            if reason:
+                problem = f"{model.place}: {reason}"
+                models[model.name] = model._replace(problem=problem)
+            elif model.settings.pin:
                 pinned.append(model)
-        return {name: checked[name] for name in models}
 
-    def _beside(self, model, pinned, settings):
+    def _misfit(self, model, pinned, settings):
         for resource in (*model.settings.needs, *model.settings.sleep_needs):
             if resource not in settings.budget:
-                reason = f"budget in [llmswap] does not name {resource!r}"
-                return model._replace(problem=f"{model.place}: {reason}")
-        reason = misfit([*pinned, model], settings)
+                return f"budget in [llmswap] does not name {resource!r}"
+        reason = why_not_together([*pinned, model], settings)
         beside = f" beside the pinned {', '.join(pin.name for pin in pinned)}"
-        problem = f"{model.place}: does not fit{beside if pinned else ''}: {reason}"
-        return model._replace(problem=problem) if reason else model
+        return reason and f"does not fit{beside if pinned else ''}: {reason}"
 
-    def _joined(self, model, models):
-        """Return the model; if it uses another, it has its backend, or a problem."""
-        if model.kind != "uses" or model.problem:
-            return model
-        target = models.get(self._names.find(model.settings.uses))
+    def _link(self, model, config):
+        """Return a model that uses another with its backend, or with a problem."""
+        target = config.models.get(config.find(model.settings.uses))
         if target is None:
             reason = f"there is no model {model.settings.uses!r} to use"
         elif target.kind == "uses":
@@ -2275,12 +2010,16 @@ class Scheduler:
         if limits.queue_timeout:
             ends = ticket.arrived + limits.queue_timeout
             if now >= ends:
-                return QueueTimeout(model.name, limits.queue_timeout)
+                waited = f"waited {limits.queue_timeout:g} s for {model.name!r}"
+                return QueueTimeout(f"{waited} (queue-timeout in [llmswap])")
             self._look_again_at(ends)
         if not model.is_held and now < model.retry_at:
-            return BackingOff(model.last_failure, model.retry_at - now)
+            seconds = max(1, math.ceil(model.retry_at - now))
+            text = f"{model.last_failure}\n(it is tried again in {seconds} s)"
+            return BackingOff(text, retry_after=seconds)
         is_full = limits.queue_max and waiting >= limits.queue_max
-        return QueueFull(limits.queue_max) if is_full else None
+        full = f"{limits.queue_max} requests wait already (queue-max in [llmswap])"
+        return QueueFull(full) if is_full else None
 
     def _grant(self, ticket, now):
         model = ticket.model
@@ -3230,17 +2969,17 @@ def options_of(binary: str) -> OptionTable:
         status = os.stat(path)
         key = (path, status.st_size, status.st_mtime_ns)
     except (StartFailed, OSError):
-        return BUILT_IN_OPTIONS
+        return UNKNOWN_OPTIONS
     if key not in _option_tables:
         ours = threading.Event()
         answered = _being_asked.setdefault(key, ours)
         if answered is ours:
             try:
-                _option_tables[key] = _ask_for_options(path) or BUILT_IN_OPTIONS
+                _option_tables[key] = _ask_for_options(path) or UNKNOWN_OPTIONS
             finally:
                 answered.set()
         answered.wait()
-    return _option_tables.get(key, BUILT_IN_OPTIONS)
+    return _option_tables.get(key, UNKNOWN_OPTIONS)
 
 
 def _ask_for_options(path):
@@ -3282,11 +3021,11 @@ def check_start(model: Model):
     if model.kind not in ("llama-server", "cmd"):
         return
     try:
-        argv = command_of(model, table_of(model), "0")
+        argv = model.command(table_of(model), "0")
     except ConfigError as error:
         raise StartFailed(str(error)) from None
     cwd = model.settings.cwd or None
-    find_program(argv[0], clean_environment(environment_of(model, "0")), cwd)
+    find_program(argv[0], clean_environment(model.environment("0")), cwd)
     if model.kind == "llama-server":
         for option, path in zip(argv, argv[1:]):
             if option in ("--model", "--mmproj", "--model-draft"):
@@ -3721,13 +3460,13 @@ class ProcessBackend:
         model = self.model
         self.port = free_port()
         try:
-            argv = command_of(model, table_of(model), str(self.port))
-            self.upstream = Upstream(proxy_of(model, str(self.port)))
+            argv = model.command(table_of(model), str(self.port))
+            self.upstream = Upstream(model.url(str(self.port)))
         except ConfigError as error:
             raise StartFailed(str(error)) from None
         self._is_port_chosen = self.upstream.port == self.port
         self.doze = doze_of(argv) if model.kind == "llama-server" else None
-        environment = clean_environment(environment_of(model, str(self.port)))
+        environment = clean_environment(model.environment(str(self.port)))
         cwd = model.settings.cwd or None
         find_program(argv[0], environment, cwd)
         self._stranger = self._judge = None
@@ -3864,13 +3603,13 @@ class ProcessBackend:
 
     def _run_stop_command(self):
         try:
-            command = stop_command_of(self.model, str(self.port), str(self.pid))
+            command = self.model.stop_command(str(self.port), str(self.pid))
             return command and subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env=clean_environment(environment_of(self.model, str(self.port))),
+                env=clean_environment(self.model.environment(str(self.port))),
                 cwd=self.model.settings.cwd or None,
                 start_new_session=True,
             )
@@ -4226,7 +3965,7 @@ class UnitBackend:
     """
 
     def __init__(self, model: Model, rivals: Sequence[str], settle_timeout: float):
-        equip(self, model, Upstream(proxy_of(model, "")))
+        equip(self, model, Upstream(model.url("")))
         self.service = Service(model.settings.unit)
         self.where = model.settings.unit
         self._title = f"{model.name} ({self.where})"
@@ -4465,8 +4204,8 @@ class RemoteBackend:
     """
 
     def __init__(self, model: Model):
-        equip(self, model, Upstream(proxy_of(model, "")))
-        self.where = proxy_of(model, "")
+        equip(self, model, Upstream(model.url("")))
+        self.where = model.url("")
         self._next_packet = math.inf
 
     start, stop = begin, ask_to_stop  # to stop it is to forget it
@@ -4997,7 +4736,7 @@ class Pool:
         with self._lock:
             if model.backend not in self._scheduler.models:
                 return False
-            problem = Unloaded(model.name)
+            problem = Unloaded(f"{model.name!r} was unloaded by hand")
             is_held = self._scheduler.unload(model.backend, self._clock(), problem)
             self._schedule()
             return is_held
@@ -5006,7 +4745,8 @@ class Pool:
         """Begin to unload every model."""
         with self._lock:
             for name in self._scheduler.models:
-                self._scheduler.unload(name, self._clock(), Unloaded(name))
+                problem = Unloaded(f"{name!r} was unloaded by hand")
+                self._scheduler.unload(name, self._clock(), problem)
             self._schedule()
 
     def await_unloaded(self, disconnected: Callable[[], bool]):
@@ -5366,7 +5106,7 @@ class Pool:
         """Refuse tickets, give requests in flight `grace` seconds, then stop all
         backends at once and wait for their end."""
         with self._lock:
-            self._scheduler.close(ShuttingDown())
+            self._scheduler.close(ShuttingDown("llmswap is shutting down"))
             self._is_closed = True
             self._schedule()
             self._timer.notify()
@@ -5385,7 +5125,7 @@ class Pool:
     def kill(self):
         """Kill every backend now, without grace; a `close` that runs then ends soon."""
         with self._lock:
-            self._scheduler.close(ShuttingDown())
+            self._scheduler.close(ShuttingDown("llmswap is shutting down"))
             self._scheduler.stop_all(self._clock())
             self._schedule()
             for backend in self._backends.values():
@@ -5446,7 +5186,7 @@ def address_of(model: Model) -> Dict[str, int]:
     """Return what a unit needs of its address: all of it, so that units which share
     one are never loaded together."""
     is_bound = model.kind == "unit" and not model.problem
-    return {proxy_of(model, ""): 1} if is_bound else {}
+    return {model.url(""): 1} if is_bound else {}
 
 
 def _removed(name):
@@ -9098,7 +8838,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         owner = self.config.owner_of(model)
         port = str(status.port) if status and status.port else "${PORT}"
         try:
-            return masked(command_of(owner, table_of(owner), port))
+            return masked(owner.command(table_of(owner), port))
         except ConfigError:
             return []
 
@@ -9152,7 +8892,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     "model": name,
                     "state": words.get(status.state.value, status.state.value),
                     "cmd": shlex.join(self._shown_command(model, status)),
-                    "proxy": proxy_of(model, str(status.port)),
+                    "proxy": model.url(str(status.port)),
                     "ttl": int(model.settings.idle_timeout),
                     "name": name,
                     "description": model.settings.description,
@@ -9251,7 +8991,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         parts = rest.split("/")
         for count in range(min(len(parts), NAME_PARTS), 0, -1):
             name = unquoted("/".join(parts[:count]))
-            if self.config.names.find(name):
+            if self.config.find(name):
                 path = "/".join(parts[count:])
                 return name, "/" + path if count < len(parts) else ""
         return unquoted(parts[0]), "/"
@@ -10225,7 +9965,7 @@ def check(config: Config) -> int:
     found = [_checked(model, width) for model in models]
     for model, (lines, _) in zip(models, found):
         print("\n".join([*_title(model, width), *lines, ""]))
-    for text in [*_told_tables(models), *config.warnings]:
+    for text in [*_told_tables(models), *config.warnings, *config.pitfalls(table_of)]:
         print("\n".join(fill(printable(text).split(" "), width, "    ")))
     bad = sum(not is_good for _, is_good in found)
     print(f"{bad} of {len(models)} models cannot be used" if bad else "no errors")
@@ -10263,10 +10003,10 @@ def _running(model, width):
     """What runs for the model: a command to paste into a shell, or where it is."""
     if model.kind == "uses":
         return [f"the backend of {model.backend}"]
-    argv = command_of(model, table_of(model), PORT_MARK)
+    argv = model.command(table_of(model), PORT_MARK)
     if argv:
         return shell_lines(model, argv, width)
-    where = [model.settings.unit, "at", proxy_of(model, "")]
+    where = [model.settings.unit, "at", model.url("")]
     return [" ".join(where if model.kind == "unit" else where[2:])]
 
 
@@ -10277,7 +10017,7 @@ def shell_lines(model: Model, argv: List[str], width: int) -> List[str]:
     """Return lines for a shell in which PORT is set that do what a start does."""
     cwd = model.settings.cwd
     parts = [f"cd {shlex.quote(cwd)} &&"] if cwd else []
-    for name, value in environment_of(model, PORT_MARK).items():
+    for name, value in model.environment(PORT_MARK).items():
         parts.append(f"{name}={_shell_word(value)}")
     for word in map(_shell_word, argv):
         both = f"{parts[-1]} {word}" if parts else word
@@ -10296,12 +10036,10 @@ def _shell_word(word):
 
 
 def _told_tables(models):
-    """Where the options of each llama-server are known from."""
+    """Which llama-servers did not say what options they have."""
     for binary in sorted(binaries_of(models)):
-        source = options_of(binary).source
-        is_guess = source == BUILT_IN_OPTIONS.source
-        source = "a built-in list, which knows not all" if is_guess else "its --help"
-        yield f"options of {binary}: from {source}"
+        if options_of(binary) is UNKNOWN_OPTIONS:
+            yield f"the options of {binary} are unknown: they are passed on unchecked"
 
 
 def binaries_of(models: Iterable[Model]) -> Set[str]:
@@ -10457,6 +10195,8 @@ class Program:
 
     def _look_ahead(self, config):
         """Say which models could not be started now; mounts may come later."""
+        for warning in config.pitfalls(table_of):
+            self.log("warning", warning)
         reasons = collections.defaultdict(list)
         for model in config.models.values():
             problem = what_is_missing(model)
