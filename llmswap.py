@@ -2379,8 +2379,8 @@ def stranger_on(inodes: Set[int], child: int, may_hide: bool) -> Optional[str]:
     be seen, the listener is believed.
     """
     birth = process_stat(child)
-    if birth is None:
-        return None
+    if birth is None:  # it ended and was reaped since it was looked at
+        return "another process" if inodes else None
     for inode in inodes:
         holder = holder_of(inode, [child])
         found = process_stat(holder) if holder else None
