@@ -47,6 +47,7 @@ import enum
 import errno
 import functools
 import http
+import http.client
 import http.server
 import itertools
 import json
@@ -2175,25 +2176,26 @@ class Scheduler:
 
 # ==================================================================================
 # 4  Backends: one life of one model server, told in one place from spawn to death.
-#    Never knows the Scheduler, the Pool, clients, other models, or any lock.
+#    Never knows the Scheduler, the Pool, clients or other models.
 #
-#        spawn ──> await health ──> ready ──> await end ──> stop ──> reap ──> settle
-#                   │  on_loaded ───┘              │ on_dying, on_slept       │
-#                   └── exit, stop or timeout ─────┴──────────── on_exited ───┘
+#        _spawn ──> _await_healthy ──> _supervise ──> _terminate
+#            │          on_loaded ──┘       │ on_slept, on_dying  │
+#            └── exit, stop or timeout ─────┴──────── on_exited ──┘
 #
-#    One thread lives one life. It sleeps in one poll() over the child's exit, its
-#    output, its answer to a health check, and a bell that others ring to stop it.
+#    Each backend has a thread of its own, on which `Backend._run` tells its life from
+#    top to bottom. Other threads set a flag and wake it.
 # ==================================================================================
 
 TICK = 0.5  # s; how long a relay's socket may be silent before the client is looked at
 HEALTH_PATIENCE = 5.0  # s; a check during a load not answered by then is asked anew
 IDLE_CONNECTIONS = 16  # kept to one backend
 LAST_LINES = 200  # kept of what a backend wrote
-LONGEST_POLL = 2**31 - 1  # ms; poll takes no more, and who polls looks again anyway
+LONGEST_WAIT = 2000000.0  # s; a lock or a socket takes no much longer timeout
 LONGEST_LINE = 16384  # bytes; a longer one is cut into several
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20  # of Linux's sock_diag(7)
-ONE, DUMP = 1, 0x301  # of netlink(7): what a question asks for
+NETLINK_DUMP = 0x301  # of netlink(7)
+LISTENING = 1 << 10  # of the kernel's tcp_states.h
 PORT_TRIES = 3
 SO_MEMINFO, TCP_ESTABLISHED = 55, 1  # of Linux's socket(7) and tcp(7)
 SIGNS_EVERY = 1.0  # s; so often a silent load is looked at for signs of life
@@ -2280,7 +2282,7 @@ def listening_inodes(port: int) -> Set[int]:
     exact, wild = set(), set()
     for family in (socket.AF_INET, socket.AF_INET6):
         try:
-            for address, inode in _listeners(family, port, DUMP, states=1 << 10):
+            for address, inode in _listeners(family, port):
                 if address == b"\x7f\0\0\1":
                     exact.add(inode)
                 elif not any(address) or address.endswith(b"\xff\xff\x7f\0\0\1"):
@@ -2290,22 +2292,14 @@ def listening_inodes(port: int) -> Set[int]:
     return exact or wild
 
 
-def listener_behind(sock: socket.socket) -> int:
-    """Return the inode of the socket that accepts where this connection leads to, 0
-    where the kernel names none. 11 us."""
-    host, port = sock.getpeername()[:2]
-    where = socket.inet_pton(sock.family, host)
-    return next((inode for _, inode in _listeners(sock.family, port, ONE, where)), 0)
-
-
-def _listeners(family, port, flags, where=b"", states=0):
+def _listeners(family, port):
     """Yield (address, inode) of the sockets that the kernel finds there.
 
     Asked directly: to write its tables into /proc takes it 20 ms and more.
     """
     query = struct.pack(
-        "=IHHIIBBBxIHH16s16sIq", 72, SOCK_DIAG_BY_FAMILY, flags, 0, 0, family,
-        socket.IPPROTO_TCP, 0, states, socket.htons(port), 0, where, where, 0, -1,
+        "=IHHIIBBBxIHH16s16sIq", 72, SOCK_DIAG_BY_FAMILY, NETLINK_DUMP, 0, 0, family,
+        socket.IPPROTO_TCP, 0, LISTENING, socket.htons(port), 0, b"", b"", 0, -1,
     )  # fmt: skip
     kind = (socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
     width = 4 if family == socket.AF_INET else 16
@@ -2371,7 +2365,7 @@ def _all_stats():
             yield pid, stat
 
 
-def stranger_on(inodes: Set[int], child: int, may_hide: bool) -> Optional[str]:
+def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[str]:
     """Return who has these listeners if it is not the child's process group, else None.
 
     `may_hide`: the listener may be somebody else's (a container engine's) if it cannot
@@ -2392,27 +2386,6 @@ def stranger_on(inodes: Set[int], child: int, may_hide: bool) -> Optional[str]:
                 name = _kernel_says(f"/proc/{holder}/comm").strip() or "?"
                 return f"process {holder} ({name})"
     return None
-
-
-def judge_of(inodes: Set[int], child: int, may_hide: bool) -> Callable:
-    """Return what tells strangers: who showed itself as ours need not hide later."""
-    may_hide = may_hide and (not inodes or bool(stranger_on(inodes, child, False)))
-    return functools.partial(stranger_on, child=child, may_hide=may_hide)
-
-
-def is_listener_ours(life, may_hide: bool) -> bool:
-    """Whether who listens where the life's backend is to listen is the backend, to whom
-    alone connections lead from then on; if not, `_stranger` says who it is."""
-    if life._is_ours or life.upstream.host not in LOOPBACK:
-        return True
-    inodes = listening_inodes(life.upstream.port)
-    judge = life._judge or judge_of(inodes, life.pid, may_hide)
-    life._stranger = judge(inodes)
-    life._is_ours = life._stranger is None
-    if life._is_ours:
-        life._judge = judge
-        life.upstream.trust(inodes, judge)
-    return life._is_ours
 
 
 # -- connections to a backend ----------------------------------------------------------
@@ -2445,9 +2418,6 @@ class Upstream:
         self._idle = collections.deque()
         self._active = set()
         self._is_closed = False
-        self._stranger_among = None
-        self._known = set()  # inodes of the backend's listeners
-        self._turns = itertools.count()
         self._suspended = suspended_seconds()
         self.note_life()
         self.used_at = self._seen_at  # when the last request to it ended
@@ -2481,15 +2451,18 @@ class Upstream:
     def _has_slept(self):
         return suspended_seconds() > self._suspended + 1.0
 
-    def address(self) -> Tuple[int, tuple]:
-        """Return family and address; of several, another each time. Raise OSError."""
-        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        family, _, _, _, address = found[next(self._turns) % len(found)]
-        return family, address
-
-    def wrap(self, sock: socket.socket, **options) -> socket.socket:
-        """Return the connection with TLS around it; certificates are verified."""
-        return _tls_context().wrap_socket(sock, server_hostname=self.host, **options)
+    def control_connection(self, timeout: float) -> http.client.HTTPConnection:
+        """Return a new connection for a control request. Raise OSError."""
+        if self.is_tls:
+            connection = http.client.HTTPSConnection(
+                self.host, self.port, timeout=timeout, context=_tls_context()
+            )
+        else:
+            connection = http.client.HTTPConnection(
+                self.host, self.port, timeout=timeout
+            )
+        connection.connect()
+        return connection
 
     def connect(self) -> Tuple[socket.socket, bool]:
         """Return a connection and whether it was used before. Raise OSError."""
@@ -2514,34 +2487,15 @@ class Upstream:
 
     def _dial(self):
         sock = socket.create_connection((self.host, self.port), timeout=10)
-        if self._stranger_among and not self._is_home(sock):
-            sock.close()
-            raise ConnectionRefusedError("somebody else listens there")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.is_tls:
-            sock = self.wrap(sock, suppress_ragged_eofs=False)
+            sock = _tls_context().wrap_socket(
+                sock, server_hostname=self.host, suppress_ragged_eofs=False
+            )
             sock.settimeout(TICK)
         else:
             set_tick(sock)
         return sock
-
-    def _is_home(self, sock):
-        """Whether it leads to the backend."""
-        try:
-            inode = listener_behind(sock)
-        except (AttributeError, OSError) as error:
-            if getattr(error, "errno", None) == errno.EMFILE:
-                raise
-            return True  # not Linux, or not allowed here: who accepts is believed
-        if inode not in self._known and not self._stranger_among({inode}):
-            self._known.add(inode)
-        return inode in self._known
-
-    def trust(self, inodes: Set[int], stranger_among: Callable[[Set[int]], object]):
-        """Connect from now on to these listeners only, and to those with no stranger
-        among them."""
-        self._known |= inodes
-        self._stranger_among = stranger_among
 
     def give_back(self, sock: socket.socket):
         """Take back a connection on which a whole answer was read."""
@@ -2630,192 +2584,6 @@ def _tls_context():
     return ssl.create_default_context()
 
 
-TLS_WANTS = {"SSLWantReadError": select.POLLIN, "SSLWantWriteError": select.POLLOUT}
-
-
-class Health(enum.Enum):
-    """What a health check found so far."""
-
-    PENDING = "no answer yet"
-    READY = "ready"
-    NOT_YET = "not ready"
-
-
-class HealthCheck:
-    """Asks a backend one thing, mostly whether it is ready, without ever blocking.
-
-    Poll its `fileno()` for `events`, then call `advance`. `may_ask()`, if given, is
-    called once connected, before a byte is sent. `path` None: who accepts is ready.
-    READY means an answer of 200, whose text, if it `is_whole`, is read to its end and
-    in `text` then. `found` is what `advance` said last, `reason` why it is not READY.
-    """
-
-    def __init__(self, upstream, path, may_ask, method="GET", key="", is_whole=False):
-        self.events = select.POLLOUT
-        self.found = Health.PENDING
-        self.reason = "no answer in time"
-        self.is_hopeless = False  # whoever answers there, it is not who is meant
-        self.is_unasked = False  # no descriptor was left, which says nothing of it
-        self._sock = None
-        self._upstream = upstream
-        self._path = path
-        self._may_ask = may_ask
-        self._method = method
-        self._key = key
-        self._is_whole = is_whole
-        self._answer = b""
-        self._step = type(self)._await_connection  # not bound: that were a cycle
-        try:
-            family, self._address = upstream.address()
-            self._sock = socket.socket(family)
-            self._sock.setblocking(False)
-        except OSError as error:
-            self.is_unasked = error.errno in (errno.EMFILE, errno.ENFILE)
-            self.reason = str(error)
-
-    def fileno(self) -> int:
-        return self._sock.fileno()
-
-    @property
-    def is_connected(self) -> bool:
-        """Whether it has a connection already."""
-        return self._step is not type(self)._await_connection
-
-    @property
-    def was_answered(self) -> bool:
-        """Whether the backend said anything that begins as HTTP does."""
-        return self._answer.startswith(b"HTTP/")
-
-    @property
-    def text(self) -> bytes:
-        """The answer without its head."""
-        return self._answer.partition(b"\r\n\r\n")[2]
-
-    def advance(self) -> Health:
-        """Go on as far as it goes without waiting."""
-        try:
-            self.found = self._step(self)
-        except BlockingIOError:
-            self.found = Health.PENDING
-        except OSError as error:
-            self.found = self._judge(error)
-        return self.found
-
-    def _judge(self, error):
-        kind = type(error).__name__  # by name: plain HTTP is not to import ssl
-        if kind in TLS_WANTS:
-            self.events = TLS_WANTS[kind]
-            return Health.PENDING
-        self.is_hopeless = kind == "SSLCertVerificationError"
-        self.reason = str(error)
-        return Health.NOT_YET
-
-    def _await_connection(self):
-        if self._sock is None:
-            return Health.NOT_YET
-        refusal = self._sock.connect_ex(self._address)
-        if refusal == errno.EINPROGRESS:  # who is near has answered meanwhile
-            refusal = self._sock.connect_ex(self._address)
-        if refusal == errno.EALREADY:
-            return Health.PENDING
-        if refusal in (0, errno.EISCONN):  # it may have been cut since
-            refusal = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if refusal:
-            self.reason = os.strerror(refusal)
-            return Health.NOT_YET
-        if self._may_ask and not self._may_ask():
-            self.reason = "somebody else answers there"
-            return Health.NOT_YET
-        if self._path is None:
-            return Health.READY
-        is_tls = self._upstream.is_tls
-        self._step = type(self)._shake_hands if is_tls else type(self)._ask
-        return self._step(self)
-
-    def _shake_hands(self):
-        if not hasattr(self._sock, "do_handshake"):
-            self._sock = self._upstream.wrap(self._sock, do_handshake_on_connect=False)
-        self._sock.do_handshake()
-        return self._ask()
-
-    def _ask(self):
-        target = self._upstream.base_path + self._path
-        host = self._upstream.authority
-        lines = [f"{self._method} {target} HTTP/1.1", f"Host: {host}"]
-        lines += [f"Authorization: Bearer {self._key}"] if self._key else []
-        lines += ["Content-Length: 0"] if self._method != "GET" else []
-        lines += ["Connection: close", "", ""]
-        self._sock.send("\r\n".join(lines).encode())
-        self.events = select.POLLIN
-        self._step = type(self)._hear
-        return Health.PENDING
-
-    def _hear(self):
-        while True:
-            piece = self._sock.recv(65536)
-            self._answer += piece
-            if not piece or (len(self._answer) >= 12 and not self._is_whole):
-                break
-        if re.match(rb"HTTP/1\.[01] 200", self._answer):
-            return Health.READY
-        line = self._answer.partition(b"\r\n")[0].decode("latin-1")
-        self.reason = f"it answers {line[:80]!r}"
-        return Health.NOT_YET
-
-    def close(self):
-        if self._sock:
-            self._sock.close()
-
-
-class Watch:
-    """Where a life rests; or who rests that lives none. Any thread may `ring`."""
-
-    def __init__(self):
-        self._bell = Bell()
-        self._poll = select.poll()
-        self.ring = self._bell.ring
-        self.add(self._bell)
-
-    def add(self, fd):
-        """From now on, news of this descriptor ends a rest."""
-        self._poll.register(fd, select.POLLIN)
-
-    def remove(self, fd):
-        self._poll.unregister(fd)
-
-    def is_over(self) -> bool:
-        return False  # see `verdict`
-
-    def follow(self, pid: int) -> Optional[int]:
-        """From now on, the end of the process ends a rest: return the descriptor whose
-        news it is; None: nobody tells of it."""
-        try:
-            fd = os.pidfd_open(pid)
-        except (AttributeError, OSError):
-            return None  # not Linux, an old one, or it is gone
-        self.add(fd)
-        return fd
-
-    def unfollow(self, fd: Optional[int]):
-        """Follow it no longer."""
-        if fd is not None:
-            self.remove(fd)
-            os.close(fd)
-
-    def rest(self, until: float, check: Optional[HealthCheck] = None) -> Set[int]:
-        """Sleep until then, or until something happens; return whose news it is."""
-        timeout = max(0.0, until - time.monotonic())
-        if check is not None:
-            self._poll.register(check, check.events)
-        try:
-            events = self._poll.poll(math.ceil(min(timeout * 1e3, LONGEST_POLL)))
-        finally:
-            if check is not None:
-                self.remove(check)
-        self._bell.silence()
-        return {fd for fd, _ in events}
-
-
 # -- the guard -------------------------------------------------------------------------
 
 # Reads "+ PGID" and "- PGID"; at the end of its input llmswap is dead: TERM, then KILL.
@@ -2860,22 +2628,18 @@ DESCRIPTORS = _descriptor_limit()  # as many as we began with, before we took mo
 class Guard:
     """A process that kills what is left of our children should we be killed.
 
-    Its input is a pipe of which we keep both ends, so it outlives a dead guard, and the
-    next one is told every group. Any thread may call.
+    Its input is a pipe of which we keep both ends, so that a new guard can take over
+    from a dead one. Any thread may call.
     """
 
     def __init__(self):
         self._read_end, self.fd = os.pipe()
+        self._lock = threading.Lock()  # of the process and the groups
         self._groups = set()
         self._process = None
-        self._is_closing = False
 
     def start(self):
-        """Start the guard and a thread that replaces it whenever it dies."""
-        self._launch()
-        threading.Thread(target=self._watch, name="guard", daemon=True).start()
-
-    def _launch(self):
+        """Start the guard. Raise OSError."""
         self._process = subprocess.Popen(
             ["/bin/sh", "-c", GUARD_SCRIPT, "llmswap-guard"],
             stdin=self._read_end,
@@ -2885,39 +2649,31 @@ class Guard:
             cwd="/",
         )
 
-    def _watch(self):
-        while not self._is_closing:
-            self._process.wait()
-            if not self._is_closing:
-                self._replace()
-                time.sleep(0.1)  # a guard that cannot live must not eat the processor
-
-    def _replace(self):
-        try:
-            self._launch()
-        except OSError:
-            return  # no process or descriptor left; tried again soon
-        for group in list(self._groups):
-            self._tell("+", group)
-            if group not in self._groups:  # it ended at this very moment
-                self._tell("-", group)
+    def ensure_alive(self):
+        """Replace a guard that has died, and tell the new one every group."""
+        with self._lock:
+            if self._process.poll() is not None:
+                self.start()
+                for group in self._groups:
+                    self._tell("+", group)
 
     def _tell(self, sign, group):
         os.write(self.fd, f"{sign} {group}\n".encode())
 
     def watch(self, group: int):
         """Be responsible for this process group."""
-        self._groups.add(group)
-        self._tell("+", group)
+        with self._lock:
+            self._groups.add(group)
+            self._tell("+", group)
 
     def forget(self, group: int):
         """The group is dead; its number may soon be another's."""
-        self._groups.discard(group)
-        self._tell("-", group)
+        with self._lock:
+            self._groups.discard(group)
+            self._tell("-", group)
 
     def close(self):
         """End the guard; call when no group is left."""
-        self._is_closing = True
         if self._process:
             self._process.kill()
             self._process.wait()
@@ -3033,427 +2789,443 @@ def check_start(model: Model):
                     raise StartFailed(f"{path} does not exist (option {option})")
 
 
-# -- what all lives share --------------------------------------------------------------
-#
-# A *life* is one run of a backend, on a thread of its own: see `_story`. What others
-# call, from any thread, is the same for all kinds unless they say otherwise.
+# -- a backend -------------------------------------------------------------------------
 
-
-def equip(life, model: Model, upstream: Optional["Upstream"] = None):
-    """Give a life what all of them have."""
-    life.model = model
-    life.upstream = upstream
-    life.pid = None  # of its main process, once known
-    life.port = upstream and upstream.port
-    life.where = None  # it runs, for people
-    life.doze = None  # the sleep that it falls into by itself
-    life.started_at = time.monotonic()
-    life.on_loaded = life.on_slept = life.on_dying = None
-    life.on_exited = life.on_line = None
-    life._title = model.name
-    life._watch = Watch()
-    life._progress_at = life.started_at
-    life._seen_signs = set()
-    life._nap = None  # what it is to do about its sleep
-    life._suspicion = None  # since when a request is silent
-    life._exit_fd = None
-    life._judge = None  # who tells strangers from the backend
-    life._is_ready = life._is_exited = life._is_ours = False
-    life._is_stop_asked = life._is_kill_asked = False
-    life._has_ended = threading.Event()
-
-
-def begin(life):
-    """Begin the life on a thread of its own."""
-    name = f"model {life.model.name}"
-    threading.Thread(target=_live, args=(life,), name=name, daemon=True).start()
-
-
-def _live(life):
-    try:
-        problem = _story(life)
-    except Problem as error:
-        problem = error.with_traceback(None)  # whose frames would keep us alive
-        problem.__context__ = None  # and so would those of what led to it
-    except Exception as error:  # a bug, or no descriptors: never a silent thread
-        problem = StartFailed(f"{life.model.name}: {type(error).__name__}: {error}")
-    life._end()
-    life.on_exited(life, problem)
-    life._has_ended.set()
-
-
-def _story(life):
-    """Tell the life from its begin on; return the problem that ended it, if any."""
-    while life._come_up():
-        life._is_ready = True
-        life.upstream.note_life()
-        life.on_loaded(life)
-        if life.model.kind == "llama-server":
-            life.entry = entry_of(life)
-        if _stay(life) or life._is_stop_asked:
-            break
-        life._bring_down()  # it slept and could not be woken: start it anew
-    return None if life._is_stop_asked else life._failure()
-
-
-def _stay(life):
-    """Wait until it is over, and see to what is asked meanwhile; False: it slept and
-    did not wake up."""
-    while not life.is_over():
-        nap, life._nap = life._nap, None
-        if nap:
-            if not nap(life):
-                return False
-        elif life._suspicion is not None:
-            life._examine()
-        else:
-            life._dwell()
-    if not life._is_stop_asked:
-        note_death(life)
-    return True
-
-
-def has_to_end(life) -> bool:
-    """Whether it ended, or is to end."""
-    return life._is_exited or life._is_stop_asked
-
-
-def ask_to_stop(life, at_once=False):
-    """Ask it to end: with its stop timeout if it is loaded, else killed."""
-    life._is_kill_asked = life._is_kill_asked or at_once
-    life._is_stop_asked = True
-    life._watch.ring()
-
-
-def ask_to_sleep(life):
-    """Ask it to fall asleep; one that does not is stopped."""
-    life._nap = fall_asleep
-    life._watch.ring()
-
-
-def ask_to_wake(life):
-    """Ask it to wake up; one that does not is started anew."""
-    life._nap = wake_up
-    life._watch.ring()
-
-
-def note_silence(life):
-    """A request has been silent for long: see whether it hangs. Any thread."""
-    if life._suspicion is None and life.model.settings.hang_timeout:
-        life._suspicion = time.monotonic()
-        life._watch.ring()
-
-
-def may_be_asked(life, within: float) -> Optional[bool]:
-    """Whether a request may be sent; other kinds may take so long, and return None if
-    they do not know yet. Any thread.
-
-    Whoever does not answer after this machine slept is suspected.
-    """
-    if life._has_ended.is_set():
-        return False
-    if not life.upstream.is_fresh(math.inf):
-        if ask_now(life, HEALTH_PATIENCE).found is not Health.READY:
-            life.suspect()
-    return True
-
-
-def has_ended_unasked(life, within: float) -> bool:
-    """Whether it ended unasked, now or within so many seconds. Any thread."""
-    return life._has_ended.wait(within) and not life._is_stop_asked
-
-
-def note_death(life):
-    """It ended, or must: from now on nobody is sent to it."""
-    life.on_dying(life)
-    life._has_ended.set()
-
-
-# -- what every life asks over HTTP ----------------------------------------------------
-#
-# To be asked, a life has a `model` and an `upstream`; `rest(until, check)` lets time
-# pass until then or until something happens; `is_over()` says that it ended or is to
-# end. These functions are for its own thread, if they do not say otherwise.
-
-CONNECT_PATIENCE = 1.0  # s; who has not even accepted by then sleeps, or is gone
+CONNECT_PATIENCE = 1.0  # s; a host that has not accepted by then sleeps, or is gone
 SLEEP_PATIENCE = 60.0  # s; a backend that has not fallen asleep by then is stopped
-DOZE_OPTION = "--sleep-idle-seconds"
-PROPS = ("GET", "/props")  # answered by a llama-server that sleeps; does not wake it
-DOZE_SLACK = 1.5  # s; a llama-server looks once a second whether it may sleep
-DOZE_LOOK = 30.0  # s; how often one that sleeps is asked whether it still does
-ROUSE = ("GET", "/lora-adapters")  # the cheapest request that wakes a llama-server
+SLEEP_OPTION = "--sleep-idle-seconds"
+SLEEP_SLACK = 1.5  # s; a llama-server looks once a second whether it may sleep
+SLEEP_POLL = 30.0  # s, between looks at a llama-server that put itself to sleep
+WAKE_REQUEST = ("GET", "/lora-adapters")  # the cheapest one that wakes a llama-server
 
 
-def question(life, request=None, may_ask=None, is_whole=False) -> HealthCheck:
-    """Return a check that sends this (method, path) to the life's backend, or else asks
-    for its health."""
-    method, path = request or ("GET", life.model.settings.check_endpoint)
-    key = life.model.settings.proxy_key
-    return HealthCheck(life.upstream, path, may_ask, method, key, is_whole)
+class Probe(NamedTuple):
+    """The outcome of one control request: an HTTP status and body, or an error."""
+
+    status: Optional[int] = None
+    body: bytes = b""
+    error: Optional[Exception] = None
+
+    @property
+    def ok(self) -> bool:
+        return self.status == 200
+
+    @property
+    def timed_out(self) -> bool:
+        return isinstance(self.error, (TimeoutError, socket.timeout))
+
+    @property
+    def was_not_sent(self) -> bool:
+        """Whether llmswap had no descriptor left: that tells nothing of the backend."""
+        return getattr(self.error, "errno", None) in (errno.EMFILE, errno.ENFILE)
+
+    @property
+    def reason(self) -> str:
+        """Return why it is not ok, for people."""
+        if self.error is None:
+            return f"it answers {self.status}"
+        return "no answer in time" if self.timed_out else str(self.error)
 
 
-def verdict(life, check: HealthCheck, until: float, connect_by=math.inf) -> Health:
-    """Return what the check finds; PENDING: nothing by then, or no connection by the
-    other time, or the life is over."""
-    try:
-        while True:
-            found = check.advance()
-            late = until if check.is_connected else min(until, connect_by)
-            is_late = time.monotonic() >= late
-            if found is not Health.PENDING or is_late or life.is_over():
-                return found
-            life.rest(late, check)
-    finally:
-        check.close()
+class Backend:
+    """One run of a model's server, on a thread of its own (`_run`).
 
+    Callbacks, on that thread: `on_loaded(self)` when it is ready, or awake again;
+    `on_slept(self)` when it fell asleep; `on_dying(self)` when it is found dead or hung
+    though nobody stopped it; `on_exited(self, problem)` when nothing of it is left,
+    problem None if it was stopped. `on_line(text)` gets each line that it writes, on
+    any thread. Subclasses implement:
 
-def ask_health(life, until: float, began: float, may_ask=None) -> HealthCheck:
-    """Ask for health once, and return the check; unless it is good, not before it is
-    time to ask again."""
-    now = time.monotonic()
-    check = question(life, may_ask=may_ask)
-    verdict(life, check, min(until, now + HEALTH_PATIENCE), now + CONNECT_PATIENCE)
-    if check.found is not Health.READY and not life.is_over():
-        if life._progress_at < now:  # else it wrote, perhaps that it is ready
-            life.rest(min(until, now + min(0.1, max(0.005, (now - began) / 100))))
-        pause(life, min(until, now + 0.005))
-    return check
-
-
-def pause(life, until: float):
-    """Let the time pass until then, unless the life is over."""
-    while time.monotonic() < until and not life.is_over():
-        life.rest(until)
-
-
-def await_health(life, until: float, began: float) -> HealthCheck:
-    """Ask for health until it is good, or hopeless, or the life is over, or time is;
-    return the last check."""
-    while True:
-        check = ask_health(life, until, began)
-        is_settled = check.found is Health.READY or check.is_hopeless
-        if is_settled or life.is_over() or time.monotonic() >= until:
-            return check
-
-
-def await_ready(life) -> bool:
-    """Wait until it is healthy; False: it is over, or there is no hope.
-
-    Raise LoadTimeout when it showed no sign of progress for its load timeout.
+        _spawn()       begin to run; raises Problem
+        _is_running()  False once it has ended by itself
+        _terminate()   end it; returns once nothing of it is left
+        _failure()     the Problem that tells why it ended by itself, or None
     """
-    limit = life.model.settings.load_timeout or math.inf
-    while life._may_hope():
-        until = life._progress_at + limit
-        check = ask_health(life, until, life._began, life._is_listener_ours)
-        if check.found is Health.READY:
-            return True
-        if check.is_hopeless:
-            raise StartFailed(f"{life._title}: {check.reason}")
-        if time.monotonic() >= life._progress_at + limit:
-            raise LoadTimeout(
-                f"{life._title} was not ready and showed no sign of progress for "
-                f"{limit:g} s ({check.reason}){life._last_words()}"
-            )
-    return False
 
+    def __init__(self, model: Model, upstream: Optional[Upstream] = None):
+        self.model = model
+        self.upstream = upstream
+        self.pid = None  # of its main process, once known
+        self.port = upstream and upstream.port
+        self.where = None  # it runs, for people
+        self.entry = {}  # of its own /v1/models
+        self.started_at = self._began = self._progress_at = time.monotonic()
+        self.on_loaded = self.on_slept = self.on_dying = None
+        self.on_exited = self.on_line = None
+        self._title = model.name
+        self._thread = None
+        self._wakeup = threading.Event()
+        self._ended = threading.Event()
+        self._pending_action = None  # _put_to_sleep or _wake_up
+        self._silent_since = None  # when a request was first found silent
+        self._probe_socket = None  # on which this backend's thread waits
+        self._seen_activity = set()
+        self._stranger = None  # the process that has its port, for people
+        self._owns_listener = self._was_visible = False
+        self._sleep_seconds, self._is_asleep, self._sleep_look = 0.0, False, math.inf
+        self._is_ready = self._is_stop_asked = self._is_kill_asked = False
+        self._is_unresponsive = False  # to be killed, as SIGTERM would not be heard
 
-def note_progress(life):
-    """While it loads: what it reads or maps is as good as a line that it writes."""
-    now = time.monotonic()
-    if life.pid and not life._is_ready and now > life._progress_at + SIGNS_EVERY:
-        signs = signs_of_life(life.pid)
-        if signs not in life._seen_signs:  # memory that goes up and down is none
-            life._seen_signs.add(signs)
-            life._progress_at = now
+    # -- called from any thread
 
+    def start(self):
+        """Begin to run on a thread of its own."""
+        name = f"model {self.model.name}"
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
 
-def examine(life):
-    """A request is silent: ask for health; without an answer in time it hangs."""
-    limit = life.model.settings.hang_timeout
-    until = life._suspicion + limit
-    is_answered = life._is_ours = False  # it may have lost its port since
-    while not (is_answered or life.is_over()) and time.monotonic() < until:
-        now = time.monotonic()
-        check = question(life, may_ask=life._is_listener_ours)
-        found = verdict(life, check, until, now + HEALTH_PATIENCE)
-        is_answered = found is Health.READY or check.was_answered
-        if not is_answered:
-            life._may_hope()  # who has no news of its end looks whether it runs
-            pause(life, min(until, now + 1.0))
-    life._suspicion = None
-    if not (is_answered or life.is_over() or life.upstream.is_answering(limit)):
-        note_death(life)
-        raise StartFailed(
-            f"{life._title} hung: neither a request nor {limit:g} s of health checks "
-            f"were answered; it is stopped{life._last_words()}"
+    def stop(self, at_once=False):
+        """End it: within its stop timeout if it is loaded, else by a kill."""
+        self._is_kill_asked = self._is_kill_asked or at_once
+        self._is_stop_asked = True
+        self._interrupt()
+
+    def sleep(self):
+        """Put it to sleep; one that does not fall asleep is stopped."""
+        self._pending_action = self._put_to_sleep
+        self._wakeup.set()
+
+    def wake(self):
+        """Wake it up; one that does not wake is started anew."""
+        self._pending_action = self._wake_up
+        self._wakeup.set()
+
+    def suspect(self):
+        """A request has been silent for long: check for a hang."""
+        if self._silent_since is None and self.model.settings.hang_timeout:
+            self._silent_since = time.monotonic()
+            self._wakeup.set()
+
+    def is_there(self, timeout: float) -> Optional[bool]:
+        """Return whether a request may be sent; None if it is not known in time.
+
+        After a suspend of this machine, a backend that does not answer is checked for
+        a hang.
+        """
+        if self._ended.is_set():
+            return False
+        if not self.upstream.is_fresh(math.inf) and not self._ask_now(HEALTH_PATIENCE).ok:
+            self.suspect()
+        return True
+
+    def has_died(self, timeout: float) -> bool:
+        """Return whether it ended by itself, now or within the timeout."""
+        return self._ended.wait(timeout) and not self._is_stop_asked
+
+    # -- its thread, from the start to the end
+
+    def _run(self):
+        try:
+            problem = self._live()
+        except Problem as error:
+            problem = error.with_traceback(None)  # its frames would keep us alive
+            problem.__context__ = None
+        except Exception as error:  # a bug, or no descriptors are left
+            problem = StartFailed(f"{self.model.name}: {type(error).__name__}: {error}")
+        try:
+            if self.upstream:
+                self.upstream.close()
+            self._terminate()
+        except OSError as error:
+            self.on_line(f"llmswap: while it was stopped: {error}")
+        self.on_exited(self, problem)
+        self._ended.set()
+
+    def _live(self):
+        while self._load():
+            self._is_ready = True
+            self.upstream.note_life()
+            self.on_loaded(self)
+            if self.model.kind == "llama-server":
+                self.entry = self._fetch_entry()
+            if self._supervise():
+                break
+            self._abandon()  # it slept and could not be woken: start it anew
+            self._is_ready = False
+        return None if self._is_stop_asked else self._failure()
+
+    def _load(self):
+        """Start it and wait until it is healthy; False: it ended, or is to end."""
+        self._began = self._progress_at = time.monotonic()
+        self._spawn()
+        return self._await_healthy(self._may_become_ready)
+
+    def _supervise(self):
+        """Do what is asked of it until it ends; False if it did not wake up."""
+        while self._is_alive():
+            action, self._pending_action = self._pending_action, None
+            if action:
+                if action() is False:
+                    return self._is_stop_asked
+            elif self._silent_since is not None:
+                self._check_hang()
+            else:
+                self._wait(self._sleep_look - time.monotonic())
+                self._look_asleep()
+        if not self._is_stop_asked:
+            self._report_death()
+        return True
+
+    def _abandon(self):
+        """End a backend that did not wake up."""
+        self._is_unresponsive = True
+        self._terminate()
+        self._is_unresponsive = False
+
+    def _is_alive(self):
+        return not self._is_stop_asked and self._is_running()
+
+    def _may_become_ready(self):
+        return self._is_alive()
+
+    def _report_death(self):
+        """From now on no request is sent to it."""
+        self.on_dying(self)
+        self._ended.set()
+
+    # -- waiting and asking
+
+    def _wait(self, seconds):
+        """Wait until something happens, at most so long."""
+        self._wakeup.wait(min(max(0.0, seconds), LONGEST_WAIT))
+        self._wakeup.clear()
+
+    def _interrupt(self):
+        """Wake its thread, also from a probe."""
+        self._wakeup.set()
+        sock = self._probe_socket
+        if sock is not None:
+            with contextlib.suppress(OSError, ValueError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def _probe(self, timeout, request=None, check_listener=None, body_limit=0):
+        """Send a control request, a health check if none is given; return a Probe.
+
+        It waits for the connection at most CONNECT_PATIENCE, and for each step after
+        that at most `timeout`. `stop` ends a wait of the backend's own thread.
+        """
+        method, path = request or ("GET", self.model.settings.check_endpoint)
+        key = self.model.settings.proxy_key
+        headers = {"Connection": "close"}
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        connection, is_own = None, threading.current_thread() is self._thread
+        try:
+            connection = self.upstream.control_connection(min(timeout, CONNECT_PATIENCE))
+            if check_listener and not check_listener():
+                raise ConnectionRefusedError("another process answers there")
+            if path is None:
+                return Probe(200)
+            connection.sock.settimeout(max(0.001, timeout))
+            if is_own:
+                self._probe_socket = connection.sock
+                if self._is_stop_asked:
+                    raise InterruptedError("it is being stopped")
+            target = self.upstream.base_path + path
+            connection.request(method, target, headers=headers)
+            answer = connection.getresponse()
+            return Probe(answer.status, answer.read(body_limit) if body_limit else b"")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            return Probe(error=error)
+        finally:
+            if is_own:
+                self._probe_socket = None
+            if connection:
+                connection.close()
+
+    def _ask_now(self, timeout):
+        """Check its health once, from any thread; OSError if no descriptor is left."""
+        probe = self._probe(timeout)
+        if probe.was_not_sent:
+            raise probe.error
+        if probe.ok:
+            self.upstream.note_life()
+        return probe
+
+    def _await_healthy(self, may_go_on, is_load=True):
+        """Check its health until it is good; False once `may_go_on()` is.
+
+        Raise LoadTimeout when it showed no sign of progress for its load timeout.
+        """
+        limit = self.model.settings.load_timeout or math.inf
+        began = time.monotonic()
+        while may_go_on():
+            asked_at = time.monotonic()
+            timeout = min(HEALTH_PATIENCE, self._progress_at + limit - asked_at)
+            check_listener = self._is_listener_ours if is_load else None
+            probe = self._probe(max(0.001, timeout), None, check_listener)
+            if probe.ok:
+                return True
+            if type(probe.error).__name__ == "SSLCertVerificationError":
+                raise StartFailed(f"{self._title} is not to be trusted: {probe.reason}")
+            if is_load:
+                self._record_activity()
+            now = time.monotonic()
+            if now >= self._progress_at + limit:
+                raise LoadTimeout(self._load_timeout_text(limit, probe))
+            if self._progress_at < asked_at and self._is_alive():
+                self._wait(min(0.1, max(0.005, (now - began) / 100)))
+            time.sleep(max(0.0, asked_at + 0.005 - time.monotonic()))
+        return False
+
+    def _load_timeout_text(self, limit, probe):
+        return (
+            f"{self._title} was not ready and showed no sign of progress for {limit:g} "
+            f"s ({probe.reason}){self._last_lines()}"
         )
 
-
-def fall_asleep(life) -> bool:
-    """Have the backend sleep, and tell; one that does not is to be stopped. True."""
-    until = time.monotonic() + SLEEP_PATIENCE
-    check = question(life, life.model.settings.sleep)
-    if verdict(life, check, until) is Health.READY:
-        life.on_slept(life)
-    elif not life.is_over():
-        life.on_line("llmswap: it did not fall asleep; it is stopped instead")
-        life.stop()
-    return True
-
-
-def wake_up(life) -> bool:
-    """Have the backend wake, and tell; whether it is healthy then."""
-    began = time.monotonic()
-    until = began + (life.model.settings.load_timeout or math.inf)
-    check = question(life, life.model.settings.wake or ROUSE)
-    if check.is_unasked:
-        raise OSError(check.reason)
-    if verdict(life, check, until, began + CONNECT_PATIENCE) is Health.READY:
-        check = await_health(life, until, began)
-    is_awake = check.found is Health.READY
-    if is_awake:
-        life.on_loaded(life)
-    else:
-        life.on_line("llmswap: it did not wake up")
-    if life.doze:
-        life.doze.note_wake()
-    return is_awake
-
-
-def answer_to(life, request) -> bytes:
-    """Return the whole answer to this (method, path) without its head; nothing if it
-    is none of 200, or none in time."""
-    check = question(life, request, is_whole=True)
-    found = verdict(life, check, time.monotonic() + HEALTH_PATIENCE)
-    return check.text if found is Health.READY else b""
-
-
-def is_asleep(life) -> Optional[bool]:
-    """Whether the llama-server says that it sleeps; None: it does not say."""
-    found = re.search(rb'"is_sleeping"\s*:\s*(true|false)', answer_to(life, PROPS))
-    return found[1] == b"true" if found else None
-
-
-def entry_of(life) -> dict:
-    """Return what the backend's own /v1/models says of its first model, or {}."""
-    try:
-        entry = json.loads(answer_to(life, ("GET", "/v1/models")))["data"][0]
-    except (LookupError, RecursionError, TypeError, ValueError):
-        return {}
-    return entry if isinstance(entry, dict) else {}
-
-
-def ask_now(life, patience: float) -> HealthCheck:
-    """Ask for health once, wait for the answer, and return the check; any thread."""
-    now = time.monotonic()
-    check = question(life)
-    if check.is_unasked:
-        raise OSError(check.reason)
-    verdict(Watch(), check, now + patience, now + CONNECT_PATIENCE)
-    if check.found is Health.READY:
-        life.upstream.note_life()
-    return check
-
-
-class Doze:
-    """The sleep that a llama-server falls into by itself, after so many seconds."""
-
-    def __init__(self, seconds: float):
-        self._seconds = seconds + DOZE_SLACK
-        self.note_wake()
-
-    def note_wake(self):
-        """It is awake as of now."""
-        self._is_asleep = False
-        self.next_look = time.monotonic() + self._seconds
-
-    def look(self, life):
-        """Ask whether it sleeps, if it is time to; tell if that has changed."""
+    def _record_activity(self):
+        """Count memory that it reads or maps as progress, as a line written is."""
         now = time.monotonic()
-        if now < self.next_look:
-            return
-        rested = -math.inf if life.upstream.is_busy else now - life.upstream.used_at
-        if not self._is_asleep and rested < self._seconds:
-            wait = self._seconds - max(0.0, rested)
+        if self.pid and now > self._progress_at + SIGNS_EVERY:
+            activity = signs_of_life(self.pid)
+            if activity not in self._seen_activity:  # up and down again is none
+                self._seen_activity.add(activity)
+                self._progress_at = now
+
+    def _check_hang(self):
+        """A request is silent: without an answer to health in time, too, it hangs."""
+        limit = self.model.settings.hang_timeout
+        until = self._silent_since + limit
+        is_answered = self._owns_listener = False  # it may have lost its port since
+        while not is_answered and self._is_alive() and time.monotonic() < until:
+            asked_at = time.monotonic()
+            probe = self._probe(until - asked_at, None, self._is_listener_ours)
+            is_answered = probe.status is not None or probe.was_not_sent
+            if not is_answered:
+                self._pause(min(until, asked_at + 1.0))
+        self._silent_since = None
+        if not is_answered and self._is_alive() and not self.upstream.is_answering(limit):
+            self._is_unresponsive = True
+            self._report_death()
+            raise StartFailed(
+                f"{self._title} hung: neither a request nor {limit:g} s of health checks "
+                f"were answered; it is stopped{self._last_lines()}"
+            )
+
+    def _pause(self, until):
+        """Wait until then, unless it ends before."""
+        while time.monotonic() < until and self._is_alive():
+            self._wait(until - time.monotonic())
+
+    def _is_listener_ours(self):
+        return True
+
+    def _check_listener(self, may_hide):
+        """Return whether its port is served by its processes; else name the stranger.
+
+        A listener that was once seen to be theirs may not hide later.
+        """
+        if self._owns_listener or self.upstream.host not in LOOPBACK:
+            return True
+        inodes = listening_inodes(self.upstream.port)
+        may_hide = may_hide and not self._was_visible
+        self._stranger = foreign_listener(inodes, self.pid, may_hide)
+        self._owns_listener = self._stranger is None
+        if self._owns_listener and inodes:
+            self._was_visible = not foreign_listener(inodes, self.pid, may_hide=False)
+        return self._owns_listener
+
+    def _last_lines(self):
+        return ""
+
+    def _fetch_entry(self):
+        """Return what its own /v1/models says of its first model, or {}."""
+        probe = self._probe(HEALTH_PATIENCE, ("GET", "/v1/models"), None, 1 << 22)
+        try:
+            entry = json.loads(probe.body)["data"][0] if probe.ok else {}
+        except (LookupError, RecursionError, TypeError, ValueError):
+            return {}
+        return entry if isinstance(entry, dict) else {}
+
+    # -- sleep
+
+    def _put_to_sleep(self):
+        if self._probe(SLEEP_PATIENCE, self.model.settings.sleep).ok:
+            self.on_slept(self)
+        elif self._is_alive():
+            self.on_line("llmswap: it did not fall asleep; it is stopped instead")
+            self.stop()
+
+    def _wake_up(self):
+        """Wake it; return whether it is healthy then."""
+        limit = self.model.settings.load_timeout or math.inf
+        self._progress_at = time.monotonic()
+        request = self.model.settings.wake or WAKE_REQUEST
+        probe = self._probe(min(limit, LONGEST_WAIT), request)
+        if probe.was_not_sent:
+            raise probe.error
+        is_awake = False
+        if probe.ok:
+            with contextlib.suppress(LoadTimeout):
+                is_awake = self._await_healthy(self._is_alive, is_load=False)
+        if is_awake:
+            self._is_asleep = False
+            self._sleep_look = time.monotonic() + (self._sleep_seconds or math.inf)
+            self.on_loaded(self)
         else:
-            self._learn(life, is_asleep(life))
-            wait = DOZE_LOOK if self._is_asleep else self._seconds
-        self.next_look = now + wait
+            self.on_line("llmswap: it did not wake up")
+        return is_awake
 
-    def _learn(self, life, found):
-        was_asleep, self._is_asleep = self._is_asleep, bool(found)
-        if found and not was_asleep:
-            life.on_slept(life)
-        elif was_asleep and found is False:
-            life.on_loaded(life)  # somebody else woke it
-
-
-def doze_of(argv: List[str]) -> Optional[Doze]:
-    """Return the Doze that this command of a llama-server asks for, or None."""
-    given = [after for word, after in zip(argv, argv[1:]) if word == DOZE_OPTION]
-    try:
-        seconds = float(given[-1]) if given else 0.0
-    except ValueError:
-        return None  # it will say so itself
-    return Doze(seconds) if seconds > 0 else None
-
-
-# -- one life --------------------------------------------------------------------------
+    def _look_asleep(self):
+        """Find out whether a llama-server has put itself to sleep, or has woken."""
+        now = time.monotonic()
+        if now < self._sleep_look:
+            return
+        idle = -math.inf if self.upstream.is_busy else now - self.upstream.used_at
+        if not self._is_asleep and idle < self._sleep_seconds:
+            self._sleep_look = now + self._sleep_seconds - max(0.0, idle)
+            return
+        probe = self._probe(HEALTH_PATIENCE, ("GET", "/props"), None, 1 << 22)
+        found = re.search(rb'"is_sleeping"\s*:\s*(true|false)', probe.body)
+        was_asleep, self._is_asleep = self._is_asleep, bool(found) and found[1] == b"true"
+        if self._is_asleep and not was_asleep:
+            self.on_slept(self)
+        elif was_asleep and found and not self._is_asleep:
+            self.on_loaded(self)
+        wait = SLEEP_POLL if self._is_asleep else self._sleep_seconds
+        self._sleep_look = time.monotonic() + wait
 
 
-class ProcessBackend:
-    """One run of a model server that is a child process.
+# -- a child process -------------------------------------------------------------------
 
-    `start()` returns at once. Then `on_loaded(self)` is called when it is ready, or
-    awake again, `on_slept(self)` when it fell asleep, `on_dying(self)` when it is found
-    dead or hanging though nobody stopped it, and `on_exited(self, problem)` when
-    nothing of it is left (problem: a StartFailed, or None if it was stopped), all on
-    its own thread. `on_line(text)` gets each line that it writes.
+
+class ProcessBackend(Backend):
+    """A model server that is a child process, in a session and group of its own.
+
+    A second thread reads its output and notices its exit (`_watch_process`).
     """
 
     def __init__(self, model: Model, guard: Guard, settle_timeout: float):
-        equip(self, model)
+        super().__init__(model)
         self.lines = collections.deque(maxlen=LAST_LINES)
         self.gauge = LoadGauge()
         self._guard = guard
         self._settle_timeout = settle_timeout
         self._process = None
-        self._partial_line = b""
+        self._exit_status = None
+        self._exited = threading.Event()
+        self._lock = threading.Lock()  # of killing the group and reaping its leader
 
-    start, stop = begin, ask_to_stop
-    sleep, wake = ask_to_sleep, ask_to_wake
-    is_there, has_died = may_be_asked, has_ended_unasked
-    suspect, is_over = note_silence, has_to_end
-
-    def rest(self, until: float, check: Optional[HealthCheck] = None):
-        """Sleep until then, or until something happens; note what happened."""
-        if self._exit_fd is None:
-            until = min(until, time.monotonic() + 0.05)
-        news = self._watch.rest(until, check)
-        if self._output in news:
-            self._read_output()
-        if self._exit_fd in news:
-            self._watch.unfollow(self._exit_fd)
-            self._exit_fd = None
-            self._is_exited = True
-        elif self._exit_fd is None and not self._is_exited:
-            self._is_exited = _exit_of(self.pid) is not None
-        note_progress(self)
+    def stop(self, at_once=False):
+        """End it: within its stop timeout if it is loaded, else by a kill."""
+        super().stop(at_once)
+        if at_once or not (self._is_ready or self.model.settings.cmd_stop):
+            self._kill_group()
 
     # -- coming up
 
-    def _come_up(self):
-        """Whether it became ready. If its port was taken meanwhile, take another."""
+    def _load(self):
+        """Start it, on another port if its port was taken meanwhile."""
         for _ in range(PORT_TRIES):
-            self._spawn()
-            if await_ready(self):
+            if super()._load():
                 self._warn_if_score_was_refused()
                 return True
-            if self._is_exited:
+            if self._exited.is_set():
                 self._look_for_stranger()
             if self._is_stop_asked or not (self._stranger and self._is_port_chosen):
                 return False
-            self._end_process()
+            self._terminate()
         return False
 
     def _spawn(self):
@@ -3465,16 +3237,17 @@ class ProcessBackend:
         except ConfigError as error:
             raise StartFailed(str(error)) from None
         self._is_port_chosen = self.upstream.port == self.port
-        self.doze = doze_of(argv) if model.kind == "llama-server" else None
+        if model.kind == "llama-server":
+            self._read_sleep_option(argv)
         environment = clean_environment(model.environment(str(self.port)))
         cwd = model.settings.cwd or None
         find_program(argv[0], environment, cwd)
-        self._stranger = self._judge = None
-        self._is_exited = self._is_ours = self._was_told_to_go = False
+        self._stranger, self._owns_listener, self._was_visible = None, False, False
         self._oom_kills = oom_kills()
         score = str(model.settings.oom_score_adj)
+        self._guard.ensure_alive()
         try:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 ["/bin/sh", "-c", SPAWN_SCRIPT, "sh", score, DESCRIPTORS, *argv],
                 stdin=self._guard.fd,
                 stdout=subprocess.PIPE,
@@ -3485,54 +3258,113 @@ class ProcessBackend:
             )
         except OSError as error:
             raise StartFailed(f"{model.name} could not be started: {error}") from None
-        self.pid = self._process.pid
+        self._attend(process)
+
+    def _attend(self, process):
+        """Watch the new process from now on."""
+        self.pid = process.pid
         self.where = f"pid {self.pid}, port {self.port}"
         self._guard.watch(self.pid)
-        self._watch_child()
-
-    def _watch_child(self):
         self._began = self._progress_at = time.monotonic()
-        self._seen_signs = {signs_of_life(self.pid)}
-        self._output = self._process.stdout.fileno()
-        os.set_blocking(self._output, False)
-        self._watch.add(self._output)
-        self._exit_fd = self._watch.follow(self.pid)
+        self._seen_activity = {signs_of_life(self.pid)}
+        self._exited.clear()
+        self._monitor = threading.Thread(
+            target=self._watch_process, args=(process,), daemon=True
+        )
+        with self._lock:
+            self._process = process
+        try:
+            self._monitor.start()
+        except RuntimeError:  # no more threads can be started
+            self._kill_group()
+            process.wait()
+            process.stdout.close()
+            self._guard.forget(self.pid)
+            self._process = None
+            raise
+        if self._is_stop_asked:  # `stop` may have come before there was a process
+            self.stop(self._is_kill_asked)
 
-    def _may_hope(self):
-        """Whether it may become ready yet: of ports that strangers have, fixed ones may
-        yet become free."""
-        if self.is_over():
+    def _read_sleep_option(self, argv):
+        given = [value for word, value in zip(argv, argv[1:]) if word == SLEEP_OPTION]
+        with contextlib.suppress(ValueError):  # llama-server itself complains
+            seconds = float(given[-1]) if given else 0.0
+            if seconds > 0:
+                self._sleep_seconds = seconds + SLEEP_SLACK
+                self._sleep_look = time.monotonic() + self._sleep_seconds
+
+    def _watch_process(self, process):
+        """Read its output until it has ended; runs on a thread of its own."""
+        output, rest = process.stdout.fileno(), b""
+        os.set_blocking(output, False)
+        poll = select.poll()
+        poll.register(output, select.POLLIN)
+        try:
+            exit_fd = os.pidfd_open(process.pid)
+            poll.register(exit_fd, select.POLLIN)
+        except (AttributeError, OSError):
+            exit_fd = None  # not Linux, or no descriptor is left
+        reads_left = math.inf
+        while reads_left > 0:
+            ready = dict(poll.poll(None if exit_fd is not None else 50))
+            has_exited = exit_fd in ready or exit_fd is None and _exit_of(process.pid)
+            if has_exited and reads_left == math.inf:
+                reads_left = 17  # a pipe holds a megabyte; others may write for ever
+            reads_left -= 1
+            piece = None
+            with contextlib.suppress(BlockingIOError):
+                piece = os.read(output, 65536)
+            if piece:
+                rest = self._take_lines(rest + piece)
+                self._progress_at = time.monotonic()
+                self._wakeup.set()
+            elif piece == b"":
+                with contextlib.suppress(KeyError):
+                    poll.unregister(output)
+            if has_exited and not piece:
+                break
+        if rest:
+            self._take_lines(rest + b"\n")
+        if exit_fd is not None:
+            os.close(exit_fd)
+        self._exited.set()
+        self._wakeup.set()
+
+    def _take_lines(self, data):
+        """Pass whole lines on; return what is left."""
+        *lines, rest = data.split(b"\n")
+        if len(rest) > LONGEST_LINE:
+            lines, rest = [*lines, rest], b""
+        for line in lines:
+            for start in range(0, len(line) or 1, LONGEST_LINE):
+                text = line[start : start + LONGEST_LINE].decode("utf-8", "replace")
+                if not self.gauge.hear(text):
+                    self.lines.append(text.rstrip("\r"))
+                    self.on_line(self.lines[-1])
+        return rest
+
+    def _is_running(self):
+        return not self._exited.is_set()
+
+    def _may_become_ready(self):
+        """A stranger on a fixed port may leave it; from a port of ours it does not."""
+        if not self._is_alive():
             return False
         is_late = time.monotonic() > self._began + HEALTH_PATIENCE
         if self._stranger and (is_late or self._is_port_chosen):
             return False
-        self._stranger = None  # unless it is seen again
+        self._stranger = None
         return True
 
+    def _is_listener_ours(self):
+        return self._check_listener(may_hide=self.model.kind == "cmd")
+
     def _look_for_stranger(self):
-        """It failed: perhaps because somebody took its port before any check saw it."""
+        """It failed: perhaps because its port was taken before a check saw that."""
         end = _exit_of(self.pid)
         if end and end.si_status and self.upstream.host in LOOPBACK:
             inodes = listening_inodes(self.upstream.port)
-            self._stranger = stranger_on(inodes, self.pid, may_hide=False)
-
-    def _is_listener_ours(self):
-        return is_listener_ours(self, may_hide=self.model.kind == "cmd")
-
-    # -- being there
-
-    def _dwell(self):
-        self.rest(self.doze.next_look if self.doze else math.inf)
-        if self.doze:
-            self.doze.look(self)
-
-    _examine = examine
-
-    def _bring_down(self):
-        """End it, but not this life."""
-        self.upstream.close()
-        self._end_process()
-        self._is_ready = False
+            self._stranger = foreign_listener(inodes, self.pid, may_hide=False)
 
     def _warn_if_score_was_refused(self):
         wanted = str(self.model.settings.oom_score_adj)
@@ -3540,66 +3372,30 @@ class ProcessBackend:
         if actual not in ("", wanted):
             self.on_line(f"llmswap: oom-score-adj is {actual}, {wanted} was refused")
 
-    def _read_output(self):
-        try:
-            piece = os.read(self._output, 65536)
-        except BlockingIOError:
-            return False
-        if not piece:
-            self._close_output()
-            return False
-        self._progress_at = time.monotonic()
-        *lines, self._partial_line = (self._partial_line + piece).split(b"\n")
-        for line in lines:
-            self._take_line(line)
-        if len(self._partial_line) > LONGEST_LINE:
-            self._take_line(self._partial_line)
-            self._partial_line = b""
-        return True
-
-    def _take_line(self, line):
-        for start in range(0, len(line) or 1, LONGEST_LINE):
-            text = line[start : start + LONGEST_LINE].decode("utf-8", "replace")
-            if not self.gauge.hear(text):
-                self.lines.append(text.rstrip("\r"))
-                self.on_line(self.lines[-1])
-
     # -- going
 
-    def _end(self):
-        """Stop it if it runs, and wait until nothing of it is left."""
-        try:
-            if self.upstream:
-                self.upstream.close()
-            if self._process and self._is_ready and not self._is_exited:
-                self._ask_to_stop()
-        except Exception as error:  # whatever it is, the process must go
-            self.on_line(f"llmswap: while it was stopped: {error}")
-        finally:
-            self._end_process()
+    def _terminate(self):
+        if self._process is None:
+            return
+        self.upstream.close()
+        has_grace = self._is_ready and not self._is_unresponsive
+        if not self._exited.is_set() and (has_grace or self.model.settings.cmd_stop):
+            self._ask_to_exit()
+        self._reap()
 
-    def _ask_to_stop(self):
-        """Let it end by itself, for as long as its stop timeout lets it."""
-        self._was_told_to_go = True
+    def _ask_to_exit(self):
+        """Run the stop command or send SIGTERM, and wait for the stop timeout."""
         deadline = time.monotonic() + self.model.settings.stop_timeout
-        stopper = self._run_stop_command()
-        if not stopper:
-            self._signal(signal.SIGTERM)
-        while not self._is_exited and self._may_wait(deadline):
-            self.rest(deadline)
-        if stopper:
-            self._finish(stopper, deadline)
-
-    def _may_wait(self, deadline):
-        return not self._is_kill_asked and time.monotonic() < deadline
-
-    def _finish(self, stopper, deadline):
-        """It may have more to do, such as to remove a container."""
-        while stopper.poll() is None and self._may_wait(deadline):
-            self.rest(min(deadline, time.monotonic() + 0.02))
-        if stopper.returncode is None:
-            os.killpg(stopper.pid, signal.SIGKILL)
-            stopper.wait()
+        command = self._run_stop_command()
+        if not command:
+            self._signal_group(signal.SIGTERM)
+        while time.monotonic() < deadline and not self._is_kill_asked:
+            if self._exited.is_set() and (not command or command.poll() is not None):
+                break  # the stop command may still have to remove a container
+            self._wait(min(deadline - time.monotonic(), 0.02 if command else math.inf))
+        if command and command.poll() is None:
+            os.killpg(command.pid, signal.SIGKILL)
+            command.wait()
 
     def _run_stop_command(self):
         try:
@@ -3617,65 +3413,37 @@ class ProcessBackend:
             self.on_line(f"llmswap: cmd-stop: {error}")
             return None
 
-    def _end_process(self):
-        """Kill the whole group, then reap its leader; keep its last words."""
-        if self._process is None:
-            return
-        is_unaware = not (self._is_exited or self._was_told_to_go)
-        if self.model.settings.cmd_stop and is_unaware:
-            self._ask_to_stop()  # what is elsewhere, in a container, outlives a kill
-        process, self._process = self._process, None
-        memory_users = gpu_users_among(self.pid)
-        self._signal(signal.SIGKILL)  # its workers may outlive the leader
-        self._await_exit()
-        self._signal(signal.SIGKILL)  # what was forked at that moment
+    def _reap(self):
+        """Kill the whole group, then reap its leader."""
+        process = self._process
+        gpu_users = gpu_users_among(self.pid)
+        self._kill_group()  # its workers may outlive the leader
+        if not self._exited.wait(10.0):
+            self.on_line(f"llmswap: process {self.pid} hangs in the kernel, killed")
+            self._exited.wait()
+        self._kill_group()  # what was forked at that moment
         self._guard.forget(self.pid)
-        self._exit_status = process.wait()
-        self._await_group()
-        self._hear_last_words()
-        process.stdout.close()
-        if not self._is_kill_asked:
-            settle(memory_users, self._settle_timeout)
-
-    def _hear_last_words(self):
-        """Read what is left in the pipe; who left the group may write for ever."""
-        for _ in range(17):  # a pipe holds a megabyte at most
-            if self._output is None or not self._read_output():
-                break
-        if self._partial_line:
-            self._take_line(self._partial_line)
-            self._partial_line = b""
-        self._close_output()
-
-    def _close_output(self):
-        if self._output is not None:
-            self._watch.remove(self._output)
-            self._output = None
-
-    def _await_exit(self):
-        """Wait for the leader's death, however long the kernel takes over it."""
-        late_at = time.monotonic() + 10.0
-        while not self._is_exited:
-            self.rest(late_at)
-            if time.monotonic() > late_at:
-                late_at = math.inf
-                self.on_line(f"llmswap: process {self.pid} hangs in the kernel, killed")
-
-    def _await_group(self):
-        """The others of the group were killed; give the kernel up to 1 s to finish."""
+        with self._lock:
+            self._exit_status, self._process = process.wait(), None
         deadline = time.monotonic() + 1.0
         while time.monotonic() < deadline and _is_group_alive(self.pid):
             time.sleep(0.002)
+        self._monitor.join()
+        process.stdout.close()
+        if not self._is_kill_asked:
+            settle(gpu_users, self._settle_timeout)
 
-    def _signal(self, number):
-        try:
+    def _kill_group(self):
+        with self._lock:  # the number of a reaped leader may be another's
+            if self._process is not None:
+                self._signal_group(signal.SIGKILL)
+
+    def _signal_group(self, number):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
-        except (ProcessLookupError, PermissionError):
-            pass  # nobody is left, or only who changed the user
 
     def _failure(self):
-        """Say why it ended though nobody asked it to."""
-        told, status = self._last_words(), self._exit_status
+        lines, status = self._last_lines(), self._exit_status
         if self._stranger and not self._is_ready:
             why = f"its port {self.upstream.port} is held by {self._stranger}"
         elif status in (-9, 128 + 9) and oom_kills() > self._oom_kills:
@@ -3686,13 +3454,13 @@ class ProcessBackend:
             why = f"exited with status {status}"
         what = "ended by itself" if self._is_ready else "could not be started"
         exit_code = status if status >= 0 else None
-        return StartFailed(f"{self._title} {what}: {why}{told}", exit_code)
+        return StartFailed(f"{self._title} {what}: {why}{lines}", exit_code)
 
-    def _last_words(self):
-        """End it; return the last lines that it wrote, for people to read."""
-        self._end_process()
-        told = "\n".join([line for line in self.lines if line.strip()][-10:])
-        return f"\n{told[-3000:]}" if told else ""
+    def _last_lines(self):
+        """End it; return the last lines that it wrote."""
+        self._terminate()
+        text = "\n".join([line for line in list(self.lines) if line.strip()][-10:])
+        return f"\n{text[-3000:]}" if text else ""
 
 
 def _exit_of(pid):
@@ -3733,11 +3501,6 @@ def memory_of(pid: int) -> Dict[str, int]:
     return {name: int(size) * 1024 for name, size in rows}
 
 
-def disk_reads_of(pid: int) -> int:
-    """Return how many bytes the process had disks read, past the cache too."""
-    return _kernel_counts(f"/proc/{pid}/io", "read_bytes: ")
-
-
 def signs_of_life(pid: int) -> tuple:
     """Return what changes while the process or its descendants load a model: megabytes
     of memory, and those that they had disks read; a page now and then is no load."""
@@ -3745,6 +3508,11 @@ def signs_of_life(pid: int) -> tuple:
         (memory_of(each).get("VmRSS", 0) >> 20, disk_reads_of(each) >> 20)
         for each in family_of(pid)
     )
+
+
+def disk_reads_of(pid: int) -> int:
+    """Return how many bytes the process had disks read, past the cache too."""
+    return _kernel_counts(f"/proc/{pid}/io", "read_bytes: ")
 
 
 def oom_kills() -> int:
@@ -3851,7 +3619,7 @@ def gpu_memory_by_group() -> Dict[int, int]:
 
 # -- systemd units ---------------------------------------------------------------------
 
-ERRAND_PATIENCE = 5.0  # s; what a quick question to systemd may take
+COMMAND_TIMEOUT = 5.0  # s; for a quick question to systemd
 JOURNAL_MOMENT = 0.4  # s; if it has nothing new by then, it has everything
 LOOK_EVERY = 5.0  # s; how often a unit is looked at whose main process is not known
 DEAF_SECONDS = 30.0  # s; a systemd that hangs is not asked again before
@@ -3877,15 +3645,15 @@ class Service:
         return ["journalctl", which, self.name, "-n", "20", "-o", "cat", "-q"]
 
 
-def run_errand(argv: List[str], patience: float, gives_up=None, life=None):
-    """Run a short command of the system's, which may hang, for so many seconds at most,
-    or until `gives_up()`; return its status (None: it was killed, or cannot run) and
-    what it wrote. `life` is the one that has to wait for it, if any.
-    """
+def run_command(argv: List[str], timeout: float, until=lambda: False):
+    """Run a short command of the system's, which may hang, at most so many seconds, or
+    until `until()`; return its status (None: it was killed, or cannot run) and what it
+    wrote."""
     import tempfile  # only units need it
 
     environment = clean_environment({})
     environment.setdefault("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}")
+    deadline = time.monotonic() + timeout
     try:
         with tempfile.TemporaryFile() as output:  # a pipe may outlive the command
             process = subprocess.Popen(
@@ -3896,28 +3664,19 @@ def run_errand(argv: List[str], patience: float, gives_up=None, life=None):
                 env=environment,
                 start_new_session=True,
             )
-            status = _await_errand(process, patience, gives_up, life)
+            while process.poll() is None and time.monotonic() < deadline:
+                if until and until():
+                    break
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(min(0.1, max(0.0, deadline - time.monotonic())))
+            status = process.poll()
+            if status is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
             output.seek(0)
             return status, output.read(65536).decode("utf-8", "replace").strip()
     except OSError as error:
         return None, f"{argv[0]}: {error.strerror}"
-
-
-def _await_errand(process, patience, gives_up, life):
-    watch = life._watch if life else Watch()
-    rest, until = (life or watch).rest, time.monotonic() + patience
-    exit_fd = watch.follow(process.pid)
-    interval = 0.02 if exit_fd is None else TICK
-    while process.poll() is None and time.monotonic() < until:
-        if gives_up and gives_up():
-            break
-        rest(min(until, time.monotonic() + interval))
-    watch.unfollow(exit_fd)
-    status = process.poll()
-    if status is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return status
 
 
 def running_units(units: Sequence[str], gives_up: Callable) -> Set[str]:
@@ -3929,7 +3688,7 @@ def running_units(units: Sequence[str], gives_up: Callable) -> Set[str]:
         if named:
             first, *others = [Service(unit) for unit in named]
             argv = first.systemctl("is-active") + [each.name for each in others]
-            _, said = run_errand(argv, ERRAND_PATIENCE, gives_up)
+            _, said = run_command(argv, COMMAND_TIMEOUT, gives_up)
             states = zip(named, said.split())
             found.update(unit for unit, state in states if state in RUNNING)
     return found
@@ -3950,198 +3709,186 @@ def check_unit(model: Model):
     """Raise StartFailed if systemd has no such unit. Takes seconds if systemd hangs."""
     service = Service(model.settings.unit)
     argv = service.systemctl("show", "-p", "LoadState")
-    status, said = run_errand(argv, ERRAND_PATIENCE)
+    status, said = run_command(argv, COMMAND_TIMEOUT)
     state = said.partition("LoadState=")[2].partition("\n")[0]
     if status == 0 and state not in ("", "loaded"):
         raise StartFailed(f"{model.name}: the unit {service.name} is {state}")
 
 
-class UnitBackend:
-    """One run of a model server that is a systemd service.
+class UnitBackend(Backend):
+    """A model server that is a systemd service, run by systemctl (which may hang).
 
-    It is started, watched and stopped by systemctl, which may hang: that holds up this
-    life alone. Calls back as ProcessBackend does. `rivals` are the other units that
-    listen where this one does: they are stopped before it starts.
+    `rivals` are the other units that listen where this one does: they are stopped
+    before it starts.
     """
 
     def __init__(self, model: Model, rivals: Sequence[str], settle_timeout: float):
-        equip(self, model, Upstream(model.url("")))
+        super().__init__(model, Upstream(model.url("")))
         self.service = Service(model.settings.unit)
         self.where = model.settings.unit
         self._title = f"{model.name} ({self.where})"
         self._rivals = rivals
         self._settle_timeout = settle_timeout
-        self._deaf_until = 0.0  # systemd did not answer; it is not asked until then
-        self._is_started = False
-
-    start, stop = begin, ask_to_stop
-    sleep, wake = ask_to_sleep, ask_to_wake
-    is_there, has_died = may_be_asked, has_ended_unasked
-    suspect, is_over = note_silence, has_to_end
+        self._retry_systemd_at = 0.0  # it did not answer and is not asked before
+        self._is_started = self._has_exited = False
+        self._exit_fd = None
+        self._look_at = math.inf
 
     def adopt(self):
-        """Begin the life of a unit that runs already, ready or not."""
+        """Begin with a unit that runs already, ready or not."""
         self._is_started = True
         self.start()
 
-    def rest(self, until: float, check: Optional[HealthCheck] = None):
-        """Sleep until then, or until something happens; note what happened."""
-        if self._exit_fd in self._watch.rest(until, check):
-            self._unfollow()
-            self._is_exited = True
-        note_progress(self)
-
     # -- coming up
 
-    def _come_up(self):
-        """Start the unit, unless it was found running; whether it became ready."""
-        self._began = self._progress_at = time.monotonic()
+    def _load(self):
+        is_loaded = super()._load()
+        if is_loaded and self._exit_fd is None:
+            self._follow_main_process()  # what ran first, if any, was a preparation
+        return is_loaded
+
+    def _spawn(self):
         if not self._is_started:
             self._start_unit()
         self._follow_main_process()
-        is_ready = await_ready(self)
-        if is_ready and self._exit_fd is None:
-            self._follow_main_process()  # what ran first, if any, was but a preparation
-        return is_ready
 
     def _start_unit(self):
         self._stop_rivals()
-        if self._look("ActiveState").get("ActiveState") == "failed":
-            self._tell_systemd("reset-failed")
+        if self._show("ActiveState").get("ActiveState") == "failed":
+            self._systemctl("reset-failed")
         self._is_started = True
         limit = self.model.settings.load_timeout or math.inf
-        status, said = self._tell_systemd("start", limit=limit, gives_up=self.is_over)
-        if self.is_over() or status == 0:
+        status, text = self._systemctl("start", timeout=limit, until=self._must_stop)
+        if self._is_stop_asked or status == 0:
             return
         if status is None and time.monotonic() >= self._began + limit:
             raise LoadTimeout(f"{self._title}: systemctl start took over {limit:g} s")
-        why = f"{said}{self._last_words()}"
+        why = f"{text}{self._last_lines()}"
         raise StartFailed(f"{self._title} could not be started: {why}")
 
+    def _must_stop(self):
+        return self._is_stop_asked
+
     def _stop_rivals(self):
-        """Make sure that nobody else answers where this unit is to listen."""
-        for unit in running_units(self._rivals, self.is_over):
+        for unit in running_units(self._rivals, self._must_stop):
             self.on_line(f"llmswap: {unit} is in the way; it is stopped")
-            limit = self.model.settings.stop_timeout + ERRAND_PATIENCE
+            timeout = self.model.settings.stop_timeout + COMMAND_TIMEOUT
             argv = Service(unit).systemctl("stop")
-            status, said = self._run(argv, limit, self.is_over)
-            if status != 0 and not self.is_over():
-                why = f"{unit}, which uses its port, could not be stopped: {said}"
+            status, text = run_command(argv, timeout, self._must_stop)
+            if status != 0 and not self._is_stop_asked:
+                why = f"{unit}, which uses its port, could not be stopped: {text}"
                 raise StartFailed(f"{self._title}: {why}")
 
     def _follow_main_process(self):
         """Find its main process, whose end is the unit's; there may be none."""
         self._unfollow()
-        found = self._look("MainPID", "ActiveState")
-        self._is_exited = found.get("ActiveState", "active") not in RUNNING
+        found = self._show("MainPID", "ActiveState")
+        self._has_exited = found.get("ActiveState", "active") not in RUNNING
         self.pid = int(found.get("MainPID") or 0) or None
-        self._judge, self._is_ours = None, False
-        self._exit_fd = self._watch.follow(self.pid) if self.pid else None
-        is_watched = self._exit_fd is not None
-        self._look_at = math.inf if is_watched else time.monotonic() + SIGNS_EVERY
+        self._owns_listener = self._was_visible = False
+        self._look_at = time.monotonic() + SIGNS_EVERY
+        with contextlib.suppress(OSError, AttributeError):
+            if self.pid:
+                self._exit_fd = os.pidfd_open(self.pid)
+                watch = threading.Thread(
+                    target=self._await_exit, args=(os.dup(self._exit_fd), self.pid)
+                )
+                watch.daemon = True
+                watch.start()
+
+    def _await_exit(self, fd, pid):
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        poll.poll()
+        os.close(fd)
+        if pid == self.pid:
+            self._has_exited = True
+        self._wakeup.set()
 
     def _unfollow(self):
-        self._watch.unfollow(self._exit_fd)
-        self._exit_fd = None
+        if self._exit_fd is not None:
+            os.close(self._exit_fd)
+            self._exit_fd = None
 
-    def _may_hope(self):
-        self._look_after()
-        return not self.is_over()
-
-    def _look_after(self):
-        """Without a main process to watch, ask now and then whether the unit runs."""
-        now = time.monotonic()
-        if now >= self._look_at and not self.is_over():
-            self._look_at = now + (LOOK_EVERY if self._is_ready else SIGNS_EVERY)
-            self._is_exited = not self._is_running()
-
-    def _is_listener_ours(self):
-        if self.pid is None:  # once ready, it is looked after
-            return self._is_ready or self._is_running()
-        main = process_stat(self.pid)
-        if main is None or main.state in "ZX":
-            return False  # it is somebody else who answers
-        return is_listener_ours(self, may_hide=True)
+    def _wait(self, seconds):
+        if self._exit_fd is None:
+            seconds = min(seconds, self._look_at - time.monotonic())
+        super()._wait(seconds)
 
     def _is_running(self):
+        """Ask systemd now and then if there is no main process to watch."""
+        now = time.monotonic()
+        if self._exit_fd is None and not self._has_exited and now >= self._look_at:
+            self._look_at = now + (LOOK_EVERY if self._is_ready else SIGNS_EVERY)
+            self._has_exited = not self._is_active()
+        return not self._has_exited
+
+    def _is_active(self):
         """Whether systemd says so, or says nothing."""
-        return self._look("ActiveState").get("ActiveState", "active") in RUNNING
+        return self._show("ActiveState").get("ActiveState", "active") in RUNNING
 
-    # -- being there
-
-    _examine = examine
-
-    def _dwell(self):
-        self.rest(self._look_at)
-        self._look_after()
+    def _is_listener_ours(self):
+        if self.pid is None:
+            return self._is_ready or self._is_active()
+        main = process_stat(self.pid)
+        if main is None or main.state in "ZX":
+            return False
+        return self._check_listener(may_hide=True)
 
     # -- going
 
-    def _end(self):
-        try:
-            self.upstream.close()
-            if self._is_started:
-                self._bring_down()
-        except OSError as error:
-            self.on_line(f"llmswap: while it was stopped: {error}")
-
-    def _bring_down(self):
+    def _terminate(self):
         """Stop the unit, and wait until nothing of it is left."""
+        if not self._is_started:
+            return
         users = unit_processes(self.service.name) if _gpu_tools() else set()
         if not self._is_ready:
-            self._tell_systemd("kill", "--signal=KILL")
-        status, said = self._tell_systemd(
+            self._systemctl("kill", "--signal=KILL")
+        status, text = self._systemctl(
             "stop",
-            limit=self.model.settings.stop_timeout,
-            gives_up=lambda: self._is_kill_asked,
+            timeout=self.model.settings.stop_timeout,
+            until=lambda: self._is_kill_asked,
         )
         if status != 0:
-            said = said or "no answer"
-            self.on_line(f"llmswap: systemctl stop: {said}; it is killed")
-            self._tell_systemd("kill", "--signal=KILL")
-            self._tell_systemd("stop")
+            text = text or "no answer"
+            self.on_line(f"llmswap: systemctl stop: {text}; it is killed")
+            self._systemctl("kill", "--signal=KILL")
+            self._systemctl("stop")
             self._kill_main_process()
         self._unfollow()
-        self._is_ready = self._is_exited = self._is_started = False
+        self._is_ready = self._has_exited = self._is_started = False
         settle(users, self._settle_timeout)
 
     def _kill_main_process(self):
-        """systemd did not do it: do it ourselves if we may, and wait for the end."""
+        """SIGKILL the main process, which systemctl could not stop."""
         if self._exit_fd is None:
             return
-        try:
+        with contextlib.suppress(OSError):  # it is gone, or not ours to kill
             signal.pidfd_send_signal(self._exit_fd, signal.SIGKILL)
-        except OSError:
-            pass  # it is gone, or not ours to kill
-        until = time.monotonic() + ERRAND_PATIENCE
-        while not self._is_exited and time.monotonic() < until:
-            self.rest(until)
-        if not self._is_exited:
+        until = time.monotonic() + COMMAND_TIMEOUT
+        while not self._has_exited and time.monotonic() < until:
+            self._wait(until - time.monotonic())
+        if not self._has_exited:
             self.on_line(f"llmswap: process {self.pid} of {self.service.name} lives on")
 
     # -- systemd
 
-    def _run(self, argv, limit=None, gives_up=None):
-        patience = ERRAND_PATIENCE if limit is None else limit
-        return run_errand(argv, patience, gives_up, self)
+    def _systemctl(self, verb, *options, timeout=None, until=None):
+        argv = self.service.systemctl(verb, *options)
+        return run_command(argv, COMMAND_TIMEOUT if timeout is None else timeout, until)
 
-    def _tell_systemd(self, verb, *options, limit=None, gives_up=None):
-        return self._run(self.service.systemctl(verb, *options), limit, gives_up)
-
-    def _look(self, *properties):
+    def _show(self, *properties):
         """Return what systemd says of the unit; nothing if it does not answer."""
-        if time.monotonic() < self._deaf_until:
+        if time.monotonic() < self._retry_systemd_at:
             return {}
-        argv = self.service.systemctl("show", "-p", ",".join(properties))
-        status, said = self._run(argv)
+        status, text = self._systemctl("show", "-p", ",".join(properties))
         if status is None:
-            self._deaf_until = time.monotonic() + DEAF_SECONDS
-        lines = [line.partition("=") for line in said.splitlines()]
-        return {name: value for name, _, value in lines}
+            self._retry_systemd_at = time.monotonic() + DEAF_SECONDS
+        return dict(line.partition("=")[::2] for line in text.splitlines())
 
     def _failure(self):
-        """Say why it ended; None: somebody else stopped it, which is no failure."""
-        found = self._end_as_told()
+        """Why it ended; None: it was stopped by somebody else, which is no failure."""
+        found = self._properties_at_end()
         result = found.get("Result", "unknown")
         if self._is_ready and result == "success":
             self.on_line(f"llmswap: {self.service.name} was stopped by somebody else")
@@ -4152,27 +3899,28 @@ class UnitBackend:
             why = f"{result}, status {found.get('ExecMainStatus', 'unknown')}"
         what = "ended by itself" if self._is_ready else "could not be started"
         code = int(found["ExecMainStatus"]) if result == "exit-code" else None
-        return StartFailed(f"{self._title} {what}: {why}{self._last_words()}", code)
+        return StartFailed(f"{self._title} {what}: {why}{self._last_lines()}", code)
 
-    def _end_as_told(self):
-        """What systemd says of the end, which it may notice a moment after us."""
-        until = time.monotonic() + ERRAND_PATIENCE
+    def _properties_at_end(self):
+        """Return what systemd says of the end, which it may notice after us."""
+        until = time.monotonic() + COMMAND_TIMEOUT
         while True:
-            found = self._look("MainPID", "Result", "ExecMainStatus")
+            found = self._show("MainPID", "Result", "ExecMainStatus")
             if found.get("MainPID") != str(self.pid) or time.monotonic() >= until:
                 return found
-            self.rest(time.monotonic() + 0.05)
+            time.sleep(0.05)
 
-    def _last_words(self):
-        """What it wrote last; the journal has it a moment after the end."""
-        status, said = self._run(self.service.journalctl())
-        until = time.monotonic() + ERRAND_PATIENCE
+    def _last_lines(self):
+        """Return the journal's last lines, which it has a moment after the end."""
+        status, text = run_command(self.service.journalctl(), COMMAND_TIMEOUT)
+        until = time.monotonic() + COMMAND_TIMEOUT
         while status == 0 and time.monotonic() < until:
-            self.rest(time.monotonic() + JOURNAL_MOMENT)
-            before, (status, said) = said, self._run(self.service.journalctl())
-            if said == before:
+            time.sleep(JOURNAL_MOMENT)
+            before = text
+            status, text = run_command(self.service.journalctl(), COMMAND_TIMEOUT)
+            if text == before:
                 break
-        return f"\n{said[-3000:] or '(the journal shows us nothing of it)'}"
+        return f"\n{text[-3000:] or '(the journal shows us nothing of it)'}"
 
 
 # -- remote models ---------------------------------------------------------------------
@@ -4195,112 +3943,107 @@ def send_magic_packet(mac: bytes, address: Tuple[str, int]):
         sock.sendto(magic_packet(mac), address)
 
 
-class RemoteBackend:
-    """A server elsewhere, for as long as it is there. It is woken if it can be, asked
-    for health, and relayed to; stopping it means to forget about it.
+class RemoteBackend(Backend):
+    """A server elsewhere: woken if it can be, asked for health, and relayed to.
 
-    When it vanishes, `on_exited(self, None)` tells so: it is asleep, not broken. Calls
-    back as ProcessBackend does.
+    To stop it is to forget it. When it vanishes, `on_exited(self, None)` tells so: it is
+    asleep, not broken.
     """
 
     def __init__(self, model: Model):
-        equip(self, model, Upstream(model.url("")))
+        super().__init__(model, Upstream(model.url("")))
         self.where = model.url("")
+        self._is_lost = False
         self._next_packet = math.inf
 
-    start, stop = begin, ask_to_stop  # to stop it is to forget it
-    sleep, wake = ask_to_sleep, ask_to_wake
-    is_over = has_to_end
+    # -- called from any thread
 
-    def is_there(self, within: float) -> Optional[bool]:
-        """Whether a request may be sent. It is asked if it gave no sign of life lately,
-        which takes seconds at most. Any thread."""
+    def is_there(self, timeout: float) -> Optional[bool]:
+        """Return whether a request may be sent; None if it is not known in time.
+
+        It is asked unless it gave a sign of life lately.
+        """
         upstream = self.upstream
-        if self._has_ended.is_set():
+        if self._ended.is_set():
             return False
         if upstream.is_fresh(math.inf if upstream.is_busy else FRESH):
             return True
-        if ask_now(self, HEALTH_PATIENCE).found is Health.READY:
+        if self._ask_now(HEALTH_PATIENCE).ok:
             return True
         self._lose()
-        return False if self._has_ended.wait(within) else None
+        return False if self._ended.wait(timeout) else None
 
-    def has_died(self, within: float) -> bool:
-        """Whether it vanished, as far as it can be found out so soon. Any thread."""
-        check = ask_now(self, within)
-        is_refused = check.found is Health.NOT_YET and not check.was_answered
-        is_silent = check.found is Health.PENDING and within >= CONNECT_PATIENCE
+    def has_died(self, timeout: float) -> bool:
+        """Return whether it vanished, as far as it can be found out so soon."""
+        probe = self._ask_now(timeout)
+        is_refused = probe.error is not None and not probe.timed_out
+        is_silent = probe.timed_out and timeout >= CONNECT_PATIENCE
         if is_refused or (is_silent and not self.upstream.is_busy):
             self._lose()
-        return self._is_exited and self._has_ended.wait(CONNECT_PATIENCE)
-
-    def _lose(self):
-        """It is not there any more."""
-        self._is_exited = True
-        self._watch.ring()
+        return self._is_lost and self._ended.wait(CONNECT_PATIENCE)
 
     def suspect(self):
-        """A request has been silent for long: see whether it is there. Any thread."""
-        self._suspicion = time.monotonic()
-        self._watch.ring()
+        """A request has been silent for long: see whether it is there."""
+        self._silent_since = time.monotonic()
+        self._wakeup.set()
 
-    def rest(self, until: float, check: Optional[HealthCheck] = None):
-        """Sleep until then, or until something happens; send what is due meanwhile."""
-        self._watch.rest(min(until, self._next_packet), check)
+    def _lose(self):
+        self._is_lost = True
+        self._wakeup.set()
+
+    # -- on its thread
+
+    def _spawn(self):
+        self._is_lost = False
+        if self.model.settings.wake_mac:
+            self._next_packet = 0.0
+
+    def _load(self):
+        try:
+            return super()._load()
+        finally:
+            self._next_packet = math.inf
+
+    def _load_timeout_text(self, limit, probe):
+        where = f"{self._title} at {self.where}"
+        return f"{where} did not answer for {limit:g} s: {probe.reason}"
+
+    def _may_become_ready(self):
         if time.monotonic() >= self._next_packet:
-            self._send_packet()
+            settings = self.model.settings
+            self._next_packet = time.monotonic() + WAKE_EVERY
+            try:
+                send_magic_packet(settings.wake_mac, settings.wake_broadcast)
+            except OSError as error:
+                self.on_line(f"llmswap: Wake-on-LAN: {error}")
+        return self._is_alive()
 
-    def _failure(self):
-        """It vanished: tell of it, which is no failure, and let go of it."""
-        self.on_line("llmswap: it does not answer any more: asleep or gone")
-        while self.upstream.is_heard(FRESH) and not self._is_stop_asked:
-            self.rest(time.monotonic() + TICK)  # it may be a server that drains
+    def _is_running(self):
+        return not self._is_lost
 
-    def _bring_down(self):
+    def _abandon(self):
         """It did not wake up: perhaps its machine sleeps, too, and can be woken."""
-        self._is_exited, now = False, time.monotonic()
-        if ask_health(self, now + HEALTH_PATIENCE, now).found is Health.READY:
+        if self._probe(HEALTH_PATIENCE).ok:
             raise StartFailed(f"{self._title} did not wake up")
 
-    def _end(self):
-        self.upstream.close()
+    def _terminate(self):
+        """There is nothing to end."""
 
-    def _come_up(self):
-        """Whether it answers: wake it until it does."""
-        began = time.monotonic()
-        limit = self.model.settings.load_timeout or math.inf
-        if self.model.settings.wake_mac:
-            self._send_packet()
-        check = await_health(self, began + limit, began)
-        self._next_packet = math.inf
-        if check.found is Health.READY or self.is_over():
-            return check.found is Health.READY
-        what = f"{self._title} at {self.where}"
-        if check.is_hopeless:
-            raise StartFailed(f"{what} is not to be trusted: {check.reason}")
-        raise LoadTimeout(f"{what} did not answer for {limit:g} s: {check.reason}")
+    def _failure(self):
+        """It vanished, which is no failure."""
+        self.on_line("llmswap: it does not answer any more: asleep or gone")
+        while self.upstream.is_heard(FRESH) and not self._is_stop_asked:
+            self._wait(TICK)  # it may be a server that drains
 
-    def _send_packet(self):
-        settings = self.model.settings
-        self._next_packet = time.monotonic() + WAKE_EVERY
-        try:
-            send_magic_packet(settings.wake_mac, settings.wake_broadcast)
-        except OSError as error:
-            self.on_line(f"llmswap: Wake-on-LAN: {error}")
-
-    def _dwell(self):
-        self.rest(math.inf)
-
-    def _examine(self):
+    def _check_hang(self):
         """A request is silent: if health is, too, it vanished."""
         limit = self.model.settings.hang_timeout or math.inf
-        check = question(self)
-        found = verdict(self, check, time.monotonic() + limit)
-        self._suspicion = None
-        is_here = found is Health.READY or check.was_answered
-        if found is Health.PENDING:
-            is_here = is_here or self.upstream.is_answering(limit)
-        if not (is_here or self.is_over()):
+        probe = self._probe(min(limit, LONGEST_WAIT))
+        self._silent_since = None
+        is_here = probe.status is not None or probe.was_not_sent
+        if probe.timed_out:
+            is_here = self.upstream.is_answering(limit)
+        if not is_here and self._is_alive():
             self._lose()
 
 
@@ -4309,7 +4052,6 @@ class RemoteBackend:
 MOST_BEFORE_READY = 0.99
 MODEL_OPTIONS = ("-m", "--model", "-mm", "--mmproj", "-md", "--model-draft")
 REPORT_MARK = "cmd_child_to_router:state:"
-GPU_LOOK_AFTER = 2.0  # s; the vendor's tool takes long itself
 
 
 class LoadGauge:
@@ -4330,7 +4072,6 @@ class LoadGauge:
         self._value = 0.0
         self._is_reported = False
         self._size = 0
-        self._born, self._memory = time.monotonic(), MemoryWatch()
 
     def hear(self, line: str) -> bool:
         """Whether this is no log but what a llama-server reports to its router; if it
@@ -4357,14 +4098,8 @@ class LoadGauge:
         family = family_of(pid)
         self._size = self._size or sum(map(size_of_models, family))
         if self._size:
-            held = max(sum(map(memory_for_models, family)), self._on_gpu(pid))
-            self._rise_to(held / self._size)
+            self._rise_to(sum(map(memory_for_models, family)) / self._size)
             self._value = self.progress
-
-    def _on_gpu(self, group):
-        """Files that are read, not mapped, leave no other trace on their way there."""
-        is_long = time.monotonic() > self._born + GPU_LOOK_AFTER
-        return is_long and self._memory.on_gpu(group) or 0
 
     def _rise_to(self, share):
         share = min(MOST_BEFORE_READY, round(share, 3))
@@ -10225,8 +9960,8 @@ class Program:
         if not self._signals:
             waiter = select.poll()
             waiter.register(self._bell, select.POLLIN)
-            timeout = LONGEST_POLL if timeout is None else timeout * 1000
-            waiter.poll(math.ceil(min(timeout, LONGEST_POLL)))
+            timeout = LONGEST_WAIT if timeout is None else min(timeout, LONGEST_WAIT)
+            waiter.poll(math.ceil(timeout * 1000))
             self._bell.silence()
         return self._signals.popleft() if self._signals else None
 

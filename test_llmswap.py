@@ -606,7 +606,7 @@ STRANGERS = {  # names that a room never uses: what it never knows
     "Errors": "threading socket subprocess time os",
     "Configuration": "threading socket subprocess time select signal",
     "Scheduling": "threading socket subprocess time os select signal Config Model",
-    "Backends": "Scheduler Pool Handler Reply Request Lock Condition",
+    "Backends": "Scheduler Pool Handler Reply Request Condition",
     "Pool": "socket http Handler Reply Request select subprocess",
     "Relay": "Config Model Pool Scheduler subprocess Handler",
     "Repair": "socket Request Reply Model Config Pool Handler http",
@@ -4001,61 +4001,41 @@ def answering(*answers):
         yield listener.getsockname()[1]
 
 
-def health_of(port, path="/health", may_ask=lambda: True, patience=2.0):
-    """What a health check finds in the end."""
-    upstream = llmswap.Upstream(f"http://127.0.0.1:{port}")
-    check = llmswap.HealthCheck(upstream, path, may_ask)
-    deadline = time.monotonic() + patience
-    while (found := check.advance()) is llmswap.Health.PENDING:
-        poll = llmswap.select.poll()
-        poll.register(check, check.events)
-        if not poll.poll(100) and time.monotonic() > deadline:
-            break
-    check.close()
-    return found
+def probe_of(port, timeout=2.0, host="127.0.0.1"):
+    """The outcome of one health check."""
+    settings = SimpleNamespace(check_endpoint="/health", proxy_key="")
+    model = SimpleNamespace(name="m", settings=settings)
+    upstream = llmswap.Upstream(f"http://{host}:{port}")
+    return llmswap.Backend(model, upstream)._probe(timeout)
 
 
 @pytest.mark.parametrize(
-    "answer, found",
+    "answer, status",
     [
-        (b"HTTP/1.1 200 OK\r\n\r\n", "READY"),
-        (b"HTTP/1.0 200 OK\r\n\r\n", "READY"),
-        (b"HTTP/1.1 503 Service Unavailable\r\n\r\n", "NOT_YET"),
-        (b"SSH-2.0-OpenSSH_9.2\r\n", "NOT_YET"),
-        (b"HTTP", "NOT_YET"),
-        (b"", "NOT_YET"),
+        (b"HTTP/1.1 200 OK\r\n\r\n", 200),
+        (b"HTTP/1.0 200 OK\r\n\r\n", 200),
+        (b"HTTP/1.1 503 Service Unavailable\r\n\r\n", 503),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", None),
+        (b"HTTP", None),
+        (b"", None),
     ],
 )
-def test_what_a_health_check_makes_of_an_answer(answer, found):
+def test_the_outcome_of_a_probe_is_its_status_or_an_error(answer, status):
     with answering(answer) as port:
-        assert health_of(port).name == found
+        probe = probe_of(port)
+    assert (probe.status, probe.ok) == (status, status == 200)
+    assert not probe.timed_out and probe.reason
 
 
-def test_a_health_check_that_nobody_answers_blocks_nobody():
+def test_a_probe_without_an_answer_or_a_connection_times_out():
     with answering(None) as port:
-        assert health_of(port, patience=0.2) is llmswap.Health.PENDING
-    assert health_of(free_port()) is llmswap.Health.NOT_YET
-
-
-def test_a_health_check_waits_for_a_connection_that_takes_its_time():
-    with socket.socket() as full:
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        port = full.getsockname()[1]
-        others = [socket.socket() for _ in range(3)]
-        for other in others:
-            other.setblocking(False)
-            other.connect_ex(("127.0.0.1", port))
-        assert health_of(port, patience=0.1) is llmswap.Health.PENDING
-        for other in others:
-            other.close()
-
-
-def test_a_health_check_survives_a_name_that_does_not_exist():
-    upstream = llmswap.Upstream("http://no-such-host.invalid:1")
-    check = llmswap.HealthCheck(upstream, "/health", lambda: True)
-    assert check.advance() is llmswap.Health.NOT_YET
-    check.close()
+        assert probe_of(port, 0.2).timed_out
+    port = free_port()
+    with full_backlog(port):
+        assert probe_of(port, 0.2).timed_out
+    refused = probe_of(free_port())
+    assert refused.error and not refused.timed_out
+    assert probe_of(1, host="no-such-host.invalid").error
 
 
 def test_a_health_check_that_nobody_answers_is_repeated(begin, monkeypatch, tmp_path):
@@ -4148,7 +4128,7 @@ def kind_keys(kind, folder):
 
 
 @pytest.mark.parametrize("kind", ["cmd", "llama-server"])
-def test_a_stranger_on_the_chosen_port_hears_nothing(begin, tmp_path, first_port, kind):
+def test_a_foreign_listener_the_chosen_port_hears_nothing(begin, tmp_path, first_port, kind):
     stranger = Stranger(first_port)
     life = begin(**kind_keys(kind, tmp_path))
     assert life.loaded().port != first_port
@@ -4175,7 +4155,7 @@ def order_to(name):
 
 
 @pytest.mark.parametrize("kind", ["cmd", "llama-server"])
-def test_a_stranger_who_comes_after_the_load_hears_nothing(begin, tmp_path, kind):
+def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(begin, tmp_path, kind):
     backend = begin(**kind_keys(kind, tmp_path), hang_timeout=0.3).loaded()
     stranger = Stranger(backend.port, is_late=True)
     backend.upstream.connect()[0].close()
@@ -4184,8 +4164,6 @@ def test_a_stranger_who_comes_after_the_load_hears_nothing(begin, tmp_path, kind
     with pytest.raises(ConnectionRefusedError):
         backend.upstream.connect()
     stranger.listen()
-    with pytest.raises(ConnectionRefusedError, match="somebody else"):
-        backend.upstream.connect()
     backend.suspect()  # whose health is good, but not the backend's
     eventually(lambda: backend.has_died(0))
     assert stranger.heard() == b""
@@ -4211,14 +4189,14 @@ def test_a_backend_may_listen_anew(begin, tmp_path):
 def test_a_port_lost_within_a_moment_is_found_out_at_the_exit(
     begin, tmp_path, first_port, monkeypatch
 ):
-    check = llmswap.HealthCheck
-    nobody = llmswap.Upstream(f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setattr(
-        llmswap, "HealthCheck",
-        lambda upstream, *rest: check(
-            nobody if upstream.port == first_port else upstream, *rest
-        ),
-    )  # fmt: skip
+    connect = llmswap.Upstream.control_connection
+
+    def control_connection(upstream, timeout):
+        if upstream.port == first_port:
+            raise ConnectionRefusedError
+        return connect(upstream, timeout)
+
+    monkeypatch.setattr(llmswap.Upstream, "control_connection", control_connection)
     stranger = Stranger(first_port)  # whom no health check sees
     life = begin(cmd=fake_command())
     assert life.loaded().port != first_port
@@ -4238,19 +4216,23 @@ def test_a_fixed_port_held_by_a_stranger_is_told(begin, tmp_path, monkeypatch):
     assert stranger.heard() == b""
 
 
-def test_who_writes_a_line_at_every_question_is_not_asked_without_end():
-    settings = SimpleNamespace(check_endpoint="/health", proxy_key="")
-    life = SimpleNamespace(
-        model=SimpleNamespace(settings=settings), is_over=lambda: False,
-        upstream=llmswap.Upstream(f"http://127.0.0.1:{free_port()}"),
-        rest=lambda *_: setattr(life, "_progress_at", time.monotonic()),
-        _progress_at=0.0,
-    )  # fmt: skip
-    began, asked = time.monotonic(), 0
-    while time.monotonic() < began + 0.1:
-        assert llmswap.ask_health(life, math.inf, began).found is llmswap.Health.NOT_YET
-        asked += 1
-    assert asked <= 21
+def test_a_line_written_at_every_check_does_not_make_checks_endless(monkeypatch):
+    settings = SimpleNamespace(
+        check_endpoint="/health", proxy_key="", load_timeout=0, hang_timeout=0
+    )
+    model = SimpleNamespace(name="m", settings=settings)
+    upstream = llmswap.Upstream(f"http://127.0.0.1:{free_port()}")
+    backend = llmswap.Backend(model, upstream)
+    backend._is_running = lambda: True
+    began, asked = time.monotonic(), []
+
+    def may_go_on():
+        asked.append(True)
+        backend._progress_at = math.inf
+        return time.monotonic() < began + 0.1
+
+    assert not backend._await_healthy(may_go_on)
+    assert len(asked) <= 22
 
 
 def test_a_listener_in_the_childs_group_is_the_childs(begin, tmp_path):
@@ -4299,7 +4281,7 @@ def test_a_silent_request_with_answering_health_is_left_alone(begin):
         seen = get(backend.port, "/stats")["health"]
         for _ in range(3):
             backend.suspect()
-            eventually(lambda: backend._suspicion is None)
+            eventually(lambda: backend._silent_since is None)
         assert get(backend.port, "/stats")["health"] > seen
         assert life.news.empty()
 
@@ -4307,7 +4289,7 @@ def test_a_silent_request_with_answering_health_is_left_alone(begin):
 def test_cmd_models_are_not_suspected_by_default(begin):
     backend = begin().loaded()
     backend.suspect()
-    assert backend._suspicion is None
+    assert backend._silent_since is None
 
 
 # -- memory of the GPU
@@ -4483,7 +4465,7 @@ def test_the_guard_kills_the_groups_it_was_told_and_no_others(shell):
         group.wait()
 
 
-def test_a_killed_guard_is_replaced_and_told_every_group(begin):
+def test_a_killed_guard_is_replaced_before_a_start_and_told_every_group(monkeypatch):
     guard = llmswap.Guard()
     guard.start()
     group = subprocess.Popen(["sleep", "60"], start_new_session=True)
@@ -4491,31 +4473,21 @@ def test_a_killed_guard_is_replaced_and_told_every_group(begin):
     for _ in range(3):
         old = guard._process
         old.kill()
-        eventually(lambda old=old: guard._process is not old)
-    guard._is_closing = True
+        os.waitid(os.P_PID, old.pid, os.WEXITED | os.WNOWAIT)
+        with monkeypatch.context() as patch:
+            patch.setattr(llmswap.subprocess, "Popen", refuse_to_fork)
+            with pytest.raises(OSError, match="no more processes"):
+                guard.ensure_alive()
+        guard.ensure_alive()
+        assert guard._process is not old and old.returncode is not None
     os.close(guard.fd)  # as if we died
     assert group.wait(3) in (-signal.SIGTERM, -signal.SIGKILL)
     os.close(guard._read_end)
     guard._process.wait(3)
 
 
-def test_a_guard_that_cannot_be_started_is_tried_again(monkeypatch):
-    guard = llmswap.Guard()
-    guard.start()
-    failed = threading.Event()
-
-    def fail(*_, **__):
-        failed.set()
-        raise OSError(errno.EAGAIN, "no more processes")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(llmswap.subprocess, "Popen", fail)
-        old = guard._process
-        old.kill()
-        assert failed.wait(3)
-    eventually(lambda: guard._process is not old)
-    guard.close()
-    os.close(guard.fd), os.close(guard._read_end)
+def refuse_to_fork(*_, **__):
+    raise OSError(errno.EAGAIN, "no more processes")
 
 
 # ==================================================================================
@@ -5015,6 +4987,7 @@ def test_a_killed_guard_is_replaced_and_knows_every_group_when_we_are_killed():
         eventually(lambda: server.journal("grandchild", "loading"))
         old = guard_of(server)
         os.kill(old, signal.SIGKILL)
+        ask_later(server, "stopping")
         eventually(lambda: guard_of(server) not in (None, old))
         eventually(lambda: not zombies_of(server.pid))
         server.kill()
@@ -5420,7 +5393,7 @@ def test_signals_that_our_parent_ignored_do_not_harm(tmp_path):
 # ==================================================================================
 
 BRISK = {
-    "ERRAND_PATIENCE": 0.5, "WAKE_EVERY": 0.2, "CONNECT_PATIENCE": 0.3, "TICK": 0.1,
+    "COMMAND_TIMEOUT": 0.5, "WAKE_EVERY": 0.2, "CONNECT_PATIENCE": 0.3, "TICK": 0.1,
     "EARLY_HEAD_AFTER": 0.2, "JOURNAL_MOMENT": 0.01, "ADOPT_PATIENCE": 0.5,
 }  # fmt: skip
 
@@ -5648,7 +5621,7 @@ def test_a_rival_started_by_hand_is_stopped_first(units):
         assert not units.is_running("a")
 
 
-def test_a_stranger_on_the_port_of_a_unit_gets_no_request(units):
+def test_a_foreign_listener_the_port_of_a_unit_gets_no_request(units):
     with Fake("--model", "stranger") as stranger:
         units.add("a", "--load", "0.1", port=stranger.port)
         ini = unit_ini(("a", stranger.port), load_timeout="1s")
@@ -5659,12 +5632,12 @@ def test_a_stranger_on_the_port_of_a_unit_gets_no_request(units):
             assert stranger.stats()["requests"] == 0
 
 
-def test_a_listener_is_not_that_of_a_process_that_has_ended():
+def test_a_listener_is_not_that_of_a_process_that_ended():
     done = subprocess.Popen(["true"])
     done.wait()
     with socket.create_server(("127.0.0.1", 0)) as other:
         inodes = llmswap.listening_inodes(other.getsockname()[1])
-        assert llmswap.stranger_on(inodes, done.pid, may_hide=True)
+        assert llmswap.foreign_listener(inodes, done.pid, may_hide=True)
 
 
 def test_a_unit_found_running_is_adopted(units):
@@ -5710,7 +5683,7 @@ def forking(units, monkeypatch):
     """Begin the life of a unit whose main process systemd does not know."""
     for name, value in units.env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(llmswap, "ERRAND_PATIENCE", 0.6)
+    monkeypatch.setattr(llmswap, "COMMAND_TIMEOUT", 0.6)
     monkeypatch.setattr(llmswap, "JOURNAL_MOMENT", 0.01)
     monkeypatch.setattr(llmswap, "LOOK_EVERY", 0.1)
     backends = []
@@ -5733,14 +5706,14 @@ def forking(units, monkeypatch):
     yield begin
     for backend in backends:
         backend.stop()
-        eventually(backend._has_ended.is_set)
+        eventually(backend._ended.is_set)
 
 
 def test_the_end_of_a_forking_unit_is_noticed_while_it_is_suspected(units, forking):
     backend, pid = forking("30s"), units.pid("a")
     os.kill(pid, signal.SIGSTOP)
     backend.suspect()
-    assert backend._suspicion is not None
+    assert backend._silent_since is not None
     os.kill(pid, signal.SIGKILL)
     eventually(lambda: "ended by itself" in backend.news[-1], timeout=5)
 
@@ -5749,7 +5722,7 @@ def test_a_forking_unit_that_answers_hangs_not_though_systemd_does(units, forkin
     backend = forking("300ms")
     (units.folder / "a.service.hang-show").touch()
     backend.suspect()
-    eventually(lambda: backend._suspicion is None)
+    eventually(lambda: backend._silent_since is None)
     assert backend.news == ["loaded"] and backend.is_there(0)
     (units.folder / "a.service.hang-show").unlink()
 
@@ -5801,7 +5774,7 @@ def test_a_systemctl_that_hangs_blocks_no_other_model(units, verb):
     ini = unit_ini(
         ("a", port), head="models-max = 0", load_timeout="1s", stop_timeout="0.3"
     )
-    with brisk(ini + "[b]\ncmd = FAKE\n", env=units.env, ERRAND_PATIENCE=0.3) as server:
+    with brisk(ini + "[b]\ncmd = FAKE\n", env=units.env, COMMAND_TIMEOUT=0.3) as server:
         assert (
             server.get("/health").status == 200
         )  # the start waits a while for systemd
@@ -5939,35 +5912,26 @@ def test_sleep_needs_count_while_it_sleeps():
         assert server.states() == {"a": "unloaded", "b": "loaded"}
 
 
-def test_a_server_that_may_put_itself_to_sleep_is_asked_only_when_it_is_time(
-    monkeypatch,
-):
-    asked, told, answers = [], [], [True, False]
-    monkeypatch.setattr(
-        llmswap, "is_asleep", lambda _: asked.append(0) or answers.pop(0)
-    )
-    upstream = SimpleNamespace(is_busy=False, used_at=-1e9)
-    life = SimpleNamespace(
-        upstream=upstream, on_slept=lambda _: told.append("slept"),
-        on_loaded=lambda _: told.append("loaded"),
-    )  # fmt: skip
-    doze = llmswap.Doze(60.0)
+def test_a_server_that_may_put_itself_to_sleep_is_asked_only_when_it_is_time():
+    asked, told, answers = [], [], [b'{"is_sleeping":true}', b'{"is_sleeping": false}']
+    upstream = llmswap.Upstream("http://127.0.0.1:1")
+    backend = llmswap.Backend(SimpleNamespace(name="m"), upstream)
+    backend.on_slept = lambda _: told.append("slept")
+    backend.on_loaded = lambda _: told.append("loaded")
+    backend._probe = lambda *_: asked.append(0) or llmswap.Probe(200, answers.pop(0))
+    backend._sleep_seconds = 60.0
 
     def look(is_busy, used_at, is_time=True):
-        upstream.is_busy, upstream.used_at = is_busy, used_at
-        doze.next_look *= not is_time
-        doze.look(life)
-        assert doze.next_look > time.monotonic() + 20
+        upstream._active, upstream.used_at = {1} if is_busy else set(), used_at
+        backend._sleep_look = 0.0 if is_time else backend._sleep_look
+        backend._look_asleep()
+        assert backend._sleep_look > time.monotonic() + 20
         return len(asked), told
 
-    assert look(False, -1e9, is_time=False) == (
-        0,
-        [],
-    )  # a line that it wrote is no reason
     assert look(True, -1e9) == look(False, time.monotonic()) == (0, [])
     assert look(False, -1e9) == (1, ["slept"])
     assert look(False, -1e9, is_time=False) == (1, ["slept"])
-    assert look(False, -1e9) == (2, ["slept", "loaded"])  # somebody else woke it
+    assert look(False, -1e9) == (2, ["slept", "loaded"])  # another client woke it
 
 
 @pytest.mark.skipif(not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server")
@@ -5995,7 +5959,7 @@ cmd = FAKE --model b
         "/metrics",
         "/slots",
     )
-    with brisk(text, DOZE_SLACK=0.6) as server:
+    with brisk(text, SLEEP_SLACK=0.6) as server:
         assert server.post("/v1/completions", body).status == 200
         eventually(lambda: server.states()["a"] == "sleeping")
         for path in (*lists, "/props?model=a", "/metrics?model=a"):
@@ -6259,7 +6223,7 @@ def test_a_remote_that_does_not_even_accept_is_soon_taken_to_be_asleep(
         backend.on_dying = lambda _: calls.append("dying")
         backend.on_exited = lambda _, problem: calls.append(("exited", problem))
         backend.on_line = backend.on_loaded = lambda _: None
-        backend._come_up = lambda: True
+        backend._load = lambda: True
         backend.start()
         began = time.monotonic()
         assert backend.is_there(0.5) is False
@@ -10466,24 +10430,6 @@ def test_a_real_llama_server_that_is_asked_to_report_hangs_after_sigterm(tmp_pat
         assert process.wait(5) == 0
 
 
-@pytest.mark.parametrize("after, progress", [(0, 0.5), (60, 0.25)])
-def test_a_load_that_takes_long_is_looked_for_on_the_gpu(
-    tmp_path, monkeypatch, after, progress
-):
-    (tmp_path / "a.gguf").touch()
-    os.truncate(tmp_path / "a.gguf", 80 << 20)
-    monkeypatch.setattr(llmswap, "GPU_LOOK_AFTER", after)
-    monkeypatch.setattr(llmswap, "memory_for_models", lambda pid: 20 << 20)
-    command = ["sh", "-c", "sleep 9; :", "sh", "--model", tmp_path / "a.gguf"]
-    with subprocess.Popen(command, start_new_session=True) as process:
-        found = {process.pid: 40 << 20}
-        monkeypatch.setattr(llmswap, "gpu_memory_by_group", lambda: found)
-        monkeypatch.setattr(llmswap, "family_of", lambda pid: [pid])
-        gauge = llmswap.LoadGauge()  # right after its exec it has no arguments yet
-        eventually(lambda: gauge.look(process.pid) or gauge.progress == progress)
-        os.killpg(process.pid, signal.SIGKILL)
-
-
 def test_the_shards_of_a_model_are_counted_together():
     name = "/m/x-{}-of-00003.gguf"
     numbers = ["00001", "00002", "00003"]
@@ -12956,9 +12902,6 @@ def test_it_leaves_if_nothing_was_loaded_or_asked_for_long(
 
 def test_what_is_to_come_in_a_month_is_waited_for():
     month = 30 * 86400.0
-    watch = llmswap.Watch()
-    watch.ring()
-    assert watch.rest(time.monotonic() + month)
     program = llmswap.Program(SimpleNamespace(verbose=False), no_models())
     for seconds in (month, None):
         program._bell.ring()
