@@ -2904,7 +2904,8 @@ class Backend:
         """
         if self._ended.is_set():
             return False
-        if not self.upstream.is_fresh(math.inf) and not self._ask_now(HEALTH_PATIENCE).ok:
+        is_fresh = self.upstream.is_fresh(math.inf)
+        if not is_fresh and not self._ask_now(HEALTH_PATIENCE).ok:
             self.suspect()
         return True
 
@@ -3011,7 +3012,8 @@ class Backend:
             headers["Authorization"] = f"Bearer {key}"
         connection, is_own = None, threading.current_thread() is self._thread
         try:
-            connection = self.upstream.control_connection(min(timeout, CONNECT_PATIENCE))
+            connect_timeout = min(timeout, CONNECT_PATIENCE)
+            connection = self.upstream.control_connection(connect_timeout)
             if check_listener and not check_listener():
                 raise ConnectionRefusedError("another process answers there")
             if path is None:
@@ -3095,12 +3097,13 @@ class Backend:
             if not is_answered:
                 self._pause(min(until, asked_at + 1.0))
         self._silent_since = None
-        if not is_answered and self._is_alive() and not self.upstream.is_answering(limit):
+        is_answered = is_answered or self.upstream.is_answering(limit)
+        if not is_answered and self._is_alive():
             self._is_unresponsive = True
             self._report_death()
             raise StartFailed(
-                f"{self._title} hung: neither a request nor {limit:g} s of health checks "
-                f"were answered; it is stopped{self._last_lines()}"
+                f"{self._title} hung: neither a request nor {limit:g} s of health "
+                f"checks were answered; it is stopped{self._last_lines()}"
             )
 
     def _pause(self, until):
@@ -3178,7 +3181,8 @@ class Backend:
             return
         probe = self._probe(HEALTH_PATIENCE, ("GET", "/props"), None, 1 << 22)
         found = re.search(rb'"is_sleeping"\s*:\s*(true|false)', probe.body)
-        was_asleep, self._is_asleep = self._is_asleep, bool(found) and found[1] == b"true"
+        was_asleep = self._is_asleep
+        self._is_asleep = bool(found) and found[1] == b"true"
         if self._is_asleep and not was_asleep:
             self.on_slept(self)
         elif was_asleep and found and not self._is_asleep:
@@ -3946,8 +3950,8 @@ def send_magic_packet(mac: bytes, address: Tuple[str, int]):
 class RemoteBackend(Backend):
     """A server elsewhere: woken if it can be, asked for health, and relayed to.
 
-    To stop it is to forget it. When it vanishes, `on_exited(self, None)` tells so: it is
-    asleep, not broken.
+    To stop it is to forget it. When it vanishes, `on_exited(self, None)` tells so: it
+    is asleep, not broken.
     """
 
     def __init__(self, model: Model):
