@@ -360,7 +360,7 @@ PROXY_KEYS = (
     Key("cors-origins", parse_words, "localhost",
         "web origins allowed: `localhost` (any port), a list, or `*`; the page's own "
         "always"),
-    Key("max-body", parse_size, "1G", "larger requests are refused"),
+    Key("max-body", parse_size, "256M", "larger requests are refused"),
     Key("settle-timeout", parse_duration, "5s",
         "wait at most this long for the GPU memory of a stopped model to be free"),
     Key("exit-idle-time", parse_duration, "0",
@@ -488,16 +488,18 @@ def suggestion(name, names) -> str:
 
 # ---- Sections: the language of the file ---------------------------------------------
 
-STATEMENT = re.compile(
-    r"""(?P<indent>[ \t]*)
-    (?: \[ [ \t]* (?P<header>[^\] \t][^\]]*) \] [ \t]* (?:[;#][^\r\n]*)?
-      | -{0,2} (?P<key>[A-Za-z_][A-Za-z0-9_.-]*) [ \t]* = (?P<value>[^\r\n]*)
-      | (?:[;#][^\r\n]*)?
-    ) (?:\r\n|\r|\n|\Z)""",
+NEWLINE = re.compile(r"\r\n|\r|\n")
+STATEMENT = re.compile(  # lines indented deeper than their `cmd` continue it
+    rf"""(?P<indent>[ \t]*)
+    (?: \[ [ \t]* (?P<header>[^\] \t][^\]]*) \] [ \t]* (?:[;\#][^\r\n]*)?
+      | -{{0,2}} cmd [ \t]* =
+        (?P<command>[^\r\n]* (?:(?:{NEWLINE.pattern})
+            (?P=indent)[ \t]+[^ \t\r\n][^\r\n]*)*)
+      | -{{0,2}} (?P<key>[A-Za-z_][A-Za-z0-9_.-]*) [ \t]* = (?P<value>[^\r\n]*)
+      | (?:[;\#][^\r\n]*)?
+    ) (?:{NEWLINE.pattern}|\Z)""",
     re.VERBOSE,
 )
-CONTINUATION = re.compile(r"([ \t]+)([^ \t\r\n][^\r\n]*)(?:\r\n|\r|\n|\Z)")
-NEWLINE = re.compile(r"\r\n|\r|\n")
 
 # Keys whose value is the whole line, `;` and `#` included; and keys that llama.cpp
 # reads too, so that its rule holds: a comment begins at any `;` or `#`.
@@ -527,41 +529,37 @@ class PresetParser:
     """Parses llama.cpp's language of presets, and more: a line may be indented, a key
     may have its dashes. Of sections with the same name only the last counts."""
 
-    def __init__(self, data, path, warn):
-        self._text = data.decode("utf-8-sig", "surrogateescape")
+    def __init__(self, path, warn):
         self._path = path
         self._warn = warn
-        self._offset = 0
-        self._line = 1
         self._section = None
         self._sections = {}
 
-    def parse(self) -> dict:
+    def parse(self, data) -> dict:
         """Return the sections by name, or raise ConfigError."""
-        wrong = re.search("[\0\udc80-\udcff]", self._text)
+        text = data.decode("utf-8-sig", "surrogateescape")
+        wrong = re.search("[\0\udc80-\udcff]", text)
         if wrong:
-            self._line += len(NEWLINE.findall(self._text[: wrong.start()]))
-            raise ConfigError(f"{self._path}:{self._line}: this is not UTF-8 text")
-        while self._offset < len(self._text):
-            place = f"{self._path}:{self._line}:"
-            statement = self._take(STATEMENT)
+            line = len(NEWLINE.findall(text[: wrong.start()])) + 1
+            raise ConfigError(f"{self._path}:{line}: this is not UTF-8 text")
+        offset, line = 0, 1
+        while offset < len(text):
+            place = f"{self._path}:{line}:"
+            statement = STATEMENT.match(text, offset)
             if statement is None:
-                line = NEWLINE.split(self._text[self._offset :], 1)[0].strip()
+                wrong = NEWLINE.split(text[offset:], 1)[0].strip()
                 raise ConfigError(
-                    f"{place} {line!r} is neither [section], key = value nor a comment"
+                    f"{place} {wrong!r} is neither [section], key = value nor a comment"
                 )
+            offset = statement.end()
+            line += len(NEWLINE.findall(statement[0]))
             if statement["header"]:
                 self._open_section(statement["header"], place)
+            elif statement["command"] is not None:
+                self._add_setting("cmd", statement["command"], place)
             elif statement["key"]:
-                self._add_setting(statement, place)
+                self._add_setting(statement["key"], statement["value"], place)
         return self._sections
-
-    def _take(self, expression):
-        match = expression.match(self._text, self._offset)
-        if match:
-            self._offset = match.end()
-            self._line += len(NEWLINE.findall(match[0]))
-        return match
 
     def _open_section(self, name, place):
         if name.strip() in ("llmswap", "macros"):
@@ -570,8 +568,7 @@ class PresetParser:
             self._warn(f"{place} [{name}]: given before; this one counts")
         self._section = self._sections[name] = Section(name, f"{place} [{name}]", {})
 
-    def _add_setting(self, statement, place):
-        key = statement["key"]
+    def _add_setting(self, key, text, place):
         if self._section is None:
             if key in IGNORED_KEYS:
                 return
@@ -581,18 +578,20 @@ class PresetParser:
         place = f"{place} [{self._section.name}] {key}"
         if key in self._section.settings:
             self._warn(f"{place}: given before; this one counts")
-        text = self._value(statement, place)
-        self._section.settings[key] = Setting(key, text, place)
+        self._section.settings[key] = Setting(key, self._value(key, text, place), place)
 
-    def _value(self, statement, place):
-        text, section = statement["value"], self._section.name
+    def _value(self, key, text, place):
+        section = self._section.name
         find = proxy_key if section == "llmswap" else model_key
-        key = "macro" if section == "macros" else find(statement["key"])
+        name = "macro" if section == "macros" else find(key)
         if key == "cmd":
-            return self._continued(text, len(statement["indent"].expandtabs()))
-        if key in WITHOUT_COMMENT:
+            lines = [line.strip(" \t") for line in NEWLINE.split(text)]
+            parts = [re.sub(r"(^|[ \t]+)\\$", "", line) for line in lines
+                     if not line.startswith((";", "#"))]
+            text = " ".join(parts).strip()
+        if name in WITHOUT_COMMENT:
             return text.strip(" \t")
-        if key and key not in SHARED_KEYS:
+        if name and name not in SHARED_KEYS:
             return OWN_COMMENT.split(text, 1)[0].strip(" \t")
         comment = LLAMA_COMMENT.search(text)
         value = text[: comment.start() if comment else None].strip(" \t")
@@ -600,16 +599,6 @@ class PresetParser:
             self._warn(f"{place}: a comment begins at {comment[0][-1]!r}, as in "
                        f"llama.cpp; the value is {value!r}")
         return value
-
-    def _continued(self, first, indent):
-        lines = [first]
-        while line := CONTINUATION.match(self._text, self._offset):
-            if len(line[1].expandtabs()) <= indent:
-                break
-            lines.append(self._take(CONTINUATION)[2])
-        stripped = [line.strip(" \t") for line in lines]
-        commands = [line for line in stripped if line[:1] not in (";", "#")]
-        return " ".join(re.sub(r"(^|[ \t]+)\\$", "", line) for line in commands).strip()
 
 
 # ---- Variables: ${NAME}, and the [macros] of the file -------------------------------
@@ -1055,34 +1044,25 @@ def canonical_name(name) -> str:
 def find_models(directory, place) -> dict:
     """Return the models in a directory by id: settings by key, as llama-server does it.
 
-    Raise OSError if it cannot be listed.
+    A model is a file or a directory. Raise OSError if they cannot be listed.
     """
     models = {}
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
-        options = {}
-        for path in _files_of(entry):
-            name = os.path.basename(path)
-            if not name.endswith(".gguf"):
-                continue
-            is_draft = re.match("(mtp|dspark|dflash)-", name)
-            key = "model-draft" if is_draft else "model"
-            key = "mmproj" if "mmproj" in name else key
-            options.setdefault(key, Setting(key, path, place))
+        names, options = [""], {}
+        if entry.is_dir():
+            with contextlib.suppress(PermissionError):  # lost+found, for one
+                names = os.listdir(entry.path)
+        # of a model in several files, llama-server is told the first
+        for name in sorted(names, key=lambda name: ("-00001-of-" not in name, name)):
+            path = os.path.join(entry.path, name) if name else entry.path
+            match = re.search(r"/(mtp-|dspark-|dflash-)?([^/]*)\.gguf\Z", path)
+            if match:
+                key = "model-draft" if match[1] else "model"
+                key = "mmproj" if "mmproj" in match[0] else key
+                options.setdefault(key, Setting(key, path, place))
         if "model" in options:
             models[entry.name.replace(".gguf", "")] = options
     return models
-
-
-def _files_of(entry):
-    """Return the paths that may make one model, first shards before all others."""
-    if not entry.is_dir():
-        return [entry.path]
-    try:
-        names = os.listdir(entry.path)
-    except PermissionError:  # lost+found, for one
-        return []
-    names.sort(key=lambda name: ("-00001-of-" not in name, name))
-    return [os.path.join(entry.path, name) for name in names]
 
 
 # ---- From sections to a configuration ------------------------------------------------
@@ -1180,7 +1160,7 @@ class ConfigLoader:
         self._environ = environ
         self._warnings = {}  # used as a set that keeps its order
         empty = {name: Section(name, "", {}) for name in NOT_MODELS}
-        self._sections = {**empty, **PresetParser(data, path, self._warn).parse()}
+        self._sections = {**empty, **PresetParser(path, self._warn).parse(data)}
         self._variables = Variables(self._read_macros(), environ)
         self._proxy = {
             **self._limit_in_star(), **self._read_proxy_section(), **overrides

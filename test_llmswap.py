@@ -1007,7 +1007,7 @@ def test_an_empty_file_has_every_setting_at_its_default(tmp_path):
     ("[a]\n--ctx-size = 1\n-c = 2", {"a": {"ctx-size": "1", "c": "2"}}),
 ])
 def test_sections_are_read(text, sections):
-    parsed = llmswap.PresetParser(text.encode(), "m.ini", print).parse()
+    parsed = llmswap.PresetParser("m.ini", print).parse(text.encode())
     assert [*parsed] == [*sections]
     for name, section in parsed.items():
         shown = {key: setting.text for key, setting in section.settings.items()}
