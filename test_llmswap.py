@@ -598,11 +598,11 @@ def chat_body(model, **wish):
 
 
 # ==================================================================================
-# 0  The file itself: its rooms, its README, its example.
+# 0  The file itself: its sections, its README, its example.
 # ==================================================================================
 
 BANNER = re.compile(r"^# ={82}\n# (\d+)  (\w[\w ]*): ", re.MULTILINE)
-STRANGERS = {  # names that a room never uses: what it never knows
+FOREIGN_NAMES = {  # by section: names that it never uses
     "Errors": "threading socket subprocess time os",
     "Configuration": "threading socket subprocess time select signal",
     "Scheduling": "threading socket subprocess time os select signal Config Model",
@@ -613,44 +613,35 @@ STRANGERS = {  # names that a room never uses: what it never knows
     "Pages": "socket Handler Pool Scheduler subprocess threading",
     "API": "Scheduler subprocess Popen",
 }
+SOURCE = Path(LLMSWAP).read_text()
 
 
-def source_rooms():
-    """(number, name, its nodes) of each room of llmswap.py, in order."""
-    text = Path(LLMSWAP).read_text()
-    tree = ast.parse(text)
-    starts = [
-        (text.count("\n", 0, m.start()), m[1], m[2]) for m in BANNER.finditer(text)
+def source_sections():
+    """[(number, name, its nodes)] of each section of llmswap.py, in order."""
+    banners = [
+        (SOURCE.count("\n", 0, match.start()), int(match[1]), match[2])
+        for match in BANNER.finditer(SOURCE)
     ]
-    ends = [start for start, _, _ in starts[1:]] + [text.count("\n") + 1]
-    for (start, number, name), end in zip(starts, ends):
-        yield int(number), name, [n for n in tree.body if start < n.lineno <= end]
+    ends = [start for start, _, _ in banners[1:]] + [SOURCE.count("\n") + 1]
+    body = ast.parse(SOURCE).body
+    return [
+        (number, name, [node for node in body if start < node.lineno <= end])
+        for (start, number, name), end in zip(banners, ends)
+    ]
 
 
-def names_in(node):
-    """Every name and attribute that the code mentions; annotations count, too."""
-    for each in ast.walk(node):
-        if isinstance(each, ast.Name):
-            yield each.id
-        elif isinstance(each, ast.Attribute):
-            yield each.attr
-
-
-def test_the_rooms_stand_in_their_order():
-    numbers, names, _ = zip(*source_rooms())
-    assert numbers == tuple(range(1, 11)) and names == (*STRANGERS, "Command line")
-
-
-def test_a_room_uses_only_what_stands_above_it():
-    defined = {}  # name -> number of its room
-    rooms = list(source_rooms())
-    for number, _, nodes in rooms:
+def test_sections_stand_in_their_order_and_use_only_those_above():
+    defined = {}  # number of the section by name
+    for number, _, nodes in source_sections():
         for node in nodes:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 defined[node.name] = number
-    for number, room, nodes in rooms:
+    for number, section, nodes in source_sections():
         for name in {name for node in nodes for name in names_from_outside(node)}:
-            assert defined.get(name, 0) <= number, f"{room} uses {name}, from below"
+            assert defined.get(name, 0) <= number, f"{section} uses {name}, from below"
+    numbers, names, _ = zip(*source_sections())
+    assert numbers == tuple(range(1, 11))
+    assert names == (*FOREIGN_NAMES, "Command line")
 
 
 def names_from_outside(node):
@@ -661,20 +652,38 @@ def names_from_outside(node):
     return {each.id for each in names} - own
 
 
-def test_a_room_does_not_know_what_it_must_not_know():
-    for _, room, nodes in source_rooms():
-        used = {name for node in nodes for name in names_in(node)}
-        assert not used & set(STRANGERS.get(room, "").split()), room
+@pytest.mark.parametrize("section, foreign", FOREIGN_NAMES.items())
+def test_a_section_does_not_know_what_it_must_not_know(section, foreign):
+    nodes = next(nodes for _, name, nodes in source_sections() if name == section)
+    walked = [each for node in nodes for each in ast.walk(node)]
+    used = {getattr(each, "id", getattr(each, "attr", None)) for each in walked}
+    assert not used & set(foreign.split())
 
 
-def test_no_function_is_longer_than_forty_lines():
-    tree = ast.parse(Path(LLMSWAP).read_text())
-    for node in ast.walk(tree):
+def test_private_attributes_are_used_by_their_own_class_only():
+    for _, section, nodes in source_sections():
+        for node in (each for node in nodes for each in ast.walk(node)):
+            if section == "Backends" or not isinstance(node, ast.Attribute):
+                continue
+            is_public = node.attr[0] != "_" or node.attr in ("_exit", "_replace")
+            owner = ast.unparse(node.value)
+            assert is_public or owner in ("self", "cls", "Handler"), node.lineno
+
+
+def test_functions_and_lines_are_short_and_imports_are_of_the_standard_library():
+    assert max(map(len, SOURCE.splitlines())) <= 88
+    known = getattr(sys, "stdlib_module_names", ())  # since Python 3.10
+    for node in ast.walk(ast.parse(SOURCE)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 40, node.name
+        elif isinstance(node, ast.Import):
+            for alias in node.names if known else ():
+                assert alias.name.partition(".")[0] in known
+        elif isinstance(node, ast.ImportFrom):
+            assert not known or node.module.partition(".")[0] in known
 
 
-def test_every_test_is_in_one_share_beside_those_that_share_what_is_dear():
+def test_every_test_is_in_one_share_beside_those_that_share_a_dear_fixture():
     found = re.findall(
         r'@pytest.fixture\(scope="module"\)\ndef (\w+)', HERE.read_text()
     )
@@ -683,28 +692,6 @@ def test_every_test_is_in_one_share_beside_those_that_share_what_is_dear():
     items = [SimpleNamespace(originalname=n, fixturenames=f) for n, f in names]
     groups = suite_groups(items)
     assert groups == [[items[0], items[2]], [items[1], items[3]]]
-
-
-def test_no_line_is_wider_than_88_columns():
-    for number, line in enumerate(Path(LLMSWAP).read_text().splitlines(), 1):
-        assert len(line) <= 88, f"line {number}"
-
-
-def test_what_is_public_says_what_it_guarantees():
-    for node in ast.parse(Path(LLMSWAP).read_text()).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_":
-            assert ast.get_docstring(node), node.name
-
-
-def test_only_the_standard_library_is_imported():
-    if not hasattr(sys, "stdlib_module_names"):
-        pytest.skip("needs Python 3.10")
-    for node in ast.walk(ast.parse(Path(LLMSWAP).read_text())):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                assert alias.name.partition(".")[0] in sys.stdlib_module_names
-        elif isinstance(node, ast.ImportFrom):
-            assert node.module.partition(".")[0] in sys.stdlib_module_names
 
 
 def readme_text():
@@ -733,7 +720,7 @@ def test_the_readme_has_the_tables_of_all_keys():
     assert keys_table(llmswap.MODEL_KEYS) in readme
 
 
-def test_every_file_that_the_readme_shows_is_read_without_complaint(tmp_path):
+def test_every_file_of_the_readme_is_read_without_warnings(tmp_path):
     files = re.findall(r"^```ini\n(.*?)^```$", readme_text(), re.MULTILINE | re.DOTALL)
     assert len(files) > 8
     for text in files:
@@ -751,7 +738,7 @@ runpy.run_path({str(HERE)!r}, run_name="__main__")
 
 
 @pytest.mark.parametrize("command", ["bench", "test"])
-def test_the_commands_do_without_pytest_and_the_tests_say_that_they_do_not(command):
+def test_only_the_tests_need_pytest(command):
     words = [sys.executable, "-c", WITHOUT_PYTEST, command, "--help"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     if command == "test":
