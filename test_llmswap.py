@@ -839,7 +839,6 @@ HELP = """\
                                         (env: LLAMA_ARG_CTX_SIZE)
 --keep N                                number of tokens to keep
 -fa,   --flash-attn [on|off|auto]       set Flash Attention use
-                                        (env: LLAMA_ARG_FLASH_ATTN)
 -kvo,  --kv-offload, -nkvo, --no-kv-offload
                                         whether to enable KV cache offloading
                                         (env: LLAMA_ARG_KV_OFFLOAD)
@@ -848,16 +847,13 @@ HELP = """\
 -ot,   --override-tensor <tensor name pattern>=<buffer type>,...
                                         override tensor buffer type
 -ngl,  --gpu-layers, --n-gpu-layers N   max. number of layers to store in VRAM
-                                        (env: LLAMA_ARG_N_GPU_LAYERS)
 --lora FNAME                            path to LoRA adapter
 --control-vector-layer-range START END
                                         layer range to apply the control vector to
 -m,    --model FNAME                    model path to load
-                                        (env: LLAMA_ARG_MODEL)
 -hft,  --hf-token TOKEN                 Hugging Face access token
                                         (env: HF_TOKEN)
 --log-colors [on|off|auto]              Set colored logging
-                                        (env: LLAMA_ARG_LOG_COLORS)
 -s,    --seed SEED                      RNG seed
 --temp, --temperature N                 temperature (default: 0.80)
 --spec-draft-model, -md, --model-draft FNAME
@@ -870,16 +866,13 @@ HELP = """\
 --mmproj-auto, --no-mmproj, --no-mmproj-auto
                                         whether to use multimodal projector file
 -a,    --alias STRING                   set model name aliases
-                                        (env: LLAMA_ARG_ALIAS)
 --host HOST                             IP addresses to listen on
 --port PORT                             port to listen (default: 8080)
 --ui,  --webui, --no-ui, --no-webui     whether to enable the Web UI
 --embedding, --embeddings               restrict to embedding use case
 --api-key KEY                           API key to use for authentication
-                                        (env: LLAMA_API_KEY)
 --ssl-cert-file FNAME                   path to file a PEM-encoded SSL certificate
 --models-max N                          for router server
-                                        (env: LLAMA_ARG_MODELS_MAX)
 --jinja, --no-jinja                     whether to use jinja template engine
                                         (env: LLAMA_ARG_JINJA)
 --chat-template JINJA_TEMPLATE          set custom jinja chat template
@@ -1001,23 +994,40 @@ def test_sections_are_read(text, sections):
         assert shown == sections[name]
 
 
-@pytest.mark.parametrize("text, line", [
-    ("[a]\nmodel: x", 2),
-    ("[a]\njinja\n", 2),
-    ("[a] junk\n", 1),
-    ("\n\n[]\n", 3),
-    ("[ ]\n", 1),
-    ("[a]\n9 = 1\n", 2),
-    ("[a]\r\n\r\n= 1", 3),
-    ("[a\n", 1),
-    ("[a]\nc d = 1", 2),
-    ("[a]\n---c = 1", 2),
-    (b"[a]\nc = \xff", 2),
-    ("[a]\nc = 1".encode("utf-16-le"), 1),
+@pytest.mark.parametrize("text, message", [
+    ("[a]\nmodel: x", "2: 'model: x' is neither [section], key = value nor a comment"),
+    ("[a]\njinja\n", "2: "),
+    ("[a] junk\n", "1: "),
+    ("\n\n[]\n", "3: "),
+    ("[ ]\n", "1: "),
+    ("[a]\n9 = 1\n", "2: "),
+    ("[a]\r\n\r\n= 1", "3: "),
+    ("[a\n", "1: "),
+    ("[a]\nc d = 1", "2: "),
+    ("[a]\n---c = 1", "2: "),
+    (b"[a]\nc = \xff", "2: this is not UTF-8"),
+    ("[a]\nc = 1".encode("utf-16-le"), "1: this is not UTF-8"),
+    *[(f"[macros]\n{name} = x", f"2: [macros] {name}: this name has its own")
+      for name in ("PORT", "PID", "MODEL_ID", "env.HOME")],
+    *[(f"[*]\n{key} = x", f"2: [*] {key}: cannot be given for all models")
+      for key in ("cmd", "unit", "proxy", "uses", "alias", "a")],
+    *[(f"[llmswap]\n{line}", f"2: [llmswap] {message}") for line, message in (
+        ("models-max = many", "models-max: 'many' is not a whole number"),
+        ("listen = 8080", "listen: '8080' is not an address such as 127.0.0.1:8080"),
+        ("lissen = x", "lissen: unknown key; did you mean listen?"),
+        ("idle-timeout = 5", "idle-timeout: belongs to a model, or into [*]"),
+        ("ctx-size = 5", "ctx-size: unknown key"),
+        ("patience = ${env.NONE}", "patience: ${env.NONE} is unknown here"),
+        ("sets = a + nobody\n[a]\nm = x", "sets: there is no model 'nobody'"),
+        ("default-model = nobody", "default-model: there is no model 'nobody'"),
+        ("api-key-file = /nowhere/keys", "api-key-file: [Errno 2]"),
+        ("idle-command = 'x", "idle-command: No closing quotation"),
+        ("idle-command = x ${env.QUOTE}", "idle-command: No closing quotation"))],
 ])
-def test_broken_syntax_names_file_and_line(tmp_path, text, line):
-    with pytest.raises(ConfigError, match=f"^m.ini:{line}: "):
-        read(tmp_path, text)
+def test_mistakes_that_stop_the_start_name_their_place(tmp_path, text, message):
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, text, {"QUOTE": "'"})
+    assert str(caught.value).startswith(f"m.ini:{message}")
 
 
 def test_any_bytes_are_read_or_refused():
@@ -1121,12 +1131,6 @@ def test_without_macros_options_of_llama_server_keep_their_dollars(tmp_path):
     assert options(model) == ["--model", "${PORT}$${x}"]
 
 
-@pytest.mark.parametrize("name", ["PORT", "PID", "MODEL_ID", "env.HOME"])
-def test_macros_cannot_take_the_names_of_variables(tmp_path, name):
-    with pytest.raises(ConfigError, match=rf"m.ini:2: \[macros\] {name}: "):
-        read(tmp_path, f"[macros]\n{name} = x")
-
-
 def test_port_and_pid_are_filled_in_when_they_are_known(tmp_path):
     model = read(tmp_path, """
         [a]
@@ -1167,44 +1171,38 @@ def test_help_of_another_program_gives_no_table(text):
     assert llmswap.parse_help(text) is None
 
 
-@pytest.mark.parametrize("line, words", [
-    ("jinja = true", ["--jinja"]), ("jinja = 1", ["--jinja"]),
-    ("jinja = on", ["--jinja"]), ("jinja = enabled", ["--jinja"]),
-    ("jinja = false", ["--no-jinja"]), ("jinja = 0", ["--no-jinja"]),
-    ("jinja = off", ["--no-jinja"]), ("jinja = disabled", ["--no-jinja"]),
-    ("jinja = no", ["--jinja"]), ("jinja = False", ["--jinja"]),
-    ("jinja = OFF", ["--jinja"]), ("jinja = auto", ["--jinja"]),
-    ("jinja =", ["--jinja"]),
-    ("no-jinja = true", ["--no-jinja"]), ("no-jinja = on", ["--no-jinja"]),
-    ("no-jinja = yes", ["--jinja"]), ("no-jinja = True", ["--jinja"]),
-    ("no-jinja =", ["--jinja"]), ("no-jinja = 0", ["--jinja"]),
-    ("no_jinja = on", ["--no-jinja"]),
-    ("embedding = false", []), ("embedding = no", ["--embeddings"]),
-    ("embedding =", ["--embeddings"]), ("LLAMA_ARG_NO_JINJA = true", ["--jinja"]),
-    ("LLAMA_ARG_JINJA = off", ["--no-jinja"]), ("nkvo = 1", ["--no-kv-offload"]),
-    ("no-host = true", ["--no-host"]), ("LLAMA_ARG_NO_HOST = on", ["--no-host"]),
-    ("flash-attn = true", ["--flash-attn", "true"]),
-    ("fa = off", ["--flash-attn", "off"]),
-    ("webui = off", ["--no-webui"]), ("ui = on", ["--webui"]),
-    ("nocb = on", ["--no-cont-batching"]),
-    ("ngl = 99", ["--n-gpu-layers", "99"]), ("c=1", ["--ctx-size", "1"]),
-    ("ctx_size = 1", ["--ctx-size", "1"]), ("--ctx-size = 1", ["--ctx-size", "1"]),
-    ("LLAMA_ARG_CTX_SIZE = 1", ["--ctx-size", "1"]),
-    ("temp = 0", ["--temperature", "0"]),
-    ("LLAMA_ARG_N_PARALLEL = 2", ["--parallel", "2"]), ("keep = 1", ["--keep", "1"]),
-    ("chat-template =", ["--chat-template", ""]), ("HF_TOKEN = t", ["--hf-token", "t"]),
-    ("lora = a\nlora = b", ["--lora", "b"]),
-    ("ctx-size=1\nc=2\nLLAMA_ARG_CTX_SIZE=3", ["--ctx-size", "1"]),
-    ("ngl=4\nn-gpu-layers=5\ngpu-layers=6", ["--n-gpu-layers", "4"]),
-    ("no-mmproj=1\nmmproj-auto=1", ["--no-mmproj-auto"]),
-    ("api-key = k\nmodels-max = 2\nssl-cert-file = x\nlog-colors = on", []),
-    ("host = h\nport = 1", []),
-    ("seed=1\nc=2\nkeep=3", ["--keep", "3", "--ctx-size", "2", "--seed", "1"]),
-    ("version = 3\ndedup-cache-models = on", []),
-    ("extra-args = --x 'a b' -y", ["--x", "a b", "-y"]),
+@pytest.mark.parametrize("words, lines", [
+    (["--jinja"], [
+        "jinja = true", "jinja = 1", "jinja = on", "jinja = enabled", "jinja = no",
+        "jinja = False", "jinja = OFF", "jinja = auto", "jinja =", "no-jinja = yes",
+        "no-jinja = True", "no-jinja =", "no-jinja = 0", "LLAMA_ARG_NO_JINJA = true"]),
+    (["--no-jinja"], [
+        "jinja = false", "jinja = 0", "jinja = off", "jinja = disabled",
+        "no-jinja = true", "no-jinja = on", "no_jinja = on", "LLAMA_ARG_JINJA = off"]),
+    (["--embeddings"], ["embedding = no", "embedding ="]),
+    ([], ["embedding = false", "host = h\nport = 1", "api-key = k\nmodels-max = 2",
+          "ssl-cert-file = x\nlog-colors = on",
+          "version = 3\ndedup-cache-models = on"]),
+    (["--no-kv-offload"], ["nkvo = 1"]), (["--no-cont-batching"], ["nocb = on"]),
+    (["--no-host"], ["no-host = true", "LLAMA_ARG_NO_HOST = on"]),
+    (["--flash-attn", "true"], ["flash-attn = true"]),
+    (["--flash-attn", "off"], ["fa = off"]),
+    (["--no-webui"], ["webui = off"]), (["--webui"], ["ui = on"]),
+    (["--n-gpu-layers", "4"], ["ngl = 4", "ngl=4\nn-gpu-layers=5\ngpu-layers=6"]),
+    (["--ctx-size", "1"], [
+        "c=1", "ctx_size = 1", "--ctx-size = 1", "LLAMA_ARG_CTX_SIZE = 1",
+        "ctx-size=1\nc=2\nLLAMA_ARG_CTX_SIZE=3"]),
+    (["--temperature", "0"], ["temp = 0"]), (["--keep", "1"], ["keep = 1"]),
+    (["--parallel", "2"], ["LLAMA_ARG_N_PARALLEL = 2"]),
+    (["--chat-template", ""], ["chat-template ="]),
+    (["--hf-token", "t"], ["HF_TOKEN = t"]), (["--lora", "b"], ["lora=a\nlora=b"]),
+    (["--no-mmproj-auto"], ["no-mmproj=1\nmmproj-auto=1"]),
+    (["--keep", "3", "--ctx-size", "2", "--seed", "1"], ["seed=1\nc=2\nkeep=3"]),
+    (["--x", "a b", "-y"], ["extra-args = --x 'a b' -y"]),
 ])
-def test_options_become_words_as_the_router_has_them(tmp_path, line, words):
-    assert options(read(tmp_path, f"[a]\n{line}").models["a"]) == words
+def test_options_become_words_as_the_router_has_them(tmp_path, words, lines):
+    for line in lines:
+        assert options(read(tmp_path, f"[a]\n{line}").models["a"]) == words, line
 
 
 def test_unknown_options_pass_as_written_with_their_values(tmp_path):
@@ -1371,28 +1369,6 @@ def test_own_keys_of_star_hold_for_all_and_options_for_llama_servers(tmp_path):
     assert b.problem is c.problem is None and c.settings.needs == {}
 
 
-@pytest.mark.parametrize(
-    "star, timeouts", [("", [0, 60]), ("hang-timeout = 5", [5, 5])]
-)
-def test_a_cmd_model_never_hangs_unless_told(tmp_path, star, timeouts):
-    config = read(tmp_path, f"[*]\n{star}\n[a]\ncmd = x ${{PORT}}\n[b]\nm = x")
-    assert [m.settings.hang_timeout for m in config.models.values()] == timeouts
-
-
-@pytest.mark.parametrize("key", ["cmd", "unit", "proxy", "uses", "alias", "a"])
-def test_keys_that_make_one_model_cannot_stand_in_star(tmp_path, key):
-    with pytest.raises(ConfigError, match=rf"m.ini:2: \[\*\] {key}: cannot be given"):
-        read(tmp_path, f"[*]\n{key} = x")
-
-
-def test_the_binary_is_that_of_the_model_of_star_of_llmswap(tmp_path):
-    text = ("[a]\nm = x\n[b]\nm = x\nllama-server = /three\n"
-            "[llmswap]\nllama-server = /one\n")
-    for star, binary in (("", "/one"), ("[*]\nllama-server = /two", "/two")):
-        models = read(tmp_path, text + star).models.values()
-        assert [model.settings.llama_server for model in models] == [binary, "/three"]
-
-
 LAUNCHED = "[*]\nngl = 1\nc = 7\n[a]\nm = x\nc = 2\nidle-timeout = 5\nenv.A = 1\n"
 
 
@@ -1463,17 +1439,6 @@ def test_the_first_owner_keeps_a_name(tmp_path, text, owners, warnings):
     assert list(config.warnings) == warnings
 
 
-@pytest.mark.parametrize("text, name", [
-    ("", None),
-    ("[a]\nm = x", "a"),
-    ("[a]\nm = x\n[b]\nm = x", None),
-    ("[llmswap]\ndefault-model = bee\n[a]\nm = x\n[b]\nm = x\nalias = bee", "b"),
-])
-def test_the_default_model_is_the_one_named_or_the_only_one(tmp_path, text, name):
-    model = read(tmp_path, text).default_model()
-    assert (model and model.name) == name
-
-
 @pytest.mark.parametrize("text, warning", [
     ("[a]\nm = /a#b", "m.ini:2: [a] m: a comment begins at '#', as in llama.cpp; "
                       "the value is '/a'"),
@@ -1515,49 +1480,58 @@ def test_an_ordinary_file_gives_no_warning(tmp_path):
 # ---- The proxy -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("line, reason", [
-    ("models-max = many", "models-max: 'many' is not a whole number"),
-    ("listen = 8080", "listen: '8080' is not an address such as 127.0.0.1:8080"),
-    ("lissen = x", "lissen: unknown key; did you mean listen?"),
-    ("idle-timeout = 5", "idle-timeout: belongs to a model, or into [*]"),
-    ("ctx-size = 5", "ctx-size: unknown key"),
-    ("patience = ${env.NONE}", "patience: ${env.NONE} is unknown here"),
-    ("sets = a + nobody", "sets: there is no model 'nobody'"),
-    ("default-model = nobody", "default-model: there is no model 'nobody'"),
-    ("api-key-file = /nowhere/keys", "api-key-file: [Errno 2]"),
-    ("idle-command = 'x", "idle-command: No closing quotation"),
-    ("idle-command = x ${env.QUOTE}", "idle-command: No closing quotation"),
-])
-def test_errors_in_llmswap_stop_the_start(tmp_path, line, reason):
-    with pytest.raises(ConfigError) as caught:
-        read(tmp_path, f"[a]\nm = x\n[llmswap]\n{line}", {"QUOTE": "'"})
-    assert str(caught.value).startswith(f"m.ini:4: [llmswap] {reason}")
-
-
 def test_a_file_that_cannot_be_read_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match="No such file"):
         llmswap.load_config(tmp_path / "none.ini")
 
 
-@pytest.mark.parametrize("text, overrides, limit", [
-    ("", {}, 1),
-    ("[llmswap]\nmodels-max = 3", {}, 3),
-    ("[*]\nmodels-max = 3", {}, 3),
-    ("[*]\nLLAMA_ARG_MODELS_MAX = 3", {}, 3),
-    ("[*]\nmodels-max = x", {}, 1),
-    ("[*]\nmodels-max = 3\n[llmswap]\nmodels-max = 2", {}, 2),
-    ("[llmswap]\nbudget = vram 1G", {}, 0),
-    ("[llmswap]\nsets = a\n[a]\nm = x", {}, 0),
-    ("[llmswap]\nsets = a\nmodels-max = 1\n[a]\nm = x", {}, 1),
-    ("[llmswap]\nbudget = vram 1G", {"models_max": 2}, 2),
-    ("[llmswap]\nmodels-max = 3", {"models_max": "0"}, 0),
+def models_max(config):
+    return config.settings.models_max
+
+
+def default_model(config):
+    return config.default_model() and config.default_model().name
+
+
+def per_model(attribute):
+    return lambda config: [
+        getattr(model.settings, attribute) for model in config.models.values()
+    ]
+
+
+@pytest.mark.parametrize("get, text, value", [
+    (models_max, "", 1),
+    (models_max, "[llmswap]\nmodels-max = 3", 3),
+    (models_max, "[*]\nmodels-max = 3", 3),
+    (models_max, "[*]\nLLAMA_ARG_MODELS_MAX = 3", 3),
+    (models_max, "[*]\nmodels-max = x", 1),
+    (models_max, "[*]\nmodels-max = 3\n[llmswap]\nmodels-max = 2", 2),
+    (models_max, "[llmswap]\nbudget = vram 1G", 0),
+    (models_max, "[llmswap]\nsets = a\n[a]\nm = x", 0),
+    (models_max, "[llmswap]\nsets = a\nmodels-max = 1\n[a]\nm = x", 1),
+    (default_model, "", None),
+    (default_model, "[a]\nm = x", "a"),
+    (default_model, "[a]\nm = x\n[b]\nm = x", None),
+    (default_model, "[llmswap]\ndefault-model = B\n[a]\nm=x\n[c]\nm=x\nalias = b",
+     "c"),
+    (per_model("hang_timeout"), "[a]\ncmd = x ${PORT}\n[b]\nm = x", [0, 60]),
+    (per_model("hang_timeout"), "[*]\nhang-timeout = 5\n[a]\ncmd = x ${PORT}", [5]),
+    (per_model("llama_server"), "[llmswap]\nllama-server = /one\n[a]\nm = x",
+     ["/one"]),
+    (per_model("llama_server"), "[llmswap]\nllama-server = /one\n[a]\nm = x\n"
+     "[*]\nllama-server = /two\n[b]\nm = x\nllama-server = /3", ["/two", "/3"]),
+    (lambda config: config.settings.sets,
+     "[llmswap]\nsets = coder + E, a+b\n[c,1]\nm = x\nalias = coder\n[e]\nm = x\n"
+     "[f]\nuses = e\nalias = a\n[b]\nm = x\n", ({"c,1", "e"}, {"e", "b"})),
 ])
-def test_models_max(tmp_path, text, overrides, limit):
-    assert read(tmp_path, text, **overrides).settings.models_max == limit
+def test_settings_have_their_value_wherever_it_comes_from(tmp_path, get, text, value):
+    assert get(read(tmp_path, text)) == value
 
 
 def test_the_command_line_overrules_the_file(tmp_path):
-    text = "[llmswap]\nlisten = 127.0.0.1:1"
+    text = "[llmswap]\nlisten = 127.0.0.1:1\nbudget = vram 1G\n"
+    assert models_max(read(tmp_path, text, models_max=2)) == 2
+    assert models_max(read(tmp_path, f"{text}models-max = 3", models_max="0")) == 0
     assert read(tmp_path, text, listen="[::1]:2").settings.listen == (("::1", 2),)
     with pytest.raises(ConfigError, match="^--listen: 'x'"):
         read(tmp_path, text, listen="x")
@@ -1568,24 +1542,6 @@ def test_keys_come_from_the_file_its_key_file_and_the_environment(tmp_path):
     config = read(tmp_path, "[llmswap]\napi-key = one, t;w #o\napi-key-file = keys",
                   {"LLMSWAP_API_KEY": "four"})
     assert config.api_keys == ("one", "t;w #o", "four", "three")
-
-
-def test_sets_hold_the_ids_of_backends(tmp_path):
-    config = read(tmp_path, """
-        [llmswap]
-        sets = coder + E, a+b
-        [c,1]
-        m = x
-        alias = coder
-        [e]
-        m = x
-        [f]
-        uses = e
-        alias = a
-        [b]
-        m = x
-        """)
-    assert config.settings.sets == (frozenset({"c,1", "e"}), frozenset({"e", "b"}))
 
 
 @pytest.mark.parametrize("limits, a, b, misfit", [
