@@ -99,7 +99,7 @@ class Problem(Exception):
     """
 
     status, type, code = 500, "server_error", None
-    param = retry_after = may_retry = None
+    retry_after = may_retry = None
 
     def __init__(self, message, param=None, retry_after=None):
         super().__init__(message)
@@ -1068,18 +1068,24 @@ def find_models(directory, place) -> dict:
 # ---- From sections to a configuration ------------------------------------------------
 
 
-def why_not_together(models, settings) -> Optional[str]:
-    """Return why these models cannot be loaded together, or None if they can."""
-    counted = {model.name for model in models if model.kind not in ("remote", "uses")}
+def misfit(model, pinned, settings) -> Optional[str]:
+    """Return why a model cannot be loaded beside the pinned ones, or None."""
+    for resource in (*model.settings.needs, *model.settings.sleep_needs):
+        if resource not in settings.budget:
+            return f"budget in [llmswap] does not name {resource!r}"
+    models = [*pinned, model]
+    counted = {each.name for each in models if each.kind not in ("remote", "uses")}
+    beside = f" beside the pinned {', '.join(each.name for each in pinned)}"
+    prefix = f"does not fit{beside if pinned else ''}:"
     if 0 < settings.models_max < len(counted):
-        return f"models-max is {settings.models_max}"
+        return f"{prefix} models-max is {settings.models_max}"
     is_together = len(counted) < 2 or any(counted <= names for names in settings.sets)
     if settings.sets and not is_together:
-        return "none of sets has them together"
+        return f"{prefix} none of sets has them together"
     for resource, limit in settings.budget.items():
-        needed = sum(model.settings.needs.get(resource, 0) for model in models)
+        needed = sum(each.settings.needs.get(resource, 0) for each in models)
         if needed > limit:
-            return (f"they need {resource} {size_text(needed)}, "
+            return (f"{prefix} they need {resource} {size_text(needed)}, "
                     f"the budget is {size_text(limit)}")
     return None
 
@@ -1232,7 +1238,12 @@ class ConfigLoader:
         return tuple(dict.fromkeys(keys))
 
     def _build_models(self, settings):
-        keys, options = self._read_star()
+        keys, options = split_settings(self._sections["*"])
+        for name in NOT_FOR_ALL:
+            if name in keys:
+                raise ConfigError(f"{keys[name].place}: cannot be given for all models")
+        if "llama-server" in self._proxy:
+            keys.setdefault("llama-server", self._proxy["llama-server"])
         found = self._find_models(settings)
         place = f"{self._path}: [{{}}]"
         sections = {name: Section(name, place.format(name), {}) for name in found}
@@ -1243,23 +1254,10 @@ class ConfigLoader:
             for section in sections.values()
         ]
 
-    def _read_star(self):
-        """Return what holds for all models: keys of ours, then options."""
-        keys, options = split_settings(self._sections["*"])
-        for name in NOT_FOR_ALL:
-            if name in keys:
-                raise ConfigError(f"{keys[name].place}: cannot be given for all models")
-        if "llama-server" in self._proxy:
-            keys.setdefault("llama-server", self._proxy["llama-server"])
-        return keys, options
-
     def _find_models(self, settings):
-        """Return the models of models-dir by id, their options as settings by key."""
-        if not settings.models_dir:
-            return {}
-        place = self._proxy["models-dir"].place
+        place = settings.models_dir and self._proxy["models-dir"].place
         try:
-            return find_models(settings.models_dir, place)
+            return find_models(settings.models_dir, place) if place else {}
         except OSError as error:
             self._warn(f"{place}: {error}")
             return {}
@@ -1328,20 +1326,12 @@ class ConfigLoader:
         for model in sorted(models.values(), key=lambda model: not model.settings.pin):
             if model.problem:
                 continue
-            reason = self._misfit(model, pinned, settings)
+            reason = misfit(model, pinned, settings)
             if reason:
                 problem = f"{model.place}: {reason}"
                 models[model.name] = model._replace(problem=problem)
             elif model.settings.pin:
                 pinned.append(model)
-
-    def _misfit(self, model, pinned, settings):
-        for resource in (*model.settings.needs, *model.settings.sleep_needs):
-            if resource not in settings.budget:
-                return f"budget in [llmswap] does not name {resource!r}"
-        reason = why_not_together([*pinned, model], settings)
-        beside = f" beside the pinned {', '.join(pin.name for pin in pinned)}"
-        return reason and f"does not fit{beside if pinned else ''}: {reason}"
 
     def _link(self, model, config):
         """Return a model that uses another with its backend, or with a problem."""
