@@ -2349,8 +2349,8 @@ def stranger_on(inodes: Set[int], child: int, may_hide: bool) -> Optional[str]:
     be seen, the listener is believed.
     """
     birth = process_stat(child)
-    if birth is None:
-        return None
+    if birth is None:  # it ended and was reaped since it was looked at
+        return "another process" if inodes else None
     for inode in inodes:
         holder = holder_of(inode, [child])
         found = process_stat(holder) if holder else None
@@ -5212,10 +5212,9 @@ HEAD_LIMIT = 65536  # bytes; as nginx's four buffers of 16 KB
 LINES_LIMIT = 100  # header lines; as Apache's LimitRequestFields
 HEAD_SECONDS = 10.0  # for a whole head once its first byte is there
 STALL_SECONDS = 60.0  # without a byte in the middle of a body; as nginx
-HELD_BODY = 1 << 20  # bytes of a request's body that are held in memory
-PIECE = 1 << 18  # bytes read at once, at most
-LEAST = 1 << 11  # bytes read at once by streams of small events
-FIRST = 1 << 14  # bytes read at once, at first: a whole chat, most often
+HELD_BODY = 1 << 20  # bytes of a body that are read although nobody needs them
+READ_SIZE = 1 << 14  # bytes read at once of heads and streams, which wait in numbers
+PIECE = 1 << 18  # bytes read at once of long bodies
 EARLY_HEAD_AFTER = 3.0  # s; until then a failure keeps its true status
 COMMENT = b":\n\n"
 COMMENT_EVERY = 10.0  # s; the shortest header timeout seen in clients is 30 s
@@ -5243,56 +5242,32 @@ class Wire:
         self.on_silence = on_silence
         self.held = b""  # received and not used yet
         self.is_untouched = True  # nothing of a head was ever received
-        self._size = FIRST  # of the next read: a buffer is ours for as long as it waits
 
     def take(self, size: int) -> bytes:
         """Return so much of what was received already, without waiting for more."""
         piece, self.held = self.held[:size], self.held[size:]
         return piece
 
-    def receive(self, size=PIECE) -> bytes:
-        """Return what is there, or comes next; b"" at the end of the stream.
-
-        A read is no larger than what comes calls for: each stream that waits holds
-        memory for one.
-        """
+    def receive(self, size=READ_SIZE) -> bytes:
+        """Return what is there, or comes next; b"" at the end of the stream."""
         if self.held:
             return self.take(size)
-        size = min(size, self._size)
         while True:
             try:
-                piece = self.sock.recv(size)
+                return self.sock.recv(size)
             except _SILENCE:
                 self.on_silence()
-            else:
-                if len(piece) == size:
-                    self._size = max(self._size, 4 * size)
-                elif 4 * len(piece) < size:
-                    self._size = max(LEAST, size // 4)
-                return piece
 
     def awaits(self, seconds: float) -> bool:
         """Whether bytes come within so many seconds. Only who is silent for a TICK is
         polled, which costs more than a read but wakes nobody meanwhile."""
         try:
-            self.held = self.held or self.sock.recv(FIRST)
+            self.held = self.held or self.sock.recv(READ_SIZE)
             return bool(self.held)
         except _SILENCE:
             waiter = select.poll()
             waiter.register(self.sock, select.POLLIN)
             return bool(waiter.poll(seconds * 1000))
-
-    def receive_into(self, buffer: memoryview) -> int:
-        """Fill the buffer with what is there, or comes next; 0 at the end."""
-        if self.held:
-            piece = self.receive(len(buffer))
-            buffer[: len(piece)] = piece
-            return len(piece)
-        while True:
-            try:
-                return self.sock.recv_into(buffer)
-            except _SILENCE:
-                self.on_silence()
 
     def head(self) -> bytes:
         """Return a whole head with its blank line; b"" if the stream ends before it.
@@ -5550,12 +5525,6 @@ class ChunkDecoder:
 
     def feed(self, data: bytes) -> bytes:
         """Return the payload in these bytes."""
-        if not self._line and self._take_line == self._take_size:
-            found = _CHUNK_SIZE.match(data)  # one chunk and nothing else, most often
-            start = found.end() if found else 0
-            if found and len(data) == start + int(found[1], 16) + 2 > start + 2:
-                if data[-2:] == b"\r\n":
-                    return data[start:-2]
         payload, at = [], 0
         while at < len(data) and not self.is_done:
             if self._left:
@@ -5605,10 +5574,10 @@ _TRAILER = re.compile(rb"%b|\r\n" % _LINE)
 
 
 class Body:
-    """A client's request body: what is held of it, then the rest as it comes.
+    """A client's request body: `held`, what was read of it, then the rest as it comes.
 
-    Up to HELD_BODY it is held in memory, beyond that in an unnamed file. A body that
-    could not be read once cannot be read on: its connection is lost.
+    Raises ClientGone, BadRequest, TooLarge, TooSlow. After such an error it cannot be
+    read on: its connection is lost.
     """
 
     def __init__(self, wire: Wire, request: Request, limit: int):
@@ -5621,11 +5590,11 @@ class Body:
         expected = request.get("expect").lower()
         self._expects = expected == "100-continue" and not request.is_http_10
         self._is_lost = False
+        stalled = TooSlow(f"the body stalled for {STALL_SECONDS:g} s")
+        self._stall = Deadline(STALL_SECONDS, stalled)
         came = wire.take(self.length) if self.length else b""  # with the head
         self.received = len(came)  # bytes of payload
-        self._held = bytearray(came)
-        self._file = None
-        self._map = None
+        self.held = bytearray(came)
         self.is_complete = self.received == self.length
 
     def _too_large(self):
@@ -5634,50 +5603,13 @@ class Body:
     def hold(self, size: int) -> bool:
         """Read until so many bytes are held, or all; return whether it is all."""
         while not self.is_complete and self.received < size:
-            self._keep(self._next_piece())
+            self.held += self._next_piece()
         return self.is_complete
 
-    def _keep(self, piece):
-        if self._file is None and len(self._held) + len(piece) > HELD_BODY:
-            import tempfile  # only who sends so much before the model's name needs it
-
-            try:
-                self._file = tempfile.TemporaryFile(buffering=0)
-            except OSError as error:
-                raise self._unheld(error) from None
-            piece, self._held = bytes(self._held) + piece, bytearray()
-        if self._file is None:
-            self._held += piece
-        else:
-            self._write(piece)
-
-    def _write(self, piece):
-        view = memoryview(piece)
-        try:
-            while view:
-                view = view[self._file.write(view) :]
-        except OSError as error:
-            raise self._unheld(error) from None
-
-    def _unheld(self, error):
-        self._is_lost = True
-        return Problem(f"the body could not be kept in a temporary file: {error}")
-
-    @property
-    def held(self):
-        """What is held, as bytes or something that is searched and sliced like them."""
-        if self._file is None:
-            return self._held
-        import mmap
-
-        if self._map is None or len(self._map) != self.received:
-            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._map
-
     def _next_piece(self):
-        """Return the next bytes of the payload; note the end. Raise ClientGone."""
-        self._moved_at = time.monotonic()
-        self._wire.on_silence = self._check_stall
+        """Return the next bytes of the payload; note the end."""
+        self._stall.extend()
+        self._wire.on_silence = self._stall
         try:
             if self._expects:
                 self._expects = False
@@ -5694,10 +5626,6 @@ class Body:
             raise self._too_large()
         self.is_complete = self.is_complete or self.received == self.length
         return piece
-
-    def _check_stall(self):
-        if time.monotonic() > self._moved_at + STALL_SECONDS:
-            raise TooSlow(f"the body stalled for {STALL_SECONDS:g} s")
 
     def _next_counted(self):
         piece = self._wire.receive(min(PIECE, self.length - self.received))
@@ -5747,219 +5675,43 @@ class Body:
 # -- the model's name ------------------------------------------------------------------
 
 
-class Member(NamedTuple):
-    """A top-level member of a JSON object: its name, and where in the bytes it is."""
-
-    name: str
-    start: int
-    value: int
-    end: int
-
-
-_SPACE = re.compile(rb"[ \t\r\n]*")
-_SCALAR = re.compile(rb"[^\s,}\]]*")
-_TOKEN = re.compile(rb'[{}\[\]]|"(?:[^"\\]{0,512}")?')
-_STRINGS = re.compile(
-    rb'(?:[^{}\[\]"]{0,512}"[^"\\]{0,512}(?:\\.[^"\\]{0,512}){0,16}"){1,1000}',
-    re.DOTALL,
-)
-_ESCAPES = re.compile(rb'(?:[^"\\]{0,512}\\.){1,1000}', re.DOTALL)
-DEEPEST = 500  # levels of JSON that are read; a thread's stack bears some thousands
-
-
-def members_of(data) -> Tuple[List[Member], bool]:
-    """Return the top-level members of the JSON object that `data` is or begins, and
-    whether it is there to its end. Raise BadRequest if it cannot be an object.
-
-    Values are passed over, not checked: that is the backend's business.
-    """
-    if len(data) <= HELD_BODY and _brackets_in(data) <= 2 * DEEPEST:
-        try:
-            return _members_by_decoder(data), True
-        except (ValueError, StopIteration, IndexError, RecursionError):
-            pass  # not whole, or not strictly JSON: look at it byte by byte
-    return _members_by_hand(data)
-
-
-_FIRST_NAME = re.compile(r'[ \t\r\n]*\{[ \t\r\n]*"([^"\\]*)"[ \t\r\n]*:[ \t\r\n]*')
-_NEXT_NAME = re.compile(r'[ \t\r\n]*,[ \t\r\n]*"([^"\\]*)"[ \t\r\n]*:[ \t\r\n]*')
-_LAST_BRACE = re.compile(r"[ \t\r\n]*\}")
-_decode_value = json.JSONDecoder(strict=False).scan_once
-
-
-def _members_by_decoder(data):
-    """The members of a whole object without escapes in its names. Five times as fast as
-    by hand, since json's decoder finds the ends of values in C; as Latin-1, because
-    then each character is one byte."""
-    text = str(data, "latin-1")
-    members, end = [], 0
-    name = _FIRST_NAME.match(text)
-    while name:
-        value = name.end()
-        _, end = _decode_value(text, value)
-        members.append(Member(_as_utf_8(name[1]), name.start(1) - 1, value, end))
-        name = _NEXT_NAME.match(text, end)
-    if not _LAST_BRACE.match(text, end):
-        raise ValueError
-    return members
-
-
-def _as_utf_8(latin):
-    if latin.isascii():
-        return latin
-    return latin.encode("latin-1").decode("utf-8", "replace")
-
-
-def _members_by_hand(data):
-    members = []
-    at = _SPACE.match(data, 3 if data[:3] == b"\xef\xbb\xbf" else 0).end()
-    if at < len(data) and data[at : at + 1] != b"{":
-        raise BadRequest("the body is not a JSON object")
-    at += 1
-    while True:
-        at = _SPACE.match(data, at).end()
-        mark = data[at : at + 1]
-        if mark == b",":
-            at += 1
-            continue
-        if mark == b"}" or not mark:
-            return members, bool(mark)
-        if mark != b'"':
-            raise BadRequest(f"the body is not JSON: a name was expected at byte {at}")
-        member = _member_at(data, at)
-        if member is None:
-            return members, False
-        members.append(member)
-        at = member.end
-
-
-def _member_at(data, at):
-    """The member whose name begins there; None if the data ends before it does."""
-    name_end = _end_of_string(data, at)
-    if name_end < 0:
-        return None
-    colon = _SPACE.match(data, name_end).end()
-    if data[colon : colon + 1] not in (b":", b""):
-        raise BadRequest(f"the body is not JSON: a colon was expected at byte {colon}")
-    value = _SPACE.match(data, colon + 1).end()
-    end = _end_of_value(data, value)
-    if end < 0:
-        return None
-    raw = bytes(data[at + 1 : name_end - 1])
-    name = raw.decode("utf-8", "replace")
-    if b"\\" in raw:
-        name = json_or(b'"' + raw + b'"', name)
-    return Member(name, at, value, end)
-
-
-def _end_of_string(data, at):
-    """Index after the string that begins there, or -1. Its quote is found in C, however
-    long it is, and a thousand escapes at once (a single pattern for all of it would use
-    gigabytes)."""
-    at, size = at + 1, 512
-    while True:
-        piece = data[at : at + size]  # a map, searched byte by byte, would be slow
-        end = piece.find(b'"')
-        escape = piece.find(b"\\", 0, end if end >= 0 else len(piece))
-        if escape >= 0:
-            escapes = _ESCAPES.match(data, at + escape)
-            if not escapes:
-                return -1
-            at = escapes.end()
-        elif end >= 0 or not piece:
-            return at + end + 1 if piece else -1
-        else:
-            at, size = at + len(piece), min(size * 8, PIECE)
-
-
-def _end_of_value(data, at, deepest=math.inf):
-    """Index after the value that begins there, or -1 if the data ends before it does,
-    or if it is nested deeper than that."""
-    mark = data[at : at + 1]
-    if mark == b'"':
-        return _end_of_string(data, at)
-    if mark not in (b"{", b"["):
-        end = _SCALAR.match(data, at).end()
-        return end if end < len(data) else -1
-    depth = 0
-    while 0 <= depth <= deepest:
-        token = _TOKEN.search(data, at)
-        if token is None:
-            return -1
-        at, mark = token.end(), token[0]
-        if mark in (b"{", b"["):
-            depth += 1
-        elif mark in (b"}", b"]"):
-            depth -= 1
-            if not depth:
-                return at
-        elif mark == b'"':  # one with a backslash, or cut
-            at = _end_of_string(data, token.start())
-            if at < 0:
-                return -1
-        else:
-            strings = _STRINGS.match(data, at)
-            at = strings.end() if strings else at
-    return -1
-
-
-def _brackets_in(data):
-    """How deep JSON may be nested at most; json's decoder overruns the stack of a
-    thread at depths that Python 3.13 lets pass."""
-    data = bytes(data)  # whose count() takes ten times as long
-    return len(data) - len(data.replace(b"[", b"").replace(b"{", b""))
-
-
 def json_or(raw, fallback):
-    """Return the JSON value in these bytes, or the fallback if none or too deep."""
-    raw = bytes(raw)
-    plain = _PLAIN.fullmatch(raw)
-    if plain:  # most values that are asked for; the rest takes ten times as long
-        return plain[1].decode()
-    if _brackets_in(raw) > DEEPEST:
-        start = _SPACE.match(raw).end()
-        if raw[start : start + 1] != b'"' and _end_of_value(raw, start, DEEPEST) < 0:
-            return fallback
+    """Return the JSON value in these bytes, or the fallback if there is none."""
     try:
-        return json.loads(raw)
+        return json.loads(bytes(raw))
     except (ValueError, RecursionError):
         return fallback
 
 
-_PLAIN = re.compile(rb'"([ !#-\[\]-~]*)"')
-
-
 class Named(NamedTuple):
-    """What a body says that matters here: `model` and the rest of `members` by name.
-
-    `span` is where the model's value stands, `members` the first of each name."""
+    """What a body says that matters here: the `model`, and either the JSON object or
+    the `span` of bytes in which the model stands in a form."""
 
     model: Optional[str] = None
     span: Tuple[int, int] = (0, 0)
-    members: Mapping[str, Member] = {}
+    members: Mapping[str, object] = {}
     is_json: bool = False
-
-    def value(self, data, name: str, fallback=None):
-        """Return the value of the first member of that name."""
-        member = self.members.get(name)
-        if member is None:
-            return fallback
-        return json_or(data[member.value : member.end], fallback)
 
 
 def model_named_in(body: Body, content_type: str, is_needed=True) -> Named:
-    """Read as much of the body as it takes to find the model's name (HELD_BODY at most
-    if it is not needed); return what was found. Raise BadRequest, TooLarge, ClientGone.
+    """Read JSON whole, forms up to their field `model`; return what was found.
 
-    JSON: the first top-level `model`. Forms: the field `model`.
+    Without `is_needed` a body that is neither is not read, and a form no further than
+    HELD_BODY. Raise BadRequest, TooLarge, ClientGone.
     """
     kind = content_type.partition(";")[0].strip().lower()
-    find = _named_in_json
+    body.hold(1)
+    is_object = bytes(body.held[:64]).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{")
     if kind == "multipart/form-data":
         boundary = _boundary_of(content_type)
         find = functools.partial(_named_in_multipart, boundary=boundary)
-    elif kind == "application/x-www-form-urlencoded":
-        find = _named_in_form
+    elif kind == "application/x-www-form-urlencoded" and not is_object:
+        find = _named_in_form  # curl -d says of JSON, too, that it is a form
+    elif is_object or is_needed:
+        body.hold(sys.maxsize)
+        return _named_in_json(body.held)
+    else:
+        return Named()
     size = HELD_BODY
     while True:
         is_all = body.hold(size)
@@ -5969,25 +5721,22 @@ def model_named_in(body: Body, content_type: str, is_needed=True) -> Named:
         size *= 4
 
 
-def _named_in_json(data, is_all):
-    if is_all and not len(data):
+def _named_in_json(data):
+    if not data:
         return Named()
-    members, is_whole = members_of(data)
-    if is_all and not is_whole:
-        raise BadRequest("the body is not JSON: it ends too early")
-    first = {member.name: member for member in reversed(members)}
-    member = first.get("model")
-    if member is None:
-        return Named(members=first, is_json=True)
-    value = json_or(data[member.value : member.end], None)
-    model = value if isinstance(value, str) else None
-    return Named(model, (member.value, member.end), first, True)
+    try:
+        members = json.loads(str(data, "utf-8-sig"), strict=False)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the body is not JSON: {error}") from None
+    if not isinstance(members, dict):
+        raise BadRequest("the body is not a JSON object")
+    model = members.get("model")
+    return Named(
+        model if isinstance(model, str) else None, members=members, is_json=True
+    )
 
 
 def _named_in_form(data, is_all):
-    start = _SPACE.match(data).end()
-    if data[start : start + 1] == b"{":  # curl -d says that all it sends are forms
-        return _named_in_json(data, is_all)
     pair = re.search(rb"(?:^|&)model=([^&]*)(&)?", data)
     if pair is None or not (is_all or pair.group(2)):
         return Named()
@@ -6041,39 +5790,17 @@ class Edits(NamedTuple):
     removed: FrozenSet[str] = frozenset()
 
 
-def edited_json(data, members: Sequence[Member], edits: Edits) -> list:
-    """Return the pieces of the edited object. What is not edited stays byte for byte;
-    of members with one name the first counts and the others go."""
-    data = memoryview(data)  # its slices are no copies
-    lay = dict(edits.laid_over)
+def edited_json(members: Mapping[str, object], edits: Edits) -> bytes:
+    """Return the edited object as JSON: names in their order, new ones at the end."""
+    laid_over = dict(edits.laid_over)
     if edits.model is not None:
-        lay["model"] = edits.model
-    kept, seen = [], set(edits.removed).difference(lay)
-    for place, member in enumerate(members):
-        if member.name not in seen:
-            seen.add(member.name)
-            kept.append(place)
-    brace = _BRACE.match(data).end()
-    pieces = [data[:brace], b""]
-    for place in kept:
-        member = members[place]
-        before = members[place - 1].end if place and pieces[2:] else brace
-        first = member.start if pieces[2:] else members[0].start
-        pieces.append(data[before:first])
-        if member.name in lay:
-            is_kept = member.name not in edits.removed
-            old = json_or(data[member.value : member.end], None) if is_kept else None
-            pieces.append(data[member.start : member.value])
-            pieces.append(_dump(merged(old, lay.pop(member.name))))
-        else:
-            pieces.append(data[member.start : member.end])
-    more = [_dump(name) + b":" + _dump(value) for name, value in lay.items()]
-    pieces[1] = b",".join(more) + (b"," if more and kept else b"")
-    pieces.append(data[members[-1].end if members else brace :])
-    return pieces
-
-
-_BRACE = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*\{?")
+        laid_over["model"] = edits.model
+    edited = {
+        name: value for name, value in members.items() if name not in edits.removed
+    }
+    for name, value in laid_over.items():
+        edited[name] = merged(edited.get(name), value)
+    return _dump(edited)
 
 
 def merged(old, new):
@@ -6183,22 +5910,17 @@ class Answer:
         self._end(not decoder.rest)
 
     def _counted(self, left):
-        first = self._wire.take(left)  # of a short answer, all came with the head
-        if first:
-            left -= len(first)
-            yield first
-        buffer = memoryview(bytearray(min(left, PIECE)))
         while left:
-            count = self._wire.receive_into(buffer[: min(left, len(buffer))])
-            if not count:
+            piece = self._wire.receive(min(left, PIECE))
+            if not piece:
                 raise Truncated(f"the connection closed {left} bytes before the end")
-            left -= count
-            yield buffer[:count]
+            left -= len(piece)
+            yield piece
         self._end(not self._wire.held)
 
     def _until_close(self):
         while True:
-            piece = self._wire.receive(PIECE)
+            piece = self._wire.receive()
             if not piece:
                 return
             yield piece
@@ -6224,30 +5946,24 @@ _EVENT_STREAM = [
 
 
 class Ends:
-    """The first and the last bytes of a payload, some kilobytes of each."""
+    """The first and the last bytes of a payload, KEPT of each."""
 
     KEPT = 2048
 
     def __init__(self):
-        self._pieces, self._size = [], 0
+        self._first = self._last = b""
+        self._size = 0
 
-    def add(self, piece):
-        """Take the next piece, whose buffer may be used again afterwards."""
-        if len(piece) > 2 * self.KEPT or not isinstance(piece, bytes):
-            piece = self._shrunk(piece)
-        self._pieces.append(piece)
+    def add(self, piece: bytes):
+        """Take the next piece."""
+        missing = self.KEPT - len(self._first)
+        self._first += piece[:missing]
+        self._last = (self._last + piece[missing:])[-self.KEPT :]
         self._size += len(piece)
-        if self._size > 4 * self.KEPT:
-            self._pieces = [bytes(self)]
-            self._size = len(self._pieces[0])
 
     def __bytes__(self):
-        return self._shrunk(b"".join(self._pieces))
-
-    def _shrunk(self, data):
-        if len(data) <= 2 * self.KEPT:
-            return bytes(data)
-        return b"%b\0%b" % (data[: self.KEPT], data[-self.KEPT :])
+        gap = b"\0" if self._size > 2 * self.KEPT else b""
+        return self._first + gap + self._last
 
 
 class Reply:
@@ -6279,6 +5995,7 @@ class Reply:
         self.extra = extra
         self.ends = Ends()  # of the payload
         self._born = self._spoke = time.monotonic()
+        self._stall = Deadline(STALL_SECONDS, ClientGone())
         if request is not None:
             self.stays = request.stays
             self._is_http_10 = request.is_http_10
@@ -6349,8 +6066,9 @@ class Reply:
 
     def _put(self, data):
         self._spoke = time.monotonic()
+        self._stall.extend()
         try:
-            send_all(self.sock, data, self._check_stall, self._note_progress)
+            send_all(self.sock, data, self._stall, self._stall.extend)
         except OSError:
             raise ClientGone from None
 
@@ -6361,13 +6079,6 @@ class Reply:
         self.sent += size
         if self._left is not None:
             self._left -= size
-
-    def _note_progress(self):
-        self._spoke = time.monotonic()
-
-    def _check_stall(self):
-        if time.monotonic() > self._spoke + STALL_SECONDS:
-            raise ClientGone
 
     def tick(self):
         """To be called every TICK while nothing flows. Raise ClientGone.
@@ -6594,15 +6305,10 @@ def _send(outgoing, upstream, sock, silence):
 
 
 def _views(held):
-    """What is held, piece by piece, without a copy; what is mapped of a file counts as
-    our memory no longer once it was sent."""
+    """Yield what is held in pieces, without a copy."""
     view = memoryview(held)
     for at in range(0, len(view), PIECE):
         yield view[at : at + PIECE]
-    if hasattr(view.obj, "madvise"):
-        import mmap
-
-        view.obj.madvise(mmap.MADV_DONTNEED)
 
 
 def _chunk(piece):
@@ -9331,7 +9037,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _wants_events(self, model, named):
         if model.settings.loading_notice == "off" or self.head.method != "POST":
             return False
-        return named.value(self.body.held, "stream") is True
+        return named.members.get("stream") is True
 
     def _notice_of(self, model, target):
         """What tells the client of the load as it asked for it, if it is a chat."""
@@ -9353,7 +9059,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _stay_asked(self, named):
         """Seconds that `keep_alive` or `ttl` ask for; None: they are not there."""
         for name in ("keep_alive", "ttl"):
-            value = named.value(self.body.held, name) if named.is_json else None
+            value = named.members.get(name)
             if value is not None:
                 return _seconds_of(name, value)
         return None
@@ -9363,8 +9069,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body, edits = self.body, _edits_of(model, named)
         length = body.length
         if named.is_json and edits is not NO_EDITS:
-            body.hold(self.config.settings.max_body + 1)
-            held = edited_json(body.held, members_of(body.held)[0], edits)
+            held = [edited_json(named.members, edits)]
         elif named.model is not None and edits.model is not None:
             view, (start, end) = memoryview(body.held), named.span
             name = self._as_in_form(edits.model)

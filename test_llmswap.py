@@ -5201,8 +5201,8 @@ def test_a_change_of_listen_is_not_taken_over_and_said(tmp_path):
     with running(command, address, stderr=subprocess.PIPE, text=True) as process:
         path.write_text(f"[llmswap]\nlisten = unix:{tmp_path}/socket\n")
         process.send_signal(signal.SIGHUP)
-        line = next(line for line in process.stderr if "listen" in line)
-        assert "a change of `listen` needs a restart" in line
+        wanted = "a change of `listen` needs a restart"
+        assert any(wanted in line for line in process.stderr)
         assert llmswap.is_llmswap(address)
 
 
@@ -5598,6 +5598,14 @@ def test_a_stranger_on_the_port_of_a_unit_gets_no_request(units):
             assert answer.status in (502, 504)
             assert "couldn't bind" in answer.message()
             assert stranger.stats()["requests"] == 0
+
+
+def test_a_listener_is_not_that_of_a_process_that_has_ended():
+    done = subprocess.Popen(["true"])
+    done.wait()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        inodes = llmswap.listening_inodes(other.getsockname()[1])
+        assert llmswap.stranger_on(inodes, done.pid, may_hide=True)
 
 
 def test_a_unit_found_running_is_adopted(units):
@@ -6574,48 +6582,6 @@ def test_a_head_is_found_however_its_bytes_are_cut():
             assert wire.receive() == b"rest"
 
 
-def test_a_read_is_as_large_as_what_came_before_it_calls_for():
-    asked, there = [], [1 << 20] * 4 + [100] * 6 + [1 << 20] * 2
-
-    def recv(size):
-        asked.append(size)
-        return bytes(min(size, there[len(asked) - 1]))
-
-    wire = llmswap.Wire(SimpleNamespace(recv=recv))
-    for _ in there:
-        wire.receive()
-    kilobytes = [16, 64, 256, 256, 256, 64, 16, 4, 2, 2, 2, 8]
-    assert asked == [each << 10 for each in kilobytes]
-
-
-LENGTHY = b"POST /%b HTTP/1.1\r\nHost: x\r\nContent-Length: %b\r\nX: y\r\n\r\n"
-
-
-@pytest.mark.parametrize("path", [b"short", b"x" * 3000])
-def test_a_head_that_comes_again_is_read_as_if_it_were_new(path):
-    for length in (5, 7, 5, 0):
-        request = llmswap.Request(LENGTHY % (path, b"%d" % length))
-        assert request.framing == llmswap.Framing(length)
-        assert request.fields == [("host", "x"), ("x", "y")]
-        assert request.path == "/" + path.decode()
-    other = LENGTHY.replace(b"X: y", b"X: z")
-    assert llmswap.Request(other % (path, b"5")).get("x") == "z"
-    no_length = LENGTHY.replace(b"Content", b"X-Content") % (path, b"5")
-    assert llmswap.Request(no_length).framing == llmswap.NO_BODY
-    for worse in (b"5\r\nContent-Length: 6", b"5\r\nTransfer-Encoding: chunked", b"-1"):
-        for _ in range(2):
-            with pytest.raises(llmswap.BadRequest):
-                llmswap.Request(LENGTHY % (path, worse))
-
-
-def test_of_answers_that_come_again_each_has_its_own_length_and_status():
-    head = b"HTTP/1.1 %b\r\nContent-Length: %d\r\nA: b\r\n\r\n%b"
-    for status, body in [(b"200 OK", b"abc"), (b"200 OK", b"a"), (b"404 No", b"abcd")]:
-        answer = llmswap.Answer(fed(head % (status, len(body), body)), "GET")
-        assert b"".join(map(bytes, answer.pieces())) == body and answer.is_over
-        assert answer.status == int(status[:3]) and answer.head.fields == [("a", "b")]
-
-
 @pytest.mark.parametrize("data", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: x\r\n"])
 def test_a_stream_that_ends_before_the_head_does_gives_no_head(data):
     assert fed(data).head() == b""
@@ -6902,7 +6868,7 @@ def chunked(data, size=50000):
 
 @pytest.mark.parametrize("is_chunked", [False, True])
 @pytest.mark.parametrize("size", [0, 1, 1 << 20, (1 << 20) + 1, len(LARGE)])
-def test_a_body_is_held_whole_in_memory_or_in_a_file(is_chunked, size):
+def test_a_body_is_held_whole(is_chunked, size):
     data = LARGE[:size]
     framing = "Transfer-Encoding: chunked" if is_chunked else f"Content-Length: {size}"
     raw = chunked(data) if is_chunked else data
@@ -6963,16 +6929,6 @@ def test_a_client_that_asks_is_told_to_continue_once_its_body_is_wanted():
         wire.keep.recv(1, socket.MSG_DONTWAIT)
 
 
-def test_a_body_that_cannot_be_kept_says_why(monkeypatch):
-    def refuse(**_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    body, _ = body_of(f"{POST}\nContent-Length: {len(LARGE)}", LARGE)
-    with pytest.raises(llmswap.Problem, match="No space left"):
-        body.hold(1 << 30)
-
-
 # ---- JSON
 
 
@@ -6989,7 +6945,7 @@ def named(data, kind="application/json"):
         ('{"model":"a"}', "a"),
         (' \r\n\t{ "x" : [ {"model":"no"} ] ,\n"model" : "b" } ', "b"),
         ('\ufeff{"model":"a"}', "a"),
-        ('{"model":"a","model":"b"}', "a"),
+        ('{"model":"a","model":"b"}', "b"),
         ('{"\\u006dodel":"a"}', "a"),
         ('{"model":"a\\"\\u00e4\\n\\\\"}', 'a"\u00e4\n\\'),
         ('{"x":"\\"model\\":\\"no\\"","model":"b"}', "b"),
@@ -7000,9 +6956,8 @@ def named(data, kind="application/json"):
         ('{"model":["a"]}', None),
         ("{}", None),
         ("", None),
-        ('{"model":"a"} trailing', "a"),
-        ('{"x":' + "[" * 5000 + "]" * 5000 + ',"model":"a"}', "a"),
-        ('{"x":1e400,"y":-0.0e-1,"z":truefalse,"model":"a"}', "a"),
+        ('{"x":1e400,"y":-0.0e-1,"model":"a"}', "a"),
+        ('{"x":"a raw \n newline","model":"a"}', "a"),
         ('{"model":"\\ud800"}', "\ud800"),
     ],
 )
@@ -7011,184 +6966,48 @@ def test_the_model_is_found_at_the_top_level_of_json_and_nowhere_else(data, mode
 
 
 @pytest.mark.parametrize(
-    "data", ["[]", '"model"', "5", "model=a", "{'model': 'a'}", '{"x" "y"}', '{"x":']
-)
-def test_what_is_no_json_object_is_refused(data):
+    "data",
+    ["[]", '"model"', "5", "model=a", "{'model': 'a'}", '{"x" "y"}', '{"x":',
+     '{"model":"a"} trailing', '{"x":truefalse,"model":"a"}', '{"x":' + "[" * 10**6],
+)  # fmt: skip
+def test_a_body_that_is_no_json_object_is_refused(data):
     with pytest.raises(llmswap.BadRequest):
         named(data.encode())
 
 
-def test_no_more_is_read_than_it_takes_to_find_the_model():
-    data = b'{"model":"a","x":"' + b"x" * (8 << 20) + b'"}'
-    found, body = named(data)
-    assert found.model == "a"
-    assert len(body.held) <= llmswap.HELD_BODY + llmswap.PIECE
-    data = (
-        b'{"x":"' + b"x" * (3 << 20) + b'","model":"a","y":"' + b"y" * (9 << 20) + b'"}'
-    )
-    found, body = named(data)
-    assert found.model == "a"
-    assert len(body.held) <= (4 << 20) + llmswap.PIECE
-    assert bytes(body.held[:]) + b"".join(body.rest()) == data
-
-
-def any_json(dice, depth=0):
-    """A random JSON value."""
-    kind = dice.randrange(7 if depth < 4 else 5)
-    if kind < 3:
-        alphabet = 'ab"\\/{}[]:, \n\t\u00e4\u20ac\U0001f600\x7f\x00'
-        return "".join(dice.choices(alphabet, k=dice.randrange(6)))
-    if kind == 3:
-        return dice.choice([0, -1, 1.5e300, 12345678901234567890])
-    if kind == 4:
-        return dice.choice([True, False, None])
-    if kind == 5:
-        return [any_json(dice, depth + 1) for _ in range(dice.randrange(4))]
-    return {
-        any_json_name(dice): any_json(dice, depth + 1) for _ in range(dice.randrange(4))
-    }
-
-
-def any_json_name(dice):
-    return dice.choice(["model", "m", "a", "\u00e4", '"', "stream", "ttl", "x\\"])
-
-
-def any_object(dice):
-    """The text of a random object with doubled names and odd spaces; its pairs."""
-    pairs = [(any_json_name(dice), any_json(dice)) for _ in range(dice.randrange(6))]
-    space = lambda: dice.choice(["", "", " ", "\r\n\t"])  # noqa: E731
-    is_ascii = dice.random() < 0.5
-    members = [
-        space() + json.dumps(name, ensure_ascii=is_ascii) + space() + ":" + space()
-        + json.dumps(value, ensure_ascii=is_ascii) + space()
-        for name, value in pairs
-    ]  # fmt: skip
-    return (space() + "{" + ",".join(members) + space() + "}").encode(), pairs
-
-
-def first_of_each(pairs):
-    return dict(reversed(pairs))
-
-
-def test_members_are_found_as_python_finds_them():
-    dice = random.Random(1)
-    for _ in range(1500):
-        data, pairs = any_object(dice)
-        for find in (llmswap.members_of, llmswap._members_by_hand):
-            found = find(data)
-            members, is_whole = found if isinstance(found, tuple) else (found, True)
-            assert is_whole
-            got = [
-                (each.name, json.loads(data[each.value : each.end])) for each in members
-            ]
-            assert got == pairs
-
-
-def test_of_an_object_that_is_cut_the_members_before_the_cut_are_found():
-    dice = random.Random(2)
-    for _ in range(200):
-        data, pairs = any_object(dice)
-        for cut in range(len(data.rstrip())):
-            members, is_whole = llmswap.members_of(data[:cut])
-            assert not is_whole
-            names = [each.name for each in members]
-            assert names == [name for name, _ in pairs][: len(names)]
-            for member, (_, value) in zip(members, pairs):
-                assert json.loads(data[member.value : member.end]) == value
-
-
-def test_edits_are_those_of_a_dict_and_leave_the_rest_byte_for_byte():
-    dice = random.Random(3)
-    for _ in range(1500):
-        data, pairs = any_object(dice)
-        removed = frozenset(dice.sample(["a", "m", "ttl", "none"], dice.randrange(3)))
-        lay = {name: {"deep": 1} for name in dice.sample(["a", "x", "new"], 1)}
-        model = dice.choice([None, "n\u00e4me"])
-        edits = llmswap.Edits(model, lay, removed)
-        members, _ = llmswap.members_of(data)
-        pieces = llmswap.edited_json(data, members, edits)
-        got = json.loads(b"".join(pieces), object_pairs_hook=list)
-        expected = {k: v for k, v in first_of_each(pairs).items() if k not in removed}
-        expected = llmswap.merged(expected, lay)
-        expected.update({"model": model} if model else {})
-        names = [name for name, _ in got]
-        assert len(names) == len(set(names))
-        assert json.loads(b"".join(pieces)) == expected
-        firsts = {each.name: each for each in reversed(members)}.values()
-        for member in firsts:
-            if member.name not in (removed | set(lay) | {"model"}):
-                assert data[member.start : member.end] in b"".join(pieces)
+def test_a_body_that_is_not_json_is_not_read_if_no_model_is_needed():
+    body, _ = body_of(f"{POST}\nContent-Length: {len(LARGE)}", LARGE)
+    found = llmswap.model_named_in(body, "application/octet-stream", is_needed=False)
+    assert found == llmswap.Named() and len(body.held) <= llmswap.PIECE
+    assert bytes(body.held) + b"".join(body.rest()) == LARGE
 
 
 @pytest.mark.parametrize(
     "body, edits, result",
     [
         ("{}", {"model": "a"}, '{"model":"a"}'),
-        ('{ "x": 1 }', {"model": "a"}, '{"model":"a", "x": 1 }'),
-        ('{"model": "b" , "x":1}', {"model": "a"}, '{"model": "a" , "x":1}'),
-        ('{"a":1,"b":2,"c":3}', {"removed": {"a"}}, '{"b":2,"c":3}'),
+        ('{ "x": 1 }', {"model": "a"}, '{"x":1,"model":"a"}'),
+        ('{"model": "b" , "x":1}', {"model": "a"}, '{"model":"a","x":1}'),
         ('{"a":1,"b":2,"c":3}', {"removed": {"b"}}, '{"a":1,"c":3}'),
-        ('{"a":1,"b":2,"c":3}', {"removed": {"c"}}, '{"a":1,"b":2}'),
-        ('{"a":1,"b":2,"c":3}', {"removed": {"a", "b", "c"}}, "{}"),
+        ('{"a":1,"b":2}', {"removed": {"a", "b", "c"}}, "{}"),
         ('{"a":{"x":1}}', {"laid_over": {"a": {"y": 2}}}, '{"a":{"x":1,"y":2}}'),
         ('{"a":{"x":1}}', {"laid_over": {"a": 5}}, '{"a":5}'),
-        ('{"a":1,"a":2}', {"laid_over": {"b": 5}}, '{"b":5,"a":1}'),
+        ('{"a":1,"a":2}', {"laid_over": {"b": 5}}, '{"a":2,"b":5}'),
         (
             '{"a":{"x":1}}',
             {"laid_over": {"a": {"y": 2}}, "removed": {"a"}},
             '{"a":{"y":2}}',
         ),
         ('{"a":{"x":"\\ud800"}}', {"laid_over": {"a": {}}}, '{"a":{"x":"\\ud800"}}'),
-        ('\ufeff{"a":1}', {"removed": {"a"}}, "\ufeff{}"),
+        ('\ufeff{"a":1}', {"removed": {"a"}}, "{}"),
+        ('{"a":1e400,"b":12345678901234567890}', {"model": "\u00e4"},
+         '{"a":Infinity,"b":12345678901234567890,"model":"\u00e4"}'),
     ],
-)
-def test_edits_are_spliced(body, edits, result):
-    data = body.encode()
+)  # fmt: skip
+def test_edits_keep_the_order_of_names(body, edits, result):
     edits = llmswap.Edits(**{**edits, "removed": frozenset(edits.get("removed", ()))})
-    pieces = llmswap.edited_json(data, llmswap.members_of(data)[0], edits)
-    assert b"".join(pieces).decode() == result
-
-
-@pytest.mark.parametrize(
-    "filler",
-    [b"x", b'\\"', b"\\\\", b"\\u00e4 text\\n"],
-    ids=["plain", "quotes", "\\", "u"],
-)
-def test_a_string_of_10_megabytes_is_passed_over_in_linear_time_and_memory(filler):
-    def pass_over(size):
-        data = b'{"image":"' + filler * (size // len(filler)) + b'","model":"a"}'
-        began = time.thread_time()
-        members, _ = llmswap.members_of(data)
-        assert [each.name for each in members] == ["image", "model"]
-        return time.thread_time() - began
-
-    part, whole = (
-        min(pass_over(size) for _ in range(2)) for size in (5 * 10**6, 10**7)
-    )
-    assert whole < 0.5
-    assert whole < 4 * part + 0.05
-
-
-@pytest.mark.parametrize("opening", [b"[", b'{"a":'])
-def test_json_as_deep_as_it_gets_overruns_no_stack(opening):
-    def look():
-        data = b'{"keep_alive":' + opening * 200_000
-        members, is_whole = llmswap.members_of(data)
-        seen.append((members, is_whole, llmswap.json_or(data[14:], "too deep")))
-        deep = opening * 100_000 + b"1" + (b"}" if opening > b"[" else b"]") * 100_000
-        data = b'{"stream":' + deep + b',"model":"a"}'
-        found = llmswap._named_in_json(data, True)
-        seen.append((found.model, found.value(data, "stream", "too deep")))
-
-    seen = []
-    before = threading.stack_size(512 * 1024)
-    try:
-        thread = threading.Thread(target=look)
-        thread.start()
-        thread.join()
-    finally:
-        threading.stack_size(before)
-    assert seen == [([], False, "too deep"), ("a", "too deep")]
+    members = named(body.encode())[0].members
+    assert llmswap.edited_json(members, edits).decode() == result
 
 
 # ---- forms
@@ -7702,38 +7521,42 @@ def test_a_hang_up_within_a_large_answer_is_noticed(swap):
     eventually(lambda: swap.stats("a")["in_flight"] == 0, 2)
 
 
-@pytest.mark.parametrize("is_early", [True, False], ids=["model first", "model last"])
-@pytest.mark.parametrize("model", ["a", "edited"])
-def test_large_bodies_go_up_in_bounded_memory(swap, model, is_early):
-    swap.chat(model)
-    before = anonymous_memory(swap.pid)
-    filler = memoryview(bytes(1 << 20).replace(b"\0", b"x"))
-    name = f'"model":"{model}"'.encode()
-    start = (b"{" + name + b"," if is_early else b"{") + b'"x":"'
-    end = b'"}' if is_early else b'",' + name + b"}"
-    count = 200 if is_early and model == "a" else 64
+MEGABYTE = b"x" * (1 << 20)
+
+
+def upload(swap, path, start, count, end, kind):
+    """The answer to a body with so many megabytes, its digest, and memory at most."""
+    peak, digest = 0, hashlib.sha256(start + count * MEGABYTE + end)
+    length = len(start) + count * len(MEGABYTE) + len(end)
+    head = f"POST {path} HTTP/1.1\nHost: localhost\nContent-Type: {kind}"
     with swap.connect() as client:
-        length = len(start) + count * len(filler) + len(end)
-        head = f"POST /v1/echo HTTP/1.1\nHost: localhost\nContent-Length: {length}"
-        client.sock.sendall(http(head, start))
-        peak = 0
+        client.sock.sendall(http(f"{head}\nContent-Length: {length}", start))
         for number in range(count):
-            client.sock.sendall(filler)
+            client.sock.sendall(MEGABYTE)
             if number % 16 == 0:
                 peak = max(peak, anonymous_memory(swap.pid))
         client.sock.sendall(end)
         answer = client.answer()
-    peak = max(peak, anonymous_memory(swap.pid))
     assert answer.status == 200
-    got = answer.json()
-    if model == "a":
-        digest = hashlib.sha256(start)
-        for _ in range(count):
-            digest.update(filler)
-        digest.update(end)
-        assert (got["length"], got["sha256"]) == (length, digest.hexdigest())
-    else:
-        assert got["length"] > length
+    return answer.json(), digest.hexdigest(), max(peak, anonymous_memory(swap.pid))
+
+
+@pytest.mark.parametrize("model", ["a", "edited"])
+def test_the_memory_of_a_large_json_body_is_given_back(swap, model):
+    swap.chat(model)
+    before = anonymous_memory(swap.pid)
+    start, end = b'{"x":"', b'","model":"' + model.encode() + b'"}'
+    got, digest, _ = upload(swap, "/v1/echo", start, 64, end, "application/json")
+    assert model == "edited" or got["sha256"] == digest
+    assert got["length"] > len(start) + (64 << 20)
+    eventually(lambda: anonymous_memory(swap.pid) < before + (24 << 20))
+
+
+def test_other_large_bodies_go_up_in_bounded_memory(swap):
+    swap.chat("a")
+    before, path = anonymous_memory(swap.pid), "/upstream/a/v1/echo"
+    got, digest, peak = upload(swap, path, b"", 200, b"", "application/octet-stream")
+    assert (got["length"], got["sha256"]) == (200 << 20, digest)
     assert peak < before + (24 << 20)
 
 
@@ -7758,8 +7581,8 @@ def test_a_hang_up_in_mid_stream_cancels_the_request_at_once(swap, reset):
 def test_a_hang_up_in_mid_upload_cancels_the_request_at_once(swap):
     before = cancelled(swap, "a")
     with swap.connect() as client:
-        head = "POST /v1/x HTTP/1.1\nHost: localhost\nContent-Length: 9000000"
-        client.sock.sendall(http(head, b'{"model":"a","x":"' + b"x" * 4_000_000))
+        head = "POST /upstream/a/v1/x HTTP/1.1\nHost: localhost\nContent-Length: 9000000"
+        client.sock.sendall(http(head, b"x" * 4_000_000))
         eventually(lambda: swap.stats("a")["in_flight"])
     eventually(lambda: cancelled(swap, "a") == before + 1, 1)
 
@@ -7821,11 +7644,11 @@ def test_a_request_is_sent_once_more_if_the_backend_died_over_it(
     assert len(hospital.journal("main", victim)) == 2
 
 
-def test_a_request_whose_body_was_streamed_is_never_sent_again(hospital, victim):
+def test_a_request_with_a_large_body_is_sent_once_more_as_well(hospital, victim):
     body = chat_body(victim, die="before-byte", x="x" * 3_000_000)
     answer = hospital.post("/v1/chat/completions", body)
     assert answer.status == 502
-    assert chats_seen(hospital, victim) == 1
+    assert chats_seen(hospital, victim) == 2
     assert hospital.chat(victim).status == 200
 
 
@@ -11653,7 +11476,7 @@ def test_the_ends_of_a_payload_are_kept_however_it_comes(seed):
     kept, both = llmswap.Ends.KEPT, bytes(ends)
     is_all = len(sent) <= 2 * kept
     assert both == (sent if is_all else sent[:kept] + b"\0" + sent[-kept:])
-    assert sum(map(len, ends._pieces)) <= 4 * kept
+    assert len(ends._first) <= kept and len(ends._last) <= kept
 
 
 # ----------------------------------------------------------------------------------
@@ -17567,8 +17390,7 @@ def fuzz_read_one(wire, request):
         found = llmswap.model_named_in(body, kind, is_needed=False)
         if found.is_json and body.is_complete:
             edits = llmswap.Edits("other", {"x": {}}, frozenset(["y"]))
-            members = llmswap.members_of(body.held)[0]
-            llmswap.edited_json(body.held, members, edits)
+            llmswap.edited_json(found.members, edits)
     except llmswap.BadRequest:
         if not body.can_be_read:
             raise
