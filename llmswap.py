@@ -315,7 +315,7 @@ def parse_listen(text) -> tuple:
 
 
 class Key(NamedTuple):
-    """A key of ours; `default` is written as in the file and read by `parse`."""
+    """A key of llmswap; `default` is written as in the file and read by `parse`."""
 
     name: str
     parse: Callable
@@ -436,8 +436,8 @@ MODEL_KEYS = (
 PROXY_KEY = {key.name: key for key in PROXY_KEYS}
 MODEL_KEY = {key.name: key for key in MODEL_KEYS}
 
-# Variables known only when a backend starts, by the keys that may hold them, whose
-# texts stay as they are until then. The values here only serve to check them.
+# Variables known only when a backend starts, by the keys that may hold them. Their
+# texts stay as they are until then; the values here only serve to check them.
 LATE_VARIABLES = {
     **dict.fromkeys(("cmd", "extra-args", "proxy", "env.NAME"), {"PORT": 1}),
     "cmd-stop": {"PORT": 1, "PID": 1},
@@ -452,8 +452,8 @@ DEFAULTS = {
     for key in SETTINGS
 }
 
-# Other spellings: habit's, and llama.cpp's for what stands in its presets only, which
-# it knows under names like variables of the environment too.
+# Further spellings: llama-swap's, and those of llama.cpp, which names the keys that
+# only presets have like variables of the environment, too.
 SYNONYMS = {
     "ttl": "idle-timeout",
     "a": "alias",
@@ -628,8 +628,8 @@ def expand_macros(text, macros) -> str:
     def value(match):
         if match[1] not in macros:
             return match[0]
-        others = {name: macros[name] for name in macros if name != match[1]}
-        return expand_macros(macros[match[1]], others)
+        remaining = {name: macros[name] for name in macros if name != match[1]}
+        return expand_macros(macros[match[1]], remaining)
 
     return VARIABLE.sub(value, text)
 
@@ -910,14 +910,14 @@ def has_source(keys) -> bool:
 
 
 def split_settings(section):
-    """Return the settings of a section by name of a key of ours, and its options."""
-    ours, options = {}, {}
+    """Return the settings of a section by name of llmswap's keys, and its options."""
+    keys, options = {}, {}
     for spelling, setting in sorted(section.settings.items()):
         if model_key(spelling):
-            ours[model_key(spelling)] = setting
+            keys[model_key(spelling)] = setting
         elif spelling not in IGNORED_KEYS:
             options[spelling] = setting
-    return ours, options
+    return keys, options
 
 
 class ModelBuilder:
@@ -1018,12 +1018,10 @@ class ModelBuilder:
                 yield own("proxy"), "the proxy of a llama-server needs ${PORT}"
         elif self._kind == "cmd":
             texts = " ".join([settings.cmd, settings.extra_args, *env.values()])
-            if not settings.cmd:
-                yield own("cmd"), "the command is empty"
-            elif needs_port and "PORT" not in variables_in(texts):
+            if needs_port and "PORT" not in variables_in(texts):
                 yield own("cmd"), "without ${PORT} it needs proxy = URL"
-        elif self._kind == "unit" and not settings.unit:
-            yield own("unit"), "the name of the unit is missing"
+        if self._kind in ("cmd", "unit") and not own(self._kind).text:
+            yield own(self._kind), "it must not be empty"
         if self._kind in ("unit", "remote") and needs_port:
             yield own("proxy"), "it needs proxy = URL, without ${PORT}"
         if bool(settings.sleep) != bool(settings.wake):
@@ -1126,11 +1124,11 @@ class Config(NamedTuple):
 
         table_of(model) is the OptionTable of a llama-server model.
         """
-        found = {}  # used as a set that keeps its order
+        warnings = {}  # used as a set that keeps its order
         for model in self.models.values():
             for layer in model.options:
-                found.update(dict.fromkeys(table_of(model).pitfalls(layer)))
-        return list(found)
+                warnings.update(dict.fromkeys(table_of(model).pitfalls(layer)))
+        return list(warnings)
 
     def _near(self, name):
         listed = {m.name: m for m in self.models.values() if not m.settings.unlisted}
@@ -1205,16 +1203,16 @@ class ConfigLoader:
         return {}
 
     def _read_proxy_section(self):
-        found = {}
+        settings = {}
         for spelling, setting in self._sections["llmswap"].settings.items():
             if proxy_key(spelling):
-                found[proxy_key(spelling)] = setting
+                settings[proxy_key(spelling)] = setting
             elif model_key(spelling):
                 raise ConfigError(f"{setting.place}: belongs to a model, or into [*]")
             elif spelling not in IGNORED_KEYS:
                 near = suggestion(spelling, PROXY_KEY)
                 raise ConfigError(f"{setting.place}: unknown key{near}")
-        return found
+        return settings
 
     def _read_settings(self):
         values = {}
@@ -1244,12 +1242,12 @@ class ConfigLoader:
                 raise ConfigError(f"{keys[name].place}: cannot be given for all models")
         if "llama-server" in self._proxy:
             keys.setdefault("llama-server", self._proxy["llama-server"])
-        found = self._find_models(settings)
+        listed = self._find_models(settings)
         place = f"{self._path}: [{{}}]"
-        sections = {name: Section(name, place.format(name), {}) for name in found}
+        sections = {name: Section(name, place.format(name), {}) for name in listed}
         sections.update(self._model_sections())
         return [
-            ModelBuilder(section, (keys, options, found.get(section.name, {})),
+            ModelBuilder(section, (keys, options, listed.get(section.name, {})),
                          self._variables, self._warn).build()
             for section in sections.values()
         ]
