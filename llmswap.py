@@ -100,7 +100,7 @@ class Problem(Exception):
     """
 
     status, type, code = 500, "server_error", None
-    param = retry_after = may_retry = None
+    retry_after = may_retry = None
 
     def __init__(self, message, param=None, retry_after=None):
         super().__init__(message)
@@ -316,7 +316,7 @@ def parse_listen(text) -> tuple:
 
 
 class Key(NamedTuple):
-    """A key of ours; `default` is written as in the file and read by `parse`."""
+    """A key of llmswap; `default` is written as in the file and read by `parse`."""
 
     name: str
     parse: Callable
@@ -361,7 +361,7 @@ PROXY_KEYS = (
     Key("cors-origins", parse_words, "localhost",
         "web origins allowed: `localhost` (any port), a list, or `*`; the page's own "
         "always"),
-    Key("max-body", parse_size, "1G", "larger requests are refused"),
+    Key("max-body", parse_size, "256M", "larger requests are refused"),
     Key("settle-timeout", parse_duration, "5s",
         "wait at most this long for the GPU memory of a stopped model to be free"),
     Key("exit-idle-time", parse_duration, "0",
@@ -437,8 +437,8 @@ MODEL_KEYS = (
 PROXY_KEY = {key.name: key for key in PROXY_KEYS}
 MODEL_KEY = {key.name: key for key in MODEL_KEYS}
 
-# Variables known only when a backend starts, by the keys that may hold them, whose
-# texts stay as they are until then. The values here only serve to check them.
+# Variables known only when a backend starts, by the keys that may hold them. Their
+# texts stay as they are until then; the values here only serve to check them.
 LATE_VARIABLES = {
     **dict.fromkeys(("cmd", "extra-args", "proxy", "env.NAME"), {"PORT": 1}),
     "cmd-stop": {"PORT": 1, "PID": 1},
@@ -453,8 +453,8 @@ DEFAULTS = {
     for key in SETTINGS
 }
 
-# Other spellings: habit's, and llama.cpp's for what stands in its presets only, which
-# it knows under names like variables of the environment too.
+# Further spellings: llama-swap's, and those of llama.cpp, which names the keys that
+# only presets have like variables of the environment, too.
 SYNONYMS = {
     "ttl": "idle-timeout",
     "a": "alias",
@@ -489,16 +489,18 @@ def suggestion(name, names) -> str:
 
 # ---- Sections: the language of the file ---------------------------------------------
 
-STATEMENT = re.compile(
-    r"""(?P<indent>[ \t]*)
-    (?: \[ [ \t]* (?P<header>[^\] \t][^\]]*) \] [ \t]* (?:[;#][^\r\n]*)?
-      | -{0,2} (?P<key>[A-Za-z_][A-Za-z0-9_.-]*) [ \t]* = (?P<value>[^\r\n]*)
-      | (?:[;#][^\r\n]*)?
-    ) (?:\r\n|\r|\n|\Z)""",
+NEWLINE = re.compile(r"\r\n|\r|\n")
+STATEMENT = re.compile(  # lines indented deeper than their `cmd` continue it
+    rf"""(?P<indent>[ \t]*)
+    (?: \[ [ \t]* (?P<header>[^\] \t][^\]]*) \] [ \t]* (?:[;\#][^\r\n]*)?
+      | -{{0,2}} cmd [ \t]* =
+        (?P<command>[^\r\n]* (?:(?:{NEWLINE.pattern})
+            (?P=indent)[ \t]+[^ \t\r\n][^\r\n]*)*)
+      | -{{0,2}} (?P<key>[A-Za-z_][A-Za-z0-9_.-]*) [ \t]* = (?P<value>[^\r\n]*)
+      | (?:[;\#][^\r\n]*)?
+    ) (?:{NEWLINE.pattern}|\Z)""",
     re.VERBOSE,
 )
-CONTINUATION = re.compile(r"([ \t]+)([^ \t\r\n][^\r\n]*)(?:\r\n|\r|\n|\Z)")
-NEWLINE = re.compile(r"\r\n|\r|\n")
 
 # Keys whose value is the whole line, `;` and `#` included; and keys that llama.cpp
 # reads too, so that its rule holds: a comment begins at any `;` or `#`.
@@ -528,41 +530,37 @@ class PresetParser:
     """Parses llama.cpp's language of presets, and more: a line may be indented, a key
     may have its dashes. Of sections with the same name only the last counts."""
 
-    def __init__(self, data, path, warn):
-        self._text = data.decode("utf-8-sig", "surrogateescape")
+    def __init__(self, path, warn):
         self._path = path
         self._warn = warn
-        self._offset = 0
-        self._line = 1
         self._section = None
         self._sections = {}
 
-    def parse(self) -> dict:
+    def parse(self, data) -> dict:
         """Return the sections by name, or raise ConfigError."""
-        wrong = re.search("[\0\udc80-\udcff]", self._text)
+        text = data.decode("utf-8-sig", "surrogateescape")
+        wrong = re.search("[\0\udc80-\udcff]", text)
         if wrong:
-            self._line += len(NEWLINE.findall(self._text[: wrong.start()]))
-            raise ConfigError(f"{self._path}:{self._line}: this is not UTF-8 text")
-        while self._offset < len(self._text):
-            place = f"{self._path}:{self._line}:"
-            statement = self._take(STATEMENT)
+            line = len(NEWLINE.findall(text[: wrong.start()])) + 1
+            raise ConfigError(f"{self._path}:{line}: this is not UTF-8 text")
+        offset, line = 0, 1
+        while offset < len(text):
+            place = f"{self._path}:{line}:"
+            statement = STATEMENT.match(text, offset)
             if statement is None:
-                line = NEWLINE.split(self._text[self._offset :], 1)[0].strip()
+                wrong = NEWLINE.split(text[offset:], 1)[0].strip()
                 raise ConfigError(
-                    f"{place} {line!r} is neither [section], key = value nor a comment"
+                    f"{place} {wrong!r} is neither [section], key = value nor a comment"
                 )
+            offset = statement.end()
+            line += len(NEWLINE.findall(statement[0]))
             if statement["header"]:
                 self._open_section(statement["header"], place)
+            elif statement["command"] is not None:
+                self._add_setting("cmd", statement["command"], place)
             elif statement["key"]:
-                self._add_setting(statement, place)
+                self._add_setting(statement["key"], statement["value"], place)
         return self._sections
-
-    def _take(self, expression):
-        match = expression.match(self._text, self._offset)
-        if match:
-            self._offset = match.end()
-            self._line += len(NEWLINE.findall(match[0]))
-        return match
 
     def _open_section(self, name, place):
         if name.strip() in ("llmswap", "macros"):
@@ -571,8 +569,7 @@ class PresetParser:
             self._warn(f"{place} [{name}]: given before; this one counts")
         self._section = self._sections[name] = Section(name, f"{place} [{name}]", {})
 
-    def _add_setting(self, statement, place):
-        key = statement["key"]
+    def _add_setting(self, key, text, place):
         if self._section is None:
             if key in IGNORED_KEYS:
                 return
@@ -582,18 +579,20 @@ class PresetParser:
         place = f"{place} [{self._section.name}] {key}"
         if key in self._section.settings:
             self._warn(f"{place}: given before; this one counts")
-        text = self._value(statement, place)
-        self._section.settings[key] = Setting(key, text, place)
+        self._section.settings[key] = Setting(key, self._value(key, text, place), place)
 
-    def _value(self, statement, place):
-        text, section = statement["value"], self._section.name
+    def _value(self, key, text, place):
+        section = self._section.name
         find = proxy_key if section == "llmswap" else model_key
-        key = "macro" if section == "macros" else find(statement["key"])
+        name = "macro" if section == "macros" else find(key)
         if key == "cmd":
-            return self._continued(text, len(statement["indent"].expandtabs()))
-        if key in WITHOUT_COMMENT:
+            lines = [line.strip(" \t") for line in NEWLINE.split(text)]
+            parts = [re.sub(r"(^|[ \t]+)\\$", "", line) for line in lines
+                     if not line.startswith((";", "#"))]
+            text = " ".join(parts).strip()
+        if name in WITHOUT_COMMENT:
             return text.strip(" \t")
-        if key and key not in SHARED_KEYS:
+        if name and name not in SHARED_KEYS:
             return OWN_COMMENT.split(text, 1)[0].strip(" \t")
         comment = LLAMA_COMMENT.search(text)
         value = text[: comment.start() if comment else None].strip(" \t")
@@ -601,16 +600,6 @@ class PresetParser:
             self._warn(f"{place}: a comment begins at {comment[0][-1]!r}, as in "
                        f"llama.cpp; the value is {value!r}")
         return value
-
-    def _continued(self, first, indent):
-        lines = [first]
-        while line := CONTINUATION.match(self._text, self._offset):
-            if len(line[1].expandtabs()) <= indent:
-                break
-            lines.append(self._take(CONTINUATION)[2])
-        stripped = [line.strip(" \t") for line in lines]
-        commands = [line for line in stripped if line[:1] not in (";", "#")]
-        return " ".join(re.sub(r"(^|[ \t]+)\\$", "", line) for line in commands).strip()
 
 
 # ---- Variables: ${NAME}, and the [macros] of the file -------------------------------
@@ -640,8 +629,8 @@ def expand_macros(text, macros) -> str:
     def value(match):
         if match[1] not in macros:
             return match[0]
-        others = {name: macros[name] for name in macros if name != match[1]}
-        return expand_macros(macros[match[1]], others)
+        remaining = {name: macros[name] for name in macros if name != match[1]}
+        return expand_macros(macros[match[1]], remaining)
 
     return VARIABLE.sub(value, text)
 
@@ -922,14 +911,14 @@ def has_source(keys) -> bool:
 
 
 def split_settings(section):
-    """Return the settings of a section by name of a key of ours, and its options."""
-    ours, options = {}, {}
+    """Return the settings of a section by name of llmswap's keys, and its options."""
+    keys, options = {}, {}
     for spelling, setting in sorted(section.settings.items()):
         if model_key(spelling):
-            ours[model_key(spelling)] = setting
+            keys[model_key(spelling)] = setting
         elif spelling not in IGNORED_KEYS:
             options[spelling] = setting
-    return ours, options
+    return keys, options
 
 
 class ModelBuilder:
@@ -1030,12 +1019,10 @@ class ModelBuilder:
                 yield own("proxy"), "the proxy of a llama-server needs ${PORT}"
         elif self._kind == "cmd":
             texts = " ".join([settings.cmd, settings.extra_args, *env.values()])
-            if not settings.cmd:
-                yield own("cmd"), "the command is empty"
-            elif needs_port and "PORT" not in variables_in(texts):
+            if needs_port and "PORT" not in variables_in(texts):
                 yield own("cmd"), "without ${PORT} it needs proxy = URL"
-        elif self._kind == "unit" and not settings.unit:
-            yield own("unit"), "the name of the unit is missing"
+        if self._kind in ("cmd", "unit") and not own(self._kind).text:
+            yield own(self._kind), "it must not be empty"
         if self._kind in ("unit", "remote") and needs_port:
             yield own("proxy"), "it needs proxy = URL, without ${PORT}"
         if bool(settings.sleep) != bool(settings.wake):
@@ -1056,51 +1043,48 @@ def canonical_name(name) -> str:
 def find_models(directory, place) -> dict:
     """Return the models in a directory by id: settings by key, as llama-server does it.
 
-    Raise OSError if it cannot be listed.
+    A model is a file or a directory. Raise OSError if they cannot be listed.
     """
     models = {}
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
-        options = {}
-        for path in _files_of(entry):
-            name = os.path.basename(path)
-            if not name.endswith(".gguf"):
-                continue
-            is_draft = re.match("(mtp|dspark|dflash)-", name)
-            key = "model-draft" if is_draft else "model"
-            key = "mmproj" if "mmproj" in name else key
-            options.setdefault(key, Setting(key, path, place))
+        names, options = [""], {}
+        if entry.is_dir():
+            with contextlib.suppress(PermissionError):  # lost+found, for one
+                names = os.listdir(entry.path)
+        # of a model in several files, llama-server is told the first
+        for name in sorted(names, key=lambda name: ("-00001-of-" not in name, name)):
+            path = os.path.join(entry.path, name) if name else entry.path
+            match = re.search(r"/(mtp-|dspark-|dflash-)?([^/]*)\.gguf\Z", path)
+            if match:
+                key = "model-draft" if match[1] else "model"
+                key = "mmproj" if "mmproj" in match[0] else key
+                options.setdefault(key, Setting(key, path, place))
         if "model" in options:
             models[entry.name.replace(".gguf", "")] = options
     return models
 
 
-def _files_of(entry):
-    """Return the paths that may make one model, first shards before all others."""
-    if not entry.is_dir():
-        return [entry.path]
-    try:
-        names = os.listdir(entry.path)
-    except PermissionError:  # lost+found, for one
-        return []
-    names.sort(key=lambda name: ("-00001-of-" not in name, name))
-    return [os.path.join(entry.path, name) for name in names]
-
-
 # ---- From sections to a configuration ------------------------------------------------
 
 
-def why_not_together(models, settings) -> Optional[str]:
-    """Return why these models cannot be loaded together, or None if they can."""
-    counted = {model.name for model in models if model.kind not in ("remote", "uses")}
+def misfit(model, pinned, settings) -> Optional[str]:
+    """Return why a model cannot be loaded beside the pinned ones, or None."""
+    for resource in (*model.settings.needs, *model.settings.sleep_needs):
+        if resource not in settings.budget:
+            return f"budget in [llmswap] does not name {resource!r}"
+    models = [*pinned, model]
+    counted = {each.name for each in models if each.kind not in ("remote", "uses")}
+    beside = f" beside the pinned {', '.join(each.name for each in pinned)}"
+    prefix = f"does not fit{beside if pinned else ''}:"
     if 0 < settings.models_max < len(counted):
-        return f"models-max is {settings.models_max}"
+        return f"{prefix} models-max is {settings.models_max}"
     is_together = len(counted) < 2 or any(counted <= names for names in settings.sets)
     if settings.sets and not is_together:
-        return "none of sets has them together"
+        return f"{prefix} none of sets has them together"
     for resource, limit in settings.budget.items():
-        needed = sum(model.settings.needs.get(resource, 0) for model in models)
+        needed = sum(each.settings.needs.get(resource, 0) for each in models)
         if needed > limit:
-            return (f"they need {resource} {size_text(needed)}, "
+            return (f"{prefix} they need {resource} {size_text(needed)}, "
                     f"the budget is {size_text(limit)}")
     return None
 
@@ -1141,11 +1125,11 @@ class Config(NamedTuple):
 
         table_of(model) is the OptionTable of a llama-server model.
         """
-        found = {}  # used as a set that keeps its order
+        warnings = {}  # used as a set that keeps its order
         for model in self.models.values():
             for layer in model.options:
-                found.update(dict.fromkeys(table_of(model).pitfalls(layer)))
-        return list(found)
+                warnings.update(dict.fromkeys(table_of(model).pitfalls(layer)))
+        return list(warnings)
 
     def _near(self, name):
         listed = {m.name: m for m in self.models.values() if not m.settings.unlisted}
@@ -1181,7 +1165,7 @@ class ConfigLoader:
         self._environ = environ
         self._warnings = {}  # used as a set that keeps its order
         empty = {name: Section(name, "", {}) for name in NOT_MODELS}
-        self._sections = {**empty, **PresetParser(data, path, self._warn).parse()}
+        self._sections = {**empty, **PresetParser(path, self._warn).parse(data)}
         self._variables = Variables(self._read_macros(), environ)
         self._proxy = {
             **self._limit_in_star(), **self._read_proxy_section(), **overrides
@@ -1220,16 +1204,16 @@ class ConfigLoader:
         return {}
 
     def _read_proxy_section(self):
-        found = {}
+        settings = {}
         for spelling, setting in self._sections["llmswap"].settings.items():
             if proxy_key(spelling):
-                found[proxy_key(spelling)] = setting
+                settings[proxy_key(spelling)] = setting
             elif model_key(spelling):
                 raise ConfigError(f"{setting.place}: belongs to a model, or into [*]")
             elif spelling not in IGNORED_KEYS:
                 near = suggestion(spelling, PROXY_KEY)
                 raise ConfigError(f"{setting.place}: unknown key{near}")
-        return found
+        return settings
 
     def _read_settings(self):
         values = {}
@@ -1253,34 +1237,26 @@ class ConfigLoader:
         return tuple(dict.fromkeys(keys))
 
     def _build_models(self, settings):
-        keys, options = self._read_star()
-        found = self._find_models(settings)
-        place = f"{self._path}: [{{}}]"
-        sections = {name: Section(name, place.format(name), {}) for name in found}
-        sections.update(self._model_sections())
-        return [
-            ModelBuilder(section, (keys, options, found.get(section.name, {})),
-                         self._variables, self._warn).build()
-            for section in sections.values()
-        ]
-
-    def _read_star(self):
-        """Return what holds for all models: keys of ours, then options."""
         keys, options = split_settings(self._sections["*"])
         for name in NOT_FOR_ALL:
             if name in keys:
                 raise ConfigError(f"{keys[name].place}: cannot be given for all models")
         if "llama-server" in self._proxy:
             keys.setdefault("llama-server", self._proxy["llama-server"])
-        return keys, options
+        listed = self._find_models(settings)
+        place = f"{self._path}: [{{}}]"
+        sections = {name: Section(name, place.format(name), {}) for name in listed}
+        sections.update(self._model_sections())
+        return [
+            ModelBuilder(section, (keys, options, listed.get(section.name, {})),
+                         self._variables, self._warn).build()
+            for section in sections.values()
+        ]
 
     def _find_models(self, settings):
-        """Return the models of models-dir by id, their options as settings by key."""
-        if not settings.models_dir:
-            return {}
-        place = self._proxy["models-dir"].place
+        place = settings.models_dir and self._proxy["models-dir"].place
         try:
-            return find_models(settings.models_dir, place)
+            return find_models(settings.models_dir, place) if place else {}
         except OSError as error:
             self._warn(f"{place}: {error}")
             return {}
@@ -1349,20 +1325,12 @@ class ConfigLoader:
         for model in sorted(models.values(), key=lambda model: not model.settings.pin):
             if model.problem:
                 continue
-            reason = self._misfit(model, pinned, settings)
+            reason = misfit(model, pinned, settings)
             if reason:
                 problem = f"{model.place}: {reason}"
                 models[model.name] = model._replace(problem=problem)
             elif model.settings.pin:
                 pinned.append(model)
-
-    def _misfit(self, model, pinned, settings):
-        for resource in (*model.settings.needs, *model.settings.sleep_needs):
-            if resource not in settings.budget:
-                return f"budget in [llmswap] does not name {resource!r}"
-        reason = why_not_together([*pinned, model], settings)
-        beside = f" beside the pinned {', '.join(pin.name for pin in pinned)}"
-        return reason and f"does not fit{beside if pinned else ''}: {reason}"
 
     def _link(self, model, config):
         """Return a model that uses another with its backend, or with a problem."""

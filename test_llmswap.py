@@ -598,11 +598,11 @@ def chat_body(model, **wish):
 
 
 # ==================================================================================
-# 0  The file itself: its rooms, its README, its example.
+# 0  The file itself: its sections, its README, its example.
 # ==================================================================================
 
 BANNER = re.compile(r"^# ={82}\n# (\d+)  (\w[\w ]*): ", re.MULTILINE)
-STRANGERS = {  # names that a room never uses: what it never knows
+FOREIGN_NAMES = {  # by section: names that it never uses
     "Errors": "threading socket subprocess time os",
     "Configuration": "threading socket subprocess time select signal",
     "Scheduling": "threading socket subprocess time os select signal Config Model",
@@ -613,44 +613,35 @@ STRANGERS = {  # names that a room never uses: what it never knows
     "Pages": "socket Handler Pool Scheduler subprocess threading",
     "API": "Scheduler subprocess Popen",
 }
+SOURCE = Path(LLMSWAP).read_text()
 
 
-def source_rooms():
-    """(number, name, its nodes) of each room of llmswap.py, in order."""
-    text = Path(LLMSWAP).read_text()
-    tree = ast.parse(text)
-    starts = [
-        (text.count("\n", 0, m.start()), m[1], m[2]) for m in BANNER.finditer(text)
+def source_sections():
+    """[(number, name, its nodes)] of each section of llmswap.py, in order."""
+    banners = [
+        (SOURCE.count("\n", 0, match.start()), int(match[1]), match[2])
+        for match in BANNER.finditer(SOURCE)
     ]
-    ends = [start for start, _, _ in starts[1:]] + [text.count("\n") + 1]
-    for (start, number, name), end in zip(starts, ends):
-        yield int(number), name, [n for n in tree.body if start < n.lineno <= end]
+    ends = [start for start, _, _ in banners[1:]] + [SOURCE.count("\n") + 1]
+    body = ast.parse(SOURCE).body
+    return [
+        (number, name, [node for node in body if start < node.lineno <= end])
+        for (start, number, name), end in zip(banners, ends)
+    ]
 
 
-def names_in(node):
-    """Every name and attribute that the code mentions; annotations count, too."""
-    for each in ast.walk(node):
-        if isinstance(each, ast.Name):
-            yield each.id
-        elif isinstance(each, ast.Attribute):
-            yield each.attr
-
-
-def test_the_rooms_stand_in_their_order():
-    numbers, names, _ = zip(*source_rooms())
-    assert numbers == tuple(range(1, 11)) and names == (*STRANGERS, "Command line")
-
-
-def test_a_room_uses_only_what_stands_above_it():
-    defined = {}  # name -> number of its room
-    rooms = list(source_rooms())
-    for number, _, nodes in rooms:
+def test_sections_stand_in_their_order_and_use_only_those_above():
+    defined = {}  # number of the section by name
+    for number, _, nodes in source_sections():
         for node in nodes:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 defined[node.name] = number
-    for number, room, nodes in rooms:
+    for number, section, nodes in source_sections():
         for name in {name for node in nodes for name in names_from_outside(node)}:
-            assert defined.get(name, 0) <= number, f"{room} uses {name}, from below"
+            assert defined.get(name, 0) <= number, f"{section} uses {name}, from below"
+    numbers, names, _ = zip(*source_sections())
+    assert numbers == tuple(range(1, 11))
+    assert names == (*FOREIGN_NAMES, "Command line")
 
 
 def names_from_outside(node):
@@ -661,20 +652,38 @@ def names_from_outside(node):
     return {each.id for each in names} - own
 
 
-def test_a_room_does_not_know_what_it_must_not_know():
-    for _, room, nodes in source_rooms():
-        used = {name for node in nodes for name in names_in(node)}
-        assert not used & set(STRANGERS.get(room, "").split()), room
+@pytest.mark.parametrize("section, foreign", FOREIGN_NAMES.items())
+def test_a_section_does_not_know_what_it_must_not_know(section, foreign):
+    nodes = next(nodes for _, name, nodes in source_sections() if name == section)
+    walked = [each for node in nodes for each in ast.walk(node)]
+    used = {getattr(each, "id", getattr(each, "attr", None)) for each in walked}
+    assert not used & set(foreign.split())
 
 
-def test_no_function_is_longer_than_forty_lines():
-    tree = ast.parse(Path(LLMSWAP).read_text())
-    for node in ast.walk(tree):
+def test_private_attributes_are_used_by_their_own_class_only():
+    for _, section, nodes in source_sections():
+        for node in (each for node in nodes for each in ast.walk(node)):
+            if section == "Backends" or not isinstance(node, ast.Attribute):
+                continue
+            is_public = node.attr[0] != "_" or node.attr in ("_exit", "_replace")
+            owner = ast.unparse(node.value)
+            assert is_public or owner in ("self", "cls", "Handler"), node.lineno
+
+
+def test_functions_and_lines_are_short_and_imports_are_of_the_standard_library():
+    assert max(map(len, SOURCE.splitlines())) <= 88
+    known = getattr(sys, "stdlib_module_names", ())  # since Python 3.10
+    for node in ast.walk(ast.parse(SOURCE)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 40, node.name
+        elif isinstance(node, ast.Import):
+            for alias in node.names if known else ():
+                assert alias.name.partition(".")[0] in known
+        elif isinstance(node, ast.ImportFrom):
+            assert not known or node.module.partition(".")[0] in known
 
 
-def test_every_test_is_in_one_share_beside_those_that_share_what_is_dear():
+def test_every_test_is_in_one_share_beside_those_that_share_a_dear_fixture():
     found = re.findall(
         r'@pytest.fixture\(scope="module"\)\ndef (\w+)', HERE.read_text()
     )
@@ -683,30 +692,6 @@ def test_every_test_is_in_one_share_beside_those_that_share_what_is_dear():
     items = [SimpleNamespace(originalname=n, fixturenames=f) for n, f in names]
     groups = suite_groups(items)
     assert groups == [[items[0], items[2]], [items[1], items[3]]]
-
-
-def test_no_line_is_wider_than_88_columns():
-    for number, line in enumerate(Path(LLMSWAP).read_text().splitlines(), 1):
-        assert len(line) <= 88, f"line {number}"
-
-
-def test_what_is_public_says_what_it_guarantees():
-    for node in ast.parse(Path(LLMSWAP).read_text()).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_":
-            bases = [base.id for base in getattr(node, "bases", ()) if hasattr(base, "id")]
-            is_error = {"Problem", "StartFailed"} & set(bases)  # status and code say all
-            assert is_error or ast.get_docstring(node), node.name
-
-
-def test_only_the_standard_library_is_imported():
-    if not hasattr(sys, "stdlib_module_names"):
-        pytest.skip("needs Python 3.10")
-    for node in ast.walk(ast.parse(Path(LLMSWAP).read_text())):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                assert alias.name.partition(".")[0] in sys.stdlib_module_names
-        elif isinstance(node, ast.ImportFrom):
-            assert node.module.partition(".")[0] in sys.stdlib_module_names
 
 
 def readme_text():
@@ -735,7 +720,7 @@ def test_the_readme_has_the_tables_of_all_keys():
     assert keys_table(llmswap.MODEL_KEYS) in readme
 
 
-def test_every_file_that_the_readme_shows_is_read_without_complaint(tmp_path):
+def test_every_file_of_the_readme_is_read_without_warnings(tmp_path):
     files = re.findall(r"^```ini\n(.*?)^```$", readme_text(), re.MULTILINE | re.DOTALL)
     assert len(files) > 8
     for text in files:
@@ -753,7 +738,7 @@ runpy.run_path({str(HERE)!r}, run_name="__main__")
 
 
 @pytest.mark.parametrize("command", ["bench", "test"])
-def test_the_commands_do_without_pytest_and_the_tests_say_that_they_do_not(command):
+def test_only_the_tests_need_pytest(command):
     words = [sys.executable, "-c", WITHOUT_PYTEST, command, "--help"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     if command == "test":
@@ -854,7 +839,6 @@ HELP = """\
                                         (env: LLAMA_ARG_CTX_SIZE)
 --keep N                                number of tokens to keep
 -fa,   --flash-attn [on|off|auto]       set Flash Attention use
-                                        (env: LLAMA_ARG_FLASH_ATTN)
 -kvo,  --kv-offload, -nkvo, --no-kv-offload
                                         whether to enable KV cache offloading
                                         (env: LLAMA_ARG_KV_OFFLOAD)
@@ -863,16 +847,13 @@ HELP = """\
 -ot,   --override-tensor <tensor name pattern>=<buffer type>,...
                                         override tensor buffer type
 -ngl,  --gpu-layers, --n-gpu-layers N   max. number of layers to store in VRAM
-                                        (env: LLAMA_ARG_N_GPU_LAYERS)
 --lora FNAME                            path to LoRA adapter
 --control-vector-layer-range START END
                                         layer range to apply the control vector to
 -m,    --model FNAME                    model path to load
-                                        (env: LLAMA_ARG_MODEL)
 -hft,  --hf-token TOKEN                 Hugging Face access token
                                         (env: HF_TOKEN)
 --log-colors [on|off|auto]              Set colored logging
-                                        (env: LLAMA_ARG_LOG_COLORS)
 -s,    --seed SEED                      RNG seed
 --temp, --temperature N                 temperature (default: 0.80)
 --spec-draft-model, -md, --model-draft FNAME
@@ -885,16 +866,13 @@ HELP = """\
 --mmproj-auto, --no-mmproj, --no-mmproj-auto
                                         whether to use multimodal projector file
 -a,    --alias STRING                   set model name aliases
-                                        (env: LLAMA_ARG_ALIAS)
 --host HOST                             IP addresses to listen on
 --port PORT                             port to listen (default: 8080)
 --ui,  --webui, --no-ui, --no-webui     whether to enable the Web UI
 --embedding, --embeddings               restrict to embedding use case
 --api-key KEY                           API key to use for authentication
-                                        (env: LLAMA_API_KEY)
 --ssl-cert-file FNAME                   path to file a PEM-encoded SSL certificate
 --models-max N                          for router server
-                                        (env: LLAMA_ARG_MODELS_MAX)
 --jinja, --no-jinja                     whether to use jinja template engine
                                         (env: LLAMA_ARG_JINJA)
 --chat-template JINJA_TEMPLATE          set custom jinja chat template
@@ -1009,30 +987,47 @@ def test_an_empty_file_has_every_setting_at_its_default(tmp_path):
     ("[a]\n--ctx-size = 1\n-c = 2", {"a": {"ctx-size": "1", "c": "2"}}),
 ])
 def test_sections_are_read(text, sections):
-    parsed = llmswap.PresetParser(text.encode(), "m.ini", print).parse()
+    parsed = llmswap.PresetParser("m.ini", print).parse(text.encode())
     assert [*parsed] == [*sections]
     for name, section in parsed.items():
         shown = {key: setting.text for key, setting in section.settings.items()}
         assert shown == sections[name]
 
 
-@pytest.mark.parametrize("text, line", [
-    ("[a]\nmodel: x", 2),
-    ("[a]\njinja\n", 2),
-    ("[a] junk\n", 1),
-    ("\n\n[]\n", 3),
-    ("[ ]\n", 1),
-    ("[a]\n9 = 1\n", 2),
-    ("[a]\r\n\r\n= 1", 3),
-    ("[a\n", 1),
-    ("[a]\nc d = 1", 2),
-    ("[a]\n---c = 1", 2),
-    (b"[a]\nc = \xff", 2),
-    ("[a]\nc = 1".encode("utf-16-le"), 1),
+@pytest.mark.parametrize("text, message", [
+    ("[a]\nmodel: x", "2: 'model: x' is neither [section], key = value nor a comment"),
+    ("[a]\njinja\n", "2: "),
+    ("[a] junk\n", "1: "),
+    ("\n\n[]\n", "3: "),
+    ("[ ]\n", "1: "),
+    ("[a]\n9 = 1\n", "2: "),
+    ("[a]\r\n\r\n= 1", "3: "),
+    ("[a\n", "1: "),
+    ("[a]\nc d = 1", "2: "),
+    ("[a]\n---c = 1", "2: "),
+    (b"[a]\nc = \xff", "2: this is not UTF-8"),
+    ("[a]\nc = 1".encode("utf-16-le"), "1: this is not UTF-8"),
+    *[(f"[macros]\n{name} = x", f"2: [macros] {name}: this name has its own")
+      for name in ("PORT", "PID", "MODEL_ID", "env.HOME")],
+    *[(f"[*]\n{key} = x", f"2: [*] {key}: cannot be given for all models")
+      for key in ("cmd", "unit", "proxy", "uses", "alias", "a")],
+    *[(f"[llmswap]\n{line}", f"2: [llmswap] {message}") for line, message in (
+        ("models-max = many", "models-max: 'many' is not a whole number"),
+        ("listen = 8080", "listen: '8080' is not an address such as 127.0.0.1:8080"),
+        ("lissen = x", "lissen: unknown key; did you mean listen?"),
+        ("idle-timeout = 5", "idle-timeout: belongs to a model, or into [*]"),
+        ("ctx-size = 5", "ctx-size: unknown key"),
+        ("patience = ${env.NONE}", "patience: ${env.NONE} is unknown here"),
+        ("sets = a + nobody\n[a]\nm = x", "sets: there is no model 'nobody'"),
+        ("default-model = nobody", "default-model: there is no model 'nobody'"),
+        ("api-key-file = /nowhere/keys", "api-key-file: [Errno 2]"),
+        ("idle-command = 'x", "idle-command: No closing quotation"),
+        ("idle-command = x ${env.QUOTE}", "idle-command: No closing quotation"))],
 ])
-def test_broken_syntax_names_file_and_line(tmp_path, text, line):
-    with pytest.raises(ConfigError, match=f"^m.ini:{line}: "):
-        read(tmp_path, text)
+def test_mistakes_that_stop_the_start_name_their_place(tmp_path, text, message):
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, text, {"QUOTE": "'"})
+    assert str(caught.value).startswith(f"m.ini:{message}")
 
 
 def test_any_bytes_are_read_or_refused():
@@ -1136,12 +1131,6 @@ def test_without_macros_options_of_llama_server_keep_their_dollars(tmp_path):
     assert options(model) == ["--model", "${PORT}$${x}"]
 
 
-@pytest.mark.parametrize("name", ["PORT", "PID", "MODEL_ID", "env.HOME"])
-def test_macros_cannot_take_the_names_of_variables(tmp_path, name):
-    with pytest.raises(ConfigError, match=rf"m.ini:2: \[macros\] {name}: "):
-        read(tmp_path, f"[macros]\n{name} = x")
-
-
 def test_port_and_pid_are_filled_in_when_they_are_known(tmp_path):
     model = read(tmp_path, """
         [a]
@@ -1182,44 +1171,38 @@ def test_help_of_another_program_gives_no_table(text):
     assert llmswap.parse_help(text) is None
 
 
-@pytest.mark.parametrize("line, words", [
-    ("jinja = true", ["--jinja"]), ("jinja = 1", ["--jinja"]),
-    ("jinja = on", ["--jinja"]), ("jinja = enabled", ["--jinja"]),
-    ("jinja = false", ["--no-jinja"]), ("jinja = 0", ["--no-jinja"]),
-    ("jinja = off", ["--no-jinja"]), ("jinja = disabled", ["--no-jinja"]),
-    ("jinja = no", ["--jinja"]), ("jinja = False", ["--jinja"]),
-    ("jinja = OFF", ["--jinja"]), ("jinja = auto", ["--jinja"]),
-    ("jinja =", ["--jinja"]),
-    ("no-jinja = true", ["--no-jinja"]), ("no-jinja = on", ["--no-jinja"]),
-    ("no-jinja = yes", ["--jinja"]), ("no-jinja = True", ["--jinja"]),
-    ("no-jinja =", ["--jinja"]), ("no-jinja = 0", ["--jinja"]),
-    ("no_jinja = on", ["--no-jinja"]),
-    ("embedding = false", []), ("embedding = no", ["--embeddings"]),
-    ("embedding =", ["--embeddings"]), ("LLAMA_ARG_NO_JINJA = true", ["--jinja"]),
-    ("LLAMA_ARG_JINJA = off", ["--no-jinja"]), ("nkvo = 1", ["--no-kv-offload"]),
-    ("no-host = true", ["--no-host"]), ("LLAMA_ARG_NO_HOST = on", ["--no-host"]),
-    ("flash-attn = true", ["--flash-attn", "true"]),
-    ("fa = off", ["--flash-attn", "off"]),
-    ("webui = off", ["--no-webui"]), ("ui = on", ["--webui"]),
-    ("nocb = on", ["--no-cont-batching"]),
-    ("ngl = 99", ["--n-gpu-layers", "99"]), ("c=1", ["--ctx-size", "1"]),
-    ("ctx_size = 1", ["--ctx-size", "1"]), ("--ctx-size = 1", ["--ctx-size", "1"]),
-    ("LLAMA_ARG_CTX_SIZE = 1", ["--ctx-size", "1"]),
-    ("temp = 0", ["--temperature", "0"]),
-    ("LLAMA_ARG_N_PARALLEL = 2", ["--parallel", "2"]), ("keep = 1", ["--keep", "1"]),
-    ("chat-template =", ["--chat-template", ""]), ("HF_TOKEN = t", ["--hf-token", "t"]),
-    ("lora = a\nlora = b", ["--lora", "b"]),
-    ("ctx-size=1\nc=2\nLLAMA_ARG_CTX_SIZE=3", ["--ctx-size", "1"]),
-    ("ngl=4\nn-gpu-layers=5\ngpu-layers=6", ["--n-gpu-layers", "4"]),
-    ("no-mmproj=1\nmmproj-auto=1", ["--no-mmproj-auto"]),
-    ("api-key = k\nmodels-max = 2\nssl-cert-file = x\nlog-colors = on", []),
-    ("host = h\nport = 1", []),
-    ("seed=1\nc=2\nkeep=3", ["--keep", "3", "--ctx-size", "2", "--seed", "1"]),
-    ("version = 3\ndedup-cache-models = on", []),
-    ("extra-args = --x 'a b' -y", ["--x", "a b", "-y"]),
+@pytest.mark.parametrize("words, lines", [
+    (["--jinja"], [
+        "jinja = true", "jinja = 1", "jinja = on", "jinja = enabled", "jinja = no",
+        "jinja = False", "jinja = OFF", "jinja = auto", "jinja =", "no-jinja = yes",
+        "no-jinja = True", "no-jinja =", "no-jinja = 0", "LLAMA_ARG_NO_JINJA = true"]),
+    (["--no-jinja"], [
+        "jinja = false", "jinja = 0", "jinja = off", "jinja = disabled",
+        "no-jinja = true", "no-jinja = on", "no_jinja = on", "LLAMA_ARG_JINJA = off"]),
+    (["--embeddings"], ["embedding = no", "embedding ="]),
+    ([], ["embedding = false", "host = h\nport = 1", "api-key = k\nmodels-max = 2",
+          "ssl-cert-file = x\nlog-colors = on",
+          "version = 3\ndedup-cache-models = on"]),
+    (["--no-kv-offload"], ["nkvo = 1"]), (["--no-cont-batching"], ["nocb = on"]),
+    (["--no-host"], ["no-host = true", "LLAMA_ARG_NO_HOST = on"]),
+    (["--flash-attn", "true"], ["flash-attn = true"]),
+    (["--flash-attn", "off"], ["fa = off"]),
+    (["--no-webui"], ["webui = off"]), (["--webui"], ["ui = on"]),
+    (["--n-gpu-layers", "4"], ["ngl = 4", "ngl=4\nn-gpu-layers=5\ngpu-layers=6"]),
+    (["--ctx-size", "1"], [
+        "c=1", "ctx_size = 1", "--ctx-size = 1", "LLAMA_ARG_CTX_SIZE = 1",
+        "ctx-size=1\nc=2\nLLAMA_ARG_CTX_SIZE=3"]),
+    (["--temperature", "0"], ["temp = 0"]), (["--keep", "1"], ["keep = 1"]),
+    (["--parallel", "2"], ["LLAMA_ARG_N_PARALLEL = 2"]),
+    (["--chat-template", ""], ["chat-template ="]),
+    (["--hf-token", "t"], ["HF_TOKEN = t"]), (["--lora", "b"], ["lora=a\nlora=b"]),
+    (["--no-mmproj-auto"], ["no-mmproj=1\nmmproj-auto=1"]),
+    (["--keep", "3", "--ctx-size", "2", "--seed", "1"], ["seed=1\nc=2\nkeep=3"]),
+    (["--x", "a b", "-y"], ["extra-args = --x 'a b' -y"]),
 ])
-def test_options_become_words_as_the_router_has_them(tmp_path, line, words):
-    assert options(read(tmp_path, f"[a]\n{line}").models["a"]) == words
+def test_options_become_words_as_the_router_has_them(tmp_path, words, lines):
+    for line in lines:
+        assert options(read(tmp_path, f"[a]\n{line}").models["a"]) == words, line
 
 
 def test_unknown_options_pass_as_written_with_their_values(tmp_path):
@@ -1305,7 +1288,7 @@ def test_a_models_kind_is_decided_by_its_own_section(tmp_path):
     ("cmd = serve", "[a] cmd: without ${PORT} it needs proxy = URL"),
     ("cmd = serve $${PORT}", "[a] cmd: without ${PORT} it needs proxy = URL"),
     ("cmd = serve ${PID} ${PORT}", "[a] cmd: ${PID} is unknown here"),
-    ("cmd =", "[a] cmd: the command is empty"),
+    ("cmd =\nproxy = http://h", "[a] cmd: it must not be empty"),
     ("cmd = 'serve ${PORT}", "[a] cmd: No closing quotation"),
     ("cmd = serve ${PORT}\nctx-size = 1",
      "[a] ctx-size: neither a key of llmswap nor an option of a cmd model"),
@@ -1315,7 +1298,7 @@ def test_a_models_kind_is_decided_by_its_own_section(tmp_path):
     ("cmd = serve ${PORT}\nlisten = 1", "[a] listen: belongs into [llmswap]"),
     ("cmd = serve ${PORT}\nunit = x", "[a] unit: cannot stand beside cmd"),
     ("unit = x", "it needs proxy = URL, without ${PORT}"),
-    ("unit =\nproxy = http://h", "the name of the unit is missing"),
+    ("unit =\nproxy = http://h", "[a] unit: it must not be empty"),
     ("unit = x\nproxy = http://h:${PORT}", "[a] proxy: it needs proxy = URL, without"),
     ("proxy = http://h:${PORT}", "[a]: it has no source"),
     ("proxy = h:1", "[a] proxy: 'h:1' is not a URL"),
@@ -1384,28 +1367,6 @@ def test_own_keys_of_star_hold_for_all_and_options_for_llama_servers(tmp_path):
     assert b.env == {"A": "1", "B": "2"}
     assert a.problem.startswith("m.ini:7: [*] pin: 'perhaps'") and a.options == ()
     assert b.problem is c.problem is None and c.settings.needs == {}
-
-
-@pytest.mark.parametrize(
-    "star, timeouts", [("", [0, 60]), ("hang-timeout = 5", [5, 5])]
-)
-def test_a_cmd_model_never_hangs_unless_told(tmp_path, star, timeouts):
-    config = read(tmp_path, f"[*]\n{star}\n[a]\ncmd = x ${{PORT}}\n[b]\nm = x")
-    assert [m.settings.hang_timeout for m in config.models.values()] == timeouts
-
-
-@pytest.mark.parametrize("key", ["cmd", "unit", "proxy", "uses", "alias", "a"])
-def test_keys_that_make_one_model_cannot_stand_in_star(tmp_path, key):
-    with pytest.raises(ConfigError, match=rf"m.ini:2: \[\*\] {key}: cannot be given"):
-        read(tmp_path, f"[*]\n{key} = x")
-
-
-def test_the_binary_is_that_of_the_model_of_star_of_llmswap(tmp_path):
-    text = ("[a]\nm = x\n[b]\nm = x\nllama-server = /three\n"
-            "[llmswap]\nllama-server = /one\n")
-    for star, binary in (("", "/one"), ("[*]\nllama-server = /two", "/two")):
-        models = read(tmp_path, text + star).models.values()
-        assert [model.settings.llama_server for model in models] == [binary, "/three"]
 
 
 LAUNCHED = "[*]\nngl = 1\nc = 7\n[a]\nm = x\nc = 2\nidle-timeout = 5\nenv.A = 1\n"
@@ -1478,17 +1439,6 @@ def test_the_first_owner_keeps_a_name(tmp_path, text, owners, warnings):
     assert list(config.warnings) == warnings
 
 
-@pytest.mark.parametrize("text, name", [
-    ("", None),
-    ("[a]\nm = x", "a"),
-    ("[a]\nm = x\n[b]\nm = x", None),
-    ("[llmswap]\ndefault-model = bee\n[a]\nm = x\n[b]\nm = x\nalias = bee", "b"),
-])
-def test_the_default_model_is_the_one_named_or_the_only_one(tmp_path, text, name):
-    model = read(tmp_path, text).default_model()
-    assert (model and model.name) == name
-
-
 @pytest.mark.parametrize("text, warning", [
     ("[a]\nm = /a#b", "m.ini:2: [a] m: a comment begins at '#', as in llama.cpp; "
                       "the value is '/a'"),
@@ -1530,49 +1480,58 @@ def test_an_ordinary_file_gives_no_warning(tmp_path):
 # ---- The proxy -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("line, reason", [
-    ("models-max = many", "models-max: 'many' is not a whole number"),
-    ("listen = 8080", "listen: '8080' is not an address such as 127.0.0.1:8080"),
-    ("lissen = x", "lissen: unknown key; did you mean listen?"),
-    ("idle-timeout = 5", "idle-timeout: belongs to a model, or into [*]"),
-    ("ctx-size = 5", "ctx-size: unknown key"),
-    ("patience = ${env.NONE}", "patience: ${env.NONE} is unknown here"),
-    ("sets = a + nobody", "sets: there is no model 'nobody'"),
-    ("default-model = nobody", "default-model: there is no model 'nobody'"),
-    ("api-key-file = /nowhere/keys", "api-key-file: [Errno 2]"),
-    ("idle-command = 'x", "idle-command: No closing quotation"),
-    ("idle-command = x ${env.QUOTE}", "idle-command: No closing quotation"),
-])
-def test_errors_in_llmswap_stop_the_start(tmp_path, line, reason):
-    with pytest.raises(ConfigError) as caught:
-        read(tmp_path, f"[a]\nm = x\n[llmswap]\n{line}", {"QUOTE": "'"})
-    assert str(caught.value).startswith(f"m.ini:4: [llmswap] {reason}")
-
-
 def test_a_file_that_cannot_be_read_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match="No such file"):
         llmswap.load_config(tmp_path / "none.ini")
 
 
-@pytest.mark.parametrize("text, overrides, limit", [
-    ("", {}, 1),
-    ("[llmswap]\nmodels-max = 3", {}, 3),
-    ("[*]\nmodels-max = 3", {}, 3),
-    ("[*]\nLLAMA_ARG_MODELS_MAX = 3", {}, 3),
-    ("[*]\nmodels-max = x", {}, 1),
-    ("[*]\nmodels-max = 3\n[llmswap]\nmodels-max = 2", {}, 2),
-    ("[llmswap]\nbudget = vram 1G", {}, 0),
-    ("[llmswap]\nsets = a\n[a]\nm = x", {}, 0),
-    ("[llmswap]\nsets = a\nmodels-max = 1\n[a]\nm = x", {}, 1),
-    ("[llmswap]\nbudget = vram 1G", {"models_max": 2}, 2),
-    ("[llmswap]\nmodels-max = 3", {"models_max": "0"}, 0),
+def models_max(config):
+    return config.settings.models_max
+
+
+def default_model(config):
+    return config.default_model() and config.default_model().name
+
+
+def per_model(attribute):
+    return lambda config: [
+        getattr(model.settings, attribute) for model in config.models.values()
+    ]
+
+
+@pytest.mark.parametrize("get, text, value", [
+    (models_max, "", 1),
+    (models_max, "[llmswap]\nmodels-max = 3", 3),
+    (models_max, "[*]\nmodels-max = 3", 3),
+    (models_max, "[*]\nLLAMA_ARG_MODELS_MAX = 3", 3),
+    (models_max, "[*]\nmodels-max = x", 1),
+    (models_max, "[*]\nmodels-max = 3\n[llmswap]\nmodels-max = 2", 2),
+    (models_max, "[llmswap]\nbudget = vram 1G", 0),
+    (models_max, "[llmswap]\nsets = a\n[a]\nm = x", 0),
+    (models_max, "[llmswap]\nsets = a\nmodels-max = 1\n[a]\nm = x", 1),
+    (default_model, "", None),
+    (default_model, "[a]\nm = x", "a"),
+    (default_model, "[a]\nm = x\n[b]\nm = x", None),
+    (default_model, "[llmswap]\ndefault-model = B\n[a]\nm=x\n[c]\nm=x\nalias = b",
+     "c"),
+    (per_model("hang_timeout"), "[a]\ncmd = x ${PORT}\n[b]\nm = x", [0, 60]),
+    (per_model("hang_timeout"), "[*]\nhang-timeout = 5\n[a]\ncmd = x ${PORT}", [5]),
+    (per_model("llama_server"), "[llmswap]\nllama-server = /one\n[a]\nm = x",
+     ["/one"]),
+    (per_model("llama_server"), "[llmswap]\nllama-server = /one\n[a]\nm = x\n"
+     "[*]\nllama-server = /two\n[b]\nm = x\nllama-server = /3", ["/two", "/3"]),
+    (lambda config: config.settings.sets,
+     "[llmswap]\nsets = coder + E, a+b\n[c,1]\nm = x\nalias = coder\n[e]\nm = x\n"
+     "[f]\nuses = e\nalias = a\n[b]\nm = x\n", ({"c,1", "e"}, {"e", "b"})),
 ])
-def test_models_max(tmp_path, text, overrides, limit):
-    assert read(tmp_path, text, **overrides).settings.models_max == limit
+def test_settings_have_their_value_wherever_it_comes_from(tmp_path, get, text, value):
+    assert get(read(tmp_path, text)) == value
 
 
 def test_the_command_line_overrules_the_file(tmp_path):
-    text = "[llmswap]\nlisten = 127.0.0.1:1"
+    text = "[llmswap]\nlisten = 127.0.0.1:1\nbudget = vram 1G\n"
+    assert models_max(read(tmp_path, text, models_max=2)) == 2
+    assert models_max(read(tmp_path, f"{text}models-max = 3", models_max="0")) == 0
     assert read(tmp_path, text, listen="[::1]:2").settings.listen == (("::1", 2),)
     with pytest.raises(ConfigError, match="^--listen: 'x'"):
         read(tmp_path, text, listen="x")
@@ -1583,24 +1542,6 @@ def test_keys_come_from_the_file_its_key_file_and_the_environment(tmp_path):
     config = read(tmp_path, "[llmswap]\napi-key = one, t;w #o\napi-key-file = keys",
                   {"LLMSWAP_API_KEY": "four"})
     assert config.api_keys == ("one", "t;w #o", "four", "three")
-
-
-def test_sets_hold_the_ids_of_backends(tmp_path):
-    config = read(tmp_path, """
-        [llmswap]
-        sets = coder + E, a+b
-        [c,1]
-        m = x
-        alias = coder
-        [e]
-        m = x
-        [f]
-        uses = e
-        alias = a
-        [b]
-        m = x
-        """)
-    assert config.settings.sets == (frozenset({"c,1", "e"}), frozenset({"e", "b"}))
 
 
 @pytest.mark.parametrize("limits, a, b, misfit", [
