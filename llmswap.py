@@ -85,14 +85,14 @@ class ConfigError(Exception):
     """A mistake in the INI file; the text names file, line, section and key."""
 
 
-class ClientGone(Exception):
+class ClientDisconnected(Exception):
     """The client has disconnected, so that no answer is needed."""
 
 
 INVALID, OVERLOADED = "invalid_request_error", "overloaded_error"
 
 
-class Problem(Exception):
+class APIError(Exception):
     """A failure that a client is told, with an HTTP status and OpenAI's words for it.
 
     `param` is the parameter to blame. `retry_after` (seconds) becomes Retry-After.
@@ -108,62 +108,62 @@ class Problem(Exception):
         self.retry_after = retry_after or self.retry_after
 
 
-class BadRequest(Problem):
+class BadRequest(APIError):
     status, type, code = 400, INVALID, "invalid_request"
 
-class Unauthorized(Problem):
+class Unauthorized(APIError):
     status, type, code = 401, "authentication_error", "invalid_api_key"
 
-class Forbidden(Problem):
+class Forbidden(APIError):
     status, type, code = 403, "permission_error", "forbidden"
 
-class NotFound(Problem):
+class NotFound(APIError):
     status, type, code = 404, INVALID, "not_found"
 
-class UnknownModel(Problem):
+class ModelNotFound(APIError):
     status, type, code = 404, INVALID, "model_not_found"
 
-class MethodNotAllowed(Problem):
+class MethodNotAllowed(APIError):
     status, type, code = 405, INVALID, "method_not_allowed"
 
-class TooSlow(Problem):
+class RequestTimeout(APIError):
     status, type, code = 408, INVALID, "request_timeout"
 
-class TooLarge(Problem):
+class PayloadTooLarge(APIError):
     status, type, code = 413, INVALID, "request_too_large"
 
-class HeadTooLarge(Problem):
+class HeadersTooLarge(APIError):
     status, type, code = 431, INVALID, "headers_too_large"
 
-class Unusable(Problem):
+class ModelMisconfigured(APIError):
     code, may_retry = "model_unusable", False
 
-class BackendDied(Problem):
+class BackendDied(APIError):
     status, code = 502, "backend_died"
 
-class StartFailed(Problem):
+class LoadFailed(APIError):
     status, code, may_retry = 502, "model_start_failed", False
 
     def __init__(self, message, exit_code=None):
         super().__init__(message)
         self.exit_code = exit_code  # None unless the process exited by itself
 
-class LoadTimeout(StartFailed):
+class LoadTimeout(LoadFailed):
     status, type, code = 504, "timeout_error", "model_load_timeout"
 
-class BackingOff(Problem):
+class LoadBackoff(APIError):
     status, code = 503, "model_backing_off"
 
-class QueueFull(Problem):
+class QueueFull(APIError):
     status, type, code, retry_after = 503, OVERLOADED, "queue_full", 5
 
-class QueueTimeout(Problem):
+class QueueTimeout(APIError):
     status, type, code, retry_after = 503, OVERLOADED, "queue_timeout", 5
 
-class Unloaded(Problem):
+class ModelUnloaded(APIError):
     status, code, may_retry = 503, "model_unloaded", False
 
-class ShuttingDown(Problem):
+class ShuttingDown(APIError):
     status, code, retry_after = 503, "shutting_down", 5
 
 
@@ -1104,10 +1104,11 @@ class Config(NamedTuple):
         return self.names.get(name) or self.names.get(name.strip().casefold())
 
     def resolve(self, name) -> Model:
-        """Return the model of that name, or raise UnknownModel with names like it."""
+        """Return the model of that name, or raise ModelNotFound with names like it."""
         known = self.find(name)
         if known is None:
-            raise UnknownModel(f"there is no model {name!r}{self._near(name)}", "model")
+            text = f"there is no model {name!r}{self._near(name)}"
+            raise ModelNotFound(text, "model")
         return self.models[known]
 
     def owner_of(self, model: Model) -> Model:
@@ -1480,7 +1481,7 @@ class Refuse(NamedTuple):
     """The request of this ticket fails with this problem."""
 
     ticket: "Ticket"
-    problem: Problem
+    problem: APIError
 
 
 class Start(NamedTuple):
@@ -1627,7 +1628,7 @@ class ModelState:
         if self.is_idle:
             self.pause_began = now
 
-    def record_failure(self, problem: Problem, now: float):
+    def record_failure(self, problem: APIError, now: float):
         """A load failed; from the third in a row on, the next must wait."""
         self.last_failure = problem
         if not self.spec.takes_place:
@@ -1815,7 +1816,7 @@ class Scheduler:
         model.advance(Event.SLEPT, now)
 
     def exited(
-        self, name: str, run: int, now: float, failure: Optional[Problem] = None
+        self, name: str, run: int, now: float, failure: Optional[APIError] = None
     ):
         """The backend is gone and holds nothing. `failure`: why it ended by itself."""
         model = self._current(name, run)
@@ -1824,7 +1825,7 @@ class Scheduler:
         if model.state is State.UNLOADING and model.stop_cause != "crashed":
             model.stop_seconds = now - model.stopped_at
         elif model.state is State.LOADING:
-            failure = failure or Problem(f"{name} ended while it was loading")
+            failure = failure or APIError(f"{name} ended while it was loading")
             model.record_failure(failure, now)
             self.refuse_waiting(name, failure)
         elif failure is not None:
@@ -1853,7 +1854,7 @@ class Scheduler:
 
     # -- events: operators -----------------------------------------------------------
 
-    def unload(self, name: str, now: float, problem: Problem) -> bool:
+    def unload(self, name: str, now: float, problem: APIError) -> bool:
         """Stop a model by hand and refuse its tickets; False if it is not loaded.
 
         Requests in flight have its stop timeout to end, then the backend is stopped.
@@ -1869,7 +1870,7 @@ class Scheduler:
         limits: Limits,
         specs: Mapping[str, ModelSpec],
         changed: Sequence[str],
-        removal_error: Callable[[str], Problem],
+        removal_error: Callable[[str], APIError],
     ):
         """Take over a new configuration.
 
@@ -1893,13 +1894,13 @@ class Scheduler:
                 if name in changed:
                     model.reset_failures()
 
-    def refuse_waiting(self, name: str, problem: Problem):
+    def refuse_waiting(self, name: str, problem: APIError):
         """Refuse every ticket that waits for the model."""
         for ticket in list(self._queue.values()):
             if ticket.model.name == name:
                 self._refuse(ticket, problem)
 
-    def close(self, problem: Problem):
+    def close(self, problem: APIError):
         """From now on `decide` refuses every ticket, waiting or new."""
         self._closing_error = problem
 
@@ -1985,7 +1986,7 @@ class Scheduler:
         if not model.is_held and now < model.retry_at:
             seconds = max(1, math.ceil(model.retry_at - now))
             text = f"{model.last_failure}\n(it is tried again in {seconds} s)"
-            return BackingOff(text, retry_after=seconds)
+            return LoadBackoff(text, retry_after=seconds)
         is_full = limits.queue_max and waiting >= limits.queue_max
         full = f"{limits.queue_max} requests wait already (queue-max in [llmswap])"
         return QueueFull(full) if is_full else None
@@ -2026,8 +2027,8 @@ class Scheduler:
         """
         model = ticket.model
         is_down = model.state in (State.UNLOADED, State.SLEEPING)
-        stays = not model.is_stopping_soon and model not in self._draining
-        may_start = is_down and stays
+        is_persistent = not model.is_stopping_soon and model not in self._draining
+        may_start = is_down and is_persistent
         if not model.needs_room:
             if may_start:
                 self._start(ticket, now)
@@ -2154,26 +2155,26 @@ class Scheduler:
 #    top to bottom. Other threads set a flag and wake it.
 # ==================================================================================
 
-TICK = 0.5  # s; how long a relay's socket may be silent before the client is looked at
-HEALTH_PATIENCE = 5.0  # s; a check during a load not answered by then is asked anew
+POLL_INTERVAL = 0.5  # s; a relay looks that often whether a silent client is there
+HEALTH_TIMEOUT = 5.0  # s; a check during a load not answered by then is asked anew
 IDLE_CONNECTIONS = 16  # kept to one backend
 LAST_LINES = 200  # kept of what a backend wrote
-LONGEST_WAIT = 2000000.0  # s; a lock or a socket takes no much longer timeout
-LONGEST_LINE = 16384  # bytes; a longer one is cut into several
+MAX_WAIT = 2000000.0  # s; a lock or a socket takes no much longer timeout
+MAX_LINE = 16384  # bytes; a longer one is cut into several
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20  # of Linux's sock_diag(7)
 NETLINK_DUMP = 0x301  # of netlink(7)
 LISTENING = 1 << 10  # of the kernel's tcp_states.h
 PORT_TRIES = 3
 SO_MEMINFO, TCP_ESTABLISHED = 55, 1  # of Linux's socket(7) and tcp(7)
-SIGNS_EVERY = 1.0  # s; so often a silent load is looked at for signs of life
+ACTIVITY_INTERVAL = 1.0  # s; so often a silent load is looked at for signs of life
 
 
 def free_port() -> int:
     """Return a port that is free on loopback now, outside the ephemeral range if
     possible.
 
-    Outgoing connections never take a port from outside that range.
+    UpstreamRequest connections never take a port from outside that range.
     """
     import random  # 1 ms, which the start need not wait for
 
@@ -2186,16 +2187,16 @@ def free_port() -> int:
                 return probe.getsockname()[1]
             except OSError:
                 continue
-    raise StartFailed("no free port was found on 127.0.0.1")
+    raise LoadFailed("no free port was found on 127.0.0.1")
 
 
 def _ephemeral_range():
-    told = _kernel_says("/proc/sys/net/ipv4/ip_local_port_range")
+    told = read_text_or_empty("/proc/sys/net/ipv4/ip_local_port_range")
     low, high = map(int, told.split() or (32768, 60999))
     return low, high
 
 
-def _kernel_says(path):
+def read_text_or_empty(path):
     """Return what the kernel says there, nothing where it says nothing."""
     try:
         with open(path, "rb") as file:
@@ -2204,7 +2205,7 @@ def _kernel_says(path):
         return ""
 
 
-class Bell:
+class Waker:
     """Wakes the thread that polls `fileno()`. Anyone may ring; nobody can ring a bell
     that is gone, because it closes with its last reference."""
 
@@ -2216,21 +2217,21 @@ class Bell:
     def fileno(self) -> int:
         return self._hear
 
-    def ring_on_signals(self):
+    def wake_on_signals(self):
         """Ring whenever a signal arrives, at whatever moment. Main thread only.
 
         A thread that is about to block in anything but a poll may miss one for ever.
         """
         signal.set_wakeup_fd(self._pull, warn_on_full_buffer=False)
 
-    def ring(self):
+    def wake(self):
         """Wake the poller, or the next to poll."""
         try:
             os.write(self._pull, b"!")
         except BlockingIOError:
             pass  # it rings already
 
-    def silence(self):
+    def clear(self):
         """Forget that it rang."""
         try:
             os.read(self._hear, 4096)
@@ -2319,10 +2320,10 @@ class ProcessStat(NamedTuple):
 
 def process_stat(pid: Union[int, str]) -> Optional[ProcessStat]:
     """Return it, or None where there is no such process or no /proc."""
-    fields = _kernel_says(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    if not fields:
+    headers = read_text_or_empty(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    if not headers:
         return None
-    return ProcessStat(fields[0], *(int(fields[at]) for at in (2, 3, 19, 21, 36)))
+    return ProcessStat(headers[0], *(int(headers[at]) for at in (2, 3, 19, 21, 36)))
 
 
 def _all_stats():
@@ -2351,7 +2352,7 @@ def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[s
                 return "a process of another user"
         elif birth.session != found.session and birth.group != found.group:
             if not may_hide or found.start < birth.start:
-                name = _kernel_says(f"/proc/{holder}/comm").strip() or "?"
+                name = read_text_or_empty(f"/proc/{holder}/comm").strip() or "?"
                 return f"process {holder} ({name})"
     return None
 
@@ -2387,7 +2388,7 @@ class Upstream:
         self._active = set()
         self._is_closed = False
         self._suspended = suspended_seconds()
-        self.note_life()
+        self.mark_alive()
         self.used_at = self._seen_at  # when the last request to it ended
 
     @property
@@ -2395,7 +2396,7 @@ class Upstream:
         """Whether a request uses a connection now."""
         return bool(self._active)
 
-    def note_life(self):
+    def mark_alive(self):
         """The backend gave a sign of life just now."""
         suspended = suspended_seconds()
         if suspended > self._suspended + 1.0:
@@ -2403,16 +2404,16 @@ class Upstream:
         self._seen_at = time.monotonic()
         self._suspended = suspended
 
-    def is_fresh(self, seconds: float) -> bool:
+    def seen_within(self, seconds: float) -> bool:
         """Whether its last sign of life is no older, nor from before a suspension."""
         return not self._has_slept() and time.monotonic() < self._seen_at + seconds
 
-    def is_answering(self, seconds: float) -> bool:
+    def answered_within(self, seconds: float) -> bool:
         """Whether a request was answered within so many seconds, or is being answered:
         the kernel knows when bytes came last."""
-        return self.is_fresh(seconds) or self.is_heard(seconds)
+        return self.seen_within(seconds) or self.received_within(seconds)
 
-    def is_heard(self, seconds: float) -> bool:
+    def received_within(self, seconds: float) -> bool:
         """Whether an answer that is not over yet came on within so many seconds."""
         return any(_has_heard(sock, seconds) for sock in list(self._active))
 
@@ -2460,15 +2461,15 @@ class Upstream:
             sock = _tls_context().wrap_socket(
                 sock, server_hostname=self.host, suppress_ragged_eofs=False
             )
-            sock.settimeout(TICK)
+            sock.settimeout(POLL_INTERVAL)
         else:
-            set_tick(sock)
+            set_socket_timeouts(sock)
         return sock
 
-    def give_back(self, sock: socket.socket):
+    def release_connection(self, sock: socket.socket):
         """Take back a connection on which a whole answer was read."""
         self._active.discard(sock)
-        self.note_life()
+        self.mark_alive()
         self.used_at = time.monotonic()
         if self._is_closed or len(self._idle) >= IDLE_CONNECTIONS:
             sock.close()
@@ -2502,10 +2503,10 @@ class Upstream:
                 break
 
 
-def set_tick(sock: socket.socket):
+def set_socket_timeouts(sock: socket.socket):
     """Make the socket block for TICK at most: cheaper than a poll before each read."""
     sock.settimeout(None)
-    interval = struct.pack("ll", 0, int(TICK * 1e6))
+    interval = struct.pack("ll", 0, int(POLL_INTERVAL * 1e6))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
 
@@ -2662,7 +2663,7 @@ def clean_environment(extra: Mapping[str, str]) -> Dict[str, str]:
 
 
 def find_program(name: str, environment: Mapping[str, str], cwd: Optional[str]) -> str:
-    """Return the path of the program as the child will find it. Raise StartFailed."""
+    """Return the path of the program as the child will find it. Raise LoadFailed."""
     base = cwd or os.getcwd()
     path = environment.get("PATH", os.defpath)
     for place in [""] if os.sep in name else path.split(os.pathsep):
@@ -2671,9 +2672,9 @@ def find_program(name: str, environment: Mapping[str, str], cwd: Optional[str]) 
             return found
     if os.sep in name:
         reason = "is not executable" if os.path.exists(found) else "does not exist"
-        raise StartFailed(f"{found} {reason}")
+        raise LoadFailed(f"{found} {reason}")
     where = "`llama-server` in [llmswap], or " if name == "llama-server" else ""
-    raise StartFailed(
+    raise LoadFailed(
         f"there is no program {name!r} on the PATH; {where}the model's `cmd` can "
         "name its whole path"
     )
@@ -2692,7 +2693,7 @@ def options_of(binary: str) -> OptionTable:
         path = find_program(binary, os.environ, None)
         status = os.stat(path)
         key = (path, status.st_size, status.st_mtime_ns)
-    except (StartFailed, OSError):
+    except (LoadFailed, OSError):
         return UNKNOWN_OPTIONS
     if key not in _option_tables:
         ours = threading.Event()
@@ -2739,7 +2740,7 @@ def table_of(model: Model) -> Optional[OptionTable]:
 
 
 def check_start(model: Model):
-    """Raise StartFailed if a start of the model is bound to fail. Reads the disk."""
+    """Raise LoadFailed if a start of the model is bound to fail. Reads the disk."""
     if model.kind == "unit":
         check_unit(model)
     if model.kind not in ("llama-server", "cmd"):
@@ -2747,20 +2748,20 @@ def check_start(model: Model):
     try:
         argv = model.command(table_of(model), "0")
     except ConfigError as error:
-        raise StartFailed(str(error)) from None
+        raise LoadFailed(str(error)) from None
     cwd = model.settings.cwd or None
     find_program(argv[0], clean_environment(model.environment("0")), cwd)
     if model.kind == "llama-server":
         for option, path in zip(argv, argv[1:]):
             if option in ("--model", "--mmproj", "--model-draft"):
                 if not os.path.exists(os.path.join(cwd or "", path)):
-                    raise StartFailed(f"{path} does not exist (option {option})")
+                    raise LoadFailed(f"{path} does not exist (option {option})")
 
 
 # -- a backend -------------------------------------------------------------------------
 
-CONNECT_PATIENCE = 1.0  # s; a host that has not accepted by then sleeps, or is gone
-SLEEP_PATIENCE = 60.0  # s; a backend that has not fallen asleep by then is stopped
+CONNECT_TIMEOUT = 1.0  # s; a host that has not accepted by then sleeps, or is gone
+SLEEP_TIMEOUT = 60.0  # s; a backend that has not fallen asleep by then is stopped
 SLEEP_OPTION = "--sleep-idle-seconds"
 SLEEP_SLACK = 1.5  # s; a llama-server looks once a second whether it may sleep
 SLEEP_POLL = 30.0  # s, between looks at a llama-server that put itself to sleep
@@ -2804,10 +2805,10 @@ class Backend:
     problem None if it was stopped. `on_line(text)` gets each line that it writes, on
     any thread. Subclasses implement:
 
-        _spawn()       begin to run; raises Problem
+        _spawn()       begin to run; raises APIError
         _is_running()  False once it has ended by itself
         _terminate()   end it; returns once nothing of it is left
-        _failure()     the Problem that tells why it ended by itself, or None
+        _failure()     the APIError that tells why it ended by itself, or None
     """
 
     def __init__(self, model: Model, upstream: Optional[Upstream] = None):
@@ -2858,13 +2859,13 @@ class Backend:
         self._pending_action = self._wake_up
         self._wakeup.set()
 
-    def suspect(self):
+    def report_stall(self):
         """A request has been silent for long: check for a hang."""
         if self._silent_since is None and self.model.settings.hang_timeout:
             self._silent_since = time.monotonic()
             self._wakeup.set()
 
-    def is_there(self, timeout: float) -> Optional[bool]:
+    def is_reachable(self, timeout: float) -> Optional[bool]:
         """Return whether a request may be sent; None if it is not known in time.
 
         After a suspend of this machine, a backend that does not answer is checked for
@@ -2872,12 +2873,12 @@ class Backend:
         """
         if self._ended.is_set():
             return False
-        is_fresh = self.upstream.is_fresh(math.inf)
-        if not is_fresh and not self._ask_now(HEALTH_PATIENCE).ok:
-            self.suspect()
+        seen_within = self.upstream.seen_within(math.inf)
+        if not seen_within and not self._ask_now(HEALTH_TIMEOUT).ok:
+            self.report_stall()
         return True
 
-    def has_died(self, timeout: float) -> bool:
+    def died(self, timeout: float) -> bool:
         """Return whether it ended by itself, now or within the timeout."""
         return self._ended.wait(timeout) and not self._is_stop_asked
 
@@ -2886,11 +2887,11 @@ class Backend:
     def _run(self):
         try:
             problem = self._live()
-        except Problem as error:
+        except APIError as error:
             problem = error.with_traceback(None)  # its frames would keep us alive
             problem.__context__ = None
         except Exception as error:  # a bug, or no descriptors are left
-            problem = StartFailed(f"{self.model.name}: {type(error).__name__}: {error}")
+            problem = LoadFailed(f"{self.model.name}: {type(error).__name__}: {error}")
         try:
             if self.upstream:
                 self.upstream.close()
@@ -2903,7 +2904,7 @@ class Backend:
     def _live(self):
         while self._load():
             self._is_ready = True
-            self.upstream.note_life()
+            self.upstream.mark_alive()
             self.on_loaded(self)
             if self.model.kind == "llama-server":
                 self.entry = self._fetch_entry()
@@ -2956,7 +2957,7 @@ class Backend:
 
     def _wait(self, seconds):
         """Wait until something happens, at most so long."""
-        self._wakeup.wait(min(max(0.0, seconds), LONGEST_WAIT))
+        self._wakeup.wait(min(max(0.0, seconds), MAX_WAIT))
         self._wakeup.clear()
 
     def _interrupt(self):
@@ -2970,7 +2971,7 @@ class Backend:
     def _probe(self, timeout, request=None, check_listener=None, body_limit=0):
         """Send a control request, a health check if none is given; return a Probe.
 
-        It waits for the connection at most CONNECT_PATIENCE, and for each step after
+        It waits for the connection at most CONNECT_TIMEOUT, and for each step after
         that at most `timeout`. `stop` ends a wait of the backend's own thread.
         """
         method, path = request or ("GET", self.model.settings.check_endpoint)
@@ -2980,7 +2981,7 @@ class Backend:
             headers["Authorization"] = f"Bearer {key}"
         connection, is_own = None, threading.current_thread() is self._thread
         try:
-            connect_timeout = min(timeout, CONNECT_PATIENCE)
+            connect_timeout = min(timeout, CONNECT_TIMEOUT)
             connection = self.upstream.control_connection(connect_timeout)
             if check_listener and not check_listener():
                 raise ConnectionRefusedError("another process answers there")
@@ -3009,7 +3010,7 @@ class Backend:
         if probe.was_not_sent:
             raise probe.error
         if probe.ok:
-            self.upstream.note_life()
+            self.upstream.mark_alive()
         return probe
 
     def _await_healthy(self, may_go_on, is_load=True):
@@ -3021,13 +3022,13 @@ class Backend:
         began = time.monotonic()
         while may_go_on():
             asked_at = time.monotonic()
-            timeout = min(HEALTH_PATIENCE, self._progress_at + limit - asked_at)
+            timeout = min(HEALTH_TIMEOUT, self._progress_at + limit - asked_at)
             check_listener = self._is_listener_ours if is_load else None
             probe = self._probe(max(0.001, timeout), None, check_listener)
             if probe.ok:
                 return True
             if type(probe.error).__name__ == "SSLCertVerificationError":
-                raise StartFailed(f"{self._title} is not to be trusted: {probe.reason}")
+                raise LoadFailed(f"{self._title} is not to be trusted: {probe.reason}")
             if is_load:
                 self._record_activity()
             now = time.monotonic()
@@ -3047,8 +3048,8 @@ class Backend:
     def _record_activity(self):
         """Count memory that it reads or maps as progress, as a line written is."""
         now = time.monotonic()
-        if self.pid and now > self._progress_at + SIGNS_EVERY:
-            activity = signs_of_life(self.pid)
+        if self.pid and now > self._progress_at + ACTIVITY_INTERVAL:
+            activity = load_activity(self.pid)
             if activity not in self._seen_activity:  # up and down again is none
                 self._seen_activity.add(activity)
                 self._progress_at = now
@@ -3065,11 +3066,11 @@ class Backend:
             if not is_answered:
                 self._pause(min(until, asked_at + 1.0))
         self._silent_since = None
-        is_answered = is_answered or self.upstream.is_answering(limit)
+        is_answered = is_answered or self.upstream.answered_within(limit)
         if not is_answered and self._is_alive():
             self._is_unresponsive = True
             self._report_death()
-            raise StartFailed(
+            raise LoadFailed(
                 f"{self._title} hung: neither a request nor {limit:g} s of health "
                 f"checks were answered; it is stopped{self._last_lines()}"
             )
@@ -3102,7 +3103,7 @@ class Backend:
 
     def _fetch_entry(self):
         """Return what its own /v1/models says of its first model, or {}."""
-        probe = self._probe(HEALTH_PATIENCE, ("GET", "/v1/models"), None, 1 << 22)
+        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models"), None, 1 << 22)
         try:
             entry = json.loads(probe.body)["data"][0] if probe.ok else {}
         except (LookupError, RecursionError, TypeError, ValueError):
@@ -3112,7 +3113,7 @@ class Backend:
     # -- sleep
 
     def _put_to_sleep(self):
-        if self._probe(SLEEP_PATIENCE, self.model.settings.sleep).ok:
+        if self._probe(SLEEP_TIMEOUT, self.model.settings.sleep).ok:
             self.on_slept(self)
         elif self._is_alive():
             self.on_line("llmswap: it did not fall asleep; it is stopped instead")
@@ -3123,7 +3124,7 @@ class Backend:
         limit = self.model.settings.load_timeout or math.inf
         self._progress_at = time.monotonic()
         request = self.model.settings.wake or WAKE_REQUEST
-        probe = self._probe(min(limit, LONGEST_WAIT), request)
+        probe = self._probe(min(limit, MAX_WAIT), request)
         if probe.was_not_sent:
             raise probe.error
         is_awake = False
@@ -3147,7 +3148,7 @@ class Backend:
         if not self._is_asleep and idle < self._sleep_seconds:
             self._sleep_look = now + self._sleep_seconds - max(0.0, idle)
             return
-        probe = self._probe(HEALTH_PATIENCE, ("GET", "/props"), None, 1 << 22)
+        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/props"), None, 1 << 22)
         found = re.search(rb'"is_sleeping"\s*:\s*(true|false)', probe.body)
         was_asleep = self._is_asleep
         self._is_asleep = bool(found) and found[1] == b"true"
@@ -3171,7 +3172,7 @@ class ProcessBackend(Backend):
     def __init__(self, model: Model, guard: Guard, settle_timeout: float):
         super().__init__(model)
         self.lines = collections.deque(maxlen=LAST_LINES)
-        self.gauge = LoadGauge()
+        self.gauge = LoadProgress()
         self._guard = guard
         self._settle_timeout = settle_timeout
         self._process = None
@@ -3207,7 +3208,7 @@ class ProcessBackend(Backend):
             argv = model.command(table_of(model), str(self.port))
             self.upstream = Upstream(model.url(str(self.port)))
         except ConfigError as error:
-            raise StartFailed(str(error)) from None
+            raise LoadFailed(str(error)) from None
         self._is_port_chosen = self.upstream.port == self.port
         if model.kind == "llama-server":
             self._read_sleep_option(argv)
@@ -3229,7 +3230,7 @@ class ProcessBackend(Backend):
                 start_new_session=True,
             )
         except OSError as error:
-            raise StartFailed(f"{model.name} could not be started: {error}") from None
+            raise LoadFailed(f"{model.name} could not be started: {error}") from None
         self._attend(process)
 
     def _attend(self, process):
@@ -3238,7 +3239,7 @@ class ProcessBackend(Backend):
         self.where = f"pid {self.pid}, port {self.port}"
         self._guard.watch(self.pid)
         self._began = self._progress_at = time.monotonic()
-        self._seen_activity = {signs_of_life(self.pid)}
+        self._seen_activity = {load_activity(self.pid)}
         self._exited.clear()
         self._monitor = threading.Thread(
             target=self._watch_process, args=(process,), daemon=True
@@ -3305,12 +3306,12 @@ class ProcessBackend(Backend):
     def _take_lines(self, data):
         """Pass whole lines on; return what is left."""
         *lines, rest = data.split(b"\n")
-        if len(rest) > LONGEST_LINE:
+        if len(rest) > MAX_LINE:
             lines, rest = [*lines, rest], b""
         for line in lines:
-            for start in range(0, len(line) or 1, LONGEST_LINE):
-                text = line[start : start + LONGEST_LINE].decode("utf-8", "replace")
-                if not self.gauge.hear(text):
+            for start in range(0, len(line) or 1, MAX_LINE):
+                text = line[start : start + MAX_LINE].decode("utf-8", "replace")
+                if not self.gauge.parse_report(text):
                     self.lines.append(text.rstrip("\r"))
                     self.on_line(self.lines[-1])
         return rest
@@ -3322,7 +3323,7 @@ class ProcessBackend(Backend):
         """A stranger on a fixed port may leave it; from a port of ours it does not."""
         if not self._is_alive():
             return False
-        is_late = time.monotonic() > self._began + HEALTH_PATIENCE
+        is_late = time.monotonic() > self._began + HEALTH_TIMEOUT
         if self._stranger and (is_late or self._is_port_chosen):
             return False
         self._stranger = None
@@ -3340,7 +3341,7 @@ class ProcessBackend(Backend):
 
     def _warn_if_score_was_refused(self):
         wanted = str(self.model.settings.oom_score_adj)
-        actual = _kernel_says(f"/proc/{self.pid}/oom_score_adj").strip()
+        actual = read_text_or_empty(f"/proc/{self.pid}/oom_score_adj").strip()
         if actual not in ("", wanted):
             self.on_line(f"llmswap: oom-score-adj is {actual}, {wanted} was refused")
 
@@ -3426,7 +3427,7 @@ class ProcessBackend(Backend):
             why = f"exited with status {status}"
         what = "ended by itself" if self._is_ready else "could not be started"
         exit_code = status if status >= 0 else None
-        return StartFailed(f"{self._title} {what}: {why}{lines}", exit_code)
+        return LoadFailed(f"{self._title} {what}: {why}{lines}", exit_code)
 
     def _last_lines(self):
         """End it; return the last lines that it wrote."""
@@ -3468,17 +3469,17 @@ def signal_name(number: int) -> str:
 
 def memory_of(pid: int) -> Dict[str, int]:
     """Return bytes of resident memory: `RssAnon`, `RssFile` and their sum `VmRSS`."""
-    told = _kernel_says(f"/proc/{pid}/status")
+    told = read_text_or_empty(f"/proc/{pid}/status")
     rows = re.findall(r"^(Rss\w+|VmRSS):\s+(\d+)", told, re.MULTILINE)
     return {name: int(size) * 1024 for name, size in rows}
 
 
-def signs_of_life(pid: int) -> tuple:
+def load_activity(pid: int) -> tuple:
     """Return what changes while the process or its descendants load a model: megabytes
     of memory, and those that they had disks read; a page now and then is no load."""
     return tuple(
         (memory_of(each).get("VmRSS", 0) >> 20, disk_reads_of(each) >> 20)
-        for each in family_of(pid)
+        for each in descendants(pid)
     )
 
 
@@ -3493,7 +3494,7 @@ def oom_kills() -> int:
 
 
 def _kernel_counts(path, name):
-    found = re.search(rf"^{name}(\d+)$", _kernel_says(path), re.MULTILINE)
+    found = re.search(rf"^{name}(\d+)$", read_text_or_empty(path), re.MULTILINE)
     return int(found[1]) if found else 0
 
 
@@ -3513,7 +3514,7 @@ _GPU_TOOLS = (  # command; a process and its bytes in what it says, if told; the
 def _gpu_tools():
     found = []
     for tool in _GPU_TOOLS:
-        with contextlib.suppress(StartFailed):
+        with contextlib.suppress(LoadFailed):
             find_program(tool[0][0], os.environ, os.sep)
             found.append(tool)
     return found
@@ -3592,9 +3593,9 @@ def gpu_memory_by_group() -> Dict[int, int]:
 # -- systemd units ---------------------------------------------------------------------
 
 COMMAND_TIMEOUT = 5.0  # s; for a quick question to systemd
-JOURNAL_MOMENT = 0.4  # s; if it has nothing new by then, it has everything
-LOOK_EVERY = 5.0  # s; how often a unit is looked at whose main process is not known
-DEAF_SECONDS = 30.0  # s; a systemd that hangs is not asked again before
+JOURNAL_DELAY = 0.4  # s; if it has nothing new by then, it has everything
+UNIT_POLL = 5.0  # s; how often a unit is looked at whose main process is not known
+SYSTEMD_RETRY = 30.0  # s; a systemd that hangs is not asked again before
 RUNNING = ("active", "activating", "reloading")
 
 
@@ -3672,19 +3673,19 @@ def unit_processes(name: str) -> Set[int]:
 
 
 def _unit_of(pid):
-    cgroups = _kernel_says(f"/proc/{pid}/cgroup")
+    cgroups = read_text_or_empty(f"/proc/{pid}/cgroup")
     found = re.search(r"/([^/\n]+\.service)(/.*)?$", cgroups, re.MULTILINE)
     return found and found[1]
 
 
 def check_unit(model: Model):
-    """Raise StartFailed if systemd has no such unit. Takes seconds if systemd hangs."""
+    """Raise LoadFailed if systemd has no such unit. Takes seconds if systemd hangs."""
     service = Service(model.settings.unit)
     argv = service.systemctl("show", "-p", "LoadState")
     status, said = run_command(argv, COMMAND_TIMEOUT)
     state = said.partition("LoadState=")[2].partition("\n")[0]
     if status == 0 and state not in ("", "loaded"):
-        raise StartFailed(f"{model.name}: the unit {service.name} is {state}")
+        raise LoadFailed(f"{model.name}: the unit {service.name} is {state}")
 
 
 class UnitBackend(Backend):
@@ -3736,7 +3737,7 @@ class UnitBackend(Backend):
         if status is None and time.monotonic() >= self._began + limit:
             raise LoadTimeout(f"{self._title}: systemctl start took over {limit:g} s")
         why = f"{text}{self._last_lines()}"
-        raise StartFailed(f"{self._title} could not be started: {why}")
+        raise LoadFailed(f"{self._title} could not be started: {why}")
 
     def _must_stop(self):
         return self._is_stop_asked
@@ -3749,7 +3750,7 @@ class UnitBackend(Backend):
             status, text = run_command(argv, timeout, self._must_stop)
             if status != 0 and not self._is_stop_asked:
                 why = f"{unit}, which uses its port, could not be stopped: {text}"
-                raise StartFailed(f"{self._title}: {why}")
+                raise LoadFailed(f"{self._title}: {why}")
 
     def _follow_main_process(self):
         """Find its main process, whose end is the unit's; there may be none."""
@@ -3758,7 +3759,7 @@ class UnitBackend(Backend):
         self._has_exited = found.get("ActiveState", "active") not in RUNNING
         self.pid = int(found.get("MainPID") or 0) or None
         self._owns_listener = self._was_visible = False
-        self._look_at = time.monotonic() + SIGNS_EVERY
+        self._look_at = time.monotonic() + ACTIVITY_INTERVAL
         with contextlib.suppress(OSError, AttributeError):
             if self.pid:
                 self._exit_fd = os.pidfd_open(self.pid)
@@ -3791,7 +3792,7 @@ class UnitBackend(Backend):
         """Ask systemd now and then if there is no main process to watch."""
         now = time.monotonic()
         if self._exit_fd is None and not self._has_exited and now >= self._look_at:
-            self._look_at = now + (LOOK_EVERY if self._is_ready else SIGNS_EVERY)
+            self._look_at = now + (UNIT_POLL if self._is_ready else ACTIVITY_INTERVAL)
             self._has_exited = not self._is_active()
         return not self._has_exited
 
@@ -3855,7 +3856,7 @@ class UnitBackend(Backend):
             return {}
         status, text = self._systemctl("show", "-p", ",".join(properties))
         if status is None:
-            self._retry_systemd_at = time.monotonic() + DEAF_SECONDS
+            self._retry_systemd_at = time.monotonic() + SYSTEMD_RETRY
         return dict(line.partition("=")[::2] for line in text.splitlines())
 
     def _failure(self):
@@ -3871,7 +3872,7 @@ class UnitBackend(Backend):
             why = f"{result}, status {found.get('ExecMainStatus', 'unknown')}"
         what = "ended by itself" if self._is_ready else "could not be started"
         code = int(found["ExecMainStatus"]) if result == "exit-code" else None
-        return StartFailed(f"{self._title} {what}: {why}{self._last_lines()}", code)
+        return LoadFailed(f"{self._title} {what}: {why}{self._last_lines()}", code)
 
     def _properties_at_end(self):
         """Return what systemd says of the end, which it may notice after us."""
@@ -3887,7 +3888,7 @@ class UnitBackend(Backend):
         status, text = run_command(self.service.journalctl(), COMMAND_TIMEOUT)
         until = time.monotonic() + COMMAND_TIMEOUT
         while status == 0 and time.monotonic() < until:
-            time.sleep(JOURNAL_MOMENT)
+            time.sleep(JOURNAL_DELAY)
             before = text
             status, text = run_command(self.service.journalctl(), COMMAND_TIMEOUT)
             if text == before:
@@ -3898,7 +3899,7 @@ class UnitBackend(Backend):
 # -- remote models ---------------------------------------------------------------------
 
 FRESH = 15.0  # s; so long the last sign of life of a remote backend is trusted
-WAKE_EVERY = 2.0  # s, from one magic packet to the next
+WAKE_INTERVAL = 2.0  # s, from one magic packet to the next
 
 
 def magic_packet(mac: bytes) -> bytes:
@@ -3930,7 +3931,7 @@ class RemoteBackend(Backend):
 
     # -- called from any thread
 
-    def is_there(self, timeout: float) -> Optional[bool]:
+    def is_reachable(self, timeout: float) -> Optional[bool]:
         """Return whether a request may be sent; None if it is not known in time.
 
         It is asked unless it gave a sign of life lately.
@@ -3938,23 +3939,23 @@ class RemoteBackend(Backend):
         upstream = self.upstream
         if self._ended.is_set():
             return False
-        if upstream.is_fresh(math.inf if upstream.is_busy else FRESH):
+        if upstream.seen_within(math.inf if upstream.is_busy else FRESH):
             return True
-        if self._ask_now(HEALTH_PATIENCE).ok:
+        if self._ask_now(HEALTH_TIMEOUT).ok:
             return True
         self._lose()
         return False if self._ended.wait(timeout) else None
 
-    def has_died(self, timeout: float) -> bool:
+    def died(self, timeout: float) -> bool:
         """Return whether it vanished, as far as it can be found out so soon."""
         probe = self._ask_now(timeout)
         is_refused = probe.error is not None and not probe.timed_out
-        is_silent = probe.timed_out and timeout >= CONNECT_PATIENCE
+        is_silent = probe.timed_out and timeout >= CONNECT_TIMEOUT
         if is_refused or (is_silent and not self.upstream.is_busy):
             self._lose()
-        return self._is_lost and self._ended.wait(CONNECT_PATIENCE)
+        return self._is_lost and self._ended.wait(CONNECT_TIMEOUT)
 
-    def suspect(self):
+    def report_stall(self):
         """A request has been silent for long: see whether it is there."""
         self._silent_since = time.monotonic()
         self._wakeup.set()
@@ -3983,7 +3984,7 @@ class RemoteBackend(Backend):
     def _may_become_ready(self):
         if time.monotonic() >= self._next_packet:
             settings = self.model.settings
-            self._next_packet = time.monotonic() + WAKE_EVERY
+            self._next_packet = time.monotonic() + WAKE_INTERVAL
             try:
                 send_magic_packet(settings.wake_mac, settings.wake_broadcast)
             except OSError as error:
@@ -3995,8 +3996,8 @@ class RemoteBackend(Backend):
 
     def _abandon(self):
         """It did not wake up: perhaps its machine sleeps, too, and can be woken."""
-        if self._probe(HEALTH_PATIENCE).ok:
-            raise StartFailed(f"{self._title} did not wake up")
+        if self._probe(HEALTH_TIMEOUT).ok:
+            raise LoadFailed(f"{self._title} did not wake up")
 
     def _terminate(self):
         """There is nothing to end."""
@@ -4004,29 +4005,29 @@ class RemoteBackend(Backend):
     def _failure(self):
         """It vanished, which is no failure."""
         self.on_line("llmswap: it does not answer any more: asleep or gone")
-        while self.upstream.is_heard(FRESH) and not self._is_stop_asked:
-            self._wait(TICK)  # it may be a server that drains
+        while self.upstream.received_within(FRESH) and not self._is_stop_asked:
+            self._wait(POLL_INTERVAL)  # it may be a server that drains
 
     def _check_hang(self):
         """A request is silent: if health is, too, it vanished."""
         limit = self.model.settings.hang_timeout or math.inf
-        probe = self._probe(min(limit, LONGEST_WAIT))
+        probe = self._probe(min(limit, MAX_WAIT))
         self._silent_since = None
         is_here = probe.status is not None or probe.was_not_sent
         if probe.timed_out:
-            is_here = self.upstream.is_answering(limit)
+            is_here = self.upstream.answered_within(limit)
         if not is_here and self._is_alive():
             self._lose()
 
 
 # -- how far a load is -----------------------------------------------------------------
 
-MOST_BEFORE_READY = 0.99
+MAX_BEFORE_READY = 0.99
 MODEL_OPTIONS = ("-m", "--model", "-mm", "--mmproj", "-md", "--model-draft")
 REPORT_MARK = "cmd_child_to_router:state:"
 
 
-class LoadGauge:
+class LoadProgress:
     """How far one load is: `progress`, from 0 to 1, or None where that cannot be told.
 
     It never goes back, and says 1 of nothing. Known by what the backend reports; if it
@@ -4045,7 +4046,7 @@ class LoadGauge:
         self._is_reported = False
         self._size = 0
 
-    def hear(self, line: str) -> bool:
+    def parse_report(self, line: str) -> bool:
         """Whether this is no log but what a llama-server reports to its router; if it
         tells of a load, take that over."""
         _, mark, told = line.partition(REPORT_MARK)
@@ -4067,14 +4068,14 @@ class LoadGauge:
         """Look at the memory of that process and its descendants. Reads /proc."""
         if pid is None or self._is_reported:
             return
-        family = family_of(pid)
-        self._size = self._size or sum(map(size_of_models, family))
+        family = descendants(pid)
+        self._size = self._size or sum(map(model_file_size, family))
         if self._size:
-            self._rise_to(sum(map(memory_for_models, family)) / self._size)
+            self._rise_to(sum(map(model_memory, family)) / self._size)
             self._value = self.progress
 
     def _rise_to(self, share):
-        share = min(MOST_BEFORE_READY, round(share, 3))
+        share = min(MAX_BEFORE_READY, round(share, 3))
         self.progress = max(share, self.progress or 0.0)
 
     def told(self) -> dict:
@@ -4082,24 +4083,25 @@ class LoadGauge:
         return {**self._stages, "value": self._value}
 
 
-def family_of(pid: int) -> List[int]:
+def descendants(pid: int) -> List[int]:
     """Return the process and its descendants, as far as the kernel tells."""
     family = [pid]
     for each in family:  # it grows meanwhile
-        family += map(int, _kernel_says(f"/proc/{each}/task/{each}/children").split())
+        children = read_text_or_empty(f"/proc/{each}/task/{each}/children")
+        family += map(int, children.split())
     return family
 
 
-def size_of_models(pid: int) -> int:
+def model_file_size(pid: int) -> int:
     """Return the bytes of the model files named in the process's command line."""
-    words = _kernel_says(f"/proc/{pid}/cmdline").split("\0")
+    words = read_text_or_empty(f"/proc/{pid}/cmdline").split("\0")
     named = {after for word, after in zip(words, words[1:]) if word in MODEL_OPTIONS}
     paths = [os.path.join(f"/proc/{pid}/cwd", path) for path in named]
     shards = [shard for path in paths for shard in shards_of(path)]
     return sum(os.path.getsize(path) for path in shards if os.path.isfile(path))
 
 
-def memory_for_models(pid: int) -> int:
+def model_memory(pid: int) -> int:
     """Return the bytes that the process has read or mapped, models among them."""
     found = memory_of(pid)
     return found.get("RssAnon", 0) + found.get("RssFile", 0)
@@ -4131,7 +4133,7 @@ LOAD_LINE_EVERY = 10.0  # s between two log lines about a load that takes long
 LONG_WAIT = 1.0  # s; a wait that is worth a log line
 
 
-class Feed:
+class Broadcast:
     """The last items published, for any number of followers. Any thread may call.
 
     A follower that does not keep up loses items.
@@ -4158,7 +4160,7 @@ class Feed:
             return list(self._kept)
 
     @contextlib.contextmanager
-    def follow(self, with_history: bool = True):
+    def subscribe(self, with_history: bool = True):
         """Yield `get(timeout)`: the next item, or None if there was none in time."""
         follower = queue.SimpleQueue()
         with self._lock:
@@ -4182,7 +4184,7 @@ class Feed:
 BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # s
 
 
-class Meters:
+class Metrics:
     """What happened since the start, in numbers. The caller holds the Pool's lock.
 
     `counts` maps (metric, label, ...) to a number; the last label of a histogram is the
@@ -4240,9 +4242,9 @@ class Meters:
         self.reasons.pop(model, None)
         self._newcomers.discard(model)
 
-    def copy(self) -> "Meters":
+    def copy(self) -> "Metrics":
         """Return what was counted so far."""
-        other = Meters()
+        other = Metrics()
         other.counts = self.counts.copy()
         other.speeds, other.reasons = dict(self.speeds), dict(self.reasons)
         return other
@@ -4272,7 +4274,7 @@ class Status(NamedTuple):
     waiting: int
     since: Optional[float]  # in this state; None: it was never in another
     unload_in: Optional[float]
-    failure: Optional[Problem]
+    failure: Optional[APIError]
     pid: Optional[int]
     port: Optional[int]
     progress: Optional[float]  # of a load, 0 to 1
@@ -4287,7 +4289,7 @@ class Pool:
 
     def __init__(self, config: Config, log, make_backend=None, clock=time.monotonic):
         self.config = config
-        self.events = Feed(0)
+        self.events = Broadcast(0)
         self.memory = MemoryWatch()
         self._log = log
         self._clock = clock
@@ -4296,7 +4298,7 @@ class Pool:
         self._scheduler = Scheduler(limits_of(config), specs_of(config))
         self._backends = {}
         self._feeds = {}
-        self._meters = Meters()
+        self._meters = Metrics()
         self._revision = 0  # of what people see
         self._watchers = 0  # threads that wait for the next revision
         self._lock = threading.Lock()
@@ -4315,7 +4317,8 @@ class Pool:
         self._guard.start()
         self._timer_thread = threading.Thread(target=self._timer_loop, daemon=True)
         self._timer_thread.start()
-        threading.Thread(target=self._watch_loads, name="loads", daemon=True).start()
+        loop = self._load_progress_loop
+        threading.Thread(target=loop, name="loads", daemon=True).start()
         self._adopt_units()
         if self._adoption:
             self._adoption.join(ADOPT_PATIENCE)
@@ -4327,7 +4330,7 @@ class Pool:
             try:
                 if model.settings.load_on_startup:
                     self.load(model)
-            except Problem as problem:
+            except APIError as problem:
                 self._log("error", f"{model.name}: {problem}")
 
     def _adopt_units(self):
@@ -4369,8 +4372,8 @@ class Pool:
         """Yield a backend of the model, ready, loading it if need be; it stays until
         the block ends (unless the lease is preemptible).
 
-        Raise a Problem if it cannot be had, or ClientGone once disconnected() is true,
-        which is asked twice a second.
+        Raise an APIError if it cannot be had, or ClientDisconnected once
+        `disconnected()` is true, which is asked twice a second.
         """
         while True:
             self._check_start(model)
@@ -4393,13 +4396,13 @@ class Pool:
     def _check_start(self, model):
         """Raise what makes a start impossible, before anything is evicted for it."""
         if model.problem:
-            raise Unusable(model.problem)
+            raise ModelMisconfigured(model.problem)
         with self._lock:
             if model.backend in self._scheduler.held:
                 return
         try:
             check_start(self.config.owner_of(model))
-        except StartFailed as problem:
+        except LoadFailed as problem:
             self._log("error", f"{model.backend} could not be started: {problem}")
             with self._lock:
                 scheduled = self._scheduler.models.get(model.backend)
@@ -4414,7 +4417,7 @@ class Pool:
                 raise _removed(name)
             model = self.config.models.get(name)
             if model and model.problem:  # since a reload after `_check_start`
-                raise Unusable(model.problem)
+                raise ModelMisconfigured(model.problem)
             now = self._used_at = self._clock()
             ticket = self._scheduler.submit(name, now, preemptible, manual)
             ticket.waiter = concurrent.futures.Future()
@@ -4443,7 +4446,7 @@ class Pool:
         with self._lock:
             if model.backend not in self._scheduler.models:
                 return False
-            problem = Unloaded(f"{model.name!r} was unloaded by hand")
+            problem = ModelUnloaded(f"{model.name!r} was unloaded by hand")
             is_held = self._scheduler.unload(model.backend, self._clock(), problem)
             self._schedule()
             return is_held
@@ -4452,7 +4455,7 @@ class Pool:
         """Begin to unload every model."""
         with self._lock:
             for name in self._scheduler.models:
-                problem = Unloaded(f"{name!r} was unloaded by hand")
+                problem = ModelUnloaded(f"{name!r} was unloaded by hand")
                 self._scheduler.unload(name, self._clock(), problem)
             self._schedule()
 
@@ -4463,7 +4466,7 @@ class Pool:
                 held = self._scheduler.held.values()
                 if all(scheduled.unload_by is None for scheduled in held):
                     return
-                self._ended.wait(TICK)
+                self._ended.wait(POLL_INTERVAL)
 
     def reload(self, config: Config):
         """Take over a configuration: see Scheduler.configure."""
@@ -4480,7 +4483,8 @@ class Pool:
             )
             for model in config.models.values():
                 if model.problem:
-                    self._scheduler.refuse_waiting(model.name, Unusable(model.problem))
+                    reason = ModelMisconfigured(model.problem)
+                    self._scheduler.refuse_waiting(model.name, reason)
             for name, backend in self._backends.items():
                 if name in config.models and name not in changed:
                     backend.model = config.models[name]
@@ -4538,9 +4542,9 @@ class Pool:
             entry=getattr(backend, "entry", {}),
         )
 
-    def feed_of(self, name: str) -> Feed:
+    def feed_of(self, name: str) -> Broadcast:
         """Return the output of the model's backends, of this one and earlier ones."""
-        return self._feeds.setdefault(name, Feed(1000))
+        return self._feeds.setdefault(name, Broadcast(1000))
 
     def counts(self) -> Dict[str, int]:
         """Return how many models are held, and how many requests run and wait."""
@@ -4567,7 +4571,7 @@ class Pool:
             is_busy = self._scheduler.queued or self._scheduler.in_flight
             return None if is_busy else self._used_at
 
-    def quiet_since(self) -> Optional[float]:
+    def inactive_since(self) -> Optional[float]:
         """Return when (on the clock) the last backend or request left; None: there is
         one."""
         with self._lock:
@@ -4583,14 +4587,14 @@ class Pool:
             return self._revision
 
     def count_request(self, model: Optional[Model], speed: Optional[float], *counts):
-        """Count a request that ended: see Meters. `speed` is in tokens per second."""
+        """Count a request that ended: see Metrics. `speed` is in tokens per second."""
         with self._lock:
             self._meters.count_request(model.name if model else "", *counts)
             if model and speed is not None:
                 self._meters.speeds[model.backend] = speed
                 self._revise()
 
-    def meters(self) -> Meters:
+    def meters(self) -> Metrics:
         """Return what was counted so far, as a copy."""
         with self._lock:
             return self._meters.copy()
@@ -4659,7 +4663,7 @@ class Pool:
             backend.run_number = decision.run
             backend.start()
         except (OSError, RuntimeError) as error:  # no descriptor or no thread is left
-            problem = StartFailed(f"{name} could not be started: {error}")
+            problem = LoadFailed(f"{name} could not be started: {error}")
             self._record_exit(name, decision.run, problem)
             return True
         return False
@@ -4706,12 +4710,12 @@ class Pool:
     # -- the progress of loads -------------------------------------------------------
 
     def _begin_progress(self, backend):
-        backend.gauge = LoadGauge()
+        backend.gauge = LoadProgress()
         backend.published_progress = None
         backend.next_line = LOAD_LINE_EVERY
         self._loading.notify()
 
-    def _watch_loads(self):
+    def _load_progress_loop(self):
         """While any model loads, look at its progress; wait while none does."""
         while not self._is_closed:
             with self._lock:
@@ -4826,7 +4830,7 @@ class Pool:
             while self._backends:
                 self._ended.wait()
         if self._adoption:
-            self._adoption.join(2 * TICK)
+            self._adoption.join(2 * POLL_INTERVAL)
         self._guard.close()
 
     def kill(self):
@@ -4844,7 +4848,7 @@ def percent(progress: Optional[float]) -> str:
     return "" if progress is None else f", {progress:.0%}".replace("%", " %")
 
 
-def exit_code_of(problem: Optional[Problem]) -> int:
+def exit_code_of(problem: Optional[APIError]) -> int:
     """Return the exit code as llama.cpp's router reports it: 1 for signals and the
     like, 0 without a problem."""
     if problem is None:
@@ -4862,10 +4866,10 @@ def _failure_text(problem, last):
 
 
 def _wait_for_grant(future, disconnected):
-    """Return the backend; raise why it is refused, or ClientGone."""
-    while not concurrent.futures.wait([future], timeout=TICK).done:
+    """Return the backend; raise why it is refused, or ClientDisconnected."""
+    while not concurrent.futures.wait([future], timeout=POLL_INTERVAL).done:
         if disconnected():
-            raise ClientGone
+            raise ClientDisconnected
     problem = future.exception()
     if problem is not None:
         raise problem.with_traceback(None)  # other threads raise the same one
@@ -4873,13 +4877,13 @@ def _wait_for_grant(future, disconnected):
 
 
 def _is_reachable(backend, disconnected):
-    """Whether a backend that was granted still answers; raise ClientGone."""
+    """Whether a backend that was granted still answers; raise ClientDisconnected."""
     while True:
-        answer = backend.is_there(TICK)
+        answer = backend.is_reachable(POLL_INTERVAL)
         if answer is not None:
             return answer
         if disconnected():
-            raise ClientGone
+            raise ClientDisconnected
 
 
 def rivals_of(model: Model, models: Mapping[str, Model]) -> List[str]:
@@ -4897,7 +4901,7 @@ def address_of(model: Model) -> Dict[str, int]:
 
 
 def _removed(name):
-    return UnknownModel(f"the model {name!r} is no longer in the configuration")
+    return ModelNotFound(f"the model {name!r} is no longer in the configuration")
 
 
 def limits_of(config: Config) -> Limits:
@@ -4938,8 +4942,8 @@ def specs_of(config: Config) -> Dict[str, ModelSpec]:
 # 6  Relay: one request to a backend, one answer back.
 #    Never knows models, the configuration or the Pool.
 #
-#        client ── Wire ──> Request, Body ──> relay() ──> Upstream ── Wire ──> Answer
-#        client <── Reply <───────────────────  pieces  <────────────────────────┘
+#        client ──> Request, Body ──> relay() ──> Upstream ──> UpstreamResponse
+#        client <── ClientResponse <────────── pieces <────────────────┘
 #
 #    Nothing is held but what must be: bytes go on as they come. All sockets block for
 #    TICK at most; who waits then looks whether waiting still makes sense.
@@ -4949,34 +4953,34 @@ HEAD_LIMIT = 65536  # bytes; as nginx's four buffers of 16 KB
 LINES_LIMIT = 100  # header lines; as Apache's LimitRequestFields
 HEAD_SECONDS = 10.0  # for a whole head once its first byte is there
 STALL_SECONDS = 60.0  # without a byte in the middle of a body; as nginx
-HELD_BODY = 1 << 20  # bytes of a body that are read although nobody needs them
+MAX_UNREAD_BODY = 1 << 20  # bytes of a body that are read although nobody needs them
 READ_SIZE = 1 << 14  # bytes read at once of heads and streams, which wait in numbers
-PIECE = 1 << 18  # bytes read at once of long bodies
+BUFFER_SIZE = 1 << 18  # bytes read at once of long bodies
 EARLY_HEAD_AFTER = 3.0  # s; until then a failure keeps its true status
 COMMENT = b":\n\n"
 COMMENT_EVERY = 10.0  # s; the shortest header timeout seen in clients is 30 s
-SUSPECT_AFTER = 5.0  # s of silence until a backend is asked whether it lives
+STALL_CHECK_AFTER = 5.0  # s of silence until a backend is asked whether it lives
 
 HOP_BY_HOP = frozenset(
     "connection keep-alive proxy-connection te trailer transfer-encoding upgrade "
     "proxy-authenticate proxy-authorization expect".split()
 )
 
-Fields = List[Tuple[str, str]]
+Headers = List[Tuple[str, str]]
 
 
 _SILENCE = (BlockingIOError, TimeoutError, socket.timeout)  # a TICK passed
 
 
-class Wire:
+class SocketReader:
     """Reads one connection through a buffer. One thread uses it.
 
-    `on_silence()` is called whenever TICK passes without a byte; it may raise.
+    `on_timeout()` is called whenever TICK passes without a byte; it may raise.
     """
 
-    def __init__(self, sock: socket.socket, on_silence=lambda: None):
+    def __init__(self, sock: socket.socket, on_timeout=lambda: None):
         self.sock = sock
-        self.on_silence = on_silence
+        self.on_timeout = on_timeout
         self.held = b""  # received and not used yet
         self.is_untouched = True  # nothing of a head was ever received
 
@@ -4993,9 +4997,9 @@ class Wire:
             try:
                 return self.sock.recv(size)
             except _SILENCE:
-                self.on_silence()
+                self.on_timeout()
 
-    def awaits(self, seconds: float) -> bool:
+    def wait_readable(self, seconds: float) -> bool:
         """Whether bytes come within so many seconds. Only who is silent for a TICK is
         polled, which costs more than a read but wakes nobody meanwhile."""
         try:
@@ -5009,13 +5013,13 @@ class Wire:
     def head(self) -> bytes:
         """Return a whole head with its blank line; b"" if the stream ends before it.
 
-        Raise BadRequest as soon as it can be none, HeadTooLarge. Empty lines before it
-        are skipped: some clients send one after a body.
+        Raise BadRequest as soon as it can be none, HeadersTooLarge. Empty lines before
+        it are skipped: some clients send one after a body.
         """
         data, end, skipped = b"", -1, 0
         while end < 0:
             if data or skipped:
-                self.on_silence()  # who sends byte by byte is late as well
+                self.on_timeout()  # who sends byte by byte is late as well
             searched = max(0, len(data) - 3)
             piece = self.receive()
             if not piece:
@@ -5023,19 +5027,19 @@ class Wire:
             self.is_untouched = False
             data += piece
             if data.startswith(b"\r\n"):
-                blank = _EMPTY_LINES.match(data).end()
+                blank = EMPTY_LINES.match(data).end()
                 data, searched, skipped = data[blank:], 0, skipped + blank
             end = data.find(b"\r\n\r\n", searched)
             if skipped + (len(data) if end < 0 else end + 4) > HEAD_LIMIT:
-                raise HeadTooLarge(f"the head is larger than {HEAD_LIMIT} bytes")
-            if end < 0 and _NO_HEAD.search(data, searched):
+                raise HeadersTooLarge(f"the head is larger than {HEAD_LIMIT} bytes")
+            if end < 0 and ILLEGAL_IN_HEAD.search(data, searched):
                 raise BadRequest("this is not HTTP/1 in lines that end with CRLF")
         self.held = data[end + 4 :]
         return data[: end + 4]
 
 
-def send_all(sock: socket.socket, data, on_silence, on_progress=lambda: None):
-    """Send all of it, calling `on_silence` whenever TICK passes without progress, and
+def send_all(sock: socket.socket, data, on_timeout, on_progress=lambda: None):
+    """Send all of it, calling `on_timeout` whenever TICK passes without progress, and
     `on_progress` when there was some, but not all could be sent."""
     sent, size = 0, len(data)
     while sent < size:
@@ -5044,11 +5048,11 @@ def send_all(sock: socket.socket, data, on_silence, on_progress=lambda: None):
             if sent < size:
                 on_progress()
         except _SILENCE:
-            on_silence()
+            on_timeout()
 
 
 class Deadline:
-    """An `on_silence` that raises `problem` when no progress was made for so long."""
+    """An `on_timeout` that raises `problem` when no progress was made for so long."""
 
     def __init__(self, seconds: float, problem: Exception):
         self._seconds = seconds
@@ -5064,7 +5068,7 @@ class Deadline:
             raise self._problem
 
 
-def hung_up(sock: socket.socket) -> bool:
+def has_disconnected(sock: socket.socket) -> bool:
     """Whether the client closed its side; one that only stopped sending left too."""
     waiter = select.poll()
     waiter.register(sock, _HANG_UP)
@@ -5085,8 +5089,8 @@ _HANG_UP = getattr(select, "POLLRDHUP", select.POLLIN)
 
 # -- heads -----------------------------------------------------------------------------
 
-_EMPTY_LINES = re.compile(rb"(?:\r\n)+")
-_NO_HEAD = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|[\x00-\x08\x0b\x0c\x0e-\x1f]")
+EMPTY_LINES = re.compile(rb"(?:\r\n)+")
+ILLEGAL_IN_HEAD = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _LINE = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n"
 _HEADER_LINES = re.compile(rb"(?:%b)*\r\n" % _LINE)
 _FIELD = re.compile(r"([^:\r\n]+):[\t ]*((?:[^\r]*[^\r\t ])?)[\t ]*\r\n")
@@ -5098,7 +5102,7 @@ _STATUS_LINE = re.compile(
 )
 
 
-def parse_head(head: bytes, start: "re.Pattern") -> Tuple["re.Match", Fields]:
+def parse_head(head: bytes, start: "re.Pattern") -> Tuple["re.Match", Headers]:
     """Return the match of the start line and the header fields, names in lower case.
 
     Raise BadRequest for anything but strict HTTP/1: no folding, no bare CR or LF, no
@@ -5112,23 +5116,23 @@ def parse_head(head: bytes, start: "re.Pattern") -> Tuple["re.Match", Fields]:
         raise BadRequest("a header line is malformed")
     pairs = _FIELD.findall(head[line_end + 2 :].decode("latin-1"))
     if len(pairs) > LINES_LIMIT:
-        raise HeadTooLarge(f"more than {LINES_LIMIT} header lines")
+        raise HeadersTooLarge(f"more than {LINES_LIMIT} header lines")
     return found, [(name.lower(), value) for name, value in pairs]
 
 
-def render_head(start: str, fields: Fields) -> bytes:
+def render_head(start: str, headers: Headers) -> bytes:
     """Return the bytes of a head."""
-    lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
     return f"{start}\r\n{lines}\r\n".encode("latin-1")
 
 
-def end_to_end(fields: Fields) -> Fields:
+def end_to_end(headers: Headers) -> Headers:
     """Return the fields without those that concern one connection only."""
     dropped = HOP_BY_HOP
-    for name, value in fields:
+    for name, value in headers:
         if name == "connection" and value.lower() not in ("keep-alive", "close"):
             dropped = dropped.union(map(str.strip, value.lower().split(",")))
-    return [field for field in fields if field[0] not in dropped]
+    return [field for field in headers if field[0] not in dropped]
 
 
 class Framing(NamedTuple):
@@ -5139,14 +5143,14 @@ class Framing(NamedTuple):
     is_chunked: bool = False
 
 
-def framing_of(fields: Fields, default: Framing) -> Framing:
+def framing_of(headers: Headers, default: Framing) -> Framing:
     """Return how the body after these fields is framed. Raise BadRequest if in doubt.
 
     1. Transfer-Encoding must be exactly `chunked`, once, and alone.
     2. Content-Length must be one number.
     3. Without either, `default` holds.
     """
-    told = [field for field in fields if field[0] in _FRAMING_FIELDS]
+    told = [field for field in headers if field[0] in _FRAMING_FIELDS]
     if not told:
         return default
     if len(told) == 1:
@@ -5166,11 +5170,11 @@ _FRAMING_FIELDS = frozenset(("content-length", "transfer-encoding"))
 _LENGTH = re.compile("[0-9]{1,18}")
 
 
-def first_of_each(fields: Fields) -> Dict[str, str]:
+def first_of_each(headers: Headers) -> Dict[str, str]:
     """Return the first value of each field, and all that Connection says."""
-    first = dict(reversed(fields))
-    if len(first) < len(fields):  # one may forbid what another allows
-        said = [value for name, value in fields if name == "connection"]
+    first = dict(reversed(headers))
+    if len(first) < len(headers):  # one may forbid what another allows
+        said = [value for name, value in headers if name == "connection"]
         first["connection"] = ", ".join(said)
     return first
 
@@ -5182,14 +5186,16 @@ class Head:
     those that concern one connection only. Names are in lower case.
     """
 
-    def __init__(self, fields: Fields, framing: Framing, is_http_10: bool):
+    def __init__(self, headers: Headers, framing: Framing, is_http_10: bool):
         self.framing = framing
         self.is_http_10 = is_http_10
-        self.fields = [each for each in fields if each[0] not in _FRAMING_FIELDS]
-        self.end_to_end = end_to_end(self.fields)
-        self._first = first_of_each(self.fields)
+        self.headers = [each for each in headers if each[0] not in _FRAMING_FIELDS]
+        self.end_to_end = end_to_end(self.headers)
+        self._first = first_of_each(self.headers)
         words = self.get("connection").lower()  # may it serve more than this?
-        self.stays = "keep-alive" in words if is_http_10 else "close" not in words
+        self.is_persistent = "close" not in words
+        if is_http_10:
+            self.is_persistent = "keep-alive" in words
 
     def get(self, name: str) -> str:
         """Return the first value of a field, or an empty string."""
@@ -5197,16 +5203,16 @@ class Head:
 
     def all(self, name: str) -> List[str]:
         """Return all values of a field."""
-        return [value for field, value in self.fields if field == name]
+        return [value for field, value in self.headers if field == name]
 
 
 class Request(Head):
     """The head of a client's request."""
 
     def __init__(self, head: bytes):
-        start, fields = parse_head(head, _REQUEST_LINE)
+        start, headers = parse_head(head, _REQUEST_LINE)
         method, target, minor = start.groups()
-        super().__init__(fields, framing_of(fields, NO_BODY), minor == b"0")
+        super().__init__(headers, framing_of(headers, NO_BODY), minor == b"0")
         self.method = method.decode()
         self.target = target.decode("latin-1")
         if self.is_http_10 and self.framing.is_chunked:
@@ -5313,11 +5319,11 @@ _TRAILER = re.compile(rb"%b|\r\n" % _LINE)
 class Body:
     """A client's request body: `held`, what was read of it, then the rest as it comes.
 
-    Raises ClientGone, BadRequest, TooLarge, TooSlow. After such an error it cannot be
-    read on: its connection is lost.
+    Raises ClientDisconnected, BadRequest, PayloadTooLarge, RequestTimeout. After such
+    an error it cannot be read on: its connection is lost.
     """
 
-    def __init__(self, wire: Wire, request: Request, limit: int):
+    def __init__(self, wire: SocketReader, request: Request, limit: int):
         self._wire = wire
         self._limit = limit
         self._decoder = ChunkDecoder() if request.framing.is_chunked else None
@@ -5327,7 +5333,7 @@ class Body:
         expected = request.get("expect").lower()
         self._expects = expected == "100-continue" and not request.is_http_10
         self._is_lost = False
-        stalled = TooSlow(f"the body stalled for {STALL_SECONDS:g} s")
+        stalled = RequestTimeout(f"the body stalled for {STALL_SECONDS:g} s")
         self._stall = Deadline(STALL_SECONDS, stalled)
         came = wire.take(self.length) if self.length else b""  # with the head
         self.received = len(came)  # bytes of payload
@@ -5335,7 +5341,8 @@ class Body:
         self.is_complete = self.received == self.length
 
     def _too_large(self):
-        return TooLarge(f"the body exceeds {self._limit} bytes (max-body in [llmswap])")
+        text = f"the body exceeds {self._limit} bytes (max-body in [llmswap])"
+        return PayloadTooLarge(text)
 
     def hold(self, size: int) -> bool:
         """Read until so many bytes are held, or all; return whether it is all."""
@@ -5346,15 +5353,15 @@ class Body:
     def _next_piece(self):
         """Return the next bytes of the payload; note the end."""
         self._stall.extend()
-        self._wire.on_silence = self._stall
+        self._wire.on_timeout = self._stall
         try:
             if self._expects:
                 self._expects = False
                 self._wire.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             piece = self._next_chunks() if self._decoder else self._next_counted()
         except OSError:
-            raise ClientGone from None
-        except Problem:
+            raise ClientDisconnected from None
+        except APIError:
             self._is_lost = True
             raise
         self.received += len(piece)
@@ -5365,17 +5372,17 @@ class Body:
         return piece
 
     def _next_counted(self):
-        piece = self._wire.receive(min(PIECE, self.length - self.received))
+        piece = self._wire.receive(min(BUFFER_SIZE, self.length - self.received))
         if not piece:
-            raise ClientGone
+            raise ClientDisconnected
         return piece
 
     def _next_chunks(self):
         piece = b""
         while not piece and not self._decoder.is_done:
-            data = self._wire.receive(PIECE)
+            data = self._wire.receive(BUFFER_SIZE)
             if not data:
-                raise ClientGone
+                raise ClientDisconnected
             piece = self._decoder.feed(data)
         if self._decoder.is_done:
             self._wire.held = self._decoder.rest
@@ -5395,7 +5402,7 @@ class Body:
     @property
     def can_be_skipped(self) -> bool:
         """Whether what is left can be read and forgotten at small cost."""
-        is_short = self.length is None or self.length - self.received <= HELD_BODY
+        is_short = self.length is None or self.length - self.received <= MAX_UNREAD_BODY
         return self.is_complete or (
             is_short and not self._expects and not self._is_lost
         )
@@ -5403,7 +5410,7 @@ class Body:
     def skip(self) -> bool:
         """Read and forget what is left if that is little; return whether the connection
         is at the next request."""
-        end = self.received + HELD_BODY
+        end = self.received + MAX_UNREAD_BODY
         while not self.is_complete and self.can_be_skipped and self.received < end:
             self._next_piece()
         return self.is_complete
@@ -5420,7 +5427,7 @@ def json_or(raw, fallback):
         return fallback
 
 
-class Named(NamedTuple):
+class RequestInfo(NamedTuple):
     """What a body says that matters here: the `model`, and either the JSON object or
     the `span` of bytes in which the model stands in a form."""
 
@@ -5430,11 +5437,11 @@ class Named(NamedTuple):
     is_json: bool = False
 
 
-def model_named_in(body: Body, content_type: str, is_needed=True) -> Named:
+def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
     """Read JSON whole, forms up to their field `model`; return what was found.
 
     Without `is_needed` a body that is neither is not read, and a form no further than
-    HELD_BODY. Raise BadRequest, TooLarge, ClientGone.
+    MAX_UNREAD_BODY. Raise BadRequest, PayloadTooLarge, ClientDisconnected.
     """
     kind = content_type.partition(";")[0].strip().lower()
     body.hold(1)
@@ -5448,8 +5455,8 @@ def model_named_in(body: Body, content_type: str, is_needed=True) -> Named:
         body.hold(sys.maxsize)
         return _named_in_json(body.held)
     else:
-        return Named()
-    size = HELD_BODY
+        return RequestInfo()
+    size = MAX_UNREAD_BODY
     while True:
         is_all = body.hold(size)
         named = find(body.held, is_all)
@@ -5460,7 +5467,7 @@ def model_named_in(body: Body, content_type: str, is_needed=True) -> Named:
 
 def _named_in_json(data):
     if not data:
-        return Named()
+        return RequestInfo()
     try:
         members = json.loads(str(data, "utf-8-sig"), strict=False)
     except (ValueError, RecursionError) as error:
@@ -5468,7 +5475,7 @@ def _named_in_json(data):
     if not isinstance(members, dict):
         raise BadRequest("the body is not a JSON object")
     model = members.get("model")
-    return Named(
+    return RequestInfo(
         model if isinstance(model, str) else None, members=members, is_json=True
     )
 
@@ -5476,9 +5483,9 @@ def _named_in_json(data):
 def _named_in_form(data, is_all):
     pair = re.search(rb"(?:^|&)model=([^&]*)(&)?", data)
     if pair is None or not (is_all or pair.group(2)):
-        return Named()
+        return RequestInfo()
     raw = pair.group(1).decode("latin-1")
-    return Named(urllib.parse.unquote_plus(raw), pair.span(1))
+    return RequestInfo(urllib.parse.unquote_plus(raw), pair.span(1))
 
 
 def _boundary_of(content_type):
@@ -5502,9 +5509,9 @@ def _named_in_multipart(data, is_all, boundary):
             break
         if _is_named_model(data[at : min(head_end, at + HEAD_LIMIT)]):
             value = bytes(data[head_end + 4 : end]).decode("utf-8", "replace")
-            return Named(value, (head_end + 4, end))
+            return RequestInfo(value, (head_end + 4, end))
         at = end + 2
-    return Named()
+    return RequestInfo()
 
 
 def _is_named_model(head):
@@ -5518,7 +5525,7 @@ def _is_named_model(head):
 # -- edits -----------------------------------------------------------------------------
 
 
-class Edits(NamedTuple):
+class BodyEdits(NamedTuple):
     """What is changed in a request's JSON: `model` (None: as it is), parameters laid
     over it, names removed."""
 
@@ -5527,7 +5534,7 @@ class Edits(NamedTuple):
     removed: FrozenSet[str] = frozenset()
 
 
-def edited_json(members: Mapping[str, object], edits: Edits) -> bytes:
+def edited_json(members: Mapping[str, object], edits: BodyEdits) -> bytes:
     """Return the edited object as JSON: names in their order, new ones at the end."""
     laid_over = dict(edits.laid_over)
     if edits.model is not None:
@@ -5550,11 +5557,11 @@ def merged(old, new):
 def _dump(value):
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     if not text.isascii() or "\x7f" in text:
-        text = OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+        text = CONTROL_CHARS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     return text.encode("utf-8", "backslashreplace")  # half a surrogate pair: \ud800
 
 
-OBEYED = re.compile("[\0-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # by terminals
+CONTROL_CHARS = re.compile("[\0-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 # -- the answer, read from the backend -------------------------------------------------
@@ -5564,14 +5571,14 @@ class Truncated(Exception):
     """The backend broke off in the middle of its answer."""
 
 
-class AnswerHead(Head):
+class ResponseHead(Head):
     """The head of an answer; `framing` is that of its body unless the request or the
     status allows none."""
 
     def __init__(self, head: bytes):
-        start, fields = parse_head(head, _STATUS_LINE)
+        start, headers = parse_head(head, _STATUS_LINE)
         minor, status, reason = start.groups()
-        super().__init__(fields, framing_of(fields, UNTIL_CLOSE), minor == b"0")
+        super().__init__(headers, framing_of(headers, UNTIL_CLOSE), minor == b"0")
         self.status = int(status)
         self.reason = (reason or b"").decode("latin-1")
         self.is_event_stream = _are_events(self._first)
@@ -5579,13 +5586,13 @@ class AnswerHead(Head):
 
 
 
-class Answer:
+class UpstreamResponse:
     """A backend's answer, head read; `pieces()` gives its payload once.
 
     Raise EOFError if nothing came, Truncated if it is cut or not HTTP.
     """
 
-    def __init__(self, wire: Wire, method: str):
+    def __init__(self, wire: SocketReader, method: str):
         self._wire = wire
         self.is_over = False  # read to its end: the connection can serve another
         try:
@@ -5595,7 +5602,7 @@ class Answer:
                     break
             else:
                 raise BadRequest("interim answers without end")
-        except (BadRequest, HeadTooLarge) as error:
+        except (BadRequest, HeadersTooLarge) as error:
             raise Truncated(f"its answer is not HTTP: {error}") from None
         self.status, self.framing, self.get = head.status, head.framing, head.get
         self.length = head.framing.length  # as it is told, even if to a HEAD
@@ -5608,7 +5615,7 @@ class Answer:
         head = self._wire.head()
         if not head:
             raise EOFError
-        return AnswerHead(head)
+        return ResponseHead(head)
 
     @property
     def leftover(self) -> bytes:
@@ -5639,7 +5646,7 @@ class Answer:
                 raise Truncated("the connection closed in the middle of an answer")
             payload = part + decoder.feed(data) if part else decoder.feed(data)
             part = b""
-            if is_whole and decoder.given and len(payload) < HELD_BODY:
+            if is_whole and decoder.given and len(payload) < MAX_UNREAD_BODY:
                 cut = len(payload) - decoder.given
                 payload, part = payload[:cut], payload[cut:]
             if payload:
@@ -5648,7 +5655,7 @@ class Answer:
 
     def _counted(self, left):
         while left:
-            piece = self._wire.receive(min(left, PIECE))
+            piece = self._wire.receive(min(left, BUFFER_SIZE))
             if not piece:
                 raise Truncated(f"the connection closed {left} bytes before the end")
             left -= len(piece)
@@ -5663,7 +5670,7 @@ class Answer:
             yield piece
 
     def _end(self, is_clean):
-        self.is_over = is_clean and self.head.stays
+        self.is_over = is_clean and self.head.is_persistent
 
 
 def _are_events(told):
@@ -5682,7 +5689,7 @@ _EVENT_STREAM = [
 ]
 
 
-class Ends:
+class HeadAndTail:
     """The first and the last bytes of a payload, KEPT of each."""
 
     KEPT = 2048
@@ -5703,7 +5710,7 @@ class Ends:
         return self._first + gap + self._last
 
 
-class Reply:
+class ClientResponse:
     """One answer to one request, framed as the client can read it. One thread uses it.
 
     `wants_events`: the client asked for a stream of events; while it waits it gets an
@@ -5717,7 +5724,7 @@ class Reply:
     notice = None  # gives events to send, instead of comments, after that early head
     first_at = None  # when the first piece of payload was sent
     is_broken = False
-    stays = False
+    is_persistent = False
     status = 0
     sent = 0  # bytes of payload
     _is_http_10 = False
@@ -5727,21 +5734,21 @@ class Reply:
     _is_events = False
     _left = None
 
-    def __init__(self, sock: socket.socket, request: Optional[Request], extra: Fields):
+    def __init__(self, sock: socket.socket, request: Optional[Request], extra: Headers):
         self.sock = sock
         self.extra = extra
-        self.ends = Ends()  # of the payload
-        self._born = self._spoke = time.monotonic()
-        self._stall = Deadline(STALL_SECONDS, ClientGone())
+        self.ends = HeadAndTail()  # of the payload
+        self._born = self._last_sent_at = time.monotonic()
+        self._stall = Deadline(STALL_SECONDS, ClientDisconnected())
         if request is not None:
-            self.stays = request.stays
+            self.is_persistent = request.is_persistent
             self._is_http_10 = request.is_http_10
             self._is_head = request.method == "HEAD"
 
-    def begin(self, status: int, reason: str, fields: Fields, length: Optional[int]):
+    def begin(self, status: int, reason: str, headers: Headers, length: Optional[int]):
         """Set the head; it goes out with the first piece, or after a TICK."""
         self.is_begun, self.status, self._left = True, status, length
-        self._is_events = length is None and _are_events(dict(fields))
+        self._is_events = length is None and _are_events(dict(headers))
         framing = []
         if length is not None:
             if status not in (101, 204, 304):
@@ -5749,20 +5756,20 @@ class Reply:
         elif self._is_head:
             pass  # there will be no body to delimit
         elif self._is_http_10:
-            self.stays = False
+            self.is_persistent = False
         else:
             self._is_chunked = True
             framing.append(("transfer-encoding", "chunked"))
-        if status != 101 and not self.stays:
+        if status != 101 and not self.is_persistent:
             framing.append(("connection", "close"))
         elif self._is_http_10:
             framing.append(("connection", "keep-alive"))
         start = f"HTTP/1.1 {status} {reason}"
-        self._head = render_head(start, fields + self.extra + framing)
+        self._head = render_head(start, headers + self.extra + framing)
 
-    def answer(self, status: int, fields: Fields, payload: bytes):
+    def answer(self, status: int, headers: Headers, payload: bytes):
         """Send an answer that is there as a whole."""
-        self.begin(status, http.HTTPStatus(status).phrase, fields, len(payload))
+        self.begin(status, http.HTTPStatus(status).phrase, headers, len(payload))
         self.send(payload)
         self.end()
 
@@ -5793,7 +5800,7 @@ class Reply:
         elif head:
             self._put(head)
         if self._left and not self._is_head:
-            self.stays = False  # less than was promised: the client must notice
+            self.is_persistent = False  # less than was promised: the client must notice
 
     def flush(self):
         """Send the head if it still waits for a first piece."""
@@ -5802,12 +5809,12 @@ class Reply:
             self._put(head)
 
     def _put(self, data):
-        self._spoke = time.monotonic()
+        self._last_sent_at = time.monotonic()
         self._stall.extend()
         try:
             send_all(self.sock, data, self._stall, self._stall.extend)
         except OSError:
-            raise ClientGone from None
+            raise ClientDisconnected from None
 
     def _count(self, size):
         """So much more of the payload goes to the client."""
@@ -5817,13 +5824,13 @@ class Reply:
         if self._left is not None:
             self._left -= size
 
-    def tick(self):
-        """To be called every TICK while nothing flows. Raise ClientGone.
+    def heartbeat(self):
+        """To be called every TICK while nothing flows. Raise ClientDisconnected.
 
         Looks whether the client is there, and keeps it from giving up.
         """
-        if hung_up(self.sock):
-            raise ClientGone
+        if has_disconnected(self.sock):
+            raise ClientDisconnected
         self.flush()
         now = time.monotonic()
         if not self.is_begun:
@@ -5832,7 +5839,7 @@ class Reply:
                 self.begin_events()
                 self._frame(self._next_notice() or COMMENT)
         elif self._is_events and self._is_at_boundary():
-            is_late = now >= self._spoke + COMMENT_EVERY
+            is_late = now >= self._last_sent_at + COMMENT_EVERY
             text = self._next_notice() or (COMMENT if is_late else b"")
             if text:
                 self._frame(text)
@@ -5857,7 +5864,7 @@ class Reply:
             return b"data: " + _dump(told) + b"\n\n"
         return b"event: error\ndata: " + _dump({"type": "error", **told}) + b"\n\n"
 
-    def break_off(self, problem: Problem):
+    def abort(self, problem: APIError):
         """The backend's answer broke off: end the client's so that it is seen.
 
         Between two events it is told why; then the connection is cut, if need be by a
@@ -5867,9 +5874,9 @@ class Reply:
             if self._is_events and self._is_at_boundary():
                 self.send(self.error_event(error_body(problem)))
             self.flush()
-        except ClientGone:
+        except ClientDisconnected:
             pass
-        self.stays = False
+        self.is_persistent = False
         self.is_broken = True
         if not self._is_chunked and self._left is None:
             linger = struct.pack("ii", 1, 0)
@@ -5877,7 +5884,7 @@ class Reply:
             self.sock.close()  # now, before a shutdown() says goodbye
 
 
-def error_body(problem: Problem) -> dict:
+def error_body(problem: APIError) -> dict:
     """Return what OpenAI's clients expect of an error."""
     return {
         "error": {
@@ -5892,12 +5899,12 @@ def error_body(problem: Problem) -> dict:
 # -- one request to a backend, one answer back -----------------------------------------
 
 
-class Outgoing(NamedTuple):
+class UpstreamRequest(NamedTuple):
     """A request as the backend gets it. `rest` is what is not held of the body."""
 
     method: str
     target: str
-    fields: Fields
+    headers: Headers
     held: Sequence  # of bytes or the like
     length: Optional[int]  # of all of the body; None: unknown, sent chunked
     rest: Optional[Body] = None
@@ -5910,7 +5917,7 @@ class Outgoing(NamedTuple):
     @property
     def is_upgrade(self) -> bool:
         """Whether it asks for another protocol."""
-        return any(name == "upgrade" for name, _ in self.fields)
+        return any(name == "upgrade" for name, _ in self.headers)
 
     @property
     def is_sent(self) -> bool:
@@ -5920,46 +5927,52 @@ class Outgoing(NamedTuple):
 
 class Link(NamedTuple):
     """What the relay may ask of a backend: its `upstream`; `suspect()` that it hangs;
-    `has_died(seconds)`, whether it ended by itself by then."""
+    `died(seconds)`, whether it ended by itself by then."""
 
     upstream: Upstream
-    suspect: Callable[[], None]
-    has_died: Callable[[float], bool]
+    report_stall: Callable[[], None]
+    died: Callable[[float], bool]
 
 
-class Silence:
+class StallMonitor:
     """What to do every TICK while the backend is silent: look after the client, and
-    after SUSPECT_AFTER after the backend."""
+    after STALL_CHECK_AFTER after the backend."""
 
-    def __init__(self, reply: Reply, suspect):
+    def __init__(self, reply: ClientResponse, report_stall):
         self._reply = reply
-        self._suspect = suspect
+        self._suspect = report_stall
         self.since = time.monotonic()
 
     def __call__(self):
-        self._reply.tick()
-        if time.monotonic() > self.since + SUSPECT_AFTER:
+        self._reply.heartbeat()
+        if time.monotonic() > self.since + STALL_CHECK_AFTER:
             self.since = time.monotonic()
             self._suspect()
 
 
-def relay(outgoing: Outgoing, link: Link, reply: Reply, transform_of=lambda _: None):
+def relay(
+    outgoing: UpstreamRequest,
+    link: Link,
+    reply: ClientResponse,
+    transform_of=lambda _: None,
+):
     """Send the request to the backend and its answer to the client.
 
     Raise BackendDied if it gave no answer (nothing was sent to the client then, but for
-    an early head), ClientGone if the client left. An answer that breaks off is passed
-    on as broken. `transform_of(answer)` may return what changes its payload: pieces go
-    through `feed`, and `finish` gives what is left at the end.
+    an early head), ClientDisconnected if the client left. An answer that breaks off is
+    passed on as broken. `transform_of(answer)` may return what changes its payload:
+    pieces go through `feed`, and `finish` gives what is left at the end.
     """
-    if link.upstream.base_path and _CLIMBS.search(outgoing.target.partition("?")[0]):
+    path = outgoing.target.partition("?")[0]
+    if link.upstream.base_path and PATH_TRAVERSAL.search(path):
         raise BadRequest("the path must not leave that of the model's server")
-    silence = Silence(reply, link.suspect)
+    silence = StallMonitor(reply, link.report_stall)
     try:
         sock, answer = _ask(outgoing, link, silence)
     except BackendDied:
-        link.suspect()  # it may live on, deaf
+        link.report_stall()  # it may live on, deaf
         raise
-    reply.stays = reply.stays and outgoing.is_sent
+    reply.is_persistent = reply.is_persistent and outgoing.is_sent
     try:
         if answer.status == 101:
             _tunnel(answer, sock, reply)
@@ -5967,12 +5980,12 @@ def relay(outgoing: Outgoing, link: Link, reply: Reply, transform_of=lambda _: N
             _pass_on(answer, link, reply, transform_of(answer))
     finally:
         if answer.is_over and outgoing.is_sent:
-            link.upstream.give_back(sock)
+            link.upstream.release_connection(sock)
         else:
             link.upstream.drop(sock)
 
 
-_CLIMBS = re.compile(r"(?i)(?:[/\\]|%2f|%5c)(?:\.|%2e){2}(?:[/\\;]|%2f|%5c|$)")
+PATH_TRAVERSAL = re.compile(r"(?i)(?:[/\\]|%2f|%5c)(?:\.|%2e){2}(?:[/\\;]|%2f|%5c|$)")
 
 
 def _ask(outgoing, link, silence):
@@ -5982,10 +5995,10 @@ def _ask(outgoing, link, silence):
     """
     while True:
         sock, was_used = _connection(link.upstream, outgoing.is_repeatable)
-        wire = Wire(sock, silence)
+        wire = SocketReader(sock, silence)
         try:
             _send(outgoing, link.upstream, sock, silence)
-            answer = Answer(wire, outgoing.method)
+            answer = UpstreamResponse(wire, outgoing.method)
             if answer.status == 101 and not outgoing.is_upgrade:
                 raise Truncated("it switched protocols unasked")
             return sock, answer
@@ -6013,14 +6026,14 @@ def _connection(upstream, may_be_used):
 
 
 def _send(outgoing, upstream, sock, silence):
-    fields = [("host", upstream.authority), *outgoing.fields]
+    headers = [("host", upstream.authority), *outgoing.headers]
     is_chunked = outgoing.length is None
     if is_chunked:
-        fields.append(("transfer-encoding", "chunked"))
+        headers.append(("transfer-encoding", "chunked"))
     elif outgoing.length or outgoing.method in ("POST", "PUT", "PATCH"):
-        fields.append(("content-length", str(outgoing.length)))
+        headers.append(("content-length", str(outgoing.length)))
     start = f"{outgoing.method} {upstream.base_path}{outgoing.target} HTTP/1.1"
-    head = render_head(start, fields)
+    head = render_head(start, headers)
     if not is_chunked and sum(map(len, outgoing.held)) < 65536:
         send_all(sock, b"".join([head, *outgoing.held]), silence)
         if outgoing.rest is None:
@@ -6044,8 +6057,8 @@ def _send(outgoing, upstream, sock, silence):
 def _views(held):
     """Yield what is held in pieces, without a copy."""
     view = memoryview(held)
-    for at in range(0, len(view), PIECE):
-        yield view[at : at + PIECE]
+    for at in range(0, len(view), BUFFER_SIZE):
+        yield view[at : at + BUFFER_SIZE]
 
 
 def _chunk(piece):
@@ -6058,12 +6071,13 @@ def _pass_on(answer, link, reply, transform):
         return _pass_on_as_event(answer, reply)
     if not reply.is_early:
         length = None if transform else answer.length
-        reply.begin(answer.status, answer.head.reason, _fields_down(answer), length)
+        headers = _response_headers(answer)
+        reply.begin(answer.status, answer.head.reason, headers, length)
     try:
         for piece in answer.pieces():
             reply.send(transform.feed(bytes(piece)) if transform else piece)
         if answer.framing == UNTIL_CLOSE:  # its end says nothing: it may be a death
-            if reply.is_within_line or link.has_died(0.05):
+            if reply.is_within_line or link.died(0.05):
                 raise Truncated("the connection ended in the middle of the answer")
         problem = None
     except Truncated as error:
@@ -6071,19 +6085,19 @@ def _pass_on(answer, link, reply, transform):
     if transform:
         reply.send(transform.finish())
     if problem:
-        link.suspect()
-        reply.break_off(problem)
+        link.report_stall()
+        reply.abort(problem)
     else:
         reply.end()
 
 
-def _fields_down(answer):
-    fields = [
+def _response_headers(answer):
+    headers = [
         each for each in answer.head.end_to_end if each[0][:15] != "access-control-"
     ]
     if answer.head.is_event_stream and not answer.get("x-accel-buffering"):
-        fields.append(("x-accel-buffering", "no"))  # else nginx collects the events
-    return fields
+        headers.append(("x-accel-buffering", "no"))  # else nginx collects the events
+    return headers
 
 
 def _pass_on_as_event(answer, reply):
@@ -6092,7 +6106,7 @@ def _pass_on_as_event(answer, reply):
     try:
         for piece in answer.pieces():
             body += piece
-            if len(body) > HELD_BODY:
+            if len(body) > MAX_UNREAD_BODY:
                 break
     except Truncated:
         pass  # what came will do
@@ -6101,7 +6115,8 @@ def _pass_on_as_event(answer, reply):
         reply.send(reply.error_event({"error": told["error"]}))
     else:
         text = body[:2000].decode("utf-8", "replace")
-        problem = Problem(f"the backend answered {answer.status} and no events: {text}")
+        text = f"the backend answered {answer.status} and no events: {text}"
+        problem = APIError(text)
         reply.send(reply.error_event(error_body(problem)))
     reply.end()
 
@@ -6109,16 +6124,16 @@ def _pass_on_as_event(answer, reply):
 def _tunnel(answer, sock, reply):
     """Pass bytes both ways after an upgrade, until either side ends."""
     upgrade = [("connection", "upgrade"), ("upgrade", answer.get("upgrade"))]
-    reply.stays = False
-    reply.begin(101, answer.head.reason, _fields_down(answer) + upgrade, 0)
+    reply.is_persistent = False
+    reply.begin(101, answer.head.reason, _response_headers(answer) + upgrade, 0)
     reply.flush()
     try:
-        _carry(reply.sock, sock, answer.leftover)
+        _copy_both_ways(reply.sock, sock, answer.leftover)
     except OSError:
         pass  # the other side shall see an end too
 
 
-def _carry(client, backend, leftover):
+def _copy_both_ways(client, backend, leftover):
     """Carry bytes; neither way waits for the other. `leftover` is for the client."""
     sides = {client.fileno(): (client, backend), backend.fileno(): (backend, client)}
     unsent = {client: leftover, backend: b""}  # one read of each, at most
@@ -6510,8 +6525,8 @@ class _Reader:
         """
         text, depth, after = self.text, len(self._open), _past_gap(self.text, at)
         if role == "key":
-            is_loose = text[at : at + 1].isalnum() or _UNENDED_NAME.match(text, at)
-            return bool(_COLON.match(text, after)) or not is_loose
+            preemptible = text[at : at + 1].isalnum() or _UNENDED_NAME.match(text, at)
+            return bool(_COLON.match(text, after)) or not preemptible
         for _ in range(16):
             if text[after : after + 1] not in ("}", "]", ")"):
                 break
@@ -6539,8 +6554,8 @@ class _Reader:
             return bool(is_next) or self._is_key(after, not is_odd)
         if not is_odd and _PLUS.match(text, after):
             return True
-        is_loose = (self._has_bare_keys or role == "bare") and "\n" in text[at:after]
-        return self._is_key(after, is_loose or role == "scalar")
+        preemptible = (self._has_bare_keys or role == "bare") and "\n" in text[at:after]
+        return self._is_key(after, preemptible or role == "scalar")
 
     def _is_item(self, at, after):
         """The same for an array. A colon: its end was forgotten, this is a key."""
@@ -7058,16 +7073,16 @@ class Row(NamedTuple):
     shares: Optional[str] = None
 
 
-class Facts(NamedTuple):
+class StatusReport(NamedTuple):
     """Everything that the page and Prometheus show. `born` is in Unix time."""
 
     version: str
     born: float
     rows: Sequence[Row]
-    meters: Meters
+    meters: Metrics
 
 
-def snapshot(facts: Facts) -> dict:
+def snapshot(facts: StatusReport) -> dict:
     """Return what the page shows, ready for JSON.
 
         {"version": "1.0", "born": 1750000000.0,
@@ -7146,7 +7161,7 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metric(NamedTuple):
-    """How Prometheus is told what Meters, or a Row for gauges, calls `count`."""
+    """How Prometheus is told what Metrics, or a Row for gauges, calls `count`."""
 
     kind: str
     count: str
@@ -7197,7 +7212,7 @@ METRICS = (
 )  # fmt: skip
 
 
-def metrics_text(facts: Facts) -> str:
+def metrics_text(facts: StatusReport) -> str:
     """Return everything in Prometheus' text format, version 0.0.4."""
     lines = []
     for kind, name, text, samples in (*_about_us(facts), *_about_models(facts)):
@@ -7258,7 +7273,9 @@ def _buckets(cells, sums):
 
 def _escaped(value):
     text = str(value).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-    return OBEYED.sub(lambda found: ascii(found[0])[1:-1].replace("\\", r"\\"), text)
+    return CONTROL_CHARS.sub(
+        lambda found: ascii(found[0])[1:-1].replace("\\", r"\\"), text
+    )
 
 
 # -- the status page -------------------------------------------------------------------
@@ -8077,7 +8094,7 @@ def page_policy() -> str:
 #    Never knows the Scheduler or subprocesses.
 #
 #    One Handler serves one connection, request after request, on a thread of its own.
-#    A route either replies or raises a Problem; `_serve` is the one place that answers.
+#    A route either replies or raises an APIError, which `_serve` alone answers.
 # ==================================================================================
 
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
@@ -8132,18 +8149,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server = self.server.server  # the one that all listeners share
         self.pool = self.server.pool
         self.config = self.pool.config
-        self.wire = Wire(self.request)
-        late = TooSlow(f"the head took longer than {HEAD_SECONDS:g} s")
+        self.wire = SocketReader(self.request)
+        late = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
         self.late = Deadline(HEAD_SECONDS, late)
         self.is_on_loopback = _is_loopback(self.request.getsockname())
         self.is_unread = False  # the client may be sending what nobody reads
         if self.request.family != socket.AF_UNIX:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        set_tick(self.request)
+        set_socket_timeouts(self.request)
 
     def handle(self):
         """Serve requests until either side closes the connection."""
-        with contextlib.suppress(ClientGone, OSError):
+        with contextlib.suppress(ClientDisconnected, OSError):
             super().handle()
 
     def handle_one_request(self):
@@ -8153,17 +8170,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def finish(self):
         """Let the client read our answer, even if it still sends."""
         if self.is_unread and not self.reply.is_broken:
-            see_off(self.request)
+            lingering_close(self.request)
 
     def _await_request(self):
         """Whether a request begins before the connection has been idle for too long."""
         if self.wire.held:
             return True
         if self.wire.is_untouched:  # who just connected is about to ask
-            return self.wire.awaits(IDLE_SECONDS)
+            return self.wire.wait_readable(IDLE_SECONDS)
         self.server.begin_idling(self.request)
         try:
-            return not self.server.is_closing and self.wire.awaits(IDLE_SECONDS)
+            return not self.server.is_closing and self.wire.wait_readable(IDLE_SECONDS)
         finally:
             self.server.end_idling(self.request)
 
@@ -8178,38 +8195,38 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return False
             self._check_access()
             self._route()
-        except Problem as problem:
+        except APIError as problem:
             self._answer_problem(problem)
         except ConfigError as error:
-            self._answer_problem(Problem(str(error)))
-        except OSError as error:  # no client's, those are ClientGone: disk, memory
-            self._answer_problem(Problem(f"{type(error).__name__}: {error}"))
-        except ClientGone:
+            self._answer_problem(APIError(str(error)))
+        except OSError as error:  # of disk or memory; a client's is ClientDisconnected
+            self._answer_problem(APIError(f"{type(error).__name__}: {error}"))
+        except ClientDisconnected:
             if self.reply:
                 self.reply.status = 499  # as nginx calls it
             raise
         finally:
             self._count()
-        if self.body is not None and self.reply.stays:
-            self.reply.stays = self._skip_body()
+        if self.body is not None and self.reply.is_persistent:
+            self.reply.is_persistent = self._skip_body()
         self.is_unread = self.body is None or not self.body.is_complete
-        self.body, self.wire.on_silence = None, self.late  # frees what it held
-        return self.reply.stays
+        self.body, self.wire.on_timeout = None, self.late  # frees what it held
+        return self.reply.is_persistent
 
     def parse_request(self) -> bool:
         """Read a head, strictly; False if the client sends no more requests."""
         self.late.extend()
-        self.wire.on_silence = self.late
+        self.wire.on_timeout = self.late
         try:
             raw = self.wire.head()
         except OSError:
-            raise ClientGone from None
+            raise ClientDisconnected from None
         if not raw:
             return False
         self.head = self.headers = Request(raw)
         self.command, self.path = self.head.method, self.head.target
         self.request_version = "HTTP/1.0" if self.head.is_http_10 else "HTTP/1.1"
-        self.reply = Reply(self.request, self.head, self._cors_fields())
+        self.reply = ClientResponse(self.request, self.head, self._cors_fields())
         self.reply.is_for_anthropic = self.head.path.endswith("/v1/messages")
         self.body = Body(self.wire, self.head, self.config.settings.max_body)
         return True
@@ -8217,7 +8234,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _skip_body(self):
         try:
             return self.body.skip()
-        except Problem:
+        except APIError:
             return False
 
     def _log_if_slow(self):
@@ -8248,45 +8265,45 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer_problem(self, problem):
         """Answer with an error in whatever form is still possible."""
-        reply = self.reply = self.reply or Reply(self.request, None, [])
+        reply = self.reply = self.reply or ClientResponse(self.request, None, [])
         if self.body is None or not self.body.can_be_skipped:
-            reply.stays = False
+            reply.is_persistent = False
         if not reply.is_begun:
             self._send_problem(problem)
         elif reply.is_early and not reply.sent:
             reply.send(reply.error_event(error_body(problem)))
             reply.end()
         else:
-            reply.break_off(problem)
+            reply.abort(problem)
 
     def _send_problem(self, problem):
-        fields = [("content-type", "application/json; charset=utf-8")]
+        headers = [("content-type", "application/json; charset=utf-8")]
         if problem.retry_after is not None:
-            fields.append(("retry-after", str(math.ceil(problem.retry_after))))
+            headers.append(("retry-after", str(math.ceil(problem.retry_after))))
         if problem.may_retry is not None:
-            fields.append(("x-should-retry", str(problem.may_retry).lower()))
+            headers.append(("x-should-retry", str(problem.may_retry).lower()))
         if problem.status == 401:  # a person is asked for it as a password
             is_page = "text/html" in self.head.get("accept")
             scheme = 'Basic realm="API key"' if is_page else "Bearer"
-            fields.append(("www-authenticate", scheme))
+            headers.append(("www-authenticate", scheme))
         if problem.status == 405:
             methods = [method for method, path in ROUTES if path == self.head.path]
-            fields.append(("allow", ", ".join([*methods, "OPTIONS"])))
+            headers.append(("allow", ", ".join([*methods, "OPTIONS"])))
         told = error_body(problem)
         if self.reply.is_for_anthropic:
             told = {"type": "error", **told}
-        self._send(problem.status, fields, _dump(told))
+        self._send(problem.status, headers, _dump(told))
 
-    def _send(self, status, fields, payload):
-        self.reply.answer(status, [*fields, ("server", "llmswap")], payload)
+    def _send(self, status, headers, payload):
+        self.reply.answer(status, [*headers, ("server", "llmswap")], payload)
 
     def _send_json(self, value):
-        fields = [("content-type", "application/json; charset=utf-8")]
-        self._send(200, fields, _dump(value))
+        headers = [("content-type", "application/json; charset=utf-8")]
+        self._send(200, headers, _dump(value))
 
     def _send_text(self, text):
-        fields = [("content-type", "text/plain; charset=utf-8")]
-        self._send(200, fields, text.encode())
+        headers = [("content-type", "text/plain; charset=utf-8")]
+        self._send(200, headers, text.encode())
 
     # -- who may ask what ------------------------------------------------------------
 
@@ -8350,7 +8367,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         if origin and self._is_origin_allowed(origin):
             return
-        signs = [name for name, _ in head.fields if name.startswith("sec-fetch-")]
+        signs = [name for name, _ in head.headers if name.startswith("sec-fetch-")]
         if origin or signs or BROWSER.match(head.get("user-agent")):
             raise self._foreign(origin or "of a browser")
 
@@ -8399,11 +8416,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if method == "OPTIONS":
             route = Handler._answer_preflight
         if route:
-            self.body.hold(HELD_BODY)  # what is not HTTP to its end is not obeyed
+            self.body.hold(MAX_UNREAD_BODY)  # what is not HTTP to its end is not obeyed
             return route(self)
         for prefix, methods, action in PREFIXES:
             if head.path.startswith(prefix) and (not methods or method in methods):
-                self.body.hold(HELD_BODY if methods else 0)
+                self.body.hold(MAX_UNREAD_BODY if methods else 0)
                 return action(self, head.path[len(prefix) :])
         if head.path not in MODEL_WORDS:
             if head.path in PATHS:
@@ -8412,12 +8429,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer_preflight(self):
         wanted = self.head.get("access-control-request-headers") or "*"
-        fields = [
+        headers = [
             ("access-control-allow-methods", "GET, POST, PUT, PATCH, DELETE, OPTIONS"),
             ("access-control-allow-headers", wanted),
             ("access-control-max-age", "600"),
         ]
-        self._send(204, fields if self.reply.extra else [], b"")
+        self._send(204, headers if self.reply.extra else [], b"")
 
     def _wants_states(self):
         """Whether it is the page that asks for `/` once more: for the news."""
@@ -8428,7 +8445,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _show_page(self):
         if self._wants_states():
             return self._stream_states()
-        fields = [
+        headers = [
             ("content-type", "text/html; charset=utf-8"),
             ("content-security-policy", page_policy()),
             ("x-content-type-options", "nosniff"),
@@ -8436,16 +8453,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ("cache-control", "no-cache"),
             ("vary", "Accept"),
         ]
-        self._send(200, fields, STATUS_PAGE.encode())
+        self._send(200, headers, STATUS_PAGE.encode())
 
     def _stream_states(self):
         """Send a snapshot at each change, and every 2 s while a model is held."""
         self.reply.begin_events()
         seen, again_at = None, math.inf
         while not self.server.is_closing:
-            revision = self.pool.await_change(seen, TICK)
+            revision = self.pool.await_change(seen, POLL_INTERVAL)
             if revision == seen and time.monotonic() < again_at:
-                self.reply.tick()
+                self.reply.heartbeat()
                 continue
             seen = revision
             facts = self._facts()
@@ -8468,7 +8485,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._row(model, statuses.get(model.name), meters)
             for model in config.models.values()
         ]
-        return Facts(VERSION, self.server.born, rows, meters)
+        return StatusReport(VERSION, self.server.born, rows, meters)
 
     def _row(self, model, status, meters):
         row = Row(
@@ -8514,7 +8531,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json({"object": "list", "data": entries})
 
     def _show_model(self, name):
-        model = self._resolve(unquoted(name))
+        model = self._resolve(percent_decoded(name))
         self._send_json(self._model_entry(model, self.pool.snapshot().get(model.name)))
 
     def _model_entry(self, model, status):
@@ -8545,7 +8562,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         owner = self.config.owner_of(model)
         port = str(status.port) if status and status.port else "${PORT}"
         try:
-            return masked(owner.command(table_of(owner), port))
+            return mask_secrets(owner.command(table_of(owner), port))
         except ConfigError:
             return []
 
@@ -8563,7 +8580,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _model_of_body(self):
         """The model that the JSON body names."""
-        named = model_named_in(self.body, "application/json")
+        named = find_model(self.body, "application/json")
         if named.model is None:
             raise BadRequest("model name is missing from the request", "model")
         return self._resolve(named.model)
@@ -8571,7 +8588,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _resolve(self, name):
         if len(name) > NAME_LIMIT:
             text = f"there is no model with a name of {len(name)} characters"
-            raise UnknownModel(text, "model")
+            raise ModelNotFound(text, "model")
         return self.config.resolve(name)
 
     def _unload_all(self):
@@ -8583,7 +8600,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _unload_named(self, name):
         if not name:
             return self._unload_all()
-        self.pool.unload(self._resolve(unquoted(name)))
+        self.pool.unload(self._resolve(percent_decoded(name)))
         self.pool.await_unloaded(self._look_after_client)
         self._send_text("OK")
 
@@ -8632,11 +8649,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         model = self.model = self._resolve(name)
         if self.head.parameter("autoload") in ("true", "1"):
             self._check_may_load(model)
-            return self._forward(model, self.head.target, Named())
+            return self._forward(model, self.head.target, RequestInfo())
         backend = self.pool.backend_of(model)
         if backend is None or not self._may_be_asked(model):
             raise BadRequest("model is not loaded")
-        outgoing = self._outgoing(model, self.head.target, Named())
+        outgoing = self._outgoing(model, self.head.target, RequestInfo())
         relay(outgoing, _link_to(backend), self.reply)
 
     def _may_be_asked(self, model):
@@ -8648,7 +8665,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- what goes on ----------------------------------------------------------------
 
     def _stream_events(self):
-        with self.pool.events.follow() as get:
+        with self.pool.events.subscribe() as get:
             self.reply.begin_events()
             self.reply.flush()
             self._follow(get, lambda event: b"data: " + _dump(event) + b"\n\n")
@@ -8659,23 +8676,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _stream_logs(self, name=""):
         feed = self.server.log.feed
         if name not in ("", "proxy"):
-            feed = self.pool.feed_of(self._resolve(unquoted(name)).backend)
-        with feed.follow(self.head.parameter("no-history") is None) as get:
-            fields = [
+            feed = self.pool.feed_of(self._resolve(percent_decoded(name)).backend)
+        with feed.subscribe(self.head.parameter("no-history") is None) as get:
+            headers = [
                 ("content-type", "text/plain; charset=utf-8"),
                 ("cache-control", "no-cache"),
                 ("x-accel-buffering", "no"),
             ]
-            self.reply.begin(200, "OK", fields, None)
+            self.reply.begin(200, "OK", headers, None)
             self.reply.flush()
             self._follow(get, lambda line: f"{line}\n".encode())
 
     def _follow(self, get, render):
         """Send item after item until the client leaves or llmswap ends."""
         while not self.server.is_closing and self.head.method != "HEAD":
-            item = get(TICK)
+            item = get(POLL_INTERVAL)
             if item is None:
-                self.reply.tick()
+                self.reply.heartbeat()
             else:
                 self.reply.send(render(item))
         self.reply.end()
@@ -8688,31 +8705,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
         model = self.model = self._resolve(name)
         query = self.head.target[len(self.head.path) :]
         if not path:
-            fields = [("location", f"/upstream/{rest}/{query}")]
-            return self._send(308, fields, b"")
+            headers = [("location", f"/upstream/{rest}/{query}")]
+            return self._send(308, headers, b"")
         self._check_may_load(model)
-        self._forward(model, path + query, self._named_in_body(), is_loose=True)
+        self._forward(model, path + query, self._named_in_body(), preemptible=True)
 
     def _longest_name(self, rest):
         """Split REST after the longest known name: ids may contain slashes."""
         parts = rest.split("/")
         for count in range(min(len(parts), NAME_PARTS), 0, -1):
-            name = unquoted("/".join(parts[:count]))
+            name = percent_decoded("/".join(parts[:count]))
             if self.config.find(name):
                 path = "/".join(parts[count:])
                 return name, "/" + path if count < len(parts) else ""
-        return unquoted(parts[0]), "/"
+        return percent_decoded(parts[0]), "/"
 
     def _named_in_body(self):
         if self.head.method in ("GET", "HEAD") or self.head.is_upgrade:
-            return Named()
+            return RequestInfo()
         try:
             kind = self.head.get("content-type")
-            return model_named_in(self.body, kind, is_needed=False)
+            return find_model(self.body, kind, is_needed=False)
         except BadRequest:
             if not self.body.can_be_read:
                 raise
-            return Named()  # not JSON at all: the backend may know what it is
+            return RequestInfo()  # not JSON at all: the backend may know what it is
 
     def _serve_by_model(self):
         """Route by the model that the body, the form or the query names."""
@@ -8721,7 +8738,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if name or head.method in ("GET", "HEAD"):
             named = self._named_in_body()
         else:
-            named = model_named_in(self.body, head.get("content-type"))
+            named = find_model(self.body, head.get("content-type"))
         name = named.model or name
         if name:
             model = self._resolve(name)
@@ -8742,18 +8759,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
             )
         return model
 
-    def _forward(self, model, target, named, is_loose=False):
+    def _forward(self, model, target, named, preemptible=False):
         """Let the model's backend answer; once more if it died over it."""
-        stay = self._stay_asked(named)
+        stay = self._requested_idle_timeout(named)
         is_safe = self.head.method in SAFE_METHODS
-        is_loose = self.head.is_upgrade or (is_loose and is_safe)
+        preemptible = self.head.is_upgrade or (preemptible and is_safe)
         self.reply.wants_events = self._wants_events(model, named)
         self.reply.notice = self._notice_of(model, target)
         outgoing = self._outgoing(model, target, named)
         repair = _repairer_of if model.settings.json_repair else _no_repairer
         asked = time.monotonic()
         for is_last in (False, True):
-            with self.pool.lease(model, self._look_after_client, is_loose) as backend:
+            lease = self.pool.lease(model, self._look_after_client, preemptible)
+            with lease as backend:
                 self.waited = time.monotonic() - asked
                 if stay is not None:
                     self.pool.keep_alive(model, stay)
@@ -8762,13 +8780,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     return self._log_if_slow()
                 except BackendDied as problem:
                     may_resend = outgoing.is_repeatable and not is_last
-                    if not may_resend or not backend.has_died(1.0):
+                    if not may_resend or not backend.died(1.0):
                         problem.may_retry = False if is_last else None  # it kills
                         raise problem
 
     def _look_after_client(self):
-        """Raise ClientGone once it is; meanwhile keep it from giving up."""
-        self.reply.tick()
+        """Raise ClientDisconnected once it is; meanwhile keep it from giving up."""
+        self.reply.heartbeat()
         return False
 
     def _wants_events(self, model, named):
@@ -8793,7 +8811,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return f"loading {model.name}, {status.since:.0f} s"
         return f"loading {model.name}{percent(status.progress)}"
 
-    def _stay_asked(self, named):
+    def _requested_idle_timeout(self, named):
         """Seconds that `keep_alive` or `ttl` ask for; None: they are not there."""
         for name in ("keep_alive", "ttl"):
             value = named.members.get(name)
@@ -8817,8 +8835,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         rest = body
         if body.is_complete:
             length, rest = sum(map(len, held)), None
-        fields = self._fields_up(model)
-        return Outgoing(self.head.method, target, fields, held, length, rest)
+        headers = self._request_headers(model)
+        return UpstreamRequest(self.head.method, target, headers, held, length, rest)
 
     def _as_in_form(self, name):
         """The name as it stands in a form of this request's kind."""
@@ -8826,35 +8844,36 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return name.encode()
         return urllib.parse.quote_plus(name).encode()
 
-    def _fields_up(self, model):
-        dropped = NOT_UP
+    def _request_headers(self, model):
+        dropped = NOT_FORWARDED
         key = self.config.owner_of(model).settings.proxy_key
         if self.config.api_keys or key:
             dropped = dropped.union(KEY_FIELDS)
         if self.head.method == "POST":  # events and numbers are read on the way
             dropped = dropped.union(("accept-encoding",))
-        fields = [each for each in self.head.end_to_end if each[0] not in dropped]
+        headers = [each for each in self.head.end_to_end if each[0] not in dropped]
         if key:
             key = key.encode().decode("latin-1")  # sent as UTF-8
-            fields.append(("authorization", f"Bearer {key}"))
+            headers.append(("authorization", f"Bearer {key}"))
         if self.head.is_upgrade:
-            fields += [("connection", "upgrade"), ("upgrade", self.head.get("upgrade"))]
-        return fields
+            headers.append(("connection", "upgrade"))
+            headers.append(("upgrade", self.head.get("upgrade")))
+        return headers
 
 
-def see_off(sock: socket.socket):
+def lingering_close(sock: socket.socket):
     """End our side and read what is on its way before the socket is closed: the reset
     that would answer it can destroy our answer."""
     end = time.monotonic() + LINGER_SECONDS
     try:
         sock.shutdown(socket.SHUT_WR)
-        while time.monotonic() < end and sock.recv(PIECE):
+        while time.monotonic() < end and sock.recv(BUFFER_SIZE):
             pass
     except OSError:
         pass  # it left, or is silent
 
 
-def unquoted(text: str) -> str:
+def percent_decoded(text: str) -> str:
     """Return a part of a target without percent encoding; it is UTF-8 in any case."""
     raw = urllib.parse.unquote_to_bytes(text.encode("latin-1"))
     return raw.decode("utf-8", "replace")
@@ -8876,22 +8895,22 @@ def _no_repairer(_):
 
 
 def _link_to(backend):
-    return Link(backend.upstream, backend.suspect, backend.has_died)
+    return Link(backend.upstream, backend.report_stall, backend.died)
 
 
 def _edits_of(model, named):
     settings = model.settings
-    removed = [name for name in STAY_NAMES if name in named.members]
+    removed = [name for name in IDLE_TIMEOUT_PARAMETERS if name in named.members]
     removed.extend(settings.strip_params)
     if not (removed or settings.model_name or settings.set_params):
         return NO_EDITS
     name = settings.model_name or None
-    return Edits(name, settings.set_params, frozenset(removed))
+    return BodyEdits(name, settings.set_params, frozenset(removed))
 
 
-NO_EDITS = Edits()
-STAY_NAMES = ("keep_alive", "ttl")
-NOT_UP = frozenset(("host", "x-conversation-id"))
+NO_EDITS = BodyEdits()
+IDLE_TIMEOUT_PARAMETERS = ("keep_alive", "ttl")
+NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
 KEY_FIELDS = ("authorization", "x-api-key", "api-key")
 
 
@@ -8953,7 +8972,7 @@ def _origin_of(url):
     return found[0] if found else ""
 
 
-def masked(argv: List[str]) -> List[str]:
+def mask_secrets(argv: List[str]) -> List[str]:
     """Return the command with *** for the values of options and variables whose name
     says key, token or password, also within the words of a command for a shell."""
     shown, is_secret = [], False
@@ -9016,9 +9035,9 @@ REFUSAL_SECONDS = 1.0  # for those that came too late to be told so
 MORE_TIME = "EXTEND_TIMEOUT_USEC=15000000"  # is what systemd is asked for then
 EXTEND_EVERY = 5.0  # s; so often
 M_ARENA_MAX = -8  # of malloc.h
-MOST_DESCRIPTORS = 65536
-MOST_CONNECTIONS = 4096
-MOST_LEAVING = 32  # that are given the time to read why they must leave
+MAX_DESCRIPTORS = 65536
+MAX_CONNECTIONS = 4096
+MAX_REFUSALS = 32  # that are given the time to read why they must leave
 MIN_COLUMNS, MAX_COLUMNS = 40, 80  # that --check fits; the log fits any terminal
 
 
@@ -9034,7 +9053,7 @@ class Log:
     COLOURS = {"warning": "\033[33m", "error": "\033[31m", "debug": "\033[2m"}
 
     def __init__(self):
-        self.feed = Feed(2000)
+        self.feed = Broadcast(2000)
         self.level = "info"
         self._stream = sys.stderr
         self._lines = queue.SimpleQueue()
@@ -9147,7 +9166,7 @@ class Listener(http.server.ThreadingHTTPServer):
         self.socket = sock  # bound by us, or by systemd
         self.socket.setblocking(False)
         self.server = server
-        self._bell = Bell()
+        self._waker = Waker()
         self._is_stopping = False
         self._has_stopped = threading.Event()
         self._has_stopped.set()
@@ -9168,19 +9187,19 @@ class Listener(http.server.ThreadingHTTPServer):
     def serve_forever(self, poll_interval=None):
         """Accept until `shutdown`; the base class would wake up twice a second."""
         waiter = select.poll()
-        waiter.register(self._bell, select.POLLIN)
+        waiter.register(self._waker, select.POLLIN)
         waiter.register(self.socket, select.POLLIN)
         while not self._is_stopping:
             waiter.poll()
             if not self._is_stopping:
                 self._handle_request_noblock()
-        self._bell.silence()
+        self._waker.clear()
         self._has_stopped.set()
 
     def shutdown(self):
         """Accept no more; the socket stays open. Waits until the thread has ended."""
         self._is_stopping = True
-        self._bell.ring()
+        self._waker.wake()
         self._has_stopped.wait(1.0)
 
     def get_request(self):
@@ -9208,7 +9227,7 @@ class Listener(http.server.ThreadingHTTPServer):
         except RuntimeError as error:  # no more threads can be started
             self.server.log("error", f"a connection could not be served: {error}")
             self.server.forget(request)
-            turn_away(request, str(error), is_patient=False)
+            refuse_connection(request, str(error), is_patient=False)
 
     def shutdown_request(self, request):
         """Close a connection that was served."""
@@ -9228,7 +9247,7 @@ class Server:
         self.pool, self.log, self.reload = pool, log, reload
         self.born = int(time.time())
         self.is_closing = False
-        self.most_connections = min(MOST_CONNECTIONS, raise_descriptor_limit() // 2)
+        self.most_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)
         self._quiet_at = time.monotonic()
         self._connections = set()
         self._refused = set()  # connections that are being told so
@@ -9258,12 +9277,12 @@ class Server:
 
     def refuse(self, connection: socket.socket, why: str):
         """Answer 503 and close; on a thread, with time to read it, unless many are."""
-        if len(self._refused) >= MOST_LEAVING:
-            turn_away(connection, why, is_patient=False)
+        if len(self._refused) >= MAX_REFUSALS:
+            refuse_connection(connection, why, is_patient=False)
             return
 
         def refuse_patiently():
-            turn_away(connection, why, is_patient=True)
+            refuse_connection(connection, why, is_patient=True)
             self.forget(connection)
 
         self._refused.add(connection)
@@ -9278,12 +9297,12 @@ class Server:
         """A request came on the connection, or its end."""
         self._idle_connections.discard(connection)
 
-    def quiet_since(self) -> Optional[float]:
+    def inactive_since(self) -> Optional[float]:
         """Return when the last request ended; None while one runs or is to come."""
         is_busy = len(self._connections) > len(self._idle_connections)
         return None if is_busy else self._quiet_at
 
-    def try_to_leave(self) -> bool:
+    def try_idle_exit(self) -> bool:
         """Stop accepting; if a client has connected already go on, and return False.
 
         Later connections wait in the sockets' backlog, which systemd keeps open.
@@ -9292,7 +9311,7 @@ class Server:
         for listener in self._listeners:
             listener.shutdown()
             waiter.register(listener.socket, select.POLLIN)
-        if self.quiet_since() is not None and not waiter.poll(0):
+        if self.inactive_since() is not None and not waiter.poll(0):
             return True
         self.begin()
         return False
@@ -9300,7 +9319,7 @@ class Server:
     def finish(self, seconds: float):
         """Wait until the requests in flight are answered, at most so many seconds."""
         deadline = time.monotonic() + seconds
-        while self.quiet_since() is None and time.monotonic() < deadline:
+        while self.inactive_since() is None and time.monotonic() < deadline:
             time.sleep(0.005)
 
     def stop(self):
@@ -9314,19 +9333,19 @@ class Server:
                 connection.shutdown(socket.SHUT_RD)
 
 
-def turn_away(connection: socket.socket, why: str, is_patient: bool):
+def refuse_connection(connection: socket.socket, why: str, is_patient: bool):
     """Answer a connection on which nothing was read, and close it; patiently, once who
     still sends has had the time to read why."""
     connection.settimeout(1)
-    problem = Problem(why)
+    problem = APIError(why)
     problem.status = 503
-    reply = Reply(connection, None, [])
-    fields = [("content-type", "application/json; charset=utf-8")]
-    fields += [("retry-after", "5"), ("server", "llmswap")]
-    with contextlib.suppress(ClientGone):
-        reply.answer(503, fields, _dump(error_body(problem)))
+    reply = ClientResponse(connection, None, [])
+    headers = [("content-type", "application/json; charset=utf-8")]
+    headers += [("retry-after", "5"), ("server", "llmswap")]
+    with contextlib.suppress(ClientDisconnected):
+        reply.answer(503, headers, _dump(error_body(problem)))
         if is_patient:
-            see_off(connection)
+            lingering_close(connection)
     connection.close()
 
 
@@ -9335,8 +9354,8 @@ def raise_descriptor_limit() -> int:
     import resource  # not on every system
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
-    wanted = max(soft, min(wanted, MOST_DESCRIPTORS))
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
+    wanted = max(soft, min(wanted, MAX_DESCRIPTORS))
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     except (OSError, ValueError):
@@ -9446,7 +9465,7 @@ def _listener_at(fd):
     return found if accepts and found.type == socket.SOCK_STREAM else None
 
 
-class ServiceManager:
+class SystemdNotifier:
     """Tells systemd how we are, if it asked. Any thread may call; never fails.
 
     `watchdog` is the interval in seconds in which it wants to hear from us, or None.
@@ -9469,14 +9488,14 @@ class ServiceManager:
                 sender.connect(self._address)
                 sender.sendall("\n".join(lines).encode())
 
-    def follow(self, pool: Pool, is_serving: Callable[[], bool]):
+    def subscribe(self, pool: Pool, is_serving: Callable[[], bool]):
         """Keep systemd told what is loaded, and that the Pool is alive; for ever.
 
         The watchdog hears nothing unless connections are accepted, the Pool's lock can
         be had, and its clock is watched.
         """
         interval = self.watchdog / 2 if self.watchdog else None
-        with pool.events.follow() as get:
+        with pool.events.subscribe() as get:
             while True:
                 if is_serving() and pool.is_alive(interval or -1):
                     alive = ["WATCHDOG=1"] if interval else []
@@ -9570,15 +9589,15 @@ class Parrot(socketserver.BaseRequestHandler):
 
     def handle(self):
         """Answer request after request."""
-        wire = Wire(self.request)
-        with contextlib.suppress(ClientGone, OSError, Problem):  # it left, or babbles
+        wire = SocketReader(self.request)
+        with contextlib.suppress(ClientDisconnected, OSError, APIError):
             for raw in iter(wire.head, b""):
                 head = Request(raw)
                 body = Body(wire, head, sys.maxsize)
                 body.hold(sys.maxsize)
-                self._reply = Reply(self.request, head, [])
+                self._reply = ClientResponse(self.request, head, [])
                 self._answer(head.method, json_or(body.held, None))
-                if not self._reply.stays:
+                if not self._reply.is_persistent:
                     break
 
     def _answer(self, method, asked):
@@ -9614,8 +9633,8 @@ class Parrot(socketserver.BaseRequestHandler):
         self._reply.end()
 
     def _send(self, value, status=200):
-        fields = [("content-type", "application/json")]
-        self._reply.answer(status, fields, _dump(value))
+        headers = [("content-type", "application/json")]
+        self._reply.answer(status, headers, _dump(value))
 
 
 # -- starting and ending ---------------------------------------------------------------
@@ -9652,13 +9671,13 @@ def parse_args(argv: List[str]):
     return args
 
 
-def what_is_missing(model: Model) -> Optional[str]:
+def missing_programs(model: Model) -> Optional[str]:
     """Say what keeps a process from being started now that may yet come, a file say."""
     if model.problem or model.kind not in ("llama-server", "cmd"):
         return None
     try:
         check_start(model)
-    except StartFailed as problem:
+    except LoadFailed as problem:
         return str(problem)
 
 
@@ -9696,7 +9715,7 @@ def _checked(model, width):
         if model.problem:
             raise ConfigError(model.problem)
         lines = [printable(line) for line in _running(model, width - 2)]
-        missing = what_is_missing(model)
+        missing = missing_programs(model)
     except ConfigError as error:
         lines = fill(printable(f"error: {error}").split(" "), width - 2, "  ")
         return ["  " + _painted(line, "31") for line in lines], False
@@ -9787,24 +9806,24 @@ def main(argv: Optional[List[str]] = None) -> int:
         config = load_config(args.file, args.listen, args.models_max)
     except ConfigError as error:
         print(printable(str(error)), file=sys.stderr)
-        _disappoint_who_waits()
+        refuse_pending_connections()
         return 2
     if args.check:
         return check(config)
     if args.units:
         print(units_for(config), end="")
         return 0
-    return Program(args, config).run()
+    return Application(args, config).run()
 
 
-def _disappoint_who_waits():
+def refuse_pending_connections():
     """Tell who wait at systemd's sockets, or they make it start us again and again."""
     for listener in take_listeners(os.environ)[0]:
         listener.setblocking(False)
         with contextlib.suppress(OSError):  # nobody is left
             while True:
                 why = "llmswap cannot start: its file is broken, its log says where"
-                turn_away(listener.accept()[0], why, is_patient=True)
+                refuse_connection(listener.accept()[0], why, is_patient=True)
 
 
 def _run_parrot(port):
@@ -9816,18 +9835,18 @@ def _run_parrot(port):
     return 0
 
 
-class Program:
+class Application:
     """One run of llmswap: from the listening sockets to the last backend's end."""
 
     def __init__(self, args, config: Config):
         self._args = args
         self._config = config
         self._signals = collections.deque()  # that arrived and were not seen to
-        self._bell = Bell()
+        self._waker = Waker()
         self._reload_lock = threading.Lock()
         self._is_reloaded = threading.Event()
         self._rested_at = -math.inf  # when the idle-command ended last
-        self._manager = ServiceManager(os.environ)
+        self._manager = SystemdNotifier(os.environ)
         self._is_activated = False
         self._has_closed = False
         self.log = Log()
@@ -9837,7 +9856,7 @@ class Program:
         """Serve until a signal ends it; return the exit status."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda number, _: self._signals.append(number))
-        self._bell.ring_on_signals()
+        self._waker.wake_on_signals()
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -9847,13 +9866,14 @@ class Program:
             return listeners
         self.pool = Pool(self._config, self.log)
         self.server = Server(listeners, self.pool, self.log, self.reload)
-        self._announce()
+        self._log_startup()
         self.pool.start()
         self.server.begin()
-        threading.Thread(target=self._mind_idleness, name="idle", daemon=True).start()
+        loop = self._idle_command_loop
+        threading.Thread(target=loop, name="idle", daemon=True).start()
         self._manager.tell("READY=1", f"STATUS={status_line(self.pool)}")
         if self._manager.is_listening:
-            follow, what = self._manager.follow, (self.pool, self.server.is_serving)
+            follow, what = self._manager.subscribe, (self.pool, self.server.is_serving)
             threading.Thread(target=follow, args=what, daemon=True).start()
         if self._await_end():
             self._shut_down()
@@ -9881,7 +9901,7 @@ class Program:
                 return 1
         return listeners
 
-    def _announce(self):
+    def _log_startup(self):
         where = [shown_address(each.getsockname()) for each in self.server.sockets]
         self.log("info", f"llmswap {VERSION} at {' and '.join(where)}")
         names = [model.name for model in self._config.models.values()]
@@ -9897,16 +9917,16 @@ class Program:
         for model in config.models.values():
             if model.problem:
                 self.log("warning", f"{model.name} cannot be used: {model.problem}")
-        look = functools.partial(self._look_ahead, config)
+        look = functools.partial(self._check_models, config)
         threading.Thread(target=look, name="look ahead", daemon=True).start()
 
-    def _look_ahead(self, config):
+    def _check_models(self, config):
         """Say which models could not be started now; mounts may come later."""
         for warning in config.pitfalls(table_of):
             self.log("warning", warning)
         reasons = collections.defaultdict(list)
         for model in config.models.values():
-            problem = what_is_missing(model)
+            problem = missing_programs(model)
             if problem:
                 reasons[problem].append(model.name)
         for reason, names in reasons.items():
@@ -9923,7 +9943,7 @@ class Program:
                 self._reload_on_signal()
             elif number is not None:
                 return True
-            elif self._may_leave():
+            elif self._try_idle_exit():
                 return False
 
     def _next_signal(self, timeout):
@@ -9931,10 +9951,10 @@ class Program:
         reason. Main thread only."""
         if not self._signals:
             waiter = select.poll()
-            waiter.register(self._bell, select.POLLIN)
-            timeout = LONGEST_WAIT if timeout is None else min(timeout, LONGEST_WAIT)
+            waiter.register(self._waker, select.POLLIN)
+            timeout = MAX_WAIT if timeout is None else min(timeout, MAX_WAIT)
             waiter.poll(math.ceil(timeout * 1000))
-            self._bell.silence()
+            self._waker.clear()
         return self._signals.popleft() if self._signals else None
 
     def _reload_on_signal(self):
@@ -9942,7 +9962,7 @@ class Program:
         self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={now}")
         try:
             self.reload()
-        except Problem as problem:
+        except APIError as problem:
             self.log("error", str(problem))
         self._manager.tell("READY=1")
 
@@ -9951,16 +9971,16 @@ class Program:
         limit = self._config.settings.exit_idle_time
         if not limit or not self._is_activated:
             return None
-        quiet = [self.pool.quiet_since(), self.server.quiet_since()]
+        quiet = [self.pool.inactive_since(), self.server.inactive_since()]
         if None in quiet:
             return limit
         return max(0.0, max(quiet) + limit - time.monotonic())
 
-    def _may_leave(self):
+    def _try_idle_exit(self):
         """Leave if we were idle for long enough and nobody waits in the backlog."""
         if self._until_idle_exit() != 0.0:  # the bell may ring for nothing
             return False
-        if not self.server.try_to_leave():
+        if not self.server.try_idle_exit():
             return False
         limit = self._config.settings.exit_idle_time
         self.log("info", f"idle for {limit:g} s; the next connection starts it again")
@@ -9969,7 +9989,7 @@ class Program:
         self.log.flush()
         return True
 
-    def _mind_idleness(self):
+    def _idle_command_loop(self):
         """Run the idle-command each time that nobody asked for anything for so long."""
         while not self.server.is_closing:
             pause = self._until_idle_command()
@@ -10018,14 +10038,14 @@ class Program:
 
     def reload(self):
         """Read the file again and take it over; a broken one changes nothing and
-        raises a Problem that says why."""
+        raises an APIError that says why."""
         with self._reload_lock:
             try:
                 config = load_config(
                     self._args.file, self._args.listen, self._args.models_max
                 )
             except ConfigError as error:
-                raise Problem(f"not reloaded: {error}") from None
+                raise APIError(f"not reloaded: {error}") from None
             if config.settings.listen != self._config.settings.listen:
                 self.log("warning", "a change of `listen` needs a restart")
             self.pool.reload(config)
@@ -10059,7 +10079,7 @@ class Program:
         self.pool.close(DRAIN_SECONDS)
         self.server.finish(REFUSAL_SECONDS)
         self._has_closed = True
-        self._bell.ring()
+        self._waker.wake()
 
 
 if __name__ == "__main__":

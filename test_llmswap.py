@@ -60,7 +60,7 @@ from hashlib import sha256
 from llmswap import (
     ConfigError,
     RepairStream,
-    UnknownModel,
+    ModelNotFound,
     repair_arguments,
     repair_body,
 )
@@ -128,7 +128,7 @@ def eventually(condition, timeout=20.0, every=0.01):
     return found
 
 
-class Answer(NamedTuple):
+class UpstreamResponse(NamedTuple):
     """A complete answer; names of headers in lower case."""
 
     status: int
@@ -210,7 +210,7 @@ class Client:
     def answer(self):
         """The next answer, whole; BrokenAnswer if it is not."""
         status, headers = self.head()
-        return Answer(status, headers, b"".join(self.pieces(status, headers)))
+        return UpstreamResponse(status, headers, b"".join(self.pieces(status, headers)))
 
     def head(self):
         """Status and headers of the next answer that is not a 100 Continue."""
@@ -666,6 +666,7 @@ def test_private_attributes_are_used_by_their_own_class_only():
             if not isinstance(node, ast.Attribute):
                 continue
             is_public = node.attr[0] != "_" or node.attr in ("_exit", "_replace")
+            is_public = is_public or node.attr.startswith("__")
             owner = ast.unparse(node.value)
             assert is_public or owner in ("self", "super()", "Handler"), node.lineno
 
@@ -785,16 +786,16 @@ def test_the_example_has_no_errors_and_no_warnings():
     (llmswap.QueueFull, (503, "queue_full", 5, None)),
     (llmswap.QueueTimeout, (503, "queue_timeout", 5, None)),
     (llmswap.ShuttingDown, (503, "shutting_down", 5, None)),
-    (llmswap.Unloaded, (503, "model_unloaded", None, False)),
-    (llmswap.Unusable, (500, "model_unusable", None, False)),
-    (llmswap.StartFailed, (502, "model_start_failed", None, False)),
+    (llmswap.ModelUnloaded, (503, "model_unloaded", None, False)),
+    (llmswap.ModelMisconfigured, (500, "model_unusable", None, False)),
+    (llmswap.LoadFailed, (502, "model_start_failed", None, False)),
     (llmswap.LoadTimeout, (504, "model_load_timeout", None, False)),
     (llmswap.BadRequest, (400, "invalid_request", None, None)),
 ])
 def test_an_error_says_whether_and_when_to_try_again(kind, told):
     error = kind("no")
     assert (error.status, error.code, error.retry_after, error.may_retry) == told
-    assert llmswap.BackingOff("no", retry_after=3).retry_after == 3
+    assert llmswap.LoadBackoff("no", retry_after=3).retry_after == 3
 
 
 # ==================================================================================
@@ -1414,7 +1415,7 @@ def test_models_are_found_by_every_name(tmp_path):
      "there is no model 'gpt-4-mini'; did you mean gpt-4o-mini? there are a"),
 ])
 def test_an_unknown_name_is_answered_with_near_ones(tmp_path, text, name, message):
-    with pytest.raises(UnknownModel) as caught:
+    with pytest.raises(ModelNotFound) as caught:
         read(tmp_path, text).resolve(name)
     assert str(caught.value) == message
 
@@ -2585,7 +2586,7 @@ class Story:
         self.core.adopted(name, now)
 
     def _unload(self, now, name):
-        self.core.unload(name, now, llmswap.Unloaded(name))
+        self.core.unload(name, now, llmswap.ModelUnloaded(name))
 
     def _keep(self, now, name, seconds):
         self.core.keep_alive(name, float(seconds))
@@ -2599,7 +2600,7 @@ class Story:
     def _reload(self, now, *words):
         setting, _, changed = " ".join(words).partition(" changed ")
         specs, limits = setting_of(setting)
-        self.core.configure(limits, specs, changed.split(), llmswap.UnknownModel)
+        self.core.configure(limits, specs, changed.split(), llmswap.ModelNotFound)
 
     def _is(self, now, name, state):
         assert self.core.models[name].state.value == state
@@ -2648,7 +2649,7 @@ def in_words(decision):
     return f"{'sleep' if decision.to_sleep else decision.cause} {decision.name}{aim}"
 
 
-BROKEN = llmswap.StartFailed("exit status 1: out of memory")
+BROKEN = llmswap.LoadFailed("exit status 1: out of memory")
 
 
 @pytest.mark.parametrize("story", STORIES.strip().split("\n\n"))
@@ -3140,7 +3141,7 @@ class Walk:
 
     def _unload_one(self, name):
         self._note(f"unload {name}")
-        self.core.unload(name, self.world.now, llmswap.Unloaded(name))
+        self.core.unload(name, self.world.now, llmswap.ModelUnloaded(name))
         backend = self.world.backends.get(name)
         if backend is not None and backend not in self.cut_at:
             self.departing.add(backend)
@@ -3174,7 +3175,7 @@ class Walk:
 
     def _reload(self, limits, specs, changed):
         self._note(f"configure {limits} {specs} changed {changed}")
-        self.core.configure(limits, specs, changed, llmswap.UnknownModel)
+        self.core.configure(limits, specs, changed, llmswap.ModelNotFound)
         for name, backend in self.world.backends.items():
             if name in changed or name not in specs:
                 self.departing.add(backend)
@@ -3272,7 +3273,7 @@ class Walk:
 
     def _judge_refusal(self, refusal):
         ticket, problem = refusal.ticket, refusal.problem
-        self.expect(isinstance(problem, llmswap.Problem), "refused without a reason")
+        self.expect(isinstance(problem, llmswap.APIError), "refused without a reason")
         self.expect(ticket.run is None, "refused, though it was granted")
 
     def _settled(self, decision):
@@ -3571,11 +3572,11 @@ def test_a_free_port_is_outside_the_range_of_outgoing_connections():
 
 def test_a_bell_wakes_a_poll_and_leaves_no_descriptor():
     before = len(os.listdir("/proc/self/fd"))
-    bell = llmswap.Bell()
+    bell = llmswap.Waker()
     poll = llmswap.select.poll()
     poll.register(bell)
     for _ in range(70000):  # more than a pipe holds
-        bell.ring()
+        bell.wake()
     assert poll.poll(0)
     del bell
     assert len(os.listdir("/proc/self/fd")) == before
@@ -3592,20 +3593,20 @@ def test_a_bell_wakes_a_poll_and_leaves_no_descriptor():
 def test_a_missing_program_is_found_before_the_start(tmp_path, name, cwd, said):
     keys = {"cwd": tmp_path} if cwd else {}
     model = model_of(tmp_path, cmd=f"{name} ${{PORT}}", **keys)
-    with pytest.raises(llmswap.StartFailed, match=re.escape(said)):
+    with pytest.raises(llmswap.LoadFailed, match=re.escape(said)):
         llmswap.check_start(model)
 
 
 def test_a_missing_model_file_is_found_before_the_start(tmp_path):
     keys = {"model": tmp_path / "no.gguf", "llama-server": "/bin/true"}
-    with pytest.raises(llmswap.StartFailed, match="no.gguf does not exist"):
+    with pytest.raises(llmswap.LoadFailed, match="no.gguf does not exist"):
         llmswap.check_start(model_of(tmp_path, **keys))
 
 
 def test_an_empty_command_is_a_failed_start(tmp_path, monkeypatch):
     monkeypatch.setenv("NOTHING", "")
     keys = {"cmd": "${env.NOTHING}", "proxy": "http://127.0.0.1:1"}
-    with pytest.raises(llmswap.StartFailed, match="no program '' on the PATH"):
+    with pytest.raises(llmswap.LoadFailed, match="no program '' on the PATH"):
         llmswap.check_start(model_of(tmp_path, **keys))
 
 
@@ -3670,7 +3671,7 @@ def test_a_life_from_spawn_to_a_stop(begin):
     assert stats["oom_score_adj"] == 1000
     assert life.stop() is None
     assert not has_group(backend.pid)
-    assert not backend.has_died(0)
+    assert not backend.died(0)
 
 
 @pytest.mark.parametrize(
@@ -3705,7 +3706,7 @@ def test_an_exit_is_noticed_at_once_while_loading_and_when_loaded(begin):
     assert time.monotonic() - killed_at < 0.5
     loaded = begin()
     os.kill(loaded.loaded().pid, signal.SIGKILL)
-    assert loaded.backend.has_died(1.0)
+    assert loaded.backend.died(1.0)
     assert "m ended by itself: killed by signal 9" in str(loaded.exited())
 
 
@@ -3731,7 +3732,7 @@ LOADS = {  # how a silent server gets at its model
 def test_a_load_that_goes_on_in_silence_is_not_given_up(
     begin, tmp_path, monkeypatch, load, wrapper
 ):
-    monkeypatch.setattr(llmswap, "SIGNS_EVERY", 0.1)
+    monkeypatch.setattr(llmswap, "ACTIVITY_INTERVAL", 0.1)
     loop = "while True:\n    step()\n    time.sleep(0.03)\n"
     (tmp_path / "x.py").write_text(f"import mmap, os, time\n{LOADS[load]}\n{loop}")
     (tmp_path / "file").write_bytes(bytes(2**20))
@@ -3742,7 +3743,7 @@ def test_a_load_that_goes_on_in_silence_is_not_given_up(
 
 
 def test_a_page_read_now_and_then_is_no_progress(begin, monkeypatch):
-    monkeypatch.setattr(llmswap, "SIGNS_EVERY", 0.05)
+    monkeypatch.setattr(llmswap, "ACTIVITY_INTERVAL", 0.05)
     pages = itertools.count(0, 4096)
     monkeypatch.setattr(llmswap, "disk_reads_of", lambda pid: next(pages))
     life = begin("--load-hang", load_timeout=0.3)
@@ -3875,7 +3876,7 @@ def test_a_flood_of_output_neither_blocks_it_nor_fills_the_memory(begin, tmp_pat
     life = begin(cmd=script(tmp_path, flood))
     assert "exited with status 5" in str(life.exited())
     assert life.backend.lines[-1] == "over"
-    assert max(map(len, life.backend.lines)) <= llmswap.LONGEST_LINE
+    assert max(map(len, life.backend.lines)) <= llmswap.MAX_LINE
 
 
 def test_who_left_the_group_and_floods_the_output_delays_nobody(begin, tmp_path):
@@ -3980,7 +3981,7 @@ def test_a_probe_without_an_answer_or_a_connection_times_out():
 
 
 def test_a_health_check_that_nobody_answers_is_repeated(begin, monkeypatch, tmp_path):
-    monkeypatch.setattr(llmswap, "HEALTH_PATIENCE", 0.1)
+    monkeypatch.setattr(llmswap, "HEALTH_TIMEOUT", 0.1)
     text = (
         "import socket, sys\n"
         "server = socket.create_server(('127.0.0.1', int(sys.argv[1])))\n"
@@ -4069,7 +4070,7 @@ def kind_keys(kind, folder):
 
 
 @pytest.mark.parametrize("kind", ["cmd", "llama-server"])
-def test_a_foreign_listener_the_chosen_port_hears_nothing(begin, tmp_path, first_port, kind):
+def test_a_stranger_on_the_chosen_port_hears_nothing(begin, tmp_path, first_port, kind):
     stranger = Stranger(first_port)
     life = begin(**kind_keys(kind, tmp_path))
     assert life.loaded().port != first_port
@@ -4096,7 +4097,9 @@ def order_to(name):
 
 
 @pytest.mark.parametrize("kind", ["cmd", "llama-server"])
-def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(begin, tmp_path, kind):
+def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(
+    begin, tmp_path, kind
+):
     backend = begin(**kind_keys(kind, tmp_path), hang_timeout=0.3).loaded()
     stranger = Stranger(backend.port, is_late=True)
     backend.upstream.connect()[0].close()
@@ -4105,8 +4108,8 @@ def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(begin, tm
     with pytest.raises(ConnectionRefusedError):
         backend.upstream.connect()
     stranger.listen()
-    backend.suspect()  # whose health is good, but not the backend's
-    eventually(lambda: backend.has_died(0))
+    backend.report_stall()  # whose health is good, but not the backend's
+    eventually(lambda: backend.died(0))
     assert stranger.heard() == b""
 
 
@@ -4145,7 +4148,7 @@ def test_a_port_lost_within_a_moment_is_found_out_at_the_exit(
 
 
 def test_a_fixed_port_held_by_a_stranger_is_told(begin, tmp_path, monkeypatch):
-    monkeypatch.setattr(llmswap, "HEALTH_PATIENCE", 0.3)
+    monkeypatch.setattr(llmswap, "HEALTH_TIMEOUT", 0.3)
     port = free_port()
     stranger = Stranger(port)
     proxy = f"http://127.0.0.1:{port}"
@@ -4200,18 +4203,18 @@ def test_who_answers_neither_requests_nor_health_is_stopped(begin):
         eventually(lambda: life.backend.upstream)
         eventually(lambda: get(backend.port, "/stats")["in_flight"])
         cpu = time.process_time()
-        backend.suspect()
+        backend.report_stall()
         problem = life.exited()
         assert time.process_time() - cpu < 0.25  # it did not spin meanwhile
     assert "hung: neither a request nor 0.3 s of health" in str(problem)
-    assert backend.has_died(0)
+    assert backend.died(0)
     assert not has_group(backend.pid)
 
 
 def test_a_stopped_process_hangs(begin):
     life = begin(hang_timeout=0.3)
     os.kill(life.loaded().pid, signal.SIGSTOP)
-    life.backend.suspect()
+    life.backend.report_stall()
     assert "hung" in str(life.exited())
 
 
@@ -4221,7 +4224,7 @@ def test_a_silent_request_with_answering_health_is_left_alone(begin):
     with talk(backend.port, hang=True):
         seen = get(backend.port, "/stats")["health"]
         for _ in range(3):
-            backend.suspect()
+            backend.report_stall()
             eventually(lambda: backend._silent_since is None)
         assert get(backend.port, "/stats")["health"] > seen
         assert life.news.empty()
@@ -4229,7 +4232,7 @@ def test_a_silent_request_with_answering_health_is_left_alone(begin):
 
 def test_cmd_models_are_not_suspected_by_default(begin):
     backend = begin().loaded()
-    backend.suspect()
+    backend.report_stall()
     assert backend._silent_since is None
 
 
@@ -4366,12 +4369,12 @@ def test_a_closed_upstream_gives_no_connection_and_cuts_those_in_use():
     with answering(None, None, None) as port:
         upstream = llmswap.Upstream(f"http://127.0.0.1:{port}")
         used, idle = upstream.connect()[0], upstream.connect()[0]
-        upstream.give_back(idle)
+        upstream.release_connection(idle)
         assert upstream.connect() == (idle, True)
-        upstream.give_back(idle)
+        upstream.release_connection(idle)
         upstream.close()
         assert used.recv(1) == b""
-        upstream.give_back(used)
+        upstream.release_connection(used)
         assert used.fileno() == idle.fileno() == -1
         with pytest.raises(ConnectionAbortedError):
             upstream.connect()
@@ -4452,7 +4455,7 @@ class Puppet:
         self.is_stopping = True
         self.is_killed = self.is_killed or at_once
 
-    def is_there(self, within):
+    def is_reachable(self, within):
         """Whether it may be given to a request."""
         return True
 
@@ -4483,7 +4486,7 @@ class PoolRequest:
             with pool.lease(model, lambda: self.is_gone, preemptible) as backend:
                 self.backend = backend
                 self._may_end.wait(30)
-        except (llmswap.Problem, llmswap.ClientGone) as problem:
+        except (llmswap.APIError, llmswap.ClientDisconnected) as problem:
             self.problem = problem
         self._is_over.set()
 
@@ -4499,7 +4502,7 @@ class PoolRequest:
 
     def hang_up(self):
         self.is_gone = True
-        assert isinstance(self.refused(), llmswap.ClientGone)
+        assert isinstance(self.refused(), llmswap.ClientDisconnected)
 
 
 def held(pool):
@@ -4559,7 +4562,7 @@ TWO_MODELS = "[a]\nTRUE\n[b]\nTRUE\n"
 
 @pytest.fixture
 def stage(tmp_path, monkeypatch):
-    monkeypatch.setattr(llmswap, "TICK", 0.02)  # how soon a hang-up is noticed
+    monkeypatch.setattr(llmswap, "POLL_INTERVAL", 0.02)  # how soon a hang-up is noticed
     return PoolStage(tmp_path, TWO_MODELS)
 
 
@@ -4601,14 +4604,14 @@ def test_a_request_that_disconnects_leaves_the_others_waiting(stage):
 
 def test_a_failed_load_refuses_every_waiting_request(stage):
     waiting = [stage.ask("a") for _ in range(3)]
-    stage.backend("a").end(llmswap.StartFailed("no luck"))
+    stage.backend("a").end(llmswap.LoadFailed("no luck"))
     assert {str(request.refused()) for request in waiting} == {"no luck"}
     assert stage.pool.snapshot()["a"].failure is waiting[0].problem
 
 
 def test_a_crash_between_ready_and_the_first_byte_frees_the_lease(stage):
     request = stage.busy("a")
-    stage.backend("a").end(llmswap.StartFailed("it died"))
+    stage.backend("a").end(llmswap.LoadFailed("it died"))
     again = stage.ask("a")
     request.end()
     stage.backend("a", 1).load()
@@ -4625,7 +4628,7 @@ def test_a_start_that_fails_at_once_blocks_nothing(stage, monkeypatch, error):
     is_made = isinstance(error, RuntimeError)  # and cannot begin its backend
     who, what = (Puppet, "start") if is_made else (stage.pool, "_make_backend")
     monkeypatch.setattr(who, what, fail)
-    with stage.pool.events.follow() as get:
+    with stage.pool.events.subscribe() as get:
         problem = stage.ask("a").refused()
         told = [get(1)["data"], get(1)["data"]]
     assert problem.status == 502 and "could not be started" in str(problem)
@@ -4675,7 +4678,7 @@ def test_a_removed_model_refuses_waiting_and_new_requests(stage):
     assert waiting.refused().status == 404
     assert stage.backend("b").is_stopping
     stage.backend("b").end()
-    with pytest.raises(llmswap.UnknownModel):
+    with pytest.raises(llmswap.ModelNotFound):
         with stage.pool.lease(model, lambda: False):
             pass
 
@@ -4686,9 +4689,9 @@ def test_a_model_misconfigured_by_a_reload_refuses_waiting_and_new_requests(stag
     stage.pool.reload(
         stage.config("[a]\nTRUE\nno-such-key = 1\n[b]\nno-such-key = 1\n")
     )
-    assert isinstance(waiting.refused(), llmswap.Unusable)
+    assert isinstance(waiting.refused(), llmswap.ModelMisconfigured)
     assert stage.state("a") == "loaded"  # as it is
-    assert isinstance(stage.ask("a").refused(), llmswap.Unusable)
+    assert isinstance(stage.ask("a").refused(), llmswap.ModelMisconfigured)
 
 
 def test_closing_refuses_waiting_requests_and_lets_others_end(stage):
@@ -4732,11 +4735,11 @@ class Quick(Puppet):
         chance = random.random()
         if self._is_asked.wait(random.random() * 0.004) or chance < 0.1:
             is_asked = self._is_asked.is_set()
-            problem = None if is_asked else llmswap.StartFailed("bad luck")
+            problem = None if is_asked else llmswap.LoadFailed("bad luck")
             return self.on_exited(self, problem)
         self.load()
         is_asked = self._is_asked.wait(random.random() * 0.05 if chance < 0.3 else None)
-        problem = None if is_asked else llmswap.StartFailed("it died")
+        problem = None if is_asked else llmswap.LoadFailed("it died")
         return self.on_exited(self, problem)
 
 
@@ -4756,7 +4759,7 @@ def test_many_threads_at_once_get_a_backend_or_a_reason(tmp_path):
                     served.append(type(backend) is Quick)
                     if rng.random() < 0.1:
                         pool.unload(model)
-            except (llmswap.Problem, llmswap.ClientGone):
+            except (llmswap.APIError, llmswap.ClientDisconnected):
                 pass
             except BaseException as error:
                 strange.append(error)
@@ -4837,11 +4840,11 @@ def test_a_unit_replaced_by_a_reload_during_the_search_is_not_adopted(
 
 
 def test_a_follower_gets_the_history_and_each_new_item_once():
-    feed = llmswap.Feed(3)
+    feed = llmswap.Broadcast(3)
     for number in range(5):
         feed.publish(number)
     assert feed.history() == [2, 3, 4]
-    with feed.follow() as get, feed.follow(with_history=False) as get_new:
+    with feed.subscribe() as get, feed.subscribe(with_history=False) as get_new:
         feed.publish(5)
         assert [get(0.1) for _ in range(5)] == [2, 3, 4, 5, None]
         assert [get_new(0.1) for _ in range(2)] == [5, None]
@@ -4849,9 +4852,9 @@ def test_a_follower_gets_the_history_and_each_new_item_once():
 
 
 def test_a_follower_that_does_not_keep_up_loses_items(monkeypatch):
-    monkeypatch.setattr(llmswap.Feed, "BACKLOG", 10)
-    feed = llmswap.Feed(0)
-    with feed.follow() as get:
+    monkeypatch.setattr(llmswap.Broadcast, "BACKLOG", 10)
+    feed = llmswap.Broadcast(0)
+    with feed.subscribe() as get:
         for number in range(100):
             feed.publish(number)
         assert [get(0) for _ in range(11)] == [*range(10), None]
@@ -4928,6 +4931,7 @@ def test_a_killed_guard_is_replaced_and_knows_every_group_when_we_are_killed():
         eventually(lambda: server.journal("grandchild", "loading"))
         old = guard_of(server)
         os.kill(old, signal.SIGKILL)
+        eventually(lambda: zombies_of(server.pid))
         ask_later(server, "stopping")
         eventually(lambda: guard_of(server) not in (None, old))
         eventually(lambda: not zombies_of(server.pid))
@@ -5312,7 +5316,7 @@ def test_a_connection_without_a_thread_is_refused_and_the_listener_lives(
                 patch.setattr(threading.Thread, "start", start)
                 server._listeners[0]._handle_request_noblock()
             answer = client.answer()
-        assert server.quiet_since() is not None
+        assert server.inactive_since() is not None
     assert answer.status == 503 and "new thread" in answer.message()
     assert "new thread" in said[0][1]
 
@@ -5334,8 +5338,8 @@ def test_signals_that_our_parent_ignored_do_not_harm(tmp_path):
 # ==================================================================================
 
 BRISK = {
-    "COMMAND_TIMEOUT": 0.5, "WAKE_EVERY": 0.2, "CONNECT_PATIENCE": 0.3, "TICK": 0.1,
-    "EARLY_HEAD_AFTER": 0.2, "JOURNAL_MOMENT": 0.01, "ADOPT_PATIENCE": 0.5,
+    "COMMAND_TIMEOUT": 0.5, "WAKE_INTERVAL": 0.2, "CONNECT_TIMEOUT": 0.3, "POLL_INTERVAL": 0.1,
+    "EARLY_HEAD_AFTER": 0.2, "JOURNAL_DELAY": 0.01, "ADOPT_PATIENCE": 0.5,
 }  # fmt: skip
 
 
@@ -5625,8 +5629,8 @@ def forking(units, monkeypatch):
     for name, value in units.env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(llmswap, "COMMAND_TIMEOUT", 0.6)
-    monkeypatch.setattr(llmswap, "JOURNAL_MOMENT", 0.01)
-    monkeypatch.setattr(llmswap, "LOOK_EVERY", 0.1)
+    monkeypatch.setattr(llmswap, "JOURNAL_DELAY", 0.01)
+    monkeypatch.setattr(llmswap, "UNIT_POLL", 0.1)
     backends = []
 
     def begin(limit):
@@ -5653,7 +5657,7 @@ def forking(units, monkeypatch):
 def test_the_end_of_a_forking_unit_is_noticed_while_it_is_suspected(units, forking):
     backend, pid = forking("30s"), units.pid("a")
     os.kill(pid, signal.SIGSTOP)
-    backend.suspect()
+    backend.report_stall()
     assert backend._silent_since is not None
     os.kill(pid, signal.SIGKILL)
     eventually(lambda: "ended by itself" in backend.news[-1], timeout=5)
@@ -5662,9 +5666,9 @@ def test_the_end_of_a_forking_unit_is_noticed_while_it_is_suspected(units, forki
 def test_a_forking_unit_that_answers_hangs_not_though_systemd_does(units, forking):
     backend = forking("300ms")
     (units.folder / "a.service.hang-show").touch()
-    backend.suspect()
+    backend.report_stall()
     eventually(lambda: backend._silent_since is None)
-    assert backend.news == ["loaded"] and backend.is_there(0)
+    assert backend.news == ["loaded"] and backend.is_reachable(0)
     (units.folder / "a.service.hang-show").unlink()
 
 
@@ -5930,7 +5934,7 @@ cmd = FAKE --model b
 def test_a_magic_packet_is_six_ff_and_the_address_sixteen_times():
     packet = llmswap.magic_packet(bytes.fromhex("abcdef012345"))
     assert packet == b"\xff" * 6 + bytes.fromhex("abcdef012345") * 16
-    assert llmswap.WAKE_EVERY == 2.0  # s; tests have less patience
+    assert llmswap.WAKE_INTERVAL == 2.0  # s; tests have less patience
 
 
 @contextmanager
@@ -6058,7 +6062,7 @@ def test_a_sleeping_machine_is_woken_and_the_client_gets_its_answer(machine, is_
 def test_a_machine_that_does_not_wake_in_time_is_a_504(machine):
     with ears() as (port, packets), brisk(
         remote_ini(machine.port, "load-timeout = 100ms", "wake-mac = ab:cd:ef:01:23:45",
-                   f"wake-broadcast = 127.0.0.1:{port}"), WAKE_EVERY=60.0
+                   f"wake-broadcast = 127.0.0.1:{port}"), WAKE_INTERVAL=60.0
     ) as server:  # fmt: skip
         for turn in range(4):  # it is tried again each time: asleep, not broken
             eventually(lambda: len(packets) == turn)  # each of them sent at once
@@ -6159,7 +6163,7 @@ def test_a_remote_that_does_not_even_accept_is_soon_taken_to_be_asleep(
         path.write_text(remote_ini(port))
         backend = llmswap.RemoteBackend(llmswap.load_config(path).models["far"])
         monkeypatch.setattr(llmswap, "FRESH", 0.0)
-        monkeypatch.setattr(llmswap, "CONNECT_PATIENCE", 0.3)
+        monkeypatch.setattr(llmswap, "CONNECT_TIMEOUT", 0.3)
         calls = []
         backend.on_dying = lambda _: calls.append("dying")
         backend.on_exited = lambda _, problem: calls.append(("exited", problem))
@@ -6167,7 +6171,7 @@ def test_a_remote_that_does_not_even_accept_is_soon_taken_to_be_asleep(
         backend._load = lambda: True
         backend.start()
         began = time.monotonic()
-        assert backend.is_there(0.5) is False
+        assert backend.is_reachable(0.5) is False
         assert 0.25 < time.monotonic() - began < 0.8
         eventually(lambda: calls == ["dying", ("exited", None)])
 
@@ -6251,13 +6255,13 @@ class Tls:
             self.accepted += 1
             server = socket.create_connection(("127.0.0.1", self._target))
             threading.Thread(
-                target=self._carry, args=(server, client), daemon=True
+                target=self._copy_both_ways, args=(server, client), daemon=True
             ).start()
-            self._carry(client, server)
+            self._copy_both_ways(client, server)
         except OSError:
             sock.close()
 
-    def _carry(self, source, target):
+    def _copy_both_ways(self, source, target):
         try:
             while data := source.recv(65536):
                 target.sendall(data)
@@ -6355,17 +6359,17 @@ def test_after_a_suspension_no_kept_connection_is_used(machine, monkeypatch):
     eventually(lambda: is_listening(machine.port))
     upstream = llmswap.Upstream(f"http://127.0.0.1:{machine.port}")
     sock, _ = upstream.connect()
-    upstream.give_back(sock)
+    upstream.release_connection(sock)
     again, was_used = upstream.connect()
     assert was_used and again is sock and upstream.is_busy
-    upstream.give_back(again)
+    upstream.release_connection(again)
     now = llmswap.suspended_seconds()
     monkeypatch.setattr(llmswap, "suspended_seconds", lambda: now + 60)
-    assert not upstream.is_fresh(1e9)
+    assert not upstream.seen_within(1e9)
     fresh, was_used = upstream.connect()
     assert not was_used and fresh is not sock
-    upstream.give_back(fresh)
-    assert upstream.is_fresh(1e9)
+    upstream.release_connection(fresh)
+    assert upstream.seen_within(1e9)
     upstream.close()
 
 
@@ -6485,7 +6489,7 @@ def pair():
     """Two ends of a connection; both give up after a while."""
     ours, theirs = socket.socketpair()
     theirs.settimeout(10)
-    llmswap.set_tick(ours)
+    llmswap.set_socket_timeouts(ours)
     with ours, theirs:
         yield ours, theirs
 
@@ -6493,10 +6497,10 @@ def pair():
 def fed(data, is_ended=True):
     """A Wire that receives these bytes (at most what a socket holds) and their end."""
     ours, theirs = socket.socketpair()
-    llmswap.set_tick(ours)
+    llmswap.set_socket_timeouts(ours)
     pump = threading.Thread(target=_feed, args=(theirs, data, is_ended), daemon=True)
     pump.start()
-    wire = llmswap.Wire(ours)
+    wire = llmswap.SocketReader(ours)
     wire.keep = theirs
     return wire
 
@@ -6537,7 +6541,7 @@ def test_a_head_is_found_however_its_bytes_are_cut():
     for cut in range(1, len(head)):
         with pair() as (ours, theirs):
             theirs.sendall(head[:cut])
-            wire, heads = llmswap.Wire(ours), []
+            wire, heads = llmswap.SocketReader(ours), []
             reader = threading.Thread(target=lambda w=wire: heads.append(w.head()))
             reader.start()
             theirs.sendall(head[cut:] + b"rest")
@@ -6575,7 +6579,7 @@ def test_empty_lines_cost_little_and_count_as_a_head():
         fed(b"\r\n" * count + b"GET / HTTP/1.1\r\n\r\n").head()
 
     assert seconds_of(lambda: skip(32000)) < 0.05
-    with pytest.raises(llmswap.HeadTooLarge):
+    with pytest.raises(llmswap.HeadersTooLarge):
         skip(33000)
 
 
@@ -6583,20 +6587,20 @@ def test_a_head_may_have_64_kilobytes_and_no_more():
     start, end = b"GET / HTTP/1.1\r\nX: ", b"\r\n\r\n"
     fill = llmswap.HEAD_LIMIT - len(start + end)
     assert len(fed(start + b"x" * fill + end).head()) == llmswap.HEAD_LIMIT
-    with pytest.raises(llmswap.HeadTooLarge):
+    with pytest.raises(llmswap.HeadersTooLarge):
         fed(start + b"x" * (fill + 1) + end).head()
 
 
 def test_a_head_may_have_a_hundred_lines_and_no_more():
     lines = [f"X-{number}: y" for number in range(99)]
-    assert len(request_of("\n".join([GET, *lines])).fields) == 100
-    with pytest.raises(llmswap.HeadTooLarge):
+    assert len(request_of("\n".join([GET, *lines])).headers) == 100
+    with pytest.raises(llmswap.HeadersTooLarge):
         request_of("\n".join([GET, *lines, "X: y"]))
 
 
 def test_who_sends_a_head_byte_by_byte_is_late_as_well():
     with pair() as (ours, theirs):
-        wire = llmswap.Wire(ours, llmswap.Deadline(0.05, llmswap.TooSlow("late")))
+        wire = llmswap.SocketReader(ours, llmswap.Deadline(0.05, llmswap.RequestTimeout("late")))
 
         def trickle():
             try:
@@ -6606,7 +6610,7 @@ def test_who_sends_a_head_byte_by_byte_is_late_as_well():
                 pass
 
         threading.Thread(target=trickle, daemon=True).start()
-        with pytest.raises(llmswap.TooSlow):
+        with pytest.raises(llmswap.RequestTimeout):
             wire.head()
 
 
@@ -6696,7 +6700,7 @@ def test_a_query_is_decoded_as_utf_8_percent_encoded_or_raw():
 
 
 @pytest.mark.parametrize(
-    "start, connection, stays",
+    "start, connection, is_persistent",
     [
         ("HTTP/1.1", None, True),
         ("HTTP/1.1", "close", False),
@@ -6706,10 +6710,10 @@ def test_a_query_is_decoded_as_utf_8_percent_encoded_or_raw():
         ("HTTP/1.0", "Keep-Alive", True),
     ],
 )
-def test_a_connection_stays_as_its_client_wishes(start, connection, stays):
+def test_a_connection_stays_as_its_client_wishes(start, connection, is_persistent):
     text = f"GET / {start}\nHost: x"
     text += f"\nConnection: {connection}" if connection else ""
-    assert request_of(text).stays is stays
+    assert request_of(text).is_persistent is is_persistent
 
 
 def test_only_websockets_are_upgrades():
@@ -6847,7 +6851,7 @@ def test_what_is_not_held_of_a_body_comes_piece_by_piece():
     body, _ = body_of(f"{POST}\nContent-Length: {len(LARGE)}", LARGE)
     assert not body.hold(1000)
     held = bytes(body.held)
-    assert 1000 <= len(held) <= 1000 + llmswap.PIECE
+    assert 1000 <= len(held) <= 1000 + llmswap.BUFFER_SIZE
     assert held + b"".join(body.rest()) == LARGE
     assert body.is_complete
 
@@ -6857,16 +6861,16 @@ def test_what_is_not_held_of_a_body_comes_piece_by_piece():
 )
 def test_a_body_that_ends_too_early_means_that_the_client_left(framing):
     body, _ = body_of(f"{POST}\n{framing}", b"50\r\nhello")
-    with pytest.raises(llmswap.ClientGone):
+    with pytest.raises(llmswap.ClientDisconnected):
         body.hold(1000)
 
 
 def test_a_body_beyond_the_limit_is_refused_at_its_head_or_once_it_is_there():
-    with pytest.raises(llmswap.TooLarge):
+    with pytest.raises(llmswap.PayloadTooLarge):
         body_of(f"{POST}\nContent-Length: 101", b"", limit=100)
     head = f"{POST}\nTransfer-Encoding: chunked"
     body, _ = body_of(head, chunked(LARGE), limit=100)
-    with pytest.raises(llmswap.TooLarge):
+    with pytest.raises(llmswap.PayloadTooLarge):
         body.hold(1 << 30)
     assert not body.can_be_skipped and not body.skip()
 
@@ -6882,7 +6886,7 @@ def test_after_bad_chunks_nothing_of_that_connection_is_believed():
 def test_a_client_that_asks_is_told_to_continue_once_its_body_is_wanted():
     head = f"{POST}\nContent-Length: 5\nExpect: 100-Continue"
     with pair() as (ours, theirs):
-        body = llmswap.Body(llmswap.Wire(ours), request_of(head), 100)
+        body = llmswap.Body(llmswap.SocketReader(ours), request_of(head), 100)
         assert not body.can_be_skipped and not body.skip()
         theirs.sendall(b"hello")
         assert body.hold(5)
@@ -6899,7 +6903,7 @@ def test_a_client_that_asks_is_told_to_continue_once_its_body_is_wanted():
 def named(data, kind="application/json"):
     """What is found in this body, and the body, read as far as that took."""
     body, _ = body_of(f"{POST}\nContent-Length: {len(data)}", bytes(data))
-    found = llmswap.model_named_in(body, kind)
+    found = llmswap.find_model(body, kind)
     return found, body
 
 
@@ -6941,8 +6945,8 @@ def test_a_body_that_is_no_json_object_is_refused(data):
 
 def test_a_body_that_is_not_json_is_not_read_if_no_model_is_needed():
     body, _ = body_of(f"{POST}\nContent-Length: {len(LARGE)}", LARGE)
-    found = llmswap.model_named_in(body, "application/octet-stream", is_needed=False)
-    assert found == llmswap.Named() and len(body.held) <= llmswap.PIECE
+    found = llmswap.find_model(body, "application/octet-stream", is_needed=False)
+    assert found == llmswap.RequestInfo() and len(body.held) <= llmswap.BUFFER_SIZE
     assert bytes(body.held) + b"".join(body.rest()) == LARGE
 
 
@@ -6969,7 +6973,7 @@ def test_a_body_that_is_not_json_is_not_read_if_no_model_is_needed():
     ],
 )  # fmt: skip
 def test_edits_keep_the_order_of_names(body, edits, result):
-    edits = llmswap.Edits(**{**edits, "removed": frozenset(edits.get("removed", ()))})
+    edits = llmswap.BodyEdits(**{**edits, "removed": frozenset(edits.get("removed", ()))})
     members = named(body.encode())[0].members
     assert llmswap.edited_json(members, edits).decode() == result
 
@@ -7048,7 +7052,7 @@ ANSWERS = [
 
 
 def read_answer(data, method="GET"):
-    answer = llmswap.Answer(fed(data), method)
+    answer = llmswap.UpstreamResponse(fed(data), method)
     return answer, b"".join(bytes(piece) for piece in answer.pieces())
 
 
@@ -7127,7 +7131,7 @@ def test_events_are_passed_on_by_whole_chunks_and_other_bytes_as_they_come():
         got = b""
         data = head.format(kind).encode() + b"2\r\nab\r\n4\r\ncd"
         with pytest.raises(llmswap.Truncated):
-            for piece in llmswap.Answer(fed(data), "GET").pieces():
+            for piece in llmswap.UpstreamResponse(fed(data), "GET").pieces():
                 got += piece
         assert got == expected
 
@@ -7138,7 +7142,7 @@ def test_events_are_passed_on_by_whole_chunks_and_other_bytes_as_they_come():
 def replied(request, act, *extra):
     """The bytes that a client gets, whether it gets a reset, and the Reply."""
     with pair() as (ours, theirs):
-        reply = llmswap.Reply(ours, request_of(request), list(extra))
+        reply = llmswap.ClientResponse(ours, request_of(request), list(extra))
         act(reply)
         ours.close()
         return (*everything(theirs), reply)
@@ -7156,7 +7160,7 @@ def whole_answer(length):
 
 
 @pytest.mark.parametrize(
-    "request_text, length, framing, payload, stays",
+    "request_text, length, framing, payload, is_persistent",
     [
         (GET, 5, "content-length: 5", b"hello", True),
         (
@@ -7193,12 +7197,12 @@ def whole_answer(length):
     ],
 )
 def test_an_answer_is_framed_as_its_client_can_read_it(
-    request_text, length, framing, payload, stays
+    request_text, length, framing, payload, is_persistent
 ):
     data, is_reset, reply = replied(request_text, whole_answer(length), ("e", "f"))
     lines = ["HTTP/1.1 200 OK", "x: y", "e: f"] + ([framing] if framing else [])
     assert data == "\r\n".join([*lines, "", ""]).encode() + payload
-    assert (is_reset, reply.stays) == (False, stays)
+    assert (is_reset, reply.is_persistent) == (False, is_persistent)
 
 
 def test_an_answer_without_a_body_says_nothing_of_its_length():
@@ -7211,7 +7215,7 @@ def broken_answer(events, payload, length=None):
         kind = "text/event-stream" if events else "text/plain"
         reply.begin(200, "OK", [("content-type", kind)], length)
         reply.send(payload)
-        reply.break_off(llmswap.BackendDied("it died"))
+        reply.abort(llmswap.BackendDied("it died"))
 
     return act
 
@@ -7221,24 +7225,24 @@ def test_a_counted_stream_of_events_gets_nothing_that_was_not_counted(monkeypatc
 
     def act(reply):
         broken_answer(True, b"data: x\n\n", 500)(reply)
-        reply.tick()
+        reply.heartbeat()
 
     data, _, reply = replied(GET, act)
-    assert data.endswith(b"\r\n\r\ndata: x\n\n") and not reply.stays
+    assert data.endswith(b"\r\n\r\ndata: x\n\n") and not reply.is_persistent
 
 
 def test_who_reads_slowly_is_served_and_who_does_not_read_is_not(monkeypatch):
     monkeypatch.setattr(llmswap, "STALL_SECONDS", 0.3)
-    monkeypatch.setattr(llmswap, "TICK", 0.02)
+    monkeypatch.setattr(llmswap, "POLL_INTERVAL", 0.02)
     for pause, is_served in ((0.06, True), (None, False)):
         with pair() as (ours, theirs):
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-            reply = llmswap.Reply(ours, request_of(GET), [])
+            reply = llmswap.ClientResponse(ours, request_of(GET), [])
             reply.begin(200, "OK", [], 40000)
             reader = threading.Thread(target=read_slowly, args=(theirs, pause))
             reader.start()
             began = time.monotonic()
-            refused = pytest.raises(llmswap.ClientGone)
+            refused = pytest.raises(llmswap.ClientDisconnected)
             with contextlib.nullcontext() if is_served else refused:
                 reply.send(bytes(40000))
             assert time.monotonic() > began + 0.3
@@ -7263,7 +7267,7 @@ ERROR_EVENT = re.compile(rb'data: \{"error":\{"message":"it died".*\}\}\n\n')
 def test_a_stream_broken_between_events_says_why_and_does_not_end(payload):
     data, _, reply = replied(GET, broken_answer(True, payload))
     assert ERROR_EVENT.search(data)
-    assert not data.endswith(b"0\r\n\r\n") and not reply.stays
+    assert not data.endswith(b"0\r\n\r\n") and not reply.is_persistent
 
 
 @pytest.mark.parametrize(
@@ -7272,13 +7276,13 @@ def test_a_stream_broken_between_events_says_why_and_does_not_end(payload):
 def test_a_stream_broken_within_an_event_says_nothing_and_does_not_end(payload):
     data, _, reply = replied(GET, broken_answer(True, payload))
     assert b"error" not in data
-    assert not data.endswith(b"0\r\n\r\n") and not reply.stays
+    assert not data.endswith(b"0\r\n\r\n") and not reply.is_persistent
 
 
 @pytest.mark.parametrize("end", [b"", b"data: x\n", b"data: x\r", b"data: x"])
 def test_a_stream_of_events_may_end_where_a_line_does(end):
     with pair() as (ours, _):
-        reply = llmswap.Reply(ours, request_of(GET), [])
+        reply = llmswap.ClientResponse(ours, request_of(GET), [])
         reply.begin_events()
         reply.send(end)
         assert reply.is_within_line is end.endswith(b"x")
@@ -7288,8 +7292,8 @@ def test_a_broken_answer_that_only_the_end_delimits_ends_by_a_reset():
     listener = socket.create_server(("127.0.0.1", 0))
     with listener, socket.create_connection(listener.getsockname()) as theirs:
         ours, _ = listener.accept()
-        llmswap.set_tick(ours)
-        reply = llmswap.Reply(ours, request_of(GET.replace("1.1", "1.0")), [])
+        llmswap.set_socket_timeouts(ours)
+        reply = llmswap.ClientResponse(ours, request_of(GET.replace("1.1", "1.0")), [])
         broken_answer(False, b"half")(reply)
         try:
             ours.shutdown(socket.SHUT_WR)  # as socketserver does it
@@ -7303,16 +7307,16 @@ def test_a_waiting_client_gets_an_early_head_then_comments(monkeypatch):
     monkeypatch.setattr(llmswap, "EARLY_HEAD_AFTER", 0.0)
     monkeypatch.setattr(llmswap, "COMMENT_EVERY", 0.0)
     with pair() as (ours, theirs):
-        reply = llmswap.Reply(ours, request_of(GET), [])
-        reply.tick()
+        reply = llmswap.ClientResponse(ours, request_of(GET), [])
+        reply.heartbeat()
         assert not reply.is_begun  # it did not ask for events
         reply.wants_events = True
-        reply.tick()
-        reply.tick()
+        reply.heartbeat()
+        reply.heartbeat()
         reply.send(b"data: x")
-        reply.tick()  # not within an event
+        reply.heartbeat()  # not within an event
         reply.send(b"\n\n")
-        reply.tick()
+        reply.heartbeat()
         ours.close()
         data, _ = everything(theirs)
     assert data.startswith(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n")
@@ -7323,17 +7327,17 @@ def test_a_waiting_client_gets_an_early_head_then_comments(monkeypatch):
 
 def test_a_hang_up_is_noticed_even_behind_bytes_that_nobody_read():
     with pair() as (ours, theirs):
-        assert not llmswap.hung_up(ours)
+        assert not llmswap.has_disconnected(ours)
         theirs.sendall(b"pipelined")
-        assert not llmswap.hung_up(ours)
+        assert not llmswap.has_disconnected(ours)
         theirs.close()
-        assert llmswap.hung_up(ours)
+        assert llmswap.has_disconnected(ours)
 
 
 # ---- one request to a backend, one answer back
 
 HASTE = {
-    "TICK": 0.05,
+    "POLL_INTERVAL": 0.05,
     "EARLY_HEAD_AFTER": 0.2,
     "COMMENT_EVERY": 0.1,
     "LINGER_SECONDS": 0.3,
@@ -7459,7 +7463,7 @@ def test_who_reads_a_large_answer_slowly_gets_all_of_it(swap):
     with swap.connect() as client:
         client.send("GET", f"/upstream/a/bytes?n={size}")
         answer = client.head()
-        end = time.monotonic() + 3 * HASTE.get("TICK", llmswap.TICK)
+        end = time.monotonic() + 3 * HASTE.get("POLL_INTERVAL", llmswap.POLL_INTERVAL)
         while time.monotonic() < end:
             swap.chat("a")
         expected = digest_of(fake_blocks(size, len(FAKE_BLOCK)))
@@ -8022,7 +8026,7 @@ def test_secrets_in_arguments_are_not_shown(swap):
     ],
 )
 def test_values_of_secret_options_are_masked(argv, shown):
-    assert llmswap.masked(argv) == shown
+    assert llmswap.mask_secrets(argv) == shown
 
 
 def test_models_are_loaded_and_unloaded_by_hand_as_by_llama_cpp(swap):
@@ -8573,7 +8577,7 @@ def test_no_key_is_ever_logged_shown_or_passed_on(tmp_path):
             assert not re.search(r"K-(ini|file|env|proxy|wrong|option)", told), place
             assert basic("K-file")[6:] not in told, place
     for request in backend.news():
-        fields = [value for _, value in request.fields if "K-" in value]
+        fields = [value for _, value in request.headers if "K-" in value]
         assert fields == ["Bearer K-proxy"] and not request.all("x-api-key")
     backend.close()
 
@@ -8986,7 +8990,7 @@ def test_a_soft_limit_of_descriptors_is_raised_for_us_and_kept_for_models():
         pid = swap.stats("a")["pid"]
         assert resource.prlimit(pid, resource.RLIMIT_NOFILE)[0] == 64
         soft, hard = resource.prlimit(swap.pid, resource.RLIMIT_NOFILE)
-        assert soft == min(hard % 2**63, llmswap.MOST_DESCRIPTORS) > 64
+        assert soft == min(hard % 2**63, llmswap.MAX_DESCRIPTORS) > 64
         for client in clients:
             client.hang_up()
 
@@ -9016,7 +9020,7 @@ def test_beyond_the_limit_of_connections_there_is_a_clear_503():
 
 
 def test_without_descriptors_nothing_spins_and_all_is_well_afterwards():
-    with hasty(MODELS, MOST_DESCRIPTORS=10**6) as swap:
+    with hasty(MODELS, MAX_DESCRIPTORS=10**6) as swap:
         swap.chat("a")
         used = max(map(int, os.listdir(f"/proc/{swap.pid}/fd")))
         limits = resource.prlimit(swap.pid, resource.RLIMIT_NOFILE)
@@ -10317,12 +10321,12 @@ def report(current, value, **more):
 
 
 def test_what_the_backend_reports_goes_before_its_memory():
-    gauge = llmswap.LoadGauge()
-    assert gauge.hear(report("a", 0.5)) and gauge.progress == 0.25
+    gauge = llmswap.LoadProgress()
+    assert gauge.parse_report(report("a", 0.5)) and gauge.progress == 0.25
     gauge.look(os.getpid())
-    gauge.hear(report("b", 1.0))
+    gauge.parse_report(report("b", 1.0))
     assert gauge.progress == 0.99  # it is not ready yet
-    gauge.hear(f"a log line that it ran into {report('a', 0.1)}")
+    gauge.parse_report(f"a log line that it ran into {report('a', 0.1)}")
     assert gauge.progress == 0.99  # never back
     assert gauge.told() == {"stages": ["a", "b"], "current": "a", "value": 0.1}
 
@@ -10335,8 +10339,8 @@ def test_what_the_backend_reports_goes_before_its_memory():
        ("", "7", "{}", '{"state": "sleeping", "payload": null}', "[" * 9999))],
 )  # fmt: skip
 def test_a_report_that_makes_no_sense_changes_nothing(line):
-    gauge = llmswap.LoadGauge()
-    assert gauge.hear(line) and gauge.progress is None
+    gauge = llmswap.LoadProgress()
+    assert gauge.parse_report(line) and gauge.progress is None
 
 
 def test_what_a_server_reports_of_its_load_is_shown_and_is_no_log(tmp_path):
@@ -10358,10 +10362,10 @@ def test_a_real_llama_server_that_is_asked_to_report_hangs_after_sigterm(tmp_pat
     model = write_gguf(tmp_path / "a.gguf")
     command = [LLAMA_SERVER, "-m", model, "-c", "256", "--port", str(free_port())]
     env = {**os.environ, "LLAMA_SERVER_ROUTER_PORT": "1"}
-    gauge = llmswap.LoadGauge()
+    gauge = llmswap.LoadProgress()
     with subprocess.Popen(command, env=env, stdin=-1, stdout=-1, stderr=-3) as process:
         lines = [process.stdout.readline().decode() for _ in range(3)]
-        assert all(map(gauge.hear, lines)) and gauge.progress == 0.99
+        assert all(map(gauge.parse_report, lines)) and gauge.progress == 0.99
         assert '"ready"' in lines[-1]
         process.terminate()
         with pytest.raises(subprocess.TimeoutExpired):
@@ -10900,7 +10904,7 @@ def test_recipe_docker_stopped_while_it_loads(docker):
 def test_recipe_docker_where_it_hangs(docker):
     text = adapted("Docker and Podman", "ini") + "hang-timeout = 300ms\n"
     state = Path(docker["DOCKER_STATE"])
-    with Llmswap(text, env=docker, SUSPECT_AFTER=0.1, TICK=0.05) as server:
+    with Llmswap(text, env=docker, STALL_CHECK_AFTER=0.1, POLL_INTERVAL=0.05) as server:
         assert server.chat("boxed", hang=True, hang_health=True).status == 502
         eventually(lambda: server.states()["boxed"] == "unloaded")
         eventually(lambda: "boxed hung" in server.log())
@@ -11170,8 +11174,8 @@ class WebSocket:
             head = bytes([0x81, 0x80 | 126]) + struct.pack(">H", size)
         else:
             head = bytes([0x81, 0x80 | 127]) + struct.pack(">Q", size)
-        masked = bytes(byte ^ mask[at % 4] for at, byte in enumerate(data))
-        self._sock.sendall(head + mask + masked)
+        mask_secrets = bytes(byte ^ mask[at % 4] for at, byte in enumerate(data))
+        self._sock.sendall(head + mask + mask_secrets)
 
     def receive(self):
         """The next text, its fragments joined."""
@@ -11412,14 +11416,14 @@ def test_a_tail_cut_anywhere_tells_the_truth_or_nothing(end):
 @pytest.mark.parametrize("seed", range(20))
 def test_the_ends_of_a_payload_are_kept_however_it_comes(seed):
     chance = random.Random(seed)
-    ends, sent = llmswap.Ends(), b""
+    ends, sent = llmswap.HeadAndTail(), b""
     for _ in range(chance.randrange(1, 60)):
         piece = chance.randbytes(chance.choice([1, 3, 200, 4095, 4096, 70000]))
         buffer = bytearray(piece)
         ends.add(piece if chance.random() < 0.5 else memoryview(buffer))
         buffer[:] = bytes(len(buffer))  # as a buffer that is used again
         sent += piece
-    kept, both = llmswap.Ends.KEPT, bytes(ends)
+    kept, both = llmswap.HeadAndTail.KEPT, bytes(ends)
     is_all = len(sent) <= 2 * kept
     assert both == (sent if is_all else sent[:kept] + b"\0" + sent[-kept:])
     assert len(ends._first) <= kept and len(ends._last) <= kept
@@ -11456,7 +11460,7 @@ def metrics_of(text):
 
 
 def facts(*rows, meters=None):
-    return llmswap.Facts("1.0", 1750000000.0, rows, meters or llmswap.Meters())
+    return llmswap.StatusReport("1.0", 1750000000.0, rows, meters or llmswap.Metrics())
 
 
 def test_metrics_without_models_are_well_formed():
@@ -11472,7 +11476,7 @@ def test_labels_are_escaped():
 
 
 def test_requests_are_counted_by_model_and_status():
-    meters = llmswap.Meters()
+    meters = llmswap.Metrics()
     meters.count_request("a", 200, 0.3, 0.004, 7, 20, 300, 1000)
     meters.count_request("a", 200, 700.0, 0.0, 1, 2, 3, 10)
     meters.count_request("a", 503, 0.0)
@@ -11486,7 +11490,7 @@ def test_requests_are_counted_by_model_and_status():
 
 
 def test_histograms_add_up_and_their_bounds_are_inclusive():
-    meters = llmswap.Meters()
+    meters = llmswap.Metrics()
     for seconds in (0.005, 0.3, 600, 700):
         meters.count_load("a", seconds)
     found = metrics_of(llmswap.metrics_text(facts(meters=meters)))
@@ -11500,7 +11504,7 @@ def test_histograms_add_up_and_their_bounds_are_inclusive():
 
 
 def test_a_swap_is_a_load_for_which_others_were_evicted():
-    meters = llmswap.Meters()
+    meters = llmswap.Metrics()
     meters.count_load("a", 1)
     meters.count_stop("a", "evicted", "c")
     meters.count_stop("b", "evicted", "c")
@@ -12827,25 +12831,25 @@ def test_it_leaves_if_nothing_was_loaded_or_asked_for_long(
         return lambda: None if seconds is None else time.monotonic() - seconds
 
     config = no_models()
-    program = llmswap.Program(SimpleNamespace(verbose=False), config)
+    program = llmswap.Application(SimpleNamespace(verbose=False), config)
     settings = config.settings._replace(exit_idle_time=limit)
     program._config = SimpleNamespace(settings=settings)
     program._is_activated = is_activated
     program.server = SimpleNamespace(
-        quiet_since=ago(requests), try_to_leave=lambda: True
+        inactive_since=ago(requests), try_idle_exit=lambda: True
     )
-    program.pool = SimpleNamespace(quiet_since=ago(models), close=lambda _: None)
+    program.pool = SimpleNamespace(inactive_since=ago(models), close=lambda _: None)
     told = []
     program._manager = SimpleNamespace(tell=told.append)
-    assert program._may_leave() is may_leave
+    assert program._try_idle_exit() is may_leave
     assert told == ["STOPPING=1"] * may_leave
 
 
 def test_what_is_to_come_in_a_month_is_waited_for():
     month = 30 * 86400.0
-    program = llmswap.Program(SimpleNamespace(verbose=False), no_models())
+    program = llmswap.Application(SimpleNamespace(verbose=False), no_models())
     for seconds in (month, None):
-        program._bell.ring()
+        program._waker.wake()
         assert program._next_signal(seconds) is None
 
 
@@ -12853,10 +12857,10 @@ def test_who_waits_in_the_backlog_keeps_it_from_leaving():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         pool = llmswap.Pool(no_models(), lambda *_: None)
         server = llmswap.Server([listener], pool, lambda *_: None, None)
-        assert server.try_to_leave() and server.is_serving()  # there is nothing to do
+        assert server.try_idle_exit() and server.is_serving()  # there is nothing to do
         with Client(listener.getsockname()[1]) as client:
             client.send("GET", "/health")
-            assert not server.try_to_leave()
+            assert not server.try_idle_exit()
             assert client.answer().status == 200
         server.stop()
 
@@ -12954,13 +12958,13 @@ def test_systemd_is_told_ready_what_is_loaded_reloading_and_stopping(tmp_path):
 def test_the_watchdog_hears_of_a_living_pool_only(tmp_path, monkeypatch):
     systemd = Notifications(tmp_path)
     environ = {"NOTIFY_SOCKET": systemd.path, "WATCHDOG_USEC": "40000"}
-    manager = llmswap.ServiceManager(environ)
+    manager = llmswap.SystemdNotifier(environ)
     assert manager.watchdog == 0.04 and environ == {}
     pool = llmswap.Pool(no_models(), lambda *_: None)
     pool.start()
     is_deaf = threading.Event()
     what = (pool, lambda: not is_deaf.is_set())
-    threading.Thread(target=manager.follow, args=what, daemon=True).start()
+    threading.Thread(target=manager.subscribe, args=what, daemon=True).start()
     assert all(
         "WATCHDOG=1" in lines for lines in systemd.until("STATUS=nothing is loaded")
     )
@@ -12992,13 +12996,13 @@ def test_systemd_may_listen_at_an_abstract_address():
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(f"\0{name}")
         systemd.settimeout(5)
-        llmswap.ServiceManager({"NOTIFY_SOCKET": f"@{name}"}).tell("A=1", "B=2")
+        llmswap.SystemdNotifier({"NOTIFY_SOCKET": f"@{name}"}).tell("A=1", "B=2")
         assert systemd.recv(99) == b"A=1\nB=2"
 
 
 def test_a_watchdog_meant_for_another_process_is_left_alone():
     environ = {"WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"}
-    assert llmswap.ServiceManager(environ).watchdog is None
+    assert llmswap.SystemdNotifier(environ).watchdog is None
 
 
 def test_lines_for_the_journal_carry_their_priority():
@@ -13429,7 +13433,7 @@ def test_the_recipe_for_two_machines_as_written_but_for_its_times(tmp_path):
         eventually(lambda: machine.naps == 1)
         stack.enter_context(network_of(machine.box))
         haste = dict.fromkeys(
-            ("FRESH", "CONNECT_PATIENCE", "EARLY_HEAD_AFTER", "TICK"), 0.1
+            ("FRESH", "CONNECT_TIMEOUT", "EARLY_HEAD_AFTER", "POLL_INTERVAL"), 0.1
         )
         near = stack.enter_context(as_written(box, **haste))
         wanted = f"{tmp_path}/gpt-oss-120b-mxfp4-00001-of-00003.gguf"
@@ -15914,7 +15918,7 @@ class SoakClient:
             raise SoakViolation(f"{model} stopped in mid-answer") from None
         except (BrokenAnswer, OSError):
             return None
-        return Answer(status, headers, body)
+        return UpstreamResponse(status, headers, body)
 
     def outcome(self, answer, model):
         """broken or refused, or None if there is an answer to be checked."""
@@ -16021,7 +16025,7 @@ def soak_read_stream(client, wish, pause=0.0):
 def soak_refused_stream(client, stream, model):
     """refused, if the error is one."""
     pieces = stream.client.pieces(stream.status, stream.headers)
-    answer = Answer(stream.status, stream.headers, b"".join(pieces))
+    answer = UpstreamResponse(stream.status, stream.headers, b"".join(pieces))
     return client.outcome(answer, model)
 
 
@@ -16857,13 +16861,13 @@ class FuzzMessage(NamedTuple):
     reason), and where it ends in the data."""
 
     start: tuple
-    fields: list
+    headers: list
     body: bytes
     end: int
     is_last: bool = False  # nothing may follow on this connection
 
     def all(self, name):
-        return [value for field, value in self.fields if field == name]
+        return [value for field, value in self.headers if field == name]
 
 
 def fuzz_require(condition, *evidence):
@@ -17309,14 +17313,14 @@ class FuzzSocket:
 
 def fuzz_read(pieces):
     """What llmswap reads as requests, and what it refuses the next with."""
-    wire, served = llmswap.Wire(FuzzSocket(pieces)), []
+    wire, served = llmswap.SocketReader(FuzzSocket(pieces)), []
     try:
         while raw := wire.head():
             request = llmswap.Request(raw)
             served.append(fuzz_read_one(wire, request))
-            if not request.stays:
+            if not request.is_persistent:
                 break
-    except (llmswap.Problem, llmswap.ClientGone) as error:
+    except (llmswap.APIError, llmswap.ClientDisconnected) as error:
         return served, error
     return served, None
 
@@ -17324,27 +17328,27 @@ def fuzz_read(pieces):
 def fuzz_read_one(wire, request):
     """Method, target, fields and body, after all that Handler looks at."""
     body = llmswap.Body(wire, request, FUZZ_LIMIT)
-    request.parameter("model"), request.is_upgrade, llmswap.unquoted(request.path)
+    request.parameter("model"), request.is_upgrade, llmswap.percent_decoded(request.path)
     host = llmswap._host_name(request.get("host"))
     llmswap._is_address(host), llmswap._origin_of(request.get("referer"))
     llmswap._basic_password(request.get("authorization"))
     try:
         kind = request.get("content-type")
-        found = llmswap.model_named_in(body, kind, is_needed=False)
+        found = llmswap.find_model(body, kind, is_needed=False)
         if found.is_json and body.is_complete:
-            edits = llmswap.Edits("other", {"x": {}}, frozenset(["y"]))
+            edits = llmswap.BodyEdits("other", {"x": {}}, frozenset(["y"]))
             llmswap.edited_json(found.members, edits)
     except llmswap.BadRequest:
         if not body.can_be_read:
             raise
     data = bytes(body.held[:]) + b"".join(body.rest())
-    return request.method, request.target, request.fields, data
+    return request.method, request.target, request.headers, data
 
 
 def fuzz_told(message):
     """Its fields without those that only say how its body is framed."""
     framing = ("content-length", "transfer-encoding")
-    return [field for field in message.fields if field[0] not in framing]
+    return [field for field in message.headers if field[0] not in framing]
 
 
 def fuzz_parse_request(dice):
@@ -17370,13 +17374,13 @@ def fuzz_parse_answer(dice):
         found, error = None, problem
     sock = FuzzSocket(dice.cut(data))
     try:
-        answer = llmswap.Answer(llmswap.Wire(sock), method)
+        answer = llmswap.UpstreamResponse(llmswap.SocketReader(sock), method)
         payload = b"".join(bytes(piece) for piece in answer.pieces())
     except (EOFError, llmswap.Truncated) as problem:
         fuzz_require(error, data, method, problem, found)
         return "refused"
     fuzz_require(found, data, method, error, payload)
-    got = answer.status, answer.head.reason, answer.head.fields, payload
+    got = answer.status, answer.head.reason, answer.head.headers, payload
     _, status, reason = found.start
     expected = status, reason.decode("latin-1"), fuzz_told(found), found.body
     fuzz_require(got == expected, data, method, got, expected)
@@ -17500,7 +17504,7 @@ class FuzzClient:
             digest = fuzz_digest(request)
             fuzz_require(self.owed[digest] > 0, "nobody asked for this", request)
             self.owed[digest] -= 1
-            names = [name for name, _ in request.fields]
+            names = [name for name, _ in request.headers]
             fuzz_require(names.count("host") == 1, request)
             own = {"transfer-encoding", "connection", "upgrade"}
             fuzz_require(not (llmswap.HOP_BY_HOP - own) & set(names), request)
@@ -17765,7 +17769,7 @@ import os, sys, time
 folder, compiled, *argv = sys.argv[1:]
 sys.path.insert(0, compiled)
 import llmswap
-llmswap.SUSPECT_AFTER = llmswap.SIGNS_EVERY = 0.3
+llmswap.STALL_CHECK_AFTER = llmswap.ACTIVITY_INTERVAL = 0.3
 def has(what): return os.path.exists(os.path.join(folder, what))
 wall, clocks = time.time, time.clock_gettime
 time.time = lambda: wall() + 7200 * has("ahead") - 7200 * has("back")
@@ -18400,7 +18404,7 @@ def test_who_hangs_is_left_alone_while_tokens_flow_then_restarted_and_that_is_sa
     text = f"[m]\n{sources[kind]}\n{proxy}\nhang-timeout = 200ms\nstop-timeout = 0.5\n"
     if kind == "remote":
         machine.on()
-    with brisk(text, env=units.env, SUSPECT_AFTER=0.1, TICK=0.05) as server:
+    with brisk(text, env=units.env, STALL_CHECK_AFTER=0.1, POLL_INTERVAL=0.05) as server:
         assert server.chat("m").status == 200
         with server.stream("m", tokens=12, interval=0.05) as stream:
             events, silent = stream.events(), server.connect()
