@@ -1226,11 +1226,11 @@ def test_host_port_and_alias_are_set_where_the_router_sets_them(tmp_path):
 
 
 @pytest.mark.parametrize("line, reason", [
-    ("ctx-sise = 1", "neither a key of llmswap nor an option of the llama-server in "
-                     "use; did you mean ctx-size?"),
-    ("idle-timeuot = 1", "neither a key of llmswap nor an option of the llama-server "
-                         "in use; did you mean idle-timeout?"),
-    ("zzz = 1", "neither a key of llmswap nor an option of the llama-server in use"),
+    ("ctx-sise = 1", "neither a key of llmswap nor an option of this "
+                     "llama-server; did you mean ctx-size?"),
+    ("idle-timeuot = 1", "neither a key of llmswap nor an option of this "
+                         "llama-server; did you mean idle-timeout?"),
+    ("zzz = 1", "neither a key of llmswap nor an option of this llama-server"),
     ("listen = x", "belongs into [llmswap]"),
     ("control-vector-layer-range = 1 2", "takes two values; write it into extra-args"),
 ])
@@ -1290,10 +1290,9 @@ def test_a_models_kind_is_decided_by_its_own_section(tmp_path):
     ("cmd =\nproxy = http://h", "[a] cmd: it must not be empty"),
     ("cmd = 'serve ${PORT}", "[a] cmd: No closing quotation"),
     ("cmd = serve ${PORT}\nctx-size = 1",
-     "[a] ctx-size: neither a key of llmswap nor an option of a cmd model"),
+     "[a] ctx-size: no key of llmswap; options of llama-server cannot stand beside"),
     ("cmd = serve ${PORT}\nlode-timeout = 1",
-     "[a] lode-timeout: neither a key of llmswap nor an option of a cmd model; "
-     "did you mean load-timeout?"),
+     "beside cmd; did you mean load-timeout?"),
     ("cmd = serve ${PORT}\nlisten = 1", "[a] listen: belongs into [llmswap]"),
     ("cmd = serve ${PORT}\nunit = x", "[a] unit: cannot stand beside cmd"),
     ("unit = x", "it needs proxy = URL, without ${PORT}"),
@@ -1305,7 +1304,7 @@ def test_a_models_kind_is_decided_by_its_own_section(tmp_path):
     ("uses = nobody", "there is no model 'nobody' to use"),
     ("uses = a", "'a' itself uses another model"),
     ("uses = b\nidle-timeout = 1", "[a] idle-timeout: cannot stand beside uses"),
-    ("uses = b\nctx-size = 1", "[a] ctx-size: neither a key of llmswap nor an option"),
+    ("uses = b\nctx-size = 1", "[a] ctx-size: no key of llmswap; options of"),
     ("uses = b\ncmd = x ${PORT}", "[a] uses: cannot stand beside cmd"),
     ("uses = c", "it uses 'c': m.ini:"),
 ])
