@@ -732,8 +732,8 @@ class OptionTable:
         for setting in (layer[key] for layer in layers for key in sorted(layer)):
             option = self.find(setting.key)
             if option is None:
-                program = "the llama-server in use"
-                reason = unknown_key(setting.key, program, self.by_key)
+                reason = "neither a key of llmswap nor an option of this llama-server"
+                reason = unknown_key(setting.key, reason, self.by_key)
                 raise ConfigError(f"{setting.place}: {reason}")
             if option.values > 1:
                 reason = "takes two values; write it into extra-args"
@@ -766,12 +766,11 @@ class OptionTable:
 UNKNOWN_OPTIONS = OptionTable()
 
 
-def unknown_key(key, program, options=()) -> str:
-    """Return why a key means nothing for a model; `options` are known ones."""
+def unknown_key(key, reason, options=()) -> str:
+    """Return `reason`, or a better one, and a key or one of `options` that is near."""
     if proxy_key(key):
         return "belongs into [llmswap]"
-    near = suggestion(key, [*MODEL_KEY, *options])
-    return f"neither a key of llmswap nor an option of {program}{near}"
+    return reason + suggestion(key, [*MODEL_KEY, *options])
 
 
 def parse_help(text) -> Optional[OptionTable]:
@@ -995,8 +994,9 @@ class ModelBuilder:
     def _key_mistakes(self):
         """Yield settings that cannot stand in the section, and why."""
         if self._kind != "llama-server":
+            refusal = f"options of llama-server cannot stand beside {self._kind}"
             for setting in self._layers[-1].values():
-                yield setting, unknown_key(setting.key, f"a {self._kind} model")
+                yield setting, unknown_key(setting.key, f"no key of llmswap; {refusal}")
         launch_keys = {*itertools.chain(*LAUNCH_KEYS.values())}
         for spelling, setting in self._own.items():
             name = "env.NAME" if spelling.startswith("env.") else spelling
