@@ -5925,15 +5925,6 @@ class UpstreamRequest(NamedTuple):
         return self.rest is None or self.rest.is_complete
 
 
-class Link(NamedTuple):
-    """What the relay may ask of a backend: its `upstream`; `suspect()` that it hangs;
-    `died(seconds)`, whether it ended by itself by then."""
-
-    upstream: Upstream
-    report_stall: Callable[[], None]
-    died: Callable[[float], bool]
-
-
 class StallMonitor:
     """What to do every TICK while the backend is silent: look after the client, and
     after STALL_CHECK_AFTER after the backend."""
@@ -5952,7 +5943,7 @@ class StallMonitor:
 
 def relay(
     outgoing: UpstreamRequest,
-    link: Link,
+    backend: Backend,
     reply: ClientResponse,
     transform_of=lambda _: None,
 ):
@@ -5964,51 +5955,51 @@ def relay(
     pieces go through `feed`, and `finish` gives what is left at the end.
     """
     path = outgoing.target.partition("?")[0]
-    if link.upstream.base_path and PATH_TRAVERSAL.search(path):
+    if backend.upstream.base_path and PATH_TRAVERSAL.search(path):
         raise BadRequest("the path must not leave that of the model's server")
-    silence = StallMonitor(reply, link.report_stall)
+    silence = StallMonitor(reply, backend.report_stall)
     try:
-        sock, answer = _ask(outgoing, link, silence)
+        sock, answer = _ask(outgoing, backend, silence)
     except BackendDied:
-        link.report_stall()  # it may live on, deaf
+        backend.report_stall()  # it may live on, deaf
         raise
     reply.is_persistent = reply.is_persistent and outgoing.is_sent
     try:
         if answer.status == 101:
             _tunnel(answer, sock, reply)
         else:
-            _pass_on(answer, link, reply, transform_of(answer))
+            _pass_on(answer, backend, reply, transform_of(answer))
     finally:
         if answer.is_over and outgoing.is_sent:
-            link.upstream.release_connection(sock)
+            backend.upstream.release_connection(sock)
         else:
-            link.upstream.drop(sock)
+            backend.upstream.drop(sock)
 
 
 PATH_TRAVERSAL = re.compile(r"(?i)(?:[/\\]|%2f|%5c)(?:\.|%2e){2}(?:[/\\;]|%2f|%5c|$)")
 
 
-def _ask(outgoing, link, silence):
+def _ask(outgoing, backend, silence):
     """Send the request; return the connection and the head of the answer.
 
     A kept connection that the backend closed meanwhile is replaced by a new one.
     """
     while True:
-        sock, was_used = _connection(link.upstream, outgoing.is_repeatable)
+        sock, was_used = _connection(backend.upstream, outgoing.is_repeatable)
         wire = SocketReader(sock, silence)
         try:
-            _send(outgoing, link.upstream, sock, silence)
+            _send(outgoing, backend.upstream, sock, silence)
             answer = UpstreamResponse(wire, outgoing.method)
             if answer.status == 101 and not outgoing.is_upgrade:
                 raise Truncated("it switched protocols unasked")
             return sock, answer
         except (OSError, EOFError, Truncated) as error:
-            link.upstream.drop(sock)
+            backend.upstream.drop(sock)
             if not (was_used and wire.is_untouched):
                 reason = str(error) or "it closed the connection"
                 raise BackendDied(f"the backend gave no answer: {reason}") from None
         except BaseException:
-            link.upstream.drop(sock)
+            backend.upstream.drop(sock)
             raise
 
 
@@ -6065,7 +6056,7 @@ def _chunk(piece):
     return b"%x\r\n%b\r\n" % (len(piece), piece) if len(piece) else b""
 
 
-def _pass_on(answer, link, reply, transform):
+def _pass_on(answer, backend, reply, transform):
     """Pass the answer on piece by piece; broken if it breaks."""
     if reply.is_early and not (answer.status == 200 and answer.head.is_event_stream):
         return _pass_on_as_event(answer, reply)
@@ -6077,7 +6068,7 @@ def _pass_on(answer, link, reply, transform):
         for piece in answer.pieces():
             reply.send(transform.feed(bytes(piece)) if transform else piece)
         if answer.framing == UNTIL_CLOSE:  # its end says nothing: it may be a death
-            if reply.is_within_line or link.died(0.05):
+            if reply.is_within_line or backend.died(0.05):
                 raise Truncated("the connection ended in the middle of the answer")
         problem = None
     except Truncated as error:
@@ -6085,7 +6076,7 @@ def _pass_on(answer, link, reply, transform):
     if transform:
         reply.send(transform.finish())
     if problem:
-        link.report_stall()
+        backend.report_stall()
         reply.abort(problem)
     else:
         reply.end()
@@ -8414,7 +8405,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         method = "GET" if head.method == "HEAD" else head.method
         route = ROUTES.get((method, head.path))
         if method == "OPTIONS":
-            route = Handler._answer_preflight
+            route = Handler.answer_preflight
         if route:
             self.body.hold(MAX_UNREAD_BODY)  # what is not HTTP to its end is not obeyed
             return route(self)
@@ -8425,9 +8416,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if head.path not in MODEL_WORDS:
             if head.path in PATHS:
                 raise MethodNotAllowed(f"{head.path} has no {head.method}")
-        self._serve_by_model()
+        self.serve_by_model()
 
-    def _answer_preflight(self):
+    def answer_preflight(self):
         wanted = self.head.get("access-control-request-headers") or "*"
         headers = [
             ("access-control-allow-methods", "GET, POST, PUT, PATCH, DELETE, OPTIONS"),
@@ -8442,7 +8433,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         is_root = head.method == "GET" and head.path == "/"
         return is_root and "text/event-stream" in head.get("accept")
 
-    def _show_page(self):
+    def get_page(self):
         if self._wants_states():
             return self._stream_states()
         headers = [
@@ -8457,24 +8448,41 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _stream_states(self):
         """Send a snapshot at each change, and every 2 s while a model is held."""
-        self.reply.begin_events()
         seen, again_at = None, math.inf
-        while not self.server.is_closing:
+
+        def next_snapshot():
+            nonlocal seen, again_at
             revision = self.pool.await_change(seen, POLL_INTERVAL)
             if revision == seen and time.monotonic() < again_at:
-                self.reply.heartbeat()
-                continue
-            seen = revision
-            facts = self._facts()
-            self.reply.send(b"data: " + _dump(snapshot(facts)) + b"\n\n")
-            is_busy = any(row.state != "unloaded" for row in facts.rows)
+                return None
+            seen, report = revision, self._facts()
+            is_busy = any(row.state != "unloaded" for row in report.rows)
             again_at = time.monotonic() + 2.0 if is_busy else math.inf
-            time.sleep(0.25)  # nobody reads faster
+            return snapshot(report)
+
+        self._stream_json(next_snapshot, pause=0.25)  # a person reads no faster
+
+    def _stream_json(self, next_item, pause=0.0):
+        """Send each item as an event."""
+        self.reply.begin_events()
+        self.reply.flush()
+        self._stream(next_item, lambda item: b"data: " + _dump(item) + b"\n\n", pause)
+
+    def _stream(self, next_item, render, pause=0.0):
+        """Send items until the client leaves or llmswap ends. An item that is None says
+        that POLL_INTERVAL has passed without one."""
+        while not self.server.is_closing and self.head.method != "HEAD":
+            item = next_item()
+            if item is None:
+                self.reply.heartbeat()
+            else:
+                self.reply.send(render(item))
+                time.sleep(pause)
         self.reply.end()
 
-    def _show_metrics(self):
+    def get_metrics(self):
         if self.head.parameter("model") is not None:
-            return self._ask_model()
+            return self.get_from_model()
         text = metrics_text(self._facts())
         self._send(200, [("content-type", METRICS_TYPE)], text.encode())
 
@@ -8514,10 +8522,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             stopped=meters.reasons.get(model.backend),
         )
 
-    def _show_health(self):
+    def get_health(self):
         self._send_json({"status": "ok", "server": "llmswap", **self.pool.counts()})
 
-    def _list_models(self):
+    def get_models(self):
         if self.head.parameter("reload"):
             self._check_not_from_a_page()
             self.server.reload()
@@ -8530,7 +8538,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         ]
         self._send_json({"object": "list", "data": entries})
 
-    def _show_model(self, name):
+    def get_model(self, name):
         model = self._resolve(percent_decoded(name))
         self._send_json(self._model_entry(model, self.pool.snapshot().get(model.name)))
 
@@ -8566,13 +8574,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except ConfigError:
             return []
 
-    def _load(self):
+    def post_load(self):
         model = self._model_of_body()
         if not self.pool.load(model):
             raise BadRequest("model is already running")
         self._send_json({"success": True})
 
-    def _unload(self):
+    def post_unload(self):
         model = self._model_of_body()
         if not self.pool.unload(model):
             raise BadRequest("model is not running")
@@ -8591,20 +8599,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ModelNotFound(text, "model")
         return self.config.resolve(name)
 
-    def _unload_all(self):
+    def unload_all(self):
         self._check_not_from_a_page()
         self.pool.unload_all()
         self.pool.await_unloaded(self._look_after_client)
         self._send_text("OK")
 
-    def _unload_named(self, name):
+    def unload_one(self, name):
         if not name:
-            return self._unload_all()
+            return self.unload_all()
         self.pool.unload(self._resolve(percent_decoded(name)))
         self.pool.await_unloaded(self._look_after_client)
         self._send_text("OK")
 
-    def _show_running(self):
+    def get_running(self):
         words = {"loading": "starting", "loaded": "ready", "unloading": "stopping"}
         running = []
         for name, status in self.pool.snapshot().items():
@@ -8624,9 +8632,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             )
         self._send_json({"running": running})
 
-    def _show_props(self):
+    def get_props(self):
         if self.head.parameter("model") is not None:
-            return self._ask_model()
+            return self.get_from_model()
         self._send_json(
             {
                 "role": "router",
@@ -8641,7 +8649,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             }
         )
 
-    def _ask_model(self):
+    def get_from_model(self):
         """GET something of one model; it is not loaded, woken or kept for that."""
         name = self.head.parameter("model")
         if not name:
@@ -8654,7 +8662,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if backend is None or not self._may_be_asked(model):
             raise BadRequest("model is not loaded")
         outgoing = self._outgoing(model, self.head.target, RequestInfo())
-        relay(outgoing, _link_to(backend), self.reply)
+        relay(outgoing, backend, self.reply)
 
     def _may_be_asked(self, model):
         """Whether this neither loads nor wakes the model; two paths wake none."""
@@ -8664,16 +8672,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # -- what goes on ----------------------------------------------------------------
 
-    def _stream_events(self):
+    def get_events(self):
         with self.pool.events.subscribe() as get:
-            self.reply.begin_events()
-            self.reply.flush()
-            self._follow(get, lambda event: b"data: " + _dump(event) + b"\n\n")
+            self._stream_json(lambda: get(POLL_INTERVAL))
 
-    def _show_logs(self):
+    def get_logs(self):
         self._send_text("".join(f"{line}\n" for line in self.server.log.feed.history()))
 
-    def _stream_logs(self, name=""):
+    def stream_logs(self, name=""):
         feed = self.server.log.feed
         if name not in ("", "proxy"):
             feed = self.pool.feed_of(self._resolve(percent_decoded(name)).backend)
@@ -8685,21 +8691,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ]
             self.reply.begin(200, "OK", headers, None)
             self.reply.flush()
-            self._follow(get, lambda line: f"{line}\n".encode())
-
-    def _follow(self, get, render):
-        """Send item after item until the client leaves or llmswap ends."""
-        while not self.server.is_closing and self.head.method != "HEAD":
-            item = get(POLL_INTERVAL)
-            if item is None:
-                self.reply.heartbeat()
-            else:
-                self.reply.send(render(item))
-        self.reply.end()
+            self._stream(lambda: get(POLL_INTERVAL), lambda line: f"{line}\n".encode())
 
     # -- requests for models ---------------------------------------------------------
 
-    def _serve_upstream(self, rest):
+    def serve_upstream(self, rest):
         """/upstream/ID/REST: that model's own server, whatever REST is."""
         name, path = self._longest_name(rest)
         model = self.model = self._resolve(name)
@@ -8731,7 +8727,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise
             return RequestInfo()  # not JSON at all: the backend may know what it is
 
-    def _serve_by_model(self):
+    def serve_by_model(self):
         """Route by the model that the body, the form or the query names."""
         head = self.head
         name = head.parameter("model")
@@ -8776,7 +8772,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if stay is not None:
                     self.pool.keep_alive(model, stay)
                 try:
-                    relay(outgoing, _link_to(backend), self.reply, repair)
+                    relay(outgoing, backend, self.reply, repair)
                     return self._log_if_slow()
                 except BackendDied as problem:
                     may_resend = outgoing.is_repeatable and not is_last
@@ -8894,10 +8890,6 @@ def _no_repairer(_):
     return None
 
 
-def _link_to(backend):
-    return Link(backend.upstream, backend.report_stall, backend.died)
-
-
 def _edits_of(model, named):
     settings = model.settings
     removed = [name for name in IDLE_TIMEOUT_PARAMETERS if name in named.members]
@@ -8997,31 +8989,31 @@ _SECRET_WITHIN = re.compile(
 
 
 ROUTES = {
-    ("GET", "/"): Handler._show_page,
-    ("GET", "/health"): Handler._show_health,
-    ("GET", "/v1/health"): Handler._show_health,
-    ("GET", "/v1/models"): Handler._list_models,
-    ("GET", "/models"): Handler._list_models,
-    ("GET", "/models/sse"): Handler._stream_events,
-    ("POST", "/models/load"): Handler._load,
-    ("POST", "/models/unload"): Handler._unload,
-    ("GET", "/props"): Handler._show_props,
-    ("GET", "/slots"): Handler._ask_model,
-    ("GET", "/metrics"): Handler._show_metrics,
-    ("GET", "/lora-adapters"): Handler._ask_model,
-    ("GET", "/running"): Handler._show_running,
-    ("GET", "/unload"): Handler._unload_all,
-    ("POST", "/unload"): Handler._unload_all,
-    ("POST", "/api/models/unload"): Handler._unload_all,
-    ("GET", "/logs"): Handler._show_logs,
-    ("GET", "/logs/stream"): Handler._stream_logs,
+    ("GET", "/"): Handler.get_page,
+    ("GET", "/health"): Handler.get_health,
+    ("GET", "/v1/health"): Handler.get_health,
+    ("GET", "/v1/models"): Handler.get_models,
+    ("GET", "/models"): Handler.get_models,
+    ("GET", "/models/sse"): Handler.get_events,
+    ("POST", "/models/load"): Handler.post_load,
+    ("POST", "/models/unload"): Handler.post_unload,
+    ("GET", "/props"): Handler.get_props,
+    ("GET", "/slots"): Handler.get_from_model,
+    ("GET", "/metrics"): Handler.get_metrics,
+    ("GET", "/lora-adapters"): Handler.get_from_model,
+    ("GET", "/running"): Handler.get_running,
+    ("GET", "/unload"): Handler.unload_all,
+    ("POST", "/unload"): Handler.unload_all,
+    ("POST", "/api/models/unload"): Handler.unload_all,
+    ("GET", "/logs"): Handler.get_logs,
+    ("GET", "/logs/stream"): Handler.stream_logs,
 }
 PATHS = frozenset(path for _, path in ROUTES)
 PREFIXES = (
-    ("/upstream/", (), Handler._serve_upstream),
-    ("/v1/models/", ("GET",), Handler._show_model),
-    ("/logs/stream/", ("GET",), Handler._stream_logs),
-    ("/api/models/unload/", ("POST",), Handler._unload_named),
+    ("/upstream/", (), Handler.serve_upstream),
+    ("/v1/models/", ("GET",), Handler.get_model),
+    ("/logs/stream/", ("GET",), Handler.stream_logs),
+    ("/api/models/unload/", ("POST",), Handler.unload_one),
 )
 
 
