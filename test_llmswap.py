@@ -17327,8 +17327,10 @@ def fuzz_read_one(wire, request):
     body = llmswap.Body(wire, request, FUZZ_LIMIT)
     request.parameter("model"), request.is_upgrade, llmswap.percent_decoded(request.path)
     host = llmswap._host_name(request.get("host"))
-    llmswap._is_address(host), llmswap._origin_of(request.get("referer"))
-    llmswap._basic_password(request.get("authorization"))
+    llmswap._is_address(host)
+    handler = object.__new__(llmswap.Handler)
+    handler.head = request
+    assert all(isinstance(key, bytes) for key in handler._given_keys())
     try:
         kind = request.get("content-type")
         found = llmswap.find_model(body, kind, is_needed=False)
