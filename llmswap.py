@@ -8654,7 +8654,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers = [("location", f"/upstream/{rest}/{query}")]
             return self._send(308, headers, b"")
         self._check_may_load(model)
-        self._forward(model, path + query, self._request_info(), preemptible=True)
+        info = self._request_info(is_needed=False)
+        self._forward(model, path + query, info, preemptible=True)
 
     def _split_name(self, rest):
         """Split after the longest known name: ids may contain slashes."""
@@ -8666,31 +8667,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return name, "/" + path if count < len(parts) else ""
         return percent_decoded(parts[0]), "/"
 
-    def _request_info(self):
-        """Return what the body says, which need not be known to choose the model."""
+    def _request_info(self, is_needed):
+        """Return what the body says; unless it is needed it may be anything."""
         if self.head.method in ("GET", "HEAD") or self.head.is_upgrade:
             return RequestInfo()
         try:
-            kind = self.head.get("content-type")
-            return find_model(self.body, kind, is_needed=False)
+            return find_model(self.body, self.head.get("content-type"), is_needed)
         except BadRequest:
-            if not self.body.can_be_read:
+            if is_needed or not self.body.can_be_read:
                 raise
-            return RequestInfo()  # not JSON at all: the backend may know what it is
+            return RequestInfo()
 
     def route_by_model(self):
         """Route by the model that the body, the form or the query names."""
-        head = self.head
-        name = head.parameter("model")
-        if name or head.method in ("GET", "HEAD"):
-            info = self._request_info()
-        else:
-            info = find_model(self.body, head.get("content-type"))
+        name = self.head.parameter("model")
+        info = self._request_info(is_needed=not name)
         name = info.model or name
-        model = self._resolve(name) if name else self._default_model()
-        self.model = model
+        model = self.model = self._resolve(name) if name else self._default_model()
         self._check_may_load(model)
-        self._forward(model, head.target, info)
+        self._forward(model, self.head.target, info)
 
     def _default_model(self):
         if self.head.method in SAFE_METHODS:
