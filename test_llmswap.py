@@ -8237,8 +8237,8 @@ def basic(password):
     return "Basic " + base64.b64encode(f"me:{password}".encode()).decode()
 
 
-# The request, its headers, and the status of the answer, with "cors" if the page of that
-# origin may read it. Words in braces are those of ACCESS_WORDS.
+# The request, its headers, and the status of the answer, with "cors" if the page of
+# that origin may read it. Words in braces are those of ACCESS_WORDS.
 CORS_AND_KEY_RULES = """
     GET /v1/models        | Authorization: Bearer s3cret             | 200
     GET /v1/models        | Authorization: bearer  s3cret            | 200
@@ -8304,7 +8304,7 @@ CORS_AND_KEY_RULES = """
     POST /v1/x      | {own} & {stored} & {site} cross-site & {mode} navigate | 401
     POST /v1/x      | {own} & {stored} & Origin: null & {site} cross-site | 403
     POST /v1/x      | {own} & {stored} & Origin: http://127.0.0.1:{port} | 200 cors
-    POST /v1/x  | {own} & {stored} & Origin: http://[::1] & {site} same-origin | 200 cors
+    POST /v1/x | {own} & {stored} & {site} same-origin & Origin: http://[::1] | 200 cors
 """
 HOST_AND_PAGE_RULES = """
     GET /v1/models | Host: localhost                      | 200
@@ -8343,8 +8343,9 @@ HOST_AND_PAGE_RULES = """
     GET /upstream/a/x             | {site} cross-site & {mode} no-cors            | 200
 """
 SIGNS_OF_A_PAGE = (
-    "Origin: https://evil.example", "Origin: null", "Referer: https://evil.example/page",
-    "Referer: http://[", "Referer: http://{script}.example/",
+    "Origin: https://evil.example", "Origin: null",
+    "Referer: https://evil.example/page", "Referer: http://[",
+    "Referer: http://{script}.example/",
     "{site} cross-site & {mode} no-cors", "User-Agent: Mozilla/5.0 (X11; Linux x86_64)",
 )  # fmt: skip
 CHANGED_BY_GET = (
@@ -8377,7 +8378,7 @@ ACCESS_WORDS = {
 
 
 def access_given(client, words, request, fields):
-    """The status of a request, and "cors" if its answer allows the page of its origin."""
+    """The status of a request, and "cors" if the page of its origin may read it."""
     pairs = [each.partition(":") for each in fields.format(**words).split(" & ")]
     fields = {name.strip(): value.strip() for name, _, value in pairs if name.strip()}
     method, path = request.split()
@@ -8596,8 +8597,7 @@ def test_a_unix_socket_replaces_no_file_and_no_socket_in_use(tmp_path):
 
 @pytest.fixture(scope="module")
 def liar():
-    """llmswap before a backend that answers as a test wishes; one more model has a path
-    of its own there."""
+    """llmswap before a backend that answers as a test wishes; `b` has a path there."""
     backend = FuzzBackend()
     url = f"http://127.0.0.1:{backend.port}"
     text = f"[a]\nproxy = {url}\n[b]\nproxy = {url}/own\n"
@@ -8612,15 +8612,9 @@ def test_doubtful_requests_are_answered_400_closed_and_not_forwarded(liar):
     behind = http("GET /upstream/a/smuggled HTTP/1.1\nHost: localhost")
     upload = "POST /upstream/a/x HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked"
     requests = [http(upload, chunks + b"\r\n\r\n") for chunks in BAD_CHUNKS]
-    for ours in (
-        "POST /unload",
-        "POST /api/models/unload/a",
-        "GET /health",
-        "OPTIONS /x",
-    ):
-        requests.append(
-            http(upload.replace("POST /upstream/a/x", ours), BAD_CHUNKS[-1])
-        )
+    for ours in ("POST /unload", "POST /api/models/unload/a", "GET /health", "OPTIONS /x"):
+        text = upload.replace("POST /upstream/a/x", ours)
+        requests.append(http(text, BAD_CHUNKS[-1]))
     for text in SMUGGLING:
         text = text.replace("Host: x", "Host: localhost", 1)
         requests.append(http(text.replace(" / ", " /upstream/a/x ", 1), b"0\r\n\r\n"))
@@ -8637,6 +8631,9 @@ def test_doubtful_requests_are_answered_400_closed_and_not_forwarded(liar):
     assert "a" in liar.loaded()  # nothing was obeyed
 
 
+CHUNKED = b"3 ;a=b\r\nabc\r\n0\r\nX: y\r\n\r\n"
+
+
 def test_unusual_requests_are_understood(liar):
     name = "\u00e4 b/c%"
     liar.reload(f"[{name}]\nproxy = http://127.0.0.1:{liar.backend.port}\nalias = a\n")
@@ -8646,8 +8643,7 @@ def test_unusual_requests_are_understood(liar):
     requests = {
         f"POST {start}.1\nHost: localhost\nContent-Length: 0": b"",
         f"POST {start}.1\nHost: localhost\nContent-Length: 000003": b"abc",
-        f"POST {start}.1\nHost: localhost\nTRANSFER-ENCODING: Chunked": b"3 ;a=b\r\nabc\r\n"
-        b"0\r\nX: y\r\n\r\n",
+        f"POST {start}.1\nHost: localhost\nTRANSFER-ENCODING: Chunked": CHUNKED,
         f"POST {start}.0\nContent-Length: 3": b"abc",
         f"GET {start}.1\nHost: localhost\nContent-Length: 3": b"abc",
         f"DELETE http://localhost/upstream/{path}/x HTTP/1.1\nHost: LOCALHOST": b"",
@@ -8668,7 +8664,7 @@ def test_unusual_requests_are_understood(liar):
     eventually(lambda: "b" in liar.states())
 
 
-def told(liar, answer, method="GET", fields=()):
+def answer_of(liar, answer, method="GET", fields=()):
     """What a client gets when the backend answers with these bytes."""
     target = f"/{random.randrange(10**12)}"
     liar.backend.wishes[target] = [answer], False
@@ -8701,7 +8697,7 @@ RUBBISH = [
 
 @pytest.mark.parametrize("answer", RUBBISH, ids=range(len(RUBBISH)))
 def test_rubbish_from_a_backend_is_a_502_with_the_reason(liar, answer):
-    got = told(liar, answer)
+    got = answer_of(liar, answer)
     assert (got.status, got.json()["error"]["code"]) == (502, "backend_died")
     assert "the backend gave no answer: " in got.message()
     assert liar.get("/health").status == 200 and "Traceback" not in liar.log()
@@ -8721,7 +8717,7 @@ def test_rubbish_from_a_backend_is_a_502_with_the_reason(liar, answer):
 )
 def test_bad_chunks_from_a_backend_break_the_answer(liar, body):
     with pytest.raises(BrokenAnswer):
-        told(liar, OK + b"Transfer-Encoding: chunked\r\n\r\n" + body)
+        answer_of(liar, OK + b"Transfer-Encoding: chunked\r\n\r\n" + body)
 
 
 @pytest.mark.parametrize(
@@ -8731,15 +8727,13 @@ def test_bad_chunks_from_a_backend_break_the_answer(liar, body):
         (b"HTTP/1.0 200 OK\r\n\r\nabc", 200, b"abc"),
         (b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n" + OK + b"\r\nabc", 200, b"abc"),
         (b"\r\n" + OK + b"Content-Length: 3\r\n\r\nabcdef", 200, b"abc"),
-        (OK + b"Transfer-Encoding: Chunked\r\n\r\n3 ;a=b\r\nabc\r\n0\r\nX: y\r\n\r\n", 200, b"abc"),
+        (OK + b"Transfer-Encoding: Chunked\r\n\r\n" + CHUNKED, 200, b"abc"),
         (b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", 204, b""),
         (b"HTTP/1.1 418 \xe4\r\nContent-Length: 0\r\n\r\n", 418, b""),
     ],
-)  # fmt: skip
-def test_what_is_unusual_but_right_from_a_backend_is_passed_on(
-    liar, answer, status, body
-):
-    got = told(liar, answer)
+)
+def test_unusual_but_valid_answers_are_passed_on(liar, answer, status, body):
+    got = answer_of(liar, answer)
     assert (got.status, got.body) == (status, body)
 
 
@@ -8751,7 +8745,7 @@ def test_compressed_bodies_pass_unchanged_both_ways(liar):
     (request,) = liar.backend.news()
     assert request.body == data and request.all("content-encoding") == ["gzip"]
     head = OK + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(data)
-    got = told(liar, head + data, fields={"Accept-Encoding": "gzip"})
+    got = answer_of(liar, head + data, fields={"Accept-Encoding": "gzip"})
     assert got.body == data and got.headers["content-encoding"] == "gzip"
     (request,) = liar.backend.news()
     assert request.all("accept-encoding") == ["gzip"]
@@ -8779,9 +8773,8 @@ def test_compressed_bodies_pass_unchanged_both_ways(liar):
 def test_no_path_leads_out_of_the_one_that_a_backend_has(liar, path, target):
     list(liar.backend.news())
     assert liar.get(f"/upstream/b/{path}").status == (200 if target else 400)
-    assert [each.start[1] for each in liar.backend.news()] == (
-        [target] if target else []
-    )
+    forwarded = [each.start[1] for each in liar.backend.news()]
+    assert forwarded == ([target] if target else [])
 
 
 @pytest.mark.parametrize(
@@ -8843,27 +8836,24 @@ def crowd(swap, count, data):
     return clients
 
 
-HEAD_AND_HALF = "POST /v1/x HTTP/1.1\nHost: localhost\nContent-Length: 9000"
+HALF = "POST /v1/x HTTP/1.1\nHost: localhost\nContent-Length: 9000"
+UNREAD = http("GET /upstream/a/bytes?n=99000000 HTTP/1.1\nHost: localhost")
+CROWDS = (
+    (1000, b""),
+    (300, b"GET /health HTTP/1.1\r\nHost:"),
+    (300, http(HALF, b'{"model":"a",')),
+    (20, UNREAD),
+)
 
 
-CROWDS = {
-    "idle": (1000, b""),
-    "half heads": (300, b"GET /health HTTP/1.1\r\nHost:"),
-    "half bodies": (300, http(HEAD_AND_HALF, b'{"model":"a",')),
-    "streams nobody reads": (
-        20, http("GET /upstream/a/bytes?n=99000000 HTTP/1.1\nHost: localhost"),
-    ),
-}  # fmt: skip
-
-
-def test_many_who_are_slow_hold_up_nobody_and_leave_nothing():
+def test_many_slow_clients_delay_no_other_and_leave_nothing():
     with hasty(MODELS) as swap:
         swap.chat("a")
         before, alone = soak_size(swap.pid), quickest(swap)
         threads = before["threads"] + 5
-        for count, data in CROWDS.values():
+        for count, data in CROWDS:
             clients = crowd(swap, count, data)
-            both = 2 * count if b"/upstream/" in data else count
+            both = 2 * count if data == UNREAD else count
             eventually(lambda: soak_size(swap.pid)["descriptors"] > both)
             assert soak_size(swap.pid)["threads"] <= threads + count
             assert min(quickest(swap) for _ in range(3)) < 3 * alone + 0.01
@@ -8886,8 +8876,7 @@ def test_five_hundred_at_once_are_all_answered(swap):
 def test_a_client_that_never_reads_its_stream_is_given_up():
     with hasty(MODELS, STALL_SECONDS=0.3) as swap:
         swap.chat("a")
-        path = "/upstream/a/bytes?n=99000000"
-        (client,) = crowd(swap, 1, http(f"GET {path} HTTP/1.1\nHost: localhost"))
+        (client,) = crowd(swap, 1, UNREAD)
         eventually(lambda: swap.stats("a")["in_flight"] == 1)
         eventually(lambda: swap.stats("a")["in_flight"] == 0)
         client.hang_up()
@@ -8928,9 +8917,7 @@ def test_beyond_the_limit_of_connections_there_is_a_clear_503():
                 eventually(lambda: select.select([client.sock], [], [], 0)[0])
                 answer = client.ask("POST", "/v1/x", "x" * 1_500_000)
             assert (answer.status, answer.headers["retry-after"]) == (503, "5")
-            assert (
-                answer.headers["server"] == "llmswap"
-            )  # a second start knows it by this
+            assert answer.headers["server"] == "llmswap"  # a second start looks for it
             assert "64 connections are open already" in answer.message()
         more = crowd(swap, 200, b"GET / HTTP/1.1\r\n")
         refused = [client.answer().status for client in more]
