@@ -67,6 +67,7 @@ from llmswap import (
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, Optional
+from unittest.mock import ANY
 from urllib.request import urlopen
 
 import llmswap
@@ -8612,7 +8613,7 @@ def test_doubtful_requests_are_answered_400_closed_and_not_forwarded(liar):
     behind = http("GET /upstream/a/smuggled HTTP/1.1\nHost: localhost")
     upload = "POST /upstream/a/x HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked"
     requests = [http(upload, chunks + b"\r\n\r\n") for chunks in BAD_CHUNKS]
-    for ours in ("POST /unload", "POST /api/models/unload/a", "GET /health", "OPTIONS /x"):
+    for ours in ("POST /unload", "POST /models/load", "GET /health", "OPTIONS /x"):
         text = upload.replace("POST /upstream/a/x", ours)
         requests.append(http(text, BAD_CHUNKS[-1]))
     for text in SMUGGLING:
@@ -12049,249 +12050,218 @@ def test_the_page_comes_back_after_llmswap_was_restarted(browser):
 CLIENTS = os.environ.get("CLIENTS")  # a Python that has openai, anthropic, litellm
 NODE_OPENAI = os.path.join(os.environ.get("NODE_PATH", "/nowhere"), "openai")
 
-# Each library is driven by one process, for to import it takes seconds. A script tells
-# {case: what came of it}: of an answer its text or tool call, its reason to end and its
-# tokens; of an error its type and status.
-PYTHON_SETUP = """\
+# Each library is driven by one process, for to import it takes seconds. It reads cases
+# {name: [call, model, wish, options]}, and prints {name: result}: of an answer its text
+# or tool call, its reason to end and its tokens; of an error its type and status.
+PYTHON_BEGIN = """\
 import io, json, sys, time
-url, name, real = sys.argv[1:]
+url, cases, results = sys.argv[1], json.load(sys.stdin), {}
 hello = [{"role": "user", "content": "Hello"}]
-parameters = {"type": "object", "properties": {"a": {"type": "integer"}}}
-tools = [{"type": "function", "function": {"name": "tool0", "parameters": parameters}}]
-told = {}
-def case(act):
-    try:
-        told[act.__name__] = act()
-    except Exception as error:
-        told[act.__name__] = [type(error).__name__, getattr(error, "status_code", None)]
-def called(calls):
-    each = [(call.function.name or "") + (call.function.arguments or "") for call in calls]
+def joined(calls):
+    each = [(c.function.name or "") + (c.function.arguments or "") for c in calls or ()]
     return "".join(each)
-def whole(answer):
+def whole(*asked, **options):
+    answer = ask(*asked, **options)
     [choice] = answer.choices
-    text = choice.message.content or called(choice.message.tool_calls)
+    text = choice.message.content or joined(choice.message.tool_calls)
     return [text, choice.finish_reason, answer.usage.completion_tokens]
-def flow(wish, model=name, **how):
+def flow(*asked):
     text, used, end = "", None, None
-    usage = {"stream": True, "stream_options": {"include_usage": True}}
-    for chunk in ask(wish, model, **usage, **how):
+    for chunk in ask(*asked, stream=True, stream_options={"include_usage": True}):
         used = getattr(chunk, "usage", None) or used
         for choice in chunk.choices:
-            text += choice.delta.content or called(choice.delta.tool_calls or ())
+            text += choice.delta.content or joined(choice.delta.tool_calls)
             end = choice.finish_reason or end
     return [text, end, used and used.completion_tokens]
 """
-OPENAI_SETUP = """
+PYTHON_END = """
+for case, (call, model, wish, options) in cases.items():
+    try:
+        if call in globals():
+            results[case] = globals()[call](model, wish, **options)
+    except Exception as error:
+        results[case] = [type(error).__name__, getattr(error, "status_code", None)]
+print(json.dumps(results))
+"""
+PYTHON_CLIENTS = {
+    "openai": """
 import openai
 client = openai.OpenAI(base_url=url + "/v1", api_key="secret")
-def ask(wish, model=name, api_key="secret", max_retries=2, **how):
-    by = client.with_options(api_key=api_key, max_retries=max_retries)
+def ask(model, wish, key="secret", retries=2, **more):
+    by = client.with_options(api_key=key, max_retries=retries)
     create = by.chat.completions.create
-    return create(model=model, messages=hello, extra_body=wish, **how)
-def embed(model, texts):
+    return create(model=model, messages=hello, extra_body=wish, **more)
+def lists(*_):
+    return sorted(each.id for each in client.models.list())
+def finds(model, _):
+    return client.models.retrieve(model).id
+def embeds(model, texts):
     answer = client.embeddings.create(model=model, input=texts)
-    return [each.embedding for each in answer.data]
-def hear(sound):
-    return client.audio.transcriptions.create(model=name, file=sound)
-"""
-LITELLM_SETUP = """
+    return [[len(each.embedding), each.embedding[0]] for each in answer.data]
+def uploads(model, size):
+    sound = "a.wav", io.BytesIO(bytes(size)), "audio/wav"
+    return client.audio.transcriptions.create(model=model, file=sound).text
+def waits(model, wish):  # from the third failed load on they are spaced
+    for retries in (2, 2, 1):
+        began = time.monotonic()
+        try:
+            ask(model, wish, retries=retries)
+        except openai.InternalServerError as error:
+            status = error.status_code
+    return [status, 0.9 < time.monotonic() - began < 5]
+""",
+    "anthropic": """
+import anthropic
+client = anthropic.Anthropic(base_url=url, api_key="secret")
+def request(model, wish):
+    wish = {**wish, "tools": [{"name": "tool0", "input_schema": {"type": "object"}}]}
+    return {"model": model, "max_tokens": 9, "messages": hello, "extra_body": wish}
+def told_by(message):
+    parts = message.content
+    text = [p.text if p.type == "text" else p.name + json.dumps(p.input) for p in parts]
+    return ["".join(text), message.stop_reason, message.usage.output_tokens]
+def whole(model, wish, key="secret", retries=2):
+    by = client.with_options(api_key=key, max_retries=retries)
+    return told_by(by.messages.create(**request(model, wish)))
+def flow(model, wish):
+    with client.messages.stream(**request(model, wish)) as stream:
+        return told_by(stream.get_final_message())
+def lists(*_):
+    return sorted(each.id for each in client.models.list())
+def finds(model, _):
+    return client.models.retrieve(model).id
+def counts(model, _):
+    return client.messages.count_tokens(model=model, messages=hello).input_tokens > 4
+""",
+    "litellm": """
 import litellm
 litellm.suppress_debug_info = True
 way = {"api_base": url + "/v1", "api_key": "secret"}
-lean = {"_skip_mcp_handler": True}  # else tools make it import for two seconds more
-def ask(wish, model=name, **how):
-    how = {**way, **lean, "extra_body": wish, **how}
-    return litellm.completion("openai/" + model, hello, **how)
-def embed(model, texts):
+def ask(model, wish, key="secret", retries=None, **more):
+    more = {**way, "api_key": key, "extra_body": wish, **more}
+    if retries is not None:
+        more["max_retries"] = retries
+    return litellm.completion("openai/" + model, hello, **more)
+def lists(*_):
+    names = litellm.get_valid_models(True, "openai", **way)
+    return sorted(each.removeprefix("openai/") for each in names)
+def embeds(model, texts):
     answer = litellm.embedding("openai/" + model, texts, **way)
-    return [each["embedding"] for each in answer.data]
-def hear(sound):
-    return litellm.transcription("openai/" + name, sound, **way)
-@case
-def lists():
-    found = litellm.get_valid_models(True, "openai", **way)
-    return sorted(each.removeprefix("openai/") for each in found)
-"""
-ANTHROPIC_SETUP = """
-import anthropic
-client = anthropic.Anthropic(base_url=url, api_key="secret")
-tools = [{"name": "tool0", "input_schema": parameters}]
-def wished(wish, model, how):
-    usual = {"model": model, "max_tokens": 9, "messages": hello}
-    return {**usual, "extra_body": wish, **how}
-def ask(wish, model=name, api_key="secret", max_retries=2, **how):
-    by = client.with_options(api_key=api_key, max_retries=max_retries)
-    return by.messages.create(**wished(wish, model, how))
-def whole(message):
-    text = ""
-    for each in message.content:
-        text += each.text if each.type == "text" else each.name + json.dumps(each.input)
-    return [text, message.stop_reason, message.usage.output_tokens]
-def flow(wish, model=name, **how):
-    with client.messages.stream(**wished(wish, model, how)) as stream:
-        return whole(stream.get_final_message())
-"""
-LISTING_CASES = """
-@case
-def lists():
-    return sorted(each.id for each in client.models.list())
-@case
-def finds():
-    return client.models.retrieve(name).id
-"""
-CHAT_CASES = """
-@case
-def chats():
-    return whole(ask({"text": "Good day"}))
-@case
-def streams():
-    return flow({"text": "Good day"})
-@case
-def calls_tools():
-    return whole(ask({"arguments": '{"a": 1}'}, tools=tools))
-@case
-def streams_tools():
-    return flow({"arguments": '{"a": 1}'}, tools=tools)
-@case
-def is_refused_an_unknown_model():
-    return whole(ask({}, "nobody"))
-@case
-def is_refused_a_wrong_key():
-    return whole(ask({}, api_key="wrong"))
-@case
-def is_refused_a_large_body():
-    return whole(ask({"padding": "x" * 2**20}))
-@case
-def does_not_repeat_a_failed_load():
-    return whole(ask({}, "bad-" + name, max_retries=2))
-@case
-def repeats_what_was_refused_as_busy():
-    return whole(ask({"status": 503}, "busy-" + name, max_retries=1))
-@case
-def sees_a_stream_break_off():
-    return flow({"cut": "boundary", "tokens": 4})
-@case
-def sees_an_event_break_off():
-    return flow({"cut": "mid-event", "tokens": 4})
-if real:
-    @case
-    def streams_from_llama_server():
-        certain = {"ignore_eos": True, "temperature": 0}  # the words of noise vary
-        return flow(certain, "real", max_tokens=4)[1:]
-"""
-OTHER_CASES = """
-@case
-def embeds():
-    return [[len(vector), vector[0]] for vector in embed(name, ["four", "eight888"])]
-@case
-def uploads_audio():
-    return hear(("a.wav", io.BytesIO(bytes(10000)), "audio/wav")).text
-if real:
-    @case
-    def embeds_by_llama_server():
-        return len(embed("small", ["a b"])[0])
-"""
-PATIENT_CASE = """
-@case
-def waits_as_long_as_told():  # from the third failed load on they are spaced
-    for model in ["bad-" + name] * 2:
-        try:
-            ask({}, model)
-        except openai.InternalServerError:
-            began = time.monotonic()
-    try:
-        ask({}, model, max_retries=1)
-    except openai.InternalServerError as error:
-        return [error.status_code, 0.9 < time.monotonic() - began < 5]
-"""
-COUNT_CASE = """
-if real:
-    @case
-    def counts_tokens_by_llama_server():
-        count = client.messages.count_tokens(model="real", messages=hello)
-        return count.input_tokens > 4
-"""
-NODE_CASES = """\
+    return [[len(each["embedding"]), each["embedding"][0]] for each in answer.data]
+def uploads(model, size):
+    sound = "a.wav", io.BytesIO(bytes(size)), "audio/wav"
+    return litellm.transcription("openai/" + model, sound, **way).text
+""",
+}
+NODE_CLIENT = """\
 const {OpenAI, toFile} = require("openai");
-const [url, name, real] = process.argv.slice(1);
-const told = {}, messages = [{role: "user", content: "Hello"}];
-const parameters = {type: "object", properties: {a: {type: "integer"}}};
-const tools = [{type: "function", function: {name: "tool0", parameters}}];
-const defaultHeaders = { // these, and what `roo` asks for, are Roo Code's
+const [url] = process.argv.slice(1), results = {};
+const messages = [{role: "user", content: "Hello"}];
+const defaultHeaders = {  // Roo Code's
   "HTTP-Referer": "https://github.com/RooVetGit/Roo-Cline", "X-Title": "Roo Code",
   "User-Agent": "RooCode/3.36.0",
 };
-const roo = {tools, tool_choice: "auto", parallel_tool_calls: false, temperature: 0};
 const client = new OpenAI({baseURL: `${url}/v1`, apiKey: "secret", defaultHeaders});
-const stranger = client.withOptions({apiKey: "wrong"});
-const ask = (wish, model = name, how, by = client) =>
-  by.chat.completions.create({model, messages, ...wish}, how);
-const embed = async (model, input) =>
-  (await client.embeddings.create({model, input})).data.map((each) => each.embedding);
-const called = (calls) =>
+const ask = (model, wish, {key = "secret", retries = 2}) =>
+  client.withOptions({apiKey: key, maxRetries: retries})
+    .chat.completions.create({model, messages, ...wish});
+const joined = (calls) =>
   (calls ?? []).map(({function: f}) => (f.name ?? "") + (f.arguments ?? "")).join("");
-async function whole(wish) {
-  const {choices: [{message, finish_reason}], usage} = await ask(wish);
-  const text = message.content || called(message.tool_calls);
-  return [text, finish_reason, usage.completion_tokens];
-}
-async function flow(wish, model) {
-  let text = "", used, end;
-  const usage = {stream: true, stream_options: {include_usage: true}};
-  for await (const {choices, usage: told} of await ask({...usage, ...wish}, model)) {
-    used = told ?? used;
-    for (const {delta, finish_reason} of choices) {
-      text += delta.content || called(delta.tool_calls);
-      end = finish_reason ?? end;
-    }
-  }
-  return [text, end, used?.completion_tokens];
-}
-const cases = {
+const calls = {
   lists: async () => (await client.models.list()).data.map((each) => each.id).sort(),
-  finds: async () => (await client.models.retrieve(name)).id,
-  chats: () => whole({text: "Good day"}),
-  streams: () => flow({text: "Good day"}),
-  calls_tools: () => whole({arguments: '{"a": 1}', ...roo}),
-  streams_tools: () => flow({arguments: '{"a": 1}', ...roo}),
-  is_refused_an_unknown_model: () => ask({}, "nobody"),
-  is_refused_a_wrong_key: () => ask({}, name, {}, stranger),
-  is_refused_a_large_body: () => ask({padding: "x".repeat(2 ** 20)}),
-  does_not_repeat_a_failed_load: () => ask({}, `bad-${name}`),
-  repeats_what_was_refused_as_busy: () =>
-    ask({status: 503}, `busy-${name}`, {maxRetries: 1}),
-  sees_a_stream_break_off: () => flow({cut: "boundary", tokens: 4}),
-  sees_an_event_break_off: () => flow({cut: "mid-event", tokens: 4}),
-  embeds: async () =>
-    (await embed(name, ["four", "eight888"])).map((each) => [each.length, each[0]]),
-  async uploads_audio() {
-    const file = await toFile(Buffer.alloc(10000), "a.wav");
-    return (await client.audio.transcriptions.create({model: name, file})).text;
+  finds: async (model) => (await client.models.retrieve(model)).id,
+  async whole(...asked) {
+    const {choices: [{message, finish_reason}], usage} = await ask(...asked);
+    const text = message.content || joined(message.tool_calls);
+    return [text, finish_reason, usage.completion_tokens];
+  },
+  async flow(model, wish, options) {
+    let text = "", used, end;
+    wish = {...wish, stream: true, stream_options: {include_usage: true}};
+    for await (const {choices, usage} of await ask(model, wish, options)) {
+      used = usage ?? used;
+      for (const {delta, finish_reason} of choices) {
+        text += delta.content || joined(delta.tool_calls);
+        end = finish_reason ?? end;
+      }
+    }
+    return [text, end, used?.completion_tokens];
+  },
+  embeds: async (model, input) =>
+    (await client.embeddings.create({model, input})).data
+      .map(({embedding}) => [embedding.length, embedding[0]]),
+  async uploads(model, size) {
+    const file = await toFile(Buffer.alloc(size), "a.wav");
+    return (await client.audio.transcriptions.create({model, file})).text;
   },
 };
-if (real) {
-  cases.streams_from_llama_server = async () =>
-    (await flow({max_tokens: 4, ignore_eos: true, temperature: 0}, "real")).slice(1);
-  cases.embeds_by_llama_server = async () => (await embed("small", ["a b"]))[0].length;
-}
 (async () => {
-  for (const [what, act] of Object.entries(cases)) {
+  const cases = Object.entries(JSON.parse(require("fs").readFileSync(0)));
+  for (const [name, [call, ...asked]] of cases) {
+    if (!(call in calls)) continue;
     const failed = (error) => [error.constructor.name, error.status ?? null];
-    told[what] = await Promise.resolve().then(act).catch(failed);
+    const answer = Promise.resolve().then(() => calls[call](...asked));
+    results[name] = await answer.catch(failed);
   }
-  console.log(JSON.stringify(told));
+  console.log(JSON.stringify(results));
 })();
 """
-OF_PYTHON = {  # the parts of each script
-    "openai": OPENAI_SETUP + LISTING_CASES + CHAT_CASES + OTHER_CASES + PATIENT_CASE,
-    "anthropic": ANTHROPIC_SETUP + LISTING_CASES + CHAT_CASES + COUNT_CASE,
-    "litellm": LITELLM_SETUP + CHAT_CASES + OTHER_CASES,
-}
 SCRIPTS = {
-    client: PYTHON_SETUP + parts + "print(json.dumps(told))"
-    for client, parts in OF_PYTHON.items()
+    client: PYTHON_BEGIN + script + PYTHON_END
+    for client, script in PYTHON_CLIENTS.items()
 }
-SCRIPTS["node"] = NODE_CASES
+SCRIPTS["node"] = NODE_CLIENT
+TOOL_WISH = {
+    "arguments": '{"a": 1}', "tool_choice": "auto", "parallel_tool_calls": False,
+    "tools": [{"type": "function", "function": {"name": "tool0", "parameters": {
+        "type": "object", "properties": {"a": {"type": "integer"}}}}}],
+}  # fmt: skip
+BUSY_WISH = {"status": 503}
+CUT_WISH = {"cut": "boundary", "tokens": 4}
+CUT_EVENT_WISH = {"cut": "mid-event", "tokens": 4}
+REAL_WISH = {"ignore_eos": True, "temperature": 0, "max_tokens": 4}
+CLIENT_CASES = {  # the call, the model, what is sent along, options; the result
+    "chats": ("whole", "{}", {"text": "Good day"}, {}, ["Good day", "stop", 3]),
+    "streams": ("flow", "{}", {"text": "Good day"}, {}, ["Good day", "stop", 3]),
+    "tools": ("whole", "{}", TOOL_WISH, {}, ['tool0{"a": 1}', "tool_calls", 3]),
+    "streamed tools": ("flow", "{}", TOOL_WISH, {}, ['tool0{"a": 1}', "tool_calls", 3]),
+    "unknown model": ("whole", "nobody", {}, {}, ["NotFoundError", 404]),
+    "wrong key": ("whole", "{}", {}, {"key": "wrong"}, ["AuthenticationError", 401]),
+    "large body": ("whole", "{}", {"x": "x" * 2**20}, {}, ["APIStatusError", 413]),
+    "failed load": ("whole", "bad-{}", {}, {}, ["InternalServerError", 502]),
+    "busy": ("whole", "busy-{}", BUSY_WISH, {"retries": 1}, ["InternalServerError", 503]),
+    "cut stream": ("flow", "{}", CUT_WISH, {}, ["APIError", None]),
+    "cut event": ("flow", "{}", CUT_EVENT_WISH, {}, ["RemoteProtocolError", None]),
+    "embeds": ("embeds", "{}", ["four", "eight888"], {}, [[8, 0.5], [8, 1.0]]),
+    "uploads": ("uploads", "{}", 10000, {}, ANY),
+    "waits": ("waits", "bad-{}", {}, {}, [502, True]),
+    "lists": ("lists", "", {}, {}, ANY),
+    "finds": ("finds", "{}", {}, {}, ANY),
+    "real stream": ("flow", "real", REAL_WISH, {}, [ANY, "length", 4]),
+    "real embedding": ("embeds", "small", ["a b"], {}, [[64, ANY]]),
+    "real count": ("counts", "real", {}, {}, True),
+}  # fmt: skip
+OTHER_RESULTS = {
+    "openai": {},
+    "anthropic": {
+        "chats": ["Good day", "end_turn", 3],
+        "streams": ["Good day", "end_turn", 3],
+        "tools": ['tool0{"a": 1}', "tool_use", 3],
+        "streamed tools": ['tool0{"a": 1}', "tool_use", 3],
+        "large body": ["ContentTooLargeError", 413],
+        "busy": ["ServiceUnavailableError", 503],
+        "cut stream": ["APIStatusError", 200],
+        "real stream": [ANY, "max_tokens", 4],
+    },
+    "litellm": {
+        "large body": ["BadRequestError", 413],
+        "failed load": ["BadGatewayError", 502],
+        "busy": ["ServiceUnavailableError", 503],
+        "cut stream": ["MidStreamFallbackError", 500],
+        "cut event": ["MidStreamFallbackError", 500],
+    },
+    "node": {"large body": ["APIError", 413], "cut event": ["TypeError", None]},
+}
 CLIENT_FILE = """
 [llmswap]
 models-max = 0
@@ -12328,7 +12298,7 @@ def client_command(client):
 
 @pytest.fixture(scope="module")
 def clients():
-    """llmswap, and {client: what it told} of every client that is there."""
+    """llmswap, and {client: its results} of every client that is there."""
     proxy = Llmswap("")
     text = CLIENT_FILE + "".join(map(MODELS_OF_A_CLIENT.format, SCRIPTS))
     if LLAMA_SERVER:
@@ -12342,75 +12312,34 @@ def clients():
 
 
 def run_client(url, client):
-    words = [*client_command(client), SCRIPTS[client], url, client, LLAMA_SERVER or ""]
+    cases = {
+        name: (call, model.format(client), wish, options)
+        for name, (call, model, wish, options, _) in CLIENT_CASES.items()
+        if LLAMA_SERVER or not name.startswith("real")
+    }
+    words = [*client_command(client), SCRIPTS[client], url]
     env = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # fetch nothing
-    ended = subprocess.run(words, env=env, capture_output=True, text=True, timeout=180)
+    ended = subprocess.run(
+        words, input=json.dumps(cases), env=env, capture_output=True, text=True,
+        timeout=180,
+    )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout)
 
 
-USUAL = {
-    "chats": ["Good day", "stop", 3],
-    "streams": ["Good day", "stop", 3],
-    "calls_tools": ['tool0{"a": 1}', "tool_calls", 3],
-    "streams_tools": ['tool0{"a": 1}', "tool_calls", 3],
-    "is_refused_an_unknown_model": ["NotFoundError", 404],
-    "is_refused_a_wrong_key": ["AuthenticationError", 401],
-    "is_refused_a_large_body": ["APIStatusError", 413],
-    "does_not_repeat_a_failed_load": ["InternalServerError", 502],
-    "repeats_what_was_refused_as_busy": ["InternalServerError", 503],
-    "sees_a_stream_break_off": ["APIError", None],
-    "sees_an_event_break_off": ["RemoteProtocolError", None],
-    "embeds": [[8, 0.5], [8, 1.0]],
-    "streams_from_llama_server": ["length", 4],
-    "embeds_by_llama_server": 64,
-}
-UNUSUAL = {
-    "openai": {"waits_as_long_as_told": [502, True]},
-    "anthropic": {
-        "chats": ["Good day", "end_turn", 3],
-        "streams": ["Good day", "end_turn", 3],
-        "calls_tools": ['tool0{"a": 1}', "tool_use", 3],
-        "streams_tools": ['tool0{"a": 1}', "tool_use", 3],
-        "is_refused_a_large_body": ["ContentTooLargeError", 413],
-        "repeats_what_was_refused_as_busy": ["ServiceUnavailableError", 503],
-        "sees_a_stream_break_off": ["APIStatusError", 200],
-        "streams_from_llama_server": ["max_tokens", 4],
-        "counts_tokens_by_llama_server": True,
-    },
-    "litellm": {
-        "is_refused_a_large_body": ["BadRequestError", 413],
-        "does_not_repeat_a_failed_load": ["BadGatewayError", 502],
-        "repeats_what_was_refused_as_busy": ["ServiceUnavailableError", 503],
-        "sees_a_stream_break_off": ["MidStreamFallbackError", 500],
-        "sees_an_event_break_off": ["MidStreamFallbackError", 500],
-    },
-    "node": {
-        "is_refused_a_large_body": ["APIError", 413],
-        "sees_an_event_break_off": ["TypeError", None],
-    },
-}
-
-
 @pytest.mark.parametrize("client", SCRIPTS)
-def test_a_client_sees_what_was_meant(clients, client):
-    server, told = clients
-    if client not in told:
+def test_a_client_sees_what_was_meant_and_repeats_what_may_succeed(clients, client):
+    server, results = clients
+    if client not in results:
         pytest.skip(f"{client} is not there (CLIENTS, NODE_PATH)")
-    listed = server.get("/v1/models", SECRET).json()["data"]
-    named = {"lists": sorted(each["id"] for each in listed), "finds": client}
-    expected = {**named, **USUAL, **UNUSUAL[client]}
-    found = dict(told[client])
-    heard = found.pop("uploads_audio", f"{client} 1: 10000 bytes")
-    assert re.fullmatch(rf"{client} \d+: 10\d\d\d bytes", heard)  # form and all
+    found = results[client]
+    usual = {name: case[-1] for name, case in CLIENT_CASES.items()}
+    expected = {**usual, **OTHER_RESULTS[client], "finds": client}
     assert found == {case: expected[case] for case in found} and len(found) > 12
-
-
-@pytest.mark.parametrize("client", SCRIPTS)
-def test_a_client_repeats_what_may_yet_succeed_and_nothing_else(clients, client):
-    server, told = clients
-    if client not in told:
-        pytest.skip(f"{client} is not there (CLIENTS, NODE_PATH)")
+    listed = server.get("/v1/models", SECRET).json()["data"]
+    assert found["lists"] == sorted(each["id"] for each in listed)
+    sent = found.get("uploads", f"{client} 1: 10000 bytes")  # with the rest of the form
+    assert re.fullmatch(rf"{client} \d+: 10\d\d\d bytes", sent)
     asked = Counter(each["path"] for each in server.journal("request", client))
     chats = "/v1/messages" if client == "anthropic" else "/v1/chat/completions"
     assert asked[chats] == 6 and set(asked.values()) <= {6, 1}
@@ -12429,13 +12358,6 @@ WEBUI = {  # what Open WebUI sends with each request, a GET too
     "Accept-Encoding": "gzip, deflate, br",
     "User-Agent": "Python/3.11 aiohttp/3.14.5",
 }
-ROO = {  # Roo Code's list of models
-    "Accept": "application/json, text/plain, */*",
-    "Authorization": "Bearer secret",
-    "HTTP-Referer": "https://github.com/RooVetGit/Roo-Cline",
-    "X-Title": "Roo Code",
-    "User-Agent": "RooCode/3.36.0",
-}
 WEBUI_FILE = CLIENT_FILE + "[m]\ncmd = FAKE\n[bad]\ncmd = FAKE --load-exit 3\n"
 
 
@@ -12445,13 +12367,13 @@ def test_open_webuis_calls_do_what_it_expects():
             listed = client.ask("GET", path, None, WEBUI).json()["data"]
             states = {each["id"]: each["status"]["value"] for each in listed}
             assert states == {"m": "unloaded", "bad": "unloaded"}
-        assert client.ask("POST", "/models/load", {"model": "m"}, WEBUI).status == 200
+        with Stream(server.port, "/models/sse", None, WEBUI) as news:
+            answer = client.ask("POST", "/models/load", {"model": "m"}, WEBUI)
+            assert answer.json() == {"success": True}
+            assert next(news.documents())["model"] == "m"
         with Stream(server.port, CHAT, chat_body("m", stream=True), WEBUI) as stream:
             assert stream.headers["content-type"].startswith("text/event-stream")
             assert stream.text().endswith("word2")
-        texts = {"model": "m", "input": ["four", "eight888"]}
-        answer = client.ask("POST", "/v1/embeddings", texts, WEBUI).json()
-        assert [each["embedding"][0] for each in answer["data"]] == [0.5, 1.0]
         speech = {"model": "m", "input": "Good day", "voice": "alloy"}
         told = client.ask("POST", "/v1/audio/speech", speech, WEBUI).json()
         assert json.loads(told["body"]) == speech
@@ -12461,18 +12383,7 @@ def test_open_webuis_calls_do_what_it_expects():
         assert answer.status == 502 and "exited with status 3" in answer.message()
         answer = client.ask("POST", "/models/unload", {"model": "m"}, WEBUI)
         assert answer.json() == {"success": True}
-
-
-def test_open_webui_and_roo_code_read_the_list_and_errors():
-    with Llmswap(WEBUI_FILE) as server:
-        listed = server.get("/v1/models", ROO).json()["data"]
-        assert [each["id"] for each in listed] == ["m", "bad"]
-        with Stream(server.port, "/models/sse", None, WEBUI) as news:
-            body = {"model": "m"}
-            assert server.ask("POST", "/models/load", body, WEBUI).json()["success"]
-            events = news.documents()
-            assert next(events)["model"] == "m"
-        download = server.ask("POST", "/models", {"model": "org/name"}, WEBUI)
+        download = client.ask("POST", "/models", {"model": "org/name"}, WEBUI)
         assert download.status == 405 and "POST" in download.message()
 
 
@@ -12497,7 +12408,6 @@ def test_open_webuis_audio_comes_in_chunks_of_unknown_length():
 # Other pages, and llama-server's own
 
 
-# What a page of another origin gets: of its own server it would all be this easy.
 FROM_A_PAGE = """\
 (async () => {{
   const ask = async (path, body, key = "secret") => {{
@@ -12548,12 +12458,12 @@ def test_a_page_of_another_origin_gets_and_causes_nothing(browser):
     with Llmswap(text) as server:
         asked = f"fetch('{server.url}/v1/models').catch((error) => error.name)"
         assert browser.value(asked) == "TypeError"
-        simple = "{method: 'POST', mode: 'no-cors', body: '{\"model\": \"b\"}'}"
-        for path in (CHAT, "/models/load"):
-            browser.value(f"fetch('{server.url}{path}', {simple}).then((a) => a.type)")
-        for path in ("/unload", "/upstream/b/"):
-            linked = "{mode: 'no-cors'}"
-            browser.value(f"fetch('{server.url}{path}', {linked}).then((a) => a.type)")
+        post = "{method: 'POST', mode: 'no-cors', body: '{\"model\": \"b\"}'}"
+        link = "{mode: 'no-cors'}"
+        for path, way in (
+            (CHAT, post), ("/models/load", post), ("/unload", link), ("/upstream/b/", link),
+        ):  # fmt: skip
+            browser.value(f"fetch('{server.url}{path}', {way}).then((a) => a.type)")
         assert server.journal() == [] and server.loaded() == []
         statuses = metrics_of(server.get("/metrics").body.decode())
         assert statuses["llmswap_requests_total", "model", "", "status", "403"] >= 2
