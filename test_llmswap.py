@@ -12216,7 +12216,7 @@ TOOL_WISH = {
     "tools": [{"type": "function", "function": {"name": "tool0", "parameters": {
         "type": "object", "properties": {"a": {"type": "integer"}}}}}],
 }  # fmt: skip
-BUSY_WISH = {"status": 503}
+BUSY_WISH, ONE_RETRY = {"status": 503}, {"retries": 1}
 CUT_WISH = {"cut": "boundary", "tokens": 4}
 CUT_EVENT_WISH = {"cut": "mid-event", "tokens": 4}
 REAL_WISH = {"ignore_eos": True, "temperature": 0, "max_tokens": 4}
@@ -12229,7 +12229,7 @@ CLIENT_CASES = {  # the call, the model, what is sent along, options; the result
     "wrong key": ("whole", "{}", {}, {"key": "wrong"}, ["AuthenticationError", 401]),
     "large body": ("whole", "{}", {"x": "x" * 2**20}, {}, ["APIStatusError", 413]),
     "failed load": ("whole", "bad-{}", {}, {}, ["InternalServerError", 502]),
-    "busy": ("whole", "busy-{}", BUSY_WISH, {"retries": 1}, ["InternalServerError", 503]),
+    "busy": ("whole", "busy-{}", BUSY_WISH, ONE_RETRY, ["InternalServerError", 503]),
     "cut stream": ("flow", "{}", CUT_WISH, {}, ["APIError", None]),
     "cut event": ("flow", "{}", CUT_EVENT_WISH, {}, ["RemoteProtocolError", None]),
     "embeds": ("embeds", "{}", ["four", "eight888"], {}, [[8, 0.5], [8, 1.0]]),
@@ -12460,9 +12460,8 @@ def test_a_page_of_another_origin_gets_and_causes_nothing(browser):
         assert browser.value(asked) == "TypeError"
         post = "{method: 'POST', mode: 'no-cors', body: '{\"model\": \"b\"}'}"
         link = "{mode: 'no-cors'}"
-        for path, way in (
-            (CHAT, post), ("/models/load", post), ("/unload", link), ("/upstream/b/", link),
-        ):  # fmt: skip
+        foreign = {CHAT: post, "/models/load": post, "/unload": link, "/upstream/b/": link}
+        for path, way in foreign.items():
             browser.value(f"fetch('{server.url}{path}', {way}).then((a) => a.type)")
         assert server.journal() == [] and server.loaded() == []
         statuses = metrics_of(server.get("/metrics").body.decode())
