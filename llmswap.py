@@ -8103,7 +8103,6 @@ OPEN_PATHS = ("/", "/health", "/v1/health")  # need no key
 IDLE_TIMEOUT_PARAMETERS = ("keep_alive", "ttl")  # Ollama's and LM Studio's
 KEY_FIELDS = frozenset(("authorization", "x-api-key", "api-key"))
 NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
-NO_EDITS = BodyEdits()
 JSON_TYPE = ("content-type", "application/json; charset=utf-8")
 TEXT_TYPE = ("content-type", "text/plain; charset=utf-8")
 
@@ -8771,7 +8770,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Return the request as the backend is to get it."""
         body, edits = self.body, _edits_of(model, info)
         length = body.length
-        if info.is_json and edits is not NO_EDITS:
+        if info.is_json and edits != BodyEdits():
             held = [edited_json(info.members, edits)]
         elif info.model is not None and edits.model is not None:
             view, (start, end) = memoryview(body.held), info.span
@@ -8868,12 +8867,10 @@ def _repair_of(answer):
 
 def _edits_of(model, info):
     settings = model.settings
-    removed = [name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members]
-    removed.extend(settings.strip_params)
-    if not (removed or settings.model_name or settings.set_params):
-        return NO_EDITS
+    removed = {name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members}
+    removed.update(settings.strip_params)
     name = settings.model_name or None
-    return BodyEdits(name, settings.set_params, frozenset(removed))
+    return BodyEdits(name, settings.set_params or {}, frozenset(removed))
 
 
 def _idle_timeout_in(members):
