@@ -4954,7 +4954,8 @@ LINES_LIMIT = 100  # header lines; as Apache's LimitRequestFields
 HEAD_SECONDS = 10.0  # for a whole head once its first byte is there
 STALL_SECONDS = 60.0  # without a byte in the middle of a body; as nginx
 MAX_UNREAD_BODY = 1 << 20  # bytes of a body that are read although nobody needs them
-READ_SIZE = 1 << 14  # bytes read at once of heads and streams, which wait in numbers
+READ_SIZE = 1 << 13  # bytes read at once of heads and most answers
+STREAM_READ_SIZE = 1 << 11  # the same of streams, which wait in numbers
 BUFFER_SIZE = 1 << 18  # bytes read at once of long bodies
 EARLY_HEAD_AFTER = 3.0  # s; until then a failure keeps its true status
 COMMENT = b":\n\n"
@@ -5641,7 +5642,7 @@ class UpstreamResponse:
         """Events are passed on by whole chunks, so that a cut falls between them."""
         decoder, part, is_whole = ChunkDecoder(), b"", self.head.is_event_stream
         while not decoder.is_done:
-            data = self._wire.receive()
+            data = self._wire.receive(self._read_size())
             if not data:
                 raise Truncated("the connection closed in the middle of an answer")
             payload = part + decoder.feed(data) if part else decoder.feed(data)
@@ -5664,10 +5665,13 @@ class UpstreamResponse:
 
     def _until_close(self):
         while True:
-            piece = self._wire.receive()
+            piece = self._wire.receive(self._read_size())
             if not piece:
                 return
             yield piece
+
+    def _read_size(self):
+        return STREAM_READ_SIZE if self.head.is_event_stream else READ_SIZE
 
     def _end(self, is_clean):
         self.is_over = is_clean and self.head.is_persistent
@@ -9026,7 +9030,7 @@ DRAIN_SECONDS = 30.0  # for requests in flight at the end
 REFUSAL_SECONDS = 1.0  # for those that came too late to be told so
 MORE_TIME = "EXTEND_TIMEOUT_USEC=15000000"  # is what systemd is asked for then
 EXTEND_EVERY = 5.0  # s; so often
-M_ARENA_MAX = -8  # of malloc.h
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of malloc.h
 MAX_DESCRIPTORS = 65536
 MAX_CONNECTIONS = 4096
 MAX_REFUSALS = 32  # that are given the time to read why they must leave
@@ -9773,9 +9777,10 @@ def _painted(text, colour):
 
 
 def prepare_process():
-    """Open descriptors 0 to 2 if they are closed, and keep malloc to one arena.
+    """Open descriptors 0 to 2 if they are closed, and have malloc give memory back.
 
-    Of several arenas each keeps the most that it ever held.
+    Of several arenas each keeps the most that it ever held; blocks beyond a fixed
+    threshold are returned to the system as soon as they are free.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(descriptor, True)
@@ -9785,7 +9790,9 @@ def prepare_process():
     with contextlib.suppress(AttributeError, OSError):  # not every C library has it
         import ctypes
 
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_ARENA_MAX, 1)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
