@@ -63,6 +63,7 @@ import socketserver
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -9636,6 +9637,20 @@ class Parrot(socketserver.BaseRequestHandler):
 # -- starting and ending ---------------------------------------------------------------
 
 
+def keys_text() -> str:
+    """Return every key with its default and its meaning."""
+    lines = []
+    for title, keys in (("[llmswap]", PROXY_KEYS), ("a model, or [*]", MODEL_KEYS)):
+        lines.append(f"Keys of {title}:\n")
+        for key in keys:
+            lines.append(f"  {key.name} = {key.default}".rstrip())
+            help = key.help.replace("`", "")
+            lines.append(textwrap.fill(help, 88, initial_indent=" " * 6,
+                                       subsequent_indent=" " * 6))  # fmt: skip
+        lines.append("")
+    return "\n".join(lines)
+
+
 def parse_args(argv: List[str]):
     """Return the arguments; exit with status 2 and a usage if they make no sense."""
     import argparse
@@ -9655,6 +9670,9 @@ def parse_args(argv: List[str]):
     parser.add_argument(
         "--units", action="store_true", help="print systemd user units for this file"
     )
+    parser.add_argument(
+        "--keys", action="store_true", help="print every key, its default and meaning"
+    )
     parser.add_argument("--verbose", action="store_true", help="log what models write")
     parser.add_argument("--version", action="version", version=f"llmswap {VERSION}")
     parser.add_argument(
@@ -9662,7 +9680,7 @@ def parse_args(argv: List[str]):
     )
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if not args.file and not args.parrot:
+    if not (args.file or args.parrot or args.keys):
         parser.error("which INI file? (try: llmswap.py example.ini)")
     return args
 
@@ -9801,6 +9819,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     if args.parrot:
         return _run_parrot(args.port or 8090)
+    if args.keys:
+        print(keys_text(), end="")
+        return 0
     try:
         config = load_config(args.file, args.listen, args.models_max)
     except ConfigError as error:
