@@ -2145,7 +2145,7 @@ class Scheduler:
 
 
 # ==================================================================================
-# 4  Backends: one life of one model server, told in one place from spawn to death.
+# 4  Backends: one run of one model server, from its start to its end.
 #    Never knows the Scheduler, the Pool, clients or other models.
 #
 #        _spawn ──> _await_healthy ──> _supervise ──> _terminate
@@ -2167,15 +2167,14 @@ NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20  # of Linux's sock_diag(7)
 NETLINK_DUMP = 0x301  # of netlink(7)
 LISTENING = 1 << 10  # of the kernel's tcp_states.h
 PORT_TRIES = 3
-SO_MEMINFO, TCP_ESTABLISHED = 55, 1  # of Linux's socket(7) and tcp(7)
-ACTIVITY_INTERVAL = 1.0  # s; so often a silent load is looked at for signs of life
+ACTIVITY_INTERVAL = 1.0  # s between two looks at what a silent load has read
 
 
 def free_port() -> int:
     """Return a port that is free on loopback now, outside the ephemeral range if
     possible.
 
-    UpstreamRequest connections never take a port from outside that range.
+    Outgoing connections never take a port from outside that range.
     """
     import random  # 1 ms, which the start need not wait for
 
@@ -2244,7 +2243,7 @@ class Waker:
             os.close(fd)
 
 
-# -- whose port is it? -----------------------------------------------------------------
+# -- listeners and processes -----------------------------------------------------------
 
 
 def listening_inodes(port: int) -> Set[int]:
@@ -2258,7 +2257,7 @@ def listening_inodes(port: int) -> Set[int]:
                 elif not any(address) or address.endswith(b"\xff\xff\x7f\0\0\1"):
                     wild.add(inode)
         except (AttributeError, OSError):
-            continue  # not Linux, or not allowed here: who accepts is believed
+            continue  # not Linux, or not allowed here: any listener is believed
     return exact or wild
 
 
@@ -2308,42 +2307,41 @@ def _all_processes():
 
 
 class ProcessStat(NamedTuple):
-    """What /proc says of a process: state is a letter, start in ticks since boot,
-    resident in pages, processor the one it ran on last."""
+    """What /proc says of a process: `state` is a letter, `start` in ticks since boot,
+    `resident` in pages."""
 
     state: str
     group: int
     session: int
     start: int
     resident: int
-    processor: int
 
 
 def process_stat(pid: Union[int, str]) -> Optional[ProcessStat]:
-    """Return it, or None where there is no such process or no /proc."""
+    """Return what /proc says of the process, or None if it has ended."""
     headers = read_text_or_empty(f"/proc/{pid}/stat").rpartition(")")[2].split()
     if not headers:
         return None
-    return ProcessStat(headers[0], *(int(headers[at]) for at in (2, 3, 19, 21, 36)))
+    return ProcessStat(headers[0], *(int(headers[at]) for at in (2, 3, 19, 21)))
 
 
 def _all_stats():
-    """Yield each process that there is, and what /proc says of it."""
+    """Yield each process and its ProcessStat."""
     for pid in _all_processes():
         stat = process_stat(pid)
-        if stat:  # else it ended meanwhile
+        if stat:
             yield pid, stat
 
 
 def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[str]:
-    """Return who has these listeners if it is not the child's process group, else None.
+    """Return the name of a process outside the child's group that has a listener.
 
-    `may_hide`: the listener may be somebody else's (a container engine's) if it cannot
-    be seen or is not older than the child. Where even the child's own sockets cannot
-    be seen, the listener is believed.
+    `may_hide`: the listener may belong to another process (a container engine) if it
+    cannot be seen or is not older than the child. If not even the child's own sockets
+    can be seen, any listener is believed.
     """
     birth = process_stat(child)
-    if birth is None:  # it ended and was reaped since it was looked at
+    if birth is None:  # the child has ended and was reaped meanwhile
         return "another process" if inodes else None
     for inode in inodes:
         holder = holder_of(inode, [child])
@@ -2513,7 +2511,7 @@ def set_socket_timeouts(sock: socket.socket):
 
 
 def _has_heard(sock, seconds):
-    """Whether bytes came on it within so many seconds; False where nobody tells."""
+    """Whether bytes came within so many seconds; False if the kernel cannot tell."""
     try:
         told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
         (silence,) = struct.unpack_from("=I", told, 52)  # ms; counts from its opening
@@ -2529,27 +2527,18 @@ def _is_quiet(sock):
         waiter = select.poll()
         waiter.register(sock, select.POLLIN)
         return not (sock.pending() or waiter.poll(0))
-    try:  # to read these lets no other thread run, as a look with recv() does
-        (state,) = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-        unread = sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 4)
-        return state == TCP_ESTABLISHED and not any(unread)
-    except (AttributeError, OSError):
-        pass  # not Linux, or an old one
     try:
-        sock.recv(1, _PEEK)
+        sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:
         return True
-    except (OSError, ValueError):
-        return False
+    except OSError:
+        pass
     return False
-
-
-_PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)  # to join the flags takes 3 us
 
 
 @functools.lru_cache(maxsize=None)
 def _tls_context():
-    import ssl  # 3 MB that only https upstreams pay for
+    import ssl
 
     return ssl.create_default_context()
 
@@ -2574,8 +2563,8 @@ for group in $groups; do kill -s TERM -- "-$group"; done
 for group in $groups; do kill -s KILL -- "-$group"; done
 """
 
-# The child tells the guard its group before it becomes the model server: whoever dies
-# when, there is no moment at which the server runs and the guard does not know it.
+# The child tells the guard its group before it becomes the model server, so there is no
+# moment at which the server runs and the guard does not know it.
 SPAWN_SCRIPT = r"""
 echo "+ $$" >&0
 { echo "$1" >/proc/self/oom_score_adj; } 2>/dev/null
@@ -3522,8 +3511,8 @@ def _gpu_tools():
 
 
 def gpu_users(timeout=2.0) -> List[Tuple[int, int]]:
-    """Return (process, bytes) of who holds memory of a GPU, as the vendor's tool has
-    them; 0 bytes where it does not say how many."""
+    """Return (pid, bytes) of the processes that hold GPU memory, as the vendor's tool
+    tells; 0 bytes where it does not say how many."""
     return [
         (int(pid), int(amount or 0) * unit)
         for command, row, unit in _gpu_tools()
@@ -3548,10 +3537,7 @@ def settle(pids: Set[int], timeout: float):
 
 
 class MemoryWatch:
-    """Memory of process groups, looked up once for all who ask within a moment.
-
-    Any thread; two that ask at the same time may both look.
-    """
+    """Memory of process groups, looked up at most once in a moment. Any thread."""
 
     def __init__(self):
         self._seen = {}  # by what looks: when it did, and what it found
