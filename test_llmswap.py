@@ -6597,7 +6597,7 @@ def test_a_head_may_have_a_hundred_lines_and_no_more():
 
 def test_who_sends_a_head_byte_by_byte_is_late_as_well():
     with pair() as (ours, theirs):
-        wire = llmswap.SocketReader(ours, llmswap.Deadline(0.05, llmswap.RequestTimeout("late")))
+        wire = llmswap.SocketReader(ours, llmswap.StallMonitor(0.05, llmswap.RequestTimeout("late")))
 
         def trickle():
             try:
@@ -7010,7 +7010,7 @@ def test_a_form_made_to_be_slow_is_read_in_linear_time():
         head = (
             b"--x\r\n" + b"Content-Disposition: form-data;" * count + b"\r\n\r\n\r\n--x"
         )
-        assert llmswap._named_in_multipart(head, True, b"x").model is None
+        assert llmswap._find_in_multipart(head, True, b"x").model is None
 
     assert seconds_of(lambda: read(30000)) < 0.1
 
@@ -17377,7 +17377,7 @@ def fuzz_parse_answer(dice):
         fuzz_require(error, data, method, problem, found)
         return "refused"
     fuzz_require(found, data, method, error, payload)
-    got = answer.status, answer.head.reason, answer.head.headers, payload
+    got = answer.status, answer.reason, answer.headers, payload
     _, status, reason = found.start
     expected = status, reason.decode("latin-1"), fuzz_told(found), found.body
     fuzz_require(got == expected, data, method, got, expected)
