@@ -5078,26 +5078,14 @@ def send_all(sock: socket.socket, data, monitor: StallMonitor):
 def has_disconnected(sock: socket.socket) -> bool:
     """Return whether the other side closed the connection, if only for sending."""
     waiter = select.poll()
-    waiter.register(sock, _HANG_UP)
-    if not waiter.poll(0):
-        return False
-    if _HANG_UP != select.POLLIN:
-        return True
-    try:  # not Linux: bytes that nobody has read yet hide the end
-        return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except OSError as error:
-        return not isinstance(error, BlockingIOError)
-
-
-_HANG_UP = getattr(select, "POLLRDHUP", select.POLLIN)
+    waiter.register(sock, getattr(select, "POLLRDHUP", select.POLLHUP))
+    return bool(waiter.poll(0))
 
 
 # -- heads -----------------------------------------------------------------------------
 
 _EMPTY_LINES = re.compile(rb"(?:\r\n)+")
-_ILLEGAL_IN_HEAD = re.compile(
-    rb"(?<!\r)\n|\r(?=[^\n])|[\x00-\x08\x0b\x0c\x0e-\x1f]"
-)
+_ILLEGAL_IN_HEAD = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _TEXT = rb"[\t\x20-\x7e\x80-\xff]*"
 _HEADER_LINE = rb"%b:%b\r\n" % (_TOKEN, _TEXT)
@@ -5553,13 +5541,12 @@ class UpstreamResponse(Head):
     def __init__(self, reader: SocketReader, method: str):
         self._reader = reader
         self.is_over = False  # read to its end, and the connection can serve another
-        self.status = 100
-        interim = 0
-        while self.status < 200 and self.status != 101:
+        for _ in range(LINES_LIMIT):
             self._read_head()
-            interim += 1
-            if interim > LINES_LIMIT:
-                raise Truncated("its answer is not HTTP: interim answers without end")
+            if self.status >= 200 or self.status == 101:
+                break
+        else:
+            raise Truncated("its answer is not HTTP: interim answers without end")
         self.is_event_stream = is_event_stream(self._first)
         if self.status in (101, 204, 304):
             self.framing = NO_BODY
@@ -5614,16 +5601,14 @@ class UpstreamResponse(Head):
         self._reader.held = decoder.rest + self._reader.held
 
     def _plain(self):
-        left = self.framing.length
-        while left != 0:
-            size = READ_SIZE if left is None else min(left, BUFFER_SIZE)
-            piece = self._reader.receive(size)
-            if not piece and left is None:
+        left = math.inf if self.framing == UNTIL_CLOSE else self.framing.length
+        while left:
+            piece = self._reader.receive(min(left, BUFFER_SIZE))
+            if not piece and self.framing == UNTIL_CLOSE:
                 return
             if not piece:
                 raise Truncated(f"the connection closed {left} bytes before the end")
-            if left is not None:
-                left -= len(piece)
+            left -= len(piece)
             yield piece
 
 
@@ -5969,7 +5954,9 @@ def _pass_on(answer, backend, reply, transform):
 
 def _response_headers(answer):
     headers = [
-        each for each in answer.end_to_end if not each[0].startswith("access-control-")
+        (name, value)
+        for name, value in answer.end_to_end
+        if not name.startswith("access-control-")
     ]
     if answer.is_event_stream and not answer.get("x-accel-buffering"):
         headers.append(("x-accel-buffering", "no"))  # else nginx collects the events
