@@ -63,6 +63,7 @@ import socketserver
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -2144,7 +2145,7 @@ class Scheduler:
 
 
 # ==================================================================================
-# 4  Backends: one life of one model server, told in one place from spawn to death.
+# 4  Backends: one run of one model server, from its start to its end.
 #    Never knows the Scheduler, the Pool, clients or other models.
 #
 #        _spawn ──> _await_healthy ──> _supervise ──> _terminate
@@ -2166,15 +2167,14 @@ NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20  # of Linux's sock_diag(7)
 NETLINK_DUMP = 0x301  # of netlink(7)
 LISTENING = 1 << 10  # of the kernel's tcp_states.h
 PORT_TRIES = 3
-SO_MEMINFO, TCP_ESTABLISHED = 55, 1  # of Linux's socket(7) and tcp(7)
-ACTIVITY_INTERVAL = 1.0  # s; so often a silent load is looked at for signs of life
+ACTIVITY_INTERVAL = 1.0  # s between two looks at what a silent load has read
 
 
 def free_port() -> int:
     """Return a port that is free on loopback now, outside the ephemeral range if
     possible.
 
-    UpstreamRequest connections never take a port from outside that range.
+    Outgoing connections never take a port from outside that range.
     """
     import random  # 1 ms, which the start need not wait for
 
@@ -2243,7 +2243,7 @@ class Waker:
             os.close(fd)
 
 
-# -- whose port is it? -----------------------------------------------------------------
+# -- listeners and processes -----------------------------------------------------------
 
 
 def listening_inodes(port: int) -> Set[int]:
@@ -2257,7 +2257,7 @@ def listening_inodes(port: int) -> Set[int]:
                 elif not any(address) or address.endswith(b"\xff\xff\x7f\0\0\1"):
                     wild.add(inode)
         except (AttributeError, OSError):
-            continue  # not Linux, or not allowed here: who accepts is believed
+            continue  # not Linux, or not allowed here: any listener is believed
     return exact or wild
 
 
@@ -2307,42 +2307,41 @@ def _all_processes():
 
 
 class ProcessStat(NamedTuple):
-    """What /proc says of a process: state is a letter, start in ticks since boot,
-    resident in pages, processor the one it ran on last."""
+    """What /proc says of a process: `state` is a letter, `start` in ticks since boot,
+    `resident` in pages."""
 
     state: str
     group: int
     session: int
     start: int
     resident: int
-    processor: int
 
 
 def process_stat(pid: Union[int, str]) -> Optional[ProcessStat]:
-    """Return it, or None where there is no such process or no /proc."""
+    """Return what /proc says of the process, or None if it has ended."""
     headers = read_text_or_empty(f"/proc/{pid}/stat").rpartition(")")[2].split()
     if not headers:
         return None
-    return ProcessStat(headers[0], *(int(headers[at]) for at in (2, 3, 19, 21, 36)))
+    return ProcessStat(headers[0], *(int(headers[at]) for at in (2, 3, 19, 21)))
 
 
 def _all_stats():
-    """Yield each process that there is, and what /proc says of it."""
+    """Yield each process and its ProcessStat."""
     for pid in _all_processes():
         stat = process_stat(pid)
-        if stat:  # else it ended meanwhile
+        if stat:
             yield pid, stat
 
 
 def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[str]:
-    """Return who has these listeners if it is not the child's process group, else None.
+    """Return the name of a process outside the child's group that has a listener.
 
-    `may_hide`: the listener may be somebody else's (a container engine's) if it cannot
-    be seen or is not older than the child. Where even the child's own sockets cannot
-    be seen, the listener is believed.
+    `may_hide`: the listener may belong to another process (a container engine) if it
+    cannot be seen or is not older than the child. If not even the child's own sockets
+    can be seen, any listener is believed.
     """
     birth = process_stat(child)
-    if birth is None:  # it ended and was reaped since it was looked at
+    if birth is None:  # the child has ended and was reaped meanwhile
         return "another process" if inodes else None
     for inode in inodes:
         holder = holder_of(inode, [child])
@@ -2512,7 +2511,7 @@ def set_socket_timeouts(sock: socket.socket):
 
 
 def _has_heard(sock, seconds):
-    """Whether bytes came on it within so many seconds; False where nobody tells."""
+    """Whether bytes came within so many seconds; False if the kernel cannot tell."""
     try:
         told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
         (silence,) = struct.unpack_from("=I", told, 52)  # ms; counts from its opening
@@ -2528,27 +2527,18 @@ def _is_quiet(sock):
         waiter = select.poll()
         waiter.register(sock, select.POLLIN)
         return not (sock.pending() or waiter.poll(0))
-    try:  # to read these lets no other thread run, as a look with recv() does
-        (state,) = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-        unread = sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 4)
-        return state == TCP_ESTABLISHED and not any(unread)
-    except (AttributeError, OSError):
-        pass  # not Linux, or an old one
     try:
-        sock.recv(1, _PEEK)
+        sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:
         return True
-    except (OSError, ValueError):
-        return False
+    except OSError:
+        pass
     return False
-
-
-_PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)  # to join the flags takes 3 us
 
 
 @functools.lru_cache(maxsize=None)
 def _tls_context():
-    import ssl  # 3 MB that only https upstreams pay for
+    import ssl
 
     return ssl.create_default_context()
 
@@ -2573,8 +2563,8 @@ for group in $groups; do kill -s TERM -- "-$group"; done
 for group in $groups; do kill -s KILL -- "-$group"; done
 """
 
-# The child tells the guard its group before it becomes the model server: whoever dies
-# when, there is no moment at which the server runs and the guard does not know it.
+# The child tells the guard its group before it becomes the model server, so there is no
+# moment at which the server runs and the guard does not know it.
 SPAWN_SCRIPT = r"""
 echo "+ $$" >&0
 { echo "$1" >/proc/self/oom_score_adj; } 2>/dev/null
@@ -3521,8 +3511,8 @@ def _gpu_tools():
 
 
 def gpu_users(timeout=2.0) -> List[Tuple[int, int]]:
-    """Return (process, bytes) of who holds memory of a GPU, as the vendor's tool has
-    them; 0 bytes where it does not say how many."""
+    """Return (pid, bytes) of the processes that hold GPU memory, as the vendor's tool
+    tells; 0 bytes where it does not say how many."""
     return [
         (int(pid), int(amount or 0) * unit)
         for command, row, unit in _gpu_tools()
@@ -3547,10 +3537,7 @@ def settle(pids: Set[int], timeout: float):
 
 
 class MemoryWatch:
-    """Memory of process groups, looked up once for all who ask within a moment.
-
-    Any thread; two that ask at the same time may both look.
-    """
+    """Memory of process groups, looked up at most once in a moment. Any thread."""
 
     def __init__(self):
         self._seen = {}  # by what looks: when it did, and what it found
@@ -4954,7 +4941,8 @@ LINES_LIMIT = 100  # header lines; as Apache's LimitRequestFields
 HEAD_SECONDS = 10.0  # for a whole head once its first byte is there
 STALL_SECONDS = 60.0  # without a byte in the middle of a body; as nginx
 MAX_UNREAD_BODY = 1 << 20  # bytes of a body that are read although nobody needs them
-READ_SIZE = 1 << 14  # bytes read at once of heads and streams
+READ_SIZE = 1 << 13  # bytes read at once of heads and most answers
+STREAM_READ_SIZE = 1 << 11  # the same of streams, which wait in numbers
 BUFFER_SIZE = 1 << 18  # bytes read at once of long bodies
 EARLY_HEAD_AFTER = 3.0  # s; until then a failure keeps its true status
 COMMENT = b":\n\n"
@@ -5548,6 +5536,7 @@ class UpstreamResponse(Head):
         else:
             raise Truncated("its answer is not HTTP: interim answers without end")
         self.is_event_stream = is_event_stream(self._first)
+        self._read_size = STREAM_READ_SIZE if self.is_event_stream else READ_SIZE
         if self.status in (101, 204, 304):
             self.framing = NO_BODY
         self.length = self.framing.length
@@ -5588,7 +5577,7 @@ class UpstreamResponse(Head):
         """Yield events by whole chunks, so that a cut falls between them."""
         decoder, part = ChunkDecoder(), b""
         while not decoder.is_done:
-            data = self._reader.receive()
+            data = self._reader.receive(self._read_size)
             if not data:
                 raise Truncated("the connection closed in the middle of an answer")
             payload = part + decoder.feed(data)
@@ -5601,10 +5590,12 @@ class UpstreamResponse(Head):
         self._reader.held = decoder.rest + self._reader.held
 
     def _plain(self):
-        left = math.inf if self.framing == UNTIL_CLOSE else self.framing.length
+        left, size = self.framing.length, BUFFER_SIZE
+        if left is None:
+            left, size = math.inf, self._read_size
         while left:
-            piece = self._reader.receive(min(left, BUFFER_SIZE))
-            if not piece and self.framing == UNTIL_CLOSE:
+            piece = self._reader.receive(min(left, size))
+            if not piece and left == math.inf:
                 return
             if not piece:
                 raise Truncated(f"the connection closed {left} bytes before the end")
@@ -5914,11 +5905,11 @@ def _send(outgoing, upstream, sock, monitor):
         headers.append(("content-length", str(outgoing.length)))
     start = f"{outgoing.method} {upstream.base_path}{outgoing.target} HTTP/1.1"
     head, held = render_head(start, headers), outgoing.held
-    if not is_chunked and sum(map(len, held)) < READ_SIZE:
+    if not is_chunked and sum(map(len, held)) < BUFFER_SIZE:
         head, held = b"".join([head, *held]), ()  # one packet for most requests
-    send_all(sock, head, monitor)
     rest = outgoing.rest.rest() if outgoing.rest is not None else ()
     try:
+        send_all(sock, head, monitor)
         for piece in itertools.chain(held, rest):
             if is_chunked and len(piece):
                 piece = b"%x\r\n%b\r\n" % (len(piece), piece)
@@ -8894,7 +8885,7 @@ DRAIN_SECONDS = 30.0  # for requests in flight at the end
 REFUSAL_SECONDS = 1.0  # for those that came too late to be told so
 MORE_TIME = "EXTEND_TIMEOUT_USEC=15000000"  # is what systemd is asked for then
 EXTEND_EVERY = 5.0  # s; so often
-M_ARENA_MAX = -8  # of malloc.h
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of malloc.h
 MAX_DESCRIPTORS = 65536
 MAX_CONNECTIONS = 4096
 MAX_REFUSALS = 32  # that are given the time to read why they must leave
@@ -9500,6 +9491,20 @@ class Parrot(socketserver.BaseRequestHandler):
 # -- starting and ending ---------------------------------------------------------------
 
 
+def keys_text() -> str:
+    """Return every key with its default and its meaning."""
+    lines = []
+    for title, keys in (("[llmswap]", PROXY_KEYS), ("a model, or [*]", MODEL_KEYS)):
+        lines.append(f"Keys of {title}:\n")
+        for key in keys:
+            lines.append(f"  {key.name} = {key.default}".rstrip())
+            help = key.help.replace("`", "")
+            lines.append(textwrap.fill(help, 88, initial_indent=" " * 6,
+                                       subsequent_indent=" " * 6))  # fmt: skip
+        lines.append("")
+    return "\n".join(lines)
+
+
 def parse_args(argv: List[str]):
     """Return the arguments; exit with status 2 and a usage if they make no sense."""
     import argparse
@@ -9519,6 +9524,9 @@ def parse_args(argv: List[str]):
     parser.add_argument(
         "--units", action="store_true", help="print systemd user units for this file"
     )
+    parser.add_argument(
+        "--keys", action="store_true", help="print every key, its default and meaning"
+    )
     parser.add_argument("--verbose", action="store_true", help="log what models write")
     parser.add_argument("--version", action="version", version=f"llmswap {VERSION}")
     parser.add_argument(
@@ -9526,7 +9534,7 @@ def parse_args(argv: List[str]):
     )
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if not args.file and not args.parrot:
+    if not (args.file or args.parrot or args.keys):
         parser.error("which INI file? (try: llmswap.py example.ini)")
     return args
 
@@ -9641,9 +9649,10 @@ def _painted(text, colour):
 
 
 def prepare_process():
-    """Open descriptors 0 to 2 if they are closed, and keep malloc to one arena.
+    """Open descriptors 0 to 2 if they are closed, and have malloc give memory back.
 
-    Of several arenas each keeps the most that it ever held.
+    Of several arenas each keeps the most that it ever held; blocks beyond a fixed
+    threshold are returned to the system as soon as they are free.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(descriptor, True)
@@ -9653,7 +9662,9 @@ def prepare_process():
     with contextlib.suppress(AttributeError, OSError):  # not every C library has it
         import ctypes
 
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_ARENA_MAX, 1)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -9662,6 +9673,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     if args.parrot:
         return _run_parrot(args.port or 8090)
+    if args.keys:
+        print(keys_text(), end="")
+        return 0
     try:
         config = load_config(args.file, args.listen, args.models_max)
     except ConfigError as error:

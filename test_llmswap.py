@@ -2,7 +2,7 @@
 """The tests of llmswap, with a client, a fake model server and a benchmark for them.
 
     python3 -m pytest test_llmswap.py      the tests; see .ci/run for what more they use
-    python3 test_llmswap.py test           the same on all cores, in half the time
+    python3 -m pytest -n auto ...          the same on all cores, with pytest-xdist
     python3 test_llmswap.py --port N       the fake model server that they spawn
     python3 test_llmswap.py bench          the benchmark; see bench --help
     python3 test_llmswap.py soak           random clients, kills and reloads
@@ -103,7 +103,8 @@ LLMSWAP = os.environ.get("LLMSWAP") or str(HERE.with_name("llmswap.py"))
 LLAMA_SERVER = os.environ.get("LLAMA_SERVER")  # a real one; without it, tests skip
 CHAT = "/v1/chat/completions"
 FAMILY = "TEST_FAMILY"  # an environment variable by which a test knows its processes
-SHARE, SHARES = map(int, os.environ.get("TEST_SHARE", "0/1").split("/"))
+SHARE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])  # of tests and ports
+SHARES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 
 class BrokenAnswer(Exception):
@@ -687,17 +688,6 @@ def test_functions_and_lines_are_short_and_imports_are_of_the_standard_library()
             assert not known or node.module.partition(".")[0] in known
 
 
-def test_every_test_is_in_one_share_beside_those_that_share_a_dear_fixture():
-    found = re.findall(
-        r'@pytest.fixture\(scope="module"\)\ndef (\w+)', HERE.read_text()
-    )
-    assert sorted(found) == sorted(DEAR_FIXTURES)
-    names = [("test_a", ["swap"]), ("test_b", []), ("test_c", ["swap"]), ("test_b", [])]
-    items = [SimpleNamespace(originalname=n, fixturenames=f) for n, f in names]
-    groups = suite_groups(items)
-    assert groups == [[items[0], items[2]], [items[1], items[3]]]
-
-
 def readme_text():
     return HERE.with_name("README.md").read_text()
 
@@ -709,19 +699,16 @@ def section(title):
     return re.split(r"^##", text, flags=re.MULTILINE)[0]
 
 
-def keys_table(keys):
-    """The rows as a table in Markdown."""
-    lines = ["| key | default | meaning |", "|---|---|---|"]
+def test_all_keys_are_printed_and_those_that_the_readme_names_exist():
+    printed = subprocess.check_output([sys.executable, LLMSWAP, "--keys"], text=True)
+    keys = llmswap.PROXY_KEYS + llmswap.MODEL_KEYS
     for key in keys:
-        default = f"`{key.default}`" if key.default else ""
-        lines.append(f"| `{key.name}` | {default} | {key.help} |")
-    return "\n".join(lines) + "\n"
-
-
-def test_the_readme_has_the_tables_of_all_keys():
-    readme = readme_text()
-    assert keys_table(llmswap.PROXY_KEYS) in readme
-    assert keys_table(llmswap.MODEL_KEYS) in readme
+        text = " ".join(f"{key.name} = {key.default} {key.help}".split())
+        assert text.replace("`", "") in " ".join(printed.split())
+    table = readme_text().partition("The ten keys")[2].partition("Durations")[0]
+    named = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    names = re.findall(r"`([^`]+)`", " ".join(named))
+    assert len(names) > 9 and set(names) <= {key.name for key in keys}
 
 
 def test_every_file_of_the_readme_is_read_without_warnings(tmp_path):
@@ -741,15 +728,11 @@ runpy.run_path({str(HERE)!r}, run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("command", ["bench", "test"])
-def test_only_the_tests_need_pytest(command):
-    words = [sys.executable, "-c", WITHOUT_PYTEST, command, "--help"]
+def test_only_the_tests_need_pytest():
+    words = [sys.executable, "-c", WITHOUT_PYTEST, "bench", "--help"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    if command == "test":
-        assert (done.returncode, done.stderr) == (2, "The tests need pytest.\n")
-    else:
-        assert (done.returncode, done.stderr) == (0, "")
-        assert f"test_llmswap.py {command}" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "test_llmswap.py bench" in done.stdout
 
 
 def test_the_readme_translates_llama_swaps_keys_into_ours():
@@ -10518,7 +10501,7 @@ def alike(line):
 def test_the_first_screen_of_the_readme_shows_what_happens(tmp_path):
     readme, port = readme_text(), free_port()
     start = re.search(r"\n {4}(python3 llmswap.py example.ini)\n", readme)[1]
-    commands = re.findall(r"^\$ (curl .*)\n(.*)$", readme, re.MULTILINE)
+    commands = re.findall(r"^\$ (curl (?:.*\\\n)*.*)\n(.*\n)", readme, re.MULTILINE)
     told = re.search(r"terminal says.*?```\n(.*?)```", readme, re.DOTALL)[1]
     told = told.replace("\n" + " " * 9, " ").replace(":8080", f":{port}")
     for name in (LLMSWAP, HERE.with_name("example.ini")):
@@ -12615,7 +12598,9 @@ def test_what_systemd_passes_is_used_if_it_listens(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    "count, pid, said", [("1", 1, "without a shell"), ("x", os.getpid(), "no number")]
+    "count, pid, said",
+    [("1", 1, "without a shell"), ("x", os.getpid(), "no number")],
+    ids=["another process", "no number"],
 )
 def test_sockets_that_are_not_for_us_are_not_taken(count, pid, said):
     environ = {"LISTEN_FDS": count, "LISTEN_PID": str(pid), "LISTEN_FDNAMES": "http"}
@@ -15130,6 +15115,7 @@ def bench_upload(bench):
         through = bench_upload_time(bench.proxy.port, data, bench.times(9))
         name = f"upload: 40 MB, the model named {place}"
         yield BenchRow(name, "ms", through, direct, 50)
+    time.sleep(0.5)  # what the last request held is freed after its answer
     resident = bench_resident(bench.proxy.pid)
     yield BenchRow("upload: resident afterwards", "MB", resident, target=35)
 
@@ -17892,110 +17878,11 @@ def faults_main(argv):
 
 
 # ==================================================================================
-# The suite on all cores: some processes of pytest, each runs what is next in the line.
-# ==================================================================================
-
-
-class Share:
-    """A plugin of pytest that runs those groups of tests whose numbers it gets out of a
-    pipe, from which others read as well; the outcome of each test goes into another."""
-
-    def __init__(self, numbers, outcomes):
-        self._numbers, self._outcomes = numbers, outcomes
-
-    def pytest_runtestloop(self, session):
-        """Run tests until no number is left."""
-        if session.testsfailed or session.config.option.collectonly:
-            return None
-        groups = dict(enumerate(suite_groups(session.items)))
-        while number := os.read(self._numbers, 4):
-            for item in groups.get(int.from_bytes(number, "big"), ()):
-                other = session.items[0 if item is session.items[-1] else -1]
-                item.config.hook.pytest_runtest_protocol(item=item, nextitem=other)
-                if session.shouldstop or session.shouldfail:
-                    return True
-        return True
-
-    def pytest_runtest_logreport(self, report):
-        """Tell how a test ended."""
-        if report.when == "call" or report.outcome != "passed":
-            os.write(self._outcomes, report.outcome[0].upper().encode())
-
-
-DEAR_FIXTURES = (
-    "browser", "all_states", "clients", "debian", "real", "swap", "hospital", "guarded",
-    "liar", "repairing", "guard",
-)  # fmt: skip
-
-
-def suite_groups(items):
-    """The tests in groups that share what is dear to set up, and else a function; long
-    ones first."""
-    groups = collections.defaultdict(list)
-    for item in items:
-        shared = [name for name in item.fixturenames if name in DEAR_FIXTURES]
-        groups[(shared or [item.originalname])[0]].append(item)
-    dear = [group for name, group in groups.items() if not name.startswith("test_")]
-    others = [group for name, group in groups.items() if name.startswith("test_")]
-    return sorted(dear, key=len, reverse=True) + others[::-1]
-
-
-def suite_main(argv):
-    """Run the tests with pytest's options `argv` on all cores; the exit status."""
-    if isinstance(pytest, Absent):
-        print("The tests need pytest.", file=sys.stderr)
-        return 2
-    numbers, outcomes = os.pipe(), os.pipe()
-    os.write(numbers[1], b"".join(n.to_bytes(4, "big") for n in range(10000)))
-    os.close(numbers[1])
-    shares = (os.cpu_count() or 1) + 2
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder, str(number)) for number in range(shares)]
-        processes = [
-            suite_process(number, shares, path, (numbers[0], outcomes[1]), argv)
-            for number, path in enumerate(paths)
-        ]
-        os.close(outcomes[1])
-        started, counts = time.monotonic(), Counter()
-        while letters := os.read(outcomes[0], 4096).decode():
-            counts.update(letters)
-            print(letters.replace("P", "."), end="", flush=True)
-        failed = [path for path, each in zip(paths, processes) if each.wait()]
-        for path in failed:
-            print(f"\n{path.read_text()}")
-    names = {"P": "passed", "F": "failed", "S": "skipped"}
-    told = ", ".join(f"{counts[letter]} {names[letter]}" for letter in "PFS")
-    print(f"\n{told} in {time.monotonic() - started:.0f} s on {shares} processes")
-    return 1 if failed or not counts["P"] else 0
-
-
-def suite_process(number, shares, path, pipes, argv):
-    """Start one process of pytest that takes its share."""
-    words = [sys.executable, str(HERE), "share", *map(str, pipes), *argv]
-    environ = {**os.environ, "TEST_SHARE": f"{number}/{shares}"}
-    with open(path, "wb") as log:
-        return subprocess.Popen(
-            words, stdout=log, stderr=log, env=environ, pass_fds=pipes
-        )
-
-
-def suite_share(argv):
-    """Be one of these processes: (numbers, outcomes, options); the exit status."""
-    pipes = [int(each) for each in argv[:2]]
-    for pipe in pipes:
-        os.set_inheritable(pipe, False)
-    options = ["-q", "-p", "no:cacheprovider", *argv[2:], str(HERE)]
-    return int(pytest.main(options, plugins=[Share(*pipes)]))
-
-
-# ==================================================================================
 # The commands
 # ==================================================================================
 
 
 COMMANDS = {
-    "test": suite_main,
-    "share": suite_share,
     "bench": bench_main,
     "soak": soak_main,
     "faults": faults_main,
