@@ -6573,10 +6573,10 @@ def test_a_head_may_have_64_kilobytes_and_100_lines_and_no_more():
 
 
 def test_a_head_sent_byte_by_byte_is_late_as_well():
-    bytes_of_head = [bytes([byte]) for byte in b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 10000]
+    head = b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 9000
     late = llmswap.StallMonitor(0.05, llmswap.RequestTimeout("late"))
     with pytest.raises(llmswap.RequestTimeout):
-        llmswap.SocketReader(Pieces(*bytes_of_head), late).head()
+        llmswap.SocketReader(Pieces(*(bytes([b]) for b in head)), late).head()
 
 
 # Each is answered 400 and goes nowhere: see the doubtful requests of section 9.
@@ -6756,15 +6756,15 @@ def test_after_bad_chunks_nothing_of_that_connection_is_believed():
     assert not body.skip()
 
 
-@pytest.mark.parametrize("version, sent", [("1.1", b"HTTP/1.1 100 Continue\r\n\r\n"), ("1.0", b"")])
-def test_a_client_that_asks_is_told_to_continue_once_its_body_is_wanted(version, sent):
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+def test_a_client_that_asks_is_told_to_continue_once_its_body_is_wanted(version):
     head = POST.replace("1.1", version) + "\nExpect: 100-Continue"
     reader = reader_of(b"hello")
     body = llmswap.Body(reader, request_of(f"{head}\nContent-Length: 5"), 100)
-    if sent:
-        assert not body.can_be_skipped and not body.skip()
-    assert reader.sock.sent == b""
-    assert body.hold(5) and reader.sock.sent == sent  # HTTP/1.0 knows no such thing
+    is_new = version == "1.1"  # HTTP/1.0 knows no such thing
+    assert body.can_be_skipped is not is_new and reader.sock.sent == b""
+    assert body.hold(5)
+    assert reader.sock.sent == (b"HTTP/1.1 100 Continue\r\n\r\n" if is_new else b"")
 
 
 # ---- JSON and forms
@@ -6776,27 +6776,27 @@ def found_in(data, kind="application/json", is_needed=True):
     return llmswap.find_model(body, kind, is_needed), body
 
 
-FORM = "application/x-www-form-urlencoded; charset=x"
+JSON, FORM = "application/json", "application/x-www-form-urlencoded; charset=x"
 
 
 @pytest.mark.parametrize(
     "kind, data, model",
     [
-        ("application/json", '{"model":"a"}', "a"),
-        ("application/json", ' \r\n\t{ "x" : [ {"model":"no"} ] ,\n"model" : "b" } ', "b"),
-        ("application/json", '\ufeff{"model":"a"}', "a"),
-        ("application/json", '{"model":"a","model":"b"}', "b"),
-        ("application/json", '{"\\u006dodel":"a"}', "a"),
-        ("application/json", '{"model":"a\\"\\u00e4\\n\\\\"}', 'a"\u00e4\n\\'),
-        ("application/json", '{"x":"\\"model\\":\\"no\\"","model":"b"}', "b"),
-        ("application/json", '{"x":{"model":"no"}}', None),
-        ("application/json", '{"model":5}', None),
-        ("application/json", '{"model":["a"]}', None),
-        ("application/json", "{}", None),
-        ("application/json", "", None),
-        ("application/json", '{"x":1e400,"y":-0.0e-1,"model":"a"}', "a"),
-        ("application/json", '{"x":"a raw \n newline","model":"a"}', "a"),
-        ("application/json", '{"model":"\\ud800"}', "\ud800"),
+        (JSON, '{"model":"a"}', "a"),
+        (JSON, ' \r\n\t{ "x" : [ {"model":"no"} ] ,\n"model" : "b" } ', "b"),
+        (JSON, '\ufeff{"model":"a"}', "a"),
+        (JSON, '{"model":"a","model":"b"}', "b"),
+        (JSON, '{"\\u006dodel":"a"}', "a"),
+        (JSON, '{"model":"a\\"\\u00e4\\n\\\\"}', 'a"\u00e4\n\\'),
+        (JSON, '{"x":"\\"model\\":\\"no\\"","model":"b"}', "b"),
+        (JSON, '{"x":{"model":"no"}}', None),
+        (JSON, '{"model":5}', None),
+        (JSON, '{"model":["a"]}', None),
+        (JSON, "{}", None),
+        (JSON, "", None),
+        (JSON, '{"x":1e400,"y":-0.0e-1,"model":"a"}', "a"),
+        (JSON, '{"x":"a raw \n newline","model":"a"}', "a"),
+        (JSON, '{"model":"\\ud800"}', "\ud800"),
         (FORM, "model=a%2Fb+c&x=1", "a/b c"),
         (FORM, "x=1&model=%C3%A4", "\u00e4"),
         (FORM, "xmodel=1", None),
@@ -6832,7 +6832,8 @@ def test_a_body_that_is_not_json_is_not_read_if_no_model_is_needed():
         ('{"a":{"x":1}}', {"laid_over": {"a": {"y": 2}}}, '{"a":{"x":1,"y":2}}'),
         ('{"a":{"x":1}}', {"laid_over": {"a": 5}}, '{"a":5}'),
         ('{"a":1,"a":2}', {"laid_over": {"b": 5}}, '{"a":2,"b":5}'),
-        ('{"a":{"x":1}}', {"laid_over": {"a": {"y": 2}}, "removed": {"a"}}, '{"a":{"y":2}}'),
+        ('{"a":{"x":1}}', {"laid_over": {"a": {"y": 2}}, "removed": {"a"}},
+         '{"a":{"y":2}}'),
         ('{"a":{"x":"\\ud800"}}', {"laid_over": {"a": {}}}, '{"a":{"x":"\\ud800"}}'),
         ('\ufeff{"a":1}', {"removed": {"a"}}, "{}"),
         ('{"a":1e400,"b":12345678901234567890}', {"model": "\u00e4"},
@@ -6888,7 +6889,8 @@ def test_a_form_made_to_be_slow_is_read_in_linear_time():
 
 ANSWERS = [
     b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
-    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n",
     b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
     b"Transfer-Encoding: Chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
@@ -6918,7 +6920,8 @@ def test_an_answer_cut_anywhere_is_never_taken_for_whole(data):
         ("1.1 304 Not Modified\nContent-Length: 9", "GET", b"", False),
         ("1.1 200 OK\nContent-Length: 5\nConnection: close", "GET", b"hello", False),
         ("1.0 200 OK\nContent-Length: 5", "GET", b"hello", False),
-        ("1.0 200 OK\nContent-Length: 5\nConnection: keep-alive", "GET", b"hello", True),
+        ("1.0 200 OK\nContent-Length: 5\nConnection: keep-alive", "GET",
+         b"hello", True),
         ("1.1 200\nContent-Length: 5", "GET", b"hello", True),
         ("1.1 200\nContent-Length: 5\nConnection: x\nConnection: close", "GET",
          b"hello", False),
@@ -6974,7 +6977,8 @@ IN_THREE_CHUNKS = b"3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n"
     [
         (GET, 5, "content-length: 5", b"hello", True),
         (GET, None, "transfer-encoding: chunked", IN_THREE_CHUNKS, True),
-        (GET + "\nConnection: close", 5, "content-length: 5\nconnection: close", b"hello", False),
+        (GET + "\nConnection: close", 5,
+         "content-length: 5\nconnection: close", b"hello", False),
         (HEAD, 5, "content-length: 5", b"", True),
         (HEAD, None, "", b"", True),
         (OLD, 5, "content-length: 5\nconnection: close", b"hello", False),
@@ -16526,8 +16530,8 @@ python3 test_llmswap.py fuzz [--parser N] [--wire N] [--seed S]
 
 N mutated requests and as many mutated answers (1,000,000 each) go through the reader of
 HTTP in this process, and N connections (10,000) with such requests, cut anywhere, half
-closed, left or reset, through a real llmswap. h11 reads all of them too: llmswap accepts
-a subset of what h11 accepts and reads it alike, forwards nothing else, answers in whole,
+closed, left or reset, through a real llmswap. h11 reads all of them too: llmswap takes
+a subset of what h11 takes and reads it alike, forwards nothing else, answers in whole,
 and gives all memory back. Exit status 1 if not, with the evidence.
 """
 
@@ -16580,11 +16584,12 @@ def h11_read(connection, data):
 
 
 def h11_request(data):
-    """Read one request, whose target may have bytes beyond ASCII, and what is behind."""
+    """Read one request, and what is behind it."""
     line, mark, rest = re.sub(rb"\A(\r\n)+", b"", data).partition(b"\r\n")
-    line = bytes(min(byte, 126) for byte in line)
-    start, payload, rest = h11_read(h11.Connection(h11.SERVER, 1 << 20), line + mark + rest)
-    return (start.method.decode(), start.target.decode(), fuzz_told(start), payload), rest
+    data = bytes(min(byte, 126) for byte in line) + mark + rest  # targets beyond ASCII
+    start, payload, rest = h11_read(h11.Connection(h11.SERVER, 1 << 20), data)
+    found = start.method.decode(), start.target.decode(), fuzz_told(start), payload
+    return found, rest
 
 
 def h11_answer(data, method):
@@ -16769,7 +16774,8 @@ class FuzzDice(random.Random):
         if kind == "end":
             return self._replaced(data, rb"\r\n", self.choice(FUZZ_ENDS))
         if kind == "word":
-            return self._replaced(data, rb"\A[^ ]+|(?<= )[^ \r]+", self.choice(FUZZ_WORDS))
+            word = self.choice(FUZZ_WORDS)
+            return self._replaced(data, rb"\A[^ ]+|(?<= )[^ \r]+", word)
         if kind == "size":
             return self._replaced(data, rb"(?<=\r\n)[0-9a-f]+", self.choice(FUZZ_SIZES))
         line = b"0\r\n" + self.choice(FUZZ_LINES) + b"\r\n"
@@ -16777,8 +16783,9 @@ class FuzzDice(random.Random):
 
     def _replaced(self, data, pattern, new):
         """One of the places that match, exchanged."""
-        start, end = self.choice([m.span() for m in re.finditer(pattern, data)] or [(0, 0)])
-        return data[:start] + new + data[end:] if end else data
+        places = [match.span() for match in re.finditer(pattern, data)]
+        start, end = self.choice(places or [(0, 0)])
+        return data[:start] + new + data[end:] if places else data
 
 
 # ----------------------------------------------------------------------------------
@@ -16907,8 +16914,8 @@ class FuzzMessage(NamedTuple):
 
 
 def forwarded(file):
-    """The next request in this file. EOFError if it ends before, ValueError if it is not
-    framed as llmswap does it."""
+    """The next request in this file. EOFError if it ends before, ValueError if it is
+    not framed as llmswap does it."""
     method, target, version = forwarded_line(file).split(" ")
     headers = []
     while line := forwarded_line(file):
@@ -16971,8 +16978,9 @@ class FuzzBackend:
         self._seen.put(request)
         pieces, is_reset = self.wishes.get(target, (None, False))
         if pieces is None:
-            told = b"" if method == "HEAD" else fuzz_digest(method, target, request.body)
-            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 64\r\n\r\n" + told)
+            digest = fuzz_digest(method, target, request.body)
+            body = b"" if method == "HEAD" else digest
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 64\r\n\r\n" + body)
             return True
         for piece in pieces:
             sock.sendall(piece)
@@ -17048,7 +17056,7 @@ class FuzzClient:
                 return end
             with contextlib.suppress(OSError):
                 client.sock.shutdown(socket.SHUT_WR)
-            methods = [each[0] for each in served] + [problem.method if problem else "GET"]
+            methods = [each[0] for each in served] + [getattr(problem, "method", "GET")]
             answers = list(self._answers(client, methods))
         self._check(answers, digests, problem, data)
         return "refused" if problem else "served"
@@ -17095,13 +17103,15 @@ def fuzz_wire(count, seed):
         sizes = {}
         for moment in ("before", "after"):
             with ThreadPoolExecutor() as pool:
-                list(pool.map(lambda c: c.run(math.ceil(count / 2 / len(clients))), clients))
+                counts = [math.ceil(count / 2 / len(clients))] * len(clients)
+                list(pool.map(FuzzClient.run, clients, counts))
             eventually(lambda: not fuzz_busy(server), 20)
             sizes[moment] = soak_size(server.pid)
             for client in clients:
                 client.seed += 1
         violations = [each for client in clients for each in client.violations]
-        slack = {"threads": 40, "descriptors": 40, "resident": 8 if count > 9999 else 50}
+        megabytes = 8 if count > 9999 else 50
+        slack = {"threads": 40, "descriptors": 40, "resident": megabytes}
         for name, limit in slack.items():
             if sizes["after"][name] > sizes["before"][name] + limit:
                 violations.append(f"{name} grew: {sizes}")
