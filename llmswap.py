@@ -65,6 +65,7 @@ import socketserver
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -2146,7 +2147,7 @@ class Scheduler:
 
 
 # ==================================================================================
-# 4  Backends: one life of one model server, told in one place from spawn to death.
+# 4  Backends: one run of one model server, from its start to its end.
 #    Never knows the Scheduler, the Pool, clients or other models.
 #
 #        _spawn ──> _await_healthy ──> _supervise ──> _terminate
@@ -2168,15 +2169,14 @@ NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20  # of Linux's sock_diag(7)
 NETLINK_DUMP = 0x301  # of netlink(7)
 LISTENING = 1 << 10  # of the kernel's tcp_states.h
 PORT_TRIES = 3
-SO_MEMINFO, TCP_ESTABLISHED = 55, 1  # of Linux's socket(7) and tcp(7)
-ACTIVITY_INTERVAL = 1.0  # s; so often a silent load is looked at for signs of life
+ACTIVITY_INTERVAL = 1.0  # s between two looks at what a silent load has read
 
 
 def free_port() -> int:
     """Return a port that is free on loopback now, outside the ephemeral range if
     possible.
 
-    UpstreamRequest connections never take a port from outside that range.
+    Outgoing connections never take a port from outside that range.
     """
     import random  # 1 ms, which the start need not wait for
 
@@ -2245,7 +2245,7 @@ class Waker:
             os.close(fd)
 
 
-# -- whose port is it? -----------------------------------------------------------------
+# -- listeners and processes -----------------------------------------------------------
 
 
 def listening_inodes(port: int) -> Set[int]:
@@ -2259,7 +2259,7 @@ def listening_inodes(port: int) -> Set[int]:
                 elif not any(address) or address.endswith(b"\xff\xff\x7f\0\0\1"):
                     wild.add(inode)
         except (AttributeError, OSError):
-            continue  # not Linux, or not allowed here: who accepts is believed
+            continue  # not Linux, or not allowed here: any listener is believed
     return exact or wild
 
 
@@ -2309,42 +2309,41 @@ def _all_processes():
 
 
 class ProcessStat(NamedTuple):
-    """What /proc says of a process: state is a letter, start in ticks since boot,
-    resident in pages, processor the one it ran on last."""
+    """What /proc says of a process: `state` is a letter, `start` in ticks since boot,
+    `resident` in pages."""
 
     state: str
     group: int
     session: int
     start: int
     resident: int
-    processor: int
 
 
 def process_stat(pid: Union[int, str]) -> Optional[ProcessStat]:
-    """Return it, or None where there is no such process or no /proc."""
+    """Return what /proc says of the process, or None if it has ended."""
     headers = read_text_or_empty(f"/proc/{pid}/stat").rpartition(")")[2].split()
     if not headers:
         return None
-    return ProcessStat(headers[0], *(int(headers[at]) for at in (2, 3, 19, 21, 36)))
+    return ProcessStat(headers[0], *(int(headers[at]) for at in (2, 3, 19, 21)))
 
 
 def _all_stats():
-    """Yield each process that there is, and what /proc says of it."""
+    """Yield each process and its ProcessStat."""
     for pid in _all_processes():
         stat = process_stat(pid)
-        if stat:  # else it ended meanwhile
+        if stat:
             yield pid, stat
 
 
 def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[str]:
-    """Return who has these listeners if it is not the child's process group, else None.
+    """Return the name of a process outside the child's group that has a listener.
 
-    `may_hide`: the listener may be somebody else's (a container engine's) if it cannot
-    be seen or is not older than the child. Where even the child's own sockets cannot
-    be seen, the listener is believed.
+    `may_hide`: the listener may belong to another process (a container engine) if it
+    cannot be seen or is not older than the child. If not even the child's own sockets
+    can be seen, any listener is believed.
     """
     birth = process_stat(child)
-    if birth is None:  # it ended and was reaped since it was looked at
+    if birth is None:  # the child has ended and was reaped meanwhile
         return "another process" if inodes else None
     for inode in inodes:
         holder = holder_of(inode, [child])
@@ -2514,7 +2513,7 @@ def set_socket_timeouts(sock: socket.socket):
 
 
 def _has_heard(sock, seconds):
-    """Whether bytes came on it within so many seconds; False where nobody tells."""
+    """Whether bytes came within so many seconds; False if the kernel cannot tell."""
     try:
         told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
         (silence,) = struct.unpack_from("=I", told, 52)  # ms; counts from its opening
@@ -2530,27 +2529,18 @@ def _is_quiet(sock):
         waiter = select.poll()
         waiter.register(sock, select.POLLIN)
         return not (sock.pending() or waiter.poll(0))
-    try:  # to read these lets no other thread run, as a look with recv() does
-        (state,) = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-        unread = sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 4)
-        return state == TCP_ESTABLISHED and not any(unread)
-    except (AttributeError, OSError):
-        pass  # not Linux, or an old one
     try:
-        sock.recv(1, _PEEK)
+        sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:
         return True
-    except (OSError, ValueError):
-        return False
+    except OSError:
+        pass
     return False
-
-
-_PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)  # to join the flags takes 3 us
 
 
 @functools.lru_cache(maxsize=None)
 def _tls_context():
-    import ssl  # 3 MB that only https upstreams pay for
+    import ssl
 
     return ssl.create_default_context()
 
@@ -2575,8 +2565,8 @@ for group in $groups; do kill -s TERM -- "-$group"; done
 for group in $groups; do kill -s KILL -- "-$group"; done
 """
 
-# The child tells the guard its group before it becomes the model server: whoever dies
-# when, there is no moment at which the server runs and the guard does not know it.
+# The child tells the guard its group before it becomes the model server, so there is no
+# moment at which the server runs and the guard does not know it.
 SPAWN_SCRIPT = r"""
 echo "+ $$" >&0
 { echo "$1" >/proc/self/oom_score_adj; } 2>/dev/null
@@ -3523,8 +3513,8 @@ def _gpu_tools():
 
 
 def gpu_users(timeout=2.0) -> List[Tuple[int, int]]:
-    """Return (process, bytes) of who holds memory of a GPU, as the vendor's tool has
-    them; 0 bytes where it does not say how many."""
+    """Return (pid, bytes) of the processes that hold GPU memory, as the vendor's tool
+    tells; 0 bytes where it does not say how many."""
     return [
         (int(pid), int(amount or 0) * unit)
         for command, row, unit in _gpu_tools()
@@ -3549,10 +3539,7 @@ def settle(pids: Set[int], timeout: float):
 
 
 class MemoryWatch:
-    """Memory of process groups, looked up once for all who ask within a moment.
-
-    Any thread; two that ask at the same time may both look.
-    """
+    """Memory of process groups, looked up at most once in a moment. Any thread."""
 
     def __init__(self):
         self._seen = {}  # by what looks: when it did, and what it found
@@ -4947,8 +4934,8 @@ def specs_of(config: Config) -> Dict[str, ModelSpec]:
 #        client ──> Request, Body ──> relay() ──> Upstream ──> UpstreamResponse
 #        client <── ClientResponse <────────── pieces <────────────────┘
 #
-#    Nothing is held but what must be: bytes go on as they come. All sockets block for
-#    TICK at most; who waits then looks whether waiting still makes sense.
+#    Bodies go on as they come; only JSON, and forms up to their model, are held. Every
+#    socket blocks for TICK at most, after which a StallMonitor decides what follows.
 # ==================================================================================
 
 HEAD_LIMIT = 65536  # bytes; as nginx's four buffers of 16 KB
@@ -4956,12 +4943,13 @@ LINES_LIMIT = 100  # header lines; as Apache's LimitRequestFields
 HEAD_SECONDS = 10.0  # for a whole head once its first byte is there
 STALL_SECONDS = 60.0  # without a byte in the middle of a body; as nginx
 MAX_UNREAD_BODY = 1 << 20  # bytes of a body that are read although nobody needs them
-READ_SIZE = 1 << 14  # bytes read at once of heads and streams, which wait in numbers
+READ_SIZE = 1 << 13  # bytes read at once of heads and most answers
+STREAM_READ_SIZE = 1 << 11  # the same of streams, which wait in numbers
 BUFFER_SIZE = 1 << 18  # bytes read at once of long bodies
 EARLY_HEAD_AFTER = 3.0  # s; until then a failure keeps its true status
 COMMENT = b":\n\n"
 COMMENT_EVERY = 10.0  # s; the shortest header timeout seen in clients is 30 s
-STALL_CHECK_AFTER = 5.0  # s of silence until a backend is asked whether it lives
+STALL_CHECK_AFTER = 5.0  # s of silence until a backend is checked for a hang
 
 HOP_BY_HOP = frozenset(
     "connection keep-alive proxy-connection te trailer transfer-encoding upgrade "
@@ -4971,7 +4959,33 @@ HOP_BY_HOP = frozenset(
 Headers = List[Tuple[str, str]]
 
 
-_SILENCE = (BlockingIOError, TimeoutError, socket.timeout)  # a TICK passed
+# -- sockets ---------------------------------------------------------------------------
+
+_TICK_PASSED = (BlockingIOError, TimeoutError, socket.timeout)
+
+
+class StallMonitor:
+    """To be called whenever TICK passed without progress. Raises `problem`, or calls it
+    if it is no exception, once that has lasted `seconds`; calls `on_tick` each time.
+    """
+
+    def __init__(self, seconds: float, problem, on_tick=lambda: None):
+        self._seconds = seconds
+        self._problem = problem
+        self._on_tick = on_tick
+        self.restart()
+
+    def restart(self):
+        """There was progress."""
+        self._end = time.monotonic() + self._seconds
+
+    def __call__(self):
+        self._on_tick()
+        if time.monotonic() > self._end:
+            if isinstance(self._problem, Exception):
+                raise self._problem
+            self.restart()
+            self._problem()
 
 
 class SocketReader:
@@ -4987,27 +5001,26 @@ class SocketReader:
         self.is_untouched = True  # nothing of a head was ever received
 
     def take(self, size: int) -> bytes:
-        """Return so much of what was received already, without waiting for more."""
+        """Return up to `size` bytes of those already received, without waiting."""
         piece, self.held = self.held[:size], self.held[size:]
         return piece
 
     def receive(self, size=READ_SIZE) -> bytes:
-        """Return what is there, or comes next; b"" at the end of the stream."""
+        """Return the next bytes, at most `size`; b"" at the end of the stream."""
         if self.held:
             return self.take(size)
         while True:
             try:
                 return self.sock.recv(size)
-            except _SILENCE:
+            except _TICK_PASSED:
                 self.on_timeout()
 
     def wait_readable(self, seconds: float) -> bool:
-        """Whether bytes come within so many seconds. Only who is silent for a TICK is
-        polled, which costs more than a read but wakes nobody meanwhile."""
+        """Return whether bytes come within so many seconds."""
         try:
             self.held = self.held or self.sock.recv(READ_SIZE)
             return bool(self.held)
-        except _SILENCE:
+        except _TICK_PASSED:  # a poll wakes nobody meanwhile
             waiter = select.poll()
             waiter.register(self.sock, select.POLLIN)
             return bool(waiter.poll(seconds * 1000))
@@ -5021,7 +5034,7 @@ class SocketReader:
         data, end, skipped = b"", -1, 0
         while end < 0:
             if data or skipped:
-                self.on_timeout()  # who sends byte by byte is late as well
+                self.on_timeout()  # a head sent byte by byte is late as well
             searched = max(0, len(data) - 3)
             piece = self.receive()
             if not piece:
@@ -5029,97 +5042,65 @@ class SocketReader:
             self.is_untouched = False
             data += piece
             if data.startswith(b"\r\n"):
-                blank = EMPTY_LINES.match(data).end()
+                blank = _EMPTY_LINES.match(data).end()
                 data, searched, skipped = data[blank:], 0, skipped + blank
             end = data.find(b"\r\n\r\n", searched)
             if skipped + (len(data) if end < 0 else end + 4) > HEAD_LIMIT:
                 raise HeadersTooLarge(f"the head is larger than {HEAD_LIMIT} bytes")
-            if end < 0 and ILLEGAL_IN_HEAD.search(data, searched):
+            if end < 0 and _ILLEGAL_IN_HEAD.search(data, searched):
                 raise BadRequest("this is not HTTP/1 in lines that end with CRLF")
         self.held = data[end + 4 :]
         return data[: end + 4]
 
 
-def send_all(sock: socket.socket, data, on_timeout, on_progress=lambda: None):
-    """Send all of it, calling `on_timeout` whenever TICK passes without progress, and
-    `on_progress` when there was some, but not all could be sent."""
-    sent, size = 0, len(data)
-    while sent < size:
+def send_all(sock: socket.socket, data, monitor: StallMonitor):
+    """Send all of `data`; `monitor` is called whenever TICK passes without progress."""
+    monitor.restart()
+    left = memoryview(data)
+    while len(left):
         try:
-            sent += sock.send(memoryview(data)[sent:] if sent else data)
-            if sent < size:
-                on_progress()
-        except _SILENCE:
-            on_timeout()
-
-
-class Deadline:
-    """An `on_timeout` that raises `problem` when no progress was made for so long."""
-
-    def __init__(self, seconds: float, problem: Exception):
-        self._seconds = seconds
-        self._problem = problem
-        self.extend()
-
-    def extend(self):
-        """There was progress."""
-        self._end = time.monotonic() + self._seconds
-
-    def __call__(self):
-        if time.monotonic() > self._end:
-            raise self._problem
+            left = left[sock.send(left) :]
+            monitor.restart()
+        except _TICK_PASSED:
+            monitor()
 
 
 def has_disconnected(sock: socket.socket) -> bool:
-    """Whether the client closed its side; one that only stopped sending left too."""
+    """Return whether the other side closed the connection, if only for sending."""
     waiter = select.poll()
-    waiter.register(sock, _HANG_UP)
-    if not waiter.poll(0):
-        return False
-    if _HANG_UP != select.POLLIN:
-        return True
-    try:  # a system that cannot tell what it sent last from its end
-        return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-
-
-_HANG_UP = getattr(select, "POLLRDHUP", select.POLLIN)
+    waiter.register(sock, getattr(select, "POLLRDHUP", select.POLLHUP))
+    return bool(waiter.poll(0))
 
 
 # -- heads -----------------------------------------------------------------------------
 
-EMPTY_LINES = re.compile(rb"(?:\r\n)+")
-ILLEGAL_IN_HEAD = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|[\x00-\x08\x0b\x0c\x0e-\x1f]")
-_LINE = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n"
-_HEADER_LINES = re.compile(rb"(?:%b)*\r\n" % _LINE)
-_FIELD = re.compile(r"([^:\r\n]+):[\t ]*((?:[^\r]*[^\r\t ])?)[\t ]*\r\n")
-_REQUEST_LINE = re.compile(
-    rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([!-~\x80-\xff]+) HTTP/1\.([01])"
-)
-_STATUS_LINE = re.compile(
-    rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?"
-)
+_EMPTY_LINES = re.compile(rb"(?:\r\n)+")
+_ILLEGAL_IN_HEAD = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|[\x00-\x08\x0b\x0c\x0e-\x1f]")
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_TEXT = rb"[\t\x20-\x7e\x80-\xff]*"
+_HEADER_LINE = rb"%b:%b\r\n" % (_TOKEN, _TEXT)
+_HEADER_LINES = re.compile(rb"(?:%b)*\r\n" % _HEADER_LINE)
+_HEADER = re.compile(r"([^:\r\n]+):[\t ]*((?:[^\r]*[^\r\t ])?)[\t ]*\r\n")
+_REQUEST_LINE = re.compile(rb"(%b) ([!-~\x80-\xff]+) HTTP/1\.([01])" % _TOKEN)
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: (%b))?" % _TEXT)
 
 
-def parse_head(head: bytes, start: "re.Pattern") -> Tuple["re.Match", Headers]:
-    """Return the match of the start line and the header fields, names in lower case.
+def parse_head(head: bytes, start_line: "re.Pattern") -> Tuple[tuple, Headers]:
+    """Return the groups of the start line and the headers, names in lower case.
 
     Raise BadRequest for anything but strict HTTP/1: no folding, no bare CR or LF, no
-    blank before a colon.
+    blank before a colon. Raise HeadersTooLarge.
     """
     line_end = head.index(b"\r\n")
-    found = start.fullmatch(head, 0, line_end)
-    if not found:
+    start = start_line.fullmatch(head, 0, line_end)
+    if not start:
         raise BadRequest(f"not an HTTP/1 start line: {head[:line_end][:200]!r}")
     if not _HEADER_LINES.fullmatch(head, line_end + 2):
         raise BadRequest("a header line is malformed")
-    pairs = _FIELD.findall(head[line_end + 2 :].decode("latin-1"))
-    if len(pairs) > LINES_LIMIT:
+    headers = _HEADER.findall(head[line_end + 2 :].decode("latin-1"))
+    if len(headers) > LINES_LIMIT:
         raise HeadersTooLarge(f"more than {LINES_LIMIT} header lines")
-    return found, [(name.lower(), value) for name, value in pairs]
+    return start.groups(), [(name.lower(), value) for name, value in headers]
 
 
 def render_head(start: str, headers: Headers) -> bytes:
@@ -5129,12 +5110,12 @@ def render_head(start: str, headers: Headers) -> bytes:
 
 
 def end_to_end(headers: Headers) -> Headers:
-    """Return the fields without those that concern one connection only."""
+    """Return the headers without those that concern one connection only."""
     dropped = HOP_BY_HOP
     for name, value in headers:
         if name == "connection" and value.lower() not in ("keep-alive", "close"):
             dropped = dropped.union(map(str.strip, value.lower().split(",")))
-    return [field for field in headers if field[0] not in dropped]
+    return [header for header in headers if header[0] not in dropped]
 
 
 class Framing(NamedTuple):
@@ -5145,76 +5126,75 @@ class Framing(NamedTuple):
     is_chunked: bool = False
 
 
-def framing_of(headers: Headers, default: Framing) -> Framing:
-    """Return how the body after these fields is framed. Raise BadRequest if in doubt.
-
-    1. Transfer-Encoding must be exactly `chunked`, once, and alone.
-    2. Content-Length must be one number.
-    3. Without either, `default` holds.
-    """
-    told = [field for field in headers if field[0] in _FRAMING_FIELDS]
-    if not told:
-        return default
-    if len(told) == 1:
-        ((name, value),) = told
-        if name == "content-length" and _LENGTH.fullmatch(value):
-            return Framing(int(value))
-        if name == "transfer-encoding" and value.lower() == "chunked":
-            return Framing(is_chunked=True)
-    if "transfer-encoding" in dict(told):
-        raise BadRequest("Transfer-Encoding must be `chunked`, without a length")
-    raise BadRequest("Content-Length must be one number")
-
-
 NO_BODY = Framing(length=0)
 UNTIL_CLOSE = Framing()
-_FRAMING_FIELDS = frozenset(("content-length", "transfer-encoding"))
-_LENGTH = re.compile("[0-9]{1,18}")
+_FRAMING_HEADERS = ("content-length", "transfer-encoding")
 
 
-def first_of_each(headers: Headers) -> Dict[str, str]:
-    """Return the first value of each field, and all that Connection says."""
-    first = dict(reversed(headers))
-    if len(first) < len(headers):  # one may forbid what another allows
-        said = [value for name, value in headers if name == "connection"]
-        first["connection"] = ", ".join(said)
-    return first
+def framing_of(headers: Headers, default: Framing) -> Framing:
+    """Return how the body after these headers is framed; `default` if none says it.
+
+    Raise BadRequest unless there is one Content-Length, a number, or one
+    Transfer-Encoding, exactly `chunked`, but not both.
+    """
+    given = [header for header in headers if header[0] in _FRAMING_HEADERS]
+    if not given:
+        return default
+    (name, value), *more = given
+    if not more and name == "content-length" and re.fullmatch("[0-9]{1,18}", value):
+        return Framing(int(value))
+    if not more and name == "transfer-encoding" and value.lower() == "chunked":
+        return Framing(is_chunked=True)
+    raise BadRequest(
+        "a body needs one Content-Length, or `Transfer-Encoding: chunked` alone"
+    )
+
+
+def is_event_stream(headers: Mapping[str, str]) -> bool:
+    """Return whether a payload with these headers is a readable stream of events."""
+    kind = headers.get("content-type", "").lower()
+    coding = headers.get("content-encoding", "identity")
+    return kind.startswith("text/event-stream") and coding == "identity"
 
 
 class Head:
-    """A head, strictly read, and not to be changed: others may have the same one.
+    """A head, strictly read.
 
-    `fields` are without those that `framing` stands for, `end_to_end` also without
+    `headers` are without those that `framing` stands for, `end_to_end` also without
     those that concern one connection only. Names are in lower case.
     """
 
-    def __init__(self, headers: Headers, framing: Framing, is_http_10: bool):
-        self.framing = framing
-        self.is_http_10 = is_http_10
-        self.headers = [each for each in headers if each[0] not in _FRAMING_FIELDS]
+    def __init__(self, raw: bytes, start_line: "re.Pattern", default: Framing):
+        self.start, headers = parse_head(raw, start_line)
+        self.framing = framing_of(headers, default)
+        self.headers = [each for each in headers if each[0] not in _FRAMING_HEADERS]
         self.end_to_end = end_to_end(self.headers)
-        self._first = first_of_each(self.headers)
-        words = self.get("connection").lower()  # may it serve more than this?
-        self.is_persistent = "close" not in words
-        if is_http_10:
-            self.is_persistent = "keep-alive" in words
+        self._first = dict(reversed(self.headers))
+        self.connection = ", ".join(self.all("connection")).lower()
 
     def get(self, name: str) -> str:
-        """Return the first value of a field, or an empty string."""
+        """Return the first value of a header, or an empty string."""
         return self._first.get(name, "")
 
     def all(self, name: str) -> List[str]:
-        """Return all values of a field."""
-        return [value for field, value in self.headers if field == name]
+        """Return all values of a header."""
+        return [value for header, value in self.headers if header == name]
+
+    def _stays_open(self, minor):
+        """Whether the connection may serve another request after this one."""
+        if minor == b"0":
+            return "keep-alive" in self.connection
+        return "close" not in self.connection
 
 
 class Request(Head):
     """The head of a client's request."""
 
-    def __init__(self, head: bytes):
-        start, headers = parse_head(head, _REQUEST_LINE)
-        method, target, minor = start.groups()
-        super().__init__(headers, framing_of(headers, NO_BODY), minor == b"0")
+    def __init__(self, raw: bytes):
+        super().__init__(raw, _REQUEST_LINE, NO_BODY)
+        method, target, minor = self.start
+        self.is_persistent = self._stays_open(minor)
+        self.is_http_10 = minor == b"0"
         self.method = method.decode()
         self.target = target.decode("latin-1")
         if self.is_http_10 and self.framing.is_chunked:
@@ -5222,21 +5202,21 @@ class Request(Head):
         hosts = self.all("host")
         if len(hosts) > 1 or not (hosts or self.is_http_10):
             raise BadRequest("a request must have one Host")
-        is_of_all = self.target == "*" and self.method == "OPTIONS"
-        if not self.target.startswith("/") and not is_of_all:
+        is_asterisk = self.target == "*" and self.method == "OPTIONS"
+        if not self.target.startswith("/") and not is_asterisk:
             self.target = self._origin_form()
         self.path, _, self.query = self.target.partition("?")
-        # other upgrades (Java's to HTTP/2) are not taken, which is every server's right
-        is_upgrade = "upgrade" in self.get("connection").lower()
+        # other upgrades (Java's to HTTP/2) are ignored, as RFC 9110 allows
         is_websocket = self.get("upgrade").lower() == "websocket"
-        self.is_upgrade = is_upgrade and is_websocket and self.method == "GET"
+        is_upgrade = "upgrade" in self.connection and is_websocket
+        self.is_upgrade = is_upgrade and self.method == "GET"
 
     def _origin_form(self):
-        """Of an absolute target, as sent to proxies, what stands after the host."""
-        found = re.fullmatch("(?i)https?://([^/?]+)(/[^?]*)?([?].*)?", self.target)
-        if not found or found.group(1).lower() != self.get("host").lower():
+        """Return path and query of an absolute target, as sent to proxies."""
+        url = re.fullmatch("(?i)https?://([^/?]+)(/[^?]*)?([?].*)?", self.target)
+        if not url or url.group(1).lower() != self.get("host").lower():
             raise BadRequest("the target must be a path, or a URL of this very host")
-        return (found.group(2) or "/") + (found.group(3) or "")
+        return (url.group(2) or "/") + (url.group(3) or "")
 
     def parameter(self, name: str) -> Optional[str]:
         """Return the first value of a query parameter, or None."""
@@ -5247,9 +5227,12 @@ class Request(Head):
         return next((value for key, value in pairs if key == name), None)
 
 
-
-
 # -- bodies ----------------------------------------------------------------------------
+
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;%b)?\r\n" % _TEXT)
+_CHUNK_END = re.compile(rb"\r\n")
+_TRAILER = re.compile(rb"%b|\r\n" % _HEADER_LINE)
+_CHUNK_LINE_LIMIT = 4096
 
 
 class ChunkDecoder:
@@ -5257,11 +5240,10 @@ class ChunkDecoder:
 
     def __init__(self):
         self.is_done = False
-        self.rest = b""  # what came after the end
+        self.rest = b""  # the beginning of a line; at the end, what came behind it
         self._size = self._left = 0  # bytes of the current chunk, and of them to come
-        self._line = b""  # as much as there is of it
+        self._expected = _CHUNK_SIZE  # the next line
         self._trailers = 0
-        self._take_line = self._take_size
 
     @property
     def given(self) -> int:
@@ -5270,52 +5252,36 @@ class ChunkDecoder:
 
     def feed(self, data: bytes) -> bytes:
         """Return the payload in these bytes."""
-        payload, at = [], 0
+        data, at, payload = self.rest + data, 0, []
         while at < len(data) and not self.is_done:
             if self._left:
-                piece = data[at : at + self._left]
-                payload.append(piece)
-                self._left -= len(piece)
-                at += len(piece)
+                payload.append(data[at : at + self._left])
+                self._left -= len(payload[-1])
+                at += len(payload[-1])
+                continue
+            end = data.find(b"\n", at, at + _CHUNK_LINE_LIMIT) + 1
+            if end:
+                self._take_line(data[at:end])
+                at = end
+            elif len(data) - at >= _CHUNK_LINE_LIMIT:
+                raise BadRequest("a line between chunks is too long")
             else:
-                at = self._end_of_line(data, at)
-        self.rest = data[at:] if at < len(data) else b""
-        return payload[0] if len(payload) == 1 else b"".join(payload)
+                break
+        self.rest = data[at:]
+        return b"".join(payload)
 
-    def _end_of_line(self, data, at):
-        end = data.find(b"\n", at) + 1
-        self._line += data[at : end or len(data)]
-        if len(self._line) > 4096:
-            raise BadRequest("a line between chunks is too long")
-        if end:
-            line, self._line = self._line, b""
-            self._take_line(line)
-        return end or len(data)
-
-    def _take_size(self, line):
-        found = _CHUNK_SIZE.fullmatch(line)
-        if not found:
-            raise BadRequest(f"not the size of a chunk: {line[:40]!r}")
-        self._size = self._left = int(found.group(1), 16)
-        self._take_line = self._take_ending if self._size else self._take_trailer
-
-    def _take_ending(self, line):
-        if line != b"\r\n":
-            raise BadRequest("a chunk does not end with CRLF")
-        self._take_line = self._take_size
-
-    def _take_trailer(self, line):
-        """The blank line that ends it all, or a field, which goes nowhere."""
-        self._trailers += 1
-        if self._trailers > LINES_LIMIT or not _TRAILER.fullmatch(line):
-            raise BadRequest("the trailer is malformed")
-        self.is_done = line == b"\r\n"
-
-
-_CHUNK_SIZE = re.compile(
-    rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n"
-)
-_TRAILER = re.compile(rb"%b|\r\n" % _LINE)
+    def _take_line(self, line):
+        match = self._expected.fullmatch(line)
+        if not match or self._trailers == LINES_LIMIT:
+            raise BadRequest(f"chunks or trailer malformed at {line[:40]!r}")
+        if self._expected is _CHUNK_SIZE:
+            self._size = self._left = int(match.group(1), 16)
+            self._expected = _CHUNK_END if self._size else _TRAILER
+        elif self._expected is _CHUNK_END:
+            self._expected = _CHUNK_SIZE
+        else:
+            self._trailers += 1
+            self.is_done = line == b"\r\n"
 
 
 class Body:
@@ -5325,26 +5291,25 @@ class Body:
     an error it cannot be read on: its connection is lost.
     """
 
-    def __init__(self, wire: SocketReader, request: Request, limit: int):
-        self._wire = wire
+    def __init__(self, reader: SocketReader, request: Request, limit: int):
+        self._reader = reader
         self._limit = limit
         self._decoder = ChunkDecoder() if request.framing.is_chunked else None
+        self._is_lost = False
         self.length = request.framing.length
-        if self.length is not None and self.length > limit:
-            raise self._too_large()
+        self._check_size(self.length or 0)
         expected = request.get("expect").lower()
         self._expects = expected == "100-continue" and not request.is_http_10
-        self._is_lost = False
         stalled = RequestTimeout(f"the body stalled for {STALL_SECONDS:g} s")
-        self._stall = Deadline(STALL_SECONDS, stalled)
-        came = wire.take(self.length) if self.length else b""  # with the head
-        self.received = len(came)  # bytes of payload
-        self.held = bytearray(came)
+        self._stall = StallMonitor(STALL_SECONDS, stalled)
+        self.held = bytearray(reader.take(self.length or 0))  # came with the head
+        self.received = len(self.held)  # bytes of payload
         self.is_complete = self.received == self.length
 
-    def _too_large(self):
-        text = f"the body exceeds {self._limit} bytes (max-body in [llmswap])"
-        return PayloadTooLarge(text)
+    def _check_size(self, size):
+        if size > self._limit:
+            text = f"the body exceeds {self._limit} bytes (max-body in [llmswap])"
+            raise PayloadTooLarge(text)
 
     def hold(self, size: int) -> bool:
         """Read until so many bytes are held, or all; return whether it is all."""
@@ -5352,49 +5317,42 @@ class Body:
             self.held += self._next_piece()
         return self.is_complete
 
+    def rest(self) -> Iterable[bytes]:
+        """Yield what is not held, as it comes; then the body cannot be sent again."""
+        while not self.is_complete:
+            yield self._next_piece()
+
     def _next_piece(self):
-        """Return the next bytes of the payload; note the end."""
-        self._stall.extend()
-        self._wire.on_timeout = self._stall
+        """Return the next bytes of the payload: none if only framing came."""
+        self._stall.restart()
+        self._reader.on_timeout = self._stall
         try:
             if self._expects:
                 self._expects = False
-                self._wire.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            piece = self._next_chunks() if self._decoder else self._next_counted()
+                self._reader.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            piece = self._receive()
+            self.received += len(piece)
+            self._check_size(self.received)
         except OSError:
             raise ClientDisconnected from None
         except APIError:
             self._is_lost = True
             raise
-        self.received += len(piece)
-        if self.received > self._limit:
-            self._is_lost = True
-            raise self._too_large()
         self.is_complete = self.is_complete or self.received == self.length
         return piece
 
-    def _next_counted(self):
-        piece = self._wire.receive(min(BUFFER_SIZE, self.length - self.received))
-        if not piece:
+    def _receive(self):
+        left = BUFFER_SIZE if self._decoder else self.length - self.received
+        data = self._reader.receive(min(left, BUFFER_SIZE))
+        if not data:
             raise ClientDisconnected
-        return piece
-
-    def _next_chunks(self):
-        piece = b""
-        while not piece and not self._decoder.is_done:
-            data = self._wire.receive(BUFFER_SIZE)
-            if not data:
-                raise ClientDisconnected
-            piece = self._decoder.feed(data)
+        if self._decoder is None:
+            return data
+        piece = self._decoder.feed(data)
         if self._decoder.is_done:
-            self._wire.held = self._decoder.rest
+            self._reader.held = self._decoder.rest + self._reader.held
             self.is_complete = True
         return piece
-
-    def rest(self) -> Iterable[bytes]:
-        """Yield what is not held, as it comes; then the body cannot be sent again."""
-        while not self.is_complete:
-            yield self._next_piece()
 
     @property
     def can_be_read(self) -> bool:
@@ -5404,10 +5362,10 @@ class Body:
     @property
     def can_be_skipped(self) -> bool:
         """Whether what is left can be read and forgotten at small cost."""
+        if self.is_complete:
+            return True
         is_short = self.length is None or self.length - self.received <= MAX_UNREAD_BODY
-        return self.is_complete or (
-            is_short and not self._expects and not self._is_lost
-        )
+        return is_short and not self._expects and not self._is_lost
 
     def skip(self) -> bool:
         """Read and forget what is left if that is little; return whether the connection
@@ -5450,24 +5408,24 @@ def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
     is_object = bytes(body.held[:64]).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{")
     if kind == "multipart/form-data":
         boundary = _boundary_of(content_type)
-        find = functools.partial(_named_in_multipart, boundary=boundary)
+        find = functools.partial(_find_in_multipart, boundary=boundary)
     elif kind == "application/x-www-form-urlencoded" and not is_object:
-        find = _named_in_form  # curl -d says of JSON, too, that it is a form
+        find = _find_in_form  # curl -d says of JSON, too, that it is a form
     elif is_object or is_needed:
         body.hold(sys.maxsize)
-        return _named_in_json(body.held)
+        return _find_in_json(body.held)
     else:
         return RequestInfo()
     size = MAX_UNREAD_BODY
     while True:
         is_all = body.hold(size)
-        named = find(body.held, is_all)
-        if is_all or named.model is not None or not is_needed:
-            return named
+        info = find(body.held, is_all)
+        if is_all or info.model is not None or not is_needed:
+            return info
         size *= 4
 
 
-def _named_in_json(data):
+def _find_in_json(data):
     if not data:
         return RequestInfo()
     try:
@@ -5477,12 +5435,11 @@ def _named_in_json(data):
     if not isinstance(members, dict):
         raise BadRequest("the body is not a JSON object")
     model = members.get("model")
-    return RequestInfo(
-        model if isinstance(model, str) else None, members=members, is_json=True
-    )
+    model = model if isinstance(model, str) else None
+    return RequestInfo(model, members=members, is_json=True)
 
 
-def _named_in_form(data, is_all):
+def _find_in_form(data, is_all):
     pair = re.search(rb"(?:^|&)model=([^&]*)(&)?", data)
     if pair is None or not (is_all or pair.group(2)):
         return RequestInfo()
@@ -5491,17 +5448,17 @@ def _named_in_form(data, is_all):
 
 
 def _boundary_of(content_type):
-    found = re.search(r'(?i)boundary=(?:"([^"]+)"|([^\s;]+))', content_type)
-    if not found:
+    match = re.search(r'(?i)boundary=(?:"([^"]+)"|([^\s;]+))', content_type)
+    if not match:
         raise BadRequest("multipart/form-data without a boundary")
-    return (found.group(1) or found.group(2)).encode("latin-1")
+    return (match.group(1) or match.group(2)).encode("latin-1")
 
 
-_NAMED_MODEL = re.compile(rb'(?i)[; ]name="?model"?[ \t]*(?:;|$)')
+_MODEL_FIELD = re.compile(rb'(?i)[; ]name="?model"?[ \t]*(?:;|$)')
 
 
-def _named_in_multipart(data, is_all, boundary):
-    """The part named `model`, wherever it stands among the parts that are there."""
+def _find_in_multipart(data, _, boundary):
+    """Find the part named `model` among those that are whole."""
     mark = b"--" + boundary
     at = data.find(mark)
     while at >= 0:
@@ -5509,19 +5466,14 @@ def _named_in_multipart(data, is_all, boundary):
         end = data.find(b"\r\n" + mark, head_end + 2) if head_end >= 0 else -1
         if end < 0:
             break
-        if _is_named_model(data[at : min(head_end, at + HEAD_LIMIT)]):
-            value = bytes(data[head_end + 4 : end]).decode("utf-8", "replace")
-            return RequestInfo(value, (head_end + 4, end))
+        lines = bytes(data[at : min(head_end, at + HEAD_LIMIT)]).split(b"\r\n")
+        for line in lines:
+            is_disposition = line[:20].lower() == b"content-disposition:"
+            if is_disposition and _MODEL_FIELD.search(line):
+                model = data[head_end + 4 : end].decode("utf-8", "replace")
+                return RequestInfo(model, (head_end + 4, end))
         at = end + 2
     return RequestInfo()
-
-
-def _is_named_model(head):
-    """Whether these are the header lines of the field `model`."""
-    return any(
-        line[:20].lower() == b"content-disposition:" and _NAMED_MODEL.search(line)
-        for line in bytes(head).split(b"\r\n")
-    )
 
 
 # -- edits -----------------------------------------------------------------------------
@@ -5541,16 +5493,12 @@ def edited_json(members: Mapping[str, object], edits: BodyEdits) -> bytes:
     laid_over = dict(edits.laid_over)
     if edits.model is not None:
         laid_over["model"] = edits.model
-    edited = {
-        name: value for name, value in members.items() if name not in edits.removed
-    }
-    for name, value in laid_over.items():
-        edited[name] = merged(edited.get(name), value)
-    return _dump(edited)
+    kept = {key: value for key, value in members.items() if key not in edits.removed}
+    return _dump(merged(kept, laid_over))
 
 
 def merged(old, new):
-    """Lay `new` over `old`; objects merge deep."""
+    """Return `new` laid over `old`; objects merge deep."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return new
     return {**old, **{key: merged(old.get(key), value) for key, value in new.items()}}
@@ -5559,7 +5507,7 @@ def merged(old, new):
 def _dump(value):
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     if not text.isascii() or "\x7f" in text:
-        text = CONTROL_CHARS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+        text = CONTROL_CHARS.sub(lambda char: f"\\u{ord(char[0]):04x}", text)
     return text.encode("utf-8", "backslashreplace")  # half a surrogate pair: \ud800
 
 
@@ -5570,116 +5518,91 @@ CONTROL_CHARS = re.compile("[\0-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class Truncated(Exception):
-    """The backend broke off in the middle of its answer."""
+    """The backend broke off before the end of its answer, or it is not HTTP."""
 
 
-class ResponseHead(Head):
-    """The head of an answer; `framing` is that of its body unless the request or the
-    status allows none."""
+class UpstreamResponse(Head):
+    """A backend's final answer, head read; `pieces()` gives its payload once.
 
-    def __init__(self, head: bytes):
-        start, headers = parse_head(head, _STATUS_LINE)
-        minor, status, reason = start.groups()
-        super().__init__(headers, framing_of(headers, UNTIL_CLOSE), minor == b"0")
-        self.status = int(status)
-        self.reason = (reason or b"").decode("latin-1")
-        self.is_event_stream = _are_events(self._first)
-
-
-
-
-class UpstreamResponse:
-    """A backend's answer, head read; `pieces()` gives its payload once.
-
-    Raise EOFError if nothing came, Truncated if it is cut or not HTTP.
+    `length` is as the head says it, even if there is no body because `method` is HEAD.
+    Raise Truncated, OSError.
     """
 
-    def __init__(self, wire: SocketReader, method: str):
-        self._wire = wire
-        self.is_over = False  # read to its end: the connection can serve another
-        try:
-            for _ in range(LINES_LIMIT):
-                self.head = head = self._read_head()
-                if head.status == 101 or head.status >= 200:
-                    break
-            else:
-                raise BadRequest("interim answers without end")
-        except (BadRequest, HeadersTooLarge) as error:
-            raise Truncated(f"its answer is not HTTP: {error}") from None
-        self.status, self.framing, self.get = head.status, head.framing, head.get
-        self.length = head.framing.length  # as it is told, even if to a HEAD
+    def __init__(self, reader: SocketReader, method: str):
+        self._reader = reader
+        self.is_over = False  # read to its end, and the connection can serve another
+        for _ in range(LINES_LIMIT):
+            self._read_head()
+            if self.status >= 200 or self.status == 101:
+                break
+        else:
+            raise Truncated("its answer is not HTTP: interim answers without end")
+        self.is_event_stream = is_event_stream(self._first)
+        self._read_size = STREAM_READ_SIZE if self.is_event_stream else READ_SIZE
         if self.status in (101, 204, 304):
-            self.length, self.framing = 0, NO_BODY
-        elif method == "HEAD":
+            self.framing = NO_BODY
+        self.length = self.framing.length
+        if method == "HEAD":
             self.framing = NO_BODY
 
     def _read_head(self):
-        head = self._wire.head()
-        if not head:
-            raise EOFError
-        return ResponseHead(head)
+        try:
+            raw = self._reader.head()
+            if not raw:
+                raise Truncated("it closed the connection")
+            super().__init__(raw, _STATUS_LINE, UNTIL_CLOSE)
+        except (BadRequest, HeadersTooLarge) as error:
+            raise Truncated(f"its answer is not HTTP: {error}") from None
+        minor, status, reason = self.start
+        self.is_persistent = self._stays_open(minor)
+        self.status = int(status)
+        self.reason = (reason or b"").decode("latin-1")
 
     @property
     def leftover(self) -> bytes:
-        """What came right behind the head of an upgrade."""
-        return self._wire.held
+        """The bytes that came right behind the head of an upgrade."""
+        return self._reader.held
 
-    def pieces(self) -> Iterable:
-        """Yield the payload as it comes; a piece is valid until the next is asked for.
-
-        Raise Truncated if it ends too early.
-        """
+    def pieces(self) -> Iterable[bytes]:
+        """Yield the payload as it comes. Raise Truncated if it ends too early."""
         try:
             if self.framing.is_chunked:
                 yield from self._chunks()
-            elif self.framing.length is not None:
-                yield from self._counted(self.framing.length)
             else:
-                yield from self._until_close()
+                yield from self._plain()
         except (OSError, BadRequest) as error:
             raise Truncated(str(error)) from None
+        if self.framing != UNTIL_CLOSE:
+            self.is_over = self.is_persistent and not self._reader.held
 
     def _chunks(self):
-        """Events are passed on by whole chunks, so that a cut falls between them."""
-        decoder, part, is_whole = ChunkDecoder(), b"", self.head.is_event_stream
+        """Yield events by whole chunks, so that a cut falls between them."""
+        decoder, part = ChunkDecoder(), b""
         while not decoder.is_done:
-            data = self._wire.receive()
+            data = self._reader.receive(self._read_size)
             if not data:
                 raise Truncated("the connection closed in the middle of an answer")
-            payload = part + decoder.feed(data) if part else decoder.feed(data)
-            part = b""
-            if is_whole and decoder.given and len(payload) < MAX_UNREAD_BODY:
-                cut = len(payload) - decoder.given
-                payload, part = payload[:cut], payload[cut:]
+            payload = part + decoder.feed(data)
+            end = len(payload)
+            if self.is_event_stream and end < MAX_UNREAD_BODY:
+                end = max(0, end - decoder.given)
+            payload, part = payload[:end], payload[end:]
             if payload:
                 yield payload
-        self._end(not decoder.rest)
+        self._reader.held = decoder.rest + self._reader.held
 
-    def _counted(self, left):
+    def _plain(self):
+        left, size = self.framing.length, BUFFER_SIZE
+        if left is None:
+            left, size = math.inf, self._read_size
         while left:
-            piece = self._wire.receive(min(left, BUFFER_SIZE))
+            piece = self._reader.receive(min(left, size))
+            if not piece and left == math.inf:
+                return
             if not piece:
                 raise Truncated(f"the connection closed {left} bytes before the end")
             left -= len(piece)
             yield piece
-        self._end(not self._wire.held)
-
-    def _until_close(self):
-        while True:
-            piece = self._wire.receive()
-            if not piece:
-                return
-            yield piece
-
-    def _end(self, is_clean):
-        self.is_over = is_clean and self.head.is_persistent
-
-
-def _are_events(told):
-    """Whether a payload with these fields is a stream of events that can be read."""
-    kind = told.get("content-type", "").lower()
-    coding = told.get("content-encoding", "identity")
-    return kind.startswith("text/event-stream") and coding == "identity"
 
 
 # -- the answer, written to the client -------------------------------------------------
@@ -5716,7 +5639,7 @@ class ClientResponse:
     """One answer to one request, framed as the client can read it. One thread uses it.
 
     `wants_events`: the client asked for a stream of events; while it waits it gets an
-    early head and comments. `extra` fields go with every answer.
+    early head and comments. `extra` headers go with every answer.
     """
 
     wants_events = False
@@ -5726,40 +5649,34 @@ class ClientResponse:
     notice = None  # gives events to send, instead of comments, after that early head
     first_at = None  # when the first piece of payload was sent
     is_broken = False
-    is_persistent = False
     status = 0
     sent = 0  # bytes of payload
-    _is_http_10 = False
-    _is_head = False
     _head = b""  # waits for the first piece
     _is_chunked = False
     _is_events = False
-    _left = None
+    _left = None  # bytes of payload that are still promised
 
     def __init__(self, sock: socket.socket, request: Optional[Request], extra: Headers):
         self.sock = sock
         self.extra = extra
         self.ends = HeadAndTail()  # of the payload
+        self.is_persistent = request is not None and request.is_persistent
+        self._is_http_10 = request is not None and request.is_http_10
+        self._is_head = request is not None and request.method == "HEAD"
         self._born = self._last_sent_at = time.monotonic()
-        self._stall = Deadline(STALL_SECONDS, ClientDisconnected())
-        if request is not None:
-            self.is_persistent = request.is_persistent
-            self._is_http_10 = request.is_http_10
-            self._is_head = request.method == "HEAD"
+        self._stall = StallMonitor(STALL_SECONDS, ClientDisconnected())
 
     def begin(self, status: int, reason: str, headers: Headers, length: Optional[int]):
         """Set the head; it goes out with the first piece, or after a TICK."""
         self.is_begun, self.status, self._left = True, status, length
-        self._is_events = length is None and _are_events(dict(headers))
+        self._is_events = length is None and is_event_stream(dict(headers))
         framing = []
         if length is not None:
             if status not in (101, 204, 304):
                 framing.append(("content-length", str(length)))
-        elif self._is_head:
-            pass  # there will be no body to delimit
-        elif self._is_http_10:
-            self.is_persistent = False
-        else:
+        elif self._is_http_10 and not self._is_head:
+            self.is_persistent = False  # the end of the connection delimits the body
+        elif not self._is_head:
             self._is_chunked = True
             framing.append(("transfer-encoding", "chunked"))
         if status != 101 and not self.is_persistent:
@@ -5783,48 +5700,39 @@ class ClientResponse:
         """Send a piece of payload, with the head if it still waits."""
         if self._is_head or not len(piece):
             return
-        self._count(len(piece))
+        if not self.sent:
+            self.first_at = time.monotonic()
+        self.sent += len(piece)
+        if self._left is not None:
+            self._left -= len(piece)
         self.ends.add(piece)
         self._frame(piece)
 
-    def _frame(self, piece):
-        head, self._head = self._head, b""
-        if self._is_chunked:
-            self._put(b"%b%x\r\n%b\r\n" % (head, len(piece), piece))
-        else:
-            self._put(head + piece if head else piece)
-
     def end(self):
         """The answer is complete."""
-        head, self._head = self._head, b""
-        if self._is_chunked and not self._is_head:
-            self._put(head + b"0\r\n\r\n")
-        elif head:
-            self._put(head)
+        self._put(b"0\r\n\r\n" if self._is_chunked else b"")
         if self._left and not self._is_head:
             self.is_persistent = False  # less than was promised: the client must notice
 
     def flush(self):
         """Send the head if it still waits for a first piece."""
-        if self._head:
-            head, self._head = self._head, b""
-            self._put(head)
+        self._put(b"")
+
+    def _frame(self, piece):
+        if self._is_chunked:
+            piece = b"%x\r\n%b\r\n" % (len(piece), piece)
+        self._put(piece)
 
     def _put(self, data):
+        if self._head:
+            data, self._head = self._head + data, b""
+        if not len(data):
+            return
         self._last_sent_at = time.monotonic()
-        self._stall.extend()
         try:
-            send_all(self.sock, data, self._stall, self._stall.extend)
+            send_all(self.sock, data, self._stall)
         except OSError:
             raise ClientDisconnected from None
-
-    def _count(self, size):
-        """So much more of the payload goes to the client."""
-        if not self.sent:
-            self.first_at = time.monotonic()
-        self.sent += size
-        if self._left is not None:
-            self._left -= size
 
     def heartbeat(self):
         """To be called every TICK while nothing flows. Raise ClientDisconnected.
@@ -5840,50 +5748,47 @@ class ClientResponse:
                 self.is_early = True
                 self.begin_events()
                 self._frame(self._next_notice() or COMMENT)
-        elif self._is_events and self._is_at_boundary():
+        elif self._is_events and self._is_between_events():
             is_late = now >= self._last_sent_at + COMMENT_EVERY
             text = self._next_notice() or (COMMENT if is_late else b"")
             if text:
                 self._frame(text)
 
     def _next_notice(self):
-        """What the client is to be told before the answer begins, if anything."""
         is_waiting = self.is_early and not self.sent
         return self.notice() if self.notice and is_waiting else b""
 
-    def _is_at_boundary(self):
-        said = b"\n\n" + bytes(self.ends)  # before the first event is between events
-        return said.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
+    def _is_between_events(self):
+        sent = b"\n\n" + bytes(self.ends)
+        return sent.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
 
     @property
     def is_within_line(self) -> bool:
         """Whether the last event cannot be complete."""
         return self._is_events and bytes(self.ends)[-1:] not in (b"", b"\n", b"\r")
 
-    def error_event(self, told: dict) -> bytes:
+    def error_event(self, body: dict) -> bytes:
         """Return an event that the client's SDK raises as this error."""
         if not self.is_for_anthropic:
-            return b"data: " + _dump(told) + b"\n\n"
-        return b"event: error\ndata: " + _dump({"type": "error", **told}) + b"\n\n"
+            return b"data: " + _dump(body) + b"\n\n"
+        return b"event: error\ndata: " + _dump({"type": "error", **body}) + b"\n\n"
 
     def abort(self, problem: APIError):
-        """The backend's answer broke off: end the client's so that it is seen.
+        """End an answer that broke off so that the client notices.
 
         Between two events it is told why; then the connection is cut, if need be by a
         reset: the end of the stream alone would look complete.
         """
-        try:
-            if self._is_events and self._is_at_boundary():
+        with contextlib.suppress(ClientDisconnected):
+            if self._is_events and self._is_between_events():
                 self.send(self.error_event(error_body(problem)))
             self.flush()
-        except ClientDisconnected:
-            pass
         self.is_persistent = False
         self.is_broken = True
         if not self._is_chunked and self._left is None:
             linger = struct.pack("ii", 1, 0)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            self.sock.close()  # now, before a shutdown() says goodbye
+            self.sock.close()  # now: a shutdown() would end the stream cleanly
 
 
 def error_body(problem: APIError) -> dict:
@@ -5917,30 +5822,9 @@ class UpstreamRequest(NamedTuple):
         return self.rest is None
 
     @property
-    def is_upgrade(self) -> bool:
-        """Whether it asks for another protocol."""
-        return any(name == "upgrade" for name, _ in self.headers)
-
-    @property
     def is_sent(self) -> bool:
         """Whether, once there is an answer, all of the client's body was passed on."""
         return self.rest is None or self.rest.is_complete
-
-
-class StallMonitor:
-    """What to do every TICK while the backend is silent: look after the client, and
-    after STALL_CHECK_AFTER after the backend."""
-
-    def __init__(self, reply: ClientResponse, report_stall):
-        self._reply = reply
-        self._suspect = report_stall
-        self.since = time.monotonic()
-
-    def __call__(self):
-        self._reply.heartbeat()
-        if time.monotonic() > self.since + STALL_CHECK_AFTER:
-            self.since = time.monotonic()
-            self._suspect()
 
 
 def relay(
@@ -5957,68 +5841,64 @@ def relay(
     pieces go through `feed`, and `finish` gives what is left at the end.
     """
     path = outgoing.target.partition("?")[0]
-    if backend.upstream.base_path and PATH_TRAVERSAL.search(path):
+    upstream = backend.upstream
+    if upstream.base_path and _PATH_TRAVERSAL.search(path):
         raise BadRequest("the path must not leave that of the model's server")
-    silence = StallMonitor(reply, backend.report_stall)
+    monitor = StallMonitor(STALL_CHECK_AFTER, backend.report_stall, reply.heartbeat)
     try:
-        sock, answer = _ask(outgoing, backend, silence)
+        sock, answer = _ask(outgoing, upstream, monitor)
     except BackendDied:
-        backend.report_stall()  # it may live on, deaf
+        backend.report_stall()  # its process may still run
         raise
     reply.is_persistent = reply.is_persistent and outgoing.is_sent
     try:
         if answer.status == 101:
             _tunnel(answer, sock, reply)
+        elif reply.is_early and not (answer.status == 200 and answer.is_event_stream):
+            _pass_on_as_event(answer, reply)
         else:
             _pass_on(answer, backend, reply, transform_of(answer))
     finally:
         if answer.is_over and outgoing.is_sent:
-            backend.upstream.release_connection(sock)
+            upstream.release_connection(sock)
         else:
-            backend.upstream.drop(sock)
+            upstream.drop(sock)
 
 
-PATH_TRAVERSAL = re.compile(r"(?i)(?:[/\\]|%2f|%5c)(?:\.|%2e){2}(?:[/\\;]|%2f|%5c|$)")
+_PATH_TRAVERSAL = re.compile(r"(?i)(?:[/\\]|%2f|%5c)(?:\.|%2e){2}(?:[/\\;]|%2f|%5c|$)")
 
 
-def _ask(outgoing, backend, silence):
+def _ask(outgoing, upstream, monitor):
     """Send the request; return the connection and the head of the answer.
 
-    A kept connection that the backend closed meanwhile is replaced by a new one.
+    A kept connection that the backend closed meanwhile is replaced by a new one. As it
+    may be closed at any moment, it is not used for a body that can be sent only once.
     """
     while True:
-        sock, was_used = _connection(backend.upstream, outgoing.is_repeatable)
-        wire = SocketReader(sock, silence)
         try:
-            _send(outgoing, backend.upstream, sock, silence)
-            answer = UpstreamResponse(wire, outgoing.method)
-            if answer.status == 101 and not outgoing.is_upgrade:
+            sock, was_used = upstream.connect()
+        except OSError as error:
+            raise BackendDied(f"the backend cannot be reached: {error}") from None
+        if was_used and not outgoing.is_repeatable:
+            upstream.drop(sock)
+            continue
+        reader = SocketReader(sock, monitor)
+        try:
+            _send(outgoing, upstream, sock, monitor)
+            answer = UpstreamResponse(reader, outgoing.method)
+            if answer.status == 101 and "upgrade" not in dict(outgoing.headers):
                 raise Truncated("it switched protocols unasked")
             return sock, answer
-        except (OSError, EOFError, Truncated) as error:
-            backend.upstream.drop(sock)
-            if not (was_used and wire.is_untouched):
-                reason = str(error) or "it closed the connection"
-                raise BackendDied(f"the backend gave no answer: {reason}") from None
+        except (OSError, Truncated) as error:
+            upstream.drop(sock)
+            if not (was_used and reader.is_untouched):
+                raise BackendDied(f"the backend gave no answer: {error}") from None
         except BaseException:
-            backend.upstream.drop(sock)
+            upstream.drop(sock)
             raise
 
 
-def _connection(upstream, may_be_used):
-    """A connection and whether it was used before. One that was may be closed at any
-    moment, so it is not for a body that can be sent only once."""
-    try:
-        sock, was_used = upstream.connect()
-        while was_used and not may_be_used:
-            upstream.drop(sock)
-            sock, was_used = upstream.connect()
-        return sock, was_used
-    except OSError as error:
-        raise BackendDied(f"the backend cannot be reached: {error}") from None
-
-
-def _send(outgoing, upstream, sock, silence):
+def _send(outgoing, upstream, sock, monitor):
     headers = [("host", upstream.authority), *outgoing.headers]
     is_chunked = outgoing.length is None
     if is_chunked:
@@ -6026,53 +5906,34 @@ def _send(outgoing, upstream, sock, silence):
     elif outgoing.length or outgoing.method in ("POST", "PUT", "PATCH"):
         headers.append(("content-length", str(outgoing.length)))
     start = f"{outgoing.method} {upstream.base_path}{outgoing.target} HTTP/1.1"
-    head = render_head(start, headers)
-    if not is_chunked and sum(map(len, outgoing.held)) < 65536:
-        send_all(sock, b"".join([head, *outgoing.held]), silence)
-        if outgoing.rest is None:
-            return
-        pieces = ()
-    else:
-        send_all(sock, head, silence)
-        pieces = (view for held in outgoing.held for view in _views(held))
+    head, held = render_head(start, headers), outgoing.held
+    if not is_chunked and sum(map(len, held)) < BUFFER_SIZE:
+        head, held = b"".join([head, *held]), ()  # one packet for most requests
     rest = outgoing.rest.rest() if outgoing.rest is not None else ()
-    frame = _chunk if is_chunked else memoryview
     try:
-        for piece in itertools.chain(pieces, rest):
-            silence.since = time.monotonic()
-            send_all(sock, frame(piece), silence)
+        send_all(sock, head, monitor)
+        for piece in itertools.chain(held, rest):
+            if is_chunked and len(piece):
+                piece = b"%x\r\n%b\r\n" % (len(piece), piece)
+            send_all(sock, piece, monitor)
         if is_chunked:
-            send_all(sock, b"0\r\n\r\n", silence)
+            send_all(sock, b"0\r\n\r\n", monitor)
     except (BrokenPipeError, ConnectionResetError):
-        return  # it may have answered before it read all: the answer says why
-
-
-def _views(held):
-    """Yield what is held in pieces, without a copy."""
-    view = memoryview(held)
-    for at in range(0, len(view), BUFFER_SIZE):
-        yield view[at : at + BUFFER_SIZE]
-
-
-def _chunk(piece):
-    return b"%x\r\n%b\r\n" % (len(piece), piece) if len(piece) else b""
+        pass  # it may have answered before it read all: the answer says why
 
 
 def _pass_on(answer, backend, reply, transform):
     """Pass the answer on piece by piece; broken if it breaks."""
-    if reply.is_early and not (answer.status == 200 and answer.head.is_event_stream):
-        return _pass_on_as_event(answer, reply)
     if not reply.is_early:
         length = None if transform else answer.length
-        headers = _response_headers(answer)
-        reply.begin(answer.status, answer.head.reason, headers, length)
+        reply.begin(answer.status, answer.reason, _response_headers(answer), length)
+    problem = None
     try:
         for piece in answer.pieces():
-            reply.send(transform.feed(bytes(piece)) if transform else piece)
+            reply.send(transform.feed(piece) if transform else piece)
         if answer.framing == UNTIL_CLOSE:  # its end says nothing: it may be a death
             if reply.is_within_line or backend.died(0.05):
                 raise Truncated("the connection ended in the middle of the answer")
-        problem = None
     except Truncated as error:
         problem = BackendDied(f"the backend broke off: {error}")
     if transform:
@@ -6086,31 +5947,31 @@ def _pass_on(answer, backend, reply, transform):
 
 def _response_headers(answer):
     headers = [
-        each for each in answer.head.end_to_end if each[0][:15] != "access-control-"
+        (name, value)
+        for name, value in answer.end_to_end
+        if not name.startswith("access-control-")
     ]
-    if answer.head.is_event_stream and not answer.get("x-accel-buffering"):
+    if answer.is_event_stream and not answer.get("x-accel-buffering"):
         headers.append(("x-accel-buffering", "no"))  # else nginx collects the events
     return headers
 
 
 def _pass_on_as_event(answer, reply):
-    """The head said that events come, but this is none: an event says what it is."""
-    body = b""
-    try:
+    """Send an answer without events as an error event, as the early head promised."""
+    payload = b""
+    with contextlib.suppress(Truncated):
         for piece in answer.pieces():
-            body += piece
-            if len(body) > MAX_UNREAD_BODY:
+            payload += piece
+            if len(payload) > MAX_UNREAD_BODY:
                 break
-    except Truncated:
-        pass  # what came will do
-    told = json_or(body, None)
-    if isinstance(told, dict) and "error" in told:
-        reply.send(reply.error_event({"error": told["error"]}))
+    body = json_or(payload, None)
+    if isinstance(body, dict) and "error" in body:
+        body = {"error": body["error"]}
     else:
-        text = body[:2000].decode("utf-8", "replace")
+        text = payload[:2000].decode("utf-8", "replace")
         text = f"the backend answered {answer.status} and no events: {text}"
-        problem = APIError(text)
-        reply.send(reply.error_event(error_body(problem)))
+        body = error_body(APIError(text))
+    reply.send(reply.error_event(body))
     reply.end()
 
 
@@ -6118,16 +5979,14 @@ def _tunnel(answer, sock, reply):
     """Pass bytes both ways after an upgrade, until either side ends."""
     upgrade = [("connection", "upgrade"), ("upgrade", answer.get("upgrade"))]
     reply.is_persistent = False
-    reply.begin(101, answer.head.reason, _response_headers(answer) + upgrade, 0)
+    reply.begin(101, answer.reason, _response_headers(answer) + upgrade, 0)
     reply.flush()
-    try:
+    with contextlib.suppress(OSError):  # the other side shall see an end too
         _copy_both_ways(reply.sock, sock, answer.leftover)
-    except OSError:
-        pass  # the other side shall see an end too
 
 
 def _copy_both_ways(client, backend, leftover):
-    """Carry bytes; neither way waits for the other. `leftover` is for the client."""
+    """Copy bytes; neither way waits for the other. `leftover` is for the client."""
     sides = {client.fileno(): (client, backend), backend.fileno(): (backend, client)}
     unsent = {client: leftover, backend: b""}  # one read of each, at most
     while True:
@@ -6139,7 +5998,7 @@ def _copy_both_ways(client, backend, leftover):
                 waiter.register(mine, wanted)
         ready = waiter.poll(STALL_SECONDS * 1000 if any(unsent.values()) else None)
         if not ready:
-            return  # somebody does not read
+            return  # one side does not read
         for fd, events in ready:
             mine, theirs = sides[fd]
             try:
@@ -6149,7 +6008,7 @@ def _copy_both_ways(client, backend, leftover):
                     unsent[theirs] = mine.recv(65536)
                     if not unsent[theirs]:
                         return
-            except _SILENCE:
+            except _TICK_PASSED:
                 continue  # not ready after all
 
 
@@ -8121,7 +7980,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.config = self.pool.config
         self.wire = SocketReader(self.request)
         late = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
-        self.late = Deadline(HEAD_SECONDS, late)
+        self.late = StallMonitor(HEAD_SECONDS, late)
         self.is_unread = False  # the client may be sending what nobody reads
         if self.request.family != socket.AF_UNIX:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -8174,7 +8033,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def parse_request(self) -> bool:
         """Read a head, strictly; False if the client sends no more requests."""
-        self.late.extend()
+        self.late.restart()
         self.wire.on_timeout = self.late
         try:
             raw = self.wire.head()
@@ -8859,7 +8718,7 @@ def _repair_of(answer):
     """Return what repairs the tool calls in an answer; None if it has none."""
     if answer.status != 200 or answer.get("content-encoding"):
         return None
-    if answer.head.is_event_stream:
+    if answer.is_event_stream:
         return RepairStream()
     is_json = "json" in answer.get("content-type")
     return RepairStream(is_whole=True) if is_json else None
@@ -8955,7 +8814,7 @@ DRAIN_SECONDS = 30.0  # for requests in flight at the end
 REFUSAL_SECONDS = 1.0  # for those that came too late to be told so
 MORE_TIME = "EXTEND_TIMEOUT_USEC=15000000"  # is what systemd is asked for then
 EXTEND_EVERY = 5.0  # s; so often
-M_ARENA_MAX = -8  # of malloc.h
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of malloc.h
 MAX_DESCRIPTORS = 65536
 MAX_CONNECTIONS = 4096
 MAX_REFUSALS = 32  # that are given the time to read why they must leave
@@ -9562,6 +9421,20 @@ class Parrot(socketserver.BaseRequestHandler):
 # -- starting and ending ---------------------------------------------------------------
 
 
+def keys_text() -> str:
+    """Return every key with its default and its meaning."""
+    lines = []
+    for title, keys in (("[llmswap]", PROXY_KEYS), ("a model, or [*]", MODEL_KEYS)):
+        lines.append(f"Keys of {title}:\n")
+        for key in keys:
+            lines.append(f"  {key.name} = {key.default}".rstrip())
+            help = key.help.replace("`", "")
+            lines.append(textwrap.fill(help, 88, initial_indent=" " * 6,
+                                       subsequent_indent=" " * 6))  # fmt: skip
+        lines.append("")
+    return "\n".join(lines)
+
+
 def parse_args(argv: List[str]):
     """Return the arguments; exit with status 2 and a usage if they make no sense."""
     import argparse
@@ -9581,6 +9454,9 @@ def parse_args(argv: List[str]):
     parser.add_argument(
         "--units", action="store_true", help="print systemd user units for this file"
     )
+    parser.add_argument(
+        "--keys", action="store_true", help="print every key, its default and meaning"
+    )
     parser.add_argument("--verbose", action="store_true", help="log what models write")
     parser.add_argument("--version", action="version", version=f"llmswap {VERSION}")
     parser.add_argument(
@@ -9588,7 +9464,7 @@ def parse_args(argv: List[str]):
     )
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if not args.file and not args.parrot:
+    if not (args.file or args.parrot or args.keys):
         parser.error("which INI file? (try: llmswap.py example.ini)")
     return args
 
@@ -9703,9 +9579,10 @@ def _painted(text, colour):
 
 
 def prepare_process():
-    """Open descriptors 0 to 2 if they are closed, and keep malloc to one arena.
+    """Open descriptors 0 to 2 if they are closed, and have malloc give memory back.
 
-    Of several arenas each keeps the most that it ever held.
+    Of several arenas each keeps the most that it ever held; blocks beyond a fixed
+    threshold are returned to the system as soon as they are free.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(descriptor, True)
@@ -9715,7 +9592,9 @@ def prepare_process():
     with contextlib.suppress(AttributeError, OSError):  # not every C library has it
         import ctypes
 
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_ARENA_MAX, 1)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -9724,6 +9603,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     if args.parrot:
         return _run_parrot(args.port or 8090)
+    if args.keys:
+        print(keys_text(), end="")
+        return 0
     try:
         config = load_config(args.file, args.listen, args.models_max)
     except ConfigError as error:

@@ -2,12 +2,12 @@
 """The tests of llmswap, with a client, a fake model server and a benchmark for them.
 
     python3 -m pytest test_llmswap.py      the tests; see .ci/run for what more they use
-    python3 test_llmswap.py test           the same on all cores, in half the time
+    python3 -m pytest -n auto ...          the same on all cores, with pytest-xdist
     python3 test_llmswap.py --port N       the fake model server that they spawn
     python3 test_llmswap.py bench          the benchmark; see bench --help
     python3 test_llmswap.py soak           random clients, kills and reloads
     python3 test_llmswap.py faults         each fault in each state, as a table
-    python3 test_llmswap.py fuzz           mutated HTTP, read by two readers
+    python3 test_llmswap.py fuzz           mutated HTTP, read by llmswap and by h11
 """
 
 import array
@@ -23,13 +23,13 @@ import gzip
 import gc
 import hashlib
 import heapq
+import importlib.util
 import itertools
 import json
 import marshal
 import math
 import os
 import pickle
-import platform
 import pty
 import py_compile
 import queue
@@ -66,7 +66,7 @@ from llmswap import (
 )
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 from unittest.mock import ANY
 from urllib.request import urlopen
 
@@ -88,6 +88,11 @@ try:
 except ImportError:  # the commands do without it
     pytest = Absent()
 
+try:
+    import h11
+except ImportError:  # only the fuzz needs it
+    h11 = Absent()
+
 
 # ==================================================================================
 # The harness: a client, the fake server and llmswap itself, as a test wants them.
@@ -99,7 +104,8 @@ LLMSWAP = os.environ.get("LLMSWAP") or str(HERE.with_name("llmswap.py"))
 LLAMA_SERVER = os.environ.get("LLAMA_SERVER")  # a real one; without it, tests skip
 CHAT = "/v1/chat/completions"
 FAMILY = "TEST_FAMILY"  # an environment variable by which a test knows its processes
-SHARE, SHARES = map(int, os.environ.get("TEST_SHARE", "0/1").split("/"))
+SHARE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])  # of tests and ports
+SHARES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 
 class BrokenAnswer(Exception):
@@ -598,6 +604,34 @@ def chat_body(model, **wish):
     return {"model": model, "messages": messages, **wish}
 
 
+def cpu_seconds(pid):
+    """Processor seconds that a process has used, its ended threads included."""
+    return time.clock_gettime((~pid << 3) | 2)  # its CPU clock, as the kernel names it
+
+
+def wakeups(pid):
+    """How often the threads of a process went to sleep so far, and were woken."""
+    texts = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/status")]
+    found = re.findall(r"\nvoluntary_ctxt_switches:\s+(\d+)", "".join(texts))
+    return sum(map(int, found))
+
+
+def soak_size(pid):
+    """Threads, descriptors and resident MB of a process."""
+    with open(f"/proc/{pid}/status") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return {
+        "threads": int(fields["Threads"]),
+        "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
+        "resident": int(fields["VmRSS"].split()[0]) // 1024,
+    }
+
+
+def word_after(argv, name, default):
+    """The word after `name`, or the default."""
+    return argv[argv.index(name) + 1] if name in argv else default
+
+
 # ==================================================================================
 # 0  The file itself: its sections, its README, its example.
 # ==================================================================================
@@ -683,17 +717,6 @@ def test_functions_and_lines_are_short_and_imports_are_of_the_standard_library()
             assert not known or node.module.partition(".")[0] in known
 
 
-def test_every_test_is_in_one_share_beside_those_that_share_a_dear_fixture():
-    found = re.findall(
-        r'@pytest.fixture\(scope="module"\)\ndef (\w+)', HERE.read_text()
-    )
-    assert sorted(found) == sorted(DEAR_FIXTURES)
-    names = [("test_a", ["swap"]), ("test_b", []), ("test_c", ["swap"]), ("test_b", [])]
-    items = [SimpleNamespace(originalname=n, fixturenames=f) for n, f in names]
-    groups = suite_groups(items)
-    assert groups == [[items[0], items[2]], [items[1], items[3]]]
-
-
 def readme_text():
     return HERE.with_name("README.md").read_text()
 
@@ -705,19 +728,16 @@ def section(title):
     return re.split(r"^##", text, flags=re.MULTILINE)[0]
 
 
-def keys_table(keys):
-    """The rows as a table in Markdown."""
-    lines = ["| key | default | meaning |", "|---|---|---|"]
+def test_all_keys_are_printed_and_those_that_the_readme_names_exist():
+    printed = subprocess.check_output([sys.executable, LLMSWAP, "--keys"], text=True)
+    keys = llmswap.PROXY_KEYS + llmswap.MODEL_KEYS
     for key in keys:
-        default = f"`{key.default}`" if key.default else ""
-        lines.append(f"| `{key.name}` | {default} | {key.help} |")
-    return "\n".join(lines) + "\n"
-
-
-def test_the_readme_has_the_tables_of_all_keys():
-    readme = readme_text()
-    assert keys_table(llmswap.PROXY_KEYS) in readme
-    assert keys_table(llmswap.MODEL_KEYS) in readme
+        text = " ".join(f"{key.name} = {key.default} {key.help}".split())
+        assert text.replace("`", "") in " ".join(printed.split())
+    table = readme_text().partition("The ten keys")[2].partition("Durations")[0]
+    named = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    names = re.findall(r"`([^`]+)`", " ".join(named))
+    assert len(names) > 9 and set(names) <= {key.name for key in keys}
 
 
 def test_every_file_of_the_readme_is_read_without_warnings(tmp_path):
@@ -737,15 +757,11 @@ runpy.run_path({str(HERE)!r}, run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("command", ["bench", "test"])
-def test_only_the_tests_need_pytest(command):
-    words = [sys.executable, "-c", WITHOUT_PYTEST, command, "--help"]
+def test_only_the_tests_need_pytest():
+    words = [sys.executable, "-c", WITHOUT_PYTEST, "bench", "--help"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    if command == "test":
-        assert (done.returncode, done.stderr) == (2, "The tests need pytest.\n")
-    else:
-        assert (done.returncode, done.stderr) == (0, "")
-        assert f"test_llmswap.py {command}" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "test_llmswap.py bench" in done.stdout
 
 
 def test_the_readme_translates_llama_swaps_keys_into_ours():
@@ -6492,24 +6508,25 @@ def pair():
         yield ours, theirs
 
 
-def fed(data, is_ended=True):
-    """A Wire that receives these bytes (at most what a socket holds) and their end."""
-    ours, theirs = socket.socketpair()
-    llmswap.set_socket_timeouts(ours)
-    pump = threading.Thread(target=_feed, args=(theirs, data, is_ended), daemon=True)
-    pump.start()
-    wire = llmswap.SocketReader(ours)
-    wire.keep = theirs
-    return wire
+class Pieces:
+    """A socket that gives these pieces, then the end; keeps what is sent."""
+
+    def __init__(self, *pieces):
+        self.unread, self.sent = collections.deque(filter(None, pieces)), b""
+
+    def recv(self, size):
+        piece = self.unread.popleft() if self.unread else b""
+        if len(piece) > size:
+            self.unread.appendleft(piece[size:])
+        return piece[:size]
+
+    def sendall(self, data):
+        self.sent += data
 
 
-def _feed(sock, data, is_ended):
-    try:
-        sock.sendall(data)
-        if is_ended:
-            sock.shutdown(socket.SHUT_WR)
-    except OSError:
-        pass
+def reader_of(*pieces):
+    """A SocketReader that receives these pieces."""
+    return llmswap.SocketReader(Pieces(*pieces))
 
 
 def everything(sock):
@@ -6523,274 +6540,14 @@ def everything(sock):
     return data, False
 
 
+def http(text, body=b""):
+    """The bytes of a request from its lines."""
+    return text.replace("\n", "\r\n").encode("latin-1") + b"\r\n\r\n" + body
+
+
 def request_of(text):
     """A Request from its lines."""
-    return llmswap.Request(text.replace("\n", "\r\n").encode("latin-1") + b"\r\n\r\n")
-
-
-GET = "GET / HTTP/1.1\nHost: x"
-
-
-# ---- heads
-
-
-def test_a_head_is_found_however_its_bytes_are_cut():
-    head = b"GET /x HTTP/1.1\r\nHost: a\r\nX: \xc3\xa4\r\n\r\n"
-    for cut in range(1, len(head)):
-        with pair() as (ours, theirs):
-            theirs.sendall(head[:cut])
-            wire, heads = llmswap.SocketReader(ours), []
-            reader = threading.Thread(target=lambda w=wire: heads.append(w.head()))
-            reader.start()
-            theirs.sendall(head[cut:] + b"rest")
-            reader.join(10)
-            assert heads == [head]
-            assert wire.receive() == b"rest"
-
-
-@pytest.mark.parametrize("data", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: x\r\n"])
-def test_a_stream_that_ends_before_the_head_does_gives_no_head(data):
-    assert fed(data).head() == b""
-
-
-def test_empty_lines_before_a_head_are_skipped():
-    assert fed(b"\r\n\r\nGET / HTTP/1.1\r\n\r\n").head() == b"GET / HTTP/1.1\r\n\r\n"
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"GET / HTTP/1.1\nHost: x\n\n",
-        b"GET / HTTP/1.1\r\nHost: x\nX: y",
-        b"GET / HTTP/1.1\rHost: x\r",
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # somebody speaks TLS
-        b"GET /\x00 HTTP/1.1\r\n",
-    ],
-)
-def test_what_can_be_no_head_is_refused_before_it_ends(data):
-    with pytest.raises(llmswap.BadRequest):
-        fed(data, is_ended=False).head()
-
-
-def test_empty_lines_cost_little_and_count_as_a_head():
-    def skip(count):
-        fed(b"\r\n" * count + b"GET / HTTP/1.1\r\n\r\n").head()
-
-    assert seconds_of(lambda: skip(32000)) < 0.05
-    with pytest.raises(llmswap.HeadersTooLarge):
-        skip(33000)
-
-
-def test_a_head_may_have_64_kilobytes_and_no_more():
-    start, end = b"GET / HTTP/1.1\r\nX: ", b"\r\n\r\n"
-    fill = llmswap.HEAD_LIMIT - len(start + end)
-    assert len(fed(start + b"x" * fill + end).head()) == llmswap.HEAD_LIMIT
-    with pytest.raises(llmswap.HeadersTooLarge):
-        fed(start + b"x" * (fill + 1) + end).head()
-
-
-def test_a_head_may_have_a_hundred_lines_and_no_more():
-    lines = [f"X-{number}: y" for number in range(99)]
-    assert len(request_of("\n".join([GET, *lines])).headers) == 100
-    with pytest.raises(llmswap.HeadersTooLarge):
-        request_of("\n".join([GET, *lines, "X: y"]))
-
-
-def test_who_sends_a_head_byte_by_byte_is_late_as_well():
-    with pair() as (ours, theirs):
-        wire = llmswap.SocketReader(ours, llmswap.Deadline(0.05, llmswap.RequestTimeout("late")))
-
-        def trickle():
-            try:
-                for byte in b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 10000:
-                    theirs.sendall(bytes([byte]))
-            except OSError:
-                pass
-
-        threading.Thread(target=trickle, daemon=True).start()
-        with pytest.raises(llmswap.RequestTimeout):
-            wire.head()
-
-
-SMUGGLING = [
-    f"{GET}\nContent-Length: 5\nContent-Length: 5",
-    f"{GET}\nContent-Length: 5\nContent-Length: 6",
-    f"{GET}\nContent-Length: 5, 5",
-    f"{GET}\nContent-Length: +5",
-    f"{GET}\nContent-Length: -5",
-    f"{GET}\nContent-Length: 0x5",
-    f"{GET}\nContent-Length: 5 5",
-    f"{GET}\nContent-Length:",
-    f"{GET}\nContent-Length: \u00b2",
-    f"{GET}\nContent-Length: 9999999999999999999",
-    f"{GET}\nContent-Length: 5\nTransfer-Encoding: chunked",
-    f"{GET}\nTransfer-Encoding: chunked\nTransfer-Encoding: chunked",
-    f"{GET}\nTransfer-Encoding: chunked, chunked",
-    f"{GET}\nTransfer-Encoding: gzip, chunked",
-    f"{GET}\nTransfer-Encoding: identity",
-    f"{GET}\nTransfer-Encoding: xchunked",
-    f"{GET}\nTransfer-Encoding: chunked;x=y",
-    f"{GET}\nTransfer-Encoding:\x0bchunked",
-    f"{GET}\nX: a\n b",
-    f"{GET}\nX: a\n\tb",
-    f"{GET}\nX : a",
-    f"{GET}\n: a",
-    f"{GET}\nX",
-    f"{GET}\nX: a\x00b",
-    f"{GET}\nX: a\rb",
-    f"{GET}\nX\u00e4: b",
-    f"{GET}\nHost: y",
-    "GET / HTTP/1.1",
-    "GET / HTTP/1.1\n",
-    "GET / HTTP/1.0\nTransfer-Encoding: chunked",
-    "GET  / HTTP/1.1\nHost: x",
-    "GET / HTTP/1.1 \nHost: x",
-    " GET / HTTP/1.1\nHost: x",
-    "GET / x HTTP/1.1\nHost: x",
-    "GET /\x01 HTTP/1.1\nHost: x",
-    "GET / HTTP/1.2\nHost: x",
-    "GET / HTTP/2.0\nHost: x",
-    "GET / http/1.1\nHost: x",
-    "GET /\nHost: x",
-    "G(T / HTTP/1.1\nHost: x",
-    "GET x HTTP/1.1\nHost: x",
-    "CONNECT x:80 HTTP/1.1\nHost: x:80",
-    "GET http://y/ HTTP/1.1\nHost: x",
-    "GET ftp://x/ HTTP/1.1\nHost: x",
-    "GET * HTTP/1.1\nHost: x",
-    "OPTIONS ** HTTP/1.1\nHost: x",
-]
-
-
-@pytest.mark.parametrize("text", SMUGGLING)
-def test_a_doubtful_head_is_refused(text):
-    with pytest.raises(llmswap.BadRequest):
-        request_of(text)
-
-
-@pytest.mark.parametrize(
-    "target, path, query",
-    [
-        ("/a?b=http://c/d", "/a", "b=http://c/d"),
-        ("http://x/a?b", "/a", "b"),
-        ("HTTP://X", "/", ""),
-        ("http://x?q", "/", "q"),
-        ("//evil/a", "//evil/a", ""),
-    ],
-)
-def test_targets_in_all_forms_are_understood(target, path, query):
-    request = request_of(f"GET {target} HTTP/1.1\nHost: x")
-    assert (request.path, request.query) == (path, query)
-
-
-def test_field_values_lose_blanks_around_them_and_nothing_else():
-    request = request_of(f"{GET}\nX-A: \t a  b\t \nX-B:\nx-a: 2")
-    assert request.all("x-a") == ["a  b", "2"]
-    assert request.get("x-b") == "" and request.get("none") == ""
-
-
-def test_a_query_is_decoded_as_utf_8_percent_encoded_or_raw():
-    raw = "GET /?a=b&model=q%C3%A4+1%2Fx HTTP/1.1\nHost: x"
-    assert request_of(raw).parameter("model") == "q\u00e4 1/x"
-    head = "GET /?model=q\u00e4 HTTP/1.1\r\nHost: x\r\n\r\n".encode()
-    assert llmswap.Request(head).parameter("model") == "q\u00e4"
-    assert request_of(raw).parameter("b") is None
-
-
-@pytest.mark.parametrize(
-    "start, connection, is_persistent",
-    [
-        ("HTTP/1.1", None, True),
-        ("HTTP/1.1", "close", False),
-        ("HTTP/1.1", "Keep-Alive, Close", False),
-        ("HTTP/1.1", "keep-alive\nConnection: close", False),
-        ("HTTP/1.0", None, False),
-        ("HTTP/1.0", "Keep-Alive", True),
-    ],
-)
-def test_a_connection_stays_as_its_client_wishes(start, connection, is_persistent):
-    text = f"GET / {start}\nHost: x"
-    text += f"\nConnection: {connection}" if connection else ""
-    assert request_of(text).is_persistent is is_persistent
-
-
-def test_only_websockets_are_upgrades():
-    def is_upgrade(method, kind):
-        text = f"{method} / HTTP/1.1\nHost: x\nConnection: Upgrade\nUpgrade: {kind}"
-        return request_of(text).is_upgrade
-
-    assert is_upgrade("GET", "WebSocket")
-    assert not is_upgrade("POST", "websocket")
-    assert not is_upgrade("GET", "h2c")
-
-
-def test_hop_by_hop_fields_and_those_that_connection_names_are_dropped():
-    names = "keep-alive te trailer upgrade proxy-authorization proxy-connection x-own"
-    fields = [(name, "1") for name in names.split()]
-    fields += [("connection", "close, X-Own"), ("accept", "y")]
-    assert llmswap.end_to_end(fields) == [("accept", "y")]
-
-
-# ---- chunks
-
-
-CHUNKED = [
-    (b"0\r\n\r\n", b""),
-    (b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
-    (b"A;x=y\r\n0123456789\r\n1\r\n!\r\n000\r\n\r\n", b"0123456789!"),
-    (b"2 \r\n\r\n\r\n0\r\nTrailer: x\r\nOther: y\r\n\r\n", b"\r\n"),
-    (b"1\r\n\r\r\n1\r\n\n\r\n0;a\r\n\r\n", b"\r\n"),
-]
-
-
-@pytest.mark.parametrize("data, payload", CHUNKED)
-def test_chunks_are_decoded_however_they_are_cut(data, payload):
-    for cut in range(len(data) + 1):
-        decoder = llmswap.ChunkDecoder()
-        got = decoder.feed(data[:cut]) + decoder.feed(data[cut:] + b"next")
-        assert (got, decoder.is_done) == (payload, True)
-        assert decoder.rest == b"next"
-    decoder = llmswap.ChunkDecoder()
-    got = b"".join(decoder.feed(bytes([byte])) for byte in data)
-    assert (got, decoder.is_done, decoder.rest) == (payload, True, b"")
-
-
-BAD_CHUNKS = [
-    b"\r\n",
-    b"x\r\n",
-    b"-1\r\n",
-    b"+1\r\n",
-    b"0x1\r\nx\r\n",
-    b"1_0\r\n",
-    b"1\nx\r\n0\r\n\r\n",
-    b"1\r\nxx\r\n0\r\n\r\n",
-    b"1\r\nx\r\r\n",
-    b"1\r\nx\n0\r\n\r\n",
-    b"1\r\nx\r\n0\r\n\n",
-    b"1\r\nx\r\n0\r\nA: b\n\r\n",
-    b"1\r\nx0\r\n\r\n",
-    b" 1\r\nx\r\n",
-    b"1;a\x00\r\nx\r\n",
-    b"1000000000000000\r\n",
-    b"1;" + b"x" * 5000,
-    b"0\r\n" + b"A: b\r\n" * 200,
-    b"0\r\nA: \0\r\n\r\n",
-    b"0\r\nA: b\rc\r\n\r\n",
-    b"0\r\nA : b\r\n\r\n",
-    b"0\r\nA: b\r\n c\r\n\r\n",
-    b"1\r\nx1\r\nx\r\n",
-    b"0\r\n1\r\nx\r\n",
-    b"1\r\nx\n\n",
-]
-
-
-@pytest.mark.parametrize("data", BAD_CHUNKS)
-def test_bad_chunks_are_refused_however_they_are_cut(data):
-    for cut in range(0, len(data), max(1, len(data) // 50)):
-        decoder = llmswap.ChunkDecoder()
-        with pytest.raises(llmswap.BadRequest):
-            decoder.feed(data[:cut])
-            decoder.feed(data[cut:])
+    return llmswap.Request(http(text))
 
 
 def seconds_of(action):
@@ -6803,6 +6560,171 @@ def seconds_of(action):
     return min(times)
 
 
+GET = "GET / HTTP/1.1\nHost: x"
+POST = "POST /v1/x HTTP/1.1\nHost: x"
+LARGE = os.urandom(1 << 16) * 40  # 2.5 MB
+
+
+# ---- heads
+
+
+def test_a_head_is_found_however_its_bytes_are_cut():
+    head = b"GET /x HTTP/1.1\r\nHost: a\r\nX: \xc3\xa4\r\n\r\n"
+    for cut in range(len(head)):
+        for start in (b"", b"\r\n\r\n"):  # some clients send empty lines after a body
+            reader = reader_of(start + head[:cut], head[cut:] + b"rest")
+            assert reader.head() == head and reader.receive() == b"rest"
+        assert reader_of(head[:cut]).head() == b""
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"GET / HTTP/1.1\nHost: x\n\n", b"GET / HTTP/1.1\r\nHost: x\nX: y",
+     b"GET / HTTP/1.1\rHost: x\r", b"GET /\x00 HTTP/1.1\r\n",
+     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"],
+)  # fmt: skip
+def test_bytes_that_can_be_no_head_are_refused_before_they_end(data):
+    with pytest.raises(llmswap.BadRequest):
+        reader_of(data).head()
+
+
+def test_a_head_may_have_64_kilobytes_and_100_lines_and_no_more():
+    start, end = b"GET / HTTP/1.1\r\nX: ", b"\r\n\r\n"
+    for blank in (b"", b"\r\n" * 32000):  # empty lines count, and cost little
+        fill = b"x" * (llmswap.HEAD_LIMIT - len(blank + start + end))
+        assert seconds_of(reader_of(blank + start + fill + end).head) < 0.05
+        with pytest.raises(llmswap.HeadersTooLarge):
+            reader_of(blank + start + fill + b"x" + end).head()
+    lines = [f"X-{number}: y" for number in range(99)]
+    assert len(request_of("\n".join([GET, *lines])).headers) == 100
+    with pytest.raises(llmswap.HeadersTooLarge):
+        request_of("\n".join([GET, *lines, "X: y"]))
+
+
+def test_a_head_sent_byte_by_byte_is_late_as_well():
+    head = b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 9000
+    late = llmswap.StallMonitor(0.05, llmswap.RequestTimeout("late"))
+    with pytest.raises(llmswap.RequestTimeout):
+        llmswap.SocketReader(Pieces(*(bytes([b]) for b in head)), late).head()
+
+
+# Each is answered 400 and goes nowhere: see the doubtful requests of section 9.
+SMUGGLING = [
+    f"{GET}\n{lines}"
+    for lines in [
+        "Content-Length: 5\nContent-Length: 5", "Content-Length: 5\nContent-Length: 6",
+        "Content-Length: 5, 5", "Content-Length: +5", "Content-Length: -5",
+        "Content-Length: 0x5", "Content-Length: 5 5", "Content-Length:",
+        "Content-Length: \u00b2", "Content-Length: 9999999999999999999",
+        "Content-Length: 5\nTransfer-Encoding: chunked", "Transfer-Encoding: xchunked",
+        "Transfer-Encoding: chunked\nTransfer-Encoding: chunked",
+        "Transfer-Encoding: chunked, chunked", "Transfer-Encoding: gzip, chunked",
+        "Transfer-Encoding: identity", "Transfer-Encoding: chunked;x=y",
+        "Transfer-Encoding:\x0bchunked", "X: a\n b", "X: a\n\tb", "X : a", ": a", "X",
+        "X: a\x00b", "X: a\rb", "X\u00e4: b", "Host: y",
+    ]
+] + [
+    "GET / HTTP/1.1", "GET / HTTP/1.1\n", "GET / HTTP/1.0\nTransfer-Encoding: chunked",
+    "GET  / HTTP/1.1\nHost: x", "GET / HTTP/1.1 \nHost: x", " GET / HTTP/1.1\nHost: x",
+    "GET / x HTTP/1.1\nHost: x", "GET /\x01 HTTP/1.1\nHost: x", "GET /\nHost: x",
+    "GET / HTTP/1.2\nHost: x", "GET / HTTP/2.0\nHost: x", "GET / http/1.1\nHost: x",
+    "G(T / HTTP/1.1\nHost: x", "GET x HTTP/1.1\nHost: x",
+    "CONNECT x:80 HTTP/1.1\nHost: x:80", "GET http://y/ HTTP/1.1\nHost: x",
+    "GET ftp://x/ HTTP/1.1\nHost: x", "GET * HTTP/1.1\nHost: x",
+    "OPTIONS ** HTTP/1.1\nHost: x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "target, path, query",
+    [("/a?b=http://c/d", "/a", "b=http://c/d"), ("http://x/a?b", "/a", "b"),
+     ("HTTP://X", "/", ""), ("http://x?q", "/", "q"), ("//evil/a", "//evil/a", "")],
+)  # fmt: skip
+def test_targets_in_all_forms_are_understood(target, path, query):
+    request = request_of(f"GET {target} HTTP/1.1\nHost: x")
+    assert (request.path, request.query) == (path, query)
+
+
+def test_headers_and_query_are_read_as_their_senders_mean_them():
+    request = request_of(f"{GET}\nX-A: \t a  b\t \nX-B:\nx-a: 2")
+    assert request.all("x-a") == ["a  b", "2"]
+    assert request.get("x-b") == "" and request.get("none") == ""
+    for target in ("/?a=b&model=q%C3%A4+1%2Fx", "/?model=q\u00c3\u00a4+1/x"):
+        request = request_of(f"GET {target} HTTP/1.1\nHost: x")
+        assert request.parameter("model") == "q\u00e4 1/x"
+        assert request.parameter("b") is None
+    names = "keep-alive te trailer upgrade proxy-authorization proxy-connection x-own"
+    headers = [(name, "1") for name in names.split()]
+    headers += [("connection", "close, X-Own"), ("accept", "y")]
+    assert llmswap.end_to_end(headers) == [("accept", "y")]
+
+
+@pytest.mark.parametrize(
+    "version, connection, is_persistent",
+    [
+        ("1.1", "X: y", True),
+        ("1.1", "Connection: close", False),
+        ("1.1", "Connection: Keep-Alive, Close", False),
+        ("1.1", "Connection: keep-alive\nConnection: close", False),
+        ("1.0", "X: y", False),
+        ("1.0", "Connection: Keep-Alive", True),
+    ],
+)
+def test_a_connection_stays_as_its_client_wishes(version, connection, is_persistent):
+    request = request_of(f"GET / HTTP/{version}\nHost: x\n{connection}")
+    assert request.is_persistent is is_persistent
+
+
+@pytest.mark.parametrize(
+    "method, protocol, is_upgrade",
+    [("GET", "WebSocket", True), ("POST", "websocket", False), ("GET", "h2c", False)],
+)
+def test_only_websockets_are_upgrades(method, protocol, is_upgrade):
+    text = f"{method} / HTTP/1.1\nHost: x\nConnection: Upgrade\nUpgrade: {protocol}"
+    assert request_of(text).is_upgrade is is_upgrade
+
+
+# ---- chunks
+
+
+CHUNKED = [
+    (b"0\r\n\r\n", b""),
+    (b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
+    (b"A;x=y\r\n0123456789\r\n1 ;z\r\n!\r\n000\r\n\r\n", b"0123456789!"),
+    (b"2 \r\n\r\n\r\n0\r\nTrailer: x\r\nOther: y\r\n\r\n", b"\r\n"),
+    (b"1\r\n\r\r\n1\r\n\n\r\n0;a\r\n\r\n", b"\r\n"),
+]
+BAD_CHUNKS = [
+    b"\r\n", b"x\r\n", b"-1\r\n", b"+1\r\n", b"0x1\r\nx\r\n", b"1_0\r\n",
+    b"1\nx\r\n0\r\n\r\n", b"1\r\nxx\r\n0\r\n\r\n", b"1\r\nx\r\r\n",
+    b"1\r\nx\n0\r\n\r\n", b"1\r\nx\r\n0\r\n\n", b"1\r\nx\r\n0\r\nA: b\n\r\n",
+    b"1\r\nx0\r\n\r\n", b" 1\r\nx\r\n", b"1;a\x00\r\nx\r\n", b"1000000000000000\r\n",
+    b"1;" + b"x" * 5000, b"0\r\n" + b"A: b\r\n" * 200, b"0\r\nA: \0\r\n\r\n",
+    b"0\r\nA: b\rc\r\n\r\n", b"0\r\nA : b\r\n\r\n", b"0\r\nA: b\r\n c\r\n\r\n",
+    b"1\r\nx1\r\nx\r\n", b"0\r\n1\r\nx\r\n", b"1\r\nx\n\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("data, payload", CHUNKED)
+def test_chunks_are_decoded_however_they_are_cut(data, payload):
+    single_bytes = [bytes([byte]) for byte in data]
+    for cut in range(len(data) + 1):
+        for pieces in ([data[:cut], data[cut:] + b"next"], [*single_bytes, b"next"]):
+            reader = reader_of(*pieces)
+            body = llmswap.Body(reader, request_of(f"{POST}\n{IN_CHUNKS}"), 100)
+            assert body.hold(100) and body.held == payload
+            assert reader.receive() == b"next"
+
+
+@pytest.mark.parametrize("data", BAD_CHUNKS)
+def test_bad_chunks_are_refused_however_they_are_cut(data):
+    for cut in range(0, len(data), max(1, len(data) // 50)):
+        decoder = llmswap.ChunkDecoder()
+        with pytest.raises(llmswap.BadRequest):
+            decoder.feed(data[:cut])
+            decoder.feed(data[cut:])
+
+
 def test_tiny_chunks_cost_in_proportion_to_their_number():
     def decode(count):
         llmswap.ChunkDecoder().feed(b"1\r\nx\r\n" * count)
@@ -6813,122 +6735,105 @@ def test_tiny_chunks_cost_in_proportion_to_their_number():
 # ---- bodies
 
 
-def body_of(head, data, limit=1 << 30, is_ended=True):
-    """The Body that comes behind this head."""
-    wire = fed(data, is_ended)
-    return llmswap.Body(wire, request_of(head), limit), wire
-
-
-POST = "POST /v1/x HTTP/1.1\nHost: x"
-LARGE = os.urandom(1 << 16) * 40  # 2.5 MB
+IN_CHUNKS = "Transfer-Encoding: chunked"
 
 
 def chunked(data, size=50000):
     """The data in chunks."""
-    cuts = range(0, len(data), size)
-    pieces = [
-        b"%x\r\n%b\r\n" % (len(data[c : c + size]), data[c : c + size]) for c in cuts
-    ]
-    return b"".join(pieces) + b"0\r\n\r\n"
+    pieces = (data[at : at + size] for at in range(0, len(data), size))
+    return b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
+
+
+def body_of(framing, data, limit=1 << 30, head=POST):
+    """The Body that comes behind a head with this framing."""
+    return llmswap.Body(reader_of(data), request_of(f"{head}\n{framing}"), limit)
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
 @pytest.mark.parametrize("size", [0, 1, 1 << 20, (1 << 20) + 1, len(LARGE)])
-def test_a_body_is_held_whole(is_chunked, size):
+def test_a_body_is_held_whole_or_comes_piece_by_piece(is_chunked, size):
     data = LARGE[:size]
-    framing = "Transfer-Encoding: chunked" if is_chunked else f"Content-Length: {size}"
-    raw = chunked(data) if is_chunked else data
-    body, wire = body_of(f"{POST}\n{framing}", raw + b"next")
-    assert body.hold(1 << 30)
-    assert bytes(body.held[:]) == data
-    assert body.is_complete
-    assert wire.receive() == b"next"
+    framing = IN_CHUNKS if is_chunked else f"Content-Length: {size}"
+    for held in (1000, 1 << 30):
+        reader = reader_of((chunked(data) if is_chunked else data) + b"next")
+        body = llmswap.Body(reader, request_of(f"{POST}\n{framing}"), 1 << 30)
+        assert body.hold(held) is (body.received == size)
+        assert min(held, size) <= len(body.held) <= held + llmswap.BUFFER_SIZE
+        assert bytes(body.held) + b"".join(body.rest()) == data
+        assert body.is_complete and reader.receive() == b"next"
 
 
-def test_what_is_not_held_of_a_body_comes_piece_by_piece():
-    body, _ = body_of(f"{POST}\nContent-Length: {len(LARGE)}", LARGE)
-    assert not body.hold(1000)
-    held = bytes(body.held)
-    assert 1000 <= len(held) <= 1000 + llmswap.BUFFER_SIZE
-    assert held + b"".join(body.rest()) == LARGE
-    assert body.is_complete
-
-
-@pytest.mark.parametrize(
-    "framing", ["Content-Length: 100", "Transfer-Encoding: chunked"]
-)
+@pytest.mark.parametrize("framing", ["Content-Length: 100", IN_CHUNKS])
 def test_a_body_that_ends_too_early_means_that_the_client_left(framing):
-    body, _ = body_of(f"{POST}\n{framing}", b"50\r\nhello")
     with pytest.raises(llmswap.ClientDisconnected):
-        body.hold(1000)
+        body_of(framing, b"50\r\nhello").hold(1000)
 
 
 def test_a_body_beyond_the_limit_is_refused_at_its_head_or_once_it_is_there():
     with pytest.raises(llmswap.PayloadTooLarge):
-        body_of(f"{POST}\nContent-Length: 101", b"", limit=100)
-    head = f"{POST}\nTransfer-Encoding: chunked"
-    body, _ = body_of(head, chunked(LARGE), limit=100)
+        body_of("Content-Length: 101", b"", limit=100)
+    body = body_of(IN_CHUNKS, chunked(LARGE), limit=100)
     with pytest.raises(llmswap.PayloadTooLarge):
         body.hold(1 << 30)
     assert not body.can_be_skipped and not body.skip()
 
 
 def test_after_bad_chunks_nothing_of_that_connection_is_believed():
-    head = f"{POST}\nTransfer-Encoding: chunked"
-    body, _ = body_of(head, b"1\r\nxx\r\n0\r\n\r\nGET /unload HTTP/1.1\r\n\r\n")
+    body = body_of(IN_CHUNKS, b"1\r\nxx\r\n0\r\n\r\nGET /unload HTTP/1.1\r\n\r\n")
     with pytest.raises(llmswap.BadRequest):
         body.hold(1000)
     assert not body.skip()
 
 
-def test_a_client_that_asks_is_told_to_continue_once_its_body_is_wanted():
-    head = f"{POST}\nContent-Length: 5\nExpect: 100-Continue"
-    with pair() as (ours, theirs):
-        body = llmswap.Body(llmswap.SocketReader(ours), request_of(head), 100)
-        assert not body.can_be_skipped and not body.skip()
-        theirs.sendall(b"hello")
-        assert body.hold(5)
-        assert theirs.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
-    body, wire = body_of(head.replace("1.1", "1.0"), b"hello", is_ended=False)
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+def test_a_client_that_asks_is_told_to_continue_once_its_body_is_wanted(version):
+    head = POST.replace("1.1", version) + "\nExpect: 100-Continue"
+    reader = reader_of(b"hello")
+    body = llmswap.Body(reader, request_of(f"{head}\nContent-Length: 5"), 100)
+    is_new = version == "1.1"  # HTTP/1.0 knows no such thing
+    assert body.can_be_skipped is not is_new and reader.sock.sent == b""
     assert body.hold(5)
-    with pytest.raises(BlockingIOError):  # HTTP/1.0 knows no such thing
-        wire.keep.recv(1, socket.MSG_DONTWAIT)
+    assert reader.sock.sent == (b"HTTP/1.1 100 Continue\r\n\r\n" if is_new else b"")
 
 
-# ---- JSON
+# ---- JSON and forms
 
 
-def named(data, kind="application/json"):
+def found_in(data, kind="application/json", is_needed=True):
     """What is found in this body, and the body, read as far as that took."""
-    body, _ = body_of(f"{POST}\nContent-Length: {len(data)}", bytes(data))
-    found = llmswap.find_model(body, kind)
-    return found, body
+    body = body_of(f"Content-Length: {len(data)}", bytes(data))
+    return llmswap.find_model(body, kind, is_needed), body
+
+
+JSON, FORM = "application/json", "application/x-www-form-urlencoded; charset=x"
 
 
 @pytest.mark.parametrize(
-    "data, model",
+    "kind, data, model",
     [
-        ('{"model":"a"}', "a"),
-        (' \r\n\t{ "x" : [ {"model":"no"} ] ,\n"model" : "b" } ', "b"),
-        ('\ufeff{"model":"a"}', "a"),
-        ('{"model":"a","model":"b"}', "b"),
-        ('{"\\u006dodel":"a"}', "a"),
-        ('{"model":"a\\"\\u00e4\\n\\\\"}', 'a"\u00e4\n\\'),
-        ('{"x":"\\"model\\":\\"no\\"","model":"b"}', "b"),
-        ('{"x":"\\\\","model":"b"}', "b"),
-        ('{"x":{"model":"no"}}', None),
-        ('{"model":5}', None),
-        ('{"model":null}', None),
-        ('{"model":["a"]}', None),
-        ("{}", None),
-        ("", None),
-        ('{"x":1e400,"y":-0.0e-1,"model":"a"}', "a"),
-        ('{"x":"a raw \n newline","model":"a"}', "a"),
-        ('{"model":"\\ud800"}', "\ud800"),
+        (JSON, '{"model":"a"}', "a"),
+        (JSON, ' \r\n\t{ "x" : [ {"model":"no"} ] ,\n"model" : "b" } ', "b"),
+        (JSON, '\ufeff{"model":"a"}', "a"),
+        (JSON, '{"model":"a","model":"b"}', "b"),
+        (JSON, '{"\\u006dodel":"a"}', "a"),
+        (JSON, '{"model":"a\\"\\u00e4\\n\\\\"}', 'a"\u00e4\n\\'),
+        (JSON, '{"x":"\\"model\\":\\"no\\"","model":"b"}', "b"),
+        (JSON, '{"x":{"model":"no"}}', None),
+        (JSON, '{"model":5}', None),
+        (JSON, '{"model":["a"]}', None),
+        (JSON, "{}", None),
+        (JSON, "", None),
+        (JSON, '{"x":1e400,"y":-0.0e-1,"model":"a"}', "a"),
+        (JSON, '{"x":"a raw \n newline","model":"a"}', "a"),
+        (JSON, '{"model":"\\ud800"}', "\ud800"),
+        (FORM, "model=a%2Fb+c&x=1", "a/b c"),
+        (FORM, "x=1&model=%C3%A4", "\u00e4"),
+        (FORM, "xmodel=1", None),
+        (FORM, ' \n{"model":"a"}', "a"),  # curl -d calls it a form
     ],
 )
-def test_the_model_is_found_at_the_top_level_of_json_and_nowhere_else(data, model):
-    assert named(data.encode())[0].model == model
+def test_the_model_is_found_at_the_top_level_and_nowhere_else(kind, data, model):
+    assert found_in(data.encode(), kind)[0].model == model
 
 
 @pytest.mark.parametrize(
@@ -6938,13 +6843,12 @@ def test_the_model_is_found_at_the_top_level_of_json_and_nowhere_else(data, mode
 )  # fmt: skip
 def test_a_body_that_is_no_json_object_is_refused(data):
     with pytest.raises(llmswap.BadRequest):
-        named(data.encode())
+        found_in(data.encode())
 
 
 def test_a_body_that_is_not_json_is_not_read_if_no_model_is_needed():
-    body, _ = body_of(f"{POST}\nContent-Length: {len(LARGE)}", LARGE)
-    found = llmswap.find_model(body, "application/octet-stream", is_needed=False)
-    assert found == llmswap.RequestInfo() and len(body.held) <= llmswap.BUFFER_SIZE
+    info, body = found_in(LARGE, "application/octet-stream", is_needed=False)
+    assert info == llmswap.RequestInfo() and len(body.held) <= llmswap.BUFFER_SIZE
     assert bytes(body.held) + b"".join(body.rest()) == LARGE
 
 
@@ -6952,18 +6856,13 @@ def test_a_body_that_is_not_json_is_not_read_if_no_model_is_needed():
     "body, edits, result",
     [
         ("{}", {"model": "a"}, '{"model":"a"}'),
-        ('{ "x": 1 }', {"model": "a"}, '{"x":1,"model":"a"}'),
         ('{"model": "b" , "x":1}', {"model": "a"}, '{"model":"a","x":1}'),
-        ('{"a":1,"b":2,"c":3}', {"removed": {"b"}}, '{"a":1,"c":3}'),
         ('{"a":1,"b":2}', {"removed": {"a", "b", "c"}}, "{}"),
         ('{"a":{"x":1}}', {"laid_over": {"a": {"y": 2}}}, '{"a":{"x":1,"y":2}}'),
         ('{"a":{"x":1}}', {"laid_over": {"a": 5}}, '{"a":5}'),
         ('{"a":1,"a":2}', {"laid_over": {"b": 5}}, '{"a":2,"b":5}'),
-        (
-            '{"a":{"x":1}}',
-            {"laid_over": {"a": {"y": 2}}, "removed": {"a"}},
-            '{"a":{"y":2}}',
-        ),
+        ('{"a":{"x":1}}', {"laid_over": {"a": {"y": 2}}, "removed": {"a"}},
+         '{"a":{"y":2}}'),
         ('{"a":{"x":"\\ud800"}}', {"laid_over": {"a": {}}}, '{"a":{"x":"\\ud800"}}'),
         ('\ufeff{"a":1}', {"removed": {"a"}}, "{}"),
         ('{"a":1e400,"b":12345678901234567890}', {"model": "\u00e4"},
@@ -6971,25 +6870,20 @@ def test_a_body_that_is_not_json_is_not_read_if_no_model_is_needed():
     ],
 )  # fmt: skip
 def test_edits_keep_the_order_of_names(body, edits, result):
-    edits = llmswap.BodyEdits(**{**edits, "removed": frozenset(edits.get("removed", ()))})
-    members = named(body.encode())[0].members
-    assert llmswap.edited_json(members, edits).decode() == result
-
-
-# ---- forms
+    edits = {**edits, "removed": frozenset(edits.get("removed", ()))}
+    members = found_in(body.encode())[0].members
+    assert llmswap.edited_json(members, llmswap.BodyEdits(**edits)).decode() == result
 
 
 def multipart(*fields, boundary="xYz"):
     """A form's bytes and its content type; a value that is bytes is a file."""
-    parts = []
+    data = b""
     for name, value in fields:
         more = "" if isinstance(value, str) else '; filename="model"'
-        head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'
-        data = value.encode() if isinstance(value, str) else value
-        parts.append(head.encode() + data + b"\r\n")
-    return b"".join(parts) + f"--{boundary}--\r\n".encode(), (
-        f"multipart/form-data; boundary={boundary}"
-    )
+        line = f'Content-Disposition: form-data; name="{name}"{more}'
+        data += f"--{boundary}\r\n{line}\r\n\r\n".encode() + encoded(value) + b"\r\n"
+    kind = f"multipart/form-data; boundary={boundary}"
+    return data + f"--{boundary}--\r\n".encode(), kind
 
 
 def test_the_model_of_a_form_is_found_before_or_behind_a_large_file():
@@ -6999,42 +6893,24 @@ def test_the_model_of_a_form_is_found_before_or_behind_a_large_file():
         [("file", noise), ("x", "y"), ("model", "a/b"), ("z", noise)],
     ):
         data, kind = multipart(*fields)
-        found, body = named(data, kind)
-        assert found.model == "a/b"
-        start, end = found.span
-        assert data[start:end] == b"a/b"
-        assert bytes(body.held[:]) + b"".join(body.rest()) == data
-
-
-def test_a_form_made_to_be_slow_is_read_in_linear_time():
-    def read(count):
-        head = (
-            b"--x\r\n" + b"Content-Disposition: form-data;" * count + b"\r\n\r\n\r\n--x"
-        )
-        assert llmswap._named_in_multipart(head, True, b"x").model is None
-
-    assert seconds_of(lambda: read(30000)) < 0.1
+        info, body = found_in(data, kind)
+        assert info.model == "a/b" and data[slice(*info.span)] == b"a/b"
+        assert bytes(body.held) + b"".join(body.rest()) == data
 
 
 def test_a_form_may_quote_its_boundary_and_have_no_model():
     data, _ = multipart(("file", b"model"), boundary="a b'c")
-    assert named(data, 'multipart/form-data; Boundary="a b\'c"')[0].model is None
+    kind = 'multipart/form-data; Boundary="a b\'c"'
+    assert found_in(data, kind)[0].model is None
     with pytest.raises(llmswap.BadRequest):
-        named(data, "multipart/form-data")
+        found_in(data, "multipart/form-data")
 
 
-@pytest.mark.parametrize(
-    "data, model",
-    [
-        (b"model=a%2Fb+c&x=1", "a/b c"),
-        (b"x=1&model=%C3%A4", "\u00e4"),
-        (b"xmodel=1", None),
-        (b'{"model":"a"}', "a"),
-        (b' \n{"model":"a"}', "a"),
-    ],
-)
-def test_the_model_of_a_simple_form_or_of_what_curl_calls_one(data, model):
-    assert named(data, "application/x-www-form-urlencoded; charset=x")[0].model == model
+def test_a_form_made_to_be_slow_is_read_in_linear_time():
+    lines = b"Content-Disposition: form-data;" * 30000
+    data = b"--x\r\n" + lines + b"\r\n\r\n\r\n--x"
+    kind = "multipart/form-data; boundary=x"
+    assert seconds_of(lambda: found_in(data, kind)) < 0.1
 
 
 # ---- answers read
@@ -7042,94 +6918,69 @@ def test_the_model_of_a_simple_form_or_of_what_curl_calls_one(data, model):
 
 ANSWERS = [
     b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
-    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n",
     b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
     b"Transfer-Encoding: Chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
 ]
 
 
-def read_answer(data, method="GET"):
-    answer = llmswap.UpstreamResponse(fed(data), method)
-    return answer, b"".join(bytes(piece) for piece in answer.pieces())
+def read_answer(*pieces, method="GET"):
+    answer = llmswap.UpstreamResponse(reader_of(*pieces), method)
+    return answer, b"".join(answer.pieces())
 
 
 @pytest.mark.parametrize("data", ANSWERS)
 def test_an_answer_cut_anywhere_is_never_taken_for_whole(data):
-    answer, payload = read_answer(data)
-    assert (answer.status, payload, answer.is_over) == (200, b"hello", True)
     for cut in range(len(data)):
-        with pytest.raises((EOFError, llmswap.Truncated)):
+        answer, payload = read_answer(data[:cut], data[cut:])
+        assert (answer.status, payload, answer.is_over) == (200, b"hello", True)
+        with pytest.raises(llmswap.Truncated):
             read_answer(data[:cut])
 
 
 @pytest.mark.parametrize(
     "head, method, payload, is_over",
     [
-        ("HTTP/1.1 200 OK", "GET", b"hello", False),
-        ("HTTP/1.1 204 No Content", "GET", b"", False),
-        ("HTTP/1.1 200 OK\r\nContent-Length: 9", "HEAD", b"", False),
-        ("HTTP/1.1 304 Not Modified\r\nContent-Length: 9", "GET", b"", False),
-        (
-            "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close",
-            "GET",
-            b"hello",
-            False,
-        ),
-        ("HTTP/1.0 200 OK\r\nContent-Length: 5", "GET", b"hello", False),
-        (
-            "HTTP/1.0 200 OK\r\nContent-Length: 5\r\nConnection: keep-alive",
-            "GET",
-            b"hello",
-            True,
-        ),
-        ("HTTP/1.1 200\r\nContent-Length: 5", "GET", b"hello", True),
-        (
-            "HTTP/1.1 200\r\nContent-Length: 5\r\nConnection: x\r\nConnection: close",
-            "GET",
-            b"hello",
-            False,
-        ),
+        ("1.1 200 OK", "GET", b"hello", False),
+        ("1.1 204 No Content", "GET", b"", False),
+        ("1.1 200 OK\nContent-Length: 9", "HEAD", b"", False),
+        ("1.1 304 Not Modified\nContent-Length: 9", "GET", b"", False),
+        ("1.1 200 OK\nContent-Length: 5\nConnection: close", "GET", b"hello", False),
+        ("1.0 200 OK\nContent-Length: 5", "GET", b"hello", False),
+        ("1.0 200 OK\nContent-Length: 5\nConnection: keep-alive", "GET",
+         b"hello", True),
+        ("1.1 200\nContent-Length: 5", "GET", b"hello", True),
+        ("1.1 200\nContent-Length: 5\nConnection: x\nConnection: close", "GET",
+         b"hello", False),
     ],
-)
+)  # fmt: skip
 def test_an_answer_ends_where_its_head_says(head, method, payload, is_over):
-    answer, got = read_answer(f"{head}\r\n\r\nhello".encode(), method)
+    answer, got = read_answer(http(f"HTTP/{head}", b"hello"), method=method)
     assert (got, answer.is_over) == (payload, is_over)
 
 
 @pytest.mark.parametrize(
     "head",
-    [
-        "nonsense",
-        "HTTP/1.1 99 No",
-        "HTTP/1.1 600 No",
-        "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2",
-        "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nTransfer-Encoding: chunked",
-        "HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip",
-        "HTTP/1.1 200 OK\r\nX : y",
-        "HTTP/1.1 200 OK\r\nX: y\nZ: a",
-        "HTTP/1.1 200 OK\r\n" + "X: y\r\n" * 101,
-        "HTTP/1.1 200 O\0K",
-        "HTTP/1.1 200 \x1b[31mOK",
-        "HTTP/1.1 200 O\nK",
-        "HTTP/1.1 \u00b2\u00b2\u00b2 OK",
-        "HTTP/1.2 200 OK",
-        "HTTP/1.1 200 OK\r\nX: y\r\n folded",
-        "\r\n\r\n".join(["HTTP/1.1 103 Early Hints"] * 101 + ["HTTP/1.1 200 OK"]),
-    ],
-)
+    ["nonsense", "HTTP/1.1 99 No", "HTTP/1.1 600 No", "HTTP/1.1 200 O\0K",
+     "HTTP/1.1 200 \x1b[31mOK", "HTTP/1.1 200 O\rK", "HTTP/1.1 \u00b2\u00b2\u00b2 OK",
+     "HTTP/1.2 200 OK", "HTTP/1.1 200 OK\nContent-Length: 1\nContent-Length: 2",
+     "HTTP/1.1 200 OK\nTransfer-Encoding: gzip", "HTTP/1.1 200 OK\nX: y\n folded",
+     "HTTP/1.1 200 OK\nX : y", "HTTP/1.1 200 OK" + "\nX: y" * 101,
+     "\n\n".join(["HTTP/1.1 103 Early Hints"] * 101 + ["HTTP/1.1 200 OK"])],
+)  # fmt: skip
 def test_an_answer_that_is_not_http_counts_as_truncated(head):
     with pytest.raises(llmswap.Truncated):
-        read_answer(f"{head}\r\n\r\nhello".encode())
+        read_answer(http(head, b"hello"))
 
 
 def test_events_are_passed_on_by_whole_chunks_and_other_bytes_as_they_come():
-    head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Type: {}\r\n\r\n"
     for kind, expected in (("text/event-stream", b"ab"), ("text/plain", b"abcd")):
-        got = b""
-        data = head.format(kind).encode() + b"2\r\nab\r\n4\r\ncd"
+        head = f"HTTP/1.1 200 OK\n{IN_CHUNKS}\nContent-Type: {kind}"
+        answer, got = reader_of(http(head, b"2\r\nab\r\n4\r\ncd")), b""
         with pytest.raises(llmswap.Truncated):
-            for piece in llmswap.UpstreamResponse(fed(data), "GET").pieces():
+            for piece in llmswap.UpstreamResponse(answer, "GET").pieces():
                 got += piece
         assert got == expected
 
@@ -7138,7 +6989,7 @@ def test_events_are_passed_on_by_whole_chunks_and_other_bytes_as_they_come():
 
 
 def replied(request, act, *extra):
-    """The bytes that a client gets, whether it gets a reset, and the Reply."""
+    """The bytes that a client gets, whether it gets a reset, and the ClientResponse."""
     with pair() as (ours, theirs):
         reply = llmswap.ClientResponse(ours, request_of(request), list(extra))
         act(reply)
@@ -7146,60 +6997,37 @@ def replied(request, act, *extra):
         return (*everything(theirs), reply)
 
 
-def whole_answer(length):
-    def act(reply):
-        reply.begin(200, "OK", [("x", "y")], length)
-        reply.send(b"hel")
-        reply.send(memoryview(b"lo"))
-        reply.send(b"")
-        reply.end()
-
-    return act
+HEAD, OLD = GET.replace("GET", "HEAD"), GET.replace("1.1", "1.0")
+IN_THREE_CHUNKS = b"3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n"
 
 
 @pytest.mark.parametrize(
     "request_text, length, framing, payload, is_persistent",
     [
         (GET, 5, "content-length: 5", b"hello", True),
-        (
-            GET,
-            None,
-            "transfer-encoding: chunked",
-            b"3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n",
-            True,
-        ),
-        (GET.replace("GET", "HEAD"), 5, "content-length: 5", b"", True),
-        (GET.replace("GET", "HEAD"), None, None, b"", True),
-        (
-            GET.replace("1.1", "1.0"),
-            5,
-            "content-length: 5\r\nconnection: close",
-            b"hello",
-            False,
-        ),
-        (GET.replace("1.1", "1.0"), None, "connection: close", b"hello", False),
-        (
-            GET.replace("1.1", "1.0") + "\nConnection: keep-alive",
-            5,
-            "content-length: 5\r\nconnection: keep-alive",
-            b"hello",
-            True,
-        ),
-        (
-            GET + "\nConnection: close",
-            5,
-            "content-length: 5\r\nconnection: close",
-            b"hello",
-            False,
-        ),
+        (GET, None, "transfer-encoding: chunked", IN_THREE_CHUNKS, True),
+        (GET + "\nConnection: close", 5,
+         "content-length: 5\nconnection: close", b"hello", False),
+        (HEAD, 5, "content-length: 5", b"", True),
+        (HEAD, None, "", b"", True),
+        (OLD, 5, "content-length: 5\nconnection: close", b"hello", False),
+        (OLD, None, "connection: close", b"hello", False),
+        (OLD + "\nConnection: keep-alive", 5,
+         "content-length: 5\nconnection: keep-alive", b"hello", True),
     ],
-)
+)  # fmt: skip
 def test_an_answer_is_framed_as_its_client_can_read_it(
     request_text, length, framing, payload, is_persistent
 ):
-    data, is_reset, reply = replied(request_text, whole_answer(length), ("e", "f"))
-    lines = ["HTTP/1.1 200 OK", "x: y", "e: f"] + ([framing] if framing else [])
-    assert data == "\r\n".join([*lines, "", ""]).encode() + payload
+    def act(reply):
+        reply.begin(200, "OK", [("x", "y")], length)
+        for piece in (b"hel", memoryview(b"lo"), b""):
+            reply.send(piece)
+        reply.end()
+
+    data, is_reset, reply = replied(request_text, act, ("e", "f"))
+    head = "HTTP/1.1 200 OK\nx: y\ne: f" + (f"\n{framing}" if framing else "")
+    assert data == http(head, payload)
     assert (is_reset, reply.is_persistent) == (False, is_persistent)
 
 
@@ -7208,72 +7036,57 @@ def test_an_answer_without_a_body_says_nothing_of_its_length():
     assert data == b"HTTP/1.1 204 No Content\r\n\r\n"
 
 
-def broken_answer(events, payload, length=None):
+def test_a_slow_reader_is_served_and_one_that_does_not_read_is_not(monkeypatch):
+    monkeypatch.setattr(llmswap, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(llmswap, "POLL_INTERVAL", 0.02)
+
+    def read_slowly(sock):
+        while sock.recv(4096):
+            time.sleep(0.06)
+
+    for is_read in (True, False):
+        with pair() as (ours, theirs):
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            reply = llmswap.ClientResponse(ours, request_of(GET), [])
+            reply.begin(200, "OK", [], 40000)
+            reader = threading.Thread(target=read_slowly, args=(theirs,))
+            if is_read:
+                reader.start()
+            began = time.monotonic()
+            refused = pytest.raises(llmswap.ClientDisconnected)
+            with contextlib.nullcontext() if is_read else refused:
+                reply.send(bytes(40000))
+            assert time.monotonic() > began + 0.3
+            ours.close()
+            if is_read:
+                reader.join()
+
+
+def broken_answer(payload, kind="text/event-stream", length=None):
     def act(reply):
-        kind = "text/event-stream" if events else "text/plain"
         reply.begin(200, "OK", [("content-type", kind)], length)
         reply.send(payload)
+        reply.heartbeat()
         reply.abort(llmswap.BackendDied("it died"))
 
     return act
 
 
-def test_a_counted_stream_of_events_gets_nothing_that_was_not_counted(monkeypatch):
-    monkeypatch.setattr(llmswap, "COMMENT_EVERY", 0.0)
-
-    def act(reply):
-        broken_answer(True, b"data: x\n\n", 500)(reply)
-        reply.heartbeat()
-
-    data, _, reply = replied(GET, act)
-    assert data.endswith(b"\r\n\r\ndata: x\n\n") and not reply.is_persistent
-
-
-def test_who_reads_slowly_is_served_and_who_does_not_read_is_not(monkeypatch):
-    monkeypatch.setattr(llmswap, "STALL_SECONDS", 0.3)
-    monkeypatch.setattr(llmswap, "POLL_INTERVAL", 0.02)
-    for pause, is_served in ((0.06, True), (None, False)):
-        with pair() as (ours, theirs):
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-            reply = llmswap.ClientResponse(ours, request_of(GET), [])
-            reply.begin(200, "OK", [], 40000)
-            reader = threading.Thread(target=read_slowly, args=(theirs, pause))
-            reader.start()
-            began = time.monotonic()
-            refused = pytest.raises(llmswap.ClientDisconnected)
-            with contextlib.nullcontext() if is_served else refused:
-                reply.send(bytes(40000))
-            assert time.monotonic() > began + 0.3
-            ours.close()
-            reader.join()
-
-
-def read_slowly(sock, pause):
-    """Receive bit by bit, or never."""
-    while pause and sock.recv(4096):
-        time.sleep(pause)
-
-
-ERROR_EVENT = re.compile(rb'data: \{"error":\{"message":"it died".*\}\}\n\n')
-
-
 @pytest.mark.parametrize(
-    "payload",
-    [b"", b"\n", b"data: x\n\n", b"data: x\r\n\r\n", b"data: x\r\r",
-     b"data: " + b"x" * 9999 + b"\n\n"],
+    "payload, length, is_told",
+    [(b"", None, True), (b"\n", None, True), (b"data: x\n\n", None, True),
+     (b"data: x\r\n\r\n", None, True), (b"data: x\r\r", None, True),
+     (b"data: " + b"x" * 9999 + b"\n\n", None, True), (b"data: x", None, False),
+     (b"data: x\n", None, False), (b"data: x\n\ndata: y\r\n", None, False),
+     (b"data: x\n\n", 500, False)],  # of a counted one nothing but what was counted
 )  # fmt: skip
-def test_a_stream_broken_between_events_says_why_and_does_not_end(payload):
-    data, _, reply = replied(GET, broken_answer(True, payload))
-    assert ERROR_EVENT.search(data)
-    assert not data.endswith(b"0\r\n\r\n") and not reply.is_persistent
-
-
-@pytest.mark.parametrize(
-    "payload", [b"data: x", b"data: x\n", b"data: x\n\ndata: y\r\n"]
-)
-def test_a_stream_broken_within_an_event_says_nothing_and_does_not_end(payload):
-    data, _, reply = replied(GET, broken_answer(True, payload))
-    assert b"error" not in data
+def test_a_broken_stream_says_why_between_events_only_and_does_not_end(
+    payload, length, is_told, monkeypatch
+):
+    monkeypatch.setattr(llmswap, "COMMENT_EVERY", 0.0)
+    data, _, reply = replied(GET, broken_answer(payload, length=length))
+    told = re.search(rb'data: \{"error":\{"message":"it died".*\}\}\n\n', data)
+    assert bool(told) is is_told and (b"\n:\n" in data) is is_told
     assert not data.endswith(b"0\r\n\r\n") and not reply.is_persistent
 
 
@@ -7291,12 +7104,10 @@ def test_a_broken_answer_that_only_the_end_delimits_ends_by_a_reset():
     with listener, socket.create_connection(listener.getsockname()) as theirs:
         ours, _ = listener.accept()
         llmswap.set_socket_timeouts(ours)
-        reply = llmswap.ClientResponse(ours, request_of(GET.replace("1.1", "1.0")), [])
-        broken_answer(False, b"half")(reply)
-        try:
+        reply = llmswap.ClientResponse(ours, request_of(OLD), [])
+        broken_answer(b"half", "text/plain")(reply)
+        with contextlib.suppress(OSError):
             ours.shutdown(socket.SHUT_WR)  # as socketserver does it
-        except OSError:
-            pass
         theirs.settimeout(10)
         assert everything(theirs)[1]
 
@@ -7304,8 +7115,8 @@ def test_a_broken_answer_that_only_the_end_delimits_ends_by_a_reset():
 def test_a_waiting_client_gets_an_early_head_then_comments(monkeypatch):
     monkeypatch.setattr(llmswap, "EARLY_HEAD_AFTER", 0.0)
     monkeypatch.setattr(llmswap, "COMMENT_EVERY", 0.0)
-    with pair() as (ours, theirs):
-        reply = llmswap.ClientResponse(ours, request_of(GET), [])
+
+    def act(reply):
         reply.heartbeat()
         assert not reply.is_begun  # it did not ask for events
         reply.wants_events = True
@@ -7315,12 +7126,11 @@ def test_a_waiting_client_gets_an_early_head_then_comments(monkeypatch):
         reply.heartbeat()  # not within an event
         reply.send(b"\n\n")
         reply.heartbeat()
-        ours.close()
-        data, _ = everything(theirs)
-    assert data.startswith(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n")
-    body = data.partition(b"\r\n\r\n")[2]
-    lines = re.sub(rb"[0-9a-f]+\r\n(.*?)\r\n", rb"\1", body, flags=re.DOTALL)
-    assert lines == b":\n\n:\n\ndata: x\n\n:\n\n"
+
+    head, _, body = replied(GET, act)[0].partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n")
+    events = re.sub(rb"[0-9a-f]+\r\n(.*?)\r\n", rb"\1", body, flags=re.DOTALL)
+    assert events == b":\n\n:\n\ndata: x\n\n:\n\n"
 
 
 def test_a_hang_up_is_noticed_even_behind_bytes_that_nobody_read():
@@ -7408,11 +7218,6 @@ def raw(swap, data, is_ended=False, timeout=10):
         return everything(sock)
 
 
-def http(text, body=b""):
-    """The bytes of a request from its lines."""
-    return text.replace("\n", "\r\n").encode("latin-1") + b"\r\n\r\n" + body
-
-
 def chat_text(model, **wish):
     """The bytes of a whole chat request, for HTTP/1.0 or 1.1."""
     version = wish.pop("version", "1.1")
@@ -7421,70 +7226,38 @@ def chat_text(model, **wish):
     return http(f"{head}Content-Length: {len(body)}", body)
 
 
-def cancelled(swap, model):
-    return swap.stats(model)["cancelled"]
+def digest_of(pieces):
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
-def test_512_megabytes_go_down_in_bounded_memory(swap):
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("path", ["bytes", "until-close", "chunked"])
+def test_a_large_answer_goes_down_byte_for_byte_in_bounded_memory(swap, path, version):
     swap.chat("a")
-    before, size = anonymous_memory(swap.pid), 512 << 20
-    for path in ("bytes", "until-close", "chunked"):
-        size = 512 << 20 if path == "bytes" else 64 << 20
-        with swap.connect() as client:
-            client.send("GET", f"/upstream/a/{path}?n={size}&size=65536")
-            status, headers = client.head()
-            got = sum(len(piece) for piece in client.pieces(status, headers))
-        assert got == size
+    before, size = anonymous_memory(swap.pid), (64 << 20) + 12345
+    expected = digest_of(fake_blocks(size, 65536))
+    target = f"/upstream/a/{path}?n={size}&size=65536"
+    head = f"GET {target} HTTP/{version}\nHost: localhost\nConnection: keep-alive"
+    with swap.connect() as client:
+        for _ in range(2 if path == "bytes" else 1):  # the next answer begins behind it
+            client.sock.sendall(http(head))
+            answer = client.head()
+            for _ in range(20):  # the client reads nothing meanwhile
+                swap.chat("a")
+            assert digest_of(client.pieces(*answer)) == expected
     assert anonymous_memory(swap.pid) < before + (16 << 20)
 
 
-def digest_of(pieces):
-    found = hashlib.sha256()
-    for piece in pieces:
-        found.update(piece)
-    return found.hexdigest()
-
-
-@pytest.mark.parametrize("size", [1 << 20, (1 << 20) + 1, (5 << 20) + 12345])
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_a_large_answer_goes_down_byte_for_byte(swap, size, version):
-    expected = digest_of(fake_blocks(size, len(FAKE_BLOCK)))
-    head = f"GET /upstream/a/bytes?n={size} HTTP/{version}\nHost: localhost"
-    with swap.connect() as client:
-        for _ in range(2):  # the connection is where the next answer begins
-            client.sock.sendall(http(f"{head}\nConnection: keep-alive"))
-            assert digest_of(client.pieces(*client.head())) == expected
-
-
-def test_who_reads_a_large_answer_slowly_gets_all_of_it(swap):
-    size = 40 << 20  # more than all buffers on the way
-    with swap.connect() as client:
-        client.send("GET", f"/upstream/a/bytes?n={size}")
-        answer = client.head()
-        end = time.monotonic() + 3 * HASTE.get("POLL_INTERVAL", llmswap.POLL_INTERVAL)
-        while time.monotonic() < end:
-            swap.chat("a")
-        expected = digest_of(fake_blocks(size, len(FAKE_BLOCK)))
-        assert digest_of(client.pieces(*answer)) == expected
-
-
 def test_a_large_answer_that_breaks_off_ends_broken(swap):
-    swap.chat("a")
     there = b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n" + bytes(3 << 20)
-    head = (
-        f"POST /upstream/a/raw HTTP/1.1\nHost: localhost\nContent-Length: {len(there)}"
-    )
-    came, _ = raw(swap, http(head, there))
+    head = "POST /upstream/a/raw HTTP/1.1\nHost: localhost\nContent-Length: "
+    came, _ = raw(swap, http(f"{head}{len(there)}", there))
     assert b"Content-Length: 9000000" in came.title()
     assert len(came.partition(b"\r\n\r\n")[2]) == 3 << 20
     assert swap.chat("a").status == 200
-
-
-def test_a_hang_up_within_a_large_answer_is_noticed(swap):
-    with swap.connect() as client:
-        client.send("GET", f"/upstream/a/bytes?n={1 << 40}")
-        assert len(next(client.pieces(*client.head())))
-    eventually(lambda: swap.stats("a")["in_flight"] == 0, 2)
 
 
 MEGABYTE = b"x" * (1 << 20)
@@ -7526,31 +7299,32 @@ def test_other_large_bodies_go_up_in_bounded_memory(swap):
     assert peak < before + (24 << 20)
 
 
-@pytest.mark.parametrize("wish", [{"hang": True}, {"stream": True, "stall": 0}])
-def test_a_hang_up_during_prefill_cancels_the_request_at_once(swap, wish):
-    before = cancelled(swap, "a")
-    with swap.connect() as client:
-        client.send("POST", "/v1/chat/completions", chat_body("a", **wish))
-        eventually(lambda: swap.stats("a")["in_flight"])
-    eventually(lambda: cancelled(swap, "a") == before + 1, 1)
+UPLOAD = "POST /upstream/a/v1/x HTTP/1.1\nHost: localhost\nContent-Length: 9000000"
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_a_hang_up_in_mid_stream_cancels_the_request_at_once(swap, reset):
-    before = cancelled(swap, "a")
-    stream = swap.stream("a", tokens=10000, interval=0.01)
-    next(stream.events())
-    stream.close(reset)
-    eventually(lambda: cancelled(swap, "a") == before + 1, 1)
-
-
-def test_a_hang_up_in_mid_upload_cancels_the_request_at_once(swap):
-    before = cancelled(swap, "a")
+@pytest.mark.parametrize(
+    "text",
+    [lambda: chat_text("a", hang=True), lambda: chat_text("a", stream=True, stall=0),
+     lambda: chat_text("a", stream=True, tokens=10000, interval=0.01),
+     lambda: http(UPLOAD, b"x" * 4_000_000)],
+    ids=["prefill", "prefill of a stream", "stream", "upload"],
+)  # fmt: skip
+def test_a_hang_up_cancels_the_request_at_once(swap, text, reset):
+    swap.chat("a")
+    before = swap.stats("a")["cancelled"]
     with swap.connect() as client:
-        head = "POST /upstream/a/v1/x HTTP/1.1\nHost: localhost\nContent-Length: 9000000"
-        client.sock.sendall(http(head, b"x" * 4_000_000))
+        client.sock.sendall(text())
         eventually(lambda: swap.stats("a")["in_flight"])
-    eventually(lambda: cancelled(swap, "a") == before + 1, 1)
+        client.hang_up(reset)
+    eventually(lambda: swap.stats("a")["cancelled"] == before + 1, 1)
+
+
+def test_a_hang_up_within_a_large_answer_is_noticed(swap):
+    with swap.connect() as client:
+        client.send("GET", f"/upstream/a/bytes?n={1 << 40}")
+        assert len(next(client.pieces(*client.head())))
+    eventually(lambda: swap.stats("a")["in_flight"] == 0, 2)
 
 
 def test_a_hang_up_during_the_load_or_in_the_queue_leaves_nothing_waiting(swap):
@@ -7599,29 +7373,16 @@ def chats_seen(swap, model):
     return len(swap.journal("request", model))
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("wish", [{}, {"stream": True}, {"x": "x" * 3_000_000}])
 def test_a_request_is_sent_once_more_if_the_backend_died_over_it(
-    hospital, victim, stream
+    hospital, victim, wish
 ):
     assert hospital.chat(victim).status == 200  # so that a kept connection is used
-    answer = hospital.chat(victim, die="before-byte", stream=stream)
+    answer = hospital.chat(victim, die="before-byte", **wish)
     assert (answer.status, answer.json()["error"]["code"]) == (502, "backend_died")
     assert chats_seen(hospital, victim) == 3
     assert len(hospital.journal("main", victim)) == 2
-
-
-def test_a_request_with_a_large_body_is_sent_once_more_as_well(hospital, victim):
-    body = chat_body(victim, die="before-byte", x="x" * 3_000_000)
-    answer = hospital.post("/v1/chat/completions", body)
-    assert answer.status == 502
-    assert chats_seen(hospital, victim) == 2
     assert hospital.chat(victim).status == 200
-
-
-def test_an_answer_that_began_is_never_asked_for_again(hospital, victim):
-    with pytest.raises(BrokenAnswer):
-        hospital.chat(victim, die="mid-body")
-    assert chats_seen(hospital, victim) == 1
 
 
 BREAKS = [
@@ -7650,16 +7411,18 @@ def test_a_broken_stream_never_ends_cleanly(hospital, victim, end, until_close, 
 @pytest.mark.parametrize(
     "end", [{"die": "mid-body"}, {"cut": "mid-body", "reset": True}]
 )
-def test_a_broken_counted_answer_never_looks_whole(hospital, victim, end):
+def test_a_broken_counted_answer_never_looks_whole_nor_is_asked_for_again(
+    hospital, victim, end
+):
     with pytest.raises(BrokenAnswer):
         hospital.chat(victim, **end)
+    assert chats_seen(hospital, victim) == 1
 
 
 @pytest.mark.parametrize("place", ["mid-event", "boundary"])
 def test_a_broken_stream_resets_a_client_of_http_1_0(hospital, victim, place):
     text = chat_text(victim, stream=True, die=place, tokens=4, version="1.0")
-    _, is_reset = raw(hospital, text)
-    assert is_reset
+    assert raw(hospital, text)[1]
 
 
 def test_a_streaming_client_that_waits_gets_a_head_then_comments(swap):
@@ -7745,19 +7508,14 @@ def test_a_body_without_edits_is_forwarded_byte_for_byte(swap):
     assert swap.post("/v1/x", text).json()["body"].encode("latin-1").decode() == text
 
 
-def test_the_model_name_is_put_into_forms_too(swap):
-    data, kind = multipart(("file", b"x" * 100), ("model", "edited"))
-    answer = swap.post("/v1/audio/transcriptions", data, {"Content-Type": kind})
-    assert answer.json()["fields"]["model"] == "real/name"
+def test_the_model_is_found_and_its_name_put_into_forms_too(swap):
+    for model, name in (("a", "a"), ("edited", "real/name")):
+        data, kind = multipart(("file", LARGE), ("model", model))
+        answer = swap.post("/v1/audio/transcriptions", data, {"Content-Type": kind})
+        assert answer.json()["fields"] == {"file": {"size": len(LARGE)}, "model": name}
     kind = {"Content-Type": "application/x-www-form-urlencoded"}
     answer = swap.post("/v1/x", "a=1&model=edited&b=2", kind)
     assert answer.json()["body"] == "a=1&model=real%2Fname&b=2"
-
-
-def test_a_form_with_a_large_file_before_its_model_is_routed(swap):
-    data, kind = multipart(("file", LARGE), ("model", "a"))
-    answer = swap.post("/v1/audio/transcriptions", data, {"Content-Type": kind})
-    assert answer.json()["fields"] == {"file": {"size": len(LARGE)}, "model": "a"}
 
 
 def test_keep_alive_of_a_request_unloads_its_model(swap):
@@ -7824,24 +7582,13 @@ def test_websockets_pass_bytes_both_ways(swap):
         assert headers["connection"].lower() == "upgrade"
         token = hashlib.sha1(b"eA==258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
         assert headers["sec-websocket-accept"] == base64.b64encode(token).decode()
-        for text in (b"ping", LARGE):
-            sender = threading.Thread(target=client.sock.sendall, args=(text,))
+        for data in (b"ping", LARGE * 5):  # more than all buffers on the way
+            sender = threading.Thread(target=client.sock.sendall, args=(data,))
             sender.start()
-            assert b"".join(client.exactly(len(text))) == text
+            assert b"".join(client.exactly(len(data))) == data
             sender.join()
         assert swap.stats("a")["in_flight"] >= 1
     eventually(lambda: swap.stats("a")["in_flight"] == 0, 2)
-
-
-def test_a_websocket_passes_much_even_to_who_reads_only_later(swap):
-    with swap.connect() as client:
-        websocket(client, "/upstream/a/ws")
-        count = 12_000_000  # more than all buffers on the way
-        sender = threading.Thread(target=client.sock.sendall, args=(b"x" * count,))
-        sender.start()
-        eventually(lambda: sender.is_alive())
-        assert sum(map(len, client.exactly(count))) == count
-        sender.join()
 
 
 def test_a_websocket_is_cut_when_its_model_is_stopped(swap):
@@ -7863,7 +7610,7 @@ def test_chunked_uploads_trailers_and_continue_work(swap):
             assert client.ask("GET", "/health").status == 200
 
 
-def test_who_expects_to_continue_may_be_refused_instead(swap):
+def test_a_client_that_expects_to_continue_may_be_refused_instead(swap):
     head = "POST /v1/x HTTP/1.1\nHost: evil.example\nContent-Length: 5"
     data, _ = raw(swap, http(head + "\nExpect: 100-continue"))
     assert data.startswith(b"HTTP/1.1 403 ")
@@ -7873,13 +7620,8 @@ def test_who_expects_to_continue_may_be_refused_instead(swap):
 def test_pipelined_requests_are_answered_in_order(swap):
     with swap.connect() as client:
         texts = [chat_text("a", tag=str(tag), size=50) for tag in range(5)]
-        client.sock.sendall(
-            b"".join(texts)
-            + b"\r\n"
-            + http(f"{GET}\nHost: x")
-            .replace(b"\r\nHost: x", b"\r\nHost: localhost", 1)
-            .replace(b"\r\nHost: x", b"", 1)
-        )
+        health = b"\r\n" + http("GET /health HTTP/1.1\nHost: localhost")
+        client.sock.sendall(b"".join(texts) + health)
         for tag in range(5):
             assert f" {tag}" in client.answer().content()
         assert client.answer().status == 200
@@ -7899,31 +7641,22 @@ def test_clients_of_http_1_0_get_answers_that_they_can_read(swap):
 
 
 def test_the_head_of_an_answer_can_be_had_alone(swap):
+    paths = "/health /v1/models / /models/sse /logs/stream /none /upstream/a/stats"
     with swap.connect() as client:
-        for path, length in (
-            ("/health", None),
-            ("/v1/models", None),
-            ("/", None),
-            ("/models/sse", None),
-            ("/logs/stream", None),
-            ("/none", None),
-            ("/upstream/a/bytes?n=123", "123"),
-            ("/upstream/a/stats", None),
-        ):
-            answer = client.ask("HEAD", path)
-            assert answer.status == (404 if path == "/none" else 200)
-            assert answer.headers.get("content-length") == length or length is None
+        for path in paths.split():
+            status = 404 if path == "/none" else 200
+            assert client.ask("HEAD", path).status == status
+        answer = client.ask("HEAD", "/upstream/a/bytes?n=123")
+        assert (answer.status, answer.headers["content-length"]) == (200, "123")
 
 
 @pytest.mark.parametrize("chunks", BAD_CHUNKS[:10])
-def test_bad_chunks_are_answered_400_and_the_connection_closed(swap, chunks):
-    head = "POST /v1/x HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked"
-    data, _ = raw(swap, http(head, chunks + http("GET /health HTTP/1.1\nHost: x")))
-    assert data.startswith(b"HTTP/1.1 400 ") and data.count(b"HTTP/1.1 ") == 1
-    assert b"connection: close" in data
+def test_bad_chunks_behind_a_large_body_are_answered_400_too(swap, chunks):
+    head = f"POST /v1/x HTTP/1.1\nHost: localhost\n{IN_CHUNKS}"
     start = b'd\r\n{"model":"a"}\r\n200000\r\n' + b" " * 0x200000 + b"\r\n"
     data, _ = raw(swap, http(head, start + chunks + b"\r\n\r\n"))
     assert data.startswith(b"HTTP/1.1 400 ") and data.count(b"HTTP/1.1 ") == 1
+    assert b"connection: close" in data
 
 
 def test_slow_heads_and_stalled_bodies_are_answered_408():
@@ -7947,16 +7680,15 @@ def test_large_heads_are_answered_431_and_large_bodies_413(swap):
 
 
 def test_a_client_that_goes_on_sending_still_reads_its_refusal():
+    data = LARGE * 2
     with hasty("[llmswap]\nmax-body = 1M\n[a]\ncmd = FAKE") as swap:
-        for framing in ("chunked", "counted"):
+        for framing, body in (
+            (IN_CHUNKS, chunked(data)),
+            (f"Content-Length: {len(data)}", data),
+        ):
             with swap.connect() as client:
-                data = LARGE * 2
-                is_chunked = framing == "chunked"
-                fields = {"Content-Length": str(len(data))}
-                fields = {"Transfer-Encoding": "chunked"} if is_chunked else fields
-                lines = "".join(f"\n{name}: {value}" for name, value in fields.items())
-                client.sock.sendall(http(f"POST /x HTTP/1.1\nHost: localhost{lines}"))
-                client.sock.sendall(chunked(data) if is_chunked else data)
+                head = f"POST /x HTTP/1.1\nHost: localhost\n{framing}"
+                client.sock.sendall(http(head, body))
                 assert client.answer().status == 413
 
 
@@ -8952,10 +8684,11 @@ def test_without_descriptors_nothing_spins_and_all_is_well_afterwards():
 
 
 def test_a_second_of_fuzz_finds_nothing():
+    pytest.importorskip("h11")
     tally, violations = fuzz_parser(1000, 1)
     assert violations == [] and tally["request", "read"] and tally["answer", "read"]
     tally, violations, _ = fuzz_wire(400, 1)
-    assert violations == [] and tally["answer", "passed on"]
+    assert violations == [] and tally["served"] and tally["refused"]
 
 
 # ==================================================================================
@@ -10714,7 +10447,7 @@ def alike(line):
 def test_the_first_screen_of_the_readme_shows_what_happens(tmp_path):
     readme, port = readme_text(), free_port()
     start = re.search(r"\n {4}(python3 llmswap.py example.ini)\n", readme)[1]
-    commands = re.findall(r"^\$ (curl .*)\n(.*)$", readme, re.MULTILINE)
+    commands = re.findall(r"^\$ (curl (?:.*\\\n)*.*)\n(.*\n)", readme, re.MULTILINE)
     told = re.search(r"terminal says.*?```\n(.*?)```", readme, re.DOTALL)[1]
     told = told.replace("\n" + " " * 9, " ").replace(":8080", f":{port}")
     for name in (LLMSWAP, HERE.with_name("example.ini")):
@@ -12720,7 +12453,9 @@ def test_what_systemd_passes_is_used_if_it_listens(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    "count, pid, said", [("1", 1, "without a shell"), ("x", os.getpid(), "no number")]
+    "count, pid, said",
+    [("1", 1, "without a shell"), ("x", os.getpid(), "no number")],
+    ids=["another process", "no number"],
 )
 def test_sockets_that_are_not_for_us_are_not_taken(count, pid, said):
     environ = {"LISTEN_FDS": count, "LISTEN_PID": str(pid), "LISTEN_FDNAMES": "http"}
@@ -14679,1655 +14414,6 @@ def fake_main(argv):
 
 
 # ==================================================================================
-# The benchmark: each figure for the proxy, beside the model server asked directly.
-# ==================================================================================
-
-
-BENCH_USAGE = """\
-python3 test_llmswap.py bench [--only NAME,...] [--quick] [--against COMMAND]
-
-Measures llmswap, or with --against another proxy, beside the model server asked
-directly, and prints one line for each figure. NAMEs: {names}.
-
-  --quick            shorter: figures are less steady
-  --against COMMAND  the command line of another proxy; {{port}} is replaced by the port
-                     it must listen on, {{config}} by the file of the models that it
-                     must serve, as llama-swap's YAML:
-                       llama-swap --config {{config}} --listen 127.0.0.1:{{port}}
-                     No shell is run: the process started must be the proxy itself.
-  --print-config     print that YAML, which names each model and its command, and end
-
-wrk and nginx measure requests per second where both are installed; else a Python load
-generator and the fake server do. Times of one run compare, those of two may not.
-"""
-
-BENCH_FOLDER = Path(tempfile.gettempdir()) / "llmswap-bench"
-BENCH_FAULTS = (ArithmeticError, AssertionError, BrokenAnswer, LookupError, OSError)
-
-BENCH_NGINX = """\
-#!/bin/sh
-# nginx as a model server on port $1: an answer of 300 bytes to everything
-cat >"{folder}/nginx.conf" <<END
-daemon off;
-master_process off;
-worker_processes 1;
-pid {folder}/nginx.pid;
-error_log stderr crit;
-events {{ worker_connections 1024; }}
-http {{
-    access_log off;
-    keepalive_requests 100000000;
-    default_type application/json;
-    server {{
-        listen 127.0.0.1:$1 backlog=1024;
-        location / {{ return 200 '{answer}'; }}
-    }}
-}}
-END
-exec nginx -e stderr -p "{folder}" -c "{folder}/nginx.conf"
-"""
-
-
-# ----------------------------------------------------------------------------------
-# Rows
-
-
-class BenchRow(NamedTuple):
-    """One line of the table; all its numbers are of one unit."""
-
-    name: str
-    unit: str
-    through: float
-    direct: Optional[float] = None
-    target: Optional[float] = None
-    is_added: bool = False  # the target is for what the proxy adds, not for the whole
-    at_least: bool = False  # the target is a lower bound
-
-    def text(self):
-        """The line."""
-        added = self.through - (self.direct or 0)
-        change = "" if self.direct is None else f"{self.through / self.direct:.2f}x"
-        if self.is_added and self.direct is not None:
-            change = f"+{bench_number(added)}"
-        judged = added if self.is_added else self.through
-        mark = ""
-        if self.target is not None:
-            is_met = judged >= self.target if self.at_least else judged <= self.target
-            mark = "reached" if is_met else "missed"
-        cells = [self.direct, self.through, change, self.target]
-        cells = [c if isinstance(c, str) else bench_number(c) for c in cells]
-        label = f"{self.name} [{self.unit}]"
-        return f"{label:<48}" + "".join(f"{cell:>9}" for cell in cells) + f"  {mark}"
-
-
-def bench_number(value):
-    """Three digits that matter, thousands grouped; nothing for None."""
-    if value is None:
-        return ""
-    if abs(value) >= 100 or value == int(value):
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
-
-
-def bench_title():
-    """The line above the rows."""
-    cells = "".join(f"{word:>9}" for word in ("direct", "through", "change", "target"))
-    return f"{'figure':<48}{cells}"
-
-
-def bench_percentile(values, share):
-    """The value below which that share of the values lies."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
-# ----------------------------------------------------------------------------------
-# What is measured from outside a process
-
-
-def cpu_seconds(pid):
-    """Processor seconds that a process has used, its ended threads included."""
-    return time.clock_gettime((~pid << 3) | 2)  # its CPU clock, as the kernel names it
-
-
-def bench_resident(pid):
-    """Resident memory of a process in MB."""
-    return llmswap.memory_of(pid)["VmRSS"] / 2**20
-
-
-def wakeups(pid):
-    """How often the threads of a process went to sleep so far, and were woken."""
-    texts = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/status")]
-    found = re.findall(r"\nvoluntary_ctxt_switches:\s+(\d+)", "".join(texts))
-    return sum(map(int, found))
-
-
-# ----------------------------------------------------------------------------------
-# The proxy and the servers under measurement
-
-
-def bench_models(count=10):
-    """{name: command} of the models that the proxy must serve, `count` in all."""
-    fake = functools.partial(fake_command, "--journal", BENCH_FOLDER / "journal")
-    models = {
-        "swap-a": fake("--model", "swap-a", "--load", "0-2"),
-        "swap-b": fake("--model", "swap-b", "--load", "0-2"),
-        "a": fake("--model", "a", "--load", "0.5"),
-        "b": fake("--model", "b", "--load", "0.5"),
-        "canned": fake("--model", "canned", "--canned"),
-        "rps": fake("--model", "rps", "--canned"),
-    }
-    if shutil.which("wrk") and shutil.which("nginx"):
-        models["rps"] = f"sh {BENCH_FOLDER}/nginx.sh ${{PORT}}"
-    spares = (f"spare-{number}" for number in range(count - len(models)))
-    return {**models, **{name: fake("--model", name) for name in spares}}
-
-
-def bench_ini(models):
-    """The INI file for llmswap."""
-    sections = [f"[{name}]\ncmd = {command}\n" for name, command in models.items()]
-    return "\n".join(["[llmswap]\nmodels-max = 1\nqueue-max = 2048\n", *sections])
-
-
-def bench_yaml(models):
-    """The same for llama-swap."""
-    lines = ["healthCheckTimeout: 60", "startPort: 21000", "models:"]
-    for name, command in models.items():
-        lines += [f'  "{name}":', f"    cmd: {command}", "    concurrencyLimit: 4096"]
-    return "\n".join(lines) + "\n"
-
-
-def bench_write_files():
-    """Write what the models' commands and --against need."""
-    BENCH_FOLDER.mkdir(exist_ok=True)
-    shutil.copy(fake_file(), BENCH_FOLDER / "fake.pyc")
-    (BENCH_FOLDER / "journal").write_text("")
-    answer = json.dumps({"choices": [{"message": {"content": "word " * 50}}]})
-    script = BENCH_NGINX.format(folder=BENCH_FOLDER, answer=answer)
-    (BENCH_FOLDER / "nginx.sh").write_text(script)
-    for name, count in (("few", 10), ("many", 500)):
-        models = bench_models(count)
-        (BENCH_FOLDER / f"{name}.ini").write_text(bench_stable(bench_ini(models)))
-        (BENCH_FOLDER / f"{name}.yaml").write_text(bench_stable(bench_yaml(models)))
-
-
-def bench_stable(text):
-    """The text with the fake server where it outlives this process."""
-    return text.replace(fake_file(), str(BENCH_FOLDER / "fake.pyc"))
-
-
-class BenchProxy:
-    """The proxy under measurement, while the block lasts."""
-
-    def __init__(self, against=None, config="few"):
-        self.port = free_port()
-        path = BENCH_FOLDER / config
-        words = [sys.executable, LLMSWAP, f"{path}.ini"]
-        self._command = [*words, "--listen", f"127.0.0.1:{self.port}"]
-        if against:
-            command = against.format(port=self.port, config=f"{path}.yaml")
-            self._command = shlex.split(command)
-
-    def __enter__(self):
-        self.started = time.monotonic()
-        with open(BENCH_FOLDER / "log", "ab") as log:
-            self.process = subprocess.Popen(self._command, stdout=log, stderr=log)
-        self.pid = self.process.pid
-        self.first_answer = self._await_answer() - self.started
-        return self
-
-    def __exit__(self, *_):
-        self.process.terminate()
-        self.process.wait(60)
-
-    def _await_answer(self):
-        """The time of the first answer on /v1/models."""
-        while True:
-            with contextlib.suppress(ConnectionRefusedError):
-                ask(self.port, "GET", "/v1/models")
-                return time.monotonic()
-            assert self.process.poll() is None, f"see {BENCH_FOLDER}/log"
-            time.sleep(0.0005)
-
-
-class BenchDirect:
-    """A model's server run by itself, to be asked directly."""
-
-    def __init__(self, name):
-        self.port = free_port()
-        command = bench_stable(bench_models()[name]).replace("${PORT}", str(self.port))
-        self._command = command.split()
-
-    def __enter__(self):
-        with open(BENCH_FOLDER / "log", "ab") as log:
-            self.process = subprocess.Popen(self._command, stdout=log, stderr=log)
-        eventually(lambda: is_listening(self.port))
-        return self
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.wait()
-
-
-class Bench:
-    """One run: the proxy with ten models, and how long to measure."""
-
-    def __init__(self, against, is_quick):
-        self.against = against
-        self.is_quick = is_quick
-        self.proxy = None
-
-    def times(self, count):
-        """`count`, or a quarter of it when quick."""
-        return max(2, count // 4) if self.is_quick else count
-
-    def warm(self, model):
-        """Have the proxy load a model."""
-        answer = ask(self.proxy.port, "POST", CHAT, chat_body(model), timeout=60)
-        assert answer.status == 200, answer
-
-    def unload(self):
-        """Have everything unloaded, where the proxy knows how."""
-        ask(self.proxy.port, "GET", "/unload")
-        time.sleep(0.2)
-
-
-def bench_journal(offset=0):
-    """(events that the fake servers noted after `offset`, the next offset)."""
-    with open(BENCH_FOLDER / "journal", "rb") as file:
-        file.seek(offset)
-        data = file.read()
-    return [json.loads(line) for line in data.splitlines()], offset + len(data)
-
-
-# ----------------------------------------------------------------------------------
-# The load generator
-
-
-def bench_request(model, size=0, **wish):
-    """A chat request as bytes, its body of `size` bytes."""
-    body = chat_body(model, **wish)
-    missing = size - len(json.dumps(body))
-    body["messages"][0]["content"] += "x" * max(0, missing)
-    data = json.dumps(body).encode()
-    return request_head("POST", CHAT, len(data)) + data
-
-
-def bench_connect(port):
-    """A connection that sends at once."""
-    sock = socket.create_connection(("127.0.0.1", port), 60)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock
-
-
-def bench_receive(sock):
-    """Receive one answer with a Content-Length into nothing."""
-    data = b""
-    while (end := data.find(b"\r\n\r\n")) < 0:
-        assert (more := sock.recv(65536)), f"no answer: {data}"
-        data += more
-    assert data.startswith(b"HTTP/1.1 200"), data[:500]
-    head = data[:end].lower()
-    missing = int(head.partition(b"content-length:")[2].partition(b"\r")[0])
-    missing -= len(data) - end - 4
-    buffer = bytearray(2**20)
-    while missing:  # MSG_TRUNC: the kernel drops the bytes instead of copying them
-        got = sock.recv_into(buffer, min(missing, len(buffer)), socket.MSG_TRUNC)
-        assert got, "the answer was cut"
-        missing -= got
-
-
-def bench_latencies(sock, request, count):
-    """Seconds that each of `count` requests in turn took on one connection."""
-    found = []
-    for _ in range(count):
-        started = time.perf_counter()
-        sock.sendall(request)
-        data = sock.recv(65536)
-        head, _, body = data.partition(b"\r\n\r\n")
-        length = head.lower().partition(b"content-length:")[2].partition(b"\r")[0]
-        missing = int(length) - len(body)
-        while missing > 0:
-            assert (more := sock.recv(65536)), "the answer was cut"
-            missing -= len(more)
-        found.append(time.perf_counter() - started)
-    return found
-
-
-class BenchStreams:
-    """Many streams received by one thread; how late each token came."""
-
-    def __init__(self, port, model, count, rate):
-        self.lateness = []
-        self._poll = select.epoll()
-        self._socks = {}
-        request = bench_request(model, stream=True, tokens=10**6, interval=1 / rate)
-        for _ in range(count):
-            sock = bench_connect(port)
-            sock.sendall(request)
-            self._socks[sock.fileno()] = sock
-            self._poll.register(sock, select.EPOLLIN)
-
-    def run(self, seconds):
-        """Receive; return the lateness (s) of the tokens that came meanwhile."""
-        self.lateness = []
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            for descriptor, _ in self._poll.poll(left):
-                self._receive(self._socks[descriptor])
-        return self.lateness
-
-    def _receive(self, sock):
-        data = sock.recv(65536)
-        now = time.monotonic()
-        assert data, "a stream ended"
-        for piece in data.split(b'"content":')[1:]:
-            stamp = piece.lstrip(b' "')[:16]
-            if len(stamp) == 16:
-                self.lateness.append(now - float(stamp))
-
-    def close(self):
-        """Hang up."""
-        for sock in self._socks.values():
-            sock.close()
-
-
-def bench_rate(port, model, connections, seconds):
-    """Requests per second in closed loops over that many connections."""
-    if shutil.which("wrk") and shutil.which("nginx"):
-        return bench_wrk(port, model, connections, seconds)
-    request, count = bench_request(model), 0
-    poll, socks = select.epoll(), [bench_connect(port) for _ in range(connections)]
-    by_descriptor = {sock.fileno(): sock for sock in socks}
-    for sock in socks:
-        poll.register(sock, select.EPOLLIN)
-        sock.sendall(request)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        for descriptor, _ in poll.poll(1):
-            bench_receive(by_descriptor[descriptor])
-            by_descriptor[descriptor].sendall(request)
-            count += 1
-    return count / seconds
-
-
-def bench_wrk(port, model, connections, seconds):
-    """The same measured by wrk."""
-    script = BENCH_FOLDER / "wrk.lua"
-    body = json.dumps(chat_body(model)).replace("\\", "\\\\").replace("'", "\\'")
-    script.write_text(
-        f"wrk.method = 'POST'\nwrk.body = '{body}'\n"
-        "wrk.headers['Content-Type'] = 'application/json'\n"
-    )
-    url = f"http://127.0.0.1:{port}{CHAT}"
-    words = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "-s", str(script), url]
-    text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    assert "Non-2xx" not in text and "Socket errors" not in text, text
-    return float(re.search(r"Requests/sec:\s+([\d.]+)", text)[1])
-
-
-def bench_threads(calls):
-    """Run all calls at once, each in a thread; their results, in order."""
-    with ThreadPoolExecutor(len(calls)) as pool:
-        return [each.result() for each in [pool.submit(call) for call in calls]]
-
-
-# ----------------------------------------------------------------------------------
-# The figures: each yields rows
-
-
-def bench_swap(bench):
-    """What is added around a server's own start, without the start of its process."""
-    bench.unload()
-    names = ["swap-a", "swap-b"] * (bench.times(24) // 2)
-    swaps = bench_swaps(bench.proxy.port, names)
-    before, after = zip(*swaps)
-    both = [sum(swap) * 1000 for swap in swaps]
-    median = statistics.median(both)
-    yield BenchRow("swap: added around a start, median", "ms", median, target=10)
-    yield BenchRow("swap: the same, maximum", "ms", max(both), target=25)
-    part = statistics.median(before) * 1000
-    yield BenchRow("swap: of it, from request to spawn", "ms", part)
-    part = statistics.median(after) * 1000
-    yield BenchRow("swap: of it, from ready to first byte", "ms", part)
-
-
-def bench_swaps(port, names):
-    """(seconds from request to spawn, from ready to first byte) of each swap but one.
-
-    The start of the process itself is measured before each swap, so that both see the
-    same machine, and its median taken off. The first swap has nobody to stop: it is
-    left out.
-    """
-    starts, swaps = [], []
-    for name in names:
-        starts.append(bench_process_start())
-        swaps.append(bench_swap_once(port, name))
-    cost = statistics.median(starts)
-    return [(before - cost, after) for before, after in swaps[1:]]
-
-
-def bench_process_start():
-    """Seconds from the call that starts a fake server to its first instruction."""
-    command = bench_stable(bench_models()["spare-0"]).replace("${PORT}", "0").split()
-    _, offset = bench_journal()
-    started = time.monotonic()
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        main = eventually(lambda: bench_event("main", process.pid, offset))
-        process.kill()
-    return main["t"] - started
-
-
-def bench_event(kind, pid, offset):
-    """The first event of that kind and process after `offset`, or None."""
-    events, _ = bench_journal(offset)
-    return next((e for e in events if (e["event"], e["pid"]) == (kind, pid)), None)
-
-
-def bench_swap_once(port, name):
-    """(seconds from request to the process's main, from ready to first byte)."""
-    _, offset = bench_journal()
-    request = bench_request(name)
-    with contextlib.closing(bench_connect(port)) as sock:
-        asked = time.monotonic()
-        sock.sendall(request)
-        head = sock.recv(65536)
-        answered = time.monotonic()
-    assert head.startswith(b"HTTP/1.1 200"), head
-    events = [e for e in bench_journal(offset)[0] if e["model"] == name]
-    times = {event["event"]: event["t"] for event in events}
-    return times["main"] - asked, answered - times["ready"]
-
-
-def bench_chat(bench):
-    """What is added to a chat of 2 KB with a warm model, one connection."""
-    bench.warm("canned")
-    found = {"direct": [], "through": []}
-    with BenchDirect("canned") as server:
-        ports = {"direct": server.port, "through": bench.proxy.port}
-        socks = {name: bench_connect(port) for name, port in ports.items()}
-        request = bench_request("canned", 2048)
-        for turn in range(bench.times(24) + 1):
-            for name, sock in socks.items():
-                latencies = bench_latencies(sock, request, 200)
-                found[name] += latencies if turn else []
-    for share in (0.5, 0.99):
-        values = [bench_percentile(found[name], share) * 1e6 for name in found]
-        name = f"chat: a warm one of 2 KB, p{share * 100:.0f}"
-        target = 110 if share == 0.5 else 200
-        yield BenchRow(name, "us", values[1], values[0], target, is_added=True)
-
-
-def bench_streams(bench):
-    """How late the tokens of 32 streams at 50 a second come, and what one costs."""
-    bench.warm("canned")
-    seconds = bench.times(12)
-    with BenchDirect("canned") as server:
-        direct, _, _ = bench_lateness(server.port, server.process.pid, 32, 50, seconds)
-    pid = bench.proxy.pid
-    through, cost, _ = bench_lateness(bench.proxy.port, pid, 32, 50, seconds)
-    for share, target in ((0.5, 0.09), (0.99, 0.6)):
-        values = [bench_percentile(found, share) * 1000 for found in (through, direct)]
-        name = f"streams: 32 at 50/s, a token late, p{share * 100:.0f}"
-        yield BenchRow(name, "ms", *values, target)
-    cost *= 1e6
-    yield BenchRow("streams: processor time for each token", "us", cost, target=35)
-
-
-def bench_lateness(port, pid, count, rate, seconds):
-    """(lateness of tokens, processor s of `pid` for each, its KB for each stream)."""
-    resident = bench_resident(pid)
-    streams = BenchStreams(port, "canned", count, rate)
-    try:
-        streams.run(1 + count / 500)
-        cpu = cpu_seconds(pid)
-        lateness = streams.run(seconds)
-        cost = (cpu_seconds(pid) - cpu) / len(lateness)
-        expected = count * rate * seconds
-        assert len(lateness) > 0.9 * expected, f"{len(lateness)} of {expected} tokens"
-        return lateness, cost, (bench_resident(pid) - resident) * 1024 / count
-    finally:
-        streams.close()
-        time.sleep(0.5)
-
-
-def bench_download(bench):
-    """An answer of 512 MB."""
-    bench.warm("canned")
-    size, times = 512 * 2**20, bench.times(7)
-    with BenchDirect("canned") as server:
-        direct, _ = bench_download_rate(server.port, server.process.pid, size, times)
-    through, cost = bench_download_rate(bench.proxy.port, bench.proxy.pid, size, times)
-    target = 2300 if sys.version_info >= (3, 10) else 1300
-    name = "download: an answer of 512 MB"
-    yield BenchRow(name, "MB/s", through, direct, target, at_least=True)
-    yield BenchRow("download: processor time for 1 GB", "s", cost, target=0.25)
-
-
-def bench_download_rate(port, pid, size, times):
-    """(MB/s, processor seconds of `pid` for 1 GB), medians."""
-    rates, costs = [], []
-    request = bench_request("canned", bytes=size)
-    with contextlib.closing(bench_connect(port)) as sock:
-        for _ in range(times):
-            cpu, started = cpu_seconds(pid), time.monotonic()
-            sock.sendall(request)
-            bench_receive(sock)
-            rates.append(size / 1e6 / (time.monotonic() - started))
-            costs.append((cpu_seconds(pid) - cpu) * 1e9 / size)
-    return statistics.median(rates), statistics.median(costs)
-
-
-def bench_upload(bench):
-    """A request of 40 MB (an image in JSON), its model named first or last."""
-    bench.warm("canned")
-    image = "data:image/png;base64," + "iVBORw0KGgoA" * (40 * 10**6 // 12)
-    part = {"type": "image_url", "image_url": {"url": image}}
-    messages = [{"role": "user", "content": [part]}]
-    bodies = {
-        "first": {"model": "canned", "messages": messages},
-        "last": {"messages": messages, "model": "canned"},
-    }
-    for place, body in bodies.items():
-        data = json.dumps(body).encode()
-        with BenchDirect("canned") as server:
-            direct = bench_upload_time(server.port, data, bench.times(9))
-        through = bench_upload_time(bench.proxy.port, data, bench.times(9))
-        name = f"upload: 40 MB, the model named {place}"
-        yield BenchRow(name, "ms", through, direct, 50)
-    resident = bench_resident(bench.proxy.pid)
-    yield BenchRow("upload: resident afterwards", "MB", resident, target=35)
-
-
-def bench_upload_time(port, data, times):
-    """Milliseconds from the first byte sent to the end of the answer, median."""
-    head, found = request_head("POST", CHAT, len(data)), []
-    with contextlib.closing(bench_connect(port)) as sock:
-        for _ in range(times):
-            started = time.monotonic()
-            sock.sendall(head)
-            sock.sendall(data)
-            bench_receive(sock)
-            found.append((time.monotonic() - started) * 1000)
-    return statistics.median(found)
-
-
-def bench_rps(bench):
-    """Small requests as fast as they go."""
-    bench.warm("rps")
-    seconds = bench.times(8)
-    for connections, target in ((1, 5500), (32, 8000)):
-        with BenchDirect("rps") as server:
-            direct = bench_rate(server.port, "rps", connections, seconds)
-        through = bench_rate(bench.proxy.port, "rps", connections, seconds)
-        name = f"requests per second, connections: {connections}"
-        yield BenchRow(name, "1/s", through, direct, target, at_least=True)
-
-
-def bench_alternate(bench):
-    """Four clients in closed loops, two of them asking a, two b; one may be loaded."""
-    bench.unload()
-    _, offset = bench_journal()
-    loop = functools.partial(bench_loop, bench.proxy.port, count=10, delay=0.05)
-    started = time.monotonic()
-    bench_threads([functools.partial(loop, model) for model in "abab"])
-    seconds = time.monotonic() - started
-    loads = sum(event["event"] == "main" for event in bench_journal(offset)[0])
-    yield BenchRow("four clients, two models: loads", "n", loads, target=2)
-    yield BenchRow("four clients, two models: all done after", "s", seconds, target=2.3)
-
-
-def bench_loop(port, model, count, delay):
-    """Ask `count` times, one after the other."""
-    with Client(port, 120) as client:
-        for _ in range(count):
-            answer = client.ask("POST", CHAT, chat_body(model, delay=delay))
-            assert answer.status == 200, answer
-
-
-def bench_fair(bench):
-    """b, while three clients keep a busy with requests that overlap."""
-    bench.warm("b")
-    bench.warm("a")
-    stop = threading.Event()
-    port = bench.proxy.port
-    busy = [functools.partial(bench_keep_busy, port, n, stop) for n in range(3)]
-    asking = functools.partial(bench_ask_b, port, stop)
-    waited = bench_threads([asking, *busy])[0]
-    yield BenchRow("three clients keep a busy: b waits", "s", waited, target=2.5)
-
-
-def bench_keep_busy(port, number, stop):
-    """Ask a for 0.3 s each time, until told to stop; the clients' turns overlap."""
-    time.sleep(number * 0.1)
-    with Client(port, 120) as client:
-        while not stop.is_set():
-            client.ask("POST", CHAT, chat_body("a", delay=0.3))
-
-
-def bench_ask_b(port, stop):
-    """Seconds that a request to b takes; it gives up after 20."""
-    time.sleep(2)
-    started = time.monotonic()
-    with contextlib.suppress(socket.timeout):
-        ask(port, "POST", CHAT, chat_body("b"), timeout=20)
-    stop.set()
-    return time.monotonic() - started
-
-
-def bench_waiters(bench):
-    """Forty, then five hundred requests for one model that is not loaded."""
-    for count in (40, 500):
-        bench.warm("a")
-        _, offset = bench_journal()
-        answered = bench_crowd(bench.proxy.port, "b", count)
-        events, _ = bench_journal(offset)
-        starts = sum(e["event"] == "main" for e in events)
-        ready = max(e["t"] for e in events if e["event"] == "ready")
-        yield BenchRow(f"{count} waiters: starts", "n", starts, target=1)
-        late = (answered - ready) * 1000
-        yield BenchRow(f"{count} waiters: from ready to the last answer", "ms", late)
-
-
-def bench_crowd(port, model, count):
-    """Send that many requests at once; the time of the last answer."""
-    request = bench_request(model)
-    socks = [bench_connect(port) for _ in range(count)]
-    for sock in socks:
-        sock.sendall(request)
-    for sock in socks:
-        bench_receive(sock)
-        sock.close()
-    return time.monotonic()
-
-
-def bench_start(bench):
-    """From the start of the process to the first answer on /v1/models."""
-    found = []
-    for _ in range(bench.times(8)):
-        with BenchProxy(bench.against) as proxy:
-            found.append(proxy.first_answer * 1000)
-    median = statistics.median(found)
-    yield BenchRow("start to first answer on /v1/models", "ms", median, target=75)
-
-
-def bench_idle(bench):
-    """Wake-ups with a model loaded and nothing asked."""
-    bench.warm("canned")
-    time.sleep(2)
-    seconds = bench.times(20)
-    before = wakeups(bench.proxy.pid)
-    time.sleep(seconds)
-    found = (wakeups(bench.proxy.pid) - before) * 10 / seconds
-    yield BenchRow("idle, a model loaded: wake-ups in 10 s", "n", found, target=0)
-
-
-def bench_growth(bench):
-    """One to a thousand open streams at 5 tokens a second, on a fresh proxy."""
-    with BenchProxy(bench.against) as proxy, BenchDirect("canned") as server:
-        ask(proxy.port, "POST", CHAT, chat_body("canned"))
-        seconds = bench.times(8)
-        for count in (1, 30, 1000):
-            found, _, _ = bench_lateness(server.port, proxy.pid, count, 5, seconds)
-            direct = bench_percentile(found, 0.99) * 1000
-            through = proxy.port, proxy.pid
-            found, cost, size = bench_lateness(*through, count, 5, seconds)
-            late = bench_percentile(found, 0.99) * 1000
-            name = f"{count} streams at 5/s"
-            yield BenchRow(f"{name}: a token late, p99", "ms", late, direct, 5)
-        yield BenchRow(f"{name}: memory for each", "KB", size, target=60)
-        yield BenchRow(f"{name}: processor time for a token", "us", cost * 1e6)
-
-
-def bench_many(bench):
-    """Five hundred models in the file."""
-    with BenchProxy(bench.against, "many") as proxy:
-        start = proxy.first_answer * 1000
-        yield BenchRow("500 models: start to first answer", "ms", start)
-        found = []
-        for _ in range(bench.times(20)):
-            started = time.monotonic()
-            ask(proxy.port, "GET", "/v1/models")
-            found.append((time.monotonic() - started) * 1000)
-        median = statistics.median(found)
-        yield BenchRow("500 models: /v1/models", "ms", median, target=10)
-        swaps = bench_swaps(proxy.port, ["spare-7", "spare-400"] * 5)
-        part = statistics.median(before for before, _ in swaps) * 1000
-        yield BenchRow("500 models: from request to spawn", "ms", part, target=10)
-
-
-def bench_memory(bench):
-    """Resident memory after everything that was asked so far."""
-    resident = bench_resident(bench.proxy.pid)
-    yield BenchRow("resident after all of the above", "MB", resident, target=35)
-
-
-def bench_memory_idle(bench):
-    """Resident memory of a fresh proxy with ten models."""
-    with BenchProxy(bench.against) as proxy:
-        time.sleep(2)
-        resident = bench_resident(proxy.pid)
-    yield BenchRow("resident when idle, 10 models", "MB", resident, target=24)
-
-
-BENCH_SIZES = {"2 MB": (128, 2), "200 MB": (512, 16)}  # width and layers
-BENCH_PRESET = """\
-version = 1
-[*]
-ctx-size = 256
-threads = 1
-[one]
-model = {one}
-[two]
-model = {two}
-"""
-
-
-def bench_real(bench):
-    """Two real models asked in turn, each request a swap, beside llama.cpp's router."""
-    assert LLAMA_SERVER and not bench.against, "needs LLAMA_SERVER, and no --against"
-    listen = ("--listen", "127.0.0.1:")
-    commands = {
-        "through": ([sys.executable, LLMSWAP, "{preset}"], listen),
-        "router": ([LLAMA_SERVER, "--models-preset", "{preset}"], ("--port", "")),
-    }
-    for size, shape in BENCH_SIZES.items():
-        paths = {name: BENCH_FOLDER / f"{name}.gguf" for name in ("one", "two")}
-        for seed, path in enumerate(paths.values()):
-            write_gguf(path, *shape, seed=seed)
-        preset = BENCH_FOLDER / "real.ini"
-        preset.write_text(BENCH_PRESET.format(**paths))
-        found = {
-            name: bench_real_swap(words, option, preset, bench.times(24))
-            for name, (words, option) in commands.items()
-        }
-        name = f"real models of {size}: a swap (direct: router)"
-        yield BenchRow(name, "ms", found["through"], found["router"])
-
-
-def bench_real_swap(words, option, preset, times):
-    """Milliseconds from a request to its answer when the other model is loaded."""
-    port, (name, prefix) = free_port(), option
-    argv = [word.format(preset=preset) for word in words]
-    argv += ["--models-max", "1", name, f"{prefix}{port}"]
-    environ = {
-        **os.environ,
-        "PATH": f"{Path(LLAMA_SERVER).parent}:{os.environ['PATH']}",
-    }
-    with open(BENCH_FOLDER / "log", "ab") as log:
-        process = subprocess.Popen(argv, stdout=log, stderr=log, env=environ)
-    found = []
-    try:
-        eventually(lambda: is_listening(port))
-        for turn in range(times + 2):
-            body = real_chat("one" if turn % 2 else "two")
-            started = time.monotonic()
-            answer = ask(port, "POST", CHAT, body, timeout=60)
-            assert answer.status == 200, answer.body[:300]
-            found.append((time.monotonic() - started) * 1000)
-    finally:
-        process.terminate()
-        process.wait(60)
-    return statistics.median(found[2:])
-
-
-BENCH_FIGURES = {
-    "start": bench_start,
-    "resident": bench_memory_idle,
-    "swap": bench_swap,
-    "real": bench_real,
-    "alternate": bench_alternate,
-    "fair": bench_fair,
-    "waiters": bench_waiters,
-    "chat": bench_chat,
-    "streams": bench_streams,
-    "download": bench_download,
-    "upload": bench_upload,
-    "rps": bench_rps,
-    "idle": bench_idle,
-    "memory": bench_memory,
-    "growth": bench_growth,
-    "many": bench_many,
-}
-
-
-# ----------------------------------------------------------------------------------
-# The command
-
-
-def bench_main(argv):
-    """Run the benchmark, a line for each figure; the exit status."""
-    if "--help" in argv:
-        print(BENCH_USAGE.format(names=", ".join(BENCH_FIGURES)))
-        return 0
-    bench_write_files()
-    if "--print-config" in argv:
-        print((BENCH_FOLDER / "few.yaml").read_text(), end="")
-        return 0
-    against = argv[argv.index("--against") + 1] if "--against" in argv else None
-    chosen = argv[argv.index("--only") + 1].split(",") if "--only" in argv else None
-    if unknown := set(chosen or ()) - set(BENCH_FIGURES):
-        print(f"no such figure: {', '.join(unknown)}; see --help", file=sys.stderr)
-        return 2
-    bench_prepare()
-    print(bench_machine(against), bench_title(), sep="\n\n", flush=True)
-    bench = Bench(against, "--quick" in argv)
-    with BenchProxy(against) as bench.proxy:
-        for name in chosen or BENCH_FIGURES:
-            bench_print(bench, name)
-    return 0
-
-
-def bench_prepare():
-    """Have descriptors enough, and no pauses of our own."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-
-
-def bench_machine(against):
-    """One line on where and what is measured."""
-    text = Path("/proc/cpuinfo").read_text()
-    processor = re.search(r"model name\s*: (.*)", text)
-    names = [
-        processor[1] if processor else platform.machine(),
-        f"{os.cpu_count()} cores",
-        f"Linux {platform.release()}",
-        f"Python {platform.python_version()}",
-        against or "llmswap",
-    ]
-    return ", ".join(names)
-
-
-def bench_print(bench, name):
-    """Print a figure's rows, or why there are none: the proxy may be at fault."""
-    try:
-        for row in BENCH_FIGURES[name](bench):
-            print(row.text(), flush=True)
-    except BENCH_FAULTS as error:
-        reason = f"{type(error).__name__} {error}"[:250]
-        print(f"{name:<48} not measured: {reason}", flush=True)
-
-
-# ==================================================================================
-# The soak: random clients, kills, unloads and reloads; nothing stuck, leaked or lying.
-# ==================================================================================
-
-
-SOAK_USAGE = """\
-python3 test_llmswap.py soak [--minutes M] [--seed N] [--clients N] [--cores N]
-
-Random clients ask seven models of which two may be loaded, while servers are killed,
-models loaded and unloaded by hand, the file rewritten, and llmswap itself ended or
-killed and started again (in the first tenth of the time, so that the last process lives
-long enough to show a leak), all on so many cores. Each client checks its own answer;
-threads, descriptors and memory may not grow from one half of the rest to the other; at
-the end all must be quiet and given back. Exit status 1 if anything was not as promised,
-with the evidence.
-"""
-
-SOAK_BOUND = 60.0  # seconds that no request may take
-SOAK_LOG = os.path.join(tempfile.gettempdir(), "llmswap-soak.log")
-SOAK_MODELS = {
-    "quick": "cmd = FAKE --model quick --load 0-0.2\nidle-timeout = 1s\n",
-    "narrow": "cmd = FAKE --model narrow --load 0-0.4\nconcurrency = 2\n",
-    "stubborn": "cmd = FAKE --model stubborn --ignore-term --grandchild\n"
-    "stop-timeout = 1\n",
-    "closing": "cmd = FAKE --model closing --close-idle --load 0.1 --lines 50\n",
-    "bare": "cmd = FAKE --model bare --no-health --load 0.1\n"
-    "check-endpoint = /v1/models\nalias = naked\n",
-    "failing": "cmd = FAKE --model failing --load 0.1 --load-exit 3 --lines 5\n",
-    "other-name": 'uses = quick\nset-params = {"tokens": 5}\n',
-}
-SOAK_EXTRA = "cmd = FAKE --model extra --load 0-0.3\nidle-timeout = 2s\n"
-SOAK_HEAD = "[llmswap]\nmodels-max = 2\npatience = 300ms\n\n"
-SOAK_EDITS = (
-    "pin = on\n",
-    "idle-timeout = 1s\n",
-    "concurrency = 1\n",
-    "description = edited\n",
-    "env.EDITED = 1\n",
-    "loading-notice = off\n",
-)
-SOAK_BROKEN = (
-    "[llmswap\nmodels-max = 2\n",
-    "[llmswap]\nmodels-max = several\n",
-    "[llmswap]\nno such key = 1\n",
-)
-
-
-class SoakViolation(Exception):
-    """Something that must not happen did; the text is the evidence."""
-
-
-class SoakSilence(SoakViolation):
-    """No answer at all, which only a restart of llmswap excuses."""
-
-
-def soak_require(condition, evidence):
-    """Raise the evidence unless the condition holds."""
-    if not condition:
-        raise SoakViolation(evidence)
-
-
-def soak_ini(models):
-    """The INI file with these models."""
-    return SOAK_HEAD + "\n".join(f"[{name}]\n{body}" for name, body in models.items())
-
-
-class SoakTally:
-    """What happened, counted by all threads."""
-
-    def __init__(self):
-        self.outcomes = Counter()  # (action, outcome)
-        self.refusals = Counter()  # (status, the message's beginning)
-        self.chaos = Counter()
-        self.slowest = {}
-        self.violations = []
-        self.peaks = {"early": Counter(), "late": Counter()}  # in either half
-        self.restarts = 0  # counts the beginning and the end of each
-        self._lock = threading.Lock()
-
-    def count(self, action, outcome, seconds):
-        with self._lock:
-            self.outcomes[action, outcome] += 1
-            slowest = seconds, f"ended at {time.strftime('%H:%M:%S')}"
-            self.slowest[action] = max(slowest, self.slowest.get(action, slowest))
-
-    def refuse(self, status, message):
-        with self._lock:
-            self.refusals[status, " ".join(message.split())[:70]] += 1
-
-    def violate(self, evidence):
-        with self._lock:
-            self.violations.append(f"{time.strftime('%H:%M:%S')} {evidence}")
-
-    def peak(self, half, sizes):
-        """Remember the largest sizes of a half."""
-        for name, value in sizes.items():
-            self.peaks[half][name] = max(self.peaks[half][name], value)
-
-
-# ----------------------------------------------------------------------------------
-# Clients: each action returns its outcome, complete, refused, broken or hung up
-
-
-class SoakClient:
-    """One client: asks one thing after the other, and checks what it is told."""
-
-    def __init__(self, server, tally, seed, stop):
-        self.server = server
-        self.tally = tally
-        self.random = random.Random(seed)
-        self.stop = stop
-        self.connection = self.connected = None  # and at which count of restarts
-
-    def run(self):
-        """Ask until told to stop."""
-        while not self.stop.is_set():
-            actions, weights = list(SOAK_ACTIONS), list(SOAK_ACTIONS.values())
-            action = self.random.choices(actions, weights)[0]
-            self._try(action)
-            if self.random.random() < 0.3:
-                self.stop.wait(self.random.random() ** 3)
-        self._disconnect()
-
-    def _try(self, action):
-        started, restarts = time.monotonic(), self.tally.restarts
-        try:
-            outcome = action(self)
-        except (SoakSilence, BrokenAnswer, OSError) as error:
-            outcome = "broken"
-            if restarts % 2 == 0 and restarts == self.tally.restarts:
-                outcome = "violation"
-                self.tally.violate(f"{action.__name__}: {error!r}"[:1500])
-            self.stop.wait(0.1)
-        except SoakViolation as violation:
-            self.tally.violate(f"{action.__name__}: {violation}")
-            outcome = "violation"
-        except (AssertionError, ValueError, KeyError) as error:
-            self.tally.violate(f"{action.__name__}: {error!r}"[:1500])
-            outcome = "violation"
-        if outcome not in ("complete", "refused"):
-            self._disconnect()
-        self.tally.count(action.__name__[5:], outcome, time.monotonic() - started)
-
-    def _disconnect(self):
-        if self.connection:
-            self.connection.hang_up()
-        self.connection = None
-
-    def model(self):
-        """A name to ask for; the failing and the missing ones less often."""
-        names = [*SOAK_MODELS, "naked", "extra"]
-        weights = [0.2 if name == "failing" else 1 for name in names]
-        return self.random.choices(names, weights)[0]
-
-    def connect(self):
-        """The connection of before (if it leads to this llmswap), or a new one."""
-        restarts, is_tired = self.tally.restarts, self.random.random() < 0.2
-        if not self.connection or self.connected != restarts or is_tired:
-            self._disconnect()
-            self.connection = Client(self.server.port, SOAK_BOUND)
-            self.connected = restarts
-        return self.connection
-
-    def chat(self, model, **wish):
-        """(a body whose answer will carry a tag of its own, that tag)."""
-        tag = f"tag{self.random.randrange(10**12)}"
-        return chat_body(model, tag=tag, **wish), tag
-
-    def ask(self, model, path, body, headers=()):
-        """The answer to a POST, None if its body was cut, which is no lie."""
-        connection = self.connect()
-        with contextlib.suppress(ConnectionError):  # refused in mid-body: read on
-            connection.send("POST", path, body, headers)
-        answer = self.finish(connection, model)
-        if answer is None or answer.headers.get("connection", "").lower() == "close":
-            self._disconnect()
-        return answer
-
-    def finish(self, connection, model):
-        """The answer that begins now, or None if it is cut after its head."""
-        status, headers = soak_answered(connection.head, model)
-        try:
-            body = b"".join(connection.pieces(status, headers))
-        except socket.timeout:
-            raise SoakViolation(f"{model} stopped in mid-answer") from None
-        except (BrokenAnswer, OSError):
-            return None
-        return UpstreamResponse(status, headers, body)
-
-    def outcome(self, answer, model):
-        """broken or refused, or None if there is an answer to be checked."""
-        if answer is None:
-            return "broken"
-        if answer.status == 200:
-            return None
-        soak_check_error(answer.status, answer.body, model)
-        self.tally.refuse(answer.status, json.loads(answer.body)["error"]["message"])
-        return "refused"
-
-
-def soak_answered(call, model):
-    """What `call` returns; a request that gets no head at all is a violation."""
-    try:
-        return call()
-    except socket.timeout:
-        raise SoakViolation(f"{model} waited over {SOAK_BOUND} s") from None
-    except (BrokenAnswer, OSError) as error:
-        raise SoakSilence(f"{model} got no answer at all: {error!r}") from None
-
-
-def soak_check_error(status, body, model):
-    """An error must have OpenAI's shape, and a status that fits what happens here."""
-    try:
-        error = json.loads(body)["error"]
-        shape = {name: type(error[name]) for name in ("message", "type")}
-    except (ValueError, KeyError, TypeError):
-        raise SoakViolation(f"{model}: {status} with the body {body[:300]}") from None
-    soak_require(shape == {"message": str, "type": str}, f"{model}: {error}")
-    allowed = {502, 503, 504} | ({404} if model == "extra" else set())
-    soak_require(status in allowed, f"{model}: {status} {error}")
-
-
-def soak_server_name(model):
-    """The name of the fake server that must answer for a model."""
-    return {"other-name": "quick", "naked": "bare"}.get(model, model)
-
-
-def soak_chat(client):
-    """A chat answered whole."""
-    model = client.model()
-    wish = {"delay": round(client.random.random() ** 4, 3)}
-    wish["size"] = client.random.choice([0, 0, 1000, 300000])
-    body, tag = client.chat(model, **wish)
-    answer = client.ask(model, CHAT, body)
-    return client.outcome(answer, model) or soak_check_content(answer, model, tag)
-
-
-def soak_check_content(answer, model, tag):
-    """complete, if the right server answered."""
-    soak_check_text(answer.content(), model, tag)
-    return "complete"
-
-
-def soak_check_text(text, model, tag):
-    """The right server must have answered the right request."""
-    words = text.split()
-    soak_require(
-        words[0] == soak_server_name(model) and words[2].startswith(tag),
-        f"{model} with {tag} was answered: {text[:200]}",
-    )
-
-
-def soak_stream(client):
-    """A stream read to its end."""
-    tokens = client.random.randrange(1, 60)
-    return soak_read_stream(client, {"tokens": tokens, "interval": 0.01})
-
-
-def soak_slow_reader(client):
-    """A stream of a megabyte, read slowly."""
-    wish = {"tokens": 20, "size": 1000000}
-    return soak_read_stream(client, wish, pause=client.random.random() / 20)
-
-
-def soak_dying(client):
-    """A stream in the middle of which the server dies, or cuts the connection."""
-    place = client.random.choice(["before-byte", "mid-event", "boundary", "mid-body"])
-    how = client.random.choice(["die", "cut"])
-    return soak_read_stream(client, {"tokens": 6, how: place})
-
-
-def soak_read_stream(client, wish, pause=0.0):
-    """Read a stream as the server sends it; it must end with [DONE] or be broken."""
-    model, events = client.model(), []
-    body, tag = client.chat(model, stream=True, **wish)
-    args = client.server.port, CHAT, body, (), SOAK_BOUND
-    with soak_answered(lambda: Stream(*args), model) as stream:
-        try:
-            if stream.status != 200:
-                return soak_refused_stream(client, stream, model)
-            for event in stream.events():
-                events.append(event)
-                time.sleep(pause)
-        except socket.timeout:
-            evidence = f"{model} with {tag} stopped after {events[-1:]}"
-            raise SoakViolation(evidence) from None
-        except (BrokenAnswer, ConnectionError):
-            return "broken"
-    return soak_check_events(client, events, model, tag)
-
-
-def soak_refused_stream(client, stream, model):
-    """refused, if the error is one."""
-    pieces = stream.client.pieces(stream.status, stream.headers)
-    answer = UpstreamResponse(stream.status, stream.headers, b"".join(pieces))
-    return client.outcome(answer, model)
-
-
-def soak_check_events(client, events, model, tag):
-    """A stream that ended cleanly: whole, or with an error event."""
-    soak_require(events, f"{model} with {tag}: a stream without an event ended cleanly")
-    last = events[-1]
-    if last == "[DONE]" and not any('"error"' in event[:20] for event in events):
-        documents = [json.loads(event) for event in events[:-1]]
-        choices = [each["choices"] for each in documents if each.get("choices")]
-        texts = [choice[0]["delta"].get("content") or "" for choice in choices]
-        finish = choices[-1][0]["finish_reason"]
-        soak_require(finish, f"{model}: no finish reason in {events[-3:]}")
-        soak_check_text("".join(texts), model, tag)
-        return "complete"
-    errors = [event for event in events if event.startswith('{"error"')]
-    soak_require(errors, f"{model} with {tag}: ended cleanly after {events[-2:]}")
-    client.tally.refuse("event", json.loads(errors[0])["error"]["message"])
-    return "refused"
-
-
-def soak_hang_up(client):
-    """A request whose client goes away at a random moment."""
-    body, _ = client.chat(
-        client.model(),
-        stream=client.random.random() < 0.5,
-        tokens=50,
-        interval=0.02,
-        delay=client.random.choice([0, 1, 30]),
-    )
-    with Client(client.server.port, SOAK_BOUND) as connection:
-        connection.send("POST", CHAT, body)
-        with contextlib.suppress(OSError):
-            soak_listen(connection.sock, client.random.random() ** 2 * 2)
-        connection.hang_up(reset=client.random.random() < 0.3)
-    return "hung up"
-
-
-def soak_listen(sock, seconds):
-    """Receive for that long, or to the end of the answer."""
-    deadline = time.monotonic() + seconds
-    while (left := deadline - time.monotonic()) > 0:
-        sock.settimeout(left)
-        if not sock.recv(65536):
-            return
-
-
-def soak_half_request(client):
-    """A request that stops in the middle of its head or body."""
-    body, _ = client.chat(client.model())
-    with Client(client.server.port, SOAK_BOUND) as connection:
-        data = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
-        data += b"Content-Length: 5000\r\n\r\n" + json.dumps(body).encode()
-        connection.sock.sendall(data[: client.random.randrange(1, len(data))])
-        time.sleep(client.random.random() / 2)
-    return "hung up"
-
-
-def soak_upload(client):
-    """A body of some megabytes, which the server must get byte for byte."""
-    model = client.random.choice(["narrow", "stubborn", "closing", "bare"])
-    filler = "x" * client.random.randrange(10**4, 6 * 10**6)
-    fields = [("model", model), ("filler", filler)]
-    client.random.shuffle(fields)
-    body = json.dumps(dict(fields)).encode()
-    answer = client.ask(model, "/echo", body)
-    if outcome := client.outcome(answer, model):
-        return outcome
-    seen = answer.json()
-    soak_require(seen["sha256"] == sha256(body).hexdigest(), f"{model}: altered {seen}")
-    soak_require(seen["model"] == model, f"{model} was answered by {seen['model']}")
-    return "complete"
-
-
-def soak_form(client):
-    """Audio in a multipart form, the model in a field before or after the file."""
-    model = client.random.choice(["quick", "narrow", "bare"])
-    size = client.random.randrange(10, 3 * 10**6)
-    parts = [
-        f'Content-Disposition: form-data; name="model"\r\n\r\n{model}\r\n',
-        'Content-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
-        + "z" * size
-        + "\r\n",
-    ]
-    client.random.shuffle(parts)
-    body = "".join(f"--limit\r\n{part}" for part in parts) + "--limit--\r\n"
-    headers = {"Content-Type": "multipart/form-data; boundary=limit"}
-    answer = client.ask(model, "/v1/audio/transcriptions", body.encode(), headers)
-    if outcome := client.outcome(answer, model):
-        return outcome
-    found = answer.json()["fields"]["file"]["size"]
-    soak_require(found == size, f"{model}: {found} bytes of {size}")
-    return "complete"
-
-
-def soak_embeddings(client):
-    """Embeddings of some texts."""
-    model, count = client.model(), client.random.randrange(1, 50)
-    body = {"model": model, "input": ["text"] * count}
-    answer = client.ask(model, "/v1/embeddings", body)
-    if outcome := client.outcome(answer, model):
-        return outcome
-    found = answer.json()
-    soak_require(len(found["data"]) == count, f"{model}: {found}")
-    name = found["served_by"].split()[0]
-    soak_require(name == soak_server_name(model), f"{model} was answered by {name}")
-    return "complete"
-
-
-def soak_websocket(client):
-    """An upgraded connection that sends and gets back some bytes; it may be cut."""
-    model = client.random.choice(["quick", "narrow", "bare"])
-    headers = {
-        "Upgrade": "websocket",
-        "Connection": "Upgrade",
-        "Sec-WebSocket-Version": "13",
-        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
-    }
-    with Client(client.server.port, SOAK_BOUND) as connection:
-        connection.send("GET", f"/upstream/{model}/ws", None, headers)
-        answer = client.finish(connection, model)
-        if answer.status != 101:
-            return client.outcome(answer, model)
-        return soak_echo(client, connection, model)
-
-
-def soak_echo(client, connection, model):
-    """complete if all comes back as it was sent, broken if cut."""
-    for _ in range(client.random.randrange(1, 10)):
-        sent = client.random.randbytes(client.random.randrange(1, 5000))
-        try:
-            connection.sock.sendall(sent)
-            got = b"".join(connection.exactly(len(sent)))
-        except socket.timeout:
-            raise SoakViolation(f"{model}: a websocket went silent") from None
-        except (BrokenAnswer, OSError):
-            return "broken"
-        soak_require(got == sent, f"{model}: a websocket altered its bytes")
-        time.sleep(client.random.random() / 10)
-    return "complete"
-
-
-def soak_listing(client):
-    """What llmswap answers itself, whatever goes on."""
-    path = client.random.choice(["/v1/models", "/health", "/running", "/props"])
-    started = time.monotonic()
-    answer = client.server.get(path)
-    soak_require(answer.status == 200 and answer.json(), f"{path}: {answer}")
-    waited = time.monotonic() - started
-    soak_require(waited < 3, f"{path} took {waited:.1f} s")
-    return "complete"
-
-
-SOAK_UNCOMPLETED = {"dying", "hang_up", "half_request"}  # meant to be broken
-SOAK_ACTIONS = {  # and how often each is chosen
-    soak_chat: 20,
-    soak_stream: 20,
-    soak_slow_reader: 3,
-    soak_dying: 2,
-    soak_hang_up: 10,
-    soak_half_request: 3,
-    soak_upload: 4,
-    soak_form: 4,
-    soak_embeddings: 10,
-    soak_websocket: 4,
-    soak_listing: 10,
-}
-
-
-# ----------------------------------------------------------------------------------
-# Chaos
-
-
-class SoakChaos:
-    """Whatever a careless world does to llmswap and its servers."""
-
-    def __init__(self, server, tally, seed):
-        self.server = server
-        self.tally = tally
-        self.random = random.Random(seed)
-
-    def run(self, seconds):
-        """Do something random again and again, and look at the invariants."""
-        start = time.monotonic()
-        while (past := (time.monotonic() - start) / seconds) < 1:
-            soak_require(self.server.process.poll() is None, "llmswap ended")
-            if past > 0.1:
-                half = "early" if past < 0.55 else "late"
-                self.tally.peak(half, soak_size(self.server.pid))
-            self._disturb(SOAK_CHAOS if past > 0.1 else {**SOAK_CHAOS, **SOAK_ENDS})
-            time.sleep(self.random.random() * 3)
-
-    def _disturb(self, chaos):
-        """Do one thing, and look at the invariants."""
-        deeds, weights = list(chaos), list(chaos.values())
-        deed = self.random.choices(deeds, weights)[0]
-        self.tally.chaos[deed] += 1
-        try:
-            deed(self)
-            self._look()
-        except SoakViolation as violation:
-            self.tally.violate(f"{deed.__name__}: {violation}")
-        except (OSError, BrokenAnswer, AssertionError, ValueError) as error:
-            self.tally.violate(f"{deed.__name__}: {type(error).__name__}: {error}")
-
-    def _look(self):
-        """Never more servers than allowed, no zombies that stay."""
-        servers = self.fakes()
-        if len(servers) > 2:  # the list was not read in one instant: look again
-            staying = servers.items() & self.fakes().items()
-            lines = {line for _, line in staying}  # a child has that of its parent
-            soak_require(len(lines) <= 2, f"too many servers at once: {servers}")
-        if dead := set(zombies_of(self.server.pid)):
-            time.sleep(1)
-            dead &= set(zombies_of(self.server.pid))
-            soak_require(not dead, f"zombies: {dead}")
-
-    def fakes(self):
-        """{pid: command line} of the model servers."""
-        processes = family(self.server.token)
-        return {pid: line for pid, line in processes.items() if "fake.pyc" in line}
-
-    def kill_server(self):
-        if servers := sorted(self.fakes()):
-            soak_kill(self.random.choice(servers))
-
-    def kill_helper(self):
-        """Kill one of llmswap's own helpers, such as its guard."""
-        others = set(family(self.server.token)) - {self.server.pid} - set(self.fakes())
-        if others:
-            soak_kill(self.random.choice(sorted(others)))
-
-    def restart(self):
-        """SIGTERM or SIGINT, one or two, and a new start."""
-        self._begin_anew(self._end_gently)
-
-    def crash(self):
-        """SIGKILL, and a new start."""
-        self._begin_anew(self.server.kill)
-
-    def _begin_anew(self, end):
-        self.tally.restarts += 1
-        end()
-        eventually(lambda: not family(self.server.token), 2)
-        self.server.start()
-        self.tally.restarts += 1
-
-    def _end_gently(self):
-        for _ in range(self.random.choice([1, 1, 2])):
-            number = self.random.choice([signal.SIGTERM, signal.SIGINT])
-            self.server.process.send_signal(number)
-            time.sleep(self.random.random())
-        status = self.server.process.wait(45)
-        soak_require(status == 0, f"a signal to end: exit status {status}")
-
-    def unload_all(self):
-        answer = self.server.get("/unload")
-        soak_require(answer.status == 200, f"/unload: {answer}")
-
-    def load_one(self):
-        self._command("/models/load")
-
-    def unload_one(self):
-        self._command("/models/unload")
-
-    def _command(self, path):
-        """Load or unload by hand; what cannot be done is refused in OpenAI's shape."""
-        model = self.random.choice(list(SOAK_MODELS))
-        answer = self.server.ask("POST", path, {"model": model}, (), SOAK_BOUND)
-        if answer.status != 200:
-            message = answer.message()
-            self.tally.refuse(answer.status, f"{path}: {message}")
-            soak_require(answer.status in (400, 502, 503, 504), f"{path}: {answer}")
-
-    def reload(self):
-        """Rewrite the file: models changed, added and removed."""
-        models = dict(SOAK_MODELS)
-        models["failing"] += self.random.choice(SOAK_EDITS[1:])
-        models[self.random.choice(list(models)[:5])] += self.random.choice(SOAK_EDITS)
-        if self.random.random() < 0.5:
-            models["extra"] = SOAK_EXTRA
-        self._reload(models)
-
-    def _reload(self, models):
-        """Have the file read again, and wait until it has been."""
-        self.server.reload(soak_ini(models))
-        eventually(lambda: set(self.server.states()) == set(models), 10)
-
-    def reload_broken(self):
-        """Rewrite the file with an error in it: nothing may change."""
-        before = set(self.server.states())
-        self.server.reload(self.random.choice(SOAK_BROKEN))
-        time.sleep(0.3)
-        after = set(self.server.states())
-        soak_require(before == after, f"a broken file changed {before} to {after}")
-        self._reload(SOAK_MODELS)
-
-
-SOAK_CHAOS = {  # and how often each is chosen
-    SoakChaos.kill_server: 6,
-    SoakChaos.kill_helper: 1,
-    SoakChaos.unload_all: 1,
-    SoakChaos.load_one: 3,
-    SoakChaos.unload_one: 3,
-    SoakChaos.reload: 3,
-    SoakChaos.reload_broken: 1,
-}
-SOAK_ENDS = {SoakChaos.restart: 2, SoakChaos.crash: 2}
-SOAK_GROWTH = {"threads": 16, "descriptors": 32, "resident": 10}  # of a peak; MB
-
-
-def soak_kill(pid):
-    """SIGKILL, if it still lives."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
-def soak_size(pid):
-    """Threads, descriptors and resident MB of a process."""
-    with open(f"/proc/{pid}/status") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    return {
-        "threads": int(fields["Threads"]),
-        "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
-        "resident": int(fields["VmRSS"].split()[0]) // 1024,
-    }
-
-
-# ----------------------------------------------------------------------------------
-# The command
-
-
-def soak_main(argv):
-    """Soak, print one table, and return the exit status."""
-    if "--help" in argv:
-        print(SOAK_USAGE)
-        return 0
-    minutes = float(word_after(argv, "--minutes", 10))
-    seed = int(word_after(argv, "--seed", random.randrange(10**6)))
-    clients = int(word_after(argv, "--clients", 12))
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[: int(word_after(argv, "--cores", len(cores)))])
-    print(f"{minutes:g} minutes, {clients} clients, seed {seed}", flush=True)
-    tally, soak = SoakTally(), SoakRun(minutes * 60, clients, seed)
-    try:
-        soak.run(tally)
-    except (AssertionError, SoakViolation) as error:  # the end was not clean
-        tally.violate(str(error)[-3000:])
-    soak_print(tally, soak.sizes)
-    return 1 if tally.violations else 0
-
-
-def word_after(argv, name, default):
-    """The word after `name`, or the default."""
-    return argv[argv.index(name) + 1] if name in argv else default
-
-
-class SoakRun:
-    """One soak, from a fresh llmswap to its end."""
-
-    def __init__(self, seconds, clients, seed):
-        self._seconds = seconds
-        self._clients = clients
-        self._seed = seed
-        self.sizes = {}  # {moment: threads, descriptors, resident MB}
-
-    def run(self, tally):
-        """Start, soak, become quiet, end; violations go to `tally`."""
-        with Llmswap(soak_ini(SOAK_MODELS)) as server:
-            try:
-                self._soak(server, tally)
-                self._quieten(server, tally)
-            finally:
-                shutil.copy(server.folder / "stderr", SOAK_LOG)
-
-    def _soak(self, server, tally):
-        self._visit_all(server)
-        self.sizes["before"] = soak_size(server.pid)
-        stop = threading.Event()
-        seeds = (self._seed * 1000 + number for number in range(self._clients))
-        clients = [SoakClient(server, tally, seed, stop) for seed in seeds]
-        threads = [threading.Thread(target=each.run, daemon=True) for each in clients]
-        for thread in threads:
-            thread.start()
-        SoakChaos(server, tally, self._seed).run(self._seconds)
-        stop.set()
-        self._join(threads, tally)
-
-    def _visit_all(self, server):
-        """Use each model and many connections once: what is kept for later then is."""
-        for model in SOAK_MODELS:
-            server.chat(model)
-        crowd = [server.connect() for _ in range(48)]
-        for client in crowd:
-            client.send("POST", "/echo", {"model": "closing", "filler": "x" * 10**6})
-        for client in crowd:
-            assert client.answer().status == 200
-            client.hang_up()
-        self._unload(server)
-
-    def _join(self, threads, tally):
-        deadline = time.monotonic() + SOAK_BOUND + 10
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        if stuck := sum(thread.is_alive() for thread in threads):
-            tally.violate(f"{stuck} clients still wait")
-
-    def _unload(self, server):
-        """Unload everything; only llmswap and its guard may be left."""
-        server.get("/unload")
-        eventually(lambda: not server.get("/running").json()["running"], 15)
-        chaos = SoakChaos(server, None, 0)
-        eventually(lambda: not chaos.fakes(), 15)
-
-    def _quieten(self, server, tally):
-        """When nobody asks, everything is given back."""
-        for model in server.loaded():  # no server generates for clients that left
-            eventually(lambda: server.stats(model)["in_flight"] == 0, 5)
-        server.reload(soak_ini(SOAK_MODELS))
-        self._unload(server)
-        for model in ("quick", "stubborn"):
-            assert server.chat(model).status == 200, "it no longer serves"
-        self._unload(server)
-        tally.chaos["loads in all"] = len(server.journal("main"))
-        early, late = tally.peaks["early"], tally.peaks["late"]
-        most = {name: size + 4 for name, size in self.sizes["before"].items()}
-        most["resident"] = max(most["resident"] + 16, early["resident"])
-        gc.collect()  # connections that our own errors still hold
-        with contextlib.suppress(AssertionError):
-            eventually(lambda: not self._grown(server, most), 30, every=0.5)
-        self.sizes["after"] = soak_size(server.pid)
-        for grown in self._grown(server, most):
-            held = connections_of(server.pid) if "descriptors" in grown else {}
-            tally.violate(f"not given back: {grown} {held}")
-        for name, slack in SOAK_GROWTH.items():
-            if late[name] > early[name] + slack:
-                tally.violate(f"{name} grow: {early[name]}, then {late[name]} at most")
-        for action in {action for action, _ in tally.outcomes} - SOAK_UNCOMPLETED:
-            if not tally.outcomes[action, "complete"]:
-                tally.violate(f"{action} was never complete")
-
-    def _grown(self, server, most):
-        """What is more than it may be when all is quiet."""
-        now = soak_size(server.pid)
-        return [
-            f"{name}: {now[name]}, not {most[name]}"
-            for name in most
-            if now[name] > most[name]
-        ]
-
-
-def soak_print(tally, sizes):
-    """The table, and the evidence."""
-    outcomes = ["complete", "refused", "broken", "hung up", "violation"]
-    titles = "".join(f"{name:>11}" for name in [*outcomes, "slowest"])
-    print(f"{'action':<16}{titles}")
-    for action in sorted(tally.slowest):
-        counts = [tally.outcomes[action, outcome] for outcome in outcomes]
-        cells = "".join(f"{count:>11,}" for count in counts)
-        seconds, moment = tally.slowest[action]
-        print(f"{action:<16}{cells}{seconds:>10.2f}s  {moment}")
-    print("\nrefusals")
-    for (status, message), count in tally.refusals.most_common():
-        print(f"{count:>8,}  {status} {message}")
-    chaos = {getattr(k, "__name__", k): count for k, count in tally.chaos.items()}
-    moments = {
-        "chaos": chaos,
-        "before": sizes.get("before", {}),
-        "first half, at most": tally.peaks["early"],
-        "second half, at most": tally.peaks["late"],
-        "after": sizes.get("after", {}),
-    }
-    print()
-    for moment, values in moments.items():
-        text = ", ".join(f"{name} {value:,}" for name, value in values.items())
-        print(f"{moment:<22}{text}")
-    print(f"\nviolations: {len(tally.violations)}  (llmswap's log: {SOAK_LOG})")
-    for evidence in tally.violations[:20]:
-        print(f"  {evidence}")
-
-
-# ==================================================================================
 # The exploration: every order of events in small worlds of the scheduler.
 # ==================================================================================
 
@@ -16636,7 +14722,7 @@ def test_every_order_of_events_in_a_small_world_keeps_all_promises(
 
 
 # ==================================================================================
-# The fuzz: mutated requests and answers, read by llmswap and by a plain second reader.
+# The fuzz: mutated requests and answers, read by llmswap and by h11.
 # ==================================================================================
 
 
@@ -16644,50 +14730,23 @@ FUZZ_USAGE = """\
 python3 test_llmswap.py fuzz [--parser N] [--wire N] [--seed S]
 
 N mutated requests and as many mutated answers (1,000,000 each) go through the reader of
-HTTP in this process, and N connections (10,000) with such requests, cut anywhere and
-half closed, or with such answers of a backend, through a real llmswap. A second reader,
-written as plainly as can be, says what each means: llmswap must read the same or refuse
-it, forward nothing else, answer in whole, and give all of it back. Exit status 1 if
-not, with the evidence.
+HTTP in this process, and N connections (10,000) with such requests, cut anywhere, half
+closed, left or reset, through a real llmswap. h11 reads all of them too: llmswap takes
+a subset of what h11 takes and reads it alike, forwards nothing else, answers in whole,
+and gives all memory back. Exit status 1 if not, with the evidence.
 """
 
 FUZZ_LIMIT = 50000  # bytes of a body
-FUZZ_TOKEN = frozenset(
-    b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-)
-FUZZ_HEX = frozenset(b"0123456789abcdefABCDEF")
-
-
-class FuzzBad(Exception):
-    """What was read is not strict HTTP/1; `method` if only the body is not."""
-
-    method = None
-
-
-class FuzzCut(FuzzBad):
-    """What was read ends too early."""
+FUZZ_FRAMING = "(?i)content-length|transfer-encoding"
 
 
 class FuzzViolation(Exception):
-    """llmswap did not do what the plain reader says."""
+    """llmswap did not read what h11 reads, or forwarded what nobody asked for."""
 
 
-# ----------------------------------------------------------------------------------
-# The plain reader
-
-
-class FuzzMessage(NamedTuple):
-    """A request (`start` is method, target, version) or an answer (version, status,
-    reason), and where it ends in the data."""
-
-    start: tuple
-    headers: list
-    body: bytes
-    end: int
-    is_last: bool = False  # nothing may follow on this connection
-
-    def all(self, name):
-        return [value for field, value in self.headers if field == name]
+class FuzzUnsure(Exception):
+    """h11 refuses an empty line before an answer, or a trailer that looks like framing,
+    which llmswap drops."""
 
 
 def fuzz_require(condition, *evidence):
@@ -16696,184 +14755,64 @@ def fuzz_require(condition, *evidence):
         raise FuzzViolation("\n    ".join(repr(each)[:1500] for each in evidence))
 
 
-def fuzz_text_only(data):
-    """Refuse control characters other than tabs."""
-    if any(byte < 32 and byte != 9 or byte == 127 for byte in data):
-        raise FuzzBad("a control character")
+# ----------------------------------------------------------------------------------
+# The second reader
 
 
-def fuzz_head(data, at):
-    """The start line, the fields and the index behind the head that begins there."""
-    start = at
-    while data[at : at + 2] == b"\r\n":
-        at += 2
-    end = data.find(b"\r\n\r\n", at)
-    if end < 0:
-        raise FuzzCut
-    if end + 4 - start > llmswap.HEAD_LIMIT:
-        raise FuzzBad("a long head")
-    line, *lines = data[at:end].split(b"\r\n")
-    if len(lines) > llmswap.LINES_LIMIT:
-        raise FuzzBad("many lines")
-    return line, [fuzz_field(each) for each in lines], end + 4
-
-
-def fuzz_field(line):
-    """Name and value in a header line."""
-    name, colon, value = line.partition(b":")
-    if not colon or not name or not FUZZ_TOKEN.issuperset(name):
-        raise FuzzBad("not a field")
-    fuzz_text_only(value)
-    return name.decode().lower(), value.strip(b" \t").decode("latin-1")
-
-
-def fuzz_length(fields):
-    """The length that is told, None if none is, "chunked"."""
-    coded = [value for name, value in fields if name == "transfer-encoding"]
-    counted = [value for name, value in fields if name == "content-length"]
-    if coded and (counted or [each.lower() for each in coded] != ["chunked"]):
-        raise FuzzBad("both framings, or a coding")
-    if coded:
-        return "chunked"
-    if not counted:
-        return None
-    if len(counted) > 1 or not set(counted[0]) <= set("0123456789"):
-        raise FuzzBad("not one length")
-    if not 0 < len(counted[0]) < 19:
-        raise FuzzBad("not a length")
-    return int(counted[0])
-
-
-def fuzz_payload(data, at, length):
-    """The payload of that length and the index behind it."""
-    if length == "chunked":
-        return fuzz_chunks(data, at)
-    if len(data) < at + length:
-        raise FuzzCut
-    return data[at : at + length], at + length
-
-
-def fuzz_line(data, at):
-    """The line that begins there, without its end, and the index behind it."""
-    end = data.find(b"\n", at)
-    if end < 0:
-        raise FuzzCut
-    if end + 1 - at > 4096 or data[end - 1 : end] != b"\r" or end - 1 < at:
-        raise FuzzBad("a long line, or one that ends with LF alone")
-    return data[at : end - 1], end + 1
-
-
-def fuzz_chunks(data, at):
-    """The payload in these chunks and the index behind them."""
-    payload = b""
+def h11_read(connection, data):
+    """Read one message: the request or final answer, its payload, what is behind it."""
+    connection.receive_data(data)
+    start, payload, is_ended = None, b"", False
     while True:
-        line, at = fuzz_line(data, at)
-        size, _, extension = line.partition(b";")
-        size = size.rstrip(b" \t")
-        fuzz_text_only(extension)
-        if not 0 < len(size) < 16 or not FUZZ_HEX.issuperset(size):
-            raise FuzzBad("not a size")
-        if not int(size, 16):
-            return payload, fuzz_trailer(data, at)
-        piece, at = fuzz_payload(data, at, int(size, 16))
-        payload += piece
-        line, at = fuzz_line(data, at)
-        if line:
-            raise FuzzBad("a chunk is longer than its size")
-
-
-def fuzz_trailer(data, at):
-    """The index behind the fields after the last chunk."""
-    for _ in range(llmswap.LINES_LIMIT):
-        line, at = fuzz_line(data, at)
-        if not line:
-            return at
-        fuzz_field(line)
-    raise FuzzBad("many trailers")
-
-
-def fuzz_request(data, at):
-    """The request that begins there. Raise FuzzBad."""
-    line, fields, at = fuzz_head(data, at)
-    words = line.split(b" ")
-    if len(words) != 3 or words[2] not in (b"HTTP/1.0", b"HTTP/1.1"):
-        raise FuzzBad("not three words")
-    method, target, version = words
-    if not method or not FUZZ_TOKEN.issuperset(method) or not target:
-        raise FuzzBad("not a method or no target")
-    if any(byte < 33 or byte == 127 for byte in target):
-        raise FuzzBad("not a target")
-    length = fuzz_length(fields) or 0
-    hosts = [value for name, value in fields if name == "host"]
-    if version == b"HTTP/1.0" and length == "chunked":
-        raise FuzzBad("chunks in HTTP/1.0")
-    if len(hosts) > 1 or (version == b"HTTP/1.1" and not hosts):
-        raise FuzzBad("not one host")
-    target = fuzz_target(method, target.decode("latin-1"), (hosts or [""])[0])
-    try:
-        if length != "chunked" and length > FUZZ_LIMIT:
-            raise FuzzBad("a long body")
-        body, at = fuzz_payload(data, at, length)
-        if len(body) > FUZZ_LIMIT:
-            raise FuzzBad("a long body")
-    except FuzzBad as error:
-        error.method = method.decode()
-        raise
-    wish = ",".join(value for name, value in fields if name == "connection").lower()
-    is_last = "keep-alive" not in wish if version == b"HTTP/1.0" else "close" in wish
-    return FuzzMessage((method.decode(), target, version), fields, body, at, is_last)
-
-
-def fuzz_target(method, target, host):
-    """The target as a path and a query."""
-    if target[0] == "/" or (method == b"OPTIONS" and target == "*"):
-        return target
-    scheme, mark, rest = target.partition("://")
-    if not mark or scheme.lower() not in ("http", "https"):
-        raise FuzzBad("not a URL")
-    cut = min(rest.find(mark) % (len(rest) + 1) for mark in "/?")
-    if not cut or rest[:cut].lower() != host.lower():
-        raise FuzzBad("the URL of another host")
-    return rest[cut:] if rest[cut : cut + 1] == "/" else "/" + rest[cut:]
-
-
-def fuzz_requests(data):
-    """The requests in this data, and why there are no more, if it is not their end."""
-    found, at = [], 0
-    while at < len(data):
         try:
-            found.append(fuzz_request(data, at))
-        except FuzzBad as error:
-            return found, error
-        at = found[-1].end
-        if found[-1].is_last:
-            return found, None
-    return found, None
+            event = connection.next_event()
+        except h11.RemoteProtocolError as error:
+            reason = "no response line received" if not start else FUZZ_FRAMING
+            if re.search(reason, str(error)):
+                raise FuzzUnsure from error
+            raise
+        if event is h11.NEED_DATA and not is_ended:
+            is_ended = True
+            connection.receive_data(b"")
+        elif isinstance(event, (h11.Request, h11.Response)):
+            start = event
+        elif isinstance(event, h11.Data):
+            payload += bytes(event.data)
+        elif isinstance(event, h11.EndOfMessage):
+            return start, payload, connection.trailing_data[0]
+        elif not isinstance(event, h11.InformationalResponse):
+            raise h11.RemoteProtocolError(f"{event} instead of a message")
 
 
-def fuzz_answer(data, at, method):
-    """The final answer that begins there; of one that only the end of the connection
-    delimits, `is_last` is true. Raise FuzzBad."""
-    status, interim = b"100", 0
-    while status[:1] == b"1" and status != b"101":
-        line, fields, at = fuzz_head(data, at)
-        version, _, rest = line.partition(b" ")
-        status, blank, reason = rest[:3], rest[3:4], rest[4:]
-        fuzz_text_only(reason)
-        if version not in (b"HTTP/1.0", b"HTTP/1.1") or blank not in (b"", b" "):
-            raise FuzzBad("not a status line")
-        if len(status) != 3 or not status.isdigit() or not b"1" <= status[:1] <= b"5":
-            raise FuzzBad("not a status")
-        interim += 1
-        if interim > llmswap.LINES_LIMIT:
-            raise FuzzBad("interim answers without end")
-        length = fuzz_length(fields)  # even of what has no body
-    if method == "HEAD" or status in (b"101", b"204", b"304"):
-        length = 0
-    start = version, int(status), reason
-    if length is None:
-        return FuzzMessage(start, fields, data[at:], len(data), True)
-    return FuzzMessage(start, fields, *fuzz_payload(data, at, length))
+def h11_request(data):
+    """Read one request, and what is behind it."""
+    line, mark, rest = re.sub(rb"\A(\r\n)+", b"", data).partition(b"\r\n")
+    data = bytes(min(byte, 126) for byte in line) + mark + rest  # targets beyond ASCII
+    start, payload, rest = h11_read(h11.Connection(h11.SERVER, 1 << 20), data)
+    found = start.method.decode(), start.target.decode(), fuzz_told(start), payload
+    return found, rest
+
+
+def h11_answer(data, method):
+    """Read the answer to such a request; whether the connection can serve another."""
+    connection = h11.Connection(h11.CLIENT, 1 << 20)
+    connection.send(h11.Request(method=method, target="/", headers=[("host", "x")]))
+    connection.send(h11.EndOfMessage())
+    start, payload, rest = h11_read(connection, data)
+    may_go_on = connection.their_state is h11.DONE and not rest
+    return (start.status_code, start.reason, fuzz_told(start), payload), may_go_on
+
+
+def fuzz_told(message):
+    """Its headers without those that only say how its body is framed."""
+    framing = ("content-length", "transfer-encoding")
+    pairs = [(fuzz_text(name), fuzz_text(value)) for name, value in message.headers]
+    return [pair for pair in pairs if pair[0] not in framing]
+
+
+def fuzz_text(raw):
+    """A text of these bytes."""
+    return raw if isinstance(raw, str) else bytes(raw).decode("latin-1")
 
 
 # ----------------------------------------------------------------------------------
@@ -16912,7 +14851,8 @@ FUZZ_LINES = [
     b"Content-Type: application/x-www-form-urlencoded", b"Content-Encoding: gzip", b"X",
     b": x", b"X : y", b"X: \x00", b"X: a\rb", b"X: a\nb", b"X: a\x1b[31m", b"\xe4: b",
     b"X: \xe4\x80", b"", b" ", b"\t", b" folded", b"\tfolded: x", b"GET / HTTP/1.1",
-    b"X:" + b" " * 300 + b"y" + b" " * 300,
+    b"X:" + b" " * 300 + b"y" + b" " * 300, b"X: " + b"y" * 65300,
+    b"X: " + b"y" * 66000, b"X: y" + b"\r\nX: y" * 100,
 ]  # fmt: skip
 FUZZ_TARGETS = [
     b"/", b"*", b"x", b"", b"//x/y", b"/../..", b"/%2e%2e/%00", b"/%", b"/%zz%f",
@@ -16934,19 +14874,15 @@ FUZZ_ENDS = [
     b"\n", b"\r", b"\n\r", b"\r\r\n", b"", b"\r\n\r\n", b"\r\n ", b"\r\n\t", b"\0\r\n",
     b"\r\n\0", b"\x85", b" \r\n",
 ]  # fmt: skip
-FUZZ_VERSIONS = [
-    b"HTTP/1.0", b"HTTP/1.1", b"HTTP/1.2", b"HTTP/2.0", b"HTTP/0.9", b"http/1.1",
-    b"HTTP/1.1 ", b"HTTP/01.1", b"HTTP/1", b"",
-]  # fmt: skip
-FUZZ_STATUSES = [
-    b"200 OK", b"200", b"200 ", b"99 X", b"600 X", b"204 No", b"304 No", b"101 Switch",
-    b"100 C", b"103 H", b"2000 X", b"20 X", b"-20 X", b"200\tOK", b"200 \x00",
-    b"200 \x1b[31m", b"\xb2\xb2\xb2 X", b"502 \xe4",
+FUZZ_WORDS = [
+    b"get", b"G(T", b"CONNECT", b"TRACE", b"", b"HTTP/1.0", b"HTTP/1.1", b"HTTP/1.2",
+    b"HTTP/2.0", b"HTTP/0.9", b"http/1.1", b"HTTP/1.1 ", b"HTTP/01.1", b"HTTP/1",
+    b"200", b"99", b"600", b"204", b"304", b"100", b"103", b"2000", b"20", b"-20",
+    b"200\tOK", b"\xb2\xb2\xb2", b"O\0K", b"\x1b[31m", b"\xe4", *FUZZ_TARGETS,
 ]  # fmt: skip
 FUZZ_FORM = (
     b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\n%s\r\n--x--\r\n'
 )
-FUZZ_WORDS = [b"get", b"G(T", b"CONNECT", b"TRACE", b""], FUZZ_TARGETS, FUZZ_VERSIONS
 
 
 class FuzzDice(random.Random):
@@ -16957,20 +14893,19 @@ class FuzzDice(random.Random):
         method = self.choice(b"GET POST POST POST PUT DELETE HEAD OPTIONS X-Y".split())
         name = model.encode()
         under = b"/upstream/" + name
-        query = b"/v1/x?model=" + name
-        target = self.choice([query, under + b"/a%20b?c=d", under + b"//", b"/health"])
+        targets = [b"/v1/x?model=" + name, under + b"/a%20b?c=d", under + b"//"]
+        target = self.choice([*targets, b"/health"])
         if self.random() < 0.1:
-            target = self.choice(FUZZ_TARGETS[:4] + FUZZ_TARGETS[-8:])
+            target = self.choice([b"/", b"//x/y", b"/\xe4\x80", *FUZZ_TARGETS[-8:]])
         version = b"HTTP/1.0" if self.random() < 0.1 else b"HTTP/1.1"
-        lines = [b"%s %s %s" % (method, target or b"/", version), b"Host: localhost"]
+        lines = [b"%s %s %s" % (method, target, version), b"Host: localhost"]
         more = b"Accept: */*,X-A: b,x-c:\td ,User-Agent: curl/8,Connection: keep-alive"
         lines += self.choices(more.split(b","), k=self.randrange(3))
         is_bare = method in (b"GET", b"HEAD", b"OPTIONS") and self.random() < 0.8
-        body = b"" if is_bare else self.body(name)
+        body = b"" if is_bare else self._body(name)
         return self._framed(lines, body, version == b"HTTP/1.1")
 
-    def body(self, name):
-        """The bytes of a body: JSON, a form, rubbish, a long one."""
+    def _body(self, name):
         return self.choice([
             b'{"model":"%s"}' % name,
             b'{ "messages": [{"a":"\\u00e4"}], "model" : "%s", "stream":false}' % name,
@@ -16984,19 +14919,18 @@ class FuzzDice(random.Random):
     def _framed(self, lines, body, may_be_chunked):
         if body and may_be_chunked and self.random() < 0.5:
             lines.append(b"Transfer-Encoding: chunked")
-            body = self.chunked(body)
+            body = self._chunked(body)
         elif body or self.random() < 0.2:
             lines.append(b"Content-Length: %d" % len(body))
         return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
-    def chunked(self, body):
-        """The body in chunks of any sizes, perhaps with extensions and trailers."""
-        data, at = b"", 0
-        while at < len(body):
-            piece = body[at : at + self.randrange(1, 2 + len(body))]
-            more = self.choice([b"", b"", b"", b";a=b", b' ; a="b"'])
-            data += b"%x%s\r\n%s\r\n" % (len(piece), more, piece)
-            at += len(piece)
+    def _chunked(self, body):
+        data = b""
+        while body:
+            size = self.randrange(1, 2 + len(body))
+            more = self.choice([b"", b"", b"", b";a=b", b'; a="b"'])
+            data += b"%x%s\r\n%s\r\n" % (len(body[:size]), more, body[:size])
+            body = body[size:]
         return data + b"0\r\n" + self.choice([b"", b"", b"X: y\r\n"]) + b"\r\n"
 
     def answer(self):
@@ -17007,207 +14941,147 @@ class FuzzDice(random.Random):
         lines = [version + b" " + status, b"Content-Type: " + kind]
         events, text = b"data: x\n\n" * self.randrange(4), b"x" * self.randrange(5000)
         body = b"" if status[:3] == b"204" else self.choice([b"{}", events, text])
-        data = self._framed(lines, body, True)
-        if self.random() < 0.1:
-            hints = b"HTTP/1.1 103 Hints\r\nLink: x\r\n\r\n"
-            data = hints * self.randrange(1, 3) + data
-        return data
+        hints = b"HTTP/1.1 103 Hints\r\nLink: x\r\n\r\n" * self.choice([0, 0, 0, 1, 2])
+        return hints + self._framed(lines, body, True)
+
+    def cut(self, data):
+        """The data in pieces as they might arrive."""
+        count = self.choice([0, 0, 0, 1, 2, 4])
+        places = sorted(self.randrange(len(data) + 1) for _ in range(count))
+        return [data[a:b] for a, b in zip([0, *places], [*places, len(data)]) if a < b]
 
     def changed(self, data):
         """The data after up to four changes, mostly one."""
         for _ in range(self.choice([0, 1, 1, 1, 1, 2, 2, 3, 4])):
-            data = self.choice(FUZZ_CHANGES)(self, data)
-        return data
+            data = self._change(data)
+        return re.sub(rb"[ \t]+;", b";", data)  # h11 knows no blank before an extension
 
-    def cut(self, data):
-        """The data in pieces as they might arrive."""
-        if self.random() < 0.5:
-            return [data]
-        count = self.randrange(1, 5)
-        places = sorted(self.randrange(len(data) + 1) for _ in range(count))
-        return [data[a:b] for a, b in zip([0, *places], [*places, len(data)]) if a < b]
-
-    # changes
-
-    def one_byte(self, data):
-        at, byte = self.randrange(len(data) + 1), self.choice(FUZZ_BYTES)
-        return data[:at] + byte + data[at + self.randrange(2) :]
-
-    def lost_bytes(self, data):
-        at = self.randrange(len(data) + 1)
-        return data[:at] + data[at + self.randrange(1, 9) :]
-
-    def a_line(self, data):
-        """One line more, less or other."""
-        head, mark, body = data.partition(b"\r\n\r\n")
-        lines = head.split(b"\r\n")
-        at = self.randrange(1, len(lines) + 1)
-        fresh = [self.choice(FUZZ_LINES)] * self.choice([0, 1, 1, 1, 2])
-        lines[at : at + self.randrange(2)] = fresh
-        return b"\r\n".join(lines) + mark + body
-
-    def an_end_of_line(self, data):
-        return self._replaced(data, b"\r\n", self.choice(FUZZ_ENDS))
-
-    def _replaced(self, data, old, new):
-        """One of its places, exchanged."""
-        found = [at for at in range(len(data)) if data.startswith(old, at)]
-        at = self.choice(found or [0])
-        return data[:at] + new + data[at + len(old) :] if found else data
-
-    def a_word(self, data):
-        """Another method, target, version or status."""
-        line, mark, rest = data.partition(b"\r\n")
-        words = line.split(b" ", 2)
-        at = self.randrange(len(words))
-        is_answer = line[:5] == b"HTTP/"
-        table = (FUZZ_VERSIONS, FUZZ_STATUSES, [b""]) if is_answer else FUZZ_WORDS
-        words[at] = self.choice(table[at])
-        return b" ".join(words) + mark + rest
-
-    def a_size(self, data):
-        """Another size of a chunk."""
-        found = list(re.finditer(rb"\r\n([0-9a-f]+)[^\r\n]*\r\n", data))
-        if not found:
-            return data
-        start, end = self.choice(found).span(1)
-        return data[:start] + self.choice(FUZZ_SIZES) + data[end:]
-
-    def a_trailer(self, data):
+    def _change(self, data):
+        at, size = self.randrange(len(data) + 1), self.randrange(1, 9)
+        kind = self.choice("byte byte lost line line line end end word size size "
+                           "trailer splice truncate".split())  # fmt: skip
+        if kind == "byte":
+            return data[:at] + self.choice(FUZZ_BYTES) + data[at + size % 2 :]
+        if kind == "lost":
+            return data[:at] + data[at + size :]
+        if kind == "truncate":
+            return data[:at]
+        if kind == "splice":
+            other = self.answer() if data[:5] == b"HTTP/" else self.request()
+            return data[:at] + other[self.randrange(len(other)) :]
+        if kind == "line":
+            line = b"\r\n" + self.choice(FUZZ_LINES)
+            return self._replaced(data, rb"\r\n[^\r\n]*|\r\n", line * (size % 3))
+        if kind == "end":
+            return self._replaced(data, rb"\r\n", self.choice(FUZZ_ENDS))
+        if kind == "word":
+            word = self.choice(FUZZ_WORDS)
+            return self._replaced(data, rb"\A[^ ]+|(?<= )[^ \r]+", word)
+        if kind == "size":
+            return self._replaced(data, rb"(?<=\r\n)[0-9a-f]+", self.choice(FUZZ_SIZES))
         line = b"0\r\n" + self.choice(FUZZ_LINES) + b"\r\n"
-        return self._replaced(data, b"0\r\n", line)
+        return self._replaced(data, rb"0\r\n", line)
 
-    def much(self, data):
-        """Too many or too long lines; seldom, since that takes long."""
-        if self.random() < 0.95:
-            return data
-        line, count = self.choice([(b"y", 66000), (b"y", 65300), (b"\r\nX: y", 101)])
-        line = b"\r\nX: " + line * count + b"\r\n"
-        if self.random() < 0.2:
-            return b"\r\n" * self.choice([32600, 40000]) + data
-        return self._replaced(data, b"\r\n", line)
-
-    def spliced(self, data):
-        at = self.randrange(len(data) + 1)
-        other = self.answer() if data[:5] == b"HTTP/" else self.request()
-        return data[:at] + other[self.randrange(len(other)) :]
-
-    def truncated(self, data):
-        return data[: self.randrange(len(data) + 1)]
-
-
-FUZZ_CHANGES = [
-    FuzzDice.one_byte, FuzzDice.one_byte, FuzzDice.lost_bytes, FuzzDice.a_line,
-    FuzzDice.a_line, FuzzDice.a_line, FuzzDice.an_end_of_line, FuzzDice.an_end_of_line,
-    FuzzDice.a_word, FuzzDice.a_size, FuzzDice.a_size, FuzzDice.a_trailer,
-    FuzzDice.much, FuzzDice.spliced, FuzzDice.truncated,
-]  # fmt: skip
+    def _replaced(self, data, pattern, new):
+        """One of the places that match, exchanged."""
+        places = [match.span() for match in re.finditer(pattern, data)]
+        start, end = self.choice(places or [(0, 0)])
+        return data[:start] + new + data[end:] if places else data
 
 
 # ----------------------------------------------------------------------------------
 # The reader of HTTP, in this process
 
 
-class FuzzSocket:
-    """Gives these pieces, then the end; takes whatever is sent."""
-
-    def __init__(self, pieces):
-        self.unread = collections.deque(pieces)
-
-    def recv(self, size):
-        if not self.unread:
-            return b""
-        piece = self.unread.popleft()
-        if len(piece) > size:
-            self.unread.appendleft(piece[size:])
-        return piece[:size]
-
-    def recv_into(self, buffer):
-        piece = self.recv(len(buffer))
-        buffer[: len(piece)] = piece
-        return len(piece)
-
-    def sendall(self, data):
-        pass
-
-
 def fuzz_read(pieces):
-    """What llmswap reads as requests, and what it refuses the next with."""
-    wire, served = llmswap.SocketReader(FuzzSocket(pieces)), []
+    """The requests that llmswap reads, and what it refuses the next with; `method` is
+    that of a request of which only the body is refused."""
+    reader, served = reader_of(*pieces), []
+    method = "GET"
     try:
-        while raw := wire.head():
+        while raw := reader.head():
             request = llmswap.Request(raw)
-            served.append(fuzz_read_one(wire, request))
+            method = request.method
+            served.append(fuzz_read_one(reader, request))
+            method = "GET"
             if not request.is_persistent:
                 break
     except (llmswap.APIError, llmswap.ClientDisconnected) as error:
+        error.method = method
         return served, error
     return served, None
 
 
-def fuzz_read_one(wire, request):
-    """Method, target, fields and body, after all that Handler looks at."""
-    body = llmswap.Body(wire, request, FUZZ_LIMIT)
-    request.parameter("model"), request.is_upgrade, llmswap.percent_decoded(request.path)
+def fuzz_read_one(reader, request):
+    """Method, target, headers and body, after all that Handler looks at."""
+    body = llmswap.Body(reader, request, FUZZ_LIMIT)
+    request.parameter("model"), llmswap.percent_decoded(request.path)
     host = llmswap._host_name(request.get("host"))
     llmswap._is_address(host)
     handler = object.__new__(llmswap.Handler)
     handler.head = request
     assert all(isinstance(key, bytes) for key in handler._given_keys())
     try:
-        kind = request.get("content-type")
-        found = llmswap.find_model(body, kind, is_needed=False)
-        if found.is_json and body.is_complete:
+        info = llmswap.find_model(body, request.get("content-type"), is_needed=False)
+        if info.is_json and body.is_complete:
             edits = llmswap.BodyEdits("other", {"x": {}}, frozenset(["y"]))
-            llmswap.edited_json(found.members, edits)
+            llmswap.edited_json(info.members, edits)
     except llmswap.BadRequest:
         if not body.can_be_read:
             raise
-    data = bytes(body.held[:]) + b"".join(body.rest())
+    data = bytes(body.held) + b"".join(body.rest())
     return request.method, request.target, request.headers, data
 
 
-def fuzz_told(message):
-    """Its fields without those that only say how its body is framed."""
-    framing = ("content-length", "transfer-encoding")
-    return [field for field in message.headers if field[0] not in framing]
+def fuzz_compare(data, served):
+    """Require that h11 reads these requests alike."""
+    rest = data
+    for method, target, headers, body in served:
+        try:
+            found, rest = h11_request(rest)
+        except h11.RemoteProtocolError as error:
+            fuzz_require(False, "h11 refuses", error, rest, data)
+        ascii_target = "".join(min(char, "~") for char in target)
+        is_absolute = found[1][:4].lower() == "http"
+        is_alike = found[1].endswith(ascii_target.lstrip("/" * is_absolute))
+        read = method, found[1] if is_alike else target, headers, body
+        fuzz_require(found == read, "read otherwise", found, read, data)
 
 
 def fuzz_parse_request(dice):
     """Have both read the same mutated requests."""
-    count = dice.choice([1, 1, 1, 2, 3])
-    data = b"".join(dice.changed(dice.request()) for _ in range(count))
-    found, error = fuzz_requests(data)
+    sound = [dice.request() for _ in range(dice.choice([1, 1, 1, 2, 3]))]
+    changed = [dice.changed(each) for each in sound]
+    data = b"".join(changed)
     served, problem = fuzz_read(dice.cut(data))
-    expected = [(*each.start[:2], fuzz_told(each), each.body) for each in found]
-    fuzz_require(served == expected, data, served, expected, error, problem)
-    if type(error) is not FuzzCut:
-        fuzz_require(bool(error) == bool(problem), data, error, problem)
-    return "refused" if error else "read"
+    fuzz_compare(data, served)
+    fuzz_require(changed != sound or not problem, "refused", data, problem)
+    return "refused" if problem else "read"
 
 
 def fuzz_parse_answer(dice):
     """Have both read the same mutated answer."""
     method = dice.choice(["GET", "GET", "POST", "HEAD"])
-    data = dice.changed(dice.answer())
+    sound = dice.answer()
+    data = dice.changed(sound)
+    reader = reader_of(*dice.cut(data))
     try:
-        found, error = fuzz_answer(data, 0, method), None
-    except FuzzBad as problem:
-        found, error = None, problem
-    sock = FuzzSocket(dice.cut(data))
-    try:
-        answer = llmswap.UpstreamResponse(llmswap.SocketReader(sock), method)
-        payload = b"".join(bytes(piece) for piece in answer.pieces())
-    except (EOFError, llmswap.Truncated) as problem:
-        fuzz_require(error, data, method, problem, found)
+        answer = llmswap.UpstreamResponse(reader, method)
+        payload = b"".join(answer.pieces())
+    except llmswap.Truncated as problem:
+        fuzz_require(data != sound, "refused", method, data, problem)
         return "refused"
-    fuzz_require(found, data, method, error, payload)
-    got = answer.status, answer.head.reason, answer.head.headers, payload
-    _, status, reason = found.start
-    expected = status, reason.decode("latin-1"), fuzz_told(found), found.body
-    fuzz_require(got == expected, data, method, got, expected)
-    is_over = not found.is_last and (found.end == len(data) or sock.unread)
-    fuzz_require(is_over or not answer.is_over, data, method, "serves another")
+    if answer.status == 101:
+        return "upgraded"
+    read = answer.status, answer.reason.encode("latin-1"), answer.headers, payload
+    try:
+        found, may_go_on = h11_answer(data, method)
+    except h11.RemoteProtocolError as error:
+        fuzz_require(False, "h11 refuses", method, error, data)
+    fuzz_require(found == read, "read otherwise", method, found, read, data)
+    is_http_10 = answer.start[0] == b"0"  # h11 keeps no such connection
+    is_all = may_go_on or is_http_10 or reader.sock.unread
+    fuzz_require(is_all or not answer.is_over, "serves another", method, data)
     return "read"
 
 
@@ -17217,13 +15091,13 @@ def fuzz_parser(count, seed):
     for number in range(count):
         dice = FuzzDice(seed * 10**9 + number)
         for act in (fuzz_parse_request, fuzz_parse_answer):
-            what = act.__name__[11:]
+            kind = act.__name__[11:]
             try:
-                tally[what, act(dice)] += 1
-            except FuzzViolation as error:
-                violations.append(f"{what} {number}: {error}")
+                tally[kind, act(dice)] += 1
+            except FuzzUnsure:
+                tally[kind, "refused by h11"] += 1
             except Exception as error:
-                violations.append(f"{what} {number}: {error!r}")
+                violations.append(f"{kind} {number}: {error!r}")
     return tally, violations
 
 
@@ -17231,13 +15105,54 @@ def fuzz_parser(count, seed):
 # Over the wire
 
 
+class FuzzMessage(NamedTuple):
+    """A request as a backend got it; `start` is method, target, version."""
+
+    start: tuple
+    headers: list
+    body: bytes
+
+    def all(self, name):
+        return [value for header, value in self.headers if header == name]
+
+
+def forwarded(file):
+    """The next request in this file. EOFError if it ends before, ValueError if it is
+    not framed as llmswap does it."""
+    method, target, version = forwarded_line(file).split(" ")
+    headers = []
+    while line := forwarded_line(file):
+        name, value = line.split(": ", 1)
+        headers.append((name.lower(), value))
+    fields = dict(headers)
+    body = file.read(int(fields.get("content-length", 0)))
+    if "transfer-encoding" in fields:
+        while size := int(forwarded_line(file), 16):
+            body += file.read(size)
+            forwarded_line(file, "")
+        forwarded_line(file, "")
+    elif len(body) < int(fields.get("content-length", 0)):
+        raise EOFError
+    return FuzzMessage((method, target, version), headers, body)
+
+
+def forwarded_line(file, expected=None):
+    """The next line without its end."""
+    line = file.readline().decode("latin-1")
+    if not line.endswith("\n"):
+        raise EOFError
+    if not line.endswith("\r\n") or expected not in (None, line[:-2]):
+        raise ValueError(line)
+    return line[:-2]
+
+
 class FuzzBackend:
-    """A backend that reads plainly, remembers all requests, and answers each with what
-    it saw, or as a case wishes. Runs in threads of this process."""
+    """A backend that remembers all requests, and answers each with what it saw, or as a
+    test wishes. Runs in threads of this process."""
 
     def __init__(self):
-        self.seen = queue.SimpleQueue()
-        self.wishes = {}  # target: (pieces of the answer, whether a reset ends it)
+        self._seen = queue.SimpleQueue()
+        self.wishes = {}  # target: pieces of the answer, then whether a reset ends it
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -17250,20 +15165,12 @@ class FuzzBackend:
                 threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
 
     def _serve(self, sock):
-        data = b""
-        with sock, contextlib.suppress(OSError):
-            while piece := sock.recv(65536):
-                data += piece
-                try:
-                    request = fuzz_request(data, 0)
-                except FuzzCut:
-                    continue
-                except FuzzBad as error:
-                    self.seen.put((error, data))
-                    return
-                data = data[request.end :]
-                if not self._answer(sock, request):
-                    return
+        with sock, sock.makefile("rb") as file, contextlib.suppress(OSError, EOFError):
+            try:
+                while self._answer(sock, forwarded(file)):
+                    pass
+            except ValueError as error:
+                self._seen.put(error)
 
     def _answer(self, sock, request):
         """Answer; whether the connection goes on."""
@@ -17271,11 +15178,12 @@ class FuzzBackend:
         if target in ("/health", "/own/health"):
             sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
             return True
-        self.seen.put(request)
+        self._seen.put(request)
         pieces, is_reset = self.wishes.get(target, (None, False))
         if pieces is None:
-            told = b"" if method == "HEAD" else fuzz_digest(request)
-            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 64\r\n\r\n" + told)
+            digest = fuzz_digest(method, target, request.body)
+            body = b"" if method == "HEAD" else digest
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 64\r\n\r\n" + body)
             return True
         for piece in pieces:
             sock.sendall(piece)
@@ -17285,153 +15193,97 @@ class FuzzBackend:
 
     def news(self):
         """What was seen since this was last asked."""
-        while not self.seen.empty():
-            yield self.seen.get()
+        while not self._seen.empty():
+            yield self._seen.get()
 
     def close(self):
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
 
-def fuzz_digest(request, target=None):
-    """What names a request: its method, its target as the backend gets it, its body."""
-    method, own, _ = request.start
-    text = f"{method} {own if target is None else target} ".encode()
-    return sha256(text + request.body).hexdigest().encode()
+def fuzz_digest(method, target, body):
+    """What names a request."""
+    return sha256(f"{method} {target} ".encode() + body).hexdigest().encode()
 
 
 class FuzzClient:
-    """One after the other, connections with mutated requests or for mutated answers."""
+    """One after the other, connections with mutated requests."""
 
     def __init__(self, server, backend, model, seed):
         self.server, self.backend, self.model = server, backend, model
         self.seed = seed
         self.owed = Counter()  # digests of the requests that the backend may see
-        self.tally = Counter()
-        self.violations = []
+        self.tally, self.violations = Counter(), []
 
     def run(self, count):
         for number in range(count):
             dice = FuzzDice(f"{self.seed} {self.model} {number}")
-            act = self.try_requests if dice.random() < 0.75 else self.try_answer
             try:
-                self.tally[act(dice)] += 1
+                self.tally[self._try_requests(dice)] += 1
                 self._look_at_backend()
-            except (FuzzViolation, OSError) as error:
+            except FuzzUnsure:
+                self.tally["refused by h11"] += 1
+            except (FuzzViolation, OSError, BrokenAnswer) as error:
                 self.violations.append(f"{self.model} {number}: {error!r}")
 
     def _look_at_backend(self):
         for request in self.backend.news():
             fuzz_require(isinstance(request, FuzzMessage), "forwarded", request)
-            digest = fuzz_digest(request)
+            digest = fuzz_digest(*request.start[:2], request.body)
             fuzz_require(self.owed[digest] > 0, "nobody asked for this", request)
             self.owed[digest] -= 1
             names = [name for name, _ in request.headers]
-            fuzz_require(names.count("host") == 1, request)
             own = {"transfer-encoding", "connection", "upgrade"}
+            fuzz_require(names.count("host") == 1, request)
             fuzz_require(not (llmswap.HOP_BY_HOP - own) & set(names), request)
 
-    def _target_of(self, request):
-        """The target of a request as the backend gets it."""
-        target, prefix = request.start[1], f"/upstream/{self.model}"
-        return target[len(prefix) :] if target.startswith(f"{prefix}/") else target
-
-    def try_requests(self, dice):
+    def _try_requests(self, dice):
         """Some requests on one connection; what llmswap answers."""
         sound = [dice.request(self.model) for _ in range(dice.choice([1, 1, 2, 3]))]
         data = b"".join(dice.changed(each) for each in sound)
-        found, error = fuzz_requests(data)
-        for request in found:
-            self.owed[fuzz_digest(request, self._target_of(request))] += 1
+        served, problem = fuzz_read([data])
+        fuzz_compare(data, served)
+        prefix = f"/upstream/{self.model}"
+        digests = []
+        for method, target, _, body in served:
+            own = target[len(prefix) :] if target.startswith(f"{prefix}/") else target
+            digests.append(fuzz_digest(method, own, body))
+        self.owed.update(digests)
         end = dice.choice(["half closed", "half closed", "left", "reset"])
-        got = self._talk(dice.cut(data), end)
-        if got is None:
-            return "request", end
-        methods = [request.start[0] for request in found]
-        methods.append(error and error.method or "GET")
-        answers = self._answers(got, methods, data)
-        if error and not error.method and len(answers) > len(found):
-            status = answers[-1].start[1]
-            fuzz_require(400 <= status < 500, data, error, got)
-        fuzz_require(len(answers) <= len(found) + bool(error), data, found, got)
-        for request, answer in zip(found, answers):
-            if answer.start[1] == 200 and len(answer.body) == 64:
-                digest = fuzz_digest(request, self._target_of(request))
-                fuzz_require(answer.body == digest, "another's answer", data, got)
-        return "request", "refused" if error else "served"
-
-    def _talk(self, pieces, end):
-        """Send the pieces; all that comes back, or None if we did not wait for it."""
-        with socket.create_connection(("127.0.0.1", self.server.port)) as sock:
-            sock.settimeout(20)
+        with Client(self.server.port, 20) as client:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                for piece in pieces:
-                    sock.sendall(piece)
-            if end == "reset":
-                reset_at_close(sock)
+                for piece in dice.cut(data):
+                    client.sock.sendall(piece)
             if end != "half closed":
-                return None
+                client.hang_up(end == "reset")
+                return end
             with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_WR)
-            return everything(sock)[0]
+                client.sock.shutdown(socket.SHUT_WR)
+            methods = [each[0] for each in served] + [getattr(problem, "method", "GET")]
+            answers = list(self._answers(client, methods))
+        self._check(answers, digests, problem, data)
+        return "refused" if problem else "served"
 
-    def _answers(self, got, methods, data):
-        """The answers in what came back: each is whole."""
-        answers, at = [], 0
-        while at < len(got):
-            method = methods[min(len(answers), len(methods) - 1)]
-            try:
-                answers.append(fuzz_answer(got, at, method))
-            except FuzzCut:
-                if got[at:] == b"HTTP/1.1 100 Continue\r\n\r\n":
-                    break  # told to go on, we did not
-                fuzz_require(False, "half an answer", data, got)
-            except FuzzBad as error:
-                fuzz_require(False, "not HTTP", error, data, got)
-            at = answers[-1].end
-            status = answers[-1].start[1]
-            fuzz_require(status not in (500, 501, 502, 503, 504), data, got[-500:])
-        return answers
+    def _answers(self, client, methods):
+        """Yield what comes, whole answers only, until the connection ends."""
+        for method in itertools.chain(methods, itertools.repeat("GET")):
+            with contextlib.suppress(ConnectionError):
+                client.buffer = client.buffer or client.sock.recv(65536)
+            if not client.buffer or client.buffer.endswith(b" Continue\r\n\r\n"):
+                return  # told to go on, we did not
+            client.method = method
+            yield client.answer()
 
-    def try_answer(self, dice):
-        """A sound request, answered by what may be rubbish."""
-        method = dice.choice(["GET", "GET", "HEAD", "POST"])
-        data, is_reset = dice.changed(dice.answer()), dice.random() < 0.2
-        target = f"/wish-{dice.randrange(10**12)}"
-        self.backend.wishes[target] = dice.cut(data), is_reset
-        path = f"/upstream/{self.model}{target}"
-        lines = f"{method} {path} HTTP/1.1\nHost: localhost\nConnection: close"
-        request = http(lines + ("\nContent-Length: 0" if method == "POST" else ""))
-        digest = fuzz_digest(fuzz_request(request, 0), target)
-        self.owed[digest] = 2  # if a kept connection ends without a byte, once more
-        with socket.create_connection(("127.0.0.1", self.server.port)) as sock:
-            sock.settimeout(20)
-            sock.sendall(request)
-            got, was_reset = everything(sock)
-        del self.backend.wishes[target]
-        return "answer", self._check_answer(data, method, got, was_reset or is_reset)
-
-    def _check_answer(self, data, method, got, was_reset):
-        """It must be passed on as it was meant, be broken, or be called bad: 502."""
-        try:
-            meant, error = fuzz_answer(data, 0, method), None
-        except FuzzBad as problem:
-            meant, error = None, problem
-        try:
-            answer = fuzz_answer(got, 0, method)
-        except FuzzCut:
-            fuzz_require(error or was_reset or meant.is_last, "broken", data, got)
-            return "broken"
-        except FuzzBad as problem:
-            fuzz_require(False, "not HTTP", problem, data, got)
-        fuzz_require(answer.end == len(got), "more than one answer", data, got)
-        if answer.start[1] == 502 and (method == "HEAD" or b'"backend_died"' in got):
-            fuzz_require(error or was_reset or meant.start[1] in (101, 502), data, got)
-            return "refused"
-        fuzz_require(meant, "passed on", error, data, got)
-        fuzz_require(answer.start[1:] == meant.start[1:], data, got)
-        fuzz_require(answer.body == meant.body, data, got)
-        return "passed on"
+    def _check(self, answers, digests, problem, data):
+        fuzz_require(len(answers) <= len(digests) + bool(problem), data, answers)
+        for answer, digest in itertools.zip_longest(answers, digests):
+            if answer is None:
+                break
+            fuzz_require(answer.status not in range(500, 505), data, answer)
+            if digest is None:
+                fuzz_require(400 <= answer.status < 500, data, problem, answer)
+            elif answer.status == 200 and len(answer.body) == 64:
+                fuzz_require(answer.body == digest, "another's answer", data, answer)
 
 
 FUZZ_MODELS = ("alpha-one", "bravo-two", "charlie-three", "delta-four")
@@ -17440,12 +15292,10 @@ FUZZ_MODELS = ("alpha-one", "bravo-two", "charlie-three", "delta-four")
 def fuzz_wire(count, seed):
     """So many connections; what became of them, the violations, llmswap's sizes."""
     backends = [FuzzBackend() for _ in FUZZ_MODELS]
-    text = "".join(
-        f"[{name}]\nproxy = http://127.0.0.1:{backend.port}\n"
-        for name, backend in zip(FUZZ_MODELS, backends)
-    )
-    head = f"[llmswap]\nmax-body = {FUZZ_LIMIT}\nmodels-max = 0\n"
-    with Llmswap(head + text) as server:
+    text = f"[llmswap]\nmax-body = {FUZZ_LIMIT}\nmodels-max = 0\n"
+    for name, backend in zip(FUZZ_MODELS, backends):
+        text += f"[{name}]\nproxy = http://127.0.0.1:{backend.port}\n"
+    with Llmswap(text) as server:
         clients = [
             FuzzClient(server, backend, name, seed)
             for name, backend in zip(FUZZ_MODELS, backends)
@@ -17455,11 +15305,19 @@ def fuzz_wire(count, seed):
             list(client.backend.news())
         sizes = {}
         for moment in ("before", "after"):
-            fuzz_run(clients, math.ceil(count / 2 / len(clients)))
+            with ThreadPoolExecutor() as pool:
+                counts = [math.ceil(count / 2 / len(clients))] * len(clients)
+                list(pool.map(FuzzClient.run, clients, counts))
             eventually(lambda: not fuzz_busy(server), 20)
             sizes[moment] = soak_size(server.pid)
+            for client in clients:
+                client.seed += 1
         violations = [each for client in clients for each in client.violations]
-        violations += fuzz_grown(sizes, 8 if count > 9999 else 50)
+        megabytes = 8 if count > 9999 else 50
+        slack = {"threads": 40, "descriptors": 40, "resident": megabytes}
+        for name, limit in slack.items():
+            if sizes["after"][name] > sizes["before"][name] + limit:
+                violations.append(f"{name} grew: {sizes}")
         if "Traceback" in server.log() or "bug" in server.log():
             violations.append(server.log()[-3000:])
     for backend in backends:
@@ -17467,32 +15325,10 @@ def fuzz_wire(count, seed):
     return sum((client.tally for client in clients), Counter()), violations, sizes
 
 
-def fuzz_run(clients, count):
-    """Let all of them work at once."""
-    threads = [threading.Thread(target=each.run, args=(count,)) for each in clients]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for client in clients:
-        client.seed += 1
-
-
 def fuzz_busy(server):
     """Whether clients that left still occupy it."""
     health = server.get("/health").json()
     return health["requests"] + health["queued"]
-
-
-def fuzz_grown(sizes, megabytes):
-    """What is not near what it was after the first half."""
-    before, after = sizes["before"], sizes["after"]
-    slack = {"threads": 40, "descriptors": 40, "resident": megabytes}
-    return [
-        f"{name}: {before[name]} before, {after[name]} after"
-        for name in slack
-        if after[name] > before[name] + slack[name]
-    ]
 
 
 # ----------------------------------------------------------------------------------
@@ -17505,33 +15341,27 @@ def fuzz_main(argv):
         print(FUZZ_USAGE)
         return 0
     seed = int(word_after(argv, "--seed", random.randrange(10**6)))
+    print(f"seed {seed}")
     count = int(word_after(argv, "--parser", 10**6))
     fuzz_parser(min(count, 10**4), seed + 1)  # what is kept for later then is
-    began, before = time.monotonic(), soak_size(os.getpid())["resident"]
+    before = soak_size(os.getpid())["resident"]
     tally, violations = fuzz_parser(count, seed)
     grown = soak_size(os.getpid())["resident"] - before
     if grown > 8:
         violations.append(f"the parser kept {grown} MB")
-    seconds = time.monotonic() - began
-    print(f"seed {seed}: the parser alone, {seconds:.0f} s, {grown:+} MB")
-    fuzz_print(tally, violations)
-    began, status = time.monotonic(), bool(violations)
+    fuzz_print("the parser alone", tally, violations)
     count = int(word_after(argv, "--wire", 10**4))
-    tally, violations, sizes = fuzz_wire(count, seed)
-    print(f"over the wire, {time.monotonic() - began:.0f} s")
-    fuzz_print(tally, violations)
-    for moment, size in sizes.items():
-        print(f"{moment:<9}" + ", ".join(f"{k} {v:,}" for k, v in size.items()))
-    return 1 if status or violations else 0
+    tally, more, sizes = fuzz_wire(count, seed)
+    fuzz_print(f"over the wire; sizes {sizes}", tally, more)
+    return 1 if violations or more else 0
 
 
-def fuzz_print(tally, violations):
+def fuzz_print(title, tally, violations):
     """What became of how many, and the evidence."""
-    for (what, outcome), count in sorted(tally.items()):
-        print(f"{count:>10,}  {what} {outcome}")
-    print(f"{len(violations):>10,}  violations")
-    for evidence in violations[:10]:
-        print(f"  {evidence}")
+    print(title)
+    for outcome, count in sorted(tally.items()):
+        print(f"{count:>10,}  {outcome}")
+    print(f"{len(violations):>10,}  violations", *violations[:10], sep="\n    ")
 
 
 # ==================================================================================
@@ -18261,112 +16091,23 @@ def faults_main(argv):
 
 
 # ==================================================================================
-# The suite on all cores: some processes of pytest, each runs what is next in the line.
-# ==================================================================================
-
-
-class Share:
-    """A plugin of pytest that runs those groups of tests whose numbers it gets out of a
-    pipe, from which others read as well; the outcome of each test goes into another."""
-
-    def __init__(self, numbers, outcomes):
-        self._numbers, self._outcomes = numbers, outcomes
-
-    def pytest_runtestloop(self, session):
-        """Run tests until no number is left."""
-        if session.testsfailed or session.config.option.collectonly:
-            return None
-        groups = dict(enumerate(suite_groups(session.items)))
-        while number := os.read(self._numbers, 4):
-            for item in groups.get(int.from_bytes(number, "big"), ()):
-                other = session.items[0 if item is session.items[-1] else -1]
-                item.config.hook.pytest_runtest_protocol(item=item, nextitem=other)
-                if session.shouldstop or session.shouldfail:
-                    return True
-        return True
-
-    def pytest_runtest_logreport(self, report):
-        """Tell how a test ended."""
-        if report.when == "call" or report.outcome != "passed":
-            os.write(self._outcomes, report.outcome[0].upper().encode())
-
-
-DEAR_FIXTURES = (
-    "browser", "all_states", "clients", "debian", "real", "swap", "hospital", "guarded",
-    "liar", "repairing", "guard",
-)  # fmt: skip
-
-
-def suite_groups(items):
-    """The tests in groups that share what is dear to set up, and else a function; long
-    ones first."""
-    groups = collections.defaultdict(list)
-    for item in items:
-        shared = [name for name in item.fixturenames if name in DEAR_FIXTURES]
-        groups[(shared or [item.originalname])[0]].append(item)
-    dear = [group for name, group in groups.items() if not name.startswith("test_")]
-    others = [group for name, group in groups.items() if name.startswith("test_")]
-    return sorted(dear, key=len, reverse=True) + others[::-1]
-
-
-def suite_main(argv):
-    """Run the tests with pytest's options `argv` on all cores; the exit status."""
-    if isinstance(pytest, Absent):
-        print("The tests need pytest.", file=sys.stderr)
-        return 2
-    numbers, outcomes = os.pipe(), os.pipe()
-    os.write(numbers[1], b"".join(n.to_bytes(4, "big") for n in range(10000)))
-    os.close(numbers[1])
-    shares = (os.cpu_count() or 1) + 2
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder, str(number)) for number in range(shares)]
-        processes = [
-            suite_process(number, shares, path, (numbers[0], outcomes[1]), argv)
-            for number, path in enumerate(paths)
-        ]
-        os.close(outcomes[1])
-        started, counts = time.monotonic(), Counter()
-        while letters := os.read(outcomes[0], 4096).decode():
-            counts.update(letters)
-            print(letters.replace("P", "."), end="", flush=True)
-        failed = [path for path, each in zip(paths, processes) if each.wait()]
-        for path in failed:
-            print(f"\n{path.read_text()}")
-    names = {"P": "passed", "F": "failed", "S": "skipped"}
-    told = ", ".join(f"{counts[letter]} {names[letter]}" for letter in "PFS")
-    print(f"\n{told} in {time.monotonic() - started:.0f} s on {shares} processes")
-    return 1 if failed or not counts["P"] else 0
-
-
-def suite_process(number, shares, path, pipes, argv):
-    """Start one process of pytest that takes its share."""
-    words = [sys.executable, str(HERE), "share", *map(str, pipes), *argv]
-    environ = {**os.environ, "TEST_SHARE": f"{number}/{shares}"}
-    with open(path, "wb") as log:
-        return subprocess.Popen(
-            words, stdout=log, stderr=log, env=environ, pass_fds=pipes
-        )
-
-
-def suite_share(argv):
-    """Be one of these processes: (numbers, outcomes, options); the exit status."""
-    pipes = [int(each) for each in argv[:2]]
-    for pipe in pipes:
-        os.set_inheritable(pipe, False)
-    options = ["-q", "-p", "no:cacheprovider", *argv[2:], str(HERE)]
-    return int(pytest.main(options, plugins=[Share(*pipes)]))
-
-
-# ==================================================================================
 # The commands
 # ==================================================================================
 
 
+def run_tool(name, argv):
+    """Run a tool of the folder .ci with these arguments; its exit status."""
+    sys.modules.setdefault("test_llmswap", sys.modules[__name__])
+    path = HERE.with_name(".ci") / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, f"{name}_main")(argv)
+
+
 COMMANDS = {
-    "test": suite_main,
-    "share": suite_share,
-    "bench": bench_main,
-    "soak": soak_main,
+    "bench": functools.partial(run_tool, "bench"),
+    "soak": functools.partial(run_tool, "soak"),
     "faults": faults_main,
     "fuzz": fuzz_main,
 }
