@@ -7784,7 +7784,7 @@ def test_events_tell_of_loads_and_unloads(swap):
     assert {each["model"] for each in seen} == {"b"}
 
 
-def test_what_is_asked_of_one_model_never_loads_it(swap):
+def test_questions_about_one_model_never_load_it(swap):
     starts = len(swap.journal("main"))
     for word in ("props", "slots", "metrics", "lora-adapters"):
         answer = swap.get(f"/{word}?model=hidden")
@@ -7933,7 +7933,7 @@ def test_after_an_error_the_connection_serves_on(swap):
 
 
 def descriptors_of(pid):
-    """What a process has open: names that tell each socket from all others."""
+    """Names of what a process has open, which tell each socket from all others."""
     found = set()
     for path in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -8398,7 +8398,7 @@ def test_unusual_requests_are_understood(liar):
 
 
 def answer_of(liar, answer, method="GET", fields=()):
-    """What a client gets when the backend answers with these bytes."""
+    """The answer that a client gets when the backend sends these bytes."""
     target = f"/{random.randrange(10**12)}"
     liar.backend.wishes[target] = [answer], False
     return liar.ask(method, f"/upstream/a{target}", None, fields)
@@ -8485,57 +8485,48 @@ def test_compressed_bodies_pass_unchanged_both_ways(liar):
 
 
 @pytest.mark.parametrize(
-    "path, target",
+    "path, status, target",
     [
-        ("x/..y/.", "/own/x/..y/."),
-        ("x?a=/../..", "/own/x?a=/../.."),
-        ("", "/own/"),
-        ("?", "/own/?"),
-        ("//x", "/own///x"),
-        ("%00%0d%0a%25", "/own/%00%0d%0a%25"),
-        ("../x", None),
-        ("x/..", None),
-        ("x/%2e%2E/y", None),
-        ("x/.%2e/y", None),
-        ("..%2fx", None),
-        ("x\\..\\y", None),
-        ("x/..%5cy", None),
-        ("x/..;/y", None),
+        ("/upstream/b/x/..y/.", 200, "/own/x/..y/."),  # b has a path of its own
+        ("/upstream/b/x?a=/../..", 200, "/own/x?a=/../.."),
+        ("/upstream/b/", 200, "/own/"),
+        ("/upstream/b/?", 200, "/own/?"),
+        ("/upstream/b///x", 200, "/own///x"),
+        ("/upstream/b/%00%0d%0a%25", 200, "/own/%00%0d%0a%25"),
+        ("/upstream/b/../x", 400, None),
+        ("/upstream/b/x/..", 400, None),
+        ("/upstream/b/x/%2e%2E/y", 400, None),
+        ("/upstream/b/x/.%2e/y", 400, None),
+        ("/upstream/b/..%2fx", 400, None),
+        ("/upstream/b/x\\..\\y", 400, None),
+        ("/upstream/b/x/..%5cy", 400, None),
+        ("/upstream/b/x/..;/y", 400, None),
+        ("/upstream/", 404, None),
+        ("/upstream//", 404, None),
+        ("/upstream/../a/x", 404, None),
+        ("/upstream/%2e%2e/health", 404, None),
+        ("/upstream/a%2f..%2f..%2fhealth", 404, None),
+        ("/upstream/a%00/x", 404, None),
+        ("/upstream/a%0d%0aSet-Cookie:%20x=y/x", 404, None),
+        ("/upstream/%ff%fe/x", 404, None),
+        ("/upstream/" + "a/" * 30000, 200, "/" + "a/" * 29999),
+        ("/upstream/" + "%61" * 20000 + "/", 404, None),
+        ("//upstream/a/x", 404, None),
+        ("/UPSTREAM/a/x", 404, None),
+        ("/unload/", 404, None),
+        ("/./unload", 404, None),
+        ("/%75nload", 404, None),
+        ("*", 400, None),
     ],
 )
-def test_no_path_leads_out_of_the_one_that_a_backend_has(liar, path, target):
+def test_no_path_leads_to_another_place(liar, path, status, target):
     list(liar.backend.news())
-    assert liar.get(f"/upstream/b/{path}").status == (200 if target else 400)
-    forwarded = [each.start[1] for each in liar.backend.news()]
-    assert forwarded == ([target] if target else [])
-
-
-@pytest.mark.parametrize(
-    "path, status",
-    [
-        ("/upstream/", 404),
-        ("/upstream//", 404),
-        ("/upstream/../a/x", 404),
-        ("/upstream/%2e%2e/health", 404),
-        ("/upstream/a%2f..%2f..%2fhealth", 404),
-        ("/upstream/a%00/x", 404),
-        ("/upstream/a%0d%0aSet-Cookie:%20x=y/x", 404),
-        ("/upstream/%ff%fe/x", 404),
-        ("/upstream/" + "a/" * 30000, 200),
-        ("/upstream/" + "%61" * 20000 + "/", 404),
-        ("//upstream/a/x", 404),
-        ("/UPSTREAM/a/x", 404),
-        ("/unload/", 404),
-        ("/./unload", 404),
-        ("/%75nload", 404),
-        ("*", 400),
-    ],
-)
-def test_tricks_with_paths_lead_nowhere(liar, path, status):
     began = time.monotonic()
     answer = liar.get(path)
     assert answer.status == status and "set-cookie" not in answer.headers
     assert time.monotonic() < began + 0.5
+    forwarded = [each.start[1] for each in liar.backend.news()]
+    assert forwarded == ([target] if target else [])
     assert "a" in liar.loaded()  # nothing was unloaded
 
 
