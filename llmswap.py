@@ -9049,8 +9049,8 @@ class Server:
         return all(listener.is_accepting() for listener in self._listeners)
 
     def admit(self, connection: socket.socket) -> bool:
-        """Count a new connection; False if it is worth no thread, not even to be refused
-        with the time to read why."""
+        """Count a new connection; False if it must be refused at once, as too many are
+        being given the time to read why."""
         if len(self._connections) < self.most_connections:
             self._connections.add(connection)
         elif len(self._refused) < MAX_REFUSALS:
