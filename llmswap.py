@@ -39,6 +39,7 @@ carry out what follows, never across I/O or a sleep. With one lock there is no o
 locks to remember and no deadlock.
 """
 
+import base64
 import bisect
 import collections
 import concurrent.futures
@@ -46,6 +47,7 @@ import contextlib
 import enum
 import errno
 import functools
+import hmac
 import http
 import http.client
 import http.server
@@ -7943,47 +7945,24 @@ def page_policy() -> str:
 #    Never knows the Scheduler or subprocesses.
 #
 #    One Handler serves one connection, request after request, on a thread of its own.
-#    A route either replies or raises an APIError, which `_serve` alone answers.
+#    A route either replies or raises; `handle_one_request` alone answers errors.
 # ==================================================================================
 
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
 NAME_LIMIT = 1000  # characters of a model's name in a request
 NAME_PARTS = 64  # between slashes in one
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
-BROWSER = re.compile(r"Mozilla/")
-SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 SLOW_SECONDS = 10.0  # until the first byte; such requests are logged
 NOTICE_EVERY = 5.0  # s, for clients that are told how far a load is
-MODEL_WORDS = ("/props", "/slots", "/metrics", "/lora-adapters")
-
-
-class LoadingNotice:
-    """What a chat client reads as the model's reasoning while it waits for the model.
-
-    `news()` says in words what goes on; empty: nothing to tell.
-    """
-
-    def __init__(self, name: str, news: Callable[[], str]):
-        self._news = news
-        self._chunk = {
-            "id": f"chatcmpl-{name}-loading",
-            "object": "chat.completion.chunk",
-            "created": int(time.time()),
-            "model": name,
-        }
-        self._told, self._next_at = "", 0.0
-
-    def __call__(self) -> bytes:
-        """Return an event with the news; nothing if there are none, or too soon."""
-        now = time.monotonic()
-        news = self._news() if now >= self._next_at else ""
-        if not news or news == self._told:
-            return b""
-        self._told, self._next_at = news, now + NOTICE_EVERY
-        delta = {"reasoning_content": f"{news}\n"}
-        choice = {"index": 0, "delta": delta, "finish_reason": None}
-        return b"data: " + _dump({**self._chunk, "choices": [choice]}) + b"\n\n"
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")
+OPEN_PATHS = ("/", "/health", "/v1/health")  # need no key
+IDLE_TIMEOUT_PARAMETERS = ("keep_alive", "ttl")  # Ollama's and LM Studio's
+KEY_FIELDS = frozenset(("authorization", "x-api-key", "api-key"))
+NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
+JSON_TYPE = ("content-type", "application/json; charset=utf-8")
+TEXT_TYPE = ("content-type", "text/plain; charset=utf-8")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -8001,7 +7980,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wire = SocketReader(self.request)
         late = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
         self.late = StallMonitor(HEAD_SECONDS, late)
-        self.is_on_loopback = _is_loopback(self.request.getsockname())
         self.is_unread = False  # the client may be sending what nobody reads
         if self.request.family != socket.AF_UNIX:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -8012,55 +7990,45 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(ClientDisconnected, OSError):
             super().handle()
 
-    def handle_one_request(self):
-        """Wait for a request and serve it; then tell whether another may follow."""
-        self.close_connection = not (self._await_request() and self._serve())
-
     def finish(self):
         """Let the client read our answer, even if it still sends."""
         if self.is_unread and not self.reply.is_broken:
             lingering_close(self.request)
 
+    def handle_one_request(self):
+        """Serve one request, and set `close_connection` unless another may follow."""
+        self.close_connection = True
+        if not self._await_request():
+            return
+        self.began = time.monotonic()
+        self.config = self.pool.config
+        self.head = self.body = self.model = self.reply = self.waited = None
+        try:
+            if not self.parse_request():
+                return
+            self._check_access()
+            self._route()
+        except (APIError, ConfigError, OSError) as error:
+            self._answer_error(error)
+        except ClientDisconnected:
+            if self.reply:
+                self.reply.status = 499  # as nginx calls it
+            raise
+        finally:
+            self._count_request()
+        self._finish_request()
+
     def _await_request(self):
-        """Whether a request begins before the connection has been idle for too long."""
+        """Return whether a request begins before the connection was idle too long."""
         if self.wire.held:
             return True
-        if self.wire.is_untouched:  # who just connected is about to ask
+        if self.wire.is_untouched:  # a new connection counts as busy
             return self.wire.wait_readable(IDLE_SECONDS)
         self.server.begin_idling(self.request)
         try:
             return not self.server.is_closing and self.wire.wait_readable(IDLE_SECONDS)
         finally:
             self.server.end_idling(self.request)
-
-    def _serve(self):
-        """Serve one request; return whether the connection can serve another."""
-        self.began = time.monotonic()
-        self.config = self.pool.config
-        self.head = self.body = self.model = self.reply = None
-        self.waited = None
-        try:
-            if not self.parse_request():
-                return False
-            self._check_access()
-            self._route()
-        except APIError as problem:
-            self._answer_problem(problem)
-        except ConfigError as error:
-            self._answer_problem(APIError(str(error)))
-        except OSError as error:  # of disk or memory; a client's is ClientDisconnected
-            self._answer_problem(APIError(f"{type(error).__name__}: {error}"))
-        except ClientDisconnected:
-            if self.reply:
-                self.reply.status = 499  # as nginx calls it
-            raise
-        finally:
-            self._count()
-        if self.body is not None and self.reply.is_persistent:
-            self.reply.is_persistent = self._skip_body()
-        self.is_unread = self.body is None or not self.body.is_complete
-        self.body, self.wire.on_timeout = None, self.late  # frees what it held
-        return self.reply.is_persistent
 
     def parse_request(self) -> bool:
         """Read a head, strictly; False if the client sends no more requests."""
@@ -8075,19 +8043,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.head = self.headers = Request(raw)
         self.command, self.path = self.head.method, self.head.target
         self.request_version = "HTTP/1.0" if self.head.is_http_10 else "HTTP/1.1"
-        self.reply = ClientResponse(self.request, self.head, self._cors_fields())
+        self.reply = ClientResponse(self.request, self.head, self._cors_headers())
         self.reply.is_for_anthropic = self.head.path.endswith("/v1/messages")
         self.body = Body(self.wire, self.head, self.config.settings.max_body)
         return True
 
-    def _skip_body(self):
-        try:
-            return self.body.skip()
-        except APIError:
-            return False
+    def _finish_request(self):
+        """Read what is left of the body, if that is little, and free what was held."""
+        body, self.body, self.wire.on_timeout = self.body, None, self.late
+        if body is not None and self.reply.is_persistent:
+            try:
+                self.reply.is_persistent = body.skip()
+            except APIError:
+                self.reply.is_persistent = False
+        self.is_unread = body is None or not body.is_complete
+        self.close_connection = not self.reply.is_persistent
 
     def _log_if_slow(self):
-        """Tell of an answer whose first byte took long."""
         first_at = self.reply.first_at
         if first_at is None or first_at < self.began + SLOW_SECONDS:
             return
@@ -8098,8 +8070,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             text += f", {self.waited:.1f} s of it waiting"
         self.server.log("info", text)
 
-    def _count(self):
-        """Note what has become of the request, if it was for a model or was refused."""
+    def _count_request(self):
+        """Count the request if it was for a model or was refused."""
         reply = self.reply
         if reply is None or (self.model is None and reply.status < 400):
             return
@@ -8109,69 +8081,87 @@ class Handler(http.server.BaseHTTPRequestHandler):
         speed = speed_of(usage, seconds - (self.waited or 0))
         tokens = usage.tokens_in or 0, usage.tokens_out or 0
         received = self.body.received if self.body is not None else 0
-        what = status, seconds, self.waited, *tokens, received, reply.sent
-        self.pool.count_request(self.model, speed, *what)
+        counts = status, seconds, self.waited, *tokens, received, reply.sent
+        self.pool.count_request(self.model, speed, *counts)
 
-    def _answer_problem(self, problem):
-        """Answer with an error in whatever form is still possible."""
+    # -- answers ---------------------------------------------------------------------
+
+    def _answer_error(self, error):
+        """Answer in whatever form is still possible."""
+        if isinstance(error, OSError):  # of disk or memory; the client's own is caught
+            error = APIError(f"{type(error).__name__}: {error}")
+        elif isinstance(error, ConfigError):
+            error = APIError(str(error))
         reply = self.reply = self.reply or ClientResponse(self.request, None, [])
         if self.body is None or not self.body.can_be_skipped:
             reply.is_persistent = False
         if not reply.is_begun:
-            self._send_problem(problem)
+            self._send_error(error)
         elif reply.is_early and not reply.sent:
-            reply.send(reply.error_event(error_body(problem)))
+            reply.send(reply.error_event(error_body(error)))
             reply.end()
         else:
-            reply.abort(problem)
+            reply.abort(error)
 
-    def _send_problem(self, problem):
-        headers = [("content-type", "application/json; charset=utf-8")]
-        if problem.retry_after is not None:
-            headers.append(("retry-after", str(math.ceil(problem.retry_after))))
-        if problem.may_retry is not None:
-            headers.append(("x-should-retry", str(problem.may_retry).lower()))
-        if problem.status == 401:  # a person is asked for it as a password
+    def _send_error(self, error):
+        headers = [JSON_TYPE]
+        if error.retry_after is not None:
+            headers.append(("retry-after", str(math.ceil(error.retry_after))))
+        if error.may_retry is not None:
+            headers.append(("x-should-retry", str(error.may_retry).lower()))
+        if error.status == 401:  # a browser asks a person for it as a password
             is_page = "text/html" in self.head.get("accept")
             scheme = 'Basic realm="API key"' if is_page else "Bearer"
             headers.append(("www-authenticate", scheme))
-        if problem.status == 405:
+        if error.status == 405:
             methods = [method for method, path in ROUTES if path == self.head.path]
             headers.append(("allow", ", ".join([*methods, "OPTIONS"])))
-        told = error_body(problem)
+        body = error_body(error)
         if self.reply.is_for_anthropic:
-            told = {"type": "error", **told}
-        self._send(problem.status, headers, _dump(told))
+            body = {"type": "error", **body}
+        self._send(error.status, headers, _dump(body))
 
     def _send(self, status, headers, payload):
         self.reply.answer(status, [*headers, ("server", "llmswap")], payload)
 
     def _send_json(self, value):
-        headers = [("content-type", "application/json; charset=utf-8")]
-        self._send(200, headers, _dump(value))
+        self._send(200, [JSON_TYPE], _dump(value))
 
     def _send_text(self, text):
-        headers = [("content-type", "text/plain; charset=utf-8")]
-        self._send(200, headers, text.encode())
+        self._send(200, [TEXT_TYPE], text.encode())
 
-    # -- who may ask what ------------------------------------------------------------
+    def _stream(self, next_item, render, pause=0.0):
+        """Send items until the client leaves or llmswap ends. An item that is None says
+        that POLL_INTERVAL has passed without one."""
+        self.reply.flush()
+        while not self.server.is_closing and self.head.method != "HEAD":
+            item = next_item()
+            if item is None:
+                self.reply.heartbeat()
+            else:
+                self.reply.send(render(item))
+                time.sleep(pause)
+        self.reply.end()
+
+    # -- access ----------------------------------------------------------------------
 
     def _check_access(self):
         """Raise Forbidden or Unauthorized unless Host, Origin and key are accepted."""
-        head = self.head
-        self._check_host(head.get("host"))
-        origin = head.get("origin")
-        if origin and (head.method not in SAFE_METHODS or head.is_upgrade):
-            if not self._is_origin_allowed(origin):
-                raise self._foreign(origin)
-        is_bare = head.path in ("/health", "/v1/health", "/")
-        if head.method == "OPTIONS" or (is_bare and not self._wants_states()):
+        self._check_host(self.head.get("host"))
+        origin = self.head.get("origin")
+        is_safe = self.head.method in SAFE_METHODS and not self.head.is_upgrade
+        if origin and not is_safe and not self._is_origin_allowed(origin):
+            raise _foreign(origin)
+        is_open = self.head.path in OPEN_PATHS and not self._wants_snapshots()
+        keys = self.config.api_keys
+        if self.head.method == "OPTIONS" or is_open or not keys:
             return
-        self._check_key()
+        if not any(_is_key(given, keys) for given in self._given_keys()):
+            raise Unauthorized("a valid API key is needed (Authorization: Bearer KEY)")
 
     def _check_host(self, host):
         allowed = self.config.settings.allowed_hosts
-        if "*" in allowed or not self.is_on_loopback:
+        if "*" in allowed or not _is_loopback(self.request.getsockname()):
             return
         name = _host_name(host)
         if name and name not in allowed and not _is_address(name):
@@ -8182,43 +8172,39 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _is_origin_allowed(self, origin):
         allowed = self.config.settings.cors_origins
-        if "*" in allowed or origin in allowed:
+        if "*" in allowed or origin in allowed or self._is_own_origin(origin):
             return True
         name = origin.partition("://")[2]
-        if self._is_own(origin):
-            return True
         return "localhost" in allowed and _host_name(name) in LOOPBACK_NAMES
 
-    def _is_own(self, origin):
+    def _is_own_origin(self, origin):
         name = origin.partition("://")[2]
         return bool(name) and name == self.head.get("host")
 
     def _is_for_another_page(self):
-        """Whether a browser asks for a page that is not ours, more than to follow its
-        link there: a password that it was told for ours it sends along unasked."""
-        head = self.head
-        site = head.get("sec-fetch-site")  # told by new browsers, on safe ways
+        """Return whether a browser sends this for a page that is not ours, other than
+        by following a link: it would add the password stored for us unasked."""
+        head, origin = self.head, self.head.get("origin")
+        site = head.get("sec-fetch-site")  # sent by new browsers, to secure addresses
         if not site:
-            return bool(head.get("origin")) and not self._is_own(head.get("origin"))
-        mode = head.get("sec-fetch-mode")
-        is_link = mode == "navigate" and head.method in SAFE_METHODS
+            return bool(origin) and not self._is_own_origin(origin)
+        is_navigation = head.get("sec-fetch-mode") == "navigate"
+        is_link = is_navigation and head.method in SAFE_METHODS
         return site not in ("same-origin", "none") and not is_link
-
-    def _foreign(self, origin):
-        return Forbidden(f"the origin {origin!r} is not in cors-origins in [llmswap]")
 
     def _check_not_from_a_page(self):
         """For GETs that change something: a page must not cause them by a mere link."""
         head = self.head
-        origin = head.get("origin") or _origin_of(head.get("referer"))
         is_ours = head.get("sec-fetch-site") == "same-origin"
         if is_ours or head.method not in SAFE_METHODS:
             return
+        referer = re.match("[a-z][a-z0-9+.-]*://[^/?#]+", head.get("referer"))
+        origin = head.get("origin") or (referer[0] if referer else "")
         if origin and self._is_origin_allowed(origin):
             return
-        signs = [name for name, _ in head.headers if name.startswith("sec-fetch-")]
-        if origin or signs or BROWSER.match(head.get("user-agent")):
-            raise self._foreign(origin or "of a browser")
+        is_fetch = any(name.startswith("sec-fetch-") for name, _ in head.headers)
+        if origin or is_fetch or head.get("user-agent").startswith("Mozilla/"):
+            raise _foreign(origin or "of a browser")
 
     def _check_may_load(self, model):
         """For GETs: they may load the model only if no foreign page asks for it."""
@@ -8226,25 +8212,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.pool.state_of(model) is not State.LOADED:
                 self._check_not_from_a_page()
 
-    def _check_key(self):
-        keys = self.config.api_keys
-        if keys and not any(_is_key(given, keys) for given in self._given_keys()):
-            raise Unauthorized("a valid API key is needed (Authorization: Bearer KEY)")
-
     def _given_keys(self):
-        """The bytes of what may be a key."""
+        """Yield the bytes of what may be a key."""
         for value in self.head.all("x-api-key"):
             yield value.encode("latin-1")
         for value in self.head.all("authorization"):
             scheme, _, rest = value.partition(" ")
-            if scheme.lower() == "basic":
-                if not self._is_for_another_page():
-                    yield _basic_password(rest)
-            else:
-                key = rest.strip() if scheme.lower() == "bearer" else value
-                yield key.encode("latin-1")
+            if scheme.lower() == "bearer":
+                yield rest.strip().encode("latin-1")
+            elif scheme.lower() != "basic":
+                yield value.encode("latin-1")
+            elif not self._is_for_another_page():
+                with contextlib.suppress(ValueError):
+                    yield base64.b64decode(rest).partition(b":")[2]
 
-    def _cors_fields(self):
+    def _cors_headers(self):
         origin = self.head.get("origin")
         if not origin or not self._is_origin_allowed(origin):
             return []
@@ -8265,16 +8247,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if method == "OPTIONS":
             route = Handler.answer_preflight
         if route:
-            self.body.hold(MAX_UNREAD_BODY)  # what is not HTTP to its end is not obeyed
+            self.body.hold(MAX_UNREAD_BODY)  # nothing is done before its framing held
             return route(self)
         for prefix, methods, action in PREFIXES:
             if head.path.startswith(prefix) and (not methods or method in methods):
                 self.body.hold(MAX_UNREAD_BODY if methods else 0)
                 return action(self, head.path[len(prefix) :])
-        if head.path not in MODEL_WORDS:
-            if head.path in PATHS:
+        if head.path not in MODEL_PATHS:
+            if any(path == head.path for _, path in ROUTES):
                 raise MethodNotAllowed(f"{head.path} has no {head.method}")
-        self.serve_by_model()
+        self.route_by_model()
 
     def answer_preflight(self):
         wanted = self.head.get("access-control-request-headers") or "*"
@@ -8285,15 +8267,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         ]
         self._send(204, headers if self.reply.extra else [], b"")
 
-    def _wants_states(self):
-        """Whether it is the page that asks for `/` once more: for the news."""
-        head = self.head
-        is_root = head.method == "GET" and head.path == "/"
-        return is_root and "text/event-stream" in head.get("accept")
+    def _wants_snapshots(self):
+        """Return whether our page asks for `/` once more, as a stream of events."""
+        is_root = self.head.method == "GET" and self.head.path == "/"
+        return is_root and "text/event-stream" in self.head.get("accept")
 
     def get_page(self):
-        if self._wants_states():
-            return self._stream_states()
+        if self._wants_snapshots():
+            return self._stream_snapshots()
         headers = [
             ("content-type", "text/html; charset=utf-8"),
             ("content-security-policy", page_policy()),
@@ -8304,7 +8285,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         ]
         self._send(200, headers, STATUS_PAGE.encode())
 
-    def _stream_states(self):
+    def _stream_snapshots(self):
         """Send a snapshot at each change, and every 2 s while a model is held."""
         seen, again_at = None, math.inf
 
@@ -8313,43 +8294,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
             revision = self.pool.await_change(seen, POLL_INTERVAL)
             if revision == seen and time.monotonic() < again_at:
                 return None
-            seen, report = revision, self._facts()
+            seen, report = revision, self._status_report()
             is_busy = any(row.state != "unloaded" for row in report.rows)
             again_at = time.monotonic() + 2.0 if is_busy else math.inf
             return snapshot(report)
 
-        self._stream_json(next_snapshot, pause=0.25)  # a person reads no faster
-
-    def _stream_json(self, next_item, pause=0.0):
-        """Send each item as an event."""
         self.reply.begin_events()
-        self.reply.flush()
-        self._stream(next_item, lambda item: b"data: " + _dump(item) + b"\n\n", pause)
-
-    def _stream(self, next_item, render, pause=0.0):
-        """Send items until the client leaves or llmswap ends. An item that is None says
-        that POLL_INTERVAL has passed without one."""
-        while not self.server.is_closing and self.head.method != "HEAD":
-            item = next_item()
-            if item is None:
-                self.reply.heartbeat()
-            else:
-                self.reply.send(render(item))
-                time.sleep(pause)
-        self.reply.end()
+        self._stream(next_snapshot, _as_event, pause=0.25)  # nobody reads faster
 
     def get_metrics(self):
         if self.head.parameter("model") is not None:
             return self.get_from_model()
-        text = metrics_text(self._facts())
+        text = metrics_text(self._status_report())
         self._send(200, [("content-type", METRICS_TYPE)], text.encode())
 
-    def _facts(self):
-        config, statuses = self.pool.config, self.pool.snapshot()
-        meters = self.pool.meters()
+    def _status_report(self):
+        statuses, meters = self.pool.snapshot(), self.pool.meters()
         rows = [
             self._row(model, statuses.get(model.name), meters)
-            for model in config.models.values()
+            for model in self.pool.config.models.values()
         ]
         return StatusReport(VERSION, self.server.born, rows, meters)
 
@@ -8402,21 +8365,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _model_entry(self, model, status):
         state = status.state.value if status else "unloaded"
-        told = {
+        shown = {
             "value": "loaded" if state == "unloading" else state,
             "args": self._shown_command(model, status),
         }
-        problem = model.problem or (status and status.failure)
+        failure = status.failure if status else None
+        problem = model.problem or failure
         if problem and state == "unloaded":
-            code = exit_code_of(status.failure) if status and status.failure else 1
-            told.update(failed=True, exit_code=code, error=str(problem))
+            code = exit_code_of(failure) if failure else 1
+            shown.update(failed=True, exit_code=code, error=str(problem))
         entry = {
             "id": model.name,
             "object": "model",
             "created": self.server.born,
             "owned_by": "llmswap",
             "aliases": list(model.aliases),
-            "status": told,
+            "status": shown,
         }
         if model.settings.description:
             entry["description"] = model.settings.description
@@ -8433,23 +8397,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return []
 
     def post_load(self):
-        model = self._model_of_body()
-        if not self.pool.load(model):
+        if not self.pool.load(self._model_of_body()):
             raise BadRequest("model is already running")
         self._send_json({"success": True})
 
     def post_unload(self):
-        model = self._model_of_body()
-        if not self.pool.unload(model):
+        if not self.pool.unload(self._model_of_body()):
             raise BadRequest("model is not running")
         self._send_json({"success": True})
 
     def _model_of_body(self):
-        """The model that the JSON body names."""
-        named = find_model(self.body, "application/json")
-        if named.model is None:
+        name = find_model(self.body, "application/json").model
+        if name is None:
             raise BadRequest("model name is missing from the request", "model")
-        return self._resolve(named.model)
+        return self._resolve(name)
 
     def _resolve(self, name):
         if len(name) > NAME_LIMIT:
@@ -8457,16 +8418,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ModelNotFound(text, "model")
         return self.config.resolve(name)
 
-    def unload_all(self):
+    def unload(self, name=""):
+        """Unload a model, or all of them, and answer when they have ended."""
         self._check_not_from_a_page()
-        self.pool.unload_all()
-        self.pool.await_unloaded(self._look_after_client)
-        self._send_text("OK")
-
-    def unload_one(self, name):
-        if not name:
-            return self.unload_all()
-        self.pool.unload(self._resolve(percent_decoded(name)))
+        if name:
+            self.pool.unload(self._resolve(percent_decoded(name)))
+        else:
+            self.pool.unload_all()
         self.pool.await_unloaded(self._look_after_client)
         self._send_text("OK")
 
@@ -8507,6 +8465,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
             }
         )
 
+    def get_events(self):
+        with self.pool.events.subscribe() as get:
+            self.reply.begin_events()
+            self._stream(lambda: get(POLL_INTERVAL), _as_event)
+
+    def get_logs(self):
+        self._send_text("".join(f"{line}\n" for line in self.server.log.feed.history()))
+
+    def get_log_stream(self, name=""):
+        feed = self.server.log.feed
+        if name not in ("", "proxy"):
+            feed = self.pool.feed_of(self._resolve(percent_decoded(name)).backend)
+        no_cache = [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
+        with feed.subscribe(self.head.parameter("no-history") is None) as get:
+            self.reply.begin(200, "OK", [TEXT_TYPE, *no_cache], None)
+            self._stream(lambda: get(POLL_INTERVAL), lambda line: f"{line}\n".encode())
+
+    # -- requests for models ---------------------------------------------------------
+
     def get_from_model(self):
         """GET something of one model; it is not loaded, woken or kept for that."""
         name = self.head.parameter("model")
@@ -8516,56 +8493,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.head.parameter("autoload") in ("true", "1"):
             self._check_may_load(model)
             return self._forward(model, self.head.target, RequestInfo())
+        states = [State.LOADED]
+        if self.head.path in ("/props", "/metrics"):  # they wake no llama-server
+            states.append(State.SLEEPING)
         backend = self.pool.backend_of(model)
-        if backend is None or not self._may_be_asked(model):
+        if backend is None or self.pool.state_of(model) not in states:
             raise BadRequest("model is not loaded")
-        outgoing = self._outgoing(model, self.head.target, RequestInfo())
+        outgoing = self._upstream_request(model, self.head.target, RequestInfo())
         relay(outgoing, backend, self.reply)
 
-    def _may_be_asked(self, model):
-        """Whether this neither loads nor wakes the model; two paths wake none."""
-        state = self.pool.state_of(model)
-        is_harmless = self.head.path in ("/props", "/metrics")
-        return state is State.LOADED or (state is State.SLEEPING and is_harmless)
-
-    # -- what goes on ----------------------------------------------------------------
-
-    def get_events(self):
-        with self.pool.events.subscribe() as get:
-            self._stream_json(lambda: get(POLL_INTERVAL))
-
-    def get_logs(self):
-        self._send_text("".join(f"{line}\n" for line in self.server.log.feed.history()))
-
-    def stream_logs(self, name=""):
-        feed = self.server.log.feed
-        if name not in ("", "proxy"):
-            feed = self.pool.feed_of(self._resolve(percent_decoded(name)).backend)
-        with feed.subscribe(self.head.parameter("no-history") is None) as get:
-            headers = [
-                ("content-type", "text/plain; charset=utf-8"),
-                ("cache-control", "no-cache"),
-                ("x-accel-buffering", "no"),
-            ]
-            self.reply.begin(200, "OK", headers, None)
-            self.reply.flush()
-            self._stream(lambda: get(POLL_INTERVAL), lambda line: f"{line}\n".encode())
-
-    # -- requests for models ---------------------------------------------------------
-
-    def serve_upstream(self, rest):
+    def route_upstream(self, rest):
         """/upstream/ID/REST: that model's own server, whatever REST is."""
-        name, path = self._longest_name(rest)
+        name, path = self._split_name(rest)
         model = self.model = self._resolve(name)
         query = self.head.target[len(self.head.path) :]
         if not path:
             headers = [("location", f"/upstream/{rest}/{query}")]
             return self._send(308, headers, b"")
         self._check_may_load(model)
-        self._forward(model, path + query, self._named_in_body(), preemptible=True)
+        info = self._request_info(is_needed=False)
+        self._forward(model, path + query, info, preemptible=True)
 
-    def _longest_name(self, rest):
-        """Split REST after the longest known name: ids may contain slashes."""
+    def _split_name(self, rest):
+        """Split after the longest known name: ids may contain slashes."""
         parts = rest.split("/")
         for count in range(min(len(parts), NAME_PARTS), 0, -1):
             name = percent_decoded("/".join(parts[:count]))
@@ -8574,37 +8524,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return name, "/" + path if count < len(parts) else ""
         return percent_decoded(parts[0]), "/"
 
-    def _named_in_body(self):
+    def _request_info(self, is_needed):
+        """Return what the body says; unless it is needed it may be anything."""
         if self.head.method in ("GET", "HEAD") or self.head.is_upgrade:
             return RequestInfo()
         try:
-            kind = self.head.get("content-type")
-            return find_model(self.body, kind, is_needed=False)
+            return find_model(self.body, self.head.get("content-type"), is_needed)
         except BadRequest:
-            if not self.body.can_be_read:
+            if is_needed or not self.body.can_be_read:
                 raise
-            return RequestInfo()  # not JSON at all: the backend may know what it is
+            return RequestInfo()
 
-    def serve_by_model(self):
+    def route_by_model(self):
         """Route by the model that the body, the form or the query names."""
-        head = self.head
-        name = head.parameter("model")
-        if name or head.method in ("GET", "HEAD"):
-            named = self._named_in_body()
-        else:
-            named = find_model(self.body, head.get("content-type"))
-        name = named.model or name
-        if name:
-            model = self._resolve(name)
-        elif head.method in SAFE_METHODS:
-            raise NotFound(f"there is nothing at {head.path}")
-        else:
-            model = self._default_model()
-        self.model = model
+        name = self.head.parameter("model")
+        info = self._request_info(is_needed=not name)
+        name = info.model or name
+        model = self.model = self._resolve(name) if name else self._default_model()
         self._check_may_load(model)
-        self._forward(model, head.target, named)
+        self._forward(model, self.head.target, info)
 
     def _default_model(self):
+        if self.head.method in SAFE_METHODS:
+            raise NotFound(f"there is nothing at {self.head.path}")
         model = self.config.default_model()
         if model is None:
             raise BadRequest(
@@ -8613,49 +8555,66 @@ class Handler(http.server.BaseHTTPRequestHandler):
             )
         return model
 
-    def _forward(self, model, target, named, preemptible=False):
+    def _forward(self, model, target, info, preemptible=False):
         """Let the model's backend answer; once more if it died over it."""
-        stay = self._requested_idle_timeout(named)
+        idle_timeout = _idle_timeout_in(info.members)
         is_safe = self.head.method in SAFE_METHODS
         preemptible = self.head.is_upgrade or (preemptible and is_safe)
-        self.reply.wants_events = self._wants_events(model, named)
-        self.reply.notice = self._notice_of(model, target)
-        outgoing = self._outgoing(model, target, named)
-        repair = _repairer_of if model.settings.json_repair else _no_repairer
-        asked = time.monotonic()
+        self._prepare_waiting(model, target, info)
+        outgoing = self._upstream_request(model, target, info)
+        transform_of = _repair_of if model.settings.json_repair else lambda _: None
+        asked_at = time.monotonic()
         for is_last in (False, True):
             lease = self.pool.lease(model, self._look_after_client, preemptible)
             with lease as backend:
-                self.waited = time.monotonic() - asked
-                if stay is not None:
-                    self.pool.keep_alive(model, stay)
+                self.waited = time.monotonic() - asked_at
+                if idle_timeout is not None:
+                    self.pool.keep_alive(model, idle_timeout)
                 try:
-                    relay(outgoing, backend, self.reply, repair)
+                    relay(outgoing, backend, self.reply, transform_of)
                     return self._log_if_slow()
-                except BackendDied as problem:
+                except BackendDied as error:
                     may_resend = outgoing.is_repeatable and not is_last
                     if not may_resend or not backend.died(1.0):
-                        problem.may_retry = False if is_last else None  # it kills
-                        raise problem
+                        error.may_retry = False if is_last else None  # it kills
+                        raise error
 
     def _look_after_client(self):
         """Raise ClientDisconnected once it is; meanwhile keep it from giving up."""
         self.reply.heartbeat()
         return False
 
-    def _wants_events(self, model, named):
-        if model.settings.loading_notice == "off" or self.head.method != "POST":
-            return False
-        return named.members.get("stream") is True
-
-    def _notice_of(self, model, target):
-        """What tells the client of the load as it asked for it, if it is a chat."""
+    def _prepare_waiting(self, model, target, info):
+        """Set what the client is sent while it waits for the model."""
+        notice = model.settings.loading_notice
+        is_stream = self.head.method == "POST" and info.members.get("stream") is True
+        self.reply.wants_events = is_stream and notice != "off"
         is_chat = target.partition("?")[0].endswith("/chat/completions")
-        if model.settings.loading_notice != "reasoning" or not is_chat:
-            return None
-        return LoadingNotice(model.name, functools.partial(self._news_of, model))
+        if notice == "reasoning" and is_chat:
+            self.reply.notice = functools.partial(next, self._notices(model))
 
-    def _news_of(self, model):
+    def _notices(self, model):
+        """Yield events that a chat shows as the model's reasoning while the model is
+        loaded; b"" if there is nothing new to tell, or it is too soon."""
+        chunk = {
+            "id": f"chatcmpl-{model.name}-loading",
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": model.name,
+        }
+        last_text, next_at = "", 0.0
+        while True:
+            now = time.monotonic()
+            text = self._loading_text(model) if now >= next_at else ""
+            if text in ("", last_text):
+                yield b""
+                continue
+            last_text, next_at = text, now + NOTICE_EVERY
+            delta = {"reasoning_content": f"{text}\n"}
+            choice = {"index": 0, "delta": delta, "finish_reason": None}
+            yield _as_event({**chunk, "choices": [choice]})
+
+    def _loading_text(self, model):
         status = self.pool.status_of(model)
         if status is None or status.state is State.LOADED:
             return ""
@@ -8665,23 +8624,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return f"loading {model.name}, {status.since:.0f} s"
         return f"loading {model.name}{percent(status.progress)}"
 
-    def _requested_idle_timeout(self, named):
-        """Seconds that `keep_alive` or `ttl` ask for; None: they are not there."""
-        for name in ("keep_alive", "ttl"):
-            value = named.members.get(name)
-            if value is not None:
-                return _seconds_of(name, value)
-        return None
-
-    def _outgoing(self, model, target, named):
-        """The request as the backend is to get it."""
-        body, edits = self.body, _edits_of(model, named)
+    def _upstream_request(self, model, target, info):
+        """Return the request as the backend is to get it."""
+        body, edits = self.body, _edits_of(model, info)
         length = body.length
-        if named.is_json and edits is not NO_EDITS:
-            held = [edited_json(named.members, edits)]
-        elif named.model is not None and edits.model is not None:
-            view, (start, end) = memoryview(body.held), named.span
-            name = self._as_in_form(edits.model)
+        if info.is_json and edits != BodyEdits():
+            held = [edited_json(info.members, edits)]
+        elif info.model is not None and edits.model is not None:
+            view, (start, end) = memoryview(body.held), info.span
+            name = self._form_value(edits.model)
             held = [view[:start], name, view[end:]]
             length = length and length + len(name) - (end - start)
         else:
@@ -8689,22 +8640,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         rest = body
         if body.is_complete:
             length, rest = sum(map(len, held)), None
-        headers = self._request_headers(model)
+        headers = self._upstream_headers(model)
         return UpstreamRequest(self.head.method, target, headers, held, length, rest)
 
-    def _as_in_form(self, name):
-        """The name as it stands in a form of this request's kind."""
+    def _form_value(self, name):
         if self.head.get("content-type").lower().startswith("multipart/"):
             return name.encode()
         return urllib.parse.quote_plus(name).encode()
 
-    def _request_headers(self, model):
+    def _upstream_headers(self, model):
         dropped = NOT_FORWARDED
         key = self.config.owner_of(model).settings.proxy_key
         if self.config.api_keys or key:
-            dropped = dropped.union(KEY_FIELDS)
+            dropped |= KEY_FIELDS
         if self.head.method == "POST":  # events and numbers are read on the way
-            dropped = dropped.union(("accept-encoding",))
+            dropped |= {"accept-encoding"}
         headers = [each for each in self.head.end_to_end if each[0] not in dropped]
         if key:
             key = key.encode().decode("latin-1")  # sent as UTF-8
@@ -8715,16 +8665,42 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return headers
 
 
+ROUTES = {
+    ("GET", "/"): Handler.get_page,
+    ("GET", "/health"): Handler.get_health,
+    ("GET", "/v1/health"): Handler.get_health,
+    ("GET", "/v1/models"): Handler.get_models,
+    ("GET", "/models"): Handler.get_models,
+    ("GET", "/models/sse"): Handler.get_events,
+    ("POST", "/models/load"): Handler.post_load,
+    ("POST", "/models/unload"): Handler.post_unload,
+    ("GET", "/props"): Handler.get_props,
+    ("GET", "/slots"): Handler.get_from_model,
+    ("GET", "/metrics"): Handler.get_metrics,
+    ("GET", "/lora-adapters"): Handler.get_from_model,
+    ("GET", "/running"): Handler.get_running,
+    ("GET", "/unload"): Handler.unload,
+    ("POST", "/unload"): Handler.unload,
+    ("POST", "/api/models/unload"): Handler.unload,
+    ("GET", "/logs"): Handler.get_logs,
+    ("GET", "/logs/stream"): Handler.get_log_stream,
+}
+PREFIXES = (  # with their methods; none: all
+    ("/upstream/", (), Handler.route_upstream),
+    ("/v1/models/", ("GET",), Handler.get_model),
+    ("/logs/stream/", ("GET",), Handler.get_log_stream),
+    ("/api/models/unload/", ("POST",), Handler.unload),
+)
+
+
 def lingering_close(sock: socket.socket):
-    """End our side and read what is on its way before the socket is closed: the reset
-    that would answer it can destroy our answer."""
+    """End our side and read for a while before the socket is closed: a reset while the
+    client still sends could discard our answer."""
     end = time.monotonic() + LINGER_SECONDS
-    try:
+    with contextlib.suppress(OSError):  # it left, or is silent
         sock.shutdown(socket.SHUT_WR)
         while time.monotonic() < end and sock.recv(BUFFER_SIZE):
             pass
-    except OSError:
-        pass  # it left, or is silent
 
 
 def percent_decoded(text: str) -> str:
@@ -8733,10 +8709,13 @@ def percent_decoded(text: str) -> str:
     return raw.decode("utf-8", "replace")
 
 
-def _repairer_of(answer):
-    """What repairs the tool calls in an answer, if it may have some."""
-    is_plain = not answer.get("content-encoding")
-    if answer.status != 200 or not is_plain:
+def _as_event(value):
+    return b"data: " + _dump(value) + b"\n\n"
+
+
+def _repair_of(answer):
+    """Return what repairs the tool calls in an answer; None if it has none."""
+    if answer.status != 200 or answer.get("content-encoding"):
         return None
     if answer.is_event_stream:
         return RepairStream()
@@ -8744,28 +8723,21 @@ def _repairer_of(answer):
     return RepairStream(is_whole=True) if is_json else None
 
 
-def _no_repairer(_):
-    return None
-
-
-def _edits_of(model, named):
+def _edits_of(model, info):
     settings = model.settings
-    removed = [name for name in IDLE_TIMEOUT_PARAMETERS if name in named.members]
-    removed.extend(settings.strip_params)
-    if not (removed or settings.model_name or settings.set_params):
-        return NO_EDITS
+    removed = {name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members}
+    removed.update(settings.strip_params)
     name = settings.model_name or None
-    return BodyEdits(name, settings.set_params, frozenset(removed))
+    return BodyEdits(name, settings.set_params or {}, frozenset(removed))
 
 
-NO_EDITS = BodyEdits()
-IDLE_TIMEOUT_PARAMETERS = ("keep_alive", "ttl")
-NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
-KEY_FIELDS = ("authorization", "x-api-key", "api-key")
-
-
-def _seconds_of(name, value):
-    """Seconds that Ollama's keep_alive or LM Studio's ttl means; below 0: for ever."""
+def _idle_timeout_in(members):
+    """Return the seconds that a request asks for, below 0 for ever; None if it does
+    not ask."""
+    given = [name for name in IDLE_TIMEOUT_PARAMETERS if members.get(name) is not None]
+    if not given:
+        return None
+    value = members[given[0]]
     try:
         if isinstance(value, str):
             sign = -1 if value.startswith("-") else 1
@@ -8774,7 +8746,12 @@ def _seconds_of(name, value):
             raise ValueError
         return float(value)
     except (TypeError, ValueError, OverflowError):
-        raise BadRequest(f"{name}: {value!r} is not a duration", name) from None
+        text = f"{given[0]}: {value!r} is not a duration"
+        raise BadRequest(text, given[0]) from None
+
+
+def _foreign(origin):
+    return Forbidden(f"the origin {origin!r} is not in cors-origins in [llmswap]")
 
 
 def _is_loopback(address):
@@ -8784,42 +8761,23 @@ def _is_loopback(address):
 
 
 def _host_name(host):
-    """The name in a Host, without its port; "?" if it is none."""
-    found = re.fullmatch(r"(\[[^]]*\]|[^:]*)(?::[0-9]*)?", host)
-    return found[1].lower() if found else "?"
+    """Return the name in a Host, without its port; "?" if it is none."""
+    match = re.fullmatch(r"(\[[^]]*\]|[^:]*)(?::[0-9]*)?", host)
+    return match[1].lower() if match else "?"
 
 
 def _is_address(name):
     for family in (socket.AF_INET, socket.AF_INET6):
-        try:
+        with contextlib.suppress(OSError):
             socket.inet_pton(family, name.strip("[]"))
             return True
-        except OSError:
-            continue
     return False
 
 
 def _is_key(given, keys):
-    import hmac  # and OpenSSL with it: 3 MB that only who has keys pays for
-
+    """Compare with every key, each in constant time."""
     raw = [key.encode("utf-8", "surrogateescape") for key in keys]
-    found = [hmac.compare_digest(given, key) for key in raw]
-    return any(found)
-
-
-def _basic_password(encoded):
-    import base64
-
-    try:
-        return base64.b64decode(encoded).partition(b":")[2]
-    except ValueError:
-        return b""
-
-
-def _origin_of(url):
-    """The origin of a page whose address this is; empty if it tells none."""
-    found = re.match("[a-z][a-z0-9+.-]*://[^/?#]+", url)
-    return found[0] if found else ""
+    return any([hmac.compare_digest(given, key) for key in raw])
 
 
 def mask_secrets(argv: List[str]) -> List[str]:
@@ -8843,35 +8801,6 @@ _SECRET_WORD = re.compile(rf"(?i)-{{0,2}}{_SECRET}=")
 _SECRET_WITHIN = re.compile(
     rf"(?i)((?<![\w-])(?:--?{_SECRET}(?:=|\s+)|{_SECRET}=))"
     r"""("[^"]*"|'[^']*'|[^\s'"]+)"""
-)
-
-
-ROUTES = {
-    ("GET", "/"): Handler.get_page,
-    ("GET", "/health"): Handler.get_health,
-    ("GET", "/v1/health"): Handler.get_health,
-    ("GET", "/v1/models"): Handler.get_models,
-    ("GET", "/models"): Handler.get_models,
-    ("GET", "/models/sse"): Handler.get_events,
-    ("POST", "/models/load"): Handler.post_load,
-    ("POST", "/models/unload"): Handler.post_unload,
-    ("GET", "/props"): Handler.get_props,
-    ("GET", "/slots"): Handler.get_from_model,
-    ("GET", "/metrics"): Handler.get_metrics,
-    ("GET", "/lora-adapters"): Handler.get_from_model,
-    ("GET", "/running"): Handler.get_running,
-    ("GET", "/unload"): Handler.unload_all,
-    ("POST", "/unload"): Handler.unload_all,
-    ("POST", "/api/models/unload"): Handler.unload_all,
-    ("GET", "/logs"): Handler.get_logs,
-    ("GET", "/logs/stream"): Handler.stream_logs,
-}
-PATHS = frozenset(path for _, path in ROUTES)
-PREFIXES = (
-    ("/upstream/", (), Handler.serve_upstream),
-    ("/v1/models/", ("GET",), Handler.get_model),
-    ("/logs/stream/", ("GET",), Handler.stream_logs),
-    ("/api/models/unload/", ("POST",), Handler.unload_one),
 )
 
 
@@ -9018,20 +8947,19 @@ class Listener(http.server.ThreadingHTTPServer):
         self.server = server
         self._waker = Waker()
         self._is_stopping = False
-        self._has_stopped = threading.Event()
-        self._has_stopped.set()
+        self._thread = None
 
     def begin(self):
         """Accept on a thread of its own until `shutdown`."""
         self._is_stopping = False
-        self._has_stopped.clear()
+        self._waker.clear()
         self._thread = threading.Thread(
             target=self.serve_forever, name="accept", daemon=True
         )
         self._thread.start()
 
     def is_accepting(self) -> bool:
-        """Whether connections are accepted, or are not to be."""
+        """Return whether connections are accepted, or are not to be."""
         return self._is_stopping or self._thread.is_alive()
 
     def serve_forever(self, poll_interval=None):
@@ -9043,14 +8971,13 @@ class Listener(http.server.ThreadingHTTPServer):
             waiter.poll()
             if not self._is_stopping:
                 self._handle_request_noblock()
-        self._waker.clear()
-        self._has_stopped.set()
 
     def shutdown(self):
-        """Accept no more; the socket stays open. Waits until the thread has ended."""
+        """Accept no more; the socket stays open."""
         self._is_stopping = True
         self._waker.wake()
-        self._has_stopped.wait(1.0)
+        if self._thread is not None:
+            self._thread.join(1.0)
 
     def get_request(self):
         """Accept one connection; OSError if there is none, or no descriptor for it."""
@@ -9067,17 +8994,24 @@ class Listener(http.server.ThreadingHTTPServer):
         return connection, address
 
     def process_request(self, request, client_address):
-        """Serve the connection on a new thread, or refuse it."""
-        why = self.server.admit(request)
+        """Serve or refuse the connection on a new thread; refuse it here if many are
+        refused at the moment, or no thread can be started."""
         try:
-            if why is None:
-                super().process_request(request, client_address)
-            else:
-                self.server.refuse(request, why)
-        except RuntimeError as error:  # no more threads can be started
-            self.server.log("error", f"a connection could not be served: {error}")
+            if self.server.admit(request):
+                return super().process_request(request, client_address)
+            why = self.server.limit_text()
+        except RuntimeError as error:
+            why = str(error)
+            self.server.log("error", f"a connection could not be served: {why}")
             self.server.forget(request)
-            refuse_connection(request, str(error), is_patient=False)
+        return refuse_connection(request, why, is_patient=False)
+
+    def finish_request(self, request, client_address):
+        """Serve the connection until it ends."""
+        if self.server.is_refused(request):
+            refuse_connection(request, self.server.limit_text(), is_patient=True)
+        else:
+            super().finish_request(request, client_address)
 
     def shutdown_request(self, request):
         """Close a connection that was served."""
@@ -9099,8 +9033,8 @@ class Server:
         self.is_closing = False
         self.most_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)
         self._quiet_at = time.monotonic()
-        self._connections = set()
-        self._refused = set()  # connections that are being told so
+        self._connections = set()  # without the refused ones
+        self._refused = set()
         self._idle_connections = set()
         self._listeners = [Listener(each, self) for each in sockets]
 
@@ -9110,33 +9044,32 @@ class Server:
             listener.begin()
 
     def is_serving(self) -> bool:
-        """Whether connections are accepted, or are not to be."""
+        """Return whether connections are accepted, or are not to be."""
         return all(listener.is_accepting() for listener in self._listeners)
 
-    def admit(self, connection: socket.socket) -> Optional[str]:
-        """Count a new connection, or return why it is refused."""
-        if len(self._connections) >= self.most_connections:
-            return f"{self.most_connections} connections are open already"
-        self._connections.add(connection)
-        return None
+    def admit(self, connection: socket.socket) -> bool:
+        """Count a new connection; False if it is worth no thread, not even to be refused
+        with the time to read why."""
+        if len(self._connections) < self.most_connections:
+            self._connections.add(connection)
+        elif len(self._refused) < MAX_REFUSALS:
+            self._refused.add(connection)
+        else:
+            return False
+        return True
+
+    def is_refused(self, connection: socket.socket) -> bool:
+        """Return whether there were too many connections when this one came."""
+        return connection in self._refused
+
+    def limit_text(self) -> str:
+        """Return why connections are refused."""
+        return f"{self.most_connections} connections are open already"
 
     def forget(self, connection: socket.socket):
         """Count a connection no more."""
         self._connections.discard(connection)
         self._refused.discard(connection)
-
-    def refuse(self, connection: socket.socket, why: str):
-        """Answer 503 and close; on a thread, with time to read it, unless many are."""
-        if len(self._refused) >= MAX_REFUSALS:
-            refuse_connection(connection, why, is_patient=False)
-            return
-
-        def refuse_patiently():
-            refuse_connection(connection, why, is_patient=True)
-            self.forget(connection)
-
-        self._refused.add(connection)
-        threading.Thread(target=refuse_patiently, daemon=True).start()
 
     def begin_idling(self, connection):
         """From now on `stop` may close the connection."""
@@ -9184,16 +9117,13 @@ class Server:
 
 
 def refuse_connection(connection: socket.socket, why: str, is_patient: bool):
-    """Answer a connection on which nothing was read, and close it; patiently, once who
-    still sends has had the time to read why."""
+    """Answer 503 on a connection of which nothing was read, and close it; patiently,
+    once a client that still sends has had the time to read why."""
     connection.settimeout(1)
-    problem = APIError(why)
-    problem.status = 503
     reply = ClientResponse(connection, None, [])
-    headers = [("content-type", "application/json; charset=utf-8")]
-    headers += [("retry-after", "5"), ("server", "llmswap")]
+    headers = [JSON_TYPE, ("retry-after", "5"), ("server", "llmswap")]
     with contextlib.suppress(ClientDisconnected):
-        reply.answer(503, headers, _dump(error_body(problem)))
+        reply.answer(503, headers, _dump(error_body(APIError(why))))
         if is_patient:
             lingering_close(connection)
     connection.close()
