@@ -5081,12 +5081,17 @@ _TEXT = rb"[\t\x20-\x7e\x80-\xff]*"
 _HEADER_LINE = rb"%b:%b\r\n" % (_TOKEN, _TEXT)
 _HEADER_LINES = re.compile(rb"(?:%b)*\r\n" % _HEADER_LINE)
 _HEADER = re.compile(r"([^:\r\n]+):[\t ]*((?:[^\r]*[^\r\t ])?)[\t ]*\r\n")
-_REQUEST_LINE = re.compile(rb"(%b) ([!-~\x80-\xff]+) HTTP/1\.([01])" % _TOKEN)
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: (%b))?" % _TEXT)
+_VERSION = rb"HTTP/1\.(?P<minor>[01])"
+_REQUEST_LINE = re.compile(
+    rb"(?P<method>%b) (?P<target>[!-~\x80-\xff]+) %b" % (_TOKEN, _VERSION)
+)
+_STATUS_LINE = re.compile(
+    rb"%b (?P<status>[1-5][0-9][0-9])(?: (?P<reason>%b))?" % (_VERSION, _TEXT)
+)
 
 
-def parse_head(head: bytes, start_line: "re.Pattern") -> Tuple[tuple, Headers]:
-    """Return the groups of the start line and the headers, names in lower case.
+def parse_head(head: bytes, start_line: "re.Pattern") -> Tuple["re.Match", Headers]:
+    """Return the match of the start line and the headers, names in lower case.
 
     Raise BadRequest for anything but strict HTTP/1: no folding, no bare CR or LF, no
     blank before a colon. Raise HeadersTooLarge.
@@ -5100,7 +5105,7 @@ def parse_head(head: bytes, start_line: "re.Pattern") -> Tuple[tuple, Headers]:
     headers = _HEADER.findall(head[line_end + 2 :].decode("latin-1"))
     if len(headers) > LINES_LIMIT:
         raise HeadersTooLarge(f"more than {LINES_LIMIT} header lines")
-    return start.groups(), [(name.lower(), value) for name, value in headers]
+    return start, [(name.lower(), value) for name, value in headers]
 
 
 def render_head(start: str, headers: Headers) -> bytes:
@@ -5161,16 +5166,21 @@ class Head:
     """A head, strictly read.
 
     `headers` are without those that `framing` stands for, `end_to_end` also without
-    those that concern one connection only. Names are in lower case.
+    those that concern one connection only; names are in lower case. `is_persistent`:
+    the connection may serve another request.
     """
 
     def __init__(self, raw: bytes, start_line: "re.Pattern", default: Framing):
         self.start, headers = parse_head(raw, start_line)
+        self.is_http_10 = self.start["minor"] == b"0"
         self.framing = framing_of(headers, default)
         self.headers = [each for each in headers if each[0] not in _FRAMING_HEADERS]
         self.end_to_end = end_to_end(self.headers)
         self._first = dict(reversed(self.headers))
         self.connection = ", ".join(self.all("connection")).lower()
+        self.is_persistent = "close" not in self.connection
+        if self.is_http_10:
+            self.is_persistent = "keep-alive" in self.connection
 
     def get(self, name: str) -> str:
         """Return the first value of a header, or an empty string."""
@@ -5180,23 +5190,14 @@ class Head:
         """Return all values of a header."""
         return [value for header, value in self.headers if header == name]
 
-    def _stays_open(self, minor):
-        """Whether the connection may serve another request after this one."""
-        if minor == b"0":
-            return "keep-alive" in self.connection
-        return "close" not in self.connection
-
 
 class Request(Head):
     """The head of a client's request."""
 
     def __init__(self, raw: bytes):
         super().__init__(raw, _REQUEST_LINE, NO_BODY)
-        method, target, minor = self.start
-        self.is_persistent = self._stays_open(minor)
-        self.is_http_10 = minor == b"0"
-        self.method = method.decode()
-        self.target = target.decode("latin-1")
+        self.method = self.start["method"].decode()
+        self.target = self.start["target"].decode("latin-1")
         if self.is_http_10 and self.framing.is_chunked:
             raise BadRequest("HTTP/1.0 has no Transfer-Encoding")
         hosts = self.all("host")
@@ -5553,10 +5554,8 @@ class UpstreamResponse(Head):
             super().__init__(raw, _STATUS_LINE, UNTIL_CLOSE)
         except (BadRequest, HeadersTooLarge) as error:
             raise Truncated(f"its answer is not HTTP: {error}") from None
-        minor, status, reason = self.start
-        self.is_persistent = self._stays_open(minor)
-        self.status = int(status)
-        self.reason = (reason or b"").decode("latin-1")
+        self.status = int(self.start["status"])
+        self.reason = (self.start["reason"] or b"").decode("latin-1")
 
     @property
     def leftover(self) -> bytes:
