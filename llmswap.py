@@ -4253,21 +4253,37 @@ STOPPED = {
 }
 
 
-class Status(NamedTuple):
-    """What a model is doing, at one moment. Times in seconds."""
+class ModelStatus(NamedTuple):
+    """One model at one moment. Times in seconds, memory in bytes.
 
-    name: str
-    is_owner: bool  # of the backend, which others may use
-    state: State
-    in_flight: int
-    waiting: int
-    since: Optional[float]  # in this state; None: it was never in another
-    unload_in: Optional[float]
-    failure: Optional[APIError]
-    pid: Optional[int]
-    port: Optional[int]
-    progress: Optional[float]  # of a load, 0 to 1
-    entry: dict  # of its own /v1/models
+    `state` is one of State's words, and the model is in it since `seconds` (None: since
+    the start). `progress` of a load goes from 0 to 1, if it is known. `failure` says
+    why its last run failed, `stopped` why it was stopped, `unusable` what is wrong with
+    it in the file. `shares` names the model whose backend it uses, and whose state it
+    has. `entry` is that of its own /v1/models.
+    """
+
+    id: str
+    aliases: Sequence[str] = ()
+    description: str = ""
+    kind: str = "llama-server"
+    state: str = "unloaded"
+    seconds: Optional[float] = None
+    progress: Optional[float] = None
+    rss: Optional[int] = None
+    vram: Optional[int] = None
+    running: int = 0
+    waiting: int = 0
+    unload_in: Optional[float] = None
+    tokens_per_second: Optional[float] = None
+    failure: Optional[APIError] = None
+    stopped: Optional[str] = None
+    pinned: bool = False
+    unusable: Optional[str] = None
+    shares: Optional[str] = None
+    pid: Optional[int] = None
+    port: Optional[int] = None
+    entry: Mapping[str, object] = {}
 
 
 class Pool:
@@ -4494,40 +4510,56 @@ class Pool:
         with self._lock:
             return self._backends.get(model.backend)
 
-    def status_of(self, model: Model) -> Optional[Status]:
-        """Return the model's status; None: a reload has just removed it."""
+    def status(self, model: Model) -> ModelStatus:
+        """Return what the model is doing."""
         with self._lock:
-            scheduled = self._scheduler.models.get(model.backend)
-            return scheduled and self._status(model.name, scheduled, self._clock())
+            return self._status(model)
 
-    def snapshot(self) -> Dict[str, Status]:
-        """Return every model's status; those that share a backend have its status."""
+    def statuses(self, with_memory: bool = False) -> List[ModelStatus]:
+        """Return what every model is doing; its memory too, which reads /proc."""
         with self._lock:
-            now = self._clock()
-            return {
-                name: self._status(name, self._scheduler.models[model.backend], now)
-                for name, model in self.config.models.items()
-                if model.backend in self._scheduler.models
-            }
+            statuses = [self._status(model) for model in self.config.models.values()]
+        if not with_memory:
+            return statuses
+        return [
+            each._replace(
+                rss=self.memory.resident(each.pid), vram=self.memory.on_gpu(each.pid)
+            )
+            if each.pid
+            else each
+            for each in statuses
+        ]
 
-    def _status(self, name, scheduled, now):
+    def _status(self, model):
+        status = ModelStatus(
+            id=model.name,
+            aliases=model.aliases,
+            description=model.settings.description or "",
+            kind=model.kind,
+            pinned=model.settings.pin,
+            unusable=model.problem,
+            shares=None if model.backend == model.name else model.backend,
+        )
+        scheduled = self._scheduler.models.get(model.backend)
+        if scheduled is None:
+            return status
+        now, state = self._clock(), scheduled.state
         backend = self._backends.get(scheduled.name)
-        state = scheduled.state
         is_loading = backend is not None and state is State.LOADING
         unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
         changed_at = scheduled.changed_at
-        return Status(
-            name=name,
-            is_owner=name == scheduled.name,
-            state=state,
-            in_flight=scheduled.in_flight + scheduled.preemptible,
+        return status._replace(
+            state=state.value,
+            seconds=None if changed_at is None else now - changed_at,
+            progress=backend.gauge.progress if is_loading else None,
+            running=scheduled.in_flight + scheduled.preemptible,
             waiting=scheduled.waiting,
-            since=None if changed_at is None else now - changed_at,
             unload_in=None if unload_at == math.inf else max(0.0, unload_at - now),
+            tokens_per_second=self._meters.speeds.get(model.backend),
             failure=scheduled.last_failure,
+            stopped=self._meters.reasons.get(model.backend),
             pid=getattr(backend, "pid", None),
             port=getattr(backend, "port", None),
-            progress=backend.gauge.progress if is_loading else None,
             entry=getattr(backend, "entry", {}),
         )
 
@@ -6894,66 +6926,44 @@ class RepairStream:
 # ==================================================================================
 
 
-class Row(NamedTuple):
-    """One model as people see it at one moment. Times in seconds, memory in bytes.
-
-    `state` is one of State's words, and since `seconds` in it (None: since the start);
-    `progress` of a load goes from 0 to 1, where it is known. `rss` and `vram` are None
-    where they cannot be told. `failure` says why its last run failed, with the last
-    lines that it wrote; `stopped` why it was stopped; `unusable` what is wrong with it
-    in the file. `shares` names the model whose backend it uses, with its state.
-    """
-
-    id: str
-    aliases: Sequence[str] = ()
-    description: str = ""
-    kind: str = "llama-server"
-    state: str = "unloaded"
-    seconds: Optional[float] = None
-    progress: Optional[float] = None
-    rss: Optional[int] = None
-    vram: Optional[int] = None
-    running: int = 0
-    waiting: int = 0
-    unload_in: Optional[float] = None
-    tokens_per_second: Optional[float] = None
-    failure: Optional[str] = None
-    stopped: Optional[str] = None
-    pinned: bool = False
-    unusable: Optional[str] = None
-    shares: Optional[str] = None
-
-
 class StatusReport(NamedTuple):
     """Everything that the page and Prometheus show. `born` is in Unix time."""
 
     version: str
     born: float
-    rows: Sequence[Row]
+    models: Sequence[ModelStatus]
     meters: Metrics
 
 
-def snapshot(facts: StatusReport) -> dict:
+def snapshot(report: StatusReport) -> dict:
     """Return what the page shows, ready for JSON.
 
         {"version": "1.0", "born": 1750000000.0,
          "totals": {"models": 3, "loaded": 1, "running": 2, "waiting": 1,
                     "rss": 5368709120, "vram": null},
-         "models": [{"id": "coder", ...all fields of Row...}, ...]}
+         "models": [{"id": "coder", ...most fields of ModelStatus...}, ...]}
 
     Models that share another's backend are listed, but not counted.
     """
-    own = [row for row in facts.rows if row.shares is None]
+    own = [model for model in report.models if model.shares is None]
     totals = {
-        "models": len(facts.rows),
-        "loaded": sum(row.state == "loaded" for row in own),
-        "running": sum(row.running for row in own),
-        "waiting": sum(row.waiting for row in own),
-        "rss": _total(row.rss for row in own),
-        "vram": _total(row.vram for row in own),
+        "models": len(report.models),
+        "loaded": sum(model.state == "loaded" for model in own),
+        "running": sum(model.running for model in own),
+        "waiting": sum(model.waiting for model in own),
+        "rss": _total(model.rss for model in own),
+        "vram": _total(model.vram for model in own),
     }
-    models = [row._asdict() for row in facts.rows]
-    return dict(version=facts.version, born=facts.born, totals=totals, models=models)
+    models = [_as_shown(model) for model in report.models]
+    return dict(version=report.version, born=report.born, totals=totals, models=models)
+
+
+def _as_shown(model):
+    shown = model._asdict()
+    for name in ("pid", "port", "entry"):
+        del shown[name]
+    shown["failure"] = str(model.failure) if model.failure else None
+    return shown
 
 
 def _total(values):
@@ -7012,7 +7022,7 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metric(NamedTuple):
-    """How Prometheus is told what Metrics, or a Row for gauges, calls `count`."""
+    """How Prometheus is told what Metrics, or ModelStatus for gauges, calls `count`."""
 
     kind: str
     count: str
@@ -7063,10 +7073,10 @@ METRICS = (
 )  # fmt: skip
 
 
-def metrics_text(facts: StatusReport) -> str:
+def metrics_text(report: StatusReport) -> str:
     """Return everything in Prometheus' text format, version 0.0.4."""
     lines = []
-    for kind, name, text, samples in (*_about_us(facts), *_about_models(facts)):
+    for kind, name, text, samples in (*_about_us(report), *_about_models(report)):
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
         for suffix, labels, number in samples:
             pairs = [f'{label}="{_escaped(value)}"' for label, value in labels.items()]
@@ -7075,33 +7085,33 @@ def metrics_text(facts: StatusReport) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _about_us(facts):
+def _about_us(report):
     """Yield kind, name, text and samples of metrics; a sample has a suffix of the name,
     labels, and a number or None."""
-    build = {"version": facts.version, "python": "{}.{}.{}".format(*sys.version_info)}
+    build = {"version": report.version, "python": "{}.{}.{}".format(*sys.version_info)}
     yield "gauge", "llmswap_build_info", "What runs here.", [("", build, 1)]
     busy, held = time.process_time(), memory_of(os.getpid()).get("VmRSS")
     for kind, name, text, number in (
-        ("gauge", "start_time_seconds", "Start, in Unix time.", facts.born),
+        ("gauge", "start_time_seconds", "Start, in Unix time.", report.born),
         ("counter", "cpu_seconds_total", "CPU time of llmswap itself.", busy),
         ("gauge", "resident_memory_bytes", "Memory of llmswap itself.", held),
     ):
         yield kind, f"process_{name}", text, [("", {}, number)]
 
 
-def _about_models(facts):
-    own = [row for row in facts.rows if row.shares is None]
+def _about_models(report):
+    own = [model for model in report.models if model.shares is None]
     yield "gauge", "llmswap_model_state", "1 for its state.", [
-        ("", {"model": row.id, "state": state.value}, int(row.state == state.value))
-        for row in own
+        ("", {"model": model.id, "state": state.value}, int(model.state == state.value))
+        for model in own
         for state in State
     ]
     counts = collections.defaultdict(list)
-    for (count, *labels), value in sorted(facts.meters.counts.items(), key=repr):
+    for (count, *labels), value in sorted(report.meters.counts.items(), key=repr):
         counts[count].append((labels, value))
     for kind, count, name, text, labels in METRICS:
         if kind == "gauge":
-            told = [("", {"model": row.id}, getattr(row, count)) for row in own]
+            told = [("", {"model": model.id}, getattr(model, count)) for model in own]
         elif kind == "counter":
             given = counts[count] or ([] if labels else [((), 0)])
             told = [("", dict(zip(labels, values)), n) for values, n in given]
@@ -8295,7 +8305,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if revision == seen and time.monotonic() < again_at:
                 return None
             seen, report = revision, self._status_report()
-            is_busy = any(row.state != "unloaded" for row in report.rows)
+            is_busy = any(model.state != "unloaded" for model in report.models)
             again_at = time.monotonic() + 2.0 if is_busy else math.inf
             return snapshot(report)
 
@@ -8309,39 +8319,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send(200, [("content-type", METRICS_TYPE)], text.encode())
 
     def _status_report(self):
-        statuses, meters = self.pool.snapshot(), self.pool.meters()
-        rows = [
-            self._row(model, statuses.get(model.name), meters)
-            for model in self.pool.config.models.values()
-        ]
-        return StatusReport(VERSION, self.server.born, rows, meters)
-
-    def _row(self, model, status, meters):
-        row = Row(
-            id=model.name,
-            aliases=model.aliases,
-            description=model.settings.description or "",
-            kind=model.kind,
-            pinned=model.settings.pin,
-            unusable=model.problem,
-            shares=None if model.backend == model.name else model.backend,
-        )
-        if status is None:
-            return row
-        memory, failure = self.pool.memory, status.failure
-        return row._replace(
-            state=status.state.value,
-            seconds=status.since,
-            progress=status.progress,
-            rss=memory.resident(status.pid) if status.pid else None,
-            vram=memory.on_gpu(status.pid) if status.pid else None,
-            running=status.in_flight,
-            waiting=status.waiting,
-            unload_in=status.unload_in,
-            tokens_per_second=meters.speeds.get(model.backend),
-            failure=str(failure) if failure else None,
-            stopped=meters.reasons.get(model.backend),
-        )
+        models = self.pool.statuses(with_memory=True)
+        return StatusReport(VERSION, self.server.born, models, self.pool.meters())
 
     def get_health(self):
         self._send_json({"status": "ok", "server": "llmswap", **self.pool.counts()})
@@ -8351,28 +8330,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._check_not_from_a_page()
             self.server.reload()
             self.config = self.pool.config
-        statuses = self.pool.snapshot()
+        config = self.pool.config
         entries = [
-            self._model_entry(model, statuses.get(model.name))
-            for model in self.config.models.values()
-            if not model.settings.unlisted
+            self._model_entry(config.models[status.id], status)
+            for status in self.pool.statuses()
+            if status.id in config.models
+            and not config.models[status.id].settings.unlisted
         ]
         self._send_json({"object": "list", "data": entries})
 
     def get_model(self, name):
         model = self._resolve(percent_decoded(name))
-        self._send_json(self._model_entry(model, self.pool.snapshot().get(model.name)))
+        self._send_json(self._model_entry(model, self.pool.status(model)))
 
     def _model_entry(self, model, status):
-        state = status.state.value if status else "unloaded"
         shown = {
-            "value": "loaded" if state == "unloading" else state,
+            "value": "loaded" if status.state == "unloading" else status.state,
             "args": self._shown_command(model, status),
         }
-        failure = status.failure if status else None
-        problem = model.problem or failure
-        if problem and state == "unloaded":
-            code = exit_code_of(failure) if failure else 1
+        problem = model.problem or status.failure
+        if problem and status.state == "unloaded":
+            code = exit_code_of(status.failure) if status.failure else 1
             shown.update(failed=True, exit_code=code, error=str(problem))
         entry = {
             "id": model.name,
@@ -8384,13 +8362,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         }
         if model.settings.description:
             entry["description"] = model.settings.description
-        for key, value in {"meta": {}, **(status.entry if status else {})}.items():
-            entry.setdefault(key, value)
-        return entry
+        return {"meta": {}, **status.entry, **entry}
 
     def _shown_command(self, model, status):
         owner = self.config.owner_of(model)
-        port = str(status.port) if status and status.port else "${PORT}"
+        port = str(status.port) if status.port else "${PORT}"
         try:
             return mask_secrets(owner.command(table_of(owner), port))
         except ConfigError:
@@ -8431,18 +8407,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_running(self):
         words = {"loading": "starting", "loaded": "ready", "unloading": "stopping"}
         running = []
-        for name, status in self.pool.snapshot().items():
-            model = self.config.models.get(name)
-            if model is None or status.state is State.UNLOADED or not status.is_owner:
+        for status in self.pool.statuses():
+            model = self.config.models.get(status.id)
+            if model is None or status.state == "unloaded" or status.shares:
                 continue
             running.append(
                 {
-                    "model": name,
-                    "state": words.get(status.state.value, status.state.value),
+                    "model": status.id,
+                    "state": words.get(status.state, status.state),
                     "cmd": shlex.join(self._shown_command(model, status)),
                     "proxy": model.url(str(status.port)),
                     "ttl": int(model.settings.idle_timeout),
-                    "name": name,
+                    "name": status.id,
                     "description": model.settings.description,
                 }
             )
@@ -8615,13 +8591,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             yield _as_event({**chunk, "choices": [choice]})
 
     def _loading_text(self, model):
-        status = self.pool.status_of(model)
-        if status is None or status.state is State.LOADED:
+        status = self.pool.status(model)
+        if status.state == "loaded":
             return ""
-        if status.state is not State.LOADING:
+        if status.state != "loading":
             return f"waiting for room for {model.name}"
         if status.progress is None:
-            return f"loading {model.name}, {status.since:.0f} s"
+            return f"loading {model.name}, {status.seconds:.0f} s"
         return f"loading {model.name}{percent(status.progress)}"
 
     def _upstream_request(self, model, target, info):
@@ -9286,9 +9262,9 @@ class SystemdNotifier:
 def status_line(pool: Pool) -> str:
     """Return in one line what is loaded, or about to be."""
     held = [
-        f"{name} {status.state.value}{percent(status.progress)[1:]}"
-        for name, status in pool.snapshot().items()
-        if status.state is not State.UNLOADED and status.is_owner
+        f"{status.id} {status.state}{percent(status.progress)[1:]}"
+        for status in pool.statuses()
+        if status.state != "unloaded" and not status.shares
     ]
     return ", ".join(held) or "nothing is loaded"
 

@@ -4557,7 +4557,7 @@ class PoolStage:
         return eventually(found)[number]
 
     def state(self, name):
-        return self.pool.snapshot()[name].state.value
+        return self.pool.status(self.pool.config.models[name]).state
 
     def busy(self, name):
         """Load the model and leave one request in flight."""
@@ -4620,7 +4620,7 @@ def test_a_failed_load_refuses_every_waiting_request(stage):
     waiting = [stage.ask("a") for _ in range(3)]
     stage.backend("a").end(llmswap.LoadFailed("no luck"))
     assert {str(request.refused()) for request in waiting} == {"no luck"}
-    assert stage.pool.snapshot()["a"].failure is waiting[0].problem
+    assert stage.pool.statuses()[0].failure is waiting[0].problem
 
 
 def test_a_crash_between_ready_and_the_first_byte_frees_the_lease(stage):
@@ -4678,7 +4678,7 @@ def test_a_reload_removes_replaces_and_keeps(stage):
     for request in requests.values():
         request.end()
     assert [backend.is_stopping for backend in stage.backends] == [False, True, True]
-    assert set(stage.pool.snapshot()) == {"a", "b"}
+    assert {each.id for each in stage.pool.statuses()} == {"a", "b"}
     stage.backend("c").end()
     stage.backend("b").end()
     assert stage.backend("b", 1).model.settings.cmd == "true 2 ${PORT}"
@@ -11089,7 +11089,7 @@ def test_metrics_without_models_are_well_formed():
 
 
 def test_labels_are_escaped():
-    row = llmswap.Row('a"b\\c\nd\x1b\x9be')
+    row = llmswap.ModelStatus('a"b\\c\nd\x1b\x9be')
     found = metrics_of(llmswap.metrics_text(facts(row)))
     assert found["llmswap_requests_queued", "model", r"a\"b\\c\nd\\x1b\\x9be"] == 0
 
@@ -11099,7 +11099,7 @@ def test_requests_are_counted_by_model_and_status():
     meters.count_request("a", 200, 0.3, 0.004, 7, 20, 300, 1000)
     meters.count_request("a", 200, 700.0, 0.0, 1, 2, 3, 10)
     meters.count_request("a", 503, 0.0)
-    found = metrics_of(llmswap.metrics_text(facts(llmswap.Row("a"), meters=meters)))
+    found = metrics_of(llmswap.metrics_text(facts(llmswap.ModelStatus("a"), meters=meters)))
     assert found["llmswap_requests_total", "model", "a", "status", "200"] == 2
     assert found["llmswap_requests_total", "model", "a", "status", "503"] == 1
     assert found["llmswap_prompt_tokens_total", "model", "a"] == 8
@@ -11135,7 +11135,7 @@ def test_a_swap_is_a_load_for_which_others_were_evicted():
 
 
 def test_models_that_share_a_backend_are_counted_once():
-    own = llmswap.Row("a", state="loaded", rss=10, running=1)
+    own = llmswap.ModelStatus("a", state="loaded", rss=10, running=1)
     twins = [own._replace(id=name, shares="a") for name in "bc"]
     totals = llmswap.snapshot(facts(own, *twins))["totals"]
     assert totals == {
