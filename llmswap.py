@@ -3259,7 +3259,14 @@ class ProcessBackend(Backend):
                 self._sleep_look = time.monotonic() + self._sleep_seconds
 
     def _watch_process(self, process):
-        """Read its output until it has ended; runs on a thread of its own."""
+        """Wait until it has ended and its output is read, on a thread of its own."""
+        try:
+            self._read_output(process)
+        finally:
+            self._exited.set()
+            self._wakeup.set()
+
+    def _read_output(self, process):
         output, rest = process.stdout.fileno(), b""
         os.set_blocking(output, False)
         poll = select.poll()
@@ -3292,8 +3299,6 @@ class ProcessBackend(Backend):
             self._take_lines(rest + b"\n")
         if exit_fd is not None:
             os.close(exit_fd)
-        self._exited.set()
-        self._wakeup.set()
 
     def _take_lines(self, data):
         """Pass whole lines on; return what is left."""
@@ -3344,9 +3349,13 @@ class ProcessBackend(Backend):
             return
         self.upstream.close()
         has_grace = self._is_ready and not self._is_unresponsive
-        if not self._exited.is_set() and (has_grace or self.model.settings.cmd_stop):
-            self._ask_to_exit()
-        self._reap()
+        try:
+            if not self._exited.is_set() and (
+                has_grace or self.model.settings.cmd_stop
+            ):
+                self._ask_to_exit()
+        finally:
+            self._reap()
 
     def _ask_to_exit(self):
         """Run the stop command or send SIGTERM, and wait for the stop timeout."""
