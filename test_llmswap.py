@@ -3759,7 +3759,7 @@ def test_a_load_that_goes_on_in_silence_is_not_given_up(
 def test_a_page_read_now_and_then_is_no_progress(begin, monkeypatch):
     monkeypatch.setattr(llmswap, "ACTIVITY_INTERVAL", 0.05)
     pages = itertools.count(0, 4096)
-    monkeypatch.setattr(llmswap, "disk_reads_of", lambda pid: next(pages))
+    monkeypatch.setattr(llmswap, "_kernel_counts", lambda *_: next(pages))
     life = begin("--load-hang", load_timeout=0.3)
     assert "no sign of progress for 0.3 s" in str(life.exited())
 
