@@ -51,6 +51,7 @@ import hmac
 import http
 import http.client
 import http.server
+import io
 import itertools
 import json
 import math
@@ -70,6 +71,7 @@ import textwrap
 import threading
 import time
 import traceback
+import types
 import urllib.parse
 from collections import namedtuple
 from stat import S_ISSOCK
@@ -2375,7 +2377,8 @@ BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", None)  # runs on while the machine 
 class Upstream:
     """Where a backend listens, and the connections to it. Any thread may call.
 
-    The sockets block for TICK at most, then raise BlockingIOError (TLS: TimeoutError).
+    The sockets block for POLL_INTERVAL at most, then raise BlockingIOError, or with TLS
+    TimeoutError.
     What was kept while the machine was suspended is not used again.
     """
 
@@ -2422,18 +2425,12 @@ class Upstream:
     def _has_slept(self):
         return suspended_seconds() > self._suspended + 1.0
 
-    def control_connection(self, timeout: float) -> http.client.HTTPConnection:
+    def control_socket(self, timeout: float) -> socket.socket:
         """Return a new connection for a control request. Raise OSError."""
-        if self.is_tls:
-            connection = http.client.HTTPSConnection(
-                self.host, self.port, timeout=timeout, context=_tls_context()
-            )
-        else:
-            connection = http.client.HTTPConnection(
-                self.host, self.port, timeout=timeout
-            )
-        connection.connect()
-        return connection
+        sock = socket.create_connection((self.host, self.port), timeout=timeout)
+        if not self.is_tls:
+            return sock
+        return _tls_context().wrap_socket(sock, server_hostname=self.host)
 
     def connect(self) -> Tuple[socket.socket, bool]:
         """Return a connection and whether it was used before. Raise OSError."""
@@ -2506,7 +2503,7 @@ class Upstream:
 
 
 def set_socket_timeouts(sock: socket.socket):
-    """Make the socket block for TICK at most: cheaper than a poll before each read."""
+    """Let the socket block for POLL_INTERVAL at most, without a poll for each read."""
     sock.settimeout(None)
     interval = struct.pack("ll", 0, int(POLL_INTERVAL * 1e6))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
@@ -2575,8 +2572,6 @@ ulimit -Sn "$2"
 shift 2
 exec "$@" </dev/null
 """
-
-
 
 
 OUR_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # before we raise it
@@ -2755,6 +2750,7 @@ SLEEP_OPTION = "--sleep-idle-seconds"
 SLEEP_SLACK = 1.5  # s; a llama-server looks once a second whether it may sleep
 SLEEP_POLL = 30.0  # s, between looks at a llama-server that put itself to sleep
 WAKE_REQUEST = ("GET", "/lora-adapters")  # the cheapest one that wakes a llama-server
+MAX_CONTROL_ANSWER = 1 << 22  # bytes
 
 
 class Probe(NamedTuple):
@@ -2783,6 +2779,26 @@ class Probe(NamedTuple):
         if self.error is None:
             return f"it answers {self.status}"
         return "no answer in time" if self.timed_out else str(self.error)
+
+
+def exchange(sock: socket.socket, request: bytes, deadline: float, wants_body: bool):
+    """Send a request and return a Probe with the answer's status, and its body if that
+    is wanted. Raise OSError, HTTPException; TimeoutError if it is not there in time."""
+    sock.settimeout(max(0.001, deadline - time.monotonic()))
+    sock.sendall(request)
+    answer = b""
+    while wants_body or b"\r\n\r\n" not in answer:
+        sock.settimeout(max(0.001, deadline - time.monotonic()))
+        piece = sock.recv(65536)
+        if not piece or len(answer) > MAX_CONTROL_ANSWER:
+            break
+        if time.monotonic() >= deadline:
+            raise TimeoutError
+        answer += piece
+    received = types.SimpleNamespace(makefile=lambda _: io.BytesIO(answer))
+    response = http.client.HTTPResponse(received)
+    response.begin()
+    return Probe(response.status, response.read() if wants_body else b"")
 
 
 class Backend:
@@ -2912,8 +2928,9 @@ class Backend:
     def _supervise(self):
         """Do what is asked of it until it ends; False if it did not wake up."""
         while self._is_alive():
-            action, self._pending_action = self._pending_action, None
+            action = self._pending_action
             if action:
+                self._pending_action = None  # only now: one set meanwhile must not go
                 if action() is False:
                     return self._is_stop_asked
             elif self._silent_since is not None:
@@ -2957,41 +2974,42 @@ class Backend:
             with contextlib.suppress(OSError, ValueError):
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
-    def _probe(self, timeout, request=None, check_listener=None, body_limit=0):
+    def _probe(self, timeout, request=None, check_listener=None, wants_body=False):
         """Send a control request, a health check if none is given; return a Probe.
 
-        It waits for the connection at most CONNECT_TIMEOUT, and for each step after
-        that at most `timeout`. `stop` ends a wait of the backend's own thread.
+        It takes `timeout` at most, and CONNECT_TIMEOUT until it is connected. `stop`
+        and the end of the backend also end a probe of the backend's own thread.
         """
         method, path = request or ("GET", self.model.settings.check_endpoint)
-        key = self.model.settings.proxy_key
-        headers = {"Connection": "close"}
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        connection, is_own = None, threading.current_thread() is self._thread
+        deadline = time.monotonic() + timeout
+        sock, is_own = None, threading.current_thread() is self._thread
         try:
-            connect_timeout = min(timeout, CONNECT_TIMEOUT)
-            connection = self.upstream.control_connection(connect_timeout)
+            sock = self.upstream.control_socket(min(timeout, CONNECT_TIMEOUT))
             if check_listener and not check_listener():
                 raise ConnectionRefusedError("another process answers there")
             if path is None:
                 return Probe(200)
-            connection.sock.settimeout(max(0.001, timeout))
             if is_own:
-                self._probe_socket = connection.sock
-                if self._is_stop_asked:
-                    raise InterruptedError("it is being stopped")
-            target = self.upstream.base_path + path
-            connection.request(method, target, headers=headers)
-            answer = connection.getresponse()
-            return Probe(answer.status, answer.read(body_limit) if body_limit else b"")
+                self._probe_socket = sock
+                if not self._is_alive():
+                    raise InterruptedError("it has ended, or is being stopped")
+            head = self._control_head(method, self.upstream.base_path + path)
+            return exchange(sock, head, deadline, wants_body)
         except (OSError, ValueError, http.client.HTTPException) as error:
             return Probe(error=error)
         finally:
             if is_own:
                 self._probe_socket = None
-            if connection:
-                connection.close()
+            if sock:
+                sock.close()
+
+    def _control_head(self, method, target):
+        lines = [f"{method} {target} HTTP/1.1", f"Host: {self.upstream.authority}"]
+        if self.model.settings.proxy_key:
+            lines.append(f"Authorization: Bearer {self.model.settings.proxy_key}")
+        if method != "GET":
+            lines.append("Content-Length: 0")
+        return "\r\n".join([*lines, "Connection: close", "", ""]).encode()
 
     def _ask_now(self, timeout):
         """Check its health once, from any thread; OSError if no descriptor is left."""
@@ -3014,8 +3032,8 @@ class Backend:
             timeout = min(HEALTH_TIMEOUT, self._progress_at + limit - asked_at)
             check_listener = self._is_listener_ours if is_load else None
             probe = self._probe(max(0.001, timeout), None, check_listener)
-            if probe.ok:
-                return True
+            if probe.ok:  # a head that `stop` cut short may look whole
+                return self._is_alive()
             if type(probe.error).__name__ == "SSLCertVerificationError":
                 raise LoadFailed(f"{self._title} is not to be trusted: {probe.reason}")
             if is_load:
@@ -3092,7 +3110,7 @@ class Backend:
 
     def _fetch_entry(self):
         """Return what its own /v1/models says of its first model, or {}."""
-        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models"), None, 1 << 22)
+        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models"), wants_body=True)
         try:
             entry = json.loads(probe.body)["data"][0] if probe.ok else {}
         except (LookupError, RecursionError, TypeError, ValueError):
@@ -3137,7 +3155,7 @@ class Backend:
         if not self._is_asleep and idle < self._sleep_seconds:
             self._sleep_look = now + self._sleep_seconds - max(0.0, idle)
             return
-        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/props"), None, 1 << 22)
+        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/props"), wants_body=True)
         found = re.search(rb'"is_sleeping"\s*:\s*(true|false)', probe.body)
         was_asleep = self._is_asleep
         self._is_asleep = bool(found) and found[1] == b"true"
@@ -3239,10 +3257,11 @@ class ProcessBackend(Backend):
             self._monitor.start()
         except RuntimeError:  # no more threads can be started
             self._kill_group()
-            process.wait()
-            process.stdout.close()
             self._guard.forget(self.pid)
-            self._process = None
+            with self._lock:
+                process.wait()
+                self._process = None
+            process.stdout.close()
             raise
         if self._is_stop_asked:  # `stop` may have come before there was a process
             self.stop(self._is_kill_asked)
@@ -3261,7 +3280,7 @@ class ProcessBackend(Backend):
             self._read_output(process)
         finally:
             self._exited.set()
-            self._wakeup.set()
+            self._interrupt()  # its workers may hold the socket of a probe open
 
     def _read_output(self, process):
         output, rest = process.stdout.fileno(), b""
@@ -3745,14 +3764,19 @@ class UnitBackend(Backend):
         self.pid = int(found.get("MainPID") or 0) or None
         self._owns_listener = self._was_visible = False
         self._look_at = time.monotonic() + ACTIVITY_INTERVAL
-        with contextlib.suppress(OSError, AttributeError):
+        fds = []
+        try:
             if self.pid:
-                self._exit_fd = os.pidfd_open(self.pid)
+                fds.append(os.pidfd_open(self.pid))
+                fds.append(os.dup(fds[0]))
                 watch = threading.Thread(
-                    target=self._await_exit, args=(os.dup(self._exit_fd), self.pid)
+                    target=self._await_exit, args=(fds[1], self.pid), daemon=True
                 )
-                watch.daemon = True
                 watch.start()
+                self._exit_fd = fds[0]
+        except (AttributeError, OSError, RuntimeError):
+            for fd in fds:  # not Linux, or out of descriptors or threads: it is polled
+                os.close(fd)
 
     def _await_exit(self, fd, pid):
         poll = select.poll()
@@ -3761,7 +3785,7 @@ class UnitBackend(Backend):
         os.close(fd)
         if pid == self.pid:
             self._has_exited = True
-        self._wakeup.set()
+            self._interrupt()
 
     def _unfollow(self):
         if self._exit_fd is not None:
@@ -3981,6 +4005,7 @@ class RemoteBackend(Backend):
 
     def _abandon(self):
         """It did not wake up: perhaps its machine sleeps, too, and can be woken."""
+        self._is_lost = False
         if self._probe(HEALTH_TIMEOUT).ok:
             raise LoadFailed(f"{self._title} did not wake up")
 

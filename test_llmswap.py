@@ -4012,6 +4012,59 @@ def test_a_health_check_that_nobody_answers_is_repeated(begin, monkeypatch, tmp_
     begin(cmd=f"{sys.executable} -S {tmp_path}/deaf.py ${{PORT}}").loaded()
 
 
+LEAVER = """\
+import os, socket, sys, time
+server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+while True:
+    client, _ = server.accept()
+    request = client.recv(999)
+    if request.startswith(sys.argv[2].encode()):
+        if os.fork():
+            time.sleep(0.2)
+            os._exit(3)
+        time.sleep(60)
+    client.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 0\\r\\n\\r\\n")
+    client.close()
+"""
+
+
+@pytest.mark.parametrize("request_line", ["GET /health", "POST /wake_up"])
+def test_an_exit_ends_a_probe_whose_socket_a_worker_holds_open(
+    begin, tmp_path, request_line
+):
+    (tmp_path / "leaver.py").write_text(LEAVER)
+    command = f"{sys.executable} -S {tmp_path}/leaver.py ${{PORT}} '{request_line}'"
+    watched = begin(cmd=command, sleep="POST /sleep", wake="POST /wake_up")
+    began = time.monotonic()
+    if request_line == "GET /health":
+        assert "status 3" in str(watched.exited())
+    else:
+        watched.loaded().wake()
+        began = time.monotonic()
+        watched.loaded()  # it is started anew
+    assert time.monotonic() < began + 3
+
+
+def test_a_health_answer_that_drips_is_no_answer(begin, tmp_path):
+    text = """
+import socket, sys, time
+server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+while True:
+    client, _ = server.accept()
+    client.recv(999)
+    client.sendall(b"HTTP/1.1 200 OK\\r\\nX: ")
+    try:
+        while True:
+            client.sendall(b"x")
+            time.sleep(0.05)
+    except OSError:
+        pass
+"""
+    (tmp_path / "drip.py").write_text(text)
+    command = f"{sys.executable} -S {tmp_path}/drip.py ${{PORT}}"
+    assert "no sign of progress" in str(begin(cmd=command, load_timeout=0.4).exited())
+
+
 STRANGER = """\
 import socket, sys
 server = socket.create_server(("127.0.0.1", int(sys.stdin.readline())))
@@ -4149,14 +4202,14 @@ def test_a_backend_may_listen_anew(begin, tmp_path):
 def test_a_port_lost_within_a_moment_is_found_out_at_the_exit(
     begin, tmp_path, first_port, monkeypatch
 ):
-    connect = llmswap.Upstream.control_connection
+    connect = llmswap.Upstream.control_socket
 
-    def control_connection(upstream, timeout):
+    def control_socket(upstream, timeout):
         if upstream.port == first_port:
             raise ConnectionRefusedError
         return connect(upstream, timeout)
 
-    monkeypatch.setattr(llmswap.Upstream, "control_connection", control_connection)
+    monkeypatch.setattr(llmswap.Upstream, "control_socket", control_socket)
     stranger = Stranger(first_port)  # whom no health check sees
     watched = begin(cmd=fake_command())
     assert watched.loaded().port != first_port
@@ -5879,7 +5932,7 @@ def test_a_server_that_may_put_itself_to_sleep_is_asked_only_when_it_is_time():
     backend = llmswap.Backend(SimpleNamespace(name="m"), upstream)
     backend.on_slept = lambda _: told.append("slept")
     backend.on_loaded = lambda _: told.append("loaded")
-    backend._probe = lambda *_: asked.append(0) or llmswap.Probe(200, answers.pop(0))
+    backend._probe = lambda *_, **__: asked.append(0) or llmswap.Probe(200, answers.pop(0))
     backend._sleep_seconds = 60.0
 
     def look(is_busy, used_at, is_time=True):
@@ -13803,7 +13856,8 @@ class FakeServer:
             os._exit(1)
         if not self.flags.canned:
             threading.Thread(target=self._accept, daemon=True).start()
-        port = self.listener.getsockname()[1]
+        with contextlib.suppress(OSError):  # an order may have closed it already
+            port = self.listener.getsockname()[1]
         self.say(f"main: server is listening on http://{host}:{port}")
 
     def _load(self):
@@ -15474,9 +15528,9 @@ binary gone    | sleeping  | 200                      |                      | l
 binary gone    | unloading | 502: does not exist      | does not exist       | unloaded
 disk full      | queued    | 200                      |                      | loaded
 disk full      | loading   | 200                      |                      | loaded
-disk full      | idle      | 500: temporary file      |                      | loaded
+disk full      | idle      | 200                      |                      | loaded
 disk full      | busy      | 200                      |                      | loaded
-disk full      | sleeping  | 500: temporary file      |                      | sleeping
+disk full      | sleeping  | 200                      |                      | loaded
 disk full      | unloading | 200                      |                      | loaded
 fork fails     | queued    | 502: start new thread    | start new thread     | unloaded
 fork fails     | loading   | 200                      |                      | loaded
