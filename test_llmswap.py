@@ -10210,7 +10210,7 @@ def test_what_is_said_again_and_again_is_written_once():
     code = (
         "import llmswap; log = llmswap.Log()\n"
         "for text in 'xyyyx': log('error', text)\n"
-        "log.flush()"
+        "log.close()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -11414,8 +11414,8 @@ def test_the_page_shows_a_change_by_itself(browser):
         server.post(CHAT, {"model": "bad"})
         browser.until(shown(row("bad", ".why"), "exited with status 3"))
         browser.until(shown(row("a", ".state"), "evicted for bad"))
-        assert browser.value(row("a", "dl") + ".children.length") == 0
-        assert browser.value("$('said').textContent") == "bad failed"  # read aloud
+        assert browser.value(row("a", "dl") + ".innerText") == ""
+        assert browser.value("$('live-region').textContent") == "bad failed"  # read aloud
         server.reload(PAGE_MODELS.replace("[b]\ncmd = FAKE\n", ""))
         browser.until(f"!{row('b')}")
         assert browser.complaints == []
@@ -11469,14 +11469,14 @@ def test_an_answer_streams_into_the_page_and_can_be_stopped(browser):
         browser.press("Enter")
         reply = "document.querySelector('#reply')"
         browser.until(shown(reply, "word1"))
-        browser.until(shown("document.querySelector('#pace')", "tokens"))
+        browser.until(shown("document.querySelector('#stats')", "tokens"))
         slow = {"tokens": 1000, "interval": 0.02}
         server_slow(browser, slow)
         browser.press("Enter")
         browser.until(shown(reply, "word9"))
         assert browser.value("$('send').innerText") == "Stop"
         browser.click("$('send')")
-        browser.until(shown("document.querySelector('#pace')", "stopped"))
+        browser.until(shown("document.querySelector('#stats')", "stopped"))
         assert browser.value("$('send').innerText") == "Send"
         eventually(lambda: server.get("/health").json()["requests"] == 0)
         assert browser.complaints == []
@@ -11499,7 +11499,7 @@ def test_a_failure_answers_the_prompt_with_its_reason(browser):
         browser.value(row("bad", "[data-do=prompt]") + ".click()")
         browser.type("hello")
         browser.press("Enter")
-        broken = "document.querySelector('#broken')"
+        broken = "document.querySelector('#error')"
         browser.until(shown(broken, "exited with status 3"))
 
 
@@ -11519,7 +11519,7 @@ def test_a_log_is_followed(browser):
         browser.press("Escape")
         browser.until("document.querySelector('#log').hidden")
         where = (
-            "opener.isConnected, opener.checkVisibility(), document.hasFocus(), news"
+            "returnFocusTo.isConnected, document.hasFocus()"
         )
         told = browser.value(f"[document.activeElement.innerText, {where}]")
         assert told[0] == "Log", told
@@ -11560,7 +11560,7 @@ def test_forty_models_and_none_fit_any_width(browser, count):
             assert browser.value("document.documentElement.scrollWidth") <= width
             seen = "[...document.querySelectorAll('main li')].length"
             assert browser.value(seen) == count
-            assert browser.value("!$('find').hidden") == bool(count)
+            assert browser.value("!$('search').hidden") == bool(count)
             assert browser.complaints == []
 
 
@@ -12368,7 +12368,7 @@ def test_it_leaves_if_nothing_was_loaded_or_asked_for_long(
     )
     program.pool = SimpleNamespace(inactive_since=ago(models), close=lambda _: None)
     told = []
-    program._manager = SimpleNamespace(tell=told.append)
+    program._notifier = SimpleNamespace(notify=told.append)
     assert program._try_idle_exit() is may_leave
     assert told == ["STOPPING=1"] * may_leave
 
@@ -12494,7 +12494,7 @@ def test_the_watchdog_hears_of_a_living_pool_only(tmp_path, monkeypatch):
     pool.start()
     is_deaf = threading.Event()
     what = (pool, lambda: not is_deaf.is_set())
-    threading.Thread(target=manager.subscribe, args=what, daemon=True).start()
+    threading.Thread(target=manager.watch, args=what, daemon=True).start()
     assert all(
         "WATCHDOG=1" in lines for lines in systemd.until("STATUS=nothing is loaded")
     )
@@ -12526,7 +12526,7 @@ def test_systemd_may_listen_at_an_abstract_address():
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(f"\0{name}")
         systemd.settimeout(5)
-        llmswap.SystemdNotifier({"NOTIFY_SOCKET": f"@{name}"}).tell("A=1", "B=2")
+        llmswap.SystemdNotifier({"NOTIFY_SOCKET": f"@{name}"}).notify("A=1", "B=2")
         assert systemd.recv(99) == b"A=1\nB=2"
 
 
@@ -12541,7 +12541,7 @@ def test_lines_for_the_journal_carry_their_priority():
     stream = f"{status.st_dev}:{status.st_ino}"
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); import llmswap;"
-        "log = llmswap.Log(); log('error', 'one\\ntwo'); log('info', 'x'); log.flush()"
+        "log = llmswap.Log(); log('error', 'one\\ntwo'); log('info', 'x'); log.close()"
     )
     subprocess.run(
         [sys.executable, "-c", program, str(Path(LLMSWAP).parent)],
