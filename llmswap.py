@@ -9722,6 +9722,7 @@ class Application:
         """End the requests in flight and all backends; a second signal kills them."""
         self.log("info", "ending; requests in flight may end first")
         self._notifier.notify("STOPPING=1", EXTEND_TIMEOUT)
+        addresses = [listener.getsockname() for listener in self.server.sockets]
         self.server.stop()
         self._start_thread(self._close)
         while (number := self._next_signal(EXTEND_EVERY)) != 0:
@@ -9730,7 +9731,7 @@ class Application:
             self._notifier.notify(EXTEND_TIMEOUT)
         self.log("info", "ended")
         self.log.close()
-        for address in self._config.settings.listen:
+        for address in addresses:
             if isinstance(address, str) and not self._is_activated:
                 with contextlib.suppress(OSError):
                     os.unlink(address)

@@ -4897,7 +4897,7 @@ stop-timeout = 20
 def ask_later(server, model):
     """Send a chat request and leave its answer alone."""
     client = server.connect()
-    client.send("POST", "/v1/chat/completions", chat_body(model))
+    client.send("POST", CHAT, chat_body(model))
     return client
 
 
@@ -4912,33 +4912,28 @@ def assert_all_gone(server):
     eventually(lambda: not family(server.token), 2.5)
 
 
-def test_sigkill_leaves_nothing_of_any_group():
-    with Llmswap(MANY) as server:
-        ask_later(server, "loading")
-        assert server.chat("still").status == server.chat("stopping").status == 200
-        server.post("/models/unload", {"model": "stopping"})
-        eventually(lambda: server.journal("term", "stopping"))
-        eventually(lambda: server.journal("grandchild", "loading"))
-        eventually(lambda: len(family(server.token)) == 8)
-        server.kill()
-        assert_all_gone(server)
-
-
 KILLS = int(os.environ.get("KILLS", 2))  # 50 takes most of a minute
 KILL_MOMENTS = [0.001, *(random.uniform(0, 1.5 / 50 * KILLS) for _ in range(KILLS - 1))]
 
 
-@pytest.mark.parametrize("moment", KILL_MOMENTS, ids=range(KILLS))
-def test_sigkill_at_any_moment_leaves_nothing(moment):
+@pytest.mark.parametrize("moment", [None, *KILL_MOMENTS], ids=range(KILLS + 1))
+def test_sigkill_at_any_moment_leaves_nothing_of_any_group(moment):
     with Llmswap(MANY) as server:
         for model in ("still", "loading", "stopping"):
             ask_later(server, model)
-        threading.Event().wait(moment)
+        if moment is None:  # each model in the state that its name says
+            eventually(lambda: server.journal("grandchild", "loading"))
+            assert server.chat("still").status == server.chat("stopping").status == 200
+            server.post("/models/unload", {"model": "stopping"})
+            eventually(lambda: server.journal("term", "stopping"))
+            eventually(lambda: len(family(server.token)) == 8)
+        else:
+            threading.Event().wait(moment)
         server.kill()
         assert_all_gone(server)
 
 
-def test_a_killed_guard_is_replaced_and_knows_every_group_when_we_are_killed():
+def test_a_killed_guard_is_replaced_and_knows_every_group():
     with Llmswap(MANY) as server:
         ask_later(server, "loading")
         assert server.chat("still").status == 200
@@ -4953,6 +4948,9 @@ def test_a_killed_guard_is_replaced_and_knows_every_group_when_we_are_killed():
         assert_all_gone(server)
 
 
+# ---- signals
+
+
 def test_sigterm_lets_requests_end_and_refuses_the_queue():
     text = "[a]\ncmd = FAKE --model a --grandchild\n[b]\ncmd = FAKE --model b\n"
     with Llmswap(text) as server:
@@ -4960,25 +4958,13 @@ def test_sigterm_lets_requests_end_and_refuses_the_queue():
         waiting = ask_later(server, "b")
         eventually(lambda: server.get("/health").json().get("queued"))
         server.process.terminate()
+        eventually(lambda: "ending" in server.log())
+        server.process.send_signal(signal.SIGHUP)  # which is no second signal
         refusal = waiting.answer()
         assert refusal.status == 503 and "retry-after" in refusal.headers
         assert "word19" in stream.text() and stream.is_complete
         assert server.process.wait(5) == 0
         assert_all_gone(server)
-
-
-def test_idle_backends_are_stopped_in_parallel_and_quickly():
-    names = "abcd"
-    text = "[llmswap]\nmodels-max = 0\n" + "".join(
-        f"[{name}]\ncmd = FAKE --model {name} --stop-delay 0.3\n" for name in names
-    )
-    with Llmswap(text) as server:
-        for name in names:
-            server.chat(name)
-        told_at = time.monotonic()
-        server.process.terminate()
-        assert server.process.wait(10) == 0
-        assert time.monotonic() - told_at < 1.3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -4988,58 +4974,53 @@ def test_a_second_signal_ends_everything_at_once(number):
         stream = server.stream("a", tokens=1000, interval=0.1)
         server.process.send_signal(number)
         eventually(lambda: "ending" in server.log())
-        told_at = time.monotonic()
+        sent_at = time.monotonic()
         server.process.send_signal(number)
         assert server.process.wait(10) == 0
-        assert time.monotonic() - told_at < 2
+        assert time.monotonic() - sent_at < 2
         stream.close()
         assert_all_gone(server)
 
 
-@contextmanager
-def running(command, address, **options):
-    """The process of llmswap that this command starts, once it answers there; it must
-    end with status 0 at a SIGTERM, and without a traceback if its stderr is a pipe."""
-    with subprocess.Popen(command, **options) as process:
-        try:
-            eventually(lambda: llmswap.is_llmswap(address))
-            yield process
-            process.terminate()
-            said = process.communicate(timeout=5)[1]
-            assert process.returncode == 0 and "Traceback" not in (said or "")
-        finally:
-            process.kill()
+def test_idle_backends_are_stopped_in_parallel():
+    models = [f"[{name}]\ncmd = FAKE --model {name} --stop-delay 0.3\n" for name in "abcd"]
+    with Llmswap("[llmswap]\nmodels-max = 0\n" + "".join(models)) as server:
+        for name in "abcd":
+            server.chat(name)
+        sent_at = time.monotonic()
+        server.process.terminate()
+        assert server.process.wait(10) == 0
+        assert time.monotonic() - sent_at < 1.3
 
 
-def test_sighup_at_the_end_is_no_second_signal():
-    with Llmswap("[a]\ncmd = FAKE\n") as server:
-        with server.stream("a", tokens=8, interval=0.05) as stream:
-            events = stream.events()
-            next(events)
+def test_idle_connections_are_closed_when_the_end_begins():
+    with Llmswap("[a]\ncmd = FAKE\n") as server, server.connect() as busy:
+        with server.connect(timeout=3.0) as idle:
+            assert idle.ask("GET", "/health").status == 200
+            busy.send("POST", CHAT, chat_body("a", hang=True))
+            eventually(lambda: server.get("/health").json()["requests"])
             server.process.terminate()
-            eventually(lambda: "ending" in server.log())
-            server.process.send_signal(signal.SIGHUP)
-            assert list(events)[-1] == "[DONE]"
+            assert idle.sock.recv(1) == b""
+            assert server.process.poll() is None  # it still serves the other
+            busy.hang_up()
+
+
+def test_a_request_completed_after_sigterm_is_answered_503():
+    with Llmswap("[a]\ncmd = FAKE\n") as server, server.connect() as client:
+        body = encoded(chat_body("a"))
+        client.sock.sendall(request_head("POST", CHAT, len(body)) + body[:9])
+        assert server.get("/health").status == 200  # so the first one is accepted
+        server.process.terminate()
+        eventually(lambda: not is_listening(server.port))
+        client.sock.sendall(body[9:])
+        assert client.answer().status == 503
         assert server.process.wait(5) == 0
 
 
-def test_an_end_is_clean_though_nobody_reads_what_it_says(tmp_path):
-    (tmp_path / "m.ini").write_text(f"[m]\ncmd = {fake_command()}\n")
-    port = free_port()
-    command = [sys.executable, LLMSWAP, str(tmp_path / "m.ini")]
-    command += ["--listen", f"127.0.0.1:{port}", "--verbose"]
-    read_end, write_end = os.pipe()
-    os.set_blocking(write_end, False)
-    with contextlib.suppress(BlockingIOError):
-        while os.write(write_end, b"x" * 4096):
-            pass
-    os.set_blocking(write_end, True)
-    with running(command, ("127.0.0.1", port), stderr=write_end):
-        assert ask(port, "POST", "/v1/chat/completions", chat_body("m")).status == 200
-    os.close(read_end), os.close(write_end)
+# ---- stops that take long
 
 
-def test_who_ignores_sigterm_delays_only_who_needs_its_room():
+def test_sigterm_ignored_delays_only_the_models_that_need_the_room():
     text = (
         "[llmswap]\nmodels-max = 2\n"
         "[slow]\ncmd = FAKE --model slow --ignore-term\nstop-timeout = 0.6\n"
@@ -5086,6 +5067,8 @@ def test_nothing_runs_while_nothing_happens():
         assert not zombies_of(server.pid)
 
 
+# ---- reload
+
 RELOADS = """\
 [llmswap]
 models-max = 0
@@ -5096,7 +5079,7 @@ cmd = FAKE --model {changed}
 """
 
 
-def test_a_reload_keeps_streams_replaces_what_changed_and_removes_what_is_gone():
+def test_a_reload_keeps_streams_replaces_changed_and_removes_missing_models():
     gone = "[gone]\ncmd = FAKE --model gone\n"
     with Llmswap(RELOADS.format(changed="old") + gone) as server:
         streams = [
@@ -5107,27 +5090,26 @@ def test_a_reload_keeps_streams_replaces_what_changed_and_removes_what_is_gone()
         server.reload(RELOADS.format(changed="new"))
         eventually(lambda: "was read again" in server.log())
         waiting = ask_later(server, "changed")
-        refused = server.chat("gone")
-        assert refused.status == 404
+        assert server.chat("gone").status == 404
         assert all("word39" in stream.text() for stream in streams)
         assert waiting.answer().content().startswith("new ")
         assert server.stats("kept")["pid"] == pid
         eventually(lambda: "model gone" not in str(family(server.token)))
 
 
-def test_a_new_key_counts_on_connections_that_were_let_in_with_the_old_one():
+def test_a_new_key_counts_on_open_connections():
     locked = "[llmswap]\napi-key = {}\n[a]\ncmd = FAKE\n"
     old, new = ({"Authorization": f"Bearer {key}"} for key in ("old", "new"))
     with Llmswap(locked.format("old")) as server, server.connect() as client:
-        asked = "GET", "/v1/models", None
-        assert [client.ask(*asked, old).status for _ in range(3)] == [200] * 3
+        request = "GET", "/v1/models", None
+        assert [client.ask(*request, old).status for _ in range(3)] == [200] * 3
         server.reload(locked.format("new"))
         eventually(lambda: "was read again" in server.log())
-        answers = [client.ask(*asked, key).status for key in (old, new, old, new)]
+        answers = [client.ask(*request, key).status for key in (old, new, old, new)]
         assert answers == [401, 200, 401, 200]
 
 
-def test_a_broken_file_changes_nothing_and_says_why():
+def test_a_broken_file_changes_nothing_and_the_log_says_why():
     whole = RELOADS.format(changed="old")
     with Llmswap(whole) as server:
         pid = server.stats("kept")["pid"]
@@ -5136,21 +5118,20 @@ def test_a_broken_file_changes_nothing_and_says_why():
             ("[kept\n", "test.ini:1:"),
             ("[llmswap]\nno-such-key = 1\n", "test.ini:2: [llmswap] no-such-key"),
         ]
-        for number, (text, said) in enumerate(broken, 1):
+        for number, (text, place) in enumerate(broken, 1):
             server.reload(text)
             eventually(lambda n=number: server.log().count("not reloaded") == n)
-            assert f"not reloaded: {server.folder}/{said}" in server.log()
+            assert f"not reloaded: {server.folder}/{place}" in server.log()
         server.ini.unlink()
         server.process.send_signal(signal.SIGHUP)
         eventually(lambda: server.log().count("not reloaded") == len(broken) + 1)
-        assert server.stats("kept")["pid"] == pid
         server.reload(whole.replace("[llmswap]", "[llmswap]\nlog-level = debug"))
         eventually(lambda: "was read again" in server.log())
         assert server.stats("kept")["pid"] == pid
 
 
 @pytest.mark.parametrize("args", [(), ("--verbose",)])
-def test_the_log_level_is_that_of_the_file_read_last_unless_all_is_to_be_told(args):
+def test_a_reload_sets_the_log_level_unless_verbose_does(args):
     with Llmswap("[a]\ncmd = FAKE\n", *args) as server:
         server.reload("[llmswap]\nlog-level = error\n[b]\ncmd = FAKE\n")
         eventually(lambda: "b" in server.states())
@@ -5158,138 +5139,6 @@ def test_the_log_level_is_that_of_the_file_read_last_unless_all_is_to_be_told(ar
         if args:
             eventually(lambda: "b: loading" in server.log())
         assert ("b: loading" in server.log()) == bool(args)
-
-
-def test_a_connection_that_waits_for_nothing_is_closed_when_the_end_begins():
-    with Llmswap("[a]\ncmd = FAKE\n") as server, server.connect() as busy:
-        with server.connect(timeout=3.0) as idle:
-            assert idle.ask("GET", "/health").status == 200
-            busy.send("POST", CHAT, chat_body("a", hang=True))
-            eventually(lambda: server.get("/health").json()["requests"])
-            server.process.terminate()
-            assert idle.sock.recv(1) == b""
-            assert server.process.poll() is None  # it still serves the other
-            busy.hang_up()
-
-
-def test_who_asks_at_the_very_end_is_told_that_it_is_the_end():
-    with Llmswap("[a]\ncmd = FAKE\n") as server, server.connect() as client:
-        body = json.dumps(chat_body("a")).encode()
-        head = request_head("POST", "/v1/chat/completions", len(body))
-        client.sock.sendall(head + body[:9])
-        assert server.get("/health").status == 200  # so who came before was taken up
-        server.process.terminate()
-        eventually(lambda: not is_listening(server.port))
-        client.sock.sendall(body[9:])
-        assert client.answer().status == 503
-        assert server.process.wait(5) == 0
-
-
-def test_a_change_of_listen_is_not_taken_over_and_said(tmp_path):
-    path, port = tmp_path / "m.ini", free_port()
-    path.write_text(f"[llmswap]\nlisten = 127.0.0.1:{port}\n")
-    command, address = [sys.executable, LLMSWAP, str(path)], ("127.0.0.1", port)
-    with running(command, address, stderr=subprocess.PIPE, text=True) as process:
-        path.write_text(f"[llmswap]\nlisten = unix:{tmp_path}/socket\n")
-        process.send_signal(signal.SIGHUP)
-        wanted = "a change of `listen` needs a restart"
-        assert any(wanted in line for line in process.stderr)
-        assert llmswap.is_llmswap(address)
-
-
-def test_the_parrot_repeats_what_it_is_told_and_survives_nonsense():
-    with socketserver.TCPServer(("127.0.0.1", 0), llmswap.Parrot) as server:
-        threading.Thread(target=server.handle_request, daemon=True).start()
-        with Client(server.server_address[1]) as client:  # one connection for all
-            assert client.ask("GET", "/health").json()["status"] == "ok"
-            assert client.ask("GET", "/v1/models").json()["data"] == [{"id": "parrot"}]
-            assert client.ask("HEAD", "/health").status == 200
-            told = {
-                "model": "jo",
-                "messages": [{"content": "no"}, {"content": "Hi you"}],
-            }
-            answer = client.ask("POST", CHAT, told).json()
-            assert answer["choices"][0]["message"]["content"] == "jo says: Hi you"
-            assert answer["usage"]["completion_tokens"] == 4
-            for body in (b"", b"{", b"[]", b"3", b'{"messages":"x"}', b"[" * 5000):
-                assert client.ask("POST", CHAT, body).status == 400
-            began = time.monotonic()
-            events = client.ask("POST", CHAT, {**told, "stream": True}).body
-            assert time.monotonic() > began + 0.2
-            words = [json.loads(each[6:]) for each in events.split(b"\n\n")[:-2]]
-            words = [word["choices"][0]["delta"]["content"] for word in words]
-            assert words == ["jo ", "says: ", "Hi ", "you"]
-            assert events.endswith(b"data: [DONE]\n\n")
-            assert b"squawk" in client.ask("POST", CHAT, {"messages": []}).body
-            client.send("POST", CHAT, b"")
-            assert client._until(b"\r\n") == b"HTTP/1.1 400 Bad Request"
-
-
-def test_ps_shows_the_command_as_it_was_given(tmp_path):
-    path, port = tmp_path / "m.ini", free_port()
-    path.write_text(f"[m]\ncmd = {fake_command()}\n")
-    shutil.copy(LLMSWAP, tmp_path / "llmswap.py")
-    listen = ["--listen", f"127.0.0.1:{port}"]
-    as_module = ["-m", "llmswap", "m.ini", *listen]
-    environ = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    there = {"cwd": tmp_path, "env": environ}
-    for words in ([LLMSWAP, str(path), *listen], as_module):
-        with running([sys.executable, *words], ("127.0.0.1", port), **there) as run:
-            shown = Path(f"/proc/{run.pid}/cmdline").read_text().split("\0")[:-1]
-            assert shown == [sys.executable, *words]
-            assert ask(port, "POST", CHAT, chat_body("m")).status == 200
-    assert list((tmp_path / "__pycache__").glob("llmswap.*.pyc"))
-
-
-def test_a_unix_socket_is_removed_at_the_end(tmp_path):
-    path, place = tmp_path / "m.ini", tmp_path / "socket"
-    path.write_text(f"[llmswap]\nlisten = unix:{place}\n")
-    command = [sys.executable, LLMSWAP, str(path)]
-    with running(command, str(place), stderr=subprocess.PIPE, text=True):
-        assert place.exists()
-    assert not place.exists()
-
-
-def test_who_starts_it_without_standard_descriptors_is_served_as_well(tmp_path):
-    path, port = tmp_path / "m.ini", free_port()
-    head = f"[llmswap]\nlisten = 127.0.0.1:{port}\n"
-    path.write_text(f"{head}[m]\ncmd = {fake_command()}\n")
-    words = [sys.executable, LLMSWAP, str(path)]
-    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words]
-    with running(command, ("127.0.0.1", port)) as process:
-        for fd in range(3):
-            assert os.readlink(f"/proc/{process.pid}/fd/{fd}") == os.devnull
-        assert ask(port, "POST", "/v1/chat/completions", chat_body("m")).status == 200
-
-
-def test_who_finds_llmswap_at_the_address_is_content_and_who_finds_another_is_not(
-    tmp_path
-):
-    (tmp_path / "m.ini").write_text("[m]\ncmd = true ${PORT}\n")
-    command = [sys.executable, LLMSWAP, str(tmp_path / "m.ini"), "--listen"]
-    place = str(tmp_path / "socket")
-    ours = running([*command, f"unix:{place}"], place)
-    with Llmswap("") as tcp, Fake() as other, ours:
-        for port, status, said in (
-            (tcp.port, 0, "llmswap answers at {} already"),
-            (other.port, 1, "cannot listen on {}: Address already in use"),
-            (None, 0, "llmswap answers at {} already"),
-        ):
-            address = f"127.0.0.1:{port}" if port else f"unix:{place}"
-            done = subprocess.run(
-                [*command, address], stderr=subprocess.PIPE, text=True
-            )
-            shown = f"http://{address}/" if port else address
-            said = said.format(shown) + "\n"
-            assert done.returncode == status and said in done.stderr
-
-
-def test_what_could_not_be_written_was_not_told(tmp_path):
-    (tmp_path / "m.ini").write_text("[m]\ncmd = true ${PORT}\n")
-    check = [sys.executable, LLMSWAP, str(tmp_path / "m.ini"), "--check"]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(check, stdout=full, stderr=subprocess.DEVNULL)
-    assert done.returncode == 1
 
 
 def test_a_storm_of_reloads_harms_no_request():
@@ -5313,6 +5162,114 @@ def test_a_storm_of_reloads_harms_no_request():
         eventually(lambda: not zombies_of(server.pid))
 
 
+# ---- how it is started
+
+
+@contextmanager
+def running(command, address, **options):
+    """The process of llmswap that this command starts, once it answers there; it must
+    end with status 0 at a SIGTERM, and without a traceback if its stderr is a pipe."""
+    with subprocess.Popen(command, **options) as process:
+        try:
+            eventually(lambda: llmswap.is_llmswap(address))
+            yield process
+            process.terminate()
+            written = process.communicate(timeout=5)[1]
+            assert process.returncode == 0 and "Traceback" not in (written or "")
+        finally:
+            process.kill()
+
+
+IGNORE_SIGCHLD = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN)"
+WAYS_TO_START = {
+    "as a file": [],
+    "as a module": [],
+    "without descriptors": ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"],
+    "with SIGCHLD ignored": [
+        sys.executable, "-c", f"{IGNORE_SIGCHLD}; os.execv(sys.argv[1], sys.argv[1:])",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS_TO_START)
+def test_however_it_is_started_it_serves_and_ps_shows_its_command(tmp_path, way):
+    port = free_port()
+    text = f"[m]\ncmd = {fake_command()}\n[bad]\ncmd = {fake_command('--load-exit', 7)}\n"
+    (tmp_path / "m.ini").write_text(text)
+    shutil.copy(LLMSWAP, tmp_path / "llmswap.py")
+    file = ["-m", "llmswap"] if way == "as a module" else [LLMSWAP]
+    words = [sys.executable, *file, "m.ini", "--listen", f"127.0.0.1:{port}"]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    command = [*WAYS_TO_START[way], *words]
+    with running(command, ("127.0.0.1", port), cwd=tmp_path, env=env) as process:
+        shown = Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")[:-1]
+        assert shown == words
+        assert ask(port, "POST", CHAT, chat_body("m")).status == 200
+        answer = ask(port, "POST", CHAT, chat_body("bad"))
+        assert "exited with status 7" in answer.message()
+        if way == "without descriptors":
+            fds = [os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in range(3)]
+            assert fds == [os.devnull] * 3
+    is_cached = bool(list((tmp_path / "__pycache__").glob("llmswap.*.pyc")))
+    assert is_cached == (way == "as a module")
+
+
+def test_stderr_that_nobody_reads_delays_neither_requests_nor_the_end(tmp_path):
+    (tmp_path / "m.ini").write_text(f"[m]\ncmd = {fake_command()}\n")
+    port = free_port()
+    command = [sys.executable, LLMSWAP, str(tmp_path / "m.ini"), "--verbose"]
+    command += ["--listen", f"127.0.0.1:{port}"]
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(write_end, b"x" * 4096):
+            pass
+    os.set_blocking(write_end, True)
+    with running(command, ("127.0.0.1", port), stderr=write_end):
+        assert ask(port, "POST", CHAT, chat_body("m")).status == 200
+    os.close(read_end), os.close(write_end)
+
+
+def test_a_unix_socket_is_removed_at_the_end_and_listen_needs_a_restart(tmp_path):
+    path, place = tmp_path / "m.ini", tmp_path / "socket"
+    path.write_text(f"[llmswap]\nlisten = unix:{place}\n")
+    command = [sys.executable, LLMSWAP, str(path)]
+    pipe = dict(stderr=subprocess.PIPE, text=True)
+    with running(command, str(place), **pipe) as process:
+        path.write_text(f"[llmswap]\nlisten = 127.0.0.1:{free_port()}\n")
+        process.send_signal(signal.SIGHUP)
+        wanted = "a change of `listen` needs a restart"
+        assert any(wanted in line for line in process.stderr)
+        assert llmswap.is_llmswap(str(place))
+    assert not place.exists()
+
+
+def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
+    (tmp_path / "m.ini").write_text("[m]\ncmd = true ${PORT}\n")
+    command = [sys.executable, LLMSWAP, str(tmp_path / "m.ini"), "--listen"]
+    place = str(tmp_path / "socket")
+    ours = running([*command, f"unix:{place}"], place)
+    with Llmswap("") as tcp, Fake() as other, ours:
+        for listen, shown, status, text in (
+            (f"127.0.0.1:{tcp.port}", f"http://127.0.0.1:{tcp.port}/", 0,
+             "llmswap answers at {} already"),
+            (f"127.0.0.1:{other.port}", f"http://127.0.0.1:{other.port}/", 1,
+             "cannot listen on {}: Address already in use"),
+            (f"unix:{place}", f"unix:{place}", 0, "llmswap answers at {} already"),
+        ):  # fmt: skip
+            done = subprocess.run([*command, listen], stderr=subprocess.PIPE, text=True)
+            assert done.returncode == status
+            assert text.format(shown) + "\n" in done.stderr
+
+
+def test_output_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "m.ini").write_text("[m]\ncmd = true ${PORT}\n")
+    check = [sys.executable, LLMSWAP, str(tmp_path / "m.ini"), "--check"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(check, stdout=full, stderr=subprocess.DEVNULL)
+    assert done.returncode == 1
+
+
 @pytest.mark.parametrize("most", [1, 0])
 def test_a_connection_without_a_thread_is_refused_and_the_listener_lives(
     monkeypatch, most
@@ -5320,10 +5277,10 @@ def test_a_connection_without_a_thread_is_refused_and_the_listener_lives(
     def start(_):
         raise RuntimeError("can't start new thread")
 
-    said = []
+    log = []
     with socket.create_server(("127.0.0.1", 0)) as sock:
         pool = llmswap.Pool(no_models(), lambda *_: None)
-        server = llmswap.Server([sock], pool, lambda *told: said.append(told), None)
+        server = llmswap.Server([sock], pool, lambda *line: log.append(line), None)
         server.most_connections = most
         with Client(sock.getsockname()[1]) as client:
             with monkeypatch.context() as patch:
@@ -5332,19 +5289,31 @@ def test_a_connection_without_a_thread_is_refused_and_the_listener_lives(
             answer = client.answer()
         assert server.inactive_since() is not None
     assert answer.status == 503 and "new thread" in answer.message()
-    assert "new thread" in said[0][1]
+    assert "new thread" in log[0][1]
 
 
-def test_signals_that_our_parent_ignored_do_not_harm(tmp_path):
-    path, port = tmp_path / "m.ini", free_port()
-    path.write_text(f"[m]\ncmd = {fake_command('--load-exit', '7')}\n")
-    command = [sys.executable, LLMSWAP, str(path)]
-    command += ["--listen", f"127.0.0.1:{port}"]
-    ignore = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN);"
-    ignore += "os.execv(sys.argv[1], sys.argv[1:])"
-    with running([sys.executable, "-c", ignore, *command], ("127.0.0.1", port)):
-        answer = ask(port, "POST", "/v1/chat/completions", chat_body("m"))
-        assert "exited with status 7" in answer.message()
+def test_the_parrot_repeats_the_last_message_and_survives_nonsense():
+    with socketserver.TCPServer(("127.0.0.1", 0), llmswap.Parrot) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with Client(server.server_address[1]) as client:  # one connection for all
+            assert client.ask("GET", "/health").json()["status"] == "ok"
+            assert client.ask("GET", "/v1/models").json()["data"] == [{"id": "parrot"}]
+            assert client.ask("HEAD", "/health").status == 200
+            messages = [{"content": "no"}, {"content": "Hi you"}]
+            body = {"model": "jo", "messages": messages}
+            answer = client.ask("POST", CHAT, body).json()
+            assert answer["choices"][0]["message"]["content"] == "jo says: Hi you"
+            assert answer["usage"]["completion_tokens"] == 4
+            for nonsense in (b"", b"{", b"[]", b"3", b'{"messages":"x"}', b"[" * 5000):
+                assert client.ask("POST", CHAT, nonsense).status == 400
+            began = time.monotonic()
+            events = client.ask("POST", CHAT, {**body, "stream": True}).body
+            assert time.monotonic() > began + 0.2
+            chunks = [json.loads(event[6:]) for event in events.split(b"\n\n")[:-2]]
+            words = [chunk["choices"][0]["delta"]["content"] for chunk in chunks]
+            assert words == ["jo ", "says: ", "Hi ", "you"]
+            assert events.endswith(b"data: [DONE]\n\n")
+            assert b"squawk" in client.ask("POST", CHAT, {"messages": []}).body
 
 
 # ==================================================================================
@@ -6446,7 +6415,7 @@ def test_how_long_the_machine_slept_is_read_from_the_kernels_clocks():
 # ==================================================================================
 
 
-def test_when_nobody_asks_everything_is_unloaded_and_the_idle_command_run(tmp_path):
+def test_without_requests_all_is_unloaded_and_the_idle_command_runs(tmp_path):
     mark = tmp_path / "ran"
     command = f"/bin/sh -c 'date +%s.%N >>{mark}; sleep 0.1'"
     head = f"[llmswap]\nidle-command = {command}\nidle-command-after = 0.4s\n"
@@ -6467,7 +6436,7 @@ def test_when_nobody_asks_everything_is_unloaded_and_the_idle_command_run(tmp_pa
         eventually(lambda: len(mark.read_text().split()) == 2)
 
 
-def test_a_request_while_the_last_model_goes_cancels_the_idle_command(tmp_path):
+def test_a_request_while_the_last_model_stops_cancels_the_idle_command(tmp_path):
     mark = tmp_path / "ran"
     head = f"[llmswap]\nidle-command = touch {mark}\nidle-command-after = 0.3s\n"
     with brisk(head + "[a]\ncmd = FAKE --model a --stop-delay 0.4\n") as server:
@@ -6478,18 +6447,18 @@ def test_a_request_while_the_last_model_goes_cancels_the_idle_command(tmp_path):
         eventually(mark.exists)
 
 
-def test_how_long_the_machine_slept_after_the_idle_command_is_told(tmp_path):
+@pytest.mark.parametrize(
+    "command, text",
+    [("touch {}", "ended with status 0; slept 3600 s"),
+     ("false", "ended with status 1"), ("/no/such/thing", "idle-command: ")],
+)  # fmt: skip
+def test_the_end_of_the_idle_command_and_the_sleep_are_logged(tmp_path, command, text):
     mark = tmp_path / "slept"
     slept = Code(f"lambda: 3600.0 * l.os.path.exists({str(mark)!r})")
-    head = f"[llmswap]\nidle-command = touch {mark}\nidle-command-after = 0.2s\n"
+    head = f"[llmswap]\nidle-command = {command.format(mark)}\n"
+    head += "idle-command-after = 0.2s\n"
     with brisk(head + "[a]\ncmd = FAKE\n", suspended_seconds=slept) as server:
-        eventually(lambda: "ended with status 0; slept 3600 s" in server.log())
-
-
-def test_an_idle_command_that_does_not_exist_is_told_of():
-    head = "[llmswap]\nidle-command = /no/such/thing\nidle-command-after = 0.2s\n"
-    with brisk(head + "[a]\ncmd = FAKE\n") as server:
-        eventually(lambda: "idle-command: " in server.log())
+        eventually(lambda: text in server.log())
         assert server.chat("a").status == 200
 
 
@@ -12308,7 +12277,7 @@ def quick_file(*flags):
 def rounds_of_activation(folder, rounds):
     """In each it is started, and the next clients come at the moment when it leaves."""
     with Activator(quick_file(), folder) as systemd:
-        answer = ask(systemd.port, "POST", "/v1/chat/completions", {"model": "a"})
+        answer = ask(systemd.port, "POST", CHAT, {"model": "a"})
         assert answer.status == 200, systemd.log()
         eventually(lambda: "idle for" in systemd.log())
         deadline = time.monotonic() + 30
@@ -12327,7 +12296,7 @@ def rounds_of_activation(folder, rounds):
     assert set(systemd.statuses) == {0}
 
 
-def test_activated_it_answers_leaves_when_idle_and_loses_no_connection(tmp_path):
+def test_activated_it_serves_exits_when_idle_and_loses_no_connection(tmp_path):
     """Twenty rounds, four at a time."""
     folders = [tmp_path / name for name in "abcd"]
     for each in folders:
@@ -12336,52 +12305,24 @@ def test_activated_it_answers_leaves_when_idle_and_loses_no_connection(tmp_path)
         list(crowd.map(rounds_of_activation, folders, [5] * 4))
 
 
-def test_an_idle_connection_does_not_keep_it_from_leaving(tmp_path):
-    with Activator(quick_file(), tmp_path) as systemd:
+def test_exit_idle_time_heeds_no_idle_connection_and_needs_activation(tmp_path):
+    started_by_hand = Llmswap("[llmswap]\nexit-idle-time = 50ms\n[a]\ncmd = FAKE\n")
+    with started_by_hand as server, Activator(quick_file(), tmp_path) as systemd:
         with Client(systemd.port) as client:
             assert client.ask("GET", "/v1/models").status == 200
             eventually(lambda: systemd.statuses == [0])
             assert client.sock.recv(1) == b""
+        assert server.chat("a").status == 200
 
 
-@pytest.mark.parametrize(
-    "is_activated, limit, models, requests, may_leave",
-    [  # when the last model went and the last request ended, seconds ago; None: not yet
-        (True, 5, 9, 9, True), (True, 5, 1, 9, False), (True, 5, 9, 1, False),
-        (True, 5, None, 9, False), (True, 5, 9, None, False), (True, 0, 9, 9, False),
-        (False, 5, 9, 9, False), (False, 0, 9, 9, False),
-    ],
-)  # fmt: skip
-def test_it_leaves_if_nothing_was_loaded_or_asked_for_long(
-    is_activated, limit, models, requests, may_leave
-):
-    def ago(seconds):
-        return lambda: None if seconds is None else time.monotonic() - seconds
-
-    config = no_models()
-    program = llmswap.Application(SimpleNamespace(verbose=False), config)
-    settings = config.settings._replace(exit_idle_time=limit)
-    program._config = SimpleNamespace(settings=settings)
-    program._is_activated = is_activated
-    program.server = SimpleNamespace(
-        inactive_since=ago(requests), try_idle_exit=lambda: True
-    )
-    program.pool = SimpleNamespace(inactive_since=ago(models), close=lambda _: None)
-    told = []
-    program._notifier = SimpleNamespace(notify=told.append)
-    assert program._try_idle_exit() is may_leave
-    assert told == ["STOPPING=1"] * may_leave
-
-
-def test_what_is_to_come_in_a_month_is_waited_for():
-    month = 30 * 86400.0
+def test_a_timeout_of_a_month_does_not_overflow():
     program = llmswap.Application(SimpleNamespace(verbose=False), no_models())
-    for seconds in (month, None):
-        program._waker.wake()
-        assert program._next_signal(seconds) is None
+    for seconds in (30 * 86400.0, None):
+        program._wakeup.send(b"\1")
+        assert program._next_signal(seconds) == 1
 
 
-def test_who_waits_in_the_backlog_keeps_it_from_leaving():
+def test_a_connection_in_the_backlog_cancels_the_idle_exit():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         pool = llmswap.Pool(no_models(), lambda *_: None)
         server = llmswap.Server([listener], pool, lambda *_: None, None)
@@ -12393,9 +12334,7 @@ def test_who_waits_in_the_backlog_keeps_it_from_leaving():
         server.stop()
 
 
-def test_who_wakes_it_with_a_broken_file_is_told_and_who_comes_later_is_served(
-    tmp_path,
-):
+def test_activated_with_a_broken_file_it_answers_503_until_it_is_mended(tmp_path):
     with Activator("[llmswap]\nlode = 1\n", tmp_path) as systemd:
         for turn in (1, 2):
             answer = ask(systemd.port, "GET", "/health")
@@ -12415,7 +12354,7 @@ def test_the_socket_of_systemd_outlives_a_sigterm(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM, None])
-def test_what_systemd_passes_is_used_if_it_listens(tmp_path, kind):
+def test_a_descriptor_that_does_not_listen_is_not_used(tmp_path, kind):
     path, address = tmp_path / "x.ini", ("127.0.0.1", free_port())
     path.write_text("[llmswap]\nlisten = %s:%d\n" % address)
     passed = socket.socket(type=kind) if kind else open(path)
@@ -12432,7 +12371,7 @@ def test_what_systemd_passes_is_used_if_it_listens(tmp_path, kind):
     [("1", 1, "without a shell"), ("x", os.getpid(), "no number")],
     ids=["another process", "no number"],
 )
-def test_sockets_that_are_not_for_us_are_not_taken(count, pid, said):
+def test_sockets_of_another_process_are_not_used(count, pid, said):
     environ = {"LISTEN_FDS": count, "LISTEN_PID": str(pid), "LISTEN_FDNAMES": "http"}
     listeners, complaint = llmswap.take_listeners(environ)
     assert listeners == [] and said in complaint and environ == {}
@@ -12464,7 +12403,7 @@ class Notifications:
         self._socket.settimeout(10)
 
 
-def test_systemd_is_told_ready_what_is_loaded_reloading_and_stopping(tmp_path):
+def test_systemd_is_notified_of_ready_status_reloading_and_stopping(tmp_path):
     systemd = Notifications(tmp_path)
     env = {"NOTIFY_SOCKET": systemd.path}
     text = f"[a]\ncmd = {fake_command('--print-env')}\n[twin]\nuses = a\n"
@@ -12485,28 +12424,27 @@ def test_systemd_is_told_ready_what_is_loaded_reloading_and_stopping(tmp_path):
         client.hang_up()
 
 
-def test_the_watchdog_hears_of_a_living_pool_only(tmp_path, monkeypatch):
+def test_the_watchdog_is_fed_only_while_listener_lock_and_timer_work(tmp_path, monkeypatch):
     systemd = Notifications(tmp_path)
     environ = {"NOTIFY_SOCKET": systemd.path, "WATCHDOG_USEC": "40000"}
-    manager = llmswap.SystemdNotifier(environ)
-    assert manager.watchdog == 0.04 and environ == {}
+    notifier = llmswap.SystemdNotifier(environ)
+    assert notifier.watchdog == 0.04 and environ == {}
     pool = llmswap.Pool(no_models(), lambda *_: None)
     pool.start()
     is_deaf = threading.Event()
-    what = (pool, lambda: not is_deaf.is_set())
-    threading.Thread(target=manager.watch, args=what, daemon=True).start()
-    assert all(
-        "WATCHDOG=1" in lines for lines in systemd.until("STATUS=nothing is loaded")
-    )
+    args = (pool, lambda: not is_deaf.is_set())
+    threading.Thread(target=notifier.watch, args=args, daemon=True).start()
+    first = systemd.until("STATUS=nothing is loaded")
+    assert all("WATCHDOG=1" in lines for lines in first)
     systemd.until("WATCHDOG=1")
     with pool._lock:
         systemd.until_silence()
     systemd.until("WATCHDOG=1")
-    is_deaf.set()  # nobody accepts connections any more
+    is_deaf.set()  # no connections are accepted any more
     systemd.until_silence()
     is_deaf.clear()
     systemd.until("WATCHDOG=1")
-    pool._scheduler.decide = None  # a bug: whoever is to turn in time dies of it
+    pool._scheduler.decide = None  # a bug, of which the timer's thread dies
     with pytest.raises(TypeError):
         pool.unload_all()
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
@@ -12521,18 +12459,16 @@ def no_models():
     return llmswap.ConfigLoader(b"", "none.ini", {}, {}).load()
 
 
-def test_systemd_may_listen_at_an_abstract_address():
+def test_notifications_reach_an_abstract_address_and_only_our_watchdog_counts():
     name = f"llmswap-test-{os.getpid()}"
+    environ = {"NOTIFY_SOCKET": f"@{name}", "WATCHDOG_USEC": "1000000"}
+    notifier = llmswap.SystemdNotifier({**environ, "WATCHDOG_PID": "1"})
+    assert notifier.watchdog is None
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(f"\0{name}")
         systemd.settimeout(5)
-        llmswap.SystemdNotifier({"NOTIFY_SOCKET": f"@{name}"}).notify("A=1", "B=2")
+        notifier.notify("A=1", "B=2")
         assert systemd.recv(99) == b"A=1\nB=2"
-
-
-def test_a_watchdog_meant_for_another_process_is_left_alone():
-    environ = {"WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"}
-    assert llmswap.SystemdNotifier(environ).watchdog is None
 
 
 def test_lines_for_the_journal_carry_their_priority():
@@ -12568,14 +12504,10 @@ def test_units_are_what_systemd_accepts(tmp_path):
     assert "ListenStream=/run/user/1/100%%.sock" in files["llmswap.socket"]
     path = f'Environment="PATH={tmp_path}/my $tools 10%%:'
     file = f'"{tmp_path}/my $$models.ini"'
-    for line in (
-        "KillMode=mixed",
-        "OOMPolicy=continue",
-        "Restart=on-failure",
-        path,
-        file,
-    ):
-        assert line in files["llmswap.service"]
+    module = f"WorkingDirectory={Path(LLMSWAP).parent}"
+    fixed = ("KillMode=mixed", "OOMPolicy=continue", "Restart=on-failure", " -m llmswap ")
+    for text in (*fixed, module, path, file):
+        assert text in files["llmswap.service"]
     if not shutil.which("systemd-analyze"):
         pytest.skip("needs systemd-analyze")
     checked = subprocess.run(
