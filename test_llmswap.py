@@ -9867,7 +9867,7 @@ def progress_events(server, model):
 @pytest.mark.parametrize(
     "shards, wrapper", [(1, ""), (3, "sh -c '\"$@\"; exit' x ")]
 )
-def test_progress_is_read_from_the_memory_of_who_loads(tmp_path, shards, wrapper):
+def test_progress_is_read_from_the_memory_of_the_loading_processes(tmp_path, shards, wrapper):
     command = slow_model(tmp_path, shards=shards, wrapper=wrapper)
     with watchful(f"[a]\ncmd = {command}\n") as server:
         found, end = progress_events(server, "a")
@@ -9886,21 +9886,6 @@ def test_without_a_model_file_progress_is_not_guessed():
         assert progress_events(server, "a") == ([], {"status": "loaded"})
 
 
-def test_the_metrics_and_the_page_show_progress(tmp_path):
-    with watchful(f"[a]\ncmd = {slow_model(tmp_path)}\n") as server:
-        server.post("/models/load", {"model": "a"})
-        shown = rb'llmswap_load_progress_ratio\{model="a"\} 0\.[1-9]'
-        eventually(lambda: re.search(shown, server.get("/metrics").body))
-        with Stream(server.port, "/", headers={"Accept": "text/event-stream"}) as page:
-            for states in page.documents():
-                model = states["models"][0]
-                if model["progress"] or model["state"] == "loaded":
-                    break
-            assert model["state"] == "loaded" or 0 < model["progress"] < 1
-        eventually(lambda: server.loaded() == ["a"])
-        assert not re.search(shown, server.get("/metrics").body)
-
-
 def report(current, value, **more):
     """The line in which a llama-server tells its router how far its load is."""
     payload = {"stages": ["a", "b"], "current": current, "value": value, **more}
@@ -9908,7 +9893,7 @@ def report(current, value, **more):
     return f"cmd_child_to_router:state:{json.dumps(told)}"
 
 
-def test_what_the_backend_reports_goes_before_its_memory():
+def test_reports_of_the_backend_count_before_its_memory():
     gauge = llmswap.LoadProgress()
     assert gauge.parse_report(report("a", 0.5)) and gauge.progress == 0.25
     gauge.look(os.getpid())
@@ -9931,7 +9916,7 @@ def test_a_report_that_makes_no_sense_changes_nothing(line):
     assert gauge.parse_report(line) and gauge.progress is None
 
 
-def test_what_a_server_reports_of_its_load_is_shown_and_is_no_log(tmp_path):
+def test_reports_of_a_load_are_events_and_no_log_lines(tmp_path):
     script = tmp_path / "reporter"
     lines = [report("a", 0.5), "a log line", report("b", 0.5)]
     told = "; ".join(f"echo {shlex.quote(line)}; sleep 0.1" for line in lines)
@@ -9963,15 +9948,7 @@ def test_a_real_llama_server_that_is_asked_to_report_hangs_after_sigterm(tmp_pat
         assert process.wait(5) == 0
 
 
-def test_the_shards_of_a_model_are_counted_together():
-    name = "/m/x-{}-of-00003.gguf"
-    numbers = ["00001", "00002", "00003"]
-    assert llmswap.shards_of(name.format("00001")) == [name.format(n) for n in numbers]
-    assert llmswap.shards_of("/m/x.gguf") == ["/m/x.gguf"]
-    assert llmswap.shards_of(name.format("00002")) == [name.format("00002")]
-
-
-def test_when_nothing_loads_nobody_looks(tmp_path):
+def test_progress_is_measured_only_while_a_model_loads(tmp_path):
     with watchful("[a]\ncmd = FAKE\n") as server:
         server.chat("a")
         time.sleep(0.1)
@@ -10010,27 +9987,20 @@ def test_other_requests_get_comments_instead(path):
         assert stream.raw.startswith(b":\n\n") and b"reasoning" not in stream.raw
 
 
-def test_a_load_that_fails_after_notices_ends_in_an_error_event():
+def test_notices_tell_of_the_room_and_a_failed_load_ends_them_with_an_error():
     command = fake_command("--load", 0.5, "--load-exit", 3)
-    text = f"[a]\ncmd = {command}\nloading-notice = reasoning\n"
-    with watchful(text) as server, server.stream("a") as stream:
-        first, *_, last = stream.documents()
-        said = first["choices"][0]["delta"]["reasoning_content"]
-        assert re.fullmatch(r"loading a, \d s\n", said)
-        assert last["error"]["code"] == "model_start_failed" and stream.is_complete
-
-
-def test_a_chat_that_waits_for_room_is_told_so():
-    text = "[*]\nloading-notice = reasoning\n[a]\ncmd = FAKE\n[b]\ncmd = FAKE\n"
-    with watchful(text) as server:
+    text = "[*]\nloading-notice = reasoning\n[a]\ncmd = FAKE\n"
+    with watchful(f"{text}[b]\ncmd = {command}\n") as server:
         busy = threading.Thread(target=server.chat, args=["a"], kwargs={"delay": 0.5})
         busy.start()
         eventually(lambda: server.get("/health").json()["requests"])
         with server.stream("b") as stream:
-            first, *_ = stream.documents()
-        said = first["choices"][0]["delta"]["reasoning_content"]
-        assert said == "waiting for room for b\n"
+            *chunks, last = stream.documents()
         busy.join()
+    notices = [each["choices"][0]["delta"]["reasoning_content"] for each in chunks]
+    assert notices[0] == "waiting for room for b\n"
+    assert re.fullmatch(r"loading b, \d s\n", notices[-1])
+    assert last["error"]["code"] == "model_start_failed" and stream.is_complete
 
 
 # -- what the lists tell ---------------------------------------------------------------
@@ -10078,18 +10048,13 @@ def test_the_meta_of_a_llama_server_is_shown_while_it_is_loaded(tmp_path):
     with Llmswap(llama_server_with_a_list(tmp_path)) as server:
         assert server.get("/v1/models/a").json()["meta"] == {}
         server.post("/models/load", {"model": "a"})
-        entry = eventually(lambda: entry_with_meta(server))
+        eventually(lambda: server.get("/v1/models/a").json()["meta"])
+        entry = server.get("/v1/models/a").json()
         assert entry["meta"] == {"n_ctx": 256} and entry["tags"] == ["x"]
         assert (entry["id"], entry["aliases"]) == ("a", ["b", "c"])  # ours win
         server.post("/models/unload", {"model": "a"})
         eventually(lambda: server.states()["a"] == "unloaded")
         assert server.get("/v1/models/a").json()["meta"] == {}
-
-
-def entry_with_meta(server):
-    """What the list says of the model, once it has its meta."""
-    entry = server.get("/v1/models/a").json()
-    return entry if entry["meta"] else None
 
 
 def test_a_list_that_does_not_come_holds_up_neither_requests_nor_the_end(tmp_path):
@@ -10104,13 +10069,16 @@ def test_a_list_that_does_not_come_holds_up_neither_requests_nor_the_end(tmp_pat
 # -- the log ---------------------------------------------------------------------------
 
 
-def test_a_life_is_told_in_calm_lines():
+def test_loads_and_unloads_are_one_line_each():
     with Llmswap("[a]\ncmd = FAKE\n[b]\ncmd = FAKE\n") as server:
         server.chat("a")
         server.chat("b")
         server.post("/models/unload", {"model": "b"})
         eventually(lambda: "b: unloading (by hand)" in server.log())
         lines = [line[9:] for line in server.log().splitlines()]
+        url = re.search(r" at (http\S+)\n", server.log())[1]
+        with urlopen(url) as page:
+            assert b"<title>llmswap</title>" in page.read()
     patterns = [
         rf"llmswap {llmswap.VERSION} at http://127\.0\.0\.1:{server.port}/",
         r"2 models: a, b",
@@ -10135,21 +10103,7 @@ def test_an_address_is_shown_as_one_that_can_be_clicked(address, shown):
     assert llmswap.shown_address(address) == shown
 
 
-def test_the_address_in_the_first_line_is_that_of_the_page():
-    with Llmswap("") as server:
-        found = eventually(lambda: re.search(r" at (http\S+)\n", server.log()))
-        with urlopen(found[1]) as page:
-            assert b"<title>llmswap</title>" in page.read()
-
-
-def test_a_stop_that_takes_long_is_told_again():
-    with watchful("[a]\ncmd = FAKE --stop-delay 0.3\n") as server:
-        server.chat("a")
-        server.post("/models/unload", {"model": "a"})
-        eventually(lambda: re.search(r"a: unloaded after \d\.\d s", server.log()))
-
-
-def test_a_failure_is_told_whole_once():
+def test_a_repeated_failure_is_logged_in_one_line():
     with Llmswap("[a]\ncmd = FAKE --load-exit 3\n") as server:
         server.chat("a")
         server.chat("a")
@@ -10160,8 +10114,9 @@ def test_a_failure_is_told_whole_once():
         assert server.log().count("error loading model: unexpected end of file") == 1
 
 
-def test_long_loads_and_slow_requests_are_told(tmp_path):
-    with watchful(f"[a]\ncmd = {slow_model(tmp_path)}\n") as server:
+def test_long_loads_slow_requests_and_long_stops_are_logged(tmp_path):
+    command = f"{slow_model(tmp_path)} --stop-delay 0.3"
+    with watchful(f"[a]\ncmd = {command}\n") as server:
         began = time.monotonic()
         server.chat("a")
         most = (time.monotonic() - began) / 0.2
@@ -10169,28 +10124,37 @@ def test_long_loads_and_slow_requests_are_told(tmp_path):
         where = r"a: first byte of POST /v1/chat/completions after"
         eventually(lambda: len(re.findall(where, server.log())) == 2)
         server.chat("a")
+        server.post("/models/unload", {"model": "a"})
+        eventually(lambda: re.search(r"a: unloaded after \d\.\d s", server.log()))
         log = server.log()
     assert 2 <= len(re.findall(r"a: loading, \d\d? % after \d s", log)) <= most, log
     assert re.search(rf"{where} \d\.\d s, \d\.\d s of it waiting", log), log
     assert re.search(rf"{where} \d\.\d s\n", log) and len(re.findall(where, log)) == 2
 
 
-def test_what_is_said_again_and_again_is_written_once():
-    code = (
-        "import llmswap; log = llmswap.Log()\n"
-        "for text in 'xyyyx': log('error', text)\n"
-        "log.close()"
-    )
-    done = subprocess.run(
+@pytest.mark.parametrize("is_journal", [False, True])
+def test_log_lines_have_time_or_priority_and_no_control_characters(is_journal):
+    code = r"import llmswap; log = llmswap.Log(); log('debug', 'no'); log('info', 'x');"
+    code += r"log('error', '\x1b[1mone\n\ttwo\x07\u202e\ud800'); log.close()"
+    read_end, write_end = os.pipe()
+    status = os.fstat(write_end)
+    env = {**os.environ, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
+    subprocess.run(
         [sys.executable, "-c", code],
         cwd=os.path.dirname(LLMSWAP),
-        stderr=subprocess.PIPE,
+        stderr=write_end,
+        env=env if is_journal else {**env, "JOURNAL_STREAM": "8:1"},
+        check=True,
     )
-    lines = [line[9:] for line in done.stderr.decode().splitlines()]
-    assert lines == ["x", "y", "(2 times more)", "x"]
+    os.close(write_end)
+    with open(read_end) as file:
+        shown = re.sub(r"(?m)^\d\d:\d\d:\d\d ", "", file.read())
+    lines = ["<6>x", "<3>one", r"<3>          two\x07\u202e\ud800"]
+    wanted = "".join(f"{line}\n" for line in lines)
+    assert shown == (wanted if is_journal else re.sub("(?m)^<.>", "", wanted))
 
 
-def test_who_has_no_file_or_program_is_told_at_the_start(tmp_path):
+def test_missing_programs_and_unusable_models_are_logged_at_the_start(tmp_path):
     text = "".join(f"[m{n}]\ncmd = no-such-server ${{PORT}}\n" for n in range(8))
     text += "[x]\ncmd = FAKE\nctx-siz = 3\n[y]\nmodel = /none.gguf\n"
     with Llmswap(text, env={"PATH": "/usr/bin:/bin"}) as server:
@@ -10201,19 +10165,10 @@ def test_who_has_no_file_or_program_is_told_at_the_start(tmp_path):
         assert "'llama-server' on the PATH; `llama-server` in [llmswap]" in remedy
 
 
-# -- the terminal ----------------------------------------------------------------------
-
-
-def on_terminal(command, until, columns=80, **environment):
+def on_terminal(command, until, **environment):
     """What the command shows on a terminal until that matches; then it is stopped."""
-    import fcntl
-    import struct
-    import termios
-
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     env = {**os.environ, "TERM": "xterm", **environment}
-    env.pop("COLUMNS", None)
     process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=env)
     os.close(theirs)
     shown, deadline = "", time.monotonic() + 10
@@ -10226,52 +10181,33 @@ def on_terminal(command, until, columns=80, **environment):
     process.terminate()
     process.wait(10)
     os.close(ours)
-    return shown.replace("\r\n", "\n")
+    return shown
 
 
-def bare(shown):
-    """What is shown without its colours."""
-    return re.sub(r"\x1b\[\d*m", "", shown)
-
-
-@pytest.mark.parametrize("columns", [60, 80, 120])
-def test_a_long_list_of_models_is_wrapped_at_the_terminals_width(tmp_path, columns):
-    ini = tmp_path / "x.ini"
-    names = [f"a-model-with-a-name-{n}" for n in range(40)]
-    ini.write_text("".join(f"[{name}]\ncmd = no-such ${{PORT}}\n" for name in names))
-    command = [sys.executable, llmswap_file(), str(ini), "--listen"]
-    command.append(f"127.0.0.1:{free_port()}")
-    shown = on_terminal(command, "whole path", columns)
-    assert "\x1b[33m" in shown
-    lines = bare(shown).splitlines()
-    assert max(map(len, lines)) <= columns
-    assert " ".join(line[9:] for line in lines).count("a-model-with-a-name-39") == 1
-    assert all(re.match(r"\d\d:\d\d:\d\d | {9}\S", line) for line in lines)
-
-
-def test_no_color_is_heeded(tmp_path):
+def test_the_log_is_coloured_on_a_terminal_unless_no_color_is_set(tmp_path):
     ini = tmp_path / "x.ini"
     ini.write_text("[a]\ncmd = no-such ${PORT}\n")
-    listen = f"127.0.0.1:{free_port()}"
-    command = [sys.executable, llmswap_file(), str(ini), "--listen", listen]
+    command = [sys.executable, llmswap_file(), str(ini), "--listen"]
+    command.append(f"127.0.0.1:{free_port()}")
+    assert "\x1b[33ma could not" in on_terminal(command, "whole path")
     assert "\x1b" not in on_terminal(command, "whole path", NO_COLOR="1")
 
 
 # -- --check ---------------------------------------------------------------------------
 
-ODD_WORDS = """--url http://x:${PORT}/v1 '' 'a  b' "it's" '$HOME `x` \\' """
-
 CHECKED = """\
+[llmswap]
+llama-server = {binary}
 [*]
 ngl = 99
 [coder]
 model = {folder}/with a blank/qwen3-coder-30b-a3b-instruct-q4_k_m-00001-of-00003.gguf
 chat-template-kwargs = {{"enable_thinking": false, "it's": "a b"}}
-alias = one-alias, another-alias, a-third-alias, a-fourth-alias, a-fifth-alias, six
+alias = one-alias, another-alias
 [shared]
 uses = coder
 [script]
-cmd = sh -c 'printf "%s|" "$PWD" "$WHERE" "$@"' sh --port ${{PORT}} {more}
+cmd = sh -c 'printf "%s|" "$PWD" "$WHERE" "$@"' sh --port ${{PORT}} {words}
 env.WHERE = at ${{PORT}}; here
 cwd = {folder}
 proxy = http://127.0.0.1:${{PORT}}
@@ -10280,90 +10216,52 @@ unit = bge-m3.service
 proxy = http://127.0.0.1:3004
 [far]
 proxy = http://192.168.11.11:8080
+[typo]
+ctx-siz = 3
+[far]
+proxy = http://192.168.11.12:8080
 """
 
 
-def test_check_is_coloured_on_a_terminal_only(tmp_path):
-    lines, _ = checked(tmp_path, "[a]\nctx-siz = 3\n")
-    assert "\x1b" not in "".join(lines)
-    command = [sys.executable, llmswap_file(), str(tmp_path / "x.ini"), "--check"]
-    assert "\x1b[31m" in on_terminal(command, "cannot be used")
-    assert "\x1b" not in on_terminal(command, "cannot be used", NO_COLOR="1")
-
-
-def checked(folder, text, columns="80"):
-    """The lines and the exit status of --check."""
-    (folder / "x.ini").write_text(text)
-    done = subprocess.run(
-        [sys.executable, llmswap_file(), str(folder / "x.ini"), "--check"],
-        env={**os.environ, "COLUMNS": columns, "PATH": "/usr/bin:/bin"},
-        stdout=subprocess.PIPE,
-    )
-    return done.stdout.decode().splitlines(), done.returncode
-
-
-def block(lines, name):
-    """The lines below the title of one model."""
-    start = next(n for n, line in enumerate(lines) if re.match(rf"{name}\b", line)) + 1
-    while not lines[start].startswith("  ") or lines[start].endswith(")"):
-        start += 1
-    return lines[start : lines.index("", start)]
-
-
-def test_check_fits_eighty_columns_and_its_commands_can_be_pasted(tmp_path):
-    many = " ".join(f"--option-{n} {n}" for n in range(20))
-    more = ODD_WORDS + many
-    lines, status = checked(tmp_path, CHECKED.format(folder=tmp_path, more=more))
-    assert status == 0, lines
-    wide = [line for line in lines if len(line) > 80]
-    assert all(str(tmp_path) in line for line in wide), wide  # a path is never cut
-    titles = [line.split()[-1] for line in lines if line and line[0] != " "][:5]
-    assert titles[1:] == ["uses", "cmd", "unit", "remote"]
-    command = "\n".join(block(lines, "script"))
-    done = subprocess.run(["sh", "-c", command], env={"PORT": "81"}, stdout=-1)
-    words = done.stdout.decode().split("|")
-    assert words[:8] == [
-        str(tmp_path), "at 81; here", "--port", "81",
-        "--url", "http://x:81/v1", "", "a  b",
-    ]  # fmt: skip
-    assert words[8:10] == ["it's", "$HOME `x` \\"]
-    assert words[10:-1] == many.split()
-
-
-def test_check_shows_argv_and_where_the_options_are_from(tmp_path):
+def test_check_shows_each_command_as_it_can_be_pasted_and_each_error(tmp_path):
     binary = fake_binary(tmp_path)
-    text = CHECKED.format(folder=tmp_path, more="")
-    lines, _ = checked(tmp_path, f"[llmswap]\nllama-server = {binary}\n{text}")
-    shown = block(lines, "coder")
-    missing = next(n for n, line in enumerate(shown) if "cannot start now" in line)
-    words = shlex.split("\n".join(shown[:missing]).replace("\\\n", " "))
-    config = llmswap.load_config(str(tmp_path / "x.ini"))
-    model = config.models["coder"]
-    assert words == model.command(llmswap.table_of(model), "${PORT}")
-    told = " ".join(line.strip() for line in lines)
-    assert f"the options of {binary} are unknown" in told
-    assert lines[-1] == "no errors"
+    words = """--url http://x:${PORT}/v1 '' 'a  b' "it's" '$HOME `x` \\'"""
+    path = tmp_path / "x.ini"
+    path.write_text(CHECKED.format(folder=tmp_path, binary=binary, words=words))
+    command = [sys.executable, llmswap_file(), str(path), "--check"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    *blocks, end = done.stdout.split("\n\n")
+    shown = dict(block.split("\n  ", 1) for block in blocks)
+    coder = "coder (one-alias, another-alias): llama-server"
+    assert set(shown) == {
+        coder, "shared: uses", "script: cmd", "service: unit", "far: remote",
+        "typo: llama-server",
+    }  # fmt: skip
+    argv, missing = shown[coder].split("\n  ")
+    model = llmswap.load_config(str(path)).models["coder"]
+    assert shlex.split(argv) == model.command(llmswap.table_of(model), "PORT")
+    assert missing.startswith("cannot start now: ") and "does not exist" in missing
+    assert shown["shared: uses"] == "the backend of coder"
+    assert shown["service: unit"] == "bge-m3.service at http://127.0.0.1:3004"
+    assert shown["far: remote"] == "http://192.168.11.12:8080"
+    assert shown["typo: llama-server"].startswith(f"error: {path}:21: [typo]")
+    warnings = end.splitlines()
+    assert f"the options of {binary} are unknown" in warnings[0]
+    assert any(re.match(r"\S+x.ini:23: ", line) for line in warnings)
+    assert warnings[-1] == "1 of 6 models cannot be used: typo"
+    assert done.returncode == 2
+    pasted = subprocess.run(["sh", "-c", shown["script: cmd"]], stdout=subprocess.PIPE)
+    assert pasted.stdout.decode().split("|")[:-1] == [
+        str(tmp_path), "at PORT; here", "--port", "PORT",
+        "--url", "http://x:PORT/v1", "", "a  b", "it's", "$HOME `x` \\",
+    ]  # fmt: skip
 
 
-def test_check_tells_errors_and_warnings_and_exits_with_two(tmp_path):
-    text = "[a]\nctx-siz = 3\n[b]\ncmd = b ${PORT}\nttl = 3\n[b]\ncmd = c ${PORT}\n"
-    lines, status = checked(tmp_path, text)
-    assert status == 2 and lines[-1] == "1 of 2 models cannot be used"
-    assert block(lines, "a")[0].startswith("  error:")
-    warned = [line for line in lines if re.match(r"\S.*:6:( |$)", line)]
-    assert len(warned) == 1, lines
-
-
-@pytest.mark.parametrize("columns, widest", [("40", 40), ("60", 60), ("200", 80)])
-def test_check_is_as_wide_as_the_terminal_but_not_wider_than_eighty(
-    tmp_path, columns, widest
-):
-    text = "[a-model]\nalias = b-model, c-model, d-model, e-model\ncmd = "
-    text += " ".join(f"-o{n} value" for n in range(30)) + " ${PORT} "
-    text += "--a-rather-long-option a-rather-long-value-of-it\n"
-    lines, _ = checked(tmp_path, text, columns)
-    assert widest - 8 < max(map(len, lines[1:])) <= widest
-    assert lines[0].endswith(" cmd") and len(lines[0]) == widest
+def test_check_exits_with_0_without_errors(tmp_path):
+    (tmp_path / "x.ini").write_text("[a]\ncmd = no-such ${PORT}\n")
+    command = [sys.executable, llmswap_file(), str(tmp_path / "x.ini"), "--check"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("\n\nno errors\n")
 
 
 # ----------------------------------------------------------------------------------
@@ -12469,25 +12367,6 @@ def test_notifications_reach_an_abstract_address_and_only_our_watchdog_counts():
         systemd.settimeout(5)
         notifier.notify("A=1", "B=2")
         assert systemd.recv(99) == b"A=1\nB=2"
-
-
-def test_lines_for_the_journal_carry_their_priority():
-    read_end, write_end = os.pipe()
-    status = os.fstat(write_end)
-    stream = f"{status.st_dev}:{status.st_ino}"
-    program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import llmswap;"
-        "log = llmswap.Log(); log('error', 'one\\ntwo'); log('info', 'x'); log.close()"
-    )
-    subprocess.run(
-        [sys.executable, "-c", program, str(Path(LLMSWAP).parent)],
-        stderr=write_end,
-        env={**os.environ, "JOURNAL_STREAM": stream},
-        check=True,
-    )
-    os.close(write_end)
-    with open(read_end) as lines:
-        assert lines.read() == "<3>one\n<3>  two\n<6>x\n"
 
 
 def test_units_are_what_systemd_accepts(tmp_path):
