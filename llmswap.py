@@ -7175,12 +7175,12 @@ body {
 h1, h2, h3, b { font-weight: 600; }
 p, h2, h3, pre { overflow-wrap: anywhere; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-.unseen { position: absolute; width: 1px; height: 1px; clip-path: inset(50%); }
+.unseen { position: absolute; clip-path: inset(50%); }
 
 /* The head: totals, and whether the snapshots arrive */
 header, h1 { display: flex; align-items: center; }
 header { flex-wrap: wrap; gap: 4px 28px; padding: 22px 0 18px; }
-h1 { gap: 10px; font-size: 19px; letter-spacing: -.02em; }
+h1 { gap: 10px; font-size: 19px; }
 #totals { display: flex; flex-wrap: wrap; gap: 2px 20px; flex: 1; color: var(--soft); }
 #totals b, #none b { color: var(--ink); }
 #search { width: 200px; padding-block: 5px; }
@@ -7207,10 +7207,7 @@ button:hover, .button:hover, input, select, textarea { border-color: var(--edge)
   padding: 4px 8px; border-color: transparent; background: none; font-weight: 400;
 }
 .plain:not(:hover) { color: var(--soft); }
-.main, .main:hover {
-  background: var(--accent); border-color: var(--accent); color: var(--on-accent);
-  font-weight: 600;
-}
+.main { background: var(--accent); color: var(--on-accent); font-weight: 600; }
 input, select, textarea { width: 100%; padding: 8px 11px; }
 ::placeholder { color: var(--soft); opacity: 1; }
 textarea { display: block; resize: vertical; min-height: 76px; }
@@ -7236,12 +7233,11 @@ h2 span { font-weight: 400; margin-left: 4px; }
 
 /* One model */
 .model {
-  --tone: var(--soft); padding: 11px 14px 11px 18px;
+  --tone: var(--soft); padding: 13px 14px 14px 18px;
   display: grid; grid-template-columns: 12px minmax(0, 1fr) auto auto;
   gap: 0 14px; align-items: baseline;
 }
 .model + .model { border-top: 1px solid var(--line); }
-.held .model, .broken .model { padding-block: 15px 16px; }
 .loaded { --tone: var(--loaded); }
 .loading, .unloading { --tone: var(--loading); }
 .sleeping { --tone: var(--sleeping); }
@@ -7256,7 +7252,7 @@ h2 span { font-weight: 400; margin-left: 4px; }
 @media (prefers-reduced-motion: reduce) { .dot { animation: none !important; } }
 h3 { font-size: 15px; }
 h3 small { font-size: 13px; font-weight: 400; color: var(--soft); margin-left: 8px; }
-.about, .state { color: var(--soft); font-size: 13.5px; }
+.about, .state, .why p { color: var(--soft); font-size: 13.5px; }
 .state { text-align: right; }
 .state b { color: var(--tone); margin-right: .35em; }
 .unusable .state { grid-column: 3 / -1; margin-right: -.35em; }
@@ -7267,14 +7263,8 @@ h3 small { font-size: 13px; font-weight: 400; color: var(--soft); margin-left: 8
 dl { display: flex; flex-wrap: wrap; gap: 0 24px; }
 dl div { min-width: 100px; margin-top: 10px; }
 dt { font-size: 12px; color: var(--soft); }
-progress {
-  appearance: none; display: block; width: 100%; height: 5px; margin-top: 12px;
-  border: 0; border-radius: 3px; overflow: hidden; background: var(--line);
-}
-progress::-webkit-progress-bar { background: var(--line); }
-progress::-webkit-progress-value { background: var(--loading); }
-progress::-moz-progress-bar { background: var(--loading); }
-.why p { margin-top: 6px; color: var(--failed); font-size: 13.5px; }
+progress { width: 100%; height: 8px; margin-top: 12px; accent-color: var(--loading); }
+.why p, #error { margin-top: 6px; color: var(--failed); }
 .why pre {
   max-height: 24em; margin-top: 8px; padding: 10px 12px; color: var(--soft);
   border: 1px solid var(--line); border-radius: 8px;
@@ -7287,10 +7277,8 @@ aside {
 }
 aside .sheet, #answer { display: flex; flex-direction: column; gap: 10px; }
 aside .sheet { min-height: 0; padding: 14px; }
-aside h2 {
-  display: flex; align-items: center; margin: 0; color: var(--ink); font-size: 15px;
-}
-aside h2 span { flex: 1; font-weight: 600; margin: 0; }
+aside h2 { display: flex; align-items: center; margin: 0; }
+aside h2 span { flex: 1; color: var(--ink); font: inherit; font-size: 15px; margin: 0; }
 #prompt .close { display: none; }
 #log { flex: 1 0 min(320px, 45vh); }
 #lines {
@@ -7303,17 +7291,11 @@ aside h2 span { flex: 1; font-weight: 600; margin: 0; }
 #answer { overflow: auto; }
 #answer p { white-space: pre-wrap; }
 #thought { padding-left: 12px; border-left: 2px solid var(--line); color: var(--soft); }
-#error { color: var(--failed); }
 
 /* Above all */
-dialog, #notice {
-  color: var(--ink); border-color: var(--edge); box-shadow: 0 12px 40px rgb(0 0 0 / .2);
-}
+dialog, #notice { color: var(--ink); box-shadow: 0 12px 40px rgb(0 0 0 / .3); }
 dialog { margin: auto; width: min(400px, calc(100vw - 32px)); padding: 22px; }
-dialog::backdrop { background: rgb(0 0 0 / .4); }
 dialog form { display: grid; gap: 12px; }
-dialog h2 { margin: 0; font-size: 17px; color: var(--ink); }
-dialog p { color: var(--soft); }
 #notice {
   position: fixed; z-index: 3; inset: auto 16px 20px; margin: auto; width: fit-content;
   max-width: 560px; max-height: 50vh; overflow: auto; padding: 11px 16px;
@@ -7333,8 +7315,7 @@ dialog p { color: var(--soft); }
   }
   aside .sheet {
     max-height: 86dvh; padding-bottom: max(14px, env(safe-area-inset-bottom));
-    border-radius: 16px 16px 0 0; border-width: 1px 0 0;
-    box-shadow: 0 -10px 40px rgb(0 0 0 / .2);
+    border-radius: 16px 16px 0 0; box-shadow: 0 -10px 40px rgb(0 0 0 / .3);
   }
   #log { height: 86dvh; flex: none; }
   #lines { border-radius: 0; }
@@ -7485,7 +7466,8 @@ async function followSnapshots() {
     try {
       stream = new AbortController();
       const headers = {accept: "text/event-stream"};
-      for await (const data of events(await request("/", {headers, signal: stream.signal}))) {
+      const answer = await request("/", {headers, signal: stream.signal});
+      for await (const data of events(answer)) {
         delay = 250;
         showLink("live");
         take(JSON.parse(data));
@@ -7550,7 +7532,8 @@ function paintGroup(name) {
   const section = document.querySelector(`.${name}`), ul = section.lastElementChild;
   const models = snapshot.models.filter((model) => groupOf(model) === name);
   models.forEach(({id}, at) => {
-    if (rows.get(id) !== ul.children[at]) ul.insertBefore(rows.get(id), ul.children[at]);
+    const row = rows.get(id), before = ul.children[at];
+    if (row !== before) ul.insertBefore(row, before);
   });
   const shown = models.filter(matchesSearch).length;
   put(section.querySelector("span"), shown);
@@ -7561,7 +7544,7 @@ function paintTotals({loaded, models, running, waiting, rss, vram}) {
   const counts = {loaded: `${loaded}`, running: `${running}`, waiting: `${waiting}`};
   const of = ` of ${models} loaded`;
   fill($("totals"), {...counts, of, rss: bytes(rss), vram: bytes(vram)});
-  const held = snapshot.models.filter(({state, shares}) => state === "loaded" && !shares);
+  const held = snapshot.models.filter((each) => each.state === "loaded" && !each.shares);
   document.title = join([...held.map(({id}) => id), "llmswap"]);
 }
 
@@ -7594,6 +7577,7 @@ function paintModel(model, age) {
     lines: lines.join("\n"),
     ...factsOf(model, age),
   });
+  show(row.querySelector("dl"), groupOf(model) === "held" && !shares);
   const progress = row.querySelector("progress");
   show(progress, state === "loading" && model.progress !== null);
   progress.value = model.progress || 0;
@@ -7618,13 +7602,13 @@ function requests(running, waiting) {
 }
 
 function factsOf(model, age) {
-  const isShown = groupOf(model) === "held" && !model.shares, left = model.unload_in;
+  const left = model.unload_in;
   return {
-    rss: isShown && bytes(model.rss),
-    vram: isShown && bytes(model.vram),
-    requests: isShown && requests(model.running, model.waiting),
-    speed: isShown && speed(model.tokens_per_second),
-    left: isShown && left !== null && duration(left - age, true),
+    rss: bytes(model.rss),
+    vram: bytes(model.vram),
+    requests: requests(model.running, model.waiting),
+    speed: speed(model.tokens_per_second),
+    left: left !== null && duration(left - age, true),
   };
 }
 
@@ -7719,7 +7703,6 @@ async function openLog(id) {
 // ---- A prompt, and its streaming answer ----
 
 let asking = null; // aborts the request
-let awaited = null; // the model that has not begun to answer yet
 let askedAt = 0;
 let firstAt = 0; // when the first word of the answer came
 let isChosen = false; // somebody chose the model
@@ -7738,16 +7721,13 @@ function paintChoice() {
 }
 
 function paintWait() {
-  if (!awaited) return;
-  const state = snapshot.models.find(({id}) => id === awaited)?.state;
+  if (!asking || firstAt) return;
   const seconds = duration((Date.now() - askedAt) / 1000, true);
-  const parts = [`waiting for ${awaited}`, state !== "loaded" && state, seconds];
-  put($("stats"), join(parts));
+  put($("stats"), `waiting for ${asking.model} · ${seconds}`);
 }
 
 function setAsking(controller) {
   asking = controller;
-  awaited = controller && $("model").value;
   put($("send"), controller ? "Stop" : "Send");
   $("send").className = controller ? "" : "main";
   $("answer").ariaBusy = Boolean(controller);
@@ -7756,6 +7736,7 @@ function setAsking(controller) {
 async function send() {
   const text = $("text").value.trim(), controller = new AbortController();
   if (!text || asking) return;
+  controller.model = $("model").value;
   [askedAt, firstAt] = [Date.now(), 0];
   setAsking(controller);
   for (const name of ["thought", "reply", "error"]) put($(name), "");
@@ -7763,7 +7744,7 @@ async function send() {
   paintWait();
   let stats = "stopped";
   try {
-    stats = await chat($("model").value, text, controller.signal);
+    stats = await chat(controller.model, text, controller.signal);
   } catch (error) {
     if (!controller.signal.aborted) put($("error"), error.message), stats = "";
   }
@@ -7794,7 +7775,6 @@ async function chat(model, text, signal) {
 function grow(name, text) {
   if (!text) return;
   firstAt ||= Date.now();
-  awaited = null;
   put($("stats"), "");
   append(text, $(name), $("answer"));
 }
@@ -9435,7 +9415,7 @@ def check(config: Config) -> int:
 
 
 def _command_line(model):
-    """What runs for the model: a line for a shell with PORT for the port, or a place."""
+    """Return a line for a shell, with PORT for the port, or where the model runs."""
     if model.kind == "uses":
         return f"the backend of {model.backend}"
     argv = model.command(table_of(model), "PORT")
