@@ -59,6 +59,7 @@ import math
 import os
 import queue
 import re
+import resource
 import select
 import shlex
 import signal
@@ -1073,9 +1074,9 @@ def find_models(directory, place) -> dict:
 
 def misfit(model, pinned, settings) -> Optional[str]:
     """Return why a model cannot be loaded beside the pinned ones, or None."""
-    for resource in (*model.settings.needs, *model.settings.sleep_needs):
-        if resource not in settings.budget:
-            return f"budget in [llmswap] does not name {resource!r}"
+    for name in (*model.settings.needs, *model.settings.sleep_needs):
+        if name not in settings.budget:
+            return f"budget in [llmswap] does not name {name!r}"
     models = [*pinned, model]
     counted = {each.name for each in models if each.kind not in ("remote", "uses")}
     beside = f" beside the pinned {', '.join(each.name for each in pinned)}"
@@ -1085,10 +1086,10 @@ def misfit(model, pinned, settings) -> Optional[str]:
     is_together = len(counted) < 2 or any(counted <= names for names in settings.sets)
     if settings.sets and not is_together:
         return f"{prefix} none of sets has them together"
-    for resource, limit in settings.budget.items():
-        needed = sum(each.settings.needs.get(resource, 0) for each in models)
+    for name, limit in settings.budget.items():
+        needed = sum(each.settings.needs.get(name, 0) for each in models)
         if needed > limit:
-            return (f"{prefix} they need {resource} {size_text(needed)}, "
+            return (f"{prefix} they need {name} {size_text(needed)}, "
                     f"the budget is {size_text(limit)}")
     return None
 
@@ -1466,8 +1467,8 @@ class Limits(NamedTuple):
         usages = list(usages)
         if self.models_max and sum(each.places for each in usages) > self.models_max:
             return False
-        for resource, amount in self.budget.items():
-            if sum(each.needs.get(resource, 0) for each in usages) > amount:
+        for name, amount in self.budget.items():
+            if sum(each.needs.get(name, 0) for each in usages) > amount:
                 return False
         if not self.sets:
             return True
@@ -2577,14 +2578,10 @@ exec "$@" </dev/null
 """
 
 
-def _descriptor_limit():
-    import resource
-
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
 
 
-DESCRIPTORS = _descriptor_limit()  # as many as we began with, before we took more
+OUR_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # before we raise it
+DESCRIPTORS = "unlimited" if OUR_LIMIT == resource.RLIM_INFINITY else str(OUR_LIMIT)
 
 
 class Guard:
@@ -3260,7 +3257,14 @@ class ProcessBackend(Backend):
                 self._sleep_look = time.monotonic() + self._sleep_seconds
 
     def _watch_process(self, process):
-        """Read its output until it has ended; runs on a thread of its own."""
+        """Wait until it has ended and its output is read, on a thread of its own."""
+        try:
+            self._read_output(process)
+        finally:
+            self._exited.set()
+            self._wakeup.set()
+
+    def _read_output(self, process):
         output, rest = process.stdout.fileno(), b""
         os.set_blocking(output, False)
         poll = select.poll()
@@ -3293,8 +3297,6 @@ class ProcessBackend(Backend):
             self._take_lines(rest + b"\n")
         if exit_fd is not None:
             os.close(exit_fd)
-        self._exited.set()
-        self._wakeup.set()
 
     def _take_lines(self, data):
         """Pass whole lines on; return what is left."""
@@ -3345,9 +3347,13 @@ class ProcessBackend(Backend):
             return
         self.upstream.close()
         has_grace = self._is_ready and not self._is_unresponsive
-        if not self._exited.is_set() and (has_grace or self.model.settings.cmd_stop):
-            self._ask_to_exit()
-        self._reap()
+        try:
+            if not self._exited.is_set() and (
+                has_grace or self.model.settings.cmd_stop
+            ):
+                self._ask_to_exit()
+        finally:
+            self._reap()
 
     def _ask_to_exit(self):
         """Run the stop command or send SIGTERM, and wait for the stop timeout."""
@@ -3415,7 +3421,8 @@ class ProcessBackend(Backend):
         elif status in (-9, 128 + 9) and oom_kills() > self._oom_kills:
             why = "killed by the kernel: out of memory"
         elif status < 0:
-            why = f"killed by signal {-status} ({signal_name(-status)})"
+            known = {number.value: number.name for number in signal.Signals}
+            why = f"killed by signal {-status} ({known.get(-status, 'unknown')})"
         else:
             why = f"exited with status {status}"
         what = "ended by itself" if self._is_ready else "could not be started"
@@ -3452,14 +3459,6 @@ def _is_group_alive(group):
     )
 
 
-def signal_name(number: int) -> str:
-    """Return SIGKILL for 9."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return "unknown"
-
-
 def memory_of(pid: int) -> Dict[str, int]:
     """Return bytes of resident memory: `RssAnon`, `RssFile` and their sum `VmRSS`."""
     told = read_text_or_empty(f"/proc/{pid}/status")
@@ -3471,14 +3470,12 @@ def load_activity(pid: int) -> tuple:
     """Return what changes while the process or its descendants load a model: megabytes
     of memory, and those that they had disks read; a page now and then is no load."""
     return tuple(
-        (memory_of(each).get("VmRSS", 0) >> 20, disk_reads_of(each) >> 20)
+        (
+            memory_of(each).get("VmRSS", 0) >> 20,
+            _kernel_counts(f"/proc/{each}/io", "read_bytes: ") >> 20,
+        )
         for each in descendants(pid)
     )
-
-
-def disk_reads_of(pid: int) -> int:
-    """Return how many bytes the process had disks read, past the cache too."""
-    return _kernel_counts(f"/proc/{pid}/io", "read_bytes: ")
 
 
 def oom_kills() -> int:
@@ -3659,13 +3656,12 @@ def running_units(units: Sequence[str], gives_up: Callable) -> Set[str]:
 
 def unit_processes(name: str) -> Set[int]:
     """Return the processes that systemd runs for the unit."""
-    return {pid for pid in _all_processes() if _unit_of(pid) == name}
-
-
-def _unit_of(pid):
-    cgroups = read_text_or_empty(f"/proc/{pid}/cgroup")
-    found = re.search(r"/([^/\n]+\.service)(/.*)?$", cgroups, re.MULTILINE)
-    return found and found[1]
+    cgroup = re.compile(rf"/{re.escape(name)}(/.*)?$", re.MULTILINE)
+    return {
+        pid
+        for pid in _all_processes()
+        if cgroup.search(read_text_or_empty(f"/proc/{pid}/cgroup"))
+    }
 
 
 def check_unit(model: Model):
@@ -4061,7 +4057,8 @@ class LoadProgress:
         family = descendants(pid)
         self._size = self._size or sum(map(model_file_size, family))
         if self._size:
-            self._rise_to(sum(map(model_memory, family)) / self._size)
+            memory = sum(memory_of(each).get("VmRSS", 0) for each in family)
+            self._rise_to(memory / self._size)
             self._value = self.progress
 
     def _rise_to(self, share):
@@ -4089,12 +4086,6 @@ def model_file_size(pid: int) -> int:
     paths = [os.path.join(f"/proc/{pid}/cwd", path) for path in named]
     shards = [shard for path in paths for shard in shards_of(path)]
     return sum(os.path.getsize(path) for path in shards if os.path.isfile(path))
-
-
-def model_memory(pid: int) -> int:
-    """Return the bytes that the process has read or mapped, models among them."""
-    found = memory_of(pid)
-    return found.get("RssAnon", 0) + found.get("RssFile", 0)
 
 
 def shards_of(path: str) -> List[str]:
@@ -9048,8 +9039,6 @@ def refuse_connection(connection: socket.socket, why: str, is_patient: bool):
 
 def raise_descriptor_limit() -> int:
     """Raise our soft limit of descriptors to the hard one; return it."""
-    import resource  # not on every system
-
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
     wanted = max(soft, min(wanted, MAX_DESCRIPTORS))

@@ -3486,8 +3486,8 @@ def test_a_random_walk_over_all_events(is_calm):
 # ==================================================================================
 
 
-class Life:
-    """One life of a model's backend in this process, told by its callbacks."""
+class WatchedBackend:
+    """A backend in this process, with what its callbacks reported."""
 
     def __init__(self, model, guard, settle_timeout=0.0):
         self.backend = llmswap.ProcessBackend(model, guard, settle_timeout)
@@ -3528,21 +3528,21 @@ def guard():
 
 @pytest.fixture
 def begin(guard, tmp_path):
-    """Begin the life of a model [m]: flags of the fake server, keys of the section.
+    """Start a backend of a model [m]: flags of the fake server, keys of the section.
 
     What is left at the end is killed.
     """
-    lives = []
+    all_watched = []
 
     def begin(*flags, settle=0.0, **keys):
         model = model_of(tmp_path, *flags, **keys)
-        lives.append(Life(model, guard, settle))
-        return lives[-1]
+        all_watched.append(WatchedBackend(model, guard, settle))
+        return all_watched[-1]
 
     yield begin
-    for life in lives:
-        life.backend.stop(at_once=True)
-        eventually(lambda life=life: not has_group(life.backend.pid))
+    for watched in all_watched:
+        watched.backend.stop(at_once=True)
+        eventually(lambda watched=watched: not has_group(watched.backend.pid))
 
 
 def model_of(folder, *flags, **keys):
@@ -3584,7 +3584,7 @@ def test_a_free_port_is_outside_the_range_of_outgoing_connections():
     assert len(ports) > 10
 
 
-def test_a_bell_wakes_a_poll_and_leaves_no_descriptor():
+def test_a_waker_wakes_a_poll_and_leaves_no_descriptor():
     before = len(os.listdir("/proc/self/fd"))
     bell = llmswap.Waker()
     poll = llmswap.select.poll()
@@ -3659,11 +3659,11 @@ def test_a_child_starts_in_clean_surroundings(begin, tmp_path, monkeypatch):
     keys = {"cmd": script(tmp_path, SURROUNDINGS), "env.OTHER": "${PORT}"}
     inherited = os.open("/dev/null", os.O_RDONLY)
     os.set_inheritable(inherited, True)
-    life = begin(**keys, oom_score_adj=777)
-    problem = life.exited()
+    watched = begin(**keys, oom_score_adj=777)
+    problem = watched.exited()
     os.close(inherited)
     assert "exited with status 3" in str(problem)
-    lines = list(life.backend.lines)
+    lines = list(watched.backend.lines)
     assert lines[0] == "777"
     assert lines[1:5] == ["0", "1", "2", "3"]  # the last one is of ls itself
     masks = dict(line.split(":\t") for line in lines if line.startswith("Sig"))
@@ -3673,17 +3673,17 @@ def test_a_child_starts_in_clean_surroundings(begin, tmp_path, monkeypatch):
     assert masks["SigBlk"] == 0 and masks["SigIgn"] & ~ours == 0, masks
     environment = dict(line.split("=", 1) for line in lines if "=" in line)
     assert environment["KEPT"] == "kept"
-    assert environment["OTHER"] == str(life.backend.port)
+    assert environment["OTHER"] == str(watched.backend.port)
     assert not set(foreign) & set(environment)
 
 
 def test_a_life_from_spawn_to_a_stop(begin):
-    life = begin("--load", "0.05", "--model", "m")
-    backend = life.loaded()
+    watched = begin("--load", "0.05", "--model", "m")
+    backend = watched.loaded()
     stats = get(backend.port, "/stats")
     assert stats["pid"] == backend.pid
     assert stats["oom_score_adj"] == 1000
-    assert life.stop() is None
+    assert watched.stop() is None
     assert not has_group(backend.pid)
     assert not backend.died(0)
 
@@ -3750,64 +3750,64 @@ def test_a_load_that_goes_on_in_silence_is_not_given_up(
     loop = "while True:\n    step()\n    time.sleep(0.03)\n"
     (tmp_path / "x.py").write_text(f"import mmap, os, time\n{LOADS[load]}\n{loop}")
     (tmp_path / "file").write_bytes(bytes(2**20))
-    life = begin(cmd=f"{wrapper}{sys.executable} -S {tmp_path}/x.py", load_timeout=0.5,
+    watched = begin(cmd=f"{wrapper}{sys.executable} -S {tmp_path}/x.py", load_timeout=0.5,
                  proxy="http://127.0.0.1:1", cwd=tmp_path)  # fmt: skip
     with pytest.raises(queue.Empty):
-        life.news.get(timeout=1.0)
+        watched.news.get(timeout=1.0)
 
 
 def test_a_page_read_now_and_then_is_no_progress(begin, monkeypatch):
     monkeypatch.setattr(llmswap, "ACTIVITY_INTERVAL", 0.05)
     pages = itertools.count(0, 4096)
-    monkeypatch.setattr(llmswap, "disk_reads_of", lambda pid: next(pages))
-    life = begin("--load-hang", load_timeout=0.3)
-    assert "no sign of progress for 0.3 s" in str(life.exited())
+    monkeypatch.setattr(llmswap, "_kernel_counts", lambda *_: next(pages))
+    watched = begin("--load-hang", load_timeout=0.3)
+    assert "no sign of progress for 0.3 s" in str(watched.exited())
 
 
 def test_a_stop_while_loading_kills_without_grace(begin):
-    life = begin("--load-hang", "--ignore-term", "--grandchild")
-    eventually(lambda: life.wrote("listening"))
+    watched = begin("--load-hang", "--ignore-term", "--grandchild")
+    eventually(lambda: watched.wrote("listening"))
     asked_at = time.monotonic()
-    assert life.stop() is None
+    assert watched.stop() is None
     assert time.monotonic() - asked_at < 1
-    assert not has_group(life.backend.pid)
+    assert not has_group(watched.backend.pid)
 
 
 @pytest.mark.parametrize("delay", [0, 0.001, 0.003, 0.01, 0.02, 0.04, 0.08])
 def test_a_stop_at_any_moment_of_a_start_leaves_nothing(begin, delay):
-    life = begin("--load", "0.02")
+    watched = begin("--load", "0.02")
     threading.Event().wait(delay)
-    life.backend.stop()
-    news = life.news.get(timeout=5)
+    watched.backend.stop()
+    news = watched.news.get(timeout=5)
     if news[0] == "loaded":
-        news = life.news.get(timeout=5)
+        news = watched.news.get(timeout=5)
     assert news == ("exited", None)
-    assert not has_group(life.backend.pid)
+    assert not has_group(watched.backend.pid)
 
 
-def test_who_ignores_sigterm_is_killed_after_its_stop_timeout(begin):
-    life = begin("--ignore-term", "--grandchild", stop_timeout=0.3)
-    life.loaded()
+def test_sigterm_ignored_is_followed_by_sigkill(begin):
+    watched = begin("--ignore-term", "--grandchild", stop_timeout=0.3)
+    watched.loaded()
     asked_at = time.monotonic()
-    assert life.stop() is None
+    assert watched.stop() is None
     assert 0.3 <= time.monotonic() - asked_at < 1.5
-    assert not has_group(life.backend.pid)
+    assert not has_group(watched.backend.pid)
 
 
 def test_a_stop_can_be_hastened(begin):
-    life = begin("--ignore-term", stop_timeout=60)
-    life.loaded()
-    life.backend.stop()
-    life.backend.stop(at_once=True)
-    assert life.exited() is None
+    watched = begin("--ignore-term", stop_timeout=60)
+    watched.loaded()
+    watched.backend.stop()
+    watched.backend.stop(at_once=True)
+    assert watched.exited() is None
 
 
 def test_workers_that_outlive_their_leader_are_killed(begin):
-    life = begin("--grandchild")
-    backend = life.loaded()
+    watched = begin("--grandchild")
+    backend = watched.loaded()
     worker = get(backend.port, "/stats")["grandchild"]
     os.kill(backend.pid, signal.SIGKILL)
-    life.exited()
+    watched.exited()
     found = llmswap.process_stat(worker)
     assert found is None or found.state == "Z"
 
@@ -3823,17 +3823,17 @@ echo done >>{told}
 def test_a_stop_command_is_run_instead_and_may_finish(begin, tmp_path):
     told = tmp_path / "told"
     script(tmp_path, STOPPER.format(told=told))
-    life = begin(cmd_stop=f"/bin/sh {tmp_path}/script ${{PID}} ${{PORT}}")
-    backend = life.loaded()
-    assert life.stop() is None
+    watched = begin(cmd_stop=f"/bin/sh {tmp_path}/script ${{PID}} ${{PORT}}")
+    backend = watched.loaded()
+    assert watched.stop() is None
     assert told.read_text() == f"{backend.pid} {backend.port}\ndone\n"
 
 
 def test_a_stop_command_that_hangs_is_killed_with_what_it_started(begin, tmp_path):
     script(tmp_path, f"echo $$ >{tmp_path}/pid; sleep 60; :")
-    life = begin(cmd_stop=f"/bin/sh {tmp_path}/script", stop_timeout=0.3)
-    life.loaded()
-    assert life.stop() is None
+    watched = begin(cmd_stop=f"/bin/sh {tmp_path}/script", stop_timeout=0.3)
+    watched.loaded()
+    assert watched.stop() is None
     stopper = int((tmp_path / "pid").read_text())
     eventually(lambda: not has_group(stopper))
 
@@ -3853,14 +3853,14 @@ def test_an_answer_to_a_check_that_comes_while_it_is_stopped_is_left_alone(
     begin, tmp_path
 ):
     (tmp_path / "late.py").write_text(LATE_WORD)
-    life = begin(
+    watched = begin(
         cmd=f"{sys.executable} -S {tmp_path}/late.py ${{PORT}}",
         cmd_stop="/bin/sh -c 'kill -USR1 ${PID}'",
         load_timeout=0.3,
         stop_timeout=0.5,
     )
     cpu = time.process_time()
-    assert "not ready" in str(life.exited())
+    assert "not ready" in str(watched.exited())
     assert time.process_time() - cpu < 0.25  # nobody spins on what nobody reads
 
 
@@ -3868,38 +3868,40 @@ def test_an_answer_to_a_check_that_comes_while_it_is_stopped_is_left_alone(
 def test_a_stop_command_that_cannot_run_gives_way_to_sigterm(guard, tmp_path, command):
     model = model_of(tmp_path)
     settings = model.settings._replace(cmd_stop=command)
-    life = Life(model._replace(settings=settings), guard)
-    life.loaded()
-    assert life.stop() is None
-    assert not has_group(life.backend.pid)
+    watched = WatchedBackend(model._replace(settings=settings), guard)
+    watched.loaded()
+    assert watched.stop() is None
+    assert not has_group(watched.backend.pid)
 
 
 def test_a_server_that_closes_its_output_lives_on(begin, tmp_path):
     command = fake_command()
-    life = begin(cmd=script(tmp_path, f"exec >&- 2>&-\nPORT=$1\nexec {command}"))
-    port = life.loaded().port
-    assert get(port, "/stats")["pid"] == life.backend.pid
+    watched = begin(cmd=script(tmp_path, f"exec >&- 2>&-\nPORT=$1\nexec {command}"))
+    port = watched.loaded().port
+    assert get(port, "/stats")["pid"] == watched.backend.pid
     cpu = time.process_time()
     threading.Event().wait(0.2)
     assert time.process_time() - cpu < 0.15  # nobody spins on the end of its output
-    assert life.stop() is None
+    assert watched.stop() is None
 
 
 def test_a_flood_of_output_neither_blocks_it_nor_fills_the_memory(begin, tmp_path):
     flood = "head -c 100000000 /dev/zero | tr '\\0' x; echo; echo over; exit 5"
-    life = begin(cmd=script(tmp_path, flood))
-    assert "exited with status 5" in str(life.exited())
-    assert life.backend.lines[-1] == "over"
-    assert max(map(len, life.backend.lines)) <= llmswap.MAX_LINE
+    watched = begin(cmd=script(tmp_path, flood))
+    assert "exited with status 5" in str(watched.exited())
+    assert watched.backend.lines[-1] == "over"
+    assert max(map(len, watched.backend.lines)) <= llmswap.MAX_LINE
 
 
-def test_who_left_the_group_and_floods_the_output_delays_nobody(begin, tmp_path):
+def test_a_process_that_left_the_group_and_floods_the_output_delays_nothing(
+    begin, tmp_path
+):
     text = f"echo $$ >{tmp_path}/pid; exec yes"
     (tmp_path / "flood").write_text(text)
     text = f"setsid sh {tmp_path}/flood & sleep 0.1; exit 4"
-    life = begin(cmd=script(tmp_path, text))
+    watched = begin(cmd=script(tmp_path, text))
     try:
-        assert "exited with status 4" in str(life.exited())
+        assert "exited with status 4" in str(watched.exited())
     finally:
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
@@ -3917,7 +3919,7 @@ def test_who_left_the_group_and_floods_the_output_delays_nobody(begin, tmp_path)
         (socket.AF_INET6, "::ffff:127.0.0.1", True),
     ],
 )
-def test_who_listens_on_a_port_of_loopback_is_found(family, address, is_found):
+def test_the_listener_of_a_loopback_port_is_found(family, address, is_found):
     with socket.socket(family) as listener, socket.socket() as silent:
         listener.bind((address, 0))
         port = listener.getsockname()[1]
@@ -3929,7 +3931,7 @@ def test_who_listens_on_a_port_of_loopback_is_found(family, address, is_found):
         assert llmswap.holder_of(os.fstat(silent.fileno()).st_ino, [1]) == os.getpid()
 
 
-def test_ready_is_who_accepts_if_there_is_no_check_endpoint(begin):
+def test_without_a_check_endpoint_ready_means_that_the_port_accepts(begin):
     flags = ["--no-health", "--load", "0.05", "--bind-late"]
     begin(*flags, check_endpoint="none").loaded()
 
@@ -4086,21 +4088,21 @@ def kind_keys(kind, folder):
 @pytest.mark.parametrize("kind", ["cmd", "llama-server"])
 def test_a_stranger_on_the_chosen_port_hears_nothing(begin, tmp_path, first_port, kind):
     stranger = Stranger(first_port)
-    life = begin(**kind_keys(kind, tmp_path))
-    assert life.loaded().port != first_port
-    assert get(life.backend.port, "/stats")["pid"] == life.backend.pid
+    watched = begin(**kind_keys(kind, tmp_path))
+    assert watched.loaded().port != first_port
+    assert get(watched.backend.port, "/stats")["pid"] == watched.backend.pid
     assert stranger.heard() == b""
 
 
 @pytest.mark.parametrize("kind", ["cmd", "llama-server"])
-def test_a_stranger_who_comes_during_the_load_hears_nothing(
+def test_a_stranger_that_comes_during_the_load_hears_nothing(
     begin, tmp_path, first_port, kind
 ):
     stranger = Stranger(first_port, is_late=True)
-    life = begin(**kind_keys(kind, tmp_path))
-    eventually(lambda: life.backend.pid)
+    watched = begin(**kind_keys(kind, tmp_path))
+    eventually(lambda: watched.backend.pid)
     stranger.listen()
-    assert life.loaded().port != first_port
+    assert watched.loaded().port != first_port
     assert stranger.heard() == b""
 
 
@@ -4129,8 +4131,8 @@ def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(
 
 def test_a_backend_may_listen_anew(begin, tmp_path):
     wrapped = fake_command(port="$1")
-    life = begin(cmd=script(tmp_path, f"until {wrapped}; do :; done"))
-    backend = life.loaded()
+    watched = begin(cmd=script(tmp_path, f"until {wrapped}; do :; done"))
+    backend = watched.loaded()
     seen = []
 
     def is_another():
@@ -4156,8 +4158,8 @@ def test_a_port_lost_within_a_moment_is_found_out_at_the_exit(
 
     monkeypatch.setattr(llmswap.Upstream, "control_connection", control_connection)
     stranger = Stranger(first_port)  # whom no health check sees
-    life = begin(cmd=fake_command())
-    assert life.loaded().port != first_port
+    watched = begin(cmd=fake_command())
+    assert watched.loaded().port != first_port
     assert stranger.heard() == b""
 
 
@@ -4195,8 +4197,8 @@ def test_a_line_written_at_every_check_does_not_make_checks_endless(monkeypatch)
 
 def test_a_listener_in_the_childs_group_is_the_childs(begin, tmp_path):
     wrapped = fake_command(port="$1")
-    life = begin(cmd=script(tmp_path, f"{wrapped} &\nwait"))
-    backend = life.loaded()
+    watched = begin(cmd=script(tmp_path, f"{wrapped} &\nwait"))
+    backend = watched.loaded()
     assert get(backend.port, "/stats")["pid"] != backend.pid
 
 
@@ -4210,15 +4212,15 @@ def talk(port, **wish):
     return client
 
 
-def test_who_answers_neither_requests_nor_health_is_stopped(begin):
-    life = begin(hang_timeout=0.3)
-    backend = life.loaded()
+def test_a_backend_that_answers_neither_requests_nor_health_is_stopped(begin):
+    watched = begin(hang_timeout=0.3)
+    backend = watched.loaded()
     with talk(backend.port, hang=True, hang_health=True):
-        eventually(lambda: life.backend.upstream)
+        eventually(lambda: watched.backend.upstream)
         eventually(lambda: get(backend.port, "/stats")["in_flight"])
         cpu = time.process_time()
         backend.report_stall()
-        problem = life.exited()
+        problem = watched.exited()
         assert time.process_time() - cpu < 0.25  # it did not spin meanwhile
     assert "hung: neither a request nor 0.3 s of health" in str(problem)
     assert backend.died(0)
@@ -4226,22 +4228,22 @@ def test_who_answers_neither_requests_nor_health_is_stopped(begin):
 
 
 def test_a_stopped_process_hangs(begin):
-    life = begin(hang_timeout=0.3)
-    os.kill(life.loaded().pid, signal.SIGSTOP)
-    life.backend.report_stall()
-    assert "hung" in str(life.exited())
+    watched = begin(hang_timeout=0.3)
+    os.kill(watched.loaded().pid, signal.SIGSTOP)
+    watched.backend.report_stall()
+    assert "hung" in str(watched.exited())
 
 
 def test_a_silent_request_with_answering_health_is_left_alone(begin):
-    life = begin(hang_timeout=0.2)
-    backend = life.loaded()
+    watched = begin(hang_timeout=0.2)
+    backend = watched.loaded()
     with talk(backend.port, hang=True):
         seen = get(backend.port, "/stats")["health"]
         for _ in range(3):
             backend.report_stall()
             eventually(lambda: backend._silent_since is None)
         assert get(backend.port, "/stats")["health"] > seen
-        assert life.news.empty()
+        assert watched.news.empty()
 
 
 def test_cmd_models_are_not_suspected_by_default(begin):
@@ -4259,15 +4261,15 @@ def test_the_end_waits_until_the_gpus_memory_is_free(begin, tmp_path, monkeypatc
     tool.write_text(f"#!/bin/sh\ncat {state} 2>/dev/null\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    life = begin("--grandchild", settle=10)
-    worker = get(life.loaded().port, "/stats")["grandchild"]
+    watched = begin("--grandchild", settle=10)
+    worker = get(watched.loaded().port, "/stats")["grandchild"]
     state.write_text(f"1\n{worker}\n")
-    life.backend.stop()
-    eventually(lambda: not has_group(life.backend.pid))
+    watched.backend.stop()
+    eventually(lambda: not has_group(watched.backend.pid))
     with pytest.raises(queue.Empty):
-        life.news.get(timeout=0.2)
+        watched.news.get(timeout=0.2)
     state.write_text("1\n")
-    assert life.exited() is None
+    assert watched.exited() is None
 
 
 GPU_TOOLS = [
@@ -4312,13 +4314,13 @@ def test_waiting_for_the_gpu_has_an_end(monkeypatch):
 
 def test_lives_leave_no_descriptor_and_no_thread(begin, tmp_path, monkeypatch):
     def live(number):
-        life = begin(*[[], ["--load-exit", "1"], ["--load-hang"]][number % 3])
+        watched = begin(*[[], ["--load-exit", "1"], ["--load-hang"]][number % 3])
         if number % 3 == 0:
-            life.loaded()
+            watched.loaded()
         if number % 3 != 1:
-            life.backend.stop()
-        life.exited()
-        life.backend = Gone(life.backend.pid)
+            watched.backend.stop()
+        watched.exited()
+        watched.backend = Gone(watched.backend.pid)
 
     live(0)
     threads, before = threading.active_count(), len(os.listdir("/proc/self/fd"))
@@ -4360,9 +4362,9 @@ def test_a_failed_start_leaves_no_descriptor_to_the_garbage_collector(
     before = len(os.listdir("/proc/self/fd"))
     gc.disable()
     try:
-        life = begin()
-        assert "no descriptor is left" in str(life.exited())
-        life.backend = Gone(None)
+        watched = begin()
+        assert "no descriptor is left" in str(watched.exited())
+        watched.backend = Gone(None)
         eventually(lambda: len(os.listdir("/proc/self/fd")) <= before, timeout=3)
     finally:
         gc.enable()
@@ -4370,9 +4372,9 @@ def test_a_failed_start_leaves_no_descriptor_to_the_garbage_collector(
 
 def test_without_pidfd_an_exit_is_noticed_all_the_same(begin, monkeypatch):
     monkeypatch.delattr(os, "pidfd_open")
-    life = begin()
-    os.kill(life.loaded().pid, signal.SIGKILL)
-    assert "killed by signal 9" in str(life.exited())
+    watched = begin()
+    os.kill(watched.loaded().pid, signal.SIGKILL)
+    assert "killed by signal 9" in str(watched.exited())
     assert begin("--load-exit", "3").exited().status == 502
     third = begin()
     third.loaded()
@@ -15728,7 +15730,7 @@ HANGS = [
 
 
 @pytest.mark.parametrize("kind, said", [*zip(("cmd", "unit", "remote"), HANGS)])
-def test_who_hangs_is_left_alone_while_tokens_flow_then_restarted_and_that_is_said(
+def test_a_hung_backend_is_restarted_unless_tokens_flow(
     units, machine, kind, said
 ):
     units.add("m", port=machine.port)
