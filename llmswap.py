@@ -2221,13 +2221,6 @@ class Waker:
     def fileno(self) -> int:
         return self._hear
 
-    def wake_on_signals(self):
-        """Ring whenever a signal arrives, at whatever moment. Main thread only.
-
-        A thread that is about to block in anything but a poll may miss one for ever.
-        """
-        signal.set_wakeup_fd(self._pull, warn_on_full_buffer=False)
-
     def wake(self):
         """Wake the poller, or the next to poll."""
         try:
@@ -7025,54 +7018,36 @@ def speed_of(usage: Usage, seconds: float) -> Optional[float]:
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Metric(NamedTuple):
-    """One metric: a field of ModelStatus for a gauge, else a name in Metrics.counts."""
-
-    kind: str
-    source: str
-    name: str
-    help: str
-    labels: Sequence[str] = ("model",)
-
-
+# Kind; field of ModelStatus (gauges) or name in Metrics.counts; name after `llmswap_`;
+# help.
 METRICS = (
-    Metric("gauge", "running", "llmswap_requests_in_flight",
-           "Requests that a model serves."),
-    Metric("gauge", "waiting", "llmswap_requests_queued",
-           "Requests that wait for a model."),
-    Metric("gauge", "rss", "llmswap_model_resident_memory_bytes",
-           "Resident memory of a model's processes."),
-    Metric("gauge", "vram", "llmswap_model_gpu_memory_bytes",
-           "GPU memory of a model's processes, if the vendor's tool is present."),
-    Metric("gauge", "progress", "llmswap_load_progress_ratio",
-           "Progress of a load, if it is known."),
-    Metric("gauge", "tokens_per_second", "llmswap_last_tokens_per_second",
-           "Tokens generated per second in a model's last answer."),
-    Metric("counter", "requests", "llmswap_requests_total",
-           "Requests by model (empty: not found) and status (499: the client left).",
-           ("model", "status")),
-    Metric("counter", "tokens_in", "llmswap_prompt_tokens_total",
-           "Tokens of prompts, as reported in answers."),
-    Metric("counter", "tokens_out", "llmswap_completion_tokens_total",
-           "Tokens generated, as reported in answers."),
-    Metric("counter", "bytes_in", "llmswap_request_bytes_total",
-           "Bytes of request bodies."),
-    Metric("counter", "bytes_out", "llmswap_response_bytes_total",
-           "Bytes of response bodies."),
-    Metric("counter", "swaps", "llmswap_swaps_total",
-           "Loads for which another model was evicted.", ()),
-    Metric("counter", "stops", "llmswap_stops_total",
-           "Stops by cause: evicted, idle, unload, reload, abandoned, shutdown.",
-           ("model", "cause")),
-    Metric("counter", "failures", "llmswap_failures_total",
-           "Models that ended by themselves, by their state.", ("model", "state")),
-    Metric("histogram", "durations", "llmswap_request_duration_seconds",
-           "Time from a request's first byte to the end of its answer."),
-    Metric("histogram", "waits", "llmswap_request_wait_seconds",
-           "Time that a request waited for its model."),
-    Metric("histogram", "loads", "llmswap_load_duration_seconds",
-           "Time from a model's start until it is ready."),
+    ("gauge", "running", "requests_in_flight", "Requests that a model serves."),
+    ("gauge", "waiting", "requests_queued", "Requests that wait for a model."),
+    ("gauge", "rss", "model_resident_memory_bytes", "Memory of a model's processes."),
+    ("gauge", "vram", "model_gpu_memory_bytes", "GPU memory of a model's processes."),
+    ("gauge", "progress", "load_progress_ratio", "Progress of a load, if known."),
+    ("gauge", "tokens_per_second", "last_tokens_per_second", "Speed of last answer."),
+    ("counter", "requests", "requests_total",
+     "Requests by model (empty: not found) and status (499: the client left)."),
+    ("counter", "tokens_in", "prompt_tokens_total", "Prompt tokens, as reported."),
+    ("counter", "tokens_out", "completion_tokens_total", "New tokens, as reported."),
+    ("counter", "bytes_in", "request_bytes_total", "Bytes of request bodies."),
+    ("counter", "bytes_out", "response_bytes_total", "Bytes of response bodies."),
+    ("counter", "swaps", "swaps_total", "Loads for which a model was evicted."),
+    ("counter", "stops", "stops_total",
+     "Stops by cause: evicted, idle, unload, reload, abandoned, shutdown."),
+    ("counter", "failures", "failures_total", "Models that ended by themselves."),
+    ("histogram", "durations", "request_duration_seconds",
+     "Time from a request's first byte to the end of its answer."),
+    ("histogram", "waits", "request_wait_seconds", "Time waiting for the model."),
+    ("histogram", "loads", "load_duration_seconds", "Time until a model is ready."),
 )  # fmt: skip
+LABELS = {
+    "requests": ("model", "status"),
+    "swaps": (),
+    "stops": ("model", "cause"),
+    "failures": ("model", "state"),
+}  # of counters; else the model
 
 
 def metrics_text(report: StatusReport) -> str:
@@ -7117,15 +7092,16 @@ def _model_metrics(report):
     counts = collections.defaultdict(list)
     for (source, *labels), value in sorted(report.meters.counts.items(), key=repr):
         counts[source].append((labels, value))
-    for kind, source, name, text, labels in METRICS:
+    for kind, source, name, text in METRICS:
         if kind == "gauge":
             samples = [("", {"model": each.id}, getattr(each, source)) for each in own]
         elif kind == "counter":
+            labels = LABELS.get(source, ("model",))
             cells = counts[source] or ([] if labels else [((), 0)])
             samples = [("", dict(zip(labels, values)), n) for values, n in cells]
         else:
             samples = _buckets(counts[source], counts[f"{source}_sum"])
-        yield kind, name, text, samples
+        yield kind, f"llmswap_{name}", text, samples
 
 
 def _buckets(cells, sums):
@@ -7535,8 +7511,9 @@ function paintTotals({loaded, models, running, waiting, rss, vram}) {
   const counts = {loaded: `${loaded}`, running: `${running}`, waiting: `${waiting}`};
   const of = ` of ${models} loaded`;
   fill($("totals"), {...counts, of, rss: bytes(rss), vram: bytes(vram)});
-  const held = snapshot.models.filter((each) => each.state === "loaded" && !each.shares);
-  document.title = join([...held.map(({id}) => id), "llmswap"]);
+  const isLoaded = ({state, shares}) => state === "loaded" && !shares;
+  const names = snapshot.models.filter(isLoaded).map(({id}) => id);
+  document.title = join([...names, "llmswap"]);
 }
 
 function makeRow(id) {
@@ -8765,14 +8742,14 @@ class Log:
         logging.raiseExceptions = False  # stderr may be closed; the feed has the line
         self.feed = Broadcast(2000)
         lines = queue.SimpleQueue()
-        terminal = logging.StreamHandler()
-        terminal.setFormatter(LogFormatter(terminal.stream))
+        stderr = logging.StreamHandler()
+        stderr.setFormatter(LogFormatter(sys.stderr))
         self._entrance = logging.handlers.QueueHandler(lines)
+        self._entrance.addFilter(RepeatFilter())
         self._logger = logging.Logger("llmswap")
         self._logger.addHandler(self._entrance)
-        self._writer = logging.handlers.QueueListener(
-            lines, FeedHandler(self.feed), terminal
-        )
+        feed = FeedHandler(self.feed)
+        self._writer = logging.handlers.QueueListener(lines, feed, stderr)
         self._writer.start()
         self.set_level("info")
 
@@ -8781,15 +8758,28 @@ class Log:
         self._entrance.setLevel(level.upper())
 
     def __call__(self, level: str, text: str):
-        number = getattr(logging, level.upper())
-        if number >= self._entrance.level:
-            self._logger.log(number, text)
+        self._logger.log(getattr(logging, level.upper()), text)
 
     def close(self):
         """Write what is left; give up after a second, as stderr may be stuck."""
         closing = threading.Thread(target=self._writer.stop, daemon=True)
         closing.start()
         closing.join(1.0)
+
+
+class RepeatFilter(logging.Filter):
+    """Drops a line that repeats the one before it, for up to a minute."""
+
+    def __init__(self):
+        super().__init__()
+        self._last, self._written_at = None, 0.0
+
+    def filter(self, record):
+        """Return whether the record is to be written."""
+        is_new = record.msg != self._last or record.created > self._written_at + 60
+        if is_new:
+            self._last, self._written_at = record.msg, record.created
+        return is_new
 
 
 class LogFormatter(logging.Formatter):

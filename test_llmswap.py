@@ -4985,8 +4985,9 @@ def test_a_second_signal_ends_everything_at_once(number):
 
 
 def test_idle_backends_are_stopped_in_parallel():
-    models = [f"[{name}]\ncmd = FAKE --model {name} --stop-delay 0.3\n" for name in "abcd"]
-    with Llmswap("[llmswap]\nmodels-max = 0\n" + "".join(models)) as server:
+    text = "[{0}]\ncmd = FAKE --model {0} --stop-delay 0.3\n"
+    models = "".join(map(text.format, "abcd"))
+    with Llmswap(f"[llmswap]\nmodels-max = 0\n{models}") as server:
         for name in "abcd":
             server.chat(name)
         sent_at = time.monotonic()
@@ -5196,7 +5197,8 @@ WAYS_TO_START = {
 @pytest.mark.parametrize("way", WAYS_TO_START)
 def test_however_it_is_started_it_serves_and_ps_shows_its_command(tmp_path, way):
     port = free_port()
-    text = f"[m]\ncmd = {fake_command()}\n[bad]\ncmd = {fake_command('--load-exit', 7)}\n"
+    bad = fake_command("--load-exit", 7)
+    text = f"[m]\ncmd = {fake_command()}\n[bad]\ncmd = {bad}\n"
     (tmp_path / "m.ini").write_text(text)
     shutil.copy(LLMSWAP, tmp_path / "llmswap.py")
     file = ["-m", "llmswap"] if way == "as a module" else [LLMSWAP]
@@ -8619,7 +8621,7 @@ def test_without_descriptors_nothing_spins_and_all_is_well_afterwards():
         busy = cpu_seconds(swap.pid)
         time.sleep(0.5)  # what is measured
         assert cpu_seconds(swap.pid) < busy + 0.1
-        assert swap.log().count("could not be accepted") < 5
+        assert swap.log().count("could not be accepted") == 1
         resource.prlimit(swap.pid, resource.RLIMIT_NOFILE, limits)
         for client in clients:
             client.hang_up()
@@ -9869,7 +9871,9 @@ def progress_events(server, model):
 @pytest.mark.parametrize(
     "shards, wrapper", [(1, ""), (3, "sh -c '\"$@\"; exit' x ")]
 )
-def test_progress_is_read_from_the_memory_of_the_loading_processes(tmp_path, shards, wrapper):
+def test_progress_is_read_from_the_memory_of_the_loading_processes(
+    tmp_path, shards, wrapper
+):
     command = slow_model(tmp_path, shards=shards, wrapper=wrapper)
     with watchful(f"[a]\ncmd = {command}\n") as server:
         found, end = progress_events(server, "a")
@@ -10136,7 +10140,8 @@ def test_long_loads_slow_requests_and_long_stops_are_logged(tmp_path):
 
 @pytest.mark.parametrize("is_journal", [False, True])
 def test_log_lines_have_time_or_priority_and_no_control_characters(is_journal):
-    code = r"import llmswap; log = llmswap.Log(); log('debug', 'no'); log('info', 'x');"
+    code = r"import llmswap; log = llmswap.Log(); log('debug', 'no');"
+    code += r"log('info', 'x'); log('info', 'x');"
     code += r"log('error', '\x1b[1mone\n\ttwo\x07\u202e\ud800'); log.close()"
     read_end, write_end = os.pipe()
     status = os.fstat(write_end)
@@ -10646,8 +10651,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 class Browser:
     """Headless Chromium with one page, until the block ends.
 
-    `complaints` are the errors that the page wrote to its console or raised, and what its
-    policy refused.
+    `complaints` are the errors on its page's console, and what its policy refused.
     """
 
     def __enter__(self):
@@ -11351,7 +11355,8 @@ def test_forty_models_and_none_fit_any_width(browser, count):
                 browser.type("NAME-17")
                 visible = "li => li.checkVisibility()"
                 seen = f"[...document.querySelectorAll('main li')].filter({visible})"
-                browser.until(f"{seen}.length === 1 && {seen}[0].innerText.includes(17)")
+                browser.until(f"{seen}.length === 1")
+                assert "name-17" in browser.value(f"{seen}[0].innerText")
             assert browser.complaints == []
 
 
@@ -12220,7 +12225,7 @@ def test_systemd_is_notified_of_ready_status_reloading_and_stopping(tmp_path):
         client.hang_up()
 
 
-def test_the_watchdog_is_fed_only_while_listener_lock_and_timer_work(tmp_path, monkeypatch):
+def test_the_watchdog_is_fed_while_listener_lock_and_timer_work(tmp_path, monkeypatch):
     systemd = Notifications(tmp_path)
     environ = {"NOTIFY_SOCKET": systemd.path, "WATCHDOG_USEC": "40000"}
     notifier = llmswap.SystemdNotifier(environ)
@@ -12282,7 +12287,7 @@ def test_units_are_what_systemd_accepts(tmp_path):
     path = f'Environment="PATH={tmp_path}/my $tools 10%%:'
     file = f'"{tmp_path}/my $$models.ini"'
     module = f"WorkingDirectory={Path(LLMSWAP).parent}"
-    fixed = ("KillMode=mixed", "OOMPolicy=continue", "Restart=on-failure", " -m llmswap ")
+    fixed = "KillMode=mixed", "OOMPolicy=continue", "Restart=on-failure", " -m llmswap "
     for text in (*fixed, module, path, file):
         assert text in files["llmswap.service"]
     if not shutil.which("systemd-analyze"):
