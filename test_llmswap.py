@@ -4953,18 +4953,24 @@ def test_a_killed_guard_is_replaced_and_knows_every_group():
 # ---- signals
 
 
-def test_sigterm_lets_requests_end_and_refuses_the_queue():
+def test_sigterm_lets_requests_end_and_refuses_those_that_wait_or_come_late():
     text = "[a]\ncmd = FAKE --model a --grandchild\n[b]\ncmd = FAKE --model b\n"
-    with Llmswap(text) as server:
-        stream = server.stream("a", tokens=20, interval=0.02)
+    body = encoded(chat_body("a"))
+    with Llmswap(text) as server, server.connect() as late, server.connect() as idle:
+        stream = server.stream("a", tokens=40, interval=0.02)
         waiting = ask_later(server, "b")
         eventually(lambda: server.get("/health").json().get("queued"))
+        late.sock.sendall(request_head("POST", CHAT, len(body)) + body[:9])
+        assert idle.ask("GET", "/health").status == 200
         server.process.terminate()
-        eventually(lambda: "ending" in server.log())
+        assert idle.sock.recv(1) == b""
+        eventually(lambda: not is_listening(server.port))
         server.process.send_signal(signal.SIGHUP)  # which is no second signal
         refusal = waiting.answer()
-        assert refusal.status == 503 and "retry-after" in refusal.headers
-        assert "word19" in stream.text() and stream.is_complete
+        late.sock.sendall(body[9:])
+        assert refusal.status == late.answer().status == 503
+        assert "retry-after" in refusal.headers
+        assert "word39" in stream.text() and stream.is_complete
         assert server.process.wait(5) == 0
         assert_all_gone(server)
 
@@ -4996,19 +5002,7 @@ def test_idle_backends_are_stopped_in_parallel():
         assert time.monotonic() - sent_at < 1.3
 
 
-def test_idle_connections_are_closed_when_the_end_begins():
-    with Llmswap("[a]\ncmd = FAKE\n") as server, server.connect() as busy:
-        with server.connect(timeout=3.0) as idle:
-            assert idle.ask("GET", "/health").status == 200
-            busy.send("POST", CHAT, chat_body("a", hang=True))
-            eventually(lambda: server.get("/health").json()["requests"])
-            server.process.terminate()
-            assert idle.sock.recv(1) == b""
-            assert server.process.poll() is None  # it still serves the other
-            busy.hang_up()
-
-
-def test_a_request_completed_after_sigterm_is_answered_503():
+def test_a_request_completed_at_the_very_end_is_answered_503():
     with Llmswap("[a]\ncmd = FAKE\n") as server, server.connect() as client:
         body = encoded(chat_body("a"))
         client.sock.sendall(request_head("POST", CHAT, len(body)) + body[:9])
@@ -12143,15 +12137,10 @@ def test_activated_with_a_broken_file_it_answers_503_until_it_is_mended(tmp_path
             eventually(lambda: systemd.statuses == [2] * turn)
         assert systemd.log().count("[llmswap] lode: unknown key") == systemd.starts == 2
         systemd.ini.write_text(quick_file())
-        assert ask(systemd.port, "GET", "/health").status == 200
-
-
-def test_the_socket_of_systemd_outlives_a_sigterm(tmp_path):
-    with Activator(quick_file(), tmp_path) as systemd:
-        for turn in (1, 2):
+        for statuses in ([2, 2, 0], [2, 2, 0, 0]):  # the socket outlives a SIGTERM
             assert ask(systemd.port, "GET", "/health").status == 200
             systemd.process.terminate()
-            eventually(lambda: systemd.statuses == [0] * turn)
+            eventually(lambda wanted=statuses: systemd.statuses == wanted)
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM, None])
