@@ -9394,17 +9394,26 @@ def check(config: Config) -> int:
 
 
 def _command_line(model):
-    """Return a line for a shell, with PORT for the port, or where the model runs."""
+    """Return a line for a shell in which PORT is set, or where the model runs."""
     if model.kind == "uses":
         return f"the backend of {model.backend}"
-    argv = model.command(table_of(model), "PORT")
+    argv = model.command(table_of(model), PORT_MARK)
     if not argv:
         unit = f"{model.settings.unit} at " if model.kind == "unit" else ""
         return unit + model.url("")
-    pairs = [f"{name}={value}" for name, value in model.environment("PORT").items()]
-    line = shlex.join([*(["env"] if pairs else []), *pairs, *argv])
+    variables = model.environment(PORT_MARK).items()
+    pairs = [f"{name}={value}" for name, value in variables]
+    line = " ".join(map(_shell_word, [*(["env"] if pairs else []), *pairs, *argv]))
     cwd = model.settings.cwd
     return f"cd {shlex.quote(cwd)} && {line}" if cwd else line
+
+
+PORT_MARK = "\0"  # stands where the port will
+
+
+def _shell_word(word):
+    quoted = [part and shlex.quote(part) for part in word.split(PORT_MARK)]
+    return "${PORT}".join(quoted) or "''"
 
 
 # -- starting and ending ---------------------------------------------------------------

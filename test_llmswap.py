@@ -10240,7 +10240,7 @@ def test_check_shows_each_command_as_it_can_be_pasted_and_each_error(tmp_path):
     }  # fmt: skip
     argv, missing = shown[coder].split("\n  ")
     model = llmswap.load_config(str(path)).models["coder"]
-    assert shlex.split(argv) == model.command(llmswap.table_of(model), "PORT")
+    assert shlex.split(argv) == model.command(llmswap.table_of(model), "${PORT}")
     assert missing.startswith("cannot start now: ") and "does not exist" in missing
     assert shown["shared: uses"] == "the backend of coder"
     assert shown["service: unit"] == "bge-m3.service at http://127.0.0.1:3004"
@@ -10251,10 +10251,11 @@ def test_check_shows_each_command_as_it_can_be_pasted_and_each_error(tmp_path):
     assert any(re.match(r"\S+x.ini:23: ", line) for line in warnings)
     assert warnings[-1] == "1 of 6 models cannot be used: typo"
     assert done.returncode == 2
-    pasted = subprocess.run(["sh", "-c", shown["script: cmd"]], stdout=subprocess.PIPE)
+    words = ["sh", "-c", shown["script: cmd"]]
+    pasted = subprocess.run(words, env={"PORT": "81"}, stdout=subprocess.PIPE)
     assert pasted.stdout.decode().split("|")[:-1] == [
-        str(tmp_path), "at PORT; here", "--port", "PORT",
-        "--url", "http://x:PORT/v1", "", "a  b", "it's", "$HOME `x` \\",
+        str(tmp_path), "at 81; here", "--port", "81",
+        "--url", "http://x:81/v1", "", "a  b", "it's", "$HOME `x` \\",
     ]  # fmt: skip
 
 
