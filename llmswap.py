@@ -8722,9 +8722,9 @@ _SECRET_WITHIN = re.compile(
 #     Decides nothing else.
 # ==================================================================================
 
-DRAIN_SECONDS = 30.0  # for the requests in flight when llmswap is told to end
+DRAIN_SECONDS = 30.0  # for the requests in flight at shutdown
 REFUSAL_SECONDS = 1.0  # for the answers to requests that came after that
-EXTEND_TIMEOUT = "EXTEND_TIMEOUT_USEC=15000000"  # told to systemd during shutdown
+EXTEND_TIMEOUT = "EXTEND_TIMEOUT_USEC=15000000"  # sent to systemd during shutdown
 EXTEND_EVERY = 5.0  # s; so often
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of malloc.h
 MAX_DESCRIPTORS = 65536
@@ -9047,8 +9047,7 @@ Address = Union[Tuple[str, int], str]  # of an INET socket, or the path of a Uni
 def open_listener(address: Address) -> socket.socket:
     """Return a listening socket; OSError if the address is taken."""
     if not isinstance(address, str):
-        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        return socket.create_server(address, family=family, backlog=1024)
+        return socket.create_server(address, family=_family(address), backlog=1024)
     with socket.socket(socket.AF_UNIX) as probe:
         is_refused = probe.connect_ex(address) == errno.ECONNREFUSED  # by any file, too
     if is_refused and S_ISSOCK(os.stat(address).st_mode):
@@ -9063,19 +9062,20 @@ def open_listener(address: Address) -> socket.socket:
     return listener
 
 
+def _family(address):
+    if isinstance(address, str):
+        return socket.AF_UNIX
+    return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+
+
 def is_llmswap(address: Address) -> bool:
     """Return whether llmswap answers there."""
-    is_unix = isinstance(address, str)
+    request = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     try:
-        with socket.socket(socket.AF_UNIX) if is_unix else socket.create_connection(
-            _reachable(address), timeout=2
-        ) as probe:
+        with socket.socket(_family(address)) as probe:
             probe.settimeout(2)
-            if is_unix:
-                probe.connect(address)
-            probe.sendall(
-                b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-            )
+            probe.connect(address if isinstance(address, str) else _reachable(address))
+            probe.sendall(request)
             return b"server: llmswap" in probe.recv(65536)
     except OSError:
         return False
@@ -9262,17 +9262,17 @@ class Parrot(http.server.BaseHTTPRequestHandler):
         """Answer a chat; what the last message says comes back."""
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         try:
-            asked = json.loads(body)
-            said = (asked.get("messages") or [{}])[-1].get("content") or "squawk"
+            request = json.loads(body)
+            message = (request.get("messages") or [{}])[-1].get("content") or "squawk"
         except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
             problem = BadRequest("the body is no JSON object with a list of messages")
             return self._answer(problem.status, error_body(problem))
-        model = asked.get("model")
-        words = re.findall(r"\S+\s*", f"{model} says: {said}")
-        if asked.get("stream"):
+        model = request.get("model")
+        words = re.findall(r"\S+\s*", f"{model} says: {message}")
+        if request.get("stream"):
             return self._stream(words)
-        message = {"role": "assistant", "content": "".join(words)}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        reply = {"role": "assistant", "content": "".join(words)}
+        choice = {"index": 0, "message": reply, "finish_reason": "stop"}
         usage = {"prompt_tokens": len(words), "completion_tokens": len(words)}
         answer = {"object": "chat.completion", "model": model}
         self._answer(200, {**answer, "choices": [choice], "usage": usage})
@@ -9359,11 +9359,6 @@ def missing_programs(model: Model) -> Optional[str]:
         return str(problem)
 
 
-def binaries_of(models: Iterable[Model]) -> Set[str]:
-    """Return the llama-servers that run the models, as the file names them."""
-    return {m.settings.llama_server for m in models if m.kind == "llama-server"}
-
-
 def check(config: Config) -> int:
     """Print each model with its command or its error; return the exit status."""
     models, unusable = list(config.models.values()), []
@@ -9380,14 +9375,15 @@ def check(config: Config) -> int:
             lines.append(f"error: {error}")
             unusable.append(model.name)
         print(printable("\n".join(lines).replace("\n", "\n  ")), end="\n\n")
-    for binary in sorted(binaries_of(models)):
+    binaries = {m.settings.llama_server for m in models if m.kind == "llama-server"}
+    for binary in sorted(binaries):
         if options_of(binary) is UNKNOWN_OPTIONS:
             print(f"the options of {binary} are unknown: they are passed on unchecked")
     for warning in [*config.warnings, *config.pitfalls(table_of)]:
         print(printable(warning))
     if unusable:
-        text = f"{len(unusable)} of {len(models)} models cannot be used"
-        print(printable(f"{text}: {', '.join(unusable)}"))
+        count = f"{len(unusable)} of {len(models)} models cannot be used"
+        print(printable(f"{count}: {', '.join(unusable)}"))
     else:
         print("no errors")
     return 2 if unusable else 0
@@ -9439,7 +9435,7 @@ def prepare_process():
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run llmswap until it is told to end; return the exit status."""
+    """Run llmswap until a signal ends it; return the exit status."""
     prepare_process()
     args = parse_args(sys.argv[1:] if argv is None else argv)
     if args.parrot:
@@ -9567,8 +9563,6 @@ class Application:
         for model in config.models.values():
             if model.problem:
                 self.log("warning", f"{model.name} cannot be used: {model.problem}")
-        for binary in binaries_of(config.models.values()):
-            self._start_thread(options_of, binary)
         self._start_thread(self._check_models, config)
 
     def _check_models(self, config):
@@ -9676,9 +9670,7 @@ class Application:
         self.log("info", f"idle: running {shlex.join(command)}")
         suspended, environment = suspended_seconds(), clean_environment({})
         try:
-            status = subprocess.call(
-                command, stdin=subprocess.DEVNULL, env=environment
-            )
+            status = subprocess.call(command, stdin=subprocess.DEVNULL, env=environment)
         except OSError as error:
             self.log("error", f"idle-command: {error}")
             return

@@ -9851,12 +9851,12 @@ def progress_events(server, model):
     with Stream(server.port, "/models/sse") as stream:
         server.post("/models/load", {"model": model})
         for event in stream.documents():
-            told = event["data"]
-            if event["model"] == model and "progress" in told:
+            status = event["data"]
+            if event["model"] == model and "progress" in status:
                 assert event["event"] == "status_change"
-                found.append((time.monotonic(), told["progress"]))
-            elif event["model"] == model and told["status"] != "loading":
-                return found, told
+                found.append((time.monotonic(), status["progress"]))
+            elif event["model"] == model and status["status"] != "loading":
+                return found, status
 
 
 # -- how far a load is -----------------------------------------------------------------
@@ -9871,7 +9871,7 @@ def test_progress_is_read_from_the_memory_of_the_loading_processes(
     command = slow_model(tmp_path, shards=shards, wrapper=wrapper)
     with watchful(f"[a]\ncmd = {command}\n") as server:
         found, end = progress_events(server, "a")
-        values = [told["value"] for _, told in found]
+        values = [status["value"] for _, status in found]
         assert values == sorted(values) and values[-1] <= 0.99
         assert any(0.15 < value < 0.85 for value in values), values
         assert end == {"status": "loaded"}
@@ -9889,8 +9889,8 @@ def test_without_a_model_file_progress_is_not_guessed():
 def report(current, value, **more):
     """The line in which a llama-server tells its router how far its load is."""
     payload = {"stages": ["a", "b"], "current": current, "value": value, **more}
-    told = {"state": "loading", "payload": payload}
-    return f"cmd_child_to_router:state:{json.dumps(told)}"
+    status = {"state": "loading", "payload": payload}
+    return f"cmd_child_to_router:state:{json.dumps(status)}"
 
 
 def test_reports_of_the_backend_count_before_its_memory():
@@ -9908,7 +9908,7 @@ def test_reports_of_the_backend_count_before_its_memory():
     "line",
     [report("c", 0), report("a", "x"), report("a", 0, stages=7), report("a", 0)[:-9],
      report("a", 10**400),
-     *(f"cmd_child_to_router:state:{told}" for told in
+     *(f"cmd_child_to_router:state:{text}" for text in
        ("", "7", "{}", '{"state": "sleeping", "payload": null}', "[" * 9999))],
 )  # fmt: skip
 def test_a_report_that_makes_no_sense_changes_nothing(line):
@@ -9919,11 +9919,11 @@ def test_a_report_that_makes_no_sense_changes_nothing(line):
 def test_reports_of_a_load_are_events_and_no_log_lines(tmp_path):
     script = tmp_path / "reporter"
     lines = [report("a", 0.5), "a log line", report("b", 0.5)]
-    told = "; ".join(f"echo {shlex.quote(line)}; sleep 0.1" for line in lines)
-    script.write_text(f'#!/bin/sh\n{told}\nexec "$@"\n')
+    output = "; ".join(f"echo {shlex.quote(line)}; sleep 0.1" for line in lines)
+    script.write_text(f'#!/bin/sh\n{output}\nexec "$@"\n')
     with watchful(f"[a]\ncmd = sh {script} FAKE\n", "--verbose") as server:
         found, _ = progress_events(server, "a")
-        values = [(told["current"], told["value"]) for _, told in found]
+        values = [(status["current"], status["value"]) for _, status in found]
         assert values == [("a", 0.5), ("b", 0.5)]
         written = eventually(lambda: re.findall(r"a \| (.*)", server.log()))
     assert written[0] == "a log line" and "cmd_child" not in str(written)
@@ -9962,17 +9962,17 @@ def test_progress_is_measured_only_while_a_model_loads(tmp_path):
 
 def test_a_chat_that_asked_for_it_reads_the_progress_as_reasoning(tmp_path):
     command = slow_model(tmp_path)
-    text = f"[*]\nloading-notice = reasoning\n[a]\ncmd = {command}\n"
-    with watchful(text) as server, server.stream("a") as stream:
+    ini = f"[*]\nloading-notice = reasoning\n[a]\ncmd = {command}\n"
+    with watchful(ini) as server, server.stream("a") as stream:
         chunks = list(stream.documents())
-        told = [chunk for chunk in chunks if "loading" in chunk["id"]]
-        assert told and chunks[: len(told)] == told  # before the backend's first
-        for chunk in told:
+        notices = [chunk for chunk in chunks if "loading" in chunk["id"]]
+        assert notices and chunks[: len(notices)] == notices  # before the backend's first
+        for chunk in notices:
             (choice,) = chunk["choices"]
             assert chunk["object"] == "chat.completion.chunk" and chunk["model"] == "a"
             assert choice["index"] == 0 and choice["finish_reason"] is None
-            said = choice["delta"].pop("reasoning_content")
-            assert re.fullmatch(r"loading a, \d\d %\n", said) and not choice["delta"]
+            text = choice["delta"].pop("reasoning_content")
+            assert re.fullmatch(r"loading a, \d\d %\n", text) and not choice["delta"]
         assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
         assert stream.is_complete and b"data: [DONE]" in stream.raw
 
@@ -10007,7 +10007,7 @@ def test_notices_tell_of_the_room_and_a_failed_load_ends_them_with_an_error():
 
 
 @pytest.mark.parametrize("flag, code", [("--load-exit 3", 3), ("--load-signal 9", 1)])
-def test_the_exit_code_of_a_failed_start_is_told(flag, code):
+def test_the_exit_code_of_a_failed_start_is_shown(flag, code):
     with Llmswap(f"[a]\ncmd = FAKE {flag}\n") as server:
         _, end = progress_events(server, "a")
         assert end == {"status": "unloaded", "exit_code": code}
@@ -10809,7 +10809,7 @@ LLAMA_PLAIN = b',"tokens_predicted":4,"tokens_evaluated":9,"truncated":false}'
 
 
 @pytest.mark.parametrize(
-    "ends, told",
+    "ends, reported",
     [
         (b"", (None, None, None)),
         (OPENAI_END, (7, 20, None)),
@@ -10825,19 +10825,19 @@ LLAMA_PLAIN = b',"tokens_predicted":4,"tokens_evaluated":9,"truncated":false}'
         (bytes(range(256)) * 16, (None, None, None)),
     ],
 )
-def test_token_counts_are_read_from_the_ends_of_an_answer(ends, told):
-    assert llmswap.usage_in(ends) == told
+def test_token_counts_are_read_from_the_ends_of_an_answer(ends, reported):
+    assert llmswap.usage_in(ends) == reported
 
 
 @pytest.mark.parametrize(
-    "tokens, told, seconds, speed",
+    "tokens, reported, seconds, speed",
     [(10, 50.0, 1.0, 50.0), (10, None, 2.0, 5.0), (10, None, 0.05, None),
      (2, 50.0, 1.0, 50.0), (1, 50.0, 1.0, None), (None, 50.0, 1.0, None)],
 )  # fmt: skip
 def test_a_speed_is_that_which_is_told_or_that_of_an_answer_that_took_a_while(
-    tokens, told, seconds, speed
+    tokens, reported, seconds, speed
 ):
-    assert llmswap.speed_of(llmswap.Usage(None, tokens, told), seconds) == speed
+    assert llmswap.speed_of(llmswap.Usage(None, tokens, reported), seconds) == speed
 
 
 @pytest.mark.parametrize("end", [OPENAI_END, LLAMA_END, ANTHROPIC_END, JSON_END])
@@ -10845,9 +10845,9 @@ def test_a_tail_cut_anywhere_tells_the_truth_or_nothing(end):
     whole = llmswap.usage_in(end)
     for at in range(len(end)):
         for part in (end[at:], end[:at]):
-            told = llmswap.usage_in(part)
-            assert told.tokens_out in (None, whole.tokens_out)
-            assert told.tokens_in in (None, whole.tokens_in, 1)  # cache_n lost
+            reported = llmswap.usage_in(part)
+            assert reported.tokens_out in (None, whole.tokens_out)
+            assert reported.tokens_in in (None, whole.tokens_in, 1)  # cache_n lost
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -10990,13 +10990,13 @@ def test_requests_are_counted_by_model_and_status():
 PARSE_METRICS = """\
 import json, sys
 from prometheus_client.parser import text_string_to_metric_families
-told = []
+samples = []
 for family in text_string_to_metric_families(sys.stdin.read()):
     assert family.type in ("gauge", "counter", "histogram"), family
     assert family.documentation, family
     for sample in family.samples:
-        told.append([sample.name, sample.labels, sample.value])
-print(json.dumps(told))
+        samples.append([sample.name, sample.labels, sample.value])
+print(json.dumps(samples))
 """
 
 
@@ -11126,27 +11126,27 @@ def test_the_bare_page_needs_no_key_and_its_snapshots_do():
 
 def test_a_snapshot_comes_at_each_change_and_says_why_a_model_stopped():
     with Llmswap(PAGE_MODELS) as server, snapshots_of(server) as stream:
-        news = stream.documents()
-        assert [model["state"] for model in next(news)["models"]] == ["unloaded"] * 3
+        snapshots = stream.documents()
+        assert [model["state"] for model in next(snapshots)["models"]] == ["unloaded"] * 3
         server.post("/models/load", {"model": "a"})
-        until(news, lambda models: models["a"]["state"] == "loading")
-        models = until(news, lambda models: models["a"]["state"] == "loaded")
+        until(snapshots, lambda models: models["a"]["state"] == "loading")
+        models = until(snapshots, lambda models: models["a"]["state"] == "loaded")
         assert models["a"]["rss"] is None or models["a"]["rss"] > 0
         assert models["a"]["seconds"] < 2 and models["b"]["seconds"] is None
         server.post(CHAT, {"model": "b", "tokens": 20})
-        models = until(news, lambda models: models["b"]["tokens_per_second"])
+        models = until(snapshots, lambda models: models["b"]["tokens_per_second"])
         assert models["a"]["stopped"] == "evicted for b"
         server.post(CHAT, {"model": "bad"})
-        models = until(news, lambda models: models["bad"]["failure"])
+        models = until(snapshots, lambda models: models["bad"]["failure"])
         assert "exited with status 3" in models["bad"]["failure"]
         assert models["bad"]["seconds"] < 2
 
 
-def until(news, condition):
+def until(snapshots, condition):
     """The models of the first snapshot that has what is waited for."""
     deadline = time.monotonic() + 10
-    for told in news:
-        models = {model["id"]: model for model in told["models"]}
+    for snapshot in snapshots:
+        models = {model["id"]: model for model in snapshot["models"]}
         if condition(models):
             return models
         assert time.monotonic() < deadline, models
@@ -11154,13 +11154,13 @@ def until(news, condition):
 
 def test_snapshots_come_at_most_about_four_times_a_second():
     with Llmswap(PAGE_MODELS) as server, snapshots_of(server) as stream:
-        news, began, seen = stream.documents(), time.monotonic(), []
-        next(news)
+        snapshots, began, seen = stream.documents(), time.monotonic(), []
+        next(snapshots)
         for _ in range(100):
             server.post(CHAT, {"model": "b", "tokens": 1, "interval": 0})
         lasted = time.monotonic() - began
         server.post("/models/unload", {"model": "b"})
-        counted = (told for told in news if (seen.append(told), True))
+        counted = (snapshot for snapshot in snapshots if (seen.append(snapshot), True))
         until(counted, lambda models: models["b"]["stopped"] == "unloaded by hand")
         assert len(seen) <= 5 * (lasted + 1) + 2
 
@@ -11301,7 +11301,7 @@ def test_a_model_is_loaded_asked_read_and_stopped_by_keyboard(browser):
         browser.press("Enter")
         browser.until(shown("$('reply')", "word1"))
         browser.press("Escape")
-        browser.until(shown(row("b", ".state"), "loaded"))  # news come after answers
+        browser.until(shown(row("b", ".state"), "loaded"))  # snapshots come after answers
         tab_to(browser, "Log b")
         browser.press("Enter")
         browser.until(shown("$('lines')", "model loaded"))
@@ -11512,8 +11512,8 @@ def test_nothing_runs_but_the_pages_own_script(browser, all_states):
     browser.value(f"{add}('img'), {{src: 'http://other.test/'}}))")
     assert browser.value("fetch('http://other.test/').catch(() => 'no')") == "no"
     assert browser.value("window.stolen") is None
-    told = " ".join(map(str, browser.complaints))
-    assert all(word in told for word in ("script-src", "img-src", "connect-src"))
+    complaints = " ".join(map(str, browser.complaints))
+    assert all(word in complaints for word in ("script-src", "img-src", "connect-src"))
 
 
 # ==================================================================================
@@ -12153,19 +12153,19 @@ def test_a_descriptor_that_does_not_listen_is_not_used(tmp_path, kind):
     command = [sys.executable, *words, sys.executable, "-IS", llmswap_file(), str(path)]
     pipe = dict(stderr=subprocess.PIPE, text=True, pass_fds=[passed.fileno()])
     with passed, running(command, address, **pipe) as process:
-        told = process.stderr.readline()
-    assert "descriptor 3 from systemd is not a listening stream socket" in told
+        line = process.stderr.readline()
+    assert "descriptor 3 from systemd is not a listening stream socket" in line
 
 
 @pytest.mark.parametrize(
-    "count, pid, said",
+    "count, pid, text",
     [("1", 1, "without a shell"), ("x", os.getpid(), "no number")],
     ids=["another process", "no number"],
 )
-def test_sockets_of_another_process_are_not_used(count, pid, said):
+def test_sockets_of_another_process_are_not_used(count, pid, text):
     environ = {"LISTEN_FDS": count, "LISTEN_PID": str(pid), "LISTEN_FDNAMES": "http"}
     listeners, complaint = llmswap.take_listeners(environ)
-    assert listeners == [] and said in complaint and environ == {}
+    assert listeners == [] and text in complaint and environ == {}
 
 
 class Notifications:
