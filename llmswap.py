@@ -9728,9 +9728,11 @@ class Application:
 
 
 if __name__ == "__main__":
-    exit_status = main()
     try:
+        exit_status = main()
         print(end="", flush=True)
-    except OSError:  # nobody reads it, or it has no room
-        exit_status = exit_status or 1
+    except OSError as error:  # of standard output, if it is closed or its disk is full
+        exit_status = 1
+        if error.errno != errno.EPIPE:
+            print(f"llmswap: {error}", file=sys.stderr)
     os._exit(exit_status)  # a normal end would wait for a thread stuck in writing a log
