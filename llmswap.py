@@ -6028,8 +6028,6 @@ MAX_OBJECTS = 32  # looked at in one text
 MAX_HELD = 32 << 20  # bytes of events, or of one body, that are held back
 CUT_OFF = {"length", "max_tokens", "model_context_window_exceeded", "content_filter"}
 
-# -- values ----------------------------------------------------------------------------
-
 _ESCAPE = re.compile(r"\\(?:u[\da-fA-F]{4}|x[\da-fA-F]{2}|[\"\\/bfnrt'`])|[\"\\]")
 _CUT_ESCAPE = re.compile(r"(?<!\\)((?:\\\\)*)\\(?:u[\da-fA-F]{0,3})?\Z")
 _DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\(?=[^\\\"'])")
@@ -6040,25 +6038,21 @@ _WORDS = {
 }
 
 
-def _number(text):
-    """Return the number that `text` is; `text` itself if it is none, or too long."""
-    digits = text.rstrip(".eE+-")
-    for convert in (lambda: int(digits, 0), lambda: int(digits), lambda: float(digits)):
-        with contextlib.suppress(ValueError):
-            number = convert() if len(digits) < 300 else text
-            return text if number in (math.inf, -math.inf) else number
-    return text
-
-
 def _scalar(text, is_cut=False):
-    """Return the number or the word such as None that `text` is; or else `text`.
+    """Return the number, or the word such as None, that `text` is; else `text` itself.
 
     At the end of everything a word may be cut.
     """
-    word = text.lower().lstrip("+-")
+    word, digits = text.lower().lstrip("+-"), text.rstrip(".eE+-")
     if is_cut and word:
         word = next((known for known in _WORDS if known.startswith(word)), word)
-    return _WORDS[word] if word in _WORDS else _number(text)
+    if word in _WORDS:
+        return _WORDS[word]
+    for convert in (functools.partial(int, base=0), int, float):
+        with contextlib.suppress(ValueError):
+            if len(digits) < 300 and abs(convert(digits)) != math.inf:
+                return convert(digits)
+    return text
 
 
 def _unescaped(raw):
@@ -6067,55 +6061,49 @@ def _unescaped(raw):
     In a path such as C:\\new, or beside a pattern such as \\d, fewer letters make an
     escape with the backslash before them.
     """
-    is_path = _DRIVE.search(raw)
-    letters = "\"\\u" if is_path else "\"\\unrt/x'`"
-    if not (is_path or _PATTERN.search(raw)):
-        letters += "bf"
+    letters = "\"\\unrt/x'`" if _PATTERN.search(raw) else "\"\\unrt/x'`bf"
+    letters = '"\\u' if _DRIVE.search(raw) else letters
 
     def fixed(found):
-        escape, letter = found[0], found[0][1:]
-        if not letter or letter[0] not in letters:
+        escape, letter = found[0], found[0][1:2]
+        if not letter or letter not in letters:
             return "\\" + escape
-        if letter[0] == "x":
-            return "\\u00" + letter[1:]
+        if letter == "x":
+            return "\\u00" + escape[2:]
         return letter if letter in "'`" else escape
 
     return json.loads(f'"{_ESCAPE.sub(fixed, raw)}"', strict=False)
 
 
-def _without_closers(text):
-    """Return `text` without the brackets at its end if it closes more than it opens."""
-    is_over = text.count("}") > text.count("{")
-    return text.rstrip("}]) \t\r\n“”‘’'\"") if is_over else text
-
-
-# -- the reader of one broken object ---------------------------------------------------
-
 _CLOSERS = {"{": "}", "[": "]", "(": ")"}
 _QUOTES = {'"': '"', "'": "'", "`": "`", "“": '"“”', "‘": "'‘’"}
-_DOUBLED = re.compile(r'""([^"\s,:;}\])][^"]*)""')
-_TRIPLED = re.compile(r"(\"\"\"|'''|```)(.*?)(?:\1|\Z)", re.DOTALL)
+_WHOLE = re.compile(  # in quotes that are tripled or doubled
+    r'''("""|\'\'\'|```)(.*?)(?:\1|\Z)|""([^"\s,:;}\])][^"]*)""''', re.DOTALL
+)
 # Blanks and comments, if they are few and short
 _GAP = re.compile(r"\s*(?:(?:(?://|#)[^\n]{0,200}|/\*[^*]{0,200}\*/)\s*){0,4}")
-_COMMAS = re.compile(r"(?:[\s,;，；]|\.\.+|…){0,50}")
+_COMMAS = re.compile(rf"(?:[\s,;，；]|\.\.+|…){{0,50}}{_GAP.pattern}")
 _JUNK = re.compile(
     r"(?:[\s\ufeff,;，；]+|\.\.+|…|(?://|#)[^\n]*|/\*.*?(?:\*/|\Z))*", re.DOTALL
 )
 _COLON = re.compile(r"\s*(?:[:：][\s:：]*=?|=+>?|->)")
-_QUOTED = r"""(?:"[^"\n]{0,200}"|'[^'\n]{0,200}'|`[^`\n]{0,200}`|“[^”\n]{0,200}”)"""
+_QUOTED = "(?:" + "|".join(
+    f"{a}[^{b}\\n]{{0,200}}{b}" for a, b in ('""', "''", "``", "“”")
+) + ")"  # fmt: skip
 _KEY = re.compile(_QUOTED + r"\s{0,99}[:：=]")
 _BARE_KEY = re.compile(
     r"[A-Za-z_$][\w$.-]{0,99}(?: [\w$.-]{1,99})?\s{0,99}[:：](?![/\\:])"
 )
 _AFTER_COMMA = re.compile(  # a member, perhaps without a colon, or the end, or a cut
     rf"""[}}\]]|\Z|{_QUOTED}\s{{0,99}}(?:["'\[{{:：=\d-]|true|false|null|\Z)"""
-    rf"""|["'][\w .$-]{{0,200}}\Z|{_BARE_KEY.pattern}"""
+    r"""|["'][\w .$-]{0,200}\Z"""
 )
+_INSIDE = re.compile(r'[^"\n{]{0,200}"\s*[,}\])]')  # after brackets within a string
 _BARE_NAME = re.compile(r'(?:([^\s:：=,;{}\[\]"][^:：=,;{}\[\]"\n]*)|.)"?', re.DOTALL)
 _UNENDED_NAME = re.compile(r"([\w$.-]+)(?:['’”]|\\+\")?\s*(?=:)")
 _NEXT_MEMBER = re.compile(rf"\s*,\s*{_KEY.pattern}")
 _VALUE = re.compile(r"[\"'“‘`\[{(\d.+-]|true|false|null|True|False|None")
-_SCALAR = re.compile(r"[-+.\w]+")
+_WORD = re.compile(r"[-+.\w]+")
 _BARE_STOP = re.compile(r"[\[\]{}(),;，；]|\n\s*")
 _FORGOTTEN_END = re.compile(r"(,\s*|(?<=[^\s{\[(])\s*\n\s*)\Z")
 
@@ -6125,29 +6113,27 @@ class _Reader:
 
     def __init__(self, text: str, at: int):
         self.text = text
-        self.at = at
-        self._root = {}
-        self._stack = []  # the objects and arrays that are open
-        self._closers = ""  # what should close them
+        self.at = at + 1
+        self._stack = [{}]  # the objects and arrays that are open
+        self._closers = "}"  # what should close them
+        self._has_bare_keys = False
 
     def read(self):
-        """Return the object; None if the braces hold something else."""
-        self._open("{")
-        while self._stack:
-            self._skip(_JUNK)
-            char = self._char()
+        """Return the object; ValueError if the braces hold something else."""
+        [root] = self._stack
+        while self._stack and self._skip(_JUNK):
+            char = self.text[self.at : self.at + 1]
             if not char:
                 break
             if char in "}])":
                 self._close(char)
             elif self._closers[-1] == "}":
                 self._read_member(char)
+            elif char == ":":
+                raise ValueError("a member in an array that was not closed")
             else:
-                self._read_item(char)
-        return self._root
-
-    def _char(self):
-        return self.text[self.at : self.at + 1]
+                self._read_value()
+        return root
 
     def _skip(self, pattern):
         """Go past what matches here; return whether something does."""
@@ -6155,23 +6141,15 @@ class _Reader:
         self.at = found.end() if found else self.at
         return bool(found)
 
+    def _take(self, start, end, after):
+        self.at = after
+        return _unescaped(self.text[start:end])
+
     def _add(self, value, key):
         if self._closers[-1] == "}":
             self._stack[-1][key] = value
         else:
             self._stack[-1].append(value)
-
-    def _open(self, char, key=None):
-        if len(self._stack) >= MAX_DEPTH:
-            raise ValueError("too deep")
-        value = {} if char == "{" else []
-        if self._stack:
-            self._add(value, key)
-        else:
-            self._root = value
-        self._stack.append(value)
-        self._closers += _CLOSERS[char]
-        self.at += 1
 
     def _close(self, char):
         """Close the innermost that `char` can close, and those inside it.
@@ -6182,8 +6160,7 @@ class _Reader:
         self.at += 1
         if depth == 0 and _NEXT_MEMBER.match(self.text, self.at):
             depth = 1
-        if depth >= 0:
-            self._close_to(depth)
+        self._close_to(len(self._stack) if depth < 0 else depth)
 
     def _close_to(self, depth):
         del self._stack[depth:]
@@ -6191,91 +6168,76 @@ class _Reader:
 
     def _read_member(self, char):
         """Read a key and its value; a key without a value is dropped."""
-        depth = len(self._stack)
         if char == "{" and self._closers[-2:-1] in ("]", ")"):
-            return self._close_to(depth - 1)  # the next item of the array around
+            return self._close_to(-1)  # the next item of the array around
         if char in _CLOSERS:
             self.at += 1
             return
         is_quoted = char in _QUOTES
-        key = self._string(is_key=True) if is_quoted else self._bare_key()
+        if is_quoted:
+            key = self._string("key")
+        else:
+            self._has_bare_keys, name = True, _BARE_NAME.match(self.text, self.at)
+            self.at, key = name.end(), _unescaped((name[1] or "").strip(" \t'`“”‘’"))
         after = _GAP.match(self.text, self.at).end()
         if self._skip(_COLON) or (is_quoted and _VALUE.match(self.text, after)):
             self._read_value(key)
-        elif not self._stack[-1] and (not is_quoted or self.text[after : after + 1] in (",", "}")):
-            self._root = None
-            self._stack.clear()
-
-    def _bare_key(self):
-        name = _BARE_NAME.match(self.text, self.at)
-        self.at = name.end()
-        return _unescaped((name[1] or "").strip().strip("'`“”‘’"))
-
-    def _read_item(self, char):
-        """Read an item of an array; a key there means that the array was not closed."""
-        start = self.at
-        if char not in _QUOTES:
-            self._read_value()
-            self.at = max(self.at, start + 1)
-            return
-        item = self._string()
-        if self._closers[-2:-1] == "}" and self._skip(_COLON):
-            self._close_to(len(self._stack) - 1)
-            self._read_value(item)
-        else:
-            self._add(item, None)
+        elif not self._stack[-1]:
+            if not is_quoted or self.text[after : after + 1] in (",", "}"):
+                raise ValueError("text, or a set")
 
     def _read_value(self, key=None):
         """Read the value at the cursor; nothing is added if there is none."""
         self._skip(_GAP)
-        char = self._char()
-        if char in _CLOSERS:
-            self._open(char, key)
-        elif char in _QUOTES:
+        char = self.text[self.at : self.at + 1]
+        if char in _QUOTES:
             self._add(self._string(), key)
+        elif char in _CLOSERS:
+            if len(self._stack) >= MAX_DEPTH:
+                raise RecursionError("too deep")
+            value = {} if char == "{" else []
+            self._add(value, key)
+            self._stack.append(value)
+            self._closers += _CLOSERS[char]
+            self.at += 1
         elif char not in ",;，；}])":
             self._read_bare(key)
 
-    def _string(self, is_key=False):
+    def _string(self, role="string"):
         """Read the string at the cursor: to the quote that ends it, or to where that
         was forgotten."""
         text, start = self.text, self.at + 1
-        tripled, doubled = _TRIPLED.match(text, self.at), _DOUBLED.match(text, self.at)
-        if tripled:
-            return self._take(*tripled.span(2), tripled.end())
-        if doubled and self._may_end(doubled.end(), is_key):
-            return self._take(*doubled.span(1), doubled.end())
+        whole = _WHOLE.match(text, self.at)
+        if whole and (whole[1] or self._may_end(whole.end(), role)):
+            return self._take(*whole.span(whole.lastindex), whole.end())
         escape = "" if _DRIVE.match(text, start) else r"\\.|"
-        quotes = re.compile(f"{escape}[{_QUOTES[self._char()]}]", re.DOTALL)
+        quotes = re.compile(f"{escape}[{_QUOTES[text[self.at]]}]", re.DOTALL)
+        is_odd = False  # a quote inside waits for its partner
         nested, since = 0, start  # brackets open since a quote followed one, as in {"
-        for quote in quotes.finditer(text, start):
-            at = quote.start()
-            if text[at] == "\\":
-                continue
+        for at in map(re.Match.start, quotes.finditer(text, start)):
             if nested > 0:
-                nested, since = nested + _balance(text, since, at), at
-            if nested > 0:
+                inside, since = text[since:at], at
+                nested += sum(map(inside.count, "{[(")) - sum(map(inside.count, "}])"))
+            if nested > 0 or text[at] == "\\":
                 continue
-            if self._may_end(at + 1, is_key):
+            if self._may_end(at + 1, role, is_odd):
                 return self._take(start, at, at + 1)
-            if is_key:
+            if role == "key":
                 return self._unended_key(start, at)
             before = text[max(start, at - 99) : at]
-            forgotten = _KEY.match(text, at) and _FORGOTTEN_END.search(before)
-            if forgotten:
-                end = at - len(forgotten[0])
+            if not is_odd and _KEY.match(text, at) and _FORGOTTEN_END.search(before):
+                end = at - len(_FORGOTTEN_END.search(before)[0])
                 return self._take(start, end, end)
             if before.rstrip().endswith(("{", "[", "(")):
                 nested, since = 1, at
-        if is_key:
+            else:
+                is_odd = not is_odd
+        if role == "key":
             return self._unended_key(start, len(text))
-        raw = _without_closers(text[start:])
-        self.at = len(text)
+        raw, self.at = text[start:], len(text)
+        if raw.count("}") > raw.count("{"):
+            raw = raw.rstrip("}]) \t\r\n“”‘’'\"")
         return _unescaped(raw[:-80] + _CUT_ESCAPE.sub(r"\1", raw[-80:]))
-
-    def _take(self, start, end, after):
-        self.at = after
-        return _unescaped(self.text[start:end])
 
     def _unended_key(self, start, end):
         """Return a key that nothing ends; it may have lost its quote, as in {"a: 1."""
@@ -6284,10 +6246,15 @@ class _Reader:
             return self._take(*name.span(1), name.end())
         return self._take(start, end, end + 1)
 
-    def _may_end(self, at, is_key=False, is_scalar=False):
-        """Whether a value may end before `at`: the text goes on there as JSON would."""
-        text, depth, after = self.text, len(self._stack), _GAP.match(self.text, at).end()
-        if is_key:
+    def _may_end(self, at, role, is_odd=False):
+        """Whether a value may end before `at`: the text goes on there as JSON would.
+
+        `role` is what ends: "key", "string", "bare" text, or a "scalar". `is_odd`: it
+        may be the partner of a quote inside.
+        """
+        text, depth = self.text, len(self._stack)
+        after = _GAP.match(text, at).end()
+        if role == "key":
             return bool(_COLON.match(text, after))
         for _ in range(16):
             if text[after : after + 1] not in ("}", "]", ")"):
@@ -6295,70 +6262,64 @@ class _Reader:
             closed = self._closers.rfind(text[after], 0, depth)
             depth = depth if closed < 0 else closed
             if depth == 0:
-                return True
+                return not _INSIDE.match(text, after + 1)
             at = after + 1
             after = _GAP.match(text, at).end()
         if after >= len(text) or text.startswith("```", after):
             return True
-        is_in_object = self._closers[depth - 1] == "}"
-        if text[after] in ",;，；":
-            if not is_in_object or (is_scalar and not text[after + 1 : after + 2].isdigit()):
-                return True
-            after = _GAP.match(text, _COMMAS.match(text, after).end()).end()
-            return bool(_AFTER_COMMA.match(text, after))
-        if is_in_object:
-            may_be_bare = is_scalar or "\n" in text[at:after]
-            return bool(_KEY.match(text, after) or may_be_bare and _BARE_KEY.match(text, after))
-        if self._closers[-2:-1] == "}" and _COLON.match(text, after):
+        is_odd = is_odd and depth == len(self._stack)
+        if self._closers[depth - 1] == "}":
+            return self._is_member(at, after, role, is_odd)
+        is_item = text[after] in ",;，；:" or after > at and _VALUE.match(text, after)
+        return not is_odd and bool(is_item)
+
+    def _is_member(self, at, after, role, is_odd):
+        """Whether an object can go on at `after`, where the blanks from `at` on end."""
+        text = self.text
+        if text[after] not in ",;，；":
+            may_be_bare = self._has_bare_keys or role == "bare"
+            may_be_bare = role == "scalar" or may_be_bare and "\n" in text[at:after]
+        elif role == "scalar" and not text[after + 1 : after + 2].isdigit():
             return True
-        return after > at and bool(_VALUE.match(text, after))
+        else:
+            after = _COMMAS.match(text, after).end()
+            if _AFTER_COMMA.match(text, after):
+                return True
+            may_be_bare = not is_odd
+        key = _KEY.match(text, after) or may_be_bare and _BARE_KEY.match(text, after)
+        return bool(key)
 
     def _read_bare(self, key):
         """Read a number, a word, or a string that lacks its quotes."""
         text, start = self.text, self.at
-        scalar = _SCALAR.match(text, start)
-        if scalar and self._may_end(scalar.end(), is_scalar=True):
-            value = _scalar(scalar[0])
-            if value != scalar[0]:
-                self.at = scalar.end()
-                return self._add(value, key)
-        self.at = self._end_of_bare(start)
-        raw = text[start : self.at].strip()
-        value = _scalar(raw, is_cut=self.at == len(text))
+        word = _WORD.match(text, start)
+        if word and self._may_end(word.end(), "scalar"):
+            self.at = word.end()
+        if self.at == start or _scalar(word[0]) == word[0]:
+            self.at = self._end_of_bare(start)
+        raw, is_cut = text[start : self.at].strip(), self.at == len(text)
+        value = _scalar(raw, is_cut)
         if value == raw:
             value = _unescaped(raw.rstrip('"') if raw.count('"') % 2 else raw)
-        if raw and not (self.at == len(text) and not raw.strip("+-.")):
+        if raw.strip("+-.") or raw and not is_cut:
             self._add(value, key)
 
     def _end_of_bare(self, at):
         """Return where the string without quotes at `at` ends."""
-        text, nested = self.text, 0
-        for stop in _BARE_STOP.finditer(text, at):
+        nested = 0
+        for stop in _BARE_STOP.finditer(self.text, at):
             at, char = stop.start(), stop[0][0]
             if char in _CLOSERS:
                 nested += 1
             elif char in "}])" and nested:
                 nested -= 1
-            elif char in self._closers or not nested and self._may_end(at):
+            elif char in self._closers or not nested and self._may_end(at, "bare"):
                 return at
-        return len(text)
+        return len(self.text)
 
 
-def _balance(text, start, end):
-    """Return how many more brackets open than close there."""
-    count = [text.count(char, start, end) for char in "{[(}])"]
-    return sum(count[:3]) - sum(count[3:])
-
-
-# -- the one object in a text ----------------------------------------------------------
-
-
-def _refuse(name):
-    raise ValueError(f"{name} is not JSON")
-
-
-_STRICT = json.JSONDecoder(
-    parse_int=_number, parse_float=_number, parse_constant=_refuse
+_STRICT = json.JSONDecoder(  # int refuses NaN
+    parse_int=_scalar, parse_float=_scalar, parse_constant=int
 )
 # Tokens of chat templates, at the end
 _TOKENS = re.compile(r"\s*(?:(?:<[|｜][^<>]{0,60}[|｜]>|</[\w:]{1,30}>)\s*)+\Z")
@@ -6391,16 +6352,16 @@ def _unwrapped(text):
 def _object_in(text):
     """Return the JSON text of the only object in `text`, None if there is no such."""
     text, end, found = _unwrapped(text), 0, {}
-    if _SCALARS.match(text):
-        return None
     for _ in range(MAX_OBJECTS):
         at = text.find("{", end)
-        if at < 0:
+        if at < 0 or _SCALARS.match(text):
             break
-        value, as_json, after = _read_object(text, at)
-        if value is not None and _is_meant(text, at, end, value):
+        lead = text[max(end, at - 200) : at]
+        value, as_json, end = _read_object(text, at)
+        is_quoted = value and _QUOTED_KEY.match(text, at)  # not code or prose
+        is_led_to = not _WRAPPING.sub("", lead) or lead.rstrip().endswith((":", ">"))
+        if value is not None and (is_quoted or is_led_to):
             found.setdefault(_dump(value), as_json)
-        end = after
     else:
         return None
     if len(found) > 1:
@@ -6415,19 +6376,11 @@ def _read_object(text, at):
         if not _NEXT_MEMBER.match(text, end):
             return value, text[at:end], end
     reader = _Reader(text, at)
-    value = reader.read()
+    try:
+        value = reader.read()
+    except ValueError:
+        return None, "", reader.at
     return value, _dump(value).decode(), reader.at
-
-
-def _is_meant(text, at, before, value):
-    """Whether what was read comes from more than braces in prose or code."""
-    lead = text[max(before, at - 200) : at]
-    if not _WRAPPING.sub("", lead):
-        return True
-    if not value:
-        return lead.rstrip().endswith((":", ">"))
-    ends = (":", ">", "`", "(", "[", "=", "\n")
-    return bool(_QUOTED_KEY.match(text, at)) or lead.rstrip(" \t").endswith(ends)
 
 
 def repair_arguments(text: str) -> str:
@@ -6448,9 +6401,7 @@ def repair_arguments(text: str) -> str:
 
 # -- answers: read as far as their shape is known; of another shape, they stay ---------
 
-_UNKNOWN = (
-    ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError
-)  # fmt: skip
+_UNKNOWN = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 def _index_of(entry, default):
@@ -6460,20 +6411,13 @@ def _index_of(entry, default):
 
 
 def _calls_in(payload):
-    """Yield ((choice, tool), message, function) for every tool call; the arguments of
-    `function` are text. The tool of a legacy function_call is None."""
+    """Yield ((choice, tool), function) for every tool call, its arguments a text."""
     for position, choice in enumerate(payload["choices"]):
-        number = _index_of(choice, position)
         message = choice.get("delta" if "delta" in choice else "message") or {}
-        calls = [
-            (_index_of(call, at), call["function"])
-            for at, call in enumerate(message.get("tool_calls") or ())
-        ]
-        if message.get("function_call"):
-            calls.append((None, message["function_call"]))
-        for tool, function in calls:
+        for at, call in enumerate(message.get("tool_calls") or ()):
+            function = call["function"]
             if isinstance(function.setdefault("arguments", ""), str):
-                yield (number, tool), message, function
+                yield (_index_of(choice, position), _index_of(call, at)), function
 
 
 def _ends_in(payload):
@@ -6487,11 +6431,12 @@ def _ends_in(payload):
 
 def _repair_completion(payload):
     calls, ends = list(_calls_in(payload)), _ends_in(payload)
-    last = {key[0]: key for key, *_ in calls}
-    for key, message, function in calls:
-        if not (ends.get(key[0]) in CUT_OFF and last[key[0]] == key):
+    last = {key[0]: function for key, function in calls}
+    for key, function in calls:
+        if not (ends.get(key[0]) in CUT_OFF and last[key[0]] is function):
             function["arguments"] = repair_arguments(function["arguments"])
-        if message.get("content") == "":
+    for message in [choice["message"] for choice in payload["choices"]]:
+        if message.get("tool_calls") and message.get("content") == "":
             message["content"] = None
 
 
@@ -6499,13 +6444,12 @@ def _repair_message(payload):
     blocks = payload["content"]
     for block in blocks[:-1] if payload.get("stop_reason") in CUT_OFF else blocks:
         given = block.get("input")
-        if block.get("type") == "tool_use" and isinstance(given, (str, list)):
-            if isinstance(given, str):
-                given = json_or(repair_arguments(given).encode(), None)
-            if isinstance(given, list) and len(given) == 1:
-                given = given[0]
-            if isinstance(given, dict):
-                block["input"] = given
+        if isinstance(given, str):
+            given = json_or(repair_arguments(given).encode(), None)
+        if isinstance(given, list) and len(given) == 1:
+            given = given[0]
+        if block["type"] == "tool_use" and isinstance(given, dict):
+            block["input"] = given
 
 
 def repair_body(body: bytes) -> bytes:
@@ -6525,7 +6469,7 @@ def repair_body(body: bytes) -> bytes:
 
 
 _EVENT_END = re.compile(rb"\n\r?\n")
-_OF_A_CALL = re.compile(rb'"(?:tool_calls|function_call|partial_json)"')
+_OF_A_CALL = re.compile(rb'"(?:tool_calls|partial_json)"')
 
 
 def _data_of(event):
@@ -6538,16 +6482,6 @@ def _with_data(event, payload):
     lines = [line for line in event.splitlines() if line and line[:5] != b"data:"]
     line_end = b"\r\n" if event.endswith(b"\r\n") else b"\n"
     return line_end.join([*lines, b"data: " + _dump(payload), b"", b""])
-
-
-def _lone_fragment(payload, key, arguments):
-    """Return a chunk like `payload` with nothing but these arguments in it."""
-    choice, tool = key
-    delta = {"function_call": {"arguments": arguments}}
-    if tool is not None:
-        delta = {"tool_calls": [{"index": tool, "function": {"arguments": arguments}}]}
-    lone = {"index": choice, "delta": delta, "finish_reason": None}
-    return {**payload, "choices": [lone]}
 
 
 class RepairStream:
@@ -6612,26 +6546,33 @@ class RepairStream:
             return event
 
     def _pass_chunk(self, event, payload):
-        calls, ends = list(_calls_in(payload)), _ends_in(payload)
-        out = b"".join(self._begin(key) for key, *_ in calls)
-        fragments = {key: each["arguments"] for key, _, each in calls if each["arguments"]}
-        if not fragments:
+        calls, ends, out = dict(_calls_in(payload)), _ends_in(payload), b""
+        for key in calls.keys() - self._calls:  # if the one before is valid, it is over
+            before = list(self._calls)[-1:]
+            out += self._settle(filter(self._is_sound, before), False)
+            self._calls[key] = []
+        fragments = {key: each["arguments"] for key, each in calls.items()}
+        if not any(fragments.values()):
             passing = event
-        elif ends or not any(function.get("name") for _, _, function in calls):
-            passing = b""
-            self._hold(event, fragments)
-        else:  # a name does not wait for the arguments
-            for key, text in fragments.items():
-                lone = _lone_fragment(payload, key, text)
-                self._hold(_with_data(event, lone), {key: text})
-            for _, _, function in calls:
-                function["arguments"] = ""
-            passing = _with_data(event, payload)
+        elif ends or not any(function.get("name") for function in calls.values()):
+            passing = self._hold(event, fragments)
+        else:
+            passing = self._pass_names(event, payload, calls)
         for choice, reason in ends.items():
             done = [key for key in self._calls if key[0] == choice]
             out += self._settle(done[:-1])
             out += self._settle(done[-1:], reason not in CUT_OFF)
         return out + passing
+
+    def _pass_names(self, event, payload, calls):
+        """Return an event without arguments; hold them in events of their own."""
+        for (choice, tool), function in calls.items():
+            text, function["arguments"] = function["arguments"], ""
+            call = {"index": tool, "function": {"arguments": text}}
+            lone = {"index": choice, "delta": {"tool_calls": [call]}}
+            lone = {**payload, "choices": [{**lone, "finish_reason": None}]}
+            self._hold(_with_data(event, lone), {(choice, tool): text})
+        return _with_data(event, payload)
 
     def _pass_anthropic(self, event, payload, delta):
         """The end of a block does not tell whether it was cut off. If it is not valid,
@@ -6639,23 +6580,13 @@ class RepairStream:
         kind, key = payload["type"], (_index_of(payload, 0), None)
         fragment, reason = delta.get("partial_json"), delta.get("stop_reason")
         if isinstance(fragment, str) and fragment:
-            self._hold(event, {key: fragment})
-            return b""
+            return self._hold(event, {key: fragment})
         if kind == "content_block_stop" and key in self._calls:
             self._hold(event, {key: ""})
             return self._settle([key], False) if self._is_sound(key) else b""
         if reason or kind in ("content_block_start", "message_stop"):
             return self._settle(self._calls, reason not in CUT_OFF) + event
         return event
-
-    def _begin(self, key):
-        """Return the call before this one, if it began just now, unless that needs
-        repair: fragments of both may still come by turns."""
-        if key in self._calls:
-            return b""
-        before = [known for known in self._calls if known[0] == key[0]][-1:]
-        self._calls[key] = []
-        return self._settle(filter(self._is_sound, before), False)
 
     def _is_sound(self, key):
         text = "".join(self._calls[key])
@@ -6664,10 +6595,11 @@ class RepairStream:
     def _hold(self, event, fragments):
         for key, text in fragments.items():
             parts = self._calls.pop(key, [])
-            parts.append(text)
             self._calls[key] = parts  # the latest, now
+            parts.append(text)
         self._held.append((event, list(fragments)))
         self._size += len(event)
+        return b""
 
     def _settle(self, keys, is_whole=True):
         """End these calls, repaired if they are whole. Return the events of which no
@@ -6678,26 +6610,26 @@ class RepairStream:
             if repaired != text:
                 self._repaired[key] = repaired
         out, held, self._held = [], self._held, []
-        for event, calls in held:
-            if self._calls.keys() & calls:
-                self._held.append((event, calls))
-            else:
-                self._size -= len(event)
-                out.append(self._rewritten(event) if self._repaired.keys() & calls else event)
+        for event, keys in held:
+            if self._calls.keys() & keys:
+                self._held.append((event, keys))
+                continue
+            self._size -= len(event)
+            is_changed = self._repaired.keys() & keys
+            out.append(self._rewritten(event) if is_changed else event)
         return b"".join(out)
 
     def _rewritten(self, event):
+        """Return an event with all that is left of the new arguments of its calls."""
         payload = json.loads(_data_of(event))
         if payload.get("choices"):
-            for key, _, function in _calls_in(payload):
-                if function["arguments"] and key in self._repaired:
-                    function["arguments"], self._repaired[key] = self._repaired[key], ""
-        elif "partial_json" in payload.get("delta", ()):
-            key = (_index_of(payload, 0), None)
-            payload["delta"]["partial_json"] = self._repaired[key]
-            self._repaired[key] = ""
+            fragments = [(key, call, "arguments") for key, call in _calls_in(payload)]
         else:
-            return event
+            key = (_index_of(payload, 0), None)
+            fragments = [(key, payload.get("delta", {}), "partial_json")]
+        for key, fragment, name in fragments:
+            if fragment.get(name) and key in self._repaired:
+                fragment[name], self._repaired[key] = self._repaired[key], ""
         return _with_data(event, payload)
 
 
