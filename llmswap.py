@@ -6039,10 +6039,7 @@ _WORDS = {
 
 
 def _scalar(text, is_cut=False):
-    """Return the number, or the word such as None, that `text` is; else `text` itself.
-
-    At the end of everything a word may be cut.
-    """
+    """Return the number or word, perhaps cut, that `text` is; else `text` itself."""
     word, digits = text.lower().lstrip("+-"), text.rstrip(".eE+-")
     if is_cut and word:
         word = next((known for known in _WORDS if known.startswith(word)), word)
@@ -6160,16 +6157,16 @@ class _Reader:
         self.at += 1
         if depth == 0 and _NEXT_MEMBER.match(self.text, self.at):
             depth = 1
-        self._close_to(len(self._stack) if depth < 0 else depth)
-
-    def _close_to(self, depth):
-        del self._stack[depth:]
-        self._closers = self._closers[:depth]
+        if depth >= 0:
+            del self._stack[depth:]
+            self._closers = self._closers[:depth]
 
     def _read_member(self, char):
         """Read a key and its value; a key without a value is dropped."""
         if char == "{" and self._closers[-2:-1] in ("]", ")"):
-            return self._close_to(-1)  # the next item of the array around
+            self._stack.pop()  # it is the next item of the array around
+            self._closers = self._closers[:-1]
+            return
         if char in _CLOSERS:
             self.at += 1
             return
@@ -6177,8 +6174,10 @@ class _Reader:
         if is_quoted:
             key = self._string("key")
         else:
-            self._has_bare_keys, name = True, _BARE_NAME.match(self.text, self.at)
-            self.at, key = name.end(), _unescaped((name[1] or "").strip(" \t'`“”‘’"))
+            self._has_bare_keys = True
+            name = _BARE_NAME.match(self.text, self.at)
+            key = _unescaped((name[1] or "").strip(" \t'`“”‘’"))
+            self.at = name.end()
         after = _GAP.match(self.text, self.at).end()
         if self._skip(_COLON) or (is_quoted and _VALUE.match(self.text, after)):
             self._read_value(key)
@@ -6223,7 +6222,7 @@ class _Reader:
             if self._may_end(at + 1, role, is_odd):
                 return self._take(start, at, at + 1)
             if role == "key":
-                return self._unended_key(start, at)
+                break
             before = text[max(start, at - 99) : at]
             if not is_odd and _KEY.match(text, at) and _FORGOTTEN_END.search(before):
                 end = at - len(_FORGOTTEN_END.search(before)[0])
@@ -6232,19 +6231,16 @@ class _Reader:
                 nested, since = 1, at
             else:
                 is_odd = not is_odd
-        if role == "key":
-            return self._unended_key(start, len(text))
+        else:
+            at = len(text)
+        if role == "key":  # it may have lost its quote, as in {"a: 1
+            name = _UNENDED_NAME.match(text, start, at)
+            end, after = (name.end(1), name.end()) if name else (at, at + 1)
+            return self._take(start, end, after)
         raw, self.at = text[start:], len(text)
         if raw.count("}") > raw.count("{"):
             raw = raw.rstrip("}]) \t\r\n“”‘’'\"")
         return _unescaped(raw[:-80] + _CUT_ESCAPE.sub(r"\1", raw[-80:]))
-
-    def _unended_key(self, start, end):
-        """Return a key that nothing ends; it may have lost its quote, as in {"a: 1."""
-        name = _UNENDED_NAME.match(self.text, start, end)
-        if name:
-            return self._take(*name.span(1), name.end())
-        return self._take(start, end, end + 1)
 
     def _may_end(self, at, role, is_odd=False):
         """Whether a value may end before `at`: the text goes on there as JSON would.
@@ -6405,9 +6401,8 @@ _UNKNOWN = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 def _index_of(entry, default):
-    """Return the "index" of an entry; some servers leave it out."""
     number = entry.get("index")
-    return number if isinstance(number, int) else default
+    return number if isinstance(number, int) else default  # some servers have none
 
 
 def _calls_in(payload):
@@ -6453,10 +6448,9 @@ def _repair_message(payload):
 
 
 def repair_body(body: bytes) -> bytes:
-    """Return an answer that is no stream with the arguments of its tool calls repaired.
+    """Return a chat completion, or a message of Anthropic, with its calls repaired.
 
-    It may be OpenAI's chat completion or Anthropic's message. What needs no repair
-    stays byte for byte; so do a call that was cut off and anything else.
+    What needs no repair stays byte for byte; so does a call that was cut off.
     """
     try:
         text = body.decode()
