@@ -8821,6 +8821,10 @@ Action Input: {"a": 1,}␤Observation: ok ⇒ {"a": 1}
 {"args": "{"x": {"y": 1}, "z": []}"} ⇒ {"args": "{\"x\": {\"y\": 1}, \"z\": []}"}
 {'q': 'L'été, c'est', 'n': 1} ⇒ {"q": "L'été, c'est", "n": 1}
 {"old": "if (a == \"b\") {", "new": "}",} ⇒ {"old": "if (a == \"b\") {", "new": "}"}
+{"b": "print("x")", "d": ["SELECT "a", "b" FROM t", "5' 10" tall"]} ⇒ {"b": "print(\"x\")", "d": ["SELECT \"a\", \"b\" FROM t", "5' 10\" tall"]}
+{"a": "say "hi" now", "d": ["x = "1"; y = "2"", "x"]} ⇒ {"a": "say \"hi\" now", "d": ["x = \"1\"; y = \"2\"", "x"]}
+{"a": "x", "b": "return "ok"␤}"} ⇒ {"a": "x", "b": "return \"ok\"\n}"}
+{"a": "key: "value"␤other: "thing"␤", "b": "x"} ⇒ {"a": "key: \"value\"\nother: \"thing\"\n", "b": "x"}
 """
 
 # What means no object, or more than one, between the signs ¦
@@ -9128,6 +9132,10 @@ STREAMS = {
     "the last call cut": ([*two_calls(BAD), chunk({}, "length")], "repaired kept"),
     "the last call begun": ([*two_calls(""), chunk({}, "length")], "repaired"),
     "by turns": ([*by_turns(BAD, BAD), chunk({}, "stop")], "repaired repaired"),
+    "by turns, the first cut": (
+        [*by_turns(BAD[:6], GOOD), chunk(call(BAD[6:])), chunk({}, "length")],
+        "kept kept",
+    ),
     "one chunk": ([chunk(BOTH), chunk({}, "stop")], "repaired kept"),
     "one chunk with its end": ([chunk(BOTH, "stop")], "repaired kept"),
     "one chunk, cut": ([chunk(call(BAD, id="1"), "length")], "kept"),
@@ -9261,13 +9269,16 @@ def test_a_completion_is_repaired_and_its_empty_content_becomes_null():
         assert answer["content"] is None
 
 
-def test_each_choice_is_judged_by_its_own_end():
+def test_only_the_last_call_of_a_choice_that_was_cut_off_stays():
     body = completion(BAD)
     body["choices"] += completion(BAD, "length")["choices"]
-    first, second = json.loads(repair_body(json.dumps(body).encode()))["choices"]
-    [mended], [given] = (each["message"]["tool_calls"] for each in (first, second))
-    assert is_repaired(mended["function"]["arguments"])
-    assert given["function"]["arguments"] == BAD
+    body["choices"][1]["message"]["tool_calls"] *= 2
+    calls = [
+        call["function"]["arguments"]
+        for choice in json.loads(repair_body(json.dumps(body).encode()))["choices"]
+        for call in choice["message"]["tool_calls"]
+    ]
+    assert [text == BAD for text in calls] == [False, False, True]
 
 
 def test_an_input_that_is_no_object_becomes_one():
