@@ -6510,7 +6510,7 @@ class RepairStream:
         del self._buffer[:start]
         if self._size + len(self._buffer) > MAX_HELD:
             self._has_given_up = True
-            out += [self._settle(self._calls, False), bytes(self._buffer)]
+            out += [self._settle(self._calls, self._calls), bytes(self._buffer)]
             self._buffer.clear()
         return b"".join(out)
 
@@ -6520,7 +6520,7 @@ class RepairStream:
         if self._is_whole:
             return repair_body(rest)
         rest = self._pass_event(rest)
-        return self._settle(self._calls, False) + rest
+        return self._settle(self._calls, self._calls) + rest
 
     def _pass_event(self, event):
         """Return what is to be sent when this event has come, lines and all."""
@@ -6534,16 +6534,16 @@ class RepairStream:
             if payload.get("choices"):
                 return self._pass_chunk(event, payload)
             if payload.get("type") == "error" or payload.get("error"):
-                return self._settle(self._calls, False) + event
+                return self._settle(self._calls, self._calls) + event
             return self._pass_anthropic(event, payload, payload.get("delta") or {})
         except _UNKNOWN:
             return event
 
     def _pass_chunk(self, event, payload):
         calls, ends, out = dict(_calls_in(payload)), _ends_in(payload), b""
-        for key in calls.keys() - self._calls:  # if the one before is valid, it is over
-            before = list(self._calls)[-1:]
-            out += self._settle(filter(self._is_sound, before), False)
+        for key in [key for key in calls if key not in self._calls]:
+            before = list(self._calls)[-1:]  # if it is valid, it is over
+            out += self._settle(list(filter(self._is_sound, before)))
             self._calls[key] = []
         fragments = {key: each["arguments"] for key, each in calls.items()}
         if not any(fragments.values()):
@@ -6552,11 +6552,10 @@ class RepairStream:
             passing = self._hold(event, fragments)
         else:
             passing = self._pass_names(event, payload, calls)
-        for choice, reason in ends.items():
-            done = [key for key in self._calls if key[0] == choice]
-            out += self._settle(done[:-1])
-            out += self._settle(done[-1:], reason not in CUT_OFF)
-        return out + passing
+        ended = [key for key in self._calls if key[0] in ends]
+        last = {key[0]: key for key in ended}
+        cut = [key for choice, key in last.items() if ends[choice] in CUT_OFF]
+        return out + self._settle(ended, cut) + passing
 
     def _pass_names(self, event, payload, calls):
         """Return an event without arguments; hold them in events of their own."""
@@ -6577,9 +6576,10 @@ class RepairStream:
             return self._hold(event, {key: fragment})
         if kind == "content_block_stop" and key in self._calls:
             self._hold(event, {key: ""})
-            return self._settle([key], False) if self._is_sound(key) else b""
+            return self._settle([key]) if self._is_sound(key) else b""
         if reason or kind in ("content_block_start", "message_stop"):
-            return self._settle(self._calls, reason not in CUT_OFF) + event
+            cut = self._calls if reason in CUT_OFF else ()
+            return self._settle(self._calls, cut) + event
         return event
 
     def _is_sound(self, key):
@@ -6595,12 +6595,14 @@ class RepairStream:
         self._size += len(event)
         return b""
 
-    def _settle(self, keys, is_whole=True):
-        """End these calls, repaired if they are whole. Return the events of which no
-        call is open any more."""
+    def _settle(self, keys, cut=()):
+        """End these calls, repaired but for those that were cut. Return the events of
+        which no call is open any more."""
+        texts = {key: "".join(self._calls[key]) for key in keys if key not in cut}
         for key in list(keys):
-            text = "".join(self._calls.pop(key))
-            repaired = repair_arguments(text) if is_whole else text
+            del self._calls[key]
+        for key, text in texts.items():
+            repaired = repair_arguments(text)
             if repaired != text:
                 self._repaired[key] = repaired
         out, held, self._held = [], self._held, []

@@ -9103,7 +9103,8 @@ def by_turns(*texts):
     """Two calls, or choices, of which the fragments come by turns."""
     names = [chunk(call("", number, id=str(number))) for number in (0, 1)]
     pairs = itertools.zip_longest(*map(fragments, texts), fillvalue="")
-    parts = [chunk(call(part, i)) for pair in pairs for i, part in enumerate(pair)]
+    turns = [turn for pair in pairs for turn in enumerate(pair)]
+    parts = [chunk(call(part, number)) for number, part in turns if part]
     return [*names, *parts]
 
 
