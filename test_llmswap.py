@@ -8836,12 +8836,8 @@ LEFT_ALONE = r"""¦   ¦hello¦[1, 2, 3]¦[1, 2¦3.14¦'x'¦None¦["a", "b"¦"¦
 ¦SELECT * FROM t WHERE a = {a}¦<tool_call></tool_call>¦function() { return 1 }"""
 
 VALID = [
-    "{}",
-    ' {"a" : 1.50,\n"b":[ ]} ',
-    '"{\\"a\\": 1}"',
-    '[{"a": 1}]',
-    '{"a": "\\ud83d", "a": 1e999}',
-    '{"a": "x\\", \\"b\\": 1}"}',
+    *("{}", ' {"a" : 1.50,\n"b":[ ]} ', '"{\\"a\\": 1}"', '[{"a": 1}]'),
+    *('{"a": "\\ud83d", "a": 1e999}', '{"a": "x\\", \\"b\\": 1}"}'),
     "[" * 300 + "]" * 300,
     "[" * 100_000 + "{}" + "]" * 100_000,
     '{"a": ' + "9" * 100_000 + "}",
@@ -9172,6 +9168,8 @@ def test_a_sound_call_goes_on_when_the_next_begins():
     assert arguments_in(repair.feed(events(begun, None)))[0, 0] == GOOD
     rest = [chunk(call(part, 1)) for part in fragments(BAD)] + [chunk({}, "length")]
     assert arguments_in(repair.feed(events(rest))) == {(0, 1): BAD}
+    stream = events(message(GOOD)[:-2], None)  # Anthropic's blocks say when they end
+    assert RepairStream().feed(stream) == stream
 
 
 def test_text_names_and_comments_do_not_wait_for_arguments():
@@ -9181,11 +9179,6 @@ def test_text_names_and_comments_do_not_wait_for_arguments():
     for passing in (events([chunk({"content": "hi"})], None), b": still here\n\n"):
         assert repair.feed(passing) == passing
     assert is_repaired(arguments_in(repair.feed(events([chunk({}, "stop")])))[0, 0])
-
-
-def test_valid_blocks_of_anthropic_do_not_wait_for_the_stop_reason():
-    stream = events(message(GOOD)[:-2], None)
-    assert RepairStream().feed(stream) == stream
 
 
 def test_a_changed_event_keeps_its_other_lines_and_members():
@@ -9288,22 +9281,14 @@ def test_an_input_that_is_no_object_becomes_one():
         assert answer["content"][1]["input"] == json.loads(GOOD)
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        completion('{"a": "\u00e9"}'),
-        completion(BAD, "length"),
-        completion("no object"),
-        anthropic({}),
-        anthropic([{"a": 1}, {"b": 2}]),
-        anthropic(BAD, "max_tokens"),
-        anthropic("no object"),
-        anthropic(None),
-        {"error": {"message": "x"}},
-        [],
-        None,
-    ],
-)
+UNCHANGED = [
+    *(completion('{"a": "\u00e9"}'), completion(BAD, "length"), completion("no object")),
+    *(anthropic({}), anthropic([{"a": 1}, {"b": 2}]), anthropic(BAD, "max_tokens")),
+    *(anthropic("no object"), anthropic(None), {"error": {"message": "x"}}, [], None),
+]
+
+
+@pytest.mark.parametrize("answer", UNCHANGED)
 def test_a_body_that_needs_no_repair_stays_byte_for_byte(answer):
     body = json.dumps(answer, indent=1, ensure_ascii=False).encode()
     for body in (body, b"", b"\xff", b"{", b"[" * 100_000):
@@ -9392,10 +9377,8 @@ def test_content_beside_calls_is_null_where_it_is_empty(repairing):
             wish = dict(text=text, arguments=arguments)
             answer = repairing.chat("mended", **wish).json()
             assert answer["choices"][0]["message"]["content"] == content
-    assert (
-        repairing.chat("mended", text="").json()["choices"][0]["message"]["content"]
-        == ""
-    )
+    answer = repairing.chat("mended", text="").json()
+    assert answer["choices"][0]["message"]["content"] == ""
 
 
 @each_api
@@ -9437,12 +9420,6 @@ def test_a_repaired_stream_that_breaks_is_still_broken(repairing, path, place):
     assert b"[DONE]" not in stream.raw and b"message_stop" not in stream.raw
     came = arguments_in(stream.raw[: stream.raw.rfind(b"\n\n") + 2])
     assert BROKEN_CALL.startswith("".join(came.values()))  # never mended
-
-
-@pytest.mark.parametrize("place", ["boundary", "mid-body"])
-def test_a_repaired_answer_that_breaks_is_still_broken(repairing, place):
-    with pytest.raises(BrokenAnswer):
-        repairing.chat("mended", arguments=BROKEN_CALL, cut=place)
 
 
 @pytest.mark.parametrize("coding", ["gzip", "br", "identity, gzip"])
