@@ -51,17 +51,20 @@ import hmac
 import http
 import http.client
 import http.server
+import io
 import itertools
 import json
+import logging
+import logging.handlers
 import math
 import os
 import queue
 import re
+import resource
 import select
 import shlex
 import signal
 import socket
-import socketserver
 import struct
 import subprocess
 import sys
@@ -69,6 +72,7 @@ import textwrap
 import threading
 import time
 import traceback
+import types
 import urllib.parse
 from collections import namedtuple
 from stat import S_ISSOCK
@@ -1072,9 +1076,9 @@ def find_models(directory, place) -> dict:
 
 def misfit(model, pinned, settings) -> Optional[str]:
     """Return why a model cannot be loaded beside the pinned ones, or None."""
-    for resource in (*model.settings.needs, *model.settings.sleep_needs):
-        if resource not in settings.budget:
-            return f"budget in [llmswap] does not name {resource!r}"
+    for name in (*model.settings.needs, *model.settings.sleep_needs):
+        if name not in settings.budget:
+            return f"budget in [llmswap] does not name {name!r}"
     models = [*pinned, model]
     counted = {each.name for each in models if each.kind not in ("remote", "uses")}
     beside = f" beside the pinned {', '.join(each.name for each in pinned)}"
@@ -1084,10 +1088,10 @@ def misfit(model, pinned, settings) -> Optional[str]:
     is_together = len(counted) < 2 or any(counted <= names for names in settings.sets)
     if settings.sets and not is_together:
         return f"{prefix} none of sets has them together"
-    for resource, limit in settings.budget.items():
-        needed = sum(each.settings.needs.get(resource, 0) for each in models)
+    for name, limit in settings.budget.items():
+        needed = sum(each.settings.needs.get(name, 0) for each in models)
         if needed > limit:
-            return (f"{prefix} they need {resource} {size_text(needed)}, "
+            return (f"{prefix} they need {name} {size_text(needed)}, "
                     f"the budget is {size_text(limit)}")
     return None
 
@@ -1465,8 +1469,8 @@ class Limits(NamedTuple):
         usages = list(usages)
         if self.models_max and sum(each.places for each in usages) > self.models_max:
             return False
-        for resource, amount in self.budget.items():
-            if sum(each.needs.get(resource, 0) for each in usages) > amount:
+        for name, amount in self.budget.items():
+            if sum(each.needs.get(name, 0) for each in usages) > amount:
                 return False
         if not self.sets:
             return True
@@ -2219,13 +2223,6 @@ class Waker:
     def fileno(self) -> int:
         return self._hear
 
-    def wake_on_signals(self):
-        """Ring whenever a signal arrives, at whatever moment. Main thread only.
-
-        A thread that is about to block in anything but a poll may miss one for ever.
-        """
-        signal.set_wakeup_fd(self._pull, warn_on_full_buffer=False)
-
     def wake(self):
         """Wake the poller, or the next to poll."""
         try:
@@ -2374,7 +2371,8 @@ BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", None)  # runs on while the machine 
 class Upstream:
     """Where a backend listens, and the connections to it. Any thread may call.
 
-    The sockets block for TICK at most, then raise BlockingIOError (TLS: TimeoutError).
+    The sockets block for POLL_INTERVAL at most, then raise BlockingIOError, or with TLS
+    TimeoutError.
     What was kept while the machine was suspended is not used again.
     """
 
@@ -2421,18 +2419,12 @@ class Upstream:
     def _has_slept(self):
         return suspended_seconds() > self._suspended + 1.0
 
-    def control_connection(self, timeout: float) -> http.client.HTTPConnection:
+    def control_socket(self, timeout: float) -> socket.socket:
         """Return a new connection for a control request. Raise OSError."""
-        if self.is_tls:
-            connection = http.client.HTTPSConnection(
-                self.host, self.port, timeout=timeout, context=_tls_context()
-            )
-        else:
-            connection = http.client.HTTPConnection(
-                self.host, self.port, timeout=timeout
-            )
-        connection.connect()
-        return connection
+        sock = socket.create_connection((self.host, self.port), timeout=timeout)
+        if not self.is_tls:
+            return sock
+        return _tls_context().wrap_socket(sock, server_hostname=self.host)
 
     def connect(self) -> Tuple[socket.socket, bool]:
         """Return a connection and whether it was used before. Raise OSError."""
@@ -2505,7 +2497,7 @@ class Upstream:
 
 
 def set_socket_timeouts(sock: socket.socket):
-    """Make the socket block for TICK at most: cheaper than a poll before each read."""
+    """Let the socket block for POLL_INTERVAL at most, without a poll for each read."""
     sock.settimeout(None)
     interval = struct.pack("ll", 0, int(POLL_INTERVAL * 1e6))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
@@ -2576,14 +2568,8 @@ exec "$@" </dev/null
 """
 
 
-def _descriptor_limit():
-    import resource
-
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
-
-
-DESCRIPTORS = _descriptor_limit()  # as many as we began with, before we took more
+OUR_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # before we raise it
+DESCRIPTORS = "unlimited" if OUR_LIMIT == resource.RLIM_INFINITY else str(OUR_LIMIT)
 
 
 class Guard:
@@ -2758,6 +2744,7 @@ SLEEP_OPTION = "--sleep-idle-seconds"
 SLEEP_SLACK = 1.5  # s; a llama-server looks once a second whether it may sleep
 SLEEP_POLL = 30.0  # s, between looks at a llama-server that put itself to sleep
 WAKE_REQUEST = ("GET", "/lora-adapters")  # the cheapest one that wakes a llama-server
+MAX_CONTROL_ANSWER = 1 << 22  # bytes
 
 
 class Probe(NamedTuple):
@@ -2786,6 +2773,26 @@ class Probe(NamedTuple):
         if self.error is None:
             return f"it answers {self.status}"
         return "no answer in time" if self.timed_out else str(self.error)
+
+
+def exchange(sock: socket.socket, request: bytes, deadline: float, wants_body: bool):
+    """Send a request and return a Probe with the answer's status, and its body if that
+    is wanted. Raise OSError, HTTPException; TimeoutError if it is not there in time."""
+    sock.settimeout(max(0.001, deadline - time.monotonic()))
+    sock.sendall(request)
+    answer = b""
+    while wants_body or b"\r\n\r\n" not in answer:
+        sock.settimeout(max(0.001, deadline - time.monotonic()))
+        piece = sock.recv(65536)
+        if not piece or len(answer) > MAX_CONTROL_ANSWER:
+            break
+        if time.monotonic() >= deadline:
+            raise TimeoutError
+        answer += piece
+    received = types.SimpleNamespace(makefile=lambda _: io.BytesIO(answer))
+    response = http.client.HTTPResponse(received)
+    response.begin()
+    return Probe(response.status, response.read() if wants_body else b"")
 
 
 class Backend:
@@ -2915,8 +2922,9 @@ class Backend:
     def _supervise(self):
         """Do what is asked of it until it ends; False if it did not wake up."""
         while self._is_alive():
-            action, self._pending_action = self._pending_action, None
+            action = self._pending_action
             if action:
+                self._pending_action = None  # only now: one set meanwhile must not go
                 if action() is False:
                     return self._is_stop_asked
             elif self._silent_since is not None:
@@ -2960,41 +2968,42 @@ class Backend:
             with contextlib.suppress(OSError, ValueError):
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
-    def _probe(self, timeout, request=None, check_listener=None, body_limit=0):
+    def _probe(self, timeout, request=None, check_listener=None, wants_body=False):
         """Send a control request, a health check if none is given; return a Probe.
 
-        It waits for the connection at most CONNECT_TIMEOUT, and for each step after
-        that at most `timeout`. `stop` ends a wait of the backend's own thread.
+        It takes `timeout` at most, and CONNECT_TIMEOUT until it is connected. `stop`
+        and the end of the backend also end a probe of the backend's own thread.
         """
         method, path = request or ("GET", self.model.settings.check_endpoint)
-        key = self.model.settings.proxy_key
-        headers = {"Connection": "close"}
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        connection, is_own = None, threading.current_thread() is self._thread
+        deadline = time.monotonic() + timeout
+        sock, is_own = None, threading.current_thread() is self._thread
         try:
-            connect_timeout = min(timeout, CONNECT_TIMEOUT)
-            connection = self.upstream.control_connection(connect_timeout)
+            sock = self.upstream.control_socket(min(timeout, CONNECT_TIMEOUT))
             if check_listener and not check_listener():
                 raise ConnectionRefusedError("another process answers there")
             if path is None:
                 return Probe(200)
-            connection.sock.settimeout(max(0.001, timeout))
             if is_own:
-                self._probe_socket = connection.sock
-                if self._is_stop_asked:
-                    raise InterruptedError("it is being stopped")
-            target = self.upstream.base_path + path
-            connection.request(method, target, headers=headers)
-            answer = connection.getresponse()
-            return Probe(answer.status, answer.read(body_limit) if body_limit else b"")
+                self._probe_socket = sock
+                if not self._is_alive():
+                    raise InterruptedError("it has ended, or is being stopped")
+            head = self._control_head(method, self.upstream.base_path + path)
+            return exchange(sock, head, deadline, wants_body)
         except (OSError, ValueError, http.client.HTTPException) as error:
             return Probe(error=error)
         finally:
             if is_own:
                 self._probe_socket = None
-            if connection:
-                connection.close()
+            if sock:
+                sock.close()
+
+    def _control_head(self, method, target):
+        lines = [f"{method} {target} HTTP/1.1", f"Host: {self.upstream.authority}"]
+        if self.model.settings.proxy_key:
+            lines.append(f"Authorization: Bearer {self.model.settings.proxy_key}")
+        if method != "GET":
+            lines.append("Content-Length: 0")
+        return "\r\n".join([*lines, "Connection: close", "", ""]).encode()
 
     def _ask_now(self, timeout):
         """Check its health once, from any thread; OSError if no descriptor is left."""
@@ -3017,8 +3026,8 @@ class Backend:
             timeout = min(HEALTH_TIMEOUT, self._progress_at + limit - asked_at)
             check_listener = self._is_listener_ours if is_load else None
             probe = self._probe(max(0.001, timeout), None, check_listener)
-            if probe.ok:
-                return True
+            if probe.ok:  # a head that `stop` cut short may look whole
+                return self._is_alive()
             if type(probe.error).__name__ == "SSLCertVerificationError":
                 raise LoadFailed(f"{self._title} is not to be trusted: {probe.reason}")
             if is_load:
@@ -3095,7 +3104,7 @@ class Backend:
 
     def _fetch_entry(self):
         """Return what its own /v1/models says of its first model, or {}."""
-        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models"), None, 1 << 22)
+        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models"), wants_body=True)
         try:
             entry = json.loads(probe.body)["data"][0] if probe.ok else {}
         except (LookupError, RecursionError, TypeError, ValueError):
@@ -3140,7 +3149,7 @@ class Backend:
         if not self._is_asleep and idle < self._sleep_seconds:
             self._sleep_look = now + self._sleep_seconds - max(0.0, idle)
             return
-        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/props"), None, 1 << 22)
+        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/props"), wants_body=True)
         found = re.search(rb'"is_sleeping"\s*:\s*(true|false)', probe.body)
         was_asleep = self._is_asleep
         self._is_asleep = bool(found) and found[1] == b"true"
@@ -3242,10 +3251,11 @@ class ProcessBackend(Backend):
             self._monitor.start()
         except RuntimeError:  # no more threads can be started
             self._kill_group()
-            process.wait()
-            process.stdout.close()
             self._guard.forget(self.pid)
-            self._process = None
+            with self._lock:
+                process.wait()
+                self._process = None
+            process.stdout.close()
             raise
         if self._is_stop_asked:  # `stop` may have come before there was a process
             self.stop(self._is_kill_asked)
@@ -3259,7 +3269,14 @@ class ProcessBackend(Backend):
                 self._sleep_look = time.monotonic() + self._sleep_seconds
 
     def _watch_process(self, process):
-        """Read its output until it has ended; runs on a thread of its own."""
+        """Wait until it has ended and its output is read, on a thread of its own."""
+        try:
+            self._read_output(process)
+        finally:
+            self._exited.set()
+            self._interrupt()  # its workers may hold the socket of a probe open
+
+    def _read_output(self, process):
         output, rest = process.stdout.fileno(), b""
         os.set_blocking(output, False)
         poll = select.poll()
@@ -3292,8 +3309,6 @@ class ProcessBackend(Backend):
             self._take_lines(rest + b"\n")
         if exit_fd is not None:
             os.close(exit_fd)
-        self._exited.set()
-        self._wakeup.set()
 
     def _take_lines(self, data):
         """Pass whole lines on; return what is left."""
@@ -3344,9 +3359,13 @@ class ProcessBackend(Backend):
             return
         self.upstream.close()
         has_grace = self._is_ready and not self._is_unresponsive
-        if not self._exited.is_set() and (has_grace or self.model.settings.cmd_stop):
-            self._ask_to_exit()
-        self._reap()
+        try:
+            if not self._exited.is_set() and (
+                has_grace or self.model.settings.cmd_stop
+            ):
+                self._ask_to_exit()
+        finally:
+            self._reap()
 
     def _ask_to_exit(self):
         """Run the stop command or send SIGTERM, and wait for the stop timeout."""
@@ -3414,7 +3433,8 @@ class ProcessBackend(Backend):
         elif status in (-9, 128 + 9) and oom_kills() > self._oom_kills:
             why = "killed by the kernel: out of memory"
         elif status < 0:
-            why = f"killed by signal {-status} ({signal_name(-status)})"
+            known = {number.value: number.name for number in signal.Signals}
+            why = f"killed by signal {-status} ({known.get(-status, 'unknown')})"
         else:
             why = f"exited with status {status}"
         what = "ended by itself" if self._is_ready else "could not be started"
@@ -3451,14 +3471,6 @@ def _is_group_alive(group):
     )
 
 
-def signal_name(number: int) -> str:
-    """Return SIGKILL for 9."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return "unknown"
-
-
 def memory_of(pid: int) -> Dict[str, int]:
     """Return bytes of resident memory: `RssAnon`, `RssFile` and their sum `VmRSS`."""
     told = read_text_or_empty(f"/proc/{pid}/status")
@@ -3470,14 +3482,12 @@ def load_activity(pid: int) -> tuple:
     """Return what changes while the process or its descendants load a model: megabytes
     of memory, and those that they had disks read; a page now and then is no load."""
     return tuple(
-        (memory_of(each).get("VmRSS", 0) >> 20, disk_reads_of(each) >> 20)
+        (
+            memory_of(each).get("VmRSS", 0) >> 20,
+            _kernel_counts(f"/proc/{each}/io", "read_bytes: ") >> 20,
+        )
         for each in descendants(pid)
     )
-
-
-def disk_reads_of(pid: int) -> int:
-    """Return how many bytes the process had disks read, past the cache too."""
-    return _kernel_counts(f"/proc/{pid}/io", "read_bytes: ")
 
 
 def oom_kills() -> int:
@@ -3658,13 +3668,12 @@ def running_units(units: Sequence[str], gives_up: Callable) -> Set[str]:
 
 def unit_processes(name: str) -> Set[int]:
     """Return the processes that systemd runs for the unit."""
-    return {pid for pid in _all_processes() if _unit_of(pid) == name}
-
-
-def _unit_of(pid):
-    cgroups = read_text_or_empty(f"/proc/{pid}/cgroup")
-    found = re.search(r"/([^/\n]+\.service)(/.*)?$", cgroups, re.MULTILINE)
-    return found and found[1]
+    cgroup = re.compile(rf"/{re.escape(name)}(/.*)?$", re.MULTILINE)
+    return {
+        pid
+        for pid in _all_processes()
+        if cgroup.search(read_text_or_empty(f"/proc/{pid}/cgroup"))
+    }
 
 
 def check_unit(model: Model):
@@ -3749,14 +3758,19 @@ class UnitBackend(Backend):
         self.pid = int(found.get("MainPID") or 0) or None
         self._owns_listener = self._was_visible = False
         self._look_at = time.monotonic() + ACTIVITY_INTERVAL
-        with contextlib.suppress(OSError, AttributeError):
+        fds = []
+        try:
             if self.pid:
-                self._exit_fd = os.pidfd_open(self.pid)
+                fds.append(os.pidfd_open(self.pid))
+                fds.append(os.dup(fds[0]))
                 watch = threading.Thread(
-                    target=self._await_exit, args=(os.dup(self._exit_fd), self.pid)
+                    target=self._await_exit, args=(fds[1], self.pid), daemon=True
                 )
-                watch.daemon = True
                 watch.start()
+                self._exit_fd = fds[0]
+        except (AttributeError, OSError, RuntimeError):
+            for fd in fds:  # not Linux, or out of descriptors or threads: it is polled
+                os.close(fd)
 
     def _await_exit(self, fd, pid):
         poll = select.poll()
@@ -3765,7 +3779,7 @@ class UnitBackend(Backend):
         os.close(fd)
         if pid == self.pid:
             self._has_exited = True
-        self._wakeup.set()
+            self._interrupt()
 
     def _unfollow(self):
         if self._exit_fd is not None:
@@ -3985,6 +3999,7 @@ class RemoteBackend(Backend):
 
     def _abandon(self):
         """It did not wake up: perhaps its machine sleeps, too, and can be woken."""
+        self._is_lost = False
         if self._probe(HEALTH_TIMEOUT).ok:
             raise LoadFailed(f"{self._title} did not wake up")
 
@@ -4060,7 +4075,8 @@ class LoadProgress:
         family = descendants(pid)
         self._size = self._size or sum(map(model_file_size, family))
         if self._size:
-            self._rise_to(sum(map(model_memory, family)) / self._size)
+            memory = sum(memory_of(each).get("VmRSS", 0) for each in family)
+            self._rise_to(memory / self._size)
             self._value = self.progress
 
     def _rise_to(self, share):
@@ -4088,12 +4104,6 @@ def model_file_size(pid: int) -> int:
     paths = [os.path.join(f"/proc/{pid}/cwd", path) for path in named]
     shards = [shard for path in paths for shard in shards_of(path)]
     return sum(os.path.getsize(path) for path in shards if os.path.isfile(path))
-
-
-def model_memory(pid: int) -> int:
-    """Return the bytes that the process has read or mapped, models among them."""
-    found = memory_of(pid)
-    return found.get("RssAnon", 0) + found.get("RssFile", 0)
 
 
 def shards_of(path: str) -> List[str]:
@@ -4253,21 +4263,37 @@ STOPPED = {
 }
 
 
-class Status(NamedTuple):
-    """What a model is doing, at one moment. Times in seconds."""
+class ModelStatus(NamedTuple):
+    """One model at one moment. Times in seconds, memory in bytes.
 
-    name: str
-    is_owner: bool  # of the backend, which others may use
-    state: State
-    in_flight: int
-    waiting: int
-    since: Optional[float]  # in this state; None: it was never in another
-    unload_in: Optional[float]
-    failure: Optional[APIError]
-    pid: Optional[int]
-    port: Optional[int]
-    progress: Optional[float]  # of a load, 0 to 1
-    entry: dict  # of its own /v1/models
+    `state` is one of State's words, and the model is in it since `seconds` (None: since
+    the start). `progress` of a load goes from 0 to 1, if it is known. `failure` says
+    why its last run failed, `stopped` why it was stopped, `unusable` what is wrong with
+    it in the file. `shares` names the model whose backend it uses, and whose state it
+    has. `entry` is that of its own /v1/models.
+    """
+
+    id: str
+    aliases: Sequence[str] = ()
+    description: str = ""
+    kind: str = "llama-server"
+    state: str = "unloaded"
+    seconds: Optional[float] = None
+    progress: Optional[float] = None
+    rss: Optional[int] = None
+    vram: Optional[int] = None
+    running: int = 0
+    waiting: int = 0
+    unload_in: Optional[float] = None
+    tokens_per_second: Optional[float] = None
+    failure: Optional[APIError] = None
+    stopped: Optional[str] = None
+    pinned: bool = False
+    unusable: Optional[str] = None
+    shares: Optional[str] = None
+    pid: Optional[int] = None
+    port: Optional[int] = None
+    entry: Mapping[str, object] = {}
 
 
 class Pool:
@@ -4494,40 +4520,56 @@ class Pool:
         with self._lock:
             return self._backends.get(model.backend)
 
-    def status_of(self, model: Model) -> Optional[Status]:
-        """Return the model's status; None: a reload has just removed it."""
+    def status(self, model: Model) -> ModelStatus:
+        """Return what the model is doing."""
         with self._lock:
-            scheduled = self._scheduler.models.get(model.backend)
-            return scheduled and self._status(model.name, scheduled, self._clock())
+            return self._status(model)
 
-    def snapshot(self) -> Dict[str, Status]:
-        """Return every model's status; those that share a backend have its status."""
+    def statuses(self, with_memory: bool = False) -> List[ModelStatus]:
+        """Return what every model is doing; its memory too, which reads /proc."""
         with self._lock:
-            now = self._clock()
-            return {
-                name: self._status(name, self._scheduler.models[model.backend], now)
-                for name, model in self.config.models.items()
-                if model.backend in self._scheduler.models
-            }
+            statuses = [self._status(model) for model in self.config.models.values()]
+        if not with_memory:
+            return statuses
+        return [
+            each._replace(
+                rss=self.memory.resident(each.pid), vram=self.memory.on_gpu(each.pid)
+            )
+            if each.pid
+            else each
+            for each in statuses
+        ]
 
-    def _status(self, name, scheduled, now):
+    def _status(self, model):
+        status = ModelStatus(
+            id=model.name,
+            aliases=model.aliases,
+            description=model.settings.description or "",
+            kind=model.kind,
+            pinned=model.settings.pin,
+            unusable=model.problem,
+            shares=None if model.backend == model.name else model.backend,
+        )
+        scheduled = self._scheduler.models.get(model.backend)
+        if scheduled is None:
+            return status
+        now, state = self._clock(), scheduled.state
         backend = self._backends.get(scheduled.name)
-        state = scheduled.state
         is_loading = backend is not None and state is State.LOADING
         unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
         changed_at = scheduled.changed_at
-        return Status(
-            name=name,
-            is_owner=name == scheduled.name,
-            state=state,
-            in_flight=scheduled.in_flight + scheduled.preemptible,
+        return status._replace(
+            state=state.value,
+            seconds=None if changed_at is None else now - changed_at,
+            progress=backend.gauge.progress if is_loading else None,
+            running=scheduled.in_flight + scheduled.preemptible,
             waiting=scheduled.waiting,
-            since=None if changed_at is None else now - changed_at,
             unload_in=None if unload_at == math.inf else max(0.0, unload_at - now),
+            tokens_per_second=self._meters.speeds.get(model.backend),
             failure=scheduled.last_failure,
+            stopped=self._meters.reasons.get(model.backend),
             pid=getattr(backend, "pid", None),
             port=getattr(backend, "port", None),
-            progress=backend.gauge.progress if is_loading else None,
             entry=getattr(backend, "entry", {}),
         )
 
@@ -5512,7 +5554,9 @@ def _dump(value):
     return text.encode("utf-8", "backslashreplace")  # half a surrogate pair: \ud800
 
 
-CONTROL_CHARS = re.compile("[\0-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+CONTROL_CHARS = re.compile(
+    "[\0-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 # -- the answer, read from the backend -------------------------------------------------
@@ -6638,66 +6682,44 @@ class RepairStream:
 # ==================================================================================
 
 
-class Row(NamedTuple):
-    """One model as people see it at one moment. Times in seconds, memory in bytes.
-
-    `state` is one of State's words, and since `seconds` in it (None: since the start);
-    `progress` of a load goes from 0 to 1, where it is known. `rss` and `vram` are None
-    where they cannot be told. `failure` says why its last run failed, with the last
-    lines that it wrote; `stopped` why it was stopped; `unusable` what is wrong with it
-    in the file. `shares` names the model whose backend it uses, with its state.
-    """
-
-    id: str
-    aliases: Sequence[str] = ()
-    description: str = ""
-    kind: str = "llama-server"
-    state: str = "unloaded"
-    seconds: Optional[float] = None
-    progress: Optional[float] = None
-    rss: Optional[int] = None
-    vram: Optional[int] = None
-    running: int = 0
-    waiting: int = 0
-    unload_in: Optional[float] = None
-    tokens_per_second: Optional[float] = None
-    failure: Optional[str] = None
-    stopped: Optional[str] = None
-    pinned: bool = False
-    unusable: Optional[str] = None
-    shares: Optional[str] = None
-
-
 class StatusReport(NamedTuple):
     """Everything that the page and Prometheus show. `born` is in Unix time."""
 
     version: str
     born: float
-    rows: Sequence[Row]
+    models: Sequence[ModelStatus]
     meters: Metrics
 
 
-def snapshot(facts: StatusReport) -> dict:
+def snapshot(report: StatusReport) -> dict:
     """Return what the page shows, ready for JSON.
 
         {"version": "1.0", "born": 1750000000.0,
          "totals": {"models": 3, "loaded": 1, "running": 2, "waiting": 1,
                     "rss": 5368709120, "vram": null},
-         "models": [{"id": "coder", ...all fields of Row...}, ...]}
+         "models": [{"id": "coder", ...most fields of ModelStatus...}, ...]}
 
     Models that share another's backend are listed, but not counted.
     """
-    own = [row for row in facts.rows if row.shares is None]
+    own = [model for model in report.models if model.shares is None]
     totals = {
-        "models": len(facts.rows),
-        "loaded": sum(row.state == "loaded" for row in own),
-        "running": sum(row.running for row in own),
-        "waiting": sum(row.waiting for row in own),
-        "rss": _total(row.rss for row in own),
-        "vram": _total(row.vram for row in own),
+        "models": len(report.models),
+        "loaded": sum(model.state == "loaded" for model in own),
+        "running": sum(model.running for model in own),
+        "waiting": sum(model.waiting for model in own),
+        "rss": _total(model.rss for model in own),
+        "vram": _total(model.vram for model in own),
     }
-    models = [row._asdict() for row in facts.rows]
-    return dict(version=facts.version, born=facts.born, totals=totals, models=models)
+    models = [_as_shown(model) for model in report.models]
+    return dict(version=report.version, born=report.born, totals=totals, models=models)
+
+
+def _as_shown(model):
+    shown = model._asdict()
+    for name in ("pid", "port", "entry"):
+        del shown[name]
+    shown["failure"] = str(model.failure) if model.failure else None
+    return shown
 
 
 def _total(values):
@@ -6705,11 +6727,20 @@ def _total(values):
     return sum(known) if known else None
 
 
+def printable(text: str) -> str:
+    """Return the text without colours and with other control characters as \\xNN, so
+    that no terminal obeys it. Line feeds stay, tabs become blanks."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", text).expandtabs().split("\n")
+    return "\n".join(
+        CONTROL_CHARS.sub(lambda found: ascii(found[0])[1:-1], line) for line in lines
+    )
+
+
 # -- numbers in answers ----------------------------------------------------------------
 
 
 class Usage(NamedTuple):
-    """What an answer says of itself; None: it does not say."""
+    """Numbers that an answer reports of itself; None: it does not."""
 
     tokens_in: Optional[int] = None
     tokens_out: Optional[int] = None
@@ -6726,10 +6757,11 @@ _USAGE = re.compile(
 
 
 def usage_in(ends: bytes) -> Usage:
-    """Return what the first and last bytes of an answer say of tokens and speed.
+    """Return the tokens and the speed that stand in the first and last bytes of an
+    answer.
 
-    JSON or events, of OpenAI, Anthropic or llama-server, cut anywhere; of what is said
-    twice the last counts, and `usage` before llama-server's `timings`.
+    JSON or events, of OpenAI, Anthropic or llama-server, cut anywhere; of two values
+    the last counts, and `usage` before llama-server's `timings`.
     """
     found = {name.decode(): float(value) for name, value in _USAGE.findall(ends)}
     if "prompt_n" in found:  # of the prompt, what was not in the cache
@@ -6742,7 +6774,7 @@ def usage_in(ends: bytes) -> Usage:
 
 
 def speed_of(usage: Usage, seconds: float) -> Optional[float]:
-    """Return tokens per second, if the answer says them or took long enough to tell."""
+    """Return tokens per second as reported, else as measured if it took long enough."""
     if (usage.tokens_out or 0) < 2:
         return None
     if usage.tokens_per_second is not None:
@@ -6755,107 +6787,94 @@ def speed_of(usage: Usage, seconds: float) -> Optional[float]:
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Metric(NamedTuple):
-    """How Prometheus is told what Metrics, or a Row for gauges, calls `count`."""
-
-    kind: str
-    count: str
-    name: str
-    text: str
-    labels: Sequence[str] = ("model",)
-
-
+# Kind; field of ModelStatus (gauges) or name in Metrics.counts; name after `llmswap_`;
+# help.
 METRICS = (
-    Metric("gauge", "running", "llmswap_requests_in_flight",
-           "Requests that are with a model."),
-    Metric("gauge", "waiting", "llmswap_requests_queued",
-           "Requests that wait for a model."),
-    Metric("gauge", "rss", "llmswap_model_resident_memory_bytes",
-           "Resident memory of a model's processes."),
-    Metric("gauge", "vram", "llmswap_model_gpu_memory_bytes",
-           "GPU memory of a model's processes, where its vendor's tool tells it."),
-    Metric("gauge", "progress", "llmswap_load_progress_ratio",
-           "How far a model that loads has come, where it is known."),
-    Metric("gauge", "tokens_per_second", "llmswap_last_tokens_per_second",
-           "Tokens generated per second in a model's last answer."),
-    Metric("counter", "requests", "llmswap_requests_total",
-           "Requests by model and HTTP status. An empty model: none was found for it. "
-           "499: the client left first. 502: also an answer that broke off.",
-           ("model", "status")),
-    Metric("counter", "tokens_in", "llmswap_prompt_tokens_total",
-           "Tokens of prompts, as far as answers tell."),
-    Metric("counter", "tokens_out", "llmswap_completion_tokens_total",
-           "Tokens generated, as far as answers tell."),
-    Metric("counter", "bytes_in", "llmswap_request_bytes_total",
-           "Bytes of requests received from clients, without their heads."),
-    Metric("counter", "bytes_out", "llmswap_response_bytes_total",
-           "Bytes of answers sent to clients, without their heads."),
-    Metric("counter", "swaps", "llmswap_swaps_total",
-           "Loads for which another model had to go.", ()),
-    Metric("counter", "stops", "llmswap_stops_total",
-           "Stops of models: evicted, idle, unload (by hand), reload, abandoned (while "
-           "it loaded), shutdown.", ("model", "cause")),
-    Metric("counter", "failures", "llmswap_failures_total",
-           "Models that ended by themselves, by the state they were in.",
-           ("model", "state")),
-    Metric("histogram", "durations", "llmswap_request_duration_seconds",
-           "Time from a request's first byte to the end of its answer."),
-    Metric("histogram", "waits", "llmswap_request_wait_seconds",
-           "Time that a request waited for its model."),
-    Metric("histogram", "loads", "llmswap_load_duration_seconds",
-           "Time from a model's start to its readiness."),
+    ("gauge", "running", "requests_in_flight", "Requests that a model serves."),
+    ("gauge", "waiting", "requests_queued", "Requests that wait for a model."),
+    ("gauge", "rss", "model_resident_memory_bytes", "Memory of a model's processes."),
+    ("gauge", "vram", "model_gpu_memory_bytes", "GPU memory of a model's processes."),
+    ("gauge", "progress", "load_progress_ratio", "Progress of a load, if known."),
+    ("gauge", "tokens_per_second", "last_tokens_per_second", "Speed of last answer."),
+    ("counter", "requests", "requests_total",
+     "Requests by model (empty: not found) and status (499: the client left)."),
+    ("counter", "tokens_in", "prompt_tokens_total", "Prompt tokens, as reported."),
+    ("counter", "tokens_out", "completion_tokens_total", "New tokens, as reported."),
+    ("counter", "bytes_in", "request_bytes_total", "Bytes of request bodies."),
+    ("counter", "bytes_out", "response_bytes_total", "Bytes of response bodies."),
+    ("counter", "swaps", "swaps_total", "Loads for which a model was evicted."),
+    ("counter", "stops", "stops_total",
+     "Stops by cause: evicted, idle, unload, reload, abandoned, shutdown."),
+    ("counter", "failures", "failures_total", "Models that ended by themselves."),
+    ("histogram", "durations", "request_duration_seconds",
+     "Time from a request's first byte to the end of its answer."),
+    ("histogram", "waits", "request_wait_seconds", "Time waiting for the model."),
+    ("histogram", "loads", "load_duration_seconds", "Time until a model is ready."),
 )  # fmt: skip
+LABELS = {
+    "requests": ("model", "status"),
+    "swaps": (),
+    "stops": ("model", "cause"),
+    "failures": ("model", "state"),
+}  # of counters; else the model
 
 
-def metrics_text(facts: StatusReport) -> str:
+def metrics_text(report: StatusReport) -> str:
     """Return everything in Prometheus' text format, version 0.0.4."""
     lines = []
-    for kind, name, text, samples in (*_about_us(facts), *_about_models(facts)):
+    families = (*_process_metrics(report), *_model_metrics(report))
+    for kind, name, text, samples in families:
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
         for suffix, labels, number in samples:
-            pairs = [f'{label}="{_escaped(value)}"' for label, value in labels.items()]
+            pairs = [f'{key}="{_escaped(value)}"' for key, value in labels.items()]
             inner = "{" + ",".join(pairs) + "}" if pairs else ""
             lines += [] if number is None else [f"{name}{suffix}{inner} {number!r}"]
     return "\n".join(lines) + "\n"
 
 
-def _about_us(facts):
-    """Yield kind, name, text and samples of metrics; a sample has a suffix of the name,
-    labels, and a number or None."""
-    build = {"version": facts.version, "python": "{}.{}.{}".format(*sys.version_info)}
-    yield "gauge", "llmswap_build_info", "What runs here.", [("", build, 1)]
-    busy, held = time.process_time(), memory_of(os.getpid()).get("VmRSS")
+def _escaped(value):
+    text = printable(str(value)).replace("\\", r"\\")
+    return text.replace('"', r"\"").replace("\n", r"\n")
+
+
+def _process_metrics(report):
+    """Yield kind, name, help, and samples: a suffix of the name, labels, a number."""
+    build = {"version": report.version, "python": "{}.{}.{}".format(*sys.version_info)}
+    yield "gauge", "llmswap_build_info", "Version of llmswap.", [("", build, 1)]
+    memory = memory_of(os.getpid()).get("VmRSS")
     for kind, name, text, number in (
-        ("gauge", "start_time_seconds", "Start, in Unix time.", facts.born),
-        ("counter", "cpu_seconds_total", "CPU time of llmswap itself.", busy),
-        ("gauge", "resident_memory_bytes", "Memory of llmswap itself.", held),
+        ("gauge", "start_time_seconds", "Start, in Unix time.", report.born),
+        ("counter", "cpu_seconds_total", "CPU time of llmswap.", time.process_time()),
+        ("gauge", "resident_memory_bytes", "Memory of llmswap.", memory),
     ):
         yield kind, f"process_{name}", text, [("", {}, number)]
 
 
-def _about_models(facts):
-    own = [row for row in facts.rows if row.shares is None]
-    yield "gauge", "llmswap_model_state", "1 for its state.", [
-        ("", {"model": row.id, "state": state.value}, int(row.state == state.value))
-        for row in own
+def _model_metrics(report):
+    """Yield the same of the models."""
+    own = [model for model in report.models if model.shares is None]
+    yield "gauge", "llmswap_model_state", "1 for a model's state.", [
+        ("", {"model": model.id, "state": state.value}, int(model.state == state.value))
+        for model in own
         for state in State
     ]
     counts = collections.defaultdict(list)
-    for (count, *labels), value in sorted(facts.meters.counts.items(), key=repr):
-        counts[count].append((labels, value))
-    for kind, count, name, text, labels in METRICS:
+    for (source, *labels), value in sorted(report.meters.counts.items(), key=repr):
+        counts[source].append((labels, value))
+    for kind, source, name, text in METRICS:
         if kind == "gauge":
-            told = [("", {"model": row.id}, getattr(row, count)) for row in own]
+            samples = [("", {"model": each.id}, getattr(each, source)) for each in own]
         elif kind == "counter":
-            given = counts[count] or ([] if labels else [((), 0)])
-            told = [("", dict(zip(labels, values)), n) for values, n in given]
+            labels = LABELS.get(source, ("model",))
+            cells = counts[source] or ([] if labels else [((), 0)])
+            samples = [("", dict(zip(labels, values)), n) for values, n in cells]
         else:
-            told = _buckets(counts[count], counts[f"{count}_sum"])
-        yield kind, name, text, told
+            samples = _buckets(counts[source], counts[f"{source}_sum"])
+        yield kind, f"llmswap_{name}", text, samples
 
 
 def _buckets(cells, sums):
-    """Each model's buckets, added up as Prometheus wants them, their sum and count."""
+    """Yield each model's cumulative buckets, their sum and their count."""
     cells = {tuple(labels): value for labels, value in cells}
     for (model,), total in sums:
         reached = 0
@@ -6866,52 +6885,41 @@ def _buckets(cells, sums):
         yield "_count", {"model": model}, reached
 
 
-def _escaped(value):
-    text = str(value).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-    return CONTROL_CHARS.sub(
-        lambda found: ascii(found[0])[1:-1].replace("\\", r"\\"), text
-    )
-
-
 # -- the status page -------------------------------------------------------------------
 
 _STYLE = r"""
 :root {
-  --ground: #f4f4f1; --sheet: #fff; --well: #f8f8f6; --line: #e4e3de; --edge: #8f8e87;
-  --ink: #1b1d20; --soft: #61656b; --accent: #1f5fd6; --on-accent: #fff;
-  --loaded: #14804f; --loading: #8f5b00; --sleeping: #5a53c4; --failed: #c0302b;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --ground: #111315; --sheet: #191c1f; --well: #131517; --line: #2b2f33;
-    --edge: #6b7279;
-    --ink: #e7e8ea; --soft: #9ba1a8; --accent: #82aaff; --on-accent: #0d1626;
-    --loaded: #4fc78d; --loading: #e0ad4a; --sleeping: #a5a0f5; --failed: #ff8a80;
-  }
+  color-scheme: light dark;
+  --ground: light-dark(#f4f4f1, #111315); --sheet: light-dark(#fff, #191c1f);
+  --well: light-dark(#f8f8f6, #131517); --line: light-dark(#e4e3de, #2b2f33);
+  --edge: light-dark(#8f8e87, #6b7279); --ink: light-dark(#1b1d20, #e7e8ea);
+  --soft: light-dark(#61656b, #9ba1a8); --accent: light-dark(#1f5fd6, #82aaff);
+  --on-accent: light-dark(#fff, #0d1626); --loaded: light-dark(#14804f, #4fc78d);
+  --loading: light-dark(#8f5b00, #e0ad4a); --sleeping: light-dark(#5a53c4, #a5a0f5);
+  --failed: light-dark(#c0302b, #ff8a80);
 }
 * { box-sizing: border-box; margin: 0; }
-[hidden] { display: none !important; }
-html { color-scheme: light dark; -webkit-text-size-adjust: 100%; }
+[hidden], div:has(> dd[hidden]), #totals span:has(> b[hidden]) {
+  display: none !important;
+}
 body {
   max-width: 1360px; margin: 0 auto; padding: 0 24px 48px;
   background: var(--ground); color: var(--ink); font-variant-numeric: tabular-nums;
   font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+  -webkit-text-size-adjust: 100%;
 }
 h1, h2, h3, b { font-weight: 600; }
 p, h2, h3, pre { overflow-wrap: anywhere; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-.unseen {
-  position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
-}
+.unseen { position: absolute; clip-path: inset(50%); }
 
-/* The head: what there is in all, and whether the news is fresh */
+/* The head: totals, and whether the snapshots arrive */
 header, h1 { display: flex; align-items: center; }
 header { flex-wrap: wrap; gap: 4px 28px; padding: 22px 0 18px; }
-h1 { gap: 10px; font-size: 19px; letter-spacing: -.02em; }
-h1 svg { width: 24px; }
+h1 { gap: 10px; font-size: 19px; }
 #totals { display: flex; flex-wrap: wrap; gap: 2px 20px; flex: 1; color: var(--soft); }
 #totals b, #none b { color: var(--ink); }
-#find { width: 200px; padding-block: 5px; }
+#search { width: 200px; padding-block: 5px; }
 #link { color: var(--soft); font-size: 13px; }
 #link::before {
   content: ""; display: inline-block; width: 7px; height: 7px; margin-right: 7px;
@@ -6935,10 +6943,7 @@ button:hover, .button:hover, input, select, textarea { border-color: var(--edge)
   padding: 4px 8px; border-color: transparent; background: none; font-weight: 400;
 }
 .plain:not(:hover) { color: var(--soft); }
-.main, .main:hover {
-  background: var(--accent); border-color: var(--accent); color: var(--on-accent);
-  font-weight: 600;
-}
+.main { background: var(--accent); color: var(--on-accent); font-weight: 600; }
 input, select, textarea { width: 100%; padding: 8px 11px; }
 ::placeholder { color: var(--soft); opacity: 1; }
 textarea { display: block; resize: vertical; min-height: 76px; }
@@ -6946,7 +6951,7 @@ textarea { display: block; resize: vertical; min-height: 76px; }
   background: var(--sheet); border: 1px solid var(--line); border-radius: 14px;
 }
 pre {
-  overflow: auto; white-space: pre-wrap;
+  overflow: auto; white-space: pre-wrap; background: var(--well);
   font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace;
 }
 
@@ -6955,7 +6960,6 @@ pre {
   display: grid; grid-template-columns: minmax(0, 1fr) minmax(340px, 400px);
   gap: 28px; align-items: start;
 }
-.columns:has(#prompt[hidden]):has(#log[hidden]) { display: block; }
 main section { margin-bottom: 26px; }
 main ul { list-style: none; padding: 0; overflow: hidden; }
 h2 { font-size: 13px; color: var(--soft); margin: 0 0 8px 2px; }
@@ -6965,12 +6969,11 @@ h2 span { font-weight: 400; margin-left: 4px; }
 
 /* One model */
 .model {
-  --tone: var(--soft); padding: 11px 14px 11px 18px;
+  --tone: var(--soft); padding: 13px 14px 14px 18px;
   display: grid; grid-template-columns: 12px minmax(0, 1fr) auto auto;
   gap: 0 14px; align-items: baseline;
 }
 .model + .model { border-top: 1px solid var(--line); }
-.held .model, .broken .model { padding-block: 15px 16px; }
 .loaded { --tone: var(--loaded); }
 .loading, .unloading { --tone: var(--loading); }
 .sleeping { --tone: var(--sleeping); }
@@ -6982,31 +6985,25 @@ h2 span { font-weight: 400; margin-left: 4px; }
   border-right-color: transparent; animation: turn 1.1s linear infinite;
 }
 @keyframes turn { to { transform: rotate(1turn); } }
+@media (prefers-reduced-motion: reduce) { .dot { animation: none !important; } }
 h3 { font-size: 15px; }
 h3 small { font-size: 13px; font-weight: 400; color: var(--soft); margin-left: 8px; }
-.about, .state, .why { color: var(--soft); font-size: 13.5px; }
+.about, .state, .why p { color: var(--soft); font-size: 13.5px; }
 .state { text-align: right; }
-.unusable .state { grid-column: 3 / -1; }
-.state b { color: var(--tone); }
-.state b:not([hidden]) + :not([hidden]) { margin-left: .35em; }
+.state b { color: var(--tone); margin-right: .35em; }
+.unusable .state { grid-column: 3 / -1; margin-right: -.35em; }
 .acts { display: flex; gap: 2px; align-items: center; }
 .acts :last-child { margin-left: 6px; min-width: 88px; }
 .acts :last-child[hidden] { display: block !important; visibility: hidden; }
 .model > dl, .why, progress { grid-column: 2 / -1; }
-dl { display: flex; flex-wrap: wrap; gap: 8px 24px; margin-top: 10px; }
-dl div { min-width: 100px; }
+dl { display: flex; flex-wrap: wrap; gap: 0 24px; }
+dl div { min-width: 100px; margin-top: 10px; }
 dt { font-size: 12px; color: var(--soft); }
-progress {
-  appearance: none; display: block; width: 100%; height: 5px; margin-top: 12px;
-  border: 0; border-radius: 3px; overflow: hidden; background: var(--line);
-}
-progress::-webkit-progress-bar { background: var(--line); }
-progress::-webkit-progress-value { background: var(--loading); transition: width .3s; }
-progress::-moz-progress-bar { background: var(--loading); }
-.why p { margin-top: 6px; color: var(--failed); }
+progress { width: 100%; height: 8px; margin-top: 12px; accent-color: var(--loading); }
+.why p, #error { margin-top: 6px; color: var(--failed); }
 .why pre {
-  max-height: 24em; margin-top: 8px; padding: 10px 12px;
-  background: var(--well); border: 1px solid var(--line); border-radius: 8px;
+  max-height: 24em; margin-top: 8px; padding: 10px 12px; color: var(--soft);
+  border: 1px solid var(--line); border-radius: 8px;
 }
 
 /* Prompt and log */
@@ -7016,38 +7013,25 @@ aside {
 }
 aside .sheet, #answer { display: flex; flex-direction: column; gap: 10px; }
 aside .sheet { min-height: 0; padding: 14px; }
-aside h2 {
-  display: flex; align-items: center; margin: 0; color: var(--ink); font-size: 15px;
-}
-aside h2 span { flex: 1; font-weight: 600; margin: 0; }
+aside h2 { display: flex; align-items: center; margin: 0; }
+aside h2 span { flex: 1; color: var(--ink); font: inherit; font-size: 15px; margin: 0; }
 #prompt .close { display: none; }
 #log { flex: 1 0 min(320px, 45vh); }
 #lines {
   flex: 1; min-height: 120px; margin: 0 -14px -14px; padding: 10px 14px;
-  background: var(--well); border-top: 1px solid var(--line);
-  border-radius: 0 0 14px 14px; outline-offset: -2px;
+  border-top: 1px solid var(--line); border-radius: 0 0 14px 14px; outline-offset: -2px;
 }
 .send { display: flex; gap: 8px; }
-.send select { flex: 1; min-width: 0; }
 .send button { padding-inline: 18px; }
-#pace { color: var(--soft); font-size: 13px; }
+#stats { color: var(--soft); font-size: 13px; }
 #answer { overflow: auto; }
 #answer p { white-space: pre-wrap; }
-#thought {
-  padding-left: 12px; border-left: 2px solid var(--line);
-  color: var(--soft); font-size: 13.5px;
-}
-#broken { color: var(--failed); }
+#thought { padding-left: 12px; border-left: 2px solid var(--line); color: var(--soft); }
 
-/* What stands above all */
-dialog, #notice {
-  color: var(--ink); border-color: var(--edge); box-shadow: 0 12px 40px rgb(0 0 0 / .2);
-}
+/* Above all */
+dialog, #notice { color: var(--ink); box-shadow: 0 12px 40px rgb(0 0 0 / .3); }
 dialog { margin: auto; width: min(400px, calc(100vw - 32px)); padding: 22px; }
-dialog::backdrop { background: rgb(0 0 0 / .4); }
 dialog form { display: grid; gap: 12px; }
-dialog h2 { margin: 0; font-size: 17px; color: var(--ink); }
-dialog p { color: var(--soft); }
 #notice {
   position: fixed; z-index: 3; inset: auto 16px 20px; margin: auto; width: fit-content;
   max-width: 560px; max-height: 50vh; overflow: auto; padding: 11px 16px;
@@ -7059,22 +7043,17 @@ dialog p { color: var(--soft); }
   header { padding: 16px 2px 18px; gap: 6px 16px; }
   #totals { order: 3; flex-basis: 100%; gap: 2px 16px; }
   #link { margin-left: auto; }
-  #find { order: 4; width: 100%; margin-top: 6px; }
+  #search { order: 4; width: 100%; margin-top: 6px; }
   .columns, aside #prompt .close { display: block; }
-  aside, [data-panel=prompt] #log, [data-panel=log] #prompt {
-    display: none !important;
-  }
-  [data-panel]:not([data-panel=""]) aside {
-    display: block !important; position: fixed; z-index: 2; inset: auto 0 0; padding: 0;
-    max-height: none;
+  aside { position: fixed; z-index: 2; inset: auto 0 0; padding: 0; max-height: none; }
+  body:not([data-panel=prompt]) #prompt, body:not([data-panel=log]) #log {
+    display: none;
   }
   aside .sheet {
-    max-height: 86vh; max-height: 86dvh;
-    border-radius: 16px 16px 0 0; border-width: 1px 0 0;
-    padding-bottom: max(14px, env(safe-area-inset-bottom));
-    box-shadow: 0 -10px 40px rgb(0 0 0 / .2);
+    max-height: 86dvh; padding-bottom: max(14px, env(safe-area-inset-bottom));
+    border-radius: 16px 16px 0 0; box-shadow: 0 -10px 40px rgb(0 0 0 / .3);
   }
-  #log { height: 86vh; height: 86dvh; }
+  #log { height: 86dvh; flex: none; }
   #lines { border-radius: 0; }
   input, select, textarea { font-size: 16px; }
 }
@@ -7089,9 +7068,6 @@ dialog p { color: var(--soft); }
   dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)); }
   button, .button { padding-block: 6px; }
 }
-@media (prefers-reduced-motion: reduce) {
-  * { animation: none !important; transition: none !important; }
-}
 """
 
 _SCRIPT = r"""
@@ -7099,21 +7075,20 @@ _SCRIPT = r"""
 
 const $ = (id) => document.getElementById(id);
 const rows = new Map(); // id of a model -> its element
-let states = new Map(); // id of a model -> its state, in the last snapshot
-let news = null; // the last snapshot, which came at newsAt
-let newsAt = 0;
+let snapshot = null; // the last one, which came at snapshotAt
+let snapshotAt = 0;
 
 // ---- Values for people ----
 
 const join = (parts, by = " · ") => parts.filter(Boolean).join(by);
-const speed = (n) => `${n < 100 ? n.toFixed(1) : Math.round(n)} tokens/s`;
+const speed = (n) => n && `${n < 100 ? n.toFixed(1) : Math.round(n)} tokens/s`;
 
 function bytes(n) {
   const gib = n / 2 ** 30;
-  return gib >= 1 ? `${gib.toFixed(1)} GiB` : `${Math.round(gib * 1024)} MiB`;
+  return n && (gib >= 1 ? `${gib.toFixed(1)} GiB` : `${Math.round(gib * 1024)} MiB`);
 }
 
-function time(seconds, isExact) {
+function duration(seconds, isExact) {
   const s = Math.max(0, Math.round(seconds));
   const [m, h] = [Math.floor(s / 60), Math.floor(s / 3600)];
   if (m < 1) return `${s} s`;
@@ -7121,59 +7096,59 @@ function time(seconds, isExact) {
   return h < 48 ? `${h} h ${m % 60} min` : `${Math.floor(h / 24)} d ${h % 24} h`;
 }
 
-// ---- Elements: only what differs is changed, so that focus and selections stay ----
-
-function put(element, text) {
-  if (element.textContent !== text) element.textContent = text;
-  show(element, text);
-}
+// ---- Elements: an empty one is hidden; an equal text is kept, with its selection ----
 
 function show(element, isShown) {
   element.hidden = !isShown;
 }
 
-function make(tag, ...inner) {
-  const element = document.createElement(tag);
-  element.append(...inner);
-  return element;
+function put(element, text) {
+  if (element.textContent !== `${text || ""}`) element.textContent = text || "";
+  show(element, text);
 }
 
-function add(text, target, scroller, most = Infinity) {
+function fill(element, texts) {
+  for (const [name, text] of Object.entries(texts)) {
+    put(element.querySelector(`[data-text=${name}]`), text);
+  }
+}
+
+function append(text, target, scroller, most = Infinity) {
   const {scrollTop, clientHeight, scrollHeight} = scroller;
   target.hidden = false;
   target.append(text);
   while (target.childNodes.length > most) target.firstChild.remove();
-  if (scrollTop + clientHeight > scrollHeight - 24) scroller.scrollTop = 1e9;
+  if (scrollTop + clientHeight > scrollHeight - 24) scroller.scrollTop = scrollHeight;
 }
 
-// ---- Asking the server; the key is asked for once ----
+// ---- Requests; the API key is asked for once ----
 
 let key = sessionStorage.getItem("llmswap-key") || "";
-let opening = null; // settled once somebody has entered a key
+let keyEntered = null; // resolves once somebody has entered a key
 
-async function ask(path, options = {}) {
+async function request(path, options = {}) {
   for (;;) {
     const sent = key, headers = {...options.headers};
     if (sent) headers.authorization = `Bearer ${sent}`;
     const answer = await fetch(path, {...options, headers, cache: "no-store"});
     if (answer.ok) return answer;
     if (answer.status !== 401) throw new Error(await reason(answer));
-    if (sent === key) await (opening ||= askForKey());
+    if (sent === key) await (keyEntered ||= askForKey());
   }
 }
 
 function askForKey() {
   if (key) put($("door-text"), "That key was not accepted.");
-  tell("needs a key");
+  showLink("needs a key");
   $("key").value = "";
   $("door").showModal();
-  return new Promise((open) => {
+  return new Promise((resolve) => {
     $("door").onclose = () => {
       if (!$("key").value) return $("door").showModal();
       key = $("key").value;
       sessionStorage.setItem("llmswap-key", key);
-      opening = null;
-      open();
+      keyEntered = null;
+      resolve();
     };
   });
 }
@@ -7189,7 +7164,7 @@ async function reason(answer) {
 
 function post(path, value, signal) {
   const headers = {"content-type": "application/json"};
-  return ask(path, {method: "POST", headers, body: JSON.stringify(value), signal});
+  return request(path, {method: "POST", headers, body: JSON.stringify(value), signal});
 }
 
 async function* texts(answer) {
@@ -7201,54 +7176,53 @@ async function* texts(answer) {
   }
 }
 
-async function* events(answer, onSign = () => {}) {
+async function* events(answer) {
   let rest = "";
   for await (const text of texts(answer)) {
-    onSign();
+    lastByteAt = Date.now();
     const lines = (rest + text).split("\n");
     rest = lines.pop();
     for (const line of lines) if (line.startsWith("data:")) yield line.slice(5).trim();
   }
 }
 
-// ---- The news: one stream, while the page is in sight ----
+// ---- Snapshots: one stream, while the page is visible ----
 
 const pause = (ms) => new Promise((done) => setTimeout(done, ms));
-let stream = null; // aborts it
-let heardAt = Date.now();
+let stream = new AbortController();
+let lastByteAt = Date.now();
 
-function tell(text, isLive) {
+function showLink(text) {
   put($("link"), text);
-  $("link").className = isLive ? "live" : "";
+  $("link").className = text;
 }
 
-async function follow() {
+async function followSnapshots() {
   for (let delay = 250; ; delay = Math.min(2 * delay, 4000)) {
     try {
       stream = new AbortController();
       const headers = {accept: "text/event-stream"};
-      const answer = await ask("/", {headers, signal: stream.signal});
-      for await (const data of events(answer, () => { heardAt = Date.now(); })) {
+      const answer = await request("/", {headers, signal: stream.signal});
+      for await (const data of events(answer)) {
         delay = 250;
-        tell("live", true);
+        showLink("live");
         take(JSON.parse(data));
       }
-    } catch { /* the next try will tell */ }
-    if (!document.hidden) tell("reconnecting");
-    await pause(delay);
-    while (document.hidden) await pause(250);
+    } catch { /* reconnect */ }
+    if (!document.hidden) showLink("reconnecting");
+    do await pause(delay); while (document.hidden);
   }
 }
 
-function take(snapshot) {
-  const before = states;
-  for (const model of snapshot.models) model.state = stateOf(model);
-  states = new Map(snapshot.models.map(({id, state}) => [id, state]));
-  for (const [id, state] of states) {
-    if (before.has(id) && before.get(id) !== state) put($("said"), `${id} ${state}`);
+function take(next) {
+  const before = new Map(snapshot?.models.map(({id, state}) => [id, state]));
+  for (const model of next.models) {
+    model.state = stateOf(model);
+    const isNew = before.has(model.id) && before.get(model.id) !== model.state;
+    if (isNew) put($("live-region"), `${model.id} ${model.state}`);
   }
-  news = snapshot;
-  newsAt = Date.now();
+  snapshot = next;
+  snapshotAt = Date.now();
   paint();
 }
 
@@ -7256,8 +7230,8 @@ document.addEventListener("visibilitychange", () => {
   if (document.hidden) stream.abort(); // browsers allow few connections
 });
 setInterval(() => {
-  if (Date.now() - heardAt > 30000) stream.abort(); // not even a comment came
-  if (news && !document.hidden) paint();
+  if (Date.now() - lastByteAt > 30000) stream.abort(); // not even a comment came
+  if (snapshot && !document.hidden) paint();
 }, 1000);
 
 function stateOf(model) {
@@ -7271,154 +7245,138 @@ const groups = {unusable: "broken", failed: "broken", unloaded: "rest"};
 const groupOf = (model) => groups[model.state] || "held";
 
 function paint() {
-  const age = (Date.now() - newsAt) / 1000, focused = document.activeElement;
-  for (const [id, row] of rows) {
-    if (!states.has(id)) row.remove(), rows.delete(id);
-  }
-  for (const model of news.models) {
-    if (!rows.has(model.id)) rows.set(model.id, makeRow(model.id));
-    paintModel(rows.get(model.id), model, age);
-  }
+  const {models} = snapshot, age = (Date.now() - snapshotAt) / 1000;
+  const focused = document.activeElement; // a row that moves would lose it
+  const ids = new Set(models.map(({id}) => id));
+  for (const [id, row] of rows) if (!ids.has(id)) row.remove(), rows.delete(id);
+  for (const model of models) paintModel(model, age);
   for (const name of ["held", "broken", "rest"]) paintGroup(name);
   if (focused !== document.activeElement) focused.focus({preventScroll: true});
-  show($("none"), !news.models.length);
-  show($("find"), news.models.length > 12);
-  paintTotals(news.totals);
+  show($("none"), !models.length);
+  show($("search"), models.length > 12);
+  paintTotals(snapshot.totals);
   paintChoice();
-  paintPace();
+  paintWait();
 }
 
-function isSought(model) {
+function matchesSearch(model) {
   const text = join([model.id, ...model.aliases, model.description]).toLowerCase();
-  return text.includes($("find").value.trim().toLowerCase());
+  return text.includes($("search").value.trim().toLowerCase());
 }
 
 function paintGroup(name) {
   const section = document.querySelector(`.${name}`), ul = section.lastElementChild;
-  const models = news.models.filter((model) => groupOf(model) === name);
+  const models = snapshot.models.filter((model) => groupOf(model) === name);
   models.forEach(({id}, at) => {
-    const row = rows.get(id), before = ul.children[at] || null;
+    const row = rows.get(id), before = ul.children[at];
     if (row !== before) ul.insertBefore(row, before);
   });
-  const shown = models.filter(isSought).length;
-  put(section.querySelector("span"), `${shown}`);
+  const shown = models.filter(matchesSearch).length;
+  put(section.querySelector("span"), shown);
   show(section, shown);
 }
 
 function paintTotals({loaded, models, running, waiting, rss, vram}) {
-  const parts = [
-    [`${loaded}`, ` of ${models} loaded`],
-    [`${running}`, " running"],
-    [`${waiting}`, " waiting"],
-    [rss && bytes(rss), " memory"],
-    [vram && bytes(vram), " VRAM"],
-  ];
-  paintPairs($("totals"), parts.filter(([value]) => value), "span", "b", "span");
-  const held = news.models.filter((model) => model.state === "loaded" && !model.shares);
-  document.title = join([...held.map((model) => model.id), "llmswap"]);
-}
-
-function paintPairs(list, pairs, outer, ...inner) {
-  while (list.children.length > pairs.length) list.lastChild.remove();
-  pairs.forEach(([first, last], at) => {
-    if (!list.children[at]) list.append(make(outer, ...inner.map((tag) => make(tag))));
-    put(list.children[at].firstChild, first);
-    put(list.children[at].lastChild, last);
-  });
+  const counts = {loaded: `${loaded}`, running: `${running}`, waiting: `${waiting}`};
+  const of = ` of ${models} loaded`;
+  fill($("totals"), {...counts, of, rss: bytes(rss), vram: bytes(vram)});
+  const isLoaded = ({state, shares}) => state === "loaded" && !shares;
+  const names = snapshot.models.filter(isLoaded).map(({id}) => id);
+  document.title = join([...names, "llmswap"]);
 }
 
 function makeRow(id) {
   const row = $("row").content.firstElementChild.cloneNode(true);
   row.dataset.id = id;
-  put(row.querySelector("h3 span"), id);
   for (const act of row.querySelector(".acts").children) {
     act.ariaLabel = `${act.textContent} ${id}`;
   }
   row.querySelector("a").href = `/upstream/${encodeURIComponent(id)}/`;
+  rows.set(id, row);
   return row;
 }
 
-function paintModel(row, model, age) {
-  const find = (selector) => row.querySelector(selector), {state} = model;
+function paintModel(model, age) {
+  const row = rows.get(model.id) || makeRow(model.id), {state, shares} = model;
   const kind = {remote: "remote", unit: "systemd unit"}[model.kind];
-  const shares = model.shares && `shares ${model.shares}`;
-  const isPartial = state === "loading" && model.progress !== null;
   const failure = model.unusable || (state === "failed" && model.failure) || "";
   const [why, ...lines] = failure.split("\n");
   row.className = `model ${state}`;
-  show(row, isSought(model));
-  put(find("small"), model.aliases.join(", "));
-  const pinned = model.pinned && "pinned";
-  put(find(".about"), join([kind, shares, pinned, model.description]));
-  put(find(".why p"), why);
-  put(find(".why pre"), lines.join("\n"));
-  show(find("progress"), isPartial);
-  if (isPartial) find("progress").value = model.progress;
-  paintState(find(".state"), model, age);
-  paintActs(find, model);
-  paintFacts(find("dl"), model, age);
+  show(row, matchesSearch(model));
+  const about = [kind, shares && `shares ${shares}`, model.pinned && "pinned"];
+  fill(row, {
+    id: model.id,
+    aliases: model.aliases.join(", "),
+    about: join([...about, model.description]),
+    state: state !== "unloaded" && state,
+    detail: detailOf(model, age),
+    why,
+    lines: lines.join("\n"),
+    ...factsOf(model, age),
+  });
+  show(row.querySelector("dl"), groupOf(model) === "held" && !shares);
+  const progress = row.querySelector("progress");
+  show(progress, state === "loading" && model.progress !== null);
+  progress.value = model.progress || 0;
+  paintActs(row.querySelector(".acts"), model);
 }
 
-function paintState(element, model, age) {
-  const {state} = model, isKnown = model.seconds !== null && state !== "unusable";
-  const since = isKnown && time(model.seconds + age, /loading$/.test(state));
-  const percent = model.progress !== null && `${Math.round(model.progress * 100)} %`;
-  const ago = since && `${since} ago`;
-  const stopped = model.stopped && join([model.stopped, ago], ", ");
-  const more = {
-    failed: ago,
-    loading: join([percent, since]),
-    unloaded: model.waiting ? requests(model) : stopped,
-  };
-  put(element.firstChild, state === "unloaded" ? "" : state);
-  put(element.lastChild, (state in more ? more[state] : since) || "");
+function detailOf({state, seconds, progress, stopped, running, waiting}, age) {
+  if (state === "unusable") return "";
+  const isChanging = /loading$/.test(state);
+  const since = seconds !== null && duration(seconds + age, isChanging);
+  const percent = progress !== null && `${Math.round(progress * 100)} %`;
+  if (state === "loading") return join([percent, since]);
+  if (state === "failed") return since && `${since} ago`;
+  if (state !== "unloaded") return since;
+  if (waiting) return requests(running, waiting);
+  return stopped && join([stopped, since && `${since} ago`], ", ");
 }
 
-function paintActs(find, {id, state, kind, shares, seconds}) {
-  const word = {failed: "Try again", unloaded: "Load", loading: "Cancel"}[state];
-  const acts = find(".acts"), main = acts.lastElementChild;
-  const isIdle = groupOf({state}) !== "held";
-  put(main, shares ? "" : word || "Unload");
-  main.ariaLabel = `${main.textContent} ${id}`;
-  main.dataset.do = isIdle ? "load" : "unload";
-  main.ariaDisabled = state === "unloading";
-  const hasRun = kind !== "remote" && (seconds !== null || !isIdle);
-  show(find("[data-do=log]"), !shares && hasRun);
-  show(find("a"), !shares && kind === "llama-server" && state === "loaded");
-  show(acts, state !== "unusable");
-}
-
-function paintFacts(dl, model, age) {
-  const {rss, vram, tokens_per_second: tps, unload_in: left} = model;
-  const facts = [
-    ["Memory", rss !== null && bytes(rss)],
-    ["VRAM", vram !== null && bytes(vram)],
-    ["Requests", requests(model)],
-    ["Last answer", tps !== null && speed(tps)],
-    ["Unloads in", left !== null && time(left - age, true)],
-  ].filter(([, value]) => value && groupOf(model) === "held" && !model.shares);
-  paintPairs(dl, facts, "div", "dt", "dd");
-  show(dl, facts.length);
-}
-
-function requests({running, waiting}) {
+function requests(running, waiting) {
   const parts = [running && `${running} running`, waiting && `${waiting} waiting`];
   return join(parts, ", ") || "none";
 }
 
-// ---- What people do ----
+function factsOf(model, age) {
+  const left = model.unload_in;
+  return {
+    rss: bytes(model.rss),
+    vram: bytes(model.vram),
+    requests: requests(model.running, model.waiting),
+    speed: speed(model.tokens_per_second),
+    left: left !== null && duration(left - age, true),
+  };
+}
 
-let opener = null; // has the focus again when a panel closes
+function paintActs(acts, model) {
+  const {id, state, kind, shares} = model, isHeld = groupOf(model) === "held";
+  const word = {failed: "Try again", unloaded: "Load", loading: "Cancel"}[state];
+  const main = acts.lastElementChild;
+  put(main, shares ? "" : word || "Unload");
+  main.ariaLabel = `${main.textContent} ${id}`;
+  main.dataset.do = isHeld ? "unload" : "load";
+  main.ariaDisabled = state === "unloading";
+  const hasRun = kind !== "remote" && (model.seconds !== null || isHeld);
+  show(acts.querySelector("[data-do=log]"), !shares && hasRun);
+  const hasPage = kind === "llama-server" && state === "loaded";
+  show(acts.querySelector("a"), !shares && hasPage);
+  show(acts, state !== "unusable");
+}
 
-const deeds = {
+// ---- Buttons and panels ----
+
+let returnFocusTo = null; // the button that opened a panel
+
+const actions = {
   load: (id) => post("/models/load", {model: id}),
   unload: (id) => post("/models/unload", {model: id}),
   log: openLog,
-  close: () => panel(""),
+  close: () => openPanel(""),
   prompt(id) {
-    $("who").value = id;
+    $("model").value = id;
     isChosen = true;
-    panel("prompt");
+    openPanel("prompt");
     $("text").focus();
   },
 };
@@ -7427,119 +7385,117 @@ document.addEventListener("click", async (event) => {
   const button = event.target.closest("[data-do]");
   if (!button || button.ariaDisabled === "true") return;
   if (event.detail > 1) return; // of a double click on Load, the second would cancel
-  const deed = button.dataset.do, id = button.closest("li")?.dataset.id || "";
-  if (deed !== "close") opener = button;
+  const action = button.dataset.do, id = button.closest("li")?.dataset.id || "";
+  if (action !== "close") returnFocusTo = button;
   try {
-    await deeds[deed](id);
+    await actions[action](id);
   } catch (error) {
-    notice(`${id}: ${error.message}`);
+    notify(`${id}: ${error.message}`);
   }
 });
 
-function notice(text) {
+function notify(text) {
   put($("notice"), text);
-  clearTimeout(notice.timer);
-  notice.timer = setTimeout(() => show($("notice"), false), 10000);
+  clearTimeout(notify.timer);
+  notify.timer = setTimeout(() => show($("notice"), false), 10000);
 }
 
-function panel(name) {
+function openPanel(name) {
   document.body.dataset.panel = name;
   if (name) return;
-  reading?.abort();
+  logReader?.abort();
   show($("log"), false);
-  opener?.focus();
+  returnFocusTo?.focus();
 }
 
 document.addEventListener("keydown", (event) => {
   const isOpen = document.body.dataset.panel && !$("door").open;
-  if (event.key === "Escape" && isOpen) panel("");
+  if (event.key === "Escape" && isOpen) openPanel("");
 });
-$("find").addEventListener("input", paint);
+$("search").addEventListener("input", paint);
 $("notice").addEventListener("click", () => show($("notice"), false));
 
-// ---- A log, which follows as long as its end is in sight ----
+// ---- A log, followed as long as its end is visible ----
 
-let reading = null; // aborts it
+let logReader = null; // aborts the request
 
 async function openLog(id) {
-  reading?.abort();
-  const {signal} = reading = new AbortController(), lines = $("lines");
+  logReader?.abort();
+  const {signal} = logReader = new AbortController(), lines = $("lines");
   const colours = /\x1b\[[\d;]*m/g;
-  const write = (text) => add(text.replace(colours, ""), lines, lines, 3000);
+  const write = (text) => append(text.replace(colours, ""), lines, lines, 3000);
   put($("log").querySelector("span"), `Log of ${id || "llmswap"}`);
   lines.replaceChildren();
   show($("log"), true);
-  panel("log");
+  openPanel("log");
   lines.focus();
   try {
     const path = id ? `/logs/stream/${encodeURIComponent(id)}` : "/logs/stream";
-    for await (const text of texts(await ask(path, {signal}))) write(text);
+    for await (const text of texts(await request(path, {signal}))) write(text);
   } catch (error) {
     if (!signal.aborted) write(`(${error.message})\n`);
   }
 }
 
-// ---- A prompt, and its answer as it comes ----
+// ---- A prompt, and its streaming answer ----
 
 let asking = null; // aborts the request
-let awaited = null; // the model that has not begun to answer yet
 let askedAt = 0;
 let firstAt = 0; // when the first word of the answer came
 let isChosen = false; // somebody chose the model
 
 function paintChoice() {
-  const usable = news.models.filter((model) => !model.unusable), who = $("who");
-  const ids = usable.map((model) => model.id), before = who.value;
+  const usable = snapshot.models.filter((model) => !model.unusable);
+  const ids = usable.map(({id}) => id), select = $("model"), before = select.value;
   const loaded = usable.find((model) => model.state === "loaded");
   show($("prompt"), ids.length);
-  if (who.dataset.ids !== `${ids}`) {
-    who.replaceChildren(...ids.map((id) => make("option", id)));
-    who.dataset.ids = ids;
-    if (ids.includes(before)) who.value = before;
+  if (select.dataset.ids !== `${ids}`) {
+    select.replaceChildren(...ids.map((id) => new Option(id)));
+    select.dataset.ids = ids;
+    if (ids.includes(before)) select.value = before;
   }
-  if (loaded && !isChosen && !asking) who.value = loaded.id;
+  if (loaded && !isChosen && !asking) select.value = loaded.id;
 }
 
-function paintPace() {
-  if (!awaited) return;
-  const state = states.get(awaited), isLate = state !== "loaded";
-  const seconds = time((Date.now() - askedAt) / 1000, true);
-  put($("pace"), join([`waiting for ${awaited}`, isLate && state, seconds]));
+function paintWait() {
+  if (!asking || firstAt) return;
+  const seconds = duration((Date.now() - askedAt) / 1000, true);
+  put($("stats"), `waiting for ${asking.model} · ${seconds}`);
 }
 
-function setAsking(control) {
-  asking = control;
-  awaited = control && $("who").value;
-  put($("send"), control ? "Stop" : "Send");
-  $("send").className = control ? "" : "main";
-  $("answer").ariaBusy = Boolean(control);
+function setAsking(controller) {
+  asking = controller;
+  put($("send"), controller ? "Stop" : "Send");
+  $("send").className = controller ? "" : "main";
+  $("answer").ariaBusy = Boolean(controller);
 }
 
 async function send() {
-  const text = $("text").value.trim(), control = new AbortController();
+  const text = $("text").value.trim(), controller = new AbortController();
   if (!text || asking) return;
+  controller.model = $("model").value;
   [askedAt, firstAt] = [Date.now(), 0];
-  setAsking(control);
-  for (const name of ["thought", "reply", "broken"]) put($(name), "");
+  setAsking(controller);
+  for (const name of ["thought", "reply", "error"]) put($(name), "");
   show($("answer"), true);
-  paintPace();
-  let end = "stopped";
+  paintWait();
+  let stats = "stopped";
   try {
-    end = await chat($("who").value, text, control.signal);
+    stats = await chat(controller.model, text, controller.signal);
   } catch (error) {
-    if (!control.signal.aborted) put($("broken"), error.message), end = "";
+    if (!controller.signal.aborted) put($("error"), error.message), stats = "";
   }
   setAsking(null);
-  put($("pace"), end);
+  put($("stats"), stats);
 }
 
 async function chat(model, text, signal) {
   const messages = [{role: "user", content: text}];
-  const asked = {model, messages, stream: true, stream_options: {include_usage: true}};
-  const answer = await post("/v1/chat/completions", asked, signal);
+  const body = {model, messages, stream: true, stream_options: {include_usage: true}};
+  const answer = await post("/v1/chat/completions", body, signal);
   let tokens, perSecond, isWhole = false;
   for await (const data of events(answer)) {
-    if (data === "[DONE]") return pace(tokens, perSecond);
+    if (data === "[DONE]") return statsOf(tokens, perSecond);
     const {error, choices, usage, timings} = JSON.parse(data);
     const delta = choices?.[0]?.delta;
     if (error) throw new Error(error.message);
@@ -7550,34 +7506,33 @@ async function chat(model, text, signal) {
     grow("reply", delta?.content);
   }
   if (!isWhole) throw new Error("The answer broke off.");
-  return pace(tokens, perSecond);
+  return statsOf(tokens, perSecond);
 }
 
 function grow(name, text) {
   if (!text) return;
   firstAt ||= Date.now();
-  awaited = null;
-  put($("pace"), "");
-  add(text, $(name), $("answer"));
+  put($("stats"), "");
+  append(text, $(name), $("answer"));
 }
 
-function pace(tokens, perSecond) {
-  const lasted = (Date.now() - firstAt) / 1000;
+function statsOf(tokens, perSecond) {
+  const seconds = (Date.now() - firstAt) / 1000;
   if (!firstAt) return "an empty answer";
-  if (!perSecond && tokens > 1 && lasted > 0.1) perSecond = tokens / lasted;
+  if (!perSecond && tokens > 1 && seconds > 0.1) perSecond = tokens / seconds;
   const first = `first word after ${((firstAt - askedAt) / 1000).toFixed(1)} s`;
-  return join([first, tokens && `${tokens} tokens`, perSecond && speed(perSecond)]);
+  return join([first, tokens && `${tokens} tokens`, speed(perSecond)]);
 }
 
 $("send").addEventListener("click", () => (asking ? asking.abort() : send()));
-$("who").addEventListener("change", () => { isChosen = true; });
+$("model").addEventListener("change", () => { isChosen = true; });
 $("text").addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
   send();
 });
 
-follow();
+followSnapshots();
 """
 
 STATUS_PAGE = """<!doctype html>
@@ -7592,13 +7547,19 @@ STATUS_PAGE = """<!doctype html>
 <style>{style}</style>
 <header>
   <h1>
-    <svg viewBox="0 0 24 24" fill="none" stroke="currentColor" stroke-width="2.2"
-      stroke-linecap="round" stroke-linejoin="round" aria-hidden="true">
-      <path d="M4 8.5h14l-3.6-3.6M20 15.5H6l3.6 3.6"/></svg>
+    <svg viewBox="0 0 24 24" width="24" fill="none" stroke="currentColor"
+      stroke-width="2.2" stroke-linecap="round" stroke-linejoin="round"
+      aria-hidden="true"><path d="M4 8.5h14l-3.6-3.6M20 15.5H6l3.6 3.6"/></svg>
     llmswap
   </h1>
-  <p id="totals"></p>
-  <input id="find" type="search" placeholder="Find a model" aria-label="Find a model"
+  <p id="totals">
+    <span><b data-text="loaded" hidden></b><span data-text="of"></span></span>
+    <span><b data-text="running" hidden></b> running</span>
+    <span><b data-text="waiting" hidden></b> waiting</span>
+    <span><b data-text="rss" hidden></b> memory</span>
+    <span><b data-text="vram" hidden></b> VRAM</span>
+  </p>
+  <input id="search" type="search" placeholder="Find a model" aria-label="Find a model"
     hidden>
   <p id="link" role="status">connecting</p>
   <button data-do="log" class="plain">Log</button>
@@ -7620,12 +7581,12 @@ STATUS_PAGE = """<!doctype html>
         <button class="plain close" data-do="close">Close</button></h2>
       <textarea id="text" aria-label="Prompt" placeholder="Ask something"></textarea>
       <div class="send">
-        <select id="who" aria-label="Model"></select>
+        <select id="model" aria-label="Model"></select>
         <button id="send" class="main">Send</button>
       </div>
-      <p id="pace" hidden></p>
+      <p id="stats" hidden></p>
       <div id="answer" aria-live="polite" aria-label="Answer" tabindex="0" hidden>
-        <p id="thought"></p><p id="reply"></p><p id="broken"></p>
+        <p id="thought"></p><p id="reply"></p><p id="error"></p>
       </div>
     </section>
     <section id="log" class="sheet" aria-label="Log" hidden>
@@ -7634,7 +7595,7 @@ STATUS_PAGE = """<!doctype html>
     </section>
   </aside>
 </div>
-<p id="said" class="unseen" role="status"></p>
+<p id="live-region" class="unseen" role="status"></p>
 <p id="notice" role="alert" title="Dismiss" hidden></p>
 <dialog id="door" aria-labelledby="door-title">
   <form method="dialog">
@@ -7648,8 +7609,11 @@ STATUS_PAGE = """<!doctype html>
 <template id="row">
   <li class="model">
     <span class="dot" aria-hidden="true"></span>
-    <div><h3><span></span><small></small></h3><p class="about"></p></div>
-    <p class="state"><b></b><span></span></p>
+    <div>
+      <h3><span data-text="id"></span><small data-text="aliases"></small></h3>
+      <p class="about" data-text="about"></p>
+    </div>
+    <p class="state"><b data-text="state"></b><span data-text="detail"></span></p>
     <div class="acts">
       <a class="button plain" target="_blank" rel="noreferrer">Web UI</a>
       <button class="plain" data-do="log">Log</button>
@@ -7657,8 +7621,17 @@ STATUS_PAGE = """<!doctype html>
       <button></button>
     </div>
     <progress max="1" aria-label="Progress"></progress>
-    <dl></dl>
-    <div class="why"><p></p><pre aria-label="Last lines" tabindex="0"></pre></div>
+    <dl>
+      <div><dt>Memory</dt><dd data-text="rss"></dd></div>
+      <div><dt>VRAM</dt><dd data-text="vram"></dd></div>
+      <div><dt>Requests</dt><dd data-text="requests"></dd></div>
+      <div><dt>Last answer</dt><dd data-text="speed"></dd></div>
+      <div><dt>Unloads in</dt><dd data-text="left"></dd></div>
+    </dl>
+    <div class="why">
+      <p data-text="why"></p>
+      <pre data-text="lines" aria-label="Last lines" tabindex="0"></pre>
+    </div>
   </li>
 </template>
 <script>{script}</script>
@@ -7670,8 +7643,7 @@ STATUS_PAGE = """<!doctype html>
 def page_policy() -> str:
     """Return the page's Content-Security-Policy: nothing is fetched but from here,
     nothing runs or is drawn but what stands above."""
-    import base64
-    import hashlib  # 3 MB that only who opens the page pays for
+    import hashlib  # 3 MB that only the page needs
 
     script, style = (
         base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -8039,7 +8011,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if revision == seen and time.monotonic() < again_at:
                 return None
             seen, report = revision, self._status_report()
-            is_busy = any(row.state != "unloaded" for row in report.rows)
+            is_busy = any(model.state != "unloaded" for model in report.models)
             again_at = time.monotonic() + 2.0 if is_busy else math.inf
             return snapshot(report)
 
@@ -8053,39 +8025,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send(200, [("content-type", METRICS_TYPE)], text.encode())
 
     def _status_report(self):
-        statuses, meters = self.pool.snapshot(), self.pool.meters()
-        rows = [
-            self._row(model, statuses.get(model.name), meters)
-            for model in self.pool.config.models.values()
-        ]
-        return StatusReport(VERSION, self.server.born, rows, meters)
-
-    def _row(self, model, status, meters):
-        row = Row(
-            id=model.name,
-            aliases=model.aliases,
-            description=model.settings.description or "",
-            kind=model.kind,
-            pinned=model.settings.pin,
-            unusable=model.problem,
-            shares=None if model.backend == model.name else model.backend,
-        )
-        if status is None:
-            return row
-        memory, failure = self.pool.memory, status.failure
-        return row._replace(
-            state=status.state.value,
-            seconds=status.since,
-            progress=status.progress,
-            rss=memory.resident(status.pid) if status.pid else None,
-            vram=memory.on_gpu(status.pid) if status.pid else None,
-            running=status.in_flight,
-            waiting=status.waiting,
-            unload_in=status.unload_in,
-            tokens_per_second=meters.speeds.get(model.backend),
-            failure=str(failure) if failure else None,
-            stopped=meters.reasons.get(model.backend),
-        )
+        models = self.pool.statuses(with_memory=True)
+        return StatusReport(VERSION, self.server.born, models, self.pool.meters())
 
     def get_health(self):
         self._send_json({"status": "ok", "server": "llmswap", **self.pool.counts()})
@@ -8095,28 +8036,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._check_not_from_a_page()
             self.server.reload()
             self.config = self.pool.config
-        statuses = self.pool.snapshot()
+        config = self.pool.config
         entries = [
-            self._model_entry(model, statuses.get(model.name))
-            for model in self.config.models.values()
-            if not model.settings.unlisted
+            self._model_entry(config.models[status.id], status)
+            for status in self.pool.statuses()
+            if status.id in config.models
+            and not config.models[status.id].settings.unlisted
         ]
         self._send_json({"object": "list", "data": entries})
 
     def get_model(self, name):
         model = self._resolve(percent_decoded(name))
-        self._send_json(self._model_entry(model, self.pool.snapshot().get(model.name)))
+        self._send_json(self._model_entry(model, self.pool.status(model)))
 
     def _model_entry(self, model, status):
-        state = status.state.value if status else "unloaded"
         shown = {
-            "value": "loaded" if state == "unloading" else state,
+            "value": "loaded" if status.state == "unloading" else status.state,
             "args": self._shown_command(model, status),
         }
-        failure = status.failure if status else None
-        problem = model.problem or failure
-        if problem and state == "unloaded":
-            code = exit_code_of(failure) if failure else 1
+        problem = model.problem or status.failure
+        if problem and status.state == "unloaded":
+            code = exit_code_of(status.failure) if status.failure else 1
             shown.update(failed=True, exit_code=code, error=str(problem))
         entry = {
             "id": model.name,
@@ -8128,13 +8068,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         }
         if model.settings.description:
             entry["description"] = model.settings.description
-        for key, value in {"meta": {}, **(status.entry if status else {})}.items():
-            entry.setdefault(key, value)
-        return entry
+        return {"meta": {}, **status.entry, **entry}
 
     def _shown_command(self, model, status):
         owner = self.config.owner_of(model)
-        port = str(status.port) if status and status.port else "${PORT}"
+        port = str(status.port) if status.port else "${PORT}"
         try:
             return mask_secrets(owner.command(table_of(owner), port))
         except ConfigError:
@@ -8175,18 +8113,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_running(self):
         words = {"loading": "starting", "loaded": "ready", "unloading": "stopping"}
         running = []
-        for name, status in self.pool.snapshot().items():
-            model = self.config.models.get(name)
-            if model is None or status.state is State.UNLOADED or not status.is_owner:
+        for status in self.pool.statuses():
+            model = self.config.models.get(status.id)
+            if model is None or status.state == "unloaded" or status.shares:
                 continue
             running.append(
                 {
-                    "model": name,
-                    "state": words.get(status.state.value, status.state.value),
+                    "model": status.id,
+                    "state": words.get(status.state, status.state),
                     "cmd": shlex.join(self._shown_command(model, status)),
                     "proxy": model.url(str(status.port)),
                     "ttl": int(model.settings.idle_timeout),
-                    "name": name,
+                    "name": status.id,
                     "description": model.settings.description,
                 }
             )
@@ -8359,13 +8297,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             yield _as_event({**chunk, "choices": [choice]})
 
     def _loading_text(self, model):
-        status = self.pool.status_of(model)
-        if status is None or status.state is State.LOADED:
+        status = self.pool.status(model)
+        if status.state == "loaded":
             return ""
-        if status.state is not State.LOADING:
+        if status.state != "loading":
             return f"waiting for room for {model.name}"
         if status.progress is None:
-            return f"loading {model.name}, {status.since:.0f} s"
+            return f"loading {model.name}, {status.seconds:.0f} s"
         return f"loading {model.name}{percent(status.progress)}"
 
     def _upstream_request(self, model, target, info):
@@ -8553,123 +8491,108 @@ _SECRET_WITHIN = re.compile(
 #     Decides nothing else.
 # ==================================================================================
 
-DRAIN_SECONDS = 30.0  # for requests in flight at the end
-REFUSAL_SECONDS = 1.0  # for those that came too late to be told so
-MORE_TIME = "EXTEND_TIMEOUT_USEC=15000000"  # is what systemd is asked for then
+DRAIN_SECONDS = 30.0  # for the requests in flight at shutdown
+REFUSAL_SECONDS = 1.0  # for the answers to requests that came after that
+EXTEND_TIMEOUT = "EXTEND_TIMEOUT_USEC=15000000"  # sent to systemd during shutdown
 EXTEND_EVERY = 5.0  # s; so often
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of malloc.h
 MAX_DESCRIPTORS = 65536
 MAX_CONNECTIONS = 4096
-MAX_REFUSALS = 32  # that are given the time to read why they must leave
-MIN_COLUMNS, MAX_COLUMNS = 40, 80  # that --check fits; the log fits any terminal
+MAX_REFUSALS = 32  # at once that are given time to read the 503
 
 
 class Log:
-    """Lines for people, on stderr and in `feed`. Any thread may call; nobody waits.
+    """Lines for people, on stderr and in `feed`. Any thread may call; no caller waits.
 
-    `log(level, text)`. Under systemd's journal each line carries its priority instead
-    of the time; on a terminal there are colours, and long lines are wrapped. What is
-    said again and again is written once, and then how often.
+    `log(level, text)`, with debug, info, warning or error as the level.
     """
-
-    LEVELS = {"debug": 7, "info": 6, "warning": 4, "error": 3}
-    COLOURS = {"warning": "\033[33m", "error": "\033[31m", "debug": "\033[2m"}
 
     def __init__(self):
+        logging.raiseExceptions = False  # stderr may be closed; the feed has the line
         self.feed = Broadcast(2000)
-        self.level = "info"
-        self._stream = sys.stderr
-        self._lines = queue.SimpleQueue()
-        self._is_journal = _is_journal(self._stream)
-        self._is_terminal = self._stream.isatty()
-        self._is_colourful = self._is_terminal and "NO_COLOR" not in os.environ
-        self._last, self._repeats = None, 0
-        threading.Thread(target=self._write, name="log", daemon=True).start()
+        lines = queue.SimpleQueue()
+        stderr = logging.StreamHandler()
+        stderr.setFormatter(LogFormatter(sys.stderr))
+        self._entrance = logging.handlers.QueueHandler(lines)
+        self._entrance.addFilter(RepeatFilter())
+        self._logger = logging.Logger("llmswap")
+        self._logger.addHandler(self._entrance)
+        feed = FeedHandler(self.feed)
+        self._writer = logging.handlers.QueueListener(lines, feed, stderr)
+        self._writer.start()
+        self.set_level("info")
+
+    def set_level(self, level: str):
+        """Drop what is less important than `level`."""
+        self._entrance.setLevel(level.upper())
 
     def __call__(self, level: str, text: str):
-        if self.LEVELS[level] <= self.LEVELS[self.level]:
-            self._lines.put((level, text, time.time()))
+        self._logger.log(getattr(logging, level.upper()), text)
 
-    def flush(self):
-        """Wait until what was said so far is written, a second at most."""
-        done = threading.Event()
-        self._lines.put(done)
-        done.wait(1.0)
+    def close(self):
+        """Write what is left; give up after a second, as stderr may be stuck."""
+        closing = threading.Thread(target=self._writer.stop, daemon=True)
+        closing.start()
+        closing.join(1.0)
 
-    def _write(self):
-        while True:
-            item = self._lines.get()
-            if isinstance(item, threading.Event):
-                self._tell_repeats(time.time())
-                item.set()
-            elif item[:2] == self._last:
-                self._repeats += 1
-            else:
-                self._tell_repeats(item[2])
-                self._last = item[:2]
-                self._write_line(*item)
 
-    def _tell_repeats(self, moment):
-        if self._repeats:
-            self._write_line("info", f"({self._repeats} times more)", moment)
-            self._repeats = 0
+class RepeatFilter(logging.Filter):
+    """Drops a line that repeats the one before it, for up to a minute."""
 
-    def _write_line(self, level, text, moment):
-        stamp = time.strftime("%H:%M:%S", time.localtime(moment))
-        text = printable(text).replace("\n", "\n  ")  # no name can begin a line
-        self.feed.publish(f"{stamp} {text}")
-        with contextlib.suppress(OSError, ValueError):  # nobody reads; the feed has it
-            self._stream.write(self._shown(level, stamp, text))
-            self._stream.flush()
+    def __init__(self):
+        super().__init__()
+        self._last, self._written_at = None, 0.0
 
-    def _shown(self, level, stamp, text):
+    def filter(self, record):
+        """Return whether the record is to be written."""
+        is_new = record.msg != self._last or record.created > self._written_at + 60
+        if is_new:
+            self._last, self._written_at = record.msg, record.created
+        return is_new
+
+
+class LogFormatter(logging.Formatter):
+    """Formats a record for `stream`: with priorities if that is systemd's journal, else
+    with the time; with colours on a terminal."""
+
+    PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
+    COLOURS = {"WARNING": "\033[33m", "ERROR": "\033[31m", "DEBUG": "\033[2m"}
+
+    def __init__(self, stream=None):
+        super().__init__()
+        self._is_journal = stream is not None and _is_journal(stream)
+        is_terminal = stream is not None and stream.isatty()
+        self._has_colours = is_terminal and "NO_COLOR" not in os.environ
+
+    def format(self, record):
+        """Return the text; its further lines are indented, so none looks like another
+        record."""
+        text = printable(record.getMessage()).replace("\n", "\n  ")
         if self._is_journal:
-            mark = f"<{self.LEVELS[level]}>"
-            return "".join(f"{mark}{line}\n" for line in text.splitlines())
-        if self._is_terminal:
-            text = self._fitted(text, " " * (len(stamp) + 1))
-        if self._is_colourful:
-            colour = self.COLOURS.get(level, "")
-            return f"\033[2m{stamp}\033[0m {colour}{text}\033[0m\n"
-        return f"{stamp} {text}\n"
-
-    def _fitted(self, text, indent):
-        """The text as lines that fit the terminal beside the time."""
-        width = max(MIN_COLUMNS, os.get_terminal_size(self._stream.fileno()).columns)
-        rows = [fill(line.split(" "), width, indent) for line in text.splitlines()]
-        rows = [[(indent + row[0]).rstrip(), *row[1:]] for row in rows]
-        return "\n".join(line for row in rows for line in row)[len(indent) :]
+            priority = f"<{self.PRIORITIES[record.levelname]}>"
+            return priority + text.replace("\n", f"\n{priority}")
+        stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
+        if self._has_colours:
+            colour = self.COLOURS.get(record.levelname, "")
+            return f"\033[2m{stamp}\033[0m {colour}{text}\033[0m"
+        return f"{stamp} {text}"
 
 
-def printable(text: str) -> str:
-    """Return the text without colours and with other control characters as \\xNN, so
-    that no terminal obeys it. Line feeds stay."""
-    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], _COLOUR.sub("", text))
+class FeedHandler(logging.Handler):
+    """Publishes records for /logs."""
 
+    def __init__(self, feed: Broadcast):
+        super().__init__()
+        self.setFormatter(LogFormatter())
+        self._feed = feed
 
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-
-
-def fill(parts: Iterable[str], width: int, indent: str, end: str = "") -> List[str]:
-    """Join the parts by blanks to lines that fit the width if no part is too long.
-
-    All lines but the first begin with `indent`, all but the last end with `end`.
-    """
-    lines, line, width = [], "", width - len(end)
-    for part in parts:
-        if line and len(line) + 1 + len(part) > width - (0 if lines else len(indent)):
-            lines.append(line + end)
-            line = indent + part
-        else:
-            line = f"{line} {part}" if line else part
-    return [*lines, line]
+    def emit(self, record):
+        """Publish one record."""
+        self._feed.publish(self.format(record))
 
 
 def _is_journal(stream):
-    """Whether it is systemd's journal: the variable alone proves nothing."""
+    """The variable alone proves nothing: it is inherited."""
     try:
         status = os.fstat(stream.fileno())
     except (OSError, ValueError):
@@ -8875,8 +8798,6 @@ def refuse_connection(connection: socket.socket, why: str, is_patient: bool):
 
 def raise_descriptor_limit() -> int:
     """Raise our soft limit of descriptors to the hard one; return it."""
-    import resource  # not on every system
-
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
     wanted = max(soft, min(wanted, MAX_DESCRIPTORS))
@@ -8889,51 +8810,41 @@ def raise_descriptor_limit() -> int:
 
 # -- listening -------------------------------------------------------------------------
 
-
 Address = Union[Tuple[str, int], str]  # of an INET socket, or the path of a Unix one
 
 
 def open_listener(address: Address) -> socket.socket:
-    """Listen there. Raise OSError."""
-    if isinstance(address, str):
-        return _open_unix(address)
-    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    return socket.create_server(address, family=family, backlog=1024)
-
-
-def _open_unix(path):
+    """Return a listening socket; OSError if the address is taken."""
+    if not isinstance(address, str):
+        return socket.create_server(address, family=_family(address), backlog=1024)
+    with socket.socket(socket.AF_UNIX) as probe:
+        is_refused = probe.connect_ex(address) == errno.ECONNREFUSED  # by any file, too
+    if is_refused and S_ISSOCK(os.stat(address).st_mode):
+        os.unlink(address)  # left by a process that was killed
     listener = socket.socket(socket.AF_UNIX)
-    if _is_stale(path):
-        os.unlink(path)
     mask = os.umask(0o117)
     try:
-        listener.bind(path)
+        listener.bind(address)
     finally:
         os.umask(mask)
     listener.listen(1024)
     return listener
 
 
-def _is_stale(path):
-    """Whether a socket is there on which nobody listens any more."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        is_refused = probe.connect_ex(path) == errno.ECONNREFUSED  # by any file, too
-    return is_refused and S_ISSOCK(os.stat(path).st_mode)
+def _family(address):
+    if isinstance(address, str):
+        return socket.AF_UNIX
+    return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
 
 
 def is_llmswap(address: Address) -> bool:
-    """Whether a llmswap answers there."""
+    """Return whether llmswap answers there."""
+    request = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     try:
-        if isinstance(address, str):
-            probe = socket.socket(socket.AF_UNIX)
+        with socket.socket(_family(address)) as probe:
             probe.settimeout(2)
-            probe.connect(address)
-        else:
-            probe = socket.create_connection(_reachable(address), timeout=2)
-        with probe:
-            probe.sendall(
-                b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-            )
+            probe.connect(address if isinstance(address, str) else _reachable(address))
+            probe.sendall(request)
             return b"server: llmswap" in probe.recv(65536)
     except OSError:
         return False
@@ -8945,19 +8856,24 @@ def _reachable(address):
 
 
 def shown_address(address: Address) -> str:
-    """Return the address as something that can be clicked or copied."""
+    """Return the address as a link that can be clicked or copied."""
     if isinstance(address, str):
         return f"unix:{address}"
-    host, port = _reachable(address)
-    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+    return f"http://{_joined(*_reachable(address))}/"
+
+
+def _joined(host, port):
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 # -- systemd ---------------------------------------------------------------------------
 
 
 def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
-    """Return the listening sockets that systemd passed to us, and what is wrong if it
-    meant to but could not. Its variables are removed from `environ`."""
+    """Return the listening sockets that systemd passed, and what is wrong with them.
+
+    Its variables are removed from `environ`.
+    """
     names = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
     count, pid, *_ = [environ.pop(name, "") for name in names]
     if not count:
@@ -8972,25 +8888,19 @@ def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
     listeners = []
     for fd in range(3, 3 + int(count)):
         os.set_inheritable(fd, False)
-        listener = _listener_at(fd)
-        if listener is None:
+        try:
+            listener = socket.socket(fileno=fd)
+            accepts = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        except OSError:
+            accepts = False
+        if not accepts or listener.type != socket.SOCK_STREAM:
             return [], f"descriptor {fd} from systemd is not a listening stream socket"
         listeners.append(listener)
     return listeners, None
 
 
-def _listener_at(fd):
-    """The listening stream socket that this descriptor is; None if it is another."""
-    try:
-        found = socket.socket(fileno=fd)
-        accepts = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    except OSError:
-        return None
-    return found if accepts and found.type == socket.SOCK_STREAM else None
-
-
 class SystemdNotifier:
-    """Tells systemd how we are, if it asked. Any thread may call; never fails.
+    """Tells systemd how llmswap is, if it asked for that. Any thread may call.
 
     `watchdog` is the interval in seconds in which it wants to hear from us, or None.
     """
@@ -8998,47 +8908,47 @@ class SystemdNotifier:
     def __init__(self, environ: Dict[str, str]):
         self._address = re.sub("^@", "\0", environ.pop("NOTIFY_SOCKET", ""))
         microseconds = environ.pop("WATCHDOG_USEC", "")
-        pid = environ.pop("WATCHDOG_PID", "")
-        is_ours = pid in ("", str(os.getpid()))
+        is_ours = environ.pop("WATCHDOG_PID", "") in ("", str(os.getpid()))
         self.watchdog = int(microseconds) / 1e6 if microseconds and is_ours else None
         self.is_listening = self._address.startswith(("/", "\0"))
 
-    def tell(self, *lines: str):
-        """Send these lines in one datagram."""
+    def notify(self, *lines: str):
+        """Send the lines in one datagram; drop it if systemd takes none for 1 s."""
         if not self.is_listening:
             return
-        with contextlib.suppress(OSError):  # if it went away, it must not matter to us
+        with contextlib.suppress(OSError):
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.settimeout(1.0)
                 sender.connect(self._address)
                 sender.sendall("\n".join(lines).encode())
 
-    def subscribe(self, pool: Pool, is_serving: Callable[[], bool]):
-        """Keep systemd told what is loaded, and that the Pool is alive; for ever.
+    def watch(self, pool: Pool, is_serving: Callable[[], bool]):
+        """Report what is loaded, at each change and for the watchdog; never return.
 
-        The watchdog hears nothing unless connections are accepted, the Pool's lock can
-        be had, and its clock is watched.
+        Nothing is sent unless connections are accepted, the Pool's lock can be had, and
+        its timer runs.
         """
         interval = self.watchdog / 2 if self.watchdog else None
         with pool.events.subscribe() as get:
             while True:
                 if is_serving() and pool.is_alive(interval or -1):
                     alive = ["WATCHDOG=1"] if interval else []
-                    self.tell(*alive, f"STATUS={status_line(pool)}")
+                    self.notify(*alive, f"STATUS={status_line(pool)}")
                 get(interval)
 
 
 def status_line(pool: Pool) -> str:
-    """Return in one line what is loaded, or about to be."""
+    """Return in one line which models are loaded, loading, sleeping or unloading."""
     held = [
-        f"{name} {status.state.value}{percent(status.progress)[1:]}"
-        for name, status in pool.snapshot().items()
-        if status.state is not State.UNLOADED and status.is_owner
+        f"{status.id} {status.state}{percent(status.progress)[1:]}"
+        for status in pool.statuses()
+        if status.state != "unloaded" and not status.shares
     ]
     return ", ".join(held) or "nothing is loaded"
 
 
 UNITS = """\
-# {folder}/llmswap.socket
+# ~/.config/systemd/user/llmswap.socket
 [Unit]
 Description=Address of llmswap
 
@@ -9050,7 +8960,7 @@ Backlog=1024
 [Install]
 WantedBy=sockets.target
 
-# {folder}/llmswap.service
+# ~/.config/systemd/user/llmswap.service
 [Unit]
 Description=One address for many local language models
 Requires=llmswap.socket
@@ -9060,7 +8970,7 @@ StartLimitBurst=30
 
 [Service]
 Type=notify
-WorkingDirectory={cwd}
+WorkingDirectory={folder}
 Environment={path}
 ExecStart={command}
 ExecReload=/bin/kill -HUP $MAINPID
@@ -9079,25 +8989,21 @@ WantedBy=default.target
 def units_for(config: Config) -> str:
     """Return a socket and a service unit for the user's systemd that run this file."""
     words = [sys.executable, "-m", "llmswap", os.path.abspath(config.path)]
-    streams = [_stream_of(each).replace("%", "%%") for each in config.settings.listen]
+    streams = []
+    for address in config.settings.listen:
+        is_unix = isinstance(address, str)
+        place = address if is_unix else _joined(*address)
+        streams.append("ListenStream=" + place.replace("%", "%%"))
+        streams += ["SocketMode=0660"] if is_unix else []
     return UNITS.format(
-        folder="~/.config/systemd/user",
-        cwd=os.path.dirname(os.path.abspath(__file__)).replace("%", "%%"),
-        streams="\n".join(f"ListenStream={each}" for each in streams),
+        streams="\n".join(streams),
+        folder=os.path.dirname(os.path.abspath(__file__)).replace("%", "%%"),
         path=_unit_word(f"PATH={os.environ.get('PATH', os.defpath)}"),
         command=" ".join(_unit_word(word).replace("$", "$$") for word in words),
     )
 
 
-def _stream_of(address):
-    if isinstance(address, str):
-        return f"{address}\nSocketMode=0660"
-    host, port = address
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def _unit_word(word):
-    """Quote a word for a unit file."""
     word = word.replace("%", "%%")
     if re.search(r"[\s\"'\\;]", word):
         word = '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
@@ -9107,61 +9013,69 @@ def _unit_word(word):
 # -- the demo model server -------------------------------------------------------------
 
 
-class Parrot(socketserver.BaseRequestHandler):
-    """A model server that repeats what it is told, so that a first try needs nothing
-    else installed."""
+class Parrot(http.server.BaseHTTPRequestHandler):
+    """A model server that repeats the last message, for a first try of llmswap."""
 
-    def handle(self):
-        """Answer request after request."""
-        wire = SocketReader(self.request)
-        with contextlib.suppress(ClientDisconnected, OSError, APIError):
-            for raw in iter(wire.head, b""):
-                head = Request(raw)
-                body = Body(wire, head, sys.maxsize)
-                body.hold(sys.maxsize)
-                self._reply = ClientResponse(self.request, head, [])
-                self._answer(head.method, json_or(body.held, None))
-                if not self._reply.is_persistent:
-                    break
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1  # the head and the body in one packet
 
-    def _answer(self, method, asked):
-        """Repeat the last message; else tell what health checks and lists want."""
-        if method != "POST":
-            names = [{"id": "parrot"}]
-            return self._send({"status": "ok", "object": "list", "data": names})
+    def do_GET(self):
+        """Answer health checks and the list of models."""
+        models = [{"id": "parrot"}]
+        self._answer(200, {"status": "ok", "object": "list", "data": models})
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        """Answer a chat; what the last message says comes back."""
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
         try:
-            told = (asked.get("messages") or [{}])[-1].get("content") or "squawk"
-        except (AttributeError, LookupError, TypeError):
-            problem = BadRequest("there is no list of messages in this")
-            return self._send(error_body(problem), problem.status)
-        words = re.findall(r"\S+\s*", f"{asked.get('model')} says: {told}")
-        if asked.get("stream"):
+            request = json.loads(body)
+            message = (request.get("messages") or [{}])[-1].get("content") or "squawk"
+        except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
+            problem = BadRequest("the body is no JSON object with a list of messages")
+            return self._answer(problem.status, error_body(problem))
+        model = request.get("model")
+        words = re.findall(r"\S+\s*", f"{model} says: {message}")
+        if request.get("stream"):
             return self._stream(words)
-        message = {"role": "assistant", "content": "".join(words)}
+        reply = {"role": "assistant", "content": "".join(words)}
+        choice = {"index": 0, "message": reply, "finish_reason": "stop"}
         usage = {"prompt_tokens": len(words), "completion_tokens": len(words)}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        self._send(
-            {"object": "chat.completion", "model": asked.get("model"),
-             "choices": [choice], "usage": usage}
-        )  # fmt: skip
+        answer = {"object": "chat.completion", "model": model}
+        self._answer(200, {**answer, "choices": [choice], "usage": usage})
 
     def _stream(self, words):
-        """Say it word by word."""
-        self._reply.begin_events()
+        self._begin(200, "text/event-stream", ("transfer-encoding", "chunked"))
         for word in words:
-            chunk = {"object": "chat.completion.chunk",
-                     "choices": [{"index": 0, "delta": {"content": word}}]}  # fmt: skip
-            self._reply.send(b"data: " + _dump(chunk) + b"\n\n")
+            choice = {"index": 0, "delta": {"content": word}}
+            event = {"object": "chat.completion.chunk", "choices": [choice]}
+            self._send_chunk(b"data: " + _dump(event) + b"\n\n")
             time.sleep(0.05)
-        self._reply.send(b"data: [DONE]\n\n")
-        self._reply.end()
+        self._send_chunk(b"data: [DONE]\n\n")
+        self._send_chunk(b"")
 
-    def _send(self, value, status=200):
-        headers = [("content-type", "application/json")]
-        self._reply.answer(status, headers, _dump(value))
+    def _send_chunk(self, data):
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+        self.wfile.flush()
+
+    def _answer(self, status, value):
+        body = _dump(value)
+        self._begin(status, "application/json", ("content-length", str(len(body))))
+        self.wfile.write(b"" if self.command == "HEAD" else body)
+
+    def _begin(self, status, kind, framing):
+        self.send_response(status)
+        self.send_header("content-type", kind)
+        self.send_header(*framing)
+        self.end_headers()
+
+    def log_message(self, format, *args):
+        """Log nothing: llmswap would show it as the model's output."""
 
 
-# -- starting and ending ---------------------------------------------------------------
+# -- arguments -------------------------------------------------------------------------
 
 
 def keys_text() -> str:
@@ -9171,9 +9085,8 @@ def keys_text() -> str:
         lines.append(f"Keys of {title}:\n")
         for key in keys:
             lines.append(f"  {key.name} = {key.default}".rstrip())
-            help = key.help.replace("`", "")
-            lines.append(textwrap.fill(help, 88, initial_indent=" " * 6,
-                                       subsequent_indent=" " * 6))  # fmt: skip
+            help = textwrap.fill(key.help.replace("`", ""), 82)
+            lines.append(textwrap.indent(help, " " * 6))
         lines.append("")
     return "\n".join(lines)
 
@@ -9183,29 +9096,21 @@ def parse_args(argv: List[str]):
     import argparse
 
     parser = argparse.ArgumentParser(
-        prog="llmswap.py",
-        description="One address for many local language models.",
-        # the terminal's width would take shutil, and that 2 ms
-        formatter_class=functools.partial(argparse.HelpFormatter, width=78),
+        prog="llmswap.py", description="One address for many local language models."
     )
     parser.add_argument("file", nargs="?", metavar="FILE.ini")
-    parser.add_argument("--listen", metavar="ADDRESS", help="instead of the file's")
-    parser.add_argument("--models-max", metavar="N", help="instead of the file's")
-    parser.add_argument(
-        "--check", action="store_true", help="show each model's command, or its error"
-    )
-    parser.add_argument(
-        "--units", action="store_true", help="print systemd user units for this file"
-    )
-    parser.add_argument(
-        "--keys", action="store_true", help="print every key, its default and meaning"
-    )
-    parser.add_argument("--verbose", action="store_true", help="log what models write")
+    for name, metavar in (("--listen", "ADDRESS"), ("--models-max", "N")):
+        parser.add_argument(name, metavar=metavar, help="instead of the file's")
+    for name, help in (
+        ("--check", "show each model's command, or its error"),
+        ("--units", "print systemd user units for this file"),
+        ("--keys", "print every key, its default and meaning"),
+        ("--verbose", "log what models write"),
+        ("--parrot", "be the demo model server (with --port)"),
+    ):
+        parser.add_argument(name, action="store_true", help=help)
     parser.add_argument("--version", action="version", version=f"llmswap {VERSION}")
-    parser.add_argument(
-        "--parrot", action="store_true", help="be the demo model server (with --port)"
-    )
-    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, default=8090, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if not (args.file or args.parrot or args.keys):
         parser.error("which INI file? (try: llmswap.py example.ini)")
@@ -9213,7 +9118,8 @@ def parse_args(argv: List[str]):
 
 
 def missing_programs(model: Model) -> Optional[str]:
-    """Say what keeps a process from being started now that may yet come, a file say."""
+    """Return why the model cannot start now although it may later, such as a missing
+    file; else None."""
     if model.problem or model.kind not in ("llama-server", "cmd"):
         return None
     try:
@@ -9224,101 +9130,58 @@ def missing_programs(model: Model) -> Optional[str]:
 
 def check(config: Config) -> int:
     """Print each model with its command or its error; return the exit status."""
-    import shutil  # and with it compressors of all kinds
-
-    width = shutil.get_terminal_size().columns
-    width = max(MIN_COLUMNS, min(width, MAX_COLUMNS))
-    models = list(config.models.values())
-    found = [_checked(model, width) for model in models]
-    for model, (lines, _) in zip(models, found):
-        print("\n".join([*_title(model, width), *lines, ""]))
-    for text in [*_told_tables(models), *config.warnings, *config.pitfalls(table_of)]:
-        print("\n".join(fill(printable(text).split(" "), width, "    ")))
-    bad = sum(not is_good for _, is_good in found)
-    print(f"{bad} of {len(models)} models cannot be used" if bad else "no errors")
-    return 2 if bad else 0
-
-
-def _title(model, width):
-    """Name and aliases, and at the right the model's kind."""
-    names = model.name
-    if model.aliases:
-        names += f" ({', '.join(model.aliases)})"
-    names = printable(names).replace("\n", "\\n")
-    first, *others = fill(names.split(" "), width - len(model.kind) - 2, "  ")
-    gap = " " * max(2, width - len(first) - len(model.kind))
-    return [_painted(first, "1") + gap + _painted(model.kind, "2"), *others]
-
-
-def _checked(model, width):
-    """The lines that say what runs, or what is wrong; whether nothing is."""
-    try:
-        if model.problem:
-            raise ConfigError(model.problem)
-        lines = [printable(line) for line in _running(model, width - 2)]
-        missing = missing_programs(model)
-    except ConfigError as error:
-        lines = fill(printable(f"error: {error}").split(" "), width - 2, "  ")
-        return ["  " + _painted(line, "31") for line in lines], False
-    if missing:
-        told = fill(f"cannot start now: {missing}".split(" "), width - 2, "  ")
-        lines += [_painted(printable(line), "33") for line in told]
-    return [f"  {line}" for line in lines], True
+    models, unusable = list(config.models.values()), []
+    for model in models:
+        aliases = f" ({', '.join(model.aliases)})" if model.aliases else ""
+        lines = [f"{model.name}{aliases}: {model.kind}".replace("\n", "\\n")]
+        try:
+            if model.problem:
+                raise ConfigError(model.problem)
+            lines.append(_command_line(model))
+            missing = missing_programs(model)
+            lines += [f"cannot start now: {missing}"] if missing else []
+        except ConfigError as error:
+            lines.append(f"error: {error}")
+            unusable.append(model.name)
+        print(printable("\n".join(lines).replace("\n", "\n  ")), end="\n\n")
+    binaries = {m.settings.llama_server for m in models if m.kind == "llama-server"}
+    for binary in sorted(binaries):
+        if options_of(binary) is UNKNOWN_OPTIONS:
+            print(f"the options of {binary} are unknown: they are passed on unchecked")
+    for warning in [*config.warnings, *config.pitfalls(table_of)]:
+        print(printable(warning))
+    if unusable:
+        count = f"{len(unusable)} of {len(models)} models cannot be used"
+        print(printable(f"{count}: {', '.join(unusable)}"))
+    else:
+        print("no errors")
+    return 2 if unusable else 0
 
 
-def _running(model, width):
-    """What runs for the model: a command to paste into a shell, or where it is."""
+def _command_line(model):
+    """Return a line for a shell in which PORT is set, or where the model runs."""
     if model.kind == "uses":
-        return [f"the backend of {model.backend}"]
+        return f"the backend of {model.backend}"
     argv = model.command(table_of(model), PORT_MARK)
-    if argv:
-        return shell_lines(model, argv, width)
-    where = [model.settings.unit, "at", model.url("")]
-    return [" ".join(where if model.kind == "unit" else where[2:])]
-
-
-PORT_MARK = "\0"  # stands in a command where the port will
-
-
-def shell_lines(model: Model, argv: List[str], width: int) -> List[str]:
-    """Return lines for a shell in which PORT is set that do what a start does."""
+    if not argv:
+        unit = f"{model.settings.unit} at " if model.kind == "unit" else ""
+        return unit + model.url("")
+    variables = model.environment(PORT_MARK).items()
+    pairs = [f"{name}={value}" for name, value in variables]
+    line = " ".join(map(_shell_word, [*(["env"] if pairs else []), *pairs, *argv]))
     cwd = model.settings.cwd
-    parts = [f"cd {shlex.quote(cwd)} &&"] if cwd else []
-    for name, value in model.environment(PORT_MARK).items():
-        parts.append(f"{name}={_shell_word(value)}")
-    for word in map(_shell_word, argv):
-        both = f"{parts[-1]} {word}" if parts else word
-        is_value = bool(parts) and parts[-1].startswith("-") and word[0] != "-"
-        if is_value and " " not in parts[-1] and len(both) < width - 6:
-            parts[-1] = both
-        else:
-            parts.append(word)
-    return fill(parts, width, "    ", " \\")
+    return f"cd {shlex.quote(cwd)} && {line}" if cwd else line
+
+
+PORT_MARK = "\0"  # stands where the port will
 
 
 def _shell_word(word):
-    """The word as a shell reads it, with ${PORT} where the port stands."""
     quoted = [part and shlex.quote(part) for part in word.split(PORT_MARK)]
     return "${PORT}".join(quoted) or "''"
 
 
-def _told_tables(models):
-    """Which llama-servers did not say what options they have."""
-    for binary in sorted(binaries_of(models)):
-        if options_of(binary) is UNKNOWN_OPTIONS:
-            yield f"the options of {binary} are unknown: they are passed on unchecked"
-
-
-def binaries_of(models: Iterable[Model]) -> Set[str]:
-    """Return what runs the models that are llama-server's, as the file names it."""
-    return {m.settings.llama_server for m in models if m.kind == "llama-server"}
-
-
-def _painted(text, colour):
-    """The text in a colour, on a terminal."""
-    if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
-        return text
-    return f"\033[{colour}m{text}\033[0m"
+# -- starting and ending ---------------------------------------------------------------
 
 
 def prepare_process():
@@ -9341,11 +9204,12 @@ def prepare_process():
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run llmswap until it is told to end; return the exit status."""
+    """Run llmswap until a signal ends it; return the exit status."""
     prepare_process()
     args = parse_args(sys.argv[1:] if argv is None else argv)
     if args.parrot:
-        return _run_parrot(args.port or 8090)
+        address = ("127.0.0.1", args.port)
+        http.server.ThreadingHTTPServer(address, Parrot).serve_forever()
     if args.keys:
         print(keys_text(), end="")
         return 0
@@ -9364,22 +9228,14 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 def refuse_pending_connections():
-    """Tell who wait at systemd's sockets, or they make it start us again and again."""
+    """Answer the connections that wait at systemd's sockets: otherwise it would start
+    llmswap for them again and again."""
+    why = "llmswap cannot start: its file is broken, its log says where"
     for listener in take_listeners(os.environ)[0]:
         listener.setblocking(False)
-        with contextlib.suppress(OSError):  # nobody is left
+        with contextlib.suppress(OSError):  # there are no more
             while True:
-                why = "llmswap cannot start: its file is broken, its log says where"
                 refuse_connection(listener.accept()[0], why, is_patient=True)
-
-
-def _run_parrot(port):
-    server = socketserver.ThreadingTCPServer(("127.0.0.1", port), Parrot, False)
-    server.allow_reuse_address = server.daemon_threads = True
-    server.server_bind()
-    server.server_activate()
-    server.serve_forever()
-    return 0
 
 
 class Application:
@@ -9388,46 +9244,60 @@ class Application:
     def __init__(self, args, config: Config):
         self._args = args
         self._config = config
-        self._signals = collections.deque()  # that arrived and were not seen to
-        self._waker = Waker()
+        self._signals, self._wakeup = socket.socketpair()
         self._reload_lock = threading.Lock()
         self._is_reloaded = threading.Event()
-        self._rested_at = -math.inf  # when the idle-command ended last
-        self._manager = SystemdNotifier(os.environ)
-        self._is_activated = False
-        self._has_closed = False
+        self._notifier = SystemdNotifier(os.environ)
+        self._is_activated = False  # by a socket of systemd's
         self.log = Log()
-        self.log.level = "debug" if args.verbose else config.settings.log_level
+        self.log.set_level("debug" if args.verbose else config.settings.log_level)
 
     def run(self) -> int:
         """Serve until a signal ends it; return the exit status."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda number, _: self._signals.append(number))
-        self._waker.wake_on_signals()
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        self._receive_signals()
         listeners = self._open_listeners()
         if isinstance(listeners, int):
-            self.log.flush()
+            self.log.close()
             return listeners
         self.pool = Pool(self._config, self.log)
         self.server = Server(listeners, self.pool, self.log, self.reload)
         self._log_startup()
         self.pool.start()
         self.server.begin()
-        loop = self._idle_command_loop
-        threading.Thread(target=loop, name="idle", daemon=True).start()
-        self._manager.tell("READY=1", f"STATUS={status_line(self.pool)}")
-        if self._manager.is_listening:
-            follow, what = self._manager.subscribe, (self.pool, self.server.is_serving)
-            threading.Thread(target=follow, args=what, daemon=True).start()
+        self._start_thread(self._idle_command_loop)
+        self._notifier.notify("READY=1", f"STATUS={status_line(self.pool)}")
+        if self._notifier.is_listening:
+            serving = self.server.is_serving
+            self._start_thread(self._notifier.watch, self.pool, serving)
         if self._await_end():
             self._shut_down()
         return 0
 
+    @staticmethod
+    def _start_thread(target, *args):
+        threading.Thread(target=target, args=args, daemon=True).start()
+
+    def _receive_signals(self):
+        """Have each signal's number written to a socket, for `_next_signal`."""
+        self._wakeup.setblocking(False)
+        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+    def _next_signal(self, timeout: Optional[float]) -> Optional[int]:
+        """Return the next signal's number, 0 for the end of `_close`, or None if none
+        came in time."""
+        self._signals.settimeout(None if timeout is None else min(timeout, MAX_WAIT))
+        try:
+            return self._signals.recv(1)[0]
+        except (socket.timeout, BlockingIOError):
+            return None
+
     def _open_listeners(self):
-        """The listening sockets, or an exit status if an address is taken."""
+        """Return the listening sockets, or an exit status if an address is taken."""
         listeners, complaint = take_listeners(os.environ)
         if complaint:
             self.log("warning", complaint)
@@ -9442,8 +9312,8 @@ class Application:
                 if error.errno == errno.EADDRINUSE and is_llmswap(address):
                     self.log("info", f"llmswap answers at {where} already")
                     return 0
-                reason = str(error.strerror or error)
-                reason = reason.partition(" (while ")[0]  # binding to this address
+                # without "(while attempting to bind on address ...)"
+                reason = str(error.strerror or error).partition(" (while ")[0]
                 self.log("error", f"cannot listen on {where}: {reason}")
                 return 1
         return listeners
@@ -9454,21 +9324,18 @@ class Application:
         names = [model.name for model in self._config.models.values()]
         count = f"{len(names)} model" + ("" if len(names) == 1 else "s")
         self.log("info", f"{count}: {', '.join(names)}" if names else "no models")
-        self._tell_warnings(self._config)
-        for binary in binaries_of(self._config.models.values()):
-            threading.Thread(target=options_of, args=(binary,), daemon=True).start()
+        self._log_problems(self._config)
 
-    def _tell_warnings(self, config):
+    def _log_problems(self, config):
         for warning in config.warnings:
             self.log("warning", warning)
         for model in config.models.values():
             if model.problem:
                 self.log("warning", f"{model.name} cannot be used: {model.problem}")
-        look = functools.partial(self._check_models, config)
-        threading.Thread(target=look, name="look ahead", daemon=True).start()
+        self._start_thread(self._check_models, config)
 
     def _check_models(self, config):
-        """Say which models could not be started now; mounts may come later."""
+        """Log which models could not be started now; a mount may come later."""
         for warning in config.pitfalls(table_of):
             self.log("warning", warning)
         reasons = collections.defaultdict(list)
@@ -9482,8 +9349,7 @@ class Application:
             self.log("warning", text)
 
     def _await_end(self):
-        """Sleep until a signal says to end: True; or being idle does: False. On SIGHUP,
-        read the file again."""
+        """Return whether a signal says to end, or False after an idle exit."""
         while True:
             number = self._next_signal(self._until_idle_exit())
             if number == signal.SIGHUP:
@@ -9493,104 +9359,22 @@ class Application:
             elif self._try_idle_exit():
                 return False
 
-    def _next_signal(self, timeout):
-        """The next signal, or None if none came in time or the bell rang for another
-        reason. Main thread only."""
-        if not self._signals:
-            waiter = select.poll()
-            waiter.register(self._waker, select.POLLIN)
-            timeout = MAX_WAIT if timeout is None else min(timeout, MAX_WAIT)
-            waiter.poll(math.ceil(timeout * 1000))
-            self._waker.clear()
-        return self._signals.popleft() if self._signals else None
-
     def _reload_on_signal(self):
         now = time.monotonic_ns() // 1000
-        self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={now}")
+        self._notifier.notify("RELOADING=1", f"MONOTONIC_USEC={now}")
         try:
             self.reload()
         except APIError as problem:
             self.log("error", str(problem))
-        self._manager.tell("READY=1")
-
-    def _until_idle_exit(self):
-        """Seconds until it is worth to look whether we may leave; None: never."""
-        limit = self._config.settings.exit_idle_time
-        if not limit or not self._is_activated:
-            return None
-        quiet = [self.pool.inactive_since(), self.server.inactive_since()]
-        if None in quiet:
-            return limit
-        return max(0.0, max(quiet) + limit - time.monotonic())
-
-    def _try_idle_exit(self):
-        """Leave if we were idle for long enough and nobody waits in the backlog."""
-        if self._until_idle_exit() != 0.0:  # the bell may ring for nothing
-            return False
-        if not self.server.try_idle_exit():
-            return False
-        limit = self._config.settings.exit_idle_time
-        self.log("info", f"idle for {limit:g} s; the next connection starts it again")
-        self._manager.tell("STOPPING=1")
-        self.pool.close(0)
-        self.log.flush()
-        return True
-
-    def _idle_command_loop(self):
-        """Run the idle-command each time that nobody asked for anything for so long."""
-        while not self.server.is_closing:
-            pause = self._until_idle_command()
-            if pause <= 0:
-                self._rest()
-                self._rested_at = time.monotonic()
-            elif self._is_reloaded.wait(None if pause == math.inf else pause):
-                self._is_reloaded.clear()
-
-    def _until_idle_command(self):
-        """Seconds until it is worth to look whether to run it."""
-        settings = self._config.settings
-        if not settings.idle_command:
-            return math.inf
-        idle_since = self.pool.idle_since()
-        if idle_since is None:
-            return max(1.0, settings.idle_command_after)
-        since = max(idle_since, self._rested_at)
-        return since + settings.idle_command_after - time.monotonic()
-
-    def _rest(self):
-        """Unload everything, then run the idle-command, if nobody asks meanwhile."""
-        idle_since = self.pool.idle_since()
-
-        def is_disturbed():
-            return self.server.is_closing or self.pool.idle_since() != idle_since
-
-        self.pool.unload_all()
-        self.pool.await_unloaded(is_disturbed)
-        if not is_disturbed():
-            self._run_idle_command(shlex.split(self._config.settings.idle_command))
-
-    def _run_idle_command(self, argv):
-        suspended = suspended_seconds()
-        self.log("info", f"idle: running {shlex.join(argv)}")
-        try:
-            status = subprocess.call(
-                argv, stdin=subprocess.DEVNULL, env=clean_environment({})
-            )
-        except OSError as error:
-            self.log("error", f"idle-command: {error}")
-            return
-        level = "error" if status else "info"
-        slept = max(0.0, suspended_seconds() - suspended)
-        self.log(level, f"idle-command ended with status {status}; slept {slept:.0f} s")
+        self._notifier.notify("READY=1")
 
     def reload(self):
-        """Read the file again and take it over; a broken one changes nothing and
-        raises an APIError that says why."""
+        """Read the file again and use it; a broken one changes nothing, and raises an
+        APIError with the reason."""
+        args = self._args
         with self._reload_lock:
             try:
-                config = load_config(
-                    self._args.file, self._args.listen, self._args.models_max
-                )
+                config = load_config(args.file, args.listen, args.models_max)
             except ConfigError as error:
                 raise APIError(f"not reloaded: {error}") from None
             if config.settings.listen != self._config.settings.listen:
@@ -9598,35 +9382,93 @@ class Application:
             self.pool.reload(config)
             self._config = config
             self._is_reloaded.set()
-            if not self._args.verbose:
-                self.log.level = config.settings.log_level
-            self._tell_warnings(config)
-            self.log("info", f"{self._args.file} was read again")
+            if not args.verbose:
+                self.log.set_level(config.settings.log_level)
+            self._log_problems(config)
+            self.log("info", f"{args.file} was read again")
+
+    def _until_idle_exit(self):
+        """Return the seconds until an idle exit may be due; None: never."""
+        limit = self._config.settings.exit_idle_time
+        if not limit or not self._is_activated:
+            return None
+        since = [self.pool.inactive_since(), self.server.inactive_since()]
+        if None in since:
+            return limit
+        return max(0.0, max(since) + limit - time.monotonic())
+
+    def _try_idle_exit(self):
+        """Close the Pool and return True, unless a client came at the last moment."""
+        if self._until_idle_exit() != 0.0 or not self.server.try_idle_exit():
+            return False
+        limit = self._config.settings.exit_idle_time
+        self.log("info", f"idle for {limit:g} s; the next connection starts it again")
+        self._notifier.notify("STOPPING=1")
+        self.pool.close(0)
+        self.log.close()
+        return True
+
+    def _idle_command_loop(self):
+        """Run the idle-command whenever no request came for `idle-command-after`."""
+        last_run = -math.inf
+        while not self.server.is_closing:
+            settings, idle_since = self._config.settings, self.pool.idle_since()
+            pause = MAX_WAIT  # or until a reload
+            if settings.idle_command and idle_since is None:
+                pause = max(1.0, settings.idle_command_after)
+            elif settings.idle_command:
+                since = max(idle_since, last_run)
+                pause = since + settings.idle_command_after - time.monotonic()
+            if pause > 0:
+                self._is_reloaded.wait(min(pause, MAX_WAIT))
+                self._is_reloaded.clear()
+            else:
+                self._unload_and_run(shlex.split(settings.idle_command), idle_since)
+                last_run = time.monotonic()
+
+    def _unload_and_run(self, command, idle_since):
+        """Unload everything, then run the command; a request meanwhile cancels that."""
+
+        def is_disturbed():
+            return self.server.is_closing or self.pool.idle_since() != idle_since
+
+        self.pool.unload_all()
+        self.pool.await_unloaded(is_disturbed)
+        if is_disturbed():
+            return
+        self.log("info", f"idle: running {shlex.join(command)}")
+        suspended, environment = suspended_seconds(), clean_environment({})
+        try:
+            status = subprocess.call(command, stdin=subprocess.DEVNULL, env=environment)
+        except OSError as error:
+            self.log("error", f"idle-command: {error}")
+            return
+        level = "error" if status else "info"
+        slept = max(0.0, suspended_seconds() - suspended)
+        self.log(level, f"idle-command ended with status {status}; slept {slept:.0f} s")
 
     def _shut_down(self):
+        """End the requests in flight and all backends; a second signal kills them."""
         self.log("info", "ending; requests in flight may end first")
-        self._manager.tell("STOPPING=1", MORE_TIME)
+        self._notifier.notify("STOPPING=1", EXTEND_TIMEOUT)
+        addresses = [listener.getsockname() for listener in self.server.sockets]
         self.server.stop()
-        closing = threading.Thread(target=self._close, name="closing", daemon=True)
-        closing.start()
-        while not self._has_closed:
-            number = self._next_signal(EXTEND_EVERY)
+        self._start_thread(self._close)
+        while (number := self._next_signal(EXTEND_EVERY)) != 0:
             if number not in (None, signal.SIGHUP):
-                self.pool.kill()  # a second one means now
-            self._manager.tell(MORE_TIME)
+                self.pool.kill()
+            self._notifier.notify(EXTEND_TIMEOUT)
         self.log("info", "ended")
-        self.log.flush()
-        for address in self._config.settings.listen:
+        self.log.close()
+        for address in addresses:
             if isinstance(address, str) and not self._is_activated:
                 with contextlib.suppress(OSError):
                     os.unlink(address)
 
     def _close(self):
-        """Close the Pool, while the main thread goes on to hear signals."""
         self.pool.close(DRAIN_SECONDS)
         self.server.finish(REFUSAL_SECONDS)
-        self._has_closed = True
-        self._waker.wake()
+        self._wakeup.send(b"\0")
 
 
 if __name__ == "__main__":
@@ -9635,4 +9477,4 @@ if __name__ == "__main__":
         print(end="", flush=True)
     except OSError:  # nobody reads it, or it has no room
         exit_status = exit_status or 1
-    os._exit(exit_status)  # a normal end would wait for who is stuck in writing a log
+    os._exit(exit_status)  # a normal end would wait for a thread stuck in writing a log

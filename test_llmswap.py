@@ -3486,8 +3486,8 @@ def test_a_random_walk_over_all_events(is_calm):
 # ==================================================================================
 
 
-class Life:
-    """One life of a model's backend in this process, told by its callbacks."""
+class WatchedBackend:
+    """A backend in this process, with what its callbacks reported."""
 
     def __init__(self, model, guard, settle_timeout=0.0):
         self.backend = llmswap.ProcessBackend(model, guard, settle_timeout)
@@ -3528,21 +3528,21 @@ def guard():
 
 @pytest.fixture
 def begin(guard, tmp_path):
-    """Begin the life of a model [m]: flags of the fake server, keys of the section.
+    """Start a backend of a model [m]: flags of the fake server, keys of the section.
 
     What is left at the end is killed.
     """
-    lives = []
+    all_watched = []
 
     def begin(*flags, settle=0.0, **keys):
         model = model_of(tmp_path, *flags, **keys)
-        lives.append(Life(model, guard, settle))
-        return lives[-1]
+        all_watched.append(WatchedBackend(model, guard, settle))
+        return all_watched[-1]
 
     yield begin
-    for life in lives:
-        life.backend.stop(at_once=True)
-        eventually(lambda life=life: not has_group(life.backend.pid))
+    for watched in all_watched:
+        watched.backend.stop(at_once=True)
+        eventually(lambda watched=watched: not has_group(watched.backend.pid))
 
 
 def model_of(folder, *flags, **keys):
@@ -3584,7 +3584,7 @@ def test_a_free_port_is_outside_the_range_of_outgoing_connections():
     assert len(ports) > 10
 
 
-def test_a_bell_wakes_a_poll_and_leaves_no_descriptor():
+def test_a_waker_wakes_a_poll_and_leaves_no_descriptor():
     before = len(os.listdir("/proc/self/fd"))
     bell = llmswap.Waker()
     poll = llmswap.select.poll()
@@ -3659,11 +3659,11 @@ def test_a_child_starts_in_clean_surroundings(begin, tmp_path, monkeypatch):
     keys = {"cmd": script(tmp_path, SURROUNDINGS), "env.OTHER": "${PORT}"}
     inherited = os.open("/dev/null", os.O_RDONLY)
     os.set_inheritable(inherited, True)
-    life = begin(**keys, oom_score_adj=777)
-    problem = life.exited()
+    watched = begin(**keys, oom_score_adj=777)
+    problem = watched.exited()
     os.close(inherited)
     assert "exited with status 3" in str(problem)
-    lines = list(life.backend.lines)
+    lines = list(watched.backend.lines)
     assert lines[0] == "777"
     assert lines[1:5] == ["0", "1", "2", "3"]  # the last one is of ls itself
     masks = dict(line.split(":\t") for line in lines if line.startswith("Sig"))
@@ -3673,17 +3673,17 @@ def test_a_child_starts_in_clean_surroundings(begin, tmp_path, monkeypatch):
     assert masks["SigBlk"] == 0 and masks["SigIgn"] & ~ours == 0, masks
     environment = dict(line.split("=", 1) for line in lines if "=" in line)
     assert environment["KEPT"] == "kept"
-    assert environment["OTHER"] == str(life.backend.port)
+    assert environment["OTHER"] == str(watched.backend.port)
     assert not set(foreign) & set(environment)
 
 
 def test_a_life_from_spawn_to_a_stop(begin):
-    life = begin("--load", "0.05", "--model", "m")
-    backend = life.loaded()
+    watched = begin("--load", "0.05", "--model", "m")
+    backend = watched.loaded()
     stats = get(backend.port, "/stats")
     assert stats["pid"] == backend.pid
     assert stats["oom_score_adj"] == 1000
-    assert life.stop() is None
+    assert watched.stop() is None
     assert not has_group(backend.pid)
     assert not backend.died(0)
 
@@ -3750,64 +3750,64 @@ def test_a_load_that_goes_on_in_silence_is_not_given_up(
     loop = "while True:\n    step()\n    time.sleep(0.03)\n"
     (tmp_path / "x.py").write_text(f"import mmap, os, time\n{LOADS[load]}\n{loop}")
     (tmp_path / "file").write_bytes(bytes(2**20))
-    life = begin(cmd=f"{wrapper}{sys.executable} -S {tmp_path}/x.py", load_timeout=0.5,
+    watched = begin(cmd=f"{wrapper}{sys.executable} -S {tmp_path}/x.py", load_timeout=0.5,
                  proxy="http://127.0.0.1:1", cwd=tmp_path)  # fmt: skip
     with pytest.raises(queue.Empty):
-        life.news.get(timeout=1.0)
+        watched.news.get(timeout=1.0)
 
 
 def test_a_page_read_now_and_then_is_no_progress(begin, monkeypatch):
     monkeypatch.setattr(llmswap, "ACTIVITY_INTERVAL", 0.05)
     pages = itertools.count(0, 4096)
-    monkeypatch.setattr(llmswap, "disk_reads_of", lambda pid: next(pages))
-    life = begin("--load-hang", load_timeout=0.3)
-    assert "no sign of progress for 0.3 s" in str(life.exited())
+    monkeypatch.setattr(llmswap, "_kernel_counts", lambda *_: next(pages))
+    watched = begin("--load-hang", load_timeout=0.3)
+    assert "no sign of progress for 0.3 s" in str(watched.exited())
 
 
 def test_a_stop_while_loading_kills_without_grace(begin):
-    life = begin("--load-hang", "--ignore-term", "--grandchild")
-    eventually(lambda: life.wrote("listening"))
+    watched = begin("--load-hang", "--ignore-term", "--grandchild")
+    eventually(lambda: watched.wrote("listening"))
     asked_at = time.monotonic()
-    assert life.stop() is None
+    assert watched.stop() is None
     assert time.monotonic() - asked_at < 1
-    assert not has_group(life.backend.pid)
+    assert not has_group(watched.backend.pid)
 
 
 @pytest.mark.parametrize("delay", [0, 0.001, 0.003, 0.01, 0.02, 0.04, 0.08])
 def test_a_stop_at_any_moment_of_a_start_leaves_nothing(begin, delay):
-    life = begin("--load", "0.02")
+    watched = begin("--load", "0.02")
     threading.Event().wait(delay)
-    life.backend.stop()
-    news = life.news.get(timeout=5)
+    watched.backend.stop()
+    news = watched.news.get(timeout=5)
     if news[0] == "loaded":
-        news = life.news.get(timeout=5)
+        news = watched.news.get(timeout=5)
     assert news == ("exited", None)
-    assert not has_group(life.backend.pid)
+    assert not has_group(watched.backend.pid)
 
 
-def test_who_ignores_sigterm_is_killed_after_its_stop_timeout(begin):
-    life = begin("--ignore-term", "--grandchild", stop_timeout=0.3)
-    life.loaded()
+def test_sigterm_ignored_is_followed_by_sigkill(begin):
+    watched = begin("--ignore-term", "--grandchild", stop_timeout=0.3)
+    watched.loaded()
     asked_at = time.monotonic()
-    assert life.stop() is None
+    assert watched.stop() is None
     assert 0.3 <= time.monotonic() - asked_at < 1.5
-    assert not has_group(life.backend.pid)
+    assert not has_group(watched.backend.pid)
 
 
 def test_a_stop_can_be_hastened(begin):
-    life = begin("--ignore-term", stop_timeout=60)
-    life.loaded()
-    life.backend.stop()
-    life.backend.stop(at_once=True)
-    assert life.exited() is None
+    watched = begin("--ignore-term", stop_timeout=60)
+    watched.loaded()
+    watched.backend.stop()
+    watched.backend.stop(at_once=True)
+    assert watched.exited() is None
 
 
 def test_workers_that_outlive_their_leader_are_killed(begin):
-    life = begin("--grandchild")
-    backend = life.loaded()
+    watched = begin("--grandchild")
+    backend = watched.loaded()
     worker = get(backend.port, "/stats")["grandchild"]
     os.kill(backend.pid, signal.SIGKILL)
-    life.exited()
+    watched.exited()
     found = llmswap.process_stat(worker)
     assert found is None or found.state == "Z"
 
@@ -3823,17 +3823,17 @@ echo done >>{told}
 def test_a_stop_command_is_run_instead_and_may_finish(begin, tmp_path):
     told = tmp_path / "told"
     script(tmp_path, STOPPER.format(told=told))
-    life = begin(cmd_stop=f"/bin/sh {tmp_path}/script ${{PID}} ${{PORT}}")
-    backend = life.loaded()
-    assert life.stop() is None
+    watched = begin(cmd_stop=f"/bin/sh {tmp_path}/script ${{PID}} ${{PORT}}")
+    backend = watched.loaded()
+    assert watched.stop() is None
     assert told.read_text() == f"{backend.pid} {backend.port}\ndone\n"
 
 
 def test_a_stop_command_that_hangs_is_killed_with_what_it_started(begin, tmp_path):
     script(tmp_path, f"echo $$ >{tmp_path}/pid; sleep 60; :")
-    life = begin(cmd_stop=f"/bin/sh {tmp_path}/script", stop_timeout=0.3)
-    life.loaded()
-    assert life.stop() is None
+    watched = begin(cmd_stop=f"/bin/sh {tmp_path}/script", stop_timeout=0.3)
+    watched.loaded()
+    assert watched.stop() is None
     stopper = int((tmp_path / "pid").read_text())
     eventually(lambda: not has_group(stopper))
 
@@ -3853,14 +3853,14 @@ def test_an_answer_to_a_check_that_comes_while_it_is_stopped_is_left_alone(
     begin, tmp_path
 ):
     (tmp_path / "late.py").write_text(LATE_WORD)
-    life = begin(
+    watched = begin(
         cmd=f"{sys.executable} -S {tmp_path}/late.py ${{PORT}}",
         cmd_stop="/bin/sh -c 'kill -USR1 ${PID}'",
         load_timeout=0.3,
         stop_timeout=0.5,
     )
     cpu = time.process_time()
-    assert "not ready" in str(life.exited())
+    assert "not ready" in str(watched.exited())
     assert time.process_time() - cpu < 0.25  # nobody spins on what nobody reads
 
 
@@ -3868,38 +3868,40 @@ def test_an_answer_to_a_check_that_comes_while_it_is_stopped_is_left_alone(
 def test_a_stop_command_that_cannot_run_gives_way_to_sigterm(guard, tmp_path, command):
     model = model_of(tmp_path)
     settings = model.settings._replace(cmd_stop=command)
-    life = Life(model._replace(settings=settings), guard)
-    life.loaded()
-    assert life.stop() is None
-    assert not has_group(life.backend.pid)
+    watched = WatchedBackend(model._replace(settings=settings), guard)
+    watched.loaded()
+    assert watched.stop() is None
+    assert not has_group(watched.backend.pid)
 
 
 def test_a_server_that_closes_its_output_lives_on(begin, tmp_path):
     command = fake_command()
-    life = begin(cmd=script(tmp_path, f"exec >&- 2>&-\nPORT=$1\nexec {command}"))
-    port = life.loaded().port
-    assert get(port, "/stats")["pid"] == life.backend.pid
+    watched = begin(cmd=script(tmp_path, f"exec >&- 2>&-\nPORT=$1\nexec {command}"))
+    port = watched.loaded().port
+    assert get(port, "/stats")["pid"] == watched.backend.pid
     cpu = time.process_time()
     threading.Event().wait(0.2)
     assert time.process_time() - cpu < 0.15  # nobody spins on the end of its output
-    assert life.stop() is None
+    assert watched.stop() is None
 
 
 def test_a_flood_of_output_neither_blocks_it_nor_fills_the_memory(begin, tmp_path):
     flood = "head -c 100000000 /dev/zero | tr '\\0' x; echo; echo over; exit 5"
-    life = begin(cmd=script(tmp_path, flood))
-    assert "exited with status 5" in str(life.exited())
-    assert life.backend.lines[-1] == "over"
-    assert max(map(len, life.backend.lines)) <= llmswap.MAX_LINE
+    watched = begin(cmd=script(tmp_path, flood))
+    assert "exited with status 5" in str(watched.exited())
+    assert watched.backend.lines[-1] == "over"
+    assert max(map(len, watched.backend.lines)) <= llmswap.MAX_LINE
 
 
-def test_who_left_the_group_and_floods_the_output_delays_nobody(begin, tmp_path):
+def test_a_process_that_left_the_group_and_floods_the_output_delays_nothing(
+    begin, tmp_path
+):
     text = f"echo $$ >{tmp_path}/pid; exec yes"
     (tmp_path / "flood").write_text(text)
     text = f"setsid sh {tmp_path}/flood & sleep 0.1; exit 4"
-    life = begin(cmd=script(tmp_path, text))
+    watched = begin(cmd=script(tmp_path, text))
     try:
-        assert "exited with status 4" in str(life.exited())
+        assert "exited with status 4" in str(watched.exited())
     finally:
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
@@ -3917,7 +3919,7 @@ def test_who_left_the_group_and_floods_the_output_delays_nobody(begin, tmp_path)
         (socket.AF_INET6, "::ffff:127.0.0.1", True),
     ],
 )
-def test_who_listens_on_a_port_of_loopback_is_found(family, address, is_found):
+def test_the_listener_of_a_loopback_port_is_found(family, address, is_found):
     with socket.socket(family) as listener, socket.socket() as silent:
         listener.bind((address, 0))
         port = listener.getsockname()[1]
@@ -3929,7 +3931,7 @@ def test_who_listens_on_a_port_of_loopback_is_found(family, address, is_found):
         assert llmswap.holder_of(os.fstat(silent.fileno()).st_ino, [1]) == os.getpid()
 
 
-def test_ready_is_who_accepts_if_there_is_no_check_endpoint(begin):
+def test_without_a_check_endpoint_ready_means_that_the_port_accepts(begin):
     flags = ["--no-health", "--load", "0.05", "--bind-late"]
     begin(*flags, check_endpoint="none").loaded()
 
@@ -4010,6 +4012,59 @@ def test_a_health_check_that_nobody_answers_is_repeated(begin, monkeypatch, tmp_
     begin(cmd=f"{sys.executable} -S {tmp_path}/deaf.py ${{PORT}}").loaded()
 
 
+LEAVER = """\
+import os, socket, sys, time
+server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+while True:
+    client, _ = server.accept()
+    request = client.recv(999)
+    if request.startswith(sys.argv[2].encode()):
+        if os.fork():
+            time.sleep(0.2)
+            os._exit(3)
+        time.sleep(60)
+    client.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 0\\r\\n\\r\\n")
+    client.close()
+"""
+
+
+@pytest.mark.parametrize("request_line", ["GET /health", "POST /wake_up"])
+def test_an_exit_ends_a_probe_whose_socket_a_worker_holds_open(
+    begin, tmp_path, request_line
+):
+    (tmp_path / "leaver.py").write_text(LEAVER)
+    command = f"{sys.executable} -S {tmp_path}/leaver.py ${{PORT}} '{request_line}'"
+    watched = begin(cmd=command, sleep="POST /sleep", wake="POST /wake_up")
+    began = time.monotonic()
+    if request_line == "GET /health":
+        assert "status 3" in str(watched.exited())
+    else:
+        watched.loaded().wake()
+        began = time.monotonic()
+        watched.loaded()  # it is started anew
+    assert time.monotonic() < began + 3
+
+
+def test_a_health_answer_that_drips_is_no_answer(begin, tmp_path):
+    text = """
+import socket, sys, time
+server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+while True:
+    client, _ = server.accept()
+    client.recv(999)
+    client.sendall(b"HTTP/1.1 200 OK\\r\\nX: ")
+    try:
+        while True:
+            client.sendall(b"x")
+            time.sleep(0.05)
+    except OSError:
+        pass
+"""
+    (tmp_path / "drip.py").write_text(text)
+    command = f"{sys.executable} -S {tmp_path}/drip.py ${{PORT}}"
+    assert "no sign of progress" in str(begin(cmd=command, load_timeout=0.4).exited())
+
+
 STRANGER = """\
 import socket, sys
 server = socket.create_server(("127.0.0.1", int(sys.stdin.readline())))
@@ -4086,21 +4141,21 @@ def kind_keys(kind, folder):
 @pytest.mark.parametrize("kind", ["cmd", "llama-server"])
 def test_a_stranger_on_the_chosen_port_hears_nothing(begin, tmp_path, first_port, kind):
     stranger = Stranger(first_port)
-    life = begin(**kind_keys(kind, tmp_path))
-    assert life.loaded().port != first_port
-    assert get(life.backend.port, "/stats")["pid"] == life.backend.pid
+    watched = begin(**kind_keys(kind, tmp_path))
+    assert watched.loaded().port != first_port
+    assert get(watched.backend.port, "/stats")["pid"] == watched.backend.pid
     assert stranger.heard() == b""
 
 
 @pytest.mark.parametrize("kind", ["cmd", "llama-server"])
-def test_a_stranger_who_comes_during_the_load_hears_nothing(
+def test_a_stranger_that_comes_during_the_load_hears_nothing(
     begin, tmp_path, first_port, kind
 ):
     stranger = Stranger(first_port, is_late=True)
-    life = begin(**kind_keys(kind, tmp_path))
-    eventually(lambda: life.backend.pid)
+    watched = begin(**kind_keys(kind, tmp_path))
+    eventually(lambda: watched.backend.pid)
     stranger.listen()
-    assert life.loaded().port != first_port
+    assert watched.loaded().port != first_port
     assert stranger.heard() == b""
 
 
@@ -4129,8 +4184,8 @@ def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(
 
 def test_a_backend_may_listen_anew(begin, tmp_path):
     wrapped = fake_command(port="$1")
-    life = begin(cmd=script(tmp_path, f"until {wrapped}; do :; done"))
-    backend = life.loaded()
+    watched = begin(cmd=script(tmp_path, f"until {wrapped}; do :; done"))
+    backend = watched.loaded()
     seen = []
 
     def is_another():
@@ -4147,17 +4202,17 @@ def test_a_backend_may_listen_anew(begin, tmp_path):
 def test_a_port_lost_within_a_moment_is_found_out_at_the_exit(
     begin, tmp_path, first_port, monkeypatch
 ):
-    connect = llmswap.Upstream.control_connection
+    connect = llmswap.Upstream.control_socket
 
-    def control_connection(upstream, timeout):
+    def control_socket(upstream, timeout):
         if upstream.port == first_port:
             raise ConnectionRefusedError
         return connect(upstream, timeout)
 
-    monkeypatch.setattr(llmswap.Upstream, "control_connection", control_connection)
+    monkeypatch.setattr(llmswap.Upstream, "control_socket", control_socket)
     stranger = Stranger(first_port)  # whom no health check sees
-    life = begin(cmd=fake_command())
-    assert life.loaded().port != first_port
+    watched = begin(cmd=fake_command())
+    assert watched.loaded().port != first_port
     assert stranger.heard() == b""
 
 
@@ -4195,8 +4250,8 @@ def test_a_line_written_at_every_check_does_not_make_checks_endless(monkeypatch)
 
 def test_a_listener_in_the_childs_group_is_the_childs(begin, tmp_path):
     wrapped = fake_command(port="$1")
-    life = begin(cmd=script(tmp_path, f"{wrapped} &\nwait"))
-    backend = life.loaded()
+    watched = begin(cmd=script(tmp_path, f"{wrapped} &\nwait"))
+    backend = watched.loaded()
     assert get(backend.port, "/stats")["pid"] != backend.pid
 
 
@@ -4210,15 +4265,15 @@ def talk(port, **wish):
     return client
 
 
-def test_who_answers_neither_requests_nor_health_is_stopped(begin):
-    life = begin(hang_timeout=0.3)
-    backend = life.loaded()
+def test_a_backend_that_answers_neither_requests_nor_health_is_stopped(begin):
+    watched = begin(hang_timeout=0.3)
+    backend = watched.loaded()
     with talk(backend.port, hang=True, hang_health=True):
-        eventually(lambda: life.backend.upstream)
+        eventually(lambda: watched.backend.upstream)
         eventually(lambda: get(backend.port, "/stats")["in_flight"])
         cpu = time.process_time()
         backend.report_stall()
-        problem = life.exited()
+        problem = watched.exited()
         assert time.process_time() - cpu < 0.25  # it did not spin meanwhile
     assert "hung: neither a request nor 0.3 s of health" in str(problem)
     assert backend.died(0)
@@ -4226,22 +4281,22 @@ def test_who_answers_neither_requests_nor_health_is_stopped(begin):
 
 
 def test_a_stopped_process_hangs(begin):
-    life = begin(hang_timeout=0.3)
-    os.kill(life.loaded().pid, signal.SIGSTOP)
-    life.backend.report_stall()
-    assert "hung" in str(life.exited())
+    watched = begin(hang_timeout=0.3)
+    os.kill(watched.loaded().pid, signal.SIGSTOP)
+    watched.backend.report_stall()
+    assert "hung" in str(watched.exited())
 
 
 def test_a_silent_request_with_answering_health_is_left_alone(begin):
-    life = begin(hang_timeout=0.2)
-    backend = life.loaded()
+    watched = begin(hang_timeout=0.2)
+    backend = watched.loaded()
     with talk(backend.port, hang=True):
         seen = get(backend.port, "/stats")["health"]
         for _ in range(3):
             backend.report_stall()
             eventually(lambda: backend._silent_since is None)
         assert get(backend.port, "/stats")["health"] > seen
-        assert life.news.empty()
+        assert watched.news.empty()
 
 
 def test_cmd_models_are_not_suspected_by_default(begin):
@@ -4259,15 +4314,15 @@ def test_the_end_waits_until_the_gpus_memory_is_free(begin, tmp_path, monkeypatc
     tool.write_text(f"#!/bin/sh\ncat {state} 2>/dev/null\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    life = begin("--grandchild", settle=10)
-    worker = get(life.loaded().port, "/stats")["grandchild"]
+    watched = begin("--grandchild", settle=10)
+    worker = get(watched.loaded().port, "/stats")["grandchild"]
     state.write_text(f"1\n{worker}\n")
-    life.backend.stop()
-    eventually(lambda: not has_group(life.backend.pid))
+    watched.backend.stop()
+    eventually(lambda: not has_group(watched.backend.pid))
     with pytest.raises(queue.Empty):
-        life.news.get(timeout=0.2)
+        watched.news.get(timeout=0.2)
     state.write_text("1\n")
-    assert life.exited() is None
+    assert watched.exited() is None
 
 
 GPU_TOOLS = [
@@ -4312,13 +4367,13 @@ def test_waiting_for_the_gpu_has_an_end(monkeypatch):
 
 def test_lives_leave_no_descriptor_and_no_thread(begin, tmp_path, monkeypatch):
     def live(number):
-        life = begin(*[[], ["--load-exit", "1"], ["--load-hang"]][number % 3])
+        watched = begin(*[[], ["--load-exit", "1"], ["--load-hang"]][number % 3])
         if number % 3 == 0:
-            life.loaded()
+            watched.loaded()
         if number % 3 != 1:
-            life.backend.stop()
-        life.exited()
-        life.backend = Gone(life.backend.pid)
+            watched.backend.stop()
+        watched.exited()
+        watched.backend = Gone(watched.backend.pid)
 
     live(0)
     threads, before = threading.active_count(), len(os.listdir("/proc/self/fd"))
@@ -4360,9 +4415,9 @@ def test_a_failed_start_leaves_no_descriptor_to_the_garbage_collector(
     before = len(os.listdir("/proc/self/fd"))
     gc.disable()
     try:
-        life = begin()
-        assert "no descriptor is left" in str(life.exited())
-        life.backend = Gone(None)
+        watched = begin()
+        assert "no descriptor is left" in str(watched.exited())
+        watched.backend = Gone(None)
         eventually(lambda: len(os.listdir("/proc/self/fd")) <= before, timeout=3)
     finally:
         gc.enable()
@@ -4370,9 +4425,9 @@ def test_a_failed_start_leaves_no_descriptor_to_the_garbage_collector(
 
 def test_without_pidfd_an_exit_is_noticed_all_the_same(begin, monkeypatch):
     monkeypatch.delattr(os, "pidfd_open")
-    life = begin()
-    os.kill(life.loaded().pid, signal.SIGKILL)
-    assert "killed by signal 9" in str(life.exited())
+    watched = begin()
+    os.kill(watched.loaded().pid, signal.SIGKILL)
+    assert "killed by signal 9" in str(watched.exited())
     assert begin("--load-exit", "3").exited().status == 502
     third = begin()
     third.loaded()
@@ -4557,7 +4612,7 @@ class PoolStage:
         return eventually(found)[number]
 
     def state(self, name):
-        return self.pool.snapshot()[name].state.value
+        return self.pool.status(self.pool.config.models[name]).state
 
     def busy(self, name):
         """Load the model and leave one request in flight."""
@@ -4620,7 +4675,7 @@ def test_a_failed_load_refuses_every_waiting_request(stage):
     waiting = [stage.ask("a") for _ in range(3)]
     stage.backend("a").end(llmswap.LoadFailed("no luck"))
     assert {str(request.refused()) for request in waiting} == {"no luck"}
-    assert stage.pool.snapshot()["a"].failure is waiting[0].problem
+    assert stage.pool.statuses()[0].failure is waiting[0].problem
 
 
 def test_a_crash_between_ready_and_the_first_byte_frees_the_lease(stage):
@@ -4678,7 +4733,7 @@ def test_a_reload_removes_replaces_and_keeps(stage):
     for request in requests.values():
         request.end()
     assert [backend.is_stopping for backend in stage.backends] == [False, True, True]
-    assert set(stage.pool.snapshot()) == {"a", "b"}
+    assert {each.id for each in stage.pool.statuses()} == {"a", "b"}
     stage.backend("c").end()
     stage.backend("b").end()
     assert stage.backend("b", 1).model.settings.cmd == "true 2 ${PORT}"
@@ -4897,7 +4952,7 @@ stop-timeout = 20
 def ask_later(server, model):
     """Send a chat request and leave its answer alone."""
     client = server.connect()
-    client.send("POST", "/v1/chat/completions", chat_body(model))
+    client.send("POST", CHAT, chat_body(model))
     return client
 
 
@@ -4912,33 +4967,28 @@ def assert_all_gone(server):
     eventually(lambda: not family(server.token), 2.5)
 
 
-def test_sigkill_leaves_nothing_of_any_group():
-    with Llmswap(MANY) as server:
-        ask_later(server, "loading")
-        assert server.chat("still").status == server.chat("stopping").status == 200
-        server.post("/models/unload", {"model": "stopping"})
-        eventually(lambda: server.journal("term", "stopping"))
-        eventually(lambda: server.journal("grandchild", "loading"))
-        eventually(lambda: len(family(server.token)) == 8)
-        server.kill()
-        assert_all_gone(server)
-
-
 KILLS = int(os.environ.get("KILLS", 2))  # 50 takes most of a minute
 KILL_MOMENTS = [0.001, *(random.uniform(0, 1.5 / 50 * KILLS) for _ in range(KILLS - 1))]
 
 
-@pytest.mark.parametrize("moment", KILL_MOMENTS, ids=range(KILLS))
-def test_sigkill_at_any_moment_leaves_nothing(moment):
+@pytest.mark.parametrize("moment", [None, *KILL_MOMENTS], ids=range(KILLS + 1))
+def test_sigkill_at_any_moment_leaves_nothing_of_any_group(moment):
     with Llmswap(MANY) as server:
         for model in ("still", "loading", "stopping"):
             ask_later(server, model)
-        threading.Event().wait(moment)
+        if moment is None:  # each model in the state that its name says
+            eventually(lambda: server.journal("grandchild", "loading"))
+            assert server.chat("still").status == server.chat("stopping").status == 200
+            server.post("/models/unload", {"model": "stopping"})
+            eventually(lambda: server.journal("term", "stopping"))
+            eventually(lambda: len(family(server.token)) == 8)
+        else:
+            threading.Event().wait(moment)
         server.kill()
         assert_all_gone(server)
 
 
-def test_a_killed_guard_is_replaced_and_knows_every_group_when_we_are_killed():
+def test_a_killed_guard_is_replaced_and_knows_every_group():
     with Llmswap(MANY) as server:
         ask_later(server, "loading")
         assert server.chat("still").status == 200
@@ -4953,32 +5003,29 @@ def test_a_killed_guard_is_replaced_and_knows_every_group_when_we_are_killed():
         assert_all_gone(server)
 
 
-def test_sigterm_lets_requests_end_and_refuses_the_queue():
+# ---- signals
+
+
+def test_sigterm_lets_requests_end_and_refuses_those_that_wait_or_come_late():
     text = "[a]\ncmd = FAKE --model a --grandchild\n[b]\ncmd = FAKE --model b\n"
-    with Llmswap(text) as server:
-        stream = server.stream("a", tokens=20, interval=0.02)
+    body = encoded(chat_body("a"))
+    with Llmswap(text) as server, server.connect() as late, server.connect() as idle:
+        stream = server.stream("a", tokens=40, interval=0.02)
         waiting = ask_later(server, "b")
         eventually(lambda: server.get("/health").json().get("queued"))
+        late.sock.sendall(request_head("POST", CHAT, len(body)) + body[:9])
+        assert idle.ask("GET", "/health").status == 200
         server.process.terminate()
+        assert idle.sock.recv(1) == b""
+        eventually(lambda: not is_listening(server.port))
+        server.process.send_signal(signal.SIGHUP)  # which is no second signal
         refusal = waiting.answer()
-        assert refusal.status == 503 and "retry-after" in refusal.headers
-        assert "word19" in stream.text() and stream.is_complete
+        late.sock.sendall(body[9:])
+        assert refusal.status == late.answer().status == 503
+        assert "retry-after" in refusal.headers
+        assert "word39" in stream.text() and stream.is_complete
         assert server.process.wait(5) == 0
         assert_all_gone(server)
-
-
-def test_idle_backends_are_stopped_in_parallel_and_quickly():
-    names = "abcd"
-    text = "[llmswap]\nmodels-max = 0\n" + "".join(
-        f"[{name}]\ncmd = FAKE --model {name} --stop-delay 0.3\n" for name in names
-    )
-    with Llmswap(text) as server:
-        for name in names:
-            server.chat(name)
-        told_at = time.monotonic()
-        server.process.terminate()
-        assert server.process.wait(10) == 0
-        assert time.monotonic() - told_at < 1.3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -4988,58 +5035,42 @@ def test_a_second_signal_ends_everything_at_once(number):
         stream = server.stream("a", tokens=1000, interval=0.1)
         server.process.send_signal(number)
         eventually(lambda: "ending" in server.log())
-        told_at = time.monotonic()
+        sent_at = time.monotonic()
         server.process.send_signal(number)
         assert server.process.wait(10) == 0
-        assert time.monotonic() - told_at < 2
+        assert time.monotonic() - sent_at < 2
         stream.close()
         assert_all_gone(server)
 
 
-@contextmanager
-def running(command, address, **options):
-    """The process of llmswap that this command starts, once it answers there; it must
-    end with status 0 at a SIGTERM, and without a traceback if its stderr is a pipe."""
-    with subprocess.Popen(command, **options) as process:
-        try:
-            eventually(lambda: llmswap.is_llmswap(address))
-            yield process
-            process.terminate()
-            said = process.communicate(timeout=5)[1]
-            assert process.returncode == 0 and "Traceback" not in (said or "")
-        finally:
-            process.kill()
+def test_idle_backends_are_stopped_in_parallel():
+    text = "[{0}]\ncmd = FAKE --model {0} --stop-delay 0.3\n"
+    models = "".join(map(text.format, "abcd"))
+    with Llmswap(f"[llmswap]\nmodels-max = 0\n{models}") as server:
+        for name in "abcd":
+            server.chat(name)
+        sent_at = time.monotonic()
+        server.process.terminate()
+        assert server.process.wait(10) == 0
+        assert time.monotonic() - sent_at < 1.3
 
 
-def test_sighup_at_the_end_is_no_second_signal():
-    with Llmswap("[a]\ncmd = FAKE\n") as server:
-        with server.stream("a", tokens=8, interval=0.05) as stream:
-            events = stream.events()
-            next(events)
-            server.process.terminate()
-            eventually(lambda: "ending" in server.log())
-            server.process.send_signal(signal.SIGHUP)
-            assert list(events)[-1] == "[DONE]"
+def test_a_request_completed_at_the_very_end_is_answered_503():
+    with Llmswap("[a]\ncmd = FAKE\n") as server, server.connect() as client:
+        body = encoded(chat_body("a"))
+        client.sock.sendall(request_head("POST", CHAT, len(body)) + body[:9])
+        assert server.get("/health").status == 200  # so the first one is accepted
+        server.process.terminate()
+        eventually(lambda: not is_listening(server.port))
+        client.sock.sendall(body[9:])
+        assert client.answer().status == 503
         assert server.process.wait(5) == 0
 
 
-def test_an_end_is_clean_though_nobody_reads_what_it_says(tmp_path):
-    (tmp_path / "m.ini").write_text(f"[m]\ncmd = {fake_command()}\n")
-    port = free_port()
-    command = [sys.executable, LLMSWAP, str(tmp_path / "m.ini")]
-    command += ["--listen", f"127.0.0.1:{port}", "--verbose"]
-    read_end, write_end = os.pipe()
-    os.set_blocking(write_end, False)
-    with contextlib.suppress(BlockingIOError):
-        while os.write(write_end, b"x" * 4096):
-            pass
-    os.set_blocking(write_end, True)
-    with running(command, ("127.0.0.1", port), stderr=write_end):
-        assert ask(port, "POST", "/v1/chat/completions", chat_body("m")).status == 200
-    os.close(read_end), os.close(write_end)
+# ---- stops that take long
 
 
-def test_who_ignores_sigterm_delays_only_who_needs_its_room():
+def test_sigterm_ignored_delays_only_the_models_that_need_the_room():
     text = (
         "[llmswap]\nmodels-max = 2\n"
         "[slow]\ncmd = FAKE --model slow --ignore-term\nstop-timeout = 0.6\n"
@@ -5086,6 +5117,8 @@ def test_nothing_runs_while_nothing_happens():
         assert not zombies_of(server.pid)
 
 
+# ---- reload
+
 RELOADS = """\
 [llmswap]
 models-max = 0
@@ -5096,7 +5129,7 @@ cmd = FAKE --model {changed}
 """
 
 
-def test_a_reload_keeps_streams_replaces_what_changed_and_removes_what_is_gone():
+def test_a_reload_keeps_streams_replaces_changed_and_removes_missing_models():
     gone = "[gone]\ncmd = FAKE --model gone\n"
     with Llmswap(RELOADS.format(changed="old") + gone) as server:
         streams = [
@@ -5107,27 +5140,26 @@ def test_a_reload_keeps_streams_replaces_what_changed_and_removes_what_is_gone()
         server.reload(RELOADS.format(changed="new"))
         eventually(lambda: "was read again" in server.log())
         waiting = ask_later(server, "changed")
-        refused = server.chat("gone")
-        assert refused.status == 404
+        assert server.chat("gone").status == 404
         assert all("word39" in stream.text() for stream in streams)
         assert waiting.answer().content().startswith("new ")
         assert server.stats("kept")["pid"] == pid
         eventually(lambda: "model gone" not in str(family(server.token)))
 
 
-def test_a_new_key_counts_on_connections_that_were_let_in_with_the_old_one():
+def test_a_new_key_counts_on_open_connections():
     locked = "[llmswap]\napi-key = {}\n[a]\ncmd = FAKE\n"
     old, new = ({"Authorization": f"Bearer {key}"} for key in ("old", "new"))
     with Llmswap(locked.format("old")) as server, server.connect() as client:
-        asked = "GET", "/v1/models", None
-        assert [client.ask(*asked, old).status for _ in range(3)] == [200] * 3
+        request = "GET", "/v1/models", None
+        assert [client.ask(*request, old).status for _ in range(3)] == [200] * 3
         server.reload(locked.format("new"))
         eventually(lambda: "was read again" in server.log())
-        answers = [client.ask(*asked, key).status for key in (old, new, old, new)]
+        answers = [client.ask(*request, key).status for key in (old, new, old, new)]
         assert answers == [401, 200, 401, 200]
 
 
-def test_a_broken_file_changes_nothing_and_says_why():
+def test_a_broken_file_changes_nothing_and_the_log_says_why():
     whole = RELOADS.format(changed="old")
     with Llmswap(whole) as server:
         pid = server.stats("kept")["pid"]
@@ -5136,21 +5168,20 @@ def test_a_broken_file_changes_nothing_and_says_why():
             ("[kept\n", "test.ini:1:"),
             ("[llmswap]\nno-such-key = 1\n", "test.ini:2: [llmswap] no-such-key"),
         ]
-        for number, (text, said) in enumerate(broken, 1):
+        for number, (text, place) in enumerate(broken, 1):
             server.reload(text)
             eventually(lambda n=number: server.log().count("not reloaded") == n)
-            assert f"not reloaded: {server.folder}/{said}" in server.log()
+            assert f"not reloaded: {server.folder}/{place}" in server.log()
         server.ini.unlink()
         server.process.send_signal(signal.SIGHUP)
         eventually(lambda: server.log().count("not reloaded") == len(broken) + 1)
-        assert server.stats("kept")["pid"] == pid
         server.reload(whole.replace("[llmswap]", "[llmswap]\nlog-level = debug"))
         eventually(lambda: "was read again" in server.log())
         assert server.stats("kept")["pid"] == pid
 
 
 @pytest.mark.parametrize("args", [(), ("--verbose",)])
-def test_the_log_level_is_that_of_the_file_read_last_unless_all_is_to_be_told(args):
+def test_a_reload_sets_the_log_level_unless_verbose_does(args):
     with Llmswap("[a]\ncmd = FAKE\n", *args) as server:
         server.reload("[llmswap]\nlog-level = error\n[b]\ncmd = FAKE\n")
         eventually(lambda: "b" in server.states())
@@ -5158,138 +5189,6 @@ def test_the_log_level_is_that_of_the_file_read_last_unless_all_is_to_be_told(ar
         if args:
             eventually(lambda: "b: loading" in server.log())
         assert ("b: loading" in server.log()) == bool(args)
-
-
-def test_a_connection_that_waits_for_nothing_is_closed_when_the_end_begins():
-    with Llmswap("[a]\ncmd = FAKE\n") as server, server.connect() as busy:
-        with server.connect(timeout=3.0) as idle:
-            assert idle.ask("GET", "/health").status == 200
-            busy.send("POST", CHAT, chat_body("a", hang=True))
-            eventually(lambda: server.get("/health").json()["requests"])
-            server.process.terminate()
-            assert idle.sock.recv(1) == b""
-            assert server.process.poll() is None  # it still serves the other
-            busy.hang_up()
-
-
-def test_who_asks_at_the_very_end_is_told_that_it_is_the_end():
-    with Llmswap("[a]\ncmd = FAKE\n") as server, server.connect() as client:
-        body = json.dumps(chat_body("a")).encode()
-        head = request_head("POST", "/v1/chat/completions", len(body))
-        client.sock.sendall(head + body[:9])
-        assert server.get("/health").status == 200  # so who came before was taken up
-        server.process.terminate()
-        eventually(lambda: not is_listening(server.port))
-        client.sock.sendall(body[9:])
-        assert client.answer().status == 503
-        assert server.process.wait(5) == 0
-
-
-def test_a_change_of_listen_is_not_taken_over_and_said(tmp_path):
-    path, port = tmp_path / "m.ini", free_port()
-    path.write_text(f"[llmswap]\nlisten = 127.0.0.1:{port}\n")
-    command, address = [sys.executable, LLMSWAP, str(path)], ("127.0.0.1", port)
-    with running(command, address, stderr=subprocess.PIPE, text=True) as process:
-        path.write_text(f"[llmswap]\nlisten = unix:{tmp_path}/socket\n")
-        process.send_signal(signal.SIGHUP)
-        wanted = "a change of `listen` needs a restart"
-        assert any(wanted in line for line in process.stderr)
-        assert llmswap.is_llmswap(address)
-
-
-def test_the_parrot_repeats_what_it_is_told_and_survives_nonsense():
-    with socketserver.TCPServer(("127.0.0.1", 0), llmswap.Parrot) as server:
-        threading.Thread(target=server.handle_request, daemon=True).start()
-        with Client(server.server_address[1]) as client:  # one connection for all
-            assert client.ask("GET", "/health").json()["status"] == "ok"
-            assert client.ask("GET", "/v1/models").json()["data"] == [{"id": "parrot"}]
-            assert client.ask("HEAD", "/health").status == 200
-            told = {
-                "model": "jo",
-                "messages": [{"content": "no"}, {"content": "Hi you"}],
-            }
-            answer = client.ask("POST", CHAT, told).json()
-            assert answer["choices"][0]["message"]["content"] == "jo says: Hi you"
-            assert answer["usage"]["completion_tokens"] == 4
-            for body in (b"", b"{", b"[]", b"3", b'{"messages":"x"}', b"[" * 5000):
-                assert client.ask("POST", CHAT, body).status == 400
-            began = time.monotonic()
-            events = client.ask("POST", CHAT, {**told, "stream": True}).body
-            assert time.monotonic() > began + 0.2
-            words = [json.loads(each[6:]) for each in events.split(b"\n\n")[:-2]]
-            words = [word["choices"][0]["delta"]["content"] for word in words]
-            assert words == ["jo ", "says: ", "Hi ", "you"]
-            assert events.endswith(b"data: [DONE]\n\n")
-            assert b"squawk" in client.ask("POST", CHAT, {"messages": []}).body
-            client.send("POST", CHAT, b"")
-            assert client._until(b"\r\n") == b"HTTP/1.1 400 Bad Request"
-
-
-def test_ps_shows_the_command_as_it_was_given(tmp_path):
-    path, port = tmp_path / "m.ini", free_port()
-    path.write_text(f"[m]\ncmd = {fake_command()}\n")
-    shutil.copy(LLMSWAP, tmp_path / "llmswap.py")
-    listen = ["--listen", f"127.0.0.1:{port}"]
-    as_module = ["-m", "llmswap", "m.ini", *listen]
-    environ = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    there = {"cwd": tmp_path, "env": environ}
-    for words in ([LLMSWAP, str(path), *listen], as_module):
-        with running([sys.executable, *words], ("127.0.0.1", port), **there) as run:
-            shown = Path(f"/proc/{run.pid}/cmdline").read_text().split("\0")[:-1]
-            assert shown == [sys.executable, *words]
-            assert ask(port, "POST", CHAT, chat_body("m")).status == 200
-    assert list((tmp_path / "__pycache__").glob("llmswap.*.pyc"))
-
-
-def test_a_unix_socket_is_removed_at_the_end(tmp_path):
-    path, place = tmp_path / "m.ini", tmp_path / "socket"
-    path.write_text(f"[llmswap]\nlisten = unix:{place}\n")
-    command = [sys.executable, LLMSWAP, str(path)]
-    with running(command, str(place), stderr=subprocess.PIPE, text=True):
-        assert place.exists()
-    assert not place.exists()
-
-
-def test_who_starts_it_without_standard_descriptors_is_served_as_well(tmp_path):
-    path, port = tmp_path / "m.ini", free_port()
-    head = f"[llmswap]\nlisten = 127.0.0.1:{port}\n"
-    path.write_text(f"{head}[m]\ncmd = {fake_command()}\n")
-    words = [sys.executable, LLMSWAP, str(path)]
-    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words]
-    with running(command, ("127.0.0.1", port)) as process:
-        for fd in range(3):
-            assert os.readlink(f"/proc/{process.pid}/fd/{fd}") == os.devnull
-        assert ask(port, "POST", "/v1/chat/completions", chat_body("m")).status == 200
-
-
-def test_who_finds_llmswap_at_the_address_is_content_and_who_finds_another_is_not(
-    tmp_path
-):
-    (tmp_path / "m.ini").write_text("[m]\ncmd = true ${PORT}\n")
-    command = [sys.executable, LLMSWAP, str(tmp_path / "m.ini"), "--listen"]
-    place = str(tmp_path / "socket")
-    ours = running([*command, f"unix:{place}"], place)
-    with Llmswap("") as tcp, Fake() as other, ours:
-        for port, status, said in (
-            (tcp.port, 0, "llmswap answers at {} already"),
-            (other.port, 1, "cannot listen on {}: Address already in use"),
-            (None, 0, "llmswap answers at {} already"),
-        ):
-            address = f"127.0.0.1:{port}" if port else f"unix:{place}"
-            done = subprocess.run(
-                [*command, address], stderr=subprocess.PIPE, text=True
-            )
-            shown = f"http://{address}/" if port else address
-            said = said.format(shown) + "\n"
-            assert done.returncode == status and said in done.stderr
-
-
-def test_what_could_not_be_written_was_not_told(tmp_path):
-    (tmp_path / "m.ini").write_text("[m]\ncmd = true ${PORT}\n")
-    check = [sys.executable, LLMSWAP, str(tmp_path / "m.ini"), "--check"]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(check, stdout=full, stderr=subprocess.DEVNULL)
-    assert done.returncode == 1
 
 
 def test_a_storm_of_reloads_harms_no_request():
@@ -5313,6 +5212,115 @@ def test_a_storm_of_reloads_harms_no_request():
         eventually(lambda: not zombies_of(server.pid))
 
 
+# ---- how it is started
+
+
+@contextmanager
+def running(command, address, **options):
+    """The process of llmswap that this command starts, once it answers there; it must
+    end with status 0 at a SIGTERM, and without a traceback if its stderr is a pipe."""
+    with subprocess.Popen(command, **options) as process:
+        try:
+            eventually(lambda: llmswap.is_llmswap(address))
+            yield process
+            process.terminate()
+            written = process.communicate(timeout=5)[1]
+            assert process.returncode == 0 and "Traceback" not in (written or "")
+        finally:
+            process.kill()
+
+
+IGNORE_SIGCHLD = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN)"
+WAYS_TO_START = {
+    "as a file": [],
+    "as a module": [],
+    "without descriptors": ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"],
+    "with SIGCHLD ignored": [
+        sys.executable, "-c", f"{IGNORE_SIGCHLD}; os.execv(sys.argv[1], sys.argv[1:])",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS_TO_START)
+def test_however_it_is_started_it_serves_and_ps_shows_its_command(tmp_path, way):
+    port = free_port()
+    bad = fake_command("--load-exit", 7)
+    text = f"[m]\ncmd = {fake_command()}\n[bad]\ncmd = {bad}\n"
+    (tmp_path / "m.ini").write_text(text)
+    shutil.copy(LLMSWAP, tmp_path / "llmswap.py")
+    file = ["-m", "llmswap"] if way == "as a module" else [LLMSWAP]
+    words = [sys.executable, *file, "m.ini", "--listen", f"127.0.0.1:{port}"]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    command = [*WAYS_TO_START[way], *words]
+    with running(command, ("127.0.0.1", port), cwd=tmp_path, env=env) as process:
+        shown = Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")[:-1]
+        assert shown == words
+        assert ask(port, "POST", CHAT, chat_body("m")).status == 200
+        answer = ask(port, "POST", CHAT, chat_body("bad"))
+        assert "exited with status 7" in answer.message()
+        if way == "without descriptors":
+            fds = [os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in range(3)]
+            assert fds == [os.devnull] * 3
+    is_cached = bool(list((tmp_path / "__pycache__").glob("llmswap.*.pyc")))
+    assert is_cached == (way == "as a module")
+
+
+def test_stderr_that_nobody_reads_delays_neither_requests_nor_the_end(tmp_path):
+    (tmp_path / "m.ini").write_text(f"[m]\ncmd = {fake_command()}\n")
+    port = free_port()
+    command = [sys.executable, LLMSWAP, str(tmp_path / "m.ini"), "--verbose"]
+    command += ["--listen", f"127.0.0.1:{port}"]
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(write_end, b"x" * 4096):
+            pass
+    os.set_blocking(write_end, True)
+    with running(command, ("127.0.0.1", port), stderr=write_end):
+        assert ask(port, "POST", CHAT, chat_body("m")).status == 200
+    os.close(read_end), os.close(write_end)
+
+
+def test_a_unix_socket_is_removed_at_the_end_and_listen_needs_a_restart(tmp_path):
+    path, place = tmp_path / "m.ini", tmp_path / "socket"
+    path.write_text(f"[llmswap]\nlisten = unix:{place}\n")
+    command = [sys.executable, LLMSWAP, str(path)]
+    pipe = dict(stderr=subprocess.PIPE, text=True)
+    with running(command, str(place), **pipe) as process:
+        path.write_text(f"[llmswap]\nlisten = 127.0.0.1:{free_port()}\n")
+        process.send_signal(signal.SIGHUP)
+        wanted = "a change of `listen` needs a restart"
+        assert any(wanted in line for line in process.stderr)
+        assert llmswap.is_llmswap(str(place))
+    assert not place.exists()
+
+
+def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
+    (tmp_path / "m.ini").write_text("[m]\ncmd = true ${PORT}\n")
+    command = [sys.executable, LLMSWAP, str(tmp_path / "m.ini"), "--listen"]
+    place = str(tmp_path / "socket")
+    ours = running([*command, f"unix:{place}"], place)
+    with Llmswap("") as tcp, Fake() as other, ours:
+        for listen, shown, status, text in (
+            (f"127.0.0.1:{tcp.port}", f"http://127.0.0.1:{tcp.port}/", 0,
+             "llmswap answers at {} already"),
+            (f"127.0.0.1:{other.port}", f"http://127.0.0.1:{other.port}/", 1,
+             "cannot listen on {}: Address already in use"),
+            (f"unix:{place}", f"unix:{place}", 0, "llmswap answers at {} already"),
+        ):  # fmt: skip
+            done = subprocess.run([*command, listen], stderr=subprocess.PIPE, text=True)
+            assert done.returncode == status
+            assert text.format(shown) + "\n" in done.stderr
+
+
+def test_output_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "m.ini").write_text("[m]\ncmd = true ${PORT}\n")
+    check = [sys.executable, LLMSWAP, str(tmp_path / "m.ini"), "--check"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(check, stdout=full, stderr=subprocess.DEVNULL)
+    assert done.returncode == 1
+
+
 @pytest.mark.parametrize("most", [1, 0])
 def test_a_connection_without_a_thread_is_refused_and_the_listener_lives(
     monkeypatch, most
@@ -5320,10 +5328,10 @@ def test_a_connection_without_a_thread_is_refused_and_the_listener_lives(
     def start(_):
         raise RuntimeError("can't start new thread")
 
-    said = []
+    log = []
     with socket.create_server(("127.0.0.1", 0)) as sock:
         pool = llmswap.Pool(no_models(), lambda *_: None)
-        server = llmswap.Server([sock], pool, lambda *told: said.append(told), None)
+        server = llmswap.Server([sock], pool, lambda *line: log.append(line), None)
         server.most_connections = most
         with Client(sock.getsockname()[1]) as client:
             with monkeypatch.context() as patch:
@@ -5332,19 +5340,31 @@ def test_a_connection_without_a_thread_is_refused_and_the_listener_lives(
             answer = client.answer()
         assert server.inactive_since() is not None
     assert answer.status == 503 and "new thread" in answer.message()
-    assert "new thread" in said[0][1]
+    assert "new thread" in log[0][1]
 
 
-def test_signals_that_our_parent_ignored_do_not_harm(tmp_path):
-    path, port = tmp_path / "m.ini", free_port()
-    path.write_text(f"[m]\ncmd = {fake_command('--load-exit', '7')}\n")
-    command = [sys.executable, LLMSWAP, str(path)]
-    command += ["--listen", f"127.0.0.1:{port}"]
-    ignore = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN);"
-    ignore += "os.execv(sys.argv[1], sys.argv[1:])"
-    with running([sys.executable, "-c", ignore, *command], ("127.0.0.1", port)):
-        answer = ask(port, "POST", "/v1/chat/completions", chat_body("m"))
-        assert "exited with status 7" in answer.message()
+def test_the_parrot_repeats_the_last_message_and_survives_nonsense():
+    with socketserver.TCPServer(("127.0.0.1", 0), llmswap.Parrot) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with Client(server.server_address[1]) as client:  # one connection for all
+            assert client.ask("GET", "/health").json()["status"] == "ok"
+            assert client.ask("GET", "/v1/models").json()["data"] == [{"id": "parrot"}]
+            assert client.ask("HEAD", "/health").status == 200
+            messages = [{"content": "no"}, {"content": "Hi you"}]
+            body = {"model": "jo", "messages": messages}
+            answer = client.ask("POST", CHAT, body).json()
+            assert answer["choices"][0]["message"]["content"] == "jo says: Hi you"
+            assert answer["usage"]["completion_tokens"] == 4
+            for nonsense in (b"", b"{", b"[]", b"3", b'{"messages":"x"}', b"[" * 5000):
+                assert client.ask("POST", CHAT, nonsense).status == 400
+            began = time.monotonic()
+            events = client.ask("POST", CHAT, {**body, "stream": True}).body
+            assert time.monotonic() > began + 0.2
+            chunks = [json.loads(event[6:]) for event in events.split(b"\n\n")[:-2]]
+            words = [chunk["choices"][0]["delta"]["content"] for chunk in chunks]
+            assert words == ["jo ", "says: ", "Hi ", "you"]
+            assert events.endswith(b"data: [DONE]\n\n")
+            assert b"squawk" in client.ask("POST", CHAT, {"messages": []}).body
 
 
 # ==================================================================================
@@ -5877,7 +5897,7 @@ def test_a_server_that_may_put_itself_to_sleep_is_asked_only_when_it_is_time():
     backend = llmswap.Backend(SimpleNamespace(name="m"), upstream)
     backend.on_slept = lambda _: told.append("slept")
     backend.on_loaded = lambda _: told.append("loaded")
-    backend._probe = lambda *_: asked.append(0) or llmswap.Probe(200, answers.pop(0))
+    backend._probe = lambda *_, **__: asked.append(0) or llmswap.Probe(200, answers.pop(0))
     backend._sleep_seconds = 60.0
 
     def look(is_busy, used_at, is_time=True):
@@ -6446,7 +6466,7 @@ def test_how_long_the_machine_slept_is_read_from_the_kernels_clocks():
 # ==================================================================================
 
 
-def test_when_nobody_asks_everything_is_unloaded_and_the_idle_command_run(tmp_path):
+def test_without_requests_all_is_unloaded_and_the_idle_command_runs(tmp_path):
     mark = tmp_path / "ran"
     command = f"/bin/sh -c 'date +%s.%N >>{mark}; sleep 0.1'"
     head = f"[llmswap]\nidle-command = {command}\nidle-command-after = 0.4s\n"
@@ -6467,7 +6487,7 @@ def test_when_nobody_asks_everything_is_unloaded_and_the_idle_command_run(tmp_pa
         eventually(lambda: len(mark.read_text().split()) == 2)
 
 
-def test_a_request_while_the_last_model_goes_cancels_the_idle_command(tmp_path):
+def test_a_request_while_the_last_model_stops_cancels_the_idle_command(tmp_path):
     mark = tmp_path / "ran"
     head = f"[llmswap]\nidle-command = touch {mark}\nidle-command-after = 0.3s\n"
     with brisk(head + "[a]\ncmd = FAKE --model a --stop-delay 0.4\n") as server:
@@ -6478,18 +6498,18 @@ def test_a_request_while_the_last_model_goes_cancels_the_idle_command(tmp_path):
         eventually(mark.exists)
 
 
-def test_how_long_the_machine_slept_after_the_idle_command_is_told(tmp_path):
+@pytest.mark.parametrize(
+    "command, text",
+    [("touch {}", "ended with status 0; slept 3600 s"),
+     ("false", "ended with status 1"), ("/no/such/thing", "idle-command: ")],
+)  # fmt: skip
+def test_the_end_of_the_idle_command_and_the_sleep_are_logged(tmp_path, command, text):
     mark = tmp_path / "slept"
     slept = Code(f"lambda: 3600.0 * l.os.path.exists({str(mark)!r})")
-    head = f"[llmswap]\nidle-command = touch {mark}\nidle-command-after = 0.2s\n"
+    head = f"[llmswap]\nidle-command = {command.format(mark)}\n"
+    head += "idle-command-after = 0.2s\n"
     with brisk(head + "[a]\ncmd = FAKE\n", suspended_seconds=slept) as server:
-        eventually(lambda: "ended with status 0; slept 3600 s" in server.log())
-
-
-def test_an_idle_command_that_does_not_exist_is_told_of():
-    head = "[llmswap]\nidle-command = /no/such/thing\nidle-command-after = 0.2s\n"
-    with brisk(head + "[a]\ncmd = FAKE\n") as server:
-        eventually(lambda: "idle-command: " in server.log())
+        eventually(lambda: text in server.log())
         assert server.chat("a").status == 200
 
 
@@ -8648,7 +8668,7 @@ def test_without_descriptors_nothing_spins_and_all_is_well_afterwards():
         busy = cpu_seconds(swap.pid)
         time.sleep(0.5)  # what is measured
         assert cpu_seconds(swap.pid) < busy + 0.1
-        assert swap.log().count("could not be accepted") < 5
+        assert swap.log().count("could not be accepted") == 1
         resource.prlimit(swap.pid, resource.RLIMIT_NOFILE, limits)
         for client in clients:
             client.hang_up()
@@ -9570,12 +9590,12 @@ def progress_events(server, model):
     with Stream(server.port, "/models/sse") as stream:
         server.post("/models/load", {"model": model})
         for event in stream.documents():
-            told = event["data"]
-            if event["model"] == model and "progress" in told:
+            status = event["data"]
+            if event["model"] == model and "progress" in status:
                 assert event["event"] == "status_change"
-                found.append((time.monotonic(), told["progress"]))
-            elif event["model"] == model and told["status"] != "loading":
-                return found, told
+                found.append((time.monotonic(), status["progress"]))
+            elif event["model"] == model and status["status"] != "loading":
+                return found, status
 
 
 # -- how far a load is -----------------------------------------------------------------
@@ -9584,11 +9604,13 @@ def progress_events(server, model):
 @pytest.mark.parametrize(
     "shards, wrapper", [(1, ""), (3, "sh -c '\"$@\"; exit' x ")]
 )
-def test_progress_is_read_from_the_memory_of_who_loads(tmp_path, shards, wrapper):
+def test_progress_is_read_from_the_memory_of_the_loading_processes(
+    tmp_path, shards, wrapper
+):
     command = slow_model(tmp_path, shards=shards, wrapper=wrapper)
     with watchful(f"[a]\ncmd = {command}\n") as server:
         found, end = progress_events(server, "a")
-        values = [told["value"] for _, told in found]
+        values = [status["value"] for _, status in found]
         assert values == sorted(values) and values[-1] <= 0.99
         assert any(0.15 < value < 0.85 for value in values), values
         assert end == {"status": "loaded"}
@@ -9603,29 +9625,14 @@ def test_without_a_model_file_progress_is_not_guessed():
         assert progress_events(server, "a") == ([], {"status": "loaded"})
 
 
-def test_the_metrics_and_the_page_show_progress(tmp_path):
-    with watchful(f"[a]\ncmd = {slow_model(tmp_path)}\n") as server:
-        server.post("/models/load", {"model": "a"})
-        shown = rb'llmswap_load_progress_ratio\{model="a"\} 0\.[1-9]'
-        eventually(lambda: re.search(shown, server.get("/metrics").body))
-        with Stream(server.port, "/", headers={"Accept": "text/event-stream"}) as page:
-            for states in page.documents():
-                model = states["models"][0]
-                if model["progress"] or model["state"] == "loaded":
-                    break
-            assert model["state"] == "loaded" or 0 < model["progress"] < 1
-        eventually(lambda: server.loaded() == ["a"])
-        assert not re.search(shown, server.get("/metrics").body)
-
-
 def report(current, value, **more):
     """The line in which a llama-server tells its router how far its load is."""
     payload = {"stages": ["a", "b"], "current": current, "value": value, **more}
-    told = {"state": "loading", "payload": payload}
-    return f"cmd_child_to_router:state:{json.dumps(told)}"
+    status = {"state": "loading", "payload": payload}
+    return f"cmd_child_to_router:state:{json.dumps(status)}"
 
 
-def test_what_the_backend_reports_goes_before_its_memory():
+def test_reports_of_the_backend_count_before_its_memory():
     gauge = llmswap.LoadProgress()
     assert gauge.parse_report(report("a", 0.5)) and gauge.progress == 0.25
     gauge.look(os.getpid())
@@ -9640,7 +9647,7 @@ def test_what_the_backend_reports_goes_before_its_memory():
     "line",
     [report("c", 0), report("a", "x"), report("a", 0, stages=7), report("a", 0)[:-9],
      report("a", 10**400),
-     *(f"cmd_child_to_router:state:{told}" for told in
+     *(f"cmd_child_to_router:state:{text}" for text in
        ("", "7", "{}", '{"state": "sleeping", "payload": null}', "[" * 9999))],
 )  # fmt: skip
 def test_a_report_that_makes_no_sense_changes_nothing(line):
@@ -9648,14 +9655,14 @@ def test_a_report_that_makes_no_sense_changes_nothing(line):
     assert gauge.parse_report(line) and gauge.progress is None
 
 
-def test_what_a_server_reports_of_its_load_is_shown_and_is_no_log(tmp_path):
+def test_reports_of_a_load_are_events_and_no_log_lines(tmp_path):
     script = tmp_path / "reporter"
     lines = [report("a", 0.5), "a log line", report("b", 0.5)]
-    told = "; ".join(f"echo {shlex.quote(line)}; sleep 0.1" for line in lines)
-    script.write_text(f'#!/bin/sh\n{told}\nexec "$@"\n')
+    output = "; ".join(f"echo {shlex.quote(line)}; sleep 0.1" for line in lines)
+    script.write_text(f'#!/bin/sh\n{output}\nexec "$@"\n')
     with watchful(f"[a]\ncmd = sh {script} FAKE\n", "--verbose") as server:
         found, _ = progress_events(server, "a")
-        values = [(told["current"], told["value"]) for _, told in found]
+        values = [(status["current"], status["value"]) for _, status in found]
         assert values == [("a", 0.5), ("b", 0.5)]
         written = eventually(lambda: re.findall(r"a \| (.*)", server.log()))
     assert written[0] == "a log line" and "cmd_child" not in str(written)
@@ -9680,15 +9687,7 @@ def test_a_real_llama_server_that_is_asked_to_report_hangs_after_sigterm(tmp_pat
         assert process.wait(5) == 0
 
 
-def test_the_shards_of_a_model_are_counted_together():
-    name = "/m/x-{}-of-00003.gguf"
-    numbers = ["00001", "00002", "00003"]
-    assert llmswap.shards_of(name.format("00001")) == [name.format(n) for n in numbers]
-    assert llmswap.shards_of("/m/x.gguf") == ["/m/x.gguf"]
-    assert llmswap.shards_of(name.format("00002")) == [name.format("00002")]
-
-
-def test_when_nothing_loads_nobody_looks(tmp_path):
+def test_progress_is_measured_only_while_a_model_loads(tmp_path):
     with watchful("[a]\ncmd = FAKE\n") as server:
         server.chat("a")
         time.sleep(0.1)
@@ -9702,17 +9701,17 @@ def test_when_nothing_loads_nobody_looks(tmp_path):
 
 def test_a_chat_that_asked_for_it_reads_the_progress_as_reasoning(tmp_path):
     command = slow_model(tmp_path)
-    text = f"[*]\nloading-notice = reasoning\n[a]\ncmd = {command}\n"
-    with watchful(text) as server, server.stream("a") as stream:
+    ini = f"[*]\nloading-notice = reasoning\n[a]\ncmd = {command}\n"
+    with watchful(ini) as server, server.stream("a") as stream:
         chunks = list(stream.documents())
-        told = [chunk for chunk in chunks if "loading" in chunk["id"]]
-        assert told and chunks[: len(told)] == told  # before the backend's first
-        for chunk in told:
+        notices = [chunk for chunk in chunks if "loading" in chunk["id"]]
+        assert notices and chunks[: len(notices)] == notices  # before the backend's first
+        for chunk in notices:
             (choice,) = chunk["choices"]
             assert chunk["object"] == "chat.completion.chunk" and chunk["model"] == "a"
             assert choice["index"] == 0 and choice["finish_reason"] is None
-            said = choice["delta"].pop("reasoning_content")
-            assert re.fullmatch(r"loading a, \d\d %\n", said) and not choice["delta"]
+            text = choice["delta"].pop("reasoning_content")
+            assert re.fullmatch(r"loading a, \d\d %\n", text) and not choice["delta"]
         assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
         assert stream.is_complete and b"data: [DONE]" in stream.raw
 
@@ -9727,34 +9726,27 @@ def test_other_requests_get_comments_instead(path):
         assert stream.raw.startswith(b":\n\n") and b"reasoning" not in stream.raw
 
 
-def test_a_load_that_fails_after_notices_ends_in_an_error_event():
+def test_notices_tell_of_the_room_and_a_failed_load_ends_them_with_an_error():
     command = fake_command("--load", 0.5, "--load-exit", 3)
-    text = f"[a]\ncmd = {command}\nloading-notice = reasoning\n"
-    with watchful(text) as server, server.stream("a") as stream:
-        first, *_, last = stream.documents()
-        said = first["choices"][0]["delta"]["reasoning_content"]
-        assert re.fullmatch(r"loading a, \d s\n", said)
-        assert last["error"]["code"] == "model_start_failed" and stream.is_complete
-
-
-def test_a_chat_that_waits_for_room_is_told_so():
-    text = "[*]\nloading-notice = reasoning\n[a]\ncmd = FAKE\n[b]\ncmd = FAKE\n"
-    with watchful(text) as server:
+    text = "[*]\nloading-notice = reasoning\n[a]\ncmd = FAKE\n"
+    with watchful(f"{text}[b]\ncmd = {command}\n") as server:
         busy = threading.Thread(target=server.chat, args=["a"], kwargs={"delay": 0.5})
         busy.start()
         eventually(lambda: server.get("/health").json()["requests"])
         with server.stream("b") as stream:
-            first, *_ = stream.documents()
-        said = first["choices"][0]["delta"]["reasoning_content"]
-        assert said == "waiting for room for b\n"
+            *chunks, last = stream.documents()
         busy.join()
+    notices = [each["choices"][0]["delta"]["reasoning_content"] for each in chunks]
+    assert notices[0] == "waiting for room for b\n"
+    assert re.fullmatch(r"loading b, \d s\n", notices[-1])
+    assert last["error"]["code"] == "model_start_failed" and stream.is_complete
 
 
 # -- what the lists tell ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flag, code", [("--load-exit 3", 3), ("--load-signal 9", 1)])
-def test_the_exit_code_of_a_failed_start_is_told(flag, code):
+def test_the_exit_code_of_a_failed_start_is_shown(flag, code):
     with Llmswap(f"[a]\ncmd = FAKE {flag}\n") as server:
         _, end = progress_events(server, "a")
         assert end == {"status": "unloaded", "exit_code": code}
@@ -9795,18 +9787,13 @@ def test_the_meta_of_a_llama_server_is_shown_while_it_is_loaded(tmp_path):
     with Llmswap(llama_server_with_a_list(tmp_path)) as server:
         assert server.get("/v1/models/a").json()["meta"] == {}
         server.post("/models/load", {"model": "a"})
-        entry = eventually(lambda: entry_with_meta(server))
+        eventually(lambda: server.get("/v1/models/a").json()["meta"])
+        entry = server.get("/v1/models/a").json()
         assert entry["meta"] == {"n_ctx": 256} and entry["tags"] == ["x"]
         assert (entry["id"], entry["aliases"]) == ("a", ["b", "c"])  # ours win
         server.post("/models/unload", {"model": "a"})
         eventually(lambda: server.states()["a"] == "unloaded")
         assert server.get("/v1/models/a").json()["meta"] == {}
-
-
-def entry_with_meta(server):
-    """What the list says of the model, once it has its meta."""
-    entry = server.get("/v1/models/a").json()
-    return entry if entry["meta"] else None
 
 
 def test_a_list_that_does_not_come_holds_up_neither_requests_nor_the_end(tmp_path):
@@ -9821,13 +9808,16 @@ def test_a_list_that_does_not_come_holds_up_neither_requests_nor_the_end(tmp_pat
 # -- the log ---------------------------------------------------------------------------
 
 
-def test_a_life_is_told_in_calm_lines():
+def test_loads_and_unloads_are_one_line_each():
     with Llmswap("[a]\ncmd = FAKE\n[b]\ncmd = FAKE\n") as server:
         server.chat("a")
         server.chat("b")
         server.post("/models/unload", {"model": "b"})
         eventually(lambda: "b: unloading (by hand)" in server.log())
         lines = [line[9:] for line in server.log().splitlines()]
+        url = re.search(r" at (http\S+)\n", server.log())[1]
+        with urlopen(url) as page:
+            assert b"<title>llmswap</title>" in page.read()
     patterns = [
         rf"llmswap {llmswap.VERSION} at http://127\.0\.0\.1:{server.port}/",
         r"2 models: a, b",
@@ -9852,21 +9842,7 @@ def test_an_address_is_shown_as_one_that_can_be_clicked(address, shown):
     assert llmswap.shown_address(address) == shown
 
 
-def test_the_address_in_the_first_line_is_that_of_the_page():
-    with Llmswap("") as server:
-        found = eventually(lambda: re.search(r" at (http\S+)\n", server.log()))
-        with urlopen(found[1]) as page:
-            assert b"<title>llmswap</title>" in page.read()
-
-
-def test_a_stop_that_takes_long_is_told_again():
-    with watchful("[a]\ncmd = FAKE --stop-delay 0.3\n") as server:
-        server.chat("a")
-        server.post("/models/unload", {"model": "a"})
-        eventually(lambda: re.search(r"a: unloaded after \d\.\d s", server.log()))
-
-
-def test_a_failure_is_told_whole_once():
+def test_a_repeated_failure_is_logged_in_one_line():
     with Llmswap("[a]\ncmd = FAKE --load-exit 3\n") as server:
         server.chat("a")
         server.chat("a")
@@ -9877,8 +9853,9 @@ def test_a_failure_is_told_whole_once():
         assert server.log().count("error loading model: unexpected end of file") == 1
 
 
-def test_long_loads_and_slow_requests_are_told(tmp_path):
-    with watchful(f"[a]\ncmd = {slow_model(tmp_path)}\n") as server:
+def test_long_loads_slow_requests_and_long_stops_are_logged(tmp_path):
+    command = f"{slow_model(tmp_path)} --stop-delay 0.3"
+    with watchful(f"[a]\ncmd = {command}\n") as server:
         began = time.monotonic()
         server.chat("a")
         most = (time.monotonic() - began) / 0.2
@@ -9886,28 +9863,38 @@ def test_long_loads_and_slow_requests_are_told(tmp_path):
         where = r"a: first byte of POST /v1/chat/completions after"
         eventually(lambda: len(re.findall(where, server.log())) == 2)
         server.chat("a")
+        server.post("/models/unload", {"model": "a"})
+        eventually(lambda: re.search(r"a: unloaded after \d\.\d s", server.log()))
         log = server.log()
     assert 2 <= len(re.findall(r"a: loading, \d\d? % after \d s", log)) <= most, log
     assert re.search(rf"{where} \d\.\d s, \d\.\d s of it waiting", log), log
     assert re.search(rf"{where} \d\.\d s\n", log) and len(re.findall(where, log)) == 2
 
 
-def test_what_is_said_again_and_again_is_written_once():
-    code = (
-        "import llmswap; log = llmswap.Log()\n"
-        "for text in 'xyyyx': log('error', text)\n"
-        "log.flush()"
-    )
-    done = subprocess.run(
+@pytest.mark.parametrize("is_journal", [False, True])
+def test_log_lines_have_time_or_priority_and_no_control_characters(is_journal):
+    code = r"import llmswap; log = llmswap.Log(); log('debug', 'no');"
+    code += r"log('info', 'x'); log('info', 'x');"
+    code += r"log('error', '\x1b[1mone\n\ttwo\x07\u202e\ud800'); log.close()"
+    read_end, write_end = os.pipe()
+    status = os.fstat(write_end)
+    env = {**os.environ, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
+    subprocess.run(
         [sys.executable, "-c", code],
         cwd=os.path.dirname(LLMSWAP),
-        stderr=subprocess.PIPE,
+        stderr=write_end,
+        env=env if is_journal else {**env, "JOURNAL_STREAM": "8:1"},
+        check=True,
     )
-    lines = [line[9:] for line in done.stderr.decode().splitlines()]
-    assert lines == ["x", "y", "(2 times more)", "x"]
+    os.close(write_end)
+    with open(read_end) as file:
+        shown = re.sub(r"(?m)^\d\d:\d\d:\d\d ", "", file.read())
+    lines = ["<6>x", "<3>one", r"<3>          two\x07\u202e\ud800"]
+    wanted = "".join(f"{line}\n" for line in lines)
+    assert shown == (wanted if is_journal else re.sub("(?m)^<.>", "", wanted))
 
 
-def test_who_has_no_file_or_program_is_told_at_the_start(tmp_path):
+def test_missing_programs_and_unusable_models_are_logged_at_the_start(tmp_path):
     text = "".join(f"[m{n}]\ncmd = no-such-server ${{PORT}}\n" for n in range(8))
     text += "[x]\ncmd = FAKE\nctx-siz = 3\n[y]\nmodel = /none.gguf\n"
     with Llmswap(text, env={"PATH": "/usr/bin:/bin"}) as server:
@@ -9918,19 +9905,10 @@ def test_who_has_no_file_or_program_is_told_at_the_start(tmp_path):
         assert "'llama-server' on the PATH; `llama-server` in [llmswap]" in remedy
 
 
-# -- the terminal ----------------------------------------------------------------------
-
-
-def on_terminal(command, until, columns=80, **environment):
+def on_terminal(command, until, **environment):
     """What the command shows on a terminal until that matches; then it is stopped."""
-    import fcntl
-    import struct
-    import termios
-
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     env = {**os.environ, "TERM": "xterm", **environment}
-    env.pop("COLUMNS", None)
     process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=env)
     os.close(theirs)
     shown, deadline = "", time.monotonic() + 10
@@ -9943,52 +9921,33 @@ def on_terminal(command, until, columns=80, **environment):
     process.terminate()
     process.wait(10)
     os.close(ours)
-    return shown.replace("\r\n", "\n")
+    return shown
 
 
-def bare(shown):
-    """What is shown without its colours."""
-    return re.sub(r"\x1b\[\d*m", "", shown)
-
-
-@pytest.mark.parametrize("columns", [60, 80, 120])
-def test_a_long_list_of_models_is_wrapped_at_the_terminals_width(tmp_path, columns):
-    ini = tmp_path / "x.ini"
-    names = [f"a-model-with-a-name-{n}" for n in range(40)]
-    ini.write_text("".join(f"[{name}]\ncmd = no-such ${{PORT}}\n" for name in names))
-    command = [sys.executable, llmswap_file(), str(ini), "--listen"]
-    command.append(f"127.0.0.1:{free_port()}")
-    shown = on_terminal(command, "whole path", columns)
-    assert "\x1b[33m" in shown
-    lines = bare(shown).splitlines()
-    assert max(map(len, lines)) <= columns
-    assert " ".join(line[9:] for line in lines).count("a-model-with-a-name-39") == 1
-    assert all(re.match(r"\d\d:\d\d:\d\d | {9}\S", line) for line in lines)
-
-
-def test_no_color_is_heeded(tmp_path):
+def test_the_log_is_coloured_on_a_terminal_unless_no_color_is_set(tmp_path):
     ini = tmp_path / "x.ini"
     ini.write_text("[a]\ncmd = no-such ${PORT}\n")
-    listen = f"127.0.0.1:{free_port()}"
-    command = [sys.executable, llmswap_file(), str(ini), "--listen", listen]
+    command = [sys.executable, llmswap_file(), str(ini), "--listen"]
+    command.append(f"127.0.0.1:{free_port()}")
+    assert "\x1b[33ma could not" in on_terminal(command, "whole path")
     assert "\x1b" not in on_terminal(command, "whole path", NO_COLOR="1")
 
 
 # -- --check ---------------------------------------------------------------------------
 
-ODD_WORDS = """--url http://x:${PORT}/v1 '' 'a  b' "it's" '$HOME `x` \\' """
-
 CHECKED = """\
+[llmswap]
+llama-server = {binary}
 [*]
 ngl = 99
 [coder]
 model = {folder}/with a blank/qwen3-coder-30b-a3b-instruct-q4_k_m-00001-of-00003.gguf
 chat-template-kwargs = {{"enable_thinking": false, "it's": "a b"}}
-alias = one-alias, another-alias, a-third-alias, a-fourth-alias, a-fifth-alias, six
+alias = one-alias, another-alias
 [shared]
 uses = coder
 [script]
-cmd = sh -c 'printf "%s|" "$PWD" "$WHERE" "$@"' sh --port ${{PORT}} {more}
+cmd = sh -c 'printf "%s|" "$PWD" "$WHERE" "$@"' sh --port ${{PORT}} {words}
 env.WHERE = at ${{PORT}}; here
 cwd = {folder}
 proxy = http://127.0.0.1:${{PORT}}
@@ -9997,90 +9956,53 @@ unit = bge-m3.service
 proxy = http://127.0.0.1:3004
 [far]
 proxy = http://192.168.11.11:8080
+[typo]
+ctx-siz = 3
+[far]
+proxy = http://192.168.11.12:8080
 """
 
 
-def test_check_is_coloured_on_a_terminal_only(tmp_path):
-    lines, _ = checked(tmp_path, "[a]\nctx-siz = 3\n")
-    assert "\x1b" not in "".join(lines)
-    command = [sys.executable, llmswap_file(), str(tmp_path / "x.ini"), "--check"]
-    assert "\x1b[31m" in on_terminal(command, "cannot be used")
-    assert "\x1b" not in on_terminal(command, "cannot be used", NO_COLOR="1")
-
-
-def checked(folder, text, columns="80"):
-    """The lines and the exit status of --check."""
-    (folder / "x.ini").write_text(text)
-    done = subprocess.run(
-        [sys.executable, llmswap_file(), str(folder / "x.ini"), "--check"],
-        env={**os.environ, "COLUMNS": columns, "PATH": "/usr/bin:/bin"},
-        stdout=subprocess.PIPE,
-    )
-    return done.stdout.decode().splitlines(), done.returncode
-
-
-def block(lines, name):
-    """The lines below the title of one model."""
-    start = next(n for n, line in enumerate(lines) if re.match(rf"{name}\b", line)) + 1
-    while not lines[start].startswith("  ") or lines[start].endswith(")"):
-        start += 1
-    return lines[start : lines.index("", start)]
-
-
-def test_check_fits_eighty_columns_and_its_commands_can_be_pasted(tmp_path):
-    many = " ".join(f"--option-{n} {n}" for n in range(20))
-    more = ODD_WORDS + many
-    lines, status = checked(tmp_path, CHECKED.format(folder=tmp_path, more=more))
-    assert status == 0, lines
-    wide = [line for line in lines if len(line) > 80]
-    assert all(str(tmp_path) in line for line in wide), wide  # a path is never cut
-    titles = [line.split()[-1] for line in lines if line and line[0] != " "][:5]
-    assert titles[1:] == ["uses", "cmd", "unit", "remote"]
-    command = "\n".join(block(lines, "script"))
-    done = subprocess.run(["sh", "-c", command], env={"PORT": "81"}, stdout=-1)
-    words = done.stdout.decode().split("|")
-    assert words[:8] == [
-        str(tmp_path), "at 81; here", "--port", "81",
-        "--url", "http://x:81/v1", "", "a  b",
-    ]  # fmt: skip
-    assert words[8:10] == ["it's", "$HOME `x` \\"]
-    assert words[10:-1] == many.split()
-
-
-def test_check_shows_argv_and_where_the_options_are_from(tmp_path):
+def test_check_shows_each_command_as_it_can_be_pasted_and_each_error(tmp_path):
     binary = fake_binary(tmp_path)
-    text = CHECKED.format(folder=tmp_path, more="")
-    lines, _ = checked(tmp_path, f"[llmswap]\nllama-server = {binary}\n{text}")
-    shown = block(lines, "coder")
-    missing = next(n for n, line in enumerate(shown) if "cannot start now" in line)
-    words = shlex.split("\n".join(shown[:missing]).replace("\\\n", " "))
-    config = llmswap.load_config(str(tmp_path / "x.ini"))
-    model = config.models["coder"]
-    assert words == model.command(llmswap.table_of(model), "${PORT}")
-    told = " ".join(line.strip() for line in lines)
-    assert f"the options of {binary} are unknown" in told
-    assert lines[-1] == "no errors"
+    words = """--url http://x:${PORT}/v1 '' 'a  b' "it's" '$HOME `x` \\'"""
+    path = tmp_path / "x.ini"
+    path.write_text(CHECKED.format(folder=tmp_path, binary=binary, words=words))
+    command = [sys.executable, llmswap_file(), str(path), "--check"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    *blocks, end = done.stdout.split("\n\n")
+    shown = dict(block.split("\n  ", 1) for block in blocks)
+    coder = "coder (one-alias, another-alias): llama-server"
+    assert set(shown) == {
+        coder, "shared: uses", "script: cmd", "service: unit", "far: remote",
+        "typo: llama-server",
+    }  # fmt: skip
+    argv, missing = shown[coder].split("\n  ")
+    model = llmswap.load_config(str(path)).models["coder"]
+    assert shlex.split(argv) == model.command(llmswap.table_of(model), "${PORT}")
+    assert missing.startswith("cannot start now: ") and "does not exist" in missing
+    assert shown["shared: uses"] == "the backend of coder"
+    assert shown["service: unit"] == "bge-m3.service at http://127.0.0.1:3004"
+    assert shown["far: remote"] == "http://192.168.11.12:8080"
+    assert shown["typo: llama-server"].startswith(f"error: {path}:21: [typo]")
+    warnings = end.splitlines()
+    assert f"the options of {binary} are unknown" in warnings[0]
+    assert any(re.match(r"\S+x.ini:23: ", line) for line in warnings)
+    assert warnings[-1] == "1 of 6 models cannot be used: typo"
+    assert done.returncode == 2
+    words = ["sh", "-c", shown["script: cmd"]]
+    pasted = subprocess.run(words, env={"PORT": "81"}, stdout=subprocess.PIPE)
+    assert pasted.stdout.decode().split("|")[:-1] == [
+        str(tmp_path), "at 81; here", "--port", "81",
+        "--url", "http://x:81/v1", "", "a  b", "it's", "$HOME `x` \\",
+    ]  # fmt: skip
 
 
-def test_check_tells_errors_and_warnings_and_exits_with_two(tmp_path):
-    text = "[a]\nctx-siz = 3\n[b]\ncmd = b ${PORT}\nttl = 3\n[b]\ncmd = c ${PORT}\n"
-    lines, status = checked(tmp_path, text)
-    assert status == 2 and lines[-1] == "1 of 2 models cannot be used"
-    assert block(lines, "a")[0].startswith("  error:")
-    warned = [line for line in lines if re.match(r"\S.*:6:( |$)", line)]
-    assert len(warned) == 1, lines
-
-
-@pytest.mark.parametrize("columns, widest", [("40", 40), ("60", 60), ("200", 80)])
-def test_check_is_as_wide_as_the_terminal_but_not_wider_than_eighty(
-    tmp_path, columns, widest
-):
-    text = "[a-model]\nalias = b-model, c-model, d-model, e-model\ncmd = "
-    text += " ".join(f"-o{n} value" for n in range(30)) + " ${PORT} "
-    text += "--a-rather-long-option a-rather-long-value-of-it\n"
-    lines, _ = checked(tmp_path, text, columns)
-    assert widest - 8 < max(map(len, lines[1:])) <= widest
-    assert lines[0].endswith(" cmd") and len(lines[0]) == widest
+def test_check_exits_with_0_without_errors(tmp_path):
+    (tmp_path / "x.ini").write_text("[a]\ncmd = no-such ${PORT}\n")
+    command = [sys.executable, llmswap_file(), str(tmp_path / "x.ini"), "--check"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("\n\nno errors\n")
 
 
 # ----------------------------------------------------------------------------------
@@ -10448,119 +10370,73 @@ CHROMIUM = next(
 )
 CHROMIUM_FLAGS = """\
 --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
---disable-background-networking --disable-component-update --remote-debugging-port=0
+--disable-background-networking --disable-component-update --remote-debugging-pipe
 """.split() + ["--host-resolver-rules=MAP *.test 127.0.0.1"]
-
-
-class WebSocket:
-    """The client's end of a websocket that carries JSON texts."""
-
-    def __init__(self, url, timeout=20.0):
-        host, _, path = url.partition("://")[2].partition("/")
-        name, _, port = host.partition(":")
-        self._sock = socket.create_connection((name, int(port)), timeout)
-        key = base64.b64encode(os.urandom(16)).decode()
-        lines = [f"GET /{path} HTTP/1.1", f"Host: {host}", "Upgrade: websocket"]
-        lines += ["Connection: Upgrade", f"Sec-WebSocket-Key: {key}"]
-        lines += ["Sec-WebSocket-Version: 13"]
-        self._sock.sendall(("\r\n".join(lines) + "\r\n\r\n").encode())
-        self._file = self._sock.makefile("rb")
-        assert b"101" in self._file.readline()
-        while self._file.readline().strip():
-            pass
-
-    def send(self, value):
-        """Send one text, masked as clients must."""
-        data, mask = json.dumps(value).encode(), os.urandom(4)
-        size = len(data)
-        if size < 126:
-            head = bytes([0x81, 0x80 | size])
-        elif size < 65536:
-            head = bytes([0x81, 0x80 | 126]) + struct.pack(">H", size)
-        else:
-            head = bytes([0x81, 0x80 | 127]) + struct.pack(">Q", size)
-        mask_secrets = bytes(byte ^ mask[at % 4] for at, byte in enumerate(data))
-        self._sock.sendall(head + mask + mask_secrets)
-
-    def receive(self):
-        """The next text, its fragments joined."""
-        data, is_last = b"", False
-        while not is_last:
-            first, second = self._file.read(2)
-            size = second & 0x7F
-            if size == 126:
-                (size,) = struct.unpack(">H", self._file.read(2))
-            elif size == 127:
-                (size,) = struct.unpack(">Q", self._file.read(8))
-            payload = self._file.read(size)
-            if first & 0x0F < 8:  # pings and the like need no answer here
-                data, is_last = data + payload, bool(first & 0x80)
-        return json.loads(data)
-
-    def close(self):
-        self._file.close()
-        self._sock.close()
+# Chromium reads commands from descriptor 3 and writes results and events to 4.
+WITH_PIPES = """\
+import fcntl, os, sys
+pipes = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]]
+for fd, pipe in zip((3, 4), pipes):
+    os.dup2(pipe, fd)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
     """Headless Chromium with one page, until the block ends.
 
-    `complaints` are the errors that the page wrote to its console or raised, and what its
-    policy refused.
+    `complaints` are the errors on its page's console, and what its policy refused.
     """
 
     def __enter__(self):
         self.folder = tempfile.mkdtemp(prefix="llmswap-chromium-")
-        self._process = subprocess.Popen(
-            [
-                CHROMIUM,
-                *CHROMIUM_FLAGS,
-                f"--user-data-dir={self.folder}",
-                "about:blank",
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        self.complaints = []
+        (commands, self._commands), (self._results, results) = os.pipe(), os.pipe()
+        fds = commands, results
+        words = [sys.executable, "-c", WITH_PIPES, *map(str, fds), CHROMIUM]
+        words += [*CHROMIUM_FLAGS, f"--user-data-dir={self.folder}", "about:blank"]
+        quiet = {"stdin": -3, "stdout": -3, "stderr": -3, "start_new_session": True}
+        self._process = subprocess.Popen(words, pass_fds=fds, **quiet)
+        for fd in fds:
+            os.close(fd)
+        self.complaints, self._session, self._received = [], {}, b""
         self._numbers = itertools.count(1)
-        self._socket = WebSocket(self._page())
+        (page,) = eventually(self._pages)
+        target = {"targetId": page["targetId"], "flatten": True}
+        session = self.call("Target.attachToTarget", **target)["sessionId"]
+        self._session = {"sessionId": session}
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
         return self
 
     def __exit__(self, *_):
-        self._socket.close()
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        os.close(self._commands), os.close(self._results)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _page(self):
-        """The address of the page's websocket, once the browser is up."""
-        port, deadline = Path(self.folder, "DevToolsActivePort"), time.monotonic() + 30
-        while time.monotonic() < deadline:
-            try:
-                number = port.read_text().split()[0]
-                with urlopen(f"http://127.0.0.1:{number}/json/list") as answer:
-                    pages = [
-                        each for each in json.load(answer) if each["type"] == "page"
-                    ]
-                return pages[0]["webSocketDebuggerUrl"]
-            except (OSError, IndexError, ValueError):
-                time.sleep(0.05)
-        raise AssertionError("Chromium did not come up")
+    def _pages(self):
+        targets = self.call("Target.getTargets")["targetInfos"]
+        return [target for target in targets if target["type"] == "page"]
 
     def call(self, method, **params):
         """Call a method of the protocol and return its result."""
         number = next(self._numbers)
-        self._socket.send({"id": number, "method": method, "params": params})
+        command = {"id": number, "method": method, "params": params, **self._session}
+        os.write(self._commands, json.dumps(command).encode() + b"\0")
         while True:
-            told = self._socket.receive()
-            if told.get("id") == number:
-                assert "error" not in told, told
-                return told["result"]
-            self._note(told)
+            message = json.loads(self._receive())
+            if message.get("id") == number:
+                assert "error" not in message, message
+                return message["result"]
+            self._note(message)
+
+    def _receive(self):
+        while b"\0" not in self._received:
+            piece = os.read(self._results, 1 << 16)
+            assert piece, "Chromium has ended"
+            self._received += piece
+        message, _, self._received = self._received.partition(b"\0")
+        return message
 
     def _note(self, event):
         if event.get("method") == "Runtime.exceptionThrown":
@@ -10598,12 +10474,7 @@ class Browser:
 
     def press(self, key):
         """Press a key as a person does, on whatever has the focus."""
-        codes = {
-            "Enter": (13, "\r"),
-            "Tab": (9, ""),
-            "Escape": (27, ""),
-            " ": (32, " "),
-        }
+        codes = {"Enter": (13, "\r"), "Tab": (9, ""), "Escape": (27, ""), " ": (32, " ")}
         code, text = codes[key]
         more = {"key": key, "windowsVirtualKeyCode": code}
         more["code"] = "Space" if key == " " else key
@@ -10677,7 +10548,7 @@ LLAMA_PLAIN = b',"tokens_predicted":4,"tokens_evaluated":9,"truncated":false}'
 
 
 @pytest.mark.parametrize(
-    "ends, told",
+    "ends, reported",
     [
         (b"", (None, None, None)),
         (OPENAI_END, (7, 20, None)),
@@ -10693,19 +10564,19 @@ LLAMA_PLAIN = b',"tokens_predicted":4,"tokens_evaluated":9,"truncated":false}'
         (bytes(range(256)) * 16, (None, None, None)),
     ],
 )
-def test_token_counts_are_read_from_the_ends_of_an_answer(ends, told):
-    assert llmswap.usage_in(ends) == told
+def test_token_counts_are_read_from_the_ends_of_an_answer(ends, reported):
+    assert llmswap.usage_in(ends) == reported
 
 
 @pytest.mark.parametrize(
-    "tokens, told, seconds, speed",
+    "tokens, reported, seconds, speed",
     [(10, 50.0, 1.0, 50.0), (10, None, 2.0, 5.0), (10, None, 0.05, None),
      (2, 50.0, 1.0, 50.0), (1, 50.0, 1.0, None), (None, 50.0, 1.0, None)],
 )  # fmt: skip
 def test_a_speed_is_that_which_is_told_or_that_of_an_answer_that_took_a_while(
-    tokens, told, seconds, speed
+    tokens, reported, seconds, speed
 ):
-    assert llmswap.speed_of(llmswap.Usage(None, tokens, told), seconds) == speed
+    assert llmswap.speed_of(llmswap.Usage(None, tokens, reported), seconds) == speed
 
 
 @pytest.mark.parametrize("end", [OPENAI_END, LLAMA_END, ANTHROPIC_END, JSON_END])
@@ -10713,9 +10584,9 @@ def test_a_tail_cut_anywhere_tells_the_truth_or_nothing(end):
     whole = llmswap.usage_in(end)
     for at in range(len(end)):
         for part in (end[at:], end[:at]):
-            told = llmswap.usage_in(part)
-            assert told.tokens_out in (None, whole.tokens_out)
-            assert told.tokens_in in (None, whole.tokens_in, 1)  # cache_n lost
+            reported = llmswap.usage_in(part)
+            assert reported.tokens_out in (None, whole.tokens_out)
+            assert reported.tokens_in in (None, whole.tokens_in, 1)  # cache_n lost
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -10764,41 +10635,29 @@ def metrics_of(text):
     return found
 
 
-def facts(*rows, meters=None):
-    return llmswap.StatusReport("1.0", 1750000000.0, rows, meters or llmswap.Metrics())
+def read_metrics(*models, meters=None):
+    """What Prometheus reads of these models."""
+    meters = meters or llmswap.Metrics()
+    report = llmswap.StatusReport("1.0", 1750000000.0, models, meters)
+    return metrics_of(llmswap.metrics_text(report))
 
 
 def test_metrics_without_models_are_well_formed():
-    found = metrics_of(llmswap.metrics_text(facts()))
+    found = read_metrics()
     assert found["llmswap_swaps_total",] == 0
     assert found["process_start_time_seconds",] == 1750000000
 
 
 def test_labels_are_escaped():
-    row = llmswap.Row('a"b\\c\nd\x1b\x9be')
-    found = metrics_of(llmswap.metrics_text(facts(row)))
-    assert found["llmswap_requests_queued", "model", r"a\"b\\c\nd\\x1b\\x9be"] == 0
-
-
-def test_requests_are_counted_by_model_and_status():
-    meters = llmswap.Metrics()
-    meters.count_request("a", 200, 0.3, 0.004, 7, 20, 300, 1000)
-    meters.count_request("a", 200, 700.0, 0.0, 1, 2, 3, 10)
-    meters.count_request("a", 503, 0.0)
-    found = metrics_of(llmswap.metrics_text(facts(llmswap.Row("a"), meters=meters)))
-    assert found["llmswap_requests_total", "model", "a", "status", "200"] == 2
-    assert found["llmswap_requests_total", "model", "a", "status", "503"] == 1
-    assert found["llmswap_prompt_tokens_total", "model", "a"] == 8
-    assert found["llmswap_completion_tokens_total", "model", "a"] == 22
-    assert found["llmswap_request_bytes_total", "model", "a"] == 303
-    assert found["llmswap_response_bytes_total", "model", "a"] == 1010
+    found = read_metrics(llmswap.ModelStatus('a"b\\c\nd\x07\x9be'))
+    assert found["llmswap_requests_queued", "model", r"a\"b\\c\nd\\x07\\x9be"] == 0
 
 
 def test_histograms_add_up_and_their_bounds_are_inclusive():
     meters = llmswap.Metrics()
     for seconds in (0.005, 0.3, 600, 700):
         meters.count_load("a", seconds)
-    found = metrics_of(llmswap.metrics_text(facts(meters=meters)))
+    found = read_metrics(meters=meters)
     name = "llmswap_load_duration_seconds"
     buckets = {key[4]: n for key, n in found.items() if key[0] == f"{name}_bucket"}
     assert list(buckets.values()) == sorted(buckets.values())
@@ -10808,27 +10667,14 @@ def test_histograms_add_up_and_their_bounds_are_inclusive():
     assert found[f"{name}_sum", "model", "a"] == pytest.approx(1300.305)
 
 
-def test_a_swap_is_a_load_for_which_others_were_evicted():
-    meters = llmswap.Metrics()
-    meters.count_load("a", 1)
-    meters.count_stop("a", "evicted", "c")
-    meters.count_stop("b", "evicted", "c")
-    assert meters.counts["swaps",] == 0
-    meters.count_load("c", 1)
-    meters.count_load("c", 1)
-    assert meters.counts["swaps",] == 1
-    assert meters.reasons == {"a": "evicted for c", "b": "evicted for c"}
-
-
 def test_models_that_share_a_backend_are_counted_once():
-    own = llmswap.Row("a", state="loaded", rss=10, running=1)
-    twins = [own._replace(id=name, shares="a") for name in "bc"]
-    totals = llmswap.snapshot(facts(own, *twins))["totals"]
-    assert totals == {
+    own = llmswap.ModelStatus("a", state="loaded", rss=10, running=1)
+    models = [own, *(own._replace(id=name, shares="a") for name in "bc")]
+    report = llmswap.StatusReport("1.0", 0.0, models, llmswap.Metrics())
+    assert llmswap.snapshot(report)["totals"] == {
         "models": 3, "loaded": 1, "running": 1, "waiting": 0, "rss": 10, "vram": None,
     }  # fmt: skip
-    found = metrics_of(llmswap.metrics_text(facts(own, *twins)))
-    assert ("llmswap_requests_in_flight", "model", "b") not in found
+    assert ("llmswap_requests_in_flight", "model", "b") not in read_metrics(*models)
 
 
 PAGE_MODELS = """
@@ -10843,13 +10689,16 @@ cmd = FAKE --load-exit 3
 """
 
 
-def test_what_happened_is_told_to_prometheus():
+def test_requests_are_counted_by_model_and_status():
     with Llmswap(PAGE_MODELS) as server:
         sent = encoded({"model": "a", "tokens": 20})
         got = server.post(CHAT, sent).body
         body = {"model": "b", "tokens": 5, "stream": True, "interval": 0.01}
         with Stream(server.port, CHAT, body) as stream:
             stream.text()
+        with Stream(server.port, CHAT, {**body, "cut": "mid-event"}) as stream:
+            with pytest.raises(BrokenAnswer):
+                list(stream.events())
         server.post(CHAT, {"model": "bad"})
         server.post(CHAT, {"model": "nobody"})
         with Client(server.port) as client:
@@ -10860,13 +10709,13 @@ def test_what_happened_is_told_to_prometheus():
     requests = {key[2:5:2]: n for key, n in found.items() if key[0] == counted[0]}
     assert requests == {
         ("a", "200"): 1, ("b", "200"): 1, ("bad", "502"): 1, ("", "404"): 1,
-        ("b", "499"): 1,
+        ("b", "499"): 1, ("b", "502"): 1,
     }  # fmt: skip
     assert found["llmswap_request_bytes_total", "model", "a"] == len(sent)
     assert found["llmswap_response_bytes_total", "model", "a"] == len(got)
     assert found["llmswap_prompt_tokens_total", "model", "a"] == 7
     assert found["llmswap_completion_tokens_total", "model", "a"] == 20
-    assert found["llmswap_completion_tokens_total", "model", "b"] == 5
+    assert found["llmswap_completion_tokens_total", "model", "b"] >= 5
     assert found["llmswap_stops_total", "model", "a", "cause", "evicted"] == 1
     assert found["llmswap_failures_total", "model", "bad", "state", "loading"] == 1
     assert found["llmswap_load_duration_seconds_sum", "model", "a"] > 0.6
@@ -10880,13 +10729,13 @@ def test_what_happened_is_told_to_prometheus():
 PARSE_METRICS = """\
 import json, sys
 from prometheus_client.parser import text_string_to_metric_families
-told = []
+samples = []
 for family in text_string_to_metric_families(sys.stdin.read()):
     assert family.type in ("gauge", "counter", "histogram"), family
     assert family.documentation, family
     for sample in family.samples:
-        told.append([sample.name, sample.labels, sample.value])
-print(json.dumps(told))
+        samples.append([sample.name, sample.labels, sample.value])
+print(json.dumps(samples))
 """
 
 
@@ -10919,7 +10768,7 @@ cmd = FAKE --load 60
 """
 
 
-def test_stops_are_told_to_prometheus_by_their_cause():
+def test_stops_are_counted_by_their_cause():
     with Llmswap(CAUSES_FILE) as server:
         for _ in range(2):  # b makes room for a, and a for b
             assert server.chat("b").status == server.chat("a").status == 200
@@ -10942,16 +10791,6 @@ def test_stops_are_told_to_prometheus_by_their_cause():
         ("slow", "abandoned"): 1, ("b", "reload"): 1, ("a", "idle"): 1,
     }  # fmt: skip
     assert found["llmswap_swaps_total",] == 5  # that for which a load was given up, too
-
-
-def test_an_answer_that_breaks_off_is_counted_as_502():
-    with Llmswap(PAGE_MODELS) as server:
-        body = {"model": "b", "tokens": 5, "stream": True, "cut": "mid-event"}
-        with Stream(server.port, CHAT, body) as stream:
-            with pytest.raises(BrokenAnswer):
-                list(stream.events())
-        key = ("llmswap_requests_total", "model", "b", "status", "502")
-        eventually(lambda: metrics_with(server, key))
 
 
 @pytest.mark.parametrize(
@@ -10982,10 +10821,10 @@ def test_resident_memory_is_that_of_the_whole_process_group():
 
 
 # ----------------------------------------------------------------------------------
-# The page and its news
+# The page and its snapshots
 
 
-def test_the_page_needs_nothing_from_outside():
+def test_the_page_loads_nothing_from_outside():
     page = llmswap.STATUS_PAGE
     urls = re.findall(r"https?://[^'\"\s]*", page)
     assert set(urls) == {"http://www.w3.org/2000/svg"}  # a name, never fetched
@@ -11006,12 +10845,12 @@ LOCKED = PAGE_MODELS.replace("models-max", "api-key = secret\nmodels-max")
 SECRET = {"x-api-key": "secret"}
 
 
-def news_of(server):
-    """What the page hears of llmswap."""
+def snapshots_of(server):
+    """The stream that the page reads."""
     return Stream(server.port, "/", None, EVENTS)
 
 
-def test_the_bare_page_needs_no_key_and_its_news_does():
+def test_the_bare_page_needs_no_key_and_its_snapshots_do():
     with Llmswap(LOCKED) as server:
         page = server.get("/", {"Accept": "text/html"})
         assert page.status == 200
@@ -11024,43 +10863,43 @@ def test_the_bare_page_needs_no_key_and_its_news_does():
             assert next(stream.documents())["totals"]["models"] == 3
 
 
-def test_news_comes_at_each_change_and_says_why_a_model_went():
-    with Llmswap(PAGE_MODELS) as server, news_of(server) as stream:
-        news = stream.documents()
-        assert [model["state"] for model in next(news)["models"]] == ["unloaded"] * 3
+def test_a_snapshot_comes_at_each_change_and_says_why_a_model_stopped():
+    with Llmswap(PAGE_MODELS) as server, snapshots_of(server) as stream:
+        snapshots = stream.documents()
+        assert [model["state"] for model in next(snapshots)["models"]] == ["unloaded"] * 3
         server.post("/models/load", {"model": "a"})
-        until(news, lambda models: models["a"]["state"] == "loading")
-        models = until(news, lambda models: models["a"]["state"] == "loaded")
+        until(snapshots, lambda models: models["a"]["state"] == "loading")
+        models = until(snapshots, lambda models: models["a"]["state"] == "loaded")
         assert models["a"]["rss"] is None or models["a"]["rss"] > 0
         assert models["a"]["seconds"] < 2 and models["b"]["seconds"] is None
         server.post(CHAT, {"model": "b", "tokens": 20})
-        models = until(news, lambda models: models["b"]["tokens_per_second"])
+        models = until(snapshots, lambda models: models["b"]["tokens_per_second"])
         assert models["a"]["stopped"] == "evicted for b"
         server.post(CHAT, {"model": "bad"})
-        models = until(news, lambda models: models["bad"]["failure"])
+        models = until(snapshots, lambda models: models["bad"]["failure"])
         assert "exited with status 3" in models["bad"]["failure"]
         assert models["bad"]["seconds"] < 2
 
 
-def until(news, condition):
+def until(snapshots, condition):
     """The models of the first snapshot that has what is waited for."""
     deadline = time.monotonic() + 10
-    for told in news:
-        models = {model["id"]: model for model in told["models"]}
+    for snapshot in snapshots:
+        models = {model["id"]: model for model in snapshot["models"]}
         if condition(models):
             return models
         assert time.monotonic() < deadline, models
 
 
 def test_snapshots_come_at_most_about_four_times_a_second():
-    with Llmswap(PAGE_MODELS) as server, news_of(server) as stream:
-        news, began, seen = stream.documents(), time.monotonic(), []
-        next(news)
+    with Llmswap(PAGE_MODELS) as server, snapshots_of(server) as stream:
+        snapshots, began, seen = stream.documents(), time.monotonic(), []
+        next(snapshots)
         for _ in range(100):
             server.post(CHAT, {"model": "b", "tokens": 1, "interval": 0})
         lasted = time.monotonic() - began
         server.post("/models/unload", {"model": "b"})
-        counted = (told for told in news if (seen.append(told), True))
+        counted = (snapshot for snapshot in snapshots if (seen.append(snapshot), True))
         until(counted, lambda models: models["b"]["stopped"] == "unloaded by hand")
         assert len(seen) <= 5 * (lasted + 1) + 2
 
@@ -11087,24 +10926,89 @@ def shown(selector, text):
     return f"{selector}?.innerText.includes({json.dumps(text)})"
 
 
+STORY = """
+[llmswap]
+models-max = 1
+[a]
+cmd = FAKE --load 0.6 --lines 40
+[long]
+cmd = FAKE
+set-params = {"tokens": 1000, "interval": 0.02}
+[bad]
+cmd = FAKE --load-exit 3
+[endless]
+cmd = FAKE --load 60
+"""
+
+
 @in_browser
-def test_the_page_shows_a_change_by_itself(browser):
-    with Llmswap(PAGE_MODELS) as server:
+def test_a_model_is_loaded_asked_read_and_stopped_by_mouse(browser):
+    with Llmswap(STORY) as server:
+        browser.look(390, "dark")  # prompt and log slide in above the list
         browser.open(server.url)
-        browser.until(shown(row("a"), "Load"))
-        server.post("/models/load", {"model": "a"})
+        click_load_and_cancel(browser)
+        server.post("/models/load", {"model": "a"})  # and the page shows it by itself
         browser.until(shown(row("a", ".state"), "loading"))
         browser.until(shown(row("a", ".state"), "loaded"))
         browser.until(shown(row("a", "dl"), "MiB"))
         assert browser.value("document.title") == "a · llmswap"
-        server.post(CHAT, {"model": "bad"})
-        browser.until(shown(row("bad", ".why"), "exited with status 3"))
-        browser.until(shown(row("a", ".state"), "evicted for bad"))
-        assert browser.value(row("a", "dl") + ".children.length") == 0
-        assert browser.value("$('said').textContent") == "bad failed"  # read aloud
-        server.reload(PAGE_MODELS.replace("[b]\ncmd = FAKE\n", ""))
-        browser.until(f"!{row('b')}")
+        ask_by_mouse(browser, "a")
+        browser.until(shown("$('reply')", "word1"))
+        browser.until(shown("$('stats')", "tokens/s"))
+        browser.press("Escape")
+        read_log_by_mouse(browser, server)
+        ask_by_mouse(browser, "long")
+        browser.until(shown("$('reply')", "word9"))
+        browser.click("$('send')")  # which is called Stop now
+        browser.until(shown("$('stats')", "stopped"))
+        assert browser.value("$('send').innerText") == "Send"
+        eventually(lambda: server.get("/health").json()["requests"] == 0)
+        browser.press("Escape")
         assert browser.complaints == []
+        ask_by_mouse(browser, "bad")
+        browser.until(shown("$('error')", "exited with status 3"))
+        browser.until(shown(row("bad", ".why"), "exited with status 3"))
+        browser.until(shown(row("long", ".state"), "evicted for bad"))
+        assert browser.value("$('live-region').textContent") == "bad failed"
+        server.reload(STORY.partition("[endless]")[0])
+        browser.until(f"!{row('endless')}")
+        assert all("502" in text for text in browser.complaints)
+        server.process.terminate()
+        server.process.wait(20)
+        browser.until(shown("$('link')", "reconnecting"))
+        server.start()
+        browser.until(shown("$('link')", "live"))
+
+
+def click_load_and_cancel(browser):
+    browser.click(row("endless", "[data-do=load]"))
+    browser.until(shown(row("endless", ".state"), "loading"))
+    cancel = row("endless", "[data-do=unload]")
+    assert browser.value(f"{cancel}.innerText") == "Cancel"
+    browser.click(cancel)
+    browser.until(shown(row("endless", ".state"), "unloaded by hand"))
+
+
+def ask_by_mouse(browser, model):
+    browser.click(row(model, "[data-do=prompt]"))
+    browser.value("$('text').value = ''")
+    browser.type("hello")
+    browser.click("$('send')")
+
+
+def read_log_by_mouse(browser, server):
+    """Follow the log of `a` over two loads."""
+    browser.click(row("a", "[data-do=log]"))
+    browser.until(shown("$('lines')", "model loaded"))
+    server.post("/unload")
+    assert server.chat("a").status == 200
+    browser.until("$('lines').innerText.split('model loaded').length === 3")
+    assert browser.value("$('lines').scrollHeight > $('lines').clientHeight")
+    below = "{const l = $('lines'); l.scrollHeight - l.clientHeight - l.scrollTop}"
+    assert browser.value(below) < 2, "the end is not visible"
+    browser.click("$('log').querySelector('.close')")
+    browser.until("$('log').hidden")
+    assert browser.value("document.activeElement.ariaLabel") == "Log a"
 
 
 def tab_to(browser, label):
@@ -11117,8 +11021,9 @@ def tab_to(browser, label):
 
 
 @in_browser
-def test_all_is_done_by_keyboard(browser):
+def test_a_model_is_loaded_asked_read_and_stopped_by_keyboard(browser):
     with Llmswap(PAGE_MODELS) as server:
+        browser.look(1280, "light")
         browser.open(server.url)
         browser.until(shown(row("a"), "Load"))
         tab_to(browser, "Load a")
@@ -11135,80 +11040,12 @@ def test_all_is_done_by_keyboard(browser):
         browser.press("Enter")
         browser.until(shown("$('reply')", "word1"))
         browser.press("Escape")
-        browser.until(shown(row("b", ".state"), "loaded"))  # news come after answers
+        browser.until(shown(row("b", ".state"), "loaded"))  # snapshots come after answers
         tab_to(browser, "Log b")
         browser.press("Enter")
         browser.until(shown("$('lines')", "model loaded"))
         browser.press("Escape")
         assert browser.value("document.activeElement.ariaLabel") == "Log b"
-        assert browser.complaints == []
-
-
-@in_browser
-def test_an_answer_streams_into_the_page_and_can_be_stopped(browser):
-    with Llmswap(PAGE_MODELS) as server:
-        browser.look(390, "dark")  # where it slides in above the list
-        browser.open(server.url)
-        browser.until(shown(row("a"), "Prompt"))
-        browser.click(row("a", "[data-do=prompt]"))
-        browser.type("hello")
-        browser.press("Enter")
-        reply = "document.querySelector('#reply')"
-        browser.until(shown(reply, "word1"))
-        browser.until(shown("document.querySelector('#pace')", "tokens"))
-        slow = {"tokens": 1000, "interval": 0.02}
-        server_slow(browser, slow)
-        browser.press("Enter")
-        browser.until(shown(reply, "word9"))
-        assert browser.value("$('send').innerText") == "Stop"
-        browser.click("$('send')")
-        browser.until(shown("document.querySelector('#pace')", "stopped"))
-        assert browser.value("$('send').innerText") == "Send"
-        eventually(lambda: server.get("/health").json()["requests"] == 0)
-        assert browser.complaints == []
-
-
-def server_slow(browser, more):
-    """Let the page's next prompt ask the fake server for more."""
-    browser.value(
-        "{const old = JSON.stringify; JSON.stringify = (value) => old(value.messages"
-        f" ? {{...value, ...{json.dumps(more)}}} : value);}}"
-    )
-    browser.value("document.querySelector('#text').focus()")
-
-
-@in_browser
-def test_a_failure_answers_the_prompt_with_its_reason(browser):
-    with Llmswap(PAGE_MODELS) as server:
-        browser.open(server.url)
-        browser.until(shown(row("bad"), "Load"))
-        browser.value(row("bad", "[data-do=prompt]") + ".click()")
-        browser.type("hello")
-        browser.press("Enter")
-        broken = "document.querySelector('#broken')"
-        browser.until(shown(broken, "exited with status 3"))
-
-
-@in_browser
-def test_a_log_is_followed(browser):
-    with Llmswap("[b]\ncmd = FAKE --lines 40") as server:
-        browser.open(server.url)
-        assert server.chat("b").status == 200
-        browser.click(row("b", "[data-do=log]"))
-        browser.until(shown("$('lines')", "model loaded"))
-        server.post("/unload")
-        assert server.chat("b").status == 200
-        browser.until("$('lines').innerText.split('model loaded').length === 3")
-        assert browser.value("$('lines').scrollHeight > $('lines').clientHeight")
-        below = "{const l = $('lines'); l.scrollHeight - l.clientHeight - l.scrollTop}"
-        assert browser.value(below) < 2, "the end is out of sight"
-        browser.press("Escape")
-        browser.until("document.querySelector('#log').hidden")
-        where = (
-            "opener.isConnected, opener.checkVisibility(), document.hasFocus(), news"
-        )
-        told = browser.value(f"[document.activeElement.innerText, {where}]")
-        assert told[0] == "Log", told
         assert browser.complaints == []
 
 
@@ -11246,22 +11083,15 @@ def test_forty_models_and_none_fit_any_width(browser, count):
             assert browser.value("document.documentElement.scrollWidth") <= width
             seen = "[...document.querySelectorAll('main li')].length"
             assert browser.value(seen) == count
-            assert browser.value("!$('find').hidden") == bool(count)
+            assert browser.value("!$('search').hidden") == bool(count)
+            if count:
+                browser.value("$('search').focus()")
+                browser.type("NAME-17")
+                visible = "li => li.checkVisibility()"
+                seen = f"[...document.querySelectorAll('main li')].filter({visible})"
+                browser.until(f"{seen}.length === 1")
+                assert "name-17" in browser.value(f"{seen}[0].innerText")
             assert browser.complaints == []
-
-
-@in_browser
-def test_a_load_is_cancelled(browser):
-    text = PAGE_MODELS.replace("--load 0.6", "--load 60")
-    with Llmswap(text) as server:
-        browser.open(server.url)
-        browser.click(row("a", "[data-do=load]"))
-        browser.until(shown(row("a", ".state"), "loading"))
-        eventually(lambda: server.journal("main", "fake"))
-        assert browser.value(row("a", ".acts > :last-child") + ".innerText") == "Cancel"
-        browser.click(row("a", "[data-do=unload]"))
-        browser.until(shown(row("a", ".state"), "unloaded by hand"))
-        assert server.states()["a"] == "unloaded" and browser.complaints == []
 
 
 # Lists the processes of fake servers that are loaded as if each held half a GiB.
@@ -11367,7 +11197,7 @@ def all_states(tmp_path_factory):
             yield server
 
 
-def test_prometheus_is_told_what_goes_on_now(all_states):
+def test_gauges_show_the_present(all_states):
     progress = "llmswap_load_progress_ratio", "model", "slow"
     found = eventually(lambda: metrics_with(all_states, progress))
     for name, model, number in (
@@ -11393,7 +11223,7 @@ def test_prometheus_is_told_what_goes_on_now(all_states):
 @in_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_every_state_is_plain_at_any_width_by_day_and_night(
+def test_every_state_is_shown_at_any_width_in_light_and_dark(
     browser, all_states, width, scheme
 ):
     browser.look(width, scheme)
@@ -11421,20 +11251,8 @@ def test_nothing_runs_but_the_pages_own_script(browser, all_states):
     browser.value(f"{add}('img'), {{src: 'http://other.test/'}}))")
     assert browser.value("fetch('http://other.test/').catch(() => 'no')") == "no"
     assert browser.value("window.stolen") is None
-    told = " ".join(map(str, browser.complaints))
-    assert all(word in told for word in ("script-src", "img-src", "connect-src"))
-
-
-@in_browser
-def test_the_page_comes_back_after_llmswap_was_restarted(browser):
-    with Llmswap(PAGE_MODELS) as server:
-        browser.open(server.url)
-        browser.until(shown(row("a"), "Load"))
-        server.process.terminate()
-        server.process.wait(20)
-        browser.until(shown("document.querySelector('#link')", "reconnecting"))
-        server.start()
-        browser.until(shown("document.querySelector('#link')", "live"))
+    complaints = " ".join(map(str, browser.complaints))
+    assert all(word in complaints for word in ("script-src", "img-src", "connect-src"))
 
 
 # ==================================================================================
@@ -11994,7 +11812,7 @@ def quick_file(*flags):
 def rounds_of_activation(folder, rounds):
     """In each it is started, and the next clients come at the moment when it leaves."""
     with Activator(quick_file(), folder) as systemd:
-        answer = ask(systemd.port, "POST", "/v1/chat/completions", {"model": "a"})
+        answer = ask(systemd.port, "POST", CHAT, {"model": "a"})
         assert answer.status == 200, systemd.log()
         eventually(lambda: "idle for" in systemd.log())
         deadline = time.monotonic() + 30
@@ -12013,7 +11831,7 @@ def rounds_of_activation(folder, rounds):
     assert set(systemd.statuses) == {0}
 
 
-def test_activated_it_answers_leaves_when_idle_and_loses_no_connection(tmp_path):
+def test_activated_it_serves_exits_when_idle_and_loses_no_connection(tmp_path):
     """Twenty rounds, four at a time."""
     folders = [tmp_path / name for name in "abcd"]
     for each in folders:
@@ -12022,52 +11840,24 @@ def test_activated_it_answers_leaves_when_idle_and_loses_no_connection(tmp_path)
         list(crowd.map(rounds_of_activation, folders, [5] * 4))
 
 
-def test_an_idle_connection_does_not_keep_it_from_leaving(tmp_path):
-    with Activator(quick_file(), tmp_path) as systemd:
+def test_exit_idle_time_heeds_no_idle_connection_and_needs_activation(tmp_path):
+    started_by_hand = Llmswap("[llmswap]\nexit-idle-time = 50ms\n[a]\ncmd = FAKE\n")
+    with started_by_hand as server, Activator(quick_file(), tmp_path) as systemd:
         with Client(systemd.port) as client:
             assert client.ask("GET", "/v1/models").status == 200
             eventually(lambda: systemd.statuses == [0])
             assert client.sock.recv(1) == b""
+        assert server.chat("a").status == 200
 
 
-@pytest.mark.parametrize(
-    "is_activated, limit, models, requests, may_leave",
-    [  # when the last model went and the last request ended, seconds ago; None: not yet
-        (True, 5, 9, 9, True), (True, 5, 1, 9, False), (True, 5, 9, 1, False),
-        (True, 5, None, 9, False), (True, 5, 9, None, False), (True, 0, 9, 9, False),
-        (False, 5, 9, 9, False), (False, 0, 9, 9, False),
-    ],
-)  # fmt: skip
-def test_it_leaves_if_nothing_was_loaded_or_asked_for_long(
-    is_activated, limit, models, requests, may_leave
-):
-    def ago(seconds):
-        return lambda: None if seconds is None else time.monotonic() - seconds
-
-    config = no_models()
-    program = llmswap.Application(SimpleNamespace(verbose=False), config)
-    settings = config.settings._replace(exit_idle_time=limit)
-    program._config = SimpleNamespace(settings=settings)
-    program._is_activated = is_activated
-    program.server = SimpleNamespace(
-        inactive_since=ago(requests), try_idle_exit=lambda: True
-    )
-    program.pool = SimpleNamespace(inactive_since=ago(models), close=lambda _: None)
-    told = []
-    program._manager = SimpleNamespace(tell=told.append)
-    assert program._try_idle_exit() is may_leave
-    assert told == ["STOPPING=1"] * may_leave
-
-
-def test_what_is_to_come_in_a_month_is_waited_for():
-    month = 30 * 86400.0
+def test_a_timeout_of_a_month_does_not_overflow():
     program = llmswap.Application(SimpleNamespace(verbose=False), no_models())
-    for seconds in (month, None):
-        program._waker.wake()
-        assert program._next_signal(seconds) is None
+    for seconds in (30 * 86400.0, None):
+        program._wakeup.send(b"\1")
+        assert program._next_signal(seconds) == 1
 
 
-def test_who_waits_in_the_backlog_keeps_it_from_leaving():
+def test_a_connection_in_the_backlog_cancels_the_idle_exit():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         pool = llmswap.Pool(no_models(), lambda *_: None)
         server = llmswap.Server([listener], pool, lambda *_: None, None)
@@ -12079,9 +11869,7 @@ def test_who_waits_in_the_backlog_keeps_it_from_leaving():
         server.stop()
 
 
-def test_who_wakes_it_with_a_broken_file_is_told_and_who_comes_later_is_served(
-    tmp_path,
-):
+def test_activated_with_a_broken_file_it_answers_503_until_it_is_mended(tmp_path):
     with Activator("[llmswap]\nlode = 1\n", tmp_path) as systemd:
         for turn in (1, 2):
             answer = ask(systemd.port, "GET", "/health")
@@ -12089,19 +11877,14 @@ def test_who_wakes_it_with_a_broken_file_is_told_and_who_comes_later_is_served(
             eventually(lambda: systemd.statuses == [2] * turn)
         assert systemd.log().count("[llmswap] lode: unknown key") == systemd.starts == 2
         systemd.ini.write_text(quick_file())
-        assert ask(systemd.port, "GET", "/health").status == 200
-
-
-def test_the_socket_of_systemd_outlives_a_sigterm(tmp_path):
-    with Activator(quick_file(), tmp_path) as systemd:
-        for turn in (1, 2):
+        for statuses in ([2, 2, 0], [2, 2, 0, 0]):  # the socket outlives a SIGTERM
             assert ask(systemd.port, "GET", "/health").status == 200
             systemd.process.terminate()
-            eventually(lambda: systemd.statuses == [0] * turn)
+            eventually(lambda wanted=statuses: systemd.statuses == wanted)
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM, None])
-def test_what_systemd_passes_is_used_if_it_listens(tmp_path, kind):
+def test_a_descriptor_that_does_not_listen_is_not_used(tmp_path, kind):
     path, address = tmp_path / "x.ini", ("127.0.0.1", free_port())
     path.write_text("[llmswap]\nlisten = %s:%d\n" % address)
     passed = socket.socket(type=kind) if kind else open(path)
@@ -12109,19 +11892,19 @@ def test_what_systemd_passes_is_used_if_it_listens(tmp_path, kind):
     command = [sys.executable, *words, sys.executable, "-IS", llmswap_file(), str(path)]
     pipe = dict(stderr=subprocess.PIPE, text=True, pass_fds=[passed.fileno()])
     with passed, running(command, address, **pipe) as process:
-        told = process.stderr.readline()
-    assert "descriptor 3 from systemd is not a listening stream socket" in told
+        line = process.stderr.readline()
+    assert "descriptor 3 from systemd is not a listening stream socket" in line
 
 
 @pytest.mark.parametrize(
-    "count, pid, said",
+    "count, pid, text",
     [("1", 1, "without a shell"), ("x", os.getpid(), "no number")],
     ids=["another process", "no number"],
 )
-def test_sockets_that_are_not_for_us_are_not_taken(count, pid, said):
+def test_sockets_of_another_process_are_not_used(count, pid, text):
     environ = {"LISTEN_FDS": count, "LISTEN_PID": str(pid), "LISTEN_FDNAMES": "http"}
     listeners, complaint = llmswap.take_listeners(environ)
-    assert listeners == [] and said in complaint and environ == {}
+    assert listeners == [] and text in complaint and environ == {}
 
 
 class Notifications:
@@ -12150,7 +11933,7 @@ class Notifications:
         self._socket.settimeout(10)
 
 
-def test_systemd_is_told_ready_what_is_loaded_reloading_and_stopping(tmp_path):
+def test_systemd_is_notified_of_ready_status_reloading_and_stopping(tmp_path):
     systemd = Notifications(tmp_path)
     env = {"NOTIFY_SOCKET": systemd.path}
     text = f"[a]\ncmd = {fake_command('--print-env')}\n[twin]\nuses = a\n"
@@ -12171,28 +11954,27 @@ def test_systemd_is_told_ready_what_is_loaded_reloading_and_stopping(tmp_path):
         client.hang_up()
 
 
-def test_the_watchdog_hears_of_a_living_pool_only(tmp_path, monkeypatch):
+def test_the_watchdog_is_fed_while_listener_lock_and_timer_work(tmp_path, monkeypatch):
     systemd = Notifications(tmp_path)
     environ = {"NOTIFY_SOCKET": systemd.path, "WATCHDOG_USEC": "40000"}
-    manager = llmswap.SystemdNotifier(environ)
-    assert manager.watchdog == 0.04 and environ == {}
+    notifier = llmswap.SystemdNotifier(environ)
+    assert notifier.watchdog == 0.04 and environ == {}
     pool = llmswap.Pool(no_models(), lambda *_: None)
     pool.start()
     is_deaf = threading.Event()
-    what = (pool, lambda: not is_deaf.is_set())
-    threading.Thread(target=manager.subscribe, args=what, daemon=True).start()
-    assert all(
-        "WATCHDOG=1" in lines for lines in systemd.until("STATUS=nothing is loaded")
-    )
+    args = (pool, lambda: not is_deaf.is_set())
+    threading.Thread(target=notifier.watch, args=args, daemon=True).start()
+    first = systemd.until("STATUS=nothing is loaded")
+    assert all("WATCHDOG=1" in lines for lines in first)
     systemd.until("WATCHDOG=1")
     with pool._lock:
         systemd.until_silence()
     systemd.until("WATCHDOG=1")
-    is_deaf.set()  # nobody accepts connections any more
+    is_deaf.set()  # no connections are accepted any more
     systemd.until_silence()
     is_deaf.clear()
     systemd.until("WATCHDOG=1")
-    pool._scheduler.decide = None  # a bug: whoever is to turn in time dies of it
+    pool._scheduler.decide = None  # a bug, of which the timer's thread dies
     with pytest.raises(TypeError):
         pool.unload_all()
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
@@ -12207,37 +11989,16 @@ def no_models():
     return llmswap.ConfigLoader(b"", "none.ini", {}, {}).load()
 
 
-def test_systemd_may_listen_at_an_abstract_address():
+def test_notifications_reach_an_abstract_address_and_only_our_watchdog_counts():
     name = f"llmswap-test-{os.getpid()}"
+    environ = {"NOTIFY_SOCKET": f"@{name}", "WATCHDOG_USEC": "1000000"}
+    notifier = llmswap.SystemdNotifier({**environ, "WATCHDOG_PID": "1"})
+    assert notifier.watchdog is None
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(f"\0{name}")
         systemd.settimeout(5)
-        llmswap.SystemdNotifier({"NOTIFY_SOCKET": f"@{name}"}).tell("A=1", "B=2")
+        notifier.notify("A=1", "B=2")
         assert systemd.recv(99) == b"A=1\nB=2"
-
-
-def test_a_watchdog_meant_for_another_process_is_left_alone():
-    environ = {"WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"}
-    assert llmswap.SystemdNotifier(environ).watchdog is None
-
-
-def test_lines_for_the_journal_carry_their_priority():
-    read_end, write_end = os.pipe()
-    status = os.fstat(write_end)
-    stream = f"{status.st_dev}:{status.st_ino}"
-    program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import llmswap;"
-        "log = llmswap.Log(); log('error', 'one\\ntwo'); log('info', 'x'); log.flush()"
-    )
-    subprocess.run(
-        [sys.executable, "-c", program, str(Path(LLMSWAP).parent)],
-        stderr=write_end,
-        env={**os.environ, "JOURNAL_STREAM": stream},
-        check=True,
-    )
-    os.close(write_end)
-    with open(read_end) as lines:
-        assert lines.read() == "<3>one\n<3>  two\n<6>x\n"
 
 
 def test_units_are_what_systemd_accepts(tmp_path):
@@ -12254,14 +12015,10 @@ def test_units_are_what_systemd_accepts(tmp_path):
     assert "ListenStream=/run/user/1/100%%.sock" in files["llmswap.socket"]
     path = f'Environment="PATH={tmp_path}/my $tools 10%%:'
     file = f'"{tmp_path}/my $$models.ini"'
-    for line in (
-        "KillMode=mixed",
-        "OOMPolicy=continue",
-        "Restart=on-failure",
-        path,
-        file,
-    ):
-        assert line in files["llmswap.service"]
+    module = f"WorkingDirectory={Path(LLMSWAP).parent}"
+    fixed = "KillMode=mixed", "OOMPolicy=continue", "Restart=on-failure", " -m llmswap "
+    for text in (*fixed, module, path, file):
+        assert text in files["llmswap.service"]
     if not shutil.which("systemd-analyze"):
         pytest.skip("needs systemd-analyze")
     checked = subprocess.run(
@@ -13485,7 +13242,8 @@ class FakeServer:
             os._exit(1)
         if not self.flags.canned:
             threading.Thread(target=self._accept, daemon=True).start()
-        port = self.listener.getsockname()[1]
+        with contextlib.suppress(OSError):  # an order may have closed it already
+            port = self.listener.getsockname()[1]
         self.say(f"main: server is listening on http://{host}:{port}")
 
     def _load(self):
@@ -15156,9 +14914,9 @@ binary gone    | sleeping  | 200                      |                      | l
 binary gone    | unloading | 502: does not exist      | does not exist       | unloaded
 disk full      | queued    | 200                      |                      | loaded
 disk full      | loading   | 200                      |                      | loaded
-disk full      | idle      | 500: temporary file      |                      | loaded
+disk full      | idle      | 200                      |                      | loaded
 disk full      | busy      | 200                      |                      | loaded
-disk full      | sleeping  | 500: temporary file      |                      | sleeping
+disk full      | sleeping  | 200                      |                      | loaded
 disk full      | unloading | 200                      |                      | loaded
 fork fails     | queued    | 502: start new thread    | start new thread     | unloaded
 fork fails     | loading   | 200                      |                      | loaded
@@ -15707,7 +15465,7 @@ HANGS = [
 
 
 @pytest.mark.parametrize("kind, said", [*zip(("cmd", "unit", "remote"), HANGS)])
-def test_who_hangs_is_left_alone_while_tokens_flow_then_restarted_and_that_is_said(
+def test_a_hung_backend_is_restarted_unless_tokens_flow(
     units, machine, kind, said
 ):
     units.add("m", port=machine.port)
