@@ -13242,8 +13242,10 @@ class FakeServer:
             os._exit(1)
         if not self.flags.canned:
             threading.Thread(target=self._accept, daemon=True).start()
-        with contextlib.suppress(OSError):  # an order may have closed it already
+        try:
             port = self.listener.getsockname()[1]
+        except OSError:
+            pass  # an order has closed it already
         self.say(f"main: server is listening on http://{host}:{port}")
 
     def _load(self):
