@@ -6060,176 +6060,121 @@ def _copy_both_ways(client, backend, leftover):
 #    Never knows HTTP or models.
 # ==================================================================================
 
-# Strict JSON comes first and passes untouched. What is not strict is read once, from
-# left to right, by a reader that takes whatever stands where a key, a colon or a value
-# should be, and closes at the end what is still open. One question is hard: does this
-# quote end the string, or did the model forget to escape it? It ends the string if the
-# text goes on from there as JSON would: with a comma and a key, with brackets that are
-# open, with nothing. Looking ahead is bounded, so that time is linear for any text.
+# Strict JSON passes untouched. All else is read once, from left to right, by a reader
+# that takes what stands where a key, a colon or a value should be, and closes at the
+# end what is still open. The hard question is whether a quote ends its string or lacks
+# a backslash. It ends the string if the text goes on from there as JSON would: with a
+# comma and a key, with brackets that are open, or not at all. How far the reader looks
+# ahead is bounded, which makes time linear for any text.
 
 MAX_DEPTH = 400  # json itself stops near 1000
 MAX_OBJECTS = 32  # looked at in one text
-HELD_MAX = 16 << 20  # bytes of arguments that a stream may hold back
+MAX_HELD = 32 << 20  # bytes of events, or of one body, that are held back
 CUT_OFF = {"length", "max_tokens", "model_context_window_exceeded", "content_filter"}
 
-_CLOSERS = {"{": "}", "[": "]", "(": ")"}
-_ENDS = {
-    **{quote: quote for quote in "\"'`"},
-    **dict.fromkeys("“”„", '"“”„'),
-    **dict.fromkeys("‘’‚", "'‘’‚"),
-}
-_DOUBLED = re.compile(r'""([^"\s,:;}\])][^"]*)""')
-_TRIPLED = re.compile(r"(\"\"\"|'''|```)(.*?)(?:\1|\Z)", re.DOTALL)
-_PREFIX = re.compile(r"[bBfFrRuU]{1,2}(?=[\"'][^\s,:}\])])")
-_PLUS = re.compile(r"\s*\+\s*(?=[\"'`])")
-
-# Blanks and comments, if they are few and short
-_GAP = re.compile(r"\s*(?:(?:(?://|#)[^\n]{0,200}|/\*[^*]{0,200}\*/)\s*){0,4}")
-_COMMAS = re.compile(r"(?:[\s,;，；]|\.\.+|…){0,50}")
-_JUNK = re.compile(
-    r"(?:[\s\ufeff,;，；]+|\.\.+|…|(?://|#)[^\n]*|/\*.*?(?:\*/|\Z))*", re.DOTALL
-)
-_COLON = re.compile(r"\s*(?:[:：][\s:：]*=?|=+>?|->)")
-_QUOTED = r"""(?:"[^"\n]{0,200}"|'[^'\n]{0,200}'|`[^`\n]{0,200}`|“[^”\n]{0,200}”)"""
-_KEY = re.compile(_QUOTED + r"\s{0,99}[:：=]")
-_MEMBER_OR_END = re.compile(  # here the colon may be missing, or the text may end
-    rf"""[}}\]]|\Z|{_QUOTED}\s{{0,99}}(?:["'\[{{:：=\d-]|true|false|null|\Z)"""
-    r"""|["'][\w .$-]{0,200}\Z"""
-)
-_BARE_KEY = re.compile(
-    r"[A-Za-z_$][\w$.-]{0,99}(?: [\w$.-]{1,99})?\s{0,99}[:：](?![/\\:])"
-)
-_BARE_NAME = re.compile(r'(?:([^\s:：=,;{}\[\]"][^:：=,;{}\[\]"\n]*)|.)"?', re.DOTALL)
-_UNENDED_NAME = re.compile(r"([\w$.-]+)(?:['’”]|\\+\")?\s*(?=:)")
-_NEXT_MEMBER = re.compile(rf"\s*,\s*{_KEY.pattern}")
-_VALUE = re.compile(r"[\"'“‘`\[{(\d.+-]|true|false|null|True|False|None")
-_BARE_SCALAR = re.compile(r"[-+.\w]+")
-_BARE_STOP = re.compile(r"[\[\]{}(),;，；\"']|\n\s*")
-
-_APOSTROPHE = re.compile(r"[^\W_].[^\W_]", re.DOTALL)
-_FORGOTTEN_END = re.compile(r"(,\s*|(?<=[^\s{\[(])\s*\n\s*)\Z")
-_SPECIAL = re.compile(r'\\(?:u[\da-fA-F]{4}|x[\da-fA-F]{2}|.)|["\\\0-\x1f]', re.DOTALL)
-_CUT_ESCAPE = re.compile(  # at the end: half a pair, and then half an escape
-    r"(?<!\\)((?:\\\\)*)(?:\\u[dD][89abAB][\da-fA-F]{2})?(?:\\(?:u[\da-fA-F]{0,3})?)?\Z"
-)
+_ESCAPE = re.compile(r"\\(?:u[\da-fA-F]{4}|x[\da-fA-F]{2}|[\"\\/bfnrt'`])|[\"\\]")
+_CUT_ESCAPE = re.compile(r"(?<!\\)((?:\\\\)*)\\(?:u[\da-fA-F]{0,3})?\Z")
 _DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\(?=[^\\\"'])")
 _PATTERN = re.compile(r"\\[dDwWsSBAZ.()\[\]{}*+?|^$-]")
-_NUMBER = re.compile(
-    r"([-+]?)(?:0*([1-9][0-9]*|0)|(?=\.[0-9]))(?:\.([0-9]*))?"
-    r"(?:([eE][-+]?[0-9]+)|[eE][-+]?)?"
-)
-_BASED = re.compile(r"[-+]?0(?:[xX][0-9a-fA-F]{1,64}|[bB][01]{1,64}|[oO][0-7]{1,64})")
-_GROUPED = re.compile(r"[-+]?[0-9]{1,3}(?:(?:,[0-9]{3})+|(?:_[0-9]+)+)(?:\.[0-9]+)?")
-_NULLS = "null none nil undefined nan inf infinity".split()
-_WORDS = {"true": "true", "false": "false", **dict.fromkeys(_NULLS, "null")}
+_WORDS = {
+    **{"true": True, "false": False},
+    **dict.fromkeys("null none nil undefined nan inf infinity".split()),
+}
 
 
-def _as_number(digits):
-    return (digits,)  # not 1, which is True and 1.0; nor does it take time to convert
+def _scalar(text, is_cut=False):
+    """Return the number or word, perhaps cut, that `text` is; else `text` itself."""
+    word, digits = text.lower().lstrip("+-"), text.rstrip(".eE+-")
+    if is_cut and word:
+        word = next((known for known in _WORDS if known.startswith(word)), word)
+    if word in _WORDS:
+        return _WORDS[word]
+    for convert in (functools.partial(int, base=0), int, float):
+        with contextlib.suppress(ValueError):
+            if len(digits) < 300 and abs(convert(digits)) != math.inf:
+                return convert(digits)
+    return text
 
 
-def _refuse(name):
-    raise ValueError(f"{name} is not JSON")
-
-
-_STRICT = json.JSONDecoder(
-    parse_int=_as_number, parse_float=_as_number, parse_constant=_refuse
-)
-
-
-def _as_string(raw):
-    """Return the JSON string that is meant by `raw`, which stood between quotes.
+def _unescaped(raw):
+    """Return the string that is meant by `raw`, which stood between quotes.
 
     In a path such as C:\\new, or beside a pattern such as \\d, fewer letters make an
     escape with the backslash before them.
     """
-    plain = "bf" if _PATTERN.search(raw) else ""
-    plain = "bfnrtux/'`" if _DRIVE.search(raw) else plain
-    return f'"{_SPECIAL.sub(lambda mark: _fixed(mark[0], plain), raw)}"'
+    letters = "\"\\unrt/x'`" if _PATTERN.search(raw) else "\"\\unrt/x'`bf"
+    letters = '"\\u' if _DRIVE.search(raw) else letters
+
+    def fixed(found):
+        escape, letter = found[0], found[0][1:2]
+        if not letter or letter not in letters:
+            return "\\" + escape
+        if letter == "x":
+            return "\\u00" + escape[2:]
+        return letter if letter in "'`" else escape
+
+    return json.loads(f'"{_ESCAPE.sub(fixed, raw)}"', strict=False)
 
 
-def _fixed(mark, plain):
-    """Return the JSON for an escape, or for a character that needs one."""
-    name = mark[1:2]
-    if mark[0] != "\\":
-        return json.dumps(mark)[1:-1]
-    if name and name not in plain:
-        if len(mark) == 6 or name in '"\\/bfnrt':
-            return mark
-        if name == "x" and len(mark) == 4:
-            return f"\\u00{mark[2:]}"
-        if name in "'`":
-            return name
-    return "\\\\" + json.dumps(mark[1:], ensure_ascii=False)[1:-1]
-
-
-def _literal(raw, is_cut=False):
-    """Return the JSON of a number or a word such as None; None if it is neither.
-
-    At the end of the text it may be cut: "" if nothing is left.
-    """
-    word = raw.lower().lstrip("+-")
-    if is_cut:
-        word = next((known for known in _WORDS if known.startswith(word)), "")
-        if not raw.strip("-+."):
-            return ""
-    if word in _WORDS:
-        return _WORDS[word]
-    if _GROUPED.fullmatch(raw):
-        raw = raw.replace(",", "").replace("_", "")
-    if _BASED.fullmatch(raw):
-        return str(int(raw, 0))
-    number = _NUMBER.fullmatch(raw)
-    if not number:
-        return None
-    sign, whole, fraction, exponent = (part or "" for part in number.groups())
-    return sign.strip("+") + (whole or "0") + (fraction and f".{fraction}") + exponent
-
-
-def _balance(text, start, end):
-    """Return how many more brackets open than close there."""
-    count = [text.count(char, start, end) for char in "{[(}])"]
-    return sum(count[:3]) - sum(count[3:])
-
-
-def _without_closers(text):
-    """Return `text` without the brackets at its end if it closes more than it opens."""
-    is_over = text.count("}") > text.count("{")
-    return text.rstrip("}]) \t\r\n“”‘’'\"") if is_over else text
-
-
-def _past_gap(text, at):
-    return _GAP.match(text, at).end()
+_CLOSERS = {"{": "}", "[": "]", "(": ")"}
+_QUOTES = {'"': '"', "'": "'", "`": "`", "“": '"“”', "‘": "'‘’"}
+_WHOLE = re.compile(  # in quotes that are tripled or doubled
+    r'''("""|\'\'\'|```)(.*?)(?:\1|\Z)|""([^"\s,:;}\])][^"]*)""''', re.DOTALL
+)
+# Blanks and comments, if they are few and short
+_GAP = re.compile(r"\s*(?:(?:(?://|#)[^\n]{0,200}|/\*[^*]{0,200}\*/)\s*){0,4}")
+_COMMAS = re.compile(rf"(?:[\s,;，；]|\.\.+|…){{0,50}}{_GAP.pattern}")
+_JUNK = re.compile(
+    r"(?:[\s\ufeff,;，；]+|\.\.+|…|(?://|#)[^\n]*|/\*.*?(?:\*/|\Z))*", re.DOTALL
+)
+_COLON = re.compile(r"\s*(?:[:：][\s:：]*=?|=+>?|->)")
+_QUOTED = "(?:" + "|".join(
+    f"{a}[^{b}\\n]{{0,200}}{b}" for a, b in ('""', "''", "``", "“”")
+) + ")"  # fmt: skip
+_KEY = re.compile(_QUOTED + r"\s{0,99}[:：=]")
+_BARE_KEY = re.compile(
+    r"[A-Za-z_$][\w$.-]{0,99}(?: [\w$.-]{1,99})?\s{0,99}[:：](?![/\\:])"
+)
+_AFTER_COMMA = re.compile(  # a member, perhaps without a colon, or the end, or a cut
+    rf"""[}}\]]|\Z|{_QUOTED}\s{{0,99}}(?:["'\[{{:：=\d-]|true|false|null|\Z)"""
+    r"""|["'][\w .$-]{0,200}\Z"""
+)
+_INSIDE = re.compile(r'[^"\n{]{0,200}"\s*[,}\])]')  # after brackets within a string
+_BARE_NAME = re.compile(r'(?:([^\s:：=,;{}\[\]"][^:：=,;{}\[\]"\n]*)|.)"?', re.DOTALL)
+_UNENDED_NAME = re.compile(r"([\w$.-]+)(?:['’”]|\\+\")?\s*(?=:)")
+_NEXT_MEMBER = re.compile(rf"\s*,\s*{_KEY.pattern}")
+_VALUE = re.compile(r"[\"'“‘`\[{(\d.+-]|true|false|null|True|False|None")
+_WORD = re.compile(r"[-+.\w]+")
+_BARE_STOP = re.compile(r"[\[\]{}(),;，；]|\n\s*")
+_FORGOTTEN_END = re.compile(r"(,\s*|(?<=[^\s{\[(])\s*\n\s*)\Z")
 
 
 class _Reader:
-    """Reads one object, however broken, and writes it as JSON; never goes back."""
+    """Reads one object, however broken; never goes back."""
 
     def __init__(self, text: str, at: int):
         self.text = text
-        self.at = at
-        self._out = []
-        self._open = []  # where in _out each object or array began that is open
-        self._closers = ""  # of all of them, as the text should have them
-        self._extra = {}  # by depth: opening braces beyond the first, as in {{
+        self.at = at + 1
+        self._stack = [{}]  # the objects and arrays that are open
+        self._closers = "}"  # what should close them
         self._has_bare_keys = False
-        self._is_object = True
 
     def read(self):
-        """Return the object as JSON; None if the braces hold none."""
-        self._begin("{")
-        while self._open:
-            self._skip(_JUNK)
+        """Return the object; ValueError if the braces hold something else."""
+        [root] = self._stack
+        while self._stack and self._skip(_JUNK):
             char = self.text[self.at : self.at + 1]
             if not char:
-                self._close_to(0)
-            elif char in "}])":
+                break
+            if char in "}])":
                 self._close(char)
-            elif self._is_in_object():
+            elif self._closers[-1] == "}":
                 self._read_member(char)
+            elif char == ":":
+                raise ValueError("a member in an array that was not closed")
             else:
-                self._read_item(char)
-        return "".join(self._out) if self._is_object else None
+                self._read_value()
+        return root
 
     def _skip(self, pattern):
         """Go past what matches here; return whether something does."""
@@ -6237,29 +6182,15 @@ class _Reader:
         self.at = found.end() if found else self.at
         return bool(found)
 
-    # Brackets
+    def _take(self, start, end, after):
+        self.at = after
+        return _unescaped(self.text[start:end])
 
-    def _is_in_object(self, depth=1):
-        return len(self._open) >= depth and self._out[self._open[-depth]] == "{"
-
-    def _is_empty(self):
-        return self._open[-1] == len(self._out) - 1
-
-    def _emit(self, text, key=None):
-        if self._open and not self._is_empty():
-            self._out.append(",")
-        if key is not None:
-            self._out.append(key + ":")
-        self._out.append(text)
-
-    def _begin(self, char, key=None):
-        if len(self._open) >= MAX_DEPTH:
-            raise ValueError("too deep")
-        self.at += 1
-        self._emit("{" if char == "{" else "[", key)
-        self._extra[len(self._open)] = 0
-        self._open.append(len(self._out) - 1)
-        self._closers += _CLOSERS[char]
+    def _add(self, value, key):
+        if self._closers[-1] == "}":
+            self._stack[-1][key] = value
+        else:
+            self._stack[-1].append(value)
 
     def _close(self, char):
         """Close the innermost that `char` can close, and those inside it.
@@ -6268,261 +6199,174 @@ class _Reader:
         """
         depth = self._closers.rfind(char)
         self.at += 1
-        if self._extra.get(depth):
-            self._extra[depth] -= 1
-        elif depth >= 0:
-            is_early = depth == 0 and _NEXT_MEMBER.match(self.text, self.at)
-            self._close_to(1 if is_early else depth)
-
-    def _close_to(self, depth):
-        begun = [self._out[at] for at in reversed(self._open[depth:])]
-        self._out += [_CLOSERS[char] for char in begun]
-        del self._open[depth:]
-        self._closers = self._closers[:depth]
-
-    # Members and items
+        if depth == 0 and _NEXT_MEMBER.match(self.text, self.at):
+            depth = 1
+        if depth >= 0:
+            del self._stack[depth:]
+            self._closers = self._closers[:depth]
 
     def _read_member(self, char):
         """Read a key and its value; a key without a value is dropped."""
+        if char == "{" and self._closers[-2:-1] in ("]", ")"):
+            self._stack.pop()  # it is the next item of the array around
+            self._closers = self._closers[:-1]
+            return
         if char in _CLOSERS:
-            return self._meet_opener(char)
-        is_quoted, depth = char in _ENDS, len(self._open)
-        key = self._string("key") if is_quoted else self._bare_key()
-        after = _past_gap(self.text, self.at)
+            self.at += 1
+            return
+        is_quoted = char in _QUOTES
+        if is_quoted:
+            key = self._string("key")
+        else:
+            self._has_bare_keys = True
+            name = _BARE_NAME.match(self.text, self.at)
+            key = _unescaped((name[1] or "").strip(" \t'`“”‘’"))
+            self.at = name.end()
+        after = _GAP.match(self.text, self.at).end()
         if self._skip(_COLON) or (is_quoted and _VALUE.match(self.text, after)):
             self._read_value(key)
-        elif self._is_empty() and self.text[after : after + 1] in (",", "}"):
-            self._out[-1] = "["  # {a, b}, a set, becomes an array
-            self._is_object = depth > 1
-            self._emit(key if is_quoted else _literal(key[1:-1]) or key)
-        elif depth == 1 and self._is_empty() and not is_quoted:
-            self._is_object = False
-
-    def _meet_opener(self, char):
-        """Take { where a key should be for the next item of the array around."""
-        depth = len(self._open) - 1
-        if char == "{" and depth and not self._is_in_object(2):
-            return self._close_to(depth)
-        self._extra[depth] += char == "{"
-        self.at += 1
-
-    def _bare_key(self):
-        self._has_bare_keys = True
-        name = _BARE_NAME.match(self.text, self.at)
-        self.at = name.end()
-        return _as_string((name[1] or "").strip().strip("'`“”‘’"))
-
-    def _read_item(self, char):
-        """Read an item of an array; a key there means that the array was not closed."""
-        start = self.at
-        if char not in _ENDS:
-            self._read_value()
-            self.at = max(self.at, start + 1)
-            return
-        item = self._strings()
-        if not (self._is_in_object(2) and self._skip(_COLON)):
-            return self._emit(item)
-        self._close_to(len(self._open) - 1)
-        self._read_value(item)
+        elif not self._stack[-1]:
+            if not is_quoted or self.text[after : after + 1] in (",", "}"):
+                raise ValueError("text, or a set")
 
     def _read_value(self, key=None):
-        """Read the value at the cursor; nothing is written if there is none."""
+        """Read the value at the cursor; nothing is added if there is none."""
         self._skip(_GAP)
-        self._skip(_PREFIX)
         char = self.text[self.at : self.at + 1]
-        if not char or char in ",;，；}])":
-            return
-        if char in _CLOSERS:
-            self._begin(char, key)
-        elif char in _ENDS:
-            self._emit(self._strings(), key)
-        else:
+        if char in _QUOTES:
+            self._add(self._string(), key)
+        elif char in _CLOSERS:
+            if len(self._stack) >= MAX_DEPTH:
+                raise RecursionError("too deep")
+            value = {} if char == "{" else []
+            self._add(value, key)
+            self._stack.append(value)
+            self._closers += _CLOSERS[char]
+            self.at += 1
+        elif char not in ",;，；}])":
             self._read_bare(key)
 
-    # Strings
-
-    def _strings(self):
-        """Read a string, or several with + between them; return it as JSON."""
-        role = "value" if self._is_in_object() else "item"
-        parts = [self._string(role)]
-        while self._skip(_PLUS):
-            parts.append(self._string(role))
-        return '"' + "".join(part[1:-1] for part in parts) + '"'
-
-    def _string(self, role):
-        """Read the string at the cursor, a "key", a "value" or an "item"."""
-        text, start = self.text, self.at
-        tripled, doubled = _TRIPLED.match(text, start), _DOUBLED.match(text, start)
-        if tripled:
-            return self._take(*tripled.span(2), tripled.end())
-        if doubled and self._may_end(doubled.end(), role):
-            return self._take(*doubled.span(1), doubled.end())
-        return self._simple_string(start + 1, _ENDS[text[start]], role)
-
-    def _take(self, start, end, after):
-        self.at = after
-        return _as_string(self.text[start:end])
-
-    def _simple_string(self, start, ends, role):
-        """Read on to the quote that ends the string, or to where one was forgotten."""
-        text = self.text
+    def _string(self, role="string"):
+        """Read the string at the cursor: to the quote that ends it, or to where that
+        was forgotten."""
+        text, start = self.text, self.at + 1
+        whole = _WHOLE.match(text, self.at)
+        if whole and (whole[1] or self._may_end(whole.end(), role)):
+            return self._take(*whole.span(whole.lastindex), whole.end())
         escape = "" if _DRIVE.match(text, start) else r"\\.|"
-        nested, since = 0, start  # brackets open since a quote followed one, as in {"
+        quotes = re.compile(f"{escape}[{_QUOTES[text[self.at]]}]", re.DOTALL)
         is_odd = False  # a quote inside waits for its partner
-        for quote in re.compile(f"{escape}[{ends}]", re.DOTALL).finditer(text, start):
-            at = quote.start()
-            if text[at] == "\\":
-                continue
+        nested, since = 0, start  # brackets open since a quote followed one, as in {"
+        for at in map(re.Match.start, quotes.finditer(text, start)):
             if nested > 0:
-                nested += _balance(text, since, at)
-                since = at
-            if nested > 0:
+                inside, since = text[since:at], at
+                nested += sum(map(inside.count, "{[(")) - sum(map(inside.count, "}])"))
+            if nested > 0 or text[at] == "\\":
                 continue
             if self._may_end(at + 1, role, is_odd):
                 return self._take(start, at, at + 1)
             if role == "key":
-                return self._unended_key(start, at)
+                break
             before = text[max(start, at - 99) : at]
-            is_key = not is_odd and _KEY.match(text, at)
-            forgotten = is_key and _FORGOTTEN_END.search(before)
-            if forgotten:
-                end = at - len(forgotten[0])
+            if not is_odd and _KEY.match(text, at) and _FORGOTTEN_END.search(before):
+                end = at - len(_FORGOTTEN_END.search(before)[0])
                 return self._take(start, end, end)
             if before.rstrip().endswith(("{", "[", "(")):
                 nested, since = 1, at
-            elif is_odd or not _APOSTROPHE.match(text, at - 1):
+            else:
                 is_odd = not is_odd
-        if role == "key":
-            return self._unended_key(start, len(text))
-        return self._unended(start)
+        else:
+            at = len(text)
+        if role == "key":  # it may have lost its quote, as in {"a: 1
+            name = _UNENDED_NAME.match(text, start, at)
+            end, after = (name.end(1), name.end()) if name else (at, at + 1)
+            return self._take(start, end, after)
+        raw, self.at = text[start:], len(text)
+        if raw.count("}") > raw.count("{"):
+            raw = raw.rstrip("}]) \t\r\n“”‘’'\"")
+        return _unescaped(raw[:-80] + _CUT_ESCAPE.sub(r"\1", raw[-80:]))
 
-    def _unended_key(self, start, end):
-        """Return a key that nothing ends; it may have lost its quote, as in {"a: 1."""
-        name = _UNENDED_NAME.match(self.text, start, end)
-        if name:
-            return self._take(*name.span(1), name.end())
-        return self._take(start, end, end + 1)
-
-    def _unended(self, start):
-        """Return the string that the end of the text cuts, perhaps before brackets."""
-        raw = _without_closers(self.text[start:])
-        self.at = len(self.text)
-        return _as_string(raw[:-80] + _CUT_ESCAPE.sub(r"\1", raw[-80:]))
-
-    # Looking ahead
-
-    def _may_end(self, at, role, is_odd=False, is_last=False):
+    def _may_end(self, at, role, is_odd=False):
         """Whether a value may end before `at`: the text goes on there as JSON would.
 
-        `role` is what ends: "key", "value" of a member, "item", all in quotes, "bare"
-        text, or "scalar", a number or word. `is_odd`: it may be the partner of a quote
-        inside. `is_last`: look no further than the end of the object.
+        `role` is what ends: "key", "string", "bare" text, or a "scalar". `is_odd`: it
+        may be the partner of a quote inside.
         """
-        text, depth, after = self.text, len(self._open), _past_gap(self.text, at)
+        text, depth = self.text, len(self._stack)
+        after = _GAP.match(text, at).end()
         if role == "key":
-            preemptible = text[at : at + 1].isalnum() or _UNENDED_NAME.match(text, at)
-            return bool(_COLON.match(text, after)) or not preemptible
+            return bool(_COLON.match(text, after))
         for _ in range(16):
             if text[after : after + 1] not in ("}", "]", ")"):
                 break
             closed = self._closers.rfind(text[after], 0, depth)
             depth = depth if closed < 0 else closed
             if depth == 0:
-                return is_last or self._may_trail(after + 1)
+                return not _INSIDE.match(text, after + 1)
             at = after + 1
-            after = _past_gap(text, at)
+            after = _GAP.match(text, at).end()
         if after >= len(text) or text.startswith("```", after):
             return True
-        is_odd = is_odd and depth == len(self._open)
-        if self._out[self._open[depth - 1]] == "{":
+        is_odd = is_odd and depth == len(self._stack)
+        if self._closers[depth - 1] == "}":
             return self._is_member(at, after, role, is_odd)
-        return not is_odd and self._is_item(at, after)
+        is_item = text[after] in ",;，；:" or after > at and _VALUE.match(text, after)
+        return not is_odd and bool(is_item)
 
     def _is_member(self, at, after, role, is_odd):
         """Whether an object can go on at `after`, where the blanks from `at` on end."""
         text = self.text
-        if text[after] in ",;，；":
-            if role == "scalar" and not text[after + 1 : after + 2].isdigit():
+        if text[after] not in ",;，；":
+            may_be_bare = self._has_bare_keys or role == "bare"
+            may_be_bare = role == "scalar" or may_be_bare and "\n" in text[at:after]
+        elif role == "scalar" and not text[after + 1 : after + 2].isdigit():
+            return True
+        else:
+            after = _COMMAS.match(text, after).end()
+            if _AFTER_COMMA.match(text, after):
                 return True
-            after = _past_gap(text, _COMMAS.match(text, after).end())
-            is_next = _MEMBER_OR_END.match(text, after)
-            return bool(is_next) or self._is_key(after, not is_odd)
-        if not is_odd and _PLUS.match(text, after):
-            return True
-        preemptible = (self._has_bare_keys or role == "bare") and "\n" in text[at:after]
-        return self._is_key(after, preemptible or role == "scalar")
-
-    def _is_item(self, at, after):
-        """The same for an array. A colon: its end was forgotten, this is a key."""
-        text = self.text
-        if text[after] in ",;，；" or _PLUS.match(text, after):
-            return True
-        if self._is_in_object(2) and _COLON.match(text, after):
-            return True
-        return after > at and bool(_VALUE.match(text, after))
-
-    def _is_key(self, at, may_be_bare):
-        found = _KEY.match(self.text, at)
-        return bool(found or (may_be_bare and _BARE_KEY.match(self.text, at)))
-
-    def _may_trail(self, at):
-        """Whether the text from `at` on, after the whole object, is not part of it."""
-        text = self.text
-        quote = text.find('"', at, at + 2000)
-        if quote < 0 or "\n" in text[at:quote] or "{" in text[at:quote]:
-            return True
-        if self._may_end(quote + 1, "value", is_last=True):
-            return False
-        return not re.search(r'"\s*[\]})]+\s*\Z', text[-40:])
-
-    # Values without quotes
+            may_be_bare = not is_odd
+        key = _KEY.match(text, after) or may_be_bare and _BARE_KEY.match(text, after)
+        return bool(key)
 
     def _read_bare(self, key):
         """Read a number, a word, or a string that lacks its quotes."""
         text, start = self.text, self.at
-        scalar = _BARE_SCALAR.match(text, start)
-        known = scalar and _literal(scalar[0])
-        if known and self._may_end(scalar.end(), "scalar"):
-            self.at = scalar.end()
-            return self._emit(known, key)
-        self.at = self._end_of_bare(start)
-        raw = _without_closers(text[start : self.at]).strip()
-        known = _literal(raw, self.at == len(text))
-        if raw.count('"') % 2:
-            raw = raw.rstrip('"')
-        if raw and known != "":
-            self._emit(known or _as_string(raw), key)
+        word = _WORD.match(text, start)
+        if word and self._may_end(word.end(), "scalar"):
+            self.at = word.end()
+        if self.at == start or _scalar(word[0]) == word[0]:
+            self.at = self._end_of_bare(start)
+        raw, is_cut = text[start : self.at].strip(), self.at == len(text)
+        value = _scalar(raw, is_cut)
+        if value == raw:
+            value = _unescaped(raw.rstrip('"') if raw.count('"') % 2 else raw)
+        if raw.strip("+-.") or raw and not is_cut:
+            self._add(value, key)
 
     def _end_of_bare(self, at):
         """Return where the string without quotes at `at` ends."""
-        text, in_object, nested = self.text, self._is_in_object(), 0
-        for stop in _BARE_STOP.finditer(text, at):
+        nested = 0
+        for stop in _BARE_STOP.finditer(self.text, at):
             at, char = stop.start(), stop[0][0]
             if char in _CLOSERS:
                 nested += 1
             elif char in "}])" and nested:
                 nested -= 1
-            elif char in self._closers:
+            elif char in self._closers or not nested and self._may_end(at, "bare"):
                 return at
-            elif char in "\"'":
-                is_next = not in_object or _KEY.match(text, at)
-                if text[at - 1].isspace() and is_next:
-                    return at
-            elif _NEXT_MEMBER.match(text, at):
-                return at
-            elif not nested and self._may_end(at, "bare"):
-                return at
-        return len(text)
+        return len(self.text)
 
 
+_STRICT = json.JSONDecoder(  # int refuses NaN
+    parse_int=_scalar, parse_float=_scalar, parse_constant=int
+)
 # Tokens of chat templates, at the end
 _TOKENS = re.compile(r"\s*(?:(?:<[|｜][^<>]{0,60}[|｜]>|</[\w:]{1,30}>)\s*)+\Z")
-_ESCAPED = re.compile(r'[^{]{0,500}\{(?:\s|\\[nrt]){0,99}\\+(?:"|u0022)')
-_ESCAPE = re.compile(r'\\(?:u00[0-7][\da-fA-F]|[nrtbf"\\/])')
-_ENTITIES = re.compile(r"[^{]{0,500}\{\s{0,99}&quot;")
+_ENCODED = re.compile(r'[^{]{0,500}\{(?:\s|\\[nrt]){0,99}\\+(?:"|u0022)')
+_ENCODED_CHAR = re.compile(r'\\(?:u00[0-7][\da-fA-F]|[nrtbf"\\/])')
 _NO_BRACE = re.compile(
     r"""["']?[\w$ .-]{1,99}["']\s*:\s*(?:["'\[{\d-]|true|false|null|True|False|None)"""
-    r"""|[A-Za-z_$][\w$-]{0,99}\s*:[^{]*\}\s*\Z"""
 )
 _SCALARS = re.compile(r"\[\s*[\"'\d-]")
 _QUOTED_KEY = re.compile(r"\{\s*(?:[\"'“‘`{/#]|\Z)")
@@ -6532,20 +6376,14 @@ _WRAPPING = re.compile(r"```\w*|<[^<>{}]{0,60}>|json|[\s\[(\"'`]+")
 def _unwrapped(text):
     """Return `text` without what is known to be around objects or laid over them."""
     text = text.lstrip("\ufeff \t\r\n")
-    if text.startswith("<think>"):
-        text = text.rpartition("</think>")[2].lstrip()
     text = text[:-200] + _TOKENS.sub("", text[-200:])
     if text.startswith("```"):
         text = re.sub(r"```\w*\s*", "", text, count=1).rstrip("`\n")
     if _NO_BRACE.match(text):
         return "{" + text
-    for _ in range(3):
-        if _ESCAPED.match(text):
-            text = _ESCAPE.sub(lambda escape: json.loads(f'"{escape[0]}"'), text)
-    if _ENTITIES.match(text):
-        import html  # a table of two thousand names
-
-        text = html.unescape(text)
+    for _ in range(2):
+        if _ENCODED.match(text):
+            text = _ENCODED_CHAR.sub(lambda char: json.loads(f'"{char[0]}"'), text)
     if text[:1] in ("'", '"', "`") and text[1:2] == "{":
         text = text[1:].rstrip().rstrip(text[0])
     return text
@@ -6553,42 +6391,36 @@ def _unwrapped(text):
 
 def _object_in(text):
     """Return the JSON text of the only object in `text`, None if there is no such."""
-    text = _unwrapped(text)
-    at, end, found = text.find("{"), 0, []
-    if _SCALARS.match(text):
-        return None
+    text, end, found = _unwrapped(text), 0, {}
     for _ in range(MAX_OBJECTS):
-        if at < 0:
+        at = text.find("{", end)
+        if at < 0 or _SCALARS.match(text):
             break
-        mended, after = _read_object(text, at)
-        if mended and _is_meant(text, at, end, mended):
-            value = _STRICT.decode(mended)
-            if value not in [known for known, _ in found]:
-                found.append((value, mended))
-        at, end = text.find("{", after), after
-    full = [(value, mended) for value, mended in found if value] or found
-    return full[0][1] if len(full) == 1 and at < 0 else None
+        lead = text[max(end, at - 200) : at]
+        value, as_json, end = _read_object(text, at)
+        is_quoted = value and _QUOTED_KEY.match(text, at)  # not code or prose
+        is_led_to = not _WRAPPING.sub("", lead) or lead.rstrip().endswith((":", ">"))
+        if value is not None and (is_quoted or is_led_to):
+            found.setdefault(_dump(value), as_json)
+    else:
+        return None
+    if len(found) > 1:
+        found.pop(b"{}", None)
+    return list(found.values())[0] if len(found) == 1 else None
 
 
 def _read_object(text, at):
-    """Return (JSON text of the object at `at` or None, where it ends)."""
+    """Return (the object at `at` or None, its JSON text, where it ends)."""
     with contextlib.suppress(ValueError):
-        end = _STRICT.raw_decode(text, at)[1]
+        value, end = _STRICT.raw_decode(text, at)
         if not _NEXT_MEMBER.match(text, end):
-            return text[at:end], end
+            return value, text[at:end], end
     reader = _Reader(text, at)
-    return reader.read(), reader.at
-
-
-def _is_meant(text, at, before, mended):
-    """Whether what was read comes from more than braces in prose or code."""
-    lead = text[max(before, at - 200) : at]
-    if not _WRAPPING.sub("", lead):
-        return True
-    if not mended[1:-1].strip():
-        return lead.rstrip().endswith((":", ">"))
-    ends = (":", ">", "`", "(", "[", "=", "\n")
-    return bool(_QUOTED_KEY.match(text, at)) or lead.rstrip(" \t").endswith(ends)
+    try:
+        value = reader.read()
+    except ValueError:
+        return None, "", reader.at
+    return value, _dump(value).decode(), reader.at
 
 
 def repair_arguments(text: str) -> str:
@@ -6607,140 +6439,75 @@ def repair_arguments(text: str) -> str:
     return text
 
 
-# Answers are read as far as their shape is known; one of another shape stays as it is.
+# -- answers: read as far as their shape is known; of another shape, they stay ---------
 
-_UNKNOWN = (
-    ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError
-)  # fmt: skip
-_JSON = json.JSONDecoder()
-_JSON_SPACE = re.compile(r"[ \t\r\n,:]*")  # and what else stands between values
+_UNKNOWN = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
-def _number_of(entry, default):
-    """Return the "index" of an entry; some servers leave it out."""
+def _index_of(entry, default):
     number = entry.get("index")
-    return number if isinstance(number, int) else default
+    return number if isinstance(number, int) else default  # some servers have none
 
 
 def _calls_in(payload):
-    """Yield ((choice, tool), path of the arguments, arguments) for every tool call.
-
-    The tool of a function_call, as of old, is None.
-    """
+    """Yield ((choice, tool), function) for every tool call, its arguments a text."""
     for position, choice in enumerate(payload["choices"]):
-        number = _number_of(choice, position)
-        field = "delta" if "delta" in choice else "message"
-        answer = choice.get(field) or {}
-        calls = answer.get("tool_calls") or ()
-        told = [(_number_of(call, at), ("tool_calls", at, "function"), call["function"])
-                for at, call in enumerate(calls)]  # fmt: skip
-        if answer.get("function_call"):
-            told.append((None, ("function_call",), answer["function_call"]))
-        for tool, path, function in told:
-            text, path = function.get("arguments"), (*path, "arguments")
-            if isinstance(text, (str, type(None))):
-                yield (number, tool), ("choices", position, field, *path), text or ""
+        message = choice.get("delta" if "delta" in choice else "message") or {}
+        for at, call in enumerate(message.get("tool_calls") or ()):
+            function = call["function"]
+            if isinstance(function.setdefault("arguments", ""), str):
+                yield (_index_of(choice, position), _index_of(call, at)), function
 
 
 def _ends_in(payload):
     """Return the finish reason of every choice that ends, by its number."""
     return {
-        _number_of(choice, position): str(choice["finish_reason"])
+        _index_of(choice, position): str(choice["finish_reason"])
         for position, choice in enumerate(payload["choices"])
         if choice.get("finish_reason")
     }
 
 
-def _put(edits, path, text):
-    """Note that the value at `path` is to become the JSON `text`."""
-    for step in path[:-1]:
-        edits = edits.setdefault(step, {})
-    edits[path[-1]] = text
-
-
-def _space(text, at):
-    return _JSON_SPACE.match(text, at).end()
-
-
-def _edited(text, at, edits):
-    """Return (the JSON value at `at` with `edits` made, where it ends in `text`).
-
-    The rest of it stays, character for character.
-    """
-    if not isinstance(edits, dict) or text[at] not in "[{":
-        end = _JSON.raw_decode(text, at)[1]
-        return text[at:end] if edits is None else edits, end
-    out, seen, position = [], at, 0
-    is_object, at = text[at] == "{", _space(text, at + 1)
-    while text[at] not in "]}":
-        step = position
-        if is_object:
-            step, at = _JSON.raw_decode(text, at)
-            at = _space(text, at)
-        out.append(text[seen:at])
-        value, seen = _edited(text, at, edits.get(step))
-        out.append(value)
-        at = _space(text, seen)
-        position += 1
-    return "".join(out) + text[seen : at + 1], at + 1
-
-
-def _edit_completion(payload, edits):
+def _repair_completion(payload):
     calls, ends = list(_calls_in(payload)), _ends_in(payload)
-    last = {key[0]: key for key, _, _ in calls}
-    for key, path, text in calls:
-        is_cut = ends.get(key[0]) in CUT_OFF and last[key[0]] == key
-        mended = text if is_cut else repair_arguments(text)
-        if mended != text:
-            _put(edits, path, json.dumps(mended))
-        if payload["choices"][path[1]]["message"].get("content") == "":
-            _put(edits, (*path[:3], "content"), "null")
+    last = {key[0]: function for key, function in calls}
+    for key, function in calls:
+        if not (ends.get(key[0]) in CUT_OFF and last[key[0]] is function):
+            function["arguments"] = repair_arguments(function["arguments"])
+    for message in [choice["message"] for choice in payload["choices"]]:
+        if message.get("tool_calls") and message.get("content") == "":
+            message["content"] = None
 
 
-def _edit_message(payload, edits):
-    blocks = list(enumerate(payload["content"]))
-    if payload.get("stop_reason") in CUT_OFF:
-        del blocks[-1:]
-    for position, block in blocks:
+def _repair_message(payload):
+    blocks = payload["content"]
+    for block in blocks[:-1] if payload.get("stop_reason") in CUT_OFF else blocks:
         given = block.get("input")
-        if block.get("type") == "tool_use" and isinstance(given, (str, list)):
-            text = given if isinstance(given, str) else json.dumps(given)
-            mended = json_or(repair_arguments(text).encode(), None)
-            if isinstance(mended, list) and len(mended) == 1:
-                mended = mended[0]
-            if isinstance(mended, dict):
-                _put(edits, ("content", position, "input"), json.dumps(mended))
+        if isinstance(given, str):
+            given = json_or(repair_arguments(given).encode(), None)
+        if isinstance(given, list) and len(given) == 1:
+            given = given[0]
+        if block["type"] == "tool_use" and isinstance(given, dict):
+            block["input"] = given
 
 
 def repair_body(body: bytes) -> bytes:
-    """Return an answer that is no stream with the arguments of its tool calls repaired.
+    """Return a chat completion, or a message of Anthropic, with its calls repaired.
 
-    It may be OpenAI's chat completion or Anthropic's message. What needs no repair
-    stays byte for byte; so do a call that was cut off and anything else.
+    What needs no repair stays byte for byte; so does a call that was cut off.
     """
     try:
-        text, edits = body.decode(), {}
-        payload = json.loads(text)
-        edit = _edit_completion if "choices" in payload else _edit_message
-        edit(payload, edits)
-        if not edits:
-            return body
-        start = _space(text, 0)
-        value, end = _edited(text, start, edits)
+        text = body.decode()
+        given, payload = json.loads(text), json.loads(text)
+        repair = _repair_completion if "choices" in payload else _repair_message
+        repair(payload)
+        return body if payload == given else _dump(payload)
     except _UNKNOWN:
         return body
-    return (text[:start] + value + text[end:]).encode()
 
 
 _EVENT_END = re.compile(rb"\n\r?\n")
-_OF_A_CALL = re.compile(rb'"(?:tool_calls|function_call|partial_json)"')
-_OF_AN_END = re.compile(rb'\[DONE\]|"(?:finish|stop)_reason"\s*:\s*"|"message_stop"')
-_OF_A_CHUNK = ("id", "object", "created", "model", "system_fingerprint")
-_OF_A_FRAGMENT = frozenset(
-    "index delta role type tool_calls function function_call arguments".split()
-)
-
-_Held = namedtuple("_Held", "event path text")  # the fragment of an event, and where
+_OF_A_CALL = re.compile(rb'"(?:tool_calls|partial_json)"')
 
 
 def _data_of(event):
@@ -6748,42 +6515,11 @@ def _data_of(event):
     return b"\n".join(lines).decode()
 
 
-def _edited_event(event, edits):
-    """Return an event with `edits` made in its data; all other lines stay."""
-    if not (event and edits):
-        return event
-    text, out = _data_of(event), []
-    start = _space(text, 0)
-    data = b"data:" + text[:start].encode() + _edited(text, start, edits)[0].encode()
-    data = data.replace(b"\n", b" ")
-    for line in event.splitlines(keepends=True):
-        if line.startswith(b"data:"):
-            line, data = data + line[len(line.rstrip(b"\r\n")) :] if data else b"", b""
-        out.append(line)
-    return b"".join(out)
-
-
-def _names_in(value):
-    """Return the names of all that is not empty in parsed JSON."""
-    if isinstance(value, list):
-        return set().union(*map(_names_in, value))
-    if not isinstance(value, dict):
-        return set()
-    full = {name: entry for name, entry in value.items() if entry}
-    return set(full).union(*map(_names_in, full.values()))
-
-
-def _lone_fragment(payload, key, text, line_end):
-    """Return a chunk of the same stream with nothing but this fragment in it."""
-    chunk = {name: payload[name] for name in _OF_A_CHUNK if name in payload}
-    choice, tool = key
-    delta = {"function_call": {"arguments": text}}
-    if tool is not None:
-        delta = {"tool_calls": [{"index": tool, "function": {"arguments": text}}]}
-    chunk["choices"] = [{"index": choice, "delta": delta, "finish_reason": None}]
-    [(_, path, _)] = _calls_in(chunk)
-    data = json.dumps(chunk, separators=(",", ":")).encode()
-    return _Held(b"data: " + data + line_end * 2, path, text)
+def _with_data(event, payload):
+    """Return an event with `payload` as its data; all other lines stay."""
+    lines = [line for line in event.splitlines() if line and line[:5] != b"data:"]
+    line_end = b"\r\n" if event.endswith(b"\r\n") else b"\n"
+    return line_end.join([*lines, b"data: " + _dump(payload), b"", b""])
 
 
 class RepairStream:
@@ -6799,8 +6535,10 @@ class RepairStream:
     def __init__(self, is_whole: bool = False):
         self._is_whole = is_whole
         self._buffer = bytearray()  # an event of which the end has not come
-        self._calls = {}  # (choice or block, tool): its list of _Held; the latest last
+        self._calls = {}  # open ones: fragments by (choice or block, tool); latest last
+        self._held = []  # (event, the calls it has fragments of)
         self._size = 0
+        self._repaired = {}  # by call: what is still to be sent of its new arguments
         self._has_given_up = False
 
     def feed(self, payload: bytes) -> bytes:
@@ -6814,20 +6552,19 @@ class RepairStream:
             out.append(self._pass_event(bytes(self._buffer[start:end])))
             start = end
         del self._buffer[:start]
-        if self._size + len(self._buffer) > HELD_MAX:
+        if self._size + len(self._buffer) > MAX_HELD:
             self._has_given_up = True
-            out.append(self.finish())
+            out += [self._settle(self._calls, self._calls), bytes(self._buffer)]
+            self._buffer.clear()
         return b"".join(out)
 
     def finish(self) -> bytes:
         """Return what is held; a call of which no end came goes as it is."""
         rest = bytes(self._buffer)
-        self._buffer.clear()
         if self._is_whole:
-            return rest if self._has_given_up else repair_body(rest)
-        if _OF_AN_END.search(rest):
-            rest = self._pass_event(rest)
-        return self._release(self._calls, False) + rest
+            return repair_body(rest)
+        rest = self._pass_event(rest)
+        return self._settle(self._calls, self._calls) + rest
 
     def _pass_event(self, event):
         """Return what is to be sent when this event has come, lines and all."""
@@ -6836,97 +6573,104 @@ class RepairStream:
         try:
             text = _data_of(event)
             if text.strip() == "[DONE]":
-                return self._release(self._calls, True) + event
+                return self._settle(self._calls) + event
             payload = json.loads(text)
             if payload.get("choices"):
                 return self._pass_chunk(event, payload)
             if payload.get("type") == "error" or payload.get("error"):
-                return self._release(self._calls, False) + event
+                return self._settle(self._calls, self._calls) + event
             return self._pass_anthropic(event, payload, payload.get("delta") or {})
         except _UNKNOWN:
             return event
 
     def _pass_chunk(self, event, payload):
-        """A chunk may hold fragments of several calls, and more that must not wait."""
-        calls, ends = list(_calls_in(payload)), _ends_in(payload)
-        out, edits = b"".join(self._begin(key) for key, _, _ in calls), {}
-        fragments = [call for call in calls if call[2]]
-        is_bare = len(fragments) == 1 and not ends
-        names = _names_in([choice.get("delta") for choice in payload["choices"]])
-        if is_bare and names <= _OF_A_FRAGMENT:
-            [(key, path, text)] = fragments
-            self._hold(key, _Held(event, path, text))
-            return out
-        line_end = b"\r\n" if event.endswith(b"\r\n") else b"\n"
-        for key, path, text in fragments:
-            if key[0] in ends:
-                self._hold(key, _Held(b"", path, text))
-            else:
-                self._hold(key, _lone_fragment(payload, key, text, line_end))
-                _put(edits, path, '""')
-        for choice, reason in ends.items():
-            done = [key for key in self._calls if key[0] == choice]
-            out += self._release(done[:-1], True, edits)
-            out += self._release(done[-1:], reason not in CUT_OFF, edits)
-        return out + _edited_event(event, edits)
+        calls, ends, out = dict(_calls_in(payload)), _ends_in(payload), b""
+        for key in [key for key in calls if key not in self._calls]:
+            before = list(self._calls)[-1:]  # if it is valid, it is over
+            out += self._settle(list(filter(self._is_sound, before)))
+            self._calls[key] = []
+        fragments = {key: each["arguments"] for key, each in calls.items()}
+        if not any(fragments.values()):
+            passing = event
+        elif ends or not any(function.get("name") for function in calls.values()):
+            passing = self._hold(event, fragments)
+        else:
+            passing = self._pass_names(event, payload, calls)
+        ended = [key for key in self._calls if key[0] in ends]
+        last = {key[0]: key for key in ended}
+        cut = [key for choice, key in last.items() if ends[choice] in CUT_OFF]
+        return out + self._settle(ended, cut) + passing
+
+    def _pass_names(self, event, payload, calls):
+        """Return an event without arguments; hold them in events of their own."""
+        for (choice, tool), function in calls.items():
+            text, function["arguments"] = function["arguments"], ""
+            call = {"index": tool, "function": {"arguments": text}}
+            lone = {"index": choice, "delta": {"tool_calls": [call]}}
+            lone = {**payload, "choices": [{**lone, "finish_reason": None}]}
+            self._hold(_with_data(event, lone), {(choice, tool): text})
+        return _with_data(event, payload)
 
     def _pass_anthropic(self, event, payload, delta):
         """The end of a block does not tell whether it was cut off. If it is not valid,
         it waits for what does: the next block, or the reason in message_delta."""
-        kind, key = payload["type"], (_number_of(payload, 0), None)
+        kind, key = payload["type"], (_index_of(payload, 0), None)
         fragment, reason = delta.get("partial_json"), delta.get("stop_reason")
         if isinstance(fragment, str) and fragment:
-            self._hold(key, _Held(event, ("delta", "partial_json"), fragment))
-            return b""
+            return self._hold(event, {key: fragment})
         if kind == "content_block_stop" and key in self._calls:
-            self._hold(key, _Held(event, None, ""))
-            return self._release([key], False) if self._is_sound(key) else b""
+            self._hold(event, {key: ""})
+            return self._settle([key]) if self._is_sound(key) else b""
         if reason or kind in ("content_block_start", "message_stop"):
-            return self._release(self._calls, str(reason) not in CUT_OFF) + event
+            cut = self._calls if reason in CUT_OFF else ()
+            return self._settle(self._calls, cut) + event
         return event
 
-    # What is held
-
-    def _begin(self, key):
-        """Return the call before this one, if it began just now, unless that needs
-        repair: fragments of both may still come by turns."""
-        if key in self._calls:
-            return b""
-        before = [known for known in self._calls if known[0] == key[0]][-1:]
-        self._calls[key] = []
-        return self._release(filter(self._is_sound, before), False)
-
     def _is_sound(self, key):
-        text = self._text_of(key)
+        text = "".join(self._calls[key])
         return repair_arguments(text) == text
 
-    def _text_of(self, key):
-        return "".join(held.text for held in self._calls[key])
+    def _hold(self, event, fragments):
+        for key, text in fragments.items():
+            parts = self._calls.pop(key, [])
+            self._calls[key] = parts  # the latest, now
+            parts.append(text)
+        self._held.append((event, list(fragments)))
+        self._size += len(event)
+        return b""
 
-    def _hold(self, key, held):
-        """Hold a fragment; what is around it counts too, but less."""
-        fragments = self._calls.pop(key, [])
-        fragments.append(held)
-        self._calls[key] = fragments  # the last one, now
-        self._size += max(len(held.text), len(held.event) // 4)
-
-    def _release(self, keys, is_whole, edits=None):
-        """Return the events of these calls, repaired if they are whole.
-
-        A fragment without an event is in the event at hand; its change goes to `edits`.
-        """
-        out = []
+    def _settle(self, keys, cut=()):
+        """End these calls, repaired but for those that were cut. Return the events of
+        which no call is open any more."""
+        texts = {key: "".join(self._calls[key]) for key in keys if key not in cut}
         for key in list(keys):
-            text = self._text_of(key)
-            rest = mended = repair_arguments(text) if is_whole else text
-            for event, path, fragment in self._calls.pop(key):
-                self._size -= max(len(fragment), len(event) // 4)
-                own = {} if event else edits
-                if mended != text and path:
-                    _put(own, path, json.dumps(rest))
-                    rest = ""
-                out.append(_edited_event(event, own))
+            del self._calls[key]
+        for key, text in texts.items():
+            repaired = repair_arguments(text)
+            if repaired != text:
+                self._repaired[key] = repaired
+        out, held, self._held = [], self._held, []
+        for event, keys in held:
+            if self._calls.keys() & keys:
+                self._held.append((event, keys))
+                continue
+            self._size -= len(event)
+            is_changed = self._repaired.keys() & keys
+            out.append(self._rewritten(event) if is_changed else event)
         return b"".join(out)
+
+    def _rewritten(self, event):
+        """Return an event with all that is left of the new arguments of its calls."""
+        payload = json.loads(_data_of(event))
+        if payload.get("choices"):
+            fragments = [(key, call, "arguments") for key, call in _calls_in(payload)]
+        else:
+            key = (_index_of(payload, 0), None)
+            fragments = [(key, payload.get("delta", {}), "partial_json")]
+        for key, fragment, name in fragments:
+            if fragment.get(name) and key in self._repaired:
+                fragment[name], self._repaired[key] = self._repaired[key], ""
+        return _with_data(event, payload)
 
 
 # ==================================================================================

@@ -8709,8 +8709,6 @@ MEANT = r"""
 {\"a\": 1} ⇒ {"a": 1}
 {1: "x"} ⇒ {"1": "x"}
 {'a': "\xyz\x41"} ⇒ {"a": "\\xyzA"}
-{"a": ["na"ve", "y, z"]} ⇒ {"a": ["na\"ve", "y, z"]}
-{"a": [New York "b"]} ⇒ {"a": ["New York", "b"]}
 {"a":: 1} ⇒ {"a": 1}
 {"a" => "b"} ⇒ {"a": "b"}
 {a: 1, b_2: "x"} ⇒ {"a": 1, "b_2": "x"}
@@ -8753,216 +8751,56 @@ json␤{"a": 1} ⇒ {"a": 1}
 {"code": "```json\n{}\n```" ⇒ {"code": "```json\n{}\n```"}
 Sure! Here is the call:␤{"a": 1} ⇒ {"a": 1}
 {"a": 1}␤Let me know if that helps. ⇒ {"a": 1}
-{"x": {"a": {{"b": 1}}, "c": 2}} ⇒ {"x": {"a": {"b": 1}, "c": 2}}
-␤␤<think>maybe {"x": 1}</think>{"a": 1} ⇒ {"a": 1}
-"{a": "b"}" ⇒ {"a": "b"}
 {"a": x␤b: y␤} ⇒ {"a": "x", "b": "y"}
 {"a\": {"b": 1}, "c": 2} ⇒ {"a": {"b": 1}, "c": 2}
 {"a\": "x", "b\": 2} ⇒ {"a": "x", "b": 2}
-{"a": "b"}<|call|> ⇒ {"a": "b"}
-{"url": "https://x.com/} ⇒ {"url": "https://x.com/"}
-{"a":"The TV is 24" wide", "b": 1} ⇒ {"a": "The TV is 24\" wide", "b": 1}
-{"to": ["x"], "body": "Hi,␤␤See "this" and {that}.␤Bye", "n": 1} ⇒ {"to": ["x"], "body": "Hi,\n\nSee \"this\" and {that}.\nBye", "n": 1}
-{"diff": "<<<␤-old "x"␤===␤+new␤>>>", "path": "x"} ⇒ {"diff": "<<<\n-old \"x\"\n===\n+new\n>>>", "path": "x"}
 {..."a":1} ⇒ {"a": 1}
-{"a": 1}, {"a": 1} ⇒ {"a": 1}
 {"a": "x"}{"b ⇒ {"a": "x"}
-{"a": [{"k": "v"]} ⇒ {"a": [{"k": "v"}]}
-{"a": "1"}</arg_value></tool_call> ⇒ {"a": "1"}
-{"a": -.5 [1, "b": 2,} ⇒ {"a": "-.5 [1", "b": 2}
-{"a": {"b": {"c": 1 ⇒ {"a": {"b": {"c": 1}}}
-{"a": [1, [2, [3 ⇒ {"a": [1, [2, [3]]]}
 {"a": "b} ⇒ {"a": "b"}
-{"a": ["x", "y} ⇒ {"a": ["x", "y"]}
 {"a": "if (x) { y } ⇒ {"a": "if (x) { y }"}
-{"a": [1, 2} ⇒ {"a": [1, 2]}
-{"a": [1, 2}, "b": 3} ⇒ {"a": [1, 2], "b": 3}
-{"a": {"b": 1, "c": [1, 2}} ⇒ {"a": {"b": 1, "c": [1, 2]}}
 {"a": [{"b": 1, {"c": 2}]} ⇒ {"a": [{"b": 1}, {"c": 2}]}
-{"a": [1, 2, "b": 3} ⇒ {"a": [1, 2], "b": 3}
-a": 1, "b": 2} ⇒ {"a": 1, "b": 2}
-'a': 1} ⇒ {"a": 1}
-{"a": 1}}} ⇒ {"a": 1}
 {"a": {"b": 1}}, "c": 2} ⇒ {"a": {"b": 1}, "c": 2}
 {"a": 1}, "b": 2} ⇒ {"a": 1, "b": 2}
-{"a": "b"] ⇒ {"a": "b"}
-a: 1} ⇒ {"a": 1}
-path: "/x", n: 2} ⇒ {"path": "/x", "n": 2}
 {"a": "b, "c": "d"} ⇒ {"a": "b", "c": "d"}
-{"a: 1, "b": 2} ⇒ {"a": 1, "b": 2}
-{a": 1, "b": 2} ⇒ {"a": 1, "b": 2}
 {"a": b", "c": 1} ⇒ {"a": "b", "c": 1}
 {"a: "b"} ⇒ {"a": "b"}
 {"a": "b␤} ⇒ {"a": "b"}
 {"a": "b␤  "c": "d"} ⇒ {"a": "b", "c": "d"}
 {"a": [{"x": "1"}, {"x": "2" ⇒ {"a": [{"x": "1"}, {"x": "2"}]}
-{"a": 1,, "b": 2} ⇒ {"a": 1, "b": 2}
-{,"a": 1} ⇒ {"a": 1}
-{"a": [1,,2]} ⇒ {"a": [1, 2]}
-{"a": [1, 2,],} ⇒ {"a": [1, 2]}
-{"a": "x" "b": "y"} ⇒ {"a": "x", "b": "y"}
-{"a": "x"␤"b": "y"} ⇒ {"a": "x", "b": "y"}
-{"a": true "b": false} ⇒ {"a": true, "b": false}
-{"a": {"x": 1} "b": [1] "c": 2} ⇒ {"a": {"x": 1}, "b": [1], "c": 2}
-{"a": ["x" "y"]} ⇒ {"a": ["x", "y"]}
-{"a": [{"x":1} {"y":2}]} ⇒ {"a": [{"x": 1}, {"y": 2}]}
-{"a": ["x"␤"y"␤]} ⇒ {"a": ["x", "y"]}
-{"a": "x"; "b": "y"} ⇒ {"a": "x", "b": "y"}
-{"a": [1; 2]} ⇒ {"a": [1, 2]}
-{"a": 1 b: 2} ⇒ {"a": 1, "b": 2}
-{a: 'x'␤ b: 'y'} ⇒ {"a": "x", "b": "y"}
-{"a":null "b":null,} ⇒ {"a": null, "b": null}
-{"a": "x",} ⇒ {"a": "x"}
-{'a': 'x',} ⇒ {"a": "x"}
-{"a": 1}{"a": 1}{"a": 1} ⇒ {"a": 1}
-{"a": 1} {"a":1} ⇒ {"a": 1}
 {}{"a": 1} ⇒ {"a": 1}
-{"a": 1,}␤{"a": 1,} ⇒ {"a": 1}
-{"a": 1}{'a': 1} ⇒ {"a": 1}
-"{\"a\": \"b\" ⇒ {"a": "b"}
-{\"a\": \"say \\\"hi\\\"\"} ⇒ {"a": "say \"hi\""}
-{\n  \"a\": 1\n} ⇒ {"a": 1}
-'{"a": 1}' ⇒ {"a": 1}
-"{"a": "b"}" ⇒ {"a": "b"}
-{&quot;a&quot;: 1} ⇒ {"a": 1}
-`{"a": 1}` ⇒ {"a": 1}
 {\\\"a\\\": 1} ⇒ {"a": 1}
-{\"a\": \"b\", \"c\": [1, 2]} ⇒ {"a": "b", "c": [1, 2]}
-"{\"a\": 1}" extra ⇒ {"a": 1}
 {"a" 1} ⇒ {"a": 1}
 {"a" "b", "c" "d"} ⇒ {"a": "b", "c": "d"}
 {"a" = 1} ⇒ {"a": 1}
 {a = 1, b = "x"} ⇒ {"a": 1, "b": "x"}
 {first name: "x", last name: "y"} ⇒ {"first name": "x", "last name": "y"}
-{"a" : : 1} ⇒ {"a": 1}
-{null: 1} ⇒ {"null": 1}
-{a-b: 1, $c: 2, d.e: 3} ⇒ {"a-b": 1, "$c": 2, "d.e": 3}
-{1: 2, 2: 3} ⇒ {"1": 2, "2": 3}
-{"a":1,b:2,'c':3} ⇒ {"a": 1, "b": 2, "c": 3}
-{"a"：1} ⇒ {"a": 1}
-{`a`: `b`} ⇒ {"a": "b"}
-{"a b": 1,} ⇒ {"a b": 1}
 {"a:b": 1,} ⇒ {"a:b": 1}
-{True: 1, "b": None} ⇒ {"True": 1, "b": null}
-{"a":= 1} ⇒ {"a": 1}
-{ a : x , b : y } ⇒ {"a": "x", "b": "y"}
-{"ünï": 1, naïve: 2} ⇒ {"ünï": 1, "naïve": 2}
-{"": 1,} ⇒ {"": 1}
-{"a": undefined} ⇒ {"a": null}
-{"a": NaN} ⇒ {"a": null}
-{"a": Infinity, "b": -Infinity} ⇒ {"a": null, "b": null}
-{"a": TRUE, "b": NULL} ⇒ {"a": true, "b": null}
-{"a": on, "b": off} ⇒ {"a": "on", "b": "off"}
-{"a": [True, False, None]} ⇒ {"a": [true, false, null]}
-{"a": truely} ⇒ {"a": "truely"}
 {"a": true, b: no} ⇒ {"a": true, "b": "no"}
-{'a': None} ⇒ {"a": null}
-{"a": "True", b: 1} ⇒ {"a": "True", "b": 1}
 {"a": true story} ⇒ {"a": "true story"}
-{"a": +1, "b": 2,} ⇒ {"a": 1, "b": 2}
-{"a": .5, "b": 2,} ⇒ {"a": 0.5, "b": 2}
-{"a": -.5, "b": 2,} ⇒ {"a": -0.5, "b": 2}
-{"a": 5., "b": 2,} ⇒ {"a": 5, "b": 2}
 {"a": 1e5, "b": 2,} ⇒ {"a": 100000.0, "b": 2}
-{"a": 1E+5, "b": 2,} ⇒ {"a": 100000.0, "b": 2}
-{"a": 0xff, "b": 2,} ⇒ {"a": 255, "b": 2}
-{"a": 0b101, "b": 2,} ⇒ {"a": 5, "b": 2}
-{"a": 0o17, "b": 2,} ⇒ {"a": 15, "b": 2}
 {"a": -007, "b": 2,} ⇒ {"a": -7, "b": 2}
-{"a": 1,000, "b": 2,} ⇒ {"a": 1000, "b": 2}
-{"a": 1,234,567.5, "b": 2,} ⇒ {"a": 1234567.5, "b": 2}
-{"a": 1e, "b": 2,} ⇒ {"a": 1, "b": 2}
-{"a": 00.5, "b": 2,} ⇒ {"a": 0.5, "b": 2}
-{"a": 0.50, "b": 2,} ⇒ {"a": 0.5, "b": 2}
-{"a": -0, "b": 2,} ⇒ {"a": 0, "b": 2}
-{"a": +.5, "b": 2,} ⇒ {"a": 0.5, "b": 2}
-{"a": 1_0_0, "b": 2,} ⇒ {"a": 100, "b": 2}
-{"a": 1.2.3, "b": 2,} ⇒ {"a": "1.2.3", "b": 2}
-{"a": 12:30, "b": 2,} ⇒ {"a": "12:30", "b": 2}
-{"a": 2024-01-02, "b": 2,} ⇒ {"a": "2024-01-02", "b": 2}
 {"a": 10%, "b": 2,} ⇒ {"a": "10%", "b": 2}
-{"a": $5, "b": 2,} ⇒ {"a": "$5", "b": 2}
-{"a": 1/2, "b": 2,} ⇒ {"a": "1/2", "b": 2}
 {"a": 5 apples, "b": 2,} ⇒ {"a": "5 apples", "b": 2}
-{"a": 0, "b": 2,} ⇒ {"a": 0, "b": 2}
-{"a": 1.0,, "b": 2,} ⇒ {"a": 1.0, "b": 2}
-{"a": 123abc, "b": 2,} ⇒ {"a": "123abc", "b": 2}
-{"a": 192.168.0.1, "b": 2,} ⇒ {"a": "192.168.0.1", "b": 2}
 {"a": -, "b": 2,} ⇒ {"a": "-", "b": 2}
-{"a": 1e400, "b": 2,} ⇒ {"a": 1e400, "b": 2}
-{"a": +49 170, "b": 2,} ⇒ {"a": "+49 170", "b": 2}
-{"a": {1, 2}} ⇒ {"a": [1, 2]}
-{"a": {"x", "y"}, "b": 1} ⇒ {"a": ["x", "y"], "b": 1}
-{'a': ('x',)} ⇒ {"a": ["x"]}
-{"a": (1, (2, 3))} ⇒ {"a": [1, [2, 3]]}
-[{"a": 1},] ⇒ {"a": 1}
 [{"a": 1} ⇒ {"a": 1}
-[{'a': 1}] ⇒ {"a": 1}
-({"a": 1}) ⇒ {"a": 1}
-get_weather({"city": "Paris"}) ⇒ {"city": "Paris"}
 {{"a": 1}} ⇒ {"a": 1}
-{{"a": {{"b": 1}}, "c": 2}} ⇒ {"a": {"b": 1}, "c": 2}
 {"a": {{"b": 1}}, "c": 2} ⇒ {"a": {"b": 1}, "c": 2}
 { {"a": 1} } ⇒ {"a": 1}
-f({city: "Paris"}) ⇒ {"city": "Paris"}
-{"a": "x" + "y"} ⇒ {"a": "xy"}
-{'a': u'x', 'b': r'y', 'c': b'z'} ⇒ {"a": "x", "b": "y", "c": "z"}
 {"a": datetime.date(2024, 1, 2), "b": 1} ⇒ {"a": "datetime.date(2024, 1, 2)", "b": 1}
-{"a": 1 /* c */, "b": 2 // d␤} ⇒ {"a": 1, "b": 2}
-{"a": 1, # c␤ "b": 2} ⇒ {"a": 1, "b": 2}
-{/* c */"a": 1} ⇒ {"a": 1}
-{// hi␤"a": "x", // the "best" one␤"b": 2} ⇒ {"a": "x", "b": 2}
-{"a": "x" // c␤, "b": 2} ⇒ {"a": "x", "b": 2}
-{"a": "x" /* c */} ⇒ {"a": "x"}
-{"a": [1, // one␤ 2 # two␤]} ⇒ {"a": [1, 2]}
-{"u": "http://x/#y",} ⇒ {"u": "http://x/#y"}
-{"a": ["x", // c␤ "y"]} ⇒ {"a": ["x", "y"]}
-{␤  # comment␤  "a": 1␤} ⇒ {"a": 1}
-{"a": "x", /* "b": 1, */ "c": 2} ⇒ {"a": "x", "c": 2}
-{"a": 1, ...} ⇒ {"a": 1}
 {"a": [1, 2, ...]} ⇒ {"a": [1, 2]}
 {"a": [1, 2, ...], "b": 1} ⇒ {"a": [1, 2], "b": 1}
-{'a': 'it's', 'b': 1} ⇒ {"a": "it's", "b": 1}
-{'a': 'don't do it'} ⇒ {"a": "don't do it"}
-{“a”: “it’s”} ⇒ {"a": "it’s"}
-{"a": “b”, “c”: "d"} ⇒ {"a": "b", "c": "d"}
-{‘a’: ‘b’} ⇒ {"a": "b"}
 {'a': '''x␤y''', 'b': 1} ⇒ {"a": "x\ny", "b": 1}
 {"a": ""x"", "b": 1} ⇒ {"a": "x", "b": 1}
-{"a": "", "b": "",} ⇒ {"a": "", "b": ""}
-{'a': '', 'b': ''} ⇒ {"a": "", "b": ""}
-{"a": ["", ""],} ⇒ {"a": ["", ""]}
-{"a": `x␤y`} ⇒ {"a": "x\ny"}
 {"a": Hello, world, "n": 2} ⇒ {"a": "Hello, world", "n": 2}
-{city: New York, n: 2} ⇒ {"city": "New York", "n": 2}
-{"a": [red, green blue]} ⇒ {"a": ["red", "green blue"]}
 {"u": http://x.com/a?b=1,2#f, "n": 2} ⇒ {"u": "http://x.com/a?b=1,2#f", "n": 2}
-{u: https://x.com} ⇒ {"u": "https://x.com"}
-{"p": /usr/bin/x, "q": ./y} ⇒ {"p": "/usr/bin/x", "q": "./y"}
-{"e": me@x.org} ⇒ {"e": "me@x.org"}
 {cmd: ls -la | grep "x y"} ⇒ {"cmd": "ls -la | grep \"x y\""}
 {"cmd": echo ${HOME}, "n": 1} ⇒ {"cmd": "echo ${HOME}", "n": 1}
-{"a": b: c, "d": 1} ⇒ {"a": "b: c", "d": 1}
-{'a': "b", "c": 'd'} ⇒ {"a": "b", "c": "d"}
-{'a': 'say "hi"'} ⇒ {"a": "say \"hi\""}
 {'a': 'x\'y'} ⇒ {"a": "x'y"}
-{'code': 'print(\'x\')', 'n': None} ⇒ {"code": "print('x')", "n": null}
-{"q": what is 2+2?, "n": 1} ⇒ {"q": "what is 2+2?", "n": 1}
 {"a": x␤"b": y␤} ⇒ {"a": "x", "b": "y"}
-{␤  name: John Smith,␤  age: 30␤} ⇒ {"name": "John Smith", "age": 30}
-{"a": "say "hi" now", "b": "x"} ⇒ {"a": "say \"hi\" now", "b": "x"}
-{"a": ""quoted" start"} ⇒ {"a": "\"quoted\" start"}
-{"a": "x = {"k": "v"}"} ⇒ {"a": "x = {\"k\": \"v\"}"}
-{"a": "x = {"k": "v"}", "b": 1} ⇒ {"a": "x = {\"k\": \"v\"}", "b": 1}
-{"a": "d["k"] = 1", "b": 1} ⇒ {"a": "d[\"k\"] = 1", "b": 1}
-{"a": "print("x", "y")", "b": 1} ⇒ {"a": "print(\"x\", \"y\")", "b": 1}
 {"a": ["-c", "print("a", "b")"]} ⇒ {"a": ["-c", "print(\"a\", \"b\")"]}
 {"a": ["x", "say "hi" to", "y"]} ⇒ {"a": ["x", "say \"hi\" to", "y"]}
 {"a": "f({"x": "y"})"} ⇒ {"a": "f({\"x\": \"y\"})"}
-{"a": "<a href="u" class="c">t</a>"} ⇒ {"a": "<a href=\"u\" class=\"c\">t</a>"}
-{"a": "grep "x" | wc"} ⇒ {"a": "grep \"x\" | wc"}
 {"a": "if x == "y":␤  pass", "b": 1} ⇒ {"a": "if x == \"y\":\n  pass", "b": 1}
-{"a": "C:\Users\name\temp"} ⇒ {"a": "C:\\Users\\name\\temp"}
 {"a": "C:\new\table",} ⇒ {"a": "C:\\new\\table"}
 {"a": "C:\temp\"} ⇒ {"a": "C:\\temp\\"}
 {"a": "C:\temp\", "b": 1} ⇒ {"a": "C:\\temp\\", "b": 1}
@@ -8970,150 +8808,56 @@ f({city: "Paris"}) ⇒ {"city": "Paris"}
 {"a": "\x41"} ⇒ {"a": "A"}
 {"a": "\u12"} ⇒ {"a": "\\u12"}
 {"a": "\'x\'"} ⇒ {"a": "'x'"}
-{"a": "x\␤y"} ⇒ {"a": "x\\\ny"}
 {"a": "\ud83d\ude00",} ⇒ {"a": "😀"}
-{"a": "\u00e9", b: 1} ⇒ {"a": "é", "b": 1}
-{"a": "sed 's/\./x/'"} ⇒ {"a": "sed 's/\\./x/'"}
-{"a": "\$HOME"} ⇒ {"a": "\\$HOME"}
-{"a": "a\tb\nc\"d\"",} ⇒ {"a": "a\tb\nc\"d\""}
-{"a": "x: {"b": [1, 2]}"} ⇒ {"a": "x: {\"b\": [1, 2]}"}
-{"a": "x"y"z"} ⇒ {"a": "x\"y\"z"}
-{"a": "5' 10" tall", "b": 1} ⇒ {"a": "5' 10\" tall", "b": 1}
 {"a": "print(f"{x}")"} ⇒ {"a": "print(f\"{x}\")"}
-{"a": 1, "b": [ ⇒ {"a": 1, "b": []}
-{"a": 1, "b": { ⇒ {"a": 1, "b": {}}
 {"a": fals ⇒ {"a": false}
-{"a": Tru ⇒ {"a": true}
-{"a": 1. ⇒ {"a": 1}
-{"a": 1e ⇒ {"a": 1}
-{"a": "x\ ⇒ {"a": "x"}
 {"a": "x\u00 ⇒ {"a": "x"}
-{"a": "x\ud83d ⇒ {"a": "x"}
-{"a": "x\ud83d\ude ⇒ {"a": "x"}
 {"a": "b", "c ⇒ {"a": "b"}
 {"a": "b", ⇒ {"a": "b"}
 {"a": "b",  ⇒ {"a": "b"}
-{"a": ["b", "c ⇒ {"a": ["b", "c"]}
 {"a": "b", "c": "d␤ ⇒ {"a": "b", "c": "d\n"}
 {"a": 1, b ⇒ {"a": 1}
-{"a":  ⇒ {}
-{"a": [tru ⇒ {"a": [true]}
-{"a": -1 ⇒ {"a": -1}
-{"a": [1, 2 ⇒ {"a": [1, 2]}
-{"a": {"b": "c" ⇒ {"a": {"b": "c"}}
-{"a": , "b": 1} ⇒ {"b": 1}
-{"a": "x", "b": } ⇒ {"a": "x"}
 {"a": [1, - ⇒ {"a": [1]}
-{"a": "x\\ ⇒ {"a": "x\\"}
 {"a": N ⇒ {"a": null}
-{"a": "b", "c" :  ⇒ {"a": "b"}
 {"a ⇒ {}
 {" ⇒ {}
-```json␤{"a": 1}␤``` ⇒ {"a": 1}
-```␤{"a": 1,}␤``` ⇒ {"a": 1}
-<tool_call>{"a": 1}</tool_call> ⇒ {"a": 1}
-<tool_call>␤{"a": 1}␤</tool_call> ⇒ {"a": 1}
-[TOOL_CALLS]{"a": 1} ⇒ {"a": 1}
-[TOOL_CALLS] [{"a": 1}] ⇒ {"a": 1}
-{"a": 1}</s> ⇒ {"a": 1}
 {"a": "b"<|im_end|> ⇒ {"a": "b"}
 {"a": "b<|im_end|> ⇒ {"a": "b"}
 {"a": 1<|eot_id|> ⇒ {"a": 1}
-{"a": "b"}<｜tool▁call▁end｜> ⇒ {"a": "b"}
 {"a": "b"␤</tool_call> ⇒ {"a": "b"}
-<think>maybe {"x": 1}</think>{"a": 1} ⇒ {"a": 1}
-{"a": "b"}␤```␤Done "ok". ⇒ {"a": "b"}
 Arguments: {"a": 1,} ⇒ {"a": 1}
 {"a": "b"␤``` ⇒ {"a": "b"}
-{"a": "b"} I used "b" here ⇒ {"a": "b"}
-Here: {a: 1} ⇒ {"a": 1}
 {"a": 1}␤Use {b} here ⇒ {"a": 1}
-```json␤{"code": "```py␤x␤```"}␤``` ⇒ {"code": "```py\nx\n```"}
-<|python_tag|>{"a": 1} ⇒ {"a": 1}
 {"a": "```"}␤``` ⇒ {"a": "```"}
 JSON:␤␤```json␤{'a': 'b'}␤```␤That is all {ok}. ⇒ {"a": "b"}
 <function=f>{"a": 1}</function> ⇒ {"a": 1}
-{"a": 1}; ⇒ {"a": 1}
-params = {"a": 1} ⇒ {"a": 1}
 return {"a": "b"}; ⇒ {"a": "b"}
 Sure: {} ⇒ {}
-```json␤{}␤``` ⇒ {}
 {"a": 1}␤␤Explanation: the {"x"} set ⇒ {"a": 1}
-{"city": "北京"，"n"：2} ⇒ {"city": "北京", "n": 2}
-{city: 北京, n: 2} ⇒ {"city": "北京", "n": 2}
-{"a" -> 1} ⇒ {"a": 1}
-{"a': 1, "b": 2} ⇒ {"a": 1, "b": 2}
 {"a": "b'} ⇒ {"a": "b"}
 ```json␤"a": 1␤``` ⇒ {"a": 1}
-{\u0022a\u0022: 1} ⇒ {"a": 1}
 Action Input: {"a": 1,}␤Observation: ok ⇒ {"a": 1}
-{"a": {"b" ⇒ {"a": {}}
-{"a": 0777} ⇒ {"a": 777}
 {"a": 1, "a": 2,} ⇒ {"a": 2}
-{'f': f'x', 'l': [None, True]} ⇒ {"f": "x", "l": [null, true]}
-{"a": "b", // it's␤ "c": 1} ⇒ {"a": "b", "c": 1}
-{"a": 5 // five␤} ⇒ {"a": 5}
 {"args": "{"x": {"y": 1}, "z": []}"} ⇒ {"args": "{\"x\": {\"y\": 1}, \"z\": []}"}
 {'q': 'L'été, c'est', 'n': 1} ⇒ {"q": "L'été, c'est", "n": 1}
 {"old": "if (a == \"b\") {", "new": "}",} ⇒ {"old": "if (a == \"b\") {", "new": "}"}
-{"a":␤} ⇒ {}
+{"b": "print("x")", "d": ["SELECT "a", "b" FROM t", "5' 10" tall"]} ⇒ {"b": "print(\"x\")", "d": ["SELECT \"a\", \"b\" FROM t", "5' 10\" tall"]}
+{"a": "say "hi" now", "d": ["x = "1"; y = "2"", "x"]} ⇒ {"a": "say \"hi\" now", "d": ["x = \"1\"; y = \"2\"", "x"]}
+{"a": "x", "b": "return "ok"␤}"} ⇒ {"a": "x", "b": "return \"ok\"\n}"}
+{"a": "key: "value"␤other: "thing"␤", "b": "x"} ⇒ {"a": "key: \"value\"\nother: \"thing\"\n", "b": "x"}
 """
 
-LEFT_ALONE = [
-    "",
-    '{return "a": 1}',
-    "   ",
-    "hello",
-    "[1, 2, 3]",
-    "[1, 2",
-    "42",
-    "3.14",
-    "true",
-    "\"just a string\"",
-    "'x'",
-    "None",
-    "[]",
-    "[\"a\", \"b\"",
-    "{\"a\": 1}{\"b\": 2}",
-    "{\"a\": 1}\n{\"a\": 2}",
-    "{\"a\":1,}{\"a\":2,}",
-    "The set {x} is open",
-    "if (a) { return b; }",
-    "body { color: red; }",
-    "Note: this is plain",
-    "I cannot call {tool} now.",
-    "{this is not json}",
-    "function() { return 1 }",
-    "awk '{print $1}'",
-    "https://x.y/z?a={b}",
-    "a, b, c",
-    "\"",
-    "'",
-    "}",
-    "]",
-    "\"a\"",
-    "Hello: world",
-    "key: value",
-    "<tool_call></tool_call>",
-    "[{\"a\": 1}, {\"b\": 2}",
-    "[1, {\"a\": 1}",
-    "Error: {code} not found",
-    "git commit -m \"x\"",
-    "\\",
-    "{{name}}",
-    "SELECT * FROM t WHERE a = {a}",
-    "}{",
-    "{\"hello\"}",
-    "{\"a\", \"b\"}",
-]
+# What means no object, or more than one, between the signs ¦
+LEFT_ALONE = r"""¦   ¦hello¦[1, 2, 3]¦[1, 2¦3.14¦'x'¦None¦["a", "b"¦"¦}¦"a"¦key: value¦}{¦\¦{{name}}
+¦{"a": 1}{"b": 2}¦{"a":1,}{"a":2,}¦[{"a": 1}, {"b": 2}¦[1, {"a": 1}¦{"hello"}¦{"a", "b"}
+¦{return "a": 1}¦{this is not json}¦{"a": {1, 2}}¦{"a": [1, 2, "b": 3}
+¦The set {x} is open¦if (a) { return b; }¦body { color: red; }¦I cannot call {tool} now.
+¦awk '{print $1}'¦https://x.y/z?a={b}¦Error: {code} not found¦git commit -m "x"
+¦SELECT * FROM t WHERE a = {a}¦<tool_call></tool_call>¦function() { return 1 }"""
 
 VALID = [
-    "{}",
-    ' {"a" : 1.50,\n"b":[ ]} ',
-    '"{\\"a\\": 1}"',
-    '[{"a": 1}]',
-    '{"a": "\\ud83d", "a": 1e999}',
-    '{"a": "x\\", \\"b\\": 1}"}',
+    *("{}", ' {"a" : 1.50,\n"b":[ ]} ', '"{\\"a\\": 1}"', '[{"a": 1}]'),
+    *('{"a": "\\ud83d", "a": 1e999}', '{"a": "x\\", \\"b\\": 1}"}'),
     "[" * 300 + "]" * 300,
     "[" * 100_000 + "{}" + "]" * 100_000,
     '{"a": ' + "9" * 100_000 + "}",
@@ -9135,7 +8879,7 @@ def json_or_text(text):
 
 
 def test_what_means_no_single_object_is_left_alone():
-    for text in LEFT_ALONE:
+    for text in re.split("\n?¦", LEFT_ALONE):
         assert repair_arguments(text) == text
 
 
@@ -9371,27 +9115,71 @@ def test_a_broken_call_in_a_stream_is_repaired_however_it_is_cut(eol):
         assert out.count(eol.encode()) == stream.count(eol.encode())
 
 
-def test_a_call_that_was_cut_off_stays_cut():
-    for payloads in (one_call(BAD, "length"), message(BAD, "max_tokens")):
-        stream = events(payloads)
-        assert through(stream) == stream
-    unfinished = events(one_call(BAD, None), done=None)
-    assert through(unfinished) == unfinished
-    assert through(unfinished[:-9]) == unfinished[:-9]
+def by_turns(*texts):
+    """Two calls, or choices, of which the fragments come by turns."""
+    names = [chunk(call("", number, id=str(number))) for number in (0, 1)]
+    pairs = itertools.zip_longest(*map(fragments, texts), fillvalue="")
+    turns = [turn for pair in pairs for turn in enumerate(pair)]
+    parts = [chunk(call(part, number)) for number, part in turns if part]
+    return [*names, *parts]
 
 
-def test_done_without_a_finish_reason_ends_a_call():
-    assert is_repaired(arguments_in(through(events(one_call(BAD, None))))[0, 0])
+def two_calls(second):
+    return [
+        *one_call(BAD, None),
+        chunk(call("", 1, id="2")),
+        *(chunk(call(part, 1)) for part in fragments(second)),
+    ]
 
 
-def test_a_last_event_without_its_blank_line_counts():
+BOTH = {"tool_calls": call(BAD, 0)["tool_calls"] + call(GOOD, 1)["tool_calls"]}
+NEXT_BLOCK = {"type": "content_block_start", "index": 2, "content_block": {}}
+ERROR = {"error": {"message": "x"}}
+CHOICES = [chunk(call(part), index=i) for part in fragments(BAD) for i in (0, 1)]
+
+# What a stream holds: which of its calls are repaired, and which stay as they are.
+STREAMS = {
+    "no reason but [DONE]": (one_call(BAD, None), "repaired"),
+    "length": (one_call(BAD, "length"), "kept"),
+    "length after by turns": ([*by_turns(BAD, BAD), chunk({}, "length")], "repaired kept"),
+    "max_tokens": (message(BAD, "max_tokens"), "kept"),
+    "error": ([*one_call(BAD, None), ERROR], "kept"),
+    "error of Anthropic": ([*message(BAD)[:-4], {"type": "error"}], "kept"),
+    "a later block": (message(BAD, "max_tokens", NEXT_BLOCK), "repaired"),
+    "the last call cut": ([*two_calls(BAD), chunk({}, "length")], "repaired kept"),
+    "the last call begun": ([*two_calls(""), chunk({}, "length")], "repaired"),
+    "by turns": ([*by_turns(BAD, BAD), chunk({}, "stop")], "repaired repaired"),
+    "by turns, the first cut": (
+        [*by_turns(BAD[:6], GOOD), chunk(call(BAD[6:])), chunk({}, "length")],
+        "kept kept",
+    ),
+    "one chunk": ([chunk(BOTH), chunk({}, "stop")], "repaired kept"),
+    "one chunk with its end": ([chunk(BOTH, "stop")], "repaired kept"),
+    "one chunk, cut": ([chunk(call(BAD, id="1"), "length")], "kept"),
+    "each choice by itself": (
+        [*CHOICES, chunk({}, "stop", 0), chunk({}, "length", 1)],
+        "repaired kept",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STREAMS)
+def test_calls_in_a_stream_are_repaired_unless_they_were_cut_off(case):
+    payloads, expected = STREAMS[case]
+    stream = events(payloads)
+    calls = [text for text in arguments_in(through(stream)).values() if text]
+    kept = [text == GOOD or BAD.startswith(text) for text in calls]
+    assert [("repaired", "kept")[each] for each in kept] == expected.split()
+    assert all(each or is_repaired(text) for each, text in zip(kept, calls))
+    assert "repaired" in expected or through(stream) == stream
+
+
+def test_the_end_of_a_stream_needs_no_blank_line_but_has_to_come():
     stream = events(one_call(BAD), done=None).rstrip()
     assert is_repaired(arguments_in(through(stream))[0, 0])
-
-
-def test_an_error_in_the_stream_leaves_calls_as_they_came():
-    stream = events([*one_call(BAD, None), {"error": {"message": "x"}}])
-    assert through(stream) == stream
+    unfinished = events(one_call(BAD, None), done=None)
+    for stream in (unfinished, unfinished[:-9]):
+        assert through(stream) == stream
 
 
 def test_a_sound_call_goes_on_when_the_next_begins():
@@ -9400,92 +9188,42 @@ def test_a_sound_call_goes_on_when_the_next_begins():
     assert arguments_in(repair.feed(events(begun, None)))[0, 0] == GOOD
     rest = [chunk(call(part, 1)) for part in fragments(BAD)] + [chunk({}, "length")]
     assert arguments_in(repair.feed(events(rest))) == {(0, 1): BAD}
-
-
-def test_only_the_last_call_can_have_been_cut_off():
-    begun = [*one_call(BAD, None), chunk(call("", 1, id="2"))]
-    for last in ("", BAD):
-        rest = [chunk(call(part, 1)) for part in fragments(last)]
-        calls = arguments_in(through(events([*begun, *rest, chunk({}, "length")])))
-        assert is_repaired(calls[0, 0]) and calls[0, 1] == last
-
-
-def test_calls_whose_fragments_come_by_turns_are_repaired_each():
-    names = [chunk(call("", number, id=str(number))) for number in (0, 1)]
-    turns = [chunk(call(part, number)) for part in fragments(BAD) for number in (0, 1)]
-    calls = arguments_in(through(events([*names, *turns, chunk({}, "tool_calls")])))
-    assert is_repaired(calls[0, 0]) and is_repaired(calls[0, 1])
+    stream = events(message(GOOD)[:-2], None)  # Anthropic's blocks say when they end
+    assert RepairStream().feed(stream) == stream
 
 
 def test_text_names_and_comments_do_not_wait_for_arguments():
     repair = RepairStream()
     out = repair.feed(events([chunk(call(BAD, id="1"))], None))
-    assert b'"name": "f"' in out and arguments_in(out) == {(0, 0): ""}
+    assert b'"name":"f"' in out and arguments_in(out) == {(0, 0): ""}
     for passing in (events([chunk({"content": "hi"})], None), b": still here\n\n"):
         assert repair.feed(passing) == passing
     assert is_repaired(arguments_in(repair.feed(events([chunk({}, "stop")])))[0, 0])
 
 
-def test_valid_blocks_of_anthropic_do_not_wait_for_the_stop_reason():
-    stream = events(message(GOOD)[:-2], None)
-    assert RepairStream().feed(stream) == stream
+def test_a_changed_event_keeps_its_other_lines_and_members():
+    event = b': hi\nid: 7\ndata:{"n":1.50, "choices" : [\ndata:{"delta":{"tool_calls":[{'
+    event += b'"function":{"arguments": "{\'a\': 1"}}]}, "logprobs":[-0.10]}]}\n\n'
+    lines = through(event + events([])).splitlines()
+    assert lines[:2] == [b": hi", b"id: 7"] and len(lines) == 6
+    payload = json.loads(lines[2][5:])
+    [choice] = payload.pop("choices")
+    assert payload == {"n": 1.5} and choice["logprobs"] == [-0.1]
+    assert choice["delta"]["tool_calls"] == [{"function": {"arguments": '{"a":1}'}}]
 
 
-def test_a_later_block_proves_that_the_one_before_was_whole():
-    later = {"type": "content_block_start", "index": 2, "content_block": {}}
-    out = through(events(message(BAD, "max_tokens", later)))
-    assert is_repaired(arguments_in(out)[1])
-
-
-def test_several_calls_in_one_chunk_are_repaired_each():
-    both = {"tool_calls": call(BAD, 0)["tool_calls"] + call(GOOD, 1)["tool_calls"]}
-    for payloads in ([chunk(both, "stop")], [chunk(both), chunk({}, "stop")]):
-        calls = arguments_in(through(events(payloads)))
-        assert is_repaired(calls[0, 0]) and calls[0, 1] == GOOD
-
-
-def test_choices_end_each_by_itself():
-    parts = [chunk(call(part), index=i) for part in fragments(BAD) for i in (0, 1)]
-    ends = [chunk({}, "stop", 0), chunk({}, "length", 1)]
-    calls = arguments_in(through(events(parts + ends)))
-    assert is_repaired(calls[0, 0]) and calls[1, 0] == BAD
-
-
-def test_function_calls_as_of_old_are_repaired():
-    parts = [chunk({"function_call": {"arguments": part}}) for part in fragments(BAD)]
-    assert is_repaired(arguments_in(through(events(parts)))[0, None])
-    parts[0]["choices"][0]["delta"]["function_call"]["name"] = "f"
-    out = through(events(parts))
-    assert is_repaired(arguments_in(out)[0, None]) and out.count(b'"name"') == 1
-
-
-def test_a_changed_event_keeps_all_but_the_arguments():
-    event = b': hi\nid: 7\ndata:{"n":1.50, "choices" : [{"delta":{"tool_calls":[{'
-    event += b'"function":{ "arguments" : %b}}]}, "logprobs":[-0.10]}]}\r\n\r\n'
-    out = through(event % b"\"{'a': 1\"" + events([]))
-    assert out == event % b'"{\\"a\\":1}"' + events([])
-
-
-def test_an_event_of_several_lines_of_data_is_repaired():
-    event = b'data: {"choices": [{"finish_reason": "stop",\n'
-    event += b'data: "delta": {"tool_calls": [\n'
-    event += b'data: {"function": {"arguments": "{a: 1"}}]}}]}\n\n'
-    [line] = through(event).splitlines()[:-1]
-    [choice] = json.loads(line[5:])["choices"]
-    assert choice["delta"]["tool_calls"][0]["function"]["arguments"] == '{"a":1}'
-
-
-def test_too_many_arguments_flow_as_they_are():
+def test_too_many_arguments_flow_as_they_are(monkeypatch):
+    monkeypatch.setattr(llmswap, "MAX_HELD", 100_000)
     start = events(one_call("{'a': '", None), None)
-    stream = start + events([chunk(call("x" * 100_000)) for _ in range(180)])
+    stream = start + events([chunk(call("x" * 1000)) for _ in range(180)])
     repair = RepairStream()
-    out = repair.feed(stream[: 17 << 20])
-    assert len(out) > 16 << 20
-    assert out + repair.feed(stream[17 << 20 :]) + repair.finish() == stream
-    noise = b"x" * (17 << 20)
+    out = repair.feed(stream[:110_000])
+    assert len(out) > 100_000
+    assert out + repair.feed(stream[110_000:]) + repair.finish() == stream
+    noise = b"x" * 110_000
     assert RepairStream().feed(noise) == noise
     whole = RepairStream(is_whole=True)
-    body = json.dumps(completion(BAD)).encode() + b" " * (17 << 20)
+    body = json.dumps(completion(BAD)).encode() + b" " * 110_000
     assert whole.feed(body) + whole.feed(b"{") + whole.finish() == body + b"{"
 
 
@@ -9538,27 +9276,23 @@ def anthropic(given, reason="tool_use"):
 def test_a_completion_is_repaired_and_its_empty_content_becomes_null():
     for indent in (None, 2):
         body = json.dumps(completion(BAD, content=""), indent=indent).encode()
-        answer = json.loads(repair_body(body))["choices"][0]["message"]
+        payload = json.loads(repair_body(body))
+        answer = payload["choices"][0]["message"]
+        assert payload["n"] == 1.0
         assert is_repaired(answer["tool_calls"][0]["function"]["arguments"])
         assert answer["content"] is None
-    old = {"choices": [{"message": {"function_call": {"arguments": BAD}}}]}
-    answer = json.loads(repair_body(json.dumps(old).encode()))["choices"][0]["message"]
-    assert is_repaired(answer["function_call"]["arguments"])
 
 
-def test_a_change_in_a_body_leaves_the_rest_as_it_is():
-    body = b'{ "t": 1.50, "choices":[{"message":{"tool_calls":[{"function":{'
-    body += b'"arguments":"%b"}}]},"x" :"\\u00e9"}] }\n'
-    assert repair_body(body % b"{a: 1") == body % b'{\\"a\\":1}'
-
-
-def test_each_choice_is_judged_by_its_own_end():
+def test_only_the_last_call_of_a_choice_that_was_cut_off_stays():
     body = completion(BAD)
     body["choices"] += completion(BAD, "length")["choices"]
-    first, second = json.loads(repair_body(json.dumps(body).encode()))["choices"]
-    [mended], [given] = (each["message"]["tool_calls"] for each in (first, second))
-    assert is_repaired(mended["function"]["arguments"])
-    assert given["function"]["arguments"] == BAD
+    body["choices"][1]["message"]["tool_calls"] *= 2
+    calls = [
+        call["function"]["arguments"]
+        for choice in json.loads(repair_body(json.dumps(body).encode()))["choices"]
+        for call in choice["message"]["tool_calls"]
+    ]
+    assert [text == BAD for text in calls] == [False, False, True]
 
 
 def test_an_input_that_is_no_object_becomes_one():
@@ -9567,30 +9301,18 @@ def test_an_input_that_is_no_object_becomes_one():
         assert answer["content"][1]["input"] == json.loads(GOOD)
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        completion('{"a": "\u00e9"}'),
-        completion(BAD, "length"),
-        completion("no object"),
-        anthropic({}),
-        anthropic([{"a": 1}, {"b": 2}]),
-        anthropic(BAD, "max_tokens"),
-        anthropic("no object"),
-        anthropic(None),
-        {"error": {"message": "x"}},
-        [],
-        None,
-    ],
-)
+UNCHANGED = [
+    *(completion('{"a": "\u00e9"}'), completion(BAD, "length"), completion("no object")),
+    *(anthropic({}), anthropic([{"a": 1}, {"b": 2}]), anthropic(BAD, "max_tokens")),
+    *(anthropic("no object"), anthropic(None), {"error": {"message": "x"}}, [], None),
+]
+
+
+@pytest.mark.parametrize("answer", UNCHANGED)
 def test_a_body_that_needs_no_repair_stays_byte_for_byte(answer):
     body = json.dumps(answer, indent=1, ensure_ascii=False).encode()
-    assert repair_body(body) == body
-
-
-@pytest.mark.parametrize("body", [b"", b"\xff", b"{", b"[" * 100_000], ids=range(4))
-def test_a_body_that_is_no_json_stays_byte_for_byte(body):
-    assert repair_body(body) == body
+    for body in (body, b"", b"\xff", b"{", b"[" * 100_000):
+        assert repair_body(body) == body
 
 
 # ==================================================================================
@@ -9650,16 +9372,12 @@ def test_arguments_are_repaired_where_that_is_asked_for(repairing, path):
     [mended] = streamed_calls_of(repairing, path, **wish)
     assert json.loads(mended) == MEANT_CALL
     assert streamed_calls_of(repairing, path, "as-is", **wish) == [BROKEN_CALL]
-
-
-@each_api
-def test_calls_that_were_cut_off_stay_as_they_are(repairing, path):
-    cut = dict(arguments=BROKEN_CALL, finish="length", text="Let me see")
-    assert calls_of(repairing, path, **cut) == [BROKEN_CALL]
-    assert streamed_calls_of(repairing, path, **cut) == [BROKEN_CALL]
-    two = {**cut, "arguments": [BROKEN_CALL] * 2}
-    whole, last = streamed_calls_of(repairing, path, **two)
-    assert json.loads(whole) == MEANT_CALL and last == BROKEN_CALL
+    cut = dict(arguments=[BROKEN_CALL] * 2, finish="length", text="Let me see")
+    for [whole, last] in (
+        calls_of(repairing, path, **cut), streamed_calls_of(repairing, path, **cut)
+    ):  # fmt: skip
+        assert json.loads(whole) if isinstance(whole, str) else whole == MEANT_CALL
+        assert last == BROKEN_CALL
 
 
 @pytest.mark.parametrize("payloads", [one_call, message])
@@ -9679,10 +9397,8 @@ def test_content_beside_calls_is_null_where_it_is_empty(repairing):
             wish = dict(text=text, arguments=arguments)
             answer = repairing.chat("mended", **wish).json()
             assert answer["choices"][0]["message"]["content"] == content
-    assert (
-        repairing.chat("mended", text="").json()["choices"][0]["message"]["content"]
-        == ""
-    )
+    answer = repairing.chat("mended", text="").json()
+    assert answer["choices"][0]["message"]["content"] == ""
 
 
 @each_api
@@ -9701,23 +9417,6 @@ def test_text_flows_while_the_arguments_are_held(repairing, path):
 
 
 @each_api
-def test_several_calls_are_repaired_each(repairing, path):
-    calls = [BROKEN_CALL, GOOD, "{a: 1", "{}", "{'b': None"]
-    meant = [MEANT_CALL, json.loads(GOOD), {"a": 1}, {}, {"b": None}]
-    given = calls_of(repairing, path, arguments=calls)
-    assert (given if path == MESSAGES else list(map(json.loads, given))) == meant
-    given = streamed_calls_of(repairing, path, arguments=calls)
-    assert list(map(json.loads, given)) == meant
-
-
-def test_calls_whose_fragments_come_by_turns_pass_llmswap_repaired(repairing):
-    turns = [chunk(call(part, index)) for part in fragments(BAD) for index in (1, 0)]
-    stream = events([*turns, chunk({}, "tool_calls")])
-    calls = arguments_in(through_llmswap(repairing, EVENT_STREAM, stream).body)
-    assert is_repaired(calls[0, 0]) and is_repaired(calls[0, 1])
-
-
-@each_api
 def test_errors_of_the_backend_keep_their_status_though_repair_is_on(repairing, path):
     for stream in (False, True):
         wish = {"status": 422, "stream": stream, "arguments": BROKEN_CALL}
@@ -9728,13 +9427,6 @@ def test_errors_of_the_backend_keep_their_status_though_repair_is_on(repairing, 
     head, status = "Content-Type: application/json", "500 Internal Server Error"
     answer = through_llmswap(repairing, head, body, status)
     assert answer.status == 500 and answer.body == body
-
-
-def test_an_error_within_a_stream_passes_and_the_call_before_it_stays(repairing):
-    ours = [*one_call(BAD, None), {"error": {"message": "x", "code": 500}}]
-    theirs = [*message(BAD)[:-4], {"type": "error", "error": {"type": "api_error"}}]
-    for stream in (events(ours), events(theirs, None)):
-        assert through_llmswap(repairing, EVENT_STREAM, stream).body == stream
 
 
 @each_api
@@ -9748,12 +9440,6 @@ def test_a_repaired_stream_that_breaks_is_still_broken(repairing, path, place):
     assert b"[DONE]" not in stream.raw and b"message_stop" not in stream.raw
     came = arguments_in(stream.raw[: stream.raw.rfind(b"\n\n") + 2])
     assert BROKEN_CALL.startswith("".join(came.values()))  # never mended
-
-
-@pytest.mark.parametrize("place", ["boundary", "mid-body"])
-def test_a_repaired_answer_that_breaks_is_still_broken(repairing, place):
-    with pytest.raises(BrokenAnswer):
-        repairing.chat("mended", arguments=BROKEN_CALL, cut=place)
 
 
 @pytest.mark.parametrize("coding", ["gzip", "br", "identity, gzip"])
