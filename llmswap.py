@@ -74,6 +74,7 @@ import time
 import traceback
 import types
 import urllib.parse
+import zlib
 from collections import namedtuple
 from stat import S_ISSOCK
 from typing import Callable, Dict, FrozenSet, Iterable, List, Mapping, NamedTuple
@@ -118,11 +119,17 @@ class APIError(Exception):
 class BadRequest(APIError):
     status, type, code = 400, INVALID, "invalid_request"
 
+class SpokenTLS(BadRequest):
+    """A client spoke TLS where HTTP is served."""
+
 class Unauthorized(APIError):
     status, type, code = 401, "authentication_error", "invalid_api_key"
 
 class Forbidden(APIError):
     status, type, code = 403, "permission_error", "forbidden"
+
+class FeatureDisabled(APIError):
+    status, type, code = 403, "feature_disabled", "feature_disabled"
 
 class NotFound(APIError):
     status, type, code = 404, INVALID, "not_found"
@@ -133,11 +140,17 @@ class ModelNotFound(APIError):
 class MethodNotAllowed(APIError):
     status, type, code = 405, INVALID, "method_not_allowed"
 
+class ModelNotLoaded(APIError):
+    status, type, code = 409, INVALID, "model_not_loaded"
+
 class RequestTimeout(APIError):
     status, type, code = 408, INVALID, "request_timeout"
 
 class PayloadTooLarge(APIError):
     status, type, code = 413, INVALID, "request_too_large"
+
+class UnsupportedCoding(APIError):
+    status, type, code = 415, INVALID, "unsupported_content_encoding"
 
 class HeadersTooLarge(APIError):
     status, type, code = 431, INVALID, "headers_too_large"
@@ -288,6 +301,21 @@ def parse_sets(text) -> tuple:
     return tuple(sets)
 
 
+CAPABILITIES = ("vision", "audio", "tools", "embeddings", "rerank")
+
+
+def parse_capabilities(text) -> dict:
+    """Return what a model can do: True by name; for `context` the number of tokens."""
+    parts = {}
+    for part in parse_words(text):
+        match = re.fullmatch("context[ \t]+([1-9][0-9]{0,8})", part)
+        if not match and part not in CAPABILITIES:
+            known = f"{', '.join(CAPABILITIES)} or context 32768"
+            raise ValueError(f"{part!r} is none of {known}")
+        parts.update({"context": int(match[1])} if match else {part: True})
+    return parts
+
+
 def parse_object(text) -> dict:
     """Return a JSON object; an empty text is an empty one."""
     try:
@@ -345,6 +373,8 @@ PROXY_KEYS = (
         "`budget` or `sets`"),
     Key("budget", parse_resources, "",
         "what there is, e.g. `vram 24G, ram 64G`; the `needs` of models must fit"),
+    Key("models-autoload", parse_boolean, "on",
+        "`off`: a request never loads a model; it is loaded by hand or on startup"),
     Key("sets", parse_sets, "",
         "which may be loaded together: `coder + embed, thinker + embed`; a model in no "
         "set is loaded alone"),
@@ -438,6 +468,9 @@ MODEL_KEYS = (
     Key("loading-notice", one_of("off", "comment", "reasoning"), "comment",
         "what a streaming client sees while it waits: `off`, `comment`, `reasoning`"),
     Key("unlisted", parse_boolean, "off", "not in `/v1/models`"),
+    Key("capabilities", parse_capabilities, "",
+        "what clients are told of a model that is not llama-server's: `vision, audio, "
+        "tools, embeddings, rerank, context 32768`"),
     Key("description", str, "", "shown in `/v1/models` and on the page"),
 )
 
@@ -680,8 +713,10 @@ ENVIRONMENT_LINE = re.compile(r" {40}\(env: (\w+)\)")
 # Options that llama.cpp's router takes out of its presets: they are the router's own.
 ROUTER_OPTIONS = frozenset(
     "--api-key --api-key-file --ssl-key-file --ssl-cert-file --models-dir --models-max "
-    "--models-preset --models-autoload --log-colors".split()
+    "--models-preset --models-autoload".split()
 )
+NOT_IN_PRESETS = ("--host", "--port", "--alias", "--tags")  # of what the router shows
+PRESET_ONLY_KEYS = ("load-on-startup", "stop-timeout")
 
 
 class Option(NamedTuple):
@@ -701,15 +736,22 @@ class Option(NamedTuple):
         for name in self.names + self.negatives:
             yield name.lstrip("-")
 
-    def words(self, key, text) -> list:
-        """Return what llama.cpp's router makes of `key = text` on a command line."""
-        if not ROUTER_OPTIONS.isdisjoint(self.names):
-            return []
-        if self.values:
-            return [self.names[-1], text]
+    @property
+    def name(self):
+        """The spelling that llama.cpp's router uses."""
+        return self.names[-1]
+
+    def value(self, key, text) -> str:
+        """Return the value that `key = text` gives the option."""
         if key.replace("_", "-") in [name.lstrip("-") for name in self.negatives]:
-            text = "false" if text in TRUTHY else "true"
-        return list(self.names[-1:] if text not in FALSY else self.negatives[-1:])
+            return "false" if text in TRUTHY else "true"
+        return text
+
+    def words(self, value) -> list:
+        """Return what llama.cpp's router puts on a command line for this value."""
+        if self.values:
+            return [self.name, value]
+        return list(self.names[-1:] if value not in FALSY else self.negatives[-1:])
 
 
 class OptionTable:
@@ -729,8 +771,8 @@ class OptionTable:
             return Option((f"--{dashed}",))
         return self.by_key.get(key) or self.by_key.get(dashed)
 
-    def words(self, layers) -> list:
-        """Return what llama.cpp's router would put on a command line.
+    def choose(self, layers) -> list:
+        """Return the options and their values in the order of llama.cpp's router.
 
         `layers` are settings by key, the weakest first; within one, llama.cpp reads
         the keys in the order of their bytes. Raise ConfigError for unknown ones.
@@ -745,8 +787,22 @@ class OptionTable:
             if option.values > 1:
                 reason = "takes two values; write it into extra-args"
                 raise ConfigError(f"{setting.place}: {reason}")
-            chosen[option.names[0]] = option.words(setting.key, setting.text)
-        return [word for name in sorted(chosen) for word in chosen[name]]
+            if ROUTER_OPTIONS.isdisjoint(option.names):
+                value = option.value(setting.key, setting.text)
+                chosen[option.names[0]] = option, value
+        return [chosen[name] for name in sorted(chosen)]
+
+    def read(self, words) -> dict:
+        """Return the option values on a command line by name; "" for a flag."""
+        values = {}
+        for word, following in zip(words, [*words[1:], ""]):
+            option = self.by_key.get(word.lstrip("-")) if word.startswith("-") else None
+            if option or word.startswith("--"):
+                is_flag = option and not option.values
+                is_negative = is_flag and word in option.negatives
+                name = option.name if option and not is_negative else word
+                values[name] = "" if is_flag else following
+        return values
 
     def pitfalls(self, options):
         """Yield warnings of what llama.cpp reads otherwise than people do."""
@@ -758,10 +814,10 @@ class OptionTable:
             other = first.setdefault(option.names[0], key)
             if other != key:
                 yield f"{setting.place}: the same option as {other}; this one counts"
-            if not ROUTER_OPTIONS.isdisjoint(option.names):
+            if not {*ROUTER_OPTIONS, "--log-colors"}.isdisjoint(option.names):
                 yield f"{setting.place}: no option of a model; it is ignored"
             elif not option.values and text not in TRUTHY + FALSY:
-                word = "".join(option.words(key, text))
+                word = "".join(option.words(option.value(key, text)))
                 yield (f"{setting.place}: {text!r} is neither true nor false; "
                        f"llama.cpp makes it {word}")
             elif option.values and re.fullmatch("\".*\"|'.*'", text):
@@ -824,7 +880,7 @@ LAUNCH_KEYS = {
 }
 REQUEST_KEYS = (  # and those of listing: they may stand beside `uses`
     "model-name", "uses", "alias", "strip-params", "set-params", "json-repair",
-    "loading-notice", "unlisted", "description",
+    "loading-notice", "unlisted", "capabilities", "description",
 )
 SOURCE_KEYS = set(
     "model m LLAMA_ARG_MODEL hf-repo hf hfr LLAMA_ARG_HF_REPO model-url mu "
@@ -851,6 +907,8 @@ class Model(NamedTuple):
     backend: str
     problem: Optional[str]
     aliases: tuple = ()
+    source: str = "preset"  # as llama.cpp's router calls it
+    preset_only: tuple = ()  # keys and texts of llama.cpp's presets that are no options
 
     @property
     def launch(self) -> tuple:
@@ -876,12 +934,27 @@ class Model(NamedTuple):
                 return self._words(self.settings.cmd, PORT=port) + extra
             if self.kind != "llama-server":
                 return []
-            layers = with_texts(self.options, lambda s: self._expand(s.text, PORT=port))
+            options = self._choose_options(table, port)
         except ValueError as error:
             raise ConfigError(self.problem or f"{self.place}: {error}") from None
+        words = [word for option, value in options for word in option.words(value)]
+        return [self.settings.llama_server, *words, *extra]
+
+    def preset(self, table) -> str:
+        """Return the section of a llama-server model as llama.cpp's router shows it."""
+        pairs = [(option.name.lstrip("-"), value)
+                 for option, value in self._choose_options(table, "0")
+                 if option.name not in NOT_IN_PRESETS]
+        lines = [f"{key} = {text}\n" for key, text in [*pairs, *self.preset_only]]
+        return f"[{self.name}]\n{''.join(lines)}\n"
+
+    def _choose_options(self, table, port):
+        layers = with_texts(self.options, lambda s: self._expand(s.text, PORT=port))
         fixed = {"host": "127.0.0.1", "port": str(port), "alias": self.name}
+        if "log-colors" in table.by_key:
+            fixed["log-colors"] = "off"
         last = {key: Setting(key, text, self.place) for key, text in fixed.items()}
-        return [self.settings.llama_server, *table.words([*layers, last]), *extra]
+        return table.choose([*layers, last])
 
     def stop_command(self, port, pid) -> list:
         """Return the argv of cmd-stop; [] if there is none."""
@@ -967,8 +1040,10 @@ class ModelBuilder:
             self._problems.append(f"{place}: {reason}")
         variables = {**self._variables.values, "MODEL_ID": self._name}
         problem = self._problems[0] if self._problems else None
+        preset_only = tuple((key, self._keys[key].text)
+                            for key in PRESET_ONLY_KEYS if key in self._keys)
         return Model(self._name, self._kind, self._place, settings, options, env,
-                     variables, self._name, problem)
+                     variables, self._name, problem, preset_only=preset_only)
 
     def _read_settings(self):
         values = dict(DEFAULTS)
@@ -995,8 +1070,9 @@ class ModelBuilder:
 
     def _read_option(self, setting):
         if self._variables.macros:
-            return self._read_late(setting)
-        return setting.text.replace("${", "$${")  # as llama-server reads it
+            return os.path.expanduser(self._read_late(setting))
+        # else as llama-server reads it, but for a path that it could not open
+        return os.path.expanduser(setting.text).replace("${", "$${")
 
     def _key_mistakes(self):
         """Yield settings that cannot stand in the section, and why."""
@@ -1255,10 +1331,14 @@ class ConfigLoader:
         place = f"{self._path}: [{{}}]"
         sections = {name: Section(name, place.format(name), {}) for name in listed}
         sections.update(self._model_sections())
-        return [
+        models = [
             ModelBuilder(section, (keys, options, listed.get(section.name, {})),
                          self._variables, self._warn).build()
             for section in sections.values()
+        ]
+        return [
+            model if model.name in self._sections else model._replace(source="models_dir")
+            for model in models
         ]
 
     def _find_models(self, settings):
@@ -2727,6 +2807,11 @@ def check_start(model: Model):
         argv = model.command(table_of(model), "0")
     except ConfigError as error:
         raise LoadFailed(str(error)) from None
+    check_files(model, argv)
+
+
+def check_files(model: Model, argv: Sequence[str]):
+    """Raise LoadFailed if the program, or a file that llama-server needs, is missing."""
     cwd = model.settings.cwd or None
     find_program(argv[0], clean_environment(model.environment("0")), cwd)
     if model.kind == "llama-server":
@@ -2824,6 +2909,8 @@ class Backend:
         self._thread = None
         self._wakeup = threading.Event()
         self._ended = threading.Event()
+        self._problem = None  # why it ended by itself
+        self._is_explained = threading.Event()
         self._pending_action = None  # _put_to_sleep or _wake_up
         self._silent_since = None  # when a request was first found silent
         self._probe_socket = None  # on which this backend's thread waits
@@ -2881,6 +2968,10 @@ class Backend:
         """Return whether it ended by itself, now or within the timeout."""
         return self._ended.wait(timeout) and not self._is_stop_asked
 
+    def death(self, timeout: float) -> Optional[APIError]:
+        """Return why it ended by itself, if that is known within the timeout."""
+        return self._problem if self._is_explained.wait(timeout) else None
+
     # -- its thread, from the start to the end
 
     def _run(self):
@@ -2891,6 +2982,8 @@ class Backend:
             problem.__context__ = None
         except Exception as error:  # a bug, or no descriptors are left
             problem = LoadFailed(f"{self.model.name}: {type(error).__name__}: {error}")
+        self._problem = problem
+        self._is_explained.set()
         try:
             if self.upstream:
                 self.upstream.close()
@@ -2904,9 +2997,9 @@ class Backend:
         while self._load():
             self._is_ready = True
             self.upstream.mark_alive()
-            self.on_loaded(self)
             if self.model.kind == "llama-server":
                 self.entry = self._fetch_entry()
+            self.on_loaded(self)
             if self._supervise():
                 break
             self._abandon()  # it slept and could not be woken: start it anew
@@ -4115,6 +4208,165 @@ def shards_of(path: str) -> List[str]:
     return [f"{start}-{n:05}-of-{count}{end}" for n in range(1, int(count) + 1)]
 
 
+# -- what is known of a model without loading it ---------------------------------------
+
+LOOK_TIMEOUT = 0.05  # s that a client waits for a look at files, which may be slow
+GGUF_NUMBERS = {
+    **{0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f"},
+    **{7: "?", 10: "Q", 11: "q", 12: "d"},
+}
+GGUF_STRING, GGUF_ARRAY = 8, 9
+GGUF_LIMIT = 1 << 16  # keys, items of an array, bytes of a string
+
+
+def read_gguf(path: str) -> Dict[str, object]:
+    """Return the metadata of a GGUF file by key, those before its tokenizer; arrays as
+    None. A file that is cut, or no GGUF, has none."""
+    metadata = {}
+    try:
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            magic, version, _, count = struct.unpack("<4sIQQ", file.read(24))
+            if magic != b"GGUF" or version < 2:
+                return {}
+            for _ in range(min(count, GGUF_LIMIT)):
+                key = _gguf_value(file, GGUF_STRING)
+                if key.startswith("tokenizer."):
+                    break
+                (kind,) = struct.unpack("<I", file.read(4))
+                metadata[key] = _gguf_value(file, kind)
+    except (OSError, ValueError, KeyError, struct.error):
+        return {}
+    return metadata
+
+
+def _open_without_waiting(path, flags):
+    return os.open(path, flags | os.O_NONBLOCK)  # it may be a pipe
+
+
+def _gguf_value(file, kind):
+    if kind in GGUF_NUMBERS:
+        form = "<" + GGUF_NUMBERS[kind]
+        return struct.unpack(form, file.read(struct.calcsize(form)))[0]
+    if kind == GGUF_STRING:
+        (size,) = struct.unpack("<Q", file.read(8))
+        if size > GGUF_LIMIT:
+            raise ValueError("the string is too long")
+        text = file.read(size)
+        if len(text) < size:
+            raise ValueError("the file ends in a string")
+        return text.decode("utf-8", "replace")
+    if kind != GGUF_ARRAY:
+        raise ValueError("no such type")
+    item, count = struct.unpack("<IQ", file.read(12))
+    if count > GGUF_LIMIT or item == GGUF_ARRAY:
+        raise ValueError("no array before the tokenizer is so large, or nested")
+    for _ in range(count):
+        _gguf_value(file, item)
+    return None
+
+
+class Facts(NamedTuple):
+    """What is known of a model that may not be loaded.
+
+    `options` are the values of its llama-server options by name. `problem` says why a
+    start is bound to fail. `meta` and `inputs` are as llama-server would tell them.
+    """
+
+    argv: Sequence[str] = ()
+    preset: str = ""
+    options: Mapping[str, str] = {}
+    problem: Optional[LoadFailed] = None
+    inputs: Sequence[str] = ("text",)
+    meta: Mapping[str, int] = {}
+
+
+class Inspector:
+    """Finds out the Facts of models. Any thread may call.
+
+    Files are read on a thread of its own, because they may lie on slow mounts, and read
+    again when their size or time changes.
+    """
+
+    def __init__(self):
+        self._facts = {}  # by name: (model, Facts)
+        self._headers = {}  # by path: (size, time, metadata)
+        self._look = None  # an Event that is set at the end of the look under way
+        self._lock = threading.Lock()
+
+    def facts_of(
+        self, models: Sequence[Model], timeout: float = LOOK_TIMEOUT
+    ) -> Dict[str, Facts]:
+        """Look at the models; return the Facts by name that are known in time."""
+        with self._lock:
+            if self._look is None or self._look.is_set():
+                self._look = threading.Event()
+                args = list(models), self._look
+                threading.Thread(target=self._inspect_all, args=args, daemon=True).start()
+            look = self._look
+        look.wait(timeout)
+        known = {}
+        for model in models:
+            seen, facts = self._facts.get(model.name, (None, Facts()))
+            known[model.name] = facts if seen is model else Facts()
+        return known
+
+    def _inspect_all(self, models, done):
+        try:
+            for model in models:
+                self._facts[model.name] = model, self._inspect(model)
+        finally:
+            done.set()
+
+    def _inspect(self, model):
+        table = table_of(model)
+        try:
+            argv = model.command(table, "${PORT}")
+        except ConfigError as error:
+            return Facts(problem=LoadFailed(str(error)))
+        problem = None
+        if argv:
+            try:
+                check_files(model, argv)
+            except LoadFailed as error:
+                problem = error.with_traceback(None)
+        if table is None:
+            return Facts(argv, problem=problem)
+        options = table.read(argv[1:])
+        preset = model.preset(table)
+        inputs, meta = self._read_headers(options, model.settings.cwd)
+        return Facts(argv, preset, options, problem, inputs, meta)
+
+    def _read_headers(self, options, cwd):
+        """Return what goes in, and numbers as of llama-server's own `meta`."""
+        header, projector = (
+            self._header(os.path.join(cwd, options[name])) if name in options else {}
+            for name in ("--model", "--mmproj")
+        )
+        inputs = ["text"]
+        for name, encoder in (("image", "vision"), ("audio", "audio")):
+            if projector.get(f"clip.has_{encoder}_encoder") is True:
+                inputs.append(name)
+        architecture = header.get("general.architecture")
+        meta = {"n_ctx": options.get("--ctx-size")}
+        meta["n_ctx_train"] = header.get(f"{architecture}.context_length")
+        numbers = {
+            name: int(value)
+            for name, value in meta.items()
+            if re.fullmatch("[1-9][0-9]{0,8}", str(value))
+        }
+        return inputs, numbers
+
+    def _header(self, path):
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):
+            return {}
+        key = status.st_size, status.st_mtime_ns
+        if self._headers.get(path, (None,))[0] != key:
+            self._headers[path] = key, read_gguf(path)
+        return self._headers[path][1]
+
+
 # ==================================================================================
 # 5  Pool: the one lock; it carries the Scheduler's decisions out.
 #    Never knows HTTP or a client's socket, and never waits while it holds the lock.
@@ -4270,7 +4522,7 @@ class ModelStatus(NamedTuple):
     the start). `progress` of a load goes from 0 to 1, if it is known. `failure` says
     why its last run failed, `stopped` why it was stopped, `unusable` what is wrong with
     it in the file. `shares` names the model whose backend it uses, and whose state it
-    has. `entry` is that of its own /v1/models.
+    has. `entry` is what its own /v1/models told last.
     """
 
     id: str
@@ -4306,6 +4558,7 @@ class Pool:
         self.config = config
         self.events = Broadcast(0)
         self.memory = MemoryWatch()
+        self.inspector = Inspector()
         self._log = log
         self._clock = clock
         self._guard = Guard()
@@ -4313,6 +4566,7 @@ class Pool:
         self._scheduler = Scheduler(limits_of(config), specs_of(config))
         self._backends = {}
         self._feeds = {}
+        self._entries = {}  # by model: the last that its own /v1/models told
         self._meters = Metrics()
         self._revision = 0  # of what people see
         self._watchers = 0  # threads that wait for the next revision
@@ -4493,6 +4747,9 @@ class Pool:
                 and model.launch != self.config.models[name].launch
             ]
             self.config = config
+            for name in [*self._entries]:
+                if name in changed or name not in config.models:
+                    del self._entries[name]
             self._scheduler.configure(
                 limits_of(config), specs_of(config), changed, _removed
             )
@@ -4514,6 +4771,13 @@ class Pool:
         with self._lock:
             scheduled = self._scheduler.models.get(model.backend)
             return scheduled.state if scheduled else State.UNLOADED
+
+    def is_held(self, model: Model) -> bool:
+        """Return whether the model is loaded, or being loaded for somebody."""
+        with self._lock:
+            scheduled = self._scheduler.models.get(model.backend)
+            is_up = scheduled and scheduled.state in (State.LOADING, State.LOADED)
+            return bool(is_up) and not scheduled.is_stopping_soon
 
     def backend_of(self, model: Model):
         """Return the running backend of the model, or None; it may end at any time."""
@@ -4570,7 +4834,7 @@ class Pool:
             stopped=self._meters.reasons.get(model.backend),
             pid=getattr(backend, "pid", None),
             port=getattr(backend, "port", None),
-            entry=getattr(backend, "entry", {}),
+            entry=self._entries.get(model.backend, {}),
         )
 
     def feed_of(self, name: str) -> Broadcast:
@@ -4789,9 +5053,10 @@ class Pool:
             seconds = time.monotonic() - backend.started_at
             self._scheduler.loaded(name, backend.run_number, now)
             self._meters.count_load(name, seconds)
+            entry = self._entries[name] = getattr(backend, "entry", {})
             self._schedule()
         self._log("info", f"{name}: loaded in {seconds:.2f} s ({backend.where})")
-        self._publish(name, "loaded")
+        self._publish(name, "loaded", **({"info": entry} if entry else {}))
 
     def _on_slept(self, backend):
         with self._lock:
@@ -4989,6 +5254,7 @@ READ_SIZE = 1 << 13  # bytes read at once of heads and most answers
 STREAM_READ_SIZE = 1 << 11  # the same of streams, which wait in numbers
 BUFFER_SIZE = 1 << 18  # bytes read at once of long bodies
 EARLY_HEAD_AFTER = 3.0  # s; until then a failure keeps its true status
+TLS_HELLO = b"\x16\x03"  # how a client begins that means https
 COMMENT = b":\n\n"
 COMMENT_EVERY = 10.0  # s; the shortest header timeout seen in clients is 30 s
 STALL_CHECK_AFTER = 5.0  # s of silence until a backend is checked for a hang
@@ -5083,6 +5349,8 @@ class SocketReader:
                 return b""
             self.is_untouched = False
             data += piece
+            if data.startswith(TLS_HELLO):
+                raise SpokenTLS("this port speaks plain HTTP: use http://, not https://")
             if data.startswith(b"\r\n"):
                 blank = _EMPTY_LINES.match(data).end()
                 data, searched, skipped = data[blank:], 0, skipped + blank
@@ -5261,6 +5529,13 @@ class Request(Head):
             raise BadRequest("the target must be a path, or a URL of this very host")
         return (url.group(2) or "/") + (url.group(3) or "")
 
+    def drop_slash(self, paths: Iterable[str]):
+        """Make /path/ mean /path if that is one of these."""
+        path = self.path.rstrip("/")
+        if path != self.path and path in paths:
+            self.target = path + self.target[len(self.path) :]
+            self.path = path
+
     def parameter(self, name: str) -> Optional[str]:
         """Return the first value of a query parameter, or None."""
         if name not in self.query:
@@ -5330,7 +5605,7 @@ class ChunkDecoder:
 class Body:
     """A client's request body: `held`, what was read of it, then the rest as it comes.
 
-    Raises ClientDisconnected, BadRequest, PayloadTooLarge, RequestTimeout. After such
+    Raises UnsupportedCoding, ClientDisconnected, BadRequest, PayloadTooLarge, RequestTimeout. After such
     an error it cannot be read on: its connection is lost.
     """
 
@@ -5340,6 +5615,13 @@ class Body:
         self._decoder = ChunkDecoder() if request.framing.is_chunked else None
         self._is_lost = False
         self.length = request.framing.length
+        coding = request.get("content-encoding").lower() if self.length != 0 else ""
+        if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+            raise UnsupportedCoding(
+                f"the content coding {coding!r} is not supported, only gzip and deflate"
+            )
+        self._is_encoded = coding not in ("", "identity")
+        self.was_decoded = False
         self._check_size(self.length or 0)
         expected = request.get("expect").lower()
         self._expects = expected == "100-continue" and not request.is_http_10
@@ -5359,6 +5641,31 @@ class Body:
         while not self.is_complete and self.received < size:
             self.held += self._next_piece()
         return self.is_complete
+
+    def decode(self):
+        """Read it all and undo its content coding, if it has one."""
+        if not self._is_encoded:
+            return
+        self.hold(sys.maxsize)
+        self.held = bytearray(self._decoded(bytes(self.held)))
+        self.length = len(self.held)
+        self._is_encoded, self.was_decoded = False, True
+
+    def _decoded(self, data):
+        """Return the payload; of gzip it may be in several members."""
+        is_raw = data[:1] and data[0] & 15 != 8 and data[:1] != b"\x1f"
+        payload = b""
+        try:
+            while data:
+                decoder = zlib.decompressobj(-15 if is_raw else 47)
+                payload += decoder.decompress(data, self._limit + 1 - len(payload))
+                self._check_size(len(payload))
+                if not decoder.eof:
+                    raise BadRequest("the content coding of the body ends too early")
+                data = decoder.unused_data
+        except zlib.error as error:
+            raise BadRequest(f"the content coding of the body: {error}") from None
+        return payload
 
     def rest(self) -> Iterable[bytes]:
         """Yield what is not held, as it comes; then the body cannot be sent again."""
@@ -5447,6 +5754,7 @@ def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
     MAX_UNREAD_BODY. Raise BadRequest, PayloadTooLarge, ClientDisconnected.
     """
     kind = content_type.partition(";")[0].strip().lower()
+    body.decode()
     body.hold(1)
     is_object = bytes(body.held[:64]).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{")
     if kind == "multipart/form-data":
@@ -7664,17 +7972,24 @@ def page_policy() -> str:
 #    A route either replies or raises; `handle_one_request` alone answers errors.
 # ==================================================================================
 
+SERVER_NAME = "llmswap (llama.cpp)"  # clients look for llama.cpp
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
 NAME_LIMIT = 1000  # characters of a model's name in a request
 NAME_PARTS = 64  # between slashes in one
 SLOW_SECONDS = 10.0  # until the first byte; such requests are logged
 NOTICE_EVERY = 5.0  # s, for clients that are told how far a load is
+INPUTS = {"vision": "image", "audio": "audio"}  # llama.cpp's words by capability
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")
 OPEN_PATHS = ("/", "/health", "/v1/health")  # need no key
 IDLE_TIMEOUT_PARAMETERS = ("keep_alive", "ttl")  # Ollama's and LM Studio's
+OLLAMA_PATHS = frozenset(
+    f"/api/{name}"
+    for name in "tags chat generate show ps version embed embeddings pull push create "
+    "copy delete".split()
+)
 KEY_FIELDS = frozenset(("authorization", "x-api-key", "api-key"))
 NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
 JSON_TYPE = ("content-type", "application/json; charset=utf-8")
@@ -7757,6 +8072,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not raw:
             return False
         self.head = self.headers = Request(raw)
+        self.head.drop_slash(path for _, path in ROUTES)
         self.command, self.path = self.head.method, self.head.target
         self.request_version = "HTTP/1.0" if self.head.is_http_10 else "HTTP/1.1"
         self.reply = ClientResponse(self.request, self.head, self._cors_headers())
@@ -7804,6 +8120,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer_error(self, error):
         """Answer in whatever form is still possible."""
+        if isinstance(error, SpokenTLS):
+            self.server.warn_of_tls()
         if isinstance(error, OSError):  # of disk or memory; the client's own is caught
             error = APIError(f"{type(error).__name__}: {error}")
         elif isinstance(error, ConfigError):
@@ -7838,7 +8156,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send(error.status, headers, _dump(body))
 
     def _send(self, status, headers, payload):
-        self.reply.answer(status, [*headers, ("server", "llmswap")], payload)
+        self.reply.answer(status, [*headers, ("server", SERVER_NAME)], payload)
 
     def _send_json(self, value):
         self._send(200, [JSON_TYPE], _dump(value))
@@ -7968,11 +8286,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for prefix, methods, action in PREFIXES:
             if head.path.startswith(prefix) and (not methods or method in methods):
                 self.body.hold(MAX_UNREAD_BODY if methods else 0)
-                return action(self, head.path[len(prefix) :])
+                rest = head.path[len(prefix) :]
+                return action(self, rest.rstrip("/") if methods else rest)
         if head.path not in MODEL_PATHS:
             if any(path == head.path for _, path in ROUTES):
                 raise MethodNotAllowed(f"{head.path} has no {head.method}")
+        self._check_base_url()
         self.route_by_model()
+
+    def _check_base_url(self):
+        """Raise NotFound for paths of clients whose base URL is wrong."""
+        path, url = self.head.path, f"http://{self.head.get('host')}/v1"
+        if path.startswith("/v1/v1/"):
+            raise NotFound(f"{path}: the client's base URL has /v1 twice; set it to {url}")
+        if path.rstrip("/") in OLLAMA_PATHS:
+            raise NotFound(
+                f"{path} is Ollama's API; this is an OpenAI-compatible server: let the "
+                f"client use its OpenAI provider with the base URL {url}"
+            )
+
+    def refuse_feature(self):
+        raise FeatureDisabled("this feature is disabled")
+
+    def post_streams_lookup(self):
+        self._send_json([])  # no stream can be resumed
 
     def answer_preflight(self):
         wanted = self.head.get("access-control-request-headers") or "*"
@@ -8025,7 +8362,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send(200, [("content-type", METRICS_TYPE)], text.encode())
 
     def _status_report(self):
-        models = self.pool.statuses(with_memory=True)
+        facts = self.pool.inspector.facts_of([*self.config.models.values()])
+        models = [
+            with_known_problem(status, facts.get(status.shares or status.id, Facts()))
+            for status in self.pool.statuses(with_memory=True)
+        ]
         return StatusReport(VERSION, self.server.born, models, self.pool.meters())
 
     def get_health(self):
@@ -8037,46 +8378,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.reload()
             self.config = self.pool.config
         config = self.pool.config
-        entries = [
-            self._model_entry(config.models[status.id], status)
-            for status in self.pool.statuses()
-            if status.id in config.models
-            and not config.models[status.id].settings.unlisted
-        ]
-        self._send_json({"object": "list", "data": entries})
+        listed = [m for m in config.models.values() if not m.settings.unlisted]
+        self._send_json({"object": "list", "data": self._model_entries(listed)})
 
     def get_model(self, name):
         model = self._resolve(percent_decoded(name))
-        self._send_json(self._model_entry(model, self.pool.status(model)))
+        self._send_json(self._model_entries([model])[0])
 
-    def _model_entry(self, model, status):
-        shown = {
-            "value": "loaded" if status.state == "unloading" else status.state,
-            "args": self._shown_command(model, status),
-        }
-        problem = model.problem or status.failure
-        if problem and status.state == "unloaded":
-            code = exit_code_of(status.failure) if status.failure else 1
-            shown.update(failed=True, exit_code=code, error=str(problem))
-        entry = {
-            "id": model.name,
-            "object": "model",
-            "created": self.server.born,
-            "owned_by": "llmswap",
-            "aliases": list(model.aliases),
-            "status": shown,
-        }
-        if model.settings.description:
-            entry["description"] = model.settings.description
-        return {"meta": {}, **status.entry, **entry}
-
-    def _shown_command(self, model, status):
-        owner = self.config.owner_of(model)
-        port = str(status.port) if status.port else "${PORT}"
-        try:
-            return mask_secrets(owner.command(table_of(owner), port))
-        except ConfigError:
-            return []
+    def _model_entries(self, models):
+        owners = [self.config.owner_of(model) for model in models]
+        facts = self.pool.inspector.facts_of(owners)
+        return [
+            model_entry(
+                model, owner, self.pool.status(model), facts[owner.name], self.server.born
+            )
+            for model, owner in zip(models, owners)
+        ]
 
     def post_load(self):
         if not self.pool.load(self._model_of_body()):
@@ -8113,6 +8430,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_running(self):
         words = {"loading": "starting", "loaded": "ready", "unloading": "stopping"}
         running = []
+        facts = self.pool.inspector.facts_of([*self.config.models.values()])
         for status in self.pool.statuses():
             model = self.config.models.get(status.id)
             if model is None or status.state == "unloaded" or status.shares:
@@ -8121,7 +8439,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 {
                     "model": status.id,
                     "state": words.get(status.state, status.state),
-                    "cmd": shlex.join(self._shown_command(model, status)),
+                    "cmd": shlex.join(shown_command(facts[status.id], status)),
                     "proxy": model.url(str(status.port)),
                     "ttl": int(model.settings.idle_timeout),
                     "name": status.id,
@@ -8137,7 +8455,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             {
                 "role": "router",
                 "max_instances": self.config.settings.models_max,
-                "models_autoload": True,
+                "models_autoload": self.config.settings.models_autoload,
                 "model_alias": "llmswap",
                 "model_path": "none",
                 "default_generation_settings": {"params": None, "n_ctx": 0},
@@ -8172,7 +8490,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not name:
             raise BadRequest("model name is missing from the request", "model")
         model = self.model = self._resolve(name)
-        if self.head.parameter("autoload") in ("true", "1"):
+        if self._may_autoload(by_default=False):
             self._check_may_load(model)
             return self._forward(model, self.head.target, RequestInfo())
         states = [State.LOADED]
@@ -8184,6 +8502,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         outgoing = self._upstream_request(model, self.head.target, RequestInfo())
         relay(outgoing, backend, self.reply)
 
+    def _may_autoload(self, by_default=True):
+        """Return whether the request may load its model, as llama.cpp's router has it."""
+        given = self.head.parameter("autoload")
+        if given:
+            return given in ("true", "1")
+        return by_default and self.config.settings.models_autoload
+
     def route_upstream(self, rest):
         """/upstream/ID/REST: that model's own server, whatever REST is."""
         name, path = self._split_name(rest)
@@ -8193,6 +8518,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers = [("location", f"/upstream/{rest}/{query}")]
             return self._send(308, headers, b"")
         self._check_may_load(model)
+        is_page = path == "/" or self.head.method not in SAFE_METHODS
+        if not self._may_autoload(is_page) and not self.pool.is_held(model):
+            raise ModelNotLoaded(
+                f"model {model.name!r} is not loaded; of the paths under "
+                f"/upstream/{model.name}/ only the page itself loads it"
+            )
         info = self._request_info(is_needed=False)
         self._forward(model, path + query, info, preemptible=True)
 
@@ -8224,6 +8555,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = info.model or name
         model = self.model = self._resolve(name) if name else self._default_model()
         self._check_may_load(model)
+        if not self._may_autoload() and not self.pool.is_held(model):
+            raise BadRequest("model is not loaded")
         self._forward(model, self.head.target, info)
 
     def _default_model(self):
@@ -8257,9 +8590,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     return self._log_if_slow()
                 except BackendDied as error:
                     may_resend = outgoing.is_repeatable and not is_last
-                    if not may_resend or not backend.died(1.0):
-                        error.may_retry = False if is_last else None  # it kills
-                        raise error
+                    if may_resend and backend.died(1.0):
+                        continue
+                    reason = backend.death(1.0) if not self.reply.is_begun else None
+                    error = BackendDied(str(reason)) if reason else error
+                    error.may_retry = False if is_last else None  # it kills
+                    raise error
 
     def _look_after_client(self):
         """Raise ClientDisconnected once it is; meanwhile keep it from giving up."""
@@ -8337,6 +8673,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             dropped |= KEY_FIELDS
         if self.head.method == "POST":  # events and numbers are read on the way
             dropped |= {"accept-encoding"}
+        if self.body.was_decoded:
+            dropped |= {"content-encoding"}
         headers = [each for each in self.head.end_to_end if each[0] not in dropped]
         if key:
             key = key.encode().decode("latin-1")  # sent as UTF-8
@@ -8364,6 +8702,11 @@ ROUTES = {
     ("GET", "/unload"): Handler.unload,
     ("POST", "/unload"): Handler.unload,
     ("POST", "/api/models/unload"): Handler.unload,
+    ("POST", "/v1/streams/lookup"): Handler.post_streams_lookup,
+    ("GET", "/tools"): Handler.refuse_feature,
+    ("POST", "/tools"): Handler.refuse_feature,
+    ("GET", "/cors-proxy"): Handler.refuse_feature,
+    ("POST", "/cors-proxy"): Handler.refuse_feature,
     ("GET", "/logs"): Handler.get_logs,
     ("GET", "/logs/stream"): Handler.get_log_stream,
 }
@@ -8462,6 +8805,85 @@ def _is_key(given, keys):
     return any([hmac.compare_digest(given, key) for key in raw])
 
 
+def with_known_problem(status: ModelStatus, facts: Facts) -> ModelStatus:
+    """Return the status with what makes a start fail as its failure, if it is known."""
+    if status.state != "unloaded" or status.failure or not facts.problem:
+        return status
+    return status._replace(failure=facts.problem)
+
+
+def model_entry(
+    model: Model, owner: Model, status: ModelStatus, facts: Facts, created: int
+) -> dict:
+    """Return a model as in /v1/models: as llama.cpp's router tells it, and more.
+
+    `facts` are those of `owner`, whose backend the model uses.
+    """
+    abilities = {**owner.settings.capabilities, **model.settings.capabilities}
+    meta = {**facts.meta, **status.entry.get("meta", {})}
+    if "context" in abilities:
+        meta["n_ctx"] = abilities.pop("context")
+    inputs = [*facts.inputs, *(INPUTS[each] for each in abilities if each in INPUTS)]
+    architecture = {"input_modalities": inputs, "output_modalities": ["text"]}
+    architecture = status.entry.get("architecture", architecture)
+    is_llama_server = owner.kind == "llama-server"
+    entry = {
+        "id": model.name,
+        "aliases": sorted(model.aliases),
+        "tags": sorted(parse_words(facts.options.get("--tags", ""))),
+        "object": "model",
+        "owned_by": "llamacpp" if is_llama_server else "llmswap",
+        "created": created,
+        "status": _shown_status(model, status, facts),
+        "architecture": architecture,
+        "source": model.source,
+        "can_remove": model.source == "cache",
+        "meta": meta,
+        "capabilities": _capabilities(abilities, architecture, facts, is_llama_server),
+    }
+    context = meta.get("n_ctx") or meta.get("n_ctx_train")
+    if context:
+        entry["context_length"] = context
+    if model.settings.description:
+        entry["description"] = model.settings.description
+    return {**status.entry, **entry}
+
+
+def _shown_status(model, status, facts):
+    shown = {
+        "value": "loaded" if status.state == "unloading" else status.state,
+        "args": shown_command(facts, status),
+    }
+    if facts.preset:
+        shown["preset"] = _SECRET_LINE.sub(r"\1 = ***", facts.preset)
+    status = with_known_problem(status, facts)
+    problem = model.problem or status.failure
+    if problem and status.state == "unloaded":
+        code = exit_code_of(status.failure) if status.failure else 1
+        shown.update(failed=True, exit_code=code, error=str(problem))
+    return shown
+
+
+def _capabilities(abilities, architecture, facts, is_llama_server):
+    """Return the names of what a model can do, as far as it is known."""
+    names = set(abilities)
+    inputs = architecture.get("input_modalities", ())
+    names.update(name for name, word in INPUTS.items() if word in inputs)
+    if is_llama_server and facts.argv:
+        options = facts.options
+        special = {"--embeddings": "embeddings", "--reranking": "rerank"}
+        names.update(special[name] for name in special if name in options)
+        if not names & {"embeddings", "rerank"} and "--no-jinja" not in options:
+            names.add("tools")
+    return [name for name in CAPABILITIES if name in names]
+
+
+def shown_command(facts: Facts, status: ModelStatus) -> List[str]:
+    """Return the argv of a model with its port, if it has one, and without secrets."""
+    port = str(status.port) if status.port else "${PORT}"
+    return mask_secrets([word.replace("${PORT}", port) for word in facts.argv])
+
+
 def mask_secrets(argv: List[str]) -> List[str]:
     """Return the command with *** for the values of options and variables whose name
     says key, token or password, also within the words of a command for a shell."""
@@ -8480,6 +8902,7 @@ def mask_secrets(argv: List[str]) -> List[str]:
 _SECRET = r"[\w.-]*(?:keys?|token|password)(?![a-z])[\w.-]*"
 _SECRET_OPTION = re.compile(rf"(?i)--?{_SECRET}|-hft")
 _SECRET_WORD = re.compile(rf"(?i)-{{0,2}}{_SECRET}=")
+_SECRET_LINE = re.compile(rf"(?im)^({_SECRET}|hft) = .*$")  # of a preset
 _SECRET_WITHIN = re.compile(
     rf"(?i)((?<![\w-])(?:--?{_SECRET}(?:=|\s+)|{_SECRET}=))"
     r"""("[^"]*"|'[^']*'|[^\s'"]+)"""
@@ -8699,6 +9122,7 @@ class Server:
         self.born = int(time.time())
         self.is_closing = False
         self.most_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)
+        self._has_seen_tls = False
         self._quiet_at = time.monotonic()
         self._connections = set()  # without the refused ones
         self._refused = set()
@@ -8737,6 +9161,13 @@ class Server:
         """Count a connection no more."""
         self._connections.discard(connection)
         self._refused.discard(connection)
+
+    def warn_of_tls(self):
+        """Log, once, that a client speaks TLS to a port that does not."""
+        if not self._has_seen_tls:
+            self._has_seen_tls = True
+            self.log("warning", "a client speaks TLS to this plain HTTP server: its base "
+                     "URL must begin with http://")
 
     def begin_idling(self, connection):
         """From now on `stop` may close the connection."""
