@@ -2884,6 +2884,7 @@ class Backend:
     """One run of a model's server, on a thread of its own (`_run`).
 
     Callbacks, on that thread: `on_loaded(self)` when it is ready, or awake again;
+    `on_described(self, entry)` with the entry of its own /v1/models, {} if it has none;
     `on_slept(self)` when it fell asleep; `on_dying(self)` when it is found dead or hung
     though nobody stopped it; `on_exited(self, problem)` when nothing of it is left,
     problem None if it was stopped. `on_line(text)` gets each line that it writes, on
@@ -2901,9 +2902,8 @@ class Backend:
         self.pid = None  # of its main process, once known
         self.port = upstream and upstream.port
         self.where = None  # it runs, for people
-        self.entry = {}  # of its own /v1/models
         self.started_at = self._began = self._progress_at = time.monotonic()
-        self.on_loaded = self.on_slept = self.on_dying = None
+        self.on_loaded = self.on_described = self.on_slept = self.on_dying = None
         self.on_exited = self.on_line = None
         self._title = model.name
         self._thread = None
@@ -2997,9 +2997,9 @@ class Backend:
         while self._load():
             self._is_ready = True
             self.upstream.mark_alive()
-            if self.model.kind == "llama-server":
-                self.entry = self._fetch_entry()
             self.on_loaded(self)
+            if self.model.kind == "llama-server":
+                self.on_described(self, self._fetch_entry())
             if self._supervise():
                 break
             self._abandon()  # it slept and could not be woken: start it anew
@@ -4967,9 +4967,11 @@ class Pool:
         """Make a backend of the model that reports to this Pool."""
         backend = self._make_backend(self.config.models[name])
         backend.on_loaded, backend.on_slept = self._on_loaded, self._on_slept
+        backend.on_described = self._on_described
         backend.on_dying, backend.on_exited = self._on_dying, self._on_exited
         backend.on_line = functools.partial(self._on_line, name)
         backend.stop_requested_at = None  # or put to sleep
+        backend.is_described = backend.model.kind != "llama-server"
         self._backends[name] = backend
         self._begin_progress(backend)
         return backend
@@ -5053,9 +5055,16 @@ class Pool:
             seconds = time.monotonic() - backend.started_at
             self._scheduler.loaded(name, backend.run_number, now)
             self._meters.count_load(name, seconds)
-            entry = self._entries[name] = getattr(backend, "entry", {})
             self._schedule()
         self._log("info", f"{name}: loaded in {seconds:.2f} s ({backend.where})")
+        if backend.is_described:
+            self._publish(name, "loaded")
+
+    def _on_described(self, backend, entry):
+        name = backend.model.name
+        with self._lock:
+            self._entries[name] = entry
+        backend.is_described = True
         self._publish(name, "loaded", **({"info": entry} if entry else {}))
 
     def _on_slept(self, backend):
@@ -8590,9 +8599,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     return self._log_if_slow()
                 except BackendDied as error:
                     may_resend = outgoing.is_repeatable and not is_last
-                    if may_resend and backend.died(1.0):
+                    has_died = not self.reply.sent and backend.died(1.0)
+                    if has_died and may_resend:
                         continue
-                    reason = backend.death(1.0) if not self.reply.is_begun else None
+                    reason = backend.death(1.0) if has_died else None
                     error = BackendDied(str(reason)) if reason else error
                     error.may_retry = False if is_last else None  # it kills
                     raise error

@@ -595,7 +595,7 @@ class Llmswap:
 
     def stats(self, model):
         """What the fake server of a model has seen (it is loaded if it is not)."""
-        return self.get(f"/upstream/{model}/stats").json()
+        return self.get(f"/upstream/{model}/stats?autoload=true").json()
 
 
 def chat_body(model, **wish):
@@ -8339,7 +8339,7 @@ def liar():
     """llmswap before a backend that answers as a test wishes; `b` has a path there."""
     backend = FuzzBackend()
     url = f"http://127.0.0.1:{backend.port}"
-    text = f"[a]\nproxy = {url}\n[b]\nproxy = {url}/own\n"
+    text = f"[llmswap]\nmax-body = 16M\n[a]\nproxy = {url}\n[b]\nproxy = {url}/own\n"
     with hasty(text) as running:
         running.backend, running.text = backend, text
         assert running.get("/upstream/a/").status == 200
@@ -8406,7 +8406,7 @@ def test_unusual_requests_are_understood(liar):
 
 def answer_of(liar, answer, method="GET", fields=()):
     """The answer that a client gets when the backend sends these bytes."""
-    target = f"/{random.randrange(10**12)}"
+    target = f"/{random.randrange(10**12)}?autoload=true"
     liar.backend.wishes[target] = [answer], False
     return liar.ask(method, f"/upstream/a{target}", None, fields)
 
@@ -8477,13 +8477,54 @@ def test_unusual_but_valid_answers_are_passed_on(liar, answer, status, body):
     assert (got.status, got.body) == (status, body)
 
 
-def test_compressed_bodies_pass_unchanged_both_ways(liar):
-    data = zlib.compress(b'{"model":"nobody"}' * 100)
-    fields = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+def deflated(data):
+    coder = zlib.compressobj(wbits=-15)
+    return coder.compress(data) + coder.flush()
+
+
+@pytest.mark.parametrize(
+    "coding, encode",
+    [
+        ("gzip", gzip.compress),
+        ("GZIP", lambda data: gzip.compress(data[:9]) + gzip.compress(data[9:])),
+        ("deflate", zlib.compress),
+        ("deflate", deflated),
+        ("identity", bytes),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/upstream/a/x"])
+def test_encoded_bodies_are_decoded(liar, path, coding, encode):
+    data = b'{"model": "a", "messages": ["%b"]}' % (b"x" * 100_000)
     list(liar.backend.news())
-    liar.post("/upstream/a/x", data, fields)
+    fields = {"Content-Encoding": coding, "Content-Type": "application/json"}
+    liar.post(path, encode(data), fields)
     (request,) = liar.backend.news()
-    assert request.body == data and request.all("content-encoding") == ["gzip"]
+    assert request.body == data
+    assert request.all("content-encoding") == ["identity"] * (coding == "identity")
+
+
+@pytest.mark.parametrize(
+    "coding, data, status, word",
+    [
+        ("br", b"x", 415, "'br'"),
+        ("gzip, gzip", b"x", 415, "gzip"),
+        ("gzip", gzip.compress(b"{}")[:-9], 400, "too early"),
+        ("gzip", b"{}", 400, "content coding"),
+        ("gzip", gzip.compress(bytes(17 << 20)), 413, "max-body"),
+    ],
+    ids=["unknown", "two", "cut", "none", "large"],
+)
+def test_bad_encoded_bodies_are_refused(liar, coding, data, status, word):
+    list(liar.backend.news())
+    fields = {"Content-Encoding": coding, "Content-Type": "application/json"}
+    answer = liar.post("/v1/chat/completions", data, fields)
+    assert answer.status == status and word in answer.message()
+    assert not list(liar.backend.news())
+
+
+def test_compressed_answers_pass_unchanged(liar):
+    data = zlib.compress(b"x" * 100)
+    list(liar.backend.news())
     head = OK + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(data)
     got = answer_of(liar, head + data, fields={"Accept-Encoding": "gzip"})
     assert got.body == data and got.headers["content-encoding"] == "gzip"
@@ -9801,7 +9842,7 @@ def test_the_meta_of_a_llama_server_is_shown_while_it_is_loaded(tmp_path):
 def test_a_list_that_does_not_come_holds_up_neither_requests_nor_the_end(tmp_path):
     with Llmswap(llama_server_with_a_list(tmp_path, delay=9)) as server:
         began = time.monotonic()
-        assert server.get("/upstream/a/x").status == 200
+        assert server.get("/upstream/a/").status == 200
         server.post("/models/unload", {"model": "a"})
         eventually(lambda: server.states()["a"] == "unloaded")
         assert time.monotonic() < began + 3
