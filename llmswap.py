@@ -7690,7 +7690,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self):
         self.connection = self.request
-        self.server = self.server.server  # the one that all listeners share
         self.pool = self.server.pool
         self.config = self.pool.config
         self.wire = SocketReader(self.request)
@@ -8510,16 +8509,16 @@ class Log:
     def __init__(self):
         logging.raiseExceptions = False  # stderr may be closed; the feed has the line
         self.feed = Broadcast(2000)
-        lines = queue.SimpleQueue()
-        stderr = logging.StreamHandler()
+        stderr, feed = logging.StreamHandler(), logging.Handler()
         stderr.setFormatter(LogFormatter(sys.stderr))
-        self._entrance = logging.handlers.QueueHandler(lines)
-        self._entrance.addFilter(RepeatFilter())
-        self._logger = logging.Logger("llmswap")
-        self._logger.addHandler(self._entrance)
-        feed = FeedHandler(self.feed)
+        feed.setFormatter(LogFormatter())
+        feed.emit = lambda record: self.feed.publish(feed.format(record))
+        lines = queue.SimpleQueue()
         self._writer = logging.handlers.QueueListener(lines, feed, stderr)
         self._writer.start()
+        self._entrance = logging.handlers.QueueHandler(lines)
+        self._logger = logging.Logger("llmswap")
+        self._logger.addHandler(self._entrance)
         self.set_level("info")
 
     def set_level(self, level: str):
@@ -8534,21 +8533,6 @@ class Log:
         closing = threading.Thread(target=self._writer.stop, daemon=True)
         closing.start()
         closing.join(1.0)
-
-
-class RepeatFilter(logging.Filter):
-    """Drops a line that repeats the one before it, for up to a minute."""
-
-    def __init__(self):
-        super().__init__()
-        self._last, self._written_at = None, 0.0
-
-    def filter(self, record):
-        """Return whether the record is to be written."""
-        is_new = record.msg != self._last or record.created > self._written_at + 60
-        if is_new:
-            self._last, self._written_at = record.msg, record.created
-        return is_new
 
 
 class LogFormatter(logging.Formatter):
@@ -8578,122 +8562,23 @@ class LogFormatter(logging.Formatter):
         return f"{stamp} {text}"
 
 
-class FeedHandler(logging.Handler):
-    """Publishes records for /logs."""
-
-    def __init__(self, feed: Broadcast):
-        super().__init__()
-        self.setFormatter(LogFormatter())
-        self._feed = feed
-
-    def emit(self, record):
-        """Publish one record."""
-        self._feed.publish(self.format(record))
-
-
 def _is_journal(stream):
     """The variable alone proves nothing: it is inherited."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         status = os.fstat(stream.fileno())
-    except (OSError, ValueError):
-        return False
-    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+        return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-class Listener(http.server.ThreadingHTTPServer):
-    """Accepts the connections of one socket; a Handler serves each on its own thread.
+class Server(http.server.ThreadingHTTPServer):
+    """Accepts connections on all sockets; a Handler serves each on its own thread.
 
-    `server` is the Server that the listeners of all sockets belong to.
+    The sockets are bound by us or by systemd. They and the server's other attributes
+    are what handlers share. Any thread may call.
     """
 
-    def __init__(self, sock: socket.socket, server: "Server"):
-        super().__init__(("", 0), Handler, bind_and_activate=False)
-        self.socket.close()
-        self.socket = sock  # bound by us, or by systemd
-        self.socket.setblocking(False)
-        self.server = server
-        self._waker = Waker()
-        self._is_stopping = False
-        self._thread = None
-
-    def begin(self):
-        """Accept on a thread of its own until `shutdown`."""
-        self._is_stopping = False
-        self._waker.clear()
-        self._thread = threading.Thread(
-            target=self.serve_forever, name="accept", daemon=True
-        )
-        self._thread.start()
-
-    def is_accepting(self) -> bool:
-        """Return whether connections are accepted, or are not to be."""
-        return self._is_stopping or self._thread.is_alive()
-
-    def serve_forever(self, poll_interval=None):
-        """Accept until `shutdown`; the base class would wake up twice a second."""
-        waiter = select.poll()
-        waiter.register(self._waker, select.POLLIN)
-        waiter.register(self.socket, select.POLLIN)
-        while not self._is_stopping:
-            waiter.poll()
-            if not self._is_stopping:
-                self._handle_request_noblock()
-
-    def shutdown(self):
-        """Accept no more; the socket stays open."""
-        self._is_stopping = True
-        self._waker.wake()
-        if self._thread is not None:
-            self._thread.join(1.0)
-
-    def get_request(self):
-        """Accept one connection; OSError if there is none, or no descriptor for it."""
-        try:
-            connection, address = self.socket.accept()
-        except BlockingIOError:
-            raise  # the client has left again
-        except OSError as error:
-            if not self._is_stopping:
-                self.server.log("error", f"a connection could not be accepted: {error}")
-                time.sleep(0.1)  # until other connections have ended
-            raise
-        connection.setblocking(True)  # only on Linux it is so already
-        return connection, address
-
-    def process_request(self, request, client_address):
-        """Serve or refuse the connection on a new thread; refuse it here if many are
-        refused at the moment, or no thread can be started."""
-        try:
-            if self.server.admit(request):
-                return super().process_request(request, client_address)
-            why = self.server.limit_text()
-        except RuntimeError as error:
-            why = str(error)
-            self.server.log("error", f"a connection could not be served: {why}")
-            self.server.forget(request)
-        return refuse_connection(request, why, is_patient=False)
-
-    def finish_request(self, request, client_address):
-        """Serve the connection until it ends."""
-        if self.server.is_refused(request):
-            refuse_connection(request, self.server.limit_text(), is_patient=True)
-        else:
-            super().finish_request(request, client_address)
-
-    def shutdown_request(self, request):
-        """Close a connection that was served."""
-        super().shutdown_request(request)
-        self.server.forget(request)
-
-    def handle_error(self, request, client_address):
-        """Log the traceback of a bug. The caller closes the connection."""
-        self.server.log("error", f"bug in llmswap:\n{traceback.format_exc()}")
-
-
-class Server:
-    """All listening sockets, and what the handlers of their connections share."""
-
     def __init__(self, sockets: List[socket.socket], pool: Pool, log: Log, reload):
+        super().__init__(("", 0), Handler, bind_and_activate=False)
+        self.server_close()  # a socket of its own, which is not needed
         self.sockets = sockets
         self.pool, self.log, self.reload = pool, log, reload
         self.born = int(time.time())
@@ -8703,40 +8588,100 @@ class Server:
         self._connections = set()  # without the refused ones
         self._refused = set()
         self._idle_connections = set()
-        self._listeners = [Listener(each, self) for each in sockets]
+        self._is_paused = False
+        self._accept_error = None
+        self._waker = Waker()
+        self._thread = None
+        for sock in sockets:
+            sock.setblocking(False)
 
     def begin(self):
-        """Accept connections, on a thread for each listening socket."""
-        for listener in self._listeners:
-            listener.begin()
+        """Accept connections, on a thread of its own."""
+        self._is_paused = False
+        self._waker.clear()
+        self._thread = threading.Thread(target=self.serve_forever, daemon=True)
+        self._thread.start()
+
+    def serve_forever(self, poll_interval=None):
+        """Accept until `shutdown`; the base class would wake up twice a second."""
+        waiter = select.poll()
+        for each in (self._waker, *self.sockets):
+            waiter.register(each, select.POLLIN)
+        by_fd = {sock.fileno(): sock for sock in self.sockets}
+        while not self._is_paused:
+            for fd, _ in waiter.poll():
+                if fd in by_fd:
+                    self.accept(by_fd[fd])
+
+    def accept(self, sock: socket.socket):
+        """Accept a connection of this socket, if one waits, and serve or refuse it."""
+        self.socket = sock
+        self._handle_request_noblock()
+
+    def shutdown(self):
+        """Accept no more; the sockets stay open."""
+        self._is_paused = True
+        self._waker.wake()
+        if self._thread is not None:
+            self._thread.join(1.0)
 
     def is_serving(self) -> bool:
         """Return whether connections are accepted, or are not to be."""
-        return all(listener.is_accepting() for listener in self._listeners)
+        return self._is_paused or self._thread.is_alive()
 
-    def admit(self, connection: socket.socket) -> bool:
-        """Count a new connection; False if it must be refused at once, as too many are
-        being given the time to read why."""
-        if len(self._connections) < self.most_connections:
-            self._connections.add(connection)
-        elif len(self._refused) < MAX_REFUSALS:
-            self._refused.add(connection)
+    def get_request(self):
+        """Accept one connection; OSError if there is none, or no descriptor for it."""
+        try:
+            connection, address = self.socket.accept()
+        except BlockingIOError:
+            raise  # the client has left again
+        except OSError as error:
+            if self._accept_error != str(error):
+                self.log("error", f"a connection could not be accepted: {error}")
+            self._accept_error = str(error)
+            time.sleep(0.1)  # until other connections have ended
+            raise
+        self._accept_error = None
+        connection.setblocking(True)  # only on Linux it is so already
+        return connection, address
+
+    def process_request(self, request, client_address):
+        """Serve or refuse the connection on a new thread; refuse it here if many are
+        refused at the moment, or no thread can be started."""
+        why = self._limit_text()
+        is_full = len(self._connections) >= self.most_connections
+        (self._refused if is_full else self._connections).add(request)
+        try:
+            if len(self._refused) <= MAX_REFUSALS:
+                return super().process_request(request, client_address)
+        except RuntimeError as error:
+            why = str(error)
+            self.log("error", f"a connection could not be served: {why}")
+        self._forget(request)
+        refuse_connection(request, why, is_patient=False)
+
+    def finish_request(self, request, client_address):
+        """Serve the connection until it ends."""
+        if request in self._refused:
+            refuse_connection(request, self._limit_text(), is_patient=True)
         else:
-            return False
-        return True
+            super().finish_request(request, client_address)
 
-    def is_refused(self, connection: socket.socket) -> bool:
-        """Return whether there were too many connections when this one came."""
-        return connection in self._refused
-
-    def limit_text(self) -> str:
-        """Return why connections are refused."""
+    def _limit_text(self):
         return f"{self.most_connections} connections are open already"
 
-    def forget(self, connection: socket.socket):
-        """Count a connection no more."""
+    def shutdown_request(self, request):
+        """Close a connection that was served."""
+        super().shutdown_request(request)
+        self._forget(request)
+
+    def _forget(self, connection):
         self._connections.discard(connection)
         self._refused.discard(connection)
+
+    def handle_error(self, request, client_address):
+        """Log the traceback of a bug. The caller closes the connection."""
+        self.log("error", f"bug in llmswap:\n{traceback.format_exc()}")
 
     def begin_idling(self, connection):
         """From now on `stop` may close the connection."""
@@ -8757,30 +8702,30 @@ class Server:
 
         Later connections wait in the sockets' backlog, which systemd keeps open.
         """
+        self.shutdown()
         waiter = select.poll()
-        for listener in self._listeners:
-            listener.shutdown()
-            waiter.register(listener.socket, select.POLLIN)
+        for sock in self.sockets:
+            waiter.register(sock, select.POLLIN)
         if self.inactive_since() is not None and not waiter.poll(0):
             return True
         self.begin()
         return False
+
+    def stop(self):
+        """Stop accepting, and end the connections that wait for a next request."""
+        self.is_closing = True
+        self.shutdown()
+        for sock in self.sockets:
+            sock.close()  # it is never shut down: systemd may own it
+        for connection in list(self._idle_connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
 
     def finish(self, seconds: float):
         """Wait until the requests in flight are answered, at most so many seconds."""
         deadline = time.monotonic() + seconds
         while self.inactive_since() is None and time.monotonic() < deadline:
             time.sleep(0.005)
-
-    def stop(self):
-        """Stop accepting, and end the connections that wait for a next request."""
-        self.is_closing = True
-        for listener in self._listeners:
-            listener.shutdown()
-            listener.server_close()  # the socket is never shut down: systemd may own it
-        for connection in list(self._idle_connections):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RD)
 
 
 def refuse_connection(connection: socket.socket, why: str, is_patient: bool):
