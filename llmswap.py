@@ -8607,16 +8607,11 @@ class Server(http.server.ThreadingHTTPServer):
         waiter = select.poll()
         for each in (self._waker, *self.sockets):
             waiter.register(each, select.POLLIN)
-        by_fd = {sock.fileno(): sock for sock in self.sockets}
         while not self._is_paused:
-            for fd, _ in waiter.poll():
-                if fd in by_fd:
-                    self.accept(by_fd[fd])
-
-    def accept(self, sock: socket.socket):
-        """Accept a connection of this socket, if one waits, and serve or refuse it."""
-        self.socket = sock
-        self._handle_request_noblock()
+            ready = {fd for fd, _ in waiter.poll()}
+            for self.socket in self.sockets:
+                if self.socket.fileno() in ready:
+                    self._handle_request_noblock()
 
     def shutdown(self):
         """Accept no more; the sockets stay open."""
@@ -8784,15 +8779,12 @@ def _family(address):
 
 def is_llmswap(address: Address) -> bool:
     """Return whether llmswap answers there."""
-    request = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-    try:
-        with socket.socket(_family(address)) as probe:
-            probe.settimeout(2)
-            probe.connect(address if isinstance(address, str) else _reachable(address))
-            probe.sendall(request)
-            return b"server: llmswap" in probe.recv(65536)
-    except OSError:
-        return False
+    with contextlib.suppress(OSError), socket.socket(_family(address)) as probe:
+        probe.settimeout(2)
+        probe.connect(address if isinstance(address, str) else _reachable(address))
+        probe.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        return b"server: llmswap" in probe.recv(65536)
+    return False
 
 
 def _reachable(address):
@@ -8821,17 +8813,13 @@ def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
     """
     names = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
     count, pid, *_ = [environ.pop(name, "") for name in names]
-    if not count:
-        return [], None
-    if pid != str(os.getpid()):
+    if count and pid != str(os.getpid()):
         return [], (
             f"systemd passed its sockets to process {pid}, not to us ({os.getpid()}): "
             "start llmswap without a shell around it, or with exec"
         )
-    if not count.isdecimal():
-        return [], f"LISTEN_FDS is {count!r}, which is no number"
     listeners = []
-    for fd in range(3, 3 + int(count)):
+    for fd in range(3, 3 + int(count or 0)):
         os.set_inheritable(fd, False)
         try:
             listener = socket.socket(fileno=fd)
@@ -8984,37 +8972,32 @@ class Parrot(http.server.BaseHTTPRequestHandler):
         model = request.get("model")
         words = re.findall(r"\S+\s*", f"{model} says: {message}")
         if request.get("stream"):
-            return self._stream(words)
+            return self._send(200, "text/event-stream", self._events(words))
         reply = {"role": "assistant", "content": "".join(words)}
         choice = {"index": 0, "message": reply, "finish_reason": "stop"}
         usage = {"prompt_tokens": len(words), "completion_tokens": len(words)}
         answer = {"object": "chat.completion", "model": model}
         self._answer(200, {**answer, "choices": [choice], "usage": usage})
 
-    def _stream(self, words):
-        self._begin(200, "text/event-stream", ("transfer-encoding", "chunked"))
+    def _events(self, words):
         for word in words:
             choice = {"index": 0, "delta": {"content": word}}
             event = {"object": "chat.completion.chunk", "choices": [choice]}
-            self._send_chunk(b"data: " + _dump(event) + b"\n\n")
+            yield b"data: " + _dump(event) + b"\n\n"
             time.sleep(0.05)
-        self._send_chunk(b"data: [DONE]\n\n")
-        self._send_chunk(b"")
-
-    def _send_chunk(self, data):
-        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
-        self.wfile.flush()
+        yield b"data: [DONE]\n\n"
 
     def _answer(self, status, value):
-        body = _dump(value)
-        self._begin(status, "application/json", ("content-length", str(len(body))))
-        self.wfile.write(b"" if self.command == "HEAD" else body)
+        self._send(status, "application/json", [_dump(value)])
 
-    def _begin(self, status, kind, framing):
+    def _send(self, status, content_type, pieces):
         self.send_response(status)
-        self.send_header("content-type", kind)
-        self.send_header(*framing)
+        self.send_header("content-type", content_type)
+        self.send_header("transfer-encoding", "chunked")
         self.end_headers()
+        for piece in [] if self.command == "HEAD" else itertools.chain(pieces, [b""]):
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+            self.wfile.flush()
 
     def log_message(self, format, *args):
         """Log nothing: llmswap would show it as the model's output."""
@@ -9044,6 +9027,7 @@ def parse_args(argv: List[str]):
         prog="llmswap.py", description="One address for many local language models."
     )
     parser.add_argument("file", nargs="?", metavar="FILE.ini")
+    parser.add_argument("--version", action="version", version=f"llmswap {VERSION}")
     for name, metavar in (("--listen", "ADDRESS"), ("--models-max", "N")):
         parser.add_argument(name, metavar=metavar, help="instead of the file's")
     for name, help in (
@@ -9054,7 +9038,6 @@ def parse_args(argv: List[str]):
         ("--parrot", "be the demo model server (with --port)"),
     ):
         parser.add_argument(name, action="store_true", help=help)
-    parser.add_argument("--version", action="version", version=f"llmswap {VERSION}")
     parser.add_argument("--port", type=int, default=8090, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if not (args.file or args.parrot or args.keys):
@@ -9065,23 +9048,22 @@ def parse_args(argv: List[str]):
 def missing_programs(model: Model) -> Optional[str]:
     """Return why the model cannot start now although it may later, such as a missing
     file; else None."""
-    if model.problem or model.kind not in ("llama-server", "cmd"):
-        return None
-    try:
-        check_start(model)
-    except LoadFailed as problem:
-        return str(problem)
+    if not model.problem and model.kind in ("llama-server", "cmd"):
+        try:
+            check_start(model)
+        except LoadFailed as problem:
+            return str(problem)
 
 
 def check(config: Config) -> int:
     """Print each model with its command or its error; return the exit status."""
-    models, unusable = list(config.models.values()), []
-    for model in models:
+    unusable, binaries = [], set()
+    for model in config.models.values():
         aliases = f" ({', '.join(model.aliases)})" if model.aliases else ""
         lines = [f"{model.name}{aliases}: {model.kind}".replace("\n", "\\n")]
+        if model.kind == "llama-server":
+            binaries.add(model.settings.llama_server)
         try:
-            if model.problem:
-                raise ConfigError(model.problem)
             lines.append(_command_line(model))
             missing = missing_programs(model)
             lines += [f"cannot start now: {missing}"] if missing else []
@@ -9089,22 +9071,24 @@ def check(config: Config) -> int:
             lines.append(f"error: {error}")
             unusable.append(model.name)
         print(printable("\n".join(lines).replace("\n", "\n  ")), end="\n\n")
-    binaries = {m.settings.llama_server for m in models if m.kind == "llama-server"}
     for binary in sorted(binaries):
         if options_of(binary) is UNKNOWN_OPTIONS:
             print(f"the options of {binary} are unknown: they are passed on unchecked")
     for warning in [*config.warnings, *config.pitfalls(table_of)]:
         print(printable(warning))
-    if unusable:
-        count = f"{len(unusable)} of {len(models)} models cannot be used"
-        print(printable(f"{count}: {', '.join(unusable)}"))
-    else:
-        print("no errors")
+    count = f"{len(unusable)} of {len(config.models)} models cannot be used"
+    text = f"{count}: {', '.join(unusable)}" if unusable else "no errors"
+    print(printable(text))
     return 2 if unusable else 0
+
+
+PORT_MARK = "\0"  # stands where the port will
 
 
 def _command_line(model):
     """Return a line for a shell in which PORT is set, or where the model runs."""
+    if model.problem:
+        raise ConfigError(model.problem)
     if model.kind == "uses":
         return f"the backend of {model.backend}"
     argv = model.command(table_of(model), PORT_MARK)
@@ -9113,12 +9097,10 @@ def _command_line(model):
         return unit + model.url("")
     variables = model.environment(PORT_MARK).items()
     pairs = [f"{name}={value}" for name, value in variables]
-    line = " ".join(map(_shell_word, [*(["env"] if pairs else []), *pairs, *argv]))
+    env = ["env", *pairs] if pairs else []
+    line = " ".join(map(_shell_word, [*env, *argv]))
     cwd = model.settings.cwd
     return f"cd {shlex.quote(cwd)} && {line}" if cwd else line
-
-
-PORT_MARK = "\0"  # stands where the port will
 
 
 def _shell_word(word):

@@ -5336,7 +5336,8 @@ def test_a_connection_without_a_thread_is_refused_and_the_listener_lives(
         with Client(sock.getsockname()[1]) as client:
             with monkeypatch.context() as patch:
                 patch.setattr(threading.Thread, "start", start)
-                server.accept(sock)
+                server.socket = sock
+                server._handle_request_noblock()
             answer = client.answer()
         assert server.inactive_since() is not None
     assert answer.status == 503 and "new thread" in answer.message()
@@ -11896,15 +11897,10 @@ def test_a_descriptor_that_does_not_listen_is_not_used(tmp_path, kind):
     assert "descriptor 3 from systemd is not a listening stream socket" in line
 
 
-@pytest.mark.parametrize(
-    "count, pid, text",
-    [("1", 1, "without a shell"), ("x", os.getpid(), "no number")],
-    ids=["another process", "no number"],
-)
-def test_sockets_of_another_process_are_not_used(count, pid, text):
-    environ = {"LISTEN_FDS": count, "LISTEN_PID": str(pid), "LISTEN_FDNAMES": "http"}
+def test_sockets_of_another_process_are_not_used():
+    environ = {"LISTEN_FDS": "1", "LISTEN_PID": "1", "LISTEN_FDNAMES": "http"}
     listeners, complaint = llmswap.take_listeners(environ)
-    assert listeners == [] and text in complaint and environ == {}
+    assert listeners == [] and "without a shell" in complaint and environ == {}
 
 
 class Notifications:
