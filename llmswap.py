@@ -594,14 +594,12 @@ class PresetParser:
         name = "macro" if section == "macros" else find(key)
         if key == "cmd":
             lines = [line.strip(" \t") for line in NEWLINE.split(text)]
-            parts = [re.sub(r"(^|[ \t]+)\\$", "", line) for line in lines
-                     if not line.startswith((";", "#"))]
-            text = " ".join(parts).strip()
+            lines = [line for line in lines if not line.startswith((";", "#"))]
+            text = " ".join(re.sub(r"[ \t]*\\$", "", line) for line in lines)
         if name in WITHOUT_COMMENT:
             return text.strip(" \t")
-        if name and name not in SHARED_KEYS:
-            return OWN_COMMENT.split(text, 1)[0].strip(" \t")
-        comment = LLAMA_COMMENT.search(text)
+        is_llamas = name is None or name in SHARED_KEYS
+        comment = (LLAMA_COMMENT if is_llamas else OWN_COMMENT).search(text)
         value = text[: comment.start() if comment else None].strip(" \t")
         if comment and (comment[0] in (";", "#") or value.count('"') % 2):
             self._warn(f"{place}: a comment begins at {comment[0][-1]!r}, as in "
@@ -729,45 +727,43 @@ class OptionTable:
             return Option((f"--{dashed}",))
         return self.by_key.get(key) or self.by_key.get(dashed)
 
-    def words(self, layers) -> list:
+    def words(self, settings) -> list:
         """Return what llama.cpp's router would put on a command line.
 
-        `layers` are settings by key, the weakest first; within one, llama.cpp reads
-        the keys in the order of their bytes. Raise ConfigError for unknown ones.
+        Of settings of one option the last counts. Raise ConfigError for unknown ones.
         """
         chosen = {}
-        for setting in (layer[key] for layer in layers for key in sorted(layer)):
-            option = self.find(setting.key)
+        for key, text, place in settings:
+            option = self.find(key)
             if option is None:
                 reason = "neither a key of llmswap nor an option of this llama-server"
-                reason = unknown_key(setting.key, reason, self.by_key)
-                raise ConfigError(f"{setting.place}: {reason}")
+                raise ConfigError(f"{place}: {unknown_key(key, reason, self.by_key)}")
             if option.values > 1:
                 reason = "takes two values; write it into extra-args"
-                raise ConfigError(f"{setting.place}: {reason}")
-            chosen[option.names[0]] = option.words(setting.key, setting.text)
+                raise ConfigError(f"{place}: {reason}")
+            chosen[option.names[0]] = option.words(key, text)
         return [word for name in sorted(chosen) for word in chosen[name]]
 
-    def pitfalls(self, options):
+    def pitfalls(self, settings):
         """Yield warnings of what llama.cpp reads otherwise than people do."""
         first = {}
-        for key, setting in sorted(options.items()):
-            option, text = self.find(key), setting.text
+        for key, text, place in settings:
+            option = self.find(key)
             if option is None:
                 continue
             other = first.setdefault(option.names[0], key)
             if other != key:
-                yield f"{setting.place}: the same option as {other}; this one counts"
+                yield f"{place}: the same option as {other}; this one counts"
             if not ROUTER_OPTIONS.isdisjoint(option.names):
-                yield f"{setting.place}: no option of a model; it is ignored"
+                yield f"{place}: no option of a model; it is ignored"
             elif not option.values and text not in TRUTHY + FALSY:
                 word = "".join(option.words(key, text))
-                yield (f"{setting.place}: {text!r} is neither true nor false; "
+                yield (f"{place}: {text!r} is neither true nor false; "
                        f"llama.cpp makes it {word}")
             elif option.values and re.fullmatch("\".*\"|'.*'", text):
-                yield f"{setting.place}: the quotes are part of the value {text}"
+                yield f"{place}: the quotes are part of the value {text}"
             if option.negatives and key.startswith("LLAMA_ARG_NO_"):
-                yield f"{setting.place}: NO is no negation here for llama.cpp"
+                yield f"{place}: NO is no negation here for llama.cpp"
 
 
 UNKNOWN_OPTIONS = OptionTable()
@@ -836,9 +832,9 @@ SOURCE_FLAG = re.compile("(?!spec-).*-default|fim-.*-spec")
 class Model(NamedTuple):
     """One model as the file describes it.
 
-    `options` are layers of settings by key, the weakest first. They, `env` and the
-    texts of commands may hold variables, which the methods expand. `problem` is None,
-    or why the model cannot be used.
+    `options` are layers of settings, the weakest first, each in the order of its keys.
+    They, `env` and the texts of commands may hold variables, which the methods expand.
+    `problem` is None, or why the model cannot be used.
     """
 
     name: str
@@ -859,9 +855,8 @@ class Model(NamedTuple):
         values = [getattr(self.settings, key.attribute)
                   for key in SETTINGS if key.name in names]
         options = {  # of the same key, that of the strongest layer
-            key: (strength, setting.text)
-            for strength, layer in enumerate(self.options)
-            for key, setting in layer.items()
+            setting.key: (strength, setting.text)
+            for strength, layer in enumerate(self.options) for setting in layer
         }
         return self.kind, values, self.env if "env.NAME" in names else {}, options
 
@@ -870,18 +865,19 @@ class Model(NamedTuple):
 
         Raise ConfigError for options that the table does not have.
         """
+        fixed = {"host": "127.0.0.1", "port": str(port), "alias": self.name}
         try:
             extra = self._words(self.settings.extra_args, PORT=port)
             if self.kind == "cmd":
                 return self._words(self.settings.cmd, PORT=port) + extra
             if self.kind != "llama-server":
                 return []
-            layers = with_texts(self.options, lambda s: self._expand(s.text, PORT=port))
+            settings = [setting._replace(text=self._expand(setting.text, PORT=port))
+                        for layer in self.options for setting in layer]
         except ValueError as error:
             raise ConfigError(self.problem or f"{self.place}: {error}") from None
-        fixed = {"host": "127.0.0.1", "port": str(port), "alias": self.name}
-        last = {key: Setting(key, text, self.place) for key, text in fixed.items()}
-        return [self.settings.llama_server, *table.words([*layers, last]), *extra]
+        settings += [Setting(key, text, self.place) for key, text in fixed.items()]
+        return [self.settings.llama_server, *table.words(settings), *extra]
 
     def stop_command(self, port, pid) -> list:
         """Return the argv of cmd-stop; [] if there is none."""
@@ -902,14 +898,6 @@ class Model(NamedTuple):
         return expand(text, {**self.variables, **more})
 
 
-def with_texts(layers, text_of):
-    """Return the layers with `text_of(setting)` as the text of each setting."""
-    return tuple(
-        {key: setting._replace(text=text_of(setting)) for key, setting in layer.items()}
-        for layer in layers
-    )
-
-
 def has_source(keys) -> bool:
     """Return whether one of llama-server's keys says where the model's file is."""
     names = {*keys, *(key.replace("_", "-") for key in keys)}
@@ -918,12 +906,12 @@ def has_source(keys) -> bool:
 
 def split_settings(section):
     """Return the settings of a section by name of llmswap's keys, and its options."""
-    keys, options = {}, {}
+    keys, options = {}, []
     for spelling, setting in sorted(section.settings.items()):
         if model_key(spelling):
             keys[model_key(spelling)] = setting
         elif spelling not in IGNORED_KEYS:
-            options[spelling] = setting
+            options.append(setting)
     return keys, options
 
 
@@ -950,17 +938,23 @@ class ModelBuilder:
                 return name
         proxy = self._own.get("proxy")
         is_elsewhere = proxy and "PORT" not in variables_in(proxy.text)
-        return "remote" if is_elsewhere and not has_source(options) else "llama-server"
+        has_file = has_source([setting.key for setting in options])
+        return "remote" if is_elsewhere and not has_file else "llama-server"
 
     def build(self) -> Model:
         """Return the Model; defaults replace values that are wrong."""
-        settings = self._read_settings()
-        env = {
-            key[len("env.") :]: self._read_late(setting)
-            for key, setting in self._keys.items() if key.startswith("env.")
-        }
-        is_llama = self._kind == "llama-server"
-        options = with_texts(self._layers, self._read_option) if is_llama else ()
+        values, env = dict(DEFAULTS), {}
+        if self._kind == "cmd":
+            values["hang_timeout"] = 0.0
+        for name, setting in self._keys.items():
+            if name.startswith("env."):
+                env[name[len("env.") :]] = self._read_late(setting)
+            else:
+                key = MODEL_KEY[name]
+                values[key.attribute] = self._read(key, setting, values[key.attribute])
+        settings, options = ModelSettings(**values), ()
+        if self._kind == "llama-server":
+            options = tuple(map(self._read_layer, self._layers))
         mistakes = self._key_mistakes(), self._kind_mistakes(settings, env)
         for setting, reason in itertools.chain(*mistakes):
             place = setting.place if setting else self._place
@@ -969,16 +963,6 @@ class ModelBuilder:
         problem = self._problems[0] if self._problems else None
         return Model(self._name, self._kind, self._place, settings, options, env,
                      variables, self._name, problem)
-
-    def _read_settings(self):
-        values = dict(DEFAULTS)
-        if self._kind == "cmd":
-            values["hang_timeout"] = 0.0
-        for key in SETTINGS:
-            if key.name in self._keys:
-                setting, default = self._keys[key.name], values[key.attribute]
-                values[key.attribute] = self._read(key, setting, default)
-        return ModelSettings(**values)
 
     def _read(self, key, setting, default):
         try:
@@ -993,16 +977,18 @@ class ModelBuilder:
     def _read_late(self, setting):
         return self._read(MODEL_KEY["env.NAME"], setting, "")
 
-    def _read_option(self, setting):
+    def _read_layer(self, layer):
         if self._variables.macros:
-            return self._read_late(setting)
-        return setting.text.replace("${", "$${")  # as llama-server reads it
+            texts = [self._read_late(setting) for setting in layer]
+        else:  # as llama-server reads them
+            texts = [setting.text.replace("${", "$${") for setting in layer]
+        return [each._replace(text=text) for each, text in zip(layer, texts)]
 
     def _key_mistakes(self):
         """Yield settings that cannot stand in the section, and why."""
         if self._kind != "llama-server":
             refusal = f"options of llama-server cannot stand beside {self._kind}"
-            for setting in self._layers[-1].values():
+            for setting in self._layers[-1]:
                 yield setting, unknown_key(setting.key, f"no key of llmswap; {refusal}")
         launch_keys = {*itertools.chain(*LAUNCH_KEYS.values())}
         for spelling, setting in self._own.items():
@@ -1018,9 +1004,10 @@ class ModelBuilder:
         own = self._own.get
         needs_port = "PORT" in variables_in(settings.proxy)
         if self._kind == "llama-server":
+            keys = {setting.key for layer in self._layers for setting in layer}
             words = settings.extra_args.split()
-            keys = {word.split("=")[0].lstrip("-") for word in words}
-            if not has_source(keys.union(env, *self._layers)):
+            keys.update(env, (word.split("=")[0].lstrip("-") for word in words))
+            if not has_source(keys):
                 yield None, "it has no source: model, hf-repo, model-url or docker-repo"
             if not needs_port:
                 yield own("proxy"), "the proxy of a llama-server needs ${PORT}"
@@ -1048,7 +1035,7 @@ def canonical_name(name) -> str:
 
 
 def find_models(directory, place) -> dict:
-    """Return the models in a directory by id: settings by key, as llama-server does it.
+    """Return the models in a directory by id: their settings, as llama-server does it.
 
     A model is a file or a directory. Raise OSError if they cannot be listed.
     """
@@ -1067,7 +1054,7 @@ def find_models(directory, place) -> dict:
                 key = "mmproj" if "mmproj" in match[0] else key
                 options.setdefault(key, Setting(key, path, place))
         if "model" in options:
-            models[entry.name.replace(".gguf", "")] = options
+            models[entry.name.replace(".gguf", "")] = sorted(options.values())
     return models
 
 
@@ -1175,9 +1162,7 @@ class ConfigLoader:
         empty = {name: Section(name, "", {}) for name in NOT_MODELS}
         self._sections = {**empty, **PresetParser(path, self._warn).parse(data)}
         self._variables = Variables(self._read_macros(), environ)
-        self._proxy = {
-            **self._limit_in_star(), **self._read_proxy_section(), **overrides
-        }
+        self._proxy = {**self._read_proxy_section(), **overrides}
         self._names = {}  # ids of models by name
 
     def load(self) -> Config:
@@ -1203,16 +1188,11 @@ class ConfigLoader:
                 raise ConfigError(f"{setting.place}: this name has its own meaning")
         return {name: setting.text for name, setting in settings.items()}
 
-    def _limit_in_star(self):
-        """Return models-max where people put it, though llama.cpp ignores it there."""
-        star = self._sections["*"].settings
+    def _read_proxy_section(self):
+        star, settings = self._sections["*"].settings, {}
         for key in ("models-max", "models_max", "LLAMA_ARG_MODELS_MAX"):
             if key in star and re.fullmatch("[0-9]{1,9}", star[key].text):
-                return {"models-max": star.pop(key)}
-        return {}
-
-    def _read_proxy_section(self):
-        settings = {}
+                settings["models-max"] = star.pop(key)  # where people put it
         for spelling, setting in self._sections["llmswap"].settings.items():
             if proxy_key(spelling):
                 settings[proxy_key(spelling)] = setting
@@ -1256,7 +1236,7 @@ class ConfigLoader:
         sections = {name: Section(name, place.format(name), {}) for name in listed}
         sections.update(self._model_sections())
         return [
-            ModelBuilder(section, (keys, options, listed.get(section.name, {})),
+            ModelBuilder(section, (keys, options, listed.get(section.name, [])),
                          self._variables, self._warn).build()
             for section in sections.values()
         ]
