@@ -472,18 +472,12 @@ SYNONYMS = {
 IGNORED_KEYS = ("version", "dedup-cache-models", "__PRESET_DEDUP_CACHE_MODELS")
 
 
-def proxy_key(spelling) -> Optional[str]:
-    """Return the name of the [llmswap] key that is so spelled, or None."""
-    name = spelling.replace("_", "-")
-    return name if name in PROXY_KEY else None
-
-
-def model_key(spelling) -> Optional[str]:
-    """Return the name of the model key that is so spelled, or None."""
-    if re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", spelling):
+def key_name(spelling, keys) -> Optional[str]:
+    """Return the name of the key in PROXY_KEY or MODEL_KEY that is so spelled."""
+    if keys is MODEL_KEY and re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", spelling):
         return spelling
     name = SYNONYMS.get(spelling, spelling).replace("_", "-")
-    return name if name in MODEL_KEY else None
+    return name if name in keys else None
 
 
 def suggestion(name, names) -> str:
@@ -590,8 +584,8 @@ class PresetParser:
 
     def _value(self, key, text, place):
         section = self._section.name
-        find = proxy_key if section == "llmswap" else model_key
-        name = "macro" if section == "macros" else find(key)
+        keys = PROXY_KEY if section == "llmswap" else MODEL_KEY
+        name = "macro" if section == "macros" else key_name(key, keys)
         if key == "cmd":
             lines = [line.strip(" \t") for line in NEWLINE.split(text)]
             lines = [line for line in lines if not line.startswith((";", "#"))]
@@ -672,8 +666,11 @@ class Variables:
 
 TRUTHY = ("on", "enabled", "true", "1")  # llama.cpp's words, in this case only
 FALSY = ("off", "disabled", "false", "0")
-OPTION_LINE = re.compile(r"(-[^\s,]+(?:, +-[^\s,]+)*)(?: (\S+(?: [A-Z]+)?)| {2,}|$)")
-ENVIRONMENT_LINE = re.compile(r" {40}\(env: (\w+)\)")
+OPTION_HELP = re.compile(
+    r"^(-(?!--)[^\s,]+(?:, +-[^\s,]+)*)(?: (\S+(?: [A-Z]+)?)| {2,}|$)"
+    r".*((?:\n {40}.*)*)",
+    re.MULTILINE,
+)
 
 # Options that llama.cpp's router takes out of its presets: they are the router's own.
 ROUTER_OPTIONS = frozenset(
@@ -771,7 +768,7 @@ UNKNOWN_OPTIONS = OptionTable()
 
 def unknown_key(key, reason, options=()) -> str:
     """Return `reason`, or a better one, and a key or one of `options` that is near."""
-    if proxy_key(key):
+    if key_name(key, PROXY_KEY):
         return "belongs into [llmswap]"
     return reason + suggestion(key, [*MODEL_KEY, *options])
 
@@ -783,19 +780,15 @@ def parse_help(text) -> Optional[OptionTable]:
     hint, mean that it takes a value. Two words in capitals are two values. Of a flag's
     further names, those with "no" are negatives.
     """
-    rows = []
-    for line in text.splitlines():
-        head, environment = OPTION_LINE.match(line), ENVIRONMENT_LINE.fullmatch(line)
-        if head and not line.startswith("---"):
-            rows.append([re.split(", +", head[1]), None, len((head[2] or "").split())])
-        elif environment and rows:
-            rows[-1][1] = environment[1]
     options = []
-    for names, environment, values in rows:
+    for match in OPTION_HELP.finditer(text):
+        names, values = re.split(", +", match[1]), len((match[2] or "").split())
+        environment = re.search(r"\(env: (\w+)\)$", match[3])
         negative = re.compile("--no-|-n" if values == 0 else "$")
         negatives = tuple(name for name in names[1:] if negative.match(name))
         positives = tuple(name for name in names if name not in negatives)
-        options.append(Option(positives, negatives, environment, values))
+        variable = environment and environment[1]
+        options.append(Option(positives, negatives, variable, values))
     table = OptionTable(options)
     model, version = table.by_key.get("model"), table.by_key.get("version")
     is_sane = model and model.values and version and not version.values
@@ -908,8 +901,9 @@ def split_settings(section):
     """Return the settings of a section by name of llmswap's keys, and its options."""
     keys, options = {}, []
     for spelling, setting in sorted(section.settings.items()):
-        if model_key(spelling):
-            keys[model_key(spelling)] = setting
+        name = key_name(spelling, MODEL_KEY)
+        if name:
+            keys[name] = setting
         elif spelling not in IGNORED_KEYS:
             options.append(setting)
     return keys, options
@@ -1194,9 +1188,10 @@ class ConfigLoader:
             if key in star and re.fullmatch("[0-9]{1,9}", star[key].text):
                 settings["models-max"] = star.pop(key)  # where people put it
         for spelling, setting in self._sections["llmswap"].settings.items():
-            if proxy_key(spelling):
-                settings[proxy_key(spelling)] = setting
-            elif model_key(spelling):
+            name = key_name(spelling, PROXY_KEY)
+            if name:
+                settings[name] = setting
+            elif key_name(spelling, MODEL_KEY):
                 raise ConfigError(f"{setting.place}: belongs to a model, or into [*]")
             elif spelling not in IGNORED_KEYS:
                 near = suggestion(spelling, PROXY_KEY)
@@ -8477,7 +8472,6 @@ EXTEND_EVERY = 5.0  # s; so often
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of malloc.h
 MAX_DESCRIPTORS = 65536
 MAX_CONNECTIONS = 4096
-MAX_REFUSALS = 32  # at once that are given time to read the 503
 
 
 class Log:
@@ -8565,11 +8559,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.is_closing = False
         self.most_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)
         self._quiet_at = time.monotonic()
-        self._connections = set()  # without the refused ones
-        self._refused = set()
-        self._idle_connections = set()
+        self._connections, self._idle_connections = set(), set()
         self._is_paused = False
-        self._accept_error = None
         self._waker = Waker()
         self._thread = None
         for sock in sockets:
@@ -8611,48 +8602,29 @@ class Server(http.server.ThreadingHTTPServer):
         except BlockingIOError:
             raise  # the client has left again
         except OSError as error:
-            if self._accept_error != str(error):
-                self.log("error", f"a connection could not be accepted: {error}")
-            self._accept_error = str(error)
-            time.sleep(0.1)  # until other connections have ended
+            self.log("error", f"a connection could not be accepted: {error}")
+            time.sleep(1.0)  # until other connections have ended
             raise
-        self._accept_error = None
         connection.setblocking(True)  # only on Linux it is so already
         return connection, address
 
     def process_request(self, request, client_address):
-        """Serve or refuse the connection on a new thread; refuse it here if many are
-        refused at the moment, or no thread can be started."""
-        why = self._limit_text()
-        is_full = len(self._connections) >= self.most_connections
-        (self._refused if is_full else self._connections).add(request)
-        try:
-            if len(self._refused) <= MAX_REFUSALS:
+        """Serve the connection on a new thread, or refuse it."""
+        why = f"{self.most_connections} connections are open already"
+        if len(self._connections) < self.most_connections:
+            self._connections.add(request)
+            try:
                 return super().process_request(request, client_address)
-        except RuntimeError as error:
-            why = str(error)
-            self.log("error", f"a connection could not be served: {why}")
-        self._forget(request)
-        refuse_connection(request, why, is_patient=False)
-
-    def finish_request(self, request, client_address):
-        """Serve the connection until it ends."""
-        if request in self._refused:
-            refuse_connection(request, self._limit_text(), is_patient=True)
-        else:
-            super().finish_request(request, client_address)
-
-    def _limit_text(self):
-        return f"{self.most_connections} connections are open already"
+            except RuntimeError as error:  # there is no thread
+                why = str(error)
+                self.log("error", f"a connection could not be served: {why}")
+        refuse_connection(request, why)
+        self.shutdown_request(request)
 
     def shutdown_request(self, request):
-        """Close a connection that was served."""
+        """Close a connection that was served or refused."""
         super().shutdown_request(request)
-        self._forget(request)
-
-    def _forget(self, connection):
-        self._connections.discard(connection)
-        self._refused.discard(connection)
+        self._connections.discard(request)
 
     def handle_error(self, request, client_address):
         """Log the traceback of a bug. The caller closes the connection."""
@@ -8703,17 +8675,13 @@ class Server(http.server.ThreadingHTTPServer):
             time.sleep(0.005)
 
 
-def refuse_connection(connection: socket.socket, why: str, is_patient: bool):
-    """Answer 503 on a connection of which nothing was read, and close it; patiently,
-    once a client that still sends has had the time to read why."""
+def refuse_connection(connection: socket.socket, why: str):
+    """Answer 503 on a connection of which nothing was read."""
     connection.settimeout(1)
-    reply = ClientResponse(connection, None, [])
     headers = [JSON_TYPE, ("retry-after", "5"), ("server", "llmswap")]
     with contextlib.suppress(ClientDisconnected):
+        reply = ClientResponse(connection, None, [])
         reply.answer(503, headers, _dump(error_body(APIError(why))))
-        if is_patient:
-            lingering_close(connection)
-    connection.close()
 
 
 def raise_descriptor_limit() -> int:
@@ -8823,11 +8791,10 @@ class SystemdNotifier:
         microseconds = environ.pop("WATCHDOG_USEC", "")
         is_ours = environ.pop("WATCHDOG_PID", "") in ("", str(os.getpid()))
         self.watchdog = int(microseconds) / 1e6 if microseconds and is_ours else None
-        self.is_listening = self._address.startswith(("/", "\0"))
 
     def notify(self, *lines: str):
         """Send the lines in one datagram; drop it if systemd takes none for 1 s."""
-        if not self.is_listening:
+        if not self._address:
             return
         with contextlib.suppress(OSError):
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
@@ -8836,17 +8803,17 @@ class SystemdNotifier:
                 sender.sendall("\n".join(lines).encode())
 
     def watch(self, pool: Pool, is_serving: Callable[[], bool]):
-        """Report what is loaded, at each change and for the watchdog; never return.
+        """Report what is loaded, at each change and for the watchdog; never return if
+        systemd asked for that.
 
         Nothing is sent unless connections are accepted, the Pool's lock can be had, and
         its timer runs.
         """
         interval = self.watchdog / 2 if self.watchdog else None
         with pool.events.subscribe() as get:
-            while True:
+            while self._address:
                 if is_serving() and pool.is_alive(interval or -1):
-                    alive = ["WATCHDOG=1"] if interval else []
-                    self.notify(*alive, f"STATUS={status_line(pool)}")
+                    self.notify("WATCHDOG=1", f"STATUS={status_line(pool)}")
                 get(interval)
 
 
@@ -9142,7 +9109,10 @@ def refuse_pending_connections():
         listener.setblocking(False)
         with contextlib.suppress(OSError):  # there are no more
             while True:
-                refuse_connection(listener.accept()[0], why, is_patient=True)
+                connection = listener.accept()[0]
+                refuse_connection(connection, why)
+                lingering_close(connection)
+                connection.close()
 
 
 class Application:
@@ -9172,12 +9142,9 @@ class Application:
         self.pool.start()
         self.server.begin()
         self._start_thread(self._idle_command_loop)
-        self._notifier.notify("READY=1", f"STATUS={status_line(self.pool)}")
-        if self._notifier.is_listening:
-            serving = self.server.is_serving
-            self._start_thread(self._notifier.watch, self.pool, serving)
-        if self._await_end():
-            self._shut_down()
+        self._notifier.notify("READY=1")
+        self._start_thread(self._notifier.watch, self.pool, self.server.is_serving)
+        self._shut_down(self._await_end())
         return 0
 
     @staticmethod
@@ -9194,14 +9161,12 @@ class Application:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
-    def _next_signal(self, timeout: Optional[float]) -> Optional[int]:
+    def _next_signal(self, timeout: float) -> Optional[int]:
         """Return the next signal's number, 0 for the end of `_close`, or None if none
         came in time."""
-        self._signals.settimeout(None if timeout is None else min(timeout, MAX_WAIT))
-        try:
+        self._signals.settimeout(min(timeout, MAX_WAIT))
+        with contextlib.suppress(socket.timeout, BlockingIOError):
             return self._signals.recv(1)[0]
-        except (socket.timeout, BlockingIOError):
-            return None
 
     def _open_listeners(self):
         """Return the listening sockets, or an exit status if an address is taken."""
@@ -9256,15 +9221,15 @@ class Application:
             self.log("warning", text)
 
     def _await_end(self):
-        """Return whether a signal says to end, or False after an idle exit."""
+        """Wait for a signal to end or an idle exit; return what to log of it."""
         while True:
             number = self._next_signal(self._until_idle_exit())
             if number == signal.SIGHUP:
                 self._reload_on_signal()
             elif number is not None:
-                return True
-            elif self._try_idle_exit():
-                return False
+                return "ending; requests in flight may end first"
+            elif self._until_idle_exit() == 0 and self.server.try_idle_exit():
+                return "idle for long; the next connection starts it again"
 
     def _reload_on_signal(self):
         now = time.monotonic_ns() // 1000
@@ -9295,25 +9260,14 @@ class Application:
             self.log("info", f"{args.file} was read again")
 
     def _until_idle_exit(self):
-        """Return the seconds until an idle exit may be due; None: never."""
+        """Return the seconds until an idle exit may be due."""
         limit = self._config.settings.exit_idle_time
         if not limit or not self._is_activated:
-            return None
+            return math.inf
         since = [self.pool.inactive_since(), self.server.inactive_since()]
         if None in since:
             return limit
         return max(0.0, max(since) + limit - time.monotonic())
-
-    def _try_idle_exit(self):
-        """Close the Pool and return True, unless a client came at the last moment."""
-        if self._until_idle_exit() != 0.0 or not self.server.try_idle_exit():
-            return False
-        limit = self._config.settings.exit_idle_time
-        self.log("info", f"idle for {limit:g} s; the next connection starts it again")
-        self._notifier.notify("STOPPING=1")
-        self.pool.close(0)
-        self.log.close()
-        return True
 
     def _idle_command_loop(self):
         """Run the idle-command whenever no request came for `idle-command-after`."""
@@ -9354,9 +9308,9 @@ class Application:
         slept = max(0.0, suspended_seconds() - suspended)
         self.log(level, f"idle-command ended with status {status}; slept {slept:.0f} s")
 
-    def _shut_down(self):
+    def _shut_down(self, reason):
         """End the requests in flight and all backends; a second signal kills them."""
-        self.log("info", "ending; requests in flight may end first")
+        self.log("info", reason)
         self._notifier.notify("STOPPING=1", EXTEND_TIMEOUT)
         addresses = [listener.getsockname() for listener in self.server.sockets]
         self.server.stop()
