@@ -604,6 +604,7 @@ class PresetParser:
 # ---- Variables: ${NAME}, and the [macros] of the file -------------------------------
 
 VARIABLE = re.compile(r"\$\$\{|\$\{([^{}]*)\}")
+MACRO_DEPTH = 10  # of macros in macros
 
 
 def expand(text, variables) -> str:
@@ -623,15 +624,10 @@ def expand(text, variables) -> str:
 
 
 def expand_macros(text, macros) -> str:
-    """Return the text with macros, and macros in them, replaced; all else stays."""
-
-    def value(match):
-        if match[1] not in macros:
-            return match[0]
-        remaining = {name: macros[name] for name in macros if name != match[1]}
-        return expand_macros(macros[match[1]], remaining)
-
-    return VARIABLE.sub(value, text)
+    """Return the text with macros replaced, and macros in them; all else stays."""
+    for _ in range(MACRO_DEPTH):
+        text = VARIABLE.sub(lambda match: macros.get(match[1], match[0]), text)
+    return text
 
 
 def variables_in(text) -> set:
@@ -639,27 +635,20 @@ def variables_in(text) -> set:
     return {match[1] for match in VARIABLE.finditer(text)} - {None}
 
 
-class Variables:
-    """The file's macros and the variables of the environment."""
+def read_setting(key, setting, macros, variables):
+    """Return the value of the key, or raise ConfigError with the setting's place.
 
-    def __init__(self, macros, environ):
-        self.macros = macros
-        self.values = {f"env.{name}": value for name, value in environ.items()}
-
-    def parse(self, key, setting, **more):
-        """Return the value of the key, or raise ConfigError with the setting's place.
-
-        A text that may hold ${PORT} or ${PID} stays one, with its macros expanded.
-        """
-        text = expand_macros(setting.text, self.macros)
-        late = LATE_VARIABLES.get(key.name, {})
-        try:
-            value = key.parse(expand(text, {**self.values, **more, **late}))
-            if key.name in QUOTED_KEYS:
-                shlex.split(text if late else value)
-        except ValueError as error:
-            raise ConfigError(f"{setting.place}: {error}") from None
-        return text if late else value
+    A text that may hold ${PORT} or ${PID} stays one, with its macros expanded.
+    """
+    text = expand_macros(setting.text, macros)
+    late = LATE_VARIABLES.get(key.name, {})
+    try:
+        value = key.parse(expand(text, {**variables, **late}))
+        if key.name in QUOTED_KEYS:
+            shlex.split(text if late else value)
+    except ValueError as error:
+        raise ConfigError(f"{setting.place}: {error}") from None
+    return text if late else value
 
 
 # ---- Options of llama-server ---------------------------------------------------------
@@ -912,10 +901,11 @@ def split_settings(section):
 class ModelBuilder:
     """Makes a Model of one section; the first mistake in it becomes its problem."""
 
-    def __init__(self, section, defaults, variables, warn):
+    def __init__(self, section, defaults, macros, variables, warn):
         """`defaults` are what the section overrules: keys, then layers of options."""
         self._name, self._place, _ = section
-        self._variables = variables
+        self._macros = macros
+        self._variables = {**variables, "MODEL_ID": self._name}
         self._warn = warn
         self._problems = []
         self._own, options = split_settings(section)
@@ -953,14 +943,13 @@ class ModelBuilder:
         for setting, reason in itertools.chain(*mistakes):
             place = setting.place if setting else self._place
             self._problems.append(f"{place}: {reason}")
-        variables = {**self._variables.values, "MODEL_ID": self._name}
         problem = self._problems[0] if self._problems else None
         return Model(self._name, self._kind, self._place, settings, options, env,
-                     variables, self._name, problem)
+                     self._variables, self._name, problem)
 
     def _read(self, key, setting, default):
         try:
-            return self._variables.parse(key, setting, MODEL_ID=self._name)
+            return read_setting(key, setting, self._macros, self._variables)
         except ConfigError as error:
             if key.name in LENIENT_KEYS:
                 self._warn(f"{error}; taken as {key.default}")
@@ -972,7 +961,7 @@ class ModelBuilder:
         return self._read(MODEL_KEY["env.NAME"], setting, "")
 
     def _read_layer(self, layer):
-        if self._variables.macros:
+        if self._macros:
             texts = [self._read_late(setting) for setting in layer]
         else:  # as llama-server reads them
             texts = [setting.text.replace("${", "$${") for setting in layer]
@@ -1155,7 +1144,8 @@ class ConfigLoader:
         self._warnings = {}  # used as a set that keeps its order
         empty = {name: Section(name, "", {}) for name in NOT_MODELS}
         self._sections = {**empty, **PresetParser(path, self._warn).parse(data)}
-        self._variables = Variables(self._read_macros(), environ)
+        self._macros = self._read_macros()
+        self._variables = {f"env.{name}": value for name, value in environ.items()}
         self._proxy = {**self._read_proxy_section(), **overrides}
         self._names = {}  # ids of models by name
 
@@ -1202,7 +1192,8 @@ class ConfigLoader:
         values = {}
         for key in PROXY_KEYS:
             setting = self._proxy.get(key.name, Setting(key.name, key.default, ""))
-            values[key.attribute] = self._variables.parse(key, setting)
+            value = read_setting(key, setting, self._macros, self._variables)
+            values[key.attribute] = value
         if "models-max" not in self._proxy and (values["budget"] or values["sets"]):
             values["models_max"] = 0
         return ProxySettings(**values)
@@ -1232,7 +1223,7 @@ class ConfigLoader:
         sections.update(self._model_sections())
         return [
             ModelBuilder(section, (keys, options, listed.get(section.name, [])),
-                         self._variables, self._warn).build()
+                         self._macros, self._variables, self._warn).build()
             for section in sections.values()
         ]
 
@@ -9193,9 +9184,9 @@ class Application:
     def _log_startup(self):
         where = [shown_address(each.getsockname()) for each in self.server.sockets]
         self.log("info", f"llmswap {VERSION} at {' and '.join(where)}")
-        names = [model.name for model in self._config.models.values()]
-        count = f"{len(names)} model" + ("" if len(names) == 1 else "s")
-        self.log("info", f"{count}: {', '.join(names)}" if names else "no models")
+        names = [*self._config.models]
+        count = "1 model" if len(names) == 1 else f"{len(names)} models"
+        self.log("info", f"{count}: {', '.join(names) or 'none'}")
         self._log_problems(self._config)
 
     def _log_problems(self, config):
