@@ -505,18 +505,12 @@ SYNONYMS = {
 IGNORED_KEYS = ("version", "dedup-cache-models", "__PRESET_DEDUP_CACHE_MODELS")
 
 
-def proxy_key(spelling) -> Optional[str]:
-    """Return the name of the [llmswap] key that is so spelled, or None."""
-    name = spelling.replace("_", "-")
-    return name if name in PROXY_KEY else None
-
-
-def model_key(spelling) -> Optional[str]:
-    """Return the name of the model key that is so spelled, or None."""
-    if re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", spelling):
+def key_name(spelling, keys) -> Optional[str]:
+    """Return the name of the key in PROXY_KEY or MODEL_KEY that is so spelled."""
+    if keys is MODEL_KEY and re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", spelling):
         return spelling
     name = SYNONYMS.get(spelling, spelling).replace("_", "-")
-    return name if name in MODEL_KEY else None
+    return name if name in keys else None
 
 
 def suggestion(name, names) -> str:
@@ -623,18 +617,16 @@ class PresetParser:
 
     def _value(self, key, text, place):
         section = self._section.name
-        find = proxy_key if section == "llmswap" else model_key
-        name = "macro" if section == "macros" else find(key)
+        keys = PROXY_KEY if section == "llmswap" else MODEL_KEY
+        name = "macro" if section == "macros" else key_name(key, keys)
         if key == "cmd":
             lines = [line.strip(" \t") for line in NEWLINE.split(text)]
-            parts = [re.sub(r"(^|[ \t]+)\\$", "", line) for line in lines
-                     if not line.startswith((";", "#"))]
-            text = " ".join(parts).strip()
+            lines = [line for line in lines if not line.startswith((";", "#"))]
+            text = " ".join(re.sub(r"[ \t]*\\$", "", line) for line in lines)
         if name in WITHOUT_COMMENT:
             return text.strip(" \t")
-        if name and name not in SHARED_KEYS:
-            return OWN_COMMENT.split(text, 1)[0].strip(" \t")
-        comment = LLAMA_COMMENT.search(text)
+        is_llamas = name is None or name in SHARED_KEYS
+        comment = (LLAMA_COMMENT if is_llamas else OWN_COMMENT).search(text)
         value = text[: comment.start() if comment else None].strip(" \t")
         if comment and (comment[0] in (";", "#") or value.count('"') % 2):
             self._warn(f"{place}: a comment begins at {comment[0][-1]!r}, as in "
@@ -645,6 +637,7 @@ class PresetParser:
 # ---- Variables: ${NAME}, and the [macros] of the file -------------------------------
 
 VARIABLE = re.compile(r"\$\$\{|\$\{([^{}]*)\}")
+MACRO_DEPTH = 10  # of macros in macros
 
 
 def expand(text, variables) -> str:
@@ -664,15 +657,10 @@ def expand(text, variables) -> str:
 
 
 def expand_macros(text, macros) -> str:
-    """Return the text with macros, and macros in them, replaced; all else stays."""
-
-    def value(match):
-        if match[1] not in macros:
-            return match[0]
-        remaining = {name: macros[name] for name in macros if name != match[1]}
-        return expand_macros(macros[match[1]], remaining)
-
-    return VARIABLE.sub(value, text)
+    """Return the text with macros replaced, and macros in them; all else stays."""
+    for _ in range(MACRO_DEPTH):
+        text = VARIABLE.sub(lambda match: macros.get(match[1], match[0]), text)
+    return text
 
 
 def variables_in(text) -> set:
@@ -680,35 +668,31 @@ def variables_in(text) -> set:
     return {match[1] for match in VARIABLE.finditer(text)} - {None}
 
 
-class Variables:
-    """The file's macros and the variables of the environment."""
+def read_setting(key, setting, macros, variables):
+    """Return the value of the key, or raise ConfigError with the setting's place.
 
-    def __init__(self, macros, environ):
-        self.macros = macros
-        self.values = {f"env.{name}": value for name, value in environ.items()}
-
-    def parse(self, key, setting, **more):
-        """Return the value of the key, or raise ConfigError with the setting's place.
-
-        A text that may hold ${PORT} or ${PID} stays one, with its macros expanded.
-        """
-        text = expand_macros(setting.text, self.macros)
-        late = LATE_VARIABLES.get(key.name, {})
-        try:
-            value = key.parse(expand(text, {**self.values, **more, **late}))
-            if key.name in QUOTED_KEYS:
-                shlex.split(text if late else value)
-        except ValueError as error:
-            raise ConfigError(f"{setting.place}: {error}") from None
-        return text if late else value
+    A text that may hold ${PORT} or ${PID} stays one, with its macros expanded.
+    """
+    text = expand_macros(setting.text, macros)
+    late = LATE_VARIABLES.get(key.name, {})
+    try:
+        value = key.parse(expand(text, {**variables, **late}))
+        if key.name in QUOTED_KEYS:
+            shlex.split(text if late else value)
+    except ValueError as error:
+        raise ConfigError(f"{setting.place}: {error}") from None
+    return text if late else value
 
 
 # ---- Options of llama-server ---------------------------------------------------------
 
 TRUTHY = ("on", "enabled", "true", "1")  # llama.cpp's words, in this case only
 FALSY = ("off", "disabled", "false", "0")
-OPTION_LINE = re.compile(r"(-[^\s,]+(?:, +-[^\s,]+)*)(?: (\S+(?: [A-Z]+)?)| {2,}|$)")
-ENVIRONMENT_LINE = re.compile(r" {40}\(env: (\w+)\)")
+OPTION_HELP = re.compile(
+    r"^(-(?!--)[^\s,]+(?:, +-[^\s,]+)*)(?: (\S+(?: [A-Z]+)?)| {2,}|$)"
+    r".*((?:\n {40}.*)*)",
+    re.MULTILINE,
+)
 
 # Options that llama.cpp's router takes out of its presets: they are the router's own.
 ROUTER_OPTIONS = frozenset(
@@ -771,25 +755,22 @@ class OptionTable:
             return Option((f"--{dashed}",))
         return self.by_key.get(key) or self.by_key.get(dashed)
 
-    def choose(self, layers) -> list:
+    def choose(self, settings) -> list:
         """Return the options and their values in the order of llama.cpp's router.
 
-        `layers` are settings by key, the weakest first; within one, llama.cpp reads
-        the keys in the order of their bytes. Raise ConfigError for unknown ones.
+        Of settings of one option the last counts. Raise ConfigError for unknown ones.
         """
         chosen = {}
-        for setting in (layer[key] for layer in layers for key in sorted(layer)):
-            option = self.find(setting.key)
+        for key, text, place in settings:
+            option = self.find(key)
             if option is None:
                 reason = "neither a key of llmswap nor an option of this llama-server"
-                reason = unknown_key(setting.key, reason, self.by_key)
-                raise ConfigError(f"{setting.place}: {reason}")
+                raise ConfigError(f"{place}: {unknown_key(key, reason, self.by_key)}")
             if option.values > 1:
                 reason = "takes two values; write it into extra-args"
-                raise ConfigError(f"{setting.place}: {reason}")
+                raise ConfigError(f"{place}: {reason}")
             if ROUTER_OPTIONS.isdisjoint(option.names):
-                value = option.value(setting.key, setting.text)
-                chosen[option.names[0]] = option, value
+                chosen[option.names[0]] = option, option.value(key, text)
         return [chosen[name] for name in sorted(chosen)]
 
     def read(self, words) -> dict:
@@ -804,26 +785,26 @@ class OptionTable:
                 values[name] = "" if is_flag else following
         return values
 
-    def pitfalls(self, options):
+    def pitfalls(self, settings):
         """Yield warnings of what llama.cpp reads otherwise than people do."""
         first = {}
-        for key, setting in sorted(options.items()):
-            option, text = self.find(key), setting.text
+        for key, text, place in settings:
+            option = self.find(key)
             if option is None:
                 continue
             other = first.setdefault(option.names[0], key)
             if other != key:
-                yield f"{setting.place}: the same option as {other}; this one counts"
+                yield f"{place}: the same option as {other}; this one counts"
             if not {*ROUTER_OPTIONS, "--log-colors"}.isdisjoint(option.names):
-                yield f"{setting.place}: no option of a model; it is ignored"
+                yield f"{place}: no option of a model; it is ignored"
             elif not option.values and text not in TRUTHY + FALSY:
                 word = "".join(option.words(option.value(key, text)))
-                yield (f"{setting.place}: {text!r} is neither true nor false; "
+                yield (f"{place}: {text!r} is neither true nor false; "
                        f"llama.cpp makes it {word}")
             elif option.values and re.fullmatch("\".*\"|'.*'", text):
-                yield f"{setting.place}: the quotes are part of the value {text}"
+                yield f"{place}: the quotes are part of the value {text}"
             if option.negatives and key.startswith("LLAMA_ARG_NO_"):
-                yield f"{setting.place}: NO is no negation here for llama.cpp"
+                yield f"{place}: NO is no negation here for llama.cpp"
 
 
 UNKNOWN_OPTIONS = OptionTable()
@@ -831,7 +812,7 @@ UNKNOWN_OPTIONS = OptionTable()
 
 def unknown_key(key, reason, options=()) -> str:
     """Return `reason`, or a better one, and a key or one of `options` that is near."""
-    if proxy_key(key):
+    if key_name(key, PROXY_KEY):
         return "belongs into [llmswap]"
     return reason + suggestion(key, [*MODEL_KEY, *options])
 
@@ -843,19 +824,15 @@ def parse_help(text) -> Optional[OptionTable]:
     hint, mean that it takes a value. Two words in capitals are two values. Of a flag's
     further names, those with "no" are negatives.
     """
-    rows = []
-    for line in text.splitlines():
-        head, environment = OPTION_LINE.match(line), ENVIRONMENT_LINE.fullmatch(line)
-        if head and not line.startswith("---"):
-            rows.append([re.split(", +", head[1]), None, len((head[2] or "").split())])
-        elif environment and rows:
-            rows[-1][1] = environment[1]
     options = []
-    for names, environment, values in rows:
+    for match in OPTION_HELP.finditer(text):
+        names, values = re.split(", +", match[1]), len((match[2] or "").split())
+        environment = re.search(r"\(env: (\w+)\)$", match[3])
         negative = re.compile("--no-|-n" if values == 0 else "$")
         negatives = tuple(name for name in names[1:] if negative.match(name))
         positives = tuple(name for name in names if name not in negatives)
-        options.append(Option(positives, negatives, environment, values))
+        variable = environment and environment[1]
+        options.append(Option(positives, negatives, variable, values))
     table = OptionTable(options)
     model, version = table.by_key.get("model"), table.by_key.get("version")
     is_sane = model and model.values and version and not version.values
@@ -892,9 +869,9 @@ SOURCE_FLAG = re.compile("(?!spec-).*-default|fim-.*-spec")
 class Model(NamedTuple):
     """One model as the file describes it.
 
-    `options` are layers of settings by key, the weakest first. They, `env` and the
-    texts of commands may hold variables, which the methods expand. `problem` is None,
-    or why the model cannot be used.
+    `options` are layers of settings, the weakest first, each in the order of its keys.
+    They, `env` and the texts of commands may hold variables, which the methods expand.
+    `problem` is None, or why the model cannot be used.
     """
 
     name: str
@@ -917,9 +894,8 @@ class Model(NamedTuple):
         values = [getattr(self.settings, key.attribute)
                   for key in SETTINGS if key.name in names]
         options = {  # of the same key, that of the strongest layer
-            key: (strength, setting.text)
-            for strength, layer in enumerate(self.options)
-            for key, setting in layer.items()
+            setting.key: (strength, setting.text)
+            for strength, layer in enumerate(self.options) for setting in layer
         }
         return self.kind, values, self.env if "env.NAME" in names else {}, options
 
@@ -949,12 +925,13 @@ class Model(NamedTuple):
         return f"[{self.name}]\n{''.join(lines)}\n"
 
     def _choose_options(self, table, port):
-        layers = with_texts(self.options, lambda s: self._expand(s.text, PORT=port))
         fixed = {"host": "127.0.0.1", "port": str(port), "alias": self.name}
         if "log-colors" in table.by_key:
             fixed["log-colors"] = "off"
-        last = {key: Setting(key, text, self.place) for key, text in fixed.items()}
-        return table.choose([*layers, last])
+        settings = [setting._replace(text=self._expand(setting.text, PORT=port))
+                    for layer in self.options for setting in layer]
+        settings += [Setting(key, text, self.place) for key, text in fixed.items()]
+        return table.choose(settings)
 
     def stop_command(self, port, pid) -> list:
         """Return the argv of cmd-stop; [] if there is none."""
@@ -975,14 +952,6 @@ class Model(NamedTuple):
         return expand(text, {**self.variables, **more})
 
 
-def with_texts(layers, text_of):
-    """Return the layers with `text_of(setting)` as the text of each setting."""
-    return tuple(
-        {key: setting._replace(text=text_of(setting)) for key, setting in layer.items()}
-        for layer in layers
-    )
-
-
 def has_source(keys) -> bool:
     """Return whether one of llama-server's keys says where the model's file is."""
     names = {*keys, *(key.replace("_", "-") for key in keys)}
@@ -991,22 +960,24 @@ def has_source(keys) -> bool:
 
 def split_settings(section):
     """Return the settings of a section by name of llmswap's keys, and its options."""
-    keys, options = {}, {}
+    keys, options = {}, []
     for spelling, setting in sorted(section.settings.items()):
-        if model_key(spelling):
-            keys[model_key(spelling)] = setting
+        name = key_name(spelling, MODEL_KEY)
+        if name:
+            keys[name] = setting
         elif spelling not in IGNORED_KEYS:
-            options[spelling] = setting
+            options.append(setting)
     return keys, options
 
 
 class ModelBuilder:
     """Makes a Model of one section; the first mistake in it becomes its problem."""
 
-    def __init__(self, section, defaults, variables, warn):
+    def __init__(self, section, defaults, macros, variables, warn):
         """`defaults` are what the section overrules: keys, then layers of options."""
         self._name, self._place, _ = section
-        self._variables = variables
+        self._macros = macros
+        self._variables = {**variables, "MODEL_ID": self._name}
         self._warn = warn
         self._problems = []
         self._own, options = split_settings(section)
@@ -1023,41 +994,36 @@ class ModelBuilder:
                 return name
         proxy = self._own.get("proxy")
         is_elsewhere = proxy and "PORT" not in variables_in(proxy.text)
-        return "remote" if is_elsewhere and not has_source(options) else "llama-server"
+        has_file = has_source([setting.key for setting in options])
+        return "remote" if is_elsewhere and not has_file else "llama-server"
 
     def build(self) -> Model:
         """Return the Model; defaults replace values that are wrong."""
-        settings = self._read_settings()
-        env = {
-            key[len("env.") :]: self._read_late(setting)
-            for key, setting in self._keys.items() if key.startswith("env.")
-        }
-        is_llama = self._kind == "llama-server"
-        options = with_texts(self._layers, self._read_option) if is_llama else ()
+        values, env = dict(DEFAULTS), {}
+        if self._kind == "cmd":
+            values["hang_timeout"] = 0.0
+        for name, setting in self._keys.items():
+            if name.startswith("env."):
+                env[name[len("env.") :]] = self._read_late(setting)
+            else:
+                key = MODEL_KEY[name]
+                values[key.attribute] = self._read(key, setting, values[key.attribute])
+        settings, options = ModelSettings(**values), ()
+        if self._kind == "llama-server":
+            options = tuple(map(self._read_layer, self._layers))
         mistakes = self._key_mistakes(), self._kind_mistakes(settings, env)
         for setting, reason in itertools.chain(*mistakes):
             place = setting.place if setting else self._place
             self._problems.append(f"{place}: {reason}")
-        variables = {**self._variables.values, "MODEL_ID": self._name}
         problem = self._problems[0] if self._problems else None
         preset_only = tuple((key, self._keys[key].text)
                             for key in PRESET_ONLY_KEYS if key in self._keys)
         return Model(self._name, self._kind, self._place, settings, options, env,
-                     variables, self._name, problem, preset_only=preset_only)
-
-    def _read_settings(self):
-        values = dict(DEFAULTS)
-        if self._kind == "cmd":
-            values["hang_timeout"] = 0.0
-        for key in SETTINGS:
-            if key.name in self._keys:
-                setting, default = self._keys[key.name], values[key.attribute]
-                values[key.attribute] = self._read(key, setting, default)
-        return ModelSettings(**values)
+                     self._variables, self._name, problem, preset_only=preset_only)
 
     def _read(self, key, setting, default):
         try:
-            return self._variables.parse(key, setting, MODEL_ID=self._name)
+            return read_setting(key, setting, self._macros, self._variables)
         except ConfigError as error:
             if key.name in LENIENT_KEYS:
                 self._warn(f"{error}; taken as {key.default}")
@@ -1068,17 +1034,20 @@ class ModelBuilder:
     def _read_late(self, setting):
         return self._read(MODEL_KEY["env.NAME"], setting, "")
 
-    def _read_option(self, setting):
-        if self._variables.macros:
-            return os.path.expanduser(self._read_late(setting))
-        # else as llama-server reads it, but for a path that it could not open
-        return os.path.expanduser(setting.text).replace("${", "$${")
+    def _read_layer(self, layer):
+        if self._macros:
+            texts = [self._read_late(setting) for setting in layer]
+        else:  # as llama-server reads them
+            texts = [setting.text.replace("${", "$${") for setting in layer]
+        # but for a path that it could not open
+        texts = map(os.path.expanduser, texts)
+        return [each._replace(text=text) for each, text in zip(layer, texts)]
 
     def _key_mistakes(self):
         """Yield settings that cannot stand in the section, and why."""
         if self._kind != "llama-server":
             refusal = f"options of llama-server cannot stand beside {self._kind}"
-            for setting in self._layers[-1].values():
+            for setting in self._layers[-1]:
                 yield setting, unknown_key(setting.key, f"no key of llmswap; {refusal}")
         launch_keys = {*itertools.chain(*LAUNCH_KEYS.values())}
         for spelling, setting in self._own.items():
@@ -1094,9 +1063,10 @@ class ModelBuilder:
         own = self._own.get
         needs_port = "PORT" in variables_in(settings.proxy)
         if self._kind == "llama-server":
+            keys = {setting.key for layer in self._layers for setting in layer}
             words = settings.extra_args.split()
-            keys = {word.split("=")[0].lstrip("-") for word in words}
-            if not has_source(keys.union(env, *self._layers)):
+            keys.update(env, (word.split("=")[0].lstrip("-") for word in words))
+            if not has_source(keys):
                 yield None, "it has no source: model, hf-repo, model-url or docker-repo"
             if not needs_port:
                 yield own("proxy"), "the proxy of a llama-server needs ${PORT}"
@@ -1124,7 +1094,7 @@ def canonical_name(name) -> str:
 
 
 def find_models(directory, place) -> dict:
-    """Return the models in a directory by id: settings by key, as llama-server does it.
+    """Return the models in a directory by id: their settings, as llama-server does it.
 
     A model is a file or a directory. Raise OSError if they cannot be listed.
     """
@@ -1143,7 +1113,7 @@ def find_models(directory, place) -> dict:
                 key = "mmproj" if "mmproj" in match[0] else key
                 options.setdefault(key, Setting(key, path, place))
         if "model" in options:
-            models[entry.name.replace(".gguf", "")] = options
+            models[entry.name.replace(".gguf", "")] = sorted(options.values())
     return models
 
 
@@ -1250,10 +1220,9 @@ class ConfigLoader:
         self._warnings = {}  # used as a set that keeps its order
         empty = {name: Section(name, "", {}) for name in NOT_MODELS}
         self._sections = {**empty, **PresetParser(path, self._warn).parse(data)}
-        self._variables = Variables(self._read_macros(), environ)
-        self._proxy = {
-            **self._limit_in_star(), **self._read_proxy_section(), **overrides
-        }
+        self._macros = self._read_macros()
+        self._variables = {f"env.{name}": value for name, value in environ.items()}
+        self._proxy = {**self._read_proxy_section(), **overrides}
         self._names = {}  # ids of models by name
 
     def load(self) -> Config:
@@ -1279,20 +1248,16 @@ class ConfigLoader:
                 raise ConfigError(f"{setting.place}: this name has its own meaning")
         return {name: setting.text for name, setting in settings.items()}
 
-    def _limit_in_star(self):
-        """Return models-max where people put it, though llama.cpp ignores it there."""
-        star = self._sections["*"].settings
+    def _read_proxy_section(self):
+        star, settings = self._sections["*"].settings, {}
         for key in ("models-max", "models_max", "LLAMA_ARG_MODELS_MAX"):
             if key in star and re.fullmatch("[0-9]{1,9}", star[key].text):
-                return {"models-max": star.pop(key)}
-        return {}
-
-    def _read_proxy_section(self):
-        settings = {}
+                settings["models-max"] = star.pop(key)  # where people put it
         for spelling, setting in self._sections["llmswap"].settings.items():
-            if proxy_key(spelling):
-                settings[proxy_key(spelling)] = setting
-            elif model_key(spelling):
+            name = key_name(spelling, PROXY_KEY)
+            if name:
+                settings[name] = setting
+            elif key_name(spelling, MODEL_KEY):
                 raise ConfigError(f"{setting.place}: belongs to a model, or into [*]")
             elif spelling not in IGNORED_KEYS:
                 near = suggestion(spelling, PROXY_KEY)
@@ -1303,7 +1268,8 @@ class ConfigLoader:
         values = {}
         for key in PROXY_KEYS:
             setting = self._proxy.get(key.name, Setting(key.name, key.default, ""))
-            values[key.attribute] = self._variables.parse(key, setting)
+            value = read_setting(key, setting, self._macros, self._variables)
+            values[key.attribute] = value
         if "models-max" not in self._proxy and (values["budget"] or values["sets"]):
             values["models_max"] = 0
         return ProxySettings(**values)
@@ -1332,8 +1298,8 @@ class ConfigLoader:
         sections = {name: Section(name, place.format(name), {}) for name in listed}
         sections.update(self._model_sections())
         models = [
-            ModelBuilder(section, (keys, options, listed.get(section.name, {})),
-                         self._variables, self._warn).build()
+            ModelBuilder(section, (keys, options, listed.get(section.name, [])),
+                         self._macros, self._variables, self._warn).build()
             for section in sections.values()
         ]
         return [
@@ -8014,7 +7980,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self):
         self.connection = self.request
-        self.server = self.server.server  # the one that all listeners share
         self.pool = self.server.pool
         self.config = self.pool.config
         self.wire = SocketReader(self.request)
@@ -8931,7 +8896,6 @@ EXTEND_EVERY = 5.0  # s; so often
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of malloc.h
 MAX_DESCRIPTORS = 65536
 MAX_CONNECTIONS = 4096
-MAX_REFUSALS = 32  # at once that are given time to read the 503
 
 
 class Log:
@@ -8943,16 +8907,16 @@ class Log:
     def __init__(self):
         logging.raiseExceptions = False  # stderr may be closed; the feed has the line
         self.feed = Broadcast(2000)
-        lines = queue.SimpleQueue()
-        stderr = logging.StreamHandler()
+        stderr, feed = logging.StreamHandler(), logging.Handler()
         stderr.setFormatter(LogFormatter(sys.stderr))
-        self._entrance = logging.handlers.QueueHandler(lines)
-        self._entrance.addFilter(RepeatFilter())
-        self._logger = logging.Logger("llmswap")
-        self._logger.addHandler(self._entrance)
-        feed = FeedHandler(self.feed)
+        feed.setFormatter(LogFormatter())
+        feed.emit = lambda record: self.feed.publish(feed.format(record))
+        lines = queue.SimpleQueue()
         self._writer = logging.handlers.QueueListener(lines, feed, stderr)
         self._writer.start()
+        self._entrance = logging.handlers.QueueHandler(lines)
+        self._logger = logging.Logger("llmswap")
+        self._logger.addHandler(self._entrance)
         self.set_level("info")
 
     def set_level(self, level: str):
@@ -8967,21 +8931,6 @@ class Log:
         closing = threading.Thread(target=self._writer.stop, daemon=True)
         closing.start()
         closing.join(1.0)
-
-
-class RepeatFilter(logging.Filter):
-    """Drops a line that repeats the one before it, for up to a minute."""
-
-    def __init__(self):
-        super().__init__()
-        self._last, self._written_at = None, 0.0
-
-    def filter(self, record):
-        """Return whether the record is to be written."""
-        is_new = record.msg != self._last or record.created > self._written_at + 60
-        if is_new:
-            self._last, self._written_at = record.msg, record.created
-        return is_new
 
 
 class LogFormatter(logging.Formatter):
@@ -9011,73 +8960,64 @@ class LogFormatter(logging.Formatter):
         return f"{stamp} {text}"
 
 
-class FeedHandler(logging.Handler):
-    """Publishes records for /logs."""
-
-    def __init__(self, feed: Broadcast):
-        super().__init__()
-        self.setFormatter(LogFormatter())
-        self._feed = feed
-
-    def emit(self, record):
-        """Publish one record."""
-        self._feed.publish(self.format(record))
-
-
 def _is_journal(stream):
     """The variable alone proves nothing: it is inherited."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         status = os.fstat(stream.fileno())
-    except (OSError, ValueError):
-        return False
-    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+        return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-class Listener(http.server.ThreadingHTTPServer):
-    """Accepts the connections of one socket; a Handler serves each on its own thread.
+class Server(http.server.ThreadingHTTPServer):
+    """Accepts connections on all sockets; a Handler serves each on its own thread.
 
-    `server` is the Server that the listeners of all sockets belong to.
+    The sockets are bound by us or by systemd. They and the server's other attributes
+    are what handlers share. Any thread may call.
     """
 
-    def __init__(self, sock: socket.socket, server: "Server"):
+    def __init__(self, sockets: List[socket.socket], pool: Pool, log: Log, reload):
         super().__init__(("", 0), Handler, bind_and_activate=False)
-        self.socket.close()
-        self.socket = sock  # bound by us, or by systemd
-        self.socket.setblocking(False)
-        self.server = server
+        self.server_close()  # a socket of its own, which is not needed
+        self.sockets = sockets
+        self.pool, self.log, self.reload = pool, log, reload
+        self.born = int(time.time())
+        self.is_closing = False
+        self.most_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)
+        self._quiet_at = time.monotonic()
+        self._connections, self._idle_connections = set(), set()
+        self._is_paused = self._has_seen_tls = False
         self._waker = Waker()
-        self._is_stopping = False
         self._thread = None
+        for sock in sockets:
+            sock.setblocking(False)
 
     def begin(self):
-        """Accept on a thread of its own until `shutdown`."""
-        self._is_stopping = False
+        """Accept connections, on a thread of its own."""
+        self._is_paused = False
         self._waker.clear()
-        self._thread = threading.Thread(
-            target=self.serve_forever, name="accept", daemon=True
-        )
+        self._thread = threading.Thread(target=self.serve_forever, daemon=True)
         self._thread.start()
-
-    def is_accepting(self) -> bool:
-        """Return whether connections are accepted, or are not to be."""
-        return self._is_stopping or self._thread.is_alive()
 
     def serve_forever(self, poll_interval=None):
         """Accept until `shutdown`; the base class would wake up twice a second."""
         waiter = select.poll()
-        waiter.register(self._waker, select.POLLIN)
-        waiter.register(self.socket, select.POLLIN)
-        while not self._is_stopping:
-            waiter.poll()
-            if not self._is_stopping:
-                self._handle_request_noblock()
+        for each in (self._waker, *self.sockets):
+            waiter.register(each, select.POLLIN)
+        while not self._is_paused:
+            ready = {fd for fd, _ in waiter.poll()}
+            for self.socket in self.sockets:
+                if self.socket.fileno() in ready:
+                    self._handle_request_noblock()
 
     def shutdown(self):
-        """Accept no more; the socket stays open."""
-        self._is_stopping = True
+        """Accept no more; the sockets stay open."""
+        self._is_paused = True
         self._waker.wake()
         if self._thread is not None:
             self._thread.join(1.0)
+
+    def is_serving(self) -> bool:
+        """Return whether connections are accepted, or are not to be."""
+        return self._is_paused or self._thread.is_alive()
 
     def get_request(self):
         """Accept one connection; OSError if there is none, or no descriptor for it."""
@@ -9086,91 +9026,33 @@ class Listener(http.server.ThreadingHTTPServer):
         except BlockingIOError:
             raise  # the client has left again
         except OSError as error:
-            if not self._is_stopping:
-                self.server.log("error", f"a connection could not be accepted: {error}")
-                time.sleep(0.1)  # until other connections have ended
+            self.log("error", f"a connection could not be accepted: {error}")
+            time.sleep(1.0)  # until other connections have ended
             raise
         connection.setblocking(True)  # only on Linux it is so already
         return connection, address
 
     def process_request(self, request, client_address):
-        """Serve or refuse the connection on a new thread; refuse it here if many are
-        refused at the moment, or no thread can be started."""
-        try:
-            if self.server.admit(request):
+        """Serve the connection on a new thread, or refuse it."""
+        why = f"{self.most_connections} connections are open already"
+        if len(self._connections) < self.most_connections:
+            self._connections.add(request)
+            try:
                 return super().process_request(request, client_address)
-            why = self.server.limit_text()
-        except RuntimeError as error:
-            why = str(error)
-            self.server.log("error", f"a connection could not be served: {why}")
-            self.server.forget(request)
-        return refuse_connection(request, why, is_patient=False)
-
-    def finish_request(self, request, client_address):
-        """Serve the connection until it ends."""
-        if self.server.is_refused(request):
-            refuse_connection(request, self.server.limit_text(), is_patient=True)
-        else:
-            super().finish_request(request, client_address)
+            except RuntimeError as error:  # there is no thread
+                why = str(error)
+                self.log("error", f"a connection could not be served: {why}")
+        refuse_connection(request, why)
+        self.shutdown_request(request)
 
     def shutdown_request(self, request):
-        """Close a connection that was served."""
+        """Close a connection that was served or refused."""
         super().shutdown_request(request)
-        self.server.forget(request)
+        self._connections.discard(request)
 
     def handle_error(self, request, client_address):
         """Log the traceback of a bug. The caller closes the connection."""
-        self.server.log("error", f"bug in llmswap:\n{traceback.format_exc()}")
-
-
-class Server:
-    """All listening sockets, and what the handlers of their connections share."""
-
-    def __init__(self, sockets: List[socket.socket], pool: Pool, log: Log, reload):
-        self.sockets = sockets
-        self.pool, self.log, self.reload = pool, log, reload
-        self.born = int(time.time())
-        self.is_closing = False
-        self.most_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)
-        self._has_seen_tls = False
-        self._quiet_at = time.monotonic()
-        self._connections = set()  # without the refused ones
-        self._refused = set()
-        self._idle_connections = set()
-        self._listeners = [Listener(each, self) for each in sockets]
-
-    def begin(self):
-        """Accept connections, on a thread for each listening socket."""
-        for listener in self._listeners:
-            listener.begin()
-
-    def is_serving(self) -> bool:
-        """Return whether connections are accepted, or are not to be."""
-        return all(listener.is_accepting() for listener in self._listeners)
-
-    def admit(self, connection: socket.socket) -> bool:
-        """Count a new connection; False if it must be refused at once, as too many are
-        being given the time to read why."""
-        if len(self._connections) < self.most_connections:
-            self._connections.add(connection)
-        elif len(self._refused) < MAX_REFUSALS:
-            self._refused.add(connection)
-        else:
-            return False
-        return True
-
-    def is_refused(self, connection: socket.socket) -> bool:
-        """Return whether there were too many connections when this one came."""
-        return connection in self._refused
-
-    def limit_text(self) -> str:
-        """Return why connections are refused."""
-        return f"{self.most_connections} connections are open already"
-
-    def forget(self, connection: socket.socket):
-        """Count a connection no more."""
-        self._connections.discard(connection)
-        self._refused.discard(connection)
+        self.log("error", f"bug in llmswap:\n{traceback.format_exc()}")
 
     def warn_of_tls(self):
         """Log, once, that a client speaks TLS to a port that does not."""
@@ -9198,14 +9080,24 @@ class Server:
 
         Later connections wait in the sockets' backlog, which systemd keeps open.
         """
+        self.shutdown()
         waiter = select.poll()
-        for listener in self._listeners:
-            listener.shutdown()
-            waiter.register(listener.socket, select.POLLIN)
+        for sock in self.sockets:
+            waiter.register(sock, select.POLLIN)
         if self.inactive_since() is not None and not waiter.poll(0):
             return True
         self.begin()
         return False
+
+    def stop(self):
+        """Stop accepting, and end the connections that wait for a next request."""
+        self.is_closing = True
+        self.shutdown()
+        for sock in self.sockets:
+            sock.close()  # it is never shut down: systemd may own it
+        for connection in list(self._idle_connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
 
     def finish(self, seconds: float):
         """Wait until the requests in flight are answered, at most so many seconds."""
@@ -9213,28 +9105,14 @@ class Server:
         while self.inactive_since() is None and time.monotonic() < deadline:
             time.sleep(0.005)
 
-    def stop(self):
-        """Stop accepting, and end the connections that wait for a next request."""
-        self.is_closing = True
-        for listener in self._listeners:
-            listener.shutdown()
-            listener.server_close()  # the socket is never shut down: systemd may own it
-        for connection in list(self._idle_connections):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RD)
 
-
-def refuse_connection(connection: socket.socket, why: str, is_patient: bool):
-    """Answer 503 on a connection of which nothing was read, and close it; patiently,
-    once a client that still sends has had the time to read why."""
+def refuse_connection(connection: socket.socket, why: str):
+    """Answer 503 on a connection of which nothing was read."""
     connection.settimeout(1)
-    reply = ClientResponse(connection, None, [])
     headers = [JSON_TYPE, ("retry-after", "5"), ("server", "llmswap")]
     with contextlib.suppress(ClientDisconnected):
+        reply = ClientResponse(connection, None, [])
         reply.answer(503, headers, _dump(error_body(APIError(why))))
-        if is_patient:
-            lingering_close(connection)
-    connection.close()
 
 
 def raise_descriptor_limit() -> int:
@@ -9280,15 +9158,12 @@ def _family(address):
 
 def is_llmswap(address: Address) -> bool:
     """Return whether llmswap answers there."""
-    request = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-    try:
-        with socket.socket(_family(address)) as probe:
-            probe.settimeout(2)
-            probe.connect(address if isinstance(address, str) else _reachable(address))
-            probe.sendall(request)
-            return b"server: llmswap" in probe.recv(65536)
-    except OSError:
-        return False
+    with contextlib.suppress(OSError), socket.socket(_family(address)) as probe:
+        probe.settimeout(2)
+        probe.connect(address if isinstance(address, str) else _reachable(address))
+        probe.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        return b"server: llmswap" in probe.recv(65536)
+    return False
 
 
 def _reachable(address):
@@ -9317,17 +9192,13 @@ def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
     """
     names = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
     count, pid, *_ = [environ.pop(name, "") for name in names]
-    if not count:
-        return [], None
-    if pid != str(os.getpid()):
+    if count and pid != str(os.getpid()):
         return [], (
             f"systemd passed its sockets to process {pid}, not to us ({os.getpid()}): "
             "start llmswap without a shell around it, or with exec"
         )
-    if not count.isdecimal():
-        return [], f"LISTEN_FDS is {count!r}, which is no number"
     listeners = []
-    for fd in range(3, 3 + int(count)):
+    for fd in range(3, 3 + int(count or 0)):
         os.set_inheritable(fd, False)
         try:
             listener = socket.socket(fileno=fd)
@@ -9351,11 +9222,10 @@ class SystemdNotifier:
         microseconds = environ.pop("WATCHDOG_USEC", "")
         is_ours = environ.pop("WATCHDOG_PID", "") in ("", str(os.getpid()))
         self.watchdog = int(microseconds) / 1e6 if microseconds and is_ours else None
-        self.is_listening = self._address.startswith(("/", "\0"))
 
     def notify(self, *lines: str):
         """Send the lines in one datagram; drop it if systemd takes none for 1 s."""
-        if not self.is_listening:
+        if not self._address:
             return
         with contextlib.suppress(OSError):
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
@@ -9364,17 +9234,17 @@ class SystemdNotifier:
                 sender.sendall("\n".join(lines).encode())
 
     def watch(self, pool: Pool, is_serving: Callable[[], bool]):
-        """Report what is loaded, at each change and for the watchdog; never return.
+        """Report what is loaded, at each change and for the watchdog; never return if
+        systemd asked for that.
 
         Nothing is sent unless connections are accepted, the Pool's lock can be had, and
         its timer runs.
         """
         interval = self.watchdog / 2 if self.watchdog else None
         with pool.events.subscribe() as get:
-            while True:
+            while self._address:
                 if is_serving() and pool.is_alive(interval or -1):
-                    alive = ["WATCHDOG=1"] if interval else []
-                    self.notify(*alive, f"STATUS={status_line(pool)}")
+                    self.notify("WATCHDOG=1", f"STATUS={status_line(pool)}")
                 get(interval)
 
 
@@ -9480,37 +9350,32 @@ class Parrot(http.server.BaseHTTPRequestHandler):
         model = request.get("model")
         words = re.findall(r"\S+\s*", f"{model} says: {message}")
         if request.get("stream"):
-            return self._stream(words)
+            return self._send(200, "text/event-stream", self._events(words))
         reply = {"role": "assistant", "content": "".join(words)}
         choice = {"index": 0, "message": reply, "finish_reason": "stop"}
         usage = {"prompt_tokens": len(words), "completion_tokens": len(words)}
         answer = {"object": "chat.completion", "model": model}
         self._answer(200, {**answer, "choices": [choice], "usage": usage})
 
-    def _stream(self, words):
-        self._begin(200, "text/event-stream", ("transfer-encoding", "chunked"))
+    def _events(self, words):
         for word in words:
             choice = {"index": 0, "delta": {"content": word}}
             event = {"object": "chat.completion.chunk", "choices": [choice]}
-            self._send_chunk(b"data: " + _dump(event) + b"\n\n")
+            yield b"data: " + _dump(event) + b"\n\n"
             time.sleep(0.05)
-        self._send_chunk(b"data: [DONE]\n\n")
-        self._send_chunk(b"")
-
-    def _send_chunk(self, data):
-        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
-        self.wfile.flush()
+        yield b"data: [DONE]\n\n"
 
     def _answer(self, status, value):
-        body = _dump(value)
-        self._begin(status, "application/json", ("content-length", str(len(body))))
-        self.wfile.write(b"" if self.command == "HEAD" else body)
+        self._send(status, "application/json", [_dump(value)])
 
-    def _begin(self, status, kind, framing):
+    def _send(self, status, content_type, pieces):
         self.send_response(status)
-        self.send_header("content-type", kind)
-        self.send_header(*framing)
+        self.send_header("content-type", content_type)
+        self.send_header("transfer-encoding", "chunked")
         self.end_headers()
+        for piece in [] if self.command == "HEAD" else itertools.chain(pieces, [b""]):
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+            self.wfile.flush()
 
     def log_message(self, format, *args):
         """Log nothing: llmswap would show it as the model's output."""
@@ -9540,6 +9405,7 @@ def parse_args(argv: List[str]):
         prog="llmswap.py", description="One address for many local language models."
     )
     parser.add_argument("file", nargs="?", metavar="FILE.ini")
+    parser.add_argument("--version", action="version", version=f"llmswap {VERSION}")
     for name, metavar in (("--listen", "ADDRESS"), ("--models-max", "N")):
         parser.add_argument(name, metavar=metavar, help="instead of the file's")
     for name, help in (
@@ -9550,7 +9416,6 @@ def parse_args(argv: List[str]):
         ("--parrot", "be the demo model server (with --port)"),
     ):
         parser.add_argument(name, action="store_true", help=help)
-    parser.add_argument("--version", action="version", version=f"llmswap {VERSION}")
     parser.add_argument("--port", type=int, default=8090, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if not (args.file or args.parrot or args.keys):
@@ -9561,23 +9426,22 @@ def parse_args(argv: List[str]):
 def missing_programs(model: Model) -> Optional[str]:
     """Return why the model cannot start now although it may later, such as a missing
     file; else None."""
-    if model.problem or model.kind not in ("llama-server", "cmd"):
-        return None
-    try:
-        check_start(model)
-    except LoadFailed as problem:
-        return str(problem)
+    if not model.problem and model.kind in ("llama-server", "cmd"):
+        try:
+            check_start(model)
+        except LoadFailed as problem:
+            return str(problem)
 
 
 def check(config: Config) -> int:
     """Print each model with its command or its error; return the exit status."""
-    models, unusable = list(config.models.values()), []
-    for model in models:
+    unusable, binaries = [], set()
+    for model in config.models.values():
         aliases = f" ({', '.join(model.aliases)})" if model.aliases else ""
         lines = [f"{model.name}{aliases}: {model.kind}".replace("\n", "\\n")]
+        if model.kind == "llama-server":
+            binaries.add(model.settings.llama_server)
         try:
-            if model.problem:
-                raise ConfigError(model.problem)
             lines.append(_command_line(model))
             missing = missing_programs(model)
             lines += [f"cannot start now: {missing}"] if missing else []
@@ -9585,22 +9449,24 @@ def check(config: Config) -> int:
             lines.append(f"error: {error}")
             unusable.append(model.name)
         print(printable("\n".join(lines).replace("\n", "\n  ")), end="\n\n")
-    binaries = {m.settings.llama_server for m in models if m.kind == "llama-server"}
     for binary in sorted(binaries):
         if options_of(binary) is UNKNOWN_OPTIONS:
             print(f"the options of {binary} are unknown: they are passed on unchecked")
     for warning in [*config.warnings, *config.pitfalls(table_of)]:
         print(printable(warning))
-    if unusable:
-        count = f"{len(unusable)} of {len(models)} models cannot be used"
-        print(printable(f"{count}: {', '.join(unusable)}"))
-    else:
-        print("no errors")
+    count = f"{len(unusable)} of {len(config.models)} models cannot be used"
+    text = f"{count}: {', '.join(unusable)}" if unusable else "no errors"
+    print(printable(text))
     return 2 if unusable else 0
+
+
+PORT_MARK = "\0"  # stands where the port will
 
 
 def _command_line(model):
     """Return a line for a shell in which PORT is set, or where the model runs."""
+    if model.problem:
+        raise ConfigError(model.problem)
     if model.kind == "uses":
         return f"the backend of {model.backend}"
     argv = model.command(table_of(model), PORT_MARK)
@@ -9609,12 +9475,10 @@ def _command_line(model):
         return unit + model.url("")
     variables = model.environment(PORT_MARK).items()
     pairs = [f"{name}={value}" for name, value in variables]
-    line = " ".join(map(_shell_word, [*(["env"] if pairs else []), *pairs, *argv]))
+    env = ["env", *pairs] if pairs else []
+    line = " ".join(map(_shell_word, [*env, *argv]))
     cwd = model.settings.cwd
     return f"cd {shlex.quote(cwd)} && {line}" if cwd else line
-
-
-PORT_MARK = "\0"  # stands where the port will
 
 
 def _shell_word(word):
@@ -9676,7 +9540,10 @@ def refuse_pending_connections():
         listener.setblocking(False)
         with contextlib.suppress(OSError):  # there are no more
             while True:
-                refuse_connection(listener.accept()[0], why, is_patient=True)
+                connection = listener.accept()[0]
+                refuse_connection(connection, why)
+                lingering_close(connection)
+                connection.close()
 
 
 class Application:
@@ -9706,12 +9573,9 @@ class Application:
         self.pool.start()
         self.server.begin()
         self._start_thread(self._idle_command_loop)
-        self._notifier.notify("READY=1", f"STATUS={status_line(self.pool)}")
-        if self._notifier.is_listening:
-            serving = self.server.is_serving
-            self._start_thread(self._notifier.watch, self.pool, serving)
-        if self._await_end():
-            self._shut_down()
+        self._notifier.notify("READY=1")
+        self._start_thread(self._notifier.watch, self.pool, self.server.is_serving)
+        self._shut_down(self._await_end())
         return 0
 
     @staticmethod
@@ -9728,14 +9592,12 @@ class Application:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
-    def _next_signal(self, timeout: Optional[float]) -> Optional[int]:
+    def _next_signal(self, timeout: float) -> Optional[int]:
         """Return the next signal's number, 0 for the end of `_close`, or None if none
         came in time."""
-        self._signals.settimeout(None if timeout is None else min(timeout, MAX_WAIT))
-        try:
+        self._signals.settimeout(min(timeout, MAX_WAIT))
+        with contextlib.suppress(socket.timeout, BlockingIOError):
             return self._signals.recv(1)[0]
-        except (socket.timeout, BlockingIOError):
-            return None
 
     def _open_listeners(self):
         """Return the listening sockets, or an exit status if an address is taken."""
@@ -9762,9 +9624,9 @@ class Application:
     def _log_startup(self):
         where = [shown_address(each.getsockname()) for each in self.server.sockets]
         self.log("info", f"llmswap {VERSION} at {' and '.join(where)}")
-        names = [model.name for model in self._config.models.values()]
-        count = f"{len(names)} model" + ("" if len(names) == 1 else "s")
-        self.log("info", f"{count}: {', '.join(names)}" if names else "no models")
+        names = [*self._config.models]
+        count = "1 model" if len(names) == 1 else f"{len(names)} models"
+        self.log("info", f"{count}: {', '.join(names) or 'none'}")
         self._log_problems(self._config)
 
     def _log_problems(self, config):
@@ -9790,15 +9652,15 @@ class Application:
             self.log("warning", text)
 
     def _await_end(self):
-        """Return whether a signal says to end, or False after an idle exit."""
+        """Wait for a signal to end or an idle exit; return what to log of it."""
         while True:
             number = self._next_signal(self._until_idle_exit())
             if number == signal.SIGHUP:
                 self._reload_on_signal()
             elif number is not None:
-                return True
-            elif self._try_idle_exit():
-                return False
+                return "ending; requests in flight may end first"
+            elif self._until_idle_exit() == 0 and self.server.try_idle_exit():
+                return "idle for long; the next connection starts it again"
 
     def _reload_on_signal(self):
         now = time.monotonic_ns() // 1000
@@ -9829,25 +9691,14 @@ class Application:
             self.log("info", f"{args.file} was read again")
 
     def _until_idle_exit(self):
-        """Return the seconds until an idle exit may be due; None: never."""
+        """Return the seconds until an idle exit may be due."""
         limit = self._config.settings.exit_idle_time
         if not limit or not self._is_activated:
-            return None
+            return math.inf
         since = [self.pool.inactive_since(), self.server.inactive_since()]
         if None in since:
             return limit
         return max(0.0, max(since) + limit - time.monotonic())
-
-    def _try_idle_exit(self):
-        """Close the Pool and return True, unless a client came at the last moment."""
-        if self._until_idle_exit() != 0.0 or not self.server.try_idle_exit():
-            return False
-        limit = self._config.settings.exit_idle_time
-        self.log("info", f"idle for {limit:g} s; the next connection starts it again")
-        self._notifier.notify("STOPPING=1")
-        self.pool.close(0)
-        self.log.close()
-        return True
 
     def _idle_command_loop(self):
         """Run the idle-command whenever no request came for `idle-command-after`."""
@@ -9888,9 +9739,9 @@ class Application:
         slept = max(0.0, suspended_seconds() - suspended)
         self.log(level, f"idle-command ended with status {status}; slept {slept:.0f} s")
 
-    def _shut_down(self):
+    def _shut_down(self, reason):
         """End the requests in flight and all backends; a second signal kills them."""
-        self.log("info", "ending; requests in flight may end first")
+        self.log("info", reason)
         self._notifier.notify("STOPPING=1", EXTEND_TIMEOUT)
         addresses = [listener.getsockname() for listener in self.server.sockets]
         self.server.stop()
