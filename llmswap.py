@@ -668,6 +668,36 @@ def variables_in(text) -> set:
     return {match[1] for match in VARIABLE.finditer(text)} - {None}
 
 
+# ---- Commands: quoted as in a shell, though none runs them ---------------------------
+
+ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
+SHELL_BUILTINS = ("cd", "exec", "export", "source", ".", "ulimit", "umask")
+SHELL_SYNTAX = re.compile(
+    r"&&?|\|\|?|;|[0-9]*[<>]{1,2}[&\w./~-]*|[^;\s]+;|\$\(.*|`.*|#.*|\$[A-Za-z_]\w*"
+)
+
+
+def split_words(text) -> list:
+    """Return the words of a text; a `~` at the beginning of one is expanded."""
+    return [os.path.expanduser(word) for word in shlex.split(text)]
+
+
+def with_environment(words) -> list:
+    """Return the words of a command whose leading NAME=value words are environment."""
+    return ["env", *words] if words and ASSIGNMENT.match(words[0]) else words
+
+
+def shell_pitfalls(setting):
+    """Yield warnings of words that only a shell understands."""
+    words = shlex.split(setting.text)
+    builtins = [word for word in words[:1] if word in SHELL_BUILTINS]
+    syntax = [word for word in words if SHELL_SYNTAX.fullmatch(word)]
+    if builtins or syntax:
+        shown = " ".join(builtins + syntax)
+        yield (f"{setting.place}: only a shell understands {shown}, and none is run: "
+               "write sh -c '...', and ${env.NAME} for $NAME")
+
+
 def read_setting(key, setting, macros, variables):
     """Return the value of the key, or raise ConfigError with the setting's place.
 
@@ -907,7 +937,8 @@ class Model(NamedTuple):
         try:
             extra = self._words(self.settings.extra_args, PORT=port)
             if self.kind == "cmd":
-                return self._words(self.settings.cmd, PORT=port) + extra
+                words = self._words(self.settings.cmd, PORT=port)
+                return with_environment(words) + extra
             if self.kind != "llama-server":
                 return []
             options = self._choose_options(table, port)
@@ -935,7 +966,8 @@ class Model(NamedTuple):
 
     def stop_command(self, port, pid) -> list:
         """Return the argv of cmd-stop; [] if there is none."""
-        return self._words(self.settings.cmd_stop, PORT=port, PID=pid)
+        words = self._words(self.settings.cmd_stop, PORT=port, PID=pid)
+        return with_environment(words)
 
     def url(self, port) -> str:
         """Return the base URL of the backend."""
@@ -946,7 +978,7 @@ class Model(NamedTuple):
         return {name: self._expand(text, PORT=port) for name, text in self.env.items()}
 
     def _words(self, text, **more):
-        return [self._expand(word, **more) for word in shlex.split(text)]
+        return [self._expand(word, **more) for word in split_words(text)]
 
     def _expand(self, text, **more):
         return expand(text, {**self.variables, **more})
@@ -1023,7 +1055,11 @@ class ModelBuilder:
 
     def _read(self, key, setting, default):
         try:
-            return read_setting(key, setting, self._macros, self._variables)
+            value = read_setting(key, setting, self._macros, self._variables)
+            if key.name in QUOTED_KEYS:
+                for warning in shell_pitfalls(setting):
+                    self._warn(warning)
+            return value
         except ConfigError as error:
             if key.name in LENIENT_KEYS:
                 self._warn(f"{error}; taken as {key.default}")
@@ -1270,6 +1306,9 @@ class ConfigLoader:
             setting = self._proxy.get(key.name, Setting(key.name, key.default, ""))
             value = read_setting(key, setting, self._macros, self._variables)
             values[key.attribute] = value
+            if key.name in QUOTED_KEYS:
+                for warning in shell_pitfalls(setting):
+                    self._warn(warning)
         if "models-max" not in self._proxy and (values["budget"] or values["sets"]):
             values["models_max"] = 0
         return ProxySettings(**values)
@@ -2779,7 +2818,9 @@ def check_start(model: Model):
 def check_files(model: Model, argv: Sequence[str]):
     """Raise LoadFailed if the program, or a file that llama-server needs, is missing."""
     cwd = model.settings.cwd or None
-    find_program(argv[0], clean_environment(model.environment("0")), cwd)
+    words = itertools.dropwhile(lambda w: w == "env" or ASSIGNMENT.match(w), argv)
+    program = next(words, "env")
+    find_program(program, clean_environment(model.environment("0")), cwd)
     if model.kind == "llama-server":
         for option, path in zip(argv, argv[1:]):
             if option in ("--model", "--mmproj", "--model-draft"):
@@ -9715,7 +9756,8 @@ class Application:
                 self._is_reloaded.wait(min(pause, MAX_WAIT))
                 self._is_reloaded.clear()
             else:
-                self._unload_and_run(shlex.split(settings.idle_command), idle_since)
+                command = with_environment(split_words(settings.idle_command))
+                self._unload_and_run(command, idle_since)
                 last_run = time.monotonic()
 
     def _unload_and_run(self, command, idle_since):

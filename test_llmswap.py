@@ -1234,6 +1234,40 @@ def test_star_is_below_every_section_wherever_it_stands(tmp_path):
     assert options(b) == ["--jinja", "--keep", "3", "--ctx-size", "2"]
 
 
+@pytest.mark.parametrize(
+    "text, argv, words",
+    [
+        ("~/s --m ~/m --x=~/y '~z'", ["/h/s", "--m", "/h/m", "--x=~/y", "~z"], ""),
+        ("A=1 B='x y' s", ["env", "A=1", "B=x y", "s"], ""),
+        ("sh -c 'cd /x && $A | b; > c'", ["sh", "-c", "cd /x && $A | b; > c"], ""),
+        ("s a && b", ["s", "a", "&&", "b"], "&&"),
+        ("s 2>&1 | tee x # y", ["s", "2>&1", "|", "tee", "x", "#", "y"], "2>&1 | #"),
+        ("cd /x; s $HOME", ["cd", "/x;", "s", "$HOME"], "cd /x; $HOME"),
+        ("s --json '{\"a\": 1}' --re .*=CPU a&b", ["s", "--json", '{"a": 1}', "--re",
+                                                  ".*=CPU", "a&b"], ""),
+    ],
+)
+def test_habits_of_a_shell_work_or_are_warned_of(
+    tmp_path, monkeypatch, text, argv, words
+):
+    monkeypatch.setenv("HOME", "/h")
+    for key in ("cmd", "cmd-stop"):
+        other = "cmd = s\n" if key == "cmd-stop" else ""
+        config = read(tmp_path, f"[a]\nproxy = http://x:1\n{other}{key} = {text}")
+        model = config.models["a"]
+        command = model.command(None, 1) if key == "cmd" else model.stop_command(1, 2)
+        assert command == argv
+        assert len(config.warnings) == bool(words)
+        assert all(f"understands {words}, " in each for each in config.warnings)
+
+
+def test_a_tilde_in_an_option_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    config = read(tmp_path, "[a]\nmodel = ~/x.gguf\nmmproj = a~b")
+    command = config.models["a"].command(OPTIONS, 1)
+    assert {"/h/x.gguf", "a~b"} <= set(command)
+
+
 def test_host_port_and_alias_are_set_where_the_router_sets_them(tmp_path):
     config = read(tmp_path, "[q:8b]\nhost = 0.0.0.0\nm = x\nembedding = on")
     for port in (7, "${PORT}"):
@@ -12463,7 +12497,7 @@ def test_the_recipe_for_two_machines_as_written_but_for_its_times(tmp_path):
 with_llama_server = pytest.mark.skipif(
     not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server"
 )
-GGUF_INTEGER, GGUF_FLOAT, GGUF_STRING, GGUF_ARRAY = 4, 6, 8, 9
+GGUF_INTEGER, GGUF_FLOAT, GGUF_FLAG, GGUF_STRING, GGUF_ARRAY = 4, 6, 7, 8, 9
 GGUF_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 )
@@ -12483,6 +12517,8 @@ def gguf_field(name, kind, value):
         body = struct.pack("<IQ", inner, len(items)) + b"".join(map(pack, items))
     elif kind == GGUF_STRING:
         body = gguf_text(value)
+    elif kind == GGUF_FLAG:
+        body = struct.pack("<?", value)
     else:
         body = struct.pack("<f" if kind == GGUF_FLOAT else "<I", value)
     return gguf_text(name) + struct.pack("<I", kind) + body
@@ -12653,6 +12689,97 @@ def test_the_router_of_llama_cpp_lists_the_same_commands(real):
     args = listed["one"]["status"]["args"]
     assert args[0] == LLAMA_SERVER and "--ctx-size" in args and "256" in args
     assert set(listed) == {"one", "two", "broken", "wrong"}
+
+
+ROUTER_FILE = """\
+[*]
+ctx-size = 256
+threads = 1
+stop-timeout = 7
+[one]
+model = {folder}/one.gguf
+alias = second, first
+tags = b, a
+no-jinja = 1
+n-gpu-layers = 0
+load-on-startup = no
+[seeing]
+model = {folder}/one.gguf
+mmproj = {folder}/projector.gguf
+ctx-size = 0
+no-kv-offload = off
+[gone]
+model = {folder}/gone.gguf
+"""
+
+
+@contextmanager
+def llama_router(folder):
+    """Yield a client of llama-server in router mode, with the file `models.ini`."""
+    port = free_port()
+    command = [LLAMA_SERVER, "--models-preset", folder / "models.ini"]
+    command += ["--models-max", "1", "--port", str(port), "--host", "127.0.0.1"]
+    environment = {**os.environ, "HOME": str(folder), "LLAMA_CACHE": str(folder / "no")}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+    def is_up():
+        with contextlib.suppress(OSError):
+            return json_at(port, "/health")
+
+    try:
+        eventually(is_up)
+        yield SimpleNamespace(port=port)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def json_at(port, path, body=None):
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data)
+    with urlopen(request, timeout=10) as answer:
+        return json.load(answer)
+
+
+def told_by(port):
+    """Each model's entry without what depends on the machine."""
+    entries = {each["id"]: each for each in json_at(port, "/models")["data"]}
+    for entry in entries.values():
+        del entry["created"]
+        args = entry["status"]["args"]
+        args[args.index("--port") + 1] = args[0] = ""
+    return entries
+
+
+@with_llama_server
+def test_models_are_described_as_by_llama_cpps_router(tmp_path):
+    write_gguf(tmp_path / "one.gguf")
+    projector = gguf_field("clip.has_vision_encoder", GGUF_FLAG, True)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + projector
+    (tmp_path / "projector.gguf").write_bytes(head)
+    text = ROUTER_FILE.format(folder=tmp_path)
+    (tmp_path / "models.ini").write_text(text)
+    (tmp_path / "llama-server").symlink_to(LLAMA_SERVER)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with llama_router(tmp_path) as router, Llmswap(text, env=env) as proxy:
+        for action, state in (("", ""), ("load", "loaded"), ("unload", "unloaded")):
+            for port in (router.port, proxy.port) if action else ():
+                body = {"model": "one"}
+                assert json_at(port, f"/models/{action}", body) == {"success": True}
+                eventually(
+                    lambda: told_by(port)["one"]["status"]["value"] == state  # noqa: B023
+                )
+            eventually(lambda: proxy.get("/v1/models/seeing").json()["status"]["preset"])
+            expected = told_by(router.port)
+            entries = told_by(proxy.port)
+            for name, entry in expected.items():
+                assert {key: entries[name].get(key) for key in entry} == entry
+        entry = proxy.get("/v1/models/one").json()
+        assert entry["meta"]["n_vocab"] == 311  # as it was told last
+        (gone,) = [e for e in entries.values() if e["id"] == "gone"]
+        assert gone["status"]["failed"] and "does not exist" in gone["status"]["error"]
 
 
 @with_llama_server
