@@ -1760,7 +1760,8 @@ def test_every_argv_is_that_of_llama_servers_router(tmp_path, seed):
     ours = {name: config.resolve(name) for name in theirs}
     assert len({model.name for model in ours.values()}) == len(theirs)
     for name, model in ours.items():
-        assert options(model, table) == without_router_options(theirs[name])
+        expected = map(os.path.expanduser, without_router_options(theirs[name]))
+            assert options(model, table) == list(expected)
 
 
 @pytest.mark.skipif(not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server")
@@ -7416,6 +7417,8 @@ def test_a_request_is_sent_once_more_if_the_backend_died_over_it(
     assert hospital.chat(victim).status == 200  # so that a kept connection is used
     answer = hospital.chat(victim, die="before-byte", **wish)
     assert (answer.status, answer.json()["error"]["code"]) == (502, "backend_died")
+    assert f"{victim} ended by itself: exited with status 9" in answer.message()
+    assert "model loaded" in answer.message()  # of its last lines
     assert chats_seen(hospital, victim) == 3
     assert len(hospital.journal("main", victim)) == 2
     assert hospital.chat(victim).status == 200
@@ -7818,6 +7821,109 @@ def test_events_tell_of_loads_and_unloads(swap):
     assert seen[0] == {"model": "b", "event": "model_status", "data": loading}
     assert seen[1]["data"]["status"] == "loaded"
     assert {each["model"] for each in seen} == {"b"}
+
+
+@pytest.mark.parametrize(
+    "method, path",
+    [
+        ("POST", "/v1/chat/completions?autoload=false"),
+        ("GET", "/v1/x?model=hidden&autoload=0"),
+        ("DELETE", "/v1/x?model=hidden&autoload=no"),
+    ],
+)
+def test_nothing_is_loaded_against_a_clients_will(swap, method, path):
+    body = {"model": "hidden"} if method == "POST" else None
+    answer = swap.ask(method, path, body, {})
+    assert (answer.status, answer.message()) == (400, "model is not loaded")
+    status = swap.get("/v1/models/hidden").json()["status"]
+    assert status["value"] == "unloaded"
+
+
+def test_without_autoload_models_are_loaded_by_hand():
+    with Llmswap("[llmswap]\nmodels-autoload = off\n[a]\ncmd = FAKE") as server:
+        assert server.get("/props").json()["models_autoload"] is False
+        answer = server.chat("a")
+        assert (answer.status, answer.message()) == (400, "model is not loaded")
+        assert server.get("/upstream/a/").status == 409
+        server.post("/models/load", {"model": "a"})
+        eventually(lambda: server.states()["a"] == "loaded")
+        assert server.chat("a").status == 200
+        server.post("/models/unload", {"model": "a"})
+        eventually(lambda: server.states()["a"] == "unloaded")
+        wish = {"model": "a", "messages": []}
+        answer = server.post("/v1/chat/completions?autoload=true", wish)
+        assert answer.status == 200
+
+
+def test_of_a_models_own_server_only_the_page_loads_it(swap):
+    eventually(lambda: swap.states()["b"] == "unloaded")
+    for path in ("props", "slots", "metrics", "health", "v1/models", "x.js", "ws"):
+        answer = swap.get(f"/upstream/b/{path}")
+        assert answer.status == 409 and "only the page itself" in answer.message()
+        assert answer.json()["error"]["code"] == "model_not_loaded"
+    assert swap.states()["b"] == "unloaded"
+    assert swap.get("/upstream/b/").status == 200
+    assert swap.get("/upstream/b/x.js").status == 200
+    swap.post("/models/unload", {"model": "b"})
+
+
+def test_what_the_router_answers_without_its_features(swap):
+    assert swap.post("/v1/streams/lookup", {"conv_ids": ["x"]}).json() == []
+    for path in ("/tools", "/cors-proxy"):
+        for answer in (swap.get(path), swap.post(path, {})):
+            assert answer.status == 403
+            assert answer.json()["error"]["type"] == "feature_disabled"
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/props", "/running", "/logs"])
+def test_a_trailing_slash_makes_no_other_path(swap, path):
+    answer, other = swap.get(path), swap.get(f"{path}/?x=y")
+    assert answer.status == other.status == 200
+    assert answer.headers["server"] == "llmswap (llama.cpp)"
+    assert swap.get("/v1/models/b/").json()["id"] == "b"
+
+
+@pytest.mark.parametrize(
+    "path, words",
+    [
+        ("/v1/v1/chat/completions", "/v1 twice"),
+        ("/v1/v1/models", "/v1 twice"),
+        ("/api/tags", "OpenAI-compatible"),
+        ("/api/chat", "OpenAI-compatible"),
+        ("/api/version/", "OpenAI-compatible"),
+    ],
+)
+def test_clients_with_a_wrong_base_url_learn_the_right_one(swap, path, words):
+    for answer in (swap.get(path), swap.post(path, {"model": "a"})):
+        assert answer.status == 404 and words in answer.message()
+        assert "http://127.0.0.1/v1" in answer.message()  # as the Host it was sent
+
+
+def test_a_client_that_speaks_tls_is_told_to_use_http(swap):
+    hello = ssl.create_default_context()
+    for _ in range(2):
+        with pytest.raises(ssl.SSLError):
+            with socket.create_connection(("127.0.0.1", swap.port)) as sock:
+                hello.wrap_socket(sock, server_hostname="localhost")
+    with socket.create_connection(("127.0.0.1", swap.port)) as sock:
+        sock.sendall(b"\x16\x03\x01\x02\x00\x01")
+        answer, _ = everything(sock)
+    assert answer.startswith(b"HTTP/1.1 400 ") and b"use http://" in answer
+    eventually(lambda: "speaks TLS" in swap.log())
+    assert swap.log().count("speaks TLS") == 1
+
+
+def test_a_start_that_is_bound_to_fail_is_known_before(tmp_path):
+    text = "[gone]\ncmd = /no/such/program --port ${PORT}\n[fine]\ncmd = FAKE"
+    with Llmswap(text) as server:
+        status = server.get("/v1/models/gone").json()["status"]
+        assert status["failed"] and status["exit_code"] == 1
+        assert status["error"] == "/no/such/program does not exist"
+        assert "failed" not in server.get("/v1/models/fine").json()["status"]
+        with Stream(server.port, "/", headers={"Accept": "text/event-stream"}) as stream:
+            models = {each["id"]: each for each in next(stream.documents())["models"]}
+        assert "does not exist" in models["gone"]["failure"]
+        assert not models["fine"]["failure"]
 
 
 def test_questions_about_one_model_never_load_it(swap):
@@ -12691,6 +12797,65 @@ def test_the_router_of_llama_cpp_lists_the_same_commands(real):
     assert set(listed) == {"one", "two", "broken", "wrong"}
 
 
+def test_a_gguf_header_is_read_up_to_its_tokenizer(tmp_path):
+    path = tmp_path / "x.gguf"
+    fields, _ = gguf_fields(64, 2)
+    fields.insert(3, gguf_field("general.tags", GGUF_ARRAY, (GGUF_STRING, ["a", "b"])))
+    before = b"".join(f for f in fields if b"tokenizer" not in f)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, len(fields)) + before
+    tokenizer = gguf_text("tokenizer.ggml.tokens") + b"anything"
+    path.write_bytes(head + tokenizer)
+    metadata = llmswap.read_gguf(path)
+    assert metadata["llama.context_length"] == 4096
+    assert metadata["general.architecture"] == "llama"
+    for size in range(len(head)):
+        path.write_bytes(head[:size])
+        assert llmswap.read_gguf(path) == {}
+    endless = gguf_text("x") + struct.pack("<IQ", GGUF_STRING, 1 << 62)
+    deep = gguf_text("x") + struct.pack("<IIQ", GGUF_ARRAY, GGUF_ARRAY, 1 << 60)
+    for data in (b"", b"GGML" + head[4:], head[:24] + endless, head[:24] + deep):
+        path.write_bytes(data)
+        assert llmswap.read_gguf(path) == {}
+    os.mkfifo(tmp_path / "pipe")
+    assert llmswap.read_gguf(tmp_path / "pipe") == {}
+    assert llmswap.read_gguf(tmp_path) == llmswap.read_gguf(tmp_path / "none") == {}
+
+
+def test_what_a_model_can_do_is_told_before_it_is_loaded(tmp_path):
+    write_gguf(tmp_path / "one.gguf")
+    text = f"""\
+[llmswap]
+llama-server = {LLAMA_SERVER or "llama-server"}
+[trained]
+model = {tmp_path}/one.gguf
+[served]
+model = {tmp_path}/one.gguf
+ctx-size = 512
+[other]
+cmd = FAKE
+capabilities = embeddings, context 8192, vision
+[shares]
+uses = other
+capabilities = tools
+"""
+    with Llmswap(text) as server:
+        entries = {each["id"]: each for each in server.get("/models").json()["data"]}
+        for name, n_ctx, length in (
+            ("trained", None, 4096), ("served", 512, 512), ("other", 8192, 8192),
+            ("shares", 8192, 8192),
+        ):  # fmt: skip
+            assert entries[name]["meta"].get("n_ctx") == n_ctx
+            assert entries[name]["context_length"] == length
+        assert entries["trained"]["meta"]["n_ctx_train"] == 4096
+        assert entries["trained"]["owned_by"] == "llamacpp"
+        assert entries["trained"]["capabilities"] == ["tools"]
+        assert entries["other"]["capabilities"] == ["vision", "embeddings"]
+        assert entries["shares"]["capabilities"] == ["vision", "tools", "embeddings"]
+        inputs = entries["other"]["architecture"]["input_modalities"]
+        assert inputs == ["text", "image"] and entries["other"]["owned_by"] == "llmswap"
+        assert set(server.states().values()) == {"unloaded"}
+
+
 ROUTER_FILE = """\
 [*]
 ctx-size = 256
@@ -12750,7 +12915,20 @@ def told_by(port):
         del entry["created"]
         args = entry["status"]["args"]
         args[args.index("--port") + 1] = args[0] = ""
+        if entry["status"]["value"] == "unloaded":  # we know what cannot start
+            for key in ("failed", "exit_code", "error"):
+                entry["status"].pop(key, None)
     return entries
+
+
+def loaded_event(port):
+    """Load the model `one`; return the event that says it is loaded."""
+    with Stream(port, "/models/sse") as stream:
+        assert json_at(port, "/models/load", {"model": "one"}) == {"success": True}
+        for event in stream.documents():
+            if event["data"].get("status") == "loaded":
+                event["data"]["info"].pop("created")
+                return event
 
 
 @with_llama_server
@@ -12764,22 +12942,28 @@ def test_models_are_described_as_by_llama_cpps_router(tmp_path):
     (tmp_path / "llama-server").symlink_to(LLAMA_SERVER)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     with llama_router(tmp_path) as router, Llmswap(text, env=env) as proxy:
-        for action, state in (("", ""), ("load", "loaded"), ("unload", "unloaded")):
-            for port in (router.port, proxy.port) if action else ():
-                body = {"model": "one"}
-                assert json_at(port, f"/models/{action}", body) == {"success": True}
-                eventually(
-                    lambda: told_by(port)["one"]["status"]["value"] == state  # noqa: B023
-                )
-            eventually(lambda: proxy.get("/v1/models/seeing").json()["status"]["preset"])
-            expected = told_by(router.port)
-            entries = told_by(proxy.port)
-            for name, entry in expected.items():
-                assert {key: entries[name].get(key) for key in entry} == entry
+        ports = router.port, proxy.port
+
+        def compare():
+            theirs, ours = map(told_by, ports)
+            for name, entry in theirs.items():
+                assert {key: ours[name].get(key) for key in entry} == entry
+            return ours
+
+        eventually(lambda: proxy.get("/v1/models/gone").json()["status"]["preset"])
+        assert compare()["seeing"]["architecture"]["input_modalities"] == [
+            "text", "image"]  # fmt: skip
+        theirs, ours = map(loaded_event, ports)
+        assert theirs == ours
+        compare()
+        for port in ports:
+            json_at(port, "/models/unload", {"model": "one"})
+            eventually(lambda p=port: told_by(p)["one"]["status"]["value"] == "unloaded")
+        compare()
         entry = proxy.get("/v1/models/one").json()
         assert entry["meta"]["n_vocab"] == 311  # as it was told last
-        (gone,) = [e for e in entries.values() if e["id"] == "gone"]
-        assert gone["status"]["failed"] and "does not exist" in gone["status"]["error"]
+        status = proxy.get("/v1/models/gone").json()["status"]
+        assert status["failed"] and "does not exist" in status["error"]
 
 
 @with_llama_server
