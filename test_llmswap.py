@@ -1761,7 +1761,7 @@ def test_every_argv_is_that_of_llama_servers_router(tmp_path, seed):
     assert len({model.name for model in ours.values()}) == len(theirs)
     for name, model in ours.items():
         expected = map(os.path.expanduser, without_router_options(theirs[name]))
-            assert options(model, table) == list(expected)
+        assert options(model, table) == list(expected)
 
 
 @pytest.mark.skipif(not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server")
