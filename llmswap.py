@@ -1342,8 +1342,8 @@ class ConfigLoader:
             for section in sections.values()
         ]
         return [
-            model if model.name in self._sections else model._replace(source="models_dir")
-            for model in models
+            model._replace(source="preset" if each in self._sections else "models_dir")
+            for each, model in zip(sections, models)
         ]
 
     def _find_models(self, settings):
@@ -2816,7 +2816,7 @@ def check_start(model: Model):
 
 
 def check_files(model: Model, argv: Sequence[str]):
-    """Raise LoadFailed if the program, or a file that llama-server needs, is missing."""
+    """Raise LoadFailed if the program or a file of a llama-server is missing."""
     cwd = model.settings.cwd or None
     words = itertools.dropwhile(lambda w: w == "env" or ASSIGNMENT.match(w), argv)
     program = next(words, "env")
@@ -4307,8 +4307,8 @@ class Inspector:
         with self._lock:
             if self._look is None or self._look.is_set():
                 self._look = threading.Event()
-                args = list(models), self._look
-                threading.Thread(target=self._inspect_all, args=args, daemon=True).start()
+                look = functools.partial(self._inspect_all, list(models), self._look)
+                threading.Thread(target=look, daemon=True).start()
             look = self._look
         look.wait(timeout)
         known = {}
@@ -5366,7 +5366,7 @@ class SocketReader:
             self.is_untouched = False
             data += piece
             if data.startswith(TLS_HELLO):
-                raise SpokenTLS("this port speaks plain HTTP: use http://, not https://")
+                raise SpokenTLS("this is plain HTTP: use http://, not https://")
             if data.startswith(b"\r\n"):
                 blank = _EMPTY_LINES.match(data).end()
                 data, searched, skipped = data[blank:], 0, skipped + blank
@@ -5621,7 +5621,8 @@ class ChunkDecoder:
 class Body:
     """A client's request body: `held`, what was read of it, then the rest as it comes.
 
-    Raises UnsupportedCoding, ClientDisconnected, BadRequest, PayloadTooLarge, RequestTimeout. After such
+    Raises ClientDisconnected, BadRequest, PayloadTooLarge, RequestTimeout and, at once,
+    UnsupportedCoding. After such
     an error it cannot be read on: its connection is lost.
     """
 
@@ -8313,7 +8314,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Raise NotFound for paths of clients whose base URL is wrong."""
         path, url = self.head.path, f"http://{self.head.get('host')}/v1"
         if path.startswith("/v1/v1/"):
-            raise NotFound(f"{path}: the client's base URL has /v1 twice; set it to {url}")
+            text = f"{path}: the client's base URL has /v1 twice; set it to {url}"
+            raise NotFound(text)
         if path.rstrip("/") in OLLAMA_PATHS:
             raise NotFound(
                 f"{path} is Ollama's API; this is an OpenAI-compatible server: let the "
@@ -8403,11 +8405,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _model_entries(self, models):
         owners = [self.config.owner_of(model) for model in models]
         facts = self.pool.inspector.facts_of(owners)
+        statuses = map(self.pool.status, models)
         return [
-            model_entry(
-                model, owner, self.pool.status(model), facts[owner.name], self.server.born
-            )
-            for model, owner in zip(models, owners)
+            model_entry(model, owner, status, facts[owner.name], self.server.born)
+            for model, owner, status in zip(models, owners, statuses)
         ]
 
     def post_load(self):
@@ -8518,7 +8519,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         relay(outgoing, backend, self.reply)
 
     def _may_autoload(self, by_default=True):
-        """Return whether the request may load its model, as llama.cpp's router has it."""
+        """Return whether the request may load its model, by llama.cpp's rules."""
         given = self.head.parameter("autoload")
         if given:
             return given in ("true", "1")
@@ -9099,8 +9100,8 @@ class Server(http.server.ThreadingHTTPServer):
         """Log, once, that a client speaks TLS to a port that does not."""
         if not self._has_seen_tls:
             self._has_seen_tls = True
-            self.log("warning", "a client speaks TLS to this plain HTTP server: its base "
-                     "URL must begin with http://")
+            text = "a client speaks TLS here: its base URL must begin with http://"
+            self.log("warning", text)
 
     def begin_idling(self, connection):
         """From now on `stop` may close the connection."""

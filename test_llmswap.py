@@ -7920,7 +7920,8 @@ def test_a_start_that_is_bound_to_fail_is_known_before(tmp_path):
         assert status["failed"] and status["exit_code"] == 1
         assert status["error"] == "/no/such/program does not exist"
         assert "failed" not in server.get("/v1/models/fine").json()["status"]
-        with Stream(server.port, "/", headers={"Accept": "text/event-stream"}) as stream:
+        accept = {"Accept": "text/event-stream"}
+        with Stream(server.port, "/", headers=accept) as stream:
             models = {each["id"]: each for each in next(stream.documents())["models"]}
         assert "does not exist" in models["gone"]["failure"]
         assert not models["fine"]["failure"]
@@ -8296,7 +8297,7 @@ def test_our_own_page_and_programs_may_load_by_get(swap):
         {"User-Agent": "curl/8.0"},
         {},
     ):
-        assert swap.get("/upstream/hidden/x", page).status == 200
+        assert swap.get("/upstream/hidden/", page).status == 200
         swap.post("/api/models/unload/hidden")
 
 
@@ -8375,7 +8376,7 @@ def test_no_key_is_ever_logged_shown_or_passed_on(tmp_path):
             assert server.post("/v1/x", {"model": "far"}, fields).status == 200
             wrong = {name: f"{value}-wrong" for name, value in fields.items()}
             assert server.post("/v1/x?key=K-wrong", {"model": "a"}, wrong).status == 401
-        assert server.get("/upstream/a/x", forms[0]).status == 200
+        assert server.get("/upstream/a/", forms[0]).status == 200
         for place, shown in shown_by(server, forms[0]):
             shown = shown.replace("/upstream/a/stats", "").replace(str(tmp_path), "")
             if place == "/upstream/a/stats":  # the server knows its own options
@@ -8480,7 +8481,6 @@ def liar():
     with hasty(text) as running:
         running.backend, running.text = backend, text
         assert running.get("/upstream/a/").status == 200
-        assert running.get("/upstream/b/").status == 200
         yield running
     backend.close()
 
@@ -8704,6 +8704,7 @@ def test_compressed_answers_pass_unchanged(liar):
     ],
 )
 def test_no_path_leads_to_another_place(liar, path, status, target):
+    assert liar.get("/upstream/b/").status == 200  # loads it
     list(liar.backend.news())
     began = time.monotonic()
     answer = liar.get(path)
@@ -9962,17 +9963,17 @@ def llama_server_with_a_list(folder, delay=0.0):
     return head + "alias = b, c\n"
 
 
-def test_the_meta_of_a_llama_server_is_shown_while_it_is_loaded(tmp_path):
+def test_the_meta_of_a_llama_server_is_shown_once_it_was_loaded(tmp_path):
     with Llmswap(llama_server_with_a_list(tmp_path)) as server:
         assert server.get("/v1/models/a").json()["meta"] == {}
         server.post("/models/load", {"model": "a"})
         eventually(lambda: server.get("/v1/models/a").json()["meta"])
         entry = server.get("/v1/models/a").json()
-        assert entry["meta"] == {"n_ctx": 256} and entry["tags"] == ["x"]
+        assert entry["meta"] == {"n_ctx": 256} and entry["tags"] == []
         assert (entry["id"], entry["aliases"]) == ("a", ["b", "c"])  # ours win
         server.post("/models/unload", {"model": "a"})
         eventually(lambda: server.states()["a"] == "unloaded")
-        assert server.get("/v1/models/a").json()["meta"] == {}
+        assert server.get("/v1/models/a").json()["meta"] == {"n_ctx": 256}
 
 
 def test_a_list_that_does_not_come_holds_up_neither_requests_nor_the_end(tmp_path):
