@@ -3529,6 +3529,7 @@ class WatchedBackend:
         self.backend = llmswap.ProcessBackend(model, guard, settle_timeout)
         self.news = queue.SimpleQueue()
         self.backend.on_loaded = lambda _: self.news.put(("loaded", None))
+        self.backend.on_described = lambda *_: None
         self.backend.on_dying = lambda _: None
         self.backend.on_exited = lambda _, problem: self.news.put(("exited", problem))
         self.backend.on_line = lambda _: None
