@@ -7417,9 +7417,10 @@ def test_a_request_is_sent_once_more_if_the_backend_died_over_it(
 ):
     assert hospital.chat(victim).status == 200  # so that a kept connection is used
     answer = hospital.chat(victim, die="before-byte", **wish)
-    assert (answer.status, answer.json()["error"]["code"]) == (502, "backend_died")
-    assert f"{victim} ended by itself: exited with status 9" in answer.message()
-    assert "model loaded" in answer.message()  # of its last lines
+    assert answer.status == 502 or (answer.status, "stream" in wish) == (200, True)
+    assert b'"code":"backend_died"' in answer.body
+    assert f"{victim} ended by itself: exited with status 9".encode() in answer.body
+    assert b"model loaded" in answer.body  # of its last lines
     assert chats_seen(hospital, victim) == 3
     assert len(hospital.journal("main", victim)) == 2
     assert hospital.chat(victim).status == 200
