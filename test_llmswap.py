@@ -899,58 +899,52 @@ OPTIONS = llmswap.parse_help(HELP)
 # ---- Values ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key, values", [
-    ("queue-timeout", {"90": 90, "90s": 90, "15m": 900, "1h30m": 5400, "1.5h": 5400,
-                       "250ms": 0.25, "0": 0, "99999999d": 100 * 365 * 86400}),
-    ("patience", {"auto": None, "5s": 5}),
-    ("max-body", {"512M": 512 * 2**20, "18G": 18 * 2**30, "1.5T": 1.5 * 2**40,
-                  "18 GiB": 18 * 2**30, "18gb": 18 * 2**30, "7": 7}),
-    ("pin", {"ON": True, "yes": True, "enabled": True, "0": False, "No": False}),
-    ("concurrency", {"0": 0, "12": 12}),
-    ("oom-score-adj", {"-1000": -1000, "7": 7}),
-    ("alias", {"a, b,,a , c": ("a", "b", "c")}),
-    ("needs", {"vram 18G, ram 4": {"vram": 18 * 2**30, "ram": 4}, "": {}}),
-    ("sets", {"a + b, c+b": (("a", "b"), ("c", "b")), "": ()}),
-    ("set-params", {'{"a": {"b": 1}}': {"a": {"b": 1}}, "": {}}),
-    ("listen", {"127.0.0.1:8080": (("127.0.0.1", 8080),),
-                "box.lan:0": (("box.lan", 0),),
-                "[::1]:80, unix:/run/a.sock": (("::1", 80), "/run/a.sock")}),
-    ("check-endpoint", {"/v1/health": "/v1/health", "none": None}),
-    ("sleep", {"POST /sleep?level=1": ("POST", "/sleep?level=1"), "": None,
-               "/wake_up": ("POST", "/wake_up")}),
-    ("wake-mac", {"ab:cd:EF:01:23:45": bytes.fromhex("abcdef012345"), "": None,
-                  "ab-cd-ef-01-23-45": bytes.fromhex("abcdef012345")}),
-    ("proxy", {"https://h:1/base": "https://h:1/base"}),
-    ("loading-notice", {"OFF": "off"}),
+@pytest.mark.parametrize("key, values, malformed", [
+    ("queue-timeout",
+     {"90": 90, "90s": 90, "15m": 900, "1h30m": 5400, "1.5h": 5400, "250ms": 0.25,
+      "0": 0, "99999999d": 100 * 365 * 86400},
+     ["", "soon", "1.", ".5", "-1", "1h30", "1 h", "m", "inf", "1e3", "٣s", "9" * 400,
+      "10M"]),
+    ("patience", {"auto": None, "5s": 5}, ["", "never"]),
+    ("max-body",
+     {"512M": 512 * 2**20, "18G": 18 * 2**30, "1.5T": 1.5 * 2**40, "18 GiB": 18 * 2**30,
+      "18gb": 18 * 2**30, "7": 7},
+     ["", "G", "-1G", "1X", "1GG", "one", "1,5G", "1\u212a", "9" * 400]),
+    ("pin", {"ON": True, "yes": True, "enabled": True, "0": False, "No": False},
+     ["", "maybe", "2", "onn"]),
+    ("concurrency", {"0": 0, "12": 12}, ["", "-1", "1.5", "one", "1_0", "٣", "9" * 20]),
+    ("oom-score-adj", {"-1000": -1000, "7": 7},
+     ["", "1001", "-1001", "9999", "1.5", "--1"]),
+    ("alias", {"a, b,,a , c": ("a", "b", "c")}, []),
+    ("needs", {"vram 18G, ram 4": {"vram": 18 * 2**30, "ram": 4}, "": {}},
+     ["vram", "vram 1G, vram 2G", "18G", "vram 1X", "v=1"]),
+    ("sets", {"a + b, c+b": (("a", "b"), ("c", "b")), "": ()}, ["a + ", "+", "a + + b"]),
+    ("set-params", {'{"a": {"b": 1}}': {"a": {"b": 1}}, "": {}},
+     ["[1]", "1", "{", '{"a": NaN}', "{'a': 1}", "null", "[" * 200000]),
+    ("listen",
+     {"127.0.0.1:8080": (("127.0.0.1", 8080),), "box.lan:0": (("box.lan", 0),),
+      "[::1]:80, unix:/run/a.sock": (("::1", 80), "/run/a.sock")},
+     ["", ",", "8080", ":8080", "host", "h:99999", "::1:80", "[::1]", "http://h:1",
+      "unix:", "h:x", "a b:1"]),
+    ("check-endpoint", {"/v1/health": "/v1/health", "none": None},
+     ["", "health", "/a b", "None"]),
+    ("sleep",
+     {"POST /sleep?level=1": ("POST", "/sleep?level=1"), "": None,
+      "/wake_up": ("POST", "/wake_up")},
+     ["sleep", "post /x", "POST", "POST sleep"]),
+    ("wake-mac",
+     {"ab:cd:EF:01:23:45": bytes.fromhex("abcdef012345"), "": None,
+      "ab-cd-ef-01-23-45": bytes.fromhex("abcdef012345")},
+     ["ab:cd:ef:01:23", "ab:cd:ef:01:23:45:67", "abcdef012345", "gb:cd:ef:01:23:45",
+      "ab:cd:ef:01:23:45:"]),
+    ("proxy", {"https://h:1/base": "https://h:1/base"},
+     ["", "h:1", "ftp://h", "http://", "http://h/a b"]),
+    ("loading-notice", {"OFF": "off"}, ["", "on"]),
 ])
-def test_values_are_read(key, values):
+def test_values_are_read_and_malformed_ones_refused(key, values, malformed):
     parse = {**llmswap.PROXY_KEY, **llmswap.MODEL_KEY}[key].parse
     assert {text: parse(text) for text in values} == values
-
-
-@pytest.mark.parametrize("key, texts", [
-    ("queue-timeout", ["", "soon", "1.", ".5", "-1", "1h30", "1 h", "m", "inf", "1e3",
-                       "٣s", "9" * 400, "10M"]),
-    ("patience", ["", "never"]),
-    ("max-body", ["", "G", "-1G", "1X", "1GG", "one", "1,5G", "1\u212a", "9" * 400]),
-    ("pin", ["", "maybe", "2", "onn"]),
-    ("concurrency", ["", "-1", "1.5", "one", "1_0", "٣", "9" * 20]),
-    ("oom-score-adj", ["", "1001", "-1001", "9999", "1.5", "--1"]),
-    ("needs", ["vram", "vram 1G, vram 2G", "18G", "vram 1X", "v=1"]),
-    ("sets", ["a + ", "+", "a + + b"]),
-    ("set-params", ["[1]", "1", "{", '{"a": NaN}', "{'a': 1}", "null", "[" * 200000]),
-    ("listen", ["", ",", "8080", ":8080", "host", "h:99999", "::1:80", "[::1]",
-                "http://h:1", "unix:", "h:x", "a b:1"]),
-    ("check-endpoint", ["", "health", "/a b", "None"]),
-    ("sleep", ["sleep", "post /x", "POST", "POST sleep"]),
-    ("wake-mac", ["ab:cd:ef:01:23", "ab:cd:ef:01:23:45:67", "abcdef012345",
-                  "gb:cd:ef:01:23:45", "ab:cd:ef:01:23:45:"]),
-    ("proxy", ["", "h:1", "ftp://h", "http://", "http://h/a b"]),
-    ("loading-notice", ["", "on"]),
-])
-def test_malformed_values_are_refused(key, texts):
-    parse = {**llmswap.PROXY_KEY, **llmswap.MODEL_KEY}[key].parse
-    for text in texts:
+    for text in malformed:
         with pytest.raises(ValueError):
             parse(text)
 
@@ -958,14 +952,6 @@ def test_malformed_values_are_refused(key, texts):
 @pytest.mark.parametrize("text", ["512M", "18G", "1.5T", "7", "0", "1K"])
 def test_a_size_is_shown_as_it_is_written(text):
     assert llmswap.size_text(llmswap.parse_size(text)) == text
-
-
-def test_an_empty_file_has_every_setting_at_its_default(tmp_path):
-    settings = read(tmp_path, "").settings
-    for key in llmswap.PROXY_KEYS:
-        if key.name not in ("sets", "default-model"):
-            assert getattr(settings, key.attribute) == key.parse(key.default)
-    assert all(key.help for key in llmswap.PROXY_KEYS + llmswap.MODEL_KEYS)
 
 
 # ---- The language: llama.cpp's, with its traps -------------------------------------
@@ -1001,6 +987,15 @@ def test_an_empty_file_has_every_setting_at_its_default(tmp_path):
     ("  [a]\n  c = 1", {"a": {"c": "1"}}),
     ("\ufeff[a]\nc = 1", {"a": {"c": "1"}}),
     ("[a]\n--ctx-size = 1\n-c = 2", {"a": {"ctx-size": "1", "c": "2"}}),
+    # values of llmswap's own keys
+    ("[a]\ncmd = serve #1; x \\", {"a": {"cmd": "serve #1; x"}}),
+    ("[a]\nextra-args = --x a;b # c", {"a": {"extra-args": "--x a;b # c"}}),
+    ("[a]\nset-params = {\"a\": \"; #\"}", {"a": {"set-params": '{"a": "; #"}'}}),
+    ("[a]\ndescription = it's C#; really ; a\t# b",
+     {"a": {"description": "it's C#; really"}}),
+    ("[a]\ndescription = a\t# b", {"a": {"description": "a"}}),
+    ("[a]\nttl = 5 ; five\nalias = a#b\nstop-timeout = 5;x",
+     {"a": {"ttl": "5", "alias": "a", "stop-timeout": "5"}}),
 ])
 def test_sections_are_read(text, sections):
     parsed = llmswap.PresetParser("m.ini", print).parse(text.encode())
@@ -1062,49 +1057,6 @@ def test_any_bytes_are_read_or_refused():
                        for name, model in config.models.items())
 
 
-@pytest.mark.parametrize("line, value", [
-    ("cmd = serve #1; ${PORT}", "serve #1; ${PORT}"),
-    ("cmd = serve ${PORT} \\", "serve ${PORT}"),
-    ("extra-args = --x a;b # c", "--x a;b # c"),
-    ("set-params = {\"stop\": \"; #\"}", {"stop": "; #"}),
-    ("description = it's C#; really ; a comment", "it's C#; really"),
-    ("description = a\t# b", "a"),
-    ("idle-timeout = 5m ; five", 300),
-    ("idle_timeout = 5m", 300),
-    ("ttl = 60", 60),
-    ("--pin = on", True),
-    ("alias = a#b", ("a",)),
-    ("stop-timeout = 5;x", 5),
-])
-def test_comments_and_spellings_of_own_keys(tmp_path, line, value):
-    text = f"[m]\nmodel = x\n{line}" if "cmd" not in line else f"[m]\n{line}"
-    settings = read(tmp_path, text).models["m"].settings
-    key = llmswap.key_name(line.split("=")[0].strip(" -"), llmswap.MODEL_KEY)
-    assert getattr(settings, llmswap.MODEL_KEY[key].attribute) == value
-
-
-def test_lines_indented_deeper_continue_a_command(tmp_path):
-    config = read(tmp_path, """
-        [a]
-        cmd = docker run --rm \\
-            -p ${PORT}:80   ; literal \\
-            # a remark
-          --name 'x  y'
-
-          idle-timeout = 5
-        [b]
-        cmd =
-            serve
-            --port ${PORT}
-        pin = on
-        """)
-    assert config.models["a"].command(None, 7) == [
-        "docker", "run", "--rm", "-p", "7:80", ";", "literal", "--name", "x  y"]
-    assert config.models["a"].settings.idle_timeout == 5
-    assert config.models["b"].command(None, 7) == ["serve", "--port", "7"]
-    assert config.models["b"].settings.pin
-
-
 @pytest.mark.parametrize("name, canonical", [
     ("qwen3:8b", "qwen3:8B"), ("u/r:q4_k_m", "u/r:Q4_K_M"), ("m:a-b-c", "m:C"),
     ("u/r:UD-Q4_K_XL", "u/r:Q4_K_XL"), ("m:thinking-high", "m:HIGH"), ("m:v1.5", "m:5"),
@@ -1115,52 +1067,252 @@ def test_canonical_names_are_llama_cpps(name, canonical):
     assert llmswap.canonical_name(name) == canonical
 
 
-# ---- Variables -------------------------------------------------------------------
+# ---- What a file means: expressions over its models, and their values ---------------
+
+MEANINGS = [
+    # lines indented deeper than `cmd` continue it
+    ("""
+     [a]
+     cmd = docker run --rm \\
+         -p ${PORT}:80   ; literal \\
+         # a remark
+       --name 'x  y'
+
+       idle-timeout = 5
+     [b]
+     cmd =
+         serve
+         --port ${PORT}
+     pin = on
+     """, {
+        "argv(a)": ["docker", "run", "--rm", "-p", "7:80", ";", "literal", "--name",
+                    "x  y"],
+        "a.settings.idle_timeout": 5,
+        "argv(b)": ["serve", "--port", "7"],
+        "b.settings.pin": True,
+    }),
+    # other spellings of keys
+    *[(f"[a]\nm = x\n{line}", {"a.settings.idle_timeout": 60})
+      for line in ("idle_timeout = 1m", "ttl = 60", "--idle-timeout = 60")],
+    # macros may hold macros and variables, but not themselves
+    ("""
+     [macros]
+     base = serve --port ${PORT} ${who}  ; a remark
+     who  = --name ${MODEL_ID} --key ${env.KEY}
+     loop = ${loop}
+     two  = second
+     [a]
+     cmd = ${base} $${x} ${ $A
+     [b]
+     cmd = ${loop}
+     [c]
+     model = ${env.KEY}/${MODEL_ID}.gguf
+     [llmswap]
+     api-key = ${env.KEY}, ${two}
+     """, {
+        "argv(a)": ["serve", "--port", "7", "--name", "a", "--key", "k ${PORT}", "${x}",
+                    "${", "$A"],
+        "b.problem": "m.ini:10: [b] cmd: ${loop} is unknown here; $${ is a literal ${",
+        "options(c)": ["--model", "k ${PORT}/c.gguf"],
+        "config.api_keys": ("k ${PORT}", "second", "four"),
+    }),
+    # without macros the options of llama-server keep their dollars
+    ("[a]\nm = ${PORT}$${x}", {"options(a)": ["--model", "${PORT}$${x}"]}),
+    # port and pid are filled in when they are known
+    ("""
+     [a]
+     cmd      = serve
+     cmd-stop = stop --pid ${PID} --port ${PORT} '${MODEL_ID}'
+     proxy    = http://127.0.0.1:${PORT}/base/
+     env.OLLAMA_HOST = 127.0.0.1:${PORT}
+     """, {
+        "a.problem": None,
+        "argv(a)": ["serve"],
+        "a.stop_command(8, 9)": ["stop", "--pid", "9", "--port", "8", "a"],
+        "a.url(8)": "http://127.0.0.1:8/base",
+        "a.environment(8)": {"OLLAMA_HOST": "127.0.0.1:8"},
+    }),
+    # [*] is below every section wherever it stands
+    ("[a]\nctx-size = 1\n[*]\nc = 2\nkeep = 3\nno-jinja = on\n[b]\njinja = on", {
+        "options(a)": ["--no-jinja", "--keep", "3", "--ctx-size", "1"],
+        "options(b)": ["--jinja", "--keep", "3", "--ctx-size", "2"],
+    }),
+    # host, port and alias are set where the router sets them
+    ("[a]\nhost = 0.0.0.0\nm = x\nembedding = on", {
+        "argv(a)": ["llama-server", "--embeddings", "--host", "127.0.0.1", "--port",
+                    "7", "--alias", "a", "--model", "x"],
+    }),
+    # without a table, unknown options pass as written with their values
+    ("[a]\nmodel = x\nnew_one = on\njinja = off", {
+        "options(a, UNKNOWN)": ["--jinja", "off", "--model", "x", "--new-one", "on"],
+    }),
+    # the kind is decided by a model's own section
+    ("""
+     [*]
+     m = default.gguf
+     [a]
+     [b]
+     cmd = serve ${PORT}
+     [c]
+     unit  = c.service
+     proxy = http://h:1
+     [d]
+     proxy = http://h:1
+     [e]
+     uses = A
+     [f]
+     proxy = http://127.0.0.1:${PORT}/prefix
+     """, {
+        "[each.kind for each in models]": [
+            "llama-server", "cmd", "unit", "remote", "uses", "llama-server"],
+        "[each.problem for each in models]": [None] * 6,
+        "[each.backend for each in models]": ["a", "b", "c", "d", "a", "f"],
+        "argv(c)": [],
+    }),
+    # own keys of [*] hold for all models, options for llama-servers
+    ("""
+     [*]
+     idle-timeout = 5m
+     ngl = 9
+     env.A = 1
+     env.B = 2
+     pin = perhaps
+     needs = vram 8G
+     [a]
+     cmd = serve ${PORT}
+     env.B = 3
+     [b]
+     m = x
+     idle-timeout = 1
+     pin = off
+     [c]
+     uses = b
+     [llmswap]
+     budget = vram 8G
+     """, {
+        "a.settings.idle_timeout": 300, "b.settings.idle_timeout": 1,
+        "a.env": {"A": "1", "B": "3"}, "b.env": {"A": "1", "B": "2"},
+        "a.problem": "m.ini:7: [*] pin: 'perhaps' is not on or off",
+        "a.options": (), "b.problem": None, "c.problem": None, "c.settings.needs": {},
+    }),
+    # values that llama.cpp forgives are forgiven
+    *[(f"[a]\nm = x\n{line}", {
+        "a.problem": None, "(a.settings.stop_timeout, a.settings.load_on_startup)":
+        (10, False), "config.warnings": (f"m.ini:3: [a] {line.split()[0]}: {warning}",),
+      }) for line, warning in (
+        ("stop-timeout = soon", "'soon' is not a duration such as 15m; taken as 10"),
+        ("stop-timeout =", "'' is not a duration such as 15m; taken as 10"),
+        ("load-on-startup = maybe", "'maybe' is not on or off; taken as off"))],
+    # models are found by every name
+    ("[qwen3:8b]\nm = x\nalias = coder, GPT-4\n[Coder]\nm = y", {
+        **{f"config.find({name!r})": "qwen3:8b" for name in (
+            "qwen3:8b", "qwen3:8B", "coder", "GPT-4", "gpt-4", " QWEN3:8B ")},
+        "config.find('Coder')": "Coder", "models[0].aliases": ("coder", "GPT-4"),
+    }),
+    # the first owner keeps a name
+    ("[a]\nm = x\nalias = b, c, a\n[b]\nm = x\nalias = c, d", {
+        "[*map(config.find, 'abcd')]": ["a", "b", "a", "b"],
+        "config.warnings": ("m.ini:1: [a]: the alias 'b' already means [b]",
+                            "m.ini:4: [b]: the alias 'c' already means [a]"),
+    }),
+    ("[m:q4]\nm = x\n[m:Q4]\nm = x\n[n:a-q]\nm = x\n[n:b-q]\nm = x\n", {
+        "config.find('m:Q4')": "m:q4", "config.find('n:Q')": "n:b-q",
+        "config.find('n:a-q')": "n:a-q",
+        "config.warnings": (
+            "m.ini:3: [m:Q4]: replaced by [m:q4], the same to llama.cpp",
+            "m.ini:5: [n:a-q]: llama.cpp's name 'n:Q' already means [n:b-q]"),
+    }),
+    # keys before the first section
+    ("version = 1\nm = x\n[a]\nm = y", {
+        "[each.name for each in models]": ["default", "a"],
+        "config.warnings": (
+            "m.ini:2: keys before the first section make a model 'default'; keys for "
+            "all models belong into [*]",),
+    }),
+    ("version = 1\n[default]\n[a]\nm = x",
+     {"[each.name for each in models]": ["a"], "config.warnings": ()}),
+    # an ordinary file gives no warning
+    ("""
+     version = 1
+     [llmswap]          ; the proxy
+     listen = 127.0.0.1:8080
+     [*]
+     ngl = 99           ; all
+     models-max = 2
+     [a:Q8_0]           # a model
+     model = /m/a.gguf  # its file
+     jinja = on
+     fa = auto
+     """, {"config.warnings": (), "config.pitfalls(lambda model: OPTIONS)": []}),
+    # models-max, wherever it is
+    *[(text, {"proxy.models_max": most}) for text, most in (
+        ("", 1),
+        ("[llmswap]\nmodels-max = 3", 3),
+        ("[*]\nmodels-max = 3", 3),
+        ("[*]\nLLAMA_ARG_MODELS_MAX = 3", 3),
+        ("[*]\nmodels-max = x", 1),
+        ("[*]\nmodels-max = 3\n[llmswap]\nmodels-max = 2", 2),
+        ("[llmswap]\nbudget = vram 1G", 0),
+        ("[llmswap]\nsets = a\n[a]\nm = x", 0),
+        ("[llmswap]\nsets = a\nmodels-max = 1\n[a]\nm = x", 1))],
+    # the model for requests that name none
+    *[(text, {"config.default_model() and config.default_model().name": name})
+      for text, name in (
+        ("", None),
+        ("[a]\nm = x", "a"),
+        ("[a]\nm = x\n[b]\nm = x", None),
+        ("[llmswap]\ndefault-model = B\n[a]\nm=x\n[c]\nm=x\nalias = b", "c"))],
+    ("[a]\ncmd = x ${PORT}\n[b]\nm = x",
+     {"(a.settings.hang_timeout, b.settings.hang_timeout)": (0, 60)}),
+    ("[*]\nhang-timeout = 5\n[a]\ncmd = x ${PORT}", {"a.settings.hang_timeout": 5}),
+    ("[llmswap]\nllama-server = /one\n[a]\nm = x", {"a.settings.llama_server": "/one"}),
+    ("[llmswap]\nllama-server = /one\n[a]\nm = x\n[*]\nllama-server = /two\n[b]\nm = x\n"
+     "llama-server = /3",
+     {"(a.settings.llama_server, b.settings.llama_server)": ("/two", "/3")}),
+    ("[llmswap]\nsets = coder + E, a+b\n[c,1]\nm = x\nalias = coder\n[e]\nm = x\n"
+     "[f]\nuses = e\nalias = a\n[b]\nm = x\n",
+     {"proxy.sets": ({"c,1", "e"}, {"e", "b"})}),
+    # API keys: of the file, the environment and the key file
+    ("[llmswap]\napi-key = one, t;w #o\napi-key-file = keys",
+     {"config.api_keys": ("one", "t;w #o", "four", "three")}),
+]
+ENVIRON = {"KEY": "k ${PORT}", "LLMSWAP_API_KEY": "four"}
 
 
-def test_macros_may_hold_macros_and_variables_but_not_themselves(tmp_path):
-    config = read(tmp_path, """
-        [macros]
-        base = serve --port ${PORT} ${who}  ; a remark
-        who  = --name ${MODEL_ID} --key ${env.KEY}
-        loop = ${loop}
-        two  = second
-        [a b]
-        cmd = ${base} $${x} ${ $A
-        [c]
-        cmd = ${loop}
-        [d]
-        model = ${env.KEY}/${MODEL_ID}.gguf
-        [llmswap]
-        api-key = ${env.KEY}, ${two}
-        """, {"KEY": "k ${PORT}"})
-    assert config.models["a b"].command(None, 7) == [
-        "serve", "--port", "7", "--name", "a b", "--key", "k ${PORT}", "${x}", "${",
-        "$A"]
-    assert "${loop} is unknown" in config.models["c"].problem
-    assert options(config.models["d"]) == ["--model", "k ${PORT}/d.gguf"]
-    assert config.api_keys == ("k ${PORT}", "second")
+@pytest.mark.parametrize("text, values", MEANINGS)
+def test_a_file_means(tmp_path, text, values):
+    (tmp_path / "keys").write_text("# mine\nthree\n\n one \n")
+    config = read(tmp_path, text, ENVIRON)
+    names = {
+        **config.models, "models": [*config.models.values()], "config": config,
+        "proxy": config.settings, "options": options, "OPTIONS": OPTIONS,
+        "UNKNOWN": llmswap.UNKNOWN_OPTIONS,
+        "argv": lambda model: model.command(OPTIONS, 7),
+    }
+    assert {each: eval(each, names) for each in values} == values
 
 
-def test_without_macros_options_of_llama_server_keep_their_dollars(tmp_path):
-    model = read(tmp_path, "[a]\nm = ${PORT}$${x}").models["a"]
-    assert options(model) == ["--model", "${PORT}$${x}"]
+def test_an_empty_file_has_every_setting_at_its_default(tmp_path):
+    settings = read(tmp_path, "").settings
+    for key in llmswap.PROXY_KEYS:
+        if key.name not in ("sets", "default-model"):
+            assert getattr(settings, key.attribute) == key.parse(key.default)
+    assert all(key.help for key in llmswap.PROXY_KEYS + llmswap.MODEL_KEYS)
 
 
-def test_port_and_pid_are_filled_in_when_they_are_known(tmp_path):
-    model = read(tmp_path, """
-        [a]
-        cmd      = serve
-        cmd-stop = stop --pid ${PID} --port ${PORT} '${MODEL_ID}'
-        proxy    = http://127.0.0.1:${PORT}/base/
-        env.OLLAMA_HOST = 127.0.0.1:${PORT}
-        """).models["a"]
-    assert model.problem is None
-    assert model.command(None, 8) == ["serve"]
-    assert model.stop_command(8, 9) == [
-        "stop", "--pid", "9", "--port", "8", "a"]
-    assert model.url(8) == "http://127.0.0.1:8/base"
-    assert model.environment(8) == {"OLLAMA_HOST": "127.0.0.1:8"}
+def test_the_command_line_overrules_the_file(tmp_path):
+    text = "[llmswap]\nlisten = 127.0.0.1:1\nbudget = vram 1G\n"
+    assert read(tmp_path, text, models_max=2).settings.models_max == 2
+    more = f"{text}models-max = 3"
+    assert read(tmp_path, more, models_max="0").settings.models_max == 0
+    assert read(tmp_path, text, listen="[::1]:2").settings.listen == (("::1", 2),)
+    with pytest.raises(ConfigError, match="^--listen: 'x'"):
+        read(tmp_path, text, listen="x")
+
+
+def test_a_file_that_cannot_be_read_is_a_config_error(tmp_path):
+    with pytest.raises(ConfigError, match="No such file"):
+        llmswap.load_config(tmp_path / "none.ini")
 
 
 # ---- Options of llama-server -----------------------------------------------------
@@ -1221,27 +1373,6 @@ def test_options_become_words_as_the_router_has_them(tmp_path, words, lines):
         assert options(read(tmp_path, f"[a]\n{line}").models["a"]) == words, line
 
 
-def test_unknown_options_pass_as_written_with_their_values(tmp_path):
-    model = read(tmp_path, "[a]\nmodel = x\nnew_one = on\njinja = off").models["a"]
-    words = ["--jinja", "off", "--model", "x", "--new-one", "on"]
-    assert options(model, llmswap.UNKNOWN_OPTIONS) == words
-
-
-def test_star_is_below_every_section_wherever_it_stands(tmp_path):
-    text = "[a]\nctx-size = 1\n[*]\nc = 2\nkeep = 3\nno-jinja = on\n[b]\njinja = on"
-    a, b = read(tmp_path, text).models.values()
-    assert options(a) == ["--no-jinja", "--keep", "3", "--ctx-size", "1"]
-    assert options(b) == ["--jinja", "--keep", "3", "--ctx-size", "2"]
-
-
-def test_host_port_and_alias_are_set_where_the_router_sets_them(tmp_path):
-    config = read(tmp_path, "[q:8b]\nhost = 0.0.0.0\nm = x\nembedding = on")
-    for port in (7, "${PORT}"):
-        assert config.models["q:8b"].command(OPTIONS, port) == [
-            "llama-server", "--embeddings", "--host", "127.0.0.1", "--port", str(port),
-            "--alias", "q:8b", "--model", "x"]
-
-
 @pytest.mark.parametrize("line, reason", [
     ("ctx-sise = 1", "neither a key of llmswap nor an option of this "
                      "llama-server; did you mean ctx-size?"),
@@ -1261,31 +1392,6 @@ def test_an_unknown_option_is_named_with_its_place(tmp_path, line, reason):
 
 
 # ---- Models ----------------------------------------------------------------------
-
-
-def test_a_models_kind_is_decided_by_its_own_section(tmp_path):
-    config = read(tmp_path, """
-        [*]
-        m = default.gguf
-        [a]
-        [b]
-        cmd = serve ${PORT}
-        [c]
-        unit  = c.service
-        proxy = http://h:1
-        [d]
-        proxy = http://h:1
-        [e]
-        uses = A
-        [f]
-        proxy = http://127.0.0.1:${PORT}/prefix
-        """)
-    kinds = {model.name: model.kind for model in config.models.values()}
-    assert kinds == {"a": "llama-server", "b": "cmd", "c": "unit", "d": "remote",
-                     "e": "uses", "f": "llama-server"}
-    assert [model.problem for model in config.models.values()] == [None] * 6
-    assert [config.models[name].backend for name in "abe"] == ["a", "b", "a"]
-    assert config.models["c"].command(None, 1) == []
 
 
 @pytest.mark.parametrize("section, reason", [
@@ -1342,118 +1448,6 @@ def test_a_source_may_be_spelled_in_many_ways(tmp_path, line):
         assert read(tmp_path, text).models["a"].problem is None
 
 
-@pytest.mark.parametrize("line, warning", [
-    ("stop-timeout = soon", "'soon' is not a duration such as 15m; taken as 10"),
-    ("stop-timeout =", "'' is not a duration such as 15m; taken as 10"),
-    ("load-on-startup = maybe", "'maybe' is not on or off; taken as off"),
-])
-def test_values_that_llama_cpp_forgives_are_forgiven(tmp_path, line, warning):
-    config = read(tmp_path, f"[a]\nm = x\n{line}")
-    assert config.models["a"].problem is None
-    assert config.warnings == (f"m.ini:3: [a] {line.split()[0]}: {warning}",)
-    assert config.models["a"].settings.stop_timeout == 10
-    assert not config.models["a"].settings.load_on_startup
-
-
-def test_own_keys_of_star_hold_for_all_and_options_for_llama_servers(tmp_path):
-    text = """
-        [*]
-        idle-timeout = 5m
-        ngl = 9
-        env.A = 1
-        env.B = 2
-        pin = perhaps
-        needs = vram 8G
-        [a]
-        cmd = serve ${PORT}
-        env.B = 3
-        [b]
-        m = x
-        idle-timeout = 1
-        pin = off
-        [c]
-        uses = b
-        [llmswap]
-        budget = vram 8G
-        """
-    a, b, c = read(tmp_path, text).models.values()
-    assert a.settings.idle_timeout == 300 and b.settings.idle_timeout == 1
-    assert a.env == {"A": "1", "B": "3"}
-    assert b.env == {"A": "1", "B": "2"}
-    assert a.problem.startswith("m.ini:7: [*] pin: 'perhaps'") and a.options == ()
-    assert b.problem is c.problem is None and c.settings.needs == {}
-
-
-LAUNCHED = "[*]\nngl = 1\nc = 7\n[a]\nm = x\nc = 2\nidle-timeout = 5\nenv.A = 1\n"
-
-
-@pytest.mark.parametrize("old, new, is_same", [
-    *[(LAUNCHED, LAUNCHED + line, True) for line in (
-        "alias = b", "idle-timeout = 9", "set-params = {\"a\": 1}", "pin = on",
-        "description = ${MODEL_ID}", "proxy-key = x", "cmd-stop = x ${PID}")],
-    (LAUNCHED, "\n\n" + LAUNCHED.replace("c = 7", "c = 8"), True),
-    *[(LAUNCHED, LAUNCHED + line, False) for line in (
-        "c = 3", "env.A = 2", "extra-args = -x", "cwd = /", "keep = 1",
-        "llama-server = /x", "oom-score-adj = 0", "env.B = 1")],
-    (LAUNCHED, LAUNCHED.replace("ngl = 1", "ngl = 2"), False),
-    *[(f"[macros]\nx = 1\n[a]\n{line}", f"[macros]\nx = {x}\n[a]\n{line}", x == 1)
-      for line in ("cmd = serve ${PORT} ${x}", "m = ${x}") for x in (1, 2)],
-    # the first macro makes $ special in options
-    *[(f"[a]\nm = {text}", f"[macros]\ny = 1\n[a]\nm = {text}", is_same)
-      for text, is_same in (("x", True), ("${MODEL_ID}", False), ("$${x}", False))],
-])
-def test_a_reload_spares_a_backend_unless_its_launch_changes(
-    tmp_path, old, new, is_same
-):
-    launches = [read(tmp_path, text).models["a"].launch for text in (old, new)]
-    assert (launches[0] == launches[1]) is is_same
-
-
-# ---- Names -----------------------------------------------------------------------
-
-
-def test_models_are_found_by_every_name(tmp_path):
-    config = read(tmp_path, "[qwen3:8b]\nm = x\nalias = coder, GPT-4\n[Coder]\nm = y")
-    for name in ("qwen3:8b", "qwen3:8B", "coder", "GPT-4", "gpt-4", " QWEN3:8B "):
-        assert config.resolve(name).name == "qwen3:8b"
-    assert config.resolve("Coder").name == "Coder"
-    assert config.models["qwen3:8b"].aliases == ("coder", "GPT-4")
-
-
-@pytest.mark.parametrize("text, name, message", [
-    ("[coder]\nm=x\n[embed]\nm=x\n[zzy]\nm=x\nunlisted = on", "codr",
-     "there is no model 'codr'; did you mean coder? there are coder, embed"),
-    ("[coder]\nm=x\n[embed]\nm=x\n[zzy]\nm=x\nunlisted = on", "zzz",
-     "there is no model 'zzz'; there are coder, embed"),
-    ("[a]\nm = x\nalias = gpt-4o-mini", "gpt-4-mini",
-     "there is no model 'gpt-4-mini'; did you mean gpt-4o-mini? there are a"),
-])
-def test_an_unknown_name_is_answered_with_near_ones(tmp_path, text, name, message):
-    with pytest.raises(ModelNotFound) as caught:
-        read(tmp_path, text).resolve(name)
-    assert str(caught.value) == message
-
-
-@pytest.mark.parametrize("text, owners, warnings", [
-    ("[a]\nm = x\nalias = b, c, a\n[b]\nm = x\nalias = c, d",
-     {"a": "a", "b": "b", "c": "a", "d": "b"},
-     ["m.ini:1: [a]: the alias 'b' already means [b]",
-      "m.ini:4: [b]: the alias 'c' already means [a]"]),
-    ("[m:q4]\nm = x\n[m:Q4]\nm = x\n[n:a-q]\nm = x\n[n:b-q]\nm = x\n",
-     {"m:Q4": "m:q4", "n:Q": "n:b-q", "n:a-q": "n:a-q"},
-     ["m.ini:3: [m:Q4]: replaced by [m:q4], the same to llama.cpp",
-      "m.ini:5: [n:a-q]: llama.cpp's name 'n:Q' already means [n:b-q]"]),
-    ("version = 1\nm = x\n[a]\nm = y", {"default": "default", "a": "a"},
-     ["m.ini:2: keys before the first section make a model 'default'; keys for all "
-      "models belong into [*]"]),
-    ("version = 1\n[default]\n[a]\nm = x", {"a": "a", "default": None}, []),
-])
-def test_the_first_owner_keeps_a_name(tmp_path, text, owners, warnings):
-    config = read(tmp_path, text)
-    assert {name: config.find(name) for name in owners} == owners
-    assert list(config.warnings) == warnings
-
-
 @pytest.mark.parametrize("text, warning", [
     ("[a]\nm = /a#b", "m.ini:2: [a] m: a comment begins at '#', as in llama.cpp; "
                       "the value is '/a'"),
@@ -1476,87 +1470,18 @@ def test_surprises_are_warned_of_once(tmp_path, text, warning):
     assert len(found) == 1 and found[0].startswith("m.ini:")
 
 
-def test_an_ordinary_file_gives_no_warning(tmp_path):
-    config = read(tmp_path, """
-        version = 1
-        [llmswap]          ; the proxy
-        listen = 127.0.0.1:8080
-        [*]
-        ngl = 99           ; all
-        models-max = 2
-        [a:Q8_0]           # a model
-        model = /m/a.gguf  # its file
-        jinja = on
-        fa = auto
-        """)
-    assert [*config.warnings, *config.pitfalls(lambda model: OPTIONS)] == []
-
-
-# ---- The proxy -------------------------------------------------------------------
-
-
-def test_a_file_that_cannot_be_read_is_a_config_error(tmp_path):
-    with pytest.raises(ConfigError, match="No such file"):
-        llmswap.load_config(tmp_path / "none.ini")
-
-
-def models_max(config):
-    return config.settings.models_max
-
-
-def default_model(config):
-    return config.default_model() and config.default_model().name
-
-
-def per_model(attribute):
-    return lambda config: [
-        getattr(model.settings, attribute) for model in config.models.values()
-    ]
-
-
-@pytest.mark.parametrize("get, text, value", [
-    (models_max, "", 1),
-    (models_max, "[llmswap]\nmodels-max = 3", 3),
-    (models_max, "[*]\nmodels-max = 3", 3),
-    (models_max, "[*]\nLLAMA_ARG_MODELS_MAX = 3", 3),
-    (models_max, "[*]\nmodels-max = x", 1),
-    (models_max, "[*]\nmodels-max = 3\n[llmswap]\nmodels-max = 2", 2),
-    (models_max, "[llmswap]\nbudget = vram 1G", 0),
-    (models_max, "[llmswap]\nsets = a\n[a]\nm = x", 0),
-    (models_max, "[llmswap]\nsets = a\nmodels-max = 1\n[a]\nm = x", 1),
-    (default_model, "", None),
-    (default_model, "[a]\nm = x", "a"),
-    (default_model, "[a]\nm = x\n[b]\nm = x", None),
-    (default_model, "[llmswap]\ndefault-model = B\n[a]\nm=x\n[c]\nm=x\nalias = b",
-     "c"),
-    (per_model("hang_timeout"), "[a]\ncmd = x ${PORT}\n[b]\nm = x", [0, 60]),
-    (per_model("hang_timeout"), "[*]\nhang-timeout = 5\n[a]\ncmd = x ${PORT}", [5]),
-    (per_model("llama_server"), "[llmswap]\nllama-server = /one\n[a]\nm = x",
-     ["/one"]),
-    (per_model("llama_server"), "[llmswap]\nllama-server = /one\n[a]\nm = x\n"
-     "[*]\nllama-server = /two\n[b]\nm = x\nllama-server = /3", ["/two", "/3"]),
-    (lambda config: config.settings.sets,
-     "[llmswap]\nsets = coder + E, a+b\n[c,1]\nm = x\nalias = coder\n[e]\nm = x\n"
-     "[f]\nuses = e\nalias = a\n[b]\nm = x\n", ({"c,1", "e"}, {"e", "b"})),
+@pytest.mark.parametrize("text, name, message", [
+    ("[coder]\nm=x\n[embed]\nm=x\n[zzy]\nm=x\nunlisted = on", "codr",
+     "there is no model 'codr'; did you mean coder? there are coder, embed"),
+    ("[coder]\nm=x\n[embed]\nm=x\n[zzy]\nm=x\nunlisted = on", "zzz",
+     "there is no model 'zzz'; there are coder, embed"),
+    ("[a]\nm = x\nalias = gpt-4o-mini", "gpt-4-mini",
+     "there is no model 'gpt-4-mini'; did you mean gpt-4o-mini? there are a"),
 ])
-def test_settings_have_their_value_wherever_it_comes_from(tmp_path, get, text, value):
-    assert get(read(tmp_path, text)) == value
-
-
-def test_the_command_line_overrules_the_file(tmp_path):
-    text = "[llmswap]\nlisten = 127.0.0.1:1\nbudget = vram 1G\n"
-    assert models_max(read(tmp_path, text, models_max=2)) == 2
-    assert models_max(read(tmp_path, f"{text}models-max = 3", models_max="0")) == 0
-    assert read(tmp_path, text, listen="[::1]:2").settings.listen == (("::1", 2),)
-    with pytest.raises(ConfigError, match="^--listen: 'x'"):
-        read(tmp_path, text, listen="x")
-
-
-def test_keys_come_from_the_file_its_key_file_and_the_environment(tmp_path):
-    (tmp_path / "keys").write_text("# mine\nthree\n\n one \n")
-    config = read(tmp_path, "[llmswap]\napi-key = one, t;w #o\napi-key-file = keys",
-                  {"LLMSWAP_API_KEY": "four"})
-    assert config.api_keys == ("one", "t;w #o", "four", "three")
+def test_an_unknown_name_is_answered_with_near_ones(tmp_path, text, name, message):
+    with pytest.raises(ModelNotFound) as caught:
+        read(tmp_path, text).resolve(name)
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("limits, a, b, misfit", [
@@ -1583,6 +1508,31 @@ def test_a_model_must_fit_beside_all_that_are_pinned(tmp_path, limits, a, b, mis
     else:
         assert misfit in config.models["b"].problem
         assert config.models["b"].problem in config.models["u"].problem
+
+
+LAUNCHED = "[*]\nngl = 1\nc = 7\n[a]\nm = x\nc = 2\nidle-timeout = 5\nenv.A = 1\n"
+
+
+@pytest.mark.parametrize("old, new, is_same", [
+    *[(LAUNCHED, LAUNCHED + line, True) for line in (
+        "alias = b", "idle-timeout = 9", "set-params = {\"a\": 1}", "pin = on",
+        "description = ${MODEL_ID}", "proxy-key = x", "cmd-stop = x ${PID}")],
+    (LAUNCHED, "\n\n" + LAUNCHED.replace("c = 7", "c = 8"), True),
+    *[(LAUNCHED, LAUNCHED + line, False) for line in (
+        "c = 3", "env.A = 2", "extra-args = -x", "cwd = /", "keep = 1",
+        "llama-server = /x", "oom-score-adj = 0", "env.B = 1")],
+    (LAUNCHED, LAUNCHED.replace("ngl = 1", "ngl = 2"), False),
+    *[(f"[macros]\nx = 1\n[a]\n{line}", f"[macros]\nx = {x}\n[a]\n{line}", x == 1)
+      for line in ("cmd = serve ${PORT} ${x}", "m = ${x}") for x in (1, 2)],
+    # the first macro makes $ special in options
+    *[(f"[a]\nm = {text}", f"[macros]\ny = 1\n[a]\nm = {text}", is_same)
+      for text, is_same in (("x", True), ("${MODEL_ID}", False), ("$${x}", False))],
+])
+def test_a_reload_spares_a_backend_unless_its_launch_changes(
+    tmp_path, old, new, is_same
+):
+    launches = [read(tmp_path, text).models["a"].launch for text in (old, new)]
+    assert (launches[0] == launches[1]) is is_same
 
 
 # ---- models-dir ------------------------------------------------------------------
