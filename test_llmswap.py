@@ -5141,27 +5141,6 @@ def test_a_reload_sets_the_log_level_unless_verbose_does(args):
         assert ("b: loading" in server.log()) == bool(args)
 
 
-def test_a_storm_of_reloads_harms_no_request():
-    with Llmswap(RELOADS.format(changed="m")) as server:
-        storm_ends = threading.Event()
-
-        def storm():
-            for number in range(40):
-                server.reload(RELOADS.format(changed=f"m{number}"))
-                storm_ends.wait(0.01)
-            storm_ends.set()
-
-        thread = threading.Thread(target=storm)
-        thread.start()
-        stream = server.stream("kept", tokens=30, interval=0.02)
-        while not storm_ends.is_set():
-            assert server.chat("changed").status == 200
-        thread.join()
-        assert "word29" in stream.text()
-        eventually(lambda: "m39" in server.chat("changed").content())
-        eventually(lambda: not zombies_of(server.pid))
-
-
 # ---- how it is started
 
 
@@ -5263,11 +5242,10 @@ def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
             assert text.format(shown) + "\n" in done.stderr
 
 
-def test_output_that_cannot_be_written_is_an_error(tmp_path):
-    (tmp_path / "m.ini").write_text("[m]\ncmd = true ${PORT}\n")
-    check = [sys.executable, LLMSWAP, str(tmp_path / "m.ini"), "--check"]
+def test_output_that_cannot_be_written_is_an_error():
     with open("/dev/full", "w") as full:
-        done = subprocess.run(check, stdout=full, stderr=subprocess.DEVNULL)
+        keys = [sys.executable, LLMSWAP, "--keys"]
+        done = subprocess.run(keys, stdout=full, stderr=subprocess.DEVNULL)
     assert done.returncode == 1
 
 
