@@ -918,7 +918,8 @@ OPTIONS = llmswap.parse_help(HELP)
     ("alias", {"a, b,,a , c": ("a", "b", "c")}, []),
     ("needs", {"vram 18G, ram 4": {"vram": 18 * 2**30, "ram": 4}, "": {}},
      ["vram", "vram 1G, vram 2G", "18G", "vram 1X", "v=1"]),
-    ("sets", {"a + b, c+b": (("a", "b"), ("c", "b")), "": ()}, ["a + ", "+", "a + + b"]),
+    ("sets", {"a + b, c+b": (("a", "b"), ("c", "b")), "": ()},
+     ["a + ", "+", "a + + b"]),
     ("set-params", {'{"a": {"b": 1}}': {"a": {"b": 1}}, "": {}},
      ["[1]", "1", "{", '{"a": NaN}', "{'a': 1}", "null", "[" * 200000]),
     ("listen",
@@ -1266,8 +1267,8 @@ MEANINGS = [
      {"(a.settings.hang_timeout, b.settings.hang_timeout)": (0, 60)}),
     ("[*]\nhang-timeout = 5\n[a]\ncmd = x ${PORT}", {"a.settings.hang_timeout": 5}),
     ("[llmswap]\nllama-server = /one\n[a]\nm = x", {"a.settings.llama_server": "/one"}),
-    ("[llmswap]\nllama-server = /one\n[a]\nm = x\n[*]\nllama-server = /two\n[b]\nm = x\n"
-     "llama-server = /3",
+    ("[llmswap]\nllama-server = /one\n[*]\nllama-server = /two\n[a]\nm = x\n[b]\n"
+     "m = x\nllama-server = /3",
      {"(a.settings.llama_server, b.settings.llama_server)": ("/two", "/3")}),
     ("[llmswap]\nsets = coder + E, a+b\n[c,1]\nm = x\nalias = coder\n[e]\nm = x\n"
      "[f]\nuses = e\nalias = a\n[b]\nm = x\n",
@@ -5146,9 +5147,11 @@ def test_a_reload_sets_the_log_level_unless_verbose_does(args):
 
 @contextmanager
 def running(command, address, **options):
-    """The process of llmswap that this command starts, once it answers there; it must
-    end with status 0 at a SIGTERM, and without a traceback if its stderr is a pipe."""
-    with subprocess.Popen(command, **options) as process:
+    """The process of llmswap (or what this command starts), once it answers there; it
+    must end with status 0 at a SIGTERM, without a traceback if its stderr is a pipe."""
+    is_command = isinstance(command, list)
+    process = subprocess.Popen(command, **options) if is_command else command
+    with process:
         try:
             eventually(lambda: llmswap.is_llmswap(address))
             yield process
@@ -11667,22 +11670,27 @@ for number, fd in enumerate(map(int, sys.argv[1].split(","))):
 os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(number + 1))
 os.execv(sys.argv[2], sys.argv[2:])
 """
-SOCKET_ACTIVATE = shutil.which("systemd-socket-activate")
+
+
+def activated(ini, *sockets, **options):
+    """The process of llmswap to which these sockets are passed as by systemd."""
+    fds = [each.fileno() for each in sockets]
+    words = [sys.executable, "-IS", "-c", PASS_SOCKETS, ",".join(map(str, fds))]
+    words += [sys.executable, "-IS", llmswap_file(), str(ini)]
+    return subprocess.Popen(words, pass_fds=fds, **options)
 
 
 class Activator:
     """systemd as far as a socket unit goes: it owns the listening socket and starts
-    llmswap whenever a connection waits and none runs, by way of
-    systemd-socket-activate if there is one."""
+    llmswap whenever a connection waits and none runs."""
 
-    def __init__(self, text, folder, env=None):
+    def __init__(self, text, folder):
         self.ini = Path(folder) / "test.ini"
         self.ini.write_text(text)
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port = self.listener.getsockname()[1]
         self.starts, self.statuses = 0, []
         self.token = f"{os.getpid()}-{self.port}"
-        self._env = {**os.environ, FAMILY: self.token, **(env or {})}
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._live)
 
@@ -11707,15 +11715,10 @@ class Activator:
                 self._run()
 
     def _run(self):
-        fd = self.listener.fileno()
-        words = ["-IS", "-c", PASS_SOCKETS, str(fd)]
-        words += [SOCKET_ACTIVATE, "--fdname=http"] if SOCKET_ACTIVATE else []
-        words += [sys.executable, "-IS", llmswap_file(), str(self.ini)]
+        env = {**os.environ, FAMILY: self.token}
         self.starts += 1
         with open(self.ini.with_name("stderr"), "ab") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, *words], env=self._env, pass_fds=[fd], stderr=stderr
-            )
+            self.process = activated(self.ini, self.listener, env=env, stderr=stderr)
         while self.process.poll() is None and not self._is_over.is_set():
             time.sleep(0.005)
         if self.process.poll() is None:
@@ -11812,10 +11815,8 @@ def test_a_descriptor_that_does_not_listen_is_not_used(tmp_path, kind):
     path, address = tmp_path / "x.ini", ("127.0.0.1", free_port())
     path.write_text("[llmswap]\nlisten = %s:%d\n" % address)
     passed = socket.socket(type=kind) if kind else open(path)
-    words = ["-IS", "-c", PASS_SOCKETS, str(passed.fileno())]
-    command = [sys.executable, *words, sys.executable, "-IS", llmswap_file(), str(path)]
-    pipe = dict(stderr=subprocess.PIPE, text=True, pass_fds=[passed.fileno()])
-    with passed, running(command, address, **pipe) as process:
+    process = activated(path, passed, stderr=subprocess.PIPE, text=True)
+    with passed, running(process, address):
         line = process.stderr.readline()
     assert "descriptor 3 from systemd is not a listening stream socket" in line
 
@@ -11940,12 +11941,10 @@ def test_units_are_what_systemd_accepts(tmp_path):
         assert text in files["llmswap.service"]
     if not shutil.which("systemd-analyze"):
         pytest.skip("needs systemd-analyze")
-    checked = subprocess.run(
-        ["systemd-analyze", "verify", "--user", *(str(tmp_path / n) for n in files)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
-    )
+    paths = [str(tmp_path / name) for name in files]
+    verify = ["systemd-analyze", "verify", "--user", *paths]
+    env["XDG_RUNTIME_DIR"] = str(tmp_path)
+    checked = subprocess.run(verify, capture_output=True, text=True, env=env)
     assert (checked.returncode, checked.stderr) == (0, "")
 
 
@@ -11977,9 +11976,8 @@ def network_of(path):
     """Until the block ends, this thread and what it starts are in that network."""
     setns = ctypes.CDLL(None, use_errno=True).setns
     with open("/proc/thread-self/ns/net") as ours, open(path) as theirs:
-        assert setns(theirs.fileno(), CLONE_NEWNET) == 0, os.strerror(
-            ctypes.get_errno()
-        )
+        status = setns(theirs.fileno(), CLONE_NEWNET)
+        assert status == 0, os.strerror(ctypes.get_errno())
         try:
             yield
         finally:
@@ -11994,10 +11992,8 @@ class Debian:
 
     def __init__(self, folder):
         self._log = Path(folder, "boot.log")
-        found = [
-            each for each in CONTROL_GROUPS if os.path.exists(f"{each}/cgroup.procs")
-        ]
-        self._group = Path(found[0], f"llmswap-test-{os.getpid()}")
+        roots = [p for p in CONTROL_GROUPS if os.path.exists(f"{p}/cgroup.procs")]
+        self._group = Path(roots[0], f"llmswap-test-{os.getpid()}")
         self._group.mkdir()
         unshare = "unshare --mount --pid --net --cgroup --ipc --uts --fork --kill-child"
         enter = f"echo $$ >{self._group}/cgroup.procs; exec setpriv --pdeathsig KILL {unshare}"
@@ -12020,9 +12016,8 @@ class Debian:
         self.pid = int(self._first()[0])
         self.home = Path(f"/proc/{self.pid}/root/root")
         self.network = f"/proc/{self.pid}/ns/net"
-        return (
-            self("systemctl --user is-active default.target", check=False) == "active"
-        )
+        state = self("systemctl --user is-active default.target", check=False)
+        return state == "active"
 
     def __call__(self, script, check=True):
         """What root's shell there writes while it runs the script, as after a login."""
@@ -12030,12 +12025,8 @@ class Debian:
         login = f"mkdir -p {session}; echo $$ >{session}/cgroup.procs"
         shell = ["nsenter", "-a", "-t", str(self.pid), "bash", "-euo", "pipefail"]
         path = f"/root/.local/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        env = {
-            "PATH": path,
-            "HOME": "/root",
-            "USER": "root",
-            "XDG_RUNTIME_DIR": "/run/user/0",
-        }
+        env = {"PATH": path, "HOME": "/root", "USER": "root"}
+        env["XDG_RUNTIME_DIR"] = "/run/user/0"
         done = subprocess.run(
             [*shell, "-c", f"{login}\n{script}"],
             env=env, cwd="/", timeout=30, stdin=subprocess.DEVNULL,
@@ -12058,19 +12049,17 @@ class Debian:
 
 @pytest.fixture(scope="module")
 def debian(tmp_path_factory):
-    if os.getuid() or not all(
-        map(shutil.which, ("systemctl", "dbus-daemon", "ip", "unshare"))
-    ):
+    programs = "systemctl", "dbus-daemon", "ip", "unshare"
+    if os.getuid() or not all(map(shutil.which, programs)):
         pytest.skip("needs root, systemd, dbus and iproute2")
-    found = Debian(tmp_path_factory.mktemp("debian"))
-    try:
+    machine = Debian(tmp_path_factory.mktemp("debian"))
+    with contextlib.ExitStack() as stack:
+        stack.callback(machine.end)
         try:
-            eventually(found.is_up, 20, 0.1)
+            eventually(machine.is_up, 20, 0.1)
         except (AssertionError, OSError, subprocess.SubprocessError) as error:
             pytest.skip(f"no systemd can be booted here: {error}")
-        yield found
-    finally:
-        found.end()
+        yield machine
 
 
 def recipe(title, kind=""):
@@ -12141,9 +12130,8 @@ def test_a_core_that_is_stuck_is_started_anew_by_a_real_systemd(debian):
     try:
         pid = chat_within(debian, "a").content().split()[1]
         debian("kill -STOP $(systemctl --user show --value -p MainPID llmswap.service)")
-        eventually(
-            lambda: debian.show("NRestarts", "llmswap.service") == "1", every=0.1
-        )
+        restarts = functools.partial(debian.show, "NRestarts", "llmswap.service")
+        eventually(lambda: restarts() == "1", every=0.1)
         assert chat_within(debian, "a").content().split()[1] != pid
         assert debian("pgrep -fc '[f]ake.pyc.*--port'") == "1"
         log = debian("journalctl --user-unit llmswap.service -o cat")
@@ -12157,9 +12145,8 @@ UNIT = "[Service]\nExecStart={}\n"
 
 def test_the_recipe_for_units_as_models_as_written_on_a_real_systemd(debian):
     [text] = recipe("systemd units as models", "ini")
-    assert (
-        "unit  = bge-m3.service\n" in text and "unit  = system:qwen3.service " in text
-    )
+    assert "unit  = bge-m3.service\n" in text
+    assert "unit  = system:qwen3.service " in text
     text += "[broken]\nunit = broken.service\nproxy = http://127.0.0.1:3004\n"
     folders = {"--user": debian.home / ".config/systemd/user",
                "--system": debian.home.parent / "etc/systemd/system"}  # fmt: skip
@@ -12193,13 +12180,9 @@ def test_the_recipe_for_units_as_models_as_written_on_a_real_systemd(debian):
     assert chat_within(debian, "qwen3").status == 200
     answer = chat_within(debian, "broken")
     assert answer.status == 502
-    assert (
-        "broken (broken.service) could not be started: exit-code, status 3"
-        in answer.message()
-    )
-    assert (
-        "exiting due to model loading error 3" in answer.message()
-    )  # the journal has it
+    reason = "broken (broken.service) could not be started: exit-code, status 3"
+    assert reason in answer.message()
+    assert "exiting due to model loading error 3" in answer.message()  # of the journal
     assert chat_within(debian, "bge-m3").status == 200
 
 
