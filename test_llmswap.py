@@ -1523,6 +1523,8 @@ LAUNCHED = "[*]\nngl = 1\nc = 7\n[a]\nm = x\nc = 2\nidle-timeout = 5\nenv.A = 1\
         "c = 3", "env.A = 2", "extra-args = -x", "cwd = /", "keep = 1",
         "llama-server = /x", "oom-score-adj = 0", "env.B = 1")],
     (LAUNCHED, LAUNCHED.replace("ngl = 1", "ngl = 2"), False),
+    ("[*]\nc = 1\n[a]\nm = x\nctx-size = 2", "[*]\nctx-size = 2\n[a]\nm = x\nc = 1",
+     False),
     *[(f"[macros]\nx = 1\n[a]\n{line}", f"[macros]\nx = {x}\n[a]\n{line}", x == 1)
       for line in ("cmd = serve ${PORT} ${x}", "m = ${x}") for x in (1, 2)],
     # the first macro makes $ special in options
