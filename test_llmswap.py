@@ -1017,8 +1017,8 @@ def test_sections_are_read(text, sections):
     ("[a\n", "1: "),
     ("[a]\nc d = 1", "2: "),
     ("[a]\n---c = 1", "2: "),
-    (b"[a]\nc = \xff", "2: this is not UTF-8"),
-    ("[a]\nc = 1".encode("utf-16-le"), "1: this is not UTF-8"),
+    (b"[a]\nc = \xff", "2: 'c = \\udcff' is neither [section], key = value nor a comment"),
+    ("[a]\nc = 1".encode("utf-16-le"), "1: "),
     *[(f"[macros]\n{name} = x", f"2: [macros] {name}: this name has its own")
       for name in ("PORT", "PID", "MODEL_ID", "env.HOME")],
     *[(f"[*]\n{key} = x", f"2: [*] {key}: cannot be given for all models")
