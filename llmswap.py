@@ -524,13 +524,13 @@ def suggestion(name, names) -> str:
 # ---- Sections: the language of the file ---------------------------------------------
 
 NEWLINE = re.compile(r"\r\n|\r|\n")
+NO_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, and what stands for wrong bytes
 STATEMENT = re.compile(  # lines indented deeper than their `cmd` continue it
     rf"""(?P<indent>[ \t]*)
     (?: \[ [ \t]* (?P<header>[^\] \t][^\]]*) \] [ \t]* (?:[;\#][^\r\n]*)?
-      | -{{0,2}} cmd [ \t]* =
-        (?P<command>[^\r\n]* (?:(?:{NEWLINE.pattern})
-            (?P=indent)[ \t]+[^ \t\r\n][^\r\n]*)*)
-      | -{{0,2}} (?P<key>[A-Za-z_][A-Za-z0-9_.-]*) [ \t]* = (?P<value>[^\r\n]*)
+      | -{{0,2}} (?P<key> (?P<cmd>cmd) | [A-Za-z_][A-Za-z0-9_.-]*) [ \t]* =
+        (?P<value>[^\r\n]* (?(cmd) (?:(?:{NEWLINE.pattern})
+            (?P=indent)[ \t]+[^ \t\r\n][^\r\n]*)* ))
       | (?:[;\#][^\r\n]*)?
     ) (?:{NEWLINE.pattern}|\Z)""",
     re.VERBOSE,
@@ -573,25 +573,18 @@ class PresetParser:
     def parse(self, data) -> dict:
         """Return the sections by name, or raise ConfigError."""
         text = data.decode("utf-8-sig", "surrogateescape")
-        wrong = re.search("[\0\udc80-\udcff]", text)
-        if wrong:
-            line = len(NEWLINE.findall(text[: wrong.start()])) + 1
-            raise ConfigError(f"{self._path}:{line}: this is not UTF-8 text")
         offset, line = 0, 1
         while offset < len(text):
             place = f"{self._path}:{line}:"
             statement = STATEMENT.match(text, offset)
-            if statement is None:
+            if statement is None or NO_TEXT.search(statement[0]):
                 wrong = NEWLINE.split(text[offset:], 1)[0].strip()
-                raise ConfigError(
-                    f"{place} {wrong!r} is neither [section], key = value nor a comment"
-                )
+                raise ConfigError(f"{place} {wrong!r} is neither [section], "
+                                  "key = value nor a comment, in UTF-8")
             offset = statement.end()
             line += len(NEWLINE.findall(statement[0]))
             if statement["header"]:
                 self._open_section(statement["header"], place)
-            elif statement["command"] is not None:
-                self._add_setting("cmd", statement["command"], place)
             elif statement["key"]:
                 self._add_setting(statement["key"], statement["value"], place)
         return self._sections

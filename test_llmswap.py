@@ -899,58 +899,53 @@ OPTIONS = llmswap.parse_help(HELP)
 # ---- Values ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key, values", [
-    ("queue-timeout", {"90": 90, "90s": 90, "15m": 900, "1h30m": 5400, "1.5h": 5400,
-                       "250ms": 0.25, "0": 0, "99999999d": 100 * 365 * 86400}),
-    ("patience", {"auto": None, "5s": 5}),
-    ("max-body", {"512M": 512 * 2**20, "18G": 18 * 2**30, "1.5T": 1.5 * 2**40,
-                  "18 GiB": 18 * 2**30, "18gb": 18 * 2**30, "7": 7}),
-    ("pin", {"ON": True, "yes": True, "enabled": True, "0": False, "No": False}),
-    ("concurrency", {"0": 0, "12": 12}),
-    ("oom-score-adj", {"-1000": -1000, "7": 7}),
-    ("alias", {"a, b,,a , c": ("a", "b", "c")}),
-    ("needs", {"vram 18G, ram 4": {"vram": 18 * 2**30, "ram": 4}, "": {}}),
-    ("sets", {"a + b, c+b": (("a", "b"), ("c", "b")), "": ()}),
-    ("set-params", {'{"a": {"b": 1}}': {"a": {"b": 1}}, "": {}}),
-    ("listen", {"127.0.0.1:8080": (("127.0.0.1", 8080),),
-                "box.lan:0": (("box.lan", 0),),
-                "[::1]:80, unix:/run/a.sock": (("::1", 80), "/run/a.sock")}),
-    ("check-endpoint", {"/v1/health": "/v1/health", "none": None}),
-    ("sleep", {"POST /sleep?level=1": ("POST", "/sleep?level=1"), "": None,
-               "/wake_up": ("POST", "/wake_up")}),
-    ("wake-mac", {"ab:cd:EF:01:23:45": bytes.fromhex("abcdef012345"), "": None,
-                  "ab-cd-ef-01-23-45": bytes.fromhex("abcdef012345")}),
-    ("proxy", {"https://h:1/base": "https://h:1/base"}),
-    ("loading-notice", {"OFF": "off"}),
+@pytest.mark.parametrize("key, values, malformed", [
+    ("queue-timeout",
+     {"90": 90, "90s": 90, "15m": 900, "1h30m": 5400, "1.5h": 5400, "250ms": 0.25,
+      "0": 0, "99999999d": 100 * 365 * 86400},
+     ["", "soon", "1.", ".5", "-1", "1h30", "1 h", "m", "inf", "1e3", "٣s", "9" * 400,
+      "10M"]),
+    ("patience", {"auto": None, "5s": 5}, ["", "never"]),
+    ("max-body",
+     {"512M": 512 * 2**20, "18G": 18 * 2**30, "1.5T": 1.5 * 2**40, "18 GiB": 18 * 2**30,
+      "18gb": 18 * 2**30, "7": 7},
+     ["", "G", "-1G", "1X", "1GG", "one", "1,5G", "1\u212a", "9" * 400]),
+    ("pin", {"ON": True, "yes": True, "enabled": True, "0": False, "No": False},
+     ["", "maybe", "2", "onn"]),
+    ("concurrency", {"0": 0, "12": 12}, ["", "-1", "1.5", "one", "1_0", "٣", "9" * 20]),
+    ("oom-score-adj", {"-1000": -1000, "7": 7},
+     ["", "1001", "-1001", "9999", "1.5", "--1"]),
+    ("alias", {"a, b,,a , c": ("a", "b", "c")}, []),
+    ("needs", {"vram 18G, ram 4": {"vram": 18 * 2**30, "ram": 4}, "": {}},
+     ["vram", "vram 1G, vram 2G", "18G", "vram 1X", "v=1"]),
+    ("sets", {"a + b, c+b": (("a", "b"), ("c", "b")), "": ()},
+     ["a + ", "+", "a + + b"]),
+    ("set-params", {'{"a": {"b": 1}}': {"a": {"b": 1}}, "": {}},
+     ["[1]", "1", "{", '{"a": NaN}', "{'a': 1}", "null", "[" * 200000]),
+    ("listen",
+     {"127.0.0.1:8080": (("127.0.0.1", 8080),), "box.lan:0": (("box.lan", 0),),
+      "[::1]:80, unix:/run/a.sock": (("::1", 80), "/run/a.sock")},
+     ["", ",", "8080", ":8080", "host", "h:99999", "::1:80", "[::1]", "http://h:1",
+      "unix:", "h:x", "a b:1"]),
+    ("check-endpoint", {"/v1/health": "/v1/health", "none": None},
+     ["", "health", "/a b", "None"]),
+    ("sleep",
+     {"POST /sleep?level=1": ("POST", "/sleep?level=1"), "": None,
+      "/wake_up": ("POST", "/wake_up")},
+     ["sleep", "post /x", "POST", "POST sleep"]),
+    ("wake-mac",
+     {"ab:cd:EF:01:23:45": bytes.fromhex("abcdef012345"), "": None,
+      "ab-cd-ef-01-23-45": bytes.fromhex("abcdef012345")},
+     ["ab:cd:ef:01:23", "ab:cd:ef:01:23:45:67", "abcdef012345", "gb:cd:ef:01:23:45",
+      "ab:cd:ef:01:23:45:"]),
+    ("proxy", {"https://h:1/base": "https://h:1/base"},
+     ["", "h:1", "ftp://h", "http://", "http://h/a b"]),
+    ("loading-notice", {"OFF": "off"}, ["", "on"]),
 ])
-def test_values_are_read(key, values):
+def test_values_are_read_and_malformed_ones_refused(key, values, malformed):
     parse = {**llmswap.PROXY_KEY, **llmswap.MODEL_KEY}[key].parse
     assert {text: parse(text) for text in values} == values
-
-
-@pytest.mark.parametrize("key, texts", [
-    ("queue-timeout", ["", "soon", "1.", ".5", "-1", "1h30", "1 h", "m", "inf", "1e3",
-                       "٣s", "9" * 400, "10M"]),
-    ("patience", ["", "never"]),
-    ("max-body", ["", "G", "-1G", "1X", "1GG", "one", "1,5G", "1\u212a", "9" * 400]),
-    ("pin", ["", "maybe", "2", "onn"]),
-    ("concurrency", ["", "-1", "1.5", "one", "1_0", "٣", "9" * 20]),
-    ("oom-score-adj", ["", "1001", "-1001", "9999", "1.5", "--1"]),
-    ("needs", ["vram", "vram 1G, vram 2G", "18G", "vram 1X", "v=1"]),
-    ("sets", ["a + ", "+", "a + + b"]),
-    ("set-params", ["[1]", "1", "{", '{"a": NaN}', "{'a': 1}", "null", "[" * 200000]),
-    ("listen", ["", ",", "8080", ":8080", "host", "h:99999", "::1:80", "[::1]",
-                "http://h:1", "unix:", "h:x", "a b:1"]),
-    ("check-endpoint", ["", "health", "/a b", "None"]),
-    ("sleep", ["sleep", "post /x", "POST", "POST sleep"]),
-    ("wake-mac", ["ab:cd:ef:01:23", "ab:cd:ef:01:23:45:67", "abcdef012345",
-                  "gb:cd:ef:01:23:45", "ab:cd:ef:01:23:45:"]),
-    ("proxy", ["", "h:1", "ftp://h", "http://", "http://h/a b"]),
-    ("loading-notice", ["", "on"]),
-])
-def test_malformed_values_are_refused(key, texts):
-    parse = {**llmswap.PROXY_KEY, **llmswap.MODEL_KEY}[key].parse
-    for text in texts:
+    for text in malformed:
         with pytest.raises(ValueError):
             parse(text)
 
@@ -958,14 +953,6 @@ def test_malformed_values_are_refused(key, texts):
 @pytest.mark.parametrize("text", ["512M", "18G", "1.5T", "7", "0", "1K"])
 def test_a_size_is_shown_as_it_is_written(text):
     assert llmswap.size_text(llmswap.parse_size(text)) == text
-
-
-def test_an_empty_file_has_every_setting_at_its_default(tmp_path):
-    settings = read(tmp_path, "").settings
-    for key in llmswap.PROXY_KEYS:
-        if key.name not in ("sets", "default-model"):
-            assert getattr(settings, key.attribute) == key.parse(key.default)
-    assert all(key.help for key in llmswap.PROXY_KEYS + llmswap.MODEL_KEYS)
 
 
 # ---- The language: llama.cpp's, with its traps -------------------------------------
@@ -1001,6 +988,15 @@ def test_an_empty_file_has_every_setting_at_its_default(tmp_path):
     ("  [a]\n  c = 1", {"a": {"c": "1"}}),
     ("\ufeff[a]\nc = 1", {"a": {"c": "1"}}),
     ("[a]\n--ctx-size = 1\n-c = 2", {"a": {"ctx-size": "1", "c": "2"}}),
+    # values of llmswap's own keys
+    ("[a]\ncmd = serve #1; x \\", {"a": {"cmd": "serve #1; x"}}),
+    ("[a]\nextra-args = --x a;b # c", {"a": {"extra-args": "--x a;b # c"}}),
+    ("[a]\nset-params = {\"a\": \"; #\"}", {"a": {"set-params": '{"a": "; #"}'}}),
+    ("[a]\ndescription = it's C#; really ; a\t# b",
+     {"a": {"description": "it's C#; really"}}),
+    ("[a]\ndescription = a\t# b", {"a": {"description": "a"}}),
+    ("[a]\nttl = 5 ; five\nalias = a#b\nstop-timeout = 5;x",
+     {"a": {"ttl": "5", "alias": "a", "stop-timeout": "5"}}),
 ])
 def test_sections_are_read(text, sections):
     parsed = llmswap.PresetParser("m.ini", print).parse(text.encode())
@@ -1021,8 +1017,8 @@ def test_sections_are_read(text, sections):
     ("[a\n", "1: "),
     ("[a]\nc d = 1", "2: "),
     ("[a]\n---c = 1", "2: "),
-    (b"[a]\nc = \xff", "2: this is not UTF-8"),
-    ("[a]\nc = 1".encode("utf-16-le"), "1: this is not UTF-8"),
+    (b"[a]\nc = \xff", "2: 'c = \\udcff' is neither [section], key = value nor a comment"),
+    ("[a]\nc = 1".encode("utf-16-le"), "1: "),
     *[(f"[macros]\n{name} = x", f"2: [macros] {name}: this name has its own")
       for name in ("PORT", "PID", "MODEL_ID", "env.HOME")],
     *[(f"[*]\n{key} = x", f"2: [*] {key}: cannot be given for all models")
@@ -1062,49 +1058,6 @@ def test_any_bytes_are_read_or_refused():
                        for name, model in config.models.items())
 
 
-@pytest.mark.parametrize("line, value", [
-    ("cmd = serve #1; ${PORT}", "serve #1; ${PORT}"),
-    ("cmd = serve ${PORT} \\", "serve ${PORT}"),
-    ("extra-args = --x a;b # c", "--x a;b # c"),
-    ("set-params = {\"stop\": \"; #\"}", {"stop": "; #"}),
-    ("description = it's C#; really ; a comment", "it's C#; really"),
-    ("description = a\t# b", "a"),
-    ("idle-timeout = 5m ; five", 300),
-    ("idle_timeout = 5m", 300),
-    ("ttl = 60", 60),
-    ("--pin = on", True),
-    ("alias = a#b", ("a",)),
-    ("stop-timeout = 5;x", 5),
-])
-def test_comments_and_spellings_of_own_keys(tmp_path, line, value):
-    text = f"[m]\nmodel = x\n{line}" if "cmd" not in line else f"[m]\n{line}"
-    settings = read(tmp_path, text).models["m"].settings
-    key = llmswap.key_name(line.split("=")[0].strip(" -"), llmswap.MODEL_KEY)
-    assert getattr(settings, llmswap.MODEL_KEY[key].attribute) == value
-
-
-def test_lines_indented_deeper_continue_a_command(tmp_path):
-    config = read(tmp_path, """
-        [a]
-        cmd = docker run --rm \\
-            -p ${PORT}:80   ; literal \\
-            # a remark
-          --name 'x  y'
-
-          idle-timeout = 5
-        [b]
-        cmd =
-            serve
-            --port ${PORT}
-        pin = on
-        """)
-    assert config.models["a"].command(None, 7) == [
-        "docker", "run", "--rm", "-p", "7:80", ";", "literal", "--name", "x  y"]
-    assert config.models["a"].settings.idle_timeout == 5
-    assert config.models["b"].command(None, 7) == ["serve", "--port", "7"]
-    assert config.models["b"].settings.pin
-
-
 @pytest.mark.parametrize("name, canonical", [
     ("qwen3:8b", "qwen3:8B"), ("u/r:q4_k_m", "u/r:Q4_K_M"), ("m:a-b-c", "m:C"),
     ("u/r:UD-Q4_K_XL", "u/r:Q4_K_XL"), ("m:thinking-high", "m:HIGH"), ("m:v1.5", "m:5"),
@@ -1115,52 +1068,253 @@ def test_canonical_names_are_llama_cpps(name, canonical):
     assert llmswap.canonical_name(name) == canonical
 
 
-# ---- Variables -------------------------------------------------------------------
+# ---- What a file means: expressions over its models, and their values ---------------
+
+MEANINGS = [
+    # lines indented deeper than `cmd` continue it
+    ("""
+     [a]
+     cmd = docker run --rm \\
+         -p ${PORT}:80   ; literal \\
+         # a remark
+       --name 'x  y'
+
+       idle-timeout = 5
+     [b]
+     cmd =
+         serve
+         --port ${PORT}
+     pin = on
+     """, {
+        "argv(a)": ["docker", "run", "--rm", "-p", "7:80", ";", "literal", "--name",
+                    "x  y"],
+        "a.settings.idle_timeout": 5,
+        "argv(b)": ["serve", "--port", "7"],
+        "b.settings.pin": True,
+    }),
+    # other spellings of keys
+    *[(f"[a]\nm = x\n{line}", {"a.settings.idle_timeout": 60})
+      for line in ("idle_timeout = 1m", "ttl = 60", "--idle-timeout = 60")],
+    # macros may hold macros and variables, but not themselves
+    ("""
+     [macros]
+     base = serve --port ${PORT} ${who}  ; a remark
+     who  = --name ${MODEL_ID} --key ${env.KEY}
+     loop = ${loop}
+     two  = second
+     [a]
+     cmd = ${base} $${x} ${ $A
+     [b]
+     cmd = ${loop}
+     [c]
+     model = ${env.KEY}/${MODEL_ID}.gguf
+     [llmswap]
+     api-key = ${env.KEY}, ${two}
+     """, {
+        "argv(a)": ["serve", "--port", "7", "--name", "a", "--key", "k ${PORT}", "${x}",
+                    "${", "$A"],
+        "b.problem": "m.ini:10: [b] cmd: ${loop} is unknown here; $${ is a literal ${",
+        "options(c)": ["--model", "k ${PORT}/c.gguf"],
+        "config.api_keys": ("k ${PORT}", "second", "four"),
+    }),
+    # without macros the options of llama-server keep their dollars
+    ("[a]\nm = ${PORT}$${x}", {"options(a)": ["--model", "${PORT}$${x}"]}),
+    # port and pid are filled in when they are known
+    ("""
+     [a]
+     cmd      = serve
+     cmd-stop = stop --pid ${PID} --port ${PORT} '${MODEL_ID}'
+     proxy    = http://127.0.0.1:${PORT}/base/
+     env.OLLAMA_HOST = 127.0.0.1:${PORT}
+     """, {
+        "a.problem": None,
+        "argv(a)": ["serve"],
+        "a.stop_command(8, 9)": ["stop", "--pid", "9", "--port", "8", "a"],
+        "a.url(8)": "http://127.0.0.1:8/base",
+        "a.environment(8)": {"OLLAMA_HOST": "127.0.0.1:8"},
+    }),
+    # [*] is below every section wherever it stands
+    ("[a]\nctx-size = 1\n[*]\nc = 2\nkeep = 3\nno-jinja = on\n[b]\njinja = on", {
+        "options(a)": ["--no-jinja", "--keep", "3", "--ctx-size", "1"],
+        "options(b)": ["--jinja", "--keep", "3", "--ctx-size", "2"],
+    }),
+    # host, port and alias are set where the router sets them
+    ("[a]\nhost = 0.0.0.0\nm = x\nembedding = on", {
+        "argv(a)": ["llama-server", "--embeddings", "--host", "127.0.0.1",
+                    "--log-colors", "off", "--port", "7", "--alias", "a",
+                    "--model", "x"],
+    }),
+    # without a table, unknown options pass as written with their values
+    ("[a]\nmodel = x\nnew_one = on\njinja = off", {
+        "options(a, UNKNOWN)": ["--jinja", "off", "--model", "x", "--new-one", "on"],
+    }),
+    # the kind is decided by a model's own section
+    ("""
+     [*]
+     m = default.gguf
+     [a]
+     [b]
+     cmd = serve ${PORT}
+     [c]
+     unit  = c.service
+     proxy = http://h:1
+     [d]
+     proxy = http://h:1
+     [e]
+     uses = A
+     [f]
+     proxy = http://127.0.0.1:${PORT}/prefix
+     """, {
+        "[each.kind for each in models]": [
+            "llama-server", "cmd", "unit", "remote", "uses", "llama-server"],
+        "[each.problem for each in models]": [None] * 6,
+        "[each.backend for each in models]": ["a", "b", "c", "d", "a", "f"],
+        "argv(c)": [],
+    }),
+    # own keys of [*] hold for all models, options for llama-servers
+    ("""
+     [*]
+     idle-timeout = 5m
+     ngl = 9
+     env.A = 1
+     env.B = 2
+     pin = perhaps
+     needs = vram 8G
+     [a]
+     cmd = serve ${PORT}
+     env.B = 3
+     [b]
+     m = x
+     idle-timeout = 1
+     pin = off
+     [c]
+     uses = b
+     [llmswap]
+     budget = vram 8G
+     """, {
+        "a.settings.idle_timeout": 300, "b.settings.idle_timeout": 1,
+        "a.env": {"A": "1", "B": "3"}, "b.env": {"A": "1", "B": "2"},
+        "a.problem": "m.ini:7: [*] pin: 'perhaps' is not on or off",
+        "a.options": (), "b.problem": None, "c.problem": None, "c.settings.needs": {},
+    }),
+    # values that llama.cpp forgives are forgiven
+    *[(f"[a]\nm = x\n{line}", {
+        "a.problem": None, "(a.settings.stop_timeout, a.settings.load_on_startup)":
+        (10, False), "config.warnings": (f"m.ini:3: [a] {line.split()[0]}: {warning}",),
+      }) for line, warning in (
+        ("stop-timeout = soon", "'soon' is not a duration such as 15m; taken as 10"),
+        ("stop-timeout =", "'' is not a duration such as 15m; taken as 10"),
+        ("load-on-startup = maybe", "'maybe' is not on or off; taken as off"))],
+    # models are found by every name
+    ("[qwen3:8b]\nm = x\nalias = coder, GPT-4\n[Coder]\nm = y", {
+        **{f"config.find({name!r})": "qwen3:8b" for name in (
+            "qwen3:8b", "qwen3:8B", "coder", "GPT-4", "gpt-4", " QWEN3:8B ")},
+        "config.find('Coder')": "Coder", "models[0].aliases": ("coder", "GPT-4"),
+    }),
+    # the first owner keeps a name
+    ("[a]\nm = x\nalias = b, c, a\n[b]\nm = x\nalias = c, d", {
+        "[*map(config.find, 'abcd')]": ["a", "b", "a", "b"],
+        "config.warnings": ("m.ini:1: [a]: the alias 'b' already means [b]",
+                            "m.ini:4: [b]: the alias 'c' already means [a]"),
+    }),
+    ("[m:q4]\nm = x\n[m:Q4]\nm = x\n[n:a-q]\nm = x\n[n:b-q]\nm = x\n", {
+        "config.find('m:Q4')": "m:q4", "config.find('n:Q')": "n:b-q",
+        "config.find('n:a-q')": "n:a-q",
+        "config.warnings": (
+            "m.ini:3: [m:Q4]: replaced by [m:q4], the same to llama.cpp",
+            "m.ini:5: [n:a-q]: llama.cpp's name 'n:Q' already means [n:b-q]"),
+    }),
+    # keys before the first section
+    ("version = 1\nm = x\n[a]\nm = y", {
+        "[each.name for each in models]": ["default", "a"],
+        "config.warnings": (
+            "m.ini:2: keys before the first section make a model 'default'; keys for "
+            "all models belong into [*]",),
+    }),
+    ("version = 1\n[default]\n[a]\nm = x",
+     {"[each.name for each in models]": ["a"], "config.warnings": ()}),
+    # an ordinary file gives no warning
+    ("""
+     version = 1
+     [llmswap]          ; the proxy
+     listen = 127.0.0.1:8080
+     [*]
+     ngl = 99           ; all
+     models-max = 2
+     [a:Q8_0]           # a model
+     model = /m/a.gguf  # its file
+     jinja = on
+     fa = auto
+     """, {"config.warnings": (), "config.pitfalls(lambda model: OPTIONS)": []}),
+    # models-max, wherever it is
+    *[(text, {"proxy.models_max": most}) for text, most in (
+        ("", 1),
+        ("[llmswap]\nmodels-max = 3", 3),
+        ("[*]\nmodels-max = 3", 3),
+        ("[*]\nLLAMA_ARG_MODELS_MAX = 3", 3),
+        ("[*]\nmodels-max = x", 1),
+        ("[*]\nmodels-max = 3\n[llmswap]\nmodels-max = 2", 2),
+        ("[llmswap]\nbudget = vram 1G", 0),
+        ("[llmswap]\nsets = a\n[a]\nm = x", 0),
+        ("[llmswap]\nsets = a\nmodels-max = 1\n[a]\nm = x", 1))],
+    # the model for requests that name none
+    *[(text, {"config.default_model() and config.default_model().name": name})
+      for text, name in (
+        ("", None),
+        ("[a]\nm = x", "a"),
+        ("[a]\nm = x\n[b]\nm = x", None),
+        ("[llmswap]\ndefault-model = B\n[a]\nm=x\n[c]\nm=x\nalias = b", "c"))],
+    ("[a]\ncmd = x ${PORT}\n[b]\nm = x",
+     {"(a.settings.hang_timeout, b.settings.hang_timeout)": (0, 60)}),
+    ("[*]\nhang-timeout = 5\n[a]\ncmd = x ${PORT}", {"a.settings.hang_timeout": 5}),
+    ("[llmswap]\nllama-server = /one\n[a]\nm = x", {"a.settings.llama_server": "/one"}),
+    ("[llmswap]\nllama-server = /one\n[*]\nllama-server = /two\n[a]\nm = x\n[b]\n"
+     "m = x\nllama-server = /3",
+     {"(a.settings.llama_server, b.settings.llama_server)": ("/two", "/3")}),
+    ("[llmswap]\nsets = coder + E, a+b\n[c,1]\nm = x\nalias = coder\n[e]\nm = x\n"
+     "[f]\nuses = e\nalias = a\n[b]\nm = x\n",
+     {"proxy.sets": ({"c,1", "e"}, {"e", "b"})}),
+    # API keys: of the file, the environment and the key file
+    ("[llmswap]\napi-key = one, t;w #o\napi-key-file = keys",
+     {"config.api_keys": ("one", "t;w #o", "four", "three")}),
+]
+ENVIRON = {"KEY": "k ${PORT}", "LLMSWAP_API_KEY": "four"}
 
 
-def test_macros_may_hold_macros_and_variables_but_not_themselves(tmp_path):
-    config = read(tmp_path, """
-        [macros]
-        base = serve --port ${PORT} ${who}  ; a remark
-        who  = --name ${MODEL_ID} --key ${env.KEY}
-        loop = ${loop}
-        two  = second
-        [a b]
-        cmd = ${base} $${x} ${ $A
-        [c]
-        cmd = ${loop}
-        [d]
-        model = ${env.KEY}/${MODEL_ID}.gguf
-        [llmswap]
-        api-key = ${env.KEY}, ${two}
-        """, {"KEY": "k ${PORT}"})
-    assert config.models["a b"].command(None, 7) == [
-        "serve", "--port", "7", "--name", "a b", "--key", "k ${PORT}", "${x}", "${",
-        "$A"]
-    assert "${loop} is unknown" in config.models["c"].problem
-    assert options(config.models["d"]) == ["--model", "k ${PORT}/d.gguf"]
-    assert config.api_keys == ("k ${PORT}", "second")
+@pytest.mark.parametrize("text, values", MEANINGS)
+def test_a_file_means(tmp_path, text, values):
+    (tmp_path / "keys").write_text("# mine\nthree\n\n one \n")
+    config = read(tmp_path, text, ENVIRON)
+    names = {
+        **config.models, "models": [*config.models.values()], "config": config,
+        "proxy": config.settings, "options": options, "OPTIONS": OPTIONS,
+        "UNKNOWN": llmswap.UNKNOWN_OPTIONS,
+        "argv": lambda model: model.command(OPTIONS, 7),
+    }
+    assert {each: eval(each, names) for each in values} == values
 
 
-def test_without_macros_options_of_llama_server_keep_their_dollars(tmp_path):
-    model = read(tmp_path, "[a]\nm = ${PORT}$${x}").models["a"]
-    assert options(model) == ["--model", "${PORT}$${x}"]
+def test_an_empty_file_has_every_setting_at_its_default(tmp_path):
+    settings = read(tmp_path, "").settings
+    for key in llmswap.PROXY_KEYS:
+        if key.name not in ("sets", "default-model"):
+            assert getattr(settings, key.attribute) == key.parse(key.default)
+    assert all(key.help for key in llmswap.PROXY_KEYS + llmswap.MODEL_KEYS)
 
 
-def test_port_and_pid_are_filled_in_when_they_are_known(tmp_path):
-    model = read(tmp_path, """
-        [a]
-        cmd      = serve
-        cmd-stop = stop --pid ${PID} --port ${PORT} '${MODEL_ID}'
-        proxy    = http://127.0.0.1:${PORT}/base/
-        env.OLLAMA_HOST = 127.0.0.1:${PORT}
-        """).models["a"]
-    assert model.problem is None
-    assert model.command(None, 8) == ["serve"]
-    assert model.stop_command(8, 9) == [
-        "stop", "--pid", "9", "--port", "8", "a"]
-    assert model.url(8) == "http://127.0.0.1:8/base"
-    assert model.environment(8) == {"OLLAMA_HOST": "127.0.0.1:8"}
+def test_the_command_line_overrules_the_file(tmp_path):
+    text = "[llmswap]\nlisten = 127.0.0.1:1\nbudget = vram 1G\n"
+    assert read(tmp_path, text, models_max=2).settings.models_max == 2
+    more = f"{text}models-max = 3"
+    assert read(tmp_path, more, models_max="0").settings.models_max == 0
+    assert read(tmp_path, text, listen="[::1]:2").settings.listen == (("::1", 2),)
+    with pytest.raises(ConfigError, match="^--listen: 'x'"):
+        read(tmp_path, text, listen="x")
+
+
+def test_a_file_that_cannot_be_read_is_a_config_error(tmp_path):
+    with pytest.raises(ConfigError, match="No such file"):
+        llmswap.load_config(tmp_path / "none.ini")
 
 
 # ---- Options of llama-server -----------------------------------------------------
@@ -1221,19 +1375,6 @@ def test_options_become_words_as_the_router_has_them(tmp_path, words, lines):
         assert options(read(tmp_path, f"[a]\n{line}").models["a"]) == words, line
 
 
-def test_unknown_options_pass_as_written_with_their_values(tmp_path):
-    model = read(tmp_path, "[a]\nmodel = x\nnew_one = on\njinja = off").models["a"]
-    words = ["--jinja", "off", "--model", "x", "--new-one", "on"]
-    assert options(model, llmswap.UNKNOWN_OPTIONS) == words
-
-
-def test_star_is_below_every_section_wherever_it_stands(tmp_path):
-    text = "[a]\nctx-size = 1\n[*]\nc = 2\nkeep = 3\nno-jinja = on\n[b]\njinja = on"
-    a, b = read(tmp_path, text).models.values()
-    assert options(a) == ["--no-jinja", "--keep", "3", "--ctx-size", "1"]
-    assert options(b) == ["--jinja", "--keep", "3", "--ctx-size", "2"]
-
-
 @pytest.mark.parametrize(
     "text, argv, words",
     [
@@ -1268,15 +1409,6 @@ def test_a_tilde_in_an_option_is_the_home_directory(tmp_path, monkeypatch):
     assert {"/h/x.gguf", "a~b"} <= set(command)
 
 
-def test_host_port_and_alias_are_set_where_the_router_sets_them(tmp_path):
-    config = read(tmp_path, "[q:8b]\nhost = 0.0.0.0\nm = x\nembedding = on")
-    for port in (7, "${PORT}"):
-        assert config.models["q:8b"].command(OPTIONS, port) == [
-            "llama-server", "--embeddings", "--host", "127.0.0.1",
-            "--log-colors", "off", "--port", str(port), "--alias", "q:8b",
-            "--model", "x"]
-
-
 @pytest.mark.parametrize("line, reason", [
     ("ctx-sise = 1", "neither a key of llmswap nor an option of this "
                      "llama-server; did you mean ctx-size?"),
@@ -1296,31 +1428,6 @@ def test_an_unknown_option_is_named_with_its_place(tmp_path, line, reason):
 
 
 # ---- Models ----------------------------------------------------------------------
-
-
-def test_a_models_kind_is_decided_by_its_own_section(tmp_path):
-    config = read(tmp_path, """
-        [*]
-        m = default.gguf
-        [a]
-        [b]
-        cmd = serve ${PORT}
-        [c]
-        unit  = c.service
-        proxy = http://h:1
-        [d]
-        proxy = http://h:1
-        [e]
-        uses = A
-        [f]
-        proxy = http://127.0.0.1:${PORT}/prefix
-        """)
-    kinds = {model.name: model.kind for model in config.models.values()}
-    assert kinds == {"a": "llama-server", "b": "cmd", "c": "unit", "d": "remote",
-                     "e": "uses", "f": "llama-server"}
-    assert [model.problem for model in config.models.values()] == [None] * 6
-    assert [config.models[name].backend for name in "abe"] == ["a", "b", "a"]
-    assert config.models["c"].command(None, 1) == []
 
 
 @pytest.mark.parametrize("section, reason", [
@@ -1377,118 +1484,6 @@ def test_a_source_may_be_spelled_in_many_ways(tmp_path, line):
         assert read(tmp_path, text).models["a"].problem is None
 
 
-@pytest.mark.parametrize("line, warning", [
-    ("stop-timeout = soon", "'soon' is not a duration such as 15m; taken as 10"),
-    ("stop-timeout =", "'' is not a duration such as 15m; taken as 10"),
-    ("load-on-startup = maybe", "'maybe' is not on or off; taken as off"),
-])
-def test_values_that_llama_cpp_forgives_are_forgiven(tmp_path, line, warning):
-    config = read(tmp_path, f"[a]\nm = x\n{line}")
-    assert config.models["a"].problem is None
-    assert config.warnings == (f"m.ini:3: [a] {line.split()[0]}: {warning}",)
-    assert config.models["a"].settings.stop_timeout == 10
-    assert not config.models["a"].settings.load_on_startup
-
-
-def test_own_keys_of_star_hold_for_all_and_options_for_llama_servers(tmp_path):
-    text = """
-        [*]
-        idle-timeout = 5m
-        ngl = 9
-        env.A = 1
-        env.B = 2
-        pin = perhaps
-        needs = vram 8G
-        [a]
-        cmd = serve ${PORT}
-        env.B = 3
-        [b]
-        m = x
-        idle-timeout = 1
-        pin = off
-        [c]
-        uses = b
-        [llmswap]
-        budget = vram 8G
-        """
-    a, b, c = read(tmp_path, text).models.values()
-    assert a.settings.idle_timeout == 300 and b.settings.idle_timeout == 1
-    assert a.env == {"A": "1", "B": "3"}
-    assert b.env == {"A": "1", "B": "2"}
-    assert a.problem.startswith("m.ini:7: [*] pin: 'perhaps'") and a.options == ()
-    assert b.problem is c.problem is None and c.settings.needs == {}
-
-
-LAUNCHED = "[*]\nngl = 1\nc = 7\n[a]\nm = x\nc = 2\nidle-timeout = 5\nenv.A = 1\n"
-
-
-@pytest.mark.parametrize("old, new, is_same", [
-    *[(LAUNCHED, LAUNCHED + line, True) for line in (
-        "alias = b", "idle-timeout = 9", "set-params = {\"a\": 1}", "pin = on",
-        "description = ${MODEL_ID}", "proxy-key = x", "cmd-stop = x ${PID}")],
-    (LAUNCHED, "\n\n" + LAUNCHED.replace("c = 7", "c = 8"), True),
-    *[(LAUNCHED, LAUNCHED + line, False) for line in (
-        "c = 3", "env.A = 2", "extra-args = -x", "cwd = /", "keep = 1",
-        "llama-server = /x", "oom-score-adj = 0", "env.B = 1")],
-    (LAUNCHED, LAUNCHED.replace("ngl = 1", "ngl = 2"), False),
-    *[(f"[macros]\nx = 1\n[a]\n{line}", f"[macros]\nx = {x}\n[a]\n{line}", x == 1)
-      for line in ("cmd = serve ${PORT} ${x}", "m = ${x}") for x in (1, 2)],
-    # the first macro makes $ special in options
-    *[(f"[a]\nm = {text}", f"[macros]\ny = 1\n[a]\nm = {text}", is_same)
-      for text, is_same in (("x", True), ("${MODEL_ID}", False), ("$${x}", False))],
-])
-def test_a_reload_spares_a_backend_unless_its_launch_changes(
-    tmp_path, old, new, is_same
-):
-    launches = [read(tmp_path, text).models["a"].launch for text in (old, new)]
-    assert (launches[0] == launches[1]) is is_same
-
-
-# ---- Names -----------------------------------------------------------------------
-
-
-def test_models_are_found_by_every_name(tmp_path):
-    config = read(tmp_path, "[qwen3:8b]\nm = x\nalias = coder, GPT-4\n[Coder]\nm = y")
-    for name in ("qwen3:8b", "qwen3:8B", "coder", "GPT-4", "gpt-4", " QWEN3:8B "):
-        assert config.resolve(name).name == "qwen3:8b"
-    assert config.resolve("Coder").name == "Coder"
-    assert config.models["qwen3:8b"].aliases == ("coder", "GPT-4")
-
-
-@pytest.mark.parametrize("text, name, message", [
-    ("[coder]\nm=x\n[embed]\nm=x\n[zzy]\nm=x\nunlisted = on", "codr",
-     "there is no model 'codr'; did you mean coder? there are coder, embed"),
-    ("[coder]\nm=x\n[embed]\nm=x\n[zzy]\nm=x\nunlisted = on", "zzz",
-     "there is no model 'zzz'; there are coder, embed"),
-    ("[a]\nm = x\nalias = gpt-4o-mini", "gpt-4-mini",
-     "there is no model 'gpt-4-mini'; did you mean gpt-4o-mini? there are a"),
-])
-def test_an_unknown_name_is_answered_with_near_ones(tmp_path, text, name, message):
-    with pytest.raises(ModelNotFound) as caught:
-        read(tmp_path, text).resolve(name)
-    assert str(caught.value) == message
-
-
-@pytest.mark.parametrize("text, owners, warnings", [
-    ("[a]\nm = x\nalias = b, c, a\n[b]\nm = x\nalias = c, d",
-     {"a": "a", "b": "b", "c": "a", "d": "b"},
-     ["m.ini:1: [a]: the alias 'b' already means [b]",
-      "m.ini:4: [b]: the alias 'c' already means [a]"]),
-    ("[m:q4]\nm = x\n[m:Q4]\nm = x\n[n:a-q]\nm = x\n[n:b-q]\nm = x\n",
-     {"m:Q4": "m:q4", "n:Q": "n:b-q", "n:a-q": "n:a-q"},
-     ["m.ini:3: [m:Q4]: replaced by [m:q4], the same to llama.cpp",
-      "m.ini:5: [n:a-q]: llama.cpp's name 'n:Q' already means [n:b-q]"]),
-    ("version = 1\nm = x\n[a]\nm = y", {"default": "default", "a": "a"},
-     ["m.ini:2: keys before the first section make a model 'default'; keys for all "
-      "models belong into [*]"]),
-    ("version = 1\n[default]\n[a]\nm = x", {"a": "a", "default": None}, []),
-])
-def test_the_first_owner_keeps_a_name(tmp_path, text, owners, warnings):
-    config = read(tmp_path, text)
-    assert {name: config.find(name) for name in owners} == owners
-    assert list(config.warnings) == warnings
-
-
 @pytest.mark.parametrize("text, warning", [
     ("[a]\nm = /a#b", "m.ini:2: [a] m: a comment begins at '#', as in llama.cpp; "
                       "the value is '/a'"),
@@ -1511,87 +1506,18 @@ def test_surprises_are_warned_of_once(tmp_path, text, warning):
     assert len(found) == 1 and found[0].startswith("m.ini:")
 
 
-def test_an_ordinary_file_gives_no_warning(tmp_path):
-    config = read(tmp_path, """
-        version = 1
-        [llmswap]          ; the proxy
-        listen = 127.0.0.1:8080
-        [*]
-        ngl = 99           ; all
-        models-max = 2
-        [a:Q8_0]           # a model
-        model = /m/a.gguf  # its file
-        jinja = on
-        fa = auto
-        """)
-    assert [*config.warnings, *config.pitfalls(lambda model: OPTIONS)] == []
-
-
-# ---- The proxy -------------------------------------------------------------------
-
-
-def test_a_file_that_cannot_be_read_is_a_config_error(tmp_path):
-    with pytest.raises(ConfigError, match="No such file"):
-        llmswap.load_config(tmp_path / "none.ini")
-
-
-def models_max(config):
-    return config.settings.models_max
-
-
-def default_model(config):
-    return config.default_model() and config.default_model().name
-
-
-def per_model(attribute):
-    return lambda config: [
-        getattr(model.settings, attribute) for model in config.models.values()
-    ]
-
-
-@pytest.mark.parametrize("get, text, value", [
-    (models_max, "", 1),
-    (models_max, "[llmswap]\nmodels-max = 3", 3),
-    (models_max, "[*]\nmodels-max = 3", 3),
-    (models_max, "[*]\nLLAMA_ARG_MODELS_MAX = 3", 3),
-    (models_max, "[*]\nmodels-max = x", 1),
-    (models_max, "[*]\nmodels-max = 3\n[llmswap]\nmodels-max = 2", 2),
-    (models_max, "[llmswap]\nbudget = vram 1G", 0),
-    (models_max, "[llmswap]\nsets = a\n[a]\nm = x", 0),
-    (models_max, "[llmswap]\nsets = a\nmodels-max = 1\n[a]\nm = x", 1),
-    (default_model, "", None),
-    (default_model, "[a]\nm = x", "a"),
-    (default_model, "[a]\nm = x\n[b]\nm = x", None),
-    (default_model, "[llmswap]\ndefault-model = B\n[a]\nm=x\n[c]\nm=x\nalias = b",
-     "c"),
-    (per_model("hang_timeout"), "[a]\ncmd = x ${PORT}\n[b]\nm = x", [0, 60]),
-    (per_model("hang_timeout"), "[*]\nhang-timeout = 5\n[a]\ncmd = x ${PORT}", [5]),
-    (per_model("llama_server"), "[llmswap]\nllama-server = /one\n[a]\nm = x",
-     ["/one"]),
-    (per_model("llama_server"), "[llmswap]\nllama-server = /one\n[a]\nm = x\n"
-     "[*]\nllama-server = /two\n[b]\nm = x\nllama-server = /3", ["/two", "/3"]),
-    (lambda config: config.settings.sets,
-     "[llmswap]\nsets = coder + E, a+b\n[c,1]\nm = x\nalias = coder\n[e]\nm = x\n"
-     "[f]\nuses = e\nalias = a\n[b]\nm = x\n", ({"c,1", "e"}, {"e", "b"})),
+@pytest.mark.parametrize("text, name, message", [
+    ("[coder]\nm=x\n[embed]\nm=x\n[zzy]\nm=x\nunlisted = on", "codr",
+     "there is no model 'codr'; did you mean coder? there are coder, embed"),
+    ("[coder]\nm=x\n[embed]\nm=x\n[zzy]\nm=x\nunlisted = on", "zzz",
+     "there is no model 'zzz'; there are coder, embed"),
+    ("[a]\nm = x\nalias = gpt-4o-mini", "gpt-4-mini",
+     "there is no model 'gpt-4-mini'; did you mean gpt-4o-mini? there are a"),
 ])
-def test_settings_have_their_value_wherever_it_comes_from(tmp_path, get, text, value):
-    assert get(read(tmp_path, text)) == value
-
-
-def test_the_command_line_overrules_the_file(tmp_path):
-    text = "[llmswap]\nlisten = 127.0.0.1:1\nbudget = vram 1G\n"
-    assert models_max(read(tmp_path, text, models_max=2)) == 2
-    assert models_max(read(tmp_path, f"{text}models-max = 3", models_max="0")) == 0
-    assert read(tmp_path, text, listen="[::1]:2").settings.listen == (("::1", 2),)
-    with pytest.raises(ConfigError, match="^--listen: 'x'"):
-        read(tmp_path, text, listen="x")
-
-
-def test_keys_come_from_the_file_its_key_file_and_the_environment(tmp_path):
-    (tmp_path / "keys").write_text("# mine\nthree\n\n one \n")
-    config = read(tmp_path, "[llmswap]\napi-key = one, t;w #o\napi-key-file = keys",
-                  {"LLMSWAP_API_KEY": "four"})
-    assert config.api_keys == ("one", "t;w #o", "four", "three")
+def test_an_unknown_name_is_answered_with_near_ones(tmp_path, text, name, message):
+    with pytest.raises(ModelNotFound) as caught:
+        read(tmp_path, text).resolve(name)
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("limits, a, b, misfit", [
@@ -1618,6 +1544,33 @@ def test_a_model_must_fit_beside_all_that_are_pinned(tmp_path, limits, a, b, mis
     else:
         assert misfit in config.models["b"].problem
         assert config.models["b"].problem in config.models["u"].problem
+
+
+LAUNCHED = "[*]\nngl = 1\nc = 7\n[a]\nm = x\nc = 2\nidle-timeout = 5\nenv.A = 1\n"
+
+
+@pytest.mark.parametrize("old, new, is_same", [
+    *[(LAUNCHED, LAUNCHED + line, True) for line in (
+        "alias = b", "idle-timeout = 9", "set-params = {\"a\": 1}", "pin = on",
+        "description = ${MODEL_ID}", "proxy-key = x", "cmd-stop = x ${PID}")],
+    (LAUNCHED, "\n\n" + LAUNCHED.replace("c = 7", "c = 8"), True),
+    *[(LAUNCHED, LAUNCHED + line, False) for line in (
+        "c = 3", "env.A = 2", "extra-args = -x", "cwd = /", "keep = 1",
+        "llama-server = /x", "oom-score-adj = 0", "env.B = 1")],
+    (LAUNCHED, LAUNCHED.replace("ngl = 1", "ngl = 2"), False),
+    ("[*]\nc = 1\n[a]\nm = x\nctx-size = 2", "[*]\nctx-size = 2\n[a]\nm = x\nc = 1",
+     False),
+    *[(f"[macros]\nx = 1\n[a]\n{line}", f"[macros]\nx = {x}\n[a]\n{line}", x == 1)
+      for line in ("cmd = serve ${PORT} ${x}", "m = ${x}") for x in (1, 2)],
+    # the first macro makes $ special in options
+    *[(f"[a]\nm = {text}", f"[macros]\ny = 1\n[a]\nm = {text}", is_same)
+      for text, is_same in (("x", True), ("${MODEL_ID}", False), ("$${x}", False))],
+])
+def test_a_reload_spares_a_backend_unless_its_launch_changes(
+    tmp_path, old, new, is_same
+):
+    launches = [read(tmp_path, text).models["a"].launch for text in (old, new)]
+    assert (launches[0] == launches[1]) is is_same
 
 
 # ---- models-dir ------------------------------------------------------------------
@@ -5228,35 +5181,16 @@ def test_a_reload_sets_the_log_level_unless_verbose_does(args):
         assert ("b: loading" in server.log()) == bool(args)
 
 
-def test_a_storm_of_reloads_harms_no_request():
-    with Llmswap(RELOADS.format(changed="m")) as server:
-        storm_ends = threading.Event()
-
-        def storm():
-            for number in range(40):
-                server.reload(RELOADS.format(changed=f"m{number}"))
-                storm_ends.wait(0.01)
-            storm_ends.set()
-
-        thread = threading.Thread(target=storm)
-        thread.start()
-        stream = server.stream("kept", tokens=30, interval=0.02)
-        while not storm_ends.is_set():
-            assert server.chat("changed").status == 200
-        thread.join()
-        assert "word29" in stream.text()
-        eventually(lambda: "m39" in server.chat("changed").content())
-        eventually(lambda: not zombies_of(server.pid))
-
-
 # ---- how it is started
 
 
 @contextmanager
 def running(command, address, **options):
-    """The process of llmswap that this command starts, once it answers there; it must
-    end with status 0 at a SIGTERM, and without a traceback if its stderr is a pipe."""
-    with subprocess.Popen(command, **options) as process:
+    """The process of llmswap (or what this command starts), once it answers there; it
+    must end with status 0 at a SIGTERM, without a traceback if its stderr is a pipe."""
+    is_command = isinstance(command, list)
+    process = subprocess.Popen(command, **options) if is_command else command
+    with process:
         try:
             eventually(lambda: llmswap.is_llmswap(address))
             yield process
@@ -5350,11 +5284,10 @@ def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
             assert text.format(shown) + "\n" in done.stderr
 
 
-def test_output_that_cannot_be_written_is_an_error(tmp_path):
-    (tmp_path / "m.ini").write_text("[m]\ncmd = true ${PORT}\n")
-    check = [sys.executable, LLMSWAP, str(tmp_path / "m.ini"), "--check"]
+def test_output_that_cannot_be_written_is_an_error():
     with open("/dev/full", "w") as full:
-        done = subprocess.run(check, stdout=full, stderr=subprocess.DEVNULL)
+        keys = [sys.executable, LLMSWAP, "--keys"]
+        done = subprocess.run(keys, stdout=full, stderr=subprocess.DEVNULL)
     assert done.returncode == 1
 
 
@@ -11925,22 +11858,27 @@ for number, fd in enumerate(map(int, sys.argv[1].split(","))):
 os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(number + 1))
 os.execv(sys.argv[2], sys.argv[2:])
 """
-SOCKET_ACTIVATE = shutil.which("systemd-socket-activate")
+
+
+def activated(ini, *sockets, **options):
+    """The process of llmswap to which these sockets are passed as by systemd."""
+    fds = [each.fileno() for each in sockets]
+    words = [sys.executable, "-IS", "-c", PASS_SOCKETS, ",".join(map(str, fds))]
+    words += [sys.executable, "-IS", llmswap_file(), str(ini)]
+    return subprocess.Popen(words, pass_fds=fds, **options)
 
 
 class Activator:
     """systemd as far as a socket unit goes: it owns the listening socket and starts
-    llmswap whenever a connection waits and none runs, by way of
-    systemd-socket-activate if there is one."""
+    llmswap whenever a connection waits and none runs."""
 
-    def __init__(self, text, folder, env=None):
+    def __init__(self, text, folder):
         self.ini = Path(folder) / "test.ini"
         self.ini.write_text(text)
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port = self.listener.getsockname()[1]
         self.starts, self.statuses = 0, []
         self.token = f"{os.getpid()}-{self.port}"
-        self._env = {**os.environ, FAMILY: self.token, **(env or {})}
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._live)
 
@@ -11965,15 +11903,10 @@ class Activator:
                 self._run()
 
     def _run(self):
-        fd = self.listener.fileno()
-        words = ["-IS", "-c", PASS_SOCKETS, str(fd)]
-        words += [SOCKET_ACTIVATE, "--fdname=http"] if SOCKET_ACTIVATE else []
-        words += [sys.executable, "-IS", llmswap_file(), str(self.ini)]
+        env = {**os.environ, FAMILY: self.token}
         self.starts += 1
         with open(self.ini.with_name("stderr"), "ab") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, *words], env=self._env, pass_fds=[fd], stderr=stderr
-            )
+            self.process = activated(self.ini, self.listener, env=env, stderr=stderr)
         while self.process.poll() is None and not self._is_over.is_set():
             time.sleep(0.005)
         if self.process.poll() is None:
@@ -12070,10 +12003,8 @@ def test_a_descriptor_that_does_not_listen_is_not_used(tmp_path, kind):
     path, address = tmp_path / "x.ini", ("127.0.0.1", free_port())
     path.write_text("[llmswap]\nlisten = %s:%d\n" % address)
     passed = socket.socket(type=kind) if kind else open(path)
-    words = ["-IS", "-c", PASS_SOCKETS, str(passed.fileno())]
-    command = [sys.executable, *words, sys.executable, "-IS", llmswap_file(), str(path)]
-    pipe = dict(stderr=subprocess.PIPE, text=True, pass_fds=[passed.fileno()])
-    with passed, running(command, address, **pipe) as process:
+    process = activated(path, passed, stderr=subprocess.PIPE, text=True)
+    with passed, running(process, address):
         line = process.stderr.readline()
     assert "descriptor 3 from systemd is not a listening stream socket" in line
 
@@ -12198,12 +12129,10 @@ def test_units_are_what_systemd_accepts(tmp_path):
         assert text in files["llmswap.service"]
     if not shutil.which("systemd-analyze"):
         pytest.skip("needs systemd-analyze")
-    checked = subprocess.run(
-        ["systemd-analyze", "verify", "--user", *(str(tmp_path / n) for n in files)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
-    )
+    paths = [str(tmp_path / name) for name in files]
+    verify = ["systemd-analyze", "verify", "--user", *paths]
+    env["XDG_RUNTIME_DIR"] = str(tmp_path)
+    checked = subprocess.run(verify, capture_output=True, text=True, env=env)
     assert (checked.returncode, checked.stderr) == (0, "")
 
 
@@ -12235,9 +12164,8 @@ def network_of(path):
     """Until the block ends, this thread and what it starts are in that network."""
     setns = ctypes.CDLL(None, use_errno=True).setns
     with open("/proc/thread-self/ns/net") as ours, open(path) as theirs:
-        assert setns(theirs.fileno(), CLONE_NEWNET) == 0, os.strerror(
-            ctypes.get_errno()
-        )
+        status = setns(theirs.fileno(), CLONE_NEWNET)
+        assert status == 0, os.strerror(ctypes.get_errno())
         try:
             yield
         finally:
@@ -12252,10 +12180,8 @@ class Debian:
 
     def __init__(self, folder):
         self._log = Path(folder, "boot.log")
-        found = [
-            each for each in CONTROL_GROUPS if os.path.exists(f"{each}/cgroup.procs")
-        ]
-        self._group = Path(found[0], f"llmswap-test-{os.getpid()}")
+        roots = [p for p in CONTROL_GROUPS if os.path.exists(f"{p}/cgroup.procs")]
+        self._group = Path(roots[0], f"llmswap-test-{os.getpid()}")
         self._group.mkdir()
         unshare = "unshare --mount --pid --net --cgroup --ipc --uts --fork --kill-child"
         enter = f"echo $$ >{self._group}/cgroup.procs; exec setpriv --pdeathsig KILL {unshare}"
@@ -12278,9 +12204,8 @@ class Debian:
         self.pid = int(self._first()[0])
         self.home = Path(f"/proc/{self.pid}/root/root")
         self.network = f"/proc/{self.pid}/ns/net"
-        return (
-            self("systemctl --user is-active default.target", check=False) == "active"
-        )
+        state = self("systemctl --user is-active default.target", check=False)
+        return state == "active"
 
     def __call__(self, script, check=True):
         """What root's shell there writes while it runs the script, as after a login."""
@@ -12288,12 +12213,8 @@ class Debian:
         login = f"mkdir -p {session}; echo $$ >{session}/cgroup.procs"
         shell = ["nsenter", "-a", "-t", str(self.pid), "bash", "-euo", "pipefail"]
         path = f"/root/.local/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        env = {
-            "PATH": path,
-            "HOME": "/root",
-            "USER": "root",
-            "XDG_RUNTIME_DIR": "/run/user/0",
-        }
+        env = {"PATH": path, "HOME": "/root", "USER": "root"}
+        env["XDG_RUNTIME_DIR"] = "/run/user/0"
         done = subprocess.run(
             [*shell, "-c", f"{login}\n{script}"],
             env=env, cwd="/", timeout=30, stdin=subprocess.DEVNULL,
@@ -12316,19 +12237,17 @@ class Debian:
 
 @pytest.fixture(scope="module")
 def debian(tmp_path_factory):
-    if os.getuid() or not all(
-        map(shutil.which, ("systemctl", "dbus-daemon", "ip", "unshare"))
-    ):
+    programs = "systemctl", "dbus-daemon", "ip", "unshare"
+    if os.getuid() or not all(map(shutil.which, programs)):
         pytest.skip("needs root, systemd, dbus and iproute2")
-    found = Debian(tmp_path_factory.mktemp("debian"))
-    try:
+    machine = Debian(tmp_path_factory.mktemp("debian"))
+    with contextlib.ExitStack() as stack:
+        stack.callback(machine.end)
         try:
-            eventually(found.is_up, 20, 0.1)
+            eventually(machine.is_up, 20, 0.1)
         except (AssertionError, OSError, subprocess.SubprocessError) as error:
             pytest.skip(f"no systemd can be booted here: {error}")
-        yield found
-    finally:
-        found.end()
+        yield machine
 
 
 def recipe(title, kind=""):
@@ -12399,9 +12318,8 @@ def test_a_core_that_is_stuck_is_started_anew_by_a_real_systemd(debian):
     try:
         pid = chat_within(debian, "a").content().split()[1]
         debian("kill -STOP $(systemctl --user show --value -p MainPID llmswap.service)")
-        eventually(
-            lambda: debian.show("NRestarts", "llmswap.service") == "1", every=0.1
-        )
+        restarts = functools.partial(debian.show, "NRestarts", "llmswap.service")
+        eventually(lambda: restarts() == "1", every=0.1)
         assert chat_within(debian, "a").content().split()[1] != pid
         assert debian("pgrep -fc '[f]ake.pyc.*--port'") == "1"
         log = debian("journalctl --user-unit llmswap.service -o cat")
@@ -12415,9 +12333,8 @@ UNIT = "[Service]\nExecStart={}\n"
 
 def test_the_recipe_for_units_as_models_as_written_on_a_real_systemd(debian):
     [text] = recipe("systemd units as models", "ini")
-    assert (
-        "unit  = bge-m3.service\n" in text and "unit  = system:qwen3.service " in text
-    )
+    assert "unit  = bge-m3.service\n" in text
+    assert "unit  = system:qwen3.service " in text
     text += "[broken]\nunit = broken.service\nproxy = http://127.0.0.1:3004\n"
     folders = {"--user": debian.home / ".config/systemd/user",
                "--system": debian.home.parent / "etc/systemd/system"}  # fmt: skip
@@ -12451,13 +12368,9 @@ def test_the_recipe_for_units_as_models_as_written_on_a_real_systemd(debian):
     assert chat_within(debian, "qwen3").status == 200
     answer = chat_within(debian, "broken")
     assert answer.status == 502
-    assert (
-        "broken (broken.service) could not be started: exit-code, status 3"
-        in answer.message()
-    )
-    assert (
-        "exiting due to model loading error 3" in answer.message()
-    )  # the journal has it
+    reason = "broken (broken.service) could not be started: exit-code, status 3"
+    assert reason in answer.message()
+    assert "exiting due to model loading error 3" in answer.message()  # of the journal
     assert chat_within(debian, "bge-m3").status == 200
 
 
