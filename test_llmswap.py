@@ -12041,6 +12041,33 @@ class Notifications:
         self._socket.settimeout(10)
 
 
+def full_notify_socket(folder):
+    """A socket of systemd that nobody reads, full of messages."""
+    systemd = Notifications(folder)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.connect(systemd.path)
+        sender.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                sender.send(b"STATUS=full")
+    return systemd
+
+
+def test_a_notify_socket_that_nobody_reads_holds_nothing_up(tmp_path, monkeypatch):
+    systemd = full_notify_socket(tmp_path)
+    monkeypatch.setenv("NOTIFY_SOCKET", systemd.path)
+    monkeypatch.setenv("WATCHDOG_USEC", "40000")
+    with Llmswap("[a]\ncmd = FAKE") as server:
+        assert server.chat("a").status == 200
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: "was read again" in server.log())
+        server.process.terminate()
+        assert server.process.wait(timeout=10) == 0
+    with Activator(quick_file(), tmp_path) as activated_again:
+        assert ask(activated_again.port, "GET", "/v1/models").status == 200
+        eventually(lambda: activated_again.statuses == [0])  # idle, it exits
+
+
 def test_systemd_is_notified_of_ready_status_reloading_and_stopping(tmp_path):
     systemd = Notifications(tmp_path)
     env = {"NOTIFY_SOCKET": systemd.path}
