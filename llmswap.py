@@ -2248,7 +2248,7 @@ def _listeners(family, port):
 def holder_of(inode: int, likely: Iterable[int] = ()) -> Optional[int]:
     """Return a process that has this socket open, `likely` ones first, or None."""
     target = f"socket:[{inode}]"
-    for pid in itertools.chain(likely, _all_processes()):
+    for pid in itertools.chain(likely, (pid for pid, _ in processes())):
         try:
             with os.scandir(f"/proc/{pid}/fd") as entries:
                 if any(os.readlink(entry.path) == target for entry in entries):
@@ -2256,13 +2256,6 @@ def holder_of(inode: int, likely: Iterable[int] = ()) -> Optional[int]:
         except OSError:
             continue  # gone, or another user's
     return None
-
-
-def _all_processes():
-    try:
-        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    except OSError:
-        return []  # not Linux, or no descriptor left
 
 
 class ProcessStat(NamedTuple):
@@ -2284,12 +2277,13 @@ def process_stat(pid: Union[int, str]) -> Optional[ProcessStat]:
     return ProcessStat(headers[0], *(int(headers[at]) for at in (2, 3, 19, 21)))
 
 
-def _all_stats():
-    """Yield each process and its ProcessStat."""
-    for pid in _all_processes():
-        stat = process_stat(pid)
-        if stat:
-            yield pid, stat
+def processes() -> Iterable[Tuple[int, ProcessStat]]:
+    """Yield each process there is; none without /proc."""
+    with contextlib.suppress(OSError):  # not Linux, or no descriptor is left
+        for name in os.listdir("/proc"):
+            stat = process_stat(name) if name.isdigit() else None
+            if stat:
+                yield int(name), stat
 
 
 def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[str]:
@@ -2710,24 +2704,34 @@ class Probe(NamedTuple):
         return "no answer in time" if self.timed_out else str(self.error)
 
 
-def exchange(sock: socket.socket, request: bytes, deadline: float, wants_body: bool):
-    """Send a request and return a Probe with the answer's status, and its body if that
-    is wanted. Raise OSError, HTTPException; TimeoutError if it is not there in time."""
+class DeadlineReader(io.RawIOBase):
+    """Reads a socket; raises TimeoutError at the deadline, however it drips."""
+
+    def __init__(self, sock: socket.socket, deadline: float):
+        self._sock = sock
+        self._deadline = deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        seconds = self._deadline - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError
+        self._sock.settimeout(seconds)
+        return self._sock.recv_into(buffer)
+
+
+def exchange(sock: socket.socket, request: bytes, deadline: float) -> Probe:
+    """Send a request and return the status and the body of its answer. Raise OSError,
+    ValueError, HTTPException; TimeoutError if it is not there in time."""
     sock.settimeout(max(0.001, deadline - time.monotonic()))
     sock.sendall(request)
-    answer = b""
-    while wants_body or b"\r\n\r\n" not in answer:
-        sock.settimeout(max(0.001, deadline - time.monotonic()))
-        piece = sock.recv(65536)
-        if not piece or len(answer) > MAX_CONTROL_ANSWER:
-            break
-        if time.monotonic() >= deadline:
-            raise TimeoutError
-        answer += piece
-    received = types.SimpleNamespace(makefile=lambda _: io.BytesIO(answer))
-    response = http.client.HTTPResponse(received)
-    response.begin()
-    return Probe(response.status, response.read() if wants_body else b"")
+    stream = io.BufferedReader(DeadlineReader(sock, deadline))
+    source = types.SimpleNamespace(makefile=lambda _: stream)
+    with http.client.HTTPResponse(source) as response:
+        response.begin()
+        return Probe(response.status, response.read(MAX_CONTROL_ANSWER))
 
 
 class Backend:
@@ -2913,7 +2917,7 @@ class Backend:
             with contextlib.suppress(OSError, ValueError):
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
-    def _probe(self, timeout, request=None, wants_body=False):
+    def _probe(self, timeout, request=None):
         """Send a control request, a health check if none is given; return a Probe.
 
         It takes `timeout` at most, and CONNECT_TIMEOUT until it is connected. `stop`
@@ -2933,7 +2937,7 @@ class Backend:
                 self._probe_socket = sock
                 if not self._is_alive():
                     raise InterruptedError("it has ended, or is being stopped")
-            probe = exchange(sock, self._head_of(method, path), deadline, wants_body)
+            probe = exchange(sock, self._head_of(method, path), deadline)
         except (OSError, ValueError, http.client.HTTPException) as error:
             return Probe(error=error)
         finally:
@@ -3026,7 +3030,7 @@ class Backend:
 
     def _fetch_entry(self):
         """Return what its own /v1/models says of its first model, or {}."""
-        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models"), wants_body=True)
+        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models"))
         try:
             entry = json.loads(probe.body)["data"][0] if probe.ok else {}
         except (LookupError, RecursionError, TypeError, ValueError):
@@ -3060,7 +3064,7 @@ class Backend:
 
     def _look_asleep(self):
         """Find out whether a llama-server has put itself to sleep, or has woken."""
-        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/props"), wants_body=True)
+        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/props"))
         found = re.search(rb'"is_sleeping"\s*:\s*(true|false)', probe.body)
         is_asleep = found[1] == b"true" if found else self._is_asleep
         if is_asleep != self._is_asleep:
@@ -3232,29 +3236,22 @@ class ProcessBackend(Backend):
 
     def _ask_to_exit(self):
         """Run the stop command or send SIGTERM, and wait for the stop timeout."""
-        deadline = time.monotonic() + self.model.settings.stop_timeout
-        if self._run_stop_command() is None:
+        timeout = self.model.settings.stop_timeout
+        deadline = time.monotonic() + timeout
+        status, text = None, ""
+        command = self.model.stop_command(str(self.port), str(self.pid))
+        if command:  # it may have more to do, such as to remove a container
+            status, text = run_command(
+                command, timeout, lambda: self._is_kill_asked, **self._surroundings
+            )
+        if status is None:
             self._signal_group(signal.SIGTERM)
-        while time.monotonic() < deadline and not self._is_kill_asked:
-            if self._exited.is_set():
+        if text and status != 0:
+            self.on_line(f"llmswap: cmd-stop: {text}")
+        while not self._exited.is_set() and not self._is_kill_asked:
+            if time.monotonic() >= deadline:
                 break
             self._wait(deadline - time.monotonic())
-
-    def _run_stop_command(self):
-        """Return its status; None if there is none, or it did not end in time."""
-        timeout = self.model.settings.stop_timeout
-        status, text = None, ""
-        try:
-            command = self.model.stop_command(str(self.port), str(self.pid))
-            if command:
-                status, text = run_command(
-                    command, timeout, lambda: self._is_kill_asked, **self._surroundings
-                )
-        except ValueError as error:
-            text = str(error)
-        if status is None and text:
-            self.on_line(f"llmswap: cmd-stop: {text}")
-        return status
 
     def _reap(self):
         """Kill the whole group, then reap its leader."""
@@ -3332,7 +3329,7 @@ def _is_group_alive(group):
     except PermissionError:
         pass  # they changed the user
     return any(
-        stat.group == group and stat.state not in "ZX" for _, stat in _all_stats()
+        stat.group == group and stat.state not in "ZX" for _, stat in processes()
     )
 
 
@@ -3397,7 +3394,7 @@ def gpu_users_among(group: int) -> Set[int]:
     """Return the members of a process group, where their GPU memory can be watched."""
     if not _gpu_tools():
         return set()
-    return {pid for pid, stat in _all_stats() if stat.group == group}
+    return {pid for pid, stat in processes() if stat.group == group}
 
 
 def settle(pids: Set[int], timeout: float):
@@ -3435,7 +3432,7 @@ class MemoryWatch:
 def resident_by_group() -> Dict[int, int]:
     """Return bytes of resident memory by process group; empty without /proc."""
     found = collections.Counter()
-    for _, stat in _all_stats():
+    for _, stat in processes():
         found[stat.group] += stat.resident * os.sysconf("SC_PAGE_SIZE")
     return found
 
@@ -3455,7 +3452,6 @@ def gpu_memory_by_group() -> Dict[int, int]:
 COMMAND_TIMEOUT = 5.0  # s; for a quick question to systemd
 JOURNAL_DELAY = 0.4  # s; by then it has what a process wrote at its end
 UNIT_POLL = 5.0  # s between looks at a unit whose main process is not known
-SYSTEMD_RETRY = 30.0  # s; a systemd that hangs is not asked again before
 RUNNING = ("active", "activating", "reloading")
 
 
@@ -3517,8 +3513,8 @@ class UnitBackend(Backend):
         self._title = f"{model.name} ({self.where})"
         self._rivals = rivals
         self._settle_timeout = settle_timeout
-        self._retry_systemd_at = 0.0  # it did not answer and is not asked before
         self._is_started = False
+        self._watch = None  # the thread that notices its end
 
     def adopt(self):
         """Begin with a unit that runs already, ready or not."""
@@ -3532,12 +3528,12 @@ class UnitBackend(Backend):
             self._stop_rivals()
             self._start_unit()
         self._exited = threading.Event()  # not that of the last start's watch
-        if self._is_active():
-            watch = threading.Thread(target=self._watch_unit, args=(self._exited,))
-            watch.daemon = True
-            watch.start()
-        else:
+        if not self._is_active():
             self._exited.set()
+        self._watch = threading.Thread(
+            target=self._watch_unit, args=(self._exited,), daemon=True
+        )
+        self._watch.start()
 
     def _stop_rivals(self):
         for unit in running_units(self._rivals, self._must_stop):
@@ -3573,12 +3569,12 @@ class UnitBackend(Backend):
     def _watch_unit(self, exited):
         """Wait until its main process ends, or while it has none until systemd says so,
         on a thread of its own."""
-        fd = None
-        while fd is None and self._is_active():
-            fd = open_pidfd(self.pid or 0)
+        fd = open_pidfd(self.pid or 0)
+        while fd is None:
             interval = UNIT_POLL if self._is_ready else ACTIVITY_INTERVAL
-            if fd is None and exited.wait(interval):
-                return
+            if exited.wait(interval) or not self._is_active():
+                break
+            fd = open_pidfd(self.pid or 0)
         if fd is not None:
             poll = select.poll()
             poll.register(fd, select.POLLIN)
@@ -3608,6 +3604,8 @@ class UnitBackend(Backend):
             self._systemctl("stop")
             self._kill_main_process()
         self._exited.set()
+        if self._watch:
+            self._watch.join(COMMAND_TIMEOUT)  # it may be asking systemd
         self._is_ready = self._is_started = False
         settle(gpu_users, self._settle_timeout)
 
@@ -3627,11 +3625,7 @@ class UnitBackend(Backend):
 
     def _show(self, *properties):
         """Return what systemd says of the unit; nothing if it does not answer."""
-        if time.monotonic() < self._retry_systemd_at:
-            return {}
-        status, text = self._systemctl("show", "-p", ",".join(properties))
-        if status is None:
-            self._retry_systemd_at = time.monotonic() + SYSTEMD_RETRY
+        _, text = self._systemctl("show", "-p", ",".join(properties))
         return dict(line.partition("=")[::2] for line in text.splitlines())
 
     def _failure(self):

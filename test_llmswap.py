@@ -3853,11 +3853,8 @@ def test_an_answer_to_a_check_that_comes_while_it_is_stopped_is_left_alone(
     assert time.process_time() - cpu < 0.25  # nobody spins on what nobody reads
 
 
-@pytest.mark.parametrize("command", ["/no/such/stopper", "'unclosed"])
-def test_a_stop_command_that_cannot_run_gives_way_to_sigterm(guard, tmp_path, command):
-    model = model_of(tmp_path)
-    settings = model.settings._replace(cmd_stop=command)
-    watched = WatchedBackend(model._replace(settings=settings), guard)
+def test_a_stop_command_that_cannot_run_gives_way_to_sigterm(begin):
+    watched = begin(cmd_stop="/no/such/stopper")
     watched.loaded()
     assert watched.stop() is None
     assert not has_group(watched.backend.pid)
