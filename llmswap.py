@@ -2294,8 +2294,9 @@ def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[s
     can be seen, any listener is believed.
     """
     birth = process_stat(child)
-    if birth is None or birth.state in "ZX":  # the child has ended meanwhile
+    if birth is None:  # the child has ended and was reaped meanwhile
         return "another process" if inodes else None
+    may_hide = may_hide and birth.state not in "ZX"  # nobody listens for the dead
     for inode in inodes:
         holder = holder_of(inode, [child])
         found = process_stat(holder) if holder else None
@@ -2722,15 +2723,19 @@ class DeadlineReader(io.RawIOBase):
         return self._sock.recv_into(buffer)
 
 
-def exchange(sock: socket.socket, request: bytes, deadline: float) -> Probe:
-    """Send a request and return the status and the body of its answer. Raise OSError,
-    ValueError, HTTPException; TimeoutError if it is not there in time."""
-    sock.settimeout(max(0.001, deadline - time.monotonic()))
-    sock.sendall(request)
-    stream = io.BufferedReader(DeadlineReader(sock, deadline))
-    source = types.SimpleNamespace(makefile=lambda _: stream)
-    with http.client.HTTPResponse(source) as response:
-        response.begin()
+def exchange(sock: socket.socket, deadline: float, *request, headers) -> Probe:
+    """Send a request (method, target) and return the status and body of its answer.
+
+    Raise OSError, ValueError, HTTPException; TimeoutError if it is late.
+    """
+    connection = http.client.HTTPConnection("")
+    connection.sock = types.SimpleNamespace(
+        sendall=sock.sendall,
+        makefile=lambda _: io.BufferedReader(DeadlineReader(sock, deadline)),
+        close=lambda: None,
+    )
+    connection.request(*request, headers=headers)
+    with connection.getresponse() as response:
         return Probe(response.status, response.read(MAX_CONTROL_ANSWER))
 
 
@@ -2879,7 +2884,6 @@ class Backend:
         return True
 
     def _abandon(self):
-        """End a backend that did not wake up."""
         self._terminate()
 
     def _is_alive(self):
@@ -2894,7 +2898,6 @@ class Backend:
         self._ended.set()
 
     def _end_error(self, why, exit_code=None):
-        """Return the APIError for a backend that ended by itself."""
         event = "ended by itself" if self._is_ready else "could not be started"
         text = f"{self._title} {event}: {why}{self._last_lines()}"
         return LoadFailed(text, exit_code)
@@ -2905,7 +2908,6 @@ class Backend:
     # -- waiting and asking
 
     def _wait(self, seconds):
-        """Wait until something happens, at most so long."""
         self._wakeup.wait(min(max(0.0, seconds), MAX_WAIT))
         self._wakeup.clear()
 
@@ -2937,7 +2939,11 @@ class Backend:
                 self._probe_socket = sock
                 if not self._is_alive():
                     raise InterruptedError("it has ended, or is being stopped")
-            probe = exchange(sock, self._head_of(method, path), deadline)
+            headers = {"Host": self.upstream.authority, "Connection": "close"}
+            if self.model.settings.proxy_key:
+                headers["Authorization"] = f"Bearer {self.model.settings.proxy_key}"
+            target = self.upstream.base_path + path
+            probe = exchange(sock, deadline, method, target, headers=headers)
         except (OSError, ValueError, http.client.HTTPException) as error:
             return Probe(error=error)
         finally:
@@ -2948,15 +2954,6 @@ class Backend:
         if probe.ok:
             self.upstream.mark_alive()
         return probe
-
-    def _head_of(self, method, path):
-        lines = [f"{method} {self.upstream.base_path}{path} HTTP/1.1"]
-        lines.append(f"Host: {self.upstream.authority}")
-        if self.model.settings.proxy_key:
-            lines.append(f"Authorization: Bearer {self.model.settings.proxy_key}")
-        if method != "GET":
-            lines.append("Content-Length: 0")
-        return "\r\n".join([*lines, "Connection: close", "", ""]).encode()
 
     def _await_healthy(self):
         """Check its health until it is good; False: it ended, or is to end.
@@ -3004,12 +3001,15 @@ class Backend:
         self._silent_since = None
         is_answered = is_answered or self.upstream.seen_within(limit)
         if not is_answered and self._is_alive():
-            self._is_ready = False  # it is killed, as it would not hear a SIGTERM
-            self._report_death()
-            raise LoadFailed(
-                f"{self._title} hung: neither a request nor {limit:g} s of health "
-                f"checks were answered; it is stopped{self._last_lines()}"
-            )
+            self._give_up(limit)
+
+    def _give_up(self, limit):
+        self._is_ready = False  # it is killed, as it would not hear a SIGTERM
+        self._report_death()
+        raise LoadFailed(
+            f"{self._title} hung: neither a request nor {limit:g} s of health "
+            f"checks were answered; it is stopped{self._last_lines()}"
+        )
 
     def _is_listener_ours(self):
         """Return whether its port is served by its processes; else name the stranger.
@@ -3143,7 +3143,6 @@ class ProcessBackend(Backend):
         self._attend(process)
 
     def _attend(self, process):
-        """Watch the new process from now on."""
         self.pid = process.pid
         self.where = f"pid {self.pid}, port {self.port}"
         self._guard.watch(self.pid)
@@ -3474,19 +3473,18 @@ class Service:
         return ["journalctl", which, self.name, "-n", "20", "-o", "cat", "-q"]
 
 
-def running_units(units: Sequence[str], gives_up: Callable) -> Set[str]:
-    """Return those of the units (as `unit =` names them) that run. Takes seconds if
-    systemd hangs and gives_up() does not come true."""
-    found = set()
-    for is_system in (False, True):
-        named = [unit for unit in units if Service(unit).is_system is is_system]
-        if named:
-            first, *others = [Service(unit) for unit in named]
-            argv = first.systemctl("is-active") + [each.name for each in others]
-            _, said = run_command(argv, COMMAND_TIMEOUT, gives_up)
-            states = zip(named, said.split())
-            found.update(unit for unit, state in states if state in RUNNING)
-    return found
+def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
+    """Return those of the units (as `unit =` names them) that run. Takes seconds for
+    each if systemd hangs, until `gives_up()`."""
+    running = set()
+    for unit in units:
+        argv = Service(unit).systemctl("is-active")
+        _, state = run_command(argv, COMMAND_TIMEOUT, gives_up)
+        if state in RUNNING:
+            running.add(unit)
+        if gives_up():
+            break
+    return running
 
 
 def check_unit(model: Model):
@@ -3610,7 +3608,6 @@ class UnitBackend(Backend):
         settle(gpu_users, self._settle_timeout)
 
     def _kill_main_process(self):
-        """SIGKILL the main process, which systemctl could not stop."""
         if self.pid and not self._exited.is_set():
             with contextlib.suppress(OSError):  # it has ended, or is not ours to kill
                 os.kill(self.pid, signal.SIGKILL)
@@ -3706,10 +3703,8 @@ class RemoteBackend(Backend):
             self._lose()
         return self._exited.is_set() and self._ended.wait(CONNECT_TIMEOUT)
 
-    def report_stall(self):
-        """A request has been silent for long: see whether it is there."""
-        self._silent_since = time.monotonic()
-        self._wakeup.set()
+    def _give_up(self, limit):
+        self._lose()
 
     def _lose(self):
         self._exited.set()
@@ -3737,7 +3732,7 @@ class RemoteBackend(Backend):
             raise LoadFailed(f"{self._title} did not wake up")
 
     def _terminate(self):
-        """There is nothing to end."""
+        pass  # it is only forgotten
 
     def _failure(self):
         """It vanished, which is no failure."""
@@ -3746,17 +3741,6 @@ class RemoteBackend(Backend):
             if self._is_stop_asked:
                 break
             self._wait(POLL_INTERVAL)  # it may be a server that drains
-
-    def _check_hang(self):
-        """A request is silent: if health is, too, it vanished."""
-        limit = self.model.settings.hang_timeout or math.inf
-        probe = self._probe(min(limit, MAX_WAIT))
-        self._silent_since = None
-        is_here = probe.status is not None or probe.was_not_sent
-        if probe.timed_out:
-            is_here = self.upstream.seen_within(limit)
-        if not is_here and self._is_alive():
-            self._lose()
 
 
 # -- how far a load is -----------------------------------------------------------------
