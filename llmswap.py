@@ -2592,15 +2592,15 @@ def run_command(argv: List[str], timeout: float, until=None, **more):
     except OSError as error:
         return None, f"{argv[0]}: {error.strerror}"
     with process.stdout:
-        is_over = False
-        while not is_over:
+        output = None
+        while output is None:
+            is_over = process.poll() is not None or time.monotonic() >= deadline
+            is_over = is_over or (until and until())
             try:
-                seconds = min(0.1, max(0.0, deadline - time.monotonic()))
-                output, is_over = process.communicate(timeout=seconds)[0], True
+                output, _ = process.communicate(timeout=0.1)
             except subprocess.TimeoutExpired as error:
-                output = error.output or b""
-                is_late = time.monotonic() >= deadline or (until and until())
-                is_over = process.poll() is not None or is_late
+                if is_over:  # what it started may hold its output open
+                    output = error.output or b""
     status = process.poll()
     if status is None:
         os.killpg(process.pid, signal.SIGKILL)

@@ -3602,6 +3602,22 @@ def test_what_is_missing_is_found_before_the_start(tmp_path, monkeypatch, keys, 
         llmswap.check_start(model_of(tmp_path, **keys))
 
 
+@pytest.mark.parametrize(
+    "words, result",
+    [
+        ("echo out; exit 3", (3, "out")),
+        ("echo out; sleep 60 & exit 3", (3, "out")),  # which holds the pipe open
+        ("echo out; sleep 60", (None, "out")),
+        (None, (None, "/no/such/file: No such file or directory")),
+    ],
+)
+def test_a_command_gives_its_status_and_output_in_time(words, result):
+    argv = ["/bin/sh", "-c", words] if words else ["/no/such/file"]
+    began = time.monotonic()
+    assert llmswap.run_command(argv, 1.0) == result
+    assert time.monotonic() - began < 5
+
+
 def test_forty_callers_ask_a_binary_for_its_options_once(tmp_path):
     asked = tmp_path / "asked"
     binary = tmp_path / "server"
@@ -3653,6 +3669,15 @@ def test_a_child_starts_in_clean_surroundings(begin, tmp_path, monkeypatch):
     assert environment["KEPT"] == "kept"
     assert environment["OTHER"] == str(watched.backend.port)
     assert not set(foreign) & set(environment)
+
+
+def test_a_score_that_the_kernel_refuses_is_told(guard, tmp_path):
+    model = model_of(tmp_path)
+    settings = model.settings._replace(oom_score_adj=2000)  # even to root
+    watched = WatchedBackend(model._replace(settings=settings), guard)
+    watched.loaded()
+    assert watched.wrote("llmswap: oom-score-adj 2000 was refused")
+    assert watched.stop() is None
 
 
 def test_a_life_from_spawn_to_a_stop(begin):
