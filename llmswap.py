@@ -2954,8 +2954,9 @@ class Backend:
 
     def _load(self):
         """Start it and wait until it is healthy; False: it ended, or is to end."""
-        self._began = self._progress_at = time.monotonic()
+        self._began = time.monotonic()
         self._spawn()
+        self._progress_at = time.monotonic()
         return self._await_healthy()
 
     def _supervise(self):
@@ -3239,7 +3240,7 @@ class ProcessBackend(Backend):
         self.pid = process.pid
         self.where = f"pid {self.pid}, port {self.port}"
         self._guard.watch(self.pid)
-        self._began = self._progress_at = time.monotonic()
+        self._began = time.monotonic()
         self._seen_activity = {load_activity(self.pid)}
         self._exited.clear()
         with self._lock:
