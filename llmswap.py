@@ -1,4 +1,8 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = []
+# ///
 """llmswap: one address for many local language models.
 
 An OpenAI-compatible reverse proxy that starts the model server a request asks for,
@@ -380,6 +384,8 @@ PROXY_KEYS = (
     Key("sets", parse_sets, "",
         "which may be loaded together: `coder + embed, thinker + embed`; a model in no "
         "set is loaded alone"),
+    Key("cache-models", parse_boolean, "off",
+        "every model in llama.cpp's own cache of downloads becomes a model"),
     Key("models-dir", os.path.expanduser, "",
         "every GGUF in it becomes a model, as llama-server does it"),
     Key("llama-server", os.path.expanduser, "llama-server",
@@ -409,6 +415,8 @@ PROXY_KEYS = (
     Key("idle-command", str, "",
         "run when idle, e.g. `systemctl suspend`; everything is unloaded first"),
     Key("idle-command-after", parse_duration, "1h", "how long idle for that"),
+    Key("watch", parse_boolean, "on",
+        "a changed file is read again before the next request"),
     Key("log-level", one_of("debug", "info", "warning", "error"), "info",
         "`debug`, `info`, `warning` or `error`"),
 )
@@ -464,6 +472,9 @@ MODEL_KEYS = (
     Key("wake-broadcast", parse_host_port, "255.255.255.255:9",
         "where Wake-on-LAN is sent"),
     Key("strip-params", parse_words, "", "parameters removed from requests"),
+    Key("default-params", parse_object, "",
+        "JSON object of parameters for requests that do not set them; objects merge "
+        "deep"),
     Key("set-params", parse_object, "",
         "JSON object laid over requests; objects merge deep"),
     Key("json-repair", parse_boolean, "off", "repair the arguments of tool calls"),
@@ -540,7 +551,9 @@ STATEMENT = re.compile(  # lines indented deeper than their `cmd` continue it
 
 # Keys whose value is the whole line, `;` and `#` included; and keys that llama.cpp
 # reads too, so that its rule holds: a comment begins at any `;` or `#`.
-WITHOUT_COMMENT = (*QUOTED_KEYS, "api-key", "proxy-key", "set-params")
+WITHOUT_COMMENT = (
+    *QUOTED_KEYS, "api-key", "proxy-key", "default-params", "set-params"
+)
 SHARED_KEYS = ("alias", "stop-timeout", "load-on-startup")
 OWN_COMMENT = re.compile(r"[ \t]+[;#]")
 LLAMA_COMMENT = re.compile(r"[ \t]*[;#]")
@@ -881,7 +894,8 @@ LAUNCH_KEYS = {
     "uses": ("uses",),
 }
 REQUEST_KEYS = (  # and those of listing: they may stand beside `uses`
-    "model-name", "uses", "alias", "strip-params", "set-params", "json-repair",
+    "model-name", "uses", "alias", "strip-params", "default-params", "set-params",
+    "json-repair",
     "loading-notice", "unlisted", "capabilities", "description",
 )
 SOURCE_KEYS = set(
@@ -1224,14 +1238,23 @@ class Config(NamedTuple):
         return f"{suggestion(name, names) or ';'} there are {shown}{more}"
 
 
-def load_config(path, listen=None, models_max=None, environ=os.environ) -> Config:
-    """Return the Config of a file, or raise ConfigError.
+WITHOUT_FILE = b"[llmswap]\ncache-models = on\n"
 
-    `listen` and `models_max` are texts that overrule the file's.
+
+def load_config(
+    path, listen=None, models_max=None, environ=os.environ, cached=()
+) -> Config:
+    """Return the Config of a file, or of WITHOUT_FILE if there is none. Raise
+    ConfigError.
+
+    `listen` and `models_max` are texts that overrule the file's; `cached` are the names
+    of the models in llama.cpp's cache.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read()
+        data = WITHOUT_FILE
+        if path is not None:
+            with open(path, "rb") as file:
+                data = file.read()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     given = {"listen": listen, "models-max": models_max}
@@ -1239,14 +1262,16 @@ def load_config(path, listen=None, models_max=None, environ=os.environ) -> Confi
         name: Setting(name, str(text), f"--{name}")
         for name, text in given.items() if text is not None
     }
-    return ConfigLoader(data, str(path), overrides, environ).load()
+    return ConfigLoader(data, str(path or ""), overrides, environ, cached).load()
 
 
 class ConfigLoader:
     """Makes a Config of the bytes of one file."""
 
-    def __init__(self, data, path, overrides, environ):
+    def __init__(self, data, path, overrides, environ, cached=()):
         self._path = path
+        self._cached = cached
+        self._in_directory = {}  # options of the models in models-dir
         self._environ = environ
         self._warnings = {}  # used as a set that keeps its order
         empty = {name: Section(name, "", {}) for name in NOT_MODELS}
@@ -1327,7 +1352,7 @@ class ConfigLoader:
                 raise ConfigError(f"{keys[name].place}: cannot be given for all models")
         if "llama-server" in self._proxy:
             keys.setdefault("llama-server", self._proxy["llama-server"])
-        listed = self._find_models(settings)
+        listed = self._list_models(settings)
         place = f"{self._path}: [{{}}]"
         sections = {name: Section(name, place.format(name), {}) for name in listed}
         sections.update(self._model_sections())
@@ -1337,17 +1362,31 @@ class ConfigLoader:
             for section in sections.values()
         ]
         return [
-            model._replace(source="preset" if each in self._sections else "models_dir")
+            model._replace(source=self._source_of(each))
             for each, model in zip(sections, models)
         ]
 
-    def _find_models(self, settings):
-        place = settings.models_dir and self._proxy["models-dir"].place
-        try:
-            return find_models(settings.models_dir, place) if place else {}
-        except OSError as error:
-            self._warn(f"{place}: {error}")
-            return {}
+    def _source_of(self, name):
+        if name in self._sections:
+            return "preset"
+        return "models_dir" if name in self._in_directory else "cache"
+
+    def _list_models(self, settings):
+        """Return options of the models in models-dir and in llama.cpp's cache, by id.
+        They are those of the file's section that is the same to llama.cpp."""
+        if settings.models_dir:
+            place = self._proxy["models-dir"].place
+            try:
+                self._in_directory = find_models(settings.models_dir, place)
+            except OSError as error:
+                self._warn(f"{place}: {error}")
+        ids = {canonical_name(name): name for name in self._sections}
+        listed = {}
+        for name in self._cached if settings.cache_models else ():
+            options = {"hf-repo": name, "offline": "on"}
+            layer = [Setting(key, text, f"[{name}]") for key, text in options.items()]
+            listed[ids.get(name, name)] = layer
+        return {**listed, **self._in_directory}
 
     def _model_sections(self):
         """Return the sections that are models. Of names that are equal to llama.cpp,
@@ -1376,9 +1415,18 @@ class ConfigLoader:
             named[model.name] = model._replace(aliases=aliases)
         for model in sorted(models, key=lambda model: model.name, reverse=True):
             self._register(canonical_name(model.name), model, "llama.cpp's name")
+        self._register_repositories(models)
         for name, owner in [*self._names.items()]:
             self._names.setdefault(name.strip().casefold(), owner)
         return named
+
+    def _register_repositories(self, models):
+        """Let `user/repo` mean the only model of it in the cache."""
+        names = [model.name for model in models if model.source == "cache"]
+        repositories = [name.rpartition(":")[0] for name in names]
+        for repository, name in zip(repositories, names):
+            if repositories.count(repository) == 1:
+                self._names.setdefault(repository, name)
 
     def _register(self, name, model, label):
         """Return whether the model has the name, which it gets if none has it."""
@@ -2717,6 +2765,13 @@ def _ask_for_options(path):
     argv, no_log = [path, "--help"], subprocess.DEVNULL
     status, text = run_command(argv, 10.0, env=environment, stderr=no_log)
     return (status is not None and parse_help(text)) or UNKNOWN_OPTIONS
+
+
+def cached_models(binary: str) -> List[str]:
+    """Return the models that llama.cpp has downloaded, each as user/repo:TAG. It takes
+    10 s at most."""
+    status, text = run_command([binary, "--cache-list"], 10.0, stderr=subprocess.DEVNULL)
+    return re.findall(r"(?m)^ *\d+\. (\S+)$", text) if status == 0 else []
 
 
 def table_of(model: Model) -> Optional[OptionTable]:
@@ -5534,11 +5589,12 @@ def _find_in_multipart(data, _, boundary):
 
 class BodyEdits(NamedTuple):
     """What is changed in a request's JSON: `model` (None: as it is), parameters laid
-    over it, names removed."""
+    over it, names removed, and then parameters where it has none."""
 
     model: Optional[str] = None
     laid_over: Mapping[str, object] = {}
     removed: FrozenSet[str] = frozenset()
+    defaults: Mapping[str, object] = {}
 
 
 def edited_json(members: Mapping[str, object], edits: BodyEdits) -> bytes:
@@ -5547,7 +5603,9 @@ def edited_json(members: Mapping[str, object], edits: BodyEdits) -> bytes:
     if edits.model is not None:
         laid_over["model"] = edits.model
     kept = {key: value for key, value in members.items() if key not in edits.removed}
-    return _dump(merged(kept, laid_over))
+    filled = merged(dict(edits.defaults), kept)
+    ordered = {key: filled[key] for key in (*kept, *filled)}
+    return _dump(merged(ordered, laid_over))
 
 
 def merged(old, new):
@@ -6700,6 +6758,7 @@ class StatusReport(NamedTuple):
     born: float
     models: Sequence[ModelStatus]
     meters: Metrics
+    problem: Optional[str] = None  # why the changed file is not in use
 
 
 def snapshot(report: StatusReport) -> dict:
@@ -6722,7 +6781,13 @@ def snapshot(report: StatusReport) -> dict:
         "vram": _total(model.vram for model in own),
     }
     models = [_as_shown(model) for model in report.models]
-    return dict(version=report.version, born=report.born, totals=totals, models=models)
+    return dict(
+        version=report.version,
+        born=report.born,
+        problem=report.problem,
+        totals=totals,
+        models=models,
+    )
 
 
 def _as_shown(model):
@@ -6975,6 +7040,7 @@ main section { margin-bottom: 26px; }
 main ul { list-style: none; padding: 0; overflow: hidden; }
 h2 { font-size: 13px; color: var(--soft); margin: 0 0 8px 2px; }
 h2 span { font-weight: 400; margin-left: 4px; }
+#problem { margin: 12px; color: var(--tone); white-space: pre-wrap; }
 #none { padding: 72px 24px; text-align: center; color: var(--soft); }
 #none b { display: block; font-size: 17px; margin-bottom: 6px; }
 
@@ -7264,6 +7330,8 @@ function paint() {
   for (const name of ["held", "broken", "rest"]) paintGroup(name);
   if (focused !== document.activeElement) focused.focus({preventScroll: true});
   show($("none"), !models.length);
+  put($("problem"), snapshot.problem || "");
+  show($("problem"), snapshot.problem);
   show($("search"), models.length > 12);
   paintTotals(snapshot.totals);
   paintChoice();
@@ -7577,6 +7645,7 @@ STATUS_PAGE = """<!doctype html>
 </header>
 <div class="columns">
   <main>
+    <p id="problem" class="failed" role="alert" hidden></p>
     <section class="held" hidden><h2>In memory <span></span></h2><ul></ul></section>
     <section class="broken" hidden>
       <h2>Needs attention <span></span></h2><ul></ul></section>
@@ -7740,6 +7809,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not self.parse_request():
                 return
             self._check_access()
+            self.server.application.follow_file()
+            self.config = self.pool.config
             self._route()
         except (APIError, ConfigError, OSError) as error:
             self._answer_error(error)
@@ -8070,7 +8141,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             with_known_problem(status, facts.get(status.shares or status.id, Facts()))
             for status in self.pool.statuses(with_memory=True)
         ]
-        return StatusReport(VERSION, self.server.born, models, self.pool.meters())
+        meters, problem = self.pool.meters(), self.server.application.config_error
+        return StatusReport(VERSION, self.server.born, models, meters, problem)
 
     def get_health(self):
         self._send_json({"status": "ok", "server": "llmswap", **self.pool.counts()})
@@ -8078,7 +8150,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_models(self):
         if self.head.parameter("reload"):
             self._check_not_from_a_page()
-            self.server.reload()
+            self.server.application.reload()
             self.config = self.pool.config
         config = self.pool.config
         listed = [m for m in config.models.values() if not m.settings.unlisted]
@@ -8456,7 +8528,12 @@ def _edits_of(model, info):
     removed = {name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members}
     removed.update(settings.strip_params)
     name = settings.model_name or None
-    return BodyEdits(name, settings.set_params or {}, frozenset(removed))
+    return BodyEdits(
+        name,
+        settings.set_params or {},
+        frozenset(removed),
+        settings.default_params or {},
+    )
 
 
 def _idle_timeout_in(members):
@@ -8702,11 +8779,11 @@ class Server(http.server.ThreadingHTTPServer):
     are what handlers share. Any thread may call.
     """
 
-    def __init__(self, sockets: List[socket.socket], pool: Pool, log: Log, reload):
+    def __init__(self, sockets: List[socket.socket], pool: Pool, log: Log, application):
         super().__init__(("", 0), Handler, bind_and_activate=False)
         self.server_close()  # a socket of its own, which is not needed
         self.sockets = sockets
-        self.pool, self.log, self.reload = pool, log, reload
+        self.pool, self.log, self.application = pool, log, application
         self.born = int(time.time())
         self.is_closing = False
         self.most_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)
@@ -9146,8 +9223,8 @@ def parse_args(argv: List[str]):
         parser.add_argument(name, action="store_true", help=help)
     parser.add_argument("--port", type=int, default=8090, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if not (args.file or args.parrot or args.keys):
-        parser.error("which INI file? (try: llmswap.py example.ini)")
+    if args.units and not args.file:
+        parser.error("--units needs the INI file")
     return args
 
 
@@ -9246,8 +9323,15 @@ def main(argv: Optional[List[str]] = None) -> int:
     if args.keys:
         print(keys_text(), end="")
         return 0
+    cached = () if args.file else cached_models("llama-server")
+    if not (args.file or cached):
+        print(NO_MODELS, end="", file=sys.stderr)
+        return 2
     try:
-        config = load_config(args.file, args.listen, args.models_max)
+        config = load_config(args.file, args.listen, args.models_max, cached=cached)
+        if args.check and args.file and config.settings.cache_models:
+            cached = cached_models(config.settings.llama_server)
+            config = load_config(args.file, args.listen, args.models_max, cached=cached)
     except ConfigError as error:
         print(printable(str(error)), file=sys.stderr)
         refuse_pending_connections()
@@ -9257,7 +9341,14 @@ def main(argv: Optional[List[str]] = None) -> int:
     if args.units:
         print(units_for(config), end="")
         return 0
-    return Application(args, config).run()
+    return Application(args, config, cached).run()
+
+
+NO_MODELS = """\
+There is no INI file, and llama-server --cache-list shows no downloaded model.
+Download one:     llama-server -hf ggml-org/gemma-3-1b-it-GGUF
+Or write a file:  llmswap.py models.ini   (example.ini shows how)
+"""
 
 
 def refuse_pending_connections():
@@ -9274,17 +9365,73 @@ def refuse_pending_connections():
                 connection.close()
 
 
+WATCH_EVERY = 1.0  # s, between two looks at the file
+WATCH_SETTLES = 0.1  # s without a change, after which it counts as written
+WATCH_TIMEOUT = 0.5  # s that a request waits for a look, or for reading the file
+
+
+class FileWatch:
+    """Notices that a file has changed, when it is asked. Any thread may call.
+
+    It looks on threads of their own, because the file may lie on a slow mount. A file
+    that is missing has not changed: editors replace files.
+    """
+
+    def __init__(self, path: str):
+        self._path = path
+        self._lock = threading.Lock()
+        self._looked_at = -math.inf
+        self._is_done = threading.Event()  # the last look
+        self._is_done.set()
+        self.mark()
+
+    def mark(self):
+        """From now on the file counts as unchanged."""
+        self._seen = self._stamp()
+
+    def check(self, on_change: Callable):
+        """Look at the file unless that was done within the last second; if it changed,
+        call on_change() on another thread. Return when it returned, or is late."""
+        with self._lock:
+            now = time.monotonic()
+            if now >= self._looked_at + WATCH_EVERY and self._is_done.is_set():
+                self._looked_at = now
+                self._is_done.clear()
+                look = functools.partial(self._look, on_change)
+                threading.Thread(target=look, name="watch", daemon=True).start()
+        self._is_done.wait(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
+
+    def _look(self, on_change):
+        try:
+            stamp = self._stamp()
+            while stamp not in (None, self._seen):
+                time.sleep(WATCH_SETTLES)
+                last, stamp = stamp, self._stamp()
+                if stamp == last:
+                    return on_change()
+        finally:
+            self._is_done.set()
+
+    def _stamp(self):
+        with contextlib.suppress(OSError):
+            status = os.stat(self._path)
+            return status.st_mtime_ns, status.st_size, status.st_ino
+
+
 class Application:
     """One run of llmswap: from the listening sockets to the last backend's end."""
 
-    def __init__(self, args, config: Config):
+    def __init__(self, args, config: Config, cached: Sequence[str] = ()):
         self._args = args
         self._config = config
+        self._cached = cached
+        self._file = FileWatch(args.file) if args.file else None
         self._signals, self._wakeup = socket.socketpair()
         self._reload_lock = threading.Lock()
         self._is_reloaded = threading.Event()
         self._notifier = SystemdNotifier(os.environ)
         self._is_activated = False  # by a socket of systemd's
+        self.config_error = None  # why the file was not read again
         self.log = Log()
         self.log.set_level("debug" if args.verbose else config.settings.log_level)
 
@@ -9296,13 +9443,14 @@ class Application:
             self.log.close()
             return listeners
         self.pool = Pool(self._config, self.log)
-        self.server = Server(listeners, self.pool, self.log, self.reload)
+        self.server = Server(listeners, self.pool, self.log, self)
         self._log_startup()
         self.pool.start()
         self.server.begin()
         self._start_thread(self._idle_command_loop)
         self._notifier.notify("READY=1")
         self._start_thread(self._notifier.watch, self.pool, self.server.is_serving)
+        self._start_thread(self._follow_cache)
         self._shut_down(self._await_end())
         return 0
 
@@ -9399,20 +9547,49 @@ class Application:
             self.log("error", str(problem))
         self._notifier.notify("READY=1")
 
+    def follow_file(self):
+        """Read the file again if it changed since it was read; see FileWatch."""
+        if self._file and self._config.settings.watch:
+            self._file.check(self._reload_changed)
+
+    def _reload_changed(self):
+        try:
+            self.reload()
+        except APIError as problem:
+            self.log("error", str(problem))
+
+    def _follow_cache(self):
+        """Ask for the models in llama.cpp's cache, and use them if they are new."""
+        settings = self._config.settings
+        if settings.cache_models:
+            cached = cached_models(settings.llama_server)
+            if not cached:
+                self.log("warning", "cache-models: llama-server --cache-list shows none")
+            if cached != self._cached:
+                self._cached = cached
+                self._reload_changed()
+
     def reload(self):
         """Read the file again and use it; a broken one changes nothing, and raises an
         APIError with the reason."""
         args = self._args
         with self._reload_lock:
+            if self._file:
+                self._file.mark()
             try:
-                config = load_config(args.file, args.listen, args.models_max)
+                config = load_config(
+                    args.file, args.listen, args.models_max, cached=self._cached
+                )
             except ConfigError as error:
-                raise APIError(f"not reloaded: {error}") from None
+                self.config_error = f"not reloaded: {error}"
+                raise APIError(self.config_error) from None
+            self.config_error = None
             if config.settings.listen != self._config.settings.listen:
                 self.log("warning", "a change of `listen` needs a restart")
             self.pool.reload(config)
             self._config = config
             self._is_reloaded.set()
+            self._start_thread(self._follow_cache)
             if not args.verbose:
                 self.log.set_level(config.settings.log_level)
             self._log_problems(config)

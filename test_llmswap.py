@@ -5140,6 +5140,109 @@ def test_output_that_cannot_be_written_is_an_error():
     assert done.returncode == 1
 
 
+def edit(server, text, by_rename=True):
+    """Save the file as an editor does; no signal follows."""
+    if by_rename:
+        server.write(text)
+    else:
+        server.ini.write_text(text)
+
+
+@pytest.mark.parametrize("by_rename", [False, True])
+def test_an_edited_file_is_in_use_before_the_next_request(by_rename):
+    text = "[kept]\ncmd = FAKE --model kept\n"
+    with Llmswap("[llmswap]\nmodels-max = 0\n" + text, WATCH_EVERY=0.0) as server:
+        pid = server.stats("kept")["pid"]
+        with server.stream("kept", tokens=10**6, pause=0.05) as stream:
+            events = stream.events()
+            next(events)
+            text = server.ini.read_text()
+            edit(server, text + "[new]\nuses = kept\n", by_rename)
+            assert server.chat("new").status == 200
+            edit(server, text + "[new]\nuses = nobody\n[[", by_rename)
+            for _ in range(3):
+                assert server.chat("new").status == 200  # of the last good file
+            assert server.log().count("not reloaded: ") == 1
+            assert ":7: " in shown_problem(server)
+            server.ini.unlink()
+            assert server.chat("new").status == 200
+            edit(server, text)
+            assert server.chat("new").status == 404
+            assert shown_problem(server) is None
+            next(events)
+        assert server.stats("kept")["pid"] == pid
+
+
+def shown_problem(server):
+    """What the page says of the file."""
+    with Stream(server.port, "/", headers={"Accept": "text/event-stream"}) as stream:
+        return next(stream.documents())["problem"]
+
+
+def test_a_file_is_looked_at_by_requests_only_and_not_if_told_so(tmp_path):
+    path = tmp_path / "x.ini"
+    path.write_text("1")
+    watch, changes = llmswap.FileWatch(str(path)), []
+    path.write_text("22")
+    watch.check(lambda: changes.append(path.read_text()))
+    assert changes == ["22"]
+    path.write_text("333")
+    watch.check(lambda: changes.append(path.read_text()))  # within a second
+    assert changes == ["22"]
+    with Llmswap("[llmswap]\nwatch = off\n[a]\ncmd = FAKE", WATCH_EVERY=0.0) as server:
+        edit(server, "[b]\ncmd = FAKE")
+        assert server.chat("a").status == 200
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: server.chat("b").status == 200)
+
+
+def test_a_file_on_a_mount_that_hangs_delays_requests_only_a_little(
+    tmp_path, monkeypatch
+):
+    watch = llmswap.FileWatch(str(tmp_path))
+    hanging = threading.Event()
+    monkeypatch.setattr(watch, "_stamp", hanging.wait)
+    for limit in (2.0, 0.4):  # later requests do not wait for it again
+        monkeypatch.setattr(llmswap, "WATCH_TIMEOUT", limit / 10)
+        began = time.monotonic()
+        watch.check(lambda: None)
+        assert time.monotonic() < began + limit
+    hanging.set()
+
+
+def test_default_params_fill_what_a_request_does_not_set():
+    text = """\
+[a]
+cmd            = FAKE
+strip-params   = top_p
+default-params = {"temperature": 0.5, "deep": {"a": 1, "b": {"c": 2}}, "top_p": 1}
+set-params     = {"seed": 7}
+"""
+    with Llmswap(text) as server:
+        body = {"model": "a", "deep": {"b": {"c": 3, "d": 4}}, "top_p": 9}
+        sent = json.loads(server.post("/v1/x", body).json()["body"])
+    assert sent == {
+        "model": "a", "deep": {"a": 1, "b": {"c": 3, "d": 4}}, "temperature": 0.5,
+        "top_p": 1, "seed": 7}  # fmt: skip
+
+
+def run_without_file(*args, **env):
+    command = [sys.executable, LLMSWAP, *args]
+    return subprocess.run(
+        command, env={**os.environ, **env}, capture_output=True, text=True, timeout=30
+    )
+
+
+@pytest.mark.parametrize("output", [None, "number of models in cache: 0"])
+def test_without_a_file_and_downloads_three_lines_say_what_to_do(tmp_path, output):
+    if output:
+        (tmp_path / "llama-server").write_text(f"#!/bin/sh\necho '{output}'")
+        (tmp_path / "llama-server").chmod(0o755)
+    done = run_without_file(PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 3 and "llama-server -hf" in done.stderr
+
+
 def test_a_connection_without_a_thread_is_refused(monkeypatch):
     def start(_):
         raise RuntimeError("can't start new thread")
@@ -11592,7 +11695,9 @@ def test_exit_idle_time_heeds_no_idle_connection_and_needs_activation(tmp_path):
 
 
 def test_a_timeout_of_a_month_does_not_overflow():
-    program = llmswap.Application(SimpleNamespace(verbose=False), no_models())
+    program = llmswap.Application(
+        SimpleNamespace(verbose=False, file=None), no_models()
+    )
     for seconds in (30 * 86400.0, math.inf):
         program._wakeup.send(b"\1")
         assert program._next_signal(seconds) == 1
@@ -11601,7 +11706,8 @@ def test_a_timeout_of_a_month_does_not_overflow():
 def test_a_connection_in_the_backlog_cancels_the_idle_exit():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         pool = llmswap.Pool(no_models(), lambda *_: None)
-        server = llmswap.Server([listener], pool, lambda *_: None, None)
+        application = SimpleNamespace(follow_file=lambda: None)
+        server = llmswap.Server([listener], pool, lambda *_: None, application)
         assert server.try_idle_exit() and server.is_serving()  # there is nothing to do
         with Client(listener.getsockname()[1]) as client:
             client.send("GET", "/health")
@@ -12533,6 +12639,40 @@ def test_models_are_described_as_by_llama_cpps_router(tmp_path):
         assert entry["meta"]["n_vocab"] == 311  # as it was told last
         status = proxy.get("/v1/models/gone").json()["status"]
         assert status["failed"] and "does not exist" in status["error"]
+
+
+@with_llama_server
+def test_downloaded_models_are_served_without_a_file(tmp_path):
+    names = "one/tiny:Q8_0", "two/tiny:Q8_0", "two/tiny:Q4_K_M"
+    for name in names:
+        repository, tag = name.split(":")
+        base = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+        folder = base / "snapshots" / ("0" * 40)
+        folder.mkdir(parents=True, exist_ok=True)
+        (base / "refs").mkdir(exist_ok=True)
+        (base / "refs" / "main").write_text("0" * 40)
+        write_gguf(folder / f"tiny-{tag}.gguf")
+    (tmp_path / "llama-server").symlink_to(LLAMA_SERVER)
+    env = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "LLAMA_CACHE": str(tmp_path / "hub"),
+    }  # fmt: skip
+    text = "[llmswap]\ncache-models = on\n[*]\nctx-size = 256\n"
+    text += "[two/tiny:q8_0]\nalias = second\nctx-size = 128"
+    with Llmswap(text, env=env) as server:
+        listed = eventually(lambda: server.get("/v1/models").json()["data"][2:] and
+                            server.get("/v1/models").json()["data"])
+        entries = {each["id"]: each for each in listed}
+        assert set(entries) == {"one/tiny:Q8_0", "two/tiny:q8_0", "two/tiny:Q4_K_M"}
+        assert [entries[name]["source"] for name in sorted(entries)] == [
+            "cache", "cache", "preset"]  # fmt: skip
+        assert entries["one/tiny:Q8_0"]["can_remove"]
+        for name, size in (("one/tiny", "256"), ("second", "128")):
+            answer = server.post("/v1/chat/completions", real_chat(name))
+            assert answer.status == 200, answer.body
+            args = server.get(f"/v1/models/{name}").json()["status"]["args"]
+            assert args[args.index("--ctx-size") + 1] == size and "--offline" in args
+        assert server.post("/v1/chat/completions", real_chat("two/tiny")).status == 404
 
 
 @with_llama_server
