@@ -1415,18 +1415,17 @@ class ConfigLoader:
             named[model.name] = model._replace(aliases=aliases)
         for model in sorted(models, key=lambda model: model.name, reverse=True):
             self._register(canonical_name(model.name), model, "llama.cpp's name")
-        self._register_repositories(models)
+        self._register_repositories()
         for name, owner in [*self._names.items()]:
             self._names.setdefault(name.strip().casefold(), owner)
         return named
 
-    def _register_repositories(self, models):
+    def _register_repositories(self):
         """Let `user/repo` mean the only model of it in the cache."""
-        names = [model.name for model in models if model.source == "cache"]
-        repositories = [name.rpartition(":")[0] for name in names]
-        for repository, name in zip(repositories, names):
-            if repositories.count(repository) == 1:
-                self._names.setdefault(repository, name)
+        repositories = [name.rpartition(":")[0] for name in self._cached]
+        for repository, name in zip(repositories, self._cached):
+            if repositories.count(repository) == 1 and name in self._names:
+                self._names.setdefault(repository, self._names[name])
 
     def _register(self, name, model, label):
         """Return whether the model has the name, which it gets if none has it."""
