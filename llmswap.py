@@ -74,6 +74,7 @@ import time
 import traceback
 import types
 import urllib.parse
+import zlib
 from collections import namedtuple
 from stat import S_ISSOCK
 from typing import Callable, Dict, FrozenSet, Iterable, List, Mapping, NamedTuple
@@ -118,11 +119,17 @@ class APIError(Exception):
 class BadRequest(APIError):
     status, type, code = 400, INVALID, "invalid_request"
 
+class SpokenTLS(BadRequest):
+    """A client spoke TLS where HTTP is served."""
+
 class Unauthorized(APIError):
     status, type, code = 401, "authentication_error", "invalid_api_key"
 
 class Forbidden(APIError):
     status, type, code = 403, "permission_error", "forbidden"
+
+class FeatureDisabled(APIError):
+    status, type, code = 403, "feature_disabled", "feature_disabled"
 
 class NotFound(APIError):
     status, type, code = 404, INVALID, "not_found"
@@ -133,11 +140,17 @@ class ModelNotFound(APIError):
 class MethodNotAllowed(APIError):
     status, type, code = 405, INVALID, "method_not_allowed"
 
+class ModelNotLoaded(APIError):
+    status, type, code = 409, INVALID, "model_not_loaded"
+
 class RequestTimeout(APIError):
     status, type, code = 408, INVALID, "request_timeout"
 
 class PayloadTooLarge(APIError):
     status, type, code = 413, INVALID, "request_too_large"
+
+class UnsupportedCoding(APIError):
+    status, type, code = 415, INVALID, "unsupported_content_encoding"
 
 class HeadersTooLarge(APIError):
     status, type, code = 431, INVALID, "headers_too_large"
@@ -288,6 +301,21 @@ def parse_sets(text) -> tuple:
     return tuple(sets)
 
 
+CAPABILITIES = ("vision", "audio", "tools", "embeddings", "rerank")
+
+
+def parse_capabilities(text) -> dict:
+    """Return what a model can do: True by name; for `context` the number of tokens."""
+    parts = {}
+    for part in parse_words(text):
+        match = re.fullmatch("context[ \t]+([1-9][0-9]{0,8})", part)
+        if not match and part not in CAPABILITIES:
+            known = f"{', '.join(CAPABILITIES)} or context 32768"
+            raise ValueError(f"{part!r} is none of {known}")
+        parts.update({"context": int(match[1])} if match else {part: True})
+    return parts
+
+
 def parse_object(text) -> dict:
     """Return a JSON object; an empty text is an empty one."""
     try:
@@ -345,6 +373,8 @@ PROXY_KEYS = (
         "`budget` or `sets`"),
     Key("budget", parse_resources, "",
         "what there is, e.g. `vram 24G, ram 64G`; the `needs` of models must fit"),
+    Key("models-autoload", parse_boolean, "on",
+        "`off`: a request never loads a model; it is loaded by hand or on startup"),
     Key("sets", parse_sets, "",
         "which may be loaded together: `coder + embed, thinker + embed`; a model in no "
         "set is loaded alone"),
@@ -438,6 +468,9 @@ MODEL_KEYS = (
     Key("loading-notice", one_of("off", "comment", "reasoning"), "comment",
         "what a streaming client sees while it waits: `off`, `comment`, `reasoning`"),
     Key("unlisted", parse_boolean, "off", "not in `/v1/models`"),
+    Key("capabilities", parse_capabilities, "",
+        "what clients are told of a model that is not llama-server's: `vision, audio, "
+        "tools, embeddings, rerank, context 32768`"),
     Key("description", str, "", "shown in `/v1/models` and on the page"),
 )
 
@@ -628,6 +661,36 @@ def variables_in(text) -> set:
     return {match[1] for match in VARIABLE.finditer(text)} - {None}
 
 
+# ---- Commands: quoted as in a shell, though none runs them ---------------------------
+
+ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
+SHELL_BUILTINS = ("cd", "exec", "export", "source", ".", "ulimit", "umask")
+SHELL_SYNTAX = re.compile(
+    r"&&?|\|\|?|;|[0-9]*[<>]{1,2}[&\w./~-]*|[^;\s]+;|\$\(.*|`.*|#.*|\$[A-Za-z_]\w*"
+)
+
+
+def split_words(text) -> list:
+    """Return the words of a text; a `~` at the beginning of one is expanded."""
+    return [os.path.expanduser(word) for word in shlex.split(text)]
+
+
+def with_environment(words) -> list:
+    """Return the words of a command whose leading NAME=value words are environment."""
+    return ["env", *words] if words and ASSIGNMENT.match(words[0]) else words
+
+
+def shell_pitfalls(setting):
+    """Yield warnings of words that only a shell understands."""
+    words = shlex.split(setting.text)
+    builtins = [word for word in words[:1] if word in SHELL_BUILTINS]
+    syntax = [word for word in words if SHELL_SYNTAX.fullmatch(word)]
+    if builtins or syntax:
+        shown = " ".join(builtins + syntax)
+        yield (f"{setting.place}: only a shell understands {shown}, and none is run: "
+               "write sh -c '...', and ${env.NAME} for $NAME")
+
+
 def read_setting(key, setting, macros, variables):
     """Return the value of the key, or raise ConfigError with the setting's place.
 
@@ -657,8 +720,10 @@ OPTION_HELP = re.compile(
 # Options that llama.cpp's router takes out of its presets: they are the router's own.
 ROUTER_OPTIONS = frozenset(
     "--api-key --api-key-file --ssl-key-file --ssl-cert-file --models-dir --models-max "
-    "--models-preset --models-autoload --log-colors".split()
+    "--models-preset --models-autoload".split()
 )
+NOT_IN_PRESETS = ("--host", "--port", "--alias", "--tags")  # of what the router shows
+PRESET_ONLY_KEYS = ("load-on-startup", "stop-timeout")
 
 
 class Option(NamedTuple):
@@ -678,15 +743,22 @@ class Option(NamedTuple):
         for name in self.names + self.negatives:
             yield name.lstrip("-")
 
-    def words(self, key, text) -> list:
-        """Return what llama.cpp's router makes of `key = text` on a command line."""
-        if not ROUTER_OPTIONS.isdisjoint(self.names):
-            return []
-        if self.values:
-            return [self.names[-1], text]
+    @property
+    def name(self):
+        """The spelling that llama.cpp's router uses."""
+        return self.names[-1]
+
+    def value(self, key, text) -> str:
+        """Return the value that `key = text` gives the option."""
         if key.replace("_", "-") in [name.lstrip("-") for name in self.negatives]:
-            text = "false" if text in TRUTHY else "true"
-        return list(self.names[-1:] if text not in FALSY else self.negatives[-1:])
+            return "false" if text in TRUTHY else "true"
+        return text
+
+    def words(self, value) -> list:
+        """Return what llama.cpp's router puts on a command line for this value."""
+        if self.values:
+            return [self.name, value]
+        return list(self.names[-1:] if value not in FALSY else self.negatives[-1:])
 
 
 class OptionTable:
@@ -706,8 +778,8 @@ class OptionTable:
             return Option((f"--{dashed}",))
         return self.by_key.get(key) or self.by_key.get(dashed)
 
-    def words(self, settings) -> list:
-        """Return what llama.cpp's router would put on a command line.
+    def choose(self, settings) -> list:
+        """Return the options and their values in the order of llama.cpp's router.
 
         Of settings of one option the last counts. Raise ConfigError for unknown ones.
         """
@@ -720,8 +792,21 @@ class OptionTable:
             if option.values > 1:
                 reason = "takes two values; write it into extra-args"
                 raise ConfigError(f"{place}: {reason}")
-            chosen[option.names[0]] = option.words(key, text)
-        return [word for name in sorted(chosen) for word in chosen[name]]
+            if ROUTER_OPTIONS.isdisjoint(option.names):
+                chosen[option.names[0]] = option, option.value(key, text)
+        return [chosen[name] for name in sorted(chosen)]
+
+    def read(self, words) -> dict:
+        """Return the option values on a command line by name; "" for a flag."""
+        values = {}
+        for word, following in zip(words, [*words[1:], ""]):
+            option = self.by_key.get(word.lstrip("-")) if word.startswith("-") else None
+            if option or word.startswith("--"):
+                is_flag = option and not option.values
+                is_negative = is_flag and word in option.negatives
+                name = option.name if option and not is_negative else word
+                values[name] = "" if is_flag else following
+        return values
 
     def pitfalls(self, settings):
         """Yield warnings of what llama.cpp reads otherwise than people do."""
@@ -733,10 +818,10 @@ class OptionTable:
             other = first.setdefault(option.names[0], key)
             if other != key:
                 yield f"{place}: the same option as {other}; this one counts"
-            if not ROUTER_OPTIONS.isdisjoint(option.names):
+            if not {*ROUTER_OPTIONS, "--log-colors"}.isdisjoint(option.names):
                 yield f"{place}: no option of a model; it is ignored"
             elif not option.values and text not in TRUTHY + FALSY:
-                word = "".join(option.words(key, text))
+                word = "".join(option.words(option.value(key, text)))
                 yield (f"{place}: {text!r} is neither true nor false; "
                        f"llama.cpp makes it {word}")
             elif option.values and re.fullmatch("\".*\"|'.*'", text):
@@ -795,7 +880,7 @@ LAUNCH_KEYS = {
 }
 REQUEST_KEYS = (  # and those of listing: they may stand beside `uses`
     "model-name", "uses", "alias", "strip-params", "set-params", "json-repair",
-    "loading-notice", "unlisted", "description",
+    "loading-notice", "unlisted", "capabilities", "description",
 )
 SOURCE_KEYS = set(
     "model m LLAMA_ARG_MODEL hf-repo hf hfr LLAMA_ARG_HF_REPO model-url mu "
@@ -822,6 +907,8 @@ class Model(NamedTuple):
     backend: str
     problem: Optional[str]
     aliases: tuple = ()
+    source: str = "preset"  # as llama.cpp's router calls it
+    preset_only: tuple = ()  # keys and texts of llama.cpp's presets that are no options
 
     @property
     def launch(self) -> tuple:
@@ -840,23 +927,40 @@ class Model(NamedTuple):
 
         Raise ConfigError for options that the table does not have.
         """
-        fixed = {"host": "127.0.0.1", "port": str(port), "alias": self.name}
         try:
             extra = self._words(self.settings.extra_args, PORT=port)
             if self.kind == "cmd":
-                return self._words(self.settings.cmd, PORT=port) + extra
+                words = self._words(self.settings.cmd, PORT=port)
+                return with_environment(words) + extra
             if self.kind != "llama-server":
                 return []
-            settings = [setting._replace(text=self._expand(setting.text, PORT=port))
-                        for layer in self.options for setting in layer]
+            options = self._choose_options(table, port)
         except ValueError as error:
             raise ConfigError(self.problem or f"{self.place}: {error}") from None
+        words = [word for option, value in options for word in option.words(value)]
+        return [self.settings.llama_server, *words, *extra]
+
+    def preset(self, table) -> str:
+        """Return the section of a llama-server model as llama.cpp's router shows it."""
+        pairs = [(option.name.lstrip("-"), value)
+                 for option, value in self._choose_options(table, "0")
+                 if option.name not in NOT_IN_PRESETS]
+        lines = [f"{key} = {text}\n" for key, text in [*pairs, *self.preset_only]]
+        return f"[{self.name}]\n{''.join(lines)}\n"
+
+    def _choose_options(self, table, port):
+        fixed = {"host": "127.0.0.1", "port": str(port), "alias": self.name}
+        if "log-colors" in table.by_key:
+            fixed["log-colors"] = "off"
+        settings = [setting._replace(text=self._expand(setting.text, PORT=port))
+                    for layer in self.options for setting in layer]
         settings += [Setting(key, text, self.place) for key, text in fixed.items()]
-        return [self.settings.llama_server, *table.words(settings), *extra]
+        return table.choose(settings)
 
     def stop_command(self, port, pid) -> list:
         """Return the argv of cmd-stop; [] if there is none."""
-        return self._words(self.settings.cmd_stop, PORT=port, PID=pid)
+        words = self._words(self.settings.cmd_stop, PORT=port, PID=pid)
+        return with_environment(words)
 
     def url(self, port) -> str:
         """Return the base URL of the backend."""
@@ -867,7 +971,7 @@ class Model(NamedTuple):
         return {name: self._expand(text, PORT=port) for name, text in self.env.items()}
 
     def _words(self, text, **more):
-        return [self._expand(word, **more) for word in shlex.split(text)]
+        return [self._expand(word, **more) for word in split_words(text)]
 
     def _expand(self, text, **more):
         return expand(text, {**self.variables, **more})
@@ -937,12 +1041,18 @@ class ModelBuilder:
             place = setting.place if setting else self._place
             self._problems.append(f"{place}: {reason}")
         problem = self._problems[0] if self._problems else None
+        preset_only = tuple((key, self._keys[key].text)
+                            for key in PRESET_ONLY_KEYS if key in self._keys)
         return Model(self._name, self._kind, self._place, settings, options, env,
-                     self._variables, self._name, problem)
+                     self._variables, self._name, problem, preset_only=preset_only)
 
     def _read(self, key, setting, default):
         try:
-            return read_setting(key, setting, self._macros, self._variables)
+            value = read_setting(key, setting, self._macros, self._variables)
+            if key.name in QUOTED_KEYS:
+                for warning in shell_pitfalls(setting):
+                    self._warn(warning)
+            return value
         except ConfigError as error:
             if key.name in LENIENT_KEYS:
                 self._warn(f"{error}; taken as {key.default}")
@@ -958,6 +1068,8 @@ class ModelBuilder:
             texts = [self._read_late(setting) for setting in layer]
         else:  # as llama-server reads them
             texts = [setting.text.replace("${", "$${") for setting in layer]
+        # but for a path that it could not open
+        texts = map(os.path.expanduser, texts)
         return [each._replace(text=text) for each, text in zip(layer, texts)]
 
     def _key_mistakes(self):
@@ -1187,6 +1299,9 @@ class ConfigLoader:
             setting = self._proxy.get(key.name, Setting(key.name, key.default, ""))
             value = read_setting(key, setting, self._macros, self._variables)
             values[key.attribute] = value
+            if key.name in QUOTED_KEYS:
+                for warning in shell_pitfalls(setting):
+                    self._warn(warning)
         if "models-max" not in self._proxy and (values["budget"] or values["sets"]):
             values["models_max"] = 0
         return ProxySettings(**values)
@@ -1214,10 +1329,14 @@ class ConfigLoader:
         place = f"{self._path}: [{{}}]"
         sections = {name: Section(name, place.format(name), {}) for name in listed}
         sections.update(self._model_sections())
-        return [
+        models = [
             ModelBuilder(section, (keys, options, listed.get(section.name, [])),
                          self._macros, self._variables, self._warn).build()
             for section in sections.values()
+        ]
+        return [
+            model._replace(source="preset" if each in self._sections else "models_dir")
+            for each, model in zip(sections, models)
         ]
 
     def _find_models(self, settings):
@@ -2686,8 +2805,15 @@ def check_start(model: Model):
         argv = model.command(table_of(model), "0")
     except ConfigError as error:
         raise LoadFailed(str(error)) from None
+    check_files(model, argv)
+
+
+def check_files(model: Model, argv: Sequence[str]):
+    """Raise LoadFailed if the program or a file of a llama-server is missing."""
     cwd = model.settings.cwd or None
-    find_program(argv[0], clean_environment(model.environment("0")), cwd)
+    words = itertools.dropwhile(lambda w: w == "env" or ASSIGNMENT.match(w), argv)
+    program = next(words, "env")
+    find_program(program, clean_environment(model.environment("0")), cwd)
     if model.kind == "llama-server":
         for option, path in zip(argv, argv[1:]):
             if option in ("--model", "--mmproj", "--model-draft"):
@@ -2758,6 +2884,7 @@ class Backend:
     """One run of a model's server, on a thread of its own (`_run`).
 
     Callbacks, on that thread: `on_loaded(self)` when it is ready, or awake again;
+    `on_described(self, entry)` with the entry of its own /v1/models, {} if it has none;
     `on_slept(self)` when it fell asleep; `on_dying(self)` when it is found dead or hung
     though nobody stopped it; `on_exited(self, problem)` when nothing of it is left,
     problem None if it was stopped. `on_line(text)` gets each line that it writes, on
@@ -2775,14 +2902,15 @@ class Backend:
         self.pid = None  # of its main process, once known
         self.port = upstream and upstream.port
         self.where = None  # it runs, for people
-        self.entry = {}  # of its own /v1/models
         self.started_at = self._began = self._progress_at = time.monotonic()
-        self.on_loaded = self.on_slept = self.on_dying = None
+        self.on_loaded = self.on_described = self.on_slept = self.on_dying = None
         self.on_exited = self.on_line = None
         self._title = model.name
         self._thread = None
         self._wakeup = threading.Event()
         self._ended = threading.Event()
+        self._problem = None  # why it ended by itself
+        self._is_explained = threading.Event()
         self._pending_action = None  # _put_to_sleep or _wake_up
         self._silent_since = None  # when a request was first found silent
         self._probe_socket = None  # on which this backend's thread waits
@@ -2840,6 +2968,10 @@ class Backend:
         """Return whether it ended by itself, now or within the timeout."""
         return self._ended.wait(timeout) and not self._is_stop_asked
 
+    def death(self, timeout: float) -> Optional[APIError]:
+        """Return why it ended by itself, if that is known within the timeout."""
+        return self._problem if self._is_explained.wait(timeout) else None
+
     # -- its thread, from the start to the end
 
     def _run(self):
@@ -2850,6 +2982,8 @@ class Backend:
             problem.__context__ = None
         except Exception as error:  # a bug, or no descriptors are left
             problem = LoadFailed(f"{self.model.name}: {type(error).__name__}: {error}")
+        self._problem = problem
+        self._is_explained.set()
         try:
             if self.upstream:
                 self.upstream.close()
@@ -2865,7 +2999,7 @@ class Backend:
             self.upstream.mark_alive()
             self.on_loaded(self)
             if self.model.kind == "llama-server":
-                self.entry = self._fetch_entry()
+                self.on_described(self, self._fetch_entry())
             if self._supervise():
                 break
             self._abandon()  # it slept and could not be woken: start it anew
@@ -4074,6 +4208,165 @@ def shards_of(path: str) -> List[str]:
     return [f"{start}-{n:05}-of-{count}{end}" for n in range(1, int(count) + 1)]
 
 
+# -- what is known of a model without loading it ---------------------------------------
+
+LOOK_TIMEOUT = 0.05  # s that a client waits for a look at files, which may be slow
+GGUF_NUMBERS = {
+    **{0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f"},
+    **{7: "?", 10: "Q", 11: "q", 12: "d"},
+}
+GGUF_STRING, GGUF_ARRAY = 8, 9
+GGUF_LIMIT = 1 << 16  # keys, items of an array, bytes of a string
+
+
+def read_gguf(path: str) -> Dict[str, object]:
+    """Return the metadata of a GGUF file by key, those before its tokenizer; arrays as
+    None. A file that is cut, or no GGUF, has none."""
+    metadata = {}
+    try:
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            magic, version, _, count = struct.unpack("<4sIQQ", file.read(24))
+            if magic != b"GGUF" or version < 2:
+                return {}
+            for _ in range(min(count, GGUF_LIMIT)):
+                key = _gguf_value(file, GGUF_STRING)
+                if key.startswith("tokenizer."):
+                    break
+                (kind,) = struct.unpack("<I", file.read(4))
+                metadata[key] = _gguf_value(file, kind)
+    except (OSError, ValueError, KeyError, struct.error):
+        return {}
+    return metadata
+
+
+def _open_without_waiting(path, flags):
+    return os.open(path, flags | os.O_NONBLOCK)  # it may be a pipe
+
+
+def _gguf_value(file, kind):
+    if kind in GGUF_NUMBERS:
+        form = "<" + GGUF_NUMBERS[kind]
+        return struct.unpack(form, file.read(struct.calcsize(form)))[0]
+    if kind == GGUF_STRING:
+        (size,) = struct.unpack("<Q", file.read(8))
+        if size > GGUF_LIMIT:
+            raise ValueError("the string is too long")
+        text = file.read(size)
+        if len(text) < size:
+            raise ValueError("the file ends in a string")
+        return text.decode("utf-8", "replace")
+    if kind != GGUF_ARRAY:
+        raise ValueError("no such type")
+    item, count = struct.unpack("<IQ", file.read(12))
+    if count > GGUF_LIMIT or item == GGUF_ARRAY:
+        raise ValueError("no array before the tokenizer is so large, or nested")
+    for _ in range(count):
+        _gguf_value(file, item)
+    return None
+
+
+class Facts(NamedTuple):
+    """What is known of a model that may not be loaded.
+
+    `options` are the values of its llama-server options by name. `problem` says why a
+    start is bound to fail. `meta` and `inputs` are as llama-server would tell them.
+    """
+
+    argv: Sequence[str] = ()
+    preset: str = ""
+    options: Mapping[str, str] = {}
+    problem: Optional[LoadFailed] = None
+    inputs: Sequence[str] = ("text",)
+    meta: Mapping[str, int] = {}
+
+
+class Inspector:
+    """Finds out the Facts of models. Any thread may call.
+
+    Files are read on a thread of its own, because they may lie on slow mounts, and read
+    again when their size or time changes.
+    """
+
+    def __init__(self):
+        self._facts = {}  # by name: (model, Facts)
+        self._headers = {}  # by path: (size, time, metadata)
+        self._look = None  # an Event that is set at the end of the look under way
+        self._lock = threading.Lock()
+
+    def facts_of(
+        self, models: Sequence[Model], timeout: float = LOOK_TIMEOUT
+    ) -> Dict[str, Facts]:
+        """Look at the models; return the Facts by name that are known in time."""
+        with self._lock:
+            if self._look is None or self._look.is_set():
+                self._look = threading.Event()
+                look = functools.partial(self._inspect_all, list(models), self._look)
+                threading.Thread(target=look, daemon=True).start()
+            look = self._look
+        look.wait(timeout)
+        known = {}
+        for model in models:
+            seen, facts = self._facts.get(model.name, (None, Facts()))
+            known[model.name] = facts if seen is model else Facts()
+        return known
+
+    def _inspect_all(self, models, done):
+        try:
+            for model in models:
+                self._facts[model.name] = model, self._inspect(model)
+        finally:
+            done.set()
+
+    def _inspect(self, model):
+        table = table_of(model)
+        try:
+            argv = model.command(table, "${PORT}")
+        except ConfigError as error:
+            return Facts(problem=LoadFailed(str(error)))
+        problem = None
+        if argv:
+            try:
+                check_files(model, argv)
+            except LoadFailed as error:
+                problem = error.with_traceback(None)
+        if table is None:
+            return Facts(argv, problem=problem)
+        options = table.read(argv[1:])
+        preset = model.preset(table)
+        inputs, meta = self._read_headers(options, model.settings.cwd)
+        return Facts(argv, preset, options, problem, inputs, meta)
+
+    def _read_headers(self, options, cwd):
+        """Return what goes in, and numbers as of llama-server's own `meta`."""
+        header, projector = (
+            self._header(os.path.join(cwd, options[name])) if name in options else {}
+            for name in ("--model", "--mmproj")
+        )
+        inputs = ["text"]
+        for name, encoder in (("image", "vision"), ("audio", "audio")):
+            if projector.get(f"clip.has_{encoder}_encoder") is True:
+                inputs.append(name)
+        architecture = header.get("general.architecture")
+        meta = {"n_ctx": options.get("--ctx-size")}
+        meta["n_ctx_train"] = header.get(f"{architecture}.context_length")
+        numbers = {
+            name: int(value)
+            for name, value in meta.items()
+            if re.fullmatch("[1-9][0-9]{0,8}", str(value))
+        }
+        return inputs, numbers
+
+    def _header(self, path):
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):
+            return {}
+        key = status.st_size, status.st_mtime_ns
+        if self._headers.get(path, (None,))[0] != key:
+            self._headers[path] = key, read_gguf(path)
+        return self._headers[path][1]
+
+
 # ==================================================================================
 # 5  Pool: the one lock; it carries the Scheduler's decisions out.
 #    Never knows HTTP or a client's socket, and never waits while it holds the lock.
@@ -4229,7 +4522,7 @@ class ModelStatus(NamedTuple):
     the start). `progress` of a load goes from 0 to 1, if it is known. `failure` says
     why its last run failed, `stopped` why it was stopped, `unusable` what is wrong with
     it in the file. `shares` names the model whose backend it uses, and whose state it
-    has. `entry` is that of its own /v1/models.
+    has. `entry` is what its own /v1/models told last.
     """
 
     id: str
@@ -4265,6 +4558,7 @@ class Pool:
         self.config = config
         self.events = Broadcast(0)
         self.memory = MemoryWatch()
+        self.inspector = Inspector()
         self._log = log
         self._clock = clock
         self._guard = Guard()
@@ -4272,6 +4566,7 @@ class Pool:
         self._scheduler = Scheduler(limits_of(config), specs_of(config))
         self._backends = {}
         self._feeds = {}
+        self._entries = {}  # by model: the last that its own /v1/models told
         self._meters = Metrics()
         self._revision = 0  # of what people see
         self._watchers = 0  # threads that wait for the next revision
@@ -4452,6 +4747,9 @@ class Pool:
                 and model.launch != self.config.models[name].launch
             ]
             self.config = config
+            for name in [*self._entries]:
+                if name in changed or name not in config.models:
+                    del self._entries[name]
             self._scheduler.configure(
                 limits_of(config), specs_of(config), changed, _removed
             )
@@ -4473,6 +4771,13 @@ class Pool:
         with self._lock:
             scheduled = self._scheduler.models.get(model.backend)
             return scheduled.state if scheduled else State.UNLOADED
+
+    def is_held(self, model: Model) -> bool:
+        """Return whether the model is loaded, or being loaded for somebody."""
+        with self._lock:
+            scheduled = self._scheduler.models.get(model.backend)
+            is_up = scheduled and scheduled.state in (State.LOADING, State.LOADED)
+            return bool(is_up) and not scheduled.is_stopping_soon
 
     def backend_of(self, model: Model):
         """Return the running backend of the model, or None; it may end at any time."""
@@ -4529,7 +4834,7 @@ class Pool:
             stopped=self._meters.reasons.get(model.backend),
             pid=getattr(backend, "pid", None),
             port=getattr(backend, "port", None),
-            entry=getattr(backend, "entry", {}),
+            entry=self._entries.get(model.backend, {}),
         )
 
     def feed_of(self, name: str) -> Broadcast:
@@ -4662,9 +4967,11 @@ class Pool:
         """Make a backend of the model that reports to this Pool."""
         backend = self._make_backend(self.config.models[name])
         backend.on_loaded, backend.on_slept = self._on_loaded, self._on_slept
+        backend.on_described = self._on_described
         backend.on_dying, backend.on_exited = self._on_dying, self._on_exited
         backend.on_line = functools.partial(self._on_line, name)
         backend.stop_requested_at = None  # or put to sleep
+        backend.is_described = backend.model.kind != "llama-server"
         self._backends[name] = backend
         self._begin_progress(backend)
         return backend
@@ -4750,7 +5057,15 @@ class Pool:
             self._meters.count_load(name, seconds)
             self._schedule()
         self._log("info", f"{name}: loaded in {seconds:.2f} s ({backend.where})")
-        self._publish(name, "loaded")
+        if backend.is_described:
+            self._publish(name, "loaded")
+
+    def _on_described(self, backend, entry):
+        name = backend.model.name
+        with self._lock:
+            self._entries[name] = entry
+        backend.is_described = True
+        self._publish(name, "loaded", **({"info": entry} if entry else {}))
 
     def _on_slept(self, backend):
         with self._lock:
@@ -4948,6 +5263,7 @@ READ_SIZE = 1 << 13  # bytes read at once of heads and most answers
 STREAM_READ_SIZE = 1 << 11  # the same of streams, which wait in numbers
 BUFFER_SIZE = 1 << 18  # bytes read at once of long bodies
 EARLY_HEAD_AFTER = 3.0  # s; until then a failure keeps its true status
+TLS_HELLO = b"\x16\x03"  # how a client begins that means https
 COMMENT = b":\n\n"
 COMMENT_EVERY = 10.0  # s; the shortest header timeout seen in clients is 30 s
 STALL_CHECK_AFTER = 5.0  # s of silence until a backend is checked for a hang
@@ -5042,6 +5358,8 @@ class SocketReader:
                 return b""
             self.is_untouched = False
             data += piece
+            if data.startswith(TLS_HELLO):
+                raise SpokenTLS("this is plain HTTP: use http://, not https://")
             if data.startswith(b"\r\n"):
                 blank = _EMPTY_LINES.match(data).end()
                 data, searched, skipped = data[blank:], 0, skipped + blank
@@ -5220,6 +5538,13 @@ class Request(Head):
             raise BadRequest("the target must be a path, or a URL of this very host")
         return (url.group(2) or "/") + (url.group(3) or "")
 
+    def drop_slash(self, paths: Iterable[str]):
+        """Make /path/ mean /path if that is one of these."""
+        path = self.path.rstrip("/")
+        if path != self.path and path in paths:
+            self.target = path + self.target[len(self.path) :]
+            self.path = path
+
     def parameter(self, name: str) -> Optional[str]:
         """Return the first value of a query parameter, or None."""
         if name not in self.query:
@@ -5289,7 +5614,8 @@ class ChunkDecoder:
 class Body:
     """A client's request body: `held`, what was read of it, then the rest as it comes.
 
-    Raises ClientDisconnected, BadRequest, PayloadTooLarge, RequestTimeout. After such
+    Raises ClientDisconnected, BadRequest, PayloadTooLarge, RequestTimeout and, at once,
+    UnsupportedCoding. After such
     an error it cannot be read on: its connection is lost.
     """
 
@@ -5299,6 +5625,13 @@ class Body:
         self._decoder = ChunkDecoder() if request.framing.is_chunked else None
         self._is_lost = False
         self.length = request.framing.length
+        coding = request.get("content-encoding").lower() if self.length != 0 else ""
+        if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+            raise UnsupportedCoding(
+                f"the content coding {coding!r} is not supported, only gzip and deflate"
+            )
+        self._is_encoded = coding not in ("", "identity")
+        self.was_decoded = False
         self._check_size(self.length or 0)
         expected = request.get("expect").lower()
         self._expects = expected == "100-continue" and not request.is_http_10
@@ -5318,6 +5651,31 @@ class Body:
         while not self.is_complete and self.received < size:
             self.held += self._next_piece()
         return self.is_complete
+
+    def decode(self):
+        """Read it all and undo its content coding, if it has one."""
+        if not self._is_encoded:
+            return
+        self.hold(sys.maxsize)
+        self.held = bytearray(self._decoded(bytes(self.held)))
+        self.length = len(self.held)
+        self._is_encoded, self.was_decoded = False, True
+
+    def _decoded(self, data):
+        """Return the payload; of gzip it may be in several members."""
+        is_raw = data[:1] and data[0] & 15 != 8 and data[:1] != b"\x1f"
+        payload = b""
+        try:
+            while data:
+                decoder = zlib.decompressobj(-15 if is_raw else 47)
+                payload += decoder.decompress(data, self._limit + 1 - len(payload))
+                self._check_size(len(payload))
+                if not decoder.eof:
+                    raise BadRequest("the content coding of the body ends too early")
+                data = decoder.unused_data
+        except zlib.error as error:
+            raise BadRequest(f"the content coding of the body: {error}") from None
+        return payload
 
     def rest(self) -> Iterable[bytes]:
         """Yield what is not held, as it comes; then the body cannot be sent again."""
@@ -5406,6 +5764,7 @@ def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
     MAX_UNREAD_BODY. Raise BadRequest, PayloadTooLarge, ClientDisconnected.
     """
     kind = content_type.partition(";")[0].strip().lower()
+    body.decode()
     body.hold(1)
     is_object = bytes(body.held[:64]).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{")
     if kind == "multipart/form-data":
@@ -7623,17 +7982,24 @@ def page_policy() -> str:
 #    A route either replies or raises; `handle_one_request` alone answers errors.
 # ==================================================================================
 
+SERVER_NAME = "llmswap (llama.cpp)"  # clients look for llama.cpp
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
 NAME_LIMIT = 1000  # characters of a model's name in a request
 NAME_PARTS = 64  # between slashes in one
 SLOW_SECONDS = 10.0  # until the first byte; such requests are logged
 NOTICE_EVERY = 5.0  # s, for clients that are told how far a load is
+INPUTS = {"vision": "image", "audio": "audio"}  # llama.cpp's words by capability
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")
 OPEN_PATHS = ("/", "/health", "/v1/health")  # need no key
 IDLE_TIMEOUT_PARAMETERS = ("keep_alive", "ttl")  # Ollama's and LM Studio's
+OLLAMA_PATHS = frozenset(
+    f"/api/{name}"
+    for name in "tags chat generate show ps version embed embeddings pull push create "
+    "copy delete".split()
+)
 KEY_FIELDS = frozenset(("authorization", "x-api-key", "api-key"))
 NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
 JSON_TYPE = ("content-type", "application/json; charset=utf-8")
@@ -7715,6 +8081,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not raw:
             return False
         self.head = self.headers = Request(raw)
+        self.head.drop_slash(path for _, path in ROUTES)
         self.command, self.path = self.head.method, self.head.target
         self.request_version = "HTTP/1.0" if self.head.is_http_10 else "HTTP/1.1"
         self.reply = ClientResponse(self.request, self.head, self._cors_headers())
@@ -7762,6 +8129,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer_error(self, error):
         """Answer in whatever form is still possible."""
+        if isinstance(error, SpokenTLS):
+            self.server.warn_of_tls()
         if isinstance(error, OSError):  # of disk or memory; the client's own is caught
             error = APIError(f"{type(error).__name__}: {error}")
         elif isinstance(error, ConfigError):
@@ -7796,7 +8165,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send(error.status, headers, _dump(body))
 
     def _send(self, status, headers, payload):
-        self.reply.answer(status, [*headers, ("server", "llmswap")], payload)
+        self.reply.answer(status, [*headers, ("server", SERVER_NAME)], payload)
 
     def _send_json(self, value):
         self._send(200, [JSON_TYPE], _dump(value))
@@ -7926,11 +8295,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for prefix, methods, action in PREFIXES:
             if head.path.startswith(prefix) and (not methods or method in methods):
                 self.body.hold(MAX_UNREAD_BODY if methods else 0)
-                return action(self, head.path[len(prefix) :])
+                rest = head.path[len(prefix) :]
+                return action(self, rest.rstrip("/") if methods else rest)
         if head.path not in MODEL_PATHS:
             if any(path == head.path for _, path in ROUTES):
                 raise MethodNotAllowed(f"{head.path} has no {head.method}")
+        self._check_base_url()
         self.route_by_model()
+
+    def _check_base_url(self):
+        """Raise NotFound for paths of clients whose base URL is wrong."""
+        path, url = self.head.path, f"http://{self.head.get('host')}/v1"
+        if path.startswith("/v1/v1/"):
+            text = f"{path}: the client's base URL has /v1 twice; set it to {url}"
+            raise NotFound(text)
+        if path.rstrip("/") in OLLAMA_PATHS:
+            raise NotFound(
+                f"{path} is Ollama's API; this is an OpenAI-compatible server: let the "
+                f"client use its OpenAI provider with the base URL {url}"
+            )
+
+    def refuse_feature(self):
+        raise FeatureDisabled("this feature is disabled")
+
+    def post_streams_lookup(self):
+        self._send_json([])  # no stream can be resumed
 
     def answer_preflight(self):
         wanted = self.head.get("access-control-request-headers") or "*"
@@ -7983,7 +8372,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send(200, [("content-type", METRICS_TYPE)], text.encode())
 
     def _status_report(self):
-        models = self.pool.statuses(with_memory=True)
+        facts = self.pool.inspector.facts_of([*self.config.models.values()])
+        models = [
+            with_known_problem(status, facts.get(status.shares or status.id, Facts()))
+            for status in self.pool.statuses(with_memory=True)
+        ]
         return StatusReport(VERSION, self.server.born, models, self.pool.meters())
 
     def get_health(self):
@@ -7995,46 +8388,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.reload()
             self.config = self.pool.config
         config = self.pool.config
-        entries = [
-            self._model_entry(config.models[status.id], status)
-            for status in self.pool.statuses()
-            if status.id in config.models
-            and not config.models[status.id].settings.unlisted
-        ]
-        self._send_json({"object": "list", "data": entries})
+        listed = [m for m in config.models.values() if not m.settings.unlisted]
+        self._send_json({"object": "list", "data": self._model_entries(listed)})
 
     def get_model(self, name):
         model = self._resolve(percent_decoded(name))
-        self._send_json(self._model_entry(model, self.pool.status(model)))
+        self._send_json(self._model_entries([model])[0])
 
-    def _model_entry(self, model, status):
-        shown = {
-            "value": "loaded" if status.state == "unloading" else status.state,
-            "args": self._shown_command(model, status),
-        }
-        problem = model.problem or status.failure
-        if problem and status.state == "unloaded":
-            code = exit_code_of(status.failure) if status.failure else 1
-            shown.update(failed=True, exit_code=code, error=str(problem))
-        entry = {
-            "id": model.name,
-            "object": "model",
-            "created": self.server.born,
-            "owned_by": "llmswap",
-            "aliases": list(model.aliases),
-            "status": shown,
-        }
-        if model.settings.description:
-            entry["description"] = model.settings.description
-        return {"meta": {}, **status.entry, **entry}
-
-    def _shown_command(self, model, status):
-        owner = self.config.owner_of(model)
-        port = str(status.port) if status.port else "${PORT}"
-        try:
-            return mask_secrets(owner.command(table_of(owner), port))
-        except ConfigError:
-            return []
+    def _model_entries(self, models):
+        owners = [self.config.owner_of(model) for model in models]
+        facts = self.pool.inspector.facts_of(owners)
+        statuses = map(self.pool.status, models)
+        return [
+            model_entry(model, owner, status, facts[owner.name], self.server.born)
+            for model, owner, status in zip(models, owners, statuses)
+        ]
 
     def post_load(self):
         if not self.pool.load(self._model_of_body()):
@@ -8071,6 +8439,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_running(self):
         words = {"loading": "starting", "loaded": "ready", "unloading": "stopping"}
         running = []
+        facts = self.pool.inspector.facts_of([*self.config.models.values()])
         for status in self.pool.statuses():
             model = self.config.models.get(status.id)
             if model is None or status.state == "unloaded" or status.shares:
@@ -8079,7 +8448,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 {
                     "model": status.id,
                     "state": words.get(status.state, status.state),
-                    "cmd": shlex.join(self._shown_command(model, status)),
+                    "cmd": shlex.join(shown_command(facts[status.id], status)),
                     "proxy": model.url(str(status.port)),
                     "ttl": int(model.settings.idle_timeout),
                     "name": status.id,
@@ -8095,7 +8464,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             {
                 "role": "router",
                 "max_instances": self.config.settings.models_max,
-                "models_autoload": True,
+                "models_autoload": self.config.settings.models_autoload,
                 "model_alias": "llmswap",
                 "model_path": "none",
                 "default_generation_settings": {"params": None, "n_ctx": 0},
@@ -8130,7 +8499,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not name:
             raise BadRequest("model name is missing from the request", "model")
         model = self.model = self._resolve(name)
-        if self.head.parameter("autoload") in ("true", "1"):
+        if self._may_autoload(by_default=False):
             self._check_may_load(model)
             return self._forward(model, self.head.target, RequestInfo())
         states = [State.LOADED]
@@ -8142,6 +8511,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         outgoing = self._upstream_request(model, self.head.target, RequestInfo())
         relay(outgoing, backend, self.reply)
 
+    def _may_autoload(self, by_default=True):
+        """Return whether the request may load its model, by llama.cpp's rules."""
+        given = self.head.parameter("autoload")
+        if given:
+            return given in ("true", "1")
+        return by_default and self.config.settings.models_autoload
+
     def route_upstream(self, rest):
         """/upstream/ID/REST: that model's own server, whatever REST is."""
         name, path = self._split_name(rest)
@@ -8151,6 +8527,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers = [("location", f"/upstream/{rest}/{query}")]
             return self._send(308, headers, b"")
         self._check_may_load(model)
+        is_page = path == "/" or self.head.method not in SAFE_METHODS
+        if not self._may_autoload(is_page) and not self.pool.is_held(model):
+            raise ModelNotLoaded(
+                f"model {model.name!r} is not loaded; of the paths under "
+                f"/upstream/{model.name}/ only the page itself loads it"
+            )
         info = self._request_info(is_needed=False)
         self._forward(model, path + query, info, preemptible=True)
 
@@ -8182,6 +8564,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = info.model or name
         model = self.model = self._resolve(name) if name else self._default_model()
         self._check_may_load(model)
+        if not self._may_autoload() and not self.pool.is_held(model):
+            raise BadRequest("model is not loaded")
         self._forward(model, self.head.target, info)
 
     def _default_model(self):
@@ -8215,9 +8599,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     return self._log_if_slow()
                 except BackendDied as error:
                     may_resend = outgoing.is_repeatable and not is_last
-                    if not may_resend or not backend.died(1.0):
-                        error.may_retry = False if is_last else None  # it kills
-                        raise error
+                    has_died = not self.reply.sent and backend.died(1.0)
+                    if has_died and may_resend:
+                        continue
+                    reason = backend.death(1.0) if has_died else None
+                    error = BackendDied(str(reason)) if reason else error
+                    error.may_retry = False if is_last else None  # it kills
+                    raise error
 
     def _look_after_client(self):
         """Raise ClientDisconnected once it is; meanwhile keep it from giving up."""
@@ -8295,6 +8683,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             dropped |= KEY_FIELDS
         if self.head.method == "POST":  # events and numbers are read on the way
             dropped |= {"accept-encoding"}
+        if self.body.was_decoded:
+            dropped |= {"content-encoding"}
         headers = [each for each in self.head.end_to_end if each[0] not in dropped]
         if key:
             key = key.encode().decode("latin-1")  # sent as UTF-8
@@ -8322,6 +8712,11 @@ ROUTES = {
     ("GET", "/unload"): Handler.unload,
     ("POST", "/unload"): Handler.unload,
     ("POST", "/api/models/unload"): Handler.unload,
+    ("POST", "/v1/streams/lookup"): Handler.post_streams_lookup,
+    ("GET", "/tools"): Handler.refuse_feature,
+    ("POST", "/tools"): Handler.refuse_feature,
+    ("GET", "/cors-proxy"): Handler.refuse_feature,
+    ("POST", "/cors-proxy"): Handler.refuse_feature,
     ("GET", "/logs"): Handler.get_logs,
     ("GET", "/logs/stream"): Handler.get_log_stream,
 }
@@ -8420,6 +8815,85 @@ def _is_key(given, keys):
     return any([hmac.compare_digest(given, key) for key in raw])
 
 
+def with_known_problem(status: ModelStatus, facts: Facts) -> ModelStatus:
+    """Return the status with what makes a start fail as its failure, if it is known."""
+    if status.state != "unloaded" or status.failure or not facts.problem:
+        return status
+    return status._replace(failure=facts.problem)
+
+
+def model_entry(
+    model: Model, owner: Model, status: ModelStatus, facts: Facts, created: int
+) -> dict:
+    """Return a model as in /v1/models: as llama.cpp's router tells it, and more.
+
+    `facts` are those of `owner`, whose backend the model uses.
+    """
+    abilities = {**owner.settings.capabilities, **model.settings.capabilities}
+    meta = {**facts.meta, **status.entry.get("meta", {})}
+    if "context" in abilities:
+        meta["n_ctx"] = abilities.pop("context")
+    inputs = [*facts.inputs, *(INPUTS[each] for each in abilities if each in INPUTS)]
+    architecture = {"input_modalities": inputs, "output_modalities": ["text"]}
+    architecture = status.entry.get("architecture", architecture)
+    is_llama_server = owner.kind == "llama-server"
+    entry = {
+        "id": model.name,
+        "aliases": sorted(model.aliases),
+        "tags": sorted(parse_words(facts.options.get("--tags", ""))),
+        "object": "model",
+        "owned_by": "llamacpp" if is_llama_server else "llmswap",
+        "created": created,
+        "status": _shown_status(model, status, facts),
+        "architecture": architecture,
+        "source": model.source,
+        "can_remove": model.source == "cache",
+        "meta": meta,
+        "capabilities": _capabilities(abilities, architecture, facts, is_llama_server),
+    }
+    context = meta.get("n_ctx") or meta.get("n_ctx_train")
+    if context:
+        entry["context_length"] = context
+    if model.settings.description:
+        entry["description"] = model.settings.description
+    return {**status.entry, **entry}
+
+
+def _shown_status(model, status, facts):
+    shown = {
+        "value": "loaded" if status.state == "unloading" else status.state,
+        "args": shown_command(facts, status),
+    }
+    if facts.preset:
+        shown["preset"] = _SECRET_LINE.sub(r"\1 = ***", facts.preset)
+    status = with_known_problem(status, facts)
+    problem = model.problem or status.failure
+    if problem and status.state == "unloaded":
+        code = exit_code_of(status.failure) if status.failure else 1
+        shown.update(failed=True, exit_code=code, error=str(problem))
+    return shown
+
+
+def _capabilities(abilities, architecture, facts, is_llama_server):
+    """Return the names of what a model can do, as far as it is known."""
+    names = set(abilities)
+    inputs = architecture.get("input_modalities", ())
+    names.update(name for name, word in INPUTS.items() if word in inputs)
+    if is_llama_server and facts.argv:
+        options = facts.options
+        special = {"--embeddings": "embeddings", "--reranking": "rerank"}
+        names.update(special[name] for name in special if name in options)
+        if not names & {"embeddings", "rerank"} and "--no-jinja" not in options:
+            names.add("tools")
+    return [name for name in CAPABILITIES if name in names]
+
+
+def shown_command(facts: Facts, status: ModelStatus) -> List[str]:
+    """Return the argv of a model with its port, if it has one, and without secrets."""
+    port = str(status.port) if status.port else "${PORT}"
+    return mask_secrets([word.replace("${PORT}", port) for word in facts.argv])
+
+
 def mask_secrets(argv: List[str]) -> List[str]:
     """Return the command with *** for the values of options and variables whose name
     says key, token or password, also within the words of a command for a shell."""
@@ -8438,6 +8912,7 @@ def mask_secrets(argv: List[str]) -> List[str]:
 _SECRET = r"[\w.-]*(?:keys?|token|password)(?![a-z])[\w.-]*"
 _SECRET_OPTION = re.compile(rf"(?i)--?{_SECRET}|-hft")
 _SECRET_WORD = re.compile(rf"(?i)-{{0,2}}{_SECRET}=")
+_SECRET_LINE = re.compile(rf"(?im)^({_SECRET}|hft) = .*$")  # of a preset
 _SECRET_WITHIN = re.compile(
     rf"(?i)((?<![\w-])(?:--?{_SECRET}(?:=|\s+)|{_SECRET}=))"
     r"""("[^"]*"|'[^']*'|[^\s'"]+)"""
@@ -8544,7 +9019,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.most_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)
         self._quiet_at = time.monotonic()
         self._connections, self._idle_connections = set(), set()
-        self._is_paused = False
+        self._is_paused = self._has_seen_tls = False
         self._waker = Waker()
         self._thread = None
         for sock in sockets:
@@ -8613,6 +9088,13 @@ class Server(http.server.ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         """Log the traceback of a bug. The caller closes the connection."""
         self.log("error", f"bug in llmswap:\n{traceback.format_exc()}")
+
+    def warn_of_tls(self):
+        """Log, once, that a client speaks TLS to a port that does not."""
+        if not self._has_seen_tls:
+            self._has_seen_tls = True
+            text = "a client speaks TLS here: its base URL must begin with http://"
+            self.log("warning", text)
 
     def begin_idling(self, connection):
         """From now on `stop` may close the connection."""
@@ -9268,7 +9750,8 @@ class Application:
                 self._is_reloaded.wait(min(pause, MAX_WAIT))
                 self._is_reloaded.clear()
             else:
-                self._unload_and_run(shlex.split(settings.idle_command), idle_since)
+                command = with_environment(split_words(settings.idle_command))
+                self._unload_and_run(command, idle_since)
                 last_run = time.monotonic()
 
     def _unload_and_run(self, command, idle_since):

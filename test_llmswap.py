@@ -595,7 +595,7 @@ class Llmswap:
 
     def stats(self, model):
         """What the fake server of a model has seen (it is loaded if it is not)."""
-        return self.get(f"/upstream/{model}/stats").json()
+        return self.get(f"/upstream/{model}/stats?autoload=true").json()
 
 
 def chat_body(model, **wish):
@@ -1140,8 +1140,9 @@ MEANINGS = [
     }),
     # host, port and alias are set where the router sets them
     ("[a]\nhost = 0.0.0.0\nm = x\nembedding = on", {
-        "argv(a)": ["llama-server", "--embeddings", "--host", "127.0.0.1", "--port",
-                    "7", "--alias", "a", "--model", "x"],
+        "argv(a)": ["llama-server", "--embeddings", "--host", "127.0.0.1",
+                    "--log-colors", "off", "--port", "7", "--alias", "a",
+                    "--model", "x"],
     }),
     # without a table, unknown options pass as written with their values
     ("[a]\nmodel = x\nnew_one = on\njinja = off", {
@@ -1373,6 +1374,40 @@ def test_help_of_another_program_gives_no_table(text):
 def test_options_become_words_as_the_router_has_them(tmp_path, words, lines):
     for line in lines:
         assert options(read(tmp_path, f"[a]\n{line}").models["a"]) == words, line
+
+
+@pytest.mark.parametrize(
+    "text, argv, words",
+    [
+        ("~/s --m ~/m --x=~/y '~z'", ["/h/s", "--m", "/h/m", "--x=~/y", "~z"], ""),
+        ("A=1 B='x y' s", ["env", "A=1", "B=x y", "s"], ""),
+        ("sh -c 'cd /x && $A | b; > c'", ["sh", "-c", "cd /x && $A | b; > c"], ""),
+        ("s a && b", ["s", "a", "&&", "b"], "&&"),
+        ("s 2>&1 | tee x # y", ["s", "2>&1", "|", "tee", "x", "#", "y"], "2>&1 | #"),
+        ("cd /x; s $HOME", ["cd", "/x;", "s", "$HOME"], "cd /x; $HOME"),
+        ("s --json '{\"a\": 1}' --re .*=CPU a&b", ["s", "--json", '{"a": 1}', "--re",
+                                                  ".*=CPU", "a&b"], ""),
+    ],
+)
+def test_habits_of_a_shell_work_or_are_warned_of(
+    tmp_path, monkeypatch, text, argv, words
+):
+    monkeypatch.setenv("HOME", "/h")
+    for key in ("cmd", "cmd-stop"):
+        other = "cmd = s\n" if key == "cmd-stop" else ""
+        config = read(tmp_path, f"[a]\nproxy = http://x:1\n{other}{key} = {text}")
+        model = config.models["a"]
+        command = model.command(None, 1) if key == "cmd" else model.stop_command(1, 2)
+        assert command == argv
+        assert len(config.warnings) == bool(words)
+        assert all(f"understands {words}, " in each for each in config.warnings)
+
+
+def test_a_tilde_in_an_option_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    config = read(tmp_path, "[a]\nmodel = ~/x.gguf\nmmproj = a~b")
+    command = config.models["a"].command(OPTIONS, 1)
+    assert {"/h/x.gguf", "a~b"} <= set(command)
 
 
 @pytest.mark.parametrize("line, reason", [
@@ -1679,7 +1714,8 @@ def test_every_argv_is_that_of_llama_servers_router(tmp_path, seed):
     ours = {name: config.resolve(name) for name in theirs}
     assert len({model.name for model in ours.values()}) == len(theirs)
     for name, model in ours.items():
-        assert options(model, table) == without_router_options(theirs[name])
+        expected = map(os.path.expanduser, without_router_options(theirs[name]))
+        assert options(model, table) == list(expected)
 
 
 @pytest.mark.skipif(not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server")
@@ -3447,6 +3483,7 @@ class WatchedBackend:
         self.backend = llmswap.ProcessBackend(model, guard, settle_timeout)
         self.news = queue.SimpleQueue()
         self.backend.on_loaded = lambda _: self.news.put(("loaded", None))
+        self.backend.on_described = lambda *_: None
         self.backend.on_dying = lambda _: None
         self.backend.on_exited = lambda _, problem: self.news.put(("exited", problem))
         self.backend.on_line = lambda _: None
@@ -7314,7 +7351,10 @@ def test_a_request_is_sent_once_more_if_the_backend_died_over_it(
 ):
     assert hospital.chat(victim).status == 200  # so that a kept connection is used
     answer = hospital.chat(victim, die="before-byte", **wish)
-    assert (answer.status, answer.json()["error"]["code"]) == (502, "backend_died")
+    assert answer.status == 502 or (answer.status, "stream" in wish) == (200, True)
+    assert b'"code":"backend_died"' in answer.body
+    assert f"{victim} ended by itself: exited with status 9".encode() in answer.body
+    assert b"model loaded" in answer.body  # of its last lines
     assert chats_seen(hospital, victim) == 3
     assert len(hospital.journal("main", victim)) == 2
     assert hospital.chat(victim).status == 200
@@ -7656,7 +7696,7 @@ def test_models_are_listed_as_openai_and_llama_cpp_do_and_none_is_loaded(swap):
     assert "hidden" not in entries
     entry = entries["b"]
     assert entry["object"] == "model" and isinstance(entry["created"], int)
-    assert entry["aliases"] == ["org/b", "b with blank", "b%41"]
+    assert entry["aliases"] == ["b with blank", "b%41", "org/b"]
     assert entry["status"]["value"] in ("loaded", "unloaded")
     assert isinstance(entry["status"]["args"], list) and "meta" in entry
     for name in ("b", "org/b", "org%2Fb", "b%20with%20blank", "b%2541"):
@@ -7717,6 +7757,110 @@ def test_events_tell_of_loads_and_unloads(swap):
     assert seen[0] == {"model": "b", "event": "model_status", "data": loading}
     assert seen[1]["data"]["status"] == "loaded"
     assert {each["model"] for each in seen} == {"b"}
+
+
+@pytest.mark.parametrize(
+    "method, path",
+    [
+        ("POST", "/v1/chat/completions?autoload=false"),
+        ("GET", "/v1/x?model=hidden&autoload=0"),
+        ("DELETE", "/v1/x?model=hidden&autoload=no"),
+    ],
+)
+def test_nothing_is_loaded_against_a_clients_will(swap, method, path):
+    body = {"model": "hidden"} if method == "POST" else None
+    answer = swap.ask(method, path, body, {})
+    assert (answer.status, answer.message()) == (400, "model is not loaded")
+    status = swap.get("/v1/models/hidden").json()["status"]
+    assert status["value"] == "unloaded"
+
+
+def test_without_autoload_models_are_loaded_by_hand():
+    with Llmswap("[llmswap]\nmodels-autoload = off\n[a]\ncmd = FAKE") as server:
+        assert server.get("/props").json()["models_autoload"] is False
+        answer = server.chat("a")
+        assert (answer.status, answer.message()) == (400, "model is not loaded")
+        assert server.get("/upstream/a/").status == 409
+        server.post("/models/load", {"model": "a"})
+        eventually(lambda: server.states()["a"] == "loaded")
+        assert server.chat("a").status == 200
+        server.post("/models/unload", {"model": "a"})
+        eventually(lambda: server.states()["a"] == "unloaded")
+        wish = {"model": "a", "messages": []}
+        answer = server.post("/v1/chat/completions?autoload=true", wish)
+        assert answer.status == 200
+
+
+def test_of_a_models_own_server_only_the_page_loads_it(swap):
+    eventually(lambda: swap.states()["b"] == "unloaded")
+    for path in ("props", "slots", "metrics", "health", "v1/models", "x.js", "ws"):
+        answer = swap.get(f"/upstream/b/{path}")
+        assert answer.status == 409 and "only the page itself" in answer.message()
+        assert answer.json()["error"]["code"] == "model_not_loaded"
+    assert swap.states()["b"] == "unloaded"
+    assert swap.get("/upstream/b/").status == 200
+    assert swap.get("/upstream/b/x.js").status == 200
+    swap.post("/models/unload", {"model": "b"})
+
+
+def test_what_the_router_answers_without_its_features(swap):
+    assert swap.post("/v1/streams/lookup", {"conv_ids": ["x"]}).json() == []
+    for path in ("/tools", "/cors-proxy"):
+        for answer in (swap.get(path), swap.post(path, {})):
+            assert answer.status == 403
+            assert answer.json()["error"]["type"] == "feature_disabled"
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/props", "/running", "/logs"])
+def test_a_trailing_slash_makes_no_other_path(swap, path):
+    answer, other = swap.get(path), swap.get(f"{path}/?x=y")
+    assert answer.status == other.status == 200
+    assert answer.headers["server"] == "llmswap (llama.cpp)"
+    assert swap.get("/v1/models/b/").json()["id"] == "b"
+
+
+@pytest.mark.parametrize(
+    "path, words",
+    [
+        ("/v1/v1/chat/completions", "/v1 twice"),
+        ("/v1/v1/models", "/v1 twice"),
+        ("/api/tags", "OpenAI-compatible"),
+        ("/api/chat", "OpenAI-compatible"),
+        ("/api/version/", "OpenAI-compatible"),
+    ],
+)
+def test_clients_with_a_wrong_base_url_learn_the_right_one(swap, path, words):
+    for answer in (swap.get(path), swap.post(path, {"model": "a"})):
+        assert answer.status == 404 and words in answer.message()
+        assert "http://127.0.0.1/v1" in answer.message()  # as the Host it was sent
+
+
+def test_a_client_that_speaks_tls_is_told_to_use_http(swap):
+    hello = ssl.create_default_context()
+    for _ in range(2):
+        with pytest.raises(ssl.SSLError):
+            with socket.create_connection(("127.0.0.1", swap.port)) as sock:
+                hello.wrap_socket(sock, server_hostname="localhost")
+    with socket.create_connection(("127.0.0.1", swap.port)) as sock:
+        sock.sendall(b"\x16\x03\x01\x02\x00\x01")
+        answer, _ = everything(sock)
+    assert answer.startswith(b"HTTP/1.1 400 ") and b"use http://" in answer
+    eventually(lambda: "speaks TLS" in swap.log())
+    assert swap.log().count("speaks TLS") == 1
+
+
+def test_a_start_that_is_bound_to_fail_is_known_before(tmp_path):
+    text = "[gone]\ncmd = /no/such/program --port ${PORT}\n[fine]\ncmd = FAKE"
+    with Llmswap(text) as server:
+        status = server.get("/v1/models/gone").json()["status"]
+        assert status["failed"] and status["exit_code"] == 1
+        assert status["error"] == "/no/such/program does not exist"
+        assert "failed" not in server.get("/v1/models/fine").json()["status"]
+        accept = {"Accept": "text/event-stream"}
+        with Stream(server.port, "/", headers=accept) as stream:
+            models = {each["id"]: each for each in next(stream.documents())["models"]}
+        assert "does not exist" in models["gone"]["failure"]
+        assert not models["fine"]["failure"]
 
 
 def test_questions_about_one_model_never_load_it(swap):
@@ -7784,15 +7928,16 @@ def test_logs_are_followed_with_and_without_history(swap):
 
 
 def test_under_upstream_a_models_own_server_is_reached(swap):
-    for path, seen in {
-        "a/x?y=z": "/x?y=z",
-        "org/b/x": "/x",
-        "org%2Fb/x/y%2Fz%20%25": "/x/y%2Fz%20%25",
-        "b%20with%20blank/": "/",
-        "b%2541/%C3%A4?q=%26": "/%C3%A4?q=%26",
-        "shared//x": "//x",
-    }.items():
-        assert swap.get(f"/upstream/{path}").json()["path"] == seen
+    for name, path, seen in (
+        ("a", "x?y=z", "/x?y=z"),
+        ("org/b", "x", "/x"),
+        ("org%2Fb", "x/y%2Fz%20%25", "/x/y%2Fz%20%25"),
+        ("b%20with%20blank", "", "/"),
+        ("b%2541", "%C3%A4?q=%26", "/%C3%A4?q=%26"),
+        ("shared", "/x", "//x"),
+    ):
+        assert swap.get(f"/upstream/{name}/").json()["path"] == "/"  # loads it
+        assert swap.get(f"/upstream/{name}/{path}").json()["path"] == seen
     assert swap.post("/upstream/a/x", "no json").json()["body"] == "no json"
     data, kind = multipart(("file", LARGE))  # of unknown meaning: streamed
     answer = swap.post("/upstream/a/x", data, {"Content-Type": kind})
@@ -8088,7 +8233,7 @@ def test_our_own_page_and_programs_may_load_by_get(swap):
         {"User-Agent": "curl/8.0"},
         {},
     ):
-        assert swap.get("/upstream/hidden/x", page).status == 200
+        assert swap.get("/upstream/hidden/", page).status == 200
         swap.post("/api/models/unload/hidden")
 
 
@@ -8167,7 +8312,7 @@ def test_no_key_is_ever_logged_shown_or_passed_on(tmp_path):
             assert server.post("/v1/x", {"model": "far"}, fields).status == 200
             wrong = {name: f"{value}-wrong" for name, value in fields.items()}
             assert server.post("/v1/x?key=K-wrong", {"model": "a"}, wrong).status == 401
-        assert server.get("/upstream/a/x", forms[0]).status == 200
+        assert server.get("/upstream/a/", forms[0]).status == 200
         for place, shown in shown_by(server, forms[0]):
             shown = shown.replace("/upstream/a/stats", "").replace(str(tmp_path), "")
             if place == "/upstream/a/stats":  # the server knows its own options
@@ -8268,7 +8413,7 @@ def liar():
     """llmswap before a backend that answers as a test wishes; `b` has a path there."""
     backend = FuzzBackend()
     url = f"http://127.0.0.1:{backend.port}"
-    text = f"[a]\nproxy = {url}\n[b]\nproxy = {url}/own\n"
+    text = f"[llmswap]\nmax-body = 16M\n[a]\nproxy = {url}\n[b]\nproxy = {url}/own\n"
     with hasty(text) as running:
         running.backend, running.text = backend, text
         assert running.get("/upstream/a/").status == 200
@@ -8334,7 +8479,7 @@ def test_unusual_requests_are_understood(liar):
 
 def answer_of(liar, answer, method="GET", fields=()):
     """The answer that a client gets when the backend sends these bytes."""
-    target = f"/{random.randrange(10**12)}"
+    target = f"/{random.randrange(10**12)}?autoload=true"
     liar.backend.wishes[target] = [answer], False
     return liar.ask(method, f"/upstream/a{target}", None, fields)
 
@@ -8405,13 +8550,54 @@ def test_unusual_but_valid_answers_are_passed_on(liar, answer, status, body):
     assert (got.status, got.body) == (status, body)
 
 
-def test_compressed_bodies_pass_unchanged_both_ways(liar):
-    data = zlib.compress(b'{"model":"nobody"}' * 100)
-    fields = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+def deflated(data):
+    coder = zlib.compressobj(wbits=-15)
+    return coder.compress(data) + coder.flush()
+
+
+@pytest.mark.parametrize(
+    "coding, encode",
+    [
+        ("gzip", gzip.compress),
+        ("GZIP", lambda data: gzip.compress(data[:9]) + gzip.compress(data[9:])),
+        ("deflate", zlib.compress),
+        ("deflate", deflated),
+        ("identity", bytes),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/upstream/a/x"])
+def test_encoded_bodies_are_decoded(liar, path, coding, encode):
+    data = b'{"model": "a", "messages": ["%b"]}' % (b"x" * 100_000)
     list(liar.backend.news())
-    liar.post("/upstream/a/x", data, fields)
+    fields = {"Content-Encoding": coding, "Content-Type": "application/json"}
+    liar.post(path, encode(data), fields)
     (request,) = liar.backend.news()
-    assert request.body == data and request.all("content-encoding") == ["gzip"]
+    assert request.body == data
+    assert request.all("content-encoding") == ["identity"] * (coding == "identity")
+
+
+@pytest.mark.parametrize(
+    "coding, data, status, word",
+    [
+        ("br", b"x", 415, "'br'"),
+        ("gzip, gzip", b"x", 415, "gzip"),
+        ("gzip", gzip.compress(b"{}")[:-9], 400, "too early"),
+        ("gzip", b"{}", 400, "content coding"),
+        ("gzip", gzip.compress(bytes(17 << 20)), 413, "max-body"),
+    ],
+    ids=["unknown", "two", "cut", "none", "large"],
+)
+def test_bad_encoded_bodies_are_refused(liar, coding, data, status, word):
+    list(liar.backend.news())
+    fields = {"Content-Encoding": coding, "Content-Type": "application/json"}
+    answer = liar.post("/v1/chat/completions", data, fields)
+    assert answer.status == status and word in answer.message()
+    assert not list(liar.backend.news())
+
+
+def test_compressed_answers_pass_unchanged(liar):
+    data = zlib.compress(b"x" * 100)
+    list(liar.backend.news())
     head = OK + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(data)
     got = answer_of(liar, head + data, fields={"Accept-Encoding": "gzip"})
     assert got.body == data and got.headers["content-encoding"] == "gzip"
@@ -8448,13 +8634,13 @@ def test_compressed_bodies_pass_unchanged_both_ways(liar):
         ("/upstream/" + "%61" * 20000 + "/", 404, None),
         ("//upstream/a/x", 404, None),
         ("/UPSTREAM/a/x", 404, None),
-        ("/unload/", 404, None),
         ("/./unload", 404, None),
         ("/%75nload", 404, None),
         ("*", 400, None),
     ],
 )
 def test_no_path_leads_to_another_place(liar, path, status, target):
+    assert liar.get("/upstream/b/").status == 200  # loads it
     list(liar.backend.news())
     began = time.monotonic()
     answer = liar.get(path)
@@ -9713,23 +9899,23 @@ def llama_server_with_a_list(folder, delay=0.0):
     return head + "alias = b, c\n"
 
 
-def test_the_meta_of_a_llama_server_is_shown_while_it_is_loaded(tmp_path):
+def test_the_meta_of_a_llama_server_is_shown_once_it_was_loaded(tmp_path):
     with Llmswap(llama_server_with_a_list(tmp_path)) as server:
         assert server.get("/v1/models/a").json()["meta"] == {}
         server.post("/models/load", {"model": "a"})
         eventually(lambda: server.get("/v1/models/a").json()["meta"])
         entry = server.get("/v1/models/a").json()
-        assert entry["meta"] == {"n_ctx": 256} and entry["tags"] == ["x"]
+        assert entry["meta"] == {"n_ctx": 256} and entry["tags"] == []
         assert (entry["id"], entry["aliases"]) == ("a", ["b", "c"])  # ours win
         server.post("/models/unload", {"model": "a"})
         eventually(lambda: server.states()["a"] == "unloaded")
-        assert server.get("/v1/models/a").json()["meta"] == {}
+        assert server.get("/v1/models/a").json()["meta"] == {"n_ctx": 256}
 
 
 def test_a_list_that_does_not_come_holds_up_neither_requests_nor_the_end(tmp_path):
     with Llmswap(llama_server_with_a_list(tmp_path, delay=9)) as server:
         began = time.monotonic()
-        assert server.get("/upstream/a/x").status == 200
+        assert server.get("/upstream/a/").status == 200
         server.post("/models/unload", {"model": "a"})
         eventually(lambda: server.states()["a"] == "unloaded")
         assert time.monotonic() < began + 3
@@ -12334,7 +12520,7 @@ def test_the_recipe_for_two_machines_as_written_but_for_its_times(tmp_path):
 with_llama_server = pytest.mark.skipif(
     not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server"
 )
-GGUF_INTEGER, GGUF_FLOAT, GGUF_STRING, GGUF_ARRAY = 4, 6, 8, 9
+GGUF_INTEGER, GGUF_FLOAT, GGUF_FLAG, GGUF_STRING, GGUF_ARRAY = 4, 6, 7, 8, 9
 GGUF_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 )
@@ -12354,6 +12540,8 @@ def gguf_field(name, kind, value):
         body = struct.pack("<IQ", inner, len(items)) + b"".join(map(pack, items))
     elif kind == GGUF_STRING:
         body = gguf_text(value)
+    elif kind == GGUF_FLAG:
+        body = struct.pack("<?", value)
     else:
         body = struct.pack("<f" if kind == GGUF_FLOAT else "<I", value)
     return gguf_text(name) + struct.pack("<I", kind) + body
@@ -12524,6 +12712,175 @@ def test_the_router_of_llama_cpp_lists_the_same_commands(real):
     args = listed["one"]["status"]["args"]
     assert args[0] == LLAMA_SERVER and "--ctx-size" in args and "256" in args
     assert set(listed) == {"one", "two", "broken", "wrong"}
+
+
+def test_a_gguf_header_is_read_up_to_its_tokenizer(tmp_path):
+    path = tmp_path / "x.gguf"
+    fields, _ = gguf_fields(64, 2)
+    fields.insert(3, gguf_field("general.tags", GGUF_ARRAY, (GGUF_STRING, ["a", "b"])))
+    before = b"".join(f for f in fields if b"tokenizer" not in f)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, len(fields)) + before
+    tokenizer = gguf_text("tokenizer.ggml.tokens") + b"anything"
+    path.write_bytes(head + tokenizer)
+    metadata = llmswap.read_gguf(path)
+    assert metadata["llama.context_length"] == 4096
+    assert metadata["general.architecture"] == "llama"
+    for size in range(len(head)):
+        path.write_bytes(head[:size])
+        assert llmswap.read_gguf(path) == {}
+    endless = gguf_text("x") + struct.pack("<IQ", GGUF_STRING, 1 << 62)
+    deep = gguf_text("x") + struct.pack("<IIQ", GGUF_ARRAY, GGUF_ARRAY, 1 << 60)
+    for data in (b"", b"GGML" + head[4:], head[:24] + endless, head[:24] + deep):
+        path.write_bytes(data)
+        assert llmswap.read_gguf(path) == {}
+    os.mkfifo(tmp_path / "pipe")
+    assert llmswap.read_gguf(tmp_path / "pipe") == {}
+    assert llmswap.read_gguf(tmp_path) == llmswap.read_gguf(tmp_path / "none") == {}
+
+
+def test_what_a_model_can_do_is_told_before_it_is_loaded(tmp_path):
+    write_gguf(tmp_path / "one.gguf")
+    text = f"""\
+[llmswap]
+llama-server = {LLAMA_SERVER or "llama-server"}
+[trained]
+model = {tmp_path}/one.gguf
+[served]
+model = {tmp_path}/one.gguf
+ctx-size = 512
+[other]
+cmd = FAKE
+capabilities = embeddings, context 8192, vision
+[shares]
+uses = other
+capabilities = tools
+"""
+    with Llmswap(text) as server:
+        entries = {each["id"]: each for each in server.get("/models").json()["data"]}
+        for name, n_ctx, length in (
+            ("trained", None, 4096), ("served", 512, 512), ("other", 8192, 8192),
+            ("shares", 8192, 8192),
+        ):  # fmt: skip
+            assert entries[name]["meta"].get("n_ctx") == n_ctx
+            assert entries[name]["context_length"] == length
+        assert entries["trained"]["meta"]["n_ctx_train"] == 4096
+        assert entries["trained"]["owned_by"] == "llamacpp"
+        assert entries["trained"]["capabilities"] == ["tools"]
+        assert entries["other"]["capabilities"] == ["vision", "embeddings"]
+        assert entries["shares"]["capabilities"] == ["vision", "tools", "embeddings"]
+        inputs = entries["other"]["architecture"]["input_modalities"]
+        assert inputs == ["text", "image"] and entries["other"]["owned_by"] == "llmswap"
+        assert set(server.states().values()) == {"unloaded"}
+
+
+ROUTER_FILE = """\
+[*]
+ctx-size = 256
+threads = 1
+stop-timeout = 7
+[one]
+model = {folder}/one.gguf
+alias = second, first
+tags = b, a
+no-jinja = 1
+n-gpu-layers = 0
+load-on-startup = no
+[seeing]
+model = {folder}/one.gguf
+mmproj = {folder}/projector.gguf
+ctx-size = 0
+no-kv-offload = off
+[gone]
+model = {folder}/gone.gguf
+"""
+
+
+@contextmanager
+def llama_router(folder):
+    """Yield a client of llama-server in router mode, with the file `models.ini`."""
+    port = free_port()
+    command = [LLAMA_SERVER, "--models-preset", folder / "models.ini"]
+    command += ["--models-max", "1", "--port", str(port), "--host", "127.0.0.1"]
+    environment = {**os.environ, "HOME": str(folder), "LLAMA_CACHE": str(folder / "no")}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+    def is_up():
+        with contextlib.suppress(OSError):
+            return json_at(port, "/health")
+
+    try:
+        eventually(is_up)
+        yield SimpleNamespace(port=port)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def json_at(port, path, body=None):
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data)
+    with urlopen(request, timeout=10) as answer:
+        return json.load(answer)
+
+
+def told_by(port):
+    """Each model's entry without what depends on the machine."""
+    entries = {each["id"]: each for each in json_at(port, "/models")["data"]}
+    for entry in entries.values():
+        del entry["created"]
+        args = entry["status"]["args"]
+        args[args.index("--port") + 1] = args[0] = ""
+        if entry["status"]["value"] == "unloaded":  # we know what cannot start
+            for key in ("failed", "exit_code", "error"):
+                entry["status"].pop(key, None)
+    return entries
+
+
+def loaded_event(port):
+    """Load the model `one`; return the event that says it is loaded."""
+    with Stream(port, "/models/sse") as stream:
+        assert json_at(port, "/models/load", {"model": "one"}) == {"success": True}
+        for event in stream.documents():
+            if event["data"].get("status") == "loaded":
+                event["data"]["info"].pop("created")
+                return event
+
+
+@with_llama_server
+def test_models_are_described_as_by_llama_cpps_router(tmp_path):
+    write_gguf(tmp_path / "one.gguf")
+    projector = gguf_field("clip.has_vision_encoder", GGUF_FLAG, True)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + projector
+    (tmp_path / "projector.gguf").write_bytes(head)
+    text = ROUTER_FILE.format(folder=tmp_path)
+    (tmp_path / "models.ini").write_text(text)
+    (tmp_path / "llama-server").symlink_to(LLAMA_SERVER)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with llama_router(tmp_path) as router, Llmswap(text, env=env) as proxy:
+        ports = router.port, proxy.port
+
+        def compare():
+            theirs, ours = map(told_by, ports)
+            for name, entry in theirs.items():
+                assert {key: ours[name].get(key) for key in entry} == entry
+            return ours
+
+        eventually(lambda: proxy.get("/v1/models/gone").json()["status"]["preset"])
+        assert compare()["seeing"]["architecture"]["input_modalities"] == [
+            "text", "image"]  # fmt: skip
+        theirs, ours = map(loaded_event, ports)
+        assert theirs == ours
+        compare()
+        for port in ports:
+            json_at(port, "/models/unload", {"model": "one"})
+            eventually(lambda p=port: told_by(p)["one"]["status"]["value"] == "unloaded")
+        compare()
+        entry = proxy.get("/v1/models/one").json()
+        assert entry["meta"]["n_vocab"] == 311  # as it was told last
+        status = proxy.get("/v1/models/gone").json()["status"]
+        assert status["failed"] and "does not exist" in status["error"]
 
 
 @with_llama_server
