@@ -1213,6 +1213,7 @@ MEANINGS = [
     # the first owner keeps a name
     ("[a]\nm = x\nalias = b, c, a\n[b]\nm = x\nalias = c, d", {
         "[*map(config.find, 'abcd')]": ["a", "b", "a", "b"],
+        "(a.aliases, b.aliases)": (("c",), ("d",)),
         "config.warnings": ("m.ini:1: [a]: the alias 'b' already means [b]",
                             "m.ini:4: [b]: the alias 'c' already means [a]"),
     }),
@@ -1230,7 +1231,7 @@ MEANINGS = [
             "m.ini:2: keys before the first section make a model 'default'; keys for "
             "all models belong into [*]",),
     }),
-    ("version = 1\n[default]\n[a]\nm = x",
+    ("version = 1\n[default]\nversion = 1\n[a]\nm = x",
      {"[each.name for each in models]": ["a"], "config.warnings": ()}),
     # an ordinary file gives no warning
     ("""
