@@ -800,6 +800,7 @@ def test_the_example_has_no_errors_and_no_warnings():
     (llmswap.QueueFull, (503, "queue_full", 5, None)),
     (llmswap.QueueTimeout, (503, "queue_timeout", 5, None)),
     (llmswap.ShuttingDown, (503, "shutting_down", 5, None)),
+    (llmswap.ModelPinned, (409, "model_pinned", None, False)),
     (llmswap.ModelUnloaded, (503, "model_unloaded", None, False)),
     (llmswap.ModelMisconfigured, (500, "model_unusable", None, False)),
     (llmswap.LoadFailed, (502, "model_start_failed", None, False)),
@@ -909,8 +910,10 @@ OPTIONS = llmswap.parse_help(HELP)
      {"512M": 512 * 2**20, "18G": 18 * 2**30, "1.5T": 1.5 * 2**40, "18 GiB": 18 * 2**30,
       "18gb": 18 * 2**30, "7": 7},
      ["", "G", "-1G", "1X", "1GG", "one", "1,5G", "1\u212a", "9" * 400]),
-    ("pin", {"ON": True, "yes": True, "enabled": True, "0": False, "No": False},
+    ("keep-loaded", {"ON": True, "yes": True, "enabled": True, "0": False, "No": False},
      ["", "maybe", "2", "onn"]),
+    ("pin", {"ON": "on", "yes": "on", "0": "off", "Loaded": "loaded"},
+     ["", "maybe", "loaded on", "unloaded"]),
     ("concurrency", {"0": 0, "12": 12}, ["", "-1", "1.5", "one", "1_0", "٣", "9" * 20]),
     ("oom-score-adj", {"-1000": -1000, "7": 7},
      ["", "1001", "-1001", "9999", "1.5", "--1"]),
@@ -1089,7 +1092,7 @@ MEANINGS = [
                     "x  y"],
         "a.settings.idle_timeout": 5,
         "argv(b)": ["serve", "--port", "7"],
-        "b.settings.pin": True,
+        "b.settings.pin": "on",
     }),
     # other spellings of keys
     *[(f"[a]\nm = x\n{line}", {"a.settings.idle_timeout": 60})
@@ -1163,11 +1166,17 @@ MEANINGS = [
      uses = A
      [f]
      proxy = http://127.0.0.1:${PORT}/prefix
+     [g]
+     uses = d, nowhere, A
+     [nowhere]
+     unit = x
      """, {
         "[each.kind for each in models]": [
-            "llama-server", "cmd", "unit", "remote", "uses", "llama-server"],
-        "[each.problem for each in models]": [None] * 6,
-        "[each.backend for each in models]": ["a", "b", "c", "d", "a", "f"],
+            "llama-server", "cmd", "unit", "remote", "uses", "llama-server", "uses",
+            "unit"],
+        "[bool(each.problem) for each in models]": [False] * 7 + [True],
+        "[each.backends for each in models][:7]": [
+            ("a",), ("b",), ("c",), ("d",), ("a",), ("f",), ("d", "a")],
         "argv(c)": [],
     }),
     # own keys of [*] hold for all models, options for llama-servers
@@ -1193,7 +1202,7 @@ MEANINGS = [
      """, {
         "a.settings.idle_timeout": 300, "b.settings.idle_timeout": 1,
         "a.env": {"A": "1", "B": "3"}, "b.env": {"A": "1", "B": "2"},
-        "a.problem": "m.ini:7: [*] pin: 'perhaps' is not on or off",
+        "a.problem": "m.ini:7: [*] pin: 'perhaps' is not on, off or loaded",
         "a.options": (), "b.problem": None, "c.problem": None, "c.settings.needs": {},
     }),
     # values that llama.cpp forgives are forgiven
@@ -1466,6 +1475,9 @@ def test_an_unknown_option_is_named_with_its_place(tmp_path, line, reason):
     ("uses = b\nctx-size = 1", "[a] ctx-size: no key of llmswap; options of"),
     ("uses = b\ncmd = x ${PORT}", "[a] uses: cannot stand beside cmd"),
     ("uses = c", "it uses 'c': m.ini:"),
+    ("uses = ,", "[a] uses: it must not be empty"),
+    ("uses = b, nobody", "there is no model 'nobody' to use"),
+    ("uses = b\npin = loaded", "[a] pin: cannot stand beside uses"),
 ])
 def test_a_mistake_makes_only_its_model_unusable(tmp_path, section, reason):
     config = read(tmp_path, f"[b]\nm = x\n[c]\n[d]\nm = x\n[a]\n{section}\n")
@@ -1534,6 +1546,8 @@ def test_an_unknown_name_is_answered_with_near_ones(tmp_path, text, name, messag
     ("sets = a + b", "pin = on", "", None),
     ("sets = a + c, b + c", "pin = on", "", "pinned a: none of sets has them together"),
     ("sets = a + c", "", "", None),
+    ("models-max = 1", "pin = loaded", "pin = loaded", None),
+    ("models-max = 1", "pin = on", "pin = loaded", "the pinned a: models-max is 1"),
 ])
 def test_a_model_must_fit_beside_all_that_are_pinned(tmp_path, limits, a, b, misfit):
     config = read(tmp_path, f"[llmswap]\n{limits}\n[a]\nm=x\n{a}\n[b]\nm=x\n{b}\n"
@@ -2009,6 +2023,181 @@ A pinned model is never evicted
     0    serve p 1
     2    serve a 3
     9    ask b           -> evicted a for b
+
+A model pinned once loaded stays: what does not fit beside it is refused at once
+    p(is_pinned_once_loaded=1) b r(takes_place=0)
+    0    ask p           -> start p
+    0    ask b
+    1    loaded p        -> grant 1, refuse 2: model_pinned
+    9    ask b           -> refuse 3: model_pinned
+    9    ask r           -> start r
+    9    unload p
+    9    ask b
+    10   end 1           -> unload p
+    11   exited p        -> start b
+    12   loaded b        -> grant 5
+    12   end 5
+    20   ask p           -> evicted b for p
+
+A model pinned once loaded is given up while it loads for nobody
+    p(is_pinned_once_loaded=1) b
+    0    ask p           -> start p
+    1    +end 1
+    1    ask b           -> abandoned p for b
+
+Beside models pinned once loaded, others are evicted as ever
+    p(is_pinned_once_loaded=1,needs=3) q(is_pinned_once_loaded=1) a(needs=1) b(needs=5) | models_max=3 budget=8
+    0    serve p 0
+    0    serve q 0
+    0    serve a 0
+    9    ask b           -> evicted a for b
+    9    exited a        -> start b
+
+A model pinned once loaded is unloaded when idle
+    p(is_pinned_once_loaded=1,idle_timeout=60) b
+    0    serve p 1
+    2    wait            ; next 61
+    61   wait            -> idle p
+
+A reload that pins a draining model spares it
+    a b | patience=0
+    0    busy a
+    1    ask b
+    2    reload a(is_pinned_once_loaded=1) b -> refuse 2: model_pinned
+    3    ask a           -> grant 3
+
+A kept model gives way to others, and is loaded again once it fits
+    k(keep_loaded=1) b(idle_timeout=5)
+    0    wait            -> start k
+    1    loaded k        ; next never
+    9    ask b           -> evicted k for b
+    10   exited k        -> start b
+    11   loaded b        -> grant 1
+    12   end 1           ; next 17
+    17   wait            -> idle b
+    18   exited b        -> start k
+
+A kept model is put to sleep and woken likewise
+    k(sleeps,keep_loaded=1) b(needs=7,idle_timeout=5) c(needs=5) | budget=8
+    0    wait            -> start k
+    1    loaded k
+    9    ask c           -> sleep k for c
+    10   slept k         -> start c
+    11   unload c        -> refuse 1: model_unloaded, unload c
+    12   exited c        -> wake k
+
+The load of a kept model is abandoned for a ticket that needs the room
+    k(keep_loaded=1) b
+    0    wait            -> start k
+    1    ask b           -> abandoned k for b
+    1    +end 1
+    2    exited k        -> start k
+
+A kept model is not loaded while somebody waits
+    k(keep_loaded=1) b(concurrency=1) | models_max=2
+    0    busy b          -> start k
+    1    ask b
+    2    exited k broken
+    3    end 1           -> grant 2, start k
+
+A kept model that fails backs off, which counts for requests as well
+    k(keep_loaded=1) b
+    0    wait            -> start k
+    1    exited k broken -> start k
+    2    exited k broken -> start k
+    3    exited k broken ; next 4
+    4    wait            -> start k
+    5    exited k broken ; next 7
+    6    ask k           -> refuse 1: model_backing_off
+    6    busy b
+    6    wait            ; next never
+    6    unload b
+    7    end 2           -> unload b
+    8    exited b        -> start k
+    9    exited k broken ; next 13
+    10   ask k manual    -> start k
+
+A kept model that dies is loaded at most once a minute, but for requests at once
+    k(keep_loaded=1)
+    0    wait            -> start k
+    1    loaded k
+    2    exited k broken ; next 61
+    3    ask k           -> start k
+    4    loaded k        -> grant 1
+    80   exited k broken -> start k
+
+A kept model on another machine backs off, but not for requests
+    r(keep_loaded=1,takes_place=0)
+    0    wait            -> start r
+    0    exited r broken -> start r
+    0    exited r broken -> start r
+    0    exited r broken ; next 1
+    0    ask r           -> start r
+
+A kept model unloaded by hand stays so until it is asked for, or a reload
+    k(keep_loaded=1) b | models_max=2
+    0    wait            -> start k
+    1    unload k        -> unload k
+    2    exited k        ; next never
+    3    busy b
+    4    ask k           -> start k
+    5    unload k        -> refuse 2: model_unloaded, unload k
+    6    exited k
+    7    reload k(keep_loaded=1) b | models_max=2 -> start k
+
+A kept model that was stopped by other means is not loaded against that
+    k(keep_loaded=1)
+    0    wait            -> start k
+    1    loaded k
+    2    exited k        ; next never
+
+Having rested, models are kept loaded again from the next request on
+    k(keep_loaded=1) l(keep_loaded=1) b | models_max=3
+    0    wait            -> start k, start l
+    1    unload l        -> unload l
+    2    exited l
+    3    rest            -> unload k
+    4    exited k        ; next never
+    5    ask b           -> start b
+    6    loaded b        -> grant 1, start k
+
+A kept model is not unloaded for idleness
+    k(keep_loaded=1,idle_timeout=5)
+    0    wait            -> start k
+    1    loaded k        ; next never
+    2    keep k 0        ; next never
+
+Kept models are not use
+    k(keep_loaded=1) b | models_max=2
+    0    wait            -> start k
+    0    used no
+    0    ask k
+    0    used yes
+    1    loaded k        -> grant 1
+    1    used yes
+    2    end 1
+    2    used no
+    3    ask b           -> start b
+    3    end 2
+    3    used yes
+
+Which of several can serve soonest
+    a b(can_sleep=1) c | models_max=2 patience=0
+    0    soonest a of a b c
+    0    ask b           -> start b
+    0    soonest b of a b c
+    0    ask c           -> start c
+    1    loaded c        -> grant 2
+    1    soonest c of a b c
+    2    ask a
+    3    end 2           -> evicted c for a
+    3    soonest b of a b c
+    4    exited c        -> start a
+    4    soonest a of a b c
+    5    loaded b        -> grant 1
+    5    soonest b of x b a
+    6    unload b
+    6    soonest a of c b a
 
 Nothing is evicted for a model that backs off
     a x
@@ -2594,6 +2783,9 @@ class Story:
     def _keep(self, now, name, seconds):
         self.core.keep_alive(name, float(seconds))
 
+    def _rest(self, now):
+        self.core.rest(now, llmswap.ModelUnloaded("it rests"))
+
     def _close(self, now):
         self.core.close(llmswap.ShuttingDown("it ends"))
 
@@ -2610,6 +2802,12 @@ class Story:
 
     def _reserved(self, now, name):
         assert self.core.models[name].is_reserved
+
+    def _used(self, now, answer):
+        assert self.core.is_in_use == (answer == "yes")
+
+    def _soonest(self, now, name, _, *names):
+        assert self.core.choose(names) == name
 
     def _in(self, now, _, number):
         assert self.core.in_flight == int(number)
@@ -2931,6 +3129,8 @@ def random_spec(rng, limits):
         sleep_needs={each: rng.randint(0, needs[each]) // 2 for each in needs},
         takes_place=rng.random() < 0.85,
         is_pinned=rng.random() < 0.15,
+        is_pinned_once_loaded=rng.random() < 0.15,
+        keep_loaded=rng.random() < 0.2,
         can_sleep=rng.random() < 0.3,
         concurrency=rng.choice((0, 0, 1, 2)),
         idle_timeout=rng.choice((0.0, 0.0, 0.5, 5.0)),
@@ -2989,7 +3189,9 @@ class Walk:
         self.newest = collections.defaultdict(int)  # name -> run
         self.failures = collections.Counter()
         self.retry_at = {}
-        self.is_closed = False
+        self.keep_at = {}  # name -> when it may be kept loaded after it died
+        self.released = set()  # names that are not kept loaded
+        self.is_resting = self.is_closed = False
         self.story = collections.deque(maxlen=60)
 
     def _random_specs(self, limits):
@@ -3050,6 +3252,8 @@ class Walk:
         ticket = self.core.submit(name, self.world.now, **kind)
         ticket.waiter = self._settled
         self.waiting[ticket.number] = ticket
+        self.released.discard(name)
+        self.is_resting = False
         if ticket.manual:
             self._forgive(name)
         self._note(f"submit {ticket} {kind}")
@@ -3081,13 +3285,18 @@ class Walk:
     def _end(self, backend, failure):
         self._note(f"crash {backend.name} while {backend.phase}: {failure}")
         self._learn_of_end(backend)
+        if backend.phase in ("up", "asleep"):
+            if failure is None:
+                self.released.add(backend.name)
+            elif backend not in self.replaced:
+                self.keep_at[backend.name] = backend.ready_at + llmswap.MAX_BACKOFF
         backend.orders += 1
         self.world.end(backend, backend.orders, failure)
 
     def _learn_of_end(self, backend):
         if backend.phase == "up":
             self._forgive(backend.name)
-        if backend.phase == "loading" and self._spec(backend).takes_place:
+        if backend.phase == "loading":
             self.failures[backend.name] += 1
             surplus = self.failures[backend.name] - 3
             if surplus >= 0:
@@ -3097,6 +3306,7 @@ class Walk:
 
     def _forgive(self, name):
         self.failures[name], self.retry_at[name] = 0, -math.inf
+        self.keep_at[name] = -math.inf
 
     def _doze(self):
         """A backend that nobody uses goes to sleep, or wakes, by its own choice."""
@@ -3145,6 +3355,17 @@ class Walk:
     def _unload_one(self, name):
         self._note(f"unload {name}")
         self.core.unload(name, self.world.now, llmswap.ModelUnloaded(name))
+        self.released.add(name)
+        self._learn_of_unload(name)
+
+    def _rest(self):
+        self._note("rest")
+        self.core.rest(self.world.now, llmswap.ModelUnloaded("it rests"))
+        self.is_resting = True
+        for name in self.core.models:
+            self._learn_of_unload(name)
+
+    def _learn_of_unload(self, name):
         backend = self.world.backends.get(name)
         if backend is not None and backend not in self.cut_at:
             self.departing.add(backend)
@@ -3188,11 +3409,13 @@ class Walk:
         for name in set(changed) | set(self.specs) - set(specs):
             self._forgive(name)
         self.specs = specs
+        self.released.clear()
         self._bound_all()
 
     def _has_changed(self, name, specs):
         old, new = self.specs.get(name), specs[name]
-        free = dict(is_pinned=False, concurrency=0, idle_timeout=0)
+        free = dict(is_pinned=False, is_pinned_once_loaded=False, keep_loaded=False)
+        free.update(concurrency=0, idle_timeout=0)
         return old is None or old._replace(**free) != new._replace(**free)
 
     def _close(self):
@@ -3214,7 +3437,7 @@ class Walk:
     _calm_events = [_submit] * 4 + [_withdraw] + [_pass_time] * 4
     _events = _calm_events * 3 + [
         _crash, _crash, _doze, _late_news, _find, _unload, _keep_alive, _keep_alive,
-        _configure, _close, _stop_all,
+        _rest, _configure, _close, _stop_all,
     ]  # fmt: skip
 
     # the judge
@@ -3227,6 +3450,7 @@ class Walk:
         self._judge_starts([d for d in decisions if isinstance(d, llmswap.Start)])
         self._judge_counters()
         self._judge_queue()
+        self._judge_kept()
         self._judge_rest()
         return decisions
 
@@ -3278,6 +3502,8 @@ class Walk:
         ticket, problem = refusal.ticket, refusal.problem
         self.expect(isinstance(problem, llmswap.APIError), "refused without a reason")
         self.expect(ticket.run is None, "refused, though it was granted")
+        if isinstance(problem, llmswap.ModelPinned):
+            self.expect(self._is_shut_out(ticket.model), "refused though no pin matters")
 
     def _settled(self, decision):
         ticket = self.waiting.pop(decision.ticket.number, None)
@@ -3295,11 +3521,16 @@ class Walk:
 
     def _judge_start(self, start):
         name, backend = start.name, self.world.backends.get(start.name)
-        self.expect(self._waiting_for(name), "started for nobody")
         self.expect(not self.is_closed, "started although closed")
-        self.expect(
-            self.world.now >= self.retry_at.get(name, -math.inf), "did not back off"
-        )
+        is_kept, moments = not self._waiting_for(name), [-math.inf]
+        if is_kept or self.specs[name].takes_place:
+            moments.append(self.retry_at.get(name, -math.inf))
+        if is_kept:
+            is_wanted = self.specs[name].keep_loaded and name not in self.released
+            self.expect(is_wanted and not self.is_resting, "started for nobody")
+            self.expect(not self.waiting, "started for nobody while somebody waits")
+            moments.append(self.keep_at.get(name, -math.inf))
+        self.expect(self.world.now >= max(moments), "did not back off")
         if start.is_wake:
             self.expect(backend.phase == "asleep", "woken, but it did not sleep")
             self.expect(backend.run == start.run, "woken as another")
@@ -3317,7 +3548,8 @@ class Walk:
             if demand("", self.holds[start.name])[1:] == (0, {}):
                 continue
             self.expect(self.core.limits.allow(held), f"no room for {start.name}")
-            self._judge_precedence(start.name)
+            if self._waiting_for(start.name):
+                self._judge_precedence(start.name)
 
     def _held_by(self, backend):
         spec = self._spec(backend)
@@ -3348,7 +3580,26 @@ class Walk:
     def _is_fixed(self, backend):
         is_loading = backend.phase == "loading"
         is_wanted = is_loading and bool(self._waiting_for(backend.name))
-        return self.specs[backend.name].is_pinned or is_wanted
+        return self._is_pinned(backend) or is_wanted
+
+    def _is_pinned(self, backend):
+        spec = self.specs[backend.name]
+        is_up = backend.phase in ("up", "asleep")
+        return spec.is_pinned or spec.is_pinned_once_loaded and is_up
+
+    def _is_shut_out(self, model):
+        """Whether a model is down and cannot be loaded as long as the pinned ones stay."""
+        backend = self.world.backends.get(model.name)
+        is_down = backend is None or backend.phase == "asleep"
+        pins = [
+            self._held_by(each)
+            for each in self.world.backends.values()
+            if each not in (*self.departing, backend) and self._is_pinned(each)
+            and each.phase in ("loading", "up", "asleep")
+        ]  # fmt: skip
+        needed = demand(model.name, model.spec)
+        is_local = needed[1:] != (0, {})
+        return is_down and is_local and not self.core.limits.allow([needed, *pins])
 
     def _judge_stop(self, stop):
         backend = self.world.backends[stop.name]
@@ -3380,12 +3631,13 @@ class Walk:
         users = [each for each, of in self.leases.values() if of is backend]
         users += self._waiting_for(backend.name)
         self.expect(not users, "it was not idle")
-        self.expect(not self.specs[backend.name].is_pinned, "it was pinned")
+        spec = self.specs[backend.name]
+        self.expect(not spec.is_pinned and not spec.keep_loaded, "it was to stay")
 
     def _judge_eviction(self, stop, backend, busy):
         name = backend.name
         self.expect(not busy, "evicted while busy")
-        self.expect(not self.specs[name].is_pinned, "evicted though pinned")
+        self.expect(not self._is_pinned(backend), "evicted though pinned")
         newcomers = self._waiting_for(stop.newcomer)
         self.expect(newcomers, "evicted for nobody")
         waiters = self._waiting_for(name)
@@ -3422,6 +3674,22 @@ class Walk:
                 not limits.queue_timeout or waited < limits.queue_timeout + 1e-9,
                 f"{ticket} waits too long",
             )
+            is_shut_out = self._is_shut_out(ticket.model)
+            self.expect(not is_shut_out, f"{ticket} waits for pinned models")
+
+    def _judge_kept(self):
+        """If nobody waits, a kept model that fits is loaded, or a time named for it."""
+        if self.waiting or self.is_closed or self.is_resting:
+            return
+        held = [self._held_by(backend) for backend in self.world.backends.values()]
+        for name, spec in self.specs.items():
+            is_missed = spec.keep_loaded and name not in self.world.backends
+            fits = self.core.limits.allow([*held, demand(name, spec)])
+            if is_missed and fits and name not in self.released:
+                moments = (times.get(name, -math.inf)
+                           for times in (self.retry_at, self.keep_at))
+                is_soon = self.world.now < max(moments) >= self.world.deadline
+                self.expect(is_soon, f"{name} is not kept loaded")
 
     def _judge_rest(self):
         """Having decided, there is nothing to decide, and something will happen."""
@@ -13895,6 +14163,7 @@ def fake_main(argv):
 
 ROOM = llmswap.Limits(models_max=1, patience=1.0)
 HALF = dict(needs={"vram": 2})
+PIN_LOADED = dict(is_pinned_once_loaded=True)
 CAN_SLEEP = dict(needs={"vram": 2}, sleep_needs={"vram": 1}, can_sleep=True)
 
 
@@ -13927,6 +14196,20 @@ SMALL_WORLDS = {
     ),
     "sets": SmallWorld(dict(models_max=0, sets=(frozenset("ab"), frozenset("bc")))),
     "pin": SmallWorld(dict(models_max=2), a=dict(is_pinned=True)),
+    "pin loaded": SmallWorld(
+        dict(models_max=2), faults="unload reload", a=PIN_LOADED, b=PIN_LOADED,
+        reloads=(dict(c=llmswap.ModelSpec(**PIN_LOADED)), dict(a=llmswap.ModelSpec())),
+    ),
+    "kept": SmallWorld(faults="crash fail unload", a=dict(keep_loaded=True)),
+    "kept pinned": SmallWorld(
+        dict(patience=0.0), faults="rest close", a=dict(keep_loaded=True),
+        b=dict(keep_loaded=True, **PIN_LOADED),
+    ),
+    "kept asleep": SmallWorld(
+        dict(models_max=0, budget={"vram": 3}, patience=0.0), faults="crash",
+        a=dict(keep_loaded=True, **CAN_SLEEP), b=dict(needs={"vram": 3}),
+        c=dict(needs={"vram": 3}),
+    ),
     "elsewhere": SmallWorld(a=dict(takes_place=False)),
     "narrow": SmallWorld(a=dict(concurrency=1), b=dict(concurrency=1)),
     "idle": SmallWorld(a=dict(idle_timeout=0.5), faults="crash keep_alive"),
@@ -14017,6 +14300,7 @@ class Explored(Walk):
                 if not (models[name].is_held or models[name].waiting)
             ],
             "reload": range(len(self.small.reloads)),
+            "rest": [None],
             "close": [] if self.is_closed else [None],
             "stop_all": [None] if self.is_closed else [],
         }
@@ -14080,6 +14364,9 @@ class Explored(Walk):
     def _do_unload(self, name, _):
         self._unload_one(name)
 
+    def _do_rest(self, *_):
+        self._rest()
+
     def _do_keep_alive(self, name, _):
         self.core.keep_alive(name, 0)
 
@@ -14110,7 +14397,10 @@ class Explored(Walk):
             (of.name, self.world.backends.get(of.name) is of, ticket.preemptible)
             for ticket, of in self.leases.values()
         )
-        rest = [*self.left.values()], self.is_closed, core.limits.models_max
+        rest = (
+            [*self.left.values()], self.is_closed, self.is_resting,
+            core.limits.models_max,
+        )  # fmt: skip
         return marshal.dumps((ages, models, tickets, leases, rest), 2)
 
     def _key_of(self, model, now):
@@ -14121,6 +14411,7 @@ class Explored(Walk):
         row = [
             model.name, model.state.value, model.changed_at is None, model.in_flight,
             model.preemptible, model.failures, ahead(model.retry_at, now),
+            ahead(model.keep_at, now), model.is_released,
             repr(model.spec), model.evicted_for and model.evicted_for.name,
             model.load_seconds, model.stop_seconds,
             sorted(min(round(pause, 6), 8.0) for pause in model.pauses),
