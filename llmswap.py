@@ -2359,8 +2359,10 @@ class Scheduler:
         return moment
 
     def _start_kept(self, now):
-        """Start a model of keep_loaded if nobody waits and it fits; return if one was.
-        For a ticket that comes meanwhile its load is one that nobody waits for."""
+        """If nobody waits, start a model of keep_loaded that fits; return if one was.
+
+        Nobody waits for such a load, so any ticket that needs its room ends it.
+        """
         if self._queue or self._closing_error or self._is_resting:
             return False
         for model in self.models.values():

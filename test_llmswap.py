@@ -6489,8 +6489,120 @@ def test_how_long_the_machine_slept_is_read_from_the_kernels_clocks():
 
 
 # ==================================================================================
+# Models that stay, and models that stand for several
+# ==================================================================================
+
+
+def starts_of(server, model):
+    return len(server.journal("main", model))
+
+
+def test_a_model_pinned_once_loaded_stays_and_the_answer_says_that_it_does():
+    text = "[a]\ncmd = FAKE --model a\npin = loaded\n[b]\ncmd = FAKE --model b\n"
+    with brisk(text) as server:
+        assert server.chat("b").status == server.chat("a").status == 200
+        for wish in ({}, {"stream": True}):
+            answer = server.chat("b", **wish)
+            assert (answer.status, answer.headers["x-should-retry"]) == (409, "false")
+            assert answer.json()["error"]["code"] == "model_pinned"
+            assert "'b' does not fit beside the pinned a" in answer.message()
+        assert server.states() == {"a": "loaded", "b": "unloaded"}
+        assert server.post("/models/unload", {"model": "a"}).status == 200
+        assert server.chat("b").status == 200
+
+
+KEPT = "[k]\ncmd = FAKE --model k\nkeep-loaded = on\n[b]\ncmd = FAKE --model b\n"
+
+
+def test_a_kept_model_is_loaded_whenever_it_fits_but_not_against_an_unload_by_hand():
+    text = f"{KEPT}idle-timeout = 0.2s\n"
+    with brisk(text) as server:
+        eventually(lambda: server.loaded() == ["k"])
+        assert server.chat("b").status == 200
+        eventually(lambda: server.loaded() == ["k"])
+        assert server.post("/models/unload", {"model": "k"}).status == 200
+        assert server.chat("b").status == 200
+        eventually(lambda: not server.loaded())
+        assert server.chat("b").status == 200
+        assert starts_of(server, "k") == 2
+        server.reload(text)
+        eventually(lambda: server.loaded() == ["k"])
+
+
+def test_a_kept_model_that_cannot_be_loaded_backs_off_and_disturbs_nobody():
+    text = "[k]\ncmd = /no/such ${PORT}\nkeep-loaded = on\n[b]\ncmd = FAKE\n"
+    with brisk(text) as server:
+        assert server.chat("b").status == 200
+        assert server.post("/models/unload", {"model": "b"}).status == 200
+        eventually(lambda: server.log().count("k: loading") == 4)  # 2 s until the next
+        assert server.chat("b").status == 200
+        assert server.log().count("k: loading") == 4
+
+
+def test_what_is_loaded_on_startup_comes_before_what_is_kept_loaded():
+    with brisk(f"{KEPT}load-on-startup = on\n") as server:
+        eventually(lambda: server.loaded() == ["b"])
+        assert starts_of(server, "k") == 0
+
+
+ANY = """\
+[llmswap]
+models-max = {}
+[a]
+cmd = FAKE --model a
+proxy-key = of-a
+[b]
+cmd = FAKE --model b --load-until {}
+proxy-key = of-b
+[any]
+uses = a, b
+"""
+
+
+def test_of_several_models_the_one_that_is_loaded_or_loading_is_used(tmp_path):
+    with brisk(ANY.format(1, tmp_path / "go")) as server:
+        assert server.chat("any").status == 200
+        assert server.states() == {"a": "loaded", "b": "unloaded", "any": "loaded"}
+        clients = [ask_later(server, "b")]
+        eventually(lambda: server.states()["b"] == "loading")
+        clients.append(ask_later(server, "any"))
+        eventually(lambda: server.get("/health").json()["queued"] == 2)
+        assert server.states() == {"a": "unloaded", "b": "loading", "any": "loading"}
+        (tmp_path / "go").touch()
+        assert [client.answer().status for client in clients] == [200, 200]
+        assert (chats_seen(server, "a"), chats_seen(server, "b")) == (1, 2)
+        headers = server.post("/echo", {"model": "any"}).json()["headers"]
+        assert ["authorization", "Bearer of-b"] in [[n.lower(), v] for n, v in headers]
+        assert server.post("/models/unload", {"model": "any"}).status == 200
+        eventually(lambda: server.states()["b"] == "unloaded")
+        assert server.chat("any").status == 200
+        assert server.loaded() == ["a", "any"]
+
+
+def test_a_request_over_which_one_of_several_models_died_goes_to_the_next(tmp_path):
+    (tmp_path / "go").touch()
+    with brisk(ANY.format(2, tmp_path / "go")) as server:
+        assert server.chat("a").status == server.chat("b").status == 200
+        assert server.chat("any", die="before-byte").status == 502
+        assert (chats_seen(server, "a"), chats_seen(server, "b")) == (2, 2)
+        assert starts_of(server, "a") == starts_of(server, "b") == 1
+
+
+# ==================================================================================
 # The idle-command
 # ==================================================================================
+
+
+def test_what_is_kept_loaded_rests_from_the_idle_command_until_a_request(tmp_path):
+    mark = tmp_path / "ran"
+    head = f"[llmswap]\nmodels-max = 2\nidle-command = touch {mark}\n"
+    with brisk(f"{head}idle-command-after = 0.3s\n{KEPT}") as server:
+        eventually(lambda: starts_of(server, "k") == 1)
+        eventually(lambda: "idle-command ended" in server.log())
+        assert server.states() == {"k": "unloaded", "b": "unloaded"}
+        assert starts_of(server, "k") == 1
+        assert server.chat("b").status == 200
+        eventually(lambda: starts_of(server, "k") == 2)
 
 
 def test_without_requests_all_is_unloaded_and_the_idle_command_runs(tmp_path):
@@ -11963,6 +12075,14 @@ def test_exit_idle_time_heeds_no_idle_connection_and_needs_activation(tmp_path):
         assert server.chat("a").status == 200
 
 
+def test_what_is_kept_loaded_does_not_keep_it_from_exiting_when_idle(tmp_path):
+    text = f"{quick_file()}[k]\ncmd = {fake_command()}\nkeep-loaded = on\n"
+    with Activator(text, tmp_path) as systemd:
+        assert ask(systemd.port, "POST", CHAT, {"model": "k"}).status == 200
+        eventually(lambda: systemd.statuses == [0])
+        assert not family(systemd.token)
+
+
 def test_a_timeout_of_a_month_does_not_overflow():
     program = llmswap.Application(
         SimpleNamespace(verbose=False, file=None), no_models()
@@ -14206,7 +14326,7 @@ SMALL_WORLDS = {
         b=dict(keep_loaded=True, **PIN_LOADED),
     ),
     "kept asleep": SmallWorld(
-        dict(models_max=0, budget={"vram": 3}, patience=0.0), faults="crash",
+        dict(models_max=0, budget={"vram": 3}), faults="",
         a=dict(keep_loaded=True, **CAN_SLEEP), b=dict(needs={"vram": 3}),
         c=dict(needs={"vram": 3}),
     ),
