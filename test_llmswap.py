@@ -341,7 +341,7 @@ class Stream:
 
 
 FAKE_IMPORTS = """\
-import heapq, json, os, select, signal, socket, sys, threading, time
+import json, os, select, signal, socket, sys, threading, time
 from types import SimpleNamespace
 """
 
@@ -12639,37 +12639,40 @@ def test_real_models_are_gone_soon_after_llmswap_was_killed(tmp_path):
 # The fake model server: everything a backend can do, and every way it can misbehave.
 # ==================================================================================
 
-
+FAKE_FLAGS = {  # name: default, and what it does
+    "host": ("127.0.0.1", "where to listen"),
+    "port": (0, "where to listen"),
+    "model": ("fake", "its name in answers"),
+    "load": ("0", "seconds, or LOW-HIGH, until it is ready; all answers are 503"),
+    "bind-late": (False, "nothing listens until it is ready"),
+    "load-exit": (-1, "complain and exit with that status at the end of the load"),
+    "load-signal": (0, "kill itself with that signal at the end of the load"),
+    "load-hang": (False, "never become ready, and write nothing"),
+    "load-until": ("", "load, and write lines, until that file exists"),
+    "lines": (0, "so many lines of log during the load"),
+    "ignore-term": (False, "ignore SIGTERM"),
+    "stop-delay": (0.0, "seconds from SIGTERM to the end"),
+    "stop-until": ("", "end after SIGTERM once that file exists"),
+    "grandchild": (False, "spawn a process in its group that ignores SIGTERM"),
+    "close-idle": (False, "close connections after each answer, without a word"),
+    "no-health": (False, "404 on /health"),
+    "sleepable": (False, "POST /sleep, POST /wake_up, GET /is_sleeping, as vLLM"),
+    "wake-fails": (False, "POST /wake_up is answered with 500"),
+    "print-env": (False, "write the environment to stdout"),
+    "journal": ("", "append one JSON line to that file for each event of its life"),
+}
 FAKE_USAGE = """\
 The fake model server: python3 test_llmswap.py --port N [FLAG ...]
 
-  --host A --port N      where to listen (127.0.0.1, any)
-  --model NAME           its name in answers; options of llama-server are ignored
-  --load S or LOW-HIGH   seconds until it is ready; meanwhile all answers are 503
-  --bind-late            nothing listens until it is ready
-  --load-exit CODE       complain on stderr and exit at the end of the load
-  --load-signal N        kill itself with signal N at the end of the load
-  --load-hang            never become ready, and write nothing
-  --load-until FILE      load, and write lines, until that file exists
-  --stop-until FILE      end after SIGTERM once that file exists
-  --lines N              write N lines of log during the load
-  --ignore-term          ignore SIGTERM
-  --stop-delay S         take S seconds to end after SIGTERM
-  --grandchild           spawn a process in its group that ignores SIGTERM
-  --close-idle           close connections after each answer, without a word
-  --no-health            404 on /health
-  --sleepable            POST /sleep, POST /wake_up, GET /is_sleeping, as vLLM
-  --wake-fails           POST /wake_up is answered with 500
-  --print-env            write the environment to stdout
-  --journal FILE         append one JSON line for each event of its life
-  --canned               for benchmarks: one thread, answers made beforehand
-
+{}
+Other options, such as those of llama-server, are ignored.
 A request's JSON body says how it is answered:
-  stream, stream_options.include_usage, model, max_tokens    as usual
+  stream, stream_options.include_usage, model    as usual
   tokens N, interval S   how many tokens, and the pause between them
   until FILE             no more tokens once that file exists
   delay S                before the first byte
-  size BYTES             of the content; tag, stamp: put the tag, the time into it
+  size BYTES             of the content
+  tag, stamp             put the tag, or the time into the content
   text STRING            the content itself
   arguments STRING       a tool call (a list: several), in fragments of `fragment`
   finish REASON          the finish reason
@@ -12684,37 +12687,6 @@ A request's JSON body says how it is answered:
 SIGRTMIN + 1, 2: it exits with status 0, 1; 3: it closes its sockets; 4: rubbish on all.
 """
 
-FAKE_FLAGS = {
-    "host": (str, "127.0.0.1"),
-    "port": (int, 0),
-    "model": (str, "fake"),
-    "load": (str, "0"),
-    "bind-late": (bool, False),
-    "load-exit": (int, None),
-    "load-signal": (int, None),
-    "load-hang": (bool, False),
-    "load-until": (str, None),
-    "stop-until": (str, None),
-    "lines": (int, 0),
-    "ignore-term": (bool, False),
-    "stop-delay": (float, 0.0),
-    "grandchild": (bool, False),
-    "close-idle": (bool, False),
-    "no-health": (bool, False),
-    "sleepable": (bool, False),
-    "wake-fails": (bool, False),
-    "print-env": (bool, False),
-    "journal": (str, None),
-    "canned": (bool, False),
-}
-
-FAKE_REASONS = {
-    100: "Continue", 101: "Switching Protocols", 200: "OK", 400: "Bad Request",
-    401: "Unauthorized", 404: "Not Found", 413: "Content Too Large",
-    429: "Too Many Requests", 500: "Internal Server Error",
-    503: "Service Unavailable",
-}  # fmt: skip
-
 FAKE_ORDERS = {1: "exit 0", 2: "exit 1", 3: "deaf", 4: "mad"}
 FAKE_RUBBISH = b"\0\xffrubbish\n\n" * 9
 FAKE_HANG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
@@ -12722,18 +12694,18 @@ FAKE_BLOCK = memoryview(b"0123456789abcdef" * 65536)  # what /bytes sends: 1 MB
 FAKE_JSON = "application/json; charset=utf-8"
 
 
-class FakeHangUp(Exception):
+class FakeHangUp(OSError):
     """The client went away before its answer was complete, or is to be cut off."""
 
 
 def fake_flags(argv):
     """The flags in `argv`; what is not one of ours is ignored."""
-    values = {name: default for name, (_, default) in FAKE_FLAGS.items()}
+    values = {name: default for name, (default, _) in FAKE_FLAGS.items()}
     words = iter(argv)
     for word in words:
         name, _, value = word[2:].partition("=")
         if word.startswith("--") and name in FAKE_FLAGS:
-            kind = FAKE_FLAGS[name][0]
+            kind = type(FAKE_FLAGS[name][0])
             values[name] = True if kind is bool else kind(value or next(words))
     return SimpleNamespace(**{name.replace("-", "_"): values[name] for name in values})
 
@@ -12745,110 +12717,122 @@ def fake_seconds(text):
     return float(low) + share * (float(high or low) - float(low))
 
 
-def fake_is_there(path):
-    """Whether a file is named, and exists."""
-    return path is not None and os.path.exists(path)
+def fake_await(path, pause, action=lambda: None):
+    """Wait until that file exists, if one is named."""
+    while path and not os.path.exists(path):
+        action()
+        time.sleep(pause)
 
 
-def fake_error(status, message, kind="server_error"):
+def fake_error(status, message):
     """An error as llama-server writes it."""
-    return {"error": {"code": status, "message": message, "type": kind}}
-
-
-class FakeConnection:
-    """One client's connection: reads requests, writes bytes, notices a hang-up."""
-
-    def __init__(self, sock):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock = sock
-        self.buffer = b""
-        self._poll = select.poll()
-        self._poll.register(sock, FAKE_HANG_UP)
-
-    def next_head(self):
-        """The bytes of the next request head, or b"" at the end of the connection."""
-        while (end := self.buffer.find(b"\r\n\r\n")) < 0:
-            data = self.sock.recv(65536)
-            if not data:
-                return b""
-            self.buffer += data
-        head, self.buffer = self.buffer[:end], self.buffer[end + 4 :]
-        return head
-
-    def read(self, count):
-        """Exactly `count` bytes."""
-        data = bytearray(count)
-        view, have = memoryview(data), min(count, len(self.buffer))
-        view[:have] = self.buffer[:have]
-        self.buffer = self.buffer[have:]
-        while have < count:
-            got = self.sock.recv_into(view[have:])
-            if not got:
-                raise FakeHangUp
-            have += got
-        return bytes(data) if count < 2**20 else data
-
-    def read_line(self):
-        """The next line, without its end."""
-        while (end := self.buffer.find(b"\r\n")) < 0:
-            data = self.sock.recv(65536)
-            if not data:
-                raise FakeHangUp
-            self.buffer += data
-        line, self.buffer = self.buffer[:end], self.buffer[end + 2 :]
-        return line
-
-    def read_chunks(self):
-        """A chunked body, its trailers dropped."""
-        pieces = []
-        while size := int(self.read_line().partition(b";")[0], 16):
-            pieces.append(self.read(size))
-            self.read_line()
-        while self.read_line():
-            pass
-        return b"".join(pieces)
-
-    def hold(self, seconds=None):
-        """Wait (None: for ever); FakeHangUp as soon as the client hangs up."""
-        timeout = None if seconds is None else max(0.0, seconds) * 1000
-        if self._poll.poll(timeout):
-            raise FakeHangUp
-
-    def cut(self, reset):
-        """End the connection here and now, with a FIN or a RST."""
-        if reset:
-            linger = (1).to_bytes(4, sys.byteorder) + bytes(4)
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        else:
-            self.sock.shutdown(socket.SHUT_RDWR)
-        raise FakeHangUp
+    return {"error": {"code": status, "message": message, "type": "server_error"}}
 
 
 class FakeRequest:
-    """One request, and the means to answer it."""
+    """A client's connection: its requests, one by one, and the means to answer them."""
 
-    def __init__(self, connection, head):
-        self.connection = connection
-        self.send = connection.sock.sendall
-        start, *lines = head.decode("latin-1").split("\r\n")
-        self.method, self.target, self.version = start.split(" ")
+    def __init__(self, server, sock):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.server, self.sock, self.send = server, sock, sock.sendall
+        self.file = sock.makefile("rb")
+        self._poll = select.poll()
+        self._poll.register(sock, FAKE_HANG_UP)
+
+    def serve(self):
+        """Answer requests until the connection ends."""
+        self.server.requests.add(self)
+        try:
+            while self._read_head() and self._answer():
+                pass
+        except (OSError, ValueError):
+            pass  # a ValueError: the connection ended within a line
+        finally:
+            self.server.requests.discard(self)
+            self.file.close()
+            self.sock.close()
+
+    def _read_head(self):
+        """Whether another request has come."""
+        start = self.file.readline().decode("latin-1")
+        if not start:
+            return False
+        self.method, self.target, version = start.split()
         self.path, _, self.query = self.target.partition("?")
-        pairs = [line.split(":", 1) for line in lines]
-        self.headers = [(name, value.strip()) for name, value in pairs]
+        self.headers, self.body = [], b""
+        while line := self.file.readline().decode("latin-1").strip():
+            name, value = line.split(":", 1)
+            self.headers.append((name, value.strip()))
         self.fields = {name.lower(): value for name, value in self.headers}
-        self.body = b""
-        self.chunked = self.version == "HTTP/1.1"
         wish = self.fields.get("connection", "").lower()
-        self.keep = wish != "close" if self.chunked else wish == "keep-alive"
+        self.is_chunked = version == "HTTP/1.1"
+        self.keep = wish != "close" if self.is_chunked else wish == "keep-alive"
+        return True
 
     def read_body(self):
         """Take the body from the connection, however it is framed."""
         if self.fields.get("expect", "").lower() == "100-continue":
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         if self.fields.get("transfer-encoding", "").lower() == "chunked":
-            self.body = self.connection.read_chunks()
+            self.body = b"".join(self._chunks())
+        elif length := int(self.fields.get("content-length", 0)):
+            self.body = self.file.read(length)
+            if len(self.body) < length:
+                raise FakeHangUp
+
+    def _chunks(self):
+        while size := int(self.file.readline().partition(b";")[0], 16):
+            yield self.file.read(size)
+            self.file.readline()
+        while self.file.readline().strip():
+            pass  # trailers
+
+    def _answer(self):
+        """Answer one request; whether the connection goes on."""
+        server, flags = self.server, self.server.flags
+        is_bare = flags.no_health and self.path == "/health"
+        if server.order == "mad":
+            self.send(FAKE_RUBBISH)
+            return False
+        if not server.is_ready and not is_bare:
+            self.read_body()
+            self.reply(fake_error(503, "Loading model"), 503)
+        elif self.path in FAKE_QUIET:
+            self.read_body()
+            FAKE_QUIET[self.path](self)
         else:
-            self.body = self.connection.read(int(self.fields.get("content-length", 0)))
+            self._answer_counted()
+        return self.keep and not flags.close_idle
+
+    def _answer_counted(self):
+        server = self.server
+        server.count(requests=1, in_flight=1)
+        server.note("request", path=self.path)
+        try:
+            if self.path != "/early":
+                self.read_body()
+            if server.is_asleep:
+                return self.reply(fake_error(503, "asleep"), 503)
+            FAKE_ROUTES.get(self.path, fake_echo)(self)
+        except (OSError, ValueError):
+            server.count(cancelled=1)
+            raise
+        finally:
+            server.count(in_flight=-1)
+
+    def hold(self, seconds=None):
+        """Wait (None: for ever); FakeHangUp as soon as the client hangs up."""
+        if self._poll.poll(None if seconds is None else max(0.0, seconds) * 1000):
+            raise FakeHangUp
+
+    def cut(self, is_reset):
+        """End the connection here and now, with a FIN or a RST."""
+        if is_reset:
+            linger = (1).to_bytes(4, sys.byteorder) + bytes(4)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        else:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        raise FakeHangUp
 
     def parameter(self, name, default):
         """A number in the query."""
@@ -12858,7 +12842,7 @@ class FakeRequest:
     def head(self, status, kind, *more):
         """An answer's head."""
         lines = [
-            f"HTTP/1.1 {status} {FAKE_REASONS.get(status, 'Unknown')}",
+            f"HTTP/1.1 {status} {'OK' if status == 200 else 'Otherwise'}",
             "Server: llama.cpp",
             "Access-Control-Allow-Origin: *",
             f"Content-Type: {kind}",
@@ -12867,17 +12851,17 @@ class FakeRequest:
         ]
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
-    def reply(self, document, status=200, kind=FAKE_JSON):
+    def reply(self, document, status=200):
         """Answer with a JSON document, or bytes as they are."""
         body = document
         if not isinstance(body, bytes):
             body = json.dumps(document).encode()
-        head = self.head(status, kind, f"Content-Length: {len(body)}")
+        head = self.head(status, FAKE_JSON, f"Content-Length: {len(body)}")
         self.send(head if self.method == "HEAD" else head + body)
 
     def start_stream(self, kind="text/event-stream"):
         """Send the head of an answer whose length is not known."""
-        if self.chunked:
+        if self.is_chunked:
             self.send(self.head(200, kind, "Transfer-Encoding: chunked"))
         else:
             self.keep = False
@@ -12885,29 +12869,26 @@ class FakeRequest:
 
     def send_piece(self, data):
         """A piece of a stream that was started: one chunk."""
-        self.send(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
+        self.send(b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data)
 
     def end_stream(self):
         """End an answer that was started, where the framing says so."""
-        if self.chunked:
+        if self.is_chunked:
             self.send(b"0\r\n\r\n")
 
 
 class FakeTalk:
-    """What one chat, completion or message request wishes, and its content."""
+    """A chat, completion or message that was asked for, in the shape of OpenAI."""
 
-    def __init__(self, server, request):
-        self.wish = json.loads(request.body)
-        self.request = request
-        self.model = self.wish.get("model", server.flags.model)
-        self.server_name = server.flags.model
+    def __init__(self, request):
+        self.request, self.wish = request, json.loads(request.body)
+        self.name = request.server.flags.model
         self.id = f"{os.getpid()}-{threading.get_ident()}"
         self.tokens = self.wish.get("tokens", 3)
-        self.with_usage = (self.wish.get("stream_options") or {}).get("include_usage")
         calls = self.wish.get("arguments", [])
         self.calls = [calls] if isinstance(calls, str) else calls
-        default = "tool_calls" if self.calls else "stop"
-        self.finish = self.wish.get("finish", default)
+        self.finish = self.wish.get("finish", "tool_calls" if self.calls else "stop")
+        self.is_chat = request.path != "/v1/completions"
 
     def pieces(self):
         """Yield the content, token by token, each made when it is asked for."""
@@ -12916,15 +12897,14 @@ class FakeTalk:
             return
         width = self.wish.get("size", 0) // max(1, self.tokens)
         for number in range(self.tokens):
-            if fake_is_there(self.wish.get("until")):
+            if "until" in self.wish and os.path.exists(self.wish["until"]):
                 return
-            text = f" word{number}" if number else self._first_piece()
+            text = f" word{number}"
+            if not number:
+                text = f"{self.name} {os.getpid()} {self.wish.get('tag', '')}".rstrip()
             if self.wish.get("stamp"):
                 text = f"{time.monotonic():.6f}"
             yield text.ljust(width, "x")
-
-    def _first_piece(self):
-        return f"{self.server_name} {os.getpid()} {self.wish.get('tag', '')}".rstrip()
 
     def fragments(self):
         """Yield (number of the call, fragment of its arguments)."""
@@ -12933,200 +12913,126 @@ class FakeTalk:
             for start in range(0, len(text), step):
                 yield number, text[start : start + step]
 
-    def usage(self):
-        return {
-            "completion_tokens": self.tokens,
-            "prompt_tokens": 7,
-            "total_tokens": self.tokens + 7,
-        }
-
-    def timings(self):
-        return {
-            "cache_n": 0,
-            "prompt_n": 7,
-            "prompt_ms": 14.0,
-            "prompt_per_token_ms": 2.0,
-            "prompt_per_second": 500.0,
-            "predicted_n": self.tokens,
-            "predicted_ms": 20.0 * self.tokens,
-            "predicted_per_token_ms": 20.0,
-            "predicted_per_second": 50.0,
-        }
-
-
-class FakeChat:
-    """The shape of /v1/chat/completions, as llama-server writes it."""
-
-    def __init__(self, talk):
-        self.talk = talk
-
     def whole(self):
-        message = {"role": "assistant", "content": "".join(self.talk.pieces()) or None}
-        if "text" in self.talk.wish:
-            message["content"] = self.talk.wish["text"]
-        if self.talk.calls:
-            message["tool_calls"] = [
-                self._call(number, text) for number, text in enumerate(self.talk.calls)
-            ]
-        choice = {"finish_reason": self.talk.finish, "index": 0, "message": message}
-        return self._object("chat.completion", [choice], self._numbers())
+        """The answer as one document."""
+        text = "".join(self.pieces())
+        if not self.is_chat:
+            return self.document({"text": text}, self.finish, **self.numbers())
+        message = {"role": "assistant", "content": text or self.wish.get("text")}
+        if self.calls:
+            calls = enumerate(self.calls)
+            message["tool_calls"] = [self._call(*each) for each in calls]
+        return self.document({"message": message}, self.finish, **self.numbers())
 
     def _call(self, number, arguments):
         function = {"name": f"tool{number}", "arguments": arguments}
         return {"type": "function", "function": function, "id": f"call{number}"}
 
-    def _numbers(self):
-        return {"usage": self.talk.usage(), "timings": self.talk.timings()}
+    def numbers(self):
+        """The usage and the timings."""
+        usage = {"completion_tokens": self.tokens, "prompt_tokens": 7}
+        timings = {"cache_n": 0, "prompt_n": 7, "predicted_n": self.tokens}
+        timings["predicted_per_second"] = 50.0
+        usage["total_tokens"] = self.tokens + 7
+        return {"usage": usage, "timings": timings}
 
-    def _object(self, kind, choices, more):
+    def document(self, content, finish, kind="", **more):
+        """A document with one choice, or with none."""
+        choice = {"finish_reason": finish, "index": 0, **(content or {})}
         return {
-            "choices": choices,
+            "choices": [choice] if content is not None else [],
             "created": int(time.time()),
-            "model": self.talk.model,
+            "model": self.wish.get("model", self.name),
             "system_fingerprint": "b0-fake",
-            "object": kind,
-            "id": f"chatcmpl-{self.talk.id}",
+            "object": f"chat.completion{kind}" if self.is_chat else "text_completion",
+            "id": f"chatcmpl-{self.id}",
             **more,
         }
 
+    def _event(self, content, finish=None, **more):
+        if content is not None and self.is_chat:
+            content = {"delta": content}
+        document = self.document(content, finish, ".chunk", **more)
+        return b"data: %b\n\n" % json.dumps(document).encode()
+
     def events(self):
         """Yield (event, whether it is a token)."""
-        yield self._delta({"role": "assistant", "content": None}), False
-        for piece in self.talk.pieces():
-            yield self._delta({"content": piece}), True
+        if self.is_chat:
+            yield self._event({"role": "assistant", "content": None}), False
+        for piece in self.pieces():
+            yield self._event({"content" if self.is_chat else "text": piece}), True
         opened = -1
-        for number, fragment in self.talk.fragments():
+        for number, fragment in self.fragments():
             if number > opened:
                 opened = number
                 call = {"index": number, **self._call(number, "")}
-                yield self._delta({"tool_calls": [call]}), False
+                yield self._event({"tool_calls": [call]}), False
             call = {"index": number, "function": {"arguments": fragment}}
-            yield self._delta({"tool_calls": [call]}), True
-        yield from ((event, False) for event in self._last_events())
-
-    def _delta(self, delta, finish=None, more=()):
-        choice = {"finish_reason": finish, "index": 0, "delta": delta}
-        return self._event([choice], dict(more))
-
-    def _event(self, choices, more):
-        chunk = self._object("chat.completion.chunk", choices, more)
-        return b"data: %b\n\n" % json.dumps(chunk).encode()
-
-    def _last_events(self):
-        if self.talk.with_usage:
-            yield self._delta({}, self.talk.finish)
-            yield self._event([], self._numbers())
+            yield self._event({"tool_calls": [call]}), True
+        numbers = self.numbers()
+        if (self.wish.get("stream_options") or {}).get("include_usage"):
+            yield self._event({}, self.finish), False
+            yield self._event(None, **numbers), False
         else:
-            timings = {"timings": self.talk.timings()}
-            yield self._delta({}, self.talk.finish, timings)
-        yield b"data: [DONE]\n\n"
-
-
-class FakeCompletion:
-    """The shape of /v1/completions."""
-
-    def __init__(self, talk):
-        self.talk = talk
-
-    def whole(self):
-        numbers = {"usage": self.talk.usage(), "timings": self.talk.timings()}
-        return self._object("".join(self.talk.pieces()), self.talk.finish, numbers)
-
-    def _object(self, text, finish, more):
-        choice = {"text": text, "index": 0, "logprobs": None, "finish_reason": finish}
-        return {
-            "choices": [choice],
-            "created": int(time.time()),
-            "model": self.talk.model,
-            "system_fingerprint": "b0-fake",
-            "object": "text_completion",
-            "id": f"chatcmpl-{self.talk.id}",
-            **more,
-        }
-
-    def events(self):
-        """Yield (event, whether it is a token)."""
-        for piece in self.talk.pieces():
-            yield self._event(self._object(piece, None, {})), True
-        timings = {"timings": self.talk.timings()}
-        yield self._event(self._object("", self.talk.finish, timings)), False
+            yield self._event({}, self.finish, timings=numbers["timings"]), False
         yield b"data: [DONE]\n\n", False
 
-    def _event(self, document):
-        return b"data: %b\n\n" % json.dumps(document).encode()
 
-
-class FakeMessage:
-    """The shape of Anthropic's /v1/messages."""
-
-    def __init__(self, talk):
-        self.talk = talk
-        reasons = {"tool_calls": "tool_use", "length": "max_tokens", "stop": "end_turn"}
-        self.reason = reasons.get(talk.finish, talk.finish)
+class FakeMessage(FakeTalk):
+    """The same in the shape of Anthropic's /v1/messages."""
 
     def whole(self):
-        text = "".join(self.talk.pieces())
+        text = "".join(self.pieces())
         content = [{"type": "text", "text": text}] if text else []
-        for number, arguments in enumerate(self.talk.calls):
-            content.append({**self._tool(number), "input": fake_parsed(arguments)})
-        usage = {"input_tokens": 7, "output_tokens": self.talk.tokens}
-        return {**self._message(content, self.reason), "usage": usage}
+        for number, arguments in enumerate(self.calls):
+            content.append(self._tool(number, fake_parsed(arguments)))
+        return self._message(content, self._reason(), self.tokens)
 
-    def _message(self, content, reason):
+    def _reason(self):
+        reasons = {"tool_calls": "tool_use", "length": "max_tokens", "stop": "end_turn"}
+        return reasons.get(self.finish, self.finish)
+
+    def _message(self, content, reason, tokens):
         return {
-            "id": f"msg-{self.talk.id}",
+            "id": f"msg-{self.id}",
             "type": "message",
             "role": "assistant",
             "content": content,
-            "model": self.talk.model,
+            "model": self.wish.get("model", self.name),
             "stop_reason": reason,
             "stop_sequence": None,
+            "usage": {"input_tokens": 7, "output_tokens": tokens},
         }
 
-    def _tool(self, number):
+    def _tool(self, number, given):
         name = f"tool{number}"
-        return {"type": "tool_use", "id": f"toolu{number}", "name": name, "input": {}}
-
-    def events(self):
-        """Yield (event, whether it is a token)."""
-        usage = {"input_tokens": 7, "output_tokens": 0}
-        message = {**self._message([], None), "usage": usage}
-        yield self._event("message_start", message=message), False
-        yield from self._text_events()
-        yield from self._tool_events()
-        delta = {"stop_reason": self.reason, "stop_sequence": None}
-        usage = {"output_tokens": self.talk.tokens}
-        yield self._event("message_delta", delta=delta, usage=usage), False
-        yield self._event("message_stop"), False
+        return {"type": "tool_use", "id": f"toolu{number}", "name": name, "input": given}
 
     def _event(self, kind, **more):
         data = json.dumps({"type": kind, **more}).encode()
         return b"event: %b\ndata: %b\n\n" % (kind.encode(), data)
 
-    def _text_events(self):
-        block = {"type": "text", "text": ""}
-        yield self._event("content_block_start", index=0, content_block=block), False
-        for piece in self.talk.pieces():
-            delta = {"type": "text_delta", "text": piece}
-            yield self._event("content_block_delta", index=0, delta=delta), True
-        yield self._event("content_block_stop", index=0), False
+    def events(self):
+        start = self._event("message_start", message=self._message([], None, 0))
+        yield start, False
+        text = {"type": "text", "text": ""}
+        yield from self._block(0, text, "text_delta", "text", self.pieces())
+        for number in range(len(self.calls)):
+            parts = [text for of, text in self.fragments() if of == number]
+            kind, tool = "input_json_delta", self._tool(number, {})
+            yield from self._block(number + 1, tool, kind, "partial_json", parts)
+        delta = {"stop_reason": self._reason(), "stop_sequence": None}
+        usage = {"output_tokens": self.tokens}
+        yield self._event("message_delta", delta=delta, usage=usage), False
+        yield self._event("message_stop"), False
 
-    def _tool_events(self):
-        opened = 0
-        for number, fragment in self.talk.fragments():
-            index = number + 1
-            if index > opened:
-                yield from self._close_block(opened)
-                opened, block = index, self._tool(number)
-                start = "content_block_start"
-                yield self._event(start, index=index, content_block=block), False
-            delta = {"type": "input_json_delta", "partial_json": fragment}
+    def _block(self, index, block, kind, name, pieces):
+        start = self._event("content_block_start", index=index, content_block=block)
+        yield start, False
+        for piece in pieces:
+            delta = {"type": kind, name: piece}
             yield self._event("content_block_delta", index=index, delta=delta), True
-        yield from self._close_block(opened)
-
-    def _close_block(self, opened):
-        if opened:
-            yield self._event("content_block_stop", index=opened), False
+        yield self._event("content_block_stop", index=index), False
 
 
 def fake_parsed(arguments):
@@ -13144,17 +13050,9 @@ class FakeServer:
         self.flags = flags
         self.lock = threading.Lock()
         self.counts = {"requests": 0, "in_flight": 0, "cancelled": 0, "health": 0}
-        self.socks = set()
-        self.is_ready = False
-        self.is_asleep = False
-        self.order = None
-        self.is_health_hung = False
-        self.grandchild = None
-        self.listener = None
-        self._journal = None
-        if flags.journal:
-            mode = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-            self._journal = os.open(flags.journal, mode, 0o644)
+        self.requests = set()
+        self.is_ready = self.is_asleep = self.is_health_hung = False
+        self.order = self.grandchild = self.listener = None
 
     def live(self):
         """Load, then serve until killed."""
@@ -13163,10 +13061,12 @@ class FakeServer:
         for order in FAKE_ORDERS:
             signal.signal(signal.SIGRTMIN + order, self._on_order)
         if self.flags.grandchild:
-            self.grandchild = self._spawn_grandchild()
-        if self.flags.print_env:
-            for name in sorted(os.environ):
-                self.say(f"env {name}={os.environ[name]}", 1)
+            script = "trap '' TERM INT HUP; exec sleep 86399"
+            words = ["sh", "-c", script]
+            self.grandchild = os.posix_spawn("/bin/sh", words, os.environ)
+            self.note("grandchild", grandchild=self.grandchild)
+        for name in sorted(os.environ) if self.flags.print_env else ():
+            self.say(f"env {name}={os.environ[name]}", 1)
         if not self.flags.bind_late:
             self._listen()
         self._load()
@@ -13175,17 +13075,16 @@ class FakeServer:
         self.is_ready = True
         self.note("ready")
         self.say("main: model loaded")
-        if self.flags.canned:
-            CannedServer(self.listener).serve()
         while True:  # pause() would miss a signal that comes just before it
             time.sleep(0.2)
 
     def note(self, event, **more):
         """Append an event to the journal, with the monotonic time."""
-        if self._journal is not None:
+        if self.flags.journal:
             now, name = time.monotonic(), self.flags.model
             line = {"event": event, "t": now, "pid": os.getpid(), "model": name, **more}
-            os.write(self._journal, json.dumps(line).encode() + b"\n")
+            with open(self.flags.journal, "ab", 0) as file:
+                file.write(json.dumps(line).encode() + b"\n")
 
     def say(self, text, descriptor=2):
         """Write a line of log; a closed pipe does not matter."""
@@ -13194,20 +13093,20 @@ class FakeServer:
         except OSError:
             pass
 
+    def count(self, **changes):
+        """Change these counts by so much."""
+        with self.lock:
+            for name, change in changes.items():
+                self.counts[name] += change
+
     def _on_term(self, number, frame):
         self.note("term")
-        if not self.flags.ignore_term:
-            if self.flags.stop_until:  # this thread must be free for orders
-                return threading.Thread(target=self._end_at_last).start()
-            time.sleep(self.flags.stop_delay)
-            self._end()
-
-    def _end_at_last(self):
-        while not fake_is_there(self.flags.stop_until):
-            time.sleep(0.02)
-        self._end()
+        if not self.flags.ignore_term:  # this thread must be free for orders
+            threading.Thread(target=self._end).start()
 
     def _end(self):
+        time.sleep(self.flags.stop_delay)
+        fake_await(self.flags.stop_until, 0.02)
         self.note("end")
         os._exit(0)
 
@@ -13220,17 +13119,11 @@ class FakeServer:
         if order == "deaf" and self.listener:
             self.listener.shutdown(socket.SHUT_RDWR)
             self.listener.close()
-        for sock in list(self.socks):
+        for request in list(self.requests):
             if order == "mad":
-                sock.send(FAKE_RUBBISH)
+                request.sock.send(FAKE_RUBBISH)
             else:
-                sock.shutdown(socket.SHUT_RDWR)
-
-    def _spawn_grandchild(self):
-        script = "trap '' TERM INT HUP; exec sleep 86399"
-        pid = os.posix_spawn("/bin/sh", ["sh", "-c", script], os.environ)
-        self.note("grandchild", grandchild=pid)
-        return pid
+                request.sock.shutdown(socket.SHUT_RDWR)
 
     def _listen(self):
         host, port = self.flags.host, self.flags.port
@@ -13240,166 +13133,94 @@ class FakeServer:
             self.say(f"couldn't bind HTTP server socket, port: {port} ({error})")
             self.note("end")
             os._exit(1)
-        if not self.flags.canned:
-            threading.Thread(target=self._accept, daemon=True).start()
-        try:
-            port = self.listener.getsockname()[1]
-        except OSError:
-            pass  # an order has closed it already
+        threading.Thread(target=self._accept, daemon=True).start()
         self.say(f"main: server is listening on http://{host}:{port}")
+
+    def _accept(self):
+        while True:
+            try:
+                request = FakeRequest(self, self.listener.accept()[0])
+            except OSError:  # told to be deaf
+                return
+            threading.Thread(target=request.serve, daemon=True).start()
 
     def _load(self):
         seconds, lines = fake_seconds(self.flags.load), self.flags.lines
         if self.flags.load_hang:
             time.sleep(1e6)
-        while self.flags.load_until and not fake_is_there(self.flags.load_until):
-            if not self.order:
-                self.say("load_tensors: it takes its time")
-            time.sleep(0.05)
-        deadline = time.monotonic() + seconds
+        line = "load_tensors: it takes its time"
+        fake_await(self.flags.load_until, 0.05, lambda: self.order or self.say(line))
         for number in range(lines):
             self.say(f"load_tensors: layer {number} of {lines}")
             time.sleep(seconds / lines)
-        time.sleep(max(0.0, deadline - time.monotonic()))
-        self._end_load()
-
-    def _end_load(self):
-        if self.flags.load_signal is not None:
+        if not lines:
+            time.sleep(seconds)
+        if self.flags.load_signal:
             os.kill(os.getpid(), self.flags.load_signal)
-        if self.flags.load_exit is not None:
+        if self.flags.load_exit >= 0:
             self.say("llama_model_load: error loading model: unexpected end of file")
             self.say(f"main: exiting due to model loading error {self.flags.load_exit}")
             self.note("end")
             os._exit(self.flags.load_exit)
 
-    def _accept(self):
-        threading.stack_size(262144)
-        while True:
-            try:
-                sock, _ = self.listener.accept()
-            except OSError:  # told to be deaf
-                return
-            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
 
-    def _serve(self, sock):
-        """Answer one connection's requests until it ends."""
-        self.socks.add(sock)
-        try:
-            connection = FakeConnection(sock)
-            while (head := connection.next_head()) and self._answer(connection, head):
-                pass
-        except (OSError, FakeHangUp):
-            pass
-        finally:
-            self.socks.discard(sock)
-            sock.close()
-
-    def _answer(self, connection, head):
-        """Answer one request; whether the connection goes on."""
-        if self.order == "mad":
-            connection.sock.sendall(FAKE_RUBBISH)
-            return False
-        request = FakeRequest(connection, head)
-        is_bare = self.flags.no_health and request.path == "/health"
-        if not self.is_ready and not is_bare:
-            request.read_body()
-            request.reply(fake_error(503, "Loading model", "unavailable_error"), 503)
-        elif request.path in FAKE_QUIET:
-            request.read_body()
-            FAKE_QUIET[request.path](self, request)
-        else:
-            self._answer_counted(request)
-        return request.keep and not self.flags.close_idle
-
-    def _answer_counted(self, request):
-        self._count(requests=1, in_flight=1)
-        self.note("request", path=request.path)
-        try:
-            self._route(request)
-        except (OSError, FakeHangUp):
-            self._count(cancelled=1)
-            raise
-        finally:
-            self._count(in_flight=-1)
-
-    def _count(self, **changes):
-        with self.lock:
-            for name, change in changes.items():
-                self.counts[name] += change
-
-    def _route(self, request):
-        if request.path == "/early":
-            return fake_early(self, request)
-        request.read_body()
-        if self.is_asleep:
-            return request.reply(fake_error(503, "asleep"), 503)
-        return FAKE_ROUTES.get(request.path, fake_echo)(self, request)
-
-    def stats(self):
-        """What it has seen, and what it is."""
-        with open("/proc/self/oom_score_adj") as file:
-            score = int(file.read())
-        return {
-            **self.counts,
-            "connections": len(self.socks),
-            "ports": list(map(fake_peer, list(self.socks))),
-            "pid": os.getpid(),
-            "model": self.flags.model,
-            "argv": sys.argv,
-            "grandchild": self.grandchild,
-            "is_asleep": self.is_asleep,
-            "oom_score_adj": score,
-            "environ": sorted(os.environ),
-        }
-
-
-def fake_peer(sock):
-    """The port of who is at the other end."""
-    try:
-        return sock.getpeername()[1]
-    except OSError:
-        return None  # he is gone
-
-
-def fake_health(server, request):
+def fake_health(request):
     """Answer 200, unless a request wished otherwise."""
-    server._count(health=1)
-    if server.is_health_hung:
-        request.connection.hold()
-    if server.flags.no_health:
-        request.reply(fake_error(404, "File Not Found", "not_found_error"), 404)
+    request.server.count(health=1)
+    if request.server.is_health_hung:
+        request.hold()
+    if request.server.flags.no_health:
+        request.reply(fake_error(404, "File Not Found"), 404)
     else:
         request.reply({"status": "ok"})
 
 
-def fake_stats(server, request):
-    """What this server has seen."""
-    request.reply(server.stats())
+def fake_stats(request):
+    """What this server has seen, and what it is."""
+    server = request.server
+    with open("/proc/self/oom_score_adj") as file:
+        score = int(file.read())
+    request.reply({
+        **server.counts,
+        "connections": len(server.requests),
+        "ports": list(map(fake_peer, list(server.requests))),
+        "pid": os.getpid(),
+        "model": server.flags.model,
+        "grandchild": server.grandchild,
+        "is_asleep": server.is_asleep,
+        "oom_score_adj": score,
+        "environ": sorted(os.environ),
+    })  # fmt: skip
 
 
-def fake_models(server, request):
+def fake_peer(request):
+    """The port at the other end, None if it is gone."""
+    try:
+        return request.sock.getpeername()[1]
+    except OSError:
+        return None
+
+
+def fake_models(request):
     """The list of its one model."""
-    model = {"id": server.flags.model, "object": "model", "owned_by": "llamacpp"}
+    name = request.server.flags.model
+    model = {"id": name, "object": "model", "owned_by": "llamacpp"}
     request.reply({"object": "list", "data": [model]})
 
 
-def fake_talk(shape):
-    """A route that answers a chat, a completion or a message in that shape."""
-
-    def route(server, request):
-        talk = FakeTalk(server, request)
-        if talk.wish.get("hang"):
-            server.is_health_hung |= bool(talk.wish.get("hang_health"))
-            request.connection.hold()
-        request.connection.hold(talk.wish.get("delay", 0))
-        fake_end(talk, "before-byte")
-        if "status" in talk.wish:
-            status = talk.wish["status"]
-            return request.reply(fake_error(status, "as asked"), status)
-        server.note("answer")
-        return (fake_stream if talk.wish.get("stream") else fake_whole)(talk, shape)
-
-    return route
+def fake_talk(request):
+    """A chat, a completion or a message, as the request wishes."""
+    kind = FakeMessage if request.path == "/v1/messages" else FakeTalk
+    talk, server = kind(request), request.server
+    if talk.wish.get("hang"):
+        server.is_health_hung |= bool(talk.wish.get("hang_health"))
+        request.hold()
+    request.hold(talk.wish.get("delay", 0))
+    fake_end(talk, "before-byte")
+    if status := talk.wish.get("status"):
+        return request.reply(fake_error(status, "as asked"), status)
+    server.note("answer")
+    return (fake_stream if talk.wish.get("stream") else fake_whole)(talk)
 
 
 def fake_end(talk, place):
@@ -13407,122 +13228,108 @@ def fake_end(talk, place):
     if talk.wish.get("die") == place:
         os._exit(9)
     if talk.wish.get("cut") == place:
-        talk.request.connection.cut(talk.wish.get("reset"))
+        talk.request.cut(talk.wish.get("reset"))
 
 
-def fake_whole(talk, shape):
+def fake_whole(talk):
     """Answer at once, or with the first half of the body before an end."""
     request, wish = talk.request, talk.wish
-    if not {wish.get("die"), wish.get("cut")} & {"mid-event", "mid-body", "boundary"}:
-        request.connection.hold(wish.get("interval", 0) * talk.tokens)
-        request.reply(shape(talk).whole())
-        return
-    body = json.dumps(shape(talk).whole()).encode()
+    request.hold(wish.get("interval", 0) * talk.tokens)
+    body = json.dumps(talk.whole()).encode()
     head = request.head(200, FAKE_JSON, f"Content-Length: {len(body)}")
-    request.send(head + body[: len(body) // 2])
-    for place in ("mid-event", "mid-body", "boundary"):
-        fake_end(talk, place)
+    half = len(body) // 2
+    if wish.get("die") or wish.get("cut"):
+        request.send(head + body[:half])
+        for place in ("mid-event", "mid-body", "boundary"):
+            fake_end(talk, place)
+    request.send(head + body)
 
 
-def fake_stream(talk, shape):
+def fake_stream(talk):
     """Answer event by event, one chunk each, ending where the request wishes."""
     request, wish = talk.request, talk.wish
-    request.chunked &= not wish.get("until_close")
+    request.is_chunked &= not wish.get("until_close")
     request.start_stream()
     interval, due, sent = wish.get("interval", 0), time.monotonic(), 0
-    for event, is_token in shape(talk).events():
+    for event, is_token in talk.events():
         if is_token:
             fake_break(talk, event, sent)
             sent += 1
         request.send_piece(event)
         if is_token and interval:
             due += interval
-            request.connection.hold(due - time.monotonic())
+            request.hold(due - time.monotonic())
     request.end_stream()
 
 
 def fake_break(talk, event, sent):
     """Stall, die or cut before token number `sent`, if the request wishes it."""
+    request, half = talk.request, event[: len(event) // 2]
     if talk.wish.get("stall") == sent:
-        talk.request.connection.hold()
+        request.hold()
     if sent != talk.tokens // 2:
         return
     fake_end(talk, "boundary")
     wishes = {talk.wish.get("die"), talk.wish.get("cut")}
     if "mid-event" in wishes:
-        talk.request.send_piece(event[: len(event) // 2])
+        request.send_piece(half)
         fake_end(talk, "mid-event")
     if "mid-body" in wishes:
-        talk.request.send(b"%x\r\n%b" % (len(event), event[: len(event) // 2]))
+        request.send(b"%x\r\n%b" % (len(event), half))
         fake_end(talk, "mid-body")
 
 
-def fake_embeddings(server, request):
-    """A vector for each text."""
+def fake_embeddings(request):
+    """A vector for each text: eight numbers, or in base64 their four bytes each."""
+    import array
+    import base64
+
     wish = json.loads(request.body)
     texts = wish.get("input", "")
     texts = [texts] if isinstance(texts, str) else texts
-    in_base64 = wish.get("encoding_format") == "base64"
+    vectors = [[len(text) / 8] * 8 for text in texts]
+    if wish.get("encoding_format") == "base64":
+        vectors = [array.array("f", vector) for vector in vectors]
+        vectors = [base64.b64encode(vector).decode() for vector in vectors]
     request.reply({
         "object": "list",
-        "model": wish.get("model", server.flags.model),
-        "served_by": f"{server.flags.model} {os.getpid()}",
+        "model": wish.get("model", request.server.flags.model),
+        "served_by": f"{request.server.flags.model} {os.getpid()}",
         "data": [
             {"object": "embedding", "index": index, "embedding": vector}
-            for index, vector in enumerate(fake_vector(text, in_base64) for text in texts)
+            for index, vector in enumerate(vectors)
         ],
         "usage": {"prompt_tokens": len(texts), "total_tokens": len(texts)},
     })  # fmt: skip
 
 
-def fake_vector(text, in_base64):
-    """Eight numbers, or their four bytes each in base64, as llama-server has it."""
-    vector = [len(text) / 8] * 8
-    if not in_base64:
-        return vector
-    from array import array
-    from base64 import b64encode
-
-    return b64encode(array("f", vector)).decode()
-
-
-def fake_transcription(server, request):
+def fake_transcription(request):
     """Say which form fields came, and how long each was."""
     mark = b"--" + request.fields["content-type"].partition("boundary=")[2].encode()
     fields = {}
-    for part in bytes(request.body).split(mark)[1:-1]:
+    for part in request.body.split(mark)[1:-1]:
         head, _, value = part[2:-2].partition(b"\r\n\r\n")
         name = head.decode().partition('name="')[2].partition('"')[0]
         text = value.decode("latin-1")
         fields[name] = text if b"filename=" not in head else {"size": len(value)}
-    text = f"{server.flags.model} {os.getpid()}: {len(request.body)} bytes"
+    text = f"{request.server.flags.model} {os.getpid()}: {len(request.body)} bytes"
     request.reply({"text": text, "fields": fields})
 
 
-def fake_echo(server, request):
+def fake_echo(request):
     """Tell what was asked, byte by byte."""
-    from hashlib import sha256
+    import hashlib
 
     request.reply({
-        "model": server.flags.model,
+        "model": request.server.flags.model,
         "pid": os.getpid(),
         "method": request.method,
         "path": request.target,
-        "version": request.version,
         "headers": request.headers,
-        "sha256": sha256(request.body).hexdigest(),
+        "sha256": hashlib.sha256(request.body).hexdigest(),
         "length": len(request.body),
-        "body": bytes(request.body[:2000]).decode("latin-1"),
+        "body": request.body[:2000].decode("latin-1"),
     })  # fmt: skip
-
-
-def fake_bytes(server, request):
-    """`n` bytes with a Content-Length."""
-    size = request.parameter("n", 1000)
-    kind = "application/octet-stream"
-    request.send(request.head(200, kind, f"Content-Length: {size}"))
-    for block in fake_blocks(size if request.method != "HEAD" else 0, len(FAKE_BLOCK)):
-        request.send(block)
 
 
 def fake_blocks(total, size):
@@ -13531,307 +13338,93 @@ def fake_blocks(total, size):
         yield FAKE_BLOCK[: min(size, total - start)]
 
 
-def fake_chunked(server, request):
-    """`n` bytes in chunks of `size`."""
-    request.start_stream("application/octet-stream")
-    size = request.parameter("size", 100)
-    for block in fake_blocks(request.parameter("n", 1000), size):
+def fake_bytes(request):
+    """`n` bytes: counted, in chunks of `size`, or until the connection ends."""
+    total, kind = request.parameter("n", 1000), "application/octet-stream"
+    if request.path == "/bytes":
+        request.send(request.head(200, kind, f"Content-Length: {total}"))
+        total = 0 if request.method == "HEAD" else total
+        request.is_chunked = False
+    else:
+        request.is_chunked &= request.path == "/chunked"
+        request.start_stream(kind)
+    for block in fake_blocks(total, request.parameter("size", 65536)):
         request.send_piece(block)
     request.end_stream()
 
 
-def fake_until_close(server, request):
-    """`n` bytes that end with the connection."""
-    request.chunked = False
-    request.start_stream("application/octet-stream")
-    for block in fake_blocks(request.parameter("n", 1000), len(FAKE_BLOCK)):
-        request.send(block)
-
-
-def fake_websocket(server, request):
+def fake_websocket(request):
     """Accept the upgrade and send every byte back."""
-    from base64 import b64encode
-    from hashlib import sha1
+    import base64
+    import hashlib
 
     key = request.fields.get("sec-websocket-key", "").encode()
-    token = sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
-    accept = b64encode(token).decode()
-    lines = [
-        "HTTP/1.1 101 Switching Protocols",
-        "Upgrade: websocket",
-        "Connection: Upgrade",
-        f"Sec-WebSocket-Accept: {accept}",
-    ]
-    request.send(("\r\n".join(lines) + "\r\n\r\n").encode())
-    data, request.keep = request.connection.buffer, False
-    while data or (data := request.connection.sock.recv(65536)):
+    token = hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
+    fields = f"Sec-WebSocket-Accept: {base64.b64encode(token).decode()}"
+    start = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
+    request.send(f"{start}Connection: Upgrade\r\n{fields}\r\n\r\n".encode())
+    request.keep = False
+    while data := request.file.read1(65536):
         request.send(data)
-        data = b""
 
 
-def fake_raw(server, request):
+def fake_raw(request):
     """Send the request's body as it is, for an answer, and end the connection."""
-    request.send(bytes(request.body))
+    request.send(request.body)
     request.keep = False
 
 
-def fake_early(server, request):
+def fake_early(request):
     """Refuse a body without reading it."""
     request.keep = False
     status = request.parameter("status", 413)
     request.reply(fake_error(status, "refused before it was read"), status)
 
 
-def fake_sleep(server, request):
-    """Fall asleep, where it can."""
-    server.is_asleep = server.flags.sleepable
-    server.note("sleep")
-    request.reply(b"", 200 if server.flags.sleepable else 404)
-
-
-def fake_wake(server, request):
-    """Wake up, or say why not."""
-    if server.flags.wake_fails:
+def fake_sleep(request):
+    """Fall asleep or wake up, where it can, or say why not."""
+    server, is_wake = request.server, request.path == "/wake_up"
+    if is_wake and server.flags.wake_fails:
         return request.reply(fake_error(500, "no memory left to wake up"), 500)
-    server.is_asleep = False
-    server.note("wake")
+    server.is_asleep = server.flags.sleepable and not is_wake
+    server.note("wake" if is_wake else "sleep")
     return request.reply(b"", 200 if server.flags.sleepable else 404)
 
 
-def fake_is_sleeping(server, request):
+def fake_is_sleeping(request):
     """Whether it sleeps."""
-    request.reply({"is_sleeping": server.is_asleep})
+    request.reply({"is_sleeping": request.server.is_asleep})
 
 
 FAKE_QUIET = {  # neither counted as requests nor kept in the journal
     "/health": fake_health,
     "/stats": fake_stats,
     "/sleep": fake_sleep,
-    "/wake_up": fake_wake,
+    "/wake_up": fake_sleep,
     "/is_sleeping": fake_is_sleeping,
 }
-
 FAKE_ROUTES = {
     "/v1/models": fake_models,
-    "/v1/chat/completions": fake_talk(FakeChat),
-    "/v1/completions": fake_talk(FakeCompletion),
-    "/v1/messages": fake_talk(FakeMessage),
+    "/v1/chat/completions": fake_talk,
+    "/v1/completions": fake_talk,
+    "/v1/messages": fake_talk,
     "/v1/embeddings": fake_embeddings,
     "/v1/audio/transcriptions": fake_transcription,
     "/bytes": fake_bytes,
-    "/chunked": fake_chunked,
-    "/until-close": fake_until_close,
+    "/chunked": fake_bytes,
+    "/until-close": fake_bytes,
     "/ws": fake_websocket,
     "/raw": fake_raw,
+    "/early": fake_early,
 }
-
-
-class CannedConnection:
-    """One connection of the canned server: finds where requests end, drops bodies."""
-
-    def __init__(self, server, sock):
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.server = server
-        self.sock = sock
-        self.buffer = b""
-        self.head = b""
-        self.wish = b""  # the first bytes of the body
-        self.missing = 0  # bytes of the body; None: chunked
-        self.to_send = 0  # bytes of a large answer
-
-    def receive(self):
-        """Take what has come, and answer the requests that are whole."""
-        size = self.sock.recv_into(self.server.scratch)
-        if not size:
-            return self.server.drop(self)
-        if self.missing and self.missing > size and len(self.wish) == CANNED_WISH:
-            self.missing -= size
-            return None
-        self.buffer += self.server.scratch[:size]
-        while self.buffer and self._take():
-            self.server.answer(self)
-            self.head = self.wish = b""
-        return None
-
-    def _take(self):
-        """Whether a whole request was taken from the buffer."""
-        if not self.head and not self._take_head():
-            return False
-        self.wish += self.buffer[: CANNED_WISH - len(self.wish)]
-        if self.missing is None:
-            is_whole = self.buffer.endswith(b"0\r\n\r\n")
-            self.buffer = b"" if is_whole else self.buffer[-5:]
-            return is_whole
-        taken = min(self.missing, len(self.buffer))
-        self.missing -= taken
-        self.buffer = self.buffer[taken:]
-        return not self.missing
-
-    def _take_head(self):
-        end = self.buffer.find(b"\r\n\r\n")
-        if end < 0:
-            return False
-        self.head, self.buffer = self.buffer[:end].lower(), self.buffer[end + 4 :]
-        length = self.head.partition(b"content-length:")[2].partition(b"\r")[0]
-        is_chunked = not length and b"transfer-encoding:" in self.head
-        self.missing = None if is_chunked else int(length or 0)
-        return True
-
-    def send_large(self):
-        """Send what the socket takes of a large answer, from the page cache."""
-        while self.to_send:
-            size = min(self.to_send, CANNED_BLOCK)
-            try:
-                sent = os.sendfile(self.sock.fileno(), self.server.block, 0, size)
-            except BlockingIOError:
-                return self.server.poll.modify(self.sock, select.EPOLLOUT)
-            self.to_send -= sent
-        return self.server.poll.modify(self.sock, select.EPOLLIN)
-
-
-class CannedServer:
-    """A model server that costs next to nothing: one thread, answers made beforehand.
-
-    The body's first 400 bytes may hold "stream": true with "tokens" and "interval",
-    for a stream whose every token is the time at which it was sent, or "bytes": N.
-    """
-
-    def __init__(self, listener):
-        listener.setblocking(False)
-        self.listener = listener
-        self.poll = select.epoll()
-        self.poll.register(listener, select.EPOLLIN)
-        self.connections = {}
-        self.timers = []  # (due, id, connection, tokens left, interval)
-        self.scratch = memoryview(bytearray(262144))
-        self.block = os.memfd_create("block")
-        os.truncate(self.block, CANNED_BLOCK)
-
-    def serve(self):
-        """Serve for ever."""
-        while True:
-            for descriptor, event in self.poll.poll(self._pause()):
-                if descriptor == self.listener.fileno():
-                    self._accept()
-                elif connection := self.connections.get(descriptor):
-                    self._serve_one(connection, event)
-            self._send_tokens()
-
-    def _pause(self):
-        return max(0.0, self.timers[0][0] - time.monotonic()) if self.timers else -1
-
-    def _accept(self):
-        while True:
-            try:
-                sock, _ = self.listener.accept()
-            except BlockingIOError:
-                return
-            self.connections[sock.fileno()] = CannedConnection(self, sock)
-            self.poll.register(sock, select.EPOLLIN)
-
-    def _serve_one(self, connection, event):
-        try:
-            if event & select.EPOLLOUT:
-                connection.send_large()
-            else:
-                connection.receive()
-        except OSError:
-            self.drop(connection)
-
-    def drop(self, connection):
-        """Forget a connection, at its end or at an error."""
-        self.connections.pop(connection.sock.fileno(), None)
-        connection.sock.close()
-
-    def answer(self, connection):
-        """Answer the request that `connection` just took."""
-        connection.wish = wish = connection.wish.replace(b" ", b"")
-        if b'"stream":true' in wish:
-            self._start_stream(connection)
-        elif size := int(canned_number(wish, "bytes")):
-            connection.sock.send(CANNED_LARGE % size)
-            connection.to_send = size
-            connection.send_large()
-        else:
-            connection.sock.send(CANNED_ANSWER)
-
-    def _start_stream(self, connection):
-        """Send the head; the first token comes at a random moment of an interval."""
-        connection.sock.send(CANNED_STREAM)
-        tokens = int(canned_number(connection.wish, "tokens"))
-        interval = canned_number(connection.wish, "interval")
-        due = time.monotonic() + interval * int.from_bytes(os.urandom(2), "big") / 65536
-        heapq.heappush(self.timers, (due, id(connection), connection, tokens, interval))
-
-    def _send_tokens(self):
-        now = time.monotonic()
-        while self.timers and self.timers[0][0] <= now:
-            due, number, connection, tokens, interval = self.timers[0]
-            event = CANNED_TOKEN % time.monotonic() if tokens else CANNED_END
-            try:
-                connection.sock.send(event)
-            except OSError:
-                self.drop(connection)
-                tokens = 0
-            if tokens:
-                timer = (due + interval, number, connection, tokens - 1, interval)
-                heapq.heapreplace(self.timers, timer)
-            else:
-                heapq.heappop(self.timers)
-
-
-def canned_number(wish, name):
-    """The number that follows `name` in the first bytes of compact JSON, or 0."""
-    text = wish.partition(b'"%b":' % name.encode())[2]
-    return float(text.partition(b",")[0].partition(b"}")[0] or 0)
-
-
-def canned_chunk(content):
-    """A chunk that holds one event of a chat's stream."""
-    choice = {"finish_reason": None, "index": 0, "delta": {"content": content}}
-    document = {
-        "choices": [choice],
-        "created": 1700000000,
-        "id": "chatcmpl-" + "x" * 32,
-        "model": "canned",
-        "system_fingerprint": "b0-fake",
-        "object": "chat.completion.chunk",
-    }
-    event = f"data: {json.dumps(document)}\n\n".encode()
-    return b"%x\r\n%b\r\n" % (len(event), event)
-
-
-CANNED_BLOCK = 16 * 2**20
-CANNED_WISH = 400
-CANNED_HEAD = b"HTTP/1.1 200 OK\r\nServer: llama.cpp\r\n"
-CANNED_TYPE = b"Content-Type: application/json; charset=utf-8\r\n"
-CANNED_LARGE = CANNED_HEAD + CANNED_TYPE + b"Content-Length: %d\r\n\r\n"
-CANNED_BODY = json.dumps({
-    "choices": [{
-        "finish_reason": "stop",
-        "index": 0,
-        "message": {"role": "assistant", "content": "word " * 340},
-    }],
-    "created": 1700000000,
-    "model": "canned",
-    "object": "chat.completion",
-    "id": "chatcmpl-" + "x" * 32,
-    "usage": {"completion_tokens": 340, "prompt_tokens": 400, "total_tokens": 740},
-}).encode()  # fmt: skip
-CANNED_ANSWER = CANNED_LARGE % len(CANNED_BODY) + CANNED_BODY
-CANNED_CHUNKS = b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
-CANNED_STREAM = CANNED_HEAD + CANNED_CHUNKS + b"\r\n"
-CANNED_TOKEN = canned_chunk("@" * 16).replace(b"@" * 16, b"%016.6f")
-CANNED_END = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
 
 
 def fake_main(argv):
     """Be a model server until killed."""
     if "--help" in argv:
-        print(FAKE_USAGE)
-        return
-    FakeServer(fake_flags(argv)).live()
+        lines = (f"  --{name:<14}{text}\n" for name, (_, text) in FAKE_FLAGS.items())
+        return print(FAKE_USAGE.format("".join(lines)))
+    return FakeServer(fake_flags(argv)).live()
 
 
 # ==================================================================================
