@@ -102,6 +102,7 @@ except ImportError:  # only the fuzz needs it
 HERE = Path(__file__).resolve()
 LLMSWAP = os.environ.get("LLMSWAP") or str(HERE.with_name("llmswap.py"))
 LLAMA_SERVER = os.environ.get("LLAMA_SERVER")  # a real one; without it, tests skip
+with_llama_server = pytest.mark.skipif(not LLAMA_SERVER, reason="needs LLAMA_SERVER")
 CHAT = "/v1/chat/completions"
 FAMILY = "TEST_FAMILY"  # an environment variable by which a test knows its processes
 SHARE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])  # of tests and ports
@@ -391,10 +392,11 @@ def fake_command(*flags, port="${PORT}"):
     return " ".join([*words, *map(str, flags)])
 
 
-def fake_binary(folder):
+def fake_binary(folder, *flags, name="llama-server"):
     """An executable in `folder` that takes llama-server's options and is the fake."""
-    path = Path(folder) / "llama-server"
-    path.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {fake_file()} "$@"\n')
+    path, words = Path(folder) / name, " ".join(map(str, flags))
+    command = f"{sys.executable} -I -S {fake_file()}"
+    path.write_text(f'#!/bin/sh\nexec {command} {words} "$@"\n')
     path.chmod(0o755)
     return str(path)
 
@@ -9627,8 +9629,19 @@ def report(current, value, **more):
     return f"cmd_child_to_router:state:{json.dumps(status)}"
 
 
+SENSELESS_REPORTS = [
+    report("c", 0), report("a", "x"), report("a", 0, stages=7), report("a", 0)[:-9],
+    report("a", 10**400),
+    *(f"cmd_child_to_router:state:{text}" for text in
+      ("", "7", "{}", '{"state": "sleeping", "payload": null}', "[" * 9999)),
+]  # fmt: skip
+
+
 def test_reports_of_the_backend_count_before_its_memory():
     gauge = llmswap.LoadProgress()
+    for line in SENSELESS_REPORTS:
+        gauge.parse_report(line)
+        assert gauge.progress is None, line
     assert gauge.parse_report(report("a", 0.5)) and gauge.progress == 0.25
     gauge.look(os.getpid())
     gauge.parse_report(report("b", 1.0))
@@ -9636,18 +9649,6 @@ def test_reports_of_the_backend_count_before_its_memory():
     gauge.parse_report(f"a log line that it ran into {report('a', 0.1)}")
     assert gauge.progress == 0.99  # never back
     assert gauge.told() == {"stages": ["a", "b"], "current": "a", "value": 0.1}
-
-
-@pytest.mark.parametrize(
-    "line",
-    [report("c", 0), report("a", "x"), report("a", 0, stages=7), report("a", 0)[:-9],
-     report("a", 10**400),
-     *(f"cmd_child_to_router:state:{text}" for text in
-       ("", "7", "{}", '{"state": "sleeping", "payload": null}', "[" * 9999))],
-)  # fmt: skip
-def test_a_report_that_makes_no_sense_changes_nothing(line):
-    gauge = llmswap.LoadProgress()
-    assert gauge.parse_report(line) and gauge.progress is None
 
 
 def test_reports_of_a_load_are_events_and_no_log_lines(tmp_path):
@@ -9663,32 +9664,17 @@ def test_reports_of_a_load_are_events_and_no_log_lines(tmp_path):
     assert written[0] == "a log line" and "cmd_child" not in str(written)
 
 
-@pytest.mark.skipif(not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server")
-def test_a_real_llama_server_that_is_asked_to_report_hangs_after_sigterm(tmp_path):
-    """Its reports are understood; why it is not asked for them."""
+@with_llama_server
+def test_the_reports_of_a_real_llama_server_are_understood(tmp_path):
     model = write_gguf(tmp_path / "a.gguf")
     command = [LLAMA_SERVER, "-m", model, "-c", "256", "--port", str(free_port())]
     env = {**os.environ, "LLAMA_SERVER_ROUTER_PORT": "1"}
     gauge = llmswap.LoadProgress()
     with subprocess.Popen(command, env=env, stdin=-1, stdout=-1, stderr=-3) as process:
         lines = [process.stdout.readline().decode() for _ in range(3)]
-        assert all(map(gauge.parse_report, lines)) and gauge.progress == 0.99
-        assert '"ready"' in lines[-1]
-        process.terminate()
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.5)
-        process.stdin.write(b"cmd_router_to_child:exit\n")
-        process.stdin.flush()
-        assert process.wait(5) == 0
-
-
-def test_progress_is_measured_only_while_a_model_loads(tmp_path):
-    with watchful("[a]\ncmd = FAKE\n") as server:
-        server.chat("a")
-        time.sleep(0.1)
-        before = wakeups(server.pid)
-        time.sleep(0.3)  # seven looks
-        assert wakeups(server.pid) - before <= 2
+        process.kill()
+    assert all(map(gauge.parse_report, lines)) and gauge.progress == 0.99
+    assert '"ready"' in lines[-1]
 
 
 # -- what a client sees that waits -----------------------------------------------------
@@ -9749,55 +9735,23 @@ def test_the_exit_code_of_a_failed_start_is_shown(flag, code):
         assert (status["failed"], status["exit_code"]) == (True, code)
 
 
-LISTER = """\
-import http.server, json, sys, time
-class Lister(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        if self.path == "/v1/models":
-            time.sleep(float(sys.argv[1]))
-        entry = {"id": "other", "aliases": [], "tags": ["x"], "meta": {"n_ctx": 256}}
-        body = json.dumps({"data": [entry]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-port = int(sys.argv[sys.argv.index("--port") + 1])
-http.server.ThreadingHTTPServer(("127.0.0.1", port), Lister).serve_forever()
-"""
-
-
-def llama_server_with_a_list(folder, delay=0.0):
-    """A configuration of one model whose llama-server lists it after so long."""
-    (folder / "lister.py").write_text(LISTER)
-    binary, model = folder / "llama-server", folder / "x.gguf"
-    command = f"exec {sys.executable} -I {folder}/lister.py {delay} \"$@\""
-    binary.write_text(f"#!/bin/sh\n{command}\n")
-    binary.chmod(0o755)
-    model.write_bytes(b"GGUF")
-    head = f"[llmswap]\nllama-server = {binary}\n[a]\nmodel = {model}\n"
-    return head + "alias = b, c\n"
-
-
-def test_the_meta_of_a_llama_server_is_shown_while_it_is_loaded(tmp_path):
-    with Llmswap(llama_server_with_a_list(tmp_path)) as server:
-        assert server.get("/v1/models/a").json()["meta"] == {}
-        server.post("/models/load", {"model": "a"})
-        eventually(lambda: server.get("/v1/models/a").json()["meta"])
-        entry = server.get("/v1/models/a").json()
-        assert entry["meta"] == {"n_ctx": 256} and entry["tags"] == ["x"]
-        assert (entry["id"], entry["aliases"]) == ("a", ["b", "c"])  # ours win
-        server.post("/models/unload", {"model": "a"})
-        eventually(lambda: server.states()["a"] == "unloaded")
-        assert server.get("/v1/models/a").json()["meta"] == {}
-
-
-def test_a_list_that_does_not_come_holds_up_neither_requests_nor_the_end(tmp_path):
-    with Llmswap(llama_server_with_a_list(tmp_path, delay=9)) as server:
+@pytest.mark.parametrize("delay", [0, 9])
+def test_the_meta_of_a_llama_server_is_shown_if_it_comes(tmp_path, delay):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    text = f"[llmswap]\nllama-server = {fake_binary(tmp_path, '--list-delay', delay)}\n"
+    with Llmswap(f"{text}[a]\nmodel = {tmp_path}/x.gguf\nalias = b, c\n") as server:
         began = time.monotonic()
-        assert server.get("/upstream/a/x").status == 200
+        assert server.get("/v1/models/a").json()["meta"] == {}
+        assert server.get("/upstream/a/x").status == 200  # the list holds up nothing
+        if not delay:
+            eventually(lambda: server.get("/v1/models/a").json()["meta"])
+            entry = server.get("/v1/models/a").json()
+            assert entry["meta"] == {"n_ctx": 256} and entry["tags"] == ["x"]
+            assert (entry["id"], entry["aliases"]) == ("a", ["b", "c"])  # ours win
         server.post("/models/unload", {"model": "a"})
         eventually(lambda: server.states()["a"] == "unloaded")
-        assert time.monotonic() < began + 3
+        assert server.get("/v1/models/a").json()["meta"] == {}
+        assert time.monotonic() < began + 4
 
 
 # -- the log ---------------------------------------------------------------------------
@@ -10013,6 +9967,14 @@ def adapted(title, kind, *changes):
     return text
 
 
+OTHER_MODEL = "[other]\ncmd = FAKE\nload-timeout = 9\n"
+
+
+def run_recipe(title, *changes, more=OTHER_MODEL, before="", **options):
+    """llmswap with the INI file of that recipe, and more in front of it and behind."""
+    return Llmswap(before + adapted(title, "ini", *changes) + more, **options)
+
+
 def alike(line):
     """The line without what differs from one run to the next."""
     line = re.sub(r"^\d\d:\d\d:\d\d ", "", line)
@@ -10095,42 +10057,33 @@ def docker(tmp_path):
 
 
 def test_recipe_docker(docker):
-    text = adapted("Docker and Podman", "ini") + "[other]\ncmd = FAKE\n"
-    state = Path(docker["DOCKER_STATE"])
-    with Llmswap(text, env=docker) as server:
+    state, often = Path(docker["DOCKER_STATE"]), {"STALL_CHECK_AFTER": 0.1}
+    hang = "hang-timeout = 300ms\n" + OTHER_MODEL
+    with run_recipe("Docker and Podman", more=hang, env=docker, **often) as server:
         assert server.chat("boxed").status == 200
         [box] = state.iterdir()
         assert box.name == "llmswap-boxed"
         server.chat("other")  # evicts it
         assert not box.exists() and server.loaded() == ["other"]
+        assert server.chat("boxed", hang=True, hang_health=True).status == 502
+        eventually(lambda: "boxed hung" in server.log() and not box.exists())
         assert server.chat("boxed").status == 200
     assert not box.exists()  # at the end of llmswap
 
 
 def test_recipe_docker_stopped_while_it_loads(docker):
-    slow = adapted("Docker and Podman", "ini", ("-ngl 99", "-ngl 99 --load 60"))
-    text = f"[*]\nload-timeout = 300ms\n{slow}[other]\ncmd = FAKE\nload-timeout = 9\n"
-    state = Path(docker["DOCKER_STATE"])
-    with Llmswap(text, env=docker) as server:
+    slow, state = ("-ngl 99", "-ngl 99 --load 60"), Path(docker["DOCKER_STATE"])
+    short = "[*]\nload-timeout = 300ms\n"
+    with run_recipe("Docker and Podman", slow, before=short, env=docker) as server:
         assert server.chat("boxed").status == 504  # and nothing of it is left
         assert list(state.iterdir()) == []
-        server.reload(text.replace("300ms", "9"))
+        server.reload(server.ini.read_text().replace("300ms", "9"))
         eventually(lambda: "was read again" in server.log())
         server.post("/models/load", {"model": "boxed"})
         eventually(lambda: list(state.iterdir()))
         server.post("/models/unload", {"model": "boxed"})
         eventually(lambda: server.states()["boxed"] == "unloaded")
         assert list(state.iterdir()) == []
-
-
-def test_recipe_docker_where_it_hangs(docker):
-    text = adapted("Docker and Podman", "ini") + "hang-timeout = 300ms\n"
-    state = Path(docker["DOCKER_STATE"])
-    with Llmswap(text, env=docker, STALL_CHECK_AFTER=0.1, POLL_INTERVAL=0.05) as server:
-        assert server.chat("boxed", hang=True, hang_health=True).status == 502
-        eventually(lambda: server.states()["boxed"] == "unloaded")
-        eventually(lambda: "boxed hung" in server.log())
-        assert not list(state.iterdir())
 
 
 PODMAN = """\
@@ -10171,15 +10124,12 @@ def podman():
 
 def test_recipe_docker_with_podman_and_a_real_llama_server(podman):
     write_gguf(podman / "qwen3-8b-q4_k_m.gguf")
-    volume, small = (
-        ("/models:/models", f"{podman}:/models"),
-        ("-ngl", "-t 1 -c 256 -ngl"),
-    )
-    text = adapted("Docker and Podman", "ini", volume, small)
+    volume = "/models:/models", f"{podman}:/models"
+    small = "-ngl", "-t 1 -c 256 -ngl"
     boxes = [podman / "docker", "ps", "-aq"]
     env = {"PATH": f"{podman}:{os.environ['PATH']}"}
-    with Llmswap(text + "[other]\ncmd = FAKE\n", env=env) as server:
-        answer = server.post("/v1/chat/completions", real_chat("boxed"))
+    with run_recipe("Docker and Podman", volume, small, env=env) as server:
+        answer = server.post(CHAT, real_chat("boxed"))
         assert answer.status == 200, answer.body
         assert subprocess.check_output(boxes)
         server.chat("other")
@@ -10188,17 +10138,18 @@ def test_recipe_docker_with_podman_and_a_real_llama_server(podman):
 
 def test_recipe_an_embedding_model_that_stays(tmp_path):
     title = "An embedding model that stays while large ones swap"
-    pooled = "[embed]\npooling = mean"  # as the real bge-m3 says of itself
-    text = adapted(title, "ini", ("/models/", f"{tmp_path}/"), ("[embed]", pooled))
-    for path in re.findall(r"= (/\S+\.gguf)", text):
-        write_gguf(path)
+    for path in re.findall(r"= /models/(\S+\.gguf)", adapted(title, "ini")):
+        write_gguf(tmp_path / path)
     binary = LLAMA_SERVER or fake_binary(tmp_path)
-    text = text.replace("[llmswap]", f"[llmswap]\nllama-server = {binary}")
+    changes = [
+        ("/models/", f"{tmp_path}/"), ("[llmswap]", f"[llmswap]\nllama-server = {binary}"),
+        ("[embed]", "[embed]\npooling = mean"),  # as the real bge-m3 says of itself
+    ]  # fmt: skip
     small = "[*]\nctx-size = 256\nthreads = 1\n"
-    with Llmswap(small + text) as server:
+    with run_recipe(title, *changes, before=small, more="") as server:
         eventually(lambda: server.loaded() == ["embed"])
         for large in ("coder", "thinker"):
-            assert server.post("/v1/chat/completions", real_chat(large)).status == 200
+            assert server.post(CHAT, real_chat(large)).status == 200
             assert server.loaded() == sorted(["embed", large])
             answer = server.post("/v1/embeddings", {"model": "embed", "input": "x"})
             assert answer.json()["data"][0]["embedding"]
@@ -10207,22 +10158,20 @@ def test_recipe_an_embedding_model_that_stays(tmp_path):
 
 
 def test_recipe_an_api_key():
-    text = adapted("An API key", "ini")
-    with Llmswap(text + "[a]\ncmd = FAKE\n") as server:
+    with run_recipe("An API key") as server:
         assert server.get("/v1/models").status == 401
         bearer = {"Authorization": "Bearer choose-one"}
         for field in (bearer, {"x-api-key": "choose-one"}):
             assert server.get("/v1/models", field).status == 200
-            sent = server.post("/echo", {"model": "a"}, field).json()["headers"]
+            sent = server.post("/echo", {"model": "other"}, field).json()["headers"]
             assert "choose-one" not in str(sent)
 
 
 def test_recipe_roo_code(tmp_path):
     title = "Roo Code, and other agents, with repaired tool calls"
-    text = adapted(title, "ini", ("/models/", f"{tmp_path}/"))
     (tmp_path / "qwen3-coder-30b-a3b-q4_k_m.gguf").write_bytes(b"GGUF")
-    binary = fake_binary(tmp_path)
-    with Llmswap(f"[llmswap]\nllama-server = {binary}\n{text}") as server:
+    program = f"[llmswap]\nllama-server = {fake_binary(tmp_path)}\n"
+    with run_recipe(title, ("/models/", f"{tmp_path}/"), before=program) as server:
         [call] = calls_of(server, CHAT, "qwen3-coder", arguments=BROKEN_CALL)
         assert json.loads(call) == MEANT_CALL
 
@@ -10231,12 +10180,11 @@ def test_recipe_open_webui():
     bases = re.findall(r"`http://([^/]+)(/\S+)`", section("Open WebUI"))
     hosts = [host for host, _ in bases]
     assert hosts == ["127.0.0.1:8080", "host.docker.internal:8080"]
-    with Llmswap("[a]\ncmd = FAKE\n") as server:
+    with Llmswap(OTHER_MODEL) as server:
         for host, path in bases:
             assert server.get(f"{path}/models", {"Host": host}).status == 200
-            body = chat_body("a", stream=False)
-            answer = server.post(f"{path}/chat/completions", body, {"Host": host})
-            assert answer.status == 200
+            body, host = chat_body("other"), {"Host": host}
+            assert server.post(f"{path}/chat/completions", body, host).status == 200
 
 
 def certificate(folder):
@@ -10251,17 +10199,13 @@ def certificate(folder):
 @contextmanager
 def nginx(folder, text):
     """nginx with this in its http block, until the block ends."""
-    (folder / "nginx.conf").write_text(
-        f"daemon off; pid {folder}/pid; error_log {folder}/error.log;\n"
-        f"events {{ }}\nhttp {{ access_log off;\n{text}\n}}\n"
-    )
-    command = ["nginx", "-p", folder, "-e", folder / "error.log"]
-    process = subprocess.Popen([*command, "-c", folder / "nginx.conf"])
-    try:
+    head = f"daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{ }}"
+    conf = folder / "nginx.conf"
+    conf.write_text(f"{head}\nhttp {{ access_log off;\n{text}\n}}\n")
+    command = ["nginx", "-p", folder, "-e", folder / "error.log", "-c", conf]
+    with subprocess.Popen(command) as process:
         yield
-    finally:
         process.terminate()
-        process.wait()
 
 
 class TlsClient(Client):
@@ -10292,12 +10236,10 @@ def test_recipe_behind_nginx_with_tls(tmp_path):
         with nginx(tmp_path, site):
             eventually(lambda: is_listening(port))
             with TlsClient(port, tmp_path) as client:
-                assert client.ask("GET", "/v1/models").status == 200
                 body = chat_body("a", stream=True, tokens=4, interval=0.1)
-                client.send("POST", "/v1/chat/completions", body)
+                client.send("POST", CHAT, body)
                 moments = [time.monotonic() for _ in client.pieces(*client.head())]
                 assert moments[-1] - moments[0] > 0.25  # it did not come at once
-            with TlsClient(port, tmp_path) as client:
                 upgrade = {"Upgrade": "websocket", "Connection": "Upgrade"}
                 client.send("GET", "/upstream/a/ws", None, upgrade)
                 assert client.head()[0] == 101
@@ -10338,15 +10280,10 @@ def test_recipe_cron(tmp_path):
 
 
 def test_recipe_sleeping_instead_of_stopping(tmp_path):
-    program = tmp_path / "vllm"
-    program.write_text(
-        f'#!/bin/sh\ncase "$*" in *--enable-sleep-mode*) ;; *) exit 1 ;; esac\nexec '
-        f'{sys.executable} -I -S {fake_file()} --sleepable "$@"\n'
-    )
-    program.chmod(0o755)
-    text = adapted("Sleeping instead of stopping", "ini") + "[other]\ncmd = FAKE\n"
+    fake_binary(tmp_path, "--sleepable", name="vllm")
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    with Llmswap(text, env=env) as server:
+    assert "--enable-sleep-mode" in adapted("Sleeping instead of stopping", "ini")
+    with run_recipe("Sleeping instead of stopping", env=env) as server:
         first = server.stats("vllm")
         assert "VLLM_SERVER_DEV_MODE" in first["environ"]
         server.chat("other")
@@ -12382,9 +12319,6 @@ def test_the_recipe_for_two_machines_as_written_but_for_its_times(tmp_path):
 # A real llama-server, with tiny models of random weights made here
 # ==================================================================================
 
-with_llama_server = pytest.mark.skipif(
-    not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server"
-)
 GGUF_INTEGER, GGUF_FLOAT, GGUF_STRING, GGUF_ARRAY = 4, 6, 8, 9
 GGUF_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -12612,6 +12546,7 @@ FAKE_FLAGS = {  # name: default, and what it does
     "grandchild": (False, "spawn a process in its group that ignores SIGTERM"),
     "close-idle": (False, "close connections after each answer, without a word"),
     "no-health": (False, "404 on /health"),
+    "list-delay": (0.0, "seconds until the answer to GET /v1/models"),
     "sleepable": (False, "POST /sleep, POST /wake_up, GET /is_sleeping, as vLLM"),
     "wake-fails": (False, "POST /wake_up is answered with 500"),
     "print-env": (False, "write the environment to stdout"),
@@ -13159,8 +13094,9 @@ def fake_peer(request):
 
 def fake_models(request):
     """The list of its one model."""
-    name = request.server.flags.model
-    model = {"id": name, "object": "model", "owned_by": "llamacpp"}
+    request.hold(request.server.flags.list_delay)
+    model = {"id": request.server.flags.model, "object": "model", "aliases": []}
+    model.update({"tags": ["x"], "meta": {"n_ctx": 256}, "owned_by": "llamacpp"})
     request.reply({"object": "list", "data": [model]})
 
 
