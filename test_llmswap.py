@@ -6490,31 +6490,6 @@ def test_headers_and_query_are_read_as_their_senders_mean_them():
     assert llmswap.end_to_end(headers) == [("accept", "y")]
 
 
-@pytest.mark.parametrize(
-    "version, connection, is_persistent",
-    [
-        ("1.1", "X: y", True),
-        ("1.1", "Connection: close", False),
-        ("1.1", "Connection: Keep-Alive, Close", False),
-        ("1.1", "Connection: keep-alive\nConnection: close", False),
-        ("1.0", "X: y", False),
-        ("1.0", "Connection: Keep-Alive", True),
-    ],
-)
-def test_a_connection_stays_as_its_client_wishes(version, connection, is_persistent):
-    request = request_of(f"GET / HTTP/{version}\nHost: x\n{connection}")
-    assert request.is_persistent is is_persistent
-
-
-@pytest.mark.parametrize(
-    "method, protocol, is_upgrade",
-    [("GET", "WebSocket", True), ("POST", "websocket", False), ("GET", "h2c", False)],
-)
-def test_only_websockets_are_upgrades(method, protocol, is_upgrade):
-    text = f"{method} / HTTP/1.1\nHost: x\nConnection: Upgrade\nUpgrade: {protocol}"
-    assert request_of(text).is_upgrade is is_upgrade
-
-
 # ---- chunks
 
 
@@ -6776,20 +6751,6 @@ def test_an_answer_ends_where_its_head_says(head, method, payload, is_over):
     assert (got, answer.is_over) == (payload, is_over)
 
 
-@pytest.mark.parametrize(
-    "head",
-    ["nonsense", "HTTP/1.1 99 No", "HTTP/1.1 600 No", "HTTP/1.1 200 O\0K",
-     "HTTP/1.1 200 \x1b[31mOK", "HTTP/1.1 200 O\rK", "HTTP/1.1 \u00b2\u00b2\u00b2 OK",
-     "HTTP/1.2 200 OK", "HTTP/1.1 200 OK\nContent-Length: 1\nContent-Length: 2",
-     "HTTP/1.1 200 OK\nTransfer-Encoding: gzip", "HTTP/1.1 200 OK\nX: y\n folded",
-     "HTTP/1.1 200 OK\nX : y", "HTTP/1.1 200 OK" + "\nX: y" * 101,
-     "\n\n".join(["HTTP/1.1 103 Early Hints"] * 101 + ["HTTP/1.1 200 OK"])],
-)  # fmt: skip
-def test_an_answer_that_is_not_http_counts_as_truncated(head):
-    with pytest.raises(llmswap.Truncated):
-        read_answer(http(head, b"hello"))
-
-
 def test_events_are_passed_on_by_whole_chunks_and_other_bytes_as_they_come():
     for kind, expected in (("text/event-stream", b"ab"), ("text/plain", b"abcd")):
         head = f"HTTP/1.1 200 OK\n{IN_CHUNKS}\nContent-Type: {kind}"
@@ -6825,6 +6786,10 @@ IN_THREE_CHUNKS = b"3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n"
          "content-length: 5\nconnection: close", b"hello", False),
         (HEAD, 5, "content-length: 5", b"", True),
         (HEAD, None, "", b"", True),
+        (GET + "\nConnection: Keep-Alive, Close", 5,
+         "content-length: 5\nconnection: close", b"hello", False),
+        (GET + "\nConnection: keep-alive\nConnection: close", 5,
+         "content-length: 5\nconnection: close", b"hello", False),
         (OLD, 5, "content-length: 5\nconnection: close", b"hello", False),
         (OLD, None, "connection: close", b"hello", False),
         (OLD + "\nConnection: keep-alive", 5,
@@ -6927,27 +6892,6 @@ def test_a_broken_answer_that_only_the_end_delimits_ends_by_a_reset():
         assert everything(theirs)[1]
 
 
-def test_a_waiting_client_gets_an_early_head_then_comments(monkeypatch):
-    monkeypatch.setattr(llmswap, "EARLY_HEAD_AFTER", 0.0)
-    monkeypatch.setattr(llmswap, "COMMENT_EVERY", 0.0)
-
-    def act(reply):
-        reply.heartbeat()
-        assert not reply.is_begun  # it did not ask for events
-        reply.wants_events = True
-        reply.heartbeat()
-        reply.heartbeat()
-        reply.send(b"data: x")
-        reply.heartbeat()  # not within an event
-        reply.send(b"\n\n")
-        reply.heartbeat()
-
-    head, _, body = replied(GET, act)[0].partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n")
-    events = re.sub(rb"[0-9a-f]+\r\n(.*?)\r\n", rb"\1", body, flags=re.DOTALL)
-    assert events == b":\n\n:\n\ndata: x\n\n:\n\n"
-
-
 def test_a_hang_up_is_noticed_even_behind_bytes_that_nobody_read():
     with pair() as (ours, theirs):
         assert not llmswap.has_disconnected(ours)
@@ -7048,11 +6992,14 @@ def digest_of(pieces):
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
-@pytest.mark.parametrize("path", ["bytes", "until-close", "chunked"])
+@pytest.mark.parametrize(
+    "path, version",
+    [("bytes", "1.1"), ("bytes", "1.0"), ("until-close", "1.1"), ("chunked", "1.1"),
+     ("chunked", "1.0")],
+)  # fmt: skip
 def test_a_large_answer_goes_down_byte_for_byte_in_bounded_memory(swap, path, version):
     swap.chat("a")
-    before, size = anonymous_memory(swap.pid), (64 << 20) + 12345
+    before, size = anonymous_memory(swap.pid), (32 << 20) + 12345
     expected = digest_of(fake_blocks(size, 65536))
     target = f"/upstream/a/{path}?n={size}&size=65536"
     head = f"GET {target} HTTP/{version}\nHost: localhost\nConnection: keep-alive"
@@ -7080,7 +7027,7 @@ MEGABYTE = b"x" * (1 << 20)
 
 def upload(swap, path, start, count, end, kind):
     """The answer to a body with so many megabytes, its digest, and memory at most."""
-    peak, digest = 0, hashlib.sha256(start + count * MEGABYTE + end)
+    peak, digest = 0, sha256(start + count * MEGABYTE + end)
     length = len(start) + count * len(MEGABYTE) + len(end)
     head = f"POST {path} HTTP/1.1\nHost: localhost\nContent-Type: {kind}"
     with swap.connect() as client:
@@ -7100,17 +7047,17 @@ def test_the_memory_of_a_large_json_body_is_given_back(swap, model):
     swap.chat(model)
     before = anonymous_memory(swap.pid)
     start, end = b'{"x":"', b'","model":"' + model.encode() + b'"}'
-    got, digest, _ = upload(swap, "/v1/echo", start, 64, end, "application/json")
+    got, digest, _ = upload(swap, "/v1/echo", start, 32, end, "application/json")
     assert model == "edited" or got["sha256"] == digest
-    assert got["length"] > len(start) + (64 << 20)
-    eventually(lambda: anonymous_memory(swap.pid) < before + (24 << 20))
+    assert got["length"] > len(start) + (32 << 20)
+    eventually(lambda: anonymous_memory(swap.pid) < before + (16 << 20))
 
 
 def test_other_large_bodies_go_up_in_bounded_memory(swap):
     swap.chat("a")
     before, path = anonymous_memory(swap.pid), "/upstream/a/v1/echo"
-    got, digest, peak = upload(swap, path, b"", 200, b"", "application/octet-stream")
-    assert (got["length"], got["sha256"]) == (200 << 20, digest)
+    got, digest, peak = upload(swap, path, b"", 64, b"", "application/octet-stream")
+    assert (got["length"], got["sha256"]) == (64 << 20, digest)
     assert peak < before + (24 << 20)
 
 
@@ -7152,15 +7099,12 @@ def test_a_hang_up_during_the_load_or_in_the_queue_leaves_nothing_waiting(swap):
     swap.post("/models/unload", {"model": "slow"})
 
 
-def test_connections_that_the_backend_closed_are_replaced_unnoticed(swap):
+def test_backend_connections_are_kept_and_those_it_closed_are_replaced_unnoticed(swap):
     for _ in range(30):
         assert swap.chat("closing").status == 200
     data = json.dumps({"model": "closing", "x": "x" * 3_000_000})
     for _ in range(3):
         assert swap.post("/v1/x", data).json()["length"] == len(data)
-
-
-def test_backend_connections_are_kept_and_used_again(swap):
     swap.chat("a")
     before = swap.stats("a")["connections"]
     for _ in range(20):
@@ -7414,6 +7358,14 @@ def test_a_websocket_is_cut_when_its_model_is_stopped(swap):
         assert everything(client.sock)[0] == b""
 
 
+def test_only_websockets_are_upgrades(swap):
+    fields = {"Connection": "Upgrade", "Upgrade": "h2c"}
+    got = echoed(swap.ask("GET", "/upstream/a/x", None, fields))
+    assert not {"upgrade", "connection"} & set(got)
+    fields["Upgrade"] = "websocket"
+    assert "upgrade" not in echoed(swap.post("/v1/x", {"model": "a"}, fields))
+
+
 def test_chunked_uploads_trailers_and_continue_work(swap):
     head = "POST /v1/x HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked\n"
     for data in (b'{"model":"a"}', b'{"model":"a","x":"' + b"x" * 3_000_000 + b'"}'):
@@ -7421,7 +7373,7 @@ def test_chunked_uploads_trailers_and_continue_work(swap):
             client.sock.sendall(http(head + "Expect: 100-continue"))
             assert client.sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
             client.sock.sendall(chunked(data)[:-2] + b"Trailer: x\r\n\r\n")
-            assert client.answer().json()["sha256"] == hashlib.sha256(data).hexdigest()
+            assert client.answer().json()["sha256"] == sha256(data).hexdigest()
             assert client.ask("GET", "/health").status == 200
 
 
@@ -7463,15 +7415,6 @@ def test_the_head_of_an_answer_can_be_had_alone(swap):
             assert client.ask("HEAD", path).status == status
         answer = client.ask("HEAD", "/upstream/a/bytes?n=123")
         assert (answer.status, answer.headers["content-length"]) == (200, "123")
-
-
-@pytest.mark.parametrize("chunks", BAD_CHUNKS[:10])
-def test_bad_chunks_behind_a_large_body_are_answered_400_too(swap, chunks):
-    head = f"POST /v1/x HTTP/1.1\nHost: localhost\n{IN_CHUNKS}"
-    start = b'd\r\n{"model":"a"}\r\n200000\r\n' + b" " * 0x200000 + b"\r\n"
-    data, _ = raw(swap, http(head, start + chunks + b"\r\n\r\n"))
-    assert data.startswith(b"HTTP/1.1 400 ") and data.count(b"HTTP/1.1 ") == 1
-    assert b"connection: close" in data
 
 
 def test_slow_heads_and_stalled_bodies_are_answered_408():
@@ -8235,6 +8178,10 @@ RUBBISH = [
     OK + b"X: y\r\n" * 101 + b"\r\n",
     OK + b"X: y\r\n",
     b"HTTP/1.1 200 \x1b[2JOK\r\n\r\n",
+    b"HTTP/1.1 200 O\rK\r\n\r\n",
+    b"HTTP/1.1 99 No\r\n\r\n",
+    b"HTTP/1.1 600 No\r\n\r\n",
+    b"HTTP/1.1 \xb2\xb2\xb2 OK\r\n\r\n",
 ]
 
 
