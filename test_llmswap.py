@@ -7506,20 +7506,13 @@ def test_llama_swaps_routes(swap):
     assert b" a: loaded in " in swap.get("/logs").body
 
 
-@pytest.mark.parametrize(
-    "method, path",
-    [
-        ("GET", "/unload"),
-        ("POST", "/unload"),
-        ("POST", "/api/models/unload"),
-        ("POST", "/api/models/unload/"),
-    ],
-)
-def test_everything_is_unloaded(guarded, method, path):
-    assert guarded.post("/v1/x", {"model": "a"}, KEY).status == 200
-    answer = guarded.ask(method, path, None, KEY)
-    assert (answer.status, answer.body) == (200, b"OK")
-    assert guarded.get("/health").json()["loaded"] == 0
+def test_everything_is_unloaded(guarded):
+    ways = "GET /unload", "POST /unload", "POST /api/models/unload"
+    for method, path in map(str.split, (*ways, "POST /api/models/unload/")):
+        assert guarded.post("/v1/x", {"model": "a"}, KEY).status == 200
+        answer = guarded.ask(method, path, None, KEY)
+        assert (answer.status, answer.body) == (200, b"OK")
+        assert guarded.get("/health").json()["loaded"] == 0
 
 
 def test_logs_are_followed_with_and_without_history(swap):
@@ -7576,34 +7569,32 @@ def test_requests_are_routed_by_body_form_or_query_whatever_the_path(swap):
             assert (answer.json()["method"], answer.json()["path"]) == (method, path)
 
 
-@pytest.mark.parametrize(
-    "method, path, body, status, code",
-    [
-        ("POST", "/v1/chat/completions", "{", 400, "invalid_request"),
-        ("POST", "/v1/chat/completions", "[]", 400, "invalid_request"),
-        ("POST", "/v1/chat/completions", {}, 400, "invalid_request"),
-        ("POST", "/v1/chat/completions", {"model": 5}, 400, "invalid_request"),
-        ("POST", "/v1/chat/completions", {"model": ""}, 400, "invalid_request"),
-        ("POST", "/v1/chat/completions", {"model": "clossing"}, 404, "model_not_found"),
-        ("POST", "/v1/x", {"model": "x" * 100_000}, 404, "model_not_found"),
-        ("POST", "/v1/x", '{"model":"\\ud800"}', 404, "model_not_found"),
-        ("GET", "/v1/none", None, 404, "not_found"),
-        ("GET", "/v1/x?model=none", None, 404, "model_not_found"),
-        ("DELETE", "/v1/models", None, 405, "method_not_allowed"),
-        ("POST", "/running", {"model": "a"}, 405, "method_not_allowed"),
-        ("PUT", "/health", None, 405, "method_not_allowed"),
-        ("POST", "/v1/x", {"model": "gone"}, 502, "model_start_failed"),
-    ],
-)
-def test_errors_have_openais_shape_and_a_real_status(
-    swap, method, path, body, status, code
-):
-    answer = swap.ask(method, path, body)
-    problem = answer.json()["error"]
-    assert (answer.status, problem["code"]) == (status, code)
-    assert set(problem) == {"message", "type", "param", "code"}
-    assert 0 < len(problem["message"]) < 1000
-    assert answer.headers["content-type"].startswith("application/json")
+ERRORS = [  # method, path, body; status and code of the answer
+    ("POST", CHAT, "{", 400, "invalid_request"),
+    ("POST", CHAT, "[]", 400, "invalid_request"),
+    ("POST", CHAT, {}, 400, "invalid_request"),
+    ("POST", CHAT, {"model": 5}, 400, "invalid_request"),
+    ("POST", CHAT, {"model": ""}, 400, "invalid_request"),
+    ("POST", CHAT, {"model": "clossing"}, 404, "model_not_found"),
+    ("POST", "/v1/x", {"model": "x" * 100_000}, 404, "model_not_found"),
+    ("POST", "/v1/x", '{"model":"\\ud800"}', 404, "model_not_found"),
+    ("GET", "/v1/none", None, 404, "not_found"),
+    ("GET", "/v1/x?model=none", None, 404, "model_not_found"),
+    ("DELETE", "/v1/models", None, 405, "method_not_allowed"),
+    ("POST", "/running", {"model": "a"}, 405, "method_not_allowed"),
+    ("PUT", "/health", None, 405, "method_not_allowed"),
+    ("POST", "/v1/x", {"model": "gone"}, 502, "model_start_failed"),
+]
+
+
+def test_errors_have_openais_shape_and_a_real_status(swap):
+    for method, path, body, status, code in ERRORS:
+        answer = swap.ask(method, path, body)
+        problem = answer.json()["error"]
+        assert (answer.status, problem["code"]) == (status, code), (path, body)
+        assert set(problem) == {"message", "type", "param", "code"}
+        assert 0 < len(problem["message"]) < 1000
+        assert answer.headers["content-type"].startswith("application/json")
 
 
 def test_errors_name_similar_models_and_allowed_methods(swap):
@@ -7612,10 +7603,7 @@ def test_errors_name_similar_models_and_allowed_methods(swap):
     assert "hidden" not in swap.chat("hiden").message()
     assert swap.post("/running").headers["allow"] == "GET, OPTIONS"
     assert swap.ask("PUT", "/unload").headers["allow"] == "GET, POST, OPTIONS"
-
-
-def test_after_an_error_the_connection_serves_on(swap):
-    with swap.connect() as client:
+    with swap.connect() as client:  # which serves on after an error
         for _ in range(2):
             assert client.ask("POST", "/v1/x", {"model": "none"}).status == 404
             assert client.ask("POST", "/v1/x", "x" * 500_000).status == 400
@@ -8106,46 +8094,38 @@ RUBBISH = [
 ]
 
 
-@pytest.mark.parametrize("answer", RUBBISH, ids=range(len(RUBBISH)))
-def test_rubbish_from_a_backend_is_a_502_with_the_reason(liar, answer):
-    got = answer_of(liar, answer)
-    assert (got.status, got.json()["error"]["code"]) == (502, "backend_died")
-    assert "the backend gave no answer: " in got.message()
-    assert liar.get("/health").status == 200 and "Traceback" not in liar.log()
+def test_rubbish_from_a_backend_is_a_502_with_the_reason(liar):
+    for answer in RUBBISH:
+        got = answer_of(liar, answer)
+        assert (got.status, got.json()["error"]["code"]) == (502, "backend_died"), answer
+        assert "the backend gave no answer: " in got.message()
+        assert liar.get("/health").status == 200 and "Traceback" not in liar.log()
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"x\r\n",
-        b"3\r\nabcd\r\n0\r\n\r\n",
-        b"3\nabc\n0\n\n",
-        b"3\r\nabc\r\n0\r\nX : y\r\n\r\n",
-        b"3\r\nabc\r\n",
-        b"ffffffffffffffff\r\nabc",
-        b"3;\0\r\nabc\r\n0\r\n\r\n",
-    ],
-)
-def test_bad_chunks_from_a_backend_break_the_answer(liar, body):
-    with pytest.raises(BrokenAnswer):
-        answer_of(liar, OK + b"Transfer-Encoding: chunked\r\n\r\n" + body)
+CHUNKED_ANSWER = OK + b"Transfer-Encoding: Chunked\r\n\r\n"
 
 
-@pytest.mark.parametrize(
-    "answer, status, body",
-    [
-        (OK + b"\r\nabc", 200, b"abc"),
-        (b"HTTP/1.0 200 OK\r\n\r\nabc", 200, b"abc"),
-        (b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n" + OK + b"\r\nabc", 200, b"abc"),
-        (b"\r\n" + OK + b"Content-Length: 3\r\n\r\nabcdef", 200, b"abc"),
-        (OK + b"Transfer-Encoding: Chunked\r\n\r\n" + CHUNKED, 200, b"abc"),
-        (b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", 204, b""),
-        (b"HTTP/1.1 418 \xe4\r\nContent-Length: 0\r\n\r\n", 418, b""),
-    ],
-)
-def test_unusual_but_valid_answers_are_passed_on(liar, answer, status, body):
-    got = answer_of(liar, answer)
-    assert (got.status, got.body) == (status, body)
+def test_bad_chunks_from_a_backend_break_the_answer(liar):
+    for chunks in BAD_CHUNKS:
+        with pytest.raises(BrokenAnswer):
+            answer_of(liar, CHUNKED_ANSWER + chunks)
+
+
+VALID_ANSWERS = [  # of a backend; status and body that the client gets
+    (OK + b"\r\nabc", 200, b"abc"),
+    (b"HTTP/1.0 200 OK\r\n\r\nabc", 200, b"abc"),
+    (b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n" + OK + b"\r\nabc", 200, b"abc"),
+    (b"\r\n" + OK + b"Content-Length: 3\r\n\r\nabcdef", 200, b"abc"),
+    (CHUNKED_ANSWER + CHUNKED, 200, b"abc"),
+    (b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", 204, b""),
+    (b"HTTP/1.1 418 \xe4\r\nContent-Length: 0\r\n\r\n", 418, b""),
+]
+
+
+def test_unusual_but_valid_answers_are_passed_on(liar):
+    for answer, status, body in VALID_ANSWERS:
+        got = answer_of(liar, answer)
+        assert (got.status, got.body) == (status, body), answer
 
 
 def test_compressed_bodies_pass_unchanged_both_ways(liar):
@@ -8367,20 +8347,13 @@ def test_a_second_of_fuzz_finds_nothing():
 # What a model wrote ⇒ what it meant; ␤ ␍ ␉ as they look, ❞ for three quotes.
 MEANT = r"""
 { ⇒ {}
-{"a": 1 ⇒ {"a": 1}
 {"a": "b ⇒ {"a": "b"}
 "a": 1, "b": 2 ⇒ {"a": 1, "b": 2}
-"a": 1, "b": 2} ⇒ {"a": 1, "b": 2}
-{"a": [{"b": 1}, {"c": 2} ⇒ {"a": [{"b": 1}, {"c": 2}]}
-{"a": 1,} ⇒ {"a": 1}
 {"a": [1 2 3]} ⇒ {"a": [1, 2, 3]}
 {"a": 1 "b": 2} ⇒ {"a": 1, "b": 2}
 {"a": 1; "b": 2} ⇒ {"a": 1, "b": 2}
 {"a": 1␤ "b": 2␤} ⇒ {"a": 1, "b": 2}
-{"a": 1}]} ⇒ {"a": 1}
-{"a": 1}{"a": 1} ⇒ {"a": 1}
 "{\"a\": 1 ⇒ {"a": 1}
-{\"a\": 1} ⇒ {"a": 1}
 {1: "x"} ⇒ {"1": "x"}
 {'a': "\xyz\x41"} ⇒ {"a": "\\xyzA"}
 {"a":: 1} ⇒ {"a": 1}
@@ -8388,43 +8361,30 @@ MEANT = r"""
 {a: 1, b_2: "x"} ⇒ {"a": 1, "b_2": "x"}
 {"a": nil} ⇒ {"a": null}
 {"recursive": yes} ⇒ {"recursive": "yes"}
-{"a": True, "b": False, "c": None} ⇒ {"a": true, "b": false, "c": null}
 {"a": (1, 2)} ⇒ {"a": [1, 2]}
 {"a": 1}␤{"a": 1}␤ ⇒ {"a": 1}
 {"a": 5.} ⇒ {"a": 5}
 {"a": 007} ⇒ {"a": 7}
 {"a": 0x1F} ⇒ {"a": 31}
 {"a": 1_000} ⇒ {"a": 1000}
-{'a': 'b'} ⇒ {"a": "b"}
 {“a”: “b”} ⇒ {"a": "b"}
 {'a': 'it\'s'} ⇒ {"a": "it's"}
 {""a"": ""b""} ⇒ {"a": "b"}
 {"a": ❞x❞} ⇒ {"a": "x"}
 {"a": `ls -la`} ⇒ {"a": "ls -la"}
 {"city": New York, "n": 2} ⇒ {"city": "New York", "n": 2}
-{'a': "it's", 'b': 'say "hi"'} ⇒ {"a": "it's", "b": "say \"hi\""}
 {"a": "x␉y"} ⇒ {"a": "x\ty"}
 {"a": "x␍␤y"} ⇒ {"a": "x\r\ny"}
 {"re": "\d+\.\w"} ⇒ {"re": "\\d+\\.\\w"}
-{"a": "line1␤line2"} ⇒ {"a": "line1\nline2"}
 {"cmd": "echo "hello world""} ⇒ {"cmd": "echo \"hello world\""}
-{"code": "print("x")", "lang": "py"} ⇒ {"code": "print(\"x\")", "lang": "py"}
 {"a": "x", "html": "<a href="u">t</a>"} ⇒ {"a": "x", "html": "<a href=\"u\">t</a>"}
 {"a" ⇒ {}
 {"a": - ⇒ {}
 {"a": nul ⇒ {"a": null}
-{"a": tru ⇒ {"a": true}
-{"a": 1, "b" ⇒ {"a": 1}
-{"a": [1, 2, ⇒ {"a": [1, 2]}
 {"a": 1, "b": ⇒ {"a": 1}
 {"a": "b", ...} ⇒ {"a": "b"}
-{"a": [1, {"b": 2 ⇒ {"a": [1, {"b": 2}]}
 json␤{"a": 1} ⇒ {"a": 1}
-```json␤{"a": 1} ⇒ {"a": 1}
-{"a": 1}<|im_end|> ⇒ {"a": 1}
 {"code": "```json\n{}\n```" ⇒ {"code": "```json\n{}\n```"}
-Sure! Here is the call:␤{"a": 1} ⇒ {"a": 1}
-{"a": 1}␤Let me know if that helps. ⇒ {"a": 1}
 {"a": x␤b: y␤} ⇒ {"a": "x", "b": "y"}
 {"a\": {"b": 1}, "c": 2} ⇒ {"a": {"b": 1}, "c": 2}
 {"a\": "x", "b\": 2} ⇒ {"a": "x", "b": 2}
@@ -8443,65 +8403,46 @@ Sure! Here is the call:␤{"a": 1} ⇒ {"a": 1}
 {"a": [{"x": "1"}, {"x": "2" ⇒ {"a": [{"x": "1"}, {"x": "2"}]}
 {}{"a": 1} ⇒ {"a": 1}
 {\\\"a\\\": 1} ⇒ {"a": 1}
-{"a" 1} ⇒ {"a": 1}
 {"a" "b", "c" "d"} ⇒ {"a": "b", "c": "d"}
-{"a" = 1} ⇒ {"a": 1}
 {a = 1, b = "x"} ⇒ {"a": 1, "b": "x"}
 {first name: "x", last name: "y"} ⇒ {"first name": "x", "last name": "y"}
 {"a:b": 1,} ⇒ {"a:b": 1}
 {"a": true, b: no} ⇒ {"a": true, "b": "no"}
 {"a": true story} ⇒ {"a": "true story"}
 {"a": 1e5, "b": 2,} ⇒ {"a": 100000.0, "b": 2}
-{"a": -007, "b": 2,} ⇒ {"a": -7, "b": 2}
 {"a": 10%, "b": 2,} ⇒ {"a": "10%", "b": 2}
-{"a": 5 apples, "b": 2,} ⇒ {"a": "5 apples", "b": 2}
 {"a": -, "b": 2,} ⇒ {"a": "-", "b": 2}
 [{"a": 1} ⇒ {"a": 1}
 {{"a": 1}} ⇒ {"a": 1}
 {"a": {{"b": 1}}, "c": 2} ⇒ {"a": {"b": 1}, "c": 2}
-{ {"a": 1} } ⇒ {"a": 1}
 {"a": datetime.date(2024, 1, 2), "b": 1} ⇒ {"a": "datetime.date(2024, 1, 2)", "b": 1}
-{"a": [1, 2, ...]} ⇒ {"a": [1, 2]}
 {"a": [1, 2, ...], "b": 1} ⇒ {"a": [1, 2], "b": 1}
 {'a': '''x␤y''', 'b': 1} ⇒ {"a": "x\ny", "b": 1}
-{"a": ""x"", "b": 1} ⇒ {"a": "x", "b": 1}
 {"a": Hello, world, "n": 2} ⇒ {"a": "Hello, world", "n": 2}
 {"u": http://x.com/a?b=1,2#f, "n": 2} ⇒ {"u": "http://x.com/a?b=1,2#f", "n": 2}
 {cmd: ls -la | grep "x y"} ⇒ {"cmd": "ls -la | grep \"x y\""}
 {"cmd": echo ${HOME}, "n": 1} ⇒ {"cmd": "echo ${HOME}", "n": 1}
-{'a': 'x\'y'} ⇒ {"a": "x'y"}
 {"a": x␤"b": y␤} ⇒ {"a": "x", "b": "y"}
 {"a": ["-c", "print("a", "b")"]} ⇒ {"a": ["-c", "print(\"a\", \"b\")"]}
-{"a": ["x", "say "hi" to", "y"]} ⇒ {"a": ["x", "say \"hi\" to", "y"]}
 {"a": "f({"x": "y"})"} ⇒ {"a": "f({\"x\": \"y\"})"}
 {"a": "if x == "y":␤  pass", "b": 1} ⇒ {"a": "if x == \"y\":\n  pass", "b": 1}
 {"a": "C:\new\table",} ⇒ {"a": "C:\\new\\table"}
 {"a": "C:\temp\"} ⇒ {"a": "C:\\temp\\"}
-{"a": "C:\temp\", "b": 1} ⇒ {"a": "C:\\temp\\", "b": 1}
 {"a": "\bfoo\b\d+"} ⇒ {"a": "\\bfoo\\b\\d+"}
 {"a": "\x41"} ⇒ {"a": "A"}
 {"a": "\u12"} ⇒ {"a": "\\u12"}
 {"a": "\'x\'"} ⇒ {"a": "'x'"}
 {"a": "\ud83d\ude00",} ⇒ {"a": "😀"}
 {"a": "print(f"{x}")"} ⇒ {"a": "print(f\"{x}\")"}
-{"a": fals ⇒ {"a": false}
 {"a": "x\u00 ⇒ {"a": "x"}
-{"a": "b", "c ⇒ {"a": "b"}
-{"a": "b", ⇒ {"a": "b"}
-{"a": "b",  ⇒ {"a": "b"}
 {"a": "b", "c": "d␤ ⇒ {"a": "b", "c": "d\n"}
 {"a": 1, b ⇒ {"a": 1}
 {"a": [1, - ⇒ {"a": [1]}
 {"a": N ⇒ {"a": null}
 {"a ⇒ {}
-{" ⇒ {}
-{"a": "b"<|im_end|> ⇒ {"a": "b"}
 {"a": "b<|im_end|> ⇒ {"a": "b"}
 {"a": 1<|eot_id|> ⇒ {"a": 1}
-{"a": "b"␤</tool_call> ⇒ {"a": "b"}
-Arguments: {"a": 1,} ⇒ {"a": 1}
 {"a": "b"␤``` ⇒ {"a": "b"}
-{"a": 1}␤Use {b} here ⇒ {"a": 1}
 {"a": "```"}␤``` ⇒ {"a": "```"}
 JSON:␤␤```json␤{'a': 'b'}␤```␤That is all {ok}. ⇒ {"a": "b"}
 <function=f>{"a": 1}</function> ⇒ {"a": 1}
