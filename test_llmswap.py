@@ -7181,6 +7181,7 @@ def websocket(client, path, **fields):
 
 
 def test_websockets_pass_bytes_both_ways(swap):
+    swap.chat("a")
     with swap.connect() as client:
         status, headers = websocket(client, "/upstream/a/ws")
         assert (status, headers["upgrade"]) == (101, "websocket")
@@ -7197,6 +7198,7 @@ def test_websockets_pass_bytes_both_ways(swap):
 
 
 def test_a_websocket_is_cut_when_its_model_is_stopped(swap):
+    swap.chat("b")
     with swap.connect() as client:
         assert websocket(client, "/ws?model=b")[0] == 101
         swap.post("/models/unload", {"model": "b"})
@@ -7205,8 +7207,9 @@ def test_a_websocket_is_cut_when_its_model_is_stopped(swap):
 
 
 def test_only_websockets_are_upgrades(swap):
+    swap.chat("a")
     fields = {"Connection": "Upgrade", "Upgrade": "h2c"}
-    got = echoed(swap.ask("GET", "/upstream/a/x?autoload=true", None, fields))
+    got = echoed(swap.ask("GET", "/upstream/a/x", None, fields))
     assert not {"upgrade", "connection"} & set(got)
     fields["Upgrade"] = "websocket"
     assert "upgrade" not in echoed(swap.post("/v1/x", {"model": "a"}, fields))
@@ -10507,7 +10510,7 @@ models-max = 1
 cmd = FAKE --load 0.6 --lines 40
 [long]
 cmd = FAKE
-set-params = {"tokens": 1000, "interval": 0.02}
+set-params = {"tokens": 10000, "interval": 0.02}
 [bad]
 cmd = FAKE --load-exit 3
 [endless]
