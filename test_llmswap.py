@@ -6953,10 +6953,10 @@ def test_backend_connections_are_kept_and_those_it_closed_are_replaced_unnoticed
     for _ in range(3):
         assert swap.post("/v1/x", data).json()["length"] == len(data)
     swap.chat("a")
-    before = swap.stats("a")["connections"]
+    before = swap.stats("a")["ports"]
     for _ in range(20):
         swap.chat("a")
-    assert swap.stats("a")["connections"] <= before + 1
+    assert set(swap.stats("a")["ports"]) <= set(before)
 
 
 @pytest.fixture(scope="module")
@@ -12176,6 +12176,7 @@ uses = other
 capabilities = tools
 """
     with Llmswap(text) as server:
+        eventually(lambda: "context_length" in server.get("/v1/models/trained").json())
         entries = {each["id"]: each for each in server.get("/models").json()["data"]}
         for name, n_ctx, length in (
             ("trained", None, 4096), ("served", 512, 512), ("other", 8192, 8192),
@@ -12287,7 +12288,7 @@ def test_models_are_described_as_by_llama_cpps_router(tmp_path):
                 assert {key: ours[name].get(key) for key in entry} == entry
             return ours
 
-        eventually(lambda: proxy.get("/v1/models/gone").json()["status"]["preset"])
+        eventually(lambda: proxy.get("/v1/models/gone").json()["status"].get("preset"))
         assert compare()["seeing"]["architecture"]["input_modalities"] == [
             "text", "image"]  # fmt: skip
         theirs, ours = map(loaded_event, ports)
@@ -12864,7 +12865,6 @@ def fake_stats(request):
         score = int(file.read())
     request.reply({
         **server.counts,
-        "connections": len(server.requests),
         "ports": list(map(fake_peer, list(server.requests))),
         "pid": os.getpid(),
         "model": server.flags.model,
