@@ -264,11 +264,6 @@ parse_url = pattern(
     "a URL such as http://127.0.0.1:8000", r"https?://[^\s/?#]+(/[^\s?#]*)?"
 )
 parse_endpoint = or_none("none", pattern("a path such as /health", r"/\S*"))
-parse_request = or_none("", pattern(
-    "a request such as POST /sleep?level=1",
-    r"(?:([A-Z]+) +)?(/\S*)",
-    lambda match: (match[1] or "POST", match[2]),
-))
 parse_mac = or_none("", pattern(
     "an address such as ab:cd:ef:01:23:45",
     "[0-9A-Fa-f]{2}([:-][0-9A-Fa-f]{2}){5}",
@@ -332,6 +327,30 @@ def parse_object(text) -> dict:
     if not isinstance(value, dict):
         raise ValueError("not a JSON object such as {\"temperature\": 0.7}")
     return value
+
+
+CONTROL_REQUEST = re.compile(r"[ \t]*(?:([A-Z]+)[ \t]+)?(/[^\s,]*)[ \t]*")
+
+
+def parse_requests(text) -> tuple:
+    """Return (method, path, JSON body) of each request, separated by commas:
+    "POST /wake_up, POST /collective_rpc {"method": "reload_weights"}"."""
+    requests, at = [], 0
+    while at < len(text):
+        match = CONTROL_REQUEST.match(text, at)
+        if not match:
+            expected = "a request such as POST /sleep?level=1"
+            raise ValueError(f"{text[at:].strip()!r} is not {expected}")
+        body, at = "", match.end()
+        if text.startswith("{", at):
+            end = json.JSONDecoder().raw_decode(text, at)[1]
+            body, at = text[at:end], end
+        requests.append((match[1] or "POST", match[2], body))
+        comma = re.compile(r"[ \t]*(?:,|\Z)").match(text, at)
+        if not comma:
+            raise ValueError(f"a comma is missing before {text[at:].strip()!r}")
+        at = comma.end()
+    return tuple(requests)
 
 
 def parse_host_port(text) -> tuple:
@@ -461,9 +480,11 @@ MODEL_KEYS = (
         "requests sent at once; more wait in order; 0: no limit"),
     Key("oom-score-adj", parse_score, "1000",
         "how gladly the kernel kills it when memory is short: -1000 to 1000"),
-    Key("sleep", parse_request, "",
+    Key("sleep", parse_requests, "",
         "e.g. `POST /sleep?level=1`: make room by putting to sleep, not by stopping"),
-    Key("wake", parse_request, "", "e.g. `POST /wake_up`: undo `sleep`"),
+    Key("wake", parse_requests, "",
+        "e.g. `POST /wake_up`: undo `sleep`; several requests are separated by commas, "
+        "each may have a JSON object"),
     Key("hang-timeout", parse_duration, "60s",
         "restart when a request is silent and health unanswered for this long; 0: "
         "never, the default of `cmd` models"),
@@ -2812,7 +2833,7 @@ CONNECT_TIMEOUT = 1.0  # s; a host that has not accepted by then sleeps, or is g
 SLEEP_TIMEOUT = 60.0  # s; a backend that has not fallen asleep by then is stopped
 SLEEP_OPTION = "--sleep-idle-seconds"
 SLEEP_POLL = 5.0  # s between looks at a llama-server that may put itself to sleep
-WAKE_REQUEST = ("GET", "/lora-adapters")  # the cheapest one that wakes a llama-server
+WAKE_REQUEST = ("GET", "/lora-adapters", "")  # the cheapest one that wakes a llama-server
 MAX_CONTROL_ANSWER = 1 << 22  # bytes
 
 
@@ -2863,7 +2884,7 @@ class DeadlineReader(io.RawIOBase):
 
 
 def exchange(sock: socket.socket, deadline: float, *request, headers) -> Probe:
-    """Send a request (method, target) and return the status and body of its answer.
+    """Send a request (method, target, body) and return the status and body of its answer.
 
     Raise OSError, ValueError, HTTPException; TimeoutError if it is late.
     """
@@ -3074,7 +3095,7 @@ class Backend:
         and the end of the backend also end a probe of the backend's own thread. A
         health check finds nobody where another process listens.
         """
-        method, path = request or ("GET", self.model.settings.check_endpoint)
+        method, path, body = request or ("GET", self.model.settings.check_endpoint, "")
         deadline = time.monotonic() + timeout
         sock, is_own = None, threading.current_thread() is self._thread
         try:
@@ -3090,8 +3111,11 @@ class Backend:
             headers = {"Host": self.upstream.authority, "Connection": "close"}
             if self.model.settings.proxy_key:
                 headers["Authorization"] = f"Bearer {self.model.settings.proxy_key}"
+            if body:
+                headers["Content-Type"] = "application/json"
             target = self.upstream.base_path + path
-            probe = exchange(sock, deadline, method, target, headers=headers)
+            sent = body.encode() if method != "GET" else None
+            probe = exchange(sock, deadline, method, target, sent, headers=headers)
         except (OSError, ValueError, http.client.HTTPException) as error:
             return Probe(error=error)
         finally:
@@ -3178,7 +3202,7 @@ class Backend:
 
     def _fetch_entry(self):
         """Return what its own /v1/models says of its first model, or {}."""
-        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models"))
+        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models", ""))
         try:
             entry = json.loads(probe.body)["data"][0] if probe.ok else {}
         except (LookupError, RecursionError, TypeError, ValueError):
@@ -3187,8 +3211,16 @@ class Backend:
 
     # -- sleep
 
+    def _probe_all(self, timeout, requests):
+        """Send requests in order; return whether all were answered 200 in time."""
+        deadline = time.monotonic() + timeout
+        return all(
+            self._probe(max(0.001, deadline - time.monotonic()), request).ok
+            for request in requests
+        )
+
     def _put_to_sleep(self):
-        if self._probe(SLEEP_TIMEOUT, self.model.settings.sleep).ok:
+        if self._probe_all(SLEEP_TIMEOUT, self.model.settings.sleep):
             self.on_slept(self)
         elif self._is_alive():
             self.on_line("llmswap: it did not fall asleep; it is stopped instead")
@@ -3198,9 +3230,9 @@ class Backend:
         """Wake it; return whether it is healthy then."""
         limit = self.model.settings.load_timeout or math.inf
         self._progress_at = time.monotonic()
-        request = self.model.settings.wake or WAKE_REQUEST
+        requests = self.model.settings.wake or (WAKE_REQUEST,)
         is_awake = False
-        if self._probe(min(limit, MAX_WAIT), request).ok:
+        if self._probe_all(min(limit, MAX_WAIT), requests):
             with contextlib.suppress(LoadTimeout):
                 is_awake = self._await_healthy()
         if is_awake:
@@ -3212,7 +3244,7 @@ class Backend:
 
     def _look_asleep(self):
         """Find out whether a llama-server has put itself to sleep, or has woken."""
-        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/props"))
+        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/props", ""))
         found = re.search(rb'"is_sleeping"\s*:\s*(true|false)', probe.body)
         is_asleep = found[1] == b"true" if found else self._is_asleep
         if is_asleep != self._is_asleep:

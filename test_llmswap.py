@@ -929,9 +929,11 @@ OPTIONS = llmswap.parse_help(HELP)
     ("check-endpoint", {"/v1/health": "/v1/health", "none": None},
      ["", "health", "/a b", "None"]),
     ("sleep",
-     {"POST /sleep?level=1": ("POST", "/sleep?level=1"), "": None,
-      "/wake_up": ("POST", "/wake_up")},
-     ["sleep", "post /x", "POST", "POST sleep"]),
+     {"POST /sleep?level=1": (("POST", "/sleep?level=1", ""),), "": (),
+      "/wake_up": (("POST", "/wake_up", ""),),
+      'POST /a {"b": ["c, d"]},/e , GET /f': (
+          ("POST", "/a", '{"b": ["c, d"]}'), ("POST", "/e", ""), ("GET", "/f", ""))},
+     ["sleep", "post /x", "POST", "POST sleep", "/a /b", '/a {"b"', '/a {} {}', "/a,,/b"]),
     ("wake-mac",
      {"ab:cd:EF:01:23:45": bytes.fromhex("abcdef012345"), "": None,
       "ab-cd-ef-01-23-45": bytes.fromhex("abcdef012345")},
@@ -5689,6 +5691,46 @@ def test_a_victim_that_can_sleep_is_put_to_sleep_and_woken():
         events = [each["event"] for each in server.journal(model="a")]
         assert events.count("sleep") == events.count("wake") == 1
         assert events.count("main") == 1
+
+
+STEPS = """\
+import http.server, sys
+class Steps(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.do_POST()
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["content-length"] or 0)).decode()
+        with open(sys.argv[2], "a") as journal:
+            print(self.command, self.path, body, file=journal)
+        self.send_response(500 if self.path == "/fails" else 200)
+        self.send_header("content-length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Steps).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("last, is_asleep", [("/reset", True), ("/fails", False)])
+def test_sleep_and_wake_may_take_several_requests(tmp_path, last, is_asleep):
+    program, journal = tmp_path / "steps.py", tmp_path / "journal"
+    program.write_text(STEPS)
+    text = f"""\
+[a]
+cmd   = {sys.executable} {program} ${{PORT}} {journal}
+sleep = POST /sleep?level=2, {last}
+wake  = POST /wake_up, POST /rpc {{"method": "reload"}}, POST /done
+[b]
+cmd = FAKE
+"""
+    with brisk(text) as server:
+        assert server.post("/v1/x", {"model": "a"}).status == 200
+        assert server.chat("b").status == 200
+        assert server.states()["a"] == ("sleeping" if is_asleep else "unloaded")
+        assert server.post("/v1/x", {"model": "a"}).status == 200
+        lines = [line.strip() for line in journal.read_text().splitlines()]
+        asked = [line for line in lines if line[:4] == "POST" and "/v1/x" not in line]
+    wake = ["POST /wake_up", 'POST /rpc {"method": "reload"}', "POST /done"]
+    assert asked == ["POST /sleep?level=2", f"POST {last}", *(wake if is_asleep else [])]
 
 
 def test_a_model_that_does_not_fall_asleep_is_stopped():
