@@ -10529,6 +10529,33 @@ def read_metrics(*models, meters=None):
     return metrics_of(llmswap.metrics_text(report))
 
 
+def test_the_queries_of_the_dashboard_name_metrics_and_labels_of_ours():
+    dashboard = json.loads(Path(LLMSWAP).with_name(".github").joinpath("grafana.json")
+                           .read_text())
+    queries = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
+    queries += [each["query"]["query"] for each in dashboard["templating"]["list"]
+                if each["type"] == "query"]  # fmt: skip
+    text = "[a]\ncmd = FAKE\n[b]\ncmd = FAKE\n[c]\ncmd = FAKE --load-exit 1"
+    with Llmswap(text) as server:
+        for model in ("c", "a", "b"):
+            server.chat(model)
+        metrics = server.get("/metrics").body.decode()
+    samples = re.findall(r"(?m)^(\w+)(?:\{(.*)\})? ", metrics)
+    labels = collections.defaultdict(set)
+    for name, pairs in samples:
+        labels[name].update(re.findall(r'(\w+)="', pairs))
+    for query in queries:
+        names = re.findall(r"\b(?:llmswap|process)_\w+", query)
+        assert names, query
+        used = set(re.findall(r"(\w+)=~?\"", query)) - {"job"}  # which Prometheus adds
+        for group in re.findall(r"by \((.*?)\)", query):
+            used.update(group.split(", "))
+        for name in names:
+            if f"# TYPE {name} gauge" in metrics:  # it may have no samples here
+                labels[name].add("model")
+            assert name in labels and used <= labels[name], (query, labels[name])
+
+
 def test_metrics_without_models_are_well_formed():
     found = read_metrics()
     assert found["llmswap_swaps_total",] == 0
