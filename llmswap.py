@@ -2790,7 +2790,8 @@ def _ask_for_options(path):
 def cached_models(binary: str) -> List[str]:
     """Return the models that llama.cpp has downloaded, each as user/repo:TAG. It takes
     10 s at most."""
-    status, text = run_command([binary, "--cache-list"], 10.0, stderr=subprocess.DEVNULL)
+    argv, no_log = [binary, "--cache-list"], subprocess.DEVNULL
+    status, text = run_command(argv, 10.0, stderr=no_log)
     return re.findall(r"(?m)^ *\d+\. (\S+)$", text) if status == 0 else []
 
 
@@ -2833,7 +2834,7 @@ CONNECT_TIMEOUT = 1.0  # s; a host that has not accepted by then sleeps, or is g
 SLEEP_TIMEOUT = 60.0  # s; a backend that has not fallen asleep by then is stopped
 SLEEP_OPTION = "--sleep-idle-seconds"
 SLEEP_POLL = 5.0  # s between looks at a llama-server that may put itself to sleep
-WAKE_REQUEST = ("GET", "/lora-adapters", "")  # the cheapest one that wakes a llama-server
+WAKE_REQUEST = ("GET", "/lora-adapters", "")  # the cheapest that wakes a llama-server
 MAX_CONTROL_ANSWER = 1 << 22  # bytes
 
 
@@ -2884,7 +2885,7 @@ class DeadlineReader(io.RawIOBase):
 
 
 def exchange(sock: socket.socket, deadline: float, *request, headers) -> Probe:
-    """Send a request (method, target, body) and return the status and body of its answer.
+    """Send a request (method, target, body); return status and body of its answer.
 
     Raise OSError, ValueError, HTTPException; TimeoutError if it is late.
     """
@@ -9595,7 +9596,7 @@ class Application:
         if settings.cache_models:
             cached = cached_models(settings.llama_server)
             if not cached:
-                self.log("warning", "cache-models: llama-server --cache-list shows none")
+                self.log("warning", "cache-models: --cache-list shows no model")
             if cached != self._cached:
                 self._cached = cached
                 self._reload_changed()
@@ -9617,14 +9618,15 @@ class Application:
             self.config_error = None
             if config.settings.listen != self._config.settings.listen:
                 self.log("warning", "a change of `listen` needs a restart")
+            if not args.verbose:
+                self.log.set_level(config.settings.log_level)
             self.pool.reload(config)
             self._config = config
             self._is_reloaded.set()
             self._start_thread(self._follow_cache)
-            if not args.verbose:
-                self.log.set_level(config.settings.log_level)
             self._log_problems(config)
-            self.log("info", f"{args.file} was read again")
+            name = args.file or "the list of models"
+            self.log("info", f"{name} was read again")
 
     def _until_idle_exit(self):
         """Return the seconds until an idle exit may be due."""
