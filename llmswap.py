@@ -3990,6 +3990,7 @@ def shards_of(path: str) -> List[str]:
 # -- what is known of a model without loading it ---------------------------------------
 
 LOOK_TIMEOUT = 0.05  # s that a client waits for a look at files, which may be slow
+LOOK_EVERY = 1.0  # s, at most, unless a model is new
 GGUF_NUMBERS = {
     **{0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f"},
     **{7: "?", 10: "Q", 11: "q", 12: "d"},
@@ -4069,7 +4070,9 @@ class Inspector:
     def __init__(self):
         self._facts = {}  # by name: (model, Facts)
         self._headers = {}  # by path: (size, time, metadata)
-        self._look = None  # an Event that is set at the end of the look under way
+        self._looked_at = -math.inf
+        self._is_done = threading.Event()  # the last look
+        self._is_done.set()
         self._lock = threading.Lock()
 
     def facts_of(
@@ -4077,24 +4080,28 @@ class Inspector:
     ) -> Dict[str, Facts]:
         """Look at the models; return the Facts by name that are known in time."""
         with self._lock:
-            if self._look is None or self._look.is_set():
-                self._look = threading.Event()
-                look = functools.partial(self._inspect_all, list(models), self._look)
+            is_due = time.monotonic() >= self._looked_at + LOOK_EVERY
+            is_due = is_due or len(self._known(models)) < len(models)
+            if is_due and self._is_done.is_set():
+                self._looked_at = time.monotonic()
+                self._is_done.clear()
+                look = functools.partial(self._inspect_all, list(models))
                 threading.Thread(target=look, daemon=True).start()
-            look = self._look
-        look.wait(timeout)
-        known = {}
-        for model in models:
-            seen, facts = self._facts.get(model.name, (None, Facts()))
-            known[model.name] = facts if seen is model else Facts()
-        return known
+        self._is_done.wait(timeout)
+        known = self._known(models)
+        return {model.name: known.get(model.name, Facts()) for model in models}
 
-    def _inspect_all(self, models, done):
+    def _known(self, models):
+        """Return the Facts by name of those of the models that were looked at."""
+        pairs = ((model, self._facts.get(model.name)) for model in models)
+        return {m.name: pair[1] for m, pair in pairs if pair and pair[0] is m}
+
+    def _inspect_all(self, models):
         try:
             for model in models:
                 self._facts[model.name] = model, self._inspect(model)
         finally:
-            done.set()
+            self._is_done.set()
 
     def _inspect(self, model):
         table = table_of(model)

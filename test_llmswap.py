@@ -12584,6 +12584,7 @@ uses = other
 capabilities = tools
 """
     with Llmswap(text) as server:
+        eventually(lambda: "context_length" in server.get("/v1/models/trained").json())
         entries = {each["id"]: each for each in server.get("/models").json()["data"]}
         for name, n_ctx, length in (
             ("trained", None, 4096), ("served", 512, 512), ("other", 8192, 8192),
