@@ -275,11 +275,6 @@ parse_url = pattern(
     "a URL such as http://127.0.0.1:8000", r"https?://[^\s/?#]+(/[^\s?#]*)?"
 )
 parse_endpoint = or_none("none", pattern("a path such as /health", r"/\S*"))
-parse_request = or_none("", pattern(
-    "a request such as POST /sleep?level=1",
-    r"(?:([A-Z]+) +)?(/\S*)",
-    lambda match: (match[1] or "POST", match[2]),
-))
 parse_mac = or_none("", pattern(
     "an address such as ab:cd:ef:01:23:45",
     "[0-9A-Fa-f]{2}([:-][0-9A-Fa-f]{2}){5}",
@@ -343,6 +338,30 @@ def parse_object(text) -> dict:
     if not isinstance(value, dict):
         raise ValueError("not a JSON object such as {\"temperature\": 0.7}")
     return value
+
+
+CONTROL_REQUEST = re.compile(r"[ \t]*(?:([A-Z]+)[ \t]+)?(/[^\s,]*)[ \t]*")
+
+
+def parse_requests(text) -> tuple:
+    """Return (method, path, JSON body) of each request, separated by commas:
+    "POST /wake_up, POST /collective_rpc {"method": "reload_weights"}"."""
+    requests, at = [], 0
+    while at < len(text):
+        match = CONTROL_REQUEST.match(text, at)
+        if not match:
+            expected = "a request such as POST /sleep?level=1"
+            raise ValueError(f"{text[at:].strip()!r} is not {expected}")
+        body, at = "", match.end()
+        if text.startswith("{", at):
+            end = json.JSONDecoder().raw_decode(text, at)[1]
+            body, at = text[at:end], end
+        requests.append((match[1] or "POST", match[2], body))
+        comma = re.compile(r"[ \t]*(?:,|\Z)").match(text, at)
+        if not comma:
+            raise ValueError(f"a comma is missing before {text[at:].strip()!r}")
+        at = comma.end()
+    return tuple(requests)
 
 
 def parse_host_port(text) -> tuple:
@@ -479,9 +498,11 @@ MODEL_KEYS = (
         "requests sent at once; more wait in order; 0: no limit"),
     Key("oom-score-adj", parse_score, "1000",
         "how gladly the kernel kills it when memory is short: -1000 to 1000"),
-    Key("sleep", parse_request, "",
+    Key("sleep", parse_requests, "",
         "e.g. `POST /sleep?level=1`: make room by putting to sleep, not by stopping"),
-    Key("wake", parse_request, "", "e.g. `POST /wake_up`: undo `sleep`"),
+    Key("wake", parse_requests, "",
+        "e.g. `POST /wake_up`: undo `sleep`; several requests are separated by commas, "
+        "each may have a JSON object"),
     Key("hang-timeout", parse_duration, "60s",
         "restart when a request is silent and health unanswered for this long; 0: "
         "never, the default of `cmd` models"),
@@ -2905,8 +2926,8 @@ def _ask_for_options(path):
 def cached_models(binary: str) -> List[str]:
     """Return the models that llama.cpp has downloaded, each as user/repo:TAG. It takes
     10 s at most."""
-    argv = [binary, "--cache-list"]
-    status, text = run_command(argv, 10.0, stderr=subprocess.DEVNULL)
+    argv, no_log = [binary, "--cache-list"], subprocess.DEVNULL
+    status, text = run_command(argv, 10.0, stderr=no_log)
     return re.findall(r"(?m)^ *\d+\. (\S+)$", text) if status == 0 else []
 
 
@@ -2949,7 +2970,7 @@ CONNECT_TIMEOUT = 1.0  # s; a host that has not accepted by then sleeps, or is g
 SLEEP_TIMEOUT = 60.0  # s; a backend that has not fallen asleep by then is stopped
 SLEEP_OPTION = "--sleep-idle-seconds"
 SLEEP_POLL = 5.0  # s between looks at a llama-server that may put itself to sleep
-WAKE_REQUEST = ("GET", "/lora-adapters")  # the cheapest one that wakes a llama-server
+WAKE_REQUEST = ("GET", "/lora-adapters", "")  # the cheapest that wakes a llama-server
 MAX_CONTROL_ANSWER = 1 << 22  # bytes
 
 
@@ -3000,7 +3021,7 @@ class DeadlineReader(io.RawIOBase):
 
 
 def exchange(sock: socket.socket, deadline: float, *request, headers) -> Probe:
-    """Send a request (method, target) and return the status and body of its answer.
+    """Send a request (method, target, body); return status and body of its answer.
 
     Raise OSError, ValueError, HTTPException; TimeoutError if it is late.
     """
@@ -3211,7 +3232,7 @@ class Backend:
         and the end of the backend also end a probe of the backend's own thread. A
         health check finds nobody where another process listens.
         """
-        method, path = request or ("GET", self.model.settings.check_endpoint)
+        method, path, body = request or ("GET", self.model.settings.check_endpoint, "")
         deadline = time.monotonic() + timeout
         sock, is_own = None, threading.current_thread() is self._thread
         try:
@@ -3227,8 +3248,11 @@ class Backend:
             headers = {"Host": self.upstream.authority, "Connection": "close"}
             if self.model.settings.proxy_key:
                 headers["Authorization"] = f"Bearer {self.model.settings.proxy_key}"
+            if body:
+                headers["Content-Type"] = "application/json"
             target = self.upstream.base_path + path
-            probe = exchange(sock, deadline, method, target, headers=headers)
+            sent = body.encode() if method != "GET" else None
+            probe = exchange(sock, deadline, method, target, sent, headers=headers)
         except (OSError, ValueError, http.client.HTTPException) as error:
             return Probe(error=error)
         finally:
@@ -3315,7 +3339,7 @@ class Backend:
 
     def _fetch_entry(self):
         """Return what its own /v1/models says of its first model, or {}."""
-        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models"))
+        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models", ""))
         try:
             entry = json.loads(probe.body)["data"][0] if probe.ok else {}
         except (LookupError, RecursionError, TypeError, ValueError):
@@ -3324,8 +3348,16 @@ class Backend:
 
     # -- sleep
 
+    def _probe_all(self, timeout, requests):
+        """Send requests in order; return whether all were answered 200 in time."""
+        deadline = time.monotonic() + timeout
+        return all(
+            self._probe(max(0.001, deadline - time.monotonic()), request).ok
+            for request in requests
+        )
+
     def _put_to_sleep(self):
-        if self._probe(SLEEP_TIMEOUT, self.model.settings.sleep).ok:
+        if self._probe_all(SLEEP_TIMEOUT, self.model.settings.sleep):
             self.on_slept(self)
         elif self._is_alive():
             self.on_line("llmswap: it did not fall asleep; it is stopped instead")
@@ -3335,9 +3367,9 @@ class Backend:
         """Wake it; return whether it is healthy then."""
         limit = self.model.settings.load_timeout or math.inf
         self._progress_at = time.monotonic()
-        request = self.model.settings.wake or WAKE_REQUEST
+        requests = self.model.settings.wake or (WAKE_REQUEST,)
         is_awake = False
-        if self._probe(min(limit, MAX_WAIT), request).ok:
+        if self._probe_all(min(limit, MAX_WAIT), requests):
             with contextlib.suppress(LoadTimeout):
                 is_awake = self._await_healthy()
         if is_awake:
@@ -3349,7 +3381,7 @@ class Backend:
 
     def _look_asleep(self):
         """Find out whether a llama-server has put itself to sleep, or has woken."""
-        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/props"))
+        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/props", ""))
         found = re.search(rb'"is_sleeping"\s*:\s*(true|false)', probe.body)
         is_asleep = found[1] == b"true" if found else self._is_asleep
         if is_asleep != self._is_asleep:
@@ -3672,6 +3704,27 @@ def gpu_users(timeout=2.0) -> List[Tuple[int, int]]:
         for pid, amount in re.findall(row, text, re.MULTILINE):
             users.append((int(pid), int(amount or 0) * unit))
     return users
+
+
+_GPU_LOAD_TOOLS = (  # command; the percentages of use in what it says
+    (["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"],
+     r"^\s*(\d+)\s*$"),
+    (["rocm-smi", "--showuse", "--csv"], r"^card\d+,\s*(\d+)"),
+)  # fmt: skip
+BUSY_GPU = 10  # per cent of use
+
+
+def gpu_occupant() -> Optional[str]:
+    """Return who holds memory of a GPU, or that one is busy; None if all are free.
+    Asks the vendor's tool, which may take seconds."""
+    for pid, _ in gpu_users():
+        name = read_text_or_empty(f"/proc/{pid}/comm").strip() or "unknown"
+        return f"process {pid} ({name}) holds GPU memory"
+    for command, row in _GPU_LOAD_TOOLS:
+        _, text = run_command(command, 2.0, stderr=subprocess.DEVNULL)
+        use = max(map(int, re.findall(row, text, re.MULTILINE)), default=0)
+        if use > BUSY_GPU:
+            return f"a GPU is in use, {use} %"
 
 
 def gpu_users_among(group: int) -> Set[int]:
@@ -4094,6 +4147,7 @@ def shards_of(path: str) -> List[str]:
 # -- what is known of a model without loading it ---------------------------------------
 
 LOOK_TIMEOUT = 0.05  # s that a client waits for a look at files, which may be slow
+LOOK_EVERY = 1.0  # s, at most, unless a model is new
 GGUF_NUMBERS = {
     **{0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f"},
     **{7: "?", 10: "Q", 11: "q", 12: "d"},
@@ -4173,7 +4227,9 @@ class Inspector:
     def __init__(self):
         self._facts = {}  # by name: (model, Facts)
         self._headers = {}  # by path: (size, time, metadata)
-        self._look = None  # an Event that is set at the end of the look under way
+        self._looked_at = -math.inf
+        self._is_done = threading.Event()  # the last look
+        self._is_done.set()
         self._lock = threading.Lock()
 
     def facts_of(
@@ -4181,24 +4237,28 @@ class Inspector:
     ) -> Dict[str, Facts]:
         """Look at the models; return the Facts by name that are known in time."""
         with self._lock:
-            if self._look is None or self._look.is_set():
-                self._look = threading.Event()
-                look = functools.partial(self._inspect_all, list(models), self._look)
+            is_due = time.monotonic() >= self._looked_at + LOOK_EVERY
+            is_due = is_due or len(self._known(models)) < len(models)
+            if is_due and self._is_done.is_set():
+                self._looked_at = time.monotonic()
+                self._is_done.clear()
+                look = functools.partial(self._inspect_all, list(models))
                 threading.Thread(target=look, daemon=True).start()
-            look = self._look
-        look.wait(timeout)
-        known = {}
-        for model in models:
-            seen, facts = self._facts.get(model.name, (None, Facts()))
-            known[model.name] = facts if seen is model else Facts()
-        return known
+        self._is_done.wait(timeout)
+        known = self._known(models)
+        return {model.name: known.get(model.name, Facts()) for model in models}
 
-    def _inspect_all(self, models, done):
+    def _known(self, models):
+        """Return the Facts by name of those of the models that were looked at."""
+        pairs = ((model, self._facts.get(model.name)) for model in models)
+        return {m.name: pair[1] for m, pair in pairs if pair and pair[0] is m}
+
+    def _inspect_all(self, models):
         try:
             for model in models:
                 self._facts[model.name] = model, self._inspect(model)
         finally:
-            done.set()
+            self._is_done.set()
 
     def _inspect(self, model):
         table = table_of(model)
@@ -9530,6 +9590,7 @@ def refuse_pending_connections():
                 connection.close()
 
 
+GPU_LOOK_EVERY = 60.0  # s, while somebody else uses a GPU
 WATCH_EVERY = 1.0  # s, between two looks at the file
 WATCH_SETTLES = 0.1  # s without a change, after which it counts as written
 WATCH_TIMEOUT = 0.5  # s that a request waits for a look, or for reading the file
@@ -9597,6 +9658,7 @@ class Application:
         self._notifier = SystemdNotifier(os.environ)
         self._is_activated = False  # by a socket of systemd's
         self.config_error = None  # why the file was not read again
+        self._occupant = None  # for whom the idle-command waits
         self.log = Log()
         self.log.set_level("debug" if args.verbose else config.settings.log_level)
 
@@ -9729,8 +9791,7 @@ class Application:
         if settings.cache_models:
             cached = cached_models(settings.llama_server)
             if not cached:
-                text = "cache-models: llama-server --cache-list shows none"
-                self.log("warning", text)
+                self.log("warning", "cache-models: --cache-list shows no model")
             if cached != self._cached:
                 self._cached = cached
                 self._reload_changed()
@@ -9752,14 +9813,15 @@ class Application:
             self.config_error = None
             if config.settings.listen != self._config.settings.listen:
                 self.log("warning", "a change of `listen` needs a restart")
+            if not args.verbose:
+                self.log.set_level(config.settings.log_level)
             self.pool.reload(config)
             self._config = config
             self._is_reloaded.set()
             self._start_thread(self._follow_cache)
-            if not args.verbose:
-                self.log.set_level(config.settings.log_level)
             self._log_problems(config)
-            self.log("info", f"{args.file} was read again")
+            name = args.file or "the list of models"
+            self.log("info", f"{name} was read again")
 
     def _until_idle_exit(self):
         """Return the seconds until an idle exit may be due."""
@@ -9787,29 +9849,42 @@ class Application:
                 self._is_reloaded.clear()
             else:
                 command = with_environment(split_words(settings.idle_command))
-                self._unload_and_run(command, idle_since)
-                last_run = time.monotonic()
+                if self._unload_and_run(command, idle_since):
+                    last_run = time.monotonic()
+                else:
+                    self._is_reloaded.wait(GPU_LOOK_EVERY)
 
     def _unload_and_run(self, command, idle_since):
-        """Unload everything, then run the command; a request meanwhile cancels that."""
+        """Unload everything, then run the command; a request meanwhile cancels that.
+
+        Return False if somebody else uses a GPU, so that it has to wait.
+        """
 
         def is_disturbed():
             return self.server.is_closing or self.pool.idle_since() != idle_since
 
         self.pool.rest()
         self.pool.await_unloaded(is_disturbed)
+        occupant = gpu_occupant()
         if is_disturbed():
-            return
+            return True
+        if occupant:
+            if self._occupant is None:
+                self.log("info", f"idle, but the idle-command waits: {occupant}")
+            self._occupant = occupant
+            return False
+        self._occupant = None
         self.log("info", f"idle: running {shlex.join(command)}")
         suspended, environment = suspended_seconds(), clean_environment({})
         try:
             status = subprocess.call(command, stdin=subprocess.DEVNULL, env=environment)
         except OSError as error:
             self.log("error", f"idle-command: {error}")
-            return
+            return True
         level = "error" if status else "info"
         slept = max(0.0, suspended_seconds() - suspended)
         self.log(level, f"idle-command ended with status {status}; slept {slept:.0f} s")
+        return True
 
     def _shut_down(self, reason):
         """End the requests in flight and all backends; a second signal kills them."""
