@@ -47,6 +47,7 @@ import contextlib
 import enum
 import errno
 import functools
+import hashlib
 import hmac
 import http
 import http.client
@@ -108,6 +109,7 @@ class APIError(Exception):
 
     status, type, code = 500, "server_error", None
     retry_after = may_retry = None
+    is_out_of_memory = False
 
     def __init__(self, message, param=None, retry_after=None):
         super().__init__(message)
@@ -151,9 +153,10 @@ class BackendDied(APIError):
 class LoadFailed(APIError):
     status, code, may_retry = 502, "model_start_failed", False
 
-    def __init__(self, message, exit_code=None):
+    def __init__(self, message, exit_code=None, is_out_of_memory=False):
         super().__init__(message)
         self.exit_code = exit_code  # None unless the process exited by itself
+        self.is_out_of_memory = is_out_of_memory  # it might load with less beside it
 
 class LoadTimeout(LoadFailed):
     status, type, code = 504, "timeout_error", "model_load_timeout"
@@ -263,21 +266,43 @@ def size_text(size) -> str:
     return f"{size / 2 ** UNIT_POWERS[unit]:.4g}{unit}"
 
 
+def resources_text(amounts) -> str:
+    """Return amounts as people write them: the inverse of parse_resources."""
+    return ", ".join(f"{name} {size_text(size)}" for name, size in amounts.items())
+
+
 def parse_words(text) -> tuple:
     """Return the parts between commas, without empty and repeated ones."""
     parts = (part.strip() for part in text.split(","))
     return tuple(dict.fromkeys(part for part in parts if part))
 
 
-def parse_resources(text) -> dict:
+def parse_resources(text, parse_amount=parse_size) -> dict:
     """Return amounts by resource: "vram 18G, ram 4G"."""
     amounts = {}
     for part in parse_words(text):
         match = re.fullmatch(r"(\S+)[ \t]+(.+)", part)
         if not match or match[1] in amounts:
             raise ValueError(f"{part!r} is not one resource and its size: vram 18G")
-        amounts[match[1]] = parse_size(match[2])
+        amounts[match[1]] = parse_amount(match[2])
     return amounts
+
+
+def parse_budget(text) -> dict:
+    """Return amounts by resource, None for `auto`: "vram auto, ram 64G", "auto"."""
+    if text == "auto":
+        return {"vram": None, "ram": None}
+    amounts = parse_resources(text, or_none("auto", parse_size))
+    for name, amount in amounts.items():
+        if amount is None and name not in ("vram", "ram"):
+            raise ValueError(f"{name!r} cannot be auto, only vram and ram can")
+    return amounts
+
+
+def parse_state_dir(text) -> str:
+    """Return the path, with ~ and $XDG_CACHE_HOME (by default ~/.cache) expanded."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return os.path.expanduser(text.replace("$XDG_CACHE_HOME", cache))
 
 
 def parse_sets(text) -> tuple:
@@ -343,8 +368,9 @@ PROXY_KEYS = (
     Key("models-max", parse_count, "1",
         "how many may be loaded at once; 0: no limit, which is the default with "
         "`budget` or `sets`"),
-    Key("budget", parse_resources, "",
-        "what there is, e.g. `vram 24G, ram 64G`; the `needs` of models must fit"),
+    Key("budget", parse_budget, "",
+        "what there is, e.g. `vram 24G, ram 64G`; the `needs` of models must fit; "
+        "`auto`, or `vram auto`: what this machine has"),
     Key("sets", parse_sets, "",
         "which may be loaded together: `coder + embed, thinker + embed`; a model in no "
         "set is loaded alone"),
@@ -352,6 +378,8 @@ PROXY_KEYS = (
         "every GGUF in it becomes a model, as llama-server does it"),
     Key("llama-server", os.path.expanduser, "llama-server",
         "the binary for models that name none themselves"),
+    Key("state-dir", parse_state_dir, "$XDG_CACHE_HOME/llmswap",
+        "where what was learned is kept, such as the memory that models need"),
     Key("default-model", str, "",
         "for requests that name none; empty: the only one there is"),
     Key("patience", or_none("auto", parse_duration), "auto",
@@ -415,7 +443,9 @@ MODEL_KEYS = (
     Key("load-on-startup", parse_boolean, "off", "load when llmswap starts"),
     Key("pin", parse_boolean, "off",
         "never evicted to make room, nor unloaded when idle"),
-    Key("needs", parse_resources, "", "resources, e.g. `vram 18G, ram 4G`"),
+    Key("needs", or_none("auto", parse_resources), "",
+        "resources, e.g. `vram 18G, ram 4G`; `auto`: measured and remembered, the "
+        "default if anything in `budget` is `auto`"),
     Key("sleep-needs", parse_resources, "", "what it still holds while `sleeping`"),
     Key("concurrency", parse_count, "0",
         "requests sent at once; more wait in order; 0: no limit"),
@@ -853,6 +883,16 @@ class Model(NamedTuple):
     aliases: tuple = ()
 
     @property
+    def has_auto_needs(self) -> bool:
+        """Whether it is to be found out what it needs."""
+        return self.settings.needs is None and self.kind not in ("remote", "uses")
+
+    @property
+    def written_needs(self) -> Mapping[str, int]:
+        """What it needs as far as the file says so."""
+        return self.settings.needs or {}
+
+    @property
     def launch(self) -> tuple:
         """What makes the backend; equal means that it may go on after a reload."""
         names = LAUNCH_KEYS[self.kind]
@@ -1076,7 +1116,9 @@ def find_models(directory, place) -> dict:
 
 def misfit(model, pinned, settings) -> Optional[str]:
     """Return why a model cannot be loaded beside the pinned ones, or None."""
-    for name in (*model.settings.needs, *model.settings.sleep_needs):
+    if model.has_auto_needs and not settings.budget:
+        return "needs = auto is of no use without a budget in [llmswap]"
+    for name in (*model.written_needs, *model.settings.sleep_needs):
         if name not in settings.budget:
             return f"budget in [llmswap] does not name {name!r}"
     models = [*pinned, model]
@@ -1089,8 +1131,8 @@ def misfit(model, pinned, settings) -> Optional[str]:
     if settings.sets and not is_together:
         return f"{prefix} none of sets has them together"
     for name, limit in settings.budget.items():
-        needed = sum(each.settings.needs.get(name, 0) for each in models)
-        if needed > limit:
+        needed = sum(each.written_needs.get(name, 0) for each in models)
+        if limit is not None and needed > limit:
             return (f"{prefix} they need {name} {size_text(needed)}, "
                     f"the budget is {size_text(limit)}")
     return None
@@ -1251,6 +1293,8 @@ class ConfigLoader:
                 raise ConfigError(f"{keys[name].place}: cannot be given for all models")
         if "llama-server" in self._proxy:
             keys.setdefault("llama-server", self._proxy["llama-server"])
+        if None in settings.budget.values():
+            keys.setdefault("needs", Setting("needs", "auto", ""))
         listed = self._find_models(settings)
         place = f"{self._path}: [{{}}]"
         sections = {name: Section(name, place.format(name), {}) for name in listed}
@@ -1567,6 +1611,8 @@ class ModelState:
         self.stop_cause = None
         self.is_asleep = False  # asleep, or was when it was told to stop
         self.is_falling_asleep = False  # told to sleep, not to stop
+        self.learned_needs = None  # not yet counted in full: see Scheduler.learn
+        self.room_from = None  # the model that must go before it is loaded once more
         self.replacement = None  # the spec that a reload sets once the backend is gone
         self.removal_error = None  # refuses its tickets once a reload removed it
 
@@ -1776,7 +1822,7 @@ class Scheduler:
             model.ready_at = model.idle_since = now
             model.last_grant = -math.inf  # of this run
             model.reset_failures()
-            model.last_failure = None
+            model.last_failure = model.room_from = None
             self._end_pauses(model)
         model.advance(Event.LOADED, now)
 
@@ -1824,21 +1870,71 @@ class Scheduler:
 
     def exited(
         self, name: str, run: int, now: float, failure: Optional[APIError] = None
-    ):
-        """The backend is gone and holds nothing. `failure`: why it ended by itself."""
+    ) -> Optional[str]:
+        """The backend is gone and holds nothing. `failure`: why it ended by itself.
+
+        A load that failed for memory beside others is tried once more, after the least
+        recently used of them has gone: its name is returned, and nobody is refused.
+        """
         model = self._current(name, run)
+        victim = None
         if model is None:
-            return
+            return None
         if model.state is State.UNLOADING and model.stop_cause != "crashed":
             model.stop_seconds = now - model.stopped_at
         elif model.state is State.LOADING:
             failure = failure or APIError(f"{name} ended while it was loading")
-            model.record_failure(failure, now)
-            self.refuse_waiting(name, failure)
+            victim = model.room_from = self._room_for_retry(model, failure)
+            if victim is None:
+                model.record_failure(failure, now)
+                self.refuse_waiting(name, failure)
         elif failure is not None:
             model.last_failure = failure
         model.advance(Event.EXITED, now)
         self._end_run(model)
+        return victim and victim.name
+
+    def _room_for_retry(self, model, failure):
+        """The model that is to go before this one is loaded again; None: it is not."""
+        is_retry = model.room_from is not None
+        if is_retry or not failure.is_out_of_memory or not model.waiting:
+            return None
+        others = [
+            each
+            for each in self.held.values()
+            if each is not model and self._is_evictable(each)
+        ]
+        return min(others, key=ModelState.last_used, default=None)
+
+    def learn(self, name: str, needs: Mapping[str, int]):
+        """The model was found to need this much.
+
+        A running one counts as larger only as far as the budget has room beside all
+        that is held: no limit is broken for those that run. The rest counts from when
+        there is room, at the latest from its next run on.
+        """
+        model = self.models.get(name)
+        if model is None:
+            return
+        if model.replacement is not None:
+            model.replacement = model.replacement._replace(needs=needs)
+        else:
+            model.learned_needs = needs
+            self._count_learned(model)
+
+    def _count_learned(self, model):
+        """Count what was learned of the model, as far as there is room for it."""
+        needs = model.learned_needs
+        if model.is_held and not model.is_asleep:
+            needs = {}
+            for name, amount in model.learned_needs.items():
+                others = [each for each in self.held.values() if each is not model]
+                used = sum(each.usage().needs.get(name, 0) for each in others)
+                left = self.limits.budget.get(name, math.inf) - used
+                needs[name] = min(amount, max(left, model.spec.needs.get(name, 0)))
+        model.spec = model.spec._replace(needs=needs)
+        if needs == model.learned_needs:
+            model.learned_needs = None
 
     def _current(self, name, run):
         """The model if this is its current run; None if the event comes too late."""
@@ -1853,6 +1949,9 @@ class Scheduler:
         model.in_flight = model.preemptible = 0
         model.idle_timeout = model.unload_by = None
         model.stop_cause = model.drains_for = None
+        for each in [model, *self.held.values()]:
+            if each.learned_needs is not None:
+                self._count_learned(each)
         if model.removal_error is not None:
             del self.models[model.name]
         elif model.replacement is not None:
@@ -1897,7 +1996,7 @@ class Scheduler:
             if model.is_held and (name in changed or is_replaced):
                 model.replacement, model.removal_error = spec, None
             else:
-                model.spec = spec
+                model.spec, model.learned_needs = spec, None
                 if name in changed:
                     model.reset_failures()
 
@@ -2019,6 +2118,8 @@ class Scheduler:
     def _dequeue(self, ticket):
         del self._queue[ticket.number]
         ticket.model.waiting -= 1
+        if not ticket.model.waiting:
+            ticket.model.room_from = None
         self._spare_victims(ticket)
 
     def _spare_victims(self, ticket):
@@ -2042,11 +2143,26 @@ class Scheduler:
             return is_full
         if is_full or not self.limits.allow(wanted.values()):
             return True
+        if may_start and self._awaits_retry(ticket):
+            return False
         if may_start and not self._fits(wanted, self._stopping.keys()):
             self._evict(ticket, wanted, now)
         elif may_start and self._fits({model.name: wanted[model.name]}):
             self._start(ticket, now)
         return False
+
+    def _awaits_retry(self, ticket):
+        """Whether its model, which had no memory beside another, waits for its end."""
+        victim = ticket.model.room_from
+        if victim is None or victim.state in (State.UNLOADED, State.SLEEPING):
+            return False
+        if victim in self._stopping:
+            return True
+        if not self._is_evictable(victim):
+            return False
+        victim.drains_for = self._draining[victim] = ticket
+        self._stopping[victim] = -math.inf
+        return True
 
     def _fits(self, wanted, stopping=frozenset()):
         """Whether `wanted` fits beside all that is held, except what is stopping."""
@@ -2695,12 +2811,13 @@ def _ask_for_options(path):
     return parse_help(text.decode("utf-8", "replace"))
 
 
-def _output_of(command, timeout, environment=None):
+def _output_of(command, timeout, environment=None, cwd=None):
     """Return what it writes within so many seconds; nothing if it fails to."""
     try:
         return subprocess.run(
             command,
             env=environment,
+            cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -2880,6 +2997,10 @@ class Backend:
     def died(self, timeout: float) -> bool:
         """Return whether it ended by itself, now or within the timeout."""
         return self._ended.wait(timeout) and not self._is_stop_asked
+
+    def processes(self) -> Set[int]:
+        """Return the processes whose memory is the model's. Reads /proc."""
+        return set()
 
     # -- its thread, from the start to the end
 
@@ -3439,7 +3560,15 @@ class ProcessBackend(Backend):
             why = f"exited with status {status}"
         what = "ended by itself" if self._is_ready else "could not be started"
         exit_code = status if status >= 0 else None
-        return LoadFailed(f"{self._title} {what}: {why}{lines}", exit_code)
+        is_memory = is_out_of_memory("\n".join([why, *self.lines]))
+        return LoadFailed(f"{self._title} {what}: {why}{lines}", exit_code, is_memory)
+
+    def processes(self):
+        return {
+            pid
+            for pid, stat in _all_stats()
+            if stat.group == self.pid and stat.state not in "ZX"
+        }
 
     def _last_lines(self):
         """End it; return the last lines that it wrote."""
@@ -3498,6 +3627,25 @@ def oom_kills() -> int:
 def _kernel_counts(path, name):
     found = re.search(rf"^{name}(\d+)$", read_text_or_empty(path), re.MULTILINE)
     return int(found[1]) if found else 0
+
+
+# What servers write when memory is short: llama.cpp with CUDA, ROCm, Vulkan, Metal and
+# without a GPU; PyTorch; vLLM; and our own words for the kernel's killer.
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|OutOfMemoryError|ErrorOutOf(Device|Host)Memory|insufficient memory"
+    r"|unable to allocate \S+ buffer|failed to allocate (?!context\b|.*pinned)"
+    r"|memory allocation of size \d+ failed|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc"
+    r"|cannot allocate memory|^MemoryError"
+    r"|Free memory on device .* is less than desired GPU memory utilization"
+    r"|No available memory for the cache blocks"
+    r"|larger than the (available KV cache memory|maximum number of tokens that can)",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
+def is_out_of_memory(text: str) -> bool:
+    """Return whether what a failed server wrote says that memory was short."""
+    return OUT_OF_MEMORY.search(text) is not None
 
 
 # -- memory of what runs ---------------------------------------------------------------
@@ -3849,6 +3997,9 @@ class UnitBackend(Backend):
 
     # -- systemd
 
+    def processes(self):
+        return unit_processes(self.service.name)
+
     def _systemctl(self, verb, *options, timeout=None, until=None):
         argv = self.service.systemctl(verb, *options)
         return run_command(argv, COMMAND_TIMEOUT if timeout is None else timeout, until)
@@ -3875,7 +4026,8 @@ class UnitBackend(Backend):
             why = f"{result}, status {found.get('ExecMainStatus', 'unknown')}"
         what = "ended by itself" if self._is_ready else "could not be started"
         code = int(found["ExecMainStatus"]) if result == "exit-code" else None
-        return LoadFailed(f"{self._title} {what}: {why}{self._last_lines()}", code)
+        why += self._last_lines()
+        return LoadFailed(f"{self._title} {what}: {why}", code, is_out_of_memory(why))
 
     def _properties_at_end(self):
         """Return what systemd says of the end, which it may notice after us."""
@@ -4027,7 +4179,8 @@ class RemoteBackend(Backend):
 # -- how far a load is -----------------------------------------------------------------
 
 MAX_BEFORE_READY = 0.99
-MODEL_OPTIONS = ("-m", "--model", "-mm", "--mmproj", "-md", "--model-draft")
+COMPANION_OPTIONS = ("-mm", "--mmproj", "-md", "--model-draft")
+MODEL_OPTIONS = ("-m", "--model", *COMPANION_OPTIONS)
 REPORT_MARK = "cmd_child_to_router:state:"
 
 
@@ -4100,8 +4253,13 @@ def descendants(pid: int) -> List[int]:
 def model_file_size(pid: int) -> int:
     """Return the bytes of the model files named in the process's command line."""
     words = read_text_or_empty(f"/proc/{pid}/cmdline").split("\0")
-    named = {after for word, after in zip(words, words[1:]) if word in MODEL_OPTIONS}
-    paths = [os.path.join(f"/proc/{pid}/cwd", path) for path in named]
+    return size_of_files(words, f"/proc/{pid}/cwd")
+
+
+def size_of_files(words: List[str], folder: str, options=MODEL_OPTIONS) -> int:
+    """Return the bytes of the model files that these options name in a command."""
+    named = {after for word, after in zip(words, words[1:]) if word in options}
+    paths = [os.path.join(folder, path) for path in named]
     shards = [shard for path in paths for shard in shards_of(path)]
     return sum(os.path.getsize(path) for path in shards if os.path.isfile(path))
 
@@ -4113,6 +4271,405 @@ def shards_of(path: str) -> List[str]:
         return [path]
     start, count, end = found.groups()
     return [f"{start}-{n:05}-of-{count}{end}" for n in range(1, int(count) + 1)]
+
+
+# -- what models need, and what there is -----------------------------------------------
+
+GPU_RESERVE = 512 << 20  # bytes of each GPU that no model gets: for driver and desktop
+RAM_SHARE = 0.9  # of the machine's memory is for models
+PEAK_MARGIN = 1.05  # a model counts for so much more than the peak it was measured at
+FILES_MARGIN = 1.2  # likewise where only its files are known
+SQUEEZED = 0.9  # measured below that share of the estimate, it had to squeeze in
+MEASURE_INTERVAL = 60.0  # s, between two measurements of a model that serves
+TOOL_TIMEOUT = 10.0  # s; for the vendor's tool where nobody waits, and llama-fit-params
+NEEDS_KEPT = 1000  # commands whose needs are remembered
+
+_GPU_SIZE_TOOLS = (  # command; total and used memory of a GPU in what it says; unit
+    (
+        ["nvidia-smi", "--query-gpu=memory.total,memory.used",
+         "--format=csv,noheader,nounits"],
+        rb"^ *(\d+|\[.*\]), *(\d+|\[.*\]) *$",
+        1 << 20,
+    ),
+    (
+        ["rocm-smi", "--showmeminfo", "vram", "--csv"],
+        rb"^card\d+,(\d+|N/A),(\d+|N/A)",
+        1,
+    ),
+)  # fmt: skip
+
+
+class GPUSize(NamedTuple):
+    """Bytes that one GPU has, and that are in use; None if the tool does not tell."""
+
+    total: Optional[int]
+    used: Optional[int]
+
+
+def gpu_sizes() -> List[GPUSize]:
+    """Return the sizes of all GPUs that a vendor's tool shows. Takes seconds at most."""
+    sizes = []
+    for command, row, unit in _GPU_SIZE_TOOLS:
+        output = _output_of(command, TOOL_TIMEOUT).replace(b"\r", b"")
+        for cells in re.findall(row, output, re.MULTILINE):
+            numbers = [int(cell) * unit if cell.isdigit() else None for cell in cells]
+            sizes.append(GPUSize(*numbers))
+    return sizes
+
+
+def gpu_memory_used() -> Optional[int]:
+    """Return the bytes in use on all GPUs together; None if that is not told."""
+    used = [size.used for size in gpu_sizes()]
+    return None if None in used or not used else sum(used)
+
+
+def machine_memory() -> int:
+    """Return the bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def machine_budget(own: Callable[[], Set[int]]) -> Dict[str, Optional[int]]:
+    """Return the bytes of `ram` and `vram` that models can have on this machine.
+
+    GPU memory in the hands of processes not in `own()` is not theirs. Without a GPU
+    there is no `vram`; it is None if its size is not told. Asks the vendor's tool.
+    """
+    budget = {"ram": int(machine_memory() * RAM_SHARE)}
+    sizes = gpu_sizes()
+    told = [size for size in sizes if None not in size]
+    if told:
+        pids = own()
+        held = sum(amount for pid, amount in gpu_users() if pid in pids)
+        free = sum(size.total - size.used - GPU_RESERVE for size in told)
+        return {"vram": max(0, free + held), **budget}
+    return {"vram": None, **budget} if sizes else budget
+
+
+def with_machine_budget(written, machine) -> Dict[str, Optional[int]]:
+    """Return a budget as written, with what the machine has where `auto` is written."""
+    return {
+        name: machine[name] if size is None else size
+        for name, size in written.items()
+        if size is not None or name in machine
+    }
+
+
+def known_sizes(budget: Mapping[str, Optional[int]]) -> Dict[str, int]:
+    """Return the resources of a budget whose size is known."""
+    return {name: size for name, size in budget.items() if size is not None}
+
+
+def memory_taken(
+    pids: Set[int], used_before: Callable[[], Optional[int]]
+) -> Dict[str, int]:
+    """Return the bytes of `vram` and `ram` that these processes take now.
+
+    Where the vendor's tool does not show them (in containers), `vram` is what its GPUs
+    have in use more than `used_before()`; it is missing if that is None. Mapped files
+    count as far as they can be what is not on a GPU.
+    """
+    sizes, taken = collections.Counter(), {}
+    for pid in pids:
+        sizes.update(memory_of(pid))
+    if not sizes:
+        return {}
+    if _gpu_tools():
+        shown = sum(amount for pid, amount in gpu_users() if pid in pids)
+        used = None if shown else gpu_memory_used()
+        before = None if shown else used_before()
+        if shown or None not in (used, before):
+            taken["vram"] = shown or max(0, used - before)
+    mapped = sizes["RssFile"]
+    if taken.get("vram"):
+        mapped = min(mapped, max(0, sum(map(model_file_size, pids)) - taken["vram"]))
+    taken["ram"] = sizes["RssAnon"] + sizes["RssShmem"] + mapped
+    return taken
+
+
+def fit_params_command(model: Model) -> List[str]:
+    """Return the llama-fit-params beside the model's llama-server with those of the
+    model's options that it has, too; [] if there is none, or none that can print."""
+    try:
+        argv = model.command(table_of(model), "0")
+        server = find_program(argv[0], os.environ, model.settings.cwd or None)
+    except (ConfigError, LoadFailed):
+        return []
+    folders = {os.path.dirname(server), os.path.dirname(os.path.realpath(server))}
+    paths = [os.path.join(folder, "llama-fit-params") for folder in folders]
+    for path in filter(os.path.isfile, paths):
+        text = _output_of([path, "--help"], TOOL_TIMEOUT).decode("utf-8", "replace")
+        lines = filter(None, map(OPTION_LINE.match, text.splitlines()))
+        known = {name for line in lines for name in line[1].replace(",", "").split()}
+        if "-fitp" in known:
+            offline = ["--offline"] if "--offline" in known else []
+            options = _options_among(known, argv[1:], table_of(model))
+            return [path, *options, *offline, "-fitp", "on"]
+    return []
+
+
+def _options_among(known, words, table):
+    """Return those of the words that are options in `known`, with their values."""
+    chosen, values = [], 0
+    for word in words:
+        option = table.find(word.lstrip("-")) if word.startswith("-") else None
+        if values > 0:
+            values -= 1
+            chosen.append(word)
+        elif word in known:
+            chosen.append(word)
+            values = option.values if option else 0
+    return chosen
+
+
+def fit_params_estimate(model: Model) -> Dict[str, int]:
+    """Return the bytes of `vram` and `ram` that llama-fit-params prints for the model,
+    projector and draft model added; {} if it prints none. Takes 20 s at most."""
+    command = fit_params_command(model)
+    environment = clean_environment(model.environment("0"))
+    cwd = model.settings.cwd or None
+    output = _output_of(command, TOOL_TIMEOUT, environment, cwd) if command else b""
+    rows = re.findall(rb"^(\S+) (\d+) (\d+) (\d+) *$", output, re.MULTILINE)
+    amounts = collections.Counter()
+    for name, *megabytes in rows:
+        is_host = name.lower() == b"host"
+        amounts["ram" if is_host else "vram"] += sum(map(int, megabytes)) << 20
+    if "ram" not in amounts:
+        return {}
+    amounts["vram" if len(rows) > 1 else "ram"] += size_of_files(
+        model.command(table_of(model), "0"), cwd or "", COMPANION_OPTIONS
+    )
+    return {"vram": amounts["vram"], "ram": amounts["ram"]}
+
+
+class Need(NamedTuple):
+    """What one model needs, in bytes by resource, and where that is known from."""
+
+    amounts: Mapping[str, int]
+    source: str
+
+
+class Known(NamedTuple):
+    """What is known of one command: its last run's peak, margin included, and the
+    estimate before its first, of `source`. In bytes by resource."""
+
+    model: str = ""
+    measured: Mapping[str, int] = {}
+    estimated: Mapping[str, int] = {}
+    source: str = "not known yet"
+
+
+class Needs:
+    """What models need where that is not written. Any thread may call.
+
+    It is kept by command in `needs.json`, which other runs of llmswap may share:
+
+        {"version": 1, "needs": {"1f0c...": {"model": "coder", "measured": {"vram":
+         19541237760, "ram": 1288490188}, "estimated": {}, "source": "file sizes"}}}
+
+    `log(level, text)` must not block. Only `estimate` and `save` do.
+    """
+
+    def __init__(self, directory: str, log):
+        self._path = os.path.join(directory, "needs.json")
+        self._log = log
+        self._known = self._read()
+        self._changed = set()  # keys that are to be saved
+        self._estimating = collections.defaultdict(threading.Lock)  # by key
+        self._saving = threading.Lock()
+
+    def of(self, model: Model, budget: Mapping[str, int]) -> Need:
+        """Return what the model needs: all of the budget where nothing is known."""
+        if not model.has_auto_needs:
+            return Need(model.written_needs, "written")
+        known = self._known.get(_key_of(model), Known())
+        amounts = {**budget, **known.estimated, **known.measured}
+        is_measured = not known.measured.keys().isdisjoint(budget)
+        source = "measured" if is_measured else known.source
+        return Need({name: amounts[name] for name in budget}, source)
+
+    def estimate(self, model: Model, budget: Mapping[str, int]) -> bool:
+        """Estimate what the model needs if nothing is known; return whether it did.
+
+        It may take 20 s; who else asks for the same model meanwhile waits, too.
+        """
+        key = _key_of(model)
+        if not model.has_auto_needs or key in self._known:
+            return False
+        with self._estimating[key]:
+            if key in self._known:
+                return False
+            self._known[key] = self._estimated(model, budget)
+            return True
+
+    def _estimated(self, model, budget):
+        is_llama = model.kind == "llama-server"
+        amounts = fit_params_estimate(model) if is_llama else {}
+        if amounts:
+            if "vram" not in budget and not _gpu_tools():  # of one memory with the CPU
+                amounts = {"ram": amounts["ram"] + amounts["vram"]}
+            self._changed.add(_key_of(model))
+            return Known(model.name, {}, amounts, "llama-fit-params")
+        with contextlib.suppress(ConfigError):
+            words = model.command(table_of(model), "0")
+            size = int(size_of_files(words, model.settings.cwd or "") * FILES_MARGIN)
+            if size:
+                place, other = ("vram", "ram") if "vram" in budget else ("ram", "vram")
+                return Known(model.name, {}, {place: size, other: 0}, "file sizes")
+        return Known(model.name)
+
+    def learn(
+        self,
+        model: Model,
+        peak: Mapping[str, int],
+        budget: Mapping[str, int],
+        is_beside: bool,
+        is_over: bool,
+    ) -> bool:
+        """Take over the peak of a run; return whether that changes what is known.
+
+        Not what it took when it had to squeeze in, as llama-server does: clearly less
+        than it wants, loaded beside others, or though it wants more than there is.
+        Only a run that is over may lower what is known.
+        """
+        key = _key_of(model)
+        known = self._known.get(key, Known(model.name))
+        measured = dict(known.measured)
+        if not peak:
+            return False
+        for name, amount in peak.items():
+            estimate = known.estimated.get(name, 0)
+            is_short = known.source == "llama-fit-params" and (
+                estimate > budget.get(name, math.inf)
+            )
+            wanted = estimate if is_short else 0
+            if is_beside:
+                wanted = max(estimate, known.measured.get(name, 0) / PEAK_MARGIN)
+            need = int(amount * PEAK_MARGIN)
+            is_news = is_over or need > measured.get(name, -1)
+            if is_news and amount >= SQUEEZED * wanted:
+                measured[name] = need
+        return self._set(key, known._replace(measured=measured))
+
+    def raise_to(self, model: Model, amounts: Mapping[str, int]) -> bool:
+        """The model had no memory although this much was left for it, or nearly."""
+        key = _key_of(model)
+        known = self._known.get(key, Known(model.name))
+        estimated, measured = dict(known.estimated), dict(known.measured)
+        for name, amount in amounts.items():
+            estimated[name] = max(amount, estimated.get(name, 0))
+            if measured.get(name, 0) < amount:
+                measured.pop(name, None)
+        fresh = Known(model.name, measured, estimated, "out of memory")
+        return self._set(key, fresh)
+
+    def _set(self, key, known):
+        if known == self._known.get(key):
+            return False
+        self._known[key] = known
+        self._changed.add(key)
+        return True
+
+    def save(self):
+        """Write what has changed to the file."""
+        with self._saving:
+            changed, self._changed = self._changed, set()
+            if not changed:
+                return
+            rows = self._read()
+            for key in changed:
+                rows.pop(key, None)  # the last is the newest
+                rows[key] = self._known[key]
+            rows = [*rows.items()][-NEEDS_KEPT:]
+            needs = {key: known._asdict() for key, known in rows}
+            text = json.dumps({"version": 1, "needs": needs}, indent=1)
+            fresh = f"{self._path}.{os.getpid()}"
+            try:
+                os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
+                with open(fresh, "w", encoding="utf-8") as file:
+                    file.write(text)
+                os.replace(fresh, self._path)
+            except OSError as error:
+                self._log("warning", f"{self._path} could not be written: {error}")
+
+    def _read(self):
+        try:
+            with open(self._path, encoding="utf-8") as file:
+                held = json.load(file)
+            if held["version"] != 1:
+                raise ValueError(f"its version is {held['version']}")
+            rows = {key: Known(**row) for key, row in held["needs"].items()}
+            for row in rows.values():
+                amounts = [*row.measured.values(), *row.estimated.values()]
+                if not all(type(amount) is int and amount >= 0 for amount in amounts):
+                    raise ValueError("an amount is no number of bytes")
+            return rows
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            self._log("warning", f"{self._path} could not be read: {error}")
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            aside = f"{self._path}.broken"
+            self._log("warning", f"{self._path} is broken, moved to {aside}: {error}")
+            with contextlib.suppress(OSError):
+                os.replace(self._path, aside)
+        return {}
+
+
+def _key_of(model):
+    """Return what stands for the model's command in needs.json."""
+    return hashlib.sha256(repr((model.name, model.launch)).encode()).hexdigest()[:16]
+
+
+class MemoryMonitor:
+    """Measures what one run of a backend takes, on a thread of its own: once it is
+    loaded, and from then on once a minute.
+
+    `report(backend)` is called on that thread after each measurement, `peak` being the
+    highest amounts so far. `is_beside`: others were loaded while this one was.
+    """
+
+    def __init__(self, backend: Backend, report):
+        self.peak = {}
+        self.rounds = 0
+        self.is_beside = False
+        self._backend = backend
+        self._report = report
+        self._is_disturbed = False
+        self._loaded = threading.Event()
+        self._ended = threading.Event()
+
+    def start(self):
+        name = f"memory {self._backend.model.name}"
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def loaded(self):
+        """The backend is loaded: measure it."""
+        self._loaded.set()
+
+    def end(self):
+        """The backend is to stop, or has ended: what it takes tells nothing more."""
+        self._ended.set()
+        self._loaded.set()
+
+    def disturb(self):
+        """Another run began or ended: the GPU's memory in use tells nothing more."""
+        self._is_disturbed = True
+
+    def _run(self):
+        used_before = gpu_memory_used()
+        self._loaded.wait()
+        while not self._ended.is_set():
+            taken = memory_taken(
+                self._backend.processes(),
+                lambda: None if self._is_disturbed else used_before,
+            )
+            if self._ended.is_set() or not self._backend.processes():
+                break
+            for name, amount in taken.items():
+                self.peak[name] = max(amount, self.peak.get(name, 0))
+            self.rounds += 1
+            self._report(self._backend)
+            self._ended.wait(MEASURE_INTERVAL)
 
 
 # ==================================================================================
@@ -4270,7 +4827,8 @@ class ModelStatus(NamedTuple):
     the start). `progress` of a load goes from 0 to 1, if it is known. `failure` says
     why its last run failed, `stopped` why it was stopped, `unusable` what is wrong with
     it in the file. `shares` names the model whose backend it uses, and whose state it
-    has. `entry` is that of its own /v1/models.
+    has. `entry` is that of its own /v1/models. `needs`, by resource of the budget, are
+    known from `needs_source`; it `holds` what counts now, as far as it runs.
     """
 
     id: str
@@ -4294,6 +4852,9 @@ class ModelStatus(NamedTuple):
     pid: Optional[int] = None
     port: Optional[int] = None
     entry: Mapping[str, object] = {}
+    needs: Mapping[str, int] = {}
+    needs_source: Optional[str] = None
+    holds: Mapping[str, int] = {}
 
 
 class Pool:
@@ -4310,7 +4871,6 @@ class Pool:
         self._clock = clock
         self._guard = Guard()
         self._make_backend = make_backend or self._backend_of_kind
-        self._scheduler = Scheduler(limits_of(config), specs_of(config))
         self._backends = {}
         self._feeds = {}
         self._meters = Metrics()
@@ -4322,6 +4882,11 @@ class Pool:
         self._changed = threading.Condition(self._lock)  # a new revision
         self._loading = threading.Condition(self._lock)  # a load began
         self._next_deadline = self._timer_at = math.inf
+        self._needs = Needs(config.settings.state_dir, log)
+        self._machine_budget = None  # found out when a configuration says auto
+        self._budget = self._find_budget(config)
+        limits = limits_of(config, self._budget)
+        self._scheduler = Scheduler(limits, self._specs_of(config))
         self._is_closed = False
         self._adoption = None
         self._quiet_since = self._used_at = clock()
@@ -4375,6 +4940,9 @@ class Pool:
                 self._log("info", f"{name}: {unit} runs already")
                 backend = self._new_backend(name)
                 backend.run_number = self._scheduler.adopted(name, self._clock())
+                if backend.monitor:
+                    backend.monitor.disturb()  # its memory is in use already
+                    backend.monitor.start()
                 backend.adopt()
             self._schedule()
 
@@ -4424,6 +4992,7 @@ class Pool:
                 if scheduled is not None and not scheduled.is_held:
                     scheduled.last_failure = problem.with_traceback(None)
             raise
+        self._estimate(self.config.owner_of(model))
 
     def _submit(self, name, preemptible=False, manual=False):
         """Queue a ticket; its `waiter` is a future of the backend."""
@@ -4485,6 +5054,7 @@ class Pool:
 
     def reload(self, config: Config):
         """Take over a configuration: see Scheduler.configure."""
+        budget = self._find_budget(config)
         with self._lock:
             changed = [
                 name
@@ -4492,10 +5062,9 @@ class Pool:
                 if name in self.config.models
                 and model.launch != self.config.models[name].launch
             ]
-            self.config = config
-            self._scheduler.configure(
-                limits_of(config), specs_of(config), changed, _removed
-            )
+            self.config, self._budget = config, budget
+            limits, specs = limits_of(config, budget), self._specs_of(config)
+            self._scheduler.configure(limits, specs, changed, _removed)
             for model in config.models.values():
                 if model.problem:
                     reason = ModelMisconfigured(model.problem)
@@ -4507,7 +5076,102 @@ class Pool:
         self._adopt_units()
         self.events.publish({"model": "*", "event": "models_reload"})
 
+    # -- memory ----------------------------------------------------------------------
+
+    def _find_budget(self, config):
+        """Return the budget with figures for `auto`; None where one is not told.
+
+        Not called with the lock held: it asks the vendor's tool, once. What it tells
+        later is no use: our own models hold memory then.
+        """
+        written = config.settings.budget
+        if None not in written.values():
+            return written
+        if self._machine_budget is None:
+            own = functools.partial(self._own_processes, config)
+            self._machine_budget = machine_budget(own)
+        budget = with_machine_budget(written, self._machine_budget)
+        self._log("info", f"budget: {resources_text(known_sizes(budget))}")
+        if None in budget.values():
+            why = "the vendor's tool does not tell how much memory the GPU has"
+            self._log("warning", f"{why}: one model is loaded at a time")
+        return budget
+
+    def _own_processes(self, config):
+        """Return the processes of what we run, and of units that we are to adopt."""
+        with self._lock:
+            backends = list(self._backends.values())
+        pids = {pid for backend in backends for pid in backend.processes()}
+        for model in config.models.values():
+            if model.kind == "unit":
+                pids |= unit_processes(Service(model.settings.unit).name)
+        return pids
+
+    def _specs_of(self, config):
+        budget = self.budget()
+        known = {
+            name: self._needs.of(model, budget).amounts
+            for name, model in config.models.items()
+        }
+        return specs_of(config, counted_needs(config, budget, known))
+
+    def _count_needs(self):
+        """Have the scheduler count what is known by now. The lock is held."""
+        for name, spec in self._specs_of(self.config).items():
+            if self.config.models[name].has_auto_needs:
+                self._scheduler.learn(name, spec.needs)
+        self._schedule()
+
+    def _estimate(self, model):
+        """Estimate the needs of a model of which nothing is known; takes seconds."""
+        if self._needs.estimate(model, self.budget()):
+            with self._lock:
+                self._count_needs()
+            self._needs.save()
+
+    def _monitor_of(self, backend):
+        """Return what measures the backend; None if its needs are written."""
+        if not backend.model.has_auto_needs:
+            return None
+        monitor = MemoryMonitor(backend, self._on_measured)
+        monitor.is_beside = len(self._scheduler.held) > 1
+        return monitor
+
+    def _disturb_monitors(self, backend):
+        for other in self._backends.values():
+            if other is not backend and other.monitor:
+                other.monitor.disturb()
+
+    def _on_measured(self, backend, is_over=False):
+        """A monitor has measured, or ends: take over what it found."""
+        monitor, budget = backend.monitor, self.budget()
+        is_over = is_over and monitor.rounds > 1  # else its peak may have been missed
+        if self._needs.learn(
+            backend.model, monitor.peak, budget, monitor.is_beside, is_over
+        ):
+            with self._lock:
+                self._count_needs()
+            self._needs.save()
+
+    def _raise_needs(self, name, victim):
+        """Have a model that had no memory beside `victim` need so much that it will not
+        be loaded beside it again. The lock is held."""
+        held = self._scheduler.held
+        others = [held[other].usage() for other in held if other not in (name, victim)]
+        amounts = {}
+        for each, size in self.budget().items():
+            used = sum(usage.needs.get(each, 0) for usage in others)
+            if held[victim].usage().needs.get(each):
+                amounts[each] = size - used
+        model = self.config.models.get(name)
+        if model and model.has_auto_needs and self._needs.raise_to(model, amounts):
+            self._count_needs()
+
     # -- status ----------------------------------------------------------------------
+
+    def budget(self) -> Dict[str, int]:
+        """Return the bytes of each resource of the budget that are known."""
+        return known_sizes(self._budget)
 
     def state_of(self, model: Model) -> State:
         """Return what the backend of the model is doing."""
@@ -4571,7 +5235,20 @@ class Pool:
             pid=getattr(backend, "pid", None),
             port=getattr(backend, "port", None),
             entry=getattr(backend, "entry", {}),
+            **self._needs_status(scheduled),
         )
+
+    def _needs_status(self, scheduled):
+        owner, budget = self.config.models.get(scheduled.name), self.budget()
+        if not budget or owner is None or owner.kind == "remote":
+            return {}
+        need = self._needs.of(owner, budget)
+        held = scheduled.usage().needs if scheduled.is_held else {}
+        return {
+            "needs": need.amounts,
+            "needs_source": need.source if need.amounts else None,
+            "holds": {name: held[name] for name in budget if name in held},
+        }
 
     def feed_of(self, name: str) -> Broadcast:
         """Return the output of the model's backends, of this one and earlier ones."""
@@ -4687,11 +5364,15 @@ class Pool:
             backend = self._backends[name]
             backend.started_at = time.monotonic()
             self._begin_progress(backend)
+            self._disturb_monitors(backend)
             backend.wake()
             return False
         try:
             backend = self._new_backend(name)
             backend.run_number = decision.run
+            self._disturb_monitors(backend)
+            if backend.monitor:
+                backend.monitor.start()
             backend.start()
         except (OSError, RuntimeError) as error:  # no descriptor or no thread is left
             problem = LoadFailed(f"{name} could not be started: {error}")
@@ -4707,6 +5388,7 @@ class Pool:
         backend.on_line = functools.partial(self._on_line, name)
         backend.stop_requested_at = None  # or put to sleep
         self._backends[name] = backend
+        backend.monitor = self._monitor_of(backend)
         self._begin_progress(backend)
         return backend
 
@@ -4729,6 +5411,9 @@ class Pool:
         self._log("info", f"{name}: {action} ({reason})")
         backend = self._backends[name]
         backend.stop_requested_at = time.monotonic()
+        self._disturb_monitors(backend)
+        if backend.monitor and not decision.to_sleep:
+            backend.monitor.end()
         if decision.to_sleep:
             backend.sleep()
         else:
@@ -4789,6 +5474,9 @@ class Pool:
             seconds = time.monotonic() - backend.started_at
             self._scheduler.loaded(name, backend.run_number, now)
             self._meters.count_load(name, seconds)
+            if backend.monitor:
+                backend.monitor.is_beside |= len(self._scheduler.held) > 1
+                backend.monitor.loaded()
             self._schedule()
         self._log("info", f"{name}: loaded in {seconds:.2f} s ({backend.where})")
         self._publish(name, "loaded")
@@ -4803,6 +5491,8 @@ class Pool:
         self._publish(name, "sleeping")
 
     def _on_dying(self, backend):
+        if backend.monitor:
+            backend.monitor.end()
         with self._lock:
             name, now = backend.model.name, self._clock()
             self._scheduler.crashed(name, backend.run_number, now)
@@ -4813,18 +5503,27 @@ class Pool:
             self._log_end(backend, "unloaded")
         with self._lock:
             self._record_exit(backend.model.name, backend.run_number, problem)
+            self._disturb_monitors(backend)
             self._schedule()
             self._ended.notify_all()
+        if backend.monitor:
+            self._on_measured(backend, is_over=True)
+            self._needs.save()
 
     def _record_exit(self, name, run, problem):
         """A backend is gone, or could not be started. The lock is held."""
-        self._backends.pop(name, None)
+        backend = self._backends.pop(name, None)
+        if backend and backend.monitor:
+            backend.monitor.end()
         if problem is not None:
             scheduled = self._scheduler.models[name]
             text = _failure_text(problem, scheduled.last_failure)
             self._log("error", text if text.startswith(name) else f"{name}: {text}")
             self._meters.count_failure(name, scheduled.state.value)
-        self._scheduler.exited(name, run, self._clock(), problem)
+        victim = self._scheduler.exited(name, run, self._clock(), problem)
+        if victim is not None:
+            self._log("info", f"{name}: loaded once more, after {victim} has gone")
+            self._raise_needs(name, victim)
         self._publish(name, "unloaded", exit_code=exit_code_of(problem))
 
     def _log_end(self, backend, state):
@@ -4935,14 +5634,15 @@ def _removed(name):
     return ModelNotFound(f"the model {name!r} is no longer in the configuration")
 
 
-def limits_of(config: Config) -> Limits:
-    """Return what the configuration lets be loaded together."""
+def limits_of(config: Config, budget: Mapping[str, Optional[int]]) -> Limits:
+    """Return what the configuration lets be loaded together; `budget` is its budget
+    with figures, None where one could not be found."""
     settings = config.settings
     models = config.models.values()
     addresses = {url: 1 for model in models for url in address_of(model)}
     return Limits(
-        models_max=settings.models_max,
-        budget={**settings.budget, **addresses},
+        models_max=settings.models_max or int(None in budget.values()),
+        budget={**known_sizes(budget), **addresses},
         sets=tuple(settings.sets),
         patience=settings.patience,
         queue_max=settings.queue_max,
@@ -4950,14 +5650,47 @@ def limits_of(config: Config) -> Limits:
     )
 
 
-def specs_of(config: Config) -> Dict[str, ModelSpec]:
+def counted_needs(
+    config: Config, budget: Mapping[str, int], known: Mapping[str, Mapping[str, int]]
+) -> Dict[str, Mapping[str, int]]:
+    """Return what each model counts for: `known`, but what is not written is cut down
+    to what the budget leaves beside all pinned ones, so that each can be loaded.
+
+    Of the pinned ones themselves, so much that the largest other fits beside them.
+    """
+    models = [
+        each
+        for each in config.models.values()
+        if each.backend == each.name and not each.problem
+    ]
+    counted = {name: dict(amounts) for name, amounts in known.items()}
+    for name, size in budget.items():
+        pins = [each for each in models if each.settings.pin]
+        written = {each.name: each.written_needs.get(name, 0) for each in models}
+        others = [written[each.name] for each in models if not each.settings.pin]
+        left = size - sum(written[pin.name] for pin in pins)
+        spare = left - max([1, *others])
+        for pin in pins:
+            if pin.has_auto_needs:
+                counted[pin.name][name] = max(0, min(counted[pin.name][name], spare))
+                spare -= counted[pin.name][name]
+                left -= counted[pin.name][name]
+        for model in models:
+            if model.has_auto_needs and not model.settings.pin:
+                counted[model.name][name] = min(counted[model.name][name], left)
+    return counted
+
+
+def specs_of(
+    config: Config, needs: Mapping[str, Mapping[str, int]]
+) -> Dict[str, ModelSpec]:
     """Return what scheduling must know of each model that has a backend of its own."""
     specs = {}
     for name, model in config.models.items():
         settings, address = model.settings, address_of(model)
         if model.backend == name:
             specs[name] = ModelSpec(
-                needs={**settings.needs, **address},
+                needs={**needs[name], **address},
                 sleep_needs={**settings.sleep_needs, **address},
                 takes_place=model.kind != "remote",
                 is_pinned=settings.pin,
@@ -6689,12 +7422,13 @@ class StatusReport(NamedTuple):
     born: float
     models: Sequence[ModelStatus]
     meters: Metrics
+    budget: Mapping[str, int] = {}
 
 
 def snapshot(report: StatusReport) -> dict:
     """Return what the page shows, ready for JSON.
 
-        {"version": "1.0", "born": 1750000000.0,
+        {"version": "1.0", "born": 1750000000.0, "budget": {"vram": 25232932864},
          "totals": {"models": 3, "loaded": 1, "running": 2, "waiting": 1,
                     "rss": 5368709120, "vram": null},
          "models": [{"id": "coder", ...most fields of ModelStatus...}, ...]}
@@ -6711,7 +7445,13 @@ def snapshot(report: StatusReport) -> dict:
         "vram": _total(model.vram for model in own),
     }
     models = [_as_shown(model) for model in report.models]
-    return dict(version=report.version, born=report.born, totals=totals, models=models)
+    return dict(
+        version=report.version,
+        born=report.born,
+        budget=report.budget,
+        totals=totals,
+        models=models,
+    )
 
 
 def _as_shown(model):
@@ -6857,6 +7597,14 @@ def _model_metrics(report):
         ("", {"model": model.id, "state": state.value}, int(model.state == state.value))
         for model in own
         for state in State
+    ]
+    yield "gauge", "llmswap_budget_bytes", "What there is of a resource.", [
+        ("", {"resource": name}, size) for name, size in report.budget.items()
+    ]
+    yield "gauge", "llmswap_model_needs_bytes", "What a model needs of a resource.", [
+        ("", {"model": model.id, "resource": name}, size)
+        for model in own
+        for name, size in model.needs.items()
     ]
     counts = collections.defaultdict(list)
     for (source, *labels), value in sorted(report.meters.counts.items(), key=repr):
@@ -8026,7 +8774,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _status_report(self):
         models = self.pool.statuses(with_memory=True)
-        return StatusReport(VERSION, self.server.born, models, self.pool.meters())
+        meters, budget = self.pool.meters(), self.pool.budget()
+        return StatusReport(VERSION, self.server.born, models, meters, budget)
 
     def get_health(self):
         self._send_json({"status": "ok", "server": "llmswap", **self.pool.counts()})
@@ -8066,6 +8815,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "aliases": list(model.aliases),
             "status": shown,
         }
+        if status.needs:
+            entry["needs"] = {**status.needs, "source": status.needs_source}
         if model.settings.description:
             entry["description"] = model.settings.description
         return {"meta": {}, **status.entry, **entry}
@@ -9131,6 +9882,11 @@ def missing_programs(model: Model) -> Optional[str]:
 def check(config: Config) -> int:
     """Print each model with its command or its error; return the exit status."""
     models, unusable = list(config.models.values()), []
+    log = lambda level, text: print(printable(text))  # noqa: E731
+    needs, budget = Needs(config.settings.state_dir, log), config.settings.budget
+    if None in budget.values():
+        budget = known_sizes(with_machine_budget(budget, machine_budget(set)))
+        print(f"budget {resources_text(budget)}", end="\n\n")
     for model in models:
         aliases = f" ({', '.join(model.aliases)})" if model.aliases else ""
         lines = [f"{model.name}{aliases}: {model.kind}".replace("\n", "\\n")]
@@ -9140,6 +9896,9 @@ def check(config: Config) -> int:
             lines.append(_command_line(model))
             missing = missing_programs(model)
             lines += [f"cannot start now: {missing}"] if missing else []
+            if model.has_auto_needs:
+                needs.estimate(model, budget)
+                lines.append(_needs_line(needs.of(model, budget)))
         except ConfigError as error:
             lines.append(f"error: {error}")
             unusable.append(model.name)
@@ -9156,6 +9915,12 @@ def check(config: Config) -> int:
     else:
         print("no errors")
     return 2 if unusable else 0
+
+
+def _needs_line(need):
+    if need.source == Known().source:
+        return "needs not known yet: it is loaded alone the first time"
+    return f"needs {resources_text(need.amounts)} ({need.source})"
 
 
 def _command_line(model):
