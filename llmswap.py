@@ -1896,8 +1896,9 @@ class Scheduler:
 
     def _room_for_retry(self, model, failure):
         """The model that is to go before this one is loaded again; None: it is not."""
-        is_retry = model.room_from is not None
-        if is_retry or not failure.is_out_of_memory or not model.waiting:
+        is_first_try = model.room_from is None
+        is_of_use = failure.is_out_of_memory and model.needs_room and model.waiting
+        if not (is_first_try and is_of_use):
             return None
         others = [
             each
@@ -2152,7 +2153,11 @@ class Scheduler:
         return False
 
     def _awaits_retry(self, ticket):
-        """Whether its model, which had no memory beside another, waits for its end."""
+        """Whether its model, which had no memory beside another, waits for its end, or
+        is that other and waits until the load is over."""
+        for model in self.held.values():
+            if model.room_from is ticket.model and model.state is State.LOADING:
+                return True
         victim = ticket.model.room_from
         if victim is None or victim.state in (State.UNLOADED, State.SLEEPING):
             return False

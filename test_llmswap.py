@@ -1934,6 +1934,85 @@ A model in no set is loaded alone
     9    ask x           -> evicted a for x
     10   exited a        -> start x
 
+A load that fails for memory makes room and is tried once more
+    a b c | models_max=3
+    0    serve a 1
+    2    serve b 3
+    4    ask c           -> start c
+    5    starved c       -> evicted a for c
+    6    exited a        -> start c
+    7    loaded c        -> grant 3
+
+The second failure for memory is told as any other, and a later load has its own try
+    a b c | models_max=3
+    0    serve a 1
+    2    serve b 3
+    4    ask c           -> start c
+    5    starved c       -> evicted a for c
+    6    exited a        -> start c
+    7    starved c       -> refuse 3: model_start_failed
+    8    ask c           -> start c
+    9    starved c       -> evicted b for c
+
+A busy model ends its requests before it makes room for the second try
+    a b | models_max=2
+    0    busy a
+    2    ask b           -> start b
+    3    starved b
+    3    ask a
+    4    end 1           -> evicted a for b
+    5    exited a        -> start b
+    6    loaded b        -> grant 2, start a
+
+A load that fails for memory beside pinned models only is not tried again
+    a(is_pinned=1) b | models_max=2
+    0    serve a 1
+    2    ask b           -> start b
+    3    starved b       -> refuse 2: model_start_failed
+
+A model that nobody waits for any more is not tried again, and the victim serves on
+    a b | models_max=2
+    0    busy a
+    2    ask b           -> start b
+    3    starved b
+    4    ask a
+    5    end 2           -> grant 3
+    6    ask b           -> start b
+
+A model that falls asleep has made room for the second try
+    a(can_sleep=1) b | models_max=2
+    0    serve a 1
+    2    ask b           -> start b
+    3    starved b       -> sleep a for b
+    4    slept a         -> start b
+
+A running model found to be smaller makes room at once
+    a(needs=8) b(needs=4) | models_max=0 budget=8
+    0    busy a
+    1    ask b           ; next 2
+    1.1  learn a 4       -> start b
+
+A running model found to be larger counts for more as far as there is room
+    a(needs=2) b(needs=4) c(needs=3) | models_max=0 budget=8
+    0    serve a 1
+    1    serve b 2
+    3    learn a 5
+    3    needs a 4
+    9    unload b        -> unload b
+    9    exited b
+    9    needs a 5
+    9    ask c           -> start c
+
+A model found to be larger counts for all of it in its next run
+    a(needs=2) b(needs=6) | models_max=0 budget=8
+    0    serve a 1
+    1    serve b 2
+    3    learn a 5
+    3    needs a 2
+    4    exited a
+    4    needs a 5
+    4    ask a           -> evicted b for a
+
 A model counts until its process is gone
     a b
     0    serve a 1
@@ -2591,6 +2670,15 @@ class Story:
         run = self.core.models[name].run
         self.core.exited(name, run, now, failure and BROKEN)
 
+    def _starved(self, now, name):
+        self.core.exited(name, self.core.models[name].run, now, STARVED)
+
+    def _learn(self, now, name, amount):
+        self.core.learn(name, {"vram": int(amount)})
+
+    def _needs(self, now, name, amount):
+        assert self.core.models[name].usage().needs == {"vram": int(amount)}
+
     def _old(self, now, event, name):
         old, new = self.runs[name]
         assert old < new
@@ -2663,7 +2751,8 @@ def in_words(decision):
     return f"{'sleep' if decision.to_sleep else decision.cause} {decision.name}{aim}"
 
 
-BROKEN = llmswap.LoadFailed("exit status 1: out of memory")
+BROKEN = llmswap.LoadFailed("exit status 1: a file is broken")
+STARVED = llmswap.LoadFailed("exit status 1: out of memory", is_out_of_memory=True)
 
 
 @pytest.mark.parametrize("story", STORIES.strip().split("\n\n"))
@@ -2788,10 +2877,13 @@ class World:
             self.scheduler.slept(backend.name, backend.run, self.now)
 
     def end(self, backend, orders, failure=None):
-        """The backend's process is gone, unless it had another order meanwhile."""
+        """The backend's process is gone, unless it had another order meanwhile.
+
+        Return the model that is to make room for another try, if there is one.
+        """
         if backend.orders == orders and self.backends.get(backend.name) is backend:
             del self.backends[backend.name]
-            self.scheduler.exited(backend.name, backend.run, self.now, failure)
+            return self.scheduler.exited(backend.name, backend.run, self.now, failure)
 
 
 class SimulatedBackend:
@@ -3000,6 +3092,7 @@ class Walk:
         self.newest = collections.defaultdict(int)  # name -> run
         self.failures = collections.Counter()
         self.retry_at = {}
+        self.room_from = {}  # name -> the SimulatedBackend that goes for its second try
         self.is_closed = False
         self.story = collections.deque(maxlen=60)
 
@@ -3076,6 +3169,11 @@ class Walk:
         self.core.finish(ticket, self.world.now)
         for where in (self.waiting, self.leases, self.bounds):
             where.pop(ticket.number, None)
+        self._forget_retry(ticket.model.name)
+
+    def _forget_retry(self, name):
+        if not self._waiting_for(name):
+            self.room_from.pop(name, None)
 
     def _release(self, number):
         if number in self.leases:
@@ -3087,13 +3185,47 @@ class Walk:
         """A backend ends by itself, in whatever state it is."""
         if self.world.backends:
             backend = self.rng.choice(list(self.world.backends.values()))
-            self._end(backend, self.rng.choice((None, BROKEN)))
+            self._end(backend, self.rng.choice((None, BROKEN, STARVED)))
 
     def _end(self, backend, failure):
         self._note(f"crash {backend.name} while {backend.phase}: {failure}")
-        self._learn_of_end(backend)
         backend.orders += 1
-        self.world.end(backend, backend.orders, failure)
+        victim = self.world.end(backend, backend.orders, failure)
+        if victim is None:
+            self._learn_of_end(backend)
+            self.room_from.pop(backend.name, None)
+        else:
+            self._judge_retry(backend, failure, victim)
+
+    def _judge_retry(self, backend, failure, victim):
+        """A load that failed for memory beside others is tried a second time."""
+        name = backend.name
+        self.expect(failure is STARVED, "tried again, but memory was not short")
+        self.expect(backend.phase == "loading", "tried again, but it was loaded")
+        self.expect(self._waiting_for(name), "tried again for nobody")
+        self.expect(name not in self.room_from, "tried a third time")
+        self.expect(not self.specs[victim].is_pinned, "a pinned one is to make room")
+        self.room_from[name] = self.world.backends[victim]
+
+    def _learn(self):
+        """A model is found to need more or less than it was taken to need."""
+        name = self.rng.choice(sorted(self.specs) or [None])
+        if name:
+            spec, budget = self.specs[name], self.core.limits.budget
+            needs = {
+                each: self.rng.randint(spec.sleep_needs[each], max(budget[each], least))
+                for each, least in spec.sleep_needs.items() if each in budget
+            }  # fmt: skip
+            self._learn_needs(name, needs)
+
+    def _learn_needs(self, name, needs):
+        """It is told only what fits beside all pinned ones: the Pool sees to that."""
+        specs = {**self.specs, name: self.specs[name]._replace(needs=needs)}
+        if usable(self.core.limits, specs) == specs:
+            self._note(f"learn {name} {needs}")
+            self.specs = specs
+            self.core.learn(name, needs)
+            self._bound_all()
 
     def _learn_of_end(self, backend):
         if backend.phase == "up":
@@ -3225,7 +3357,7 @@ class Walk:
     _calm_events = [_submit] * 4 + [_withdraw] + [_pass_time] * 4
     _events = _calm_events * 3 + [
         _crash, _crash, _doze, _late_news, _find, _unload, _keep_alive, _keep_alive,
-        _configure, _close, _stop_all,
+        _configure, _close, _stop_all, _learn, _learn,
     ]  # fmt: skip
 
     # the judge
@@ -3234,6 +3366,8 @@ class Walk:
         for backend in self.world.backends.values():
             if backend.phase == "up":
                 self._forgive(backend.name)
+                self.room_from.pop(backend.name, None)
+        self._judge_needs()
         decisions = self.world.turn()
         self._judge_starts([d for d in decisions if isinstance(d, llmswap.Start)])
         self._judge_counters()
@@ -3294,6 +3428,7 @@ class Walk:
         ticket = self.waiting.pop(decision.ticket.number, None)
         if ticket is None:
             return  # refused at once, and withdrawn before anybody was told
+        self._forget_retry(ticket.model.name)
         bound = self.bounds.pop(ticket.number, math.inf)
         self.expect(self.world.now <= bound + 1e-6, f"{ticket} waited beyond {bound}")
         if isinstance(decision, llmswap.Grant):
@@ -3306,6 +3441,15 @@ class Walk:
 
     def _judge_start(self, start):
         name, backend = start.name, self.world.backends.get(start.name)
+        victim = self.room_from.get(name)
+        is_in_the_way = (
+            victim is not None
+            and self.world.backends.get(victim.name) is victim
+            and victim.phase != "asleep"
+            and not self._is_fixed(victim)
+            and not self._waiting_for(victim.name)
+        )
+        self.expect(not is_in_the_way, "tried again before there was more room")
         self.expect(self._waiting_for(name), "started for nobody")
         self.expect(not self.is_closed, "started although closed")
         self.expect(
@@ -3409,6 +3553,20 @@ class Walk:
             self.expect(may_go, "an older one waited")
             is_reserved = waiter.arrived <= backend.ready_at and not backend.has_served
             self.expect(not is_reserved, "evicted before it served")
+
+    def _judge_needs(self):
+        """What runs counts for more only as far as that breaks no limit."""
+        grown = set()
+        for name, hold in self.holds.items():
+            if name in self.world.backends:
+                counted = self.core.models[name].spec.needs
+                self.holds[name] = hold._replace(needs=counted)
+                grown |= {r for r in counted if counted[r] > hold.needs.get(r, 0)}
+        held = [self._held_by(backend) for backend in self.world.backends.values()]
+        for each in grown & self.core.limits.budget.keys():
+            total = sum(usage.needs.get(each, 0) for usage in held)
+            is_within = total <= self.core.limits.budget[each]
+            self.expect(is_within, f"more {each} counts than there is")
 
     def _judge_counters(self):
         for name, model in self.core.models.items():
@@ -13878,6 +14036,15 @@ SMALL_WORLDS = {
     "sleep": SmallWorld(
         dict(models_max=0, budget={"vram": 3}), a=CAN_SLEEP, b=CAN_SLEEP, c=CAN_SLEEP,
     ),
+    "learning": SmallWorld(
+        dict(models_max=0, budget={"vram": 3}), a=HALF, b=HALF, faults="learn crash",
+        c=dict(needs={"vram": 1}),
+    ),
+    "starving": SmallWorld(dict(models_max=2), faults="starve"),
+    "starving asleep": SmallWorld(
+        dict(models_max=0, budget={"vram": 4}), a=CAN_SLEEP, b=CAN_SLEEP, c=CAN_SLEEP,
+        faults="starve",
+    ),
     "self-sleep": SmallWorld(dict(models_max=2), faults="doze doze_late"),
     "preemptible": SmallWorld(kinds=({}, dict(preemptible=True)), faults="unload"),
     "manual": SmallWorld(
@@ -13951,6 +14118,7 @@ class Explored(Walk):
         phases = {
             "crash": ("loading", "up", "asleep", "falling asleep", "ending"),
             "fail": ("loading",),
+            "starve": ("loading",),
             "doze": ("up", "asleep"),
             "doze_late": ("ending",),
         }.get(fault)
@@ -13961,6 +14129,7 @@ class Explored(Walk):
                 for name in self.specs
                 if not (models[name].is_held or models[name].waiting)
             ],
+            "learn": [(name, amount) for name in self.specs for amount in (1, 3)],
             "reload": range(len(self.small.reloads)),
             "close": [] if self.is_closed else [None],
             "stop_all": [None] if self.is_closed else [],
@@ -14011,6 +14180,13 @@ class Explored(Walk):
         self.failures[name] += 3
         self.core.models[name].failures += 3
         self._end(backend, BROKEN)
+
+    def _do_starve(self, name, backend):
+        self._end(backend, STARVED)
+
+    def _do_learn(self, target, _):
+        name, amount = target
+        self._learn_needs(name, {"vram": amount})
 
     def _do_doze(self, name, backend):
         is_up = backend.phase == "up"
@@ -14067,6 +14243,7 @@ class Explored(Walk):
             model.name, model.state.value, model.changed_at is None, model.in_flight,
             model.preemptible, model.failures, ahead(model.retry_at, now),
             repr(model.spec), model.evicted_for and model.evicted_for.name,
+            repr(model.learned_needs), model.room_from and model.room_from.name,
             model.load_seconds, model.stop_seconds,
             sorted(min(round(pause, 6), 8.0) for pause in model.pauses),
             None if model.pause_began is None else age(model.pause_began, now),
