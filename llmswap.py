@@ -4312,7 +4312,7 @@ class GPUSize(NamedTuple):
 
 
 def gpu_sizes() -> List[GPUSize]:
-    """Return the sizes of all GPUs that a vendor's tool shows. Takes seconds at most."""
+    """Return the sizes of all GPUs that a vendor's tool shows. Takes 10 s at most."""
     sizes = []
     for command, row, unit in _GPU_SIZE_TOOLS:
         output = _output_of(command, TOOL_TIMEOUT).replace(b"\r", b"")
@@ -7720,6 +7720,18 @@ h2 span { font-weight: 400; margin-left: 4px; }
 #none { padding: 72px 24px; text-align: center; color: var(--soft); }
 #none b { display: block; font-size: 17px; margin-bottom: 6px; }
 
+/* What of the budget is held, and by which models */
+#budget p { margin: 0 0 4px 2px; color: var(--soft); font-size: 13px; }
+.bar {
+  display: flex; margin-bottom: 18px; overflow: hidden; font-size: 13px;
+  background: var(--sheet); border: 1px solid var(--line); border-radius: 8px;
+}
+.bar span {
+  min-width: 0; padding: 2px 0 2px 8px; overflow: hidden; white-space: nowrap;
+  text-overflow: ellipsis; border-left: 3px solid var(--loaded);
+}
+.bar span:last-child { color: var(--soft); border-color: transparent; }
+
 /* One model */
 .model {
   --tone: var(--soft); padding: 13px 14px 14px 18px;
@@ -8003,6 +8015,7 @@ function paint() {
   const ids = new Set(models.map(({id}) => id));
   for (const [id, row] of rows) if (!ids.has(id)) row.remove(), rows.delete(id);
   for (const model of models) paintModel(model, age);
+  paintBudget(snapshot);
   for (const name of ["held", "broken", "rest"]) paintGroup(name);
   if (focused !== document.activeElement) focused.focus({preventScroll: true});
   show($("none"), !models.length);
@@ -8036,6 +8049,32 @@ function paintTotals({loaded, models, running, waiting, rss, vram}) {
   const isLoaded = ({state, shares}) => state === "loaded" && !shares;
   const names = snapshot.models.filter(isLoaded).map(({id}) => id);
   document.title = join([...names, "llmswap"]);
+}
+
+function paintBudget({budget, models}) {
+  const own = models.filter(({shares}) => !shares);
+  const bars = Object.entries(budget).map(([name, size]) => {
+    const held = own.filter(({holds}) => holds[name]);
+    const parts = held.map(({id, holds}) => ({text: id, amount: holds[name]}));
+    const free = parts.reduce((left, {amount}) => left - amount, size);
+    return {name, size, parts: [...parts, {text: "free", amount: Math.max(0, free)}]};
+  });
+  const content = JSON.stringify(bars), div = $("budget");
+  if (div.dataset.content !== content) div.replaceChildren(...bars.flatMap(makeBar));
+  div.dataset.content = content;
+}
+
+function makeBar({name, size, parts}) {
+  const head = document.createElement("p"), bar = document.createElement("div");
+  head.textContent = `${name} ${bytes(size)}`;
+  bar.className = "bar";
+  bar.append(...parts.map(({text, amount}) => {
+    const part = document.createElement("span");
+    part.style.flex = `${amount} 1 0`;
+    part.textContent = part.title = amount ? `${text} ${bytes(amount)}` : "";
+    return part;
+  }));
+  return [head, bar];
 }
 
 function makeRow(id) {
@@ -8319,6 +8358,7 @@ STATUS_PAGE = """<!doctype html>
 </header>
 <div class="columns">
   <main>
+    <div id="budget"></div>
     <section class="held" hidden><h2>In memory <span></span></h2><ul></ul></section>
     <section class="broken" hidden>
       <h2>Needs attention <span></span></h2><ul></ul></section>

@@ -13325,6 +13325,21 @@ def test_needs_and_budget_are_shown(tmp_path):
         assert re.search(r"^budget vram \S+G, ram \S+G$", told, re.M)
 
 
+@in_browser
+def test_the_page_shows_what_holds_the_budget_and_what_is_free(tmp_path, browser):
+    with auto_server(tmp_path) as server:
+        measured_chat(server, "small")
+        browser.look(390, "dark")
+        browser.open(server.url)
+        browser.until(shown("$('budget')", "vram 23.5 GiB"))
+        browser.until(shown("$('budget')", "small 6.3 GiB"))
+        parts = "$('budget').querySelector('.bar').children"
+        assert browser.value(f"{parts}[1].innerText") == "free 17.2 GiB"
+        wide = browser.value(f"{parts}[1].offsetWidth / {parts}[0].offsetWidth")
+        assert 2 < wide < 3.5
+        assert browser.complaints == []
+
+
 def test_a_reload_keeps_the_budget_found_at_the_start(tmp_path):
     with auto_server(tmp_path) as server:
         measured_chat(server, "small")
