@@ -13128,7 +13128,7 @@ cmd = FAKE --model middle
 [large]
 cmd = FAKE --model large
 """
-NVIDIA_SMI = """\
+GPU_SCRIPT = """\
 #!PYTHON -IS
 import os, sys
 sizes = {"small": 6, "middle": 8, "large": 14}
@@ -13159,7 +13159,7 @@ def auto_server(tmp_path, text=AUTO_FILE, **constants):
         pass  # only to have a folder
     server.folder.mkdir()
     tool = tmp_path / "nvidia-smi"
-    script = NVIDIA_SMI.replace("FOLDER", str(server.folder))
+    script = GPU_SCRIPT.replace("FOLDER", str(server.folder))
     tool.write_text(script.replace("PYTHON", sys.executable))
     tool.chmod(0o755)
     server.write(text)
@@ -13492,6 +13492,43 @@ def real_chat(model, **wish):
     messages = [{"role": "user", "content": "hello"}]
     how = {"max_tokens": 4, "ignore_eos": True}  # random weights may end at once
     return {"model": model, "messages": messages, **how, **wish}
+
+
+REAL_AUTO_FILE = """\
+[llmswap]
+budget = ram auto
+state-dir = {folder}/state
+llama-server = {server}
+[*]
+ctx-size = 2048
+threads = 1
+temp = 0.5
+[one]
+model = {folder}/one.gguf
+[two]
+model = {folder}/two.gguf
+extra-args = --no-warmup
+"""
+
+
+@with_llama_server
+def test_real_models_are_estimated_measured_and_loaded_together(tmp_path, gpu):
+    for name in ("one", "two"):
+        write_gguf(tmp_path / f"{name}.gguf", width=256, layers=8)
+    text = REAL_AUTO_FILE.format(server=LLAMA_SERVER, folder=tmp_path)
+    (tmp_path / "real.ini").write_text(text)
+    model = llmswap.load_config(str(tmp_path / "real.ini")).models["two"]
+    size = (tmp_path / "two.gguf").stat().st_size
+    beside = Path(LLAMA_SERVER).resolve().with_name("llama-fit-params")
+    estimate = llmswap.fit_params_estimate(model)
+    assert not beside.exists() or size < estimate["ram"] < 4 * size
+    with Llmswap(text) as server:
+        for name in ("one", "two"):
+            assert server.post(CHAT, real_chat(name)).status == 200
+            known = eventually(lambda: entry_of(server, name).get("needs"))
+            assert size < known["ram"] < 10 * size + (200 << 20)
+            eventually(lambda: entry_of(server, name)["needs"]["source"] == "measured")
+        assert server.loaded() == ["one", "two"]
 
 
 def test_a_real_model_answers_a_chat_under_each_of_its_names(real):
