@@ -13179,7 +13179,10 @@ def measured_chat(server, model):
 
 
 def test_models_of_unknown_size_are_loaded_alone_first_and_together_afterwards(tmp_path):
-    with auto_server(tmp_path) as server:
+    text = recipe("As many models as fit", "ini")[0]
+    text = text.replace("budget = auto\n", "budget = auto\nstate-dir = STATE\n")
+    text += AUTO_FILE.partition("STATE\n")[2]
+    with auto_server(tmp_path, text) as server:
         for model in ("small", "middle", "large"):
             assert measured_chat(server, model) == [model]
         assert server.chat("small").status == 200
@@ -13331,7 +13334,7 @@ def test_the_page_shows_what_holds_the_budget_and_what_is_free(tmp_path, browser
         measured_chat(server, "small")
         browser.look(390, "dark")
         browser.open(server.url)
-        browser.until(shown("$('budget')", "vram 23.5 GiB"))
+        browser.until(shown("document.querySelector('#budget')", "vram 23.5 GiB"))
         browser.until(shown("$('budget')", "small 6.3 GiB"))
         parts = "$('budget').querySelector('.bar').children"
         assert browser.value(f"{parts}[1].innerText") == "free 17.2 GiB"
