@@ -4304,64 +4304,49 @@ _GPU_SIZE_TOOLS = (  # command; total and used memory of a GPU in what it says; 
 )  # fmt: skip
 
 
-class GPUSize(NamedTuple):
-    """Bytes that one GPU has, and that are in use; None if the tool does not tell."""
-
-    total: Optional[int]
-    used: Optional[int]
-
-
-def gpu_sizes() -> List[GPUSize]:
-    """Return the sizes of all GPUs that a vendor's tool shows. Takes 10 s at most."""
+def gpu_sizes() -> List[Tuple[Optional[int], Optional[int]]]:
+    """Return the total and the used bytes of each GPU that a vendor's tool shows; None
+    where it does not tell. Takes 10 s at most."""
     sizes = []
     for command, row, unit in _GPU_SIZE_TOOLS:
-        output = _output_of(command, TOOL_TIMEOUT).replace(b"\r", b"")
+        output = _output_of(command, TOOL_TIMEOUT)
         for cells in re.findall(row, output, re.MULTILINE):
             numbers = [int(cell) * unit if cell.isdigit() else None for cell in cells]
-            sizes.append(GPUSize(*numbers))
+            sizes.append(tuple(numbers))
     return sizes
 
 
 def gpu_memory_used() -> Optional[int]:
     """Return the bytes in use on all GPUs together; None if that is not told."""
-    used = [size.used for size in gpu_sizes()]
+    used = [used for _, used in gpu_sizes()]
     return None if None in used or not used else sum(used)
 
 
-def machine_memory() -> int:
-    """Return the bytes of this machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def machine_budget(own: Callable[[], Set[int]]) -> Dict[str, Optional[int]]:
-    """Return the bytes of `ram` and `vram` that models can have on this machine.
+def machine_budget(own: Callable[[], Set[int]]) -> Dict[str, int]:
+    """Return the bytes of `vram` and `ram` that models can have on this machine.
 
     GPU memory in the hands of processes not in `own()` is not theirs. Without a GPU
-    there is no `vram`; it is None if its size is not told. Asks the vendor's tool.
+    there is no `vram`. If its size is not told, `vram` is a single byte: any two models
+    that use the GPU are too much for it. Asks the vendor's tool.
     """
-    budget = {"ram": int(machine_memory() * RAM_SHARE)}
-    sizes = gpu_sizes()
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    budget, sizes = {"ram": int(memory * RAM_SHARE)}, gpu_sizes()
+    if not sizes:
+        return budget
     told = [size for size in sizes if None not in size]
-    if told:
-        pids = own()
-        held = sum(amount for pid, amount in gpu_users() if pid in pids)
-        free = sum(size.total - size.used - GPU_RESERVE for size in told)
-        return {"vram": max(0, free + held), **budget}
-    return {"vram": None, **budget} if sizes else budget
+    pids = own() if told else ()
+    held = sum(amount for pid, amount in gpu_users() if pid in pids)
+    free = sum(total - used - GPU_RESERVE for total, used in told)
+    return {"vram": max(1, free + held), **budget}
 
 
-def with_machine_budget(written, machine) -> Dict[str, Optional[int]]:
+def with_machine_budget(
+    written: Mapping[str, Optional[int]], machine: Mapping[str, int]
+) -> Dict[str, int]:
     """Return a budget as written, with what the machine has where `auto` is written."""
-    return {
-        name: machine[name] if size is None else size
-        for name, size in written.items()
-        if size is not None or name in machine
-    }
-
-
-def known_sizes(budget: Mapping[str, Optional[int]]) -> Dict[str, int]:
-    """Return the resources of a budget whose size is known."""
-    return {name: size for name, size in budget.items() if size is not None}
+    sizes = {name: machine.get(name) if size is None else size
+             for name, size in written.items()}
+    return {name: size for name, size in sizes.items() if size is not None}
 
 
 def memory_taken(
@@ -4446,13 +4431,6 @@ def fit_params_estimate(model: Model) -> Dict[str, int]:
     return {"vram": amounts["vram"], "ram": amounts["ram"]}
 
 
-class Need(NamedTuple):
-    """What one model needs, in bytes by resource, and where that is known from."""
-
-    amounts: Mapping[str, int]
-    source: str
-
-
 class Known(NamedTuple):
     """What is known of one command: its last run's peak, margin included, and the
     estimate before its first, of `source`. In bytes by resource."""
@@ -4482,15 +4460,16 @@ class Needs:
         self._estimating = collections.defaultdict(threading.Lock)  # by key
         self._saving = threading.Lock()
 
-    def of(self, model: Model, budget: Mapping[str, int]) -> Need:
-        """Return what the model needs: all of the budget where nothing is known."""
+    def of(self, model: Model, budget: Mapping[str, int]) -> Tuple[Dict[str, int], str]:
+        """Return what the model needs (all of the budget where nothing is known), and
+        where that is known from."""
         if not model.has_auto_needs:
-            return Need(model.written_needs, "written")
+            return model.written_needs, "written"
         known = self._known.get(_key_of(model), Known())
         amounts = {**budget, **known.estimated, **known.measured}
         is_measured = not known.measured.keys().isdisjoint(budget)
         source = "measured" if is_measured else known.source
-        return Need({name: amounts[name] for name in budget}, source)
+        return {name: amounts[name] for name in budget}, source
 
     def estimate(self, model: Model, budget: Mapping[str, int]) -> bool:
         """Estimate what the model needs if nothing is known; return whether it did.
@@ -4539,21 +4518,16 @@ class Needs:
         key = _key_of(model)
         known = self._known.get(key, Known(model.name))
         measured = dict(known.measured)
-        if not peak:
-            return False
         for name, amount in peak.items():
-            estimate = known.estimated.get(name, 0)
-            is_short = known.source == "llama-fit-params" and (
-                estimate > budget.get(name, math.inf)
-            )
-            wanted = estimate if is_short else 0
+            before, estimate = measured.get(name, -1), known.estimated.get(name, 0)
+            wanted, need = 0, int(amount * PEAK_MARGIN)
             if is_beside:
-                wanted = max(estimate, known.measured.get(name, 0) / PEAK_MARGIN)
-            need = int(amount * PEAK_MARGIN)
-            is_news = is_over or need > measured.get(name, -1)
-            if is_news and amount >= SQUEEZED * wanted:
+                wanted = max(estimate, before / PEAK_MARGIN)
+            elif known.source == "llama-fit-params" and estimate > budget.get(name, 0):
+                wanted = estimate
+            if amount >= SQUEEZED * wanted and (is_over or need > before):
                 measured[name] = need
-        return self._set(key, known._replace(measured=measured))
+        return bool(peak) and self._set(key, known._replace(measured=measured))
 
     def raise_to(self, model: Model, amounts: Mapping[str, int]) -> bool:
         """The model had no memory although this much was left for it, or nearly."""
@@ -4577,36 +4551,34 @@ class Needs:
     def save(self):
         """Write what has changed to the file."""
         with self._saving:
-            changed, self._changed = self._changed, set()
-            if not changed:
+            if not self._changed:
                 return
             rows = self._read()
-            for key in changed:
+            while self._changed:
+                key = self._changed.pop()
                 rows.pop(key, None)  # the last is the newest
                 rows[key] = self._known[key]
-            rows = [*rows.items()][-NEEDS_KEPT:]
-            needs = {key: known._asdict() for key, known in rows}
-            text = json.dumps({"version": 1, "needs": needs}, indent=1)
+            newest = [*rows.items()][-NEEDS_KEPT:]
+            needs = {key: known._asdict() for key, known in newest}
             fresh = f"{self._path}.{os.getpid()}"
             try:
                 os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
                 with open(fresh, "w", encoding="utf-8") as file:
-                    file.write(text)
+                    json.dump({"version": 1, "needs": needs}, file, indent=1)
                 os.replace(fresh, self._path)
             except OSError as error:
                 self._log("warning", f"{self._path} could not be written: {error}")
 
     def _read(self):
+        """Return what the file holds; a broken one is set aside."""
         try:
             with open(self._path, encoding="utf-8") as file:
                 held = json.load(file)
-            if held["version"] != 1:
-                raise ValueError(f"its version is {held['version']}")
             rows = {key: Known(**row) for key, row in held["needs"].items()}
-            for row in rows.values():
-                amounts = [*row.measured.values(), *row.estimated.values()]
-                if not all(type(amount) is int and amount >= 0 for amount in amounts):
-                    raise ValueError("an amount is no number of bytes")
+            amounts = [each for _, *both, _ in rows.values() for each in both]
+            sizes = [size for each in amounts for size in each.values()]
+            if held["version"] != 1 or not all(type(size) is int for size in sizes):
+                raise ValueError("it is of another version, or a size is no number")
             return rows
         except FileNotFoundError:
             return {}
@@ -4631,21 +4603,25 @@ class MemoryMonitor:
 
     `report(backend)` is called on that thread after each measurement, `peak` being the
     highest amounts so far. `is_beside`: others were loaded while this one was.
+    `count_changes()` counts the runs that began or ended: with each, the GPU's memory
+    in use tells nothing more of this one.
     """
 
-    def __init__(self, backend: Backend, report):
+    def __init__(self, backend: Backend, count_changes, report):
         self.peak = {}
         self.rounds = 0
         self.is_beside = False
         self._backend = backend
+        self._count_changes = count_changes
         self._report = report
-        self._is_disturbed = False
         self._loaded = threading.Event()
         self._ended = threading.Event()
 
-    def start(self):
-        name = f"memory {self._backend.model.name}"
-        threading.Thread(target=self._run, name=name, daemon=True).start()
+    def start(self, is_adopted=False):
+        """Begin. An adopted backend holds its memory already."""
+        changes = None if is_adopted else self._count_changes()
+        work, name = (changes,), f"memory {self._backend.model.name}"
+        threading.Thread(target=self._run, args=work, name=name, daemon=True).start()
 
     def loaded(self):
         """The backend is loaded: measure it."""
@@ -4656,17 +4632,13 @@ class MemoryMonitor:
         self._ended.set()
         self._loaded.set()
 
-    def disturb(self):
-        """Another run began or ended: the GPU's memory in use tells nothing more."""
-        self._is_disturbed = True
-
-    def _run(self):
-        used_before = gpu_memory_used()
+    def _run(self, changes):
+        used = gpu_memory_used()
         self._loaded.wait()
         while not self._ended.is_set():
             taken = memory_taken(
                 self._backend.processes(),
-                lambda: None if self._is_disturbed else used_before,
+                lambda: used if self._count_changes() == changes else None,
             )
             if self._ended.is_set() or not self._backend.processes():
                 break
@@ -4889,8 +4861,9 @@ class Pool:
         self._next_deadline = self._timer_at = math.inf
         self._needs = Needs(config.settings.state_dir, log)
         self._machine_budget = None  # found out when a configuration says auto
-        self._budget = self._find_budget(config)
-        limits = limits_of(config, self._budget)
+        self._changes = 0  # runs that began or ended
+        self.budget = self._find_budget(config)  # with figures for `auto`
+        limits = limits_of(config, self.budget)
         self._scheduler = Scheduler(limits, self._specs_of(config))
         self._is_closed = False
         self._adoption = None
@@ -4946,8 +4919,7 @@ class Pool:
                 backend = self._new_backend(name)
                 backend.run_number = self._scheduler.adopted(name, self._clock())
                 if backend.monitor:
-                    backend.monitor.disturb()  # its memory is in use already
-                    backend.monitor.start()
+                    backend.monitor.start(is_adopted=True)
                 backend.adopt()
             self._schedule()
 
@@ -4997,7 +4969,8 @@ class Pool:
                 if scheduled is not None and not scheduled.is_held:
                     scheduled.last_failure = problem.with_traceback(None)
             raise
-        self._estimate(self.config.owner_of(model))
+        if self._needs.estimate(self.config.owner_of(model), self.budget):
+            self._take_over_needs()
 
     def _submit(self, name, preemptible=False, manual=False):
         """Queue a ticket; its `waiter` is a future of the backend."""
@@ -5067,7 +5040,7 @@ class Pool:
                 if name in self.config.models
                 and model.launch != self.config.models[name].launch
             ]
-            self.config, self._budget = config, budget
+            self.config, self.budget = config, budget
             limits, specs = limits_of(config, budget), self._specs_of(config)
             self._scheduler.configure(limits, specs, changed, _removed)
             for model in config.models.values():
@@ -5084,7 +5057,7 @@ class Pool:
     # -- memory ----------------------------------------------------------------------
 
     def _find_budget(self, config):
-        """Return the budget with figures for `auto`; None where one is not told.
+        """Return the budget with figures for `auto`.
 
         Not called with the lock held: it asks the vendor's tool, once. What it tells
         later is no use: our own models hold memory then.
@@ -5096,16 +5069,15 @@ class Pool:
             own = functools.partial(self._own_processes, config)
             self._machine_budget = machine_budget(own)
         budget = with_machine_budget(written, self._machine_budget)
-        self._log("info", f"budget: {resources_text(known_sizes(budget))}")
-        if None in budget.values():
-            why = "the vendor's tool does not tell how much memory the GPU has"
-            self._log("warning", f"{why}: one model is loaded at a time")
+        self._log("info", f"budget: {resources_text(budget)}")
+        if budget.get("vram") == 1:
+            why = "the vendor's tool does not tell how much memory the GPU has free"
+            self._log("warning", f"{why}: its models are loaded one at a time")
         return budget
 
     def _own_processes(self, config):
         """Return the processes of what we run, and of units that we are to adopt."""
-        with self._lock:
-            backends = list(self._backends.values())
+        backends = list(self._backends.values())
         pids = {pid for backend in backends for pid in backend.processes()}
         for model in config.models.values():
             if model.kind == "unit":
@@ -5113,12 +5085,9 @@ class Pool:
         return pids
 
     def _specs_of(self, config):
-        budget = self.budget()
-        known = {
-            name: self._needs.of(model, budget).amounts
-            for name, model in config.models.items()
-        }
-        return specs_of(config, counted_needs(config, budget, known))
+        models = config.models.values()
+        known = {each.name: self._needs.of(each, self.budget)[0] for each in models}
+        return specs_of(config, counted_needs(config, self.budget, known))
 
     def _count_needs(self):
         """Have the scheduler count what is known by now. The lock is held."""
@@ -5127,56 +5096,43 @@ class Pool:
                 self._scheduler.learn(name, spec.needs)
         self._schedule()
 
-    def _estimate(self, model):
-        """Estimate the needs of a model of which nothing is known; takes seconds."""
-        if self._needs.estimate(model, self.budget()):
-            with self._lock:
-                self._count_needs()
-            self._needs.save()
+    def _take_over_needs(self):
+        """Count what is newly known, and keep it."""
+        with self._lock:
+            self._count_needs()
+        self._needs.save()
 
     def _monitor_of(self, backend):
         """Return what measures the backend; None if its needs are written."""
         if not backend.model.has_auto_needs:
             return None
-        monitor = MemoryMonitor(backend, self._on_measured)
+        monitor = MemoryMonitor(backend, lambda: self._changes, self._on_measured)
         monitor.is_beside = len(self._scheduler.held) > 1
         return monitor
 
-    def _disturb_monitors(self, backend):
-        for other in self._backends.values():
-            if other is not backend and other.monitor:
-                other.monitor.disturb()
-
     def _on_measured(self, backend, is_over=False):
         """A monitor has measured, or ends: take over what it found."""
-        monitor, budget = backend.monitor, self.budget()
+        monitor = backend.monitor
         is_over = is_over and monitor.rounds > 1  # else its peak may have been missed
         if self._needs.learn(
-            backend.model, monitor.peak, budget, monitor.is_beside, is_over
+            backend.model, monitor.peak, self.budget, monitor.is_beside, is_over
         ):
-            with self._lock:
-                self._count_needs()
-            self._needs.save()
+            self._take_over_needs()
 
     def _raise_needs(self, name, victim):
         """Have a model that had no memory beside `victim` need so much that it will not
         be loaded beside it again. The lock is held."""
-        held = self._scheduler.held
-        others = [held[other].usage() for other in held if other not in (name, victim)]
-        amounts = {}
-        for each, size in self.budget().items():
-            used = sum(usage.needs.get(each, 0) for usage in others)
-            if held[victim].usage().needs.get(each):
-                amounts[each] = size - used
+        usages = [model.usage() for model in self._scheduler.held.values()]
+        amounts = {
+            each: size - sum(u.needs.get(each, 0) for u in usages if u.name != victim)
+            for each, size in self.budget.items()
+            if any(u.needs.get(each) for u in usages if u.name == victim)
+        }
         model = self.config.models.get(name)
         if model and model.has_auto_needs and self._needs.raise_to(model, amounts):
             self._count_needs()
 
     # -- status ----------------------------------------------------------------------
-
-    def budget(self) -> Dict[str, int]:
-        """Return the bytes of each resource of the budget that are known."""
-        return known_sizes(self._budget)
 
     def state_of(self, model: Model) -> State:
         """Return what the backend of the model is doing."""
@@ -5244,16 +5200,13 @@ class Pool:
         )
 
     def _needs_status(self, scheduled):
-        owner, budget = self.config.models.get(scheduled.name), self.budget()
-        if not budget or owner is None or owner.kind == "remote":
+        owner = self.config.models.get(scheduled.name)
+        if not self.budget or owner is None or owner.kind == "remote":
             return {}
-        need = self._needs.of(owner, budget)
+        needs, source = self._needs.of(owner, self.budget)
         held = scheduled.usage().needs if scheduled.is_held else {}
-        return {
-            "needs": need.amounts,
-            "needs_source": need.source if need.amounts else None,
-            "holds": {name: held[name] for name in budget if name in held},
-        }
+        holds = {name: held[name] for name in self.budget if name in held}
+        return {"needs": needs, "needs_source": source, "holds": holds}
 
     def feed_of(self, name: str) -> Broadcast:
         """Return the output of the model's backends, of this one and earlier ones."""
@@ -5363,19 +5316,18 @@ class Pool:
     def _start(self, decision):
         """Start or wake a backend; return whether that failed at once."""
         name = decision.name
+        self._changes += 1
         self._log("info", f"{name}: {'waking' if decision.is_wake else 'loading'}")
         self._publish(name, "loading", event="model_status")
         if decision.is_wake:
             backend = self._backends[name]
             backend.started_at = time.monotonic()
             self._begin_progress(backend)
-            self._disturb_monitors(backend)
             backend.wake()
             return False
         try:
             backend = self._new_backend(name)
             backend.run_number = decision.run
-            self._disturb_monitors(backend)
             if backend.monitor:
                 backend.monitor.start()
             backend.start()
@@ -5416,7 +5368,7 @@ class Pool:
         self._log("info", f"{name}: {action} ({reason})")
         backend = self._backends[name]
         backend.stop_requested_at = time.monotonic()
-        self._disturb_monitors(backend)
+        self._changes += 1
         if backend.monitor and not decision.to_sleep:
             backend.monitor.end()
         if decision.to_sleep:
@@ -5508,7 +5460,6 @@ class Pool:
             self._log_end(backend, "unloaded")
         with self._lock:
             self._record_exit(backend.model.name, backend.run_number, problem)
-            self._disturb_monitors(backend)
             self._schedule()
             self._ended.notify_all()
         if backend.monitor:
@@ -5517,6 +5468,7 @@ class Pool:
 
     def _record_exit(self, name, run, problem):
         """A backend is gone, or could not be started. The lock is held."""
+        self._changes += 1
         backend = self._backends.pop(name, None)
         if backend and backend.monitor:
             backend.monitor.end()
@@ -5639,15 +5591,14 @@ def _removed(name):
     return ModelNotFound(f"the model {name!r} is no longer in the configuration")
 
 
-def limits_of(config: Config, budget: Mapping[str, Optional[int]]) -> Limits:
-    """Return what the configuration lets be loaded together; `budget` is its budget
-    with figures, None where one could not be found."""
+def limits_of(config: Config, budget: Mapping[str, int]) -> Limits:
+    """Return what the configuration, with this budget, lets be loaded together."""
     settings = config.settings
     models = config.models.values()
     addresses = {url: 1 for model in models for url in address_of(model)}
     return Limits(
-        models_max=settings.models_max or int(None in budget.values()),
-        budget={**known_sizes(budget), **addresses},
+        models_max=settings.models_max,
+        budget={**budget, **addresses},
         sets=tuple(settings.sets),
         patience=settings.patience,
         queue_max=settings.queue_max,
@@ -5663,26 +5614,26 @@ def counted_needs(
 
     Of the pinned ones themselves, so much that the largest other fits beside them.
     """
-    models = [
-        each
-        for each in config.models.values()
-        if each.backend == each.name and not each.problem
-    ]
     counted = {name: dict(amounts) for name, amounts in known.items()}
+    models = sorted(
+        (model for model in config.models.values() if not model.problem),
+        key=lambda model: not model.settings.pin,
+    )
     for name, size in budget.items():
-        pins = [each for each in models if each.settings.pin]
-        written = {each.name: each.written_needs.get(name, 0) for each in models}
-        others = [written[each.name] for each in models if not each.settings.pin]
-        left = size - sum(written[pin.name] for pin in pins)
-        spare = left - max([1, *others])
-        for pin in pins:
-            if pin.has_auto_needs:
-                counted[pin.name][name] = max(0, min(counted[pin.name][name], spare))
-                spare -= counted[pin.name][name]
-                left -= counted[pin.name][name]
+        left, largest = size, 1
         for model in models:
-            if model.has_auto_needs and not model.settings.pin:
-                counted[model.name][name] = min(counted[model.name][name], left)
+            if model.settings.pin:
+                left -= model.written_needs.get(name, 0)
+            else:
+                largest = max(largest, model.written_needs.get(name, 0))
+        spare = left - largest
+        for model in models:
+            if not model.has_auto_needs:
+                continue
+            room = max(0, spare) if model.settings.pin else left
+            amount = counted[model.name][name] = min(counted[model.name][name], room)
+            if model.settings.pin:
+                left, spare = left - amount, spare - amount
     return counted
 
 
@@ -8819,7 +8770,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _status_report(self):
         models = self.pool.statuses(with_memory=True)
-        meters, budget = self.pool.meters(), self.pool.budget()
+        meters, budget = self.pool.meters(), self.pool.budget
         return StatusReport(VERSION, self.server.born, models, meters, budget)
 
     def get_health(self):
@@ -9930,7 +9881,7 @@ def check(config: Config) -> int:
     log = lambda level, text: print(printable(text))  # noqa: E731
     needs, budget = Needs(config.settings.state_dir, log), config.settings.budget
     if None in budget.values():
-        budget = known_sizes(with_machine_budget(budget, machine_budget(set)))
+        budget = with_machine_budget(budget, machine_budget(set))
         print(f"budget {resources_text(budget)}", end="\n\n")
     for model in models:
         aliases = f" ({', '.join(model.aliases)})" if model.aliases else ""
@@ -9943,7 +9894,7 @@ def check(config: Config) -> int:
             lines += [f"cannot start now: {missing}"] if missing else []
             if model.has_auto_needs:
                 needs.estimate(model, budget)
-                lines.append(_needs_line(needs.of(model, budget)))
+                lines.append(_needs_line(*needs.of(model, budget)))
         except ConfigError as error:
             lines.append(f"error: {error}")
             unusable.append(model.name)
@@ -9962,10 +9913,10 @@ def check(config: Config) -> int:
     return 2 if unusable else 0
 
 
-def _needs_line(need):
-    if need.source == Known().source:
+def _needs_line(amounts, source):
+    if source == Known().source:
         return "needs not known yet: it is loaded alone the first time"
-    return f"needs {resources_text(need.amounts)} ({need.source})"
+    return f"needs {resources_text(amounts)} ({source})"
 
 
 def _command_line(model):
