@@ -4365,8 +4365,8 @@ def memory_taken(
         return {}
     if _gpu_tools():
         shown = sum(amount for pid, amount in gpu_users() if pid in pids)
-        used = None if shown else gpu_memory_used()
-        before = None if shown else used_before()
+        is_told = not shown and used_before() is not None
+        used, before = gpu_memory_used() if is_told else None, used_before()
         if shown or None not in (used, before):
             taken["vram"] = shown or max(0, used - before)
     mapped = sizes["RssFile"]
@@ -4457,6 +4457,7 @@ class Needs:
         self._log = log
         self._known = self._read()
         self._changed = set()  # keys that are to be saved
+        self._keys = {}  # by model: the Model and its key
         self._estimating = collections.defaultdict(threading.Lock)  # by key
         self._saving = threading.Lock()
 
@@ -4465,7 +4466,7 @@ class Needs:
         where that is known from."""
         if not model.has_auto_needs:
             return model.written_needs, "written"
-        known = self._known.get(_key_of(model), Known())
+        known = self._known.get(self._key(model), Known())
         amounts = {**budget, **known.estimated, **known.measured}
         is_measured = not known.measured.keys().isdisjoint(budget)
         source = "measured" if is_measured else known.source
@@ -4476,7 +4477,7 @@ class Needs:
 
         It may take 20 s; who else asks for the same model meanwhile waits, too.
         """
-        key = _key_of(model)
+        key = self._key(model)
         if not model.has_auto_needs or key in self._known:
             return False
         with self._estimating[key]:
@@ -4491,7 +4492,7 @@ class Needs:
         if amounts:
             if "vram" not in budget and not _gpu_tools():  # of one memory with the CPU
                 amounts = {"ram": amounts["ram"] + amounts["vram"]}
-            self._changed.add(_key_of(model))
+            self._changed.add(self._key(model))
             return Known(model.name, {}, amounts, "llama-fit-params")
         with contextlib.suppress(ConfigError):
             words = model.command(table_of(model), "0")
@@ -4515,7 +4516,7 @@ class Needs:
         than it wants, loaded beside others, or though it wants more than there is.
         Only a run that is over may lower what is known.
         """
-        key = _key_of(model)
+        key = self._key(model)
         known = self._known.get(key, Known(model.name))
         measured = dict(known.measured)
         for name, amount in peak.items():
@@ -4531,7 +4532,7 @@ class Needs:
 
     def raise_to(self, model: Model, amounts: Mapping[str, int]) -> bool:
         """The model had no memory although this much was left for it, or nearly."""
-        key = _key_of(model)
+        key = self._key(model)
         known = self._known.get(key, Known(model.name))
         estimated, measured = dict(known.estimated), dict(known.measured)
         for name, amount in amounts.items():
@@ -4540,6 +4541,15 @@ class Needs:
                 measured.pop(name, None)
         fresh = Known(model.name, measured, estimated, "out of memory")
         return self._set(key, fresh)
+
+    def _key(self, model):
+        """Return what stands for the model's command in the file."""
+        before, key = self._keys.get(model.name, (None, None))
+        if before is not model:
+            text = repr((model.name, model.launch))
+            key = hashlib.sha256(text.encode()).hexdigest()[:16]
+            self._keys[model.name] = model, key
+        return key
 
     def _set(self, key, known):
         if known == self._known.get(key):
@@ -4590,11 +4600,6 @@ class Needs:
             with contextlib.suppress(OSError):
                 os.replace(self._path, aside)
         return {}
-
-
-def _key_of(model):
-    """Return what stands for the model's command in needs.json."""
-    return hashlib.sha256(repr((model.name, model.launch)).encode()).hexdigest()[:16]
 
 
 class MemoryMonitor:

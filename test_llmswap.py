@@ -12861,7 +12861,7 @@ def test_a_peak_is_learned_unless_it_was_squeezed(
 ):
     model, needs = auto_model(tmp_path), llmswap.Needs(str(tmp_path), print)
     amounts = [{"vram": int(each * GB)} if each else {} for each in (known, estimate)]
-    needs._known[llmswap._key_of(model)] = llmswap.Known("m", *amounts, source)
+    needs._known[needs._key(model)] = llmswap.Known("m", *amounts, source)
     needs.learn(model, {"vram": peak * GB}, BUDGET, beside, over)
     expected = then or estimate or 24
     amounts, told = needs.of(model, BUDGET)
