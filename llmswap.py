@@ -4570,8 +4570,8 @@ class Needs:
 
         It may take 20 s; who else asks for the same model meanwhile waits, too.
         """
-        key = self._key(model)
-        if not model.has_auto_needs or key in self._known:
+        key = self._key(model) if model.has_auto_needs else None
+        if key is None or key in self._known:
             return False
         with self._estimating[key]:
             if key in self._known:

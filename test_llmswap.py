@@ -3174,7 +3174,14 @@ class Walk:
         """A backend ends by itself, in whatever state it is."""
         if self.world.backends:
             backend = self.rng.choice(list(self.world.backends.values()))
-            self._end(backend, self.rng.choice((None, BROKEN, STARVED)))
+            self._end(backend, self.rng.choice((None, BROKEN)))
+
+    def _starve(self):
+        """A load fails for memory."""
+        backends = self.world.backends.values()
+        loading = [each for each in backends if each.phase == "loading"]
+        if loading:
+            self._end(self.rng.choice(loading), STARVED)
 
     def _end(self, backend, failure):
         self._note(f"crash {backend.name} while {backend.phase}: {failure}")
@@ -3347,7 +3354,7 @@ class Walk:
     _calm_events = [_submit] * 4 + [_withdraw] + [_pass_time] * 4
     _events = _calm_events * 3 + [
         _crash, _crash, _doze, _late_news, _find, _unload, _keep_alive, _keep_alive,
-        _configure, _close, _stop_all, _learn, _learn,
+        _configure, _close, _stop_all, _learn, _learn, _learn, _starve, _starve, _starve,
     ]  # fmt: skip
 
     # the judge
@@ -3857,7 +3864,9 @@ def test_a_kill_by_the_kernel_for_memory_is_told_as_such(begin, monkeypatch, sta
     counts = iter([4, 5])
     monkeypatch.setattr(llmswap, "oom_kills", lambda: next(counts))
     flags = ["--load-signal", "9"] if status < 0 else ["--load-exit", "137"]
-    assert "killed by the kernel: out of memory" in str(begin(*flags).exited())
+    problem = begin(*flags).exited()
+    assert "killed by the kernel: out of memory" in str(problem)
+    assert problem.is_out_of_memory
 
 
 def test_an_exit_is_noticed_at_once_while_loading_and_when_loaded(begin):
@@ -13305,6 +13314,19 @@ def test_the_vendors_tool_is_asked_a_few_times_in_a_load_and_then_rarely(tmp_pat
         for _ in range(20):
             assert server.chat("small").status == 200
         assert asked.read_text() == before
+
+
+def test_a_vendors_tool_that_hangs_delays_nobody(tmp_path):
+    text = AUTO_FILE.replace("budget = auto", "budget = auto\nsettle-timeout = 0")
+    with auto_server(tmp_path, text) as server:
+        server.get("/health")
+        (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 60\n")
+        began = time.monotonic()
+        for _ in range(5):
+            assert server.chat("small").status == 200
+            assert server.loaded() == ["small"]
+        assert time.monotonic() - began < 5
+        assert entry_of(server, "small")["needs"]["source"] == "not known yet"
 
 
 def test_without_auto_nothing_is_measured(tmp_path):
