@@ -7796,7 +7796,7 @@ h2 span { font-weight: 400; margin-left: 4px; }
 #none { padding: 72px 24px; text-align: center; color: var(--soft); }
 #none b { display: block; font-size: 17px; margin-bottom: 6px; }
 
-/* What of the budget is held, and by which models */
+/* The budget: what holds it */
 #budget p { margin: 0 0 4px 2px; color: var(--soft); font-size: 13px; }
 .bar {
   display: flex; margin-bottom: 18px; overflow: hidden; font-size: 13px;
@@ -7804,7 +7804,7 @@ h2 span { font-weight: 400; margin-left: 4px; }
 }
 .bar span {
   min-width: 0; padding: 2px 0 2px 8px; overflow: hidden; white-space: nowrap;
-  text-overflow: ellipsis; border-left: 3px solid var(--loaded);
+  border-left: 3px solid var(--loaded);
 }
 .bar span:last-child { color: var(--soft); border-color: transparent; }
 

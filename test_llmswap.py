@@ -3555,17 +3555,17 @@ class Walk:
 
     def _judge_needs(self):
         """What runs counts for more only as far as that breaks no limit."""
-        grown = set()
-        for name, hold in self.holds.items():
-            if name in self.world.backends:
-                counted = self.core.models[name].spec.needs
-                self.holds[name] = hold._replace(needs=counted)
-                grown |= {r for r in counted if counted[r] > hold.needs.get(r, 0)}
+        grown, limits = set(), self.core.limits.budget
+        for name, backend in self.world.backends.items():
+            before = self._held_by(backend).needs
+            needs = self.core.models[name].spec.needs
+            self.holds[name] = self.holds[name]._replace(needs=needs)
+            after = self._held_by(backend).needs
+            grown |= {each for each in after if after[each] > before.get(each, 0)}
         held = [self._held_by(backend) for backend in self.world.backends.values()]
-        for each in grown & self.core.limits.budget.keys():
+        for each in grown & limits.keys():
             total = sum(usage.needs.get(each, 0) for usage in held)
-            is_within = total <= self.core.limits.budget[each]
-            self.expect(is_within, f"more {each} counts than there is")
+            self.expect(total <= limits[each], f"more {each} counts than there is")
 
     def _judge_counters(self):
         for name, model in self.core.models.items():
