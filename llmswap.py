@@ -3723,6 +3723,27 @@ def gpu_users(timeout=2.0) -> List[Tuple[int, int]]:
     return users
 
 
+_GPU_LOAD_TOOLS = (  # command; the percentages of use in what it says
+    (["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"],
+     r"^\s*(\d+)\s*$"),
+    (["rocm-smi", "--showuse", "--csv"], r"^card\d+,\s*(\d+)"),
+)  # fmt: skip
+BUSY_GPU = 10  # per cent of use
+
+
+def gpu_occupant() -> Optional[str]:
+    """Return who holds memory of a GPU, or that one is busy; None if all are free.
+    Asks the vendor's tool, which may take seconds."""
+    for pid, _ in gpu_users():
+        name = read_text_or_empty(f"/proc/{pid}/comm").strip() or "unknown"
+        return f"process {pid} ({name}) holds GPU memory"
+    for command, row in _GPU_LOAD_TOOLS:
+        _, text = run_command(command, 2.0, stderr=subprocess.DEVNULL)
+        use = max(map(int, re.findall(row, text, re.MULTILINE)), default=0)
+        if use > BUSY_GPU:
+            return f"a GPU is in use, {use} %"
+
+
 def gpu_users_among(group: int) -> Set[int]:
     """Return the members of a process group, where their GPU memory can be watched."""
     if not _gpu_tools():
@@ -10175,6 +10196,7 @@ def refuse_pending_connections():
                 connection.close()
 
 
+GPU_LOOK_EVERY = 60.0  # s, while somebody else uses a GPU
 WATCH_EVERY = 1.0  # s, between two looks at the file
 WATCH_SETTLES = 0.1  # s without a change, after which it counts as written
 WATCH_TIMEOUT = 0.5  # s that a request waits for a look, or for reading the file
@@ -10242,6 +10264,7 @@ class Application:
         self._notifier = SystemdNotifier(os.environ)
         self._is_activated = False  # by a socket of systemd's
         self.config_error = None  # why the file was not read again
+        self._occupant = None  # for whom the idle-command waits
         self.log = Log()
         self.log.set_level("debug" if args.verbose else config.settings.log_level)
 
@@ -10432,29 +10455,42 @@ class Application:
                 self._is_reloaded.clear()
             else:
                 command = with_environment(split_words(settings.idle_command))
-                self._unload_and_run(command, idle_since)
-                last_run = time.monotonic()
+                if self._unload_and_run(command, idle_since):
+                    last_run = time.monotonic()
+                else:
+                    self._is_reloaded.wait(GPU_LOOK_EVERY)
 
     def _unload_and_run(self, command, idle_since):
-        """Unload everything, then run the command; a request meanwhile cancels that."""
+        """Unload everything, then run the command; a request meanwhile cancels that.
+
+        Return False if somebody else uses a GPU, so that it has to wait.
+        """
 
         def is_disturbed():
             return self.server.is_closing or self.pool.idle_since() != idle_since
 
         self.pool.unload_all()
         self.pool.await_unloaded(is_disturbed)
+        occupant = gpu_occupant()
         if is_disturbed():
-            return
+            return True
+        if occupant:
+            if self._occupant is None:
+                self.log("info", f"idle, but the idle-command waits: {occupant}")
+            self._occupant = occupant
+            return False
+        self._occupant = None
         self.log("info", f"idle: running {shlex.join(command)}")
         suspended, environment = suspended_seconds(), clean_environment({})
         try:
             status = subprocess.call(command, stdin=subprocess.DEVNULL, env=environment)
         except OSError as error:
             self.log("error", f"idle-command: {error}")
-            return
+            return True
         level = "error" if status else "info"
         slept = max(0.0, suspended_seconds() - suspended)
         self.log(level, f"idle-command ended with status {status}; slept {slept:.0f} s")
+        return True
 
     def _shut_down(self, reason):
         """End the requests in flight and all backends; a second signal kills them."""

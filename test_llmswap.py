@@ -6184,6 +6184,37 @@ def test_without_requests_all_is_unloaded_and_the_idle_command_runs(tmp_path):
         eventually(lambda: len(mark.read_text().split()) == 2)
 
 
+VENDORS_TOOLS = {
+    "nvidia-smi": """\
+case "$*" in
+*compute-apps*) [ ! -e {0}/held ] || echo "{1}, [N/A]" ;;
+*utilization*) [ ! -e {0}/busy ] && echo 10 || echo 11; echo "[N/A]" ;;
+esac""",
+    "rocm-smi": """\
+case "$*" in
+*showpids*) [ ! -e {0}/held ] || echo "{1} python 1 2000 0 0" ;;
+*showuse*) echo "device,GPU use (%)"; [ ! -e {0}/busy ] && echo card0,3 || echo card0,97 ;;
+esac""",
+}
+
+
+@pytest.mark.parametrize("tool", VENDORS_TOOLS)
+@pytest.mark.parametrize("use, text", [("held", "holds GPU memory"), ("busy", "in use, ")])
+def test_the_idle_command_waits_while_others_use_a_gpu(tmp_path, tool, use, text):
+    script = VENDORS_TOOLS[tool].format(tmp_path, os.getpid())
+    (tmp_path / tool).write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / tool).chmod(0o755)
+    (tmp_path / use).touch()
+    head = f"[llmswap]\nidle-command = touch {tmp_path}/ran\nidle-command-after = 0.1s\n"
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with brisk(head + "[a]\ncmd = FAKE\n", env=env, GPU_LOOK_EVERY=0.05) as server:
+        eventually(lambda: "the idle-command waits: " in server.log())
+        assert text in server.log() and not (tmp_path / "ran").exists()
+        (tmp_path / use).unlink()
+        eventually(lambda: "idle-command ended with status 0" in server.log())
+        assert server.log().count("the idle-command waits: ") == 1
+
+
 def test_a_request_while_the_last_model_stops_cancels_the_idle_command(tmp_path):
     mark = tmp_path / "ran"
     head = f"[llmswap]\nidle-command = touch {mark}\nidle-command-after = 0.3s\n"
