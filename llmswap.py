@@ -51,6 +51,7 @@ import contextlib
 import enum
 import errno
 import functools
+import hashlib
 import hmac
 import http
 import http.client
@@ -115,6 +116,7 @@ class APIError(Exception):
 
     status, type, code = 500, "server_error", None
     retry_after = may_retry = None
+    is_out_of_memory = False
 
     def __init__(self, message, param=None, retry_after=None):
         super().__init__(message)
@@ -173,9 +175,10 @@ class BackendDied(APIError):
 class LoadFailed(APIError):
     status, code, may_retry = 502, "model_start_failed", False
 
-    def __init__(self, message, exit_code=None):
+    def __init__(self, message, exit_code=None, is_out_of_memory=False):
         super().__init__(message)
         self.exit_code = exit_code  # None unless the process exited by itself
+        self.is_out_of_memory = is_out_of_memory  # it might load with less beside it
 
 class LoadTimeout(LoadFailed):
     status, type, code = 504, "timeout_error", "model_load_timeout"
@@ -288,21 +291,43 @@ def size_text(size) -> str:
     return f"{size / 2 ** UNIT_POWERS[unit]:.4g}{unit}"
 
 
+def resources_text(amounts) -> str:
+    """Return amounts as people write them: the inverse of parse_resources."""
+    return ", ".join(f"{name} {size_text(size)}" for name, size in amounts.items())
+
+
 def parse_words(text) -> tuple:
     """Return the parts between commas, without empty and repeated ones."""
     parts = (part.strip() for part in text.split(","))
     return tuple(dict.fromkeys(part for part in parts if part))
 
 
-def parse_resources(text) -> dict:
+def parse_resources(text, parse_amount=parse_size) -> dict:
     """Return amounts by resource: "vram 18G, ram 4G"."""
     amounts = {}
     for part in parse_words(text):
         match = re.fullmatch(r"(\S+)[ \t]+(.+)", part)
         if not match or match[1] in amounts:
             raise ValueError(f"{part!r} is not one resource and its size: vram 18G")
-        amounts[match[1]] = parse_size(match[2])
+        amounts[match[1]] = parse_amount(match[2])
     return amounts
+
+
+def parse_budget(text) -> dict:
+    """Return amounts by resource, None for `auto`: "vram auto, ram 64G", "auto"."""
+    if text == "auto":
+        return {"vram": None, "ram": None}
+    amounts = parse_resources(text, or_none("auto", parse_size))
+    for name, amount in amounts.items():
+        if amount is None and name not in ("vram", "ram"):
+            raise ValueError(f"{name!r} cannot be auto, only vram and ram can")
+    return amounts
+
+
+def parse_state_dir(text) -> str:
+    """Return the path, with ~ and $XDG_CACHE_HOME (by default ~/.cache) expanded."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return os.path.expanduser(text.replace("$XDG_CACHE_HOME", cache))
 
 
 def parse_sets(text) -> tuple:
@@ -407,8 +432,9 @@ PROXY_KEYS = (
     Key("models-max", parse_count, "1",
         "how many may be loaded at once; 0: no limit, which is the default with "
         "`budget` or `sets`"),
-    Key("budget", parse_resources, "",
-        "what there is, e.g. `vram 24G, ram 64G`; the `needs` of models must fit"),
+    Key("budget", parse_budget, "",
+        "what there is, e.g. `vram 24G, ram 64G`; the `needs` of models must fit; "
+        "`auto`, or `vram auto`: what this machine has"),
     Key("models-autoload", parse_boolean, "on",
         "`off`: a request never loads a model; it is loaded by hand or on startup"),
     Key("sets", parse_sets, "",
@@ -420,6 +446,8 @@ PROXY_KEYS = (
         "every GGUF in it becomes a model, as llama-server does it"),
     Key("llama-server", os.path.expanduser, "llama-server",
         "the binary for models that name none themselves"),
+    Key("state-dir", parse_state_dir, "$XDG_CACHE_HOME/llmswap",
+        "where what was learned is kept, such as the memory that models need"),
     Key("default-model", str, "",
         "for requests that name none; empty: the only one there is"),
     Key("patience", or_none("auto", parse_duration), "auto",
@@ -492,7 +520,9 @@ MODEL_KEYS = (
         "`on`: never evicted to make room, nor unloaded when idle; `loaded`: not "
         "evicted while it is loaded, requests for what does not fit beside it are "
         "refused"),
-    Key("needs", parse_resources, "", "resources, e.g. `vram 18G, ram 4G`"),
+    Key("needs", or_none("auto", parse_resources), "",
+        "resources, e.g. `vram 18G, ram 4G`; `auto`: measured and remembered, the "
+        "default if anything in `budget` is `auto`"),
     Key("sleep-needs", parse_resources, "", "what it still holds while `sleeping`"),
     Key("concurrency", parse_count, "0",
         "requests sent at once; more wait in order; 0: no limit"),
@@ -967,6 +997,21 @@ class Model(NamedTuple):
     preset_only: tuple = ()  # keys and texts of llama.cpp's presets that are no options
 
     @property
+    def has_auto_needs(self) -> bool:
+        """Whether it is to be found out what it needs."""
+        return self.settings.needs is None and self.kind not in ("remote", "uses")
+
+    @property
+    def written_needs(self) -> Mapping[str, int]:
+        """What it needs as far as the file says so."""
+        return self.settings.needs or {}
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether it is never evicted, loaded or not."""
+        return self.settings.pin == "on"
+
+    @property
     def launch(self) -> tuple:
         """What makes the backend; equal means that it may go on after a reload."""
         names = LAUNCH_KEYS[self.kind]
@@ -1207,7 +1252,9 @@ def find_models(directory, place) -> dict:
 
 def misfit(model, pinned, settings) -> Optional[str]:
     """Return why a model cannot be loaded beside the pinned ones, or None."""
-    for name in (*model.settings.needs, *model.settings.sleep_needs):
+    if model.has_auto_needs and not settings.budget:
+        return "needs = auto is of no use without a budget in [llmswap]"
+    for name in (*model.written_needs, *model.settings.sleep_needs):
         if name not in settings.budget:
             return f"budget in [llmswap] does not name {name!r}"
     models = [*pinned, model]
@@ -1220,8 +1267,8 @@ def misfit(model, pinned, settings) -> Optional[str]:
     if settings.sets and not is_together:
         return f"{prefix} none of sets has them together"
     for name, limit in settings.budget.items():
-        needed = sum(each.settings.needs.get(name, 0) for each in models)
-        if needed > limit:
+        needed = sum(each.written_needs.get(name, 0) for each in models)
+        if limit is not None and needed > limit:
             return (f"{prefix} they need {name} {size_text(needed)}, "
                     f"the budget is {size_text(limit)}")
     return None
@@ -1388,6 +1435,8 @@ class ConfigLoader:
                 raise ConfigError(f"{keys[name].place}: cannot be given for all models")
         if "llama-server" in self._proxy:
             keys.setdefault("llama-server", self._proxy["llama-server"])
+        if None in settings.budget.values():
+            keys.setdefault("needs", Setting("needs", "auto", ""))
         listed = self._list_models(settings)
         place = f"{self._path}: [{{}}]"
         sections = {name: Section(name, place.format(name), {}) for name in listed}
@@ -1498,14 +1547,14 @@ class ConfigLoader:
     def _check_fit(self, models, settings):
         """Make models unusable that do not fit beside all that are always pinned."""
         pinned = []
-        for model in sorted(models.values(), key=lambda m: m.settings.pin != "on"):
+        for model in sorted(models.values(), key=lambda model: not model.is_pinned):
             if model.problem:
                 continue
             reason = misfit(model, pinned, settings)
             if reason:
                 problem = f"{model.place}: {reason}"
                 models[model.name] = model._replace(problem=problem)
-            elif model.settings.pin == "on":
+            elif model.is_pinned:
                 pinned.append(model)
 
     def _link(self, model, config):
@@ -1751,6 +1800,8 @@ class ModelState:
         self.stop_cause = None
         self.is_asleep = False  # asleep, or was when it was told to stop
         self.is_falling_asleep = False  # told to sleep, not to stop
+        self.learned_needs = None  # not yet counted in full: see Scheduler.learn
+        self.room_from = None  # the model that must go before it is loaded once more
         self.replacement = None  # the spec that a reload sets once the backend is gone
         self.removal_error = None  # refuses its tickets once a reload removed it
 
@@ -1998,7 +2049,7 @@ class Scheduler:
             model.ready_at = model.idle_since = now
             model.last_grant = -math.inf  # of this run
             model.reset_failures()
-            model.last_failure = None
+            model.last_failure = model.room_from = None
             self._end_pauses(model)
         model.advance(Event.LOADED, now)
 
@@ -2046,17 +2097,24 @@ class Scheduler:
 
     def exited(
         self, name: str, run: int, now: float, failure: Optional[APIError] = None
-    ):
-        """The backend is gone and holds nothing. `failure`: why it ended by itself."""
+    ) -> Optional[str]:
+        """The backend is gone and holds nothing. `failure`: why it ended by itself.
+
+        A load that failed for memory beside others is tried once more, after the least
+        recently used of them has gone: its name is returned, and nobody is refused.
+        """
         model = self._current(name, run)
+        victim = None
         if model is None:
-            return
+            return None
         if model.state is State.UNLOADING and model.stop_cause != "crashed":
             model.stop_seconds = now - model.stopped_at
         elif model.state is State.LOADING:
             failure = failure or APIError(f"{name} ended while it was loading")
-            model.record_failure(failure, now)
-            self.refuse_waiting(name, failure)
+            victim = model.room_from = self._room_for_retry(model, failure)
+            if victim is None:
+                model.record_failure(failure, now)
+                self.refuse_waiting(name, failure)
         elif failure is not None:
             model.last_failure = failure
             model.keep_at = model.ready_at + MAX_BACKOFF
@@ -2064,6 +2122,50 @@ class Scheduler:
             model.is_released = True
         model.advance(Event.EXITED, now)
         self._end_run(model)
+        return victim and victim.name
+
+    def _room_for_retry(self, model, failure):
+        """The model that is to go before this one is loaded again; None: it is not."""
+        is_first_try = model.room_from is None
+        is_of_use = failure.is_out_of_memory and model.needs_room and model.waiting
+        if not (is_first_try and is_of_use):
+            return None
+        others = [
+            each
+            for each in self.held.values()
+            if each is not model and self._is_evictable(each)
+        ]
+        return min(others, key=ModelState.last_used, default=None)
+
+    def learn(self, name: str, needs: Mapping[str, int]):
+        """The model was found to need this much.
+
+        A running one counts as larger only as far as the budget has room beside all
+        that is held: no limit is broken for those that run. The rest counts from when
+        there is room, at the latest from its next run on.
+        """
+        model = self.models.get(name)
+        if model is None:
+            return
+        if model.replacement is not None:
+            model.replacement = model.replacement._replace(needs=needs)
+        else:
+            model.learned_needs = needs
+            self._count_learned(model)
+
+    def _count_learned(self, model):
+        """Count what was learned of the model, as far as there is room for it."""
+        needs = model.learned_needs
+        if model.is_held and not model.is_asleep:
+            needs = {}
+            for name, amount in model.learned_needs.items():
+                others = [each for each in self.held.values() if each is not model]
+                used = sum(each.usage().needs.get(name, 0) for each in others)
+                left = self.limits.budget.get(name, math.inf) - used
+                needs[name] = min(amount, max(left, model.spec.needs.get(name, 0)))
+        model.spec = model.spec._replace(needs=needs)
+        if needs == model.learned_needs:
+            model.learned_needs = None
 
     def _current(self, name, run):
         """The model if this is its current run; None if the event comes too late."""
@@ -2078,6 +2180,9 @@ class Scheduler:
         model.in_flight = model.preemptible = 0
         model.idle_timeout = model.unload_by = None
         model.stop_cause = model.drains_for = None
+        for each in [model, *self.held.values()]:
+            if each.learned_needs is not None:
+                self._count_learned(each)
         if model.removal_error is not None:
             del self.models[model.name]
         elif model.replacement is not None:
@@ -2134,7 +2239,7 @@ class Scheduler:
             if model.is_held and (name in changed or is_replaced):
                 model.replacement, model.removal_error = spec, None
             else:
-                model.spec = spec
+                model.spec, model.learned_needs = spec, None
                 if name in changed:
                     model.reset_failures()
             model.is_released = False
@@ -2286,6 +2391,8 @@ class Scheduler:
     def _dequeue(self, ticket):
         del self._queue[ticket.number]
         ticket.model.waiting -= 1
+        if not ticket.model.waiting:
+            ticket.model.room_from = None
         self._spare_victims(ticket)
 
     def _spare_victims(self, ticket):
@@ -2309,11 +2416,30 @@ class Scheduler:
             return is_full
         if is_full or not self.limits.allow(wanted.values()):
             return True
+        if may_start and self._awaits_retry(ticket):
+            return False
         if may_start and not self._fits(wanted, self._stopping.keys()):
             self._evict(ticket, wanted, now)
         elif may_start and self._fits({model.name: wanted[model.name]}):
             self._start(model, now, ticket)
         return False
+
+    def _awaits_retry(self, ticket):
+        """Whether its model, which had no memory beside another, waits for its end, or
+        is that other and waits until the load is over."""
+        for model in self.held.values():
+            if model.room_from is ticket.model and model.state is State.LOADING:
+                return True
+        victim = ticket.model.room_from
+        if victim is None or victim.state in (State.UNLOADED, State.SLEEPING):
+            return False
+        if victim in self._stopping:
+            return True
+        if not self._is_evictable(victim):
+            return False
+        victim.drains_for = self._draining[victim] = ticket
+        self._stopping[victim] = -math.inf
+        return True
 
     def _fits(self, wanted, stopping=frozenset()):
         """Whether `wanted` fits beside all that is held, except what is stopping."""
@@ -3060,6 +3186,7 @@ class Backend:
         self.pid = None  # of its main process, once known
         self.port = upstream and upstream.port
         self.where = None  # it runs, for people
+        self.lines = ()  # the last that it wrote, where they are read here
         self.started_at = self._began = self._progress_at = time.monotonic()
         self.on_loaded = self.on_described = self.on_slept = self.on_dying = None
         self.on_exited = self.on_line = None
@@ -3125,6 +3252,10 @@ class Backend:
     def died(self, timeout: float) -> bool:
         """Return whether it ended by itself, now or within the timeout."""
         return self._ended.wait(timeout) and not self._is_stop_asked
+
+    def processes(self) -> Set[int]:
+        """Return the processes whose memory is the model's. Reads /proc."""
+        return set()
 
     def death(self, timeout: float) -> Optional[APIError]:
         """Return why it ended by itself, if that is known within the timeout."""
@@ -3206,7 +3337,8 @@ class Backend:
     def _end_error(self, why, exit_code=None):
         event = "ended by itself" if self._is_ready else "could not be started"
         text = f"{self._title} {event}: {why}{self._last_lines()}"
-        return LoadFailed(text, exit_code)
+        is_memory = is_out_of_memory("\n".join([text, *self.lines]))
+        return LoadFailed(text, exit_code, is_memory)
 
     def _last_lines(self):
         return ""
@@ -3611,6 +3743,13 @@ class ProcessBackend(Backend):
             why = f"exited with status {status}"
         return self._end_error(why, status if status >= 0 else None)
 
+    def processes(self):
+        return {
+            pid
+            for pid, stat in processes()
+            if stat.group == self.pid and stat.state not in "ZX"
+        }
+
     def _last_lines(self):
         """End it; return the last lines that it wrote."""
         self._terminate()
@@ -3676,6 +3815,25 @@ def oom_kills() -> int:
 def _kernel_counts(path, name):
     found = re.search(rf"^{name}(\d+)$", read_text_or_empty(path), re.MULTILINE)
     return int(found[1]) if found else 0
+
+
+# What servers write when memory is short: llama.cpp with CUDA, ROCm, Vulkan, Metal and
+# without a GPU; PyTorch; vLLM; and our own words for the kernel's killer.
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|OutOfMemoryError|ErrorOutOf(Device|Host)Memory|insufficient memory"
+    r"|unable to allocate \S+ buffer|failed to allocate (?!context\b|.*pinned)"
+    r"|memory allocation of size \d+ failed|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc"
+    r"|cannot allocate memory|^MemoryError"
+    r"|Free memory on device .* is less than desired GPU memory utilization"
+    r"|No available memory for the cache blocks"
+    r"|larger than the (available KV cache memory|maximum number of tokens that can)",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
+def is_out_of_memory(text: str) -> bool:
+    """Return whether what a failed server wrote says that memory was short."""
+    return OUT_OF_MEMORY.search(text) is not None
 
 
 # -- memory of what runs ---------------------------------------------------------------
@@ -3825,6 +3983,14 @@ def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
     return running
 
 
+def unit_processes(unit: str) -> Set[int]:
+    """Return the processes of a unit that runs. Takes seconds if systemd hangs."""
+    argv = Service(unit).systemctl("show", "-p", "MainPID")
+    _, text = run_command(argv, COMMAND_TIMEOUT)
+    pid = re.search(r"MainPID=([1-9]\d*)", text)
+    return set(descendants(int(pid[1]))) if pid else set()
+
+
 def check_unit(model: Model):
     """Raise LoadFailed if systemd has no such unit. Takes seconds if systemd hangs."""
     service = Service(model.settings.unit)
@@ -3953,6 +4119,9 @@ class UnitBackend(Backend):
                 self.on_line(f"llmswap: process {self.pid} of {self.where} lives on")
 
     # -- systemd
+
+    def processes(self):
+        return set(descendants(self.pid)) if self.pid else set()
 
     def _systemctl(self, verb, *options, timeout=None, until=None):
         argv = self.service.systemctl(verb, *options)
@@ -4084,7 +4253,8 @@ class RemoteBackend(Backend):
 # -- how far a load is -----------------------------------------------------------------
 
 MAX_BEFORE_READY = 0.99
-MODEL_OPTIONS = ("-m", "--model", "-mm", "--mmproj", "-md", "--model-draft")
+COMPANION_OPTIONS = ("-mm", "--mmproj", "-md", "--model-draft")
+MODEL_OPTIONS = ("-m", "--model", *COMPANION_OPTIONS)
 
 
 class LoadProgress:
@@ -4129,8 +4299,13 @@ def descendants(pid: int) -> List[int]:
 def model_file_size(pid: int) -> int:
     """Return the bytes of the model files named in the process's command line."""
     words = read_text_or_empty(f"/proc/{pid}/cmdline").split("\0")
-    named = {after for word, after in zip(words, words[1:]) if word in MODEL_OPTIONS}
-    paths = [os.path.join(f"/proc/{pid}/cwd", path) for path in named]
+    return size_of_files(words, f"/proc/{pid}/cwd")
+
+
+def size_of_files(words: List[str], folder: str, options=MODEL_OPTIONS) -> int:
+    """Return the bytes of the model files that these options name in a command."""
+    named = {after for word, after in zip(words, words[1:]) if word in options}
+    paths = [os.path.join(folder, path) for path in named]
     shards = [shard for path in paths for shard in shards_of(path)]
     return sum(os.path.getsize(path) for path in shards if os.path.isfile(path))
 
@@ -4142,6 +4317,384 @@ def shards_of(path: str) -> List[str]:
         return [path]
     start, count, end = found.groups()
     return [f"{start}-{n:05}-of-{count}{end}" for n in range(1, int(count) + 1)]
+
+
+# -- what models need, and what there is -----------------------------------------------
+
+GPU_RESERVE = 512 << 20  # bytes of each GPU that no model gets: for driver and desktop
+RAM_SHARE = 0.9  # of the machine's memory is for models
+PEAK_MARGIN = 1.05  # a model counts for so much more than the peak it was measured at
+FILES_MARGIN = 1.2  # likewise where only its files are known
+SQUEEZED = 0.9  # measured below that share of the estimate, it had to squeeze in
+MEASURE_INTERVAL = 60.0  # s, between two measurements of a model that serves
+TOOL_TIMEOUT = 10.0  # s; for the vendor's tool where nobody waits, and llama-fit-params
+NEEDS_KEPT = 1000  # commands whose needs are remembered
+
+_GPU_SIZE_TOOLS = (  # command; total and used memory of a GPU in what it says; unit
+    (
+        ["nvidia-smi", "--query-gpu=memory.total,memory.used",
+         "--format=csv,noheader,nounits"],
+        r"^ *(\d+|\[.*\]), *(\d+|\[.*\]) *$",
+        1 << 20,
+    ),
+    (
+        ["rocm-smi", "--showmeminfo", "vram", "--csv"],
+        r"^card\d+,(\d+|N/A),(\d+|N/A)",
+        1,
+    ),
+)  # fmt: skip
+
+
+def gpu_sizes() -> List[Tuple[Optional[int], Optional[int]]]:
+    """Return the total and the used bytes of each GPU that a vendor's tool shows; None
+    where it does not tell. Takes 10 s at most."""
+    sizes = []
+    for command, row, unit in _GPU_SIZE_TOOLS:
+        _, text = run_command(command, TOOL_TIMEOUT, stderr=subprocess.DEVNULL)
+        for cells in re.findall(row, text, re.MULTILINE):
+            numbers = [int(cell) * unit if cell.isdigit() else None for cell in cells]
+            sizes.append(tuple(numbers))
+    return sizes
+
+
+def gpu_memory_used() -> Optional[int]:
+    """Return the bytes in use on all GPUs together; None if that is not told."""
+    used = [used for _, used in gpu_sizes()]
+    return None if None in used or not used else sum(used)
+
+
+def machine_budget(own: Callable[[], Set[int]]) -> Dict[str, int]:
+    """Return the bytes of `vram` and `ram` that models can have on this machine.
+
+    GPU memory in the hands of processes not in `own()` is not theirs. Without a GPU
+    there is no `vram`. If its size is not told, `vram` is a single byte: any two models
+    that use the GPU are too much for it. Asks the vendor's tool.
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    budget, sizes = {"ram": int(memory * RAM_SHARE)}, gpu_sizes()
+    if not sizes:
+        return budget
+    told = [size for size in sizes if None not in size]
+    pids = own() if told else ()
+    held = sum(amount for pid, amount in gpu_users() if pid in pids)
+    free = sum(total - used - GPU_RESERVE for total, used in told)
+    return {"vram": max(1, free + held), **budget}
+
+
+def with_machine_budget(
+    written: Mapping[str, Optional[int]], machine: Mapping[str, int]
+) -> Dict[str, int]:
+    """Return a budget as written, with what the machine has where `auto` is written."""
+    sizes = {name: machine.get(name) if size is None else size
+             for name, size in written.items()}
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+def memory_taken(
+    pids: Set[int], used_before: Callable[[], Optional[int]]
+) -> Dict[str, int]:
+    """Return the bytes of `vram` and `ram` that these processes take now.
+
+    Where the vendor's tool does not show them (in containers), `vram` is what its GPUs
+    have in use more than `used_before()`; it is missing if that is None. Mapped files
+    count as far as they can be what is not on a GPU.
+    """
+    sizes, taken = collections.Counter(), {}
+    for pid in pids:
+        sizes.update(memory_of(pid))
+    if not sizes:
+        return {}
+    if _gpu_tools():
+        shown = sum(amount for pid, amount in gpu_users() if pid in pids)
+        is_told = not shown and used_before() is not None
+        used, before = gpu_memory_used() if is_told else None, used_before()
+        if shown or None not in (used, before):
+            taken["vram"] = shown or max(0, used - before)
+    mapped = sizes["RssFile"]
+    if taken.get("vram"):
+        mapped = min(mapped, max(0, sum(map(model_file_size, pids)) - taken["vram"]))
+    taken["ram"] = sizes["RssAnon"] + sizes["RssShmem"] + mapped
+    return taken
+
+
+def fit_params_command(model: Model) -> List[str]:
+    """Return the llama-fit-params beside the model's llama-server with those of the
+    model's options that it has, too; [] if there is none, or none that can print."""
+    try:
+        argv = model.command(table_of(model), "0")
+        server = find_program(argv[0], os.environ, model.settings.cwd or None)
+    except (ConfigError, LoadFailed):
+        return []
+    folders = {os.path.dirname(server), os.path.dirname(os.path.realpath(server))}
+    paths = [os.path.join(folder, "llama-fit-params") for folder in folders]
+    for path in filter(os.path.isfile, paths):
+        _, text = run_command([path, "--help"], TOOL_TIMEOUT)
+        names = (match[1].split(",") for match in OPTION_HELP.finditer(text))
+        known = {name.strip() for name in itertools.chain(*names)}
+        if "-fitp" in known:
+            offline = ["--offline"] if "--offline" in known else []
+            options = _options_among(known, argv[1:], table_of(model))
+            return [path, *options, *offline, "-fitp", "on"]
+    return []
+
+
+def _options_among(known, words, table):
+    """Return those of the words that are options in `known`, with their values."""
+    chosen, values = [], 0
+    for word in words:
+        option = table.find(word.lstrip("-")) if word.startswith("-") else None
+        if values > 0:
+            values -= 1
+            chosen.append(word)
+        elif word in known:
+            chosen.append(word)
+            values = option.values if option else 0
+    return chosen
+
+
+def fit_params_estimate(model: Model) -> Dict[str, int]:
+    """Return the bytes of `vram` and `ram` that llama-fit-params prints for the model,
+    projector and draft model added; {} if it prints none. Takes 20 s at most."""
+    command = fit_params_command(model)
+    if not command:
+        return {}
+    cwd = model.settings.cwd or None
+    more = {"env": clean_environment(model.environment("0")), "cwd": cwd}
+    _, text = run_command(command, TOOL_TIMEOUT, stderr=subprocess.DEVNULL, **more)
+    rows = re.findall(r"^(\S+) (\d+) (\d+) (\d+) *$", text, re.MULTILINE)
+    amounts = collections.Counter()
+    for name, *megabytes in rows:
+        is_host = name.lower() == "host"
+        amounts["ram" if is_host else "vram"] += sum(map(int, megabytes)) << 20
+    if "ram" not in amounts:
+        return {}
+    amounts["vram" if len(rows) > 1 else "ram"] += size_of_files(
+        model.command(table_of(model), "0"), cwd or "", COMPANION_OPTIONS
+    )
+    return {"vram": amounts["vram"], "ram": amounts["ram"]}
+
+
+class Known(NamedTuple):
+    """What is known of one command: its last run's peak, margin included, and the
+    estimate before its first, of `source`. In bytes by resource."""
+
+    model: str = ""
+    measured: Mapping[str, int] = {}
+    estimated: Mapping[str, int] = {}
+    source: str = "not known yet"
+
+
+class Needs:
+    """What models need where that is not written. Any thread may call.
+
+    It is kept by command in `needs.json`, which other runs of llmswap may share:
+
+        {"version": 1, "needs": {"1f0c...": {"model": "coder", "measured": {"vram":
+         19541237760, "ram": 1288490188}, "estimated": {}, "source": "file sizes"}}}
+
+    `log(level, text)` must not block. Only `estimate` and `save` do.
+    """
+
+    def __init__(self, directory: str, log):
+        self._path = os.path.join(directory, "needs.json")
+        self._log = log
+        self._known = self._read()
+        self._changed = set()  # keys that are to be saved
+        self._keys = {}  # by model: the Model and its key
+        self._estimating = collections.defaultdict(threading.Lock)  # by key
+        self._saving = threading.Lock()
+
+    def of(self, model: Model, budget: Mapping[str, int]) -> Tuple[Dict[str, int], str]:
+        """Return what the model needs (all of the budget where nothing is known), and
+        where that is known from."""
+        if not model.has_auto_needs:
+            return model.written_needs, "written"
+        known = self._known.get(self._key(model), Known())
+        amounts = {**budget, **known.estimated, **known.measured}
+        is_measured = not known.measured.keys().isdisjoint(budget)
+        source = "measured" if is_measured else known.source
+        return {name: amounts[name] for name in budget}, source
+
+    def estimate(self, model: Model, budget: Mapping[str, int]) -> bool:
+        """Estimate what the model needs if nothing is known; return whether it did.
+
+        It may take 20 s; who else asks for the same model meanwhile waits, too.
+        """
+        key = self._key(model) if model.has_auto_needs else None
+        if key is None or key in self._known:
+            return False
+        with self._estimating[key]:
+            if key in self._known:
+                return False
+            self._known[key] = self._estimated(model, budget)
+            return True
+
+    def _estimated(self, model, budget):
+        is_llama = model.kind == "llama-server"
+        amounts = fit_params_estimate(model) if is_llama else {}
+        if amounts:
+            if "vram" not in budget and not _gpu_tools():  # of one memory with the CPU
+                amounts = {"ram": amounts["ram"] + amounts["vram"]}
+            self._changed.add(self._key(model))
+            return Known(model.name, {}, amounts, "llama-fit-params")
+        with contextlib.suppress(ConfigError):
+            words = model.command(table_of(model), "0")
+            size = int(size_of_files(words, model.settings.cwd or "") * FILES_MARGIN)
+            if size:
+                place, other = ("vram", "ram") if "vram" in budget else ("ram", "vram")
+                return Known(model.name, {}, {place: size, other: 0}, "file sizes")
+        return Known(model.name)
+
+    def learn(
+        self,
+        model: Model,
+        peak: Mapping[str, int],
+        budget: Mapping[str, int],
+        is_beside: bool,
+        is_over: bool,
+    ) -> bool:
+        """Take over the peak of a run; return whether that changes what is known.
+
+        Not what it took when it had to squeeze in, as llama-server does: clearly less
+        than it wants, loaded beside others, or though it wants more than there is.
+        Only a run that is over may lower what is known.
+        """
+        key = self._key(model)
+        known = self._known.get(key, Known(model.name))
+        measured = dict(known.measured)
+        for name, amount in peak.items():
+            before, estimate = measured.get(name, -1), known.estimated.get(name, 0)
+            wanted, need = 0, int(amount * PEAK_MARGIN)
+            if is_beside:
+                wanted = max(estimate, before / PEAK_MARGIN)
+            elif known.source == "llama-fit-params" and estimate > budget.get(name, 0):
+                wanted = estimate
+            if amount >= SQUEEZED * wanted and (is_over or need > before):
+                measured[name] = need
+        return bool(peak) and self._set(key, known._replace(measured=measured))
+
+    def raise_to(self, model: Model, amounts: Mapping[str, int]) -> bool:
+        """The model had no memory although this much was left for it, or nearly."""
+        key = self._key(model)
+        known = self._known.get(key, Known(model.name))
+        estimated, measured = dict(known.estimated), dict(known.measured)
+        for name, amount in amounts.items():
+            estimated[name] = max(amount, estimated.get(name, 0))
+            if measured.get(name, 0) < amount:
+                measured.pop(name, None)
+        fresh = Known(model.name, measured, estimated, "out of memory")
+        return self._set(key, fresh)
+
+    def _key(self, model):
+        """Return what stands for the model's command in the file."""
+        before, key = self._keys.get(model.name, (None, None))
+        if before is not model:
+            text = repr((model.name, model.launch))
+            key = hashlib.sha256(text.encode()).hexdigest()[:16]
+            self._keys[model.name] = model, key
+        return key
+
+    def _set(self, key, known):
+        if known == self._known.get(key):
+            return False
+        self._known[key] = known
+        self._changed.add(key)
+        return True
+
+    def save(self):
+        """Write what has changed to the file."""
+        with self._saving:
+            if not self._changed:
+                return
+            rows = self._read()
+            while self._changed:
+                key = self._changed.pop()
+                rows.pop(key, None)  # the last is the newest
+                rows[key] = self._known[key]
+            newest = [*rows.items()][-NEEDS_KEPT:]
+            needs = {key: known._asdict() for key, known in newest}
+            fresh = f"{self._path}.{os.getpid()}"
+            try:
+                os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
+                with open(fresh, "w", encoding="utf-8") as file:
+                    json.dump({"version": 1, "needs": needs}, file, indent=1)
+                os.replace(fresh, self._path)
+            except OSError as error:
+                self._log("warning", f"{self._path} could not be written: {error}")
+
+    def _read(self):
+        """Return what the file holds; a broken one is set aside."""
+        try:
+            with open(self._path, encoding="utf-8") as file:
+                held = json.load(file)
+            rows = {key: Known(**row) for key, row in held["needs"].items()}
+            amounts = [each for _, *both, _ in rows.values() for each in both]
+            sizes = [size for each in amounts for size in each.values()]
+            if held["version"] != 1 or not all(type(size) is int for size in sizes):
+                raise ValueError("it is of another version, or a size is no number")
+            return rows
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            self._log("warning", f"{self._path} could not be read: {error}")
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            aside = f"{self._path}.broken"
+            self._log("warning", f"{self._path} is broken, moved to {aside}: {error}")
+            with contextlib.suppress(OSError):
+                os.replace(self._path, aside)
+        return {}
+
+
+class MemoryMonitor:
+    """Measures what one run of a backend takes, on a thread of its own: once it is
+    loaded, and from then on once a minute.
+
+    `report(backend)` is called on that thread after each measurement, `peak` being the
+    highest amounts so far. `is_beside`: others were loaded while this one was.
+    `count_changes()` counts the runs that began or ended: with each, the GPU's memory
+    in use tells nothing more of this one.
+    """
+
+    def __init__(self, backend: Backend, count_changes, report):
+        self.peak = {}
+        self.rounds = 0
+        self.is_beside = False
+        self._backend = backend
+        self._count_changes = count_changes
+        self._report = report
+        self._loaded = threading.Event()
+        self._ended = threading.Event()
+
+    def start(self, is_adopted=False):
+        """Begin. An adopted backend holds its memory already."""
+        changes = None if is_adopted else self._count_changes()
+        work, name = (changes,), f"memory {self._backend.model.name}"
+        threading.Thread(target=self._run, args=work, name=name, daemon=True).start()
+
+    def loaded(self):
+        """The backend is loaded: measure it."""
+        self._loaded.set()
+
+    def end(self):
+        """The backend is to stop, or has ended: what it takes tells nothing more."""
+        self._ended.set()
+        self._loaded.set()
+
+    def _run(self, changes):
+        used = gpu_memory_used()
+        self._loaded.wait()
+        while not self._ended.is_set():
+            taken = memory_taken(
+                self._backend.processes(),
+                lambda: used if self._count_changes() == changes else None,
+            )
+            if self._ended.is_set() or not self._backend.processes():
+                break
+            for name, amount in taken.items():
+                self.peak[name] = max(amount, self.peak.get(name, 0))
+            self.rounds += 1
+            self._report(self._backend)
+            self._ended.wait(MEASURE_INTERVAL)
 
 
 # -- what is known of a model without loading it ---------------------------------------
@@ -4466,7 +5019,8 @@ class ModelStatus(NamedTuple):
     why its last run failed, `stopped` why it was stopped, `unusable` what is wrong with
     it in the file. `shares` names the model whose backend it uses now, and whose state
     it has. `pinned`: nothing may evict it now. `entry` is what its own /v1/models told
-    last.
+    last. `needs`, by resource of the budget, are known from `needs_source`; it `holds`
+    what counts now, if it runs.
     """
 
     id: str
@@ -4490,6 +5044,9 @@ class ModelStatus(NamedTuple):
     pid: Optional[int] = None
     port: Optional[int] = None
     entry: Mapping[str, object] = {}
+    needs: Mapping[str, int] = {}
+    needs_source: Optional[str] = None
+    holds: Mapping[str, int] = {}
 
 
 class Pool:
@@ -4507,7 +5064,6 @@ class Pool:
         self._clock = clock
         self._guard = Guard()
         self._make_backend = make_backend or self._backend_of_kind
-        self._scheduler = Scheduler(limits_of(config), specs_of(config))
         self._backends = {}
         self._feeds = {}
         self._entries = {}  # by model: the last that its own /v1/models told
@@ -4520,6 +5076,12 @@ class Pool:
         self._changed = threading.Condition(self._lock)  # a new revision
         self._loading = threading.Condition(self._lock)  # a load began
         self._next_deadline = self._timer_at = math.inf
+        self._needs = Needs(config.settings.state_dir, log)
+        self._machine_budget = None  # found out when a configuration says auto
+        self._changes = 0  # runs that began or ended
+        self.budget = self._find_budget(config)  # with figures for `auto`
+        limits = limits_of(config, self.budget)
+        self._scheduler = Scheduler(limits, self._specs_of(config))
         self._is_closed = False
         self._adoption = None
         self._quiet_since = self._used_at = clock()
@@ -4545,8 +5107,17 @@ class Pool:
                     self.load(model)
             except APIError as problem:
                 self._log("error", f"{model.name}: {problem}")
+        self._load_kept()
+
+    def _load_kept(self):
+        """Have those of keep-loaded loaded, once it is estimated what they need, which
+        may take seconds."""
+        for model in list(self.config.models.values()):
+            if model.settings.keep_loaded and not model.problem:
+                if self._needs.estimate(model, self.budget):
+                    self._take_over_needs()
         with self._lock:
-            self._schedule()  # which starts those of keep-loaded
+            self._schedule()
 
     def _adopt_units(self):
         """Begin to find out which units run already, and to adopt them."""
@@ -4575,6 +5146,8 @@ class Pool:
                 self._log("info", f"{name}: {unit} runs already")
                 backend = self._new_backend(name)
                 backend.run_number = self._scheduler.adopted(name, self._clock())
+                if backend.monitor:
+                    backend.monitor.start(is_adopted=True)
                 backend.adopt()
             self._schedule()
 
@@ -4625,6 +5198,8 @@ class Pool:
                 if not scheduled.is_held:
                     scheduled.last_failure = problem.with_traceback(None)
             raise
+        if self._needs.estimate(owner, self.budget):
+            self._take_over_needs()
 
     def _scheduled(self, model):
         """Return the scheduled model to which a request for this one goes now, or None
@@ -4701,6 +5276,7 @@ class Pool:
 
     def reload(self, config: Config):
         """Take over a configuration: see Scheduler.configure."""
+        budget = self._find_budget(config)
         with self._lock:
             changed = [
                 name
@@ -4708,13 +5284,12 @@ class Pool:
                 if name in self.config.models
                 and model.launch != self.config.models[name].launch
             ]
-            self.config = config
+            self.config, self.budget = config, budget
             for name in [*self._entries]:
                 if name in changed or name not in config.models:
                     del self._entries[name]
-            self._scheduler.configure(
-                limits_of(config), specs_of(config), changed, _removed
-            )
+            limits, specs = limits_of(config, budget), self._specs_of(config)
+            self._scheduler.configure(limits, specs, changed, _removed)
             for model in config.models.values():
                 if model.problem:
                     reason = ModelMisconfigured(model.problem)
@@ -4724,7 +5299,86 @@ class Pool:
                     backend.model = config.models[name]
             self._schedule()
         self._adopt_units()
+        threading.Thread(target=self._load_kept, name="kept", daemon=True).start()
         self.events.publish({"model": "*", "event": "models_reload"})
+
+    # -- memory ----------------------------------------------------------------------
+
+    def _find_budget(self, config):
+        """Return the budget with figures for `auto`.
+
+        Not called with the lock held: it asks the vendor's tool, once. What it tells
+        later is no use: our own models hold memory then.
+        """
+        written = config.settings.budget
+        if None not in written.values():
+            return written
+        if self._machine_budget is None:
+            own = functools.partial(self._own_processes, config)
+            self._machine_budget = machine_budget(own)
+        budget = with_machine_budget(written, self._machine_budget)
+        self._log("info", f"budget: {resources_text(budget)}")
+        if budget.get("vram") == 1:
+            why = "the vendor's tool does not tell how much memory the GPU has free"
+            self._log("warning", f"{why}: its models are loaded one at a time")
+        return budget
+
+    def _own_processes(self, config):
+        """Return the processes of what we run, and of units that we are to adopt."""
+        backends = list(self._backends.values())
+        pids = {pid for backend in backends for pid in backend.processes()}
+        for model in config.models.values():
+            if model.kind == "unit":
+                pids |= unit_processes(model.settings.unit)
+        return pids
+
+    def _specs_of(self, config):
+        models = config.models.values()
+        known = {each.name: self._needs.of(each, self.budget)[0] for each in models}
+        return specs_of(config, counted_needs(config, self.budget, known))
+
+    def _count_needs(self):
+        """Have the scheduler count what is known by now. The lock is held."""
+        for name, spec in self._specs_of(self.config).items():
+            if self.config.models[name].has_auto_needs:
+                self._scheduler.learn(name, spec.needs)
+        self._schedule()
+
+    def _take_over_needs(self):
+        """Count what is newly known, and keep it."""
+        with self._lock:
+            self._count_needs()
+        self._needs.save()
+
+    def _monitor_of(self, backend):
+        """Return what measures the backend; None if its needs are written."""
+        if not backend.model.has_auto_needs:
+            return None
+        monitor = MemoryMonitor(backend, lambda: self._changes, self._on_measured)
+        monitor.is_beside = len(self._scheduler.held) > 1
+        return monitor
+
+    def _on_measured(self, backend, is_over=False):
+        """A monitor has measured, or ends: take over what it found."""
+        monitor = backend.monitor
+        is_over = is_over and monitor.rounds > 1  # else its peak may have been missed
+        if self._needs.learn(
+            backend.model, monitor.peak, self.budget, monitor.is_beside, is_over
+        ):
+            self._take_over_needs()
+
+    def _raise_needs(self, name, victim):
+        """Have a model that had no memory beside `victim` need so much that it will not
+        be loaded beside it again. The lock is held."""
+        usages = [model.usage() for model in self._scheduler.held.values()]
+        amounts = {
+            each: size - sum(u.needs.get(each, 0) for u in usages if u.name != victim)
+            for each, size in self.budget.items()
+            if any(u.needs.get(each) for u in usages if u.name == victim)
+        }
+        model = self.config.models.get(name)
+        if model and model.has_auto_needs and self._needs.raise_to(model, amounts):
+            self._count_needs()
 
     # -- status ----------------------------------------------------------------------
 
@@ -4797,7 +5451,17 @@ class Pool:
             pid=getattr(backend, "pid", None),
             port=getattr(backend, "port", None),
             entry=self._entries.get(name, {}),
+            **self._needs_status(scheduled),
         )
+
+    def _needs_status(self, scheduled):
+        owner = self.config.models.get(scheduled.name)
+        if not self.budget or owner is None or owner.kind == "remote":
+            return {}
+        needs, source = self._needs.of(owner, self.budget)
+        held = scheduled.usage().needs if scheduled.is_held else {}
+        holds = {name: held[name] for name in self.budget if name in held}
+        return {"needs": needs, "needs_source": source, "holds": holds}
 
     def feed_of(self, name: str) -> Broadcast:
         """Return the output of the model's backends, of this one and earlier ones."""
@@ -4908,6 +5572,7 @@ class Pool:
     def _start(self, decision):
         """Start or wake a backend; return whether that failed at once."""
         name = decision.name
+        self._changes += 1
         self._log("info", f"{name}: {'waking' if decision.is_wake else 'loading'}")
         self._publish(name, "loading", event="model_status")
         if decision.is_wake:
@@ -4919,6 +5584,8 @@ class Pool:
         try:
             backend = self._new_backend(name)
             backend.run_number = decision.run
+            if backend.monitor:
+                backend.monitor.start()
             backend.start()
         except (OSError, RuntimeError) as error:  # no descriptor or no thread is left
             problem = LoadFailed(f"{name} could not be started: {error}")
@@ -4936,6 +5603,7 @@ class Pool:
         backend.stop_requested_at = None  # or put to sleep
         backend.is_described = backend.model.kind != "llama-server"
         self._backends[name] = backend
+        backend.monitor = self._monitor_of(backend)
         self._begin_progress(backend)
         return backend
 
@@ -4958,6 +5626,9 @@ class Pool:
         self._log("info", f"{name}: {action} ({reason})")
         backend = self._backends[name]
         backend.stop_requested_at = time.monotonic()
+        self._changes += 1
+        if backend.monitor and not decision.to_sleep:
+            backend.monitor.end()
         if decision.to_sleep:
             backend.sleep()
         else:
@@ -5018,6 +5689,9 @@ class Pool:
             seconds = time.monotonic() - backend.started_at
             self._scheduler.loaded(name, backend.run_number, now)
             self._meters.count_load(name, seconds)
+            if backend.monitor:
+                backend.monitor.is_beside |= len(self._scheduler.held) > 1
+                backend.monitor.loaded()
             self._schedule()
         self._log("info", f"{name}: loaded in {seconds:.2f} s ({backend.where})")
         if backend.is_described:
@@ -5040,6 +5714,8 @@ class Pool:
         self._publish(name, "sleeping")
 
     def _on_dying(self, backend):
+        if backend.monitor:
+            backend.monitor.end()
         with self._lock:
             name, now = backend.model.name, self._clock()
             self._scheduler.crashed(name, backend.run_number, now)
@@ -5052,16 +5728,25 @@ class Pool:
             self._record_exit(backend.model.name, backend.run_number, problem)
             self._schedule()
             self._ended.notify_all()
+        if backend.monitor:
+            self._on_measured(backend, is_over=True)
+            self._needs.save()
 
     def _record_exit(self, name, run, problem):
         """A backend is gone, or could not be started. The lock is held."""
-        self._backends.pop(name, None)
+        self._changes += 1
+        backend = self._backends.pop(name, None)
+        if backend and backend.monitor:
+            backend.monitor.end()
         if problem is not None:
             scheduled = self._scheduler.models[name]
             text = _failure_text(problem, scheduled.last_failure)
             self._log("error", text if text.startswith(name) else f"{name}: {text}")
             self._meters.count_failure(name, scheduled.state.value)
-        self._scheduler.exited(name, run, self._clock(), problem)
+        victim = self._scheduler.exited(name, run, self._clock(), problem)
+        if victim is not None:
+            self._log("info", f"{name}: loaded once more, after {victim} has gone")
+            self._raise_needs(name, victim)
         self._publish(name, "unloaded", exit_code=exit_code_of(problem))
 
     def _log_end(self, backend, state):
@@ -5172,14 +5857,14 @@ def _removed(name):
     return ModelNotFound(f"the model {name!r} is no longer in the configuration")
 
 
-def limits_of(config: Config) -> Limits:
-    """Return what the configuration lets be loaded together."""
+def limits_of(config: Config, budget: Mapping[str, int]) -> Limits:
+    """Return what the configuration, with this budget, lets be loaded together."""
     settings = config.settings
     models = config.models.values()
     addresses = {url: 1 for model in models for url in address_of(model)}
     return Limits(
         models_max=settings.models_max,
-        budget={**settings.budget, **addresses},
+        budget={**budget, **addresses},
         sets=tuple(settings.sets),
         patience=settings.patience,
         queue_max=settings.queue_max,
@@ -5187,17 +5872,50 @@ def limits_of(config: Config) -> Limits:
     )
 
 
-def specs_of(config: Config) -> Dict[str, ModelSpec]:
+def counted_needs(
+    config: Config, budget: Mapping[str, int], known: Mapping[str, Mapping[str, int]]
+) -> Dict[str, Mapping[str, int]]:
+    """Return what each model counts for: `known`, but what is not written is cut down
+    to what the budget leaves beside all pinned ones, so that each can be loaded.
+
+    Of the pinned ones themselves, so much that the largest other fits beside them.
+    """
+    counted = {name: dict(amounts) for name, amounts in known.items()}
+    models = sorted(
+        (model for model in config.models.values() if not model.problem),
+        key=lambda model: not model.is_pinned,
+    )
+    for name, size in budget.items():
+        left, largest = size, 1
+        for model in models:
+            if model.is_pinned:
+                left -= model.written_needs.get(name, 0)
+            else:
+                largest = max(largest, model.written_needs.get(name, 0))
+        spare = left - largest
+        for model in models:
+            if not model.has_auto_needs:
+                continue
+            room = max(0, spare) if model.is_pinned else left
+            amount = counted[model.name][name] = min(counted[model.name][name], room)
+            if model.is_pinned:
+                left, spare = left - amount, spare - amount
+    return counted
+
+
+def specs_of(
+    config: Config, needs: Mapping[str, Mapping[str, int]]
+) -> Dict[str, ModelSpec]:
     """Return what scheduling must know of each model that has a backend of its own."""
     specs = {}
     for name, model in config.models.items():
         settings, address = model.settings, address_of(model)
         if model.backends == (name,):
             specs[name] = ModelSpec(
-                needs={**settings.needs, **address},
+                needs={**needs[name], **address},
                 sleep_needs={**settings.sleep_needs, **address},
                 takes_place=model.kind != "remote",
-                is_pinned=settings.pin == "on",
+                is_pinned=model.is_pinned,
                 is_pinned_once_loaded=settings.pin == "loaded",
                 keep_loaded=settings.keep_loaded and not model.problem,
                 can_sleep=bool(settings.sleep),
@@ -6977,12 +7695,13 @@ class StatusReport(NamedTuple):
     models: Sequence[ModelStatus]
     meters: Metrics
     problem: Optional[str] = None  # why the changed file is not in use
+    budget: Mapping[str, int] = {}
 
 
 def snapshot(report: StatusReport) -> dict:
     """Return what the page shows, ready for JSON.
 
-        {"version": "1.0", "born": 1750000000.0,
+        {"version": "1.0", "born": 1750000000.0, "budget": {"vram": 25232932864},
          "totals": {"models": 3, "loaded": 1, "running": 2, "waiting": 1,
                     "rss": 5368709120, "vram": null},
          "models": [{"id": "coder", ...most fields of ModelStatus...}, ...]}
@@ -7003,6 +7722,7 @@ def snapshot(report: StatusReport) -> dict:
         version=report.version,
         born=report.born,
         problem=report.problem,
+        budget=report.budget,
         totals=totals,
         models=models,
     )
@@ -7152,6 +7872,14 @@ def _model_metrics(report):
         for model in own
         for state in State
     ]
+    yield "gauge", "llmswap_budget_bytes", "What there is of a resource.", [
+        ("", {"resource": name}, size) for name, size in report.budget.items()
+    ]
+    yield "gauge", "llmswap_model_needs_bytes", "What a model needs of a resource.", [
+        ("", {"model": model.id, "resource": name}, size)
+        for model in own
+        for name, size in model.needs.items()
+    ]
     counts = collections.defaultdict(list)
     for (source, *labels), value in sorted(report.meters.counts.items(), key=repr):
         counts[source].append((labels, value))
@@ -7261,6 +7989,18 @@ h2 span { font-weight: 400; margin-left: 4px; }
 #problem { margin: 12px; color: var(--tone); white-space: pre-wrap; }
 #none { padding: 72px 24px; text-align: center; color: var(--soft); }
 #none b { display: block; font-size: 17px; margin-bottom: 6px; }
+
+/* The budget: what holds it */
+#budget p { margin: 0 0 4px 2px; color: var(--soft); font-size: 13px; }
+.bar {
+  display: flex; margin-bottom: 18px; overflow: hidden; font-size: 13px;
+  background: var(--sheet); border: 1px solid var(--line); border-radius: 8px;
+}
+.bar span {
+  min-width: 0; padding: 2px 0 2px 8px; overflow: hidden; white-space: nowrap;
+  border-left: 3px solid var(--loaded);
+}
+.bar span:last-child { color: var(--soft); border-color: transparent; }
 
 /* One model */
 .model {
@@ -7545,6 +8285,7 @@ function paint() {
   const ids = new Set(models.map(({id}) => id));
   for (const [id, row] of rows) if (!ids.has(id)) row.remove(), rows.delete(id);
   for (const model of models) paintModel(model, age);
+  paintBudget(snapshot);
   for (const name of ["held", "broken", "rest"]) paintGroup(name);
   if (focused !== document.activeElement) focused.focus({preventScroll: true});
   show($("none"), !models.length);
@@ -7580,6 +8321,32 @@ function paintTotals({loaded, models, running, waiting, rss, vram}) {
   const isLoaded = ({state, shares}) => state === "loaded" && !shares;
   const names = snapshot.models.filter(isLoaded).map(({id}) => id);
   document.title = join([...names, "llmswap"]);
+}
+
+function paintBudget({budget, models}) {
+  const own = models.filter(({shares}) => !shares);
+  const bars = Object.entries(budget).map(([name, size]) => {
+    const held = own.filter(({holds}) => holds[name]);
+    const parts = held.map(({id, holds}) => ({text: id, amount: holds[name]}));
+    const free = parts.reduce((left, {amount}) => left - amount, size);
+    return {name, size, parts: [...parts, {text: "free", amount: Math.max(0, free)}]};
+  });
+  const content = JSON.stringify(bars), div = $("budget");
+  if (div.dataset.content !== content) div.replaceChildren(...bars.flatMap(makeBar));
+  div.dataset.content = content;
+}
+
+function makeBar({name, size, parts}) {
+  const head = document.createElement("p"), bar = document.createElement("div");
+  head.textContent = `${name} ${bytes(size)}`;
+  bar.className = "bar";
+  bar.append(...parts.map(({text, amount}) => {
+    const part = document.createElement("span");
+    part.style.flex = `${amount} 1 0`;
+    part.textContent = part.title = amount ? `${text} ${bytes(amount)}` : "";
+    return part;
+  }));
+  return [head, bar];
 }
 
 function makeRow(id) {
@@ -7864,6 +8631,7 @@ STATUS_PAGE = """<!doctype html>
 <div class="columns">
   <main>
     <p id="problem" class="failed" role="alert" hidden></p>
+    <div id="budget"></div>
     <section class="held" hidden><h2>In memory <span></span></h2><ul></ul></section>
     <section class="broken" hidden>
       <h2>Needs attention <span></span></h2><ul></ul></section>
@@ -8360,7 +9128,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for status in self.pool.statuses(with_memory=True)
         ]
         meters, problem = self.pool.meters(), self.server.application.config_error
-        return StatusReport(VERSION, self.server.born, models, meters, problem)
+        return StatusReport(
+            VERSION, self.server.born, models, meters, problem, self.pool.budget
+        )
 
     def get_health(self):
         self._send_json({"status": "ok", "server": "llmswap", **self.pool.counts()})
@@ -8849,6 +9619,8 @@ def model_entry(
     context = meta.get("n_ctx") or meta.get("n_ctx_train")
     if context:
         entry["context_length"] = context
+    if status.needs:
+        entry["needs"] = {**status.needs, "source": status.needs_source}
     if model.settings.description:
         entry["description"] = model.settings.description
     return {**status.entry, **entry}
@@ -9466,6 +10238,11 @@ def missing_programs(model: Model) -> Optional[str]:
 def check(config: Config) -> int:
     """Print each model with its command or its error; return the exit status."""
     unusable, binaries = [], set()
+    log = lambda level, text: print(printable(text))  # noqa: E731
+    needs, budget = Needs(config.settings.state_dir, log), config.settings.budget
+    if None in budget.values():
+        budget = with_machine_budget(budget, machine_budget(set))
+        print(f"budget {resources_text(budget)}", end="\n\n")
     for model in config.models.values():
         aliases = f" ({', '.join(model.aliases)})" if model.aliases else ""
         lines = [f"{model.name}{aliases}: {model.kind}".replace("\n", "\\n")]
@@ -9475,6 +10252,9 @@ def check(config: Config) -> int:
             lines.append(_command_line(model))
             missing = missing_programs(model)
             lines += [f"cannot start now: {missing}"] if missing else []
+            if model.has_auto_needs:
+                needs.estimate(model, budget)
+                lines.append(_needs_line(*needs.of(model, budget)))
         except ConfigError as error:
             lines.append(f"error: {error}")
             unusable.append(model.name)
@@ -9488,6 +10268,12 @@ def check(config: Config) -> int:
     text = f"{count}: {', '.join(unusable)}" if unusable else "no errors"
     print(printable(text))
     return 2 if unusable else 0
+
+
+def _needs_line(amounts, source):
+    if source == Known().source:
+        return "needs not known yet: it is loaded alone the first time"
+    return f"needs {resources_text(amounts)} ({source})"
 
 
 PORT_MARK = "\0"  # stands where the port will

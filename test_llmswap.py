@@ -1914,6 +1914,85 @@ A model in no set is loaded alone
     9    ask x           -> evicted a for x
     10   exited a        -> start x
 
+A load that fails for memory makes room and is tried once more
+    a b c | models_max=3
+    0    serve a 1
+    2    serve b 3
+    4    ask c           -> start c
+    5    starved c       -> evicted a for c
+    6    exited a        -> start c
+    7    loaded c        -> grant 3
+
+The second failure for memory is told as any other, and a later load has its own try
+    a b c | models_max=3
+    0    serve a 1
+    2    serve b 3
+    4    ask c           -> start c
+    5    starved c       -> evicted a for c
+    6    exited a        -> start c
+    7    starved c       -> refuse 3: model_start_failed
+    8    ask c           -> start c
+    9    starved c       -> evicted b for c
+
+A busy model ends its requests before it makes room for the second try
+    a b | models_max=2
+    0    busy a
+    2    ask b           -> start b
+    3    starved b
+    3    ask a
+    4    end 1           -> evicted a for b
+    5    exited a        -> start b
+    6    loaded b        -> grant 2, start a
+
+A load that fails for memory beside pinned models only is not tried again
+    a(is_pinned=1) b | models_max=2
+    0    serve a 1
+    2    ask b           -> start b
+    3    starved b       -> refuse 2: model_start_failed
+
+A model that nobody waits for any more is not tried again, and the victim serves on
+    a b | models_max=2
+    0    busy a
+    2    ask b           -> start b
+    3    starved b
+    4    ask a
+    5    end 2           -> grant 3
+    6    ask b           -> start b
+
+A model that falls asleep has made room for the second try
+    a(can_sleep=1) b | models_max=2
+    0    serve a 1
+    2    ask b           -> start b
+    3    starved b       -> sleep a for b
+    4    slept a         -> start b
+
+A running model found to be smaller makes room at once
+    a(needs=8) b(needs=4) | models_max=0 budget=8
+    0    busy a
+    1    ask b           ; next 2
+    1.1  learn a 4       -> start b
+
+A running model found to be larger counts for more as far as there is room
+    a(needs=2) b(needs=4) c(needs=3) | models_max=0 budget=8
+    0    serve a 1
+    1    serve b 2
+    3    learn a 5
+    3    needs a 4
+    9    unload b        -> unload b
+    9    exited b
+    9    needs a 5
+    9    ask c           -> start c
+
+A model found to be larger counts for all of it in its next run
+    a(needs=2) b(needs=6) | models_max=0 budget=8
+    0    serve a 1
+    1    serve b 2
+    3    learn a 5
+    3    needs a 2
+    4    exited a
+    4    needs a 5
+    4    ask a           -> evicted b for a
+
 A sleeping model holds its sleep-needs and no place
     a(sleeps) b(needs=6) | budget=8
     0    serve a 1
@@ -2571,6 +2650,15 @@ class Story:
         more = [BROKEN] if failure else []
         getattr(self.core, event)(name, self.core.models[name].run, now, *more)
 
+    def _starved(self, now, name):
+        self.core.exited(name, self.core.models[name].run, now, STARVED)
+
+    def _learn(self, now, name, amount):
+        self.core.learn(name, {"vram": int(amount)})
+
+    def _needs(self, now, name, amount):
+        assert self.core.models[name].usage().needs == {"vram": int(amount)}
+
     def _old(self, now, event, name):
         old, new = self.runs[name]
         assert old < new
@@ -2652,7 +2740,8 @@ def in_words(decision):
     return f"{'sleep' if decision.to_sleep else decision.cause} {decision.name}{aim}"
 
 
-BROKEN = llmswap.LoadFailed("exit status 1: out of memory")
+BROKEN = llmswap.LoadFailed("exit status 1: a file is broken")
+STARVED = llmswap.LoadFailed("exit status 1: out of memory", is_out_of_memory=True)
 
 
 @pytest.mark.parametrize("story", STORIES.strip().split("\n\n"))
@@ -2770,10 +2859,13 @@ class World:
             self.scheduler.slept(backend.name, backend.run, self.now)
 
     def end(self, backend, orders, failure=None):
-        """The backend's process is gone, unless it had another order meanwhile."""
+        """The backend's process is gone, unless it had another order meanwhile.
+
+        Return the model that is to make room for another try, if there is one.
+        """
         if backend.orders == orders and self.backends.get(backend.name) is backend:
             del self.backends[backend.name]
-            self.scheduler.exited(backend.name, backend.run, self.now, failure)
+            return self.scheduler.exited(backend.name, backend.run, self.now, failure)
 
 
 class SimulatedBackend:
@@ -2986,6 +3078,7 @@ class Walk:
         self.retry_at = {}
         self.keep_at = {}  # name -> when it may be kept loaded after it died
         self.released = set()  # names that are not kept loaded
+        self.room_from = {}  # name -> the SimulatedBackend that goes for its second try
         self.is_resting = self.is_closed = False
         self.story = collections.deque(maxlen=60)
 
@@ -3064,6 +3157,11 @@ class Walk:
         self.core.finish(ticket, self.world.now)
         for where in (self.waiting, self.leases, self.bounds):
             where.pop(ticket.number, None)
+        self._forget_retry(ticket.model.name)
+
+    def _forget_retry(self, name):
+        if not self._waiting_for(name):
+            self.room_from.pop(name, None)
 
     def _release(self, number):
         if number in self.leases:
@@ -3077,20 +3175,62 @@ class Walk:
             backend = self.rng.choice(list(self.world.backends.values()))
             self._end(backend, self.rng.choice((None, BROKEN)))
 
+    def _starve(self):
+        """A load fails for memory."""
+        backends = self.world.backends.values()
+        loading = [each for each in backends if each.phase == "loading"]
+        if loading:
+            self._end(self.rng.choice(loading), STARVED)
+
     def _end(self, backend, failure):
         self._note(f"crash {backend.name} while {backend.phase}: {failure}")
-        self._learn_of_end(backend)
+        backend.orders += 1
+        victim = self.world.end(backend, backend.orders, failure)
+        if victim is None:
+            self._learn_of_end(backend, failure)
+            self.room_from.pop(backend.name, None)
+        else:
+            self._judge_retry(backend, failure, victim)
+
+    def _judge_retry(self, backend, failure, victim):
+        """A load that failed for memory beside others is tried a second time."""
+        name = backend.name
+        self.expect(failure is STARVED, "tried again, but memory was not short")
+        self.expect(backend.phase == "loading", "tried again, but it was loaded")
+        self.expect(self._waiting_for(name), "tried again for nobody")
+        self.expect(name not in self.room_from, "tried a third time")
+        is_pinned = self._is_pinned(self.world.backends[victim])
+        self.expect(not is_pinned, "a pinned one is to make room")
+        self.room_from[name] = self.world.backends[victim]
+
+    def _learn(self):
+        """A model is found to need more or less than it was taken to need."""
+        name = self.rng.choice(sorted(self.specs) or [None])
+        if name:
+            spec, budget = self.specs[name], self.core.limits.budget
+            needs = {
+                each: self.rng.randint(spec.sleep_needs[each], max(budget[each], least))
+                for each, least in spec.sleep_needs.items() if each in budget
+            }  # fmt: skip
+            self._learn_needs(name, needs)
+
+    def _learn_needs(self, name, needs):
+        """It is told only what fits beside all pinned ones: the Pool sees to that."""
+        specs = {**self.specs, name: self.specs[name]._replace(needs=needs)}
+        if usable(self.core.limits, specs) == specs:
+            self._note(f"learn {name} {needs}")
+            self.specs = specs
+            self.core.learn(name, needs)
+            self._bound_all()
+
+    def _learn_of_end(self, backend, failure=None):
+        if backend.phase == "up":
+            self._forgive(backend.name)
         if backend.phase in ("up", "asleep"):
             if failure is None:
                 self.released.add(backend.name)
-            elif backend not in self.replaced:
+            else:
                 self.keep_at[backend.name] = backend.ready_at + llmswap.MAX_BACKOFF
-        backend.orders += 1
-        self.world.end(backend, backend.orders, failure)
-
-    def _learn_of_end(self, backend):
-        if backend.phase == "up":
-            self._forgive(backend.name)
         if backend.phase == "loading":
             self.failures[backend.name] += 1
             surplus = self.failures[backend.name] - 3
@@ -3232,7 +3372,8 @@ class Walk:
     _calm_events = [_submit] * 4 + [_withdraw] + [_pass_time] * 4
     _events = _calm_events * 3 + [
         _crash, _crash, _doze, _late_news, _find, _unload, _keep_alive, _keep_alive,
-        _rest, _configure, _close, _stop_all,
+        _rest, _configure, _close, _stop_all, _learn, _learn, _learn, _starve, _starve,
+        _starve,
     ]  # fmt: skip
 
     # the judge
@@ -3241,6 +3382,8 @@ class Walk:
         for backend in self.world.backends.values():
             if backend.phase == "up":
                 self._forgive(backend.name)
+                self.room_from.pop(backend.name, None)
+        self._judge_needs()
         decisions = self.world.turn()
         self._judge_starts([d for d in decisions if isinstance(d, llmswap.Start)])
         self._judge_counters()
@@ -3304,6 +3447,7 @@ class Walk:
         ticket = self.waiting.pop(decision.ticket.number, None)
         if ticket is None:
             return  # refused at once, and withdrawn before anybody was told
+        self._forget_retry(ticket.model.name)
         bound = self.bounds.pop(ticket.number, math.inf)
         self.expect(self.world.now <= bound + 1e-6, f"{ticket} waited beyond {bound}")
         if isinstance(decision, llmswap.Grant):
@@ -3316,6 +3460,15 @@ class Walk:
 
     def _judge_start(self, start):
         name, backend = start.name, self.world.backends.get(start.name)
+        victim = self.room_from.get(name)
+        is_in_the_way = (
+            victim is not None
+            and self.world.backends.get(victim.name) is victim
+            and victim.phase != "asleep"
+            and not self._is_fixed(victim)
+            and not self._waiting_for(victim.name)
+        )
+        self.expect(not is_in_the_way, "tried again before there was more room")
         self.expect(not self.is_closed, "started although closed")
         is_kept, moments = not self._waiting_for(name), [-math.inf]
         if is_kept or self.specs[name].takes_place:
@@ -3445,6 +3598,20 @@ class Walk:
             self.expect(may_go, "an older one waited")
             is_reserved = waiter.arrived <= backend.ready_at and not backend.has_served
             self.expect(not is_reserved, "evicted before it served")
+
+    def _judge_needs(self):
+        """What runs counts for more only as far as that breaks no limit."""
+        grown, limits = set(), self.core.limits.budget
+        for name, backend in self.world.backends.items():
+            before = self._held_by(backend).needs
+            needs = self.core.models[name].spec.needs
+            self.holds[name] = self.holds[name]._replace(needs=needs)
+            after = self._held_by(backend).needs
+            grown |= {each for each in after if after[each] > before.get(each, 0)}
+        held = [self._held_by(backend) for backend in self.world.backends.values()]
+        for each in grown & limits.keys():
+            total = sum(usage.needs.get(each, 0) for usage in held)
+            self.expect(total <= limits[each], f"more {each} counts than there is")
 
     def _judge_counters(self):
         for name, model in self.core.models.items():
@@ -3765,7 +3932,9 @@ def test_a_kill_by_the_kernel_for_memory_is_told_as_such(begin, monkeypatch, sta
     counts = itertools.count()  # asked before the start, and at the end
     monkeypatch.setattr(llmswap, "oom_kills", lambda: next(counts))
     flags = ["--load-signal", "9"] if status < 0 else ["--load-exit", "137"]
-    assert "killed by the kernel: out of memory" in str(begin(*flags).exited())
+    problem = begin(*flags).exited()
+    assert "killed by the kernel: out of memory" in str(problem)
+    assert problem.is_out_of_memory
 
 
 def test_an_exit_is_noticed_at_once_while_loading_and_when_loaded(begin):
@@ -4430,6 +4599,9 @@ class Puppet:
     def is_reachable(self, within):
         """Whether it may be given to a request."""
         return True
+
+    def processes(self):
+        return set()
 
     def load(self):
         self.started_at = time.monotonic()
@@ -12190,6 +12362,792 @@ def test_the_recipe_for_two_machines_as_written_but_for_its_times(tmp_path):
 
 
 # ==================================================================================
+# Memory that looks after itself: budgets and needs that are `auto`
+# ==================================================================================
+
+GB = 1 << 30
+
+SHORT_OF_MEMORY = [
+    # what wrote it; the line
+    ("CUDA", "ggml_backend_cuda_buffer_type_alloc_buffer: allocating 10956.01 MiB on "
+     "device 0: cudaMalloc failed: out of memory"),
+    ("CUDA", "CUDA error: out of memory"),
+    ("cuBLAS", "cublasCreate_v2(&handle): CUBLAS_STATUS_ALLOC_FAILED"),
+    ("ROCm", "alloc_tensor_range: failed to allocate ROCm0 buffer of size 2147483648"),
+    ("ROCm", "ROCm error: out of memory"),
+    ("Vulkan", "ggml_vulkan: Device memory allocation of size 1048898304 failed."),
+    ("Vulkan", "ggml_vulkan: vk::Device::allocateMemory: ErrorOutOfDeviceMemory"),
+    ("Metal", "ggml_backend_metal_buffer_type_alloc_buffer: error: failed to allocate "
+     "buffer, size =  4096.00 MiB"),
+    ("Metal", "ggml_backend_metal_buffer_type_alloc_buffer: failed to allocate Metal "
+     "buffer of 4294967296 bytes (out of memory)"),
+    ("Metal", "error: Insufficient Memory "
+     "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"),
+    ("llama.cpp", "llama_model_load: error loading model: unable to allocate CUDA0 "
+     "buffer"),
+    ("llama.cpp", "failed to initialize the context: failed to allocate buffer for kv "
+     "cache"),
+    ("llama.cpp", "graph_reserve: failed to allocate compute buffers"),
+    ("llama.cpp", "what():  failed to allocate compute pp buffers"),
+    ("C++", "terminate called after throwing an instance of 'std::bad_alloc'"),
+    ("PyTorch", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 "
+     "GiB. GPU 0 has a total capacity of 23.57 GiB of which 1.66 GiB is free."),
+    ("PyTorch", "torch.OutOfMemoryError: HIP out of memory. Tried to allocate 12.95 "
+     "GiB."),
+    ("Python", "OSError: [Errno 12] Cannot allocate memory"),
+    ("Python", "MemoryError"),
+    ("vLLM", "ValueError: Free memory on device (31.44/47.38 GiB) on startup is less "
+     "than desired GPU memory utilization (0.95, 45.01 GiB)."),
+    ("vLLM", "ValueError: No available memory for the cache blocks. Try increasing "
+     "`gpu_memory_utilization` when initializing the engine."),
+    ("vLLM", "ValueError: To serve at least one request with the models's max seq len "
+     "(131072), (16.00 GiB KV cache is needed, which is larger than the available KV "
+     "cache memory (5.68 GiB)."),
+    ("vLLM", "ValueError: The model's max seq len (4096) is larger than the maximum "
+     "number of tokens that can be stored in KV cache (2256)."),
+    ("the kernel", "killed by the kernel: out of memory"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("_, line", SHORT_OF_MEMORY)
+def test_a_server_says_that_memory_is_short(_, line):
+    assert llmswap.is_out_of_memory(f"load_tensors: 1 of 9\n{line}\nexiting\n")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "error loading model: failed to open GGUF file '/models/x.gguf'",
+        "ggml_vulkan: Failed to allocate pinned memory (x)",
+        "couldn't bind HTTP server socket, hostname: 127.0.0.1, port: 10001",
+        "load_tensors: offloading 61 repeating layers to GPU",
+        "ValueError: Unrecognized model type",
+    ],
+)
+def test_other_failures_have_nothing_to_do_with_memory(line):
+    assert not llmswap.is_out_of_memory(line)
+
+
+# -- the vendor's tool
+
+
+class GPU:
+    """A stand-in for the vendor's tool: it prints what the test wrote into files."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder = folder
+        monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    def shows(self, sizes, processes="", tool="nvidia-smi"):
+        (self.folder / "sizes").write_text(sizes)
+        (self.folder / "processes").write_text(processes)
+        script = self.folder / tool
+        script.write_text(
+            f"#!/bin/sh\ncd {self.folder}\ncase $1 in\n"
+            "--query-gpu* | --showmeminfo) cat sizes ;;\n*) cat processes\nesac\n"
+            "echo $1 >>asked\n"
+        )
+        script.chmod(0o755)
+
+    def asked(self):
+        """How often it was asked so far."""
+        path = self.folder / "asked"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.fixture
+def gpu(tmp_path, monkeypatch):
+    (tmp_path / "tools").mkdir()
+    return GPU(tmp_path / "tools", monkeypatch)
+
+
+ROCM_SIZES = (
+    "device,VRAM Total Memory (B),VRAM Total Used Memory (B)\n"
+    "card0,17163091968,692142080\ncard1,N/A,N/A\n\n"
+)
+SIZES = [
+    # the tool; what it prints; total and used bytes of each GPU
+    ("nvidia-smi", "24576, 512\n", [(24 * GB, GB // 2)]),
+    ("nvidia-smi", "24576, 0\n12288, 1024\n", [(24 * GB, 0), (12 * GB, GB)]),
+    ("nvidia-smi", "24576, [N/A]\n", [(24 * GB, None)]),
+    ("nvidia-smi", "[Insufficient Permissions], [Insufficient Permissions]\n",
+     [(None, None)]),
+    ("nvidia-smi", "No devices were found\n", []),
+    ("nvidia-smi", "NVIDIA-SMI has failed because it couldn't communicate with the "
+     "NVIDIA driver.\n", []),
+    ("rocm-smi", ROCM_SIZES, [(17163091968, 692142080), (None, None)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tool, text, expected", SIZES)
+def test_the_sizes_of_gpus_are_read_from_the_vendors_tool(gpu, tool, text, expected):
+    gpu.shows(text, tool=tool)
+    assert llmswap.gpu_sizes() == expected
+
+
+BUDGETS = [
+    # GPUs; what processes hold in MiB, those in `own` ours; GiB of vram in the budget
+    ("24576, 0\n", {}, 23.5),
+    ("24576, 2048\n", {7: 2048}, 21.5),
+    ("24576, 9216\n", {7: 1024, 1: 8192}, 22.5),  # a unit that runs already
+    ("24576, 0\n12288, 1024\n", {}, 34),
+    ("24576, 0\n[N/A], [N/A]\n", {}, 23.5),
+    ("[N/A], [N/A]\n", {}, 2**-30),  # one at a time
+    ("512, 512\n", {}, 2**-30),
+]
+
+
+@pytest.mark.parametrize("sizes, processes, expected", BUDGETS)
+def test_the_budget_of_a_machine(gpu, sizes, processes, expected):
+    rows = "".join(f"{pid}, {amount}\n" for pid, amount in processes.items())
+    gpu.shows(sizes, rows)
+    budget = llmswap.machine_budget(lambda: {1})
+    assert budget["vram"] == expected * GB
+    memory = int(re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())[1])
+    assert budget["ram"] == pytest.approx(0.9 * memory * 1024, rel=0.01)
+
+
+def test_the_budget_of_a_machine_without_a_gpu_is_its_memory(gpu):
+    assert list(llmswap.machine_budget(set)) == ["ram"]
+
+
+TAKEN = [
+    # rows of processes, @ being ours; used before and now in MiB; MiB of vram taken
+    ("@, 512\n1, 300\n", 100, 912, 512),
+    ("@, 512\n@, 256\n", 100, 868, 768),  # on two GPUs
+    ("@, [N/A]\n", 100, 612, 512),
+    ("", 100, 612, 512),  # in a container
+    ("1, 300\n", 700, 400, 0),
+    ("@, [N/A]\n", None, 612, None),  # others came or went meanwhile
+    ("@, [N/A]\n", 100, "[N/A]", None),
+]
+
+
+@pytest.mark.parametrize("processes, before, now, expected", TAKEN)
+def test_gpu_memory_taken(gpu, processes, before, now, expected):
+    gpu.shows(f"24576, {now}\n", processes.replace("@", str(os.getpid())))
+    used_before = None if before is None else before << 20
+    taken = llmswap.memory_taken({os.getpid()}, lambda: used_before)
+    assert taken.get("vram") == (None if expected is None else expected << 20)
+    assert taken["ram"] > 10**6
+
+
+def test_gpu_memory_taken_as_rocm_smi_shows_it(gpu):
+    row = f"{os.getpid()}\tllama-server\t1\t15053770752\t0\t0\n7\tx\t1\tUNKNOWN\t0\t0\n"
+    gpu.shows(ROCM_SIZES, row, "rocm-smi")
+    assert llmswap.memory_taken({os.getpid()}, lambda: None)["vram"] == 15053770752
+
+
+def test_mapped_files_count_as_memory_unless_they_are_on_the_gpu(gpu, tmp_path):
+    model = tmp_path / "m.gguf"
+    model.write_bytes(bytes(64 << 20))
+    code = "import mmap, sys, time\nfile = open(sys.argv[2], 'rb')\n"
+    code += "held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)\n"
+    code += "sum(held[i] for i in range(0, len(held), 4096))\ntime.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", code, "-m", str(model)])
+    try:
+        eventually(lambda: llmswap.memory_of(child.pid).get("RssFile", 0) > 64 << 20)
+        alone = llmswap.memory_taken({child.pid}, lambda: None)
+        gpu.shows("24576, 0\n", f"{child.pid}, 64\n")
+        on_gpu = llmswap.memory_taken({child.pid}, lambda: None)
+    finally:
+        child.kill()
+        child.wait()
+    assert on_gpu["ram"] < 64 << 20 < alone["ram"]
+    assert llmswap.memory_taken({child.pid}, lambda: None) == {}  # it is gone
+
+
+class Measured:
+    """A backend of which a monitor sees the processes, and the monitor's reports."""
+
+    def __init__(self):
+        self.model = SimpleNamespace(name="m")
+        self.changes = 0
+        self.monitor = llmswap.MemoryMonitor(self, lambda: self.changes, self._report)
+        self.reports = queue.Queue()
+
+    def processes(self):
+        return {os.getpid()}
+
+    def _report(self, backend):
+        self.reports.put(dict(backend.monitor.peak))
+
+
+@pytest.mark.parametrize("is_disturbed", [False, True])
+def test_a_monitor_compares_the_gpus_memory_before_and_after(gpu, is_disturbed):
+    gpu.shows("24576, 100\n")
+    measured = Measured()
+    measured.monitor.start()
+    eventually(lambda: gpu.asked() == 1)
+    gpu.shows("24576, 612\n")
+    measured.changes += is_disturbed
+    measured.monitor.loaded()
+    peak = measured.reports.get(timeout=5)
+    assert peak.get("vram") == (None if is_disturbed else 512 << 20)
+    measured.monitor.end()
+
+
+def test_a_monitor_asks_once_at_the_start_and_at_each_interval(gpu, monkeypatch):
+    monkeypatch.setattr(llmswap, "MEASURE_INTERVAL", 0.2)
+    gpu.shows("24576, 100\n", f"{os.getpid()}, 100\n")
+    measured = Measured()
+    began = time.monotonic()
+    measured.monitor.start()
+    measured.monitor.loaded()
+    measured.reports.get(timeout=5)
+    gpu.shows("24576, 100\n", f"{os.getpid()}, 300\n")
+    assert measured.reports.get(timeout=5)["vram"] == 300 << 20
+    gpu.shows("24576, 100\n", f"{os.getpid()}, 200\n")
+    assert measured.reports.get(timeout=5)["vram"] == 300 << 20  # the peak counts
+    measured.monitor.end()
+    assert gpu.asked() <= 2 + (time.monotonic() - began) / 0.2
+
+
+# -- what is known
+
+
+def auto_model(folder, name="m", budget="auto", **keys):
+    keys = keys or {"cmd": f"true {name} ${{PORT}}"}
+    rows = "".join(f"{key.replace('_', '-')} = {text}\n" for key, text in keys.items())
+    path = folder / "auto.ini"
+    path.write_text(f"[llmswap]\nbudget = {budget}\n[{name}]\n{rows}")
+    return llmswap.load_config(str(path)).models[name]
+
+
+BUDGET = {"vram": 24 * GB, "ram": 64 * GB}
+LEARNED = [
+    # estimate in GiB and its source; what was known; peak; beside others, is over;
+    # what is known then
+    (None, "", None, 10, False, False, 10.5),
+    (None, "", None, 10, True, False, 10.5),
+    (None, "", 21, 10, False, False, 21),  # later in this run it may take more
+    (None, "", 21, 10, False, True, 10.5),
+    (None, "", 10.5, 20, False, False, 21),
+    (None, "", 21, 10, True, True, 21),  # it had to squeeze in
+    (20, "llama-fit-params", None, 17, True, True, None),
+    (20, "llama-fit-params", None, 19, True, True, 19.95),
+    (20, "llama-fit-params", None, 17, False, True, 17.85),
+    (40, "llama-fit-params", None, 22, False, True, None),  # more than there is
+    (40, "file sizes", None, 10, False, True, 10.5),
+    (40, "out of memory", None, 10, False, True, 10.5),
+]
+
+
+@pytest.mark.parametrize("estimate, source, known, peak, beside, over, then", LEARNED)
+def test_a_peak_is_learned_unless_it_was_squeezed(
+    tmp_path, estimate, source, known, peak, beside, over, then
+):
+    model, needs = auto_model(tmp_path), llmswap.Needs(str(tmp_path), print)
+    amounts = [{"vram": int(each * GB)} if each else {} for each in (known, estimate)]
+    needs._known[needs._key(model)] = llmswap.Known("m", *amounts, source)
+    needs.learn(model, {"vram": peak * GB}, BUDGET, beside, over)
+    expected = then or estimate or 24
+    amounts, told = needs.of(model, BUDGET)
+    assert amounts["vram"] == pytest.approx(expected * GB)
+    assert told == ("measured" if then else source)
+
+
+def test_nothing_known_is_all_of_the_budget_and_what_is_written_counts(tmp_path):
+    needs = llmswap.Needs(str(tmp_path), print)
+    assert needs.of(auto_model(tmp_path), BUDGET) == (BUDGET, "not known yet")
+    model = auto_model(tmp_path, cmd="true ${PORT}", needs="vram 6G")
+    assert needs.of(model, BUDGET) == ({"vram": 6 * GB}, "written")
+    assert not needs.estimate(model, BUDGET) and not list(tmp_path.glob("*.json"))
+
+
+def test_what_is_known_is_kept_by_command_and_shared(tmp_path):
+    folder = tmp_path / "state"
+    one, two = auto_model(tmp_path, "one"), auto_model(tmp_path, "two")
+    first, second = (llmswap.Needs(str(folder), print) for _ in range(2))
+    for needs, model in ((first, one), (second, two)):
+        assert needs.learn(model, {"vram": GB, "ram": GB}, BUDGET, False, False)
+        needs.save()
+    assert not first.learn(one, {"vram": GB}, BUDGET, False, False)
+    fresh = llmswap.Needs(str(folder), print)
+    for model in (one, two):
+        assert fresh.of(model, BUDGET)[0]["vram"] == int(GB * 1.05)
+    changed = auto_model(tmp_path, "one", cmd="true more ${PORT}")
+    assert fresh.of(changed, BUDGET)[1] == "not known yet"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert [path.name for path in folder.iterdir()] == ["needs.json"]
+
+
+def test_what_is_known_stays_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(llmswap, "NEEDS_KEPT", 3)
+    needs = llmswap.Needs(str(tmp_path), print)
+    for name in "abcde":
+        needs.learn(auto_model(tmp_path, name), {"ram": GB}, BUDGET, False, False)
+        needs.save()
+    rows = json.loads((tmp_path / "needs.json").read_text())["needs"].values()
+    assert [row["model"] for row in rows] == ["c", "d", "e"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", "3", '{"version": 2, "needs": {}}', '{"version": 1}',
+        '{"version": 1, "needs": {"k": {"vram": 1}}}',
+        '{"version": 1, "needs": {"k": {"measured": {"vram": "6G"}}}}',
+        '{"version": 1, "needs": {"k": {"measured": {"vram": 1.5}}}}',
+    ],
+)  # fmt: skip
+def test_a_broken_file_of_needs_is_set_aside(tmp_path, text):
+    path, log = tmp_path / "needs.json", []
+    path.write_text(text)
+    needs = llmswap.Needs(str(tmp_path), lambda *line: log.append(line))
+    [(level, told)] = log
+    assert level == "warning" and "needs.json is broken, moved to" in told
+    assert (tmp_path / "needs.json.broken").read_text() == text and not path.exists()
+    needs.learn(auto_model(tmp_path), {"ram": GB}, BUDGET, False, False)
+    needs.save()
+    assert len(llmswap.Needs(str(tmp_path), log.append)._known) == 1
+
+
+def test_needs_that_cannot_be_kept_are_a_warning(tmp_path):
+    log = []
+    needs = llmswap.Needs("/proc/nowhere", lambda *line: log.append(line))
+    needs.learn(auto_model(tmp_path), {"ram": GB}, BUDGET, False, False)
+    needs.save()
+    assert [level for level, _ in log] == ["warning"]
+
+
+# -- estimates
+
+FIT_HELP = """\
+-h,    --help, --usage                  print usage
+-c,    --ctx-size N                     size of the prompt context
+-ngl,  --gpu-layers, --n-gpu-layers N   max. number of layers
+-fa,   --flash-attn [on|off|auto]       use Flash Attention
+--offline                               Offline mode
+-m,    --model FNAME                    model path
+-fitp, --fit-print [on|off]             print the estimated required memory
+"""
+FIT_ROWS = "0.00.1 I main: printing ...\nCUDA0 7401 814 517 \nHost 1280 0 154 \n"
+MB = 1 << 20
+ESTIMATES = [
+    # what llama-fit-params prints; the budget; MiB of the estimate, and its source
+    (FIT_ROWS, "auto", {"vram": 8732 + 3, "ram": 1434}, "llama-fit-params"),
+    ("CUDA0 10 20 30 \nCUDA1 1 2 3 \nhost 5 0 1 \n", "vram 24G, ram auto",
+     {"vram": 66 + 3, "ram": 6}, "llama-fit-params"),
+    ("Host 100 20 3 \n", "auto", {"vram": 0, "ram": 123 + 3}, "llama-fit-params"),
+    (FIT_ROWS, "ram auto", {"ram": 8732 + 1434 + 3}, "llama-fit-params"),
+    ("error: failed to load model\n", "vram 24G, ram auto", {"vram": 6, "ram": 0},
+     "file sizes"),
+    ("CUDA0 7401 814 517 \n", "ram auto", {"ram": 6}, "file sizes"),
+]  # fmt: skip
+
+
+def fit_model(folder, help, rows, budget="vram 24G, ram auto"):
+    """A llama-server model with a projector, and a stand-in for llama-fit-params."""
+    (folder / "m.gguf").write_bytes(bytes(2 * MB))
+    (folder / "mmproj.gguf").write_bytes(bytes(3 * MB))
+    (folder / "help").write_text(help)
+    (folder / "rows").write_text(rows)
+    server, tool = folder / "llama-server", folder / "llama-fit-params"
+    server.write_text("#!/bin/sh\n")
+    tool.write_text(
+        f'#!/bin/sh\necho "$@" >>{folder}/argv\n'
+        f'[ "$1" = --help ] && exec cat {folder}/help\ncat {folder}/rows\n'
+    )
+    server.chmod(0o755)
+    tool.chmod(0o755)
+    keys = {"llama-server": server, "model": folder / "m.gguf", "ctx-size": 4096}
+    keys |= {"mmproj": folder / "mmproj.gguf", "temp": "0.7"}
+    keys["extra-args"] = "-ngl 9 --jinja --flash-attn on --chat-template x"
+    return auto_model(folder, budget=budget, **keys)
+
+
+@pytest.mark.parametrize("rows, budget, expected, source", ESTIMATES)
+def test_a_model_is_estimated(tmp_path, gpu, rows, budget, expected, source):
+    model = fit_model(tmp_path, FIT_HELP, rows, budget)
+    needs = llmswap.Needs(str(tmp_path), print)
+    total = {name: 64 * GB for name in expected}
+    assert needs.estimate(model, total) and not needs.estimate(model, total)
+    amounts, told = needs.of(model, total)
+    assert {name: round(size / MB) for name, size in amounts.items()} == expected
+    assert told == source
+
+
+def test_llama_fit_params_is_fed_only_the_options_that_it_has(tmp_path, gpu):
+    model = fit_model(tmp_path, FIT_HELP, FIT_ROWS)
+    needs = llmswap.Needs(str(tmp_path), print)
+    needs.estimate(model, BUDGET)
+    needs.save()
+    assert (tmp_path / "argv").read_text().splitlines() == [
+        "--help",
+        f"--ctx-size 4096 --model {tmp_path}/m.gguf -ngl 9 --flash-attn on "
+        "--offline -fitp on",
+    ]
+    assert not llmswap.Needs(str(tmp_path), print).estimate(model, BUDGET)
+
+
+def test_a_llama_fit_params_that_hangs_or_cannot_print_is_not_waited_for(
+    tmp_path, gpu, monkeypatch
+):
+    monkeypatch.setattr(llmswap, "TOOL_TIMEOUT", 0.2)
+    model = fit_model(tmp_path, FIT_HELP.replace("-fitp, --fit-print", "--x"), FIT_ROWS)
+    assert llmswap.fit_params_estimate(model) == {}
+    (tmp_path / "llama-fit-params").write_text("#!/bin/sh\nexec sleep 60\n")
+    began = time.monotonic()
+    assert llmswap.fit_params_estimate(model) == {}
+    assert time.monotonic() - began < 5
+
+
+# -- what each counts for
+
+COUNTED = [
+    # models: pin, written needs or None, what is known, what it counts for; of 24
+    ("a model too large counts for all", [(0, None, 40, 24), (0, None, 6, 6)]),
+    ("beside a pinned one for what is left", [(1, None, 10, 10), (0, None, 40, 14)]),
+    ("written needs are believed", [(1, 10, 0, 10), (0, 14, 0, 14), (0, None, 20, 14)]),
+    ("a pinned one leaves room for them", [(1, None, 20, 10), (0, 14, 0, 14)]),
+]
+
+
+@pytest.mark.parametrize("_, models", COUNTED)
+def test_needs_are_cut_down_so_that_each_can_be_loaded(tmp_path, _, models):
+    text, known = "[llmswap]\nbudget = vram auto\n", {}
+    for number, (pin, written, found, _) in enumerate(models):
+        name = f"m{number}"
+        text += f"[{name}]\ncmd = true ${{PORT}}\npin = {pin}\n"
+        text += "" if written is None else f"needs = vram {written}G\n"
+        known[name] = {"vram": written * GB if written is not None else found * GB}
+    (tmp_path / "x.ini").write_text(text)
+    config = llmswap.load_config(str(tmp_path / "x.ini"))
+    counted = llmswap.counted_needs(config, {"vram": 24 * GB}, known)
+    assert [each["vram"] / GB for each in counted.values()] == [m[3] for m in models]
+
+
+def test_beside_a_pinned_model_of_unknown_size_there_is_room_for_one_other(tmp_path):
+    text = "[llmswap]\nbudget = vram auto\n[p]\ncmd = true ${PORT}\npin = on\n"
+    text += "".join(f"[{name}]\ncmd = true ${{PORT}}\n" for name in "ab")
+    (tmp_path / "x.ini").write_text(text)
+    config = llmswap.load_config(str(tmp_path / "x.ini"))
+    whole = {name: {"vram": 24} for name in "pab"}
+    counted = llmswap.counted_needs(config, {"vram": 24}, whole)
+    assert counted == {"p": {"vram": 23}, "a": {"vram": 1}, "b": {"vram": 1}}
+
+
+AUTO_FILES = [
+    # budget; needs in [*]; needs of m; its needs as read, its problem
+    ("auto", "", "", None, None),
+    ("vram auto", "", "", None, None),
+    ("vram 24G, ram auto", "", "", None, None),
+    ("vram 24G", "", "", {}, None),
+    ("vram 24G", "", "auto", None, None),
+    ("vram 24G", "auto", "", None, None),
+    ("auto", "vram 6G", "", {"vram": 6 * GB}, None),
+    ("auto", "", "vram 6G", {"vram": 6 * GB}, None),
+    ("auto", "", "gpu0 6G", {"gpu0": 6 * GB}, "does not name 'gpu0'"),
+    ("", "", "auto", None, "of no use without a budget"),
+]
+
+
+@pytest.mark.parametrize("budget, star, own, needs, problem", AUTO_FILES)
+def test_needs_are_auto_where_the_budget_is(tmp_path, budget, star, own, needs, problem):
+    text = f"[llmswap]\nbudget = {budget}\n[*]\n" + (f"needs = {star}\n" if star else "")
+    text += "[m]\ncmd = true ${PORT}\n" + (f"needs = {own}\n" if own else "")
+    text += "[far]\nproxy = http://127.0.0.1:1\n[twin]\nuses = m\n"
+    (tmp_path / "x.ini").write_text(text)
+    config = llmswap.load_config(str(tmp_path / "x.ini"))
+    model = config.models["m"]
+    assert model.settings.needs == needs and (problem or "") in (model.problem or "")
+    assert not config.models["far"].has_auto_needs
+    assert not config.models["twin"].has_auto_needs
+    assert config.settings.models_max == (0 if budget else 1)
+
+
+@pytest.mark.parametrize("text", ["gpu0 auto", "auto, ram 4G", "vram auto, vram 4G"])
+def test_only_vram_and_ram_can_be_auto(text):
+    with pytest.raises(ValueError):
+        llmswap.parse_budget(text)
+
+
+def test_a_gpu_of_untold_size_means_one_model_at_a_time(gpu, tmp_path):
+    gpu.shows("[N/A], [N/A]\n")
+    stage = PoolStage(tmp_path, "[llmswap]\nbudget = auto\n" + TWO_MODELS)
+    stage.load("a")
+    stage.now += 9
+    stage.ask("b")
+    assert stage.backend("a").is_stopping
+    assert any("does not tell how much memory" in text for _, text in stage.said)
+
+
+def test_a_decision_with_a_hundred_models_and_learned_needs_is_quick():
+    names = [f"m{i}" for i in range(100)]
+    specs = {name: llmswap.ModelSpec(needs={"vram": 24, "ram": 64}) for name in names}
+    limits = llmswap.Limits(models_max=0, budget={"vram": 24, "ram": 64}, queue_max=0)
+    core, seconds = llmswap.Scheduler(limits, specs), []
+    for now, name in enumerate(names * 3):
+        core.submit(name, float(now))
+        began = time.thread_time()
+        decisions, _ = core.decide(float(now))
+        seconds.append(time.thread_time() - began)
+        for decision in decisions:
+            if isinstance(decision, llmswap.Start):
+                core.loaded(decision.name, decision.run, float(now))
+                core.learn(decision.name, {"vram": 1 + now % 5, "ram": 1 + now % 7})
+            elif isinstance(decision, llmswap.Stop):
+                core.exited(decision.name, decision.run, float(now))
+            elif isinstance(decision, llmswap.Grant):
+                core.finish(decision.ticket, float(now))
+    assert len(core.held) > 3
+    assert statistics.median(seconds) < 0.01
+
+
+# -- whole stories
+
+AUTO_FILE = """\
+[llmswap]
+budget = auto
+state-dir = STATE
+[small]
+cmd = FAKE --model small
+[middle]
+cmd = FAKE --model middle
+[large]
+cmd = FAKE --model large
+"""
+GPU_SCRIPT = """\
+#!PYTHON -IS
+import os, sys
+sizes = {"small": 6, "middle": 8, "large": 14}
+rows = []
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    try:
+        words = open(f"/proc/{pid}/cmdline").read().split("\\0")
+    except OSError:
+        continue
+    if "FOLDER/journal" in words and "--model" in words:
+        rows.append((pid, 1024 * sizes[words[words.index("--model") + 1]]))
+with open("FOLDER/asked", "a") as file:
+    file.write(sys.argv[1] + "\\n")
+if sys.argv[1].startswith("--query-gpu"):
+    print(f"24576, {sum(size for _, size in rows)}")
+else:
+    for row in rows:
+        print("%s, %d" % row)
+"""
+
+
+@contextmanager
+def auto_server(tmp_path, text=AUTO_FILE, **constants):
+    """llmswap with a GPU of 24 GiB, on which the models take 6, 8 and 14."""
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    text = text.replace("STATE", str(tmp_path / "state"))
+    with Llmswap("", env={"PATH": path}, **constants) as server:
+        pass  # only to have a folder
+    server.folder.mkdir()
+    tool = tmp_path / "nvidia-smi"
+    script = GPU_SCRIPT.replace("FOLDER", str(server.folder))
+    tool.write_text(script.replace("PYTHON", sys.executable))
+    tool.chmod(0o755)
+    server.write(text)
+    with server:
+        yield server
+
+
+def entry_of(server, model):
+    return server.get(f"/v1/models/{model}").json()
+
+
+def measured_chat(server, model):
+    """Ask a model, and wait until its needs are measured; return what is loaded."""
+    assert server.chat(model).status == 200
+    eventually(lambda: entry_of(server, model)["needs"]["source"] == "measured")
+    return server.loaded()
+
+
+def test_models_of_unknown_size_are_loaded_alone_first_and_together_afterwards(tmp_path):
+    text = recipe("As many models as fit", "ini")[0]
+    text = text.replace("budget = auto\n", "budget = auto\nstate-dir = STATE\n")
+    text += AUTO_FILE.partition("STATE\n")[2]
+    with auto_server(tmp_path, text) as server:
+        for model in ("small", "middle", "large"):
+            assert measured_chat(server, model) == [model]
+        assert server.chat("small").status == 200
+        assert server.loaded() == ["large", "small"]
+        assert server.chat("middle").status == 200  # it evicts one, the older one
+        assert server.loaded() == ["middle", "small"]
+        assert server.chat("large").status == 200  # it evicts what it must, no more
+        assert server.loaded() == ["large", "middle"]
+        needs = entry_of(server, "large")["needs"]
+        assert needs["vram"] == int(14 * GB * 1.05)
+        server.kill()
+        eventually(lambda: not family(server.token), 5)
+        server.start()
+        for model in ("small", "middle"):  # it is known at once
+            assert server.chat(model).status == 200
+        assert server.loaded() == ["middle", "small"]
+        assert entry_of(server, "large")["needs"] == needs
+
+
+def test_the_vendors_tool_is_asked_a_few_times_in_a_load_and_then_rarely(tmp_path):
+    with auto_server(tmp_path) as server:
+        asked = server.folder / "asked"
+        server.get("/health")
+        at_start = len(asked.read_text().splitlines())
+        measured_chat(server, "small")
+        assert 1 <= len(asked.read_text().splitlines()) - at_start <= 3
+        before = asked.read_text()
+        for _ in range(20):
+            assert server.chat("small").status == 200
+        assert asked.read_text() == before
+
+
+def test_a_vendors_tool_that_hangs_delays_nobody(tmp_path):
+    with auto_server(tmp_path) as server:
+        server.get("/health")
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text("#!/bin/sh\nexec sleep 60\n")
+        assert server.chat("small").status == 200
+        assert server.loaded() == ["small"]
+        running = family(server.token).items()
+        [hanging] = [pid for pid, words in running if words == "sleep 60"]
+        tool.write_text("#!/bin/sh\n")
+        os.kill(hanging, signal.SIGKILL)
+        eventually(lambda: entry_of(server, "small")["needs"]["source"] == "measured")
+
+
+def test_without_auto_nothing_is_measured(tmp_path):
+    text = AUTO_FILE.replace("budget = auto", "budget = vram 24G\n[*]\nneeds = vram 6G")
+    text = text.replace("state-dir = STATE\n", "")
+    with auto_server(tmp_path, text) as server:
+        assert server.chat("small").status == 200
+        assert not (server.folder / "asked").exists()
+        assert entry_of(server, "small")["needs"]["source"] == "written"
+
+
+SHORT_FILE = """\
+[llmswap]
+models-max = 3
+[first]
+cmd = FAKE --model first
+[second]
+cmd = FAKE --model second
+[hungry]
+cmd = /bin/sh FOLDER/hungry ${PORT}
+"""
+HUNGRY = """\
+echo >>FOLDER/tries
+if cat /proc/[0-9]*/cmdline 2>&1 | tr '\\0' ' ' | grep -Eaq 'JOURNAL [-]-model (OTHERS)'
+then
+  echo 'CUDA0: cudaMalloc failed: out of memory'
+  exit 1
+fi
+exec COMMAND
+"""
+
+
+@contextmanager
+def hungry_server(tmp_path, others):
+    """llmswap with a model [hungry] that has no memory beside others."""
+    with Llmswap(SHORT_FILE.replace("FOLDER", str(tmp_path))) as server:
+        script = HUNGRY.replace("OTHERS", others).replace("FOLDER", str(tmp_path))
+        script = script.replace("JOURNAL", f"{server.folder}/journal")
+        command = fake_command("--model", "hungry", port="$1")
+        (tmp_path / "hungry").write_text(script.replace("COMMAND", command))
+        for model in ("first", "second"):
+            assert server.chat(model).status == 200
+        yield server
+
+
+def tries(tmp_path):
+    return len((tmp_path / "tries").read_text())
+
+
+def test_a_load_without_memory_makes_room_unseen_by_its_client(tmp_path):
+    with hungry_server(tmp_path, "first") as server:
+        assert server.chat("hungry").status == 200
+        assert server.loaded() == ["hungry", "second"] and tries(tmp_path) == 2
+        assert "hungry: loaded once more, after first has gone" in server.log()
+        assert "failed" not in entry_of(server, "hungry")["status"]
+
+
+def test_a_second_load_without_memory_is_told_as_any_other_failure(tmp_path):
+    with hungry_server(tmp_path, "first|second") as server:
+        answer = server.chat("hungry")
+        assert answer.status == 502 and "out of memory" in answer.message()
+        assert server.loaded() == ["second"] and tries(tmp_path) == 2
+        assert server.chat("hungry").status == 200  # and this one has its own two
+
+
+def test_a_model_that_had_no_memory_beside_another_needs_more_from_then_on(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(llmswap, "POLL_INTERVAL", 0.02)
+    text = f"[llmswap]\nbudget = vram 24G\nstate-dir = {tmp_path}\n[*]\nneeds = auto\n"
+    stage = PoolStage(tmp_path, text + "[a]\nTRUE a\n[b]\nTRUE b\n[c]\nTRUE c\n")
+    pool, models = stage.pool, stage.pool.config.models
+    for name, size in dict(a=8, b=6, c=4).items():
+        peak = {"vram": size * GB}
+        pool._needs.learn(models[name], peak, {"vram": 24 * GB}, False, False)
+    with pool._lock:
+        pool._count_needs()
+    stage.load("a")
+    stage.now += 9
+    stage.load("b")
+    request = stage.ask("c")
+    stage.backend("c").end(STARVED)
+    assert stage.backend("a").is_stopping and not stage.backend("b").is_stopping
+    stage.backend("a").end()
+    stage.backend("c", 1).load()
+    assert request.granted() is stage.backend("c", 1)
+    needs = pool.status(models["c"])
+    assert needs.needs == {"vram": 24 * GB - int(6 * GB * 1.05)}
+    assert needs.needs_source == "out of memory"
+    request.end()
+    assert json.loads((tmp_path / "needs.json").read_text())
+
+
+def test_needs_and_budget_are_shown(tmp_path):
+    with auto_server(tmp_path) as server:
+        measured_chat(server, "small")
+        need, total = int(6 * GB * 1.05), int(23.5 * GB)
+        found = metrics_of(server.get("/metrics").body.decode())
+        assert found["llmswap_budget_bytes", "resource", "vram"] == total
+        sample = "llmswap_model_needs_bytes", "model", "small", "resource", "vram"
+        assert found[sample] == need
+        assert entry_of(server, "large")["needs"]["source"] == "not known yet"
+        with snapshots_of(server) as stream:
+            snapshot = next(stream.documents())
+        models = {model["id"]: model for model in snapshot["models"]}
+        assert snapshot["budget"]["vram"] == total
+        assert models["small"]["holds"]["vram"] == need and not models["large"]["holds"]
+        command = [sys.executable, LLMSWAP, str(server.ini), "--check"]
+        env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        told = subprocess.run(command, capture_output=True, text=True, env=env).stdout
+        assert re.search(r"^  needs vram 6.3G, ram \S+ \(measured\)$", told, re.M)
+        assert "needs not known yet: it is loaded alone the first time" in told
+        assert re.search(r"^budget vram \S+G, ram \S+G$", told, re.M)
+
+
+@in_browser
+def test_the_page_shows_what_holds_the_budget_and_what_is_free(tmp_path, browser):
+    with auto_server(tmp_path) as server:
+        measured_chat(server, "small")
+        browser.look(390, "dark")
+        browser.open(server.url)
+        browser.until(shown("document.querySelector('#budget')", "vram 23.5 GiB"))
+        browser.until(shown("$('budget')", "small 6.3 GiB"))
+        parts = "$('budget').querySelector('.bar').children"
+        assert browser.value(f"{parts}[1].innerText") == "free 17.2 GiB"
+        wide = browser.value(f"{parts}[1].offsetWidth / {parts}[0].offsetWidth")
+        assert 2 < wide < 3.5
+        assert browser.complaints == []
+
+
+def test_a_reload_keeps_the_budget_found_at_the_start(tmp_path):
+    with auto_server(tmp_path) as server:
+        measured_chat(server, "small")
+        server.reload(AUTO_FILE.replace("STATE", str(tmp_path / "state")) + "ttl = 9\n")
+        eventually(lambda: "was read again" in server.log())
+        found = metrics_of(server.get("/metrics").body.decode())
+        assert found["llmswap_budget_bytes", "resource", "vram"] == int(23.5 * GB)
+        assert server.loaded() == ["small"]
+
+
+# ==================================================================================
 # A real llama-server, with tiny models of random weights made here
 # ==================================================================================
 
@@ -12328,6 +13286,43 @@ def real_chat(model, **wish):
     messages = [{"role": "user", "content": "hello"}]
     how = {"max_tokens": 4, "ignore_eos": True}  # random weights may end at once
     return {"model": model, "messages": messages, **how, **wish}
+
+
+REAL_AUTO_FILE = """\
+[llmswap]
+budget = ram auto
+state-dir = {folder}/state
+llama-server = {server}
+[*]
+ctx-size = 2048
+threads = 1
+temp = 0.5
+[one]
+model = {folder}/one.gguf
+[two]
+model = {folder}/two.gguf
+extra-args = --no-warmup
+"""
+
+
+@with_llama_server
+def test_real_models_are_estimated_measured_and_loaded_together(tmp_path, gpu):
+    for name in ("one", "two"):
+        write_gguf(tmp_path / f"{name}.gguf", width=256, layers=8)
+    text = REAL_AUTO_FILE.format(server=LLAMA_SERVER, folder=tmp_path)
+    (tmp_path / "real.ini").write_text(text)
+    model = llmswap.load_config(str(tmp_path / "real.ini")).models["two"]
+    size = (tmp_path / "two.gguf").stat().st_size
+    beside = Path(LLAMA_SERVER).resolve().with_name("llama-fit-params")
+    estimate = llmswap.fit_params_estimate(model)
+    assert not beside.exists() or size < estimate["ram"] < 4 * size
+    with Llmswap(text) as server:
+        for name in ("one", "two"):
+            assert server.post(CHAT, real_chat(name)).status == 200
+            known = eventually(lambda: entry_of(server, name).get("needs"))
+            assert size < known["ram"] < 10 * size + (200 << 20)
+            eventually(lambda: entry_of(server, name)["needs"]["source"] == "measured")
+        assert server.loaded() == ["one", "two"]
 
 
 def test_a_real_model_answers_and_streams_under_each_of_its_names(real):
@@ -13443,6 +14438,15 @@ SMALL_WORLDS = {
     "sleep": SmallWorld(
         dict(models_max=0, budget={"vram": 3}), a=CAN_SLEEP, b=CAN_SLEEP, c=CAN_SLEEP,
     ),
+    "learning": SmallWorld(
+        dict(models_max=0, budget={"vram": 3}), a=HALF, b=HALF, faults="learn crash",
+        c=dict(needs={"vram": 1}),
+    ),
+    "starving": SmallWorld(dict(models_max=2), faults="starve"),
+    "starving asleep": SmallWorld(
+        dict(models_max=0, budget={"vram": 4}), a=CAN_SLEEP, b=CAN_SLEEP, c=CAN_SLEEP,
+        faults="starve",
+    ),
     "self-sleep": SmallWorld(dict(models_max=2), faults="doze doze_late"),
     "preemptible": SmallWorld(kinds=({}, dict(preemptible=True)), faults="unload"),
     "manual": SmallWorld(
@@ -13516,6 +14520,7 @@ class Explored(Walk):
         phases = {
             "crash": ("loading", "up", "asleep", "falling asleep", "ending"),
             "fail": ("loading",),
+            "starve": ("loading",),
             "doze": ("up", "asleep"),
             "doze_late": ("ending",),
         }.get(fault)
@@ -13526,6 +14531,7 @@ class Explored(Walk):
                 for name in self.specs
                 if not (models[name].is_held or models[name].waiting)
             ],
+            "learn": [(name, amount) for name in self.specs for amount in (1, 3)],
             "reload": range(len(self.small.reloads)),
             "rest": [None],
             "close": [] if self.is_closed else [None],
@@ -13577,6 +14583,13 @@ class Explored(Walk):
         self.failures[name] += 3
         self.core.models[name].failures += 3
         self._end(backend, BROKEN)
+
+    def _do_starve(self, name, backend):
+        self._end(backend, STARVED)
+
+    def _do_learn(self, target, _):
+        name, amount = target
+        self._learn_needs(name, {"vram": amount})
 
     def _do_doze(self, name, backend):
         is_up = backend.phase == "up"
@@ -13640,6 +14653,7 @@ class Explored(Walk):
             model.preemptible, model.failures, ahead(model.retry_at, now),
             ahead(model.keep_at, now), model.is_released,
             repr(model.spec), model.evicted_for and model.evicted_for.name,
+            repr(model.learned_needs), model.room_from and model.room_from.name,
             model.load_seconds, model.stop_seconds,
             sorted(min(round(pause, 6), 8.0) for pause in model.pauses),
             None if model.pause_began is None else age(model.pause_began, now),
