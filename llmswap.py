@@ -1780,6 +1780,7 @@ class ModelState:
         self.state = State.UNLOADED
         self.changed_at = None  # when it entered its state; None: never
         self.run = 0  # number of its current backend
+        self.was_ready = False  # in this run
         self.in_flight = 0
         self.preemptible = 0  # leases that no stop waits for
         self.waiting = 0  # tickets in the queue
@@ -1830,15 +1831,14 @@ class ModelState:
     @property
     def is_pinned(self) -> bool:
         """Whether nothing may evict it now."""
-        is_up = self.state in (State.LOADED, State.SLEEPING)
-        return self.spec.is_pinned or self.spec.is_pinned_once_loaded and is_up
+        is_pinned_now = self.spec.is_pinned_once_loaded and self.was_ready
+        return self.spec.is_pinned or is_pinned_now
 
     @property
     def is_missed(self) -> bool:
         """Whether it is down and keep_loaded wants it up."""
-        is_down = self.state is State.UNLOADED
-        if self.state is State.SLEEPING and self.spec.can_sleep:
-            is_down = not self.is_stopping_soon
+        is_put_to_sleep = self.state is State.SLEEPING and self.spec.can_sleep
+        is_down = self.state is State.UNLOADED or is_put_to_sleep
         return is_down and self.spec.keep_loaded and not self.is_released
 
     @property
@@ -2046,7 +2046,7 @@ class Scheduler:
         if model.state is State.LOADING:
             if model.started_at > -math.inf:
                 model.load_seconds = now - model.started_at
-            model.ready_at = model.idle_since = now
+            model.was_ready, model.ready_at, model.idle_since = True, now, now
             model.last_grant = -math.inf  # of this run
             model.reset_failures()
             model.last_failure = model.room_from = None
@@ -2177,6 +2177,7 @@ class Scheduler:
     def _end_run(self, model):
         """Forget what belonged to the run; a reload may now take effect."""
         del self.held[model.name]
+        model.was_ready = False
         model.in_flight = model.preemptible = 0
         model.idle_timeout = model.unload_by = None
         model.stop_cause = model.drains_for = None

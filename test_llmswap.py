@@ -2087,6 +2087,15 @@ Beside models pinned once loaded, others are evicted as ever
     9    ask b           -> evicted a for b
     9    exited a        -> start b
 
+A model pinned once loaded that fell asleep stays, and while it wakes
+    p(is_pinned_once_loaded=1) b
+    0    serve p 1
+    5    slept p
+    6    ask b           -> refuse 2: model_pinned
+    7    ask p           -> wake p
+    7    +end 3
+    8    ask b           -> refuse 4: model_pinned
+
 A model pinned once loaded is unloaded when idle
     p(is_pinned_once_loaded=1,idle_timeout=60) b
     0    serve p 1
@@ -3301,6 +3310,7 @@ class Walk:
             self._learn_of_unload(name)
 
     def _learn_of_unload(self, name):
+        self.room_from.pop(name, None)  # its tickets are refused
         backend = self.world.backends.get(name)
         if backend is not None and backend not in self.cut_at:
             self.departing.add(backend)
@@ -3464,6 +3474,7 @@ class Walk:
         is_in_the_way = (
             victim is not None
             and self.world.backends.get(victim.name) is victim
+            and demand("", self.specs[name])[1:] != (0, {})
             and victim.phase != "asleep"
             and not self._is_fixed(victim)
             and not self._waiting_for(victim.name)
@@ -3531,9 +3542,9 @@ class Walk:
         return self._is_pinned(backend) or is_wanted
 
     def _is_pinned(self, backend):
-        spec = self.specs[backend.name]
-        is_up = backend.phase in ("up", "asleep")
-        return spec.is_pinned or spec.is_pinned_once_loaded and is_up
+        spec = self._spec(backend)
+        was_up = backend.ready_at > -math.inf
+        return spec.is_pinned or spec.is_pinned_once_loaded and was_up
 
     def _is_shut_out(self, model):
         """Whether a model is down and cannot be loaded as long as the pinned ones stay."""
@@ -6484,7 +6495,7 @@ def test_what_is_loaded_on_startup_comes_before_what_is_kept_loaded():
         assert starts_of(server, "k") == 0
 
 
-ANY = """\
+SEVERAL = """\
 [llmswap]
 models-max = {}
 [a]
@@ -6499,7 +6510,7 @@ uses = a, b
 
 
 def test_of_several_models_the_one_that_is_loaded_or_loading_is_used(tmp_path):
-    with brisk(ANY.format(1, tmp_path / "go")) as server:
+    with brisk(SEVERAL.format(1, tmp_path / "go")) as server:
         assert server.chat("any").status == 200
         assert server.states() == {"a": "loaded", "b": "unloaded", "any": "loaded"}
         clients = [ask_later(server, "b")]
@@ -6520,7 +6531,7 @@ def test_of_several_models_the_one_that_is_loaded_or_loading_is_used(tmp_path):
 
 def test_a_request_over_which_one_of_several_models_died_goes_to_the_next(tmp_path):
     (tmp_path / "go").touch()
-    with brisk(ANY.format(2, tmp_path / "go")) as server:
+    with brisk(SEVERAL.format(2, tmp_path / "go")) as server:
         assert server.chat("a").status == server.chat("b").status == 200
         assert server.chat("any", die="before-byte").status == 502
         assert (chats_seen(server, "a"), chats_seen(server, "b")) == (2, 2)
@@ -14666,7 +14677,7 @@ class Explored(Walk):
             age(model.stopped_at, now) if backend.phase.endswith("ing") else None,
             None if model.unload_by is None else ahead(model.unload_by, now),
             drains_for,
-            model.stop_cause, model.is_asleep, model.is_falling_asleep,
+            model.stop_cause, model.was_ready, model.is_asleep, model.is_falling_asleep,
             repr(model.replacement), model.removal_error is not None,
             backend.phase, backend.has_served, backend.was_asleep,
             backend in self.departing, backend in self.replaced, backend in self.cut_at,
