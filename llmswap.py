@@ -47,6 +47,7 @@ import contextlib
 import enum
 import errno
 import functools
+import hashlib
 import hmac
 import http
 import http.client
@@ -75,7 +76,7 @@ import traceback
 import types
 import urllib.parse
 from collections import namedtuple
-from stat import S_ISSOCK
+from stat import S_ISREG, S_ISSOCK
 from typing import Callable, Dict, FrozenSet, Iterable, List, Mapping, NamedTuple
 from typing import Optional, Sequence, Set, Tuple, Union
 
@@ -300,6 +301,13 @@ def parse_object(text) -> dict:
     return value
 
 
+def parse_state_dir(text) -> str:
+    """Return an absolute path; `$XDG_CACHE_HOME` is `~/.cache` where it is not set."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    path = text.replace("$XDG_CACHE_HOME", cache)
+    return os.path.abspath(os.path.expanduser(path))
+
+
 def parse_host_port(text) -> tuple:
     """Return host and port: 127.0.0.1:8080, [::1]:8080."""
     match = re.fullmatch(r"(?:\[([\w:.%]+)\]|([^\s\[\]:/]+)):([0-9]{1,5})", text)
@@ -352,6 +360,10 @@ PROXY_KEYS = (
         "every GGUF in it becomes a model, as llama-server does it"),
     Key("llama-server", os.path.expanduser, "llama-server",
         "the binary for models that name none themselves"),
+    Key("state-dir", parse_state_dir, "$XDG_CACHE_HOME/llmswap",
+        "where saved contexts are kept, for this user only"),
+    Key("context-max", parse_size, "20G",
+        "saved contexts beyond that go, the oldest first"),
     Key("default-model", str, "",
         "for requests that name none; empty: the only one there is"),
     Key("patience", or_none("auto", parse_duration), "auto",
@@ -415,6 +427,9 @@ MODEL_KEYS = (
     Key("load-on-startup", parse_boolean, "off", "load when llmswap starts"),
     Key("pin", parse_boolean, "off",
         "never evicted to make room, nor unloaded when idle"),
+    Key("keep-context", parse_boolean, "off",
+        "save the processed prompts of a llama-server before it is stopped, and "
+        "restore them after its next start"),
     Key("needs", parse_resources, "", "resources, e.g. `vram 18G, ram 4G`"),
     Key("sleep-needs", parse_resources, "", "what it still holds while `sleeping`"),
     Key("concurrency", parse_count, "0",
@@ -816,7 +831,7 @@ LENIENT_KEYS = ("stop-timeout", "load-on-startup")  # llama.cpp takes anything f
 # The keys that make the backend, by kind of model: their change needs a new backend.
 PROCESS_KEYS = ("extra-args", "proxy", "env.NAME", "cwd", "oom-score-adj")
 LAUNCH_KEYS = {
-    "llama-server": ("llama-server", *PROCESS_KEYS),
+    "llama-server": ("llama-server", "keep-context", *PROCESS_KEYS),
     "cmd": ("cmd", *PROCESS_KEYS),
     "unit": ("unit", "proxy"),
     "remote": ("proxy",),
@@ -831,6 +846,7 @@ SOURCE_KEYS = set(
     "LLAMA_ARG_MODEL_URL docker-repo dr LLAMA_ARG_DOCKER_REPO".split()
 )
 SOURCE_FLAG = re.compile("(?!spec-).*-default|fim-.*-spec")
+SAVE_PATH = "slot-save-path"  # the option of llama-server that `keep-context` needs
 
 
 class Model(NamedTuple):
@@ -838,7 +854,8 @@ class Model(NamedTuple):
 
     `options` are layers of settings by key, the weakest first. They, `env` and the
     texts of commands may hold variables, which the methods expand. `problem` is None,
-    or why the model cannot be used.
+    or why the model cannot be used. `context_dir` is the folder of its saved contexts,
+    with a slash at its end; empty: none are kept.
     """
 
     name: str
@@ -851,6 +868,7 @@ class Model(NamedTuple):
     backend: str
     problem: Optional[str]
     aliases: tuple = ()
+    context_dir: str = ""
 
     @property
     def launch(self) -> tuple:
@@ -881,7 +899,11 @@ class Model(NamedTuple):
             raise ConfigError(self.problem or f"{self.place}: {error}") from None
         fixed = {"host": "127.0.0.1", "port": str(port), "alias": self.name}
         last = {key: Setting(key, text, self.place) for key, text in fixed.items()}
-        return [self.settings.llama_server, *table.words([*layers, last]), *extra]
+        first = {}
+        if self.context_dir and table.find(SAVE_PATH):  # weaker than one of the file's
+            first[SAVE_PATH] = Setting(SAVE_PATH, self.context_dir, self.place)
+        words = table.words([first, *layers, last])
+        return [self.settings.llama_server, *words, *extra]
 
     def stop_command(self, port, pid) -> list:
         """Return the argv of cmd-stop; [] if there is none."""
@@ -908,6 +930,14 @@ def with_texts(layers, text_of):
         {key: setting._replace(text=text_of(setting)) for key, setting in layer.items()}
         for layer in layers
     )
+
+
+def folder_name(name) -> str:
+    """Return a name for files of the model: its own, if that can be one."""
+    quoted = urllib.parse.quote(name, safe="", errors="surrogateescape")
+    if quoted.startswith(".") or len(quoted) > 100:
+        return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+    return quoted
 
 
 def has_source(keys) -> bool:
@@ -1184,6 +1214,10 @@ class ConfigLoader:
         """Return the Config, or raise ConfigError."""
         settings = self._read_settings()
         models = self._assign_names(self._build_models(settings))
+        for name, model in models.items():
+            if model.kind == "llama-server" and model.settings.keep_context:
+                path = os.path.join(settings.state_dir, "context", folder_name(name))
+                models[name] = model._replace(context_dir=f"{path}/")
         keys = self._read_api_keys(settings)
         config = Config(self._path, settings, models, self._names, keys, ())
         settings = self._resolve_names(config)
@@ -2819,7 +2853,7 @@ class Backend:
         self.entry = {}  # of its own /v1/models
         self.started_at = self._began = self._progress_at = time.monotonic()
         self.on_loaded = self.on_slept = self.on_dying = None
-        self.on_exited = self.on_line = None
+        self.on_exited = self.on_line = self.on_context = None
         self._title = model.name
         self._thread = None
         self._wakeup = threading.Event()
@@ -2876,6 +2910,9 @@ class Backend:
         if not seen_within and not self._ask_now(HEALTH_TIMEOUT).ok:
             self.report_stall()
         return True
+
+    def record_answer(self, tokens, cached, speed):
+        """A request was answered: see ModelContext."""
 
     def died(self, timeout: float) -> bool:
         """Return whether it ended by itself, now or within the timeout."""
@@ -3161,6 +3198,442 @@ class Backend:
         self._sleep_look = time.monotonic() + wait
 
 
+# -- contexts that outlive their backend -----------------------------------------------
+#
+#    A stop of llama-server loses the prompts that it has processed. It can write each
+#    slot's state to a file, and read that again after its next start:
+#
+#        STATE-DIR/context/MODEL/manifest.json   which files count, and of which command
+#        STATE-DIR/context/MODEL/MODEL.SLOT.ID   one slot, written by llama-server
+#
+#    A file counts once the manifest names it, which is replaced atomically. While the
+#    files are in use the manifest says so: if the server then ends without being
+#    stopped, what was restored may be the reason, and it is not restored again.
+
+MANIFEST = "manifest.json"
+MIN_CONTEXT = 256  # tokens; fewer are soon processed again
+SLOT_LIST_TIMEOUT = 1.0  # s
+UNKNOWN_PROMPT_SPEED = 500.0  # tokens/s, until an answer tells it
+MEASURED_PROMPT = 32  # tokens; a shorter prompt tells no speed
+WORTH_SHARE = 0.1  # of the time to process a context again that saving it may take
+CHEAP_SAVE = 0.05  # s; a save so short is worth it in any case
+MAX_USELESS = 2  # restores in a row, then a command's contexts are kept no more
+ABANDONED_AGE = 86400.0  # s; an older folder without a manifest is deleted
+EMBEDDING_OPTIONS = {"--embedding", "--embeddings", "--rerank", "--reranking"}
+
+
+class SavedSlot(NamedTuple):
+    """The file of one slot: its name, the tokens in it, and its size in bytes."""
+
+    name: str
+    tokens: int
+    size: int
+
+
+class ContextChange(NamedTuple):
+    """What became of a context: `kind` is "saved", "restored", or "used" by the first
+    answer. `seconds`: how long that took; of "used": how long it would have taken to
+    process the tokens again."""
+
+    kind: str
+    tokens: int
+    size: int
+    seconds: float
+
+
+def make_private_folder(path: str):
+    """Create a folder and its missing parents, for this user only. Raise OSError."""
+    if not os.path.isdir(path):
+        make_private_folder(os.path.dirname(path))
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+
+
+def delete_files(paths: Iterable[str]):
+    """Delete those of the files that exist."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def in_background(action: Callable, *args):
+    """Do it on a thread of its own: to delete gigabytes takes time."""
+    threading.Thread(target=action, args=args, name="contexts", daemon=True).start()
+
+
+class ContextStore:
+    """The saved contexts of all models. Any thread may call.
+
+    Several llmswaps may share its directory: each deletes what belongs to models that
+    have left its own file, and any of them what is beyond its limit.
+    """
+
+    def __init__(self):
+        self.useless = collections.Counter()  # restores in a row, by command
+        self.save_costs = {}  # seconds for each token, by command
+        self._lock = threading.Lock()  # of changing manifests
+        self._root, self._owner, self._limit = "", "", math.inf
+        self._folders = set()  # of the models that keep their contexts
+        self._sizes = {}  # bytes by folder
+
+    def configure(self, config: Config):
+        """Use this configuration from now on, and tidy up in the background."""
+        self._root = os.path.join(config.settings.state_dir, "context")
+        self._owner = os.path.abspath(config.path)
+        self._limit = config.settings.context_max
+        self._folders = {model.context_dir for model in config.models.values()} - {""}
+        in_background(self.tidy)
+
+    def is_wanted(self, folder: str) -> bool:
+        """Whether a model in the configuration has this folder."""
+        return folder in self._folders
+
+    def size_of(self, folder: str) -> Optional[int]:
+        """Return how many bytes are kept there; None: the model keeps nothing."""
+        return self._sizes.get(folder, 0) if folder else None
+
+    def read(self, folder: str) -> dict:
+        """Return the manifest of a model, {} if there is none that can be read."""
+        try:
+            with open(os.path.join(folder, MANIFEST), "rb") as file:
+                manifest = json.load(file)
+            slots = manifest["slots"].items()
+            manifest["slots"] = {int(slot): SavedSlot(*entry) for slot, entry in slots}
+            return manifest
+        except (AttributeError, LookupError, OSError, TypeError, ValueError):
+            return {}
+
+    def write(self, folder: str, manifest: dict):
+        """Replace the manifest of a model; without slots, delete it. Raise OSError."""
+        path = os.path.join(folder, MANIFEST)
+        with self._lock:
+            delete_files([path] if not manifest["slots"] else [])
+            if manifest["slots"]:
+                with open(f"{path}.new", "w", opener=_open_private) as file:
+                    json.dump({**manifest, "owner": self._owner}, file)
+                os.replace(file.name, path)
+            self._sizes[folder] = _size_of_slots(manifest)
+
+    def tidy(self, stale: Iterable[str] = ()):
+        """Delete the stale files, what models have left that are gone, and the oldest
+        contexts until the rest is within the limit."""
+        with self._lock:
+            files, manifests = list(stale), {}
+            for folder in self._all_folders():
+                manifest = manifests[folder] = self.read(folder)
+                is_ours = manifest.get("owner") == self._owner
+                is_gone = is_ours and not self.is_wanted(folder)
+                if is_gone or not manifest and _age_of(folder) > ABANDONED_AGE:
+                    files += self._forget(folder, manifests.pop(folder))
+                    files += _files_in(folder)
+            by_age = sorted(manifests, key=lambda f: manifests[f].get("saved_at", 0))
+            for folder in by_age:
+                if sum(map(_size_of_slots, manifests.values())) > self._limit:
+                    files += self._forget(folder, manifests.pop(folder))
+            self._sizes = {each: _size_of_slots(manifests[each]) for each in manifests}
+        delete_files(files)
+
+    def _all_folders(self):
+        with contextlib.suppress(OSError):
+            return [f"{each.path}/" for each in os.scandir(self._root)]
+        return []
+
+    @staticmethod
+    def _forget(folder, manifest):
+        """Delete the manifest; return the paths that it names."""
+        delete_files([os.path.join(folder, MANIFEST)])
+        slots = manifest.get("slots", {}).values()
+        return [os.path.join(manifest["files"], slot.name) for slot in slots]
+
+
+def _open_private(path, flags):
+    return os.open(path, flags, 0o600)
+
+
+def _files_in(folder):
+    with contextlib.suppress(OSError):
+        return [entry.path for entry in os.scandir(folder)]
+    return []
+
+
+def _age_of(folder):
+    with contextlib.suppress(OSError):
+        return time.time() - os.stat(folder).st_mtime
+    return 0.0
+
+
+def _size_of_slots(manifest):
+    return sum(slot.size for slot in manifest.get("slots", {}).values())
+
+
+def _stamp_of(path):
+    """Return what changes when the file does; None: there is no such file."""
+    with contextlib.suppress(OSError, ValueError):
+        status = os.stat(path)
+        if S_ISREG(status.st_mode):
+            return path, status.st_size, status.st_mtime_ns
+    return None
+
+
+class ModelContext:
+    """The contexts of one run of a llama-server: `restore` after its start, `save`
+    before its stop, both on the backend's thread.
+
+    Neither raises, and each takes at most `limit` seconds, nor longer than it would
+    take to process the prompts again. `report(text)` gets one line if something fails,
+    `on_change(change)` each ContextChange.
+    """
+
+    def __init__(self, store: ContextStore, model: Model, report, on_change):
+        self._store, self._report, self._on_change = store, report, on_change
+        self._env, self._key = model.env, model.settings.proxy_key
+        self._stem = folder_name(model.name)
+        self._folder = self._files = model.context_dir  # of the manifest, of the slots
+        self._command = ""  # a digest of it; empty: nothing can be kept
+        self._slots = {}  # number -> SavedSlot, of those restored
+        self._speed = UNKNOWN_PROMPT_SPEED
+        self._trial = None  # the fewest tokens restored, until an answer used some
+        self._socket = None
+        self._is_aborted = False
+
+    def prepare(self, argv: List[str], binary: str, port: str, cwd: str) -> List[str]:
+        """Return the command with which contexts can be kept, as far as they can be."""
+        option = f"--{SAVE_PATH}"
+        given = [value for word, value in zip(argv, argv[1:]) if word == option]
+        if not given:
+            self._report("this llama-server cannot save contexts")
+            return argv
+        self._files = os.path.join(cwd, given[-1])
+        try:
+            make_private_folder(self._folder.rstrip("/"))
+        except OSError as error:
+            self._report(f"contexts cannot be kept: {error}")
+            return [word for word in argv if word not in (option, self._folder)]
+        if EMBEDDING_OPTIONS.isdisjoint(argv):
+            words = [binary, *(word for word in argv if word != port)]
+            stamps = [_stamp_of(os.path.join(cwd, word)) for word in words]
+            identity = json.dumps([words, sorted(self._env.items()), stamps])
+            self._command = hashlib.sha256(identity.encode()).hexdigest()
+        return argv
+
+    def restore(self, upstream: Upstream, limit: float):
+        """Give the server, which nobody uses yet, what was saved of its command."""
+        began, failures = time.monotonic(), {}
+        try:
+            slots = self._claim()
+        except OSError as error:
+            return self._report(f"its context was not restored: {error}")
+        tokens = sum(slot.tokens for slot in slots.values())
+        deadline = began + min(limit, tokens / self._speed)
+        for number, slot in slots.items():
+            target = f"/slots/{number}?action=restore"
+            try:
+                self._ask(upstream, deadline, "POST", target, {"filename": slot.name})
+                self._slots[number] = slot
+            except OSError as error:
+                failures[number] = error
+        if self._is_aborted:  # for the next time
+            return self._replace(slots, slots)
+        self._report_failures("restored", failures)
+        in_background(delete_files, [self._path(slots[number]) for number in failures])
+        if self._slots:
+            self._trial = min(slot.tokens for slot in self._slots.values())
+            self._tell("restored", self._slots, began)
+
+    def record_answer(
+        self, tokens: Optional[int], cached: Optional[int], speed: Optional[float]
+    ):
+        """Learn how fast prompts are processed, and whether a restore was of use.
+
+        `cached` of the prompt's tokens needed no processing. A prompt of less than half
+        of what was restored is of another conversation. Any thread may call.
+        """
+        if tokens is None or cached is None:
+            return
+        if speed and tokens - cached >= MEASURED_PROMPT:
+            self._speed = speed
+        if self._trial is None or tokens < self._trial / 2:
+            return
+        self._trial = None
+        if cached >= MIN_CONTEXT:
+            self._store.useless[self._command] = 0
+            self._on_change(ContextChange("used", cached, 0, cached / self._speed))
+            return
+        self._store.useless[self._command] += 1
+        if not self._is_kept():
+            self._report("restored contexts are of no use: none is kept any more")
+
+    def save(self, upstream: Upstream, limit: float):
+        """Save what the slots hold, now that no request is left."""
+        saved, failures = {}, {}
+        try:
+            if self._is_kept():
+                self._save_slots(upstream, limit, saved, failures)
+        except OSError as error:
+            failures["any"] = error
+        self._report_failures("saved", failures)
+        self.keep(saved)
+
+    def keep(self, saved: Mapping[int, SavedSlot]):
+        """Keep what was saved and, of the other slots, what was restored."""
+        slots = {}
+        if self._is_kept():
+            slots = {n: slot for n, slot in self._slots.items() if self._is_whole(slot)}
+            slots.update(saved)
+        self._replace(slots, {*self._slots.values(), *saved.values()})
+
+    def abort(self):
+        """End a restore or a save that is under way. Any thread may call."""
+        self._is_aborted = True
+        if self._socket:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    def _is_kept(self):
+        is_useless = self._store.useless[self._command] >= MAX_USELESS
+        return self._command and self._store.is_wanted(self._folder) and not is_useless
+
+    def _claim(self):
+        """Return what was saved of this command, marked as in use; delete the rest."""
+        manifest, reason = self._store.read(self._folder), None
+        if manifest.get("in_use"):
+            reason = "the server that had it last was not stopped"
+        elif manifest and manifest["command"] != self._command:
+            reason = "the command, or a file that it names, has changed"
+        slots = {}
+        if reason:
+            self._report(f"its context was not restored: {reason}")
+        elif self._is_kept():
+            self._speed = manifest.get("speed", self._speed)
+            saved = manifest.get("slots", {})
+            slots = {n: slot for n, slot in saved.items() if self._is_whole(slot)}
+        self._write(slots, in_use=True)
+        pattern = re.compile(re.escape(self._stem) + r"\.\d+\.[0-9a-f]{8}")
+        names = {slot.name for slot in slots.values()}
+        files = [os.path.split(path) for path in _files_in(self._files)]
+        in_background(delete_files, [
+            os.path.join(folder, name)
+            for folder, name in files
+            if pattern.fullmatch(name) and name not in names
+        ])  # fmt: skip
+        return slots
+
+    def _replace(self, slots, owned):
+        """Let the manifest name these slots, and delete the others that are owned."""
+        try:
+            self._write(slots)
+        except OSError as error:
+            self._report(f"its context was not saved: {error}")
+            slots = {}
+        stale = [self._path(slot) for slot in owned if slot not in slots.values()]
+        in_background(self._store.tidy, stale)
+
+    def _write(self, slots, in_use=False):
+        manifest = {
+            "command": self._command,
+            "files": self._files,
+            "in_use": in_use,
+            "saved_at": time.time(),
+            "speed": self._speed,
+            "slots": slots,
+        }
+        self._store.write(self._folder, manifest)
+
+    def _save_slots(self, upstream, limit, saved, failures):
+        """Fill `saved` with the slots that could be saved in time, and `failures`."""
+        tokens = self._long_slots(upstream, min(limit, SLOT_LIST_TIMEOUT))
+        total, costs = sum(tokens.values()), self._store.save_costs
+        worth, cost = total / self._speed, total * costs.get(self._command, 0.0)
+        if cost > max(CHEAP_SAVE, WORTH_SHARE * worth):
+            costs[self._command] /= 2  # so that it is tried again some time
+            raise OSError(f"that takes {cost:.1f} s, to process it again {worth:.1f} s")
+        began = time.monotonic()
+        for number in tokens:
+            try:
+                deadline = began + min(limit, worth)
+                saved[number] = self._save_slot(upstream, deadline, number)
+            except OSError as error:
+                failures[number] = error
+        if tokens:
+            costs[self._command] = (time.monotonic() - began) / total
+        if saved:
+            self._tell("saved", saved, began)
+
+    def _long_slots(self, upstream, limit):
+        """Return the tokens of each slot that is worth saving, the busy ones last."""
+        slots = self._ask(upstream, time.monotonic() + limit, "GET", "/slots")
+        try:
+            slots = sorted(slots, key=lambda slot: bool(slot.get("is_processing")))
+            tokens = {int(slot["id"]): slot.get("n_prompt_tokens", 0) for slot in slots}
+            return {n: count for n, count in tokens.items() if count >= MIN_CONTEXT}
+        except (AttributeError, LookupError, TypeError, ValueError):
+            raise OSError("/slots is no list of slots") from None
+
+    def _save_slot(self, upstream, deadline, number):
+        name = f"{self._stem}.{number}.{os.urandom(4).hex()}"
+        path = os.path.join(self._files, name)
+        try:
+            with open(path, "xb", opener=_open_private):
+                pass  # for this user only, whatever the umask of llama-server
+            target = f"/slots/{number}?action=save"
+            answer = self._ask(upstream, deadline, "POST", target, {"filename": name})
+            slot = SavedSlot(name, answer["n_saved"], answer["n_written"])
+            if not self._is_whole(slot):
+                raise OSError("the file is not whole; is the disk full?")
+            return slot
+        except BaseException as error:
+            delete_files([path])
+            if isinstance(error, (LookupError, TypeError)):
+                raise OSError("it does not say how much it saved") from None
+            raise
+
+    def _ask(self, upstream, deadline, method, target, body=None):
+        """Return what the answer's JSON means; it must be a success. Raise OSError."""
+        connection = http.client.HTTPConnection(upstream.authority)
+        headers = {"Content-Type": "application/json", "Connection": "close"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        sock = upstream.control_socket(max(0.001, deadline - time.monotonic()))
+        self._socket = connection.sock = sock
+        try:
+            if self._is_aborted:
+                raise ConnectionAbortedError("it is being killed")
+            text = json.dumps(body) if body else None
+            connection.request(method, upstream.base_path + target, text, headers)
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
+            response = connection.getresponse()
+            answer = response.read(MAX_CONTROL_ANSWER)
+            if response.status != 200:
+                text = answer[:200].decode("utf-8", "replace")
+                raise OSError(f"it answers {response.status}: {text}")
+            return json.loads(answer)
+        except (ValueError, RecursionError, http.client.HTTPException) as error:
+            raise OSError(f"no answer that makes sense: {error}") from None
+        finally:
+            self._socket = None
+            sock.close()
+
+    def _report_failures(self, action, failures):
+        if failures and not self._is_aborted:
+            slots = ", ".join(str(number) for number in failures)
+            reason = next(iter(failures.values()))
+            self._report(f"context of slot {slots} was not {action}: {reason}")
+
+    def _tell(self, kind, slots, began):
+        tokens = sum(slot.tokens for slot in slots.values())
+        size = sum(slot.size for slot in slots.values())
+        seconds = time.monotonic() - began
+        self._on_change(ContextChange(kind, tokens, size, seconds))
+
+    def _path(self, slot):
+        return os.path.join(self._files, slot.name)
+
+    def _is_whole(self, slot):
+        with contextlib.suppress(OSError):
+            return os.path.getsize(self._path(slot)) == slot.size > 0
+        return False
+
+
 # -- a child process -------------------------------------------------------------------
 
 
@@ -3170,8 +3643,15 @@ class ProcessBackend(Backend):
     A second thread reads its output and notices its exit (`_watch_process`).
     """
 
-    def __init__(self, model: Model, guard: Guard, settle_timeout: float):
+    def __init__(
+        self,
+        model: Model,
+        guard: Guard,
+        settle_timeout: float,
+        contexts: Optional[ContextStore] = None,
+    ):
         super().__init__(model)
+        self._contexts, self._context = contexts, None
         self.lines = collections.deque(maxlen=LAST_LINES)
         self.gauge = LoadProgress()
         self._guard = guard
@@ -3184,17 +3664,30 @@ class ProcessBackend(Backend):
     def stop(self, at_once=False):
         """End it: within its stop timeout if it is loaded, else by a kill."""
         super().stop(at_once)
+        if self._context and (at_once or not self._is_ready):
+            self._context.abort()
         if at_once or not (self._is_ready or self.model.settings.cmd_stop):
             self._kill_group()
+
+    def record_answer(self, tokens, cached, speed):
+        if self._context:
+            self._context.record_answer(tokens, cached, speed)
 
     # -- coming up
 
     def _load(self):
-        """Start it, on another port if its port was taken meanwhile."""
+        """Start it, again if it did not survive the restore of its context, and on
+        another port if its port was taken meanwhile."""
         for _ in range(PORT_TRIES):
             if super()._load():
                 self._warn_if_score_was_refused()
-                return True
+                if self._context:
+                    limit = self.model.settings.stop_timeout
+                    self._context.restore(self.upstream, limit)
+                if self._is_alive() or self._is_stop_asked:
+                    return self._is_alive()
+                self._terminate()
+                continue
             if self._exited.is_set():
                 self._look_for_stranger()
             if self._is_stop_asked or not (self._stranger and self._is_port_chosen):
@@ -3215,7 +3708,8 @@ class ProcessBackend(Backend):
             self._read_sleep_option(argv)
         environment = clean_environment(model.environment(str(self.port)))
         cwd = model.settings.cwd or None
-        find_program(argv[0], environment, cwd)
+        binary = find_program(argv[0], environment, cwd)
+        argv = self._with_context(argv, binary)
         self._stranger, self._owns_listener, self._was_visible = None, False, False
         self._oom_kills = oom_kills()
         score = str(model.settings.oom_score_adj)
@@ -3259,6 +3753,20 @@ class ProcessBackend(Backend):
             raise
         if self._is_stop_asked:  # `stop` may have come before there was a process
             self.stop(self._is_kill_asked)
+
+    def _with_context(self, argv, binary):
+        """Return the command with which its context is kept, if it is to be."""
+        self._context = None
+        if not (self._contexts and self.model.context_dir):
+            return argv
+        self._context = ModelContext(
+            self._contexts,
+            self.model,
+            report=lambda text: self.on_line(f"llmswap: {text}"),
+            on_change=functools.partial(self.on_context, self),
+        )
+        cwd = self.model.settings.cwd or os.getcwd()
+        return self._context.prepare(argv, binary, str(self.port), cwd)
 
     def _read_sleep_option(self, argv):
         given = [value for word, value in zip(argv, argv[1:]) if word == SLEEP_OPTION]
@@ -3360,12 +3868,22 @@ class ProcessBackend(Backend):
         self.upstream.close()
         has_grace = self._is_ready and not self._is_unresponsive
         try:
+            if has_grace and not self._exited.is_set():
+                self._save_context()
             if not self._exited.is_set() and (
                 has_grace or self.model.settings.cmd_stop
             ):
                 self._ask_to_exit()
         finally:
             self._reap()
+
+    def _save_context(self):
+        if not self._context or self._is_kill_asked:
+            return
+        if self._is_asleep:  # it holds nothing, and a question would wake it
+            self._context.keep({})
+        else:
+            self._context.save(self.upstream, self.model.settings.stop_timeout)
 
     def _ask_to_exit(self):
         """Run the stop command or send SIGTERM, and wait for the stop timeout."""
@@ -4205,6 +4723,7 @@ class Metrics:
         waited: Optional[float] = None,
         tokens_in: int = 0,
         tokens_out: int = 0,
+        tokens_cached: int = 0,
         bytes_in: int = 0,
         bytes_out: int = 0,
     ):
@@ -4215,6 +4734,7 @@ class Metrics:
         self.counts["requests", model, status] += 1
         self.counts["tokens_in", model] += tokens_in
         self.counts["tokens_out", model] += tokens_out
+        self.counts["tokens_cached", model] += tokens_cached
         self.counts["bytes_in", model] += bytes_in
         self.counts["bytes_out", model] += bytes_out
         self._observe("durations", model, seconds)
@@ -4234,6 +4754,13 @@ class Metrics:
         self.reasons[model] = STOPPED.get(cause, cause).format(newcomer)
         if newcomer is not None:
             self._newcomers.add(newcomer)
+
+    def count_context(self, model: str, change: ContextChange):
+        """A context was saved, restored or of use."""
+        if change.kind == "used":
+            self.counts["context_seconds", model] += change.seconds
+        else:
+            self.counts["context_tokens", model, change.kind] += change.tokens
 
     def count_failure(self, model: str, state: str):
         """A model ended in this state without being stopped."""
@@ -4270,7 +4797,8 @@ class ModelStatus(NamedTuple):
     the start). `progress` of a load goes from 0 to 1, if it is known. `failure` says
     why its last run failed, `stopped` why it was stopped, `unusable` what is wrong with
     it in the file. `shares` names the model whose backend it uses, and whose state it
-    has. `entry` is that of its own /v1/models.
+    has. `context` are the bytes of its saved contexts, None if it keeps none. `entry`
+    is that of its own /v1/models.
     """
 
     id: str
@@ -4286,6 +4814,7 @@ class ModelStatus(NamedTuple):
     waiting: int = 0
     unload_in: Optional[float] = None
     tokens_per_second: Optional[float] = None
+    context: Optional[int] = None
     failure: Optional[APIError] = None
     stopped: Optional[str] = None
     pinned: bool = False
@@ -4306,6 +4835,7 @@ class Pool:
         self.config = config
         self.events = Broadcast(0)
         self.memory = MemoryWatch()
+        self._contexts = ContextStore()
         self._log = log
         self._clock = clock
         self._guard = Guard()
@@ -4330,6 +4860,7 @@ class Pool:
         """Start the timer, adopt units that run, and load the models of
         load-on-startup."""
         self._guard.start()
+        self._contexts.configure(self.config)
         self._timer_thread = threading.Thread(target=self._timer_loop, daemon=True)
         self._timer_thread.start()
         loop = self._load_progress_loop
@@ -4504,6 +5035,7 @@ class Pool:
                 if name in config.models and name not in changed:
                     backend.model = config.models[name]
             self._schedule()
+        self._contexts.configure(config)
         self._adopt_units()
         self.events.publish({"model": "*", "event": "models_reload"})
 
@@ -4566,6 +5098,7 @@ class Pool:
             waiting=scheduled.waiting,
             unload_in=None if unload_at == math.inf else max(0.0, unload_at - now),
             tokens_per_second=self._meters.speeds.get(model.backend),
+            context=self._contexts.size_of(model.context_dir),
             failure=scheduled.last_failure,
             stopped=self._meters.reasons.get(model.backend),
             pid=getattr(backend, "pid", None),
@@ -4705,6 +5238,7 @@ class Pool:
         backend.on_loaded, backend.on_slept = self._on_loaded, self._on_slept
         backend.on_dying, backend.on_exited = self._on_dying, self._on_exited
         backend.on_line = functools.partial(self._on_line, name)
+        backend.on_context = self._on_context
         backend.stop_requested_at = None  # or put to sleep
         self._backends[name] = backend
         self._begin_progress(backend)
@@ -4717,7 +5251,7 @@ class Pool:
             return UnitBackend(model, rivals, settle_timeout)
         if model.kind == "remote":
             return RemoteBackend(model)
-        return ProcessBackend(model, self._guard, settle_timeout)
+        return ProcessBackend(model, self._guard, settle_timeout, self._contexts)
 
     def _stop(self, decision):
         name, cause = decision.name, decision.cause
@@ -4837,6 +5371,20 @@ class Pool:
             took = f" after {seconds:.1f} s"
         self._log(level, f"{backend.model.name}: {state}{took}")
 
+    def _on_context(self, backend, change):
+        name = backend.model.name
+        with self._lock:
+            self._meters.count_context(name, change)
+            self._revise()
+        seconds = seconds_text(change.seconds)
+        tokens = f"{change.tokens:,} tokens"
+        if change.kind == "used":
+            text = f"{tokens} of restored context were of use, which saves {seconds}"
+        else:
+            size = f"{change.size / 1e6:,.0f} MB"
+            text = f"{change.kind} {tokens} of context ({size}) in {seconds}"
+        self._log("info", f"{name}: {text}")
+
     def _on_line(self, name, text):
         self.feed_of(name).publish(text)
         level = "warning" if text.startswith("llmswap: ") else "debug"
@@ -4872,6 +5420,11 @@ class Pool:
             self._schedule()
             for backend in self._backends.values():
                 backend.stop(at_once=True)
+
+
+def seconds_text(seconds: float) -> str:
+    """Return "15 ms" or "1.5 s"."""
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
 
 
 def percent(progress: Optional[float]) -> str:
@@ -6745,12 +7298,16 @@ class Usage(NamedTuple):
     tokens_in: Optional[int] = None
     tokens_out: Optional[int] = None
     tokens_per_second: Optional[float] = None
+    tokens_cached: Optional[int] = None  # of those in, not processed again
+    prompt_speed: Optional[float] = None  # tokens per second
 
 
 # Quotes within a text are escaped, so what a model says is never taken for these.
 _NAMES_IN = ("prompt_tokens", "input_tokens", "tokens_evaluated", "prompt_n")
 _NAMES_OUT = ("completion_tokens", "output_tokens", "tokens_predicted", "predicted_n")
-_NAMES = "|".join(_NAMES_IN + _NAMES_OUT + ("cache_n", "predicted_per_second"))
+_NAMES_CACHED = ("cached_tokens", "cache_read_input_tokens", "cache_n")
+_SPEEDS = ("predicted_per_second", "prompt_per_second")
+_NAMES = "|".join(_NAMES_IN + _NAMES_OUT + _NAMES_CACHED + _SPEEDS)
 _USAGE = re.compile(
     rb'"(%b)"\s*:\s*(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*[,}]' % _NAMES.encode()
 )
@@ -6764,13 +7321,16 @@ def usage_in(ends: bytes) -> Usage:
     the last counts, and `usage` before llama-server's `timings`.
     """
     found = {name.decode(): float(value) for name, value in _USAGE.findall(ends)}
+    if "input_tokens" in found:  # without those in the cache, as Anthropic counts
+        found["input_tokens"] += found.get("cache_read_input_tokens", 0)
     if "prompt_n" in found:  # of the prompt, what was not in the cache
         found["prompt_n"] += found.get("cache_n", 0)
-    tokens_in, tokens_out = (
+    tokens_in, tokens_out, tokens_cached = (
         next((int(found[name]) for name in names if name in found), None)
-        for names in (_NAMES_IN, _NAMES_OUT)
+        for names in (_NAMES_IN, _NAMES_OUT, _NAMES_CACHED)
     )
-    return Usage(tokens_in, tokens_out, found.get("predicted_per_second"))
+    speeds = [found.get(name) for name in _SPEEDS]
+    return Usage(tokens_in, tokens_out, speeds[0], tokens_cached, speeds[1])
 
 
 def speed_of(usage: Usage, seconds: float) -> Optional[float]:
@@ -6794,18 +7354,25 @@ METRICS = (
     ("gauge", "waiting", "requests_queued", "Requests that wait for a model."),
     ("gauge", "rss", "model_resident_memory_bytes", "Memory of a model's processes."),
     ("gauge", "vram", "model_gpu_memory_bytes", "GPU memory of a model's processes."),
+    ("gauge", "context", "context_bytes", "Saved contexts of a model."),
     ("gauge", "progress", "load_progress_ratio", "Progress of a load, if known."),
     ("gauge", "tokens_per_second", "last_tokens_per_second", "Speed of last answer."),
     ("counter", "requests", "requests_total",
      "Requests by model (empty: not found) and status (499: the client left)."),
     ("counter", "tokens_in", "prompt_tokens_total", "Prompt tokens, as reported."),
     ("counter", "tokens_out", "completion_tokens_total", "New tokens, as reported."),
+    ("counter", "tokens_cached", "prompt_tokens_cached_total",
+     "Prompt tokens that needed no processing, as reported."),
     ("counter", "bytes_in", "request_bytes_total", "Bytes of request bodies."),
     ("counter", "bytes_out", "response_bytes_total", "Bytes of response bodies."),
     ("counter", "swaps", "swaps_total", "Loads for which a model was evicted."),
     ("counter", "stops", "stops_total",
      "Stops by cause: evicted, idle, unload, reload, abandoned, shutdown."),
     ("counter", "failures", "failures_total", "Models that ended by themselves."),
+    ("counter", "context_tokens", "context_tokens_total",
+     "Tokens of contexts: saved, restored."),
+    ("counter", "context_seconds", "context_seconds_saved_total",
+     "Prompt processing spared by restored contexts, first answers only."),
     ("histogram", "durations", "request_duration_seconds",
      "Time from a request's first byte to the end of its answer."),
     ("histogram", "waits", "request_wait_seconds", "Time waiting for the model."),
@@ -6816,6 +7383,7 @@ LABELS = {
     "swaps": (),
     "stops": ("model", "cause"),
     "failures": ("model", "state"),
+    "context_tokens": ("model", "action"),
 }  # of counters; else the model
 
 
@@ -7719,6 +8287,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.began = time.monotonic()
         self.config = self.pool.config
         self.head = self.body = self.model = self.reply = self.waited = None
+        self.usage = Usage()
         try:
             if not self.parse_request():
                 return
@@ -7793,9 +8362,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         status = 502 if reply.is_broken else reply.status or 500
         seconds = time.monotonic() - self.began
-        usage = usage_in(bytes(reply.ends)) if status < 300 else Usage()
+        usage = self.usage if status < 300 else Usage()
         speed = speed_of(usage, seconds - (self.waited or 0))
-        tokens = usage.tokens_in or 0, usage.tokens_out or 0
+        tokens = usage.tokens_in or 0, usage.tokens_out or 0, usage.tokens_cached or 0
         received = self.body.received if self.body is not None else 0
         counts = status, seconds, self.waited, *tokens, received, reply.sent
         self.pool.count_request(self.model, speed, *counts)
@@ -8254,6 +8823,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.pool.keep_alive(model, idle_timeout)
                 try:
                     relay(outgoing, backend, self.reply, transform_of)
+                    usage = self.usage = usage_in(bytes(self.reply.ends))
+                    backend.record_answer(
+                        usage.tokens_in, usage.tokens_cached, usage.prompt_speed
+                    )
                     return self._log_if_slow()
                 except BackendDied as error:
                     may_resend = outgoing.is_repeatable and not is_last

@@ -12660,6 +12660,10 @@ The fake model server: python3 test_llmswap.py --port N [FLAG ...]
   --no-health            404 on /health
   --sleepable            POST /sleep, POST /wake_up, GET /is_sleeping, as vLLM
   --wake-fails           POST /wake_up is answered with 500
+  --slot-save-path DIR   save and restore slots there; with GET /slots, as llama-server
+  --slot-fault FILE      what goes wrong with slots, as that file says now: none, or
+                         ACTION KIND; ACTION: list, save, restore; KIND: hang, fail, die,
+                         short (half a file), slow (half a second), useless
   --print-env            write the environment to stdout
   --journal FILE         append one JSON line for each event of its life
   --canned               for benchmarks: one thread, answers made beforehand
@@ -12667,6 +12671,7 @@ The fake model server: python3 test_llmswap.py --port N [FLAG ...]
 A request's JSON body says how it is answered:
   stream, stream_options.include_usage, model, max_tokens    as usual
   tokens N, interval S   how many tokens, and the pause between them
+  slot N, talk NAME, prompt N    a prompt of N tokens, for the conversation in a slot
   until FILE             no more tokens once that file exists
   delay S                before the first byte
   size BYTES             of the content; tag, stamp: put the tag, the time into it
@@ -12703,6 +12708,8 @@ FAKE_FLAGS = {
     "no-health": (bool, False),
     "sleepable": (bool, False),
     "wake-fails": (bool, False),
+    "slot-save-path": (str, None),
+    "slot-fault": (str, None),
     "print-env": (bool, False),
     "journal": (str, None),
     "canned": (bool, False),
@@ -12903,6 +12910,7 @@ class FakeTalk:
         self.server_name = server.flags.model
         self.id = f"{os.getpid()}-{threading.get_ident()}"
         self.tokens = self.wish.get("tokens", 3)
+        self.prompt, self.cached = server.process_prompt(self.wish)
         self.with_usage = (self.wish.get("stream_options") or {}).get("include_usage")
         calls = self.wish.get("arguments", [])
         self.calls = [calls] if isinstance(calls, str) else calls
@@ -12936,14 +12944,15 @@ class FakeTalk:
     def usage(self):
         return {
             "completion_tokens": self.tokens,
-            "prompt_tokens": 7,
-            "total_tokens": self.tokens + 7,
+            "prompt_tokens": self.prompt,
+            "total_tokens": self.tokens + self.prompt,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
         }
 
     def timings(self):
         return {
-            "cache_n": 0,
-            "prompt_n": 7,
+            "cache_n": self.cached,
+            "prompt_n": self.prompt - self.cached,
             "prompt_ms": 14.0,
             "prompt_per_token_ms": 2.0,
             "prompt_per_second": 500.0,
@@ -13149,6 +13158,8 @@ class FakeServer:
         self.is_asleep = False
         self.order = None
         self.is_health_hung = False
+        self.slots = {0: None, 1: None}  # the conversation in each, and its tokens
+        self.used_slots = set()
         self.grandchild = None
         self.listener = None
         self._journal = None
@@ -13333,7 +13344,33 @@ class FakeServer:
         request.read_body()
         if self.is_asleep:
             return request.reply(fake_error(503, "asleep"), 503)
+        if request.path.startswith("/slots"):
+            return fake_slots(self, request)
         return FAKE_ROUTES.get(request.path, fake_echo)(self, request)
+
+    def process_prompt(self, wish):
+        """The tokens of a request's prompt, and how many of them its slot had."""
+        slot, talk, prompt = wish.get("slot", 0), wish.get("talk"), wish.get("prompt", 7)
+        before, had = self.slots[slot] or (None, 0)
+        self.slots[slot] = talk, prompt
+        self.used_slots.add(slot)
+        is_same = talk is not None and before == talk
+        return prompt, min(prompt, had) if is_same else 0
+
+    def slot_entry(self, number):
+        """What /slots says of a slot; one never used has no tokens to it."""
+        entry = {"id": number, "n_ctx": 4096, "is_processing": False}
+        if number in self.used_slots:
+            entry["n_prompt_tokens"] = self.slots[number][1]
+        return entry
+
+    def slot_fault(self, action):
+        """What shall go wrong with this now, if anything."""
+        words = []
+        if self.flags.slot_fault and os.path.exists(self.flags.slot_fault):
+            with open(self.flags.slot_fault) as file:
+                words = file.read().split()
+        return words[1] if words[:1] == [action] else None
 
     def stats(self):
         """What it has seen, and what it is."""
@@ -13601,6 +13638,37 @@ def fake_wake(server, request):
 def fake_is_sleeping(server, request):
     """Whether it sleeps."""
     request.reply({"is_sleeping": server.is_asleep})
+
+
+def fake_slots(server, request):
+    """List, save or restore slots, unless that goes wrong."""
+    action = request.query.partition("action=")[2] or "list"
+    fault, body = server.slot_fault(action), None
+    server.note(action, path=request.path)
+    if fault == "die":
+        os.kill(os.getpid(), signal.SIGABRT)
+    if fault == "hang":
+        request.connection.hold()
+    if fault == "slow":
+        time.sleep(0.5)
+    if fault == "fail" or not server.flags.slot_save_path:
+        return request.reply(fake_error(501, "slots are not supported"), 501)
+    if action == "list":
+        return request.reply([server.slot_entry(slot) for slot in server.slots])
+    body = json.loads(request.body)
+    path = os.path.join(server.flags.slot_save_path, body["filename"])
+    number = int(request.path.rpartition("/")[2])
+    if action == "restore":
+        with open(path) as file:
+            server.slots[number] = json.loads(file.read())
+        if fault == "useless":
+            server.slots[number] = None
+        return request.reply({"n_restored": 1})
+    talk, tokens = server.slots[number]
+    text = json.dumps([talk, tokens]).ljust(4 * tokens)
+    with open(path, "w") as file:
+        file.write(text[: len(text) // 2] if fault == "short" else text)
+    request.reply({"id_slot": number, "n_saved": tokens, "n_written": len(text)})
 
 
 FAKE_QUIET = {  # neither counted as requests nor kept in the journal
