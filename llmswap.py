@@ -76,7 +76,7 @@ import traceback
 import types
 import urllib.parse
 from collections import namedtuple
-from stat import S_ISREG, S_ISSOCK
+from stat import S_ISSOCK
 from typing import Callable, Dict, FrozenSet, Iterable, List, Mapping, NamedTuple
 from typing import Optional, Sequence, Set, Tuple, Union
 
@@ -3200,8 +3200,8 @@ class Backend:
 
 # -- contexts that outlive their backend -----------------------------------------------
 #
-#    A stop of llama-server loses the prompts that it has processed. It can write each
-#    slot's state to a file, and read that again after its next start:
+#    A stop of llama-server loses the prompts that it has processed. It can write the
+#    state of each slot to a file, and read it again after its next start:
 #
 #        STATE-DIR/context/MODEL/manifest.json   which files count, and of which command
 #        STATE-DIR/context/MODEL/MODEL.SLOT.ID   one slot, written by llama-server
@@ -3210,15 +3210,14 @@ class Backend:
 #    files are in use the manifest says so: if the server then ends without being
 #    stopped, what was restored may be the reason, and it is not restored again.
 
-MANIFEST = "manifest.json"
 MIN_CONTEXT = 256  # tokens; fewer are soon processed again
 SLOT_LIST_TIMEOUT = 1.0  # s
 UNKNOWN_PROMPT_SPEED = 500.0  # tokens/s, until an answer tells it
 MEASURED_PROMPT = 32  # tokens; a shorter prompt tells no speed
 WORTH_SHARE = 0.1  # of the time to process a context again that saving it may take
+RESTORE_DEATH = 0.1  # s; a server whose restore failed may have died by then
 CHEAP_SAVE = 0.05  # s; a save so short is worth it in any case
 MAX_USELESS = 2  # restores in a row, then a command's contexts are kept no more
-ABANDONED_AGE = 86400.0  # s; an older folder without a manifest is deleted
 EMBEDDING_OPTIONS = {"--embedding", "--embeddings", "--rerank", "--reranking"}
 
 
@@ -3228,6 +3227,27 @@ class SavedSlot(NamedTuple):
     name: str
     tokens: int
     size: int
+
+
+class Manifest(NamedTuple):
+    """What is saved of a model: the slots by number, their files in `folder`.
+
+    `command` identifies the command, `owner` is the INI file, `speed` that of prompts
+    in tokens per second, `saved_at` in Unix time.
+    """
+
+    command: str
+    owner: str
+    folder: str
+    speed: float
+    saved_at: float
+    in_use: bool
+    slots: Mapping[int, SavedSlot]
+
+    @property
+    def size(self) -> int:
+        """The bytes of all slots."""
+        return sum(slot.size for slot in self.slots.values())
 
 
 class ContextChange(NamedTuple):
@@ -3249,30 +3269,19 @@ def make_private_folder(path: str):
             os.mkdir(path, 0o700)
 
 
-def delete_files(paths: Iterable[str]):
-    """Delete those of the files that exist."""
-    for path in paths:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-
-
-def in_background(action: Callable, *args):
-    """Do it on a thread of its own: to delete gigabytes takes time."""
-    threading.Thread(target=action, args=args, name="contexts", daemon=True).start()
-
-
 class ContextStore:
     """The saved contexts of all models. Any thread may call.
 
-    Several llmswaps may share its directory: each deletes what belongs to models that
+    Several llmswaps may share the directory: each deletes what belongs to models that
     have left its own file, and any of them what is beyond its limit.
     """
 
     def __init__(self):
         self.useless = collections.Counter()  # restores in a row, by command
-        self.save_costs = {}  # seconds for each token, by command
+        self.save_costs = collections.Counter()  # seconds for each token, by command
         self._lock = threading.Lock()  # of changing manifests
-        self._root, self._owner, self._limit = "", "", math.inf
+        self._root = self._owner = ""
+        self._limit = math.inf
         self._folders = set()  # of the models that keep their contexts
         self._sizes = {}  # bytes by folder
 
@@ -3282,97 +3291,86 @@ class ContextStore:
         self._owner = os.path.abspath(config.path)
         self._limit = config.settings.context_max
         self._folders = {model.context_dir for model in config.models.values()} - {""}
-        in_background(self.tidy)
+        self.tidy()
 
     def is_wanted(self, folder: str) -> bool:
-        """Whether a model in the configuration has this folder."""
+        """Whether a model of the configuration has this folder."""
         return folder in self._folders
 
     def size_of(self, folder: str) -> Optional[int]:
         """Return how many bytes are kept there; None: the model keeps nothing."""
         return self._sizes.get(folder, 0) if folder else None
 
-    def read(self, folder: str) -> dict:
-        """Return the manifest of a model, {} if there is none that can be read."""
+    def read(self, folder: str) -> Optional[Manifest]:
+        """Return the manifest of a model, None if there is none that can be read."""
         try:
-            with open(os.path.join(folder, MANIFEST), "rb") as file:
-                manifest = json.load(file)
-            slots = manifest["slots"].items()
-            manifest["slots"] = {int(slot): SavedSlot(*entry) for slot, entry in slots}
-            return manifest
-        except (AttributeError, LookupError, OSError, TypeError, ValueError):
-            return {}
+            with open(f"{folder}manifest.json", "rb") as file:
+                manifest = Manifest(**json.load(file))
+            slots = {int(n): SavedSlot(*slot) for n, slot in manifest.slots.items()}
+            return manifest._replace(slots=slots, speed=float(manifest.speed))
+        except (AttributeError, OSError, TypeError, ValueError):
+            return None
 
-    def write(self, folder: str, manifest: dict):
+    def write(self, folder: str, manifest: Manifest):
         """Replace the manifest of a model; without slots, delete it. Raise OSError."""
-        path = os.path.join(folder, MANIFEST)
+        path = f"{folder}manifest.json"
         with self._lock:
-            delete_files([path] if not manifest["slots"] else [])
-            if manifest["slots"]:
-                with open(f"{path}.new", "w", opener=_open_private) as file:
-                    json.dump({**manifest, "owner": self._owner}, file)
-                os.replace(file.name, path)
-            self._sizes[folder] = _size_of_slots(manifest)
+            self._sizes[folder] = manifest.size
+            if not manifest.slots:
+                return _delete([path])
+            with open(f"{path}.new", "w", opener=_open_private) as file:
+                json.dump(manifest._replace(owner=self._owner)._asdict(), file)
+            os.replace(file.name, path)
 
     def tidy(self, stale: Iterable[str] = ()):
-        """Delete the stale files, what models have left that are gone, and the oldest
-        contexts until the rest is within the limit."""
+        """In the background, delete these files, what models have left that are gone,
+        and the oldest contexts until the rest is within the limit."""
+        with contextlib.suppress(RuntimeError):  # no more threads can be started
+            threading.Thread(target=self._tidy, args=(stale,), daemon=True).start()
+
+    def _tidy(self, stale):
+        files, manifests = [*stale], {}
         with self._lock:
-            files, manifests = list(stale), {}
-            for folder in self._all_folders():
-                manifest = manifests[folder] = self.read(folder)
-                is_ours = manifest.get("owner") == self._owner
-                is_gone = is_ours and not self.is_wanted(folder)
-                if is_gone or not manifest and _age_of(folder) > ABANDONED_AGE:
-                    files += self._forget(folder, manifests.pop(folder))
-                    files += _files_in(folder)
-            by_age = sorted(manifests, key=lambda f: manifests[f].get("saved_at", 0))
-            for folder in by_age:
-                if sum(map(_size_of_slots, manifests.values())) > self._limit:
-                    files += self._forget(folder, manifests.pop(folder))
-            self._sizes = {each: _size_of_slots(manifests[each]) for each in manifests}
-        delete_files(files)
-
-    def _all_folders(self):
-        with contextlib.suppress(OSError):
-            return [f"{each.path}/" for each in os.scandir(self._root)]
-        return []
-
-    @staticmethod
-    def _forget(folder, manifest):
-        """Delete the manifest; return the paths that it names."""
-        delete_files([os.path.join(folder, MANIFEST)])
-        slots = manifest.get("slots", {}).values()
-        return [os.path.join(manifest["files"], slot.name) for slot in slots]
+            for folder in [f"{path}/" for path in _paths_in(self._root)]:
+                manifest = self.read(folder)
+                is_ours = manifest is None or manifest.owner == self._owner
+                if is_ours and not self.is_wanted(folder):
+                    files += _paths_in(folder) + _paths_of(manifest)
+                elif manifest:
+                    manifests[folder] = manifest
+            for folder in sorted(manifests, key=lambda each: manifests[each].saved_at):
+                if sum(each.size for each in manifests.values()) > self._limit:
+                    _delete([f"{folder}manifest.json"])
+                    files += _paths_of(manifests.pop(folder))
+            self._sizes = {each: manifests[each].size for each in manifests}
+        _delete(files)
 
 
 def _open_private(path, flags):
     return os.open(path, flags, 0o600)
 
 
-def _files_in(folder):
+def _paths_in(folder):
     with contextlib.suppress(OSError):
         return [entry.path for entry in os.scandir(folder)]
     return []
 
 
-def _age_of(folder):
+def _paths_of(manifest):
+    slots = manifest.slots.values() if manifest else []
+    return [manifest.folder + slot.name for slot in slots]
+
+
+def _size_of(path):
     with contextlib.suppress(OSError):
-        return time.time() - os.stat(folder).st_mtime
-    return 0.0
-
-
-def _size_of_slots(manifest):
-    return sum(slot.size for slot in manifest.get("slots", {}).values())
-
-
-def _stamp_of(path):
-    """Return what changes when the file does; None: there is no such file."""
-    with contextlib.suppress(OSError, ValueError):
-        status = os.stat(path)
-        if S_ISREG(status.st_mode):
-            return path, status.st_size, status.st_mtime_ns
+        return os.path.getsize(path)
     return None
+
+
+def _delete(paths):
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 class ModelContext:
@@ -3387,14 +3385,16 @@ class ModelContext:
     def __init__(self, store: ContextStore, model: Model, report, on_change):
         self._store, self._report, self._on_change = store, report, on_change
         self._env, self._key = model.env, model.settings.proxy_key
-        self._stem = folder_name(model.name)
+        self._name = folder_name(model.name)
         self._folder = self._files = model.context_dir  # of the manifest, of the slots
-        self._command = ""  # a digest of it; empty: nothing can be kept
+        self._command = ""  # a digest of it; empty: nothing is kept
         self._slots = {}  # number -> SavedSlot, of those restored
         self._speed = UNKNOWN_PROMPT_SPEED
         self._trial = None  # the fewest tokens restored, until an answer used some
         self._socket = None
         self._is_aborted = False
+
+    # -- before the start ------------------------------------------------------------
 
     def prepare(self, argv: List[str], binary: str, port: str, cwd: str) -> List[str]:
         """Return the command with which contexts can be kept, as far as they can be."""
@@ -3403,42 +3403,79 @@ class ModelContext:
         if not given:
             self._report("this llama-server cannot save contexts")
             return argv
-        self._files = os.path.join(cwd, given[-1])
+        self._files = os.path.join(cwd, given[-1], "")
         try:
             make_private_folder(self._folder.rstrip("/"))
         except OSError as error:
             self._report(f"contexts cannot be kept: {error}")
             return [word for word in argv if word not in (option, self._folder)]
         if EMBEDDING_OPTIONS.isdisjoint(argv):
-            words = [binary, *(word for word in argv if word != port)]
-            stamps = [_stamp_of(os.path.join(cwd, word)) for word in words]
-            identity = json.dumps([words, sorted(self._env.items()), stamps])
-            self._command = hashlib.sha256(identity.encode()).hexdigest()
+            self._command = self._digest(argv, binary, port, cwd)
         return argv
 
-    def restore(self, upstream: Upstream, limit: float):
-        """Give the server, which nobody uses yet, what was saved of its command."""
-        began, failures = time.monotonic(), {}
-        try:
-            slots = self._claim()
-        except OSError as error:
-            return self._report(f"its context was not restored: {error}")
+    def _digest(self, argv, binary, port, cwd):
+        """Return what changes with the command, its environment or its files."""
+        words = [word for word in argv if word != port]
+        stamps = []
+        for option, word in [("", binary), *zip(words, words[1:])]:
+            if option in ("", "--model") or word.endswith(".gguf"):
+                with contextlib.suppress(OSError, ValueError):
+                    status = os.stat(os.path.join(cwd, word))
+                    stamps += [word, status.st_size, status.st_mtime_ns]
+        identity = json.dumps([words, sorted(self._env.items()), stamps])
+        return hashlib.sha256(identity.encode()).hexdigest()
+
+    # -- after the start -------------------------------------------------------------
+
+    def restore(self, upstream: Upstream, limit: float) -> bool:
+        """Give the server, which nobody uses yet, what was saved of its command.
+
+        Return False if that failed: it may have died of it.
+        """
+        self._slots = slots = self._claim()
+        began, restored, claimed = time.monotonic(), [], [*slots.items()]
         tokens = sum(slot.tokens for slot in slots.values())
         deadline = began + min(limit, tokens / self._speed)
-        for number, slot in slots.items():
+        for number, slot in claimed:
             target = f"/slots/{number}?action=restore"
             try:
                 self._ask(upstream, deadline, "POST", target, {"filename": slot.name})
-                self._slots[number] = slot
+                restored.append(slot)
             except OSError as error:
-                failures[number] = error
-        if self._is_aborted:  # for the next time
-            return self._replace(slots, slots)
-        self._report_failures("restored", failures)
-        in_background(delete_files, [self._path(slots[number]) for number in failures])
-        if self._slots:
-            self._trial = min(slot.tokens for slot in self._slots.values())
-            self._tell("restored", self._slots, began)
+                if self._is_aborted:
+                    self.keep({})  # for the next time
+                    return False
+                self._report(f"context of slot {number} was not restored: {error}")
+                self._store.tidy([self._files + slots.pop(number).name])
+                break
+        if restored:
+            self._trial = min(slot.tokens for slot in restored)
+            self._tell("restored", restored, began)
+        elif claimed:
+            self._count_useless()
+        return len(restored) == len(claimed)
+
+    def _claim(self):
+        """Return what was saved of this command, marked as in use; delete the rest."""
+        manifest, slots, reason = self._store.read(self._folder), {}, None
+        if manifest and manifest.in_use:
+            reason = "the server that had it last was not stopped"
+        elif manifest and manifest.command != self._command:
+            reason = "the command, or a file of it, has changed"
+        elif manifest and self._is_kept():
+            self._speed = manifest.speed
+            slots = self._whole(manifest.slots)
+        try:
+            self._write(slots, in_use=True)
+        except OSError as error:
+            slots, reason = {}, error
+        if reason:
+            self._report(f"its context was not restored: {reason}")
+        pattern = re.escape(self._files + self._name) + r"\.\d+\.[0-9a-f]{8}"
+        stale = filter(re.compile(pattern).fullmatch, _paths_in(self._files))
+        used = {self._files + slot.name for slot in slots.values()}
+        self._store.tidy({*stale, *_paths_of(manifest)} - used)
+        return slots
 
     def record_answer(
         self, tokens: Optional[int], cached: Optional[int], speed: Optional[float]
@@ -3455,109 +3492,59 @@ class ModelContext:
         if self._trial is None or tokens < self._trial / 2:
             return
         self._trial = None
-        if cached >= MIN_CONTEXT:
-            self._store.useless[self._command] = 0
-            self._on_change(ContextChange("used", cached, 0, cached / self._speed))
-            return
+        if cached < MIN_CONTEXT:
+            return self._count_useless()
+        self._store.useless[self._command] = 0
+        self._on_change(ContextChange("used", cached, 0, cached / self._speed))
+
+    def _count_useless(self):
         self._store.useless[self._command] += 1
         if not self._is_kept():
             self._report("restored contexts are of no use: none is kept any more")
 
+    # -- before the stop -------------------------------------------------------------
+
     def save(self, upstream: Upstream, limit: float):
         """Save what the slots hold, now that no request is left."""
-        saved, failures = {}, {}
-        try:
-            if self._is_kept():
-                self._save_slots(upstream, limit, saved, failures)
-        except OSError as error:
-            failures["any"] = error
-        self._report_failures("saved", failures)
+        saved = {}
+        if self._is_kept():
+            try:
+                began = time.monotonic()
+                for number, slot in self._save_slots(upstream, limit):
+                    saved[number] = slot
+            except OSError as error:
+                if not self._is_aborted:
+                    self._report(f"context was not saved: {error}")
+            if saved:
+                self._tell("saved", saved.values(), began)
         self.keep(saved)
 
     def keep(self, saved: Mapping[int, SavedSlot]):
         """Keep what was saved and, of the other slots, what was restored."""
-        slots = {}
-        if self._is_kept():
-            slots = {n: slot for n, slot in self._slots.items() if self._is_whole(slot)}
-            slots.update(saved)
-        self._replace(slots, {*self._slots.values(), *saved.values()})
-
-    def abort(self):
-        """End a restore or a save that is under way. Any thread may call."""
-        self._is_aborted = True
-        if self._socket:
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-
-    def _is_kept(self):
-        is_useless = self._store.useless[self._command] >= MAX_USELESS
-        return self._command and self._store.is_wanted(self._folder) and not is_useless
-
-    def _claim(self):
-        """Return what was saved of this command, marked as in use; delete the rest."""
-        manifest, reason = self._store.read(self._folder), None
-        if manifest.get("in_use"):
-            reason = "the server that had it last was not stopped"
-        elif manifest and manifest["command"] != self._command:
-            reason = "the command, or a file that it names, has changed"
-        slots = {}
-        if reason:
-            self._report(f"its context was not restored: {reason}")
-        elif self._is_kept():
-            self._speed = manifest.get("speed", self._speed)
-            saved = manifest.get("slots", {})
-            slots = {n: slot for n, slot in saved.items() if self._is_whole(slot)}
-        self._write(slots, in_use=True)
-        pattern = re.compile(re.escape(self._stem) + r"\.\d+\.[0-9a-f]{8}")
-        names = {slot.name for slot in slots.values()}
-        files = [os.path.split(path) for path in _files_in(self._files)]
-        in_background(delete_files, [
-            os.path.join(folder, name)
-            for folder, name in files
-            if pattern.fullmatch(name) and name not in names
-        ])  # fmt: skip
-        return slots
-
-    def _replace(self, slots, owned):
-        """Let the manifest name these slots, and delete the others that are owned."""
+        slots = {**self._whole(self._slots), **saved} if self._is_kept() else {}
         try:
             self._write(slots)
         except OSError as error:
-            self._report(f"its context was not saved: {error}")
-            slots = {}
-        stale = [self._path(slot) for slot in owned if slot not in slots.values()]
-        in_background(self._store.tidy, stale)
+            self._report(f"context was not saved: {error}")
+        stale = {*self._slots.values(), *saved.values()} - {*slots.values()}
+        self._store.tidy([self._files + slot.name for slot in stale])
 
-    def _write(self, slots, in_use=False):
-        manifest = {
-            "command": self._command,
-            "files": self._files,
-            "in_use": in_use,
-            "saved_at": time.time(),
-            "speed": self._speed,
-            "slots": slots,
-        }
-        self._store.write(self._folder, manifest)
-
-    def _save_slots(self, upstream, limit, saved, failures):
-        """Fill `saved` with the slots that could be saved in time, and `failures`."""
+    def _save_slots(self, upstream, limit):
+        """Yield slots that are saved, with their numbers. Raise OSError at the first
+        that cannot be, or if all that takes too long for what it is worth."""
         tokens = self._long_slots(upstream, min(limit, SLOT_LIST_TIMEOUT))
         total, costs = sum(tokens.values()), self._store.save_costs
-        worth, cost = total / self._speed, total * costs.get(self._command, 0.0)
+        worth, cost = total / self._speed, total * costs[self._command]
         if cost > max(CHEAP_SAVE, WORTH_SHARE * worth):
             costs[self._command] /= 2  # so that it is tried again some time
-            raise OSError(f"that takes {cost:.1f} s, to process it again {worth:.1f} s")
+            raise OSError(f"it takes {cost:.1f} s, to process it again {worth:.1f} s")
         began = time.monotonic()
-        for number in tokens:
-            try:
+        try:
+            for number in tokens:
                 deadline = began + min(limit, worth)
-                saved[number] = self._save_slot(upstream, deadline, number)
-            except OSError as error:
-                failures[number] = error
-        if tokens:
-            costs[self._command] = (time.monotonic() - began) / total
-        if saved:
-            self._tell("saved", saved, began)
+                yield number, self._save_slot(upstream, deadline, number)
+        finally:
+            costs[self._command] = (time.monotonic() - began) / max(1, total)
 
     def _long_slots(self, upstream, limit):
         """Return the tokens of each slot that is worth saving, the busy ones last."""
@@ -3570,22 +3557,49 @@ class ModelContext:
             raise OSError("/slots is no list of slots") from None
 
     def _save_slot(self, upstream, deadline, number):
-        name = f"{self._stem}.{number}.{os.urandom(4).hex()}"
-        path = os.path.join(self._files, name)
+        name = f"{self._name}.{number}.{os.urandom(4).hex()}"
+        target, body = f"/slots/{number}?action=save", {"filename": name}
         try:
-            with open(path, "xb", opener=_open_private):
-                pass  # for this user only, whatever the umask of llama-server
-            target = f"/slots/{number}?action=save"
-            answer = self._ask(upstream, deadline, "POST", target, {"filename": name})
-            slot = SavedSlot(name, answer["n_saved"], answer["n_written"])
-            if not self._is_whole(slot):
+            os.close(_open_private(self._files + name, os.O_CREAT | os.O_WRONLY))
+            answer = self._ask(upstream, deadline, "POST", target, body)
+            slot = SavedSlot(name, int(answer["n_saved"]), int(answer["n_written"]))
+            if not self._whole({number: slot}):
                 raise OSError("the file is not whole; is the disk full?")
             return slot
-        except BaseException as error:
-            delete_files([path])
-            if isinstance(error, (LookupError, TypeError)):
-                raise OSError("it does not say how much it saved") from None
-            raise
+        except (LookupError, OSError, TypeError, ValueError) as error:
+            _delete([self._files + name])
+            raise OSError(f"slot {number}: {error}") from None
+
+    # -- both ------------------------------------------------------------------------
+
+    def abort(self):
+        """End a restore or a save that is under way. Any thread may call."""
+        self._is_aborted, sock = True, self._socket
+        if sock:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def _is_kept(self):
+        is_useless = self._store.useless[self._command] >= MAX_USELESS
+        return self._command and self._store.is_wanted(self._folder) and not is_useless
+
+    def _write(self, slots, in_use=False):
+        now, files = time.time(), self._files
+        manifest = Manifest(self._command, "", files, self._speed, now, in_use, slots)
+        self._store.write(self._folder, manifest)
+
+    def _whole(self, slots):
+        """Return those of the slots whose files are as large as they should be."""
+        return {
+            number: slot
+            for number, slot in slots.items()
+            if _size_of(self._files + slot.name) == slot.size > 0
+        }
+
+    def _tell(self, kind, slots, began):
+        seconds = time.monotonic() - began
+        tokens, size = sum(slot.tokens for slot in slots), sum(s.size for s in slots)
+        self._on_change(ContextChange(kind, tokens, size, seconds))
 
     def _ask(self, upstream, deadline, method, target, body=None):
         """Return what the answer's JSON means; it must be a success. Raise OSError."""
@@ -3605,33 +3619,13 @@ class ModelContext:
             answer = response.read(MAX_CONTROL_ANSWER)
             if response.status != 200:
                 text = answer[:200].decode("utf-8", "replace")
-                raise OSError(f"it answers {response.status}: {text}")
+                raise OSError(f"{target} answers {response.status}: {text}")
             return json.loads(answer)
         except (ValueError, RecursionError, http.client.HTTPException) as error:
-            raise OSError(f"no answer that makes sense: {error}") from None
+            raise OSError(f"{target} answers nonsense: {error}") from None
         finally:
             self._socket = None
             sock.close()
-
-    def _report_failures(self, action, failures):
-        if failures and not self._is_aborted:
-            slots = ", ".join(str(number) for number in failures)
-            reason = next(iter(failures.values()))
-            self._report(f"context of slot {slots} was not {action}: {reason}")
-
-    def _tell(self, kind, slots, began):
-        tokens = sum(slot.tokens for slot in slots.values())
-        size = sum(slot.size for slot in slots.values())
-        seconds = time.monotonic() - began
-        self._on_change(ContextChange(kind, tokens, size, seconds))
-
-    def _path(self, slot):
-        return os.path.join(self._files, slot.name)
-
-    def _is_whole(self, slot):
-        with contextlib.suppress(OSError):
-            return os.path.getsize(self._path(slot)) == slot.size > 0
-        return False
 
 
 # -- a child process -------------------------------------------------------------------
@@ -3681,19 +3675,24 @@ class ProcessBackend(Backend):
         for _ in range(PORT_TRIES):
             if super()._load():
                 self._warn_if_score_was_refused()
-                if self._context:
-                    limit = self.model.settings.stop_timeout
-                    self._context.restore(self.upstream, limit)
-                if self._is_alive() or self._is_stop_asked:
+                if self._survives_restore():
                     return self._is_alive()
-                self._terminate()
-                continue
-            if self._exited.is_set():
-                self._look_for_stranger()
-            if self._is_stop_asked or not (self._stranger and self._is_port_chosen):
+                may_repeat = True
+            else:
+                if self._exited.is_set():
+                    self._look_for_stranger()
+                may_repeat = self._stranger and self._is_port_chosen
+            if self._is_stop_asked or not may_repeat:
                 return False
             self._terminate()
         return False
+
+    def _survives_restore(self):
+        """Restore its context, if any; return whether the server lives on."""
+        limit = self.model.settings.stop_timeout
+        if not self._context or self._context.restore(self.upstream, limit):
+            return True
+        return not self._exited.wait(RESTORE_DEATH)
 
     def _spawn(self):
         model = self.model
