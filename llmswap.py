@@ -3447,6 +3447,8 @@ class ModelContext:
                     return False
                 self._report(f"context of slot {number} was not restored: {error}")
                 self._store.tidy([self._files + slots.pop(number).name])
+                with contextlib.suppress(OSError):
+                    self._write(slots, in_use=True)
                 break
         if restored:
             self._trial = min(slot.tokens for slot in restored)
