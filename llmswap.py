@@ -7890,7 +7890,8 @@ function paintModel(model, age) {
   paintActs(row.querySelector(".acts"), model);
 }
 
-function detailOf({state, seconds, progress, stopped, running, waiting}, age) {
+function detailOf(model, age) {
+  const {state, seconds, progress, stopped, running, waiting, context} = model;
   if (state === "unusable") return "";
   const isChanging = /loading$/.test(state);
   const since = seconds !== null && duration(seconds + age, isChanging);
@@ -7899,7 +7900,8 @@ function detailOf({state, seconds, progress, stopped, running, waiting}, age) {
   if (state === "failed") return since && `${since} ago`;
   if (state !== "unloaded") return since;
   if (waiting) return requests(running, waiting);
-  return stopped && join([stopped, since && `${since} ago`], ", ");
+  const saved = context && `${bytes(context)} of context saved`;
+  return stopped && join([stopped, since && `${since} ago`, saved], ", ");
 }
 
 function requests(running, waiting) {
@@ -7914,6 +7916,7 @@ function factsOf(model, age) {
     vram: bytes(model.vram),
     requests: requests(model.running, model.waiting),
     speed: speed(model.tokens_per_second),
+    saved: bytes(model.context),
     left: left !== null && duration(left - age, true),
   };
 }
@@ -8195,6 +8198,7 @@ STATUS_PAGE = """<!doctype html>
       <div><dt>VRAM</dt><dd data-text="vram"></dd></div>
       <div><dt>Requests</dt><dd data-text="requests"></dd></div>
       <div><dt>Last answer</dt><dd data-text="speed"></dd></div>
+      <div><dt>Saved context</dt><dd data-text="saved"></dd></div>
       <div><dt>Unloads in</dt><dd data-text="left"></dd></div>
     </dl>
     <div class="why">
