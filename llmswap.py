@@ -3534,6 +3534,7 @@ class ModelContext:
     def _save_slots(self, upstream, limit):
         """Yield slots that are saved, with their numbers. Raise OSError at the first
         that cannot be, or if all that takes too long for what it is worth."""
+        last = time.monotonic() + limit
         tokens = self._long_slots(upstream, min(limit, SLOT_LIST_TIMEOUT))
         total, costs = sum(tokens.values()), self._store.save_costs
         worth, cost = total / self._speed, total * costs[self._command]
@@ -3543,7 +3544,7 @@ class ModelContext:
         began = time.monotonic()
         try:
             for number in tokens:
-                deadline = began + min(limit, worth)
+                deadline = min(last, began + worth)
                 yield number, self._save_slot(upstream, deadline, number)
         finally:
             costs[self._command] = (time.monotonic() - began) / max(1, total)

@@ -10222,6 +10222,23 @@ def test_recipe_an_api_key():
             assert "choose-one" not in str(sent)
 
 
+def test_recipe_conversations_that_outlive_the_swap(tmp_path):
+    title = "Conversations that outlive the swap"
+    changes = ("/models/", f"{tmp_path}/"), ("[*]", f"[*]\njournal = {tmp_path}/journal")
+    text = adapted(title, "ini", *changes)
+    for name in re.findall(r"model += \S+/(\S+)", text):
+        (tmp_path / name).write_bytes(b"GGUF")
+    head = f"llama-server = {fake_binary(tmp_path)}\nstate-dir = {tmp_path}/state"
+    with Llmswap(f"[llmswap]\n{head}\n{text}") as server:
+        for prompt, cached in ((3122, 0), (3200, 3122)):
+            usage = server.chat("coder", talk="x", prompt=prompt).json()["usage"]
+            assert usage["prompt_tokens_details"]["cached_tokens"] == cached
+            assert server.chat("thinker").status == 200
+        log = server.log()
+    for line in recipe(title, "text")[0].splitlines():
+        assert re.sub(r"\d+ M", "M", line[:-6]) in re.sub(r"\d+ M", "M", log), line
+
+
 def test_recipe_roo_code(tmp_path):
     title = "Roo Code, and other agents, with repaired tool calls"
     text = adapted(title, "ini", ("/models/", f"{tmp_path}/"))
@@ -12862,6 +12879,81 @@ model = {folder}/broken.gguf
 model = {folder}/one.gguf
 ctx-size = many
 """
+
+
+TALKS_FILE = """
+[llmswap]
+state-dir = {folder}/state
+llama-server = {server}
+[*]
+ctx-size = {size}
+keep-context = {keeps}
+{lines}
+[a]
+model = {folder}/a.gguf
+[b]
+model = {folder}/b.gguf
+"""
+
+
+class Talk:
+    """A conversation of some 3,000 tokens with model a of a real llama-server."""
+
+    def __init__(self, server, seed=0):
+        self.server = server
+        chance = random.Random(seed)
+        text = " ".join("".join(chance.choices("abcdefgh", k=5)) for _ in range(500))
+        self.messages = [{"role": "user", "content": text}]
+
+    def go_on(self, model="a"):
+        """Ask once more; return how much of the prompt was in the cache, and in all."""
+        body = {"model": model, "messages": self.messages, "max_tokens": 8}
+        answer = self.server.post(CHAT, body).json()
+        content = answer["choices"][0]["message"]["content"]
+        self.messages += [{"role": "assistant", "content": content},
+                          {"role": "user", "content": "and then"}]  # fmt: skip
+        timings = answer["timings"]
+        return timings["cache_n"], timings["cache_n"] + timings["prompt_n"]
+
+
+def talking(folder, keeps="on", size=4096, lines=""):
+    """llmswap over a real llama-server with models a and b of some 16 million weights."""
+    for name, seed in (("a", 1), ("b", 2)):
+        write_gguf(folder / f"{name}.gguf", width=512, layers=4, seed=seed)
+    places = {"folder": folder, "server": LLAMA_SERVER, "size": size}
+    return Llmswap(TALKS_FILE.format(keeps=keeps, lines=lines, **places))
+
+
+@with_llama_server
+def test_a_real_conversation_outlives_swaps_idleness_and_a_restart(tmp_path):
+    with talking(tmp_path) as server:
+        talk, other = Talk(server), {"model": "b", "prompt": "hi", "max_tokens": 1}
+        assert talk.go_on()[0] == 0
+        for _ in range(3):
+            assert server.post("/v1/completions", other).status == 200
+            cached, prompt = talk.go_on()
+            assert cached >= 0.95 * prompt > 2800
+        server.process.terminate()
+        assert server.process.wait(30) == 0
+        server.start()
+        cached, prompt = talk.go_on()
+        assert cached >= 0.95 * prompt and "context was not" not in server.log()
+        times = re.findall(r"(?:saved|restored) .* in (\d+) ms", server.log())
+    assert len(times) == 8 and min(map(int, times[0::2])) + min(map(int, times[1::2])) < 100
+
+
+@with_llama_server
+def test_two_real_conversations_come_back_from_slots_of_their_own(tmp_path):
+    with talking(tmp_path, size=8192, lines="parallel = 2") as server:
+        talks = [Talk(server, seed) for seed in (1, 2)]
+        other = {"model": "b", "prompt": "hi", "max_tokens": 1}
+        for talk in talks:
+            talk.go_on()
+        for _ in range(2):
+            assert server.post("/v1/completions", other).status == 200
+            for talk in talks:
+                cached, prompt = talk.go_on()
+                assert cached >= 0.95 * prompt > 2800
 
 
 @pytest.fixture(scope="module")
