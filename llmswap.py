@@ -2911,7 +2911,7 @@ class Backend:
             self.report_stall()
         return True
 
-    def record_answer(self, tokens, cached, speed):
+    def record_answer(self, usage):
         """A request was answered: see ModelContext."""
 
     def died(self, timeout: float) -> bool:
@@ -3390,7 +3390,8 @@ class ModelContext:
         self._command = ""  # a digest of it; empty: nothing is kept
         self._slots = {}  # number -> SavedSlot, of those restored
         self._speed = UNKNOWN_PROMPT_SPEED
-        self._trial = None  # the fewest tokens restored, until an answer used some
+        self._trial = None  # the most tokens restored, until an answer shows their use
+        self._longest = 0  # tokens of a prompt and its answer since the start
         self._socket = None
         self._is_aborted = False
 
@@ -3451,7 +3452,7 @@ class ModelContext:
                     self._write(slots, in_use=True)
                 break
         if restored:
-            self._trial = min(slot.tokens for slot in restored)
+            self._trial = max(slot.tokens for slot in restored)
             self._tell("restored", restored, began)
         elif claimed:
             self._count_useless()
@@ -3479,25 +3480,25 @@ class ModelContext:
         self._store.tidy({*stale, *_paths_of(manifest)} - used)
         return slots
 
-    def record_answer(
-        self, tokens: Optional[int], cached: Optional[int], speed: Optional[float]
-    ):
+    def record_answer(self, usage):
         """Learn how fast prompts are processed, and whether a restore was of use.
 
-        `cached` of the prompt's tokens needed no processing. A prompt of less than half
-        of what was restored is of another conversation. Any thread may call.
+        It was if more of a prompt is in the cache than any earlier answer left there. A
+        prompt of less than half of what was restored is of another conversation. Any
+        thread may call.
         """
+        tokens, cached = usage.tokens_in, usage.tokens_cached
         if tokens is None or cached is None:
             return
-        if speed and tokens - cached >= MEASURED_PROMPT:
-            self._speed = speed
-        if self._trial is None or tokens < self._trial / 2:
-            return
-        self._trial = None
-        if cached < MIN_CONTEXT:
-            return self._count_useless()
-        self._store.useless[self._command] = 0
-        self._on_change(ContextChange("used", cached, 0, cached / self._speed))
+        if usage.prompt_speed and tokens - cached >= MEASURED_PROMPT:
+            self._speed = usage.prompt_speed
+        if self._trial and cached >= max(MIN_CONTEXT, self._longest + 1):
+            self._trial, self._store.useless[self._command] = None, 0
+            self._on_change(ContextChange("used", cached, 0, cached / self._speed))
+        elif self._trial and cached < MIN_CONTEXT and tokens >= self._trial / 2:
+            self._trial = None
+            self._count_useless()
+        self._longest = max(self._longest, tokens + (usage.tokens_out or 0))
 
     def _count_useless(self):
         self._store.useless[self._command] += 1
@@ -3666,9 +3667,9 @@ class ProcessBackend(Backend):
         if at_once or not (self._is_ready or self.model.settings.cmd_stop):
             self._kill_group()
 
-    def record_answer(self, tokens, cached, speed):
+    def record_answer(self, usage):
         if self._context:
-            self._context.record_answer(tokens, cached, speed)
+            self._context.record_answer(usage)
 
     # -- coming up
 
@@ -8829,10 +8830,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.pool.keep_alive(model, idle_timeout)
                 try:
                     relay(outgoing, backend, self.reply, transform_of)
-                    usage = self.usage = usage_in(bytes(self.reply.ends))
-                    backend.record_answer(
-                        usage.tokens_in, usage.tokens_cached, usage.prompt_speed
-                    )
+                    self.usage = usage_in(bytes(self.reply.ends))
+                    backend.record_answer(self.usage)
                     return self._log_if_slow()
                 except BackendDied as error:
                     may_resend = outgoing.is_repeatable and not is_last

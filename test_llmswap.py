@@ -12647,13 +12647,14 @@ def test_a_server_whose_restores_are_of_no_use_is_not_troubled_again(tmp_path):
     with Keeping(tmp_path) as server:
         server.fault("restore useless")
         for _ in range(4):
-            assert server.tell() == 0
-            server.tell("a short question", prompt=100)  # says nothing either way
+            server.tell("another", prompt=1000)  # which says nothing either way
+            server.tell("another", prompt=1400)
             server.tell()
             server.swap()
         assert server.actions().count("restore") == 2
-        assert [*map(server.complaints().count, server.complaints())] == [1]
-        assert "of no use" in server.complaints()[0] and server.files() == []
+        [complaint] = server.complaints()
+        assert "of no use" in complaint and server.files() == []
+        assert "were of use" not in server.log()
 
 
 def test_saved_contexts_stay_below_a_limit_and_go_with_their_model(tmp_path):
@@ -12696,7 +12697,7 @@ def test_without_a_state_directory_models_run_as_without_contexts(tmp_path):
 
 def test_a_kill_of_llmswap_at_any_moment_leaves_nothing_that_is_half(tmp_path):
     with Keeping(tmp_path) as server:
-        for seconds in (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3):
+        for seconds in (0.0, 0.02, 0.05, 0.15, 0.3):
             server.tell()
             client = ask_later(server, "b")
             time.sleep(seconds)  # whatever that meets: a save, a stop, a start
@@ -12887,6 +12888,7 @@ state-dir = {folder}/state
 llama-server = {server}
 [*]
 ctx-size = {size}
+threads = 1
 keep-context = {keeps}
 {lines}
 [a]
@@ -12902,7 +12904,7 @@ class Talk:
     def __init__(self, server, seed=0):
         self.server = server
         chance = random.Random(seed)
-        text = " ".join("".join(chance.choices("abcdefgh", k=5)) for _ in range(500))
+        text = " ".join("".join(chance.choices("abcdefgh", k=5)) for _ in range(600))
         self.messages = [{"role": "user", "content": text}]
 
     def go_on(self, model="a"):
@@ -12917,9 +12919,9 @@ class Talk:
 
 
 def talking(folder, keeps="on", size=4096, lines=""):
-    """llmswap over a real llama-server with models a and b of some 16 million weights."""
+    """llmswap over a real llama-server with the tiny models a and b."""
     for name, seed in (("a", 1), ("b", 2)):
-        write_gguf(folder / f"{name}.gguf", width=512, layers=4, seed=seed)
+        write_gguf(folder / f"{name}.gguf", width=256, seed=seed)
     places = {"folder": folder, "server": LLAMA_SERVER, "size": size}
     return Llmswap(TALKS_FILE.format(keeps=keeps, lines=lines, **places))
 
