@@ -2911,7 +2911,7 @@ class Backend:
             self.report_stall()
         return True
 
-    def record_answer(self, usage):
+    def record_answer(self, usage, request: Mapping[str, object]):
         """A request was answered: see ModelContext."""
 
     def died(self, timeout: float) -> bool:
@@ -3213,9 +3213,7 @@ class Backend:
 MIN_CONTEXT = 256  # tokens; fewer are soon processed again
 SLOT_LIST_TIMEOUT = 1.0  # s
 UNKNOWN_PROMPT_SPEED = 500.0  # tokens/s, until an answer tells it
-MEASURED_PROMPT = 32  # tokens; a shorter prompt tells no speed
 WORTH_SHARE = 0.1  # of the time to process a context again that saving it may take
-RESTORE_DEATH = 0.1  # s; a server whose restore failed may have died by then
 CHEAP_SAVE = 0.05  # s; a save so short is worth it in any case
 MAX_USELESS = 2  # restores in a row, then a command's contexts are kept no more
 EMBEDDING_OPTIONS = {"--embedding", "--embeddings", "--rerank", "--reranking"}
@@ -3361,6 +3359,13 @@ def _paths_of(manifest):
     return [manifest.folder + slot.name for slot in slots]
 
 
+def _conversation_of(request):
+    """Return what the requests of one conversation have in common."""
+    talk = request.get("messages") or request.get("input") or request.get("prompt")
+    first = talk[:2] if isinstance(talk, list) else str(talk)[:1000]
+    return hash(repr([request.get("system"), first]))
+
+
 def _size_of(path):
     with contextlib.suppress(OSError):
         return os.path.getsize(path)
@@ -3390,8 +3395,10 @@ class ModelContext:
         self._command = ""  # a digest of it; empty: nothing is kept
         self._slots = {}  # number -> SavedSlot, of those restored
         self._speed = UNKNOWN_PROMPT_SPEED
-        self._trial = None  # the most tokens restored, until an answer shows their use
-        self._longest = 0  # tokens of a prompt and its answer since the start
+        self._has_own_caches = False  # each slot; else one that rests may be emptied
+        self._trial = None  # the most tokens restored, until an answer used some
+        self._is_doubtful = False  # whether an answer could have used some, but did not
+        self._talks = set()  # the conversations of this run
         self._socket = None
         self._is_aborted = False
 
@@ -3410,6 +3417,7 @@ class ModelContext:
         except OSError as error:
             self._report(f"contexts cannot be kept: {error}")
             return [word for word in argv if word not in (option, self._folder)]
+        self._has_own_caches = "--parallel" in argv and "--kv-unified" not in argv
         if EMBEDDING_OPTIONS.isdisjoint(argv):
             self._command = self._digest(argv, binary, port, cwd)
         return argv
@@ -3431,32 +3439,31 @@ class ModelContext:
     def restore(self, upstream: Upstream, limit: float) -> bool:
         """Give the server, which nobody uses yet, what was saved of its command.
 
-        Return False if that failed: it may have died of it.
+        Return False if the server is to be started anew, without that: it died of it,
+        or it refused some, after which some builds answer nonsense.
         """
-        self._slots = slots = self._claim()
-        began, restored, claimed = time.monotonic(), [], [*slots.items()]
+        began, slots = time.monotonic(), self._claim()
         tokens = sum(slot.tokens for slot in slots.values())
         deadline = began + min(limit, tokens / self._speed)
-        for number, slot in claimed:
-            target = f"/slots/{number}?action=restore"
-            try:
+        try:
+            for number, slot in slots.items():
+                target = f"/slots/{number}?action=restore"
                 self._ask(upstream, deadline, "POST", target, {"filename": slot.name})
-                restored.append(slot)
-            except OSError as error:
-                if self._is_aborted:
-                    self.keep({})  # for the next time
-                    return False
+                self._slots[number] = slot
+        except OSError as error:
+            if self._is_aborted:
+                self._slots = slots  # for the next time
+            else:
                 self._report(f"context of slot {number} was not restored: {error}")
-                self._store.tidy([self._files + slots.pop(number).name])
-                with contextlib.suppress(OSError):
-                    self._write(slots, in_use=True)
-                break
-        if restored:
-            self._trial = max(slot.tokens for slot in restored)
-            self._tell("restored", restored, began)
-        elif claimed:
-            self._count_useless()
-        return len(restored) == len(claimed)
+                self._store.tidy([self._files + slot.name for slot in slots.values()])
+                self._slots = {}
+                self._count_useless()
+            self.keep({})
+            return isinstance(error, socket.timeout)
+        if slots:
+            self._trial = max(slot.tokens for slot in slots.values())
+            self._tell("restored", slots.values(), began)
+        return True
 
     def _claim(self):
         """Return what was saved of this command, marked as in use; delete the rest."""
@@ -3480,25 +3487,28 @@ class ModelContext:
         self._store.tidy({*stale, *_paths_of(manifest)} - used)
         return slots
 
-    def record_answer(self, usage):
-        """Learn how fast prompts are processed, and whether a restore was of use.
+    def record_answer(self, usage, request: Mapping[str, object]):
+        """Learn how fast prompts are processed, and whether a restore was of use: then
+        the first answer to a conversation had much of its prompt in the cache.
 
-        It was if more of a prompt is in the cache than any earlier answer left there. A
-        prompt of less than half of what was restored is of another conversation. Any
+        A prompt of less than half of what was restored is of a new conversation. Any
         thread may call.
         """
         tokens, cached = usage.tokens_in, usage.tokens_cached
         if tokens is None or cached is None:
             return
-        if usage.prompt_speed and tokens - cached >= MEASURED_PROMPT:
+        if usage.prompt_speed and tokens - cached >= MIN_CONTEXT:
             self._speed = usage.prompt_speed
-        if self._trial and cached >= max(MIN_CONTEXT, self._longest + 1):
+        talk = _conversation_of(request) if self._trial else None
+        if talk is None or talk in self._talks:
+            return
+        if cached < MIN_CONTEXT:
+            self._is_doubtful |= tokens >= self._trial / 2
+        else:
             self._trial, self._store.useless[self._command] = None, 0
-            self._on_change(ContextChange("used", cached, 0, cached / self._speed))
-        elif self._trial and cached < MIN_CONTEXT and tokens >= self._trial / 2:
-            self._trial = None
-            self._count_useless()
-        self._longest = max(self._longest, tokens + (usage.tokens_out or 0))
+            if not self._talks:  # else another conversation may begin like this one
+                self._on_change(ContextChange("used", cached, 0, cached / self._speed))
+        self._talks.add(talk)
 
     def _count_useless(self):
         self._store.useless[self._command] += 1
@@ -3509,6 +3519,8 @@ class ModelContext:
 
     def save(self, upstream: Upstream, limit: float):
         """Save what the slots hold, now that no request is left."""
+        if self._trial and self._is_doubtful:
+            self._count_useless()
         saved = {}
         if self._is_kept():
             try:
@@ -3518,13 +3530,14 @@ class ModelContext:
             except OSError as error:
                 if not self._is_aborted:
                     self._report(f"context was not saved: {error}")
-            if saved:
+            if any(slot.tokens for slot in saved.values()):
                 self._tell("saved", saved.values(), began)
         self.keep(saved)
 
     def keep(self, saved: Mapping[int, SavedSlot]):
         """Keep what was saved and, of the other slots, what was restored."""
         slots = {**self._whole(self._slots), **saved} if self._is_kept() else {}
+        slots = {n: slot for n, slot in slots.items() if slot.tokens >= MIN_CONTEXT}
         try:
             self._write(slots)
         except OSError as error:
@@ -3556,6 +3569,9 @@ class ModelContext:
         try:
             slots = sorted(slots, key=lambda slot: bool(slot.get("is_processing")))
             tokens = {int(slot["id"]): slot.get("n_prompt_tokens", 0) for slot in slots}
+            if any(tokens.values()) and not self._has_own_caches:
+                for number, slot in self._slots.items():  # those that rest may be empty
+                    tokens[number] = tokens[number] or slot.tokens
             return {n: count for n, count in tokens.items() if count >= MIN_CONTEXT}
         except (AttributeError, LookupError, TypeError, ValueError):
             raise OSError("/slots is no list of slots") from None
@@ -3621,12 +3637,13 @@ class ModelContext:
             sock.settimeout(max(0.001, deadline - time.monotonic()))
             response = connection.getresponse()
             answer = response.read(MAX_CONTROL_ANSWER)
-            if response.status != 200:
-                text = answer[:200].decode("utf-8", "replace")
-                raise OSError(f"{target} answers {response.status}: {text}")
-            return json.loads(answer)
+            if response.status == 200:
+                return json.loads(answer)
+            message = re.search(rb'"message":\s*"([^"]*)"', answer)
+            text = message[1].decode("utf-8", "replace") if message else "no reason"
+            raise OSError(f"{target} is answered {response.status}, {text}")
         except (ValueError, RecursionError, http.client.HTTPException) as error:
-            raise OSError(f"{target} answers nonsense: {error}") from None
+            raise OSError(f"{target} is answered with nonsense: {error}") from None
         finally:
             self._socket = None
             sock.close()
@@ -3667,9 +3684,9 @@ class ProcessBackend(Backend):
         if at_once or not (self._is_ready or self.model.settings.cmd_stop):
             self._kill_group()
 
-    def record_answer(self, usage):
+    def record_answer(self, usage, request):
         if self._context:
-            self._context.record_answer(usage)
+            self._context.record_answer(usage, request)
 
     # -- coming up
 
@@ -3679,7 +3696,8 @@ class ProcessBackend(Backend):
         for _ in range(PORT_TRIES):
             if super()._load():
                 self._warn_if_score_was_refused()
-                if self._survives_restore():
+                limit = self.model.settings.stop_timeout
+                if not self._context or self._context.restore(self.upstream, limit):
                     return self._is_alive()
                 may_repeat = True
             else:
@@ -3690,13 +3708,6 @@ class ProcessBackend(Backend):
                 return False
             self._terminate()
         return False
-
-    def _survives_restore(self):
-        """Restore its context, if any; return whether the server lives on."""
-        limit = self.model.settings.stop_timeout
-        if not self._context or self._context.restore(self.upstream, limit):
-            return True
-        return not self._exited.wait(RESTORE_DEATH)
 
     def _spawn(self):
         model = self.model
@@ -8831,7 +8842,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 try:
                     relay(outgoing, backend, self.reply, transform_of)
                     self.usage = usage_in(bytes(self.reply.ends))
-                    backend.record_answer(self.usage)
+                    backend.record_answer(self.usage, info.members)
                     return self._log_if_slow()
                 except BackendDied as error:
                     may_resend = outgoing.is_repeatable and not is_last

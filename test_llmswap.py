@@ -12477,6 +12477,7 @@ class Keeping(Llmswap):
 
     def tell(self, talk="x", prompt=3000, model="a", **wish):
         """Go on with a conversation; return how much of its prompt was in the cache."""
+        wish["messages"] = [{"role": "user", "content": talk}]
         answer = self.chat(model, talk=talk, prompt=prompt, **wish)
         return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
 
@@ -12632,15 +12633,17 @@ def test_a_context_is_of_one_command_binary_and_file(tmp_path, change):
         assert server.tell() == 3000
 
 
-def test_two_conversations_come_back_and_one_that_rests_stays(tmp_path):
-    with Keeping(tmp_path) as server:
+@pytest.mark.parametrize("lines, saves", [("", 6), ("parallel = 2", 4)])
+def test_two_conversations_come_back_and_one_that_rests_stays(tmp_path, lines, saves):
+    """Only with caches of their own a slot is known to hold what was restored."""
+    with Keeping(tmp_path, lines) as server:
         server.tell("x"), server.tell("y", slot=1)
         server.swap()
         for prompt in (3100, 3200):
             assert server.tell("x", prompt) == prompt - 100
             server.swap()
         assert server.tell("y", slot=1) == 3000
-        assert server.actions().count("save") == 4  # y was not saved again
+        assert server.actions().count("save") == saves
 
 
 def test_a_server_whose_restores_are_of_no_use_is_not_troubled_again(tmp_path):
