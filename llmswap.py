@@ -75,6 +75,7 @@ import time
 import traceback
 import types
 import urllib.parse
+import zlib
 from collections import namedtuple
 from stat import S_ISSOCK
 from typing import Callable, Dict, FrozenSet, Iterable, List, Mapping, NamedTuple
@@ -119,11 +120,17 @@ class APIError(Exception):
 class BadRequest(APIError):
     status, type, code = 400, INVALID, "invalid_request"
 
+class SpokenTLS(BadRequest):
+    """A client spoke TLS where HTTP is served."""
+
 class Unauthorized(APIError):
     status, type, code = 401, "authentication_error", "invalid_api_key"
 
 class Forbidden(APIError):
     status, type, code = 403, "permission_error", "forbidden"
+
+class FeatureDisabled(APIError):
+    status, type, code = 403, "feature_disabled", "feature_disabled"
 
 class NotFound(APIError):
     status, type, code = 404, INVALID, "not_found"
@@ -134,11 +141,17 @@ class ModelNotFound(APIError):
 class MethodNotAllowed(APIError):
     status, type, code = 405, INVALID, "method_not_allowed"
 
+class ModelNotLoaded(APIError):
+    status, type, code = 409, INVALID, "model_not_loaded"
+
 class RequestTimeout(APIError):
     status, type, code = 408, INVALID, "request_timeout"
 
 class PayloadTooLarge(APIError):
     status, type, code = 413, INVALID, "request_too_large"
+
+class UnsupportedCoding(APIError):
+    status, type, code = 415, INVALID, "unsupported_content_encoding"
 
 class HeadersTooLarge(APIError):
     status, type, code = 431, INVALID, "headers_too_large"
@@ -289,6 +302,21 @@ def parse_sets(text) -> tuple:
     return tuple(sets)
 
 
+CAPABILITIES = ("vision", "audio", "tools", "embeddings", "rerank")
+
+
+def parse_capabilities(text) -> dict:
+    """Return what a model can do: True by name; for `context` the number of tokens."""
+    parts = {}
+    for part in parse_words(text):
+        match = re.fullmatch("context[ \t]+([1-9][0-9]{0,8})", part)
+        if not match and part not in CAPABILITIES:
+            known = f"{', '.join(CAPABILITIES)} or context 32768"
+            raise ValueError(f"{part!r} is none of {known}")
+        parts.update({"context": int(match[1])} if match else {part: True})
+    return parts
+
+
 def parse_object(text) -> dict:
     """Return a JSON object; an empty text is an empty one."""
     try:
@@ -353,6 +381,8 @@ PROXY_KEYS = (
         "`budget` or `sets`"),
     Key("budget", parse_resources, "",
         "what there is, e.g. `vram 24G, ram 64G`; the `needs` of models must fit"),
+    Key("models-autoload", parse_boolean, "on",
+        "`off`: a request never loads a model; it is loaded by hand or on startup"),
     Key("sets", parse_sets, "",
         "which may be loaded together: `coder + embed, thinker + embed`; a model in no "
         "set is loaded alone"),
@@ -453,6 +483,9 @@ MODEL_KEYS = (
     Key("loading-notice", one_of("off", "comment", "reasoning"), "comment",
         "what a streaming client sees while it waits: `off`, `comment`, `reasoning`"),
     Key("unlisted", parse_boolean, "off", "not in `/v1/models`"),
+    Key("capabilities", parse_capabilities, "",
+        "what clients are told of a model that is not llama-server's: `vision, audio, "
+        "tools, embeddings, rerank, context 32768`"),
     Key("description", str, "", "shown in `/v1/models` and on the page"),
 )
 
@@ -487,18 +520,12 @@ SYNONYMS = {
 IGNORED_KEYS = ("version", "dedup-cache-models", "__PRESET_DEDUP_CACHE_MODELS")
 
 
-def proxy_key(spelling) -> Optional[str]:
-    """Return the name of the [llmswap] key that is so spelled, or None."""
-    name = spelling.replace("_", "-")
-    return name if name in PROXY_KEY else None
-
-
-def model_key(spelling) -> Optional[str]:
-    """Return the name of the model key that is so spelled, or None."""
-    if re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", spelling):
+def key_name(spelling, keys) -> Optional[str]:
+    """Return the name of the key in PROXY_KEY or MODEL_KEY that is so spelled."""
+    if keys is MODEL_KEY and re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", spelling):
         return spelling
     name = SYNONYMS.get(spelling, spelling).replace("_", "-")
-    return name if name in MODEL_KEY else None
+    return name if name in keys else None
 
 
 def suggestion(name, names) -> str:
@@ -512,13 +539,13 @@ def suggestion(name, names) -> str:
 # ---- Sections: the language of the file ---------------------------------------------
 
 NEWLINE = re.compile(r"\r\n|\r|\n")
+NO_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, and what stands for wrong bytes
 STATEMENT = re.compile(  # lines indented deeper than their `cmd` continue it
     rf"""(?P<indent>[ \t]*)
     (?: \[ [ \t]* (?P<header>[^\] \t][^\]]*) \] [ \t]* (?:[;\#][^\r\n]*)?
-      | -{{0,2}} cmd [ \t]* =
-        (?P<command>[^\r\n]* (?:(?:{NEWLINE.pattern})
-            (?P=indent)[ \t]+[^ \t\r\n][^\r\n]*)*)
-      | -{{0,2}} (?P<key>[A-Za-z_][A-Za-z0-9_.-]*) [ \t]* = (?P<value>[^\r\n]*)
+      | -{{0,2}} (?P<key> (?P<cmd>cmd) | [A-Za-z_][A-Za-z0-9_.-]*) [ \t]* =
+        (?P<value>[^\r\n]* (?(cmd) (?:(?:{NEWLINE.pattern})
+            (?P=indent)[ \t]+[^ \t\r\n][^\r\n]*)* ))
       | (?:[;\#][^\r\n]*)?
     ) (?:{NEWLINE.pattern}|\Z)""",
     re.VERBOSE,
@@ -561,25 +588,18 @@ class PresetParser:
     def parse(self, data) -> dict:
         """Return the sections by name, or raise ConfigError."""
         text = data.decode("utf-8-sig", "surrogateescape")
-        wrong = re.search("[\0\udc80-\udcff]", text)
-        if wrong:
-            line = len(NEWLINE.findall(text[: wrong.start()])) + 1
-            raise ConfigError(f"{self._path}:{line}: this is not UTF-8 text")
         offset, line = 0, 1
         while offset < len(text):
             place = f"{self._path}:{line}:"
             statement = STATEMENT.match(text, offset)
-            if statement is None:
+            if statement is None or NO_TEXT.search(statement[0]):
                 wrong = NEWLINE.split(text[offset:], 1)[0].strip()
-                raise ConfigError(
-                    f"{place} {wrong!r} is neither [section], key = value nor a comment"
-                )
+                raise ConfigError(f"{place} {wrong!r} is neither [section], "
+                                  "key = value nor a comment, in UTF-8")
             offset = statement.end()
             line += len(NEWLINE.findall(statement[0]))
             if statement["header"]:
                 self._open_section(statement["header"], place)
-            elif statement["command"] is not None:
-                self._add_setting("cmd", statement["command"], place)
             elif statement["key"]:
                 self._add_setting(statement["key"], statement["value"], place)
         return self._sections
@@ -605,18 +625,16 @@ class PresetParser:
 
     def _value(self, key, text, place):
         section = self._section.name
-        find = proxy_key if section == "llmswap" else model_key
-        name = "macro" if section == "macros" else find(key)
+        keys = PROXY_KEY if section == "llmswap" else MODEL_KEY
+        name = "macro" if section == "macros" else key_name(key, keys)
         if key == "cmd":
             lines = [line.strip(" \t") for line in NEWLINE.split(text)]
-            parts = [re.sub(r"(^|[ \t]+)\\$", "", line) for line in lines
-                     if not line.startswith((";", "#"))]
-            text = " ".join(parts).strip()
+            lines = [line for line in lines if not line.startswith((";", "#"))]
+            text = " ".join(re.sub(r"[ \t]*\\$", "", line) for line in lines)
         if name in WITHOUT_COMMENT:
             return text.strip(" \t")
-        if name and name not in SHARED_KEYS:
-            return OWN_COMMENT.split(text, 1)[0].strip(" \t")
-        comment = LLAMA_COMMENT.search(text)
+        is_llamas = name is None or name in SHARED_KEYS
+        comment = (LLAMA_COMMENT if is_llamas else OWN_COMMENT).search(text)
         value = text[: comment.start() if comment else None].strip(" \t")
         if comment and (comment[0] in (";", "#") or value.count('"') % 2):
             self._warn(f"{place}: a comment begins at {comment[0][-1]!r}, as in "
@@ -627,6 +645,7 @@ class PresetParser:
 # ---- Variables: ${NAME}, and the [macros] of the file -------------------------------
 
 VARIABLE = re.compile(r"\$\$\{|\$\{([^{}]*)\}")
+MACRO_DEPTH = 10  # of macros in macros
 
 
 def expand(text, variables) -> str:
@@ -646,15 +665,10 @@ def expand(text, variables) -> str:
 
 
 def expand_macros(text, macros) -> str:
-    """Return the text with macros, and macros in them, replaced; all else stays."""
-
-    def value(match):
-        if match[1] not in macros:
-            return match[0]
-        remaining = {name: macros[name] for name in macros if name != match[1]}
-        return expand_macros(macros[match[1]], remaining)
-
-    return VARIABLE.sub(value, text)
+    """Return the text with macros replaced, and macros in them; all else stays."""
+    for _ in range(MACRO_DEPTH):
+        text = VARIABLE.sub(lambda match: macros.get(match[1], match[0]), text)
+    return text
 
 
 def variables_in(text) -> set:
@@ -662,41 +676,69 @@ def variables_in(text) -> set:
     return {match[1] for match in VARIABLE.finditer(text)} - {None}
 
 
-class Variables:
-    """The file's macros and the variables of the environment."""
+# ---- Commands: quoted as in a shell, though none runs them ---------------------------
 
-    def __init__(self, macros, environ):
-        self.macros = macros
-        self.values = {f"env.{name}": value for name, value in environ.items()}
+ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
+SHELL_BUILTINS = ("cd", "exec", "export", "source", ".", "ulimit", "umask")
+SHELL_SYNTAX = re.compile(
+    r"&&?|\|\|?|;|[0-9]*[<>]{1,2}[&\w./~-]*|[^;\s]+;|\$\(.*|`.*|#.*|\$[A-Za-z_]\w*"
+)
 
-    def parse(self, key, setting, **more):
-        """Return the value of the key, or raise ConfigError with the setting's place.
 
-        A text that may hold ${PORT} or ${PID} stays one, with its macros expanded.
-        """
-        text = expand_macros(setting.text, self.macros)
-        late = LATE_VARIABLES.get(key.name, {})
-        try:
-            value = key.parse(expand(text, {**self.values, **more, **late}))
-            if key.name in QUOTED_KEYS:
-                shlex.split(text if late else value)
-        except ValueError as error:
-            raise ConfigError(f"{setting.place}: {error}") from None
-        return text if late else value
+def split_words(text) -> list:
+    """Return the words of a text; a `~` at the beginning of one is expanded."""
+    return [os.path.expanduser(word) for word in shlex.split(text)]
+
+
+def with_environment(words) -> list:
+    """Return the words of a command whose leading NAME=value words are environment."""
+    return ["env", *words] if words and ASSIGNMENT.match(words[0]) else words
+
+
+def shell_pitfalls(setting):
+    """Yield warnings of words that only a shell understands."""
+    words = shlex.split(setting.text)
+    builtins = [word for word in words[:1] if word in SHELL_BUILTINS]
+    syntax = [word for word in words if SHELL_SYNTAX.fullmatch(word)]
+    if builtins or syntax:
+        shown = " ".join(builtins + syntax)
+        yield (f"{setting.place}: only a shell understands {shown}, and none is run: "
+               "write sh -c '...', and ${env.NAME} for $NAME")
+
+
+def read_setting(key, setting, macros, variables):
+    """Return the value of the key, or raise ConfigError with the setting's place.
+
+    A text that may hold ${PORT} or ${PID} stays one, with its macros expanded.
+    """
+    text = expand_macros(setting.text, macros)
+    late = LATE_VARIABLES.get(key.name, {})
+    try:
+        value = key.parse(expand(text, {**variables, **late}))
+        if key.name in QUOTED_KEYS:
+            shlex.split(text if late else value)
+    except ValueError as error:
+        raise ConfigError(f"{setting.place}: {error}") from None
+    return text if late else value
 
 
 # ---- Options of llama-server ---------------------------------------------------------
 
 TRUTHY = ("on", "enabled", "true", "1")  # llama.cpp's words, in this case only
 FALSY = ("off", "disabled", "false", "0")
-OPTION_LINE = re.compile(r"(-[^\s,]+(?:, +-[^\s,]+)*)(?: (\S+(?: [A-Z]+)?)| {2,}|$)")
-ENVIRONMENT_LINE = re.compile(r" {40}\(env: (\w+)\)")
+OPTION_HELP = re.compile(
+    r"^(-(?!--)[^\s,]+(?:, +-[^\s,]+)*)(?: (\S+(?: [A-Z]+)?)| {2,}|$)"
+    r".*((?:\n {40}.*)*)",
+    re.MULTILINE,
+)
 
 # Options that llama.cpp's router takes out of its presets: they are the router's own.
 ROUTER_OPTIONS = frozenset(
     "--api-key --api-key-file --ssl-key-file --ssl-cert-file --models-dir --models-max "
-    "--models-preset --models-autoload --log-colors".split()
+    "--models-preset --models-autoload".split()
 )
+NOT_IN_PRESETS = ("--host", "--port", "--alias", "--tags")  # of what the router shows
+PRESET_ONLY_KEYS = ("load-on-startup", "stop-timeout")
 
 
 class Option(NamedTuple):
@@ -716,15 +758,22 @@ class Option(NamedTuple):
         for name in self.names + self.negatives:
             yield name.lstrip("-")
 
-    def words(self, key, text) -> list:
-        """Return what llama.cpp's router makes of `key = text` on a command line."""
-        if not ROUTER_OPTIONS.isdisjoint(self.names):
-            return []
-        if self.values:
-            return [self.names[-1], text]
+    @property
+    def name(self):
+        """The spelling that llama.cpp's router uses."""
+        return self.names[-1]
+
+    def value(self, key, text) -> str:
+        """Return the value that `key = text` gives the option."""
         if key.replace("_", "-") in [name.lstrip("-") for name in self.negatives]:
-            text = "false" if text in TRUTHY else "true"
-        return list(self.names[-1:] if text not in FALSY else self.negatives[-1:])
+            return "false" if text in TRUTHY else "true"
+        return text
+
+    def words(self, value) -> list:
+        """Return what llama.cpp's router puts on a command line for this value."""
+        if self.values:
+            return [self.name, value]
+        return list(self.names[-1:] if value not in FALSY else self.negatives[-1:])
 
 
 class OptionTable:
@@ -744,45 +793,56 @@ class OptionTable:
             return Option((f"--{dashed}",))
         return self.by_key.get(key) or self.by_key.get(dashed)
 
-    def words(self, layers) -> list:
-        """Return what llama.cpp's router would put on a command line.
+    def choose(self, settings) -> list:
+        """Return the options and their values in the order of llama.cpp's router.
 
-        `layers` are settings by key, the weakest first; within one, llama.cpp reads
-        the keys in the order of their bytes. Raise ConfigError for unknown ones.
+        Of settings of one option the last counts. Raise ConfigError for unknown ones.
         """
         chosen = {}
-        for setting in (layer[key] for layer in layers for key in sorted(layer)):
-            option = self.find(setting.key)
+        for key, text, place in settings:
+            option = self.find(key)
             if option is None:
                 reason = "neither a key of llmswap nor an option of this llama-server"
-                reason = unknown_key(setting.key, reason, self.by_key)
-                raise ConfigError(f"{setting.place}: {reason}")
+                raise ConfigError(f"{place}: {unknown_key(key, reason, self.by_key)}")
             if option.values > 1:
                 reason = "takes two values; write it into extra-args"
-                raise ConfigError(f"{setting.place}: {reason}")
-            chosen[option.names[0]] = option.words(setting.key, setting.text)
-        return [word for name in sorted(chosen) for word in chosen[name]]
+                raise ConfigError(f"{place}: {reason}")
+            if ROUTER_OPTIONS.isdisjoint(option.names):
+                chosen[option.names[0]] = option, option.value(key, text)
+        return [chosen[name] for name in sorted(chosen)]
 
-    def pitfalls(self, options):
+    def read(self, words) -> dict:
+        """Return the option values on a command line by name; "" for a flag."""
+        values = {}
+        for word, following in zip(words, [*words[1:], ""]):
+            option = self.by_key.get(word.lstrip("-")) if word.startswith("-") else None
+            if option or word.startswith("--"):
+                is_flag = option and not option.values
+                is_negative = is_flag and word in option.negatives
+                name = option.name if option and not is_negative else word
+                values[name] = "" if is_flag else following
+        return values
+
+    def pitfalls(self, settings):
         """Yield warnings of what llama.cpp reads otherwise than people do."""
         first = {}
-        for key, setting in sorted(options.items()):
-            option, text = self.find(key), setting.text
+        for key, text, place in settings:
+            option = self.find(key)
             if option is None:
                 continue
             other = first.setdefault(option.names[0], key)
             if other != key:
-                yield f"{setting.place}: the same option as {other}; this one counts"
-            if not ROUTER_OPTIONS.isdisjoint(option.names):
-                yield f"{setting.place}: no option of a model; it is ignored"
+                yield f"{place}: the same option as {other}; this one counts"
+            if not {*ROUTER_OPTIONS, "--log-colors"}.isdisjoint(option.names):
+                yield f"{place}: no option of a model; it is ignored"
             elif not option.values and text not in TRUTHY + FALSY:
-                word = "".join(option.words(key, text))
-                yield (f"{setting.place}: {text!r} is neither true nor false; "
+                word = "".join(option.words(option.value(key, text)))
+                yield (f"{place}: {text!r} is neither true nor false; "
                        f"llama.cpp makes it {word}")
             elif option.values and re.fullmatch("\".*\"|'.*'", text):
-                yield f"{setting.place}: the quotes are part of the value {text}"
+                yield f"{place}: the quotes are part of the value {text}"
             if option.negatives and key.startswith("LLAMA_ARG_NO_"):
-                yield f"{setting.place}: NO is no negation here for llama.cpp"
+                yield f"{place}: NO is no negation here for llama.cpp"
 
 
 UNKNOWN_OPTIONS = OptionTable()
@@ -790,7 +850,7 @@ UNKNOWN_OPTIONS = OptionTable()
 
 def unknown_key(key, reason, options=()) -> str:
     """Return `reason`, or a better one, and a key or one of `options` that is near."""
-    if proxy_key(key):
+    if key_name(key, PROXY_KEY):
         return "belongs into [llmswap]"
     return reason + suggestion(key, [*MODEL_KEY, *options])
 
@@ -802,19 +862,15 @@ def parse_help(text) -> Optional[OptionTable]:
     hint, mean that it takes a value. Two words in capitals are two values. Of a flag's
     further names, those with "no" are negatives.
     """
-    rows = []
-    for line in text.splitlines():
-        head, environment = OPTION_LINE.match(line), ENVIRONMENT_LINE.fullmatch(line)
-        if head and not line.startswith("---"):
-            rows.append([re.split(", +", head[1]), None, len((head[2] or "").split())])
-        elif environment and rows:
-            rows[-1][1] = environment[1]
     options = []
-    for names, environment, values in rows:
+    for match in OPTION_HELP.finditer(text):
+        names, values = re.split(", +", match[1]), len((match[2] or "").split())
+        environment = re.search(r"\(env: (\w+)\)$", match[3])
         negative = re.compile("--no-|-n" if values == 0 else "$")
         negatives = tuple(name for name in names[1:] if negative.match(name))
         positives = tuple(name for name in names if name not in negatives)
-        options.append(Option(positives, negatives, environment, values))
+        variable = environment and environment[1]
+        options.append(Option(positives, negatives, variable, values))
     table = OptionTable(options)
     model, version = table.by_key.get("model"), table.by_key.get("version")
     is_sane = model and model.values and version and not version.values
@@ -839,7 +895,7 @@ LAUNCH_KEYS = {
 }
 REQUEST_KEYS = (  # and those of listing: they may stand beside `uses`
     "model-name", "uses", "alias", "strip-params", "set-params", "json-repair",
-    "loading-notice", "unlisted", "description",
+    "loading-notice", "unlisted", "capabilities", "description",
 )
 SOURCE_KEYS = set(
     "model m LLAMA_ARG_MODEL hf-repo hf hfr LLAMA_ARG_HF_REPO model-url mu "
@@ -852,10 +908,10 @@ SAVE_PATH = "slot-save-path"  # the option of llama-server that `keep-context` n
 class Model(NamedTuple):
     """One model as the file describes it.
 
-    `options` are layers of settings by key, the weakest first. They, `env` and the
-    texts of commands may hold variables, which the methods expand. `problem` is None,
-    or why the model cannot be used. `context_dir` is the folder of its saved contexts,
-    with a slash at its end; empty: none are kept.
+    `options` are layers of settings, the weakest first, each in the order of its keys.
+    They, `env` and the texts of commands may hold variables, which the methods expand.
+    `problem` is None, or why the model cannot be used. `context_dir` is the folder of
+    its saved contexts, with a slash at its end; empty: none are kept.
     """
 
     name: str
@@ -868,6 +924,8 @@ class Model(NamedTuple):
     backend: str
     problem: Optional[str]
     aliases: tuple = ()
+    source: str = "preset"  # as llama.cpp's router calls it
+    preset_only: tuple = ()  # keys and texts of llama.cpp's presets that are no options
     context_dir: str = ""
 
     @property
@@ -877,9 +935,8 @@ class Model(NamedTuple):
         values = [getattr(self.settings, key.attribute)
                   for key in SETTINGS if key.name in names]
         options = {  # of the same key, that of the strongest layer
-            key: (strength, setting.text)
-            for strength, layer in enumerate(self.options)
-            for key, setting in layer.items()
+            setting.key: (strength, setting.text)
+            for strength, layer in enumerate(self.options) for setting in layer
         }
         return self.kind, values, self.env if "env.NAME" in names else {}, options
 
@@ -891,23 +948,39 @@ class Model(NamedTuple):
         try:
             extra = self._words(self.settings.extra_args, PORT=port)
             if self.kind == "cmd":
-                return self._words(self.settings.cmd, PORT=port) + extra
+                words = self._words(self.settings.cmd, PORT=port)
+                return with_environment(words) + extra
             if self.kind != "llama-server":
                 return []
-            layers = with_texts(self.options, lambda s: self._expand(s.text, PORT=port))
+            options = self._choose_options(table, port)
         except ValueError as error:
             raise ConfigError(self.problem or f"{self.place}: {error}") from None
-        fixed = {"host": "127.0.0.1", "port": str(port), "alias": self.name}
-        last = {key: Setting(key, text, self.place) for key, text in fixed.items()}
-        first = {}
-        if self.context_dir and table.find(SAVE_PATH):  # weaker than one of the file's
-            first[SAVE_PATH] = Setting(SAVE_PATH, self.context_dir, self.place)
-        words = table.words([first, *layers, last])
+        words = [word for option, value in options for word in option.words(value)]
         return [self.settings.llama_server, *words, *extra]
+
+    def preset(self, table) -> str:
+        """Return the section of a llama-server model as llama.cpp's router shows it."""
+        pairs = [(option.name.lstrip("-"), value)
+                 for option, value in self._choose_options(table, "0")
+                 if option.name not in NOT_IN_PRESETS]
+        lines = [f"{key} = {text}\n" for key, text in [*pairs, *self.preset_only]]
+        return f"[{self.name}]\n{''.join(lines)}\n"
+
+    def _choose_options(self, table, port):
+        fixed = {"host": "127.0.0.1", "port": str(port), "alias": self.name}
+        if "log-colors" in table.by_key:
+            fixed["log-colors"] = "off"
+        settings = [setting._replace(text=self._expand(setting.text, PORT=port))
+                    for layer in self.options for setting in layer]
+        if self.context_dir and table.find(SAVE_PATH):  # weaker than one of the file's
+            settings.insert(0, Setting(SAVE_PATH, self.context_dir, self.place))
+        settings += [Setting(key, text, self.place) for key, text in fixed.items()]
+        return table.choose(settings)
 
     def stop_command(self, port, pid) -> list:
         """Return the argv of cmd-stop; [] if there is none."""
-        return self._words(self.settings.cmd_stop, PORT=port, PID=pid)
+        words = self._words(self.settings.cmd_stop, PORT=port, PID=pid)
+        return with_environment(words)
 
     def url(self, port) -> str:
         """Return the base URL of the backend."""
@@ -918,18 +991,10 @@ class Model(NamedTuple):
         return {name: self._expand(text, PORT=port) for name, text in self.env.items()}
 
     def _words(self, text, **more):
-        return [self._expand(word, **more) for word in shlex.split(text)]
+        return [self._expand(word, **more) for word in split_words(text)]
 
     def _expand(self, text, **more):
         return expand(text, {**self.variables, **more})
-
-
-def with_texts(layers, text_of):
-    """Return the layers with `text_of(setting)` as the text of each setting."""
-    return tuple(
-        {key: setting._replace(text=text_of(setting)) for key, setting in layer.items()}
-        for layer in layers
-    )
 
 
 def folder_name(name) -> str:
@@ -948,22 +1013,24 @@ def has_source(keys) -> bool:
 
 def split_settings(section):
     """Return the settings of a section by name of llmswap's keys, and its options."""
-    keys, options = {}, {}
+    keys, options = {}, []
     for spelling, setting in sorted(section.settings.items()):
-        if model_key(spelling):
-            keys[model_key(spelling)] = setting
+        name = key_name(spelling, MODEL_KEY)
+        if name:
+            keys[name] = setting
         elif spelling not in IGNORED_KEYS:
-            options[spelling] = setting
+            options.append(setting)
     return keys, options
 
 
 class ModelBuilder:
     """Makes a Model of one section; the first mistake in it becomes its problem."""
 
-    def __init__(self, section, defaults, variables, warn):
+    def __init__(self, section, defaults, macros, variables, warn):
         """`defaults` are what the section overrules: keys, then layers of options."""
         self._name, self._place, _ = section
-        self._variables = variables
+        self._macros = macros
+        self._variables = {**variables, "MODEL_ID": self._name}
         self._warn = warn
         self._problems = []
         self._own, options = split_settings(section)
@@ -980,39 +1047,40 @@ class ModelBuilder:
                 return name
         proxy = self._own.get("proxy")
         is_elsewhere = proxy and "PORT" not in variables_in(proxy.text)
-        return "remote" if is_elsewhere and not has_source(options) else "llama-server"
+        has_file = has_source([setting.key for setting in options])
+        return "remote" if is_elsewhere and not has_file else "llama-server"
 
     def build(self) -> Model:
         """Return the Model; defaults replace values that are wrong."""
-        settings = self._read_settings()
-        env = {
-            key[len("env.") :]: self._read_late(setting)
-            for key, setting in self._keys.items() if key.startswith("env.")
-        }
-        is_llama = self._kind == "llama-server"
-        options = with_texts(self._layers, self._read_option) if is_llama else ()
+        values, env = dict(DEFAULTS), {}
+        if self._kind == "cmd":
+            values["hang_timeout"] = 0.0
+        for name, setting in self._keys.items():
+            if name.startswith("env."):
+                env[name[len("env.") :]] = self._read_late(setting)
+            else:
+                key = MODEL_KEY[name]
+                values[key.attribute] = self._read(key, setting, values[key.attribute])
+        settings, options = ModelSettings(**values), ()
+        if self._kind == "llama-server":
+            options = tuple(map(self._read_layer, self._layers))
         mistakes = self._key_mistakes(), self._kind_mistakes(settings, env)
         for setting, reason in itertools.chain(*mistakes):
             place = setting.place if setting else self._place
             self._problems.append(f"{place}: {reason}")
-        variables = {**self._variables.values, "MODEL_ID": self._name}
         problem = self._problems[0] if self._problems else None
+        preset_only = tuple((key, self._keys[key].text)
+                            for key in PRESET_ONLY_KEYS if key in self._keys)
         return Model(self._name, self._kind, self._place, settings, options, env,
-                     variables, self._name, problem)
-
-    def _read_settings(self):
-        values = dict(DEFAULTS)
-        if self._kind == "cmd":
-            values["hang_timeout"] = 0.0
-        for key in SETTINGS:
-            if key.name in self._keys:
-                setting, default = self._keys[key.name], values[key.attribute]
-                values[key.attribute] = self._read(key, setting, default)
-        return ModelSettings(**values)
+                     self._variables, self._name, problem, preset_only=preset_only)
 
     def _read(self, key, setting, default):
         try:
-            return self._variables.parse(key, setting, MODEL_ID=self._name)
+            value = read_setting(key, setting, self._macros, self._variables)
+            if key.name in QUOTED_KEYS:
+                for warning in shell_pitfalls(setting):
+                    self._warn(warning)
+            return value
         except ConfigError as error:
             if key.name in LENIENT_KEYS:
                 self._warn(f"{error}; taken as {key.default}")
@@ -1023,16 +1091,20 @@ class ModelBuilder:
     def _read_late(self, setting):
         return self._read(MODEL_KEY["env.NAME"], setting, "")
 
-    def _read_option(self, setting):
-        if self._variables.macros:
-            return self._read_late(setting)
-        return setting.text.replace("${", "$${")  # as llama-server reads it
+    def _read_layer(self, layer):
+        if self._macros:
+            texts = [self._read_late(setting) for setting in layer]
+        else:  # as llama-server reads them
+            texts = [setting.text.replace("${", "$${") for setting in layer]
+        # but for a path that it could not open
+        texts = map(os.path.expanduser, texts)
+        return [each._replace(text=text) for each, text in zip(layer, texts)]
 
     def _key_mistakes(self):
         """Yield settings that cannot stand in the section, and why."""
         if self._kind != "llama-server":
             refusal = f"options of llama-server cannot stand beside {self._kind}"
-            for setting in self._layers[-1].values():
+            for setting in self._layers[-1]:
                 yield setting, unknown_key(setting.key, f"no key of llmswap; {refusal}")
         launch_keys = {*itertools.chain(*LAUNCH_KEYS.values())}
         for spelling, setting in self._own.items():
@@ -1048,9 +1120,10 @@ class ModelBuilder:
         own = self._own.get
         needs_port = "PORT" in variables_in(settings.proxy)
         if self._kind == "llama-server":
+            keys = {setting.key for layer in self._layers for setting in layer}
             words = settings.extra_args.split()
-            keys = {word.split("=")[0].lstrip("-") for word in words}
-            if not has_source(keys.union(env, *self._layers)):
+            keys.update(env, (word.split("=")[0].lstrip("-") for word in words))
+            if not has_source(keys):
                 yield None, "it has no source: model, hf-repo, model-url or docker-repo"
             if not needs_port:
                 yield own("proxy"), "the proxy of a llama-server needs ${PORT}"
@@ -1078,7 +1151,7 @@ def canonical_name(name) -> str:
 
 
 def find_models(directory, place) -> dict:
-    """Return the models in a directory by id: settings by key, as llama-server does it.
+    """Return the models in a directory by id: their settings, as llama-server does it.
 
     A model is a file or a directory. Raise OSError if they cannot be listed.
     """
@@ -1097,7 +1170,7 @@ def find_models(directory, place) -> dict:
                 key = "mmproj" if "mmproj" in match[0] else key
                 options.setdefault(key, Setting(key, path, place))
         if "model" in options:
-            models[entry.name.replace(".gguf", "")] = options
+            models[entry.name.replace(".gguf", "")] = sorted(options.values())
     return models
 
 
@@ -1204,10 +1277,9 @@ class ConfigLoader:
         self._warnings = {}  # used as a set that keeps its order
         empty = {name: Section(name, "", {}) for name in NOT_MODELS}
         self._sections = {**empty, **PresetParser(path, self._warn).parse(data)}
-        self._variables = Variables(self._read_macros(), environ)
-        self._proxy = {
-            **self._limit_in_star(), **self._read_proxy_section(), **overrides
-        }
+        self._macros = self._read_macros()
+        self._variables = {f"env.{name}": value for name, value in environ.items()}
+        self._proxy = {**self._read_proxy_section(), **overrides}
         self._names = {}  # ids of models by name
 
     def load(self) -> Config:
@@ -1237,20 +1309,16 @@ class ConfigLoader:
                 raise ConfigError(f"{setting.place}: this name has its own meaning")
         return {name: setting.text for name, setting in settings.items()}
 
-    def _limit_in_star(self):
-        """Return models-max where people put it, though llama.cpp ignores it there."""
-        star = self._sections["*"].settings
+    def _read_proxy_section(self):
+        star, settings = self._sections["*"].settings, {}
         for key in ("models-max", "models_max", "LLAMA_ARG_MODELS_MAX"):
             if key in star and re.fullmatch("[0-9]{1,9}", star[key].text):
-                return {"models-max": star.pop(key)}
-        return {}
-
-    def _read_proxy_section(self):
-        settings = {}
+                settings["models-max"] = star.pop(key)  # where people put it
         for spelling, setting in self._sections["llmswap"].settings.items():
-            if proxy_key(spelling):
-                settings[proxy_key(spelling)] = setting
-            elif model_key(spelling):
+            name = key_name(spelling, PROXY_KEY)
+            if name:
+                settings[name] = setting
+            elif key_name(spelling, MODEL_KEY):
                 raise ConfigError(f"{setting.place}: belongs to a model, or into [*]")
             elif spelling not in IGNORED_KEYS:
                 near = suggestion(spelling, PROXY_KEY)
@@ -1261,7 +1329,11 @@ class ConfigLoader:
         values = {}
         for key in PROXY_KEYS:
             setting = self._proxy.get(key.name, Setting(key.name, key.default, ""))
-            values[key.attribute] = self._variables.parse(key, setting)
+            value = read_setting(key, setting, self._macros, self._variables)
+            values[key.attribute] = value
+            if key.name in QUOTED_KEYS:
+                for warning in shell_pitfalls(setting):
+                    self._warn(warning)
         if "models-max" not in self._proxy and (values["budget"] or values["sets"]):
             values["models_max"] = 0
         return ProxySettings(**values)
@@ -1289,10 +1361,14 @@ class ConfigLoader:
         place = f"{self._path}: [{{}}]"
         sections = {name: Section(name, place.format(name), {}) for name in listed}
         sections.update(self._model_sections())
-        return [
-            ModelBuilder(section, (keys, options, listed.get(section.name, {})),
-                         self._variables, self._warn).build()
+        models = [
+            ModelBuilder(section, (keys, options, listed.get(section.name, [])),
+                         self._macros, self._variables, self._warn).build()
             for section in sections.values()
+        ]
+        return [
+            model._replace(source="preset" if each in self._sections else "models_dir")
+            for each, model in zip(sections, models)
         ]
 
     def _find_models(self, settings):
@@ -2761,8 +2837,15 @@ def check_start(model: Model):
         argv = model.command(table_of(model), "0")
     except ConfigError as error:
         raise LoadFailed(str(error)) from None
+    check_files(model, argv)
+
+
+def check_files(model: Model, argv: Sequence[str]):
+    """Raise LoadFailed if the program or a file of a llama-server is missing."""
     cwd = model.settings.cwd or None
-    find_program(argv[0], clean_environment(model.environment("0")), cwd)
+    words = itertools.dropwhile(lambda w: w == "env" or ASSIGNMENT.match(w), argv)
+    program = next(words, "env")
+    find_program(program, clean_environment(model.environment("0")), cwd)
     if model.kind == "llama-server":
         for option, path in zip(argv, argv[1:]):
             if option in ("--model", "--mmproj", "--model-draft"):
@@ -2833,6 +2916,7 @@ class Backend:
     """One run of a model's server, on a thread of its own (`_run`).
 
     Callbacks, on that thread: `on_loaded(self)` when it is ready, or awake again;
+    `on_described(self, entry)` with the entry of its own /v1/models, {} if it has none;
     `on_slept(self)` when it fell asleep; `on_dying(self)` when it is found dead or hung
     though nobody stopped it; `on_exited(self, problem)` when nothing of it is left,
     problem None if it was stopped. `on_line(text)` gets each line that it writes, on
@@ -2850,14 +2934,15 @@ class Backend:
         self.pid = None  # of its main process, once known
         self.port = upstream and upstream.port
         self.where = None  # it runs, for people
-        self.entry = {}  # of its own /v1/models
         self.started_at = self._began = self._progress_at = time.monotonic()
-        self.on_loaded = self.on_slept = self.on_dying = None
+        self.on_loaded = self.on_described = self.on_slept = self.on_dying = None
         self.on_exited = self.on_line = self.on_context = None
         self._title = model.name
         self._thread = None
         self._wakeup = threading.Event()
         self._ended = threading.Event()
+        self._problem = None  # why it ended by itself
+        self._is_explained = threading.Event()
         self._pending_action = None  # _put_to_sleep or _wake_up
         self._silent_since = None  # when a request was first found silent
         self._probe_socket = None  # on which this backend's thread waits
@@ -2918,6 +3003,10 @@ class Backend:
         """Return whether it ended by itself, now or within the timeout."""
         return self._ended.wait(timeout) and not self._is_stop_asked
 
+    def death(self, timeout: float) -> Optional[APIError]:
+        """Return why it ended by itself, if that is known within the timeout."""
+        return self._problem if self._is_explained.wait(timeout) else None
+
     # -- its thread, from the start to the end
 
     def _run(self):
@@ -2928,6 +3017,8 @@ class Backend:
             problem.__context__ = None
         except Exception as error:  # a bug, or no descriptors are left
             problem = LoadFailed(f"{self.model.name}: {type(error).__name__}: {error}")
+        self._problem = problem
+        self._is_explained.set()
         try:
             if self.upstream:
                 self.upstream.close()
@@ -2943,7 +3034,7 @@ class Backend:
             self.upstream.mark_alive()
             self.on_loaded(self)
             if self.model.kind == "llama-server":
-                self.entry = self._fetch_entry()
+                self.on_described(self, self._fetch_entry())
             if self._supervise():
                 break
             self._abandon()  # it slept and could not be woken: start it anew
@@ -4647,6 +4738,165 @@ def shards_of(path: str) -> List[str]:
     return [f"{start}-{n:05}-of-{count}{end}" for n in range(1, int(count) + 1)]
 
 
+# -- what is known of a model without loading it ---------------------------------------
+
+LOOK_TIMEOUT = 0.05  # s that a client waits for a look at files, which may be slow
+GGUF_NUMBERS = {
+    **{0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f"},
+    **{7: "?", 10: "Q", 11: "q", 12: "d"},
+}
+GGUF_STRING, GGUF_ARRAY = 8, 9
+GGUF_LIMIT = 1 << 16  # keys, items of an array, bytes of a string
+
+
+def read_gguf(path: str) -> Dict[str, object]:
+    """Return the metadata of a GGUF file by key, those before its tokenizer; arrays as
+    None. A file that is cut, or no GGUF, has none."""
+    metadata = {}
+    try:
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            magic, version, _, count = struct.unpack("<4sIQQ", file.read(24))
+            if magic != b"GGUF" or version < 2:
+                return {}
+            for _ in range(min(count, GGUF_LIMIT)):
+                key = _gguf_value(file, GGUF_STRING)
+                if key.startswith("tokenizer."):
+                    break
+                (kind,) = struct.unpack("<I", file.read(4))
+                metadata[key] = _gguf_value(file, kind)
+    except (OSError, ValueError, KeyError, struct.error):
+        return {}
+    return metadata
+
+
+def _open_without_waiting(path, flags):
+    return os.open(path, flags | os.O_NONBLOCK)  # it may be a pipe
+
+
+def _gguf_value(file, kind):
+    if kind in GGUF_NUMBERS:
+        form = "<" + GGUF_NUMBERS[kind]
+        return struct.unpack(form, file.read(struct.calcsize(form)))[0]
+    if kind == GGUF_STRING:
+        (size,) = struct.unpack("<Q", file.read(8))
+        if size > GGUF_LIMIT:
+            raise ValueError("the string is too long")
+        text = file.read(size)
+        if len(text) < size:
+            raise ValueError("the file ends in a string")
+        return text.decode("utf-8", "replace")
+    if kind != GGUF_ARRAY:
+        raise ValueError("no such type")
+    item, count = struct.unpack("<IQ", file.read(12))
+    if count > GGUF_LIMIT or item == GGUF_ARRAY:
+        raise ValueError("no array before the tokenizer is so large, or nested")
+    for _ in range(count):
+        _gguf_value(file, item)
+    return None
+
+
+class Facts(NamedTuple):
+    """What is known of a model that may not be loaded.
+
+    `options` are the values of its llama-server options by name. `problem` says why a
+    start is bound to fail. `meta` and `inputs` are as llama-server would tell them.
+    """
+
+    argv: Sequence[str] = ()
+    preset: str = ""
+    options: Mapping[str, str] = {}
+    problem: Optional[LoadFailed] = None
+    inputs: Sequence[str] = ("text",)
+    meta: Mapping[str, int] = {}
+
+
+class Inspector:
+    """Finds out the Facts of models. Any thread may call.
+
+    Files are read on a thread of its own, because they may lie on slow mounts, and read
+    again when their size or time changes.
+    """
+
+    def __init__(self):
+        self._facts = {}  # by name: (model, Facts)
+        self._headers = {}  # by path: (size, time, metadata)
+        self._look = None  # an Event that is set at the end of the look under way
+        self._lock = threading.Lock()
+
+    def facts_of(
+        self, models: Sequence[Model], timeout: float = LOOK_TIMEOUT
+    ) -> Dict[str, Facts]:
+        """Look at the models; return the Facts by name that are known in time."""
+        with self._lock:
+            if self._look is None or self._look.is_set():
+                self._look = threading.Event()
+                look = functools.partial(self._inspect_all, list(models), self._look)
+                threading.Thread(target=look, daemon=True).start()
+            look = self._look
+        look.wait(timeout)
+        known = {}
+        for model in models:
+            seen, facts = self._facts.get(model.name, (None, Facts()))
+            known[model.name] = facts if seen is model else Facts()
+        return known
+
+    def _inspect_all(self, models, done):
+        try:
+            for model in models:
+                self._facts[model.name] = model, self._inspect(model)
+        finally:
+            done.set()
+
+    def _inspect(self, model):
+        table = table_of(model)
+        try:
+            argv = model.command(table, "${PORT}")
+        except ConfigError as error:
+            return Facts(problem=LoadFailed(str(error)))
+        problem = None
+        if argv:
+            try:
+                check_files(model, argv)
+            except LoadFailed as error:
+                problem = error.with_traceback(None)
+        if table is None:
+            return Facts(argv, problem=problem)
+        options = table.read(argv[1:])
+        preset = model.preset(table)
+        inputs, meta = self._read_headers(options, model.settings.cwd)
+        return Facts(argv, preset, options, problem, inputs, meta)
+
+    def _read_headers(self, options, cwd):
+        """Return what goes in, and numbers as of llama-server's own `meta`."""
+        header, projector = (
+            self._header(os.path.join(cwd, options[name])) if name in options else {}
+            for name in ("--model", "--mmproj")
+        )
+        inputs = ["text"]
+        for name, encoder in (("image", "vision"), ("audio", "audio")):
+            if projector.get(f"clip.has_{encoder}_encoder") is True:
+                inputs.append(name)
+        architecture = header.get("general.architecture")
+        meta = {"n_ctx": options.get("--ctx-size")}
+        meta["n_ctx_train"] = header.get(f"{architecture}.context_length")
+        numbers = {
+            name: int(value)
+            for name, value in meta.items()
+            if re.fullmatch("[1-9][0-9]{0,8}", str(value))
+        }
+        return inputs, numbers
+
+    def _header(self, path):
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):
+            return {}
+        key = status.st_size, status.st_mtime_ns
+        if self._headers.get(path, (None,))[0] != key:
+            self._headers[path] = key, read_gguf(path)
+        return self._headers[path][1]
+
+
 # ==================================================================================
 # 5  Pool: the one lock; it carries the Scheduler's decisions out.
 #    Never knows HTTP or a client's socket, and never waits while it holds the lock.
@@ -4812,7 +5062,7 @@ class ModelStatus(NamedTuple):
     why its last run failed, `stopped` why it was stopped, `unusable` what is wrong with
     it in the file. `shares` names the model whose backend it uses, and whose state it
     has. `context` are the bytes of its saved contexts, None if it keeps none. `entry`
-    is that of its own /v1/models.
+    is what its own /v1/models told last.
     """
 
     id: str
@@ -4849,6 +5099,7 @@ class Pool:
         self.config = config
         self.events = Broadcast(0)
         self.memory = MemoryWatch()
+        self.inspector = Inspector()
         self._contexts = ContextStore()
         self._log = log
         self._clock = clock
@@ -4857,6 +5108,7 @@ class Pool:
         self._scheduler = Scheduler(limits_of(config), specs_of(config))
         self._backends = {}
         self._feeds = {}
+        self._entries = {}  # by model: the last that its own /v1/models told
         self._meters = Metrics()
         self._revision = 0  # of what people see
         self._watchers = 0  # threads that wait for the next revision
@@ -5038,6 +5290,9 @@ class Pool:
                 and model.launch != self.config.models[name].launch
             ]
             self.config = config
+            for name in [*self._entries]:
+                if name in changed or name not in config.models:
+                    del self._entries[name]
             self._scheduler.configure(
                 limits_of(config), specs_of(config), changed, _removed
             )
@@ -5060,6 +5315,13 @@ class Pool:
         with self._lock:
             scheduled = self._scheduler.models.get(model.backend)
             return scheduled.state if scheduled else State.UNLOADED
+
+    def is_held(self, model: Model) -> bool:
+        """Return whether the model is loaded, or being loaded for somebody."""
+        with self._lock:
+            scheduled = self._scheduler.models.get(model.backend)
+            is_up = scheduled and scheduled.state in (State.LOADING, State.LOADED)
+            return bool(is_up) and not scheduled.is_stopping_soon
 
     def backend_of(self, model: Model):
         """Return the running backend of the model, or None; it may end at any time."""
@@ -5117,7 +5379,7 @@ class Pool:
             stopped=self._meters.reasons.get(model.backend),
             pid=getattr(backend, "pid", None),
             port=getattr(backend, "port", None),
-            entry=getattr(backend, "entry", {}),
+            entry=self._entries.get(model.backend, {}),
         )
 
     def feed_of(self, name: str) -> Broadcast:
@@ -5250,10 +5512,12 @@ class Pool:
         """Make a backend of the model that reports to this Pool."""
         backend = self._make_backend(self.config.models[name])
         backend.on_loaded, backend.on_slept = self._on_loaded, self._on_slept
+        backend.on_described = self._on_described
         backend.on_dying, backend.on_exited = self._on_dying, self._on_exited
         backend.on_line = functools.partial(self._on_line, name)
         backend.on_context = self._on_context
         backend.stop_requested_at = None  # or put to sleep
+        backend.is_described = backend.model.kind != "llama-server"
         self._backends[name] = backend
         self._begin_progress(backend)
         return backend
@@ -5339,7 +5603,15 @@ class Pool:
             self._meters.count_load(name, seconds)
             self._schedule()
         self._log("info", f"{name}: loaded in {seconds:.2f} s ({backend.where})")
-        self._publish(name, "loaded")
+        if backend.is_described:
+            self._publish(name, "loaded")
+
+    def _on_described(self, backend, entry):
+        name = backend.model.name
+        with self._lock:
+            self._entries[name] = entry
+        backend.is_described = True
+        self._publish(name, "loaded", **({"info": entry} if entry else {}))
 
     def _on_slept(self, backend):
         with self._lock:
@@ -5556,6 +5828,7 @@ READ_SIZE = 1 << 13  # bytes read at once of heads and most answers
 STREAM_READ_SIZE = 1 << 11  # the same of streams, which wait in numbers
 BUFFER_SIZE = 1 << 18  # bytes read at once of long bodies
 EARLY_HEAD_AFTER = 3.0  # s; until then a failure keeps its true status
+TLS_HELLO = b"\x16\x03"  # how a client begins that means https
 COMMENT = b":\n\n"
 COMMENT_EVERY = 10.0  # s; the shortest header timeout seen in clients is 30 s
 STALL_CHECK_AFTER = 5.0  # s of silence until a backend is checked for a hang
@@ -5650,6 +5923,8 @@ class SocketReader:
                 return b""
             self.is_untouched = False
             data += piece
+            if data.startswith(TLS_HELLO):
+                raise SpokenTLS("this is plain HTTP: use http://, not https://")
             if data.startswith(b"\r\n"):
                 blank = _EMPTY_LINES.match(data).end()
                 data, searched, skipped = data[blank:], 0, skipped + blank
@@ -5828,6 +6103,13 @@ class Request(Head):
             raise BadRequest("the target must be a path, or a URL of this very host")
         return (url.group(2) or "/") + (url.group(3) or "")
 
+    def drop_slash(self, paths: Iterable[str]):
+        """Make /path/ mean /path if that is one of these."""
+        path = self.path.rstrip("/")
+        if path != self.path and path in paths:
+            self.target = path + self.target[len(self.path) :]
+            self.path = path
+
     def parameter(self, name: str) -> Optional[str]:
         """Return the first value of a query parameter, or None."""
         if name not in self.query:
@@ -5897,7 +6179,8 @@ class ChunkDecoder:
 class Body:
     """A client's request body: `held`, what was read of it, then the rest as it comes.
 
-    Raises ClientDisconnected, BadRequest, PayloadTooLarge, RequestTimeout. After such
+    Raises ClientDisconnected, BadRequest, PayloadTooLarge, RequestTimeout and, at once,
+    UnsupportedCoding. After such
     an error it cannot be read on: its connection is lost.
     """
 
@@ -5907,6 +6190,13 @@ class Body:
         self._decoder = ChunkDecoder() if request.framing.is_chunked else None
         self._is_lost = False
         self.length = request.framing.length
+        coding = request.get("content-encoding").lower() if self.length != 0 else ""
+        if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+            raise UnsupportedCoding(
+                f"the content coding {coding!r} is not supported, only gzip and deflate"
+            )
+        self._is_encoded = coding not in ("", "identity")
+        self.was_decoded = False
         self._check_size(self.length or 0)
         expected = request.get("expect").lower()
         self._expects = expected == "100-continue" and not request.is_http_10
@@ -5926,6 +6216,31 @@ class Body:
         while not self.is_complete and self.received < size:
             self.held += self._next_piece()
         return self.is_complete
+
+    def decode(self):
+        """Read it all and undo its content coding, if it has one."""
+        if not self._is_encoded:
+            return
+        self.hold(sys.maxsize)
+        self.held = bytearray(self._decoded(bytes(self.held)))
+        self.length = len(self.held)
+        self._is_encoded, self.was_decoded = False, True
+
+    def _decoded(self, data):
+        """Return the payload; of gzip it may be in several members."""
+        is_raw = data[:1] and data[0] & 15 != 8 and data[:1] != b"\x1f"
+        payload = b""
+        try:
+            while data:
+                decoder = zlib.decompressobj(-15 if is_raw else 47)
+                payload += decoder.decompress(data, self._limit + 1 - len(payload))
+                self._check_size(len(payload))
+                if not decoder.eof:
+                    raise BadRequest("the content coding of the body ends too early")
+                data = decoder.unused_data
+        except zlib.error as error:
+            raise BadRequest(f"the content coding of the body: {error}") from None
+        return payload
 
     def rest(self) -> Iterable[bytes]:
         """Yield what is not held, as it comes; then the body cannot be sent again."""
@@ -6014,6 +6329,7 @@ def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
     MAX_UNREAD_BODY. Raise BadRequest, PayloadTooLarge, ClientDisconnected.
     """
     kind = content_type.partition(";")[0].strip().lower()
+    body.decode()
     body.hold(1)
     is_object = bytes(body.held[:64]).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{")
     if kind == "multipart/form-data":
@@ -8250,17 +8566,24 @@ def page_policy() -> str:
 #    A route either replies or raises; `handle_one_request` alone answers errors.
 # ==================================================================================
 
+SERVER_NAME = "llmswap (llama.cpp)"  # clients look for llama.cpp
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
 NAME_LIMIT = 1000  # characters of a model's name in a request
 NAME_PARTS = 64  # between slashes in one
 SLOW_SECONDS = 10.0  # until the first byte; such requests are logged
 NOTICE_EVERY = 5.0  # s, for clients that are told how far a load is
+INPUTS = {"vision": "image", "audio": "audio"}  # llama.cpp's words by capability
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")
 OPEN_PATHS = ("/", "/health", "/v1/health")  # need no key
 IDLE_TIMEOUT_PARAMETERS = ("keep_alive", "ttl")  # Ollama's and LM Studio's
+OLLAMA_PATHS = frozenset(
+    f"/api/{name}"
+    for name in "tags chat generate show ps version embed embeddings pull push create "
+    "copy delete".split()
+)
 KEY_FIELDS = frozenset(("authorization", "x-api-key", "api-key"))
 NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
 JSON_TYPE = ("content-type", "application/json; charset=utf-8")
@@ -8276,7 +8599,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self):
         self.connection = self.request
-        self.server = self.server.server  # the one that all listeners share
         self.pool = self.server.pool
         self.config = self.pool.config
         self.wire = SocketReader(self.request)
@@ -8344,6 +8666,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not raw:
             return False
         self.head = self.headers = Request(raw)
+        self.head.drop_slash(path for _, path in ROUTES)
         self.command, self.path = self.head.method, self.head.target
         self.request_version = "HTTP/1.0" if self.head.is_http_10 else "HTTP/1.1"
         self.reply = ClientResponse(self.request, self.head, self._cors_headers())
@@ -8391,6 +8714,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer_error(self, error):
         """Answer in whatever form is still possible."""
+        if isinstance(error, SpokenTLS):
+            self.server.warn_of_tls()
         if isinstance(error, OSError):  # of disk or memory; the client's own is caught
             error = APIError(f"{type(error).__name__}: {error}")
         elif isinstance(error, ConfigError):
@@ -8425,7 +8750,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send(error.status, headers, _dump(body))
 
     def _send(self, status, headers, payload):
-        self.reply.answer(status, [*headers, ("server", "llmswap")], payload)
+        self.reply.answer(status, [*headers, ("server", SERVER_NAME)], payload)
 
     def _send_json(self, value):
         self._send(200, [JSON_TYPE], _dump(value))
@@ -8555,11 +8880,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for prefix, methods, action in PREFIXES:
             if head.path.startswith(prefix) and (not methods or method in methods):
                 self.body.hold(MAX_UNREAD_BODY if methods else 0)
-                return action(self, head.path[len(prefix) :])
+                rest = head.path[len(prefix) :]
+                return action(self, rest.rstrip("/") if methods else rest)
         if head.path not in MODEL_PATHS:
             if any(path == head.path for _, path in ROUTES):
                 raise MethodNotAllowed(f"{head.path} has no {head.method}")
+        self._check_base_url()
         self.route_by_model()
+
+    def _check_base_url(self):
+        """Raise NotFound for paths of clients whose base URL is wrong."""
+        path, url = self.head.path, f"http://{self.head.get('host')}/v1"
+        if path.startswith("/v1/v1/"):
+            text = f"{path}: the client's base URL has /v1 twice; set it to {url}"
+            raise NotFound(text)
+        if path.rstrip("/") in OLLAMA_PATHS:
+            raise NotFound(
+                f"{path} is Ollama's API; this is an OpenAI-compatible server: let the "
+                f"client use its OpenAI provider with the base URL {url}"
+            )
+
+    def refuse_feature(self):
+        raise FeatureDisabled("this feature is disabled")
+
+    def post_streams_lookup(self):
+        self._send_json([])  # no stream can be resumed
 
     def answer_preflight(self):
         wanted = self.head.get("access-control-request-headers") or "*"
@@ -8612,7 +8957,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send(200, [("content-type", METRICS_TYPE)], text.encode())
 
     def _status_report(self):
-        models = self.pool.statuses(with_memory=True)
+        facts = self.pool.inspector.facts_of([*self.config.models.values()])
+        models = [
+            with_known_problem(status, facts.get(status.shares or status.id, Facts()))
+            for status in self.pool.statuses(with_memory=True)
+        ]
         return StatusReport(VERSION, self.server.born, models, self.pool.meters())
 
     def get_health(self):
@@ -8624,46 +8973,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.reload()
             self.config = self.pool.config
         config = self.pool.config
-        entries = [
-            self._model_entry(config.models[status.id], status)
-            for status in self.pool.statuses()
-            if status.id in config.models
-            and not config.models[status.id].settings.unlisted
-        ]
-        self._send_json({"object": "list", "data": entries})
+        listed = [m for m in config.models.values() if not m.settings.unlisted]
+        self._send_json({"object": "list", "data": self._model_entries(listed)})
 
     def get_model(self, name):
         model = self._resolve(percent_decoded(name))
-        self._send_json(self._model_entry(model, self.pool.status(model)))
+        self._send_json(self._model_entries([model])[0])
 
-    def _model_entry(self, model, status):
-        shown = {
-            "value": "loaded" if status.state == "unloading" else status.state,
-            "args": self._shown_command(model, status),
-        }
-        problem = model.problem or status.failure
-        if problem and status.state == "unloaded":
-            code = exit_code_of(status.failure) if status.failure else 1
-            shown.update(failed=True, exit_code=code, error=str(problem))
-        entry = {
-            "id": model.name,
-            "object": "model",
-            "created": self.server.born,
-            "owned_by": "llmswap",
-            "aliases": list(model.aliases),
-            "status": shown,
-        }
-        if model.settings.description:
-            entry["description"] = model.settings.description
-        return {"meta": {}, **status.entry, **entry}
-
-    def _shown_command(self, model, status):
-        owner = self.config.owner_of(model)
-        port = str(status.port) if status.port else "${PORT}"
-        try:
-            return mask_secrets(owner.command(table_of(owner), port))
-        except ConfigError:
-            return []
+    def _model_entries(self, models):
+        owners = [self.config.owner_of(model) for model in models]
+        facts = self.pool.inspector.facts_of(owners)
+        statuses = map(self.pool.status, models)
+        return [
+            model_entry(model, owner, status, facts[owner.name], self.server.born)
+            for model, owner, status in zip(models, owners, statuses)
+        ]
 
     def post_load(self):
         if not self.pool.load(self._model_of_body()):
@@ -8700,6 +9024,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_running(self):
         words = {"loading": "starting", "loaded": "ready", "unloading": "stopping"}
         running = []
+        facts = self.pool.inspector.facts_of([*self.config.models.values()])
         for status in self.pool.statuses():
             model = self.config.models.get(status.id)
             if model is None or status.state == "unloaded" or status.shares:
@@ -8708,7 +9033,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 {
                     "model": status.id,
                     "state": words.get(status.state, status.state),
-                    "cmd": shlex.join(self._shown_command(model, status)),
+                    "cmd": shlex.join(shown_command(facts[status.id], status)),
                     "proxy": model.url(str(status.port)),
                     "ttl": int(model.settings.idle_timeout),
                     "name": status.id,
@@ -8724,7 +9049,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             {
                 "role": "router",
                 "max_instances": self.config.settings.models_max,
-                "models_autoload": True,
+                "models_autoload": self.config.settings.models_autoload,
                 "model_alias": "llmswap",
                 "model_path": "none",
                 "default_generation_settings": {"params": None, "n_ctx": 0},
@@ -8759,7 +9084,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not name:
             raise BadRequest("model name is missing from the request", "model")
         model = self.model = self._resolve(name)
-        if self.head.parameter("autoload") in ("true", "1"):
+        if self._may_autoload(by_default=False):
             self._check_may_load(model)
             return self._forward(model, self.head.target, RequestInfo())
         states = [State.LOADED]
@@ -8771,6 +9096,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         outgoing = self._upstream_request(model, self.head.target, RequestInfo())
         relay(outgoing, backend, self.reply)
 
+    def _may_autoload(self, by_default=True):
+        """Return whether the request may load its model, by llama.cpp's rules."""
+        given = self.head.parameter("autoload")
+        if given:
+            return given in ("true", "1")
+        return by_default and self.config.settings.models_autoload
+
     def route_upstream(self, rest):
         """/upstream/ID/REST: that model's own server, whatever REST is."""
         name, path = self._split_name(rest)
@@ -8780,6 +9112,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers = [("location", f"/upstream/{rest}/{query}")]
             return self._send(308, headers, b"")
         self._check_may_load(model)
+        is_page = path == "/" or self.head.method not in SAFE_METHODS
+        if not self._may_autoload(is_page) and not self.pool.is_held(model):
+            raise ModelNotLoaded(
+                f"model {model.name!r} is not loaded; of the paths under "
+                f"/upstream/{model.name}/ only the page itself loads it"
+            )
         info = self._request_info(is_needed=False)
         self._forward(model, path + query, info, preemptible=True)
 
@@ -8811,6 +9149,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = info.model or name
         model = self.model = self._resolve(name) if name else self._default_model()
         self._check_may_load(model)
+        if not self._may_autoload() and not self.pool.is_held(model):
+            raise BadRequest("model is not loaded")
         self._forward(model, self.head.target, info)
 
     def _default_model(self):
@@ -8846,9 +9186,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     return self._log_if_slow()
                 except BackendDied as error:
                     may_resend = outgoing.is_repeatable and not is_last
-                    if not may_resend or not backend.died(1.0):
-                        error.may_retry = False if is_last else None  # it kills
-                        raise error
+                    has_died = not self.reply.sent and backend.died(1.0)
+                    if has_died and may_resend:
+                        continue
+                    reason = backend.death(1.0) if has_died else None
+                    error = BackendDied(str(reason)) if reason else error
+                    error.may_retry = False if is_last else None  # it kills
+                    raise error
 
     def _look_after_client(self):
         """Raise ClientDisconnected once it is; meanwhile keep it from giving up."""
@@ -8926,6 +9270,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             dropped |= KEY_FIELDS
         if self.head.method == "POST":  # events and numbers are read on the way
             dropped |= {"accept-encoding"}
+        if self.body.was_decoded:
+            dropped |= {"content-encoding"}
         headers = [each for each in self.head.end_to_end if each[0] not in dropped]
         if key:
             key = key.encode().decode("latin-1")  # sent as UTF-8
@@ -8953,6 +9299,11 @@ ROUTES = {
     ("GET", "/unload"): Handler.unload,
     ("POST", "/unload"): Handler.unload,
     ("POST", "/api/models/unload"): Handler.unload,
+    ("POST", "/v1/streams/lookup"): Handler.post_streams_lookup,
+    ("GET", "/tools"): Handler.refuse_feature,
+    ("POST", "/tools"): Handler.refuse_feature,
+    ("GET", "/cors-proxy"): Handler.refuse_feature,
+    ("POST", "/cors-proxy"): Handler.refuse_feature,
     ("GET", "/logs"): Handler.get_logs,
     ("GET", "/logs/stream"): Handler.get_log_stream,
 }
@@ -9051,6 +9402,85 @@ def _is_key(given, keys):
     return any([hmac.compare_digest(given, key) for key in raw])
 
 
+def with_known_problem(status: ModelStatus, facts: Facts) -> ModelStatus:
+    """Return the status with what makes a start fail as its failure, if it is known."""
+    if status.state != "unloaded" or status.failure or not facts.problem:
+        return status
+    return status._replace(failure=facts.problem)
+
+
+def model_entry(
+    model: Model, owner: Model, status: ModelStatus, facts: Facts, created: int
+) -> dict:
+    """Return a model as in /v1/models: as llama.cpp's router tells it, and more.
+
+    `facts` are those of `owner`, whose backend the model uses.
+    """
+    abilities = {**owner.settings.capabilities, **model.settings.capabilities}
+    meta = {**facts.meta, **status.entry.get("meta", {})}
+    if "context" in abilities:
+        meta["n_ctx"] = abilities.pop("context")
+    inputs = [*facts.inputs, *(INPUTS[each] for each in abilities if each in INPUTS)]
+    architecture = {"input_modalities": inputs, "output_modalities": ["text"]}
+    architecture = status.entry.get("architecture", architecture)
+    is_llama_server = owner.kind == "llama-server"
+    entry = {
+        "id": model.name,
+        "aliases": sorted(model.aliases),
+        "tags": sorted(parse_words(facts.options.get("--tags", ""))),
+        "object": "model",
+        "owned_by": "llamacpp" if is_llama_server else "llmswap",
+        "created": created,
+        "status": _shown_status(model, status, facts),
+        "architecture": architecture,
+        "source": model.source,
+        "can_remove": model.source == "cache",
+        "meta": meta,
+        "capabilities": _capabilities(abilities, architecture, facts, is_llama_server),
+    }
+    context = meta.get("n_ctx") or meta.get("n_ctx_train")
+    if context:
+        entry["context_length"] = context
+    if model.settings.description:
+        entry["description"] = model.settings.description
+    return {**status.entry, **entry}
+
+
+def _shown_status(model, status, facts):
+    shown = {
+        "value": "loaded" if status.state == "unloading" else status.state,
+        "args": shown_command(facts, status),
+    }
+    if facts.preset:
+        shown["preset"] = _SECRET_LINE.sub(r"\1 = ***", facts.preset)
+    status = with_known_problem(status, facts)
+    problem = model.problem or status.failure
+    if problem and status.state == "unloaded":
+        code = exit_code_of(status.failure) if status.failure else 1
+        shown.update(failed=True, exit_code=code, error=str(problem))
+    return shown
+
+
+def _capabilities(abilities, architecture, facts, is_llama_server):
+    """Return the names of what a model can do, as far as it is known."""
+    names = set(abilities)
+    inputs = architecture.get("input_modalities", ())
+    names.update(name for name, word in INPUTS.items() if word in inputs)
+    if is_llama_server and facts.argv:
+        options = facts.options
+        special = {"--embeddings": "embeddings", "--reranking": "rerank"}
+        names.update(special[name] for name in special if name in options)
+        if not names & {"embeddings", "rerank"} and "--no-jinja" not in options:
+            names.add("tools")
+    return [name for name in CAPABILITIES if name in names]
+
+
+def shown_command(facts: Facts, status: ModelStatus) -> List[str]:
+    """Return the argv of a model with its port, if it has one, and without secrets."""
+    port = str(status.port) if status.port else "${PORT}"
+    return mask_secrets([word.replace("${PORT}", port) for word in facts.argv])
+
+
 def mask_secrets(argv: List[str]) -> List[str]:
     """Return the command with *** for the values of options and variables whose name
     says key, token or password, also within the words of a command for a shell."""
@@ -9069,6 +9499,7 @@ def mask_secrets(argv: List[str]) -> List[str]:
 _SECRET = r"[\w.-]*(?:keys?|token|password)(?![a-z])[\w.-]*"
 _SECRET_OPTION = re.compile(rf"(?i)--?{_SECRET}|-hft")
 _SECRET_WORD = re.compile(rf"(?i)-{{0,2}}{_SECRET}=")
+_SECRET_LINE = re.compile(rf"(?im)^({_SECRET}|hft) = .*$")  # of a preset
 _SECRET_WITHIN = re.compile(
     rf"(?i)((?<![\w-])(?:--?{_SECRET}(?:=|\s+)|{_SECRET}=))"
     r"""("[^"]*"|'[^']*'|[^\s'"]+)"""
@@ -9087,7 +9518,6 @@ EXTEND_EVERY = 5.0  # s; so often
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of malloc.h
 MAX_DESCRIPTORS = 65536
 MAX_CONNECTIONS = 4096
-MAX_REFUSALS = 32  # at once that are given time to read the 503
 
 
 class Log:
@@ -9099,16 +9529,16 @@ class Log:
     def __init__(self):
         logging.raiseExceptions = False  # stderr may be closed; the feed has the line
         self.feed = Broadcast(2000)
-        lines = queue.SimpleQueue()
-        stderr = logging.StreamHandler()
+        stderr, feed = logging.StreamHandler(), logging.Handler()
         stderr.setFormatter(LogFormatter(sys.stderr))
-        self._entrance = logging.handlers.QueueHandler(lines)
-        self._entrance.addFilter(RepeatFilter())
-        self._logger = logging.Logger("llmswap")
-        self._logger.addHandler(self._entrance)
-        feed = FeedHandler(self.feed)
+        feed.setFormatter(LogFormatter())
+        feed.emit = lambda record: self.feed.publish(feed.format(record))
+        lines = queue.SimpleQueue()
         self._writer = logging.handlers.QueueListener(lines, feed, stderr)
         self._writer.start()
+        self._entrance = logging.handlers.QueueHandler(lines)
+        self._logger = logging.Logger("llmswap")
+        self._logger.addHandler(self._entrance)
         self.set_level("info")
 
     def set_level(self, level: str):
@@ -9123,21 +9553,6 @@ class Log:
         closing = threading.Thread(target=self._writer.stop, daemon=True)
         closing.start()
         closing.join(1.0)
-
-
-class RepeatFilter(logging.Filter):
-    """Drops a line that repeats the one before it, for up to a minute."""
-
-    def __init__(self):
-        super().__init__()
-        self._last, self._written_at = None, 0.0
-
-    def filter(self, record):
-        """Return whether the record is to be written."""
-        is_new = record.msg != self._last or record.created > self._written_at + 60
-        if is_new:
-            self._last, self._written_at = record.msg, record.created
-        return is_new
 
 
 class LogFormatter(logging.Formatter):
@@ -9167,73 +9582,64 @@ class LogFormatter(logging.Formatter):
         return f"{stamp} {text}"
 
 
-class FeedHandler(logging.Handler):
-    """Publishes records for /logs."""
-
-    def __init__(self, feed: Broadcast):
-        super().__init__()
-        self.setFormatter(LogFormatter())
-        self._feed = feed
-
-    def emit(self, record):
-        """Publish one record."""
-        self._feed.publish(self.format(record))
-
-
 def _is_journal(stream):
     """The variable alone proves nothing: it is inherited."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         status = os.fstat(stream.fileno())
-    except (OSError, ValueError):
-        return False
-    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+        return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-class Listener(http.server.ThreadingHTTPServer):
-    """Accepts the connections of one socket; a Handler serves each on its own thread.
+class Server(http.server.ThreadingHTTPServer):
+    """Accepts connections on all sockets; a Handler serves each on its own thread.
 
-    `server` is the Server that the listeners of all sockets belong to.
+    The sockets are bound by us or by systemd. They and the server's other attributes
+    are what handlers share. Any thread may call.
     """
 
-    def __init__(self, sock: socket.socket, server: "Server"):
+    def __init__(self, sockets: List[socket.socket], pool: Pool, log: Log, reload):
         super().__init__(("", 0), Handler, bind_and_activate=False)
-        self.socket.close()
-        self.socket = sock  # bound by us, or by systemd
-        self.socket.setblocking(False)
-        self.server = server
+        self.server_close()  # a socket of its own, which is not needed
+        self.sockets = sockets
+        self.pool, self.log, self.reload = pool, log, reload
+        self.born = int(time.time())
+        self.is_closing = False
+        self.most_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)
+        self._quiet_at = time.monotonic()
+        self._connections, self._idle_connections = set(), set()
+        self._is_paused = self._has_seen_tls = False
         self._waker = Waker()
-        self._is_stopping = False
         self._thread = None
+        for sock in sockets:
+            sock.setblocking(False)
 
     def begin(self):
-        """Accept on a thread of its own until `shutdown`."""
-        self._is_stopping = False
+        """Accept connections, on a thread of its own."""
+        self._is_paused = False
         self._waker.clear()
-        self._thread = threading.Thread(
-            target=self.serve_forever, name="accept", daemon=True
-        )
+        self._thread = threading.Thread(target=self.serve_forever, daemon=True)
         self._thread.start()
-
-    def is_accepting(self) -> bool:
-        """Return whether connections are accepted, or are not to be."""
-        return self._is_stopping or self._thread.is_alive()
 
     def serve_forever(self, poll_interval=None):
         """Accept until `shutdown`; the base class would wake up twice a second."""
         waiter = select.poll()
-        waiter.register(self._waker, select.POLLIN)
-        waiter.register(self.socket, select.POLLIN)
-        while not self._is_stopping:
-            waiter.poll()
-            if not self._is_stopping:
-                self._handle_request_noblock()
+        for each in (self._waker, *self.sockets):
+            waiter.register(each, select.POLLIN)
+        while not self._is_paused:
+            ready = {fd for fd, _ in waiter.poll()}
+            for self.socket in self.sockets:
+                if self.socket.fileno() in ready:
+                    self._handle_request_noblock()
 
     def shutdown(self):
-        """Accept no more; the socket stays open."""
-        self._is_stopping = True
+        """Accept no more; the sockets stay open."""
+        self._is_paused = True
         self._waker.wake()
         if self._thread is not None:
             self._thread.join(1.0)
+
+    def is_serving(self) -> bool:
+        """Return whether connections are accepted, or are not to be."""
+        return self._is_paused or self._thread.is_alive()
 
     def get_request(self):
         """Accept one connection; OSError if there is none, or no descriptor for it."""
@@ -9242,90 +9648,40 @@ class Listener(http.server.ThreadingHTTPServer):
         except BlockingIOError:
             raise  # the client has left again
         except OSError as error:
-            if not self._is_stopping:
-                self.server.log("error", f"a connection could not be accepted: {error}")
-                time.sleep(0.1)  # until other connections have ended
+            self.log("error", f"a connection could not be accepted: {error}")
+            time.sleep(1.0)  # until other connections have ended
             raise
         connection.setblocking(True)  # only on Linux it is so already
         return connection, address
 
     def process_request(self, request, client_address):
-        """Serve or refuse the connection on a new thread; refuse it here if many are
-        refused at the moment, or no thread can be started."""
-        try:
-            if self.server.admit(request):
+        """Serve the connection on a new thread, or refuse it."""
+        why = f"{self.most_connections} connections are open already"
+        if len(self._connections) < self.most_connections:
+            self._connections.add(request)
+            try:
                 return super().process_request(request, client_address)
-            why = self.server.limit_text()
-        except RuntimeError as error:
-            why = str(error)
-            self.server.log("error", f"a connection could not be served: {why}")
-            self.server.forget(request)
-        return refuse_connection(request, why, is_patient=False)
-
-    def finish_request(self, request, client_address):
-        """Serve the connection until it ends."""
-        if self.server.is_refused(request):
-            refuse_connection(request, self.server.limit_text(), is_patient=True)
-        else:
-            super().finish_request(request, client_address)
+            except RuntimeError as error:  # there is no thread
+                why = str(error)
+                self.log("error", f"a connection could not be served: {why}")
+        refuse_connection(request, why)
+        self.shutdown_request(request)
 
     def shutdown_request(self, request):
-        """Close a connection that was served."""
+        """Close a connection that was served or refused."""
         super().shutdown_request(request)
-        self.server.forget(request)
+        self._connections.discard(request)
 
     def handle_error(self, request, client_address):
         """Log the traceback of a bug. The caller closes the connection."""
-        self.server.log("error", f"bug in llmswap:\n{traceback.format_exc()}")
+        self.log("error", f"bug in llmswap:\n{traceback.format_exc()}")
 
-
-class Server:
-    """All listening sockets, and what the handlers of their connections share."""
-
-    def __init__(self, sockets: List[socket.socket], pool: Pool, log: Log, reload):
-        self.sockets = sockets
-        self.pool, self.log, self.reload = pool, log, reload
-        self.born = int(time.time())
-        self.is_closing = False
-        self.most_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)
-        self._quiet_at = time.monotonic()
-        self._connections = set()  # without the refused ones
-        self._refused = set()
-        self._idle_connections = set()
-        self._listeners = [Listener(each, self) for each in sockets]
-
-    def begin(self):
-        """Accept connections, on a thread for each listening socket."""
-        for listener in self._listeners:
-            listener.begin()
-
-    def is_serving(self) -> bool:
-        """Return whether connections are accepted, or are not to be."""
-        return all(listener.is_accepting() for listener in self._listeners)
-
-    def admit(self, connection: socket.socket) -> bool:
-        """Count a new connection; False if it must be refused at once, as too many are
-        being given the time to read why."""
-        if len(self._connections) < self.most_connections:
-            self._connections.add(connection)
-        elif len(self._refused) < MAX_REFUSALS:
-            self._refused.add(connection)
-        else:
-            return False
-        return True
-
-    def is_refused(self, connection: socket.socket) -> bool:
-        """Return whether there were too many connections when this one came."""
-        return connection in self._refused
-
-    def limit_text(self) -> str:
-        """Return why connections are refused."""
-        return f"{self.most_connections} connections are open already"
-
-    def forget(self, connection: socket.socket):
-        """Count a connection no more."""
-        self._connections.discard(connection)
-        self._refused.discard(connection)
+    def warn_of_tls(self):
+        """Log, once, that a client speaks TLS to a port that does not."""
+        if not self._has_seen_tls:
+            self._has_seen_tls = True
+            text = "a client speaks TLS here: its base URL must begin with http://"
+            self.log("warning", text)
 
     def begin_idling(self, connection):
         """From now on `stop` may close the connection."""
@@ -9346,14 +9702,24 @@ class Server:
 
         Later connections wait in the sockets' backlog, which systemd keeps open.
         """
+        self.shutdown()
         waiter = select.poll()
-        for listener in self._listeners:
-            listener.shutdown()
-            waiter.register(listener.socket, select.POLLIN)
+        for sock in self.sockets:
+            waiter.register(sock, select.POLLIN)
         if self.inactive_since() is not None and not waiter.poll(0):
             return True
         self.begin()
         return False
+
+    def stop(self):
+        """Stop accepting, and end the connections that wait for a next request."""
+        self.is_closing = True
+        self.shutdown()
+        for sock in self.sockets:
+            sock.close()  # it is never shut down: systemd may own it
+        for connection in list(self._idle_connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
 
     def finish(self, seconds: float):
         """Wait until the requests in flight are answered, at most so many seconds."""
@@ -9361,28 +9727,14 @@ class Server:
         while self.inactive_since() is None and time.monotonic() < deadline:
             time.sleep(0.005)
 
-    def stop(self):
-        """Stop accepting, and end the connections that wait for a next request."""
-        self.is_closing = True
-        for listener in self._listeners:
-            listener.shutdown()
-            listener.server_close()  # the socket is never shut down: systemd may own it
-        for connection in list(self._idle_connections):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RD)
 
-
-def refuse_connection(connection: socket.socket, why: str, is_patient: bool):
-    """Answer 503 on a connection of which nothing was read, and close it; patiently,
-    once a client that still sends has had the time to read why."""
+def refuse_connection(connection: socket.socket, why: str):
+    """Answer 503 on a connection of which nothing was read."""
     connection.settimeout(1)
-    reply = ClientResponse(connection, None, [])
     headers = [JSON_TYPE, ("retry-after", "5"), ("server", "llmswap")]
     with contextlib.suppress(ClientDisconnected):
+        reply = ClientResponse(connection, None, [])
         reply.answer(503, headers, _dump(error_body(APIError(why))))
-        if is_patient:
-            lingering_close(connection)
-    connection.close()
 
 
 def raise_descriptor_limit() -> int:
@@ -9428,15 +9780,12 @@ def _family(address):
 
 def is_llmswap(address: Address) -> bool:
     """Return whether llmswap answers there."""
-    request = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-    try:
-        with socket.socket(_family(address)) as probe:
-            probe.settimeout(2)
-            probe.connect(address if isinstance(address, str) else _reachable(address))
-            probe.sendall(request)
-            return b"server: llmswap" in probe.recv(65536)
-    except OSError:
-        return False
+    with contextlib.suppress(OSError), socket.socket(_family(address)) as probe:
+        probe.settimeout(2)
+        probe.connect(address if isinstance(address, str) else _reachable(address))
+        probe.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        return b"server: llmswap" in probe.recv(65536)
+    return False
 
 
 def _reachable(address):
@@ -9465,17 +9814,13 @@ def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
     """
     names = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
     count, pid, *_ = [environ.pop(name, "") for name in names]
-    if not count:
-        return [], None
-    if pid != str(os.getpid()):
+    if count and pid != str(os.getpid()):
         return [], (
             f"systemd passed its sockets to process {pid}, not to us ({os.getpid()}): "
             "start llmswap without a shell around it, or with exec"
         )
-    if not count.isdecimal():
-        return [], f"LISTEN_FDS is {count!r}, which is no number"
     listeners = []
-    for fd in range(3, 3 + int(count)):
+    for fd in range(3, 3 + int(count or 0)):
         os.set_inheritable(fd, False)
         try:
             listener = socket.socket(fileno=fd)
@@ -9499,11 +9844,10 @@ class SystemdNotifier:
         microseconds = environ.pop("WATCHDOG_USEC", "")
         is_ours = environ.pop("WATCHDOG_PID", "") in ("", str(os.getpid()))
         self.watchdog = int(microseconds) / 1e6 if microseconds and is_ours else None
-        self.is_listening = self._address.startswith(("/", "\0"))
 
     def notify(self, *lines: str):
         """Send the lines in one datagram; drop it if systemd takes none for 1 s."""
-        if not self.is_listening:
+        if not self._address:
             return
         with contextlib.suppress(OSError):
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
@@ -9512,17 +9856,17 @@ class SystemdNotifier:
                 sender.sendall("\n".join(lines).encode())
 
     def watch(self, pool: Pool, is_serving: Callable[[], bool]):
-        """Report what is loaded, at each change and for the watchdog; never return.
+        """Report what is loaded, at each change and for the watchdog; never return if
+        systemd asked for that.
 
         Nothing is sent unless connections are accepted, the Pool's lock can be had, and
         its timer runs.
         """
         interval = self.watchdog / 2 if self.watchdog else None
         with pool.events.subscribe() as get:
-            while True:
+            while self._address:
                 if is_serving() and pool.is_alive(interval or -1):
-                    alive = ["WATCHDOG=1"] if interval else []
-                    self.notify(*alive, f"STATUS={status_line(pool)}")
+                    self.notify("WATCHDOG=1", f"STATUS={status_line(pool)}")
                 get(interval)
 
 
@@ -9628,37 +9972,32 @@ class Parrot(http.server.BaseHTTPRequestHandler):
         model = request.get("model")
         words = re.findall(r"\S+\s*", f"{model} says: {message}")
         if request.get("stream"):
-            return self._stream(words)
+            return self._send(200, "text/event-stream", self._events(words))
         reply = {"role": "assistant", "content": "".join(words)}
         choice = {"index": 0, "message": reply, "finish_reason": "stop"}
         usage = {"prompt_tokens": len(words), "completion_tokens": len(words)}
         answer = {"object": "chat.completion", "model": model}
         self._answer(200, {**answer, "choices": [choice], "usage": usage})
 
-    def _stream(self, words):
-        self._begin(200, "text/event-stream", ("transfer-encoding", "chunked"))
+    def _events(self, words):
         for word in words:
             choice = {"index": 0, "delta": {"content": word}}
             event = {"object": "chat.completion.chunk", "choices": [choice]}
-            self._send_chunk(b"data: " + _dump(event) + b"\n\n")
+            yield b"data: " + _dump(event) + b"\n\n"
             time.sleep(0.05)
-        self._send_chunk(b"data: [DONE]\n\n")
-        self._send_chunk(b"")
-
-    def _send_chunk(self, data):
-        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
-        self.wfile.flush()
+        yield b"data: [DONE]\n\n"
 
     def _answer(self, status, value):
-        body = _dump(value)
-        self._begin(status, "application/json", ("content-length", str(len(body))))
-        self.wfile.write(b"" if self.command == "HEAD" else body)
+        self._send(status, "application/json", [_dump(value)])
 
-    def _begin(self, status, kind, framing):
+    def _send(self, status, content_type, pieces):
         self.send_response(status)
-        self.send_header("content-type", kind)
-        self.send_header(*framing)
+        self.send_header("content-type", content_type)
+        self.send_header("transfer-encoding", "chunked")
         self.end_headers()
+        for piece in [] if self.command == "HEAD" else itertools.chain(pieces, [b""]):
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+            self.wfile.flush()
 
     def log_message(self, format, *args):
         """Log nothing: llmswap would show it as the model's output."""
@@ -9688,6 +10027,7 @@ def parse_args(argv: List[str]):
         prog="llmswap.py", description="One address for many local language models."
     )
     parser.add_argument("file", nargs="?", metavar="FILE.ini")
+    parser.add_argument("--version", action="version", version=f"llmswap {VERSION}")
     for name, metavar in (("--listen", "ADDRESS"), ("--models-max", "N")):
         parser.add_argument(name, metavar=metavar, help="instead of the file's")
     for name, help in (
@@ -9698,7 +10038,6 @@ def parse_args(argv: List[str]):
         ("--parrot", "be the demo model server (with --port)"),
     ):
         parser.add_argument(name, action="store_true", help=help)
-    parser.add_argument("--version", action="version", version=f"llmswap {VERSION}")
     parser.add_argument("--port", type=int, default=8090, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if not (args.file or args.parrot or args.keys):
@@ -9709,23 +10048,22 @@ def parse_args(argv: List[str]):
 def missing_programs(model: Model) -> Optional[str]:
     """Return why the model cannot start now although it may later, such as a missing
     file; else None."""
-    if model.problem or model.kind not in ("llama-server", "cmd"):
-        return None
-    try:
-        check_start(model)
-    except LoadFailed as problem:
-        return str(problem)
+    if not model.problem and model.kind in ("llama-server", "cmd"):
+        try:
+            check_start(model)
+        except LoadFailed as problem:
+            return str(problem)
 
 
 def check(config: Config) -> int:
     """Print each model with its command or its error; return the exit status."""
-    models, unusable = list(config.models.values()), []
-    for model in models:
+    unusable, binaries = [], set()
+    for model in config.models.values():
         aliases = f" ({', '.join(model.aliases)})" if model.aliases else ""
         lines = [f"{model.name}{aliases}: {model.kind}".replace("\n", "\\n")]
+        if model.kind == "llama-server":
+            binaries.add(model.settings.llama_server)
         try:
-            if model.problem:
-                raise ConfigError(model.problem)
             lines.append(_command_line(model))
             missing = missing_programs(model)
             lines += [f"cannot start now: {missing}"] if missing else []
@@ -9733,22 +10071,24 @@ def check(config: Config) -> int:
             lines.append(f"error: {error}")
             unusable.append(model.name)
         print(printable("\n".join(lines).replace("\n", "\n  ")), end="\n\n")
-    binaries = {m.settings.llama_server for m in models if m.kind == "llama-server"}
     for binary in sorted(binaries):
         if options_of(binary) is UNKNOWN_OPTIONS:
             print(f"the options of {binary} are unknown: they are passed on unchecked")
     for warning in [*config.warnings, *config.pitfalls(table_of)]:
         print(printable(warning))
-    if unusable:
-        count = f"{len(unusable)} of {len(models)} models cannot be used"
-        print(printable(f"{count}: {', '.join(unusable)}"))
-    else:
-        print("no errors")
+    count = f"{len(unusable)} of {len(config.models)} models cannot be used"
+    text = f"{count}: {', '.join(unusable)}" if unusable else "no errors"
+    print(printable(text))
     return 2 if unusable else 0
+
+
+PORT_MARK = "\0"  # stands where the port will
 
 
 def _command_line(model):
     """Return a line for a shell in which PORT is set, or where the model runs."""
+    if model.problem:
+        raise ConfigError(model.problem)
     if model.kind == "uses":
         return f"the backend of {model.backend}"
     argv = model.command(table_of(model), PORT_MARK)
@@ -9757,12 +10097,10 @@ def _command_line(model):
         return unit + model.url("")
     variables = model.environment(PORT_MARK).items()
     pairs = [f"{name}={value}" for name, value in variables]
-    line = " ".join(map(_shell_word, [*(["env"] if pairs else []), *pairs, *argv]))
+    env = ["env", *pairs] if pairs else []
+    line = " ".join(map(_shell_word, [*env, *argv]))
     cwd = model.settings.cwd
     return f"cd {shlex.quote(cwd)} && {line}" if cwd else line
-
-
-PORT_MARK = "\0"  # stands where the port will
 
 
 def _shell_word(word):
@@ -9824,7 +10162,10 @@ def refuse_pending_connections():
         listener.setblocking(False)
         with contextlib.suppress(OSError):  # there are no more
             while True:
-                refuse_connection(listener.accept()[0], why, is_patient=True)
+                connection = listener.accept()[0]
+                refuse_connection(connection, why)
+                lingering_close(connection)
+                connection.close()
 
 
 class Application:
@@ -9854,12 +10195,9 @@ class Application:
         self.pool.start()
         self.server.begin()
         self._start_thread(self._idle_command_loop)
-        self._notifier.notify("READY=1", f"STATUS={status_line(self.pool)}")
-        if self._notifier.is_listening:
-            serving = self.server.is_serving
-            self._start_thread(self._notifier.watch, self.pool, serving)
-        if self._await_end():
-            self._shut_down()
+        self._notifier.notify("READY=1")
+        self._start_thread(self._notifier.watch, self.pool, self.server.is_serving)
+        self._shut_down(self._await_end())
         return 0
 
     @staticmethod
@@ -9876,14 +10214,12 @@ class Application:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
-    def _next_signal(self, timeout: Optional[float]) -> Optional[int]:
+    def _next_signal(self, timeout: float) -> Optional[int]:
         """Return the next signal's number, 0 for the end of `_close`, or None if none
         came in time."""
-        self._signals.settimeout(None if timeout is None else min(timeout, MAX_WAIT))
-        try:
+        self._signals.settimeout(min(timeout, MAX_WAIT))
+        with contextlib.suppress(socket.timeout, BlockingIOError):
             return self._signals.recv(1)[0]
-        except (socket.timeout, BlockingIOError):
-            return None
 
     def _open_listeners(self):
         """Return the listening sockets, or an exit status if an address is taken."""
@@ -9910,9 +10246,9 @@ class Application:
     def _log_startup(self):
         where = [shown_address(each.getsockname()) for each in self.server.sockets]
         self.log("info", f"llmswap {VERSION} at {' and '.join(where)}")
-        names = [model.name for model in self._config.models.values()]
-        count = f"{len(names)} model" + ("" if len(names) == 1 else "s")
-        self.log("info", f"{count}: {', '.join(names)}" if names else "no models")
+        names = [*self._config.models]
+        count = "1 model" if len(names) == 1 else f"{len(names)} models"
+        self.log("info", f"{count}: {', '.join(names) or 'none'}")
         self._log_problems(self._config)
 
     def _log_problems(self, config):
@@ -9938,15 +10274,15 @@ class Application:
             self.log("warning", text)
 
     def _await_end(self):
-        """Return whether a signal says to end, or False after an idle exit."""
+        """Wait for a signal to end or an idle exit; return what to log of it."""
         while True:
             number = self._next_signal(self._until_idle_exit())
             if number == signal.SIGHUP:
                 self._reload_on_signal()
             elif number is not None:
-                return True
-            elif self._try_idle_exit():
-                return False
+                return "ending; requests in flight may end first"
+            elif self._until_idle_exit() == 0 and self.server.try_idle_exit():
+                return "idle for long; the next connection starts it again"
 
     def _reload_on_signal(self):
         now = time.monotonic_ns() // 1000
@@ -9977,25 +10313,14 @@ class Application:
             self.log("info", f"{args.file} was read again")
 
     def _until_idle_exit(self):
-        """Return the seconds until an idle exit may be due; None: never."""
+        """Return the seconds until an idle exit may be due."""
         limit = self._config.settings.exit_idle_time
         if not limit or not self._is_activated:
-            return None
+            return math.inf
         since = [self.pool.inactive_since(), self.server.inactive_since()]
         if None in since:
             return limit
         return max(0.0, max(since) + limit - time.monotonic())
-
-    def _try_idle_exit(self):
-        """Close the Pool and return True, unless a client came at the last moment."""
-        if self._until_idle_exit() != 0.0 or not self.server.try_idle_exit():
-            return False
-        limit = self._config.settings.exit_idle_time
-        self.log("info", f"idle for {limit:g} s; the next connection starts it again")
-        self._notifier.notify("STOPPING=1")
-        self.pool.close(0)
-        self.log.close()
-        return True
 
     def _idle_command_loop(self):
         """Run the idle-command whenever no request came for `idle-command-after`."""
@@ -10012,7 +10337,8 @@ class Application:
                 self._is_reloaded.wait(min(pause, MAX_WAIT))
                 self._is_reloaded.clear()
             else:
-                self._unload_and_run(shlex.split(settings.idle_command), idle_since)
+                command = with_environment(split_words(settings.idle_command))
+                self._unload_and_run(command, idle_since)
                 last_run = time.monotonic()
 
     def _unload_and_run(self, command, idle_since):
@@ -10036,9 +10362,9 @@ class Application:
         slept = max(0.0, suspended_seconds() - suspended)
         self.log(level, f"idle-command ended with status {status}; slept {slept:.0f} s")
 
-    def _shut_down(self):
+    def _shut_down(self, reason):
         """End the requests in flight and all backends; a second signal kills them."""
-        self.log("info", "ending; requests in flight may end first")
+        self.log("info", reason)
         self._notifier.notify("STOPPING=1", EXTEND_TIMEOUT)
         addresses = [listener.getsockname() for listener in self.server.sockets]
         self.server.stop()

@@ -595,7 +595,7 @@ class Llmswap:
 
     def stats(self, model):
         """What the fake server of a model has seen (it is loaded if it is not)."""
-        return self.get(f"/upstream/{model}/stats").json()
+        return self.get(f"/upstream/{model}/stats?autoload=true").json()
 
 
 def chat_body(model, **wish):
@@ -899,58 +899,53 @@ OPTIONS = llmswap.parse_help(HELP)
 # ---- Values ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key, values", [
-    ("queue-timeout", {"90": 90, "90s": 90, "15m": 900, "1h30m": 5400, "1.5h": 5400,
-                       "250ms": 0.25, "0": 0, "99999999d": 100 * 365 * 86400}),
-    ("patience", {"auto": None, "5s": 5}),
-    ("max-body", {"512M": 512 * 2**20, "18G": 18 * 2**30, "1.5T": 1.5 * 2**40,
-                  "18 GiB": 18 * 2**30, "18gb": 18 * 2**30, "7": 7}),
-    ("pin", {"ON": True, "yes": True, "enabled": True, "0": False, "No": False}),
-    ("concurrency", {"0": 0, "12": 12}),
-    ("oom-score-adj", {"-1000": -1000, "7": 7}),
-    ("alias", {"a, b,,a , c": ("a", "b", "c")}),
-    ("needs", {"vram 18G, ram 4": {"vram": 18 * 2**30, "ram": 4}, "": {}}),
-    ("sets", {"a + b, c+b": (("a", "b"), ("c", "b")), "": ()}),
-    ("set-params", {'{"a": {"b": 1}}': {"a": {"b": 1}}, "": {}}),
-    ("listen", {"127.0.0.1:8080": (("127.0.0.1", 8080),),
-                "box.lan:0": (("box.lan", 0),),
-                "[::1]:80, unix:/run/a.sock": (("::1", 80), "/run/a.sock")}),
-    ("check-endpoint", {"/v1/health": "/v1/health", "none": None}),
-    ("sleep", {"POST /sleep?level=1": ("POST", "/sleep?level=1"), "": None,
-               "/wake_up": ("POST", "/wake_up")}),
-    ("wake-mac", {"ab:cd:EF:01:23:45": bytes.fromhex("abcdef012345"), "": None,
-                  "ab-cd-ef-01-23-45": bytes.fromhex("abcdef012345")}),
-    ("proxy", {"https://h:1/base": "https://h:1/base"}),
-    ("loading-notice", {"OFF": "off"}),
+@pytest.mark.parametrize("key, values, malformed", [
+    ("queue-timeout",
+     {"90": 90, "90s": 90, "15m": 900, "1h30m": 5400, "1.5h": 5400, "250ms": 0.25,
+      "0": 0, "99999999d": 100 * 365 * 86400},
+     ["", "soon", "1.", ".5", "-1", "1h30", "1 h", "m", "inf", "1e3", "٣s", "9" * 400,
+      "10M"]),
+    ("patience", {"auto": None, "5s": 5}, ["", "never"]),
+    ("max-body",
+     {"512M": 512 * 2**20, "18G": 18 * 2**30, "1.5T": 1.5 * 2**40, "18 GiB": 18 * 2**30,
+      "18gb": 18 * 2**30, "7": 7},
+     ["", "G", "-1G", "1X", "1GG", "one", "1,5G", "1\u212a", "9" * 400]),
+    ("pin", {"ON": True, "yes": True, "enabled": True, "0": False, "No": False},
+     ["", "maybe", "2", "onn"]),
+    ("concurrency", {"0": 0, "12": 12}, ["", "-1", "1.5", "one", "1_0", "٣", "9" * 20]),
+    ("oom-score-adj", {"-1000": -1000, "7": 7},
+     ["", "1001", "-1001", "9999", "1.5", "--1"]),
+    ("alias", {"a, b,,a , c": ("a", "b", "c")}, []),
+    ("needs", {"vram 18G, ram 4": {"vram": 18 * 2**30, "ram": 4}, "": {}},
+     ["vram", "vram 1G, vram 2G", "18G", "vram 1X", "v=1"]),
+    ("sets", {"a + b, c+b": (("a", "b"), ("c", "b")), "": ()},
+     ["a + ", "+", "a + + b"]),
+    ("set-params", {'{"a": {"b": 1}}': {"a": {"b": 1}}, "": {}},
+     ["[1]", "1", "{", '{"a": NaN}', "{'a': 1}", "null", "[" * 200000]),
+    ("listen",
+     {"127.0.0.1:8080": (("127.0.0.1", 8080),), "box.lan:0": (("box.lan", 0),),
+      "[::1]:80, unix:/run/a.sock": (("::1", 80), "/run/a.sock")},
+     ["", ",", "8080", ":8080", "host", "h:99999", "::1:80", "[::1]", "http://h:1",
+      "unix:", "h:x", "a b:1"]),
+    ("check-endpoint", {"/v1/health": "/v1/health", "none": None},
+     ["", "health", "/a b", "None"]),
+    ("sleep",
+     {"POST /sleep?level=1": ("POST", "/sleep?level=1"), "": None,
+      "/wake_up": ("POST", "/wake_up")},
+     ["sleep", "post /x", "POST", "POST sleep"]),
+    ("wake-mac",
+     {"ab:cd:EF:01:23:45": bytes.fromhex("abcdef012345"), "": None,
+      "ab-cd-ef-01-23-45": bytes.fromhex("abcdef012345")},
+     ["ab:cd:ef:01:23", "ab:cd:ef:01:23:45:67", "abcdef012345", "gb:cd:ef:01:23:45",
+      "ab:cd:ef:01:23:45:"]),
+    ("proxy", {"https://h:1/base": "https://h:1/base"},
+     ["", "h:1", "ftp://h", "http://", "http://h/a b"]),
+    ("loading-notice", {"OFF": "off"}, ["", "on"]),
 ])
-def test_values_are_read(key, values):
+def test_values_are_read_and_malformed_ones_refused(key, values, malformed):
     parse = {**llmswap.PROXY_KEY, **llmswap.MODEL_KEY}[key].parse
     assert {text: parse(text) for text in values} == values
-
-
-@pytest.mark.parametrize("key, texts", [
-    ("queue-timeout", ["", "soon", "1.", ".5", "-1", "1h30", "1 h", "m", "inf", "1e3",
-                       "٣s", "9" * 400, "10M"]),
-    ("patience", ["", "never"]),
-    ("max-body", ["", "G", "-1G", "1X", "1GG", "one", "1,5G", "1\u212a", "9" * 400]),
-    ("pin", ["", "maybe", "2", "onn"]),
-    ("concurrency", ["", "-1", "1.5", "one", "1_0", "٣", "9" * 20]),
-    ("oom-score-adj", ["", "1001", "-1001", "9999", "1.5", "--1"]),
-    ("needs", ["vram", "vram 1G, vram 2G", "18G", "vram 1X", "v=1"]),
-    ("sets", ["a + ", "+", "a + + b"]),
-    ("set-params", ["[1]", "1", "{", '{"a": NaN}', "{'a': 1}", "null", "[" * 200000]),
-    ("listen", ["", ",", "8080", ":8080", "host", "h:99999", "::1:80", "[::1]",
-                "http://h:1", "unix:", "h:x", "a b:1"]),
-    ("check-endpoint", ["", "health", "/a b", "None"]),
-    ("sleep", ["sleep", "post /x", "POST", "POST sleep"]),
-    ("wake-mac", ["ab:cd:ef:01:23", "ab:cd:ef:01:23:45:67", "abcdef012345",
-                  "gb:cd:ef:01:23:45", "ab:cd:ef:01:23:45:"]),
-    ("proxy", ["", "h:1", "ftp://h", "http://", "http://h/a b"]),
-    ("loading-notice", ["", "on"]),
-])
-def test_malformed_values_are_refused(key, texts):
-    parse = {**llmswap.PROXY_KEY, **llmswap.MODEL_KEY}[key].parse
-    for text in texts:
+    for text in malformed:
         with pytest.raises(ValueError):
             parse(text)
 
@@ -958,14 +953,6 @@ def test_malformed_values_are_refused(key, texts):
 @pytest.mark.parametrize("text", ["512M", "18G", "1.5T", "7", "0", "1K"])
 def test_a_size_is_shown_as_it_is_written(text):
     assert llmswap.size_text(llmswap.parse_size(text)) == text
-
-
-def test_an_empty_file_has_every_setting_at_its_default(tmp_path):
-    settings = read(tmp_path, "").settings
-    for key in llmswap.PROXY_KEYS:
-        if key.name not in ("sets", "default-model"):
-            assert getattr(settings, key.attribute) == key.parse(key.default)
-    assert all(key.help for key in llmswap.PROXY_KEYS + llmswap.MODEL_KEYS)
 
 
 # ---- The language: llama.cpp's, with its traps -------------------------------------
@@ -1001,6 +988,15 @@ def test_an_empty_file_has_every_setting_at_its_default(tmp_path):
     ("  [a]\n  c = 1", {"a": {"c": "1"}}),
     ("\ufeff[a]\nc = 1", {"a": {"c": "1"}}),
     ("[a]\n--ctx-size = 1\n-c = 2", {"a": {"ctx-size": "1", "c": "2"}}),
+    # values of llmswap's own keys
+    ("[a]\ncmd = serve #1; x \\", {"a": {"cmd": "serve #1; x"}}),
+    ("[a]\nextra-args = --x a;b # c", {"a": {"extra-args": "--x a;b # c"}}),
+    ("[a]\nset-params = {\"a\": \"; #\"}", {"a": {"set-params": '{"a": "; #"}'}}),
+    ("[a]\ndescription = it's C#; really ; a\t# b",
+     {"a": {"description": "it's C#; really"}}),
+    ("[a]\ndescription = a\t# b", {"a": {"description": "a"}}),
+    ("[a]\nttl = 5 ; five\nalias = a#b\nstop-timeout = 5;x",
+     {"a": {"ttl": "5", "alias": "a", "stop-timeout": "5"}}),
 ])
 def test_sections_are_read(text, sections):
     parsed = llmswap.PresetParser("m.ini", print).parse(text.encode())
@@ -1021,8 +1017,8 @@ def test_sections_are_read(text, sections):
     ("[a\n", "1: "),
     ("[a]\nc d = 1", "2: "),
     ("[a]\n---c = 1", "2: "),
-    (b"[a]\nc = \xff", "2: this is not UTF-8"),
-    ("[a]\nc = 1".encode("utf-16-le"), "1: this is not UTF-8"),
+    (b"[a]\nc = \xff", "2: 'c = \\udcff' is neither [section], key = value nor a comment"),
+    ("[a]\nc = 1".encode("utf-16-le"), "1: "),
     *[(f"[macros]\n{name} = x", f"2: [macros] {name}: this name has its own")
       for name in ("PORT", "PID", "MODEL_ID", "env.HOME")],
     *[(f"[*]\n{key} = x", f"2: [*] {key}: cannot be given for all models")
@@ -1062,49 +1058,6 @@ def test_any_bytes_are_read_or_refused():
                        for name, model in config.models.items())
 
 
-@pytest.mark.parametrize("line, value", [
-    ("cmd = serve #1; ${PORT}", "serve #1; ${PORT}"),
-    ("cmd = serve ${PORT} \\", "serve ${PORT}"),
-    ("extra-args = --x a;b # c", "--x a;b # c"),
-    ("set-params = {\"stop\": \"; #\"}", {"stop": "; #"}),
-    ("description = it's C#; really ; a comment", "it's C#; really"),
-    ("description = a\t# b", "a"),
-    ("idle-timeout = 5m ; five", 300),
-    ("idle_timeout = 5m", 300),
-    ("ttl = 60", 60),
-    ("--pin = on", True),
-    ("alias = a#b", ("a",)),
-    ("stop-timeout = 5;x", 5),
-])
-def test_comments_and_spellings_of_own_keys(tmp_path, line, value):
-    text = f"[m]\nmodel = x\n{line}" if "cmd" not in line else f"[m]\n{line}"
-    settings = read(tmp_path, text).models["m"].settings
-    key = llmswap.model_key(line.split("=")[0].strip(" -"))
-    assert getattr(settings, llmswap.MODEL_KEY[key].attribute) == value
-
-
-def test_lines_indented_deeper_continue_a_command(tmp_path):
-    config = read(tmp_path, """
-        [a]
-        cmd = docker run --rm \\
-            -p ${PORT}:80   ; literal \\
-            # a remark
-          --name 'x  y'
-
-          idle-timeout = 5
-        [b]
-        cmd =
-            serve
-            --port ${PORT}
-        pin = on
-        """)
-    assert config.models["a"].command(None, 7) == [
-        "docker", "run", "--rm", "-p", "7:80", ";", "literal", "--name", "x  y"]
-    assert config.models["a"].settings.idle_timeout == 5
-    assert config.models["b"].command(None, 7) == ["serve", "--port", "7"]
-    assert config.models["b"].settings.pin
-
-
 @pytest.mark.parametrize("name, canonical", [
     ("qwen3:8b", "qwen3:8B"), ("u/r:q4_k_m", "u/r:Q4_K_M"), ("m:a-b-c", "m:C"),
     ("u/r:UD-Q4_K_XL", "u/r:Q4_K_XL"), ("m:thinking-high", "m:HIGH"), ("m:v1.5", "m:5"),
@@ -1115,52 +1068,253 @@ def test_canonical_names_are_llama_cpps(name, canonical):
     assert llmswap.canonical_name(name) == canonical
 
 
-# ---- Variables -------------------------------------------------------------------
+# ---- What a file means: expressions over its models, and their values ---------------
+
+MEANINGS = [
+    # lines indented deeper than `cmd` continue it
+    ("""
+     [a]
+     cmd = docker run --rm \\
+         -p ${PORT}:80   ; literal \\
+         # a remark
+       --name 'x  y'
+
+       idle-timeout = 5
+     [b]
+     cmd =
+         serve
+         --port ${PORT}
+     pin = on
+     """, {
+        "argv(a)": ["docker", "run", "--rm", "-p", "7:80", ";", "literal", "--name",
+                    "x  y"],
+        "a.settings.idle_timeout": 5,
+        "argv(b)": ["serve", "--port", "7"],
+        "b.settings.pin": True,
+    }),
+    # other spellings of keys
+    *[(f"[a]\nm = x\n{line}", {"a.settings.idle_timeout": 60})
+      for line in ("idle_timeout = 1m", "ttl = 60", "--idle-timeout = 60")],
+    # macros may hold macros and variables, but not themselves
+    ("""
+     [macros]
+     base = serve --port ${PORT} ${who}  ; a remark
+     who  = --name ${MODEL_ID} --key ${env.KEY}
+     loop = ${loop}
+     two  = second
+     [a]
+     cmd = ${base} $${x} ${ $A
+     [b]
+     cmd = ${loop}
+     [c]
+     model = ${env.KEY}/${MODEL_ID}.gguf
+     [llmswap]
+     api-key = ${env.KEY}, ${two}
+     """, {
+        "argv(a)": ["serve", "--port", "7", "--name", "a", "--key", "k ${PORT}", "${x}",
+                    "${", "$A"],
+        "b.problem": "m.ini:10: [b] cmd: ${loop} is unknown here; $${ is a literal ${",
+        "options(c)": ["--model", "k ${PORT}/c.gguf"],
+        "config.api_keys": ("k ${PORT}", "second", "four"),
+    }),
+    # without macros the options of llama-server keep their dollars
+    ("[a]\nm = ${PORT}$${x}", {"options(a)": ["--model", "${PORT}$${x}"]}),
+    # port and pid are filled in when they are known
+    ("""
+     [a]
+     cmd      = serve
+     cmd-stop = stop --pid ${PID} --port ${PORT} '${MODEL_ID}'
+     proxy    = http://127.0.0.1:${PORT}/base/
+     env.OLLAMA_HOST = 127.0.0.1:${PORT}
+     """, {
+        "a.problem": None,
+        "argv(a)": ["serve"],
+        "a.stop_command(8, 9)": ["stop", "--pid", "9", "--port", "8", "a"],
+        "a.url(8)": "http://127.0.0.1:8/base",
+        "a.environment(8)": {"OLLAMA_HOST": "127.0.0.1:8"},
+    }),
+    # [*] is below every section wherever it stands
+    ("[a]\nctx-size = 1\n[*]\nc = 2\nkeep = 3\nno-jinja = on\n[b]\njinja = on", {
+        "options(a)": ["--no-jinja", "--keep", "3", "--ctx-size", "1"],
+        "options(b)": ["--jinja", "--keep", "3", "--ctx-size", "2"],
+    }),
+    # host, port and alias are set where the router sets them
+    ("[a]\nhost = 0.0.0.0\nm = x\nembedding = on", {
+        "argv(a)": ["llama-server", "--embeddings", "--host", "127.0.0.1",
+                    "--log-colors", "off", "--port", "7", "--alias", "a",
+                    "--model", "x"],
+    }),
+    # without a table, unknown options pass as written with their values
+    ("[a]\nmodel = x\nnew_one = on\njinja = off", {
+        "options(a, UNKNOWN)": ["--jinja", "off", "--model", "x", "--new-one", "on"],
+    }),
+    # the kind is decided by a model's own section
+    ("""
+     [*]
+     m = default.gguf
+     [a]
+     [b]
+     cmd = serve ${PORT}
+     [c]
+     unit  = c.service
+     proxy = http://h:1
+     [d]
+     proxy = http://h:1
+     [e]
+     uses = A
+     [f]
+     proxy = http://127.0.0.1:${PORT}/prefix
+     """, {
+        "[each.kind for each in models]": [
+            "llama-server", "cmd", "unit", "remote", "uses", "llama-server"],
+        "[each.problem for each in models]": [None] * 6,
+        "[each.backend for each in models]": ["a", "b", "c", "d", "a", "f"],
+        "argv(c)": [],
+    }),
+    # own keys of [*] hold for all models, options for llama-servers
+    ("""
+     [*]
+     idle-timeout = 5m
+     ngl = 9
+     env.A = 1
+     env.B = 2
+     pin = perhaps
+     needs = vram 8G
+     [a]
+     cmd = serve ${PORT}
+     env.B = 3
+     [b]
+     m = x
+     idle-timeout = 1
+     pin = off
+     [c]
+     uses = b
+     [llmswap]
+     budget = vram 8G
+     """, {
+        "a.settings.idle_timeout": 300, "b.settings.idle_timeout": 1,
+        "a.env": {"A": "1", "B": "3"}, "b.env": {"A": "1", "B": "2"},
+        "a.problem": "m.ini:7: [*] pin: 'perhaps' is not on or off",
+        "a.options": (), "b.problem": None, "c.problem": None, "c.settings.needs": {},
+    }),
+    # values that llama.cpp forgives are forgiven
+    *[(f"[a]\nm = x\n{line}", {
+        "a.problem": None, "(a.settings.stop_timeout, a.settings.load_on_startup)":
+        (10, False), "config.warnings": (f"m.ini:3: [a] {line.split()[0]}: {warning}",),
+      }) for line, warning in (
+        ("stop-timeout = soon", "'soon' is not a duration such as 15m; taken as 10"),
+        ("stop-timeout =", "'' is not a duration such as 15m; taken as 10"),
+        ("load-on-startup = maybe", "'maybe' is not on or off; taken as off"))],
+    # models are found by every name
+    ("[qwen3:8b]\nm = x\nalias = coder, GPT-4\n[Coder]\nm = y", {
+        **{f"config.find({name!r})": "qwen3:8b" for name in (
+            "qwen3:8b", "qwen3:8B", "coder", "GPT-4", "gpt-4", " QWEN3:8B ")},
+        "config.find('Coder')": "Coder", "models[0].aliases": ("coder", "GPT-4"),
+    }),
+    # the first owner keeps a name
+    ("[a]\nm = x\nalias = b, c, a\n[b]\nm = x\nalias = c, d", {
+        "[*map(config.find, 'abcd')]": ["a", "b", "a", "b"],
+        "config.warnings": ("m.ini:1: [a]: the alias 'b' already means [b]",
+                            "m.ini:4: [b]: the alias 'c' already means [a]"),
+    }),
+    ("[m:q4]\nm = x\n[m:Q4]\nm = x\n[n:a-q]\nm = x\n[n:b-q]\nm = x\n", {
+        "config.find('m:Q4')": "m:q4", "config.find('n:Q')": "n:b-q",
+        "config.find('n:a-q')": "n:a-q",
+        "config.warnings": (
+            "m.ini:3: [m:Q4]: replaced by [m:q4], the same to llama.cpp",
+            "m.ini:5: [n:a-q]: llama.cpp's name 'n:Q' already means [n:b-q]"),
+    }),
+    # keys before the first section
+    ("version = 1\nm = x\n[a]\nm = y", {
+        "[each.name for each in models]": ["default", "a"],
+        "config.warnings": (
+            "m.ini:2: keys before the first section make a model 'default'; keys for "
+            "all models belong into [*]",),
+    }),
+    ("version = 1\n[default]\n[a]\nm = x",
+     {"[each.name for each in models]": ["a"], "config.warnings": ()}),
+    # an ordinary file gives no warning
+    ("""
+     version = 1
+     [llmswap]          ; the proxy
+     listen = 127.0.0.1:8080
+     [*]
+     ngl = 99           ; all
+     models-max = 2
+     [a:Q8_0]           # a model
+     model = /m/a.gguf  # its file
+     jinja = on
+     fa = auto
+     """, {"config.warnings": (), "config.pitfalls(lambda model: OPTIONS)": []}),
+    # models-max, wherever it is
+    *[(text, {"proxy.models_max": most}) for text, most in (
+        ("", 1),
+        ("[llmswap]\nmodels-max = 3", 3),
+        ("[*]\nmodels-max = 3", 3),
+        ("[*]\nLLAMA_ARG_MODELS_MAX = 3", 3),
+        ("[*]\nmodels-max = x", 1),
+        ("[*]\nmodels-max = 3\n[llmswap]\nmodels-max = 2", 2),
+        ("[llmswap]\nbudget = vram 1G", 0),
+        ("[llmswap]\nsets = a\n[a]\nm = x", 0),
+        ("[llmswap]\nsets = a\nmodels-max = 1\n[a]\nm = x", 1))],
+    # the model for requests that name none
+    *[(text, {"config.default_model() and config.default_model().name": name})
+      for text, name in (
+        ("", None),
+        ("[a]\nm = x", "a"),
+        ("[a]\nm = x\n[b]\nm = x", None),
+        ("[llmswap]\ndefault-model = B\n[a]\nm=x\n[c]\nm=x\nalias = b", "c"))],
+    ("[a]\ncmd = x ${PORT}\n[b]\nm = x",
+     {"(a.settings.hang_timeout, b.settings.hang_timeout)": (0, 60)}),
+    ("[*]\nhang-timeout = 5\n[a]\ncmd = x ${PORT}", {"a.settings.hang_timeout": 5}),
+    ("[llmswap]\nllama-server = /one\n[a]\nm = x", {"a.settings.llama_server": "/one"}),
+    ("[llmswap]\nllama-server = /one\n[*]\nllama-server = /two\n[a]\nm = x\n[b]\n"
+     "m = x\nllama-server = /3",
+     {"(a.settings.llama_server, b.settings.llama_server)": ("/two", "/3")}),
+    ("[llmswap]\nsets = coder + E, a+b\n[c,1]\nm = x\nalias = coder\n[e]\nm = x\n"
+     "[f]\nuses = e\nalias = a\n[b]\nm = x\n",
+     {"proxy.sets": ({"c,1", "e"}, {"e", "b"})}),
+    # API keys: of the file, the environment and the key file
+    ("[llmswap]\napi-key = one, t;w #o\napi-key-file = keys",
+     {"config.api_keys": ("one", "t;w #o", "four", "three")}),
+]
+ENVIRON = {"KEY": "k ${PORT}", "LLMSWAP_API_KEY": "four"}
 
 
-def test_macros_may_hold_macros_and_variables_but_not_themselves(tmp_path):
-    config = read(tmp_path, """
-        [macros]
-        base = serve --port ${PORT} ${who}  ; a remark
-        who  = --name ${MODEL_ID} --key ${env.KEY}
-        loop = ${loop}
-        two  = second
-        [a b]
-        cmd = ${base} $${x} ${ $A
-        [c]
-        cmd = ${loop}
-        [d]
-        model = ${env.KEY}/${MODEL_ID}.gguf
-        [llmswap]
-        api-key = ${env.KEY}, ${two}
-        """, {"KEY": "k ${PORT}"})
-    assert config.models["a b"].command(None, 7) == [
-        "serve", "--port", "7", "--name", "a b", "--key", "k ${PORT}", "${x}", "${",
-        "$A"]
-    assert "${loop} is unknown" in config.models["c"].problem
-    assert options(config.models["d"]) == ["--model", "k ${PORT}/d.gguf"]
-    assert config.api_keys == ("k ${PORT}", "second")
+@pytest.mark.parametrize("text, values", MEANINGS)
+def test_a_file_means(tmp_path, text, values):
+    (tmp_path / "keys").write_text("# mine\nthree\n\n one \n")
+    config = read(tmp_path, text, ENVIRON)
+    names = {
+        **config.models, "models": [*config.models.values()], "config": config,
+        "proxy": config.settings, "options": options, "OPTIONS": OPTIONS,
+        "UNKNOWN": llmswap.UNKNOWN_OPTIONS,
+        "argv": lambda model: model.command(OPTIONS, 7),
+    }
+    assert {each: eval(each, names) for each in values} == values
 
 
-def test_without_macros_options_of_llama_server_keep_their_dollars(tmp_path):
-    model = read(tmp_path, "[a]\nm = ${PORT}$${x}").models["a"]
-    assert options(model) == ["--model", "${PORT}$${x}"]
+def test_an_empty_file_has_every_setting_at_its_default(tmp_path):
+    settings = read(tmp_path, "").settings
+    for key in llmswap.PROXY_KEYS:
+        if key.name not in ("sets", "default-model"):
+            assert getattr(settings, key.attribute) == key.parse(key.default)
+    assert all(key.help for key in llmswap.PROXY_KEYS + llmswap.MODEL_KEYS)
 
 
-def test_port_and_pid_are_filled_in_when_they_are_known(tmp_path):
-    model = read(tmp_path, """
-        [a]
-        cmd      = serve
-        cmd-stop = stop --pid ${PID} --port ${PORT} '${MODEL_ID}'
-        proxy    = http://127.0.0.1:${PORT}/base/
-        env.OLLAMA_HOST = 127.0.0.1:${PORT}
-        """).models["a"]
-    assert model.problem is None
-    assert model.command(None, 8) == ["serve"]
-    assert model.stop_command(8, 9) == [
-        "stop", "--pid", "9", "--port", "8", "a"]
-    assert model.url(8) == "http://127.0.0.1:8/base"
-    assert model.environment(8) == {"OLLAMA_HOST": "127.0.0.1:8"}
+def test_the_command_line_overrules_the_file(tmp_path):
+    text = "[llmswap]\nlisten = 127.0.0.1:1\nbudget = vram 1G\n"
+    assert read(tmp_path, text, models_max=2).settings.models_max == 2
+    more = f"{text}models-max = 3"
+    assert read(tmp_path, more, models_max="0").settings.models_max == 0
+    assert read(tmp_path, text, listen="[::1]:2").settings.listen == (("::1", 2),)
+    with pytest.raises(ConfigError, match="^--listen: 'x'"):
+        read(tmp_path, text, listen="x")
+
+
+def test_a_file_that_cannot_be_read_is_a_config_error(tmp_path):
+    with pytest.raises(ConfigError, match="No such file"):
+        llmswap.load_config(tmp_path / "none.ini")
 
 
 # ---- Options of llama-server -----------------------------------------------------
@@ -1221,25 +1375,38 @@ def test_options_become_words_as_the_router_has_them(tmp_path, words, lines):
         assert options(read(tmp_path, f"[a]\n{line}").models["a"]) == words, line
 
 
-def test_unknown_options_pass_as_written_with_their_values(tmp_path):
-    model = read(tmp_path, "[a]\nmodel = x\nnew_one = on\njinja = off").models["a"]
-    words = ["--jinja", "off", "--model", "x", "--new-one", "on"]
-    assert options(model, llmswap.UNKNOWN_OPTIONS) == words
+@pytest.mark.parametrize(
+    "text, argv, words",
+    [
+        ("~/s --m ~/m --x=~/y '~z'", ["/h/s", "--m", "/h/m", "--x=~/y", "~z"], ""),
+        ("A=1 B='x y' s", ["env", "A=1", "B=x y", "s"], ""),
+        ("sh -c 'cd /x && $A | b; > c'", ["sh", "-c", "cd /x && $A | b; > c"], ""),
+        ("s a && b", ["s", "a", "&&", "b"], "&&"),
+        ("s 2>&1 | tee x # y", ["s", "2>&1", "|", "tee", "x", "#", "y"], "2>&1 | #"),
+        ("cd /x; s $HOME", ["cd", "/x;", "s", "$HOME"], "cd /x; $HOME"),
+        ("s --json '{\"a\": 1}' --re .*=CPU a&b", ["s", "--json", '{"a": 1}', "--re",
+                                                  ".*=CPU", "a&b"], ""),
+    ],
+)
+def test_habits_of_a_shell_work_or_are_warned_of(
+    tmp_path, monkeypatch, text, argv, words
+):
+    monkeypatch.setenv("HOME", "/h")
+    for key in ("cmd", "cmd-stop"):
+        other = "cmd = s\n" if key == "cmd-stop" else ""
+        config = read(tmp_path, f"[a]\nproxy = http://x:1\n{other}{key} = {text}")
+        model = config.models["a"]
+        command = model.command(None, 1) if key == "cmd" else model.stop_command(1, 2)
+        assert command == argv
+        assert len(config.warnings) == bool(words)
+        assert all(f"understands {words}, " in each for each in config.warnings)
 
 
-def test_star_is_below_every_section_wherever_it_stands(tmp_path):
-    text = "[a]\nctx-size = 1\n[*]\nc = 2\nkeep = 3\nno-jinja = on\n[b]\njinja = on"
-    a, b = read(tmp_path, text).models.values()
-    assert options(a) == ["--no-jinja", "--keep", "3", "--ctx-size", "1"]
-    assert options(b) == ["--jinja", "--keep", "3", "--ctx-size", "2"]
-
-
-def test_host_port_and_alias_are_set_where_the_router_sets_them(tmp_path):
-    config = read(tmp_path, "[q:8b]\nhost = 0.0.0.0\nm = x\nembedding = on")
-    for port in (7, "${PORT}"):
-        assert config.models["q:8b"].command(OPTIONS, port) == [
-            "llama-server", "--embeddings", "--host", "127.0.0.1", "--port", str(port),
-            "--alias", "q:8b", "--model", "x"]
+def test_a_tilde_in_an_option_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    config = read(tmp_path, "[a]\nmodel = ~/x.gguf\nmmproj = a~b")
+    command = config.models["a"].command(OPTIONS, 1)
+    assert {"/h/x.gguf", "a~b"} <= set(command)
 
 
 @pytest.mark.parametrize("line, reason", [
@@ -1261,31 +1428,6 @@ def test_an_unknown_option_is_named_with_its_place(tmp_path, line, reason):
 
 
 # ---- Models ----------------------------------------------------------------------
-
-
-def test_a_models_kind_is_decided_by_its_own_section(tmp_path):
-    config = read(tmp_path, """
-        [*]
-        m = default.gguf
-        [a]
-        [b]
-        cmd = serve ${PORT}
-        [c]
-        unit  = c.service
-        proxy = http://h:1
-        [d]
-        proxy = http://h:1
-        [e]
-        uses = A
-        [f]
-        proxy = http://127.0.0.1:${PORT}/prefix
-        """)
-    kinds = {model.name: model.kind for model in config.models.values()}
-    assert kinds == {"a": "llama-server", "b": "cmd", "c": "unit", "d": "remote",
-                     "e": "uses", "f": "llama-server"}
-    assert [model.problem for model in config.models.values()] == [None] * 6
-    assert [config.models[name].backend for name in "abe"] == ["a", "b", "a"]
-    assert config.models["c"].command(None, 1) == []
 
 
 @pytest.mark.parametrize("section, reason", [
@@ -1342,118 +1484,6 @@ def test_a_source_may_be_spelled_in_many_ways(tmp_path, line):
         assert read(tmp_path, text).models["a"].problem is None
 
 
-@pytest.mark.parametrize("line, warning", [
-    ("stop-timeout = soon", "'soon' is not a duration such as 15m; taken as 10"),
-    ("stop-timeout =", "'' is not a duration such as 15m; taken as 10"),
-    ("load-on-startup = maybe", "'maybe' is not on or off; taken as off"),
-])
-def test_values_that_llama_cpp_forgives_are_forgiven(tmp_path, line, warning):
-    config = read(tmp_path, f"[a]\nm = x\n{line}")
-    assert config.models["a"].problem is None
-    assert config.warnings == (f"m.ini:3: [a] {line.split()[0]}: {warning}",)
-    assert config.models["a"].settings.stop_timeout == 10
-    assert not config.models["a"].settings.load_on_startup
-
-
-def test_own_keys_of_star_hold_for_all_and_options_for_llama_servers(tmp_path):
-    text = """
-        [*]
-        idle-timeout = 5m
-        ngl = 9
-        env.A = 1
-        env.B = 2
-        pin = perhaps
-        needs = vram 8G
-        [a]
-        cmd = serve ${PORT}
-        env.B = 3
-        [b]
-        m = x
-        idle-timeout = 1
-        pin = off
-        [c]
-        uses = b
-        [llmswap]
-        budget = vram 8G
-        """
-    a, b, c = read(tmp_path, text).models.values()
-    assert a.settings.idle_timeout == 300 and b.settings.idle_timeout == 1
-    assert a.env == {"A": "1", "B": "3"}
-    assert b.env == {"A": "1", "B": "2"}
-    assert a.problem.startswith("m.ini:7: [*] pin: 'perhaps'") and a.options == ()
-    assert b.problem is c.problem is None and c.settings.needs == {}
-
-
-LAUNCHED = "[*]\nngl = 1\nc = 7\n[a]\nm = x\nc = 2\nidle-timeout = 5\nenv.A = 1\n"
-
-
-@pytest.mark.parametrize("old, new, is_same", [
-    *[(LAUNCHED, LAUNCHED + line, True) for line in (
-        "alias = b", "idle-timeout = 9", "set-params = {\"a\": 1}", "pin = on",
-        "description = ${MODEL_ID}", "proxy-key = x", "cmd-stop = x ${PID}")],
-    (LAUNCHED, "\n\n" + LAUNCHED.replace("c = 7", "c = 8"), True),
-    *[(LAUNCHED, LAUNCHED + line, False) for line in (
-        "c = 3", "env.A = 2", "extra-args = -x", "cwd = /", "keep = 1",
-        "llama-server = /x", "oom-score-adj = 0", "env.B = 1")],
-    (LAUNCHED, LAUNCHED.replace("ngl = 1", "ngl = 2"), False),
-    *[(f"[macros]\nx = 1\n[a]\n{line}", f"[macros]\nx = {x}\n[a]\n{line}", x == 1)
-      for line in ("cmd = serve ${PORT} ${x}", "m = ${x}") for x in (1, 2)],
-    # the first macro makes $ special in options
-    *[(f"[a]\nm = {text}", f"[macros]\ny = 1\n[a]\nm = {text}", is_same)
-      for text, is_same in (("x", True), ("${MODEL_ID}", False), ("$${x}", False))],
-])
-def test_a_reload_spares_a_backend_unless_its_launch_changes(
-    tmp_path, old, new, is_same
-):
-    launches = [read(tmp_path, text).models["a"].launch for text in (old, new)]
-    assert (launches[0] == launches[1]) is is_same
-
-
-# ---- Names -----------------------------------------------------------------------
-
-
-def test_models_are_found_by_every_name(tmp_path):
-    config = read(tmp_path, "[qwen3:8b]\nm = x\nalias = coder, GPT-4\n[Coder]\nm = y")
-    for name in ("qwen3:8b", "qwen3:8B", "coder", "GPT-4", "gpt-4", " QWEN3:8B "):
-        assert config.resolve(name).name == "qwen3:8b"
-    assert config.resolve("Coder").name == "Coder"
-    assert config.models["qwen3:8b"].aliases == ("coder", "GPT-4")
-
-
-@pytest.mark.parametrize("text, name, message", [
-    ("[coder]\nm=x\n[embed]\nm=x\n[zzy]\nm=x\nunlisted = on", "codr",
-     "there is no model 'codr'; did you mean coder? there are coder, embed"),
-    ("[coder]\nm=x\n[embed]\nm=x\n[zzy]\nm=x\nunlisted = on", "zzz",
-     "there is no model 'zzz'; there are coder, embed"),
-    ("[a]\nm = x\nalias = gpt-4o-mini", "gpt-4-mini",
-     "there is no model 'gpt-4-mini'; did you mean gpt-4o-mini? there are a"),
-])
-def test_an_unknown_name_is_answered_with_near_ones(tmp_path, text, name, message):
-    with pytest.raises(ModelNotFound) as caught:
-        read(tmp_path, text).resolve(name)
-    assert str(caught.value) == message
-
-
-@pytest.mark.parametrize("text, owners, warnings", [
-    ("[a]\nm = x\nalias = b, c, a\n[b]\nm = x\nalias = c, d",
-     {"a": "a", "b": "b", "c": "a", "d": "b"},
-     ["m.ini:1: [a]: the alias 'b' already means [b]",
-      "m.ini:4: [b]: the alias 'c' already means [a]"]),
-    ("[m:q4]\nm = x\n[m:Q4]\nm = x\n[n:a-q]\nm = x\n[n:b-q]\nm = x\n",
-     {"m:Q4": "m:q4", "n:Q": "n:b-q", "n:a-q": "n:a-q"},
-     ["m.ini:3: [m:Q4]: replaced by [m:q4], the same to llama.cpp",
-      "m.ini:5: [n:a-q]: llama.cpp's name 'n:Q' already means [n:b-q]"]),
-    ("version = 1\nm = x\n[a]\nm = y", {"default": "default", "a": "a"},
-     ["m.ini:2: keys before the first section make a model 'default'; keys for all "
-      "models belong into [*]"]),
-    ("version = 1\n[default]\n[a]\nm = x", {"a": "a", "default": None}, []),
-])
-def test_the_first_owner_keeps_a_name(tmp_path, text, owners, warnings):
-    config = read(tmp_path, text)
-    assert {name: config.find(name) for name in owners} == owners
-    assert list(config.warnings) == warnings
-
-
 @pytest.mark.parametrize("text, warning", [
     ("[a]\nm = /a#b", "m.ini:2: [a] m: a comment begins at '#', as in llama.cpp; "
                       "the value is '/a'"),
@@ -1476,87 +1506,18 @@ def test_surprises_are_warned_of_once(tmp_path, text, warning):
     assert len(found) == 1 and found[0].startswith("m.ini:")
 
 
-def test_an_ordinary_file_gives_no_warning(tmp_path):
-    config = read(tmp_path, """
-        version = 1
-        [llmswap]          ; the proxy
-        listen = 127.0.0.1:8080
-        [*]
-        ngl = 99           ; all
-        models-max = 2
-        [a:Q8_0]           # a model
-        model = /m/a.gguf  # its file
-        jinja = on
-        fa = auto
-        """)
-    assert [*config.warnings, *config.pitfalls(lambda model: OPTIONS)] == []
-
-
-# ---- The proxy -------------------------------------------------------------------
-
-
-def test_a_file_that_cannot_be_read_is_a_config_error(tmp_path):
-    with pytest.raises(ConfigError, match="No such file"):
-        llmswap.load_config(tmp_path / "none.ini")
-
-
-def models_max(config):
-    return config.settings.models_max
-
-
-def default_model(config):
-    return config.default_model() and config.default_model().name
-
-
-def per_model(attribute):
-    return lambda config: [
-        getattr(model.settings, attribute) for model in config.models.values()
-    ]
-
-
-@pytest.mark.parametrize("get, text, value", [
-    (models_max, "", 1),
-    (models_max, "[llmswap]\nmodels-max = 3", 3),
-    (models_max, "[*]\nmodels-max = 3", 3),
-    (models_max, "[*]\nLLAMA_ARG_MODELS_MAX = 3", 3),
-    (models_max, "[*]\nmodels-max = x", 1),
-    (models_max, "[*]\nmodels-max = 3\n[llmswap]\nmodels-max = 2", 2),
-    (models_max, "[llmswap]\nbudget = vram 1G", 0),
-    (models_max, "[llmswap]\nsets = a\n[a]\nm = x", 0),
-    (models_max, "[llmswap]\nsets = a\nmodels-max = 1\n[a]\nm = x", 1),
-    (default_model, "", None),
-    (default_model, "[a]\nm = x", "a"),
-    (default_model, "[a]\nm = x\n[b]\nm = x", None),
-    (default_model, "[llmswap]\ndefault-model = B\n[a]\nm=x\n[c]\nm=x\nalias = b",
-     "c"),
-    (per_model("hang_timeout"), "[a]\ncmd = x ${PORT}\n[b]\nm = x", [0, 60]),
-    (per_model("hang_timeout"), "[*]\nhang-timeout = 5\n[a]\ncmd = x ${PORT}", [5]),
-    (per_model("llama_server"), "[llmswap]\nllama-server = /one\n[a]\nm = x",
-     ["/one"]),
-    (per_model("llama_server"), "[llmswap]\nllama-server = /one\n[a]\nm = x\n"
-     "[*]\nllama-server = /two\n[b]\nm = x\nllama-server = /3", ["/two", "/3"]),
-    (lambda config: config.settings.sets,
-     "[llmswap]\nsets = coder + E, a+b\n[c,1]\nm = x\nalias = coder\n[e]\nm = x\n"
-     "[f]\nuses = e\nalias = a\n[b]\nm = x\n", ({"c,1", "e"}, {"e", "b"})),
+@pytest.mark.parametrize("text, name, message", [
+    ("[coder]\nm=x\n[embed]\nm=x\n[zzy]\nm=x\nunlisted = on", "codr",
+     "there is no model 'codr'; did you mean coder? there are coder, embed"),
+    ("[coder]\nm=x\n[embed]\nm=x\n[zzy]\nm=x\nunlisted = on", "zzz",
+     "there is no model 'zzz'; there are coder, embed"),
+    ("[a]\nm = x\nalias = gpt-4o-mini", "gpt-4-mini",
+     "there is no model 'gpt-4-mini'; did you mean gpt-4o-mini? there are a"),
 ])
-def test_settings_have_their_value_wherever_it_comes_from(tmp_path, get, text, value):
-    assert get(read(tmp_path, text)) == value
-
-
-def test_the_command_line_overrules_the_file(tmp_path):
-    text = "[llmswap]\nlisten = 127.0.0.1:1\nbudget = vram 1G\n"
-    assert models_max(read(tmp_path, text, models_max=2)) == 2
-    assert models_max(read(tmp_path, f"{text}models-max = 3", models_max="0")) == 0
-    assert read(tmp_path, text, listen="[::1]:2").settings.listen == (("::1", 2),)
-    with pytest.raises(ConfigError, match="^--listen: 'x'"):
-        read(tmp_path, text, listen="x")
-
-
-def test_keys_come_from_the_file_its_key_file_and_the_environment(tmp_path):
-    (tmp_path / "keys").write_text("# mine\nthree\n\n one \n")
-    config = read(tmp_path, "[llmswap]\napi-key = one, t;w #o\napi-key-file = keys",
-                  {"LLMSWAP_API_KEY": "four"})
-    assert config.api_keys == ("one", "t;w #o", "four", "three")
+def test_an_unknown_name_is_answered_with_near_ones(tmp_path, text, name, message):
+    with pytest.raises(ModelNotFound) as caught:
+        read(tmp_path, text).resolve(name)
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("limits, a, b, misfit", [
@@ -1583,6 +1544,33 @@ def test_a_model_must_fit_beside_all_that_are_pinned(tmp_path, limits, a, b, mis
     else:
         assert misfit in config.models["b"].problem
         assert config.models["b"].problem in config.models["u"].problem
+
+
+LAUNCHED = "[*]\nngl = 1\nc = 7\n[a]\nm = x\nc = 2\nidle-timeout = 5\nenv.A = 1\n"
+
+
+@pytest.mark.parametrize("old, new, is_same", [
+    *[(LAUNCHED, LAUNCHED + line, True) for line in (
+        "alias = b", "idle-timeout = 9", "set-params = {\"a\": 1}", "pin = on",
+        "description = ${MODEL_ID}", "proxy-key = x", "cmd-stop = x ${PID}")],
+    (LAUNCHED, "\n\n" + LAUNCHED.replace("c = 7", "c = 8"), True),
+    *[(LAUNCHED, LAUNCHED + line, False) for line in (
+        "c = 3", "env.A = 2", "extra-args = -x", "cwd = /", "keep = 1",
+        "llama-server = /x", "oom-score-adj = 0", "env.B = 1")],
+    (LAUNCHED, LAUNCHED.replace("ngl = 1", "ngl = 2"), False),
+    ("[*]\nc = 1\n[a]\nm = x\nctx-size = 2", "[*]\nctx-size = 2\n[a]\nm = x\nc = 1",
+     False),
+    *[(f"[macros]\nx = 1\n[a]\n{line}", f"[macros]\nx = {x}\n[a]\n{line}", x == 1)
+      for line in ("cmd = serve ${PORT} ${x}", "m = ${x}") for x in (1, 2)],
+    # the first macro makes $ special in options
+    *[(f"[a]\nm = {text}", f"[macros]\ny = 1\n[a]\nm = {text}", is_same)
+      for text, is_same in (("x", True), ("${MODEL_ID}", False), ("$${x}", False))],
+])
+def test_a_reload_spares_a_backend_unless_its_launch_changes(
+    tmp_path, old, new, is_same
+):
+    launches = [read(tmp_path, text).models["a"].launch for text in (old, new)]
+    assert (launches[0] == launches[1]) is is_same
 
 
 # ---- models-dir ------------------------------------------------------------------
@@ -1725,7 +1713,8 @@ def test_every_argv_is_that_of_llama_servers_router(tmp_path, seed):
     ours = {name: config.resolve(name) for name in theirs}
     assert len({model.name for model in ours.values()}) == len(theirs)
     for name, model in ours.items():
-        assert options(model, table) == without_router_options(theirs[name])
+        expected = map(os.path.expanduser, without_router_options(theirs[name]))
+        assert options(model, table) == list(expected)
 
 
 @pytest.mark.skipif(not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server")
@@ -3493,6 +3482,7 @@ class WatchedBackend:
         self.backend = llmswap.ProcessBackend(model, guard, settle_timeout)
         self.news = queue.SimpleQueue()
         self.backend.on_loaded = lambda _: self.news.put(("loaded", None))
+        self.backend.on_described = lambda *_: None
         self.backend.on_dying = lambda _: None
         self.backend.on_exited = lambda _, problem: self.news.put(("exited", problem))
         self.backend.on_line = lambda _: None
@@ -5191,35 +5181,16 @@ def test_a_reload_sets_the_log_level_unless_verbose_does(args):
         assert ("b: loading" in server.log()) == bool(args)
 
 
-def test_a_storm_of_reloads_harms_no_request():
-    with Llmswap(RELOADS.format(changed="m")) as server:
-        storm_ends = threading.Event()
-
-        def storm():
-            for number in range(40):
-                server.reload(RELOADS.format(changed=f"m{number}"))
-                storm_ends.wait(0.01)
-            storm_ends.set()
-
-        thread = threading.Thread(target=storm)
-        thread.start()
-        stream = server.stream("kept", tokens=30, interval=0.02)
-        while not storm_ends.is_set():
-            assert server.chat("changed").status == 200
-        thread.join()
-        assert "word29" in stream.text()
-        eventually(lambda: "m39" in server.chat("changed").content())
-        eventually(lambda: not zombies_of(server.pid))
-
-
 # ---- how it is started
 
 
 @contextmanager
 def running(command, address, **options):
-    """The process of llmswap that this command starts, once it answers there; it must
-    end with status 0 at a SIGTERM, and without a traceback if its stderr is a pipe."""
-    with subprocess.Popen(command, **options) as process:
+    """The process of llmswap (or what this command starts), once it answers there; it
+    must end with status 0 at a SIGTERM, without a traceback if its stderr is a pipe."""
+    is_command = isinstance(command, list)
+    process = subprocess.Popen(command, **options) if is_command else command
+    with process:
         try:
             eventually(lambda: llmswap.is_llmswap(address))
             yield process
@@ -5313,18 +5284,14 @@ def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
             assert text.format(shown) + "\n" in done.stderr
 
 
-def test_output_that_cannot_be_written_is_an_error(tmp_path):
-    (tmp_path / "m.ini").write_text("[m]\ncmd = true ${PORT}\n")
-    check = [sys.executable, LLMSWAP, str(tmp_path / "m.ini"), "--check"]
+def test_output_that_cannot_be_written_is_an_error():
     with open("/dev/full", "w") as full:
-        done = subprocess.run(check, stdout=full, stderr=subprocess.DEVNULL)
+        keys = [sys.executable, LLMSWAP, "--keys"]
+        done = subprocess.run(keys, stdout=full, stderr=subprocess.DEVNULL)
     assert done.returncode == 1
 
 
-@pytest.mark.parametrize("most", [1, 0])
-def test_a_connection_without_a_thread_is_refused_and_the_listener_lives(
-    monkeypatch, most
-):
+def test_a_connection_without_a_thread_is_refused(monkeypatch):
     def start(_):
         raise RuntimeError("can't start new thread")
 
@@ -5332,11 +5299,11 @@ def test_a_connection_without_a_thread_is_refused_and_the_listener_lives(
     with socket.create_server(("127.0.0.1", 0)) as sock:
         pool = llmswap.Pool(no_models(), lambda *_: None)
         server = llmswap.Server([sock], pool, lambda *line: log.append(line), None)
-        server.most_connections = most
         with Client(sock.getsockname()[1]) as client:
             with monkeypatch.context() as patch:
                 patch.setattr(threading.Thread, "start", start)
-                server._listeners[0]._handle_request_noblock()
+                server.socket = sock
+                server._handle_request_noblock()
             answer = client.answer()
         assert server.inactive_since() is not None
     assert answer.status == 503 and "new thread" in answer.message()
@@ -7383,7 +7350,10 @@ def test_a_request_is_sent_once_more_if_the_backend_died_over_it(
 ):
     assert hospital.chat(victim).status == 200  # so that a kept connection is used
     answer = hospital.chat(victim, die="before-byte", **wish)
-    assert (answer.status, answer.json()["error"]["code"]) == (502, "backend_died")
+    assert answer.status == 502 or (answer.status, "stream" in wish) == (200, True)
+    assert b'"code":"backend_died"' in answer.body
+    assert f"{victim} ended by itself: exited with status 9".encode() in answer.body
+    assert b"model loaded" in answer.body  # of its last lines
     assert chats_seen(hospital, victim) == 3
     assert len(hospital.journal("main", victim)) == 2
     assert hospital.chat(victim).status == 200
@@ -7725,7 +7695,7 @@ def test_models_are_listed_as_openai_and_llama_cpp_do_and_none_is_loaded(swap):
     assert "hidden" not in entries
     entry = entries["b"]
     assert entry["object"] == "model" and isinstance(entry["created"], int)
-    assert entry["aliases"] == ["org/b", "b with blank", "b%41"]
+    assert entry["aliases"] == ["b with blank", "b%41", "org/b"]
     assert entry["status"]["value"] in ("loaded", "unloaded")
     assert isinstance(entry["status"]["args"], list) and "meta" in entry
     for name in ("b", "org/b", "org%2Fb", "b%20with%20blank", "b%2541"):
@@ -7786,6 +7756,110 @@ def test_events_tell_of_loads_and_unloads(swap):
     assert seen[0] == {"model": "b", "event": "model_status", "data": loading}
     assert seen[1]["data"]["status"] == "loaded"
     assert {each["model"] for each in seen} == {"b"}
+
+
+@pytest.mark.parametrize(
+    "method, path",
+    [
+        ("POST", "/v1/chat/completions?autoload=false"),
+        ("GET", "/v1/x?model=hidden&autoload=0"),
+        ("DELETE", "/v1/x?model=hidden&autoload=no"),
+    ],
+)
+def test_nothing_is_loaded_against_a_clients_will(swap, method, path):
+    body = {"model": "hidden"} if method == "POST" else None
+    answer = swap.ask(method, path, body, {})
+    assert (answer.status, answer.message()) == (400, "model is not loaded")
+    status = swap.get("/v1/models/hidden").json()["status"]
+    assert status["value"] == "unloaded"
+
+
+def test_without_autoload_models_are_loaded_by_hand():
+    with Llmswap("[llmswap]\nmodels-autoload = off\n[a]\ncmd = FAKE") as server:
+        assert server.get("/props").json()["models_autoload"] is False
+        answer = server.chat("a")
+        assert (answer.status, answer.message()) == (400, "model is not loaded")
+        assert server.get("/upstream/a/").status == 409
+        server.post("/models/load", {"model": "a"})
+        eventually(lambda: server.states()["a"] == "loaded")
+        assert server.chat("a").status == 200
+        server.post("/models/unload", {"model": "a"})
+        eventually(lambda: server.states()["a"] == "unloaded")
+        wish = {"model": "a", "messages": []}
+        answer = server.post("/v1/chat/completions?autoload=true", wish)
+        assert answer.status == 200
+
+
+def test_of_a_models_own_server_only_the_page_loads_it(swap):
+    eventually(lambda: swap.states()["b"] == "unloaded")
+    for path in ("props", "slots", "metrics", "health", "v1/models", "x.js", "ws"):
+        answer = swap.get(f"/upstream/b/{path}")
+        assert answer.status == 409 and "only the page itself" in answer.message()
+        assert answer.json()["error"]["code"] == "model_not_loaded"
+    assert swap.states()["b"] == "unloaded"
+    assert swap.get("/upstream/b/").status == 200
+    assert swap.get("/upstream/b/x.js").status == 200
+    swap.post("/models/unload", {"model": "b"})
+
+
+def test_what_the_router_answers_without_its_features(swap):
+    assert swap.post("/v1/streams/lookup", {"conv_ids": ["x"]}).json() == []
+    for path in ("/tools", "/cors-proxy"):
+        for answer in (swap.get(path), swap.post(path, {})):
+            assert answer.status == 403
+            assert answer.json()["error"]["type"] == "feature_disabled"
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/props", "/running", "/logs"])
+def test_a_trailing_slash_makes_no_other_path(swap, path):
+    answer, other = swap.get(path), swap.get(f"{path}/?x=y")
+    assert answer.status == other.status == 200
+    assert answer.headers["server"] == "llmswap (llama.cpp)"
+    assert swap.get("/v1/models/b/").json()["id"] == "b"
+
+
+@pytest.mark.parametrize(
+    "path, words",
+    [
+        ("/v1/v1/chat/completions", "/v1 twice"),
+        ("/v1/v1/models", "/v1 twice"),
+        ("/api/tags", "OpenAI-compatible"),
+        ("/api/chat", "OpenAI-compatible"),
+        ("/api/version/", "OpenAI-compatible"),
+    ],
+)
+def test_clients_with_a_wrong_base_url_learn_the_right_one(swap, path, words):
+    for answer in (swap.get(path), swap.post(path, {"model": "a"})):
+        assert answer.status == 404 and words in answer.message()
+        assert "http://127.0.0.1/v1" in answer.message()  # as the Host it was sent
+
+
+def test_a_client_that_speaks_tls_is_told_to_use_http(swap):
+    hello = ssl.create_default_context()
+    for _ in range(2):
+        with pytest.raises(ssl.SSLError):
+            with socket.create_connection(("127.0.0.1", swap.port)) as sock:
+                hello.wrap_socket(sock, server_hostname="localhost")
+    with socket.create_connection(("127.0.0.1", swap.port)) as sock:
+        sock.sendall(b"\x16\x03\x01\x02\x00\x01")
+        answer, _ = everything(sock)
+    assert answer.startswith(b"HTTP/1.1 400 ") and b"use http://" in answer
+    eventually(lambda: "speaks TLS" in swap.log())
+    assert swap.log().count("speaks TLS") == 1
+
+
+def test_a_start_that_is_bound_to_fail_is_known_before(tmp_path):
+    text = "[gone]\ncmd = /no/such/program --port ${PORT}\n[fine]\ncmd = FAKE"
+    with Llmswap(text) as server:
+        status = server.get("/v1/models/gone").json()["status"]
+        assert status["failed"] and status["exit_code"] == 1
+        assert status["error"] == "/no/such/program does not exist"
+        assert "failed" not in server.get("/v1/models/fine").json()["status"]
+        accept = {"Accept": "text/event-stream"}
+        with Stream(server.port, "/", headers=accept) as stream:
+            models = {each["id"]: each for each in next(stream.documents())["models"]}
+        assert "does not exist" in models["gone"]["failure"]
+        assert not models["fine"]["failure"]
 
 
 def test_questions_about_one_model_never_load_it(swap):
@@ -7853,15 +7927,16 @@ def test_logs_are_followed_with_and_without_history(swap):
 
 
 def test_under_upstream_a_models_own_server_is_reached(swap):
-    for path, seen in {
-        "a/x?y=z": "/x?y=z",
-        "org/b/x": "/x",
-        "org%2Fb/x/y%2Fz%20%25": "/x/y%2Fz%20%25",
-        "b%20with%20blank/": "/",
-        "b%2541/%C3%A4?q=%26": "/%C3%A4?q=%26",
-        "shared//x": "//x",
-    }.items():
-        assert swap.get(f"/upstream/{path}").json()["path"] == seen
+    for name, path, seen in (
+        ("a", "x?y=z", "/x?y=z"),
+        ("org/b", "x", "/x"),
+        ("org%2Fb", "x/y%2Fz%20%25", "/x/y%2Fz%20%25"),
+        ("b%20with%20blank", "", "/"),
+        ("b%2541", "%C3%A4?q=%26", "/%C3%A4?q=%26"),
+        ("shared", "/x", "//x"),
+    ):
+        assert swap.get(f"/upstream/{name}/").json()["path"] == "/"  # loads it
+        assert swap.get(f"/upstream/{name}/{path}").json()["path"] == seen
     assert swap.post("/upstream/a/x", "no json").json()["body"] == "no json"
     data, kind = multipart(("file", LARGE))  # of unknown meaning: streamed
     answer = swap.post("/upstream/a/x", data, {"Content-Type": kind})
@@ -8157,7 +8232,7 @@ def test_our_own_page_and_programs_may_load_by_get(swap):
         {"User-Agent": "curl/8.0"},
         {},
     ):
-        assert swap.get("/upstream/hidden/x", page).status == 200
+        assert swap.get("/upstream/hidden/", page).status == 200
         swap.post("/api/models/unload/hidden")
 
 
@@ -8236,7 +8311,7 @@ def test_no_key_is_ever_logged_shown_or_passed_on(tmp_path):
             assert server.post("/v1/x", {"model": "far"}, fields).status == 200
             wrong = {name: f"{value}-wrong" for name, value in fields.items()}
             assert server.post("/v1/x?key=K-wrong", {"model": "a"}, wrong).status == 401
-        assert server.get("/upstream/a/x", forms[0]).status == 200
+        assert server.get("/upstream/a/", forms[0]).status == 200
         for place, shown in shown_by(server, forms[0]):
             shown = shown.replace("/upstream/a/stats", "").replace(str(tmp_path), "")
             if place == "/upstream/a/stats":  # the server knows its own options
@@ -8337,7 +8412,7 @@ def liar():
     """llmswap before a backend that answers as a test wishes; `b` has a path there."""
     backend = FuzzBackend()
     url = f"http://127.0.0.1:{backend.port}"
-    text = f"[a]\nproxy = {url}\n[b]\nproxy = {url}/own\n"
+    text = f"[llmswap]\nmax-body = 16M\n[a]\nproxy = {url}\n[b]\nproxy = {url}/own\n"
     with hasty(text) as running:
         running.backend, running.text = backend, text
         assert running.get("/upstream/a/").status == 200
@@ -8403,7 +8478,7 @@ def test_unusual_requests_are_understood(liar):
 
 def answer_of(liar, answer, method="GET", fields=()):
     """The answer that a client gets when the backend sends these bytes."""
-    target = f"/{random.randrange(10**12)}"
+    target = f"/{random.randrange(10**12)}?autoload=true"
     liar.backend.wishes[target] = [answer], False
     return liar.ask(method, f"/upstream/a{target}", None, fields)
 
@@ -8474,13 +8549,54 @@ def test_unusual_but_valid_answers_are_passed_on(liar, answer, status, body):
     assert (got.status, got.body) == (status, body)
 
 
-def test_compressed_bodies_pass_unchanged_both_ways(liar):
-    data = zlib.compress(b'{"model":"nobody"}' * 100)
-    fields = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+def deflated(data):
+    coder = zlib.compressobj(wbits=-15)
+    return coder.compress(data) + coder.flush()
+
+
+@pytest.mark.parametrize(
+    "coding, encode",
+    [
+        ("gzip", gzip.compress),
+        ("GZIP", lambda data: gzip.compress(data[:9]) + gzip.compress(data[9:])),
+        ("deflate", zlib.compress),
+        ("deflate", deflated),
+        ("identity", bytes),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/upstream/a/x"])
+def test_encoded_bodies_are_decoded(liar, path, coding, encode):
+    data = b'{"model": "a", "messages": ["%b"]}' % (b"x" * 100_000)
     list(liar.backend.news())
-    liar.post("/upstream/a/x", data, fields)
+    fields = {"Content-Encoding": coding, "Content-Type": "application/json"}
+    liar.post(path, encode(data), fields)
     (request,) = liar.backend.news()
-    assert request.body == data and request.all("content-encoding") == ["gzip"]
+    assert request.body == data
+    assert request.all("content-encoding") == ["identity"] * (coding == "identity")
+
+
+@pytest.mark.parametrize(
+    "coding, data, status, word",
+    [
+        ("br", b"x", 415, "'br'"),
+        ("gzip, gzip", b"x", 415, "gzip"),
+        ("gzip", gzip.compress(b"{}")[:-9], 400, "too early"),
+        ("gzip", b"{}", 400, "content coding"),
+        ("gzip", gzip.compress(bytes(17 << 20)), 413, "max-body"),
+    ],
+    ids=["unknown", "two", "cut", "none", "large"],
+)
+def test_bad_encoded_bodies_are_refused(liar, coding, data, status, word):
+    list(liar.backend.news())
+    fields = {"Content-Encoding": coding, "Content-Type": "application/json"}
+    answer = liar.post("/v1/chat/completions", data, fields)
+    assert answer.status == status and word in answer.message()
+    assert not list(liar.backend.news())
+
+
+def test_compressed_answers_pass_unchanged(liar):
+    data = zlib.compress(b"x" * 100)
+    list(liar.backend.news())
     head = OK + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(data)
     got = answer_of(liar, head + data, fields={"Accept-Encoding": "gzip"})
     assert got.body == data and got.headers["content-encoding"] == "gzip"
@@ -8517,13 +8633,13 @@ def test_compressed_bodies_pass_unchanged_both_ways(liar):
         ("/upstream/" + "%61" * 20000 + "/", 404, None),
         ("//upstream/a/x", 404, None),
         ("/UPSTREAM/a/x", 404, None),
-        ("/unload/", 404, None),
         ("/./unload", 404, None),
         ("/%75nload", 404, None),
         ("*", 400, None),
     ],
 )
 def test_no_path_leads_to_another_place(liar, path, status, target):
+    assert liar.get("/upstream/b/").status == 200  # loads it
     list(liar.backend.news())
     began = time.monotonic()
     answer = liar.get(path)
@@ -8641,9 +8757,8 @@ def test_beyond_the_limit_of_connections_there_is_a_clear_503():
         before = soak_size(swap.pid)
         clients = crowd(swap, 64, b"")
         for _ in range(3):
-            with swap.connect() as client:  # it is read even by who sends all first
-                eventually(lambda: select.select([client.sock], [], [], 0)[0])
-                answer = client.ask("POST", "/v1/x", "x" * 1_500_000)
+            with swap.connect() as client:
+                answer = client.ask("POST", "/v1/x", "x" * 15_000)
             assert (answer.status, answer.headers["retry-after"]) == (503, "5")
             assert answer.headers["server"] == "llmswap"  # a second start looks for it
             assert "64 connections are open already" in answer.message()
@@ -8668,7 +8783,7 @@ def test_without_descriptors_nothing_spins_and_all_is_well_afterwards():
         busy = cpu_seconds(swap.pid)
         time.sleep(0.5)  # what is measured
         assert cpu_seconds(swap.pid) < busy + 0.1
-        assert swap.log().count("could not be accepted") == 1
+        assert swap.log().count("could not be accepted") <= 2
         resource.prlimit(swap.pid, resource.RLIMIT_NOFILE, limits)
         for client in clients:
             client.hang_up()
@@ -9783,23 +9898,23 @@ def llama_server_with_a_list(folder, delay=0.0):
     return head + "alias = b, c\n"
 
 
-def test_the_meta_of_a_llama_server_is_shown_while_it_is_loaded(tmp_path):
+def test_the_meta_of_a_llama_server_is_shown_once_it_was_loaded(tmp_path):
     with Llmswap(llama_server_with_a_list(tmp_path)) as server:
         assert server.get("/v1/models/a").json()["meta"] == {}
         server.post("/models/load", {"model": "a"})
         eventually(lambda: server.get("/v1/models/a").json()["meta"])
         entry = server.get("/v1/models/a").json()
-        assert entry["meta"] == {"n_ctx": 256} and entry["tags"] == ["x"]
+        assert entry["meta"] == {"n_ctx": 256} and entry["tags"] == []
         assert (entry["id"], entry["aliases"]) == ("a", ["b", "c"])  # ours win
         server.post("/models/unload", {"model": "a"})
         eventually(lambda: server.states()["a"] == "unloaded")
-        assert server.get("/v1/models/a").json()["meta"] == {}
+        assert server.get("/v1/models/a").json()["meta"] == {"n_ctx": 256}
 
 
 def test_a_list_that_does_not_come_holds_up_neither_requests_nor_the_end(tmp_path):
     with Llmswap(llama_server_with_a_list(tmp_path, delay=9)) as server:
         began = time.monotonic()
-        assert server.get("/upstream/a/x").status == 200
+        assert server.get("/upstream/a/").status == 200
         server.post("/models/unload", {"model": "a"})
         eventually(lambda: server.states()["a"] == "unloaded")
         assert time.monotonic() < began + 3
@@ -9874,7 +9989,7 @@ def test_long_loads_slow_requests_and_long_stops_are_logged(tmp_path):
 @pytest.mark.parametrize("is_journal", [False, True])
 def test_log_lines_have_time_or_priority_and_no_control_characters(is_journal):
     code = r"import llmswap; log = llmswap.Log(); log('debug', 'no');"
-    code += r"log('info', 'x'); log('info', 'x');"
+    code += r"log('info', 'x');"
     code += r"log('error', '\x1b[1mone\n\ttwo\x07\u202e\ud800'); log.close()"
     read_end, write_end = os.pipe()
     status = os.fstat(write_end)
@@ -11760,22 +11875,27 @@ for number, fd in enumerate(map(int, sys.argv[1].split(","))):
 os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(number + 1))
 os.execv(sys.argv[2], sys.argv[2:])
 """
-SOCKET_ACTIVATE = shutil.which("systemd-socket-activate")
+
+
+def activated(ini, *sockets, **options):
+    """The process of llmswap to which these sockets are passed as by systemd."""
+    fds = [each.fileno() for each in sockets]
+    words = [sys.executable, "-IS", "-c", PASS_SOCKETS, ",".join(map(str, fds))]
+    words += [sys.executable, "-IS", llmswap_file(), str(ini)]
+    return subprocess.Popen(words, pass_fds=fds, **options)
 
 
 class Activator:
     """systemd as far as a socket unit goes: it owns the listening socket and starts
-    llmswap whenever a connection waits and none runs, by way of
-    systemd-socket-activate if there is one."""
+    llmswap whenever a connection waits and none runs."""
 
-    def __init__(self, text, folder, env=None):
+    def __init__(self, text, folder):
         self.ini = Path(folder) / "test.ini"
         self.ini.write_text(text)
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port = self.listener.getsockname()[1]
         self.starts, self.statuses = 0, []
         self.token = f"{os.getpid()}-{self.port}"
-        self._env = {**os.environ, FAMILY: self.token, **(env or {})}
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._live)
 
@@ -11800,15 +11920,10 @@ class Activator:
                 self._run()
 
     def _run(self):
-        fd = self.listener.fileno()
-        words = ["-IS", "-c", PASS_SOCKETS, str(fd)]
-        words += [SOCKET_ACTIVATE, "--fdname=http"] if SOCKET_ACTIVATE else []
-        words += [sys.executable, "-IS", llmswap_file(), str(self.ini)]
+        env = {**os.environ, FAMILY: self.token}
         self.starts += 1
         with open(self.ini.with_name("stderr"), "ab") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, *words], env=self._env, pass_fds=[fd], stderr=stderr
-            )
+            self.process = activated(self.ini, self.listener, env=env, stderr=stderr)
         while self.process.poll() is None and not self._is_over.is_set():
             time.sleep(0.005)
         if self.process.poll() is None:
@@ -11869,7 +11984,7 @@ def test_exit_idle_time_heeds_no_idle_connection_and_needs_activation(tmp_path):
 
 def test_a_timeout_of_a_month_does_not_overflow():
     program = llmswap.Application(SimpleNamespace(verbose=False), no_models())
-    for seconds in (30 * 86400.0, None):
+    for seconds in (30 * 86400.0, math.inf):
         program._wakeup.send(b"\1")
         assert program._next_signal(seconds) == 1
 
@@ -11905,23 +12020,16 @@ def test_a_descriptor_that_does_not_listen_is_not_used(tmp_path, kind):
     path, address = tmp_path / "x.ini", ("127.0.0.1", free_port())
     path.write_text("[llmswap]\nlisten = %s:%d\n" % address)
     passed = socket.socket(type=kind) if kind else open(path)
-    words = ["-IS", "-c", PASS_SOCKETS, str(passed.fileno())]
-    command = [sys.executable, *words, sys.executable, "-IS", llmswap_file(), str(path)]
-    pipe = dict(stderr=subprocess.PIPE, text=True, pass_fds=[passed.fileno()])
-    with passed, running(command, address, **pipe) as process:
+    process = activated(path, passed, stderr=subprocess.PIPE, text=True)
+    with passed, running(process, address):
         line = process.stderr.readline()
     assert "descriptor 3 from systemd is not a listening stream socket" in line
 
 
-@pytest.mark.parametrize(
-    "count, pid, text",
-    [("1", 1, "without a shell"), ("x", os.getpid(), "no number")],
-    ids=["another process", "no number"],
-)
-def test_sockets_of_another_process_are_not_used(count, pid, text):
-    environ = {"LISTEN_FDS": count, "LISTEN_PID": str(pid), "LISTEN_FDNAMES": "http"}
+def test_sockets_of_another_process_are_not_used():
+    environ = {"LISTEN_FDS": "1", "LISTEN_PID": "1", "LISTEN_FDNAMES": "http"}
     listeners, complaint = llmswap.take_listeners(environ)
-    assert listeners == [] and text in complaint and environ == {}
+    assert listeners == [] and "without a shell" in complaint and environ == {}
 
 
 class Notifications:
@@ -12038,12 +12146,10 @@ def test_units_are_what_systemd_accepts(tmp_path):
         assert text in files["llmswap.service"]
     if not shutil.which("systemd-analyze"):
         pytest.skip("needs systemd-analyze")
-    checked = subprocess.run(
-        ["systemd-analyze", "verify", "--user", *(str(tmp_path / n) for n in files)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
-    )
+    paths = [str(tmp_path / name) for name in files]
+    verify = ["systemd-analyze", "verify", "--user", *paths]
+    env["XDG_RUNTIME_DIR"] = str(tmp_path)
+    checked = subprocess.run(verify, capture_output=True, text=True, env=env)
     assert (checked.returncode, checked.stderr) == (0, "")
 
 
@@ -12075,9 +12181,8 @@ def network_of(path):
     """Until the block ends, this thread and what it starts are in that network."""
     setns = ctypes.CDLL(None, use_errno=True).setns
     with open("/proc/thread-self/ns/net") as ours, open(path) as theirs:
-        assert setns(theirs.fileno(), CLONE_NEWNET) == 0, os.strerror(
-            ctypes.get_errno()
-        )
+        status = setns(theirs.fileno(), CLONE_NEWNET)
+        assert status == 0, os.strerror(ctypes.get_errno())
         try:
             yield
         finally:
@@ -12092,10 +12197,8 @@ class Debian:
 
     def __init__(self, folder):
         self._log = Path(folder, "boot.log")
-        found = [
-            each for each in CONTROL_GROUPS if os.path.exists(f"{each}/cgroup.procs")
-        ]
-        self._group = Path(found[0], f"llmswap-test-{os.getpid()}")
+        roots = [p for p in CONTROL_GROUPS if os.path.exists(f"{p}/cgroup.procs")]
+        self._group = Path(roots[0], f"llmswap-test-{os.getpid()}")
         self._group.mkdir()
         unshare = "unshare --mount --pid --net --cgroup --ipc --uts --fork --kill-child"
         enter = f"echo $$ >{self._group}/cgroup.procs; exec setpriv --pdeathsig KILL {unshare}"
@@ -12118,9 +12221,8 @@ class Debian:
         self.pid = int(self._first()[0])
         self.home = Path(f"/proc/{self.pid}/root/root")
         self.network = f"/proc/{self.pid}/ns/net"
-        return (
-            self("systemctl --user is-active default.target", check=False) == "active"
-        )
+        state = self("systemctl --user is-active default.target", check=False)
+        return state == "active"
 
     def __call__(self, script, check=True):
         """What root's shell there writes while it runs the script, as after a login."""
@@ -12128,12 +12230,8 @@ class Debian:
         login = f"mkdir -p {session}; echo $$ >{session}/cgroup.procs"
         shell = ["nsenter", "-a", "-t", str(self.pid), "bash", "-euo", "pipefail"]
         path = f"/root/.local/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        env = {
-            "PATH": path,
-            "HOME": "/root",
-            "USER": "root",
-            "XDG_RUNTIME_DIR": "/run/user/0",
-        }
+        env = {"PATH": path, "HOME": "/root", "USER": "root"}
+        env["XDG_RUNTIME_DIR"] = "/run/user/0"
         done = subprocess.run(
             [*shell, "-c", f"{login}\n{script}"],
             env=env, cwd="/", timeout=30, stdin=subprocess.DEVNULL,
@@ -12156,19 +12254,17 @@ class Debian:
 
 @pytest.fixture(scope="module")
 def debian(tmp_path_factory):
-    if os.getuid() or not all(
-        map(shutil.which, ("systemctl", "dbus-daemon", "ip", "unshare"))
-    ):
+    programs = "systemctl", "dbus-daemon", "ip", "unshare"
+    if os.getuid() or not all(map(shutil.which, programs)):
         pytest.skip("needs root, systemd, dbus and iproute2")
-    found = Debian(tmp_path_factory.mktemp("debian"))
-    try:
+    machine = Debian(tmp_path_factory.mktemp("debian"))
+    with contextlib.ExitStack() as stack:
+        stack.callback(machine.end)
         try:
-            eventually(found.is_up, 20, 0.1)
+            eventually(machine.is_up, 20, 0.1)
         except (AssertionError, OSError, subprocess.SubprocessError) as error:
             pytest.skip(f"no systemd can be booted here: {error}")
-        yield found
-    finally:
-        found.end()
+        yield machine
 
 
 def recipe(title, kind=""):
@@ -12239,9 +12335,8 @@ def test_a_core_that_is_stuck_is_started_anew_by_a_real_systemd(debian):
     try:
         pid = chat_within(debian, "a").content().split()[1]
         debian("kill -STOP $(systemctl --user show --value -p MainPID llmswap.service)")
-        eventually(
-            lambda: debian.show("NRestarts", "llmswap.service") == "1", every=0.1
-        )
+        restarts = functools.partial(debian.show, "NRestarts", "llmswap.service")
+        eventually(lambda: restarts() == "1", every=0.1)
         assert chat_within(debian, "a").content().split()[1] != pid
         assert debian("pgrep -fc '[f]ake.pyc.*--port'") == "1"
         log = debian("journalctl --user-unit llmswap.service -o cat")
@@ -12255,9 +12350,8 @@ UNIT = "[Service]\nExecStart={}\n"
 
 def test_the_recipe_for_units_as_models_as_written_on_a_real_systemd(debian):
     [text] = recipe("systemd units as models", "ini")
-    assert (
-        "unit  = bge-m3.service\n" in text and "unit  = system:qwen3.service " in text
-    )
+    assert "unit  = bge-m3.service\n" in text
+    assert "unit  = system:qwen3.service " in text
     text += "[broken]\nunit = broken.service\nproxy = http://127.0.0.1:3004\n"
     folders = {"--user": debian.home / ".config/systemd/user",
                "--system": debian.home.parent / "etc/systemd/system"}  # fmt: skip
@@ -12291,13 +12385,9 @@ def test_the_recipe_for_units_as_models_as_written_on_a_real_systemd(debian):
     assert chat_within(debian, "qwen3").status == 200
     answer = chat_within(debian, "broken")
     assert answer.status == 502
-    assert (
-        "broken (broken.service) could not be started: exit-code, status 3"
-        in answer.message()
-    )
-    assert (
-        "exiting due to model loading error 3" in answer.message()
-    )  # the journal has it
+    reason = "broken (broken.service) could not be started: exit-code, status 3"
+    assert reason in answer.message()
+    assert "exiting due to model loading error 3" in answer.message()  # of the journal
     assert chat_within(debian, "bge-m3").status == 200
 
 
@@ -12768,7 +12858,7 @@ def test_contexts_outlive_an_idle_exit(tmp_path):
 with_llama_server = pytest.mark.skipif(
     not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server"
 )
-GGUF_INTEGER, GGUF_FLOAT, GGUF_STRING, GGUF_ARRAY = 4, 6, 8, 9
+GGUF_INTEGER, GGUF_FLOAT, GGUF_FLAG, GGUF_STRING, GGUF_ARRAY = 4, 6, 7, 8, 9
 GGUF_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 )
@@ -12788,6 +12878,8 @@ def gguf_field(name, kind, value):
         body = struct.pack("<IQ", inner, len(items)) + b"".join(map(pack, items))
     elif kind == GGUF_STRING:
         body = gguf_text(value)
+    elif kind == GGUF_FLAG:
+        body = struct.pack("<?", value)
     else:
         body = struct.pack("<f" if kind == GGUF_FLOAT else "<I", value)
     return gguf_text(name) + struct.pack("<I", kind) + body
@@ -13034,6 +13126,175 @@ def test_the_router_of_llama_cpp_lists_the_same_commands(real):
     args = listed["one"]["status"]["args"]
     assert args[0] == LLAMA_SERVER and "--ctx-size" in args and "256" in args
     assert set(listed) == {"one", "two", "broken", "wrong"}
+
+
+def test_a_gguf_header_is_read_up_to_its_tokenizer(tmp_path):
+    path = tmp_path / "x.gguf"
+    fields, _ = gguf_fields(64, 2)
+    fields.insert(3, gguf_field("general.tags", GGUF_ARRAY, (GGUF_STRING, ["a", "b"])))
+    before = b"".join(f for f in fields if b"tokenizer" not in f)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, len(fields)) + before
+    tokenizer = gguf_text("tokenizer.ggml.tokens") + b"anything"
+    path.write_bytes(head + tokenizer)
+    metadata = llmswap.read_gguf(path)
+    assert metadata["llama.context_length"] == 4096
+    assert metadata["general.architecture"] == "llama"
+    for size in range(len(head)):
+        path.write_bytes(head[:size])
+        assert llmswap.read_gguf(path) == {}
+    endless = gguf_text("x") + struct.pack("<IQ", GGUF_STRING, 1 << 62)
+    deep = gguf_text("x") + struct.pack("<IIQ", GGUF_ARRAY, GGUF_ARRAY, 1 << 60)
+    for data in (b"", b"GGML" + head[4:], head[:24] + endless, head[:24] + deep):
+        path.write_bytes(data)
+        assert llmswap.read_gguf(path) == {}
+    os.mkfifo(tmp_path / "pipe")
+    assert llmswap.read_gguf(tmp_path / "pipe") == {}
+    assert llmswap.read_gguf(tmp_path) == llmswap.read_gguf(tmp_path / "none") == {}
+
+
+def test_what_a_model_can_do_is_told_before_it_is_loaded(tmp_path):
+    write_gguf(tmp_path / "one.gguf")
+    text = f"""\
+[llmswap]
+llama-server = {LLAMA_SERVER or "llama-server"}
+[trained]
+model = {tmp_path}/one.gguf
+[served]
+model = {tmp_path}/one.gguf
+ctx-size = 512
+[other]
+cmd = FAKE
+capabilities = embeddings, context 8192, vision
+[shares]
+uses = other
+capabilities = tools
+"""
+    with Llmswap(text) as server:
+        entries = {each["id"]: each for each in server.get("/models").json()["data"]}
+        for name, n_ctx, length in (
+            ("trained", None, 4096), ("served", 512, 512), ("other", 8192, 8192),
+            ("shares", 8192, 8192),
+        ):  # fmt: skip
+            assert entries[name]["meta"].get("n_ctx") == n_ctx
+            assert entries[name]["context_length"] == length
+        assert entries["trained"]["meta"]["n_ctx_train"] == 4096
+        assert entries["trained"]["owned_by"] == "llamacpp"
+        assert entries["trained"]["capabilities"] == ["tools"]
+        assert entries["other"]["capabilities"] == ["vision", "embeddings"]
+        assert entries["shares"]["capabilities"] == ["vision", "tools", "embeddings"]
+        inputs = entries["other"]["architecture"]["input_modalities"]
+        assert inputs == ["text", "image"] and entries["other"]["owned_by"] == "llmswap"
+        assert set(server.states().values()) == {"unloaded"}
+
+
+ROUTER_FILE = """\
+[*]
+ctx-size = 256
+threads = 1
+stop-timeout = 7
+[one]
+model = {folder}/one.gguf
+alias = second, first
+tags = b, a
+no-jinja = 1
+n-gpu-layers = 0
+load-on-startup = no
+[seeing]
+model = {folder}/one.gguf
+mmproj = {folder}/projector.gguf
+ctx-size = 0
+no-kv-offload = off
+[gone]
+model = {folder}/gone.gguf
+"""
+
+
+@contextmanager
+def llama_router(folder):
+    """Yield a client of llama-server in router mode, with the file `models.ini`."""
+    port = free_port()
+    command = [LLAMA_SERVER, "--models-preset", folder / "models.ini"]
+    command += ["--models-max", "1", "--port", str(port), "--host", "127.0.0.1"]
+    environment = {**os.environ, "HOME": str(folder), "LLAMA_CACHE": str(folder / "no")}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+    def is_up():
+        with contextlib.suppress(OSError):
+            return json_at(port, "/health")
+
+    try:
+        eventually(is_up)
+        yield SimpleNamespace(port=port)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def json_at(port, path, body=None):
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data)
+    with urlopen(request, timeout=10) as answer:
+        return json.load(answer)
+
+
+def told_by(port):
+    """Each model's entry without what depends on the machine."""
+    entries = {each["id"]: each for each in json_at(port, "/models")["data"]}
+    for entry in entries.values():
+        del entry["created"]
+        args = entry["status"]["args"]
+        args[args.index("--port") + 1] = args[0] = ""
+        if entry["status"]["value"] == "unloaded":  # we know what cannot start
+            for key in ("failed", "exit_code", "error"):
+                entry["status"].pop(key, None)
+    return entries
+
+
+def loaded_event(port):
+    """Load the model `one`; return the event that says it is loaded."""
+    with Stream(port, "/models/sse") as stream:
+        assert json_at(port, "/models/load", {"model": "one"}) == {"success": True}
+        for event in stream.documents():
+            if event["data"].get("status") == "loaded":
+                event["data"]["info"].pop("created")
+                return event
+
+
+@with_llama_server
+def test_models_are_described_as_by_llama_cpps_router(tmp_path):
+    write_gguf(tmp_path / "one.gguf")
+    projector = gguf_field("clip.has_vision_encoder", GGUF_FLAG, True)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + projector
+    (tmp_path / "projector.gguf").write_bytes(head)
+    text = ROUTER_FILE.format(folder=tmp_path)
+    (tmp_path / "models.ini").write_text(text)
+    (tmp_path / "llama-server").symlink_to(LLAMA_SERVER)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with llama_router(tmp_path) as router, Llmswap(text, env=env) as proxy:
+        ports = router.port, proxy.port
+
+        def compare():
+            theirs, ours = map(told_by, ports)
+            for name, entry in theirs.items():
+                assert {key: ours[name].get(key) for key in entry} == entry
+            return ours
+
+        eventually(lambda: proxy.get("/v1/models/gone").json()["status"]["preset"])
+        assert compare()["seeing"]["architecture"]["input_modalities"] == [
+            "text", "image"]  # fmt: skip
+        theirs, ours = map(loaded_event, ports)
+        assert theirs == ours
+        compare()
+        for port in ports:
+            json_at(port, "/models/unload", {"model": "one"})
+            eventually(lambda p=port: told_by(p)["one"]["status"]["value"] == "unloaded")
+        compare()
+        entry = proxy.get("/v1/models/one").json()
+        assert entry["meta"]["n_vocab"] == 311  # as it was told last
+        status = proxy.get("/v1/models/gone").json()["status"]
+        assert status["failed"] and "does not exist" in status["error"]
 
 
 @with_llama_server
