@@ -3339,17 +3339,6 @@ class Manifest(NamedTuple):
         return sum(slot.size for slot in self.slots.values())
 
 
-class ContextChange(NamedTuple):
-    """What became of a context: `kind` is "saved", "restored", or "used" by the first
-    answer. `seconds`: how long that took; of "used": how long it would have taken to
-    process the tokens again."""
-
-    kind: str
-    tokens: int
-    size: int
-    seconds: float
-
-
 def make_private_folder(path: str):
     """Create a folder and its missing parents, for this user only. Raise OSError."""
     if not os.path.isdir(path):
@@ -3474,8 +3463,10 @@ class ModelContext:
     before its stop, both on the backend's thread.
 
     Neither raises, and each takes at most `limit` seconds, nor longer than it would
-    take to process the prompts again. `report(text)` gets one line if something fails,
-    `on_change(change)` each ContextChange.
+    take to process the prompts again. `report(text)` gets one line if something fails.
+    `on_change(kind, tokens, bytes, seconds)` is told what was "saved" or "restored" and
+    how long that took, and what was "used" by the first answer: then the seconds are
+    those that it would have taken to process the tokens again.
     """
 
     def __init__(self, store: ContextStore, model: Model, report, on_change):
@@ -3598,7 +3589,7 @@ class ModelContext:
         else:
             self._trial, self._store.useless[self._command] = None, 0
             if not self._talks:  # else another conversation may begin like this one
-                self._on_change(ContextChange("used", cached, 0, cached / self._speed))
+                self._on_change("used", cached, 0, cached / self._speed)
         self._talks.add(talk)
 
     def _count_useless(self):
@@ -3710,7 +3701,7 @@ class ModelContext:
     def _tell(self, kind, slots, began):
         seconds = time.monotonic() - began
         tokens, size = sum(slot.tokens for slot in slots), sum(s.size for s in slots)
-        self._on_change(ContextChange(kind, tokens, size, seconds))
+        self._on_change(kind, tokens, size, seconds)
 
     def _ask(self, upstream, deadline, method, target, body=None):
         """Return what the answer's JSON means; it must be a success. Raise OSError."""
@@ -5019,12 +5010,12 @@ class Metrics:
         if newcomer is not None:
             self._newcomers.add(newcomer)
 
-    def count_context(self, model: str, change: ContextChange):
-        """A context was saved, restored or of use."""
-        if change.kind == "used":
-            self.counts["context_seconds", model] += change.seconds
+    def count_context(self, model: str, kind: str, tokens: int, seconds: float):
+        """A context was saved, restored or used: see ModelContext."""
+        if kind == "used":
+            self.counts["context_seconds", model] += seconds
         else:
-            self.counts["context_tokens", model, change.kind] += change.tokens
+            self.counts["context_tokens", model, kind] += tokens
 
     def count_failure(self, model: str, state: str):
         """A model ended in this state without being stopped."""
@@ -5657,18 +5648,14 @@ class Pool:
             took = f" after {seconds:.1f} s"
         self._log(level, f"{backend.model.name}: {state}{took}")
 
-    def _on_context(self, backend, change):
-        name = backend.model.name
+    def _on_context(self, backend, kind, tokens, size, seconds):
+        name, took = backend.model.name, seconds_text(seconds)
         with self._lock:
-            self._meters.count_context(name, change)
+            self._meters.count_context(name, kind, tokens, seconds)
             self._revise()
-        seconds = seconds_text(change.seconds)
-        tokens = f"{change.tokens:,} tokens"
-        if change.kind == "used":
-            text = f"{tokens} of restored context were of use, which saves {seconds}"
-        else:
-            size = f"{change.size / 1e6:,.0f} MB"
-            text = f"{change.kind} {tokens} of context ({size}) in {seconds}"
+        text = f"{kind} {tokens:,} tokens of context ({size / 1e6:,.0f} MB) in {took}"
+        if kind == "used":
+            text = f"used {tokens:,} tokens of its restored context, which saves {took}"
         self._log("info", f"{name}: {text}")
 
     def _on_line(self, name, text):
