@@ -10346,7 +10346,8 @@ def test_recipe_conversations_that_outlive_the_swap(tmp_path):
     head = f"llama-server = {fake_binary(tmp_path)}\nstate-dir = {tmp_path}/state"
     with Llmswap(f"[llmswap]\n{head}\n{text}") as server:
         for prompt, cached in ((3122, 0), (3200, 3122)):
-            usage = server.chat("coder", talk="x", prompt=prompt).json()["usage"]
+            answer = server.chat("coder", talk="x", prompt_tokens=prompt).json()
+            usage = answer["usage"]
             assert usage["prompt_tokens_details"]["cached_tokens"] == cached
             assert server.chat("thinker").status == 200
         log = server.log()
@@ -12568,7 +12569,7 @@ class Keeping(Llmswap):
     def tell(self, talk="x", prompt=3000, model="a", **wish):
         """Go on with a conversation; return how much of its prompt was in the cache."""
         wish["messages"] = [{"role": "user", "content": talk}]
-        answer = self.chat(model, talk=talk, prompt=prompt, **wish)
+        answer = self.chat(model, talk=talk, prompt_tokens=prompt, **wish)
         return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
 
     def swap(self):
@@ -12842,7 +12843,7 @@ def test_a_second_sigterm_ends_a_save_at_once(tmp_path):
 def test_contexts_outlive_an_idle_exit(tmp_path):
     text = Keeping(tmp_path).text.replace("[a]", "[a]\nidle-timeout = 20ms")
     text = text.replace("state-dir", "exit-idle-time = 50ms\nstate-dir")
-    body = chat_body("a", talk="x", prompt=3000)
+    body = chat_body("a", talk="x", prompt_tokens=3000)
     with Activator(text, tmp_path) as systemd:
         for cached in (0, 3000):
             answer = ask(systemd.port, "POST", CHAT, body).json()
@@ -13347,7 +13348,7 @@ The fake model server: python3 test_llmswap.py --port N [FLAG ...]
 A request's JSON body says how it is answered:
   stream, stream_options.include_usage, model, max_tokens    as usual
   tokens N, interval S   how many tokens, and the pause between them
-  slot N, talk NAME, prompt N    a prompt of N tokens, for the conversation in a slot
+  slot N, talk NAME, prompt_tokens N    the size of a conversation's prompt in a slot
   until FILE             no more tokens once that file exists
   delay S                before the first byte
   size BYTES             of the content; tag, stamp: put the tag, the time into it
@@ -14020,13 +14021,14 @@ class FakeServer:
         request.read_body()
         if self.is_asleep:
             return request.reply(fake_error(503, "asleep"), 503)
-        if request.path.startswith("/slots"):
+        if request.path.startswith("/slots") and self.flags.slot_save_path:
             return fake_slots(self, request)
         return FAKE_ROUTES.get(request.path, fake_echo)(self, request)
 
     def process_prompt(self, wish):
         """The tokens of a request's prompt, and how many of them its slot had."""
-        slot, talk, prompt = wish.get("slot", 0), wish.get("talk"), wish.get("prompt", 7)
+        slot, talk = wish.get("slot", 0), wish.get("talk")
+        prompt = wish.get("prompt_tokens", 7)
         before, had = self.slots[slot] or (None, 0)
         self.slots[slot] = talk, prompt
         self.used_slots.add(slot)
@@ -14327,7 +14329,7 @@ def fake_slots(server, request):
         request.connection.hold()
     if fault == "slow":
         time.sleep(0.5)
-    if fault == "fail" or not server.flags.slot_save_path:
+    if fault == "fail":
         return request.reply(fake_error(501, "slots are not supported"), 501)
     if action == "list":
         return request.reply([server.slot_entry(slot) for slot in server.slots])
