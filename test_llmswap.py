@@ -1214,6 +1214,7 @@ MEANINGS = [
     # the first owner keeps a name
     ("[a]\nm = x\nalias = b, c, a\n[b]\nm = x\nalias = c, d", {
         "[*map(config.find, 'abcd')]": ["a", "b", "a", "b"],
+        "(a.aliases, b.aliases)": (("c",), ("d",)),
         "config.warnings": ("m.ini:1: [a]: the alias 'b' already means [b]",
                             "m.ini:4: [b]: the alias 'c' already means [a]"),
     }),
@@ -1231,7 +1232,7 @@ MEANINGS = [
             "m.ini:2: keys before the first section make a model 'default'; keys for "
             "all models belong into [*]",),
     }),
-    ("version = 1\n[default]\n[a]\nm = x",
+    ("version = 1\n[default]\nversion = 1\n[a]\nm = x",
      {"[each.name for each in models]": ["a"], "config.warnings": ()}),
     # an ordinary file gives no warning
     ("""
@@ -12057,6 +12058,33 @@ class Notifications:
             while time.monotonic() < deadline:  # what was on its way
                 self._socket.recv(4096)
         self._socket.settimeout(10)
+
+
+def full_notify_socket(folder):
+    """A socket of systemd that nobody reads, full of messages."""
+    systemd = Notifications(folder)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.connect(systemd.path)
+        sender.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                sender.send(b"STATUS=full")
+    return systemd
+
+
+def test_a_notify_socket_that_nobody_reads_holds_nothing_up(tmp_path, monkeypatch):
+    systemd = full_notify_socket(tmp_path)
+    monkeypatch.setenv("NOTIFY_SOCKET", systemd.path)
+    monkeypatch.setenv("WATCHDOG_USEC", "40000")
+    with Llmswap("[a]\ncmd = FAKE") as server:
+        assert server.chat("a").status == 200
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: "was read again" in server.log())
+        server.process.terminate()
+        assert server.process.wait(timeout=10) == 0
+    with Activator(quick_file(), tmp_path) as activated_again:
+        assert ask(activated_again.port, "GET", "/v1/models").status == 200
+        eventually(lambda: activated_again.statuses == [0])  # idle, it exits
 
 
 def test_systemd_is_notified_of_ready_status_reloading_and_stopping(tmp_path):
