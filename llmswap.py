@@ -3385,7 +3385,8 @@ class ContextStore:
             with open(f"{folder}manifest.json", "rb") as file:
                 manifest = Manifest(**json.load(file))
             slots = {int(n): SavedSlot(*slot) for n, slot in manifest.slots.items()}
-            return manifest._replace(slots=slots, speed=float(manifest.speed))
+            speed, saved_at = float(manifest.speed), float(manifest.saved_at)
+            return manifest._replace(slots=slots, speed=speed, saved_at=saved_at)
         except (AttributeError, OSError, TypeError, ValueError):
             return None
 
@@ -5052,8 +5053,9 @@ class ModelStatus(NamedTuple):
     the start). `progress` of a load goes from 0 to 1, if it is known. `failure` says
     why its last run failed, `stopped` why it was stopped, `unusable` what is wrong with
     it in the file. `shares` names the model whose backend it uses, and whose state it
-    has. `context` are the bytes of its saved contexts, None if it keeps none. `entry`
-    is what its own /v1/models told last.
+    has. `context` are the bytes of its saved contexts, None if it keeps none, and
+    `context_seconds` what they have spared. `entry` is what its own /v1/models told
+    last.
     """
 
     id: str
@@ -5070,6 +5072,7 @@ class ModelStatus(NamedTuple):
     unload_in: Optional[float] = None
     tokens_per_second: Optional[float] = None
     context: Optional[int] = None
+    context_seconds: float = 0.0
     failure: Optional[APIError] = None
     stopped: Optional[str] = None
     pinned: bool = False
@@ -5366,6 +5369,7 @@ class Pool:
             unload_in=None if unload_at == math.inf else max(0.0, unload_at - now),
             tokens_per_second=self._meters.speeds.get(model.backend),
             context=self._contexts.size_of(model.context_dir),
+            context_seconds=self._meters.counts["context_seconds", model.backend],
             failure=scheduled.last_failure,
             stopped=self._meters.reasons.get(model.backend),
             pid=getattr(backend, "pid", None),
@@ -8225,6 +8229,10 @@ function requests(running, waiting) {
   return join(parts, ", ") || "none";
 }
 
+function contextOf({context, context_seconds: seconds}) {
+  return join([bytes(context), seconds && `${duration(seconds, true)} spared`], ", ");
+}
+
 function factsOf(model, age) {
   const left = model.unload_in;
   return {
@@ -8232,7 +8240,7 @@ function factsOf(model, age) {
     vram: bytes(model.vram),
     requests: requests(model.running, model.waiting),
     speed: speed(model.tokens_per_second),
-    saved: bytes(model.context),
+    saved: contextOf(model),
     left: left !== null && duration(left - age, true),
   };
 }
