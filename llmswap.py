@@ -60,10 +60,12 @@ import logging.handlers
 import math
 import os
 import queue
+import random
 import re
 import resource
 import select
 import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -2287,16 +2289,11 @@ ACTIVITY_INTERVAL = 1.0  # s between two looks at what a silent load has read
 
 
 def free_port() -> int:
-    """Return a port that is free on loopback now, outside the ephemeral range if
-    possible.
-
-    Outgoing connections never take a port from outside that range.
-    """
-    import random  # 1 ms, which the start need not wait for
-
-    low, high = _ephemeral_range()
-    outside = [*range(max(10000, low - 20000), low), *range(high + 1, 65536)]
-    for port in random.sample(outside, min(50, len(outside))) + [0]:
+    """Return a port that is free on loopback now, if possible one below those that
+    the kernel gives to outgoing connections."""
+    text = read_text_or_empty("/proc/sys/net/ipv4/ip_local_port_range")
+    low = max(10050, int((text.split() or ["32768"])[0]))
+    for port in [*random.sample(range(10000, low), 50), 0]:
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
@@ -2306,50 +2303,13 @@ def free_port() -> int:
     raise LoadFailed("no free port was found on 127.0.0.1")
 
 
-def _ephemeral_range():
-    told = read_text_or_empty("/proc/sys/net/ipv4/ip_local_port_range")
-    low, high = map(int, told.split() or (32768, 60999))
-    return low, high
-
-
 def read_text_or_empty(path):
-    """Return what the kernel says there, nothing where it says nothing."""
+    """Return the text of a file, or "" if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return os.fsdecode(file.read())
     except OSError:
         return ""
-
-
-class Waker:
-    """Wakes the thread that polls `fileno()`. Anyone may ring; nobody can ring a bell
-    that is gone, because it closes with its last reference."""
-
-    def __init__(self):
-        self._hear, self._pull = os.pipe()
-        os.set_blocking(self._hear, False)
-        os.set_blocking(self._pull, False)
-
-    def fileno(self) -> int:
-        return self._hear
-
-    def wake(self):
-        """Wake the poller, or the next to poll."""
-        try:
-            os.write(self._pull, b"!")
-        except BlockingIOError:
-            pass  # it rings already
-
-    def clear(self):
-        """Forget that it rang."""
-        try:
-            os.read(self._hear, 4096)
-        except BlockingIOError:
-            pass
-
-    def __del__(self):
-        for fd in vars(self).values():  # none if no descriptors were left
-            os.close(fd)
 
 
 # -- listeners and processes -----------------------------------------------------------
@@ -2398,7 +2358,7 @@ def _listeners(family, port):
 def holder_of(inode: int, likely: Iterable[int] = ()) -> Optional[int]:
     """Return a process that has this socket open, `likely` ones first, or None."""
     target = f"socket:[{inode}]"
-    for pid in itertools.chain(likely, _all_processes()):
+    for pid in itertools.chain(likely, (pid for pid, _ in processes())):
         try:
             with os.scandir(f"/proc/{pid}/fd") as entries:
                 if any(os.readlink(entry.path) == target for entry in entries):
@@ -2406,13 +2366,6 @@ def holder_of(inode: int, likely: Iterable[int] = ()) -> Optional[int]:
         except OSError:
             continue  # gone, or another user's
     return None
-
-
-def _all_processes():
-    try:
-        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    except OSError:
-        return []  # not Linux, or no descriptor left
 
 
 class ProcessStat(NamedTuple):
@@ -2434,12 +2387,13 @@ def process_stat(pid: Union[int, str]) -> Optional[ProcessStat]:
     return ProcessStat(headers[0], *(int(headers[at]) for at in (2, 3, 19, 21)))
 
 
-def _all_stats():
-    """Yield each process and its ProcessStat."""
-    for pid in _all_processes():
-        stat = process_stat(pid)
-        if stat:
-            yield pid, stat
+def processes() -> Iterable[Tuple[int, ProcessStat]]:
+    """Yield each process there is; none without /proc."""
+    with contextlib.suppress(OSError):  # not Linux, or no descriptor is left
+        for name in os.listdir("/proc"):
+            stat = process_stat(name) if name.isdigit() else None
+            if stat:
+                yield int(name), stat
 
 
 def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[str]:
@@ -2452,6 +2406,7 @@ def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[s
     birth = process_stat(child)
     if birth is None:  # the child has ended and was reaped meanwhile
         return "another process" if inodes else None
+    may_hide = may_hide and birth.state not in "ZX"  # nobody listens for the dead
     for inode in inodes:
         holder = holder_of(inode, [child])
         found = process_stat(holder) if holder else None
@@ -2482,8 +2437,7 @@ class Upstream:
     """Where a backend listens, and the connections to it. Any thread may call.
 
     The sockets block for POLL_INTERVAL at most, then raise BlockingIOError, or with TLS
-    TimeoutError.
-    What was kept while the machine was suspended is not used again.
+    TimeoutError. Those kept while the machine was suspended are not used again.
     """
 
     def __init__(self, url: str):
@@ -2496,9 +2450,7 @@ class Upstream:
         self._idle = collections.deque()
         self._active = set()
         self._is_closed = False
-        self._suspended = suspended_seconds()
-        self.mark_alive()
-        self.used_at = self._seen_at  # when the last request to it ended
+        self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
 
     @property
     def is_busy(self) -> bool:
@@ -2506,85 +2458,63 @@ class Upstream:
         return bool(self._active)
 
     def mark_alive(self):
-        """The backend gave a sign of life just now."""
-        suspended = suspended_seconds()
-        if suspended > self._suspended + 1.0:
+        """The backend gave a sign of life just now, such as a part of an answer."""
+        if self._has_slept():
             self._close_idle()
-        self._seen_at = time.monotonic()
-        self._suspended = suspended
+        self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
 
     def seen_within(self, seconds: float) -> bool:
         """Whether its last sign of life is no older, nor from before a suspension."""
         return not self._has_slept() and time.monotonic() < self._seen_at + seconds
 
-    def answered_within(self, seconds: float) -> bool:
-        """Whether a request was answered within so many seconds, or is being answered:
-        the kernel knows when bytes came last."""
-        return self.seen_within(seconds) or self.received_within(seconds)
-
-    def received_within(self, seconds: float) -> bool:
-        """Whether an answer that is not over yet came on within so many seconds."""
-        return any(_has_heard(sock, seconds) for sock in list(self._active))
-
     def _has_slept(self):
         return suspended_seconds() > self._suspended + 1.0
 
-    def control_socket(self, timeout: float) -> socket.socket:
-        """Return a new connection for a control request. Raise OSError."""
+    def dial(self, timeout: float) -> socket.socket:
+        """Return a new connection, which is not counted. Raise OSError."""
         sock = socket.create_connection((self.host, self.port), timeout=timeout)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if not self.is_tls:
             return sock
-        return _tls_context().wrap_socket(sock, server_hostname=self.host)
+        return _tls_context().wrap_socket(
+            sock, server_hostname=self.host, suppress_ragged_eofs=False
+        )
 
     def connect(self) -> Tuple[socket.socket, bool]:
         """Return a connection and whether it was used before. Raise OSError."""
-        if self._idle and self._has_slept():
+        if self._has_slept():
             self._close_idle()
-        while self._idle:
-            try:
-                sock = self._idle.pop()
-            except IndexError:
-                break
-            if _is_quiet(sock):
-                return self._in_use(sock), True
+        sock = self._take_idle()
+        while sock and not _is_quiet(sock):
             sock.close()
-        return self._in_use(self._dial()), False
-
-    def _in_use(self, sock):
+            sock = self._take_idle()
+        was_used = sock is not None
+        if not was_used:
+            sock = self.dial(10.0)
+            if self.is_tls:
+                sock.settimeout(POLL_INTERVAL)
+            else:
+                set_socket_timeouts(sock)
         self._active.add(sock)
         if self._is_closed:
             self.drop(sock)
             raise ConnectionAbortedError("the backend is being stopped")
-        return sock
-
-    def _dial(self):
-        sock = socket.create_connection((self.host, self.port), timeout=10)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self.is_tls:
-            sock = _tls_context().wrap_socket(
-                sock, server_hostname=self.host, suppress_ragged_eofs=False
-            )
-            sock.settimeout(POLL_INTERVAL)
-        else:
-            set_socket_timeouts(sock)
-        return sock
+        return sock, was_used
 
     def release_connection(self, sock: socket.socket):
         """Take back a connection on which a whole answer was read."""
         self._active.discard(sock)
         self.mark_alive()
-        self.used_at = time.monotonic()
-        if self._is_closed or len(self._idle) >= IDLE_CONNECTIONS:
+        if len(self._idle) >= IDLE_CONNECTIONS:
             sock.close()
         else:
             self._idle.append(sock)
-            if self._is_closed:  # it closed in between
-                self._close_idle()
+        if self._is_closed:  # perhaps since this moment
+            self._close_idle()
 
     def drop(self, sock: socket.socket):
         """Close a connection for good; the backend notices and stops generating."""
         self._active.discard(sock)
-        self.used_at = time.monotonic()
         sock.close()
 
     def close(self):
@@ -2592,18 +2522,18 @@ class Upstream:
         self._is_closed = True
         self._close_idle()
         for sock in list(self._active):
-            try:
+            with contextlib.suppress(OSError):  # it broke already
                 # close() would not wake its reader, nor would TLS's own shutdown()
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
-            except OSError:
-                pass  # it broke already
+
+    def _take_idle(self):
+        with contextlib.suppress(IndexError):
+            return self._idle.pop()
+        return None
 
     def _close_idle(self):
-        while self._idle:
-            try:
-                self._idle.pop().close()
-            except IndexError:
-                break
+        while sock := self._take_idle():
+            sock.close()
 
 
 def set_socket_timeouts(sock: socket.socket):
@@ -2614,30 +2544,12 @@ def set_socket_timeouts(sock: socket.socket):
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
 
 
-def _has_heard(sock, seconds):
-    """Whether bytes came within so many seconds; False if the kernel cannot tell."""
-    try:
-        told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
-        (silence,) = struct.unpack_from("=I", told, 52)  # ms; counts from its opening
-        (received,) = struct.unpack_from("=Q", told, 128)
-    except (AttributeError, OSError, struct.error):
-        return False
-    return received > 0 and silence < 1000 * seconds
-
-
 def _is_quiet(sock):
-    """Whether the other side neither closed nor said anything unasked."""
-    if hasattr(sock, "do_handshake"):  # TLS cannot peek
-        waiter = select.poll()
-        waiter.register(sock, select.POLLIN)
-        return not (sock.pending() or waiter.poll(0))
-    try:
-        sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
-    return False
+    """Whether the other side neither closed nor sent anything unasked."""
+    waiter = select.poll()
+    waiter.register(sock, select.POLLIN)
+    rest_of_record = getattr(sock, "pending", int)()  # of TLS
+    return not (rest_of_record or waiter.poll(0))
 
 
 @functools.lru_cache(maxsize=None)
@@ -2671,7 +2583,8 @@ for group in $groups; do kill -s KILL -- "-$group"; done
 # moment at which the server runs and the guard does not know it.
 SPAWN_SCRIPT = r"""
 echo "+ $$" >&0
-{ echo "$1" >/proc/self/oom_score_adj; } 2>/dev/null
+{ echo "$1" >/proc/self/oom_score_adj; } 2>/dev/null || [ ! -e /proc/self ] ||
+  echo "llmswap: oom-score-adj $1 was refused"
 ulimit -Sn "$2"
 shift 2
 exec "$@" </dev/null
@@ -2768,31 +2681,63 @@ def find_program(name: str, environment: Mapping[str, str], cwd: Optional[str]) 
     )
 
 
+def run_command(argv: List[str], timeout: float, until=None, **more):
+    """Run a short command, which may hang, at most so many seconds, or until `until()`.
+
+    Return its status (None: it was killed, or cannot run) and its output. `more` goes
+    to Popen.
+    """
+    runtime = {"XDG_RUNTIME_DIR": f"/run/user/{os.getuid()}"}  # cron does not set it
+    environment = {**runtime, **clean_environment({})}
+    options = {"stderr": subprocess.STDOUT, "env": environment, **more}
+    deadline = time.monotonic() + timeout
+    try:
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            **options,
+        )
+    except OSError as error:
+        return None, f"{argv[0]}: {error.strerror}"
+    with process.stdout:
+        output = None
+        while output is None:
+            is_over = process.poll() is not None or time.monotonic() >= deadline
+            is_over = is_over or (until and until())
+            try:
+                output, _ = process.communicate(timeout=0.1)
+            except subprocess.TimeoutExpired as error:
+                if is_over:  # what it started may hold its output open
+                    output = error.output or b""
+    status = process.poll()
+    if status is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return status, output.decode("utf-8", "replace").strip()
+
+
 _option_tables = {}  # by version of a binary
-_being_asked = {}  # likewise; an Event that is set once it has answered
+_options_lock = threading.Lock()  # held while a binary is asked
 
 
 def options_of(binary: str) -> OptionTable:
-    """Return the options that this llama-server says it has, else the built-in ones.
+    """Return the options that this llama-server says it has, else UNKNOWN_OPTIONS.
 
     It is asked once for each version of the file, 10 s at most. Any thread may call.
     """
     try:
         path = find_program(binary, os.environ, None)
         status = os.stat(path)
-        key = (path, status.st_size, status.st_mtime_ns)
     except (LoadFailed, OSError):
         return UNKNOWN_OPTIONS
+    key = (path, status.st_size, status.st_mtime_ns)
     if key not in _option_tables:
-        ours = threading.Event()
-        answered = _being_asked.setdefault(key, ours)
-        if answered is ours:
-            try:
-                _option_tables[key] = _ask_for_options(path) or UNKNOWN_OPTIONS
-            finally:
-                answered.set()
-        answered.wait()
-    return _option_tables.get(key, UNKNOWN_OPTIONS)
+        with _options_lock:
+            if key not in _option_tables:
+                _option_tables[key] = _ask_for_options(path)
+    return _option_tables[key]
 
 
 def _ask_for_options(path):
@@ -2801,23 +2746,9 @@ def _ask_for_options(path):
         for name, value in clean_environment({}).items()
         if not name.startswith("LLAMA_ARG_")
     }
-    text = _output_of([path, "--help"], 10, environment)
-    return parse_help(text.decode("utf-8", "replace"))
-
-
-def _output_of(command, timeout, environment=None):
-    """Return what it writes within so many seconds; nothing if it fails to."""
-    try:
-        return subprocess.run(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=timeout,
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return b""
+    argv, no_log = [path, "--help"], subprocess.DEVNULL
+    status, text = run_command(argv, 10.0, env=environment, stderr=no_log)
+    return (status is not None and parse_help(text)) or UNKNOWN_OPTIONS
 
 
 def table_of(model: Model) -> Optional[OptionTable]:
@@ -2858,8 +2789,7 @@ def check_files(model: Model, argv: Sequence[str]):
 CONNECT_TIMEOUT = 1.0  # s; a host that has not accepted by then sleeps, or is gone
 SLEEP_TIMEOUT = 60.0  # s; a backend that has not fallen asleep by then is stopped
 SLEEP_OPTION = "--sleep-idle-seconds"
-SLEEP_SLACK = 1.5  # s; a llama-server looks once a second whether it may sleep
-SLEEP_POLL = 30.0  # s, between looks at a llama-server that put itself to sleep
+SLEEP_POLL = 5.0  # s between looks at a llama-server that may put itself to sleep
 WAKE_REQUEST = ("GET", "/lora-adapters")  # the cheapest one that wakes a llama-server
 MAX_CONTROL_ANSWER = 1 << 22  # bytes
 
@@ -2892,24 +2822,38 @@ class Probe(NamedTuple):
         return "no answer in time" if self.timed_out else str(self.error)
 
 
-def exchange(sock: socket.socket, request: bytes, deadline: float, wants_body: bool):
-    """Send a request and return a Probe with the answer's status, and its body if that
-    is wanted. Raise OSError, HTTPException; TimeoutError if it is not there in time."""
-    sock.settimeout(max(0.001, deadline - time.monotonic()))
-    sock.sendall(request)
-    answer = b""
-    while wants_body or b"\r\n\r\n" not in answer:
-        sock.settimeout(max(0.001, deadline - time.monotonic()))
-        piece = sock.recv(65536)
-        if not piece or len(answer) > MAX_CONTROL_ANSWER:
-            break
-        if time.monotonic() >= deadline:
+class DeadlineReader(io.RawIOBase):
+    """Reads a socket; raises TimeoutError at the deadline, however it drips."""
+
+    def __init__(self, sock: socket.socket, deadline: float):
+        self._sock = sock
+        self._deadline = deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        seconds = self._deadline - time.monotonic()
+        if seconds <= 0:
             raise TimeoutError
-        answer += piece
-    received = types.SimpleNamespace(makefile=lambda _: io.BytesIO(answer))
-    response = http.client.HTTPResponse(received)
-    response.begin()
-    return Probe(response.status, response.read() if wants_body else b"")
+        self._sock.settimeout(seconds)
+        return self._sock.recv_into(buffer)
+
+
+def exchange(sock: socket.socket, deadline: float, *request, headers) -> Probe:
+    """Send a request (method, target) and return the status and body of its answer.
+
+    Raise OSError, ValueError, HTTPException; TimeoutError if it is late.
+    """
+    connection = http.client.HTTPConnection("")
+    connection.sock = types.SimpleNamespace(
+        sendall=sock.sendall,
+        makefile=lambda _: io.BufferedReader(DeadlineReader(sock, deadline)),
+        close=lambda: None,
+    )
+    connection.request(*request, headers=headers)
+    with connection.getresponse() as response:
+        return Probe(response.status, response.read(MAX_CONTROL_ANSWER))
 
 
 class Backend:
@@ -2922,11 +2866,13 @@ class Backend:
     problem None if it was stopped. `on_line(text)` gets each line that it writes, on
     any thread. Subclasses implement:
 
-        _spawn()       begin to run; raises APIError
-        _is_running()  False once it has ended by itself
-        _terminate()   end it; returns once nothing of it is left
-        _failure()     the APIError that tells why it ended by itself, or None
+        _spawn()      begin to run, and set `_exited` once it ends by itself; raises
+                      APIError
+        _terminate()  end it; returns once nothing of it is left
+        _failure()    the APIError that tells why it ended by itself, or None
     """
+
+    _lateness = "was not ready and showed no sign of progress"
 
     def __init__(self, model: Model, upstream: Optional[Upstream] = None):
         self.model = model
@@ -2940,7 +2886,8 @@ class Backend:
         self._title = model.name
         self._thread = None
         self._wakeup = threading.Event()
-        self._ended = threading.Event()
+        self._exited = threading.Event()
+        self._ended = threading.Event()  # no request may be sent to it any more
         self._problem = None  # why it ended by itself
         self._is_explained = threading.Event()
         self._pending_action = None  # _put_to_sleep or _wake_up
@@ -2948,10 +2895,9 @@ class Backend:
         self._probe_socket = None  # on which this backend's thread waits
         self._seen_activity = set()
         self._stranger = None  # the process that has its port, for people
-        self._owns_listener = self._was_visible = False
-        self._sleep_seconds, self._is_asleep, self._sleep_look = 0.0, False, math.inf
+        self._own_inodes, self._may_hide = None, True  # of its listeners
+        self._sleep_poll, self._is_asleep = math.inf, False
         self._is_ready = self._is_stop_asked = self._is_kill_asked = False
-        self._is_unresponsive = False  # to be killed, as SIGTERM would not be heard
 
     # -- called from any thread
 
@@ -2991,8 +2937,8 @@ class Backend:
         """
         if self._ended.is_set():
             return False
-        seen_within = self.upstream.seen_within(math.inf)
-        if not seen_within and not self._ask_now(HEALTH_TIMEOUT).ok:
+        is_trusted = self.upstream.seen_within(math.inf)
+        if not is_trusted and not self._probe(HEALTH_TIMEOUT).ok:
             self.report_stall()
         return True
 
@@ -3037,15 +2983,16 @@ class Backend:
                 self.on_described(self, self._fetch_entry())
             if self._supervise():
                 break
-            self._abandon()  # it slept and could not be woken: start it anew
             self._is_ready = False
+            self._abandon()  # it slept and could not be woken: start it anew
         return None if self._is_stop_asked else self._failure()
 
     def _load(self):
         """Start it and wait until it is healthy; False: it ended, or is to end."""
-        self._began = self._progress_at = time.monotonic()
+        self._began = time.monotonic()
         self._spawn()
-        return self._await_healthy(self._may_become_ready)
+        self._progress_at = time.monotonic()
+        return self._await_healthy()
 
     def _supervise(self):
         """Do what is asked of it until it ends; False if it did not wake up."""
@@ -3058,20 +3005,18 @@ class Backend:
             elif self._silent_since is not None:
                 self._check_hang()
             else:
-                self._wait(self._sleep_look - time.monotonic())
-                self._look_asleep()
+                self._wait(self._sleep_poll)
+                if self._sleep_poll < math.inf:
+                    self._look_asleep()
         if not self._is_stop_asked:
             self._report_death()
         return True
 
     def _abandon(self):
-        """End a backend that did not wake up."""
-        self._is_unresponsive = True
         self._terminate()
-        self._is_unresponsive = False
 
     def _is_alive(self):
-        return not self._is_stop_asked and self._is_running()
+        return not self._is_stop_asked and not self._exited.is_set()
 
     def _may_become_ready(self):
         return self._is_alive()
@@ -3081,10 +3026,17 @@ class Backend:
         self.on_dying(self)
         self._ended.set()
 
+    def _end_error(self, why, exit_code=None):
+        event = "ended by itself" if self._is_ready else "could not be started"
+        text = f"{self._title} {event}: {why}{self._last_lines()}"
+        return LoadFailed(text, exit_code)
+
+    def _last_lines(self):
+        return ""
+
     # -- waiting and asking
 
     def _wait(self, seconds):
-        """Wait until something happens, at most so long."""
         self._wakeup.wait(min(max(0.0, seconds), MAX_WAIT))
         self._wakeup.clear()
 
@@ -3096,18 +3048,19 @@ class Backend:
             with contextlib.suppress(OSError, ValueError):
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
-    def _probe(self, timeout, request=None, check_listener=None, wants_body=False):
+    def _probe(self, timeout, request=None):
         """Send a control request, a health check if none is given; return a Probe.
 
         It takes `timeout` at most, and CONNECT_TIMEOUT until it is connected. `stop`
-        and the end of the backend also end a probe of the backend's own thread.
+        and the end of the backend also end a probe of the backend's own thread. A
+        health check finds nobody where another process listens.
         """
         method, path = request or ("GET", self.model.settings.check_endpoint)
         deadline = time.monotonic() + timeout
         sock, is_own = None, threading.current_thread() is self._thread
         try:
-            sock = self.upstream.control_socket(min(timeout, CONNECT_TIMEOUT))
-            if check_listener and not check_listener():
+            sock = self.upstream.dial(min(timeout, CONNECT_TIMEOUT))
+            if not request and not self._is_listener_ours():
                 raise ConnectionRefusedError("another process answers there")
             if path is None:
                 return Probe(200)
@@ -3115,8 +3068,11 @@ class Backend:
                 self._probe_socket = sock
                 if not self._is_alive():
                     raise InterruptedError("it has ended, or is being stopped")
-            head = self._control_head(method, self.upstream.base_path + path)
-            return exchange(sock, head, deadline, wants_body)
+            headers = {"Host": self.upstream.authority, "Connection": "close"}
+            if self.model.settings.proxy_key:
+                headers["Authorization"] = f"Bearer {self.model.settings.proxy_key}"
+            target = self.upstream.base_path + path
+            probe = exchange(sock, deadline, method, target, headers=headers)
         except (OSError, ValueError, http.client.HTTPException) as error:
             return Probe(error=error)
         finally:
@@ -3124,55 +3080,33 @@ class Backend:
                 self._probe_socket = None
             if sock:
                 sock.close()
-
-    def _control_head(self, method, target):
-        lines = [f"{method} {target} HTTP/1.1", f"Host: {self.upstream.authority}"]
-        if self.model.settings.proxy_key:
-            lines.append(f"Authorization: Bearer {self.model.settings.proxy_key}")
-        if method != "GET":
-            lines.append("Content-Length: 0")
-        return "\r\n".join([*lines, "Connection: close", "", ""]).encode()
-
-    def _ask_now(self, timeout):
-        """Check its health once, from any thread; OSError if no descriptor is left."""
-        probe = self._probe(timeout)
-        if probe.was_not_sent:
-            raise probe.error
         if probe.ok:
             self.upstream.mark_alive()
         return probe
 
-    def _await_healthy(self, may_go_on, is_load=True):
-        """Check its health until it is good; False once `may_go_on()` is.
+    def _await_healthy(self):
+        """Check its health until it is good; False: it ended, or is to end.
 
         Raise LoadTimeout when it showed no sign of progress for its load timeout.
         """
         limit = self.model.settings.load_timeout or math.inf
         began = time.monotonic()
-        while may_go_on():
+        while self._may_become_ready():
             asked_at = time.monotonic()
             timeout = min(HEALTH_TIMEOUT, self._progress_at + limit - asked_at)
-            check_listener = self._is_listener_ours if is_load else None
-            probe = self._probe(max(0.001, timeout), None, check_listener)
+            probe = self._probe(max(0.001, timeout))
             if probe.ok:  # a head that `stop` cut short may look whole
                 return self._is_alive()
             if type(probe.error).__name__ == "SSLCertVerificationError":
                 raise LoadFailed(f"{self._title} is not to be trusted: {probe.reason}")
-            if is_load:
-                self._record_activity()
+            self._record_activity()
             now = time.monotonic()
             if now >= self._progress_at + limit:
-                raise LoadTimeout(self._load_timeout_text(limit, probe))
-            if self._progress_at < asked_at and self._is_alive():
-                self._wait(min(0.1, max(0.005, (now - began) / 100)))
-            time.sleep(max(0.0, asked_at + 0.005 - time.monotonic()))
+                text = f"{self._title} {self._lateness} for {limit:g} s"
+                raise LoadTimeout(f"{text} ({probe.reason}){self._last_lines()}")
+            time.sleep(max(0.0, asked_at + 0.005 - now))
+            self._wait(min(0.1, (now - began) / 100))  # or until it writes a line
         return False
-
-    def _load_timeout_text(self, limit, probe):
-        return (
-            f"{self._title} was not ready and showed no sign of progress for {limit:g} "
-            f"s ({probe.reason}){self._last_lines()}"
-        )
 
     def _record_activity(self):
         """Count memory that it reads or maps as progress, as a line written is."""
@@ -3187,52 +3121,45 @@ class Backend:
         """A request is silent: without an answer to health in time, too, it hangs."""
         limit = self.model.settings.hang_timeout
         until = self._silent_since + limit
-        is_answered = self._owns_listener = False  # it may have lost its port since
+        is_answered = False
         while not is_answered and self._is_alive() and time.monotonic() < until:
-            asked_at = time.monotonic()
-            probe = self._probe(until - asked_at, None, self._is_listener_ours)
+            probe = self._probe(until - time.monotonic())
             is_answered = probe.status is not None or probe.was_not_sent
             if not is_answered:
-                self._pause(min(until, asked_at + 1.0))
+                self._wait(min(1.0, until - time.monotonic()))
         self._silent_since = None
-        is_answered = is_answered or self.upstream.answered_within(limit)
+        is_answered = is_answered or self.upstream.seen_within(limit)
         if not is_answered and self._is_alive():
-            self._is_unresponsive = True
-            self._report_death()
-            raise LoadFailed(
-                f"{self._title} hung: neither a request nor {limit:g} s of health "
-                f"checks were answered; it is stopped{self._last_lines()}"
-            )
+            self._give_up(limit)
 
-    def _pause(self, until):
-        """Wait until then, unless it ends before."""
-        while time.monotonic() < until and self._is_alive():
-            self._wait(until - time.monotonic())
+    def _give_up(self, limit):
+        self._is_ready = False  # it is killed, as it would not hear a SIGTERM
+        self._report_death()
+        raise LoadFailed(
+            f"{self._title} hung: neither a request nor {limit:g} s of health "
+            f"checks were answered; it is stopped{self._last_lines()}"
+        )
 
     def _is_listener_ours(self):
-        return True
-
-    def _check_listener(self, may_hide):
         """Return whether its port is served by its processes; else name the stranger.
 
         A listener that was once seen to be theirs may not hide later.
         """
-        if self._owns_listener or self.upstream.host not in LOOPBACK:
+        if self.pid is None or self.upstream.host not in LOOPBACK:
             return True
         inodes = listening_inodes(self.upstream.port)
-        may_hide = may_hide and not self._was_visible
-        self._stranger = foreign_listener(inodes, self.pid, may_hide)
-        self._owns_listener = self._stranger is None
-        if self._owns_listener and inodes:
-            self._was_visible = not foreign_listener(inodes, self.pid, may_hide=False)
-        return self._owns_listener
-
-    def _last_lines(self):
-        return ""
+        if inodes == self._own_inodes:
+            return True
+        self._stranger = foreign_listener(inodes, self.pid, self._may_hide)
+        if self._stranger is None:
+            self._own_inodes = inodes
+            if inodes and self._may_hide:
+                self._may_hide = bool(foreign_listener(inodes, self.pid, False))
+        return self._stranger is None
 
     def _fetch_entry(self):
         """Return what its own /v1/models says of its first model, or {}."""
-        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models"), wants_body=True)
+        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models"))
         try:
             entry = json.loads(probe.body)["data"][0] if probe.ok else {}
         except (LookupError, RecursionError, TypeError, ValueError):
@@ -3253,16 +3180,12 @@ class Backend:
         limit = self.model.settings.load_timeout or math.inf
         self._progress_at = time.monotonic()
         request = self.model.settings.wake or WAKE_REQUEST
-        probe = self._probe(min(limit, MAX_WAIT), request)
-        if probe.was_not_sent:
-            raise probe.error
         is_awake = False
-        if probe.ok:
+        if self._probe(min(limit, MAX_WAIT), request).ok:
             with contextlib.suppress(LoadTimeout):
-                is_awake = self._await_healthy(self._is_alive, is_load=False)
+                is_awake = self._await_healthy()
         if is_awake:
             self._is_asleep = False
-            self._sleep_look = time.monotonic() + (self._sleep_seconds or math.inf)
             self.on_loaded(self)
         else:
             self.on_line("llmswap: it did not wake up")
@@ -3270,23 +3193,13 @@ class Backend:
 
     def _look_asleep(self):
         """Find out whether a llama-server has put itself to sleep, or has woken."""
-        now = time.monotonic()
-        if now < self._sleep_look:
-            return
-        idle = -math.inf if self.upstream.is_busy else now - self.upstream.used_at
-        if not self._is_asleep and idle < self._sleep_seconds:
-            self._sleep_look = now + self._sleep_seconds - max(0.0, idle)
-            return
-        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/props"), wants_body=True)
+        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/props"))
         found = re.search(rb'"is_sleeping"\s*:\s*(true|false)', probe.body)
-        was_asleep = self._is_asleep
-        self._is_asleep = bool(found) and found[1] == b"true"
-        if self._is_asleep and not was_asleep:
-            self.on_slept(self)
-        elif was_asleep and found and not self._is_asleep:
-            self.on_loaded(self)
-        wait = SLEEP_POLL if self._is_asleep else self._sleep_seconds
-        self._sleep_look = time.monotonic() + wait
+        is_asleep = found[1] == b"true" if found else self._is_asleep
+        if is_asleep != self._is_asleep:
+            self._is_asleep = is_asleep
+            report = self.on_slept if is_asleep else self.on_loaded
+            report(self)
 
 
 # -- contexts that outlive their backend -----------------------------------------------
@@ -3706,30 +3619,25 @@ class ModelContext:
 
     def _ask(self, upstream, deadline, method, target, body=None):
         """Return what the answer's JSON means; it must be a success. Raise OSError."""
-        connection = http.client.HTTPConnection(upstream.authority)
-        headers = {"Content-Type": "application/json", "Connection": "close"}
+        headers = {"Host": upstream.authority, "Connection": "close"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        sock = upstream.control_socket(max(0.001, deadline - time.monotonic()))
-        self._socket = connection.sock = sock
+        request = [method, upstream.base_path + target, body and json.dumps(body)]
+        sock = self._socket = upstream.dial(max(0.001, deadline - time.monotonic()))
         try:
             if self._is_aborted:
                 raise ConnectionAbortedError("it is being killed")
-            text = json.dumps(body) if body else None
-            connection.request(method, upstream.base_path + target, text, headers)
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
-            response = connection.getresponse()
-            answer = response.read(MAX_CONTROL_ANSWER)
-            if response.status == 200:
-                return json.loads(answer)
-            message = re.search(rb'"message":\s*"([^"]*)"', answer)
-            text = message[1].decode("utf-8", "replace") if message else "no reason"
-            raise OSError(f"{target} is answered {response.status}, {text}")
+            probe = exchange(sock, deadline, *request, headers=headers)
+            if probe.ok:
+                return json.loads(probe.body)
         except (ValueError, RecursionError, http.client.HTTPException) as error:
             raise OSError(f"{target} is answered with nonsense: {error}") from None
         finally:
             self._socket = None
             sock.close()
+        message = re.search(rb'"message":\s*"([^"]*)"', probe.body)
+        text = message[1].decode("utf-8", "replace") if message else "no reason"
+        raise OSError(f"{target} is answered {probe.status}, {text}")
 
 
 # -- a child process -------------------------------------------------------------------
@@ -3751,13 +3659,12 @@ class ProcessBackend(Backend):
         super().__init__(model)
         self._contexts, self._context = contexts, None
         self.lines = collections.deque(maxlen=LAST_LINES)
-        self.gauge = LoadProgress()
         self._guard = guard
         self._settle_timeout = settle_timeout
         self._process = None
         self._exit_status = None
-        self._exited = threading.Event()
         self._lock = threading.Lock()  # of killing the group and reaping its leader
+        self._rest = b""  # of its output: a line without an end
 
     def stop(self, at_once=False):
         """End it: within its stop timeout if it is loaded, else by a kill."""
@@ -3778,14 +3685,11 @@ class ProcessBackend(Backend):
         another port if its port was taken meanwhile."""
         for _ in range(PORT_TRIES):
             if super()._load():
-                self._warn_if_score_was_refused()
                 limit = self.model.settings.stop_timeout
                 if not self._context or self._context.restore(self.upstream, limit):
                     return self._is_alive()
                 may_repeat = True
             else:
-                if self._exited.is_set():
-                    self._look_for_stranger()
                 may_repeat = self._stranger and self._is_port_chosen
             if self._is_stop_asked or not may_repeat:
                 return False
@@ -3801,52 +3705,45 @@ class ProcessBackend(Backend):
         except ConfigError as error:
             raise LoadFailed(str(error)) from None
         self._is_port_chosen = self.upstream.port == self.port
-        if model.kind == "llama-server":
-            self._read_sleep_option(argv)
+        if model.kind == "llama-server" and SLEEP_OPTION in argv:
+            self._sleep_poll = SLEEP_POLL
         environment = clean_environment(model.environment(str(self.port)))
-        cwd = model.settings.cwd or None
-        binary = find_program(argv[0], environment, cwd)
+        self._surroundings = {"env": environment, "cwd": model.settings.cwd or None}
+        binary = find_program(argv[0], environment, model.settings.cwd)
         argv = self._with_context(argv, binary)
-        self._stranger, self._owns_listener, self._was_visible = None, False, False
+        self._stranger = self._own_inodes = None
+        self._may_hide = model.kind == "cmd"
         self._oom_kills = oom_kills()
-        score = str(model.settings.oom_score_adj)
         self._guard.ensure_alive()
+        score = str(model.settings.oom_score_adj)
         try:
             process = subprocess.Popen(
                 ["/bin/sh", "-c", SPAWN_SCRIPT, "sh", score, DESCRIPTORS, *argv],
                 stdin=self._guard.fd,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                env=environment,
-                cwd=cwd,
                 start_new_session=True,
+                **self._surroundings,
             )
         except OSError as error:
             raise LoadFailed(f"{model.name} could not be started: {error}") from None
         self._attend(process)
 
     def _attend(self, process):
-        """Watch the new process from now on."""
         self.pid = process.pid
         self.where = f"pid {self.pid}, port {self.port}"
         self._guard.watch(self.pid)
-        self._began = self._progress_at = time.monotonic()
+        self._began = time.monotonic()
         self._seen_activity = {load_activity(self.pid)}
         self._exited.clear()
-        self._monitor = threading.Thread(
-            target=self._watch_process, args=(process,), daemon=True
-        )
         with self._lock:
             self._process = process
+        watch = threading.Thread(target=self._watch_process, args=(process,))
+        watch.daemon = True
         try:
-            self._monitor.start()
-        except RuntimeError:  # no more threads can be started
-            self._kill_group()
-            self._guard.forget(self.pid)
-            with self._lock:
-                process.wait()
-                self._process = None
-            process.stdout.close()
+            watch.start()
+        except RuntimeError:  # no more threads can be started: `_terminate` ends it
+            self._exited.set()
             raise
         if self._is_stop_asked:  # `stop` may have come before there was a process
             self.stop(self._is_kill_asked)
@@ -3865,71 +3762,54 @@ class ProcessBackend(Backend):
         cwd = self.model.settings.cwd or os.getcwd()
         return self._context.prepare(argv, binary, str(self.port), cwd)
 
-    def _read_sleep_option(self, argv):
-        given = [value for word, value in zip(argv, argv[1:]) if word == SLEEP_OPTION]
-        with contextlib.suppress(ValueError):  # llama-server itself complains
-            seconds = float(given[-1]) if given else 0.0
-            if seconds > 0:
-                self._sleep_seconds = seconds + SLEEP_SLACK
-                self._sleep_look = time.monotonic() + self._sleep_seconds
-
     def _watch_process(self, process):
-        """Wait until it has ended and its output is read, on a thread of its own."""
-        try:
-            self._read_output(process)
-        finally:
-            self._exited.set()
-            self._interrupt()  # its workers may hold the socket of a probe open
-
-    def _read_output(self, process):
-        output, rest = process.stdout.fileno(), b""
+        """Pass its output on until it has exited, on a thread of its own."""
+        output, exit_fd = process.stdout.fileno(), open_pidfd(process.pid)
         os.set_blocking(output, False)
         poll = select.poll()
         poll.register(output, select.POLLIN)
-        try:
-            exit_fd = os.pidfd_open(process.pid)
-            poll.register(exit_fd, select.POLLIN)
-        except (AttributeError, OSError):
-            exit_fd = None  # not Linux, or no descriptor is left
-        reads_left = math.inf
-        while reads_left > 0:
-            ready = dict(poll.poll(None if exit_fd is not None else 50))
-            has_exited = exit_fd in ready or exit_fd is None and _exit_of(process.pid)
-            if has_exited and reads_left == math.inf:
-                reads_left = 17  # a pipe holds a megabyte; others may write for ever
-            reads_left -= 1
-            piece = None
-            with contextlib.suppress(BlockingIOError):
-                piece = os.read(output, 65536)
-            if piece:
-                rest = self._take_lines(rest + piece)
-                self._progress_at = time.monotonic()
-                self._wakeup.set()
-            elif piece == b"":
-                with contextlib.suppress(KeyError):
-                    poll.unregister(output)
-            if has_exited and not piece:
-                break
-        if rest:
-            self._take_lines(rest + b"\n")
         if exit_fd is not None:
-            os.close(exit_fd)
+            poll.register(exit_fd, select.POLLIN)
+        try:
+            has_exited = False
+            while not has_exited:
+                ready = dict(poll.poll(50 if exit_fd is None else None))
+                if output in ready and self._read_output(output) == b"":
+                    poll.unregister(output)  # it has closed it
+                has_exited = exit_fd in ready or exit_fd is None and has_ended(self.pid)
+            for _ in range(16):  # a pipe holds a megabyte; others may write for ever
+                if not self._read_output(output):
+                    break
+            if self._rest:
+                self._take_lines(b"\n")
+        finally:
+            if exit_fd is not None:
+                os.close(exit_fd)
+            self._exited.set()
+            self._interrupt()  # its workers may hold the socket of a probe open
+
+    def _read_output(self, fd):
+        """Return what could be read; None if there is nothing now, b"" at the end."""
+        try:
+            data = os.read(fd, 65536)
+        except BlockingIOError:
+            return None
+        if data:
+            self._take_lines(data)
+            self._progress_at = time.monotonic()
+            if not self._is_ready:
+                self._wakeup.set()
+        return data
 
     def _take_lines(self, data):
-        """Pass whole lines on; return what is left."""
-        *lines, rest = data.split(b"\n")
-        if len(rest) > MAX_LINE:
-            lines, rest = [*lines, rest], b""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > MAX_LINE:
+            lines, self._rest = [*lines, self._rest], b""
         for line in lines:
             for start in range(0, len(line) or 1, MAX_LINE):
                 text = line[start : start + MAX_LINE].decode("utf-8", "replace")
-                if not self.gauge.parse_report(text):
-                    self.lines.append(text.rstrip("\r"))
-                    self.on_line(self.lines[-1])
-        return rest
-
-    def _is_running(self):
-        return not self._exited.is_set()
+                self.lines.append(text.rstrip("\r"))
+                self.on_line(self.lines[-1])
 
     def _may_become_ready(self):
         """A stranger on a fixed port may leave it; from a port of ours it does not."""
@@ -3941,35 +3821,17 @@ class ProcessBackend(Backend):
         self._stranger = None
         return True
 
-    def _is_listener_ours(self):
-        return self._check_listener(may_hide=self.model.kind == "cmd")
-
-    def _look_for_stranger(self):
-        """It failed: perhaps because its port was taken before a check saw that."""
-        end = _exit_of(self.pid)
-        if end and end.si_status and self.upstream.host in LOOPBACK:
-            inodes = listening_inodes(self.upstream.port)
-            self._stranger = foreign_listener(inodes, self.pid, may_hide=False)
-
-    def _warn_if_score_was_refused(self):
-        wanted = str(self.model.settings.oom_score_adj)
-        actual = read_text_or_empty(f"/proc/{self.pid}/oom_score_adj").strip()
-        if actual not in ("", wanted):
-            self.on_line(f"llmswap: oom-score-adj is {actual}, {wanted} was refused")
-
     # -- going
 
     def _terminate(self):
         if self._process is None:
             return
         self.upstream.close()
-        has_grace = self._is_ready and not self._is_unresponsive
+        has_grace = self._is_ready or self.model.settings.cmd_stop
         try:
             if has_grace and not self._exited.is_set():
-                self._save_context()
-            if not self._exited.is_set() and (
-                has_grace or self.model.settings.cmd_stop
-            ):
+                if self._is_ready:
+                    self._save_context()
                 self._ask_to_exit()
         finally:
             self._reap()
@@ -3984,33 +3846,22 @@ class ProcessBackend(Backend):
 
     def _ask_to_exit(self):
         """Run the stop command or send SIGTERM, and wait for the stop timeout."""
-        deadline = time.monotonic() + self.model.settings.stop_timeout
-        command = self._run_stop_command()
-        if not command:
-            self._signal_group(signal.SIGTERM)
-        while time.monotonic() < deadline and not self._is_kill_asked:
-            if self._exited.is_set() and (not command or command.poll() is not None):
-                break  # the stop command may still have to remove a container
-            self._wait(min(deadline - time.monotonic(), 0.02 if command else math.inf))
-        if command and command.poll() is None:
-            os.killpg(command.pid, signal.SIGKILL)
-            command.wait()
-
-    def _run_stop_command(self):
-        try:
-            command = self.model.stop_command(str(self.port), str(self.pid))
-            return command and subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env=clean_environment(self.model.environment(str(self.port))),
-                cwd=self.model.settings.cwd or None,
-                start_new_session=True,
+        timeout = self.model.settings.stop_timeout
+        deadline = time.monotonic() + timeout
+        status, text = None, ""
+        command = self.model.stop_command(str(self.port), str(self.pid))
+        if command:  # it may have more to do, such as to remove a container
+            status, text = run_command(
+                command, timeout, lambda: self._is_kill_asked, **self._surroundings
             )
-        except (OSError, ValueError) as error:
-            self.on_line(f"llmswap: cmd-stop: {error}")
-            return None
+        if status is None:
+            self._signal_group(signal.SIGTERM)
+        if text and status != 0:
+            self.on_line(f"llmswap: cmd-stop: {text}")
+        while not self._exited.is_set() and not self._is_kill_asked:
+            if time.monotonic() >= deadline:
+                break
+            self._wait(deadline - time.monotonic())
 
     def _reap(self):
         """Kill the whole group, then reap its leader."""
@@ -4027,7 +3878,6 @@ class ProcessBackend(Backend):
         deadline = time.monotonic() + 1.0
         while time.monotonic() < deadline and _is_group_alive(self.pid):
             time.sleep(0.002)
-        self._monitor.join()
         process.stdout.close()
         if not self._is_kill_asked:
             settle(gpu_users, self._settle_timeout)
@@ -4042,7 +3892,8 @@ class ProcessBackend(Backend):
             os.killpg(self.pid, number)
 
     def _failure(self):
-        lines, status = self._last_lines(), self._exit_status
+        self._terminate()
+        status = self._exit_status
         if self._stranger and not self._is_ready:
             why = f"its port {self.upstream.port} is held by {self._stranger}"
         elif status in (-9, 128 + 9) and oom_kills() > self._oom_kills:
@@ -4052,9 +3903,7 @@ class ProcessBackend(Backend):
             why = f"killed by signal {-status} ({known.get(-status, 'unknown')})"
         else:
             why = f"exited with status {status}"
-        what = "ended by itself" if self._is_ready else "could not be started"
-        exit_code = status if status >= 0 else None
-        return LoadFailed(f"{self._title} {what}: {why}{lines}", exit_code)
+        return self._end_error(why, status if status >= 0 else None)
 
     def _last_lines(self):
         """End it; return the last lines that it wrote."""
@@ -4063,18 +3912,26 @@ class ProcessBackend(Backend):
         return f"\n{text[-3000:]}" if text else ""
 
 
-def _exit_of(pid):
-    """Return what is known of our child's exit, else None; it is not reaped."""
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+def open_pidfd(pid: int) -> Optional[int]:
+    """Return a descriptor that is readable once the process has ended; None if there is
+    no such process, or no such descriptor on this system."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return None
+
+
+def has_ended(child: int) -> bool:
+    """Return whether our child has exited; it is not reaped."""
+    how = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    return os.waitid(os.P_PID, child, how) is not None
 
 
 def _is_group_alive(group):
     """Whether any of it still runs: the dead count no more, reaped or not."""
-    try:
+    with contextlib.suppress(ChildProcessError):
         while os.waitpid(-group, os.WNOHANG)[0]:
             pass  # its orphans are our children where we are process 1
-    except ChildProcessError:
-        pass
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
@@ -4082,7 +3939,7 @@ def _is_group_alive(group):
     except PermissionError:
         pass  # they changed the user
     return any(
-        stat.group == group and stat.state not in "ZX" for _, stat in _all_stats()
+        stat.group == group and stat.state not in "ZX" for _, stat in processes()
     )
 
 
@@ -4121,37 +3978,33 @@ _GPU_TOOLS = (  # command; a process and its bytes in what it says, if told; the
     (
         ["nvidia-smi", "--query-compute-apps=pid,used_gpu_memory",
          "--format=csv,noheader,nounits"],
-        rb"^\s*(\d+)\b(?:,\s*(\d+))?",
+        r"^\s*(\d+)\b(?:,\s*(\d+))?",
         1 << 20,
     ),
-    (["rocm-smi", "--showpids"], rb"^\s*(\d+)\b(?:\s+\S+\s+\S+\s+(\d+)\b)?", 1),
+    (["rocm-smi", "--showpids"], r"^\s*(\d+)\b(?:\s+\S+\s+\S+\s+(\d+)\b)?", 1),
 )  # fmt: skip
 
 
 def _gpu_tools():
-    found = []
-    for tool in _GPU_TOOLS:
-        with contextlib.suppress(LoadFailed):
-            find_program(tool[0][0], os.environ, os.sep)
-            found.append(tool)
-    return found
+    return [tool for tool in _GPU_TOOLS if shutil.which(tool[0][0])]
 
 
 def gpu_users(timeout=2.0) -> List[Tuple[int, int]]:
     """Return (pid, bytes) of the processes that hold GPU memory, as the vendor's tool
     tells; 0 bytes where it does not say how many."""
-    return [
-        (int(pid), int(amount or 0) * unit)
-        for command, row, unit in _gpu_tools()
-        for pid, amount in re.findall(row, _output_of(command, timeout), re.MULTILINE)
-    ]
+    users = []
+    for command, row, unit in _gpu_tools():
+        _, text = run_command(command, timeout, stderr=subprocess.DEVNULL)
+        for pid, amount in re.findall(row, text, re.MULTILINE):
+            users.append((int(pid), int(amount or 0) * unit))
+    return users
 
 
 def gpu_users_among(group: int) -> Set[int]:
     """Return the members of a process group, where their GPU memory can be watched."""
     if not _gpu_tools():
         return set()
-    return {pid for pid, stat in _all_stats() if stat.group == group}
+    return {pid for pid, stat in processes() if stat.group == group}
 
 
 def settle(pids: Set[int], timeout: float):
@@ -4189,7 +4042,7 @@ class MemoryWatch:
 def resident_by_group() -> Dict[int, int]:
     """Return bytes of resident memory by process group; empty without /proc."""
     found = collections.Counter()
-    for _, stat in _all_stats():
+    for _, stat in processes():
         found[stat.group] += stat.resident * os.sysconf("SC_PAGE_SIZE")
     return found
 
@@ -4207,9 +4060,8 @@ def gpu_memory_by_group() -> Dict[int, int]:
 # -- systemd units ---------------------------------------------------------------------
 
 COMMAND_TIMEOUT = 5.0  # s; for a quick question to systemd
-JOURNAL_DELAY = 0.4  # s; if it has nothing new by then, it has everything
-UNIT_POLL = 5.0  # s; how often a unit is looked at whose main process is not known
-SYSTEMD_RETRY = 30.0  # s; a systemd that hangs is not asked again before
+JOURNAL_DELAY = 0.4  # s; by then it has what a process wrote at its end
+UNIT_POLL = 5.0  # s between looks at a unit whose main process is not known
 RUNNING = ("active", "activating", "reloading")
 
 
@@ -4232,63 +4084,18 @@ class Service:
         return ["journalctl", which, self.name, "-n", "20", "-o", "cat", "-q"]
 
 
-def run_command(argv: List[str], timeout: float, until=lambda: False):
-    """Run a short command of the system's, which may hang, at most so many seconds, or
-    until `until()`; return its status (None: it was killed, or cannot run) and what it
-    wrote."""
-    import tempfile  # only units need it
-
-    environment = clean_environment({})
-    environment.setdefault("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}")
-    deadline = time.monotonic() + timeout
-    try:
-        with tempfile.TemporaryFile() as output:  # a pipe may outlive the command
-            process = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-            while process.poll() is None and time.monotonic() < deadline:
-                if until and until():
-                    break
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(min(0.1, max(0.0, deadline - time.monotonic())))
-            status = process.poll()
-            if status is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            output.seek(0)
-            return status, output.read(65536).decode("utf-8", "replace").strip()
-    except OSError as error:
-        return None, f"{argv[0]}: {error.strerror}"
-
-
-def running_units(units: Sequence[str], gives_up: Callable) -> Set[str]:
-    """Return those of the units (as `unit =` names them) that run. Takes seconds if
-    systemd hangs and gives_up() does not come true."""
-    found = set()
-    for is_system in (False, True):
-        named = [unit for unit in units if Service(unit).is_system is is_system]
-        if named:
-            first, *others = [Service(unit) for unit in named]
-            argv = first.systemctl("is-active") + [each.name for each in others]
-            _, said = run_command(argv, COMMAND_TIMEOUT, gives_up)
-            states = zip(named, said.split())
-            found.update(unit for unit, state in states if state in RUNNING)
-    return found
-
-
-def unit_processes(name: str) -> Set[int]:
-    """Return the processes that systemd runs for the unit."""
-    cgroup = re.compile(rf"/{re.escape(name)}(/.*)?$", re.MULTILINE)
-    return {
-        pid
-        for pid in _all_processes()
-        if cgroup.search(read_text_or_empty(f"/proc/{pid}/cgroup"))
-    }
+def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
+    """Return those of the units (as `unit =` names them) that run. Takes seconds for
+    each if systemd hangs, until `gives_up()`."""
+    running = set()
+    for unit in units:
+        argv = Service(unit).systemctl("is-active")
+        _, state = run_command(argv, COMMAND_TIMEOUT, gives_up)
+        if state in RUNNING:
+            running.add(unit)
+        if gives_up():
+            break
+    return running
 
 
 def check_unit(model: Model):
@@ -4305,7 +4112,7 @@ class UnitBackend(Backend):
     """A model server that is a systemd service, run by systemctl (which may hang).
 
     `rivals` are the other units that listen where this one does: they are stopped
-    before it starts.
+    before it starts. A second thread notices its end (`_watch_unit`).
     """
 
     def __init__(self, model: Model, rivals: Sequence[str], settle_timeout: float):
@@ -4315,10 +4122,8 @@ class UnitBackend(Backend):
         self._title = f"{model.name} ({self.where})"
         self._rivals = rivals
         self._settle_timeout = settle_timeout
-        self._retry_systemd_at = 0.0  # it did not answer and is not asked before
-        self._is_started = self._has_exited = False
-        self._exit_fd = None
-        self._look_at = math.inf
+        self._is_started = False
+        self._watch = None  # the thread that notices its end
 
     def adopt(self):
         """Begin with a unit that runs already, ready or not."""
@@ -4327,33 +4132,17 @@ class UnitBackend(Backend):
 
     # -- coming up
 
-    def _load(self):
-        is_loaded = super()._load()
-        if is_loaded and self._exit_fd is None:
-            self._follow_main_process()  # what ran first, if any, was a preparation
-        return is_loaded
-
     def _spawn(self):
         if not self._is_started:
+            self._stop_rivals()
             self._start_unit()
-        self._follow_main_process()
-
-    def _start_unit(self):
-        self._stop_rivals()
-        if self._show("ActiveState").get("ActiveState") == "failed":
-            self._systemctl("reset-failed")
-        self._is_started = True
-        limit = self.model.settings.load_timeout or math.inf
-        status, text = self._systemctl("start", timeout=limit, until=self._must_stop)
-        if self._is_stop_asked or status == 0:
-            return
-        if status is None and time.monotonic() >= self._began + limit:
-            raise LoadTimeout(f"{self._title}: systemctl start took over {limit:g} s")
-        why = f"{text}{self._last_lines()}"
-        raise LoadFailed(f"{self._title} could not be started: {why}")
-
-    def _must_stop(self):
-        return self._is_stop_asked
+        self._exited = threading.Event()  # not that of the last start's watch
+        if not self._is_active():
+            self._exited.set()
+        self._watch = threading.Thread(
+            target=self._watch_unit, args=(self._exited,), daemon=True
+        )
+        self._watch.start()
 
     def _stop_rivals(self):
         for unit in running_units(self._rivals, self._must_stop):
@@ -4365,66 +4154,43 @@ class UnitBackend(Backend):
                 why = f"{unit}, which uses its port, could not be stopped: {text}"
                 raise LoadFailed(f"{self._title}: {why}")
 
-    def _follow_main_process(self):
-        """Find its main process, whose end is the unit's; there may be none."""
-        self._unfollow()
-        found = self._show("MainPID", "ActiveState")
-        self._has_exited = found.get("ActiveState", "active") not in RUNNING
-        self.pid = int(found.get("MainPID") or 0) or None
-        self._owns_listener = self._was_visible = False
-        self._look_at = time.monotonic() + ACTIVITY_INTERVAL
-        fds = []
-        try:
-            if self.pid:
-                fds.append(os.pidfd_open(self.pid))
-                fds.append(os.dup(fds[0]))
-                watch = threading.Thread(
-                    target=self._await_exit, args=(fds[1], self.pid), daemon=True
-                )
-                watch.start()
-                self._exit_fd = fds[0]
-        except (AttributeError, OSError, RuntimeError):
-            for fd in fds:  # not Linux, or out of descriptors or threads: it is polled
-                os.close(fd)
+    def _start_unit(self):
+        if self._show("ActiveState").get("ActiveState") == "failed":
+            self._systemctl("reset-failed")
+        self._is_started = True
+        limit = self.model.settings.load_timeout or math.inf
+        status, text = self._systemctl("start", timeout=limit, until=self._must_stop)
+        if self._is_stop_asked or status == 0:
+            return
+        if status is None and time.monotonic() >= self._began + limit:
+            raise LoadTimeout(f"{self._title}: systemctl start took over {limit:g} s")
+        raise self._end_error(text)
 
-    def _await_exit(self, fd, pid):
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        poll.poll()
-        os.close(fd)
-        if pid == self.pid:
-            self._has_exited = True
-            self._interrupt()
-
-    def _unfollow(self):
-        if self._exit_fd is not None:
-            os.close(self._exit_fd)
-            self._exit_fd = None
-
-    def _wait(self, seconds):
-        if self._exit_fd is None:
-            seconds = min(seconds, self._look_at - time.monotonic())
-        super()._wait(seconds)
-
-    def _is_running(self):
-        """Ask systemd now and then if there is no main process to watch."""
-        now = time.monotonic()
-        if self._exit_fd is None and not self._has_exited and now >= self._look_at:
-            self._look_at = now + (UNIT_POLL if self._is_ready else ACTIVITY_INTERVAL)
-            self._has_exited = not self._is_active()
-        return not self._has_exited
+    def _must_stop(self):
+        return self._is_stop_asked
 
     def _is_active(self):
-        """Whether systemd says so, or says nothing."""
-        return self._show("ActiveState").get("ActiveState", "active") in RUNNING
+        """Look for its main process; return whether it runs, as far as systemd says."""
+        shown = self._show("MainPID", "ActiveState")
+        self.pid = int(shown.get("MainPID", self.pid or 0)) or None
+        return shown.get("ActiveState", "active") in RUNNING
 
-    def _is_listener_ours(self):
-        if self.pid is None:
-            return self._is_ready or self._is_active()
-        main = process_stat(self.pid)
-        if main is None or main.state in "ZX":
-            return False
-        return self._check_listener(may_hide=True)
+    def _watch_unit(self, exited):
+        """Wait until its main process ends, or while it has none until systemd says so,
+        on a thread of its own."""
+        fd = open_pidfd(self.pid or 0)
+        while fd is None:
+            interval = UNIT_POLL if self._is_ready else ACTIVITY_INTERVAL
+            if exited.wait(interval) or not self._is_active():
+                break
+            fd = open_pidfd(self.pid or 0)
+        if fd is not None:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            poll.poll()
+            os.close(fd)
+        exited.set()
+        self._interrupt()
 
     # -- going
 
@@ -4432,7 +4198,7 @@ class UnitBackend(Backend):
         """Stop the unit, and wait until nothing of it is left."""
         if not self._is_started:
             return
-        users = unit_processes(self.service.name) if _gpu_tools() else set()
+        gpu_users = set(descendants(self.pid)) if self.pid and _gpu_tools() else set()
         if not self._is_ready:
             self._systemctl("kill", "--signal=KILL")
         status, text = self._systemctl(
@@ -4446,21 +4212,18 @@ class UnitBackend(Backend):
             self._systemctl("kill", "--signal=KILL")
             self._systemctl("stop")
             self._kill_main_process()
-        self._unfollow()
-        self._is_ready = self._has_exited = self._is_started = False
-        settle(users, self._settle_timeout)
+        self._exited.set()
+        if self._watch:
+            self._watch.join(COMMAND_TIMEOUT)  # it may be asking systemd
+        self._is_ready = self._is_started = False
+        settle(gpu_users, self._settle_timeout)
 
     def _kill_main_process(self):
-        """SIGKILL the main process, which systemctl could not stop."""
-        if self._exit_fd is None:
-            return
-        with contextlib.suppress(OSError):  # it is gone, or not ours to kill
-            signal.pidfd_send_signal(self._exit_fd, signal.SIGKILL)
-        until = time.monotonic() + COMMAND_TIMEOUT
-        while not self._has_exited and time.monotonic() < until:
-            self._wait(until - time.monotonic())
-        if not self._has_exited:
-            self.on_line(f"llmswap: process {self.pid} of {self.service.name} lives on")
+        if self.pid and not self._exited.is_set():
+            with contextlib.suppress(OSError):  # it has ended, or is not ours to kill
+                os.kill(self.pid, signal.SIGKILL)
+            if not self._exited.wait(COMMAND_TIMEOUT):
+                self.on_line(f"llmswap: process {self.pid} of {self.where} lives on")
 
     # -- systemd
 
@@ -4470,47 +4233,31 @@ class UnitBackend(Backend):
 
     def _show(self, *properties):
         """Return what systemd says of the unit; nothing if it does not answer."""
-        if time.monotonic() < self._retry_systemd_at:
-            return {}
-        status, text = self._systemctl("show", "-p", ",".join(properties))
-        if status is None:
-            self._retry_systemd_at = time.monotonic() + SYSTEMD_RETRY
+        _, text = self._systemctl("show", "-p", ",".join(properties))
         return dict(line.partition("=")[::2] for line in text.splitlines())
 
     def _failure(self):
         """Why it ended; None: it was stopped by somebody else, which is no failure."""
-        found = self._properties_at_end()
-        result = found.get("Result", "unknown")
+        until = time.monotonic() + COMMAND_TIMEOUT
+        shown = self._show("MainPID", "Result", "ExecMainStatus")
+        while shown.get("MainPID") == str(self.pid) and time.monotonic() < until:
+            time.sleep(0.05)  # systemd may notice the end after us
+            shown = self._show("MainPID", "Result", "ExecMainStatus")
+        result, status = (
+            shown.get(name, "unknown") for name in ("Result", "ExecMainStatus")
+        )
         if self._is_ready and result == "success":
-            self.on_line(f"llmswap: {self.service.name} was stopped by somebody else")
+            self.on_line(f"llmswap: {self.where} was stopped by somebody else")
             return None
         if result == "oom-kill":
-            why = "killed by the kernel: out of memory"
-        else:
-            why = f"{result}, status {found.get('ExecMainStatus', 'unknown')}"
-        what = "ended by itself" if self._is_ready else "could not be started"
-        code = int(found["ExecMainStatus"]) if result == "exit-code" else None
-        return LoadFailed(f"{self._title} {what}: {why}{self._last_lines()}", code)
-
-    def _properties_at_end(self):
-        """Return what systemd says of the end, which it may notice after us."""
-        until = time.monotonic() + COMMAND_TIMEOUT
-        while True:
-            found = self._show("MainPID", "Result", "ExecMainStatus")
-            if found.get("MainPID") != str(self.pid) or time.monotonic() >= until:
-                return found
-            time.sleep(0.05)
+            return self._end_error("killed by the kernel: out of memory")
+        code = int(status) if result == "exit-code" else None
+        return self._end_error(f"{result}, status {status}", code)
 
     def _last_lines(self):
         """Return the journal's last lines, which it has a moment after the end."""
-        status, text = run_command(self.service.journalctl(), COMMAND_TIMEOUT)
-        until = time.monotonic() + COMMAND_TIMEOUT
-        while status == 0 and time.monotonic() < until:
-            time.sleep(JOURNAL_DELAY)
-            before = text
-            status, text = run_command(self.service.journalctl(), COMMAND_TIMEOUT)
-            if text == before:
-                break
+        time.sleep(JOURNAL_DELAY)
+        _, text = run_command(self.service.journalctl(), COMMAND_TIMEOUT)
         return f"\n{text[-3000:] or '(the journal shows us nothing of it)'}"
 
 
@@ -4520,18 +4267,12 @@ FRESH = 15.0  # s; so long the last sign of life of a remote backend is trusted
 WAKE_INTERVAL = 2.0  # s, from one magic packet to the next
 
 
-def magic_packet(mac: bytes) -> bytes:
-    """Return the packet that wakes the machine whose network card has this address."""
-    return b"\xff" * 6 + mac * 16
-
-
 def send_magic_packet(mac: bytes, address: Tuple[str, int]):
-    """Send it by UDP, broadcast allowed. Raise OSError."""
+    """Wake the machine whose network card has this address. Raise OSError."""
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        if family == socket.AF_INET:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        sock.sendto(magic_packet(mac), address)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        sock.sendto(b"\xff" * 6 + mac * 16, address)
 
 
 class RemoteBackend(Backend):
@@ -4541,11 +4282,13 @@ class RemoteBackend(Backend):
     is asleep, not broken.
     """
 
+    _lateness = "did not answer"
+
     def __init__(self, model: Model):
         super().__init__(model, Upstream(model.url("")))
         self.where = model.url("")
-        self._is_lost = False
-        self._next_packet = math.inf
+        self._title = f"{model.name} at {self.where}"
+        self._next_packet = 0.0
 
     # -- called from any thread
 
@@ -4554,153 +4297,97 @@ class RemoteBackend(Backend):
 
         It is asked unless it gave a sign of life lately.
         """
-        upstream = self.upstream
         if self._ended.is_set():
             return False
-        if upstream.seen_within(math.inf if upstream.is_busy else FRESH):
-            return True
-        if self._ask_now(HEALTH_TIMEOUT).ok:
+        trusted = math.inf if self.upstream.is_busy else FRESH
+        if self.upstream.seen_within(trusted) or self._probe(HEALTH_TIMEOUT).ok:
             return True
         self._lose()
         return False if self._ended.wait(timeout) else None
 
     def died(self, timeout: float) -> bool:
         """Return whether it vanished, as far as it can be found out so soon."""
-        probe = self._ask_now(timeout)
+        probe = self._probe(timeout)
         is_refused = probe.error is not None and not probe.timed_out
         is_silent = probe.timed_out and timeout >= CONNECT_TIMEOUT
         if is_refused or (is_silent and not self.upstream.is_busy):
             self._lose()
-        return self._is_lost and self._ended.wait(CONNECT_TIMEOUT)
+        return self._exited.is_set() and self._ended.wait(CONNECT_TIMEOUT)
 
-    def report_stall(self):
-        """A request has been silent for long: see whether it is there."""
-        self._silent_since = time.monotonic()
-        self._wakeup.set()
+    def _give_up(self, limit):
+        self._lose()
 
     def _lose(self):
-        self._is_lost = True
+        self._exited.set()
         self._wakeup.set()
 
     # -- on its thread
 
     def _spawn(self):
-        self._is_lost = False
-        if self.model.settings.wake_mac:
-            self._next_packet = 0.0
-
-    def _load(self):
-        try:
-            return super()._load()
-        finally:
-            self._next_packet = math.inf
-
-    def _load_timeout_text(self, limit, probe):
-        where = f"{self._title} at {self.where}"
-        return f"{where} did not answer for {limit:g} s: {probe.reason}"
+        self._exited.clear()
 
     def _may_become_ready(self):
-        if time.monotonic() >= self._next_packet:
-            settings = self.model.settings
-            self._next_packet = time.monotonic() + WAKE_INTERVAL
+        mac, now = self.model.settings.wake_mac, time.monotonic()
+        if mac and now >= self._next_packet:
+            self._next_packet = now + WAKE_INTERVAL
             try:
-                send_magic_packet(settings.wake_mac, settings.wake_broadcast)
+                send_magic_packet(mac, self.model.settings.wake_broadcast)
             except OSError as error:
                 self.on_line(f"llmswap: Wake-on-LAN: {error}")
         return self._is_alive()
 
-    def _is_running(self):
-        return not self._is_lost
-
     def _abandon(self):
         """It did not wake up: perhaps its machine sleeps, too, and can be woken."""
-        self._is_lost = False
+        self._exited.clear()
         if self._probe(HEALTH_TIMEOUT).ok:
             raise LoadFailed(f"{self._title} did not wake up")
 
     def _terminate(self):
-        """There is nothing to end."""
+        pass  # it is only forgotten
 
     def _failure(self):
         """It vanished, which is no failure."""
         self.on_line("llmswap: it does not answer any more: asleep or gone")
-        while self.upstream.received_within(FRESH) and not self._is_stop_asked:
+        while self.upstream.is_busy and self.upstream.seen_within(FRESH):
+            if self._is_stop_asked:
+                break
             self._wait(POLL_INTERVAL)  # it may be a server that drains
-
-    def _check_hang(self):
-        """A request is silent: if health is, too, it vanished."""
-        limit = self.model.settings.hang_timeout or math.inf
-        probe = self._probe(min(limit, MAX_WAIT))
-        self._silent_since = None
-        is_here = probe.status is not None or probe.was_not_sent
-        if probe.timed_out:
-            is_here = self.upstream.answered_within(limit)
-        if not is_here and self._is_alive():
-            self._lose()
 
 
 # -- how far a load is -----------------------------------------------------------------
 
 MAX_BEFORE_READY = 0.99
 MODEL_OPTIONS = ("-m", "--model", "-mm", "--mmproj", "-md", "--model-draft")
-REPORT_MARK = "cmd_child_to_router:state:"
 
 
 class LoadProgress:
     """How far one load is: `progress`, from 0 to 1, or None where that cannot be told.
 
-    It never goes back, and says 1 of nothing. Known by what the backend reports; if it
-    does not, by the memory of its processes, or theirs on the GPU if that is more,
-    against the files of the model they load.
+    It never goes back, and says 1 of nothing. It is the memory of the processes that
+    load against the size of the model files that their command lines name.
 
-    A llama-server is not asked to report, as its router would: from then on it hangs
+    A llama-server is not asked to report it, as its router would: from then on it hangs
     after a SIGTERM until it reads a line on its standard input, and it calls a mapped
     file read that has yet to be.
     """
 
     def __init__(self):
         self.progress = None
-        self._stages = {"stages": ["text_model"], "current": "text_model"}
-        self._value = 0.0
-        self._is_reported = False
         self._size = 0
-
-    def parse_report(self, line: str) -> bool:
-        """Whether this is no log but what a llama-server reports to its router; if it
-        tells of a load, take that over."""
-        _, mark, told = line.partition(REPORT_MARK)
-        if not mark:
-            return False
-        try:
-            payload = json.loads(told)["payload"]
-            stages, current = list(payload["stages"]), payload["current"]
-            value = min(1.0, max(0.0, float(payload["value"])))
-            share = (stages.index(current) + value) / len(stages)
-        except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError):
-            return True
-        self._is_reported = True
-        self._stages, self._value = {"stages": stages, "current": current}, value
-        self._rise_to(share)
-        return True
 
     def look(self, pid: Optional[int]):
         """Look at the memory of that process and its descendants. Reads /proc."""
-        if pid is None or self._is_reported:
-            return
-        family = descendants(pid)
+        family = descendants(pid) if pid else []
         self._size = self._size or sum(map(model_file_size, family))
         if self._size:
             memory = sum(memory_of(each).get("VmRSS", 0) for each in family)
-            self._rise_to(memory / self._size)
-            self._value = self.progress
-
-    def _rise_to(self, share):
-        share = min(MAX_BEFORE_READY, round(share, 3))
-        self.progress = max(share, self.progress or 0.0)
+            share = min(MAX_BEFORE_READY, round(memory / self._size, 3))
+            self.progress = max(share, self.progress or 0.0)
 
     def told(self) -> dict:
-        """Return it in llama.cpp's words: the value is that of the current stage."""
-        return {**self._stages, "value": self._value}
+        """Return it as llama.cpp's router does."""
+        stage = "text_model"
+        return {"stages": [stage], "current": stage, "value": self.progress or 0.0}
 
 
 def descendants(pid: int) -> List[int]:
@@ -6847,6 +6534,7 @@ def _pass_on(answer, backend, reply, transform):
     problem = None
     try:
         for piece in answer.pieces():
+            backend.upstream.mark_alive()
             reply.send(transform.feed(piece) if transform else piece)
         if answer.framing == UNTIL_CLOSE:  # its end says nothing: it may be a death
             if reply.is_within_line or backend.died(0.05):
@@ -9602,7 +9290,6 @@ class Server(http.server.ThreadingHTTPServer):
         self._quiet_at = time.monotonic()
         self._connections, self._idle_connections = set(), set()
         self._is_paused = self._has_seen_tls = False
-        self._waker = Waker()
         self._thread = None
         for sock in sockets:
             sock.setblocking(False)
@@ -9610,26 +9297,27 @@ class Server(http.server.ThreadingHTTPServer):
     def begin(self):
         """Accept connections, on a thread of its own."""
         self._is_paused = False
-        self._waker.clear()
+        self._stop_seen, self._stop_sent = socket.socketpair()
         self._thread = threading.Thread(target=self.serve_forever, daemon=True)
         self._thread.start()
 
     def serve_forever(self, poll_interval=None):
         """Accept until `shutdown`; the base class would wake up twice a second."""
         waiter = select.poll()
-        for each in (self._waker, *self.sockets):
-            waiter.register(each, select.POLLIN)
-        while not self._is_paused:
-            ready = {fd for fd, _ in waiter.poll()}
-            for self.socket in self.sockets:
-                if self.socket.fileno() in ready:
-                    self._handle_request_noblock()
+        with self._stop_seen as stop_seen:
+            for each in (stop_seen, *self.sockets):
+                waiter.register(each, select.POLLIN)
+            while not self._is_paused:
+                ready = {fd for fd, _ in waiter.poll()}
+                for self.socket in self.sockets:
+                    if self.socket.fileno() in ready:
+                        self._handle_request_noblock()
 
     def shutdown(self):
         """Accept no more; the sockets stay open."""
         self._is_paused = True
-        self._waker.wake()
         if self._thread is not None:
+            self._stop_sent.close()
             self._thread.join(1.0)
 
     def is_serving(self) -> bool:
