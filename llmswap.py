@@ -1,4 +1,8 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = []
+# ///
 """llmswap: one address for many local language models.
 
 An OpenAI-compatible reverse proxy that starts the model server a request asks for,
@@ -261,11 +265,6 @@ parse_url = pattern(
     "a URL such as http://127.0.0.1:8000", r"https?://[^\s/?#]+(/[^\s?#]*)?"
 )
 parse_endpoint = or_none("none", pattern("a path such as /health", r"/\S*"))
-parse_request = or_none("", pattern(
-    "a request such as POST /sleep?level=1",
-    r"(?:([A-Z]+) +)?(/\S*)",
-    lambda match: (match[1] or "POST", match[2]),
-))
 parse_mac = or_none("", pattern(
     "an address such as ab:cd:ef:01:23:45",
     "[0-9A-Fa-f]{2}([:-][0-9A-Fa-f]{2}){5}",
@@ -338,6 +337,30 @@ def parse_state_dir(text) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
+CONTROL_REQUEST = re.compile(r"[ \t]*(?:([A-Z]+)[ \t]+)?(/[^\s,]*)[ \t]*")
+
+
+def parse_requests(text) -> tuple:
+    """Return (method, path, JSON body) of each request, separated by commas:
+    "POST /wake_up, POST /collective_rpc {"method": "reload_weights"}"."""
+    requests, at = [], 0
+    while at < len(text):
+        match = CONTROL_REQUEST.match(text, at)
+        if not match:
+            expected = "a request such as POST /sleep?level=1"
+            raise ValueError(f"{text[at:].strip()!r} is not {expected}")
+        body, at = "", match.end()
+        if text.startswith("{", at):
+            end = json.JSONDecoder().raw_decode(text, at)[1]
+            body, at = text[at:end], end
+        requests.append((match[1] or "POST", match[2], body))
+        comma = re.compile(r"[ \t]*(?:,|\Z)").match(text, at)
+        if not comma:
+            raise ValueError(f"a comma is missing before {text[at:].strip()!r}")
+        at = comma.end()
+    return tuple(requests)
+
+
 def parse_host_port(text) -> tuple:
     """Return host and port: 127.0.0.1:8080, [::1]:8080."""
     match = re.fullmatch(r"(?:\[([\w:.%]+)\]|([^\s\[\]:/]+)):([0-9]{1,5})", text)
@@ -388,6 +411,8 @@ PROXY_KEYS = (
     Key("sets", parse_sets, "",
         "which may be loaded together: `coder + embed, thinker + embed`; a model in no "
         "set is loaded alone"),
+    Key("cache-models", parse_boolean, "off",
+        "every model in llama.cpp's own cache of downloads becomes a model"),
     Key("models-dir", os.path.expanduser, "",
         "every GGUF in it becomes a model, as llama-server does it"),
     Key("llama-server", os.path.expanduser, "llama-server",
@@ -421,6 +446,8 @@ PROXY_KEYS = (
     Key("idle-command", str, "",
         "run when idle, e.g. `systemctl suspend`; everything is unloaded first"),
     Key("idle-command-after", parse_duration, "1h", "how long idle for that"),
+    Key("watch", parse_boolean, "on",
+        "a changed file is read again before the next request"),
     Key("log-level", one_of("debug", "info", "warning", "error"), "info",
         "`debug`, `info`, `warning` or `error`"),
 )
@@ -468,9 +495,11 @@ MODEL_KEYS = (
         "requests sent at once; more wait in order; 0: no limit"),
     Key("oom-score-adj", parse_score, "1000",
         "how gladly the kernel kills it when memory is short: -1000 to 1000"),
-    Key("sleep", parse_request, "",
+    Key("sleep", parse_requests, "",
         "e.g. `POST /sleep?level=1`: make room by putting to sleep, not by stopping"),
-    Key("wake", parse_request, "", "e.g. `POST /wake_up`: undo `sleep`"),
+    Key("wake", parse_requests, "",
+        "e.g. `POST /wake_up`: undo `sleep`; several requests are separated by commas, "
+        "each may have a JSON object"),
     Key("hang-timeout", parse_duration, "60s",
         "restart when a request is silent and health unanswered for this long; 0: "
         "never, the default of `cmd` models"),
@@ -479,6 +508,9 @@ MODEL_KEYS = (
     Key("wake-broadcast", parse_host_port, "255.255.255.255:9",
         "where Wake-on-LAN is sent"),
     Key("strip-params", parse_words, "", "parameters removed from requests"),
+    Key("default-params", parse_object, "",
+        "JSON object of parameters for requests that do not set them; objects merge "
+        "deep"),
     Key("set-params", parse_object, "",
         "JSON object laid over requests; objects merge deep"),
     Key("json-repair", parse_boolean, "off", "repair the arguments of tool calls"),
@@ -555,7 +587,9 @@ STATEMENT = re.compile(  # lines indented deeper than their `cmd` continue it
 
 # Keys whose value is the whole line, `;` and `#` included; and keys that llama.cpp
 # reads too, so that its rule holds: a comment begins at any `;` or `#`.
-WITHOUT_COMMENT = (*QUOTED_KEYS, "api-key", "proxy-key", "set-params")
+WITHOUT_COMMENT = (
+    *QUOTED_KEYS, "api-key", "proxy-key", "default-params", "set-params"
+)
 SHARED_KEYS = ("alias", "stop-timeout", "load-on-startup")
 OWN_COMMENT = re.compile(r"[ \t]+[;#]")
 LLAMA_COMMENT = re.compile(r"[ \t]*[;#]")
@@ -896,7 +930,8 @@ LAUNCH_KEYS = {
     "uses": ("uses",),
 }
 REQUEST_KEYS = (  # and those of listing: they may stand beside `uses`
-    "model-name", "uses", "alias", "strip-params", "set-params", "json-repair",
+    "model-name", "uses", "alias", "strip-params", "default-params", "set-params",
+    "json-repair",
     "loading-notice", "unlisted", "capabilities", "description",
 )
 SOURCE_KEYS = set(
@@ -1252,14 +1287,23 @@ class Config(NamedTuple):
         return f"{suggestion(name, names) or ';'} there are {shown}{more}"
 
 
-def load_config(path, listen=None, models_max=None, environ=os.environ) -> Config:
-    """Return the Config of a file, or raise ConfigError.
+WITHOUT_FILE = b"[llmswap]\ncache-models = on\n"
 
-    `listen` and `models_max` are texts that overrule the file's.
+
+def load_config(
+    path, listen=None, models_max=None, environ=os.environ, cached=()
+) -> Config:
+    """Return the Config of a file, or of WITHOUT_FILE if there is none. Raise
+    ConfigError.
+
+    `listen` and `models_max` are texts that overrule the file's; `cached` are the names
+    of the models in llama.cpp's cache.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read()
+        data = WITHOUT_FILE
+        if path is not None:
+            with open(path, "rb") as file:
+                data = file.read()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     given = {"listen": listen, "models-max": models_max}
@@ -1267,14 +1311,16 @@ def load_config(path, listen=None, models_max=None, environ=os.environ) -> Confi
         name: Setting(name, str(text), f"--{name}")
         for name, text in given.items() if text is not None
     }
-    return ConfigLoader(data, str(path), overrides, environ).load()
+    return ConfigLoader(data, str(path or ""), overrides, environ, cached).load()
 
 
 class ConfigLoader:
     """Makes a Config of the bytes of one file."""
 
-    def __init__(self, data, path, overrides, environ):
+    def __init__(self, data, path, overrides, environ, cached=()):
         self._path = path
+        self._cached = cached
+        self._in_directory = {}  # options of the models in models-dir
         self._environ = environ
         self._warnings = {}  # used as a set that keeps its order
         empty = {name: Section(name, "", {}) for name in NOT_MODELS}
@@ -1359,7 +1405,7 @@ class ConfigLoader:
                 raise ConfigError(f"{keys[name].place}: cannot be given for all models")
         if "llama-server" in self._proxy:
             keys.setdefault("llama-server", self._proxy["llama-server"])
-        listed = self._find_models(settings)
+        listed = self._list_models(settings)
         place = f"{self._path}: [{{}}]"
         sections = {name: Section(name, place.format(name), {}) for name in listed}
         sections.update(self._model_sections())
@@ -1369,17 +1415,31 @@ class ConfigLoader:
             for section in sections.values()
         ]
         return [
-            model._replace(source="preset" if each in self._sections else "models_dir")
+            model._replace(source=self._source_of(each))
             for each, model in zip(sections, models)
         ]
 
-    def _find_models(self, settings):
-        place = settings.models_dir and self._proxy["models-dir"].place
-        try:
-            return find_models(settings.models_dir, place) if place else {}
-        except OSError as error:
-            self._warn(f"{place}: {error}")
-            return {}
+    def _source_of(self, name):
+        if name in self._sections:
+            return "preset"
+        return "models_dir" if name in self._in_directory else "cache"
+
+    def _list_models(self, settings):
+        """Return options of the models in models-dir and in llama.cpp's cache, by id.
+        They are those of the file's section that is the same to llama.cpp."""
+        if settings.models_dir:
+            place = self._proxy["models-dir"].place
+            try:
+                self._in_directory = find_models(settings.models_dir, place)
+            except OSError as error:
+                self._warn(f"{place}: {error}")
+        ids = {canonical_name(name): name for name in self._sections}
+        listed = {}
+        for name in self._cached if settings.cache_models else ():
+            options = {"hf-repo": name, "offline": "on"}
+            layer = [Setting(key, text, f"[{name}]") for key, text in options.items()]
+            listed[ids.get(name, name)] = layer
+        return {**listed, **self._in_directory}
 
     def _model_sections(self):
         """Return the sections that are models. Of names that are equal to llama.cpp,
@@ -1408,9 +1468,17 @@ class ConfigLoader:
             named[model.name] = model._replace(aliases=aliases)
         for model in sorted(models, key=lambda model: model.name, reverse=True):
             self._register(canonical_name(model.name), model, "llama.cpp's name")
+        self._register_repositories()
         for name, owner in [*self._names.items()]:
             self._names.setdefault(name.strip().casefold(), owner)
         return named
+
+    def _register_repositories(self):
+        """Let `user/repo` mean the only model of it in the cache."""
+        repositories = [name.rpartition(":")[0] for name in self._cached]
+        for repository, name in zip(repositories, self._cached):
+            if repositories.count(repository) == 1 and name in self._names:
+                self._names.setdefault(repository, self._names[name])
 
     def _register(self, name, model, label):
         """Return whether the model has the name, which it gets if none has it."""
@@ -2751,6 +2819,14 @@ def _ask_for_options(path):
     return (status is not None and parse_help(text)) or UNKNOWN_OPTIONS
 
 
+def cached_models(binary: str) -> List[str]:
+    """Return the models that llama.cpp has downloaded, each as user/repo:TAG. It takes
+    10 s at most."""
+    argv, no_log = [binary, "--cache-list"], subprocess.DEVNULL
+    status, text = run_command(argv, 10.0, stderr=no_log)
+    return re.findall(r"(?m)^ *\d+\. (\S+)$", text) if status == 0 else []
+
+
 def table_of(model: Model) -> Optional[OptionTable]:
     """Return the options that the model's llama-server has; None for other kinds."""
     if model.kind != "llama-server":
@@ -2790,7 +2866,7 @@ CONNECT_TIMEOUT = 1.0  # s; a host that has not accepted by then sleeps, or is g
 SLEEP_TIMEOUT = 60.0  # s; a backend that has not fallen asleep by then is stopped
 SLEEP_OPTION = "--sleep-idle-seconds"
 SLEEP_POLL = 5.0  # s between looks at a llama-server that may put itself to sleep
-WAKE_REQUEST = ("GET", "/lora-adapters")  # the cheapest one that wakes a llama-server
+WAKE_REQUEST = ("GET", "/lora-adapters", "")  # the cheapest that wakes a llama-server
 MAX_CONTROL_ANSWER = 1 << 22  # bytes
 
 
@@ -2841,7 +2917,7 @@ class DeadlineReader(io.RawIOBase):
 
 
 def exchange(sock: socket.socket, deadline: float, *request, headers) -> Probe:
-    """Send a request (method, target) and return the status and body of its answer.
+    """Send a request (method, target, body); return status and body of its answer.
 
     Raise OSError, ValueError, HTTPException; TimeoutError if it is late.
     """
@@ -3055,7 +3131,7 @@ class Backend:
         and the end of the backend also end a probe of the backend's own thread. A
         health check finds nobody where another process listens.
         """
-        method, path = request or ("GET", self.model.settings.check_endpoint)
+        method, path, body = request or ("GET", self.model.settings.check_endpoint, "")
         deadline = time.monotonic() + timeout
         sock, is_own = None, threading.current_thread() is self._thread
         try:
@@ -3071,8 +3147,11 @@ class Backend:
             headers = {"Host": self.upstream.authority, "Connection": "close"}
             if self.model.settings.proxy_key:
                 headers["Authorization"] = f"Bearer {self.model.settings.proxy_key}"
+            if body:
+                headers["Content-Type"] = "application/json"
             target = self.upstream.base_path + path
-            probe = exchange(sock, deadline, method, target, headers=headers)
+            sent = body.encode() if method != "GET" else None
+            probe = exchange(sock, deadline, method, target, sent, headers=headers)
         except (OSError, ValueError, http.client.HTTPException) as error:
             return Probe(error=error)
         finally:
@@ -3159,7 +3238,7 @@ class Backend:
 
     def _fetch_entry(self):
         """Return what its own /v1/models says of its first model, or {}."""
-        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models"))
+        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models", ""))
         try:
             entry = json.loads(probe.body)["data"][0] if probe.ok else {}
         except (LookupError, RecursionError, TypeError, ValueError):
@@ -3168,8 +3247,16 @@ class Backend:
 
     # -- sleep
 
+    def _probe_all(self, timeout, requests):
+        """Send requests in order; return whether all were answered 200 in time."""
+        deadline = time.monotonic() + timeout
+        return all(
+            self._probe(max(0.001, deadline - time.monotonic()), request).ok
+            for request in requests
+        )
+
     def _put_to_sleep(self):
-        if self._probe(SLEEP_TIMEOUT, self.model.settings.sleep).ok:
+        if self._probe_all(SLEEP_TIMEOUT, self.model.settings.sleep):
             self.on_slept(self)
         elif self._is_alive():
             self.on_line("llmswap: it did not fall asleep; it is stopped instead")
@@ -3179,9 +3266,9 @@ class Backend:
         """Wake it; return whether it is healthy then."""
         limit = self.model.settings.load_timeout or math.inf
         self._progress_at = time.monotonic()
-        request = self.model.settings.wake or WAKE_REQUEST
+        requests = self.model.settings.wake or (WAKE_REQUEST,)
         is_awake = False
-        if self._probe(min(limit, MAX_WAIT), request).ok:
+        if self._probe_all(min(limit, MAX_WAIT), requests):
             with contextlib.suppress(LoadTimeout):
                 is_awake = self._await_healthy()
         if is_awake:
@@ -3193,7 +3280,7 @@ class Backend:
 
     def _look_asleep(self):
         """Find out whether a llama-server has put itself to sleep, or has woken."""
-        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/props"))
+        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/props", ""))
         found = re.search(rb'"is_sleeping"\s*:\s*(true|false)', probe.body)
         is_asleep = found[1] == b"true" if found else self._is_asleep
         if is_asleep != self._is_asleep:
@@ -4420,6 +4507,7 @@ def shards_of(path: str) -> List[str]:
 # -- what is known of a model without loading it ---------------------------------------
 
 LOOK_TIMEOUT = 0.05  # s that a client waits for a look at files, which may be slow
+LOOK_EVERY = 1.0  # s, at most, unless a model is new
 GGUF_NUMBERS = {
     **{0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f"},
     **{7: "?", 10: "Q", 11: "q", 12: "d"},
@@ -4499,7 +4587,9 @@ class Inspector:
     def __init__(self):
         self._facts = {}  # by name: (model, Facts)
         self._headers = {}  # by path: (size, time, metadata)
-        self._look = None  # an Event that is set at the end of the look under way
+        self._looked_at = -math.inf
+        self._is_done = threading.Event()  # the last look
+        self._is_done.set()
         self._lock = threading.Lock()
 
     def facts_of(
@@ -4507,24 +4597,28 @@ class Inspector:
     ) -> Dict[str, Facts]:
         """Look at the models; return the Facts by name that are known in time."""
         with self._lock:
-            if self._look is None or self._look.is_set():
-                self._look = threading.Event()
-                look = functools.partial(self._inspect_all, list(models), self._look)
+            is_due = time.monotonic() >= self._looked_at + LOOK_EVERY
+            is_due = is_due or len(self._known(models)) < len(models)
+            if is_due and self._is_done.is_set():
+                self._looked_at = time.monotonic()
+                self._is_done.clear()
+                look = functools.partial(self._inspect_all, list(models))
                 threading.Thread(target=look, daemon=True).start()
-            look = self._look
-        look.wait(timeout)
-        known = {}
-        for model in models:
-            seen, facts = self._facts.get(model.name, (None, Facts()))
-            known[model.name] = facts if seen is model else Facts()
-        return known
+        self._is_done.wait(timeout)
+        known = self._known(models)
+        return {model.name: known.get(model.name, Facts()) for model in models}
 
-    def _inspect_all(self, models, done):
+    def _known(self, models):
+        """Return the Facts by name of those of the models that were looked at."""
+        pairs = ((model, self._facts.get(model.name)) for model in models)
+        return {m.name: pair[1] for m, pair in pairs if pair and pair[0] is m}
+
+    def _inspect_all(self, models):
         try:
             for model in models:
                 self._facts[model.name] = model, self._inspect(model)
         finally:
-            done.set()
+            self._is_done.set()
 
     def _inspect(self, model):
         table = table_of(model)
@@ -6085,11 +6179,12 @@ def _find_in_multipart(data, _, boundary):
 
 class BodyEdits(NamedTuple):
     """What is changed in a request's JSON: `model` (None: as it is), parameters laid
-    over it, names removed."""
+    over it, names removed, and then parameters where it has none."""
 
     model: Optional[str] = None
     laid_over: Mapping[str, object] = {}
     removed: FrozenSet[str] = frozenset()
+    defaults: Mapping[str, object] = {}
 
 
 def edited_json(members: Mapping[str, object], edits: BodyEdits) -> bytes:
@@ -6098,7 +6193,9 @@ def edited_json(members: Mapping[str, object], edits: BodyEdits) -> bytes:
     if edits.model is not None:
         laid_over["model"] = edits.model
     kept = {key: value for key, value in members.items() if key not in edits.removed}
-    return _dump(merged(kept, laid_over))
+    filled = merged(dict(edits.defaults), kept)
+    ordered = {key: filled[key] for key in (*kept, *filled)}
+    return _dump(merged(ordered, laid_over))
 
 
 def merged(old, new):
@@ -7251,6 +7348,7 @@ class StatusReport(NamedTuple):
     born: float
     models: Sequence[ModelStatus]
     meters: Metrics
+    problem: Optional[str] = None  # why the changed file is not in use
 
 
 def snapshot(report: StatusReport) -> dict:
@@ -7273,7 +7371,13 @@ def snapshot(report: StatusReport) -> dict:
         "vram": _total(model.vram for model in own),
     }
     models = [_as_shown(model) for model in report.models]
-    return dict(version=report.version, born=report.born, totals=totals, models=models)
+    return dict(
+        version=report.version,
+        born=report.born,
+        problem=report.problem,
+        totals=totals,
+        models=models,
+    )
 
 
 def _as_shown(model):
@@ -7541,6 +7645,7 @@ main section { margin-bottom: 26px; }
 main ul { list-style: none; padding: 0; overflow: hidden; }
 h2 { font-size: 13px; color: var(--soft); margin: 0 0 8px 2px; }
 h2 span { font-weight: 400; margin-left: 4px; }
+#problem { margin: 12px; color: var(--tone); white-space: pre-wrap; }
 #none { padding: 72px 24px; text-align: center; color: var(--soft); }
 #none b { display: block; font-size: 17px; margin-bottom: 6px; }
 
@@ -7830,6 +7935,8 @@ function paint() {
   for (const name of ["held", "broken", "rest"]) paintGroup(name);
   if (focused !== document.activeElement) focused.focus({preventScroll: true});
   show($("none"), !models.length);
+  put($("problem"), snapshot.problem || "");
+  show($("problem"), snapshot.problem);
   show($("search"), models.length > 12);
   paintTotals(snapshot.totals);
   paintChoice();
@@ -8150,6 +8257,7 @@ STATUS_PAGE = """<!doctype html>
 </header>
 <div class="columns">
   <main>
+    <p id="problem" class="failed" role="alert" hidden></p>
     <section class="held" hidden><h2>In memory <span></span></h2><ul></ul></section>
     <section class="broken" hidden>
       <h2>Needs attention <span></span></h2><ul></ul></section>
@@ -8315,6 +8423,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not self.parse_request():
                 return
             self._check_access()
+            self.server.application.follow_file()
+            self.config = self.pool.config
             self._route()
         except (APIError, ConfigError, OSError) as error:
             self._answer_error(error)
@@ -8645,7 +8755,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             with_known_problem(status, facts.get(status.shares or status.id, Facts()))
             for status in self.pool.statuses(with_memory=True)
         ]
-        return StatusReport(VERSION, self.server.born, models, self.pool.meters())
+        meters, problem = self.pool.meters(), self.server.application.config_error
+        return StatusReport(VERSION, self.server.born, models, meters, problem)
 
     def get_health(self):
         self._send_json({"status": "ok", "server": "llmswap", **self.pool.counts()})
@@ -8653,7 +8764,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_models(self):
         if self.head.parameter("reload"):
             self._check_not_from_a_page()
-            self.server.reload()
+            self.server.application.reload()
             self.config = self.pool.config
         config = self.pool.config
         listed = [m for m in config.models.values() if not m.settings.unlisted]
@@ -9033,7 +9144,12 @@ def _edits_of(model, info):
     removed = {name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members}
     removed.update(settings.strip_params)
     name = settings.model_name or None
-    return BodyEdits(name, settings.set_params or {}, frozenset(removed))
+    return BodyEdits(
+        name,
+        settings.set_params or {},
+        frozenset(removed),
+        settings.default_params or {},
+    )
 
 
 def _idle_timeout_in(members):
@@ -9279,11 +9395,11 @@ class Server(http.server.ThreadingHTTPServer):
     are what handlers share. Any thread may call.
     """
 
-    def __init__(self, sockets: List[socket.socket], pool: Pool, log: Log, reload):
+    def __init__(self, sockets: List[socket.socket], pool: Pool, log: Log, application):
         super().__init__(("", 0), Handler, bind_and_activate=False)
         self.server_close()  # a socket of its own, which is not needed
         self.sockets = sockets
-        self.pool, self.log, self.reload = pool, log, reload
+        self.pool, self.log, self.application = pool, log, application
         self.born = int(time.time())
         self.is_closing = False
         self.most_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)
@@ -9723,8 +9839,8 @@ def parse_args(argv: List[str]):
         parser.add_argument(name, action="store_true", help=help)
     parser.add_argument("--port", type=int, default=8090, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if not (args.file or args.parrot or args.keys):
-        parser.error("which INI file? (try: llmswap.py example.ini)")
+    if args.units and not args.file:
+        parser.error("--units needs the INI file")
     return args
 
 
@@ -9823,8 +9939,15 @@ def main(argv: Optional[List[str]] = None) -> int:
     if args.keys:
         print(keys_text(), end="")
         return 0
+    cached = () if args.file else cached_models("llama-server")
+    if not (args.file or cached):
+        print(NO_MODELS, end="", file=sys.stderr)
+        return 2
     try:
-        config = load_config(args.file, args.listen, args.models_max)
+        config = load_config(args.file, args.listen, args.models_max, cached=cached)
+        if args.check and args.file and config.settings.cache_models:
+            cached = cached_models(config.settings.llama_server)
+            config = load_config(args.file, args.listen, args.models_max, cached=cached)
     except ConfigError as error:
         print(printable(str(error)), file=sys.stderr)
         refuse_pending_connections()
@@ -9834,7 +9957,14 @@ def main(argv: Optional[List[str]] = None) -> int:
     if args.units:
         print(units_for(config), end="")
         return 0
-    return Application(args, config).run()
+    return Application(args, config, cached).run()
+
+
+NO_MODELS = """\
+There is no INI file, and llama-server --cache-list shows no downloaded model.
+Download one:     llama-server -hf ggml-org/gemma-3-1b-it-GGUF
+Or write a file:  llmswap.py models.ini   (example.ini shows how)
+"""
 
 
 def refuse_pending_connections():
@@ -9851,17 +9981,73 @@ def refuse_pending_connections():
                 connection.close()
 
 
+WATCH_EVERY = 1.0  # s, between two looks at the file
+WATCH_SETTLES = 0.1  # s without a change, after which it counts as written
+WATCH_TIMEOUT = 0.5  # s that a request waits for a look, or for reading the file
+
+
+class FileWatch:
+    """Notices that a file has changed, when it is asked. Any thread may call.
+
+    It looks on threads of their own, because the file may lie on a slow mount. A file
+    that is missing has not changed: editors replace files.
+    """
+
+    def __init__(self, path: str):
+        self._path = path
+        self._lock = threading.Lock()
+        self._looked_at = -math.inf
+        self._is_done = threading.Event()  # the last look
+        self._is_done.set()
+        self.mark()
+
+    def mark(self):
+        """From now on the file counts as unchanged."""
+        self._seen = self._stamp()
+
+    def check(self, on_change: Callable):
+        """Look at the file unless that was done within the last second; if it changed,
+        call on_change() on another thread. Return when it returned, or is late."""
+        with self._lock:
+            now = time.monotonic()
+            if now >= self._looked_at + WATCH_EVERY and self._is_done.is_set():
+                self._looked_at = now
+                self._is_done.clear()
+                look = functools.partial(self._look, on_change)
+                threading.Thread(target=look, name="watch", daemon=True).start()
+        self._is_done.wait(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
+
+    def _look(self, on_change):
+        try:
+            stamp = self._stamp()
+            while stamp not in (None, self._seen):
+                time.sleep(WATCH_SETTLES)
+                last, stamp = stamp, self._stamp()
+                if stamp == last:
+                    return on_change()
+        finally:
+            self._is_done.set()
+
+    def _stamp(self):
+        with contextlib.suppress(OSError):
+            status = os.stat(self._path)
+            return status.st_mtime_ns, status.st_size, status.st_ino
+
+
 class Application:
     """One run of llmswap: from the listening sockets to the last backend's end."""
 
-    def __init__(self, args, config: Config):
+    def __init__(self, args, config: Config, cached: Sequence[str] = ()):
         self._args = args
         self._config = config
+        self._cached = cached
+        self._file = FileWatch(args.file) if args.file else None
         self._signals, self._wakeup = socket.socketpair()
         self._reload_lock = threading.Lock()
         self._is_reloaded = threading.Event()
         self._notifier = SystemdNotifier(os.environ)
         self._is_activated = False  # by a socket of systemd's
+        self.config_error = None  # why the file was not read again
         self.log = Log()
         self.log.set_level("debug" if args.verbose else config.settings.log_level)
 
@@ -9873,13 +10059,14 @@ class Application:
             self.log.close()
             return listeners
         self.pool = Pool(self._config, self.log)
-        self.server = Server(listeners, self.pool, self.log, self.reload)
+        self.server = Server(listeners, self.pool, self.log, self)
         self._log_startup()
         self.pool.start()
         self.server.begin()
         self._start_thread(self._idle_command_loop)
         self._notifier.notify("READY=1")
         self._start_thread(self._notifier.watch, self.pool, self.server.is_serving)
+        self._start_thread(self._follow_cache)
         self._shut_down(self._await_end())
         return 0
 
@@ -9976,24 +10163,54 @@ class Application:
             self.log("error", str(problem))
         self._notifier.notify("READY=1")
 
+    def follow_file(self):
+        """Read the file again if it changed since it was read; see FileWatch."""
+        if self._file and self._config.settings.watch:
+            self._file.check(self._reload_changed)
+
+    def _reload_changed(self):
+        try:
+            self.reload()
+        except APIError as problem:
+            self.log("error", str(problem))
+
+    def _follow_cache(self):
+        """Ask for the models in llama.cpp's cache, and use them if they are new."""
+        settings = self._config.settings
+        if settings.cache_models:
+            cached = cached_models(settings.llama_server)
+            if not cached:
+                self.log("warning", "cache-models: --cache-list shows no model")
+            if cached != self._cached:
+                self._cached = cached
+                self._reload_changed()
+
     def reload(self):
         """Read the file again and use it; a broken one changes nothing, and raises an
         APIError with the reason."""
         args = self._args
         with self._reload_lock:
+            if self._file:
+                self._file.mark()
             try:
-                config = load_config(args.file, args.listen, args.models_max)
+                config = load_config(
+                    args.file, args.listen, args.models_max, cached=self._cached
+                )
             except ConfigError as error:
-                raise APIError(f"not reloaded: {error}") from None
+                self.config_error = f"not reloaded: {error}"
+                raise APIError(self.config_error) from None
+            self.config_error = None
             if config.settings.listen != self._config.settings.listen:
                 self.log("warning", "a change of `listen` needs a restart")
+            if not args.verbose:
+                self.log.set_level(config.settings.log_level)
             self.pool.reload(config)
             self._config = config
             self._is_reloaded.set()
-            if not args.verbose:
-                self.log.set_level(config.settings.log_level)
+            self._start_thread(self._follow_cache)
             self._log_problems(config)
-            self.log("info", f"{args.file} was read again")
+            name = args.file or "the list of models"
+            self.log("info", f"{name} was read again")
 
     def _until_idle_exit(self):
         """Return the seconds until an idle exit may be due."""

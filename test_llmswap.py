@@ -929,9 +929,11 @@ OPTIONS = llmswap.parse_help(HELP)
     ("check-endpoint", {"/v1/health": "/v1/health", "none": None},
      ["", "health", "/a b", "None"]),
     ("sleep",
-     {"POST /sleep?level=1": ("POST", "/sleep?level=1"), "": None,
-      "/wake_up": ("POST", "/wake_up")},
-     ["sleep", "post /x", "POST", "POST sleep"]),
+     {"POST /sleep?level=1": (("POST", "/sleep?level=1", ""),), "": (),
+      "/wake_up": (("POST", "/wake_up", ""),),
+      'POST /a {"b": ["c, d"]},/e , GET /f': (
+          ("POST", "/a", '{"b": ["c, d"]}'), ("POST", "/e", ""), ("GET", "/f", ""))},
+     ["sleep", "post /x", "POST", "POST sleep", "/a /b", '/a {"b"', '/a {} {}', "/a,,/b"]),
     ("wake-mac",
      {"ab:cd:EF:01:23:45": bytes.fromhex("abcdef012345"), "": None,
       "ab-cd-ef-01-23-45": bytes.fromhex("abcdef012345")},
@@ -3699,7 +3701,7 @@ def test_a_failed_load_is_told_with_its_reason_and_last_lines(begin, flags, reas
 
 @pytest.mark.parametrize("status", [-9, 137])
 def test_a_kill_by_the_kernel_for_memory_is_told_as_such(begin, monkeypatch, status):
-    counts = iter([4, 5])
+    counts = itertools.count()  # asked before the start, and at the end
     monkeypatch.setattr(llmswap, "oom_kills", lambda: next(counts))
     flags = ["--load-signal", "9"] if status < 0 else ["--load-exit", "137"]
     assert "killed by the kernel: out of memory" in str(begin(*flags).exited())
@@ -5141,6 +5143,109 @@ def test_output_that_cannot_be_written_is_an_error():
     assert done.returncode == 1
 
 
+def edit(server, text, by_rename=True):
+    """Save the file as an editor does; no signal follows."""
+    if by_rename:
+        server.write(text)
+    else:
+        server.ini.write_text(text)
+
+
+@pytest.mark.parametrize("by_rename", [False, True])
+def test_an_edited_file_is_in_use_before_the_next_request(by_rename):
+    text = "[kept]\ncmd = FAKE --model kept\n"
+    with Llmswap("[llmswap]\nmodels-max = 0\n" + text, WATCH_EVERY=0.0) as server:
+        pid = server.stats("kept")["pid"]
+        with server.stream("kept", tokens=10**6, pause=0.05) as stream:
+            events = stream.events()
+            next(events)
+            text = server.ini.read_text()
+            edit(server, text + "[new]\nuses = kept\n", by_rename)
+            assert server.chat("new").status == 200
+            edit(server, text + "[new]\nuses = nobody\n[[", by_rename)
+            for _ in range(3):
+                assert server.chat("new").status == 200  # of the last good file
+            assert server.log().count("not reloaded: ") == 1
+            assert ":7: " in shown_problem(server)
+            server.ini.unlink()
+            assert server.chat("new").status == 200
+            edit(server, text)
+            assert server.chat("new").status == 404
+            assert shown_problem(server) is None
+            next(events)
+        assert server.stats("kept")["pid"] == pid
+
+
+def shown_problem(server):
+    """What the page says of the file."""
+    with Stream(server.port, "/", headers={"Accept": "text/event-stream"}) as stream:
+        return next(stream.documents())["problem"]
+
+
+def test_a_file_is_looked_at_by_requests_only_and_not_if_told_so(tmp_path):
+    path = tmp_path / "x.ini"
+    path.write_text("1")
+    watch, changes = llmswap.FileWatch(str(path)), []
+    path.write_text("22")
+    watch.check(lambda: changes.append(path.read_text()))
+    assert changes == ["22"]
+    path.write_text("333")
+    watch.check(lambda: changes.append(path.read_text()))  # within a second
+    assert changes == ["22"]
+    with Llmswap("[llmswap]\nwatch = off\n[a]\ncmd = FAKE", WATCH_EVERY=0.0) as server:
+        edit(server, "[b]\ncmd = FAKE")
+        assert server.chat("a").status == 200
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: server.chat("b").status == 200)
+
+
+def test_a_file_on_a_mount_that_hangs_delays_requests_only_a_little(
+    tmp_path, monkeypatch
+):
+    watch = llmswap.FileWatch(str(tmp_path))
+    hanging = threading.Event()
+    monkeypatch.setattr(watch, "_stamp", hanging.wait)
+    for limit in (2.0, 0.4):  # later requests do not wait for it again
+        monkeypatch.setattr(llmswap, "WATCH_TIMEOUT", limit / 10)
+        began = time.monotonic()
+        watch.check(lambda: None)
+        assert time.monotonic() < began + limit
+    hanging.set()
+
+
+def test_default_params_fill_what_a_request_does_not_set():
+    text = """\
+[a]
+cmd            = FAKE
+strip-params   = top_p
+default-params = {"temperature": 0.5, "deep": {"a": 1, "b": {"c": 2}}, "top_p": 1}
+set-params     = {"seed": 7}
+"""
+    with Llmswap(text) as server:
+        body = {"model": "a", "deep": {"b": {"c": 3, "d": 4}}, "top_p": 9}
+        sent = json.loads(server.post("/v1/x", body).json()["body"])
+    assert sent == {
+        "model": "a", "deep": {"a": 1, "b": {"c": 3, "d": 4}}, "temperature": 0.5,
+        "top_p": 1, "seed": 7}  # fmt: skip
+
+
+def run_without_file(*args, **env):
+    command = [sys.executable, LLMSWAP, *args]
+    return subprocess.run(
+        command, env={**os.environ, **env}, capture_output=True, text=True, timeout=30
+    )
+
+
+@pytest.mark.parametrize("output", [None, "number of models in cache: 0"])
+def test_without_a_file_and_downloads_three_lines_say_what_to_do(tmp_path, output):
+    if output:
+        (tmp_path / "llama-server").write_text(f"#!/bin/sh\necho '{output}'")
+        (tmp_path / "llama-server").chmod(0o755)
+    done = run_without_file(PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 3 and "llama-server -hf" in done.stderr
+
+
 def test_a_connection_without_a_thread_is_refused(monkeypatch):
     def start(_):
         raise RuntimeError("can't start new thread")
@@ -5586,6 +5691,46 @@ def test_a_victim_that_can_sleep_is_put_to_sleep_and_woken():
         events = [each["event"] for each in server.journal(model="a")]
         assert events.count("sleep") == events.count("wake") == 1
         assert events.count("main") == 1
+
+
+STEPS = """\
+import http.server, sys
+class Steps(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.do_POST()
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["content-length"] or 0)).decode()
+        with open(sys.argv[2], "a") as journal:
+            print(self.command, self.path, body, file=journal)
+        self.send_response(500 if self.path == "/fails" else 200)
+        self.send_header("content-length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Steps).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("last, is_asleep", [("/reset", True), ("/fails", False)])
+def test_sleep_and_wake_may_take_several_requests(tmp_path, last, is_asleep):
+    program, journal = tmp_path / "steps.py", tmp_path / "journal"
+    program.write_text(STEPS)
+    text = f"""\
+[a]
+cmd   = {sys.executable} {program} ${{PORT}} {journal}
+sleep = POST /sleep?level=2, {last}
+wake  = POST /wake_up, POST /rpc {{"method": "reload"}}, POST /done
+[b]
+cmd = FAKE
+"""
+    with brisk(text) as server:
+        assert server.post("/v1/x", {"model": "a"}).status == 200
+        assert server.chat("b").status == 200
+        assert server.states()["a"] == ("sleeping" if is_asleep else "unloaded")
+        assert server.post("/v1/x", {"model": "a"}).status == 200
+        lines = [line.strip() for line in journal.read_text().splitlines()]
+        asked = [line for line in lines if line[:4] == "POST" and "/v1/x" not in line]
+    wake = ["POST /wake_up", 'POST /rpc {"method": "reload"}', "POST /done"]
+    assert asked == ["POST /sleep?level=2", f"POST {last}", *(wake if is_asleep else [])]
 
 
 def test_a_model_that_does_not_fall_asleep_is_stopped():
@@ -10402,6 +10547,33 @@ def read_metrics(*models, meters=None):
     return metrics_of(llmswap.metrics_text(report))
 
 
+def test_the_queries_of_the_dashboard_name_metrics_and_labels_of_ours():
+    dashboard = json.loads(Path(LLMSWAP).with_name(".github").joinpath("grafana.json")
+                           .read_text())
+    queries = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
+    queries += [each["query"]["query"] for each in dashboard["templating"]["list"]
+                if each["type"] == "query"]  # fmt: skip
+    text = "[a]\ncmd = FAKE\n[b]\ncmd = FAKE\n[c]\ncmd = FAKE --load-exit 1"
+    with Llmswap(text) as server:
+        for model in ("c", "a", "b"):
+            server.chat(model)
+        metrics = server.get("/metrics").body.decode()
+    samples = re.findall(r"(?m)^(\w+)(?:\{(.*)\})? ", metrics)
+    labels = collections.defaultdict(set)
+    for name, pairs in samples:
+        labels[name].update(re.findall(r'(\w+)="', pairs))
+    for query in queries:
+        names = re.findall(r"\b(?:llmswap|process)_\w+", query)
+        assert names, query
+        used = set(re.findall(r"(\w+)=~?\"", query)) - {"job"}  # which Prometheus adds
+        for group in re.findall(r"by \((.*?)\)", query):
+            used.update(group.split(", "))
+        for name in names:
+            if f"# TYPE {name} gauge" in metrics:  # it may have no samples here
+                labels[name].add("model")
+            assert name in labels and used <= labels[name], (query, labels[name])
+
+
 def test_metrics_without_models_are_well_formed():
     found = read_metrics()
     assert found["llmswap_swaps_total",] == 0
@@ -11611,7 +11783,9 @@ def test_exit_idle_time_heeds_no_idle_connection_and_needs_activation(tmp_path):
 
 
 def test_a_timeout_of_a_month_does_not_overflow():
-    program = llmswap.Application(SimpleNamespace(verbose=False), no_models())
+    program = llmswap.Application(
+        SimpleNamespace(verbose=False, file=None), no_models()
+    )
     for seconds in (30 * 86400.0, math.inf):
         program._wakeup.send(b"\1")
         assert program._next_signal(seconds) == 1
@@ -11620,7 +11794,8 @@ def test_a_timeout_of_a_month_does_not_overflow():
 def test_a_connection_in_the_backlog_cancels_the_idle_exit():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         pool = llmswap.Pool(no_models(), lambda *_: None)
-        server = llmswap.Server([listener], pool, lambda *_: None, None)
+        application = SimpleNamespace(follow_file=lambda: None)
+        server = llmswap.Server([listener], pool, lambda *_: None, application)
         assert server.try_idle_exit() and server.is_serving()  # there is nothing to do
         with Client(listener.getsockname()[1]) as client:
             client.send("GET", "/health")
@@ -12825,6 +13000,7 @@ uses = other
 capabilities = tools
 """
     with Llmswap(text) as server:
+        eventually(lambda: "context_length" in server.get("/v1/models/trained").json())
         entries = {each["id"]: each for each in server.get("/models").json()["data"]}
         for name, n_ctx, length in (
             ("trained", None, 4096), ("served", 512, 512), ("other", 8192, 8192),
@@ -12950,6 +13126,40 @@ def test_models_are_described_as_by_llama_cpps_router(tmp_path):
         assert entry["meta"]["n_vocab"] == 311  # as it was told last
         status = proxy.get("/v1/models/gone").json()["status"]
         assert status["failed"] and "does not exist" in status["error"]
+
+
+@with_llama_server
+def test_downloaded_models_are_served_without_a_file(tmp_path):
+    names = "one/tiny:Q8_0", "two/tiny:Q8_0", "two/tiny:Q4_K_M"
+    for name in names:
+        repository, tag = name.split(":")
+        base = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+        folder = base / "snapshots" / ("0" * 40)
+        folder.mkdir(parents=True, exist_ok=True)
+        (base / "refs").mkdir(exist_ok=True)
+        (base / "refs" / "main").write_text("0" * 40)
+        write_gguf(folder / f"tiny-{tag}.gguf")
+    (tmp_path / "llama-server").symlink_to(LLAMA_SERVER)
+    env = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "LLAMA_CACHE": str(tmp_path / "hub"),
+    }  # fmt: skip
+    text = "[llmswap]\ncache-models = on\n[*]\nctx-size = 256\n"
+    text += "[two/tiny:q8_0]\nalias = second\nctx-size = 128"
+    with Llmswap(text, env=env) as server:
+        listed = eventually(lambda: server.get("/v1/models").json()["data"][2:] and
+                            server.get("/v1/models").json()["data"])
+        entries = {each["id"]: each for each in listed}
+        assert set(entries) == {"one/tiny:Q8_0", "two/tiny:q8_0", "two/tiny:Q4_K_M"}
+        assert [entries[name]["source"] for name in sorted(entries)] == [
+            "cache", "cache", "preset"]  # fmt: skip
+        assert entries["one/tiny:Q8_0"]["can_remove"]
+        for name, size in (("one/tiny", "256"), ("second", "128")):
+            answer = server.post("/v1/chat/completions", real_chat(name))
+            assert answer.status == 200, answer.body
+            args = server.get(f"/v1/models/{name}").json()["status"]["args"]
+            assert args[args.index("--ctx-size") + 1] == size and "--offline" in args
+        assert server.post("/v1/chat/completions", real_chat("two/tiny")).status == 404
 
 
 @with_llama_server
