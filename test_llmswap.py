@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The tests of llmswap, with a client, a fake model server and a benchmark for them.
+"""The tests of llmswap, with a client and a fake model server for them.
 
     python3 -m pytest test_llmswap.py      the tests; see .ci/run for what more they use
     python3 -m pytest -n auto ...          the same on all cores, with pytest-xdist
@@ -87,11 +87,6 @@ try:
 except ImportError:  # the commands do without it
     pytest = Absent()
 
-try:
-    import h11
-except ImportError:  # only the fuzz needs it
-    h11 = Absent()
-
 
 # ==================================================================================
 # The harness: a client, the fake server and llmswap itself, as a test wants them.
@@ -101,6 +96,7 @@ except ImportError:  # only the fuzz needs it
 HERE = Path(__file__).resolve()
 LLMSWAP = os.environ.get("LLMSWAP") or str(HERE.with_name("llmswap.py"))
 LLAMA_SERVER = os.environ.get("LLAMA_SERVER")  # a real one; without it, tests skip
+with_llama_server = pytest.mark.skipif(not LLAMA_SERVER, reason="needs LLAMA_SERVER")
 CHAT = "/v1/chat/completions"
 FAMILY = "TEST_FAMILY"  # an environment variable by which a test knows its processes
 SHARE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])  # of tests and ports
@@ -340,7 +336,7 @@ class Stream:
 
 
 FAKE_IMPORTS = """\
-import heapq, json, os, select, signal, socket, sys, threading, time
+import json, os, select, signal, socket, sys, threading, time
 from types import SimpleNamespace
 """
 
@@ -390,10 +386,11 @@ def fake_command(*flags, port="${PORT}"):
     return " ".join([*words, *map(str, flags)])
 
 
-def fake_binary(folder):
+def fake_binary(folder, *flags, name="llama-server"):
     """An executable in `folder` that takes llama-server's options and is the fake."""
-    path = Path(folder) / "llama-server"
-    path.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {fake_file()} "$@"\n')
+    path, words = Path(folder) / name, " ".join(map(str, flags))
+    command = f"{sys.executable} -I -S {fake_file()}"
+    path.write_text(f'#!/bin/sh\nexec {command} {words} "$@"\n')
     path.chmod(0o755)
     return str(path)
 
@@ -1829,16 +1826,12 @@ def test_limits_allow(limits, held, expected):
 GAPS = [
     # pauses seen; cost of a swap; gap
     ([], 1.0, 0.005),
-    ([0.1], 1.0, 0.2),
     ([0.1, 0.2], 1.0, 0.4),
     ([0.1, 5.0], 1.0, 0.2),
     ([0.1, 5.0, 5.0], 1.0, 0.005),
-    ([0.001], 1.0, 0.005),
     ([0.25], 1.0, 0.005),
     ([0.25], 2.0, 0.5),
-    ([0.1] + [9.0] * 8, 1.0, 0.005),
     ([9.0] * 8 + [0.1] * 4, 1.0, 0.2),
-    ([0.1], 0.0, 0.005),
 ]
 
 
@@ -1852,10 +1845,7 @@ def test_return_gap(pauses, cost, expected):
 COSTS = [
     # last stop and last load of the victim; last load of the newcomer; cost
     (None, None, None, 1.0),
-    (0.25, 2.0, 3.0, 5.25),
-    (None, 2.0, 3.0, 5.0),
     (0.25, 2.0, None, 2.25),
-    (0.25, None, 0.25, 1.0),
     (0.25, 0.25, 0.25, 0.75),
     (9.0, 20.0, 20.0, 30.0),
     (0.0, 0.0, 0.0, 0.0),
@@ -1875,13 +1865,6 @@ def test_swap_cost(stop, load, newcomers_load, expected):
 # decision is asked for after it. Tickets are numbered from 1. `serve` loads the model
 # if need be, in no time, and serves one request; `busy` leaves that request in flight.
 STORIES = """
-A ticket is reserved before its model is ready
-    a b | patience=0
-    0    ask a           -> start a
-    0.1  ask b
-    0.5  loaded a        -> grant 1
-    0.6  end 1           -> evicted a for b
-
 A ticket joins a load that its first client left, and is served in strict order
     a b | patience=0
     0    ask a           -> start a
@@ -1900,14 +1883,6 @@ A model with a new ticket serves it even if no time has passed since its last gr
     0    +reserved a
     0    wait            -> grant 2
 
-A crashed backend is granted to nobody until it is back
-    a
-    0    busy a
-    1    +crashed a
-    1    ask a
-    2    exited a        -> start a
-    3    loaded a        -> grant 2
-
 A sleeping backend can crash, which is no measured stop
     a b
     0    serve a 1
@@ -1924,13 +1899,6 @@ A model in no set is loaded alone
     0    serve a 1
     9    ask x           -> evicted a for x
     10   exited a        -> start x
-
-A model counts until its process is gone
-    a b
-    0    serve a 1
-    9    ask b           -> evicted a for b
-    10   wait
-    11   exited a        -> start b
 
 A sleeping model holds its sleep-needs and no place
     a(sleeps) b(needs=6) | budget=8
@@ -1958,13 +1926,6 @@ Waking is a start
     21   exited b        -> wake a
     22   loaded a        -> grant 3
 
-A server that put itself to sleep keeps its place
-    a b
-    0    serve a 1
-    5    slept a
-    9    ask b           -> evicted a for b
-    10   exited a        -> start b
-
 Nothing starts until adopted models fit
     a b c
     0    adopted a
@@ -1990,14 +1951,6 @@ A model with a waiting ticket counts as busy
     9    +ask c
     9    ask a           -> grant 4, evicted b for c
 
-Nothing is evicted for room that becomes free anyway
-    a b c | models_max=2
-    0    serve a 1
-    0    serve b 2
-    8    unload b        -> unload b
-    9    ask c
-    10   exited b        -> start c
-
 Nothing is evicted while a model stopped for idleness makes the room
     b c a(idle_timeout=1) | models_max=2 patience=0
     0    serve b 0
@@ -2012,15 +1965,6 @@ A pinned model is never evicted
     2    serve a 3
     9    ask b           -> evicted a for b
 
-Nothing is evicted for a model that backs off
-    a x
-    0    fail x
-    1    fail x
-    2    fail x
-    2    serve a 2.1
-    2.9  ask x           -> refuse 5: model_backing_off
-    2.9  is a loaded
-
 Victims that drain stay chosen
     a b c | models_max=2 patience=0
     0    busy a
@@ -2029,32 +1973,6 @@ Victims that drain stay chosen
     3    end 2
     4    ask a
     5    end 1           -> evicted a for c
-
-Victims stay chosen when more comes in the way
-    a b c | patience=0
-    0    busy a
-    1    ask b
-    2    +adopted c
-    2    loaded c        -> evicted c for b
-    3    ask a
-
-A victim that has exited owes nothing in its next run
-    a(needs=1) b(needs=1) c(needs=3) d(needs=2) | models_max=0 budget=4
-    0    serve a 1
-    1    serve b 2
-    2    serve d 3
-    9    ask c           -> evicted a for c, evicted d for c
-    10   exited a
-    11   exited b
-    12   ask a           -> start a
-    13   exited d        -> start c
-
-Victims serve again when the ticket is withdrawn
-    a b | patience=0
-    0    busy a
-    1    ask b
-    2    ask a
-    3    end 2           -> grant 3
 
 Victims serve again when the ticket times out
     a b | patience=0 queue_timeout=5
@@ -2070,13 +1988,6 @@ A victim serves on if the newcomer got its room from another
     2    ask c
     3    exited b        -> start c
     4    end 1
-
-A model stopped in its sleep holds no more than before
-    a(sleeps) b(needs=8) | models_max=0 budget=10
-    0    serve a 0
-    1    slept a
-    2    unload a        -> unload a
-    2    ask b           -> start b
 
 A victim that fell asleep is left alone while another drains
     a(sleeps) b(needs=4) c(needs=10) | models_max=0 budget=12 patience=0
@@ -2109,12 +2020,6 @@ A busy victim serves new requests until patience ends
     16   end 1
     17   end 3           -> evicted a for b
 
-Patience is learned from what a swap costs
-    a b
-    0    ask a           -> start a
-    3    loaded a        -> grant 1
-    10   ask b           ; next 13
-
 The cost of a swap includes the stop
     a b
     0    ask a           -> start a
@@ -2128,12 +2033,6 @@ The cost of a swap includes the stop
     20.25 exited b       -> start a
     21.25 loaded a       -> grant 3
     30   ask b           ; next 32.25
-
-Patience counts from readiness if that is later than the arrival
-    a b | patience=5
-    0    ask a           -> start a
-    1    ask b
-    20   loaded a        -> grant 1 ; next 25
 
 A victim silent for its return gap drains before patience ends
     a b | patience=5
@@ -2169,11 +2068,6 @@ A client that alternates between two models teaches no return gap
     17.1 ask b
     17.2 end 3           ; next 17.205
 
-A victim that was idle for long goes at once
-    a b | patience=5
-    0    serve a 1
-    1.1  ask b           -> evicted a for b
-
 Patience zero is strict order
     a b | patience=0
     0    busy a
@@ -2182,14 +2076,6 @@ Patience zero is strict order
     3    end 1           -> evicted a for b
     4    exited a        -> start b
     5    loaded b        -> grant 2
-
-Tickets of one model are granted in order
-    a(concurrency=1)
-    0    busy a
-    1    ask a
-    2    ask a
-    3    end 1           -> grant 2
-    4    end 2           -> grant 3
 
 A draining model grants tickets older than the one it drains for
     b a(concurrency=1) | patience=0
@@ -2214,15 +2100,6 @@ A younger ticket may pass one that it does not hinder
     0    ask b
     0    ask x           -> start x
 
-Nothing is evicted for a younger ticket before the older one has its room
-    a(needs=6) x(needs=4) b(needs=5) c(needs=5) | models_max=0 budget=10 patience=5
-    0    serve x 1
-    2    busy a
-    9    ask b           ; next 14
-    10   ask c
-    14   wait            -> evicted x for c
-    15   end 2           -> evicted a for b
-
 A model that takes no room never waits for any
     a b c r(takes_place=0)
     0    busy a
@@ -2237,25 +2114,12 @@ A load without tickets is killed for another model
     1.5  end 1           -> abandoned a for b
     3    exited a        -> start b
 
-Idle time counts from the end of the last request
-    a(idle_timeout=60)
-    0    busy a
-    90   wait            ; next never
-    100  end 1           ; next 160
-    160  wait            -> idle a
-
 Idle time counts from readiness
     a(idle_timeout=60)
     0    ask a           -> start a
     1    end 1           ; next never
     50   loaded a        ; next 110
     110  wait            -> idle a
-
-A sleeping model is unloaded after its idle time
-    a(idle_timeout=60)
-    0    serve a 1
-    5    slept a         ; next 61
-    61   wait            -> idle a
 
 A pinned model is not unloaded for idleness
     a(idle_timeout=60,is_pinned=1)
@@ -2308,16 +2172,6 @@ keep-alive below 0 never unloads
     0    +keep a -1
     1    end 1           ; next never
 
-keep-alive holds until the model unloads
-    a(idle_timeout=60)
-    0    busy a
-    0    +keep a 5
-    1    end 1           ; next 6
-    6    wait            -> idle a
-    7    exited a
-    10   serve a 11
-    11   wait            ; next 71
-
 A preemptible lease is not drained for
     a b
     0    serve a 1
@@ -2345,26 +2199,12 @@ Unload by hand gives requests in flight their stop-timeout, once
     14   unload a        ; next 15
     15   wait            -> unload a
 
-Unload by hand ends as soon as the requests do
-    a
-    0    busy a
-    5    unload a
-    6    ask a
-    7    end 1           -> unload a
-    8    exited a        -> start a
-
 A model loaded by hand holds no lease and stays
     a b
     0    ask a manual    -> start a
     1    loaded a        -> grant 1
     1    in flight 0
     2    ask b           -> evicted a for b
-
-A load by hand of a loaded model delays an eviction by the shortest gap only
-    a b | patience=5
-    0    serve a 1
-    1.1  +ask b
-    1.1  ask a manual    -> grant 3 ; next 1.105
 
 At the end tickets are refused, and requests in flight may finish
     a b
@@ -2451,17 +2291,6 @@ Events of an old run never touch a new one
     4    loaded a        -> grant 2
     4    in flight 1
 
-A model that was removed and comes back has new runs
-    a
-    0    busy a
-    1    reload b
-    2    exited a
-    3    reload a b
-    4    busy a
-    4    old exited a
-    4    end 1
-    4    in flight 1
-
 Readiness after a stop was requested is too late
     a
     0    ask a           -> start a
@@ -2477,15 +2306,6 @@ Falling asleep by itself does not call off a stop
     9.1  is a unloading
     10   exited a        -> start b
 
-A sleep reported after the order to wake changes nothing
-    b a(sleeps) x(needs=4) | models_max=2 budget=8
-    0    serve a 1
-    5    slept a
-    6    ask a           -> wake a
-    7    slept a
-    7    end 2
-    8    ask x           -> abandoned a for x
-
 The youngest tickets are refused when the queue is full
     a b | queue_max=2
     0    busy a
@@ -2493,20 +2313,6 @@ The youngest tickets are refused when the queue is full
     0    ask b
     0    ask b           -> refuse 4: queue_full
     0    ask a           -> grant 5
-
-Nothing stops or starts for a ticket that finds the queue full
-    a b c d | models_max=3 queue_max=1
-    0    serve a 1
-    0    busy b
-    0    busy c
-    9    ask d           -> evicted a for d
-    9    ask a           -> refuse 5: queue_full
-
-A ticket waits no longer than the queue-timeout
-    a b | queue_timeout=5 patience=60
-    0    busy a
-    1    ask b           ; next 6
-    6    wait            -> refuse 2: queue_timeout
 """
 
 
@@ -2521,6 +2327,8 @@ class Story:
     def tell(self, now, text):
         """Let the event happen; return the decisions, and the next deadline."""
         words = text.lstrip("+").split()
+        if words[0] in ("loaded", "slept", "crashed", "exited"):
+            words.insert(0, "report")
         method = getattr(self, "_" + words[0])
         answer = method(float(now), *words[1:])
         if answer is not None:
@@ -2547,7 +2355,7 @@ class Story:
     def _busy(self, now, name):
         self._ask(now, name)
         words, _ = self.decide(now)
-        self._loaded(now, name)
+        self._report(now, "loaded", name)
         words += self.decide(now)[0]
         granted = f"grant {len(self.tickets)}"
         assert granted in words
@@ -2562,25 +2370,17 @@ class Story:
         self._ask(now, name)
         words, _ = self.decide(now)
         if words == [f"start {name}"]:
-            self._exited(now, name, "broken")
+            self._report(now, "exited", name, "broken")
             assert self.decide(now)[0] == [
                 f"refuse {len(self.tickets)}: model_start_failed"
             ]
             return []
         return words
 
-    def _loaded(self, now, name):
-        self.core.loaded(name, self.core.models[name].run, now)
-
-    def _slept(self, now, name):
-        self.core.slept(name, self.core.models[name].run, now)
-
-    def _crashed(self, now, name):
-        self.core.crashed(name, self.core.models[name].run, now)
-
-    def _exited(self, now, name, failure=None):
-        run = self.core.models[name].run
-        self.core.exited(name, run, now, failure and BROKEN)
+    def _report(self, now, event, name, failure=None):
+        """The backend of this run is loaded, has slept, crashed or exited."""
+        more = [BROKEN] if failure else []
+        getattr(self.core, event)(name, self.core.models[name].run, now, *more)
 
     def _old(self, now, event, name):
         old, new = self.runs[name]
@@ -2671,13 +2471,6 @@ def test_story(story):
             assert moment == pytest.approx(float(deadline.replace("never", "inf"))), (
                 f"{title}: {line}"
             )
-
-
-def test_forty_tickets_cause_one_start():
-    stage = Story("a")
-    starts = [stage.tell(i / 100, "ask a")[0] for i in range(40)]
-    assert sum(starts, []) == ["start a"]
-    assert stage.tell(1, "loaded a")[0] == [f"grant {i + 1}" for i in range(40)]
 
 
 def test_failed_loads_are_spaced_and_a_refusal_says_for_how_long():
@@ -4383,21 +4176,17 @@ class PoolRequest:
 
     def __init__(self, pool, name, preemptible=False):
         self.backend = self.problem = None
-        self.is_gone = False
-        self._may_end = threading.Event()
-        self._is_over = threading.Event()
-        model = pool.config.resolve(name)
-        work = (pool, model, preemptible)
-        before = held(pool)
+        self._may_end, self._is_over = threading.Event(), threading.Event()
+        work, before = (pool, pool.config.resolve(name), preemptible), held(pool)
         threading.Thread(target=self._run, args=work, daemon=True).start()
         eventually(lambda: preemptible or self._is_over.is_set() or held(pool) > before)
 
     def _run(self, pool, model, preemptible):
         try:
-            with pool.lease(model, lambda: self.is_gone, preemptible) as backend:
+            with pool.lease(model, lambda: False, preemptible) as backend:
                 self.backend = backend
                 self._may_end.wait(30)
-        except (llmswap.APIError, llmswap.ClientDisconnected) as problem:
+        except llmswap.APIError as problem:
             self.problem = problem
         self._is_over.set()
 
@@ -4410,10 +4199,6 @@ class PoolRequest:
     def end(self):
         self._may_end.set()
         assert self._is_over.wait(5)
-
-    def hang_up(self):
-        self.is_gone = True
-        assert isinstance(self.refused(), llmswap.ClientDisconnected)
 
 
 def held(pool):
@@ -4477,16 +4262,6 @@ def stage(tmp_path, monkeypatch):
     return PoolStage(tmp_path, TWO_MODELS)
 
 
-def test_a_lease_is_granted_once_its_model_is_ready_and_kept_until_its_end(stage):
-    request = stage.ask("a")
-    assert request.backend is None
-    stage.backend("a").load()
-    assert request.granted() is stage.backend("a")
-    assert stage.pool.counts()["requests"] == 1
-    request.end()
-    assert stage.pool.counts() == {"models": 2, "loaded": 1, "requests": 0, "queued": 0}
-
-
 @pytest.mark.parametrize("preemptible", [False, True])
 def test_a_lease_is_a_change_that_people_see_and_counts_as_use(stage, preemptible):
     pool, seen = stage.pool, [None]
@@ -4504,20 +4279,6 @@ def test_a_lease_is_a_change_that_people_see_and_counts_as_use(stage, preemptibl
     stage.now += 10
     request.end()
     assert is_news() and pool.idle_since() == stage.now
-
-
-def test_a_request_that_disconnects_leaves_the_others_waiting(stage):
-    first, second = stage.ask("a"), stage.ask("a")
-    first.hang_up()
-    stage.backend("a").load()
-    assert second.granted() is stage.backend("a")
-
-
-def test_a_failed_load_refuses_every_waiting_request(stage):
-    waiting = [stage.ask("a") for _ in range(3)]
-    stage.backend("a").end(llmswap.LoadFailed("no luck"))
-    assert {str(request.refused()) for request in waiting} == {"no luck"}
-    assert stage.pool.statuses()[0].failure is waiting[0].problem
 
 
 def test_a_crash_between_ready_and_the_first_byte_frees_the_lease(stage):
@@ -4552,24 +4313,14 @@ def test_a_start_that_fails_at_once_blocks_nothing(stage, monkeypatch, error):
     assert request.granted()
 
 
-def test_aliases_share_one_load(tmp_path):
-    text = "[a]\nTRUE\nalias = x, y\n[twin]\nuses = a\n"
-    stage = PoolStage(tmp_path, text)
-    requests = [stage.ask(name) for name in ("a", "x", "y", "twin")]
-    stage.backend("a").load()
-    assert {request.granted() for request in requests} == {stage.backend("a")}
-    assert stage.state("twin") == "loaded"
-
-
 def test_a_reload_removes_replaces_and_keeps(stage):
-    both = "[llmswap]\nmodels-max = 0\n" + TWO_MODELS + "[c]\nTRUE\n"
-    stage.pool.reload(stage.config(both))
-    requests = {name: stage.ask(name) for name in "abc"}
-    for name, request in requests.items():
+    text = "[llmswap]\nmodels-max = 0\n[a]\nTRUE\n"
+    stage.pool.reload(stage.config(text + "[b]\nTRUE\nalias = x\n[c]\nTRUE\n"))
+    requests = {name: stage.ask(name) for name in "axc"}
+    for name, request in zip("abc", requests.values()):
         stage.backend(name).load()
         request.granted()
-    text = "[llmswap]\nmodels-max = 0\n[a]\nTRUE\n[b]\ncmd = true 2 ${PORT}\n"
-    stage.pool.reload(stage.config(text))
+    stage.pool.reload(stage.config(text + "[b]\ncmd = true 2 ${PORT}\n"))
     waiting = stage.ask("b")
     assert not any(backend.is_stopping for backend in stage.backends)
     for request in requests.values():
@@ -4583,17 +4334,6 @@ def test_a_reload_removes_replaces_and_keeps(stage):
     assert waiting.granted() is stage.backend("b", 1)
 
 
-def test_a_removed_model_refuses_waiting_and_new_requests(stage):
-    waiting, model = stage.ask("b"), stage.pool.config.resolve("b")
-    stage.pool.reload(stage.config("[a]\nTRUE\n"))
-    assert waiting.refused().status == 404
-    assert stage.backend("b").is_stopping
-    stage.backend("b").end()
-    with pytest.raises(llmswap.ModelNotFound):
-        with stage.pool.lease(model, lambda: False):
-            pass
-
-
 def test_a_model_misconfigured_by_a_reload_refuses_waiting_and_new_requests(stage):
     stage.load("a")
     waiting = stage.ask("b")
@@ -4603,21 +4343,6 @@ def test_a_model_misconfigured_by_a_reload_refuses_waiting_and_new_requests(stag
     assert isinstance(waiting.refused(), llmswap.ModelMisconfigured)
     assert stage.state("a") == "loaded"  # as it is
     assert isinstance(stage.ask("a").refused(), llmswap.ModelMisconfigured)
-
-
-def test_closing_refuses_waiting_requests_and_lets_others_end(stage):
-    request = stage.busy("a")
-    waiting = stage.ask("b")
-    closing = threading.Thread(target=stage.pool.close, args=(60,), daemon=True)
-    closing.start()
-    assert isinstance(waiting.refused(), llmswap.ShuttingDown)
-    assert not stage.backend("a").is_stopping
-    assert isinstance(stage.ask("a").refused(), llmswap.ShuttingDown)
-    request.end()
-    eventually(lambda: stage.backend("a").is_stopping)
-    stage.backend("a").end()
-    closing.join(5)
-    assert not closing.is_alive()
 
 
 def test_kill_ends_a_close_that_waits(stage):
@@ -6456,17 +6181,13 @@ SMUGGLING = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "target, path, query",
-    [("/a?b=http://c/d", "/a", "b=http://c/d"), ("http://x/a?b", "/a", "b"),
-     ("HTTP://X", "/", ""), ("http://x?q", "/", "q"), ("//evil/a", "//evil/a", "")],
-)  # fmt: skip
-def test_targets_in_all_forms_are_understood(target, path, query):
-    request = request_of(f"GET {target} HTTP/1.1\nHost: x")
-    assert (request.path, request.query) == (path, query)
-
-
-def test_headers_and_query_are_read_as_their_senders_mean_them():
+def test_targets_headers_and_query_are_read_as_their_senders_mean_them():
+    for target, path, query in (
+        ("/a?b=http://c/d", "/a", "b=http://c/d"), ("http://x/a?b", "/a", "b"),
+        ("HTTP://X", "/", ""), ("http://x?q", "/", "q"), ("//evil/a", "//evil/a", ""),
+    ):  # fmt: skip
+        request = request_of(f"GET {target} HTTP/1.1\nHost: x")
+        assert (request.path, request.query) == (path, query)
     request = request_of(f"{GET}\nX-A: \t a  b\t \nX-B:\nx-a: 2")
     assert request.all("x-a") == ["a  b", "2"]
     assert request.get("x-b") == "" and request.get("none") == ""
@@ -6478,31 +6199,6 @@ def test_headers_and_query_are_read_as_their_senders_mean_them():
     headers = [(name, "1") for name in names.split()]
     headers += [("connection", "close, X-Own"), ("accept", "y")]
     assert llmswap.end_to_end(headers) == [("accept", "y")]
-
-
-@pytest.mark.parametrize(
-    "version, connection, is_persistent",
-    [
-        ("1.1", "X: y", True),
-        ("1.1", "Connection: close", False),
-        ("1.1", "Connection: Keep-Alive, Close", False),
-        ("1.1", "Connection: keep-alive\nConnection: close", False),
-        ("1.0", "X: y", False),
-        ("1.0", "Connection: Keep-Alive", True),
-    ],
-)
-def test_a_connection_stays_as_its_client_wishes(version, connection, is_persistent):
-    request = request_of(f"GET / HTTP/{version}\nHost: x\n{connection}")
-    assert request.is_persistent is is_persistent
-
-
-@pytest.mark.parametrize(
-    "method, protocol, is_upgrade",
-    [("GET", "WebSocket", True), ("POST", "websocket", False), ("GET", "h2c", False)],
-)
-def test_only_websockets_are_upgrades(method, protocol, is_upgrade):
-    text = f"{method} / HTTP/1.1\nHost: x\nConnection: Upgrade\nUpgrade: {protocol}"
-    assert request_of(text).is_upgrade is is_upgrade
 
 
 # ---- chunks
@@ -6582,23 +6278,6 @@ def test_a_body_is_held_whole_or_comes_piece_by_piece(is_chunked, size):
         assert min(held, size) <= len(body.held) <= held + llmswap.BUFFER_SIZE
         assert bytes(body.held) + b"".join(body.rest()) == data
         assert body.is_complete and reader.receive() == b"next"
-
-
-@pytest.mark.parametrize("framing", ["Content-Length: 100", IN_CHUNKS])
-def test_a_body_that_ends_too_early_means_that_the_client_left(framing):
-    with pytest.raises(llmswap.ClientDisconnected):
-        body_of(framing, b"50\r\nhello").hold(1000)
-
-
-@pytest.mark.parametrize("version", ["1.1", "1.0"])
-def test_a_client_that_asks_is_told_to_continue_once_its_body_is_wanted(version):
-    head = POST.replace("1.1", version) + "\nExpect: 100-Continue"
-    reader = reader_of(b"hello")
-    body = llmswap.Body(reader, request_of(f"{head}\nContent-Length: 5"), 100)
-    is_new = version == "1.1"  # HTTP/1.0 knows no such thing
-    assert body.can_be_skipped is not is_new and reader.sock.sent == b""
-    assert body.hold(5)
-    assert reader.sock.sent == (b"HTTP/1.1 100 Continue\r\n\r\n" if is_new else b"")
 
 
 # ---- JSON and forms
@@ -6745,39 +6424,24 @@ def test_an_answer_cut_anywhere_is_never_taken_for_whole(data):
             read_answer(data[:cut])
 
 
-@pytest.mark.parametrize(
-    "head, method, payload, is_over",
-    [
-        ("1.1 200 OK", "GET", b"hello", False),
-        ("1.1 204 No Content", "GET", b"", False),
-        ("1.1 200 OK\nContent-Length: 9", "HEAD", b"", False),
-        ("1.1 304 Not Modified\nContent-Length: 9", "GET", b"", False),
-        ("1.1 200 OK\nContent-Length: 5\nConnection: close", "GET", b"hello", False),
-        ("1.0 200 OK\nContent-Length: 5", "GET", b"hello", False),
-        ("1.0 200 OK\nContent-Length: 5\nConnection: keep-alive", "GET",
-         b"hello", True),
-        ("1.1 200\nContent-Length: 5", "GET", b"hello", True),
-        ("1.1 200\nContent-Length: 5\nConnection: x\nConnection: close", "GET",
-         b"hello", False),
-    ],
-)  # fmt: skip
+ANSWER_ENDS = [  # head, method; payload, and whether the connection can be used again
+    ("1.1 200 OK", "GET", b"hello", False),
+    ("1.1 204 No Content", "GET", b"", False),
+    ("1.1 200 OK\nContent-Length: 9", "HEAD", b"", False),
+    ("1.1 304 Not Modified\nContent-Length: 9", "GET", b"", False),
+    ("1.1 200 OK\nContent-Length: 5\nConnection: close", "GET", b"hello", False),
+    ("1.0 200 OK\nContent-Length: 5", "GET", b"hello", False),
+    ("1.0 200 OK\nContent-Length: 5\nConnection: keep-alive", "GET", b"hello", True),
+    ("1.1 200\nContent-Length: 5", "GET", b"hello", True),
+    ("1.1 200\nContent-Length: 5\nConnection: x\nConnection: close", "GET", b"hello",
+     False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("head, method, payload, is_over", ANSWER_ENDS)
 def test_an_answer_ends_where_its_head_says(head, method, payload, is_over):
     answer, got = read_answer(http(f"HTTP/{head}", b"hello"), method=method)
     assert (got, answer.is_over) == (payload, is_over)
-
-
-@pytest.mark.parametrize(
-    "head",
-    ["nonsense", "HTTP/1.1 99 No", "HTTP/1.1 600 No", "HTTP/1.1 200 O\0K",
-     "HTTP/1.1 200 \x1b[31mOK", "HTTP/1.1 200 O\rK", "HTTP/1.1 \u00b2\u00b2\u00b2 OK",
-     "HTTP/1.2 200 OK", "HTTP/1.1 200 OK\nContent-Length: 1\nContent-Length: 2",
-     "HTTP/1.1 200 OK\nTransfer-Encoding: gzip", "HTTP/1.1 200 OK\nX: y\n folded",
-     "HTTP/1.1 200 OK\nX : y", "HTTP/1.1 200 OK" + "\nX: y" * 101,
-     "\n\n".join(["HTTP/1.1 103 Early Hints"] * 101 + ["HTTP/1.1 200 OK"])],
-)  # fmt: skip
-def test_an_answer_that_is_not_http_counts_as_truncated(head):
-    with pytest.raises(llmswap.Truncated):
-        read_answer(http(head, b"hello"))
 
 
 def test_events_are_passed_on_by_whole_chunks_and_other_bytes_as_they_come():
@@ -6815,6 +6479,10 @@ IN_THREE_CHUNKS = b"3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n"
          "content-length: 5\nconnection: close", b"hello", False),
         (HEAD, 5, "content-length: 5", b"", True),
         (HEAD, None, "", b"", True),
+        (GET + "\nConnection: Keep-Alive, Close", 5,
+         "content-length: 5\nconnection: close", b"hello", False),
+        (GET + "\nConnection: keep-alive\nConnection: close", 5,
+         "content-length: 5\nconnection: close", b"hello", False),
         (OLD, 5, "content-length: 5\nconnection: close", b"hello", False),
         (OLD, None, "connection: close", b"hello", False),
         (OLD + "\nConnection: keep-alive", 5,
@@ -6902,40 +6570,6 @@ def test_a_stream_of_events_may_end_where_a_line_does(end):
         reply.begin_events()
         reply.send(end)
         assert reply.is_within_line is end.endswith(b"x")
-
-
-def test_a_broken_answer_that_only_the_end_delimits_ends_by_a_reset():
-    listener = socket.create_server(("127.0.0.1", 0))
-    with listener, socket.create_connection(listener.getsockname()) as theirs:
-        ours, _ = listener.accept()
-        llmswap.set_socket_timeouts(ours)
-        reply = llmswap.ClientResponse(ours, request_of(OLD), [])
-        broken_answer(b"half", "text/plain")(reply)
-        with contextlib.suppress(OSError):
-            ours.shutdown(socket.SHUT_WR)  # as socketserver does it
-        theirs.settimeout(10)
-        assert everything(theirs)[1]
-
-
-def test_a_waiting_client_gets_an_early_head_then_comments(monkeypatch):
-    monkeypatch.setattr(llmswap, "EARLY_HEAD_AFTER", 0.0)
-    monkeypatch.setattr(llmswap, "COMMENT_EVERY", 0.0)
-
-    def act(reply):
-        reply.heartbeat()
-        assert not reply.is_begun  # it did not ask for events
-        reply.wants_events = True
-        reply.heartbeat()
-        reply.heartbeat()
-        reply.send(b"data: x")
-        reply.heartbeat()  # not within an event
-        reply.send(b"\n\n")
-        reply.heartbeat()
-
-    head, _, body = replied(GET, act)[0].partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n")
-    events = re.sub(rb"[0-9a-f]+\r\n(.*?)\r\n", rb"\1", body, flags=re.DOTALL)
-    assert events == b":\n\n:\n\ndata: x\n\n:\n\n"
 
 
 def test_a_hang_up_is_noticed_even_behind_bytes_that_nobody_read():
@@ -7038,11 +6672,14 @@ def digest_of(pieces):
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
-@pytest.mark.parametrize("path", ["bytes", "until-close", "chunked"])
+@pytest.mark.parametrize(
+    "path, version",
+    [("bytes", "1.1"), ("bytes", "1.0"), ("until-close", "1.1"), ("chunked", "1.1"),
+     ("chunked", "1.0")],
+)  # fmt: skip
 def test_a_large_answer_goes_down_byte_for_byte_in_bounded_memory(swap, path, version):
     swap.chat("a")
-    before, size = anonymous_memory(swap.pid), (64 << 20) + 12345
+    before, size = anonymous_memory(swap.pid), (32 << 20) + 12345
     expected = digest_of(fake_blocks(size, 65536))
     target = f"/upstream/a/{path}?n={size}&size=65536"
     head = f"GET {target} HTTP/{version}\nHost: localhost\nConnection: keep-alive"
@@ -7070,7 +6707,7 @@ MEGABYTE = b"x" * (1 << 20)
 
 def upload(swap, path, start, count, end, kind):
     """The answer to a body with so many megabytes, its digest, and memory at most."""
-    peak, digest = 0, hashlib.sha256(start + count * MEGABYTE + end)
+    peak, digest = 0, sha256(start + count * MEGABYTE + end)
     length = len(start) + count * len(MEGABYTE) + len(end)
     head = f"POST {path} HTTP/1.1\nHost: localhost\nContent-Type: {kind}"
     with swap.connect() as client:
@@ -7090,17 +6727,17 @@ def test_the_memory_of_a_large_json_body_is_given_back(swap, model):
     swap.chat(model)
     before = anonymous_memory(swap.pid)
     start, end = b'{"x":"', b'","model":"' + model.encode() + b'"}'
-    got, digest, _ = upload(swap, "/v1/echo", start, 64, end, "application/json")
+    got, digest, _ = upload(swap, "/v1/echo", start, 32, end, "application/json")
     assert model == "edited" or got["sha256"] == digest
-    assert got["length"] > len(start) + (64 << 20)
-    eventually(lambda: anonymous_memory(swap.pid) < before + (24 << 20))
+    assert got["length"] > len(start) + (32 << 20)
+    eventually(lambda: anonymous_memory(swap.pid) < before + (16 << 20))
 
 
 def test_other_large_bodies_go_up_in_bounded_memory(swap):
     swap.chat("a")
     before, path = anonymous_memory(swap.pid), "/upstream/a/v1/echo"
-    got, digest, peak = upload(swap, path, b"", 200, b"", "application/octet-stream")
-    assert (got["length"], got["sha256"]) == (200 << 20, digest)
+    got, digest, peak = upload(swap, path, b"", 64, b"", "application/octet-stream")
+    assert (got["length"], got["sha256"]) == (64 << 20, digest)
     assert peak < before + (24 << 20)
 
 
@@ -7142,27 +6779,25 @@ def test_a_hang_up_during_the_load_or_in_the_queue_leaves_nothing_waiting(swap):
     swap.post("/models/unload", {"model": "slow"})
 
 
-def test_connections_that_the_backend_closed_are_replaced_unnoticed(swap):
+def test_backend_connections_are_kept_and_those_it_closed_are_replaced_unnoticed(swap):
     for _ in range(30):
         assert swap.chat("closing").status == 200
     data = json.dumps({"model": "closing", "x": "x" * 3_000_000})
     for _ in range(3):
         assert swap.post("/v1/x", data).json()["length"] == len(data)
-
-
-def test_backend_connections_are_kept_and_used_again(swap):
     swap.chat("a")
-    before = swap.stats("a")["connections"]
+    before = swap.stats("a")["ports"]
     for _ in range(20):
         swap.chat("a")
-    assert swap.stats("a")["connections"] <= before + 1
+    assert set(swap.stats("a")["ports"]) <= set(before)
 
 
 @pytest.fixture(scope="module")
 def hospital():
     """An llmswap whose models may be made to die, each at most once."""
     models = (f"[m{number}]\ncmd = FAKE --model m{number}\n" for number in range(40))
-    with hasty("[llmswap]\nmodels-max = 0\n" + "".join(models)) as running:
+    text = "[llmswap]\nmodels-max = 0\n" + "".join(models)
+    with hasty(text, EARLY_HEAD_AFTER=9.0) as running:
         running.fresh = (f"m{number}" for number in range(40))
         yield running
 
@@ -7273,19 +6908,15 @@ def test_before_the_early_head_a_failure_keeps_its_status(swap):
     assert "/no/such/program" in answer.message()
 
 
-@pytest.mark.parametrize("status", [400, 429, 500])
-def test_after_an_early_head_an_answer_without_events_is_an_error_event(swap, status):
-    with swap.stream("a", delay=0.4, status=status) as stream:
-        (problem,) = stream.documents()
-    assert problem["error"]["message"] == "as asked"[: len(problem["error"]["message"])]
-    assert stream.is_complete
-
-
-def test_an_error_of_the_backend_passes_unchanged_otherwise(swap):
+def test_an_error_of_the_backend_is_an_event_after_an_early_head_else_unchanged(swap):
+    swap.chat("a")
     for status in (400, 404, 429, 500, 503):
         answer = swap.chat("a", stream=True, status=status)
         assert answer.status == status
         assert answer.json()["error"]["code"] == status
+    with swap.stream("a", delay=0.4, status=429) as stream:
+        (problem,) = stream.documents()
+    assert problem["error"]["message"] == "as asked" and stream.is_complete
 
 
 def test_a_backend_that_answers_early_and_reads_no_more_is_heard(swap):
@@ -7384,6 +7015,7 @@ def websocket(client, path, **fields):
 
 
 def test_websockets_pass_bytes_both_ways(swap):
+    swap.chat("a")
     with swap.connect() as client:
         status, headers = websocket(client, "/upstream/a/ws")
         assert (status, headers["upgrade"]) == (101, "websocket")
@@ -7400,11 +7032,21 @@ def test_websockets_pass_bytes_both_ways(swap):
 
 
 def test_a_websocket_is_cut_when_its_model_is_stopped(swap):
+    swap.chat("b")
     with swap.connect() as client:
         assert websocket(client, "/ws?model=b")[0] == 101
         swap.post("/models/unload", {"model": "b"})
         client.sock.settimeout(5)
         assert everything(client.sock)[0] == b""
+
+
+def test_only_websockets_are_upgrades(swap):
+    swap.chat("a")
+    fields = {"Connection": "Upgrade", "Upgrade": "h2c"}
+    got = echoed(swap.ask("GET", "/upstream/a/x", None, fields))
+    assert not {"upgrade", "connection"} & set(got)
+    fields["Upgrade"] = "websocket"
+    assert "upgrade" not in echoed(swap.post("/v1/x", {"model": "a"}, fields))
 
 
 def test_chunked_uploads_trailers_and_continue_work(swap):
@@ -7414,7 +7056,7 @@ def test_chunked_uploads_trailers_and_continue_work(swap):
             client.sock.sendall(http(head + "Expect: 100-continue"))
             assert client.sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
             client.sock.sendall(chunked(data)[:-2] + b"Trailer: x\r\n\r\n")
-            assert client.answer().json()["sha256"] == hashlib.sha256(data).hexdigest()
+            assert client.answer().json()["sha256"] == sha256(data).hexdigest()
             assert client.ask("GET", "/health").status == 200
 
 
@@ -7458,15 +7100,6 @@ def test_the_head_of_an_answer_can_be_had_alone(swap):
         assert (answer.status, answer.headers["content-length"]) == (200, "123")
 
 
-@pytest.mark.parametrize("chunks", BAD_CHUNKS[:10])
-def test_bad_chunks_behind_a_large_body_are_answered_400_too(swap, chunks):
-    head = f"POST /v1/x HTTP/1.1\nHost: localhost\n{IN_CHUNKS}"
-    start = b'd\r\n{"model":"a"}\r\n200000\r\n' + b" " * 0x200000 + b"\r\n"
-    data, _ = raw(swap, http(head, start + chunks + b"\r\n\r\n"))
-    assert data.startswith(b"HTTP/1.1 400 ") and data.count(b"HTTP/1.1 ") == 1
-    assert b"connection: close" in data
-
-
 def test_slow_heads_and_stalled_bodies_are_answered_408():
     head = "POST /v1/x HTTP/1.1\nHost: localhost\nContent-Length: 5000000"
     with hasty("[a]\ncmd = FAKE", HEAD_SECONDS=0.2, STALL_SECONDS=0.2) as swap:
@@ -7489,7 +7122,8 @@ def test_large_heads_are_answered_431_and_large_bodies_413(swap):
 
 def test_a_client_that_goes_on_sending_still_reads_its_refusal():
     data = LARGE * 2
-    with hasty("[llmswap]\nmax-body = 1M\n[a]\ncmd = FAKE") as swap:
+    text = "[llmswap]\nmax-body = 1M\n[a]\ncmd = FAKE"
+    with hasty(text, LINGER_SECONDS=5.0) as swap:
         for framing, body in (
             (IN_CHUNKS, chunked(data)),
             (f"Content-Length: {len(data)}", data),
@@ -7728,20 +7362,13 @@ def test_llama_swaps_routes(swap):
     assert b" a: loaded in " in swap.get("/logs").body
 
 
-@pytest.mark.parametrize(
-    "method, path",
-    [
-        ("GET", "/unload"),
-        ("POST", "/unload"),
-        ("POST", "/api/models/unload"),
-        ("POST", "/api/models/unload/"),
-    ],
-)
-def test_everything_is_unloaded(guarded, method, path):
-    assert guarded.post("/v1/x", {"model": "a"}, KEY).status == 200
-    answer = guarded.ask(method, path, None, KEY)
-    assert (answer.status, answer.body) == (200, b"OK")
-    assert guarded.get("/health").json()["loaded"] == 0
+def test_everything_is_unloaded(guarded):
+    ways = "GET /unload", "POST /unload", "POST /api/models/unload"
+    for method, path in map(str.split, (*ways, "POST /api/models/unload/")):
+        assert guarded.post("/v1/x", {"model": "a"}, KEY).status == 200
+        answer = guarded.ask(method, path, None, KEY)
+        assert (answer.status, answer.body) == (200, b"OK")
+        assert guarded.get("/health").json()["loaded"] == 0
 
 
 def test_logs_are_followed_with_and_without_history(swap):
@@ -7799,34 +7426,32 @@ def test_requests_are_routed_by_body_form_or_query_whatever_the_path(swap):
             assert (answer.json()["method"], answer.json()["path"]) == (method, path)
 
 
-@pytest.mark.parametrize(
-    "method, path, body, status, code",
-    [
-        ("POST", "/v1/chat/completions", "{", 400, "invalid_request"),
-        ("POST", "/v1/chat/completions", "[]", 400, "invalid_request"),
-        ("POST", "/v1/chat/completions", {}, 400, "invalid_request"),
-        ("POST", "/v1/chat/completions", {"model": 5}, 400, "invalid_request"),
-        ("POST", "/v1/chat/completions", {"model": ""}, 400, "invalid_request"),
-        ("POST", "/v1/chat/completions", {"model": "clossing"}, 404, "model_not_found"),
-        ("POST", "/v1/x", {"model": "x" * 100_000}, 404, "model_not_found"),
-        ("POST", "/v1/x", '{"model":"\\ud800"}', 404, "model_not_found"),
-        ("GET", "/v1/none", None, 404, "not_found"),
-        ("GET", "/v1/x?model=none", None, 404, "model_not_found"),
-        ("DELETE", "/v1/models", None, 405, "method_not_allowed"),
-        ("POST", "/running", {"model": "a"}, 405, "method_not_allowed"),
-        ("PUT", "/health", None, 405, "method_not_allowed"),
-        ("POST", "/v1/x", {"model": "gone"}, 502, "model_start_failed"),
-    ],
-)
-def test_errors_have_openais_shape_and_a_real_status(
-    swap, method, path, body, status, code
-):
-    answer = swap.ask(method, path, body)
-    problem = answer.json()["error"]
-    assert (answer.status, problem["code"]) == (status, code)
-    assert set(problem) == {"message", "type", "param", "code"}
-    assert 0 < len(problem["message"]) < 1000
-    assert answer.headers["content-type"].startswith("application/json")
+ERRORS = [  # method, path, body; status and code of the answer
+    ("POST", CHAT, "{", 400, "invalid_request"),
+    ("POST", CHAT, "[]", 400, "invalid_request"),
+    ("POST", CHAT, {}, 400, "invalid_request"),
+    ("POST", CHAT, {"model": 5}, 400, "invalid_request"),
+    ("POST", CHAT, {"model": ""}, 400, "invalid_request"),
+    ("POST", CHAT, {"model": "clossing"}, 404, "model_not_found"),
+    ("POST", "/v1/x", {"model": "x" * 100_000}, 404, "model_not_found"),
+    ("POST", "/v1/x", '{"model":"\\ud800"}', 404, "model_not_found"),
+    ("GET", "/v1/none", None, 404, "not_found"),
+    ("GET", "/v1/x?model=none", None, 404, "model_not_found"),
+    ("DELETE", "/v1/models", None, 405, "method_not_allowed"),
+    ("POST", "/running", {"model": "a"}, 405, "method_not_allowed"),
+    ("PUT", "/health", None, 405, "method_not_allowed"),
+    ("POST", "/v1/x", {"model": "gone"}, 502, "model_start_failed"),
+]
+
+
+def test_errors_have_openais_shape_and_a_real_status(swap):
+    for method, path, body, status, code in ERRORS:
+        answer = swap.ask(method, path, body)
+        problem = answer.json()["error"]
+        assert (answer.status, problem["code"]) == (status, code), (path, body)
+        assert set(problem) == {"message", "type", "param", "code"}
+        assert 0 < len(problem["message"]) < 1000
+        assert answer.headers["content-type"].startswith("application/json")
 
 
 def test_errors_name_similar_models_and_allowed_methods(swap):
@@ -7835,10 +7460,7 @@ def test_errors_name_similar_models_and_allowed_methods(swap):
     assert "hidden" not in swap.chat("hiden").message()
     assert swap.post("/running").headers["allow"] == "GET, OPTIONS"
     assert swap.ask("PUT", "/unload").headers["allow"] == "GET, POST, OPTIONS"
-
-
-def test_after_an_error_the_connection_serves_on(swap):
-    with swap.connect() as client:
+    with swap.connect() as client:  # which serves on after an error
         for _ in range(2):
             assert client.ask("POST", "/v1/x", {"model": "none"}).status == 404
             assert client.ask("POST", "/v1/x", "x" * 500_000).status == 400
@@ -7865,14 +7487,15 @@ def connections_of(pid):
 
 def test_a_reset_within_a_head_is_counted_as_no_failure():
     with Llmswap("[a]\ncmd = FAKE\n") as server:
-        pid = server.process.pid
         with server.connect() as client:
             client.sock.sendall(b"GET /health HTTP/1.1\r\nHost: x")
             ours = f":{client.sock.getsockname()[1]:04X} 01"
-            found = lambda: [k for k, v in connections_of(pid).items() if ours in v]
+            found = lambda: [  # noqa: E731
+                name for name, told in connections_of(server.pid).items() if ours in told
+            ]
             (its,) = eventually(found)
             reset_at_close(client.sock)
-        eventually(lambda: its not in descriptors_of(pid))
+        eventually(lambda: its not in descriptors_of(server.pid))
         assert b'status="500"' not in server.get("/metrics").body
 
 
@@ -7905,6 +7528,7 @@ CORS_AND_KEY_RULES = """
     GET /v1/models        | x-api-key: \u00e4                             | 401
     GET /models           |                                          | 401
     GET /running          |                                          | 401
+    GET /metrics          |                                          | 401
     GET /logs             |                                          | 401
     GET /upstream/a/      |                                          | 401
     GET /none             |                                          | 401
@@ -8049,10 +7673,9 @@ def test_access_follows_host_origin_key_and_signs_of_a_browser(request, kind):
     with server.connect() as client:  # one connection: nothing is remembered
         for rule in filter(None, map(str.strip, rules.splitlines())):
             asked, fields, expected = (part.strip() for part in rule.split("|"))
-            for _ in range(2):
-                found = access_given(client, words, asked, fields)
-                if found != expected:
-                    wrong.append((rule, found))
+            found = access_given(client, words, asked, fields)
+            if found != expected:
+                wrong.append((rule, found))
     assert wrong == []
     assert server.post("/v1/x", {"model": "a"}, KEY).status == 200
     assert len(server.journal("main")) == starts  # nothing was loaded or unloaded
@@ -8075,6 +7698,12 @@ def test_a_refused_page_or_program_learns_how_to_authenticate(guarded):
     assert guarded.get("/v1/models").headers["www-authenticate"] == "Bearer"
     opened = guarded.get("/upstream/a/", {"Accept": "text/html, */*"})
     assert opened.headers["www-authenticate"].startswith("Basic")  # it asks a person
+    page = guarded.get("/", {"Accept": "text/html"})  # the bare page needs no key
+    assert page.status == 200 and b"<title>llmswap</title>" in page.body
+    assert page.headers["content-type"].startswith("text/html")
+    assert page.headers["content-security-policy"] == llmswap.page_policy()
+    with Stream(guarded.port, "/", None, {**EVENTS, **KEY}) as stream:
+        assert next(stream.documents())["totals"]["models"] == 1
 
 
 def test_preflights_and_websockets_of_allowed_origins_pass(guarded):
@@ -8089,6 +7718,7 @@ def test_preflights_and_websockets_of_allowed_origins_pass(guarded):
     fields["Origin"] = "https://evil.example"
     headers = guarded.ask("OPTIONS", "/v1/chat/completions", None, fields).headers
     assert not [name for name in headers if name.startswith("access-control")]
+    guarded.post("/v1/x", {"model": "a"}, KEY)
     with guarded.connect() as client:
         allowed = {**KEY, "Origin": "https://chat.example"}
         assert websocket(client, "/upstream/a/ws", **allowed)[0] == 101
@@ -8110,6 +7740,103 @@ def test_every_key_is_compared_and_in_constant_time(monkeypatch):
         assert seen == [(given, key) for key in keys]
 
 
+class ForwardedRequest(NamedTuple):
+    """A request as a backend got it; `start` is method, target, version."""
+
+    start: tuple
+    headers: list
+    body: bytes
+
+    def all(self, name):
+        return [value for header, value in self.headers if header == name]
+
+
+def forwarded(file):
+    """The next request in this file. EOFError if it ends before, ValueError if it is
+    not framed as llmswap does it."""
+    start, headers = forwarded_line(file).split(" "), []
+    while line := forwarded_line(file):
+        name, value = line.split(": ", 1)
+        headers.append((name.lower(), value))
+    fields = dict(headers)
+    length = int(fields.get("content-length", 0))
+    body = file.read(length)
+    if len(body) < length:
+        raise EOFError
+    if "transfer-encoding" in fields:
+        while size := int(forwarded_line(file), 16):
+            body += file.read(size)
+            forwarded_line(file, "")
+        forwarded_line(file, "")
+    return ForwardedRequest(tuple(start), headers, body)
+
+
+def forwarded_line(file, expected=None):
+    """The next line without its end."""
+    line = file.readline().decode("latin-1")
+    if not line.endswith("\n"):
+        raise EOFError
+    if not line.endswith("\r\n") or expected not in (None, line[:-2]):
+        raise ValueError(line)
+    return line[:-2]
+
+
+class RecordingBackend:
+    """A backend that remembers all requests, and answers each with what it saw, or as a
+    test wishes. Runs in threads of this process."""
+
+    def __init__(self):
+        self._seen = queue.SimpleQueue()
+        self.wishes = {}  # target: the bytes of the answer, after which it hangs up
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self._listener.accept()
+                sock.settimeout(60)
+                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock):
+        with sock, sock.makefile("rb") as file, contextlib.suppress(OSError, EOFError):
+            try:
+                while self._answer(sock, forwarded(file)):
+                    pass
+            except ValueError as error:
+                self._seen.put(error)
+
+    def _answer(self, sock, request):
+        """Answer; whether the connection goes on."""
+        method, target, _ = request.start
+        if target in ("/health", "/own/health"):
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+            return True
+        self._seen.put(request)
+        if wish := self.wishes.get(target):
+            sock.sendall(wish)
+            return False
+        digest = request_digest(method, target, request.body)
+        body = b"" if method == "HEAD" else digest
+        sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 64\r\n\r\n" + body)
+        return True
+
+    def news(self):
+        """What was seen since this was last asked."""
+        while not self._seen.empty():
+            yield self._seen.get()
+
+    def close(self):
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+def request_digest(method, target, body):
+    """What names a request."""
+    return sha256(f"{method} {target} ".encode() + body).hexdigest().encode()
+
+
 def shown_by(server, fields):
     """Each place where llmswap shows something, and its text."""
     yield "log", server.log()
@@ -8126,7 +7853,7 @@ def shown_by(server, fields):
 
 def test_no_key_is_ever_logged_shown_or_passed_on(tmp_path):
     (tmp_path / "keys").write_text("K-file\n")
-    backend = FuzzBackend()
+    backend = RecordingBackend()
     text = f"""
     [llmswap]
     api-key      = K-ini
@@ -8203,11 +7930,6 @@ def test_strange_names_reach_no_log_terminal_or_header_as_they_are():
         assert shown.returncode == 2 and not CONTROLS.search(shown.stderr)
 
 
-def test_the_page_writes_text_only_as_text():
-    words = "innerHTML outerHTML insertAdjacent document.write eval( setHTML"
-    assert not [word for word in words.split() if word in llmswap.STATUS_PAGE]
-
-
 def test_a_unix_socket_is_for_owner_and_group_from_its_first_moment(
     tmp_path, monkeypatch
 ):
@@ -8244,7 +7966,7 @@ def test_a_unix_socket_replaces_no_file_and_no_socket_in_use(tmp_path):
 @pytest.fixture(scope="module")
 def liar():
     """llmswap before a backend that answers as a test wishes; `b` has a path there."""
-    backend = FuzzBackend()
+    backend = RecordingBackend()
     url = f"http://127.0.0.1:{backend.port}"
     text = f"[llmswap]\nmax-body = 16M\n[a]\nproxy = {url}\n[b]\nproxy = {url}/own\n"
     with hasty(text) as running:
@@ -8313,7 +8035,7 @@ def test_unusual_requests_are_understood(liar):
 def answer_of(liar, answer, method="GET", fields=()):
     """The answer that a client gets when the backend sends these bytes."""
     target = f"/{random.randrange(10**12)}?autoload=true"
-    liar.backend.wishes[target] = [answer], False
+    liar.backend.wishes[target] = answer
     return liar.ask(method, f"/upstream/a{target}", None, fields)
 
 
@@ -8338,49 +8060,46 @@ RUBBISH = [
     OK + b"X: y\r\n" * 101 + b"\r\n",
     OK + b"X: y\r\n",
     b"HTTP/1.1 200 \x1b[2JOK\r\n\r\n",
+    b"HTTP/1.1 200 O\rK\r\n\r\n",
+    b"HTTP/1.1 99 No\r\n\r\n",
+    b"HTTP/1.1 600 No\r\n\r\n",
+    b"HTTP/1.1 \xb2\xb2\xb2 OK\r\n\r\n",
 ]
 
 
-@pytest.mark.parametrize("answer", RUBBISH, ids=range(len(RUBBISH)))
-def test_rubbish_from_a_backend_is_a_502_with_the_reason(liar, answer):
-    got = answer_of(liar, answer)
-    assert (got.status, got.json()["error"]["code"]) == (502, "backend_died")
-    assert "the backend gave no answer: " in got.message()
-    assert liar.get("/health").status == 200 and "Traceback" not in liar.log()
+def test_rubbish_from_a_backend_is_a_502_with_the_reason(liar):
+    for answer in RUBBISH:
+        got = answer_of(liar, answer)
+        assert got.status == 502, answer
+        assert got.json()["error"]["code"] == "backend_died"
+        assert "the backend gave no answer: " in got.message()
+        assert liar.get("/health").status == 200 and "Traceback" not in liar.log()
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"x\r\n",
-        b"3\r\nabcd\r\n0\r\n\r\n",
-        b"3\nabc\n0\n\n",
-        b"3\r\nabc\r\n0\r\nX : y\r\n\r\n",
-        b"3\r\nabc\r\n",
-        b"ffffffffffffffff\r\nabc",
-        b"3;\0\r\nabc\r\n0\r\n\r\n",
-    ],
-)
-def test_bad_chunks_from_a_backend_break_the_answer(liar, body):
-    with pytest.raises(BrokenAnswer):
-        answer_of(liar, OK + b"Transfer-Encoding: chunked\r\n\r\n" + body)
+CHUNKED_ANSWER = OK + b"Transfer-Encoding: Chunked\r\n\r\n"
 
 
-@pytest.mark.parametrize(
-    "answer, status, body",
-    [
-        (OK + b"\r\nabc", 200, b"abc"),
-        (b"HTTP/1.0 200 OK\r\n\r\nabc", 200, b"abc"),
-        (b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n" + OK + b"\r\nabc", 200, b"abc"),
-        (b"\r\n" + OK + b"Content-Length: 3\r\n\r\nabcdef", 200, b"abc"),
-        (OK + b"Transfer-Encoding: Chunked\r\n\r\n" + CHUNKED, 200, b"abc"),
-        (b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", 204, b""),
-        (b"HTTP/1.1 418 \xe4\r\nContent-Length: 0\r\n\r\n", 418, b""),
-    ],
-)
-def test_unusual_but_valid_answers_are_passed_on(liar, answer, status, body):
-    got = answer_of(liar, answer)
-    assert (got.status, got.body) == (status, body)
+def test_bad_chunks_from_a_backend_break_the_answer(liar):
+    for chunks in BAD_CHUNKS:
+        with pytest.raises(BrokenAnswer):
+            answer_of(liar, CHUNKED_ANSWER + chunks)
+
+
+VALID_ANSWERS = [  # of a backend; status and body that the client gets
+    (OK + b"\r\nabc", 200, b"abc"),
+    (b"HTTP/1.0 200 OK\r\n\r\nabc", 200, b"abc"),
+    (b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n" + OK + b"\r\nabc", 200, b"abc"),
+    (b"\r\n" + OK + b"Content-Length: 3\r\n\r\nabcdef", 200, b"abc"),
+    (CHUNKED_ANSWER + CHUNKED, 200, b"abc"),
+    (b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", 204, b""),
+    (b"HTTP/1.1 418 \xe4\r\nContent-Length: 0\r\n\r\n", 418, b""),
+]
+
+
+def test_unusual_but_valid_answers_are_passed_on(liar):
+    for answer, status, body in VALID_ANSWERS:
+        got = answer_of(liar, answer)
+        assert (got.status, got.body) == (status, body), answer
 
 
 def deflated(data):
@@ -8534,7 +8253,7 @@ def test_many_slow_clients_delay_no_other_and_leave_nothing():
             both = 2 * count if data == UNREAD else count
             eventually(lambda: soak_size(swap.pid)["descriptors"] > both)
             assert soak_size(swap.pid)["threads"] <= threads + count
-            assert min(quickest(swap) for _ in range(3)) < 3 * alone + 0.01
+            assert min(quickest(swap) for _ in range(3)) < 3 * alone + 0.03
             for client in clients:
                 client.hang_up(reset=True)
             eventually(lambda: given_back(swap, before), 30)
@@ -8629,10 +8348,7 @@ def test_without_descriptors_nothing_spins_and_all_is_well_afterwards():
 
 def test_a_second_of_fuzz_finds_nothing():
     pytest.importorskip("h11")
-    tally, violations = fuzz_parser(1000, 1)
-    assert violations == [] and tally["request", "read"] and tally["answer", "read"]
-    tally, violations, _ = fuzz_wire(400, 1)
-    assert violations == [] and tally["served"] and tally["refused"]
+    assert run_tool("fuzz", "--parser 1000 --wire 400 --seed 1".split()) == 0
 
 
 # ==================================================================================
@@ -8642,20 +8358,13 @@ def test_a_second_of_fuzz_finds_nothing():
 # What a model wrote ⇒ what it meant; ␤ ␍ ␉ as they look, ❞ for three quotes.
 MEANT = r"""
 { ⇒ {}
-{"a": 1 ⇒ {"a": 1}
 {"a": "b ⇒ {"a": "b"}
 "a": 1, "b": 2 ⇒ {"a": 1, "b": 2}
-"a": 1, "b": 2} ⇒ {"a": 1, "b": 2}
-{"a": [{"b": 1}, {"c": 2} ⇒ {"a": [{"b": 1}, {"c": 2}]}
-{"a": 1,} ⇒ {"a": 1}
 {"a": [1 2 3]} ⇒ {"a": [1, 2, 3]}
 {"a": 1 "b": 2} ⇒ {"a": 1, "b": 2}
 {"a": 1; "b": 2} ⇒ {"a": 1, "b": 2}
 {"a": 1␤ "b": 2␤} ⇒ {"a": 1, "b": 2}
-{"a": 1}]} ⇒ {"a": 1}
-{"a": 1}{"a": 1} ⇒ {"a": 1}
 "{\"a\": 1 ⇒ {"a": 1}
-{\"a\": 1} ⇒ {"a": 1}
 {1: "x"} ⇒ {"1": "x"}
 {'a': "\xyz\x41"} ⇒ {"a": "\\xyzA"}
 {"a":: 1} ⇒ {"a": 1}
@@ -8663,43 +8372,30 @@ MEANT = r"""
 {a: 1, b_2: "x"} ⇒ {"a": 1, "b_2": "x"}
 {"a": nil} ⇒ {"a": null}
 {"recursive": yes} ⇒ {"recursive": "yes"}
-{"a": True, "b": False, "c": None} ⇒ {"a": true, "b": false, "c": null}
 {"a": (1, 2)} ⇒ {"a": [1, 2]}
 {"a": 1}␤{"a": 1}␤ ⇒ {"a": 1}
 {"a": 5.} ⇒ {"a": 5}
 {"a": 007} ⇒ {"a": 7}
 {"a": 0x1F} ⇒ {"a": 31}
 {"a": 1_000} ⇒ {"a": 1000}
-{'a': 'b'} ⇒ {"a": "b"}
 {“a”: “b”} ⇒ {"a": "b"}
 {'a': 'it\'s'} ⇒ {"a": "it's"}
 {""a"": ""b""} ⇒ {"a": "b"}
 {"a": ❞x❞} ⇒ {"a": "x"}
 {"a": `ls -la`} ⇒ {"a": "ls -la"}
 {"city": New York, "n": 2} ⇒ {"city": "New York", "n": 2}
-{'a': "it's", 'b': 'say "hi"'} ⇒ {"a": "it's", "b": "say \"hi\""}
 {"a": "x␉y"} ⇒ {"a": "x\ty"}
 {"a": "x␍␤y"} ⇒ {"a": "x\r\ny"}
 {"re": "\d+\.\w"} ⇒ {"re": "\\d+\\.\\w"}
-{"a": "line1␤line2"} ⇒ {"a": "line1\nline2"}
 {"cmd": "echo "hello world""} ⇒ {"cmd": "echo \"hello world\""}
-{"code": "print("x")", "lang": "py"} ⇒ {"code": "print(\"x\")", "lang": "py"}
 {"a": "x", "html": "<a href="u">t</a>"} ⇒ {"a": "x", "html": "<a href=\"u\">t</a>"}
 {"a" ⇒ {}
 {"a": - ⇒ {}
 {"a": nul ⇒ {"a": null}
-{"a": tru ⇒ {"a": true}
-{"a": 1, "b" ⇒ {"a": 1}
-{"a": [1, 2, ⇒ {"a": [1, 2]}
 {"a": 1, "b": ⇒ {"a": 1}
 {"a": "b", ...} ⇒ {"a": "b"}
-{"a": [1, {"b": 2 ⇒ {"a": [1, {"b": 2}]}
 json␤{"a": 1} ⇒ {"a": 1}
-```json␤{"a": 1} ⇒ {"a": 1}
-{"a": 1}<|im_end|> ⇒ {"a": 1}
 {"code": "```json\n{}\n```" ⇒ {"code": "```json\n{}\n```"}
-Sure! Here is the call:␤{"a": 1} ⇒ {"a": 1}
-{"a": 1}␤Let me know if that helps. ⇒ {"a": 1}
 {"a": x␤b: y␤} ⇒ {"a": "x", "b": "y"}
 {"a\": {"b": 1}, "c": 2} ⇒ {"a": {"b": 1}, "c": 2}
 {"a\": "x", "b\": 2} ⇒ {"a": "x", "b": 2}
@@ -8718,65 +8414,46 @@ Sure! Here is the call:␤{"a": 1} ⇒ {"a": 1}
 {"a": [{"x": "1"}, {"x": "2" ⇒ {"a": [{"x": "1"}, {"x": "2"}]}
 {}{"a": 1} ⇒ {"a": 1}
 {\\\"a\\\": 1} ⇒ {"a": 1}
-{"a" 1} ⇒ {"a": 1}
 {"a" "b", "c" "d"} ⇒ {"a": "b", "c": "d"}
-{"a" = 1} ⇒ {"a": 1}
 {a = 1, b = "x"} ⇒ {"a": 1, "b": "x"}
 {first name: "x", last name: "y"} ⇒ {"first name": "x", "last name": "y"}
 {"a:b": 1,} ⇒ {"a:b": 1}
 {"a": true, b: no} ⇒ {"a": true, "b": "no"}
 {"a": true story} ⇒ {"a": "true story"}
 {"a": 1e5, "b": 2,} ⇒ {"a": 100000.0, "b": 2}
-{"a": -007, "b": 2,} ⇒ {"a": -7, "b": 2}
 {"a": 10%, "b": 2,} ⇒ {"a": "10%", "b": 2}
-{"a": 5 apples, "b": 2,} ⇒ {"a": "5 apples", "b": 2}
 {"a": -, "b": 2,} ⇒ {"a": "-", "b": 2}
 [{"a": 1} ⇒ {"a": 1}
 {{"a": 1}} ⇒ {"a": 1}
 {"a": {{"b": 1}}, "c": 2} ⇒ {"a": {"b": 1}, "c": 2}
-{ {"a": 1} } ⇒ {"a": 1}
 {"a": datetime.date(2024, 1, 2), "b": 1} ⇒ {"a": "datetime.date(2024, 1, 2)", "b": 1}
-{"a": [1, 2, ...]} ⇒ {"a": [1, 2]}
 {"a": [1, 2, ...], "b": 1} ⇒ {"a": [1, 2], "b": 1}
 {'a': '''x␤y''', 'b': 1} ⇒ {"a": "x\ny", "b": 1}
-{"a": ""x"", "b": 1} ⇒ {"a": "x", "b": 1}
 {"a": Hello, world, "n": 2} ⇒ {"a": "Hello, world", "n": 2}
 {"u": http://x.com/a?b=1,2#f, "n": 2} ⇒ {"u": "http://x.com/a?b=1,2#f", "n": 2}
 {cmd: ls -la | grep "x y"} ⇒ {"cmd": "ls -la | grep \"x y\""}
 {"cmd": echo ${HOME}, "n": 1} ⇒ {"cmd": "echo ${HOME}", "n": 1}
-{'a': 'x\'y'} ⇒ {"a": "x'y"}
 {"a": x␤"b": y␤} ⇒ {"a": "x", "b": "y"}
 {"a": ["-c", "print("a", "b")"]} ⇒ {"a": ["-c", "print(\"a\", \"b\")"]}
-{"a": ["x", "say "hi" to", "y"]} ⇒ {"a": ["x", "say \"hi\" to", "y"]}
 {"a": "f({"x": "y"})"} ⇒ {"a": "f({\"x\": \"y\"})"}
 {"a": "if x == "y":␤  pass", "b": 1} ⇒ {"a": "if x == \"y\":\n  pass", "b": 1}
 {"a": "C:\new\table",} ⇒ {"a": "C:\\new\\table"}
 {"a": "C:\temp\"} ⇒ {"a": "C:\\temp\\"}
-{"a": "C:\temp\", "b": 1} ⇒ {"a": "C:\\temp\\", "b": 1}
 {"a": "\bfoo\b\d+"} ⇒ {"a": "\\bfoo\\b\\d+"}
 {"a": "\x41"} ⇒ {"a": "A"}
 {"a": "\u12"} ⇒ {"a": "\\u12"}
 {"a": "\'x\'"} ⇒ {"a": "'x'"}
 {"a": "\ud83d\ude00",} ⇒ {"a": "😀"}
 {"a": "print(f"{x}")"} ⇒ {"a": "print(f\"{x}\")"}
-{"a": fals ⇒ {"a": false}
 {"a": "x\u00 ⇒ {"a": "x"}
-{"a": "b", "c ⇒ {"a": "b"}
-{"a": "b", ⇒ {"a": "b"}
-{"a": "b",  ⇒ {"a": "b"}
 {"a": "b", "c": "d␤ ⇒ {"a": "b", "c": "d\n"}
 {"a": 1, b ⇒ {"a": 1}
 {"a": [1, - ⇒ {"a": [1]}
 {"a": N ⇒ {"a": null}
 {"a ⇒ {}
-{" ⇒ {}
-{"a": "b"<|im_end|> ⇒ {"a": "b"}
 {"a": "b<|im_end|> ⇒ {"a": "b"}
 {"a": 1<|eot_id|> ⇒ {"a": 1}
-{"a": "b"␤</tool_call> ⇒ {"a": "b"}
-Arguments: {"a": 1,} ⇒ {"a": 1}
 {"a": "b"␤``` ⇒ {"a": "b"}
-{"a": 1}␤Use {b} here ⇒ {"a": 1}
 {"a": "```"}␤``` ⇒ {"a": "```"}
 JSON:␤␤```json␤{'a': 'b'}␤```␤That is all {ok}. ⇒ {"a": "b"}
 <function=f>{"a": 1}</function> ⇒ {"a": 1}
@@ -9223,13 +8900,17 @@ def anthropic(given, reason="tool_use"):
 
 
 def test_a_completion_is_repaired_and_its_empty_content_becomes_null():
-    for indent in (None, 2):
-        body = json.dumps(completion(BAD, content=""), indent=indent).encode()
+    for arguments, content, expected in (
+        (BAD, "", None), (GOOD, "", None), (BAD, "Let me see", "Let me see"),
+    ):  # fmt: skip
+        body = json.dumps(completion(arguments, content=content), indent=2).encode()
         payload = json.loads(repair_body(body))
         answer = payload["choices"][0]["message"]
-        assert payload["n"] == 1.0
-        assert is_repaired(answer["tool_calls"][0]["function"]["arguments"])
-        assert answer["content"] is None
+        assert payload["n"] == 1.0 and answer["content"] == expected
+        function = answer["tool_calls"][0]["function"]
+        assert json.loads(function["arguments"]) == json.loads(GOOD)
+    bare = {"choices": [{"message": {"content": ""}, "finish_reason": "stop"}]}
+    assert json.loads(repair_body(json.dumps(bare).encode())) == bare
 
 
 def test_only_the_last_call_of_a_choice_that_was_cut_off_stays():
@@ -9340,16 +9021,6 @@ def test_valid_calls_pass_llmswap_byte_for_byte(repairing, payloads):
         assert through_llmswap(repairing, head, body).body == body
 
 
-def test_content_beside_calls_is_null_where_it_is_empty(repairing):
-    for text, content in (("", None), ("Let me see", "Let me see")):
-        for arguments in (GOOD, BROKEN_CALL):
-            wish = dict(text=text, arguments=arguments)
-            answer = repairing.chat("mended", **wish).json()
-            assert answer["choices"][0]["message"]["content"] == content
-    answer = repairing.chat("mended", text="").json()
-    assert answer["choices"][0]["message"]["content"] == ""
-
-
 @each_api
 def test_text_flows_while_the_arguments_are_held(repairing, path):
     body = dict(text="Let me see", arguments=BROKEN_CALL, fragment=8, stall=4)
@@ -9391,89 +9062,18 @@ def test_a_repaired_stream_that_breaks_is_still_broken(repairing, path, place):
     assert BROKEN_CALL.startswith("".join(came.values()))  # never mended
 
 
-@pytest.mark.parametrize("coding", ["gzip", "br", "identity, gzip"])
-def test_an_answer_that_is_encoded_passes_unchanged(repairing, coding):
-    head = f"Content-Encoding: {coding}\nContent-Type: "
-    for kind, body in (
-        ("application/json", json.dumps(completion(BAD)).encode()),
-        ("text/event-stream", events(one_call(BAD))),
-    ):
-        for body in (gzip.compress(body), body):  # the latter shows that none looks
-            answer = through_llmswap(repairing, head + kind, body)
-            assert answer.body == body and answer.headers["content-encoding"] == coding
-
-
-def test_a_backend_is_not_asked_for_encodings_that_could_not_be_repaired(repairing):
+def test_an_answer_that_is_encoded_passes_unchanged_and_is_not_asked_for(repairing):
+    whole, stream = json.dumps(completion(BAD)).encode(), events(one_call(BAD))
+    for coding in ("gzip", "br", "identity, gzip"):
+        head = f"Content-Encoding: {coding}\nContent-Type: "
+        for kind, body in (("application/json", whole), ("text/event-stream", stream)):
+            for body in (gzip.compress(body), body):  # the latter shows that none looks
+                answer = through_llmswap(repairing, head + kind, body)
+                assert answer.body == body
+                assert answer.headers["content-encoding"] == coding
     answer = repairing.post("/upstream/mended/echo", {}, {"Accept-Encoding": "gzip"})
     names = {name.lower() for name, _ in answer.json()["headers"]}
     assert "accept-encoding" not in names
-
-
-# What Roo Code does with the library it uses: it asks for a stream with tools, takes
-# from each chunk the text and the calls by their index, and parses at the end.
-ROO_CODE = """
-const OpenAI = require("openai").default
-const client = new OpenAI({ baseURL: process.argv[1], apiKey: "any" })
-const schema = { type: "object", properties: { path: { type: "string" } } }
-const tool = { type: "function", function: { name: "tool0", parameters: schema } }
-const ask = async (model, wish) => {
-  const stream = await client.chat.completions.create({
-    model, temperature: 0, stream: true, stream_options: { include_usage: true },
-    messages: [{ role: "system", content: "You are Roo" }, { role: "user", content: "x" }],
-    tools: [tool], tool_choice: "auto", parallel_tool_calls: true, ...wish,
-  })
-  const calls = [], told = { text: "", calls: [] }
-  for await (const chunk of stream) {
-    const delta = chunk.choices?.[0]?.delta
-    told.text += delta?.content ?? ""
-    for (const { index, id, function: piece } of delta?.tool_calls ?? []) {
-      const call = (calls[index] ??= { name: "", text: "" })
-      if (id) call.id = id
-      if (piece?.name) call.name = piece.name
-      call.text += piece?.arguments ?? ""
-    }
-    told.end = chunk.choices?.[0]?.finish_reason ?? told.end
-    if (chunk.usage) told.tokens = chunk.usage.completion_tokens
-  }
-  for (const { id, name, text } of calls)
-    try { told.calls.push([id, name, JSON.parse(text)]) }
-    catch (error) { told.calls.push([id, name, error.name]) }
-  return told
-}
-const main = async () => {
-  const [models, wish] = [["mended", "as-is"], JSON.parse(process.argv[2])]
-  const told = await Promise.all(models.map((model) => ask(model, wish)))
-  console.log(JSON.stringify(told))
-}
-main()
-"""
-
-
-def test_roo_code_reads_what_was_repaired(repairing):
-    find = ["node", "-e", "require.resolve('openai')"]
-    if (
-        not shutil.which("node")
-        or subprocess.run(find, stderr=subprocess.DEVNULL).returncode
-    ):
-        pytest.skip("NODE_PATH has no package openai for node")
-    calls = [BROKEN_CALL, '{"path": "b.py",}']
-    wish = json.dumps({"text": "Let me see", "arguments": calls})
-    words = ["node", "-e", ROO_CODE, f"{repairing.url}/v1", wish]
-    ended = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 0, ended.stderr
-    usual = {"text": "Let me see", "end": "tool_calls", "tokens": 3}
-    meant = [MEANT_CALL, {"path": "b.py"}]
-    pairs = [[f"call{i}", f"tool{i}", each] for i, each in enumerate(meant)]
-    raw = [[*pair[:2], "SyntaxError"] for pair in pairs]
-    assert json.loads(ended.stdout) == [
-        {**usual, "calls": pairs},
-        {**usual, "calls": raw},
-    ]
-
-
-# ==================================================================================
-# 6  Relay: what Anthropic's clients read
-# ==================================================================================
 
 
 def test_an_answer_that_breaks_tells_anthropics_clients_in_their_words(repairing):
@@ -9574,15 +9174,6 @@ def test_without_a_model_file_progress_is_not_guessed():
         assert progress_events(server, "a") == ([], {"status": "loaded"})
 
 
-def test_progress_is_measured_only_while_a_model_loads(tmp_path):
-    with watchful("[a]\ncmd = FAKE\n") as server:
-        server.chat("a")
-        time.sleep(0.1)
-        before = wakeups(server.pid)
-        time.sleep(0.3)  # seven looks
-        assert wakeups(server.pid) - before <= 2
-
-
 # -- what a client sees that waits -----------------------------------------------------
 
 
@@ -9598,7 +9189,7 @@ def test_a_chat_that_asked_for_it_reads_the_progress_as_reasoning(tmp_path):
             assert chunk["object"] == "chat.completion.chunk" and chunk["model"] == "a"
             assert choice["index"] == 0 and choice["finish_reason"] is None
             text = choice["delta"].pop("reasoning_content")
-            assert re.fullmatch(r"loading a, \d\d %\n", text) and not choice["delta"]
+            assert re.fullmatch(r"loading a, \d\d? %\n", text) and not choice["delta"]
         assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
         assert stream.is_complete and b"data: [DONE]" in stream.raw
 
@@ -9641,83 +9232,24 @@ def test_the_exit_code_of_a_failed_start_is_shown(flag, code):
         assert (status["failed"], status["exit_code"]) == (True, code)
 
 
-LISTER = """\
-import http.server, json, sys, time
-class Lister(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        if self.path == "/v1/models":
-            time.sleep(float(sys.argv[1]))
-        entry = {"id": "other", "aliases": [], "tags": ["x"], "meta": {"n_ctx": 256}}
-        body = json.dumps({"data": [entry]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-port = int(sys.argv[sys.argv.index("--port") + 1])
-http.server.ThreadingHTTPServer(("127.0.0.1", port), Lister).serve_forever()
-"""
-
-
-def llama_server_with_a_list(folder, delay=0.0):
-    """A configuration of one model whose llama-server lists it after so long."""
-    (folder / "lister.py").write_text(LISTER)
-    binary, model = folder / "llama-server", folder / "x.gguf"
-    command = f"exec {sys.executable} -I {folder}/lister.py {delay} \"$@\""
-    binary.write_text(f"#!/bin/sh\n{command}\n")
-    binary.chmod(0o755)
-    model.write_bytes(b"GGUF")
-    head = f"[llmswap]\nllama-server = {binary}\n[a]\nmodel = {model}\n"
-    return head + "alias = b, c\n"
-
-
-def test_the_meta_of_a_llama_server_is_shown_once_it_was_loaded(tmp_path):
-    with Llmswap(llama_server_with_a_list(tmp_path)) as server:
+@pytest.mark.parametrize("delay", [0, 9])
+def test_the_meta_of_a_llama_server_is_shown_once_it_came(tmp_path, delay):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    text = f"[llmswap]\nllama-server = {fake_binary(tmp_path, '--list-delay', delay)}\n"
+    with Llmswap(f"{text}[a]\nmodel = {tmp_path}/x.gguf\nalias = b, c\n") as server:
+        began, meta = time.monotonic(), {} if delay else {"n_ctx": 256}
         assert server.get("/v1/models/a").json()["meta"] == {}
-        server.post("/models/load", {"model": "a"})
-        eventually(lambda: server.get("/v1/models/a").json()["meta"])
+        assert server.get("/upstream/a/").status == 200  # the list holds up nothing
+        eventually(lambda: server.get("/v1/models/a").json()["meta"] == meta)
         entry = server.get("/v1/models/a").json()
-        assert entry["meta"] == {"n_ctx": 256} and entry["tags"] == []
-        assert (entry["id"], entry["aliases"]) == ("a", ["b", "c"])  # ours win
+        assert (entry["id"], entry["aliases"], entry["tags"]) == ("a", ["b", "c"], [])
         server.post("/models/unload", {"model": "a"})
         eventually(lambda: server.states()["a"] == "unloaded")
-        assert server.get("/v1/models/a").json()["meta"] == {"n_ctx": 256}
-
-
-def test_a_list_that_does_not_come_holds_up_neither_requests_nor_the_end(tmp_path):
-    with Llmswap(llama_server_with_a_list(tmp_path, delay=9)) as server:
-        began = time.monotonic()
-        assert server.get("/upstream/a/").status == 200
-        server.post("/models/unload", {"model": "a"})
-        eventually(lambda: server.states()["a"] == "unloaded")
-        assert time.monotonic() < began + 3
+        assert server.get("/v1/models/a").json()["meta"] == meta
+        assert time.monotonic() < began + 4
 
 
 # -- the log ---------------------------------------------------------------------------
-
-
-def test_loads_and_unloads_are_one_line_each():
-    with Llmswap("[a]\ncmd = FAKE\n[b]\ncmd = FAKE\n") as server:
-        server.chat("a")
-        server.chat("b")
-        server.post("/models/unload", {"model": "b"})
-        eventually(lambda: "b: unloading (by hand)" in server.log())
-        lines = [line[9:] for line in server.log().splitlines()]
-        url = re.search(r" at (http\S+)\n", server.log())[1]
-        with urlopen(url) as page:
-            assert b"<title>llmswap</title>" in page.read()
-    patterns = [
-        rf"llmswap {llmswap.VERSION} at http://127\.0\.0\.1:{server.port}/",
-        r"2 models: a, b",
-        r"a: loading",
-        r"a: loaded in \d\.\d\d s \(pid \d+, port \d+\)",
-        r"a: unloading \(evicted for b\)",
-        r"b: loading",
-        r"b: loaded in \d\.\d\d s \(pid \d+, port \d+\)",
-        r"b: unloading \(by hand\)",
-    ]
-    assert len(lines) == len(patterns), lines
-    for line, pattern in zip(lines, patterns):
-        assert re.fullmatch(pattern, line), line
 
 
 @pytest.mark.parametrize("address, shown", [
@@ -9752,6 +9284,7 @@ def test_long_loads_slow_requests_and_long_stops_are_logged(tmp_path):
         server.chat("a")
         server.post("/models/unload", {"model": "a"})
         eventually(lambda: re.search(r"a: unloaded after \d\.\d s", server.log()))
+        assert "a: unloading (by hand)\n" in server.log()
         log = server.log()
     assert 2 <= len(re.findall(r"a: loading, \d\d? % after \d s", log)) <= most, log
     assert re.search(rf"{where} \d\.\d s, \d\.\d s of it waiting", log), log
@@ -9905,6 +9438,14 @@ def adapted(title, kind, *changes):
     return text
 
 
+OTHER_MODEL = "[other]\ncmd = FAKE\nload-timeout = 9\n"
+
+
+def run_recipe(title, *changes, more=OTHER_MODEL, before="", **options):
+    """llmswap with the INI file of that recipe, and more in front of it and behind."""
+    return Llmswap(before + adapted(title, "ini", *changes) + more, **options)
+
+
 def alike(line):
     """The line without what differs from one run to the next."""
     line = re.sub(r"^\d\d:\d\d:\d\d ", "", line)
@@ -9987,42 +9528,33 @@ def docker(tmp_path):
 
 
 def test_recipe_docker(docker):
-    text = adapted("Docker and Podman", "ini") + "[other]\ncmd = FAKE\n"
-    state = Path(docker["DOCKER_STATE"])
-    with Llmswap(text, env=docker) as server:
+    state, often = Path(docker["DOCKER_STATE"]), {"STALL_CHECK_AFTER": 0.1}
+    hang = "hang-timeout = 300ms\n" + OTHER_MODEL
+    with run_recipe("Docker and Podman", more=hang, env=docker, **often) as server:
         assert server.chat("boxed").status == 200
         [box] = state.iterdir()
         assert box.name == "llmswap-boxed"
         server.chat("other")  # evicts it
         assert not box.exists() and server.loaded() == ["other"]
+        assert server.chat("boxed", hang=True, hang_health=True).status == 502
+        eventually(lambda: "boxed hung" in server.log() and not box.exists())
         assert server.chat("boxed").status == 200
     assert not box.exists()  # at the end of llmswap
 
 
 def test_recipe_docker_stopped_while_it_loads(docker):
-    slow = adapted("Docker and Podman", "ini", ("-ngl 99", "-ngl 99 --load 60"))
-    text = f"[*]\nload-timeout = 300ms\n{slow}[other]\ncmd = FAKE\nload-timeout = 9\n"
-    state = Path(docker["DOCKER_STATE"])
-    with Llmswap(text, env=docker) as server:
+    slow, state = ("-ngl 99", "-ngl 99 --load 60"), Path(docker["DOCKER_STATE"])
+    short = "[*]\nload-timeout = 300ms\n"
+    with run_recipe("Docker and Podman", slow, before=short, env=docker) as server:
         assert server.chat("boxed").status == 504  # and nothing of it is left
         assert list(state.iterdir()) == []
-        server.reload(text.replace("300ms", "9"))
+        server.reload(server.ini.read_text().replace("300ms", "9"))
         eventually(lambda: "was read again" in server.log())
         server.post("/models/load", {"model": "boxed"})
         eventually(lambda: list(state.iterdir()))
         server.post("/models/unload", {"model": "boxed"})
         eventually(lambda: server.states()["boxed"] == "unloaded")
         assert list(state.iterdir()) == []
-
-
-def test_recipe_docker_where_it_hangs(docker):
-    text = adapted("Docker and Podman", "ini") + "hang-timeout = 300ms\n"
-    state = Path(docker["DOCKER_STATE"])
-    with Llmswap(text, env=docker, STALL_CHECK_AFTER=0.1, POLL_INTERVAL=0.05) as server:
-        assert server.chat("boxed", hang=True, hang_health=True).status == 502
-        eventually(lambda: server.states()["boxed"] == "unloaded")
-        eventually(lambda: "boxed hung" in server.log())
-        assert not list(state.iterdir())
 
 
 PODMAN = """\
@@ -10063,15 +9595,12 @@ def podman():
 
 def test_recipe_docker_with_podman_and_a_real_llama_server(podman):
     write_gguf(podman / "qwen3-8b-q4_k_m.gguf")
-    volume, small = (
-        ("/models:/models", f"{podman}:/models"),
-        ("-ngl", "-t 1 -c 256 -ngl"),
-    )
-    text = adapted("Docker and Podman", "ini", volume, small)
+    volume = "/models:/models", f"{podman}:/models"
+    small = "-ngl", "-t 1 -c 256 -ngl"
     boxes = [podman / "docker", "ps", "-aq"]
     env = {"PATH": f"{podman}:{os.environ['PATH']}"}
-    with Llmswap(text + "[other]\ncmd = FAKE\n", env=env) as server:
-        answer = server.post("/v1/chat/completions", real_chat("boxed"))
+    with run_recipe("Docker and Podman", volume, small, env=env) as server:
+        answer = server.post(CHAT, real_chat("boxed"))
         assert answer.status == 200, answer.body
         assert subprocess.check_output(boxes)
         server.chat("other")
@@ -10080,17 +9609,18 @@ def test_recipe_docker_with_podman_and_a_real_llama_server(podman):
 
 def test_recipe_an_embedding_model_that_stays(tmp_path):
     title = "An embedding model that stays while large ones swap"
-    pooled = "[embed]\npooling = mean"  # as the real bge-m3 says of itself
-    text = adapted(title, "ini", ("/models/", f"{tmp_path}/"), ("[embed]", pooled))
-    for path in re.findall(r"= (/\S+\.gguf)", text):
-        write_gguf(path)
+    for path in re.findall(r"= /models/(\S+\.gguf)", adapted(title, "ini")):
+        write_gguf(tmp_path / path)
     binary = LLAMA_SERVER or fake_binary(tmp_path)
-    text = text.replace("[llmswap]", f"[llmswap]\nllama-server = {binary}")
+    changes = [
+        ("/models/", f"{tmp_path}/"), ("[llmswap]", f"[llmswap]\nllama-server = {binary}"),
+        ("[embed]", "[embed]\npooling = mean"),  # as the real bge-m3 says of itself
+    ]  # fmt: skip
     small = "[*]\nctx-size = 256\nthreads = 1\n"
-    with Llmswap(small + text) as server:
+    with run_recipe(title, *changes, before=small, more="") as server:
         eventually(lambda: server.loaded() == ["embed"])
         for large in ("coder", "thinker"):
-            assert server.post("/v1/chat/completions", real_chat(large)).status == 200
+            assert server.post(CHAT, real_chat(large)).status == 200
             assert server.loaded() == sorted(["embed", large])
             answer = server.post("/v1/embeddings", {"model": "embed", "input": "x"})
             assert answer.json()["data"][0]["embedding"]
@@ -10099,13 +9629,12 @@ def test_recipe_an_embedding_model_that_stays(tmp_path):
 
 
 def test_recipe_an_api_key():
-    text = adapted("An API key", "ini")
-    with Llmswap(text + "[a]\ncmd = FAKE\n") as server:
+    with run_recipe("An API key") as server:
         assert server.get("/v1/models").status == 401
         bearer = {"Authorization": "Bearer choose-one"}
         for field in (bearer, {"x-api-key": "choose-one"}):
             assert server.get("/v1/models", field).status == 200
-            sent = server.post("/echo", {"model": "a"}, field).json()["headers"]
+            sent = server.post("/echo", {"model": "other"}, field).json()["headers"]
             assert "choose-one" not in str(sent)
 
 
@@ -10129,10 +9658,9 @@ def test_recipe_conversations_that_outlive_the_swap(tmp_path):
 
 def test_recipe_roo_code(tmp_path):
     title = "Roo Code, and other agents, with repaired tool calls"
-    text = adapted(title, "ini", ("/models/", f"{tmp_path}/"))
     (tmp_path / "qwen3-coder-30b-a3b-q4_k_m.gguf").write_bytes(b"GGUF")
-    binary = fake_binary(tmp_path)
-    with Llmswap(f"[llmswap]\nllama-server = {binary}\n{text}") as server:
+    program = f"[llmswap]\nllama-server = {fake_binary(tmp_path)}\n"
+    with run_recipe(title, ("/models/", f"{tmp_path}/"), before=program) as server:
         [call] = calls_of(server, CHAT, "qwen3-coder", arguments=BROKEN_CALL)
         assert json.loads(call) == MEANT_CALL
 
@@ -10141,12 +9669,11 @@ def test_recipe_open_webui():
     bases = re.findall(r"`http://([^/]+)(/\S+)`", section("Open WebUI"))
     hosts = [host for host, _ in bases]
     assert hosts == ["127.0.0.1:8080", "host.docker.internal:8080"]
-    with Llmswap("[a]\ncmd = FAKE\n") as server:
+    with Llmswap(OTHER_MODEL) as server:
         for host, path in bases:
             assert server.get(f"{path}/models", {"Host": host}).status == 200
-            body = chat_body("a", stream=False)
-            answer = server.post(f"{path}/chat/completions", body, {"Host": host})
-            assert answer.status == 200
+            body, host = chat_body("other"), {"Host": host}
+            assert server.post(f"{path}/chat/completions", body, host).status == 200
 
 
 def certificate(folder):
@@ -10161,17 +9688,13 @@ def certificate(folder):
 @contextmanager
 def nginx(folder, text):
     """nginx with this in its http block, until the block ends."""
-    (folder / "nginx.conf").write_text(
-        f"daemon off; pid {folder}/pid; error_log {folder}/error.log;\n"
-        f"events {{ }}\nhttp {{ access_log off;\n{text}\n}}\n"
-    )
-    command = ["nginx", "-p", folder, "-e", folder / "error.log"]
-    process = subprocess.Popen([*command, "-c", folder / "nginx.conf"])
-    try:
+    head = f"daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{ }}"
+    conf = folder / "nginx.conf"
+    conf.write_text(f"{head}\nhttp {{ access_log off;\n{text}\n}}\n")
+    command = ["nginx", "-p", folder, "-e", folder / "error.log", "-c", conf]
+    with subprocess.Popen(command) as process:
         yield
-    finally:
         process.terminate()
-        process.wait()
 
 
 class TlsClient(Client):
@@ -10202,12 +9725,10 @@ def test_recipe_behind_nginx_with_tls(tmp_path):
         with nginx(tmp_path, site):
             eventually(lambda: is_listening(port))
             with TlsClient(port, tmp_path) as client:
-                assert client.ask("GET", "/v1/models").status == 200
                 body = chat_body("a", stream=True, tokens=4, interval=0.1)
-                client.send("POST", "/v1/chat/completions", body)
+                client.send("POST", CHAT, body)
                 moments = [time.monotonic() for _ in client.pieces(*client.head())]
                 assert moments[-1] - moments[0] > 0.25  # it did not come at once
-            with TlsClient(port, tmp_path) as client:
                 upgrade = {"Upgrade": "websocket", "Connection": "Upgrade"}
                 client.send("GET", "/upstream/a/ws", None, upgrade)
                 assert client.head()[0] == 101
@@ -10248,15 +9769,10 @@ def test_recipe_cron(tmp_path):
 
 
 def test_recipe_sleeping_instead_of_stopping(tmp_path):
-    program = tmp_path / "vllm"
-    program.write_text(
-        f'#!/bin/sh\ncase "$*" in *--enable-sleep-mode*) ;; *) exit 1 ;; esac\nexec '
-        f'{sys.executable} -I -S {fake_file()} --sleepable "$@"\n'
-    )
-    program.chmod(0o755)
-    text = adapted("Sleeping instead of stopping", "ini") + "[other]\ncmd = FAKE\n"
+    fake_binary(tmp_path, "--sleepable", name="vllm")
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    with Llmswap(text, env=env) as server:
+    assert "--enable-sleep-mode" in adapted("Sleeping instead of stopping", "ini")
+    with run_recipe("Sleeping instead of stopping", env=env) as server:
         first = server.stats("vllm")
         assert "VLLM_SERVER_DEV_MODE" in first["environ"]
         server.chat("other")
@@ -10494,7 +10010,7 @@ def test_a_tail_cut_anywhere_tells_the_truth_or_nothing(end):
             assert reported.tokens_in in (None, whole.tokens_in, 1)  # cache_n lost
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_the_ends_of_a_payload_are_kept_however_it_comes(seed):
     chance = random.Random(seed)
     ends, sent = llmswap.HeadAndTail(), b""
@@ -10504,10 +10020,9 @@ def test_the_ends_of_a_payload_are_kept_however_it_comes(seed):
         ends.add(piece if chance.random() < 0.5 else memoryview(buffer))
         buffer[:] = bytes(len(buffer))  # as a buffer that is used again
         sent += piece
-    kept, both = llmswap.HeadAndTail.KEPT, bytes(ends)
+    kept = llmswap.HeadAndTail.KEPT
     is_all = len(sent) <= 2 * kept
-    assert both == (sent if is_all else sent[:kept] + b"\0" + sent[-kept:])
-    assert len(ends._first) <= kept and len(ends._last) <= kept
+    assert bytes(ends) == (sent if is_all else sent[:kept] + b"\0" + sent[-kept:])
 
 
 # ----------------------------------------------------------------------------------
@@ -10547,6 +10062,17 @@ def read_metrics(*models, meters=None):
     return metrics_of(llmswap.metrics_text(report))
 
 
+def metrics_with(server, key, headers=()):
+    """What Prometheus reads of llmswap, None if that key is not there yet."""
+    found = metrics_of(server.get("/metrics", headers).body.decode())
+    return found if key in found else None
+
+
+def counted(found, name):
+    """{values of the labels: number} of one metric."""
+    return {key[2::2]: number for key, number in found.items() if key[0] == name}
+
+
 def test_the_queries_of_the_dashboard_name_metrics_and_labels_of_ours():
     dashboard = json.loads(Path(LLMSWAP).with_name(".github").joinpath("grafana.json")
                            .read_text())
@@ -10574,13 +10100,10 @@ def test_the_queries_of_the_dashboard_name_metrics_and_labels_of_ours():
             assert name in labels and used <= labels[name], (query, labels[name])
 
 
-def test_metrics_without_models_are_well_formed():
+def test_metrics_are_well_formed_without_models_and_with_strange_ones():
     found = read_metrics()
     assert found["llmswap_swaps_total",] == 0
     assert found["process_start_time_seconds",] == 1750000000
-
-
-def test_labels_are_escaped():
     found = read_metrics(llmswap.ModelStatus('a"b\\c\nd\x07\x9be'))
     assert found["llmswap_requests_queued", "model", r"a\"b\\c\nd\\x07\\x9be"] == 0
 
@@ -10621,8 +10144,10 @@ cmd = FAKE --load-exit 3
 """
 
 
-def test_requests_are_counted_by_model_and_status():
-    with Llmswap(PAGE_MODELS) as server:
+def test_requests_and_stops_are_counted_by_model_status_and_cause():
+    text = PAGE_MODELS + "[idler]\ncmd = FAKE\nidle-timeout = 300ms\n"
+    text += "[slow]\ncmd = FAKE --load 60\n"
+    with Llmswap(text) as server:
         sent = encoded({"model": "a", "tokens": 20})
         got = server.post(CHAT, sent).body
         body = {"model": "b", "tokens": 5, "stream": True, "interval": 0.01}
@@ -10636,26 +10161,39 @@ def test_requests_are_counted_by_model_and_status():
         with Client(server.port) as client:
             client.send("POST", CHAT, {"model": "b", "delay": 60})
             eventually(lambda: server.get("/health").json()["requests"])
-        counted = ("llmswap_requests_total", "model", "b", "status", "499")
-        found = eventually(lambda: metrics_with(server, counted))
-    requests = {key[2:5:2]: n for key, n in found.items() if key[0] == counted[0]}
-    assert requests == {
-        ("a", "200"): 1, ("b", "200"): 1, ("bad", "502"): 1, ("", "404"): 1,
-        ("b", "499"): 1, ("b", "502"): 1,
+            assert server.get("/metrics").status == 200
+            resident = "llmswap_model_resident_memory_bytes", "model", "b"
+            assert metrics_with(server, resident)[resident] > 2**20
+        left = ("llmswap_requests_total", "model", "b", "status", "499")
+        eventually(lambda: metrics_with(server, left))
+        server.post("/unload")
+        with server.connect() as client:
+            client.send("POST", CHAT, chat_body("slow"))
+            eventually(lambda: "loading" in server.states().values())
+        assert server.chat("b").status == 200
+        server.reload(text.replace("[b]\n", "[b]\nenv.X = 1\n"))
+        eventually(lambda: server.loaded() == [])
+        assert server.chat("idler").status == 200
+        eventually(lambda: server.loaded() == [])
+        found = metrics_of(server.get("/metrics").body.decode())
+    assert counted(found, "llmswap_requests_total") == {
+        ("a", "200"): 1, ("b", "200"): 2, ("bad", "502"): 1, ("", "404"): 1,
+        ("b", "499"): 1, ("b", "502"): 1, ("slow", "499"): 1, ("idler", "200"): 1,
     }  # fmt: skip
+    assert counted(found, "llmswap_stops_total") == {
+        ("a", "evicted"): 1, ("b", "evicted"): 1, ("b", "unload"): 1,
+        ("slow", "abandoned"): 1, ("b", "reload"): 1, ("idler", "idle"): 1,
+    }  # fmt: skip
+    assert found["llmswap_swaps_total",] == 2  # to b, from a and from a load given up
     assert found["llmswap_request_bytes_total", "model", "a"] == len(sent)
     assert found["llmswap_response_bytes_total", "model", "a"] == len(got)
     assert found["llmswap_prompt_tokens_total", "model", "a"] == 7
     assert found["llmswap_completion_tokens_total", "model", "a"] == 20
     assert found["llmswap_completion_tokens_total", "model", "b"] >= 5
-    assert found["llmswap_stops_total", "model", "a", "cause", "evicted"] == 1
     assert found["llmswap_failures_total", "model", "bad", "state", "loading"] == 1
     assert found["llmswap_load_duration_seconds_sum", "model", "a"] > 0.6
     assert found["llmswap_request_wait_seconds_sum", "model", "a"] > 0.6
-    assert found["llmswap_model_resident_memory_bytes", "model", "b"] > 2**20
     assert found["process_resident_memory_bytes",] > 2**20
-    assert found["llmswap_swaps_total",] >= 1
-    assert found["llmswap_model_state", "model", "b", "state", "loaded"] == 1
 
 
 PARSE_METRICS = """\
@@ -10681,48 +10219,7 @@ def test_prometheus_own_parser_reads_what_we_mean(clients):
     found = {(name, *sum(labels.items(), ())): n for name, labels, n in read}
     assert found == metrics_of(text) and len(found) > 300
     assert found["llmswap_prompt_tokens_total", "model", "anthropic"] >= 4 * 7
-    assert found["llmswap_request_bytes_total", "model", "litellm"] > 10000
-
-
-def metrics_with(server, key, headers=()):
-    found = metrics_of(server.get("/metrics", headers).body.decode())
-    return found if key in found else None
-
-
-CAUSES_FILE = """
-[a]
-cmd = FAKE
-idle-timeout = 300ms
-[b]
-cmd = FAKE
-[slow]
-cmd = FAKE --load 60
-"""
-
-
-def test_stops_are_counted_by_their_cause():
-    with Llmswap(CAUSES_FILE) as server:
-        for _ in range(2):  # b makes room for a, and a for b
-            assert server.chat("b").status == server.chat("a").status == 200
-        assert server.chat("b").status == 200
-        server.post("/unload")
-        with server.connect() as client:
-            client.send("POST", CHAT, chat_body("slow"))
-            eventually(lambda: "loading" in server.states().values())
-        assert server.chat("b").status == 200
-        server.reload(CAUSES_FILE.replace("[b]\n", "[b]\npin = off\nenv.X = 1\n"))
-        eventually(lambda: server.loaded() == [])
-        assert server.chat("a").status == 200
-        eventually(lambda: server.loaded() == [])
-        found = metrics_of(server.get("/metrics").body.decode())
-    stops = {
-        key[2:5:2]: n for key, n in found.items() if key[0] == "llmswap_stops_total"
-    }
-    assert stops == {
-        ("b", "evicted"): 2, ("a", "evicted"): 2, ("b", "unload"): 1,
-        ("slow", "abandoned"): 1, ("b", "reload"): 1, ("a", "idle"): 1,
-    }  # fmt: skip
-    assert found["llmswap_swaps_total",] == 5  # that for which a load was given up, too
+    assert found["llmswap_request_bytes_total", "model", "openai"] > 10000
 
 
 @pytest.mark.parametrize(
@@ -10756,20 +10253,18 @@ def test_resident_memory_is_that_of_the_whole_process_group():
 # The page and its snapshots
 
 
-def test_the_page_loads_nothing_from_outside():
-    page = llmswap.STATUS_PAGE
+def test_the_page_loads_nothing_from_outside_and_runs_its_own_script_alone():
+    page, policy = llmswap.STATUS_PAGE, llmswap.page_policy()
     urls = re.findall(r"https?://[^'\"\s]*", page)
     assert set(urls) == {"http://www.w3.org/2000/svg"}  # a name, never fetched
     assert not re.search(r"\s(src|on\w+|style)=|@import|url\(", page)
-    assert len(page) < 30000
-
-
-def test_the_policy_allows_the_pages_own_script_and_style_alone():
+    words = "innerHTML outerHTML insertAdjacent document.write eval( setHTML"
+    assert not [word for word in words.split() if word in page]
     for tag in ("script", "style"):
-        inner = re.search(f"<{tag}>(.*)</{tag}>", llmswap.STATUS_PAGE, re.DOTALL)[1]
-        digest = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
-        assert f"{tag}-src 'sha256-{digest}'" in llmswap.page_policy()
-    assert "unsafe" not in llmswap.page_policy()
+        inner = re.search(f"<{tag}>(.*)</{tag}>", page, re.DOTALL)[1]
+        digest = base64.b64encode(sha256(inner.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert "unsafe" not in policy and len(page) < 30000
 
 
 EVENTS = {"Accept": "text/event-stream"}
@@ -10780,19 +10275,6 @@ SECRET = {"x-api-key": "secret"}
 def snapshots_of(server):
     """The stream that the page reads."""
     return Stream(server.port, "/", None, EVENTS)
-
-
-def test_the_bare_page_needs_no_key_and_its_snapshots_do():
-    with Llmswap(LOCKED) as server:
-        page = server.get("/", {"Accept": "text/html"})
-        assert page.status == 200
-        assert page.headers["content-type"].startswith("text/html")
-        assert page.headers["content-security-policy"] == llmswap.page_policy()
-        assert server.get("/", EVENTS).status == 401
-        assert server.get("/metrics").status == 401
-        key = {"Authorization": "Bearer secret"}
-        with Stream(server.port, "/", None, {**EVENTS, **key}) as stream:
-            assert next(stream.documents())["totals"]["models"] == 3
 
 
 def test_a_snapshot_comes_at_each_change_and_says_why_a_model_stopped():
@@ -10865,7 +10347,7 @@ models-max = 1
 cmd = FAKE --load 0.6 --lines 40
 [long]
 cmd = FAKE
-set-params = {"tokens": 1000, "interval": 0.02}
+set-params = {"tokens": 10000, "interval": 0.02}
 [bad]
 cmd = FAKE --load-exit 3
 [endless]
@@ -10953,11 +10435,18 @@ def tab_to(browser, label):
 
 
 @in_browser
-def test_a_model_is_loaded_asked_read_and_stopped_by_keyboard(browser):
-    with Llmswap(PAGE_MODELS) as server:
+def test_a_model_is_loaded_asked_read_and_stopped_by_keyboard_with_a_key(browser):
+    with Llmswap(LOCKED) as server:
         browser.look(1280, "light")
         browser.open(server.url)
+        for given in ("wrong", "secret"):
+            browser.until("document.querySelector('#door')?.open")
+            browser.type(given)
+            browser.press("Enter")
+            refused = "$('door-text').innerText.includes('not accepted')"
+            browser.until(f"!$('door').open || {refused}")
         browser.until(shown(row("a"), "Load"))
+        browser.complaints.clear()
         tab_to(browser, "Load a")
         browser.press("Enter")
         browser.until(shown(row("a", ".state"), "loaded"))
@@ -10978,49 +10467,31 @@ def test_a_model_is_loaded_asked_read_and_stopped_by_keyboard(browser):
         browser.until(shown("$('lines')", "model loaded"))
         browser.press("Escape")
         assert browser.value("document.activeElement.ariaLabel") == "Log b"
-        assert browser.complaints == []
-
-
-@in_browser
-def test_the_key_is_asked_for_once(browser):
-    with Llmswap(LOCKED) as server:
-        browser.open(server.url)
-        for given in ("wrong", "secret"):
-            browser.until("document.querySelector('#door')?.open")
-            browser.type(given)
-            browser.press("Enter")
-            refused = "$('door-text').innerText.includes('not accepted')"
-            browser.until(f"!$('door').open || {refused}")
-        browser.until(shown(row("a"), "Load"))
-        browser.value(row("a", ".acts > :last-child") + ".click()")
-        browser.until(shown(row("a", ".state"), "loaded"))
-        browser.open(server.url)
-        browser.until(shown(row("a", ".state"), "loaded"))
+        browser.open(server.url)  # the key is asked for once
+        browser.until(shown(row("b", ".state"), "loaded"))
         assert not browser.value("document.querySelector('#door').open")
+        assert browser.complaints == []
 
 
 @in_browser
 @pytest.mark.parametrize("count", [40, 0])
 def test_forty_models_and_none_fit_any_width(browser, count):
-    names = [
-        f"a-model-with-a-rather-long-name-{n}-instruct-q4_k_m" for n in range(count)
-    ]
-    text = "".join(f"[{name}]\ncmd = FAKE\n" for name in names)
-    with Llmswap(f"[llmswap]\n{text}") as server:
+    stem = "a-model-with-a-rather-long-name"
+    models = (f"[{stem}-{n}-instruct-q4_k_m]\ncmd = FAKE\n" for n in range(count))
+    rows = "[...document.querySelectorAll('main li')]"
+    with Llmswap(f"[llmswap]\n{''.join(models)}") as server:
         for width in (320, 390, 1280):
             browser.look(width, "light")
             browser.open(server.url)
             mark = "Load" if count else "No models yet"
             browser.until(shown("document.querySelector('main')", mark))
             assert browser.value("document.documentElement.scrollWidth") <= width
-            seen = "[...document.querySelectorAll('main li')].length"
-            assert browser.value(seen) == count
+            assert browser.value(f"{rows}.length") == count
             assert browser.value("!$('search').hidden") == bool(count)
             if count:
                 browser.value("$('search').focus()")
                 browser.type("NAME-17")
-                visible = "li => li.checkVisibility()"
-                seen = f"[...document.querySelectorAll('main li')].filter({visible})"
+                seen = f"{rows}.filter(li => li.checkVisibility())"
                 browser.until(f"{seen}.length === 1")
                 assert "name-17" in browser.value(f"{seen}[0].innerText")
             assert browser.complaints == []
@@ -11132,21 +10603,14 @@ def all_states(tmp_path_factory):
 def test_gauges_show_the_present(all_states):
     progress = "llmswap_load_progress_ratio", "model", "slow"
     found = eventually(lambda: metrics_with(all_states, progress))
-    for name, model, number in (
-        ("requests_in_flight", "busy", 1),
-        ("requests_queued", "slow", 1),
-        ("model_gpu_memory_bytes", "still", 2**29),
-        ("last_tokens_per_second", "busy", 50),
-        ("failures_total", "bad", 1),
-    ):
-        more = ("state", "loading") if name == "failures_total" else ()
-        assert found[(f"llmswap_{name}", "model", model, *more)] == number
-    assert found["llmswap_model_resident_memory_bytes", "model", "dozy"] > 2**20
     assert 0 < found[progress] < 0.9
-    now = [
-        key[2:5:2] for key, n in found.items() if n and key[0] == "llmswap_model_state"
-    ]
-    assert dict(now) == {
+    assert found["llmswap_requests_in_flight", "model", "busy"] == 1
+    assert found["llmswap_requests_queued", "model", "slow"] == 1
+    assert found["llmswap_model_gpu_memory_bytes", "model", "still"] == 2**29
+    assert found["llmswap_last_tokens_per_second", "model", "busy"] == 50
+    assert found["llmswap_model_resident_memory_bytes", "model", "dozy"] > 2**20
+    states = counted(found, "llmswap_model_state")
+    assert dict(key for key, number in states.items() if number) == {
         "busy": "loaded", "still": "loaded", "slow": "loading", "dozy": "sleeping",
         "gone": "unloaded", "bad": "unloaded", "wrong": "unloaded",
     }  # fmt: skip
@@ -11191,7 +10655,7 @@ def test_nothing_runs_but_the_pages_own_script(browser, all_states):
 # Clients: what people have already, driven as it is.
 # ==================================================================================
 
-CLIENTS = os.environ.get("CLIENTS")  # a Python that has openai, anthropic, litellm
+CLIENTS = os.environ.get("CLIENTS")  # a Python that has openai and anthropic
 NODE_OPENAI = os.path.join(os.environ.get("NODE_PATH", "/nowhere"), "openai")
 
 # Each library is driven by one process, for to import it takes seconds. It reads cases
@@ -11277,25 +10741,6 @@ def finds(model, _):
 def counts(model, _):
     return client.messages.count_tokens(model=model, messages=hello).input_tokens > 4
 """,
-    "litellm": """
-import litellm
-litellm.suppress_debug_info = True
-way = {"api_base": url + "/v1", "api_key": "secret"}
-def ask(model, wish, key="secret", retries=None, **more):
-    more = {**way, "api_key": key, "extra_body": wish, **more}
-    if retries is not None:
-        more["max_retries"] = retries
-    return litellm.completion("openai/" + model, hello, **more)
-def lists(*_):
-    names = litellm.get_valid_models(True, "openai", **way)
-    return sorted(each.removeprefix("openai/") for each in names)
-def embeds(model, texts):
-    answer = litellm.embedding("openai/" + model, texts, **way)
-    return [[len(each["embedding"]), each["embedding"][0]] for each in answer.data]
-def uploads(model, size):
-    sound = "a.wav", io.BytesIO(bytes(size)), "audio/wav"
-    return litellm.transcription("openai/" + model, sound, **way).text
-""",
 }
 NODE_CLIENT = """\
 const {OpenAI, toFile} = require("openai");
@@ -11360,6 +10805,7 @@ TOOL_WISH = {
     "tools": [{"type": "function", "function": {"name": "tool0", "parameters": {
         "type": "object", "properties": {"a": {"type": "integer"}}}}}],
 }  # fmt: skip
+BROKEN_WISH = {**TOOL_WISH, "arguments": "{'a': 1,"}
 BUSY_WISH, ONE_RETRY = {"status": 503}, {"retries": 1}
 CUT_WISH = {"cut": "boundary", "tokens": 4}
 CUT_EVENT_WISH = {"cut": "mid-event", "tokens": 4}
@@ -11369,6 +10815,9 @@ CLIENT_CASES = {  # the call, the model, what is sent along, options; the result
     "streams": ("flow", "{}", {"text": "Good day"}, {}, ["Good day", "stop", 3]),
     "tools": ("whole", "{}", TOOL_WISH, {}, ['tool0{"a": 1}', "tool_calls", 3]),
     "streamed tools": ("flow", "{}", TOOL_WISH, {}, ['tool0{"a": 1}', "tool_calls", 3]),
+    "repaired": ("whole", "mended-{}", BROKEN_WISH, {}, ['tool0{"a":1}', "tool_calls", 3]),
+    "mended": ("flow", "mended-{}", BROKEN_WISH, {}, ['tool0{"a":1}', "tool_calls", 3]),
+    "as it is": ("flow", "{}", BROKEN_WISH, {}, ["tool0{'a': 1,", "tool_calls", 3]),
     "unknown model": ("whole", "nobody", {}, {}, ["NotFoundError", 404]),
     "wrong key": ("whole", "{}", {}, {"key": "wrong"}, ["AuthenticationError", 401]),
     "large body": ("whole", "{}", {"x": "x" * 2**20}, {}, ["APIStatusError", 413]),
@@ -11392,17 +10841,13 @@ OTHER_RESULTS = {
         "streams": ["Good day", "end_turn", 3],
         "tools": ['tool0{"a": 1}', "tool_use", 3],
         "streamed tools": ['tool0{"a": 1}', "tool_use", 3],
+        "repaired": ['tool0{"a": 1}', "tool_use", 3],
+        "mended": ['tool0{"a": 1}', "tool_use", 3],
+        "as it is": ["ValueError", None],
         "large body": ["ContentTooLargeError", 413],
         "busy": ["ServiceUnavailableError", 503],
         "cut stream": ["APIStatusError", 200],
         "real stream": [ANY, "max_tokens", 4],
-    },
-    "litellm": {
-        "large body": ["BadRequestError", 413],
-        "failed load": ["BadGatewayError", 502],
-        "busy": ["ServiceUnavailableError", 503],
-        "cut stream": ["MidStreamFallbackError", 500],
-        "cut event": ["MidStreamFallbackError", 500],
     },
     "node": {"large body": ["APIError", 413], "cut event": ["TypeError", None]},
 }
@@ -11419,6 +10864,9 @@ cmd = FAKE --model {0}
 cmd = FAKE --model busy-{0}
 [bad-{0}]
 cmd = FAKE --model bad-{0} --load-exit 3
+[mended-{0}]
+uses = {0}
+json-repair = on
 """
 REAL_MODELS = """
 [real]
@@ -11462,11 +10910,9 @@ def run_client(url, client):
         if LLAMA_SERVER or not name.startswith("real")
     }
     words = [*client_command(client), SCRIPTS[client], url]
-    env = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # fetch nothing
     ended = subprocess.run(
-        words, input=json.dumps(cases), env=env, capture_output=True, text=True,
-        timeout=180,
-    )  # fmt: skip
+        words, input=json.dumps(cases), capture_output=True, text=True, timeout=180
+    )
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout)
 
@@ -11486,7 +10932,7 @@ def test_a_client_sees_what_was_meant_and_repeats_what_may_succeed(clients, clie
     assert re.fullmatch(rf"{client} \d+: 10\d\d\d bytes", sent)
     asked = Counter(each["path"] for each in server.journal("request", client))
     chats = "/v1/messages" if client == "anthropic" else "/v1/chat/completions"
-    assert asked[chats] == 6 and set(asked.values()) <= {6, 1}
+    assert asked[chats] == 9 and set(asked.values()) <= {9, 1}
     assert len(server.journal("request", f"busy-{client}")) == 2
     starts = 4 if client == "openai" else 1
     assert len(server.journal("main", f"bad-{client}")) == starts
@@ -11529,23 +10975,6 @@ def test_open_webuis_calls_do_what_it_expects():
         assert answer.json() == {"success": True}
         download = client.ask("POST", "/models", {"model": "org/name"}, WEBUI)
         assert download.status == 405 and "POST" in download.message()
-
-
-def test_open_webuis_audio_comes_in_chunks_of_unknown_length():
-    parts = (
-        b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n'
-        b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
-    )
-    pieces = [parts, *[bytes(65536)] * 3, b"\r\n--b--\r\n"]
-    chunks = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces]
-    fields = {**WEBUI, "Content-Type": "multipart/form-data; boundary=b"}
-    fields.update({"Content-Length": None, "Transfer-Encoding": "chunked"})
-    path = "/v1/audio/transcriptions"
-    with Llmswap(WEBUI_FILE) as server, server.connect() as client:
-        head = request_head("POST", path, 0, fields)
-        client.sock.sendall(b"".join([head, *chunks, b"0\r\n\r\n"]))
-        client.method = "POST"
-        assert client.answer().json()["fields"]["file"]["size"] == 3 * 65536
 
 
 # ----------------------------------------------------------------------------------
@@ -12685,9 +12114,6 @@ def test_contexts_outlive_an_idle_exit(tmp_path):
 # A real llama-server, with tiny models of random weights made here
 # ==================================================================================
 
-with_llama_server = pytest.mark.skipif(
-    not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server"
-)
 GGUF_INTEGER, GGUF_FLOAT, GGUF_FLAG, GGUF_STRING, GGUF_ARRAY = 4, 6, 7, 8, 9
 GGUF_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -12727,22 +12153,20 @@ def gguf_fields(width, layers):
         "attention.head_count_kv": 4, "rope.dimension_count": width // 4,
         "vocab_size": len(tokens),
     }  # fmt: skip
-    fields = [gguf_field("general.architecture", GGUF_STRING, "llama")]
-    fields += [gguf_field(f"llama.{k}", GGUF_INTEGER, v) for k, v in sizes.items()]
-    epsilon = "llama.attention.layer_norm_rms_epsilon"
-    fields += [
-        gguf_field(epsilon, GGUF_FLOAT, 1e-5),
-        gguf_field("tokenizer.ggml.model", GGUF_STRING, "llama"),
-        gguf_field("tokenizer.ggml.tokens", GGUF_ARRAY, (GGUF_STRING, tokens)),
-        gguf_field(
-            "tokenizer.ggml.scores", GGUF_ARRAY, (GGUF_FLOAT, [0.0] * len(tokens))
-        ),
-        gguf_field("tokenizer.ggml.token_type", GGUF_ARRAY, (5, kinds)),
-        gguf_field("tokenizer.ggml.bos_token_id", GGUF_INTEGER, 1),
-        gguf_field("tokenizer.ggml.eos_token_id", GGUF_INTEGER, 2),
-        gguf_field("tokenizer.chat_template", GGUF_STRING, GGUF_TEMPLATE),
+    scores = [0.0] * len(tokens)
+    fields = [
+        ("general.architecture", GGUF_STRING, "llama"),
+        *((f"llama.{name}", GGUF_INTEGER, size) for name, size in sizes.items()),
+        ("llama.attention.layer_norm_rms_epsilon", GGUF_FLOAT, 1e-5),
+        ("tokenizer.ggml.model", GGUF_STRING, "llama"),
+        ("tokenizer.ggml.tokens", GGUF_ARRAY, (GGUF_STRING, tokens)),
+        ("tokenizer.ggml.scores", GGUF_ARRAY, (GGUF_FLOAT, scores)),
+        ("tokenizer.ggml.token_type", GGUF_ARRAY, (5, kinds)),
+        ("tokenizer.ggml.bos_token_id", GGUF_INTEGER, 1),
+        ("tokenizer.ggml.eos_token_id", GGUF_INTEGER, 2),
+        ("tokenizer.chat_template", GGUF_STRING, GGUF_TEMPLATE),
     ]
-    return fields, len(tokens)
+    return [gguf_field(*field) for field in fields], len(tokens)
 
 
 def gguf_shapes(width, layers, tokens):
@@ -12903,15 +12327,12 @@ def real_chat(model, **wish):
     return {"model": model, "messages": messages, **how, **wish}
 
 
-def test_a_real_model_answers_a_chat_under_each_of_its_names(real):
+def test_a_real_model_answers_and_streams_under_each_of_its_names(real):
     for name in ("one", "first"):
-        answer = real.post("/v1/chat/completions", real_chat(name))
+        answer = real.post(CHAT, real_chat(name))
         assert answer.status == 200, answer.body
         assert answer.json()["usage"]["completion_tokens"] == 4
         assert answer.json()["object"] == "chat.completion"
-
-
-def test_a_real_model_streams_and_says_how_much(real):
     wish = {"stream_options": {"include_usage": True}}
     with real.stream("one", max_tokens=4, ignore_eos=True, **wish) as stream:
         documents = list(stream.documents())
@@ -12941,14 +12362,6 @@ def test_a_real_model_stops_generating_when_its_client_leaves(real):
         next(stream.events())
     eventually(lambda: real.get("/health").json()["requests"] == 0)
     assert real.post("/v1/chat/completions", real_chat("one")).status == 200
-
-
-def test_a_real_model_that_is_killed_is_loaded_again(real):
-    assert real.post("/v1/chat/completions", real_chat("one")).status == 200
-    [pid] = [pid for pid, line in family(real.token).items() if "one.gguf" in line]
-    os.kill(pid, signal.SIGKILL)
-    assert real.post("/v1/chat/completions", real_chat("one")).status == 200
-    assert zombies_of(real.pid) == []
 
 
 def test_the_router_of_llama_cpp_lists_the_same_commands(real):
@@ -13112,7 +12525,7 @@ def test_models_are_described_as_by_llama_cpps_router(tmp_path):
                 assert {key: ours[name].get(key) for key in entry} == entry
             return ours
 
-        eventually(lambda: proxy.get("/v1/models/gone").json()["status"]["preset"])
+        eventually(lambda: proxy.get("/v1/models/gone").json()["status"].get("preset"))
         assert compare()["seeing"]["architecture"]["input_modalities"] == [
             "text", "image"]  # fmt: skip
         theirs, ours = map(loaded_event, ports)
@@ -13163,16 +12576,17 @@ def test_downloaded_models_are_served_without_a_file(tmp_path):
 
 
 @with_llama_server
-def test_real_models_are_gone_soon_after_llmswap_was_killed(tmp_path):
+def test_a_killed_real_model_is_loaded_again_and_gone_soon_after_llmswap_is(tmp_path):
     write_gguf(tmp_path / "one.gguf")
-    text = (
-        f"[llmswap]\nllama-server = {LLAMA_SERVER}\n[one]\nmodel = {tmp_path}/one.gguf"
-    )
-    with Llmswap(text) as proxy:
-        assert proxy.post("/v1/chat/completions", real_chat("one")).status == 200
-        assert family(proxy.token)
-        os.kill(proxy.pid, signal.SIGKILL)
-        proxy.process.wait()
+    text = f"[llmswap]\nllama-server = {LLAMA_SERVER}\n"
+    with Llmswap(f"{text}[one]\nmodel = {tmp_path}/one.gguf\n") as proxy:
+        assert proxy.post(CHAT, real_chat("one")).status == 200
+        lines = family(proxy.token).items()
+        [pid] = [pid for pid, line in lines if "one.gguf" in line]
+        os.kill(pid, signal.SIGKILL)
+        assert proxy.post(CHAT, real_chat("one")).status == 200
+        assert zombies_of(proxy.pid) == []
+        proxy.kill()
         eventually(lambda: not family(proxy.token), 2)
 
 
@@ -13180,42 +12594,44 @@ def test_real_models_are_gone_soon_after_llmswap_was_killed(tmp_path):
 # The fake model server: everything a backend can do, and every way it can misbehave.
 # ==================================================================================
 
-
+FAKE_FLAGS = {  # name: default, and what it does
+    "host": ("127.0.0.1", "where to listen"),
+    "port": (0, "where to listen"),
+    "model": ("fake", "its name in answers"),
+    "load": ("0", "seconds, or LOW-HIGH, until it is ready; all answers are 503"),
+    "bind-late": (False, "nothing listens until it is ready"),
+    "load-exit": (-1, "complain and exit with that status at the end of the load"),
+    "load-signal": (0, "kill itself with that signal at the end of the load"),
+    "load-hang": (False, "never become ready, and write nothing"),
+    "load-until": ("", "load, and write lines, until that file exists"),
+    "lines": (0, "so many lines of log during the load"),
+    "ignore-term": (False, "ignore SIGTERM"),
+    "stop-delay": (0.0, "seconds from SIGTERM to the end"),
+    "stop-until": ("", "end after SIGTERM once that file exists"),
+    "grandchild": (False, "spawn a process in its group that ignores SIGTERM"),
+    "close-idle": (False, "close connections after each answer, without a word"),
+    "no-health": (False, "404 on /health"),
+    "list-delay": (0.0, "seconds until the answer to GET /v1/models"),
+    "sleepable": (False, "POST /sleep, POST /wake_up, GET /is_sleeping, as vLLM"),
+    "wake-fails": (False, "POST /wake_up is answered with 500"),
+    "slot-save-path": ("", "save and restore slots there, and list them"),
+    "slot-fault": ("", "what goes wrong with slots, as that file says: see below"),
+    "print-env": (False, "write the environment to stdout"),
+    "journal": ("", "append one JSON line to that file for each event of its life"),
+}
 FAKE_USAGE = """\
 The fake model server: python3 test_llmswap.py --port N [FLAG ...]
 
-  --host A --port N      where to listen (127.0.0.1, any)
-  --model NAME           its name in answers; options of llama-server are ignored
-  --load S or LOW-HIGH   seconds until it is ready; meanwhile all answers are 503
-  --bind-late            nothing listens until it is ready
-  --load-exit CODE       complain on stderr and exit at the end of the load
-  --load-signal N        kill itself with signal N at the end of the load
-  --load-hang            never become ready, and write nothing
-  --load-until FILE      load, and write lines, until that file exists
-  --stop-until FILE      end after SIGTERM once that file exists
-  --lines N              write N lines of log during the load
-  --ignore-term          ignore SIGTERM
-  --stop-delay S         take S seconds to end after SIGTERM
-  --grandchild           spawn a process in its group that ignores SIGTERM
-  --close-idle           close connections after each answer, without a word
-  --no-health            404 on /health
-  --sleepable            POST /sleep, POST /wake_up, GET /is_sleeping, as vLLM
-  --wake-fails           POST /wake_up is answered with 500
-  --slot-save-path DIR   save and restore slots there; with GET /slots, as llama-server
-  --slot-fault FILE      what goes wrong with slots, as that file says now: none, or
-                         ACTION KIND; ACTION: list, save, restore; KIND: hang, fail, die,
-                         short (half a file), slow (half a second), useless
-  --print-env            write the environment to stdout
-  --journal FILE         append one JSON line for each event of its life
-  --canned               for benchmarks: one thread, answers made beforehand
-
+{}
+Other options, such as those of llama-server, are ignored.
 A request's JSON body says how it is answered:
-  stream, stream_options.include_usage, model, max_tokens    as usual
+  stream, stream_options.include_usage, model    as usual
   tokens N, interval S   how many tokens, and the pause between them
   slot N, talk NAME, prompt_tokens N    the size of a conversation's prompt in a slot
   until FILE             no more tokens once that file exists
   delay S                before the first byte
-  size BYTES             of the content; tag, stamp: put the tag, the time into it
+  size BYTES             of the content
+  tag STRING             put into the content
   text STRING            the content itself
   arguments STRING       a tool call (a list: several), in fragments of `fragment`
   finish REASON          the finish reason
@@ -13227,41 +12643,10 @@ A request's JSON body says how it is answered:
   hang, hang_health      never answer this request, nor any health check from now on
   until_close            no chunks: the end of the connection ends the stream
 
+The file of slot-fault says ACTION KIND. ACTION: list, save, restore; KIND: hang, fail,
+die, short (half a file), slow (half a second), useless.
 SIGRTMIN + 1, 2: it exits with status 0, 1; 3: it closes its sockets; 4: rubbish on all.
 """
-
-FAKE_FLAGS = {
-    "host": (str, "127.0.0.1"),
-    "port": (int, 0),
-    "model": (str, "fake"),
-    "load": (str, "0"),
-    "bind-late": (bool, False),
-    "load-exit": (int, None),
-    "load-signal": (int, None),
-    "load-hang": (bool, False),
-    "load-until": (str, None),
-    "stop-until": (str, None),
-    "lines": (int, 0),
-    "ignore-term": (bool, False),
-    "stop-delay": (float, 0.0),
-    "grandchild": (bool, False),
-    "close-idle": (bool, False),
-    "no-health": (bool, False),
-    "sleepable": (bool, False),
-    "wake-fails": (bool, False),
-    "slot-save-path": (str, None),
-    "slot-fault": (str, None),
-    "print-env": (bool, False),
-    "journal": (str, None),
-    "canned": (bool, False),
-}
-
-FAKE_REASONS = {
-    100: "Continue", 101: "Switching Protocols", 200: "OK", 400: "Bad Request",
-    401: "Unauthorized", 404: "Not Found", 413: "Content Too Large",
-    429: "Too Many Requests", 500: "Internal Server Error",
-    503: "Service Unavailable",
-}  # fmt: skip
 
 FAKE_ORDERS = {1: "exit 0", 2: "exit 1", 3: "deaf", 4: "mad"}
 FAKE_RUBBISH = b"\0\xffrubbish\n\n" * 9
@@ -13270,18 +12655,18 @@ FAKE_BLOCK = memoryview(b"0123456789abcdef" * 65536)  # what /bytes sends: 1 MB
 FAKE_JSON = "application/json; charset=utf-8"
 
 
-class FakeHangUp(Exception):
+class FakeHangUp(OSError):
     """The client went away before its answer was complete, or is to be cut off."""
 
 
 def fake_flags(argv):
     """The flags in `argv`; what is not one of ours is ignored."""
-    values = {name: default for name, (_, default) in FAKE_FLAGS.items()}
+    values = {name: default for name, (default, _) in FAKE_FLAGS.items()}
     words = iter(argv)
     for word in words:
         name, _, value = word[2:].partition("=")
         if word.startswith("--") and name in FAKE_FLAGS:
-            kind = FAKE_FLAGS[name][0]
+            kind = type(FAKE_FLAGS[name][0])
             values[name] = True if kind is bool else kind(value or next(words))
     return SimpleNamespace(**{name.replace("-", "_"): values[name] for name in values})
 
@@ -13293,110 +12678,124 @@ def fake_seconds(text):
     return float(low) + share * (float(high or low) - float(low))
 
 
-def fake_is_there(path):
-    """Whether a file is named, and exists."""
-    return path is not None and os.path.exists(path)
+def fake_await(path, pause, action=lambda: None):
+    """Wait until that file exists, if one is named."""
+    while path and not os.path.exists(path):
+        action()
+        time.sleep(pause)
 
 
-def fake_error(status, message, kind="server_error"):
+def fake_error(status, message):
     """An error as llama-server writes it."""
-    return {"error": {"code": status, "message": message, "type": kind}}
-
-
-class FakeConnection:
-    """One client's connection: reads requests, writes bytes, notices a hang-up."""
-
-    def __init__(self, sock):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock = sock
-        self.buffer = b""
-        self._poll = select.poll()
-        self._poll.register(sock, FAKE_HANG_UP)
-
-    def next_head(self):
-        """The bytes of the next request head, or b"" at the end of the connection."""
-        while (end := self.buffer.find(b"\r\n\r\n")) < 0:
-            data = self.sock.recv(65536)
-            if not data:
-                return b""
-            self.buffer += data
-        head, self.buffer = self.buffer[:end], self.buffer[end + 4 :]
-        return head
-
-    def read(self, count):
-        """Exactly `count` bytes."""
-        data = bytearray(count)
-        view, have = memoryview(data), min(count, len(self.buffer))
-        view[:have] = self.buffer[:have]
-        self.buffer = self.buffer[have:]
-        while have < count:
-            got = self.sock.recv_into(view[have:])
-            if not got:
-                raise FakeHangUp
-            have += got
-        return bytes(data) if count < 2**20 else data
-
-    def read_line(self):
-        """The next line, without its end."""
-        while (end := self.buffer.find(b"\r\n")) < 0:
-            data = self.sock.recv(65536)
-            if not data:
-                raise FakeHangUp
-            self.buffer += data
-        line, self.buffer = self.buffer[:end], self.buffer[end + 2 :]
-        return line
-
-    def read_chunks(self):
-        """A chunked body, its trailers dropped."""
-        pieces = []
-        while size := int(self.read_line().partition(b";")[0], 16):
-            pieces.append(self.read(size))
-            self.read_line()
-        while self.read_line():
-            pass
-        return b"".join(pieces)
-
-    def hold(self, seconds=None):
-        """Wait (None: for ever); FakeHangUp as soon as the client hangs up."""
-        timeout = None if seconds is None else max(0.0, seconds) * 1000
-        if self._poll.poll(timeout):
-            raise FakeHangUp
-
-    def cut(self, reset):
-        """End the connection here and now, with a FIN or a RST."""
-        if reset:
-            linger = (1).to_bytes(4, sys.byteorder) + bytes(4)
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        else:
-            self.sock.shutdown(socket.SHUT_RDWR)
-        raise FakeHangUp
+    return {"error": {"code": status, "message": message, "type": "server_error"}}
 
 
 class FakeRequest:
-    """One request, and the means to answer it."""
+    """A client's connection: its requests, one by one, and the means to answer them."""
 
-    def __init__(self, connection, head):
-        self.connection = connection
-        self.send = connection.sock.sendall
-        start, *lines = head.decode("latin-1").split("\r\n")
-        self.method, self.target, self.version = start.split(" ")
+    def __init__(self, server, sock):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.server, self.sock, self.send = server, sock, sock.sendall
+        self.file = sock.makefile("rb")
+        self._poll = select.poll()
+        self._poll.register(sock, FAKE_HANG_UP)
+
+    def serve(self):
+        """Answer requests until the connection ends."""
+        self.server.requests.add(self)
+        try:
+            while self._read_head() and self._answer():
+                pass
+        except (OSError, ValueError):
+            pass  # a ValueError: the connection ended within a line
+        finally:
+            self.server.requests.discard(self)
+            self.file.close()
+            self.sock.close()
+
+    def _read_head(self):
+        """Whether another request has come."""
+        start = self.file.readline().decode("latin-1")
+        if not start:
+            return False
+        self.method, self.target, version = start.split()
         self.path, _, self.query = self.target.partition("?")
-        pairs = [line.split(":", 1) for line in lines]
-        self.headers = [(name, value.strip()) for name, value in pairs]
+        self.headers, self.body = [], b""
+        while line := self.file.readline().decode("latin-1").strip():
+            name, value = line.split(":", 1)
+            self.headers.append((name, value.strip()))
         self.fields = {name.lower(): value for name, value in self.headers}
-        self.body = b""
-        self.chunked = self.version == "HTTP/1.1"
         wish = self.fields.get("connection", "").lower()
-        self.keep = wish != "close" if self.chunked else wish == "keep-alive"
+        self.is_chunked = version == "HTTP/1.1"
+        self.keep = wish != "close" if self.is_chunked else wish == "keep-alive"
+        return True
 
     def read_body(self):
         """Take the body from the connection, however it is framed."""
         if self.fields.get("expect", "").lower() == "100-continue":
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         if self.fields.get("transfer-encoding", "").lower() == "chunked":
-            self.body = self.connection.read_chunks()
+            self.body = b"".join(self._chunks())
+        elif length := int(self.fields.get("content-length", 0)):
+            self.body = self.file.read(length)
+            if len(self.body) < length:
+                raise FakeHangUp
+
+    def _chunks(self):
+        while size := int(self.file.readline().partition(b";")[0], 16):
+            yield self.file.read(size)
+            self.file.readline()
+        while self.file.readline().strip():
+            pass  # trailers
+
+    def _answer(self):
+        """Answer one request; whether the connection goes on."""
+        server, flags = self.server, self.server.flags
+        is_bare = flags.no_health and self.path == "/health"
+        if server.order == "mad":
+            self.send(FAKE_RUBBISH)
+            return False
+        if not server.is_ready and not is_bare:
+            self.read_body()
+            self.reply(fake_error(503, "Loading model"), 503)
+        elif self.path in FAKE_QUIET:
+            self.read_body()
+            FAKE_QUIET[self.path](self)
         else:
-            self.body = self.connection.read(int(self.fields.get("content-length", 0)))
+            self._answer_counted()
+        return self.keep and not flags.close_idle
+
+    def _answer_counted(self):
+        server = self.server
+        server.count(requests=1, in_flight=1)
+        server.note("request", path=self.path)
+        try:
+            if self.path != "/early":
+                self.read_body()
+            if server.is_asleep:
+                return self.reply(fake_error(503, "asleep"), 503)
+            if self.path.startswith("/slots") and server.flags.slot_save_path:
+                return fake_slots(self)
+            FAKE_ROUTES.get(self.path, fake_echo)(self)
+        except (OSError, ValueError):
+            server.count(cancelled=1)
+            raise
+        finally:
+            server.count(in_flight=-1)
+
+    def hold(self, seconds=None):
+        """Wait (None: for ever); FakeHangUp as soon as the client hangs up."""
+        if self._poll.poll(None if seconds is None else max(0.0, seconds) * 1000):
+            raise FakeHangUp
+
+    def cut(self, is_reset):
+        """End the connection here and now, with a FIN or a RST."""
+        if is_reset:
+            linger = (1).to_bytes(4, sys.byteorder) + bytes(4)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        else:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        raise FakeHangUp
 
     def parameter(self, name, default):
         """A number in the query."""
@@ -13406,7 +12805,7 @@ class FakeRequest:
     def head(self, status, kind, *more):
         """An answer's head."""
         lines = [
-            f"HTTP/1.1 {status} {FAKE_REASONS.get(status, 'Unknown')}",
+            f"HTTP/1.1 {status} {'OK' if status == 200 else 'Otherwise'}",
             "Server: llama.cpp",
             "Access-Control-Allow-Origin: *",
             f"Content-Type: {kind}",
@@ -13415,17 +12814,17 @@ class FakeRequest:
         ]
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
-    def reply(self, document, status=200, kind=FAKE_JSON):
+    def reply(self, document, status=200):
         """Answer with a JSON document, or bytes as they are."""
         body = document
         if not isinstance(body, bytes):
             body = json.dumps(document).encode()
-        head = self.head(status, kind, f"Content-Length: {len(body)}")
+        head = self.head(status, FAKE_JSON, f"Content-Length: {len(body)}")
         self.send(head if self.method == "HEAD" else head + body)
 
     def start_stream(self, kind="text/event-stream"):
         """Send the head of an answer whose length is not known."""
-        if self.chunked:
+        if self.is_chunked:
             self.send(self.head(200, kind, "Transfer-Encoding: chunked"))
         else:
             self.keep = False
@@ -13433,30 +12832,27 @@ class FakeRequest:
 
     def send_piece(self, data):
         """A piece of a stream that was started: one chunk."""
-        self.send(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
+        self.send(b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data)
 
     def end_stream(self):
         """End an answer that was started, where the framing says so."""
-        if self.chunked:
+        if self.is_chunked:
             self.send(b"0\r\n\r\n")
 
 
 class FakeTalk:
-    """What one chat, completion or message request wishes, and its content."""
+    """A chat, completion or message that was asked for, in the shape of OpenAI."""
 
-    def __init__(self, server, request):
-        self.wish = json.loads(request.body)
-        self.request = request
-        self.model = self.wish.get("model", server.flags.model)
-        self.server_name = server.flags.model
+    def __init__(self, request):
+        self.request, self.wish = request, json.loads(request.body)
+        self.name = request.server.flags.model
         self.id = f"{os.getpid()}-{threading.get_ident()}"
         self.tokens = self.wish.get("tokens", 3)
-        self.prompt, self.cached = server.process_prompt(self.wish)
-        self.with_usage = (self.wish.get("stream_options") or {}).get("include_usage")
+        self.prompt, self.cached = request.server.process_prompt(self.wish)
         calls = self.wish.get("arguments", [])
         self.calls = [calls] if isinstance(calls, str) else calls
-        default = "tool_calls" if self.calls else "stop"
-        self.finish = self.wish.get("finish", default)
+        self.finish = self.wish.get("finish", "tool_calls" if self.calls else "stop")
+        self.is_chat = request.path != "/v1/completions"
 
     def pieces(self):
         """Yield the content, token by token, each made when it is asked for."""
@@ -13465,15 +12861,12 @@ class FakeTalk:
             return
         width = self.wish.get("size", 0) // max(1, self.tokens)
         for number in range(self.tokens):
-            if fake_is_there(self.wish.get("until")):
+            if "until" in self.wish and os.path.exists(self.wish["until"]):
                 return
-            text = f" word{number}" if number else self._first_piece()
-            if self.wish.get("stamp"):
-                text = f"{time.monotonic():.6f}"
+            text = f" word{number}"
+            if not number:
+                text = f"{self.name} {os.getpid()} {self.wish.get('tag', '')}".rstrip()
             yield text.ljust(width, "x")
-
-    def _first_piece(self):
-        return f"{self.server_name} {os.getpid()} {self.wish.get('tag', '')}".rstrip()
 
     def fragments(self):
         """Yield (number of the call, fragment of its arguments)."""
@@ -13482,201 +12875,128 @@ class FakeTalk:
             for start in range(0, len(text), step):
                 yield number, text[start : start + step]
 
-    def usage(self):
-        return {
-            "completion_tokens": self.tokens,
-            "prompt_tokens": self.prompt,
-            "total_tokens": self.tokens + self.prompt,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
-        }
-
-    def timings(self):
-        return {
-            "cache_n": self.cached,
-            "prompt_n": self.prompt - self.cached,
-            "prompt_ms": 14.0,
-            "prompt_per_token_ms": 2.0,
-            "prompt_per_second": 500.0,
-            "predicted_n": self.tokens,
-            "predicted_ms": 20.0 * self.tokens,
-            "predicted_per_token_ms": 20.0,
-            "predicted_per_second": 50.0,
-        }
-
-
-class FakeChat:
-    """The shape of /v1/chat/completions, as llama-server writes it."""
-
-    def __init__(self, talk):
-        self.talk = talk
-
     def whole(self):
-        message = {"role": "assistant", "content": "".join(self.talk.pieces()) or None}
-        if "text" in self.talk.wish:
-            message["content"] = self.talk.wish["text"]
-        if self.talk.calls:
-            message["tool_calls"] = [
-                self._call(number, text) for number, text in enumerate(self.talk.calls)
-            ]
-        choice = {"finish_reason": self.talk.finish, "index": 0, "message": message}
-        return self._object("chat.completion", [choice], self._numbers())
+        """The answer as one document."""
+        text = "".join(self.pieces())
+        if not self.is_chat:
+            return self.document({"text": text}, self.finish, **self.numbers())
+        message = {"role": "assistant", "content": text or self.wish.get("text")}
+        if self.calls:
+            calls = enumerate(self.calls)
+            message["tool_calls"] = [self._call(*each) for each in calls]
+        return self.document({"message": message}, self.finish, **self.numbers())
 
     def _call(self, number, arguments):
         function = {"name": f"tool{number}", "arguments": arguments}
         return {"type": "function", "function": function, "id": f"call{number}"}
 
-    def _numbers(self):
-        return {"usage": self.talk.usage(), "timings": self.talk.timings()}
+    def numbers(self):
+        """The usage and the timings."""
+        usage = {"completion_tokens": self.tokens, "prompt_tokens": self.prompt}
+        usage["total_tokens"] = self.tokens + self.prompt
+        usage["prompt_tokens_details"] = {"cached_tokens": self.cached}
+        timings = {"cache_n": self.cached, "prompt_n": self.prompt - self.cached}
+        timings.update(prompt_per_second=500.0, predicted_n=self.tokens)
+        timings["predicted_per_second"] = 50.0
+        return {"usage": usage, "timings": timings}
 
-    def _object(self, kind, choices, more):
+    def document(self, content, finish, kind="", **more):
+        """A document with one choice, or with none."""
+        choice = {"finish_reason": finish, "index": 0, **(content or {})}
         return {
-            "choices": choices,
+            "choices": [choice] if content is not None else [],
             "created": int(time.time()),
-            "model": self.talk.model,
+            "model": self.wish.get("model", self.name),
             "system_fingerprint": "b0-fake",
-            "object": kind,
-            "id": f"chatcmpl-{self.talk.id}",
+            "object": f"chat.completion{kind}" if self.is_chat else "text_completion",
+            "id": f"chatcmpl-{self.id}",
             **more,
         }
 
+    def _event(self, content, finish=None, **more):
+        if content is not None and self.is_chat:
+            content = {"delta": content}
+        document = self.document(content, finish, ".chunk", **more)
+        return b"data: %b\n\n" % json.dumps(document).encode()
+
     def events(self):
         """Yield (event, whether it is a token)."""
-        yield self._delta({"role": "assistant", "content": None}), False
-        for piece in self.talk.pieces():
-            yield self._delta({"content": piece}), True
+        if self.is_chat:
+            yield self._event({"role": "assistant", "content": None}), False
+        for piece in self.pieces():
+            yield self._event({"content" if self.is_chat else "text": piece}), True
         opened = -1
-        for number, fragment in self.talk.fragments():
+        for number, fragment in self.fragments():
             if number > opened:
                 opened = number
                 call = {"index": number, **self._call(number, "")}
-                yield self._delta({"tool_calls": [call]}), False
+                yield self._event({"tool_calls": [call]}), False
             call = {"index": number, "function": {"arguments": fragment}}
-            yield self._delta({"tool_calls": [call]}), True
-        yield from ((event, False) for event in self._last_events())
-
-    def _delta(self, delta, finish=None, more=()):
-        choice = {"finish_reason": finish, "index": 0, "delta": delta}
-        return self._event([choice], dict(more))
-
-    def _event(self, choices, more):
-        chunk = self._object("chat.completion.chunk", choices, more)
-        return b"data: %b\n\n" % json.dumps(chunk).encode()
-
-    def _last_events(self):
-        if self.talk.with_usage:
-            yield self._delta({}, self.talk.finish)
-            yield self._event([], self._numbers())
+            yield self._event({"tool_calls": [call]}), True
+        numbers = self.numbers()
+        if (self.wish.get("stream_options") or {}).get("include_usage"):
+            yield self._event({}, self.finish), False
+            yield self._event(None, **numbers), False
         else:
-            timings = {"timings": self.talk.timings()}
-            yield self._delta({}, self.talk.finish, timings)
-        yield b"data: [DONE]\n\n"
-
-
-class FakeCompletion:
-    """The shape of /v1/completions."""
-
-    def __init__(self, talk):
-        self.talk = talk
-
-    def whole(self):
-        numbers = {"usage": self.talk.usage(), "timings": self.talk.timings()}
-        return self._object("".join(self.talk.pieces()), self.talk.finish, numbers)
-
-    def _object(self, text, finish, more):
-        choice = {"text": text, "index": 0, "logprobs": None, "finish_reason": finish}
-        return {
-            "choices": [choice],
-            "created": int(time.time()),
-            "model": self.talk.model,
-            "system_fingerprint": "b0-fake",
-            "object": "text_completion",
-            "id": f"chatcmpl-{self.talk.id}",
-            **more,
-        }
-
-    def events(self):
-        """Yield (event, whether it is a token)."""
-        for piece in self.talk.pieces():
-            yield self._event(self._object(piece, None, {})), True
-        timings = {"timings": self.talk.timings()}
-        yield self._event(self._object("", self.talk.finish, timings)), False
+            yield self._event({}, self.finish, timings=numbers["timings"]), False
         yield b"data: [DONE]\n\n", False
 
-    def _event(self, document):
-        return b"data: %b\n\n" % json.dumps(document).encode()
 
-
-class FakeMessage:
-    """The shape of Anthropic's /v1/messages."""
-
-    def __init__(self, talk):
-        self.talk = talk
-        reasons = {"tool_calls": "tool_use", "length": "max_tokens", "stop": "end_turn"}
-        self.reason = reasons.get(talk.finish, talk.finish)
+class FakeMessage(FakeTalk):
+    """The same in the shape of Anthropic's /v1/messages."""
 
     def whole(self):
-        text = "".join(self.talk.pieces())
+        text = "".join(self.pieces())
         content = [{"type": "text", "text": text}] if text else []
-        for number, arguments in enumerate(self.talk.calls):
-            content.append({**self._tool(number), "input": fake_parsed(arguments)})
-        usage = {"input_tokens": 7, "output_tokens": self.talk.tokens}
-        return {**self._message(content, self.reason), "usage": usage}
+        for number, arguments in enumerate(self.calls):
+            content.append(self._tool(number, fake_parsed(arguments)))
+        return self._message(content, self._reason(), self.tokens)
 
-    def _message(self, content, reason):
+    def _reason(self):
+        reasons = {"tool_calls": "tool_use", "length": "max_tokens", "stop": "end_turn"}
+        return reasons.get(self.finish, self.finish)
+
+    def _message(self, content, reason, tokens):
         return {
-            "id": f"msg-{self.talk.id}",
+            "id": f"msg-{self.id}",
             "type": "message",
             "role": "assistant",
             "content": content,
-            "model": self.talk.model,
+            "model": self.wish.get("model", self.name),
             "stop_reason": reason,
             "stop_sequence": None,
+            "usage": {"input_tokens": 7, "output_tokens": tokens},
         }
 
-    def _tool(self, number):
+    def _tool(self, number, given):
         name = f"tool{number}"
-        return {"type": "tool_use", "id": f"toolu{number}", "name": name, "input": {}}
-
-    def events(self):
-        """Yield (event, whether it is a token)."""
-        usage = {"input_tokens": 7, "output_tokens": 0}
-        message = {**self._message([], None), "usage": usage}
-        yield self._event("message_start", message=message), False
-        yield from self._text_events()
-        yield from self._tool_events()
-        delta = {"stop_reason": self.reason, "stop_sequence": None}
-        usage = {"output_tokens": self.talk.tokens}
-        yield self._event("message_delta", delta=delta, usage=usage), False
-        yield self._event("message_stop"), False
+        return {"type": "tool_use", "id": f"toolu{number}", "name": name, "input": given}
 
     def _event(self, kind, **more):
         data = json.dumps({"type": kind, **more}).encode()
         return b"event: %b\ndata: %b\n\n" % (kind.encode(), data)
 
-    def _text_events(self):
-        block = {"type": "text", "text": ""}
-        yield self._event("content_block_start", index=0, content_block=block), False
-        for piece in self.talk.pieces():
-            delta = {"type": "text_delta", "text": piece}
-            yield self._event("content_block_delta", index=0, delta=delta), True
-        yield self._event("content_block_stop", index=0), False
+    def events(self):
+        start = self._event("message_start", message=self._message([], None, 0))
+        yield start, False
+        text = {"type": "text", "text": ""}
+        yield from self._block(0, text, "text_delta", "text", self.pieces())
+        for number in range(len(self.calls)):
+            parts = [text for of, text in self.fragments() if of == number]
+            kind, tool = "input_json_delta", self._tool(number, {})
+            yield from self._block(number + 1, tool, kind, "partial_json", parts)
+        delta = {"stop_reason": self._reason(), "stop_sequence": None}
+        usage = {"output_tokens": self.tokens}
+        yield self._event("message_delta", delta=delta, usage=usage), False
+        yield self._event("message_stop"), False
 
-    def _tool_events(self):
-        opened = 0
-        for number, fragment in self.talk.fragments():
-            index = number + 1
-            if index > opened:
-                yield from self._close_block(opened)
-                opened, block = index, self._tool(number)
-                start = "content_block_start"
-                yield self._event(start, index=index, content_block=block), False
-            delta = {"type": "input_json_delta", "partial_json": fragment}
+    def _block(self, index, block, kind, name, pieces):
+        start = self._event("content_block_start", index=index, content_block=block)
+        yield start, False
+        for piece in pieces:
+            delta = {"type": kind, name: piece}
             yield self._event("content_block_delta", index=index, delta=delta), True
-        yield from self._close_block(opened)
-
-    def _close_block(self, opened):
-        if opened:
-            yield self._event("content_block_stop", index=opened), False
+        yield self._event("content_block_stop", index=index), False
 
 
 def fake_parsed(arguments):
@@ -13694,19 +13014,11 @@ class FakeServer:
         self.flags = flags
         self.lock = threading.Lock()
         self.counts = {"requests": 0, "in_flight": 0, "cancelled": 0, "health": 0}
-        self.socks = set()
-        self.is_ready = False
-        self.is_asleep = False
-        self.order = None
-        self.is_health_hung = False
+        self.requests = set()
+        self.is_ready = self.is_asleep = self.is_health_hung = False
+        self.order = self.grandchild = self.listener = None
         self.slots = {0: None, 1: None}  # the conversation in each, and its tokens
         self.used_slots = set()
-        self.grandchild = None
-        self.listener = None
-        self._journal = None
-        if flags.journal:
-            mode = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-            self._journal = os.open(flags.journal, mode, 0o644)
 
     def live(self):
         """Load, then serve until killed."""
@@ -13715,10 +13027,12 @@ class FakeServer:
         for order in FAKE_ORDERS:
             signal.signal(signal.SIGRTMIN + order, self._on_order)
         if self.flags.grandchild:
-            self.grandchild = self._spawn_grandchild()
-        if self.flags.print_env:
-            for name in sorted(os.environ):
-                self.say(f"env {name}={os.environ[name]}", 1)
+            script = "trap '' TERM INT HUP; exec sleep 86399"
+            words = ["sh", "-c", script]
+            self.grandchild = os.posix_spawn("/bin/sh", words, os.environ)
+            self.note("grandchild", grandchild=self.grandchild)
+        for name in sorted(os.environ) if self.flags.print_env else ():
+            self.say(f"env {name}={os.environ[name]}", 1)
         if not self.flags.bind_late:
             self._listen()
         self._load()
@@ -13727,17 +13041,16 @@ class FakeServer:
         self.is_ready = True
         self.note("ready")
         self.say("main: model loaded")
-        if self.flags.canned:
-            CannedServer(self.listener).serve()
         while True:  # pause() would miss a signal that comes just before it
             time.sleep(0.2)
 
     def note(self, event, **more):
         """Append an event to the journal, with the monotonic time."""
-        if self._journal is not None:
+        if self.flags.journal:
             now, name = time.monotonic(), self.flags.model
             line = {"event": event, "t": now, "pid": os.getpid(), "model": name, **more}
-            os.write(self._journal, json.dumps(line).encode() + b"\n")
+            with open(self.flags.journal, "ab", 0) as file:
+                file.write(json.dumps(line).encode() + b"\n")
 
     def say(self, text, descriptor=2):
         """Write a line of log; a closed pipe does not matter."""
@@ -13746,148 +13059,11 @@ class FakeServer:
         except OSError:
             pass
 
-    def _on_term(self, number, frame):
-        self.note("term")
-        if not self.flags.ignore_term:
-            if self.flags.stop_until:  # this thread must be free for orders
-                return threading.Thread(target=self._end_at_last).start()
-            time.sleep(self.flags.stop_delay)
-            self._end()
-
-    def _end_at_last(self):
-        while not fake_is_there(self.flags.stop_until):
-            time.sleep(0.02)
-        self._end()
-
-    def _end(self):
-        self.note("end")
-        os._exit(0)
-
-    def _on_order(self, number, frame):
-        order = self.order = FAKE_ORDERS[number - signal.SIGRTMIN]
-        if order == "exit 1":
-            self.say("error: no reason is given")
-        if order in ("exit 0", "exit 1"):
-            os._exit(int(order[-1]))
-        if order == "deaf" and self.listener:
-            self.listener.shutdown(socket.SHUT_RDWR)
-            self.listener.close()
-        for sock in list(self.socks):
-            if order == "mad":
-                sock.send(FAKE_RUBBISH)
-            else:
-                sock.shutdown(socket.SHUT_RDWR)
-
-    def _spawn_grandchild(self):
-        script = "trap '' TERM INT HUP; exec sleep 86399"
-        pid = os.posix_spawn("/bin/sh", ["sh", "-c", script], os.environ)
-        self.note("grandchild", grandchild=pid)
-        return pid
-
-    def _listen(self):
-        host, port = self.flags.host, self.flags.port
-        try:
-            self.listener = socket.create_server((host, port), backlog=1024)
-        except OSError as error:
-            self.say(f"couldn't bind HTTP server socket, port: {port} ({error})")
-            self.note("end")
-            os._exit(1)
-        if not self.flags.canned:
-            threading.Thread(target=self._accept, daemon=True).start()
-        try:
-            port = self.listener.getsockname()[1]
-        except OSError:
-            pass  # an order has closed it already
-        self.say(f"main: server is listening on http://{host}:{port}")
-
-    def _load(self):
-        seconds, lines = fake_seconds(self.flags.load), self.flags.lines
-        if self.flags.load_hang:
-            time.sleep(1e6)
-        while self.flags.load_until and not fake_is_there(self.flags.load_until):
-            if not self.order:
-                self.say("load_tensors: it takes its time")
-            time.sleep(0.05)
-        deadline = time.monotonic() + seconds
-        for number in range(lines):
-            self.say(f"load_tensors: layer {number} of {lines}")
-            time.sleep(seconds / lines)
-        time.sleep(max(0.0, deadline - time.monotonic()))
-        self._end_load()
-
-    def _end_load(self):
-        if self.flags.load_signal is not None:
-            os.kill(os.getpid(), self.flags.load_signal)
-        if self.flags.load_exit is not None:
-            self.say("llama_model_load: error loading model: unexpected end of file")
-            self.say(f"main: exiting due to model loading error {self.flags.load_exit}")
-            self.note("end")
-            os._exit(self.flags.load_exit)
-
-    def _accept(self):
-        threading.stack_size(262144)
-        while True:
-            try:
-                sock, _ = self.listener.accept()
-            except OSError:  # told to be deaf
-                return
-            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
-
-    def _serve(self, sock):
-        """Answer one connection's requests until it ends."""
-        self.socks.add(sock)
-        try:
-            connection = FakeConnection(sock)
-            while (head := connection.next_head()) and self._answer(connection, head):
-                pass
-        except (OSError, FakeHangUp):
-            pass
-        finally:
-            self.socks.discard(sock)
-            sock.close()
-
-    def _answer(self, connection, head):
-        """Answer one request; whether the connection goes on."""
-        if self.order == "mad":
-            connection.sock.sendall(FAKE_RUBBISH)
-            return False
-        request = FakeRequest(connection, head)
-        is_bare = self.flags.no_health and request.path == "/health"
-        if not self.is_ready and not is_bare:
-            request.read_body()
-            request.reply(fake_error(503, "Loading model", "unavailable_error"), 503)
-        elif request.path in FAKE_QUIET:
-            request.read_body()
-            FAKE_QUIET[request.path](self, request)
-        else:
-            self._answer_counted(request)
-        return request.keep and not self.flags.close_idle
-
-    def _answer_counted(self, request):
-        self._count(requests=1, in_flight=1)
-        self.note("request", path=request.path)
-        try:
-            self._route(request)
-        except (OSError, FakeHangUp):
-            self._count(cancelled=1)
-            raise
-        finally:
-            self._count(in_flight=-1)
-
-    def _count(self, **changes):
+    def count(self, **changes):
+        """Change these counts by so much."""
         with self.lock:
             for name, change in changes.items():
                 self.counts[name] += change
-
-    def _route(self, request):
-        if request.path == "/early":
-            return fake_early(self, request)
-        request.read_body()
-        if self.is_asleep:
-            return request.reply(fake_error(503, "asleep"), 503)
-        if request.path.startswith("/slots") and self.flags.slot_save_path:
-            return fake_slots(self, request)
-        return FAKE_ROUTES.get(request.path, fake_echo)(self, request)
 
     def process_prompt(self, wish):
         """The tokens of a request's prompt, and how many of them its slot had."""
@@ -13914,71 +13090,128 @@ class FakeServer:
                 words = file.read().split()
         return words[1] if words[:1] == [action] else None
 
-    def stats(self):
-        """What it has seen, and what it is."""
-        with open("/proc/self/oom_score_adj") as file:
-            score = int(file.read())
-        return {
-            **self.counts,
-            "connections": len(self.socks),
-            "ports": list(map(fake_peer, list(self.socks))),
-            "pid": os.getpid(),
-            "model": self.flags.model,
-            "argv": sys.argv,
-            "grandchild": self.grandchild,
-            "is_asleep": self.is_asleep,
-            "oom_score_adj": score,
-            "environ": sorted(os.environ),
-        }
+    def _on_term(self, number, frame):
+        self.note("term")
+        if not self.flags.ignore_term:  # this thread must be free for orders
+            threading.Thread(target=self._end).start()
+
+    def _end(self):
+        time.sleep(self.flags.stop_delay)
+        fake_await(self.flags.stop_until, 0.02)
+        self.note("end")
+        os._exit(0)
+
+    def _on_order(self, number, frame):
+        order = self.order = FAKE_ORDERS[number - signal.SIGRTMIN]
+        if order == "exit 1":
+            self.say("error: no reason is given")
+        if order in ("exit 0", "exit 1"):
+            os._exit(int(order[-1]))
+        if order == "deaf" and self.listener:
+            self.listener.shutdown(socket.SHUT_RDWR)
+            self.listener.close()
+        for request in list(self.requests):
+            if order == "mad":
+                request.sock.send(FAKE_RUBBISH)
+            else:
+                request.sock.shutdown(socket.SHUT_RDWR)
+
+    def _listen(self):
+        host, port = self.flags.host, self.flags.port
+        try:
+            self.listener = socket.create_server((host, port), backlog=1024)
+        except OSError as error:
+            self.say(f"couldn't bind HTTP server socket, port: {port} ({error})")
+            self.note("end")
+            os._exit(1)
+        threading.Thread(target=self._accept, daemon=True).start()
+        self.say(f"main: server is listening on http://{host}:{port}")
+
+    def _accept(self):
+        while True:
+            try:
+                request = FakeRequest(self, self.listener.accept()[0])
+            except OSError:  # told to be deaf
+                return
+            threading.Thread(target=request.serve, daemon=True).start()
+
+    def _load(self):
+        seconds, lines = fake_seconds(self.flags.load), self.flags.lines
+        if self.flags.load_hang:
+            time.sleep(1e6)
+        line = "load_tensors: it takes its time"
+        fake_await(self.flags.load_until, 0.05, lambda: self.order or self.say(line))
+        for number in range(lines):
+            self.say(f"load_tensors: layer {number} of {lines}")
+            time.sleep(seconds / lines)
+        if not lines:
+            time.sleep(seconds)
+        if self.flags.load_signal:
+            os.kill(os.getpid(), self.flags.load_signal)
+        if self.flags.load_exit >= 0:
+            self.say("llama_model_load: error loading model: unexpected end of file")
+            self.say(f"main: exiting due to model loading error {self.flags.load_exit}")
+            self.note("end")
+            os._exit(self.flags.load_exit)
 
 
-def fake_peer(sock):
-    """The port of who is at the other end."""
-    try:
-        return sock.getpeername()[1]
-    except OSError:
-        return None  # he is gone
-
-
-def fake_health(server, request):
+def fake_health(request):
     """Answer 200, unless a request wished otherwise."""
-    server._count(health=1)
-    if server.is_health_hung:
-        request.connection.hold()
-    if server.flags.no_health:
-        request.reply(fake_error(404, "File Not Found", "not_found_error"), 404)
+    request.server.count(health=1)
+    if request.server.is_health_hung:
+        request.hold()
+    if request.server.flags.no_health:
+        request.reply(fake_error(404, "File Not Found"), 404)
     else:
         request.reply({"status": "ok"})
 
 
-def fake_stats(server, request):
-    """What this server has seen."""
-    request.reply(server.stats())
+def fake_stats(request):
+    """What this server has seen, and what it is."""
+    server = request.server
+    with open("/proc/self/oom_score_adj") as file:
+        score = int(file.read())
+    request.reply({
+        **server.counts,
+        "ports": list(map(fake_peer, list(server.requests))),
+        "pid": os.getpid(),
+        "model": server.flags.model,
+        "grandchild": server.grandchild,
+        "is_asleep": server.is_asleep,
+        "oom_score_adj": score,
+        "environ": sorted(os.environ),
+    })  # fmt: skip
 
 
-def fake_models(server, request):
+def fake_peer(request):
+    """The port at the other end, None if it is gone."""
+    try:
+        return request.sock.getpeername()[1]
+    except OSError:
+        return None
+
+
+def fake_models(request):
     """The list of its one model."""
-    model = {"id": server.flags.model, "object": "model", "owned_by": "llamacpp"}
+    request.hold(request.server.flags.list_delay)
+    model = {"id": request.server.flags.model, "object": "model", "aliases": []}
+    model.update({"tags": ["x"], "meta": {"n_ctx": 256}, "owned_by": "llamacpp"})
     request.reply({"object": "list", "data": [model]})
 
 
-def fake_talk(shape):
-    """A route that answers a chat, a completion or a message in that shape."""
-
-    def route(server, request):
-        talk = FakeTalk(server, request)
-        if talk.wish.get("hang"):
-            server.is_health_hung |= bool(talk.wish.get("hang_health"))
-            request.connection.hold()
-        request.connection.hold(talk.wish.get("delay", 0))
-        fake_end(talk, "before-byte")
-        if "status" in talk.wish:
-            status = talk.wish["status"]
-            return request.reply(fake_error(status, "as asked"), status)
-        server.note("answer")
-        return (fake_stream if talk.wish.get("stream") else fake_whole)(talk, shape)
-
-    return route
+def fake_talk(request):
+    """A chat, a completion or a message, as the request wishes."""
+    kind = FakeMessage if request.path == "/v1/messages" else FakeTalk
+    talk, server = kind(request), request.server
+    if talk.wish.get("hang"):
+        server.is_health_hung |= bool(talk.wish.get("hang_health"))
+        request.hold()
+    request.hold(talk.wish.get("delay", 0))
+    fake_end(talk, "before-byte")
+    if status := talk.wish.get("status"):
+        return request.reply(fake_error(status, "as asked"), status)
+    server.note("answer")
+    return (fake_stream if talk.wish.get("stream") else fake_whole)(talk)
 
 
 def fake_end(talk, place):
@@ -13986,122 +13219,108 @@ def fake_end(talk, place):
     if talk.wish.get("die") == place:
         os._exit(9)
     if talk.wish.get("cut") == place:
-        talk.request.connection.cut(talk.wish.get("reset"))
+        talk.request.cut(talk.wish.get("reset"))
 
 
-def fake_whole(talk, shape):
+def fake_whole(talk):
     """Answer at once, or with the first half of the body before an end."""
     request, wish = talk.request, talk.wish
-    if not {wish.get("die"), wish.get("cut")} & {"mid-event", "mid-body", "boundary"}:
-        request.connection.hold(wish.get("interval", 0) * talk.tokens)
-        request.reply(shape(talk).whole())
-        return
-    body = json.dumps(shape(talk).whole()).encode()
+    request.hold(wish.get("interval", 0) * talk.tokens)
+    body = json.dumps(talk.whole()).encode()
     head = request.head(200, FAKE_JSON, f"Content-Length: {len(body)}")
-    request.send(head + body[: len(body) // 2])
-    for place in ("mid-event", "mid-body", "boundary"):
-        fake_end(talk, place)
+    half = len(body) // 2
+    if wish.get("die") or wish.get("cut"):
+        request.send(head + body[:half])
+        for place in ("mid-event", "mid-body", "boundary"):
+            fake_end(talk, place)
+    request.send(head + body)
 
 
-def fake_stream(talk, shape):
+def fake_stream(talk):
     """Answer event by event, one chunk each, ending where the request wishes."""
     request, wish = talk.request, talk.wish
-    request.chunked &= not wish.get("until_close")
+    request.is_chunked &= not wish.get("until_close")
     request.start_stream()
     interval, due, sent = wish.get("interval", 0), time.monotonic(), 0
-    for event, is_token in shape(talk).events():
+    for event, is_token in talk.events():
         if is_token:
             fake_break(talk, event, sent)
             sent += 1
         request.send_piece(event)
         if is_token and interval:
             due += interval
-            request.connection.hold(due - time.monotonic())
+            request.hold(due - time.monotonic())
     request.end_stream()
 
 
 def fake_break(talk, event, sent):
     """Stall, die or cut before token number `sent`, if the request wishes it."""
+    request, half = talk.request, event[: len(event) // 2]
     if talk.wish.get("stall") == sent:
-        talk.request.connection.hold()
+        request.hold()
     if sent != talk.tokens // 2:
         return
     fake_end(talk, "boundary")
     wishes = {talk.wish.get("die"), talk.wish.get("cut")}
     if "mid-event" in wishes:
-        talk.request.send_piece(event[: len(event) // 2])
+        request.send_piece(half)
         fake_end(talk, "mid-event")
     if "mid-body" in wishes:
-        talk.request.send(b"%x\r\n%b" % (len(event), event[: len(event) // 2]))
+        request.send(b"%x\r\n%b" % (len(event), half))
         fake_end(talk, "mid-body")
 
 
-def fake_embeddings(server, request):
-    """A vector for each text."""
+def fake_embeddings(request):
+    """A vector for each text: eight numbers, or in base64 their four bytes each."""
+    import array
+    import base64
+
     wish = json.loads(request.body)
     texts = wish.get("input", "")
     texts = [texts] if isinstance(texts, str) else texts
-    in_base64 = wish.get("encoding_format") == "base64"
+    vectors = [[len(text) / 8] * 8 for text in texts]
+    if wish.get("encoding_format") == "base64":
+        vectors = [array.array("f", vector) for vector in vectors]
+        vectors = [base64.b64encode(vector).decode() for vector in vectors]
     request.reply({
         "object": "list",
-        "model": wish.get("model", server.flags.model),
-        "served_by": f"{server.flags.model} {os.getpid()}",
+        "model": wish.get("model", request.server.flags.model),
+        "served_by": f"{request.server.flags.model} {os.getpid()}",
         "data": [
             {"object": "embedding", "index": index, "embedding": vector}
-            for index, vector in enumerate(fake_vector(text, in_base64) for text in texts)
+            for index, vector in enumerate(vectors)
         ],
         "usage": {"prompt_tokens": len(texts), "total_tokens": len(texts)},
     })  # fmt: skip
 
 
-def fake_vector(text, in_base64):
-    """Eight numbers, or their four bytes each in base64, as llama-server has it."""
-    vector = [len(text) / 8] * 8
-    if not in_base64:
-        return vector
-    from array import array
-    from base64 import b64encode
-
-    return b64encode(array("f", vector)).decode()
-
-
-def fake_transcription(server, request):
+def fake_transcription(request):
     """Say which form fields came, and how long each was."""
     mark = b"--" + request.fields["content-type"].partition("boundary=")[2].encode()
     fields = {}
-    for part in bytes(request.body).split(mark)[1:-1]:
+    for part in request.body.split(mark)[1:-1]:
         head, _, value = part[2:-2].partition(b"\r\n\r\n")
         name = head.decode().partition('name="')[2].partition('"')[0]
         text = value.decode("latin-1")
         fields[name] = text if b"filename=" not in head else {"size": len(value)}
-    text = f"{server.flags.model} {os.getpid()}: {len(request.body)} bytes"
+    text = f"{request.server.flags.model} {os.getpid()}: {len(request.body)} bytes"
     request.reply({"text": text, "fields": fields})
 
 
-def fake_echo(server, request):
+def fake_echo(request):
     """Tell what was asked, byte by byte."""
-    from hashlib import sha256
+    import hashlib
 
     request.reply({
-        "model": server.flags.model,
+        "model": request.server.flags.model,
         "pid": os.getpid(),
         "method": request.method,
         "path": request.target,
-        "version": request.version,
         "headers": request.headers,
-        "sha256": sha256(request.body).hexdigest(),
+        "sha256": hashlib.sha256(request.body).hexdigest(),
         "length": len(request.body),
-        "body": bytes(request.body[:2000]).decode("latin-1"),
+        "body": request.body[:2000].decode("latin-1"),
     })  # fmt: skip
-
-
-def fake_bytes(server, request):
-    """`n` bytes with a Content-Length."""
-    size = request.parameter("n", 1000)
-    kind = "application/octet-stream"
-    request.send(request.head(200, kind, f"Content-Length: {size}"))
-    for block in fake_blocks(size if request.method != "HEAD" else 0, len(FAKE_BLOCK)):
-        request.send(block)
 
 
 def fake_blocks(total, size):
@@ -14110,103 +13329,87 @@ def fake_blocks(total, size):
         yield FAKE_BLOCK[: min(size, total - start)]
 
 
-def fake_chunked(server, request):
-    """`n` bytes in chunks of `size`."""
-    request.start_stream("application/octet-stream")
-    size = request.parameter("size", 100)
-    for block in fake_blocks(request.parameter("n", 1000), size):
+def fake_bytes(request):
+    """`n` bytes: counted, in chunks of `size`, or until the connection ends."""
+    total, kind = request.parameter("n", 1000), "application/octet-stream"
+    if request.path == "/bytes":
+        request.send(request.head(200, kind, f"Content-Length: {total}"))
+        total = 0 if request.method == "HEAD" else total
+        request.is_chunked = False
+    else:
+        request.is_chunked &= request.path == "/chunked"
+        request.start_stream(kind)
+    for block in fake_blocks(total, request.parameter("size", 65536)):
         request.send_piece(block)
     request.end_stream()
 
 
-def fake_until_close(server, request):
-    """`n` bytes that end with the connection."""
-    request.chunked = False
-    request.start_stream("application/octet-stream")
-    for block in fake_blocks(request.parameter("n", 1000), len(FAKE_BLOCK)):
-        request.send(block)
-
-
-def fake_websocket(server, request):
+def fake_websocket(request):
     """Accept the upgrade and send every byte back."""
-    from base64 import b64encode
-    from hashlib import sha1
+    import base64
+    import hashlib
 
     key = request.fields.get("sec-websocket-key", "").encode()
-    token = sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
-    accept = b64encode(token).decode()
-    lines = [
-        "HTTP/1.1 101 Switching Protocols",
-        "Upgrade: websocket",
-        "Connection: Upgrade",
-        f"Sec-WebSocket-Accept: {accept}",
-    ]
-    request.send(("\r\n".join(lines) + "\r\n\r\n").encode())
-    data, request.keep = request.connection.buffer, False
-    while data or (data := request.connection.sock.recv(65536)):
+    token = hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
+    fields = f"Sec-WebSocket-Accept: {base64.b64encode(token).decode()}"
+    start = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
+    request.send(f"{start}Connection: Upgrade\r\n{fields}\r\n\r\n".encode())
+    request.keep = False
+    while data := request.file.read1(65536):
         request.send(data)
-        data = b""
 
 
-def fake_raw(server, request):
+def fake_raw(request):
     """Send the request's body as it is, for an answer, and end the connection."""
-    request.send(bytes(request.body))
+    request.send(request.body)
     request.keep = False
 
 
-def fake_early(server, request):
+def fake_early(request):
     """Refuse a body without reading it."""
     request.keep = False
     status = request.parameter("status", 413)
     request.reply(fake_error(status, "refused before it was read"), status)
 
 
-def fake_sleep(server, request):
-    """Fall asleep, where it can."""
-    server.is_asleep = server.flags.sleepable
-    server.note("sleep")
-    request.reply(b"", 200 if server.flags.sleepable else 404)
-
-
-def fake_wake(server, request):
-    """Wake up, or say why not."""
-    if server.flags.wake_fails:
+def fake_sleep(request):
+    """Fall asleep or wake up, where it can, or say why not."""
+    server, is_wake = request.server, request.path == "/wake_up"
+    if is_wake and server.flags.wake_fails:
         return request.reply(fake_error(500, "no memory left to wake up"), 500)
-    server.is_asleep = False
-    server.note("wake")
+    server.is_asleep = server.flags.sleepable and not is_wake
+    server.note("wake" if is_wake else "sleep")
     return request.reply(b"", 200 if server.flags.sleepable else 404)
 
 
-def fake_is_sleeping(server, request):
+def fake_is_sleeping(request):
     """Whether it sleeps."""
-    request.reply({"is_sleeping": server.is_asleep})
+    request.reply({"is_sleeping": request.server.is_asleep})
 
 
-def fake_slots(server, request):
+def fake_slots(request):
     """List, save or restore slots, unless that goes wrong."""
-    action = request.query.partition("action=")[2] or "list"
-    fault, body = server.slot_fault(action), None
+    server, action = request.server, request.query.partition("action=")[2] or "list"
+    fault, slots = server.slot_fault(action), server.slots
     server.note(action, path=request.path)
     if fault == "die":
         os.abort()
     if fault == "hang":
-        request.connection.hold()
+        request.hold()
     if fault == "slow":
         time.sleep(0.5)
     if fault == "fail":
         return request.reply(fake_error(501, "slots are not supported"), 501)
     if action == "list":
-        return request.reply([server.slot_entry(slot) for slot in server.slots])
-    body = json.loads(request.body)
-    path = os.path.join(server.flags.slot_save_path, body["filename"])
+        return request.reply([server.slot_entry(number) for number in slots])
+    name = json.loads(request.body)["filename"]
+    path = os.path.join(server.flags.slot_save_path, name)
     number = int(request.path.rpartition("/")[2])
     if action == "restore":
         with open(path) as file:
-            server.slots[number] = json.loads(file.read())
-        if fault == "useless":
-            server.slots[number] = None
+            slots[number] = None if fault == "useless" else json.loads(file.read())
         return request.reply({"n_restored": 1})
-    talk, tokens = server.slots[number]
+    talk, tokens = slots[number]
     text = json.dumps([talk, tokens]).ljust(4 * tokens)
     with open(path, "w") as file:
         file.write(text[: len(text) // 2] if fault == "short" else text)
@@ -14217,231 +13420,31 @@ FAKE_QUIET = {  # neither counted as requests nor kept in the journal
     "/health": fake_health,
     "/stats": fake_stats,
     "/sleep": fake_sleep,
-    "/wake_up": fake_wake,
+    "/wake_up": fake_sleep,
     "/is_sleeping": fake_is_sleeping,
 }
-
 FAKE_ROUTES = {
     "/v1/models": fake_models,
-    "/v1/chat/completions": fake_talk(FakeChat),
-    "/v1/completions": fake_talk(FakeCompletion),
-    "/v1/messages": fake_talk(FakeMessage),
+    "/v1/chat/completions": fake_talk,
+    "/v1/completions": fake_talk,
+    "/v1/messages": fake_talk,
     "/v1/embeddings": fake_embeddings,
     "/v1/audio/transcriptions": fake_transcription,
     "/bytes": fake_bytes,
-    "/chunked": fake_chunked,
-    "/until-close": fake_until_close,
+    "/chunked": fake_bytes,
+    "/until-close": fake_bytes,
     "/ws": fake_websocket,
     "/raw": fake_raw,
+    "/early": fake_early,
 }
-
-
-class CannedConnection:
-    """One connection of the canned server: finds where requests end, drops bodies."""
-
-    def __init__(self, server, sock):
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.server = server
-        self.sock = sock
-        self.buffer = b""
-        self.head = b""
-        self.wish = b""  # the first bytes of the body
-        self.missing = 0  # bytes of the body; None: chunked
-        self.to_send = 0  # bytes of a large answer
-
-    def receive(self):
-        """Take what has come, and answer the requests that are whole."""
-        size = self.sock.recv_into(self.server.scratch)
-        if not size:
-            return self.server.drop(self)
-        if self.missing and self.missing > size and len(self.wish) == CANNED_WISH:
-            self.missing -= size
-            return None
-        self.buffer += self.server.scratch[:size]
-        while self.buffer and self._take():
-            self.server.answer(self)
-            self.head = self.wish = b""
-        return None
-
-    def _take(self):
-        """Whether a whole request was taken from the buffer."""
-        if not self.head and not self._take_head():
-            return False
-        self.wish += self.buffer[: CANNED_WISH - len(self.wish)]
-        if self.missing is None:
-            is_whole = self.buffer.endswith(b"0\r\n\r\n")
-            self.buffer = b"" if is_whole else self.buffer[-5:]
-            return is_whole
-        taken = min(self.missing, len(self.buffer))
-        self.missing -= taken
-        self.buffer = self.buffer[taken:]
-        return not self.missing
-
-    def _take_head(self):
-        end = self.buffer.find(b"\r\n\r\n")
-        if end < 0:
-            return False
-        self.head, self.buffer = self.buffer[:end].lower(), self.buffer[end + 4 :]
-        length = self.head.partition(b"content-length:")[2].partition(b"\r")[0]
-        is_chunked = not length and b"transfer-encoding:" in self.head
-        self.missing = None if is_chunked else int(length or 0)
-        return True
-
-    def send_large(self):
-        """Send what the socket takes of a large answer, from the page cache."""
-        while self.to_send:
-            size = min(self.to_send, CANNED_BLOCK)
-            try:
-                sent = os.sendfile(self.sock.fileno(), self.server.block, 0, size)
-            except BlockingIOError:
-                return self.server.poll.modify(self.sock, select.EPOLLOUT)
-            self.to_send -= sent
-        return self.server.poll.modify(self.sock, select.EPOLLIN)
-
-
-class CannedServer:
-    """A model server that costs next to nothing: one thread, answers made beforehand.
-
-    The body's first 400 bytes may hold "stream": true with "tokens" and "interval",
-    for a stream whose every token is the time at which it was sent, or "bytes": N.
-    """
-
-    def __init__(self, listener):
-        listener.setblocking(False)
-        self.listener = listener
-        self.poll = select.epoll()
-        self.poll.register(listener, select.EPOLLIN)
-        self.connections = {}
-        self.timers = []  # (due, id, connection, tokens left, interval)
-        self.scratch = memoryview(bytearray(262144))
-        self.block = os.memfd_create("block")
-        os.truncate(self.block, CANNED_BLOCK)
-
-    def serve(self):
-        """Serve for ever."""
-        while True:
-            for descriptor, event in self.poll.poll(self._pause()):
-                if descriptor == self.listener.fileno():
-                    self._accept()
-                elif connection := self.connections.get(descriptor):
-                    self._serve_one(connection, event)
-            self._send_tokens()
-
-    def _pause(self):
-        return max(0.0, self.timers[0][0] - time.monotonic()) if self.timers else -1
-
-    def _accept(self):
-        while True:
-            try:
-                sock, _ = self.listener.accept()
-            except BlockingIOError:
-                return
-            self.connections[sock.fileno()] = CannedConnection(self, sock)
-            self.poll.register(sock, select.EPOLLIN)
-
-    def _serve_one(self, connection, event):
-        try:
-            if event & select.EPOLLOUT:
-                connection.send_large()
-            else:
-                connection.receive()
-        except OSError:
-            self.drop(connection)
-
-    def drop(self, connection):
-        """Forget a connection, at its end or at an error."""
-        self.connections.pop(connection.sock.fileno(), None)
-        connection.sock.close()
-
-    def answer(self, connection):
-        """Answer the request that `connection` just took."""
-        connection.wish = wish = connection.wish.replace(b" ", b"")
-        if b'"stream":true' in wish:
-            self._start_stream(connection)
-        elif size := int(canned_number(wish, "bytes")):
-            connection.sock.send(CANNED_LARGE % size)
-            connection.to_send = size
-            connection.send_large()
-        else:
-            connection.sock.send(CANNED_ANSWER)
-
-    def _start_stream(self, connection):
-        """Send the head; the first token comes at a random moment of an interval."""
-        connection.sock.send(CANNED_STREAM)
-        tokens = int(canned_number(connection.wish, "tokens"))
-        interval = canned_number(connection.wish, "interval")
-        due = time.monotonic() + interval * int.from_bytes(os.urandom(2), "big") / 65536
-        heapq.heappush(self.timers, (due, id(connection), connection, tokens, interval))
-
-    def _send_tokens(self):
-        now = time.monotonic()
-        while self.timers and self.timers[0][0] <= now:
-            due, number, connection, tokens, interval = self.timers[0]
-            event = CANNED_TOKEN % time.monotonic() if tokens else CANNED_END
-            try:
-                connection.sock.send(event)
-            except OSError:
-                self.drop(connection)
-                tokens = 0
-            if tokens:
-                timer = (due + interval, number, connection, tokens - 1, interval)
-                heapq.heapreplace(self.timers, timer)
-            else:
-                heapq.heappop(self.timers)
-
-
-def canned_number(wish, name):
-    """The number that follows `name` in the first bytes of compact JSON, or 0."""
-    text = wish.partition(b'"%b":' % name.encode())[2]
-    return float(text.partition(b",")[0].partition(b"}")[0] or 0)
-
-
-def canned_chunk(content):
-    """A chunk that holds one event of a chat's stream."""
-    choice = {"finish_reason": None, "index": 0, "delta": {"content": content}}
-    document = {
-        "choices": [choice],
-        "created": 1700000000,
-        "id": "chatcmpl-" + "x" * 32,
-        "model": "canned",
-        "system_fingerprint": "b0-fake",
-        "object": "chat.completion.chunk",
-    }
-    event = f"data: {json.dumps(document)}\n\n".encode()
-    return b"%x\r\n%b\r\n" % (len(event), event)
-
-
-CANNED_BLOCK = 16 * 2**20
-CANNED_WISH = 400
-CANNED_HEAD = b"HTTP/1.1 200 OK\r\nServer: llama.cpp\r\n"
-CANNED_TYPE = b"Content-Type: application/json; charset=utf-8\r\n"
-CANNED_LARGE = CANNED_HEAD + CANNED_TYPE + b"Content-Length: %d\r\n\r\n"
-CANNED_BODY = json.dumps({
-    "choices": [{
-        "finish_reason": "stop",
-        "index": 0,
-        "message": {"role": "assistant", "content": "word " * 340},
-    }],
-    "created": 1700000000,
-    "model": "canned",
-    "object": "chat.completion",
-    "id": "chatcmpl-" + "x" * 32,
-    "usage": {"completion_tokens": 340, "prompt_tokens": 400, "total_tokens": 740},
-}).encode()  # fmt: skip
-CANNED_ANSWER = CANNED_LARGE % len(CANNED_BODY) + CANNED_BODY
-CANNED_CHUNKS = b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
-CANNED_STREAM = CANNED_HEAD + CANNED_CHUNKS + b"\r\n"
-CANNED_TOKEN = canned_chunk("@" * 16).replace(b"@" * 16, b"%016.6f")
-CANNED_END = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
 
 
 def fake_main(argv):
     """Be a model server until killed."""
     if "--help" in argv:
-        print(FAKE_USAGE)
-        return
-    FakeServer(fake_flags(argv)).live()
+        lines = (f"  --{name:<14}{text}\n" for name, (_, text) in FAKE_FLAGS.items())
+        return print(FAKE_USAGE.format("".join(lines)))
+    return FakeServer(fake_flags(argv)).live()
 
 
 # ==================================================================================
@@ -14731,8 +13734,11 @@ def explore(name, tickets, faults):
     return followers, stories
 
 
-@pytest.mark.parametrize("tickets, faults", [(2, 1), (3, 0)])
-@pytest.mark.parametrize("name", SMALL_WORLDS)
+EXPLORED = [(name, 2, 1) for name in SMALL_WORLDS]
+EXPLORED += [(n, 3, 0) for n, world in SMALL_WORLDS.items() if world.faults == ["crash"]]
+
+
+@pytest.mark.parametrize("name, tickets, faults", EXPLORED)
 def test_every_order_of_events_in_a_small_world_keeps_all_promises(
     name, tickets, faults
 ):
@@ -14750,648 +13756,6 @@ def test_every_order_of_events_in_a_small_world_keeps_all_promises(
     for number in circle:
         leads_on = circle & set(followers[number])
         assert not (stories[number] and leads_on), f"goes round\n{stories[number]}"
-
-
-# ==================================================================================
-# The fuzz: mutated requests and answers, read by llmswap and by h11.
-# ==================================================================================
-
-
-FUZZ_USAGE = """\
-python3 test_llmswap.py fuzz [--parser N] [--wire N] [--seed S]
-
-N mutated requests and as many mutated answers (1,000,000 each) go through the reader of
-HTTP in this process, and N connections (10,000) with such requests, cut anywhere, half
-closed, left or reset, through a real llmswap. h11 reads all of them too: llmswap takes
-a subset of what h11 takes and reads it alike, forwards nothing else, answers in whole,
-and gives all memory back. Exit status 1 if not, with the evidence.
-"""
-
-FUZZ_LIMIT = 50000  # bytes of a body
-FUZZ_FRAMING = "(?i)content-length|transfer-encoding"
-
-
-class FuzzViolation(Exception):
-    """llmswap did not read what h11 reads, or forwarded what nobody asked for."""
-
-
-class FuzzUnsure(Exception):
-    """h11 refuses an empty line before an answer, or a trailer that looks like framing,
-    which llmswap drops."""
-
-
-def fuzz_require(condition, *evidence):
-    """Raise the evidence unless the condition holds."""
-    if not condition:
-        raise FuzzViolation("\n    ".join(repr(each)[:1500] for each in evidence))
-
-
-# ----------------------------------------------------------------------------------
-# The second reader
-
-
-def h11_read(connection, data):
-    """Read one message: the request or final answer, its payload, what is behind it."""
-    connection.receive_data(data)
-    start, payload, is_ended = None, b"", False
-    while True:
-        try:
-            event = connection.next_event()
-        except h11.RemoteProtocolError as error:
-            reason = "no response line received" if not start else FUZZ_FRAMING
-            if re.search(reason, str(error)):
-                raise FuzzUnsure from error
-            raise
-        if event is h11.NEED_DATA and not is_ended:
-            is_ended = True
-            connection.receive_data(b"")
-        elif isinstance(event, (h11.Request, h11.Response)):
-            start = event
-        elif isinstance(event, h11.Data):
-            payload += bytes(event.data)
-        elif isinstance(event, h11.EndOfMessage):
-            return start, payload, connection.trailing_data[0]
-        elif not isinstance(event, h11.InformationalResponse):
-            raise h11.RemoteProtocolError(f"{event} instead of a message")
-
-
-def h11_request(data):
-    """Read one request, and what is behind it."""
-    line, mark, rest = re.sub(rb"\A(\r\n)+", b"", data).partition(b"\r\n")
-    data = bytes(min(byte, 126) for byte in line) + mark + rest  # targets beyond ASCII
-    start, payload, rest = h11_read(h11.Connection(h11.SERVER, 1 << 20), data)
-    found = start.method.decode(), start.target.decode(), fuzz_told(start), payload
-    return found, rest
-
-
-def h11_answer(data, method):
-    """Read the answer to such a request; whether the connection can serve another."""
-    connection = h11.Connection(h11.CLIENT, 1 << 20)
-    connection.send(h11.Request(method=method, target="/", headers=[("host", "x")]))
-    connection.send(h11.EndOfMessage())
-    start, payload, rest = h11_read(connection, data)
-    may_go_on = connection.their_state is h11.DONE and not rest
-    return (start.status_code, start.reason, fuzz_told(start), payload), may_go_on
-
-
-def fuzz_told(message):
-    """Its headers without those that only say how its body is framed."""
-    framing = ("content-length", "transfer-encoding")
-    pairs = [(fuzz_text(name), fuzz_text(value)) for name, value in message.headers]
-    return [pair for pair in pairs if pair[0] not in framing]
-
-
-def fuzz_text(raw):
-    """A text of these bytes."""
-    return raw if isinstance(raw, str) else bytes(raw).decode("latin-1")
-
-
-# ----------------------------------------------------------------------------------
-# What is sent: sound messages, then changed
-
-
-FUZZ_BYTES = [
-    bytes([each])
-    for each in b"\r\n\0 \t:;,\x0b\x0c\x1b\x7f\x80\xa0\xff%/\\+-0fFgGx\"'{}*?#@"
-]
-FUZZ_LINES = [
-    b"Content-Length: 5", b"Content-Length: 0", b"content-length: 5, 5",
-    b"Content-Length: +5", b"Content-Length: -1", b"Content-Length: 0x5",
-    b"Content-Length:", b"Content-Length: 5 5", b"Content-Length: 99999999999999999999",
-    b"Content-Length: 00000000000000005", b"Content-Length: \xb2",
-    b"Content-Length : 5", b" Content-Length: 5", b"Content_Length: 5",
-    b"Content-Length: 5\t", b"Content-Length: 60000", b"Transfer-Encoding: chunked",
-    b"Transfer-Encoding: Chunked", b"Transfer-Encoding: xchunked",
-    b"Transfer-Encoding: chunked, chunked", b"Transfer-Encoding: gzip, chunked",
-    b"Transfer-Encoding: identity", b"Transfer-Encoding: chunked;q=1",
-    b"Transfer-Encoding:\x0bchunked", b"Transfer-Encoding:",
-    b"Transfer-Encoding : chunked", b"Transfer-Encoding: chunked\x00",
-    b"Transfer-Encoding\r\n: chunked", b"X: a\r\n\tTransfer-Encoding: chunked",
-    b"Host: x", b"Host: localhost", b"Host:", b"Host: localhost:1", b"Host: [::1]",
-    b"Host: [::1", b"Host: evil.example", b"Host: a b", b"Host: \xe4",
-    b"HOST: localhost", b"Connection: close", b"Connection: keep-alive",
-    b"Connection: Close, X-A", b"Connection: upgrade",
-    b"Connection: host, content-length, transfer-encoding", b"Upgrade: websocket",
-    b"Upgrade: h2c", b"Expect: 100-continue", b"Expect: x", b"TE: trailers",
-    b"Trailer: X", b"Keep-Alive: 5", b"Origin: null", b"Origin: http://localhost:1",
-    b"Origin: http://[", b"Referer: http://[", b"Referer: http://\xe2\x84\x80/",
-    b"Referer: x", b"Sec-Fetch-Site: cross-site", b"Authorization: Basic =",
-    b"Authorization: Basic \xff", b"Authorization: Bearer", b"x-api-key: \xff",
-    b"Content-Type: multipart/form-data",
-    b"Content-Type: multipart/form-data; boundary=x",
-    b"Content-Type: application/x-www-form-urlencoded", b"Content-Encoding: gzip", b"X",
-    b": x", b"X : y", b"X: \x00", b"X: a\rb", b"X: a\nb", b"X: a\x1b[31m", b"\xe4: b",
-    b"X: \xe4\x80", b"", b" ", b"\t", b" folded", b"\tfolded: x", b"GET / HTTP/1.1",
-    b"X:" + b" " * 300 + b"y" + b" " * 300, b"X: " + b"y" * 65300,
-    b"X: " + b"y" * 66000, b"X: y" + b"\r\nX: y" * 100,
-]  # fmt: skip
-FUZZ_TARGETS = [
-    b"/", b"*", b"x", b"", b"//x/y", b"/../..", b"/%2e%2e/%00", b"/%", b"/%zz%f",
-    b"/\xe4\x80", b"/?model=%ff", b"/?model=\xff&autoload=1", b"/?%6dodel=x",
-    b"http://localhost/a?b", b"HTTP://LOCALHOST", b"http://x/", b"http://localhost@x/",
-    b"http://localhost:80/", b"https://localhost?x", b"http:///x", b"http://",
-    b"ftp://localhost/", b"localhost:80", b"/#x", b"/a b", b"/\x00", b"/\x7f",
-    b"/upstream/", b"/upstream//", b"/upstream/%2e%2e/x", b"/upstream/..",
-    b"/logs/stream/%00", b"/v1/models/%0d%0aX:%20y", b"/health", b"/v1/models?reload=",
-    b"/running", b"/props?model=", b"/metrics", b"/unload/",
-    b"/upstream/" + b"a/" * 2000,
-]  # fmt: skip
-FUZZ_SIZES = [
-    b"0", b"00", b"5", b"A", b"+5", b"-5", b"0x5", b"5;x=y", b"5 ;x", b"5;\x00",
-    b"5;a\r", b" 5", b"5 ", b"5\t", b"", b";x", b"g", b"5_0", b"fffffffffffffff",
-    b"ffffffffffffffff", b"7fffffff", b"5;" + b"x" * 5000, b"0;x", b"5\n", b"\xb2",
-]  # fmt: skip
-FUZZ_ENDS = [
-    b"\n", b"\r", b"\n\r", b"\r\r\n", b"", b"\r\n\r\n", b"\r\n ", b"\r\n\t", b"\0\r\n",
-    b"\r\n\0", b"\x85", b" \r\n",
-]  # fmt: skip
-FUZZ_WORDS = [
-    b"get", b"G(T", b"CONNECT", b"TRACE", b"", b"HTTP/1.0", b"HTTP/1.1", b"HTTP/1.2",
-    b"HTTP/2.0", b"HTTP/0.9", b"http/1.1", b"HTTP/1.1 ", b"HTTP/01.1", b"HTTP/1",
-    b"200", b"99", b"600", b"204", b"304", b"100", b"103", b"2000", b"20", b"-20",
-    b"200\tOK", b"\xb2\xb2\xb2", b"O\0K", b"\x1b[31m", b"\xe4", *FUZZ_TARGETS,
-]  # fmt: skip
-FUZZ_FORM = (
-    b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\n%s\r\n--x--\r\n'
-)
-
-
-class FuzzDice(random.Random):
-    """A source of sound messages and of changes to them."""
-
-    def request(self, model="m"):
-        """A sound request to a model, or for llmswap itself."""
-        method = self.choice(b"GET POST POST POST PUT DELETE HEAD OPTIONS X-Y".split())
-        name = model.encode()
-        under = b"/upstream/" + name
-        targets = [b"/v1/x?model=" + name, under + b"/a%20b?c=d", under + b"//"]
-        target = self.choice([*targets, b"/health"])
-        if self.random() < 0.1:
-            target = self.choice([b"/", b"//x/y", b"/\xe4\x80", *FUZZ_TARGETS[-8:]])
-        version = b"HTTP/1.0" if self.random() < 0.1 else b"HTTP/1.1"
-        lines = [b"%s %s %s" % (method, target, version), b"Host: localhost"]
-        more = b"Accept: */*,X-A: b,x-c:\td ,User-Agent: curl/8,Connection: keep-alive"
-        lines += self.choices(more.split(b","), k=self.randrange(3))
-        is_bare = method in (b"GET", b"HEAD", b"OPTIONS") and self.random() < 0.8
-        body = b"" if is_bare else self._body(name)
-        return self._framed(lines, body, version == b"HTTP/1.1")
-
-    def _body(self, name):
-        return self.choice([
-            b'{"model":"%s"}' % name,
-            b'{ "messages": [{"a":"\\u00e4"}], "model" : "%s", "stream":false}' % name,
-            b'{"model":"%s","model":1,"y":"%s"}' % (name, b"y" * self.randrange(3000)),
-            b"model=%s&x=y" % name,
-            FUZZ_FORM % name,
-            b"\0\r\n\r\nGET /unload HTTP/1.1\r\n\r\n",
-            b"",
-        ])  # fmt: skip
-
-    def _framed(self, lines, body, may_be_chunked):
-        if body and may_be_chunked and self.random() < 0.5:
-            lines.append(b"Transfer-Encoding: chunked")
-            body = self._chunked(body)
-        elif body or self.random() < 0.2:
-            lines.append(b"Content-Length: %d" % len(body))
-        return b"\r\n".join(lines) + b"\r\n\r\n" + body
-
-    def _chunked(self, body):
-        data = b""
-        while body:
-            size = self.randrange(1, 2 + len(body))
-            more = self.choice([b"", b"", b"", b";a=b", b'; a="b"'])
-            data += b"%x%s\r\n%s\r\n" % (len(body[:size]), more, body[:size])
-            body = body[size:]
-        return data + b"0\r\n" + self.choice([b"", b"", b"X: y\r\n"]) + b"\r\n"
-
-    def answer(self):
-        """A sound answer of a backend."""
-        status = self.choice([b"200 OK", b"200", b"404 Not Found", b"204 No", b"503 X"])
-        version = b"HTTP/1.0" if self.random() < 0.1 else b"HTTP/1.1"
-        kind = self.choice([b"application/json", b"text/event-stream", b"text/plain"])
-        lines = [version + b" " + status, b"Content-Type: " + kind]
-        events, text = b"data: x\n\n" * self.randrange(4), b"x" * self.randrange(5000)
-        body = b"" if status[:3] == b"204" else self.choice([b"{}", events, text])
-        hints = b"HTTP/1.1 103 Hints\r\nLink: x\r\n\r\n" * self.choice([0, 0, 0, 1, 2])
-        return hints + self._framed(lines, body, True)
-
-    def cut(self, data):
-        """The data in pieces as they might arrive."""
-        count = self.choice([0, 0, 0, 1, 2, 4])
-        places = sorted(self.randrange(len(data) + 1) for _ in range(count))
-        return [data[a:b] for a, b in zip([0, *places], [*places, len(data)]) if a < b]
-
-    def changed(self, data):
-        """The data after up to four changes, mostly one."""
-        for _ in range(self.choice([0, 1, 1, 1, 1, 2, 2, 3, 4])):
-            data = self._change(data)
-        return re.sub(rb"[ \t]+;", b";", data)  # h11 knows no blank before an extension
-
-    def _change(self, data):
-        at, size = self.randrange(len(data) + 1), self.randrange(1, 9)
-        kind = self.choice("byte byte lost line line line end end word size size "
-                           "trailer splice truncate".split())  # fmt: skip
-        if kind == "byte":
-            return data[:at] + self.choice(FUZZ_BYTES) + data[at + size % 2 :]
-        if kind == "lost":
-            return data[:at] + data[at + size :]
-        if kind == "truncate":
-            return data[:at]
-        if kind == "splice":
-            other = self.answer() if data[:5] == b"HTTP/" else self.request()
-            return data[:at] + other[self.randrange(len(other)) :]
-        if kind == "line":
-            line = b"\r\n" + self.choice(FUZZ_LINES)
-            return self._replaced(data, rb"\r\n[^\r\n]*|\r\n", line * (size % 3))
-        if kind == "end":
-            return self._replaced(data, rb"\r\n", self.choice(FUZZ_ENDS))
-        if kind == "word":
-            word = self.choice(FUZZ_WORDS)
-            return self._replaced(data, rb"\A[^ ]+|(?<= )[^ \r]+", word)
-        if kind == "size":
-            return self._replaced(data, rb"(?<=\r\n)[0-9a-f]+", self.choice(FUZZ_SIZES))
-        line = b"0\r\n" + self.choice(FUZZ_LINES) + b"\r\n"
-        return self._replaced(data, rb"0\r\n", line)
-
-    def _replaced(self, data, pattern, new):
-        """One of the places that match, exchanged."""
-        places = [match.span() for match in re.finditer(pattern, data)]
-        start, end = self.choice(places or [(0, 0)])
-        return data[:start] + new + data[end:] if places else data
-
-
-# ----------------------------------------------------------------------------------
-# The reader of HTTP, in this process
-
-
-def fuzz_read(pieces):
-    """The requests that llmswap reads, and what it refuses the next with; `method` is
-    that of a request of which only the body is refused."""
-    reader, served = reader_of(*pieces), []
-    method = "GET"
-    try:
-        while raw := reader.head():
-            request = llmswap.Request(raw)
-            method = request.method
-            served.append(fuzz_read_one(reader, request))
-            method = "GET"
-            if not request.is_persistent:
-                break
-    except (llmswap.APIError, llmswap.ClientDisconnected) as error:
-        error.method = method
-        return served, error
-    return served, None
-
-
-def fuzz_read_one(reader, request):
-    """Method, target, headers and body, after all that Handler looks at."""
-    body = llmswap.Body(reader, request, FUZZ_LIMIT)
-    request.parameter("model"), llmswap.percent_decoded(request.path)
-    host = llmswap._host_name(request.get("host"))
-    llmswap._is_address(host)
-    handler = object.__new__(llmswap.Handler)
-    handler.head = request
-    assert all(isinstance(key, bytes) for key in handler._given_keys())
-    try:
-        info = llmswap.find_model(body, request.get("content-type"), is_needed=False)
-        if info.is_json and body.is_complete:
-            edits = llmswap.BodyEdits("other", {"x": {}}, frozenset(["y"]))
-            llmswap.edited_json(info.members, edits)
-    except llmswap.BadRequest:
-        if not body.can_be_read:
-            raise
-    data = bytes(body.held) + b"".join(body.rest())
-    return request.method, request.target, request.headers, data
-
-
-def fuzz_compare(data, served):
-    """Require that h11 reads these requests alike."""
-    rest = data
-    for method, target, headers, body in served:
-        try:
-            found, rest = h11_request(rest)
-        except h11.RemoteProtocolError as error:
-            fuzz_require(False, "h11 refuses", error, rest, data)
-        ascii_target = "".join(min(char, "~") for char in target)
-        is_absolute = found[1][:4].lower() == "http"
-        is_alike = found[1].endswith(ascii_target.lstrip("/" * is_absolute))
-        read = method, found[1] if is_alike else target, headers, body
-        fuzz_require(found == read, "read otherwise", found, read, data)
-
-
-def fuzz_parse_request(dice):
-    """Have both read the same mutated requests."""
-    sound = [dice.request() for _ in range(dice.choice([1, 1, 1, 2, 3]))]
-    changed = [dice.changed(each) for each in sound]
-    data = b"".join(changed)
-    served, problem = fuzz_read(dice.cut(data))
-    fuzz_compare(data, served)
-    fuzz_require(changed != sound or not problem, "refused", data, problem)
-    return "refused" if problem else "read"
-
-
-def fuzz_parse_answer(dice):
-    """Have both read the same mutated answer."""
-    method = dice.choice(["GET", "GET", "POST", "HEAD"])
-    sound = dice.answer()
-    data = dice.changed(sound)
-    reader = reader_of(*dice.cut(data))
-    try:
-        answer = llmswap.UpstreamResponse(reader, method)
-        payload = b"".join(answer.pieces())
-    except llmswap.Truncated as problem:
-        fuzz_require(data != sound, "refused", method, data, problem)
-        return "refused"
-    if answer.status == 101:
-        return "upgraded"
-    read = answer.status, answer.reason.encode("latin-1"), answer.headers, payload
-    try:
-        found, may_go_on = h11_answer(data, method)
-    except h11.RemoteProtocolError as error:
-        fuzz_require(False, "h11 refuses", method, error, data)
-    fuzz_require(found == read, "read otherwise", method, found, read, data)
-    is_all = may_go_on or answer.is_http_10 or reader.sock.unread  # h11 ends all 1.0
-    fuzz_require(is_all or not answer.is_over, "serves another", method, data)
-    return "read"
-
-
-def fuzz_parser(count, seed):
-    """So many requests and answers; what became of them, and the violations."""
-    tally, violations = Counter(), []
-    for number in range(count):
-        dice = FuzzDice(seed * 10**9 + number)
-        for act in (fuzz_parse_request, fuzz_parse_answer):
-            kind = act.__name__[11:]
-            try:
-                tally[kind, act(dice)] += 1
-            except FuzzUnsure:
-                tally[kind, "refused by h11"] += 1
-            except Exception as error:
-                violations.append(f"{kind} {number}: {error!r}")
-    return tally, violations
-
-
-# ----------------------------------------------------------------------------------
-# Over the wire
-
-
-class FuzzMessage(NamedTuple):
-    """A request as a backend got it; `start` is method, target, version."""
-
-    start: tuple
-    headers: list
-    body: bytes
-
-    def all(self, name):
-        return [value for header, value in self.headers if header == name]
-
-
-def forwarded(file):
-    """The next request in this file. EOFError if it ends before, ValueError if it is
-    not framed as llmswap does it."""
-    method, target, version = forwarded_line(file).split(" ")
-    headers = []
-    while line := forwarded_line(file):
-        name, value = line.split(": ", 1)
-        headers.append((name.lower(), value))
-    fields = dict(headers)
-    body = file.read(int(fields.get("content-length", 0)))
-    if "transfer-encoding" in fields:
-        while size := int(forwarded_line(file), 16):
-            body += file.read(size)
-            forwarded_line(file, "")
-        forwarded_line(file, "")
-    elif len(body) < int(fields.get("content-length", 0)):
-        raise EOFError
-    return FuzzMessage((method, target, version), headers, body)
-
-
-def forwarded_line(file, expected=None):
-    """The next line without its end."""
-    line = file.readline().decode("latin-1")
-    if not line.endswith("\n"):
-        raise EOFError
-    if not line.endswith("\r\n") or expected not in (None, line[:-2]):
-        raise ValueError(line)
-    return line[:-2]
-
-
-class FuzzBackend:
-    """A backend that remembers all requests, and answers each with what it saw, or as a
-    test wishes. Runs in threads of this process."""
-
-    def __init__(self):
-        self._seen = queue.SimpleQueue()
-        self.wishes = {}  # target: pieces of the answer, then whether a reset ends it
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-        self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                sock, _ = self._listener.accept()
-                sock.settimeout(60)
-                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
-
-    def _serve(self, sock):
-        with sock, sock.makefile("rb") as file, contextlib.suppress(OSError, EOFError):
-            try:
-                while self._answer(sock, forwarded(file)):
-                    pass
-            except ValueError as error:
-                self._seen.put(error)
-
-    def _answer(self, sock, request):
-        """Answer; whether the connection goes on."""
-        method, target, _ = request.start
-        if target in ("/health", "/own/health"):
-            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
-            return True
-        self._seen.put(request)
-        pieces, is_reset = self.wishes.get(target, (None, False))
-        if pieces is None:
-            digest = fuzz_digest(method, target, request.body)
-            body = b"" if method == "HEAD" else digest
-            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 64\r\n\r\n" + body)
-            return True
-        for piece in pieces:
-            sock.sendall(piece)
-        if is_reset:
-            reset_at_close(sock)
-        return False
-
-    def news(self):
-        """What was seen since this was last asked."""
-        while not self._seen.empty():
-            yield self._seen.get()
-
-    def close(self):
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-
-def fuzz_digest(method, target, body):
-    """What names a request."""
-    return sha256(f"{method} {target} ".encode() + body).hexdigest().encode()
-
-
-class FuzzClient:
-    """One after the other, connections with mutated requests."""
-
-    def __init__(self, server, backend, model, seed):
-        self.server, self.backend, self.model = server, backend, model
-        self.seed = seed
-        self.owed = Counter()  # digests of the requests that the backend may see
-        self.tally, self.violations = Counter(), []
-
-    def run(self, count):
-        for number in range(count):
-            dice = FuzzDice(f"{self.seed} {self.model} {number}")
-            try:
-                self.tally[self._try_requests(dice)] += 1
-                self._look_at_backend()
-            except FuzzUnsure:
-                self.tally["refused by h11"] += 1
-            except (FuzzViolation, OSError, BrokenAnswer) as error:
-                self.violations.append(f"{self.model} {number}: {error!r}")
-
-    def _look_at_backend(self):
-        for request in self.backend.news():
-            fuzz_require(isinstance(request, FuzzMessage), "forwarded", request)
-            digest = fuzz_digest(*request.start[:2], request.body)
-            fuzz_require(self.owed[digest] > 0, "nobody asked for this", request)
-            self.owed[digest] -= 1
-            names = [name for name, _ in request.headers]
-            own = {"transfer-encoding", "connection", "upgrade"}
-            fuzz_require(names.count("host") == 1, request)
-            fuzz_require(not (llmswap.HOP_BY_HOP - own) & set(names), request)
-
-    def _try_requests(self, dice):
-        """Some requests on one connection; what llmswap answers."""
-        sound = [dice.request(self.model) for _ in range(dice.choice([1, 1, 2, 3]))]
-        data = b"".join(dice.changed(each) for each in sound)
-        served, problem = fuzz_read([data])
-        fuzz_compare(data, served)
-        prefix = f"/upstream/{self.model}"
-        digests = []
-        for method, target, _, body in served:
-            own = target[len(prefix) :] if target.startswith(f"{prefix}/") else target
-            digests.append(fuzz_digest(method, own, body))
-        self.owed.update(digests)
-        end = dice.choice(["half closed", "half closed", "left", "reset"])
-        with Client(self.server.port, 20) as client:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                for piece in dice.cut(data):
-                    client.sock.sendall(piece)
-            if end != "half closed":
-                client.hang_up(end == "reset")
-                return end
-            with contextlib.suppress(OSError):
-                client.sock.shutdown(socket.SHUT_WR)
-            methods = [each[0] for each in served] + [getattr(problem, "method", "GET")]
-            answers = list(self._answers(client, methods))
-        self._check(answers, digests, problem, data)
-        return "refused" if problem else "served"
-
-    def _answers(self, client, methods):
-        """Yield what comes, whole answers only, until the connection ends."""
-        for method in itertools.chain(methods, itertools.repeat("GET")):
-            with contextlib.suppress(ConnectionError):
-                client.buffer = client.buffer or client.sock.recv(65536)
-            if not client.buffer or client.buffer.endswith(b" Continue\r\n\r\n"):
-                return  # told to go on, we did not
-            client.method = method
-            yield client.answer()
-
-    def _check(self, answers, digests, problem, data):
-        fuzz_require(len(answers) <= len(digests) + bool(problem), data, answers)
-        for answer, digest in itertools.zip_longest(answers, digests):
-            if answer is None:
-                break
-            fuzz_require(answer.status not in range(500, 505), data, answer)
-            if digest is None:
-                fuzz_require(400 <= answer.status < 500, data, problem, answer)
-            elif answer.status == 200 and len(answer.body) == 64:
-                fuzz_require(answer.body == digest, "another's answer", data, answer)
-
-
-FUZZ_MODELS = ("alpha-one", "bravo-two", "charlie-three", "delta-four")
-
-
-def fuzz_wire(count, seed):
-    """So many connections; what became of them, the violations, llmswap's sizes."""
-    backends = [FuzzBackend() for _ in FUZZ_MODELS]
-    text = f"[llmswap]\nmax-body = {FUZZ_LIMIT}\nmodels-max = 0\n"
-    for name, backend in zip(FUZZ_MODELS, backends):
-        text += f"[{name}]\nproxy = http://127.0.0.1:{backend.port}\n"
-    with Llmswap(text) as server:
-        clients = [
-            FuzzClient(server, backend, name, seed)
-            for name, backend in zip(FUZZ_MODELS, backends)
-        ]
-        for client in clients:
-            assert server.get(f"/upstream/{client.model}/").status == 200
-            list(client.backend.news())
-        sizes = {}
-        for moment in ("before", "after"):
-            with ThreadPoolExecutor() as pool:
-                counts = [math.ceil(count / 2 / len(clients))] * len(clients)
-                list(pool.map(FuzzClient.run, clients, counts))
-            eventually(lambda: not fuzz_busy(server), 20)
-            sizes[moment] = soak_size(server.pid)
-            for client in clients:
-                client.seed += 1
-        violations = [each for client in clients for each in client.violations]
-        megabytes = 8 if count > 9999 else 50
-        slack = {"threads": 40, "descriptors": 40, "resident": megabytes}
-        for name, limit in slack.items():
-            if sizes["after"][name] > sizes["before"][name] + limit:
-                violations.append(f"{name} grew: {sizes}")
-        if "Traceback" in server.log() or "bug" in server.log():
-            violations.append(server.log()[-3000:])
-    for backend in backends:
-        backend.close()
-    return sum((client.tally for client in clients), Counter()), violations, sizes
-
-
-def fuzz_busy(server):
-    """Whether clients that left still occupy it."""
-    health = server.get("/health").json()
-    return health["requests"] + health["queued"]
-
-
-# ----------------------------------------------------------------------------------
-# The command
-
-
-def fuzz_main(argv):
-    """Fuzz, print what became of it, and return the exit status."""
-    if "--help" in argv:
-        print(FUZZ_USAGE)
-        return 0
-    seed = int(word_after(argv, "--seed", random.randrange(10**6)))
-    print(f"seed {seed}")
-    count = int(word_after(argv, "--parser", 10**6))
-    fuzz_parser(min(count, 10**4), seed + 1)  # what is kept for later then is
-    before = soak_size(os.getpid())["resident"]
-    tally, violations = fuzz_parser(count, seed)
-    grown = soak_size(os.getpid())["resident"] - before
-    if grown > 8:
-        violations.append(f"the parser kept {grown} MB")
-    fuzz_print("the parser alone", tally, violations)
-    count = int(word_after(argv, "--wire", 10**4))
-    tally, more, sizes = fuzz_wire(count, seed)
-    fuzz_print(f"over the wire; sizes {sizes}", tally, more)
-    return 1 if violations or more else 0
-
-
-def fuzz_print(title, tally, violations):
-    """What became of how many, and the evidence."""
-    print(title)
-    for outcome, count in sorted(tally.items()):
-        print(f"{count:>10,}  {outcome}")
-    print(f"{len(violations):>10,}  violations", *violations[:10], sep="\n    ")
 
 
 # ==================================================================================
@@ -15468,132 +13832,99 @@ FAULT_WORDS = (  # by which the table knows what clients and the log are told
     "does not exist", "temporary file", "Too many open files", "start new thread",
     "shutting down", "(reload)", "(shutdown)", "unloaded after 2",
 )  # fmt: skip
-FAULT_TABLE = """\
-fault          | state     | what its client sees     | what is logged       | after
-exits 0        | queued    | 200                      | exited with status 0? | loaded
-exits 0        | loading   | 502: exited with status 0 | exited with status 0 | unloaded
-exits 0        | idle      | 200                      | exited with status 0 | loaded
-exits 0        | busy      | event, cut: broke off    | exited with status 0 | unloaded
-exits 0        | sleeping  | 200                      | exited with status 0 | loaded
-exits 0        | unloading | 200                      |                      | loaded
-exits 1        | queued    | 200                      | exited with status 1? | loaded
-exits 1        | loading   | 502: exited with status 1 | exited with status 1 | unloaded
-exits 1        | idle      | 200                      | exited with status 1 | loaded
-exits 1        | busy      | event, cut: broke off    | exited with status 1 | unloaded
-exits 1        | sleeping  | 200                      | exited with status 1 | loaded
-exits 1        | unloading | 200                      |                      | loaded
-SIGKILL        | queued    | 200                      | killed by signal 9?  | loaded
-SIGKILL        | loading   | 502: killed by signal 9  | killed by signal 9   | unloaded
-SIGKILL        | idle      | 200                      | killed by signal 9   | loaded
-SIGKILL        | busy      | event, cut: broke off    | killed by signal 9   | unloaded
-SIGKILL        | sleeping  | 200                      | killed by signal 9   | loaded
-SIGKILL        | unloading | 200                      |                      | loaded
-hangs          | queued    | 200                      | unloaded after 2     | loaded
-hangs          | loading   | 504: no sign of progress | no sign of progress  | unloaded
-hangs          | idle      | 200                      | hung                 | loaded
-hangs          | busy      | event, cut: broke off    | hung                 | unloaded
-hangs          | sleeping  | 200                      | did not wake up      | loaded
-hangs          | unloading | 200                      | unloaded after 2     | loaded
-closes socket  | queued    | 200                      |                      | loaded
-closes socket  | loading   | 504: no sign of progress | no sign of progress  | unloaded
-closes socket  | idle      | 502: cannot be reached   | hung                 | unloaded
-closes socket  | busy      | event, cut: broke off    | hung                 | unloaded
-closes socket  | sleeping  | 200                      | did not wake up      | loaded
-closes socket  | unloading | 200                      |                      | loaded
-rubbish        | queued    | 200                      |                      | loaded
-rubbish        | loading   | 504: no sign of progress | no sign of progress  | unloaded
-rubbish        | idle      | 502: is not HTTP         | hung                 | unloaded
-rubbish        | busy      | event, cut: broke off    | hung                 | unloaded
-rubbish        | sleeping  | 200                      | did not wake up      | loaded
-rubbish        | unloading | 200                      |                      | loaded
-late           | queued    | 200                      |                      | loaded
-late           | loading   | 200                      |                      | loaded
-late           | idle      | 200                      |                      | loaded
-late           | busy      | 200                      |                      | loaded
-late           | sleeping  | 200                      |                      | loaded
-late           | unloading | 200                      |                      | loaded
-port taken     | queued    | -: it has none yet       |                      | loaded
-port taken     | loading   | 200                      |                      | loaded
-port taken     | idle      | 200                      | killed by signal 9   | loaded
-port taken     | busy      | event, cut: broke off    | killed by signal 9   | unloaded
-port taken     | sleeping  | 200                      | killed by signal 9   | loaded
-port taken     | unloading | -: it still has it       |                      | loaded
-binary gone    | queued    | 502: does not exist      | does not exist       | unloaded
-binary gone    | loading   | 200                      |                      | loaded
-binary gone    | idle      | 200                      |                      | loaded
-binary gone    | busy      | 200                      |                      | loaded
-binary gone    | sleeping  | 200                      |                      | loaded
-binary gone    | unloading | 502: does not exist      | does not exist       | unloaded
-disk full      | queued    | 200                      |                      | loaded
-disk full      | loading   | 200                      |                      | loaded
-disk full      | idle      | 200                      |                      | loaded
-disk full      | busy      | 200                      |                      | loaded
-disk full      | sleeping  | 200                      |                      | loaded
-disk full      | unloading | 200                      |                      | loaded
-fork fails     | queued    | 502: start new thread    | start new thread     | unloaded
-fork fails     | loading   | 200                      |                      | loaded
-fork fails     | idle      | 200                      |                      | loaded
-fork fails     | busy      | 200                      |                      | loaded
-fork fails     | sleeping  | 200                      |                      | loaded
-fork fails     | unloading | 502: start new thread    | start new thread     | unloaded
-no descriptors | queued    | 502: Too many open files | Too many open files  | unloaded
-no descriptors | loading   | 200                      |                      | loaded
-no descriptors | idle      | 200                      |                      | loaded
-no descriptors | busy      | 200                      |                      | loaded
-no descriptors | sleeping  | 502: Too many open files | Too many open files  | unloaded
-no descriptors | unloading | 502: Too many open files | Too many open files  | unloaded
-clock ahead    | queued    | 200                      |                      | loaded
-clock ahead    | loading   | 200                      |                      | loaded
-clock ahead    | idle      | 200                      |                      | loaded
-clock ahead    | busy      | 200                      |                      | loaded
-clock ahead    | sleeping  | 200                      |                      | loaded
-clock ahead    | unloading | 200                      |                      | loaded
-clock back     | queued    | 200                      |                      | loaded
-clock back     | loading   | 200                      |                      | loaded
-clock back     | idle      | 200                      |                      | loaded
-clock back     | busy      | 200                      |                      | loaded
-clock back     | sleeping  | 200                      |                      | loaded
-clock back     | unloading | 200                      |                      | loaded
-machine sleeps | queued    | 200                      |                      | loaded
-machine sleeps | loading   | 200                      |                      | loaded
-machine sleeps | idle      | 200                      |                      | loaded
-machine sleeps | busy      | 200                      |                      | loaded
-machine sleeps | sleeping  | 200                      |                      | loaded
-machine sleeps | unloading | 200                      |                      | loaded
-client leaves  | queued    | cut                      |                      | unloaded
-client leaves  | loading   | cut                      |                      | loaded
-client leaves  | idle      | -: nobody asks           |                      | loaded
-client leaves  | busy      | cut                      |                      | loaded
-client leaves  | sleeping  | -: nobody asks           |                      | sleeping
-client leaves  | unloading | cut                      |                      | unloaded
-SIGHUP         | queued    | 200                      | (reload)             | loaded
-SIGHUP         | loading   | 200                      | (reload)             | loaded
-SIGHUP         | idle      | 200                      | (reload)             | loaded
-SIGHUP         | busy      | 200                      | (reload)             | unloaded
-SIGHUP         | sleeping  | 200                      | (reload)             | loaded
-SIGHUP         | unloading | 200                      |                      | loaded
-SIGTERM        | queued    | 503: shutting down       | (shutdown)           | exit 0
-SIGTERM        | loading   | 503: shutting down       | (shutdown)           | exit 0
-SIGTERM        | idle      | 503: shutting down       | (shutdown)           | exit 0
-SIGTERM        | busy      | 200                      | (shutdown)           | exit 0
-SIGTERM        | sleeping  | 503: shutting down       | (shutdown)           | exit 0
-SIGTERM        | unloading | 503: shutting down       |                      | exit 0
-SIGTERM twice  | queued    | 503: shutting down       | (shutdown)           | exit 0
-SIGTERM twice  | loading   | 503: shutting down       | (shutdown)           | exit 0
-SIGTERM twice  | idle      | cut/503: shutting down   | (shutdown)           | exit 0
-SIGTERM twice  | busy      | event, cut: broke off    | (shutdown)           | exit 0
-SIGTERM twice  | sleeping  | cut/503: shutting down   | (shutdown)           | exit 0
-SIGTERM twice  | unloading | 503: shutting down       |                      | exit 0
-restart        | queued    | cut                      |                      | unloaded
-restart        | loading   | cut                      |                      | unloaded
-restart        | idle      | cut                      |                      | unloaded
-restart        | busy      | cut                      |                      | unloaded
-restart        | sleeping  | cut                      |                      | unloaded
-restart        | unloading | cut                      |                      | unloaded
-"""
 FAULT_STATES = ("queued", "loading", "idle", "busy", "sleeping", "unloading")
+FAULT_TABLE = """\
+fault          | state     | what its client sees      | what is logged        | after
+exits 0        | queued    | 200                       | exited with status 0? | loaded
+exits 0        | loading   | 502: exited with status 0 | exited with status 0  | unloaded
+exits 0        | busy      | event, cut: broke off     | exited with status 0  | unloaded
+exits 0        | unloading | 200                       |                       | loaded
+exits 0        | others    | 200                       | exited with status 0  | loaded
+exits 1        | queued    | 200                       | exited with status 1? | loaded
+exits 1        | loading   | 502: exited with status 1 | exited with status 1  | unloaded
+exits 1        | busy      | event, cut: broke off     | exited with status 1  | unloaded
+exits 1        | unloading | 200                       |                       | loaded
+exits 1        | others    | 200                       | exited with status 1  | loaded
+SIGKILL        | queued    | 200                       | killed by signal 9?   | loaded
+SIGKILL        | loading   | 502: killed by signal 9   | killed by signal 9    | unloaded
+SIGKILL        | busy      | event, cut: broke off     | killed by signal 9    | unloaded
+SIGKILL        | unloading | 200                       |                       | loaded
+SIGKILL        | others    | 200                       | killed by signal 9    | loaded
+hangs          | loading   | 504: no sign of progress  | no sign of progress   | unloaded
+hangs          | idle      | 200                       | hung                  | loaded
+hangs          | busy      | event, cut: broke off     | hung                  | unloaded
+hangs          | sleeping  | 200                       | did not wake up       | loaded
+hangs          | others    | 200                       | unloaded after 2      | loaded
+closes socket  | loading   | 504: no sign of progress  | no sign of progress   | unloaded
+closes socket  | idle      | 502: cannot be reached    | hung                  | unloaded
+closes socket  | busy      | event, cut: broke off     | hung                  | unloaded
+closes socket  | sleeping  | 200                       | did not wake up       | loaded
+closes socket  | others    | 200                       |                       | loaded
+rubbish        | loading   | 504: no sign of progress  | no sign of progress   | unloaded
+rubbish        | idle      | 502: is not HTTP          | hung                  | unloaded
+rubbish        | busy      | event, cut: broke off     | hung                  | unloaded
+rubbish        | sleeping  | 200                       | did not wake up       | loaded
+rubbish        | others    | 200                       |                       | loaded
+late           | others    | 200                       |                       | loaded
+port taken     | queued    | -: it has none yet        |                       | loaded
+port taken     | loading   | 200                       |                       | loaded
+port taken     | busy      | event, cut: broke off     | killed by signal 9    | unloaded
+port taken     | unloading | -: it still has it        |                       | loaded
+port taken     | others    | 200                       | killed by signal 9    | loaded
+binary gone    | queued    | 502: does not exist       | does not exist        | unloaded
+binary gone    | unloading | 502: does not exist       | does not exist        | unloaded
+binary gone    | others    | 200                       |                       | loaded
+disk full      | others    | 200                       |                       | loaded
+fork fails     | queued    | 502: start new thread     | start new thread      | unloaded
+fork fails     | unloading | 502: start new thread     | start new thread      | unloaded
+fork fails     | others    | 200                       |                       | loaded
+no descriptors | loading   | 200                       |                       | loaded
+no descriptors | idle      | 200                       |                       | loaded
+no descriptors | busy      | 200                       |                       | loaded
+no descriptors | others    | 502: Too many open files  | Too many open files   | unloaded
+clock ahead    | others    | 200                       |                       | loaded
+clock back     | others    | 200                       |                       | loaded
+machine sleeps | others    | 200                       |                       | loaded
+client leaves  | loading   | cut                       |                       | loaded
+client leaves  | idle      | -: nobody asks            |                       | loaded
+client leaves  | busy      | cut                       |                       | loaded
+client leaves  | sleeping  | -: nobody asks            |                       | sleeping
+client leaves  | others    | cut                       |                       | unloaded
+SIGHUP         | busy      | 200                       | (reload)              | unloaded
+SIGHUP         | unloading | 200                       |                       | loaded
+SIGHUP         | others    | 200                       | (reload)              | loaded
+SIGTERM        | busy      | 200                       | (shutdown)            | exit 0
+SIGTERM        | unloading | 503: shutting down        |                       | exit 0
+SIGTERM        | others    | 503: shutting down        | (shutdown)            | exit 0
+SIGTERM twice  | idle      | cut/503: shutting down    | (shutdown)            | exit 0
+SIGTERM twice  | busy      | event, cut: broke off     | (shutdown)            | exit 0
+SIGTERM twice  | sleeping  | cut/503: shutting down    | (shutdown)            | exit 0
+SIGTERM twice  | unloading | 503: shutting down        |                       | exit 0
+SIGTERM twice  | others    | 503: shutting down        | (shutdown)            | exit 0
+restart        | others    | cut                       |                       | unloaded
+"""  # others: the states of this fault without a line of their own
+FAULT_ROW = "{:14} | {:9} | {:25} | {:21} | {}"
 FAULT_UNSERVED = ("queued", "sleeping", "unloading")  # without a new descriptor
 FAULT_BOUND = 15.0  # s; nothing takes longer
+FAULT_NOBODY = 64321  # a user whose processes, unlike root's, are limited
+
+
+def expected_rows(fault):
+    """What the table says of a fault: the cells of each of the six states."""
+    lines = [map(str.strip, line.split(" | ")) for line in FAULT_TABLE.splitlines()]
+    rows = {state: cells for name, state, *cells in lines if name == fault}
+    own = [(state, rows.get(state, rows.get("others"))) for state in FAULT_STATES]
+    return [[fault, state, *cells] for state, cells in own]
+
+
+def is_as_expected(fault, rows):
+    """Whether the rows are the table's; what stands there with a ? may be missing, and
+    of what stands on both sides of a / either may be."""
+    return all(
+        was in cell.replace("?", "/").split("/")
+        for row, expected in zip(rows, expected_rows(fault))
+        for was, cell in zip(row, expected)
+    )
 
 
 class FaultyLlmswap(Llmswap):
@@ -15620,9 +13951,6 @@ class FaultyLlmswap(Llmswap):
             self._args[:0] = [*words.split(), "--ambient-caps", keep]
 
 
-FAULT_NOBODY = 64321  # a user whose processes, unlike root's, are limited
-
-
 class Plight:
     """Six models of one llmswap in the six states, their clients, and a fault."""
 
@@ -15630,22 +13958,15 @@ class Plight:
         self.fault = fault
         self.swap = FaultyLlmswap(fault)
         self.clients = {}  # state -> FaultClient
-        self.streams = []
         self.strangers = {}
-        self.servers = {}  # state -> (pid, port); for queued: of who is in its way
+        self.servers = {}  # state -> (pid, port); for queued: of the one in its way
 
     def run(self):
         """The six lines of the table, as they came out."""
-        with self.swap:
-            try:
-                self._get_into_states()
-                self._strike()
-                return self._look()
-            finally:
-                for stream in self.streams:
-                    stream.close()
-                for stranger in self.strangers.values():
-                    stranger.heard()
+        with self.swap, contextlib.ExitStack() as self.at_end:
+            self._get_into_states()
+            self._strike()
+            return self._look()
 
     # before
 
@@ -15653,6 +13974,8 @@ class Plight:
         """All at once, those last that do not last."""
         if self.fault == "port taken":  # strangers are older than the backends
             self.strangers = {state: Stranger() for state in FAULT_STATES[1:5]}
+            for stranger in self.strangers.values():
+                self.at_end.callback(stranger.heard)
         with ThreadPoolExecutor(3) as pool:
             list(pool.map(lambda step: step(), [self._block, self._lull, self._warm]))
         for state in FAULT_STATES:
@@ -15669,9 +13992,9 @@ class Plight:
         self.mark = len(self.swap.log())
 
     def _block(self):
-        stream = self.swap.stream("blocker", tokens=10**6, interval=0.05)
-        next(stream.events())
-        self.streams.append(stream)
+        self.stream = self.swap.stream("blocker", tokens=10**6, interval=0.05)
+        next(self.stream.events())
+        self.at_end.enter_context(self.stream)
 
     def _lull(self):
         assert self.swap.chat("sleeping").status == 200
@@ -15701,15 +14024,14 @@ class Plight:
     def _strike(self):
         strike, self._heal = FAULTS[self.fault]
         strike(self)
-        for state in ("idle", "sleeping"):
-            if self.fault != "client leaves":
-                self.clients[state].ask(**FAULT_WISHES.get(self.fault, {}))
-        if self.fault == "client leaves":
+        is_left = self.fault == "client leaves"
+        for state in () if is_left else ("idle", "sleeping"):
+            self.clients[state].ask(**FAULT_WISHES.get(self.fault, {}))
+        if is_left:
             eventually(lambda: not self._waiting())
         self.clients["queued"].done.wait(0.3)
         self.swap.gate.touch()
-        for stream in self.streams:
-            stream.close()
+        self.stream.close()
 
     # after
 
@@ -15729,8 +14051,7 @@ class Plight:
 
     def _rows(self, states):
         self.told = self.swap.log()[self.mark :]
-        lines = self.told.splitlines()
-        return [self._row(state, lines, states[state]) for state in FAULT_STATES]
+        return [self._row(state, states[state]) for state in FAULT_STATES]
 
     def _end(self):
         status = self.swap.process.wait(FAULT_BOUND)
@@ -15744,12 +14065,12 @@ class Plight:
         running = self.swap.get("/running").json()["running"]
         return not {"starting", "stopping"} & {each["state"] for each in running}
 
-    def _row(self, state, lines, after):
+    def _row(self, state, after):
         """A line of the table."""
+        names = f"{state}|blocker" if state == "queued" else state
+        lines = re.findall(rf"(?m)^\S+ (?:{names})\b.*", self.told)
         client = FAULT_NONSENSE.get((self.fault, state)) or self.clients[state].cell()
-        cells = [self.fault, state, client, _log_cell(lines, state)]
-        widths = map(len, FAULT_TABLE.partition("\n")[0].split(" | "))
-        return " | ".join([*(f"{c:<{w}}" for c, w in zip(cells, widths)), after])
+        return [self.fault, state, client, fault_words("\n".join(lines)), after]
 
     def _ask_again(self):
         """Whatever happened: when it is over, each model serves."""
@@ -15762,14 +14083,8 @@ class Plight:
             assert client.outcome == "200", told
 
 
-def _log_cell(lines, state):
-    """What the log says of a model, in short."""
-    names = f"{state}|blocker" if state == "queued" else state
-    text = "\n".join(line for line in lines if re.match(rf"\S+ ({names})\b", line))
-    return fault_words(text)
-
-
 def fault_words(text):
+    """Those of FAULT_WORDS that are in this text."""
     return ", ".join(word.strip() for word in FAULT_WORDS if word in text)
 
 
@@ -15780,9 +14095,8 @@ class FaultClient:
         self.model = model
         self.connection = swap.connect(FAULT_BOUND)
         self.has_begun, self.done = threading.Event(), threading.Event()
-        self.outcome = "-"
+        self.outcome, self.data = "-", b""
         self.is_asking = False
-        self.data = b""
         self.tag = f"mark-{random.randrange(10**9)}"
 
     def ask(self, **wish):
@@ -15794,12 +14108,12 @@ class FaultClient:
         body = {**wish, **chat_body(self.model, tag=self.tag)}
         try:
             with self.connection as connection:
-                connection.send("POST", "/v1/chat/completions", body)
+                connection.send("POST", CHAT, body)
                 self.outcome = self._hear(connection)
         except socket.timeout:
             pass
         except (BrokenAnswer, OSError):
-            self.outcome = "event, cut" if b"data: {\"error\"" in self.data else "cut"
+            self.outcome = "event, cut" if b'data: {"error"' in self.data else "cut"
         finally:
             self.has_begun.set()
             self.done.set()
@@ -15821,11 +14135,6 @@ class FaultClient:
             return self.outcome
         return f"{self.outcome}: {fault_words(self.data.decode('latin-1'))}"
 
-    def leave(self):
-        """Hang up."""
-        if self.is_asking:
-            self.connection.sock.shutdown(socket.SHUT_RDWR)
-
 
 def takes_orders(pid):
     """Whether a fake server has installed its last handler."""
@@ -15846,10 +14155,19 @@ def is_stopped(pid):
         return all(b") T " in stat for stat in stats)
 
 
-def strike_servers(number):
+def signal_servers(plight, number):
+    for pid, _ in reversed(plight.servers.values()):  # first those that end soon
+        os.kill(pid, number)
+
+
+def strike_signal(number):
+    """Signal the servers, and wait until it is known that they are dead; a request that
+    comes sooner is served, too, but logged otherwise."""
+
     def strike(plight):
-        for pid, _ in reversed(plight.servers.values()):  # first those that end soon
-            os.kill(pid, number)
+        signal_servers(plight, number)
+        for state in ("idle", "sleeping"):
+            eventually(lambda: f"{state} ended by itself" in plight.swap.log())
 
     return strike
 
@@ -15858,24 +14176,11 @@ def strike_order(name):
     """Order it, and wait until it is obeyed."""
 
     def strike(plight):
-        strike_servers(order_to(name))(plight)
-        if "exit" in name:
-            return await_notice(plight)
+        signal_servers(plight, order_to(name))
         for pid, port in plight.servers.values():
             eventually(lambda: is_gone(pid) or is_obeyed(name, port))
 
     return strike
-
-
-def strike_dead(plight):
-    strike_servers(signal.SIGKILL)(plight)
-    await_notice(plight)
-
-
-def await_notice(plight):
-    """Wait until it is known; who asks sooner is served, too, but logged otherwise."""
-    for state in ("idle", "sleeping"):
-        eventually(lambda: f"{state} ended by itself" in plight.swap.log())
 
 
 def is_obeyed(order, port):
@@ -15888,7 +14193,7 @@ def is_obeyed(order, port):
 
 def strike_stop(plight):
     """All stand still; a signal reaches one thread, and the others when that runs."""
-    strike_servers(signal.SIGSTOP)(plight)
+    signal_servers(plight, signal.SIGSTOP)
     for pid, _ in plight.servers.values():
         eventually(lambda: is_gone(pid) or is_stopped(pid))
 
@@ -15896,8 +14201,7 @@ def strike_stop(plight):
 def strike_late(plight):
     """Stopped for longer than it takes to be suspected, for less than hang-timeout."""
     strike_stop(plight)
-    wake = functools.partial(strike_servers(signal.SIGCONT), plight)
-    threading.Timer(0.6, wake).start()
+    threading.Timer(0.6, signal_servers, (plight, signal.SIGCONT)).start()
 
 
 def strike_port(plight):
@@ -15915,12 +14219,12 @@ def heal_port(plight):
         assert not re.search(b"completions", stranger.heard()), "a stranger was asked"
 
 
-def strike_binary(plight):
-    plight.swap.program.rename(plight.swap.program.with_suffix(".away"))
+def rename(old, new):
+    def act(plight):
+        program = plight.swap.program
+        program.with_suffix(old).rename(program.with_suffix(new))
 
-
-def heal_binary(plight):
-    plight.swap.program.with_suffix(".away").rename(plight.swap.program)
+    return act
 
 
 def limit(kind, soft, victims=FAULT_STATES):
@@ -15970,13 +14274,13 @@ def strike_sleep(plight):
 
 def strike_leave(plight):
     for client in plight.clients.values():
-        client.leave()
+        if client.is_asking:
+            client.connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 def strike_reload(plight):
-    plight.swap.reload(
-        plight.swap.text.replace("FAKE", plight.swap.fake + " --lines 1")
-    )
+    other = plight.swap.fake + " --lines 1"
+    plight.swap.reload(plight.swap.text.replace("FAKE", other))
     eventually(lambda: "(reload)" in plight.swap.log())
 
 
@@ -15994,24 +14298,20 @@ def strike_restart(plight):
     eventually(lambda: not family(plight.swap.token), 2)
 
 
-def heal_restart(plight):
-    plight.swap.start()
-
-
 def nothing(plight):
     pass
 
 
-FAULTS = {
-    "exits 0": (strike_order("exit 0"), nothing),
-    "exits 1": (strike_order("exit 1"), nothing),
-    "SIGKILL": (strike_dead, nothing),
+FAULTS = {  # what happens, and what ends it
+    "exits 0": (strike_signal(signal.SIGRTMIN + 1), nothing),
+    "exits 1": (strike_signal(signal.SIGRTMIN + 2), nothing),
+    "SIGKILL": (strike_signal(signal.SIGKILL), nothing),
     "hangs": (strike_stop, nothing),
     "closes socket": (strike_order("deaf"), nothing),
     "rubbish": (strike_order("mad"), nothing),
     "late": (strike_late, nothing),
     "port taken": (strike_port, heal_port),
-    "binary gone": (strike_binary, heal_binary),
+    "binary gone": (rename("", ".away"), rename(".away", "")),
     "disk full": limit(resource.RLIMIT_FSIZE, 0),
     "fork fails": (strike_fork, heal_fork),
     "no descriptors": limit(resource.RLIMIT_NOFILE, 8, FAULT_UNSERVED),
@@ -16022,7 +14322,7 @@ FAULTS = {
     "SIGHUP": (strike_reload, nothing),
     "SIGTERM": (strike_term(1), nothing),
     "SIGTERM twice": (strike_term(2), nothing),
-    "restart": (strike_restart, heal_restart),
+    "restart": (strike_restart, lambda plight: plight.swap.start()),
 }
 FAULT_NONSENSE = {  # why there is nothing to see
     ("port taken", "queued"): "-: it has none yet",
@@ -16031,22 +14331,6 @@ FAULT_NONSENSE = {  # why there is nothing to see
     ("client leaves", "sleeping"): "-: nobody asks",
 }
 FAULT_WISHES = {"disk full": {"filler": "x" * 3 * 2**20}}
-
-
-def expected_rows(fault):
-    rows = FAULT_TABLE.splitlines()
-    return [row for row in rows if row.partition("|")[0].strip() == fault]
-
-
-def is_as_expected(fault, rows):
-    """Whether the rows are the table's; what stands there with a ? may be missing, and
-    of what stands on both sides of a / either may be."""
-    expected = " | ".join(expected_rows(fault)).split(" | ")
-    found = " | ".join(rows).split(" | ")
-    return len(found) == len(expected) and all(
-        was.strip() in cell.strip().replace("?", "/").split("/")
-        for was, cell in zip(found, expected)
-    )
 
 
 def run_faults(names):
@@ -16060,13 +14344,13 @@ def test_faults_at_every_moment_do_what_the_table_says():
     """Some of them, chosen by FAULTS_SEED; the command `faults` goes through all."""
     names = random.Random(os.environ.get("FAULTS_SEED", "1")).sample(sorted(FAULTS), 3)
     for plight, rows in run_faults(names):
-        assert is_as_expected(plight.fault, rows), "\n".join([*rows, plight.told])
+        assert is_as_expected(plight.fault, rows), f"{rows}\n{plight.told}"
 
 
 def test_the_table_of_faults_is_complete():
-    rows = FAULT_TABLE.splitlines()[1:]
-    cells = [tuple(map(str.strip, row.split("|")[:2])) for row in rows]
-    assert cells == list(itertools.product(FAULTS, FAULT_STATES))
+    assert all(len(row) == 5 for fault in FAULTS for row in expected_rows(fault))
+    named = {line.partition("|")[0].strip() for line in FAULT_TABLE.splitlines()}
+    assert named == {*FAULTS, "fault"}
 
 
 HANGS = [
@@ -16109,13 +14393,13 @@ def faults_main(argv):
         print(FAULTS_USAGE)
         return 0
     names, status = argv or list(FAULTS), 0
-    title = FAULT_TABLE.partition("\n")[0]
+    title = FAULT_ROW.format(*FAULT_TABLE.splitlines()[0].split(" | "))
     print(title, re.sub(r"[^|]", "-", title), sep="\n")
     for plight, rows in run_faults(names):
-        print(*rows, sep="\n", flush=True)
+        print(*(FAULT_ROW.format(*row) for row in rows), sep="\n", flush=True)
         if not is_as_expected(plight.fault, rows):
-            expected = expected_rows(plight.fault)
-            print("which is not what the table says:", *expected, plight.told, sep="\n")
+            print("which is not what the table says:", *expected_rows(plight.fault))
+            print(plight.told)
             status = 1
     return status
 
@@ -16138,8 +14422,8 @@ def run_tool(name, argv):
 COMMANDS = {
     "bench": functools.partial(run_tool, "bench"),
     "soak": functools.partial(run_tool, "soak"),
+    "fuzz": functools.partial(run_tool, "fuzz"),
     "faults": faults_main,
-    "fuzz": fuzz_main,
 }
 
 

@@ -162,13 +162,15 @@ def bench_resident(pid):
 def bench_models(count=10):
     """{name: command} of the models that the proxy must serve, `count` in all."""
     fake = functools.partial(fake_command, "--journal", BENCH_FOLDER / "journal")
+    program = Path(__file__).with_name("canned.py").resolve()
+    canned = f"{sys.executable} -I -S {program} --port ${{PORT}}"
     models = {
         "swap-a": fake("--model", "swap-a", "--load", "0-2"),
         "swap-b": fake("--model", "swap-b", "--load", "0-2"),
         "a": fake("--model", "a", "--load", "0.5"),
         "b": fake("--model", "b", "--load", "0.5"),
-        "canned": fake("--model", "canned", "--canned"),
-        "rps": fake("--model", "rps", "--canned"),
+        "canned": canned,
+        "rps": canned,
     }
     if shutil.which("wrk") and shutil.which("nginx"):
         models["rps"] = f"sh {BENCH_FOLDER}/nginx.sh ${{PORT}}"
