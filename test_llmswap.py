@@ -13456,6 +13456,23 @@ capabilities = tools
         assert set(server.states().values()) == {"unloaded"}
 
 
+@with_llama_server
+def test_an_unknown_option_is_known_before_anybody_asks_for_the_model(tmp_path):
+    write_gguf(tmp_path / "one.gguf")
+    text = f"[a]\nllama-server = {LLAMA_SERVER}\nmodel = {tmp_path}/one.gguf\n"
+    with Llmswap(text + "ctx-sise = 1") as server:
+        status = eventually(
+            lambda: server.get("/v1/models/a").json()["status"].get("failed")
+            and server.get("/v1/models/a").json()["status"]
+        )
+        assert "ctx-sise" in status["error"] and "ctx-size?" in status["error"]
+        done = subprocess.run(
+            [sys.executable, LLMSWAP, str(server.ini), "--check"],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 2 and "ctx-size?" in done.stdout
+
+
 ROUTER_FILE = """\
 [*]
 ctx-size = 256
