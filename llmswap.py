@@ -324,12 +324,6 @@ def parse_budget(text) -> dict:
     return amounts
 
 
-def parse_state_dir(text) -> str:
-    """Return the path, with ~ and $XDG_CACHE_HOME (by default ~/.cache) expanded."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return os.path.expanduser(text.replace("$XDG_CACHE_HOME", cache))
-
-
 def parse_sets(text) -> tuple:
     """Return sets of names, each a tuple: "coder + embed, thinker + embed"."""
     sets = [tuple(map(str.strip, part.split("+"))) for part in parse_words(text)]
@@ -363,6 +357,13 @@ def parse_object(text) -> dict:
     if not isinstance(value, dict):
         raise ValueError("not a JSON object such as {\"temperature\": 0.7}")
     return value
+
+
+def parse_state_dir(text) -> str:
+    """Return an absolute path; `$XDG_CACHE_HOME` is `~/.cache` where it is not set."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    path = text.replace("$XDG_CACHE_HOME", cache)
+    return os.path.abspath(os.path.expanduser(path))
 
 
 CONTROL_REQUEST = re.compile(r"[ \t]*(?:([A-Z]+)[ \t]+)?(/[^\s,]*)[ \t]*")
@@ -447,7 +448,9 @@ PROXY_KEYS = (
     Key("llama-server", os.path.expanduser, "llama-server",
         "the binary for models that name none themselves"),
     Key("state-dir", parse_state_dir, "$XDG_CACHE_HOME/llmswap",
-        "where what was learned is kept, such as the memory that models need"),
+        "where saved contexts and what was learned are kept, for this user only"),
+    Key("context-max", parse_size, "20G",
+        "saved contexts beyond that go, the oldest first"),
     Key("default-model", str, "",
         "for requests that name none; empty: the only one there is"),
     Key("patience", or_none("auto", parse_duration), "auto",
@@ -520,6 +523,9 @@ MODEL_KEYS = (
         "`on`: never evicted to make room, nor unloaded when idle; `loaded`: not "
         "evicted while it is loaded, requests for what does not fit beside it are "
         "refused"),
+    Key("keep-context", parse_boolean, "off",
+        "save the processed prompts of a llama-server before it is stopped, and "
+        "restore them after its next start"),
     Key("needs", or_none("auto", parse_resources), "",
         "resources, e.g. `vram 18G, ram 4G`; `auto`: measured and remembered, the "
         "default if anything in `budget` is `auto`"),
@@ -956,7 +962,7 @@ LENIENT_KEYS = ("stop-timeout", "load-on-startup")  # llama.cpp takes anything f
 # The keys that make the backend, by kind of model: their change needs a new backend.
 PROCESS_KEYS = ("extra-args", "proxy", "env.NAME", "cwd", "oom-score-adj")
 LAUNCH_KEYS = {
-    "llama-server": ("llama-server", *PROCESS_KEYS),
+    "llama-server": ("llama-server", "keep-context", *PROCESS_KEYS),
     "cmd": ("cmd", *PROCESS_KEYS),
     "unit": ("unit", "proxy"),
     "remote": ("proxy",),
@@ -972,6 +978,7 @@ SOURCE_KEYS = set(
     "LLAMA_ARG_MODEL_URL docker-repo dr LLAMA_ARG_DOCKER_REPO".split()
 )
 SOURCE_FLAG = re.compile("(?!spec-).*-default|fim-.*-spec")
+SAVE_PATH = "slot-save-path"  # the option of llama-server that `keep-context` needs
 
 
 class Model(NamedTuple):
@@ -980,7 +987,8 @@ class Model(NamedTuple):
     `options` are layers of settings, the weakest first, each in the order of its keys.
     They, `env` and the texts of commands may hold variables, which the methods expand.
     `backends` are the ids of the models whose backend may serve it, the first one
-    preferred. `problem` is None, or why the model cannot be used.
+    preferred. `problem` is None, or why the model cannot be used. `context_dir` is the
+    folder of its saved contexts, with a slash at its end; empty: none are kept.
     """
 
     name: str
@@ -995,6 +1003,7 @@ class Model(NamedTuple):
     aliases: tuple = ()
     source: str = "preset"  # as llama.cpp's router calls it
     preset_only: tuple = ()  # keys and texts of llama.cpp's presets that are no options
+    context_dir: str = ""
 
     @property
     def has_auto_needs(self) -> bool:
@@ -1055,6 +1064,8 @@ class Model(NamedTuple):
             fixed["log-colors"] = "off"
         settings = [setting._replace(text=self._expand(setting.text, PORT=port))
                     for layer in self.options for setting in layer]
+        if self.context_dir and table.find(SAVE_PATH):  # weaker than one of the file's
+            settings.insert(0, Setting(SAVE_PATH, self.context_dir, self.place))
         settings += [Setting(key, text, self.place) for key, text in fixed.items()]
         return table.choose(settings)
 
@@ -1076,6 +1087,14 @@ class Model(NamedTuple):
 
     def _expand(self, text, **more):
         return expand(text, {**self.variables, **more})
+
+
+def folder_name(name) -> str:
+    """Return a name for files of the model: its own, if that can be one."""
+    quoted = urllib.parse.quote(name, safe="", errors="surrogateescape")
+    if quoted.startswith(".") or len(quoted) > 100:
+        return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+    return quoted
 
 
 def has_source(keys) -> bool:
@@ -1368,6 +1387,10 @@ class ConfigLoader:
         """Return the Config, or raise ConfigError."""
         settings = self._read_settings()
         models = self._assign_names(self._build_models(settings))
+        for name, model in models.items():
+            if model.kind == "llama-server" and model.settings.keep_context:
+                path = os.path.join(settings.state_dir, "context", folder_name(name))
+                models[name] = model._replace(context_dir=f"{path}/")
         keys = self._read_api_keys(settings)
         config = Config(self._path, settings, models, self._names, keys, ())
         settings = self._resolve_names(config)
@@ -3190,7 +3213,7 @@ class Backend:
         self.lines = ()  # the last that it wrote, where they are read here
         self.started_at = self._began = self._progress_at = time.monotonic()
         self.on_loaded = self.on_described = self.on_slept = self.on_dying = None
-        self.on_exited = self.on_line = None
+        self.on_exited = self.on_line = self.on_context = None
         self._title = model.name
         self._thread = None
         self._wakeup = threading.Event()
@@ -3249,6 +3272,9 @@ class Backend:
         if not is_trusted and not self._probe(HEALTH_TIMEOUT).ok:
             self.report_stall()
         return True
+
+    def record_answer(self, usage, request: Mapping[str, object]):
+        """A request was answered: see ModelContext."""
 
     def died(self, timeout: float) -> bool:
         """Return whether it ended by itself, now or within the timeout."""
@@ -3523,6 +3549,444 @@ class Backend:
             report(self)
 
 
+# -- contexts that outlive their backend -----------------------------------------------
+#
+#    A stop of llama-server loses the prompts that it has processed. It can write the
+#    state of each slot to a file, and read it again after its next start:
+#
+#        STATE-DIR/context/MODEL/manifest.json   which files count, and of which command
+#        STATE-DIR/context/MODEL/MODEL.SLOT.ID   one slot, written by llama-server
+#
+#    A file counts once the manifest names it, which is replaced atomically. While the
+#    files are in use the manifest says so: if the server then ends without being
+#    stopped, what was restored may be the reason, and it is not restored again.
+
+MIN_CONTEXT = 256  # tokens; fewer are soon processed again
+SLOT_LIST_TIMEOUT = 1.0  # s
+UNKNOWN_PROMPT_SPEED = 500.0  # tokens/s, until an answer tells it
+WORTH_SHARE = 0.1  # of the time to process a context again that saving it may take
+CHEAP_SAVE = 0.05  # s; a save so short is worth it in any case
+MAX_USELESS = 2  # restores in a row, then a command's contexts are kept no more
+EMBEDDING_OPTIONS = {"--embedding", "--embeddings", "--rerank", "--reranking"}
+
+
+class SavedSlot(NamedTuple):
+    """The file of one slot: its name, the tokens in it, and its size in bytes."""
+
+    name: str
+    tokens: int
+    size: int
+
+
+class Manifest(NamedTuple):
+    """What is saved of a model: the slots by number, their files in `folder`.
+
+    `command` identifies the command, `owner` is the INI file, `speed` that of prompts
+    in tokens per second, `saved_at` in Unix time.
+    """
+
+    command: str
+    owner: str
+    folder: str
+    speed: float
+    saved_at: float
+    in_use: bool
+    slots: Mapping[int, SavedSlot]
+
+    @property
+    def size(self) -> int:
+        """The bytes of all slots."""
+        return sum(slot.size for slot in self.slots.values())
+
+
+def make_private_folder(path: str):
+    """Create a folder and its missing parents, for this user only. Raise OSError."""
+    if not os.path.isdir(path):
+        make_private_folder(os.path.dirname(path))
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+
+
+class ContextStore:
+    """The saved contexts of all models. Any thread may call.
+
+    Several llmswaps may share the directory: each deletes what belongs to models that
+    have left its own file, and any of them what is beyond its limit.
+    """
+
+    def __init__(self):
+        self.useless = collections.Counter()  # restores in a row, by command
+        self.save_costs = collections.Counter()  # seconds for each token, by command
+        self._lock = threading.Lock()  # of changing manifests
+        self._root = self._owner = ""
+        self._limit = math.inf
+        self._folders = set()  # of the models that keep their contexts
+        self._sizes = {}  # bytes by folder
+
+    def configure(self, config: Config):
+        """Use this configuration from now on, and tidy up in the background."""
+        self._root = os.path.join(config.settings.state_dir, "context")
+        self._owner = os.path.abspath(config.path)
+        self._limit = config.settings.context_max
+        self._folders = {model.context_dir for model in config.models.values()} - {""}
+        self.tidy()
+
+    def is_wanted(self, folder: str) -> bool:
+        """Whether a model of the configuration has this folder."""
+        return folder in self._folders
+
+    def size_of(self, folder: str) -> Optional[int]:
+        """Return how many bytes are kept there; None: the model keeps nothing."""
+        return self._sizes.get(folder, 0) if folder else None
+
+    def read(self, folder: str) -> Optional[Manifest]:
+        """Return the manifest of a model, None if there is none that can be read."""
+        try:
+            with open(f"{folder}manifest.json", "rb") as file:
+                manifest = Manifest(**json.load(file))
+            slots = {int(n): SavedSlot(*slot) for n, slot in manifest.slots.items()}
+            speed, saved_at = float(manifest.speed), float(manifest.saved_at)
+            return manifest._replace(slots=slots, speed=speed, saved_at=saved_at)
+        except (AttributeError, OSError, TypeError, ValueError):
+            return None
+
+    def write(self, folder: str, manifest: Manifest):
+        """Replace the manifest of a model; without slots, delete it. Raise OSError."""
+        path = f"{folder}manifest.json"
+        with self._lock:
+            self._sizes[folder] = manifest.size
+            if not manifest.slots:
+                return _delete([path])
+            with open(f"{path}.new", "w", opener=_open_private) as file:
+                json.dump(manifest._replace(owner=self._owner)._asdict(), file)
+            os.replace(file.name, path)
+
+    def tidy(self, stale: Iterable[str] = ()):
+        """In the background, delete these files, what models have left that are gone,
+        and the oldest contexts until the rest is within the limit."""
+        with contextlib.suppress(RuntimeError):  # no more threads can be started
+            threading.Thread(target=self._tidy, args=(stale,), daemon=True).start()
+
+    def _tidy(self, stale):
+        files, manifests = [*stale], {}
+        with self._lock:
+            for folder in [f"{path}/" for path in _paths_in(self._root)]:
+                manifest = self.read(folder)
+                is_ours = manifest is None or manifest.owner == self._owner
+                if is_ours and not self.is_wanted(folder):
+                    files += _paths_in(folder) + _paths_of(manifest)
+                elif manifest:
+                    manifests[folder] = manifest
+            for folder in sorted(manifests, key=lambda each: manifests[each].saved_at):
+                if sum(each.size for each in manifests.values()) > self._limit:
+                    _delete([f"{folder}manifest.json"])
+                    files += _paths_of(manifests.pop(folder))
+            self._sizes = {each: manifests[each].size for each in manifests}
+        _delete(files)
+
+
+def _open_private(path, flags):
+    return os.open(path, flags, 0o600)
+
+
+def _paths_in(folder):
+    with contextlib.suppress(OSError):
+        return [entry.path for entry in os.scandir(folder)]
+    return []
+
+
+def _paths_of(manifest):
+    slots = manifest.slots.values() if manifest else []
+    return [manifest.folder + slot.name for slot in slots]
+
+
+def _conversation_of(request):
+    """Return what the requests of one conversation have in common."""
+    talk = request.get("messages") or request.get("input") or request.get("prompt")
+    first = talk[:2] if isinstance(talk, list) else str(talk)[:1000]
+    return hash(repr([request.get("system"), first]))
+
+
+def _size_of(path):
+    with contextlib.suppress(OSError):
+        return os.path.getsize(path)
+    return None
+
+
+def _delete(paths):
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+class ModelContext:
+    """The contexts of one run of a llama-server: `restore` after its start, `save`
+    before its stop, both on the backend's thread.
+
+    Neither raises, and each takes at most `limit` seconds, nor longer than it would
+    take to process the prompts again. `report(text)` gets one line if something fails.
+    `on_change(kind, tokens, bytes, seconds)` is told what was "saved" or "restored" and
+    how long that took, and what was "used" by the first answer: then the seconds are
+    those that it would have taken to process the tokens again.
+    """
+
+    def __init__(self, store: ContextStore, model: Model, report, on_change):
+        self._store, self._report, self._on_change = store, report, on_change
+        self._env, self._key = model.env, model.settings.proxy_key
+        self._name = folder_name(model.name)
+        self._folder = self._files = model.context_dir  # of the manifest, of the slots
+        self._command = ""  # a digest of it; empty: nothing is kept
+        self._slots = {}  # number -> SavedSlot, of those restored
+        self._speed = UNKNOWN_PROMPT_SPEED
+        self._has_own_caches = False  # each slot; else one that rests may be emptied
+        self._trial = None  # the most tokens restored, until an answer used some
+        self._is_doubtful = False  # whether an answer could have used some, but did not
+        self._talks = set()  # the conversations of this run
+        self._socket = None
+        self._is_aborted = False
+
+    # -- before the start ------------------------------------------------------------
+
+    def prepare(self, argv: List[str], binary: str, port: str, cwd: str) -> List[str]:
+        """Return the command with which contexts can be kept, as far as they can be."""
+        option = f"--{SAVE_PATH}"
+        given = [value for word, value in zip(argv, argv[1:]) if word == option]
+        if not given:
+            self._report("this llama-server cannot save contexts")
+            return argv
+        self._files = os.path.join(cwd, given[-1], "")
+        try:
+            make_private_folder(self._folder.rstrip("/"))
+        except OSError as error:
+            self._report(f"contexts cannot be kept: {error}")
+            return [word for word in argv if word not in (option, self._folder)]
+        self._has_own_caches = "--parallel" in argv and "--kv-unified" not in argv
+        if EMBEDDING_OPTIONS.isdisjoint(argv):
+            self._command = self._digest(argv, binary, port, cwd)
+        return argv
+
+    def _digest(self, argv, binary, port, cwd):
+        """Return what changes with the command, its environment or its files."""
+        words = [word for word in argv if word != port]
+        stamps = []
+        for option, word in [("", binary), *zip(words, words[1:])]:
+            if option in ("", "--model") or word.endswith(".gguf"):
+                with contextlib.suppress(OSError, ValueError):
+                    status = os.stat(os.path.join(cwd, word))
+                    stamps += [word, status.st_size, status.st_mtime_ns]
+        identity = json.dumps([words, sorted(self._env.items()), stamps])
+        return hashlib.sha256(identity.encode()).hexdigest()
+
+    # -- after the start -------------------------------------------------------------
+
+    def restore(self, upstream: Upstream, limit: float) -> bool:
+        """Give the server, which nobody uses yet, what was saved of its command.
+
+        Return False if the server is to be started anew, without that: it died of it,
+        or it refused some, after which some builds answer nonsense.
+        """
+        began, slots = time.monotonic(), self._claim()
+        tokens = sum(slot.tokens for slot in slots.values())
+        deadline = began + min(limit, tokens / self._speed)
+        try:
+            for number, slot in slots.items():
+                target = f"/slots/{number}?action=restore"
+                self._ask(upstream, deadline, "POST", target, {"filename": slot.name})
+                self._slots[number] = slot
+        except OSError as error:
+            if self._is_aborted:
+                self._slots = slots  # for the next time
+            else:
+                self._report(f"context of slot {number} was not restored: {error}")
+                self._store.tidy([self._files + slot.name for slot in slots.values()])
+                self._slots = {}
+                self._count_useless()
+            self.keep({})
+            return isinstance(error, socket.timeout)
+        if slots:
+            self._trial = max(slot.tokens for slot in slots.values())
+            self._tell("restored", slots.values(), began)
+        return True
+
+    def _claim(self):
+        """Return what was saved of this command, marked as in use; delete the rest."""
+        manifest, slots, reason = self._store.read(self._folder), {}, None
+        if manifest and manifest.in_use:
+            reason = "the server that had it last was not stopped"
+        elif manifest and manifest.command != self._command:
+            reason = "the command, or a file of it, has changed"
+        elif manifest and self._is_kept():
+            self._speed = manifest.speed
+            slots = self._whole(manifest.slots)
+        try:
+            self._write(slots, in_use=True)
+        except OSError as error:
+            slots, reason = {}, error
+        if reason:
+            self._report(f"its context was not restored: {reason}")
+        pattern = re.escape(self._files + self._name) + r"\.\d+\.[0-9a-f]{8}"
+        stale = filter(re.compile(pattern).fullmatch, _paths_in(self._files))
+        used = {self._files + slot.name for slot in slots.values()}
+        self._store.tidy({*stale, *_paths_of(manifest)} - used)
+        return slots
+
+    def record_answer(self, usage, request: Mapping[str, object]):
+        """Learn how fast prompts are processed, and whether a restore was of use: then
+        the first answer to a conversation had much of its prompt in the cache.
+
+        A prompt of less than half of what was restored is of a new conversation. Any
+        thread may call.
+        """
+        tokens, cached = usage.tokens_in, usage.tokens_cached
+        if tokens is None or cached is None:
+            return
+        if usage.prompt_speed and tokens - cached >= MIN_CONTEXT:
+            self._speed = usage.prompt_speed
+        talk = _conversation_of(request) if self._trial else None
+        if talk is None or talk in self._talks:
+            return
+        if cached < MIN_CONTEXT:
+            self._is_doubtful |= tokens >= self._trial / 2
+        else:
+            self._trial, self._store.useless[self._command] = None, 0
+            if not self._talks:  # else another conversation may begin like this one
+                self._on_change("used", cached, 0, cached / self._speed)
+        self._talks.add(talk)
+
+    def _count_useless(self):
+        self._store.useless[self._command] += 1
+        if not self._is_kept():
+            self._report("restored contexts are of no use: none is kept any more")
+
+    # -- before the stop -------------------------------------------------------------
+
+    def save(self, upstream: Upstream, limit: float):
+        """Save what the slots hold, now that no request is left."""
+        if self._trial and self._is_doubtful:
+            self._count_useless()
+        saved = {}
+        if self._is_kept():
+            try:
+                began = time.monotonic()
+                for number, slot in self._save_slots(upstream, limit):
+                    saved[number] = slot
+            except OSError as error:
+                if not self._is_aborted:
+                    self._report(f"context was not saved: {error}")
+            if any(slot.tokens for slot in saved.values()):
+                self._tell("saved", saved.values(), began)
+        self.keep(saved)
+
+    def keep(self, saved: Mapping[int, SavedSlot]):
+        """Keep what was saved and, of the other slots, what was restored."""
+        slots = {**self._whole(self._slots), **saved} if self._is_kept() else {}
+        slots = {n: slot for n, slot in slots.items() if slot.tokens >= MIN_CONTEXT}
+        try:
+            self._write(slots)
+        except OSError as error:
+            self._report(f"context was not saved: {error}")
+        stale = {*self._slots.values(), *saved.values()} - {*slots.values()}
+        self._store.tidy([self._files + slot.name for slot in stale])
+
+    def _save_slots(self, upstream, limit):
+        """Yield slots that are saved, with their numbers. Raise OSError at the first
+        that cannot be, or if all that takes too long for what it is worth."""
+        last = time.monotonic() + limit
+        tokens = self._long_slots(upstream, min(limit, SLOT_LIST_TIMEOUT))
+        total, costs = sum(tokens.values()), self._store.save_costs
+        worth, cost = total / self._speed, total * costs[self._command]
+        if cost > max(CHEAP_SAVE, WORTH_SHARE * worth):
+            costs[self._command] /= 2  # so that it is tried again some time
+            raise OSError(f"it takes {cost:.1f} s, to process it again {worth:.1f} s")
+        began = time.monotonic()
+        try:
+            for number in tokens:
+                deadline = min(last, began + worth)
+                yield number, self._save_slot(upstream, deadline, number)
+        finally:
+            costs[self._command] = (time.monotonic() - began) / max(1, total)
+
+    def _long_slots(self, upstream, limit):
+        """Return the tokens of each slot that is worth saving, the busy ones last."""
+        slots = self._ask(upstream, time.monotonic() + limit, "GET", "/slots")
+        try:
+            slots = sorted(slots, key=lambda slot: bool(slot.get("is_processing")))
+            tokens = {int(slot["id"]): slot.get("n_prompt_tokens", 0) for slot in slots}
+            if any(tokens.values()) and not self._has_own_caches:
+                for number, slot in self._slots.items():  # those that rest may be empty
+                    tokens[number] = tokens[number] or slot.tokens
+            return {n: count for n, count in tokens.items() if count >= MIN_CONTEXT}
+        except (AttributeError, LookupError, TypeError, ValueError):
+            raise OSError("/slots is no list of slots") from None
+
+    def _save_slot(self, upstream, deadline, number):
+        name = f"{self._name}.{number}.{os.urandom(4).hex()}"
+        target, body = f"/slots/{number}?action=save", {"filename": name}
+        try:
+            os.close(_open_private(self._files + name, os.O_CREAT | os.O_WRONLY))
+            answer = self._ask(upstream, deadline, "POST", target, body)
+            slot = SavedSlot(name, int(answer["n_saved"]), int(answer["n_written"]))
+            if not self._whole({number: slot}):
+                raise OSError("the file is not whole; is the disk full?")
+            return slot
+        except (LookupError, OSError, TypeError, ValueError) as error:
+            _delete([self._files + name])
+            raise OSError(f"slot {number}: {error}") from None
+
+    # -- both ------------------------------------------------------------------------
+
+    def abort(self):
+        """End a restore or a save that is under way. Any thread may call."""
+        self._is_aborted, sock = True, self._socket
+        if sock:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def _is_kept(self):
+        is_useless = self._store.useless[self._command] >= MAX_USELESS
+        return self._command and self._store.is_wanted(self._folder) and not is_useless
+
+    def _write(self, slots, in_use=False):
+        now, files = time.time(), self._files
+        manifest = Manifest(self._command, "", files, self._speed, now, in_use, slots)
+        self._store.write(self._folder, manifest)
+
+    def _whole(self, slots):
+        """Return those of the slots whose files are as large as they should be."""
+        return {
+            number: slot
+            for number, slot in slots.items()
+            if _size_of(self._files + slot.name) == slot.size > 0
+        }
+
+    def _tell(self, kind, slots, began):
+        seconds = time.monotonic() - began
+        tokens, size = sum(slot.tokens for slot in slots), sum(s.size for s in slots)
+        self._on_change(kind, tokens, size, seconds)
+
+    def _ask(self, upstream, deadline, method, target, body=None):
+        """Return what the answer's JSON means; it must be a success. Raise OSError."""
+        headers = {"Host": upstream.authority, "Connection": "close"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        request = [method, upstream.base_path + target, body and json.dumps(body)]
+        sock = self._socket = upstream.dial(max(0.001, deadline - time.monotonic()))
+        try:
+            if self._is_aborted:
+                raise ConnectionAbortedError("it is being killed")
+            probe = exchange(sock, deadline, *request, headers=headers)
+            if probe.ok:
+                return json.loads(probe.body)
+        except (ValueError, RecursionError, http.client.HTTPException) as error:
+            raise OSError(f"{target} is answered with nonsense: {error}") from None
+        finally:
+            self._socket = None
+            sock.close()
+        message = re.search(rb'"message":\s*"([^"]*)"', probe.body)
+        text = message[1].decode("utf-8", "replace") if message else "no reason"
+        raise OSError(f"{target} is answered {probe.status}, {text}")
+
+
 # -- a child process -------------------------------------------------------------------
 
 
@@ -3532,8 +3996,15 @@ class ProcessBackend(Backend):
     A second thread reads its output and notices its exit (`_watch_process`).
     """
 
-    def __init__(self, model: Model, guard: Guard, settle_timeout: float):
+    def __init__(
+        self,
+        model: Model,
+        guard: Guard,
+        settle_timeout: float,
+        contexts: Optional[ContextStore] = None,
+    ):
         super().__init__(model)
+        self._contexts, self._context = contexts, None
         self.lines = collections.deque(maxlen=LAST_LINES)
         self._guard = guard
         self._settle_timeout = settle_timeout
@@ -3545,17 +4016,29 @@ class ProcessBackend(Backend):
     def stop(self, at_once=False):
         """End it: within its stop timeout if it is loaded, else by a kill."""
         super().stop(at_once)
+        if self._context and (at_once or not self._is_ready):
+            self._context.abort()
         if at_once or not (self._is_ready or self.model.settings.cmd_stop):
             self._kill_group()
+
+    def record_answer(self, usage, request):
+        if self._context:
+            self._context.record_answer(usage, request)
 
     # -- coming up
 
     def _load(self):
-        """Start it, on another port if its port was taken meanwhile."""
+        """Start it, again if it did not survive the restore of its context, and on
+        another port if its port was taken meanwhile."""
         for _ in range(PORT_TRIES):
             if super()._load():
-                return True
-            if self._is_stop_asked or not (self._stranger and self._is_port_chosen):
+                limit = self.model.settings.stop_timeout
+                if not self._context or self._context.restore(self.upstream, limit):
+                    return self._is_alive()
+                may_repeat = True
+            else:
+                may_repeat = self._stranger and self._is_port_chosen
+            if self._is_stop_asked or not may_repeat:
                 return False
             self._terminate()
         return False
@@ -3573,7 +4056,8 @@ class ProcessBackend(Backend):
             self._sleep_poll = SLEEP_POLL
         environment = clean_environment(model.environment(str(self.port)))
         self._surroundings = {"env": environment, "cwd": model.settings.cwd or None}
-        find_program(argv[0], environment, model.settings.cwd)
+        binary = find_program(argv[0], environment, model.settings.cwd)
+        argv = self._with_context(argv, binary)
         self._stranger = self._own_inodes = None
         self._may_hide = model.kind == "cmd"
         self._oom_kills = oom_kills()
@@ -3610,6 +4094,20 @@ class ProcessBackend(Backend):
             raise
         if self._is_stop_asked:  # `stop` may have come before there was a process
             self.stop(self._is_kill_asked)
+
+    def _with_context(self, argv, binary):
+        """Return the command with which its context is kept, if it is to be."""
+        self._context = None
+        if not (self._contexts and self.model.context_dir):
+            return argv
+        self._context = ModelContext(
+            self._contexts,
+            self.model,
+            report=lambda text: self.on_line(f"llmswap: {text}"),
+            on_change=functools.partial(self.on_context, self),
+        )
+        cwd = self.model.settings.cwd or os.getcwd()
+        return self._context.prepare(argv, binary, str(self.port), cwd)
 
     def _watch_process(self, process):
         """Pass its output on until it has exited, on a thread of its own."""
@@ -3679,9 +4177,19 @@ class ProcessBackend(Backend):
         has_grace = self._is_ready or self.model.settings.cmd_stop
         try:
             if has_grace and not self._exited.is_set():
+                if self._is_ready:
+                    self._save_context()
                 self._ask_to_exit()
         finally:
             self._reap()
+
+    def _save_context(self):
+        if not self._context or self._is_kill_asked:
+            return
+        if self._is_asleep:  # it holds nothing, and a question would wake it
+            self._context.keep({})
+        else:
+            self._context.save(self.upstream, self.model.settings.stop_timeout)
 
     def _ask_to_exit(self):
         """Run the stop command or send SIGTERM, and wait for the stop timeout."""
@@ -4954,6 +5462,7 @@ class Metrics:
         waited: Optional[float] = None,
         tokens_in: int = 0,
         tokens_out: int = 0,
+        tokens_cached: int = 0,
         bytes_in: int = 0,
         bytes_out: int = 0,
     ):
@@ -4964,6 +5473,7 @@ class Metrics:
         self.counts["requests", model, status] += 1
         self.counts["tokens_in", model] += tokens_in
         self.counts["tokens_out", model] += tokens_out
+        self.counts["tokens_cached", model] += tokens_cached
         self.counts["bytes_in", model] += bytes_in
         self.counts["bytes_out", model] += bytes_out
         self._observe("durations", model, seconds)
@@ -4983,6 +5493,13 @@ class Metrics:
         self.reasons[model] = STOPPED.get(cause, cause).format(newcomer)
         if newcomer is not None:
             self._newcomers.add(newcomer)
+
+    def count_context(self, model: str, kind: str, tokens: int, seconds: float):
+        """A context was saved, restored or used: see ModelContext."""
+        if kind == "used":
+            self.counts["context_seconds", model] += seconds
+        else:
+            self.counts["context_tokens", model, kind] += tokens
 
     def count_failure(self, model: str, state: str):
         """A model ended in this state without being stopped."""
@@ -5019,9 +5536,10 @@ class ModelStatus(NamedTuple):
     the start). `progress` of a load goes from 0 to 1, if it is known. `failure` says
     why its last run failed, `stopped` why it was stopped, `unusable` what is wrong with
     it in the file. `shares` names the model whose backend it uses now, and whose state
-    it has. `pinned`: nothing may evict it now. `entry` is what its own /v1/models told
-    last. `needs`, by resource of the budget, are known from `needs_source`; it `holds`
-    what counts now, if it runs.
+    it has. `pinned`: nothing may evict it now. `context` are the bytes of its saved
+    contexts, None if it keeps none, and `context_seconds` what they have spared.
+    `entry` is what its own /v1/models told last. `needs`, by resource of the budget, are
+    known from `needs_source`; it `holds` what counts now, if it runs.
     """
 
     id: str
@@ -5037,6 +5555,8 @@ class ModelStatus(NamedTuple):
     waiting: int = 0
     unload_in: Optional[float] = None
     tokens_per_second: Optional[float] = None
+    context: Optional[int] = None
+    context_seconds: float = 0.0
     failure: Optional[APIError] = None
     stopped: Optional[str] = None
     pinned: bool = False
@@ -5061,6 +5581,7 @@ class Pool:
         self.events = Broadcast(0)
         self.memory = MemoryWatch()
         self.inspector = Inspector()
+        self._contexts = ContextStore()
         self._log = log
         self._clock = clock
         self._guard = Guard()
@@ -5091,6 +5612,7 @@ class Pool:
         """Start the timer, adopt units that run, and load the models of
         load-on-startup and keep-loaded."""
         self._guard.start()
+        self._contexts.configure(self.config)
         self._timer_thread = threading.Thread(target=self._timer_loop, daemon=True)
         self._timer_thread.start()
         loop = self._load_progress_loop
@@ -5299,6 +5821,7 @@ class Pool:
                 if name in config.models and name not in changed:
                     backend.model = config.models[name]
             self._schedule()
+        self._contexts.configure(config)
         self._adopt_units()
         threading.Thread(target=self._load_kept, name="kept", daemon=True).start()
         self.events.publish({"model": "*", "event": "models_reload"})
@@ -5445,6 +5968,8 @@ class Pool:
             waiting=scheduled.waiting,
             unload_in=None if unload_at == math.inf else max(0.0, unload_at - now),
             tokens_per_second=self._meters.speeds.get(name),
+            context=self._contexts.size_of(model.context_dir),
+            context_seconds=self._meters.counts["context_seconds", name],
             failure=scheduled.last_failure,
             stopped=self._meters.reasons.get(name),
             pinned=scheduled.is_pinned,
@@ -5601,6 +6126,7 @@ class Pool:
         backend.on_described = self._on_described
         backend.on_dying, backend.on_exited = self._on_dying, self._on_exited
         backend.on_line = functools.partial(self._on_line, name)
+        backend.on_context = self._on_context
         backend.stop_requested_at = None  # or put to sleep
         backend.is_described = backend.model.kind != "llama-server"
         self._backends[name] = backend
@@ -5615,7 +6141,7 @@ class Pool:
             return UnitBackend(model, rivals, settle_timeout)
         if model.kind == "remote":
             return RemoteBackend(model)
-        return ProcessBackend(model, self._guard, settle_timeout)
+        return ProcessBackend(model, self._guard, settle_timeout, self._contexts)
 
     def _stop(self, decision):
         name, cause = decision.name, decision.cause
@@ -5760,6 +6286,16 @@ class Pool:
             took = f" after {seconds:.1f} s"
         self._log(level, f"{backend.model.name}: {state}{took}")
 
+    def _on_context(self, backend, kind, tokens, size, seconds):
+        name, took = backend.model.name, seconds_text(seconds)
+        with self._lock:
+            self._meters.count_context(name, kind, tokens, seconds)
+            self._revise()
+        text = f"{kind} {tokens:,} tokens of context ({size / 1e6:,.0f} MB) in {took}"
+        if kind == "used":
+            text = f"used {tokens:,} tokens of its restored context, which saves {took}"
+        self._log("info", f"{name}: {text}")
+
     def _on_line(self, name, text):
         self.feed_of(name).publish(text)
         level = "warning" if text.startswith("llmswap: ") else "debug"
@@ -5795,6 +6331,11 @@ class Pool:
             self._schedule()
             for backend in self._backends.values():
                 backend.stop(at_once=True)
+
+
+def seconds_text(seconds: float) -> str:
+    """Return "15 ms" or "1.5 s"."""
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
 
 
 def percent(progress: Optional[float]) -> str:
@@ -7760,12 +8301,16 @@ class Usage(NamedTuple):
     tokens_in: Optional[int] = None
     tokens_out: Optional[int] = None
     tokens_per_second: Optional[float] = None
+    tokens_cached: Optional[int] = None  # of those in, not processed again
+    prompt_speed: Optional[float] = None  # tokens per second
 
 
 # Quotes within a text are escaped, so what a model says is never taken for these.
 _NAMES_IN = ("prompt_tokens", "input_tokens", "tokens_evaluated", "prompt_n")
 _NAMES_OUT = ("completion_tokens", "output_tokens", "tokens_predicted", "predicted_n")
-_NAMES = "|".join(_NAMES_IN + _NAMES_OUT + ("cache_n", "predicted_per_second"))
+_NAMES_CACHED = ("cached_tokens", "cache_read_input_tokens", "cache_n")
+_SPEEDS = ("predicted_per_second", "prompt_per_second")
+_NAMES = "|".join(_NAMES_IN + _NAMES_OUT + _NAMES_CACHED + _SPEEDS)
 _USAGE = re.compile(
     rb'"(%b)"\s*:\s*(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*[,}]' % _NAMES.encode()
 )
@@ -7779,13 +8324,16 @@ def usage_in(ends: bytes) -> Usage:
     the last counts, and `usage` before llama-server's `timings`.
     """
     found = {name.decode(): float(value) for name, value in _USAGE.findall(ends)}
+    if "input_tokens" in found:  # without those in the cache, as Anthropic counts
+        found["input_tokens"] += found.get("cache_read_input_tokens", 0)
     if "prompt_n" in found:  # of the prompt, what was not in the cache
         found["prompt_n"] += found.get("cache_n", 0)
-    tokens_in, tokens_out = (
+    tokens_in, tokens_out, tokens_cached = (
         next((int(found[name]) for name in names if name in found), None)
-        for names in (_NAMES_IN, _NAMES_OUT)
+        for names in (_NAMES_IN, _NAMES_OUT, _NAMES_CACHED)
     )
-    return Usage(tokens_in, tokens_out, found.get("predicted_per_second"))
+    speeds = [found.get(name) for name in _SPEEDS]
+    return Usage(tokens_in, tokens_out, speeds[0], tokens_cached, speeds[1])
 
 
 def speed_of(usage: Usage, seconds: float) -> Optional[float]:
@@ -7809,18 +8357,25 @@ METRICS = (
     ("gauge", "waiting", "requests_queued", "Requests that wait for a model."),
     ("gauge", "rss", "model_resident_memory_bytes", "Memory of a model's processes."),
     ("gauge", "vram", "model_gpu_memory_bytes", "GPU memory of a model's processes."),
+    ("gauge", "context", "context_bytes", "Saved contexts of a model."),
     ("gauge", "progress", "load_progress_ratio", "Progress of a load, if known."),
     ("gauge", "tokens_per_second", "last_tokens_per_second", "Speed of last answer."),
     ("counter", "requests", "requests_total",
      "Requests by model (empty: not found) and status (499: the client left)."),
     ("counter", "tokens_in", "prompt_tokens_total", "Prompt tokens, as reported."),
     ("counter", "tokens_out", "completion_tokens_total", "New tokens, as reported."),
+    ("counter", "tokens_cached", "prompt_tokens_cached_total",
+     "Prompt tokens that needed no processing, as reported."),
     ("counter", "bytes_in", "request_bytes_total", "Bytes of request bodies."),
     ("counter", "bytes_out", "response_bytes_total", "Bytes of response bodies."),
     ("counter", "swaps", "swaps_total", "Loads for which a model was evicted."),
     ("counter", "stops", "stops_total",
      "Stops by cause: evicted, idle, unload, reload, abandoned, shutdown."),
     ("counter", "failures", "failures_total", "Models that ended by themselves."),
+    ("counter", "context_tokens", "context_tokens_total",
+     "Tokens of contexts: saved, restored."),
+    ("counter", "context_seconds", "context_seconds_saved_total",
+     "Prompt processing spared by restored contexts, first answers only."),
     ("histogram", "durations", "request_duration_seconds",
      "Time from a request's first byte to the end of its answer."),
     ("histogram", "waits", "request_wait_seconds", "Time waiting for the model."),
@@ -7831,6 +8386,7 @@ LABELS = {
     "swaps": (),
     "stops": ("model", "cause"),
     "failures": ("model", "state"),
+    "context_tokens": ("model", "action"),
 }  # of counters; else the model
 
 
@@ -8386,7 +8942,8 @@ function paintModel(model, age) {
   paintActs(row.querySelector(".acts"), model);
 }
 
-function detailOf({state, seconds, progress, stopped, running, waiting}, age) {
+function detailOf(model, age) {
+  const {state, seconds, progress, stopped, running, waiting, context} = model;
   if (state === "unusable") return "";
   const isChanging = /loading$/.test(state);
   const since = seconds !== null && duration(seconds + age, isChanging);
@@ -8395,12 +8952,17 @@ function detailOf({state, seconds, progress, stopped, running, waiting}, age) {
   if (state === "failed") return since && `${since} ago`;
   if (state !== "unloaded") return since;
   if (waiting) return requests(running, waiting);
-  return stopped && join([stopped, since && `${since} ago`], ", ");
+  const saved = context && `${bytes(context)} of context saved`;
+  return stopped && join([stopped, since && `${since} ago`, saved], ", ");
 }
 
 function requests(running, waiting) {
   const parts = [running && `${running} running`, waiting && `${waiting} waiting`];
   return join(parts, ", ") || "none";
+}
+
+function contextOf({context, context_seconds: seconds}) {
+  return join([bytes(context), seconds && `${duration(seconds, true)} spared`], ", ");
 }
 
 function factsOf(model, age) {
@@ -8410,6 +8972,7 @@ function factsOf(model, age) {
     vram: bytes(model.vram),
     requests: requests(model.running, model.waiting),
     speed: speed(model.tokens_per_second),
+    saved: contextOf(model),
     left: left !== null && duration(left - age, true),
   };
 }
@@ -8693,6 +9256,7 @@ STATUS_PAGE = """<!doctype html>
       <div><dt>VRAM</dt><dd data-text="vram"></dd></div>
       <div><dt>Requests</dt><dd data-text="requests"></dd></div>
       <div><dt>Last answer</dt><dd data-text="speed"></dd></div>
+      <div><dt>Saved context</dt><dd data-text="saved"></dd></div>
       <div><dt>Unloads in</dt><dd data-text="left"></dd></div>
     </dl>
     <div class="why">
@@ -8792,6 +9356,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.began = time.monotonic()
         self.config = self.pool.config
         self.head = self.body = self.model = self.reply = self.waited = None
+        self.usage = Usage()
         try:
             if not self.parse_request():
                 return
@@ -8869,9 +9434,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         status = 502 if reply.is_broken else reply.status or 500
         seconds = time.monotonic() - self.began
-        usage = usage_in(bytes(reply.ends)) if status < 300 else Usage()
+        usage = self.usage if status < 300 else Usage()
         speed = speed_of(usage, seconds - (self.waited or 0))
-        tokens = usage.tokens_in or 0, usage.tokens_out or 0
+        tokens = usage.tokens_in or 0, usage.tokens_out or 0, usage.tokens_cached or 0
         received = self.body.received if self.body is not None else 0
         counts = status, seconds, self.waited, *tokens, received, reply.sent
         self.pool.count_request(self.model, speed, *counts)
@@ -9354,6 +9919,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.pool.keep_alive(backend.model, idle_timeout)
                 try:
                     self._relay(outgoing, backend, transform_of)
+                    self.usage = usage_in(bytes(self.reply.ends))
+                    backend.record_answer(self.usage, info.members)
                     return self._log_if_slow()
                 except BackendDied as error:
                     may_resend = outgoing.is_repeatable and not is_last

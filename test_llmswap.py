@@ -10232,6 +10232,24 @@ def test_recipe_an_api_key():
             assert "choose-one" not in str(sent)
 
 
+def test_recipe_conversations_that_outlive_the_swap(tmp_path):
+    title = "Conversations that outlive the swap"
+    changes = ("/models/", f"{tmp_path}/"), ("[*]", f"[*]\njournal = {tmp_path}/journal")
+    text = adapted(title, "ini", *changes)
+    for name in re.findall(r"model += \S+/(\S+)", text):
+        (tmp_path / name).write_bytes(b"GGUF")
+    head = f"llama-server = {fake_binary(tmp_path)}\nstate-dir = {tmp_path}/state"
+    with Llmswap(f"[llmswap]\n{head}\n{text}") as server:
+        for prompt, cached in ((3122, 0), (3200, 3122)):
+            answer = server.chat("coder", talk="x", prompt_tokens=prompt).json()
+            usage = answer["usage"]
+            assert usage["prompt_tokens_details"]["cached_tokens"] == cached
+            assert server.chat("thinker").status == 200
+        log = server.log()
+    for line in recipe(title, "text")[0].splitlines():
+        assert re.sub(r"\d+ M", "M", line[:-6]) in re.sub(r"\d+ M", "M", log), line
+
+
 def test_recipe_roo_code(tmp_path):
     title = "Roo Code, and other agents, with repaired tool calls"
     (tmp_path / "qwen3-coder-30b-a3b-q4_k_m.gguf").write_bytes(b"GGUF")
@@ -10562,7 +10580,7 @@ LLAMA_PLAIN = b',"tokens_predicted":4,"tokens_evaluated":9,"truncated":false}'
     ],
 )
 def test_token_counts_are_read_from_the_ends_of_an_answer(ends, reported):
-    assert llmswap.usage_in(ends) == reported
+    assert llmswap.usage_in(ends)[:3] == reported
 
 
 @pytest.mark.parametrize(
@@ -13159,6 +13177,328 @@ def test_a_reload_keeps_the_budget_found_at_the_start(tmp_path):
 
 
 # ==================================================================================
+# 4  Backends: contexts that outlive them
+# ==================================================================================
+
+CONTEXT_FILE = """
+[llmswap]
+state-dir = {folder}/state
+{settings}
+[*]
+llama-server = {folder}/llama-server
+model = {folder}/m.gguf
+slot-fault = {folder}/fault
+journal = {folder}/journal
+stop-timeout = 1
+[a]
+keep-context = on
+{lines}
+[b]
+c = 1
+"""
+
+
+class Keeping(Llmswap):
+    """llmswap over fake llama-servers a and b, of which a keeps its context."""
+
+    def __init__(self, folder, lines="", settings=""):
+        self.kept = Path(folder)
+        fake_binary(folder)
+        (self.kept / "m.gguf").write_text("weights")
+        self.text = CONTEXT_FILE.format(folder=folder, lines=lines, settings=settings)
+        super().__init__(self.text)
+
+    def fault(self, text):
+        """From now on that goes wrong with slots."""
+        (self.kept / "fault").write_text(text)
+
+    def tell(self, talk="x", prompt=3000, model="a", **wish):
+        """Go on with a conversation; return how much of its prompt was in the cache."""
+        wish["messages"] = [{"role": "user", "content": talk}]
+        answer = self.chat(model, talk=talk, prompt_tokens=prompt, **wish)
+        return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    def swap(self):
+        """Have a's place taken; return the seconds that takes."""
+        began = time.monotonic()
+        assert self.chat("b").status == 200
+        return time.monotonic() - began
+
+    def restart(self):
+        """End it as systemd does, and start it again."""
+        self.process.terminate()
+        assert self.process.wait(30) == 0
+        self.start()
+
+    def actions(self):
+        """What its servers were asked to do with slots, in order."""
+        lines = (self.kept / "journal").read_text().splitlines()
+        events = [json.loads(line)["event"] for line in lines]
+        return [event for event in events if event in ("list", "save", "restore")]
+
+    def complaints(self):
+        """The lines of the log that say why a context is not there."""
+        return re.findall(r"a \| llmswap: (.*context.*)", self.log())
+
+    def files(self, model="a", folder=None):
+        """The names of the files that are kept, the manifest aside."""
+        folder = folder or self.kept / "state" / "context" / model
+        names = os.listdir(folder) if folder.exists() else []
+        return sorted(name for name in names if "manifest" not in name)
+
+
+def by_hand(server):
+    server.post("/models/unload", {"model": "a"})
+    eventually(lambda: server.states()["a"] == "unloaded")
+
+
+def by_idleness(server):
+    eventually(lambda: server.states()["a"] == "unloaded")
+
+
+def by_reload(server):
+    server.reload(server.text.replace("[b]\nc = 1", "[c]\nc = 2"))
+    eventually(lambda: "c" in server.states())
+    assert server.states()["a"] == "loaded" and server.chat("c").status == 200
+
+
+@pytest.mark.parametrize(
+    "end, lines",
+    [(Keeping.swap, ""), (by_hand, ""), (Keeping.restart, ""), (by_reload, ""),
+     (by_idleness, "idle-timeout = 100ms")],
+)  # fmt: skip
+def test_a_conversation_outlives_every_stop_but_a_kill(tmp_path, end, lines):
+    lines += "\n[a-too]\nuses = a"
+    with Keeping(tmp_path, lines) as server:
+        assert server.tell() == 0
+        end(server)
+        assert server.tell(prompt=3100, model="a-too") == 3000
+        end(server)  # what was in use is replaced
+        eventually(lambda: len(server.files()) == 1)
+        assert server.tell(prompt=3200) == 3100 and server.complaints() == []
+        log, metrics = server.log(), server.get("/metrics").body.decode()
+    if end is Keeping.swap:
+        saved = r"a: saved 3,000 tokens of context \(\d MB\) in \d+ ms"
+        assert re.search(saved, log) and "a: restored 3,100 tokens of context" in log
+        assert 'llmswap_context_bytes{model="a"} 12400\n' in metrics
+        assert 'llmswap_prompt_tokens_cached_total{model="a"} 3100\n' in metrics
+        assert 'context_tokens_total{model="a",action="restored"} 6100\n' in metrics
+        assert 'context_seconds_saved_total{model="a"} 12.2\n' in metrics
+
+
+def test_contexts_are_for_this_user_only(tmp_path):
+    before = os.umask(0)
+    try:
+        with Keeping(tmp_path) as server:
+            server.tell()
+            server.swap()
+            paths = [tmp_path / "state", *(tmp_path / "state").rglob("*")]
+    finally:
+        os.umask(before)
+    modes = {path.name.partition(".")[0]: path.stat().st_mode & 0o777 for path in paths}
+    folders = {"state": 0o700, "context": 0o700}
+    assert modes == {**folders, "a": 0o600, "manifest": 0o600}
+    assert (tmp_path / "state" / "context" / "a").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["list hang", "list fail", "list die", "save hang", "save fail", "save die",
+     "save short", "restore hang", "restore fail", "restore die"],
+)  # fmt: skip
+def test_what_goes_wrong_with_a_context_delays_a_swap_within_bounds(tmp_path, fault):
+    with Keeping(tmp_path) as server:
+        server.tell()
+        server.fault(fault)
+        assert server.swap() < 4  # the list and a save take 1 s at most
+        began = time.monotonic()
+        assert server.tell() == 0
+        assert time.monotonic() - began < 4
+        assert len(server.complaints()) == 1, server.log()
+        server.fault("none")
+        server.swap()
+        if fault == "save hang":  # after which the next one seems to cost too much
+            assert server.tell() == 0 and "it takes" in server.complaints()[-1]
+            server.swap()
+        assert server.tell() == 3000
+        eventually(lambda: len(server.files()) == 1)
+
+
+def test_a_save_that_costs_more_than_a_tenth_of_its_worth_is_not_begun(tmp_path):
+    with Keeping(tmp_path) as server:
+        server.fault("save slow")
+        server.tell(prompt=2000)  # processed in 4 s
+        server.swap()
+        assert server.tell(prompt=2100) == 2000
+        server.swap()
+        assert server.actions().count("save") == 1
+        assert re.search("it takes 0.[5-9] s, to process", server.complaints()[0])
+
+
+def test_a_llama_server_that_cannot_save_is_left_alone(tmp_path):
+    other = "[c]\ncmd = FAKE\nkeep-context = on"
+    with Keeping(tmp_path, f"embeddings = on\n{other}") as server:
+        server.tell()
+        server.swap()
+        assert server.tell() == 0
+        assert server.complaints() == server.actions() == []
+        assert "keep-context: without effect beside cmd" in server.log()
+        model = llmswap.load_config(server.ini).models["a"]
+    names = "model embeddings host port alias slot-fault journal".split()
+    table = llmswap.OptionTable([llmswap.Option((f"--{name}",)) for name in names])
+    assert "--slot-save-path" not in model.command(table, 1)
+    assert f"{tmp_path}/state/context/a/" in model.command(llmswap.UNKNOWN_OPTIONS, 1)
+
+
+@pytest.mark.parametrize("change", ["weights", "llama-server", "command"])
+def test_a_context_is_of_one_command_binary_and_file(tmp_path, change):
+    with Keeping(tmp_path) as server:
+        server.tell()
+        server.swap()
+        if change == "weights":
+            (tmp_path / "m.gguf").write_text("others")
+        elif change == "llama-server":
+            with open(tmp_path / "llama-server", "a") as binary:
+                binary.write("# new")
+        else:
+            server.reload(server.text.replace("keep-context", "d = 1\nkeep-context"))
+            eventually(lambda: "was read again" in server.log())
+        assert server.tell() == 0 and "has changed" in server.complaints()[0]
+        assert "restore" not in server.actions()
+        eventually(lambda: server.files() == [])
+        server.swap()
+        assert server.tell() == 3000
+
+
+@pytest.mark.parametrize("lines, saves", [("", 6), ("parallel = 2", 4)])
+def test_two_conversations_come_back_and_one_that_rests_stays(tmp_path, lines, saves):
+    """Only with caches of their own a slot is known to hold what was restored."""
+    with Keeping(tmp_path, lines) as server:
+        server.tell("x"), server.tell("y", slot=1)
+        server.swap()
+        for prompt in (3100, 3200):
+            assert server.tell("x", prompt) == prompt - 100
+            server.swap()
+        assert server.tell("y", slot=1) == 3000
+        assert server.actions().count("save") == saves
+
+
+def test_a_server_whose_restores_are_of_no_use_is_not_troubled_again(tmp_path):
+    with Keeping(tmp_path) as server:
+        server.fault("restore useless")
+        for _ in range(4):
+            server.tell("another", prompt=1000)  # which says nothing either way
+            server.tell("another", prompt=1400)
+            server.tell()
+            server.swap()
+        assert server.actions().count("restore") == 2
+        [complaint] = server.complaints()
+        assert "of no use" in complaint and server.files() == []
+        assert "restored context, which" not in server.log()
+
+
+def test_saved_contexts_stay_below_a_limit_and_go_with_their_model(tmp_path):
+    lines = "[c]\nkeep-context = on"
+    with Keeping(tmp_path, lines, "context-max = 30K\nmodels-max = 1") as server:
+        server.tell(model="c")
+        server.tell(model="a")
+        server.swap()
+        assert len(server.files("a")) == len(server.files("c")) == 1
+        server.tell(prompt=5000)
+        server.swap()  # 20 KB and 12 KB
+        eventually(lambda: server.files("c") == [])
+        assert len(server.files("a")) == 1
+        server.reload(server.text.replace("keep-context = on\n[c]", "[c]"))
+        eventually(lambda: server.files("a") == [])
+
+
+def test_a_folder_of_the_presets_own_is_used_with_care(tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    for name in ("notes", "a.0.mine", "other.0.0123abcd", "a.0.0123abcd"):
+        (own / name).write_text("x")
+    with Keeping(tmp_path, f"slot-save-path = {own}/") as server:
+        server.tell()
+        server.swap()
+        assert server.tell() == 3000 and server.files() == []
+        eventually(lambda: "a.0.0123abcd" not in os.listdir(own))  # of a killed one
+        names = {"notes", "a.0.mine", "other.0.0123abcd"}
+        assert names < set(os.listdir(own)) and len(os.listdir(own)) == 4
+
+
+def test_without_a_state_directory_models_run_as_without_contexts(tmp_path):
+    (tmp_path / "state").write_text("a file")
+    with Keeping(tmp_path) as server:
+        server.tell()
+        server.swap()
+        assert server.tell() == 0 and server.actions() == []
+        assert "cannot be kept" in server.complaints()[0]
+
+
+def test_a_kill_of_llmswap_at_any_moment_leaves_nothing_that_is_half(tmp_path):
+    with Keeping(tmp_path) as server:
+        for seconds in (0.0, 0.02, 0.05, 0.15, 0.3):
+            server.tell()
+            client = ask_later(server, "b")
+            time.sleep(seconds)  # whatever that meets: a save, a stop, a start
+            server.kill()
+            client.hang_up()
+            eventually(lambda: not family(server.token))
+            server.start()
+            assert server.tell() in (0, 3000)
+            kept = [path.stat().st_size for path in tmp_path.glob("state/context/a/a.*")]
+            assert set(kept) <= {12000}
+
+
+def test_what_a_server_had_that_was_not_stopped_is_not_restored(tmp_path):
+    with Keeping(tmp_path) as server:
+        server.tell()
+        server.swap()
+        assert server.tell() == 3000
+        [pid] = [pid for pid, line in family(server.token).items() if "--alias a" in line]
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: server.states()["a"] == "unloaded")
+        assert server.tell() == 0 and "was not stopped" in server.complaints()[0]
+
+
+def test_a_stop_during_a_restore_is_a_kill_and_keeps_the_context(tmp_path):
+    with Keeping(tmp_path, "stop-timeout = 60") as server:
+        server.tell()
+        server.swap()
+        server.fault("restore hang")
+        client = ask_later(server, "a")
+        eventually(lambda: "restore" in server.actions())
+        began = time.monotonic()
+        by_hand(server)
+        assert time.monotonic() - began < 3 and client.answer().status == 503
+        server.fault("none")
+        assert server.tell() == 3000 and server.complaints() == []
+
+
+def test_a_second_sigterm_ends_a_save_at_once(tmp_path):
+    with Keeping(tmp_path, "stop-timeout = 60") as server:
+        server.tell(prompt=60000)  # worth 2 minutes
+        server.fault("save hang")
+        server.process.terminate()
+        eventually(lambda: "save" in server.actions())
+        server.process.terminate()
+        assert server.process.wait(3) == 0
+        assert server.files() == [] and server.complaints() == []
+
+
+def test_contexts_outlive_an_idle_exit(tmp_path):
+    text = Keeping(tmp_path).text.replace("[a]", "[a]\nidle-timeout = 20ms")
+    text = text.replace("state-dir", "exit-idle-time = 50ms\nstate-dir")
+    body = chat_body("a", talk="x", prompt_tokens=3000)
+    with Activator(text, tmp_path) as systemd:
+        for cached in (0, 3000):
+            answer = ask(systemd.port, "POST", CHAT, body).json()
+            assert answer["timings"]["cache_n"] == cached
+            ended = len(systemd.statuses) + 1
+            eventually(lambda ended=ended: len(systemd.statuses) == ended)
+
+
+# ==================================================================================
 # A real llama-server, with tiny models of random weights made here
 # ==================================================================================
 
@@ -13277,6 +13617,82 @@ model = {folder}/broken.gguf
 model = {folder}/one.gguf
 ctx-size = many
 """
+
+
+TALKS_FILE = """
+[llmswap]
+state-dir = {folder}/state
+llama-server = {server}
+[*]
+ctx-size = {size}
+threads = 1
+keep-context = {keeps}
+{lines}
+[a]
+model = {folder}/a.gguf
+[b]
+model = {folder}/b.gguf
+"""
+
+
+class Talk:
+    """A conversation of some 3,000 tokens with model a of a real llama-server."""
+
+    def __init__(self, server, seed=0):
+        self.server = server
+        chance = random.Random(seed)
+        text = " ".join("".join(chance.choices("abcdefgh", k=5)) for _ in range(600))
+        self.messages = [{"role": "user", "content": text}]
+
+    def go_on(self, model="a"):
+        """Ask once more; return how much of the prompt was in the cache, and in all."""
+        body = {"model": model, "messages": self.messages, "max_tokens": 8}
+        answer = self.server.post(CHAT, body).json()
+        content = answer["choices"][0]["message"]["content"]
+        self.messages += [{"role": "assistant", "content": content},
+                          {"role": "user", "content": "and then"}]  # fmt: skip
+        timings = answer["timings"]
+        return timings["cache_n"], timings["cache_n"] + timings["prompt_n"]
+
+
+def talking(folder, keeps="on", size=4096, lines=""):
+    """llmswap over a real llama-server with the tiny models a and b."""
+    for name, seed in (("a", 1), ("b", 2)):
+        write_gguf(folder / f"{name}.gguf", width=256, seed=seed)
+    places = {"folder": folder, "server": LLAMA_SERVER, "size": size}
+    return Llmswap(TALKS_FILE.format(keeps=keeps, lines=lines, **places))
+
+
+@with_llama_server
+def test_a_real_conversation_outlives_swaps_idleness_and_a_restart(tmp_path):
+    with talking(tmp_path) as server:
+        talk, other = Talk(server), {"model": "b", "prompt": "hi", "max_tokens": 1}
+        assert talk.go_on()[0] == 0
+        for _ in range(3):
+            assert server.post("/v1/completions", other).status == 200
+            cached, prompt = talk.go_on()
+            assert cached >= 0.95 * prompt > 2800
+        server.process.terminate()
+        assert server.process.wait(30) == 0
+        server.start()
+        cached, prompt = talk.go_on()
+        assert cached >= 0.95 * prompt and "context was not" not in server.log()
+        times = re.findall(r"(?:saved|restored) .* in (\d+) ms", server.log())
+    assert len(times) == 8 and min(map(int, times[0::2])) + min(map(int, times[1::2])) < 100
+
+
+@with_llama_server
+def test_two_real_conversations_come_back_from_slots_of_their_own(tmp_path):
+    with talking(tmp_path, size=8192, lines="parallel = 2") as server:
+        talks = [Talk(server, seed) for seed in (1, 2)]
+        other = {"model": "b", "prompt": "hi", "max_tokens": 1}
+        for talk in talks:
+            talk.go_on()
+        for _ in range(2):
+            assert server.post("/v1/completions", other).status == 200
+            for talk in talks:
+                cached, prompt = talk.go_on()
+                assert cached >= 0.95 * prompt > 2800
 
 
 @pytest.fixture(scope="module")
@@ -13438,6 +13854,23 @@ capabilities = tools
         inputs = entries["other"]["architecture"]["input_modalities"]
         assert inputs == ["text", "image"] and entries["other"]["owned_by"] == "llmswap"
         assert set(server.states().values()) == {"unloaded"}
+
+
+@with_llama_server
+def test_an_unknown_option_is_known_before_anybody_asks_for_the_model(tmp_path):
+    write_gguf(tmp_path / "one.gguf")
+    text = f"[a]\nllama-server = {LLAMA_SERVER}\nmodel = {tmp_path}/one.gguf\n"
+    with Llmswap(text + "ctx-sise = 1") as server:
+        status = eventually(
+            lambda: server.get("/v1/models/a").json()["status"].get("failed")
+            and server.get("/v1/models/a").json()["status"]
+        )
+        assert "ctx-sise" in status["error"] and "ctx-size?" in status["error"]
+        done = subprocess.run(
+            [sys.executable, LLMSWAP, str(server.ini), "--check"],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 2 and "ctx-size?" in done.stdout
 
 
 ROUTER_FILE = """\
@@ -13623,6 +14056,8 @@ FAKE_FLAGS = {  # name: default, and what it does
     "list-delay": (0.0, "seconds until the answer to GET /v1/models"),
     "sleepable": (False, "POST /sleep, POST /wake_up, GET /is_sleeping, as vLLM"),
     "wake-fails": (False, "POST /wake_up is answered with 500"),
+    "slot-save-path": ("", "save and restore slots there, and list them"),
+    "slot-fault": ("", "what goes wrong with slots, as that file says: see below"),
     "print-env": (False, "write the environment to stdout"),
     "journal": ("", "append one JSON line to that file for each event of its life"),
 }
@@ -13634,6 +14069,7 @@ Other options, such as those of llama-server, are ignored.
 A request's JSON body says how it is answered:
   stream, stream_options.include_usage, model    as usual
   tokens N, interval S   how many tokens, and the pause between them
+  slot N, talk NAME, prompt_tokens N    the size of a conversation's prompt in a slot
   until FILE             no more tokens once that file exists
   delay S                before the first byte
   size BYTES             of the content
@@ -13649,6 +14085,8 @@ A request's JSON body says how it is answered:
   hang, hang_health      never answer this request, nor any health check from now on
   until_close            no chunks: the end of the connection ends the stream
 
+The file of slot-fault says ACTION KIND. ACTION: list, save, restore; KIND: hang, fail,
+die, short (half a file), slow (half a second), useless.
 SIGRTMIN + 1, 2: it exits with status 0, 1; 3: it closes its sockets; 4: rubbish on all.
 """
 
@@ -13778,6 +14216,8 @@ class FakeRequest:
                 self.read_body()
             if server.is_asleep:
                 return self.reply(fake_error(503, "asleep"), 503)
+            if self.path.startswith("/slots") and server.flags.slot_save_path:
+                return fake_slots(self)
             FAKE_ROUTES.get(self.path, fake_echo)(self)
         except (OSError, ValueError):
             server.count(cancelled=1)
@@ -13850,6 +14290,7 @@ class FakeTalk:
         self.name = request.server.flags.model
         self.id = f"{os.getpid()}-{threading.get_ident()}"
         self.tokens = self.wish.get("tokens", 3)
+        self.prompt, self.cached = request.server.process_prompt(self.wish)
         calls = self.wish.get("arguments", [])
         self.calls = [calls] if isinstance(calls, str) else calls
         self.finish = self.wish.get("finish", "tool_calls" if self.calls else "stop")
@@ -13893,10 +14334,12 @@ class FakeTalk:
 
     def numbers(self):
         """The usage and the timings."""
-        usage = {"completion_tokens": self.tokens, "prompt_tokens": 7}
-        timings = {"cache_n": 0, "prompt_n": 7, "predicted_n": self.tokens}
+        usage = {"completion_tokens": self.tokens, "prompt_tokens": self.prompt}
+        usage["total_tokens"] = self.tokens + self.prompt
+        usage["prompt_tokens_details"] = {"cached_tokens": self.cached}
+        timings = {"cache_n": self.cached, "prompt_n": self.prompt - self.cached}
+        timings.update(prompt_per_second=500.0, predicted_n=self.tokens)
         timings["predicted_per_second"] = 50.0
-        usage["total_tokens"] = self.tokens + 7
         return {"usage": usage, "timings": timings}
 
     def document(self, content, finish, kind="", **more):
@@ -14016,6 +14459,8 @@ class FakeServer:
         self.requests = set()
         self.is_ready = self.is_asleep = self.is_health_hung = False
         self.order = self.grandchild = self.listener = None
+        self.slots = {0: None, 1: None}  # the conversation in each, and its tokens
+        self.used_slots = set()
 
     def live(self):
         """Load, then serve until killed."""
@@ -14061,6 +14506,31 @@ class FakeServer:
         with self.lock:
             for name, change in changes.items():
                 self.counts[name] += change
+
+    def process_prompt(self, wish):
+        """The tokens of a request's prompt, and how many of them its slot had."""
+        slot, talk = wish.get("slot", 0), wish.get("talk")
+        prompt = wish.get("prompt_tokens", 7)
+        before, had = self.slots[slot] or (None, 0)
+        self.slots[slot] = talk, prompt
+        self.used_slots.add(slot)
+        is_same = talk is not None and before == talk
+        return prompt, min(prompt, had) if is_same else 0
+
+    def slot_entry(self, number):
+        """What /slots says of a slot; one never used has no tokens to it."""
+        entry = {"id": number, "n_ctx": 4096, "is_processing": False}
+        if number in self.used_slots:
+            entry["n_prompt_tokens"] = self.slots[number][1]
+        return entry
+
+    def slot_fault(self, action):
+        """What shall go wrong with this now, if anything."""
+        words = []
+        if self.flags.slot_fault and os.path.exists(self.flags.slot_fault):
+            with open(self.flags.slot_fault) as file:
+                words = file.read().split()
+        return words[1] if words[:1] == [action] else None
 
     def _on_term(self, number, frame):
         self.note("term")
@@ -14357,6 +14827,35 @@ def fake_sleep(request):
 def fake_is_sleeping(request):
     """Whether it sleeps."""
     request.reply({"is_sleeping": request.server.is_asleep})
+
+
+def fake_slots(request):
+    """List, save or restore slots, unless that goes wrong."""
+    server, action = request.server, request.query.partition("action=")[2] or "list"
+    fault, slots = server.slot_fault(action), server.slots
+    server.note(action, path=request.path)
+    if fault == "die":
+        os.abort()
+    if fault == "hang":
+        request.hold()
+    if fault == "slow":
+        time.sleep(0.5)
+    if fault == "fail":
+        return request.reply(fake_error(501, "slots are not supported"), 501)
+    if action == "list":
+        return request.reply([server.slot_entry(number) for number in slots])
+    name = json.loads(request.body)["filename"]
+    path = os.path.join(server.flags.slot_save_path, name)
+    number = int(request.path.rpartition("/")[2])
+    if action == "restore":
+        with open(path) as file:
+            slots[number] = None if fault == "useless" else json.loads(file.read())
+        return request.reply({"n_restored": 1})
+    talk, tokens = slots[number]
+    text = json.dumps([talk, tokens]).ljust(4 * tokens)
+    with open(path, "w") as file:
+        file.write(text[: len(text) // 2] if fault == "short" else text)
+    request.reply({"id_slot": number, "n_saved": tokens, "n_written": len(text)})
 
 
 FAKE_QUIET = {  # neither counted as requests nor kept in the journal
