@@ -5538,8 +5538,8 @@ class ModelStatus(NamedTuple):
     it in the file. `shares` names the model whose backend it uses now, and whose state
     it has. `pinned`: nothing may evict it now. `context` are the bytes of its saved
     contexts, None if it keeps none, and `context_seconds` what they have spared.
-    `entry` is what its own /v1/models told last. `needs`, by resource of the budget, are
-    known from `needs_source`; it `holds` what counts now, if it runs.
+    `entry` is what its own /v1/models told last. `needs`, by resource of the budget,
+    are known from `needs_source`; it `holds` what counts now, if it runs.
     """
 
     id: str
