@@ -163,6 +163,9 @@ class UnsupportedCoding(APIError):
 class HeadersTooLarge(APIError):
     status, type, code = 431, INVALID, "headers_too_large"
 
+class RequestCancelled(APIError):
+    status, type, code, may_retry = 499, INVALID, "request_cancelled", False
+
 class ModelMisconfigured(APIError):
     code, may_retry = "model_unusable", False
 
@@ -6325,6 +6328,7 @@ HOP_BY_HOP = frozenset(
     "proxy-authenticate proxy-authorization expect".split()
 )
 
+REASONS = {499: "Client Closed Request"}  # nginx's, unknown to http.HTTPStatus
 Headers = List[Tuple[str, str]]
 
 
@@ -7065,6 +7069,8 @@ class ClientResponse:
     notice = None  # gives events to send, instead of comments, after that early head
     first_at = None  # when the first piece of payload was sent
     is_broken = False
+    problem = None  # why it is broken
+    is_cancelled = False  # by somebody else; from any thread
     status = 0
     sent = 0  # bytes of payload
     _head = b""  # waits for the first piece
@@ -7104,7 +7110,8 @@ class ClientResponse:
 
     def answer(self, status: int, headers: Headers, payload: bytes):
         """Send an answer that is there as a whole."""
-        self.begin(status, http.HTTPStatus(status).phrase, headers, len(payload))
+        phrase = REASONS.get(status) or http.HTTPStatus(status).phrase
+        self.begin(status, phrase, headers, len(payload))
         self.send(payload)
         self.end()
 
@@ -7114,6 +7121,7 @@ class ClientResponse:
 
     def send(self, piece):
         """Send a piece of payload, with the head if it still waits."""
+        self._check_cancelled()
         if self._is_head or not len(piece):
             return
         if not self.sent:
@@ -7157,6 +7165,7 @@ class ClientResponse:
         """
         if has_disconnected(self.sock):
             raise ClientDisconnected
+        self._check_cancelled()
         self.flush()
         now = time.monotonic()
         if not self.is_begun:
@@ -7169,6 +7178,12 @@ class ClientResponse:
             text = self._next_notice() or (COMMENT if is_late else b"")
             if text:
                 self._frame(text)
+
+    def _check_cancelled(self):
+        """Raise RequestCancelled, once, if it was."""
+        if self.is_cancelled:
+            self.is_cancelled = False
+            raise RequestCancelled("the request was cancelled by hand")
 
     def _next_notice(self):
         is_waiting = self.is_early and not self.sent
@@ -7200,7 +7215,7 @@ class ClientResponse:
                 self.send(self.error_event(error_body(problem)))
             self.flush()
         self.is_persistent = False
-        self.is_broken = True
+        self.is_broken, self.problem = True, problem
         if not self._is_chunked and self._left is None:
             linger = struct.pack("ii", 1, 0)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -9122,6 +9137,14 @@ def page_policy() -> str:
 #    A route either replies or raises; `handle_one_request` alone answers errors.
 # ==================================================================================
 
+ROWS_KEPT = 500  # requests that are remembered
+SHOWN_LENGTH = 200  # characters of what a client says of itself
+ERROR_LENGTH = 500
+REQUEST_FIELDS = (
+    "id started client user_agent session method path asked model stream waited "
+    "first_byte seconds status tokens_in tokens_cached tokens_out tokens_per_second "
+    "error".split()
+)
 SERVER_NAME = "llmswap (llama.cpp)"  # clients look for llama.cpp
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
@@ -9144,6 +9167,57 @@ KEY_FIELDS = frozenset(("authorization", "x-api-key", "api-key"))
 NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
 JSON_TYPE = ("content-type", "application/json; charset=utf-8")
 TEXT_TYPE = ("content-type", "text/plain; charset=utf-8")
+
+
+class RequestLog:
+    """The requests in flight, and the last that ended: who asked for what. Bodies are
+    not kept. Any thread may call.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._running = {}  # by number: (row, response, when it began)
+        self._ended = collections.deque(maxlen=ROWS_KEPT)
+
+    def begin(self, row: dict, response: ClientResponse):
+        """A request is in flight, answered by `response`; `row` gets a number."""
+        with self._lock:
+            row["id"] = next(self._numbers)
+            self._running[row["id"]] = row, response, time.monotonic()
+
+    def end(self, row: dict):
+        """A request ended, or was refused before it began."""
+        with self._lock:
+            row["id"] = row["id"] or next(self._numbers)
+            self._running.pop(row["id"], None)
+            self._ended.append(tuple(row.values()))  # a fifth of a dict's size
+
+    def rows(self) -> List[dict]:
+        """Return those in flight, with what is known by now, and then the others; each
+        newest first."""
+        now = time.monotonic()
+        with self._lock:
+            running = [
+                {
+                    **row,
+                    "seconds": now - began,
+                    "first_byte": response.first_at and response.first_at - began,
+                }
+                for row, response, began in reversed(self._running.values())
+            ]
+            ended = [dict(zip(REQUEST_FIELDS, row)) for row in reversed(self._ended)]
+            return running + ended
+
+    def cancel(self, number: str) -> bool:
+        """End a request as if its client had left, which is told why; return whether it
+        was in flight."""
+        with self._lock:
+            for row, response, _ in self._running.values():
+                if str(row["id"]) == number:
+                    response.is_cancelled = True
+                    return True
+            return False
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -9183,6 +9257,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.began = time.monotonic()
         self.config = self.pool.config
         self.head = self.body = self.model = self.reply = self.waited = None
+        self.row = self.error = None
         self.usage = Usage()
         try:
             if not self.parse_request():
@@ -9260,18 +9335,54 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if reply is None or (self.model is None and reply.status < 400):
             return
         status = 502 if reply.is_broken else reply.status or 500
+        status = 499 if isinstance(self.error, RequestCancelled) else status
         seconds = time.monotonic() - self.began
         usage = self.usage if status < 300 else Usage()
         speed = speed_of(usage, seconds - (self.waited or 0))
+        self._record_end(status, seconds, usage, speed)
         tokens = usage.tokens_in or 0, usage.tokens_out or 0, usage.tokens_cached or 0
         received = self.body.received if self.body is not None else 0
         counts = status, seconds, self.waited, *tokens, received, reply.sent
         self.pool.count_request(self.model, speed, *counts)
 
+    def _new_row(self, info=RequestInfo()):
+        """Return the request as /api/requests shows it."""
+        head, is_tcp = self.head, isinstance(self.client_address, tuple)
+        return dict(
+            dict.fromkeys(REQUEST_FIELDS),
+            started=time.time(),
+            client=self.client_address[0] if is_tcp else "unix",
+            user_agent=head.get("user-agent")[:SHOWN_LENGTH],
+            session=head.get("x-session-id")[:SHOWN_LENGTH],
+            method=head.method,
+            path=head.path[:SHOWN_LENGTH],
+            asked=info.model or head.parameter("model"),
+            model=self.model.name if self.model else None,
+            stream=info.members.get("stream") is True,
+        )
+
+    def _record_end(self, status, seconds, usage, speed):
+        if self.row is None and (status < 400 or self.head is None):
+            return
+        reply, row = self.reply, self.row or self._new_row()
+        error = self.error or reply.problem
+        row.update(
+            status=status,
+            seconds=seconds,
+            first_byte=reply.first_at and reply.first_at - self.began,
+            tokens_in=usage.tokens_in,
+            tokens_cached=usage.tokens_cached,
+            tokens_out=usage.tokens_out,
+            tokens_per_second=speed,
+            error=str(error)[:ERROR_LENGTH] if error else None,
+        )
+        self.server.requests.end(row)
+
     # -- answers ---------------------------------------------------------------------
 
     def _answer_error(self, error):
         """Answer in whatever form is still possible."""
+        self.error = error
         if isinstance(error, SpokenTLS):
             self.server.warn_of_tls()
         if isinstance(error, OSError):  # of disk or memory; the client's own is caught
@@ -9550,6 +9661,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for model, owner, status in zip(models, owners, statuses)
         ]
 
+    def get_requests(self):
+        """The requests in flight, then the last that ended, each newest first."""
+        name, limit = self.head.parameter("model"), self.head.parameter("limit")
+        if limit is not None and not re.fullmatch("[0-9]{1,9}", limit):
+            raise BadRequest(f"limit: {limit!r} is not a whole number", "limit")
+        rows = self.server.requests.rows()
+        if name is not None:
+            names = (name, self.config.find(name))
+            rows = [row for row in rows if row["model"] in names]
+        self._send_json({"requests": rows[: int(limit) if limit else None]})
+
+    def cancel_request(self, rest):
+        number, _, action = rest.partition("/")
+        if action != "cancel":
+            raise NotFound(f"there is nothing at {self.head.path}")
+        if not self.server.requests.cancel(number):
+            raise NotFound(f"no request {number} is in flight")
+        self._send_json({"success": True})
+
     def post_load(self):
         if not self.pool.load(self._model_of_body()):
             raise BadRequest("model is already running")
@@ -9730,6 +9860,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         idle_timeout = _idle_timeout_in(info.members)
         is_safe = self.head.method in SAFE_METHODS
         preemptible = self.head.is_upgrade or (preemptible and is_safe)
+        if not preemptible:
+            self.row = self._new_row(info)
+            self.server.requests.begin(self.row, self.reply)
         self._prepare_waiting(model, target, info)
         outgoing = self._upstream_request(model, target, info)
         transform_of = _repair_of if model.settings.json_repair else lambda _: None
@@ -9738,6 +9871,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             lease = self.pool.lease(model, self._look_after_client, preemptible)
             with lease as backend:
                 self.waited = time.monotonic() - asked_at
+                if self.row:
+                    self.row["waited"] = self.waited
                 if idle_timeout is not None:
                     self.pool.keep_alive(model, idle_timeout)
                 try:
@@ -9857,6 +9992,7 @@ ROUTES = {
     ("GET", "/metrics"): Handler.get_metrics,
     ("GET", "/lora-adapters"): Handler.get_from_model,
     ("GET", "/running"): Handler.get_running,
+    ("GET", "/api/requests"): Handler.get_requests,
     ("GET", "/unload"): Handler.unload,
     ("POST", "/unload"): Handler.unload,
     ("POST", "/api/models/unload"): Handler.unload,
@@ -9873,6 +10009,7 @@ PREFIXES = (  # with their methods; none: all
     ("/v1/models/", ("GET",), Handler.get_model),
     ("/logs/stream/", ("GET",), Handler.get_log_stream),
     ("/api/models/unload/", ("POST",), Handler.unload),
+    ("/api/requests/", ("POST",), Handler.cancel_request),
 )
 
 
@@ -10169,6 +10306,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_close()  # a socket of its own, which is not needed
         self.sockets = sockets
         self.pool, self.log, self.application = pool, log, application
+        self.requests = RequestLog()
         self.born = int(time.time())
         self.is_closing = False
         self.most_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)

@@ -49,6 +49,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import urllib.request
 import zlib
 from collections import Counter
@@ -7530,6 +7531,78 @@ def test_a_start_that_is_bound_to_fail_is_known_before(tmp_path):
             models = {each["id"]: each for each in next(stream.documents())["models"]}
         assert "does not exist" in models["gone"]["failure"]
         assert not models["fine"]["failure"]
+
+
+def rows_of(server, query=""):
+    return server.get(f"/api/requests{query}").json()["requests"]
+
+
+def test_requests_are_remembered_with_who_asked_for_what():
+    with Llmswap("[a]\ncmd = FAKE\nalias = x\n[b]\ncmd = FAKE --load-exit 3") as server:
+        fields = {"User-Agent": "tester" * 99, "X-Session-Id": "s1"}
+        assert server.post(CHAT, chat_body("x"), fields).status == 200
+        (row,) = rows_of(server)
+        assert row["user_agent"] == ("tester" * 99)[:200] and row["client"] == "127.0.0.1"
+        names = "session method path asked model stream status error".split()
+        assert [row[name] for name in names] == [
+            "s1", "POST", CHAT, "x", "a", False, 200, None]  # fmt: skip
+        assert row["tokens_out"] > 0 and abs(row["started"] - time.time()) < 60
+        assert 0 < row["waited"] < row["first_byte"] <= row["seconds"]
+        assert server.chat("none").status == 404
+        assert server.chat("b").status == 502
+        assert server.get("/upstream/a/").status == 200  # pages are no requests
+        assert [row["status"] for row in rows_of(server)] == [502, 404, 200]
+        assert "exited with status 3" in rows_of(server)[0]["error"]
+        assert [row["asked"] for row in rows_of(server, "?model=x")] == ["x"]
+        assert rows_of(server, "?limit=1") == rows_of(server)[:1]
+        assert server.get("/api/requests?limit=x").status == 400
+
+
+def test_a_request_in_flight_is_shown_and_can_be_cancelled():
+    with Llmswap("[a]\ncmd = FAKE\n[b]\ncmd = FAKE --load 60") as server:
+
+        def cancel(model):
+            (row,) = eventually(lambda: rows_of(server, f"?model={model}")[:1])
+            assert row["status"] is None and row["seconds"] > 0
+            path = f"/api/requests/{row['id']}/cancel"
+            assert server.post(path).json() == {"success": True}
+            eventually(lambda: rows_of(server, f"?model={model}")[0]["status"] == 499)
+            assert server.post(path).status == 404
+
+        for model, wish in (("a", {"hang": True}), ("b", {})):  # at work, and waiting
+            with server.connect() as client:
+                client.send("POST", CHAT, chat_body(model, **wish))
+                eventually(lambda: server.get("/health").json()["requests"] or model == "b")
+                cancel(model)
+                answer = client.answer()
+                assert answer.status == 499
+                assert answer.json()["error"]["code"] == "request_cancelled"
+        with server.stream("a", tokens=10**6, pause=0.05) as stream:
+            events = stream.events()
+            next(events)
+            cancel("a")
+            with pytest.raises(BrokenAnswer):
+                list(events)
+            assert b"request_cancelled" in stream.raw
+        eventually(lambda: server.get("/health").json()["requests"] == 0)
+        assert server.post("/api/requests/1/stop").status == 404
+
+
+def test_five_hundred_requests_are_remembered_in_a_megabyte():
+    log = llmswap.RequestLog()
+    tracemalloc.start()
+    try:
+        for number in range(600):
+            row = dict.fromkeys(llmswap.REQUEST_FIELDS, number + 0.5)
+            for name in "client user_agent session path asked model".split():
+                row[name] = f"{number} {'x' * 100}"
+            row["id"] = None
+            log.begin(row, None)
+            log.end(row)
+        assert tracemalloc.get_traced_memory()[0] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert [row["id"] for row in log.rows()] == [*range(600, 100, -1)]
 
 
 def test_questions_about_one_model_never_load_it(swap):
