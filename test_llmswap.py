@@ -7537,11 +7537,21 @@ def rows_of(server, query=""):
     return server.get(f"/api/requests{query}").json()["requests"]
 
 
+def ended_rows(server, count):
+    """All rows once so many requests have ended, which is after their answers."""
+
+    def ended():
+        rows = rows_of(server)
+        return rows if [row for row in rows if row["status"]][count - 1 :] else None
+
+    return eventually(ended)
+
+
 def test_requests_are_remembered_with_who_asked_for_what():
     with Llmswap("[a]\ncmd = FAKE\nalias = x\n[b]\ncmd = FAKE --load-exit 3") as server:
         fields = {"User-Agent": "tester" * 99, "X-Session-Id": "s1"}
         assert server.post(CHAT, chat_body("x"), fields).status == 200
-        (row,) = rows_of(server)
+        (row,) = ended_rows(server, 1)
         assert row["user_agent"] == ("tester" * 99)[:200] and row["client"] == "127.0.0.1"
         names = "session method path asked model stream status error".split()
         assert [row[name] for name in names] == [
@@ -7551,8 +7561,10 @@ def test_requests_are_remembered_with_who_asked_for_what():
         assert server.chat("none").status == 404
         assert server.chat("b").status == 502
         assert server.get("/upstream/a/").status == 200  # pages are no requests
-        assert [row["status"] for row in rows_of(server)] == [502, 404, 200]
-        assert "exited with status 3" in rows_of(server)[0]["error"]
+        rows = ended_rows(server, 3)
+        assert [row["status"] for row in rows] == [502, 404, 200]
+        assert [row["asked"] for row in rows] == ["b", "none", "x"]
+        assert "exited with status 3" in rows[0]["error"]
         assert [row["asked"] for row in rows_of(server, "?model=x")] == ["x"]
         assert rows_of(server, "?limit=1") == rows_of(server)[:1]
         assert server.get("/api/requests?limit=x").status == 400
@@ -10170,8 +10182,8 @@ class Browser:
 
     def press(self, key):
         """Press a key as a person does, on whatever has the focus."""
-        codes = {"Enter": (13, "\r"), "Tab": (9, ""), "Escape": (27, ""), " ": (32, " ")}
-        code, text = codes[key]
+        codes = {"Enter": 13, "Tab": 9, "Escape": 27, " ": 32, "ArrowDown": 40}
+        code, text = codes[key], {"Enter": "\r", " ": " "}.get(key)
         more = {"key": key, "windowsVirtualKeyCode": code}
         more["code"] = "Space" if key == " " else key
         if text:
@@ -10194,9 +10206,9 @@ class Browser:
             how = {"x": x, "y": y, "button": "left", "clickCount": 1}
             self.call("Input.dispatchMouseEvent", type=kind, **how)
 
-    def look(self, width, scheme):
+    def look(self, width, scheme, height=800):
         """Be a screen of this width, in a `light` or a `dark` room."""
-        size = {"height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
+        size = {"height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", width=width, **size)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", features=features)
@@ -10539,7 +10551,7 @@ def test_the_page_loads_nothing_from_outside_and_runs_its_own_script_alone():
         inner = re.search(f"<{tag}>(.*)</{tag}>", page, re.DOTALL)[1]
         digest = base64.b64encode(sha256(inner.encode()).digest()).decode()
         assert f"{tag}-src 'sha256-{digest}'" in policy
-    assert "unsafe" not in policy and len(page) < 30000
+    assert "unsafe" not in policy and len(page) < 36500
 
 
 EVENTS = {"Accept": "text/event-stream"}
@@ -10643,7 +10655,7 @@ def test_a_model_is_loaded_asked_read_and_stopped_by_mouse(browser):
         assert browser.value("document.title") == "a · llmswap"
         ask_by_mouse(browser, "a")
         browser.until(shown("$('reply')", "word1"))
-        browser.until(shown("$('stats')", "tokens/s"))
+        browser.until(shown("$('recent')", "50 tok/s"))
         browser.press("Escape")
         read_log_by_mouse(browser, server)
         ask_by_mouse(browser, "long")
@@ -10748,6 +10760,71 @@ def test_a_model_is_loaded_asked_read_and_stopped_by_keyboard_with_a_key(browser
         assert browser.complaints == []
 
 
+REQUEST = "document.querySelector('.request[data-id=\"{}\"] {}')"
+
+
+@in_browser
+def test_requests_are_seen_opened_filtered_and_cancelled_by_keyboard(browser):
+    agent = {"User-Agent": "<b>agent</b>/1.0", "X-Session-Id": "s1"}
+    with Llmswap(STORY) as server, server.connect() as client:
+        for prompt in (11900, 12400):
+            body = chat_body("a", talk=1, prompt_tokens=prompt, tokens=380)
+            assert server.post(CHAT, body, agent).status == 200
+        assert server.chat("nobody").status == 404
+        browser.look(390, "light")
+        browser.open(server.url)
+        done, refused = (REQUEST.format(number, "") for number in (2, 3))
+        browser.until(shown(refused, "404 there is no model 'nobody'"))
+        assert browser.value(shown(refused, "nobody"))
+        browser.until(shown(done, "12.4k in (11.9k cached), 380 out, 50 tok/s"))
+        assert browser.value(shown(done, "<b>agent<"))  # a text, whatever it is
+        client.send("POST", CHAT, chat_body("long", stream=True), agent)
+        running = REQUEST.format(4, "button")
+        browser.until(f"{running}?.checkVisibility()")
+        tab_to(browser, "Cancel request 4 of long")
+        browser.until(shown(REQUEST.format(4, ""), "first byte"))
+        browser.press("Enter")
+        browser.until(shown(REQUEST.format(4, ""), "499"))
+        assert browser.value("document.activeElement.closest('.request').dataset.id") == "4"
+        assert not browser.value(f"{running}.checkVisibility()")
+        browser.press("Enter")  # the focus is on the row now, which opens
+        facts = REQUEST.format(4, "dl")
+        for text in ("s1", "POST /v1/chat/completions", "cancelled by hand"):
+            browser.until(shown(facts, text))
+        server.chat("a")
+        browser.until(REQUEST.format(5, ""))
+        assert browser.value(f"{facts}.checkVisibility()"), "it closed at an update"
+        browser.value("$('only').focus()")
+        browser.press("ArrowDown")
+        browser.press("ArrowDown")
+        ids = "[...document.querySelectorAll('.request')].map((e) => e.dataset.id)"
+        browser.until(f"`${{{ids}}}` === '4'")
+        assert browser.complaints == []
+
+
+@in_browser
+def test_requests_are_fetched_at_changes_once_a_second_and_not_while_hidden(browser):
+    fetches = "performance.getEntriesByType('resource')"
+    fetches += ".filter((each) => each.name.includes('/api/requests')).length"
+    with Llmswap(PAGE_MODELS) as server:
+        browser.look(1280, "light")
+        browser.open(server.url)
+        browser.until(shown(row("b"), "Load"))
+        began = time.monotonic()
+        for _ in range(200):
+            assert server.chat("b").status == 200
+        browser.until("recentKey.includes(' 800 ') && !isFetching")  # four steps each
+        busy = browser.value(fetches)
+        assert busy <= 2 + (time.monotonic() - began)
+        age = f"parseInt({row('b', '.state span')}.innerText)"
+        browser.until(f"{age} >= {browser.value(age) + 3}")  # it is shown each second
+        assert browser.value(fetches) == busy
+        browser.value("Object.defineProperty(document, 'hidden', {value: true})")
+        assert server.chat("b").status == 200
+        browser.until("snapshot.requests === 804")
+        assert browser.value(fetches) == busy
+
+
 @in_browser
 @pytest.mark.parametrize("count", [40, 0])
 def test_forty_models_and_none_fit_any_width(browser, count):
@@ -10812,7 +10889,7 @@ colour = red
 uses = busy
 """
 AT_A_GLANCE = {
-    "busy": "first, second|For code|loaded|1 running|50.0 tokens/s|512 MiB",
+    "busy": "first, second|For code|loaded|1 running|50 tok/s|512 MiB",
     "still": "loaded|none|Unloads in|14 min",
     "slow": "loading| %| s|1 waiting|Cancel",
     "dozy": "sleeping|512 MiB",
