@@ -8,6 +8,7 @@
     python3 test_llmswap.py soak           random clients, kills and reloads
     python3 test_llmswap.py faults         each fault in each state, as a table
     python3 test_llmswap.py fuzz           mutated HTTP, read by llmswap and by h11
+    python3 test_llmswap.py pictures       the README's, of the status page
 """
 
 import array
@@ -15634,6 +15635,7 @@ COMMANDS = {
     "bench": functools.partial(run_tool, "bench"),
     "soak": functools.partial(run_tool, "soak"),
     "fuzz": functools.partial(run_tool, "fuzz"),
+    "pictures": functools.partial(run_tool, "pictures"),
     "faults": faults_main,
 }
 
