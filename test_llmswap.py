@@ -10750,6 +10750,7 @@ def test_a_model_is_loaded_asked_read_and_stopped_by_keyboard_with_a_key(browser
         browser.until(shown("$('reply')", "word1"))
         browser.press("Escape")
         browser.until(shown(row("b", ".state"), "loaded"))  # snapshots come after answers
+        browser.until(shown("$('recent')", "browser"))  # asked for with the key, too
         tab_to(browser, "Log b")
         browser.press("Enter")
         browser.until(shown("$('lines')", "model loaded"))
