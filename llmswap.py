@@ -151,6 +151,9 @@ class MethodNotAllowed(APIError):
 class ModelNotLoaded(APIError):
     status, type, code = 409, INVALID, "model_not_loaded"
 
+class ModelPinned(APIError):
+    status, type, code, may_retry = 409, INVALID, "model_pinned", False
+
 class RequestTimeout(APIError):
     status, type, code = 408, INVALID, "request_timeout"
 
@@ -249,6 +252,11 @@ def _seconds(match):
     return min(seconds, MAX_DURATION)
 
 
+def _pin(match):
+    word = match[0].lower()
+    return "on" if word in TRUE_WORDS else "off" if word in FALSE_WORDS else word
+
+
 parse_duration = pattern(
     "a duration such as 15m", rf"{NUMBER}|(?:{NUMBER}(?:ms|[smhd]))+", _seconds
 )
@@ -261,6 +269,9 @@ parse_boolean = pattern(
     "on or off",
     f"(?i:{'|'.join(TRUE_WORDS + FALSE_WORDS)})",
     lambda match: match[0].lower() in TRUE_WORDS,
+)
+parse_pin = pattern(
+    "on, off or loaded", f"(?i:loaded|{'|'.join(TRUE_WORDS + FALSE_WORDS)})", _pin
 )
 parse_count = pattern("a whole number", "[0-9]{1,9}", lambda match: int(match[0]))
 parse_score = pattern(
@@ -463,8 +474,8 @@ PROXY_KEYS = (
     Key("settle-timeout", parse_duration, "5s",
         "wait at most this long for the GPU memory of a stopped model to be free"),
     Key("exit-idle-time", parse_duration, "0",
-        "end the process when nothing is loaded or asked for this long, for socket "
-        "activation; 0: never"),
+        "end the process when nothing is loaded (but for `keep-loaded`) or asked for "
+        "this long, for socket activation; 0: never"),
     Key("idle-command", str, "",
         "run when idle, e.g. `systemctl suspend`; everything is unloaded first"),
     Key("idle-command-after", parse_duration, "1h", "how long idle for that"),
@@ -489,9 +500,10 @@ MODEL_KEYS = (
     Key("proxy-key", str, "", "sent to the backend as `Authorization: Bearer`"),
     Key("model-name", str, "",
         "the name put into the request's `model` before forwarding; empty: as asked"),
-    Key("uses", str, "",
-        "share the backend of another model; only keys about requests and listing may "
-        "stand beside it"),
+    Key("uses", parse_words, "",
+        "share the backend of another model; of several, comma-separated, that of the "
+        "one that is loaded, else of one that is loading, else of the first; only keys "
+        "about requests and listing may stand beside it"),
     Key("alias", parse_words, "", "further names, comma-separated"),
     Key("env.NAME", str, "", "environment of the backend"),
     Key("cwd", os.path.expanduser, "",
@@ -506,8 +518,14 @@ MODEL_KEYS = (
     Key("idle-timeout", parse_duration, "0",
         "unload after this long without a request; 0: never; `ttl` is the same"),
     Key("load-on-startup", parse_boolean, "off", "load when llmswap starts"),
-    Key("pin", parse_boolean, "off",
-        "never evicted to make room, nor unloaded when idle"),
+    Key("keep-loaded", parse_boolean, "off",
+        "load when llmswap starts, and again whenever it fits beside what is loaded "
+        "and nobody waits; requests for others may evict it; `idle-timeout` does not "
+        "count"),
+    Key("pin", parse_pin, "off",
+        "`on`: never evicted to make room, nor unloaded when idle; `loaded`: not "
+        "evicted while it is loaded, requests for what does not fit beside it are "
+        "refused"),
     Key("keep-context", parse_boolean, "off",
         "save the processed prompts of a llama-server before it is stopped, and "
         "restore them after its next start"),
@@ -971,8 +989,9 @@ class Model(NamedTuple):
 
     `options` are layers of settings, the weakest first, each in the order of its keys.
     They, `env` and the texts of commands may hold variables, which the methods expand.
-    `problem` is None, or why the model cannot be used. `context_dir` is the folder of
-    its saved contexts, with a slash at its end; empty: none are kept.
+    `backends` are the ids of the models whose backend may serve it, the first one
+    preferred. `problem` is None, or why the model cannot be used. `context_dir` is the
+    folder of its saved contexts, with a slash at its end; empty: none are kept.
     """
 
     name: str
@@ -982,7 +1001,7 @@ class Model(NamedTuple):
     options: tuple
     env: dict
     variables: dict
-    backend: str
+    backends: tuple
     problem: Optional[str]
     aliases: tuple = ()
     source: str = "preset"  # as llama.cpp's router calls it
@@ -998,6 +1017,11 @@ class Model(NamedTuple):
     def written_needs(self) -> Mapping[str, int]:
         """What it needs as far as the file says so."""
         return self.settings.needs or {}
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether it is never evicted, loaded or not."""
+        return self.settings.pin == "on"
 
     @property
     def launch(self) -> tuple:
@@ -1143,7 +1167,7 @@ class ModelBuilder:
         preset_only = tuple((key, self._keys[key].text)
                             for key in PRESET_ONLY_KEYS if key in self._keys)
         return Model(self._name, self._kind, self._place, settings, options, env,
-                     self._variables, self._name, problem, preset_only=preset_only)
+                     self._variables, (self._name,), problem, preset_only=preset_only)
 
     def _read(self, key, setting, default):
         try:
@@ -1202,7 +1226,7 @@ class ModelBuilder:
             texts = " ".join([settings.cmd, settings.extra_args, *env.values()])
             if needs_port and "PORT" not in variables_in(texts):
                 yield own("cmd"), "without ${PORT} it needs proxy = URL"
-        if self._kind in ("cmd", "unit") and not own(self._kind).text:
+        if self._kind in EXCLUSIVE_KEYS and not getattr(settings, self._kind):
             yield own(self._kind), "it must not be empty"
         if self._kind in ("unit", "remote") and needs_port:
             yield own("proxy"), "it needs proxy = URL, without ${PORT}"
@@ -1293,10 +1317,6 @@ class Config(NamedTuple):
             text = f"there is no model {name!r}{self._near(name)}"
             raise ModelNotFound(text, "model")
         return self.models[known]
-
-    def owner_of(self, model: Model) -> Model:
-        """Return the model whose backend serves this one."""
-        return self.models.get(model.backend, model)
 
     def default_model(self) -> Optional[Model]:
         """Return the model for requests that name none, if there is one."""
@@ -1535,41 +1555,54 @@ class ConfigLoader:
                 raise ConfigError(f"{place}: there is no model {name!r}")
             return model
 
-        def backend(name):
+        def backends(name):
             model = known(name, "sets")
-            return config.find(model.settings.uses) or model.name
+            used = [*filter(None, map(config.find, model.settings.uses))]
+            return used or [model.name]
 
         default = config.settings.default_model
         return config.settings._replace(
-            sets=tuple(frozenset(map(backend, s)) for s in config.settings.sets),
+            sets=tuple(
+                frozenset(names)
+                for together in config.settings.sets
+                for names in itertools.product(*map(backends, together))
+            ),
             default_model=default and known(default, "default-model").name,
         )
 
     def _check_fit(self, models, settings):
-        """Make models unusable that do not fit beside all pinned ones."""
+        """Make models unusable that do not fit beside all that are always pinned."""
         pinned = []
-        for model in sorted(models.values(), key=lambda model: not model.settings.pin):
+        for model in sorted(models.values(), key=lambda model: not model.is_pinned):
             if model.problem:
                 continue
             reason = misfit(model, pinned, settings)
             if reason:
                 problem = f"{model.place}: {reason}"
                 models[model.name] = model._replace(problem=problem)
-            elif model.settings.pin:
+            elif model.is_pinned:
                 pinned.append(model)
 
     def _link(self, model, config):
-        """Return a model that uses another with its backend, or with a problem."""
-        target = config.models.get(config.find(model.settings.uses))
-        if target is None:
-            reason = f"there is no model {model.settings.uses!r} to use"
-        elif target.kind == "uses":
-            reason = f"{target.name!r} itself uses another model"
-        elif target.problem:
-            reason = f"it uses {target.name!r}: {target.problem}"
-        else:
-            return model._replace(backend=target.name)
-        return model._replace(problem=f"{model.place}: {reason}")
+        """Return a model that uses others with their backends, or with a problem.
+
+        One that cannot be used is passed over, unless none can.
+        """
+        targets = {
+            name: config.models.get(config.find(name)) for name in model.settings.uses
+        }
+        usable = [each.name for each in targets.values() if each and not each.problem]
+        for name, target in targets.items():
+            if target is None:
+                reason = f"there is no model {name!r} to use"
+            elif target.kind == "uses":
+                reason = f"{target.name!r} itself uses another model"
+            elif not usable:
+                reason = f"it uses {target.name!r}: {target.problem}"
+            else:
+                continue
+            return model._replace(problem=f"{model.place}: {reason}")
+        return model._replace(backends=tuple(usable))
 
 
 # ==================================================================================
@@ -1635,6 +1668,7 @@ NEXT_STATE = {
     },
 }
 
+READINESS = (State.LOADED, State.LOADING, State.SLEEPING)  # the soonest to serve first
 MIN_RETURN_GAP = 0.005  # s; a client that sends its next request at once needs less
 UNKNOWN_SWAP_COST = 1.0  # s; assumed before a swap was measured
 MAX_PATIENCE = 30.0  # s
@@ -1647,13 +1681,18 @@ class ModelSpec(NamedTuple):
 
     `takes_place` False: the model runs on another machine, does not count towards
     models-max, and its failed loads cause no back-off: that machine may be asleep.
-    `can_sleep`: it is put to sleep instead of stopped when another needs its room.
+    `is_pinned`: nothing evicts it, nor does it idle; `is_pinned_once_loaded`: nothing
+    evicts it while it is loaded. `keep_loaded`: it is started whenever it fits and
+    nobody waits. `can_sleep`: it is put to sleep instead of stopped when another needs
+    its room.
     """
 
     needs: Mapping[str, int] = {}
     sleep_needs: Mapping[str, int] = {}
     takes_place: bool = True
     is_pinned: bool = False
+    is_pinned_once_loaded: bool = False
+    keep_loaded: bool = False
     can_sleep: bool = False
     concurrency: int = 0
     idle_timeout: float = 0.0
@@ -1767,6 +1806,7 @@ class ModelState:
         self.state = State.UNLOADED
         self.changed_at = None  # when it entered its state; None: never
         self.run = 0  # number of its current backend
+        self.was_ready = False  # in this run
         self.in_flight = 0
         self.preemptible = 0  # leases that no stop waits for
         self.waiting = 0  # tickets in the queue
@@ -1780,6 +1820,8 @@ class ModelState:
         self.failures = 0
         self.last_failure = None
         self.retry_at = -math.inf
+        self.keep_at = -math.inf  # not sooner does keep_loaded start it
+        self.is_released = False  # unloaded by hand: keep_loaded is without effect
         self.idle_timeout = None  # set by a request, until unloaded; inf: never
         self.unload_by = None  # stopped by hand: no grants; leases are cut then
         self.stop_cause = None
@@ -1811,6 +1853,26 @@ class ModelState:
         """Whether it loads, or has loaded, for a ticket that was not granted yet."""
         is_new = self.state is State.LOADED and self.last_grant < self.ready_at
         return bool(self.waiting) and (is_new or self.state is State.LOADING)
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether nothing may evict it now."""
+        is_pinned_now = self.spec.is_pinned_once_loaded and self.was_ready
+        return self.spec.is_pinned or is_pinned_now
+
+    @property
+    def is_missed(self) -> bool:
+        """Whether it is down and keep_loaded wants it up."""
+        is_put_to_sleep = self.state is State.SLEEPING and self.spec.can_sleep
+        is_down = self.state is State.UNLOADED or is_put_to_sleep
+        return is_down and self.spec.keep_loaded and not self.is_released
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether it is held, and not for keep_loaded alone."""
+        if self.spec.keep_loaded:
+            return bool(self.in_flight or self.preemptible)
+        return self.is_held
 
     @property
     def needs_room(self) -> bool:
@@ -1858,15 +1920,13 @@ class ModelState:
     def record_failure(self, problem: APIError, now: float):
         """A load failed; from the third in a row on, the next must wait."""
         self.last_failure = problem
-        if not self.spec.takes_place:
-            return
         self.failures += 1
         surplus = self.failures - FREE_FAILURES
         if surplus >= 0:
             self.retry_at = now + min(MAX_BACKOFF, 2.0 ** min(surplus, 16))
 
     def reset_failures(self):
-        self.failures, self.retry_at = 0, -math.inf
+        self.failures, self.retry_at, self.keep_at = 0, -math.inf, -math.inf
 
     def swap_cost(self, newcomer: "ModelState") -> float:
         """Seconds to stop this model, load the newcomer, and load this one again."""
@@ -1885,7 +1945,9 @@ class ModelState:
 
     def unload_at(self) -> float:
         """When its idle time ends; inf: it is in use, or never unloads."""
-        if self.in_flight or self.waiting or self.preemptible or self.spec.is_pinned:
+        if self.in_flight or self.waiting or self.preemptible:
+            return math.inf
+        if self.spec.is_pinned or self.spec.keep_loaded:
             return math.inf
         timeout = self.idle_timeout
         if timeout is None:
@@ -1945,6 +2007,8 @@ class Scheduler:
         self._next_deadline = math.inf
         self._draining = {}  # ModelState -> the ticket that it drains for
         self._stopping = {}  # ModelState that stops or is to make room -> when
+        self._pinned = []  # ModelStates that stay for now
+        self._is_resting = False  # nothing is kept loaded until the next request
         self._closing_error = None  # refuses every ticket once closed
 
     # -- events: requests ------------------------------------------------------------
@@ -1954,6 +2018,7 @@ class Scheduler:
     ) -> Ticket:
         """Queue a request for the model; the next `decide` may grant or refuse it."""
         model = self.models[name]
+        model.is_released = self._is_resting = False
         ticket = Ticket(next(self._numbers), model, now, preemptible, manual)
         if manual:
             model.reset_failures()
@@ -1979,6 +2044,20 @@ class Scheduler:
             model.in_flight -= 1
         model.record_idle(now)
 
+    def choose(self, names: Sequence[str]) -> Optional[str]:
+        """Return the one of these models that can serve a request soonest; None if a
+        reload has removed them all."""
+
+        def rank(name):
+            model = self.models[name]
+            is_leaving = model.is_stopping_soon or model.drains_for
+            if is_leaving or model.state not in READINESS:
+                return len(READINESS)
+            return READINESS.index(model.state)
+
+        known = (name for name in names if name in self.models)
+        return min(known, key=rank, default=None)
+
     def keep_alive(self, name: str, seconds: float):
         """Set the idle timeout of a model until it unloads; below 0: never unload."""
         self.models[name].idle_timeout = seconds if seconds >= 0 else math.inf
@@ -1993,7 +2072,7 @@ class Scheduler:
         if model.state is State.LOADING:
             if model.started_at > -math.inf:
                 model.load_seconds = now - model.started_at
-            model.ready_at = model.idle_since = now
+            model.was_ready, model.ready_at, model.idle_since = True, now, now
             model.last_grant = -math.inf  # of this run
             model.reset_failures()
             model.last_failure = model.room_from = None
@@ -2064,6 +2143,9 @@ class Scheduler:
                 self.refuse_waiting(name, failure)
         elif failure is not None:
             model.last_failure = failure
+            model.keep_at = model.ready_at + MAX_BACKOFF
+        else:  # somebody stopped it by other means
+            model.is_released = True
         model.advance(Event.EXITED, now)
         self._end_run(model)
         return victim and victim.name
@@ -2121,6 +2203,7 @@ class Scheduler:
     def _end_run(self, model):
         """Forget what belonged to the run; a reload may now take effect."""
         del self.held[model.name]
+        model.was_ready = False
         model.in_flight = model.preemptible = 0
         model.idle_timeout = model.unload_by = None
         model.stop_cause = model.drains_for = None
@@ -2138,8 +2221,20 @@ class Scheduler:
     def unload(self, name: str, now: float, problem: APIError) -> bool:
         """Stop a model by hand and refuse its tickets; False if it is not loaded.
 
-        Requests in flight have its stop timeout to end, then the backend is stopped.
+        Requests in flight have its stop timeout to end, then the backend is stopped. It
+        is not kept loaded until it is asked for, or the next reload.
         """
+        self.models[name].is_released = True
+        return self._unload(name, now, problem)
+
+    def rest(self, now: float, problem: APIError):
+        """Stop every model as if by hand, but only until the next request for any of
+        them is nothing kept loaded."""
+        self._is_resting = True
+        for name in self.models:
+            self._unload(name, now, problem)
+
+    def _unload(self, name, now, problem):
         model = self.models[name]
         self.refuse_waiting(name, problem)
         if model.is_held and model.unload_by is None:
@@ -2174,6 +2269,9 @@ class Scheduler:
                 model.spec, model.learned_needs = spec, None
                 if name in changed:
                     model.reset_failures()
+            model.is_released = False
+            if model.is_pinned:
+                model.drains_for = None
 
     def refuse_waiting(self, name: str, problem: APIError):
         """Refuse every ticket that waits for the model."""
@@ -2202,11 +2300,18 @@ class Scheduler:
         """How many leases there are that are not preemptible."""
         return sum(model.in_flight for model in self.held.values())
 
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a ticket waits, or a model is held other than for keep_loaded."""
+        return bool(self._queue) or any(each.is_in_use for each in self.held.values())
+
     # -- decisions -------------------------------------------------------------------
 
     def decide(self, now: float) -> Tuple[List[NamedTuple], float]:
         """Return what is to be done now, in this order, and the next deadline."""
-        while self._serve_queue(now) or self._stop_models(now):
+        while (
+            self._serve_queue(now) or self._stop_models(now) or self._start_kept(now)
+        ):
             pass  # each decision may make others possible
         decisions, self._decisions = self._decisions, []
         return decisions, self._next_deadline
@@ -2224,6 +2329,10 @@ class Scheduler:
             is_stopping = model.state is State.UNLOADING or model.is_stopping_soon
             if is_stopping or model.drains_for:
                 self._stopping[model] = -math.inf
+        self._pinned = [
+            model for model in self.held.values()
+            if model.is_pinned and model not in self._stopping
+        ]
         before = len(self._decisions), len(self._draining)
         wanted = {}  # name -> usage that this ticket and older ones wait for
         waiting, is_full = 0, False  # whether `wanted` alone fills the limits
@@ -2264,13 +2373,29 @@ class Scheduler:
                 waited = f"waited {limits.queue_timeout:g} s for {model.name!r}"
                 return QueueTimeout(f"{waited} (queue-timeout in [llmswap])")
             self._look_again_at(ends)
-        if not model.is_held and now < model.retry_at:
+        if not model.is_held and model.spec.takes_place and now < model.retry_at:
             seconds = max(1, math.ceil(model.retry_at - now))
             text = f"{model.last_failure}\n(it is tried again in {seconds} s)"
             return LoadBackoff(text, retry_after=seconds)
+        pins = self._pins_in_the_way(model)
+        if pins:
+            names = ", ".join(sorted(pin.name for pin in pins))
+            text = f"{model.name!r} does not fit beside the pinned {names}"
+            return ModelPinned(f"{text}: unload by hand makes room")
         is_full = limits.queue_max and waiting >= limits.queue_max
         full = f"{limits.queue_max} requests wait already (queue-max in [llmswap])"
         return QueueFull(full) if is_full else None
+
+    def _pins_in_the_way(self, model):
+        """The fewest pinned models that would have to go before this one can start."""
+        is_down = model.state in (State.UNLOADED, State.SLEEPING)
+        pins = [pin for pin in self._pinned if pin is not model]
+        if not (pins and is_down and model.needs_room):
+            return frozenset()
+        usage = model.usage_when_loaded()
+        return _fewest(pins, lambda leaving: self.limits.allow(
+            [usage, *(pin.usage() for pin in pins if pin not in leaving)]
+        ))
 
     def _grant(self, ticket, now):
         model = ticket.model
@@ -2314,7 +2439,7 @@ class Scheduler:
         may_start = is_down and is_persistent
         if not model.needs_room:
             if may_start:
-                self._start(ticket, now)
+                self._start(model, now, ticket)
             return is_full
         if is_full or not self.limits.allow(wanted.values()):
             return True
@@ -2323,7 +2448,7 @@ class Scheduler:
         if may_start and not self._fits(wanted, self._stopping.keys()):
             self._evict(ticket, wanted, now)
         elif may_start and self._fits({model.name: wanted[model.name]}):
-            self._start(ticket, now)
+            self._start(model, now, ticket)
         return False
 
     def _awaits_retry(self, ticket):
@@ -2352,10 +2477,11 @@ class Scheduler:
         ]
         return self.limits.allow([*wanted.values(), *others])
 
-    def _start(self, ticket, now):
-        model, is_wake = ticket.model, ticket.model.state is State.SLEEPING
+    def _start(self, model, now, ticket=None):
+        is_wake = model.state is State.SLEEPING
         self._begin_run(model, now)
-        self._spare_victims(ticket)
+        if ticket:
+            self._spare_victims(ticket)
         self._decisions.append(Start(model.name, model.run, is_wake))
 
     def _begin_run(self, model, now):
@@ -2389,7 +2515,7 @@ class Scheduler:
             victim.drains_for = self._draining[victim] = ticket
 
     def _is_evictable(self, model):
-        if model.spec.is_pinned or not model.needs_room:
+        if model.is_pinned or not model.needs_room:
             return False
         if model.state is State.SLEEPING and model.spec.can_sleep:
             return bool(model.spec.sleep_needs)
@@ -2405,6 +2531,22 @@ class Scheduler:
         if victim.is_idle:
             moment = min(moment, victim.idle_since + victim.return_gap(cost))
         return moment
+
+    def _start_kept(self, now):
+        """If nobody waits, start a model of keep_loaded that fits; return if one was.
+
+        Nobody waits for such a load, so any ticket that needs its room ends it.
+        """
+        if self._queue or self._closing_error or self._is_resting:
+            return False
+        for model in self.models.values():
+            if model.is_missed and self._fits({model.name: model.usage_when_loaded()}):
+                moment = max(model.retry_at, model.keep_at)
+                if now >= moment:
+                    self._start(model, now)
+                    return True
+                self._look_again_at(moment)
+        return False
 
     def _stop_models(self, now):
         """Stop every model that is drained or idle long enough; return if any was."""
@@ -5396,11 +5538,11 @@ class ModelStatus(NamedTuple):
     `state` is one of State's words, and the model is in it since `seconds` (None: since
     the start). `progress` of a load goes from 0 to 1, if it is known. `failure` says
     why its last run failed, `stopped` why it was stopped, `unusable` what is wrong with
-    it in the file. `shares` names the model whose backend it uses, and whose state it
-    has. `context` are the bytes of its saved contexts, None if it keeps none, and
-    `context_seconds` what they have spared. `entry` is what its own /v1/models told
-    last. `needs`, by resource of the budget, are known from `needs_source`; it `holds`
-    what counts now, if it runs.
+    it in the file. `shares` names the model whose backend it uses now, and whose state
+    it has. `pinned`: nothing may evict it now. `context` are the bytes of its saved
+    contexts, None if it keeps none, and `context_seconds` what they have spared.
+    `entry` is what its own /v1/models told last. `needs`, by resource of the budget, are
+    known from `needs_source`; it `holds` what counts now, if it runs.
     """
 
     id: str
@@ -5471,7 +5613,7 @@ class Pool:
 
     def start(self):
         """Start the timer, adopt units that run, and load the models of
-        load-on-startup."""
+        load-on-startup and keep-loaded."""
         self._guard.start()
         self._contexts.configure(self.config)
         self._timer_thread = threading.Thread(target=self._timer_loop, daemon=True)
@@ -5491,6 +5633,17 @@ class Pool:
                     self.load(model)
             except APIError as problem:
                 self._log("error", f"{model.name}: {problem}")
+        self._load_kept()
+
+    def _load_kept(self):
+        """Have those of keep-loaded loaded, once it is estimated what they need, which
+        may take seconds."""
+        for model in list(self.config.models.values()):
+            if model.settings.keep_loaded and not model.problem:
+                if self._needs.estimate(model, self.budget):
+                    self._take_over_needs()
+        with self._lock:
+            self._schedule()
 
     def _adopt_units(self):
         """Begin to find out which units run already, and to adopt them."""
@@ -5538,7 +5691,7 @@ class Pool:
         """
         while True:
             self._check_start(model)
-            ticket = self._submit(model.backend, preemptible)
+            ticket = self._submit(model, preemptible)
             try:
                 backend = _wait_for_grant(ticket.waiter, disconnected)
                 if _is_reachable(backend, disconnected):
@@ -5559,30 +5712,37 @@ class Pool:
         if model.problem:
             raise ModelMisconfigured(model.problem)
         with self._lock:
-            if model.backend in self._scheduler.held:
-                return
+            scheduled = self._scheduled(model)
+            owner = scheduled and self.config.models.get(scheduled.name)
+        if owner is None or scheduled.is_held:
+            return
         try:
-            check_start(self.config.owner_of(model))
+            check_start(owner)
         except LoadFailed as problem:
-            self._log("error", f"{model.backend} could not be started: {problem}")
+            self._log("error", f"{owner.name} could not be started: {problem}")
             with self._lock:
-                scheduled = self._scheduler.models.get(model.backend)
-                if scheduled is not None and not scheduled.is_held:
+                if not scheduled.is_held:
                     scheduled.last_failure = problem.with_traceback(None)
             raise
-        if self._needs.estimate(self.config.owner_of(model), self.budget):
+        if self._needs.estimate(owner, self.budget):
             self._take_over_needs()
 
-    def _submit(self, name, preemptible=False, manual=False):
+    def _scheduled(self, model):
+        """Return the scheduled model to which a request for this one goes now, or None
+        if a reload removed it. The lock is held."""
+        return self._scheduler.models.get(self._scheduler.choose(model.backends))
+
+    def _submit(self, model, preemptible=False, manual=False):
         """Queue a ticket; its `waiter` is a future of the backend."""
         with self._lock:
-            if name not in self._scheduler.models:
-                raise _removed(name)
-            model = self.config.models.get(name)
-            if model and model.problem:  # since a reload after `_check_start`
-                raise ModelMisconfigured(model.problem)
+            scheduled = self._scheduled(model)
+            if scheduled is None:
+                raise _removed(model.name)
+            owner = self.config.models.get(scheduled.name)
+            if owner and owner.problem:  # since a reload after `_check_start`
+                raise ModelMisconfigured(owner.problem)
             now = self._used_at = self._clock()
-            ticket = self._scheduler.submit(name, now, preemptible, manual)
+            ticket = self._scheduler.submit(scheduled.name, now, preemptible, manual)
             ticket.waiter = concurrent.futures.Future()
             self._schedule()
             return ticket
@@ -5590,8 +5750,9 @@ class Pool:
     def keep_alive(self, model: Model, seconds: float):
         """Set after how many idle seconds the model unloads; below 0: never."""
         with self._lock:
-            if model.backend in self._scheduler.models:
-                self._scheduler.keep_alive(model.backend, seconds)
+            scheduled = self._scheduled(model)
+            if scheduled is not None:
+                self._scheduler.keep_alive(scheduled.name, seconds)
                 self._schedule()
 
     # -- operators -------------------------------------------------------------------
@@ -5601,16 +5762,17 @@ class Pool:
         if self.state_of(model) in (State.LOADING, State.LOADED):
             return False
         self._check_start(model)
-        self._submit(model.backend, manual=True)
+        self._submit(model, manual=True)
         return True
 
     def unload(self, model: Model) -> bool:
         """Begin to unload the model: False if there is nothing to unload."""
         with self._lock:
-            if model.backend not in self._scheduler.models:
+            scheduled = self._scheduled(model)
+            if scheduled is None:
                 return False
             problem = ModelUnloaded(f"{model.name!r} was unloaded by hand")
-            is_held = self._scheduler.unload(model.backend, self._clock(), problem)
+            is_held = self._scheduler.unload(scheduled.name, self._clock(), problem)
             self._schedule()
             return is_held
 
@@ -5620,6 +5782,13 @@ class Pool:
             for name in self._scheduler.models:
                 problem = ModelUnloaded(f"{name!r} was unloaded by hand")
                 self._scheduler.unload(name, self._clock(), problem)
+            self._schedule()
+
+    def rest(self):
+        """Begin to unload every model, and keep none loaded until the next request."""
+        with self._lock:
+            problem = ModelUnloaded("all models are unloaded because nothing happens")
+            self._scheduler.rest(self._clock(), problem)
             self._schedule()
 
     def await_unloaded(self, disconnected: Callable[[], bool]):
@@ -5657,6 +5826,7 @@ class Pool:
             self._schedule()
         self._contexts.configure(config)
         self._adopt_units()
+        threading.Thread(target=self._load_kept, name="kept", daemon=True).start()
         self.events.publish({"model": "*", "event": "models_reload"})
 
     # -- memory ----------------------------------------------------------------------
@@ -5742,20 +5912,20 @@ class Pool:
     def state_of(self, model: Model) -> State:
         """Return what the backend of the model is doing."""
         with self._lock:
-            scheduled = self._scheduler.models.get(model.backend)
+            scheduled = self._scheduled(model)
             return scheduled.state if scheduled else State.UNLOADED
 
     def is_held(self, model: Model) -> bool:
         """Return whether the model is loaded, or being loaded for somebody."""
         with self._lock:
-            scheduled = self._scheduler.models.get(model.backend)
+            scheduled = self._scheduled(model)
             is_up = scheduled and scheduled.state in (State.LOADING, State.LOADED)
             return bool(is_up) and not scheduled.is_stopping_soon
 
     def backend_of(self, model: Model):
         """Return the running backend of the model, or None; it may end at any time."""
         with self._lock:
-            return self._backends.get(model.backend)
+            return self._backends.get(self._scheduler.choose(model.backends))
 
     def status(self, model: Model) -> ModelStatus:
         """Return what the model is doing."""
@@ -5783,15 +5953,13 @@ class Pool:
             aliases=model.aliases,
             description=model.settings.description or "",
             kind=model.kind,
-            pinned=model.settings.pin,
             unusable=model.problem,
-            shares=None if model.backend == model.name else model.backend,
         )
-        scheduled = self._scheduler.models.get(model.backend)
+        scheduled = self._scheduled(model)
         if scheduled is None:
             return status
-        now, state = self._clock(), scheduled.state
-        backend = self._backends.get(scheduled.name)
+        now, state, name = self._clock(), scheduled.state, scheduled.name
+        backend = self._backends.get(name)
         is_loading = backend is not None and state is State.LOADING
         unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
         changed_at = scheduled.changed_at
@@ -5802,14 +5970,16 @@ class Pool:
             running=scheduled.in_flight + scheduled.preemptible,
             waiting=scheduled.waiting,
             unload_in=None if unload_at == math.inf else max(0.0, unload_at - now),
-            tokens_per_second=self._meters.speeds.get(model.backend),
+            tokens_per_second=self._meters.speeds.get(name),
             context=self._contexts.size_of(model.context_dir),
-            context_seconds=self._meters.counts["context_seconds", model.backend],
+            context_seconds=self._meters.counts["context_seconds", name],
             failure=scheduled.last_failure,
-            stopped=self._meters.reasons.get(model.backend),
+            stopped=self._meters.reasons.get(name),
+            pinned=scheduled.is_pinned,
+            shares=None if name == model.name else name,
             pid=getattr(backend, "pid", None),
             port=getattr(backend, "port", None),
-            entry=self._entries.get(model.backend, {}),
+            entry=self._entries.get(name, {}),
             **self._needs_status(scheduled),
         )
 
@@ -5852,8 +6022,8 @@ class Pool:
             return None if is_busy else self._used_at
 
     def inactive_since(self) -> Optional[float]:
-        """Return when (on the clock) the last backend or request left; None: there is
-        one."""
+        """Return when (on the clock) the last request and the last backend but those of
+        keep-loaded left; None: there is one."""
         with self._lock:
             return self._quiet_since
 
@@ -5870,8 +6040,9 @@ class Pool:
         """Count a request that ended: see Metrics. `speed` is in tokens per second."""
         with self._lock:
             self._meters.count_request(model.name if model else "", *counts)
-            if model and speed is not None:
-                self._meters.speeds[model.backend] = speed
+            scheduled = model and self._scheduled(model)
+            if scheduled and speed is not None:
+                self._meters.speeds[scheduled.name] = speed
             self._revise()
 
     def meters(self) -> Metrics:
@@ -5892,7 +6063,7 @@ class Pool:
         while has_failed:  # a start that fails at once is an event of its own
             decisions, deadline = self._scheduler.decide(self._clock())
             has_failed = any([self._carry_out(decision) for decision in decisions])
-        if self._scheduler.queued or self._scheduler.held:
+        if self._scheduler.is_in_use:
             self._quiet_since = None
         elif self._quiet_since is None:
             self._quiet_since = self._clock()
@@ -6257,12 +6428,12 @@ def counted_needs(
     counted = {name: dict(amounts) for name, amounts in known.items()}
     models = sorted(
         (model for model in config.models.values() if not model.problem),
-        key=lambda model: not model.settings.pin,
+        key=lambda model: not model.is_pinned,
     )
     for name, size in budget.items():
         left, largest = size, 1
         for model in models:
-            if model.settings.pin:
+            if model.is_pinned:
                 left -= model.written_needs.get(name, 0)
             else:
                 largest = max(largest, model.written_needs.get(name, 0))
@@ -6270,9 +6441,9 @@ def counted_needs(
         for model in models:
             if not model.has_auto_needs:
                 continue
-            room = max(0, spare) if model.settings.pin else left
+            room = max(0, spare) if model.is_pinned else left
             amount = counted[model.name][name] = min(counted[model.name][name], room)
-            if model.settings.pin:
+            if model.is_pinned:
                 left, spare = left - amount, spare - amount
     return counted
 
@@ -6284,12 +6455,14 @@ def specs_of(
     specs = {}
     for name, model in config.models.items():
         settings, address = model.settings, address_of(model)
-        if model.backend == name:
+        if model.backends == (name,):
             specs[name] = ModelSpec(
                 needs={**needs[name], **address},
                 sleep_needs={**settings.sleep_needs, **address},
                 takes_place=model.kind != "remote",
-                is_pinned=settings.pin,
+                is_pinned=model.is_pinned,
+                is_pinned_once_loaded=settings.pin == "loaded",
+                keep_loaded=settings.keep_loaded and not model.problem,
                 can_sleep=bool(settings.sleep),
                 concurrency=settings.concurrency,
                 idle_timeout=settings.idle_timeout,
@@ -9822,9 +9995,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json(self._model_entries([model])[0])
 
     def _model_entries(self, models):
-        owners = [self.config.owner_of(model) for model in models]
+        statuses = [self.pool.status(model) for model in models]
+        owners = [
+            self.config.models.get(status.shares, model)
+            for model, status in zip(models, statuses)
+        ]
         facts = self.pool.inspector.facts_of(owners)
-        statuses = map(self.pool.status, models)
         return [
             model_entry(model, owner, status, facts[owner.name], self.server.born)
             for model, owner, status in zip(models, owners, statuses)
@@ -9930,7 +10106,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_log_stream(self, name=""):
         feed = self.server.log.feed
         if name not in ("", "proxy"):
-            feed = self.pool.feed_of(self._resolve(percent_decoded(name)).backend)
+            status = self.pool.status(self._resolve(percent_decoded(name)))
+            feed = self.pool.feed_of(status.shares or status.id)
         no_cache = [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
         with feed.subscribe(self.head.parameter("no-history") is None) as get:
             self.reply.begin(200, "OK", [TEXT_TYPE, *no_cache], None)
@@ -9954,7 +10131,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if backend is None or self.pool.state_of(model) not in states:
             raise BadRequest("model is not loaded")
         outgoing = self._upstream_request(model, self.head.target, RequestInfo())
-        relay(outgoing, backend, self.reply)
+        self._relay(outgoing, backend)
 
     def _may_autoload(self, by_default=True):
         """Return whether the request may load its model, by llama.cpp's rules."""
@@ -10043,9 +10220,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if self.row:
                     self.row["waited"] = self.waited
                 if idle_timeout is not None:
-                    self.pool.keep_alive(model, idle_timeout)
+                    self.pool.keep_alive(backend.model, idle_timeout)
                 try:
-                    relay(outgoing, backend, self.reply, transform_of)
+                    self._relay(outgoing, backend, transform_of)
                     self.usage = usage_in(bytes(self.reply.ends))
                     backend.record_answer(self.usage, info.members)
                     return self._log_if_slow()
@@ -10120,17 +10297,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         rest = body
         if body.is_complete:
             length, rest = sum(map(len, held)), None
-        headers = self._upstream_headers(model)
-        return UpstreamRequest(self.head.method, target, headers, held, length, rest)
+        return UpstreamRequest(self.head.method, target, [], held, length, rest)
 
     def _form_value(self, name):
         if self.head.get("content-type").lower().startswith("multipart/"):
             return name.encode()
         return urllib.parse.quote_plus(name).encode()
 
-    def _upstream_headers(self, model):
+    def _relay(self, outgoing, backend, *more):
+        key = backend.model.settings.proxy_key
+        outgoing = outgoing._replace(headers=self._upstream_headers(key))
+        relay(outgoing, backend, self.reply, *more)
+
+    def _upstream_headers(self, key):
         dropped = NOT_FORWARDED
-        key = self.config.owner_of(model).settings.proxy_key
         if self.config.api_keys or key:
             dropped |= KEY_FIELDS
         if self.head.method == "POST":  # events and numbers are read on the way
@@ -10979,7 +11159,7 @@ def _command_line(model):
     if model.problem:
         raise ConfigError(model.problem)
     if model.kind == "uses":
-        return f"the backend of {model.backend}"
+        return f"the backend of {' or '.join(model.backends)}"
     argv = model.command(table_of(model), PORT_MARK)
     if not argv:
         unit = f"{model.settings.unit} at " if model.kind == "unit" else ""
@@ -11344,7 +11524,7 @@ class Application:
         def is_disturbed():
             return self.server.is_closing or self.pool.idle_since() != idle_since
 
-        self.pool.unload_all()
+        self.pool.rest()
         self.pool.await_unloaded(is_disturbed)
         occupant = gpu_occupant()
         if is_disturbed():
