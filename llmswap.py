@@ -3493,6 +3493,9 @@ class Backend:
         if inodes == self._own_inodes:
             return True
         self._stranger = foreign_listener(inodes, self.pid, self._may_hide)
+        if self._stranger:  # unless it was the child's, which has just ended
+            inodes &= listening_inodes(self.upstream.port)
+            self._stranger = foreign_listener(inodes, self.pid, self._may_hide)
         if self._stranger is None:
             self._own_inodes = inodes
             if inodes and self._may_hide:
@@ -5541,8 +5544,8 @@ class ModelStatus(NamedTuple):
     it in the file. `shares` names the model whose backend it uses now, and whose state
     it has. `pinned`: nothing may evict it now. `context` are the bytes of its saved
     contexts, None if it keeps none, and `context_seconds` what they have spared.
-    `entry` is what its own /v1/models told last. `needs`, by resource of the budget, are
-    known from `needs_source`; it `holds` what counts now, if it runs.
+    `entry` is what its own /v1/models told last. `needs`, by resource of the budget,
+    are known from `needs_source`; it `holds` what counts now, if it runs.
     """
 
     id: str

@@ -4319,6 +4319,21 @@ def order_to(name):
     return signal.SIGRTMIN + number
 
 
+@pytest.mark.parametrize("later, is_ours", [(set(), True), ({1}, False)])
+def test_a_child_that_ends_while_it_is_looked_at_is_no_stranger(
+    tmp_path, monkeypatch, later, is_ours
+):
+    backend = llmswap.ProcessBackend(model_of(tmp_path), None, 0.0)
+    backend.upstream = SimpleNamespace(host="127.0.0.1", port=1)
+    child = subprocess.Popen(["true"])
+    eventually(lambda: llmswap.process_stat(child.pid).state == "Z")
+    backend.pid, looks = child.pid, iter([{1}, later])  # inodes of listeners
+    monkeypatch.setattr(llmswap, "listening_inodes", lambda _: next(looks))
+    assert backend._is_listener_ours() is is_ours
+    assert bool(backend._stranger) is not is_ours
+    child.wait()
+
+
 @pytest.mark.parametrize("kind", ["cmd", "llama-server"])
 def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(
     begin, tmp_path, kind
