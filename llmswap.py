@@ -166,6 +166,9 @@ class UnsupportedCoding(APIError):
 class HeadersTooLarge(APIError):
     status, type, code = 431, INVALID, "headers_too_large"
 
+class RequestCancelled(APIError):
+    status, type, code, may_retry = 499, INVALID, "request_cancelled", False
+
 class ModelMisconfigured(APIError):
     code, may_retry = "model_unusable", False
 
@@ -3490,6 +3493,9 @@ class Backend:
         if inodes == self._own_inodes:
             return True
         self._stranger = foreign_listener(inodes, self.pid, self._may_hide)
+        if self._stranger:  # unless it was the child's, which has just ended
+            inodes &= listening_inodes(self.upstream.port)
+            self._stranger = foreign_listener(inodes, self.pid, self._may_hide)
         if self._stranger is None:
             self._own_inodes = inodes
             if inodes and self._may_hide:
@@ -6040,7 +6046,7 @@ class Pool:
             scheduled = model and self._scheduled(model)
             if scheduled and speed is not None:
                 self._meters.speeds[scheduled.name] = speed
-                self._revise()
+            self._revise()
 
     def meters(self) -> Metrics:
         """Return what was counted so far, as a copy."""
@@ -6498,6 +6504,7 @@ HOP_BY_HOP = frozenset(
     "proxy-authenticate proxy-authorization expect".split()
 )
 
+REASONS = {499: "Client Closed Request"}  # nginx's, unknown to http.HTTPStatus
 Headers = List[Tuple[str, str]]
 
 
@@ -7238,6 +7245,8 @@ class ClientResponse:
     notice = None  # gives events to send, instead of comments, after that early head
     first_at = None  # when the first piece of payload was sent
     is_broken = False
+    problem = None  # why it is broken
+    is_cancelled = False  # by somebody else; from any thread
     status = 0
     sent = 0  # bytes of payload
     _head = b""  # waits for the first piece
@@ -7277,7 +7286,8 @@ class ClientResponse:
 
     def answer(self, status: int, headers: Headers, payload: bytes):
         """Send an answer that is there as a whole."""
-        self.begin(status, http.HTTPStatus(status).phrase, headers, len(payload))
+        phrase = REASONS.get(status) or http.HTTPStatus(status).phrase
+        self.begin(status, phrase, headers, len(payload))
         self.send(payload)
         self.end()
 
@@ -7287,6 +7297,7 @@ class ClientResponse:
 
     def send(self, piece):
         """Send a piece of payload, with the head if it still waits."""
+        self._check_cancelled()
         if self._is_head or not len(piece):
             return
         if not self.sent:
@@ -7330,6 +7341,7 @@ class ClientResponse:
         """
         if has_disconnected(self.sock):
             raise ClientDisconnected
+        self._check_cancelled()
         self.flush()
         now = time.monotonic()
         if not self.is_begun:
@@ -7342,6 +7354,12 @@ class ClientResponse:
             text = self._next_notice() or (COMMENT if is_late else b"")
             if text:
                 self._frame(text)
+
+    def _check_cancelled(self):
+        """Raise RequestCancelled, once, if it was."""
+        if self.is_cancelled:
+            self.is_cancelled = False
+            raise RequestCancelled("the request was cancelled by hand")
 
     def _next_notice(self):
         is_waiting = self.is_early and not self.sent
@@ -7373,7 +7391,7 @@ class ClientResponse:
                 self.send(self.error_event(error_body(problem)))
             self.flush()
         self.is_persistent = False
-        self.is_broken = True
+        self.is_broken, self.problem = True, problem
         if not self._is_chunked and self._left is None:
             linger = struct.pack("ii", 1, 0)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -8236,6 +8254,7 @@ class StatusReport(NamedTuple):
     born: float
     models: Sequence[ModelStatus]
     meters: Metrics
+    requests: int = 0  # grows with each step of each request
     problem: Optional[str] = None  # why the changed file is not in use
     budget: Mapping[str, int] = {}
 
@@ -8246,6 +8265,7 @@ def snapshot(report: StatusReport) -> dict:
         {"version": "1.0", "born": 1750000000.0, "budget": {"vram": 25232932864},
          "totals": {"models": 3, "loaded": 1, "running": 2, "waiting": 1,
                     "rss": 5368709120, "vram": null},
+         "requests": 17,
          "models": [{"id": "coder", ...most fields of ModelStatus...}, ...]}
 
     Models that share another's backend are listed, but not counted.
@@ -8260,14 +8280,15 @@ def snapshot(report: StatusReport) -> dict:
         "vram": _total(model.vram for model in own),
     }
     models = [_as_shown(model) for model in report.models]
-    return dict(
-        version=report.version,
-        born=report.born,
-        problem=report.problem,
-        budget=report.budget,
-        totals=totals,
-        models=models,
-    )
+    return {
+        "version": report.version,
+        "born": report.born,
+        "problem": report.problem,
+        "budget": report.budget,
+        "totals": totals,
+        "requests": report.requests,
+        "models": models,
+    }
 
 
 def _as_shown(model):
@@ -8478,9 +8499,7 @@ _STYLE = r"""
   --failed: light-dark(#c0302b, #ff8a80);
 }
 * { box-sizing: border-box; margin: 0; }
-[hidden], div:has(> dd[hidden]), #totals span:has(> b[hidden]) {
-  display: none !important;
-}
+[hidden], div:has(> dd[hidden]) { display: none !important; }
 body {
   max-width: 1360px; margin: 0 auto; padding: 0 24px 48px;
   background: var(--ground); color: var(--ink); font-variant-numeric: tabular-nums;
@@ -8496,8 +8515,8 @@ p, h2, h3, pre { overflow-wrap: anywhere; }
 header, h1 { display: flex; align-items: center; }
 header { flex-wrap: wrap; gap: 4px 28px; padding: 22px 0 18px; }
 h1 { gap: 10px; font-size: 19px; }
-#totals { display: flex; flex-wrap: wrap; gap: 2px 20px; flex: 1; color: var(--soft); }
-#totals b, #none b { color: var(--ink); }
+#totals { flex: 1; color: var(--soft); }
+#none b { color: var(--ink); }
 #search { width: 200px; padding-block: 5px; }
 #link { color: var(--soft); font-size: 13px; }
 #link::before {
@@ -8534,13 +8553,13 @@ pre {
   font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace;
 }
 
-/* Two columns: the models; prompt and log */
+/* Two columns: the models; prompt, log and requests */
 .columns {
-  display: grid; grid-template-columns: minmax(0, 1fr) minmax(340px, 400px);
+  display: grid; grid-template-columns: minmax(0, 1fr) minmax(340px, 420px);
   gap: 28px; align-items: start;
 }
 main section { margin-bottom: 26px; }
-main ul { list-style: none; padding: 0; overflow: hidden; }
+ul { list-style: none; padding: 0; overflow: hidden; }
 h2 { font-size: 13px; color: var(--soft); margin: 0 0 8px 2px; }
 h2 span { font-weight: 400; margin-left: 4px; }
 #problem { margin: 12px; color: var(--tone); white-space: pre-wrap; }
@@ -8560,8 +8579,9 @@ h2 span { font-weight: 400; margin-left: 4px; }
 .bar span:last-child { color: var(--soft); border-color: transparent; }
 
 /* One model */
+.model, .request { --tone: var(--soft); }
 .model {
-  --tone: var(--soft); padding: 13px 14px 14px 18px;
+  padding: 13px 14px 14px 18px;
   display: grid; grid-template-columns: 12px minmax(0, 1fr) auto auto;
   gap: 0 14px; align-items: baseline;
 }
@@ -8571,7 +8591,7 @@ h2 span { font-weight: 400; margin-left: 4px; }
 .sleeping { --tone: var(--sleeping); }
 .failed, .unusable { --tone: var(--failed); }
 .dot { width: 10px; height: 10px; border: 2px solid var(--tone); border-radius: 50%; }
-.loaded .dot, .broken .dot { background: var(--tone); }
+.loaded .dot, .failed .dot { background: var(--tone); }
 .broken .dot { border-radius: 2px; }
 .loading .dot, .unloading .dot {
   border-right-color: transparent; animation: turn 1.1s linear infinite;
@@ -8598,25 +8618,49 @@ progress { width: 100%; height: 8px; margin-top: 12px; accent-color: var(--loadi
   border: 1px solid var(--line); border-radius: 8px;
 }
 
-/* Prompt and log */
+/* Prompt, log and requests */
 aside {
   position: sticky; top: 16px; display: flex; flex-direction: column; gap: 16px;
   max-height: calc(100vh - 92px); padding-top: 27px;
 }
 aside .sheet, #answer { display: flex; flex-direction: column; gap: 10px; }
-aside .sheet { min-height: 0; padding: 14px; }
-aside h2 { display: flex; align-items: center; margin: 0; }
-aside h2 span { flex: 1; color: var(--ink); font: inherit; font-size: 15px; margin: 0; }
+aside .sheet { padding: 14px; }
+aside h2 { display: flex; align-items: center; margin: 0; font-weight: 400; }
+aside h2 span {
+  flex: 1; margin: 0; color: var(--ink); font-weight: 600; font-size: 15px;
+}
+#prompt { flex: none; }
 #prompt .close { display: none; }
-#log { flex: 1 0 min(320px, 45vh); }
+#log { flex: 1 0 min(320px, 40vh); }
 #lines {
   flex: 1; min-height: 120px; margin: 0 -14px -14px; padding: 10px 14px;
   border-top: 1px solid var(--line); border-radius: 0 0 14px 14px; outline-offset: -2px;
 }
+#requests { min-height: 130px; padding-bottom: 0; }
+#only { width: auto; max-width: 60%; padding: 3px 8px; font-size: 13.5px; }
+#recent { overflow: auto; margin: 0 -14px; }
+#recent:empty::before { content: "None yet"; padding: 0 14px; color: var(--soft); }
+.request {
+  display: flex; gap: 10px; align-items: baseline;
+  padding: 8px 14px 9px; border-top: 1px solid var(--line); font-size: 13.5px;
+}
+.request:not(.loading, .failed) .dot { visibility: hidden; }
+details { flex: 1; min-width: 0; overflow-wrap: anywhere; }
+summary { display: flex; flex-wrap: wrap; gap: 0 8px; cursor: pointer; }
+summary::after { content: "\203a" / ""; color: var(--soft); }
+[open] summary::after { rotate: 90deg; }
+[data-text=by] { flex: 1; overflow-wrap: break-word; }
+[data-text=sum] { flex-basis: 100%; order: 1; }
+details:not([open]) [data-text=sum] { max-height: 2.9em; overflow: hidden; }
+[data-text=by], [data-text=sum] { color: var(--soft); }
+.failed [data-text=sum] { color: var(--tone); }
+details dl { padding-bottom: 4px; white-space: pre-line; }
+details dl div:last-child { flex-basis: 100%; grid-column: 1 / -1; }
 .send { display: flex; gap: 8px; }
 .send button { padding-inline: 18px; }
 #stats { color: var(--soft); font-size: 13px; }
-#answer { overflow: auto; }
+#answer { max-height: 40vh; overflow: auto; }
+[data-panel=log] #answer { max-height: 12vh; }
 #answer p { white-space: pre-wrap; }
 #thought { padding-left: 12px; border-left: 2px solid var(--line); color: var(--soft); }
 
@@ -8636,18 +8680,20 @@ dialog form { display: grid; gap: 12px; }
   #totals { order: 3; flex-basis: 100%; gap: 2px 16px; }
   #link { margin-left: auto; }
   #search { order: 4; width: 100%; margin-top: 6px; }
-  .columns, aside #prompt .close { display: block; }
-  aside { position: fixed; z-index: 2; inset: auto 0 0; padding: 0; max-height: none; }
+  .columns, aside, aside #prompt .close { display: block; }
+  aside { position: static; padding: 0; max-height: none; }
   body:not([data-panel=prompt]) #prompt, body:not([data-panel=log]) #log {
     display: none;
   }
-  aside .sheet {
-    max-height: 86dvh; padding-bottom: max(14px, env(safe-area-inset-bottom));
+  #prompt, #log {
+    position: fixed; z-index: 2; inset: auto 0 0; max-height: 86dvh;
+    padding-bottom: max(14px, env(safe-area-inset-bottom));
     border-radius: 16px 16px 0 0; box-shadow: 0 -10px 40px rgb(0 0 0 / .3);
   }
   #log { height: 86dvh; flex: none; }
   #lines { border-radius: 0; }
-  input, select, textarea { font-size: 16px; }
+  #answer { height: 40vh; } /* Stop stays where it is */
+  input, select, textarea, #only { font-size: 16px; }
 }
 @media (max-width: 620px) {
   .model { grid-template-columns: 12px minmax(0, 1fr) auto; gap: 0 10px; }
@@ -8673,7 +8719,8 @@ let snapshotAt = 0;
 // ---- Values for people ----
 
 const join = (parts, by = " · ") => parts.filter(Boolean).join(by);
-const speed = (n) => n && `${n < 100 ? n.toFixed(1) : Math.round(n)} tokens/s`;
+const speed = (n) => n && `${n < 10 ? n.toFixed(1) : Math.round(n)} tok/s`;
+const count = (n) => (n < 1000 ? `${n}` : `${(n / 1000).toFixed(n < 99950 ? 1 : 0)}k`);
 
 function bytes(n) {
   const gib = n / 2 ** 30;
@@ -8688,7 +8735,16 @@ function duration(seconds, isExact) {
   return h < 48 ? `${h} h ${m % 60} min` : `${Math.floor(h / 24)} d ${h % 24} h`;
 }
 
+function brief(seconds) {
+  if (seconds < 0.9995) return `${Math.round(seconds * 1000)} ms`;
+  return seconds < 9.95 ? `${seconds.toFixed(1)} s` : duration(seconds, true);
+}
+
 // ---- Elements: an empty one is hidden; an equal text is kept, with its selection ----
+
+function make(tag, text = "") {
+  return Object.assign(document.createElement(tag), {textContent: text});
+}
 
 function show(element, isShown) {
   element.hidden = !isShown;
@@ -8703,6 +8759,35 @@ function fill(element, texts) {
   for (const [name, text] of Object.entries(texts)) {
     put(element.querySelector(`[data-text=${name}]`), text);
   }
+}
+
+function clone(template, id, elements) {
+  const element = $(template).content.firstElementChild.cloneNode(true);
+  element.dataset.id = id;
+  elements.set(id, element);
+  return element;
+}
+
+function keepOnly(elements, items) {
+  const ids = new Set(items.map(({id}) => id));
+  for (const [id, element] of elements) {
+    if (!ids.has(id)) element.remove(), elements.delete(id);
+  }
+}
+
+function place(ul, elements) {
+  elements.forEach((element, at) => {
+    const before = ul.children[at];
+    if (element !== before) ul.insertBefore(element, before);
+  });
+}
+
+function offer(select, ids, ...first) {
+  const before = select.value;
+  if (select.dataset.ids === `${ids}`) return;
+  select.dataset.ids = ids;
+  select.replaceChildren(...first, ...ids.map((id) => new Option(id)));
+  if (ids.includes(before)) select.value = before;
 }
 
 function append(text, target, scroller, most = Infinity) {
@@ -8795,6 +8880,7 @@ async function followSnapshots() {
       stream = new AbortController();
       const headers = {accept: "text/event-stream"};
       const answer = await request("/", {headers, signal: stream.signal});
+      recentKey = "";
       for await (const data of events(answer)) {
         delay = 250;
         showLink("live");
@@ -8816,6 +8902,7 @@ function take(next) {
   snapshot = next;
   snapshotAt = Date.now();
   paint();
+  fetchRequests();
 }
 
 document.addEventListener("visibilitychange", () => {
@@ -8823,7 +8910,7 @@ document.addEventListener("visibilitychange", () => {
 });
 setInterval(() => {
   if (Date.now() - lastByteAt > 30000) stream.abort(); // not even a comment came
-  if (snapshot && !document.hidden) paint();
+  if (snapshot && !document.hidden) paint(), fetchRequests();
 }, 1000);
 
 function stateOf(model) {
@@ -8838,20 +8925,25 @@ const groupOf = (model) => groups[model.state] || "held";
 
 function paint() {
   const {models} = snapshot, age = (Date.now() - snapshotAt) / 1000;
-  const focused = document.activeElement; // a row that moves would lose it
-  const ids = new Set(models.map(({id}) => id));
-  for (const [id, row] of rows) if (!ids.has(id)) row.remove(), rows.delete(id);
+  const focused = document.activeElement;
+  keepOnly(rows, models);
   for (const model of models) paintModel(model, age);
   paintBudget(snapshot);
   for (const name of ["held", "broken", "rest"]) paintGroup(name);
-  if (focused !== document.activeElement) focused.focus({preventScroll: true});
+  paintRequests();
+  keepFocus(focused);
   show($("none"), !models.length);
   put($("problem"), snapshot.problem || "");
   show($("problem"), snapshot.problem);
   show($("search"), models.length > 12);
   paintTotals(snapshot.totals);
   paintChoice();
-  paintWait();
+}
+
+function keepFocus(focused) { // a row that moved has lost it, a hidden button will
+  const isGone = focused.closest("li") && !focused.checkVisibility();
+  const target = isGone ? focused.closest("li").querySelector("summary") : focused;
+  if (target !== document.activeElement) target?.focus({preventScroll: true});
 }
 
 function matchesSearch(model) {
@@ -8862,19 +8954,16 @@ function matchesSearch(model) {
 function paintGroup(name) {
   const section = document.querySelector(`.${name}`), ul = section.lastElementChild;
   const models = snapshot.models.filter((model) => groupOf(model) === name);
-  models.forEach(({id}, at) => {
-    const row = rows.get(id), before = ul.children[at];
-    if (row !== before) ul.insertBefore(row, before);
-  });
+  place(ul, models.map(({id}) => rows.get(id)));
   const shown = models.filter(matchesSearch).length;
   put(section.querySelector("span"), shown);
   show(section, shown);
 }
 
 function paintTotals({loaded, models, running, waiting, rss, vram}) {
-  const counts = {loaded: `${loaded}`, running: `${running}`, waiting: `${waiting}`};
-  const of = ` of ${models} loaded`;
-  fill($("totals"), {...counts, of, rss: bytes(rss), vram: bytes(vram)});
+  const memory = [rss && `${bytes(rss)} memory`, vram && `${bytes(vram)} VRAM`];
+  const work = (running || waiting) && requests(running, waiting);
+  put($("totals"), join([`${loaded} of ${models} loaded`, work, ...memory]));
   const isLoaded = ({state, shares}) => state === "loaded" && !shares;
   const names = snapshot.models.filter(isLoaded).map(({id}) => id);
   document.title = join([...names, "llmswap"]);
@@ -8894,26 +8983,22 @@ function paintBudget({budget, models}) {
 }
 
 function makeBar({name, size, parts}) {
-  const head = document.createElement("p"), bar = document.createElement("div");
-  head.textContent = `${name} ${bytes(size)}`;
-  bar.className = "bar";
+  const bar = Object.assign(make("div"), {className: "bar"});
   bar.append(...parts.map(({text, amount}) => {
-    const part = document.createElement("span");
+    const part = make("span", amount ? `${text} ${bytes(amount)}` : "");
     part.style.flex = `${amount} 1 0`;
-    part.textContent = part.title = amount ? `${text} ${bytes(amount)}` : "";
+    part.title = part.textContent;
     return part;
   }));
-  return [head, bar];
+  return [make("p", `${name} ${bytes(size)}`), bar];
 }
 
 function makeRow(id) {
-  const row = $("row").content.firstElementChild.cloneNode(true);
-  row.dataset.id = id;
+  const row = clone("model-row", id, rows);
   for (const act of row.querySelector(".acts").children) {
     act.ariaLabel = `${act.textContent} ${id}`;
   }
   row.querySelector("a").href = `/upstream/${encodeURIComponent(id)}/`;
-  rows.set(id, row);
   return row;
 }
 
@@ -8999,6 +9084,7 @@ let returnFocusTo = null; // the button that opened a panel
 const actions = {
   load: (id) => post("/models/load", {model: id}),
   unload: (id) => post("/models/unload", {model: id}),
+  cancel: (id) => post(`/api/requests/${id}/cancel`, {}),
   log: openLog,
   close: () => openPanel(""),
   prompt(id) {
@@ -9043,6 +9129,103 @@ document.addEventListener("keydown", (event) => {
 $("search").addEventListener("input", paint);
 $("notice").addEventListener("click", () => show($("notice"), false));
 
+// ---- Requests: fetched when a snapshot says that one of them has moved on ----
+
+const requestRows = new Map(); // number of a request -> its element
+let recent = []; // those in flight, then those that ended; they came at recentAt
+let recentAt = 0;
+let recentKey = ""; // what they were fetched for
+let isFetching = false;
+
+async function fetchRequests() {
+  const only = $("only").value, {born, requests} = snapshot;
+  const wanted = `${born} ${requests} ${only}`;
+  const isEarly = isFetching || document.hidden || Date.now() - recentAt < 900;
+  if (isEarly || wanted === recentKey) return;
+  [isFetching, recentKey] = [true, wanted];
+  try {
+    const query = only && `&model=${encodeURIComponent(only)}`;
+    const answer = await request(`/api/requests?limit=100${query}`);
+    recent = (await answer.json()).requests;
+  } catch { /* once snapshots come again, it is tried again */ }
+  [isFetching, recentAt] = [false, Date.now()];
+  paint();
+}
+
+function paintRequests() {
+  const age = (Date.now() - recentAt) / 1000;
+  keepOnly(requestRows, recent);
+  place($("recent"), recent.map((request) => paintRequest(request, age)));
+}
+
+function paintRequest(request, age) {
+  const {id, started, model, asked, client, user_agent: agent} = request;
+  const row = requestRows.get(id) || clone("request-row", id, requestRows);
+  const isRunning = request.status === null, json = JSON.stringify(request);
+  if (isRunning) fill(row, {total: duration(request.seconds + age, true)});
+  if (row.shown === json) return row;
+  row.shown = json;
+  const hasFailed = request.status >= 400 && request.status !== 499;
+  row.className = `request ${isRunning ? "loading" : hasFailed ? "failed" : ""}`;
+  const name = agent.startsWith("Mozilla/") ? "browser" : agent.split(/[/ ]/)[0];
+  const at = new Date(1000 * started);
+  fill(row, {
+    model: model || asked || request.path,
+    by: join([name, client !== "127.0.0.1" && client]),
+    sum: join([at.toLocaleTimeString(), outcomeOf(request) || figuresOf(request)]),
+    ...(!isRunning && {total: brief(request.seconds)}),
+  });
+  const facts = Object.entries(factsOfRequest(request, at)).filter(([, fact]) => fact);
+  row.querySelector("dl").replaceChildren(...facts.map(makeFact));
+  const cancel = row.querySelector("button");
+  cancel.ariaLabel = `Cancel request ${id} of ${model}`;
+  show(cancel, isRunning);
+  return row;
+}
+
+function makeFact([name, fact]) {
+  const div = make("div");
+  div.append(make("dt", name), make("dd", fact));
+  return div;
+}
+
+function outcomeOf({status, waited, error}) {
+  if (status === null) return waited === null && "waiting for the model";
+  return status >= 400 && `${status} ${(error || "").split("\n")[0]}`;
+}
+
+function figuresOf(request) {
+  const {tokens_in, tokens_cached, tokens_out, waited, first_byte, stream} = request;
+  const cached = tokens_cached ? ` (${count(tokens_cached)} cached)` : "";
+  return join([
+    tokens_in !== null && `${count(tokens_in)} in${cached}`,
+    tokens_out !== null && `${count(tokens_out)} out`,
+    speed(request.tokens_per_second),
+    waited >= 0.1 && `waited ${brief(waited)}`,
+    stream && first_byte !== null && `first byte ${brief(first_byte)}`,
+  ], ", ");
+}
+
+function factsOfRequest(request, at) {
+  const {id, status, waited, first_byte, stream} = request;
+  return {
+    "Request": `${id}`,
+    "Status": `${status ?? "in flight"}`,
+    "Waited": waited !== null && brief(waited),
+    "First byte": first_byte !== null && brief(first_byte),
+    "Asked for": request.asked,
+    "Streamed": stream ? "yes" : "no",
+    "Client": request.client,
+    "Session": request.session,
+    "Path": `${request.method} ${request.path}`,
+    "Started": at.toLocaleString(),
+    "User agent": request.user_agent,
+    "Error": request.error,
+  };
+}
+
+$("only").addEventListener("change", () => { recentAt = 0, fetchRequests(); });
+
 // ---- A log, followed as long as its end is visible ----
 
 let logReader = null; // aborts the request
@@ -9067,28 +9250,16 @@ async function openLog(id) {
 
 // ---- A prompt, and its streaming answer ----
 
-let asking = null; // aborts the request
-let askedAt = 0;
-let firstAt = 0; // when the first word of the answer came
+let asking = null; // aborts the request; knows whether an answer came
 let isChosen = false; // somebody chose the model
 
 function paintChoice() {
   const usable = snapshot.models.filter((model) => !model.unusable);
-  const ids = usable.map(({id}) => id), select = $("model"), before = select.value;
   const loaded = usable.find((model) => model.state === "loaded");
-  show($("prompt"), ids.length);
-  if (select.dataset.ids !== `${ids}`) {
-    select.replaceChildren(...ids.map((id) => new Option(id)));
-    select.dataset.ids = ids;
-    if (ids.includes(before)) select.value = before;
-  }
-  if (loaded && !isChosen && !asking) select.value = loaded.id;
-}
-
-function paintWait() {
-  if (!asking || firstAt) return;
-  const seconds = duration((Date.now() - askedAt) / 1000, true);
-  put($("stats"), `waiting for ${asking.model} · ${seconds}`);
+  show($("prompt"), usable.length);
+  offer($("model"), usable.map(({id}) => id));
+  offer($("only"), snapshot.models.map(({id}) => id), new Option("All models", ""));
+  if (loaded && !isChosen && !asking) $("model").value = loaded.id;
 }
 
 function setAsking(controller) {
@@ -9099,57 +9270,46 @@ function setAsking(controller) {
 }
 
 async function send() {
-  const text = $("text").value.trim(), controller = new AbortController();
+  const text = $("text").value.trim(), model = $("model").value;
   if (!text || asking) return;
-  controller.model = $("model").value;
-  [askedAt, firstAt] = [Date.now(), 0];
+  const controller = new AbortController();
   setAsking(controller);
   for (const name of ["thought", "reply", "error"]) put($(name), "");
   show($("answer"), true);
-  paintWait();
-  let stats = "stopped";
+  put($("stats"), `waiting for ${model}`);
+  let end = "stopped";
   try {
-    stats = await chat(controller.model, text, controller.signal);
+    await chat(model, text, controller.signal);
+    end = controller.isAnswered ? "" : "an empty answer";
   } catch (error) {
-    if (!controller.signal.aborted) put($("error"), error.message), stats = "";
+    if (!controller.signal.aborted) put($("error"), error.message), end = "";
   }
   setAsking(null);
-  put($("stats"), stats);
+  put($("stats"), end);
 }
 
 async function chat(model, text, signal) {
   const messages = [{role: "user", content: text}];
   const body = {model, messages, stream: true, stream_options: {include_usage: true}};
   const answer = await post("/v1/chat/completions", body, signal);
-  let tokens, perSecond, isWhole = false;
+  let isWhole = false;
   for await (const data of events(answer)) {
-    if (data === "[DONE]") return statsOf(tokens, perSecond);
-    const {error, choices, usage, timings} = JSON.parse(data);
+    if (data === "[DONE]") return;
+    const {error, choices} = JSON.parse(data);
     const delta = choices?.[0]?.delta;
     if (error) throw new Error(error.message);
     isWhole ||= Boolean(choices?.[0]?.finish_reason);
-    tokens = usage?.completion_tokens ?? tokens;
-    perSecond = timings?.predicted_per_second ?? perSecond;
     grow("thought", delta?.reasoning_content || delta?.reasoning);
     grow("reply", delta?.content);
   }
   if (!isWhole) throw new Error("The answer broke off.");
-  return statsOf(tokens, perSecond);
 }
 
 function grow(name, text) {
   if (!text) return;
-  firstAt ||= Date.now();
+  asking.isAnswered = true;
   put($("stats"), "");
   append(text, $(name), $("answer"));
-}
-
-function statsOf(tokens, perSecond) {
-  const seconds = (Date.now() - firstAt) / 1000;
-  if (!firstAt) return "an empty answer";
-  if (!perSecond && tokens > 1 && seconds > 0.1) perSecond = tokens / seconds;
-  const first = `first word after ${((firstAt - askedAt) / 1000).toFixed(1)} s`;
-  return join([first, tokens && `${tokens} tokens`, speed(perSecond)]);
 }
 
 $("send").addEventListener("click", () => (asking ? asking.abort() : send()));
@@ -9180,13 +9340,7 @@ STATUS_PAGE = """<!doctype html>
       aria-hidden="true"><path d="M4 8.5h14l-3.6-3.6M20 15.5H6l3.6 3.6"/></svg>
     llmswap
   </h1>
-  <p id="totals">
-    <span><b data-text="loaded" hidden></b><span data-text="of"></span></span>
-    <span><b data-text="running" hidden></b> running</span>
-    <span><b data-text="waiting" hidden></b> waiting</span>
-    <span><b data-text="rss" hidden></b> memory</span>
-    <span><b data-text="vram" hidden></b> VRAM</span>
-  </p>
+  <p id="totals"></p>
   <input id="search" type="search" placeholder="Find a model" aria-label="Find a model"
     hidden>
   <p id="link" role="status">connecting</p>
@@ -9202,8 +9356,7 @@ STATUS_PAGE = """<!doctype html>
     <section class="rest" hidden><h2>Not loaded <span></span></h2><ul></ul></section>
     <p id="none" hidden><b>No models yet</b>
       Each section of the INI file becomes one; SIGHUP reads it again.</p>
-    <noscript>This page needs JavaScript. The models:
-      <a href="/v1/models">/v1/models</a></noscript>
+    <noscript>This page needs JavaScript.</noscript>
   </main>
   <aside>
     <section id="prompt" class="sheet" aria-label="Prompt" hidden>
@@ -9223,6 +9376,10 @@ STATUS_PAGE = """<!doctype html>
       <h2><span></span><button class="plain close" data-do="close">Close</button></h2>
       <pre id="lines" aria-label="Lines" tabindex="0"></pre>
     </section>
+    <section id="requests" class="sheet" aria-label="Requests">
+      <h2><span>Requests</span><select id="only" aria-label="Requests of"></select></h2>
+      <ul id="recent"></ul>
+    </section>
   </aside>
 </div>
 <p id="live-region" class="unseen" role="status"></p>
@@ -9236,7 +9393,7 @@ STATUS_PAGE = """<!doctype html>
     <button class="main">Continue</button>
   </form>
 </dialog>
-<template id="row">
+<template id="model-row">
   <li class="model">
     <span class="dot" aria-hidden="true"></span>
     <div>
@@ -9263,6 +9420,19 @@ STATUS_PAGE = """<!doctype html>
       <p data-text="why"></p>
       <pre data-text="lines" aria-label="Last lines" tabindex="0"></pre>
     </div>
+  </li>
+</template>
+<template id="request-row">
+  <li>
+    <span class="dot" aria-hidden="true"></span>
+    <details>
+      <summary>
+        <b data-text="model"></b> <span data-text="by"></span>
+        <span data-text="total"></span> <span data-text="sum"></span>
+      </summary>
+      <dl></dl>
+    </details>
+    <button data-do="cancel">Cancel</button>
   </li>
 </template>
 <script>{script}</script>
@@ -9295,6 +9465,14 @@ def page_policy() -> str:
 #    A route either replies or raises; `handle_one_request` alone answers errors.
 # ==================================================================================
 
+ROWS_KEPT = 500  # requests that are remembered
+SHOWN_LENGTH = 200  # characters of what a client says of itself
+ERROR_LENGTH = 500
+REQUEST_FIELDS = (
+    "id started client user_agent session method path asked model stream waited "
+    "first_byte seconds status tokens_in tokens_cached tokens_out tokens_per_second "
+    "error".split()
+)
 SERVER_NAME = "llmswap (llama.cpp)"  # clients look for llama.cpp
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
@@ -9317,6 +9495,68 @@ KEY_FIELDS = frozenset(("authorization", "x-api-key", "api-key"))
 NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
 JSON_TYPE = ("content-type", "application/json; charset=utf-8")
 TEXT_TYPE = ("content-type", "text/plain; charset=utf-8")
+
+
+class RequestLog:
+    """The requests in flight, and the last that ended: who asked for what. Bodies are
+    not kept. Any thread may call.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._running = {}  # by number: (row, response, when it began)
+        self._ended_count = 0
+        self._ended = collections.deque(maxlen=ROWS_KEPT)
+
+    def begin(self, row: dict, response: ClientResponse):
+        """A request is in flight, answered by `response`; `row` gets a number."""
+        with self._lock:
+            row["id"] = next(self._numbers)
+            self._running[row["id"]] = row, response, time.monotonic()
+
+    def end(self, row: dict):
+        """A request ended, or was refused before it began."""
+        with self._lock:
+            row["id"] = row["id"] or next(self._numbers)
+            self._running.pop(row["id"], None)
+            self._ended_count += 1
+            self._ended.append(tuple(row.values()))  # a fifth of a dict's size
+
+    def rows(self) -> List[dict]:
+        """Return those in flight, with what is known by now, and then the others; each
+        newest first."""
+        now = time.monotonic()
+        with self._lock:
+            running = [
+                {
+                    **row,
+                    "seconds": now - began,
+                    "first_byte": response.first_at and response.first_at - began,
+                }
+                for row, response, began in reversed(self._running.values())
+            ]
+            ended = [dict(zip(REQUEST_FIELDS, row)) for row in reversed(self._ended)]
+            return running + ended
+
+    def steps(self) -> int:
+        """Return a number that grows when a request begins, is granted its model, is
+        answered or ends."""
+        with self._lock:
+            return 4 * self._ended_count + sum(
+                1 + (row["waited"] is not None) + (response.first_at is not None)
+                for row, response, _ in self._running.values()
+            )
+
+    def cancel(self, number: str) -> bool:
+        """End a request as if its client had left, which is told why; return whether it
+        was in flight."""
+        with self._lock:
+            for row, response, _ in self._running.values():
+                if str(row["id"]) == number:
+                    response.is_cancelled = True
+                    return True
+            return False
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -9356,7 +9596,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.began = time.monotonic()
         self.config = self.pool.config
         self.head = self.body = self.model = self.reply = self.waited = None
-        self.usage = Usage()
+        self.row = self.error = None
+        self.info, self.usage = RequestInfo(), Usage()
         try:
             if not self.parse_request():
                 return
@@ -9433,18 +9674,55 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if reply is None or (self.model is None and reply.status < 400):
             return
         status = 502 if reply.is_broken else reply.status or 500
+        status = 499 if isinstance(self.error, RequestCancelled) else status
         seconds = time.monotonic() - self.began
         usage = self.usage if status < 300 else Usage()
         speed = speed_of(usage, seconds - (self.waited or 0))
+        self._record_end(status, seconds, usage, speed)
         tokens = usage.tokens_in or 0, usage.tokens_out or 0, usage.tokens_cached or 0
         received = self.body.received if self.body is not None else 0
         counts = status, seconds, self.waited, *tokens, received, reply.sent
         self.pool.count_request(self.model, speed, *counts)
 
+    def _new_row(self, info):
+        """Return the request as /api/requests shows it."""
+        head, is_tcp = self.head, isinstance(self.client_address, tuple)
+        return dict(
+            dict.fromkeys(REQUEST_FIELDS),
+            started=time.time(),
+            client=self.client_address[0] if is_tcp else "unix",
+            user_agent=head.get("user-agent")[:SHOWN_LENGTH],
+            session=head.get("x-session-id")[:SHOWN_LENGTH],
+            method=head.method,
+            path=head.path[:SHOWN_LENGTH],
+            asked=info.model or head.parameter("model"),
+            model=self.model.name if self.model else None,
+            stream=info.members.get("stream") is True,
+        )
+
+    def _record_end(self, status, seconds, usage, speed):
+        is_refused = self.head is not None and status >= 400 and status != 499
+        if self.row is None and not is_refused:
+            return
+        reply, row = self.reply, self.row or self._new_row(self.info)
+        error = self.error or reply.problem
+        row.update(
+            status=status,
+            seconds=seconds,
+            first_byte=reply.first_at and reply.first_at - self.began,
+            tokens_in=usage.tokens_in,
+            tokens_cached=usage.tokens_cached,
+            tokens_out=usage.tokens_out,
+            tokens_per_second=speed,
+            error=str(error)[:ERROR_LENGTH] if error else None,
+        )
+        self.server.requests.end(row)
+
     # -- answers ---------------------------------------------------------------------
 
     def _answer_error(self, error):
         """Answer in whatever form is still possible."""
+        self.error = error
         if isinstance(error, SpokenTLS):
             self.server.warn_of_tls()
         if isinstance(error, OSError):  # of disk or memory; the client's own is caught
@@ -9693,9 +9971,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             with_known_problem(status, facts.get(status.shares or status.id, Facts()))
             for status in self.pool.statuses(with_memory=True)
         ]
-        meters, problem = self.pool.meters(), self.server.application.config_error
         return StatusReport(
-            VERSION, self.server.born, models, meters, problem, self.pool.budget
+            VERSION,
+            self.server.born,
+            models,
+            self.pool.meters(),
+            self.server.requests.steps(),
+            self.server.application.config_error,
+            self.pool.budget,
         )
 
     def get_health(self):
@@ -9725,6 +10008,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
             model_entry(model, owner, status, facts[owner.name], self.server.born)
             for model, owner, status in zip(models, owners, statuses)
         ]
+
+    def get_requests(self):
+        """The requests in flight, then the last that ended, each newest first."""
+        name, limit = self.head.parameter("model"), self.head.parameter("limit")
+        if limit is not None and not re.fullmatch("[0-9]{1,9}", limit):
+            raise BadRequest(f"limit: {limit!r} is not a whole number", "limit")
+        rows = self.server.requests.rows()
+        if name is not None:
+            names = (name, self.config.find(name))
+            rows = [row for row in rows if row["model"] in names]
+        self._send_json({"requests": rows[: int(limit) if limit else None]})
+
+    def cancel_request(self, rest):
+        number, _, action = rest.partition("/")
+        if action != "cancel":
+            raise NotFound(f"there is nothing at {self.head.path}")
+        if not self.server.requests.cancel(number):
+            raise NotFound(f"no request {number} is in flight")
+        self._send_json({"success": True})
 
     def post_load(self):
         if not self.pool.load(self._model_of_body()):
@@ -9883,7 +10185,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def route_by_model(self):
         """Route by the model that the body, the form or the query names."""
         name = self.head.parameter("model")
-        info = self._request_info(is_needed=not name)
+        info = self.info = self._request_info(is_needed=not name)
         name = info.model or name
         model = self.model = self._resolve(name) if name else self._default_model()
         self._check_may_load(model)
@@ -9907,6 +10209,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         idle_timeout = _idle_timeout_in(info.members)
         is_safe = self.head.method in SAFE_METHODS
         preemptible = self.head.is_upgrade or (preemptible and is_safe)
+        if not preemptible:
+            self.row = self._new_row(info)
+            self.server.requests.begin(self.row, self.reply)
         self._prepare_waiting(model, target, info)
         outgoing = self._upstream_request(model, target, info)
         transform_of = _repair_of if model.settings.json_repair else lambda _: None
@@ -9915,6 +10220,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             lease = self.pool.lease(model, self._look_after_client, preemptible)
             with lease as backend:
                 self.waited = time.monotonic() - asked_at
+                if self.row:
+                    self.row["waited"] = self.waited
                 if idle_timeout is not None:
                     self.pool.keep_alive(backend.model, idle_timeout)
                 try:
@@ -10037,6 +10344,7 @@ ROUTES = {
     ("GET", "/metrics"): Handler.get_metrics,
     ("GET", "/lora-adapters"): Handler.get_from_model,
     ("GET", "/running"): Handler.get_running,
+    ("GET", "/api/requests"): Handler.get_requests,
     ("GET", "/unload"): Handler.unload,
     ("POST", "/unload"): Handler.unload,
     ("POST", "/api/models/unload"): Handler.unload,
@@ -10053,6 +10361,7 @@ PREFIXES = (  # with their methods; none: all
     ("/v1/models/", ("GET",), Handler.get_model),
     ("/logs/stream/", ("GET",), Handler.get_log_stream),
     ("/api/models/unload/", ("POST",), Handler.unload),
+    ("/api/requests/", ("POST",), Handler.cancel_request),
 )
 
 
@@ -10349,6 +10658,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_close()  # a socket of its own, which is not needed
         self.sockets = sockets
         self.pool, self.log, self.application = pool, log, application
+        self.requests = RequestLog()
         self.born = int(time.time())
         self.is_closing = False
         self.most_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)

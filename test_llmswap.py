@@ -8,6 +8,7 @@
     python3 test_llmswap.py soak           random clients, kills and reloads
     python3 test_llmswap.py faults         each fault in each state, as a table
     python3 test_llmswap.py fuzz           mutated HTTP, read by llmswap and by h11
+    python3 test_llmswap.py pictures       the README's, of the status page
 """
 
 import array
@@ -49,6 +50,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import urllib.request
 import zlib
 from collections import Counter
@@ -4317,6 +4319,21 @@ def order_to(name):
     return signal.SIGRTMIN + number
 
 
+@pytest.mark.parametrize("later, is_ours", [(set(), True), ({1}, False)])
+def test_a_child_that_ends_while_it_is_looked_at_is_no_stranger(
+    tmp_path, monkeypatch, later, is_ours
+):
+    backend = llmswap.ProcessBackend(model_of(tmp_path), None, 0.0)
+    backend.upstream = SimpleNamespace(host="127.0.0.1", port=1)
+    child = subprocess.Popen(["true"])
+    eventually(lambda: llmswap.process_stat(child.pid).state == "Z")
+    backend.pid, looks = child.pid, iter([{1}, later])  # inodes of listeners
+    monkeypatch.setattr(llmswap, "listening_inodes", lambda _: next(looks))
+    assert backend._is_listener_ours() is is_ours
+    assert bool(backend._stranger) is not is_ours
+    child.wait()
+
+
 @pytest.mark.parametrize("kind", ["cmd", "llama-server"])
 def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(
     begin, tmp_path, kind
@@ -7924,6 +7941,90 @@ def test_a_start_that_is_bound_to_fail_is_known_before(tmp_path):
         assert not models["fine"]["failure"]
 
 
+def rows_of(server, query=""):
+    return server.get(f"/api/requests{query}").json()["requests"]
+
+
+def ended_rows(server, count):
+    """All rows once so many requests have ended, which is after their answers."""
+
+    def ended():
+        rows = rows_of(server)
+        return rows if [row for row in rows if row["status"]][count - 1 :] else None
+
+    return eventually(ended)
+
+
+def test_requests_are_remembered_with_who_asked_for_what():
+    with Llmswap("[a]\ncmd = FAKE\nalias = x\n[b]\ncmd = FAKE --load-exit 3") as server:
+        fields = {"User-Agent": "tester" * 99, "X-Session-Id": "s1"}
+        assert server.post(CHAT, chat_body("x"), fields).status == 200
+        (row,) = ended_rows(server, 1)
+        assert row["user_agent"] == ("tester" * 99)[:200] and row["client"] == "127.0.0.1"
+        names = "session method path asked model stream status error".split()
+        assert [row[name] for name in names] == [
+            "s1", "POST", CHAT, "x", "a", False, 200, None]  # fmt: skip
+        assert row["tokens_out"] > 0 and abs(row["started"] - time.time()) < 60
+        assert 0 < row["waited"] < row["first_byte"] <= row["seconds"]
+        assert server.chat("none").status == 404
+        assert server.chat("b").status == 502
+        assert server.get("/upstream/a/").status == 200  # pages are no requests
+        rows = ended_rows(server, 3)
+        assert [row["status"] for row in rows] == [502, 404, 200]
+        assert [row["asked"] for row in rows] == ["b", "none", "x"]
+        assert "exited with status 3" in rows[0]["error"]
+        assert [row["asked"] for row in rows_of(server, "?model=x")] == ["x"]
+        assert rows_of(server, "?limit=1") == rows_of(server)[:1]
+        assert server.get("/api/requests?limit=x").status == 400
+
+
+def test_a_request_in_flight_is_shown_and_can_be_cancelled():
+    with Llmswap("[a]\ncmd = FAKE\n[b]\ncmd = FAKE --load 60") as server:
+
+        def cancel(model):
+            (row,) = eventually(lambda: rows_of(server, f"?model={model}")[:1])
+            assert row["status"] is None and row["seconds"] > 0
+            path = f"/api/requests/{row['id']}/cancel"
+            assert server.post(path).json() == {"success": True}
+            eventually(lambda: rows_of(server, f"?model={model}")[0]["status"] == 499)
+            assert server.post(path).status == 404
+
+        for model, wish in (("a", {"hang": True}), ("b", {})):  # at work, and waiting
+            with server.connect() as client:
+                client.send("POST", CHAT, chat_body(model, **wish))
+                eventually(lambda: server.get("/health").json()["requests"] or model == "b")
+                cancel(model)
+                answer = client.answer()
+                assert answer.status == 499
+                assert answer.json()["error"]["code"] == "request_cancelled"
+        with server.stream("a", tokens=10**6, pause=0.05) as stream:
+            events = stream.events()
+            next(events)
+            cancel("a")
+            with pytest.raises(BrokenAnswer):
+                list(events)
+            assert b"request_cancelled" in stream.raw
+        eventually(lambda: server.get("/health").json()["requests"] == 0)
+        assert server.post("/api/requests/1/stop").status == 404
+
+
+def test_five_hundred_requests_are_remembered_in_a_megabyte():
+    log = llmswap.RequestLog()
+    tracemalloc.start()
+    try:
+        for number in range(600):
+            row = dict.fromkeys(llmswap.REQUEST_FIELDS, number + 0.5)
+            for name in "client user_agent session path asked model".split():
+                row[name] = f"{number} {'x' * 100}"
+            row["id"] = None
+            log.begin(row, None)
+            log.end(row)
+        assert tracemalloc.get_traced_memory()[0] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert [row["id"] for row in log.rows()] == [*range(600, 100, -1)]
+
+
 def test_questions_about_one_model_never_load_it(swap):
     starts = len(swap.journal("main"))
     for word in ("props", "slots", "metrics", "lora-adapters"):
@@ -10489,8 +10590,8 @@ class Browser:
 
     def press(self, key):
         """Press a key as a person does, on whatever has the focus."""
-        codes = {"Enter": (13, "\r"), "Tab": (9, ""), "Escape": (27, ""), " ": (32, " ")}
-        code, text = codes[key]
+        codes = {"Enter": 13, "Tab": 9, "Escape": 27, " ": 32, "ArrowDown": 40}
+        code, text = codes[key], {"Enter": "\r", " ": " "}.get(key)
         more = {"key": key, "windowsVirtualKeyCode": code}
         more["code"] = "Space" if key == " " else key
         if text:
@@ -10513,9 +10614,9 @@ class Browser:
             how = {"x": x, "y": y, "button": "left", "clickCount": 1}
             self.call("Input.dispatchMouseEvent", type=kind, **how)
 
-    def look(self, width, scheme):
+    def look(self, width, scheme, height=800):
         """Be a screen of this width, in a `light` or a `dark` room."""
-        size = {"height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
+        size = {"height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", width=width, **size)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", features=features)
@@ -10858,7 +10959,7 @@ def test_the_page_loads_nothing_from_outside_and_runs_its_own_script_alone():
         inner = re.search(f"<{tag}>(.*)</{tag}>", page, re.DOTALL)[1]
         digest = base64.b64encode(sha256(inner.encode()).digest()).decode()
         assert f"{tag}-src 'sha256-{digest}'" in policy
-    assert "unsafe" not in policy and len(page) < 30000
+    assert "unsafe" not in policy and len(page) < 36500
 
 
 EVENTS = {"Accept": "text/event-stream"}
@@ -10962,7 +11063,7 @@ def test_a_model_is_loaded_asked_read_and_stopped_by_mouse(browser):
         assert browser.value("document.title") == "a · llmswap"
         ask_by_mouse(browser, "a")
         browser.until(shown("$('reply')", "word1"))
-        browser.until(shown("$('stats')", "tokens/s"))
+        browser.until(shown("$('recent')", "50 tok/s"))
         browser.press("Escape")
         read_log_by_mouse(browser, server)
         ask_by_mouse(browser, "long")
@@ -11056,6 +11157,7 @@ def test_a_model_is_loaded_asked_read_and_stopped_by_keyboard_with_a_key(browser
         browser.until(shown("$('reply')", "word1"))
         browser.press("Escape")
         browser.until(shown(row("b", ".state"), "loaded"))  # snapshots come after answers
+        browser.until(shown("$('recent')", "browser"))  # asked for with the key, too
         tab_to(browser, "Log b")
         browser.press("Enter")
         browser.until(shown("$('lines')", "model loaded"))
@@ -11065,6 +11167,71 @@ def test_a_model_is_loaded_asked_read_and_stopped_by_keyboard_with_a_key(browser
         browser.until(shown(row("b", ".state"), "loaded"))
         assert not browser.value("document.querySelector('#door').open")
         assert browser.complaints == []
+
+
+REQUEST = "document.querySelector('.request[data-id=\"{}\"] {}')"
+
+
+@in_browser
+def test_requests_are_seen_opened_filtered_and_cancelled_by_keyboard(browser):
+    agent = {"User-Agent": "<b>agent</b>/1.0", "X-Session-Id": "s1"}
+    with Llmswap(STORY) as server, server.connect() as client:
+        for prompt in (11900, 12400):
+            body = chat_body("a", talk=1, prompt_tokens=prompt, tokens=380)
+            assert server.post(CHAT, body, agent).status == 200
+        assert server.chat("nobody").status == 404
+        browser.look(390, "light")
+        browser.open(server.url)
+        done, refused = (REQUEST.format(number, "") for number in (2, 3))
+        browser.until(shown(refused, "404 there is no model 'nobody'"))
+        assert browser.value(shown(refused, "nobody"))
+        browser.until(shown(done, "12.4k in (11.9k cached), 380 out, 50 tok/s"))
+        assert browser.value(shown(done, "<b>agent<"))  # a text, whatever it is
+        client.send("POST", CHAT, chat_body("long", stream=True), agent)
+        running = REQUEST.format(4, "button")
+        browser.until(f"{running}?.checkVisibility()")
+        tab_to(browser, "Cancel request 4 of long")
+        browser.until(shown(REQUEST.format(4, ""), "first byte"))
+        browser.press("Enter")
+        browser.until(shown(REQUEST.format(4, ""), "499"))
+        assert browser.value("document.activeElement.closest('.request').dataset.id") == "4"
+        assert not browser.value(f"{running}.checkVisibility()")
+        browser.press("Enter")  # the focus is on the row now, which opens
+        facts = REQUEST.format(4, "dl")
+        for text in ("s1", "POST /v1/chat/completions", "cancelled by hand"):
+            browser.until(shown(facts, text))
+        server.chat("a")
+        browser.until(REQUEST.format(5, ""))
+        assert browser.value(f"{facts}.checkVisibility()"), "it closed at an update"
+        browser.value("$('only').focus()")
+        browser.press("ArrowDown")
+        browser.press("ArrowDown")
+        ids = "[...document.querySelectorAll('.request')].map((e) => e.dataset.id)"
+        browser.until(f"`${{{ids}}}` === '4'")
+        assert browser.complaints == []
+
+
+@in_browser
+def test_requests_are_fetched_at_changes_once_a_second_and_not_while_hidden(browser):
+    fetches = "performance.getEntriesByType('resource')"
+    fetches += ".filter((each) => each.name.includes('/api/requests')).length"
+    with Llmswap(PAGE_MODELS) as server:
+        browser.look(1280, "light")
+        browser.open(server.url)
+        browser.until(shown(row("b"), "Load"))
+        began = time.monotonic()
+        for _ in range(200):
+            assert server.chat("b").status == 200
+        browser.until("recentKey.includes(' 800 ') && !isFetching")  # four steps each
+        busy = browser.value(fetches)
+        assert busy <= 2 + (time.monotonic() - began)
+        age = f"parseInt({row('b', '.state span')}.innerText)"
+        browser.until(f"{age} >= {browser.value(age) + 3}")  # it is shown each second
+        assert browser.value(fetches) == busy
+        browser.value("Object.defineProperty(document, 'hidden', {value: true})")
+        assert server.chat("b").status == 200
+        browser.until("snapshot.requests === 804")
+        assert browser.value(fetches) == busy
 
 
 @in_browser
@@ -11131,7 +11298,7 @@ colour = red
 uses = busy
 """
 AT_A_GLANCE = {
-    "busy": "first, second|For code|loaded|1 running|50.0 tokens/s|512 MiB",
+    "busy": "first, second|For code|loaded|1 running|50 tok/s|512 MiB",
     "still": "loaded|none|Unloads in|14 min",
     "slow": "loading| %| s|1 waiting|Cancel",
     "dozy": "sleeping|512 MiB",
@@ -15907,6 +16074,7 @@ COMMANDS = {
     "bench": functools.partial(run_tool, "bench"),
     "soak": functools.partial(run_tool, "soak"),
     "fuzz": functools.partial(run_tool, "fuzz"),
+    "pictures": functools.partial(run_tool, "pictures"),
     "faults": faults_main,
 }
 
