@@ -3020,6 +3020,7 @@ class Walk:
             self._note(f"learn {name} {needs}")
             self.specs = specs
             self.core.learn(name, needs)
+            self._judge_needs()
             self._bound_all()
 
     def _learn_of_end(self, backend):
