@@ -2177,14 +2177,11 @@ class Scheduler:
             return
         if model.is_held and not model.is_asleep:
             others = [each.usage() for each in self.held.values() if each is not model]
-            room = {
-                each: max(
-                    size - sum(usage.needs.get(each, 0) for usage in others),
-                    model.spec.needs.get(each, 0),
-                )
-                for each, size in self.limits.budget.items()
-            }
-            needs = {each: min(size, room.get(each, size)) for each, size in needs.items()}
+            needs = dict(needs)
+            for each, size in self.limits.budget.items():
+                left = size - sum(usage.needs.get(each, 0) for usage in others)
+                least = max(left, model.spec.needs.get(each, 0))
+                needs[each] = min(needs.get(each, 0), least)
         model.spec = model.spec._replace(needs=needs)
 
     def _current(self, name, run):
@@ -5448,8 +5445,7 @@ class Pool:
         may take seconds."""
         for model in list(self.config.models.values()):
             if model.settings.keep_loaded and not model.problem:
-                if self._needs.estimate(model, self.budget):
-                    self._take_over_needs()
+                self._estimate(model)
         with self._lock:
             self._schedule()
 
@@ -5530,10 +5526,7 @@ class Pool:
                 if not scheduled.is_held:
                     scheduled.last_failure = problem.with_traceback(None)
             raise
-        if self._needs.estimate(owner):
-            with self._lock:
-                self._take_over_needs()
-                self._schedule()
+        self._estimate(owner)
 
     def _scheduled(self, model):
         """Return the scheduled model to which a request for this one goes now, or None
@@ -5656,6 +5649,13 @@ class Pool:
         budget = with_machine_budget(written, self._machine_budget)
         self._log("info", f"budget: {resources_text(budget)}")
         return budget
+
+    def _estimate(self, model):
+        """Estimate what the model needs if nothing is known, which may take seconds."""
+        if self._needs.estimate(model):
+            with self._lock:
+                self._take_over_needs()
+                self._schedule()
 
     def _find_specs(self):
         """Return the specs of all models by what is known of their needs now."""

@@ -13153,12 +13153,12 @@ def test_a_tool_that_shows_no_processes_tells_what_a_model_alone_takes(tmp_path,
 
 def test_the_peak_of_the_last_run_counts(tmp_path):
     with auto_server(tmp_path, MEASURE_INTERVAL=0.1) as server:
-        (server.folder / "sizes").write_text("small=6")
+        asked = server.folder / "asked"
 
-        def needs_of_small(size, begins=None):
+        def needs_of_small(size):
             (server.folder / "sizes").write_text(f"small={size}")
-            asked, path = len((server.folder / "asked").read_text()), server.folder / "asked"
-            eventually(lambda: len(path.read_text()) > asked + 100)
+            before = len(asked.read_text())
+            eventually(lambda: len(asked.read_text()) > before + 100)
             return entry_of(server, "small")["needs"]["vram"] / GB / 1.05
 
         measured_chat(server, "small")
