@@ -5403,6 +5403,7 @@ class Pool:
         self._next_deadline = self._timer_at = math.inf
         self._needs = Needs(config.settings.state_dir, log)
         self._machine_budget = None  # found out when a configuration says auto
+        self._vram_at_start = None  # of that; None if models ran already
         self.budget = self._find_budget(config)  # with figures for `auto`
         limits = limits_of(config, self.budget)
         self._known_needs = {}  # by model: amounts, and where they are known from
@@ -5646,6 +5647,7 @@ class Pool:
             units = {model.settings.unit for model in config.models.values()} - {""}
             is_own = functools.partial(is_of, groups=groups, units=units)
             self._machine_budget = machine_budget(is_own)
+            self._vram_at_start = None if groups else self._machine_budget.get("vram")
         budget = with_machine_budget(written, self._machine_budget)
         self._log("info", f"budget: {resources_text(budget)}")
         return budget
@@ -5686,7 +5688,8 @@ class Pool:
                 )
                 self._has_loaded = False
                 backends = self._measured_backends()
-                is_alone = len(self._scheduler.held) == 1
+                held = [*self._scheduler.held.values()]
+                is_alone = len(held) == 1 and held[0].started_at > -math.inf
             if backends:
                 self._measure(backends, is_alone)
 
@@ -5698,6 +5701,7 @@ class Pool:
         return [backend for backend in backends if backend.model.has_auto_needs]
 
     def _measure(self, backends, is_alone):
+        """Take over what these take. `is_alone`: nothing else was started or adopted."""
         on_gpu, taken = gpu_memory_by_group(), {}
         for backend in backends:
             vram = on_gpu.get(backend.pid)
@@ -5715,10 +5719,9 @@ class Pool:
         self._needs.save()
 
     def _gpu_memory_taken(self):
-        """How much more the GPUs hold than at the start; None: it is not known."""
-        before, now = self._machine_budget or {}, machine_budget(lambda pid: False)
-        is_known = "vram" in before and "vram" in now
-        return max(0, before["vram"] - now["vram"]) if is_known else None
+        """How much less the GPUs have left than at the start; None: it is not known."""
+        before, now = self._vram_at_start, machine_budget(lambda pid: False)
+        return max(0, before - now["vram"]) if before and "vram" in now else None
 
     def _learn(self, backend, is_over):
         model, peak = backend.model, backend.peak
@@ -8265,14 +8268,6 @@ def _model_metrics(report):
         ("", {"model": model.id, "state": state.value}, int(model.state == state.value))
         for model in own
         for state in State
-    ]
-    yield "gauge", "llmswap_budget_bytes", "What there is of a resource.", [
-        ("", {"resource": name}, size) for name, size in report.budget.items()
-    ]
-    yield "gauge", "llmswap_model_needs_bytes", "What a model needs of a resource.", [
-        ("", {"model": model.id, "resource": name}, size)
-        for model in own
-        for name, size in model.needs.items()
     ]
     counts = collections.defaultdict(list)
     for (source, *labels), value in sorted(report.meters.counts.items(), key=repr):
