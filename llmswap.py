@@ -4915,7 +4915,7 @@ class Needs:
             amounts["ram"] = amounts.get("ram", 0) + amounts.get("vram", 0)
         return {name: amounts[name] for name in budget}, known.source
 
-    def estimate(self, model: Model) -> bool:
+    def estimate(self, model: Model, budget: Mapping[str, int]) -> bool:
         """Estimate what the model needs if nothing is known; return whether it did.
 
         It may take 20 s; other threads that ask meanwhile wait, too.
@@ -4924,9 +4924,11 @@ class Needs:
         if not model.has_auto_needs or key in self._known:
             return False
         with self._estimating:
-            return key not in self._known and self._set(key, self._estimated(model))
+            if key in self._known:
+                return False
+            return self._set(key, self._estimated(model, budget))
 
-    def _estimated(self, model):
+    def _estimated(self, model, budget):
         amounts = fit_params_estimate(model) if model.kind == "llama-server" else {}
         if amounts:
             return Known(model.name, "llama-fit-params", amounts)
@@ -4934,7 +4936,8 @@ class Needs:
             words = model.command(table_of(model), "0")
             size = int(size_of_files(words, model.settings.cwd or "") * FILES_MARGIN)
             if size:
-                return Known(model.name, "file sizes", {"vram": size, "ram": 0})
+                place, other = ("vram", "ram") if "vram" in budget else ("ram", "vram")
+                return Known(model.name, "file sizes", {place: size, other: 0})
         return Known(model.name)
 
     def learn(
@@ -5654,7 +5657,7 @@ class Pool:
 
     def _estimate(self, model):
         """Estimate what the model needs if nothing is known, which may take seconds."""
-        if self._needs.estimate(model):
+        if self._needs.estimate(model, self.budget):
             with self._lock:
                 self._take_over_needs()
                 self._schedule()
@@ -5701,7 +5704,7 @@ class Pool:
         return [backend for backend in backends if backend.model.has_auto_needs]
 
     def _measure(self, backends, is_alone):
-        """Take over what these take. `is_alone`: nothing else was started or adopted."""
+        """Take over what these take. `is_alone`: nothing else runs, nor was adopted."""
         on_gpu, taken = gpu_memory_by_group(), {}
         for backend in backends:
             vram = on_gpu.get(backend.pid)
@@ -10938,7 +10941,7 @@ def check(config: Config) -> int:
             missing = missing_programs(model)
             lines += [f"cannot start now: {missing}"] if missing else []
             if model.has_auto_needs:
-                needs.estimate(model)
+                needs.estimate(model, budget)
                 lines.append(_needs_line(*needs.of(model, budget)))
         except ConfigError as error:
             lines.append(f"error: {error}")

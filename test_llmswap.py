@@ -12811,7 +12811,7 @@ def test_nothing_known_is_all_of_the_budget_and_what_is_written_counts(tmp_path)
     assert needs.of(auto_model(tmp_path), BUDGET) == (BUDGET, "not known yet")
     model = auto_model(tmp_path, cmd="true ${PORT}", needs="vram 6G")
     assert needs.of(model, BUDGET) == ({"vram": 6 * GB}, "written")
-    assert not needs.estimate(model) and not list(tmp_path.glob("*.json"))
+    assert not needs.estimate(model, BUDGET) and not list(tmp_path.glob("*.json"))
 
 
 def test_what_is_known_is_kept_by_command_and_shared(tmp_path):
@@ -12907,23 +12907,28 @@ def fit_model(folder, help, rows, budget="vram 24G, ram auto"):
 def test_a_model_is_estimated(tmp_path, rows, budget, expected, source):
     model = fit_model(tmp_path, FIT_HELP, rows, budget)
     needs = llmswap.Needs(str(tmp_path), print)
-    assert needs.estimate(model) and not needs.estimate(model)
-    amounts, told = needs.of(model, {name: 64 * GB for name in expected})
+    total = {name: 64 * GB for name in expected}
+    assert needs.estimate(model, total) and not needs.estimate(model, total)
+    amounts, told = needs.of(model, total)
     assert {name: round(size / MB) for name, size in amounts.items()} == expected
     assert told == source
+    if source == "file sizes":  # what is measured replaces it
+        peak = {name: GB for name in expected}
+        needs.learn(model, peak, is_beside=False, is_over=False)
+        assert needs.of(model, total)[0] == dict.fromkeys(expected, int(GB * 1.05))
 
 
 def test_llama_fit_params_is_fed_only_the_options_that_it_has(tmp_path):
     model = fit_model(tmp_path, FIT_HELP, FIT_ROWS)
     needs = llmswap.Needs(str(tmp_path), print)
-    needs.estimate(model)
+    needs.estimate(model, BUDGET)
     needs.save()
     assert (tmp_path / "argv").read_text().splitlines() == [
         "--help",
         f"--ctx-size 4096 --model {tmp_path}/m.gguf -ngl 9 --flash-attn on "
         "--offline -fitp on",
     ]
-    assert not llmswap.Needs(str(tmp_path), print).estimate(model)
+    assert not llmswap.Needs(str(tmp_path), print).estimate(model, BUDGET)
 
 
 def test_a_llama_fit_params_that_hangs_or_cannot_print_is_not_waited_for(
