@@ -3131,7 +3131,7 @@ class Backend:
             self.report_stall()
         return True
 
-    def record_answer(self, usage, request: Mapping[str, object]):
+    def record_answer(self, usage):
         """A request was answered: see ModelContext."""
 
     def died(self, timeout: float) -> bool:
@@ -3214,6 +3214,9 @@ class Backend:
     def _may_become_ready(self):
         return self._is_alive()
 
+    def _may_probe(self):
+        return self._is_alive()
+
     def _report_death(self):
         """From now on no request is sent to it."""
         self.on_dying(self)
@@ -3260,7 +3263,7 @@ class Backend:
                 return Probe(200)
             if is_own:
                 self._probe_socket = sock
-                if not self._is_alive():
+                if not self._may_probe():
                     raise InterruptedError("it has ended, or is being stopped")
             headers = {"Host": self.upstream.authority, "Connection": "close"}
             if self.model.settings.proxy_key:
@@ -3415,434 +3418,326 @@ class Backend:
 #        STATE-DIR/context/MODEL/manifest.json   which files count, and of which command
 #        STATE-DIR/context/MODEL/MODEL.SLOT.ID   one slot, written by llama-server
 #
-#    A file counts once the manifest names it, which is replaced atomically. While the
-#    files are in use the manifest says so: if the server then ends without being
-#    stopped, what was restored may be the reason, and it is not restored again.
+#    A file counts while a manifest names it. The manifest is written when all files are
+#    complete, and deleted before they are read: whatever is killed at whatever moment,
+#    nothing is restored that is half, or that a server may have died of.
 
 MIN_CONTEXT = 256  # tokens; fewer are soon processed again
 SLOT_LIST_TIMEOUT = 1.0  # s
 UNKNOWN_PROMPT_SPEED = 500.0  # tokens/s, until an answer tells it
-WORTH_SHARE = 0.1  # of the time to process a context again that saving it may take
-CHEAP_SAVE = 0.05  # s; a save so short is worth it in any case
-MAX_USELESS = 2  # restores in a row, then a command's contexts are kept no more
+SAVE_SHARE = 0.1  # of the time to process a context again; a save may take as long
+MIN_SAVE_TIMEOUT = 0.25  # s
+MAX_FAILURES = 2  # in a row, then no more contexts of a command are kept
 EMBEDDING_OPTIONS = {"--embedding", "--embeddings", "--rerank", "--reranking"}
+MALFORMED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class SavedSlot(NamedTuple):
-    """The file of one slot: its name, the tokens in it, and its size in bytes."""
+    """The file of one slot, the tokens in it, and its size in bytes."""
 
-    name: str
+    path: str
     tokens: int
     size: int
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the file is as large as it should be."""
+        with contextlib.suppress(OSError):
+            return os.path.getsize(self.path) == self.size > 0
+        return False
+
 
 class Manifest(NamedTuple):
-    """What is saved of a model: the slots by number, their files in `folder`.
+    """What is saved of a model: slots by number, in bytes `size`. `command` is a digest
+    of the command, `speed` that of prompts in tokens/s, `saved_at` in Unix time."""
 
-    `command` identifies the command, `owner` is the INI file, `speed` that of prompts
-    in tokens per second, `saved_at` in Unix time.
-    """
-
-    command: str
-    owner: str
-    folder: str
-    speed: float
-    saved_at: float
-    in_use: bool
-    slots: Mapping[int, SavedSlot]
+    command: str = ""
+    speed: float = UNKNOWN_PROMPT_SPEED
+    saved_at: float = 0.0
+    slots: Mapping[int, SavedSlot] = types.MappingProxyType({})
 
     @property
     def size(self) -> int:
-        """The bytes of all slots."""
         return sum(slot.size for slot in self.slots.values())
 
-
-def make_private_folder(path: str):
-    """Create a folder and its missing parents, for this user only. Raise OSError."""
-    if not os.path.isdir(path):
-        make_private_folder(os.path.dirname(path))
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o700)
+    @property
+    def paths(self) -> List[str]:
+        return [slot.path for slot in self.slots.values()]
 
 
-class ContextStore:
-    """The saved contexts of all models. Any thread may call.
-
-    Several llmswaps may share the directory: each deletes what belongs to models that
-    have left its own file, and any of them what is beyond its limit.
-    """
-
-    def __init__(self):
-        self.useless = collections.Counter()  # restores in a row, by command
-        self.save_costs = collections.Counter()  # seconds for each token, by command
-        self._lock = threading.Lock()  # of changing manifests
-        self._root = self._owner = ""
-        self._limit = math.inf
-        self._folders = set()  # of the models that keep their contexts
-        self._sizes = {}  # bytes by folder
-
-    def configure(self, config: Config):
-        """Use this configuration from now on, and tidy up in the background."""
-        self._root = os.path.join(config.settings.state_dir, "context")
-        self._owner = os.path.abspath(config.path)
-        self._limit = config.settings.context_max
-        self._folders = {model.context_dir for model in config.models.values()} - {""}
-        self.tidy()
-
-    def is_wanted(self, folder: str) -> bool:
-        """Whether a model of the configuration has this folder."""
-        return folder in self._folders
-
-    def size_of(self, folder: str) -> Optional[int]:
-        """Return how many bytes are kept there; None: the model keeps nothing."""
-        return self._sizes.get(folder, 0) if folder else None
-
-    def read(self, folder: str) -> Optional[Manifest]:
-        """Return the manifest of a model, None if there is none that can be read."""
-        try:
-            with open(f"{folder}manifest.json", "rb") as file:
-                manifest = Manifest(**json.load(file))
-            slots = {int(n): SavedSlot(*slot) for n, slot in manifest.slots.items()}
-            speed, saved_at = float(manifest.speed), float(manifest.saved_at)
-            return manifest._replace(slots=slots, speed=speed, saved_at=saved_at)
-        except (AttributeError, OSError, TypeError, ValueError):
-            return None
-
-    def write(self, folder: str, manifest: Manifest):
-        """Replace the manifest of a model; without slots, delete it. Raise OSError."""
-        path = f"{folder}manifest.json"
-        with self._lock:
-            self._sizes[folder] = manifest.size
-            if not manifest.slots:
-                return _delete([path])
-            with open(f"{path}.new", "w", opener=_open_private) as file:
-                json.dump(manifest._replace(owner=self._owner)._asdict(), file)
-            os.replace(file.name, path)
-
-    def tidy(self, stale: Iterable[str] = ()):
-        """In the background, delete these files, what models have left that are gone,
-        and the oldest contexts until the rest is within the limit."""
-        with contextlib.suppress(RuntimeError):  # no more threads can be started
-            threading.Thread(target=self._tidy, args=(stale,), daemon=True).start()
-
-    def _tidy(self, stale):
-        files, manifests = [*stale], {}
-        with self._lock:
-            for folder in [f"{path}/" for path in _paths_in(self._root)]:
-                manifest = self.read(folder)
-                is_ours = manifest is None or manifest.owner == self._owner
-                if is_ours and not self.is_wanted(folder):
-                    files += _paths_in(folder) + _paths_of(manifest)
-                elif manifest:
-                    manifests[folder] = manifest
-            for folder in sorted(manifests, key=lambda each: manifests[each].saved_at):
-                if sum(each.size for each in manifests.values()) > self._limit:
-                    _delete([f"{folder}manifest.json"])
-                    files += _paths_of(manifests.pop(folder))
-            self._sizes = {each: manifests[each].size for each in manifests}
-        _delete(files)
+def read_manifest(folder: str) -> Manifest:
+    """Return the manifest in this folder, an empty one if none can be read."""
+    try:
+        with open(f"{folder}manifest.json", "rb") as file:
+            command, speed, saved_at, rows = json.load(file)
+        slots = {int(n): SavedSlot(str(path), int(tokens), int(size))
+                 for n, (path, tokens, size) in rows.items()}
+        return Manifest(command, float(speed), float(saved_at), slots)
+    except (OSError, *MALFORMED):
+        return Manifest()
 
 
-def _open_private(path, flags):
+def command_digest(argv: List[str], binary: str, env: Mapping, cwd: str) -> str:
+    """Return what changes with the command, its environment, binary or model files."""
+    named = [word for option, word in zip(argv, argv[1:])
+             if option == "--model" or word.endswith(".gguf")]
+    stamps = []
+    for path in [binary, *named]:
+        with contextlib.suppress(OSError, ValueError):
+            status = os.stat(os.path.join(cwd, path))
+            stamps += [status.st_size, status.st_mtime_ns]
+    identity = json.dumps([argv, binary, sorted(env.items()), stamps])
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def open_private(path: str, flags: int) -> int:
+    """Open a file that only this user may read."""
     return os.open(path, flags, 0o600)
 
 
-def _paths_in(folder):
-    with contextlib.suppress(OSError):
-        return [entry.path for entry in os.scandir(folder)]
-    return []
+def make_private_folders(path: str):
+    """Create STATE-DIR/context/MODEL/, each for this user only. Raise OSError."""
+    model = path.rstrip("/")
+    root = os.path.dirname(model)
+    for folder in (os.path.dirname(root), root, model):
+        os.makedirs(folder, 0o700, exist_ok=True)
 
 
-def _paths_of(manifest):
-    slots = manifest.slots.values() if manifest else []
-    return [manifest.folder + slot.name for slot in slots]
+def discard_files(paths: Iterable[str], folders: Iterable[str] = ()):
+    """Delete files, and folders with all that is in them, in the background."""
+
+    def discard():
+        for path in paths:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    with contextlib.suppress(RuntimeError):  # no more threads can be started
+        threading.Thread(target=discard, daemon=True).start()
 
 
-def _conversation_of(request):
-    """Return what the requests of one conversation have in common."""
-    talk = request.get("messages") or request.get("input") or request.get("prompt")
-    first = talk[:2] if isinstance(talk, list) else str(talk)[:1000]
-    return hash(repr([request.get("system"), first]))
+class ContextStore:
+    """The saved contexts of the models of one llmswap. Any thread may call.
 
+    Two llmswaps that share the directory can only delete each other's contexts.
+    """
 
-def _size_of(path):
-    with contextlib.suppress(OSError):
-        return os.path.getsize(path)
-    return None
+    def __init__(self):
+        self.failures = collections.Counter()  # in a row, by command
+        self._lock = threading.Lock()  # of the manifests, here and on the disk
+        self._manifests = {}  # by folder, of the models with contexts; oldest first
+        self._limit = math.inf
 
-
-def _delete(paths):
-    for path in paths:
+    def configure(self, config: Config):
+        """Use this configuration from now on, and delete what has no model there."""
+        root = os.path.join(config.settings.state_dir, "context")
+        folders = {model.context_dir for model in config.models.values()} - {""}
+        with self._lock:
+            rows = [(folder, self._manifests.get(folder) or read_manifest(folder))
+                    for folder in folders]
+            self._manifests = dict(sorted(rows, key=lambda row: row[1].saved_at))
+            self._limit = config.settings.context_max
+            self._enforce_limit()
         with contextlib.suppress(OSError):
-            os.unlink(path)
+            orphans = {f"{entry.path}/" for entry in os.scandir(root)} - folders
+            paths = [path for each in orphans for path in read_manifest(each).paths]
+            discard_files(paths, orphans)
+
+    def size_of(self, folder: str) -> Optional[int]:
+        """Return how many bytes are saved there; None: no model has that folder."""
+        manifest = self._manifests.get(folder)
+        return None if manifest is None else manifest.size
+
+    def take(self, folder: str) -> Manifest:
+        """Return what was saved there and forget it: it is used once. Raise OSError."""
+        with self._lock:
+            manifest = self._manifests.get(folder, Manifest())
+            self._forget(folder)
+            return manifest
+
+    def put(self, folder: str, manifest: Manifest):
+        """Remember that; the oldest contexts beyond the limit go. Raise OSError."""
+        with self._lock:
+            if self._manifests.pop(folder, None) is None:
+                raise OSError("its model has left the configuration")
+            self._manifests[folder] = Manifest()
+            path = f"{folder}manifest.json"
+            with open(f"{path}.new", "w", opener=open_private) as file:
+                json.dump(manifest, file)
+            os.replace(file.name, path)
+            self._manifests[folder] = manifest
+            self._enforce_limit()
+
+    def _forget(self, folder):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{folder}manifest.json")
+        if folder in self._manifests:
+            self._manifests[folder] = Manifest()
+
+    def _enforce_limit(self):
+        excess = sum(each.size for each in self._manifests.values()) - self._limit
+        for folder, manifest in [*self._manifests.items()]:
+            if excess > 0 and manifest.slots:
+                excess -= manifest.size
+                with contextlib.suppress(OSError):
+                    self._forget(folder)
+                    discard_files(manifest.paths)
 
 
 class ModelContext:
     """The contexts of one run of a llama-server: `restore` after its start, `save`
     before its stop, both on the backend's thread.
 
-    Neither raises, and each takes at most `limit` seconds, nor longer than it would
-    take to process the prompts again. `report(text)` gets one line if something fails.
-    `on_change(kind, tokens, bytes, seconds)` is told what was "saved" or "restored" and
-    how long that took, and what was "used" by the first answer: then the seconds are
-    those that it would have taken to process the tokens again.
+    Neither raises. The slots' files are in `files`. `probe(deadline, request)` sends a
+    control request; `is_killed()` says whether one fails for that. `report(text)` gets
+    a line if something fails. `on_change(kind, tokens, bytes, seconds)` is told what
+    was "saved" or "restored" and how long that took, and what was "used" by an answer:
+    then the seconds are those that it would have taken to process the tokens again.
     """
 
-    def __init__(self, store: ContextStore, model: Model, report, on_change):
-        self._store, self._report, self._on_change = store, report, on_change
-        self._env, self._key = model.env, model.settings.proxy_key
+    def __init__(
+        self, store, model, files, command, *, probe, is_killed, report, on_change
+    ):
+        self._store, self._command = store, command
+        self._folder, self._files = model.context_dir, files
         self._name = folder_name(model.name)
-        self._folder = self._files = model.context_dir  # of the manifest, of the slots
-        self._command = ""  # a digest of it; empty: nothing is kept
-        self._slots = {}  # number -> SavedSlot, of those restored
+        self._probe, self._is_killed = probe, is_killed
+        self._report, self._on_change = report, on_change
         self._speed = UNKNOWN_PROMPT_SPEED
-        self._has_own_caches = False  # each slot; else one that rests may be emptied
-        self._trial = None  # the most tokens restored, until an answer used some
-        self._is_doubtful = False  # whether an answer could have used some, but did not
-        self._talks = set()  # the conversations of this run
-        self._socket = None
-        self._is_aborted = False
+        self._restored = {}  # the tokens of slots
+        self._unused = 0  # the most tokens restored, until an answer used some
+        self._longest = 0  # tokens that an answer of this run left in a slot
 
-    # -- before the start ------------------------------------------------------------
-
-    def prepare(self, argv: List[str], binary: str, port: str, cwd: str) -> List[str]:
-        """Return the command with which contexts can be kept, as far as they can be."""
-        option = f"--{SAVE_PATH}"
-        given = [value for word, value in zip(argv, argv[1:]) if word == option]
-        if not given:
-            self._report("this llama-server cannot save contexts")
-            return argv
-        self._files = os.path.join(cwd, given[-1], "")
-        try:
-            make_private_folder(self._folder.rstrip("/"))
-        except OSError as error:
-            self._report(f"contexts cannot be kept: {error}")
-            return [word for word in argv if word not in (option, self._folder)]
-        self._has_own_caches = "--parallel" in argv and "--kv-unified" not in argv
-        if EMBEDDING_OPTIONS.isdisjoint(argv):
-            self._command = self._digest(argv, binary, port, cwd)
-        return argv
-
-    def _digest(self, argv, binary, port, cwd):
-        """Return what changes with the command, its environment or its files."""
-        words = [word for word in argv if word != port]
-        stamps = []
-        for option, word in [("", binary), *zip(words, words[1:])]:
-            if option in ("", "--model") or word.endswith(".gguf"):
-                with contextlib.suppress(OSError, ValueError):
-                    status = os.stat(os.path.join(cwd, word))
-                    stamps += [word, status.st_size, status.st_mtime_ns]
-        identity = json.dumps([words, sorted(self._env.items()), stamps])
-        return hashlib.sha256(identity.encode()).hexdigest()
-
-    # -- after the start -------------------------------------------------------------
-
-    def restore(self, upstream: Upstream, limit: float) -> bool:
+    def restore(self, limit: float) -> bool:
         """Give the server, which nobody uses yet, what was saved of its command.
 
+        It takes `limit` seconds at most, nor longer than to process the prompts again.
         Return False if the server is to be started anew, without that: it died of it,
         or it refused some, after which some builds answer nonsense.
         """
-        began, slots = time.monotonic(), self._claim()
-        tokens = sum(slot.tokens for slot in slots.values())
-        deadline = began + min(limit, tokens / self._speed)
+        began = time.monotonic()
         try:
+            slots = self._take()
+            tokens = {number: slot.tokens for number, slot in slots.items()}
+            deadline = began + min(limit, sum(tokens.values()) / self._speed)
             for number, slot in slots.items():
-                target = f"/slots/{number}?action=restore"
-                self._ask(upstream, deadline, "POST", target, {"filename": slot.name})
-                self._slots[number] = slot
-        except OSError as error:
-            if self._is_aborted:
-                self._slots = slots  # for the next time
-            else:
-                self._report(f"context of slot {number} was not restored: {error}")
-                self._store.tidy([self._files + slot.name for slot in slots.values()])
-                self._slots = {}
-                self._count_useless()
-            self.keep({})
-            return isinstance(error, socket.timeout)
+                self._ask(deadline, "restore", number, slot.path)
+        except (OSError, *MALFORMED) as error:
+            self._fail(f"context was not restored: {error}")
+            return isinstance(error, TimeoutError)
+        finally:
+            self._sweep({})
         if slots:
-            self._trial = max(slot.tokens for slot in slots.values())
+            self._restored, self._unused = tokens, max(tokens.values())
             self._tell("restored", slots.values(), began)
         return True
 
-    def _claim(self):
-        """Return what was saved of this command, marked as in use; delete the rest."""
-        manifest, slots, reason = self._store.read(self._folder), {}, None
-        if manifest and manifest.in_use:
-            reason = "the server that had it last was not stopped"
-        elif manifest and manifest.command != self._command:
-            reason = "the command, or a file of it, has changed"
-        elif manifest and self._is_kept():
-            self._speed = manifest.speed
-            slots = self._whole(manifest.slots)
-        try:
-            self._write(slots, in_use=True)
-        except OSError as error:
-            slots, reason = {}, error
-        if reason:
-            self._report(f"its context was not restored: {reason}")
-        pattern = re.escape(self._files + self._name) + r"\.\d+\.[0-9a-f]{8}"
-        stale = filter(re.compile(pattern).fullmatch, _paths_in(self._files))
-        used = {self._files + slot.name for slot in slots.values()}
-        self._store.tidy({*stale, *_paths_of(manifest)} - used)
-        return slots
+    def _take(self):
+        manifest = self._store.take(self._folder)
+        if manifest.slots and manifest.command != self._command:
+            self._report("context is not restored: the command or a file has changed")
+        if manifest.command != self._command or not self._is_kept():
+            return {}
+        self._speed = manifest.speed
+        return {n: slot for n, slot in manifest.slots.items() if slot.is_whole}
 
-    def record_answer(self, usage, request: Mapping[str, object]):
+    def record_answer(self, usage):
         """Learn how fast prompts are processed, and whether a restore was of use: then
-        the first answer to a conversation had much of its prompt in the cache.
+        more of a prompt was in the cache than the answers of this run have left there.
 
-        A prompt of less than half of what was restored is of a new conversation. Any
-        thread may call.
+        Any thread may call.
         """
         tokens, cached = usage.tokens_in, usage.tokens_cached
         if tokens is None or cached is None:
             return
         if usage.prompt_speed and tokens - cached >= MIN_CONTEXT:
             self._speed = usage.prompt_speed
-        talk = _conversation_of(request) if self._trial else None
-        if talk is None or talk in self._talks:
-            return
-        if cached < MIN_CONTEXT:
-            self._is_doubtful |= tokens >= self._trial / 2
-        else:
-            self._trial, self._store.useless[self._command] = None, 0
-            if not self._talks:  # else another conversation may begin like this one
-                self._on_change("used", cached, 0, cached / self._speed)
-        self._talks.add(talk)
+        if self._unused and cached >= MIN_CONTEXT and cached > self._longest:
+            self._unused = self._store.failures[self._command] = 0
+            self._on_change("used", cached, 0, cached / self._speed)
+        self._longest = max(self._longest, tokens + (usage.tokens_out or 0))
 
-    def _count_useless(self):
-        self._store.useless[self._command] += 1
-        if not self._is_kept():
-            self._report("restored contexts are of no use: none is kept any more")
+    def save(self, limit: float):
+        """Save what the slots hold, now that no request is left.
 
-    # -- before the stop -------------------------------------------------------------
-
-    def save(self, upstream: Upstream, limit: float):
-        """Save what the slots hold, now that no request is left."""
-        if self._trial and self._is_doubtful:
-            self._count_useless()
-        saved = {}
-        if self._is_kept():
-            try:
-                began = time.monotonic()
-                for number, slot in self._save_slots(upstream, limit):
-                    saved[number] = slot
-            except OSError as error:
-                if not self._is_aborted:
-                    self._report(f"context was not saved: {error}")
-            if any(slot.tokens for slot in saved.values()):
-                self._tell("saved", saved.values(), began)
-        self.keep(saved)
-
-    def keep(self, saved: Mapping[int, SavedSlot]):
-        """Keep what was saved and, of the other slots, what was restored."""
-        slots = {**self._whole(self._slots), **saved} if self._is_kept() else {}
-        slots = {n: slot for n, slot in slots.items() if slot.tokens >= MIN_CONTEXT}
+        It takes `limit` seconds at most, and a tenth of the time that it would take to
+        process the prompts again; what takes longer fails.
+        """
+        began, slots = time.monotonic(), {}
+        if self._unused and self._longest >= self._unused / 2:
+            self._fail("the restored context was of no use")
         try:
-            self._write(slots)
-        except OSError as error:
-            self._report(f"context was not saved: {error}")
-        stale = {*self._slots.values(), *saved.values()} - {*slots.values()}
-        self._store.tidy([self._files + slot.name for slot in stale])
+            if self._is_kept():
+                slots = self._save_slots(began, limit)
+            if slots:
+                manifest = Manifest(self._command, self._speed, time.time(), slots)
+                self._store.put(self._folder, manifest)
+                self._tell("saved", slots.values(), began)
+        except (OSError, *MALFORMED) as error:
+            slots = {}
+            self._fail(f"context was not saved: {error}")
+        self._sweep(slots)
 
-    def _save_slots(self, upstream, limit):
-        """Yield slots that are saved, with their numbers. Raise OSError at the first
-        that cannot be, or if all that takes too long for what it is worth."""
-        last = time.monotonic() + limit
-        tokens = self._long_slots(upstream, min(limit, SLOT_LIST_TIMEOUT))
-        total, costs = sum(tokens.values()), self._store.save_costs
-        worth, cost = total / self._speed, total * costs[self._command]
-        if cost > max(CHEAP_SAVE, WORTH_SHARE * worth):
-            costs[self._command] /= 2  # so that it is tried again some time
-            raise OSError(f"it takes {cost:.1f} s, to process it again {worth:.1f} s")
-        began = time.monotonic()
-        try:
-            for number in tokens:
-                deadline = min(last, began + worth)
-                yield number, self._save_slot(upstream, deadline, number)
-        finally:
-            costs[self._command] = (time.monotonic() - began) / max(1, total)
+    def _save_slots(self, began, limit):
+        listed = self._send(began + min(limit, SLOT_LIST_TIMEOUT), "GET", "/slots")
+        tokens = dict(self._restored)  # of which it tells nothing until they are used
+        tokens.update(
+            (int(slot["id"]), slot["n_prompt_tokens"])
+            for slot in listed
+            if slot.get("n_prompt_tokens")
+        )
+        tokens = {n: count for n, count in tokens.items() if count >= MIN_CONTEXT}
+        share = SAVE_SHARE * sum(tokens.values()) / self._speed
+        deadline = time.monotonic() + min(limit, max(MIN_SAVE_TIMEOUT, share))
+        slots = {number: self._save_slot(deadline, number) for number in tokens}
+        return {n: slot for n, slot in slots.items() if slot.tokens >= MIN_CONTEXT}
 
-    def _long_slots(self, upstream, limit):
-        """Return the tokens of each slot that is worth saving, the busy ones last."""
-        slots = self._ask(upstream, time.monotonic() + limit, "GET", "/slots")
-        try:
-            slots = sorted(slots, key=lambda slot: bool(slot.get("is_processing")))
-            tokens = {int(slot["id"]): slot.get("n_prompt_tokens", 0) for slot in slots}
-            if any(tokens.values()) and not self._has_own_caches:
-                for number, slot in self._slots.items():  # those that rest may be empty
-                    tokens[number] = tokens[number] or slot.tokens
-            return {n: count for n, count in tokens.items() if count >= MIN_CONTEXT}
-        except (AttributeError, LookupError, TypeError, ValueError):
-            raise OSError("/slots is no list of slots") from None
+    def _save_slot(self, deadline, number):
+        path = f"{self._files}{self._name}.{number}.{os.urandom(4).hex()}"
+        os.close(open_private(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        answer = self._ask(deadline, "save", number, path)
+        slot = SavedSlot(path, int(answer["n_saved"]), int(answer["n_written"]))
+        if not slot.is_whole:
+            raise OSError("the file is not whole; is the disk full?")
+        return slot
 
-    def _save_slot(self, upstream, deadline, number):
-        name = f"{self._name}.{number}.{os.urandom(4).hex()}"
-        target, body = f"/slots/{number}?action=save", {"filename": name}
-        try:
-            os.close(_open_private(self._files + name, os.O_CREAT | os.O_WRONLY))
-            answer = self._ask(upstream, deadline, "POST", target, body)
-            slot = SavedSlot(name, int(answer["n_saved"]), int(answer["n_written"]))
-            if not self._whole({number: slot}):
-                raise OSError("the file is not whole; is the disk full?")
-            return slot
-        except (LookupError, OSError, TypeError, ValueError) as error:
-            _delete([self._files + name])
-            raise OSError(f"slot {number}: {error}") from None
-
-    # -- both ------------------------------------------------------------------------
-
-    def abort(self):
-        """End a restore or a save that is under way. Any thread may call."""
-        self._is_aborted, sock = True, self._socket
-        if sock:
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+    def _sweep(self, slots):
+        """Delete the files of slots, these excepted, also those that a kill left."""
+        pattern = re.compile(re.escape(self._name) + r"\.\d+\.[0-9a-f]{8}")
+        paths = {slot.path for slot in slots.values()}
+        with contextlib.suppress(OSError):
+            names = filter(pattern.fullmatch, os.listdir(self._files))
+            discard_files({self._files + name for name in names} - paths)
 
     def _is_kept(self):
-        is_useless = self._store.useless[self._command] >= MAX_USELESS
-        return self._command and self._store.is_wanted(self._folder) and not is_useless
+        failures = self._store.failures[self._command]
+        return failures < MAX_FAILURES and self._store.size_of(self._folder) is not None
 
-    def _write(self, slots, in_use=False):
-        now, files = time.time(), self._files
-        manifest = Manifest(self._command, "", files, self._speed, now, in_use, slots)
-        self._store.write(self._folder, manifest)
-
-    def _whole(self, slots):
-        """Return those of the slots whose files are as large as they should be."""
-        return {
-            number: slot
-            for number, slot in slots.items()
-            if _size_of(self._files + slot.name) == slot.size > 0
-        }
+    def _fail(self, text):
+        if not self._is_killed():
+            failures = self._store.failures
+            failures[self._command] += 1
+            no_more = failures[self._command] >= MAX_FAILURES
+            self._report(f"{text}; no more contexts are kept" if no_more else text)
 
     def _tell(self, kind, slots, began):
         seconds = time.monotonic() - began
         tokens, size = sum(slot.tokens for slot in slots), sum(s.size for s in slots)
         self._on_change(kind, tokens, size, seconds)
 
-    def _ask(self, upstream, deadline, method, target, body=None):
-        """Return what the answer's JSON means; it must be a success. Raise OSError."""
-        headers = {"Host": upstream.authority, "Connection": "close"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = [method, upstream.base_path + target, body and json.dumps(body)]
-        sock = self._socket = upstream.dial(max(0.001, deadline - time.monotonic()))
-        try:
-            if self._is_aborted:
-                raise ConnectionAbortedError("it is being killed")
-            probe = exchange(sock, deadline, *request, headers=headers)
-            if probe.ok:
-                return json.loads(probe.body)
-        except (ValueError, RecursionError, http.client.HTTPException) as error:
-            raise OSError(f"{target} is answered with nonsense: {error}") from None
-        finally:
-            self._socket = None
-            sock.close()
-        message = re.search(rb'"message":\s*"([^"]*)"', probe.body)
-        text = message[1].decode("utf-8", "replace") if message else "no reason"
-        raise OSError(f"{target} is answered {probe.status}, {text}")
+    def _ask(self, deadline, action, number, path):
+        target = f"/slots/{number}?action={action}"
+        body = json.dumps({"filename": os.path.basename(path)})
+        return self._send(deadline, "POST", target, body)
+
+    def _send(self, deadline, method, target, body=""):
+        """Return what the answer's JSON means. Raise OSError; TimeoutError if late."""
+        probe = self._probe(deadline, (method, target, body))
+        if probe.ok:
+            return json.loads(probe.body)
+        text = f"{target}: {probe.reason} {probe.body[:200].decode(errors='replace')}"
+        raise TimeoutError(text) if probe.timed_out else OSError(text)
 
 
 # -- a child process -------------------------------------------------------------------
@@ -3868,20 +3763,19 @@ class ProcessBackend(Backend):
         self._settle_timeout = settle_timeout
         self._process = None
         self._exit_status = None
+        self._is_saving = False  # its context
         self._lock = threading.Lock()  # of killing the group and reaping its leader
         self._rest = b""  # of its output: a line without an end
 
     def stop(self, at_once=False):
         """End it: within its stop timeout if it is loaded, else by a kill."""
         super().stop(at_once)
-        if self._context and (at_once or not self._is_ready):
-            self._context.abort()
         if at_once or not (self._is_ready or self.model.settings.cmd_stop):
             self._kill_group()
 
-    def record_answer(self, usage, request):
+    def record_answer(self, usage):
         if self._context:
-            self._context.record_answer(usage, request)
+            self._context.record_answer(usage)
 
     # -- coming up
 
@@ -3891,7 +3785,7 @@ class ProcessBackend(Backend):
         for _ in range(PORT_TRIES):
             if super()._load():
                 limit = self.model.settings.stop_timeout
-                if not self._context or self._context.restore(self.upstream, limit):
+                if not self._context or self._context.restore(limit):
                     return self._is_alive()
                 may_repeat = True
             else:
@@ -3902,7 +3796,7 @@ class ProcessBackend(Backend):
         return False
 
     def _spawn(self):
-        model = self.model
+        model = self._with_context_folder()
         self.port = free_port()
         try:
             argv = model.command(table_of(model), str(self.port))
@@ -3915,7 +3809,7 @@ class ProcessBackend(Backend):
         environment = clean_environment(model.environment(str(self.port)))
         self._surroundings = {"env": environment, "cwd": model.settings.cwd or None}
         binary = find_program(argv[0], environment, model.settings.cwd)
-        argv = self._with_context(argv, binary)
+        self._context = self._context_of(argv, binary)
         self._stranger = self._own_inodes = None
         self._may_hide = model.kind == "cmd"
         self._oom_kills = oom_kills()
@@ -3953,19 +3847,45 @@ class ProcessBackend(Backend):
         if self._is_stop_asked:  # `stop` may have come before there was a process
             self.stop(self._is_kill_asked)
 
-    def _with_context(self, argv, binary):
-        """Return the command with which its context is kept, if it is to be."""
-        self._context = None
-        if not (self._contexts and self.model.context_dir):
-            return argv
-        self._context = ModelContext(
+    def _with_context_folder(self):
+        """Return the model; if it can have no folder for its contexts, one without."""
+        folder = self.model.context_dir
+        try:
+            if folder:
+                make_private_folders(folder)
+            return self.model
+        except OSError as error:
+            self.on_line(f"llmswap: contexts cannot be kept: {error}")
+            return self.model._replace(context_dir="")
+
+    def _context_of(self, argv, binary):
+        """Return what keeps the contexts of this run; None if nothing does."""
+        paths = [path for option, path in zip(argv, argv[1:]) if option == f"--{SAVE_PATH}"]
+        if not self.model.context_dir or not EMBEDDING_OPTIONS.isdisjoint(argv):
+            return None
+        if not paths:
+            self.on_line("llmswap: this llama-server cannot save contexts")
+            return None
+        cwd = self.model.settings.cwd or os.getcwd()
+        words = [word for word in argv if word != str(self.port)]
+        return ModelContext(
             self._contexts,
             self.model,
+            os.path.join(cwd, paths[-1], ""),
+            command_digest(words, binary, self.model.env, cwd),
+            probe=lambda deadline, request: self._probe(
+                max(0.001, deadline - time.monotonic()), request
+            ),
+            is_killed=self._is_being_killed,
             report=lambda text: self.on_line(f"llmswap: {text}"),
             on_change=functools.partial(self.on_context, self),
         )
-        cwd = self.model.settings.cwd or os.getcwd()
-        return self._context.prepare(argv, binary, str(self.port), cwd)
+
+    def _may_probe(self):
+        return self._is_alive() or self._is_saving and not self._is_kill_asked
+
+    def _is_being_killed(self):
+        return self._is_kill_asked or self._is_stop_asked and not self._is_ready
 
     def _watch_process(self, process):
         """Pass its output on until it has exited, on a thread of its own."""
@@ -4035,19 +3955,17 @@ class ProcessBackend(Backend):
         has_grace = self._is_ready or self.model.settings.cmd_stop
         try:
             if has_grace and not self._exited.is_set():
-                if self._is_ready:
-                    self._save_context()
+                self._save_context()
                 self._ask_to_exit()
         finally:
             self._reap()
 
     def _save_context(self):
-        if not self._context or self._is_kill_asked:
-            return
-        if self._is_asleep:  # it holds nothing, and a question would wake it
-            self._context.keep({})
-        else:
-            self._context.save(self.upstream, self.model.settings.stop_timeout)
+        """Save it, unless it sleeps: then it holds nothing, and would be woken."""
+        if self._context and self._is_ready and not self._is_asleep:
+            self._is_saving = True
+            self._context.save(self.model.settings.stop_timeout)
+            self._is_saving = False
 
     def _ask_to_exit(self):
         """Run the stop command or send SIGTERM, and wait for the stop timeout."""
@@ -9743,7 +9661,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 try:
                     relay(outgoing, backend, self.reply, transform_of)
                     self.usage = usage_in(bytes(self.reply.ends))
-                    backend.record_answer(self.usage, info.members)
+                    backend.record_answer(self.usage)
                     return self._log_if_slow()
                 except BackendDied as error:
                     may_resend = outgoing.is_repeatable and not is_last
