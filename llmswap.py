@@ -151,6 +151,9 @@ class MethodNotAllowed(APIError):
 class ModelNotLoaded(APIError):
     status, type, code = 409, INVALID, "model_not_loaded"
 
+class ModelPinned(APIError):
+    status, type, code, may_retry = 409, INVALID, "model_pinned", False
+
 class RequestTimeout(APIError):
     status, type, code = 408, INVALID, "request_timeout"
 
@@ -162,6 +165,9 @@ class UnsupportedCoding(APIError):
 
 class HeadersTooLarge(APIError):
     status, type, code = 431, INVALID, "headers_too_large"
+
+class RequestCancelled(APIError):
+    status, type, code, may_retry = 499, INVALID, "request_cancelled", False
 
 class ModelMisconfigured(APIError):
     code, may_retry = "model_unusable", False
@@ -246,6 +252,11 @@ def _seconds(match):
     return min(seconds, MAX_DURATION)
 
 
+def _pin(match):
+    word = match[0].lower()
+    return "on" if word in TRUE_WORDS else "off" if word in FALSE_WORDS else word
+
+
 parse_duration = pattern(
     "a duration such as 15m", rf"{NUMBER}|(?:{NUMBER}(?:ms|[smhd]))+", _seconds
 )
@@ -258,6 +269,9 @@ parse_boolean = pattern(
     "on or off",
     f"(?i:{'|'.join(TRUE_WORDS + FALSE_WORDS)})",
     lambda match: match[0].lower() in TRUE_WORDS,
+)
+parse_pin = pattern(
+    "on, off or loaded", f"(?i:loaded|{'|'.join(TRUE_WORDS + FALSE_WORDS)})", _pin
 )
 parse_count = pattern("a whole number", "[0-9]{1,9}", lambda match: int(match[0]))
 parse_score = pattern(
@@ -460,8 +474,8 @@ PROXY_KEYS = (
     Key("settle-timeout", parse_duration, "5s",
         "wait at most this long for the GPU memory of a stopped model to be free"),
     Key("exit-idle-time", parse_duration, "0",
-        "end the process when nothing is loaded or asked for this long, for socket "
-        "activation; 0: never"),
+        "end the process when nothing is loaded (but for `keep-loaded`) or asked for "
+        "this long, for socket activation; 0: never"),
     Key("idle-command", str, "",
         "run when idle, e.g. `systemctl suspend`; everything is unloaded first"),
     Key("idle-command-after", parse_duration, "1h", "how long idle for that"),
@@ -486,9 +500,10 @@ MODEL_KEYS = (
     Key("proxy-key", str, "", "sent to the backend as `Authorization: Bearer`"),
     Key("model-name", str, "",
         "the name put into the request's `model` before forwarding; empty: as asked"),
-    Key("uses", str, "",
-        "share the backend of another model; only keys about requests and listing may "
-        "stand beside it"),
+    Key("uses", parse_words, "",
+        "share the backend of another model; of several, comma-separated, that of the "
+        "one that is loaded, else of one that is loading, else of the first; only keys "
+        "about requests and listing may stand beside it"),
     Key("alias", parse_words, "", "further names, comma-separated"),
     Key("env.NAME", str, "", "environment of the backend"),
     Key("cwd", os.path.expanduser, "",
@@ -503,8 +518,14 @@ MODEL_KEYS = (
     Key("idle-timeout", parse_duration, "0",
         "unload after this long without a request; 0: never; `ttl` is the same"),
     Key("load-on-startup", parse_boolean, "off", "load when llmswap starts"),
-    Key("pin", parse_boolean, "off",
-        "never evicted to make room, nor unloaded when idle"),
+    Key("keep-loaded", parse_boolean, "off",
+        "load when llmswap starts, and again whenever it fits beside what is loaded "
+        "and nobody waits; requests for others may evict it; `idle-timeout` does not "
+        "count"),
+    Key("pin", parse_pin, "off",
+        "`on`: never evicted to make room, nor unloaded when idle; `loaded`: not "
+        "evicted while it is loaded, requests for what does not fit beside it are "
+        "refused"),
     Key("keep-context", parse_boolean, "off",
         "save the processed prompts of a llama-server before it is stopped, and "
         "restore them after its next start"),
@@ -968,8 +989,9 @@ class Model(NamedTuple):
 
     `options` are layers of settings, the weakest first, each in the order of its keys.
     They, `env` and the texts of commands may hold variables, which the methods expand.
-    `problem` is None, or why the model cannot be used. `context_dir` is the folder of
-    its saved contexts, with a slash at its end; empty: none are kept.
+    `backends` are the ids of the models whose backend may serve it, the first one
+    preferred. `problem` is None, or why the model cannot be used. `context_dir` is the
+    folder of its saved contexts, with a slash at its end; empty: none are kept.
     """
 
     name: str
@@ -979,7 +1001,7 @@ class Model(NamedTuple):
     options: tuple
     env: dict
     variables: dict
-    backend: str
+    backends: tuple
     problem: Optional[str]
     aliases: tuple = ()
     source: str = "preset"  # as llama.cpp's router calls it
@@ -995,6 +1017,11 @@ class Model(NamedTuple):
     def written_needs(self) -> Mapping[str, int]:
         """What it needs as far as the file says so."""
         return self.settings.needs or {}
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether it is never evicted, loaded or not."""
+        return self.settings.pin == "on"
 
     @property
     def launch(self) -> tuple:
@@ -1140,7 +1167,7 @@ class ModelBuilder:
         preset_only = tuple((key, self._keys[key].text)
                             for key in PRESET_ONLY_KEYS if key in self._keys)
         return Model(self._name, self._kind, self._place, settings, options, env,
-                     self._variables, self._name, problem, preset_only=preset_only)
+                     self._variables, (self._name,), problem, preset_only=preset_only)
 
     def _read(self, key, setting, default):
         try:
@@ -1199,7 +1226,7 @@ class ModelBuilder:
             texts = " ".join([settings.cmd, settings.extra_args, *env.values()])
             if needs_port and "PORT" not in variables_in(texts):
                 yield own("cmd"), "without ${PORT} it needs proxy = URL"
-        if self._kind in ("cmd", "unit") and not own(self._kind).text:
+        if self._kind in EXCLUSIVE_KEYS and not getattr(settings, self._kind):
             yield own(self._kind), "it must not be empty"
         if self._kind in ("unit", "remote") and needs_port:
             yield own("proxy"), "it needs proxy = URL, without ${PORT}"
@@ -1290,10 +1317,6 @@ class Config(NamedTuple):
             text = f"there is no model {name!r}{self._near(name)}"
             raise ModelNotFound(text, "model")
         return self.models[known]
-
-    def owner_of(self, model: Model) -> Model:
-        """Return the model whose backend serves this one."""
-        return self.models.get(model.backend, model)
 
     def default_model(self) -> Optional[Model]:
         """Return the model for requests that name none, if there is one."""
@@ -1532,41 +1555,54 @@ class ConfigLoader:
                 raise ConfigError(f"{place}: there is no model {name!r}")
             return model
 
-        def backend(name):
+        def backends(name):
             model = known(name, "sets")
-            return config.find(model.settings.uses) or model.name
+            used = [*filter(None, map(config.find, model.settings.uses))]
+            return used or [model.name]
 
         default = config.settings.default_model
         return config.settings._replace(
-            sets=tuple(frozenset(map(backend, s)) for s in config.settings.sets),
+            sets=tuple(
+                frozenset(names)
+                for together in config.settings.sets
+                for names in itertools.product(*map(backends, together))
+            ),
             default_model=default and known(default, "default-model").name,
         )
 
     def _check_fit(self, models, settings):
-        """Make models unusable that do not fit beside all pinned ones."""
+        """Make models unusable that do not fit beside all that are always pinned."""
         pinned = []
-        for model in sorted(models.values(), key=lambda model: not model.settings.pin):
+        for model in sorted(models.values(), key=lambda model: not model.is_pinned):
             if model.problem:
                 continue
             reason = misfit(model, pinned, settings)
             if reason:
                 problem = f"{model.place}: {reason}"
                 models[model.name] = model._replace(problem=problem)
-            elif model.settings.pin:
+            elif model.is_pinned:
                 pinned.append(model)
 
     def _link(self, model, config):
-        """Return a model that uses another with its backend, or with a problem."""
-        target = config.models.get(config.find(model.settings.uses))
-        if target is None:
-            reason = f"there is no model {model.settings.uses!r} to use"
-        elif target.kind == "uses":
-            reason = f"{target.name!r} itself uses another model"
-        elif target.problem:
-            reason = f"it uses {target.name!r}: {target.problem}"
-        else:
-            return model._replace(backend=target.name)
-        return model._replace(problem=f"{model.place}: {reason}")
+        """Return a model that uses others with their backends, or with a problem.
+
+        One that cannot be used is passed over, unless none can.
+        """
+        targets = {
+            name: config.models.get(config.find(name)) for name in model.settings.uses
+        }
+        usable = [each.name for each in targets.values() if each and not each.problem]
+        for name, target in targets.items():
+            if target is None:
+                reason = f"there is no model {name!r} to use"
+            elif target.kind == "uses":
+                reason = f"{target.name!r} itself uses another model"
+            elif not usable:
+                reason = f"it uses {target.name!r}: {target.problem}"
+            else:
+                continue
+            return model._replace(problem=f"{model.place}: {reason}")
+        return model._replace(backends=tuple(usable))
 
 
 # ==================================================================================
@@ -1632,6 +1668,7 @@ NEXT_STATE = {
     },
 }
 
+READINESS = (State.LOADED, State.LOADING, State.SLEEPING)  # the soonest to serve first
 MIN_RETURN_GAP = 0.005  # s; a client that sends its next request at once needs less
 UNKNOWN_SWAP_COST = 1.0  # s; assumed before a swap was measured
 MAX_PATIENCE = 30.0  # s
@@ -1644,13 +1681,18 @@ class ModelSpec(NamedTuple):
 
     `takes_place` False: the model runs on another machine, does not count towards
     models-max, and its failed loads cause no back-off: that machine may be asleep.
-    `can_sleep`: it is put to sleep instead of stopped when another needs its room.
+    `is_pinned`: nothing evicts it, nor does it idle; `is_pinned_once_loaded`: nothing
+    evicts it while it is loaded. `keep_loaded`: it is started whenever it fits and
+    nobody waits. `can_sleep`: it is put to sleep instead of stopped when another needs
+    its room.
     """
 
     needs: Mapping[str, int] = {}
     sleep_needs: Mapping[str, int] = {}
     takes_place: bool = True
     is_pinned: bool = False
+    is_pinned_once_loaded: bool = False
+    keep_loaded: bool = False
     can_sleep: bool = False
     concurrency: int = 0
     idle_timeout: float = 0.0
@@ -1764,6 +1806,7 @@ class ModelState:
         self.state = State.UNLOADED
         self.changed_at = None  # when it entered its state; None: never
         self.run = 0  # number of its current backend
+        self.was_ready = False  # in this run
         self.in_flight = 0
         self.preemptible = 0  # leases that no stop waits for
         self.waiting = 0  # tickets in the queue
@@ -1777,6 +1820,8 @@ class ModelState:
         self.failures = 0
         self.last_failure = None
         self.retry_at = -math.inf
+        self.keep_at = -math.inf  # not sooner does keep_loaded start it
+        self.is_released = False  # unloaded by hand: keep_loaded is without effect
         self.idle_timeout = None  # set by a request, until unloaded; inf: never
         self.unload_by = None  # stopped by hand: no grants; leases are cut then
         self.stop_cause = None
@@ -1808,6 +1853,26 @@ class ModelState:
         """Whether it loads, or has loaded, for a ticket that was not granted yet."""
         is_new = self.state is State.LOADED and self.last_grant < self.ready_at
         return bool(self.waiting) and (is_new or self.state is State.LOADING)
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether nothing may evict it now."""
+        is_pinned_now = self.spec.is_pinned_once_loaded and self.was_ready
+        return self.spec.is_pinned or is_pinned_now
+
+    @property
+    def is_missed(self) -> bool:
+        """Whether it is down and keep_loaded wants it up."""
+        is_put_to_sleep = self.state is State.SLEEPING and self.spec.can_sleep
+        is_down = self.state is State.UNLOADED or is_put_to_sleep
+        return is_down and self.spec.keep_loaded and not self.is_released
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether it is held, and not for keep_loaded alone."""
+        if self.spec.keep_loaded:
+            return bool(self.in_flight or self.preemptible)
+        return self.is_held
 
     @property
     def needs_room(self) -> bool:
@@ -1855,15 +1920,13 @@ class ModelState:
     def record_failure(self, problem: APIError, now: float):
         """A load failed; from the third in a row on, the next must wait."""
         self.last_failure = problem
-        if not self.spec.takes_place:
-            return
         self.failures += 1
         surplus = self.failures - FREE_FAILURES
         if surplus >= 0:
             self.retry_at = now + min(MAX_BACKOFF, 2.0 ** min(surplus, 16))
 
     def reset_failures(self):
-        self.failures, self.retry_at = 0, -math.inf
+        self.failures, self.retry_at, self.keep_at = 0, -math.inf, -math.inf
 
     def swap_cost(self, newcomer: "ModelState") -> float:
         """Seconds to stop this model, load the newcomer, and load this one again."""
@@ -1882,7 +1945,9 @@ class ModelState:
 
     def unload_at(self) -> float:
         """When its idle time ends; inf: it is in use, or never unloads."""
-        if self.in_flight or self.waiting or self.preemptible or self.spec.is_pinned:
+        if self.in_flight or self.waiting or self.preemptible:
+            return math.inf
+        if self.spec.is_pinned or self.spec.keep_loaded:
             return math.inf
         timeout = self.idle_timeout
         if timeout is None:
@@ -1942,6 +2007,8 @@ class Scheduler:
         self._next_deadline = math.inf
         self._draining = {}  # ModelState -> the ticket that it drains for
         self._stopping = {}  # ModelState that stops or is to make room -> when
+        self._pinned = []  # ModelStates that stay for now
+        self._is_resting = False  # nothing is kept loaded until the next request
         self._closing_error = None  # refuses every ticket once closed
 
     # -- events: requests ------------------------------------------------------------
@@ -1951,6 +2018,7 @@ class Scheduler:
     ) -> Ticket:
         """Queue a request for the model; the next `decide` may grant or refuse it."""
         model = self.models[name]
+        model.is_released = self._is_resting = False
         ticket = Ticket(next(self._numbers), model, now, preemptible, manual)
         if manual:
             model.reset_failures()
@@ -1976,6 +2044,20 @@ class Scheduler:
             model.in_flight -= 1
         model.record_idle(now)
 
+    def choose(self, names: Sequence[str]) -> Optional[str]:
+        """Return the one of these models that can serve a request soonest; None if a
+        reload has removed them all."""
+
+        def rank(name):
+            model = self.models[name]
+            is_leaving = model.is_stopping_soon or model.drains_for
+            if is_leaving or model.state not in READINESS:
+                return len(READINESS)
+            return READINESS.index(model.state)
+
+        known = (name for name in names if name in self.models)
+        return min(known, key=rank, default=None)
+
     def keep_alive(self, name: str, seconds: float):
         """Set the idle timeout of a model until it unloads; below 0: never unload."""
         self.models[name].idle_timeout = seconds if seconds >= 0 else math.inf
@@ -1990,7 +2072,7 @@ class Scheduler:
         if model.state is State.LOADING:
             if model.started_at > -math.inf:
                 model.load_seconds = now - model.started_at
-            model.ready_at = model.idle_since = now
+            model.was_ready, model.ready_at, model.idle_since = True, now, now
             model.last_grant = -math.inf  # of this run
             model.reset_failures()
             model.last_failure = model.room_from = None
@@ -2061,6 +2143,9 @@ class Scheduler:
                 self.refuse_waiting(name, failure)
         elif failure is not None:
             model.last_failure = failure
+            model.keep_at = model.ready_at + MAX_BACKOFF
+        else:  # somebody stopped it by other means
+            model.is_released = True
         model.advance(Event.EXITED, now)
         self._end_run(model)
         return victim and victim.name
@@ -2118,6 +2203,7 @@ class Scheduler:
     def _end_run(self, model):
         """Forget what belonged to the run; a reload may now take effect."""
         del self.held[model.name]
+        model.was_ready = False
         model.in_flight = model.preemptible = 0
         model.idle_timeout = model.unload_by = None
         model.stop_cause = model.drains_for = None
@@ -2135,8 +2221,20 @@ class Scheduler:
     def unload(self, name: str, now: float, problem: APIError) -> bool:
         """Stop a model by hand and refuse its tickets; False if it is not loaded.
 
-        Requests in flight have its stop timeout to end, then the backend is stopped.
+        Requests in flight have its stop timeout to end, then the backend is stopped. It
+        is not kept loaded until it is asked for, or the next reload.
         """
+        self.models[name].is_released = True
+        return self._unload(name, now, problem)
+
+    def rest(self, now: float, problem: APIError):
+        """Stop every model as if by hand, but only until the next request for any of
+        them is nothing kept loaded."""
+        self._is_resting = True
+        for name in self.models:
+            self._unload(name, now, problem)
+
+    def _unload(self, name, now, problem):
         model = self.models[name]
         self.refuse_waiting(name, problem)
         if model.is_held and model.unload_by is None:
@@ -2171,6 +2269,9 @@ class Scheduler:
                 model.spec, model.learned_needs = spec, None
                 if name in changed:
                     model.reset_failures()
+            model.is_released = False
+            if model.is_pinned:
+                model.drains_for = None
 
     def refuse_waiting(self, name: str, problem: APIError):
         """Refuse every ticket that waits for the model."""
@@ -2199,11 +2300,18 @@ class Scheduler:
         """How many leases there are that are not preemptible."""
         return sum(model.in_flight for model in self.held.values())
 
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a ticket waits, or a model is held other than for keep_loaded."""
+        return bool(self._queue) or any(each.is_in_use for each in self.held.values())
+
     # -- decisions -------------------------------------------------------------------
 
     def decide(self, now: float) -> Tuple[List[NamedTuple], float]:
         """Return what is to be done now, in this order, and the next deadline."""
-        while self._serve_queue(now) or self._stop_models(now):
+        while (
+            self._serve_queue(now) or self._stop_models(now) or self._start_kept(now)
+        ):
             pass  # each decision may make others possible
         decisions, self._decisions = self._decisions, []
         return decisions, self._next_deadline
@@ -2221,6 +2329,10 @@ class Scheduler:
             is_stopping = model.state is State.UNLOADING or model.is_stopping_soon
             if is_stopping or model.drains_for:
                 self._stopping[model] = -math.inf
+        self._pinned = [
+            model for model in self.held.values()
+            if model.is_pinned and model not in self._stopping
+        ]
         before = len(self._decisions), len(self._draining)
         wanted = {}  # name -> usage that this ticket and older ones wait for
         waiting, is_full = 0, False  # whether `wanted` alone fills the limits
@@ -2261,13 +2373,29 @@ class Scheduler:
                 waited = f"waited {limits.queue_timeout:g} s for {model.name!r}"
                 return QueueTimeout(f"{waited} (queue-timeout in [llmswap])")
             self._look_again_at(ends)
-        if not model.is_held and now < model.retry_at:
+        if not model.is_held and model.spec.takes_place and now < model.retry_at:
             seconds = max(1, math.ceil(model.retry_at - now))
             text = f"{model.last_failure}\n(it is tried again in {seconds} s)"
             return LoadBackoff(text, retry_after=seconds)
+        pins = self._pins_in_the_way(model)
+        if pins:
+            names = ", ".join(sorted(pin.name for pin in pins))
+            text = f"{model.name!r} does not fit beside the pinned {names}"
+            return ModelPinned(f"{text}: unload by hand makes room")
         is_full = limits.queue_max and waiting >= limits.queue_max
         full = f"{limits.queue_max} requests wait already (queue-max in [llmswap])"
         return QueueFull(full) if is_full else None
+
+    def _pins_in_the_way(self, model):
+        """The fewest pinned models that would have to go before this one can start."""
+        is_down = model.state in (State.UNLOADED, State.SLEEPING)
+        pins = [pin for pin in self._pinned if pin is not model]
+        if not (pins and is_down and model.needs_room):
+            return frozenset()
+        usage = model.usage_when_loaded()
+        return _fewest(pins, lambda leaving: self.limits.allow(
+            [usage, *(pin.usage() for pin in pins if pin not in leaving)]
+        ))
 
     def _grant(self, ticket, now):
         model = ticket.model
@@ -2311,7 +2439,7 @@ class Scheduler:
         may_start = is_down and is_persistent
         if not model.needs_room:
             if may_start:
-                self._start(ticket, now)
+                self._start(model, now, ticket)
             return is_full
         if is_full or not self.limits.allow(wanted.values()):
             return True
@@ -2320,7 +2448,7 @@ class Scheduler:
         if may_start and not self._fits(wanted, self._stopping.keys()):
             self._evict(ticket, wanted, now)
         elif may_start and self._fits({model.name: wanted[model.name]}):
-            self._start(ticket, now)
+            self._start(model, now, ticket)
         return False
 
     def _awaits_retry(self, ticket):
@@ -2349,10 +2477,11 @@ class Scheduler:
         ]
         return self.limits.allow([*wanted.values(), *others])
 
-    def _start(self, ticket, now):
-        model, is_wake = ticket.model, ticket.model.state is State.SLEEPING
+    def _start(self, model, now, ticket=None):
+        is_wake = model.state is State.SLEEPING
         self._begin_run(model, now)
-        self._spare_victims(ticket)
+        if ticket:
+            self._spare_victims(ticket)
         self._decisions.append(Start(model.name, model.run, is_wake))
 
     def _begin_run(self, model, now):
@@ -2386,7 +2515,7 @@ class Scheduler:
             victim.drains_for = self._draining[victim] = ticket
 
     def _is_evictable(self, model):
-        if model.spec.is_pinned or not model.needs_room:
+        if model.is_pinned or not model.needs_room:
             return False
         if model.state is State.SLEEPING and model.spec.can_sleep:
             return bool(model.spec.sleep_needs)
@@ -2402,6 +2531,22 @@ class Scheduler:
         if victim.is_idle:
             moment = min(moment, victim.idle_since + victim.return_gap(cost))
         return moment
+
+    def _start_kept(self, now):
+        """If nobody waits, start a model of keep_loaded that fits; return if one was.
+
+        Nobody waits for such a load, so any ticket that needs its room ends it.
+        """
+        if self._queue or self._closing_error or self._is_resting:
+            return False
+        for model in self.models.values():
+            if model.is_missed and self._fits({model.name: model.usage_when_loaded()}):
+                moment = max(model.retry_at, model.keep_at)
+                if now >= moment:
+                    self._start(model, now)
+                    return True
+                self._look_again_at(moment)
+        return False
 
     def _stop_models(self, now):
         """Stop every model that is drained or idle long enough; return if any was."""
@@ -3351,6 +3496,9 @@ class Backend:
         if inodes == self._own_inodes:
             return True
         self._stranger = foreign_listener(inodes, self.pid, self._may_hide)
+        if self._stranger:  # unless it was the child's, which has just ended
+            inodes &= listening_inodes(self.upstream.port)
+            self._stranger = foreign_listener(inodes, self.pid, self._may_hide)
         if self._stranger is None:
             self._own_inodes = inodes
             if inodes and self._may_hide:
@@ -5311,11 +5459,11 @@ class ModelStatus(NamedTuple):
     `state` is one of State's words, and the model is in it since `seconds` (None: since
     the start). `progress` of a load goes from 0 to 1, if it is known. `failure` says
     why its last run failed, `stopped` why it was stopped, `unusable` what is wrong with
-    it in the file. `shares` names the model whose backend it uses, and whose state it
-    has. `context` are the bytes of its saved contexts, None if it keeps none, and
-    `context_seconds` what they have spared. `entry` is what its own /v1/models told
-    last. `needs`, by resource of the budget, are known from `needs_source`; it `holds`
-    what counts now, if it runs.
+    it in the file. `shares` names the model whose backend it uses now, and whose state
+    it has. `pinned`: nothing may evict it now. `context` are the bytes of its saved
+    contexts, None if it keeps none, and `context_seconds` what they have spared.
+    `entry` is what its own /v1/models told last. `needs`, by resource of the budget,
+    are known from `needs_source`; it `holds` what counts now, if it runs.
     """
 
     id: str
@@ -5386,7 +5534,7 @@ class Pool:
 
     def start(self):
         """Start the timer, adopt units that run, and load the models of
-        load-on-startup."""
+        load-on-startup and keep-loaded."""
         self._guard.start()
         self._contexts.configure(self.config)
         self._timer_thread = threading.Thread(target=self._timer_loop, daemon=True)
@@ -5406,6 +5554,17 @@ class Pool:
                     self.load(model)
             except APIError as problem:
                 self._log("error", f"{model.name}: {problem}")
+        self._load_kept()
+
+    def _load_kept(self):
+        """Have those of keep-loaded loaded, once it is estimated what they need, which
+        may take seconds."""
+        for model in list(self.config.models.values()):
+            if model.settings.keep_loaded and not model.problem:
+                if self._needs.estimate(model, self.budget):
+                    self._take_over_needs()
+        with self._lock:
+            self._schedule()
 
     def _adopt_units(self):
         """Begin to find out which units run already, and to adopt them."""
@@ -5453,7 +5612,7 @@ class Pool:
         """
         while True:
             self._check_start(model)
-            ticket = self._submit(model.backend, preemptible)
+            ticket = self._submit(model, preemptible)
             try:
                 backend = _wait_for_grant(ticket.waiter, disconnected)
                 if _is_reachable(backend, disconnected):
@@ -5474,30 +5633,37 @@ class Pool:
         if model.problem:
             raise ModelMisconfigured(model.problem)
         with self._lock:
-            if model.backend in self._scheduler.held:
-                return
+            scheduled = self._scheduled(model)
+            owner = scheduled and self.config.models.get(scheduled.name)
+        if owner is None or scheduled.is_held:
+            return
         try:
-            check_start(self.config.owner_of(model))
+            check_start(owner)
         except LoadFailed as problem:
-            self._log("error", f"{model.backend} could not be started: {problem}")
+            self._log("error", f"{owner.name} could not be started: {problem}")
             with self._lock:
-                scheduled = self._scheduler.models.get(model.backend)
-                if scheduled is not None and not scheduled.is_held:
+                if not scheduled.is_held:
                     scheduled.last_failure = problem.with_traceback(None)
             raise
-        if self._needs.estimate(self.config.owner_of(model), self.budget):
+        if self._needs.estimate(owner, self.budget):
             self._take_over_needs()
 
-    def _submit(self, name, preemptible=False, manual=False):
+    def _scheduled(self, model):
+        """Return the scheduled model to which a request for this one goes now, or None
+        if a reload removed it. The lock is held."""
+        return self._scheduler.models.get(self._scheduler.choose(model.backends))
+
+    def _submit(self, model, preemptible=False, manual=False):
         """Queue a ticket; its `waiter` is a future of the backend."""
         with self._lock:
-            if name not in self._scheduler.models:
-                raise _removed(name)
-            model = self.config.models.get(name)
-            if model and model.problem:  # since a reload after `_check_start`
-                raise ModelMisconfigured(model.problem)
+            scheduled = self._scheduled(model)
+            if scheduled is None:
+                raise _removed(model.name)
+            owner = self.config.models.get(scheduled.name)
+            if owner and owner.problem:  # since a reload after `_check_start`
+                raise ModelMisconfigured(owner.problem)
             now = self._used_at = self._clock()
-            ticket = self._scheduler.submit(name, now, preemptible, manual)
+            ticket = self._scheduler.submit(scheduled.name, now, preemptible, manual)
             ticket.waiter = concurrent.futures.Future()
             self._schedule()
             return ticket
@@ -5505,8 +5671,9 @@ class Pool:
     def keep_alive(self, model: Model, seconds: float):
         """Set after how many idle seconds the model unloads; below 0: never."""
         with self._lock:
-            if model.backend in self._scheduler.models:
-                self._scheduler.keep_alive(model.backend, seconds)
+            scheduled = self._scheduled(model)
+            if scheduled is not None:
+                self._scheduler.keep_alive(scheduled.name, seconds)
                 self._schedule()
 
     # -- operators -------------------------------------------------------------------
@@ -5516,16 +5683,17 @@ class Pool:
         if self.state_of(model) in (State.LOADING, State.LOADED):
             return False
         self._check_start(model)
-        self._submit(model.backend, manual=True)
+        self._submit(model, manual=True)
         return True
 
     def unload(self, model: Model) -> bool:
         """Begin to unload the model: False if there is nothing to unload."""
         with self._lock:
-            if model.backend not in self._scheduler.models:
+            scheduled = self._scheduled(model)
+            if scheduled is None:
                 return False
             problem = ModelUnloaded(f"{model.name!r} was unloaded by hand")
-            is_held = self._scheduler.unload(model.backend, self._clock(), problem)
+            is_held = self._scheduler.unload(scheduled.name, self._clock(), problem)
             self._schedule()
             return is_held
 
@@ -5535,6 +5703,13 @@ class Pool:
             for name in self._scheduler.models:
                 problem = ModelUnloaded(f"{name!r} was unloaded by hand")
                 self._scheduler.unload(name, self._clock(), problem)
+            self._schedule()
+
+    def rest(self):
+        """Begin to unload every model, and keep none loaded until the next request."""
+        with self._lock:
+            problem = ModelUnloaded("all models are unloaded because nothing happens")
+            self._scheduler.rest(self._clock(), problem)
             self._schedule()
 
     def await_unloaded(self, disconnected: Callable[[], bool]):
@@ -5572,6 +5747,7 @@ class Pool:
             self._schedule()
         self._contexts.configure(config)
         self._adopt_units()
+        threading.Thread(target=self._load_kept, name="kept", daemon=True).start()
         self.events.publish({"model": "*", "event": "models_reload"})
 
     # -- memory ----------------------------------------------------------------------
@@ -5657,20 +5833,20 @@ class Pool:
     def state_of(self, model: Model) -> State:
         """Return what the backend of the model is doing."""
         with self._lock:
-            scheduled = self._scheduler.models.get(model.backend)
+            scheduled = self._scheduled(model)
             return scheduled.state if scheduled else State.UNLOADED
 
     def is_held(self, model: Model) -> bool:
         """Return whether the model is loaded, or being loaded for somebody."""
         with self._lock:
-            scheduled = self._scheduler.models.get(model.backend)
+            scheduled = self._scheduled(model)
             is_up = scheduled and scheduled.state in (State.LOADING, State.LOADED)
             return bool(is_up) and not scheduled.is_stopping_soon
 
     def backend_of(self, model: Model):
         """Return the running backend of the model, or None; it may end at any time."""
         with self._lock:
-            return self._backends.get(model.backend)
+            return self._backends.get(self._scheduler.choose(model.backends))
 
     def status(self, model: Model) -> ModelStatus:
         """Return what the model is doing."""
@@ -5698,15 +5874,13 @@ class Pool:
             aliases=model.aliases,
             description=model.settings.description or "",
             kind=model.kind,
-            pinned=model.settings.pin,
             unusable=model.problem,
-            shares=None if model.backend == model.name else model.backend,
         )
-        scheduled = self._scheduler.models.get(model.backend)
+        scheduled = self._scheduled(model)
         if scheduled is None:
             return status
-        now, state = self._clock(), scheduled.state
-        backend = self._backends.get(scheduled.name)
+        now, state, name = self._clock(), scheduled.state, scheduled.name
+        backend = self._backends.get(name)
         is_loading = backend is not None and state is State.LOADING
         unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
         changed_at = scheduled.changed_at
@@ -5717,14 +5891,16 @@ class Pool:
             running=scheduled.in_flight + scheduled.preemptible,
             waiting=scheduled.waiting,
             unload_in=None if unload_at == math.inf else max(0.0, unload_at - now),
-            tokens_per_second=self._meters.speeds.get(model.backend),
+            tokens_per_second=self._meters.speeds.get(name),
             context=self._contexts.size_of(model.context_dir),
-            context_seconds=self._meters.counts["context_seconds", model.backend],
+            context_seconds=self._meters.counts["context_seconds", name],
             failure=scheduled.last_failure,
-            stopped=self._meters.reasons.get(model.backend),
+            stopped=self._meters.reasons.get(name),
+            pinned=scheduled.is_pinned,
+            shares=None if name == model.name else name,
             pid=getattr(backend, "pid", None),
             port=getattr(backend, "port", None),
-            entry=self._entries.get(model.backend, {}),
+            entry=self._entries.get(name, {}),
             **self._needs_status(scheduled),
         )
 
@@ -5767,8 +5943,8 @@ class Pool:
             return None if is_busy else self._used_at
 
     def inactive_since(self) -> Optional[float]:
-        """Return when (on the clock) the last backend or request left; None: there is
-        one."""
+        """Return when (on the clock) the last request and the last backend but those of
+        keep-loaded left; None: there is one."""
         with self._lock:
             return self._quiet_since
 
@@ -5785,9 +5961,10 @@ class Pool:
         """Count a request that ended: see Metrics. `speed` is in tokens per second."""
         with self._lock:
             self._meters.count_request(model.name if model else "", *counts)
-            if model and speed is not None:
-                self._meters.speeds[model.backend] = speed
-                self._revise()
+            scheduled = model and self._scheduled(model)
+            if scheduled and speed is not None:
+                self._meters.speeds[scheduled.name] = speed
+            self._revise()
 
     def meters(self) -> Metrics:
         """Return what was counted so far, as a copy."""
@@ -5807,7 +5984,7 @@ class Pool:
         while has_failed:  # a start that fails at once is an event of its own
             decisions, deadline = self._scheduler.decide(self._clock())
             has_failed = any([self._carry_out(decision) for decision in decisions])
-        if self._scheduler.queued or self._scheduler.held:
+        if self._scheduler.is_in_use:
             self._quiet_since = None
         elif self._quiet_since is None:
             self._quiet_since = self._clock()
@@ -6172,12 +6349,12 @@ def counted_needs(
     counted = {name: dict(amounts) for name, amounts in known.items()}
     models = sorted(
         (model for model in config.models.values() if not model.problem),
-        key=lambda model: not model.settings.pin,
+        key=lambda model: not model.is_pinned,
     )
     for name, size in budget.items():
         left, largest = size, 1
         for model in models:
-            if model.settings.pin:
+            if model.is_pinned:
                 left -= model.written_needs.get(name, 0)
             else:
                 largest = max(largest, model.written_needs.get(name, 0))
@@ -6185,9 +6362,9 @@ def counted_needs(
         for model in models:
             if not model.has_auto_needs:
                 continue
-            room = max(0, spare) if model.settings.pin else left
+            room = max(0, spare) if model.is_pinned else left
             amount = counted[model.name][name] = min(counted[model.name][name], room)
-            if model.settings.pin:
+            if model.is_pinned:
                 left, spare = left - amount, spare - amount
     return counted
 
@@ -6199,12 +6376,14 @@ def specs_of(
     specs = {}
     for name, model in config.models.items():
         settings, address = model.settings, address_of(model)
-        if model.backend == name:
+        if model.backends == (name,):
             specs[name] = ModelSpec(
                 needs={**needs[name], **address},
                 sleep_needs={**settings.sleep_needs, **address},
                 takes_place=model.kind != "remote",
-                is_pinned=settings.pin,
+                is_pinned=model.is_pinned,
+                is_pinned_once_loaded=settings.pin == "loaded",
+                keep_loaded=settings.keep_loaded and not model.problem,
                 can_sleep=bool(settings.sleep),
                 concurrency=settings.concurrency,
                 idle_timeout=settings.idle_timeout,
@@ -6243,6 +6422,7 @@ HOP_BY_HOP = frozenset(
     "proxy-authenticate proxy-authorization expect".split()
 )
 
+REASONS = {499: "Client Closed Request"}  # nginx's, unknown to http.HTTPStatus
 Headers = List[Tuple[str, str]]
 
 
@@ -6983,6 +7163,8 @@ class ClientResponse:
     notice = None  # gives events to send, instead of comments, after that early head
     first_at = None  # when the first piece of payload was sent
     is_broken = False
+    problem = None  # why it is broken
+    is_cancelled = False  # by somebody else; from any thread
     status = 0
     sent = 0  # bytes of payload
     _head = b""  # waits for the first piece
@@ -7022,7 +7204,8 @@ class ClientResponse:
 
     def answer(self, status: int, headers: Headers, payload: bytes):
         """Send an answer that is there as a whole."""
-        self.begin(status, http.HTTPStatus(status).phrase, headers, len(payload))
+        phrase = REASONS.get(status) or http.HTTPStatus(status).phrase
+        self.begin(status, phrase, headers, len(payload))
         self.send(payload)
         self.end()
 
@@ -7032,6 +7215,7 @@ class ClientResponse:
 
     def send(self, piece):
         """Send a piece of payload, with the head if it still waits."""
+        self._check_cancelled()
         if self._is_head or not len(piece):
             return
         if not self.sent:
@@ -7075,6 +7259,7 @@ class ClientResponse:
         """
         if has_disconnected(self.sock):
             raise ClientDisconnected
+        self._check_cancelled()
         self.flush()
         now = time.monotonic()
         if not self.is_begun:
@@ -7087,6 +7272,12 @@ class ClientResponse:
             text = self._next_notice() or (COMMENT if is_late else b"")
             if text:
                 self._frame(text)
+
+    def _check_cancelled(self):
+        """Raise RequestCancelled, once, if it was."""
+        if self.is_cancelled:
+            self.is_cancelled = False
+            raise RequestCancelled("the request was cancelled by hand")
 
     def _next_notice(self):
         is_waiting = self.is_early and not self.sent
@@ -7118,7 +7309,7 @@ class ClientResponse:
                 self.send(self.error_event(error_body(problem)))
             self.flush()
         self.is_persistent = False
-        self.is_broken = True
+        self.is_broken, self.problem = True, problem
         if not self._is_chunked and self._left is None:
             linger = struct.pack("ii", 1, 0)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -7981,6 +8172,7 @@ class StatusReport(NamedTuple):
     born: float
     models: Sequence[ModelStatus]
     meters: Metrics
+    requests: int = 0  # grows with each step of each request
     problem: Optional[str] = None  # why the changed file is not in use
     budget: Mapping[str, int] = {}
 
@@ -7991,6 +8183,7 @@ def snapshot(report: StatusReport) -> dict:
         {"version": "1.0", "born": 1750000000.0, "budget": {"vram": 25232932864},
          "totals": {"models": 3, "loaded": 1, "running": 2, "waiting": 1,
                     "rss": 5368709120, "vram": null},
+         "requests": 17,
          "models": [{"id": "coder", ...most fields of ModelStatus...}, ...]}
 
     Models that share another's backend are listed, but not counted.
@@ -8005,14 +8198,15 @@ def snapshot(report: StatusReport) -> dict:
         "vram": _total(model.vram for model in own),
     }
     models = [_as_shown(model) for model in report.models]
-    return dict(
-        version=report.version,
-        born=report.born,
-        problem=report.problem,
-        budget=report.budget,
-        totals=totals,
-        models=models,
-    )
+    return {
+        "version": report.version,
+        "born": report.born,
+        "problem": report.problem,
+        "budget": report.budget,
+        "totals": totals,
+        "requests": report.requests,
+        "models": models,
+    }
 
 
 def _as_shown(model):
@@ -8223,9 +8417,7 @@ _STYLE = r"""
   --failed: light-dark(#c0302b, #ff8a80);
 }
 * { box-sizing: border-box; margin: 0; }
-[hidden], div:has(> dd[hidden]), #totals span:has(> b[hidden]) {
-  display: none !important;
-}
+[hidden], div:has(> dd[hidden]) { display: none !important; }
 body {
   max-width: 1360px; margin: 0 auto; padding: 0 24px 48px;
   background: var(--ground); color: var(--ink); font-variant-numeric: tabular-nums;
@@ -8241,8 +8433,8 @@ p, h2, h3, pre { overflow-wrap: anywhere; }
 header, h1 { display: flex; align-items: center; }
 header { flex-wrap: wrap; gap: 4px 28px; padding: 22px 0 18px; }
 h1 { gap: 10px; font-size: 19px; }
-#totals { display: flex; flex-wrap: wrap; gap: 2px 20px; flex: 1; color: var(--soft); }
-#totals b, #none b { color: var(--ink); }
+#totals { flex: 1; color: var(--soft); }
+#none b { color: var(--ink); }
 #search { width: 200px; padding-block: 5px; }
 #link { color: var(--soft); font-size: 13px; }
 #link::before {
@@ -8279,13 +8471,13 @@ pre {
   font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace;
 }
 
-/* Two columns: the models; prompt and log */
+/* Two columns: the models; prompt, log and requests */
 .columns {
-  display: grid; grid-template-columns: minmax(0, 1fr) minmax(340px, 400px);
+  display: grid; grid-template-columns: minmax(0, 1fr) minmax(340px, 420px);
   gap: 28px; align-items: start;
 }
 main section { margin-bottom: 26px; }
-main ul { list-style: none; padding: 0; overflow: hidden; }
+ul { list-style: none; padding: 0; overflow: hidden; }
 h2 { font-size: 13px; color: var(--soft); margin: 0 0 8px 2px; }
 h2 span { font-weight: 400; margin-left: 4px; }
 #problem { margin: 12px; color: var(--tone); white-space: pre-wrap; }
@@ -8305,8 +8497,9 @@ h2 span { font-weight: 400; margin-left: 4px; }
 .bar span:last-child { color: var(--soft); border-color: transparent; }
 
 /* One model */
+.model, .request { --tone: var(--soft); }
 .model {
-  --tone: var(--soft); padding: 13px 14px 14px 18px;
+  padding: 13px 14px 14px 18px;
   display: grid; grid-template-columns: 12px minmax(0, 1fr) auto auto;
   gap: 0 14px; align-items: baseline;
 }
@@ -8316,7 +8509,7 @@ h2 span { font-weight: 400; margin-left: 4px; }
 .sleeping { --tone: var(--sleeping); }
 .failed, .unusable { --tone: var(--failed); }
 .dot { width: 10px; height: 10px; border: 2px solid var(--tone); border-radius: 50%; }
-.loaded .dot, .broken .dot { background: var(--tone); }
+.loaded .dot, .failed .dot { background: var(--tone); }
 .broken .dot { border-radius: 2px; }
 .loading .dot, .unloading .dot {
   border-right-color: transparent; animation: turn 1.1s linear infinite;
@@ -8343,25 +8536,49 @@ progress { width: 100%; height: 8px; margin-top: 12px; accent-color: var(--loadi
   border: 1px solid var(--line); border-radius: 8px;
 }
 
-/* Prompt and log */
+/* Prompt, log and requests */
 aside {
   position: sticky; top: 16px; display: flex; flex-direction: column; gap: 16px;
   max-height: calc(100vh - 92px); padding-top: 27px;
 }
 aside .sheet, #answer { display: flex; flex-direction: column; gap: 10px; }
-aside .sheet { min-height: 0; padding: 14px; }
-aside h2 { display: flex; align-items: center; margin: 0; }
-aside h2 span { flex: 1; color: var(--ink); font: inherit; font-size: 15px; margin: 0; }
+aside .sheet { padding: 14px; }
+aside h2 { display: flex; align-items: center; margin: 0; font-weight: 400; }
+aside h2 span {
+  flex: 1; margin: 0; color: var(--ink); font-weight: 600; font-size: 15px;
+}
+#prompt { flex: none; }
 #prompt .close { display: none; }
-#log { flex: 1 0 min(320px, 45vh); }
+#log { flex: 1 0 min(320px, 40vh); }
 #lines {
   flex: 1; min-height: 120px; margin: 0 -14px -14px; padding: 10px 14px;
   border-top: 1px solid var(--line); border-radius: 0 0 14px 14px; outline-offset: -2px;
 }
+#requests { min-height: 130px; padding-bottom: 0; }
+#only { width: auto; max-width: 60%; padding: 3px 8px; font-size: 13.5px; }
+#recent { overflow: auto; margin: 0 -14px; }
+#recent:empty::before { content: "None yet"; padding: 0 14px; color: var(--soft); }
+.request {
+  display: flex; gap: 10px; align-items: baseline;
+  padding: 8px 14px 9px; border-top: 1px solid var(--line); font-size: 13.5px;
+}
+.request:not(.loading, .failed) .dot { visibility: hidden; }
+details { flex: 1; min-width: 0; overflow-wrap: anywhere; }
+summary { display: flex; flex-wrap: wrap; gap: 0 8px; cursor: pointer; }
+summary::after { content: "\203a" / ""; color: var(--soft); }
+[open] summary::after { rotate: 90deg; }
+[data-text=by] { flex: 1; overflow-wrap: break-word; }
+[data-text=sum] { flex-basis: 100%; order: 1; }
+details:not([open]) [data-text=sum] { max-height: 2.9em; overflow: hidden; }
+[data-text=by], [data-text=sum] { color: var(--soft); }
+.failed [data-text=sum] { color: var(--tone); }
+details dl { padding-bottom: 4px; white-space: pre-line; }
+details dl div:last-child { flex-basis: 100%; grid-column: 1 / -1; }
 .send { display: flex; gap: 8px; }
 .send button { padding-inline: 18px; }
 #stats { color: var(--soft); font-size: 13px; }
-#answer { overflow: auto; }
+#answer { max-height: 40vh; overflow: auto; }
+[data-panel=log] #answer { max-height: 12vh; }
 #answer p { white-space: pre-wrap; }
 #thought { padding-left: 12px; border-left: 2px solid var(--line); color: var(--soft); }
 
@@ -8381,18 +8598,20 @@ dialog form { display: grid; gap: 12px; }
   #totals { order: 3; flex-basis: 100%; gap: 2px 16px; }
   #link { margin-left: auto; }
   #search { order: 4; width: 100%; margin-top: 6px; }
-  .columns, aside #prompt .close { display: block; }
-  aside { position: fixed; z-index: 2; inset: auto 0 0; padding: 0; max-height: none; }
+  .columns, aside, aside #prompt .close { display: block; }
+  aside { position: static; padding: 0; max-height: none; }
   body:not([data-panel=prompt]) #prompt, body:not([data-panel=log]) #log {
     display: none;
   }
-  aside .sheet {
-    max-height: 86dvh; padding-bottom: max(14px, env(safe-area-inset-bottom));
+  #prompt, #log {
+    position: fixed; z-index: 2; inset: auto 0 0; max-height: 86dvh;
+    padding-bottom: max(14px, env(safe-area-inset-bottom));
     border-radius: 16px 16px 0 0; box-shadow: 0 -10px 40px rgb(0 0 0 / .3);
   }
   #log { height: 86dvh; flex: none; }
   #lines { border-radius: 0; }
-  input, select, textarea { font-size: 16px; }
+  #answer { height: 40vh; } /* Stop stays where it is */
+  input, select, textarea, #only { font-size: 16px; }
 }
 @media (max-width: 620px) {
   .model { grid-template-columns: 12px minmax(0, 1fr) auto; gap: 0 10px; }
@@ -8418,7 +8637,8 @@ let snapshotAt = 0;
 // ---- Values for people ----
 
 const join = (parts, by = " · ") => parts.filter(Boolean).join(by);
-const speed = (n) => n && `${n < 100 ? n.toFixed(1) : Math.round(n)} tokens/s`;
+const speed = (n) => n && `${n < 10 ? n.toFixed(1) : Math.round(n)} tok/s`;
+const count = (n) => (n < 1000 ? `${n}` : `${(n / 1000).toFixed(n < 99950 ? 1 : 0)}k`);
 
 function bytes(n) {
   const gib = n / 2 ** 30;
@@ -8433,7 +8653,16 @@ function duration(seconds, isExact) {
   return h < 48 ? `${h} h ${m % 60} min` : `${Math.floor(h / 24)} d ${h % 24} h`;
 }
 
+function brief(seconds) {
+  if (seconds < 0.9995) return `${Math.round(seconds * 1000)} ms`;
+  return seconds < 9.95 ? `${seconds.toFixed(1)} s` : duration(seconds, true);
+}
+
 // ---- Elements: an empty one is hidden; an equal text is kept, with its selection ----
+
+function make(tag, text = "") {
+  return Object.assign(document.createElement(tag), {textContent: text});
+}
 
 function show(element, isShown) {
   element.hidden = !isShown;
@@ -8448,6 +8677,35 @@ function fill(element, texts) {
   for (const [name, text] of Object.entries(texts)) {
     put(element.querySelector(`[data-text=${name}]`), text);
   }
+}
+
+function clone(template, id, elements) {
+  const element = $(template).content.firstElementChild.cloneNode(true);
+  element.dataset.id = id;
+  elements.set(id, element);
+  return element;
+}
+
+function keepOnly(elements, items) {
+  const ids = new Set(items.map(({id}) => id));
+  for (const [id, element] of elements) {
+    if (!ids.has(id)) element.remove(), elements.delete(id);
+  }
+}
+
+function place(ul, elements) {
+  elements.forEach((element, at) => {
+    const before = ul.children[at];
+    if (element !== before) ul.insertBefore(element, before);
+  });
+}
+
+function offer(select, ids, ...first) {
+  const before = select.value;
+  if (select.dataset.ids === `${ids}`) return;
+  select.dataset.ids = ids;
+  select.replaceChildren(...first, ...ids.map((id) => new Option(id)));
+  if (ids.includes(before)) select.value = before;
 }
 
 function append(text, target, scroller, most = Infinity) {
@@ -8540,6 +8798,7 @@ async function followSnapshots() {
       stream = new AbortController();
       const headers = {accept: "text/event-stream"};
       const answer = await request("/", {headers, signal: stream.signal});
+      recentKey = "";
       for await (const data of events(answer)) {
         delay = 250;
         showLink("live");
@@ -8561,6 +8820,7 @@ function take(next) {
   snapshot = next;
   snapshotAt = Date.now();
   paint();
+  fetchRequests();
 }
 
 document.addEventListener("visibilitychange", () => {
@@ -8568,7 +8828,7 @@ document.addEventListener("visibilitychange", () => {
 });
 setInterval(() => {
   if (Date.now() - lastByteAt > 30000) stream.abort(); // not even a comment came
-  if (snapshot && !document.hidden) paint();
+  if (snapshot && !document.hidden) paint(), fetchRequests();
 }, 1000);
 
 function stateOf(model) {
@@ -8583,20 +8843,25 @@ const groupOf = (model) => groups[model.state] || "held";
 
 function paint() {
   const {models} = snapshot, age = (Date.now() - snapshotAt) / 1000;
-  const focused = document.activeElement; // a row that moves would lose it
-  const ids = new Set(models.map(({id}) => id));
-  for (const [id, row] of rows) if (!ids.has(id)) row.remove(), rows.delete(id);
+  const focused = document.activeElement;
+  keepOnly(rows, models);
   for (const model of models) paintModel(model, age);
   paintBudget(snapshot);
   for (const name of ["held", "broken", "rest"]) paintGroup(name);
-  if (focused !== document.activeElement) focused.focus({preventScroll: true});
+  paintRequests();
+  keepFocus(focused);
   show($("none"), !models.length);
   put($("problem"), snapshot.problem || "");
   show($("problem"), snapshot.problem);
   show($("search"), models.length > 12);
   paintTotals(snapshot.totals);
   paintChoice();
-  paintWait();
+}
+
+function keepFocus(focused) { // a row that moved has lost it, a hidden button will
+  const isGone = focused.closest("li") && !focused.checkVisibility();
+  const target = isGone ? focused.closest("li").querySelector("summary") : focused;
+  if (target !== document.activeElement) target?.focus({preventScroll: true});
 }
 
 function matchesSearch(model) {
@@ -8607,19 +8872,16 @@ function matchesSearch(model) {
 function paintGroup(name) {
   const section = document.querySelector(`.${name}`), ul = section.lastElementChild;
   const models = snapshot.models.filter((model) => groupOf(model) === name);
-  models.forEach(({id}, at) => {
-    const row = rows.get(id), before = ul.children[at];
-    if (row !== before) ul.insertBefore(row, before);
-  });
+  place(ul, models.map(({id}) => rows.get(id)));
   const shown = models.filter(matchesSearch).length;
   put(section.querySelector("span"), shown);
   show(section, shown);
 }
 
 function paintTotals({loaded, models, running, waiting, rss, vram}) {
-  const counts = {loaded: `${loaded}`, running: `${running}`, waiting: `${waiting}`};
-  const of = ` of ${models} loaded`;
-  fill($("totals"), {...counts, of, rss: bytes(rss), vram: bytes(vram)});
+  const memory = [rss && `${bytes(rss)} memory`, vram && `${bytes(vram)} VRAM`];
+  const work = (running || waiting) && requests(running, waiting);
+  put($("totals"), join([`${loaded} of ${models} loaded`, work, ...memory]));
   const isLoaded = ({state, shares}) => state === "loaded" && !shares;
   const names = snapshot.models.filter(isLoaded).map(({id}) => id);
   document.title = join([...names, "llmswap"]);
@@ -8639,26 +8901,22 @@ function paintBudget({budget, models}) {
 }
 
 function makeBar({name, size, parts}) {
-  const head = document.createElement("p"), bar = document.createElement("div");
-  head.textContent = `${name} ${bytes(size)}`;
-  bar.className = "bar";
+  const bar = Object.assign(make("div"), {className: "bar"});
   bar.append(...parts.map(({text, amount}) => {
-    const part = document.createElement("span");
+    const part = make("span", amount ? `${text} ${bytes(amount)}` : "");
     part.style.flex = `${amount} 1 0`;
-    part.textContent = part.title = amount ? `${text} ${bytes(amount)}` : "";
+    part.title = part.textContent;
     return part;
   }));
-  return [head, bar];
+  return [make("p", `${name} ${bytes(size)}`), bar];
 }
 
 function makeRow(id) {
-  const row = $("row").content.firstElementChild.cloneNode(true);
-  row.dataset.id = id;
+  const row = clone("model-row", id, rows);
   for (const act of row.querySelector(".acts").children) {
     act.ariaLabel = `${act.textContent} ${id}`;
   }
   row.querySelector("a").href = `/upstream/${encodeURIComponent(id)}/`;
-  rows.set(id, row);
   return row;
 }
 
@@ -8744,6 +9002,7 @@ let returnFocusTo = null; // the button that opened a panel
 const actions = {
   load: (id) => post("/models/load", {model: id}),
   unload: (id) => post("/models/unload", {model: id}),
+  cancel: (id) => post(`/api/requests/${id}/cancel`, {}),
   log: openLog,
   close: () => openPanel(""),
   prompt(id) {
@@ -8788,6 +9047,103 @@ document.addEventListener("keydown", (event) => {
 $("search").addEventListener("input", paint);
 $("notice").addEventListener("click", () => show($("notice"), false));
 
+// ---- Requests: fetched when a snapshot says that one of them has moved on ----
+
+const requestRows = new Map(); // number of a request -> its element
+let recent = []; // those in flight, then those that ended; they came at recentAt
+let recentAt = 0;
+let recentKey = ""; // what they were fetched for
+let isFetching = false;
+
+async function fetchRequests() {
+  const only = $("only").value, {born, requests} = snapshot;
+  const wanted = `${born} ${requests} ${only}`;
+  const isEarly = isFetching || document.hidden || Date.now() - recentAt < 900;
+  if (isEarly || wanted === recentKey) return;
+  [isFetching, recentKey] = [true, wanted];
+  try {
+    const query = only && `&model=${encodeURIComponent(only)}`;
+    const answer = await request(`/api/requests?limit=100${query}`);
+    recent = (await answer.json()).requests;
+  } catch { /* once snapshots come again, it is tried again */ }
+  [isFetching, recentAt] = [false, Date.now()];
+  paint();
+}
+
+function paintRequests() {
+  const age = (Date.now() - recentAt) / 1000;
+  keepOnly(requestRows, recent);
+  place($("recent"), recent.map((request) => paintRequest(request, age)));
+}
+
+function paintRequest(request, age) {
+  const {id, started, model, asked, client, user_agent: agent} = request;
+  const row = requestRows.get(id) || clone("request-row", id, requestRows);
+  const isRunning = request.status === null, json = JSON.stringify(request);
+  if (isRunning) fill(row, {total: duration(request.seconds + age, true)});
+  if (row.shown === json) return row;
+  row.shown = json;
+  const hasFailed = request.status >= 400 && request.status !== 499;
+  row.className = `request ${isRunning ? "loading" : hasFailed ? "failed" : ""}`;
+  const name = agent.startsWith("Mozilla/") ? "browser" : agent.split(/[/ ]/)[0];
+  const at = new Date(1000 * started);
+  fill(row, {
+    model: model || asked || request.path,
+    by: join([name, client !== "127.0.0.1" && client]),
+    sum: join([at.toLocaleTimeString(), outcomeOf(request) || figuresOf(request)]),
+    ...(!isRunning && {total: brief(request.seconds)}),
+  });
+  const facts = Object.entries(factsOfRequest(request, at)).filter(([, fact]) => fact);
+  row.querySelector("dl").replaceChildren(...facts.map(makeFact));
+  const cancel = row.querySelector("button");
+  cancel.ariaLabel = `Cancel request ${id} of ${model}`;
+  show(cancel, isRunning);
+  return row;
+}
+
+function makeFact([name, fact]) {
+  const div = make("div");
+  div.append(make("dt", name), make("dd", fact));
+  return div;
+}
+
+function outcomeOf({status, waited, error}) {
+  if (status === null) return waited === null && "waiting for the model";
+  return status >= 400 && `${status} ${(error || "").split("\n")[0]}`;
+}
+
+function figuresOf(request) {
+  const {tokens_in, tokens_cached, tokens_out, waited, first_byte, stream} = request;
+  const cached = tokens_cached ? ` (${count(tokens_cached)} cached)` : "";
+  return join([
+    tokens_in !== null && `${count(tokens_in)} in${cached}`,
+    tokens_out !== null && `${count(tokens_out)} out`,
+    speed(request.tokens_per_second),
+    waited >= 0.1 && `waited ${brief(waited)}`,
+    stream && first_byte !== null && `first byte ${brief(first_byte)}`,
+  ], ", ");
+}
+
+function factsOfRequest(request, at) {
+  const {id, status, waited, first_byte, stream} = request;
+  return {
+    "Request": `${id}`,
+    "Status": `${status ?? "in flight"}`,
+    "Waited": waited !== null && brief(waited),
+    "First byte": first_byte !== null && brief(first_byte),
+    "Asked for": request.asked,
+    "Streamed": stream ? "yes" : "no",
+    "Client": request.client,
+    "Session": request.session,
+    "Path": `${request.method} ${request.path}`,
+    "Started": at.toLocaleString(),
+    "User agent": request.user_agent,
+    "Error": request.error,
+  };
+}
+
+$("only").addEventListener("change", () => { recentAt = 0, fetchRequests(); });
+
 // ---- A log, followed as long as its end is visible ----
 
 let logReader = null; // aborts the request
@@ -8812,28 +9168,16 @@ async function openLog(id) {
 
 // ---- A prompt, and its streaming answer ----
 
-let asking = null; // aborts the request
-let askedAt = 0;
-let firstAt = 0; // when the first word of the answer came
+let asking = null; // aborts the request; knows whether an answer came
 let isChosen = false; // somebody chose the model
 
 function paintChoice() {
   const usable = snapshot.models.filter((model) => !model.unusable);
-  const ids = usable.map(({id}) => id), select = $("model"), before = select.value;
   const loaded = usable.find((model) => model.state === "loaded");
-  show($("prompt"), ids.length);
-  if (select.dataset.ids !== `${ids}`) {
-    select.replaceChildren(...ids.map((id) => new Option(id)));
-    select.dataset.ids = ids;
-    if (ids.includes(before)) select.value = before;
-  }
-  if (loaded && !isChosen && !asking) select.value = loaded.id;
-}
-
-function paintWait() {
-  if (!asking || firstAt) return;
-  const seconds = duration((Date.now() - askedAt) / 1000, true);
-  put($("stats"), `waiting for ${asking.model} · ${seconds}`);
+  show($("prompt"), usable.length);
+  offer($("model"), usable.map(({id}) => id));
+  offer($("only"), snapshot.models.map(({id}) => id), new Option("All models", ""));
+  if (loaded && !isChosen && !asking) $("model").value = loaded.id;
 }
 
 function setAsking(controller) {
@@ -8844,57 +9188,46 @@ function setAsking(controller) {
 }
 
 async function send() {
-  const text = $("text").value.trim(), controller = new AbortController();
+  const text = $("text").value.trim(), model = $("model").value;
   if (!text || asking) return;
-  controller.model = $("model").value;
-  [askedAt, firstAt] = [Date.now(), 0];
+  const controller = new AbortController();
   setAsking(controller);
   for (const name of ["thought", "reply", "error"]) put($(name), "");
   show($("answer"), true);
-  paintWait();
-  let stats = "stopped";
+  put($("stats"), `waiting for ${model}`);
+  let end = "stopped";
   try {
-    stats = await chat(controller.model, text, controller.signal);
+    await chat(model, text, controller.signal);
+    end = controller.isAnswered ? "" : "an empty answer";
   } catch (error) {
-    if (!controller.signal.aborted) put($("error"), error.message), stats = "";
+    if (!controller.signal.aborted) put($("error"), error.message), end = "";
   }
   setAsking(null);
-  put($("stats"), stats);
+  put($("stats"), end);
 }
 
 async function chat(model, text, signal) {
   const messages = [{role: "user", content: text}];
   const body = {model, messages, stream: true, stream_options: {include_usage: true}};
   const answer = await post("/v1/chat/completions", body, signal);
-  let tokens, perSecond, isWhole = false;
+  let isWhole = false;
   for await (const data of events(answer)) {
-    if (data === "[DONE]") return statsOf(tokens, perSecond);
-    const {error, choices, usage, timings} = JSON.parse(data);
+    if (data === "[DONE]") return;
+    const {error, choices} = JSON.parse(data);
     const delta = choices?.[0]?.delta;
     if (error) throw new Error(error.message);
     isWhole ||= Boolean(choices?.[0]?.finish_reason);
-    tokens = usage?.completion_tokens ?? tokens;
-    perSecond = timings?.predicted_per_second ?? perSecond;
     grow("thought", delta?.reasoning_content || delta?.reasoning);
     grow("reply", delta?.content);
   }
   if (!isWhole) throw new Error("The answer broke off.");
-  return statsOf(tokens, perSecond);
 }
 
 function grow(name, text) {
   if (!text) return;
-  firstAt ||= Date.now();
+  asking.isAnswered = true;
   put($("stats"), "");
   append(text, $(name), $("answer"));
-}
-
-function statsOf(tokens, perSecond) {
-  const seconds = (Date.now() - firstAt) / 1000;
-  if (!firstAt) return "an empty answer";
-  if (!perSecond && tokens > 1 && seconds > 0.1) perSecond = tokens / seconds;
-  const first = `first word after ${((firstAt - askedAt) / 1000).toFixed(1)} s`;
-  return join([first, tokens && `${tokens} tokens`, speed(perSecond)]);
 }
 
 $("send").addEventListener("click", () => (asking ? asking.abort() : send()));
@@ -8925,13 +9258,7 @@ STATUS_PAGE = """<!doctype html>
       aria-hidden="true"><path d="M4 8.5h14l-3.6-3.6M20 15.5H6l3.6 3.6"/></svg>
     llmswap
   </h1>
-  <p id="totals">
-    <span><b data-text="loaded" hidden></b><span data-text="of"></span></span>
-    <span><b data-text="running" hidden></b> running</span>
-    <span><b data-text="waiting" hidden></b> waiting</span>
-    <span><b data-text="rss" hidden></b> memory</span>
-    <span><b data-text="vram" hidden></b> VRAM</span>
-  </p>
+  <p id="totals"></p>
   <input id="search" type="search" placeholder="Find a model" aria-label="Find a model"
     hidden>
   <p id="link" role="status">connecting</p>
@@ -8947,8 +9274,7 @@ STATUS_PAGE = """<!doctype html>
     <section class="rest" hidden><h2>Not loaded <span></span></h2><ul></ul></section>
     <p id="none" hidden><b>No models yet</b>
       Each section of the INI file becomes one; SIGHUP reads it again.</p>
-    <noscript>This page needs JavaScript. The models:
-      <a href="/v1/models">/v1/models</a></noscript>
+    <noscript>This page needs JavaScript.</noscript>
   </main>
   <aside>
     <section id="prompt" class="sheet" aria-label="Prompt" hidden>
@@ -8968,6 +9294,10 @@ STATUS_PAGE = """<!doctype html>
       <h2><span></span><button class="plain close" data-do="close">Close</button></h2>
       <pre id="lines" aria-label="Lines" tabindex="0"></pre>
     </section>
+    <section id="requests" class="sheet" aria-label="Requests">
+      <h2><span>Requests</span><select id="only" aria-label="Requests of"></select></h2>
+      <ul id="recent"></ul>
+    </section>
   </aside>
 </div>
 <p id="live-region" class="unseen" role="status"></p>
@@ -8981,7 +9311,7 @@ STATUS_PAGE = """<!doctype html>
     <button class="main">Continue</button>
   </form>
 </dialog>
-<template id="row">
+<template id="model-row">
   <li class="model">
     <span class="dot" aria-hidden="true"></span>
     <div>
@@ -9008,6 +9338,19 @@ STATUS_PAGE = """<!doctype html>
       <p data-text="why"></p>
       <pre data-text="lines" aria-label="Last lines" tabindex="0"></pre>
     </div>
+  </li>
+</template>
+<template id="request-row">
+  <li>
+    <span class="dot" aria-hidden="true"></span>
+    <details>
+      <summary>
+        <b data-text="model"></b> <span data-text="by"></span>
+        <span data-text="total"></span> <span data-text="sum"></span>
+      </summary>
+      <dl></dl>
+    </details>
+    <button data-do="cancel">Cancel</button>
   </li>
 </template>
 <script>{script}</script>
@@ -9040,6 +9383,14 @@ def page_policy() -> str:
 #    A route either replies or raises; `handle_one_request` alone answers errors.
 # ==================================================================================
 
+ROWS_KEPT = 500  # requests that are remembered
+SHOWN_LENGTH = 200  # characters of what a client says of itself
+ERROR_LENGTH = 500
+REQUEST_FIELDS = (
+    "id started client user_agent session method path asked model stream waited "
+    "first_byte seconds status tokens_in tokens_cached tokens_out tokens_per_second "
+    "error".split()
+)
 SERVER_NAME = "llmswap (llama.cpp)"  # clients look for llama.cpp
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
@@ -9062,6 +9413,68 @@ KEY_FIELDS = frozenset(("authorization", "x-api-key", "api-key"))
 NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
 JSON_TYPE = ("content-type", "application/json; charset=utf-8")
 TEXT_TYPE = ("content-type", "text/plain; charset=utf-8")
+
+
+class RequestLog:
+    """The requests in flight, and the last that ended: who asked for what. Bodies are
+    not kept. Any thread may call.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._running = {}  # by number: (row, response, when it began)
+        self._ended_count = 0
+        self._ended = collections.deque(maxlen=ROWS_KEPT)
+
+    def begin(self, row: dict, response: ClientResponse):
+        """A request is in flight, answered by `response`; `row` gets a number."""
+        with self._lock:
+            row["id"] = next(self._numbers)
+            self._running[row["id"]] = row, response, time.monotonic()
+
+    def end(self, row: dict):
+        """A request ended, or was refused before it began."""
+        with self._lock:
+            row["id"] = row["id"] or next(self._numbers)
+            self._running.pop(row["id"], None)
+            self._ended_count += 1
+            self._ended.append(tuple(row.values()))  # a fifth of a dict's size
+
+    def rows(self) -> List[dict]:
+        """Return those in flight, with what is known by now, and then the others; each
+        newest first."""
+        now = time.monotonic()
+        with self._lock:
+            running = [
+                {
+                    **row,
+                    "seconds": now - began,
+                    "first_byte": response.first_at and response.first_at - began,
+                }
+                for row, response, began in reversed(self._running.values())
+            ]
+            ended = [dict(zip(REQUEST_FIELDS, row)) for row in reversed(self._ended)]
+            return running + ended
+
+    def steps(self) -> int:
+        """Return a number that grows when a request begins, is granted its model, is
+        answered or ends."""
+        with self._lock:
+            return 4 * self._ended_count + sum(
+                1 + (row["waited"] is not None) + (response.first_at is not None)
+                for row, response, _ in self._running.values()
+            )
+
+    def cancel(self, number: str) -> bool:
+        """End a request as if its client had left, which is told why; return whether it
+        was in flight."""
+        with self._lock:
+            for row, response, _ in self._running.values():
+                if str(row["id"]) == number:
+                    response.is_cancelled = True
+                    return True
+            return False
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -9101,7 +9514,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.began = time.monotonic()
         self.config = self.pool.config
         self.head = self.body = self.model = self.reply = self.waited = None
-        self.usage = Usage()
+        self.row = self.error = None
+        self.info, self.usage = RequestInfo(), Usage()
         try:
             if not self.parse_request():
                 return
@@ -9178,18 +9592,55 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if reply is None or (self.model is None and reply.status < 400):
             return
         status = 502 if reply.is_broken else reply.status or 500
+        status = 499 if isinstance(self.error, RequestCancelled) else status
         seconds = time.monotonic() - self.began
         usage = self.usage if status < 300 else Usage()
         speed = speed_of(usage, seconds - (self.waited or 0))
+        self._record_end(status, seconds, usage, speed)
         tokens = usage.tokens_in or 0, usage.tokens_out or 0, usage.tokens_cached or 0
         received = self.body.received if self.body is not None else 0
         counts = status, seconds, self.waited, *tokens, received, reply.sent
         self.pool.count_request(self.model, speed, *counts)
 
+    def _new_row(self, info):
+        """Return the request as /api/requests shows it."""
+        head, is_tcp = self.head, isinstance(self.client_address, tuple)
+        return dict(
+            dict.fromkeys(REQUEST_FIELDS),
+            started=time.time(),
+            client=self.client_address[0] if is_tcp else "unix",
+            user_agent=head.get("user-agent")[:SHOWN_LENGTH],
+            session=head.get("x-session-id")[:SHOWN_LENGTH],
+            method=head.method,
+            path=head.path[:SHOWN_LENGTH],
+            asked=info.model or head.parameter("model"),
+            model=self.model.name if self.model else None,
+            stream=info.members.get("stream") is True,
+        )
+
+    def _record_end(self, status, seconds, usage, speed):
+        is_refused = self.head is not None and status >= 400 and status != 499
+        if self.row is None and not is_refused:
+            return
+        reply, row = self.reply, self.row or self._new_row(self.info)
+        error = self.error or reply.problem
+        row.update(
+            status=status,
+            seconds=seconds,
+            first_byte=reply.first_at and reply.first_at - self.began,
+            tokens_in=usage.tokens_in,
+            tokens_cached=usage.tokens_cached,
+            tokens_out=usage.tokens_out,
+            tokens_per_second=speed,
+            error=str(error)[:ERROR_LENGTH] if error else None,
+        )
+        self.server.requests.end(row)
+
     # -- answers ---------------------------------------------------------------------
 
     def _answer_error(self, error):
         """Answer in whatever form is still possible."""
+        self.error = error
         if isinstance(error, SpokenTLS):
             self.server.warn_of_tls()
         if isinstance(error, OSError):  # of disk or memory; the client's own is caught
@@ -9438,9 +9889,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             with_known_problem(status, facts.get(status.shares or status.id, Facts()))
             for status in self.pool.statuses(with_memory=True)
         ]
-        meters, problem = self.pool.meters(), self.server.application.config_error
         return StatusReport(
-            VERSION, self.server.born, models, meters, problem, self.pool.budget
+            VERSION,
+            self.server.born,
+            models,
+            self.pool.meters(),
+            self.server.requests.steps(),
+            self.server.application.config_error,
+            self.pool.budget,
         )
 
     def get_health(self):
@@ -9460,13 +9916,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json(self._model_entries([model])[0])
 
     def _model_entries(self, models):
-        owners = [self.config.owner_of(model) for model in models]
+        statuses = [self.pool.status(model) for model in models]
+        owners = [
+            self.config.models.get(status.shares, model)
+            for model, status in zip(models, statuses)
+        ]
         facts = self.pool.inspector.facts_of(owners)
-        statuses = map(self.pool.status, models)
         return [
             model_entry(model, owner, status, facts[owner.name], self.server.born)
             for model, owner, status in zip(models, owners, statuses)
         ]
+
+    def get_requests(self):
+        """The requests in flight, then the last that ended, each newest first."""
+        name, limit = self.head.parameter("model"), self.head.parameter("limit")
+        if limit is not None and not re.fullmatch("[0-9]{1,9}", limit):
+            raise BadRequest(f"limit: {limit!r} is not a whole number", "limit")
+        rows = self.server.requests.rows()
+        if name is not None:
+            names = (name, self.config.find(name))
+            rows = [row for row in rows if row["model"] in names]
+        self._send_json({"requests": rows[: int(limit) if limit else None]})
+
+    def cancel_request(self, rest):
+        number, _, action = rest.partition("/")
+        if action != "cancel":
+            raise NotFound(f"there is nothing at {self.head.path}")
+        if not self.server.requests.cancel(number):
+            raise NotFound(f"no request {number} is in flight")
+        self._send_json({"success": True})
 
     def post_load(self):
         if not self.pool.load(self._model_of_body()):
@@ -9549,7 +10027,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_log_stream(self, name=""):
         feed = self.server.log.feed
         if name not in ("", "proxy"):
-            feed = self.pool.feed_of(self._resolve(percent_decoded(name)).backend)
+            status = self.pool.status(self._resolve(percent_decoded(name)))
+            feed = self.pool.feed_of(status.shares or status.id)
         no_cache = [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
         with feed.subscribe(self.head.parameter("no-history") is None) as get:
             self.reply.begin(200, "OK", [TEXT_TYPE, *no_cache], None)
@@ -9573,7 +10052,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if backend is None or self.pool.state_of(model) not in states:
             raise BadRequest("model is not loaded")
         outgoing = self._upstream_request(model, self.head.target, RequestInfo())
-        relay(outgoing, backend, self.reply)
+        self._relay(outgoing, backend)
 
     def _may_autoload(self, by_default=True):
         """Return whether the request may load its model, by llama.cpp's rules."""
@@ -9624,7 +10103,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def route_by_model(self):
         """Route by the model that the body, the form or the query names."""
         name = self.head.parameter("model")
-        info = self._request_info(is_needed=not name)
+        info = self.info = self._request_info(is_needed=not name)
         name = info.model or name
         model = self.model = self._resolve(name) if name else self._default_model()
         self._check_may_load(model)
@@ -9648,6 +10127,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         idle_timeout = _idle_timeout_in(info.members)
         is_safe = self.head.method in SAFE_METHODS
         preemptible = self.head.is_upgrade or (preemptible and is_safe)
+        if not preemptible:
+            self.row = self._new_row(info)
+            self.server.requests.begin(self.row, self.reply)
         self._prepare_waiting(model, target, info)
         outgoing = self._upstream_request(model, target, info)
         transform_of = _repair_of if model.settings.json_repair else lambda _: None
@@ -9656,10 +10138,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             lease = self.pool.lease(model, self._look_after_client, preemptible)
             with lease as backend:
                 self.waited = time.monotonic() - asked_at
+                if self.row:
+                    self.row["waited"] = self.waited
                 if idle_timeout is not None:
-                    self.pool.keep_alive(model, idle_timeout)
+                    self.pool.keep_alive(backend.model, idle_timeout)
                 try:
-                    relay(outgoing, backend, self.reply, transform_of)
+                    self._relay(outgoing, backend, transform_of)
                     self.usage = usage_in(bytes(self.reply.ends))
                     backend.record_answer(self.usage)
                     return self._log_if_slow()
@@ -9734,17 +10218,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         rest = body
         if body.is_complete:
             length, rest = sum(map(len, held)), None
-        headers = self._upstream_headers(model)
-        return UpstreamRequest(self.head.method, target, headers, held, length, rest)
+        return UpstreamRequest(self.head.method, target, [], held, length, rest)
 
     def _form_value(self, name):
         if self.head.get("content-type").lower().startswith("multipart/"):
             return name.encode()
         return urllib.parse.quote_plus(name).encode()
 
-    def _upstream_headers(self, model):
+    def _relay(self, outgoing, backend, *more):
+        key = backend.model.settings.proxy_key
+        outgoing = outgoing._replace(headers=self._upstream_headers(key))
+        relay(outgoing, backend, self.reply, *more)
+
+    def _upstream_headers(self, key):
         dropped = NOT_FORWARDED
-        key = self.config.owner_of(model).settings.proxy_key
         if self.config.api_keys or key:
             dropped |= KEY_FIELDS
         if self.head.method == "POST":  # events and numbers are read on the way
@@ -9775,6 +10262,7 @@ ROUTES = {
     ("GET", "/metrics"): Handler.get_metrics,
     ("GET", "/lora-adapters"): Handler.get_from_model,
     ("GET", "/running"): Handler.get_running,
+    ("GET", "/api/requests"): Handler.get_requests,
     ("GET", "/unload"): Handler.unload,
     ("POST", "/unload"): Handler.unload,
     ("POST", "/api/models/unload"): Handler.unload,
@@ -9791,6 +10279,7 @@ PREFIXES = (  # with their methods; none: all
     ("/v1/models/", ("GET",), Handler.get_model),
     ("/logs/stream/", ("GET",), Handler.get_log_stream),
     ("/api/models/unload/", ("POST",), Handler.unload),
+    ("/api/requests/", ("POST",), Handler.cancel_request),
 )
 
 
@@ -10087,6 +10576,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_close()  # a socket of its own, which is not needed
         self.sockets = sockets
         self.pool, self.log, self.application = pool, log, application
+        self.requests = RequestLog()
         self.born = int(time.time())
         self.is_closing = False
         self.most_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)
@@ -10590,7 +11080,7 @@ def _command_line(model):
     if model.problem:
         raise ConfigError(model.problem)
     if model.kind == "uses":
-        return f"the backend of {model.backend}"
+        return f"the backend of {' or '.join(model.backends)}"
     argv = model.command(table_of(model), PORT_MARK)
     if not argv:
         unit = f"{model.settings.unit} at " if model.kind == "unit" else ""
@@ -10955,7 +11445,7 @@ class Application:
         def is_disturbed():
             return self.server.is_closing or self.pool.idle_since() != idle_since
 
-        self.pool.unload_all()
+        self.pool.rest()
         self.pool.await_unloaded(is_disturbed)
         occupant = gpu_occupant()
         if is_disturbed():
