@@ -3277,7 +3277,7 @@ class Backend:
         return True
 
     def record_answer(self, usage):
-        """A request was answered: see ModelContext."""
+        """A request was answered: see LlamaServerBackend."""
 
     def died(self, timeout: float) -> bool:
         """Return whether it ended by itself, now or within the timeout."""
@@ -3558,336 +3558,6 @@ class Backend:
             report(self)
 
 
-# -- contexts that outlive their backend -----------------------------------------------
-#
-#    A stop of llama-server loses the prompts that it has processed. It can write the
-#    state of each slot to a file, and read it again after its next start:
-#
-#        STATE-DIR/context/MODEL/manifest.json   which files count, and of which command
-#        STATE-DIR/context/MODEL/MODEL.SLOT.ID   one slot, written by llama-server
-#
-#    A file counts while a manifest names it. The manifest is written when all files are
-#    complete, and deleted before they are read: whatever is killed at whatever moment,
-#    nothing is restored that is half, or that a server may have died of.
-
-MIN_CONTEXT = 256  # tokens; fewer are soon processed again
-SLOT_LIST_TIMEOUT = 1.0  # s
-UNKNOWN_PROMPT_SPEED = 500.0  # tokens/s, until an answer tells it
-SAVE_SHARE = 0.1  # of the time to process a context again; a save may take as long
-MIN_SAVE_TIMEOUT = 0.25  # s
-MAX_FAILURES = 2  # in a row, then no more contexts of a command are kept
-EMBEDDING_OPTIONS = {"--embedding", "--embeddings", "--rerank", "--reranking"}
-MALFORMED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
-
-
-class SavedSlot(NamedTuple):
-    """The file of one slot, the tokens in it, and its size in bytes."""
-
-    path: str
-    tokens: int
-    size: int
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the file is as large as it should be."""
-        with contextlib.suppress(OSError):
-            return os.path.getsize(self.path) == self.size > 0
-        return False
-
-
-class Manifest(NamedTuple):
-    """What is saved of a model: slots by number, in bytes `size`. `command` is a digest
-    of the command, `speed` that of prompts in tokens/s, `saved_at` in Unix time."""
-
-    command: str = ""
-    speed: float = UNKNOWN_PROMPT_SPEED
-    saved_at: float = 0.0
-    slots: Mapping[int, SavedSlot] = types.MappingProxyType({})
-
-    @property
-    def size(self) -> int:
-        return sum(slot.size for slot in self.slots.values())
-
-    @property
-    def paths(self) -> List[str]:
-        return [slot.path for slot in self.slots.values()]
-
-
-def read_manifest(folder: str) -> Manifest:
-    """Return the manifest in this folder, an empty one if none can be read."""
-    try:
-        with open(f"{folder}manifest.json", "rb") as file:
-            command, speed, saved_at, rows = json.load(file)
-        slots = {int(n): SavedSlot(str(path), int(tokens), int(size))
-                 for n, (path, tokens, size) in rows.items()}
-        return Manifest(command, float(speed), float(saved_at), slots)
-    except (OSError, *MALFORMED):
-        return Manifest()
-
-
-def command_digest(argv: List[str], binary: str, env: Mapping, cwd: str) -> str:
-    """Return what changes with the command, its environment, binary or model files."""
-    named = [word for option, word in zip(argv, argv[1:])
-             if option == "--model" or word.endswith(".gguf")]
-    stamps = []
-    for path in [binary, *named]:
-        with contextlib.suppress(OSError, ValueError):
-            status = os.stat(os.path.join(cwd, path))
-            stamps += [status.st_size, status.st_mtime_ns]
-    identity = json.dumps([argv, binary, sorted(env.items()), stamps])
-    return hashlib.sha256(identity.encode()).hexdigest()
-
-
-def open_private(path: str, flags: int) -> int:
-    """Open a file that only this user may read."""
-    return os.open(path, flags, 0o600)
-
-
-def make_private_folders(path: str):
-    """Create STATE-DIR/context/MODEL/, each for this user only. Raise OSError."""
-    model = path.rstrip("/")
-    root = os.path.dirname(model)
-    for folder in (os.path.dirname(root), root, model):
-        os.makedirs(folder, 0o700, exist_ok=True)
-
-
-def discard_files(paths: Iterable[str], folders: Iterable[str] = ()):
-    """Delete files, and folders with all that is in them, in the background."""
-
-    def discard():
-        for path in paths:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    with contextlib.suppress(RuntimeError):  # no more threads can be started
-        threading.Thread(target=discard, daemon=True).start()
-
-
-class ContextStore:
-    """The saved contexts of the models of one llmswap. Any thread may call.
-
-    Two llmswaps that share the directory can only delete each other's contexts.
-    """
-
-    def __init__(self):
-        self.failures = collections.Counter()  # in a row, by command
-        self._lock = threading.Lock()  # of the manifests, here and on the disk
-        self._manifests = {}  # by folder, of the models with contexts; oldest first
-        self._limit = math.inf
-
-    def configure(self, config: Config):
-        """Use this configuration from now on, and delete what has no model there."""
-        root = os.path.join(config.settings.state_dir, "context")
-        folders = {model.context_dir for model in config.models.values()} - {""}
-        with self._lock:
-            rows = [(folder, self._manifests.get(folder) or read_manifest(folder))
-                    for folder in folders]
-            self._manifests = dict(sorted(rows, key=lambda row: row[1].saved_at))
-            self._limit = config.settings.context_max
-            self._enforce_limit()
-        with contextlib.suppress(OSError):
-            orphans = {f"{entry.path}/" for entry in os.scandir(root)} - folders
-            paths = [path for each in orphans for path in read_manifest(each).paths]
-            discard_files(paths, orphans)
-
-    def size_of(self, folder: str) -> Optional[int]:
-        """Return how many bytes are saved there; None: no model has that folder."""
-        manifest = self._manifests.get(folder)
-        return None if manifest is None else manifest.size
-
-    def take(self, folder: str) -> Manifest:
-        """Return what was saved there and forget it: it is used once. Raise OSError."""
-        with self._lock:
-            manifest = self._manifests.get(folder, Manifest())
-            self._forget(folder)
-            return manifest
-
-    def put(self, folder: str, manifest: Manifest):
-        """Remember that; the oldest contexts beyond the limit go. Raise OSError."""
-        with self._lock:
-            if self._manifests.pop(folder, None) is None:
-                raise OSError("its model has left the configuration")
-            self._manifests[folder] = Manifest()
-            path = f"{folder}manifest.json"
-            with open(f"{path}.new", "w", opener=open_private) as file:
-                json.dump(manifest, file)
-            os.replace(file.name, path)
-            self._manifests[folder] = manifest
-            self._enforce_limit()
-
-    def _forget(self, folder):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{folder}manifest.json")
-        if folder in self._manifests:
-            self._manifests[folder] = Manifest()
-
-    def _enforce_limit(self):
-        excess = sum(each.size for each in self._manifests.values()) - self._limit
-        for folder, manifest in [*self._manifests.items()]:
-            if excess > 0 and manifest.slots:
-                excess -= manifest.size
-                with contextlib.suppress(OSError):
-                    self._forget(folder)
-                    discard_files(manifest.paths)
-
-
-class ModelContext:
-    """The contexts of one run of a llama-server: `restore` after its start, `save`
-    before its stop, both on the backend's thread.
-
-    Neither raises. The slots' files are in `files`. `probe(deadline, request)` sends a
-    control request; `is_killed()` says whether one fails for that. `report(text)` gets
-    a line if something fails. `on_change(kind, tokens, bytes, seconds)` is told what
-    was "saved" or "restored" and how long that took, and what was "used" by an answer:
-    then the seconds are those that it would have taken to process the tokens again.
-    """
-
-    def __init__(
-        self, store, model, files, command, *, probe, is_killed, report, on_change
-    ):
-        self._store, self._command = store, command
-        self._folder, self._files = model.context_dir, files
-        self._name = folder_name(model.name)
-        self._probe, self._is_killed = probe, is_killed
-        self._report, self._on_change = report, on_change
-        self._speed = UNKNOWN_PROMPT_SPEED
-        self._restored = {}  # the tokens of slots
-        self._unused = 0  # the most tokens restored, until an answer used some
-        self._longest = 0  # tokens that an answer of this run left in a slot
-
-    def restore(self, limit: float) -> bool:
-        """Give the server, which nobody uses yet, what was saved of its command.
-
-        It takes `limit` seconds at most, nor longer than to process the prompts again.
-        Return False if the server is to be started anew, without that: it died of it,
-        or it refused some, after which some builds answer nonsense.
-        """
-        began = time.monotonic()
-        try:
-            slots = self._take()
-            tokens = {number: slot.tokens for number, slot in slots.items()}
-            deadline = began + min(limit, sum(tokens.values()) / self._speed)
-            for number, slot in slots.items():
-                self._ask(deadline, "restore", number, slot.path)
-        except (OSError, *MALFORMED) as error:
-            self._fail(f"context was not restored: {error}")
-            return isinstance(error, TimeoutError)
-        finally:
-            self._sweep({})
-        if slots:
-            self._restored, self._unused = tokens, max(tokens.values())
-            self._tell("restored", slots.values(), began)
-        return True
-
-    def _take(self):
-        manifest = self._store.take(self._folder)
-        if manifest.slots and manifest.command != self._command:
-            self._report("context is not restored: the command or a file has changed")
-        if manifest.command != self._command or not self._is_kept():
-            return {}
-        self._speed = manifest.speed
-        return {n: slot for n, slot in manifest.slots.items() if slot.is_whole}
-
-    def record_answer(self, usage):
-        """Learn how fast prompts are processed, and whether a restore was of use: then
-        more of a prompt was in the cache than the answers of this run have left there.
-
-        Any thread may call.
-        """
-        tokens, cached = usage.tokens_in, usage.tokens_cached
-        if tokens is None or cached is None:
-            return
-        if usage.prompt_speed and tokens - cached >= MIN_CONTEXT:
-            self._speed = usage.prompt_speed
-        if self._unused and cached >= MIN_CONTEXT and cached > self._longest:
-            self._unused = self._store.failures[self._command] = 0
-            self._on_change("used", cached, 0, cached / self._speed)
-        self._longest = max(self._longest, tokens + (usage.tokens_out or 0))
-
-    def save(self, limit: float):
-        """Save what the slots hold, now that no request is left.
-
-        It takes `limit` seconds at most, and a tenth of the time that it would take to
-        process the prompts again; what takes longer fails.
-        """
-        began, slots = time.monotonic(), {}
-        if self._unused and self._longest >= self._unused / 2:
-            self._fail("the restored context was of no use")
-        try:
-            if self._is_kept():
-                slots = self._save_slots(began, limit)
-            if slots:
-                manifest = Manifest(self._command, self._speed, time.time(), slots)
-                self._store.put(self._folder, manifest)
-                self._tell("saved", slots.values(), began)
-        except (OSError, *MALFORMED) as error:
-            slots = {}
-            self._fail(f"context was not saved: {error}")
-        self._sweep(slots)
-
-    def _save_slots(self, began, limit):
-        listed = self._send(began + min(limit, SLOT_LIST_TIMEOUT), "GET", "/slots")
-        tokens = dict(self._restored)  # of which it tells nothing until they are used
-        tokens.update(
-            (int(slot["id"]), slot["n_prompt_tokens"])
-            for slot in listed
-            if slot.get("n_prompt_tokens")
-        )
-        tokens = {n: count for n, count in tokens.items() if count >= MIN_CONTEXT}
-        share = SAVE_SHARE * sum(tokens.values()) / self._speed
-        deadline = time.monotonic() + min(limit, max(MIN_SAVE_TIMEOUT, share))
-        slots = {number: self._save_slot(deadline, number) for number in tokens}
-        return {n: slot for n, slot in slots.items() if slot.tokens >= MIN_CONTEXT}
-
-    def _save_slot(self, deadline, number):
-        path = f"{self._files}{self._name}.{number}.{os.urandom(4).hex()}"
-        os.close(open_private(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        answer = self._ask(deadline, "save", number, path)
-        slot = SavedSlot(path, int(answer["n_saved"]), int(answer["n_written"]))
-        if not slot.is_whole:
-            raise OSError("the file is not whole; is the disk full?")
-        return slot
-
-    def _sweep(self, slots):
-        """Delete the files of slots, these excepted, also those that a kill left."""
-        pattern = re.compile(re.escape(self._name) + r"\.\d+\.[0-9a-f]{8}")
-        paths = {slot.path for slot in slots.values()}
-        with contextlib.suppress(OSError):
-            names = filter(pattern.fullmatch, os.listdir(self._files))
-            discard_files({self._files + name for name in names} - paths)
-
-    def _is_kept(self):
-        failures = self._store.failures[self._command]
-        return failures < MAX_FAILURES and self._store.size_of(self._folder) is not None
-
-    def _fail(self, text):
-        if not self._is_killed():
-            failures = self._store.failures
-            failures[self._command] += 1
-            no_more = failures[self._command] >= MAX_FAILURES
-            self._report(f"{text}; no more contexts are kept" if no_more else text)
-
-    def _tell(self, kind, slots, began):
-        seconds = time.monotonic() - began
-        tokens, size = sum(slot.tokens for slot in slots), sum(s.size for s in slots)
-        self._on_change(kind, tokens, size, seconds)
-
-    def _ask(self, deadline, action, number, path):
-        target = f"/slots/{number}?action={action}"
-        body = json.dumps({"filename": os.path.basename(path)})
-        return self._send(deadline, "POST", target, body)
-
-    def _send(self, deadline, method, target, body=""):
-        """Return what the answer's JSON means. Raise OSError; TimeoutError if late."""
-        probe = self._probe(deadline, (method, target, body))
-        if probe.ok:
-            return json.loads(probe.body)
-        text = f"{target}: {probe.reason} {probe.body[:200].decode(errors='replace')}"
-        raise TimeoutError(text) if probe.timed_out else OSError(text)
-
-
 # -- a child process -------------------------------------------------------------------
 
 
@@ -3897,21 +3567,13 @@ class ProcessBackend(Backend):
     A second thread reads its output and notices its exit (`_watch_process`).
     """
 
-    def __init__(
-        self,
-        model: Model,
-        guard: Guard,
-        settle_timeout: float,
-        contexts: Optional[ContextStore] = None,
-    ):
+    def __init__(self, model: Model, guard: Guard, settle_timeout: float):
         super().__init__(model)
-        self._contexts, self._context = contexts, None
         self.lines = collections.deque(maxlen=LAST_LINES)
         self._guard = guard
         self._settle_timeout = settle_timeout
         self._process = None
         self._exit_status = None
-        self._is_saving = False  # its context
         self._lock = threading.Lock()  # of killing the group and reaping its leader
         self._rest = b""  # of its output: a line without an end
 
@@ -3921,43 +3583,34 @@ class ProcessBackend(Backend):
         if at_once or not (self._is_ready or self.model.settings.cmd_stop):
             self._kill_group()
 
-    def record_answer(self, usage):
-        if self._context:
-            self._context.record_answer(usage)
-
     # -- coming up
 
     def _load(self):
         """Start it, again if it did not survive the restore of its context, and on
         another port if its port was taken meanwhile."""
         for _ in range(PORT_TRIES):
-            if super()._load():
-                limit = self.model.settings.stop_timeout
-                if not self._context or self._context.restore(limit):
-                    return self._is_alive()
-                may_repeat = True
-            else:
-                may_repeat = self._stranger and self._is_port_chosen
+            is_healthy = super()._load()
+            if is_healthy and self._restore_context():
+                return self._is_alive()
+            may_repeat = is_healthy or self._stranger and self._is_port_chosen
             if self._is_stop_asked or not may_repeat:
                 return False
             self._terminate()
         return False
 
     def _spawn(self):
-        model = self._with_context_folder()
-        self.port = free_port()
+        model, self.port = self.model, free_port()
+        environment = clean_environment(model.environment(str(self.port)))
+        self._surroundings = {"env": environment, "cwd": model.settings.cwd or None}
         try:
-            argv = model.command(table_of(model), str(self.port))
+            argv = self._command()
             self.upstream = Upstream(model.url(str(self.port)))
         except ConfigError as error:
             raise LoadFailed(str(error)) from None
         self._is_port_chosen = self.upstream.port == self.port
         if model.kind == "llama-server" and SLEEP_OPTION in argv:
             self._sleep_poll = SLEEP_POLL
-        environment = clean_environment(model.environment(str(self.port)))
-        self._surroundings = {"env": environment, "cwd": model.settings.cwd or None}
-        binary = find_program(argv[0], environment, model.settings.cwd)
-        self._context = self._context_of(argv, binary)
+        find_program(argv[0], environment, model.settings.cwd)
         self._stranger = self._own_inodes = None
         self._may_hide = model.kind == "cmd"
         self._oom_kills = oom_kills()
@@ -3995,45 +3648,12 @@ class ProcessBackend(Backend):
         if self._is_stop_asked:  # `stop` may have come before there was a process
             self.stop(self._is_kill_asked)
 
-    def _with_context_folder(self):
-        """Return the model; if it can have no folder for its contexts, one without."""
-        folder = self.model.context_dir
-        try:
-            if folder:
-                make_private_folders(folder)
-            return self.model
-        except OSError as error:
-            self.on_line(f"llmswap: contexts cannot be kept: {error}")
-            return self.model._replace(context_dir="")
+    def _command(self):
+        return self.model.command(table_of(self.model), str(self.port))
 
-    def _context_of(self, argv, binary):
-        """Return what keeps the contexts of this run; None if nothing does."""
-        paths = [path for option, path in zip(argv, argv[1:]) if option == f"--{SAVE_PATH}"]
-        if not self.model.context_dir or not EMBEDDING_OPTIONS.isdisjoint(argv):
-            return None
-        if not paths:
-            self.on_line("llmswap: this llama-server cannot save contexts")
-            return None
-        cwd = self.model.settings.cwd or os.getcwd()
-        words = [word for word in argv if word != str(self.port)]
-        return ModelContext(
-            self._contexts,
-            self.model,
-            os.path.join(cwd, paths[-1], ""),
-            command_digest(words, binary, self.model.env, cwd),
-            probe=lambda deadline, request: self._probe(
-                max(0.001, deadline - time.monotonic()), request
-            ),
-            is_killed=self._is_being_killed,
-            report=lambda text: self.on_line(f"llmswap: {text}"),
-            on_change=functools.partial(self.on_context, self),
-        )
-
-    def _may_probe(self):
-        return self._is_alive() or self._is_saving and not self._is_kill_asked
-
-    def _is_being_killed(self):
-        return self._is_kill_asked or self._is_stop_asked and not self._is_ready
+    def _restore_context(self):
+        """Do what comes between a good health and the first request; False: again."""
+        return True
 
     def _watch_process(self, process):
         """Pass its output on until it has exited, on a thread of its own."""
@@ -4103,17 +3723,14 @@ class ProcessBackend(Backend):
         has_grace = self._is_ready or self.model.settings.cmd_stop
         try:
             if has_grace and not self._exited.is_set():
-                self._save_context()
+                if self._is_ready:
+                    self._save_context()
                 self._ask_to_exit()
         finally:
             self._reap()
 
     def _save_context(self):
-        """Save it, unless it sleeps: then it holds nothing, and would be woken."""
-        if self._context and self._is_ready and not self._is_asleep:
-            self._is_saving = True
-            self._context.save(self.model.settings.stop_timeout)
-            self._is_saving = False
+        """Do what comes between the last request and the stop."""
 
     def _ask_to_exit(self):
         """Run the stop command or send SIGTERM, and wait for the stop timeout."""
@@ -4267,6 +3884,331 @@ OUT_OF_MEMORY = re.compile(
 def is_out_of_memory(text: str) -> bool:
     """Return whether what a failed server wrote says that memory was short."""
     return OUT_OF_MEMORY.search(text) is not None
+
+
+# -- contexts that outlive their backend -----------------------------------------------
+#
+#    A stop of llama-server loses the prompts that it has processed. It can write the
+#    state of each slot to a file, and read it again after its next start:
+#
+#        STATE-DIR/context/manifest.json     which files count, and of which command
+#        STATE-DIR/context/MODEL/MODEL.SLOT.ID       one slot, written by llama-server
+#
+#    A file counts while the manifest names it. It is named when it is complete, and no
+#    more before it is read: whatever is killed at whatever moment, nothing is restored
+#    that is half, or that a server may have died of.
+
+MIN_CONTEXT = 256  # tokens; fewer are soon processed again
+SLOT_LIST_TIMEOUT = 1.0  # s
+UNKNOWN_PROMPT_SPEED = 500.0  # tokens/s, until an answer tells it
+SAVE_SHARE = 0.1  # of the time to process a context again; a save may take as long
+MIN_SAVE_TIMEOUT = 0.25  # s
+MAX_FAILURES = 2  # in a row, then no more contexts of a command are kept
+EMBEDDING_OPTIONS = {"--embedding", "--embeddings", "--rerank", "--reranking"}
+MALFORMED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+class SavedContext(NamedTuple):
+    """What is saved of a model: (number, path, tokens) of slots, and their bytes.
+
+    `command` is a digest of its command, `speed` that of its prompts in tokens/s.
+    """
+
+    command: str = ""
+    speed: float = UNKNOWN_PROMPT_SPEED
+    size: int = 0
+    slots: Sequence[Tuple[int, str, int]] = ()
+
+
+class ContextStore:
+    """The saved contexts of the models of one llmswap. Any thread may call.
+
+    Two llmswaps that share the directory can only delete each other's contexts.
+    """
+
+    def __init__(self):
+        self.failures = collections.Counter()  # in a row, by command
+        self._lock = threading.Lock()  # of what follows
+        self._root = ""
+        self._limit = math.inf
+        self._folders = set()  # of the models that have contexts
+        self._saved = {}  # SavedContext by folder, the oldest first
+
+    def configure(self, config: Config):
+        """Use this configuration from now on, and delete what has no model there."""
+        with self._lock:
+            self._folders = {each.context_dir for each in config.models.values()} - {""}
+            self._limit = config.settings.context_max
+            if not self._root:
+                self._root = os.path.join(config.settings.state_dir, "context")
+                self._saved = self._read()
+            with contextlib.suppress(OSError):
+                self._update()
+                folders = {f"{each.path}/" for each in os.scandir(self._root)}
+                discard_files(folders - self._folders)
+
+    def size_of(self, folder: str) -> Optional[int]:
+        """Return how many bytes are saved there; None: no model has that folder."""
+        saved = self._saved.get(folder, SavedContext())
+        return saved.size if folder in self._folders else None
+
+    def take(self, folder: str) -> SavedContext:
+        """Return what was saved there and forget it: it is used once. Raise OSError."""
+        with self._lock:
+            saved = self._saved.pop(folder, SavedContext())
+            self._update()
+            return saved
+
+    def put(self, folder: str, context: SavedContext):
+        """Remember that; the oldest contexts beyond the limit go. Raise OSError."""
+        with self._lock:
+            self._saved[folder] = context
+            self._update()
+
+    def _read(self):
+        saved = {}
+        with contextlib.suppress(OSError, *MALFORMED):
+            with open(f"{self._root}/manifest.json", "rb") as file:
+                rows = json.load(file)
+            for folder, (command, speed, size, slots) in rows.items():
+                slots = [(int(n), str(path), int(tokens)) for n, path, tokens in slots]
+                saved[folder] = SavedContext(command, float(speed), int(size), slots)
+        return saved
+
+    def _update(self):
+        for folder, context in [*self._saved.items()]:
+            size = sum(each.size for each in self._saved.values())
+            if folder not in self._folders or size > self._limit:
+                del self._saved[folder]
+                discard_files(path for _, path, _ in context.slots)
+        path = f"{self._root}/manifest.json"
+        with open(f"{path}.new", "w", opener=open_private) as file:
+            json.dump(self._saved, file)
+        os.replace(file.name, path)
+
+
+def open_private(path: str, flags: int) -> int:
+    """Open a file that only this user may read."""
+    return os.open(path, flags, 0o600)
+
+
+def discard_files(paths: Iterable[str]):
+    """Delete files, and folders (with a slash) with all in them, in the background."""
+
+    def discard():
+        for path in paths:
+            if path.endswith("/"):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+
+    with contextlib.suppress(RuntimeError):  # no more threads can be started
+        threading.Thread(target=discard, daemon=True).start()
+
+
+class LlamaServerBackend(ProcessBackend):
+    """A llama-server whose context is saved before a stop, and restored after a start.
+
+    What fails costs a line of the log and a bounded time, and deletes what was saved.
+    `on_context(self, kind, tokens, bytes, seconds)` is told what was "saved" or
+    "restored" and how long that took, and what was "used" by an answer: then the
+    seconds are those that it would have taken to process the tokens again.
+    """
+
+    def __init__(self, model: Model, guard: Guard, settle_timeout: float, contexts):
+        super().__init__(model, guard, settle_timeout)
+        self._contexts = contexts
+        self._digest = self._files = ""  # of its command; the folder of slots
+        self._speed = UNKNOWN_PROMPT_SPEED
+        self._restored = {}  # tokens of slots
+        self._unused = 0  # the most of them, until an answer used some
+        self._longest = 0  # tokens that an answer of this run left in a slot
+        self._is_saving = False
+
+    def record_answer(self, usage):
+        """Learn how fast prompts are processed, and whether the restore was of use:
+        then more of a prompt was in the cache than answers of this run left there."""
+        tokens, cached = usage.tokens_in, usage.tokens_cached
+        if tokens is None or cached is None:
+            return
+        if usage.prompt_speed and tokens - cached >= MIN_CONTEXT:
+            self._speed = usage.prompt_speed
+        if self._unused and cached >= MIN_CONTEXT and cached > self._longest:
+            self._unused = self._contexts.failures[self._digest] = 0
+            self.on_context(self, "used", cached, 0, cached / self._speed)
+        self._longest = max(self._longest, tokens + (usage.tokens_out or 0))
+
+    # -- before the start
+
+    def _command(self):
+        """Return its command, with a folder for its contexts if there can be one."""
+        self._digest = ""
+        root = os.path.dirname(self.model.context_dir.rstrip("/"))
+        try:
+            for folder in (os.path.dirname(root), root, self.model.context_dir):
+                os.makedirs(folder, 0o700, exist_ok=True)
+        except OSError as error:
+            self.on_line(f"llmswap: contexts cannot be kept: {error}")
+            model = self.model._replace(context_dir="")
+            return model.command(table_of(model), str(self.port))
+        argv = super()._command()
+        paths = [path for word, path in zip(argv, argv[1:]) if word == f"--{SAVE_PATH}"]
+        if not paths:
+            self.on_line("llmswap: this llama-server cannot save contexts")
+        elif EMBEDDING_OPTIONS.isdisjoint(argv):
+            folder = os.path.join(self.model.settings.cwd, paths[-1])
+            self._files = os.path.join(os.path.abspath(folder), "")
+            self._digest = self._digest_of(argv)
+        return argv
+
+    def _digest_of(self, argv):
+        """Return what changes with the command, its environment, binary or models."""
+        env, cwd = self._surroundings["env"], self.model.settings.cwd
+        stamps = [os.stat(find_program(argv[0], env, cwd))]
+        for option, path in zip(argv, argv[1:]):
+            if option == "--model" or path.endswith(".gguf"):
+                with contextlib.suppress(OSError, ValueError):
+                    stamps.append(os.stat(os.path.join(cwd, path)))
+        words = [word for word in argv if word != str(self.port)]
+        files = [(each.st_size, each.st_mtime_ns) for each in stamps]
+        identity = repr([words, sorted(self.model.env.items()), files])
+        return hashlib.sha256(identity.encode()).hexdigest()
+
+    # -- after the start
+
+    def _restore_context(self):
+        """Give the server, which nobody uses yet, what was saved of its command.
+
+        It takes `stop-timeout` at most, nor longer than to process the prompts again.
+        Return False if the server is to be started anew, without that: it died of it,
+        or it refused some, after which some builds answer nonsense.
+        """
+        began = time.monotonic()
+        self._restored, self._unused, self._longest = {}, 0, 0
+        if not self._digest:
+            return True
+        try:
+            saved = self._take_context()
+            tokens = sum(tokens for _, _, tokens in saved.slots)
+            limit = min(self.model.settings.stop_timeout, tokens / saved.speed)
+            for number, path, tokens in saved.slots:
+                self._ask_slot(began + limit, "restore", number, path)
+                self._restored[number] = tokens
+        except (OSError, *MALFORMED) as error:
+            self._restored = {}
+            self._count_failure(f"context was not restored: {error}")
+            return isinstance(error, TimeoutError)
+        finally:
+            self._discard_all_but(())
+        if saved.slots:
+            self._unused = max(self._restored.values())
+            self._tell("restored", saved, began)
+        return True
+
+    def _take_context(self):
+        saved = self._contexts.take(self.model.context_dir)
+        if saved.slots and saved.command != self._digest:
+            self.on_line("llmswap: no context is restored: the command or a file of it "
+                         "has changed")
+        if saved.command != self._digest or not self._keeps_context():
+            return SavedContext()
+        self._speed = saved.speed
+        return saved
+
+    # -- before the stop
+
+    def _save_context(self):
+        """Save what the slots hold, now that no request is left.
+
+        It takes `stop-timeout` at most, and a tenth of the time that it would take to
+        process the prompts again; what takes longer fails.
+        """
+        if self._is_asleep or self._is_kill_asked:
+            return  # asleep, it holds nothing, and a question would wake it
+        if self._unused and self._longest >= self._unused / 2:
+            self._count_failure("the restored context was of no use")
+        began, slots, self._is_saving = time.monotonic(), (), True
+        try:
+            if self._keeps_context():
+                size, slots = self._save_slots(self.model.settings.stop_timeout)
+            if slots:
+                saved = SavedContext(self._digest, self._speed, size, slots)
+                self._contexts.put(self.model.context_dir, saved)
+                self._tell("saved", saved, began)
+        except (OSError, *MALFORMED) as error:
+            slots = ()
+            self._count_failure(f"context was not saved: {error}")
+        self._is_saving = False
+        self._discard_all_but(slots)
+
+    def _save_slots(self, limit):
+        """Return the bytes saved, and SavedContext.slots."""
+        now = time.monotonic()
+        listed = self._ask(now + min(limit, SLOT_LIST_TIMEOUT), "GET", "/slots")
+        tokens = dict(self._restored)  # of which it tells nothing until they are used
+        for slot in listed:
+            if slot.get("n_prompt_tokens"):
+                tokens[int(slot["id"])] = slot["n_prompt_tokens"]
+        tokens = {number: n for number, n in tokens.items() if n >= MIN_CONTEXT}
+        share = SAVE_SHARE * sum(tokens.values()) / self._speed
+        deadline = time.monotonic() + min(limit, max(MIN_SAVE_TIMEOUT, share))
+        size, slots = 0, []
+        for number in tokens:
+            name = f"{folder_name(self.model.name)}.{number}.{os.urandom(4).hex()}"
+            path = self._files + name
+            os.close(open_private(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            answer = self._ask_slot(deadline, "save", number, path)
+            if os.path.getsize(path) != answer["n_written"]:
+                raise OSError("the file is not whole; is the disk full?")
+            if answer["n_saved"] >= MIN_CONTEXT:
+                size += answer["n_written"]
+                slots.append((number, path, answer["n_saved"]))
+        return size, slots
+
+    # -- both
+
+    def _may_probe(self):
+        return self._is_alive() or self._is_saving and not self._is_kill_asked
+
+    def _keeps_context(self):
+        is_wanted = self._contexts.size_of(self.model.context_dir) is not None
+        is_failing = self._contexts.failures[self._digest] >= MAX_FAILURES
+        return self._digest and is_wanted and not is_failing
+
+    def _count_failure(self, text):
+        is_stop_asked = self._is_kill_asked if self._is_ready else self._is_stop_asked
+        if not is_stop_asked:  # else that is why
+            self._contexts.failures[self._digest] += 1
+            if self._contexts.failures[self._digest] >= MAX_FAILURES:
+                text += "; no more contexts are kept"
+            self.on_line(f"llmswap: {text}")
+
+    def _discard_all_but(self, slots):
+        """Delete its other files of slots, also those that a kill left behind."""
+        name = re.escape(folder_name(self.model.name))
+        pattern = re.compile(re.escape(self._files) + name + r"\.\d+\.[0-9a-f]{8}")
+        with contextlib.suppress(OSError):
+            found = {entry.path for entry in os.scandir(self._files)}
+            found -= {path for _, path, _ in slots}
+            discard_files([*filter(pattern.fullmatch, found)])
+
+    def _tell(self, kind, saved, began):
+        tokens = sum(tokens for _, _, tokens in saved.slots)
+        self.on_context(self, kind, tokens, saved.size, time.monotonic() - began)
+
+    def _ask_slot(self, deadline, action, number, path):
+        body = json.dumps({"filename": os.path.basename(path)})
+        return self._ask(deadline, "POST", f"/slots/{number}?action={action}", body)
+
+    def _ask(self, deadline, method, target, body=""):
+        """Return what the answer's JSON means. Raise OSError; TimeoutError if late."""
+        timeout = max(0.001, deadline - time.monotonic())
+        probe = self._probe(timeout, (method, target, body))
+        if probe.ok:
+            return json.loads(probe.body)
+        text = f"{target}: {probe.reason} {probe.body[:200].decode(errors='replace')}"
+        raise TimeoutError(text) if probe.timed_out else OSError(text)
 
 
 # -- memory of what runs ---------------------------------------------------------------
@@ -5419,7 +5361,7 @@ class Metrics:
             self._newcomers.add(newcomer)
 
     def count_context(self, model: str, kind: str, tokens: int, seconds: float):
-        """A context was saved, restored or used: see ModelContext."""
+        """A context was saved, restored or used: see LlamaServerBackend."""
         if kind == "used":
             self.counts["context_seconds", model] += seconds
         else:
@@ -6065,7 +6007,10 @@ class Pool:
             return UnitBackend(model, rivals, settle_timeout)
         if model.kind == "remote":
             return RemoteBackend(model)
-        return ProcessBackend(model, self._guard, settle_timeout, self._contexts)
+        if model.context_dir:
+            contexts = self._contexts
+            return LlamaServerBackend(model, self._guard, settle_timeout, contexts)
+        return ProcessBackend(model, self._guard, settle_timeout)
 
     def _stop(self, decision):
         name, cause = decision.name, decision.cause

@@ -13495,8 +13495,9 @@ def test_a_conversation_outlives_every_stop_but_a_kill(tmp_path, stop):
         assert server.tell(prompt=3100, model="a-too") == 3000
         stop(server)
         eventually(lambda: len(server.files()) == 1)
-        modes = {p.stat().st_mode & 0o777 for p in tmp_path.glob("state/context/a/*")}
-        folders = {p.stat().st_mode & 0o777 for p in tmp_path.glob("state/**/")}
+        found = {p: p.stat().st_mode & 0o777 for p in (tmp_path / "state").rglob("*")}
+        modes = {mode for path, mode in found.items() if path.is_file()}
+        folders = {mode for path, mode in found.items() if path.is_dir()}
         assert modes == {0o600} and folders == {0o700}
         sizes = server.get("/metrics").body.decode()
         assert server.tell(prompt=3200) == 3100 and server.complaints() == []
