@@ -3939,12 +3939,13 @@ class ContextStore:
         with self._lock:
             self._folders = {each.context_dir for each in config.models.values()} - {""}
             self._limit = config.settings.context_max
-            if not self._root:
-                self._root = os.path.join(config.settings.state_dir, "context")
+            is_first = not self._root
+            self._root = os.path.join(config.settings.state_dir, "context")
+            if is_first:
                 self._saved = self._read()
             with contextlib.suppress(OSError):
                 self._update()
-                folders = {f"{each.path}/" for each in os.scandir(self._root)}
+                folders = {f"{e.path}/" for e in os.scandir(self._root) if e.is_dir()}
                 discard_files(folders - self._folders)
 
     def size_of(self, folder: str) -> Optional[int]:
@@ -3955,9 +3956,10 @@ class ContextStore:
     def take(self, folder: str) -> SavedContext:
         """Return what was saved there and forget it: it is used once. Raise OSError."""
         with self._lock:
-            saved = self._saved.pop(folder, SavedContext())
-            self._update()
-            return saved
+            saved = self._saved.pop(folder, None)
+            if saved:
+                self._update()
+            return saved or SavedContext()
 
     def put(self, folder: str, context: SavedContext):
         """Remember that; the oldest contexts beyond the limit go. Raise OSError."""
@@ -3966,14 +3968,11 @@ class ContextStore:
             self._update()
 
     def _read(self):
-        saved = {}
         with contextlib.suppress(OSError, *MALFORMED):
             with open(f"{self._root}/manifest.json", "rb") as file:
-                rows = json.load(file)
-            for folder, (command, speed, size, slots) in rows.items():
-                slots = [(int(n), str(path), int(tokens)) for n, path, tokens in slots]
-                saved[folder] = SavedContext(command, float(speed), int(size), slots)
-        return saved
+                rows = json.load(file).items()
+            return {folder: SavedContext(*row) for folder, row in rows}
+        return {}
 
     def _update(self):
         for folder, context in [*self._saved.items()]:
@@ -3988,7 +3987,7 @@ class ContextStore:
 
 
 def open_private(path: str, flags: int) -> int:
-    """Open a file that only this user may read."""
+    """Open a file that only this user may read, if it is new."""
     return os.open(path, flags, 0o600)
 
 
@@ -4093,7 +4092,7 @@ class LlamaServerBackend(ProcessBackend):
             tokens = sum(tokens for _, _, tokens in saved.slots)
             limit = min(self.model.settings.stop_timeout, tokens / saved.speed)
             for number, path, tokens in saved.slots:
-                self._ask_slot(began + limit, "restore", number, path)
+                self._ask(began + limit, f"/slots/{number}?action=restore", path)
                 self._restored[number] = tokens
         except (OSError, *MALFORMED) as error:
             self._restored = {}
@@ -4109,9 +4108,11 @@ class LlamaServerBackend(ProcessBackend):
     def _take_context(self):
         saved = self._contexts.take(self.model.context_dir)
         if saved.slots and saved.command != self._digest:
-            self.on_line("llmswap: no context is restored: the command or a file of it "
-                         "has changed")
-        if saved.command != self._digest or not self._keeps_context():
+            text = "context was not restored: the command or a file has changed"
+            self.on_line(f"llmswap: {text}")
+        paths = [path for _, path, _ in saved.slots if os.path.isfile(path)]
+        is_whole = sum(map(os.path.getsize, paths)) == saved.size
+        if saved.command != self._digest or not (is_whole and self._keeps_context()):
             return SavedContext()
         self._speed = saved.speed
         return saved
@@ -4145,7 +4146,7 @@ class LlamaServerBackend(ProcessBackend):
     def _save_slots(self, limit):
         """Return the bytes saved, and SavedContext.slots."""
         now = time.monotonic()
-        listed = self._ask(now + min(limit, SLOT_LIST_TIMEOUT), "GET", "/slots")
+        listed = self._ask(now + min(limit, SLOT_LIST_TIMEOUT), "/slots")
         tokens = dict(self._restored)  # of which it tells nothing until they are used
         for slot in listed:
             if slot.get("n_prompt_tokens"):
@@ -4158,7 +4159,7 @@ class LlamaServerBackend(ProcessBackend):
             name = f"{folder_name(self.model.name)}.{number}.{os.urandom(4).hex()}"
             path = self._files + name
             os.close(open_private(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            answer = self._ask_slot(deadline, "save", number, path)
+            answer = self._ask(deadline, f"/slots/{number}?action=save", path)
             if os.path.getsize(path) != answer["n_written"]:
                 raise OSError("the file is not whole; is the disk full?")
             if answer["n_saved"] >= MIN_CONTEXT:
@@ -4197,14 +4198,14 @@ class LlamaServerBackend(ProcessBackend):
         tokens = sum(tokens for _, _, tokens in saved.slots)
         self.on_context(self, kind, tokens, saved.size, time.monotonic() - began)
 
-    def _ask_slot(self, deadline, action, number, path):
-        body = json.dumps({"filename": os.path.basename(path)})
-        return self._ask(deadline, "POST", f"/slots/{number}?action={action}", body)
-
-    def _ask(self, deadline, method, target, body=""):
-        """Return what the answer's JSON means. Raise OSError; TimeoutError if late."""
-        timeout = max(0.001, deadline - time.monotonic())
-        probe = self._probe(timeout, (method, target, body))
+    def _ask(self, deadline, target, path=None):
+        """Return what the answer's JSON means; `path` is the file that is to be read or
+        written. Raise OSError; TimeoutError if it is late."""
+        request = "GET", target, ""
+        if path:
+            body = json.dumps({"filename": os.path.basename(path)})
+            request = "POST", target, body
+        probe = self._probe(max(0.001, deadline - time.monotonic()), request)
         if probe.ok:
             return json.loads(probe.body)
         text = f"{target}: {probe.reason} {probe.body[:200].decode(errors='replace')}"
