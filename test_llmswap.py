@@ -15159,7 +15159,7 @@ SMALL_WORLDS = {
         dict(models_max=2), faults="unload reload", a=PIN_LOADED, b=PIN_LOADED,
         reloads=(dict(c=llmswap.ModelSpec(**PIN_LOADED)), dict(a=llmswap.ModelSpec())),
     ),
-    "kept": SmallWorld(faults="crash fail unload", a=dict(keep_loaded=True)),
+    "kept": SmallWorld(faults="fail unload", a=dict(keep_loaded=True)),
     "kept pinned": SmallWorld(
         dict(patience=0.0), faults="rest close", a=dict(keep_loaded=True),
         b=dict(keep_loaded=True, **PIN_LOADED),
