@@ -3261,8 +3261,8 @@ class Backend:
             self.report_stall()
         return True
 
-    def record_answer(self, usage, request: Mapping[str, object]):
-        """A request was answered: see ModelContext."""
+    def record_answer(self, usage):
+        """A request was answered: see LlamaServerBackend."""
 
     def died(self, timeout: float) -> bool:
         """Return whether it ended by itself, now or within the timeout."""
@@ -3340,6 +3340,9 @@ class Backend:
     def _may_become_ready(self):
         return self._is_alive()
 
+    def _may_probe(self):
+        return self._is_alive()
+
     def _report_death(self):
         """From now on no request is sent to it."""
         self.on_dying(self)
@@ -3386,7 +3389,7 @@ class Backend:
                 return Probe(200)
             if is_own:
                 self._probe_socket = sock
-                if not self._is_alive():
+                if not self._may_probe():
                     raise InterruptedError("it has ended, or is being stopped")
             headers = {"Host": self.upstream.authority, "Connection": "close"}
             if self.model.settings.proxy_key:
@@ -3536,444 +3539,6 @@ class Backend:
             report(self)
 
 
-# -- contexts that outlive their backend -----------------------------------------------
-#
-#    A stop of llama-server loses the prompts that it has processed. It can write the
-#    state of each slot to a file, and read it again after its next start:
-#
-#        STATE-DIR/context/MODEL/manifest.json   which files count, and of which command
-#        STATE-DIR/context/MODEL/MODEL.SLOT.ID   one slot, written by llama-server
-#
-#    A file counts once the manifest names it, which is replaced atomically. While the
-#    files are in use the manifest says so: if the server then ends without being
-#    stopped, what was restored may be the reason, and it is not restored again.
-
-MIN_CONTEXT = 256  # tokens; fewer are soon processed again
-SLOT_LIST_TIMEOUT = 1.0  # s
-UNKNOWN_PROMPT_SPEED = 500.0  # tokens/s, until an answer tells it
-WORTH_SHARE = 0.1  # of the time to process a context again that saving it may take
-CHEAP_SAVE = 0.05  # s; a save so short is worth it in any case
-MAX_USELESS = 2  # restores in a row, then a command's contexts are kept no more
-EMBEDDING_OPTIONS = {"--embedding", "--embeddings", "--rerank", "--reranking"}
-
-
-class SavedSlot(NamedTuple):
-    """The file of one slot: its name, the tokens in it, and its size in bytes."""
-
-    name: str
-    tokens: int
-    size: int
-
-
-class Manifest(NamedTuple):
-    """What is saved of a model: the slots by number, their files in `folder`.
-
-    `command` identifies the command, `owner` is the INI file, `speed` that of prompts
-    in tokens per second, `saved_at` in Unix time.
-    """
-
-    command: str
-    owner: str
-    folder: str
-    speed: float
-    saved_at: float
-    in_use: bool
-    slots: Mapping[int, SavedSlot]
-
-    @property
-    def size(self) -> int:
-        """The bytes of all slots."""
-        return sum(slot.size for slot in self.slots.values())
-
-
-def make_private_folder(path: str):
-    """Create a folder and its missing parents, for this user only. Raise OSError."""
-    if not os.path.isdir(path):
-        make_private_folder(os.path.dirname(path))
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o700)
-
-
-class ContextStore:
-    """The saved contexts of all models. Any thread may call.
-
-    Several llmswaps may share the directory: each deletes what belongs to models that
-    have left its own file, and any of them what is beyond its limit.
-    """
-
-    def __init__(self):
-        self.useless = collections.Counter()  # restores in a row, by command
-        self.save_costs = collections.Counter()  # seconds for each token, by command
-        self._lock = threading.Lock()  # of changing manifests
-        self._root = self._owner = ""
-        self._limit = math.inf
-        self._folders = set()  # of the models that keep their contexts
-        self._sizes = {}  # bytes by folder
-
-    def configure(self, config: Config):
-        """Use this configuration from now on, and tidy up in the background."""
-        self._root = os.path.join(config.settings.state_dir, "context")
-        self._owner = os.path.abspath(config.path)
-        self._limit = config.settings.context_max
-        self._folders = {model.context_dir for model in config.models.values()} - {""}
-        self.tidy()
-
-    def is_wanted(self, folder: str) -> bool:
-        """Whether a model of the configuration has this folder."""
-        return folder in self._folders
-
-    def size_of(self, folder: str) -> Optional[int]:
-        """Return how many bytes are kept there; None: the model keeps nothing."""
-        return self._sizes.get(folder, 0) if folder else None
-
-    def read(self, folder: str) -> Optional[Manifest]:
-        """Return the manifest of a model, None if there is none that can be read."""
-        try:
-            with open(f"{folder}manifest.json", "rb") as file:
-                manifest = Manifest(**json.load(file))
-            slots = {int(n): SavedSlot(*slot) for n, slot in manifest.slots.items()}
-            speed, saved_at = float(manifest.speed), float(manifest.saved_at)
-            return manifest._replace(slots=slots, speed=speed, saved_at=saved_at)
-        except (AttributeError, OSError, TypeError, ValueError):
-            return None
-
-    def write(self, folder: str, manifest: Manifest):
-        """Replace the manifest of a model; without slots, delete it. Raise OSError."""
-        path = f"{folder}manifest.json"
-        with self._lock:
-            self._sizes[folder] = manifest.size
-            if not manifest.slots:
-                return _delete([path])
-            with open(f"{path}.new", "w", opener=_open_private) as file:
-                json.dump(manifest._replace(owner=self._owner)._asdict(), file)
-            os.replace(file.name, path)
-
-    def tidy(self, stale: Iterable[str] = ()):
-        """In the background, delete these files, what models have left that are gone,
-        and the oldest contexts until the rest is within the limit."""
-        with contextlib.suppress(RuntimeError):  # no more threads can be started
-            threading.Thread(target=self._tidy, args=(stale,), daemon=True).start()
-
-    def _tidy(self, stale):
-        files, manifests = [*stale], {}
-        with self._lock:
-            for folder in [f"{path}/" for path in _paths_in(self._root)]:
-                manifest = self.read(folder)
-                is_ours = manifest is None or manifest.owner == self._owner
-                if is_ours and not self.is_wanted(folder):
-                    files += _paths_in(folder) + _paths_of(manifest)
-                elif manifest:
-                    manifests[folder] = manifest
-            for folder in sorted(manifests, key=lambda each: manifests[each].saved_at):
-                if sum(each.size for each in manifests.values()) > self._limit:
-                    _delete([f"{folder}manifest.json"])
-                    files += _paths_of(manifests.pop(folder))
-            self._sizes = {each: manifests[each].size for each in manifests}
-        _delete(files)
-
-
-def _open_private(path, flags):
-    return os.open(path, flags, 0o600)
-
-
-def _paths_in(folder):
-    with contextlib.suppress(OSError):
-        return [entry.path for entry in os.scandir(folder)]
-    return []
-
-
-def _paths_of(manifest):
-    slots = manifest.slots.values() if manifest else []
-    return [manifest.folder + slot.name for slot in slots]
-
-
-def _conversation_of(request):
-    """Return what the requests of one conversation have in common."""
-    talk = request.get("messages") or request.get("input") or request.get("prompt")
-    first = talk[:2] if isinstance(talk, list) else str(talk)[:1000]
-    return hash(repr([request.get("system"), first]))
-
-
-def _size_of(path):
-    with contextlib.suppress(OSError):
-        return os.path.getsize(path)
-    return None
-
-
-def _delete(paths):
-    for path in paths:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-
-
-class ModelContext:
-    """The contexts of one run of a llama-server: `restore` after its start, `save`
-    before its stop, both on the backend's thread.
-
-    Neither raises, and each takes at most `limit` seconds, nor longer than it would
-    take to process the prompts again. `report(text)` gets one line if something fails.
-    `on_change(kind, tokens, bytes, seconds)` is told what was "saved" or "restored" and
-    how long that took, and what was "used" by the first answer: then the seconds are
-    those that it would have taken to process the tokens again.
-    """
-
-    def __init__(self, store: ContextStore, model: Model, report, on_change):
-        self._store, self._report, self._on_change = store, report, on_change
-        self._env, self._key = model.env, model.settings.proxy_key
-        self._name = folder_name(model.name)
-        self._folder = self._files = model.context_dir  # of the manifest, of the slots
-        self._command = ""  # a digest of it; empty: nothing is kept
-        self._slots = {}  # number -> SavedSlot, of those restored
-        self._speed = UNKNOWN_PROMPT_SPEED
-        self._has_own_caches = False  # each slot; else one that rests may be emptied
-        self._trial = None  # the most tokens restored, until an answer used some
-        self._is_doubtful = False  # whether an answer could have used some, but did not
-        self._talks = set()  # the conversations of this run
-        self._socket = None
-        self._is_aborted = False
-
-    # -- before the start ------------------------------------------------------------
-
-    def prepare(self, argv: List[str], binary: str, port: str, cwd: str) -> List[str]:
-        """Return the command with which contexts can be kept, as far as they can be."""
-        option = f"--{SAVE_PATH}"
-        given = [value for word, value in zip(argv, argv[1:]) if word == option]
-        if not given:
-            self._report("this llama-server cannot save contexts")
-            return argv
-        self._files = os.path.join(cwd, given[-1], "")
-        try:
-            make_private_folder(self._folder.rstrip("/"))
-        except OSError as error:
-            self._report(f"contexts cannot be kept: {error}")
-            return [word for word in argv if word not in (option, self._folder)]
-        self._has_own_caches = "--parallel" in argv and "--kv-unified" not in argv
-        if EMBEDDING_OPTIONS.isdisjoint(argv):
-            self._command = self._digest(argv, binary, port, cwd)
-        return argv
-
-    def _digest(self, argv, binary, port, cwd):
-        """Return what changes with the command, its environment or its files."""
-        words = [word for word in argv if word != port]
-        stamps = []
-        for option, word in [("", binary), *zip(words, words[1:])]:
-            if option in ("", "--model") or word.endswith(".gguf"):
-                with contextlib.suppress(OSError, ValueError):
-                    status = os.stat(os.path.join(cwd, word))
-                    stamps += [word, status.st_size, status.st_mtime_ns]
-        identity = json.dumps([words, sorted(self._env.items()), stamps])
-        return hashlib.sha256(identity.encode()).hexdigest()
-
-    # -- after the start -------------------------------------------------------------
-
-    def restore(self, upstream: Upstream, limit: float) -> bool:
-        """Give the server, which nobody uses yet, what was saved of its command.
-
-        Return False if the server is to be started anew, without that: it died of it,
-        or it refused some, after which some builds answer nonsense.
-        """
-        began, slots = time.monotonic(), self._claim()
-        tokens = sum(slot.tokens for slot in slots.values())
-        deadline = began + min(limit, tokens / self._speed)
-        try:
-            for number, slot in slots.items():
-                target = f"/slots/{number}?action=restore"
-                self._ask(upstream, deadline, "POST", target, {"filename": slot.name})
-                self._slots[number] = slot
-        except OSError as error:
-            if self._is_aborted:
-                self._slots = slots  # for the next time
-            else:
-                self._report(f"context of slot {number} was not restored: {error}")
-                self._store.tidy([self._files + slot.name for slot in slots.values()])
-                self._slots = {}
-                self._count_useless()
-            self.keep({})
-            return isinstance(error, socket.timeout)
-        if slots:
-            self._trial = max(slot.tokens for slot in slots.values())
-            self._tell("restored", slots.values(), began)
-        return True
-
-    def _claim(self):
-        """Return what was saved of this command, marked as in use; delete the rest."""
-        manifest, slots, reason = self._store.read(self._folder), {}, None
-        if manifest and manifest.in_use:
-            reason = "the server that had it last was not stopped"
-        elif manifest and manifest.command != self._command:
-            reason = "the command, or a file of it, has changed"
-        elif manifest and self._is_kept():
-            self._speed = manifest.speed
-            slots = self._whole(manifest.slots)
-        try:
-            self._write(slots, in_use=True)
-        except OSError as error:
-            slots, reason = {}, error
-        if reason:
-            self._report(f"its context was not restored: {reason}")
-        pattern = re.escape(self._files + self._name) + r"\.\d+\.[0-9a-f]{8}"
-        stale = filter(re.compile(pattern).fullmatch, _paths_in(self._files))
-        used = {self._files + slot.name for slot in slots.values()}
-        self._store.tidy({*stale, *_paths_of(manifest)} - used)
-        return slots
-
-    def record_answer(self, usage, request: Mapping[str, object]):
-        """Learn how fast prompts are processed, and whether a restore was of use: then
-        the first answer to a conversation had much of its prompt in the cache.
-
-        A prompt of less than half of what was restored is of a new conversation. Any
-        thread may call.
-        """
-        tokens, cached = usage.tokens_in, usage.tokens_cached
-        if tokens is None or cached is None:
-            return
-        if usage.prompt_speed and tokens - cached >= MIN_CONTEXT:
-            self._speed = usage.prompt_speed
-        talk = _conversation_of(request) if self._trial else None
-        if talk is None or talk in self._talks:
-            return
-        if cached < MIN_CONTEXT:
-            self._is_doubtful |= tokens >= self._trial / 2
-        else:
-            self._trial, self._store.useless[self._command] = None, 0
-            if not self._talks:  # else another conversation may begin like this one
-                self._on_change("used", cached, 0, cached / self._speed)
-        self._talks.add(talk)
-
-    def _count_useless(self):
-        self._store.useless[self._command] += 1
-        if not self._is_kept():
-            self._report("restored contexts are of no use: none is kept any more")
-
-    # -- before the stop -------------------------------------------------------------
-
-    def save(self, upstream: Upstream, limit: float):
-        """Save what the slots hold, now that no request is left."""
-        if self._trial and self._is_doubtful:
-            self._count_useless()
-        saved = {}
-        if self._is_kept():
-            try:
-                began = time.monotonic()
-                for number, slot in self._save_slots(upstream, limit):
-                    saved[number] = slot
-            except OSError as error:
-                if not self._is_aborted:
-                    self._report(f"context was not saved: {error}")
-            if any(slot.tokens for slot in saved.values()):
-                self._tell("saved", saved.values(), began)
-        self.keep(saved)
-
-    def keep(self, saved: Mapping[int, SavedSlot]):
-        """Keep what was saved and, of the other slots, what was restored."""
-        slots = {**self._whole(self._slots), **saved} if self._is_kept() else {}
-        slots = {n: slot for n, slot in slots.items() if slot.tokens >= MIN_CONTEXT}
-        try:
-            self._write(slots)
-        except OSError as error:
-            self._report(f"context was not saved: {error}")
-        stale = {*self._slots.values(), *saved.values()} - {*slots.values()}
-        self._store.tidy([self._files + slot.name for slot in stale])
-
-    def _save_slots(self, upstream, limit):
-        """Yield slots that are saved, with their numbers. Raise OSError at the first
-        that cannot be, or if all that takes too long for what it is worth."""
-        last = time.monotonic() + limit
-        tokens = self._long_slots(upstream, min(limit, SLOT_LIST_TIMEOUT))
-        total, costs = sum(tokens.values()), self._store.save_costs
-        worth, cost = total / self._speed, total * costs[self._command]
-        if cost > max(CHEAP_SAVE, WORTH_SHARE * worth):
-            costs[self._command] /= 2  # so that it is tried again some time
-            raise OSError(f"it takes {cost:.1f} s, to process it again {worth:.1f} s")
-        began = time.monotonic()
-        try:
-            for number in tokens:
-                deadline = min(last, began + worth)
-                yield number, self._save_slot(upstream, deadline, number)
-        finally:
-            costs[self._command] = (time.monotonic() - began) / max(1, total)
-
-    def _long_slots(self, upstream, limit):
-        """Return the tokens of each slot that is worth saving, the busy ones last."""
-        slots = self._ask(upstream, time.monotonic() + limit, "GET", "/slots")
-        try:
-            slots = sorted(slots, key=lambda slot: bool(slot.get("is_processing")))
-            tokens = {int(slot["id"]): slot.get("n_prompt_tokens", 0) for slot in slots}
-            if any(tokens.values()) and not self._has_own_caches:
-                for number, slot in self._slots.items():  # those that rest may be empty
-                    tokens[number] = tokens[number] or slot.tokens
-            return {n: count for n, count in tokens.items() if count >= MIN_CONTEXT}
-        except (AttributeError, LookupError, TypeError, ValueError):
-            raise OSError("/slots is no list of slots") from None
-
-    def _save_slot(self, upstream, deadline, number):
-        name = f"{self._name}.{number}.{os.urandom(4).hex()}"
-        target, body = f"/slots/{number}?action=save", {"filename": name}
-        try:
-            os.close(_open_private(self._files + name, os.O_CREAT | os.O_WRONLY))
-            answer = self._ask(upstream, deadline, "POST", target, body)
-            slot = SavedSlot(name, int(answer["n_saved"]), int(answer["n_written"]))
-            if not self._whole({number: slot}):
-                raise OSError("the file is not whole; is the disk full?")
-            return slot
-        except (LookupError, OSError, TypeError, ValueError) as error:
-            _delete([self._files + name])
-            raise OSError(f"slot {number}: {error}") from None
-
-    # -- both ------------------------------------------------------------------------
-
-    def abort(self):
-        """End a restore or a save that is under way. Any thread may call."""
-        self._is_aborted, sock = True, self._socket
-        if sock:
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-    def _is_kept(self):
-        is_useless = self._store.useless[self._command] >= MAX_USELESS
-        return self._command and self._store.is_wanted(self._folder) and not is_useless
-
-    def _write(self, slots, in_use=False):
-        now, files = time.time(), self._files
-        manifest = Manifest(self._command, "", files, self._speed, now, in_use, slots)
-        self._store.write(self._folder, manifest)
-
-    def _whole(self, slots):
-        """Return those of the slots whose files are as large as they should be."""
-        return {
-            number: slot
-            for number, slot in slots.items()
-            if _size_of(self._files + slot.name) == slot.size > 0
-        }
-
-    def _tell(self, kind, slots, began):
-        seconds = time.monotonic() - began
-        tokens, size = sum(slot.tokens for slot in slots), sum(s.size for s in slots)
-        self._on_change(kind, tokens, size, seconds)
-
-    def _ask(self, upstream, deadline, method, target, body=None):
-        """Return what the answer's JSON means; it must be a success. Raise OSError."""
-        headers = {"Host": upstream.authority, "Connection": "close"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = [method, upstream.base_path + target, body and json.dumps(body)]
-        sock = self._socket = upstream.dial(max(0.001, deadline - time.monotonic()))
-        try:
-            if self._is_aborted:
-                raise ConnectionAbortedError("it is being killed")
-            probe = exchange(sock, deadline, *request, headers=headers)
-            if probe.ok:
-                return json.loads(probe.body)
-        except (ValueError, RecursionError, http.client.HTTPException) as error:
-            raise OSError(f"{target} is answered with nonsense: {error}") from None
-        finally:
-            self._socket = None
-            sock.close()
-        message = re.search(rb'"message":\s*"([^"]*)"', probe.body)
-        text = message[1].decode("utf-8", "replace") if message else "no reason"
-        raise OSError(f"{target} is answered {probe.status}, {text}")
-
-
 # -- a child process -------------------------------------------------------------------
 
 
@@ -3983,15 +3548,8 @@ class ProcessBackend(Backend):
     A second thread reads its output and notices its exit (`_watch_process`).
     """
 
-    def __init__(
-        self,
-        model: Model,
-        guard: Guard,
-        settle_timeout: float,
-        contexts: Optional[ContextStore] = None,
-    ):
+    def __init__(self, model: Model, guard: Guard, settle_timeout: float):
         super().__init__(model)
-        self._contexts, self._context = contexts, None
         self.lines = collections.deque(maxlen=LAST_LINES)
         self._guard = guard
         self._settle_timeout = settle_timeout
@@ -4003,14 +3561,8 @@ class ProcessBackend(Backend):
     def stop(self, at_once=False):
         """End it: within its stop timeout if it is loaded, else by a kill."""
         super().stop(at_once)
-        if self._context and (at_once or not self._is_ready):
-            self._context.abort()
         if at_once or not (self._is_ready or self.model.settings.cmd_stop):
             self._kill_group()
-
-    def record_answer(self, usage, request):
-        if self._context:
-            self._context.record_answer(usage, request)
 
     # -- coming up
 
@@ -4018,33 +3570,28 @@ class ProcessBackend(Backend):
         """Start it, again if it did not survive the restore of its context, and on
         another port if its port was taken meanwhile."""
         for _ in range(PORT_TRIES):
-            if super()._load():
-                limit = self.model.settings.stop_timeout
-                if not self._context or self._context.restore(self.upstream, limit):
-                    return self._is_alive()
-                may_repeat = True
-            else:
-                may_repeat = self._stranger and self._is_port_chosen
+            is_healthy = super()._load()
+            if is_healthy and self._restore_context():
+                return self._is_alive()
+            may_repeat = is_healthy or self._stranger and self._is_port_chosen
             if self._is_stop_asked or not may_repeat:
                 return False
             self._terminate()
         return False
 
     def _spawn(self):
-        model = self.model
-        self.port = free_port()
+        model, self.port = self.model, free_port()
+        environment = clean_environment(model.environment(str(self.port)))
+        self._surroundings = {"env": environment, "cwd": model.settings.cwd or None}
         try:
-            argv = model.command(table_of(model), str(self.port))
+            argv = self._command()
             self.upstream = Upstream(model.url(str(self.port)))
         except ConfigError as error:
             raise LoadFailed(str(error)) from None
         self._is_port_chosen = self.upstream.port == self.port
         if model.kind == "llama-server" and SLEEP_OPTION in argv:
             self._sleep_poll = SLEEP_POLL
-        environment = clean_environment(model.environment(str(self.port)))
-        self._surroundings = {"env": environment, "cwd": model.settings.cwd or None}
-        binary = find_program(argv[0], environment, model.settings.cwd)
-        argv = self._with_context(argv, binary)
+        find_program(argv[0], environment, model.settings.cwd)
         self._stranger = self._own_inodes = None
         self._may_hide = model.kind == "cmd"
         self._oom_kills = oom_kills()
@@ -4082,19 +3629,12 @@ class ProcessBackend(Backend):
         if self._is_stop_asked:  # `stop` may have come before there was a process
             self.stop(self._is_kill_asked)
 
-    def _with_context(self, argv, binary):
-        """Return the command with which its context is kept, if it is to be."""
-        self._context = None
-        if not (self._contexts and self.model.context_dir):
-            return argv
-        self._context = ModelContext(
-            self._contexts,
-            self.model,
-            report=lambda text: self.on_line(f"llmswap: {text}"),
-            on_change=functools.partial(self.on_context, self),
-        )
-        cwd = self.model.settings.cwd or os.getcwd()
-        return self._context.prepare(argv, binary, str(self.port), cwd)
+    def _command(self):
+        return self.model.command(table_of(self.model), str(self.port))
+
+    def _restore_context(self):
+        """Do what comes between a good health and the first request; False: again."""
+        return True
 
     def _watch_process(self, process):
         """Pass its output on until it has exited, on a thread of its own."""
@@ -4171,12 +3711,7 @@ class ProcessBackend(Backend):
             self._reap()
 
     def _save_context(self):
-        if not self._context or self._is_kill_asked:
-            return
-        if self._is_asleep:  # it holds nothing, and a question would wake it
-            self._context.keep({})
-        else:
-            self._context.save(self.upstream, self.model.settings.stop_timeout)
+        """Do what comes between the last request and the stop."""
 
     def _ask_to_exit(self):
         """Run the stop command or send SIGTERM, and wait for the stop timeout."""
@@ -4318,6 +3853,332 @@ OUT_OF_MEMORY = re.compile(
     r"|larger than the (available KV cache memory|maximum number of tokens that can)",
     re.IGNORECASE | re.MULTILINE,
 )
+
+
+# -- contexts that outlive their backend -----------------------------------------------
+#
+#    A stop of llama-server loses the prompts that it has processed. It can write the
+#    state of each slot to a file, and read it again after its next start:
+#
+#        STATE-DIR/context/manifest.json     which files count, and of which command
+#        STATE-DIR/context/MODEL/MODEL.SLOT.ID       one slot, written by llama-server
+#
+#    A file counts while the manifest names it. It is named when it is complete, and no
+#    more before it is read: whatever is killed at whatever moment, nothing is restored
+#    that is half, or that a server may have died of.
+
+MIN_CONTEXT = 256  # tokens; fewer are soon processed again
+SLOT_LIST_TIMEOUT = 1.0  # s
+UNKNOWN_PROMPT_SPEED = 500.0  # tokens/s, until an answer tells it
+SAVE_SHARE = 0.1  # of the time to process a context again; a save may take as long
+MIN_SAVE_TIMEOUT = 0.25  # s
+MAX_FAILURES = 2  # in a row, then no more contexts of a command are kept
+EMBEDDING_OPTIONS = {"--embedding", "--embeddings", "--rerank", "--reranking"}
+MALFORMED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+class SavedContext(NamedTuple):
+    """What is saved of a model: (number, path, tokens) of slots, and their bytes.
+
+    `command` is a digest of its command, `speed` that of its prompts in tokens/s.
+    """
+
+    command: str = ""
+    speed: float = UNKNOWN_PROMPT_SPEED
+    size: int = 0
+    slots: Sequence[Tuple[int, str, int]] = ()
+
+
+class ContextStore:
+    """The saved contexts of the models of one llmswap. Any thread may call.
+
+    Two llmswaps that share the directory can only delete each other's contexts.
+    """
+
+    def __init__(self):
+        self.failures = collections.Counter()  # in a row, by command
+        self._lock = threading.Lock()  # of what follows
+        self._root = ""
+        self._limit = math.inf
+        self._folders = set()  # of the models that have contexts
+        self._saved = {}  # SavedContext by folder, the oldest first
+
+    def configure(self, config: Config):
+        """Use this configuration from now on, and delete what has no model there."""
+        with self._lock:
+            self._folders = {each.context_dir for each in config.models.values()} - {""}
+            self._limit = config.settings.context_max
+            is_first = not self._root
+            self._root = os.path.join(config.settings.state_dir, "context")
+            if is_first:
+                self._saved = self._read()
+            with contextlib.suppress(OSError):
+                self._update()
+                folders = {f"{e.path}/" for e in os.scandir(self._root) if e.is_dir()}
+                discard_files(folders - self._folders)
+
+    def size_of(self, folder: str) -> Optional[int]:
+        """Return how many bytes are saved there; None: no model has that folder."""
+        saved = self._saved.get(folder, SavedContext())
+        return saved.size if folder in self._folders else None
+
+    def take(self, folder: str) -> SavedContext:
+        """Return what was saved there and forget it: it is used once. Raise OSError."""
+        with self._lock:
+            saved = self._saved.pop(folder, None)
+            if saved:
+                self._update()
+            return saved or SavedContext()
+
+    def put(self, folder: str, context: SavedContext):
+        """Remember that; the oldest contexts beyond the limit go. Raise OSError."""
+        with self._lock:
+            self._saved[folder] = context
+            self._update()
+
+    def _read(self):
+        with contextlib.suppress(OSError, *MALFORMED):
+            with open(f"{self._root}/manifest.json", "rb") as file:
+                rows = json.load(file).items()
+            return {folder: SavedContext(*row) for folder, row in rows}
+        return {}
+
+    def _update(self):
+        for folder, context in [*self._saved.items()]:
+            size = sum(each.size for each in self._saved.values())
+            if folder not in self._folders or size > self._limit:
+                del self._saved[folder]
+                discard_files(path for _, path, _ in context.slots)
+        path = f"{self._root}/manifest.json"
+        with open(f"{path}.new", "w", opener=open_private) as file:
+            json.dump(self._saved, file)
+        os.replace(file.name, path)
+
+
+def open_private(path: str, flags: int) -> int:
+    """Open a file that only this user may read, if it is new."""
+    return os.open(path, flags, 0o600)
+
+
+def discard_files(paths: Iterable[str]):
+    """Delete files, and folders (with a slash) with all in them, in the background."""
+
+    def discard():
+        for path in paths:
+            if path.endswith("/"):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+
+    with contextlib.suppress(RuntimeError):  # no more threads can be started
+        threading.Thread(target=discard, daemon=True).start()
+
+
+class LlamaServerBackend(ProcessBackend):
+    """A llama-server whose context is saved before a stop, and restored after a start.
+
+    What fails costs a line of the log and a bounded time, and deletes what was saved.
+    `on_context(self, kind, tokens, bytes, seconds)` is told what was "saved" or
+    "restored" and how long that took, and what was "used" by an answer: then the
+    seconds are those that it would have taken to process the tokens again.
+    """
+
+    def __init__(self, model: Model, guard: Guard, settle_timeout: float, contexts):
+        super().__init__(model, guard, settle_timeout)
+        self._contexts = contexts
+        self._digest = self._files = ""  # of its command; the folder of slots
+        self._speed = UNKNOWN_PROMPT_SPEED
+        self._restored = {}  # tokens of slots
+        self._unused = 0  # the most of them, until an answer used some
+        self._longest = 0  # tokens that an answer of this run left in a slot
+        self._is_saving = False
+
+    def record_answer(self, usage):
+        """Learn how fast prompts are processed, and whether the restore was of use:
+        then more of a prompt was in the cache than answers of this run left there."""
+        tokens, cached = usage.tokens_in, usage.tokens_cached
+        if tokens is None or cached is None:
+            return
+        if usage.prompt_speed and tokens - cached >= MIN_CONTEXT:
+            self._speed = usage.prompt_speed
+        if self._unused and cached >= MIN_CONTEXT and cached > self._longest:
+            self._unused = self._contexts.failures[self._digest] = 0
+            self.on_context(self, "used", cached, 0, cached / self._speed)
+        self._longest = max(self._longest, tokens + (usage.tokens_out or 0))
+
+    # -- before the start
+
+    def _command(self):
+        """Return its command, with a folder for its contexts if there can be one."""
+        self._digest = ""
+        root = os.path.dirname(self.model.context_dir.rstrip("/"))
+        try:
+            for folder in (os.path.dirname(root), root, self.model.context_dir):
+                os.makedirs(folder, 0o700, exist_ok=True)
+        except OSError as error:
+            self.on_line(f"llmswap: contexts cannot be kept: {error}")
+            model = self.model._replace(context_dir="")
+            return model.command(table_of(model), str(self.port))
+        argv = super()._command()
+        paths = [path for word, path in zip(argv, argv[1:]) if word == f"--{SAVE_PATH}"]
+        if not paths:
+            self.on_line("llmswap: this llama-server cannot save contexts")
+        elif EMBEDDING_OPTIONS.isdisjoint(argv):
+            folder = os.path.join(self.model.settings.cwd, paths[-1])
+            self._files = os.path.join(os.path.abspath(folder), "")
+            self._digest = self._digest_of(argv)
+        return argv
+
+    def _digest_of(self, argv):
+        """Return what changes with the command, its environment, binary or models."""
+        env, cwd = self._surroundings["env"], self.model.settings.cwd
+        stamps = [os.stat(find_program(argv[0], env, cwd))]
+        for option, path in zip(argv, argv[1:]):
+            if option == "--model" or path.endswith(".gguf"):
+                with contextlib.suppress(OSError, ValueError):
+                    stamps.append(os.stat(os.path.join(cwd, path)))
+        words = [word for word in argv if word != str(self.port)]
+        files = [(each.st_size, each.st_mtime_ns) for each in stamps]
+        identity = repr([words, sorted(self.model.env.items()), files])
+        return hashlib.sha256(identity.encode()).hexdigest()
+
+    # -- after the start
+
+    def _restore_context(self):
+        """Give the server, which nobody uses yet, what was saved of its command.
+
+        It takes `stop-timeout` at most, nor longer than to process the prompts again.
+        Return False if the server is to be started anew, without that: it died of it,
+        or it refused some, after which some builds answer nonsense.
+        """
+        began = time.monotonic()
+        self._restored, self._unused, self._longest = {}, 0, 0
+        if not self._digest:
+            return True
+        try:
+            saved = self._take_context()
+            tokens = sum(tokens for _, _, tokens in saved.slots)
+            limit = min(self.model.settings.stop_timeout, tokens / saved.speed)
+            for number, path, tokens in saved.slots:
+                self._ask(began + limit, f"/slots/{number}?action=restore", path)
+                self._restored[number] = tokens
+        except (OSError, *MALFORMED) as error:
+            self._restored = {}
+            self._count_failure(f"context was not restored: {error}")
+            return isinstance(error, TimeoutError)
+        finally:
+            self._discard_all_but(())
+        if saved.slots:
+            self._unused = max(self._restored.values())
+            self._tell("restored", saved, began)
+        return True
+
+    def _take_context(self):
+        saved = self._contexts.take(self.model.context_dir)
+        if saved.slots and saved.command != self._digest:
+            text = "context was not restored: the command or a file has changed"
+            self.on_line(f"llmswap: {text}")
+        paths = [path for _, path, _ in saved.slots if os.path.isfile(path)]
+        is_whole = sum(map(os.path.getsize, paths)) == saved.size
+        if saved.command != self._digest or not (is_whole and self._keeps_context()):
+            return SavedContext()
+        self._speed = saved.speed
+        return saved
+
+    # -- before the stop
+
+    def _save_context(self):
+        """Save what the slots hold, now that no request is left.
+
+        It takes `stop-timeout` at most, and a tenth of the time that it would take to
+        process the prompts again; what takes longer fails.
+        """
+        if self._is_asleep or self._is_kill_asked:
+            return  # asleep, it holds nothing, and a question would wake it
+        if self._unused and self._longest >= self._unused / 2:
+            self._count_failure("the restored context was of no use")
+        began, slots, self._is_saving = time.monotonic(), (), True
+        try:
+            if self._keeps_context():
+                size, slots = self._save_slots(self.model.settings.stop_timeout)
+            if slots:
+                saved = SavedContext(self._digest, self._speed, size, slots)
+                self._contexts.put(self.model.context_dir, saved)
+                self._tell("saved", saved, began)
+        except (OSError, *MALFORMED) as error:
+            slots = ()
+            self._count_failure(f"context was not saved: {error}")
+        self._is_saving = False
+        self._discard_all_but(slots)
+
+    def _save_slots(self, limit):
+        """Return the bytes saved, and SavedContext.slots."""
+        now = time.monotonic()
+        listed = self._ask(now + min(limit, SLOT_LIST_TIMEOUT), "/slots")
+        tokens = dict(self._restored)  # of which it tells nothing until they are used
+        for slot in listed:
+            if slot.get("n_prompt_tokens"):
+                tokens[int(slot["id"])] = slot["n_prompt_tokens"]
+        tokens = {number: n for number, n in tokens.items() if n >= MIN_CONTEXT}
+        share = SAVE_SHARE * sum(tokens.values()) / self._speed
+        deadline = time.monotonic() + min(limit, max(MIN_SAVE_TIMEOUT, share))
+        size, slots = 0, []
+        for number in tokens:
+            name = f"{folder_name(self.model.name)}.{number}.{os.urandom(4).hex()}"
+            path = self._files + name
+            os.close(open_private(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            answer = self._ask(deadline, f"/slots/{number}?action=save", path)
+            if os.path.getsize(path) != answer["n_written"]:
+                raise OSError("the file is not whole; is the disk full?")
+            if answer["n_saved"] >= MIN_CONTEXT:
+                size += answer["n_written"]
+                slots.append((number, path, answer["n_saved"]))
+        return size, slots
+
+    # -- both
+
+    def _may_probe(self):
+        return self._is_alive() or self._is_saving and not self._is_kill_asked
+
+    def _keeps_context(self):
+        is_wanted = self._contexts.size_of(self.model.context_dir) is not None
+        is_failing = self._contexts.failures[self._digest] >= MAX_FAILURES
+        return self._digest and is_wanted and not is_failing
+
+    def _count_failure(self, text):
+        is_stop_asked = self._is_kill_asked if self._is_ready else self._is_stop_asked
+        if not is_stop_asked:  # else that is why
+            self._contexts.failures[self._digest] += 1
+            if self._contexts.failures[self._digest] >= MAX_FAILURES:
+                text += "; no more contexts are kept"
+            self.on_line(f"llmswap: {text}")
+
+    def _discard_all_but(self, slots):
+        """Delete its other files of slots, also those that a kill left behind."""
+        name = re.escape(folder_name(self.model.name))
+        pattern = re.compile(re.escape(self._files) + name + r"\.\d+\.[0-9a-f]{8}")
+        with contextlib.suppress(OSError):
+            found = {entry.path for entry in os.scandir(self._files)}
+            found -= {path for _, path, _ in slots}
+            discard_files([*filter(pattern.fullmatch, found)])
+
+    def _tell(self, kind, saved, began):
+        tokens = sum(tokens for _, _, tokens in saved.slots)
+        self.on_context(self, kind, tokens, saved.size, time.monotonic() - began)
+
+    def _ask(self, deadline, target, path=None):
+        """Return what the answer's JSON means; `path` is the file that is to be read or
+        written. Raise OSError; TimeoutError if it is late."""
+        request = "GET", target, ""
+        if path:
+            body = json.dumps({"filename": os.path.basename(path)})
+            request = "POST", target, body
+        probe = self._probe(max(0.001, deadline - time.monotonic()), request)
+        if probe.ok:
+            return json.loads(probe.body)
+        text = f"{target}: {probe.reason} {probe.body[:200].decode(errors='replace')}"
+        raise TimeoutError(text) if probe.timed_out else OSError(text)
 
 
 # -- memory of what runs ---------------------------------------------------------------
@@ -4983,7 +4844,7 @@ class Needs:
             needs = {key: row._asdict() for key, row in rows.items() if row.amounts}
             fresh = f"{self._path}.{os.getpid()}"
             try:
-                make_private_folder(os.path.dirname(self._path))
+                os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
                 with open(fresh, "w", encoding="utf-8") as file:
                     json.dump(needs, file, indent=1)
                 os.replace(fresh, self._path)
@@ -5301,7 +5162,7 @@ class Metrics:
             self._newcomers.add(newcomer)
 
     def count_context(self, model: str, kind: str, tokens: int, seconds: float):
-        """A context was saved, restored or used: see ModelContext."""
+        """A context was saved, restored or used: see LlamaServerBackend."""
         if kind == "used":
             self.counts["context_seconds", model] += seconds
         else:
@@ -5987,7 +5848,10 @@ class Pool:
             return UnitBackend(model, rivals, settle_timeout)
         if model.kind == "remote":
             return RemoteBackend(model)
-        return ProcessBackend(model, self._guard, settle_timeout, self._contexts)
+        if model.context_dir:
+            contexts = self._contexts
+            return LlamaServerBackend(model, self._guard, settle_timeout, contexts)
+        return ProcessBackend(model, self._guard, settle_timeout)
 
     def _stop(self, decision):
         name, cause = decision.name, decision.cause
@@ -10037,7 +9901,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 try:
                     self._relay(outgoing, backend, transform_of)
                     self.usage = usage_in(bytes(self.reply.ends))
-                    backend.record_answer(self.usage, info.members)
+                    backend.record_answer(self.usage)
                     return self._log_if_slow()
                 except BackendDied as error:
                     may_resend = outgoing.is_repeatable and not is_last
