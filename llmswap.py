@@ -8260,48 +8260,17 @@ class StatusReport(NamedTuple):
 
 
 def snapshot(report: StatusReport) -> dict:
-    """Return what the page shows, ready for JSON.
-
-        {"version": "1.0", "born": 1750000000.0, "budget": {"vram": 25232932864},
-         "totals": {"models": 3, "loaded": 1, "running": 2, "waiting": 1,
-                    "rss": 5368709120, "vram": null},
-         "requests": 17,
-         "models": [{"id": "coder", ...most fields of ModelStatus...}, ...]}
-
-    Models that share another's backend are listed, but not counted.
-    """
-    own = [model for model in report.models if model.shares is None]
-    totals = {
-        "models": len(report.models),
-        "loaded": sum(model.state == "loaded" for model in own),
-        "running": sum(model.running for model in own),
-        "waiting": sum(model.waiting for model in own),
-        "rss": _total(model.rss for model in own),
-        "vram": _total(model.vram for model in own),
-    }
-    models = [_as_shown(model) for model in report.models]
-    return {
-        "version": report.version,
-        "born": report.born,
-        "problem": report.problem,
-        "budget": report.budget,
-        "totals": totals,
-        "requests": report.requests,
-        "models": models,
-    }
-
-
-def _as_shown(model):
-    shown = model._asdict()
-    for name in ("pid", "port", "entry"):
-        del shown[name]
-    shown["failure"] = str(model.failure) if model.failure else None
+    """Return what the page shows, ready for JSON: the report but for its meters, and of
+    each model the fields of its ModelStatus but for pid, port and entry."""
+    shown = {**report._asdict(), "models": []}
+    del shown["meters"]
+    for model in report.models:
+        fields = model._asdict()
+        for name in ("pid", "port", "entry"):
+            del fields[name]
+        fields["failure"] = str(model.failure) if model.failure else None
+        shown["models"].append(fields)
     return shown
-
-
-def _total(values):
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
 
 
 def printable(text: str) -> str:
@@ -8309,7 +8278,7 @@ def printable(text: str) -> str:
     that no terminal obeys it. Line feeds stay, tabs become blanks."""
     lines = re.sub(r"\x1b\[[0-9;]*m", "", text).expandtabs().split("\n")
     return "\n".join(
-        CONTROL_CHARS.sub(lambda found: ascii(found[0])[1:-1], line) for line in lines
+        CONTROL_CHARS.sub(lambda match: ascii(match[0])[1:-1], line) for line in lines
     )
 
 
@@ -8344,16 +8313,16 @@ def usage_in(ends: bytes) -> Usage:
     JSON or events, of OpenAI, Anthropic or llama-server, cut anywhere; of two values
     the last counts, and `usage` before llama-server's `timings`.
     """
-    found = {name.decode(): float(value) for name, value in _USAGE.findall(ends)}
-    if "input_tokens" in found:  # without those in the cache, as Anthropic counts
-        found["input_tokens"] += found.get("cache_read_input_tokens", 0)
-    if "prompt_n" in found:  # of the prompt, what was not in the cache
-        found["prompt_n"] += found.get("cache_n", 0)
+    numbers = {name.decode(): float(value) for name, value in _USAGE.findall(ends)}
+    if "input_tokens" in numbers:  # without those in the cache, as Anthropic counts
+        numbers["input_tokens"] += numbers.get("cache_read_input_tokens", 0)
+    if "prompt_n" in numbers:  # of the prompt, what was not in the cache
+        numbers["prompt_n"] += numbers.get("cache_n", 0)
     tokens_in, tokens_out, tokens_cached = (
-        next((int(found[name]) for name in names if name in found), None)
+        next((int(numbers[name]) for name in names if name in numbers), None)
         for names in (_NAMES_IN, _NAMES_OUT, _NAMES_CACHED)
     )
-    speeds = [found.get(name) for name in _SPEEDS]
+    speeds = [numbers.get(name) for name in _SPEEDS]
     return Usage(tokens_in, tokens_out, speeds[0], tokens_cached, speeds[1])
 
 
@@ -8368,7 +8337,7 @@ def speed_of(usage: Usage, seconds: float) -> Optional[float]:
 
 # -- Prometheus ------------------------------------------------------------------------
 
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+METRICS_TYPE = ("content-type", "text/plain; version=0.0.4; charset=utf-8")
 
 
 # Kind; field of ModelStatus (gauges) or name in Metrics.counts; name after `llmswap_`;
@@ -8418,15 +8387,15 @@ def metrics_text(report: StatusReport) -> str:
     for kind, name, text, samples in families:
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
         for suffix, labels, number in samples:
-            pairs = [f'{key}="{_escaped(value)}"' for key, value in labels.items()]
-            inner = "{" + ",".join(pairs) + "}" if pairs else ""
+            pairs = ",".join(f'{key}={_quoted(text)}' for key, text in labels.items())
+            inner = "{" + pairs + "}" if pairs else ""
             lines += [] if number is None else [f"{name}{suffix}{inner} {number!r}"]
     return "\n".join(lines) + "\n"
 
 
-def _escaped(value):
-    text = printable(str(value)).replace("\\", r"\\")
-    return text.replace('"', r"\"").replace("\n", r"\n")
+def _quoted(value):
+    text = printable(str(value)).replace("\\", r"\\").replace('"', r"\"")
+    return '"' + text.replace("\n", r"\n") + '"'
 
 
 def _process_metrics(report):
@@ -8553,7 +8522,7 @@ pre {
   font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace;
 }
 
-/* Two columns: the models; prompt, log and requests */
+/* Two columns: the models; prompt and requests */
 .columns {
   display: grid; grid-template-columns: minmax(0, 1fr) minmax(340px, 420px);
   gap: 28px; align-items: start;
@@ -8618,24 +8587,18 @@ progress { width: 100%; height: 8px; margin-top: 12px; accent-color: var(--loadi
   border: 1px solid var(--line); border-radius: 8px;
 }
 
-/* Prompt, log and requests */
+/* Prompt and requests */
 aside {
   position: sticky; top: 16px; display: flex; flex-direction: column; gap: 16px;
   max-height: calc(100vh - 92px); padding-top: 27px;
 }
 aside .sheet, #answer { display: flex; flex-direction: column; gap: 10px; }
 aside .sheet { padding: 14px; }
-aside h2 { display: flex; align-items: center; margin: 0; font-weight: 400; }
-aside h2 span {
+:is(aside, #log) h2 { display: flex; align-items: center; margin: 0; font-weight: 400; }
+:is(aside, #log) h2 span {
   flex: 1; margin: 0; color: var(--ink); font-weight: 600; font-size: 15px;
 }
 #prompt { flex: none; }
-#prompt .close { display: none; }
-#log { flex: 1 0 min(320px, 40vh); }
-#lines {
-  flex: 1; min-height: 120px; margin: 0 -14px -14px; padding: 10px 14px;
-  border-top: 1px solid var(--line); border-radius: 0 0 14px 14px; outline-offset: -2px;
-}
 #requests { min-height: 130px; padding-bottom: 0; }
 #only { width: auto; max-width: 60%; padding: 3px 8px; font-size: 13.5px; }
 #recent { overflow: auto; margin: 0 -14px; }
@@ -8660,16 +8623,17 @@ details dl div:last-child { flex-basis: 100%; grid-column: 1 / -1; }
 .send button { padding-inline: 18px; }
 #stats { color: var(--soft); font-size: 13px; }
 #answer { max-height: 40vh; overflow: auto; }
-[data-panel=log] #answer { max-height: 12vh; }
 #answer p { white-space: pre-wrap; }
 #thought { padding-left: 12px; border-left: 2px solid var(--line); color: var(--soft); }
 
 /* Above all */
 dialog, #notice { color: var(--ink); box-shadow: 0 12px 40px rgb(0 0 0 / .3); }
-dialog { margin: auto; width: min(400px, calc(100vw - 32px)); padding: 22px; }
+dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 22px; }
 dialog form { display: grid; gap: 12px; }
+#log { width: 1000px; padding: 14px; }
+#lines { height: 80vh; padding: 10px 12px; border-radius: 8px; }
 #notice {
-  position: fixed; z-index: 3; inset: auto 16px 20px; margin: auto; width: fit-content;
+  position: fixed; z-index: 1; inset: auto 16px 20px; margin: auto; width: fit-content;
   max-width: 560px; max-height: 50vh; overflow: auto; padding: 11px 16px;
   font-size: 14px; white-space: pre-wrap; cursor: pointer;
 }
@@ -8680,19 +8644,8 @@ dialog form { display: grid; gap: 12px; }
   #totals { order: 3; flex-basis: 100%; gap: 2px 16px; }
   #link { margin-left: auto; }
   #search { order: 4; width: 100%; margin-top: 6px; }
-  .columns, aside, aside #prompt .close { display: block; }
+  .columns { display: block; }
   aside { position: static; padding: 0; max-height: none; }
-  body:not([data-panel=prompt]) #prompt, body:not([data-panel=log]) #log {
-    display: none;
-  }
-  #prompt, #log {
-    position: fixed; z-index: 2; inset: auto 0 0; max-height: 86dvh;
-    padding-bottom: max(14px, env(safe-area-inset-bottom));
-    border-radius: 16px 16px 0 0; box-shadow: 0 -10px 40px rgb(0 0 0 / .3);
-  }
-  #log { height: 86dvh; flex: none; }
-  #lines { border-radius: 0; }
-  #answer { height: 40vh; } /* Stop stays where it is */
   input, select, textarea, #only { font-size: 16px; }
 }
 @media (max-width: 620px) {
@@ -8761,24 +8714,21 @@ function fill(element, texts) {
   }
 }
 
-function clone(template, id, elements) {
-  const element = $(template).content.firstElementChild.cloneNode(true);
-  element.dataset.id = id;
-  elements.set(id, element);
-  return element;
+function rowOf(rows, template, id) {
+  const {firstElementChild} = $(template).content;
+  if (!rows.has(id)) rows.set(id, firstElementChild.cloneNode(true));
+  rows.get(id).dataset.id = id;
+  return rows.get(id);
 }
 
-function keepOnly(elements, items) {
+function keepOnly(rows, items) {
   const ids = new Set(items.map(({id}) => id));
-  for (const [id, element] of elements) {
-    if (!ids.has(id)) element.remove(), elements.delete(id);
-  }
+  for (const [id, row] of rows) if (!ids.has(id)) row.remove(), rows.delete(id);
 }
 
-function place(ul, elements) {
-  elements.forEach((element, at) => {
-    const before = ul.children[at];
-    if (element !== before) ul.insertBefore(element, before);
+function place(ul, rows) {
+  rows.forEach((row, at) => {
+    if (row !== ul.children[at]) ul.insertBefore(row, ul.children[at]);
   });
 }
 
@@ -8933,10 +8883,9 @@ function paint() {
   paintRequests();
   keepFocus(focused);
   show($("none"), !models.length);
-  put($("problem"), snapshot.problem || "");
-  show($("problem"), snapshot.problem);
+  put($("problem"), snapshot.problem);
   show($("search"), models.length > 12);
-  paintTotals(snapshot.totals);
+  paintTotals(models);
   paintChoice();
 }
 
@@ -8960,12 +8909,18 @@ function paintGroup(name) {
   show(section, shown);
 }
 
-function paintTotals({loaded, models, running, waiting, rss, vram}) {
-  const memory = [rss && `${bytes(rss)} memory`, vram && `${bytes(vram)} VRAM`];
-  const work = (running || waiting) && requests(running, waiting);
-  put($("totals"), join([`${loaded} of ${models} loaded`, work, ...memory]));
-  const isLoaded = ({state, shares}) => state === "loaded" && !shares;
-  const names = snapshot.models.filter(isLoaded).map(({id}) => id);
+function paintTotals(models) {
+  const own = models.filter(({shares}) => !shares);
+  const total = (name) => own.reduce((sum, model) => sum + (model[name] || 0), 0);
+  const [rss, vram] = [total("rss"), total("vram")];
+  const [running, waiting] = [total("running"), total("waiting")];
+  const names = own.filter(({state}) => state === "loaded").map(({id}) => id);
+  put($("totals"), join([
+    `${names.length} of ${models.length} loaded`,
+    (running || waiting) && requests(running, waiting),
+    rss && `${bytes(rss)} memory`,
+    vram && `${bytes(vram)} VRAM`,
+  ]));
   document.title = join([...names, "llmswap"]);
 }
 
@@ -8993,17 +8948,8 @@ function makeBar({name, size, parts}) {
   return [make("p", `${name} ${bytes(size)}`), bar];
 }
 
-function makeRow(id) {
-  const row = clone("model-row", id, rows);
-  for (const act of row.querySelector(".acts").children) {
-    act.ariaLabel = `${act.textContent} ${id}`;
-  }
-  row.querySelector("a").href = `/upstream/${encodeURIComponent(id)}/`;
-  return row;
-}
-
 function paintModel(model, age) {
-  const row = rows.get(model.id) || makeRow(model.id), {state, shares} = model;
+  const row = rowOf(rows, "model-row", model.id), {state, shares} = model;
   const kind = {remote: "remote", unit: "systemd unit"}[model.kind];
   const failure = model.unusable || (state === "failed" && model.failure) || "";
   const [why, ...lines] = failure.split("\n");
@@ -9046,18 +8992,14 @@ function requests(running, waiting) {
   return join(parts, ", ") || "none";
 }
 
-function contextOf({context, context_seconds: seconds}) {
-  return join([bytes(context), seconds && `${duration(seconds, true)} spared`], ", ");
-}
-
 function factsOf(model, age) {
-  const left = model.unload_in;
+  const {context, context_seconds: spared, unload_in: left} = model;
   return {
     rss: bytes(model.rss),
     vram: bytes(model.vram),
     requests: requests(model.running, model.waiting),
     speed: speed(model.tokens_per_second),
-    saved: contextOf(model),
+    saved: join([bytes(context), spared && `${duration(spared, true)} spared`], ", "),
     left: left !== null && duration(left - age, true),
   };
 }
@@ -9067,30 +9009,27 @@ function paintActs(acts, model) {
   const word = {failed: "Try again", unloaded: "Load", loading: "Cancel"}[state];
   const main = acts.lastElementChild;
   put(main, shares ? "" : word || "Unload");
-  main.ariaLabel = `${main.textContent} ${id}`;
+  for (const act of acts.children) act.ariaLabel = `${act.textContent} ${id}`;
   main.dataset.do = isHeld ? "unload" : "load";
   main.ariaDisabled = state === "unloading";
   const hasRun = kind !== "remote" && (model.seconds !== null || isHeld);
   show(acts.querySelector("[data-do=log]"), !shares && hasRun);
   const hasPage = kind === "llama-server" && state === "loaded";
   show(acts.querySelector("a"), !shares && hasPage);
+  acts.querySelector("a").href = `/upstream/${encodeURIComponent(id)}/`;
   show(acts, state !== "unusable");
 }
 
 // ---- Buttons and panels ----
 
-let returnFocusTo = null; // the button that opened a panel
-
 const actions = {
   load: (id) => post("/models/load", {model: id}),
   unload: (id) => post("/models/unload", {model: id}),
   cancel: (id) => post(`/api/requests/${id}/cancel`, {}),
-  log: openLog,
-  close: () => openPanel(""),
+  log: followLog,
   prompt(id) {
     $("model").value = id;
     isChosen = true;
-    openPanel("prompt");
     $("text").focus();
   },
 };
@@ -9099,10 +9038,9 @@ document.addEventListener("click", async (event) => {
   const button = event.target.closest("[data-do]");
   if (!button || button.ariaDisabled === "true") return;
   if (event.detail > 1) return; // of a double click on Load, the second would cancel
-  const action = button.dataset.do, id = button.closest("li")?.dataset.id || "";
-  if (action !== "close") returnFocusTo = button;
+  const id = button.closest("li")?.dataset.id || "";
   try {
-    await actions[action](id);
+    await actions[button.dataset.do](id);
   } catch (error) {
     notify(`${id}: ${error.message}`);
   }
@@ -9114,18 +9052,6 @@ function notify(text) {
   notify.timer = setTimeout(() => show($("notice"), false), 10000);
 }
 
-function openPanel(name) {
-  document.body.dataset.panel = name;
-  if (name) return;
-  logReader?.abort();
-  show($("log"), false);
-  returnFocusTo?.focus();
-}
-
-document.addEventListener("keydown", (event) => {
-  const isOpen = document.body.dataset.panel && !$("door").open;
-  if (event.key === "Escape" && isOpen) openPanel("");
-});
 $("search").addEventListener("input", paint);
 $("notice").addEventListener("click", () => show($("notice"), false));
 
@@ -9160,7 +9086,7 @@ function paintRequests() {
 
 function paintRequest(request, age) {
   const {id, started, model, asked, client, user_agent: agent} = request;
-  const row = requestRows.get(id) || clone("request-row", id, requestRows);
+  const row = rowOf(requestRows, "request-row", id);
   const isRunning = request.status === null, json = JSON.stringify(request);
   if (isRunning) fill(row, {total: duration(request.seconds + age, true)});
   if (row.shown === json) return row;
@@ -9228,18 +9154,14 @@ $("only").addEventListener("change", () => { recentAt = 0, fetchRequests(); });
 
 // ---- A log, followed as long as its end is visible ----
 
-let logReader = null; // aborts the request
-
-async function openLog(id) {
-  logReader?.abort();
-  const {signal} = logReader = new AbortController(), lines = $("lines");
+async function followLog(id) {
+  const reading = new AbortController(), {signal} = reading, lines = $("lines");
   const colours = /\x1b\[[\d;]*m/g;
   const write = (text) => append(text.replace(colours, ""), lines, lines, 3000);
-  put($("log").querySelector("span"), `Log of ${id || "llmswap"}`);
+  put($("log-title"), `Log of ${id || "llmswap"}`);
   lines.replaceChildren();
-  show($("log"), true);
-  openPanel("log");
-  lines.focus();
+  $("log").onclose = () => reading.abort();
+  $("log").showModal();
   try {
     const path = id ? `/logs/stream/${encodeURIComponent(id)}` : "/logs/stream";
     for await (const text of texts(await request(path, {signal}))) write(text);
@@ -9360,8 +9282,7 @@ STATUS_PAGE = """<!doctype html>
   </main>
   <aside>
     <section id="prompt" class="sheet" aria-label="Prompt" hidden>
-      <h2><span>Prompt</span>
-        <button class="plain close" data-do="close">Close</button></h2>
+      <h2><span>Prompt</span></h2>
       <textarea id="text" aria-label="Prompt" placeholder="Ask something"></textarea>
       <div class="send">
         <select id="model" aria-label="Model"></select>
@@ -9372,10 +9293,6 @@ STATUS_PAGE = """<!doctype html>
         <p id="thought"></p><p id="reply"></p><p id="error"></p>
       </div>
     </section>
-    <section id="log" class="sheet" aria-label="Log" hidden>
-      <h2><span></span><button class="plain close" data-do="close">Close</button></h2>
-      <pre id="lines" aria-label="Lines" tabindex="0"></pre>
-    </section>
     <section id="requests" class="sheet" aria-label="Requests">
       <h2><span>Requests</span><select id="only" aria-label="Requests of"></select></h2>
       <ul id="recent"></ul>
@@ -9384,6 +9301,12 @@ STATUS_PAGE = """<!doctype html>
 </div>
 <p id="live-region" class="unseen" role="status"></p>
 <p id="notice" role="alert" title="Dismiss" hidden></p>
+<dialog id="log" aria-labelledby="log-title">
+  <form method="dialog">
+    <h2><span id="log-title"></span><button class="plain">Close</button></h2>
+    <pre id="lines" aria-label="Lines" tabindex="0" autofocus></pre>
+  </form>
+</dialog>
 <dialog id="door" aria-labelledby="door-title">
   <form method="dialog">
     <h2 id="door-title">API key</h2>
@@ -9479,7 +9402,7 @@ LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
 NAME_LIMIT = 1000  # characters of a model's name in a request
 NAME_PARTS = 64  # between slashes in one
 SLOW_SECONDS = 10.0  # until the first byte; such requests are logged
-NOTICE_EVERY = 5.0  # s, for clients that are told how far a load is
+NOTICE_EVERY = 5.0  # s; so often a waiting chat shows the progress of a load
 INPUTS = {"vision": "image", "audio": "audio"}  # llama.cpp's words by capability
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -9498,9 +9421,8 @@ TEXT_TYPE = ("content-type", "text/plain; charset=utf-8")
 
 
 class RequestLog:
-    """The requests in flight, and the last that ended: who asked for what. Bodies are
-    not kept. Any thread may call.
-    """
+    """The requests in flight, and the last that ended, without their bodies. Any thread
+    may call."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -9549,8 +9471,8 @@ class RequestLog:
             )
 
     def cancel(self, number: str) -> bool:
-        """End a request as if its client had left, which is told why; return whether it
-        was in flight."""
+        """End a request as if its client had left, which is sent the reason; return
+        whether it was in flight."""
         with self._lock:
             for row, response, _ in self._running.values():
                 if str(row["id"]) == number:
@@ -9573,7 +9495,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wire = SocketReader(self.request)
         late = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
         self.late = StallMonitor(HEAD_SECONDS, late)
-        self.is_unread = False  # the client may be sending what nobody reads
+        self.is_unread = False  # part of a body, which the client may still be sending
         if self.request.family != socket.AF_UNIX:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         set_socket_timeouts(self.request)
@@ -9658,15 +9580,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = not self.reply.is_persistent
 
     def _log_if_slow(self):
-        first_at = self.reply.first_at
-        if first_at is None or first_at < self.began + SLOW_SECONDS:
-            return
-        where = f"{self.head.method} {self.head.path[:60]}"
-        seconds = first_at - self.began
-        text = f"{self.model.name}: first byte of {where} after {seconds:.1f} s"
-        if self.waited >= LONG_WAIT:
-            text += f", {self.waited:.1f} s of it waiting"
-        self.server.log("info", text)
+        seconds = (self.reply.first_at or self.began) - self.began
+        if seconds >= SLOW_SECONDS:
+            target = f"{self.head.method} {self.head.path[:60]}"
+            text = f"{self.model.name}: first byte of {target} after {seconds:.1f} s"
+            if self.waited >= LONG_WAIT:
+                text += f", {self.waited:.1f} s of it waiting"
+            self.server.log("info", text)
 
     def _count_request(self):
         """Count the request if it was for a model or was refused."""
@@ -9678,7 +9598,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         seconds = time.monotonic() - self.began
         usage = self.usage if status < 300 else Usage()
         speed = speed_of(usage, seconds - (self.waited or 0))
-        self._record_end(status, seconds, usage, speed)
+        is_refused = self.head is not None and status >= 400 and status != 499
+        if self.row or is_refused:
+            self._record_end(status, seconds, usage, speed)
         tokens = usage.tokens_in or 0, usage.tokens_out or 0, usage.tokens_cached or 0
         received = self.body.received if self.body is not None else 0
         counts = status, seconds, self.waited, *tokens, received, reply.sent
@@ -9701,15 +9623,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         )
 
     def _record_end(self, status, seconds, usage, speed):
-        is_refused = self.head is not None and status >= 400 and status != 499
-        if self.row is None and not is_refused:
-            return
-        reply, row = self.reply, self.row or self._new_row(self.info)
-        error = self.error or reply.problem
+        row, first_at = self.row or self._new_row(self.info), self.reply.first_at
+        error = self.error or self.reply.problem
         row.update(
             status=status,
             seconds=seconds,
-            first_byte=reply.first_at and reply.first_at - self.began,
+            first_byte=first_at and first_at - self.began,
             tokens_in=usage.tokens_in,
             tokens_cached=usage.tokens_cached,
             tokens_out=usage.tokens_out,
@@ -9725,10 +9644,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.error = error
         if isinstance(error, SpokenTLS):
             self.server.warn_of_tls()
-        if isinstance(error, OSError):  # of disk or memory; the client's own is caught
-            error = APIError(f"{type(error).__name__}: {error}")
-        elif isinstance(error, ConfigError):
-            error = APIError(str(error))
+        if not isinstance(error, APIError):  # the client's own OSErrors are caught
+            kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+            error = APIError(f"{kind}{error}")
         reply = self.reply = self.reply or ClientResponse(self.request, None, [])
         if self.body is None or not self.body.can_be_skipped:
             reply.is_persistent = False
@@ -9741,7 +9659,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             reply.abort(error)
 
     def _send_error(self, error):
-        headers = [JSON_TYPE]
+        headers = []
         if error.retry_after is not None:
             headers.append(("retry-after", str(math.ceil(error.retry_after))))
         if error.may_retry is not None:
@@ -9756,16 +9674,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = error_body(error)
         if self.reply.is_for_anthropic:
             body = {"type": "error", **body}
-        self._send(error.status, headers, _dump(body))
+        self._send_json(body, error.status, headers)
 
-    def _send(self, status, headers, payload):
+    def _send(self, payload, status=200, headers=()):
         self.reply.answer(status, [*headers, ("server", SERVER_NAME)], payload)
 
-    def _send_json(self, value):
-        self._send(200, [JSON_TYPE], _dump(value))
+    def _send_json(self, value, status=200, headers=()):
+        self._send(_dump(value), status, [JSON_TYPE, *headers])
 
-    def _send_text(self, text):
-        self._send(200, [TEXT_TYPE], text.encode())
+    def _send_text(self, text, content_type=TEXT_TYPE):
+        self._send(text.encode(), headers=[content_type])
 
     def _stream(self, next_item, render, pause=0.0):
         """Send items until the client leaves or llmswap ends. An item that is None says
@@ -9785,13 +9703,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _check_access(self):
         """Raise Forbidden or Unauthorized unless Host, Origin and key are accepted."""
         self._check_host(self.head.get("host"))
-        origin = self.head.get("origin")
-        is_safe = self.head.method in SAFE_METHODS and not self.head.is_upgrade
+        head, keys, origin = self.head, self.config.api_keys, self.head.get("origin")
+        is_safe = head.method in SAFE_METHODS and not head.is_upgrade
         if origin and not is_safe and not self._is_origin_allowed(origin):
             raise _foreign(origin)
-        is_open = self.head.path in OPEN_PATHS and not self._wants_snapshots()
-        keys = self.config.api_keys
-        if self.head.method == "OPTIONS" or is_open or not keys:
+        is_open = head.path in OPEN_PATHS and not self._wants_snapshots()
+        if head.method == "OPTIONS" or is_open or not keys:
             return
         if not any(_is_key(given, keys) for given in self._given_keys()):
             raise Unauthorized("a valid API key is needed (Authorization: Bearer KEY)")
@@ -9811,8 +9728,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         allowed = self.config.settings.cors_origins
         if "*" in allowed or origin in allowed or self._is_own_origin(origin):
             return True
-        name = origin.partition("://")[2]
-        return "localhost" in allowed and _host_name(name) in LOOPBACK_NAMES
+        name = _host_name(origin.partition("://")[2])
+        return "localhost" in allowed and name in LOOPBACK_NAMES
 
     def _is_own_origin(self, origin):
         name = origin.partition("://")[2]
@@ -9850,7 +9767,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self._check_not_from_a_page()
 
     def _given_keys(self):
-        """Yield the bytes of what may be a key."""
+        """Yield, as bytes, what may be a key in the headers."""
         for value in self.head.all("x-api-key"):
             yield value.encode("latin-1")
         for value in self.head.all("authorization"):
@@ -9884,7 +9801,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if method == "OPTIONS":
             route = Handler.answer_preflight
         if route:
-            self.body.hold(MAX_UNREAD_BODY)  # nothing is done before its framing held
+            self.body.hold(MAX_UNREAD_BODY)  # a body framed wrongly must change nothing
             return route(self)
         for prefix, methods, action in PREFIXES:
             if head.path.startswith(prefix) and (not methods or method in methods):
@@ -9916,13 +9833,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json([])  # no stream can be resumed
 
     def answer_preflight(self):
-        wanted = self.head.get("access-control-request-headers") or "*"
+        names = self.head.get("access-control-request-headers") or "*"
         headers = [
             ("access-control-allow-methods", "GET, POST, PUT, PATCH, DELETE, OPTIONS"),
-            ("access-control-allow-headers", wanted),
+            ("access-control-allow-headers", names),
             ("access-control-max-age", "600"),
         ]
-        self._send(204, headers if self.reply.extra else [], b"")
+        self._send(b"", 204, headers if self.reply.extra else [])
 
     def _wants_snapshots(self):
         """Return whether our page asks for `/` once more, as a stream of events."""
@@ -9940,7 +9857,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ("cache-control", "no-cache"),
             ("vary", "Accept"),
         ]
-        self._send(200, headers, STATUS_PAGE.encode())
+        self._send(STATUS_PAGE.encode(), headers=headers)
 
     def _stream_snapshots(self):
         """Send a snapshot at each change, and every 2 s while a model is held."""
@@ -9957,13 +9874,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return snapshot(report)
 
         self.reply.begin_events()
-        self._stream(next_snapshot, _as_event, pause=0.25)  # nobody reads faster
+        self._stream(next_snapshot, _as_event, pause=0.25)  # faster is unreadable
 
     def get_metrics(self):
         if self.head.parameter("model") is not None:
             return self.get_from_model()
-        text = metrics_text(self._status_report())
-        self._send(200, [("content-type", METRICS_TYPE)], text.encode())
+        self._send_text(metrics_text(self._status_report()), METRICS_TYPE)
 
     def _status_report(self):
         facts = self.pool.inspector.facts_of([*self.config.models.values()])
@@ -10021,6 +9937,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json({"requests": rows[: int(limit) if limit else None]})
 
     def cancel_request(self, rest):
+        """End a request; `rest` is its number and /cancel."""
         number, _, action = rest.partition("/")
         if action != "cancel":
             raise NotFound(f"there is nothing at {self.head.path}")
@@ -10138,9 +10055,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _may_autoload(self, by_default=True):
         """Return whether the request may load its model, by llama.cpp's rules."""
-        given = self.head.parameter("autoload")
-        if given:
-            return given in ("true", "1")
+        wish = self.head.parameter("autoload")
+        if wish:
+            return wish in ("true", "1")
         return by_default and self.config.settings.models_autoload
 
     def route_upstream(self, rest):
@@ -10149,8 +10066,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         model = self.model = self._resolve(name)
         query = self.head.target[len(self.head.path) :]
         if not path:
-            headers = [("location", f"/upstream/{rest}/{query}")]
-            return self._send(308, headers, b"")
+            return self._send(b"", 308, [("location", f"/upstream/{rest}/{query}")])
         self._check_may_load(model)
         is_page = path == "/" or self.head.method not in SAFE_METHODS
         if not self._may_autoload(is_page) and not self.pool.is_held(model):
@@ -10236,7 +10152,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                         continue
                     reason = backend.death(1.0) if has_died else None
                     error = BackendDied(str(reason)) if reason else error
-                    error.may_retry = False if is_last else None  # it kills
+                    error.may_retry = False if is_last else None  # it kills them
                     raise error
 
     def _look_after_client(self):
@@ -10292,20 +10208,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             held = [edited_json(info.members, edits)]
         elif info.model is not None and edits.model is not None:
             view, (start, end) = memoryview(body.held), info.span
-            name = self._form_value(edits.model)
-            held = [view[:start], name, view[end:]]
-            length = length and length + len(name) - (end - start)
+            name = edits.model
+            if not self.head.get("content-type").lower().startswith("multipart/"):
+                name = urllib.parse.quote_plus(name)
+            held = [view[:start], name.encode(), view[end:]]
+            length = length and length + len(held[1]) - (end - start)
         else:
             held = [body.held]
         rest = body
         if body.is_complete:
             length, rest = sum(map(len, held)), None
         return UpstreamRequest(self.head.method, target, [], held, length, rest)
-
-    def _form_value(self, name):
-        if self.head.get("content-type").lower().startswith("multipart/"):
-            return name.encode()
-        return urllib.parse.quote_plus(name).encode()
 
     def _relay(self, outgoing, backend, *more):
         key = backend.model.settings.proxy_key
@@ -10397,13 +10310,11 @@ def _repair_of(answer):
 
 def _edits_of(model, info):
     settings = model.settings
-    removed = {name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members}
-    removed.update(settings.strip_params)
-    name = settings.model_name or None
+    timeouts = [name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members]
     return BodyEdits(
-        name,
+        settings.model_name or None,
         settings.set_params or {},
-        frozenset(removed),
+        frozenset([*timeouts, *settings.strip_params]),
         settings.default_params or {},
     )
 
@@ -10411,10 +10322,10 @@ def _edits_of(model, info):
 def _idle_timeout_in(members):
     """Return the seconds that a request asks for, below 0 for ever; None if it does
     not ask."""
-    given = [name for name in IDLE_TIMEOUT_PARAMETERS if members.get(name) is not None]
-    if not given:
+    names = [name for name in IDLE_TIMEOUT_PARAMETERS if members.get(name) is not None]
+    if not names:
         return None
-    value = members[given[0]]
+    value = members[names[0]]
     try:
         if isinstance(value, str):
             sign = -1 if value.startswith("-") else 1
@@ -10423,8 +10334,8 @@ def _idle_timeout_in(members):
             raise ValueError
         return float(value)
     except (TypeError, ValueError, OverflowError):
-        text = f"{given[0]}: {value!r} is not a duration"
-        raise BadRequest(text, given[0]) from None
+        text = f"{names[0]}: {value!r} is not a duration"
+        raise BadRequest(text, names[0]) from None
 
 
 def _foreign(origin):
