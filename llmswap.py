@@ -8751,7 +8751,7 @@ function append(text, target, scroller, most = Infinity) {
 // ---- Requests; the API key is asked for once ----
 
 let key = sessionStorage.getItem("llmswap-key") || "";
-let keyEntered = null; // resolves once somebody has entered a key
+let keyEntered = null; // a promise, while a key is asked for
 
 async function request(path, options = {}) {
   for (;;) {
@@ -9173,7 +9173,7 @@ async function followLog(id) {
 // ---- A prompt, and its streaming answer ----
 
 let asking = null; // aborts the request; knows whether an answer came
-let isChosen = false; // somebody chose the model
+let isChosen = false; // the model, by hand
 
 function paintChoice() {
   const usable = snapshot.models.filter((model) => !model.unusable);
@@ -9388,8 +9388,8 @@ def page_policy() -> str:
 #    A route either replies or raises; `handle_one_request` alone answers errors.
 # ==================================================================================
 
-ROWS_KEPT = 500  # requests that are remembered
-SHOWN_LENGTH = 200  # characters of what a client says of itself
+MAX_ENDED_REQUESTS = 500  # that are remembered
+SHOWN_LENGTH = 200  # characters of a client's header or path
 ERROR_LENGTH = 500
 REQUEST_FIELDS = (
     "id started client user_agent session method path asked model stream waited "
@@ -9429,7 +9429,7 @@ class RequestLog:
         self._numbers = itertools.count(1)
         self._running = {}  # by number: (row, response, when it began)
         self._ended_count = 0
-        self._ended = collections.deque(maxlen=ROWS_KEPT)
+        self._ended = collections.deque(maxlen=MAX_ENDED_REQUESTS)
 
     def begin(self, row: dict, response: ClientResponse):
         """A request is in flight, answered by `response`; `row` gets a number."""
@@ -9446,8 +9446,8 @@ class RequestLog:
             self._ended.append(tuple(row.values()))  # a fifth of a dict's size
 
     def rows(self) -> List[dict]:
-        """Return those in flight, with what is known by now, and then the others; each
-        newest first."""
+        """Return the requests in flight, as far as they are, then those that ended;
+        each newest first."""
         now = time.monotonic()
         with self._lock:
             running = [
@@ -9543,11 +9543,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return True
         if self.wire.is_untouched:  # a new connection counts as busy
             return self.wire.wait_readable(IDLE_SECONDS)
-        self.server.begin_idling(self.request)
-        try:
+        with self.server.idling(self.request):
             return not self.server.is_closing and self.wire.wait_readable(IDLE_SECONDS)
-        finally:
-            self.server.end_idling(self.request)
 
     def parse_request(self) -> bool:
         """Read a head, strictly; False if the client sends no more requests."""
@@ -9560,7 +9557,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not raw:
             return False
         self.head = self.headers = Request(raw)
-        self.head.drop_slash(path for _, path in ROUTES)
+        self.head.drop_slash(ROUTES)
         self.command, self.path = self.head.method, self.head.target
         self.request_version = "HTTP/1.0" if self.head.is_http_10 else "HTTP/1.1"
         self.reply = ClientResponse(self.request, self.head, self._cors_headers())
@@ -9669,8 +9666,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             scheme = 'Basic realm="API key"' if is_page else "Bearer"
             headers.append(("www-authenticate", scheme))
         if error.status == 405:
-            methods = [method for method, path in ROUTES if path == self.head.path]
-            headers.append(("allow", ", ".join([*methods, "OPTIONS"])))
+            headers.append(("allow", ", ".join([*ROUTES[self.head.path], "OPTIONS"])))
         body = error_body(error)
         if self.reply.is_for_anthropic:
             body = {"type": "error", **body}
@@ -9762,9 +9758,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _check_may_load(self, model):
         """For GETs: they may load the model only if no foreign page asks for it."""
-        if self.head.method in SAFE_METHODS:
-            if self.pool.state_of(model) is not State.LOADED:
-                self._check_not_from_a_page()
+        if self.pool.state_of(model) is not State.LOADED:
+            self._check_not_from_a_page()
 
     def _given_keys(self):
         """Yield, as bytes, what may be a key in the headers."""
@@ -9794,23 +9789,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- routes ----------------------------------------------------------------------
 
     def _route(self):
-        """Do what the path means; whatever is not ours belongs to a model."""
-        head = self.head
-        method = "GET" if head.method == "HEAD" else head.method
-        route = ROUTES.get((method, head.path))
-        if method == "OPTIONS":
-            route = Handler.answer_preflight
+        """Answer if the path is one of ours; all others are routed by model."""
+        path, routes = self.head.path, ROUTES.get(self.head.path, {})
+        method = "GET" if self.head.method == "HEAD" else self.head.method
+        is_preflight = method == "OPTIONS"
+        route = Handler.answer_preflight if is_preflight else routes.get(method)
         if route:
             self.body.hold(MAX_UNREAD_BODY)  # a body framed wrongly must change nothing
             return route(self)
         for prefix, methods, action in PREFIXES:
-            if head.path.startswith(prefix) and (not methods or method in methods):
+            if path.startswith(prefix) and (not methods or method in methods):
                 self.body.hold(MAX_UNREAD_BODY if methods else 0)
-                rest = head.path[len(prefix) :]
+                rest = path[len(prefix) :]
                 return action(self, rest.rstrip("/") if methods else rest)
-        if head.path not in MODEL_PATHS:
-            if any(path == head.path for _, path in ROUTES):
-                raise MethodNotAllowed(f"{head.path} has no {head.method}")
+        if routes and path not in MODEL_PATHS:
+            raise MethodNotAllowed(f"{path} has no {self.head.method}")
         self._check_base_url()
         self.route_by_model()
 
@@ -9979,23 +9972,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_running(self):
         words = {"loading": "starting", "loaded": "ready", "unloading": "stopping"}
-        running = []
         facts = self.pool.inspector.facts_of([*self.config.models.values()])
-        for status in self.pool.statuses():
-            model = self.config.models.get(status.id)
-            if model is None or status.state == "unloaded" or status.shares:
-                continue
-            running.append(
-                {
-                    "model": status.id,
-                    "state": words.get(status.state, status.state),
-                    "cmd": shlex.join(shown_command(facts[status.id], status)),
-                    "proxy": model.url(str(status.port)),
-                    "ttl": int(model.settings.idle_timeout),
-                    "name": status.id,
-                    "description": model.settings.description,
-                }
-            )
+        running = [
+            {
+                "model": status.id,
+                "state": words.get(status.state, status.state),
+                "cmd": shlex.join(shown_command(facts[status.id], status)),
+                "proxy": self.config.models[status.id].url(str(status.port)),
+                "ttl": int(self.config.models[status.id].settings.idle_timeout),
+                "name": status.id,
+                "description": status.description,
+            }
+            for status in self.pool.statuses()
+            if status.id in facts and status.state != "unloaded" and not status.shares
+        ]
         self._send_json({"running": running})
 
     def get_props(self):
@@ -10244,32 +10234,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 ROUTES = {
-    ("GET", "/"): Handler.get_page,
-    ("GET", "/health"): Handler.get_health,
-    ("GET", "/v1/health"): Handler.get_health,
-    ("GET", "/v1/models"): Handler.get_models,
-    ("GET", "/models"): Handler.get_models,
-    ("GET", "/models/sse"): Handler.get_events,
-    ("POST", "/models/load"): Handler.post_load,
-    ("POST", "/models/unload"): Handler.post_unload,
-    ("GET", "/props"): Handler.get_props,
-    ("GET", "/slots"): Handler.get_from_model,
-    ("GET", "/metrics"): Handler.get_metrics,
-    ("GET", "/lora-adapters"): Handler.get_from_model,
-    ("GET", "/running"): Handler.get_running,
-    ("GET", "/api/requests"): Handler.get_requests,
-    ("GET", "/unload"): Handler.unload,
-    ("POST", "/unload"): Handler.unload,
-    ("POST", "/api/models/unload"): Handler.unload,
-    ("POST", "/v1/streams/lookup"): Handler.post_streams_lookup,
-    ("GET", "/tools"): Handler.refuse_feature,
-    ("POST", "/tools"): Handler.refuse_feature,
-    ("GET", "/cors-proxy"): Handler.refuse_feature,
-    ("POST", "/cors-proxy"): Handler.refuse_feature,
-    ("GET", "/logs"): Handler.get_logs,
-    ("GET", "/logs/stream"): Handler.get_log_stream,
+    "/": {"GET": Handler.get_page},
+    "/health": {"GET": Handler.get_health},
+    "/v1/health": {"GET": Handler.get_health},
+    "/v1/models": {"GET": Handler.get_models},
+    "/models": {"GET": Handler.get_models},
+    "/models/sse": {"GET": Handler.get_events},
+    "/models/load": {"POST": Handler.post_load},
+    "/models/unload": {"POST": Handler.post_unload},
+    "/props": {"GET": Handler.get_props},
+    "/slots": {"GET": Handler.get_from_model},
+    "/metrics": {"GET": Handler.get_metrics},
+    "/lora-adapters": {"GET": Handler.get_from_model},
+    "/running": {"GET": Handler.get_running},
+    "/api/requests": {"GET": Handler.get_requests},
+    "/unload": {"GET": Handler.unload, "POST": Handler.unload},
+    "/api/models/unload": {"POST": Handler.unload},
+    "/v1/streams/lookup": {"POST": Handler.post_streams_lookup},
+    "/tools": {"GET": Handler.refuse_feature, "POST": Handler.refuse_feature},
+    "/cors-proxy": {"GET": Handler.refuse_feature, "POST": Handler.refuse_feature},
+    "/logs": {"GET": Handler.get_logs},
+    "/logs/stream": {"GET": Handler.get_log_stream},
 }
-PREFIXES = (  # with their methods; none: all
+PREFIXES = (  # without methods: all
     ("/upstream/", (), Handler.route_upstream),
     ("/v1/models/", ("GET",), Handler.get_model),
     ("/logs/stream/", ("GET",), Handler.get_log_stream),
@@ -10369,7 +10356,7 @@ def _is_key(given, keys):
 
 
 def with_known_problem(status: ModelStatus, facts: Facts) -> ModelStatus:
-    """Return the status with what makes a start fail as its failure, if it is known."""
+    """Return the status, with the known reason for its next load to fail."""
     if status.state != "unloaded" or status.failure or not facts.problem:
         return status
     return status._replace(failure=facts.problem)
@@ -10652,14 +10639,15 @@ class Server(http.server.ThreadingHTTPServer):
             text = "a client speaks TLS here: its base URL must begin with http://"
             self.log("warning", text)
 
-    def begin_idling(self, connection):
-        """From now on `stop` may close the connection."""
+    @contextlib.contextmanager
+    def idling(self, connection: socket.socket):
+        """In this block `stop` may close the connection, which waits for a request."""
         self._idle_connections.add(connection)
         self._quiet_at = time.monotonic()
-
-    def end_idling(self, connection):
-        """A request came on the connection, or its end."""
-        self._idle_connections.discard(connection)
+        try:
+            yield
+        finally:
+            self._idle_connections.discard(connection)
 
     def inactive_since(self) -> Optional[float]:
         """Return when the last request ended; None while one runs or is to come."""
@@ -10709,13 +10697,11 @@ def refuse_connection(connection: socket.socket, why: str):
 def raise_descriptor_limit() -> int:
     """Raise our soft limit of descriptors to the hard one; return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
-    wanted = max(soft, min(wanted, MAX_DESCRIPTORS))
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (OSError, ValueError):
-        return soft
-    return wanted
+    is_unlimited = hard == resource.RLIM_INFINITY
+    limit = MAX_DESCRIPTORS if is_unlimited else min(hard, MAX_DESCRIPTORS)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 # -- listening -------------------------------------------------------------------------
@@ -10803,9 +10789,9 @@ def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
 
 
 class SystemdNotifier:
-    """Tells systemd how llmswap is, if it asked for that. Any thread may call.
+    """Reports llmswap's state to systemd, if that is wanted. Any thread may call.
 
-    `watchdog` is the interval in seconds in which it wants to hear from us, or None.
+    `watchdog` is the longest time in seconds between two reports, or None.
     """
 
     def __init__(self, environ: Dict[str, str]):
@@ -11065,7 +11051,7 @@ def _needs_line(amounts, source):
     return f"needs {resources_text(amounts)} ({source})"
 
 
-PORT_MARK = "\0"  # stands where the port will
+PORT_MARK = "\0"  # in the place of the port
 
 
 def _command_line(model):
@@ -11165,16 +11151,16 @@ def refuse_pending_connections():
                 connection.close()
 
 
-GPU_LOOK_EVERY = 60.0  # s, while somebody else uses a GPU
+GPU_LOOK_EVERY = 60.0  # s, while a process that is not ours uses a GPU
 WATCH_EVERY = 1.0  # s, between two looks at the file
 WATCH_SETTLES = 0.1  # s without a change, after which it counts as written
 WATCH_TIMEOUT = 0.5  # s that a request waits for a look, or for reading the file
 
 
 class FileWatch:
-    """Notices that a file has changed, when it is asked. Any thread may call.
+    """Notices that a file has changed, when `check` is called. Any thread may call.
 
-    It looks on threads of their own, because the file may lie on a slow mount. A file
+    Each look has a thread of its own, because the file may lie on a slow mount. A file
     that is missing has not changed: editors replace files.
     """
 
@@ -11182,8 +11168,7 @@ class FileWatch:
         self._path = path
         self._lock = threading.Lock()
         self._looked_at = -math.inf
-        self._is_done = threading.Event()  # the last look
-        self._is_done.set()
+        self._look = None  # the thread of the last one
         self.mark()
 
     def mark(self):
@@ -11195,23 +11180,21 @@ class FileWatch:
         call on_change() on another thread. Return when it returned, or is late."""
         with self._lock:
             now = time.monotonic()
-            if now >= self._looked_at + WATCH_EVERY and self._is_done.is_set():
+            is_looking = self._look is not None and self._look.is_alive()
+            if now >= self._looked_at + WATCH_EVERY and not is_looking:
                 self._looked_at = now
-                self._is_done.clear()
-                look = functools.partial(self._look, on_change)
-                threading.Thread(target=look, name="watch", daemon=True).start()
-        self._is_done.wait(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
+                look = functools.partial(self._find_change, on_change)
+                self._look = threading.Thread(target=look, name="watch", daemon=True)
+                self._look.start()
+        self._look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
 
-    def _look(self, on_change):
-        try:
-            stamp = self._stamp()
-            while stamp not in (None, self._seen):
-                time.sleep(WATCH_SETTLES)
-                last, stamp = stamp, self._stamp()
-                if stamp == last:
-                    return on_change()
-        finally:
-            self._is_done.set()
+    def _find_change(self, on_change):
+        stamp = self._stamp()
+        while stamp not in (None, self._seen):
+            time.sleep(WATCH_SETTLES)
+            last, stamp = stamp, self._stamp()
+            if stamp == last:
+                return on_change()
 
     def _stamp(self):
         with contextlib.suppress(OSError):
@@ -11233,7 +11216,7 @@ class Application:
         self._notifier = SystemdNotifier(os.environ)
         self._is_activated = False  # by a socket of systemd's
         self.config_error = None  # why the file was not read again
-        self._occupant = None  # for whom the idle-command waits
+        self._gpu_occupant = None  # text of what the idle-command waits for
         self.log = Log()
         self.log.set_level("debug" if args.verbose else config.settings.log_level)
 
@@ -11343,18 +11326,15 @@ class Application:
     def _reload_on_signal(self):
         now = time.monotonic_ns() // 1000
         self._notifier.notify("RELOADING=1", f"MONOTONIC_USEC={now}")
-        try:
-            self.reload()
-        except APIError as problem:
-            self.log("error", str(problem))
+        self._try_reload()
         self._notifier.notify("READY=1")
 
     def follow_file(self):
         """Read the file again if it changed since it was read; see FileWatch."""
         if self._file and self._config.settings.watch:
-            self._file.check(self._reload_changed)
+            self._file.check(self._try_reload)
 
-    def _reload_changed(self):
+    def _try_reload(self):
         try:
             self.reload()
         except APIError as problem:
@@ -11369,7 +11349,7 @@ class Application:
                 self.log("warning", "cache-models: --cache-list shows no model")
             if cached != self._cached:
                 self._cached = cached
-                self._reload_changed()
+                self._try_reload()
 
     def reload(self):
         """Read the file again and use it; a broken one changes nothing, and raises an
@@ -11419,47 +11399,41 @@ class Application:
             elif settings.idle_command:
                 since = max(idle_since, last_run)
                 pause = since + settings.idle_command_after - time.monotonic()
-            if pause > 0:
-                self._is_reloaded.wait(min(pause, MAX_WAIT))
-                self._is_reloaded.clear()
+            if pause <= 0 and self._unload_for_idle_command(idle_since):
+                self._run_idle_command(settings.idle_command)
+                last_run = time.monotonic()
             else:
-                command = with_environment(split_words(settings.idle_command))
-                if self._unload_and_run(command, idle_since):
-                    last_run = time.monotonic()
-                else:
-                    self._is_reloaded.wait(GPU_LOOK_EVERY)
+                if pause <= 0 and self._gpu_occupant:
+                    pause = GPU_LOOK_EVERY
+                self._is_reloaded.wait(max(0.0, min(pause, MAX_WAIT)))
+                self._is_reloaded.clear()
 
-    def _unload_and_run(self, command, idle_since):
-        """Unload everything, then run the command; a request meanwhile cancels that.
+    def _unload_for_idle_command(self, idle_since):
+        """Unload everything; False if a request comes meanwhile, or if a process that
+        is not ours uses a GPU."""
 
-        Return False if somebody else uses a GPU, so that it has to wait.
-        """
-
-        def is_disturbed():
+        def is_interrupted():
             return self.server.is_closing or self.pool.idle_since() != idle_since
 
         self.pool.rest()
-        self.pool.await_unloaded(is_disturbed)
+        self.pool.await_unloaded(is_interrupted)
         occupant = gpu_occupant()
-        if is_disturbed():
-            return True
-        if occupant:
-            if self._occupant is None:
-                self.log("info", f"idle, but the idle-command waits: {occupant}")
-            self._occupant = occupant
-            return False
-        self._occupant = None
+        if occupant and not (is_interrupted() or self._gpu_occupant):
+            self.log("info", f"idle, but the idle-command waits: {occupant}")
+        self._gpu_occupant = occupant
+        return not (occupant or is_interrupted())
+
+    def _run_idle_command(self, text):
+        command = with_environment(split_words(text))
         self.log("info", f"idle: running {shlex.join(command)}")
         suspended, environment = suspended_seconds(), clean_environment({})
         try:
             status = subprocess.call(command, stdin=subprocess.DEVNULL, env=environment)
         except OSError as error:
-            self.log("error", f"idle-command: {error}")
-            return True
+            return self.log("error", f"idle-command: {error}")
         level = "error" if status else "info"
         slept = max(0.0, suspended_seconds() - suspended)
         self.log(level, f"idle-command ended with status {status}; slept {slept:.0f} s")
-        return True
 
     def _shut_down(self, reason):
         """End the requests in flight and all backends; a second signal kills them."""
