@@ -8361,7 +8361,7 @@ METRICS = (
     ("counter", "swaps", "swaps_total", "Loads for which a model was evicted."),
     ("counter", "stops", "stops_total",
      "Stops by cause: evicted, idle, unload, reload, abandoned, shutdown."),
-    ("counter", "failures", "failures_total", "Models that ended by themselves."),
+    ("counter", "failures", "failures_total", "Runs that ended unexpectedly."),
     ("counter", "context_tokens", "context_tokens_total",
      "Tokens of contexts: saved, restored."),
     ("counter", "context_seconds", "context_seconds_saved_total",
@@ -8419,10 +8419,10 @@ def _model_metrics(report):
         for model in own
         for state in State
     ]
-    yield "gauge", "llmswap_budget_bytes", "What there is of a resource.", [
+    yield "gauge", "llmswap_budget_bytes", "Budget of a resource.", [
         ("", {"resource": name}, size) for name, size in report.budget.items()
     ]
-    yield "gauge", "llmswap_model_needs_bytes", "What a model needs of a resource.", [
+    yield "gauge", "llmswap_model_needs_bytes", "Need of a model for a resource.", [
         ("", {"model": model.id, "resource": name}, size)
         for model in own
         for name, size in model.needs.items()
@@ -9365,8 +9365,8 @@ STATUS_PAGE = """<!doctype html>
 
 @functools.lru_cache(maxsize=None)
 def page_policy() -> str:
-    """Return the page's Content-Security-Policy: nothing is fetched but from here,
-    nothing runs or is drawn but what stands above."""
+    """Return the page's Content-Security-Policy: it fetches from its own origin only,
+    and no other script or style is in force."""
     import hashlib  # 3 MB that only the page needs
 
     script, style = (
@@ -9396,7 +9396,7 @@ REQUEST_FIELDS = (
     "first_byte seconds status tokens_in tokens_cached tokens_out tokens_per_second "
     "error".split()
 )
-SERVER_NAME = "llmswap (llama.cpp)"  # clients look for llama.cpp
+SERVER_NAME = "llmswap (llama.cpp)"  # some clients search it for llama.cpp
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
 NAME_LIMIT = 1000  # characters of a model's name in a request
@@ -9493,8 +9493,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.pool = self.server.pool
         self.config = self.pool.config
         self.wire = SocketReader(self.request)
-        late = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
-        self.late = StallMonitor(HEAD_SECONDS, late)
+        error = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
+        self.head_timeout = StallMonitor(HEAD_SECONDS, error)
         self.is_unread = False  # part of a body, which the client may still be sending
         if self.request.family != socket.AF_UNIX:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -9538,7 +9538,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._finish_request()
 
     def _await_request(self):
-        """Return whether a request begins before the connection was idle too long."""
         if self.wire.held:
             return True
         if self.wire.is_untouched:  # a new connection counts as busy
@@ -9548,8 +9547,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def parse_request(self) -> bool:
         """Read a head, strictly; False if the client sends no more requests."""
-        self.late.restart()
-        self.wire.on_timeout = self.late
+        self.head_timeout.restart()
+        self.wire.on_timeout = self.head_timeout
         try:
             raw = self.wire.head()
         except OSError:
@@ -9566,15 +9565,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return True
 
     def _finish_request(self):
-        """Read what is left of the body, if that is little, and free what was held."""
-        body, self.body, self.wire.on_timeout = self.body, None, self.late
+        """Read the rest of the body if it is short, so that a next request can follow."""
+        body, self.body, self.wire.on_timeout = self.body, None, self.head_timeout
         if body is not None and self.reply.is_persistent:
-            try:
-                self.reply.is_persistent = body.skip()
-            except APIError:
-                self.reply.is_persistent = False
+            with contextlib.suppress(APIError):
+                self.close_connection = not body.skip()
         self.is_unread = body is None or not body.is_complete
-        self.close_connection = not self.reply.is_persistent
 
     def _log_if_slow(self):
         seconds = (self.reply.first_at or self.began) - self.began
@@ -9698,27 +9694,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _check_access(self):
         """Raise Forbidden or Unauthorized unless Host, Origin and key are accepted."""
-        self._check_host(self.head.get("host"))
         head, keys, origin = self.head, self.config.api_keys, self.head.get("origin")
+        if not self._is_host_allowed(head.get("host")):
+            raise Forbidden(
+                f"Host {head.get('host')!r} is not among allowed-hosts in [llmswap], "
+                "which guards local servers against web pages"
+            )
         is_safe = head.method in SAFE_METHODS and not head.is_upgrade
         if origin and not is_safe and not self._is_origin_allowed(origin):
-            raise _foreign(origin)
+            raise _forbidden_origin(origin)
         is_open = head.path in OPEN_PATHS and not self._wants_snapshots()
         if head.method == "OPTIONS" or is_open or not keys:
             return
         if not any(_is_key(given, keys) for given in self._given_keys()):
             raise Unauthorized("a valid API key is needed (Authorization: Bearer KEY)")
 
-    def _check_host(self, host):
-        allowed = self.config.settings.allowed_hosts
+    def _is_host_allowed(self, host):
+        allowed, name = self.config.settings.allowed_hosts, _host_name(host)
         if "*" in allowed or not _is_loopback(self.request.getsockname()):
-            return
-        name = _host_name(host)
-        if name and name not in allowed and not _is_address(name):
-            raise Forbidden(
-                f"Host {host!r} is not among allowed-hosts in [llmswap], which guards "
-                "local servers against web pages"
-            )
+            return True
+        return not name or name in allowed or _is_address(name)
 
     def _is_origin_allowed(self, origin):
         allowed = self.config.settings.cors_origins
@@ -9754,7 +9749,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         is_fetch = any(name.startswith("sec-fetch-") for name, _ in head.headers)
         if origin or is_fetch or head.get("user-agent").startswith("Mozilla/"):
-            raise _foreign(origin or "of a browser")
+            raise _forbidden_origin(origin or "of a browser")
 
     def _check_may_load(self, model):
         """For GETs: they may load the model only if no foreign page asks for it."""
@@ -9967,7 +9962,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.pool.unload(self._resolve(percent_decoded(name)))
         else:
             self.pool.unload_all()
-        self.pool.await_unloaded(self._look_after_client)
+        self.pool.await_unloaded(self._heartbeat)
         self._send_text("OK")
 
     def get_running(self):
@@ -10026,7 +10021,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- requests for models ---------------------------------------------------------
 
     def get_from_model(self):
-        """GET something of one model; it is not loaded, woken or kept for that."""
+        """Relay a GET to a model without loading or waking it, or counting as use."""
         name = self.head.parameter("model")
         if not name:
             raise BadRequest("model name is missing from the request", "model")
@@ -10078,7 +10073,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return percent_decoded(parts[0]), "/"
 
     def _request_info(self, is_needed):
-        """Return what the body says; unless it is needed it may be anything."""
+        """Return the model and members that the body names; BadRequest if it is
+        malformed, which is ignored unless `is_needed`."""
         if self.head.method in ("GET", "HEAD") or self.head.is_upgrade:
             return RequestInfo()
         try:
@@ -10123,7 +10119,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         transform_of = _repair_of if model.settings.json_repair else lambda _: None
         asked_at = time.monotonic()
         for is_last in (False, True):
-            lease = self.pool.lease(model, self._look_after_client, preemptible)
+            lease = self.pool.lease(model, self._heartbeat, preemptible)
             with lease as backend:
                 self.waited = time.monotonic() - asked_at
                 if self.row:
@@ -10145,13 +10141,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     error.may_retry = False if is_last else None  # it kills them
                     raise error
 
-    def _look_after_client(self):
-        """Raise ClientDisconnected once it is; meanwhile keep it from giving up."""
+    def _heartbeat(self):
+        """Send a waiting client a sign of life if one is due; ClientDisconnected if it
+        has left. Always False, for the Pool: the wait goes on."""
         self.reply.heartbeat()
         return False
 
     def _prepare_waiting(self, model, target, info):
-        """Set what the client is sent while it waits for the model."""
+        """Choose between comments and notices for a client that waits."""
         notice = model.settings.loading_notice
         is_stream = self.head.method == "POST" and info.members.get("stream") is True
         self.reply.wants_events = is_stream and notice != "off"
@@ -10160,8 +10157,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.reply.notice = functools.partial(next, self._notices(model))
 
     def _notices(self, model):
-        """Yield events that a chat shows as the model's reasoning while the model is
-        loaded; b"" if there is nothing new to tell, or it is too soon."""
+        """Yield events that a chat shows as the model's reasoning during its load; b""
+        if there is no news, or the last event is too recent."""
         chunk = {
             "id": f"chatcmpl-{model.name}-loading",
             "object": "chat.completion.chunk",
@@ -10286,7 +10283,7 @@ def _as_event(value):
 
 
 def _repair_of(answer):
-    """Return what repairs the tool calls in an answer; None if it has none."""
+    """Return a RepairStream for an answer that may have tool calls, else None."""
     if answer.status != 200 or answer.get("content-encoding"):
         return None
     if answer.is_event_stream:
@@ -10325,7 +10322,7 @@ def _idle_timeout_in(members):
         raise BadRequest(text, names[0]) from None
 
 
-def _foreign(origin):
+def _forbidden_origin(origin):
     return Forbidden(f"the origin {origin!r} is not in cors-origins in [llmswap]")
 
 
@@ -10365,7 +10362,7 @@ def with_known_problem(status: ModelStatus, facts: Facts) -> ModelStatus:
 def model_entry(
     model: Model, owner: Model, status: ModelStatus, facts: Facts, created: int
 ) -> dict:
-    """Return a model as in /v1/models: as llama.cpp's router tells it, and more.
+    """Return a model as in /v1/models: all fields of llama.cpp's router, and more.
 
     `facts` are those of `owner`, whose backend the model uses.
     """
@@ -10417,7 +10414,7 @@ def _shown_status(model, status, facts):
 
 
 def _capabilities(abilities, architecture, facts, is_llama_server):
-    """Return the names of what a model can do, as far as it is known."""
+    """Return the known abilities of a model, in the order of CAPABILITIES."""
     names = set(abilities)
     inputs = architecture.get("input_modalities", ())
     names.update(name for name, word in INPUTS.items() if word in inputs)
@@ -10489,23 +10486,23 @@ class Log:
         feed.setFormatter(LogFormatter())
         feed.emit = lambda record: self.feed.publish(feed.format(record))
         lines = queue.SimpleQueue()
-        self._writer = logging.handlers.QueueListener(lines, feed, stderr)
-        self._writer.start()
-        self._entrance = logging.handlers.QueueHandler(lines)
+        self._queue_listener = logging.handlers.QueueListener(lines, feed, stderr)
+        self._queue_listener.start()
+        self._queue_handler = logging.handlers.QueueHandler(lines)
         self._logger = logging.Logger("llmswap")
-        self._logger.addHandler(self._entrance)
+        self._logger.addHandler(self._queue_handler)
         self.set_level("info")
 
     def set_level(self, level: str):
         """Drop what is less important than `level`."""
-        self._entrance.setLevel(level.upper())
+        self._queue_handler.setLevel(level.upper())
 
     def __call__(self, level: str, text: str):
         self._logger.log(getattr(logging, level.upper()), text)
 
     def close(self):
         """Write what is left; give up after a second, as stderr may be stuck."""
-        closing = threading.Thread(target=self._writer.stop, daemon=True)
+        closing = threading.Thread(target=self._queue_listener.stop, daemon=True)
         closing.start()
         closing.join(1.0)
 
@@ -10559,10 +10556,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.requests = RequestLog()
         self.born = int(time.time())
         self.is_closing = False
-        self.most_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)
-        self._quiet_at = time.monotonic()
+        self.max_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)
+        self._active_at = time.monotonic()
         self._connections, self._idle_connections = set(), set()
-        self._is_paused = self._has_seen_tls = False
+        self._is_paused = self._has_warned_of_tls = False
         self._thread = None
         for sock in sockets:
             sock.setblocking(False)
@@ -10570,15 +10567,15 @@ class Server(http.server.ThreadingHTTPServer):
     def begin(self):
         """Accept connections, on a thread of its own."""
         self._is_paused = False
-        self._stop_seen, self._stop_sent = socket.socketpair()
+        self._stop_reader, self._stop_writer = socket.socketpair()
         self._thread = threading.Thread(target=self.serve_forever, daemon=True)
         self._thread.start()
 
     def serve_forever(self, poll_interval=None):
         """Accept until `shutdown`; the base class would wake up twice a second."""
         waiter = select.poll()
-        with self._stop_seen as stop_seen:
-            for each in (stop_seen, *self.sockets):
+        with self._stop_reader as stop_reader:
+            for each in (stop_reader, *self.sockets):
                 waiter.register(each, select.POLLIN)
             while not self._is_paused:
                 ready = {fd for fd, _ in waiter.poll()}
@@ -10590,7 +10587,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Accept no more; the sockets stay open."""
         self._is_paused = True
         if self._thread is not None:
-            self._stop_sent.close()
+            self._stop_writer.close()
             self._thread.join(1.0)
 
     def is_serving(self) -> bool:
@@ -10612,15 +10609,15 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request, client_address):
         """Serve the connection on a new thread, or refuse it."""
-        why = f"{self.most_connections} connections are open already"
-        if len(self._connections) < self.most_connections:
+        reason = f"{self.max_connections} connections are open already"
+        if len(self._connections) < self.max_connections:
             self._connections.add(request)
             try:
                 return super().process_request(request, client_address)
             except RuntimeError as error:  # there is no thread
-                why = str(error)
-                self.log("error", f"a connection could not be served: {why}")
-        refuse_connection(request, why)
+                reason = str(error)
+                self.log("error", f"a connection could not be served: {reason}")
+        refuse_connection(request, reason)
         self.shutdown_request(request)
 
     def shutdown_request(self, request):
@@ -10634,8 +10631,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def warn_of_tls(self):
         """Log, once, that a client speaks TLS to a port that does not."""
-        if not self._has_seen_tls:
-            self._has_seen_tls = True
+        if not self._has_warned_of_tls:
+            self._has_warned_of_tls = True
             text = "a client speaks TLS here: its base URL must begin with http://"
             self.log("warning", text)
 
@@ -10643,7 +10640,7 @@ class Server(http.server.ThreadingHTTPServer):
     def idling(self, connection: socket.socket):
         """In this block `stop` may close the connection, which waits for a request."""
         self._idle_connections.add(connection)
-        self._quiet_at = time.monotonic()
+        self._active_at = time.monotonic()
         try:
             yield
         finally:
@@ -10652,7 +10649,7 @@ class Server(http.server.ThreadingHTTPServer):
     def inactive_since(self) -> Optional[float]:
         """Return when the last request ended; None while one runs or is to come."""
         is_busy = len(self._connections) > len(self._idle_connections)
-        return None if is_busy else self._quiet_at
+        return None if is_busy else self._active_at
 
     def try_idle_exit(self) -> bool:
         """Stop accepting; if a client has connected already go on, and return False.
@@ -10685,13 +10682,13 @@ class Server(http.server.ThreadingHTTPServer):
             time.sleep(0.005)
 
 
-def refuse_connection(connection: socket.socket, why: str):
+def refuse_connection(connection: socket.socket, reason: str):
     """Answer 503 on a connection of which nothing was read."""
     connection.settimeout(1)
     headers = [JSON_TYPE, ("retry-after", "5"), ("server", "llmswap")]
     with contextlib.suppress(ClientDisconnected):
         reply = ClientResponse(connection, None, [])
-        reply.answer(503, headers, _dump(error_body(APIError(why))))
+        reply.answer(503, headers, _dump(error_body(APIError(reason))))
 
 
 def raise_descriptor_limit() -> int:
@@ -11140,13 +11137,13 @@ Or write a file:  llmswap.py models.ini   (example.ini shows how)
 def refuse_pending_connections():
     """Answer the connections that wait at systemd's sockets: otherwise it would start
     llmswap for them again and again."""
-    why = "llmswap cannot start: its file is broken, its log says where"
+    reason = "llmswap cannot start: its file is broken, its log says where"
     for listener in take_listeners(os.environ)[0]:
         listener.setblocking(False)
         with contextlib.suppress(OSError):  # there are no more
             while True:
                 connection = listener.accept()[0]
-                refuse_connection(connection, why)
+                refuse_connection(connection, reason)
                 lingering_close(connection)
                 connection.close()
 
@@ -11214,7 +11211,7 @@ class Application:
         self._reload_lock = threading.Lock()
         self._is_reloaded = threading.Event()
         self._notifier = SystemdNotifier(os.environ)
-        self._is_activated = False  # by a socket of systemd's
+        self._is_activated = False  # systemd passed the sockets
         self.config_error = None  # why the file was not read again
         self._gpu_occupant = None  # text of what the idle-command waits for
         self.log = Log()
@@ -11272,19 +11269,19 @@ class Application:
             try:
                 listeners.append(open_listener(address))
             except OSError as error:
-                where = shown_address(address)
+                shown = shown_address(address)
                 if error.errno == errno.EADDRINUSE and is_llmswap(address):
-                    self.log("info", f"llmswap answers at {where} already")
+                    self.log("info", f"llmswap answers at {shown} already")
                     return 0
                 # without "(while attempting to bind on address ...)"
                 reason = str(error.strerror or error).partition(" (while ")[0]
-                self.log("error", f"cannot listen on {where}: {reason}")
+                self.log("error", f"cannot listen on {shown}: {reason}")
                 return 1
         return listeners
 
     def _log_startup(self):
-        where = [shown_address(each.getsockname()) for each in self.server.sockets]
-        self.log("info", f"llmswap {VERSION} at {' and '.join(where)}")
+        addresses = [shown_address(each.getsockname()) for each in self.server.sockets]
+        self.log("info", f"llmswap {VERSION} at {' and '.join(addresses)}")
         names = [*self._config.models]
         count = "1 model" if len(names) == 1 else f"{len(names)} models"
         self.log("info", f"{count}: {', '.join(names) or 'none'}")
@@ -11299,7 +11296,8 @@ class Application:
         self._start_thread(self._check_models, config)
 
     def _check_models(self, config):
-        """Log which models could not be started now; a mount may come later."""
+        """Log which models cannot be started now: a missing file may be on a mount that
+        comes later."""
         for warning in config.pitfalls(table_of):
             self.log("warning", warning)
         reasons = collections.defaultdict(list)
