@@ -9565,7 +9565,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return True
 
     def _finish_request(self):
-        """Read the rest of the body if it is short, so that a next request can follow."""
+        """Read the rest of the body if it is short, so that another may follow."""
         body, self.body, self.wire.on_timeout = self.body, None, self.head_timeout
         if body is not None and self.reply.is_persistent:
             with contextlib.suppress(APIError):
