@@ -7946,48 +7946,17 @@ class StatusReport(NamedTuple):
 
 
 def snapshot(report: StatusReport) -> dict:
-    """Return what the page shows, ready for JSON.
-
-        {"version": "1.0", "born": 1750000000.0, "budget": {"vram": 25232932864},
-         "totals": {"models": 3, "loaded": 1, "running": 2, "waiting": 1,
-                    "rss": 5368709120, "vram": null},
-         "requests": 17,
-         "models": [{"id": "coder", ...most fields of ModelStatus...}, ...]}
-
-    Models that share another's backend are listed, but not counted.
-    """
-    own = [model for model in report.models if model.shares is None]
-    totals = {
-        "models": len(report.models),
-        "loaded": sum(model.state == "loaded" for model in own),
-        "running": sum(model.running for model in own),
-        "waiting": sum(model.waiting for model in own),
-        "rss": _total(model.rss for model in own),
-        "vram": _total(model.vram for model in own),
-    }
-    models = [_as_shown(model) for model in report.models]
-    return {
-        "version": report.version,
-        "born": report.born,
-        "problem": report.problem,
-        "budget": report.budget,
-        "totals": totals,
-        "requests": report.requests,
-        "models": models,
-    }
-
-
-def _as_shown(model):
-    shown = model._asdict()
-    for name in ("pid", "port", "entry"):
-        del shown[name]
-    shown["failure"] = str(model.failure) if model.failure else None
+    """Return what the page shows, ready for JSON: the report but for its meters, and of
+    each model the fields of its ModelStatus but for pid, port and entry."""
+    shown = {**report._asdict(), "models": []}
+    del shown["meters"]
+    for model in report.models:
+        fields = model._asdict()
+        for name in ("pid", "port", "entry"):
+            del fields[name]
+        fields["failure"] = str(model.failure) if model.failure else None
+        shown["models"].append(fields)
     return shown
-
-
-def _total(values):
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
 
 
 def printable(text: str) -> str:
@@ -7995,7 +7964,7 @@ def printable(text: str) -> str:
     that no terminal obeys it. Line feeds stay, tabs become blanks."""
     lines = re.sub(r"\x1b\[[0-9;]*m", "", text).expandtabs().split("\n")
     return "\n".join(
-        CONTROL_CHARS.sub(lambda found: ascii(found[0])[1:-1], line) for line in lines
+        CONTROL_CHARS.sub(lambda match: ascii(match[0])[1:-1], line) for line in lines
     )
 
 
@@ -8030,16 +7999,16 @@ def usage_in(ends: bytes) -> Usage:
     JSON or events, of OpenAI, Anthropic or llama-server, cut anywhere; of two values
     the last counts, and `usage` before llama-server's `timings`.
     """
-    found = {name.decode(): float(value) for name, value in _USAGE.findall(ends)}
-    if "input_tokens" in found:  # without those in the cache, as Anthropic counts
-        found["input_tokens"] += found.get("cache_read_input_tokens", 0)
-    if "prompt_n" in found:  # of the prompt, what was not in the cache
-        found["prompt_n"] += found.get("cache_n", 0)
+    numbers = {name.decode(): float(value) for name, value in _USAGE.findall(ends)}
+    if "input_tokens" in numbers:  # without those in the cache, as Anthropic counts
+        numbers["input_tokens"] += numbers.get("cache_read_input_tokens", 0)
+    if "prompt_n" in numbers:  # of the prompt, what was not in the cache
+        numbers["prompt_n"] += numbers.get("cache_n", 0)
     tokens_in, tokens_out, tokens_cached = (
-        next((int(found[name]) for name in names if name in found), None)
+        next((int(numbers[name]) for name in names if name in numbers), None)
         for names in (_NAMES_IN, _NAMES_OUT, _NAMES_CACHED)
     )
-    speeds = [found.get(name) for name in _SPEEDS]
+    speeds = [numbers.get(name) for name in _SPEEDS]
     return Usage(tokens_in, tokens_out, speeds[0], tokens_cached, speeds[1])
 
 
@@ -8054,7 +8023,7 @@ def speed_of(usage: Usage, seconds: float) -> Optional[float]:
 
 # -- Prometheus ------------------------------------------------------------------------
 
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+METRICS_TYPE = ("content-type", "text/plain; version=0.0.4; charset=utf-8")
 
 
 # Kind; field of ModelStatus (gauges) or name in Metrics.counts; name after `llmswap_`;
@@ -8078,7 +8047,7 @@ METRICS = (
     ("counter", "swaps", "swaps_total", "Loads for which a model was evicted."),
     ("counter", "stops", "stops_total",
      "Stops by cause: evicted, idle, unload, reload, abandoned, shutdown."),
-    ("counter", "failures", "failures_total", "Models that ended by themselves."),
+    ("counter", "failures", "failures_total", "Runs that ended unexpectedly."),
     ("counter", "context_tokens", "context_tokens_total",
      "Tokens of contexts: saved, restored."),
     ("counter", "context_seconds", "context_seconds_saved_total",
@@ -8104,15 +8073,15 @@ def metrics_text(report: StatusReport) -> str:
     for kind, name, text, samples in families:
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
         for suffix, labels, number in samples:
-            pairs = [f'{key}="{_escaped(value)}"' for key, value in labels.items()]
-            inner = "{" + ",".join(pairs) + "}" if pairs else ""
+            pairs = ",".join(f'{key}={_quoted(text)}' for key, text in labels.items())
+            inner = "{" + pairs + "}" if pairs else ""
             lines += [] if number is None else [f"{name}{suffix}{inner} {number!r}"]
     return "\n".join(lines) + "\n"
 
 
-def _escaped(value):
-    text = printable(str(value)).replace("\\", r"\\")
-    return text.replace('"', r"\"").replace("\n", r"\n")
+def _quoted(value):
+    text = printable(str(value)).replace("\\", r"\\").replace('"', r"\"")
+    return '"' + text.replace("\n", r"\n") + '"'
 
 
 def _process_metrics(report):
@@ -8231,7 +8200,7 @@ pre {
   font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace;
 }
 
-/* Two columns: the models; prompt, log and requests */
+/* Two columns: the models; prompt and requests */
 .columns {
   display: grid; grid-template-columns: minmax(0, 1fr) minmax(340px, 420px);
   gap: 28px; align-items: start;
@@ -8294,24 +8263,18 @@ progress { width: 100%; height: 8px; margin-top: 12px; accent-color: var(--loadi
   border: 1px solid var(--line); border-radius: 8px;
 }
 
-/* Prompt, log and requests */
+/* Prompt and requests */
 aside {
   position: sticky; top: 16px; display: flex; flex-direction: column; gap: 16px;
   max-height: calc(100vh - 92px); padding-top: 27px;
 }
 aside .sheet, #answer { display: flex; flex-direction: column; gap: 10px; }
 aside .sheet { padding: 14px; }
-aside h2 { display: flex; align-items: center; margin: 0; font-weight: 400; }
-aside h2 span {
+:is(aside, #log) h2 { display: flex; align-items: center; margin: 0; font-weight: 400; }
+:is(aside, #log) h2 span {
   flex: 1; margin: 0; color: var(--ink); font-weight: 600; font-size: 15px;
 }
 #prompt { flex: none; }
-#prompt .close { display: none; }
-#log { flex: 1 0 min(320px, 40vh); }
-#lines {
-  flex: 1; min-height: 120px; margin: 0 -14px -14px; padding: 10px 14px;
-  border-top: 1px solid var(--line); border-radius: 0 0 14px 14px; outline-offset: -2px;
-}
 #requests { min-height: 130px; padding-bottom: 0; }
 #only { width: auto; max-width: 60%; padding: 3px 8px; font-size: 13.5px; }
 #recent { overflow: auto; margin: 0 -14px; }
@@ -8336,16 +8299,17 @@ details dl div:last-child { flex-basis: 100%; grid-column: 1 / -1; }
 .send button { padding-inline: 18px; }
 #stats { color: var(--soft); font-size: 13px; }
 #answer { max-height: 40vh; overflow: auto; }
-[data-panel=log] #answer { max-height: 12vh; }
 #answer p { white-space: pre-wrap; }
 #thought { padding-left: 12px; border-left: 2px solid var(--line); color: var(--soft); }
 
 /* Above all */
 dialog, #notice { color: var(--ink); box-shadow: 0 12px 40px rgb(0 0 0 / .3); }
-dialog { margin: auto; width: min(400px, calc(100vw - 32px)); padding: 22px; }
+dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 22px; }
 dialog form { display: grid; gap: 12px; }
+#log { width: 1000px; padding: 14px; }
+#lines { height: 80vh; padding: 10px 12px; border-radius: 8px; }
 #notice {
-  position: fixed; z-index: 3; inset: auto 16px 20px; margin: auto; width: fit-content;
+  position: fixed; z-index: 1; inset: auto 16px 20px; margin: auto; width: fit-content;
   max-width: 560px; max-height: 50vh; overflow: auto; padding: 11px 16px;
   font-size: 14px; white-space: pre-wrap; cursor: pointer;
 }
@@ -8356,19 +8320,8 @@ dialog form { display: grid; gap: 12px; }
   #totals { order: 3; flex-basis: 100%; gap: 2px 16px; }
   #link { margin-left: auto; }
   #search { order: 4; width: 100%; margin-top: 6px; }
-  .columns, aside, aside #prompt .close { display: block; }
+  .columns { display: block; }
   aside { position: static; padding: 0; max-height: none; }
-  body:not([data-panel=prompt]) #prompt, body:not([data-panel=log]) #log {
-    display: none;
-  }
-  #prompt, #log {
-    position: fixed; z-index: 2; inset: auto 0 0; max-height: 86dvh;
-    padding-bottom: max(14px, env(safe-area-inset-bottom));
-    border-radius: 16px 16px 0 0; box-shadow: 0 -10px 40px rgb(0 0 0 / .3);
-  }
-  #log { height: 86dvh; flex: none; }
-  #lines { border-radius: 0; }
-  #answer { height: 40vh; } /* Stop stays where it is */
   input, select, textarea, #only { font-size: 16px; }
 }
 @media (max-width: 620px) {
@@ -8437,24 +8390,21 @@ function fill(element, texts) {
   }
 }
 
-function clone(template, id, elements) {
-  const element = $(template).content.firstElementChild.cloneNode(true);
-  element.dataset.id = id;
-  elements.set(id, element);
-  return element;
+function rowOf(rows, template, id) {
+  const {firstElementChild} = $(template).content;
+  if (!rows.has(id)) rows.set(id, firstElementChild.cloneNode(true));
+  rows.get(id).dataset.id = id;
+  return rows.get(id);
 }
 
-function keepOnly(elements, items) {
+function keepOnly(rows, items) {
   const ids = new Set(items.map(({id}) => id));
-  for (const [id, element] of elements) {
-    if (!ids.has(id)) element.remove(), elements.delete(id);
-  }
+  for (const [id, row] of rows) if (!ids.has(id)) row.remove(), rows.delete(id);
 }
 
-function place(ul, elements) {
-  elements.forEach((element, at) => {
-    const before = ul.children[at];
-    if (element !== before) ul.insertBefore(element, before);
+function place(ul, rows) {
+  rows.forEach((row, at) => {
+    if (row !== ul.children[at]) ul.insertBefore(row, ul.children[at]);
   });
 }
 
@@ -8477,7 +8427,7 @@ function append(text, target, scroller, most = Infinity) {
 // ---- Requests; the API key is asked for once ----
 
 let key = sessionStorage.getItem("llmswap-key") || "";
-let keyEntered = null; // resolves once somebody has entered a key
+let keyEntered = null; // a promise, while a key is asked for
 
 async function request(path, options = {}) {
   for (;;) {
@@ -8609,10 +8559,9 @@ function paint() {
   paintRequests();
   keepFocus(focused);
   show($("none"), !models.length);
-  put($("problem"), snapshot.problem || "");
-  show($("problem"), snapshot.problem);
+  put($("problem"), snapshot.problem);
   show($("search"), models.length > 12);
-  paintTotals(snapshot.totals);
+  paintTotals(models);
   paintChoice();
 }
 
@@ -8636,12 +8585,18 @@ function paintGroup(name) {
   show(section, shown);
 }
 
-function paintTotals({loaded, models, running, waiting, rss, vram}) {
-  const memory = [rss && `${bytes(rss)} memory`, vram && `${bytes(vram)} VRAM`];
-  const work = (running || waiting) && requests(running, waiting);
-  put($("totals"), join([`${loaded} of ${models} loaded`, work, ...memory]));
-  const isLoaded = ({state, shares}) => state === "loaded" && !shares;
-  const names = snapshot.models.filter(isLoaded).map(({id}) => id);
+function paintTotals(models) {
+  const own = models.filter(({shares}) => !shares);
+  const total = (name) => own.reduce((sum, model) => sum + (model[name] || 0), 0);
+  const [rss, vram] = [total("rss"), total("vram")];
+  const [running, waiting] = [total("running"), total("waiting")];
+  const names = own.filter(({state}) => state === "loaded").map(({id}) => id);
+  put($("totals"), join([
+    `${names.length} of ${models.length} loaded`,
+    (running || waiting) && requests(running, waiting),
+    rss && `${bytes(rss)} memory`,
+    vram && `${bytes(vram)} VRAM`,
+  ]));
   document.title = join([...names, "llmswap"]);
 }
 
@@ -8662,17 +8617,8 @@ function paintBudget({budget, models}) {
   }));
 }
 
-function makeRow(id) {
-  const row = clone("model-row", id, rows);
-  for (const act of row.querySelector(".acts").children) {
-    act.ariaLabel = `${act.textContent} ${id}`;
-  }
-  row.querySelector("a").href = `/upstream/${encodeURIComponent(id)}/`;
-  return row;
-}
-
 function paintModel(model, age) {
-  const row = rows.get(model.id) || makeRow(model.id), {state, shares} = model;
+  const row = rowOf(rows, "model-row", model.id), {state, shares} = model;
   const kind = {remote: "remote", unit: "systemd unit"}[model.kind];
   const failure = model.unusable || (state === "failed" && model.failure) || "";
   const [why, ...lines] = failure.split("\n");
@@ -8720,18 +8666,14 @@ function requests(running, waiting) {
   return join(parts, ", ") || "none";
 }
 
-function contextOf({context, context_seconds: seconds}) {
-  return join([bytes(context), seconds && `${duration(seconds, true)} spared`], ", ");
-}
-
 function factsOf(model, age) {
-  const left = model.unload_in;
+  const {context, context_seconds: spared, unload_in: left} = model;
   return {
     rss: bytes(model.rss),
     vram: bytes(model.vram),
     requests: requests(model.running, model.waiting),
     speed: speed(model.tokens_per_second),
-    saved: contextOf(model),
+    saved: join([bytes(context), spared && `${duration(spared, true)} spared`], ", "),
     left: left !== null && duration(left - age, true),
   };
 }
@@ -8741,30 +8683,27 @@ function paintActs(acts, model) {
   const word = {failed: "Try again", unloaded: "Load", loading: "Cancel"}[state];
   const main = acts.lastElementChild;
   put(main, shares ? "" : word || "Unload");
-  main.ariaLabel = `${main.textContent} ${id}`;
+  for (const act of acts.children) act.ariaLabel = `${act.textContent} ${id}`;
   main.dataset.do = isHeld ? "unload" : "load";
   main.ariaDisabled = state === "unloading";
   const hasRun = kind !== "remote" && (model.seconds !== null || isHeld);
   show(acts.querySelector("[data-do=log]"), !shares && hasRun);
   const hasPage = kind === "llama-server" && state === "loaded";
   show(acts.querySelector("a"), !shares && hasPage);
+  acts.querySelector("a").href = `/upstream/${encodeURIComponent(id)}/`;
   show(acts, state !== "unusable");
 }
 
 // ---- Buttons and panels ----
 
-let returnFocusTo = null; // the button that opened a panel
-
 const actions = {
   load: (id) => post("/models/load", {model: id}),
   unload: (id) => post("/models/unload", {model: id}),
   cancel: (id) => post(`/api/requests/${id}/cancel`, {}),
-  log: openLog,
-  close: () => openPanel(""),
+  log: followLog,
   prompt(id) {
     $("model").value = id;
     isChosen = true;
-    openPanel("prompt");
     $("text").focus();
   },
 };
@@ -8773,10 +8712,9 @@ document.addEventListener("click", async (event) => {
   const button = event.target.closest("[data-do]");
   if (!button || button.ariaDisabled === "true") return;
   if (event.detail > 1) return; // of a double click on Load, the second would cancel
-  const action = button.dataset.do, id = button.closest("li")?.dataset.id || "";
-  if (action !== "close") returnFocusTo = button;
+  const id = button.closest("li")?.dataset.id || "";
   try {
-    await actions[action](id);
+    await actions[button.dataset.do](id);
   } catch (error) {
     notify(`${id}: ${error.message}`);
   }
@@ -8788,18 +8726,6 @@ function notify(text) {
   notify.timer = setTimeout(() => show($("notice"), false), 10000);
 }
 
-function openPanel(name) {
-  document.body.dataset.panel = name;
-  if (name) return;
-  logReader?.abort();
-  show($("log"), false);
-  returnFocusTo?.focus();
-}
-
-document.addEventListener("keydown", (event) => {
-  const isOpen = document.body.dataset.panel && !$("door").open;
-  if (event.key === "Escape" && isOpen) openPanel("");
-});
 $("search").addEventListener("input", paint);
 $("notice").addEventListener("click", () => show($("notice"), false));
 
@@ -8834,7 +8760,7 @@ function paintRequests() {
 
 function paintRequest(request, age) {
   const {id, started, model, asked, client, user_agent: agent} = request;
-  const row = requestRows.get(id) || clone("request-row", id, requestRows);
+  const row = rowOf(requestRows, "request-row", id);
   const isRunning = request.status === null, json = JSON.stringify(request);
   if (isRunning) fill(row, {total: duration(request.seconds + age, true)});
   if (row.shown === json) return row;
@@ -8902,18 +8828,14 @@ $("only").addEventListener("change", () => { recentAt = 0, fetchRequests(); });
 
 // ---- A log, followed as long as its end is visible ----
 
-let logReader = null; // aborts the request
-
-async function openLog(id) {
-  logReader?.abort();
-  const {signal} = logReader = new AbortController(), lines = $("lines");
+async function followLog(id) {
+  const reading = new AbortController(), {signal} = reading, lines = $("lines");
   const colours = /\x1b\[[\d;]*m/g;
   const write = (text) => append(text.replace(colours, ""), lines, lines, 3000);
-  put($("log").querySelector("span"), `Log of ${id || "llmswap"}`);
+  put($("log-title"), `Log of ${id || "llmswap"}`);
   lines.replaceChildren();
-  show($("log"), true);
-  openPanel("log");
-  lines.focus();
+  $("log").onclose = () => reading.abort();
+  $("log").showModal();
   try {
     const path = id ? `/logs/stream/${encodeURIComponent(id)}` : "/logs/stream";
     for await (const text of texts(await request(path, {signal}))) write(text);
@@ -8925,7 +8847,7 @@ async function openLog(id) {
 // ---- A prompt, and its streaming answer ----
 
 let asking = null; // aborts the request; knows whether an answer came
-let isChosen = false; // somebody chose the model
+let isChosen = false; // the model, by hand
 
 function paintChoice() {
   const usable = snapshot.models.filter((model) => !model.unusable);
@@ -9034,8 +8956,7 @@ STATUS_PAGE = """<!doctype html>
   </main>
   <aside>
     <section id="prompt" class="sheet" aria-label="Prompt" hidden>
-      <h2><span>Prompt</span>
-        <button class="plain close" data-do="close">Close</button></h2>
+      <h2><span>Prompt</span></h2>
       <textarea id="text" aria-label="Prompt" placeholder="Ask something"></textarea>
       <div class="send">
         <select id="model" aria-label="Model"></select>
@@ -9046,10 +8967,6 @@ STATUS_PAGE = """<!doctype html>
         <p id="thought"></p><p id="reply"></p><p id="error"></p>
       </div>
     </section>
-    <section id="log" class="sheet" aria-label="Log" hidden>
-      <h2><span></span><button class="plain close" data-do="close">Close</button></h2>
-      <pre id="lines" aria-label="Lines" tabindex="0"></pre>
-    </section>
     <section id="requests" class="sheet" aria-label="Requests">
       <h2><span>Requests</span><select id="only" aria-label="Requests of"></select></h2>
       <ul id="recent"></ul>
@@ -9058,6 +8975,12 @@ STATUS_PAGE = """<!doctype html>
 </div>
 <p id="live-region" class="unseen" role="status"></p>
 <p id="notice" role="alert" title="Dismiss" hidden></p>
+<dialog id="log" aria-labelledby="log-title">
+  <form method="dialog">
+    <h2><span id="log-title"></span><button class="plain">Close</button></h2>
+    <pre id="lines" aria-label="Lines" tabindex="0" autofocus></pre>
+  </form>
+</dialog>
 <dialog id="door" aria-labelledby="door-title">
   <form method="dialog">
     <h2 id="door-title">API key</h2>
@@ -9116,8 +9039,8 @@ STATUS_PAGE = """<!doctype html>
 
 @functools.lru_cache(maxsize=None)
 def page_policy() -> str:
-    """Return the page's Content-Security-Policy: nothing is fetched but from here,
-    nothing runs or is drawn but what stands above."""
+    """Return the page's Content-Security-Policy: it fetches from its own origin only,
+    and no other script or style is in force."""
     import hashlib  # 3 MB that only the page needs
 
     script, style = (
@@ -9139,21 +9062,21 @@ def page_policy() -> str:
 #    A route either replies or raises; `handle_one_request` alone answers errors.
 # ==================================================================================
 
-ROWS_KEPT = 500  # requests that are remembered
-SHOWN_LENGTH = 200  # characters of what a client says of itself
+MAX_ENDED_REQUESTS = 500  # that are remembered
+SHOWN_LENGTH = 200  # characters of a client's header or path
 ERROR_LENGTH = 500
 REQUEST_FIELDS = (
     "id started client user_agent session method path asked model stream waited "
     "first_byte seconds status tokens_in tokens_cached tokens_out tokens_per_second "
     "error".split()
 )
-SERVER_NAME = "llmswap (llama.cpp)"  # clients look for llama.cpp
+SERVER_NAME = "llmswap (llama.cpp)"  # some clients search it for llama.cpp
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
 NAME_LIMIT = 1000  # characters of a model's name in a request
 NAME_PARTS = 64  # between slashes in one
 SLOW_SECONDS = 10.0  # until the first byte; such requests are logged
-NOTICE_EVERY = 5.0  # s, for clients that are told how far a load is
+NOTICE_EVERY = 5.0  # s; so often a waiting chat shows the progress of a load
 INPUTS = {"vision": "image", "audio": "audio"}  # llama.cpp's words by capability
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -9172,16 +9095,15 @@ TEXT_TYPE = ("content-type", "text/plain; charset=utf-8")
 
 
 class RequestLog:
-    """The requests in flight, and the last that ended: who asked for what. Bodies are
-    not kept. Any thread may call.
-    """
+    """The requests in flight, and the last that ended, without their bodies. Any thread
+    may call."""
 
     def __init__(self):
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._running = {}  # by number: (row, response, when it began)
         self._ended_count = 0
-        self._ended = collections.deque(maxlen=ROWS_KEPT)
+        self._ended = collections.deque(maxlen=MAX_ENDED_REQUESTS)
 
     def begin(self, row: dict, response: ClientResponse):
         """A request is in flight, answered by `response`; `row` gets a number."""
@@ -9198,8 +9120,8 @@ class RequestLog:
             self._ended.append(tuple(row.values()))  # a fifth of a dict's size
 
     def rows(self) -> List[dict]:
-        """Return those in flight, with what is known by now, and then the others; each
-        newest first."""
+        """Return the requests in flight, as far as they are, then those that ended;
+        each newest first."""
         now = time.monotonic()
         with self._lock:
             running = [
@@ -9223,8 +9145,8 @@ class RequestLog:
             )
 
     def cancel(self, number: str) -> bool:
-        """End a request as if its client had left, which is told why; return whether it
-        was in flight."""
+        """End a request as if its client had left, which is sent the reason; return
+        whether it was in flight."""
         with self._lock:
             for row, response, _ in self._running.values():
                 if str(row["id"]) == number:
@@ -9245,9 +9167,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.pool = self.server.pool
         self.config = self.pool.config
         self.wire = SocketReader(self.request)
-        late = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
-        self.late = StallMonitor(HEAD_SECONDS, late)
-        self.is_unread = False  # the client may be sending what nobody reads
+        error = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
+        self.head_timeout = StallMonitor(HEAD_SECONDS, error)
+        self.is_unread = False  # part of a body, which the client may still be sending
         if self.request.family != socket.AF_UNIX:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         set_socket_timeouts(self.request)
@@ -9290,21 +9212,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._finish_request()
 
     def _await_request(self):
-        """Return whether a request begins before the connection was idle too long."""
         if self.wire.held:
             return True
         if self.wire.is_untouched:  # a new connection counts as busy
             return self.wire.wait_readable(IDLE_SECONDS)
-        self.server.begin_idling(self.request)
-        try:
+        with self.server.idling(self.request):
             return not self.server.is_closing and self.wire.wait_readable(IDLE_SECONDS)
-        finally:
-            self.server.end_idling(self.request)
 
     def parse_request(self) -> bool:
         """Read a head, strictly; False if the client sends no more requests."""
-        self.late.restart()
-        self.wire.on_timeout = self.late
+        self.head_timeout.restart()
+        self.wire.on_timeout = self.head_timeout
         try:
             raw = self.wire.head()
         except OSError:
@@ -9312,7 +9230,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not raw:
             return False
         self.head = self.headers = Request(raw)
-        self.head.drop_slash(path for _, path in ROUTES)
+        self.head.drop_slash(ROUTES)
         self.command, self.path = self.head.method, self.head.target
         self.request_version = "HTTP/1.0" if self.head.is_http_10 else "HTTP/1.1"
         self.reply = ClientResponse(self.request, self.head, self._cors_headers())
@@ -9321,26 +9239,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return True
 
     def _finish_request(self):
-        """Read what is left of the body, if that is little, and free what was held."""
-        body, self.body, self.wire.on_timeout = self.body, None, self.late
+        """Read the rest of the body if it is short, so that another may follow."""
+        body, self.body, self.wire.on_timeout = self.body, None, self.head_timeout
         if body is not None and self.reply.is_persistent:
-            try:
-                self.reply.is_persistent = body.skip()
-            except APIError:
-                self.reply.is_persistent = False
+            with contextlib.suppress(APIError):
+                self.close_connection = not body.skip()
         self.is_unread = body is None or not body.is_complete
-        self.close_connection = not self.reply.is_persistent
 
     def _log_if_slow(self):
-        first_at = self.reply.first_at
-        if first_at is None or first_at < self.began + SLOW_SECONDS:
-            return
-        where = f"{self.head.method} {self.head.path[:60]}"
-        seconds = first_at - self.began
-        text = f"{self.model.name}: first byte of {where} after {seconds:.1f} s"
-        if self.waited >= LONG_WAIT:
-            text += f", {self.waited:.1f} s of it waiting"
-        self.server.log("info", text)
+        seconds = (self.reply.first_at or self.began) - self.began
+        if seconds >= SLOW_SECONDS:
+            target = f"{self.head.method} {self.head.path[:60]}"
+            text = f"{self.model.name}: first byte of {target} after {seconds:.1f} s"
+            if self.waited >= LONG_WAIT:
+                text += f", {self.waited:.1f} s of it waiting"
+            self.server.log("info", text)
 
     def _count_request(self):
         """Count the request if it was for a model or was refused."""
@@ -9352,7 +9265,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         seconds = time.monotonic() - self.began
         usage = self.usage if status < 300 else Usage()
         speed = speed_of(usage, seconds - (self.waited or 0))
-        self._record_end(status, seconds, usage, speed)
+        is_refused = self.head is not None and status >= 400 and status != 499
+        if self.row or is_refused:
+            self._record_end(status, seconds, usage, speed)
         tokens = usage.tokens_in or 0, usage.tokens_out or 0, usage.tokens_cached or 0
         received = self.body.received if self.body is not None else 0
         counts = status, seconds, self.waited, *tokens, received, reply.sent
@@ -9375,15 +9290,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         )
 
     def _record_end(self, status, seconds, usage, speed):
-        is_refused = self.head is not None and status >= 400 and status != 499
-        if self.row is None and not is_refused:
-            return
-        reply, row = self.reply, self.row or self._new_row(self.info)
-        error = self.error or reply.problem
+        row, first_at = self.row or self._new_row(self.info), self.reply.first_at
+        error = self.error or self.reply.problem
         row.update(
             status=status,
             seconds=seconds,
-            first_byte=reply.first_at and reply.first_at - self.began,
+            first_byte=first_at and first_at - self.began,
             tokens_in=usage.tokens_in,
             tokens_cached=usage.tokens_cached,
             tokens_out=usage.tokens_out,
@@ -9399,10 +9311,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.error = error
         if isinstance(error, SpokenTLS):
             self.server.warn_of_tls()
-        if isinstance(error, OSError):  # of disk or memory; the client's own is caught
-            error = APIError(f"{type(error).__name__}: {error}")
-        elif isinstance(error, ConfigError):
-            error = APIError(str(error))
+        if not isinstance(error, APIError):  # the client's own OSErrors are caught
+            kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+            error = APIError(f"{kind}{error}")
         reply = self.reply = self.reply or ClientResponse(self.request, None, [])
         if self.body is None or not self.body.can_be_skipped:
             reply.is_persistent = False
@@ -9415,7 +9326,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             reply.abort(error)
 
     def _send_error(self, error):
-        headers = [JSON_TYPE]
+        headers = []
         if error.retry_after is not None:
             headers.append(("retry-after", str(math.ceil(error.retry_after))))
         if error.may_retry is not None:
@@ -9425,21 +9336,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             scheme = 'Basic realm="API key"' if is_page else "Bearer"
             headers.append(("www-authenticate", scheme))
         if error.status == 405:
-            methods = [method for method, path in ROUTES if path == self.head.path]
-            headers.append(("allow", ", ".join([*methods, "OPTIONS"])))
+            headers.append(("allow", ", ".join([*ROUTES[self.head.path], "OPTIONS"])))
         body = error_body(error)
         if self.reply.is_for_anthropic:
             body = {"type": "error", **body}
-        self._send(error.status, headers, _dump(body))
+        self._send_json(body, error.status, headers)
 
-    def _send(self, status, headers, payload):
+    def _send(self, payload, status=200, headers=()):
         self.reply.answer(status, [*headers, ("server", SERVER_NAME)], payload)
 
-    def _send_json(self, value):
-        self._send(200, [JSON_TYPE], _dump(value))
+    def _send_json(self, value, status=200, headers=()):
+        self._send(_dump(value), status, [JSON_TYPE, *headers])
 
-    def _send_text(self, text):
-        self._send(200, [TEXT_TYPE], text.encode())
+    def _send_text(self, text, content_type=TEXT_TYPE):
+        self._send(text.encode(), headers=[content_type])
 
     def _stream(self, next_item, render, pause=0.0):
         """Send items until the client leaves or llmswap ends. An item that is None says
@@ -9458,35 +9368,33 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _check_access(self):
         """Raise Forbidden or Unauthorized unless Host, Origin and key are accepted."""
-        self._check_host(self.head.get("host"))
-        origin = self.head.get("origin")
-        is_safe = self.head.method in SAFE_METHODS and not self.head.is_upgrade
+        head, keys, origin = self.head, self.config.api_keys, self.head.get("origin")
+        if not self._is_host_allowed(head.get("host")):
+            raise Forbidden(
+                f"Host {head.get('host')!r} is not among allowed-hosts in [llmswap], "
+                "which guards local servers against web pages"
+            )
+        is_safe = head.method in SAFE_METHODS and not head.is_upgrade
         if origin and not is_safe and not self._is_origin_allowed(origin):
-            raise _foreign(origin)
-        is_open = self.head.path in OPEN_PATHS and not self._wants_snapshots()
-        keys = self.config.api_keys
-        if self.head.method == "OPTIONS" or is_open or not keys:
+            raise _forbidden_origin(origin)
+        is_open = head.path in OPEN_PATHS and not self._wants_snapshots()
+        if head.method == "OPTIONS" or is_open or not keys:
             return
         if not any(_is_key(given, keys) for given in self._given_keys()):
             raise Unauthorized("a valid API key is needed (Authorization: Bearer KEY)")
 
-    def _check_host(self, host):
-        allowed = self.config.settings.allowed_hosts
+    def _is_host_allowed(self, host):
+        allowed, name = self.config.settings.allowed_hosts, _host_name(host)
         if "*" in allowed or not _is_loopback(self.request.getsockname()):
-            return
-        name = _host_name(host)
-        if name and name not in allowed and not _is_address(name):
-            raise Forbidden(
-                f"Host {host!r} is not among allowed-hosts in [llmswap], which guards "
-                "local servers against web pages"
-            )
+            return True
+        return not name or name in allowed or _is_address(name)
 
     def _is_origin_allowed(self, origin):
         allowed = self.config.settings.cors_origins
         if "*" in allowed or origin in allowed or self._is_own_origin(origin):
             return True
-        name = origin.partition("://")[2]
-        return "localhost" in allowed and _host_name(name) in LOOPBACK_NAMES
+        name = _host_name(origin.partition("://")[2])
+        return "localhost" in allowed and name in LOOPBACK_NAMES
 
     def _is_own_origin(self, origin):
         name = origin.partition("://")[2]
@@ -9515,16 +9423,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         is_fetch = any(name.startswith("sec-fetch-") for name, _ in head.headers)
         if origin or is_fetch or head.get("user-agent").startswith("Mozilla/"):
-            raise _foreign(origin or "of a browser")
+            raise _forbidden_origin(origin or "of a browser")
 
     def _check_may_load(self, model):
         """For GETs: they may load the model only if no foreign page asks for it."""
-        if self.head.method in SAFE_METHODS:
-            if self.pool.state_of(model) is not State.LOADED:
-                self._check_not_from_a_page()
+        if self.pool.state_of(model) is not State.LOADED:
+            self._check_not_from_a_page()
 
     def _given_keys(self):
-        """Yield the bytes of what may be a key."""
+        """Yield, as bytes, what may be a key in the headers."""
         for value in self.head.all("x-api-key"):
             yield value.encode("latin-1")
         for value in self.head.all("authorization"):
@@ -9551,23 +9458,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- routes ----------------------------------------------------------------------
 
     def _route(self):
-        """Do what the path means; whatever is not ours belongs to a model."""
-        head = self.head
-        method = "GET" if head.method == "HEAD" else head.method
-        route = ROUTES.get((method, head.path))
-        if method == "OPTIONS":
-            route = Handler.answer_preflight
+        """Answer if the path is one of ours; all others are routed by model."""
+        path, routes = self.head.path, ROUTES.get(self.head.path, {})
+        method = "GET" if self.head.method == "HEAD" else self.head.method
+        is_preflight = method == "OPTIONS"
+        route = Handler.answer_preflight if is_preflight else routes.get(method)
         if route:
-            self.body.hold(MAX_UNREAD_BODY)  # nothing is done before its framing held
+            self.body.hold(MAX_UNREAD_BODY)  # a body framed wrongly must change nothing
             return route(self)
         for prefix, methods, action in PREFIXES:
-            if head.path.startswith(prefix) and (not methods or method in methods):
+            if path.startswith(prefix) and (not methods or method in methods):
                 self.body.hold(MAX_UNREAD_BODY if methods else 0)
-                rest = head.path[len(prefix) :]
+                rest = path[len(prefix) :]
                 return action(self, rest.rstrip("/") if methods else rest)
-        if head.path not in MODEL_PATHS:
-            if any(path == head.path for _, path in ROUTES):
-                raise MethodNotAllowed(f"{head.path} has no {head.method}")
+        if routes and path not in MODEL_PATHS:
+            raise MethodNotAllowed(f"{path} has no {self.head.method}")
         self._check_base_url()
         self.route_by_model()
 
@@ -9590,13 +9495,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json([])  # no stream can be resumed
 
     def answer_preflight(self):
-        wanted = self.head.get("access-control-request-headers") or "*"
+        names = self.head.get("access-control-request-headers") or "*"
         headers = [
             ("access-control-allow-methods", "GET, POST, PUT, PATCH, DELETE, OPTIONS"),
-            ("access-control-allow-headers", wanted),
+            ("access-control-allow-headers", names),
             ("access-control-max-age", "600"),
         ]
-        self._send(204, headers if self.reply.extra else [], b"")
+        self._send(b"", 204, headers if self.reply.extra else [])
 
     def _wants_snapshots(self):
         """Return whether our page asks for `/` once more, as a stream of events."""
@@ -9614,7 +9519,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ("cache-control", "no-cache"),
             ("vary", "Accept"),
         ]
-        self._send(200, headers, STATUS_PAGE.encode())
+        self._send(STATUS_PAGE.encode(), headers=headers)
 
     def _stream_snapshots(self):
         """Send a snapshot at each change, and every 2 s while a model is held."""
@@ -9631,13 +9536,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return snapshot(report)
 
         self.reply.begin_events()
-        self._stream(next_snapshot, _as_event, pause=0.25)  # nobody reads faster
+        self._stream(next_snapshot, _as_event, pause=0.25)  # faster is unreadable
 
     def get_metrics(self):
         if self.head.parameter("model") is not None:
             return self.get_from_model()
-        text = metrics_text(self._status_report())
-        self._send(200, [("content-type", METRICS_TYPE)], text.encode())
+        self._send_text(metrics_text(self._status_report()), METRICS_TYPE)
 
     def _status_report(self):
         facts = self.pool.inspector.facts_of([*self.config.models.values()])
@@ -9695,6 +9599,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json({"requests": rows[: int(limit) if limit else None]})
 
     def cancel_request(self, rest):
+        """End a request; `rest` is its number and /cancel."""
         number, _, action = rest.partition("/")
         if action != "cancel":
             raise NotFound(f"there is nothing at {self.head.path}")
@@ -9731,28 +9636,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.pool.unload(self._resolve(percent_decoded(name)))
         else:
             self.pool.unload_all()
-        self.pool.await_unloaded(self._look_after_client)
+        self.pool.await_unloaded(self._heartbeat)
         self._send_text("OK")
 
     def get_running(self):
         words = {"loading": "starting", "loaded": "ready", "unloading": "stopping"}
-        running = []
         facts = self.pool.inspector.facts_of([*self.config.models.values()])
-        for status in self.pool.statuses():
-            model = self.config.models.get(status.id)
-            if model is None or status.state == "unloaded" or status.shares:
-                continue
-            running.append(
-                {
-                    "model": status.id,
-                    "state": words.get(status.state, status.state),
-                    "cmd": shlex.join(shown_command(facts[status.id], status)),
-                    "proxy": model.url(str(status.port)),
-                    "ttl": int(model.settings.idle_timeout),
-                    "name": status.id,
-                    "description": model.settings.description,
-                }
-            )
+        running = [
+            {
+                "model": status.id,
+                "state": words.get(status.state, status.state),
+                "cmd": shlex.join(shown_command(facts[status.id], status)),
+                "proxy": self.config.models[status.id].url(str(status.port)),
+                "ttl": int(self.config.models[status.id].settings.idle_timeout),
+                "name": status.id,
+                "description": status.description,
+            }
+            for status in self.pool.statuses()
+            if status.id in facts and status.state != "unloaded" and not status.shares
+        ]
         self._send_json({"running": running})
 
     def get_props(self):
@@ -9793,7 +9695,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- requests for models ---------------------------------------------------------
 
     def get_from_model(self):
-        """GET something of one model; it is not loaded, woken or kept for that."""
+        """Relay a GET to a model without loading or waking it, or counting as use."""
         name = self.head.parameter("model")
         if not name:
             raise BadRequest("model name is missing from the request", "model")
@@ -9812,9 +9714,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _may_autoload(self, by_default=True):
         """Return whether the request may load its model, by llama.cpp's rules."""
-        given = self.head.parameter("autoload")
-        if given:
-            return given in ("true", "1")
+        wish = self.head.parameter("autoload")
+        if wish:
+            return wish in ("true", "1")
         return by_default and self.config.settings.models_autoload
 
     def route_upstream(self, rest):
@@ -9823,8 +9725,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         model = self.model = self._resolve(name)
         query = self.head.target[len(self.head.path) :]
         if not path:
-            headers = [("location", f"/upstream/{rest}/{query}")]
-            return self._send(308, headers, b"")
+            return self._send(b"", 308, [("location", f"/upstream/{rest}/{query}")])
         self._check_may_load(model)
         is_page = path == "/" or self.head.method not in SAFE_METHODS
         if not self._may_autoload(is_page) and not self.pool.is_held(model):
@@ -9846,7 +9747,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return percent_decoded(parts[0]), "/"
 
     def _request_info(self, is_needed):
-        """Return what the body says; unless it is needed it may be anything."""
+        """Return the model and members that the body names; BadRequest if it is
+        malformed, which is ignored unless `is_needed`."""
         if self.head.method in ("GET", "HEAD") or self.head.is_upgrade:
             return RequestInfo()
         try:
@@ -9891,7 +9793,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         transform_of = _repair_of if model.settings.json_repair else lambda _: None
         asked_at = time.monotonic()
         for is_last in (False, True):
-            lease = self.pool.lease(model, self._look_after_client, preemptible)
+            lease = self.pool.lease(model, self._heartbeat, preemptible)
             with lease as backend:
                 self.waited = time.monotonic() - asked_at
                 if self.row:
@@ -9910,16 +9812,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
                         continue
                     reason = backend.death(1.0) if has_died else None
                     error = BackendDied(str(reason)) if reason else error
-                    error.may_retry = False if is_last else None  # it kills
+                    error.may_retry = False if is_last else None  # it kills them
                     raise error
 
-    def _look_after_client(self):
-        """Raise ClientDisconnected once it is; meanwhile keep it from giving up."""
+    def _heartbeat(self):
+        """Send a waiting client a sign of life if one is due; ClientDisconnected if it
+        has left. Always False, for the Pool: the wait goes on."""
         self.reply.heartbeat()
         return False
 
     def _prepare_waiting(self, model, target, info):
-        """Set what the client is sent while it waits for the model."""
+        """Choose between comments and notices for a client that waits."""
         notice = model.settings.loading_notice
         is_stream = self.head.method == "POST" and info.members.get("stream") is True
         self.reply.wants_events = is_stream and notice != "off"
@@ -9928,8 +9831,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.reply.notice = functools.partial(next, self._notices(model))
 
     def _notices(self, model):
-        """Yield events that a chat shows as the model's reasoning while the model is
-        loaded; b"" if there is nothing new to tell, or it is too soon."""
+        """Yield events that a chat shows as the model's reasoning during its load; b""
+        if there is no news, or the last event is too recent."""
         chunk = {
             "id": f"chatcmpl-{model.name}-loading",
             "object": "chat.completion.chunk",
@@ -9966,20 +9869,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             held = [edited_json(info.members, edits)]
         elif info.model is not None and edits.model is not None:
             view, (start, end) = memoryview(body.held), info.span
-            name = self._form_value(edits.model)
-            held = [view[:start], name, view[end:]]
-            length = length and length + len(name) - (end - start)
+            name = edits.model
+            if not self.head.get("content-type").lower().startswith("multipart/"):
+                name = urllib.parse.quote_plus(name)
+            held = [view[:start], name.encode(), view[end:]]
+            length = length and length + len(held[1]) - (end - start)
         else:
             held = [body.held]
         rest = body
         if body.is_complete:
             length, rest = sum(map(len, held)), None
         return UpstreamRequest(self.head.method, target, [], held, length, rest)
-
-    def _form_value(self, name):
-        if self.head.get("content-type").lower().startswith("multipart/"):
-            return name.encode()
-        return urllib.parse.quote_plus(name).encode()
 
     def _relay(self, outgoing, backend, *more):
         key = backend.model.settings.proxy_key
@@ -10005,32 +9905,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 ROUTES = {
-    ("GET", "/"): Handler.get_page,
-    ("GET", "/health"): Handler.get_health,
-    ("GET", "/v1/health"): Handler.get_health,
-    ("GET", "/v1/models"): Handler.get_models,
-    ("GET", "/models"): Handler.get_models,
-    ("GET", "/models/sse"): Handler.get_events,
-    ("POST", "/models/load"): Handler.post_load,
-    ("POST", "/models/unload"): Handler.post_unload,
-    ("GET", "/props"): Handler.get_props,
-    ("GET", "/slots"): Handler.get_from_model,
-    ("GET", "/metrics"): Handler.get_metrics,
-    ("GET", "/lora-adapters"): Handler.get_from_model,
-    ("GET", "/running"): Handler.get_running,
-    ("GET", "/api/requests"): Handler.get_requests,
-    ("GET", "/unload"): Handler.unload,
-    ("POST", "/unload"): Handler.unload,
-    ("POST", "/api/models/unload"): Handler.unload,
-    ("POST", "/v1/streams/lookup"): Handler.post_streams_lookup,
-    ("GET", "/tools"): Handler.refuse_feature,
-    ("POST", "/tools"): Handler.refuse_feature,
-    ("GET", "/cors-proxy"): Handler.refuse_feature,
-    ("POST", "/cors-proxy"): Handler.refuse_feature,
-    ("GET", "/logs"): Handler.get_logs,
-    ("GET", "/logs/stream"): Handler.get_log_stream,
+    "/": {"GET": Handler.get_page},
+    "/health": {"GET": Handler.get_health},
+    "/v1/health": {"GET": Handler.get_health},
+    "/v1/models": {"GET": Handler.get_models},
+    "/models": {"GET": Handler.get_models},
+    "/models/sse": {"GET": Handler.get_events},
+    "/models/load": {"POST": Handler.post_load},
+    "/models/unload": {"POST": Handler.post_unload},
+    "/props": {"GET": Handler.get_props},
+    "/slots": {"GET": Handler.get_from_model},
+    "/metrics": {"GET": Handler.get_metrics},
+    "/lora-adapters": {"GET": Handler.get_from_model},
+    "/running": {"GET": Handler.get_running},
+    "/api/requests": {"GET": Handler.get_requests},
+    "/unload": {"GET": Handler.unload, "POST": Handler.unload},
+    "/api/models/unload": {"POST": Handler.unload},
+    "/v1/streams/lookup": {"POST": Handler.post_streams_lookup},
+    "/tools": {"GET": Handler.refuse_feature, "POST": Handler.refuse_feature},
+    "/cors-proxy": {"GET": Handler.refuse_feature, "POST": Handler.refuse_feature},
+    "/logs": {"GET": Handler.get_logs},
+    "/logs/stream": {"GET": Handler.get_log_stream},
 }
-PREFIXES = (  # with their methods; none: all
+PREFIXES = (  # without methods: all
     ("/upstream/", (), Handler.route_upstream),
     ("/v1/models/", ("GET",), Handler.get_model),
     ("/logs/stream/", ("GET",), Handler.get_log_stream),
@@ -10060,7 +9957,7 @@ def _as_event(value):
 
 
 def _repair_of(answer):
-    """Return what repairs the tool calls in an answer; None if it has none."""
+    """Return a RepairStream for an answer that may have tool calls, else None."""
     if answer.status != 200 or answer.get("content-encoding"):
         return None
     if answer.is_event_stream:
@@ -10071,13 +9968,11 @@ def _repair_of(answer):
 
 def _edits_of(model, info):
     settings = model.settings
-    removed = {name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members}
-    removed.update(settings.strip_params)
-    name = settings.model_name or None
+    timeouts = [name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members]
     return BodyEdits(
-        name,
+        settings.model_name or None,
         settings.set_params or {},
-        frozenset(removed),
+        frozenset([*timeouts, *settings.strip_params]),
         settings.default_params or {},
     )
 
@@ -10085,10 +9980,10 @@ def _edits_of(model, info):
 def _idle_timeout_in(members):
     """Return the seconds that a request asks for, below 0 for ever; None if it does
     not ask."""
-    given = [name for name in IDLE_TIMEOUT_PARAMETERS if members.get(name) is not None]
-    if not given:
+    names = [name for name in IDLE_TIMEOUT_PARAMETERS if members.get(name) is not None]
+    if not names:
         return None
-    value = members[given[0]]
+    value = members[names[0]]
     try:
         if isinstance(value, str):
             sign = -1 if value.startswith("-") else 1
@@ -10097,11 +9992,11 @@ def _idle_timeout_in(members):
             raise ValueError
         return float(value)
     except (TypeError, ValueError, OverflowError):
-        text = f"{given[0]}: {value!r} is not a duration"
-        raise BadRequest(text, given[0]) from None
+        text = f"{names[0]}: {value!r} is not a duration"
+        raise BadRequest(text, names[0]) from None
 
 
-def _foreign(origin):
+def _forbidden_origin(origin):
     return Forbidden(f"the origin {origin!r} is not in cors-origins in [llmswap]")
 
 
@@ -10132,7 +10027,7 @@ def _is_key(given, keys):
 
 
 def with_known_problem(status: ModelStatus, facts: Facts) -> ModelStatus:
-    """Return the status with what makes a start fail as its failure, if it is known."""
+    """Return the status, with the known reason for its next load to fail."""
     if status.state != "unloaded" or status.failure or not facts.problem:
         return status
     return status._replace(failure=facts.problem)
@@ -10141,7 +10036,7 @@ def with_known_problem(status: ModelStatus, facts: Facts) -> ModelStatus:
 def model_entry(
     model: Model, owner: Model, status: ModelStatus, facts: Facts, created: int
 ) -> dict:
-    """Return a model as in /v1/models: as llama.cpp's router tells it, and more.
+    """Return a model as in /v1/models: all fields of llama.cpp's router, and more.
 
     `facts` are those of `owner`, whose backend the model uses.
     """
@@ -10193,7 +10088,7 @@ def _shown_status(model, status, facts):
 
 
 def _capabilities(abilities, architecture, facts, is_llama_server):
-    """Return the names of what a model can do, as far as it is known."""
+    """Return the known abilities of a model, in the order of CAPABILITIES."""
     names = set(abilities)
     inputs = architecture.get("input_modalities", ())
     names.update(name for name, word in INPUTS.items() if word in inputs)
@@ -10265,23 +10160,23 @@ class Log:
         feed.setFormatter(LogFormatter())
         feed.emit = lambda record: self.feed.publish(feed.format(record))
         lines = queue.SimpleQueue()
-        self._writer = logging.handlers.QueueListener(lines, feed, stderr)
-        self._writer.start()
-        self._entrance = logging.handlers.QueueHandler(lines)
+        self._queue_listener = logging.handlers.QueueListener(lines, feed, stderr)
+        self._queue_listener.start()
+        self._queue_handler = logging.handlers.QueueHandler(lines)
         self._logger = logging.Logger("llmswap")
-        self._logger.addHandler(self._entrance)
+        self._logger.addHandler(self._queue_handler)
         self.set_level("info")
 
     def set_level(self, level: str):
         """Drop what is less important than `level`."""
-        self._entrance.setLevel(level.upper())
+        self._queue_handler.setLevel(level.upper())
 
     def __call__(self, level: str, text: str):
         self._logger.log(getattr(logging, level.upper()), text)
 
     def close(self):
         """Write what is left; give up after a second, as stderr may be stuck."""
-        closing = threading.Thread(target=self._writer.stop, daemon=True)
+        closing = threading.Thread(target=self._queue_listener.stop, daemon=True)
         closing.start()
         closing.join(1.0)
 
@@ -10335,10 +10230,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.requests = RequestLog()
         self.born = int(time.time())
         self.is_closing = False
-        self.most_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)
-        self._quiet_at = time.monotonic()
+        self.max_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)
+        self._active_at = time.monotonic()
         self._connections, self._idle_connections = set(), set()
-        self._is_paused = self._has_seen_tls = False
+        self._is_paused = self._has_warned_of_tls = False
         self._thread = None
         for sock in sockets:
             sock.setblocking(False)
@@ -10346,15 +10241,15 @@ class Server(http.server.ThreadingHTTPServer):
     def begin(self):
         """Accept connections, on a thread of its own."""
         self._is_paused = False
-        self._stop_seen, self._stop_sent = socket.socketpair()
+        self._stop_reader, self._stop_writer = socket.socketpair()
         self._thread = threading.Thread(target=self.serve_forever, daemon=True)
         self._thread.start()
 
     def serve_forever(self, poll_interval=None):
         """Accept until `shutdown`; the base class would wake up twice a second."""
         waiter = select.poll()
-        with self._stop_seen as stop_seen:
-            for each in (stop_seen, *self.sockets):
+        with self._stop_reader as stop_reader:
+            for each in (stop_reader, *self.sockets):
                 waiter.register(each, select.POLLIN)
             while not self._is_paused:
                 ready = {fd for fd, _ in waiter.poll()}
@@ -10366,7 +10261,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Accept no more; the sockets stay open."""
         self._is_paused = True
         if self._thread is not None:
-            self._stop_sent.close()
+            self._stop_writer.close()
             self._thread.join(1.0)
 
     def is_serving(self) -> bool:
@@ -10388,15 +10283,15 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request, client_address):
         """Serve the connection on a new thread, or refuse it."""
-        why = f"{self.most_connections} connections are open already"
-        if len(self._connections) < self.most_connections:
+        reason = f"{self.max_connections} connections are open already"
+        if len(self._connections) < self.max_connections:
             self._connections.add(request)
             try:
                 return super().process_request(request, client_address)
             except RuntimeError as error:  # there is no thread
-                why = str(error)
-                self.log("error", f"a connection could not be served: {why}")
-        refuse_connection(request, why)
+                reason = str(error)
+                self.log("error", f"a connection could not be served: {reason}")
+        refuse_connection(request, reason)
         self.shutdown_request(request)
 
     def shutdown_request(self, request):
@@ -10410,24 +10305,25 @@ class Server(http.server.ThreadingHTTPServer):
 
     def warn_of_tls(self):
         """Log, once, that a client speaks TLS to a port that does not."""
-        if not self._has_seen_tls:
-            self._has_seen_tls = True
+        if not self._has_warned_of_tls:
+            self._has_warned_of_tls = True
             text = "a client speaks TLS here: its base URL must begin with http://"
             self.log("warning", text)
 
-    def begin_idling(self, connection):
-        """From now on `stop` may close the connection."""
+    @contextlib.contextmanager
+    def idling(self, connection: socket.socket):
+        """In this block `stop` may close the connection, which waits for a request."""
         self._idle_connections.add(connection)
-        self._quiet_at = time.monotonic()
-
-    def end_idling(self, connection):
-        """A request came on the connection, or its end."""
-        self._idle_connections.discard(connection)
+        self._active_at = time.monotonic()
+        try:
+            yield
+        finally:
+            self._idle_connections.discard(connection)
 
     def inactive_since(self) -> Optional[float]:
         """Return when the last request ended; None while one runs or is to come."""
         is_busy = len(self._connections) > len(self._idle_connections)
-        return None if is_busy else self._quiet_at
+        return None if is_busy else self._active_at
 
     def try_idle_exit(self) -> bool:
         """Stop accepting; if a client has connected already go on, and return False.
@@ -10460,25 +10356,23 @@ class Server(http.server.ThreadingHTTPServer):
             time.sleep(0.005)
 
 
-def refuse_connection(connection: socket.socket, why: str):
+def refuse_connection(connection: socket.socket, reason: str):
     """Answer 503 on a connection of which nothing was read."""
     connection.settimeout(1)
     headers = [JSON_TYPE, ("retry-after", "5"), ("server", "llmswap")]
     with contextlib.suppress(ClientDisconnected):
         reply = ClientResponse(connection, None, [])
-        reply.answer(503, headers, _dump(error_body(APIError(why))))
+        reply.answer(503, headers, _dump(error_body(APIError(reason))))
 
 
 def raise_descriptor_limit() -> int:
     """Raise our soft limit of descriptors to the hard one; return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
-    wanted = max(soft, min(wanted, MAX_DESCRIPTORS))
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (OSError, ValueError):
-        return soft
-    return wanted
+    is_unlimited = hard == resource.RLIM_INFINITY
+    limit = MAX_DESCRIPTORS if is_unlimited else min(hard, MAX_DESCRIPTORS)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 # -- listening -------------------------------------------------------------------------
@@ -10566,9 +10460,9 @@ def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
 
 
 class SystemdNotifier:
-    """Tells systemd how llmswap is, if it asked for that. Any thread may call.
+    """Reports llmswap's state to systemd, if that is wanted. Any thread may call.
 
-    `watchdog` is the interval in seconds in which it wants to hear from us, or None.
+    `watchdog` is the longest time in seconds between two reports, or None.
     """
 
     def __init__(self, environ: Dict[str, str]):
@@ -10828,7 +10722,7 @@ def _needs_line(amounts, source):
     return f"needs {resources_text(amounts)} ({source})"
 
 
-PORT_MARK = "\0"  # stands where the port will
+PORT_MARK = "\0"  # in the place of the port
 
 
 def _command_line(model):
@@ -10917,27 +10811,27 @@ Or write a file:  llmswap.py models.ini   (example.ini shows how)
 def refuse_pending_connections():
     """Answer the connections that wait at systemd's sockets: otherwise it would start
     llmswap for them again and again."""
-    why = "llmswap cannot start: its file is broken, its log says where"
+    reason = "llmswap cannot start: its file is broken, its log says where"
     for listener in take_listeners(os.environ)[0]:
         listener.setblocking(False)
         with contextlib.suppress(OSError):  # there are no more
             while True:
                 connection = listener.accept()[0]
-                refuse_connection(connection, why)
+                refuse_connection(connection, reason)
                 lingering_close(connection)
                 connection.close()
 
 
-GPU_LOOK_EVERY = 60.0  # s, while somebody else uses a GPU
+GPU_LOOK_EVERY = 60.0  # s, while a process that is not ours uses a GPU
 WATCH_EVERY = 1.0  # s, between two looks at the file
 WATCH_SETTLES = 0.1  # s without a change, after which it counts as written
 WATCH_TIMEOUT = 0.5  # s that a request waits for a look, or for reading the file
 
 
 class FileWatch:
-    """Notices that a file has changed, when it is asked. Any thread may call.
+    """Notices that a file has changed, when `check` is called. Any thread may call.
 
-    It looks on threads of their own, because the file may lie on a slow mount. A file
+    Each look has a thread of its own, because the file may lie on a slow mount. A file
     that is missing has not changed: editors replace files.
     """
 
@@ -10945,8 +10839,7 @@ class FileWatch:
         self._path = path
         self._lock = threading.Lock()
         self._looked_at = -math.inf
-        self._is_done = threading.Event()  # the last look
-        self._is_done.set()
+        self._look = None  # the thread of the last one
         self.mark()
 
     def mark(self):
@@ -10958,23 +10851,21 @@ class FileWatch:
         call on_change() on another thread. Return when it returned, or is late."""
         with self._lock:
             now = time.monotonic()
-            if now >= self._looked_at + WATCH_EVERY and self._is_done.is_set():
+            is_looking = self._look is not None and self._look.is_alive()
+            if now >= self._looked_at + WATCH_EVERY and not is_looking:
                 self._looked_at = now
-                self._is_done.clear()
-                look = functools.partial(self._look, on_change)
-                threading.Thread(target=look, name="watch", daemon=True).start()
-        self._is_done.wait(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
+                look = functools.partial(self._find_change, on_change)
+                self._look = threading.Thread(target=look, name="watch", daemon=True)
+                self._look.start()
+        self._look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
 
-    def _look(self, on_change):
-        try:
-            stamp = self._stamp()
-            while stamp not in (None, self._seen):
-                time.sleep(WATCH_SETTLES)
-                last, stamp = stamp, self._stamp()
-                if stamp == last:
-                    return on_change()
-        finally:
-            self._is_done.set()
+    def _find_change(self, on_change):
+        stamp = self._stamp()
+        while stamp not in (None, self._seen):
+            time.sleep(WATCH_SETTLES)
+            last, stamp = stamp, self._stamp()
+            if stamp == last:
+                return on_change()
 
     def _stamp(self):
         with contextlib.suppress(OSError):
@@ -10994,9 +10885,9 @@ class Application:
         self._reload_lock = threading.Lock()
         self._is_reloaded = threading.Event()
         self._notifier = SystemdNotifier(os.environ)
-        self._is_activated = False  # by a socket of systemd's
+        self._is_activated = False  # systemd passed the sockets
         self.config_error = None  # why the file was not read again
-        self._occupant = None  # for whom the idle-command waits
+        self._gpu_occupant = None  # text of what the idle-command waits for
         self.log = Log()
         self.log.set_level("debug" if args.verbose else config.settings.log_level)
 
@@ -11052,19 +10943,19 @@ class Application:
             try:
                 listeners.append(open_listener(address))
             except OSError as error:
-                where = shown_address(address)
+                shown = shown_address(address)
                 if error.errno == errno.EADDRINUSE and is_llmswap(address):
-                    self.log("info", f"llmswap answers at {where} already")
+                    self.log("info", f"llmswap answers at {shown} already")
                     return 0
                 # without "(while attempting to bind on address ...)"
                 reason = str(error.strerror or error).partition(" (while ")[0]
-                self.log("error", f"cannot listen on {where}: {reason}")
+                self.log("error", f"cannot listen on {shown}: {reason}")
                 return 1
         return listeners
 
     def _log_startup(self):
-        where = [shown_address(each.getsockname()) for each in self.server.sockets]
-        self.log("info", f"llmswap {VERSION} at {' and '.join(where)}")
+        addresses = [shown_address(each.getsockname()) for each in self.server.sockets]
+        self.log("info", f"llmswap {VERSION} at {' and '.join(addresses)}")
         names = [*self._config.models]
         count = "1 model" if len(names) == 1 else f"{len(names)} models"
         self.log("info", f"{count}: {', '.join(names) or 'none'}")
@@ -11079,7 +10970,8 @@ class Application:
         self._start_thread(self._check_models, config)
 
     def _check_models(self, config):
-        """Log which models could not be started now; a mount may come later."""
+        """Log which models cannot be started now: a missing file may be on a mount that
+        comes later."""
         for warning in config.pitfalls(table_of):
             self.log("warning", warning)
         reasons = collections.defaultdict(list)
@@ -11106,18 +10998,15 @@ class Application:
     def _reload_on_signal(self):
         now = time.monotonic_ns() // 1000
         self._notifier.notify("RELOADING=1", f"MONOTONIC_USEC={now}")
-        try:
-            self.reload()
-        except APIError as problem:
-            self.log("error", str(problem))
+        self._try_reload()
         self._notifier.notify("READY=1")
 
     def follow_file(self):
         """Read the file again if it changed since it was read; see FileWatch."""
         if self._file and self._config.settings.watch:
-            self._file.check(self._reload_changed)
+            self._file.check(self._try_reload)
 
-    def _reload_changed(self):
+    def _try_reload(self):
         try:
             self.reload()
         except APIError as problem:
@@ -11132,7 +11021,7 @@ class Application:
                 self.log("warning", "cache-models: --cache-list shows no model")
             if cached != self._cached:
                 self._cached = cached
-                self._reload_changed()
+                self._try_reload()
 
     def reload(self):
         """Read the file again and use it; a broken one changes nothing, and raises an
@@ -11182,47 +11071,41 @@ class Application:
             elif settings.idle_command:
                 since = max(idle_since, last_run)
                 pause = since + settings.idle_command_after - time.monotonic()
-            if pause > 0:
-                self._is_reloaded.wait(min(pause, MAX_WAIT))
-                self._is_reloaded.clear()
+            if pause <= 0 and self._unload_for_idle_command(idle_since):
+                self._run_idle_command(settings.idle_command)
+                last_run = time.monotonic()
             else:
-                command = with_environment(split_words(settings.idle_command))
-                if self._unload_and_run(command, idle_since):
-                    last_run = time.monotonic()
-                else:
-                    self._is_reloaded.wait(GPU_LOOK_EVERY)
+                if pause <= 0 and self._gpu_occupant:
+                    pause = GPU_LOOK_EVERY
+                self._is_reloaded.wait(max(0.0, min(pause, MAX_WAIT)))
+                self._is_reloaded.clear()
 
-    def _unload_and_run(self, command, idle_since):
-        """Unload everything, then run the command; a request meanwhile cancels that.
+    def _unload_for_idle_command(self, idle_since):
+        """Unload everything; False if a request comes meanwhile, or if a process that
+        is not ours uses a GPU."""
 
-        Return False if somebody else uses a GPU, so that it has to wait.
-        """
-
-        def is_disturbed():
+        def is_interrupted():
             return self.server.is_closing or self.pool.idle_since() != idle_since
 
         self.pool.rest()
-        self.pool.await_unloaded(is_disturbed)
+        self.pool.await_unloaded(is_interrupted)
         occupant = gpu_occupant()
-        if is_disturbed():
-            return True
-        if occupant:
-            if self._occupant is None:
-                self.log("info", f"idle, but the idle-command waits: {occupant}")
-            self._occupant = occupant
-            return False
-        self._occupant = None
+        if occupant and not (is_interrupted() or self._gpu_occupant):
+            self.log("info", f"idle, but the idle-command waits: {occupant}")
+        self._gpu_occupant = occupant
+        return not (occupant or is_interrupted())
+
+    def _run_idle_command(self, text):
+        command = with_environment(split_words(text))
         self.log("info", f"idle: running {shlex.join(command)}")
         suspended, environment = suspended_seconds(), clean_environment({})
         try:
             status = subprocess.call(command, stdin=subprocess.DEVNULL, env=environment)
         except OSError as error:
-            self.log("error", f"idle-command: {error}")
-            return True
+            return self.log("error", f"idle-command: {error}")
         level = "error" if status else "info"
         slept = max(0.0, suspended_seconds() - suspended)
         self.log(level, f"idle-command ended with status {status}; slept {slept:.0f} s")
-        return True
 
     def _shut_down(self, reason):
         """End the requests in flight and all backends; a second signal kills them."""
