@@ -6904,10 +6904,8 @@ MAX_OBJECTS = 32  # looked at in one text
 MAX_HELD = 32 << 20  # bytes of events, or of one body, that are held back
 CUT_OFF = {"length", "max_tokens", "model_context_window_exceeded", "content_filter"}
 
-_ESCAPE = re.compile(r"\\(?:u[\da-fA-F]{4}|x[\da-fA-F]{2}|[\"\\/bfnrt'`])|[\"\\]")
-_CUT_ESCAPE = re.compile(r"(?<!\\)((?:\\\\)*)\\(?:u[\da-fA-F]{0,3})?\Z")
+_ESCAPE = re.compile(r"\\(?:u[\da-fA-F]{4}|[\"\\/nrt'`])|[\"\\]")
 _DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\(?=[^\\\"'])")
-_PATTERN = re.compile(r"\\[dDwWsSBAZ.()\[\]{}*+?|^$-]")
 _WORDS = {
     **{"true": True, "false": False},
     **dict.fromkeys("null none nil undefined nan inf infinity".split()),
@@ -6931,21 +6929,18 @@ def _scalar(text, is_cut=False):
 def _unescaped(raw):
     """Return the string that is meant by `raw`, which stood between quotes.
 
-    In a path such as C:\\new, or beside a pattern such as \\d, fewer letters make an
-    escape with the backslash before them.
+    A backslash that begins no escape stands for itself: before b and f, too, which are
+    of a regular expression, and before any letter of a path such as C:\\new.
     """
-    letters = "\"\\unrt/x'`" if _PATTERN.search(raw) else "\"\\unrt/x'`bf"
-    letters = '"\\u' if _DRIVE.search(raw) else letters
+    letters = '"\\u' if _DRIVE.search(raw) else "\"\\unrt/'`"
 
-    def fixed(found):
-        escape, letter = found[0], found[0][1:2]
+    def corrected(match):
+        escape, letter = match[0], match[0][1:2]
         if not letter or letter not in letters:
             return "\\" + escape
-        if letter == "x":
-            return "\\u00" + escape[2:]
         return letter if letter in "'`" else escape
 
-    return json.loads(f'"{_ESCAPE.sub(fixed, raw)}"', strict=False)
+    return json.loads(f'"{_ESCAPE.sub(corrected, raw)}"', strict=False)
 
 
 _CLOSERS = {"{": "}", "[": "]", "(": ")"}
@@ -6989,7 +6984,6 @@ class _Reader:
         self.at = at + 1
         self._stack = [{}]  # the objects and arrays that are open
         self._closers = "}"  # what should close them
-        self._has_bare_keys = False
 
     def read(self):
         """Return the object; ValueError if the braces hold something else."""
@@ -7050,7 +7044,6 @@ class _Reader:
         if is_quoted:
             key = self._string("key")
         else:
-            self._has_bare_keys = True
             name = _BARE_NAME.match(self.text, self.at)
             key = _unescaped((name[1] or "").strip(" \t'`“”‘’"))
             self.at = name.end()
@@ -7085,9 +7078,7 @@ class _Reader:
         whole = _WHOLE.match(text, self.at)
         if whole and (whole[1] or self._may_end(whole.end(), role)):
             return self._take(*whole.span(whole.lastindex), whole.end())
-        escape = "" if _DRIVE.match(text, start) else r"\\.|"
-        quotes = re.compile(f"{escape}[{_QUOTES[text[self.at]]}]", re.DOTALL)
-        is_odd = False  # a quote inside waits for its partner
+        quotes = re.compile(rf"\\.|[{_QUOTES[text[self.at]]}]", re.DOTALL)
         nested, since = 0, start  # brackets open since a quote followed one, as in {"
         for at in map(re.Match.start, quotes.finditer(text, start)):
             if nested > 0:
@@ -7095,18 +7086,16 @@ class _Reader:
                 nested += sum(map(inside.count, "{[(")) - sum(map(inside.count, "}])"))
             if nested > 0 or text[at] == "\\":
                 continue
-            if self._may_end(at + 1, role, is_odd):
+            if self._may_end(at + 1, role):
                 return self._take(start, at, at + 1)
             if role == "key":
                 break
             before = text[max(start, at - 99) : at]
-            if not is_odd and _KEY.match(text, at) and _FORGOTTEN_END.search(before):
+            if _KEY.match(text, at) and _FORGOTTEN_END.search(before):
                 end = at - len(_FORGOTTEN_END.search(before)[0])
                 return self._take(start, end, end)
             if before.rstrip().endswith(("{", "[", "(")):
                 nested, since = 1, at
-            else:
-                is_odd = not is_odd
         else:
             at = len(text)
         if role == "key":  # it may have lost its quote, as in {"a: 1
@@ -7116,13 +7105,12 @@ class _Reader:
         raw, self.at = text[start:], len(text)
         if raw.count("}") > raw.count("{"):
             raw = raw.rstrip("}]) \t\r\n“”‘’'\"")
-        return _unescaped(raw[:-80] + _CUT_ESCAPE.sub(r"\1", raw[-80:]))
+        return _unescaped(raw)
 
-    def _may_end(self, at, role, is_odd=False):
+    def _may_end(self, at, role):
         """Whether a value may end before `at`: the text goes on there as JSON would.
 
-        `role` is what ends: "key", "string", "bare" text, or a "scalar". `is_odd`: it
-        may be the partner of a quote inside.
+        `role` is what ends: "key", "string", "bare" text, or a "scalar".
         """
         text, depth = self.text, len(self._stack)
         after = _GAP.match(text, at).end()
@@ -7139,25 +7127,21 @@ class _Reader:
             after = _GAP.match(text, at).end()
         if after >= len(text) or text.startswith("```", after):
             return True
-        is_odd = is_odd and depth == len(self._stack)
         if self._closers[depth - 1] == "}":
-            return self._is_member(at, after, role, is_odd)
-        is_item = text[after] in ",;，；:" or after > at and _VALUE.match(text, after)
-        return not is_odd and bool(is_item)
+            return self._is_member(after, role)
+        return text[after] in ",;，；:" or bool(after > at and _VALUE.match(text, after))
 
-    def _is_member(self, at, after, role, is_odd):
-        """Whether an object can go on at `after`, where the blanks from `at` on end."""
+    def _is_member(self, after, role):
+        """Whether an object can go on at `after`."""
         text = self.text
-        if text[after] not in ",;，；":
-            may_be_bare = self._has_bare_keys or role == "bare"
-            may_be_bare = role == "scalar" or may_be_bare and "\n" in text[at:after]
-        elif role == "scalar" and not text[after + 1 : after + 2].isdigit():
-            return True
-        else:
+        may_be_bare = role in ("bare", "scalar")
+        if text[after] in ",;，；":
+            if role == "scalar" and not text[after + 1 : after + 2].isdigit():
+                return True
             after = _COMMAS.match(text, after).end()
             if _AFTER_COMMA.match(text, after):
                 return True
-            may_be_bare = not is_odd
+            may_be_bare = True
         key = _KEY.match(text, after) or may_be_bare and _BARE_KEY.match(text, after)
         return bool(key)
 
@@ -7171,10 +7155,8 @@ class _Reader:
             self.at = self._end_of_bare(start)
         raw, is_cut = text[start : self.at].strip(), self.at == len(text)
         value = _scalar(raw, is_cut)
-        if value == raw:
-            value = _unescaped(raw.rstrip('"') if raw.count('"') % 2 else raw)
-        if raw.strip("+-.") or raw and not is_cut:
-            self._add(value, key)
+        if raw.strip("+-."):
+            self._add(_unescaped(raw) if value == raw else value, key)
 
     def _end_of_bare(self, at):
         """Return where the string without quotes at `at` ends."""
@@ -7190,9 +7172,8 @@ class _Reader:
         return len(self.text)
 
 
-_STRICT = json.JSONDecoder(  # int refuses NaN
-    parse_int=_scalar, parse_float=_scalar, parse_constant=int
-)
+# int raises ValueError for NaN
+_STRICT = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=int)
 # Tokens of chat templates, at the end
 _TOKENS = re.compile(r"\s*(?:(?:<[|｜][^<>]{0,60}[|｜]>|</[\w:]{1,30}>)\s*)+\Z")
 _ENCODED = re.compile(r'[^{]{0,500}\{(?:\s|\\[nrt]){0,99}\\+(?:"|u0022)')
@@ -7209,21 +7190,16 @@ def _unwrapped(text):
     """Return `text` without what is known to be around objects or laid over them."""
     text = text.lstrip("\ufeff \t\r\n")
     text = text[:-200] + _TOKENS.sub("", text[-200:])
-    if text.startswith("```"):
-        text = re.sub(r"```\w*\s*", "", text, count=1).rstrip("`\n")
     if _NO_BRACE.match(text):
         return "{" + text
-    for _ in range(2):
-        if _ENCODED.match(text):
-            text = _ENCODED_CHAR.sub(lambda char: json.loads(f'"{char[0]}"'), text)
-    if text[:1] in ("'", '"', "`") and text[1:2] == "{":
-        text = text[1:].rstrip().rstrip(text[0])
+    if _ENCODED.match(text):
+        text = _ENCODED_CHAR.sub(lambda char: json.loads(f'"{char[0]}"'), text)
     return text
 
 
 def _object_in(text):
     """Return the JSON text of the only object in `text`, None if there is no such."""
-    text, end, found = _unwrapped(text), 0, {}
+    text, end, objects = _unwrapped(text), 0, {}
     for _ in range(MAX_OBJECTS):
         at = text.find("{", end)
         if at < 0 or _SCALARS.match(text):
@@ -7233,12 +7209,12 @@ def _object_in(text):
         is_quoted = value and _QUOTED_KEY.match(text, at)  # not code or prose
         is_led_to = not _WRAPPING.sub("", lead) or lead.rstrip().endswith((":", ">"))
         if value is not None and (is_quoted or is_led_to):
-            found.setdefault(_dump(value), as_json)
+            objects.setdefault(_dump(value), as_json)
     else:
         return None
-    if len(found) > 1:
-        found.pop(b"{}", None)
-    return list(found.values())[0] if len(found) == 1 else None
+    if len(objects) > 1:
+        objects.pop(b"{}", None)
+    return next(iter(objects.values())) if len(objects) == 1 else None
 
 
 def _read_object(text, at):
@@ -7282,31 +7258,50 @@ def _index_of(entry, default):
 
 
 def _calls_in(payload):
-    """Yield ((choice, tool), function) for every tool call, its arguments a text."""
-    for position, choice in enumerate(payload["choices"]):
+    """Return a list of (call, object, name of its member with the arguments, a text).
+
+    A call is (choice, tool) or, in Anthropic's events, (None, block).
+    """
+    calls = []
+    for position, choice in enumerate(payload.get("choices") or ()):
         message = choice.get("delta" if "delta" in choice else "message") or {}
-        for at, call in enumerate(message.get("tool_calls") or ()):
-            function = call["function"]
+        for at, tool in enumerate(message.get("tool_calls") or ()):
+            function = tool["function"]
             if isinstance(function.setdefault("arguments", ""), str):
-                yield (_index_of(choice, position), _index_of(call, at)), function
+                key = _index_of(choice, position), _index_of(tool, at)
+                calls.append((key, function, "arguments"))
+    delta = payload.get("delta") or {}
+    if isinstance(delta.get("partial_json"), str):
+        calls.append(((None, _index_of(payload, 0)), delta, "partial_json"))
+    return calls
 
 
 def _ends_in(payload):
-    """Return the finish reason of every choice that ends, by its number."""
-    return {
-        _index_of(choice, position): str(choice["finish_reason"])
-        for position, choice in enumerate(payload["choices"])
-        if choice.get("finish_reason")
-    }
+    """Return {choice: finish reason} of every choice whose open calls end here."""
+    ends = {}
+    for position, choice in enumerate(payload.get("choices") or ()):
+        if choice.get("finish_reason"):
+            ends[_index_of(choice, position)] = str(choice["finish_reason"])
+    reason = (payload.get("delta") or {}).get("stop_reason")
+    if reason or payload.get("type") in ("content_block_start", "message_stop"):
+        ends[None] = str(reason)
+    return ends
+
+
+def _cut_off(calls, ends):
+    """Return those of the calls that were not completed: the last of their choice."""
+    last = {key[0]: key for key in calls}
+    return [last[choice] for choice in ends if choice in last and ends[choice] in CUT_OFF]
 
 
 def _repair_completion(payload):
-    calls, ends = list(_calls_in(payload)), _ends_in(payload)
-    last = {key[0]: function for key, function in calls}
-    for key, function in calls:
-        if not (ends.get(key[0]) in CUT_OFF and last[key[0]] is function):
-            function["arguments"] = repair_arguments(function["arguments"])
-    for message in [choice["message"] for choice in payload["choices"]]:
+    calls = _calls_in(payload)
+    cut = _cut_off([key for key, _, _ in calls], _ends_in(payload))
+    for key, function, name in calls:
+        if key not in cut:
+            function[name] = repair_arguments(function[name])
+    for choice in payload["choices"]:
+        message = choice["message"]
         if message.get("tool_calls") and message.get("content") == "":
             message["content"] = None
 
@@ -7314,13 +7309,13 @@ def _repair_completion(payload):
 def _repair_message(payload):
     blocks = payload["content"]
     for block in blocks[:-1] if payload.get("stop_reason") in CUT_OFF else blocks:
-        given = block.get("input")
-        if isinstance(given, str):
-            given = json_or(repair_arguments(given).encode(), None)
-        if isinstance(given, list) and len(given) == 1:
-            given = given[0]
-        if block["type"] == "tool_use" and isinstance(given, dict):
-            block["input"] = given
+        value = block.get("input")
+        if isinstance(value, str):
+            value = json_or(repair_arguments(value).encode(), None)
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if block["type"] == "tool_use" and isinstance(value, dict):
+            block["input"] = value
 
 
 def repair_body(body: bytes) -> bytes:
@@ -7330,10 +7325,10 @@ def repair_body(body: bytes) -> bytes:
     """
     try:
         text = body.decode()
-        given, payload = json.loads(text), json.loads(text)
+        original, payload = json.loads(text), json.loads(text)
         repair = _repair_completion if "choices" in payload else _repair_message
         repair(payload)
-        return body if payload == given else _dump(payload)
+        return body if payload == original else _dump(payload)
     except _UNKNOWN:
         return body
 
@@ -7367,9 +7362,9 @@ class RepairStream:
     def __init__(self, is_whole: bool = False):
         self._is_whole = is_whole
         self._buffer = bytearray()  # an event of which the end has not come
-        self._calls = {}  # open ones: fragments by (choice or block, tool); latest last
+        self._open = {}  # fragments of the calls that have not ended
         self._held = []  # (event, the calls it has fragments of)
-        self._size = 0
+        self._size = 0  # bytes held
         self._repaired = {}  # by call: what is still to be sent of its new arguments
         self._has_given_up = False
 
@@ -7379,14 +7374,14 @@ class RepairStream:
             return payload
         start, searched, out = 0, max(0, len(self._buffer) - 2), []
         self._buffer += payload
-        ends = () if self._is_whole else _EVENT_END.finditer(self._buffer, searched)
-        for end in [found.end() for found in ends]:
-            out.append(self._pass_event(bytes(self._buffer[start:end])))
-            start = end
+        if not self._is_whole:
+            for match in _EVENT_END.finditer(self._buffer, searched):
+                out.append(self._pass_event(bytes(self._buffer[start : match.end()])))
+                start = match.end()
         del self._buffer[:start]
         if self._size + len(self._buffer) > MAX_HELD:
             self._has_given_up = True
-            out += [self._settle(self._calls, self._calls), bytes(self._buffer)]
+            out += [self._settle(self._open, self._open), bytes(self._buffer)]
             self._buffer.clear()
         return b"".join(out)
 
@@ -7396,94 +7391,79 @@ class RepairStream:
         if self._is_whole:
             return repair_body(rest)
         rest = self._pass_event(rest)
-        return self._settle(self._calls, self._calls) + rest
+        return self._settle(self._open, self._open) + rest
 
     def _pass_event(self, event):
         """Return what is to be sent when this event has come, lines and all."""
-        if not (self._calls or _OF_A_CALL.search(event)):
+        if not (self._open or _OF_A_CALL.search(event)):
             return event
         try:
             text = _data_of(event)
             if text.strip() == "[DONE]":
-                return self._settle(self._calls) + event
+                return self._settle(self._open) + event
             payload = json.loads(text)
-            if payload.get("choices"):
-                return self._pass_chunk(event, payload)
             if payload.get("type") == "error" or payload.get("error"):
-                return self._settle(self._calls, self._calls) + event
-            return self._pass_anthropic(event, payload, payload.get("delta") or {})
+                return self._settle(self._open, self._open) + event
+            return self._pass_payload(event, payload)
         except _UNKNOWN:
             return event
 
-    def _pass_chunk(self, event, payload):
-        calls, ends, out = dict(_calls_in(payload)), _ends_in(payload), b""
-        for key in [key for key in calls if key not in self._calls]:
-            before = list(self._calls)[-1:]  # if it is valid, it is over
-            out += self._settle(list(filter(self._is_sound, before)))
-            self._calls[key] = []
-        fragments = {key: each["arguments"] for key, each in calls.items()}
-        if not any(fragments.values()):
-            passing = event
-        elif ends or not any(function.get("name") for function in calls.values()):
-            passing = self._hold(event, fragments)
-        else:
-            passing = self._pass_names(event, payload, calls)
-        ended = [key for key in self._calls if key[0] in ends]
-        last = {key[0]: key for key in ended}
-        cut = [key for choice, key in last.items() if ends[choice] in CUT_OFF]
-        return out + self._settle(ended, cut) + passing
+    def _pass_payload(self, event, payload):
+        calls, ends, out = _calls_in(payload), _ends_in(payload), b""
+        for key, _, _ in calls:
+            if key not in self._open:
+                out += self._settle_sound(list(self._open)[-1:])  # it may be complete
+                self._open[key] = []
+        fragments = {key: member[name] for key, member, name in calls}
+        block = None, _index_of(payload, 0)
+        if any(fragments.values()):
+            if ends or not any(member.get("name") for _, member, _ in calls):
+                event = self._hold(event, fragments)
+            else:
+                event = self._pass_names(event, payload, calls)
+        elif payload.get("type") == "content_block_stop" and block in self._open:
+            # this is no end of a call that was perhaps cut off: what comes next tells
+            self._hold(event, {block: ""})
+            event = self._settle_sound([block])
+        ended = [key for key in self._open if key[0] in ends]
+        return out + self._settle(ended, _cut_off(ended, ends)) + event
 
     def _pass_names(self, event, payload, calls):
         """Return an event without arguments; hold them in events of their own."""
-        for (choice, tool), function in calls.items():
-            text, function["arguments"] = function["arguments"], ""
+        for (choice, tool), function, name in calls:
+            text, function[name] = function[name], ""
             call = {"index": tool, "function": {"arguments": text}}
             lone = {"index": choice, "delta": {"tool_calls": [call]}}
             lone = {**payload, "choices": [{**lone, "finish_reason": None}]}
             self._hold(_with_data(event, lone), {(choice, tool): text})
         return _with_data(event, payload)
 
-    def _pass_anthropic(self, event, payload, delta):
-        """The end of a block does not tell whether it was cut off. If it is not valid,
-        it waits for what does: the next block, or the reason in message_delta."""
-        kind, key = payload["type"], (_index_of(payload, 0), None)
-        fragment, reason = delta.get("partial_json"), delta.get("stop_reason")
-        if isinstance(fragment, str) and fragment:
-            return self._hold(event, {key: fragment})
-        if kind == "content_block_stop" and key in self._calls:
-            self._hold(event, {key: ""})
-            return self._settle([key]) if self._is_sound(key) else b""
-        if reason or kind in ("content_block_start", "message_stop"):
-            cut = self._calls if reason in CUT_OFF else ()
-            return self._settle(self._calls, cut) + event
-        return event
-
-    def _is_sound(self, key):
-        text = "".join(self._calls[key])
-        return repair_arguments(text) == text
-
     def _hold(self, event, fragments):
         for key, text in fragments.items():
-            parts = self._calls.pop(key, [])
-            self._calls[key] = parts  # the latest, now
-            parts.append(text)
+            self._open[key] = self._open.pop(key, [])  # the latest, now
+            self._open[key].append(text)
         self._held.append((event, list(fragments)))
         self._size += len(event)
         return b""
 
+    def _settle_sound(self, keys):
+        """End those of these calls that need no repair."""
+        texts = {key: "".join(self._open[key]) for key in keys}
+        return self._settle(
+            [key for key, text in texts.items() if repair_arguments(text) == text]
+        )
+
     def _settle(self, keys, cut=()):
         """End these calls, repaired but for those that were cut. Return the events of
         which no call is open any more."""
-        texts = {key: "".join(self._calls[key]) for key in keys if key not in cut}
-        for key in list(keys):
-            del self._calls[key]
-        for key, text in texts.items():
-            repaired = repair_arguments(text)
+        for key, is_cut in [(key, key in cut) for key in keys]:
+            text = "".join(self._open.pop(key))
+            repaired = text if is_cut else repair_arguments(text)
             if repaired != text:
                 self._repaired[key] = repaired
         out, held, self._held = [], self._held, []
         for event, keys in held:
-            if self._calls.keys() & keys:
+            if self._open.keys() & keys:
                 self._held.append((event, keys))
                 continue
             self._size -= len(event)
@@ -7494,14 +7474,9 @@ class RepairStream:
     def _rewritten(self, event):
         """Return an event with all that is left of the new arguments of its calls."""
         payload = json.loads(_data_of(event))
-        if payload.get("choices"):
-            fragments = [(key, call, "arguments") for key, call in _calls_in(payload)]
-        else:
-            key = (_index_of(payload, 0), None)
-            fragments = [(key, payload.get("delta", {}), "partial_json")]
-        for key, fragment, name in fragments:
-            if fragment.get(name) and key in self._repaired:
-                fragment[name], self._repaired[key] = self._repaired[key], ""
+        for key, member, name in _calls_in(payload):
+            if member[name] and key in self._repaired:
+                member[name], self._repaired[key] = self._repaired[key], ""
         return _with_data(event, payload)
 
 
