@@ -5761,17 +5761,17 @@ def specs_of(
 #        client <── ClientResponse <────────── pieces <────────────────┘
 #
 #    Bodies go on as they come; only JSON, and forms up to their model, are held. Every
-#    socket blocks for TICK at most, after which a StallMonitor decides what follows.
+#    socket blocks for POLL_INTERVAL at most; then a StallMonitor decides what follows.
 # ==================================================================================
 
 HEAD_LIMIT = 65536  # bytes; as nginx's four buffers of 16 KB
 LINES_LIMIT = 100  # header lines; as Apache's LimitRequestFields
+LINE_LIMIT = 4096  # bytes of a line between chunks
 HEAD_SECONDS = 10.0  # for a whole head once its first byte is there
 STALL_SECONDS = 60.0  # without a byte in the middle of a body; as nginx
 MAX_UNREAD_BODY = 1 << 20  # bytes of a body that are read although nobody needs them
-READ_SIZE = 1 << 13  # bytes read at once of heads and most answers
-STREAM_READ_SIZE = 1 << 11  # the same of streams, which wait in numbers
-BUFFER_SIZE = 1 << 18  # bytes read at once of long bodies
+READ_SIZE = 1 << 13  # bytes read at once of heads and of bodies of unknown length
+BUFFER_SIZE = 1 << 18  # bytes read at once of other bodies
 EARLY_HEAD_AFTER = 3.0  # s; until then a failure keeps its true status
 TLS_HELLO = b"\x16\x03"  # how a client begins that means https
 COMMENT = b":\n\n"
@@ -5788,12 +5788,14 @@ Headers = List[Tuple[str, str]]
 
 # -- sockets ---------------------------------------------------------------------------
 
-_TICK_PASSED = (BlockingIOError, TimeoutError, socket.timeout)
+_TIMEOUTS = (BlockingIOError, TimeoutError, socket.timeout)  # of POLL_INTERVAL
 
 
 class StallMonitor:
-    """To be called whenever TICK passed without progress. Raises `problem`, or calls it
-    if it is no exception, once that has lasted `seconds`; calls `on_tick` each time.
+    """To be called whenever POLL_INTERVAL passed without progress. Raises `problem`, or
+    calls it if it is no exception, once that has lasted `seconds`.
+
+    Calls `on_tick` each time.
     """
 
     def __init__(self, seconds: float, problem, on_tick=lambda: None):
@@ -5818,36 +5820,48 @@ class StallMonitor:
 class SocketReader:
     """Reads one connection through a buffer. One thread uses it.
 
-    `on_timeout()` is called whenever TICK passes without a byte; it may raise.
+    `on_timeout()` is called whenever POLL_INTERVAL passes without a byte; it may raise.
     """
 
     def __init__(self, sock: socket.socket, on_timeout=lambda: None):
         self.sock = sock
         self.on_timeout = on_timeout
-        self.held = b""  # received and not used yet
+        self.held = b""  # received and not used yet; READ_SIZE or a little more
         self.is_untouched = True  # nothing of a head was ever received
-
-    def take(self, size: int) -> bytes:
-        """Return up to `size` bytes of those already received, without waiting."""
-        piece, self.held = self.held[:size], self.held[size:]
-        return piece
 
     def receive(self, size=READ_SIZE) -> bytes:
         """Return the next bytes, at most `size`; b"" at the end of the stream."""
-        if self.held:
-            return self.take(size)
+        piece, self.held = self.held[:size], self.held[size:]
+        return piece or self._receive_new(size)
+
+    def _receive_new(self, size=READ_SIZE):
         while True:
             try:
                 return self.sock.recv(size)
-            except _TICK_PASSED:
+            except _TIMEOUTS:
                 self.on_timeout()
+
+    def line(self, form: "re.Pattern") -> "re.Match":
+        """Take a line, which must have this form. Raise BadRequest, EOFError."""
+        while b"\n" not in self.held[:LINE_LIMIT]:
+            if len(self.held) >= LINE_LIMIT:
+                raise BadRequest("a line between chunks is too long")
+            piece = self._receive_new()
+            if not piece:
+                raise EOFError("the connection closed between two chunks")
+            self.held += piece
+        line, _, self.held = self.held.partition(b"\n")
+        match = form.fullmatch(line + b"\n")
+        if not match:
+            raise BadRequest(f"chunks or trailer malformed at {line[:40]!r}")
+        return match
 
     def wait_readable(self, seconds: float) -> bool:
         """Return whether bytes come within so many seconds."""
         try:
             self.held = self.held or self.sock.recv(READ_SIZE)
             return bool(self.held)
-        except _TICK_PASSED:  # a poll wakes nobody meanwhile
+        except _TIMEOUTS:  # unlike them, a poll needs no processor meanwhile
             waiter = select.poll()
             waiter.register(self.sock, select.POLLIN)
             return bool(waiter.poll(seconds * 1000))
@@ -5858,39 +5872,37 @@ class SocketReader:
         Raise BadRequest as soon as it can be none, HeadersTooLarge. Empty lines before
         it are skipped: some clients send one after a body.
         """
-        data, end, skipped = b"", -1, 0
+        data, end, received = b"", -1, 0
         while end < 0:
-            if data or skipped:
-                self.on_timeout()  # a head sent byte by byte is late as well
             searched = max(0, len(data) - 3)
             piece = self.receive()
             if not piece:
                 return b""
+            self.on_timeout()  # a head sent byte by byte is late as well
             self.is_untouched = False
-            data += piece
+            data = _EMPTY_LINES.sub(b"", data + piece)
+            end = data.find(b"\r\n\r\n", searched)
             if data.startswith(TLS_HELLO):
                 raise SpokenTLS("this is plain HTTP: use http://, not https://")
-            if data.startswith(b"\r\n"):
-                blank = _EMPTY_LINES.match(data).end()
-                data, searched, skipped = data[blank:], 0, skipped + blank
-            end = data.find(b"\r\n\r\n", searched)
-            if skipped + (len(data) if end < 0 else end + 4) > HEAD_LIMIT:
+            received += len(piece)
+            unused = len(data) - end - 4 if end >= 0 else 0
+            if received - unused > HEAD_LIMIT:
                 raise HeadersTooLarge(f"the head is larger than {HEAD_LIMIT} bytes")
             if end < 0 and _ILLEGAL_IN_HEAD.search(data, searched):
                 raise BadRequest("this is not HTTP/1 in lines that end with CRLF")
-        self.held = data[end + 4 :]
+        self.held = data[end + 4 :] + self.held
         return data[: end + 4]
 
 
 def send_all(sock: socket.socket, data, monitor: StallMonitor):
-    """Send all of `data`; `monitor` is called whenever TICK passes without progress."""
+    """Send all of `data`. Call `monitor` whenever POLL_INTERVAL passes in vain."""
     monitor.restart()
     left = memoryview(data)
     while len(left):
         try:
             left = left[sock.send(left) :]
             monitor.restart()
-        except _TICK_PASSED:
+        except _TIMEOUTS:
             monitor()
 
 
@@ -5903,7 +5915,7 @@ def has_disconnected(sock: socket.socket) -> bool:
 
 # -- heads -----------------------------------------------------------------------------
 
-_EMPTY_LINES = re.compile(rb"(?:\r\n)+")
+_EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
 _ILLEGAL_IN_HEAD = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _TEXT = rb"[\t\x20-\x7e\x80-\xff]*"
@@ -5937,6 +5949,11 @@ def parse_head(head: bytes, start_line: "re.Pattern") -> Tuple["re.Match", Heade
     return start, [(name.lower(), value) for name, value in headers]
 
 
+def as_chunk(piece) -> bytes:
+    """Return bytes, at least one, as a chunk of a body."""
+    return b"%x\r\n%b\r\n" % (len(piece), piece)
+
+
 def render_head(start: str, headers: Headers) -> bytes:
     """Return the bytes of a head."""
     lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
@@ -5952,33 +5969,24 @@ def end_to_end(headers: Headers) -> Headers:
     return [header for header in headers if header[0] not in dropped]
 
 
-class Framing(NamedTuple):
-    """How a body is delimited: by `length`, as `chunked`, or by the end of the stream
-    (neither). No body: length 0."""
-
-    length: Optional[int] = None
-    is_chunked: bool = False
-
-
-NO_BODY = Framing(length=0)
-UNTIL_CLOSE = Framing()
 _FRAMING_HEADERS = ("content-length", "transfer-encoding")
 
 
-def framing_of(headers: Headers, default: Framing) -> Framing:
-    """Return how the body after these headers is framed; `default` if none says it.
+def framing_of(headers: Headers, default: Optional[int]) -> Tuple[Optional[int], bool]:
+    """Return the length of the body after these headers, and whether it is chunked.
 
-    Raise BadRequest unless there is one Content-Length, a number, or one
-    Transfer-Encoding, exactly `chunked`, but not both.
+    The length is None if it is not known, `default` if no header gives it. Raise
+    BadRequest unless there is one Content-Length, a number, or one Transfer-Encoding,
+    exactly `chunked`, but not both.
     """
-    given = [header for header in headers if header[0] in _FRAMING_HEADERS]
-    if not given:
-        return default
-    (name, value), *more = given
+    framing = [header for header in headers if header[0] in _FRAMING_HEADERS]
+    if not framing:
+        return default, False
+    (name, value), *more = framing
     if not more and name == "content-length" and re.fullmatch("[0-9]{1,18}", value):
-        return Framing(int(value))
+        return int(value), False
     if not more and name == "transfer-encoding" and value.lower() == "chunked":
-        return Framing(is_chunked=True)
+        return None, True
     raise BadRequest(
         "a body needs one Content-Length, or `Transfer-Encoding: chunked` alone"
     )
@@ -5994,17 +6002,16 @@ def is_event_stream(headers: Mapping[str, str]) -> bool:
 class Head:
     """A head, strictly read.
 
-    `headers` are without those that `framing` stands for, `end_to_end` also without
-    those that concern one connection only; names are in lower case. `is_persistent`:
-    the connection may serve another request.
+    `headers` are without those that `length` and `is_chunked` stand for; their names
+    are in lower case. A body of unknown length that is not chunked ends with the
+    connection. `is_persistent`: the connection may serve another request.
     """
 
-    def __init__(self, raw: bytes, start_line: "re.Pattern", default: Framing):
+    def __init__(self, raw: bytes, start_line: "re.Pattern", default: Optional[int]):
         self.start, headers = parse_head(raw, start_line)
         self.is_http_10 = self.start["minor"] == b"0"
-        self.framing = framing_of(headers, default)
+        self.length, self.is_chunked = framing_of(headers, default)
         self.headers = [each for each in headers if each[0] not in _FRAMING_HEADERS]
-        self.end_to_end = end_to_end(self.headers)
         self._first = dict(reversed(self.headers))
         self.connection = ", ".join(self.all("connection")).lower()
         self.is_persistent = "close" not in self.connection
@@ -6024,10 +6031,10 @@ class Request(Head):
     """The head of a client's request."""
 
     def __init__(self, raw: bytes):
-        super().__init__(raw, _REQUEST_LINE, NO_BODY)
+        super().__init__(raw, _REQUEST_LINE, 0)
         self.method = self.start["method"].decode()
         self.target = self.start["target"].decode("latin-1")
-        if self.is_http_10 and self.framing.is_chunked:
+        if self.is_http_10 and self.is_chunked:
             raise BadRequest("HTTP/1.0 has no Transfer-Encoding")
         hosts = self.all("host")
         if len(hosts) > 1 or not (hosts or self.is_http_10):
@@ -6069,87 +6076,67 @@ class Request(Head):
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;%b)?\r\n" % _TEXT)
 _CHUNK_END = re.compile(rb"\r\n")
 _TRAILER = re.compile(rb"%b|\r\n" % _HEADER_LINE)
-_CHUNK_LINE_LIMIT = 4096
 
 
-class ChunkDecoder:
-    """Takes chunked bytes cut anywhere, gives the payload. Raises BadRequest."""
+def read_payload(reader: SocketReader, head: Head, held_back=0) -> Iterable[bytes]:
+    """Yield the payload behind a head as it comes, but chunks of at most `held_back`
+    bytes only when they are whole. Raise EOFError if it ends too early, BadRequest.
+    """
+    if head.is_chunked:
+        while size := int(reader.line(_CHUNK_SIZE).group(1), 16):
+            yield from _read_exactly(reader, size, held_back)
+            reader.line(_CHUNK_END)
+        for _ in range(LINES_LIMIT):
+            if reader.line(_TRAILER).group() == b"\r\n":
+                return
+        raise BadRequest(f"more than {LINES_LIMIT} lines of a trailer")
+    if head.length is not None:
+        yield from _read_exactly(reader, head.length)
+    else:
+        while piece := reader.receive():
+            yield piece
 
-    def __init__(self):
-        self.is_done = False
-        self.rest = b""  # the beginning of a line; at the end, what came behind it
-        self._size = self._left = 0  # bytes of the current chunk, and of them to come
-        self._expected = _CHUNK_SIZE  # the next line
-        self._trailers = 0
 
-    @property
-    def given(self) -> int:
-        """Bytes that were given of a chunk whose end has not come."""
-        return self._size - self._left if self._left else 0
-
-    def feed(self, data: bytes) -> bytes:
-        """Return the payload in these bytes."""
-        data, at, payload = self.rest + data, 0, []
-        while at < len(data) and not self.is_done:
-            if self._left:
-                payload.append(data[at : at + self._left])
-                self._left -= len(payload[-1])
-                at += len(payload[-1])
-                continue
-            end = data.find(b"\n", at, at + _CHUNK_LINE_LIMIT) + 1
-            if end:
-                self._take_line(data[at:end])
-                at = end
-            elif len(data) - at >= _CHUNK_LINE_LIMIT:
-                raise BadRequest("a line between chunks is too long")
-            else:
-                break
-        self.rest = data[at:]
-        return b"".join(payload)
-
-    def _take_line(self, line):
-        match = self._expected.fullmatch(line)
-        if not match or self._trailers == LINES_LIMIT:
-            raise BadRequest(f"chunks or trailer malformed at {line[:40]!r}")
-        if self._expected is _CHUNK_SIZE:
-            self._size = self._left = int(match.group(1), 16)
-            self._expected = _CHUNK_END if self._size else _TRAILER
-        elif self._expected is _CHUNK_END:
-            self._expected = _CHUNK_SIZE
-        else:
-            self._trailers += 1
-            self.is_done = line == b"\r\n"
+def _read_exactly(reader, left, held_back=0):
+    held = b""
+    while left:
+        piece = reader.receive(min(left, BUFFER_SIZE))
+        if not piece:
+            raise EOFError(f"the connection closed {left} bytes before the end")
+        left -= len(piece)
+        held += piece
+        if not left or len(held) > held_back:
+            yield held
+            held = b""
 
 
 class Body:
     """A client's request body: `held`, what was read of it, then the rest as it comes.
+    `coding` is its content coding, "" once that was undone.
 
     Raises ClientDisconnected, BadRequest, PayloadTooLarge, RequestTimeout and, at once,
-    UnsupportedCoding. After such
-    an error it cannot be read on: its connection is lost.
+    UnsupportedCoding. After such an error it cannot be read on: its connection is lost.
     """
 
     def __init__(self, reader: SocketReader, request: Request, limit: int):
         self._reader = reader
         self._limit = limit
-        self._decoder = ChunkDecoder() if request.framing.is_chunked else None
+        self._pieces = read_payload(reader, request)
         self._is_lost = False
-        self.length = request.framing.length
-        coding = request.get("content-encoding").lower() if self.length != 0 else ""
-        if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
-            raise UnsupportedCoding(
-                f"the content coding {coding!r} is not supported, only gzip and deflate"
-            )
-        self._is_encoded = coding not in ("", "identity")
-        self.was_decoded = False
+        self.length = request.length
+        coding = request.get("content-encoding").lower()
+        self.coding = "" if self.length == 0 else coding
+        if self.coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+            text = f"the content coding {self.coding!r} is not supported"
+            raise UnsupportedCoding(f"{text}, only gzip and deflate")
         self._check_size(self.length or 0)
         expected = request.get("expect").lower()
         self._expects = expected == "100-continue" and not request.is_http_10
         stalled = RequestTimeout(f"the body stalled for {STALL_SECONDS:g} s")
         self._stall = StallMonitor(STALL_SECONDS, stalled)
-        self.held = bytearray(reader.take(self.length or 0))  # came with the head
-        self.received = len(self.held)  # bytes of payload
-        self.is_complete = self.received == self.length
+        self.held = bytearray()
+        self.received = 0  # bytes of payload
+        self.is_complete = self.length == 0
 
     def _check_size(self, size):
         if size > self._limit:
@@ -6164,12 +6151,11 @@ class Body:
 
     def decode(self):
         """Read it all and undo its content coding, if it has one."""
-        if not self._is_encoded:
+        if self.coding in ("", "identity"):
             return
         self.hold(sys.maxsize)
         self.held = bytearray(self._decoded(bytes(self.held)))
-        self.length = len(self.held)
-        self._is_encoded, self.was_decoded = False, True
+        self.coding, self.length = "", len(self.held)
 
     def _decoded(self, data):
         """Return the payload; of gzip it may be in several members."""
@@ -6193,41 +6179,23 @@ class Body:
             yield self._next_piece()
 
     def _next_piece(self):
-        """Return the next bytes of the payload: none if only framing came."""
+        """Return the next bytes of the payload: none at its end."""
         self._stall.restart()
         self._reader.on_timeout = self._stall
         try:
             if self._expects:
                 self._expects = False
                 self._reader.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            piece = self._receive()
+            piece = next(self._pieces, b"")
             self.received += len(piece)
             self._check_size(self.received)
-        except OSError:
+        except (OSError, EOFError):
             raise ClientDisconnected from None
         except APIError:
             self._is_lost = True
             raise
-        self.is_complete = self.is_complete or self.received == self.length
+        self.is_complete = not piece or self.received == self.length
         return piece
-
-    def _receive(self):
-        left = BUFFER_SIZE if self._decoder else self.length - self.received
-        data = self._reader.receive(min(left, BUFFER_SIZE))
-        if not data:
-            raise ClientDisconnected
-        if self._decoder is None:
-            return data
-        piece = self._decoder.feed(data)
-        if self._decoder.is_done:
-            self._reader.held = self._decoder.rest + self._reader.held
-            self.is_complete = True
-        return piece
-
-    @property
-    def can_be_read(self) -> bool:
-        """Whether what is left could be read; its meaning does not matter."""
-        return not self._is_lost
 
     @property
     def can_be_skipped(self) -> bool:
@@ -6268,35 +6236,33 @@ class RequestInfo(NamedTuple):
 
 
 def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
-    """Read JSON whole, forms up to their field `model`; return what was found.
+    """Return what the body says; JSON is read whole, forms up to their field `model`.
 
-    Without `is_needed` a body that is neither is not read, and a form no further than
-    MAX_UNREAD_BODY. Raise BadRequest, PayloadTooLarge, ClientDisconnected.
+    Without `is_needed` it may be anything: what is neither is not read, and a form no
+    further than MAX_UNREAD_BODY. Raise BadRequest, PayloadTooLarge, ClientDisconnected.
     """
-    kind = content_type.partition(";")[0].strip().lower()
     body.decode()
     body.hold(1)
+    is_form = content_type.lower().startswith("multipart/form-data")
     is_object = bytes(body.held[:64]).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{")
-    if kind == "multipart/form-data":
-        boundary = _boundary_of(content_type)
-        find = functools.partial(_find_in_multipart, boundary=boundary)
-    elif kind == "application/x-www-form-urlencoded" and not is_object:
-        find = _find_in_form  # curl -d says of JSON, too, that it is a form
-    elif is_object or is_needed:
-        body.hold(sys.maxsize)
-        return _find_in_json(body.held)
-    else:
+    if not (is_form or is_object or is_needed):
         return RequestInfo()
-    size = MAX_UNREAD_BODY
+    size = MAX_UNREAD_BODY if is_form else sys.maxsize
     while True:
-        is_all = body.hold(size)
-        info = find(body.held, is_all)
-        if is_all or info.model is not None or not is_needed:
+        is_whole = body.hold(size)
+        try:
+            find = _find_in_form if is_form else _find_in_json
+            info = find(body.held, content_type)
+        except BadRequest:
+            if is_needed:
+                raise
+            return RequestInfo()
+        if is_whole or info.model is not None or not is_needed:
             return info
         size *= 4
 
 
-def _find_in_json(data):
+def _find_in_json(data, _content_type):
     if not data:
         return RequestInfo()
     try:
@@ -6310,40 +6276,25 @@ def _find_in_json(data):
     return RequestInfo(model, members=members, is_json=True)
 
 
-def _find_in_form(data, is_all):
-    pair = re.search(rb"(?:^|&)model=([^&]*)(&)?", data)
-    if pair is None or not (is_all or pair.group(2)):
-        return RequestInfo()
-    raw = pair.group(1).decode("latin-1")
-    return RequestInfo(urllib.parse.unquote_plus(raw), pair.span(1))
+_BOUNDARY = re.compile(r'(?i)boundary=(?:"([^"]+)"|([^\s;]+))')
+_MODEL_FIELD = re.compile(
+    rb'(?im)^content-disposition:[^\r\n]*[; ]name="?model"?[ \t]*(?:;|\r?$)'
+)
 
 
-def _boundary_of(content_type):
-    match = re.search(r'(?i)boundary=(?:"([^"]+)"|([^\s;]+))', content_type)
-    if not match:
-        raise BadRequest("multipart/form-data without a boundary")
-    return (match.group(1) or match.group(2)).encode("latin-1")
-
-
-_MODEL_FIELD = re.compile(rb'(?i)[; ]name="?model"?[ \t]*(?:;|$)')
-
-
-def _find_in_multipart(data, _, boundary):
+def _find_in_form(data, content_type):
     """Find the part named `model` among those that are whole."""
-    mark = b"--" + boundary
-    at = data.find(mark)
-    while at >= 0:
-        head_end = data.find(b"\r\n\r\n", at)
-        end = data.find(b"\r\n" + mark, head_end + 2) if head_end >= 0 else -1
-        if end < 0:
-            break
-        lines = bytes(data[at : min(head_end, at + HEAD_LIMIT)]).split(b"\r\n")
-        for line in lines:
-            is_disposition = line[:20].lower() == b"content-disposition:"
-            if is_disposition and _MODEL_FIELD.search(line):
-                model = data[head_end + 4 : end].decode("utf-8", "replace")
-                return RequestInfo(model, (head_end + 4, end))
-        at = end + 2
+    boundary = _BOUNDARY.search(content_type)
+    if not boundary:
+        raise BadRequest("multipart/form-data without a boundary")
+    delimiter = b"--" + (boundary.group(1) or boundary.group(2)).encode("latin-1")
+    part = re.compile(re.escape(delimiter) + rb"\r\n((?:[^\r\n]+\r\n)*)\r\n")
+    for match in part.finditer(data):
+        if _MODEL_FIELD.search(match.group(1)):
+            start, end = match.end(), data.find(b"\r\n" + delimiter, match.end() - 2)
+            if end >= 0:
+                model = data[start:end].decode("utf-8", "replace")
+                return RequestInfo(model, (start, end))
     return RequestInfo()
 
 
@@ -6414,69 +6365,34 @@ class UpstreamResponse(Head):
         else:
             raise Truncated("its answer is not HTTP: interim answers without end")
         self.is_event_stream = is_event_stream(self._first)
-        self._read_size = STREAM_READ_SIZE if self.is_event_stream else READ_SIZE
         if self.status in (101, 204, 304):
-            self.framing = NO_BODY
-        self.length = self.framing.length
-        if method == "HEAD":
-            self.framing = NO_BODY
+            self.length, self.is_chunked = 0, False
+        self._has_payload = method != "HEAD"
+        is_delimited = self.is_chunked or self.length is not None
+        self.ends_with_connection = self._has_payload and not is_delimited
 
     def _read_head(self):
         try:
             raw = self._reader.head()
             if not raw:
                 raise Truncated("it closed the connection")
-            super().__init__(raw, _STATUS_LINE, UNTIL_CLOSE)
+            super().__init__(raw, _STATUS_LINE, None)
         except (BadRequest, HeadersTooLarge) as error:
             raise Truncated(f"its answer is not HTTP: {error}") from None
         self.status = int(self.start["status"])
         self.reason = (self.start["reason"] or b"").decode("latin-1")
 
-    @property
-    def leftover(self) -> bytes:
-        """The bytes that came right behind the head of an upgrade."""
-        return self._reader.held
-
     def pieces(self) -> Iterable[bytes]:
-        """Yield the payload as it comes. Raise Truncated if it ends too early."""
+        """Yield the payload as it comes, events by whole chunks, so that a cut falls
+        between them. Raise Truncated if it ends too early."""
+        held_back = MAX_UNREAD_BODY if self.is_event_stream else 0
         try:
-            if self.framing.is_chunked:
-                yield from self._chunks()
-            else:
-                yield from self._plain()
-        except (OSError, BadRequest) as error:
+            if self._has_payload:
+                yield from read_payload(self._reader, self, held_back)
+        except (OSError, EOFError, BadRequest) as error:
             raise Truncated(str(error)) from None
-        if self.framing != UNTIL_CLOSE:
+        if not self.ends_with_connection:
             self.is_over = self.is_persistent and not self._reader.held
-
-    def _chunks(self):
-        """Yield events by whole chunks, so that a cut falls between them."""
-        decoder, part = ChunkDecoder(), b""
-        while not decoder.is_done:
-            data = self._reader.receive(self._read_size)
-            if not data:
-                raise Truncated("the connection closed in the middle of an answer")
-            payload = part + decoder.feed(data)
-            end = len(payload)
-            if self.is_event_stream and end < MAX_UNREAD_BODY:
-                end = max(0, end - decoder.given)
-            payload, part = payload[:end], payload[end:]
-            if payload:
-                yield payload
-        self._reader.held = decoder.rest + self._reader.held
-
-    def _plain(self):
-        left, size = self.framing.length, BUFFER_SIZE
-        if left is None:
-            left, size = math.inf, self._read_size
-        while left:
-            piece = self._reader.receive(min(left, size))
-            if not piece and left == math.inf:
-                return
-            if not piece:
-                raise Truncated(f"the connection closed {left} bytes before the end")
-            left -= len(piece)
-            yield piece
 
 
 # -- the answer, written to the client -------------------------------------------------
@@ -6518,12 +6434,11 @@ class ClientResponse:
 
     wants_events = False
     is_for_anthropic = False  # whose clients know errors by other signs
-    is_begun = False  # a head was sent or is about to be
-    is_early = False  # it was sent before the backend's was known
+    status = 0  # of the head, once one was sent or is about to be
+    is_early = False  # the head was sent before the backend's was known
     notice = None  # gives events to send, instead of comments, after that early head
     first_at = None  # when the first piece of payload was sent
     is_broken = False
-    status = 0
     sent = 0  # bytes of payload
     _head = b""  # waits for the first piece
     _is_chunked = False
@@ -6537,12 +6452,12 @@ class ClientResponse:
         self.is_persistent = request is not None and request.is_persistent
         self._is_http_10 = request is not None and request.is_http_10
         self._is_head = request is not None and request.method == "HEAD"
-        self._born = self._last_sent_at = time.monotonic()
+        self._comment_at = time.monotonic() + EARLY_HEAD_AFTER
         self._stall = StallMonitor(STALL_SECONDS, ClientDisconnected())
 
     def begin(self, status: int, reason: str, headers: Headers, length: Optional[int]):
-        """Set the head; it goes out with the first piece, or after a TICK."""
-        self.is_begun, self.status, self._left = True, status, length
+        """Set the head; it goes out with the first piece, or by `flush`."""
+        self.status, self._left = status, length
         self._is_events = length is None and is_event_stream(dict(headers))
         framing = []
         if length is not None:
@@ -6580,7 +6495,7 @@ class ClientResponse:
         if self._left is not None:
             self._left -= len(piece)
         self.ends.add(piece)
-        self._frame(piece)
+        self._put_framed(piece)
 
     def end(self):
         """The answer is complete."""
@@ -6592,45 +6507,37 @@ class ClientResponse:
         """Send the head if it still waits for a first piece."""
         self._put(b"")
 
-    def _frame(self, piece):
-        if self._is_chunked:
-            piece = b"%x\r\n%b\r\n" % (len(piece), piece)
-        self._put(piece)
+    def _put_framed(self, piece):
+        self._put(as_chunk(piece) if self._is_chunked else piece)
 
     def _put(self, data):
         if self._head:
             data, self._head = self._head + data, b""
         if not len(data):
             return
-        self._last_sent_at = time.monotonic()
+        self._comment_at = time.monotonic() + COMMENT_EVERY
         try:
             send_all(self.sock, data, self._stall)
         except OSError:
             raise ClientDisconnected from None
 
     def heartbeat(self):
-        """To be called every TICK while nothing flows. Raise ClientDisconnected.
-
-        Looks whether the client is there, and keeps it from giving up.
+        """To be called every POLL_INTERVAL while nothing flows, so that the client does
+        not give up. Raise ClientDisconnected if it has.
         """
         if has_disconnected(self.sock):
             raise ClientDisconnected
         self.flush()
-        now = time.monotonic()
-        if not self.is_begun:
-            if self.wants_events and now >= self._born + EARLY_HEAD_AFTER:
-                self.is_early = True
-                self.begin_events()
-                self._frame(self._next_notice() or COMMENT)
-        elif self._is_events and self._is_between_events():
-            is_late = now >= self._last_sent_at + COMMENT_EVERY
-            text = self._next_notice() or (COMMENT if is_late else b"")
-            if text:
-                self._frame(text)
-
-    def _next_notice(self):
-        is_waiting = self.is_early and not self.sent
-        return self.notice() if self.notice and is_waiting else b""
+        is_due = time.monotonic() >= self._comment_at
+        if is_due and self.wants_events and not self.status:
+            self.is_early = True
+            self.begin_events()
+        if self._is_events and self._is_between_events():
+            is_waiting = self.is_early and not self.sent
+            event = self.notice() if self.notice and is_waiting else b""
+            event = event or (COMMENT if is_due else b"")
+            if event:
+                self._put_framed(event)
 
     def _is_between_events(self):
         sent = b"\n\n" + bytes(self.ends)
@@ -6681,7 +6588,8 @@ def error_body(problem: APIError) -> dict:
 
 
 class UpstreamRequest(NamedTuple):
-    """A request as the backend gets it. `rest` is what is not held of the body."""
+    """A request as the backend gets it. `rest` is what is not held of the body; it can
+    be sent only once."""
 
     method: str
     target: str
@@ -6689,16 +6597,6 @@ class UpstreamRequest(NamedTuple):
     held: Sequence  # of bytes or the like
     length: Optional[int]  # of all of the body; None: unknown, sent chunked
     rest: Optional[Body] = None
-
-    @property
-    def is_repeatable(self) -> bool:
-        """Whether all of it is held, so that it can be sent again."""
-        return self.rest is None
-
-    @property
-    def is_sent(self) -> bool:
-        """Whether, once there is an answer, all of the client's body was passed on."""
-        return self.rest is None or self.rest.is_complete
 
 
 def relay(
@@ -6720,20 +6618,21 @@ def relay(
         raise BadRequest("the path must not leave that of the model's server")
     monitor = StallMonitor(STALL_CHECK_AFTER, backend.report_stall, reply.heartbeat)
     try:
-        sock, answer = _ask(outgoing, upstream, monitor)
+        sock, reader, answer = _ask(outgoing, upstream, monitor)
     except BackendDied:
         backend.report_stall()  # its process may still run
         raise
-    reply.is_persistent = reply.is_persistent and outgoing.is_sent
+    is_sent = outgoing.rest is None or outgoing.rest.is_complete
+    reply.is_persistent = reply.is_persistent and is_sent
     try:
         if answer.status == 101:
-            _tunnel(answer, sock, reply)
+            _tunnel(answer, sock, reply, reader.held)
         elif reply.is_early and not (answer.status == 200 and answer.is_event_stream):
             _pass_on_as_event(answer, reply)
         else:
             _pass_on(answer, backend, reply, transform_of(answer))
     finally:
-        if answer.is_over and outgoing.is_sent:
+        if answer.is_over and is_sent:
             upstream.release_connection(sock)
         else:
             upstream.drop(sock)
@@ -6743,7 +6642,7 @@ _PATH_TRAVERSAL = re.compile(r"(?i)(?:[/\\]|%2f|%5c)(?:\.|%2e){2}(?:[/\\;]|%2f|%
 
 
 def _ask(outgoing, upstream, monitor):
-    """Send the request; return the connection and the head of the answer.
+    """Send the request; return the connection, its reader and the head of the answer.
 
     A kept connection that the backend closed meanwhile is replaced by a new one. As it
     may be closed at any moment, it is not used for a body that can be sent only once.
@@ -6753,7 +6652,7 @@ def _ask(outgoing, upstream, monitor):
             sock, was_used = upstream.connect()
         except OSError as error:
             raise BackendDied(f"the backend cannot be reached: {error}") from None
-        if was_used and not outgoing.is_repeatable:
+        if was_used and outgoing.rest is not None:
             upstream.drop(sock)
             continue
         reader = SocketReader(sock, monitor)
@@ -6762,7 +6661,7 @@ def _ask(outgoing, upstream, monitor):
             answer = UpstreamResponse(reader, outgoing.method)
             if answer.status == 101 and "upgrade" not in dict(outgoing.headers):
                 raise Truncated("it switched protocols unasked")
-            return sock, answer
+            return sock, reader, answer
         except (OSError, Truncated) as error:
             upstream.drop(sock)
             if not (was_used and reader.is_untouched):
@@ -6788,7 +6687,7 @@ def _send(outgoing, upstream, sock, monitor):
         send_all(sock, head, monitor)
         for piece in itertools.chain(held, rest):
             if is_chunked and len(piece):
-                piece = b"%x\r\n%b\r\n" % (len(piece), piece)
+                piece = as_chunk(piece)
             send_all(sock, piece, monitor)
         if is_chunked:
             send_all(sock, b"0\r\n\r\n", monitor)
@@ -6806,7 +6705,7 @@ def _pass_on(answer, backend, reply, transform):
         for piece in answer.pieces():
             backend.upstream.mark_alive()
             reply.send(transform.feed(piece) if transform else piece)
-        if answer.framing == UNTIL_CLOSE:  # its end says nothing: it may be a death
+        if answer.ends_with_connection:  # its end says nothing: it may be a death
             if reply.is_within_line or backend.died(0.05):
                 raise Truncated("the connection ended in the middle of the answer")
     except Truncated as error:
@@ -6823,7 +6722,7 @@ def _pass_on(answer, backend, reply, transform):
 def _response_headers(answer):
     headers = [
         (name, value)
-        for name, value in answer.end_to_end
+        for name, value in end_to_end(answer.headers)
         if not name.startswith("access-control-")
     ]
     if answer.is_event_stream and not answer.get("x-accel-buffering"):
@@ -6850,14 +6749,15 @@ def _pass_on_as_event(answer, reply):
     reply.end()
 
 
-def _tunnel(answer, sock, reply):
-    """Pass bytes both ways after an upgrade, until either side ends."""
+def _tunnel(answer, sock, reply, leftover):
+    """Pass bytes both ways after an upgrade, until either side ends. `leftover` came
+    right behind the head."""
     upgrade = [("connection", "upgrade"), ("upgrade", answer.get("upgrade"))]
     reply.is_persistent = False
     reply.begin(101, answer.reason, _response_headers(answer) + upgrade, 0)
     reply.flush()
     with contextlib.suppress(OSError):  # the other side shall see an end too
-        _copy_both_ways(reply.sock, sock, answer.leftover)
+        _copy_both_ways(reply.sock, sock, leftover)
 
 
 def _copy_both_ways(client, backend, leftover):
@@ -6883,7 +6783,7 @@ def _copy_both_ways(client, backend, leftover):
                     unsent[theirs] = mine.recv(65536)
                     if not unsent[theirs]:
                         return
-            except _TICK_PASSED:
+            except _TIMEOUTS:
                 continue  # not ready after all
 
 
@@ -7291,7 +7191,7 @@ def _ends_in(payload):
 def _cut_off(calls, ends):
     """Return those of the calls that were not completed: the last of their choice."""
     last = {key[0]: key for key in calls}
-    return [last[choice] for choice in ends if choice in last and ends[choice] in CUT_OFF]
+    return [key for choice, key in last.items() if ends.get(choice) in CUT_OFF]
 
 
 def _repair_completion(payload):
@@ -8690,7 +8590,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         reply = self.reply = self.reply or ClientResponse(self.request, None, [])
         if self.body is None or not self.body.can_be_skipped:
             reply.is_persistent = False
-        if not reply.is_begun:
+        if not reply.status:
             self._send_error(error)
         elif reply.is_early and not reply.sent:
             reply.send(reply.error_event(error_body(error)))
@@ -9102,15 +9002,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return percent_decoded(parts[0]), "/"
 
     def _request_info(self, is_needed):
-        """Return what the body says; unless it is needed it may be anything."""
+        """Return what find_model() finds; GET, HEAD and upgrades have no body."""
         if self.head.method in ("GET", "HEAD") or self.head.is_upgrade:
             return RequestInfo()
-        try:
-            return find_model(self.body, self.head.get("content-type"), is_needed)
-        except BadRequest:
-            if is_needed or not self.body.can_be_read:
-                raise
-            return RequestInfo()
+        return find_model(self.body, self.head.get("content-type"), is_needed)
 
     def route_by_model(self):
         """Route by the model that the body, the form or the query names."""
@@ -9153,7 +9048,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     relay(outgoing, backend, self.reply, transform_of)
                     return self._log_if_slow()
                 except BackendDied as error:
-                    may_resend = outgoing.is_repeatable and not is_last
+                    may_resend = outgoing.rest is None and not is_last
                     has_died = not self.reply.sent and backend.died(1.0)
                     if has_died and may_resend:
                         continue
@@ -9215,7 +9110,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             held = [edited_json(info.members, edits)]
         elif info.model is not None and edits.model is not None:
             view, (start, end) = memoryview(body.held), info.span
-            name = self._form_value(edits.model)
+            name = edits.model.encode()
             held = [view[:start], name, view[end:]]
             length = length and length + len(name) - (end - start)
         else:
@@ -9226,11 +9121,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers = self._upstream_headers(model)
         return UpstreamRequest(self.head.method, target, headers, held, length, rest)
 
-    def _form_value(self, name):
-        if self.head.get("content-type").lower().startswith("multipart/"):
-            return name.encode()
-        return urllib.parse.quote_plus(name).encode()
-
     def _upstream_headers(self, model):
         dropped = NOT_FORWARDED
         key = self.config.owner_of(model).settings.proxy_key
@@ -9238,9 +9128,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             dropped |= KEY_FIELDS
         if self.head.method == "POST":  # events and numbers are read on the way
             dropped |= {"accept-encoding"}
-        if self.body.was_decoded:
+        if not self.body.coding:  # perhaps no longer
             dropped |= {"content-encoding"}
-        headers = [each for each in self.head.end_to_end if each[0] not in dropped]
+        headers = [
+            header
+            for header in end_to_end(self.head.headers)
+            if header[0] not in dropped
+        ]
         if key:
             key = key.encode().decode("latin-1")  # sent as UTF-8
             headers.append(("authorization", f"Bearer {key}"))
