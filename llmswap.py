@@ -5769,7 +5769,7 @@ LINES_LIMIT = 100  # header lines; as Apache's LimitRequestFields
 LINE_LIMIT = 4096  # bytes of a line between chunks
 HEAD_SECONDS = 10.0  # for a whole head once its first byte is there
 STALL_SECONDS = 60.0  # without a byte in the middle of a body; as nginx
-MAX_UNREAD_BODY = 1 << 20  # bytes of a body that are read although nobody needs them
+MAX_UNREAD_BODY = 1 << 20  # bytes of a body that are read though they are not needed
 READ_SIZE = 1 << 13  # bytes read at once of heads and of bodies of unknown length
 BUFFER_SIZE = 1 << 18  # bytes read at once of other bodies
 EARLY_HEAD_AFTER = 3.0  # s; until then a failure keeps its true status
@@ -6039,8 +6039,7 @@ class Request(Head):
         hosts = self.all("host")
         if len(hosts) > 1 or not (hosts or self.is_http_10):
             raise BadRequest("a request must have one Host")
-        is_asterisk = self.target == "*" and self.method == "OPTIONS"
-        if not self.target.startswith("/") and not is_asterisk:
+        if not self.target.startswith("/"):
             self.target = self._origin_form()
         self.path, _, self.query = self.target.partition("?")
         # other upgrades (Java's to HTTP/2) are ignored, as RFC 9110 allows
@@ -6111,7 +6110,8 @@ def _read_exactly(reader, left, held_back=0):
 
 
 class Body:
-    """A client's request body: `held`, what was read of it, then the rest as it comes.
+    """A client's request body: `held`, the part that was read, then the rest.
+
     `coding` is its content coding, "" once that was undone.
 
     Raises ClientDisconnected, BadRequest, PayloadTooLarge, RequestTimeout and, at once,
@@ -6226,8 +6226,8 @@ def json_or(raw, fallback):
 
 
 class RequestInfo(NamedTuple):
-    """What a body says that matters here: the `model`, and either the JSON object or
-    the `span` of bytes in which the model stands in a form."""
+    """The `model` that a body names, and either the `members` of its JSON object or the
+    `span` of bytes in which a form has the model."""
 
     model: Optional[str] = None
     span: Tuple[int, int] = (0, 0)
@@ -6236,10 +6236,11 @@ class RequestInfo(NamedTuple):
 
 
 def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
-    """Return what the body says; JSON is read whole, forms up to their field `model`.
+    """Read JSON whole, and forms up to their field `model`.
 
-    Without `is_needed` it may be anything: what is neither is not read, and a form no
-    further than MAX_UNREAD_BODY. Raise BadRequest, PayloadTooLarge, ClientDisconnected.
+    If the model is not needed, the body may be anything: what is neither JSON nor a
+    form is not read, and a form no further than MAX_UNREAD_BODY. Raise BadRequest,
+    PayloadTooLarge, ClientDisconnected.
     """
     body.decode()
     body.hold(1)
@@ -6302,7 +6303,7 @@ def _find_in_form(data, content_type):
 
 
 class BodyEdits(NamedTuple):
-    """What is changed in a request's JSON: `model` (None: as it is), parameters laid
+    """Changes to a request's JSON: `model` (None: as it is), parameters laid
     over it, names removed, and then parameters where it has none."""
 
     model: Optional[str] = None
@@ -6316,9 +6317,9 @@ def edited_json(members: Mapping[str, object], edits: BodyEdits) -> bytes:
     laid_over = dict(edits.laid_over)
     if edits.model is not None:
         laid_over["model"] = edits.model
-    kept = {key: value for key, value in members.items() if key not in edits.removed}
-    filled = merged(dict(edits.defaults), kept)
-    ordered = {key: filled[key] for key in (*kept, *filled)}
+    left = {key: value for key, value in members.items() if key not in edits.removed}
+    filled = merged(dict(edits.defaults), left)
+    ordered = {key: filled[key] for key in (*left, *filled)}
     return _dump(merged(ordered, laid_over))
 
 
@@ -6356,7 +6357,7 @@ class UpstreamResponse(Head):
     """
 
     def __init__(self, reader: SocketReader, method: str):
-        self._reader = reader
+        self.reader = reader
         self.is_over = False  # read to its end, and the connection can serve another
         for _ in range(LINES_LIMIT):
             self._read_head()
@@ -6373,7 +6374,7 @@ class UpstreamResponse(Head):
 
     def _read_head(self):
         try:
-            raw = self._reader.head()
+            raw = self.reader.head()
             if not raw:
                 raise Truncated("it closed the connection")
             super().__init__(raw, _STATUS_LINE, None)
@@ -6388,11 +6389,11 @@ class UpstreamResponse(Head):
         held_back = MAX_UNREAD_BODY if self.is_event_stream else 0
         try:
             if self._has_payload:
-                yield from read_payload(self._reader, self, held_back)
+                yield from read_payload(self.reader, self, held_back)
         except (OSError, EOFError, BadRequest) as error:
             raise Truncated(str(error)) from None
         if not self.ends_with_connection:
-            self.is_over = self.is_persistent and not self._reader.held
+            self.is_over = self.is_persistent and not self.reader.held
 
 
 # -- the answer, written to the client -------------------------------------------------
@@ -6405,23 +6406,23 @@ _EVENT_STREAM = [
 
 
 class HeadAndTail:
-    """The first and the last bytes of a payload, KEPT of each."""
+    """The first and the last SIZE bytes of a payload."""
 
-    KEPT = 2048
+    SIZE = 2048
 
     def __init__(self):
         self._first = self._last = b""
-        self._size = 0
+        self._added = 0
 
     def add(self, piece: bytes):
         """Take the next piece."""
-        missing = self.KEPT - len(self._first)
+        missing = self.SIZE - len(self._first)
         self._first += piece[:missing]
-        self._last = (self._last + piece[missing:])[-self.KEPT :]
-        self._size += len(piece)
+        self._last = (self._last + piece[missing:])[-self.SIZE :]
+        self._added += len(piece)
 
     def __bytes__(self):
-        gap = b"\0" if self._size > 2 * self.KEPT else b""
+        gap = b"\0" if self._added > 2 * self.SIZE else b""
         return self._first + gap + self._last
 
 
@@ -6433,7 +6434,7 @@ class ClientResponse:
     """
 
     wants_events = False
-    is_for_anthropic = False  # whose clients know errors by other signs
+    is_for_anthropic = False  # whose SDK expects errors of another shape
     status = 0  # of the head, once one was sent or is about to be
     is_early = False  # the head was sent before the backend's was known
     notice = None  # gives events to send, instead of comments, after that early head
@@ -6557,8 +6558,8 @@ class ClientResponse:
     def abort(self, problem: APIError):
         """End an answer that broke off so that the client notices.
 
-        Between two events it is told why; then the connection is cut, if need be by a
-        reset: the end of the stream alone would look complete.
+        Between two events it gets the reason; then the connection is cut, if need be by
+        a reset: the end of the stream alone would look complete.
         """
         with contextlib.suppress(ClientDisconnected):
             if self._is_events and self._is_between_events():
@@ -6618,7 +6619,7 @@ def relay(
         raise BadRequest("the path must not leave that of the model's server")
     monitor = StallMonitor(STALL_CHECK_AFTER, backend.report_stall, reply.heartbeat)
     try:
-        sock, reader, answer = _ask(outgoing, upstream, monitor)
+        answer = _ask(outgoing, upstream, monitor)
     except BackendDied:
         backend.report_stall()  # its process may still run
         raise
@@ -6626,25 +6627,25 @@ def relay(
     reply.is_persistent = reply.is_persistent and is_sent
     try:
         if answer.status == 101:
-            _tunnel(answer, sock, reply, reader.held)
+            _tunnel(answer, reply)
         elif reply.is_early and not (answer.status == 200 and answer.is_event_stream):
             _pass_on_as_event(answer, reply)
         else:
             _pass_on(answer, backend, reply, transform_of(answer))
     finally:
         if answer.is_over and is_sent:
-            upstream.release_connection(sock)
+            upstream.release_connection(answer.reader.sock)
         else:
-            upstream.drop(sock)
+            upstream.drop(answer.reader.sock)
 
 
 _PATH_TRAVERSAL = re.compile(r"(?i)(?:[/\\]|%2f|%5c)(?:\.|%2e){2}(?:[/\\;]|%2f|%5c|$)")
 
 
 def _ask(outgoing, upstream, monitor):
-    """Send the request; return the connection, its reader and the head of the answer.
+    """Send the request; return the answer, of which only the head was read.
 
-    A kept connection that the backend closed meanwhile is replaced by a new one. As it
+    An idle connection that the backend closed meanwhile is replaced by a new one. As it
     may be closed at any moment, it is not used for a body that can be sent only once.
     """
     while True:
@@ -6661,7 +6662,7 @@ def _ask(outgoing, upstream, monitor):
             answer = UpstreamResponse(reader, outgoing.method)
             if answer.status == 101 and "upgrade" not in dict(outgoing.headers):
                 raise Truncated("it switched protocols unasked")
-            return sock, reader, answer
+            return answer
         except (OSError, Truncated) as error:
             upstream.drop(sock)
             if not (was_used and reader.is_untouched):
@@ -6705,9 +6706,9 @@ def _pass_on(answer, backend, reply, transform):
         for piece in answer.pieces():
             backend.upstream.mark_alive()
             reply.send(transform.feed(piece) if transform else piece)
-        if answer.ends_with_connection:  # its end says nothing: it may be a death
-            if reply.is_within_line or backend.died(0.05):
-                raise Truncated("the connection ended in the middle of the answer")
+        is_ambiguous = answer.ends_with_connection  # a death looks the same
+        if is_ambiguous and (reply.is_within_line or backend.died(0.05)):
+            raise Truncated("the connection ended in the middle of the answer")
     except Truncated as error:
         problem = BackendDied(f"the backend broke off: {error}")
     if transform:
@@ -6732,12 +6733,10 @@ def _response_headers(answer):
 
 def _pass_on_as_event(answer, reply):
     """Send an answer without events as an error event, as the early head promised."""
-    payload = b""
-    with contextlib.suppress(Truncated):
-        for piece in answer.pieces():
-            payload += piece
-            if len(payload) > MAX_UNREAD_BODY:
-                break
+    payload, pieces = b"", answer.pieces()
+    with contextlib.suppress(Truncated, StopIteration):
+        while len(payload) <= MAX_UNREAD_BODY:
+            payload += next(pieces)
     body = json_or(payload, None)
     if isinstance(body, dict) and "error" in body:
         body = {"error": body["error"]}
@@ -6749,15 +6748,14 @@ def _pass_on_as_event(answer, reply):
     reply.end()
 
 
-def _tunnel(answer, sock, reply, leftover):
-    """Pass bytes both ways after an upgrade, until either side ends. `leftover` came
-    right behind the head."""
+def _tunnel(answer, reply):
+    """Pass bytes both ways after an upgrade, until either side ends."""
     upgrade = [("connection", "upgrade"), ("upgrade", answer.get("upgrade"))]
     reply.is_persistent = False
     reply.begin(101, answer.reason, _response_headers(answer) + upgrade, 0)
     reply.flush()
-    with contextlib.suppress(OSError):  # the other side shall see an end too
-        _copy_both_ways(reply.sock, sock, leftover)
+    with contextlib.suppress(OSError):  # the other connection is to be closed too
+        _copy_both_ways(reply.sock, answer.reader.sock, answer.reader.held)
 
 
 def _copy_both_ways(client, backend, leftover):
@@ -6793,8 +6791,8 @@ def _copy_both_ways(client, backend, leftover):
 # ==================================================================================
 
 # Strict JSON passes untouched. All else is read once, from left to right, by a reader
-# that takes what stands where a key, a colon or a value should be, and closes at the
-# end what is still open. The hard question is whether a quote ends its string or lacks
+# that accepts almost anything in place of a key, a colon or a value, and closes at the
+# end all that is open. The hard question is whether a quote ends its string or lacks
 # a backslash. It ends the string if the text goes on from there as JSON would: with a
 # comma and a key, with brackets that are open, or not at all. How far the reader looks
 # ahead is bounded, which makes time linear for any text.
@@ -6904,9 +6902,9 @@ class _Reader:
 
     def _skip(self, pattern):
         """Go past what matches here; return whether something does."""
-        found = pattern.match(self.text, self.at)
-        self.at = found.end() if found else self.at
-        return bool(found)
+        match = pattern.match(self.text, self.at)
+        self.at = match.end() if match else self.at
+        return bool(match)
 
     def _take(self, start, end, after):
         self.at = after
@@ -7087,7 +7085,7 @@ _WRAPPING = re.compile(r"```\w*|<[^<>{}]{0,60}>|json|[\s\[(\"'`]+")
 
 
 def _unwrapped(text):
-    """Return `text` without what is known to be around objects or laid over them."""
+    """Return `text` without the tokens, escapes and such that models add to objects."""
     text = text.lstrip("\ufeff \t\r\n")
     text = text[:-200] + _TOKENS.sub("", text[-200:])
     if _NO_BRACE.match(text):
@@ -7221,7 +7219,7 @@ def _repair_message(payload):
 def repair_body(body: bytes) -> bytes:
     """Return a chat completion, or a message of Anthropic, with its calls repaired.
 
-    What needs no repair stays byte for byte; so does a call that was cut off.
+    A body that needs no repair stays byte for byte; so does a call that was cut off.
     """
     try:
         text = body.decode()
@@ -7254,9 +7252,9 @@ class RepairStream:
 
     It may be OpenAI's chunks or Anthropic's events. Fragments of arguments are held
     until their call is complete; then they are sent as they came or, if they need
-    repair, with all that is meant in the first and nothing in the others. A call that
-    was cut off is sent as it came; so is everything once too much would be held.
-    An answer `is_whole` that is no stream: all of it is held until its end.
+    repair, with all of it in the first and nothing in the others. A call that was cut
+    off is sent as it came; so is everything once too much would be held. `is_whole`:
+    the answer is no stream, and all of it is held until its end.
     """
 
     def __init__(self, is_whole: bool = False):
@@ -7269,7 +7267,7 @@ class RepairStream:
         self._has_given_up = False
 
     def feed(self, payload: bytes) -> bytes:
-        """Return what can be sent now; `payload` may be cut anywhere."""
+        """Return the bytes that can be sent now; `payload` may be cut anywhere."""
         if self._has_given_up:
             return payload
         start, searched, out = 0, max(0, len(self._buffer) - 2), []
@@ -7286,7 +7284,7 @@ class RepairStream:
         return b"".join(out)
 
     def finish(self) -> bytes:
-        """Return what is held; a call of which no end came goes as it is."""
+        """Return all that is held; a call of which no end came goes as it is."""
         rest = bytes(self._buffer)
         if self._is_whole:
             return repair_body(rest)
@@ -7294,7 +7292,7 @@ class RepairStream:
         return self._settle(self._open, self._open) + rest
 
     def _pass_event(self, event):
-        """Return what is to be sent when this event has come, lines and all."""
+        """Return the bytes to send once this event has come."""
         if not (self._open or _OF_A_CALL.search(event)):
             return event
         try:
@@ -7322,7 +7320,7 @@ class RepairStream:
             else:
                 event = self._pass_names(event, payload, calls)
         elif payload.get("type") == "content_block_stop" and block in self._open:
-            # this is no end of a call that was perhaps cut off: what comes next tells
+            # it does not show whether the call was cut off; the next event does
             self._hold(event, {block: ""})
             event = self._settle_sound([block])
         ended = [key for key in self._open if key[0] in ends]

@@ -10192,7 +10192,7 @@ def test_the_ends_of_a_payload_are_kept_however_it_comes(seed):
         ends.add(piece if chance.random() < 0.5 else memoryview(buffer))
         buffer[:] = bytes(len(buffer))  # as a buffer that is used again
         sent += piece
-    kept = llmswap.HeadAndTail.KEPT
+    kept = llmswap.HeadAndTail.SIZE
     is_all = len(sent) <= 2 * kept
     assert bytes(ends) == (sent if is_all else sent[:kept] + b"\0" + sent[-kept:])
 
