@@ -6039,7 +6039,8 @@ class Request(Head):
         hosts = self.all("host")
         if len(hosts) > 1 or not (hosts or self.is_http_10):
             raise BadRequest("a request must have one Host")
-        if not self.target.startswith("/"):
+        is_asterisk = self.target == "*" and self.method == "OPTIONS"
+        if not self.target.startswith("/") and not is_asterisk:
             self.target = self._origin_form()
         self.path, _, self.query = self.target.partition("?")
         # other upgrades (Java's to HTTP/2) are ignored, as RFC 9110 allows
