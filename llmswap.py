@@ -151,6 +151,9 @@ class MethodNotAllowed(APIError):
 class ModelNotLoaded(APIError):
     status, type, code = 409, INVALID, "model_not_loaded"
 
+class ModelPinned(APIError):
+    status, type, code, may_retry = 409, INVALID, "model_pinned", False
+
 class RequestTimeout(APIError):
     status, type, code = 408, INVALID, "request_timeout"
 
@@ -162,6 +165,9 @@ class UnsupportedCoding(APIError):
 
 class HeadersTooLarge(APIError):
     status, type, code = 431, INVALID, "headers_too_large"
+
+class RequestCancelled(APIError):
+    status, type, code, may_retry = 499, INVALID, "request_cancelled", False
 
 class ModelMisconfigured(APIError):
     code, may_retry = "model_unusable", False
@@ -246,6 +252,11 @@ def _seconds(match):
     return min(seconds, MAX_DURATION)
 
 
+def _pin(match):
+    word = match[0].lower()
+    return "on" if word in TRUE_WORDS else "off" if word in FALSE_WORDS else word
+
+
 parse_duration = pattern(
     "a duration such as 15m", rf"{NUMBER}|(?:{NUMBER}(?:ms|[smhd]))+", _seconds
 )
@@ -258,6 +269,9 @@ parse_boolean = pattern(
     "on or off",
     f"(?i:{'|'.join(TRUE_WORDS + FALSE_WORDS)})",
     lambda match: match[0].lower() in TRUE_WORDS,
+)
+parse_pin = pattern(
+    "on, off or loaded", f"(?i:loaded|{'|'.join(TRUE_WORDS + FALSE_WORDS)})", _pin
 )
 parse_count = pattern("a whole number", "[0-9]{1,9}", lambda match: int(match[0]))
 parse_score = pattern(
@@ -313,12 +327,6 @@ def parse_budget(text) -> dict:
     return amounts
 
 
-def parse_state_dir(text) -> str:
-    """Return the path, with ~ and $XDG_CACHE_HOME (by default ~/.cache) expanded."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return os.path.expanduser(text.replace("$XDG_CACHE_HOME", cache))
-
-
 def parse_sets(text) -> tuple:
     """Return sets of names, each a tuple: "coder + embed, thinker + embed"."""
     sets = [tuple(map(str.strip, part.split("+"))) for part in parse_words(text)]
@@ -352,6 +360,13 @@ def parse_object(text) -> dict:
     if not isinstance(value, dict):
         raise ValueError("not a JSON object such as {\"temperature\": 0.7}")
     return value
+
+
+def parse_state_dir(text) -> str:
+    """Return an absolute path; `$XDG_CACHE_HOME` is `~/.cache` where it is not set."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    path = text.replace("$XDG_CACHE_HOME", cache)
+    return os.path.abspath(os.path.expanduser(path))
 
 
 CONTROL_REQUEST = re.compile(r"[ \t]*(?:([A-Z]+)[ \t]+)?(/[^\s,]*)[ \t]*")
@@ -436,7 +451,9 @@ PROXY_KEYS = (
     Key("llama-server", os.path.expanduser, "llama-server",
         "the binary for models that name none themselves"),
     Key("state-dir", parse_state_dir, "$XDG_CACHE_HOME/llmswap",
-        "where what was learned is kept, such as the memory that models need"),
+        "where saved contexts and what was learned are kept, for this user only"),
+    Key("context-max", parse_size, "20G",
+        "saved contexts beyond that go, the oldest first"),
     Key("default-model", str, "",
         "for requests that name none; empty: the only one there is"),
     Key("patience", or_none("auto", parse_duration), "auto",
@@ -457,8 +474,8 @@ PROXY_KEYS = (
     Key("settle-timeout", parse_duration, "5s",
         "wait at most this long for the GPU memory of a stopped model to be free"),
     Key("exit-idle-time", parse_duration, "0",
-        "end the process when nothing is loaded or asked for this long, for socket "
-        "activation; 0: never"),
+        "end the process when nothing is loaded (but for `keep-loaded`) or asked for "
+        "this long, for socket activation; 0: never"),
     Key("idle-command", str, "",
         "run when idle, e.g. `systemctl suspend`; everything is unloaded first"),
     Key("idle-command-after", parse_duration, "1h", "how long idle for that"),
@@ -483,9 +500,10 @@ MODEL_KEYS = (
     Key("proxy-key", str, "", "sent to the backend as `Authorization: Bearer`"),
     Key("model-name", str, "",
         "the name put into the request's `model` before forwarding; empty: as asked"),
-    Key("uses", str, "",
-        "share the backend of another model; only keys about requests and listing may "
-        "stand beside it"),
+    Key("uses", parse_words, "",
+        "share the backend of another model; of several, comma-separated, that of the "
+        "one that is loaded, else of one that is loading, else of the first; only keys "
+        "about requests and listing may stand beside it"),
     Key("alias", parse_words, "", "further names, comma-separated"),
     Key("env.NAME", str, "", "environment of the backend"),
     Key("cwd", os.path.expanduser, "",
@@ -500,8 +518,17 @@ MODEL_KEYS = (
     Key("idle-timeout", parse_duration, "0",
         "unload after this long without a request; 0: never; `ttl` is the same"),
     Key("load-on-startup", parse_boolean, "off", "load when llmswap starts"),
-    Key("pin", parse_boolean, "off",
-        "never evicted to make room, nor unloaded when idle"),
+    Key("keep-loaded", parse_boolean, "off",
+        "load when llmswap starts, and again whenever it fits beside what is loaded "
+        "and nobody waits; requests for others may evict it; `idle-timeout` does not "
+        "count"),
+    Key("pin", parse_pin, "off",
+        "`on`: never evicted to make room, nor unloaded when idle; `loaded`: not "
+        "evicted while it is loaded, requests for what does not fit beside it are "
+        "refused"),
+    Key("keep-context", parse_boolean, "off",
+        "save the processed prompts of a llama-server before it is stopped, and "
+        "restore them after its next start"),
     Key("needs", or_none("auto", parse_resources), "",
         "resources, e.g. `vram 18G, ram 4G`; `auto`: measured and remembered, the "
         "default if anything in `budget` is `auto`"),
@@ -938,7 +965,7 @@ LENIENT_KEYS = ("stop-timeout", "load-on-startup")  # llama.cpp takes anything f
 # The keys that make the backend, by kind of model: their change needs a new backend.
 PROCESS_KEYS = ("extra-args", "proxy", "env.NAME", "cwd", "oom-score-adj")
 LAUNCH_KEYS = {
-    "llama-server": ("llama-server", *PROCESS_KEYS),
+    "llama-server": ("llama-server", "keep-context", *PROCESS_KEYS),
     "cmd": ("cmd", *PROCESS_KEYS),
     "unit": ("unit", "proxy"),
     "remote": ("proxy",),
@@ -954,6 +981,7 @@ SOURCE_KEYS = set(
     "LLAMA_ARG_MODEL_URL docker-repo dr LLAMA_ARG_DOCKER_REPO".split()
 )
 SOURCE_FLAG = re.compile("(?!spec-).*-default|fim-.*-spec")
+SAVE_PATH = "slot-save-path"  # the option of llama-server that `keep-context` needs
 
 
 class Model(NamedTuple):
@@ -961,7 +989,9 @@ class Model(NamedTuple):
 
     `options` are layers of settings, the weakest first, each in the order of its keys.
     They, `env` and the texts of commands may hold variables, which the methods expand.
-    `problem` is None, or why the model cannot be used.
+    `backends` are the ids of the models whose backend may serve it, the first one
+    preferred. `problem` is None, or why the model cannot be used. `context_dir` is the
+    folder of its saved contexts, with a slash at its end; empty: none are kept.
     """
 
     name: str
@@ -971,11 +1001,12 @@ class Model(NamedTuple):
     options: tuple
     env: dict
     variables: dict
-    backend: str
+    backends: tuple
     problem: Optional[str]
     aliases: tuple = ()
     source: str = "preset"  # as llama.cpp's router calls it
     preset_only: tuple = ()  # keys and texts of llama.cpp's presets that are no options
+    context_dir: str = ""
 
     @property
     def has_auto_needs(self) -> bool:
@@ -986,6 +1017,11 @@ class Model(NamedTuple):
     def written_needs(self) -> Mapping[str, int]:
         """What it needs as far as the file says so."""
         return self.settings.needs or {}
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether it is never evicted, loaded or not."""
+        return self.settings.pin == "on"
 
     @property
     def launch(self) -> tuple:
@@ -1031,6 +1067,8 @@ class Model(NamedTuple):
             fixed["log-colors"] = "off"
         settings = [setting._replace(text=self._expand(setting.text, PORT=port))
                     for layer in self.options for setting in layer]
+        if self.context_dir and table.find(SAVE_PATH):  # weaker than one of the file's
+            settings.insert(0, Setting(SAVE_PATH, self.context_dir, self.place))
         settings += [Setting(key, text, self.place) for key, text in fixed.items()]
         return table.choose(settings)
 
@@ -1052,6 +1090,14 @@ class Model(NamedTuple):
 
     def _expand(self, text, **more):
         return expand(text, {**self.variables, **more})
+
+
+def folder_name(name) -> str:
+    """Return a name for files of the model: its own, if that can be one."""
+    quoted = urllib.parse.quote(name, safe="", errors="surrogateescape")
+    if quoted.startswith(".") or len(quoted) > 100:
+        return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+    return quoted
 
 
 def has_source(keys) -> bool:
@@ -1121,7 +1167,7 @@ class ModelBuilder:
         preset_only = tuple((key, self._keys[key].text)
                             for key in PRESET_ONLY_KEYS if key in self._keys)
         return Model(self._name, self._kind, self._place, settings, options, env,
-                     self._variables, self._name, problem, preset_only=preset_only)
+                     self._variables, (self._name,), problem, preset_only=preset_only)
 
     def _read(self, key, setting, default):
         try:
@@ -1180,7 +1226,7 @@ class ModelBuilder:
             texts = " ".join([settings.cmd, settings.extra_args, *env.values()])
             if needs_port and "PORT" not in variables_in(texts):
                 yield own("cmd"), "without ${PORT} it needs proxy = URL"
-        if self._kind in ("cmd", "unit") and not own(self._kind).text:
+        if self._kind in EXCLUSIVE_KEYS and not getattr(settings, self._kind):
             yield own(self._kind), "it must not be empty"
         if self._kind in ("unit", "remote") and needs_port:
             yield own("proxy"), "it needs proxy = URL, without ${PORT}"
@@ -1272,10 +1318,6 @@ class Config(NamedTuple):
             raise ModelNotFound(text, "model")
         return self.models[known]
 
-    def owner_of(self, model: Model) -> Model:
-        """Return the model whose backend serves this one."""
-        return self.models.get(model.backend, model)
-
     def default_model(self) -> Optional[Model]:
         """Return the model for requests that name none, if there is one."""
         if self.settings.default_model:
@@ -1348,6 +1390,10 @@ class ConfigLoader:
         """Return the Config, or raise ConfigError."""
         settings = self._read_settings()
         models = self._assign_names(self._build_models(settings))
+        for name, model in models.items():
+            if model.kind == "llama-server" and model.settings.keep_context:
+                path = os.path.join(settings.state_dir, "context", folder_name(name))
+                models[name] = model._replace(context_dir=f"{path}/")
         keys = self._read_api_keys(settings)
         config = Config(self._path, settings, models, self._names, keys, ())
         settings = self._resolve_names(config)
@@ -1509,41 +1555,54 @@ class ConfigLoader:
                 raise ConfigError(f"{place}: there is no model {name!r}")
             return model
 
-        def backend(name):
+        def backends(name):
             model = known(name, "sets")
-            return config.find(model.settings.uses) or model.name
+            used = [*filter(None, map(config.find, model.settings.uses))]
+            return used or [model.name]
 
         default = config.settings.default_model
         return config.settings._replace(
-            sets=tuple(frozenset(map(backend, s)) for s in config.settings.sets),
+            sets=tuple(
+                frozenset(names)
+                for together in config.settings.sets
+                for names in itertools.product(*map(backends, together))
+            ),
             default_model=default and known(default, "default-model").name,
         )
 
     def _check_fit(self, models, settings):
-        """Make models unusable that do not fit beside all pinned ones."""
+        """Make models unusable that do not fit beside all that are always pinned."""
         pinned = []
-        for model in sorted(models.values(), key=lambda model: not model.settings.pin):
+        for model in sorted(models.values(), key=lambda model: not model.is_pinned):
             if model.problem:
                 continue
             reason = misfit(model, pinned, settings)
             if reason:
                 problem = f"{model.place}: {reason}"
                 models[model.name] = model._replace(problem=problem)
-            elif model.settings.pin:
+            elif model.is_pinned:
                 pinned.append(model)
 
     def _link(self, model, config):
-        """Return a model that uses another with its backend, or with a problem."""
-        target = config.models.get(config.find(model.settings.uses))
-        if target is None:
-            reason = f"there is no model {model.settings.uses!r} to use"
-        elif target.kind == "uses":
-            reason = f"{target.name!r} itself uses another model"
-        elif target.problem:
-            reason = f"it uses {target.name!r}: {target.problem}"
-        else:
-            return model._replace(backend=target.name)
-        return model._replace(problem=f"{model.place}: {reason}")
+        """Return a model that uses others with their backends, or with a problem.
+
+        One that cannot be used is passed over, unless none can.
+        """
+        targets = {
+            name: config.models.get(config.find(name)) for name in model.settings.uses
+        }
+        usable = [each.name for each in targets.values() if each and not each.problem]
+        for name, target in targets.items():
+            if target is None:
+                reason = f"there is no model {name!r} to use"
+            elif target.kind == "uses":
+                reason = f"{target.name!r} itself uses another model"
+            elif not usable:
+                reason = f"it uses {target.name!r}: {target.problem}"
+            else:
+                continue
+            return model._replace(problem=f"{model.place}: {reason}")
+        return model._replace(backends=tuple(usable))
 
 
 # ==================================================================================
@@ -1609,6 +1668,7 @@ NEXT_STATE = {
     },
 }
 
+READINESS = (State.LOADED, State.LOADING, State.SLEEPING)  # the soonest to serve first
 MIN_RETURN_GAP = 0.005  # s; a client that sends its next request at once needs less
 UNKNOWN_SWAP_COST = 1.0  # s; assumed before a swap was measured
 MAX_PATIENCE = 30.0  # s
@@ -1621,13 +1681,18 @@ class ModelSpec(NamedTuple):
 
     `takes_place` False: the model runs on another machine, does not count towards
     models-max, and its failed loads cause no back-off: that machine may be asleep.
-    `can_sleep`: it is put to sleep instead of stopped when another needs its room.
+    `is_pinned`: nothing evicts it, nor does it idle; `is_pinned_once_loaded`: nothing
+    evicts it while it is loaded. `keep_loaded`: it is started whenever it fits and
+    nobody waits. `can_sleep`: it is put to sleep instead of stopped when another needs
+    its room.
     """
 
     needs: Mapping[str, int] = {}
     sleep_needs: Mapping[str, int] = {}
     takes_place: bool = True
     is_pinned: bool = False
+    is_pinned_once_loaded: bool = False
+    keep_loaded: bool = False
     can_sleep: bool = False
     concurrency: int = 0
     idle_timeout: float = 0.0
@@ -1741,6 +1806,7 @@ class ModelState:
         self.state = State.UNLOADED
         self.changed_at = None  # when it entered its state; None: never
         self.run = 0  # number of its current backend
+        self.was_ready = False  # in this run
         self.in_flight = 0
         self.preemptible = 0  # leases that no stop waits for
         self.waiting = 0  # tickets in the queue
@@ -1754,6 +1820,8 @@ class ModelState:
         self.failures = 0
         self.last_failure = None
         self.retry_at = -math.inf
+        self.keep_at = -math.inf  # not sooner does keep_loaded start it
+        self.is_released = False  # unloaded by hand: keep_loaded is without effect
         self.idle_timeout = None  # set by a request, until unloaded; inf: never
         self.unload_by = None  # stopped by hand: no grants; leases are cut then
         self.stop_cause = None
@@ -1785,6 +1853,26 @@ class ModelState:
         """Whether it loads, or has loaded, for a ticket that was not granted yet."""
         is_new = self.state is State.LOADED and self.last_grant < self.ready_at
         return bool(self.waiting) and (is_new or self.state is State.LOADING)
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether nothing may evict it now."""
+        is_pinned_now = self.spec.is_pinned_once_loaded and self.was_ready
+        return self.spec.is_pinned or is_pinned_now
+
+    @property
+    def is_missed(self) -> bool:
+        """Whether it is down and keep_loaded wants it up."""
+        is_put_to_sleep = self.state is State.SLEEPING and self.spec.can_sleep
+        is_down = self.state is State.UNLOADED or is_put_to_sleep
+        return is_down and self.spec.keep_loaded and not self.is_released
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether it is held, and not for keep_loaded alone."""
+        if self.spec.keep_loaded:
+            return bool(self.in_flight or self.preemptible)
+        return self.is_held
 
     @property
     def needs_room(self) -> bool:
@@ -1832,15 +1920,13 @@ class ModelState:
     def record_failure(self, problem: APIError, now: float):
         """A load failed; from the third in a row on, the next must wait."""
         self.last_failure = problem
-        if not self.spec.takes_place:
-            return
         self.failures += 1
         surplus = self.failures - FREE_FAILURES
         if surplus >= 0:
             self.retry_at = now + min(MAX_BACKOFF, 2.0 ** min(surplus, 16))
 
     def reset_failures(self):
-        self.failures, self.retry_at = 0, -math.inf
+        self.failures, self.retry_at, self.keep_at = 0, -math.inf, -math.inf
 
     def swap_cost(self, newcomer: "ModelState") -> float:
         """Seconds to stop this model, load the newcomer, and load this one again."""
@@ -1859,7 +1945,9 @@ class ModelState:
 
     def unload_at(self) -> float:
         """When its idle time ends; inf: it is in use, or never unloads."""
-        if self.in_flight or self.waiting or self.preemptible or self.spec.is_pinned:
+        if self.in_flight or self.waiting or self.preemptible:
+            return math.inf
+        if self.spec.is_pinned or self.spec.keep_loaded:
             return math.inf
         timeout = self.idle_timeout
         if timeout is None:
@@ -1919,6 +2007,8 @@ class Scheduler:
         self._next_deadline = math.inf
         self._draining = {}  # ModelState -> the ticket that it drains for
         self._stopping = {}  # ModelState that stops or is to make room -> when
+        self._pinned = []  # ModelStates that stay for now
+        self._is_resting = False  # nothing is kept loaded until the next request
         self._closing_error = None  # refuses every ticket once closed
 
     # -- events: requests ------------------------------------------------------------
@@ -1928,6 +2018,7 @@ class Scheduler:
     ) -> Ticket:
         """Queue a request for the model; the next `decide` may grant or refuse it."""
         model = self.models[name]
+        model.is_released = self._is_resting = False
         ticket = Ticket(next(self._numbers), model, now, preemptible, manual)
         if manual:
             model.reset_failures()
@@ -1953,6 +2044,20 @@ class Scheduler:
             model.in_flight -= 1
         model.record_idle(now)
 
+    def choose(self, names: Sequence[str]) -> Optional[str]:
+        """Return the one of these models that can serve a request soonest; None if a
+        reload has removed them all."""
+
+        def rank(name):
+            model = self.models[name]
+            is_leaving = model.is_stopping_soon or model.drains_for
+            if is_leaving or model.state not in READINESS:
+                return len(READINESS)
+            return READINESS.index(model.state)
+
+        known = (name for name in names if name in self.models)
+        return min(known, key=rank, default=None)
+
     def keep_alive(self, name: str, seconds: float):
         """Set the idle timeout of a model until it unloads; below 0: never unload."""
         self.models[name].idle_timeout = seconds if seconds >= 0 else math.inf
@@ -1967,7 +2072,7 @@ class Scheduler:
         if model.state is State.LOADING:
             if model.started_at > -math.inf:
                 model.load_seconds = now - model.started_at
-            model.ready_at = model.idle_since = now
+            model.was_ready, model.ready_at, model.idle_since = True, now, now
             model.last_grant = -math.inf  # of this run
             model.reset_failures()
             model.last_failure = model.room_from = None
@@ -2038,6 +2143,9 @@ class Scheduler:
                 self.refuse_waiting(name, failure)
         elif failure is not None:
             model.last_failure = failure
+            model.keep_at = model.ready_at + MAX_BACKOFF
+        else:  # somebody stopped it by other means
+            model.is_released = True
         model.advance(Event.EXITED, now)
         self._end_run(model)
         return victim and victim.name
@@ -2095,6 +2203,7 @@ class Scheduler:
     def _end_run(self, model):
         """Forget what belonged to the run; a reload may now take effect."""
         del self.held[model.name]
+        model.was_ready = False
         model.in_flight = model.preemptible = 0
         model.idle_timeout = model.unload_by = None
         model.stop_cause = model.drains_for = None
@@ -2112,8 +2221,20 @@ class Scheduler:
     def unload(self, name: str, now: float, problem: APIError) -> bool:
         """Stop a model by hand and refuse its tickets; False if it is not loaded.
 
-        Requests in flight have its stop timeout to end, then the backend is stopped.
+        Requests in flight have its stop timeout to end, then the backend is stopped. It
+        is not kept loaded until it is asked for, or the next reload.
         """
+        self.models[name].is_released = True
+        return self._unload(name, now, problem)
+
+    def rest(self, now: float, problem: APIError):
+        """Stop every model as if by hand, but only until the next request for any of
+        them is nothing kept loaded."""
+        self._is_resting = True
+        for name in self.models:
+            self._unload(name, now, problem)
+
+    def _unload(self, name, now, problem):
         model = self.models[name]
         self.refuse_waiting(name, problem)
         if model.is_held and model.unload_by is None:
@@ -2148,6 +2269,9 @@ class Scheduler:
                 model.spec, model.learned_needs = spec, None
                 if name in changed:
                     model.reset_failures()
+            model.is_released = False
+            if model.is_pinned:
+                model.drains_for = None
 
     def refuse_waiting(self, name: str, problem: APIError):
         """Refuse every ticket that waits for the model."""
@@ -2176,11 +2300,18 @@ class Scheduler:
         """How many leases there are that are not preemptible."""
         return sum(model.in_flight for model in self.held.values())
 
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a ticket waits, or a model is held other than for keep_loaded."""
+        return bool(self._queue) or any(each.is_in_use for each in self.held.values())
+
     # -- decisions -------------------------------------------------------------------
 
     def decide(self, now: float) -> Tuple[List[NamedTuple], float]:
         """Return what is to be done now, in this order, and the next deadline."""
-        while self._serve_queue(now) or self._stop_models(now):
+        while (
+            self._serve_queue(now) or self._stop_models(now) or self._start_kept(now)
+        ):
             pass  # each decision may make others possible
         decisions, self._decisions = self._decisions, []
         return decisions, self._next_deadline
@@ -2198,6 +2329,10 @@ class Scheduler:
             is_stopping = model.state is State.UNLOADING or model.is_stopping_soon
             if is_stopping or model.drains_for:
                 self._stopping[model] = -math.inf
+        self._pinned = [
+            model for model in self.held.values()
+            if model.is_pinned and model not in self._stopping
+        ]
         before = len(self._decisions), len(self._draining)
         wanted = {}  # name -> usage that this ticket and older ones wait for
         waiting, is_full = 0, False  # whether `wanted` alone fills the limits
@@ -2238,13 +2373,29 @@ class Scheduler:
                 waited = f"waited {limits.queue_timeout:g} s for {model.name!r}"
                 return QueueTimeout(f"{waited} (queue-timeout in [llmswap])")
             self._look_again_at(ends)
-        if not model.is_held and now < model.retry_at:
+        if not model.is_held and model.spec.takes_place and now < model.retry_at:
             seconds = max(1, math.ceil(model.retry_at - now))
             text = f"{model.last_failure}\n(it is tried again in {seconds} s)"
             return LoadBackoff(text, retry_after=seconds)
+        pins = self._pins_in_the_way(model)
+        if pins:
+            names = ", ".join(sorted(pin.name for pin in pins))
+            text = f"{model.name!r} does not fit beside the pinned {names}"
+            return ModelPinned(f"{text}: unload by hand makes room")
         is_full = limits.queue_max and waiting >= limits.queue_max
         full = f"{limits.queue_max} requests wait already (queue-max in [llmswap])"
         return QueueFull(full) if is_full else None
+
+    def _pins_in_the_way(self, model):
+        """The fewest pinned models that would have to go before this one can start."""
+        is_down = model.state in (State.UNLOADED, State.SLEEPING)
+        pins = [pin for pin in self._pinned if pin is not model]
+        if not (pins and is_down and model.needs_room):
+            return frozenset()
+        usage = model.usage_when_loaded()
+        return _fewest(pins, lambda leaving: self.limits.allow(
+            [usage, *(pin.usage() for pin in pins if pin not in leaving)]
+        ))
 
     def _grant(self, ticket, now):
         model = ticket.model
@@ -2288,7 +2439,7 @@ class Scheduler:
         may_start = is_down and is_persistent
         if not model.needs_room:
             if may_start:
-                self._start(ticket, now)
+                self._start(model, now, ticket)
             return is_full
         if is_full or not self.limits.allow(wanted.values()):
             return True
@@ -2297,7 +2448,7 @@ class Scheduler:
         if may_start and not self._fits(wanted, self._stopping.keys()):
             self._evict(ticket, wanted, now)
         elif may_start and self._fits({model.name: wanted[model.name]}):
-            self._start(ticket, now)
+            self._start(model, now, ticket)
         return False
 
     def _awaits_retry(self, ticket):
@@ -2326,10 +2477,11 @@ class Scheduler:
         ]
         return self.limits.allow([*wanted.values(), *others])
 
-    def _start(self, ticket, now):
-        model, is_wake = ticket.model, ticket.model.state is State.SLEEPING
+    def _start(self, model, now, ticket=None):
+        is_wake = model.state is State.SLEEPING
         self._begin_run(model, now)
-        self._spare_victims(ticket)
+        if ticket:
+            self._spare_victims(ticket)
         self._decisions.append(Start(model.name, model.run, is_wake))
 
     def _begin_run(self, model, now):
@@ -2363,7 +2515,7 @@ class Scheduler:
             victim.drains_for = self._draining[victim] = ticket
 
     def _is_evictable(self, model):
-        if model.spec.is_pinned or not model.needs_room:
+        if model.is_pinned or not model.needs_room:
             return False
         if model.state is State.SLEEPING and model.spec.can_sleep:
             return bool(model.spec.sleep_needs)
@@ -2379,6 +2531,22 @@ class Scheduler:
         if victim.is_idle:
             moment = min(moment, victim.idle_since + victim.return_gap(cost))
         return moment
+
+    def _start_kept(self, now):
+        """If nobody waits, start a model of keep_loaded that fits; return if one was.
+
+        Nobody waits for such a load, so any ticket that needs its room ends it.
+        """
+        if self._queue or self._closing_error or self._is_resting:
+            return False
+        for model in self.models.values():
+            if model.is_missed and self._fits({model.name: model.usage_when_loaded()}):
+                moment = max(model.retry_at, model.keep_at)
+                if now >= moment:
+                    self._start(model, now)
+                    return True
+                self._look_again_at(moment)
+        return False
 
     def _stop_models(self, now):
         """Stop every model that is drained or idle long enough; return if any was."""
@@ -3048,7 +3216,7 @@ class Backend:
         self.lines = ()  # the last that it wrote, where they are read here
         self.started_at = self._began = self._progress_at = time.monotonic()
         self.on_loaded = self.on_described = self.on_slept = self.on_dying = None
-        self.on_exited = self.on_line = None
+        self.on_exited = self.on_line = self.on_context = None
         self._title = model.name
         self._thread = None
         self._wakeup = threading.Event()
@@ -3107,6 +3275,9 @@ class Backend:
         if not is_trusted and not self._probe(HEALTH_TIMEOUT).ok:
             self.report_stall()
         return True
+
+    def record_answer(self, usage, request: Mapping[str, object]):
+        """A request was answered: see ModelContext."""
 
     def died(self, timeout: float) -> bool:
         """Return whether it ended by itself, now or within the timeout."""
@@ -3322,6 +3493,9 @@ class Backend:
         if inodes == self._own_inodes:
             return True
         self._stranger = foreign_listener(inodes, self.pid, self._may_hide)
+        if self._stranger:  # unless it was the child's, which has just ended
+            inodes &= listening_inodes(self.upstream.port)
+            self._stranger = foreign_listener(inodes, self.pid, self._may_hide)
         if self._stranger is None:
             self._own_inodes = inodes
             if inodes and self._may_hide:
@@ -3381,6 +3555,444 @@ class Backend:
             report(self)
 
 
+# -- contexts that outlive their backend -----------------------------------------------
+#
+#    A stop of llama-server loses the prompts that it has processed. It can write the
+#    state of each slot to a file, and read it again after its next start:
+#
+#        STATE-DIR/context/MODEL/manifest.json   which files count, and of which command
+#        STATE-DIR/context/MODEL/MODEL.SLOT.ID   one slot, written by llama-server
+#
+#    A file counts once the manifest names it, which is replaced atomically. While the
+#    files are in use the manifest says so: if the server then ends without being
+#    stopped, what was restored may be the reason, and it is not restored again.
+
+MIN_CONTEXT = 256  # tokens; fewer are soon processed again
+SLOT_LIST_TIMEOUT = 1.0  # s
+UNKNOWN_PROMPT_SPEED = 500.0  # tokens/s, until an answer tells it
+WORTH_SHARE = 0.1  # of the time to process a context again that saving it may take
+CHEAP_SAVE = 0.05  # s; a save so short is worth it in any case
+MAX_USELESS = 2  # restores in a row, then a command's contexts are kept no more
+EMBEDDING_OPTIONS = {"--embedding", "--embeddings", "--rerank", "--reranking"}
+
+
+class SavedSlot(NamedTuple):
+    """The file of one slot: its name, the tokens in it, and its size in bytes."""
+
+    name: str
+    tokens: int
+    size: int
+
+
+class Manifest(NamedTuple):
+    """What is saved of a model: the slots by number, their files in `folder`.
+
+    `command` identifies the command, `owner` is the INI file, `speed` that of prompts
+    in tokens per second, `saved_at` in Unix time.
+    """
+
+    command: str
+    owner: str
+    folder: str
+    speed: float
+    saved_at: float
+    in_use: bool
+    slots: Mapping[int, SavedSlot]
+
+    @property
+    def size(self) -> int:
+        """The bytes of all slots."""
+        return sum(slot.size for slot in self.slots.values())
+
+
+def make_private_folder(path: str):
+    """Create a folder and its missing parents, for this user only. Raise OSError."""
+    if not os.path.isdir(path):
+        make_private_folder(os.path.dirname(path))
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+
+
+class ContextStore:
+    """The saved contexts of all models. Any thread may call.
+
+    Several llmswaps may share the directory: each deletes what belongs to models that
+    have left its own file, and any of them what is beyond its limit.
+    """
+
+    def __init__(self):
+        self.useless = collections.Counter()  # restores in a row, by command
+        self.save_costs = collections.Counter()  # seconds for each token, by command
+        self._lock = threading.Lock()  # of changing manifests
+        self._root = self._owner = ""
+        self._limit = math.inf
+        self._folders = set()  # of the models that keep their contexts
+        self._sizes = {}  # bytes by folder
+
+    def configure(self, config: Config):
+        """Use this configuration from now on, and tidy up in the background."""
+        self._root = os.path.join(config.settings.state_dir, "context")
+        self._owner = os.path.abspath(config.path)
+        self._limit = config.settings.context_max
+        self._folders = {model.context_dir for model in config.models.values()} - {""}
+        self.tidy()
+
+    def is_wanted(self, folder: str) -> bool:
+        """Whether a model of the configuration has this folder."""
+        return folder in self._folders
+
+    def size_of(self, folder: str) -> Optional[int]:
+        """Return how many bytes are kept there; None: the model keeps nothing."""
+        return self._sizes.get(folder, 0) if folder else None
+
+    def read(self, folder: str) -> Optional[Manifest]:
+        """Return the manifest of a model, None if there is none that can be read."""
+        try:
+            with open(f"{folder}manifest.json", "rb") as file:
+                manifest = Manifest(**json.load(file))
+            slots = {int(n): SavedSlot(*slot) for n, slot in manifest.slots.items()}
+            speed, saved_at = float(manifest.speed), float(manifest.saved_at)
+            return manifest._replace(slots=slots, speed=speed, saved_at=saved_at)
+        except (AttributeError, OSError, TypeError, ValueError):
+            return None
+
+    def write(self, folder: str, manifest: Manifest):
+        """Replace the manifest of a model; without slots, delete it. Raise OSError."""
+        path = f"{folder}manifest.json"
+        with self._lock:
+            self._sizes[folder] = manifest.size
+            if not manifest.slots:
+                return _delete([path])
+            with open(f"{path}.new", "w", opener=_open_private) as file:
+                json.dump(manifest._replace(owner=self._owner)._asdict(), file)
+            os.replace(file.name, path)
+
+    def tidy(self, stale: Iterable[str] = ()):
+        """In the background, delete these files, what models have left that are gone,
+        and the oldest contexts until the rest is within the limit."""
+        with contextlib.suppress(RuntimeError):  # no more threads can be started
+            threading.Thread(target=self._tidy, args=(stale,), daemon=True).start()
+
+    def _tidy(self, stale):
+        files, manifests = [*stale], {}
+        with self._lock:
+            for folder in [f"{path}/" for path in _paths_in(self._root)]:
+                manifest = self.read(folder)
+                is_ours = manifest is None or manifest.owner == self._owner
+                if is_ours and not self.is_wanted(folder):
+                    files += _paths_in(folder) + _paths_of(manifest)
+                elif manifest:
+                    manifests[folder] = manifest
+            for folder in sorted(manifests, key=lambda each: manifests[each].saved_at):
+                if sum(each.size for each in manifests.values()) > self._limit:
+                    _delete([f"{folder}manifest.json"])
+                    files += _paths_of(manifests.pop(folder))
+            self._sizes = {each: manifests[each].size for each in manifests}
+        _delete(files)
+
+
+def _open_private(path, flags):
+    return os.open(path, flags, 0o600)
+
+
+def _paths_in(folder):
+    with contextlib.suppress(OSError):
+        return [entry.path for entry in os.scandir(folder)]
+    return []
+
+
+def _paths_of(manifest):
+    slots = manifest.slots.values() if manifest else []
+    return [manifest.folder + slot.name for slot in slots]
+
+
+def _conversation_of(request):
+    """Return what the requests of one conversation have in common."""
+    talk = request.get("messages") or request.get("input") or request.get("prompt")
+    first = talk[:2] if isinstance(talk, list) else str(talk)[:1000]
+    return hash(repr([request.get("system"), first]))
+
+
+def _size_of(path):
+    with contextlib.suppress(OSError):
+        return os.path.getsize(path)
+    return None
+
+
+def _delete(paths):
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+class ModelContext:
+    """The contexts of one run of a llama-server: `restore` after its start, `save`
+    before its stop, both on the backend's thread.
+
+    Neither raises, and each takes at most `limit` seconds, nor longer than it would
+    take to process the prompts again. `report(text)` gets one line if something fails.
+    `on_change(kind, tokens, bytes, seconds)` is told what was "saved" or "restored" and
+    how long that took, and what was "used" by the first answer: then the seconds are
+    those that it would have taken to process the tokens again.
+    """
+
+    def __init__(self, store: ContextStore, model: Model, report, on_change):
+        self._store, self._report, self._on_change = store, report, on_change
+        self._env, self._key = model.env, model.settings.proxy_key
+        self._name = folder_name(model.name)
+        self._folder = self._files = model.context_dir  # of the manifest, of the slots
+        self._command = ""  # a digest of it; empty: nothing is kept
+        self._slots = {}  # number -> SavedSlot, of those restored
+        self._speed = UNKNOWN_PROMPT_SPEED
+        self._has_own_caches = False  # each slot; else one that rests may be emptied
+        self._trial = None  # the most tokens restored, until an answer used some
+        self._is_doubtful = False  # whether an answer could have used some, but did not
+        self._talks = set()  # the conversations of this run
+        self._socket = None
+        self._is_aborted = False
+
+    # -- before the start ------------------------------------------------------------
+
+    def prepare(self, argv: List[str], binary: str, port: str, cwd: str) -> List[str]:
+        """Return the command with which contexts can be kept, as far as they can be."""
+        option = f"--{SAVE_PATH}"
+        given = [value for word, value in zip(argv, argv[1:]) if word == option]
+        if not given:
+            self._report("this llama-server cannot save contexts")
+            return argv
+        self._files = os.path.join(cwd, given[-1], "")
+        try:
+            make_private_folder(self._folder.rstrip("/"))
+        except OSError as error:
+            self._report(f"contexts cannot be kept: {error}")
+            return [word for word in argv if word not in (option, self._folder)]
+        self._has_own_caches = "--parallel" in argv and "--kv-unified" not in argv
+        if EMBEDDING_OPTIONS.isdisjoint(argv):
+            self._command = self._digest(argv, binary, port, cwd)
+        return argv
+
+    def _digest(self, argv, binary, port, cwd):
+        """Return what changes with the command, its environment or its files."""
+        words = [word for word in argv if word != port]
+        stamps = []
+        for option, word in [("", binary), *zip(words, words[1:])]:
+            if option in ("", "--model") or word.endswith(".gguf"):
+                with contextlib.suppress(OSError, ValueError):
+                    status = os.stat(os.path.join(cwd, word))
+                    stamps += [word, status.st_size, status.st_mtime_ns]
+        identity = json.dumps([words, sorted(self._env.items()), stamps])
+        return hashlib.sha256(identity.encode()).hexdigest()
+
+    # -- after the start -------------------------------------------------------------
+
+    def restore(self, upstream: Upstream, limit: float) -> bool:
+        """Give the server, which nobody uses yet, what was saved of its command.
+
+        Return False if the server is to be started anew, without that: it died of it,
+        or it refused some, after which some builds answer nonsense.
+        """
+        began, slots = time.monotonic(), self._claim()
+        tokens = sum(slot.tokens for slot in slots.values())
+        deadline = began + min(limit, tokens / self._speed)
+        try:
+            for number, slot in slots.items():
+                target = f"/slots/{number}?action=restore"
+                self._ask(upstream, deadline, "POST", target, {"filename": slot.name})
+                self._slots[number] = slot
+        except OSError as error:
+            if self._is_aborted:
+                self._slots = slots  # for the next time
+            else:
+                self._report(f"context of slot {number} was not restored: {error}")
+                self._store.tidy([self._files + slot.name for slot in slots.values()])
+                self._slots = {}
+                self._count_useless()
+            self.keep({})
+            return isinstance(error, socket.timeout)
+        if slots:
+            self._trial = max(slot.tokens for slot in slots.values())
+            self._tell("restored", slots.values(), began)
+        return True
+
+    def _claim(self):
+        """Return what was saved of this command, marked as in use; delete the rest."""
+        manifest, slots, reason = self._store.read(self._folder), {}, None
+        if manifest and manifest.in_use:
+            reason = "the server that had it last was not stopped"
+        elif manifest and manifest.command != self._command:
+            reason = "the command, or a file of it, has changed"
+        elif manifest and self._is_kept():
+            self._speed = manifest.speed
+            slots = self._whole(manifest.slots)
+        try:
+            self._write(slots, in_use=True)
+        except OSError as error:
+            slots, reason = {}, error
+        if reason:
+            self._report(f"its context was not restored: {reason}")
+        pattern = re.escape(self._files + self._name) + r"\.\d+\.[0-9a-f]{8}"
+        stale = filter(re.compile(pattern).fullmatch, _paths_in(self._files))
+        used = {self._files + slot.name for slot in slots.values()}
+        self._store.tidy({*stale, *_paths_of(manifest)} - used)
+        return slots
+
+    def record_answer(self, usage, request: Mapping[str, object]):
+        """Learn how fast prompts are processed, and whether a restore was of use: then
+        the first answer to a conversation had much of its prompt in the cache.
+
+        A prompt of less than half of what was restored is of a new conversation. Any
+        thread may call.
+        """
+        tokens, cached = usage.tokens_in, usage.tokens_cached
+        if tokens is None or cached is None:
+            return
+        if usage.prompt_speed and tokens - cached >= MIN_CONTEXT:
+            self._speed = usage.prompt_speed
+        talk = _conversation_of(request) if self._trial else None
+        if talk is None or talk in self._talks:
+            return
+        if cached < MIN_CONTEXT:
+            self._is_doubtful |= tokens >= self._trial / 2
+        else:
+            self._trial, self._store.useless[self._command] = None, 0
+            if not self._talks:  # else another conversation may begin like this one
+                self._on_change("used", cached, 0, cached / self._speed)
+        self._talks.add(talk)
+
+    def _count_useless(self):
+        self._store.useless[self._command] += 1
+        if not self._is_kept():
+            self._report("restored contexts are of no use: none is kept any more")
+
+    # -- before the stop -------------------------------------------------------------
+
+    def save(self, upstream: Upstream, limit: float):
+        """Save what the slots hold, now that no request is left."""
+        if self._trial and self._is_doubtful:
+            self._count_useless()
+        saved = {}
+        if self._is_kept():
+            try:
+                began = time.monotonic()
+                for number, slot in self._save_slots(upstream, limit):
+                    saved[number] = slot
+            except OSError as error:
+                if not self._is_aborted:
+                    self._report(f"context was not saved: {error}")
+            if any(slot.tokens for slot in saved.values()):
+                self._tell("saved", saved.values(), began)
+        self.keep(saved)
+
+    def keep(self, saved: Mapping[int, SavedSlot]):
+        """Keep what was saved and, of the other slots, what was restored."""
+        slots = {**self._whole(self._slots), **saved} if self._is_kept() else {}
+        slots = {n: slot for n, slot in slots.items() if slot.tokens >= MIN_CONTEXT}
+        try:
+            self._write(slots)
+        except OSError as error:
+            self._report(f"context was not saved: {error}")
+        stale = {*self._slots.values(), *saved.values()} - {*slots.values()}
+        self._store.tidy([self._files + slot.name for slot in stale])
+
+    def _save_slots(self, upstream, limit):
+        """Yield slots that are saved, with their numbers. Raise OSError at the first
+        that cannot be, or if all that takes too long for what it is worth."""
+        last = time.monotonic() + limit
+        tokens = self._long_slots(upstream, min(limit, SLOT_LIST_TIMEOUT))
+        total, costs = sum(tokens.values()), self._store.save_costs
+        worth, cost = total / self._speed, total * costs[self._command]
+        if cost > max(CHEAP_SAVE, WORTH_SHARE * worth):
+            costs[self._command] /= 2  # so that it is tried again some time
+            raise OSError(f"it takes {cost:.1f} s, to process it again {worth:.1f} s")
+        began = time.monotonic()
+        try:
+            for number in tokens:
+                deadline = min(last, began + worth)
+                yield number, self._save_slot(upstream, deadline, number)
+        finally:
+            costs[self._command] = (time.monotonic() - began) / max(1, total)
+
+    def _long_slots(self, upstream, limit):
+        """Return the tokens of each slot that is worth saving, the busy ones last."""
+        slots = self._ask(upstream, time.monotonic() + limit, "GET", "/slots")
+        try:
+            slots = sorted(slots, key=lambda slot: bool(slot.get("is_processing")))
+            tokens = {int(slot["id"]): slot.get("n_prompt_tokens", 0) for slot in slots}
+            if any(tokens.values()) and not self._has_own_caches:
+                for number, slot in self._slots.items():  # those that rest may be empty
+                    tokens[number] = tokens[number] or slot.tokens
+            return {n: count for n, count in tokens.items() if count >= MIN_CONTEXT}
+        except (AttributeError, LookupError, TypeError, ValueError):
+            raise OSError("/slots is no list of slots") from None
+
+    def _save_slot(self, upstream, deadline, number):
+        name = f"{self._name}.{number}.{os.urandom(4).hex()}"
+        target, body = f"/slots/{number}?action=save", {"filename": name}
+        try:
+            os.close(_open_private(self._files + name, os.O_CREAT | os.O_WRONLY))
+            answer = self._ask(upstream, deadline, "POST", target, body)
+            slot = SavedSlot(name, int(answer["n_saved"]), int(answer["n_written"]))
+            if not self._whole({number: slot}):
+                raise OSError("the file is not whole; is the disk full?")
+            return slot
+        except (LookupError, OSError, TypeError, ValueError) as error:
+            _delete([self._files + name])
+            raise OSError(f"slot {number}: {error}") from None
+
+    # -- both ------------------------------------------------------------------------
+
+    def abort(self):
+        """End a restore or a save that is under way. Any thread may call."""
+        self._is_aborted, sock = True, self._socket
+        if sock:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def _is_kept(self):
+        is_useless = self._store.useless[self._command] >= MAX_USELESS
+        return self._command and self._store.is_wanted(self._folder) and not is_useless
+
+    def _write(self, slots, in_use=False):
+        now, files = time.time(), self._files
+        manifest = Manifest(self._command, "", files, self._speed, now, in_use, slots)
+        self._store.write(self._folder, manifest)
+
+    def _whole(self, slots):
+        """Return those of the slots whose files are as large as they should be."""
+        return {
+            number: slot
+            for number, slot in slots.items()
+            if _size_of(self._files + slot.name) == slot.size > 0
+        }
+
+    def _tell(self, kind, slots, began):
+        seconds = time.monotonic() - began
+        tokens, size = sum(slot.tokens for slot in slots), sum(s.size for s in slots)
+        self._on_change(kind, tokens, size, seconds)
+
+    def _ask(self, upstream, deadline, method, target, body=None):
+        """Return what the answer's JSON means; it must be a success. Raise OSError."""
+        headers = {"Host": upstream.authority, "Connection": "close"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        request = [method, upstream.base_path + target, body and json.dumps(body)]
+        sock = self._socket = upstream.dial(max(0.001, deadline - time.monotonic()))
+        try:
+            if self._is_aborted:
+                raise ConnectionAbortedError("it is being killed")
+            probe = exchange(sock, deadline, *request, headers=headers)
+            if probe.ok:
+                return json.loads(probe.body)
+        except (ValueError, RecursionError, http.client.HTTPException) as error:
+            raise OSError(f"{target} is answered with nonsense: {error}") from None
+        finally:
+            self._socket = None
+            sock.close()
+        message = re.search(rb'"message":\s*"([^"]*)"', probe.body)
+        text = message[1].decode("utf-8", "replace") if message else "no reason"
+        raise OSError(f"{target} is answered {probe.status}, {text}")
+
+
 # -- a child process -------------------------------------------------------------------
 
 
@@ -3390,8 +4002,15 @@ class ProcessBackend(Backend):
     A second thread reads its output and notices its exit (`_watch_process`).
     """
 
-    def __init__(self, model: Model, guard: Guard, settle_timeout: float):
+    def __init__(
+        self,
+        model: Model,
+        guard: Guard,
+        settle_timeout: float,
+        contexts: Optional[ContextStore] = None,
+    ):
         super().__init__(model)
+        self._contexts, self._context = contexts, None
         self.lines = collections.deque(maxlen=LAST_LINES)
         self._guard = guard
         self._settle_timeout = settle_timeout
@@ -3403,17 +4022,29 @@ class ProcessBackend(Backend):
     def stop(self, at_once=False):
         """End it: within its stop timeout if it is loaded, else by a kill."""
         super().stop(at_once)
+        if self._context and (at_once or not self._is_ready):
+            self._context.abort()
         if at_once or not (self._is_ready or self.model.settings.cmd_stop):
             self._kill_group()
+
+    def record_answer(self, usage, request):
+        if self._context:
+            self._context.record_answer(usage, request)
 
     # -- coming up
 
     def _load(self):
-        """Start it, on another port if its port was taken meanwhile."""
+        """Start it, again if it did not survive the restore of its context, and on
+        another port if its port was taken meanwhile."""
         for _ in range(PORT_TRIES):
             if super()._load():
-                return True
-            if self._is_stop_asked or not (self._stranger and self._is_port_chosen):
+                limit = self.model.settings.stop_timeout
+                if not self._context or self._context.restore(self.upstream, limit):
+                    return self._is_alive()
+                may_repeat = True
+            else:
+                may_repeat = self._stranger and self._is_port_chosen
+            if self._is_stop_asked or not may_repeat:
                 return False
             self._terminate()
         return False
@@ -3431,7 +4062,8 @@ class ProcessBackend(Backend):
             self._sleep_poll = SLEEP_POLL
         environment = clean_environment(model.environment(str(self.port)))
         self._surroundings = {"env": environment, "cwd": model.settings.cwd or None}
-        find_program(argv[0], environment, model.settings.cwd)
+        binary = find_program(argv[0], environment, model.settings.cwd)
+        argv = self._with_context(argv, binary)
         self._stranger = self._own_inodes = None
         self._may_hide = model.kind == "cmd"
         self._oom_kills = oom_kills()
@@ -3468,6 +4100,20 @@ class ProcessBackend(Backend):
             raise
         if self._is_stop_asked:  # `stop` may have come before there was a process
             self.stop(self._is_kill_asked)
+
+    def _with_context(self, argv, binary):
+        """Return the command with which its context is kept, if it is to be."""
+        self._context = None
+        if not (self._contexts and self.model.context_dir):
+            return argv
+        self._context = ModelContext(
+            self._contexts,
+            self.model,
+            report=lambda text: self.on_line(f"llmswap: {text}"),
+            on_change=functools.partial(self.on_context, self),
+        )
+        cwd = self.model.settings.cwd or os.getcwd()
+        return self._context.prepare(argv, binary, str(self.port), cwd)
 
     def _watch_process(self, process):
         """Pass its output on until it has exited, on a thread of its own."""
@@ -3537,9 +4183,19 @@ class ProcessBackend(Backend):
         has_grace = self._is_ready or self.model.settings.cmd_stop
         try:
             if has_grace and not self._exited.is_set():
+                if self._is_ready:
+                    self._save_context()
                 self._ask_to_exit()
         finally:
             self._reap()
+
+    def _save_context(self):
+        if not self._context or self._is_kill_asked:
+            return
+        if self._is_asleep:  # it holds nothing, and a question would wake it
+            self._context.keep({})
+        else:
+            self._context.save(self.upstream, self.model.settings.stop_timeout)
 
     def _ask_to_exit(self):
         """Run the stop command or send SIGTERM, and wait for the stop timeout."""
@@ -4812,6 +5468,7 @@ class Metrics:
         waited: Optional[float] = None,
         tokens_in: int = 0,
         tokens_out: int = 0,
+        tokens_cached: int = 0,
         bytes_in: int = 0,
         bytes_out: int = 0,
     ):
@@ -4822,6 +5479,7 @@ class Metrics:
         self.counts["requests", model, status] += 1
         self.counts["tokens_in", model] += tokens_in
         self.counts["tokens_out", model] += tokens_out
+        self.counts["tokens_cached", model] += tokens_cached
         self.counts["bytes_in", model] += bytes_in
         self.counts["bytes_out", model] += bytes_out
         self._observe("durations", model, seconds)
@@ -4841,6 +5499,13 @@ class Metrics:
         self.reasons[model] = STOPPED.get(cause, cause).format(newcomer)
         if newcomer is not None:
             self._newcomers.add(newcomer)
+
+    def count_context(self, model: str, kind: str, tokens: int, seconds: float):
+        """A context was saved, restored or used: see ModelContext."""
+        if kind == "used":
+            self.counts["context_seconds", model] += seconds
+        else:
+            self.counts["context_tokens", model, kind] += tokens
 
     def count_failure(self, model: str, state: str):
         """A model ended in this state without being stopped."""
@@ -4876,9 +5541,11 @@ class ModelStatus(NamedTuple):
     `state` is one of State's words, and the model is in it since `seconds` (None: since
     the start). `progress` of a load goes from 0 to 1, if it is known. `failure` says
     why its last run failed, `stopped` why it was stopped, `unusable` what is wrong with
-    it in the file. `shares` names the model whose backend it uses, and whose state it
-    has. `entry` is what its own /v1/models told last. `needs`, by resource of the
-    budget, are known from `needs_source`; it `holds` what counts now, if it runs.
+    it in the file. `shares` names the model whose backend it uses now, and whose state
+    it has. `pinned`: nothing may evict it now. `context` are the bytes of its saved
+    contexts, None if it keeps none, and `context_seconds` what they have spared.
+    `entry` is what its own /v1/models told last. `needs`, by resource of the budget,
+    are known from `needs_source`; it `holds` what counts now, if it runs.
     """
 
     id: str
@@ -4894,6 +5561,8 @@ class ModelStatus(NamedTuple):
     waiting: int = 0
     unload_in: Optional[float] = None
     tokens_per_second: Optional[float] = None
+    context: Optional[int] = None
+    context_seconds: float = 0.0
     failure: Optional[APIError] = None
     stopped: Optional[str] = None
     pinned: bool = False
@@ -4918,6 +5587,7 @@ class Pool:
         self.events = Broadcast(0)
         self.memory = MemoryWatch()
         self.inspector = Inspector()
+        self._contexts = ContextStore()
         self._log = log
         self._clock = clock
         self._guard = Guard()
@@ -4946,8 +5616,9 @@ class Pool:
 
     def start(self):
         """Start the timer, adopt units that run, and load the models of
-        load-on-startup."""
+        load-on-startup and keep-loaded."""
         self._guard.start()
+        self._contexts.configure(self.config)
         self._timer_thread = threading.Thread(target=self._timer_loop, daemon=True)
         self._timer_thread.start()
         loop = self._load_progress_loop
@@ -4965,6 +5636,17 @@ class Pool:
                     self.load(model)
             except APIError as problem:
                 self._log("error", f"{model.name}: {problem}")
+        self._load_kept()
+
+    def _load_kept(self):
+        """Have those of keep-loaded loaded, once it is estimated what they need, which
+        may take seconds."""
+        for model in list(self.config.models.values()):
+            if model.settings.keep_loaded and not model.problem:
+                if self._needs.estimate(model, self.budget):
+                    self._take_over_needs()
+        with self._lock:
+            self._schedule()
 
     def _adopt_units(self):
         """Begin to find out which units run already, and to adopt them."""
@@ -5012,7 +5694,7 @@ class Pool:
         """
         while True:
             self._check_start(model)
-            ticket = self._submit(model.backend, preemptible)
+            ticket = self._submit(model, preemptible)
             try:
                 backend = _wait_for_grant(ticket.waiter, disconnected)
                 if _is_reachable(backend, disconnected):
@@ -5033,30 +5715,37 @@ class Pool:
         if model.problem:
             raise ModelMisconfigured(model.problem)
         with self._lock:
-            if model.backend in self._scheduler.held:
-                return
+            scheduled = self._scheduled(model)
+            owner = scheduled and self.config.models.get(scheduled.name)
+        if owner is None or scheduled.is_held:
+            return
         try:
-            check_start(self.config.owner_of(model))
+            check_start(owner)
         except LoadFailed as problem:
-            self._log("error", f"{model.backend} could not be started: {problem}")
+            self._log("error", f"{owner.name} could not be started: {problem}")
             with self._lock:
-                scheduled = self._scheduler.models.get(model.backend)
-                if scheduled is not None and not scheduled.is_held:
+                if not scheduled.is_held:
                     scheduled.last_failure = problem.with_traceback(None)
             raise
-        if self._needs.estimate(self.config.owner_of(model), self.budget):
+        if self._needs.estimate(owner, self.budget):
             self._take_over_needs()
 
-    def _submit(self, name, preemptible=False, manual=False):
+    def _scheduled(self, model):
+        """Return the scheduled model to which a request for this one goes now, or None
+        if a reload removed it. The lock is held."""
+        return self._scheduler.models.get(self._scheduler.choose(model.backends))
+
+    def _submit(self, model, preemptible=False, manual=False):
         """Queue a ticket; its `waiter` is a future of the backend."""
         with self._lock:
-            if name not in self._scheduler.models:
-                raise _removed(name)
-            model = self.config.models.get(name)
-            if model and model.problem:  # since a reload after `_check_start`
-                raise ModelMisconfigured(model.problem)
+            scheduled = self._scheduled(model)
+            if scheduled is None:
+                raise _removed(model.name)
+            owner = self.config.models.get(scheduled.name)
+            if owner and owner.problem:  # since a reload after `_check_start`
+                raise ModelMisconfigured(owner.problem)
             now = self._used_at = self._clock()
-            ticket = self._scheduler.submit(name, now, preemptible, manual)
+            ticket = self._scheduler.submit(scheduled.name, now, preemptible, manual)
             ticket.waiter = concurrent.futures.Future()
             self._schedule()
             return ticket
@@ -5064,8 +5753,9 @@ class Pool:
     def keep_alive(self, model: Model, seconds: float):
         """Set after how many idle seconds the model unloads; below 0: never."""
         with self._lock:
-            if model.backend in self._scheduler.models:
-                self._scheduler.keep_alive(model.backend, seconds)
+            scheduled = self._scheduled(model)
+            if scheduled is not None:
+                self._scheduler.keep_alive(scheduled.name, seconds)
                 self._schedule()
 
     # -- operators -------------------------------------------------------------------
@@ -5075,16 +5765,17 @@ class Pool:
         if self.state_of(model) in (State.LOADING, State.LOADED):
             return False
         self._check_start(model)
-        self._submit(model.backend, manual=True)
+        self._submit(model, manual=True)
         return True
 
     def unload(self, model: Model) -> bool:
         """Begin to unload the model: False if there is nothing to unload."""
         with self._lock:
-            if model.backend not in self._scheduler.models:
+            scheduled = self._scheduled(model)
+            if scheduled is None:
                 return False
             problem = ModelUnloaded(f"{model.name!r} was unloaded by hand")
-            is_held = self._scheduler.unload(model.backend, self._clock(), problem)
+            is_held = self._scheduler.unload(scheduled.name, self._clock(), problem)
             self._schedule()
             return is_held
 
@@ -5094,6 +5785,13 @@ class Pool:
             for name in self._scheduler.models:
                 problem = ModelUnloaded(f"{name!r} was unloaded by hand")
                 self._scheduler.unload(name, self._clock(), problem)
+            self._schedule()
+
+    def rest(self):
+        """Begin to unload every model, and keep none loaded until the next request."""
+        with self._lock:
+            problem = ModelUnloaded("all models are unloaded because nothing happens")
+            self._scheduler.rest(self._clock(), problem)
             self._schedule()
 
     def await_unloaded(self, disconnected: Callable[[], bool]):
@@ -5129,7 +5827,9 @@ class Pool:
                 if name in config.models and name not in changed:
                     backend.model = config.models[name]
             self._schedule()
+        self._contexts.configure(config)
         self._adopt_units()
+        threading.Thread(target=self._load_kept, name="kept", daemon=True).start()
         self.events.publish({"model": "*", "event": "models_reload"})
 
     # -- memory ----------------------------------------------------------------------
@@ -5215,20 +5915,20 @@ class Pool:
     def state_of(self, model: Model) -> State:
         """Return what the backend of the model is doing."""
         with self._lock:
-            scheduled = self._scheduler.models.get(model.backend)
+            scheduled = self._scheduled(model)
             return scheduled.state if scheduled else State.UNLOADED
 
     def is_held(self, model: Model) -> bool:
         """Return whether the model is loaded, or being loaded for somebody."""
         with self._lock:
-            scheduled = self._scheduler.models.get(model.backend)
+            scheduled = self._scheduled(model)
             is_up = scheduled and scheduled.state in (State.LOADING, State.LOADED)
             return bool(is_up) and not scheduled.is_stopping_soon
 
     def backend_of(self, model: Model):
         """Return the running backend of the model, or None; it may end at any time."""
         with self._lock:
-            return self._backends.get(model.backend)
+            return self._backends.get(self._scheduler.choose(model.backends))
 
     def status(self, model: Model) -> ModelStatus:
         """Return what the model is doing."""
@@ -5256,15 +5956,13 @@ class Pool:
             aliases=model.aliases,
             description=model.settings.description or "",
             kind=model.kind,
-            pinned=model.settings.pin,
             unusable=model.problem,
-            shares=None if model.backend == model.name else model.backend,
         )
-        scheduled = self._scheduler.models.get(model.backend)
+        scheduled = self._scheduled(model)
         if scheduled is None:
             return status
-        now, state = self._clock(), scheduled.state
-        backend = self._backends.get(scheduled.name)
+        now, state, name = self._clock(), scheduled.state, scheduled.name
+        backend = self._backends.get(name)
         is_loading = backend is not None and state is State.LOADING
         unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
         changed_at = scheduled.changed_at
@@ -5275,12 +5973,16 @@ class Pool:
             running=scheduled.in_flight + scheduled.preemptible,
             waiting=scheduled.waiting,
             unload_in=None if unload_at == math.inf else max(0.0, unload_at - now),
-            tokens_per_second=self._meters.speeds.get(model.backend),
+            tokens_per_second=self._meters.speeds.get(name),
+            context=self._contexts.size_of(model.context_dir),
+            context_seconds=self._meters.counts["context_seconds", name],
             failure=scheduled.last_failure,
-            stopped=self._meters.reasons.get(model.backend),
+            stopped=self._meters.reasons.get(name),
+            pinned=scheduled.is_pinned,
+            shares=None if name == model.name else name,
             pid=getattr(backend, "pid", None),
             port=getattr(backend, "port", None),
-            entry=self._entries.get(model.backend, {}),
+            entry=self._entries.get(name, {}),
             **self._needs_status(scheduled),
         )
 
@@ -5323,8 +6025,8 @@ class Pool:
             return None if is_busy else self._used_at
 
     def inactive_since(self) -> Optional[float]:
-        """Return when (on the clock) the last backend or request left; None: there is
-        one."""
+        """Return when (on the clock) the last request and the last backend but those of
+        keep-loaded left; None: there is one."""
         with self._lock:
             return self._quiet_since
 
@@ -5341,9 +6043,10 @@ class Pool:
         """Count a request that ended: see Metrics. `speed` is in tokens per second."""
         with self._lock:
             self._meters.count_request(model.name if model else "", *counts)
-            if model and speed is not None:
-                self._meters.speeds[model.backend] = speed
-                self._revise()
+            scheduled = model and self._scheduled(model)
+            if scheduled and speed is not None:
+                self._meters.speeds[scheduled.name] = speed
+            self._revise()
 
     def meters(self) -> Metrics:
         """Return what was counted so far, as a copy."""
@@ -5363,7 +6066,7 @@ class Pool:
         while has_failed:  # a start that fails at once is an event of its own
             decisions, deadline = self._scheduler.decide(self._clock())
             has_failed = any([self._carry_out(decision) for decision in decisions])
-        if self._scheduler.queued or self._scheduler.held:
+        if self._scheduler.is_in_use:
             self._quiet_since = None
         elif self._quiet_since is None:
             self._quiet_since = self._clock()
@@ -5429,6 +6132,7 @@ class Pool:
         backend.on_described = self._on_described
         backend.on_dying, backend.on_exited = self._on_dying, self._on_exited
         backend.on_line = functools.partial(self._on_line, name)
+        backend.on_context = self._on_context
         backend.stop_requested_at = None  # or put to sleep
         backend.is_described = backend.model.kind != "llama-server"
         self._backends[name] = backend
@@ -5443,7 +6147,7 @@ class Pool:
             return UnitBackend(model, rivals, settle_timeout)
         if model.kind == "remote":
             return RemoteBackend(model)
-        return ProcessBackend(model, self._guard, settle_timeout)
+        return ProcessBackend(model, self._guard, settle_timeout, self._contexts)
 
     def _stop(self, decision):
         name, cause = decision.name, decision.cause
@@ -5588,6 +6292,16 @@ class Pool:
             took = f" after {seconds:.1f} s"
         self._log(level, f"{backend.model.name}: {state}{took}")
 
+    def _on_context(self, backend, kind, tokens, size, seconds):
+        name, took = backend.model.name, seconds_text(seconds)
+        with self._lock:
+            self._meters.count_context(name, kind, tokens, seconds)
+            self._revise()
+        text = f"{kind} {tokens:,} tokens of context ({size / 1e6:,.0f} MB) in {took}"
+        if kind == "used":
+            text = f"used {tokens:,} tokens of its restored context, which saves {took}"
+        self._log("info", f"{name}: {text}")
+
     def _on_line(self, name, text):
         self.feed_of(name).publish(text)
         level = "warning" if text.startswith("llmswap: ") else "debug"
@@ -5623,6 +6337,11 @@ class Pool:
             self._schedule()
             for backend in self._backends.values():
                 backend.stop(at_once=True)
+
+
+def seconds_text(seconds: float) -> str:
+    """Return "15 ms" or "1.5 s"."""
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
 
 
 def percent(progress: Optional[float]) -> str:
@@ -5712,12 +6431,12 @@ def counted_needs(
     counted = {name: dict(amounts) for name, amounts in known.items()}
     models = sorted(
         (model for model in config.models.values() if not model.problem),
-        key=lambda model: not model.settings.pin,
+        key=lambda model: not model.is_pinned,
     )
     for name, size in budget.items():
         left, largest = size, 1
         for model in models:
-            if model.settings.pin:
+            if model.is_pinned:
                 left -= model.written_needs.get(name, 0)
             else:
                 largest = max(largest, model.written_needs.get(name, 0))
@@ -5725,9 +6444,9 @@ def counted_needs(
         for model in models:
             if not model.has_auto_needs:
                 continue
-            room = max(0, spare) if model.settings.pin else left
+            room = max(0, spare) if model.is_pinned else left
             amount = counted[model.name][name] = min(counted[model.name][name], room)
-            if model.settings.pin:
+            if model.is_pinned:
                 left, spare = left - amount, spare - amount
     return counted
 
@@ -5739,12 +6458,14 @@ def specs_of(
     specs = {}
     for name, model in config.models.items():
         settings, address = model.settings, address_of(model)
-        if model.backend == name:
+        if model.backends == (name,):
             specs[name] = ModelSpec(
                 needs={**needs[name], **address},
                 sleep_needs={**settings.sleep_needs, **address},
                 takes_place=model.kind != "remote",
-                is_pinned=settings.pin,
+                is_pinned=model.is_pinned,
+                is_pinned_once_loaded=settings.pin == "loaded",
+                keep_loaded=settings.keep_loaded and not model.problem,
                 can_sleep=bool(settings.sleep),
                 concurrency=settings.concurrency,
                 idle_timeout=settings.idle_timeout,
@@ -5783,6 +6504,7 @@ HOP_BY_HOP = frozenset(
     "proxy-authenticate proxy-authorization expect".split()
 )
 
+REASONS = {499: "Client Closed Request"}  # nginx's, unknown to http.HTTPStatus
 Headers = List[Tuple[str, str]]
 
 
@@ -6441,6 +7163,8 @@ class ClientResponse:
     notice = None  # gives events to send, instead of comments, after that early head
     first_at = None  # when the first piece of payload was sent
     is_broken = False
+    problem = None  # why it is broken
+    is_cancelled = False  # set by another thread to end the request
     sent = 0  # bytes of payload
     _head = b""  # waits for the first piece
     _is_chunked = False
@@ -6479,7 +7203,8 @@ class ClientResponse:
 
     def answer(self, status: int, headers: Headers, payload: bytes):
         """Send an answer that is there as a whole."""
-        self.begin(status, http.HTTPStatus(status).phrase, headers, len(payload))
+        phrase = REASONS.get(status) or http.HTTPStatus(status).phrase
+        self.begin(status, phrase, headers, len(payload))
         self.send(payload)
         self.end()
 
@@ -6489,6 +7214,7 @@ class ClientResponse:
 
     def send(self, piece):
         """Send a piece of payload, with the head if it still waits."""
+        self._check_cancelled()
         if self._is_head or not len(piece):
             return
         if not self.sent:
@@ -6529,6 +7255,7 @@ class ClientResponse:
         """
         if has_disconnected(self.sock):
             raise ClientDisconnected
+        self._check_cancelled()
         self.flush()
         is_due = time.monotonic() >= self._comment_at
         if is_due and self.wants_events and not self.status:
@@ -6540,6 +7267,12 @@ class ClientResponse:
             event = event or (COMMENT if is_due else b"")
             if event:
                 self._put_framed(event)
+
+    def _check_cancelled(self):
+        """Raise RequestCancelled, once, if it was."""
+        if self.is_cancelled:
+            self.is_cancelled = False
+            raise RequestCancelled("the request was cancelled by hand")
 
     def _is_between_events(self):
         sent = b"\n\n" + bytes(self.ends)
@@ -6567,7 +7300,7 @@ class ClientResponse:
                 self.send(self.error_event(error_body(problem)))
             self.flush()
         self.is_persistent = False
-        self.is_broken = True
+        self.is_broken, self.problem = True, problem
         if not self._is_chunked and self._left is None:
             linger = struct.pack("ii", 1, 0)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -7395,6 +8128,7 @@ class StatusReport(NamedTuple):
     born: float
     models: Sequence[ModelStatus]
     meters: Metrics
+    requests: int = 0  # grows with each step of each request
     problem: Optional[str] = None  # why the changed file is not in use
     budget: Mapping[str, int] = {}
 
@@ -7405,6 +8139,7 @@ def snapshot(report: StatusReport) -> dict:
         {"version": "1.0", "born": 1750000000.0, "budget": {"vram": 25232932864},
          "totals": {"models": 3, "loaded": 1, "running": 2, "waiting": 1,
                     "rss": 5368709120, "vram": null},
+         "requests": 17,
          "models": [{"id": "coder", ...most fields of ModelStatus...}, ...]}
 
     Models that share another's backend are listed, but not counted.
@@ -7419,14 +8154,15 @@ def snapshot(report: StatusReport) -> dict:
         "vram": _total(model.vram for model in own),
     }
     models = [_as_shown(model) for model in report.models]
-    return dict(
-        version=report.version,
-        born=report.born,
-        problem=report.problem,
-        budget=report.budget,
-        totals=totals,
-        models=models,
-    )
+    return {
+        "version": report.version,
+        "born": report.born,
+        "problem": report.problem,
+        "budget": report.budget,
+        "totals": totals,
+        "requests": report.requests,
+        "models": models,
+    }
 
 
 def _as_shown(model):
@@ -7460,12 +8196,16 @@ class Usage(NamedTuple):
     tokens_in: Optional[int] = None
     tokens_out: Optional[int] = None
     tokens_per_second: Optional[float] = None
+    tokens_cached: Optional[int] = None  # of those in, not processed again
+    prompt_speed: Optional[float] = None  # tokens per second
 
 
 # Quotes within a text are escaped, so what a model says is never taken for these.
 _NAMES_IN = ("prompt_tokens", "input_tokens", "tokens_evaluated", "prompt_n")
 _NAMES_OUT = ("completion_tokens", "output_tokens", "tokens_predicted", "predicted_n")
-_NAMES = "|".join(_NAMES_IN + _NAMES_OUT + ("cache_n", "predicted_per_second"))
+_NAMES_CACHED = ("cached_tokens", "cache_read_input_tokens", "cache_n")
+_SPEEDS = ("predicted_per_second", "prompt_per_second")
+_NAMES = "|".join(_NAMES_IN + _NAMES_OUT + _NAMES_CACHED + _SPEEDS)
 _USAGE = re.compile(
     rb'"(%b)"\s*:\s*(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*[,}]' % _NAMES.encode()
 )
@@ -7479,13 +8219,16 @@ def usage_in(ends: bytes) -> Usage:
     the last counts, and `usage` before llama-server's `timings`.
     """
     found = {name.decode(): float(value) for name, value in _USAGE.findall(ends)}
+    if "input_tokens" in found:  # without those in the cache, as Anthropic counts
+        found["input_tokens"] += found.get("cache_read_input_tokens", 0)
     if "prompt_n" in found:  # of the prompt, what was not in the cache
         found["prompt_n"] += found.get("cache_n", 0)
-    tokens_in, tokens_out = (
+    tokens_in, tokens_out, tokens_cached = (
         next((int(found[name]) for name in names if name in found), None)
-        for names in (_NAMES_IN, _NAMES_OUT)
+        for names in (_NAMES_IN, _NAMES_OUT, _NAMES_CACHED)
     )
-    return Usage(tokens_in, tokens_out, found.get("predicted_per_second"))
+    speeds = [found.get(name) for name in _SPEEDS]
+    return Usage(tokens_in, tokens_out, speeds[0], tokens_cached, speeds[1])
 
 
 def speed_of(usage: Usage, seconds: float) -> Optional[float]:
@@ -7509,18 +8252,25 @@ METRICS = (
     ("gauge", "waiting", "requests_queued", "Requests that wait for a model."),
     ("gauge", "rss", "model_resident_memory_bytes", "Memory of a model's processes."),
     ("gauge", "vram", "model_gpu_memory_bytes", "GPU memory of a model's processes."),
+    ("gauge", "context", "context_bytes", "Saved contexts of a model."),
     ("gauge", "progress", "load_progress_ratio", "Progress of a load, if known."),
     ("gauge", "tokens_per_second", "last_tokens_per_second", "Speed of last answer."),
     ("counter", "requests", "requests_total",
      "Requests by model (empty: not found) and status (499: the client left)."),
     ("counter", "tokens_in", "prompt_tokens_total", "Prompt tokens, as reported."),
     ("counter", "tokens_out", "completion_tokens_total", "New tokens, as reported."),
+    ("counter", "tokens_cached", "prompt_tokens_cached_total",
+     "Prompt tokens that needed no processing, as reported."),
     ("counter", "bytes_in", "request_bytes_total", "Bytes of request bodies."),
     ("counter", "bytes_out", "response_bytes_total", "Bytes of response bodies."),
     ("counter", "swaps", "swaps_total", "Loads for which a model was evicted."),
     ("counter", "stops", "stops_total",
      "Stops by cause: evicted, idle, unload, reload, abandoned, shutdown."),
     ("counter", "failures", "failures_total", "Models that ended by themselves."),
+    ("counter", "context_tokens", "context_tokens_total",
+     "Tokens of contexts: saved, restored."),
+    ("counter", "context_seconds", "context_seconds_saved_total",
+     "Prompt processing spared by restored contexts, first answers only."),
     ("histogram", "durations", "request_duration_seconds",
      "Time from a request's first byte to the end of its answer."),
     ("histogram", "waits", "request_wait_seconds", "Time waiting for the model."),
@@ -7531,6 +8281,7 @@ LABELS = {
     "swaps": (),
     "stops": ("model", "cause"),
     "failures": ("model", "state"),
+    "context_tokens": ("model", "action"),
 }  # of counters; else the model
 
 
@@ -7622,9 +8373,7 @@ _STYLE = r"""
   --failed: light-dark(#c0302b, #ff8a80);
 }
 * { box-sizing: border-box; margin: 0; }
-[hidden], div:has(> dd[hidden]), #totals span:has(> b[hidden]) {
-  display: none !important;
-}
+[hidden], div:has(> dd[hidden]) { display: none !important; }
 body {
   max-width: 1360px; margin: 0 auto; padding: 0 24px 48px;
   background: var(--ground); color: var(--ink); font-variant-numeric: tabular-nums;
@@ -7640,8 +8389,8 @@ p, h2, h3, pre { overflow-wrap: anywhere; }
 header, h1 { display: flex; align-items: center; }
 header { flex-wrap: wrap; gap: 4px 28px; padding: 22px 0 18px; }
 h1 { gap: 10px; font-size: 19px; }
-#totals { display: flex; flex-wrap: wrap; gap: 2px 20px; flex: 1; color: var(--soft); }
-#totals b, #none b { color: var(--ink); }
+#totals { flex: 1; color: var(--soft); }
+#none b { color: var(--ink); }
 #search { width: 200px; padding-block: 5px; }
 #link { color: var(--soft); font-size: 13px; }
 #link::before {
@@ -7678,13 +8427,13 @@ pre {
   font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace;
 }
 
-/* Two columns: the models; prompt and log */
+/* Two columns: the models; prompt, log and requests */
 .columns {
-  display: grid; grid-template-columns: minmax(0, 1fr) minmax(340px, 400px);
+  display: grid; grid-template-columns: minmax(0, 1fr) minmax(340px, 420px);
   gap: 28px; align-items: start;
 }
 main section { margin-bottom: 26px; }
-main ul { list-style: none; padding: 0; overflow: hidden; }
+ul { list-style: none; padding: 0; overflow: hidden; }
 h2 { font-size: 13px; color: var(--soft); margin: 0 0 8px 2px; }
 h2 span { font-weight: 400; margin-left: 4px; }
 #problem { margin: 12px; color: var(--tone); white-space: pre-wrap; }
@@ -7704,8 +8453,9 @@ h2 span { font-weight: 400; margin-left: 4px; }
 .bar span:last-child { color: var(--soft); border-color: transparent; }
 
 /* One model */
+.model, .request { --tone: var(--soft); }
 .model {
-  --tone: var(--soft); padding: 13px 14px 14px 18px;
+  padding: 13px 14px 14px 18px;
   display: grid; grid-template-columns: 12px minmax(0, 1fr) auto auto;
   gap: 0 14px; align-items: baseline;
 }
@@ -7715,7 +8465,7 @@ h2 span { font-weight: 400; margin-left: 4px; }
 .sleeping { --tone: var(--sleeping); }
 .failed, .unusable { --tone: var(--failed); }
 .dot { width: 10px; height: 10px; border: 2px solid var(--tone); border-radius: 50%; }
-.loaded .dot, .broken .dot { background: var(--tone); }
+.loaded .dot, .failed .dot { background: var(--tone); }
 .broken .dot { border-radius: 2px; }
 .loading .dot, .unloading .dot {
   border-right-color: transparent; animation: turn 1.1s linear infinite;
@@ -7742,25 +8492,49 @@ progress { width: 100%; height: 8px; margin-top: 12px; accent-color: var(--loadi
   border: 1px solid var(--line); border-radius: 8px;
 }
 
-/* Prompt and log */
+/* Prompt, log and requests */
 aside {
   position: sticky; top: 16px; display: flex; flex-direction: column; gap: 16px;
   max-height: calc(100vh - 92px); padding-top: 27px;
 }
 aside .sheet, #answer { display: flex; flex-direction: column; gap: 10px; }
-aside .sheet { min-height: 0; padding: 14px; }
-aside h2 { display: flex; align-items: center; margin: 0; }
-aside h2 span { flex: 1; color: var(--ink); font: inherit; font-size: 15px; margin: 0; }
+aside .sheet { padding: 14px; }
+aside h2 { display: flex; align-items: center; margin: 0; font-weight: 400; }
+aside h2 span {
+  flex: 1; margin: 0; color: var(--ink); font-weight: 600; font-size: 15px;
+}
+#prompt { flex: none; }
 #prompt .close { display: none; }
-#log { flex: 1 0 min(320px, 45vh); }
+#log { flex: 1 0 min(320px, 40vh); }
 #lines {
   flex: 1; min-height: 120px; margin: 0 -14px -14px; padding: 10px 14px;
   border-top: 1px solid var(--line); border-radius: 0 0 14px 14px; outline-offset: -2px;
 }
+#requests { min-height: 130px; padding-bottom: 0; }
+#only { width: auto; max-width: 60%; padding: 3px 8px; font-size: 13.5px; }
+#recent { overflow: auto; margin: 0 -14px; }
+#recent:empty::before { content: "None yet"; padding: 0 14px; color: var(--soft); }
+.request {
+  display: flex; gap: 10px; align-items: baseline;
+  padding: 8px 14px 9px; border-top: 1px solid var(--line); font-size: 13.5px;
+}
+.request:not(.loading, .failed) .dot { visibility: hidden; }
+details { flex: 1; min-width: 0; overflow-wrap: anywhere; }
+summary { display: flex; flex-wrap: wrap; gap: 0 8px; cursor: pointer; }
+summary::after { content: "\203a" / ""; color: var(--soft); }
+[open] summary::after { rotate: 90deg; }
+[data-text=by] { flex: 1; overflow-wrap: break-word; }
+[data-text=sum] { flex-basis: 100%; order: 1; }
+details:not([open]) [data-text=sum] { max-height: 2.9em; overflow: hidden; }
+[data-text=by], [data-text=sum] { color: var(--soft); }
+.failed [data-text=sum] { color: var(--tone); }
+details dl { padding-bottom: 4px; white-space: pre-line; }
+details dl div:last-child { flex-basis: 100%; grid-column: 1 / -1; }
 .send { display: flex; gap: 8px; }
 .send button { padding-inline: 18px; }
 #stats { color: var(--soft); font-size: 13px; }
-#answer { overflow: auto; }
+#answer { max-height: 40vh; overflow: auto; }
+[data-panel=log] #answer { max-height: 12vh; }
 #answer p { white-space: pre-wrap; }
 #thought { padding-left: 12px; border-left: 2px solid var(--line); color: var(--soft); }
 
@@ -7780,18 +8554,20 @@ dialog form { display: grid; gap: 12px; }
   #totals { order: 3; flex-basis: 100%; gap: 2px 16px; }
   #link { margin-left: auto; }
   #search { order: 4; width: 100%; margin-top: 6px; }
-  .columns, aside #prompt .close { display: block; }
-  aside { position: fixed; z-index: 2; inset: auto 0 0; padding: 0; max-height: none; }
+  .columns, aside, aside #prompt .close { display: block; }
+  aside { position: static; padding: 0; max-height: none; }
   body:not([data-panel=prompt]) #prompt, body:not([data-panel=log]) #log {
     display: none;
   }
-  aside .sheet {
-    max-height: 86dvh; padding-bottom: max(14px, env(safe-area-inset-bottom));
+  #prompt, #log {
+    position: fixed; z-index: 2; inset: auto 0 0; max-height: 86dvh;
+    padding-bottom: max(14px, env(safe-area-inset-bottom));
     border-radius: 16px 16px 0 0; box-shadow: 0 -10px 40px rgb(0 0 0 / .3);
   }
   #log { height: 86dvh; flex: none; }
   #lines { border-radius: 0; }
-  input, select, textarea { font-size: 16px; }
+  #answer { height: 40vh; } /* Stop stays where it is */
+  input, select, textarea, #only { font-size: 16px; }
 }
 @media (max-width: 620px) {
   .model { grid-template-columns: 12px minmax(0, 1fr) auto; gap: 0 10px; }
@@ -7817,7 +8593,8 @@ let snapshotAt = 0;
 // ---- Values for people ----
 
 const join = (parts, by = " · ") => parts.filter(Boolean).join(by);
-const speed = (n) => n && `${n < 100 ? n.toFixed(1) : Math.round(n)} tokens/s`;
+const speed = (n) => n && `${n < 10 ? n.toFixed(1) : Math.round(n)} tok/s`;
+const count = (n) => (n < 1000 ? `${n}` : `${(n / 1000).toFixed(n < 99950 ? 1 : 0)}k`);
 
 function bytes(n) {
   const gib = n / 2 ** 30;
@@ -7832,7 +8609,16 @@ function duration(seconds, isExact) {
   return h < 48 ? `${h} h ${m % 60} min` : `${Math.floor(h / 24)} d ${h % 24} h`;
 }
 
+function brief(seconds) {
+  if (seconds < 0.9995) return `${Math.round(seconds * 1000)} ms`;
+  return seconds < 9.95 ? `${seconds.toFixed(1)} s` : duration(seconds, true);
+}
+
 // ---- Elements: an empty one is hidden; an equal text is kept, with its selection ----
+
+function make(tag, text = "") {
+  return Object.assign(document.createElement(tag), {textContent: text});
+}
 
 function show(element, isShown) {
   element.hidden = !isShown;
@@ -7847,6 +8633,35 @@ function fill(element, texts) {
   for (const [name, text] of Object.entries(texts)) {
     put(element.querySelector(`[data-text=${name}]`), text);
   }
+}
+
+function clone(template, id, elements) {
+  const element = $(template).content.firstElementChild.cloneNode(true);
+  element.dataset.id = id;
+  elements.set(id, element);
+  return element;
+}
+
+function keepOnly(elements, items) {
+  const ids = new Set(items.map(({id}) => id));
+  for (const [id, element] of elements) {
+    if (!ids.has(id)) element.remove(), elements.delete(id);
+  }
+}
+
+function place(ul, elements) {
+  elements.forEach((element, at) => {
+    const before = ul.children[at];
+    if (element !== before) ul.insertBefore(element, before);
+  });
+}
+
+function offer(select, ids, ...first) {
+  const before = select.value;
+  if (select.dataset.ids === `${ids}`) return;
+  select.dataset.ids = ids;
+  select.replaceChildren(...first, ...ids.map((id) => new Option(id)));
+  if (ids.includes(before)) select.value = before;
 }
 
 function append(text, target, scroller, most = Infinity) {
@@ -7939,6 +8754,7 @@ async function followSnapshots() {
       stream = new AbortController();
       const headers = {accept: "text/event-stream"};
       const answer = await request("/", {headers, signal: stream.signal});
+      recentKey = "";
       for await (const data of events(answer)) {
         delay = 250;
         showLink("live");
@@ -7960,6 +8776,7 @@ function take(next) {
   snapshot = next;
   snapshotAt = Date.now();
   paint();
+  fetchRequests();
 }
 
 document.addEventListener("visibilitychange", () => {
@@ -7967,7 +8784,7 @@ document.addEventListener("visibilitychange", () => {
 });
 setInterval(() => {
   if (Date.now() - lastByteAt > 30000) stream.abort(); // not even a comment came
-  if (snapshot && !document.hidden) paint();
+  if (snapshot && !document.hidden) paint(), fetchRequests();
 }, 1000);
 
 function stateOf(model) {
@@ -7982,20 +8799,25 @@ const groupOf = (model) => groups[model.state] || "held";
 
 function paint() {
   const {models} = snapshot, age = (Date.now() - snapshotAt) / 1000;
-  const focused = document.activeElement; // a row that moves would lose it
-  const ids = new Set(models.map(({id}) => id));
-  for (const [id, row] of rows) if (!ids.has(id)) row.remove(), rows.delete(id);
+  const focused = document.activeElement;
+  keepOnly(rows, models);
   for (const model of models) paintModel(model, age);
   paintBudget(snapshot);
   for (const name of ["held", "broken", "rest"]) paintGroup(name);
-  if (focused !== document.activeElement) focused.focus({preventScroll: true});
+  paintRequests();
+  keepFocus(focused);
   show($("none"), !models.length);
   put($("problem"), snapshot.problem || "");
   show($("problem"), snapshot.problem);
   show($("search"), models.length > 12);
   paintTotals(snapshot.totals);
   paintChoice();
-  paintWait();
+}
+
+function keepFocus(focused) { // a row that moved has lost it, a hidden button will
+  const isGone = focused.closest("li") && !focused.checkVisibility();
+  const target = isGone ? focused.closest("li").querySelector("summary") : focused;
+  if (target !== document.activeElement) target?.focus({preventScroll: true});
 }
 
 function matchesSearch(model) {
@@ -8006,19 +8828,16 @@ function matchesSearch(model) {
 function paintGroup(name) {
   const section = document.querySelector(`.${name}`), ul = section.lastElementChild;
   const models = snapshot.models.filter((model) => groupOf(model) === name);
-  models.forEach(({id}, at) => {
-    const row = rows.get(id), before = ul.children[at];
-    if (row !== before) ul.insertBefore(row, before);
-  });
+  place(ul, models.map(({id}) => rows.get(id)));
   const shown = models.filter(matchesSearch).length;
   put(section.querySelector("span"), shown);
   show(section, shown);
 }
 
 function paintTotals({loaded, models, running, waiting, rss, vram}) {
-  const counts = {loaded: `${loaded}`, running: `${running}`, waiting: `${waiting}`};
-  const of = ` of ${models} loaded`;
-  fill($("totals"), {...counts, of, rss: bytes(rss), vram: bytes(vram)});
+  const memory = [rss && `${bytes(rss)} memory`, vram && `${bytes(vram)} VRAM`];
+  const work = (running || waiting) && requests(running, waiting);
+  put($("totals"), join([`${loaded} of ${models} loaded`, work, ...memory]));
   const isLoaded = ({state, shares}) => state === "loaded" && !shares;
   const names = snapshot.models.filter(isLoaded).map(({id}) => id);
   document.title = join([...names, "llmswap"]);
@@ -8038,26 +8857,22 @@ function paintBudget({budget, models}) {
 }
 
 function makeBar({name, size, parts}) {
-  const head = document.createElement("p"), bar = document.createElement("div");
-  head.textContent = `${name} ${bytes(size)}`;
-  bar.className = "bar";
+  const bar = Object.assign(make("div"), {className: "bar"});
   bar.append(...parts.map(({text, amount}) => {
-    const part = document.createElement("span");
+    const part = make("span", amount ? `${text} ${bytes(amount)}` : "");
     part.style.flex = `${amount} 1 0`;
-    part.textContent = part.title = amount ? `${text} ${bytes(amount)}` : "";
+    part.title = part.textContent;
     return part;
   }));
-  return [head, bar];
+  return [make("p", `${name} ${bytes(size)}`), bar];
 }
 
 function makeRow(id) {
-  const row = $("row").content.firstElementChild.cloneNode(true);
-  row.dataset.id = id;
+  const row = clone("model-row", id, rows);
   for (const act of row.querySelector(".acts").children) {
     act.ariaLabel = `${act.textContent} ${id}`;
   }
   row.querySelector("a").href = `/upstream/${encodeURIComponent(id)}/`;
-  rows.set(id, row);
   return row;
 }
 
@@ -8086,7 +8901,8 @@ function paintModel(model, age) {
   paintActs(row.querySelector(".acts"), model);
 }
 
-function detailOf({state, seconds, progress, stopped, running, waiting}, age) {
+function detailOf(model, age) {
+  const {state, seconds, progress, stopped, running, waiting, context} = model;
   if (state === "unusable") return "";
   const isChanging = /loading$/.test(state);
   const since = seconds !== null && duration(seconds + age, isChanging);
@@ -8095,12 +8911,17 @@ function detailOf({state, seconds, progress, stopped, running, waiting}, age) {
   if (state === "failed") return since && `${since} ago`;
   if (state !== "unloaded") return since;
   if (waiting) return requests(running, waiting);
-  return stopped && join([stopped, since && `${since} ago`], ", ");
+  const saved = context && `${bytes(context)} of context saved`;
+  return stopped && join([stopped, since && `${since} ago`, saved], ", ");
 }
 
 function requests(running, waiting) {
   const parts = [running && `${running} running`, waiting && `${waiting} waiting`];
   return join(parts, ", ") || "none";
+}
+
+function contextOf({context, context_seconds: seconds}) {
+  return join([bytes(context), seconds && `${duration(seconds, true)} spared`], ", ");
 }
 
 function factsOf(model, age) {
@@ -8110,6 +8931,7 @@ function factsOf(model, age) {
     vram: bytes(model.vram),
     requests: requests(model.running, model.waiting),
     speed: speed(model.tokens_per_second),
+    saved: contextOf(model),
     left: left !== null && duration(left - age, true),
   };
 }
@@ -8136,6 +8958,7 @@ let returnFocusTo = null; // the button that opened a panel
 const actions = {
   load: (id) => post("/models/load", {model: id}),
   unload: (id) => post("/models/unload", {model: id}),
+  cancel: (id) => post(`/api/requests/${id}/cancel`, {}),
   log: openLog,
   close: () => openPanel(""),
   prompt(id) {
@@ -8180,6 +9003,103 @@ document.addEventListener("keydown", (event) => {
 $("search").addEventListener("input", paint);
 $("notice").addEventListener("click", () => show($("notice"), false));
 
+// ---- Requests: fetched when a snapshot says that one of them has moved on ----
+
+const requestRows = new Map(); // number of a request -> its element
+let recent = []; // those in flight, then those that ended; they came at recentAt
+let recentAt = 0;
+let recentKey = ""; // what they were fetched for
+let isFetching = false;
+
+async function fetchRequests() {
+  const only = $("only").value, {born, requests} = snapshot;
+  const wanted = `${born} ${requests} ${only}`;
+  const isEarly = isFetching || document.hidden || Date.now() - recentAt < 900;
+  if (isEarly || wanted === recentKey) return;
+  [isFetching, recentKey] = [true, wanted];
+  try {
+    const query = only && `&model=${encodeURIComponent(only)}`;
+    const answer = await request(`/api/requests?limit=100${query}`);
+    recent = (await answer.json()).requests;
+  } catch { /* once snapshots come again, it is tried again */ }
+  [isFetching, recentAt] = [false, Date.now()];
+  paint();
+}
+
+function paintRequests() {
+  const age = (Date.now() - recentAt) / 1000;
+  keepOnly(requestRows, recent);
+  place($("recent"), recent.map((request) => paintRequest(request, age)));
+}
+
+function paintRequest(request, age) {
+  const {id, started, model, asked, client, user_agent: agent} = request;
+  const row = requestRows.get(id) || clone("request-row", id, requestRows);
+  const isRunning = request.status === null, json = JSON.stringify(request);
+  if (isRunning) fill(row, {total: duration(request.seconds + age, true)});
+  if (row.shown === json) return row;
+  row.shown = json;
+  const hasFailed = request.status >= 400 && request.status !== 499;
+  row.className = `request ${isRunning ? "loading" : hasFailed ? "failed" : ""}`;
+  const name = agent.startsWith("Mozilla/") ? "browser" : agent.split(/[/ ]/)[0];
+  const at = new Date(1000 * started);
+  fill(row, {
+    model: model || asked || request.path,
+    by: join([name, client !== "127.0.0.1" && client]),
+    sum: join([at.toLocaleTimeString(), outcomeOf(request) || figuresOf(request)]),
+    ...(!isRunning && {total: brief(request.seconds)}),
+  });
+  const facts = Object.entries(factsOfRequest(request, at)).filter(([, fact]) => fact);
+  row.querySelector("dl").replaceChildren(...facts.map(makeFact));
+  const cancel = row.querySelector("button");
+  cancel.ariaLabel = `Cancel request ${id} of ${model}`;
+  show(cancel, isRunning);
+  return row;
+}
+
+function makeFact([name, fact]) {
+  const div = make("div");
+  div.append(make("dt", name), make("dd", fact));
+  return div;
+}
+
+function outcomeOf({status, waited, error}) {
+  if (status === null) return waited === null && "waiting for the model";
+  return status >= 400 && `${status} ${(error || "").split("\n")[0]}`;
+}
+
+function figuresOf(request) {
+  const {tokens_in, tokens_cached, tokens_out, waited, first_byte, stream} = request;
+  const cached = tokens_cached ? ` (${count(tokens_cached)} cached)` : "";
+  return join([
+    tokens_in !== null && `${count(tokens_in)} in${cached}`,
+    tokens_out !== null && `${count(tokens_out)} out`,
+    speed(request.tokens_per_second),
+    waited >= 0.1 && `waited ${brief(waited)}`,
+    stream && first_byte !== null && `first byte ${brief(first_byte)}`,
+  ], ", ");
+}
+
+function factsOfRequest(request, at) {
+  const {id, status, waited, first_byte, stream} = request;
+  return {
+    "Request": `${id}`,
+    "Status": `${status ?? "in flight"}`,
+    "Waited": waited !== null && brief(waited),
+    "First byte": first_byte !== null && brief(first_byte),
+    "Asked for": request.asked,
+    "Streamed": stream ? "yes" : "no",
+    "Client": request.client,
+    "Session": request.session,
+    "Path": `${request.method} ${request.path}`,
+    "Started": at.toLocaleString(),
+    "User agent": request.user_agent,
+    "Error": request.error,
+  };
+}
+
+$("only").addEventListener("change", () => { recentAt = 0, fetchRequests(); });
+
 // ---- A log, followed as long as its end is visible ----
 
 let logReader = null; // aborts the request
@@ -8204,28 +9124,16 @@ async function openLog(id) {
 
 // ---- A prompt, and its streaming answer ----
 
-let asking = null; // aborts the request
-let askedAt = 0;
-let firstAt = 0; // when the first word of the answer came
+let asking = null; // aborts the request; knows whether an answer came
 let isChosen = false; // somebody chose the model
 
 function paintChoice() {
   const usable = snapshot.models.filter((model) => !model.unusable);
-  const ids = usable.map(({id}) => id), select = $("model"), before = select.value;
   const loaded = usable.find((model) => model.state === "loaded");
-  show($("prompt"), ids.length);
-  if (select.dataset.ids !== `${ids}`) {
-    select.replaceChildren(...ids.map((id) => new Option(id)));
-    select.dataset.ids = ids;
-    if (ids.includes(before)) select.value = before;
-  }
-  if (loaded && !isChosen && !asking) select.value = loaded.id;
-}
-
-function paintWait() {
-  if (!asking || firstAt) return;
-  const seconds = duration((Date.now() - askedAt) / 1000, true);
-  put($("stats"), `waiting for ${asking.model} · ${seconds}`);
+  show($("prompt"), usable.length);
+  offer($("model"), usable.map(({id}) => id));
+  offer($("only"), snapshot.models.map(({id}) => id), new Option("All models", ""));
+  if (loaded && !isChosen && !asking) $("model").value = loaded.id;
 }
 
 function setAsking(controller) {
@@ -8236,57 +9144,46 @@ function setAsking(controller) {
 }
 
 async function send() {
-  const text = $("text").value.trim(), controller = new AbortController();
+  const text = $("text").value.trim(), model = $("model").value;
   if (!text || asking) return;
-  controller.model = $("model").value;
-  [askedAt, firstAt] = [Date.now(), 0];
+  const controller = new AbortController();
   setAsking(controller);
   for (const name of ["thought", "reply", "error"]) put($(name), "");
   show($("answer"), true);
-  paintWait();
-  let stats = "stopped";
+  put($("stats"), `waiting for ${model}`);
+  let end = "stopped";
   try {
-    stats = await chat(controller.model, text, controller.signal);
+    await chat(model, text, controller.signal);
+    end = controller.isAnswered ? "" : "an empty answer";
   } catch (error) {
-    if (!controller.signal.aborted) put($("error"), error.message), stats = "";
+    if (!controller.signal.aborted) put($("error"), error.message), end = "";
   }
   setAsking(null);
-  put($("stats"), stats);
+  put($("stats"), end);
 }
 
 async function chat(model, text, signal) {
   const messages = [{role: "user", content: text}];
   const body = {model, messages, stream: true, stream_options: {include_usage: true}};
   const answer = await post("/v1/chat/completions", body, signal);
-  let tokens, perSecond, isWhole = false;
+  let isWhole = false;
   for await (const data of events(answer)) {
-    if (data === "[DONE]") return statsOf(tokens, perSecond);
-    const {error, choices, usage, timings} = JSON.parse(data);
+    if (data === "[DONE]") return;
+    const {error, choices} = JSON.parse(data);
     const delta = choices?.[0]?.delta;
     if (error) throw new Error(error.message);
     isWhole ||= Boolean(choices?.[0]?.finish_reason);
-    tokens = usage?.completion_tokens ?? tokens;
-    perSecond = timings?.predicted_per_second ?? perSecond;
     grow("thought", delta?.reasoning_content || delta?.reasoning);
     grow("reply", delta?.content);
   }
   if (!isWhole) throw new Error("The answer broke off.");
-  return statsOf(tokens, perSecond);
 }
 
 function grow(name, text) {
   if (!text) return;
-  firstAt ||= Date.now();
+  asking.isAnswered = true;
   put($("stats"), "");
   append(text, $(name), $("answer"));
-}
-
-function statsOf(tokens, perSecond) {
-  const seconds = (Date.now() - firstAt) / 1000;
-  if (!firstAt) return "an empty answer";
-  if (!perSecond && tokens > 1 && seconds > 0.1) perSecond = tokens / seconds;
-  const first = `first word after ${((firstAt - askedAt) / 1000).toFixed(1)} s`;
-  return join([first, tokens && `${tokens} tokens`, speed(perSecond)]);
 }
 
 $("send").addEventListener("click", () => (asking ? asking.abort() : send()));
@@ -8317,13 +9214,7 @@ STATUS_PAGE = """<!doctype html>
       aria-hidden="true"><path d="M4 8.5h14l-3.6-3.6M20 15.5H6l3.6 3.6"/></svg>
     llmswap
   </h1>
-  <p id="totals">
-    <span><b data-text="loaded" hidden></b><span data-text="of"></span></span>
-    <span><b data-text="running" hidden></b> running</span>
-    <span><b data-text="waiting" hidden></b> waiting</span>
-    <span><b data-text="rss" hidden></b> memory</span>
-    <span><b data-text="vram" hidden></b> VRAM</span>
-  </p>
+  <p id="totals"></p>
   <input id="search" type="search" placeholder="Find a model" aria-label="Find a model"
     hidden>
   <p id="link" role="status">connecting</p>
@@ -8339,8 +9230,7 @@ STATUS_PAGE = """<!doctype html>
     <section class="rest" hidden><h2>Not loaded <span></span></h2><ul></ul></section>
     <p id="none" hidden><b>No models yet</b>
       Each section of the INI file becomes one; SIGHUP reads it again.</p>
-    <noscript>This page needs JavaScript. The models:
-      <a href="/v1/models">/v1/models</a></noscript>
+    <noscript>This page needs JavaScript.</noscript>
   </main>
   <aside>
     <section id="prompt" class="sheet" aria-label="Prompt" hidden>
@@ -8360,6 +9250,10 @@ STATUS_PAGE = """<!doctype html>
       <h2><span></span><button class="plain close" data-do="close">Close</button></h2>
       <pre id="lines" aria-label="Lines" tabindex="0"></pre>
     </section>
+    <section id="requests" class="sheet" aria-label="Requests">
+      <h2><span>Requests</span><select id="only" aria-label="Requests of"></select></h2>
+      <ul id="recent"></ul>
+    </section>
   </aside>
 </div>
 <p id="live-region" class="unseen" role="status"></p>
@@ -8373,7 +9267,7 @@ STATUS_PAGE = """<!doctype html>
     <button class="main">Continue</button>
   </form>
 </dialog>
-<template id="row">
+<template id="model-row">
   <li class="model">
     <span class="dot" aria-hidden="true"></span>
     <div>
@@ -8393,12 +9287,26 @@ STATUS_PAGE = """<!doctype html>
       <div><dt>VRAM</dt><dd data-text="vram"></dd></div>
       <div><dt>Requests</dt><dd data-text="requests"></dd></div>
       <div><dt>Last answer</dt><dd data-text="speed"></dd></div>
+      <div><dt>Saved context</dt><dd data-text="saved"></dd></div>
       <div><dt>Unloads in</dt><dd data-text="left"></dd></div>
     </dl>
     <div class="why">
       <p data-text="why"></p>
       <pre data-text="lines" aria-label="Last lines" tabindex="0"></pre>
     </div>
+  </li>
+</template>
+<template id="request-row">
+  <li>
+    <span class="dot" aria-hidden="true"></span>
+    <details>
+      <summary>
+        <b data-text="model"></b> <span data-text="by"></span>
+        <span data-text="total"></span> <span data-text="sum"></span>
+      </summary>
+      <dl></dl>
+    </details>
+    <button data-do="cancel">Cancel</button>
   </li>
 </template>
 <script>{script}</script>
@@ -8431,6 +9339,14 @@ def page_policy() -> str:
 #    A route either replies or raises; `handle_one_request` alone answers errors.
 # ==================================================================================
 
+ROWS_KEPT = 500  # requests that are remembered
+SHOWN_LENGTH = 200  # characters of what a client says of itself
+ERROR_LENGTH = 500
+REQUEST_FIELDS = (
+    "id started client user_agent session method path asked model stream waited "
+    "first_byte seconds status tokens_in tokens_cached tokens_out tokens_per_second "
+    "error".split()
+)
 SERVER_NAME = "llmswap (llama.cpp)"  # clients look for llama.cpp
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
@@ -8453,6 +9369,68 @@ KEY_FIELDS = frozenset(("authorization", "x-api-key", "api-key"))
 NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
 JSON_TYPE = ("content-type", "application/json; charset=utf-8")
 TEXT_TYPE = ("content-type", "text/plain; charset=utf-8")
+
+
+class RequestLog:
+    """The requests in flight, and the last that ended: who asked for what. Bodies are
+    not kept. Any thread may call.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._running = {}  # by number: (row, response, when it began)
+        self._ended_count = 0
+        self._ended = collections.deque(maxlen=ROWS_KEPT)
+
+    def begin(self, row: dict, response: ClientResponse):
+        """A request is in flight, answered by `response`; `row` gets a number."""
+        with self._lock:
+            row["id"] = next(self._numbers)
+            self._running[row["id"]] = row, response, time.monotonic()
+
+    def end(self, row: dict):
+        """A request ended, or was refused before it began."""
+        with self._lock:
+            row["id"] = row["id"] or next(self._numbers)
+            self._running.pop(row["id"], None)
+            self._ended_count += 1
+            self._ended.append(tuple(row.values()))  # a fifth of a dict's size
+
+    def rows(self) -> List[dict]:
+        """Return those in flight, with what is known by now, and then the others; each
+        newest first."""
+        now = time.monotonic()
+        with self._lock:
+            running = [
+                {
+                    **row,
+                    "seconds": now - began,
+                    "first_byte": response.first_at and response.first_at - began,
+                }
+                for row, response, began in reversed(self._running.values())
+            ]
+            ended = [dict(zip(REQUEST_FIELDS, row)) for row in reversed(self._ended)]
+            return running + ended
+
+    def steps(self) -> int:
+        """Return a number that grows when a request begins, is granted its model, is
+        answered or ends."""
+        with self._lock:
+            return 4 * self._ended_count + sum(
+                1 + (row["waited"] is not None) + (response.first_at is not None)
+                for row, response, _ in self._running.values()
+            )
+
+    def cancel(self, number: str) -> bool:
+        """End a request as if its client had left, which is told why; return whether it
+        was in flight."""
+        with self._lock:
+            for row, response, _ in self._running.values():
+                if str(row["id"]) == number:
+                    response.is_cancelled = True
+                    return True
+            return False
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -8492,6 +9470,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.began = time.monotonic()
         self.config = self.pool.config
         self.head = self.body = self.model = self.reply = self.waited = None
+        self.row = self.error = None
+        self.info, self.usage = RequestInfo(), Usage()
         try:
             if not self.parse_request():
                 return
@@ -8568,18 +9548,55 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if reply is None or (self.model is None and reply.status < 400):
             return
         status = 502 if reply.is_broken else reply.status or 500
+        status = 499 if isinstance(self.error, RequestCancelled) else status
         seconds = time.monotonic() - self.began
-        usage = usage_in(bytes(reply.ends)) if status < 300 else Usage()
+        usage = self.usage if status < 300 else Usage()
         speed = speed_of(usage, seconds - (self.waited or 0))
-        tokens = usage.tokens_in or 0, usage.tokens_out or 0
+        self._record_end(status, seconds, usage, speed)
+        tokens = usage.tokens_in or 0, usage.tokens_out or 0, usage.tokens_cached or 0
         received = self.body.received if self.body is not None else 0
         counts = status, seconds, self.waited, *tokens, received, reply.sent
         self.pool.count_request(self.model, speed, *counts)
+
+    def _new_row(self, info):
+        """Return the request as /api/requests shows it."""
+        head, is_tcp = self.head, isinstance(self.client_address, tuple)
+        return dict(
+            dict.fromkeys(REQUEST_FIELDS),
+            started=time.time(),
+            client=self.client_address[0] if is_tcp else "unix",
+            user_agent=head.get("user-agent")[:SHOWN_LENGTH],
+            session=head.get("x-session-id")[:SHOWN_LENGTH],
+            method=head.method,
+            path=head.path[:SHOWN_LENGTH],
+            asked=info.model or head.parameter("model"),
+            model=self.model.name if self.model else None,
+            stream=info.members.get("stream") is True,
+        )
+
+    def _record_end(self, status, seconds, usage, speed):
+        is_refused = self.head is not None and status >= 400 and status != 499
+        if self.row is None and not is_refused:
+            return
+        reply, row = self.reply, self.row or self._new_row(self.info)
+        error = self.error or reply.problem
+        row.update(
+            status=status,
+            seconds=seconds,
+            first_byte=reply.first_at and reply.first_at - self.began,
+            tokens_in=usage.tokens_in,
+            tokens_cached=usage.tokens_cached,
+            tokens_out=usage.tokens_out,
+            tokens_per_second=speed,
+            error=str(error)[:ERROR_LENGTH] if error else None,
+        )
+        self.server.requests.end(row)
 
     # -- answers ---------------------------------------------------------------------
 
     def _answer_error(self, error):
         """Answer in whatever form is still possible."""
+        self.error = error
         if isinstance(error, SpokenTLS):
             self.server.warn_of_tls()
         if isinstance(error, OSError):  # of disk or memory; the client's own is caught
@@ -8828,9 +9845,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             with_known_problem(status, facts.get(status.shares or status.id, Facts()))
             for status in self.pool.statuses(with_memory=True)
         ]
-        meters, problem = self.pool.meters(), self.server.application.config_error
         return StatusReport(
-            VERSION, self.server.born, models, meters, problem, self.pool.budget
+            VERSION,
+            self.server.born,
+            models,
+            self.pool.meters(),
+            self.server.requests.steps(),
+            self.server.application.config_error,
+            self.pool.budget,
         )
 
     def get_health(self):
@@ -8850,13 +9872,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json(self._model_entries([model])[0])
 
     def _model_entries(self, models):
-        owners = [self.config.owner_of(model) for model in models]
+        statuses = [self.pool.status(model) for model in models]
+        owners = [
+            self.config.models.get(status.shares, model)
+            for model, status in zip(models, statuses)
+        ]
         facts = self.pool.inspector.facts_of(owners)
-        statuses = map(self.pool.status, models)
         return [
             model_entry(model, owner, status, facts[owner.name], self.server.born)
             for model, owner, status in zip(models, owners, statuses)
         ]
+
+    def get_requests(self):
+        """The requests in flight, then the last that ended, each newest first."""
+        name, limit = self.head.parameter("model"), self.head.parameter("limit")
+        if limit is not None and not re.fullmatch("[0-9]{1,9}", limit):
+            raise BadRequest(f"limit: {limit!r} is not a whole number", "limit")
+        rows = self.server.requests.rows()
+        if name is not None:
+            names = (name, self.config.find(name))
+            rows = [row for row in rows if row["model"] in names]
+        self._send_json({"requests": rows[: int(limit) if limit else None]})
+
+    def cancel_request(self, rest):
+        number, _, action = rest.partition("/")
+        if action != "cancel":
+            raise NotFound(f"there is nothing at {self.head.path}")
+        if not self.server.requests.cancel(number):
+            raise NotFound(f"no request {number} is in flight")
+        self._send_json({"success": True})
 
     def post_load(self):
         if not self.pool.load(self._model_of_body()):
@@ -8939,7 +9983,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_log_stream(self, name=""):
         feed = self.server.log.feed
         if name not in ("", "proxy"):
-            feed = self.pool.feed_of(self._resolve(percent_decoded(name)).backend)
+            status = self.pool.status(self._resolve(percent_decoded(name)))
+            feed = self.pool.feed_of(status.shares or status.id)
         no_cache = [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
         with feed.subscribe(self.head.parameter("no-history") is None) as get:
             self.reply.begin(200, "OK", [TEXT_TYPE, *no_cache], None)
@@ -8963,7 +10008,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if backend is None or self.pool.state_of(model) not in states:
             raise BadRequest("model is not loaded")
         outgoing = self._upstream_request(model, self.head.target, RequestInfo())
-        relay(outgoing, backend, self.reply)
+        self._relay(outgoing, backend)
 
     def _may_autoload(self, by_default=True):
         """Return whether the request may load its model, by llama.cpp's rules."""
@@ -9009,7 +10054,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def route_by_model(self):
         """Route by the model that the body, the form or the query names."""
         name = self.head.parameter("model")
-        info = self._request_info(is_needed=not name)
+        info = self.info = self._request_info(is_needed=not name)
         name = info.model or name
         model = self.model = self._resolve(name) if name else self._default_model()
         self._check_may_load(model)
@@ -9033,6 +10078,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         idle_timeout = _idle_timeout_in(info.members)
         is_safe = self.head.method in SAFE_METHODS
         preemptible = self.head.is_upgrade or (preemptible and is_safe)
+        if not preemptible:
+            self.row = self._new_row(info)
+            self.server.requests.begin(self.row, self.reply)
         self._prepare_waiting(model, target, info)
         outgoing = self._upstream_request(model, target, info)
         transform_of = _repair_of if model.settings.json_repair else lambda _: None
@@ -9041,10 +10089,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             lease = self.pool.lease(model, self._look_after_client, preemptible)
             with lease as backend:
                 self.waited = time.monotonic() - asked_at
+                if self.row:
+                    self.row["waited"] = self.waited
                 if idle_timeout is not None:
-                    self.pool.keep_alive(model, idle_timeout)
+                    self.pool.keep_alive(backend.model, idle_timeout)
                 try:
-                    relay(outgoing, backend, self.reply, transform_of)
+                    self._relay(outgoing, backend, transform_of)
+                    self.usage = usage_in(bytes(self.reply.ends))
+                    backend.record_answer(self.usage, info.members)
                     return self._log_if_slow()
                 except BackendDied as error:
                     may_resend = outgoing.rest is None and not is_last
@@ -9117,12 +10169,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         rest = body
         if body.is_complete:
             length, rest = sum(map(len, held)), None
-        headers = self._upstream_headers(model)
-        return UpstreamRequest(self.head.method, target, headers, held, length, rest)
+        return UpstreamRequest(self.head.method, target, [], held, length, rest)
 
-    def _upstream_headers(self, model):
+    def _relay(self, outgoing, backend, *more):
+        key = backend.model.settings.proxy_key
+        outgoing = outgoing._replace(headers=self._upstream_headers(key))
+        relay(outgoing, backend, self.reply, *more)
+
+    def _upstream_headers(self, key):
         dropped = NOT_FORWARDED
-        key = self.config.owner_of(model).settings.proxy_key
         if self.config.api_keys or key:
             dropped |= KEY_FIELDS
         if self.head.method == "POST":  # events and numbers are read on the way
@@ -9157,6 +10212,7 @@ ROUTES = {
     ("GET", "/metrics"): Handler.get_metrics,
     ("GET", "/lora-adapters"): Handler.get_from_model,
     ("GET", "/running"): Handler.get_running,
+    ("GET", "/api/requests"): Handler.get_requests,
     ("GET", "/unload"): Handler.unload,
     ("POST", "/unload"): Handler.unload,
     ("POST", "/api/models/unload"): Handler.unload,
@@ -9173,6 +10229,7 @@ PREFIXES = (  # with their methods; none: all
     ("/v1/models/", ("GET",), Handler.get_model),
     ("/logs/stream/", ("GET",), Handler.get_log_stream),
     ("/api/models/unload/", ("POST",), Handler.unload),
+    ("/api/requests/", ("POST",), Handler.cancel_request),
 )
 
 
@@ -9469,6 +10526,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_close()  # a socket of its own, which is not needed
         self.sockets = sockets
         self.pool, self.log, self.application = pool, log, application
+        self.requests = RequestLog()
         self.born = int(time.time())
         self.is_closing = False
         self.most_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)
@@ -9972,7 +11030,7 @@ def _command_line(model):
     if model.problem:
         raise ConfigError(model.problem)
     if model.kind == "uses":
-        return f"the backend of {model.backend}"
+        return f"the backend of {' or '.join(model.backends)}"
     argv = model.command(table_of(model), PORT_MARK)
     if not argv:
         unit = f"{model.settings.unit} at " if model.kind == "unit" else ""
@@ -10337,7 +11395,7 @@ class Application:
         def is_disturbed():
             return self.server.is_closing or self.pool.idle_since() != idle_since
 
-        self.pool.unload_all()
+        self.pool.rest()
         self.pool.await_unloaded(is_disturbed)
         occupant = gpu_occupant()
         if is_disturbed():
