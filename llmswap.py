@@ -6168,17 +6168,17 @@ def specs_of(
 #        client <── ClientResponse <────────── pieces <────────────────┘
 #
 #    Bodies go on as they come; only JSON, and forms up to their model, are held. Every
-#    socket blocks for TICK at most, after which a StallMonitor decides what follows.
+#    socket blocks for POLL_INTERVAL at most; then a StallMonitor decides what follows.
 # ==================================================================================
 
 HEAD_LIMIT = 65536  # bytes; as nginx's four buffers of 16 KB
 LINES_LIMIT = 100  # header lines; as Apache's LimitRequestFields
+LINE_LIMIT = 4096  # bytes of a line between chunks
 HEAD_SECONDS = 10.0  # for a whole head once its first byte is there
 STALL_SECONDS = 60.0  # without a byte in the middle of a body; as nginx
-MAX_UNREAD_BODY = 1 << 20  # bytes of a body that are read although nobody needs them
-READ_SIZE = 1 << 13  # bytes read at once of heads and most answers
-STREAM_READ_SIZE = 1 << 11  # the same of streams, which wait in numbers
-BUFFER_SIZE = 1 << 18  # bytes read at once of long bodies
+MAX_UNREAD_BODY = 1 << 20  # bytes of a body that are read though they are not needed
+READ_SIZE = 1 << 13  # bytes read at once of heads and of bodies of unknown length
+BUFFER_SIZE = 1 << 18  # bytes read at once of other bodies
 EARLY_HEAD_AFTER = 3.0  # s; until then a failure keeps its true status
 TLS_HELLO = b"\x16\x03"  # how a client begins that means https
 COMMENT = b":\n\n"
@@ -6196,12 +6196,14 @@ Headers = List[Tuple[str, str]]
 
 # -- sockets ---------------------------------------------------------------------------
 
-_TICK_PASSED = (BlockingIOError, TimeoutError, socket.timeout)
+_TIMEOUTS = (BlockingIOError, TimeoutError, socket.timeout)  # of POLL_INTERVAL
 
 
 class StallMonitor:
-    """To be called whenever TICK passed without progress. Raises `problem`, or calls it
-    if it is no exception, once that has lasted `seconds`; calls `on_tick` each time.
+    """To be called whenever POLL_INTERVAL passed without progress. Raises `problem`, or
+    calls it if it is no exception, once that has lasted `seconds`.
+
+    Calls `on_tick` each time.
     """
 
     def __init__(self, seconds: float, problem, on_tick=lambda: None):
@@ -6226,36 +6228,48 @@ class StallMonitor:
 class SocketReader:
     """Reads one connection through a buffer. One thread uses it.
 
-    `on_timeout()` is called whenever TICK passes without a byte; it may raise.
+    `on_timeout()` is called whenever POLL_INTERVAL passes without a byte; it may raise.
     """
 
     def __init__(self, sock: socket.socket, on_timeout=lambda: None):
         self.sock = sock
         self.on_timeout = on_timeout
-        self.held = b""  # received and not used yet
+        self.held = b""  # received and not used yet; READ_SIZE or a little more
         self.is_untouched = True  # nothing of a head was ever received
-
-    def take(self, size: int) -> bytes:
-        """Return up to `size` bytes of those already received, without waiting."""
-        piece, self.held = self.held[:size], self.held[size:]
-        return piece
 
     def receive(self, size=READ_SIZE) -> bytes:
         """Return the next bytes, at most `size`; b"" at the end of the stream."""
-        if self.held:
-            return self.take(size)
+        piece, self.held = self.held[:size], self.held[size:]
+        return piece or self._receive_new(size)
+
+    def _receive_new(self, size=READ_SIZE):
         while True:
             try:
                 return self.sock.recv(size)
-            except _TICK_PASSED:
+            except _TIMEOUTS:
                 self.on_timeout()
+
+    def line(self, form: "re.Pattern") -> "re.Match":
+        """Take a line, which must have this form. Raise BadRequest, EOFError."""
+        while b"\n" not in self.held[:LINE_LIMIT]:
+            if len(self.held) >= LINE_LIMIT:
+                raise BadRequest("a line between chunks is too long")
+            piece = self._receive_new()
+            if not piece:
+                raise EOFError("the connection closed between two chunks")
+            self.held += piece
+        line, _, self.held = self.held.partition(b"\n")
+        match = form.fullmatch(line + b"\n")
+        if not match:
+            raise BadRequest(f"chunks or trailer malformed at {line[:40]!r}")
+        return match
 
     def wait_readable(self, seconds: float) -> bool:
         """Return whether bytes come within so many seconds."""
         try:
             self.held = self.held or self.sock.recv(READ_SIZE)
             return bool(self.held)
-        except _TICK_PASSED:  # a poll wakes nobody meanwhile
+        except _TIMEOUTS:  # unlike them, a poll needs no processor meanwhile
             waiter = select.poll()
             waiter.register(self.sock, select.POLLIN)
             return bool(waiter.poll(seconds * 1000))
@@ -6266,39 +6280,37 @@ class SocketReader:
         Raise BadRequest as soon as it can be none, HeadersTooLarge. Empty lines before
         it are skipped: some clients send one after a body.
         """
-        data, end, skipped = b"", -1, 0
+        data, end, received = b"", -1, 0
         while end < 0:
-            if data or skipped:
-                self.on_timeout()  # a head sent byte by byte is late as well
             searched = max(0, len(data) - 3)
             piece = self.receive()
             if not piece:
                 return b""
+            self.on_timeout()  # a head sent byte by byte is late as well
             self.is_untouched = False
-            data += piece
+            data = _EMPTY_LINES.sub(b"", data + piece)
+            end = data.find(b"\r\n\r\n", searched)
             if data.startswith(TLS_HELLO):
                 raise SpokenTLS("this is plain HTTP: use http://, not https://")
-            if data.startswith(b"\r\n"):
-                blank = _EMPTY_LINES.match(data).end()
-                data, searched, skipped = data[blank:], 0, skipped + blank
-            end = data.find(b"\r\n\r\n", searched)
-            if skipped + (len(data) if end < 0 else end + 4) > HEAD_LIMIT:
+            received += len(piece)
+            unused = len(data) - end - 4 if end >= 0 else 0
+            if received - unused > HEAD_LIMIT:
                 raise HeadersTooLarge(f"the head is larger than {HEAD_LIMIT} bytes")
             if end < 0 and _ILLEGAL_IN_HEAD.search(data, searched):
                 raise BadRequest("this is not HTTP/1 in lines that end with CRLF")
-        self.held = data[end + 4 :]
+        self.held = data[end + 4 :] + self.held
         return data[: end + 4]
 
 
 def send_all(sock: socket.socket, data, monitor: StallMonitor):
-    """Send all of `data`; `monitor` is called whenever TICK passes without progress."""
+    """Send all of `data`. Call `monitor` whenever POLL_INTERVAL passes in vain."""
     monitor.restart()
     left = memoryview(data)
     while len(left):
         try:
             left = left[sock.send(left) :]
             monitor.restart()
-        except _TICK_PASSED:
+        except _TIMEOUTS:
             monitor()
 
 
@@ -6311,7 +6323,7 @@ def has_disconnected(sock: socket.socket) -> bool:
 
 # -- heads -----------------------------------------------------------------------------
 
-_EMPTY_LINES = re.compile(rb"(?:\r\n)+")
+_EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
 _ILLEGAL_IN_HEAD = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _TEXT = rb"[\t\x20-\x7e\x80-\xff]*"
@@ -6345,6 +6357,11 @@ def parse_head(head: bytes, start_line: "re.Pattern") -> Tuple["re.Match", Heade
     return start, [(name.lower(), value) for name, value in headers]
 
 
+def as_chunk(piece) -> bytes:
+    """Return bytes, at least one, as a chunk of a body."""
+    return b"%x\r\n%b\r\n" % (len(piece), piece)
+
+
 def render_head(start: str, headers: Headers) -> bytes:
     """Return the bytes of a head."""
     lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
@@ -6360,33 +6377,24 @@ def end_to_end(headers: Headers) -> Headers:
     return [header for header in headers if header[0] not in dropped]
 
 
-class Framing(NamedTuple):
-    """How a body is delimited: by `length`, as `chunked`, or by the end of the stream
-    (neither). No body: length 0."""
-
-    length: Optional[int] = None
-    is_chunked: bool = False
-
-
-NO_BODY = Framing(length=0)
-UNTIL_CLOSE = Framing()
 _FRAMING_HEADERS = ("content-length", "transfer-encoding")
 
 
-def framing_of(headers: Headers, default: Framing) -> Framing:
-    """Return how the body after these headers is framed; `default` if none says it.
+def framing_of(headers: Headers, default: Optional[int]) -> Tuple[Optional[int], bool]:
+    """Return the length of the body after these headers, and whether it is chunked.
 
-    Raise BadRequest unless there is one Content-Length, a number, or one
-    Transfer-Encoding, exactly `chunked`, but not both.
+    The length is None if it is not known, `default` if no header gives it. Raise
+    BadRequest unless there is one Content-Length, a number, or one Transfer-Encoding,
+    exactly `chunked`, but not both.
     """
-    given = [header for header in headers if header[0] in _FRAMING_HEADERS]
-    if not given:
-        return default
-    (name, value), *more = given
+    framing = [header for header in headers if header[0] in _FRAMING_HEADERS]
+    if not framing:
+        return default, False
+    (name, value), *more = framing
     if not more and name == "content-length" and re.fullmatch("[0-9]{1,18}", value):
-        return Framing(int(value))
+        return int(value), False
     if not more and name == "transfer-encoding" and value.lower() == "chunked":
-        return Framing(is_chunked=True)
+        return None, True
     raise BadRequest(
         "a body needs one Content-Length, or `Transfer-Encoding: chunked` alone"
     )
@@ -6402,17 +6410,16 @@ def is_event_stream(headers: Mapping[str, str]) -> bool:
 class Head:
     """A head, strictly read.
 
-    `headers` are without those that `framing` stands for, `end_to_end` also without
-    those that concern one connection only; names are in lower case. `is_persistent`:
-    the connection may serve another request.
+    `headers` are without those that `length` and `is_chunked` stand for; their names
+    are in lower case. A body of unknown length that is not chunked ends with the
+    connection. `is_persistent`: the connection may serve another request.
     """
 
-    def __init__(self, raw: bytes, start_line: "re.Pattern", default: Framing):
+    def __init__(self, raw: bytes, start_line: "re.Pattern", default: Optional[int]):
         self.start, headers = parse_head(raw, start_line)
         self.is_http_10 = self.start["minor"] == b"0"
-        self.framing = framing_of(headers, default)
+        self.length, self.is_chunked = framing_of(headers, default)
         self.headers = [each for each in headers if each[0] not in _FRAMING_HEADERS]
-        self.end_to_end = end_to_end(self.headers)
         self._first = dict(reversed(self.headers))
         self.connection = ", ".join(self.all("connection")).lower()
         self.is_persistent = "close" not in self.connection
@@ -6432,10 +6439,10 @@ class Request(Head):
     """The head of a client's request."""
 
     def __init__(self, raw: bytes):
-        super().__init__(raw, _REQUEST_LINE, NO_BODY)
+        super().__init__(raw, _REQUEST_LINE, 0)
         self.method = self.start["method"].decode()
         self.target = self.start["target"].decode("latin-1")
-        if self.is_http_10 and self.framing.is_chunked:
+        if self.is_http_10 and self.is_chunked:
             raise BadRequest("HTTP/1.0 has no Transfer-Encoding")
         hosts = self.all("host")
         if len(hosts) > 1 or not (hosts or self.is_http_10):
@@ -6477,87 +6484,68 @@ class Request(Head):
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;%b)?\r\n" % _TEXT)
 _CHUNK_END = re.compile(rb"\r\n")
 _TRAILER = re.compile(rb"%b|\r\n" % _HEADER_LINE)
-_CHUNK_LINE_LIMIT = 4096
 
 
-class ChunkDecoder:
-    """Takes chunked bytes cut anywhere, gives the payload. Raises BadRequest."""
+def read_payload(reader: SocketReader, head: Head, held_back=0) -> Iterable[bytes]:
+    """Yield the payload behind a head as it comes, but chunks of at most `held_back`
+    bytes only when they are whole. Raise EOFError if it ends too early, BadRequest.
+    """
+    if head.is_chunked:
+        while size := int(reader.line(_CHUNK_SIZE).group(1), 16):
+            yield from _read_exactly(reader, size, held_back)
+            reader.line(_CHUNK_END)
+        for _ in range(LINES_LIMIT):
+            if reader.line(_TRAILER).group() == b"\r\n":
+                return
+        raise BadRequest(f"more than {LINES_LIMIT} lines of a trailer")
+    if head.length is not None:
+        yield from _read_exactly(reader, head.length)
+    else:
+        while piece := reader.receive():
+            yield piece
 
-    def __init__(self):
-        self.is_done = False
-        self.rest = b""  # the beginning of a line; at the end, what came behind it
-        self._size = self._left = 0  # bytes of the current chunk, and of them to come
-        self._expected = _CHUNK_SIZE  # the next line
-        self._trailers = 0
 
-    @property
-    def given(self) -> int:
-        """Bytes that were given of a chunk whose end has not come."""
-        return self._size - self._left if self._left else 0
-
-    def feed(self, data: bytes) -> bytes:
-        """Return the payload in these bytes."""
-        data, at, payload = self.rest + data, 0, []
-        while at < len(data) and not self.is_done:
-            if self._left:
-                payload.append(data[at : at + self._left])
-                self._left -= len(payload[-1])
-                at += len(payload[-1])
-                continue
-            end = data.find(b"\n", at, at + _CHUNK_LINE_LIMIT) + 1
-            if end:
-                self._take_line(data[at:end])
-                at = end
-            elif len(data) - at >= _CHUNK_LINE_LIMIT:
-                raise BadRequest("a line between chunks is too long")
-            else:
-                break
-        self.rest = data[at:]
-        return b"".join(payload)
-
-    def _take_line(self, line):
-        match = self._expected.fullmatch(line)
-        if not match or self._trailers == LINES_LIMIT:
-            raise BadRequest(f"chunks or trailer malformed at {line[:40]!r}")
-        if self._expected is _CHUNK_SIZE:
-            self._size = self._left = int(match.group(1), 16)
-            self._expected = _CHUNK_END if self._size else _TRAILER
-        elif self._expected is _CHUNK_END:
-            self._expected = _CHUNK_SIZE
-        else:
-            self._trailers += 1
-            self.is_done = line == b"\r\n"
+def _read_exactly(reader, left, held_back=0):
+    held = b""
+    while left:
+        piece = reader.receive(min(left, BUFFER_SIZE))
+        if not piece:
+            raise EOFError(f"the connection closed {left} bytes before the end")
+        left -= len(piece)
+        held += piece
+        if not left or len(held) > held_back:
+            yield held
+            held = b""
 
 
 class Body:
-    """A client's request body: `held`, what was read of it, then the rest as it comes.
+    """A client's request body: `held`, the part that was read, then the rest.
+
+    `coding` is its content coding, "" once that was undone.
 
     Raises ClientDisconnected, BadRequest, PayloadTooLarge, RequestTimeout and, at once,
-    UnsupportedCoding. After such
-    an error it cannot be read on: its connection is lost.
+    UnsupportedCoding. After such an error it cannot be read on: its connection is lost.
     """
 
     def __init__(self, reader: SocketReader, request: Request, limit: int):
         self._reader = reader
         self._limit = limit
-        self._decoder = ChunkDecoder() if request.framing.is_chunked else None
+        self._pieces = read_payload(reader, request)
         self._is_lost = False
-        self.length = request.framing.length
-        coding = request.get("content-encoding").lower() if self.length != 0 else ""
-        if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
-            raise UnsupportedCoding(
-                f"the content coding {coding!r} is not supported, only gzip and deflate"
-            )
-        self._is_encoded = coding not in ("", "identity")
-        self.was_decoded = False
+        self.length = request.length
+        coding = request.get("content-encoding").lower()
+        self.coding = "" if self.length == 0 else coding
+        if self.coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+            text = f"the content coding {self.coding!r} is not supported"
+            raise UnsupportedCoding(f"{text}, only gzip and deflate")
         self._check_size(self.length or 0)
         expected = request.get("expect").lower()
         self._expects = expected == "100-continue" and not request.is_http_10
         stalled = RequestTimeout(f"the body stalled for {STALL_SECONDS:g} s")
         self._stall = StallMonitor(STALL_SECONDS, stalled)
-        self.held = bytearray(reader.take(self.length or 0))  # came with the head
-        self.received = len(self.held)  # bytes of payload
-        self.is_complete = self.received == self.length
+        self.held = bytearray()
+        self.received = 0  # bytes of payload
+        self.is_complete = self.length == 0
 
     def _check_size(self, size):
         if size > self._limit:
@@ -6572,12 +6560,11 @@ class Body:
 
     def decode(self):
         """Read it all and undo its content coding, if it has one."""
-        if not self._is_encoded:
+        if self.coding in ("", "identity"):
             return
         self.hold(sys.maxsize)
         self.held = bytearray(self._decoded(bytes(self.held)))
-        self.length = len(self.held)
-        self._is_encoded, self.was_decoded = False, True
+        self.coding, self.length = "", len(self.held)
 
     def _decoded(self, data):
         """Return the payload; of gzip it may be in several members."""
@@ -6601,41 +6588,23 @@ class Body:
             yield self._next_piece()
 
     def _next_piece(self):
-        """Return the next bytes of the payload: none if only framing came."""
+        """Return the next bytes of the payload: none at its end."""
         self._stall.restart()
         self._reader.on_timeout = self._stall
         try:
             if self._expects:
                 self._expects = False
                 self._reader.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            piece = self._receive()
+            piece = next(self._pieces, b"")
             self.received += len(piece)
             self._check_size(self.received)
-        except OSError:
+        except (OSError, EOFError):
             raise ClientDisconnected from None
         except APIError:
             self._is_lost = True
             raise
-        self.is_complete = self.is_complete or self.received == self.length
+        self.is_complete = not piece or self.received == self.length
         return piece
-
-    def _receive(self):
-        left = BUFFER_SIZE if self._decoder else self.length - self.received
-        data = self._reader.receive(min(left, BUFFER_SIZE))
-        if not data:
-            raise ClientDisconnected
-        if self._decoder is None:
-            return data
-        piece = self._decoder.feed(data)
-        if self._decoder.is_done:
-            self._reader.held = self._decoder.rest + self._reader.held
-            self.is_complete = True
-        return piece
-
-    @property
-    def can_be_read(self) -> bool:
-        """Whether what is left could be read; its meaning does not matter."""
-        return not self._is_lost
 
     @property
     def can_be_skipped(self) -> bool:
@@ -6666,8 +6635,8 @@ def json_or(raw, fallback):
 
 
 class RequestInfo(NamedTuple):
-    """What a body says that matters here: the `model`, and either the JSON object or
-    the `span` of bytes in which the model stands in a form."""
+    """The `model` that a body names, and either the `members` of its JSON object or the
+    `span` of bytes in which a form has the model."""
 
     model: Optional[str] = None
     span: Tuple[int, int] = (0, 0)
@@ -6676,35 +6645,34 @@ class RequestInfo(NamedTuple):
 
 
 def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
-    """Read JSON whole, forms up to their field `model`; return what was found.
+    """Read JSON whole, and forms up to their field `model`.
 
-    Without `is_needed` a body that is neither is not read, and a form no further than
-    MAX_UNREAD_BODY. Raise BadRequest, PayloadTooLarge, ClientDisconnected.
+    If the model is not needed, the body may be anything: what is neither JSON nor a
+    form is not read, and a form no further than MAX_UNREAD_BODY. Raise BadRequest,
+    PayloadTooLarge, ClientDisconnected.
     """
-    kind = content_type.partition(";")[0].strip().lower()
     body.decode()
     body.hold(1)
+    is_form = content_type.lower().startswith("multipart/form-data")
     is_object = bytes(body.held[:64]).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{")
-    if kind == "multipart/form-data":
-        boundary = _boundary_of(content_type)
-        find = functools.partial(_find_in_multipart, boundary=boundary)
-    elif kind == "application/x-www-form-urlencoded" and not is_object:
-        find = _find_in_form  # curl -d says of JSON, too, that it is a form
-    elif is_object or is_needed:
-        body.hold(sys.maxsize)
-        return _find_in_json(body.held)
-    else:
+    if not (is_form or is_object or is_needed):
         return RequestInfo()
-    size = MAX_UNREAD_BODY
+    size = MAX_UNREAD_BODY if is_form else sys.maxsize
     while True:
-        is_all = body.hold(size)
-        info = find(body.held, is_all)
-        if is_all or info.model is not None or not is_needed:
+        is_whole = body.hold(size)
+        try:
+            find = _find_in_form if is_form else _find_in_json
+            info = find(body.held, content_type)
+        except BadRequest:
+            if is_needed:
+                raise
+            return RequestInfo()
+        if is_whole or info.model is not None or not is_needed:
             return info
         size *= 4
 
 
-def _find_in_json(data):
+def _find_in_json(data, _content_type):
     if not data:
         return RequestInfo()
     try:
@@ -6718,40 +6686,25 @@ def _find_in_json(data):
     return RequestInfo(model, members=members, is_json=True)
 
 
-def _find_in_form(data, is_all):
-    pair = re.search(rb"(?:^|&)model=([^&]*)(&)?", data)
-    if pair is None or not (is_all or pair.group(2)):
-        return RequestInfo()
-    raw = pair.group(1).decode("latin-1")
-    return RequestInfo(urllib.parse.unquote_plus(raw), pair.span(1))
+_BOUNDARY = re.compile(r'(?i)boundary=(?:"([^"]+)"|([^\s;]+))')
+_MODEL_FIELD = re.compile(
+    rb'(?im)^content-disposition:[^\r\n]*[; ]name="?model"?[ \t]*(?:;|\r?$)'
+)
 
 
-def _boundary_of(content_type):
-    match = re.search(r'(?i)boundary=(?:"([^"]+)"|([^\s;]+))', content_type)
-    if not match:
-        raise BadRequest("multipart/form-data without a boundary")
-    return (match.group(1) or match.group(2)).encode("latin-1")
-
-
-_MODEL_FIELD = re.compile(rb'(?i)[; ]name="?model"?[ \t]*(?:;|$)')
-
-
-def _find_in_multipart(data, _, boundary):
+def _find_in_form(data, content_type):
     """Find the part named `model` among those that are whole."""
-    mark = b"--" + boundary
-    at = data.find(mark)
-    while at >= 0:
-        head_end = data.find(b"\r\n\r\n", at)
-        end = data.find(b"\r\n" + mark, head_end + 2) if head_end >= 0 else -1
-        if end < 0:
-            break
-        lines = bytes(data[at : min(head_end, at + HEAD_LIMIT)]).split(b"\r\n")
-        for line in lines:
-            is_disposition = line[:20].lower() == b"content-disposition:"
-            if is_disposition and _MODEL_FIELD.search(line):
-                model = data[head_end + 4 : end].decode("utf-8", "replace")
-                return RequestInfo(model, (head_end + 4, end))
-        at = end + 2
+    boundary = _BOUNDARY.search(content_type)
+    if not boundary:
+        raise BadRequest("multipart/form-data without a boundary")
+    delimiter = b"--" + (boundary.group(1) or boundary.group(2)).encode("latin-1")
+    part = re.compile(re.escape(delimiter) + rb"\r\n((?:[^\r\n]+\r\n)*)\r\n")
+    for match in part.finditer(data):
+        if _MODEL_FIELD.search(match.group(1)):
+            start, end = match.end(), data.find(b"\r\n" + delimiter, match.end() - 2)
+            if end >= 0:
+                model = data[start:end].decode("utf-8", "replace")
+                return RequestInfo(model, (start, end))
     return RequestInfo()
 
 
@@ -6759,7 +6712,7 @@ def _find_in_multipart(data, _, boundary):
 
 
 class BodyEdits(NamedTuple):
-    """What is changed in a request's JSON: `model` (None: as it is), parameters laid
+    """Changes to a request's JSON: `model` (None: as it is), parameters laid
     over it, names removed, and then parameters where it has none."""
 
     model: Optional[str] = None
@@ -6773,9 +6726,9 @@ def edited_json(members: Mapping[str, object], edits: BodyEdits) -> bytes:
     laid_over = dict(edits.laid_over)
     if edits.model is not None:
         laid_over["model"] = edits.model
-    kept = {key: value for key, value in members.items() if key not in edits.removed}
-    filled = merged(dict(edits.defaults), kept)
-    ordered = {key: filled[key] for key in (*kept, *filled)}
+    left = {key: value for key, value in members.items() if key not in edits.removed}
+    filled = merged(dict(edits.defaults), left)
+    ordered = {key: filled[key] for key in (*left, *filled)}
     return _dump(merged(ordered, laid_over))
 
 
@@ -6813,7 +6766,7 @@ class UpstreamResponse(Head):
     """
 
     def __init__(self, reader: SocketReader, method: str):
-        self._reader = reader
+        self.reader = reader
         self.is_over = False  # read to its end, and the connection can serve another
         for _ in range(LINES_LIMIT):
             self._read_head()
@@ -6822,69 +6775,34 @@ class UpstreamResponse(Head):
         else:
             raise Truncated("its answer is not HTTP: interim answers without end")
         self.is_event_stream = is_event_stream(self._first)
-        self._read_size = STREAM_READ_SIZE if self.is_event_stream else READ_SIZE
         if self.status in (101, 204, 304):
-            self.framing = NO_BODY
-        self.length = self.framing.length
-        if method == "HEAD":
-            self.framing = NO_BODY
+            self.length, self.is_chunked = 0, False
+        self._has_payload = method != "HEAD"
+        is_delimited = self.is_chunked or self.length is not None
+        self.ends_with_connection = self._has_payload and not is_delimited
 
     def _read_head(self):
         try:
-            raw = self._reader.head()
+            raw = self.reader.head()
             if not raw:
                 raise Truncated("it closed the connection")
-            super().__init__(raw, _STATUS_LINE, UNTIL_CLOSE)
+            super().__init__(raw, _STATUS_LINE, None)
         except (BadRequest, HeadersTooLarge) as error:
             raise Truncated(f"its answer is not HTTP: {error}") from None
         self.status = int(self.start["status"])
         self.reason = (self.start["reason"] or b"").decode("latin-1")
 
-    @property
-    def leftover(self) -> bytes:
-        """The bytes that came right behind the head of an upgrade."""
-        return self._reader.held
-
     def pieces(self) -> Iterable[bytes]:
-        """Yield the payload as it comes. Raise Truncated if it ends too early."""
+        """Yield the payload as it comes, events by whole chunks, so that a cut falls
+        between them. Raise Truncated if it ends too early."""
+        held_back = MAX_UNREAD_BODY if self.is_event_stream else 0
         try:
-            if self.framing.is_chunked:
-                yield from self._chunks()
-            else:
-                yield from self._plain()
-        except (OSError, BadRequest) as error:
+            if self._has_payload:
+                yield from read_payload(self.reader, self, held_back)
+        except (OSError, EOFError, BadRequest) as error:
             raise Truncated(str(error)) from None
-        if self.framing != UNTIL_CLOSE:
-            self.is_over = self.is_persistent and not self._reader.held
-
-    def _chunks(self):
-        """Yield events by whole chunks, so that a cut falls between them."""
-        decoder, part = ChunkDecoder(), b""
-        while not decoder.is_done:
-            data = self._reader.receive(self._read_size)
-            if not data:
-                raise Truncated("the connection closed in the middle of an answer")
-            payload = part + decoder.feed(data)
-            end = len(payload)
-            if self.is_event_stream and end < MAX_UNREAD_BODY:
-                end = max(0, end - decoder.given)
-            payload, part = payload[:end], payload[end:]
-            if payload:
-                yield payload
-        self._reader.held = decoder.rest + self._reader.held
-
-    def _plain(self):
-        left, size = self.framing.length, BUFFER_SIZE
-        if left is None:
-            left, size = math.inf, self._read_size
-        while left:
-            piece = self._reader.receive(min(left, size))
-            if not piece and left == math.inf:
-                return
-            if not piece:
-                raise Truncated(f"the connection closed {left} bytes before the end")
-            left -= len(piece)
-            yield piece
+        if not self.ends_with_connection:
+            self.is_over = self.is_persistent and not self.reader.held
 
 
 # -- the answer, written to the client -------------------------------------------------
@@ -6897,23 +6815,23 @@ _EVENT_STREAM = [
 
 
 class HeadAndTail:
-    """The first and the last bytes of a payload, KEPT of each."""
+    """The first and the last SIZE bytes of a payload."""
 
-    KEPT = 2048
+    SIZE = 2048
 
     def __init__(self):
         self._first = self._last = b""
-        self._size = 0
+        self._added = 0
 
     def add(self, piece: bytes):
         """Take the next piece."""
-        missing = self.KEPT - len(self._first)
+        missing = self.SIZE - len(self._first)
         self._first += piece[:missing]
-        self._last = (self._last + piece[missing:])[-self.KEPT :]
-        self._size += len(piece)
+        self._last = (self._last + piece[missing:])[-self.SIZE :]
+        self._added += len(piece)
 
     def __bytes__(self):
-        gap = b"\0" if self._size > 2 * self.KEPT else b""
+        gap = b"\0" if self._added > 2 * self.SIZE else b""
         return self._first + gap + self._last
 
 
@@ -6925,15 +6843,14 @@ class ClientResponse:
     """
 
     wants_events = False
-    is_for_anthropic = False  # whose clients know errors by other signs
-    is_begun = False  # a head was sent or is about to be
-    is_early = False  # it was sent before the backend's was known
+    is_for_anthropic = False  # whose SDK expects errors of another shape
+    status = 0  # of the head, once one was sent or is about to be
+    is_early = False  # the head was sent before the backend's was known
     notice = None  # gives events to send, instead of comments, after that early head
     first_at = None  # when the first piece of payload was sent
     is_broken = False
     problem = None  # why it is broken
-    is_cancelled = False  # by somebody else; from any thread
-    status = 0
+    is_cancelled = False  # set by another thread to end the request
     sent = 0  # bytes of payload
     _head = b""  # waits for the first piece
     _is_chunked = False
@@ -6947,12 +6864,12 @@ class ClientResponse:
         self.is_persistent = request is not None and request.is_persistent
         self._is_http_10 = request is not None and request.is_http_10
         self._is_head = request is not None and request.method == "HEAD"
-        self._born = self._last_sent_at = time.monotonic()
+        self._comment_at = time.monotonic() + EARLY_HEAD_AFTER
         self._stall = StallMonitor(STALL_SECONDS, ClientDisconnected())
 
     def begin(self, status: int, reason: str, headers: Headers, length: Optional[int]):
-        """Set the head; it goes out with the first piece, or after a TICK."""
-        self.is_begun, self.status, self._left = True, status, length
+        """Set the head; it goes out with the first piece, or by `flush`."""
+        self.status, self._left = status, length
         self._is_events = length is None and is_event_stream(dict(headers))
         framing = []
         if length is not None:
@@ -6992,7 +6909,7 @@ class ClientResponse:
         if self._left is not None:
             self._left -= len(piece)
         self.ends.add(piece)
-        self._frame(piece)
+        self._put_framed(piece)
 
     def end(self):
         """The answer is complete."""
@@ -7004,52 +6921,44 @@ class ClientResponse:
         """Send the head if it still waits for a first piece."""
         self._put(b"")
 
-    def _frame(self, piece):
-        if self._is_chunked:
-            piece = b"%x\r\n%b\r\n" % (len(piece), piece)
-        self._put(piece)
+    def _put_framed(self, piece):
+        self._put(as_chunk(piece) if self._is_chunked else piece)
 
     def _put(self, data):
         if self._head:
             data, self._head = self._head + data, b""
         if not len(data):
             return
-        self._last_sent_at = time.monotonic()
+        self._comment_at = time.monotonic() + COMMENT_EVERY
         try:
             send_all(self.sock, data, self._stall)
         except OSError:
             raise ClientDisconnected from None
 
     def heartbeat(self):
-        """To be called every TICK while nothing flows. Raise ClientDisconnected.
-
-        Looks whether the client is there, and keeps it from giving up.
+        """To be called every POLL_INTERVAL while nothing flows, so that the client does
+        not give up. Raise ClientDisconnected if it has.
         """
         if has_disconnected(self.sock):
             raise ClientDisconnected
         self._check_cancelled()
         self.flush()
-        now = time.monotonic()
-        if not self.is_begun:
-            if self.wants_events and now >= self._born + EARLY_HEAD_AFTER:
-                self.is_early = True
-                self.begin_events()
-                self._frame(self._next_notice() or COMMENT)
-        elif self._is_events and self._is_between_events():
-            is_late = now >= self._last_sent_at + COMMENT_EVERY
-            text = self._next_notice() or (COMMENT if is_late else b"")
-            if text:
-                self._frame(text)
+        is_due = time.monotonic() >= self._comment_at
+        if is_due and self.wants_events and not self.status:
+            self.is_early = True
+            self.begin_events()
+        if self._is_events and self._is_between_events():
+            is_waiting = self.is_early and not self.sent
+            event = self.notice() if self.notice and is_waiting else b""
+            event = event or (COMMENT if is_due else b"")
+            if event:
+                self._put_framed(event)
 
     def _check_cancelled(self):
         """Raise RequestCancelled, once, if it was."""
         if self.is_cancelled:
             self.is_cancelled = False
             raise RequestCancelled("the request was cancelled by hand")
-
-    def _next_notice(self):
-        is_waiting = self.is_early and not self.sent
-        return self.notice() if self.notice and is_waiting else b""
 
     def _is_between_events(self):
         sent = b"\n\n" + bytes(self.ends)
@@ -7069,8 +6978,8 @@ class ClientResponse:
     def abort(self, problem: APIError):
         """End an answer that broke off so that the client notices.
 
-        Between two events it is told why; then the connection is cut, if need be by a
-        reset: the end of the stream alone would look complete.
+        Between two events it gets the reason; then the connection is cut, if need be by
+        a reset: the end of the stream alone would look complete.
         """
         with contextlib.suppress(ClientDisconnected):
             if self._is_events and self._is_between_events():
@@ -7100,7 +7009,8 @@ def error_body(problem: APIError) -> dict:
 
 
 class UpstreamRequest(NamedTuple):
-    """A request as the backend gets it. `rest` is what is not held of the body."""
+    """A request as the backend gets it. `rest` is what is not held of the body; it can
+    be sent only once."""
 
     method: str
     target: str
@@ -7108,16 +7018,6 @@ class UpstreamRequest(NamedTuple):
     held: Sequence  # of bytes or the like
     length: Optional[int]  # of all of the body; None: unknown, sent chunked
     rest: Optional[Body] = None
-
-    @property
-    def is_repeatable(self) -> bool:
-        """Whether all of it is held, so that it can be sent again."""
-        return self.rest is None
-
-    @property
-    def is_sent(self) -> bool:
-        """Whether, once there is an answer, all of the client's body was passed on."""
-        return self.rest is None or self.rest.is_complete
 
 
 def relay(
@@ -7139,32 +7039,33 @@ def relay(
         raise BadRequest("the path must not leave that of the model's server")
     monitor = StallMonitor(STALL_CHECK_AFTER, backend.report_stall, reply.heartbeat)
     try:
-        sock, answer = _ask(outgoing, upstream, monitor)
+        answer = _ask(outgoing, upstream, monitor)
     except BackendDied:
         backend.report_stall()  # its process may still run
         raise
-    reply.is_persistent = reply.is_persistent and outgoing.is_sent
+    is_sent = outgoing.rest is None or outgoing.rest.is_complete
+    reply.is_persistent = reply.is_persistent and is_sent
     try:
         if answer.status == 101:
-            _tunnel(answer, sock, reply)
+            _tunnel(answer, reply)
         elif reply.is_early and not (answer.status == 200 and answer.is_event_stream):
             _pass_on_as_event(answer, reply)
         else:
             _pass_on(answer, backend, reply, transform_of(answer))
     finally:
-        if answer.is_over and outgoing.is_sent:
-            upstream.release_connection(sock)
+        if answer.is_over and is_sent:
+            upstream.release_connection(answer.reader.sock)
         else:
-            upstream.drop(sock)
+            upstream.drop(answer.reader.sock)
 
 
 _PATH_TRAVERSAL = re.compile(r"(?i)(?:[/\\]|%2f|%5c)(?:\.|%2e){2}(?:[/\\;]|%2f|%5c|$)")
 
 
 def _ask(outgoing, upstream, monitor):
-    """Send the request; return the connection and the head of the answer.
+    """Send the request; return the answer, of which only the head was read.
 
-    A kept connection that the backend closed meanwhile is replaced by a new one. As it
+    An idle connection that the backend closed meanwhile is replaced by a new one. As it
     may be closed at any moment, it is not used for a body that can be sent only once.
     """
     while True:
@@ -7172,7 +7073,7 @@ def _ask(outgoing, upstream, monitor):
             sock, was_used = upstream.connect()
         except OSError as error:
             raise BackendDied(f"the backend cannot be reached: {error}") from None
-        if was_used and not outgoing.is_repeatable:
+        if was_used and outgoing.rest is not None:
             upstream.drop(sock)
             continue
         reader = SocketReader(sock, monitor)
@@ -7181,7 +7082,7 @@ def _ask(outgoing, upstream, monitor):
             answer = UpstreamResponse(reader, outgoing.method)
             if answer.status == 101 and "upgrade" not in dict(outgoing.headers):
                 raise Truncated("it switched protocols unasked")
-            return sock, answer
+            return answer
         except (OSError, Truncated) as error:
             upstream.drop(sock)
             if not (was_used and reader.is_untouched):
@@ -7207,7 +7108,7 @@ def _send(outgoing, upstream, sock, monitor):
         send_all(sock, head, monitor)
         for piece in itertools.chain(held, rest):
             if is_chunked and len(piece):
-                piece = b"%x\r\n%b\r\n" % (len(piece), piece)
+                piece = as_chunk(piece)
             send_all(sock, piece, monitor)
         if is_chunked:
             send_all(sock, b"0\r\n\r\n", monitor)
@@ -7225,9 +7126,9 @@ def _pass_on(answer, backend, reply, transform):
         for piece in answer.pieces():
             backend.upstream.mark_alive()
             reply.send(transform.feed(piece) if transform else piece)
-        if answer.framing == UNTIL_CLOSE:  # its end says nothing: it may be a death
-            if reply.is_within_line or backend.died(0.05):
-                raise Truncated("the connection ended in the middle of the answer")
+        is_ambiguous = answer.ends_with_connection  # a death looks the same
+        if is_ambiguous and (reply.is_within_line or backend.died(0.05)):
+            raise Truncated("the connection ended in the middle of the answer")
     except Truncated as error:
         problem = BackendDied(f"the backend broke off: {error}")
     if transform:
@@ -7242,7 +7143,7 @@ def _pass_on(answer, backend, reply, transform):
 def _response_headers(answer):
     headers = [
         (name, value)
-        for name, value in answer.end_to_end
+        for name, value in end_to_end(answer.headers)
         if not name.startswith("access-control-")
     ]
     if answer.is_event_stream and not answer.get("x-accel-buffering"):
@@ -7252,12 +7153,10 @@ def _response_headers(answer):
 
 def _pass_on_as_event(answer, reply):
     """Send an answer without events as an error event, as the early head promised."""
-    payload = b""
-    with contextlib.suppress(Truncated):
-        for piece in answer.pieces():
-            payload += piece
-            if len(payload) > MAX_UNREAD_BODY:
-                break
+    payload, pieces = b"", answer.pieces()
+    with contextlib.suppress(Truncated, StopIteration):
+        while len(payload) <= MAX_UNREAD_BODY:
+            payload += next(pieces)
     body = json_or(payload, None)
     if isinstance(body, dict) and "error" in body:
         body = {"error": body["error"]}
@@ -7269,14 +7168,14 @@ def _pass_on_as_event(answer, reply):
     reply.end()
 
 
-def _tunnel(answer, sock, reply):
+def _tunnel(answer, reply):
     """Pass bytes both ways after an upgrade, until either side ends."""
     upgrade = [("connection", "upgrade"), ("upgrade", answer.get("upgrade"))]
     reply.is_persistent = False
     reply.begin(101, answer.reason, _response_headers(answer) + upgrade, 0)
     reply.flush()
-    with contextlib.suppress(OSError):  # the other side shall see an end too
-        _copy_both_ways(reply.sock, sock, answer.leftover)
+    with contextlib.suppress(OSError):  # the other connection is to be closed too
+        _copy_both_ways(reply.sock, answer.reader.sock, answer.reader.held)
 
 
 def _copy_both_ways(client, backend, leftover):
@@ -7302,7 +7201,7 @@ def _copy_both_ways(client, backend, leftover):
                     unsent[theirs] = mine.recv(65536)
                     if not unsent[theirs]:
                         return
-            except _TICK_PASSED:
+            except _TIMEOUTS:
                 continue  # not ready after all
 
 
@@ -7312,8 +7211,8 @@ def _copy_both_ways(client, backend, leftover):
 # ==================================================================================
 
 # Strict JSON passes untouched. All else is read once, from left to right, by a reader
-# that takes what stands where a key, a colon or a value should be, and closes at the
-# end what is still open. The hard question is whether a quote ends its string or lacks
+# that accepts almost anything in place of a key, a colon or a value, and closes at the
+# end all that is open. The hard question is whether a quote ends its string or lacks
 # a backslash. It ends the string if the text goes on from there as JSON would: with a
 # comma and a key, with brackets that are open, or not at all. How far the reader looks
 # ahead is bounded, which makes time linear for any text.
@@ -7323,10 +7222,8 @@ MAX_OBJECTS = 32  # looked at in one text
 MAX_HELD = 32 << 20  # bytes of events, or of one body, that are held back
 CUT_OFF = {"length", "max_tokens", "model_context_window_exceeded", "content_filter"}
 
-_ESCAPE = re.compile(r"\\(?:u[\da-fA-F]{4}|x[\da-fA-F]{2}|[\"\\/bfnrt'`])|[\"\\]")
-_CUT_ESCAPE = re.compile(r"(?<!\\)((?:\\\\)*)\\(?:u[\da-fA-F]{0,3})?\Z")
+_ESCAPE = re.compile(r"\\(?:u[\da-fA-F]{4}|[\"\\/nrt'`])|[\"\\]")
 _DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\(?=[^\\\"'])")
-_PATTERN = re.compile(r"\\[dDwWsSBAZ.()\[\]{}*+?|^$-]")
 _WORDS = {
     **{"true": True, "false": False},
     **dict.fromkeys("null none nil undefined nan inf infinity".split()),
@@ -7350,21 +7247,18 @@ def _scalar(text, is_cut=False):
 def _unescaped(raw):
     """Return the string that is meant by `raw`, which stood between quotes.
 
-    In a path such as C:\\new, or beside a pattern such as \\d, fewer letters make an
-    escape with the backslash before them.
+    A backslash that begins no escape stands for itself: before b and f, too, which are
+    of a regular expression, and before any letter of a path such as C:\\new.
     """
-    letters = "\"\\unrt/x'`" if _PATTERN.search(raw) else "\"\\unrt/x'`bf"
-    letters = '"\\u' if _DRIVE.search(raw) else letters
+    letters = '"\\u' if _DRIVE.search(raw) else "\"\\unrt/'`"
 
-    def fixed(found):
-        escape, letter = found[0], found[0][1:2]
+    def corrected(match):
+        escape, letter = match[0], match[0][1:2]
         if not letter or letter not in letters:
             return "\\" + escape
-        if letter == "x":
-            return "\\u00" + escape[2:]
         return letter if letter in "'`" else escape
 
-    return json.loads(f'"{_ESCAPE.sub(fixed, raw)}"', strict=False)
+    return json.loads(f'"{_ESCAPE.sub(corrected, raw)}"', strict=False)
 
 
 _CLOSERS = {"{": "}", "[": "]", "(": ")"}
@@ -7408,7 +7302,6 @@ class _Reader:
         self.at = at + 1
         self._stack = [{}]  # the objects and arrays that are open
         self._closers = "}"  # what should close them
-        self._has_bare_keys = False
 
     def read(self):
         """Return the object; ValueError if the braces hold something else."""
@@ -7429,9 +7322,9 @@ class _Reader:
 
     def _skip(self, pattern):
         """Go past what matches here; return whether something does."""
-        found = pattern.match(self.text, self.at)
-        self.at = found.end() if found else self.at
-        return bool(found)
+        match = pattern.match(self.text, self.at)
+        self.at = match.end() if match else self.at
+        return bool(match)
 
     def _take(self, start, end, after):
         self.at = after
@@ -7469,7 +7362,6 @@ class _Reader:
         if is_quoted:
             key = self._string("key")
         else:
-            self._has_bare_keys = True
             name = _BARE_NAME.match(self.text, self.at)
             key = _unescaped((name[1] or "").strip(" \t'`“”‘’"))
             self.at = name.end()
@@ -7504,9 +7396,7 @@ class _Reader:
         whole = _WHOLE.match(text, self.at)
         if whole and (whole[1] or self._may_end(whole.end(), role)):
             return self._take(*whole.span(whole.lastindex), whole.end())
-        escape = "" if _DRIVE.match(text, start) else r"\\.|"
-        quotes = re.compile(f"{escape}[{_QUOTES[text[self.at]]}]", re.DOTALL)
-        is_odd = False  # a quote inside waits for its partner
+        quotes = re.compile(rf"\\.|[{_QUOTES[text[self.at]]}]", re.DOTALL)
         nested, since = 0, start  # brackets open since a quote followed one, as in {"
         for at in map(re.Match.start, quotes.finditer(text, start)):
             if nested > 0:
@@ -7514,18 +7404,16 @@ class _Reader:
                 nested += sum(map(inside.count, "{[(")) - sum(map(inside.count, "}])"))
             if nested > 0 or text[at] == "\\":
                 continue
-            if self._may_end(at + 1, role, is_odd):
+            if self._may_end(at + 1, role):
                 return self._take(start, at, at + 1)
             if role == "key":
                 break
             before = text[max(start, at - 99) : at]
-            if not is_odd and _KEY.match(text, at) and _FORGOTTEN_END.search(before):
+            if _KEY.match(text, at) and _FORGOTTEN_END.search(before):
                 end = at - len(_FORGOTTEN_END.search(before)[0])
                 return self._take(start, end, end)
             if before.rstrip().endswith(("{", "[", "(")):
                 nested, since = 1, at
-            else:
-                is_odd = not is_odd
         else:
             at = len(text)
         if role == "key":  # it may have lost its quote, as in {"a: 1
@@ -7535,13 +7423,12 @@ class _Reader:
         raw, self.at = text[start:], len(text)
         if raw.count("}") > raw.count("{"):
             raw = raw.rstrip("}]) \t\r\n“”‘’'\"")
-        return _unescaped(raw[:-80] + _CUT_ESCAPE.sub(r"\1", raw[-80:]))
+        return _unescaped(raw)
 
-    def _may_end(self, at, role, is_odd=False):
+    def _may_end(self, at, role):
         """Whether a value may end before `at`: the text goes on there as JSON would.
 
-        `role` is what ends: "key", "string", "bare" text, or a "scalar". `is_odd`: it
-        may be the partner of a quote inside.
+        `role` is what ends: "key", "string", "bare" text, or a "scalar".
         """
         text, depth = self.text, len(self._stack)
         after = _GAP.match(text, at).end()
@@ -7558,25 +7445,21 @@ class _Reader:
             after = _GAP.match(text, at).end()
         if after >= len(text) or text.startswith("```", after):
             return True
-        is_odd = is_odd and depth == len(self._stack)
         if self._closers[depth - 1] == "}":
-            return self._is_member(at, after, role, is_odd)
-        is_item = text[after] in ",;，；:" or after > at and _VALUE.match(text, after)
-        return not is_odd and bool(is_item)
+            return self._is_member(after, role)
+        return text[after] in ",;，；:" or bool(after > at and _VALUE.match(text, after))
 
-    def _is_member(self, at, after, role, is_odd):
-        """Whether an object can go on at `after`, where the blanks from `at` on end."""
+    def _is_member(self, after, role):
+        """Whether an object can go on at `after`."""
         text = self.text
-        if text[after] not in ",;，；":
-            may_be_bare = self._has_bare_keys or role == "bare"
-            may_be_bare = role == "scalar" or may_be_bare and "\n" in text[at:after]
-        elif role == "scalar" and not text[after + 1 : after + 2].isdigit():
-            return True
-        else:
+        may_be_bare = role in ("bare", "scalar")
+        if text[after] in ",;，；":
+            if role == "scalar" and not text[after + 1 : after + 2].isdigit():
+                return True
             after = _COMMAS.match(text, after).end()
             if _AFTER_COMMA.match(text, after):
                 return True
-            may_be_bare = not is_odd
+            may_be_bare = True
         key = _KEY.match(text, after) or may_be_bare and _BARE_KEY.match(text, after)
         return bool(key)
 
@@ -7590,10 +7473,8 @@ class _Reader:
             self.at = self._end_of_bare(start)
         raw, is_cut = text[start : self.at].strip(), self.at == len(text)
         value = _scalar(raw, is_cut)
-        if value == raw:
-            value = _unescaped(raw.rstrip('"') if raw.count('"') % 2 else raw)
-        if raw.strip("+-.") or raw and not is_cut:
-            self._add(value, key)
+        if raw.strip("+-."):
+            self._add(_unescaped(raw) if value == raw else value, key)
 
     def _end_of_bare(self, at):
         """Return where the string without quotes at `at` ends."""
@@ -7609,9 +7490,8 @@ class _Reader:
         return len(self.text)
 
 
-_STRICT = json.JSONDecoder(  # int refuses NaN
-    parse_int=_scalar, parse_float=_scalar, parse_constant=int
-)
+# int raises ValueError for NaN
+_STRICT = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=int)
 # Tokens of chat templates, at the end
 _TOKENS = re.compile(r"\s*(?:(?:<[|｜][^<>]{0,60}[|｜]>|</[\w:]{1,30}>)\s*)+\Z")
 _ENCODED = re.compile(r'[^{]{0,500}\{(?:\s|\\[nrt]){0,99}\\+(?:"|u0022)')
@@ -7625,24 +7505,19 @@ _WRAPPING = re.compile(r"```\w*|<[^<>{}]{0,60}>|json|[\s\[(\"'`]+")
 
 
 def _unwrapped(text):
-    """Return `text` without what is known to be around objects or laid over them."""
+    """Return `text` without the tokens, escapes and such that models add to objects."""
     text = text.lstrip("\ufeff \t\r\n")
     text = text[:-200] + _TOKENS.sub("", text[-200:])
-    if text.startswith("```"):
-        text = re.sub(r"```\w*\s*", "", text, count=1).rstrip("`\n")
     if _NO_BRACE.match(text):
         return "{" + text
-    for _ in range(2):
-        if _ENCODED.match(text):
-            text = _ENCODED_CHAR.sub(lambda char: json.loads(f'"{char[0]}"'), text)
-    if text[:1] in ("'", '"', "`") and text[1:2] == "{":
-        text = text[1:].rstrip().rstrip(text[0])
+    if _ENCODED.match(text):
+        text = _ENCODED_CHAR.sub(lambda char: json.loads(f'"{char[0]}"'), text)
     return text
 
 
 def _object_in(text):
     """Return the JSON text of the only object in `text`, None if there is no such."""
-    text, end, found = _unwrapped(text), 0, {}
+    text, end, objects = _unwrapped(text), 0, {}
     for _ in range(MAX_OBJECTS):
         at = text.find("{", end)
         if at < 0 or _SCALARS.match(text):
@@ -7652,12 +7527,12 @@ def _object_in(text):
         is_quoted = value and _QUOTED_KEY.match(text, at)  # not code or prose
         is_led_to = not _WRAPPING.sub("", lead) or lead.rstrip().endswith((":", ">"))
         if value is not None and (is_quoted or is_led_to):
-            found.setdefault(_dump(value), as_json)
+            objects.setdefault(_dump(value), as_json)
     else:
         return None
-    if len(found) > 1:
-        found.pop(b"{}", None)
-    return list(found.values())[0] if len(found) == 1 else None
+    if len(objects) > 1:
+        objects.pop(b"{}", None)
+    return next(iter(objects.values())) if len(objects) == 1 else None
 
 
 def _read_object(text, at):
@@ -7701,31 +7576,50 @@ def _index_of(entry, default):
 
 
 def _calls_in(payload):
-    """Yield ((choice, tool), function) for every tool call, its arguments a text."""
-    for position, choice in enumerate(payload["choices"]):
+    """Return a list of (call, object, name of its member with the arguments, a text).
+
+    A call is (choice, tool) or, in Anthropic's events, (None, block).
+    """
+    calls = []
+    for position, choice in enumerate(payload.get("choices") or ()):
         message = choice.get("delta" if "delta" in choice else "message") or {}
-        for at, call in enumerate(message.get("tool_calls") or ()):
-            function = call["function"]
+        for at, tool in enumerate(message.get("tool_calls") or ()):
+            function = tool["function"]
             if isinstance(function.setdefault("arguments", ""), str):
-                yield (_index_of(choice, position), _index_of(call, at)), function
+                key = _index_of(choice, position), _index_of(tool, at)
+                calls.append((key, function, "arguments"))
+    delta = payload.get("delta") or {}
+    if isinstance(delta.get("partial_json"), str):
+        calls.append(((None, _index_of(payload, 0)), delta, "partial_json"))
+    return calls
 
 
 def _ends_in(payload):
-    """Return the finish reason of every choice that ends, by its number."""
-    return {
-        _index_of(choice, position): str(choice["finish_reason"])
-        for position, choice in enumerate(payload["choices"])
-        if choice.get("finish_reason")
-    }
+    """Return {choice: finish reason} of every choice whose open calls end here."""
+    ends = {}
+    for position, choice in enumerate(payload.get("choices") or ()):
+        if choice.get("finish_reason"):
+            ends[_index_of(choice, position)] = str(choice["finish_reason"])
+    reason = (payload.get("delta") or {}).get("stop_reason")
+    if reason or payload.get("type") in ("content_block_start", "message_stop"):
+        ends[None] = str(reason)
+    return ends
+
+
+def _cut_off(calls, ends):
+    """Return those of the calls that were not completed: the last of their choice."""
+    last = {key[0]: key for key in calls}
+    return [key for choice, key in last.items() if ends.get(choice) in CUT_OFF]
 
 
 def _repair_completion(payload):
-    calls, ends = list(_calls_in(payload)), _ends_in(payload)
-    last = {key[0]: function for key, function in calls}
-    for key, function in calls:
-        if not (ends.get(key[0]) in CUT_OFF and last[key[0]] is function):
-            function["arguments"] = repair_arguments(function["arguments"])
-    for message in [choice["message"] for choice in payload["choices"]]:
+    calls = _calls_in(payload)
+    cut = _cut_off([key for key, _, _ in calls], _ends_in(payload))
+    for key, function, name in calls:
+        if key not in cut:
+            function[name] = repair_arguments(function[name])
+    for choice in payload["choices"]:
+        message = choice["message"]
         if message.get("tool_calls") and message.get("content") == "":
             message["content"] = None
 
@@ -7733,26 +7627,26 @@ def _repair_completion(payload):
 def _repair_message(payload):
     blocks = payload["content"]
     for block in blocks[:-1] if payload.get("stop_reason") in CUT_OFF else blocks:
-        given = block.get("input")
-        if isinstance(given, str):
-            given = json_or(repair_arguments(given).encode(), None)
-        if isinstance(given, list) and len(given) == 1:
-            given = given[0]
-        if block["type"] == "tool_use" and isinstance(given, dict):
-            block["input"] = given
+        value = block.get("input")
+        if isinstance(value, str):
+            value = json_or(repair_arguments(value).encode(), None)
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if block["type"] == "tool_use" and isinstance(value, dict):
+            block["input"] = value
 
 
 def repair_body(body: bytes) -> bytes:
     """Return a chat completion, or a message of Anthropic, with its calls repaired.
 
-    What needs no repair stays byte for byte; so does a call that was cut off.
+    A body that needs no repair stays byte for byte; so does a call that was cut off.
     """
     try:
         text = body.decode()
-        given, payload = json.loads(text), json.loads(text)
+        original, payload = json.loads(text), json.loads(text)
         repair = _repair_completion if "choices" in payload else _repair_message
         repair(payload)
-        return body if payload == given else _dump(payload)
+        return body if payload == original else _dump(payload)
     except _UNKNOWN:
         return body
 
@@ -7778,131 +7672,116 @@ class RepairStream:
 
     It may be OpenAI's chunks or Anthropic's events. Fragments of arguments are held
     until their call is complete; then they are sent as they came or, if they need
-    repair, with all that is meant in the first and nothing in the others. A call that
-    was cut off is sent as it came; so is everything once too much would be held.
-    An answer `is_whole` that is no stream: all of it is held until its end.
+    repair, with all of it in the first and nothing in the others. A call that was cut
+    off is sent as it came; so is everything once too much would be held. `is_whole`:
+    the answer is no stream, and all of it is held until its end.
     """
 
     def __init__(self, is_whole: bool = False):
         self._is_whole = is_whole
         self._buffer = bytearray()  # an event of which the end has not come
-        self._calls = {}  # open ones: fragments by (choice or block, tool); latest last
+        self._open = {}  # fragments of the calls that have not ended
         self._held = []  # (event, the calls it has fragments of)
-        self._size = 0
+        self._size = 0  # bytes held
         self._repaired = {}  # by call: what is still to be sent of its new arguments
         self._has_given_up = False
 
     def feed(self, payload: bytes) -> bytes:
-        """Return what can be sent now; `payload` may be cut anywhere."""
+        """Return the bytes that can be sent now; `payload` may be cut anywhere."""
         if self._has_given_up:
             return payload
         start, searched, out = 0, max(0, len(self._buffer) - 2), []
         self._buffer += payload
-        ends = () if self._is_whole else _EVENT_END.finditer(self._buffer, searched)
-        for end in [found.end() for found in ends]:
-            out.append(self._pass_event(bytes(self._buffer[start:end])))
-            start = end
+        if not self._is_whole:
+            for match in _EVENT_END.finditer(self._buffer, searched):
+                out.append(self._pass_event(bytes(self._buffer[start : match.end()])))
+                start = match.end()
         del self._buffer[:start]
         if self._size + len(self._buffer) > MAX_HELD:
             self._has_given_up = True
-            out += [self._settle(self._calls, self._calls), bytes(self._buffer)]
+            out += [self._settle(self._open, self._open), bytes(self._buffer)]
             self._buffer.clear()
         return b"".join(out)
 
     def finish(self) -> bytes:
-        """Return what is held; a call of which no end came goes as it is."""
+        """Return all that is held; a call of which no end came goes as it is."""
         rest = bytes(self._buffer)
         if self._is_whole:
             return repair_body(rest)
         rest = self._pass_event(rest)
-        return self._settle(self._calls, self._calls) + rest
+        return self._settle(self._open, self._open) + rest
 
     def _pass_event(self, event):
-        """Return what is to be sent when this event has come, lines and all."""
-        if not (self._calls or _OF_A_CALL.search(event)):
+        """Return the bytes to send once this event has come."""
+        if not (self._open or _OF_A_CALL.search(event)):
             return event
         try:
             text = _data_of(event)
             if text.strip() == "[DONE]":
-                return self._settle(self._calls) + event
+                return self._settle(self._open) + event
             payload = json.loads(text)
-            if payload.get("choices"):
-                return self._pass_chunk(event, payload)
             if payload.get("type") == "error" or payload.get("error"):
-                return self._settle(self._calls, self._calls) + event
-            return self._pass_anthropic(event, payload, payload.get("delta") or {})
+                return self._settle(self._open, self._open) + event
+            return self._pass_payload(event, payload)
         except _UNKNOWN:
             return event
 
-    def _pass_chunk(self, event, payload):
-        calls, ends, out = dict(_calls_in(payload)), _ends_in(payload), b""
-        for key in [key for key in calls if key not in self._calls]:
-            before = list(self._calls)[-1:]  # if it is valid, it is over
-            out += self._settle(list(filter(self._is_sound, before)))
-            self._calls[key] = []
-        fragments = {key: each["arguments"] for key, each in calls.items()}
-        if not any(fragments.values()):
-            passing = event
-        elif ends or not any(function.get("name") for function in calls.values()):
-            passing = self._hold(event, fragments)
-        else:
-            passing = self._pass_names(event, payload, calls)
-        ended = [key for key in self._calls if key[0] in ends]
-        last = {key[0]: key for key in ended}
-        cut = [key for choice, key in last.items() if ends[choice] in CUT_OFF]
-        return out + self._settle(ended, cut) + passing
+    def _pass_payload(self, event, payload):
+        calls, ends, out = _calls_in(payload), _ends_in(payload), b""
+        for key, _, _ in calls:
+            if key not in self._open:
+                out += self._settle_sound(list(self._open)[-1:])  # it may be complete
+                self._open[key] = []
+        fragments = {key: member[name] for key, member, name in calls}
+        block = None, _index_of(payload, 0)
+        if any(fragments.values()):
+            if ends or not any(member.get("name") for _, member, _ in calls):
+                event = self._hold(event, fragments)
+            else:
+                event = self._pass_names(event, payload, calls)
+        elif payload.get("type") == "content_block_stop" and block in self._open:
+            # it does not show whether the call was cut off; the next event does
+            self._hold(event, {block: ""})
+            event = self._settle_sound([block])
+        ended = [key for key in self._open if key[0] in ends]
+        return out + self._settle(ended, _cut_off(ended, ends)) + event
 
     def _pass_names(self, event, payload, calls):
         """Return an event without arguments; hold them in events of their own."""
-        for (choice, tool), function in calls.items():
-            text, function["arguments"] = function["arguments"], ""
+        for (choice, tool), function, name in calls:
+            text, function[name] = function[name], ""
             call = {"index": tool, "function": {"arguments": text}}
             lone = {"index": choice, "delta": {"tool_calls": [call]}}
             lone = {**payload, "choices": [{**lone, "finish_reason": None}]}
             self._hold(_with_data(event, lone), {(choice, tool): text})
         return _with_data(event, payload)
 
-    def _pass_anthropic(self, event, payload, delta):
-        """The end of a block does not tell whether it was cut off. If it is not valid,
-        it waits for what does: the next block, or the reason in message_delta."""
-        kind, key = payload["type"], (_index_of(payload, 0), None)
-        fragment, reason = delta.get("partial_json"), delta.get("stop_reason")
-        if isinstance(fragment, str) and fragment:
-            return self._hold(event, {key: fragment})
-        if kind == "content_block_stop" and key in self._calls:
-            self._hold(event, {key: ""})
-            return self._settle([key]) if self._is_sound(key) else b""
-        if reason or kind in ("content_block_start", "message_stop"):
-            cut = self._calls if reason in CUT_OFF else ()
-            return self._settle(self._calls, cut) + event
-        return event
-
-    def _is_sound(self, key):
-        text = "".join(self._calls[key])
-        return repair_arguments(text) == text
-
     def _hold(self, event, fragments):
         for key, text in fragments.items():
-            parts = self._calls.pop(key, [])
-            self._calls[key] = parts  # the latest, now
-            parts.append(text)
+            self._open[key] = self._open.pop(key, [])  # the latest, now
+            self._open[key].append(text)
         self._held.append((event, list(fragments)))
         self._size += len(event)
         return b""
 
+    def _settle_sound(self, keys):
+        """End those of these calls that need no repair."""
+        texts = {key: "".join(self._open[key]) for key in keys}
+        return self._settle(
+            [key for key, text in texts.items() if repair_arguments(text) == text]
+        )
+
     def _settle(self, keys, cut=()):
         """End these calls, repaired but for those that were cut. Return the events of
         which no call is open any more."""
-        texts = {key: "".join(self._calls[key]) for key in keys if key not in cut}
-        for key in list(keys):
-            del self._calls[key]
-        for key, text in texts.items():
-            repaired = repair_arguments(text)
+        for key, is_cut in [(key, key in cut) for key in keys]:
+            text = "".join(self._open.pop(key))
+            repaired = text if is_cut else repair_arguments(text)
             if repaired != text:
                 self._repaired[key] = repaired
         out, held, self._held = [], self._held, []
         for event, keys in held:
-            if self._calls.keys() & keys:
+            if self._open.keys() & keys:
                 self._held.append((event, keys))
                 continue
             self._size -= len(event)
@@ -7913,14 +7792,9 @@ class RepairStream:
     def _rewritten(self, event):
         """Return an event with all that is left of the new arguments of its calls."""
         payload = json.loads(_data_of(event))
-        if payload.get("choices"):
-            fragments = [(key, call, "arguments") for key, call in _calls_in(payload)]
-        else:
-            key = (_index_of(payload, 0), None)
-            fragments = [(key, payload.get("delta", {}), "partial_json")]
-        for key, fragment, name in fragments:
-            if fragment.get(name) and key in self._repaired:
-                fragment[name], self._repaired[key] = self._repaired[key], ""
+        for key, member, name in _calls_in(payload):
+            if member[name] and key in self._repaired:
+                member[name], self._repaired[key] = self._repaired[key], ""
         return _with_data(event, payload)
 
 
@@ -8104,6 +7978,14 @@ def _model_metrics(report):
         ("", {"model": model.id, "state": state.value}, int(model.state == state.value))
         for model in own
         for state in State
+    ]
+    yield "gauge", "llmswap_budget_bytes", "Budget of a resource.", [
+        ("", {"resource": name}, size) for name, size in report.budget.items()
+    ]
+    yield "gauge", "llmswap_model_needs_bytes", "Need of a model for a resource.", [
+        ("", {"model": model.id, "resource": name}, size)
+        for model in own
+        for name, size in model.needs.items()
     ]
     counts = collections.defaultdict(list)
     for (source, *labels), value in sorted(report.meters.counts.items(), key=repr):
@@ -9317,7 +9199,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         reply = self.reply = self.reply or ClientResponse(self.request, None, [])
         if self.body is None or not self.body.can_be_skipped:
             reply.is_persistent = False
-        if not reply.is_begun:
+        if not reply.status:
             self._send_error(error)
         elif reply.is_early and not reply.sent:
             reply.send(reply.error_event(error_body(error)))
@@ -9747,16 +9629,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return percent_decoded(parts[0]), "/"
 
     def _request_info(self, is_needed):
-        """Return the model and members that the body names; BadRequest if it is
-        malformed, which is ignored unless `is_needed`."""
+        """Return what find_model() finds; GET, HEAD and upgrades have no body."""
         if self.head.method in ("GET", "HEAD") or self.head.is_upgrade:
             return RequestInfo()
-        try:
-            return find_model(self.body, self.head.get("content-type"), is_needed)
-        except BadRequest:
-            if is_needed or not self.body.can_be_read:
-                raise
-            return RequestInfo()
+        return find_model(self.body, self.head.get("content-type"), is_needed)
 
     def route_by_model(self):
         """Route by the model that the body, the form or the query names."""
@@ -9806,7 +9682,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     backend.record_answer(self.usage)
                     return self._log_if_slow()
                 except BackendDied as error:
-                    may_resend = outgoing.is_repeatable and not is_last
+                    may_resend = outgoing.rest is None and not is_last
                     has_died = not self.reply.sent and backend.died(1.0)
                     if has_died and may_resend:
                         continue
@@ -9869,11 +9745,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             held = [edited_json(info.members, edits)]
         elif info.model is not None and edits.model is not None:
             view, (start, end) = memoryview(body.held), info.span
-            name = edits.model
-            if not self.head.get("content-type").lower().startswith("multipart/"):
-                name = urllib.parse.quote_plus(name)
-            held = [view[:start], name.encode(), view[end:]]
-            length = length and length + len(held[1]) - (end - start)
+            name = edits.model.encode()
+            held = [view[:start], name, view[end:]]
+            length = length and length + len(name) - (end - start)
         else:
             held = [body.held]
         rest = body
@@ -9892,9 +9766,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             dropped |= KEY_FIELDS
         if self.head.method == "POST":  # events and numbers are read on the way
             dropped |= {"accept-encoding"}
-        if self.body.was_decoded:
+        if not self.body.coding:  # perhaps no longer
             dropped |= {"content-encoding"}
-        headers = [each for each in self.head.end_to_end if each[0] not in dropped]
+        headers = [
+            header
+            for header in end_to_end(self.head.headers)
+            if header[0] not in dropped
+        ]
         if key:
             key = key.encode().decode("latin-1")  # sent as UTF-8
             headers.append(("authorization", f"Bearer {key}"))
