@@ -8708,7 +8708,7 @@ function factsOfRequest(request, at) {
 
 $("only").addEventListener("change", () => { recentAt = 0, fetchRequests(); });
 
-// ---- A log, followed as long as its end is visible ----
+// ---- A log, in a dialog; it scrolls as long as its end is visible ----
 
 async function followLog(id) {
   const reading = new AbortController(), {signal} = reading, lines = $("lines");
@@ -9657,7 +9657,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return model
 
     def _forward(self, model, target, info, preemptible=False):
-        """Let the model's backend answer; once more if it died over it."""
+        """Relay the request to the model's backend; once more if that dies of it."""
         idle_timeout = _idle_timeout_in(info.members)
         is_safe = self.head.method in SAFE_METHODS
         preemptible = self.head.is_upgrade or (preemptible and is_safe)
