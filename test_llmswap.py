@@ -6572,7 +6572,7 @@ def test_a_request_over_which_one_of_several_models_died_goes_to_the_next(tmp_pa
 def test_what_is_kept_loaded_rests_from_the_idle_command_until_a_request(tmp_path):
     mark = tmp_path / "ran"
     head = f"[llmswap]\nmodels-max = 2\nidle-command = touch {mark}\n"
-    with brisk(f"{head}idle-command-after = 0.3s\n{KEPT}") as server:
+    with brisk(f"{head}idle-command-after = 1.5s\n{KEPT}") as server:
         eventually(lambda: starts_of(server, "k") == 1)
         eventually(lambda: "idle-command ended" in server.log())
         assert server.states() == {"k": "unloaded", "b": "unloaded"}
