@@ -1682,8 +1682,8 @@ class ModelSpec(NamedTuple):
     `takes_place` False: the model runs on another machine, does not count towards
     models-max, and its failed loads cause no back-off: that machine may be asleep.
     `is_pinned`: nothing evicts it, nor does it idle; `is_pinned_once_loaded`: nothing
-    evicts it while it is loaded. `keep_loaded`: it is started whenever it fits and
-    nobody waits. `can_sleep`: it is put to sleep instead of stopped when another needs
+    evicts it while it is loaded. `keep_loaded`: it is started whenever it fits and no
+    ticket waits. `can_sleep`: it is put to sleep instead of stopped when another needs
     its room.
     """
 
@@ -1811,7 +1811,7 @@ class ModelState:
         self.preemptible = 0  # leases that no stop waits for
         self.waiting = 0  # tickets in the queue
         self.last_grant = -math.inf
-        self.started_at = self.stopped_at = self.ready_at = self.idle_since = 0.0
+        self.started_at = self.ready_at = self.idle_since = 0.0
         self.pause_began = None  # when it became idle, until the next request
         self.pauses = collections.deque(maxlen=8)
         self.drains_for = None  # the ticket that needs its room
@@ -1824,9 +1824,8 @@ class ModelState:
         self.is_released = False  # unloaded by hand: keep_loaded is without effect
         self.idle_timeout = None  # set by a request, until unloaded; inf: never
         self.unload_by = None  # stopped by hand: no grants; leases are cut then
-        self.stop_cause = None
+        self.stop_cause = None  # as in Stop; or crashed; or sleep: it is to fall asleep
         self.is_asleep = False  # asleep, or was when it was told to stop
-        self.is_falling_asleep = False  # told to sleep, not to stop
         self.learned_needs = None  # not yet counted in full: see Scheduler.learn
         self.room_from = None  # the model that must go before it is loaded once more
         self.replacement = None  # the spec that a reload sets once the backend is gone
@@ -1845,6 +1844,10 @@ class ModelState:
         return self.state is not State.UNLOADED
 
     @property
+    def is_down(self) -> bool:
+        return self.state in (State.UNLOADED, State.SLEEPING)
+
+    @property
     def is_idle(self) -> bool:
         return not (self.in_flight or self.waiting)
 
@@ -1861,11 +1864,11 @@ class ModelState:
         return self.spec.is_pinned or is_pinned_now
 
     @property
-    def is_missed(self) -> bool:
-        """Whether it is down and keep_loaded wants it up."""
-        is_put_to_sleep = self.state is State.SLEEPING and self.spec.can_sleep
-        is_down = self.state is State.UNLOADED or is_put_to_sleep
-        return is_down and self.spec.keep_loaded and not self.is_released
+    def is_missing(self) -> bool:
+        """Whether keep_loaded wants it loaded, which it is not."""
+        if self.state is State.SLEEPING and not self.spec.can_sleep:
+            return False  # it fell asleep by itself, and wakes by itself
+        return self.is_down and self.spec.keep_loaded and not self.is_released
 
     @property
     def is_in_use(self) -> bool:
@@ -2096,8 +2099,7 @@ class Scheduler:
         model = self._current(name, run)
         if model is not None and model.state in (State.LOADED, State.SLEEPING):
             model.advance(Event.STOP, now)
-            model.stopped_at = now
-            model.stop_cause, model.is_falling_asleep = "crashed", False
+            model.stop_cause = "crashed"
 
     def adopted(self, name: str, now: float) -> int:
         """The backend already runs, and `loaded` follows once it is known to be ready.
@@ -2115,9 +2117,9 @@ class Scheduler:
         if model is None:
             return
         if model.state is State.UNLOADING:
-            if not model.is_falling_asleep:
+            if model.stop_cause != "sleep":
                 return  # fell asleep by itself, but is to stop
-            model.stop_seconds = now - model.stopped_at
+            model.stop_seconds = now - model.changed_at
             model.stop_cause = model.drains_for = None
         model.advance(Event.SLEPT, now)
 
@@ -2127,14 +2129,14 @@ class Scheduler:
         """The backend is gone and holds nothing. `failure`: why it ended by itself.
 
         A load that failed for memory beside others is tried once more, after the least
-        recently used of them has gone: its name is returned, and nobody is refused.
+        recently used of them has gone: its name is returned, and no ticket is refused.
         """
         model = self._current(name, run)
         victim = None
         if model is None:
             return None
         if model.state is State.UNLOADING and model.stop_cause != "crashed":
-            model.stop_seconds = now - model.stopped_at
+            model.stop_seconds = now - model.changed_at
         elif model.state is State.LOADING:
             failure = failure or APIError(f"{name} ended while it was loading")
             victim = model.room_from = self._room_for_retry(model, failure)
@@ -2144,7 +2146,7 @@ class Scheduler:
         elif failure is not None:
             model.last_failure = failure
             model.keep_at = model.ready_at + MAX_BACKOFF
-        else:  # somebody stopped it by other means
+        else:  # stopped by other means than llmswap
             model.is_released = True
         model.advance(Event.EXITED, now)
         self._end_run(model)
@@ -2152,16 +2154,16 @@ class Scheduler:
 
     def _room_for_retry(self, model, failure):
         """The model that is to go before this one is loaded again; None: it is not."""
-        is_first_try = model.room_from is None
-        is_of_use = failure.is_out_of_memory and model.needs_room and model.waiting
-        if not (is_first_try and is_of_use):
+        if model.room_from or not (model.needs_room and model.waiting):
             return None
-        others = [
+        if not failure.is_out_of_memory:
+            return None
+        candidates = (
             each
             for each in self.held.values()
             if each is not model and self._is_evictable(each)
-        ]
-        return min(others, key=ModelState.last_used, default=None)
+        )
+        return min(candidates, key=ModelState.last_used, default=None)
 
     def learn(self, name: str, needs: Mapping[str, int]):
         """The model was found to need this much.
@@ -2185,8 +2187,8 @@ class Scheduler:
         if model.is_held and not model.is_asleep:
             needs = {}
             for name, amount in model.learned_needs.items():
-                others = [each for each in self.held.values() if each is not model]
-                used = sum(each.usage().needs.get(name, 0) for each in others)
+                beside = [each for each in self.held.values() if each is not model]
+                used = sum(each.usage().needs.get(name, 0) for each in beside)
                 left = self.limits.budget.get(name, math.inf) - used
                 needs[name] = min(amount, max(left, model.spec.needs.get(name, 0)))
         model.spec = model.spec._replace(needs=needs)
@@ -2337,24 +2339,21 @@ class Scheduler:
         wanted = {}  # name -> usage that this ticket and older ones wait for
         waiting, is_full = 0, False  # whether `wanted` alone fills the limits
         for ticket in list(self._queue.values()):
-            is_first = ticket.model.name not in wanted
-            if self._resolve(ticket, is_first, waiting, now):
+            model = ticket.model
+            is_first = model.name not in wanted
+            if is_first and self._may_grant(ticket):
+                self._grant(ticket, now)
+                continue
+            problem = self._refusal_of(ticket, waiting, now)
+            if problem is not None:
+                self._refuse(ticket, problem)
                 continue
             waiting += 1
             if is_first:
-                wanted[ticket.model.name] = ticket.model.usage_when_loaded()
-                is_full = self._try_start(ticket, wanted, is_full, now)
+                wanted[model.name] = model.usage_when_loaded()
+                is_full = is_full or not self.limits.allow(wanted.values())
+                self._try_start(ticket, wanted, is_full, now)
         return before != (len(self._decisions), len(self._draining))
-
-    def _resolve(self, ticket, is_first, waiting, now):
-        """Grant or refuse a ticket if that is due; return whether it was."""
-        if is_first and self._may_grant(ticket):
-            self._grant(ticket, now)
-            return True
-        problem = self._refusal_of(ticket, waiting, now)
-        if problem is not None:
-            self._refuse(ticket, problem)
-        return problem is not None
 
     def _may_grant(self, ticket):
         drains_for = self._draining.get(ticket.model)
@@ -2388,9 +2387,8 @@ class Scheduler:
 
     def _pins_in_the_way(self, model):
         """The fewest pinned models that would have to go before this one can start."""
-        is_down = model.state in (State.UNLOADED, State.SLEEPING)
         pins = [pin for pin in self._pinned if pin is not model]
-        if not (pins and is_down and model.needs_room):
+        if not (pins and model.is_down and model.needs_room):
             return frozenset()
         usage = model.usage_when_loaded()
         return _fewest(pins, lambda leaving: self.limits.allow(
@@ -2428,37 +2426,27 @@ class Scheduler:
                 model.drains_for = None
 
     def _try_start(self, ticket, wanted, is_full, now):
-        """Start the ticket's model, or make room for it, or wait for room.
-
-        Return whether what is wanted fills the limits, so that no younger ticket can
-        start anything that takes room.
-        """
+        """Start the ticket's model, or make room for it, or wait for room."""
         model = ticket.model
-        is_down = model.state in (State.UNLOADED, State.SLEEPING)
-        is_persistent = not model.is_stopping_soon and model not in self._draining
-        may_start = is_down and is_persistent
+        if not model.is_down or model.is_stopping_soon or model in self._draining:
+            return
         if not model.needs_room:
-            if may_start:
-                self._start(model, now, ticket)
-            return is_full
-        if is_full or not self.limits.allow(wanted.values()):
-            return True
-        if may_start and self._awaits_retry(ticket):
-            return False
-        if may_start and not self._fits(wanted, self._stopping.keys()):
-            self._evict(ticket, wanted, now)
-        elif may_start and self._fits({model.name: wanted[model.name]}):
             self._start(model, now, ticket)
-        return False
+        elif is_full or self._awaits_retry(ticket):
+            return
+        elif not self._fits(wanted, self._stopping.keys()):
+            self._evict(ticket, wanted, now)
+        elif self._fits({model.name: wanted[model.name]}):
+            self._start(model, now, ticket)
 
     def _awaits_retry(self, ticket):
-        """Whether its model, which had no memory beside another, waits for its end, or
-        is that other and waits until the load is over."""
+        """Whether its model waits because a load had no memory beside another model:
+        either for the end of that model, or, being that model, for the next try."""
         for model in self.held.values():
             if model.room_from is ticket.model and model.state is State.LOADING:
                 return True
         victim = ticket.model.room_from
-        if victim is None or victim.state in (State.UNLOADED, State.SLEEPING):
+        if victim is None or victim.is_down:
             return False
         if victim in self._stopping:
             return True
@@ -2470,12 +2458,12 @@ class Scheduler:
 
     def _fits(self, wanted, stopping=frozenset()):
         """Whether `wanted` fits beside all that is held, except what is stopping."""
-        others = [
+        staying = (
             each.usage()
             for each in self.held.values()
             if each.name not in wanted and each not in stopping
-        ]
-        return self.limits.allow([*wanted.values(), *others])
+        )
+        return self.limits.allow([*wanted.values(), *staying])
 
     def _start(self, model, now, ticket=None):
         is_wake = model.state is State.SLEEPING
@@ -2533,14 +2521,14 @@ class Scheduler:
         return moment
 
     def _start_kept(self, now):
-        """If nobody waits, start a model of keep_loaded that fits; return if one was.
+        """If no ticket waits, start a model of keep_loaded that fits; return if so.
 
-        Nobody waits for such a load, so any ticket that needs its room ends it.
+        As no ticket waits for such a load, any that needs its room ends it.
         """
         if self._queue or self._closing_error or self._is_resting:
             return False
         for model in self.models.values():
-            if model.is_missed and self._fits({model.name: model.usage_when_loaded()}):
+            if model.is_missing and self._fits({model.name: model.usage_when_loaded()}):
                 moment = max(model.retry_at, model.keep_at)
                 if now >= moment:
                     self._start(model, now)
@@ -2582,8 +2570,7 @@ class Scheduler:
             newcomer = model.evicted_for.name
             to_sleep = model.spec.can_sleep and model.state is State.LOADED
         model.advance(Event.STOP, now)
-        model.stopped_at, model.stop_cause = now, cause
-        model.is_falling_asleep = to_sleep
+        model.stop_cause = "sleep" if to_sleep else cause
         self._decisions.append(Stop(model.name, model.run, cause, newcomer, to_sleep))
 
 

@@ -15340,10 +15340,10 @@ class Explored(Walk):
         return row + [
             age(model.ready_at, now), age(model.idle_since, now), model.idle_timeout,
             age(model.started_at, now) if backend.phase == "loading" else None,
-            age(model.stopped_at, now) if backend.phase.endswith("ing") else None,
+            age(model.changed_at, now) if backend.phase.endswith("ing") else None,
             None if model.unload_by is None else ahead(model.unload_by, now),
             drains_for,
-            model.stop_cause, model.was_ready, model.is_asleep, model.is_falling_asleep,
+            model.stop_cause, model.was_ready, model.is_asleep,
             repr(model.replacement), model.removal_error is not None,
             backend.phase, backend.has_served, backend.was_asleep,
             backend in self.departing, backend in self.replaced, backend in self.cut_at,
