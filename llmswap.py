@@ -1668,7 +1668,8 @@ NEXT_STATE = {
     },
 }
 
-READINESS = (State.LOADED, State.LOADING, State.SLEEPING)  # the soonest to serve first
+RANKS = {State.LOADED: 0, State.LOADING: 1, State.SLEEPING: 2}  # 0 serves soonest
+LAST_RANK = 3
 MIN_RETURN_GAP = 0.005  # s; a client that sends its next request at once needs less
 UNKNOWN_SWAP_COST = 1.0  # s; assumed before a swap was measured
 MAX_PATIENCE = 30.0  # s
@@ -1871,13 +1872,6 @@ class ModelState:
         return self.is_down and self.spec.keep_loaded and not self.is_released
 
     @property
-    def is_in_use(self) -> bool:
-        """Whether it is held, and not for keep_loaded alone."""
-        if self.spec.keep_loaded:
-            return bool(self.in_flight or self.preemptible)
-        return self.is_held
-
-    @property
     def needs_room(self) -> bool:
         return bool(self.spec.takes_place or self.spec.needs)
 
@@ -2053,10 +2047,9 @@ class Scheduler:
 
         def rank(name):
             model = self.models[name]
-            is_leaving = model.is_stopping_soon or model.drains_for
-            if is_leaving or model.state not in READINESS:
-                return len(READINESS)
-            return READINESS.index(model.state)
+            if model.is_stopping_soon or model.drains_for:
+                return LAST_RANK
+            return RANKS.get(model.state, LAST_RANK)
 
         known = (name for name in names if name in self.models)
         return min(known, key=rank, default=None)
@@ -2305,7 +2298,10 @@ class Scheduler:
     @property
     def is_in_use(self) -> bool:
         """Whether a ticket waits, or a model is held other than for keep_loaded."""
-        return bool(self._queue) or any(each.is_in_use for each in self.held.values())
+        return bool(self._queue) or any(
+            model.in_flight or model.preemptible or not model.spec.keep_loaded
+            for model in self.held.values()
+        )
 
     # -- decisions -------------------------------------------------------------------
 
@@ -2475,9 +2471,9 @@ class Scheduler:
     def _begin_run(self, model, now):
         if not model.is_held:  # waking continues the run
             model.run = next(self._runs)
+            self.held[model.name] = model
         model.advance(Event.START, now)
         model.started_at = now
-        self.held[model.name] = model
 
     def _evict(self, ticket, wanted, now):
         """Choose victims for the ticket, and let them drain once patience ends."""
