@@ -3175,12 +3175,18 @@ def exchange(sock: socket.socket, deadline: float, *request, headers) -> Probe:
 class Backend:
     """One run of a model's server, on a thread of its own (`_run`).
 
-    Callbacks, on that thread: `on_loaded(self)` when it is ready, or awake again;
-    `on_described(self, entry)` with the entry of its own /v1/models, {} if it has none;
-    `on_slept(self)` when it fell asleep; `on_dying(self)` when it is found dead or hung
-    though nobody stopped it; `on_exited(self, problem)` when nothing of it is left,
-    problem None if it was stopped. `on_line(text)` gets each line that it writes, on
-    any thread. Subclasses implement:
+    Its listener has a method for each event, all called on that thread but `on_line`,
+    and all with the backend as their first argument:
+
+        on_loaded()           it is ready, or awake again
+        on_described(entry)   the entry of its own /v1/models, {} if it has none
+        on_slept()            it fell asleep
+        on_dying()            it was found dead or hung, though not told to stop
+        on_exited(problem)    nothing of it is left; problem None if it was stopped
+        on_line(text)         it wrote a line, or something is to be said of it
+        on_context(kind, tokens, size, seconds)   see ModelContext
+
+    Subclasses implement:
 
         _spawn()      begin to run, and set `_exited` once it ends by itself; raises
                       APIError
@@ -3190,7 +3196,7 @@ class Backend:
 
     _lateness = "was not ready and showed no sign of progress"
 
-    def __init__(self, model: Model, upstream: Optional[Upstream] = None):
+    def __init__(self, model: Model, listener, upstream: Optional[Upstream] = None):
         self.model = model
         self.upstream = upstream
         self.pid = None  # of its main process, once known
@@ -3198,8 +3204,7 @@ class Backend:
         self.where = None  # it runs, for people
         self.lines = ()  # the last that it wrote, where they are read here
         self.started_at = self._began = self._progress_at = time.monotonic()
-        self.on_loaded = self.on_described = self.on_slept = self.on_dying = None
-        self.on_exited = self.on_line = self.on_context = None
+        self._listener = listener
         self._title = model.name
         self._thread = None
         self._wakeup = threading.Event()
@@ -3291,17 +3296,17 @@ class Backend:
                 self.upstream.close()
             self._terminate()
         except OSError as error:
-            self.on_line(f"llmswap: while it was stopped: {error}")
-        self.on_exited(self, problem)
+            self._note(f"while it was stopped: {error}")
+        self._listener.on_exited(self, problem)
         self._ended.set()
 
     def _live(self):
         while self._load():
             self._is_ready = True
             self.upstream.mark_alive()
-            self.on_loaded(self)
+            self._listener.on_loaded(self)
             if self.model.kind == "llama-server":
-                self.on_described(self, self._fetch_entry())
+                self._listener.on_described(self, self._fetch_entry())
             if self._supervise():
                 break
             self._is_ready = False
@@ -3344,7 +3349,7 @@ class Backend:
 
     def _report_death(self):
         """From now on no request is sent to it."""
-        self.on_dying(self)
+        self._listener.on_dying(self)
         self._ended.set()
 
     def _end_error(self, why, exit_code=None):
@@ -3355,6 +3360,9 @@ class Backend:
 
     def _last_lines(self):
         return ""
+
+    def _note(self, text):
+        self._listener.on_line(self, f"llmswap: {text}")
 
     # -- waiting and asking
 
@@ -3506,9 +3514,9 @@ class Backend:
 
     def _put_to_sleep(self):
         if self._probe_all(SLEEP_TIMEOUT, self.model.settings.sleep):
-            self.on_slept(self)
+            self._listener.on_slept(self)
         elif self._is_alive():
-            self.on_line("llmswap: it did not fall asleep; it is stopped instead")
+            self._note("it did not fall asleep; it is stopped instead")
             self.stop()
 
     def _wake_up(self):
@@ -3522,9 +3530,9 @@ class Backend:
                 is_awake = self._await_healthy()
         if is_awake:
             self._is_asleep = False
-            self.on_loaded(self)
+            self._listener.on_loaded(self)
         else:
-            self.on_line("llmswap: it did not wake up")
+            self._note("it did not wake up")
         return is_awake
 
     def _look_asleep(self):
@@ -3534,8 +3542,8 @@ class Backend:
         is_asleep = found[1] == b"true" if found else self._is_asleep
         if is_asleep != self._is_asleep:
             self._is_asleep = is_asleep
-            report = self.on_slept if is_asleep else self.on_loaded
-            report(self)
+            listener = self._listener
+            (listener.on_slept if is_asleep else listener.on_loaded)(self)
 
 
 # -- contexts that outlive their backend -----------------------------------------------
@@ -3988,11 +3996,12 @@ class ProcessBackend(Backend):
     def __init__(
         self,
         model: Model,
+        listener,
         guard: Guard,
         settle_timeout: float,
         contexts: Optional[ContextStore] = None,
     ):
-        super().__init__(model)
+        super().__init__(model, listener)
         self._contexts, self._context = contexts, None
         self.lines = collections.deque(maxlen=LAST_LINES)
         self._guard = guard
@@ -4092,8 +4101,8 @@ class ProcessBackend(Backend):
         self._context = ModelContext(
             self._contexts,
             self.model,
-            report=lambda text: self.on_line(f"llmswap: {text}"),
-            on_change=functools.partial(self.on_context, self),
+            report=self._note,
+            on_change=functools.partial(self._listener.on_context, self),
         )
         cwd = self.model.settings.cwd or os.getcwd()
         return self._context.prepare(argv, binary, str(self.port), cwd)
@@ -4145,7 +4154,7 @@ class ProcessBackend(Backend):
             for start in range(0, len(line) or 1, MAX_LINE):
                 text = line[start : start + MAX_LINE].decode("utf-8", "replace")
                 self.lines.append(text.rstrip("\r"))
-                self.on_line(self.lines[-1])
+                self._listener.on_line(self, self.lines[-1])
 
     def _may_become_ready(self):
         """A stranger on a fixed port may leave it; from a port of ours it does not."""
@@ -4193,7 +4202,7 @@ class ProcessBackend(Backend):
         if status is None:
             self._signal_group(signal.SIGTERM)
         if text and status != 0:
-            self.on_line(f"llmswap: cmd-stop: {text}")
+            self._note(f"cmd-stop: {text}")
         while not self._exited.is_set() and not self._is_kill_asked:
             if time.monotonic() >= deadline:
                 break
@@ -4205,7 +4214,7 @@ class ProcessBackend(Backend):
         gpu_users = gpu_users_among(self.pid)
         self._kill_group()  # its workers may outlive the leader
         if not self._exited.wait(10.0):
-            self.on_line(f"llmswap: process {self.pid} hangs in the kernel, killed")
+            self._note(f"process {self.pid} hangs in the kernel, killed")
             self._exited.wait()
         self._kill_group()  # what was forked at that moment
         self._guard.forget(self.pid)
@@ -4506,8 +4515,10 @@ class UnitBackend(Backend):
     before it starts. A second thread notices its end (`_watch_unit`).
     """
 
-    def __init__(self, model: Model, rivals: Sequence[str], settle_timeout: float):
-        super().__init__(model, Upstream(model.url("")))
+    def __init__(
+        self, model: Model, listener, rivals: Sequence[str], settle_timeout: float
+    ):
+        super().__init__(model, listener, Upstream(model.url("")))
         self.service = Service(model.settings.unit)
         self.where = model.settings.unit
         self._title = f"{model.name} ({self.where})"
@@ -4537,7 +4548,7 @@ class UnitBackend(Backend):
 
     def _stop_rivals(self):
         for unit in running_units(self._rivals, self._must_stop):
-            self.on_line(f"llmswap: {unit} is in the way; it is stopped")
+            self._note(f"{unit} is in the way; it is stopped")
             timeout = self.model.settings.stop_timeout + COMMAND_TIMEOUT
             argv = Service(unit).systemctl("stop")
             status, text = run_command(argv, timeout, self._must_stop)
@@ -4599,7 +4610,7 @@ class UnitBackend(Backend):
         )
         if status != 0:
             text = text or "no answer"
-            self.on_line(f"llmswap: systemctl stop: {text}; it is killed")
+            self._note(f"systemctl stop: {text}; it is killed")
             self._systemctl("kill", "--signal=KILL")
             self._systemctl("stop")
             self._kill_main_process()
@@ -4614,7 +4625,7 @@ class UnitBackend(Backend):
             with contextlib.suppress(OSError):  # it has ended, or is not ours to kill
                 os.kill(self.pid, signal.SIGKILL)
             if not self._exited.wait(COMMAND_TIMEOUT):
-                self.on_line(f"llmswap: process {self.pid} of {self.where} lives on")
+                self._note(f"process {self.pid} of {self.where} lives on")
 
     # -- systemd
 
@@ -4641,7 +4652,7 @@ class UnitBackend(Backend):
             shown.get(name, "unknown") for name in ("Result", "ExecMainStatus")
         )
         if self._is_ready and result == "success":
-            self.on_line(f"llmswap: {self.where} was stopped by somebody else")
+            self._note(f"{self.where} was stopped by somebody else")
             return None
         if result == "oom-kill":
             return self._end_error("killed by the kernel: out of memory")
@@ -4672,14 +4683,14 @@ def send_magic_packet(mac: bytes, address: Tuple[str, int]):
 class RemoteBackend(Backend):
     """A server elsewhere: woken if it can be, asked for health, and relayed to.
 
-    To stop it is to forget it. When it vanishes, `on_exited(self, None)` tells so: it
-    is asleep, not broken.
+    To stop it is to forget it. When it vanishes, that is an exit without a problem: it is
+    asleep, not broken.
     """
 
     _lateness = "did not answer"
 
-    def __init__(self, model: Model):
-        super().__init__(model, Upstream(model.url("")))
+    def __init__(self, model: Model, listener):
+        super().__init__(model, listener, Upstream(model.url("")))
         self.where = model.url("")
         self._title = f"{model.name} at {self.where}"
         self._next_packet = 0.0
@@ -4727,7 +4738,7 @@ class RemoteBackend(Backend):
             try:
                 send_magic_packet(mac, self.model.settings.wake_broadcast)
             except OSError as error:
-                self.on_line(f"llmswap: Wake-on-LAN: {error}")
+                self._note(f"Wake-on-LAN: {error}")
         return self._is_alive()
 
     def _abandon(self):
@@ -4741,7 +4752,7 @@ class RemoteBackend(Backend):
 
     def _failure(self):
         """It vanished, which is no failure."""
-        self.on_line("llmswap: it does not answer any more: asleep or gone")
+        self._note("it does not answer any more: asleep or gone")
         while self.upstream.is_busy and self.upstream.seen_within(FRESH):
             if self._is_stop_asked:
                 break
@@ -4751,12 +4762,13 @@ class RemoteBackend(Backend):
 # -- how far a load is -----------------------------------------------------------------
 
 MAX_BEFORE_READY = 0.99
+LOAD_LINE_EVERY = 10.0  # s between two log lines about a load that takes long
 COMPANION_OPTIONS = ("-mm", "--mmproj", "-md", "--model-draft")
 MODEL_OPTIONS = ("-m", "--model", *COMPANION_OPTIONS)
 
 
 class LoadProgress:
-    """How far one load is: `progress`, from 0 to 1, or None where that cannot be told.
+    """How far one load is: `share`, from 0 to 1, or None where that cannot be told.
 
     It never goes back, and says 1 of nothing. It is the memory of the processes that
     load against the size of the model files that their command lines name.
@@ -4767,22 +4779,27 @@ class LoadProgress:
     """
 
     def __init__(self):
-        self.progress = None
+        self.share = None
+        self.next_line = LOAD_LINE_EVERY  # seconds after the start
         self._size = 0
 
-    def look(self, pid: Optional[int]):
-        """Look at the memory of that process and its descendants. Reads /proc."""
+    def measure(self, pid: Optional[int]) -> bool:
+        """Look at the memory of that process and its descendants, which reads /proc;
+        return whether the share has changed."""
         family = descendants(pid) if pid else []
         self._size = self._size or sum(map(model_file_size, family))
-        if self._size:
-            memory = sum(memory_of(each).get("VmRSS", 0) for each in family)
-            share = min(MAX_BEFORE_READY, round(memory / self._size, 3))
-            self.progress = max(share, self.progress or 0.0)
+        if not self._size:
+            return False
+        memory = sum(memory_of(each).get("VmRSS", 0) for each in family)
+        before = self.share
+        share = min(MAX_BEFORE_READY, round(memory / self._size, 3))
+        self.share = max(share, before or 0.0)
+        return self.share != before
 
-    def told(self) -> dict:
+    def as_dict(self) -> dict:
         """Return it as llama.cpp's router does."""
         stage = "text_model"
-        return {"stages": [stage], "current": stage, "value": self.progress or 0.0}
+        return {"stages": [stage], "current": stage, "value": self.share or 0.0}
 
 
 def descendants(pid: int) -> List[int]:
@@ -5374,7 +5391,6 @@ class Inspector:
 
 ADOPT_PATIENCE = 1.0  # s; how long the start may wait for systemd to say what runs
 LOOK_AT_LOADS = 0.2  # s between two looks at the progress of loads
-LOAD_LINE_EVERY = 10.0  # s between two log lines about a load that takes long
 LONG_WAIT = 1.0  # s; a wait that is worth a log line
 
 
@@ -5656,8 +5672,8 @@ class Pool:
                 if self.config.models[name].settings.unit != unit:
                     continue  # since a reload, which looks for its own
                 self._log("info", f"{name}: {unit} runs already")
-                backend = self._new_backend(name)
-                backend.run_number = self._scheduler.adopted(name, self._clock())
+                run = self._scheduler.adopted(name, self._clock())
+                backend = self._new_backend(name, run)
                 if backend.monitor:
                     backend.monitor.start(is_adopted=True)
                 backend.adopt()
@@ -5952,7 +5968,7 @@ class Pool:
         return status._replace(
             state=state.value,
             seconds=None if changed_at is None else now - changed_at,
-            progress=backend.gauge.progress if is_loading else None,
+            progress=backend.progress.share if is_loading else None,
             running=scheduled.in_flight + scheduled.preemptible,
             waiting=scheduled.waiting,
             unload_in=None if unload_at == math.inf else max(0.0, unload_at - now),
@@ -6090,15 +6106,15 @@ class Pool:
         self._changes += 1
         self._log("info", f"{name}: {'waking' if decision.is_wake else 'loading'}")
         self._publish(name, "loading", event="model_status")
+        self._loading.notify()
         if decision.is_wake:
             backend = self._backends[name]
             backend.started_at = time.monotonic()
-            self._begin_progress(backend)
+            backend.progress = LoadProgress()
             backend.wake()
             return False
         try:
-            backend = self._new_backend(name)
-            backend.run_number = decision.run
+            backend = self._new_backend(name, decision.run)
             if backend.monitor:
                 backend.monitor.start()
             backend.start()
@@ -6108,29 +6124,27 @@ class Pool:
             return True
         return False
 
-    def _new_backend(self, name):
-        """Make a backend of the model that reports to this Pool."""
-        backend = self._make_backend(self.config.models[name])
-        backend.on_loaded, backend.on_slept = self._on_loaded, self._on_slept
-        backend.on_described = self._on_described
-        backend.on_dying, backend.on_exited = self._on_dying, self._on_exited
-        backend.on_line = functools.partial(self._on_line, name)
-        backend.on_context = self._on_context
+    def _new_backend(self, name, run):
+        """Make a backend of the model for this run."""
+        backend = self._make_backend(self.config.models[name], self)
+        backend.run_number = run
+        backend.progress = LoadProgress()
         backend.stop_requested_at = None  # or put to sleep
         backend.is_described = backend.model.kind != "llama-server"
         self._backends[name] = backend
         backend.monitor = self._monitor_of(backend)
-        self._begin_progress(backend)
         return backend
 
-    def _backend_of_kind(self, model):
+    def _backend_of_kind(self, model, listener):
         settle_timeout = self.config.settings.settle_timeout
         if model.kind == "unit":
             rivals = rivals_of(model, self.config.models)
-            return UnitBackend(model, rivals, settle_timeout)
+            return UnitBackend(model, listener, rivals, settle_timeout)
         if model.kind == "remote":
-            return RemoteBackend(model)
-        return ProcessBackend(model, self._guard, settle_timeout, self._contexts)
+            return RemoteBackend(model, listener)
+        return ProcessBackend(
+            model, listener, self._guard, settle_timeout, self._contexts
+        )
 
     def _stop(self, decision):
         name, cause = decision.name, decision.cause
@@ -6156,12 +6170,6 @@ class Pool:
 
     # -- the progress of loads -------------------------------------------------------
 
-    def _begin_progress(self, backend):
-        backend.gauge = LoadProgress()
-        backend.published_progress = None
-        backend.next_line = LOAD_LINE_EVERY
-        self._loading.notify()
-
     def _load_progress_loop(self):
         """While any model loads, look at its progress; wait while none does."""
         while not self._is_closed:
@@ -6171,10 +6179,10 @@ class Pool:
                 )
                 backends = self._loading_backends()
             for backend in backends:
-                backend.gauge.look(getattr(backend, "pid", None))
+                has_changed = backend.progress.measure(backend.pid)
                 with self._lock:
                     if backend in self._loading_backends():
-                        self._report_progress(backend)
+                        self._report_progress(backend, has_changed)
             time.sleep(LOOK_AT_LOADS)
 
     def _loading_backends(self):
@@ -6184,22 +6192,21 @@ class Pool:
             if scheduled.state is State.LOADING
         ]
 
-    def _report_progress(self, backend):
+    def _report_progress(self, backend, has_changed):
         """Publish the progress if it changed, and log it from time to time."""
-        gauge, name = backend.gauge, backend.model.name
-        if gauge.progress != backend.published_progress:
-            backend.published_progress = gauge.progress
-            self._publish(name, "loading", progress=gauge.told())
+        progress, name = backend.progress, backend.model.name
+        if has_changed:
+            self._publish(name, "loading", progress=progress.as_dict())
             self._revise()
         seconds = time.monotonic() - backend.started_at
-        if seconds >= backend.next_line:
-            backend.next_line += LOAD_LINE_EVERY
-            share = percent(gauge.progress)
+        if seconds >= progress.next_line:
+            progress.next_line += LOAD_LINE_EVERY
+            share = percent(progress.share)
             self._log("info", f"{name}: loading{share} after {seconds:.0f} s")
 
-    # -- events from backends, on their threads --------------------------------------
+    # -- events from backends, on their threads: see Backend -------------------------
 
-    def _on_loaded(self, backend):
+    def on_loaded(self, backend):
         with self._lock:
             now, name = self._clock(), backend.model.name
             seconds = time.monotonic() - backend.started_at
@@ -6213,14 +6220,14 @@ class Pool:
         if backend.is_described:
             self._publish(name, "loaded")
 
-    def _on_described(self, backend, entry):
+    def on_described(self, backend, entry):
         name = backend.model.name
         with self._lock:
             self._entries[name] = entry
         backend.is_described = True
         self._publish(name, "loaded", **({"info": entry} if entry else {}))
 
-    def _on_slept(self, backend):
+    def on_slept(self, backend):
         with self._lock:
             now, name = self._clock(), backend.model.name
             self._scheduler.slept(name, backend.run_number, now)
@@ -6229,7 +6236,7 @@ class Pool:
         self._log_end(backend, "asleep")
         self._publish(name, "sleeping")
 
-    def _on_dying(self, backend):
+    def on_dying(self, backend):
         if backend.monitor:
             backend.monitor.end()
         with self._lock:
@@ -6237,7 +6244,7 @@ class Pool:
             self._scheduler.crashed(name, backend.run_number, now)
             self._schedule()
 
-    def _on_exited(self, backend, problem):
+    def on_exited(self, backend, problem):
         if problem is None:
             self._log_end(backend, "unloaded")
         with self._lock:
@@ -6275,7 +6282,7 @@ class Pool:
             took = f" after {seconds:.1f} s"
         self._log(level, f"{backend.model.name}: {state}{took}")
 
-    def _on_context(self, backend, kind, tokens, size, seconds):
+    def on_context(self, backend, kind, tokens, size, seconds):
         name, took = backend.model.name, seconds_text(seconds)
         with self._lock:
             self._meters.count_context(name, kind, tokens, seconds)
@@ -6285,7 +6292,8 @@ class Pool:
             text = f"used {tokens:,} tokens of its restored context, which saves {took}"
         self._log("info", f"{name}: {text}")
 
-    def _on_line(self, name, text):
+    def on_line(self, backend, text):
+        name = backend.model.name
         self.feed_of(name).publish(text)
         level = "warning" if text.startswith("llmswap: ") else "debug"
         self._log(level, f"{name} | {text}")
