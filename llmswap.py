@@ -2308,9 +2308,11 @@ class Scheduler:
     def decide(self, now: float) -> Tuple[List[NamedTuple], float]:
         """Return what is to be done now, in this order, and the next deadline."""
         while (
-            self._serve_queue(now) or self._stop_models(now) or self._start_kept(now)
+            self._serve_queue(now)
+            or self._stop_models(now)
+            or self._start_keep_loaded(now)
         ):
-            pass  # each decision may make others possible
+            pass  # each decision may make more of them possible
         decisions, self._decisions = self._decisions, []
         return decisions, self._next_deadline
 
@@ -2516,7 +2518,7 @@ class Scheduler:
             moment = min(moment, victim.idle_since + victim.return_gap(cost))
         return moment
 
-    def _start_kept(self, now):
+    def _start_keep_loaded(self, now):
         """If no ticket waits, start a model of keep_loaded that fits; return if so.
 
         As no ticket waits for such a load, any that needs its room ends it.
@@ -4683,7 +4685,7 @@ def send_magic_packet(mac: bytes, address: Tuple[str, int]):
 class RemoteBackend(Backend):
     """A server elsewhere: woken if it can be, asked for health, and relayed to.
 
-    To stop it is to forget it. When it vanishes, that is an exit without a problem: it is
+    To stop it is to forget it. When it vanishes, it exits without a problem: it is
     asleep, not broken.
     """
 
@@ -5402,30 +5404,30 @@ class Broadcast:
 
     BACKLOG = 10000
 
-    def __init__(self, kept: int):
-        self._kept = collections.deque(maxlen=kept)
+    def __init__(self, history: int):
+        self._history = collections.deque(maxlen=history)
         self._followers = set()
         self._lock = threading.Lock()
 
     def publish(self, item):
         """Hand the item to all followers without waiting for any."""
         with self._lock:
-            self._kept.append(item)
+            self._history.append(item)
             for follower in self._followers:
                 if follower.qsize() < self.BACKLOG:
                     follower.put(item)
 
     def history(self) -> list:
-        """Return the items that are kept, oldest first."""
+        """Return the last items, oldest first."""
         with self._lock:
-            return list(self._kept)
+            return list(self._history)
 
     @contextlib.contextmanager
     def subscribe(self, with_history: bool = True):
         """Yield `get(timeout)`: the next item, or None if there was none in time."""
         follower = queue.SimpleQueue()
         with self._lock:
-            for item in self._kept if with_history else ():
+            for item in self._history if with_history else ():
                 follower.put(item)
             self._followers.add(follower)
 
@@ -5457,7 +5459,7 @@ class Metrics:
         self.counts = collections.Counter()
         self.speeds = {}
         self.reasons = {}
-        self._newcomers = set()  # not loaded yet, though others were evicted for them
+        self._newcomers = set()  # models that evicted another, and are not loaded yet
 
     def count_request(
         self,
@@ -5465,22 +5467,16 @@ class Metrics:
         status: int,
         seconds: float,
         waited: Optional[float] = None,
-        tokens_in: int = 0,
-        tokens_out: int = 0,
-        tokens_cached: int = 0,
-        bytes_in: int = 0,
-        bytes_out: int = 0,
+        **amounts: int,
     ):
         """A request has ended. `waited`: seconds until its lease, None if it got none.
 
-        The empty model: a request for none, or for one that is not known.
+        `amounts`: tokens_in, tokens_out, tokens_cached, bytes_in and bytes_out. The
+        empty model: a request for none, or for one that is not known.
         """
         self.counts["requests", model, status] += 1
-        self.counts["tokens_in", model] += tokens_in
-        self.counts["tokens_out", model] += tokens_out
-        self.counts["tokens_cached", model] += tokens_cached
-        self.counts["bytes_in", model] += bytes_in
-        self.counts["bytes_out", model] += bytes_out
+        for name, amount in amounts.items():
+            self.counts[name, model] += amount
         self._observe("durations", model, seconds)
         if waited is not None:
             self._observe("waits", model, waited)
@@ -5495,7 +5491,7 @@ class Metrics:
     def count_stop(self, model: str, cause: str, newcomer: Optional[str] = None):
         """A model is being stopped, for `newcomer` if there is one."""
         self.counts["stops", model, cause] += 1
-        self.reasons[model] = STOPPED.get(cause, cause).format(newcomer)
+        self.reasons[model] = STOP_REASONS[cause].format(newcomer)
         if newcomer is not None:
             self._newcomers.add(newcomer)
 
@@ -5514,17 +5510,17 @@ class Metrics:
 
     def copy(self) -> "Metrics":
         """Return what was counted so far."""
-        other = Metrics()
-        other.counts = self.counts.copy()
-        other.speeds, other.reasons = dict(self.speeds), dict(self.reasons)
-        return other
+        twin = Metrics()
+        twin.counts = self.counts.copy()
+        twin.speeds, twin.reasons = dict(self.speeds), dict(self.reasons)
+        return twin
 
     def _observe(self, metric, model, seconds):
         self.counts[metric, model, bisect.bisect_left(BUCKETS, seconds)] += 1
         self.counts[f"{metric}_sum", model] += seconds
 
 
-STOPPED = {
+STOP_REASONS = {
     "evicted": "evicted for {}",
     "abandoned": "given up for {}",
     "idle": "unloaded after its idle time",
@@ -5543,7 +5539,7 @@ class ModelStatus(NamedTuple):
     it in the file. `shares` names the model whose backend it uses now, and whose state
     it has. `pinned`: nothing may evict it now. `context` are the bytes of its saved
     contexts, None if it keeps none, and `context_seconds` what they have spared.
-    `entry` is what its own /v1/models told last. `needs`, by resource of the budget,
+    `entry` is the last from its own /v1/models. `needs`, by resource of the budget,
     are known from `needs_source`; it `holds` what counts now, if it runs.
     """
 
@@ -5575,6 +5571,13 @@ class ModelStatus(NamedTuple):
     holds: Mapping[str, int] = {}
 
 
+def start_thread(target, name: str, *args) -> threading.Thread:
+    """Start a thread that does not keep llmswap from ending."""
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
 class Pool:
     """All backends, and which request may use them when. Any thread may call.
 
@@ -5593,10 +5596,9 @@ class Pool:
         self._make_backend = make_backend or self._backend_of_kind
         self._backends = {}
         self._feeds = {}
-        self._entries = {}  # by model: the last that its own /v1/models told
-        self._meters = Metrics()
+        self._entries = {}  # by model: the last from its own /v1/models
+        self._metrics = Metrics()
         self._revision = 0  # of what people see
-        self._watchers = 0  # threads that wait for the next revision
         self._lock = threading.Lock()
         self._timer = threading.Condition(self._lock)  # the next deadline came nearer
         self._ended = threading.Condition(self._lock)  # a lease or a backend ended
@@ -5604,30 +5606,28 @@ class Pool:
         self._loading = threading.Condition(self._lock)  # a load began
         self._next_deadline = self._timer_at = math.inf
         self._needs = Needs(config.settings.state_dir, log)
-        self._machine_budget = None  # found out when a configuration says auto
+        self._machine_budget = None  # asked for once a budget says auto
         self._changes = 0  # runs that began or ended
         self.budget = self._find_budget(config)  # with figures for `auto`
         limits = limits_of(config, self.budget)
         self._scheduler = Scheduler(limits, self._specs_of(config))
         self._is_closed = False
         self._adoption = None
-        self._quiet_since = self._used_at = clock()
+        self._inactive_since = self._last_request_at = clock()
 
     def start(self):
         """Start the timer, adopt units that run, and load the models of
         load-on-startup and keep-loaded."""
         self._guard.start()
         self._contexts.configure(self.config)
-        self._timer_thread = threading.Thread(target=self._timer_loop, daemon=True)
-        self._timer_thread.start()
-        loop = self._load_progress_loop
-        threading.Thread(target=loop, name="loads", daemon=True).start()
+        self._timer_thread = start_thread(self._timer_loop, "timer")
+        start_thread(self._load_progress_loop, "loads")
         self._adopt_units()
         if self._adoption:
             self._adoption.join(ADOPT_PATIENCE)
-        threading.Thread(target=self._load_first, name="startup", daemon=True).start()
+        start_thread(self._load_on_startup, "startup")
 
-    def _load_first(self):
+    def _load_on_startup(self):
         """Load on startup; on a thread, because asking binaries for options is slow."""
         for model in list(self.config.models.values()):
             try:
@@ -5635,9 +5635,9 @@ class Pool:
                     self.load(model)
             except APIError as problem:
                 self._log("error", f"{model.name}: {problem}")
-        self._load_kept()
+        self._start_keep_loaded()
 
-    def _load_kept(self):
+    def _start_keep_loaded(self):
         """Have those of keep-loaded loaded, once it is estimated what they need, which
         may take seconds."""
         for model in list(self.config.models.values()):
@@ -5655,10 +5655,7 @@ class Pool:
             if model.kind == "unit" and not model.problem
         }
         if names:
-            self._adoption = threading.Thread(
-                target=self._adopt, args=(names,), name="units", daemon=True
-            )
-            self._adoption.start()
+            self._adoption = start_thread(self._adopt, "units", names)
 
     def _adopt(self, names):
         running = running_units(list(names), gives_up=lambda: self._is_closed)
@@ -5692,7 +5689,6 @@ class Pool:
         `disconnected()` is true, which is asked twice a second.
         """
         while True:
-            self._check_start(model)
             ticket = self._submit(model, preemptible)
             try:
                 backend = _wait_for_grant(ticket.waiter, disconnected)
@@ -5700,14 +5696,27 @@ class Pool:
                     yield backend
                     return
             finally:
-                self._finish(ticket)
+                with self._lock:
+                    now = self._last_request_at = self._clock()
+                    self._scheduler.finish(ticket, now)
+                    self._schedule()
+                    self._ended.notify_all()
 
-    def _finish(self, ticket):
+    def _submit(self, model, preemptible=False, manual=False):
+        """Queue a ticket; its `waiter` is a future of the backend."""
+        self._check_start(model)
         with self._lock:
-            self._used_at = self._clock()
-            self._scheduler.finish(ticket, self._used_at)
+            scheduled = self._scheduled(model)
+            if scheduled is None:
+                raise _removed(model.name)
+            owner = self.config.models.get(scheduled.name)
+            if owner and owner.problem:  # since a reload after `_check_start`
+                raise ModelMisconfigured(owner.problem)
+            now = self._last_request_at = self._clock()
+            ticket = self._scheduler.submit(scheduled.name, now, preemptible, manual)
+            ticket.waiter = concurrent.futures.Future()
             self._schedule()
-            self._ended.notify_all()
+            return ticket
 
     def _check_start(self, model):
         """Raise what makes a start impossible, before anything is evicted for it."""
@@ -5734,21 +5743,6 @@ class Pool:
         if a reload removed it. The lock is held."""
         return self._scheduler.models.get(self._scheduler.choose(model.backends))
 
-    def _submit(self, model, preemptible=False, manual=False):
-        """Queue a ticket; its `waiter` is a future of the backend."""
-        with self._lock:
-            scheduled = self._scheduled(model)
-            if scheduled is None:
-                raise _removed(model.name)
-            owner = self.config.models.get(scheduled.name)
-            if owner and owner.problem:  # since a reload after `_check_start`
-                raise ModelMisconfigured(owner.problem)
-            now = self._used_at = self._clock()
-            ticket = self._scheduler.submit(scheduled.name, now, preemptible, manual)
-            ticket.waiter = concurrent.futures.Future()
-            self._schedule()
-            return ticket
-
     def keep_alive(self, model: Model, seconds: float):
         """Set after how many idle seconds the model unloads; below 0: never."""
         with self._lock:
@@ -5763,7 +5757,6 @@ class Pool:
         """Begin to load the model despite earlier failures; False if it is loaded."""
         if self.state_of(model) in (State.LOADING, State.LOADED):
             return False
-        self._check_start(model)
         self._submit(model, manual=True)
         return True
 
@@ -5828,7 +5821,7 @@ class Pool:
             self._schedule()
         self._contexts.configure(config)
         self._adopt_units()
-        threading.Thread(target=self._load_kept, name="kept", daemon=True).start()
+        start_thread(self._start_keep_loaded, "keep-loaded")
         self.events.publish({"model": "*", "event": "models_reload"})
 
     # -- memory ----------------------------------------------------------------------
@@ -5836,8 +5829,8 @@ class Pool:
     def _find_budget(self, config):
         """Return the budget with figures for `auto`.
 
-        Not called with the lock held: it asks the vendor's tool, once. What it tells
-        later is no use: our own models hold memory then.
+        Not called with the lock held: it asks the vendor's tool, once, because later
+        the models of llmswap hold memory themselves.
         """
         written = config.settings.budget
         if None not in written.values():
@@ -5918,7 +5911,7 @@ class Pool:
             return scheduled.state if scheduled else State.UNLOADED
 
     def is_held(self, model: Model) -> bool:
-        """Return whether the model is loaded, or being loaded for somebody."""
+        """Return whether the model is loaded or loading, and not about to stop."""
         with self._lock:
             scheduled = self._scheduled(model)
             is_up = scheduled and scheduled.state in (State.LOADING, State.LOADED)
@@ -5962,25 +5955,25 @@ class Pool:
             return status
         now, state, name = self._clock(), scheduled.state, scheduled.name
         backend = self._backends.get(name)
-        is_loading = backend is not None and state is State.LOADING
+        progress = backend.progress.share if state is State.LOADING else None
         unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
         changed_at = scheduled.changed_at
         return status._replace(
             state=state.value,
             seconds=None if changed_at is None else now - changed_at,
-            progress=backend.progress.share if is_loading else None,
+            progress=progress,
             running=scheduled.in_flight + scheduled.preemptible,
             waiting=scheduled.waiting,
             unload_in=None if unload_at == math.inf else max(0.0, unload_at - now),
-            tokens_per_second=self._meters.speeds.get(name),
+            tokens_per_second=self._metrics.speeds.get(name),
             context=self._contexts.size_of(model.context_dir),
-            context_seconds=self._meters.counts["context_seconds", name],
+            context_seconds=self._metrics.counts["context_seconds", name],
             failure=scheduled.last_failure,
-            stopped=self._meters.reasons.get(name),
+            stopped=self._metrics.reasons.get(name),
             pinned=scheduled.is_pinned,
             shares=None if name == model.name else name,
-            pid=getattr(backend, "pid", None),
-            port=getattr(backend, "port", None),
+            pid=backend and backend.pid,
+            port=backend and backend.port,
             entry=self._entries.get(name, {}),
             **self._needs_status(scheduled),
         )
@@ -6021,41 +6014,41 @@ class Pool:
         one."""
         with self._lock:
             is_busy = self._scheduler.queued or self._scheduler.in_flight
-            return None if is_busy else self._used_at
+            return None if is_busy else self._last_request_at
 
     def inactive_since(self) -> Optional[float]:
         """Return when (on the clock) the last request and the last backend but those of
         keep-loaded left; None: there is one."""
         with self._lock:
-            return self._quiet_since
+            return self._inactive_since
 
     def await_change(self, seen: Optional[int], timeout: float) -> int:
         """Wait until the revision of what people see is not `seen`; return it."""
         with self._lock:
             if self._revision == seen:
-                self._watchers += 1
                 self._changed.wait(timeout)
-                self._watchers -= 1
             return self._revision
 
-    def count_request(self, model: Optional[Model], speed: Optional[float], *counts):
+    def count_request(
+        self, model: Optional[Model], speed: Optional[float], *counts, **amounts
+    ):
         """Count a request that ended: see Metrics. `speed` is in tokens per second."""
         with self._lock:
-            self._meters.count_request(model.name if model else "", *counts)
+            name = model.name if model else ""
+            self._metrics.count_request(name, *counts, **amounts)
             scheduled = model and self._scheduled(model)
             if scheduled and speed is not None:
-                self._meters.speeds[scheduled.name] = speed
+                self._metrics.speeds[scheduled.name] = speed
             self._revise()
 
-    def meters(self) -> Metrics:
+    def metrics(self) -> Metrics:
         """Return what was counted so far, as a copy."""
         with self._lock:
-            return self._meters.copy()
+            return self._metrics.copy()
 
     def _revise(self):
         self._revision += 1
-        if self._watchers:
-            self._changed.notify_all()
+        self._changed.notify_all()
 
     # -- decisions carried out -------------------------------------------------------
 
@@ -6066,9 +6059,9 @@ class Pool:
             decisions, deadline = self._scheduler.decide(self._clock())
             has_failed = any([self._carry_out(decision) for decision in decisions])
         if self._scheduler.is_in_use:
-            self._quiet_since = None
-        elif self._quiet_since is None:
-            self._quiet_since = self._clock()
+            self._inactive_since = None
+        elif self._inactive_since is None:
+            self._inactive_since = self._clock()
         self._revise()
         self._next_deadline = deadline
         if deadline < self._timer_at:
@@ -6148,7 +6141,7 @@ class Pool:
 
     def _stop(self, decision):
         name, cause = decision.name, decision.cause
-        self._meters.count_stop(name, cause, decision.newcomer)
+        self._metrics.count_stop(name, cause, decision.newcomer)
         reason = "by hand" if cause == "unload" else cause
         if decision.newcomer:
             reason += f" for {decision.newcomer}"
@@ -6211,7 +6204,7 @@ class Pool:
             now, name = self._clock(), backend.model.name
             seconds = time.monotonic() - backend.started_at
             self._scheduler.loaded(name, backend.run_number, now)
-            self._meters.count_load(name, seconds)
+            self._metrics.count_load(name, seconds)
             if backend.monitor:
                 backend.monitor.is_beside |= len(self._scheduler.held) > 1
                 backend.monitor.loaded()
@@ -6265,7 +6258,7 @@ class Pool:
             scheduled = self._scheduler.models[name]
             text = _failure_text(problem, scheduled.last_failure)
             self._log("error", text if text.startswith(name) else f"{name}: {text}")
-            self._meters.count_failure(name, scheduled.state.value)
+            self._metrics.count_failure(name, scheduled.state.value)
         victim = self._scheduler.exited(name, run, self._clock(), problem)
         if victim is not None:
             self._log("info", f"{name}: loaded once more, after {victim} has gone")
@@ -6285,7 +6278,7 @@ class Pool:
     def on_context(self, backend, kind, tokens, size, seconds):
         name, took = backend.model.name, seconds_text(seconds)
         with self._lock:
-            self._meters.count_context(name, kind, tokens, seconds)
+            self._metrics.count_context(name, kind, tokens, seconds)
             self._revise()
         text = f"{kind} {tokens:,} tokens of context ({size / 1e6:,.0f} MB) in {took}"
         if kind == "used":
@@ -6380,9 +6373,13 @@ def _is_reachable(backend, disconnected):
 
 def rivals_of(model: Model, models: Mapping[str, Model]) -> List[str]:
     """Return the other units that listen on the address of this one."""
-    address, others = address_of(model), models.values()
-    units = {each.settings.unit for each in others if address_of(each) == address}
-    return sorted(units - {model.settings.unit}) if address else []
+    address = address_of(model)
+    units = {
+        each.settings.unit
+        for each in models.values()
+        if address and address_of(each) == address
+    }
+    return sorted(units - {model.settings.unit})
 
 
 def address_of(model: Model) -> Dict[str, int]:
@@ -9670,10 +9667,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         usage = self.usage if status < 300 else Usage()
         speed = speed_of(usage, seconds - (self.waited or 0))
         self._record_end(status, seconds, usage, speed)
-        tokens = usage.tokens_in or 0, usage.tokens_out or 0, usage.tokens_cached or 0
-        received = self.body.received if self.body is not None else 0
-        counts = status, seconds, self.waited, *tokens, received, reply.sent
-        self.pool.count_request(self.model, speed, *counts)
+        self.pool.count_request(
+            self.model,
+            speed,
+            status,
+            seconds,
+            self.waited,
+            tokens_in=usage.tokens_in or 0,
+            tokens_out=usage.tokens_out or 0,
+            tokens_cached=usage.tokens_cached or 0,
+            bytes_in=self.body.received if self.body is not None else 0,
+            bytes_out=reply.sent,
+        )
 
     def _new_row(self, info):
         """Return the request as /api/requests shows it."""
@@ -9966,7 +9971,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             VERSION,
             self.server.born,
             models,
-            self.pool.meters(),
+            self.pool.metrics(),
             self.server.requests.steps(),
             self.server.application.config_error,
             self.pool.budget,
