@@ -5601,7 +5601,6 @@ class Pool:
         self._revision = 0  # of what people see
         self._lock = threading.Lock()
         self._timer = threading.Condition(self._lock)  # the next deadline came nearer
-        self._ended = threading.Condition(self._lock)  # a lease or a backend ended
         self._changed = threading.Condition(self._lock)  # a new revision
         self._loading = threading.Condition(self._lock)  # a load began
         self._next_deadline = self._timer_at = math.inf
@@ -5644,8 +5643,8 @@ class Pool:
             if model.settings.keep_loaded and not model.problem:
                 if self._needs.estimate(model, self.budget):
                     self._take_over_needs()
-        with self._lock:
-            self._schedule()
+        with self._event():
+            pass  # the scheduler starts those that fit
 
     def _adopt_units(self):
         """Begin to find out which units run already, and to adopt them."""
@@ -5659,7 +5658,7 @@ class Pool:
 
     def _adopt(self, names):
         running = running_units(list(names), gives_up=lambda: self._is_closed)
-        with self._lock:
+        with self._event() as now:
             in_use = {each.model.settings.unit for each in self._backends.values()}
             for unit in running - in_use:
                 scheduled = self._scheduler.models.get(names[unit])
@@ -5669,12 +5668,10 @@ class Pool:
                 if self.config.models[name].settings.unit != unit:
                     continue  # since a reload, which looks for its own
                 self._log("info", f"{name}: {unit} runs already")
-                run = self._scheduler.adopted(name, self._clock())
-                backend = self._new_backend(name, run)
+                backend = self._new_backend(name, self._scheduler.adopted(name, now))
                 if backend.monitor:
                     backend.monitor.start(is_adopted=True)
                 backend.adopt()
-            self._schedule()
 
     # -- requests --------------------------------------------------------------------
 
@@ -5696,27 +5693,24 @@ class Pool:
                     yield backend
                     return
             finally:
-                with self._lock:
-                    now = self._last_request_at = self._clock()
+                with self._event() as now:
+                    self._last_request_at = now
                     self._scheduler.finish(ticket, now)
-                    self._schedule()
-                    self._ended.notify_all()
 
     def _submit(self, model, preemptible=False, manual=False):
         """Queue a ticket; its `waiter` is a future of the backend."""
         self._check_start(model)
-        with self._lock:
+        with self._event() as now:
             scheduled = self._scheduled(model)
             if scheduled is None:
                 raise _removed(model.name)
             owner = self.config.models.get(scheduled.name)
             if owner and owner.problem:  # since a reload after `_check_start`
                 raise ModelMisconfigured(owner.problem)
-            now = self._last_request_at = self._clock()
+            self._last_request_at = now
             ticket = self._scheduler.submit(scheduled.name, now, preemptible, manual)
             ticket.waiter = concurrent.futures.Future()
-            self._schedule()
-            return ticket
+        return ticket
 
     def _check_start(self, model):
         """Raise what makes a start impossible, before anything is evicted for it."""
@@ -5745,11 +5739,10 @@ class Pool:
 
     def keep_alive(self, model: Model, seconds: float):
         """Set after how many idle seconds the model unloads; below 0: never."""
-        with self._lock:
+        with self._event():
             scheduled = self._scheduled(model)
             if scheduled is not None:
                 self._scheduler.keep_alive(scheduled.name, seconds)
-                self._schedule()
 
     # -- operators -------------------------------------------------------------------
 
@@ -5762,29 +5755,25 @@ class Pool:
 
     def unload(self, model: Model) -> bool:
         """Begin to unload the model: False if there is nothing to unload."""
-        with self._lock:
+        problem = ModelUnloaded(f"{model.name!r} was unloaded by hand")
+        with self._event() as now:
             scheduled = self._scheduled(model)
             if scheduled is None:
                 return False
-            problem = ModelUnloaded(f"{model.name!r} was unloaded by hand")
-            is_held = self._scheduler.unload(scheduled.name, self._clock(), problem)
-            self._schedule()
-            return is_held
+            return self._scheduler.unload(scheduled.name, now, problem)
 
     def unload_all(self):
         """Begin to unload every model."""
-        with self._lock:
+        with self._event() as now:
             for name in self._scheduler.models:
                 problem = ModelUnloaded(f"{name!r} was unloaded by hand")
-                self._scheduler.unload(name, self._clock(), problem)
-            self._schedule()
+                self._scheduler.unload(name, now, problem)
 
     def rest(self):
         """Begin to unload every model, and keep none loaded until the next request."""
-        with self._lock:
-            problem = ModelUnloaded("all models are unloaded because nothing happens")
-            self._scheduler.rest(self._clock(), problem)
-            self._schedule()
+        problem = ModelUnloaded("all models are unloaded because nothing happens")
+        with self._event() as now:
+            self._scheduler.rest(now, problem)
 
     def await_unloaded(self, disconnected: Callable[[], bool]):
         """Wait until no backend is being unloaded, or disconnected() is true."""
@@ -5793,32 +5782,30 @@ class Pool:
                 held = self._scheduler.held.values()
                 if all(scheduled.unload_by is None for scheduled in held):
                     return
-                self._ended.wait(POLL_INTERVAL)
+                self._changed.wait(POLL_INTERVAL)
 
     def reload(self, config: Config):
         """Take over a configuration: see Scheduler.configure."""
         budget = self._find_budget(config)
-        with self._lock:
+        with self._event():
+            before = self.config.models
             changed = [
                 name
                 for name, model in config.models.items()
-                if name in self.config.models
-                and model.launch != self.config.models[name].launch
+                if name in before and model.launch != before[name].launch
             ]
             self.config, self.budget = config, budget
-            for name in [*self._entries]:
-                if name in changed or name not in config.models:
-                    del self._entries[name]
+            unchanged = config.models.keys() - set(changed)
+            for name in self._entries.keys() - unchanged:
+                del self._entries[name]
+            for name in self._backends.keys() & unchanged:
+                self._backends[name].model = config.models[name]
             limits, specs = limits_of(config, budget), self._specs_of(config)
             self._scheduler.configure(limits, specs, changed, _removed)
             for model in config.models.values():
                 if model.problem:
                     reason = ModelMisconfigured(model.problem)
                     self._scheduler.refuse_waiting(model.name, reason)
-            for name, backend in self._backends.items():
-                if name in config.models and name not in changed:
-                    backend.model = config.models[name]
-            self._schedule()
         self._contexts.configure(config)
         self._adopt_units()
         start_thread(self._start_keep_loaded, "keep-loaded")
@@ -6052,6 +6039,16 @@ class Pool:
 
     # -- decisions carried out -------------------------------------------------------
 
+    @contextlib.contextmanager
+    def _event(self):
+        """Hold the lock while an event is recorded, then carry out what follows.
+
+        Yield the time.
+        """
+        with self._lock:
+            yield self._clock()
+            self._schedule()
+
     def _schedule(self):
         """Decide and carry the decisions out. The lock is held."""
         has_failed = True
@@ -6200,15 +6197,13 @@ class Pool:
     # -- events from backends, on their threads: see Backend -------------------------
 
     def on_loaded(self, backend):
-        with self._lock:
-            now, name = self._clock(), backend.model.name
-            seconds = time.monotonic() - backend.started_at
+        name, seconds = backend.model.name, time.monotonic() - backend.started_at
+        with self._event() as now:
             self._scheduler.loaded(name, backend.run_number, now)
             self._metrics.count_load(name, seconds)
             if backend.monitor:
                 backend.monitor.is_beside |= len(self._scheduler.held) > 1
                 backend.monitor.loaded()
-            self._schedule()
         self._log("info", f"{name}: loaded in {seconds:.2f} s ({backend.where})")
         if backend.is_described:
             self._publish(name, "loaded")
@@ -6221,29 +6216,22 @@ class Pool:
         self._publish(name, "loaded", **({"info": entry} if entry else {}))
 
     def on_slept(self, backend):
-        with self._lock:
-            now, name = self._clock(), backend.model.name
-            self._scheduler.slept(name, backend.run_number, now)
-            self._schedule()
-            self._ended.notify_all()
+        with self._event() as now:
+            self._scheduler.slept(backend.model.name, backend.run_number, now)
         self._log_end(backend, "asleep")
-        self._publish(name, "sleeping")
+        self._publish(backend.model.name, "sleeping")
 
     def on_dying(self, backend):
         if backend.monitor:
             backend.monitor.end()
-        with self._lock:
-            name, now = backend.model.name, self._clock()
-            self._scheduler.crashed(name, backend.run_number, now)
-            self._schedule()
+        with self._event() as now:
+            self._scheduler.crashed(backend.model.name, backend.run_number, now)
 
     def on_exited(self, backend, problem):
         if problem is None:
             self._log_end(backend, "unloaded")
-        with self._lock:
+        with self._event():
             self._record_exit(backend.model.name, backend.run_number, problem)
-            self._schedule()
-            self._ended.notify_all()
         if backend.monitor:
             self._on_measured(backend, is_over=True)
             self._needs.save()
@@ -6296,29 +6284,29 @@ class Pool:
     def close(self, grace: float):
         """Refuse tickets, give requests in flight `grace` seconds, then stop all
         backends at once and wait for their end."""
-        with self._lock:
+        with self._event() as now:
             self._scheduler.close(ShuttingDown("llmswap is shutting down"))
             self._is_closed = True
-            self._schedule()
             self._timer.notify()
             self._loading.notify()
-            deadline = self._clock() + grace
+            deadline = now + grace
+        with self._event():
             while self._scheduler.in_flight and self._clock() < deadline:
-                self._ended.wait(deadline - self._clock())
+                self._changed.wait(deadline - self._clock())
             self._scheduler.stop_all(self._clock())
-            self._schedule()
+        with self._lock:
             while self._backends:
-                self._ended.wait()
+                self._changed.wait()
         if self._adoption:
             self._adoption.join(2 * POLL_INTERVAL)
         self._guard.close()
 
     def kill(self):
         """Kill every backend now, without grace; a `close` that runs then ends soon."""
-        with self._lock:
+        with self._event() as now:
             self._scheduler.close(ShuttingDown("llmswap is shutting down"))
-            self._scheduler.stop_all(self._clock())
-            self._schedule()
+            self._scheduler.stop_all(now)
+        with self._lock:
             for backend in self._backends.values():
                 backend.stop(at_once=True)
 
