@@ -10447,6 +10447,46 @@ def named_key(title, key):
     return re.search(rf"`({key} = [^`]*)`", section(title))[1] + "\n"
 
 
+def test_recipe_in_a_container(tmp_path):
+    image = recipe("In a container", "dockerfile")[0]
+    copied = re.search(r"COPY (.*) (/opt/llmswap/)\nWORKDIR /opt/llmswap\n", image)[1]
+    assert copied.split() == ["llmswap.py", "models.ini"]
+    shutil.copy(LLMSWAP, tmp_path)
+    (tmp_path / "models.ini").write_text(f"[a]\ncmd = {fake_command()}\n")
+    (tmp_path / "python3").symlink_to(sys.executable)
+    port = free_port()
+    command = json.loads(re.search(r"ENTRYPOINT (.*)", image)[1].replace("8080", str(port)))
+    path = re.search(r"PATH=(.*):\$PATH", image)[1].replace("/app", str(tmp_path))
+    env = {**os.environ, "PATH": f"{path}:{os.environ['PATH']}"}
+    with running(command, ("127.0.0.1", port), cwd=tmp_path, env=env):
+        assert ask(port, "POST", CHAT, chat_body("a")).status == 200
+    compose = recipe("In a container", "yaml")[0]
+    grace = int(re.search(r"stop_grace_period: (\d+)s", compose)[1])
+    assert grace > llmswap.DRAIN_SECONDS
+
+
+def test_recipe_where_one_machine_is_not_enough(tmp_path):
+    title = "Where one machine is not enough"
+    (tmp_path / "vllm").write_text(
+        f'#!/bin/sh\ncase "$*" in *"backend ray "*"parallel-size 2"*) ;; *) exit 1 ;; esac\n'
+        f'exec {sys.executable} -I -S {fake_file()} "$@"\n'
+    )
+    (tmp_path / "vllm").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    other = "[llmswap]\napi-key = its-api-key\n[coder]\ncmd = FAKE --model coder\n"
+    with Llmswap(other) as far:
+        address = ("http://192.168.11.14:8080", f"http://127.0.0.1:{far.port}")
+        with run_recipe(title, address, env=env) as server:
+            assert server.post("/v1/x", {"model": "ray"}).status == 200
+            assert server.chat("elsewhere").status == 200
+            assert json.loads(server.post("/v1/x", {"model": "elsewhere"}).json()["body"])
+            if LLAMA_SERVER:
+                config = read(tmp_path, adapted(title, "ini"))
+                argv = config.models["spread"].command(llmswap.options_of(LLAMA_SERVER), 1)
+                workers = argv[argv.index("--rpc") + 1]
+                assert workers == "192.168.11.12:50052,192.168.11.13:50052"
+
+
 def test_recipe_cron(tmp_path):
     folder, port = tmp_path / "llmswap", free_port()
     folder.mkdir()
@@ -15106,7 +15146,7 @@ SMALL_WORLDS = {
         dict(models_max=2), faults="unload reload", a=PIN_LOADED, b=PIN_LOADED,
         reloads=(dict(c=llmswap.ModelSpec(**PIN_LOADED)), dict(a=llmswap.ModelSpec())),
     ),
-    "kept": SmallWorld(faults="crash fail unload", a=dict(keep_loaded=True)),
+    "kept": SmallWorld(faults="fail unload", a=dict(keep_loaded=True)),
     "kept pinned": SmallWorld(
         dict(patience=0.0), faults="rest close", a=dict(keep_loaded=True),
         b=dict(keep_loaded=True, **PIN_LOADED),
