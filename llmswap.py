@@ -1821,8 +1821,8 @@ class ModelState:
         self.failures = 0
         self.last_failure = None
         self.retry_at = -math.inf
-        self.keep_at = -math.inf  # not sooner does keep_loaded start it
-        self.is_released = False  # unloaded by hand: keep_loaded is without effect
+        self.keep_at = -math.inf  # keep_loaded does not start it before
+        self.is_released = False  # unloaded by hand: keep_loaded has no effect
         self.idle_timeout = None  # set by a request, until unloaded; inf: never
         self.unload_by = None  # stopped by hand: no grants; leases are cut then
         self.stop_cause = None  # as in Stop; or crashed; or sleep: it is to fall asleep
@@ -1928,10 +1928,10 @@ class ModelState:
     def swap_cost(self, newcomer: "ModelState") -> float:
         """Seconds to stop this model, load the newcomer, and load this one again."""
         loads = [self.load_seconds, newcomer.load_seconds]
-        known = sum(seconds for seconds in loads + [self.stop_seconds] if seconds)
+        cost = sum(seconds for seconds in loads + [self.stop_seconds] if seconds)
         if None in loads:
-            known = max(known, UNKNOWN_SWAP_COST)
-        return min(known, MAX_PATIENCE)
+            cost = max(cost, UNKNOWN_SWAP_COST)
+        return min(cost, MAX_PATIENCE)
 
     def return_gap(self, cost: float) -> float:
         """Seconds of silence after which its clients are not expected back soon."""
@@ -2004,8 +2004,8 @@ class Scheduler:
         self._next_deadline = math.inf
         self._draining = {}  # ModelState -> the ticket that it drains for
         self._stopping = {}  # ModelState that stops or is to make room -> when
-        self._pinned = []  # ModelStates that stay for now
-        self._is_resting = False  # nothing is kept loaded until the next request
+        self._pinned = []  # ModelStates that nothing may evict now
+        self._is_resting = False  # keep_loaded has no effect until the next request
         self._closing_error = None  # refuses every ticket once closed
 
     # -- events: requests ------------------------------------------------------------
@@ -2051,8 +2051,8 @@ class Scheduler:
                 return LAST_RANK
             return RANKS.get(model.state, LAST_RANK)
 
-        known = (name for name in names if name in self.models)
-        return min(known, key=rank, default=None)
+        remaining = (name for name in names if name in self.models)
+        return min(remaining, key=rank, default=None)
 
     def keep_alive(self, name: str, seconds: float):
         """Set the idle timeout of a model until it unloads; below 0: never unload."""
@@ -2159,11 +2159,11 @@ class Scheduler:
         return min(candidates, key=ModelState.last_used, default=None)
 
     def learn(self, name: str, needs: Mapping[str, int]):
-        """The model was found to need this much.
+        """The model needs this much, as measured or estimated.
 
         A running one counts as larger only as far as the budget has room beside all
-        that is held: no limit is broken for those that run. The rest counts from when
-        there is room, at the latest from its next run on.
+        that is held, so that no limit is broken. The rest counts from when there is
+        room, at the latest from its next run on.
         """
         model = self.models.get(name)
         if model is None:
@@ -2216,15 +2216,15 @@ class Scheduler:
     def unload(self, name: str, now: float, problem: APIError) -> bool:
         """Stop a model by hand and refuse its tickets; False if it is not loaded.
 
-        Requests in flight have its stop timeout to end, then the backend is stopped. It
-        is not kept loaded until it is asked for, or the next reload.
+        Requests in flight have its stop timeout to end, then the backend is stopped.
+        keep_loaded has no effect on it until it is asked for, or the next reload.
         """
         self.models[name].is_released = True
         return self._unload(name, now, problem)
 
     def rest(self, now: float, problem: APIError):
-        """Stop every model as if by hand, but only until the next request for any of
-        them is nothing kept loaded."""
+        """Stop every model as if by hand; keep_loaded has no effect until the next
+        request for any of them."""
         self._is_resting = True
         for name in self.models:
             self._unload(name, now, problem)
@@ -5387,7 +5387,7 @@ class Inspector:
 #    The lock guards the Scheduler and the dict of backends. It is held just long
 #    enough to record an event and to carry out what follows (start a thread, wake a
 #    backend's thread, resolve a future). No I/O and no sleep under it, and no other
-#    lock but that of a queue or a future, which nobody holds while waiting.
+#    lock but that of a queue or a future, which no thread holds while it waits.
 # ==================================================================================
 
 
@@ -5448,7 +5448,7 @@ BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  
 
 
 class Metrics:
-    """What happened since the start, in numbers. The caller holds the Pool's lock.
+    """Counts since the start of llmswap. The caller holds the Pool's lock.
 
     `counts` maps (metric, label, ...) to a number; the last label of a histogram is the
     index of a bucket. `speeds` has the tokens per second of each backend's last answer,
@@ -5598,7 +5598,7 @@ class Pool:
         self._feeds = {}
         self._entries = {}  # by model: the last from its own /v1/models
         self._metrics = Metrics()
-        self._revision = 0  # of what people see
+        self._revision = 0  # of all that status and metrics show
         self._lock = threading.Lock()
         self._timer = threading.Condition(self._lock)  # the next deadline came nearer
         self._changed = threading.Condition(self._lock)  # a new revision
@@ -5637,8 +5637,8 @@ class Pool:
         self._start_keep_loaded()
 
     def _start_keep_loaded(self):
-        """Have those of keep-loaded loaded, once it is estimated what they need, which
-        may take seconds."""
+        """Have keep-loaded take effect, once the needs of its models are estimated,
+        which may take seconds."""
         for model in list(self.config.models.values()):
             if model.settings.keep_loaded and not model.problem:
                 if self._needs.estimate(model, self.budget):
@@ -5868,7 +5868,7 @@ class Pool:
         return monitor
 
     def _on_measured(self, backend, is_over=False):
-        """A monitor has measured, or ends: take over what it found."""
+        """Take over the peak of the backend's monitor; `is_over`: its run has ended."""
         monitor = backend.monitor
         is_over = is_over and monitor.rounds > 1  # else its peak may have been missed
         if self._needs.learn(
@@ -5910,12 +5910,12 @@ class Pool:
             return self._backends.get(self._scheduler.choose(model.backends))
 
     def status(self, model: Model) -> ModelStatus:
-        """Return what the model is doing."""
+        """Return the status of the model."""
         with self._lock:
             return self._status(model)
 
     def statuses(self, with_memory: bool = False) -> List[ModelStatus]:
-        """Return what every model is doing; its memory too, which reads /proc."""
+        """Return the status of every model; `with_memory` reads /proc."""
         with self._lock:
             statuses = [self._status(model) for model in self.config.models.values()]
         if not with_memory:
@@ -5940,13 +5940,14 @@ class Pool:
         scheduled = self._scheduled(model)
         if scheduled is None:
             return status
-        now, state, name = self._clock(), scheduled.state, scheduled.name
-        backend = self._backends.get(name)
-        progress = backend.progress.share if state is State.LOADING else None
-        unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
-        changed_at = scheduled.changed_at
+        now, name, changed_at = self._clock(), scheduled.name, scheduled.changed_at
+        unload_at, progress, backend = math.inf, None, self._backends.get(name)
+        if scheduled.state is State.LOADED:
+            unload_at = scheduled.unload_at()
+        elif scheduled.state is State.LOADING:
+            progress = backend.progress.share
         return status._replace(
-            state=state.value,
+            state=scheduled.state.value,
             seconds=None if changed_at is None else now - changed_at,
             progress=progress,
             running=scheduled.in_flight + scheduled.preemptible,
@@ -5970,8 +5971,8 @@ class Pool:
         if not self.budget or owner is None or owner.kind == "remote":
             return {}
         needs, source = self._needs.of(owner, self.budget)
-        held = scheduled.usage().needs if scheduled.is_held else {}
-        holds = {name: held[name] for name in self.budget if name in held}
+        usage = scheduled.usage().needs if scheduled.is_held else {}
+        holds = {name: usage[name] for name in self.budget if name in usage}
         return {"needs": needs, "needs_source": source, "holds": holds}
 
     def feed_of(self, name: str) -> Broadcast:
@@ -6010,7 +6011,8 @@ class Pool:
             return self._inactive_since
 
     def await_change(self, seen: Optional[int], timeout: float) -> int:
-        """Wait until the revision of what people see is not `seen`; return it."""
+        """Wait until status or metrics have changed since revision `seen`, or until the
+        timeout; return the revision."""
         with self._lock:
             if self._revision == seen:
                 self._changed.wait(timeout)
@@ -6029,7 +6031,7 @@ class Pool:
             self._revise()
 
     def metrics(self) -> Metrics:
-        """Return what was counted so far, as a copy."""
+        """Return a copy of what was counted so far."""
         with self._lock:
             return self._metrics.copy()
 
@@ -6306,7 +6308,6 @@ class Pool:
         with self._event() as now:
             self._scheduler.close(ShuttingDown("llmswap is shutting down"))
             self._scheduler.stop_all(now)
-        with self._lock:
             for backend in self._backends.values():
                 backend.stop(at_once=True)
 
@@ -6318,16 +6319,14 @@ def seconds_text(seconds: float) -> str:
 
 def percent(progress: Optional[float]) -> str:
     """Return ", 45 %" for 0.45, and nothing if it is not known."""
-    return "" if progress is None else f", {progress:.0%}".replace("%", " %")
+    return "" if progress is None else f", {100 * progress:.0f} %"
 
 
 def exit_code_of(problem: Optional[APIError]) -> int:
     """Return the exit code as llama.cpp's router reports it: 1 for signals and the
     like, 0 without a problem."""
-    if problem is None:
-        return 0
     code = getattr(problem, "exit_code", None)
-    return 1 if code is None else code
+    return int(problem is not None) if code is None else code
 
 
 def _failure_text(problem, last):
