@@ -5998,15 +5998,15 @@ class Pool:
         return self._is_closed or self._timer_thread.is_alive()
 
     def idle_since(self) -> Optional[float]:
-        """Return when (on the clock) the last request came or ended; None: there is
-        one."""
+        """Return when (on the clock) the last request came or ended; None: one runs or
+        waits."""
         with self._lock:
             is_busy = self._scheduler.queued or self._scheduler.in_flight
             return None if is_busy else self._last_request_at
 
     def inactive_since(self) -> Optional[float]:
-        """Return when (on the clock) the last request and the last backend but those of
-        keep-loaded left; None: there is one."""
+        """Return since when (on the clock) no request runs or waits, and no backend but
+        those of keep-loaded runs; None: one does."""
         with self._lock:
             return self._inactive_since
 
