@@ -2335,7 +2335,7 @@ class Scheduler:
         ]
         before = len(self._decisions), len(self._draining)
         wanted = {}  # name -> usage that this ticket and older ones wait for
-        waiting, is_full = 0, False  # whether `wanted` alone fills the limits
+        waiting, is_full = 0, False  # is_full: `wanted` alone exceeds the limits
         for ticket in list(self._queue.values()):
             model = ticket.model
             is_first = model.name not in wanted
