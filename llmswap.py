@@ -1827,7 +1827,6 @@ class ModelState:
         self.unload_by = None  # stopped by hand: no grants; leases are cut then
         self.stop_cause = None  # as in Stop; or crashed; or sleep: it is to fall asleep
         self.is_asleep = False  # asleep, or was when it was told to stop
-        self.learned_needs = None  # not yet counted in full: see Scheduler.learn
         self.room_from = None  # the model that must go before it is loaded once more
         self.replacement = None  # the spec that a reload sets once the backend is gone
         self.removal_error = None  # refuses its tickets once a reload removed it
@@ -2162,31 +2161,23 @@ class Scheduler:
         """The model needs this much, as measured or estimated.
 
         A running one counts as larger only as far as the budget has room beside all
-        that is held, so that no limit is broken. The rest counts from when there is
-        room, at the latest from its next run on.
+        that is held, so that no limit is broken. Call it again when one of them has
+        ended.
         """
         model = self.models.get(name)
         if model is None:
             return
         if model.replacement is not None:
             model.replacement = model.replacement._replace(needs=needs)
-        else:
-            model.learned_needs = needs
-            self._count_learned(model)
-
-    def _count_learned(self, model):
-        """Count what was learned of the model, as far as there is room for it."""
-        needs = model.learned_needs
+            return
         if model.is_held and not model.is_asleep:
-            needs = {}
-            for name, amount in model.learned_needs.items():
-                beside = [each for each in self.held.values() if each is not model]
-                used = sum(each.usage().needs.get(name, 0) for each in beside)
-                left = self.limits.budget.get(name, math.inf) - used
-                needs[name] = min(amount, max(left, model.spec.needs.get(name, 0)))
+            beside = [each.usage() for each in self.held.values() if each is not model]
+            needs = dict(needs)
+            for each, size in self.limits.budget.items():
+                left = size - sum(usage.needs.get(each, 0) for usage in beside)
+                least = max(left, model.spec.needs.get(each, 0))
+                needs[each] = min(needs.get(each, 0), least)
         model.spec = model.spec._replace(needs=needs)
-        if needs == model.learned_needs:
-            model.learned_needs = None
 
     def _current(self, name, run):
         """The model if this is its current run; None if the event comes too late."""
@@ -2202,9 +2193,6 @@ class Scheduler:
         model.in_flight = model.preemptible = 0
         model.idle_timeout = model.unload_by = None
         model.stop_cause = model.drains_for = None
-        for each in [model, *self.held.values()]:
-            if each.learned_needs is not None:
-                self._count_learned(each)
         if model.removal_error is not None:
             del self.models[model.name]
         elif model.replacement is not None:
@@ -2261,7 +2249,7 @@ class Scheduler:
             if model.is_held and (name in changed or is_replaced):
                 model.replacement, model.removal_error = spec, None
             else:
-                model.spec, model.learned_needs = spec, None
+                model.spec = spec
                 if name in changed:
                     model.reset_failures()
             model.is_released = False
@@ -2446,13 +2434,10 @@ class Scheduler:
         victim = ticket.model.room_from
         if victim is None or victim.is_down:
             return False
-        if victim in self._stopping:
-            return True
-        if not self._is_evictable(victim):
-            return False
-        victim.drains_for = self._draining[victim] = ticket
-        self._stopping[victim] = -math.inf
-        return True
+        if victim not in self._stopping and self._is_evictable(victim):
+            victim.drains_for = self._draining[victim] = ticket
+            self._stopping[victim] = -math.inf
+        return victim in self._stopping
 
     def _fits(self, wanted, stopping=frozenset()):
         """Whether `wanted` fits beside all that is held, except what is stopping."""
@@ -3273,10 +3258,6 @@ class Backend:
         """Return whether it ended by itself, now or within the timeout."""
         return self._ended.wait(timeout) and not self._is_stop_asked
 
-    def processes(self) -> Set[int]:
-        """Return the processes whose memory is the model's. Reads /proc."""
-        return set()
-
     def death(self, timeout: float) -> Optional[APIError]:
         """Return why it ended by itself, if that is known within the timeout."""
         return self._problem if self._is_explained.wait(timeout) else None
@@ -3357,8 +3338,8 @@ class Backend:
     def _end_error(self, why, exit_code=None):
         event = "ended by itself" if self._is_ready else "could not be started"
         text = f"{self._title} {event}: {why}{self._last_lines()}"
-        is_memory = is_out_of_memory("\n".join([text, *self.lines]))
-        return LoadFailed(text, exit_code, is_memory)
+        is_out_of_memory = OUT_OF_MEMORY.search("\n".join([text, *self.lines]))
+        return LoadFailed(text, exit_code, bool(is_out_of_memory))
 
     def _last_lines(self):
         return ""
@@ -4213,7 +4194,7 @@ class ProcessBackend(Backend):
     def _reap(self):
         """Kill the whole group, then reap its leader."""
         process = self._process
-        gpu_users = gpu_users_among(self.pid)
+        gpu_users = group_members(self.pid) if has_gpu_tool() else set()
         self._kill_group()  # its workers may outlive the leader
         if not self._exited.wait(10.0):
             self._note(f"process {self.pid} hangs in the kernel, killed")
@@ -4251,13 +4232,6 @@ class ProcessBackend(Backend):
         else:
             why = f"exited with status {status}"
         return self._end_error(why, status if status >= 0 else None)
-
-    def processes(self):
-        return {
-            pid
-            for pid, stat in processes()
-            if stat.group == self.pid and stat.state not in "ZX"
-        }
 
     def _last_lines(self):
         """End it; return the last lines that it wrote."""
@@ -4340,64 +4314,63 @@ OUT_OF_MEMORY = re.compile(
 )
 
 
-def is_out_of_memory(text: str) -> bool:
-    """Return whether what a failed server wrote says that memory was short."""
-    return OUT_OF_MEMORY.search(text) is not None
-
-
 # -- memory of what runs ---------------------------------------------------------------
 
-_GPU_TOOLS = (  # command; a process and its bytes in what it says, if told; their unit
-    (
-        ["nvidia-smi", "--query-compute-apps=pid,used_gpu_memory",
-         "--format=csv,noheader,nounits"],
-        r"^\s*(\d+)\b(?:,\s*(\d+))?",
-        1 << 20,
-    ),
-    (["rocm-smi", "--showpids"], r"^\s*(\d+)\b(?:\s+\S+\s+\S+\s+(\d+)\b)?", 1),
-)  # fmt: skip
-
-
-def _gpu_tools():
-    return [tool for tool in _GPU_TOOLS if shutil.which(tool[0][0])]
-
-
-def gpu_users(timeout=2.0) -> List[Tuple[int, int]]:
-    """Return (pid, bytes) of the processes that hold GPU memory, as the vendor's tool
-    tells; 0 bytes where it does not say how many."""
-    users = []
-    for command, row, unit in _gpu_tools():
-        _, text = run_command(command, timeout, stderr=subprocess.DEVNULL)
-        for pid, amount in re.findall(row, text, re.MULTILINE):
-            users.append((int(pid), int(amount or 0) * unit))
-    return users
-
-
-_GPU_LOAD_TOOLS = (  # command; the percentages of use in what it says
-    (["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"],
-     r"^\s*(\d+)\s*$"),
-    (["rocm-smi", "--showuse", "--csv"], r"^card\d+,\s*(\d+)"),
-)  # fmt: skip
+GPU_TOOLS = ("nvidia-smi", "rocm-smi")
 BUSY_GPU = 10  # per cent of use
+_CSV = "--format=csv,noheader,nounits"
+_GPU_QUESTIONS = {  # by tool: options; the numbers in a row of the answer; their units
+    "processes": {
+        "nvidia-smi": (["--query-compute-apps=pid,used_gpu_memory", _CSV],
+                       r"^\s*(\d+)\b(?:,\s*(\d+))?", (1, 1 << 20)),
+        "rocm-smi": (["--showpids"],
+                     r"^\s*(\d+)\b(?:\s+\S+\s+\S+\s+(\d+)\b)?", (1, 1)),
+    },
+    "sizes": {
+        "nvidia-smi": (["--query-gpu=memory.total,memory.used", _CSV],
+                       r"^ *(\d+), *(\d+) *$", (1 << 20, 1 << 20)),
+        "rocm-smi": (["--showmeminfo", "vram", "--csv"],
+                     r"^card\d+,(\d+),(\d+)", (1, 1)),
+    },
+    "use": {
+        "nvidia-smi": (["--query-gpu=utilization.gpu", _CSV], r"^\s*(\d+)\s*$", (1,)),
+        "rocm-smi": (["--showuse", "--csv"], r"^card\d+,\s*(\d+)", (1,)),
+    },
+}  # fmt: skip
+
+
+def has_gpu_tool() -> bool:
+    """Return whether a vendor's tool, which knows the GPUs, is installed."""
+    return any(map(shutil.which, GPU_TOOLS))
+
+
+def ask_gpus(question: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
+    """Return what the vendor's tool answers: of `processes` that use a GPU the pid and
+    bytes (0: not told), of `sizes` each GPU's total and used bytes, of `use` per cent.
+    """
+    rows = []
+    for tool, (options, row, units) in _GPU_QUESTIONS[question].items():
+        if shutil.which(tool):
+            command = [tool, *options]
+            _, text = run_command(command, timeout, stderr=subprocess.DEVNULL)
+            for match in re.finditer(row, text, re.MULTILINE):
+                cells = zip(match.groups("0"), units)
+                rows.append(tuple(int(cell) * unit for cell, unit in cells))
+    return rows
 
 
 def gpu_occupant() -> Optional[str]:
     """Return who holds memory of a GPU, or that one is busy; None if all are free.
     Asks the vendor's tool, which may take seconds."""
-    for pid, _ in gpu_users():
+    for pid, _ in ask_gpus("processes"):
         name = read_text_or_empty(f"/proc/{pid}/comm").strip() or "unknown"
         return f"process {pid} ({name}) holds GPU memory"
-    for command, row in _GPU_LOAD_TOOLS:
-        _, text = run_command(command, 2.0, stderr=subprocess.DEVNULL)
-        use = max(map(int, re.findall(row, text, re.MULTILINE)), default=0)
-        if use > BUSY_GPU:
-            return f"a GPU is in use, {use} %"
+    use = max((use for use, in ask_gpus("use")), default=0)
+    return f"a GPU is in use, {use} %" if use > BUSY_GPU else None
 
 
-def gpu_users_among(group: int) -> Set[int]:
-    """Return the members of a process group, where their GPU memory can be watched."""
-    if not _gpu_tools():
-        return set()
+def group_members(group: int) -> Set[int]:
+    """Return the processes of a process group."""
     return {pid for pid, stat in processes() if stat.group == group}
 
 
@@ -4405,32 +4378,9 @@ def settle(pids: Set[int], timeout: float):
     """Wait until none of these processes holds GPU memory, `timeout` at most."""
     deadline = time.monotonic() + timeout
     while pids and (left := deadline - time.monotonic()) > 0:
-        if pids.isdisjoint(pid for pid, _ in gpu_users(min(2.0, left))):
+        if pids.isdisjoint(pid for pid, _ in ask_gpus("processes", min(2.0, left))):
             return
         time.sleep(0.05)
-
-
-class MemoryWatch:
-    """Memory of process groups, looked up at most once in a moment. Any thread."""
-
-    def __init__(self):
-        self._seen = {}  # by what looks: when it did, and what it found
-
-    def resident(self, group: int) -> Optional[int]:
-        """Return the bytes of its resident memory, at most a second old."""
-        return self._lately(resident_by_group, 1.0).get(group)
-
-    def on_gpu(self, group: int) -> Optional[int]:
-        """Return the bytes of its GPU memory, at most five seconds old."""
-        return self._lately(gpu_memory_by_group, 5.0).get(group)
-
-    def _lately(self, look, seconds):
-        now = time.monotonic()
-        seen_at, found = self._seen.get(look, (-math.inf, None))
-        if now > seen_at + seconds:
-            found = look()
-            self._seen[look] = now, found
-        return found
 
 
 def resident_by_group() -> Dict[int, int]:
@@ -4444,7 +4394,7 @@ def resident_by_group() -> Dict[int, int]:
 def gpu_memory_by_group() -> Dict[int, int]:
     """Return bytes of GPU memory by process group, as the vendor's tool shows it."""
     found = collections.Counter()
-    for pid, amount in gpu_users():
+    for pid, amount in ask_gpus("processes"):
         stat = process_stat(pid)
         if stat and amount:
             found[stat.group] += amount
@@ -4490,14 +4440,6 @@ def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
         if gives_up():
             break
     return running
-
-
-def unit_processes(unit: str) -> Set[int]:
-    """Return the processes of a unit that runs. Takes seconds if systemd hangs."""
-    argv = Service(unit).systemctl("show", "-p", "MainPID")
-    _, text = run_command(argv, COMMAND_TIMEOUT)
-    pid = re.search(r"MainPID=([1-9]\d*)", text)
-    return set(descendants(int(pid[1]))) if pid else set()
 
 
 def check_unit(model: Model):
@@ -4602,7 +4544,7 @@ class UnitBackend(Backend):
         """Stop the unit, and wait until nothing of it is left."""
         if not self._is_started:
             return
-        gpu_users = set(descendants(self.pid)) if self.pid and _gpu_tools() else set()
+        gpu_users = set(descendants(self.pid)) if self.pid and has_gpu_tool() else set()
         if not self._is_ready:
             self._systemctl("kill", "--signal=KILL")
         status, text = self._systemctl(
@@ -4630,9 +4572,6 @@ class UnitBackend(Backend):
                 self._note(f"process {self.pid} of {self.where} lives on")
 
     # -- systemd
-
-    def processes(self):
-        return set(descendants(self.pid)) if self.pid else set()
 
     def _systemctl(self, verb, *options, timeout=None, until=None):
         argv = self.service.systemctl(verb, *options)
@@ -4842,60 +4781,31 @@ GPU_RESERVE = 512 << 20  # bytes of each GPU that no model gets: for driver and 
 RAM_SHARE = 0.9  # of the machine's memory is for models
 PEAK_MARGIN = 1.05  # a model counts for so much more than the peak it was measured at
 FILES_MARGIN = 1.2  # likewise where only its files are known
-SQUEEZED = 0.9  # measured below that share of the estimate, it had to squeeze in
+SQUEEZED = 0.9  # loaded beside others and below that share of its need, it squeezed in
 MEASURE_INTERVAL = 60.0  # s, between two measurements of a model that serves
-TOOL_TIMEOUT = 10.0  # s; for the vendor's tool where nobody waits, and llama-fit-params
-NEEDS_KEPT = 1000  # commands whose needs are remembered
-
-_GPU_SIZE_TOOLS = (  # command; total and used memory of a GPU in what it says; unit
-    (
-        ["nvidia-smi", "--query-gpu=memory.total,memory.used",
-         "--format=csv,noheader,nounits"],
-        r"^ *(\d+|\[.*\]), *(\d+|\[.*\]) *$",
-        1 << 20,
-    ),
-    (
-        ["rocm-smi", "--showmeminfo", "vram", "--csv"],
-        r"^card\d+,(\d+|N/A),(\d+|N/A)",
-        1,
-    ),
-)  # fmt: skip
+TOOL_TIMEOUT = 10.0  # s; for the vendor's tool at the start, and llama-fit-params
 
 
-def gpu_sizes() -> List[Tuple[Optional[int], Optional[int]]]:
-    """Return the total and the used bytes of each GPU that a vendor's tool shows; None
-    where it does not tell. Takes 10 s at most."""
-    sizes = []
-    for command, row, unit in _GPU_SIZE_TOOLS:
-        _, text = run_command(command, TOOL_TIMEOUT, stderr=subprocess.DEVNULL)
-        for cells in re.findall(row, text, re.MULTILINE):
-            numbers = [int(cell) * unit if cell.isdigit() else None for cell in cells]
-            sizes.append(tuple(numbers))
-    return sizes
-
-
-def gpu_memory_used() -> Optional[int]:
-    """Return the bytes in use on all GPUs together; None if that is not told."""
-    used = [used for _, used in gpu_sizes()]
-    return None if None in used or not used else sum(used)
-
-
-def machine_budget(own: Callable[[], Set[int]]) -> Dict[str, int]:
-    """Return the bytes of `vram` and `ram` that models can have on this machine.
-
-    GPU memory in the hands of processes not in `own()` is not theirs. Without a GPU
-    there is no `vram`. If its size is not told, `vram` is a single byte: any two models
-    that use the GPU are too much for it. Asks the vendor's tool.
-    """
+def machine_budget(is_own: Callable[[int], bool]) -> Dict[str, int]:
+    """Return the bytes of `vram` (if there is a GPU) and `ram` that models can have on
+    this machine: GPU memory that others hold is not theirs. Asks the vendor's tool."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    budget, sizes = {"ram": int(memory * RAM_SHARE)}, gpu_sizes()
+    budget = {"ram": int(memory * RAM_SHARE)}
+    sizes = ask_gpus("sizes", TOOL_TIMEOUT)
     if not sizes:
         return budget
-    told = [size for size in sizes if None not in size]
-    pids = own() if told else ()
-    held = sum(amount for pid, amount in gpu_users() if pid in pids)
-    free = sum(total - used - GPU_RESERVE for total, used in told)
-    return {"vram": max(1, free + held), **budget}
+    own = sum(amount for pid, amount in ask_gpus("processes") if is_own(pid))
+    free = sum(total - used - GPU_RESERVE for total, used in sizes)
+    return {"vram": max(1, free + own), **budget}
+
+
+def is_of(pid: int, groups: Set[int], units: Set[str]) -> bool:
+    """Return whether a process belongs to one of these process groups or units."""
+    stat, cgroup = process_stat(pid), read_text_or_empty(f"/proc/{pid}/cgroup")
+    names = {Service(unit).name.removesuffix(".service") for unit in units}
+    folders = {f"{name}.service" for name in names}
+    is_in_unit = not folders.isdisjoint(re.split("[/\n]", cgroup))
+    return is_in_unit or (stat is not None and stat.group in groups)
 
 
 def with_machine_budget(
@@ -4907,107 +4817,83 @@ def with_machine_budget(
     return {name: size for name, size in sizes.items() if size is not None}
 
 
-def memory_taken(
-    pids: Set[int], used_before: Callable[[], Optional[int]]
-) -> Dict[str, int]:
-    """Return the bytes of `vram` and `ram` that these processes take now.
-
-    Where the vendor's tool does not show them (in containers), `vram` is what its GPUs
-    have in use more than `used_before()`; it is missing if that is None. Mapped files
-    count as far as they can be what is not on a GPU.
-    """
-    sizes, taken = collections.Counter(), {}
+def memory_taken(group: int, on_gpu: Optional[int]) -> Dict[str, int]:
+    """Return the bytes of `ram`, and of `vram` unless it is not known, that a process
+    group takes; {} if it is gone. Mapped files count as far as they can be what is not
+    on a GPU."""
+    pids, sizes = group_members(group), collections.Counter()
     for pid in pids:
         sizes.update(memory_of(pid))
     if not sizes:
         return {}
-    if _gpu_tools():
-        shown = sum(amount for pid, amount in gpu_users() if pid in pids)
-        is_told = not shown and used_before() is not None
-        used, before = gpu_memory_used() if is_told else None, used_before()
-        if shown or None not in (used, before):
-            taken["vram"] = shown or max(0, used - before)
     mapped = sizes["RssFile"]
-    if taken.get("vram"):
-        mapped = min(mapped, max(0, sum(map(model_file_size, pids)) - taken["vram"]))
-    taken["ram"] = sizes["RssAnon"] + sizes["RssShmem"] + mapped
-    return taken
+    if on_gpu:
+        mapped = min(mapped, max(0, sum(map(model_file_size, pids)) - on_gpu))
+    taken = {"ram": sizes["RssAnon"] + sizes["RssShmem"] + mapped}
+    return taken if on_gpu is None else {**taken, "vram": on_gpu}
 
 
-def fit_params_command(model: Model) -> List[str]:
-    """Return the llama-fit-params beside the model's llama-server with those of the
-    model's options that it has, too; [] if there is none, or none that can print."""
+def fit_params_estimate(model: Model) -> Dict[str, int]:
+    """Return the bytes of `vram` and `ram` that the llama-fit-params beside the model's
+    llama-server prints, projector and draft model added; {} if it prints none.
+
+    It is fed those of the model's options that it has, too. Takes 20 s at most.
+    """
+    cwd = model.settings.cwd or None
     try:
         argv = model.command(table_of(model), "0")
-        server = find_program(argv[0], os.environ, model.settings.cwd or None)
+        server = os.path.realpath(find_program(argv[0], os.environ, cwd))
     except (ConfigError, LoadFailed):
-        return []
-    folders = {os.path.dirname(server), os.path.dirname(os.path.realpath(server))}
-    paths = [os.path.join(folder, "llama-fit-params") for folder in folders]
-    for path in filter(os.path.isfile, paths):
-        _, text = run_command([path, "--help"], TOOL_TIMEOUT)
-        names = (match[1].split(",") for match in OPTION_HELP.finditer(text))
-        known = {name.strip() for name in itertools.chain(*names)}
-        if "-fitp" in known:
-            offline = ["--offline"] if "--offline" in known else []
-            options = _options_among(known, argv[1:], table_of(model))
-            return [path, *options, *offline, "-fitp", "on"]
-    return []
+        return {}
+    tool = os.path.join(os.path.dirname(server), "llama-fit-params")
+    _, text = run_command([tool, "--help"], TOOL_TIMEOUT)
+    names = (re.split(", +", match[1]) for match in OPTION_HELP.finditer(text))
+    known = set(itertools.chain(*names))
+    if "-fitp" not in known:
+        return {}
+    options = _options_among(known, [*argv[1:], "--offline"], table_of(model))
+    more = {"env": clean_environment(model.environment("0")), "cwd": cwd}
+    command = [tool, *options, "-fitp", "on"]
+    _, text = run_command(command, TOOL_TIMEOUT, stderr=subprocess.DEVNULL, **more)
+    rows = re.findall(r"^(\S+) (\d+) (\d+) (\d+) *$", text, re.MULTILINE)
+    amounts = {"vram": 0, "ram": 0}
+    for name, *megabytes in rows:
+        is_host = name.lower() == "host"
+        amounts["ram" if is_host else "vram"] += sum(map(int, megabytes)) << 20
+    companions = size_of_files(argv, cwd or "", COMPANION_OPTIONS)
+    amounts["vram" if len(rows) > 1 else "ram"] += companions
+    return amounts if rows else {}
 
 
 def _options_among(known, words, table):
     """Return those of the words that are options in `known`, with their values."""
     chosen, values = [], 0
     for word in words:
-        option = table.find(word.lstrip("-")) if word.startswith("-") else None
-        if values > 0:
+        if values:
             values -= 1
             chosen.append(word)
         elif word in known:
             chosen.append(word)
+            option = table.find(word.lstrip("-"))
             values = option.values if option else 0
     return chosen
 
 
-def fit_params_estimate(model: Model) -> Dict[str, int]:
-    """Return the bytes of `vram` and `ram` that llama-fit-params prints for the model,
-    projector and draft model added; {} if it prints none. Takes 20 s at most."""
-    command = fit_params_command(model)
-    if not command:
-        return {}
-    cwd = model.settings.cwd or None
-    more = {"env": clean_environment(model.environment("0")), "cwd": cwd}
-    _, text = run_command(command, TOOL_TIMEOUT, stderr=subprocess.DEVNULL, **more)
-    rows = re.findall(r"^(\S+) (\d+) (\d+) (\d+) *$", text, re.MULTILINE)
-    amounts = collections.Counter()
-    for name, *megabytes in rows:
-        is_host = name.lower() == "host"
-        amounts["ram" if is_host else "vram"] += sum(map(int, megabytes)) << 20
-    if "ram" not in amounts:
-        return {}
-    amounts["vram" if len(rows) > 1 else "ram"] += size_of_files(
-        model.command(table_of(model), "0"), cwd or "", COMPANION_OPTIONS
-    )
-    return {"vram": amounts["vram"], "ram": amounts["ram"]}
-
-
 class Known(NamedTuple):
-    """What is known of one command: its last run's peak, margin included, and the
-    estimate before its first, of `source`. In bytes by resource."""
+    """What is known of what one command needs: bytes by resource, and where from."""
 
     model: str = ""
-    measured: Mapping[str, int] = {}
-    estimated: Mapping[str, int] = {}
     source: str = "not known yet"
+    amounts: Mapping[str, int] = {}
 
 
 class Needs:
     """What models need where that is not written. Any thread may call.
 
-    It is kept by command in `needs.json`, which other runs of llmswap may share:
+    It is kept by command in `needs.json`, which several llmswaps may share:
 
-        {"version": 1, "needs": {"1f0c...": {"model": "coder", "measured": {"vram":
-         19541237760, "ram": 1288490188}, "estimated": {}, "source": "file sizes"}}}
+        {"1f0c...": {"model": "coder", "source": "measured",
+                     "amounts": {"vram": 19541237760, "ram": 1288490188}}}
 
     `log(level, text)` must not block. Only `estimate` and `save` do.
     """
@@ -5016,9 +4902,8 @@ class Needs:
         self._path = os.path.join(directory, "needs.json")
         self._log = log
         self._known = self._read()
-        self._changed = set()  # keys that are to be saved
-        self._keys = {}  # by model: the Model and its key
-        self._estimating = collections.defaultdict(threading.Lock)  # by key
+        self._is_saved = True
+        self._estimating = threading.Lock()
         self._saving = threading.Lock()
 
     def of(self, model: Model, budget: Mapping[str, int]) -> Tuple[Dict[str, int], str]:
@@ -5026,192 +4911,107 @@ class Needs:
         where that is known from."""
         if not model.has_auto_needs:
             return model.written_needs, "written"
-        known = self._known.get(self._key(model), Known())
-        amounts = {**budget, **known.estimated, **known.measured}
-        is_measured = not known.measured.keys().isdisjoint(budget)
-        source = "measured" if is_measured else known.source
-        return {name: amounts[name] for name in budget}, source
+        known = self._known.get(_command_key(model), Known())
+        amounts = {**budget, **known.amounts}
+        if "vram" not in budget:  # what a GPU uses is of the same memory
+            amounts["ram"] = amounts.get("ram", 0) + amounts.get("vram", 0)
+        return {name: amounts[name] for name in budget}, known.source
 
     def estimate(self, model: Model, budget: Mapping[str, int]) -> bool:
         """Estimate what the model needs if nothing is known; return whether it did.
 
-        It may take 20 s; who else asks for the same model meanwhile waits, too.
+        It may take 20 s; other threads that ask meanwhile wait, too.
         """
-        key = self._key(model) if model.has_auto_needs else None
-        if key is None or key in self._known:
+        key = _command_key(model)
+        if not model.has_auto_needs or key in self._known:
             return False
-        with self._estimating[key]:
+        with self._estimating:
             if key in self._known:
                 return False
-            self._known[key] = self._estimated(model, budget)
-            return True
+            return self._set(key, self._estimated(model, budget))
 
     def _estimated(self, model, budget):
-        is_llama = model.kind == "llama-server"
-        amounts = fit_params_estimate(model) if is_llama else {}
+        amounts = fit_params_estimate(model) if model.kind == "llama-server" else {}
         if amounts:
-            if "vram" not in budget and not _gpu_tools():  # of one memory with the CPU
-                amounts = {"ram": amounts["ram"] + amounts["vram"]}
-            self._changed.add(self._key(model))
-            return Known(model.name, {}, amounts, "llama-fit-params")
+            return Known(model.name, "llama-fit-params", amounts)
         with contextlib.suppress(ConfigError):
             words = model.command(table_of(model), "0")
             size = int(size_of_files(words, model.settings.cwd or "") * FILES_MARGIN)
             if size:
                 place, other = ("vram", "ram") if "vram" in budget else ("ram", "vram")
-                return Known(model.name, {}, {place: size, other: 0}, "file sizes")
+                return Known(model.name, "file sizes", {place: size, other: 0})
         return Known(model.name)
 
     def learn(
-        self,
-        model: Model,
-        peak: Mapping[str, int],
-        budget: Mapping[str, int],
-        is_beside: bool,
-        is_over: bool,
+        self, model: Model, peak: Mapping[str, int], is_beside: bool, is_over: bool
     ) -> bool:
         """Take over the peak of a run; return whether that changes what is known.
 
-        Not what it took when it had to squeeze in, as llama-server does: clearly less
-        than it wants, loaded beside others, or though it wants more than there is.
-        Only a run that is over may lower what is known.
+        Not one clearly below what is known of a model loaded beside others, which
+        llama-server fits itself into. Only a run that is over lowers what was measured.
         """
-        key = self._key(model)
+        key = _command_key(model)
         known = self._known.get(key, Known(model.name))
-        measured = dict(known.measured)
+        amounts, source = dict(known.amounts), "measured"
         for name, amount in peak.items():
-            before, estimate = measured.get(name, -1), known.estimated.get(name, 0)
-            wanted, need = 0, int(amount * PEAK_MARGIN)
-            if is_beside:
-                wanted = max(estimate, before / PEAK_MARGIN)
-            elif known.source == "llama-fit-params" and estimate > budget.get(name, 0):
-                wanted = estimate
-            if amount >= SQUEEZED * wanted and (is_over or need > before):
-                measured[name] = need
-        return bool(peak) and self._set(key, known._replace(measured=measured))
+            before, need = amounts.get(name, 0), int(amount * PEAK_MARGIN)
+            if is_beside and need < SQUEEZED * before:
+                source = known.source
+            elif is_over or need > before or known.source != "measured":
+                amounts[name] = need
+        return bool(peak) and self._set(key, Known(model.name, source, amounts))
 
-    def raise_to(self, model: Model, amounts: Mapping[str, int]) -> bool:
+    def raise_to(self, model: Model, least: Mapping[str, int]):
         """The model had no memory although this much was left for it, or nearly."""
-        key = self._key(model)
-        known = self._known.get(key, Known(model.name))
-        estimated, measured = dict(known.estimated), dict(known.measured)
-        for name, amount in amounts.items():
-            estimated[name] = max(amount, estimated.get(name, 0))
-            if measured.get(name, 0) < amount:
-                measured.pop(name, None)
-        fresh = Known(model.name, measured, estimated, "out of memory")
-        return self._set(key, fresh)
-
-    def _key(self, model):
-        """Return what stands for the model's command in the file."""
-        before, key = self._keys.get(model.name, (None, None))
-        if before is not model:
-            text = repr((model.name, model.launch))
-            key = hashlib.sha256(text.encode()).hexdigest()[:16]
-            self._keys[model.name] = model, key
-        return key
+        key = _command_key(model)
+        amounts = dict(self._known.get(key, Known()).amounts)
+        for name, amount in least.items():
+            amounts[name] = max(amount, amounts.get(name, 0))
+        self._set(key, Known(model.name, "out of memory", amounts))
 
     def _set(self, key, known):
         if known == self._known.get(key):
             return False
-        self._known[key] = known
-        self._changed.add(key)
+        self._known[key], self._is_saved = known, False
         return True
 
     def save(self):
         """Write what has changed to the file."""
         with self._saving:
-            if not self._changed:
+            if self._is_saved:
                 return
-            rows = self._read()
-            while self._changed:
-                key = self._changed.pop()
-                rows.pop(key, None)  # the last is the newest
-                rows[key] = self._known[key]
-            newest = [*rows.items()][-NEEDS_KEPT:]
-            needs = {key: known._asdict() for key, known in newest}
+            self._is_saved = True
+            rows = {**self._read(), **self._known}
+            needs = {key: row._asdict() for key, row in rows.items() if row.amounts}
             fresh = f"{self._path}.{os.getpid()}"
             try:
-                os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
+                make_private_folder(os.path.dirname(self._path))
                 with open(fresh, "w", encoding="utf-8") as file:
-                    json.dump({"version": 1, "needs": needs}, file, indent=1)
+                    json.dump(needs, file, indent=1)
                 os.replace(fresh, self._path)
             except OSError as error:
                 self._log("warning", f"{self._path} could not be written: {error}")
 
     def _read(self):
-        """Return what the file holds; a broken one is set aside."""
+        """Return what the file holds, nothing if it is broken."""
         try:
             with open(self._path, encoding="utf-8") as file:
-                held = json.load(file)
-            rows = {key: Known(**row) for key, row in held["needs"].items()}
-            amounts = [each for _, *both, _ in rows.values() for each in both]
-            sizes = [size for each in amounts for size in each.values()]
-            if held["version"] != 1 or not all(type(size) is int for size in sizes):
-                raise ValueError("it is of another version, or a size is no number")
+                rows = {key: Known(**row) for key, row in json.load(file).items()}
+            for key, known in rows.items():
+                amounts = {name: int(size) for name, size in known.amounts.items()}
+                rows[key] = known._replace(amounts=amounts)
             return rows
         except FileNotFoundError:
             return {}
-        except OSError as error:
-            self._log("warning", f"{self._path} could not be read: {error}")
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            aside = f"{self._path}.broken"
-            self._log("warning", f"{self._path} is broken, moved to {aside}: {error}")
-            with contextlib.suppress(OSError):
-                os.replace(self._path, aside)
-        return {}
+        except (AttributeError, OSError, TypeError, ValueError) as error:
+            self._log("warning", f"{self._path} cannot be read: {error}")
+            return {}
 
 
-class MemoryMonitor:
-    """Measures what one run of a backend takes, on a thread of its own: once it is
-    loaded, and from then on once a minute.
-
-    `report(backend)` is called on that thread after each measurement, `peak` being the
-    highest amounts so far. `is_beside`: others were loaded while this one was.
-    `count_changes()` counts the runs that began or ended: with each, the GPU's memory
-    in use tells nothing more of this one.
-    """
-
-    def __init__(self, backend: Backend, count_changes, report):
-        self.peak = {}
-        self.rounds = 0
-        self.is_beside = False
-        self._backend = backend
-        self._count_changes = count_changes
-        self._report = report
-        self._loaded = threading.Event()
-        self._ended = threading.Event()
-
-    def start(self, is_adopted=False):
-        """Begin. An adopted backend holds its memory already."""
-        changes = None if is_adopted else self._count_changes()
-        work, name = (changes,), f"memory {self._backend.model.name}"
-        threading.Thread(target=self._run, args=work, name=name, daemon=True).start()
-
-    def loaded(self):
-        """The backend is loaded: measure it."""
-        self._loaded.set()
-
-    def end(self):
-        """The backend is to stop, or has ended: what it takes tells nothing more."""
-        self._ended.set()
-        self._loaded.set()
-
-    def _run(self, changes):
-        used = gpu_memory_used()
-        self._loaded.wait()
-        while not self._ended.is_set():
-            taken = memory_taken(
-                self._backend.processes(),
-                lambda: used if self._count_changes() == changes else None,
-            )
-            if self._ended.is_set() or not self._backend.processes():
-                break
-            for name, amount in taken.items():
-                self.peak[name] = max(amount, self.peak.get(name, 0))
-            self.rounds += 1
-            self._report(self._backend)
-            self._ended.wait(MEASURE_INTERVAL)
+def _command_key(model):
+    """What stands for the model's command in the file."""
+    text = repr((model.name, model.launch))
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 # -- what is known of a model without loading it ---------------------------------------
@@ -5587,7 +5387,6 @@ class Pool:
     def __init__(self, config: Config, log, make_backend=None, clock=time.monotonic):
         self.config = config
         self.events = Broadcast(0)
-        self.memory = MemoryWatch()
         self.inspector = Inspector()
         self._contexts = ContextStore()
         self._log = log
@@ -5596,6 +5395,7 @@ class Pool:
         self._make_backend = make_backend or self._backend_of_kind
         self._backends = {}
         self._feeds = {}
+        self._looks = {}  # by what looks at memory: when it did, and what it found
         self._entries = {}  # by model: the last from its own /v1/models
         self._metrics = Metrics()
         self._revision = 0  # of all that status and metrics show
@@ -5606,10 +5406,14 @@ class Pool:
         self._next_deadline = self._timer_at = math.inf
         self._needs = Needs(config.settings.state_dir, log)
         self._machine_budget = None  # asked for once a budget says auto
-        self._changes = 0  # runs that began or ended
+        self._vram_at_start = None  # of that; None if models ran already
         self.budget = self._find_budget(config)  # with figures for `auto`
         limits = limits_of(config, self.budget)
-        self._scheduler = Scheduler(limits, self._specs_of(config))
+        self._known_needs = {}  # by model: amounts, and where they are known from
+        self._specs = self._find_specs()
+        self._scheduler = Scheduler(limits, self._specs)
+        self._measuring = threading.Condition(self._lock)  # a load is over
+        self._has_loaded = False  # since the last measurement
         self._is_closed = False
         self._adoption = None
         self._inactive_since = self._last_request_at = clock()
@@ -5621,6 +5425,7 @@ class Pool:
         self._contexts.configure(self.config)
         self._timer_thread = start_thread(self._timer_loop, "timer")
         start_thread(self._load_progress_loop, "loads")
+        start_thread(self._measure_loop, "memory")
         self._adopt_units()
         if self._adoption:
             self._adoption.join(ADOPT_PATIENCE)
@@ -5641,8 +5446,7 @@ class Pool:
         which may take seconds."""
         for model in list(self.config.models.values()):
             if model.settings.keep_loaded and not model.problem:
-                if self._needs.estimate(model, self.budget):
-                    self._take_over_needs()
+                self._estimate(model)
         with self._event():
             pass  # the scheduler starts those that fit
 
@@ -5669,8 +5473,6 @@ class Pool:
                     continue  # since a reload, which looks for its own
                 self._log("info", f"{name}: {unit} runs already")
                 backend = self._new_backend(name, self._scheduler.adopted(name, now))
-                if backend.monitor:
-                    backend.monitor.start(is_adopted=True)
                 backend.adopt()
 
     # -- requests --------------------------------------------------------------------
@@ -5729,8 +5531,7 @@ class Pool:
                 if not scheduled.is_held:
                     scheduled.last_failure = problem.with_traceback(None)
             raise
-        if self._needs.estimate(owner, self.budget):
-            self._take_over_needs()
+        self._estimate(owner)
 
     def _scheduled(self, model):
         """Return the scheduled model to which a request for this one goes now, or None
@@ -5800,8 +5601,8 @@ class Pool:
                 del self._entries[name]
             for name in self._backends.keys() & unchanged:
                 self._backends[name].model = config.models[name]
-            limits, specs = limits_of(config, budget), self._specs_of(config)
-            self._scheduler.configure(limits, specs, changed, _removed)
+            limits, self._specs = limits_of(config, budget), self._find_specs()
+            self._scheduler.configure(limits, self._specs, changed, _removed)
             for model in config.models.values():
                 if model.problem:
                     reason = ModelMisconfigured(model.problem)
@@ -5823,71 +5624,105 @@ class Pool:
         if None not in written.values():
             return written
         if self._machine_budget is None:
-            own = functools.partial(self._own_processes, config)
-            self._machine_budget = machine_budget(own)
+            groups = {backend.pid for backend in [*self._backends.values()]}
+            units = {model.settings.unit for model in config.models.values()} - {""}
+            is_own = functools.partial(is_of, groups=groups, units=units)
+            self._machine_budget = machine_budget(is_own)
+            self._vram_at_start = None if groups else self._machine_budget.get("vram")
         budget = with_machine_budget(written, self._machine_budget)
         self._log("info", f"budget: {resources_text(budget)}")
-        if budget.get("vram") == 1:
-            why = "the vendor's tool does not tell how much memory the GPU has free"
-            self._log("warning", f"{why}: its models are loaded one at a time")
         return budget
 
-    def _own_processes(self, config):
-        """Return the processes of what we run, and of units that we are to adopt."""
-        backends = list(self._backends.values())
-        pids = {pid for backend in backends for pid in backend.processes()}
-        for model in config.models.values():
-            if model.kind == "unit":
-                pids |= unit_processes(model.settings.unit)
-        return pids
+    def _estimate(self, model):
+        """Estimate what the model needs if nothing is known, which may take seconds."""
+        if self._needs.estimate(model, self.budget):
+            with self._lock:
+                self._take_over_needs()
+                self._schedule()
 
-    def _specs_of(self, config):
-        models = config.models.values()
-        known = {each.name: self._needs.of(each, self.budget)[0] for each in models}
-        return specs_of(config, counted_needs(config, self.budget, known))
-
-    def _count_needs(self):
-        """Have the scheduler count what is known by now. The lock is held."""
-        for name, spec in self._specs_of(self.config).items():
-            if self.config.models[name].has_auto_needs:
-                self._scheduler.learn(name, spec.needs)
-        self._schedule()
+    def _find_specs(self):
+        """Return the specs of all models by what is known of their needs now."""
+        models = self.config.models.values()
+        known = {each.name: self._needs.of(each, self.budget) for each in models}
+        self._known_needs = known
+        amounts = {name: needs for name, (needs, _) in known.items()}
+        return specs_of(self.config, counted_needs(self.config, self.budget, amounts))
 
     def _take_over_needs(self):
-        """Count what is newly known, and keep it."""
+        """Count what is known of needs by now. The lock is held."""
+        self._specs = self._find_specs()
+        self._count_needs()
+
+    def _count_needs(self):
+        """Have running models count for all that they need, if there is room."""
+        for name, spec in self._specs.items():
+            if self.config.models[name].has_auto_needs:
+                self._scheduler.learn(name, spec.needs)
+
+    def _measure_loop(self):
+        """Measure whenever a model has been loaded, and once a minute."""
+        while not self._is_closed:
+            with self._lock:
+                self._measuring.wait_for(
+                    lambda: self._is_closed or self._has_loaded,
+                    MEASURE_INTERVAL if self._measured_backends() else None,
+                )
+                self._has_loaded = False
+                backends = self._measured_backends()
+                held = [*self._scheduler.held.values()]
+                is_alone = len(held) == 1 and held[0].started_at > -math.inf
+            if backends:
+                self._measure(backends, is_alone)
+
+    def _measured_backends(self):
+        """Those that are loaded, and their needs not written. The lock is held."""
+        held = self._scheduler.held.values()
+        loaded = [each.name for each in held if each.state is State.LOADED]
+        backends = [self._backends[name] for name in loaded]
+        return [backend for backend in backends if backend.model.has_auto_needs]
+
+    def _measure(self, backends, is_alone):
+        """Take over what these take. `is_alone`: nothing else runs, nor was adopted."""
+        on_gpu, taken = gpu_memory_by_group(), {}
+        for backend in backends:
+            vram = on_gpu.get(backend.pid)
+            if vram is None and is_alone:  # in a container, the tool may not show it
+                vram = self._gpu_memory_taken()
+            taken[backend] = memory_taken(backend.pid, vram)
         with self._lock:
-            self._count_needs()
+            if is_alone and len(self._scheduler.held) > 1:
+                return
+            for backend in self._measured_backends():
+                for name, amount in taken.get(backend, {}).items():
+                    backend.peak[name] = max(amount, backend.peak.get(name, 0))
+                self._learn(backend, is_over=False)
+            self._schedule()
         self._needs.save()
 
-    def _monitor_of(self, backend):
-        """Return what measures the backend; None if its needs are written."""
-        if not backend.model.has_auto_needs:
-            return None
-        monitor = MemoryMonitor(backend, lambda: self._changes, self._on_measured)
-        monitor.is_beside = len(self._scheduler.held) > 1
-        return monitor
+    def _gpu_memory_taken(self):
+        """How much less the GPUs have left than at the start; None: it is not known."""
+        before, now = self._vram_at_start, machine_budget(lambda pid: False)
+        return max(0, before - now["vram"]) if before and "vram" in now else None
 
-    def _on_measured(self, backend, is_over=False):
-        """Take over the peak of the backend's monitor; `is_over`: its run has ended."""
-        monitor = backend.monitor
-        is_over = is_over and monitor.rounds > 1  # else its peak may have been missed
-        if self._needs.learn(
-            backend.model, monitor.peak, self.budget, monitor.is_beside, is_over
-        ):
+    def _learn(self, backend, is_over):
+        model, peak = backend.model, backend.peak
+        if self._needs.learn(model, peak, backend.is_beside, is_over):
             self._take_over_needs()
 
     def _raise_needs(self, name, victim):
         """Have a model that had no memory beside `victim` need so much that it will not
         be loaded beside it again. The lock is held."""
-        usages = [model.usage() for model in self._scheduler.held.values()]
-        amounts = {
-            each: size - sum(u.needs.get(each, 0) for u in usages if u.name != victim)
+        freed = self._scheduler.held[victim].usage().needs
+        others = [each.usage() for each in self._scheduler.held.values()]
+        least = {
+            each: size - sum(u.needs.get(each, 0) for u in others if u.name != victim)
             for each, size in self.budget.items()
-            if any(u.needs.get(each) for u in usages if u.name == victim)
+            if freed.get(each)
         }
         model = self.config.models.get(name)
-        if model and model.has_auto_needs and self._needs.raise_to(model, amounts):
-            self._count_needs()
+        if model and model.has_auto_needs:
+            self._needs.raise_to(model, least)
+            self._take_over_needs()
 
     # -- status ----------------------------------------------------------------------
 
@@ -5920,14 +5755,20 @@ class Pool:
             statuses = [self._status(model) for model in self.config.models.values()]
         if not with_memory:
             return statuses
+        resident = self._lately(resident_by_group, 1.0)
+        on_gpu = self._lately(gpu_memory_by_group, 5.0)
         return [
-            each._replace(
-                rss=self.memory.resident(each.pid), vram=self.memory.on_gpu(each.pid)
-            )
-            if each.pid
-            else each
+            each._replace(rss=resident.get(each.pid), vram=on_gpu.get(each.pid))
             for each in statuses
         ]
+
+    def _lately(self, look, seconds):
+        """Return what look() found at most so many seconds ago."""
+        looked_at, found = self._looks.get(look, (-math.inf, None))
+        if time.monotonic() > looked_at + seconds:
+            found = look()
+            self._looks[look] = time.monotonic(), found
+        return found
 
     def _status(self, model):
         status = ModelStatus(
@@ -5970,7 +5811,7 @@ class Pool:
         owner = self.config.models.get(scheduled.name)
         if not self.budget or owner is None or owner.kind == "remote":
             return {}
-        needs, source = self._needs.of(owner, self.budget)
+        needs, source = self._known_needs[owner.name]
         usage = scheduled.usage().needs if scheduled.is_held else {}
         holds = {name: usage[name] for name in self.budget if name in usage}
         return {"needs": needs, "needs_source": source, "holds": holds}
@@ -6095,7 +5936,6 @@ class Pool:
     def _start(self, decision):
         """Start or wake a backend; return whether that failed at once."""
         name = decision.name
-        self._changes += 1
         self._log("info", f"{name}: {'waking' if decision.is_wake else 'loading'}")
         self._publish(name, "loading", event="model_status")
         self._loading.notify()
@@ -6107,8 +5947,6 @@ class Pool:
             return False
         try:
             backend = self._new_backend(name, decision.run)
-            if backend.monitor:
-                backend.monitor.start()
             backend.start()
         except (OSError, RuntimeError) as error:  # no descriptor or no thread is left
             problem = LoadFailed(f"{name} could not be started: {error}")
@@ -6124,7 +5962,8 @@ class Pool:
         backend.stop_requested_at = None  # or put to sleep
         backend.is_described = backend.model.kind != "llama-server"
         self._backends[name] = backend
-        backend.monitor = self._monitor_of(backend)
+        backend.peak = {}  # of what it took so far
+        backend.is_beside = len(self._scheduler.held) > 1  # was loaded beside others
         return backend
 
     def _backend_of_kind(self, model, listener):
@@ -6148,9 +5987,6 @@ class Pool:
         self._log("info", f"{name}: {action} ({reason})")
         backend = self._backends[name]
         backend.stop_requested_at = time.monotonic()
-        self._changes += 1
-        if backend.monitor and not decision.to_sleep:
-            backend.monitor.end()
         if decision.to_sleep:
             backend.sleep()
         else:
@@ -6203,9 +6039,10 @@ class Pool:
         with self._event() as now:
             self._scheduler.loaded(name, backend.run_number, now)
             self._metrics.count_load(name, seconds)
-            if backend.monitor:
-                backend.monitor.is_beside |= len(self._scheduler.held) > 1
-                backend.monitor.loaded()
+            backend.is_beside |= len(self._scheduler.held) > 1
+            if backend.model.has_auto_needs:
+                self._has_loaded = True
+                self._measuring.notify()
         self._log("info", f"{name}: loaded in {seconds:.2f} s ({backend.where})")
         if backend.is_described:
             self._publish(name, "loaded")
@@ -6224,8 +6061,6 @@ class Pool:
         self._publish(backend.model.name, "sleeping")
 
     def on_dying(self, backend):
-        if backend.monitor:
-            backend.monitor.end()
         with self._event() as now:
             self._scheduler.crashed(backend.model.name, backend.run_number, now)
 
@@ -6233,17 +6068,13 @@ class Pool:
         if problem is None:
             self._log_end(backend, "unloaded")
         with self._event():
+            self._learn(backend, is_over=True)
             self._record_exit(backend.model.name, backend.run_number, problem)
-        if backend.monitor:
-            self._on_measured(backend, is_over=True)
-            self._needs.save()
+        self._needs.save()
 
     def _record_exit(self, name, run, problem):
         """A backend is gone, or could not be started. The lock is held."""
-        self._changes += 1
-        backend = self._backends.pop(name, None)
-        if backend and backend.monitor:
-            backend.monitor.end()
+        self._backends.pop(name, None)
         if problem is not None:
             scheduled = self._scheduler.models[name]
             text = _failure_text(problem, scheduled.last_failure)
@@ -6253,6 +6084,7 @@ class Pool:
         if victim is not None:
             self._log("info", f"{name}: loaded once more, after {victim} has gone")
             self._raise_needs(name, victim)
+        self._count_needs()
         self._publish(name, "unloaded", exit_code=exit_code_of(problem))
 
     def _log_end(self, backend, state):
@@ -6291,6 +6123,7 @@ class Pool:
             self._is_closed = True
             self._timer.notify()
             self._loading.notify()
+            self._measuring.notify()
             deadline = now + grace
         with self._event():
             while self._scheduler.in_flight and self._clock() < deadline:
@@ -6398,31 +6231,19 @@ def limits_of(config: Config, budget: Mapping[str, int]) -> Limits:
 def counted_needs(
     config: Config, budget: Mapping[str, int], known: Mapping[str, Mapping[str, int]]
 ) -> Dict[str, Mapping[str, int]]:
-    """Return what each model counts for: `known`, but what is not written is cut down
-    to what the budget leaves beside all pinned ones, so that each can be loaded.
-
-    Of the pinned ones themselves, so much that the largest other fits beside them.
-    """
-    counted = {name: dict(amounts) for name, amounts in known.items()}
-    models = sorted(
-        (model for model in config.models.values() if not model.problem),
-        key=lambda model: not model.is_pinned,
-    )
-    for name, size in budget.items():
-        left, largest = size, 1
-        for model in models:
-            if model.is_pinned:
-                left -= model.written_needs.get(name, 0)
-            else:
-                largest = max(largest, model.written_needs.get(name, 0))
-        spare = left - largest
-        for model in models:
-            if not model.has_auto_needs:
-                continue
-            room = max(0, spare) if model.is_pinned else left
-            amount = counted[model.name][name] = min(counted[model.name][name], room)
-            if model.is_pinned:
-                left, spare = left - amount, spare - amount
+    """Return what each model counts for: `known`, cut down to what the budget leaves
+    beside all pinned ones, so that each can be loaded. These leave a byte of it."""
+    counted, left = {}, dict(budget)
+    for model in sorted(config.models.values(), key=lambda each: not each.is_pinned):
+        is_pinned = model.is_pinned and not model.problem
+        counted[model.name] = {
+            name: min(amount, max(0, left[name] - 1 if is_pinned else left[name]))
+            for name, amount in known[model.name].items()
+            if name in left
+        }
+        if is_pinned:
+            for name, amount in counted[model.name].items():
+                left[name] -= amount
     return counted
 
 
@@ -8425,14 +8246,6 @@ def _model_metrics(report):
         for model in own
         for state in State
     ]
-    yield "gauge", "llmswap_budget_bytes", "What there is of a resource.", [
-        ("", {"resource": name}, size) for name, size in report.budget.items()
-    ]
-    yield "gauge", "llmswap_model_needs_bytes", "What a model needs of a resource.", [
-        ("", {"model": model.id, "resource": name}, size)
-        for model in own
-        for name, size in model.needs.items()
-    ]
     counts = collections.defaultdict(list)
     for (source, *labels), value in sorted(report.meters.counts.items(), key=repr):
         counts[source].append((labels, value))
@@ -8541,17 +8354,15 @@ h2 span { font-weight: 400; margin-left: 4px; }
 #none { padding: 72px 24px; text-align: center; color: var(--soft); }
 #none b { display: block; font-size: 17px; margin-bottom: 6px; }
 
-/* The budget: what holds it */
-#budget p { margin: 0 0 4px 2px; color: var(--soft); font-size: 13px; }
-.bar {
-  display: flex; margin-bottom: 18px; overflow: hidden; font-size: 13px;
-  background: var(--sheet); border: 1px solid var(--line); border-radius: 8px;
+/* The budget, and what holds it */
+#budget p { display: flex; margin: 0 0 10px; font-size: 13px; }
+#budget span {
+  flex: 0 1 0; min-width: 0; padding: 2px 0 2px 8px;
+  overflow: hidden; white-space: nowrap;
+  background: var(--sheet); border-left: 3px solid var(--loaded);
 }
-.bar span {
-  min-width: 0; padding: 2px 0 2px 8px; overflow: hidden; white-space: nowrap;
-  border-left: 3px solid var(--loaded);
-}
-.bar span:last-child { color: var(--soft); border-color: transparent; }
+#budget span:first-child { flex: none; width: 112px; }
+#budget :first-child, #budget :last-child { color: var(--soft); border: 0; }
 
 /* One model */
 .model, .request { --tone: var(--soft); }
@@ -8946,26 +8757,19 @@ function paintTotals({loaded, models, running, waiting, rss, vram}) {
 
 function paintBudget({budget, models}) {
   const own = models.filter(({shares}) => !shares);
-  const bars = Object.entries(budget).map(([name, size]) => {
-    const held = own.filter(({holds}) => holds[name]);
-    const parts = held.map(({id, holds}) => ({text: id, amount: holds[name]}));
-    const free = parts.reduce((left, {amount}) => left - amount, size);
-    return {name, size, parts: [...parts, {text: "free", amount: Math.max(0, free)}]};
-  });
-  const content = JSON.stringify(bars), div = $("budget");
-  if (div.dataset.content !== content) div.replaceChildren(...bars.flatMap(makeBar));
-  div.dataset.content = content;
-}
-
-function makeBar({name, size, parts}) {
-  const bar = Object.assign(make("div"), {className: "bar"});
-  bar.append(...parts.map(({text, amount}) => {
-    const part = make("span", amount ? `${text} ${bytes(amount)}` : "");
-    part.style.flex = `${amount} 1 0`;
-    part.title = part.textContent;
-    return part;
+  $("budget").replaceChildren(...Object.entries(budget).map(([name, size]) => {
+    const parts = own.map(({id, holds}) => [id, holds[name] || 0]);
+    const free = parts.reduce((left, [, amount]) => left - amount, size);
+    const bar = document.createElement("p");
+    bar.append(...[[name, size], ...parts, ["free", free]].map(([text, amount]) => {
+      const part = document.createElement("span");
+      part.style.flexGrow = amount / size;
+      part.textContent = part.title = `${text} ${bytes(amount)}`;
+      show(part, amount > 0);
+      return part;
+    }));
+    return bar;
   }));
-  return [make("p", `${name} ${bytes(size)}`), bar];
 }
 
 function makeRow(id) {
@@ -8988,7 +8792,7 @@ function paintModel(model, age) {
   fill(row, {
     id: model.id,
     aliases: model.aliases.join(", "),
-    about: join([...about, model.description]),
+    about: join([...about, needsOf(model), model.description]),
     state: state !== "unloaded" && state,
     detail: detailOf(model, age),
     why,
@@ -9000,6 +8804,11 @@ function paintModel(model, age) {
   show(progress, state === "loading" && model.progress !== null);
   progress.value = model.progress || 0;
   paintActs(row.querySelector(".acts"), model);
+}
+
+function needsOf({needs, needs_source: source}) {
+  const texts = Object.entries(needs).map(([name, size]) => `${name} ${bytes(size)}`);
+  return texts.length && `needs ${texts.join(", ")} (${source})`;
 }
 
 function detailOf(model, age) {
@@ -11102,7 +10911,7 @@ def check(config: Config) -> int:
     log = lambda level, text: print(printable(text))  # noqa: E731
     needs, budget = Needs(config.settings.state_dir, log), config.settings.budget
     if None in budget.values():
-        budget = with_machine_budget(budget, machine_budget(set))
+        budget = with_machine_budget(budget, machine_budget(lambda pid: False))
         print(f"budget {resources_text(budget)}", end="\n\n")
     for model in config.models.values():
         aliases = f" ({', '.join(model.aliases)})" if model.aliases else ""
