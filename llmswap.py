@@ -3171,7 +3171,7 @@ class Backend:
         on_dying()            it was found dead or hung, though not told to stop
         on_exited(problem)    nothing of it is left; problem None if it was stopped
         on_line(text)         it wrote a line, or something is to be said of it
-        on_context(kind, tokens, size, seconds)   see ModelContext
+        on_context(kind, tokens, size, seconds)   see LlamaServerBackend
 
     Subclasses implement:
 
@@ -3251,8 +3251,8 @@ class Backend:
             self.report_stall()
         return True
 
-    def record_answer(self, usage, request: Mapping[str, object]):
-        """A request was answered: see ModelContext."""
+    def record_answer(self, usage):
+        """A request was answered: see LlamaServerBackend."""
 
     def died(self, timeout: float) -> bool:
         """Return whether it ended by itself, now or within the timeout."""
@@ -3330,6 +3330,9 @@ class Backend:
     def _may_become_ready(self):
         return self._is_alive()
 
+    def _may_probe(self):
+        return self._is_alive()
+
     def _report_death(self):
         """From now on no request is sent to it."""
         self._listener.on_dying(self)
@@ -3379,7 +3382,7 @@ class Backend:
                 return Probe(200)
             if is_own:
                 self._probe_socket = sock
-                if not self._is_alive():
+                if not self._may_probe():
                     raise InterruptedError("it has ended, or is being stopped")
             headers = {"Host": self.upstream.authority, "Connection": "close"}
             if self.model.settings.proxy_key:
@@ -3529,444 +3532,6 @@ class Backend:
             (listener.on_slept if is_asleep else listener.on_loaded)(self)
 
 
-# -- contexts that outlive their backend -----------------------------------------------
-#
-#    A stop of llama-server loses the prompts that it has processed. It can write the
-#    state of each slot to a file, and read it again after its next start:
-#
-#        STATE-DIR/context/MODEL/manifest.json   which files count, and of which command
-#        STATE-DIR/context/MODEL/MODEL.SLOT.ID   one slot, written by llama-server
-#
-#    A file counts once the manifest names it, which is replaced atomically. While the
-#    files are in use the manifest says so: if the server then ends without being
-#    stopped, what was restored may be the reason, and it is not restored again.
-
-MIN_CONTEXT = 256  # tokens; fewer are soon processed again
-SLOT_LIST_TIMEOUT = 1.0  # s
-UNKNOWN_PROMPT_SPEED = 500.0  # tokens/s, until an answer tells it
-WORTH_SHARE = 0.1  # of the time to process a context again that saving it may take
-CHEAP_SAVE = 0.05  # s; a save so short is worth it in any case
-MAX_USELESS = 2  # restores in a row, then a command's contexts are kept no more
-EMBEDDING_OPTIONS = {"--embedding", "--embeddings", "--rerank", "--reranking"}
-
-
-class SavedSlot(NamedTuple):
-    """The file of one slot: its name, the tokens in it, and its size in bytes."""
-
-    name: str
-    tokens: int
-    size: int
-
-
-class Manifest(NamedTuple):
-    """What is saved of a model: the slots by number, their files in `folder`.
-
-    `command` identifies the command, `owner` is the INI file, `speed` that of prompts
-    in tokens per second, `saved_at` in Unix time.
-    """
-
-    command: str
-    owner: str
-    folder: str
-    speed: float
-    saved_at: float
-    in_use: bool
-    slots: Mapping[int, SavedSlot]
-
-    @property
-    def size(self) -> int:
-        """The bytes of all slots."""
-        return sum(slot.size for slot in self.slots.values())
-
-
-def make_private_folder(path: str):
-    """Create a folder and its missing parents, for this user only. Raise OSError."""
-    if not os.path.isdir(path):
-        make_private_folder(os.path.dirname(path))
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o700)
-
-
-class ContextStore:
-    """The saved contexts of all models. Any thread may call.
-
-    Several llmswaps may share the directory: each deletes what belongs to models that
-    have left its own file, and any of them what is beyond its limit.
-    """
-
-    def __init__(self):
-        self.useless = collections.Counter()  # restores in a row, by command
-        self.save_costs = collections.Counter()  # seconds for each token, by command
-        self._lock = threading.Lock()  # of changing manifests
-        self._root = self._owner = ""
-        self._limit = math.inf
-        self._folders = set()  # of the models that keep their contexts
-        self._sizes = {}  # bytes by folder
-
-    def configure(self, config: Config):
-        """Use this configuration from now on, and tidy up in the background."""
-        self._root = os.path.join(config.settings.state_dir, "context")
-        self._owner = os.path.abspath(config.path)
-        self._limit = config.settings.context_max
-        self._folders = {model.context_dir for model in config.models.values()} - {""}
-        self.tidy()
-
-    def is_wanted(self, folder: str) -> bool:
-        """Whether a model of the configuration has this folder."""
-        return folder in self._folders
-
-    def size_of(self, folder: str) -> Optional[int]:
-        """Return how many bytes are kept there; None: the model keeps nothing."""
-        return self._sizes.get(folder, 0) if folder else None
-
-    def read(self, folder: str) -> Optional[Manifest]:
-        """Return the manifest of a model, None if there is none that can be read."""
-        try:
-            with open(f"{folder}manifest.json", "rb") as file:
-                manifest = Manifest(**json.load(file))
-            slots = {int(n): SavedSlot(*slot) for n, slot in manifest.slots.items()}
-            speed, saved_at = float(manifest.speed), float(manifest.saved_at)
-            return manifest._replace(slots=slots, speed=speed, saved_at=saved_at)
-        except (AttributeError, OSError, TypeError, ValueError):
-            return None
-
-    def write(self, folder: str, manifest: Manifest):
-        """Replace the manifest of a model; without slots, delete it. Raise OSError."""
-        path = f"{folder}manifest.json"
-        with self._lock:
-            self._sizes[folder] = manifest.size
-            if not manifest.slots:
-                return _delete([path])
-            with open(f"{path}.new", "w", opener=_open_private) as file:
-                json.dump(manifest._replace(owner=self._owner)._asdict(), file)
-            os.replace(file.name, path)
-
-    def tidy(self, stale: Iterable[str] = ()):
-        """In the background, delete these files, what models have left that are gone,
-        and the oldest contexts until the rest is within the limit."""
-        with contextlib.suppress(RuntimeError):  # no more threads can be started
-            threading.Thread(target=self._tidy, args=(stale,), daemon=True).start()
-
-    def _tidy(self, stale):
-        files, manifests = [*stale], {}
-        with self._lock:
-            for folder in [f"{path}/" for path in _paths_in(self._root)]:
-                manifest = self.read(folder)
-                is_ours = manifest is None or manifest.owner == self._owner
-                if is_ours and not self.is_wanted(folder):
-                    files += _paths_in(folder) + _paths_of(manifest)
-                elif manifest:
-                    manifests[folder] = manifest
-            for folder in sorted(manifests, key=lambda each: manifests[each].saved_at):
-                if sum(each.size for each in manifests.values()) > self._limit:
-                    _delete([f"{folder}manifest.json"])
-                    files += _paths_of(manifests.pop(folder))
-            self._sizes = {each: manifests[each].size for each in manifests}
-        _delete(files)
-
-
-def _open_private(path, flags):
-    return os.open(path, flags, 0o600)
-
-
-def _paths_in(folder):
-    with contextlib.suppress(OSError):
-        return [entry.path for entry in os.scandir(folder)]
-    return []
-
-
-def _paths_of(manifest):
-    slots = manifest.slots.values() if manifest else []
-    return [manifest.folder + slot.name for slot in slots]
-
-
-def _conversation_of(request):
-    """Return what the requests of one conversation have in common."""
-    talk = request.get("messages") or request.get("input") or request.get("prompt")
-    first = talk[:2] if isinstance(talk, list) else str(talk)[:1000]
-    return hash(repr([request.get("system"), first]))
-
-
-def _size_of(path):
-    with contextlib.suppress(OSError):
-        return os.path.getsize(path)
-    return None
-
-
-def _delete(paths):
-    for path in paths:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-
-
-class ModelContext:
-    """The contexts of one run of a llama-server: `restore` after its start, `save`
-    before its stop, both on the backend's thread.
-
-    Neither raises, and each takes at most `limit` seconds, nor longer than it would
-    take to process the prompts again. `report(text)` gets one line if something fails.
-    `on_change(kind, tokens, bytes, seconds)` is told what was "saved" or "restored" and
-    how long that took, and what was "used" by the first answer: then the seconds are
-    those that it would have taken to process the tokens again.
-    """
-
-    def __init__(self, store: ContextStore, model: Model, report, on_change):
-        self._store, self._report, self._on_change = store, report, on_change
-        self._env, self._key = model.env, model.settings.proxy_key
-        self._name = folder_name(model.name)
-        self._folder = self._files = model.context_dir  # of the manifest, of the slots
-        self._command = ""  # a digest of it; empty: nothing is kept
-        self._slots = {}  # number -> SavedSlot, of those restored
-        self._speed = UNKNOWN_PROMPT_SPEED
-        self._has_own_caches = False  # each slot; else one that rests may be emptied
-        self._trial = None  # the most tokens restored, until an answer used some
-        self._is_doubtful = False  # whether an answer could have used some, but did not
-        self._talks = set()  # the conversations of this run
-        self._socket = None
-        self._is_aborted = False
-
-    # -- before the start ------------------------------------------------------------
-
-    def prepare(self, argv: List[str], binary: str, port: str, cwd: str) -> List[str]:
-        """Return the command with which contexts can be kept, as far as they can be."""
-        option = f"--{SAVE_PATH}"
-        given = [value for word, value in zip(argv, argv[1:]) if word == option]
-        if not given:
-            self._report("this llama-server cannot save contexts")
-            return argv
-        self._files = os.path.join(cwd, given[-1], "")
-        try:
-            make_private_folder(self._folder.rstrip("/"))
-        except OSError as error:
-            self._report(f"contexts cannot be kept: {error}")
-            return [word for word in argv if word not in (option, self._folder)]
-        self._has_own_caches = "--parallel" in argv and "--kv-unified" not in argv
-        if EMBEDDING_OPTIONS.isdisjoint(argv):
-            self._command = self._digest(argv, binary, port, cwd)
-        return argv
-
-    def _digest(self, argv, binary, port, cwd):
-        """Return what changes with the command, its environment or its files."""
-        words = [word for word in argv if word != port]
-        stamps = []
-        for option, word in [("", binary), *zip(words, words[1:])]:
-            if option in ("", "--model") or word.endswith(".gguf"):
-                with contextlib.suppress(OSError, ValueError):
-                    status = os.stat(os.path.join(cwd, word))
-                    stamps += [word, status.st_size, status.st_mtime_ns]
-        identity = json.dumps([words, sorted(self._env.items()), stamps])
-        return hashlib.sha256(identity.encode()).hexdigest()
-
-    # -- after the start -------------------------------------------------------------
-
-    def restore(self, upstream: Upstream, limit: float) -> bool:
-        """Give the server, which nobody uses yet, what was saved of its command.
-
-        Return False if the server is to be started anew, without that: it died of it,
-        or it refused some, after which some builds answer nonsense.
-        """
-        began, slots = time.monotonic(), self._claim()
-        tokens = sum(slot.tokens for slot in slots.values())
-        deadline = began + min(limit, tokens / self._speed)
-        try:
-            for number, slot in slots.items():
-                target = f"/slots/{number}?action=restore"
-                self._ask(upstream, deadline, "POST", target, {"filename": slot.name})
-                self._slots[number] = slot
-        except OSError as error:
-            if self._is_aborted:
-                self._slots = slots  # for the next time
-            else:
-                self._report(f"context of slot {number} was not restored: {error}")
-                self._store.tidy([self._files + slot.name for slot in slots.values()])
-                self._slots = {}
-                self._count_useless()
-            self.keep({})
-            return isinstance(error, socket.timeout)
-        if slots:
-            self._trial = max(slot.tokens for slot in slots.values())
-            self._tell("restored", slots.values(), began)
-        return True
-
-    def _claim(self):
-        """Return what was saved of this command, marked as in use; delete the rest."""
-        manifest, slots, reason = self._store.read(self._folder), {}, None
-        if manifest and manifest.in_use:
-            reason = "the server that had it last was not stopped"
-        elif manifest and manifest.command != self._command:
-            reason = "the command, or a file of it, has changed"
-        elif manifest and self._is_kept():
-            self._speed = manifest.speed
-            slots = self._whole(manifest.slots)
-        try:
-            self._write(slots, in_use=True)
-        except OSError as error:
-            slots, reason = {}, error
-        if reason:
-            self._report(f"its context was not restored: {reason}")
-        pattern = re.escape(self._files + self._name) + r"\.\d+\.[0-9a-f]{8}"
-        stale = filter(re.compile(pattern).fullmatch, _paths_in(self._files))
-        used = {self._files + slot.name for slot in slots.values()}
-        self._store.tidy({*stale, *_paths_of(manifest)} - used)
-        return slots
-
-    def record_answer(self, usage, request: Mapping[str, object]):
-        """Learn how fast prompts are processed, and whether a restore was of use: then
-        the first answer to a conversation had much of its prompt in the cache.
-
-        A prompt of less than half of what was restored is of a new conversation. Any
-        thread may call.
-        """
-        tokens, cached = usage.tokens_in, usage.tokens_cached
-        if tokens is None or cached is None:
-            return
-        if usage.prompt_speed and tokens - cached >= MIN_CONTEXT:
-            self._speed = usage.prompt_speed
-        talk = _conversation_of(request) if self._trial else None
-        if talk is None or talk in self._talks:
-            return
-        if cached < MIN_CONTEXT:
-            self._is_doubtful |= tokens >= self._trial / 2
-        else:
-            self._trial, self._store.useless[self._command] = None, 0
-            if not self._talks:  # else another conversation may begin like this one
-                self._on_change("used", cached, 0, cached / self._speed)
-        self._talks.add(talk)
-
-    def _count_useless(self):
-        self._store.useless[self._command] += 1
-        if not self._is_kept():
-            self._report("restored contexts are of no use: none is kept any more")
-
-    # -- before the stop -------------------------------------------------------------
-
-    def save(self, upstream: Upstream, limit: float):
-        """Save what the slots hold, now that no request is left."""
-        if self._trial and self._is_doubtful:
-            self._count_useless()
-        saved = {}
-        if self._is_kept():
-            try:
-                began = time.monotonic()
-                for number, slot in self._save_slots(upstream, limit):
-                    saved[number] = slot
-            except OSError as error:
-                if not self._is_aborted:
-                    self._report(f"context was not saved: {error}")
-            if any(slot.tokens for slot in saved.values()):
-                self._tell("saved", saved.values(), began)
-        self.keep(saved)
-
-    def keep(self, saved: Mapping[int, SavedSlot]):
-        """Keep what was saved and, of the other slots, what was restored."""
-        slots = {**self._whole(self._slots), **saved} if self._is_kept() else {}
-        slots = {n: slot for n, slot in slots.items() if slot.tokens >= MIN_CONTEXT}
-        try:
-            self._write(slots)
-        except OSError as error:
-            self._report(f"context was not saved: {error}")
-        stale = {*self._slots.values(), *saved.values()} - {*slots.values()}
-        self._store.tidy([self._files + slot.name for slot in stale])
-
-    def _save_slots(self, upstream, limit):
-        """Yield slots that are saved, with their numbers. Raise OSError at the first
-        that cannot be, or if all that takes too long for what it is worth."""
-        last = time.monotonic() + limit
-        tokens = self._long_slots(upstream, min(limit, SLOT_LIST_TIMEOUT))
-        total, costs = sum(tokens.values()), self._store.save_costs
-        worth, cost = total / self._speed, total * costs[self._command]
-        if cost > max(CHEAP_SAVE, WORTH_SHARE * worth):
-            costs[self._command] /= 2  # so that it is tried again some time
-            raise OSError(f"it takes {cost:.1f} s, to process it again {worth:.1f} s")
-        began = time.monotonic()
-        try:
-            for number in tokens:
-                deadline = min(last, began + worth)
-                yield number, self._save_slot(upstream, deadline, number)
-        finally:
-            costs[self._command] = (time.monotonic() - began) / max(1, total)
-
-    def _long_slots(self, upstream, limit):
-        """Return the tokens of each slot that is worth saving, the busy ones last."""
-        slots = self._ask(upstream, time.monotonic() + limit, "GET", "/slots")
-        try:
-            slots = sorted(slots, key=lambda slot: bool(slot.get("is_processing")))
-            tokens = {int(slot["id"]): slot.get("n_prompt_tokens", 0) for slot in slots}
-            if any(tokens.values()) and not self._has_own_caches:
-                for number, slot in self._slots.items():  # those that rest may be empty
-                    tokens[number] = tokens[number] or slot.tokens
-            return {n: count for n, count in tokens.items() if count >= MIN_CONTEXT}
-        except (AttributeError, LookupError, TypeError, ValueError):
-            raise OSError("/slots is no list of slots") from None
-
-    def _save_slot(self, upstream, deadline, number):
-        name = f"{self._name}.{number}.{os.urandom(4).hex()}"
-        target, body = f"/slots/{number}?action=save", {"filename": name}
-        try:
-            os.close(_open_private(self._files + name, os.O_CREAT | os.O_WRONLY))
-            answer = self._ask(upstream, deadline, "POST", target, body)
-            slot = SavedSlot(name, int(answer["n_saved"]), int(answer["n_written"]))
-            if not self._whole({number: slot}):
-                raise OSError("the file is not whole; is the disk full?")
-            return slot
-        except (LookupError, OSError, TypeError, ValueError) as error:
-            _delete([self._files + name])
-            raise OSError(f"slot {number}: {error}") from None
-
-    # -- both ------------------------------------------------------------------------
-
-    def abort(self):
-        """End a restore or a save that is under way. Any thread may call."""
-        self._is_aborted, sock = True, self._socket
-        if sock:
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-    def _is_kept(self):
-        is_useless = self._store.useless[self._command] >= MAX_USELESS
-        return self._command and self._store.is_wanted(self._folder) and not is_useless
-
-    def _write(self, slots, in_use=False):
-        now, files = time.time(), self._files
-        manifest = Manifest(self._command, "", files, self._speed, now, in_use, slots)
-        self._store.write(self._folder, manifest)
-
-    def _whole(self, slots):
-        """Return those of the slots whose files are as large as they should be."""
-        return {
-            number: slot
-            for number, slot in slots.items()
-            if _size_of(self._files + slot.name) == slot.size > 0
-        }
-
-    def _tell(self, kind, slots, began):
-        seconds = time.monotonic() - began
-        tokens, size = sum(slot.tokens for slot in slots), sum(s.size for s in slots)
-        self._on_change(kind, tokens, size, seconds)
-
-    def _ask(self, upstream, deadline, method, target, body=None):
-        """Return what the answer's JSON means; it must be a success. Raise OSError."""
-        headers = {"Host": upstream.authority, "Connection": "close"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = [method, upstream.base_path + target, body and json.dumps(body)]
-        sock = self._socket = upstream.dial(max(0.001, deadline - time.monotonic()))
-        try:
-            if self._is_aborted:
-                raise ConnectionAbortedError("it is being killed")
-            probe = exchange(sock, deadline, *request, headers=headers)
-            if probe.ok:
-                return json.loads(probe.body)
-        except (ValueError, RecursionError, http.client.HTTPException) as error:
-            raise OSError(f"{target} is answered with nonsense: {error}") from None
-        finally:
-            self._socket = None
-            sock.close()
-        message = re.search(rb'"message":\s*"([^"]*)"', probe.body)
-        text = message[1].decode("utf-8", "replace") if message else "no reason"
-        raise OSError(f"{target} is answered {probe.status}, {text}")
-
-
 # -- a child process -------------------------------------------------------------------
 
 
@@ -3976,16 +3541,8 @@ class ProcessBackend(Backend):
     A second thread reads its output and notices its exit (`_watch_process`).
     """
 
-    def __init__(
-        self,
-        model: Model,
-        listener,
-        guard: Guard,
-        settle_timeout: float,
-        contexts: Optional[ContextStore] = None,
-    ):
+    def __init__(self, model: Model, listener, guard: Guard, settle_timeout: float):
         super().__init__(model, listener)
-        self._contexts, self._context = contexts, None
         self.lines = collections.deque(maxlen=LAST_LINES)
         self._guard = guard
         self._settle_timeout = settle_timeout
@@ -3997,14 +3554,8 @@ class ProcessBackend(Backend):
     def stop(self, at_once=False):
         """End it: within its stop timeout if it is loaded, else by a kill."""
         super().stop(at_once)
-        if self._context and (at_once or not self._is_ready):
-            self._context.abort()
         if at_once or not (self._is_ready or self.model.settings.cmd_stop):
             self._kill_group()
-
-    def record_answer(self, usage, request):
-        if self._context:
-            self._context.record_answer(usage, request)
 
     # -- coming up
 
@@ -4012,33 +3563,28 @@ class ProcessBackend(Backend):
         """Start it, again if it did not survive the restore of its context, and on
         another port if its port was taken meanwhile."""
         for _ in range(PORT_TRIES):
-            if super()._load():
-                limit = self.model.settings.stop_timeout
-                if not self._context or self._context.restore(self.upstream, limit):
-                    return self._is_alive()
-                may_repeat = True
-            else:
-                may_repeat = self._stranger and self._is_port_chosen
+            is_healthy = super()._load()
+            if is_healthy and self._restore_context():
+                return self._is_alive()
+            may_repeat = is_healthy or self._stranger and self._is_port_chosen
             if self._is_stop_asked or not may_repeat:
                 return False
             self._terminate()
         return False
 
     def _spawn(self):
-        model = self.model
-        self.port = free_port()
+        model, self.port = self.model, free_port()
+        environment = clean_environment(model.environment(str(self.port)))
+        self._surroundings = {"env": environment, "cwd": model.settings.cwd or None}
         try:
-            argv = model.command(table_of(model), str(self.port))
+            argv = self._command()
             self.upstream = Upstream(model.url(str(self.port)))
         except ConfigError as error:
             raise LoadFailed(str(error)) from None
         self._is_port_chosen = self.upstream.port == self.port
         if model.kind == "llama-server" and SLEEP_OPTION in argv:
             self._sleep_poll = SLEEP_POLL
-        environment = clean_environment(model.environment(str(self.port)))
-        self._surroundings = {"env": environment, "cwd": model.settings.cwd or None}
-        binary = find_program(argv[0], environment, model.settings.cwd)
-        argv = self._with_context(argv, binary)
+        find_program(argv[0], environment, model.settings.cwd)
         self._stranger = self._own_inodes = None
         self._may_hide = model.kind == "cmd"
         self._oom_kills = oom_kills()
@@ -4076,19 +3622,12 @@ class ProcessBackend(Backend):
         if self._is_stop_asked:  # `stop` may have come before there was a process
             self.stop(self._is_kill_asked)
 
-    def _with_context(self, argv, binary):
-        """Return the command with which its context is kept, if it is to be."""
-        self._context = None
-        if not (self._contexts and self.model.context_dir):
-            return argv
-        self._context = ModelContext(
-            self._contexts,
-            self.model,
-            report=self._note,
-            on_change=functools.partial(self._listener.on_context, self),
-        )
-        cwd = self.model.settings.cwd or os.getcwd()
-        return self._context.prepare(argv, binary, str(self.port), cwd)
+    def _command(self):
+        return self.model.command(table_of(self.model), str(self.port))
+
+    def _restore_context(self):
+        """Do what comes between a good health and the first request; False: again."""
+        return True
 
     def _watch_process(self, process):
         """Pass its output on until it has exited, on a thread of its own."""
@@ -4165,12 +3704,7 @@ class ProcessBackend(Backend):
             self._reap()
 
     def _save_context(self):
-        if not self._context or self._is_kill_asked:
-            return
-        if self._is_asleep:  # it holds nothing, and a question would wake it
-            self._context.keep({})
-        else:
-            self._context.save(self.upstream, self.model.settings.stop_timeout)
+        """Do what comes between the last request and the stop."""
 
     def _ask_to_exit(self):
         """Run the stop command or send SIGTERM, and wait for the stop timeout."""
@@ -4312,6 +3846,334 @@ OUT_OF_MEMORY = re.compile(
     r"|larger than the (available KV cache memory|maximum number of tokens that can)",
     re.IGNORECASE | re.MULTILINE,
 )
+
+
+# -- contexts that outlive their backend -----------------------------------------------
+#
+#    A stop of llama-server loses the prompts that it has processed. It can write the
+#    state of each slot to a file, and read it again after its next start:
+#
+#        STATE-DIR/context/manifest.json     which files count, and of which command
+#        STATE-DIR/context/MODEL/MODEL.SLOT.ID       one slot, written by llama-server
+#
+#    A file counts while the manifest names it. It is named when it is complete, and no
+#    more before it is read: whatever is killed at whatever moment, nothing is restored
+#    that is half, or that a server may have died of.
+
+MIN_CONTEXT = 256  # tokens; fewer are soon processed again
+SLOT_LIST_TIMEOUT = 1.0  # s
+UNKNOWN_PROMPT_SPEED = 500.0  # tokens/s, until an answer tells it
+SAVE_SHARE = 0.1  # of the time to process a context again; a save may take as long
+MIN_SAVE_TIMEOUT = 0.25  # s
+MAX_FAILURES = 2  # in a row, then no more contexts of a command are kept
+EMBEDDING_OPTIONS = {"--embedding", "--embeddings", "--rerank", "--reranking"}
+MALFORMED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+class SavedContext(NamedTuple):
+    """What is saved of a model: (number, path, tokens) of slots, and their bytes.
+
+    `command` is a digest of its command, `speed` that of its prompts in tokens/s.
+    """
+
+    command: str = ""
+    speed: float = UNKNOWN_PROMPT_SPEED
+    size: int = 0
+    slots: Sequence[Tuple[int, str, int]] = ()
+
+
+class ContextStore:
+    """The saved contexts of the models of one llmswap. Any thread may call.
+
+    Two llmswaps that share the directory can only delete each other's contexts.
+    """
+
+    def __init__(self):
+        self.failures = collections.Counter()  # in a row, by command
+        self._lock = threading.Lock()  # of what follows
+        self._root = ""
+        self._limit = math.inf
+        self._folders = set()  # of the models that have contexts
+        self._saved = {}  # SavedContext by folder, the oldest first
+
+    def configure(self, config: Config):
+        """Use this configuration from now on, and delete what has no model there."""
+        with self._lock:
+            self._folders = {each.context_dir for each in config.models.values()} - {""}
+            self._limit = config.settings.context_max
+            is_first = not self._root
+            self._root = os.path.join(config.settings.state_dir, "context")
+            if is_first:
+                self._saved = self._read()
+            with contextlib.suppress(OSError):
+                self._update()
+                folders = {f"{e.path}/" for e in os.scandir(self._root) if e.is_dir()}
+                discard_files(folders - self._folders)
+
+    def size_of(self, folder: str) -> Optional[int]:
+        """Return how many bytes are saved there; None: no model has that folder."""
+        saved = self._saved.get(folder, SavedContext())
+        return saved.size if folder in self._folders else None
+
+    def take(self, folder: str) -> SavedContext:
+        """Return what was saved there and forget it: it is used once. Raise OSError."""
+        with self._lock:
+            saved = self._saved.pop(folder, None)
+            if saved:
+                self._update()
+            return saved or SavedContext()
+
+    def put(self, folder: str, context: SavedContext):
+        """Remember that; the oldest contexts beyond the limit go. Raise OSError."""
+        with self._lock:
+            self._saved[folder] = context
+            self._update()
+
+    def _read(self):
+        with contextlib.suppress(OSError, *MALFORMED):
+            with open(f"{self._root}/manifest.json", "rb") as file:
+                rows = json.load(file).items()
+            return {folder: SavedContext(*row) for folder, row in rows}
+        return {}
+
+    def _update(self):
+        for folder, context in [*self._saved.items()]:
+            size = sum(each.size for each in self._saved.values())
+            if folder not in self._folders or size > self._limit:
+                del self._saved[folder]
+                discard_files(path for _, path, _ in context.slots)
+        path = f"{self._root}/manifest.json"
+        with open(f"{path}.new", "w", opener=open_private) as file:
+            json.dump(self._saved, file)
+        os.replace(file.name, path)
+
+
+def open_private(path: str, flags: int) -> int:
+    """Open a file that only this user may read, if it is new."""
+    return os.open(path, flags, 0o600)
+
+
+def discard_files(paths: Iterable[str]):
+    """Delete files, and folders (with a slash) with all in them, in the background."""
+
+    def discard():
+        for path in paths:
+            if path.endswith("/"):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+
+    with contextlib.suppress(RuntimeError):  # no more threads can be started
+        threading.Thread(target=discard, daemon=True).start()
+
+
+class LlamaServerBackend(ProcessBackend):
+    """A llama-server whose context is saved before a stop, and restored after a start.
+
+    What fails costs a line of the log and a bounded time, and deletes what was saved.
+    `on_context(kind, tokens, bytes, seconds)` of its listener is told what was "saved" or
+    "restored" and how long that took, and what was "used" by an answer: then the
+    seconds are those that it would have taken to process the tokens again.
+    """
+
+    def __init__(
+        self, model: Model, listener, guard: Guard, settle_timeout: float, contexts
+    ):
+        super().__init__(model, listener, guard, settle_timeout)
+        self._contexts = contexts
+        self._digest = self._files = ""  # of its command; the folder of slots
+        self._speed = UNKNOWN_PROMPT_SPEED
+        self._restored = {}  # tokens of slots
+        self._unused = 0  # the most of them, until an answer used some
+        self._longest = 0  # tokens that an answer of this run left in a slot
+        self._is_saving = False
+
+    def record_answer(self, usage):
+        """Learn how fast prompts are processed, and whether the restore was of use:
+        then more of a prompt was in the cache than answers of this run left there."""
+        tokens, cached = usage.tokens_in, usage.tokens_cached
+        if tokens is None or cached is None:
+            return
+        if usage.prompt_speed and tokens - cached >= MIN_CONTEXT:
+            self._speed = usage.prompt_speed
+        if self._unused and cached >= MIN_CONTEXT and cached > self._longest:
+            self._unused = self._contexts.failures[self._digest] = 0
+            self._listener.on_context(self, "used", cached, 0, cached / self._speed)
+        self._longest = max(self._longest, tokens + (usage.tokens_out or 0))
+
+    # -- before the start
+
+    def _command(self):
+        """Return its command, with a folder for its contexts if there can be one."""
+        self._digest = ""
+        root = os.path.dirname(self.model.context_dir.rstrip("/"))
+        try:
+            for folder in (os.path.dirname(root), root, self.model.context_dir):
+                os.makedirs(folder, 0o700, exist_ok=True)
+        except OSError as error:
+            self._note(f"contexts cannot be kept: {error}")
+            model = self.model._replace(context_dir="")
+            return model.command(table_of(model), str(self.port))
+        argv = super()._command()
+        paths = [path for word, path in zip(argv, argv[1:]) if word == f"--{SAVE_PATH}"]
+        if not paths:
+            self._note("this llama-server cannot save contexts")
+        elif EMBEDDING_OPTIONS.isdisjoint(argv):
+            folder = os.path.join(self.model.settings.cwd, paths[-1])
+            self._files = os.path.join(os.path.abspath(folder), "")
+            self._digest = self._digest_of(argv)
+        return argv
+
+    def _digest_of(self, argv):
+        """Return what changes with the command, its environment, binary or models."""
+        env, cwd = self._surroundings["env"], self.model.settings.cwd
+        stamps = [os.stat(find_program(argv[0], env, cwd))]
+        for option, path in zip(argv, argv[1:]):
+            if option == "--model" or path.endswith(".gguf"):
+                with contextlib.suppress(OSError, ValueError):
+                    stamps.append(os.stat(os.path.join(cwd, path)))
+        words = [word for word in argv if word != str(self.port)]
+        files = [(each.st_size, each.st_mtime_ns) for each in stamps]
+        identity = repr([words, sorted(self.model.env.items()), files])
+        return hashlib.sha256(identity.encode()).hexdigest()
+
+    # -- after the start
+
+    def _restore_context(self):
+        """Give the server, which nobody uses yet, what was saved of its command.
+
+        It takes `stop-timeout` at most, nor longer than to process the prompts again.
+        Return False if the server is to be started anew, without that: it died of it,
+        or it refused some, after which some builds answer nonsense.
+        """
+        began = time.monotonic()
+        self._restored, self._unused, self._longest = {}, 0, 0
+        if not self._digest:
+            return True
+        try:
+            saved = self._take_context()
+            tokens = sum(tokens for _, _, tokens in saved.slots)
+            limit = min(self.model.settings.stop_timeout, tokens / saved.speed)
+            for number, path, tokens in saved.slots:
+                self._ask(began + limit, f"/slots/{number}?action=restore", path)
+                self._restored[number] = tokens
+        except (OSError, *MALFORMED) as error:
+            self._restored = {}
+            self._count_failure(f"context was not restored: {error}")
+            return isinstance(error, TimeoutError)
+        finally:
+            self._discard_all_but(())
+        if saved.slots:
+            self._unused = max(self._restored.values())
+            self._tell("restored", saved, began)
+        return True
+
+    def _take_context(self):
+        saved = self._contexts.take(self.model.context_dir)
+        if saved.slots and saved.command != self._digest:
+            text = "context was not restored: the command or a file has changed"
+            self._note(text)
+        paths = [path for _, path, _ in saved.slots if os.path.isfile(path)]
+        is_whole = sum(map(os.path.getsize, paths)) == saved.size
+        if saved.command != self._digest or not (is_whole and self._keeps_context()):
+            return SavedContext()
+        self._speed = saved.speed
+        return saved
+
+    # -- before the stop
+
+    def _save_context(self):
+        """Save what the slots hold, now that no request is left.
+
+        It takes `stop-timeout` at most, and a tenth of the time that it would take to
+        process the prompts again; what takes longer fails.
+        """
+        if self._is_asleep or self._is_kill_asked:
+            return  # asleep, it holds nothing, and a question would wake it
+        if self._unused and self._longest >= self._unused / 2:
+            self._count_failure("the restored context was of no use")
+        began, slots, self._is_saving = time.monotonic(), (), True
+        try:
+            if self._keeps_context():
+                size, slots = self._save_slots(self.model.settings.stop_timeout)
+            if slots:
+                saved = SavedContext(self._digest, self._speed, size, slots)
+                self._contexts.put(self.model.context_dir, saved)
+                self._tell("saved", saved, began)
+        except (OSError, *MALFORMED) as error:
+            slots = ()
+            self._count_failure(f"context was not saved: {error}")
+        self._is_saving = False
+        self._discard_all_but(slots)
+
+    def _save_slots(self, limit):
+        """Return the bytes saved, and SavedContext.slots."""
+        now = time.monotonic()
+        listed = self._ask(now + min(limit, SLOT_LIST_TIMEOUT), "/slots")
+        tokens = dict(self._restored)  # of which it tells nothing until they are used
+        for slot in listed:
+            if slot.get("n_prompt_tokens"):
+                tokens[int(slot["id"])] = slot["n_prompt_tokens"]
+        tokens = {number: n for number, n in tokens.items() if n >= MIN_CONTEXT}
+        share = SAVE_SHARE * sum(tokens.values()) / self._speed
+        deadline = time.monotonic() + min(limit, max(MIN_SAVE_TIMEOUT, share))
+        size, slots = 0, []
+        for number in tokens:
+            name = f"{folder_name(self.model.name)}.{number}.{os.urandom(4).hex()}"
+            path = self._files + name
+            os.close(open_private(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            answer = self._ask(deadline, f"/slots/{number}?action=save", path)
+            if os.path.getsize(path) != answer["n_written"]:
+                raise OSError("the file is not whole; is the disk full?")
+            if answer["n_saved"] >= MIN_CONTEXT:
+                size += answer["n_written"]
+                slots.append((number, path, answer["n_saved"]))
+        return size, slots
+
+    # -- both
+
+    def _may_probe(self):
+        return self._is_alive() or self._is_saving and not self._is_kill_asked
+
+    def _keeps_context(self):
+        is_wanted = self._contexts.size_of(self.model.context_dir) is not None
+        is_failing = self._contexts.failures[self._digest] >= MAX_FAILURES
+        return self._digest and is_wanted and not is_failing
+
+    def _count_failure(self, text):
+        is_stop_asked = self._is_kill_asked if self._is_ready else self._is_stop_asked
+        if not is_stop_asked:  # else that is why
+            self._contexts.failures[self._digest] += 1
+            if self._contexts.failures[self._digest] >= MAX_FAILURES:
+                text += "; no more contexts are kept"
+            self._note(text)
+
+    def _discard_all_but(self, slots):
+        """Delete its other files of slots, also those that a kill left behind."""
+        name = re.escape(folder_name(self.model.name))
+        pattern = re.compile(re.escape(self._files) + name + r"\.\d+\.[0-9a-f]{8}")
+        with contextlib.suppress(OSError):
+            found = {entry.path for entry in os.scandir(self._files)}
+            found -= {path for _, path, _ in slots}
+            discard_files([*filter(pattern.fullmatch, found)])
+
+    def _tell(self, kind, saved, began):
+        tokens = sum(tokens for _, _, tokens in saved.slots)
+        self._listener.on_context(self, kind, tokens, saved.size, time.monotonic() - began)
+
+    def _ask(self, deadline, target, path=None):
+        """Return what the answer's JSON means; `path` is the file that is to be read or
+        written. Raise OSError; TimeoutError if it is late."""
+        request = "GET", target, ""
+        if path:
+            body = json.dumps({"filename": os.path.basename(path)})
+            request = "POST", target, body
+        probe = self._probe(max(0.001, deadline - time.monotonic()), request)
+        if probe.ok:
+            return json.loads(probe.body)
+        text = f"{target}: {probe.reason} {probe.body[:200].decode(errors='replace')}"
+        raise TimeoutError(text) if probe.timed_out else OSError(text)
 
 
 # -- memory of what runs ---------------------------------------------------------------
@@ -4985,7 +4847,7 @@ class Needs:
             needs = {key: row._asdict() for key, row in rows.items() if row.amounts}
             fresh = f"{self._path}.{os.getpid()}"
             try:
-                make_private_folder(os.path.dirname(self._path))
+                os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
                 with open(fresh, "w", encoding="utf-8") as file:
                     json.dump(needs, file, indent=1)
                 os.replace(fresh, self._path)
@@ -5296,7 +5158,7 @@ class Metrics:
             self._newcomers.add(newcomer)
 
     def count_context(self, model: str, kind: str, tokens: int, seconds: float):
-        """A context was saved, restored or used: see ModelContext."""
+        """A context was saved, restored or used: see LlamaServerBackend."""
         if kind == "used":
             self.counts["context_seconds", model] += seconds
         else:
@@ -5973,9 +5835,10 @@ class Pool:
             return UnitBackend(model, listener, rivals, settle_timeout)
         if model.kind == "remote":
             return RemoteBackend(model, listener)
-        return ProcessBackend(
-            model, listener, self._guard, settle_timeout, self._contexts
-        )
+        setting = model, listener, self._guard, settle_timeout
+        if model.context_dir:
+            return LlamaServerBackend(*setting, self._contexts)
+        return ProcessBackend(*setting)
 
     def _stop(self, decision):
         name, cause = decision.name, decision.cause
@@ -6278,17 +6141,17 @@ def specs_of(
 #        client <── ClientResponse <────────── pieces <────────────────┘
 #
 #    Bodies go on as they come; only JSON, and forms up to their model, are held. Every
-#    socket blocks for TICK at most, after which a StallMonitor decides what follows.
+#    socket blocks for POLL_INTERVAL at most; then a StallMonitor decides what follows.
 # ==================================================================================
 
 HEAD_LIMIT = 65536  # bytes; as nginx's four buffers of 16 KB
 LINES_LIMIT = 100  # header lines; as Apache's LimitRequestFields
+LINE_LIMIT = 4096  # bytes of a line between chunks
 HEAD_SECONDS = 10.0  # for a whole head once its first byte is there
 STALL_SECONDS = 60.0  # without a byte in the middle of a body; as nginx
-MAX_UNREAD_BODY = 1 << 20  # bytes of a body that are read although nobody needs them
-READ_SIZE = 1 << 13  # bytes read at once of heads and most answers
-STREAM_READ_SIZE = 1 << 11  # the same of streams, which wait in numbers
-BUFFER_SIZE = 1 << 18  # bytes read at once of long bodies
+MAX_UNREAD_BODY = 1 << 20  # bytes of a body that are read though they are not needed
+READ_SIZE = 1 << 13  # bytes read at once of heads and of bodies of unknown length
+BUFFER_SIZE = 1 << 18  # bytes read at once of other bodies
 EARLY_HEAD_AFTER = 3.0  # s; until then a failure keeps its true status
 TLS_HELLO = b"\x16\x03"  # how a client begins that means https
 COMMENT = b":\n\n"
@@ -6306,12 +6169,14 @@ Headers = List[Tuple[str, str]]
 
 # -- sockets ---------------------------------------------------------------------------
 
-_TICK_PASSED = (BlockingIOError, TimeoutError, socket.timeout)
+_TIMEOUTS = (BlockingIOError, TimeoutError, socket.timeout)  # of POLL_INTERVAL
 
 
 class StallMonitor:
-    """To be called whenever TICK passed without progress. Raises `problem`, or calls it
-    if it is no exception, once that has lasted `seconds`; calls `on_tick` each time.
+    """To be called whenever POLL_INTERVAL passed without progress. Raises `problem`, or
+    calls it if it is no exception, once that has lasted `seconds`.
+
+    Calls `on_tick` each time.
     """
 
     def __init__(self, seconds: float, problem, on_tick=lambda: None):
@@ -6336,36 +6201,48 @@ class StallMonitor:
 class SocketReader:
     """Reads one connection through a buffer. One thread uses it.
 
-    `on_timeout()` is called whenever TICK passes without a byte; it may raise.
+    `on_timeout()` is called whenever POLL_INTERVAL passes without a byte; it may raise.
     """
 
     def __init__(self, sock: socket.socket, on_timeout=lambda: None):
         self.sock = sock
         self.on_timeout = on_timeout
-        self.held = b""  # received and not used yet
+        self.held = b""  # received and not used yet; READ_SIZE or a little more
         self.is_untouched = True  # nothing of a head was ever received
-
-    def take(self, size: int) -> bytes:
-        """Return up to `size` bytes of those already received, without waiting."""
-        piece, self.held = self.held[:size], self.held[size:]
-        return piece
 
     def receive(self, size=READ_SIZE) -> bytes:
         """Return the next bytes, at most `size`; b"" at the end of the stream."""
-        if self.held:
-            return self.take(size)
+        piece, self.held = self.held[:size], self.held[size:]
+        return piece or self._receive_new(size)
+
+    def _receive_new(self, size=READ_SIZE):
         while True:
             try:
                 return self.sock.recv(size)
-            except _TICK_PASSED:
+            except _TIMEOUTS:
                 self.on_timeout()
+
+    def line(self, form: "re.Pattern") -> "re.Match":
+        """Take a line, which must have this form. Raise BadRequest, EOFError."""
+        while b"\n" not in self.held[:LINE_LIMIT]:
+            if len(self.held) >= LINE_LIMIT:
+                raise BadRequest("a line between chunks is too long")
+            piece = self._receive_new()
+            if not piece:
+                raise EOFError("the connection closed between two chunks")
+            self.held += piece
+        line, _, self.held = self.held.partition(b"\n")
+        match = form.fullmatch(line + b"\n")
+        if not match:
+            raise BadRequest(f"chunks or trailer malformed at {line[:40]!r}")
+        return match
 
     def wait_readable(self, seconds: float) -> bool:
         """Return whether bytes come within so many seconds."""
         try:
             self.held = self.held or self.sock.recv(READ_SIZE)
             return bool(self.held)
-        except _TICK_PASSED:  # a poll wakes nobody meanwhile
+        except _TIMEOUTS:  # unlike them, a poll needs no processor meanwhile
             waiter = select.poll()
             waiter.register(self.sock, select.POLLIN)
             return bool(waiter.poll(seconds * 1000))
@@ -6376,39 +6253,37 @@ class SocketReader:
         Raise BadRequest as soon as it can be none, HeadersTooLarge. Empty lines before
         it are skipped: some clients send one after a body.
         """
-        data, end, skipped = b"", -1, 0
+        data, end, received = b"", -1, 0
         while end < 0:
-            if data or skipped:
-                self.on_timeout()  # a head sent byte by byte is late as well
             searched = max(0, len(data) - 3)
             piece = self.receive()
             if not piece:
                 return b""
+            self.on_timeout()  # a head sent byte by byte is late as well
             self.is_untouched = False
-            data += piece
+            data = _EMPTY_LINES.sub(b"", data + piece)
+            end = data.find(b"\r\n\r\n", searched)
             if data.startswith(TLS_HELLO):
                 raise SpokenTLS("this is plain HTTP: use http://, not https://")
-            if data.startswith(b"\r\n"):
-                blank = _EMPTY_LINES.match(data).end()
-                data, searched, skipped = data[blank:], 0, skipped + blank
-            end = data.find(b"\r\n\r\n", searched)
-            if skipped + (len(data) if end < 0 else end + 4) > HEAD_LIMIT:
+            received += len(piece)
+            unused = len(data) - end - 4 if end >= 0 else 0
+            if received - unused > HEAD_LIMIT:
                 raise HeadersTooLarge(f"the head is larger than {HEAD_LIMIT} bytes")
             if end < 0 and _ILLEGAL_IN_HEAD.search(data, searched):
                 raise BadRequest("this is not HTTP/1 in lines that end with CRLF")
-        self.held = data[end + 4 :]
+        self.held = data[end + 4 :] + self.held
         return data[: end + 4]
 
 
 def send_all(sock: socket.socket, data, monitor: StallMonitor):
-    """Send all of `data`; `monitor` is called whenever TICK passes without progress."""
+    """Send all of `data`. Call `monitor` whenever POLL_INTERVAL passes in vain."""
     monitor.restart()
     left = memoryview(data)
     while len(left):
         try:
             left = left[sock.send(left) :]
             monitor.restart()
-        except _TICK_PASSED:
+        except _TIMEOUTS:
             monitor()
 
 
@@ -6421,7 +6296,7 @@ def has_disconnected(sock: socket.socket) -> bool:
 
 # -- heads -----------------------------------------------------------------------------
 
-_EMPTY_LINES = re.compile(rb"(?:\r\n)+")
+_EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
 _ILLEGAL_IN_HEAD = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _TEXT = rb"[\t\x20-\x7e\x80-\xff]*"
@@ -6455,6 +6330,11 @@ def parse_head(head: bytes, start_line: "re.Pattern") -> Tuple["re.Match", Heade
     return start, [(name.lower(), value) for name, value in headers]
 
 
+def as_chunk(piece) -> bytes:
+    """Return bytes, at least one, as a chunk of a body."""
+    return b"%x\r\n%b\r\n" % (len(piece), piece)
+
+
 def render_head(start: str, headers: Headers) -> bytes:
     """Return the bytes of a head."""
     lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
@@ -6470,33 +6350,24 @@ def end_to_end(headers: Headers) -> Headers:
     return [header for header in headers if header[0] not in dropped]
 
 
-class Framing(NamedTuple):
-    """How a body is delimited: by `length`, as `chunked`, or by the end of the stream
-    (neither). No body: length 0."""
-
-    length: Optional[int] = None
-    is_chunked: bool = False
-
-
-NO_BODY = Framing(length=0)
-UNTIL_CLOSE = Framing()
 _FRAMING_HEADERS = ("content-length", "transfer-encoding")
 
 
-def framing_of(headers: Headers, default: Framing) -> Framing:
-    """Return how the body after these headers is framed; `default` if none says it.
+def framing_of(headers: Headers, default: Optional[int]) -> Tuple[Optional[int], bool]:
+    """Return the length of the body after these headers, and whether it is chunked.
 
-    Raise BadRequest unless there is one Content-Length, a number, or one
-    Transfer-Encoding, exactly `chunked`, but not both.
+    The length is None if it is not known, `default` if no header gives it. Raise
+    BadRequest unless there is one Content-Length, a number, or one Transfer-Encoding,
+    exactly `chunked`, but not both.
     """
-    given = [header for header in headers if header[0] in _FRAMING_HEADERS]
-    if not given:
-        return default
-    (name, value), *more = given
+    framing = [header for header in headers if header[0] in _FRAMING_HEADERS]
+    if not framing:
+        return default, False
+    (name, value), *more = framing
     if not more and name == "content-length" and re.fullmatch("[0-9]{1,18}", value):
-        return Framing(int(value))
+        return int(value), False
     if not more and name == "transfer-encoding" and value.lower() == "chunked":
-        return Framing(is_chunked=True)
+        return None, True
     raise BadRequest(
         "a body needs one Content-Length, or `Transfer-Encoding: chunked` alone"
     )
@@ -6512,17 +6383,16 @@ def is_event_stream(headers: Mapping[str, str]) -> bool:
 class Head:
     """A head, strictly read.
 
-    `headers` are without those that `framing` stands for, `end_to_end` also without
-    those that concern one connection only; names are in lower case. `is_persistent`:
-    the connection may serve another request.
+    `headers` are without those that `length` and `is_chunked` stand for; their names
+    are in lower case. A body of unknown length that is not chunked ends with the
+    connection. `is_persistent`: the connection may serve another request.
     """
 
-    def __init__(self, raw: bytes, start_line: "re.Pattern", default: Framing):
+    def __init__(self, raw: bytes, start_line: "re.Pattern", default: Optional[int]):
         self.start, headers = parse_head(raw, start_line)
         self.is_http_10 = self.start["minor"] == b"0"
-        self.framing = framing_of(headers, default)
+        self.length, self.is_chunked = framing_of(headers, default)
         self.headers = [each for each in headers if each[0] not in _FRAMING_HEADERS]
-        self.end_to_end = end_to_end(self.headers)
         self._first = dict(reversed(self.headers))
         self.connection = ", ".join(self.all("connection")).lower()
         self.is_persistent = "close" not in self.connection
@@ -6542,10 +6412,10 @@ class Request(Head):
     """The head of a client's request."""
 
     def __init__(self, raw: bytes):
-        super().__init__(raw, _REQUEST_LINE, NO_BODY)
+        super().__init__(raw, _REQUEST_LINE, 0)
         self.method = self.start["method"].decode()
         self.target = self.start["target"].decode("latin-1")
-        if self.is_http_10 and self.framing.is_chunked:
+        if self.is_http_10 and self.is_chunked:
             raise BadRequest("HTTP/1.0 has no Transfer-Encoding")
         hosts = self.all("host")
         if len(hosts) > 1 or not (hosts or self.is_http_10):
@@ -6587,87 +6457,68 @@ class Request(Head):
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;%b)?\r\n" % _TEXT)
 _CHUNK_END = re.compile(rb"\r\n")
 _TRAILER = re.compile(rb"%b|\r\n" % _HEADER_LINE)
-_CHUNK_LINE_LIMIT = 4096
 
 
-class ChunkDecoder:
-    """Takes chunked bytes cut anywhere, gives the payload. Raises BadRequest."""
+def read_payload(reader: SocketReader, head: Head, held_back=0) -> Iterable[bytes]:
+    """Yield the payload behind a head as it comes, but chunks of at most `held_back`
+    bytes only when they are whole. Raise EOFError if it ends too early, BadRequest.
+    """
+    if head.is_chunked:
+        while size := int(reader.line(_CHUNK_SIZE).group(1), 16):
+            yield from _read_exactly(reader, size, held_back)
+            reader.line(_CHUNK_END)
+        for _ in range(LINES_LIMIT):
+            if reader.line(_TRAILER).group() == b"\r\n":
+                return
+        raise BadRequest(f"more than {LINES_LIMIT} lines of a trailer")
+    if head.length is not None:
+        yield from _read_exactly(reader, head.length)
+    else:
+        while piece := reader.receive():
+            yield piece
 
-    def __init__(self):
-        self.is_done = False
-        self.rest = b""  # the beginning of a line; at the end, what came behind it
-        self._size = self._left = 0  # bytes of the current chunk, and of them to come
-        self._expected = _CHUNK_SIZE  # the next line
-        self._trailers = 0
 
-    @property
-    def given(self) -> int:
-        """Bytes that were given of a chunk whose end has not come."""
-        return self._size - self._left if self._left else 0
-
-    def feed(self, data: bytes) -> bytes:
-        """Return the payload in these bytes."""
-        data, at, payload = self.rest + data, 0, []
-        while at < len(data) and not self.is_done:
-            if self._left:
-                payload.append(data[at : at + self._left])
-                self._left -= len(payload[-1])
-                at += len(payload[-1])
-                continue
-            end = data.find(b"\n", at, at + _CHUNK_LINE_LIMIT) + 1
-            if end:
-                self._take_line(data[at:end])
-                at = end
-            elif len(data) - at >= _CHUNK_LINE_LIMIT:
-                raise BadRequest("a line between chunks is too long")
-            else:
-                break
-        self.rest = data[at:]
-        return b"".join(payload)
-
-    def _take_line(self, line):
-        match = self._expected.fullmatch(line)
-        if not match or self._trailers == LINES_LIMIT:
-            raise BadRequest(f"chunks or trailer malformed at {line[:40]!r}")
-        if self._expected is _CHUNK_SIZE:
-            self._size = self._left = int(match.group(1), 16)
-            self._expected = _CHUNK_END if self._size else _TRAILER
-        elif self._expected is _CHUNK_END:
-            self._expected = _CHUNK_SIZE
-        else:
-            self._trailers += 1
-            self.is_done = line == b"\r\n"
+def _read_exactly(reader, left, held_back=0):
+    held = b""
+    while left:
+        piece = reader.receive(min(left, BUFFER_SIZE))
+        if not piece:
+            raise EOFError(f"the connection closed {left} bytes before the end")
+        left -= len(piece)
+        held += piece
+        if not left or len(held) > held_back:
+            yield held
+            held = b""
 
 
 class Body:
-    """A client's request body: `held`, what was read of it, then the rest as it comes.
+    """A client's request body: `held`, the part that was read, then the rest.
+
+    `coding` is its content coding, "" once that was undone.
 
     Raises ClientDisconnected, BadRequest, PayloadTooLarge, RequestTimeout and, at once,
-    UnsupportedCoding. After such
-    an error it cannot be read on: its connection is lost.
+    UnsupportedCoding. After such an error it cannot be read on: its connection is lost.
     """
 
     def __init__(self, reader: SocketReader, request: Request, limit: int):
         self._reader = reader
         self._limit = limit
-        self._decoder = ChunkDecoder() if request.framing.is_chunked else None
+        self._pieces = read_payload(reader, request)
         self._is_lost = False
-        self.length = request.framing.length
-        coding = request.get("content-encoding").lower() if self.length != 0 else ""
-        if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
-            raise UnsupportedCoding(
-                f"the content coding {coding!r} is not supported, only gzip and deflate"
-            )
-        self._is_encoded = coding not in ("", "identity")
-        self.was_decoded = False
+        self.length = request.length
+        coding = request.get("content-encoding").lower()
+        self.coding = "" if self.length == 0 else coding
+        if self.coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+            text = f"the content coding {self.coding!r} is not supported"
+            raise UnsupportedCoding(f"{text}, only gzip and deflate")
         self._check_size(self.length or 0)
         expected = request.get("expect").lower()
         self._expects = expected == "100-continue" and not request.is_http_10
         stalled = RequestTimeout(f"the body stalled for {STALL_SECONDS:g} s")
         self._stall = StallMonitor(STALL_SECONDS, stalled)
-        self.held = bytearray(reader.take(self.length or 0))  # came with the head
-        self.received = len(self.held)  # bytes of payload
-        self.is_complete = self.received == self.length
+        self.held = bytearray()
+        self.received = 0  # bytes of payload
+        self.is_complete = self.length == 0
 
     def _check_size(self, size):
         if size > self._limit:
@@ -6682,12 +6533,11 @@ class Body:
 
     def decode(self):
         """Read it all and undo its content coding, if it has one."""
-        if not self._is_encoded:
+        if self.coding in ("", "identity"):
             return
         self.hold(sys.maxsize)
         self.held = bytearray(self._decoded(bytes(self.held)))
-        self.length = len(self.held)
-        self._is_encoded, self.was_decoded = False, True
+        self.coding, self.length = "", len(self.held)
 
     def _decoded(self, data):
         """Return the payload; of gzip it may be in several members."""
@@ -6711,41 +6561,23 @@ class Body:
             yield self._next_piece()
 
     def _next_piece(self):
-        """Return the next bytes of the payload: none if only framing came."""
+        """Return the next bytes of the payload: none at its end."""
         self._stall.restart()
         self._reader.on_timeout = self._stall
         try:
             if self._expects:
                 self._expects = False
                 self._reader.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            piece = self._receive()
+            piece = next(self._pieces, b"")
             self.received += len(piece)
             self._check_size(self.received)
-        except OSError:
+        except (OSError, EOFError):
             raise ClientDisconnected from None
         except APIError:
             self._is_lost = True
             raise
-        self.is_complete = self.is_complete or self.received == self.length
+        self.is_complete = not piece or self.received == self.length
         return piece
-
-    def _receive(self):
-        left = BUFFER_SIZE if self._decoder else self.length - self.received
-        data = self._reader.receive(min(left, BUFFER_SIZE))
-        if not data:
-            raise ClientDisconnected
-        if self._decoder is None:
-            return data
-        piece = self._decoder.feed(data)
-        if self._decoder.is_done:
-            self._reader.held = self._decoder.rest + self._reader.held
-            self.is_complete = True
-        return piece
-
-    @property
-    def can_be_read(self) -> bool:
-        """Whether what is left could be read; its meaning does not matter."""
-        return not self._is_lost
 
     @property
     def can_be_skipped(self) -> bool:
@@ -6776,8 +6608,8 @@ def json_or(raw, fallback):
 
 
 class RequestInfo(NamedTuple):
-    """What a body says that matters here: the `model`, and either the JSON object or
-    the `span` of bytes in which the model stands in a form."""
+    """The `model` that a body names, and either the `members` of its JSON object or the
+    `span` of bytes in which a form has the model."""
 
     model: Optional[str] = None
     span: Tuple[int, int] = (0, 0)
@@ -6786,35 +6618,34 @@ class RequestInfo(NamedTuple):
 
 
 def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
-    """Read JSON whole, forms up to their field `model`; return what was found.
+    """Read JSON whole, and forms up to their field `model`.
 
-    Without `is_needed` a body that is neither is not read, and a form no further than
-    MAX_UNREAD_BODY. Raise BadRequest, PayloadTooLarge, ClientDisconnected.
+    If the model is not needed, the body may be anything: what is neither JSON nor a
+    form is not read, and a form no further than MAX_UNREAD_BODY. Raise BadRequest,
+    PayloadTooLarge, ClientDisconnected.
     """
-    kind = content_type.partition(";")[0].strip().lower()
     body.decode()
     body.hold(1)
+    is_form = content_type.lower().startswith("multipart/form-data")
     is_object = bytes(body.held[:64]).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{")
-    if kind == "multipart/form-data":
-        boundary = _boundary_of(content_type)
-        find = functools.partial(_find_in_multipart, boundary=boundary)
-    elif kind == "application/x-www-form-urlencoded" and not is_object:
-        find = _find_in_form  # curl -d says of JSON, too, that it is a form
-    elif is_object or is_needed:
-        body.hold(sys.maxsize)
-        return _find_in_json(body.held)
-    else:
+    if not (is_form or is_object or is_needed):
         return RequestInfo()
-    size = MAX_UNREAD_BODY
+    size = MAX_UNREAD_BODY if is_form else sys.maxsize
     while True:
-        is_all = body.hold(size)
-        info = find(body.held, is_all)
-        if is_all or info.model is not None or not is_needed:
+        is_whole = body.hold(size)
+        try:
+            find = _find_in_form if is_form else _find_in_json
+            info = find(body.held, content_type)
+        except BadRequest:
+            if is_needed:
+                raise
+            return RequestInfo()
+        if is_whole or info.model is not None or not is_needed:
             return info
         size *= 4
 
 
-def _find_in_json(data):
+def _find_in_json(data, _content_type):
     if not data:
         return RequestInfo()
     try:
@@ -6828,40 +6659,25 @@ def _find_in_json(data):
     return RequestInfo(model, members=members, is_json=True)
 
 
-def _find_in_form(data, is_all):
-    pair = re.search(rb"(?:^|&)model=([^&]*)(&)?", data)
-    if pair is None or not (is_all or pair.group(2)):
-        return RequestInfo()
-    raw = pair.group(1).decode("latin-1")
-    return RequestInfo(urllib.parse.unquote_plus(raw), pair.span(1))
+_BOUNDARY = re.compile(r'(?i)boundary=(?:"([^"]+)"|([^\s;]+))')
+_MODEL_FIELD = re.compile(
+    rb'(?im)^content-disposition:[^\r\n]*[; ]name="?model"?[ \t]*(?:;|\r?$)'
+)
 
 
-def _boundary_of(content_type):
-    match = re.search(r'(?i)boundary=(?:"([^"]+)"|([^\s;]+))', content_type)
-    if not match:
-        raise BadRequest("multipart/form-data without a boundary")
-    return (match.group(1) or match.group(2)).encode("latin-1")
-
-
-_MODEL_FIELD = re.compile(rb'(?i)[; ]name="?model"?[ \t]*(?:;|$)')
-
-
-def _find_in_multipart(data, _, boundary):
+def _find_in_form(data, content_type):
     """Find the part named `model` among those that are whole."""
-    mark = b"--" + boundary
-    at = data.find(mark)
-    while at >= 0:
-        head_end = data.find(b"\r\n\r\n", at)
-        end = data.find(b"\r\n" + mark, head_end + 2) if head_end >= 0 else -1
-        if end < 0:
-            break
-        lines = bytes(data[at : min(head_end, at + HEAD_LIMIT)]).split(b"\r\n")
-        for line in lines:
-            is_disposition = line[:20].lower() == b"content-disposition:"
-            if is_disposition and _MODEL_FIELD.search(line):
-                model = data[head_end + 4 : end].decode("utf-8", "replace")
-                return RequestInfo(model, (head_end + 4, end))
-        at = end + 2
+    boundary = _BOUNDARY.search(content_type)
+    if not boundary:
+        raise BadRequest("multipart/form-data without a boundary")
+    delimiter = b"--" + (boundary.group(1) or boundary.group(2)).encode("latin-1")
+    part = re.compile(re.escape(delimiter) + rb"\r\n((?:[^\r\n]+\r\n)*)\r\n")
+    for match in part.finditer(data):
+        if _MODEL_FIELD.search(match.group(1)):
+            start, end = match.end(), data.find(b"\r\n" + delimiter, match.end() - 2)
+            if end >= 0:
+                model = data[start:end].decode("utf-8", "replace")
+                return RequestInfo(model, (start, end))
     return RequestInfo()
 
 
@@ -6869,7 +6685,7 @@ def _find_in_multipart(data, _, boundary):
 
 
 class BodyEdits(NamedTuple):
-    """What is changed in a request's JSON: `model` (None: as it is), parameters laid
+    """Changes to a request's JSON: `model` (None: as it is), parameters laid
     over it, names removed, and then parameters where it has none."""
 
     model: Optional[str] = None
@@ -6883,9 +6699,9 @@ def edited_json(members: Mapping[str, object], edits: BodyEdits) -> bytes:
     laid_over = dict(edits.laid_over)
     if edits.model is not None:
         laid_over["model"] = edits.model
-    kept = {key: value for key, value in members.items() if key not in edits.removed}
-    filled = merged(dict(edits.defaults), kept)
-    ordered = {key: filled[key] for key in (*kept, *filled)}
+    left = {key: value for key, value in members.items() if key not in edits.removed}
+    filled = merged(dict(edits.defaults), left)
+    ordered = {key: filled[key] for key in (*left, *filled)}
     return _dump(merged(ordered, laid_over))
 
 
@@ -6923,7 +6739,7 @@ class UpstreamResponse(Head):
     """
 
     def __init__(self, reader: SocketReader, method: str):
-        self._reader = reader
+        self.reader = reader
         self.is_over = False  # read to its end, and the connection can serve another
         for _ in range(LINES_LIMIT):
             self._read_head()
@@ -6932,69 +6748,34 @@ class UpstreamResponse(Head):
         else:
             raise Truncated("its answer is not HTTP: interim answers without end")
         self.is_event_stream = is_event_stream(self._first)
-        self._read_size = STREAM_READ_SIZE if self.is_event_stream else READ_SIZE
         if self.status in (101, 204, 304):
-            self.framing = NO_BODY
-        self.length = self.framing.length
-        if method == "HEAD":
-            self.framing = NO_BODY
+            self.length, self.is_chunked = 0, False
+        self._has_payload = method != "HEAD"
+        is_delimited = self.is_chunked or self.length is not None
+        self.ends_with_connection = self._has_payload and not is_delimited
 
     def _read_head(self):
         try:
-            raw = self._reader.head()
+            raw = self.reader.head()
             if not raw:
                 raise Truncated("it closed the connection")
-            super().__init__(raw, _STATUS_LINE, UNTIL_CLOSE)
+            super().__init__(raw, _STATUS_LINE, None)
         except (BadRequest, HeadersTooLarge) as error:
             raise Truncated(f"its answer is not HTTP: {error}") from None
         self.status = int(self.start["status"])
         self.reason = (self.start["reason"] or b"").decode("latin-1")
 
-    @property
-    def leftover(self) -> bytes:
-        """The bytes that came right behind the head of an upgrade."""
-        return self._reader.held
-
     def pieces(self) -> Iterable[bytes]:
-        """Yield the payload as it comes. Raise Truncated if it ends too early."""
+        """Yield the payload as it comes, events by whole chunks, so that a cut falls
+        between them. Raise Truncated if it ends too early."""
+        held_back = MAX_UNREAD_BODY if self.is_event_stream else 0
         try:
-            if self.framing.is_chunked:
-                yield from self._chunks()
-            else:
-                yield from self._plain()
-        except (OSError, BadRequest) as error:
+            if self._has_payload:
+                yield from read_payload(self.reader, self, held_back)
+        except (OSError, EOFError, BadRequest) as error:
             raise Truncated(str(error)) from None
-        if self.framing != UNTIL_CLOSE:
-            self.is_over = self.is_persistent and not self._reader.held
-
-    def _chunks(self):
-        """Yield events by whole chunks, so that a cut falls between them."""
-        decoder, part = ChunkDecoder(), b""
-        while not decoder.is_done:
-            data = self._reader.receive(self._read_size)
-            if not data:
-                raise Truncated("the connection closed in the middle of an answer")
-            payload = part + decoder.feed(data)
-            end = len(payload)
-            if self.is_event_stream and end < MAX_UNREAD_BODY:
-                end = max(0, end - decoder.given)
-            payload, part = payload[:end], payload[end:]
-            if payload:
-                yield payload
-        self._reader.held = decoder.rest + self._reader.held
-
-    def _plain(self):
-        left, size = self.framing.length, BUFFER_SIZE
-        if left is None:
-            left, size = math.inf, self._read_size
-        while left:
-            piece = self._reader.receive(min(left, size))
-            if not piece and left == math.inf:
-                return
-            if not piece:
-                raise Truncated(f"the connection closed {left} bytes before the end")
-            left -= len(piece)
-            yield piece
+        if not self.ends_with_connection:
+            self.is_over = self.is_persistent and not self.reader.held
 
 
 # -- the answer, written to the client -------------------------------------------------
@@ -7007,23 +6788,23 @@ _EVENT_STREAM = [
 
 
 class HeadAndTail:
-    """The first and the last bytes of a payload, KEPT of each."""
+    """The first and the last SIZE bytes of a payload."""
 
-    KEPT = 2048
+    SIZE = 2048
 
     def __init__(self):
         self._first = self._last = b""
-        self._size = 0
+        self._added = 0
 
     def add(self, piece: bytes):
         """Take the next piece."""
-        missing = self.KEPT - len(self._first)
+        missing = self.SIZE - len(self._first)
         self._first += piece[:missing]
-        self._last = (self._last + piece[missing:])[-self.KEPT :]
-        self._size += len(piece)
+        self._last = (self._last + piece[missing:])[-self.SIZE :]
+        self._added += len(piece)
 
     def __bytes__(self):
-        gap = b"\0" if self._size > 2 * self.KEPT else b""
+        gap = b"\0" if self._added > 2 * self.SIZE else b""
         return self._first + gap + self._last
 
 
@@ -7035,15 +6816,14 @@ class ClientResponse:
     """
 
     wants_events = False
-    is_for_anthropic = False  # whose clients know errors by other signs
-    is_begun = False  # a head was sent or is about to be
-    is_early = False  # it was sent before the backend's was known
+    is_for_anthropic = False  # whose SDK expects errors of another shape
+    status = 0  # of the head, once one was sent or is about to be
+    is_early = False  # the head was sent before the backend's was known
     notice = None  # gives events to send, instead of comments, after that early head
     first_at = None  # when the first piece of payload was sent
     is_broken = False
     problem = None  # why it is broken
-    is_cancelled = False  # by somebody else; from any thread
-    status = 0
+    is_cancelled = False  # set by another thread to end the request
     sent = 0  # bytes of payload
     _head = b""  # waits for the first piece
     _is_chunked = False
@@ -7057,12 +6837,12 @@ class ClientResponse:
         self.is_persistent = request is not None and request.is_persistent
         self._is_http_10 = request is not None and request.is_http_10
         self._is_head = request is not None and request.method == "HEAD"
-        self._born = self._last_sent_at = time.monotonic()
+        self._comment_at = time.monotonic() + EARLY_HEAD_AFTER
         self._stall = StallMonitor(STALL_SECONDS, ClientDisconnected())
 
     def begin(self, status: int, reason: str, headers: Headers, length: Optional[int]):
-        """Set the head; it goes out with the first piece, or after a TICK."""
-        self.is_begun, self.status, self._left = True, status, length
+        """Set the head; it goes out with the first piece, or by `flush`."""
+        self.status, self._left = status, length
         self._is_events = length is None and is_event_stream(dict(headers))
         framing = []
         if length is not None:
@@ -7102,7 +6882,7 @@ class ClientResponse:
         if self._left is not None:
             self._left -= len(piece)
         self.ends.add(piece)
-        self._frame(piece)
+        self._put_framed(piece)
 
     def end(self):
         """The answer is complete."""
@@ -7114,52 +6894,44 @@ class ClientResponse:
         """Send the head if it still waits for a first piece."""
         self._put(b"")
 
-    def _frame(self, piece):
-        if self._is_chunked:
-            piece = b"%x\r\n%b\r\n" % (len(piece), piece)
-        self._put(piece)
+    def _put_framed(self, piece):
+        self._put(as_chunk(piece) if self._is_chunked else piece)
 
     def _put(self, data):
         if self._head:
             data, self._head = self._head + data, b""
         if not len(data):
             return
-        self._last_sent_at = time.monotonic()
+        self._comment_at = time.monotonic() + COMMENT_EVERY
         try:
             send_all(self.sock, data, self._stall)
         except OSError:
             raise ClientDisconnected from None
 
     def heartbeat(self):
-        """To be called every TICK while nothing flows. Raise ClientDisconnected.
-
-        Looks whether the client is there, and keeps it from giving up.
+        """To be called every POLL_INTERVAL while nothing flows, so that the client does
+        not give up. Raise ClientDisconnected if it has.
         """
         if has_disconnected(self.sock):
             raise ClientDisconnected
         self._check_cancelled()
         self.flush()
-        now = time.monotonic()
-        if not self.is_begun:
-            if self.wants_events and now >= self._born + EARLY_HEAD_AFTER:
-                self.is_early = True
-                self.begin_events()
-                self._frame(self._next_notice() or COMMENT)
-        elif self._is_events and self._is_between_events():
-            is_late = now >= self._last_sent_at + COMMENT_EVERY
-            text = self._next_notice() or (COMMENT if is_late else b"")
-            if text:
-                self._frame(text)
+        is_due = time.monotonic() >= self._comment_at
+        if is_due and self.wants_events and not self.status:
+            self.is_early = True
+            self.begin_events()
+        if self._is_events and self._is_between_events():
+            is_waiting = self.is_early and not self.sent
+            event = self.notice() if self.notice and is_waiting else b""
+            event = event or (COMMENT if is_due else b"")
+            if event:
+                self._put_framed(event)
 
     def _check_cancelled(self):
         """Raise RequestCancelled, once, if it was."""
         if self.is_cancelled:
             self.is_cancelled = False
             raise RequestCancelled("the request was cancelled by hand")
-
-    def _next_notice(self):
-        is_waiting = self.is_early and not self.sent
-        return self.notice() if self.notice and is_waiting else b""
 
     def _is_between_events(self):
         sent = b"\n\n" + bytes(self.ends)
@@ -7179,8 +6951,8 @@ class ClientResponse:
     def abort(self, problem: APIError):
         """End an answer that broke off so that the client notices.
 
-        Between two events it is told why; then the connection is cut, if need be by a
-        reset: the end of the stream alone would look complete.
+        Between two events it gets the reason; then the connection is cut, if need be by
+        a reset: the end of the stream alone would look complete.
         """
         with contextlib.suppress(ClientDisconnected):
             if self._is_events and self._is_between_events():
@@ -7210,7 +6982,8 @@ def error_body(problem: APIError) -> dict:
 
 
 class UpstreamRequest(NamedTuple):
-    """A request as the backend gets it. `rest` is what is not held of the body."""
+    """A request as the backend gets it. `rest` is what is not held of the body; it can
+    be sent only once."""
 
     method: str
     target: str
@@ -7218,16 +6991,6 @@ class UpstreamRequest(NamedTuple):
     held: Sequence  # of bytes or the like
     length: Optional[int]  # of all of the body; None: unknown, sent chunked
     rest: Optional[Body] = None
-
-    @property
-    def is_repeatable(self) -> bool:
-        """Whether all of it is held, so that it can be sent again."""
-        return self.rest is None
-
-    @property
-    def is_sent(self) -> bool:
-        """Whether, once there is an answer, all of the client's body was passed on."""
-        return self.rest is None or self.rest.is_complete
 
 
 def relay(
@@ -7249,32 +7012,33 @@ def relay(
         raise BadRequest("the path must not leave that of the model's server")
     monitor = StallMonitor(STALL_CHECK_AFTER, backend.report_stall, reply.heartbeat)
     try:
-        sock, answer = _ask(outgoing, upstream, monitor)
+        answer = _ask(outgoing, upstream, monitor)
     except BackendDied:
         backend.report_stall()  # its process may still run
         raise
-    reply.is_persistent = reply.is_persistent and outgoing.is_sent
+    is_sent = outgoing.rest is None or outgoing.rest.is_complete
+    reply.is_persistent = reply.is_persistent and is_sent
     try:
         if answer.status == 101:
-            _tunnel(answer, sock, reply)
+            _tunnel(answer, reply)
         elif reply.is_early and not (answer.status == 200 and answer.is_event_stream):
             _pass_on_as_event(answer, reply)
         else:
             _pass_on(answer, backend, reply, transform_of(answer))
     finally:
-        if answer.is_over and outgoing.is_sent:
-            upstream.release_connection(sock)
+        if answer.is_over and is_sent:
+            upstream.release_connection(answer.reader.sock)
         else:
-            upstream.drop(sock)
+            upstream.drop(answer.reader.sock)
 
 
 _PATH_TRAVERSAL = re.compile(r"(?i)(?:[/\\]|%2f|%5c)(?:\.|%2e){2}(?:[/\\;]|%2f|%5c|$)")
 
 
 def _ask(outgoing, upstream, monitor):
-    """Send the request; return the connection and the head of the answer.
+    """Send the request; return the answer, of which only the head was read.
 
-    A kept connection that the backend closed meanwhile is replaced by a new one. As it
+    An idle connection that the backend closed meanwhile is replaced by a new one. As it
     may be closed at any moment, it is not used for a body that can be sent only once.
     """
     while True:
@@ -7282,7 +7046,7 @@ def _ask(outgoing, upstream, monitor):
             sock, was_used = upstream.connect()
         except OSError as error:
             raise BackendDied(f"the backend cannot be reached: {error}") from None
-        if was_used and not outgoing.is_repeatable:
+        if was_used and outgoing.rest is not None:
             upstream.drop(sock)
             continue
         reader = SocketReader(sock, monitor)
@@ -7291,7 +7055,7 @@ def _ask(outgoing, upstream, monitor):
             answer = UpstreamResponse(reader, outgoing.method)
             if answer.status == 101 and "upgrade" not in dict(outgoing.headers):
                 raise Truncated("it switched protocols unasked")
-            return sock, answer
+            return answer
         except (OSError, Truncated) as error:
             upstream.drop(sock)
             if not (was_used and reader.is_untouched):
@@ -7317,7 +7081,7 @@ def _send(outgoing, upstream, sock, monitor):
         send_all(sock, head, monitor)
         for piece in itertools.chain(held, rest):
             if is_chunked and len(piece):
-                piece = b"%x\r\n%b\r\n" % (len(piece), piece)
+                piece = as_chunk(piece)
             send_all(sock, piece, monitor)
         if is_chunked:
             send_all(sock, b"0\r\n\r\n", monitor)
@@ -7335,9 +7099,9 @@ def _pass_on(answer, backend, reply, transform):
         for piece in answer.pieces():
             backend.upstream.mark_alive()
             reply.send(transform.feed(piece) if transform else piece)
-        if answer.framing == UNTIL_CLOSE:  # its end says nothing: it may be a death
-            if reply.is_within_line or backend.died(0.05):
-                raise Truncated("the connection ended in the middle of the answer")
+        is_ambiguous = answer.ends_with_connection  # a death looks the same
+        if is_ambiguous and (reply.is_within_line or backend.died(0.05)):
+            raise Truncated("the connection ended in the middle of the answer")
     except Truncated as error:
         problem = BackendDied(f"the backend broke off: {error}")
     if transform:
@@ -7352,7 +7116,7 @@ def _pass_on(answer, backend, reply, transform):
 def _response_headers(answer):
     headers = [
         (name, value)
-        for name, value in answer.end_to_end
+        for name, value in end_to_end(answer.headers)
         if not name.startswith("access-control-")
     ]
     if answer.is_event_stream and not answer.get("x-accel-buffering"):
@@ -7362,12 +7126,10 @@ def _response_headers(answer):
 
 def _pass_on_as_event(answer, reply):
     """Send an answer without events as an error event, as the early head promised."""
-    payload = b""
-    with contextlib.suppress(Truncated):
-        for piece in answer.pieces():
-            payload += piece
-            if len(payload) > MAX_UNREAD_BODY:
-                break
+    payload, pieces = b"", answer.pieces()
+    with contextlib.suppress(Truncated, StopIteration):
+        while len(payload) <= MAX_UNREAD_BODY:
+            payload += next(pieces)
     body = json_or(payload, None)
     if isinstance(body, dict) and "error" in body:
         body = {"error": body["error"]}
@@ -7379,14 +7141,14 @@ def _pass_on_as_event(answer, reply):
     reply.end()
 
 
-def _tunnel(answer, sock, reply):
+def _tunnel(answer, reply):
     """Pass bytes both ways after an upgrade, until either side ends."""
     upgrade = [("connection", "upgrade"), ("upgrade", answer.get("upgrade"))]
     reply.is_persistent = False
     reply.begin(101, answer.reason, _response_headers(answer) + upgrade, 0)
     reply.flush()
-    with contextlib.suppress(OSError):  # the other side shall see an end too
-        _copy_both_ways(reply.sock, sock, answer.leftover)
+    with contextlib.suppress(OSError):  # the other connection is to be closed too
+        _copy_both_ways(reply.sock, answer.reader.sock, answer.reader.held)
 
 
 def _copy_both_ways(client, backend, leftover):
@@ -7412,7 +7174,7 @@ def _copy_both_ways(client, backend, leftover):
                     unsent[theirs] = mine.recv(65536)
                     if not unsent[theirs]:
                         return
-            except _TICK_PASSED:
+            except _TIMEOUTS:
                 continue  # not ready after all
 
 
@@ -7422,8 +7184,8 @@ def _copy_both_ways(client, backend, leftover):
 # ==================================================================================
 
 # Strict JSON passes untouched. All else is read once, from left to right, by a reader
-# that takes what stands where a key, a colon or a value should be, and closes at the
-# end what is still open. The hard question is whether a quote ends its string or lacks
+# that accepts almost anything in place of a key, a colon or a value, and closes at the
+# end all that is open. The hard question is whether a quote ends its string or lacks
 # a backslash. It ends the string if the text goes on from there as JSON would: with a
 # comma and a key, with brackets that are open, or not at all. How far the reader looks
 # ahead is bounded, which makes time linear for any text.
@@ -7433,10 +7195,8 @@ MAX_OBJECTS = 32  # looked at in one text
 MAX_HELD = 32 << 20  # bytes of events, or of one body, that are held back
 CUT_OFF = {"length", "max_tokens", "model_context_window_exceeded", "content_filter"}
 
-_ESCAPE = re.compile(r"\\(?:u[\da-fA-F]{4}|x[\da-fA-F]{2}|[\"\\/bfnrt'`])|[\"\\]")
-_CUT_ESCAPE = re.compile(r"(?<!\\)((?:\\\\)*)\\(?:u[\da-fA-F]{0,3})?\Z")
+_ESCAPE = re.compile(r"\\(?:u[\da-fA-F]{4}|[\"\\/nrt'`])|[\"\\]")
 _DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\(?=[^\\\"'])")
-_PATTERN = re.compile(r"\\[dDwWsSBAZ.()\[\]{}*+?|^$-]")
 _WORDS = {
     **{"true": True, "false": False},
     **dict.fromkeys("null none nil undefined nan inf infinity".split()),
@@ -7460,21 +7220,18 @@ def _scalar(text, is_cut=False):
 def _unescaped(raw):
     """Return the string that is meant by `raw`, which stood between quotes.
 
-    In a path such as C:\\new, or beside a pattern such as \\d, fewer letters make an
-    escape with the backslash before them.
+    A backslash that begins no escape stands for itself: before b and f, too, which are
+    of a regular expression, and before any letter of a path such as C:\\new.
     """
-    letters = "\"\\unrt/x'`" if _PATTERN.search(raw) else "\"\\unrt/x'`bf"
-    letters = '"\\u' if _DRIVE.search(raw) else letters
+    letters = '"\\u' if _DRIVE.search(raw) else "\"\\unrt/'`"
 
-    def fixed(found):
-        escape, letter = found[0], found[0][1:2]
+    def corrected(match):
+        escape, letter = match[0], match[0][1:2]
         if not letter or letter not in letters:
             return "\\" + escape
-        if letter == "x":
-            return "\\u00" + escape[2:]
         return letter if letter in "'`" else escape
 
-    return json.loads(f'"{_ESCAPE.sub(fixed, raw)}"', strict=False)
+    return json.loads(f'"{_ESCAPE.sub(corrected, raw)}"', strict=False)
 
 
 _CLOSERS = {"{": "}", "[": "]", "(": ")"}
@@ -7518,7 +7275,6 @@ class _Reader:
         self.at = at + 1
         self._stack = [{}]  # the objects and arrays that are open
         self._closers = "}"  # what should close them
-        self._has_bare_keys = False
 
     def read(self):
         """Return the object; ValueError if the braces hold something else."""
@@ -7539,9 +7295,9 @@ class _Reader:
 
     def _skip(self, pattern):
         """Go past what matches here; return whether something does."""
-        found = pattern.match(self.text, self.at)
-        self.at = found.end() if found else self.at
-        return bool(found)
+        match = pattern.match(self.text, self.at)
+        self.at = match.end() if match else self.at
+        return bool(match)
 
     def _take(self, start, end, after):
         self.at = after
@@ -7579,7 +7335,6 @@ class _Reader:
         if is_quoted:
             key = self._string("key")
         else:
-            self._has_bare_keys = True
             name = _BARE_NAME.match(self.text, self.at)
             key = _unescaped((name[1] or "").strip(" \t'`“”‘’"))
             self.at = name.end()
@@ -7614,9 +7369,7 @@ class _Reader:
         whole = _WHOLE.match(text, self.at)
         if whole and (whole[1] or self._may_end(whole.end(), role)):
             return self._take(*whole.span(whole.lastindex), whole.end())
-        escape = "" if _DRIVE.match(text, start) else r"\\.|"
-        quotes = re.compile(f"{escape}[{_QUOTES[text[self.at]]}]", re.DOTALL)
-        is_odd = False  # a quote inside waits for its partner
+        quotes = re.compile(rf"\\.|[{_QUOTES[text[self.at]]}]", re.DOTALL)
         nested, since = 0, start  # brackets open since a quote followed one, as in {"
         for at in map(re.Match.start, quotes.finditer(text, start)):
             if nested > 0:
@@ -7624,18 +7377,16 @@ class _Reader:
                 nested += sum(map(inside.count, "{[(")) - sum(map(inside.count, "}])"))
             if nested > 0 or text[at] == "\\":
                 continue
-            if self._may_end(at + 1, role, is_odd):
+            if self._may_end(at + 1, role):
                 return self._take(start, at, at + 1)
             if role == "key":
                 break
             before = text[max(start, at - 99) : at]
-            if not is_odd and _KEY.match(text, at) and _FORGOTTEN_END.search(before):
+            if _KEY.match(text, at) and _FORGOTTEN_END.search(before):
                 end = at - len(_FORGOTTEN_END.search(before)[0])
                 return self._take(start, end, end)
             if before.rstrip().endswith(("{", "[", "(")):
                 nested, since = 1, at
-            else:
-                is_odd = not is_odd
         else:
             at = len(text)
         if role == "key":  # it may have lost its quote, as in {"a: 1
@@ -7645,13 +7396,12 @@ class _Reader:
         raw, self.at = text[start:], len(text)
         if raw.count("}") > raw.count("{"):
             raw = raw.rstrip("}]) \t\r\n“”‘’'\"")
-        return _unescaped(raw[:-80] + _CUT_ESCAPE.sub(r"\1", raw[-80:]))
+        return _unescaped(raw)
 
-    def _may_end(self, at, role, is_odd=False):
+    def _may_end(self, at, role):
         """Whether a value may end before `at`: the text goes on there as JSON would.
 
-        `role` is what ends: "key", "string", "bare" text, or a "scalar". `is_odd`: it
-        may be the partner of a quote inside.
+        `role` is what ends: "key", "string", "bare" text, or a "scalar".
         """
         text, depth = self.text, len(self._stack)
         after = _GAP.match(text, at).end()
@@ -7668,25 +7418,21 @@ class _Reader:
             after = _GAP.match(text, at).end()
         if after >= len(text) or text.startswith("```", after):
             return True
-        is_odd = is_odd and depth == len(self._stack)
         if self._closers[depth - 1] == "}":
-            return self._is_member(at, after, role, is_odd)
-        is_item = text[after] in ",;，；:" or after > at and _VALUE.match(text, after)
-        return not is_odd and bool(is_item)
+            return self._is_member(after, role)
+        return text[after] in ",;，；:" or bool(after > at and _VALUE.match(text, after))
 
-    def _is_member(self, at, after, role, is_odd):
-        """Whether an object can go on at `after`, where the blanks from `at` on end."""
+    def _is_member(self, after, role):
+        """Whether an object can go on at `after`."""
         text = self.text
-        if text[after] not in ",;，；":
-            may_be_bare = self._has_bare_keys or role == "bare"
-            may_be_bare = role == "scalar" or may_be_bare and "\n" in text[at:after]
-        elif role == "scalar" and not text[after + 1 : after + 2].isdigit():
-            return True
-        else:
+        may_be_bare = role in ("bare", "scalar")
+        if text[after] in ",;，；":
+            if role == "scalar" and not text[after + 1 : after + 2].isdigit():
+                return True
             after = _COMMAS.match(text, after).end()
             if _AFTER_COMMA.match(text, after):
                 return True
-            may_be_bare = not is_odd
+            may_be_bare = True
         key = _KEY.match(text, after) or may_be_bare and _BARE_KEY.match(text, after)
         return bool(key)
 
@@ -7700,10 +7446,8 @@ class _Reader:
             self.at = self._end_of_bare(start)
         raw, is_cut = text[start : self.at].strip(), self.at == len(text)
         value = _scalar(raw, is_cut)
-        if value == raw:
-            value = _unescaped(raw.rstrip('"') if raw.count('"') % 2 else raw)
-        if raw.strip("+-.") or raw and not is_cut:
-            self._add(value, key)
+        if raw.strip("+-."):
+            self._add(_unescaped(raw) if value == raw else value, key)
 
     def _end_of_bare(self, at):
         """Return where the string without quotes at `at` ends."""
@@ -7719,9 +7463,8 @@ class _Reader:
         return len(self.text)
 
 
-_STRICT = json.JSONDecoder(  # int refuses NaN
-    parse_int=_scalar, parse_float=_scalar, parse_constant=int
-)
+# int raises ValueError for NaN
+_STRICT = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=int)
 # Tokens of chat templates, at the end
 _TOKENS = re.compile(r"\s*(?:(?:<[|｜][^<>]{0,60}[|｜]>|</[\w:]{1,30}>)\s*)+\Z")
 _ENCODED = re.compile(r'[^{]{0,500}\{(?:\s|\\[nrt]){0,99}\\+(?:"|u0022)')
@@ -7735,24 +7478,19 @@ _WRAPPING = re.compile(r"```\w*|<[^<>{}]{0,60}>|json|[\s\[(\"'`]+")
 
 
 def _unwrapped(text):
-    """Return `text` without what is known to be around objects or laid over them."""
+    """Return `text` without the tokens, escapes and such that models add to objects."""
     text = text.lstrip("\ufeff \t\r\n")
     text = text[:-200] + _TOKENS.sub("", text[-200:])
-    if text.startswith("```"):
-        text = re.sub(r"```\w*\s*", "", text, count=1).rstrip("`\n")
     if _NO_BRACE.match(text):
         return "{" + text
-    for _ in range(2):
-        if _ENCODED.match(text):
-            text = _ENCODED_CHAR.sub(lambda char: json.loads(f'"{char[0]}"'), text)
-    if text[:1] in ("'", '"', "`") and text[1:2] == "{":
-        text = text[1:].rstrip().rstrip(text[0])
+    if _ENCODED.match(text):
+        text = _ENCODED_CHAR.sub(lambda char: json.loads(f'"{char[0]}"'), text)
     return text
 
 
 def _object_in(text):
     """Return the JSON text of the only object in `text`, None if there is no such."""
-    text, end, found = _unwrapped(text), 0, {}
+    text, end, objects = _unwrapped(text), 0, {}
     for _ in range(MAX_OBJECTS):
         at = text.find("{", end)
         if at < 0 or _SCALARS.match(text):
@@ -7762,12 +7500,12 @@ def _object_in(text):
         is_quoted = value and _QUOTED_KEY.match(text, at)  # not code or prose
         is_led_to = not _WRAPPING.sub("", lead) or lead.rstrip().endswith((":", ">"))
         if value is not None and (is_quoted or is_led_to):
-            found.setdefault(_dump(value), as_json)
+            objects.setdefault(_dump(value), as_json)
     else:
         return None
-    if len(found) > 1:
-        found.pop(b"{}", None)
-    return list(found.values())[0] if len(found) == 1 else None
+    if len(objects) > 1:
+        objects.pop(b"{}", None)
+    return next(iter(objects.values())) if len(objects) == 1 else None
 
 
 def _read_object(text, at):
@@ -7811,31 +7549,50 @@ def _index_of(entry, default):
 
 
 def _calls_in(payload):
-    """Yield ((choice, tool), function) for every tool call, its arguments a text."""
-    for position, choice in enumerate(payload["choices"]):
+    """Return a list of (call, object, name of its member with the arguments, a text).
+
+    A call is (choice, tool) or, in Anthropic's events, (None, block).
+    """
+    calls = []
+    for position, choice in enumerate(payload.get("choices") or ()):
         message = choice.get("delta" if "delta" in choice else "message") or {}
-        for at, call in enumerate(message.get("tool_calls") or ()):
-            function = call["function"]
+        for at, tool in enumerate(message.get("tool_calls") or ()):
+            function = tool["function"]
             if isinstance(function.setdefault("arguments", ""), str):
-                yield (_index_of(choice, position), _index_of(call, at)), function
+                key = _index_of(choice, position), _index_of(tool, at)
+                calls.append((key, function, "arguments"))
+    delta = payload.get("delta") or {}
+    if isinstance(delta.get("partial_json"), str):
+        calls.append(((None, _index_of(payload, 0)), delta, "partial_json"))
+    return calls
 
 
 def _ends_in(payload):
-    """Return the finish reason of every choice that ends, by its number."""
-    return {
-        _index_of(choice, position): str(choice["finish_reason"])
-        for position, choice in enumerate(payload["choices"])
-        if choice.get("finish_reason")
-    }
+    """Return {choice: finish reason} of every choice whose open calls end here."""
+    ends = {}
+    for position, choice in enumerate(payload.get("choices") or ()):
+        if choice.get("finish_reason"):
+            ends[_index_of(choice, position)] = str(choice["finish_reason"])
+    reason = (payload.get("delta") or {}).get("stop_reason")
+    if reason or payload.get("type") in ("content_block_start", "message_stop"):
+        ends[None] = str(reason)
+    return ends
+
+
+def _cut_off(calls, ends):
+    """Return those of the calls that were not completed: the last of their choice."""
+    last = {key[0]: key for key in calls}
+    return [key for choice, key in last.items() if ends.get(choice) in CUT_OFF]
 
 
 def _repair_completion(payload):
-    calls, ends = list(_calls_in(payload)), _ends_in(payload)
-    last = {key[0]: function for key, function in calls}
-    for key, function in calls:
-        if not (ends.get(key[0]) in CUT_OFF and last[key[0]] is function):
-            function["arguments"] = repair_arguments(function["arguments"])
-    for message in [choice["message"] for choice in payload["choices"]]:
+    calls = _calls_in(payload)
+    cut = _cut_off([key for key, _, _ in calls], _ends_in(payload))
+    for key, function, name in calls:
+        if key not in cut:
+            function[name] = repair_arguments(function[name])
+    for choice in payload["choices"]:
+        message = choice["message"]
         if message.get("tool_calls") and message.get("content") == "":
             message["content"] = None
 
@@ -7843,26 +7600,26 @@ def _repair_completion(payload):
 def _repair_message(payload):
     blocks = payload["content"]
     for block in blocks[:-1] if payload.get("stop_reason") in CUT_OFF else blocks:
-        given = block.get("input")
-        if isinstance(given, str):
-            given = json_or(repair_arguments(given).encode(), None)
-        if isinstance(given, list) and len(given) == 1:
-            given = given[0]
-        if block["type"] == "tool_use" and isinstance(given, dict):
-            block["input"] = given
+        value = block.get("input")
+        if isinstance(value, str):
+            value = json_or(repair_arguments(value).encode(), None)
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if block["type"] == "tool_use" and isinstance(value, dict):
+            block["input"] = value
 
 
 def repair_body(body: bytes) -> bytes:
     """Return a chat completion, or a message of Anthropic, with its calls repaired.
 
-    What needs no repair stays byte for byte; so does a call that was cut off.
+    A body that needs no repair stays byte for byte; so does a call that was cut off.
     """
     try:
         text = body.decode()
-        given, payload = json.loads(text), json.loads(text)
+        original, payload = json.loads(text), json.loads(text)
         repair = _repair_completion if "choices" in payload else _repair_message
         repair(payload)
-        return body if payload == given else _dump(payload)
+        return body if payload == original else _dump(payload)
     except _UNKNOWN:
         return body
 
@@ -7888,131 +7645,116 @@ class RepairStream:
 
     It may be OpenAI's chunks or Anthropic's events. Fragments of arguments are held
     until their call is complete; then they are sent as they came or, if they need
-    repair, with all that is meant in the first and nothing in the others. A call that
-    was cut off is sent as it came; so is everything once too much would be held.
-    An answer `is_whole` that is no stream: all of it is held until its end.
+    repair, with all of it in the first and nothing in the others. A call that was cut
+    off is sent as it came; so is everything once too much would be held. `is_whole`:
+    the answer is no stream, and all of it is held until its end.
     """
 
     def __init__(self, is_whole: bool = False):
         self._is_whole = is_whole
         self._buffer = bytearray()  # an event of which the end has not come
-        self._calls = {}  # open ones: fragments by (choice or block, tool); latest last
+        self._open = {}  # fragments of the calls that have not ended
         self._held = []  # (event, the calls it has fragments of)
-        self._size = 0
+        self._size = 0  # bytes held
         self._repaired = {}  # by call: what is still to be sent of its new arguments
         self._has_given_up = False
 
     def feed(self, payload: bytes) -> bytes:
-        """Return what can be sent now; `payload` may be cut anywhere."""
+        """Return the bytes that can be sent now; `payload` may be cut anywhere."""
         if self._has_given_up:
             return payload
         start, searched, out = 0, max(0, len(self._buffer) - 2), []
         self._buffer += payload
-        ends = () if self._is_whole else _EVENT_END.finditer(self._buffer, searched)
-        for end in [found.end() for found in ends]:
-            out.append(self._pass_event(bytes(self._buffer[start:end])))
-            start = end
+        if not self._is_whole:
+            for match in _EVENT_END.finditer(self._buffer, searched):
+                out.append(self._pass_event(bytes(self._buffer[start : match.end()])))
+                start = match.end()
         del self._buffer[:start]
         if self._size + len(self._buffer) > MAX_HELD:
             self._has_given_up = True
-            out += [self._settle(self._calls, self._calls), bytes(self._buffer)]
+            out += [self._settle(self._open, self._open), bytes(self._buffer)]
             self._buffer.clear()
         return b"".join(out)
 
     def finish(self) -> bytes:
-        """Return what is held; a call of which no end came goes as it is."""
+        """Return all that is held; a call of which no end came goes as it is."""
         rest = bytes(self._buffer)
         if self._is_whole:
             return repair_body(rest)
         rest = self._pass_event(rest)
-        return self._settle(self._calls, self._calls) + rest
+        return self._settle(self._open, self._open) + rest
 
     def _pass_event(self, event):
-        """Return what is to be sent when this event has come, lines and all."""
-        if not (self._calls or _OF_A_CALL.search(event)):
+        """Return the bytes to send once this event has come."""
+        if not (self._open or _OF_A_CALL.search(event)):
             return event
         try:
             text = _data_of(event)
             if text.strip() == "[DONE]":
-                return self._settle(self._calls) + event
+                return self._settle(self._open) + event
             payload = json.loads(text)
-            if payload.get("choices"):
-                return self._pass_chunk(event, payload)
             if payload.get("type") == "error" or payload.get("error"):
-                return self._settle(self._calls, self._calls) + event
-            return self._pass_anthropic(event, payload, payload.get("delta") or {})
+                return self._settle(self._open, self._open) + event
+            return self._pass_payload(event, payload)
         except _UNKNOWN:
             return event
 
-    def _pass_chunk(self, event, payload):
-        calls, ends, out = dict(_calls_in(payload)), _ends_in(payload), b""
-        for key in [key for key in calls if key not in self._calls]:
-            before = list(self._calls)[-1:]  # if it is valid, it is over
-            out += self._settle(list(filter(self._is_sound, before)))
-            self._calls[key] = []
-        fragments = {key: each["arguments"] for key, each in calls.items()}
-        if not any(fragments.values()):
-            passing = event
-        elif ends or not any(function.get("name") for function in calls.values()):
-            passing = self._hold(event, fragments)
-        else:
-            passing = self._pass_names(event, payload, calls)
-        ended = [key for key in self._calls if key[0] in ends]
-        last = {key[0]: key for key in ended}
-        cut = [key for choice, key in last.items() if ends[choice] in CUT_OFF]
-        return out + self._settle(ended, cut) + passing
+    def _pass_payload(self, event, payload):
+        calls, ends, out = _calls_in(payload), _ends_in(payload), b""
+        for key, _, _ in calls:
+            if key not in self._open:
+                out += self._settle_sound(list(self._open)[-1:])  # it may be complete
+                self._open[key] = []
+        fragments = {key: member[name] for key, member, name in calls}
+        block = None, _index_of(payload, 0)
+        if any(fragments.values()):
+            if ends or not any(member.get("name") for _, member, _ in calls):
+                event = self._hold(event, fragments)
+            else:
+                event = self._pass_names(event, payload, calls)
+        elif payload.get("type") == "content_block_stop" and block in self._open:
+            # it does not show whether the call was cut off; the next event does
+            self._hold(event, {block: ""})
+            event = self._settle_sound([block])
+        ended = [key for key in self._open if key[0] in ends]
+        return out + self._settle(ended, _cut_off(ended, ends)) + event
 
     def _pass_names(self, event, payload, calls):
         """Return an event without arguments; hold them in events of their own."""
-        for (choice, tool), function in calls.items():
-            text, function["arguments"] = function["arguments"], ""
+        for (choice, tool), function, name in calls:
+            text, function[name] = function[name], ""
             call = {"index": tool, "function": {"arguments": text}}
             lone = {"index": choice, "delta": {"tool_calls": [call]}}
             lone = {**payload, "choices": [{**lone, "finish_reason": None}]}
             self._hold(_with_data(event, lone), {(choice, tool): text})
         return _with_data(event, payload)
 
-    def _pass_anthropic(self, event, payload, delta):
-        """The end of a block does not tell whether it was cut off. If it is not valid,
-        it waits for what does: the next block, or the reason in message_delta."""
-        kind, key = payload["type"], (_index_of(payload, 0), None)
-        fragment, reason = delta.get("partial_json"), delta.get("stop_reason")
-        if isinstance(fragment, str) and fragment:
-            return self._hold(event, {key: fragment})
-        if kind == "content_block_stop" and key in self._calls:
-            self._hold(event, {key: ""})
-            return self._settle([key]) if self._is_sound(key) else b""
-        if reason or kind in ("content_block_start", "message_stop"):
-            cut = self._calls if reason in CUT_OFF else ()
-            return self._settle(self._calls, cut) + event
-        return event
-
-    def _is_sound(self, key):
-        text = "".join(self._calls[key])
-        return repair_arguments(text) == text
-
     def _hold(self, event, fragments):
         for key, text in fragments.items():
-            parts = self._calls.pop(key, [])
-            self._calls[key] = parts  # the latest, now
-            parts.append(text)
+            self._open[key] = self._open.pop(key, [])  # the latest, now
+            self._open[key].append(text)
         self._held.append((event, list(fragments)))
         self._size += len(event)
         return b""
 
+    def _settle_sound(self, keys):
+        """End those of these calls that need no repair."""
+        texts = {key: "".join(self._open[key]) for key in keys}
+        return self._settle(
+            [key for key, text in texts.items() if repair_arguments(text) == text]
+        )
+
     def _settle(self, keys, cut=()):
         """End these calls, repaired but for those that were cut. Return the events of
         which no call is open any more."""
-        texts = {key: "".join(self._calls[key]) for key in keys if key not in cut}
-        for key in list(keys):
-            del self._calls[key]
-        for key, text in texts.items():
-            repaired = repair_arguments(text)
+        for key, is_cut in [(key, key in cut) for key in keys]:
+            text = "".join(self._open.pop(key))
+            repaired = text if is_cut else repair_arguments(text)
             if repaired != text:
                 self._repaired[key] = repaired
         out, held, self._held = [], self._held, []
         for event, keys in held:
-            if self._calls.keys() & keys:
+            if self._open.keys() & keys:
                 self._held.append((event, keys))
                 continue
             self._size -= len(event)
@@ -8023,14 +7765,9 @@ class RepairStream:
     def _rewritten(self, event):
         """Return an event with all that is left of the new arguments of its calls."""
         payload = json.loads(_data_of(event))
-        if payload.get("choices"):
-            fragments = [(key, call, "arguments") for key, call in _calls_in(payload)]
-        else:
-            key = (_index_of(payload, 0), None)
-            fragments = [(key, payload.get("delta", {}), "partial_json")]
-        for key, fragment, name in fragments:
-            if fragment.get(name) and key in self._repaired:
-                fragment[name], self._repaired[key] = self._repaired[key], ""
+        for key, member, name in _calls_in(payload):
+            if member[name] and key in self._repaired:
+                member[name], self._repaired[key] = self._repaired[key], ""
         return _with_data(event, payload)
 
 
@@ -8056,48 +7793,17 @@ class StatusReport(NamedTuple):
 
 
 def snapshot(report: StatusReport) -> dict:
-    """Return what the page shows, ready for JSON.
-
-        {"version": "1.0", "born": 1750000000.0, "budget": {"vram": 25232932864},
-         "totals": {"models": 3, "loaded": 1, "running": 2, "waiting": 1,
-                    "rss": 5368709120, "vram": null},
-         "requests": 17,
-         "models": [{"id": "coder", ...most fields of ModelStatus...}, ...]}
-
-    Models that share another's backend are listed, but not counted.
-    """
-    own = [model for model in report.models if model.shares is None]
-    totals = {
-        "models": len(report.models),
-        "loaded": sum(model.state == "loaded" for model in own),
-        "running": sum(model.running for model in own),
-        "waiting": sum(model.waiting for model in own),
-        "rss": _total(model.rss for model in own),
-        "vram": _total(model.vram for model in own),
-    }
-    models = [_as_shown(model) for model in report.models]
-    return {
-        "version": report.version,
-        "born": report.born,
-        "problem": report.problem,
-        "budget": report.budget,
-        "totals": totals,
-        "requests": report.requests,
-        "models": models,
-    }
-
-
-def _as_shown(model):
-    shown = model._asdict()
-    for name in ("pid", "port", "entry"):
-        del shown[name]
-    shown["failure"] = str(model.failure) if model.failure else None
+    """Return what the page shows, ready for JSON: the report but for its meters, and of
+    each model the fields of its ModelStatus but for pid, port and entry."""
+    shown = {**report._asdict(), "models": []}
+    del shown["meters"]
+    for model in report.models:
+        fields = model._asdict()
+        for name in ("pid", "port", "entry"):
+            del fields[name]
+        fields["failure"] = str(model.failure) if model.failure else None
+        shown["models"].append(fields)
     return shown
-
-
-def _total(values):
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
 
 
 def printable(text: str) -> str:
@@ -8105,7 +7811,7 @@ def printable(text: str) -> str:
     that no terminal obeys it. Line feeds stay, tabs become blanks."""
     lines = re.sub(r"\x1b\[[0-9;]*m", "", text).expandtabs().split("\n")
     return "\n".join(
-        CONTROL_CHARS.sub(lambda found: ascii(found[0])[1:-1], line) for line in lines
+        CONTROL_CHARS.sub(lambda match: ascii(match[0])[1:-1], line) for line in lines
     )
 
 
@@ -8140,16 +7846,16 @@ def usage_in(ends: bytes) -> Usage:
     JSON or events, of OpenAI, Anthropic or llama-server, cut anywhere; of two values
     the last counts, and `usage` before llama-server's `timings`.
     """
-    found = {name.decode(): float(value) for name, value in _USAGE.findall(ends)}
-    if "input_tokens" in found:  # without those in the cache, as Anthropic counts
-        found["input_tokens"] += found.get("cache_read_input_tokens", 0)
-    if "prompt_n" in found:  # of the prompt, what was not in the cache
-        found["prompt_n"] += found.get("cache_n", 0)
+    numbers = {name.decode(): float(value) for name, value in _USAGE.findall(ends)}
+    if "input_tokens" in numbers:  # without those in the cache, as Anthropic counts
+        numbers["input_tokens"] += numbers.get("cache_read_input_tokens", 0)
+    if "prompt_n" in numbers:  # of the prompt, what was not in the cache
+        numbers["prompt_n"] += numbers.get("cache_n", 0)
     tokens_in, tokens_out, tokens_cached = (
-        next((int(found[name]) for name in names if name in found), None)
+        next((int(numbers[name]) for name in names if name in numbers), None)
         for names in (_NAMES_IN, _NAMES_OUT, _NAMES_CACHED)
     )
-    speeds = [found.get(name) for name in _SPEEDS]
+    speeds = [numbers.get(name) for name in _SPEEDS]
     return Usage(tokens_in, tokens_out, speeds[0], tokens_cached, speeds[1])
 
 
@@ -8164,7 +7870,7 @@ def speed_of(usage: Usage, seconds: float) -> Optional[float]:
 
 # -- Prometheus ------------------------------------------------------------------------
 
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+METRICS_TYPE = ("content-type", "text/plain; version=0.0.4; charset=utf-8")
 
 
 # Kind; field of ModelStatus (gauges) or name in Metrics.counts; name after `llmswap_`;
@@ -8188,7 +7894,7 @@ METRICS = (
     ("counter", "swaps", "swaps_total", "Loads for which a model was evicted."),
     ("counter", "stops", "stops_total",
      "Stops by cause: evicted, idle, unload, reload, abandoned, shutdown."),
-    ("counter", "failures", "failures_total", "Models that ended by themselves."),
+    ("counter", "failures", "failures_total", "Runs that ended unexpectedly."),
     ("counter", "context_tokens", "context_tokens_total",
      "Tokens of contexts: saved, restored."),
     ("counter", "context_seconds", "context_seconds_saved_total",
@@ -8214,15 +7920,15 @@ def metrics_text(report: StatusReport) -> str:
     for kind, name, text, samples in families:
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
         for suffix, labels, number in samples:
-            pairs = [f'{key}="{_escaped(value)}"' for key, value in labels.items()]
-            inner = "{" + ",".join(pairs) + "}" if pairs else ""
+            pairs = ",".join(f'{key}={_quoted(text)}' for key, text in labels.items())
+            inner = "{" + pairs + "}" if pairs else ""
             lines += [] if number is None else [f"{name}{suffix}{inner} {number!r}"]
     return "\n".join(lines) + "\n"
 
 
-def _escaped(value):
-    text = printable(str(value)).replace("\\", r"\\")
-    return text.replace('"', r"\"").replace("\n", r"\n")
+def _quoted(value):
+    text = printable(str(value)).replace("\\", r"\\").replace('"', r"\"")
+    return '"' + text.replace("\n", r"\n") + '"'
 
 
 def _process_metrics(report):
@@ -8245,6 +7951,14 @@ def _model_metrics(report):
         ("", {"model": model.id, "state": state.value}, int(model.state == state.value))
         for model in own
         for state in State
+    ]
+    yield "gauge", "llmswap_budget_bytes", "Budget of a resource.", [
+        ("", {"resource": name}, size) for name, size in report.budget.items()
+    ]
+    yield "gauge", "llmswap_model_needs_bytes", "Need of a model for a resource.", [
+        ("", {"model": model.id, "resource": name}, size)
+        for model in own
+        for name, size in model.needs.items()
     ]
     counts = collections.defaultdict(list)
     for (source, *labels), value in sorted(report.meters.counts.items(), key=repr):
@@ -8341,7 +8055,7 @@ pre {
   font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace;
 }
 
-/* Two columns: the models; prompt, log and requests */
+/* Two columns: the models; prompt and requests */
 .columns {
   display: grid; grid-template-columns: minmax(0, 1fr) minmax(340px, 420px);
   gap: 28px; align-items: start;
@@ -8404,24 +8118,18 @@ progress { width: 100%; height: 8px; margin-top: 12px; accent-color: var(--loadi
   border: 1px solid var(--line); border-radius: 8px;
 }
 
-/* Prompt, log and requests */
+/* Prompt and requests */
 aside {
   position: sticky; top: 16px; display: flex; flex-direction: column; gap: 16px;
   max-height: calc(100vh - 92px); padding-top: 27px;
 }
 aside .sheet, #answer { display: flex; flex-direction: column; gap: 10px; }
 aside .sheet { padding: 14px; }
-aside h2 { display: flex; align-items: center; margin: 0; font-weight: 400; }
-aside h2 span {
+:is(aside, #log) h2 { display: flex; align-items: center; margin: 0; font-weight: 400; }
+:is(aside, #log) h2 span {
   flex: 1; margin: 0; color: var(--ink); font-weight: 600; font-size: 15px;
 }
 #prompt { flex: none; }
-#prompt .close { display: none; }
-#log { flex: 1 0 min(320px, 40vh); }
-#lines {
-  flex: 1; min-height: 120px; margin: 0 -14px -14px; padding: 10px 14px;
-  border-top: 1px solid var(--line); border-radius: 0 0 14px 14px; outline-offset: -2px;
-}
 #requests { min-height: 130px; padding-bottom: 0; }
 #only { width: auto; max-width: 60%; padding: 3px 8px; font-size: 13.5px; }
 #recent { overflow: auto; margin: 0 -14px; }
@@ -8446,16 +8154,17 @@ details dl div:last-child { flex-basis: 100%; grid-column: 1 / -1; }
 .send button { padding-inline: 18px; }
 #stats { color: var(--soft); font-size: 13px; }
 #answer { max-height: 40vh; overflow: auto; }
-[data-panel=log] #answer { max-height: 12vh; }
 #answer p { white-space: pre-wrap; }
 #thought { padding-left: 12px; border-left: 2px solid var(--line); color: var(--soft); }
 
 /* Above all */
 dialog, #notice { color: var(--ink); box-shadow: 0 12px 40px rgb(0 0 0 / .3); }
-dialog { margin: auto; width: min(400px, calc(100vw - 32px)); padding: 22px; }
+dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 22px; }
 dialog form { display: grid; gap: 12px; }
+#log { width: 1000px; padding: 14px; }
+#lines { height: 80vh; padding: 10px 12px; border-radius: 8px; }
 #notice {
-  position: fixed; z-index: 3; inset: auto 16px 20px; margin: auto; width: fit-content;
+  position: fixed; z-index: 1; inset: auto 16px 20px; margin: auto; width: fit-content;
   max-width: 560px; max-height: 50vh; overflow: auto; padding: 11px 16px;
   font-size: 14px; white-space: pre-wrap; cursor: pointer;
 }
@@ -8466,19 +8175,8 @@ dialog form { display: grid; gap: 12px; }
   #totals { order: 3; flex-basis: 100%; gap: 2px 16px; }
   #link { margin-left: auto; }
   #search { order: 4; width: 100%; margin-top: 6px; }
-  .columns, aside, aside #prompt .close { display: block; }
+  .columns { display: block; }
   aside { position: static; padding: 0; max-height: none; }
-  body:not([data-panel=prompt]) #prompt, body:not([data-panel=log]) #log {
-    display: none;
-  }
-  #prompt, #log {
-    position: fixed; z-index: 2; inset: auto 0 0; max-height: 86dvh;
-    padding-bottom: max(14px, env(safe-area-inset-bottom));
-    border-radius: 16px 16px 0 0; box-shadow: 0 -10px 40px rgb(0 0 0 / .3);
-  }
-  #log { height: 86dvh; flex: none; }
-  #lines { border-radius: 0; }
-  #answer { height: 40vh; } /* Stop stays where it is */
   input, select, textarea, #only { font-size: 16px; }
 }
 @media (max-width: 620px) {
@@ -8547,24 +8245,21 @@ function fill(element, texts) {
   }
 }
 
-function clone(template, id, elements) {
-  const element = $(template).content.firstElementChild.cloneNode(true);
-  element.dataset.id = id;
-  elements.set(id, element);
-  return element;
+function rowOf(rows, template, id) {
+  const {firstElementChild} = $(template).content;
+  if (!rows.has(id)) rows.set(id, firstElementChild.cloneNode(true));
+  rows.get(id).dataset.id = id;
+  return rows.get(id);
 }
 
-function keepOnly(elements, items) {
+function keepOnly(rows, items) {
   const ids = new Set(items.map(({id}) => id));
-  for (const [id, element] of elements) {
-    if (!ids.has(id)) element.remove(), elements.delete(id);
-  }
+  for (const [id, row] of rows) if (!ids.has(id)) row.remove(), rows.delete(id);
 }
 
-function place(ul, elements) {
-  elements.forEach((element, at) => {
-    const before = ul.children[at];
-    if (element !== before) ul.insertBefore(element, before);
+function place(ul, rows) {
+  rows.forEach((row, at) => {
+    if (row !== ul.children[at]) ul.insertBefore(row, ul.children[at]);
   });
 }
 
@@ -8587,7 +8282,7 @@ function append(text, target, scroller, most = Infinity) {
 // ---- Requests; the API key is asked for once ----
 
 let key = sessionStorage.getItem("llmswap-key") || "";
-let keyEntered = null; // resolves once somebody has entered a key
+let keyEntered = null; // a promise, while a key is asked for
 
 async function request(path, options = {}) {
   for (;;) {
@@ -8719,10 +8414,9 @@ function paint() {
   paintRequests();
   keepFocus(focused);
   show($("none"), !models.length);
-  put($("problem"), snapshot.problem || "");
-  show($("problem"), snapshot.problem);
+  put($("problem"), snapshot.problem);
   show($("search"), models.length > 12);
-  paintTotals(snapshot.totals);
+  paintTotals(models);
   paintChoice();
 }
 
@@ -8746,12 +8440,18 @@ function paintGroup(name) {
   show(section, shown);
 }
 
-function paintTotals({loaded, models, running, waiting, rss, vram}) {
-  const memory = [rss && `${bytes(rss)} memory`, vram && `${bytes(vram)} VRAM`];
-  const work = (running || waiting) && requests(running, waiting);
-  put($("totals"), join([`${loaded} of ${models} loaded`, work, ...memory]));
-  const isLoaded = ({state, shares}) => state === "loaded" && !shares;
-  const names = snapshot.models.filter(isLoaded).map(({id}) => id);
+function paintTotals(models) {
+  const own = models.filter(({shares}) => !shares);
+  const total = (name) => own.reduce((sum, model) => sum + (model[name] || 0), 0);
+  const [rss, vram] = [total("rss"), total("vram")];
+  const [running, waiting] = [total("running"), total("waiting")];
+  const names = own.filter(({state}) => state === "loaded").map(({id}) => id);
+  put($("totals"), join([
+    `${names.length} of ${models.length} loaded`,
+    (running || waiting) && requests(running, waiting),
+    rss && `${bytes(rss)} memory`,
+    vram && `${bytes(vram)} VRAM`,
+  ]));
   document.title = join([...names, "llmswap"]);
 }
 
@@ -8772,17 +8472,8 @@ function paintBudget({budget, models}) {
   }));
 }
 
-function makeRow(id) {
-  const row = clone("model-row", id, rows);
-  for (const act of row.querySelector(".acts").children) {
-    act.ariaLabel = `${act.textContent} ${id}`;
-  }
-  row.querySelector("a").href = `/upstream/${encodeURIComponent(id)}/`;
-  return row;
-}
-
 function paintModel(model, age) {
-  const row = rows.get(model.id) || makeRow(model.id), {state, shares} = model;
+  const row = rowOf(rows, "model-row", model.id), {state, shares} = model;
   const kind = {remote: "remote", unit: "systemd unit"}[model.kind];
   const failure = model.unusable || (state === "failed" && model.failure) || "";
   const [why, ...lines] = failure.split("\n");
@@ -8830,18 +8521,14 @@ function requests(running, waiting) {
   return join(parts, ", ") || "none";
 }
 
-function contextOf({context, context_seconds: seconds}) {
-  return join([bytes(context), seconds && `${duration(seconds, true)} spared`], ", ");
-}
-
 function factsOf(model, age) {
-  const left = model.unload_in;
+  const {context, context_seconds: spared, unload_in: left} = model;
   return {
     rss: bytes(model.rss),
     vram: bytes(model.vram),
     requests: requests(model.running, model.waiting),
     speed: speed(model.tokens_per_second),
-    saved: contextOf(model),
+    saved: join([bytes(context), spared && `${duration(spared, true)} spared`], ", "),
     left: left !== null && duration(left - age, true),
   };
 }
@@ -8851,30 +8538,27 @@ function paintActs(acts, model) {
   const word = {failed: "Try again", unloaded: "Load", loading: "Cancel"}[state];
   const main = acts.lastElementChild;
   put(main, shares ? "" : word || "Unload");
-  main.ariaLabel = `${main.textContent} ${id}`;
+  for (const act of acts.children) act.ariaLabel = `${act.textContent} ${id}`;
   main.dataset.do = isHeld ? "unload" : "load";
   main.ariaDisabled = state === "unloading";
   const hasRun = kind !== "remote" && (model.seconds !== null || isHeld);
   show(acts.querySelector("[data-do=log]"), !shares && hasRun);
   const hasPage = kind === "llama-server" && state === "loaded";
   show(acts.querySelector("a"), !shares && hasPage);
+  acts.querySelector("a").href = `/upstream/${encodeURIComponent(id)}/`;
   show(acts, state !== "unusable");
 }
 
 // ---- Buttons and panels ----
 
-let returnFocusTo = null; // the button that opened a panel
-
 const actions = {
   load: (id) => post("/models/load", {model: id}),
   unload: (id) => post("/models/unload", {model: id}),
   cancel: (id) => post(`/api/requests/${id}/cancel`, {}),
-  log: openLog,
-  close: () => openPanel(""),
+  log: followLog,
   prompt(id) {
     $("model").value = id;
     isChosen = true;
-    openPanel("prompt");
     $("text").focus();
   },
 };
@@ -8883,10 +8567,9 @@ document.addEventListener("click", async (event) => {
   const button = event.target.closest("[data-do]");
   if (!button || button.ariaDisabled === "true") return;
   if (event.detail > 1) return; // of a double click on Load, the second would cancel
-  const action = button.dataset.do, id = button.closest("li")?.dataset.id || "";
-  if (action !== "close") returnFocusTo = button;
+  const id = button.closest("li")?.dataset.id || "";
   try {
-    await actions[action](id);
+    await actions[button.dataset.do](id);
   } catch (error) {
     notify(`${id}: ${error.message}`);
   }
@@ -8898,18 +8581,6 @@ function notify(text) {
   notify.timer = setTimeout(() => show($("notice"), false), 10000);
 }
 
-function openPanel(name) {
-  document.body.dataset.panel = name;
-  if (name) return;
-  logReader?.abort();
-  show($("log"), false);
-  returnFocusTo?.focus();
-}
-
-document.addEventListener("keydown", (event) => {
-  const isOpen = document.body.dataset.panel && !$("door").open;
-  if (event.key === "Escape" && isOpen) openPanel("");
-});
 $("search").addEventListener("input", paint);
 $("notice").addEventListener("click", () => show($("notice"), false));
 
@@ -8944,7 +8615,7 @@ function paintRequests() {
 
 function paintRequest(request, age) {
   const {id, started, model, asked, client, user_agent: agent} = request;
-  const row = requestRows.get(id) || clone("request-row", id, requestRows);
+  const row = rowOf(requestRows, "request-row", id);
   const isRunning = request.status === null, json = JSON.stringify(request);
   if (isRunning) fill(row, {total: duration(request.seconds + age, true)});
   if (row.shown === json) return row;
@@ -9010,20 +8681,16 @@ function factsOfRequest(request, at) {
 
 $("only").addEventListener("change", () => { recentAt = 0, fetchRequests(); });
 
-// ---- A log, followed as long as its end is visible ----
+// ---- A log, in a dialog; it scrolls as long as its end is visible ----
 
-let logReader = null; // aborts the request
-
-async function openLog(id) {
-  logReader?.abort();
-  const {signal} = logReader = new AbortController(), lines = $("lines");
+async function followLog(id) {
+  const reading = new AbortController(), {signal} = reading, lines = $("lines");
   const colours = /\x1b\[[\d;]*m/g;
   const write = (text) => append(text.replace(colours, ""), lines, lines, 3000);
-  put($("log").querySelector("span"), `Log of ${id || "llmswap"}`);
+  put($("log-title"), `Log of ${id || "llmswap"}`);
   lines.replaceChildren();
-  show($("log"), true);
-  openPanel("log");
-  lines.focus();
+  $("log").onclose = () => reading.abort();
+  $("log").showModal();
   try {
     const path = id ? `/logs/stream/${encodeURIComponent(id)}` : "/logs/stream";
     for await (const text of texts(await request(path, {signal}))) write(text);
@@ -9035,7 +8702,7 @@ async function openLog(id) {
 // ---- A prompt, and its streaming answer ----
 
 let asking = null; // aborts the request; knows whether an answer came
-let isChosen = false; // somebody chose the model
+let isChosen = false; // the model, by hand
 
 function paintChoice() {
   const usable = snapshot.models.filter((model) => !model.unusable);
@@ -9144,8 +8811,7 @@ STATUS_PAGE = """<!doctype html>
   </main>
   <aside>
     <section id="prompt" class="sheet" aria-label="Prompt" hidden>
-      <h2><span>Prompt</span>
-        <button class="plain close" data-do="close">Close</button></h2>
+      <h2><span>Prompt</span></h2>
       <textarea id="text" aria-label="Prompt" placeholder="Ask something"></textarea>
       <div class="send">
         <select id="model" aria-label="Model"></select>
@@ -9156,10 +8822,6 @@ STATUS_PAGE = """<!doctype html>
         <p id="thought"></p><p id="reply"></p><p id="error"></p>
       </div>
     </section>
-    <section id="log" class="sheet" aria-label="Log" hidden>
-      <h2><span></span><button class="plain close" data-do="close">Close</button></h2>
-      <pre id="lines" aria-label="Lines" tabindex="0"></pre>
-    </section>
     <section id="requests" class="sheet" aria-label="Requests">
       <h2><span>Requests</span><select id="only" aria-label="Requests of"></select></h2>
       <ul id="recent"></ul>
@@ -9168,6 +8830,12 @@ STATUS_PAGE = """<!doctype html>
 </div>
 <p id="live-region" class="unseen" role="status"></p>
 <p id="notice" role="alert" title="Dismiss" hidden></p>
+<dialog id="log" aria-labelledby="log-title">
+  <form method="dialog">
+    <h2><span id="log-title"></span><button class="plain">Close</button></h2>
+    <pre id="lines" aria-label="Lines" tabindex="0" autofocus></pre>
+  </form>
+</dialog>
 <dialog id="door" aria-labelledby="door-title">
   <form method="dialog">
     <h2 id="door-title">API key</h2>
@@ -9226,8 +8894,8 @@ STATUS_PAGE = """<!doctype html>
 
 @functools.lru_cache(maxsize=None)
 def page_policy() -> str:
-    """Return the page's Content-Security-Policy: nothing is fetched but from here,
-    nothing runs or is drawn but what stands above."""
+    """Return the page's Content-Security-Policy: it fetches from its own origin only,
+    and no other script or style is in force."""
     import hashlib  # 3 MB that only the page needs
 
     script, style = (
@@ -9249,21 +8917,21 @@ def page_policy() -> str:
 #    A route either replies or raises; `handle_one_request` alone answers errors.
 # ==================================================================================
 
-ROWS_KEPT = 500  # requests that are remembered
-SHOWN_LENGTH = 200  # characters of what a client says of itself
+MAX_ENDED_REQUESTS = 500  # that are remembered
+SHOWN_LENGTH = 200  # characters of a client's header or path
 ERROR_LENGTH = 500
 REQUEST_FIELDS = (
     "id started client user_agent session method path asked model stream waited "
     "first_byte seconds status tokens_in tokens_cached tokens_out tokens_per_second "
     "error".split()
 )
-SERVER_NAME = "llmswap (llama.cpp)"  # clients look for llama.cpp
+SERVER_NAME = "llmswap (llama.cpp)"  # some clients search it for llama.cpp
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
 NAME_LIMIT = 1000  # characters of a model's name in a request
 NAME_PARTS = 64  # between slashes in one
 SLOW_SECONDS = 10.0  # until the first byte; such requests are logged
-NOTICE_EVERY = 5.0  # s, for clients that are told how far a load is
+NOTICE_EVERY = 5.0  # s; so often a waiting chat shows the progress of a load
 INPUTS = {"vision": "image", "audio": "audio"}  # llama.cpp's words by capability
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -9282,16 +8950,15 @@ TEXT_TYPE = ("content-type", "text/plain; charset=utf-8")
 
 
 class RequestLog:
-    """The requests in flight, and the last that ended: who asked for what. Bodies are
-    not kept. Any thread may call.
-    """
+    """The requests in flight, and the last that ended, without their bodies. Any thread
+    may call."""
 
     def __init__(self):
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._running = {}  # by number: (row, response, when it began)
         self._ended_count = 0
-        self._ended = collections.deque(maxlen=ROWS_KEPT)
+        self._ended = collections.deque(maxlen=MAX_ENDED_REQUESTS)
 
     def begin(self, row: dict, response: ClientResponse):
         """A request is in flight, answered by `response`; `row` gets a number."""
@@ -9308,8 +8975,8 @@ class RequestLog:
             self._ended.append(tuple(row.values()))  # a fifth of a dict's size
 
     def rows(self) -> List[dict]:
-        """Return those in flight, with what is known by now, and then the others; each
-        newest first."""
+        """Return the requests in flight, as far as they are, then those that ended;
+        each newest first."""
         now = time.monotonic()
         with self._lock:
             running = [
@@ -9333,8 +9000,8 @@ class RequestLog:
             )
 
     def cancel(self, number: str) -> bool:
-        """End a request as if its client had left, which is told why; return whether it
-        was in flight."""
+        """End a request as if its client had left, which is sent the reason; return
+        whether it was in flight."""
         with self._lock:
             for row, response, _ in self._running.values():
                 if str(row["id"]) == number:
@@ -9355,9 +9022,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.pool = self.server.pool
         self.config = self.pool.config
         self.wire = SocketReader(self.request)
-        late = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
-        self.late = StallMonitor(HEAD_SECONDS, late)
-        self.is_unread = False  # the client may be sending what nobody reads
+        error = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
+        self.head_timeout = StallMonitor(HEAD_SECONDS, error)
+        self.is_unread = False  # part of a body, which the client may still be sending
         if self.request.family != socket.AF_UNIX:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         set_socket_timeouts(self.request)
@@ -9400,21 +9067,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._finish_request()
 
     def _await_request(self):
-        """Return whether a request begins before the connection was idle too long."""
         if self.wire.held:
             return True
         if self.wire.is_untouched:  # a new connection counts as busy
             return self.wire.wait_readable(IDLE_SECONDS)
-        self.server.begin_idling(self.request)
-        try:
+        with self.server.idling(self.request):
             return not self.server.is_closing and self.wire.wait_readable(IDLE_SECONDS)
-        finally:
-            self.server.end_idling(self.request)
 
     def parse_request(self) -> bool:
         """Read a head, strictly; False if the client sends no more requests."""
-        self.late.restart()
-        self.wire.on_timeout = self.late
+        self.head_timeout.restart()
+        self.wire.on_timeout = self.head_timeout
         try:
             raw = self.wire.head()
         except OSError:
@@ -9422,7 +9085,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not raw:
             return False
         self.head = self.headers = Request(raw)
-        self.head.drop_slash(path for _, path in ROUTES)
+        self.head.drop_slash(ROUTES)
         self.command, self.path = self.head.method, self.head.target
         self.request_version = "HTTP/1.0" if self.head.is_http_10 else "HTTP/1.1"
         self.reply = ClientResponse(self.request, self.head, self._cors_headers())
@@ -9431,26 +9094,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return True
 
     def _finish_request(self):
-        """Read what is left of the body, if that is little, and free what was held."""
-        body, self.body, self.wire.on_timeout = self.body, None, self.late
+        """Read the rest of the body if it is short, so that another may follow."""
+        body, self.body, self.wire.on_timeout = self.body, None, self.head_timeout
         if body is not None and self.reply.is_persistent:
-            try:
-                self.reply.is_persistent = body.skip()
-            except APIError:
-                self.reply.is_persistent = False
+            with contextlib.suppress(APIError):
+                self.close_connection = not body.skip()
         self.is_unread = body is None or not body.is_complete
-        self.close_connection = not self.reply.is_persistent
 
     def _log_if_slow(self):
-        first_at = self.reply.first_at
-        if first_at is None or first_at < self.began + SLOW_SECONDS:
-            return
-        where = f"{self.head.method} {self.head.path[:60]}"
-        seconds = first_at - self.began
-        text = f"{self.model.name}: first byte of {where} after {seconds:.1f} s"
-        if self.waited >= LONG_WAIT:
-            text += f", {self.waited:.1f} s of it waiting"
-        self.server.log("info", text)
+        seconds = (self.reply.first_at or self.began) - self.began
+        if seconds >= SLOW_SECONDS:
+            target = f"{self.head.method} {self.head.path[:60]}"
+            text = f"{self.model.name}: first byte of {target} after {seconds:.1f} s"
+            if self.waited >= LONG_WAIT:
+                text += f", {self.waited:.1f} s of it waiting"
+            self.server.log("info", text)
 
     def _count_request(self):
         """Count the request if it was for a model or was refused."""
@@ -9462,7 +9120,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         seconds = time.monotonic() - self.began
         usage = self.usage if status < 300 else Usage()
         speed = speed_of(usage, seconds - (self.waited or 0))
-        self._record_end(status, seconds, usage, speed)
+        is_refused = self.head is not None and status >= 400 and status != 499
+        if self.row or is_refused:
+            self._record_end(status, seconds, usage, speed)
         self.pool.count_request(
             self.model,
             speed,
@@ -9493,15 +9153,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         )
 
     def _record_end(self, status, seconds, usage, speed):
-        is_refused = self.head is not None and status >= 400 and status != 499
-        if self.row is None and not is_refused:
-            return
-        reply, row = self.reply, self.row or self._new_row(self.info)
-        error = self.error or reply.problem
+        row, first_at = self.row or self._new_row(self.info), self.reply.first_at
+        error = self.error or self.reply.problem
         row.update(
             status=status,
             seconds=seconds,
-            first_byte=reply.first_at and reply.first_at - self.began,
+            first_byte=first_at and first_at - self.began,
             tokens_in=usage.tokens_in,
             tokens_cached=usage.tokens_cached,
             tokens_out=usage.tokens_out,
@@ -9517,14 +9174,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.error = error
         if isinstance(error, SpokenTLS):
             self.server.warn_of_tls()
-        if isinstance(error, OSError):  # of disk or memory; the client's own is caught
-            error = APIError(f"{type(error).__name__}: {error}")
-        elif isinstance(error, ConfigError):
-            error = APIError(str(error))
+        if not isinstance(error, APIError):  # the client's own OSErrors are caught
+            kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+            error = APIError(f"{kind}{error}")
         reply = self.reply = self.reply or ClientResponse(self.request, None, [])
         if self.body is None or not self.body.can_be_skipped:
             reply.is_persistent = False
-        if not reply.is_begun:
+        if not reply.status:
             self._send_error(error)
         elif reply.is_early and not reply.sent:
             reply.send(reply.error_event(error_body(error)))
@@ -9533,7 +9189,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             reply.abort(error)
 
     def _send_error(self, error):
-        headers = [JSON_TYPE]
+        headers = []
         if error.retry_after is not None:
             headers.append(("retry-after", str(math.ceil(error.retry_after))))
         if error.may_retry is not None:
@@ -9543,21 +9199,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             scheme = 'Basic realm="API key"' if is_page else "Bearer"
             headers.append(("www-authenticate", scheme))
         if error.status == 405:
-            methods = [method for method, path in ROUTES if path == self.head.path]
-            headers.append(("allow", ", ".join([*methods, "OPTIONS"])))
+            headers.append(("allow", ", ".join([*ROUTES[self.head.path], "OPTIONS"])))
         body = error_body(error)
         if self.reply.is_for_anthropic:
             body = {"type": "error", **body}
-        self._send(error.status, headers, _dump(body))
+        self._send_json(body, error.status, headers)
 
-    def _send(self, status, headers, payload):
+    def _send(self, payload, status=200, headers=()):
         self.reply.answer(status, [*headers, ("server", SERVER_NAME)], payload)
 
-    def _send_json(self, value):
-        self._send(200, [JSON_TYPE], _dump(value))
+    def _send_json(self, value, status=200, headers=()):
+        self._send(_dump(value), status, [JSON_TYPE, *headers])
 
-    def _send_text(self, text):
-        self._send(200, [TEXT_TYPE], text.encode())
+    def _send_text(self, text, content_type=TEXT_TYPE):
+        self._send(text.encode(), headers=[content_type])
 
     def _stream(self, next_item, render, pause=0.0):
         """Send items until the client leaves or llmswap ends. An item that is None says
@@ -9576,35 +9231,33 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _check_access(self):
         """Raise Forbidden or Unauthorized unless Host, Origin and key are accepted."""
-        self._check_host(self.head.get("host"))
-        origin = self.head.get("origin")
-        is_safe = self.head.method in SAFE_METHODS and not self.head.is_upgrade
+        head, keys, origin = self.head, self.config.api_keys, self.head.get("origin")
+        if not self._is_host_allowed(head.get("host")):
+            raise Forbidden(
+                f"Host {head.get('host')!r} is not among allowed-hosts in [llmswap], "
+                "which guards local servers against web pages"
+            )
+        is_safe = head.method in SAFE_METHODS and not head.is_upgrade
         if origin and not is_safe and not self._is_origin_allowed(origin):
-            raise _foreign(origin)
-        is_open = self.head.path in OPEN_PATHS and not self._wants_snapshots()
-        keys = self.config.api_keys
-        if self.head.method == "OPTIONS" or is_open or not keys:
+            raise _forbidden_origin(origin)
+        is_open = head.path in OPEN_PATHS and not self._wants_snapshots()
+        if head.method == "OPTIONS" or is_open or not keys:
             return
         if not any(_is_key(given, keys) for given in self._given_keys()):
             raise Unauthorized("a valid API key is needed (Authorization: Bearer KEY)")
 
-    def _check_host(self, host):
-        allowed = self.config.settings.allowed_hosts
+    def _is_host_allowed(self, host):
+        allowed, name = self.config.settings.allowed_hosts, _host_name(host)
         if "*" in allowed or not _is_loopback(self.request.getsockname()):
-            return
-        name = _host_name(host)
-        if name and name not in allowed and not _is_address(name):
-            raise Forbidden(
-                f"Host {host!r} is not among allowed-hosts in [llmswap], which guards "
-                "local servers against web pages"
-            )
+            return True
+        return not name or name in allowed or _is_address(name)
 
     def _is_origin_allowed(self, origin):
         allowed = self.config.settings.cors_origins
         if "*" in allowed or origin in allowed or self._is_own_origin(origin):
             return True
-        name = origin.partition("://")[2]
-        return "localhost" in allowed and _host_name(name) in LOOPBACK_NAMES
+        name = _host_name(origin.partition("://")[2])
+        return "localhost" in allowed and name in LOOPBACK_NAMES
 
     def _is_own_origin(self, origin):
         name = origin.partition("://")[2]
@@ -9633,16 +9286,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         is_fetch = any(name.startswith("sec-fetch-") for name, _ in head.headers)
         if origin or is_fetch or head.get("user-agent").startswith("Mozilla/"):
-            raise _foreign(origin or "of a browser")
+            raise _forbidden_origin(origin or "of a browser")
 
     def _check_may_load(self, model):
         """For GETs: they may load the model only if no foreign page asks for it."""
-        if self.head.method in SAFE_METHODS:
-            if self.pool.state_of(model) is not State.LOADED:
-                self._check_not_from_a_page()
+        if self.pool.state_of(model) is not State.LOADED:
+            self._check_not_from_a_page()
 
     def _given_keys(self):
-        """Yield the bytes of what may be a key."""
+        """Yield, as bytes, what may be a key in the headers."""
         for value in self.head.all("x-api-key"):
             yield value.encode("latin-1")
         for value in self.head.all("authorization"):
@@ -9669,23 +9321,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- routes ----------------------------------------------------------------------
 
     def _route(self):
-        """Do what the path means; whatever is not ours belongs to a model."""
-        head = self.head
-        method = "GET" if head.method == "HEAD" else head.method
-        route = ROUTES.get((method, head.path))
-        if method == "OPTIONS":
-            route = Handler.answer_preflight
+        """Answer if the path is one of ours; all others are routed by model."""
+        path, routes = self.head.path, ROUTES.get(self.head.path, {})
+        method = "GET" if self.head.method == "HEAD" else self.head.method
+        is_preflight = method == "OPTIONS"
+        route = Handler.answer_preflight if is_preflight else routes.get(method)
         if route:
-            self.body.hold(MAX_UNREAD_BODY)  # nothing is done before its framing held
+            self.body.hold(MAX_UNREAD_BODY)  # a body framed wrongly must change nothing
             return route(self)
         for prefix, methods, action in PREFIXES:
-            if head.path.startswith(prefix) and (not methods or method in methods):
+            if path.startswith(prefix) and (not methods or method in methods):
                 self.body.hold(MAX_UNREAD_BODY if methods else 0)
-                rest = head.path[len(prefix) :]
+                rest = path[len(prefix) :]
                 return action(self, rest.rstrip("/") if methods else rest)
-        if head.path not in MODEL_PATHS:
-            if any(path == head.path for _, path in ROUTES):
-                raise MethodNotAllowed(f"{head.path} has no {head.method}")
+        if routes and path not in MODEL_PATHS:
+            raise MethodNotAllowed(f"{path} has no {self.head.method}")
         self._check_base_url()
         self.route_by_model()
 
@@ -9708,13 +9358,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json([])  # no stream can be resumed
 
     def answer_preflight(self):
-        wanted = self.head.get("access-control-request-headers") or "*"
+        names = self.head.get("access-control-request-headers") or "*"
         headers = [
             ("access-control-allow-methods", "GET, POST, PUT, PATCH, DELETE, OPTIONS"),
-            ("access-control-allow-headers", wanted),
+            ("access-control-allow-headers", names),
             ("access-control-max-age", "600"),
         ]
-        self._send(204, headers if self.reply.extra else [], b"")
+        self._send(b"", 204, headers if self.reply.extra else [])
 
     def _wants_snapshots(self):
         """Return whether our page asks for `/` once more, as a stream of events."""
@@ -9732,7 +9382,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ("cache-control", "no-cache"),
             ("vary", "Accept"),
         ]
-        self._send(200, headers, STATUS_PAGE.encode())
+        self._send(STATUS_PAGE.encode(), headers=headers)
 
     def _stream_snapshots(self):
         """Send a snapshot at each change, and every 2 s while a model is held."""
@@ -9749,13 +9399,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return snapshot(report)
 
         self.reply.begin_events()
-        self._stream(next_snapshot, _as_event, pause=0.25)  # nobody reads faster
+        self._stream(next_snapshot, _as_event, pause=0.25)  # faster is unreadable
 
     def get_metrics(self):
         if self.head.parameter("model") is not None:
             return self.get_from_model()
-        text = metrics_text(self._status_report())
-        self._send(200, [("content-type", METRICS_TYPE)], text.encode())
+        self._send_text(metrics_text(self._status_report()), METRICS_TYPE)
 
     def _status_report(self):
         facts = self.pool.inspector.facts_of([*self.config.models.values()])
@@ -9813,6 +9462,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json({"requests": rows[: int(limit) if limit else None]})
 
     def cancel_request(self, rest):
+        """End a request; `rest` is its number and /cancel."""
         number, _, action = rest.partition("/")
         if action != "cancel":
             raise NotFound(f"there is nothing at {self.head.path}")
@@ -9849,28 +9499,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.pool.unload(self._resolve(percent_decoded(name)))
         else:
             self.pool.unload_all()
-        self.pool.await_unloaded(self._look_after_client)
+        self.pool.await_unloaded(self._heartbeat)
         self._send_text("OK")
 
     def get_running(self):
         words = {"loading": "starting", "loaded": "ready", "unloading": "stopping"}
-        running = []
         facts = self.pool.inspector.facts_of([*self.config.models.values()])
-        for status in self.pool.statuses():
-            model = self.config.models.get(status.id)
-            if model is None or status.state == "unloaded" or status.shares:
-                continue
-            running.append(
-                {
-                    "model": status.id,
-                    "state": words.get(status.state, status.state),
-                    "cmd": shlex.join(shown_command(facts[status.id], status)),
-                    "proxy": model.url(str(status.port)),
-                    "ttl": int(model.settings.idle_timeout),
-                    "name": status.id,
-                    "description": model.settings.description,
-                }
-            )
+        running = [
+            {
+                "model": status.id,
+                "state": words.get(status.state, status.state),
+                "cmd": shlex.join(shown_command(facts[status.id], status)),
+                "proxy": self.config.models[status.id].url(str(status.port)),
+                "ttl": int(self.config.models[status.id].settings.idle_timeout),
+                "name": status.id,
+                "description": status.description,
+            }
+            for status in self.pool.statuses()
+            if status.id in facts and status.state != "unloaded" and not status.shares
+        ]
         self._send_json({"running": running})
 
     def get_props(self):
@@ -9911,7 +9558,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- requests for models ---------------------------------------------------------
 
     def get_from_model(self):
-        """GET something of one model; it is not loaded, woken or kept for that."""
+        """Relay a GET to a model without loading or waking it, or counting as use."""
         name = self.head.parameter("model")
         if not name:
             raise BadRequest("model name is missing from the request", "model")
@@ -9930,9 +9577,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _may_autoload(self, by_default=True):
         """Return whether the request may load its model, by llama.cpp's rules."""
-        given = self.head.parameter("autoload")
-        if given:
-            return given in ("true", "1")
+        wish = self.head.parameter("autoload")
+        if wish:
+            return wish in ("true", "1")
         return by_default and self.config.settings.models_autoload
 
     def route_upstream(self, rest):
@@ -9941,8 +9588,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         model = self.model = self._resolve(name)
         query = self.head.target[len(self.head.path) :]
         if not path:
-            headers = [("location", f"/upstream/{rest}/{query}")]
-            return self._send(308, headers, b"")
+            return self._send(b"", 308, [("location", f"/upstream/{rest}/{query}")])
         self._check_may_load(model)
         is_page = path == "/" or self.head.method not in SAFE_METHODS
         if not self._may_autoload(is_page) and not self.pool.is_held(model):
@@ -9964,15 +9610,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return percent_decoded(parts[0]), "/"
 
     def _request_info(self, is_needed):
-        """Return what the body says; unless it is needed it may be anything."""
+        """Return what find_model() finds; GET, HEAD and upgrades have no body."""
         if self.head.method in ("GET", "HEAD") or self.head.is_upgrade:
             return RequestInfo()
-        try:
-            return find_model(self.body, self.head.get("content-type"), is_needed)
-        except BadRequest:
-            if is_needed or not self.body.can_be_read:
-                raise
-            return RequestInfo()
+        return find_model(self.body, self.head.get("content-type"), is_needed)
 
     def route_by_model(self):
         """Route by the model that the body, the form or the query names."""
@@ -9997,7 +9638,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return model
 
     def _forward(self, model, target, info, preemptible=False):
-        """Let the model's backend answer; once more if it died over it."""
+        """Relay the request to the model's backend; once more if that dies of it."""
         idle_timeout = _idle_timeout_in(info.members)
         is_safe = self.head.method in SAFE_METHODS
         preemptible = self.head.is_upgrade or (preemptible and is_safe)
@@ -10009,7 +9650,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         transform_of = _repair_of if model.settings.json_repair else lambda _: None
         asked_at = time.monotonic()
         for is_last in (False, True):
-            lease = self.pool.lease(model, self._look_after_client, preemptible)
+            lease = self.pool.lease(model, self._heartbeat, preemptible)
             with lease as backend:
                 self.waited = time.monotonic() - asked_at
                 if self.row:
@@ -10019,25 +9660,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 try:
                     self._relay(outgoing, backend, transform_of)
                     self.usage = usage_in(bytes(self.reply.ends))
-                    backend.record_answer(self.usage, info.members)
+                    backend.record_answer(self.usage)
                     return self._log_if_slow()
                 except BackendDied as error:
-                    may_resend = outgoing.is_repeatable and not is_last
+                    may_resend = outgoing.rest is None and not is_last
                     has_died = not self.reply.sent and backend.died(1.0)
                     if has_died and may_resend:
                         continue
                     reason = backend.death(1.0) if has_died else None
                     error = BackendDied(str(reason)) if reason else error
-                    error.may_retry = False if is_last else None  # it kills
+                    error.may_retry = False if is_last else None  # it kills them
                     raise error
 
-    def _look_after_client(self):
-        """Raise ClientDisconnected once it is; meanwhile keep it from giving up."""
+    def _heartbeat(self):
+        """Send a waiting client a sign of life if one is due; ClientDisconnected if it
+        has left. Always False, for the Pool: the wait goes on."""
         self.reply.heartbeat()
         return False
 
     def _prepare_waiting(self, model, target, info):
-        """Set what the client is sent while it waits for the model."""
+        """Choose between comments and notices for a client that waits."""
         notice = model.settings.loading_notice
         is_stream = self.head.method == "POST" and info.members.get("stream") is True
         self.reply.wants_events = is_stream and notice != "off"
@@ -10046,8 +9688,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.reply.notice = functools.partial(next, self._notices(model))
 
     def _notices(self, model):
-        """Yield events that a chat shows as the model's reasoning while the model is
-        loaded; b"" if there is nothing new to tell, or it is too soon."""
+        """Yield events that a chat shows as the model's reasoning during its load; b""
+        if there is no news, or the last event is too recent."""
         chunk = {
             "id": f"chatcmpl-{model.name}-loading",
             "object": "chat.completion.chunk",
@@ -10084,7 +9726,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             held = [edited_json(info.members, edits)]
         elif info.model is not None and edits.model is not None:
             view, (start, end) = memoryview(body.held), info.span
-            name = self._form_value(edits.model)
+            name = edits.model.encode()
             held = [view[:start], name, view[end:]]
             length = length and length + len(name) - (end - start)
         else:
@@ -10093,11 +9735,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if body.is_complete:
             length, rest = sum(map(len, held)), None
         return UpstreamRequest(self.head.method, target, [], held, length, rest)
-
-    def _form_value(self, name):
-        if self.head.get("content-type").lower().startswith("multipart/"):
-            return name.encode()
-        return urllib.parse.quote_plus(name).encode()
 
     def _relay(self, outgoing, backend, *more):
         key = backend.model.settings.proxy_key
@@ -10110,9 +9747,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             dropped |= KEY_FIELDS
         if self.head.method == "POST":  # events and numbers are read on the way
             dropped |= {"accept-encoding"}
-        if self.body.was_decoded:
+        if not self.body.coding:  # perhaps no longer
             dropped |= {"content-encoding"}
-        headers = [each for each in self.head.end_to_end if each[0] not in dropped]
+        headers = [
+            header
+            for header in end_to_end(self.head.headers)
+            if header[0] not in dropped
+        ]
         if key:
             key = key.encode().decode("latin-1")  # sent as UTF-8
             headers.append(("authorization", f"Bearer {key}"))
@@ -10123,32 +9764,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 ROUTES = {
-    ("GET", "/"): Handler.get_page,
-    ("GET", "/health"): Handler.get_health,
-    ("GET", "/v1/health"): Handler.get_health,
-    ("GET", "/v1/models"): Handler.get_models,
-    ("GET", "/models"): Handler.get_models,
-    ("GET", "/models/sse"): Handler.get_events,
-    ("POST", "/models/load"): Handler.post_load,
-    ("POST", "/models/unload"): Handler.post_unload,
-    ("GET", "/props"): Handler.get_props,
-    ("GET", "/slots"): Handler.get_from_model,
-    ("GET", "/metrics"): Handler.get_metrics,
-    ("GET", "/lora-adapters"): Handler.get_from_model,
-    ("GET", "/running"): Handler.get_running,
-    ("GET", "/api/requests"): Handler.get_requests,
-    ("GET", "/unload"): Handler.unload,
-    ("POST", "/unload"): Handler.unload,
-    ("POST", "/api/models/unload"): Handler.unload,
-    ("POST", "/v1/streams/lookup"): Handler.post_streams_lookup,
-    ("GET", "/tools"): Handler.refuse_feature,
-    ("POST", "/tools"): Handler.refuse_feature,
-    ("GET", "/cors-proxy"): Handler.refuse_feature,
-    ("POST", "/cors-proxy"): Handler.refuse_feature,
-    ("GET", "/logs"): Handler.get_logs,
-    ("GET", "/logs/stream"): Handler.get_log_stream,
+    "/": {"GET": Handler.get_page},
+    "/health": {"GET": Handler.get_health},
+    "/v1/health": {"GET": Handler.get_health},
+    "/v1/models": {"GET": Handler.get_models},
+    "/models": {"GET": Handler.get_models},
+    "/models/sse": {"GET": Handler.get_events},
+    "/models/load": {"POST": Handler.post_load},
+    "/models/unload": {"POST": Handler.post_unload},
+    "/props": {"GET": Handler.get_props},
+    "/slots": {"GET": Handler.get_from_model},
+    "/metrics": {"GET": Handler.get_metrics},
+    "/lora-adapters": {"GET": Handler.get_from_model},
+    "/running": {"GET": Handler.get_running},
+    "/api/requests": {"GET": Handler.get_requests},
+    "/unload": {"GET": Handler.unload, "POST": Handler.unload},
+    "/api/models/unload": {"POST": Handler.unload},
+    "/v1/streams/lookup": {"POST": Handler.post_streams_lookup},
+    "/tools": {"GET": Handler.refuse_feature, "POST": Handler.refuse_feature},
+    "/cors-proxy": {"GET": Handler.refuse_feature, "POST": Handler.refuse_feature},
+    "/logs": {"GET": Handler.get_logs},
+    "/logs/stream": {"GET": Handler.get_log_stream},
 }
-PREFIXES = (  # with their methods; none: all
+PREFIXES = (  # without methods: all
     ("/upstream/", (), Handler.route_upstream),
     ("/v1/models/", ("GET",), Handler.get_model),
     ("/logs/stream/", ("GET",), Handler.get_log_stream),
@@ -10178,7 +9816,7 @@ def _as_event(value):
 
 
 def _repair_of(answer):
-    """Return what repairs the tool calls in an answer; None if it has none."""
+    """Return a RepairStream for an answer that may have tool calls, else None."""
     if answer.status != 200 or answer.get("content-encoding"):
         return None
     if answer.is_event_stream:
@@ -10189,13 +9827,11 @@ def _repair_of(answer):
 
 def _edits_of(model, info):
     settings = model.settings
-    removed = {name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members}
-    removed.update(settings.strip_params)
-    name = settings.model_name or None
+    timeouts = [name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members]
     return BodyEdits(
-        name,
+        settings.model_name or None,
         settings.set_params or {},
-        frozenset(removed),
+        frozenset([*timeouts, *settings.strip_params]),
         settings.default_params or {},
     )
 
@@ -10203,10 +9839,10 @@ def _edits_of(model, info):
 def _idle_timeout_in(members):
     """Return the seconds that a request asks for, below 0 for ever; None if it does
     not ask."""
-    given = [name for name in IDLE_TIMEOUT_PARAMETERS if members.get(name) is not None]
-    if not given:
+    names = [name for name in IDLE_TIMEOUT_PARAMETERS if members.get(name) is not None]
+    if not names:
         return None
-    value = members[given[0]]
+    value = members[names[0]]
     try:
         if isinstance(value, str):
             sign = -1 if value.startswith("-") else 1
@@ -10215,11 +9851,11 @@ def _idle_timeout_in(members):
             raise ValueError
         return float(value)
     except (TypeError, ValueError, OverflowError):
-        text = f"{given[0]}: {value!r} is not a duration"
-        raise BadRequest(text, given[0]) from None
+        text = f"{names[0]}: {value!r} is not a duration"
+        raise BadRequest(text, names[0]) from None
 
 
-def _foreign(origin):
+def _forbidden_origin(origin):
     return Forbidden(f"the origin {origin!r} is not in cors-origins in [llmswap]")
 
 
@@ -10250,7 +9886,7 @@ def _is_key(given, keys):
 
 
 def with_known_problem(status: ModelStatus, facts: Facts) -> ModelStatus:
-    """Return the status with what makes a start fail as its failure, if it is known."""
+    """Return the status, with the known reason for its next load to fail."""
     if status.state != "unloaded" or status.failure or not facts.problem:
         return status
     return status._replace(failure=facts.problem)
@@ -10259,7 +9895,7 @@ def with_known_problem(status: ModelStatus, facts: Facts) -> ModelStatus:
 def model_entry(
     model: Model, owner: Model, status: ModelStatus, facts: Facts, created: int
 ) -> dict:
-    """Return a model as in /v1/models: as llama.cpp's router tells it, and more.
+    """Return a model as in /v1/models: all fields of llama.cpp's router, and more.
 
     `facts` are those of `owner`, whose backend the model uses.
     """
@@ -10311,7 +9947,7 @@ def _shown_status(model, status, facts):
 
 
 def _capabilities(abilities, architecture, facts, is_llama_server):
-    """Return the names of what a model can do, as far as it is known."""
+    """Return the known abilities of a model, in the order of CAPABILITIES."""
     names = set(abilities)
     inputs = architecture.get("input_modalities", ())
     names.update(name for name, word in INPUTS.items() if word in inputs)
@@ -10383,23 +10019,23 @@ class Log:
         feed.setFormatter(LogFormatter())
         feed.emit = lambda record: self.feed.publish(feed.format(record))
         lines = queue.SimpleQueue()
-        self._writer = logging.handlers.QueueListener(lines, feed, stderr)
-        self._writer.start()
-        self._entrance = logging.handlers.QueueHandler(lines)
+        self._queue_listener = logging.handlers.QueueListener(lines, feed, stderr)
+        self._queue_listener.start()
+        self._queue_handler = logging.handlers.QueueHandler(lines)
         self._logger = logging.Logger("llmswap")
-        self._logger.addHandler(self._entrance)
+        self._logger.addHandler(self._queue_handler)
         self.set_level("info")
 
     def set_level(self, level: str):
         """Drop what is less important than `level`."""
-        self._entrance.setLevel(level.upper())
+        self._queue_handler.setLevel(level.upper())
 
     def __call__(self, level: str, text: str):
         self._logger.log(getattr(logging, level.upper()), text)
 
     def close(self):
         """Write what is left; give up after a second, as stderr may be stuck."""
-        closing = threading.Thread(target=self._writer.stop, daemon=True)
+        closing = threading.Thread(target=self._queue_listener.stop, daemon=True)
         closing.start()
         closing.join(1.0)
 
@@ -10453,10 +10089,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.requests = RequestLog()
         self.born = int(time.time())
         self.is_closing = False
-        self.most_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)
-        self._quiet_at = time.monotonic()
+        self.max_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)
+        self._active_at = time.monotonic()
         self._connections, self._idle_connections = set(), set()
-        self._is_paused = self._has_seen_tls = False
+        self._is_paused = self._has_warned_of_tls = False
         self._thread = None
         for sock in sockets:
             sock.setblocking(False)
@@ -10464,15 +10100,15 @@ class Server(http.server.ThreadingHTTPServer):
     def begin(self):
         """Accept connections, on a thread of its own."""
         self._is_paused = False
-        self._stop_seen, self._stop_sent = socket.socketpair()
+        self._stop_reader, self._stop_writer = socket.socketpair()
         self._thread = threading.Thread(target=self.serve_forever, daemon=True)
         self._thread.start()
 
     def serve_forever(self, poll_interval=None):
         """Accept until `shutdown`; the base class would wake up twice a second."""
         waiter = select.poll()
-        with self._stop_seen as stop_seen:
-            for each in (stop_seen, *self.sockets):
+        with self._stop_reader as stop_reader:
+            for each in (stop_reader, *self.sockets):
                 waiter.register(each, select.POLLIN)
             while not self._is_paused:
                 ready = {fd for fd, _ in waiter.poll()}
@@ -10484,7 +10120,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Accept no more; the sockets stay open."""
         self._is_paused = True
         if self._thread is not None:
-            self._stop_sent.close()
+            self._stop_writer.close()
             self._thread.join(1.0)
 
     def is_serving(self) -> bool:
@@ -10506,15 +10142,15 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request, client_address):
         """Serve the connection on a new thread, or refuse it."""
-        why = f"{self.most_connections} connections are open already"
-        if len(self._connections) < self.most_connections:
+        reason = f"{self.max_connections} connections are open already"
+        if len(self._connections) < self.max_connections:
             self._connections.add(request)
             try:
                 return super().process_request(request, client_address)
             except RuntimeError as error:  # there is no thread
-                why = str(error)
-                self.log("error", f"a connection could not be served: {why}")
-        refuse_connection(request, why)
+                reason = str(error)
+                self.log("error", f"a connection could not be served: {reason}")
+        refuse_connection(request, reason)
         self.shutdown_request(request)
 
     def shutdown_request(self, request):
@@ -10528,24 +10164,25 @@ class Server(http.server.ThreadingHTTPServer):
 
     def warn_of_tls(self):
         """Log, once, that a client speaks TLS to a port that does not."""
-        if not self._has_seen_tls:
-            self._has_seen_tls = True
+        if not self._has_warned_of_tls:
+            self._has_warned_of_tls = True
             text = "a client speaks TLS here: its base URL must begin with http://"
             self.log("warning", text)
 
-    def begin_idling(self, connection):
-        """From now on `stop` may close the connection."""
+    @contextlib.contextmanager
+    def idling(self, connection: socket.socket):
+        """In this block `stop` may close the connection, which waits for a request."""
         self._idle_connections.add(connection)
-        self._quiet_at = time.monotonic()
-
-    def end_idling(self, connection):
-        """A request came on the connection, or its end."""
-        self._idle_connections.discard(connection)
+        self._active_at = time.monotonic()
+        try:
+            yield
+        finally:
+            self._idle_connections.discard(connection)
 
     def inactive_since(self) -> Optional[float]:
         """Return when the last request ended; None while one runs or is to come."""
         is_busy = len(self._connections) > len(self._idle_connections)
-        return None if is_busy else self._quiet_at
+        return None if is_busy else self._active_at
 
     def try_idle_exit(self) -> bool:
         """Stop accepting; if a client has connected already go on, and return False.
@@ -10578,25 +10215,23 @@ class Server(http.server.ThreadingHTTPServer):
             time.sleep(0.005)
 
 
-def refuse_connection(connection: socket.socket, why: str):
+def refuse_connection(connection: socket.socket, reason: str):
     """Answer 503 on a connection of which nothing was read."""
     connection.settimeout(1)
     headers = [JSON_TYPE, ("retry-after", "5"), ("server", "llmswap")]
     with contextlib.suppress(ClientDisconnected):
         reply = ClientResponse(connection, None, [])
-        reply.answer(503, headers, _dump(error_body(APIError(why))))
+        reply.answer(503, headers, _dump(error_body(APIError(reason))))
 
 
 def raise_descriptor_limit() -> int:
     """Raise our soft limit of descriptors to the hard one; return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
-    wanted = max(soft, min(wanted, MAX_DESCRIPTORS))
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (OSError, ValueError):
-        return soft
-    return wanted
+    is_unlimited = hard == resource.RLIM_INFINITY
+    limit = MAX_DESCRIPTORS if is_unlimited else min(hard, MAX_DESCRIPTORS)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 # -- listening -------------------------------------------------------------------------
@@ -10684,9 +10319,9 @@ def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
 
 
 class SystemdNotifier:
-    """Tells systemd how llmswap is, if it asked for that. Any thread may call.
+    """Reports llmswap's state to systemd, if that is wanted. Any thread may call.
 
-    `watchdog` is the interval in seconds in which it wants to hear from us, or None.
+    `watchdog` is the longest time in seconds between two reports, or None.
     """
 
     def __init__(self, environ: Dict[str, str]):
@@ -10946,7 +10581,7 @@ def _needs_line(amounts, source):
     return f"needs {resources_text(amounts)} ({source})"
 
 
-PORT_MARK = "\0"  # stands where the port will
+PORT_MARK = "\0"  # in the place of the port
 
 
 def _command_line(model):
@@ -11035,27 +10670,27 @@ Or write a file:  llmswap.py models.ini   (example.ini shows how)
 def refuse_pending_connections():
     """Answer the connections that wait at systemd's sockets: otherwise it would start
     llmswap for them again and again."""
-    why = "llmswap cannot start: its file is broken, its log says where"
+    reason = "llmswap cannot start: its file is broken, its log says where"
     for listener in take_listeners(os.environ)[0]:
         listener.setblocking(False)
         with contextlib.suppress(OSError):  # there are no more
             while True:
                 connection = listener.accept()[0]
-                refuse_connection(connection, why)
+                refuse_connection(connection, reason)
                 lingering_close(connection)
                 connection.close()
 
 
-GPU_LOOK_EVERY = 60.0  # s, while somebody else uses a GPU
+GPU_LOOK_EVERY = 60.0  # s, while a process that is not ours uses a GPU
 WATCH_EVERY = 1.0  # s, between two looks at the file
 WATCH_SETTLES = 0.1  # s without a change, after which it counts as written
 WATCH_TIMEOUT = 0.5  # s that a request waits for a look, or for reading the file
 
 
 class FileWatch:
-    """Notices that a file has changed, when it is asked. Any thread may call.
+    """Notices that a file has changed, when `check` is called. Any thread may call.
 
-    It looks on threads of their own, because the file may lie on a slow mount. A file
+    Each look has a thread of its own, because the file may lie on a slow mount. A file
     that is missing has not changed: editors replace files.
     """
 
@@ -11063,8 +10698,7 @@ class FileWatch:
         self._path = path
         self._lock = threading.Lock()
         self._looked_at = -math.inf
-        self._is_done = threading.Event()  # the last look
-        self._is_done.set()
+        self._look = None  # the thread of the last one
         self.mark()
 
     def mark(self):
@@ -11076,23 +10710,21 @@ class FileWatch:
         call on_change() on another thread. Return when it returned, or is late."""
         with self._lock:
             now = time.monotonic()
-            if now >= self._looked_at + WATCH_EVERY and self._is_done.is_set():
+            is_looking = self._look is not None and self._look.is_alive()
+            if now >= self._looked_at + WATCH_EVERY and not is_looking:
                 self._looked_at = now
-                self._is_done.clear()
-                look = functools.partial(self._look, on_change)
-                threading.Thread(target=look, name="watch", daemon=True).start()
-        self._is_done.wait(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
+                look = functools.partial(self._find_change, on_change)
+                self._look = threading.Thread(target=look, name="watch", daemon=True)
+                self._look.start()
+        self._look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
 
-    def _look(self, on_change):
-        try:
-            stamp = self._stamp()
-            while stamp not in (None, self._seen):
-                time.sleep(WATCH_SETTLES)
-                last, stamp = stamp, self._stamp()
-                if stamp == last:
-                    return on_change()
-        finally:
-            self._is_done.set()
+    def _find_change(self, on_change):
+        stamp = self._stamp()
+        while stamp not in (None, self._seen):
+            time.sleep(WATCH_SETTLES)
+            last, stamp = stamp, self._stamp()
+            if stamp == last:
+                return on_change()
 
     def _stamp(self):
         with contextlib.suppress(OSError):
@@ -11112,9 +10744,9 @@ class Application:
         self._reload_lock = threading.Lock()
         self._is_reloaded = threading.Event()
         self._notifier = SystemdNotifier(os.environ)
-        self._is_activated = False  # by a socket of systemd's
+        self._is_activated = False  # systemd passed the sockets
         self.config_error = None  # why the file was not read again
-        self._occupant = None  # for whom the idle-command waits
+        self._gpu_occupant = None  # text of what the idle-command waits for
         self.log = Log()
         self.log.set_level("debug" if args.verbose else config.settings.log_level)
 
@@ -11170,19 +10802,19 @@ class Application:
             try:
                 listeners.append(open_listener(address))
             except OSError as error:
-                where = shown_address(address)
+                shown = shown_address(address)
                 if error.errno == errno.EADDRINUSE and is_llmswap(address):
-                    self.log("info", f"llmswap answers at {where} already")
+                    self.log("info", f"llmswap answers at {shown} already")
                     return 0
                 # without "(while attempting to bind on address ...)"
                 reason = str(error.strerror or error).partition(" (while ")[0]
-                self.log("error", f"cannot listen on {where}: {reason}")
+                self.log("error", f"cannot listen on {shown}: {reason}")
                 return 1
         return listeners
 
     def _log_startup(self):
-        where = [shown_address(each.getsockname()) for each in self.server.sockets]
-        self.log("info", f"llmswap {VERSION} at {' and '.join(where)}")
+        addresses = [shown_address(each.getsockname()) for each in self.server.sockets]
+        self.log("info", f"llmswap {VERSION} at {' and '.join(addresses)}")
         names = [*self._config.models]
         count = "1 model" if len(names) == 1 else f"{len(names)} models"
         self.log("info", f"{count}: {', '.join(names) or 'none'}")
@@ -11197,7 +10829,8 @@ class Application:
         self._start_thread(self._check_models, config)
 
     def _check_models(self, config):
-        """Log which models could not be started now; a mount may come later."""
+        """Log which models cannot be started now: a missing file may be on a mount that
+        comes later."""
         for warning in config.pitfalls(table_of):
             self.log("warning", warning)
         reasons = collections.defaultdict(list)
@@ -11224,18 +10857,15 @@ class Application:
     def _reload_on_signal(self):
         now = time.monotonic_ns() // 1000
         self._notifier.notify("RELOADING=1", f"MONOTONIC_USEC={now}")
-        try:
-            self.reload()
-        except APIError as problem:
-            self.log("error", str(problem))
+        self._try_reload()
         self._notifier.notify("READY=1")
 
     def follow_file(self):
         """Read the file again if it changed since it was read; see FileWatch."""
         if self._file and self._config.settings.watch:
-            self._file.check(self._reload_changed)
+            self._file.check(self._try_reload)
 
-    def _reload_changed(self):
+    def _try_reload(self):
         try:
             self.reload()
         except APIError as problem:
@@ -11250,7 +10880,7 @@ class Application:
                 self.log("warning", "cache-models: --cache-list shows no model")
             if cached != self._cached:
                 self._cached = cached
-                self._reload_changed()
+                self._try_reload()
 
     def reload(self):
         """Read the file again and use it; a broken one changes nothing, and raises an
@@ -11300,47 +10930,41 @@ class Application:
             elif settings.idle_command:
                 since = max(idle_since, last_run)
                 pause = since + settings.idle_command_after - time.monotonic()
-            if pause > 0:
-                self._is_reloaded.wait(min(pause, MAX_WAIT))
-                self._is_reloaded.clear()
+            if pause <= 0 and self._unload_for_idle_command(idle_since):
+                self._run_idle_command(settings.idle_command)
+                last_run = time.monotonic()
             else:
-                command = with_environment(split_words(settings.idle_command))
-                if self._unload_and_run(command, idle_since):
-                    last_run = time.monotonic()
-                else:
-                    self._is_reloaded.wait(GPU_LOOK_EVERY)
+                if pause <= 0 and self._gpu_occupant:
+                    pause = GPU_LOOK_EVERY
+                self._is_reloaded.wait(max(0.0, min(pause, MAX_WAIT)))
+                self._is_reloaded.clear()
 
-    def _unload_and_run(self, command, idle_since):
-        """Unload everything, then run the command; a request meanwhile cancels that.
+    def _unload_for_idle_command(self, idle_since):
+        """Unload everything; False if a request comes meanwhile, or if a process that
+        is not ours uses a GPU."""
 
-        Return False if somebody else uses a GPU, so that it has to wait.
-        """
-
-        def is_disturbed():
+        def is_interrupted():
             return self.server.is_closing or self.pool.idle_since() != idle_since
 
         self.pool.rest()
-        self.pool.await_unloaded(is_disturbed)
+        self.pool.await_unloaded(is_interrupted)
         occupant = gpu_occupant()
-        if is_disturbed():
-            return True
-        if occupant:
-            if self._occupant is None:
-                self.log("info", f"idle, but the idle-command waits: {occupant}")
-            self._occupant = occupant
-            return False
-        self._occupant = None
+        if occupant and not (is_interrupted() or self._gpu_occupant):
+            self.log("info", f"idle, but the idle-command waits: {occupant}")
+        self._gpu_occupant = occupant
+        return not (occupant or is_interrupted())
+
+    def _run_idle_command(self, text):
+        command = with_environment(split_words(text))
         self.log("info", f"idle: running {shlex.join(command)}")
         suspended, environment = suspended_seconds(), clean_environment({})
         try:
             status = subprocess.call(command, stdin=subprocess.DEVNULL, env=environment)
         except OSError as error:
-            self.log("error", f"idle-command: {error}")
-            return True
+            return self.log("error", f"idle-command: {error}")
         level = "error" if status else "info"
         slept = max(0.0, suspended_seconds() - suspended)
         self.log(level, f"idle-command ended with status {status}; slept {slept:.0f} s")
-        return True
 
     def _shut_down(self, reason):
         """End the requests in flight and all backends; a second signal kills them."""

@@ -6579,7 +6579,7 @@ def test_a_request_over_which_one_of_several_models_died_goes_to_the_next(tmp_pa
 def test_what_is_kept_loaded_rests_from_the_idle_command_until_a_request(tmp_path):
     mark = tmp_path / "ran"
     head = f"[llmswap]\nmodels-max = 2\nidle-command = touch {mark}\n"
-    with brisk(f"{head}idle-command-after = 0.3s\n{KEPT}") as server:
+    with brisk(f"{head}idle-command-after = 1.5s\n{KEPT}") as server:
         eventually(lambda: starts_of(server, "k") == 1)
         eventually(lambda: "idle-command ended" in server.log())
         assert server.states() == {"k": "unloaded", "b": "unloaded"}
@@ -6849,6 +6849,12 @@ BAD_CHUNKS = [
 ]  # fmt: skip
 
 
+def payload_of(*pieces):
+    """The payload in these chunks."""
+    head = request_of(f"{POST}\n{IN_CHUNKS}")
+    return b"".join(llmswap.read_payload(reader_of(*pieces), head))
+
+
 @pytest.mark.parametrize("data, payload", CHUNKED)
 def test_chunks_are_decoded_however_they_are_cut(data, payload):
     single_bytes = [bytes([byte]) for byte in data]
@@ -6863,15 +6869,13 @@ def test_chunks_are_decoded_however_they_are_cut(data, payload):
 @pytest.mark.parametrize("data", BAD_CHUNKS)
 def test_bad_chunks_are_refused_however_they_are_cut(data):
     for cut in range(0, len(data), max(1, len(data) // 50)):
-        decoder = llmswap.ChunkDecoder()
         with pytest.raises(llmswap.BadRequest):
-            decoder.feed(data[:cut])
-            decoder.feed(data[cut:])
+            payload_of(data[:cut], data[cut:])
 
 
 def test_tiny_chunks_cost_in_proportion_to_their_number():
     def decode(count):
-        llmswap.ChunkDecoder().feed(b"1\r\nx\r\n" * count)
+        assert len(payload_of(b"1\r\nx\r\n" * count + b"0\r\n\r\n")) == count
 
     assert seconds_of(lambda: decode(80000)) < 16 * seconds_of(lambda: decode(10000))
 
@@ -6937,9 +6941,6 @@ JSON, FORM = "application/json", "application/x-www-form-urlencoded; charset=x"
         (JSON, '{"x":1e400,"y":-0.0e-1,"model":"a"}', "a"),
         (JSON, '{"x":"a raw \n newline","model":"a"}', "a"),
         (JSON, '{"model":"\\ud800"}', "\ud800"),
-        (FORM, "model=a%2Fb+c&x=1", "a/b c"),
-        (FORM, "x=1&model=%C3%A4", "\u00e4"),
-        (FORM, "xmodel=1", None),
         (FORM, ' \n{"model":"a"}', "a"),  # curl -d calls it a form
     ],
 )
@@ -7579,9 +7580,6 @@ def test_the_model_is_found_and_its_name_put_into_forms_too(swap):
         data, kind = multipart(("file", LARGE), ("model", model))
         answer = swap.post("/v1/audio/transcriptions", data, {"Content-Type": kind})
         assert answer.json()["fields"] == {"file": {"size": len(LARGE)}, "model": name}
-    kind = {"Content-Type": "application/x-www-form-urlencoded"}
-    answer = swap.post("/v1/x", "a=1&model=edited&b=2", kind)
-    assert answer.json()["body"] == "a=1&model=real%2Fname&b=2"
 
 
 def test_keep_alive_of_a_request_unloads_its_model(swap):
@@ -8124,7 +8122,6 @@ def test_requests_are_routed_by_body_form_or_query_whatever_the_path(swap):
     for method, path, body, fields in (
         ("POST", "/v1/chat/completions", chat_body("shared"), {}),
         ("POST", "/v1/x", {"model": "shared"}, form),  # curl -d
-        ("POST", "/v1/x", "model=shared", form),
         ("POST", "/v1/x?model=shared", b"RIFF....", {"Content-Type": "audio/wav"}),
         ("POST", "/any/path", {"model": "a"}, {"Content-Type": ""}),
         ("PUT", "/v1/x", {"model": "a"}, {}),
@@ -8414,7 +8411,7 @@ def test_a_refused_page_or_program_learns_how_to_authenticate(guarded):
     assert page.headers["content-type"].startswith("text/html")
     assert page.headers["content-security-policy"] == llmswap.page_policy()
     with Stream(guarded.port, "/", None, {**EVENTS, **KEY}) as stream:
-        assert next(stream.documents())["totals"]["models"] == 1
+        assert len(next(stream.documents())["models"]) == 1
 
 
 def test_preflights_and_websockets_of_allowed_origins_pass(guarded):
@@ -9077,7 +9074,6 @@ MEANT = r"""
 {"a": 1␤ "b": 2␤} ⇒ {"a": 1, "b": 2}
 "{\"a\": 1 ⇒ {"a": 1}
 {1: "x"} ⇒ {"1": "x"}
-{'a': "\xyz\x41"} ⇒ {"a": "\\xyzA"}
 {"a":: 1} ⇒ {"a": 1}
 {"a" => "b"} ⇒ {"a": "b"}
 {a: 1, b_2: "x"} ⇒ {"a": 1, "b_2": "x"}
@@ -9118,13 +9114,11 @@ json␤{"a": 1} ⇒ {"a": 1}
 {"a": {"b": 1}}, "c": 2} ⇒ {"a": {"b": 1}, "c": 2}
 {"a": 1}, "b": 2} ⇒ {"a": 1, "b": 2}
 {"a": "b, "c": "d"} ⇒ {"a": "b", "c": "d"}
-{"a": b", "c": 1} ⇒ {"a": "b", "c": 1}
 {"a: "b"} ⇒ {"a": "b"}
 {"a": "b␤} ⇒ {"a": "b"}
 {"a": "b␤  "c": "d"} ⇒ {"a": "b", "c": "d"}
 {"a": [{"x": "1"}, {"x": "2" ⇒ {"a": [{"x": "1"}, {"x": "2"}]}
 {}{"a": 1} ⇒ {"a": 1}
-{\\\"a\\\": 1} ⇒ {"a": 1}
 {"a" "b", "c" "d"} ⇒ {"a": "b", "c": "d"}
 {a = 1, b = "x"} ⇒ {"a": 1, "b": "x"}
 {first name: "x", last name: "y"} ⇒ {"first name": "x", "last name": "y"}
@@ -9133,7 +9127,6 @@ json␤{"a": 1} ⇒ {"a": 1}
 {"a": true story} ⇒ {"a": "true story"}
 {"a": 1e5, "b": 2,} ⇒ {"a": 100000.0, "b": 2}
 {"a": 10%, "b": 2,} ⇒ {"a": "10%", "b": 2}
-{"a": -, "b": 2,} ⇒ {"a": "-", "b": 2}
 [{"a": 1} ⇒ {"a": 1}
 {{"a": 1}} ⇒ {"a": 1}
 {"a": {{"b": 1}}, "c": 2} ⇒ {"a": {"b": 1}, "c": 2}
@@ -9151,12 +9144,10 @@ json␤{"a": 1} ⇒ {"a": 1}
 {"a": "C:\new\table",} ⇒ {"a": "C:\\new\\table"}
 {"a": "C:\temp\"} ⇒ {"a": "C:\\temp\\"}
 {"a": "\bfoo\b\d+"} ⇒ {"a": "\\bfoo\\b\\d+"}
-{"a": "\x41"} ⇒ {"a": "A"}
 {"a": "\u12"} ⇒ {"a": "\\u12"}
 {"a": "\'x\'"} ⇒ {"a": "'x'"}
 {"a": "\ud83d\ude00",} ⇒ {"a": "😀"}
 {"a": "print(f"{x}")"} ⇒ {"a": "print(f\"{x}\")"}
-{"a": "x\u00 ⇒ {"a": "x"}
 {"a": "b", "c": "d␤ ⇒ {"a": "b", "c": "d\n"}
 {"a": 1, b ⇒ {"a": 1}
 {"a": [1, - ⇒ {"a": [1]}
@@ -9172,14 +9163,11 @@ return {"a": "b"}; ⇒ {"a": "b"}
 Sure: {} ⇒ {}
 {"a": 1}␤␤Explanation: the {"x"} set ⇒ {"a": 1}
 {"a": "b'} ⇒ {"a": "b"}
-```json␤"a": 1␤``` ⇒ {"a": 1}
 Action Input: {"a": 1,}␤Observation: ok ⇒ {"a": 1}
 {"a": 1, "a": 2,} ⇒ {"a": 2}
 {"args": "{"x": {"y": 1}, "z": []}"} ⇒ {"args": "{\"x\": {\"y\": 1}, \"z\": []}"}
 {'q': 'L'été, c'est', 'n': 1} ⇒ {"q": "L'été, c'est", "n": 1}
 {"old": "if (a == \"b\") {", "new": "}",} ⇒ {"old": "if (a == \"b\") {", "new": "}"}
-{"b": "print("x")", "d": ["SELECT "a", "b" FROM t", "5' 10" tall"]} ⇒ {"b": "print(\"x\")", "d": ["SELECT \"a\", \"b\" FROM t", "5' 10\" tall"]}
-{"a": "say "hi" now", "d": ["x = "1"; y = "2"", "x"]} ⇒ {"a": "say \"hi\" now", "d": ["x = \"1\"; y = \"2\"", "x"]}
 {"a": "x", "b": "return "ok"␤}"} ⇒ {"a": "x", "b": "return \"ok\"\n}"}
 {"a": "key: "value"␤other: "thing"␤", "b": "x"} ⇒ {"a": "key: \"value\"\nother: \"thing\"\n", "b": "x"}
 """
@@ -10771,7 +10759,7 @@ def test_the_ends_of_a_payload_are_kept_however_it_comes(seed):
         ends.add(piece if chance.random() < 0.5 else memoryview(buffer))
         buffer[:] = bytes(len(buffer))  # as a buffer that is used again
         sent += piece
-    kept = llmswap.HeadAndTail.KEPT
+    kept = llmswap.HeadAndTail.SIZE
     is_all = len(sent) <= 2 * kept
     assert bytes(ends) == (sent if is_all else sent[:kept] + b"\0" + sent[-kept:])
 
@@ -10876,10 +10864,6 @@ def test_histograms_add_up_and_their_bounds_are_inclusive():
 def test_models_that_share_a_backend_are_counted_once():
     own = llmswap.ModelStatus("a", state="loaded", rss=10, running=1)
     models = [own, *(own._replace(id=name, shares="a") for name in "bc")]
-    report = llmswap.StatusReport("1.0", 0.0, models, llmswap.Metrics())
-    assert llmswap.snapshot(report)["totals"] == {
-        "models": 3, "loaded": 1, "running": 1, "waiting": 0, "rss": 10, "vram": None,
-    }  # fmt: skip
     assert ("llmswap_requests_in_flight", "model", "b") not in read_metrics(*models)
 
 
@@ -11013,7 +10997,7 @@ def test_the_page_loads_nothing_from_outside_and_runs_its_own_script_alone():
         inner = re.search(f"<{tag}>(.*)</{tag}>", page, re.DOTALL)[1]
         digest = base64.b64encode(sha256(inner.encode()).digest()).decode()
         assert f"{tag}-src 'sha256-{digest}'" in policy
-    assert "unsafe" not in policy and len(page) < 36500
+    assert "unsafe" not in policy and len(page) < 35000
 
 
 EVENTS = {"Accept": "text/event-stream"}
@@ -11107,7 +11091,7 @@ cmd = FAKE --load 60
 @in_browser
 def test_a_model_is_loaded_asked_read_and_stopped_by_mouse(browser):
     with Llmswap(STORY) as server:
-        browser.look(390, "dark")  # prompt and log slide in above the list
+        browser.look(390, "dark")
         browser.open(server.url)
         click_load_and_cancel(browser)
         server.post("/models/load", {"model": "a"})  # and the page shows it by itself
@@ -11169,8 +11153,8 @@ def read_log_by_mouse(browser, server):
     assert browser.value("$('lines').scrollHeight > $('lines').clientHeight")
     below = "{const l = $('lines'); l.scrollHeight - l.clientHeight - l.scrollTop}"
     assert browser.value(below) < 2, "the end is not visible"
-    browser.click("$('log').querySelector('.close')")
-    browser.until("$('log').hidden")
+    browser.click("$('log').querySelector('button')")
+    browser.until("!$('log').open")
     assert browser.value("document.activeElement.ariaLabel") == "Log a"
 
 
@@ -13334,31 +13318,33 @@ c = 1
 """
 
 
-class Keeping(Llmswap):
-    """llmswap over fake llama-servers a and b, of which a keeps its context."""
+def context_file(folder, lines="", settings=""):
+    """An INI file of fake llama-servers a and b, of which a keeps its context."""
+    fake_binary(folder)
+    (folder / "m.gguf").write_text("weights")
+    return CONTEXT_FILE.format(folder=folder, lines=lines, settings=settings)
 
-    def __init__(self, folder, lines="", settings=""):
-        self.kept = Path(folder)
-        fake_binary(folder)
-        (self.kept / "m.gguf").write_text("weights")
-        self.text = CONTEXT_FILE.format(folder=folder, lines=lines, settings=settings)
+
+class Keeping(Llmswap):
+    """llmswap on such a file."""
+
+    def __init__(self, folder, *lines):
+        self.place = folder
+        self.text = context_file(folder, *lines)
         super().__init__(self.text)
 
     def fault(self, text):
         """From now on that goes wrong with slots."""
-        (self.kept / "fault").write_text(text)
+        (self.place / "fault").write_text(text)
 
     def tell(self, talk="x", prompt=3000, model="a", **wish):
         """Go on with a conversation; return how much of its prompt was in the cache."""
-        wish["messages"] = [{"role": "user", "content": talk}]
         answer = self.chat(model, talk=talk, prompt_tokens=prompt, **wish)
         return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
 
     def swap(self):
-        """Have a's place taken; return the seconds that takes."""
-        began = time.monotonic()
+        """Have a's place taken."""
         assert self.chat("b").status == 200
-        return time.monotonic() - began
 
     def restart(self):
         """End it as systemd does, and start it again."""
@@ -13366,75 +13352,89 @@ class Keeping(Llmswap):
         assert self.process.wait(30) == 0
         self.start()
 
-    def actions(self):
-        """What its servers were asked to do with slots, in order."""
-        lines = (self.kept / "journal").read_text().splitlines()
-        events = [json.loads(line)["event"] for line in lines]
-        return [event for event in events if event in ("list", "save", "restore")]
+    def await_unloaded(self):
+        eventually(lambda: self.states()["a"] == "unloaded")
+
+    def unload(self):
+        self.post("/models/unload", {"model": "a"})
+        self.await_unloaded()
+
+    def reload_and_swap(self):
+        self.reload(self.text.replace("[b]\nc = 1", "[c]\nc = 2"))
+        eventually(lambda: "c" in self.states())
+        assert self.states()["a"] == "loaded" and self.chat("c").status == 200
+
+    def change_command(self):
+        self.reload(self.text.replace("keep-context", "d = 1\nkeep-context"))
+        eventually(lambda: "was read again" in self.log())
+
+    def change_file(self, name):
+        with open(self.place / name, "a") as file:
+            file.write("# new")
+
+    def crash(self):
+        """Have what was saved restored, and kill the server that has it."""
+        assert self.tell() == 3000
+        [pid] = [pid for pid, line in family(self.token).items() if "--alias a" in line]
+        os.kill(pid, signal.SIGKILL)
+        self.await_unloaded()
+
+    def actions(self, action):
+        """How often its servers were asked to do that with a slot."""
+        lines = (self.place / "journal").read_text().splitlines()
+        return sum(json.loads(line)["event"] == action for line in lines)
 
     def complaints(self):
         """The lines of the log that say why a context is not there."""
         return re.findall(r"a \| llmswap: (.*context.*)", self.log())
 
-    def files(self, model="a", folder=None):
+    def files(self, model="a"):
         """The names of the files that are kept, the manifest aside."""
-        folder = folder or self.kept / "state" / "context" / model
-        names = os.listdir(folder) if folder.exists() else []
-        return sorted(name for name in names if "manifest" not in name)
+        paths = self.place.glob(f"state/context/{model}/{model}.*")
+        return sorted(path.name for path in paths)
 
 
-def by_hand(server):
-    server.post("/models/unload", {"model": "a"})
-    eventually(lambda: server.states()["a"] == "unloaded")
+STOPS = {
+    Keeping.swap: "", Keeping.unload: "", Keeping.restart: "",
+    Keeping.reload_and_swap: "", Keeping.await_unloaded: "idle-timeout = 100ms",
+}  # fmt: skip
 
 
-def by_idleness(server):
-    eventually(lambda: server.states()["a"] == "unloaded")
-
-
-def by_reload(server):
-    server.reload(server.text.replace("[b]\nc = 1", "[c]\nc = 2"))
-    eventually(lambda: "c" in server.states())
-    assert server.states()["a"] == "loaded" and server.chat("c").status == 200
-
-
-@pytest.mark.parametrize(
-    "end, lines",
-    [(Keeping.swap, ""), (by_hand, ""), (Keeping.restart, ""), (by_reload, ""),
-     (by_idleness, "idle-timeout = 100ms")],
-)  # fmt: skip
-def test_a_conversation_outlives_every_stop_but_a_kill(tmp_path, end, lines):
-    lines += "\n[a-too]\nuses = a"
-    with Keeping(tmp_path, lines) as server:
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_conversation_outlives_every_stop_but_a_kill(tmp_path, stop):
+    with Keeping(tmp_path, STOPS[stop] + "\n[a-too]\nuses = a") as server:
         assert server.tell() == 0
-        end(server)
+        stop(server)
         assert server.tell(prompt=3100, model="a-too") == 3000
-        end(server)  # what was in use is replaced
+        stop(server)
         eventually(lambda: len(server.files()) == 1)
+        found = {p: p.stat().st_mode & 0o777 for p in (tmp_path / "state").rglob("*")}
+        modes = {mode for path, mode in found.items() if path.is_file()}
+        folders = {mode for path, mode in found.items() if path.is_dir()}
+        assert modes == {0o600} and folders == {0o700}
+        sizes = server.get("/metrics").body.decode()
         assert server.tell(prompt=3200) == 3100 and server.complaints() == []
+        eventually(lambda: server.files() == [])
         log, metrics = server.log(), server.get("/metrics").body.decode()
-    if end is Keeping.swap:
+    if stop is Keeping.swap:
         saved = r"a: saved 3,000 tokens of context \(\d MB\) in \d+ ms"
         assert re.search(saved, log) and "a: restored 3,100 tokens of context" in log
-        assert 'llmswap_context_bytes{model="a"} 12400\n' in metrics
+        assert 'llmswap_context_bytes{model="a"} 12400\n' in sizes
         assert 'llmswap_prompt_tokens_cached_total{model="a"} 3100\n' in metrics
         assert 'context_tokens_total{model="a",action="restored"} 6100\n' in metrics
         assert 'context_seconds_saved_total{model="a"} 12.2\n' in metrics
 
 
-def test_contexts_are_for_this_user_only(tmp_path):
-    before = os.umask(0)
-    try:
-        with Keeping(tmp_path) as server:
-            server.tell()
-            server.swap()
-            paths = [tmp_path / "state", *(tmp_path / "state").rglob("*")]
-    finally:
-        os.umask(before)
-    modes = {path.name.partition(".")[0]: path.stat().st_mode & 0o777 for path in paths}
-    folders = {"state": 0o700, "context": 0o700}
-    assert modes == {**folders, "a": 0o600, "manifest": 0o600}
-    assert (tmp_path / "state" / "context" / "a").stat().st_mode & 0o777 == 0o700
+def test_contexts_outlive_an_idle_exit(tmp_path):
+    settings = "exit-idle-time = 50ms"
+    text = context_file(tmp_path, "idle-timeout = 20ms", settings)
+    body = chat_body("a", talk="x", prompt_tokens=3000)
+    with Activator(text, tmp_path) as systemd:
+        for cached in (0, 3000):
+            answer = ask(systemd.port, "POST", CHAT, body).json()
+            assert answer["timings"]["cache_n"] == cached
+            ended = len(systemd.statuses) + 1
+            eventually(lambda ended=ended: len(systemd.statuses) == ended)
 
 
 @pytest.mark.parametrize(
@@ -13446,29 +13446,43 @@ def test_what_goes_wrong_with_a_context_delays_a_swap_within_bounds(tmp_path, fa
     with Keeping(tmp_path) as server:
         server.tell()
         server.fault(fault)
-        assert server.swap() < 4  # the list and a save take 1 s at most
-        began = time.monotonic()
-        assert server.tell() == 0
-        assert time.monotonic() - began < 4
+        for step in (server.swap, server.tell):
+            began = time.monotonic()
+            assert step() in (None, 0)
+            assert time.monotonic() - began < 4  # a question takes 1 s at most
         assert len(server.complaints()) == 1, server.log()
         server.fault("none")
         server.swap()
-        if fault == "save hang":  # after which the next one seems to cost too much
-            assert server.tell() == 0 and "it takes" in server.complaints()[-1]
-            server.swap()
-        assert server.tell() == 3000
         eventually(lambda: len(server.files()) == 1)
+        assert server.tell() == 3000
 
 
-def test_a_save_that_costs_more_than_a_tenth_of_its_worth_is_not_begun(tmp_path):
+@pytest.mark.parametrize(
+    "fault, action, reason",
+    [("list fail", "list", "context was not saved: /slots: it answers 501"),
+     ("save slow", "save", "context was not saved: /slots/0.action=save: no answer in"),
+     ("restore useless", "restore", "the restored context was of no use")],
+)  # fmt: skip
+def test_after_two_failures_no_context_of_a_command_is_kept(
+    tmp_path, fault, action, reason
+):
     with Keeping(tmp_path) as server:
-        server.fault("save slow")
-        server.tell(prompt=2000)  # processed in 4 s
+        server.fault(fault)  # half a second; to process it again takes 4
+        for _ in range(4):
+            server.tell("another", prompt=600)  # which says nothing either way
+            server.tell("another", prompt=900)
+            server.tell(prompt=2000)
+            server.swap()
+        assert server.actions(action) == 2
+        first, second = server.complaints()
+        assert re.match(reason, first) and second.startswith(first)
+        assert second.endswith("; no more contexts are kept") and server.files() == []
+        assert ": used" not in server.log()
+        server.change_command()
+        server.fault("none")
+        server.tell()
         server.swap()
-        assert server.tell(prompt=2100) == 2000
-        server.swap()
-        assert server.actions().count("save") == 1
-        assert re.search("it takes 0.[5-9] s, to process", server.complaints()[0])
+        assert server.tell() == 3000
 
 
 def test_a_llama_server_that_cannot_save_is_left_alone(tmp_path):
@@ -13476,8 +13490,8 @@ def test_a_llama_server_that_cannot_save_is_left_alone(tmp_path):
     with Keeping(tmp_path, f"embeddings = on\n{other}") as server:
         server.tell()
         server.swap()
-        assert server.tell() == 0
-        assert server.complaints() == server.actions() == []
+        assert server.tell() == server.actions("list") == 0
+        assert server.complaints() == []
         assert "keep-context: without effect beside cmd" in server.log()
         model = llmswap.load_config(server.ini).models["a"]
     names = "model embeddings host port alias slot-fault journal".split()
@@ -13486,51 +13500,34 @@ def test_a_llama_server_that_cannot_save_is_left_alone(tmp_path):
     assert f"{tmp_path}/state/context/a/" in model.command(llmswap.UNKNOWN_OPTIONS, 1)
 
 
-@pytest.mark.parametrize("change", ["weights", "llama-server", "command"])
-def test_a_context_is_of_one_command_binary_and_file(tmp_path, change):
+@pytest.mark.parametrize(
+    "change, complaints, restores",
+    [(lambda server: server.change_file("m.gguf"), 1, 0),
+     (lambda server: server.change_file("llama-server"), 1, 0),
+     (Keeping.change_command, 1, 0), (Keeping.crash, 0, 1)],
+    ids=["weights", "binary", "command", "crash"],
+)  # fmt: skip
+def test_in_doubt_a_saved_context_is_deleted(tmp_path, change, complaints, restores):
     with Keeping(tmp_path) as server:
         server.tell()
         server.swap()
-        if change == "weights":
-            (tmp_path / "m.gguf").write_text("others")
-        elif change == "llama-server":
-            with open(tmp_path / "llama-server", "a") as binary:
-                binary.write("# new")
-        else:
-            server.reload(server.text.replace("keep-context", "d = 1\nkeep-context"))
-            eventually(lambda: "was read again" in server.log())
-        assert server.tell() == 0 and "has changed" in server.complaints()[0]
-        assert "restore" not in server.actions()
+        change(server)
+        assert server.tell() == 0
+        assert ["has changed" in each for each in server.complaints()] == [True] * complaints
+        assert server.actions("restore") == restores
         eventually(lambda: server.files() == [])
         server.swap()
         assert server.tell() == 3000
 
 
-@pytest.mark.parametrize("lines, saves", [("", 6), ("parallel = 2", 4)])
-def test_two_conversations_come_back_and_one_that_rests_stays(tmp_path, lines, saves):
-    """Only with caches of their own a slot is known to hold what was restored."""
-    with Keeping(tmp_path, lines) as server:
+def test_two_conversations_come_back_and_one_that_rests_stays(tmp_path):
+    with Keeping(tmp_path) as server:
         server.tell("x"), server.tell("y", slot=1)
         server.swap()
         for prompt in (3100, 3200):
             assert server.tell("x", prompt) == prompt - 100
             server.swap()
         assert server.tell("y", slot=1) == 3000
-        assert server.actions().count("save") == saves
-
-
-def test_a_server_whose_restores_are_of_no_use_is_not_troubled_again(tmp_path):
-    with Keeping(tmp_path) as server:
-        server.fault("restore useless")
-        for _ in range(4):
-            server.tell("another", prompt=1000)  # which says nothing either way
-            server.tell("another", prompt=1400)
-            server.tell()
-            server.swap()
-        assert server.actions().count("restore") == 2
-        [complaint] = server.complaints()
-        assert "of no use" in complaint and server.files() == []
-        assert "restored context, which" not in server.log()
 
 
 def test_saved_contexts_stay_below_a_limit_and_go_with_their_model(tmp_path):
@@ -13545,21 +13542,25 @@ def test_saved_contexts_stay_below_a_limit_and_go_with_their_model(tmp_path):
         eventually(lambda: server.files("c") == [])
         assert len(server.files("a")) == 1
         server.reload(server.text.replace("keep-context = on\n[c]", "[c]"))
-        eventually(lambda: server.files("a") == [])
+        eventually(lambda: not (tmp_path / "state/context/a").exists())
 
 
 def test_a_folder_of_the_presets_own_is_used_with_care(tmp_path):
     own = tmp_path / "own"
     own.mkdir()
-    for name in ("notes", "a.0.mine", "other.0.0123abcd", "a.0.0123abcd"):
+    names = {"notes", "a.0.mine", "other.0.0123abcd"}
+    for name in {*names, "a.0.0123abcd"}:  # the last is of one that was killed
         (own / name).write_text("x")
     with Keeping(tmp_path, f"slot-save-path = {own}/") as server:
         server.tell()
         server.swap()
+        eventually(lambda: len(os.listdir(own)) == 4)
+        assert names < {*os.listdir(own)} and "a.0.0123abcd" not in os.listdir(own)
+        server.restart()
         assert server.tell() == 3000 and server.files() == []
-        eventually(lambda: "a.0.0123abcd" not in os.listdir(own))  # of a killed one
-        names = {"notes", "a.0.mine", "other.0.0123abcd"}
-        assert names < set(os.listdir(own)) and len(os.listdir(own)) == 4
+        server.swap()
+        server.reload(server.text.replace("keep-context = on", ""))
+        eventually(lambda: {*os.listdir(own)} == names)
 
 
 def test_without_a_state_directory_models_run_as_without_contexts(tmp_path):
@@ -13567,7 +13568,7 @@ def test_without_a_state_directory_models_run_as_without_contexts(tmp_path):
     with Keeping(tmp_path) as server:
         server.tell()
         server.swap()
-        assert server.tell() == 0 and server.actions() == []
+        assert server.tell() == server.actions("list") == 0
         assert "cannot be kept" in server.complaints()[0]
 
 
@@ -13582,33 +13583,20 @@ def test_a_kill_of_llmswap_at_any_moment_leaves_nothing_that_is_half(tmp_path):
             eventually(lambda: not family(server.token))
             server.start()
             assert server.tell() in (0, 3000)
-            kept = [path.stat().st_size for path in tmp_path.glob("state/context/a/a.*")]
-            assert set(kept) <= {12000}
+            eventually(lambda: server.files() == [])
 
 
-def test_what_a_server_had_that_was_not_stopped_is_not_restored(tmp_path):
-    with Keeping(tmp_path) as server:
-        server.tell()
-        server.swap()
-        assert server.tell() == 3000
-        [pid] = [pid for pid, line in family(server.token).items() if "--alias a" in line]
-        os.kill(pid, signal.SIGKILL)
-        eventually(lambda: server.states()["a"] == "unloaded")
-        assert server.tell() == 0 and "was not stopped" in server.complaints()[0]
-
-
-def test_a_stop_during_a_restore_is_a_kill_and_keeps_the_context(tmp_path):
+def test_a_stop_during_a_restore_is_a_kill(tmp_path):
     with Keeping(tmp_path, "stop-timeout = 60") as server:
         server.tell()
         server.swap()
         server.fault("restore hang")
         client = ask_later(server, "a")
-        eventually(lambda: "restore" in server.actions())
+        eventually(lambda: server.actions("restore"))
         began = time.monotonic()
-        by_hand(server)
+        server.unload()
         assert time.monotonic() - began < 3 and client.answer().status == 503
-        server.fault("none")
-        assert server.tell() == 3000 and server.complaints() == []
+        assert server.tell() == 0 and server.complaints() == []
 
 
 def test_a_second_sigterm_ends_a_save_at_once(tmp_path):
@@ -13616,22 +13604,38 @@ def test_a_second_sigterm_ends_a_save_at_once(tmp_path):
         server.tell(prompt=60000)  # worth 2 minutes
         server.fault("save hang")
         server.process.terminate()
-        eventually(lambda: "save" in server.actions())
+        eventually(lambda: server.actions("save"))
         server.process.terminate()
-        assert server.process.wait(3) == 0
-        assert server.files() == [] and server.complaints() == []
+        assert server.process.wait(3) == 0 and server.complaints() == []
+        server.start()
+        assert server.tell() == 0
+        eventually(lambda: server.files() == [])
 
 
-def test_contexts_outlive_an_idle_exit(tmp_path):
-    text = Keeping(tmp_path).text.replace("[a]", "[a]\nidle-timeout = 20ms")
-    text = text.replace("state-dir", "exit-idle-time = 50ms\nstate-dir")
-    body = chat_body("a", talk="x", prompt_tokens=3000)
-    with Activator(text, tmp_path) as systemd:
-        for cached in (0, 3000):
-            answer = ask(systemd.port, "POST", CHAT, body).json()
-            assert answer["timings"]["cache_n"] == cached
-            ended = len(systemd.statuses) + 1
-            eventually(lambda ended=ended: len(systemd.statuses) == ended)
+def test_the_scheduler_learns_how_long_a_stop_with_a_save_takes(tmp_path, monkeypatch):
+    (tmp_path / "fault").write_text("save slow")  # half a second
+    (tmp_path / "pool.ini").write_text(context_file(tmp_path))
+    config, exited = llmswap.load_config(str(tmp_path / "pool.ini")), queue.SimpleQueue()
+
+    class Spy(llmswap.Scheduler):
+        def exited(self, name, *report):
+            victim = super().exited(name, *report)
+            exited.put((name, self.models[name].stop_seconds))
+            return victim
+
+    monkeypatch.setattr(llmswap, "Scheduler", Spy)
+    pool = llmswap.Pool(config, lambda *_: None)
+    pool.start()
+    try:
+        request = PoolRequest(pool, "a")
+        port = request.granted().port
+        assert ask(port, "POST", CHAT, chat_body("a", prompt_tokens=4500)).status == 200
+        request.end()
+        PoolRequest(pool, "b").end()
+        name, seconds = exited.get(timeout=10)
+        assert name == "a" and seconds >= 0.5
+    finally:
+        pool.close(0)
 
 
 # ==================================================================================
