@@ -3972,9 +3972,9 @@ class LlamaServerBackend(ProcessBackend):
     """A llama-server whose context is saved before a stop, and restored after a start.
 
     What fails costs a line of the log and a bounded time, and deletes what was saved.
-    `on_context(kind, tokens, bytes, seconds)` of its listener is told what was "saved" or
-    "restored" and how long that took, and what was "used" by an answer: then the
-    seconds are those that it would have taken to process the tokens again.
+    Its listener's `on_context(kind, tokens, bytes, seconds)` reports tokens "saved" or
+    "restored" and how long that took, and those "used" by an answer: then the seconds
+    are those that it would have taken to process the tokens again.
     """
 
     def __init__(
@@ -4160,7 +4160,8 @@ class LlamaServerBackend(ProcessBackend):
 
     def _tell(self, kind, saved, began):
         tokens = sum(tokens for _, _, tokens in saved.slots)
-        self._listener.on_context(self, kind, tokens, saved.size, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self._listener.on_context(self, kind, tokens, saved.size, seconds)
 
     def _ask(self, deadline, target, path=None):
         """Return what the answer's JSON means; `path` is the file that is to be read or
