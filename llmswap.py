@@ -1668,7 +1668,8 @@ NEXT_STATE = {
     },
 }
 
-READINESS = (State.LOADED, State.LOADING, State.SLEEPING)  # the soonest to serve first
+RANKS = {State.LOADED: 0, State.LOADING: 1, State.SLEEPING: 2}  # 0 serves soonest
+LAST_RANK = 3
 MIN_RETURN_GAP = 0.005  # s; a client that sends its next request at once needs less
 UNKNOWN_SWAP_COST = 1.0  # s; assumed before a swap was measured
 MAX_PATIENCE = 30.0  # s
@@ -1682,8 +1683,8 @@ class ModelSpec(NamedTuple):
     `takes_place` False: the model runs on another machine, does not count towards
     models-max, and its failed loads cause no back-off: that machine may be asleep.
     `is_pinned`: nothing evicts it, nor does it idle; `is_pinned_once_loaded`: nothing
-    evicts it while it is loaded. `keep_loaded`: it is started whenever it fits and
-    nobody waits. `can_sleep`: it is put to sleep instead of stopped when another needs
+    evicts it while it is loaded. `keep_loaded`: it is started whenever it fits and no
+    ticket waits. `can_sleep`: it is put to sleep instead of stopped when another needs
     its room.
     """
 
@@ -1811,7 +1812,7 @@ class ModelState:
         self.preemptible = 0  # leases that no stop waits for
         self.waiting = 0  # tickets in the queue
         self.last_grant = -math.inf
-        self.started_at = self.stopped_at = self.ready_at = self.idle_since = 0.0
+        self.started_at = self.ready_at = self.idle_since = 0.0
         self.pause_began = None  # when it became idle, until the next request
         self.pauses = collections.deque(maxlen=8)
         self.drains_for = None  # the ticket that needs its room
@@ -1820,13 +1821,12 @@ class ModelState:
         self.failures = 0
         self.last_failure = None
         self.retry_at = -math.inf
-        self.keep_at = -math.inf  # not sooner does keep_loaded start it
-        self.is_released = False  # unloaded by hand: keep_loaded is without effect
+        self.keep_at = -math.inf  # keep_loaded does not start it before
+        self.is_released = False  # unloaded by hand: keep_loaded has no effect
         self.idle_timeout = None  # set by a request, until unloaded; inf: never
         self.unload_by = None  # stopped by hand: no grants; leases are cut then
-        self.stop_cause = None
+        self.stop_cause = None  # as in Stop; or crashed; or sleep: it is to fall asleep
         self.is_asleep = False  # asleep, or was when it was told to stop
-        self.is_falling_asleep = False  # told to sleep, not to stop
         self.room_from = None  # the model that must go before it is loaded once more
         self.replacement = None  # the spec that a reload sets once the backend is gone
         self.removal_error = None  # refuses its tickets once a reload removed it
@@ -1842,6 +1842,10 @@ class ModelState:
     @property
     def is_held(self) -> bool:
         return self.state is not State.UNLOADED
+
+    @property
+    def is_down(self) -> bool:
+        return self.state in (State.UNLOADED, State.SLEEPING)
 
     @property
     def is_idle(self) -> bool:
@@ -1860,18 +1864,11 @@ class ModelState:
         return self.spec.is_pinned or is_pinned_now
 
     @property
-    def is_missed(self) -> bool:
-        """Whether it is down and keep_loaded wants it up."""
-        is_put_to_sleep = self.state is State.SLEEPING and self.spec.can_sleep
-        is_down = self.state is State.UNLOADED or is_put_to_sleep
-        return is_down and self.spec.keep_loaded and not self.is_released
-
-    @property
-    def is_in_use(self) -> bool:
-        """Whether it is held, and not for keep_loaded alone."""
-        if self.spec.keep_loaded:
-            return bool(self.in_flight or self.preemptible)
-        return self.is_held
+    def is_missing(self) -> bool:
+        """Whether keep_loaded wants it loaded, which it is not."""
+        if self.state is State.SLEEPING and not self.spec.can_sleep:
+            return False  # it fell asleep by itself, and wakes by itself
+        return self.is_down and self.spec.keep_loaded and not self.is_released
 
     @property
     def needs_room(self) -> bool:
@@ -1930,10 +1927,10 @@ class ModelState:
     def swap_cost(self, newcomer: "ModelState") -> float:
         """Seconds to stop this model, load the newcomer, and load this one again."""
         loads = [self.load_seconds, newcomer.load_seconds]
-        known = sum(seconds for seconds in loads + [self.stop_seconds] if seconds)
+        cost = sum(seconds for seconds in loads + [self.stop_seconds] if seconds)
         if None in loads:
-            known = max(known, UNKNOWN_SWAP_COST)
-        return min(known, MAX_PATIENCE)
+            cost = max(cost, UNKNOWN_SWAP_COST)
+        return min(cost, MAX_PATIENCE)
 
     def return_gap(self, cost: float) -> float:
         """Seconds of silence after which its clients are not expected back soon."""
@@ -2006,8 +2003,8 @@ class Scheduler:
         self._next_deadline = math.inf
         self._draining = {}  # ModelState -> the ticket that it drains for
         self._stopping = {}  # ModelState that stops or is to make room -> when
-        self._pinned = []  # ModelStates that stay for now
-        self._is_resting = False  # nothing is kept loaded until the next request
+        self._pinned = []  # ModelStates that nothing may evict now
+        self._is_resting = False  # keep_loaded has no effect until the next request
         self._closing_error = None  # refuses every ticket once closed
 
     # -- events: requests ------------------------------------------------------------
@@ -2049,13 +2046,12 @@ class Scheduler:
 
         def rank(name):
             model = self.models[name]
-            is_leaving = model.is_stopping_soon or model.drains_for
-            if is_leaving or model.state not in READINESS:
-                return len(READINESS)
-            return READINESS.index(model.state)
+            if model.is_stopping_soon or model.drains_for:
+                return LAST_RANK
+            return RANKS.get(model.state, LAST_RANK)
 
-        known = (name for name in names if name in self.models)
-        return min(known, key=rank, default=None)
+        remaining = (name for name in names if name in self.models)
+        return min(remaining, key=rank, default=None)
 
     def keep_alive(self, name: str, seconds: float):
         """Set the idle timeout of a model until it unloads; below 0: never unload."""
@@ -2095,8 +2091,7 @@ class Scheduler:
         model = self._current(name, run)
         if model is not None and model.state in (State.LOADED, State.SLEEPING):
             model.advance(Event.STOP, now)
-            model.stopped_at = now
-            model.stop_cause, model.is_falling_asleep = "crashed", False
+            model.stop_cause = "crashed"
 
     def adopted(self, name: str, now: float) -> int:
         """The backend already runs, and `loaded` follows once it is known to be ready.
@@ -2114,9 +2109,9 @@ class Scheduler:
         if model is None:
             return
         if model.state is State.UNLOADING:
-            if not model.is_falling_asleep:
+            if model.stop_cause != "sleep":
                 return  # fell asleep by itself, but is to stop
-            model.stop_seconds = now - model.stopped_at
+            model.stop_seconds = now - model.changed_at
             model.stop_cause = model.drains_for = None
         model.advance(Event.SLEPT, now)
 
@@ -2126,14 +2121,14 @@ class Scheduler:
         """The backend is gone and holds nothing. `failure`: why it ended by itself.
 
         A load that failed for memory beside others is tried once more, after the least
-        recently used of them has gone: its name is returned, and nobody is refused.
+        recently used of them has gone: its name is returned, and no ticket is refused.
         """
         model = self._current(name, run)
         victim = None
         if model is None:
             return None
         if model.state is State.UNLOADING and model.stop_cause != "crashed":
-            model.stop_seconds = now - model.stopped_at
+            model.stop_seconds = now - model.changed_at
         elif model.state is State.LOADING:
             failure = failure or APIError(f"{name} ended while it was loading")
             victim = model.room_from = self._room_for_retry(model, failure)
@@ -2143,7 +2138,7 @@ class Scheduler:
         elif failure is not None:
             model.last_failure = failure
             model.keep_at = model.ready_at + MAX_BACKOFF
-        else:  # somebody stopped it by other means
+        else:  # stopped by other means than llmswap
             model.is_released = True
         model.advance(Event.EXITED, now)
         self._end_run(model)
@@ -2151,23 +2146,23 @@ class Scheduler:
 
     def _room_for_retry(self, model, failure):
         """The model that is to go before this one is loaded again; None: it is not."""
-        is_first_try = model.room_from is None
-        is_of_use = failure.is_out_of_memory and model.needs_room and model.waiting
-        if not (is_first_try and is_of_use):
+        if model.room_from or not (model.needs_room and model.waiting):
             return None
-        others = [
+        if not failure.is_out_of_memory:
+            return None
+        candidates = (
             each
             for each in self.held.values()
             if each is not model and self._is_evictable(each)
-        ]
-        return min(others, key=ModelState.last_used, default=None)
+        )
+        return min(candidates, key=ModelState.last_used, default=None)
 
     def learn(self, name: str, needs: Mapping[str, int]):
-        """The model was found to need this much.
+        """The model needs this much, as measured or estimated.
 
         A running one counts as larger only as far as the budget has room beside all
-        that is held: no limit is broken for those that run. Call it again when one of
-        them has ended.
+        that is held, so that no limit is broken. Call it again when one of them has
+        ended.
         """
         model = self.models.get(name)
         if model is None:
@@ -2176,10 +2171,10 @@ class Scheduler:
             model.replacement = model.replacement._replace(needs=needs)
             return
         if model.is_held and not model.is_asleep:
-            others = [each.usage() for each in self.held.values() if each is not model]
+            beside = [each.usage() for each in self.held.values() if each is not model]
             needs = dict(needs)
             for each, size in self.limits.budget.items():
-                left = size - sum(usage.needs.get(each, 0) for usage in others)
+                left = size - sum(usage.needs.get(each, 0) for usage in beside)
                 least = max(left, model.spec.needs.get(each, 0))
                 needs[each] = min(needs.get(each, 0), least)
         model.spec = model.spec._replace(needs=needs)
@@ -2209,15 +2204,15 @@ class Scheduler:
     def unload(self, name: str, now: float, problem: APIError) -> bool:
         """Stop a model by hand and refuse its tickets; False if it is not loaded.
 
-        Requests in flight have its stop timeout to end, then the backend is stopped. It
-        is not kept loaded until it is asked for, or the next reload.
+        Requests in flight have its stop timeout to end, then the backend is stopped.
+        keep_loaded has no effect on it until it is asked for, or the next reload.
         """
         self.models[name].is_released = True
         return self._unload(name, now, problem)
 
     def rest(self, now: float, problem: APIError):
-        """Stop every model as if by hand, but only until the next request for any of
-        them is nothing kept loaded."""
+        """Stop every model as if by hand; keep_loaded has no effect until the next
+        request for any of them."""
         self._is_resting = True
         for name in self.models:
             self._unload(name, now, problem)
@@ -2291,16 +2286,21 @@ class Scheduler:
     @property
     def is_in_use(self) -> bool:
         """Whether a ticket waits, or a model is held other than for keep_loaded."""
-        return bool(self._queue) or any(each.is_in_use for each in self.held.values())
+        return bool(self._queue) or any(
+            model.in_flight or model.preemptible or not model.spec.keep_loaded
+            for model in self.held.values()
+        )
 
     # -- decisions -------------------------------------------------------------------
 
     def decide(self, now: float) -> Tuple[List[NamedTuple], float]:
         """Return what is to be done now, in this order, and the next deadline."""
         while (
-            self._serve_queue(now) or self._stop_models(now) or self._start_kept(now)
+            self._serve_queue(now)
+            or self._stop_models(now)
+            or self._start_keep_loaded(now)
         ):
-            pass  # each decision may make others possible
+            pass  # each decision may make more of them possible
         decisions, self._decisions = self._decisions, []
         return decisions, self._next_deadline
 
@@ -2323,26 +2323,23 @@ class Scheduler:
         ]
         before = len(self._decisions), len(self._draining)
         wanted = {}  # name -> usage that this ticket and older ones wait for
-        waiting, is_full = 0, False  # whether `wanted` alone fills the limits
+        waiting, is_full = 0, False  # is_full: `wanted` alone exceeds the limits
         for ticket in list(self._queue.values()):
-            is_first = ticket.model.name not in wanted
-            if self._resolve(ticket, is_first, waiting, now):
+            model = ticket.model
+            is_first = model.name not in wanted
+            if is_first and self._may_grant(ticket):
+                self._grant(ticket, now)
+                continue
+            problem = self._refusal_of(ticket, waiting, now)
+            if problem is not None:
+                self._refuse(ticket, problem)
                 continue
             waiting += 1
             if is_first:
-                wanted[ticket.model.name] = ticket.model.usage_when_loaded()
-                is_full = self._try_start(ticket, wanted, is_full, now)
+                wanted[model.name] = model.usage_when_loaded()
+                is_full = is_full or not self.limits.allow(wanted.values())
+                self._try_start(ticket, wanted, is_full, now)
         return before != (len(self._decisions), len(self._draining))
-
-    def _resolve(self, ticket, is_first, waiting, now):
-        """Grant or refuse a ticket if that is due; return whether it was."""
-        if is_first and self._may_grant(ticket):
-            self._grant(ticket, now)
-            return True
-        problem = self._refusal_of(ticket, waiting, now)
-        if problem is not None:
-            self._refuse(ticket, problem)
-        return problem is not None
 
     def _may_grant(self, ticket):
         drains_for = self._draining.get(ticket.model)
@@ -2376,9 +2373,8 @@ class Scheduler:
 
     def _pins_in_the_way(self, model):
         """The fewest pinned models that would have to go before this one can start."""
-        is_down = model.state in (State.UNLOADED, State.SLEEPING)
         pins = [pin for pin in self._pinned if pin is not model]
-        if not (pins and is_down and model.needs_room):
+        if not (pins and model.is_down and model.needs_room):
             return frozenset()
         usage = model.usage_when_loaded()
         return _fewest(pins, lambda leaving: self.limits.allow(
@@ -2416,37 +2412,27 @@ class Scheduler:
                 model.drains_for = None
 
     def _try_start(self, ticket, wanted, is_full, now):
-        """Start the ticket's model, or make room for it, or wait for room.
-
-        Return whether what is wanted fills the limits, so that no younger ticket can
-        start anything that takes room.
-        """
+        """Start the ticket's model, or make room for it, or wait for room."""
         model = ticket.model
-        is_down = model.state in (State.UNLOADED, State.SLEEPING)
-        is_persistent = not model.is_stopping_soon and model not in self._draining
-        may_start = is_down and is_persistent
+        if not model.is_down or model.is_stopping_soon or model in self._draining:
+            return
         if not model.needs_room:
-            if may_start:
-                self._start(model, now, ticket)
-            return is_full
-        if is_full or not self.limits.allow(wanted.values()):
-            return True
-        if may_start and self._awaits_retry(ticket):
-            return False
-        if may_start and not self._fits(wanted, self._stopping.keys()):
-            self._evict(ticket, wanted, now)
-        elif may_start and self._fits({model.name: wanted[model.name]}):
             self._start(model, now, ticket)
-        return False
+        elif is_full or self._awaits_retry(ticket):
+            return
+        elif not self._fits(wanted, self._stopping.keys()):
+            self._evict(ticket, wanted, now)
+        elif self._fits({model.name: wanted[model.name]}):
+            self._start(model, now, ticket)
 
     def _awaits_retry(self, ticket):
-        """Whether its model, which had no memory beside another, waits for its end, or
-        is that other and waits until the load is over."""
+        """Whether its model waits because a load had no memory beside another model:
+        either for the end of that model, or, being that model, for the next try."""
         for model in self.held.values():
             if model.room_from is ticket.model and model.state is State.LOADING:
                 return True
         victim = ticket.model.room_from
-        if victim is None or victim.state in (State.UNLOADED, State.SLEEPING):
+        if victim is None or victim.is_down:
             return False
         if victim not in self._stopping and self._is_evictable(victim):
             victim.drains_for = self._draining[victim] = ticket
@@ -2455,12 +2441,12 @@ class Scheduler:
 
     def _fits(self, wanted, stopping=frozenset()):
         """Whether `wanted` fits beside all that is held, except what is stopping."""
-        others = [
+        staying = (
             each.usage()
             for each in self.held.values()
             if each.name not in wanted and each not in stopping
-        ]
-        return self.limits.allow([*wanted.values(), *others])
+        )
+        return self.limits.allow([*wanted.values(), *staying])
 
     def _start(self, model, now, ticket=None):
         is_wake = model.state is State.SLEEPING
@@ -2472,9 +2458,9 @@ class Scheduler:
     def _begin_run(self, model, now):
         if not model.is_held:  # waking continues the run
             model.run = next(self._runs)
+            self.held[model.name] = model
         model.advance(Event.START, now)
         model.started_at = now
-        self.held[model.name] = model
 
     def _evict(self, ticket, wanted, now):
         """Choose victims for the ticket, and let them drain once patience ends."""
@@ -2517,15 +2503,15 @@ class Scheduler:
             moment = min(moment, victim.idle_since + victim.return_gap(cost))
         return moment
 
-    def _start_kept(self, now):
-        """If nobody waits, start a model of keep_loaded that fits; return if one was.
+    def _start_keep_loaded(self, now):
+        """If no ticket waits, start a model of keep_loaded that fits; return if so.
 
-        Nobody waits for such a load, so any ticket that needs its room ends it.
+        As no ticket waits for such a load, any that needs its room ends it.
         """
         if self._queue or self._closing_error or self._is_resting:
             return False
         for model in self.models.values():
-            if model.is_missed and self._fits({model.name: model.usage_when_loaded()}):
+            if model.is_missing and self._fits({model.name: model.usage_when_loaded()}):
                 moment = max(model.retry_at, model.keep_at)
                 if now >= moment:
                     self._start(model, now)
@@ -2567,8 +2553,7 @@ class Scheduler:
             newcomer = model.evicted_for.name
             to_sleep = model.spec.can_sleep and model.state is State.LOADED
         model.advance(Event.STOP, now)
-        model.stopped_at, model.stop_cause = now, cause
-        model.is_falling_asleep = to_sleep
+        model.stop_cause = "sleep" if to_sleep else cause
         self._decisions.append(Stop(model.name, model.run, cause, newcomer, to_sleep))
 
 
@@ -3177,12 +3162,18 @@ def exchange(sock: socket.socket, deadline: float, *request, headers) -> Probe:
 class Backend:
     """One run of a model's server, on a thread of its own (`_run`).
 
-    Callbacks, on that thread: `on_loaded(self)` when it is ready, or awake again;
-    `on_described(self, entry)` with the entry of its own /v1/models, {} if it has none;
-    `on_slept(self)` when it fell asleep; `on_dying(self)` when it is found dead or hung
-    though nobody stopped it; `on_exited(self, problem)` when nothing of it is left,
-    problem None if it was stopped. `on_line(text)` gets each line that it writes, on
-    any thread. Subclasses implement:
+    Its listener has a method for each event, all called on that thread but `on_line`,
+    and all with the backend as their first argument:
+
+        on_loaded()           it is ready, or awake again
+        on_described(entry)   the entry of its own /v1/models, {} if it has none
+        on_slept()            it fell asleep
+        on_dying()            it was found dead or hung, though not told to stop
+        on_exited(problem)    nothing of it is left; problem None if it was stopped
+        on_line(text)         it wrote a line, or something is to be said of it
+        on_context(kind, tokens, size, seconds)   see LlamaServerBackend
+
+    Subclasses implement:
 
         _spawn()      begin to run, and set `_exited` once it ends by itself; raises
                       APIError
@@ -3192,7 +3183,7 @@ class Backend:
 
     _lateness = "was not ready and showed no sign of progress"
 
-    def __init__(self, model: Model, upstream: Optional[Upstream] = None):
+    def __init__(self, model: Model, listener, upstream: Optional[Upstream] = None):
         self.model = model
         self.upstream = upstream
         self.pid = None  # of its main process, once known
@@ -3200,8 +3191,7 @@ class Backend:
         self.where = None  # it runs, for people
         self.lines = ()  # the last that it wrote, where they are read here
         self.started_at = self._began = self._progress_at = time.monotonic()
-        self.on_loaded = self.on_described = self.on_slept = self.on_dying = None
-        self.on_exited = self.on_line = self.on_context = None
+        self._listener = listener
         self._title = model.name
         self._thread = None
         self._wakeup = threading.Event()
@@ -3289,17 +3279,17 @@ class Backend:
                 self.upstream.close()
             self._terminate()
         except OSError as error:
-            self.on_line(f"llmswap: while it was stopped: {error}")
-        self.on_exited(self, problem)
+            self._note(f"while it was stopped: {error}")
+        self._listener.on_exited(self, problem)
         self._ended.set()
 
     def _live(self):
         while self._load():
             self._is_ready = True
             self.upstream.mark_alive()
-            self.on_loaded(self)
+            self._listener.on_loaded(self)
             if self.model.kind == "llama-server":
-                self.on_described(self, self._fetch_entry())
+                self._listener.on_described(self, self._fetch_entry())
             if self._supervise():
                 break
             self._is_ready = False
@@ -3345,7 +3335,7 @@ class Backend:
 
     def _report_death(self):
         """From now on no request is sent to it."""
-        self.on_dying(self)
+        self._listener.on_dying(self)
         self._ended.set()
 
     def _end_error(self, why, exit_code=None):
@@ -3356,6 +3346,9 @@ class Backend:
 
     def _last_lines(self):
         return ""
+
+    def _note(self, text):
+        self._listener.on_line(self, f"llmswap: {text}")
 
     # -- waiting and asking
 
@@ -3507,9 +3500,9 @@ class Backend:
 
     def _put_to_sleep(self):
         if self._probe_all(SLEEP_TIMEOUT, self.model.settings.sleep):
-            self.on_slept(self)
+            self._listener.on_slept(self)
         elif self._is_alive():
-            self.on_line("llmswap: it did not fall asleep; it is stopped instead")
+            self._note("it did not fall asleep; it is stopped instead")
             self.stop()
 
     def _wake_up(self):
@@ -3523,9 +3516,9 @@ class Backend:
                 is_awake = self._await_healthy()
         if is_awake:
             self._is_asleep = False
-            self.on_loaded(self)
+            self._listener.on_loaded(self)
         else:
-            self.on_line("llmswap: it did not wake up")
+            self._note("it did not wake up")
         return is_awake
 
     def _look_asleep(self):
@@ -3535,8 +3528,8 @@ class Backend:
         is_asleep = found[1] == b"true" if found else self._is_asleep
         if is_asleep != self._is_asleep:
             self._is_asleep = is_asleep
-            report = self.on_slept if is_asleep else self.on_loaded
-            report(self)
+            listener = self._listener
+            (listener.on_slept if is_asleep else listener.on_loaded)(self)
 
 
 # -- a child process -------------------------------------------------------------------
@@ -3548,8 +3541,8 @@ class ProcessBackend(Backend):
     A second thread reads its output and notices its exit (`_watch_process`).
     """
 
-    def __init__(self, model: Model, guard: Guard, settle_timeout: float):
-        super().__init__(model)
+    def __init__(self, model: Model, listener, guard: Guard, settle_timeout: float):
+        super().__init__(model, listener)
         self.lines = collections.deque(maxlen=LAST_LINES)
         self._guard = guard
         self._settle_timeout = settle_timeout
@@ -3683,7 +3676,7 @@ class ProcessBackend(Backend):
             for start in range(0, len(line) or 1, MAX_LINE):
                 text = line[start : start + MAX_LINE].decode("utf-8", "replace")
                 self.lines.append(text.rstrip("\r"))
-                self.on_line(self.lines[-1])
+                self._listener.on_line(self, self.lines[-1])
 
     def _may_become_ready(self):
         """A stranger on a fixed port may leave it; from a port of ours it does not."""
@@ -3726,7 +3719,7 @@ class ProcessBackend(Backend):
         if status is None:
             self._signal_group(signal.SIGTERM)
         if text and status != 0:
-            self.on_line(f"llmswap: cmd-stop: {text}")
+            self._note(f"cmd-stop: {text}")
         while not self._exited.is_set() and not self._is_kill_asked:
             if time.monotonic() >= deadline:
                 break
@@ -3738,7 +3731,7 @@ class ProcessBackend(Backend):
         gpu_users = group_members(self.pid) if has_gpu_tool() else set()
         self._kill_group()  # its workers may outlive the leader
         if not self._exited.wait(10.0):
-            self.on_line(f"llmswap: process {self.pid} hangs in the kernel, killed")
+            self._note(f"process {self.pid} hangs in the kernel, killed")
             self._exited.wait()
         self._kill_group()  # what was forked at that moment
         self._guard.forget(self.pid)
@@ -3979,13 +3972,15 @@ class LlamaServerBackend(ProcessBackend):
     """A llama-server whose context is saved before a stop, and restored after a start.
 
     What fails costs a line of the log and a bounded time, and deletes what was saved.
-    `on_context(self, kind, tokens, bytes, seconds)` is told what was "saved" or
-    "restored" and how long that took, and what was "used" by an answer: then the
-    seconds are those that it would have taken to process the tokens again.
+    Its listener's `on_context(kind, tokens, bytes, seconds)` reports tokens "saved" or
+    "restored" and how long that took, and those "used" by an answer: then the seconds
+    are those that it would have taken to process the tokens again.
     """
 
-    def __init__(self, model: Model, guard: Guard, settle_timeout: float, contexts):
-        super().__init__(model, guard, settle_timeout)
+    def __init__(
+        self, model: Model, listener, guard: Guard, settle_timeout: float, contexts
+    ):
+        super().__init__(model, listener, guard, settle_timeout)
         self._contexts = contexts
         self._digest = self._files = ""  # of its command; the folder of slots
         self._speed = UNKNOWN_PROMPT_SPEED
@@ -4004,7 +3999,7 @@ class LlamaServerBackend(ProcessBackend):
             self._speed = usage.prompt_speed
         if self._unused and cached >= MIN_CONTEXT and cached > self._longest:
             self._unused = self._contexts.failures[self._digest] = 0
-            self.on_context(self, "used", cached, 0, cached / self._speed)
+            self._listener.on_context(self, "used", cached, 0, cached / self._speed)
         self._longest = max(self._longest, tokens + (usage.tokens_out or 0))
 
     # -- before the start
@@ -4017,13 +4012,13 @@ class LlamaServerBackend(ProcessBackend):
             for folder in (os.path.dirname(root), root, self.model.context_dir):
                 os.makedirs(folder, 0o700, exist_ok=True)
         except OSError as error:
-            self.on_line(f"llmswap: contexts cannot be kept: {error}")
+            self._note(f"contexts cannot be kept: {error}")
             model = self.model._replace(context_dir="")
             return model.command(table_of(model), str(self.port))
         argv = super()._command()
         paths = [path for word, path in zip(argv, argv[1:]) if word == f"--{SAVE_PATH}"]
         if not paths:
-            self.on_line("llmswap: this llama-server cannot save contexts")
+            self._note("this llama-server cannot save contexts")
         elif EMBEDDING_OPTIONS.isdisjoint(argv):
             folder = os.path.join(self.model.settings.cwd, paths[-1])
             self._files = os.path.join(os.path.abspath(folder), "")
@@ -4078,7 +4073,7 @@ class LlamaServerBackend(ProcessBackend):
         saved = self._contexts.take(self.model.context_dir)
         if saved.slots and saved.command != self._digest:
             text = "context was not restored: the command or a file has changed"
-            self.on_line(f"llmswap: {text}")
+            self._note(text)
         paths = [path for _, path, _ in saved.slots if os.path.isfile(path)]
         is_whole = sum(map(os.path.getsize, paths)) == saved.size
         if saved.command != self._digest or not (is_whole and self._keeps_context()):
@@ -4152,7 +4147,7 @@ class LlamaServerBackend(ProcessBackend):
             self._contexts.failures[self._digest] += 1
             if self._contexts.failures[self._digest] >= MAX_FAILURES:
                 text += "; no more contexts are kept"
-            self.on_line(f"llmswap: {text}")
+            self._note(text)
 
     def _discard_all_but(self, slots):
         """Delete its other files of slots, also those that a kill left behind."""
@@ -4165,7 +4160,8 @@ class LlamaServerBackend(ProcessBackend):
 
     def _tell(self, kind, saved, began):
         tokens = sum(tokens for _, _, tokens in saved.slots)
-        self.on_context(self, kind, tokens, saved.size, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self._listener.on_context(self, kind, tokens, saved.size, seconds)
 
     def _ask(self, deadline, target, path=None):
         """Return what the answer's JSON means; `path` is the file that is to be read or
@@ -4326,8 +4322,10 @@ class UnitBackend(Backend):
     before it starts. A second thread notices its end (`_watch_unit`).
     """
 
-    def __init__(self, model: Model, rivals: Sequence[str], settle_timeout: float):
-        super().__init__(model, Upstream(model.url("")))
+    def __init__(
+        self, model: Model, listener, rivals: Sequence[str], settle_timeout: float
+    ):
+        super().__init__(model, listener, Upstream(model.url("")))
         self.service = Service(model.settings.unit)
         self.where = model.settings.unit
         self._title = f"{model.name} ({self.where})"
@@ -4357,7 +4355,7 @@ class UnitBackend(Backend):
 
     def _stop_rivals(self):
         for unit in running_units(self._rivals, self._must_stop):
-            self.on_line(f"llmswap: {unit} is in the way; it is stopped")
+            self._note(f"{unit} is in the way; it is stopped")
             timeout = self.model.settings.stop_timeout + COMMAND_TIMEOUT
             argv = Service(unit).systemctl("stop")
             status, text = run_command(argv, timeout, self._must_stop)
@@ -4419,7 +4417,7 @@ class UnitBackend(Backend):
         )
         if status != 0:
             text = text or "no answer"
-            self.on_line(f"llmswap: systemctl stop: {text}; it is killed")
+            self._note(f"systemctl stop: {text}; it is killed")
             self._systemctl("kill", "--signal=KILL")
             self._systemctl("stop")
             self._kill_main_process()
@@ -4434,7 +4432,7 @@ class UnitBackend(Backend):
             with contextlib.suppress(OSError):  # it has ended, or is not ours to kill
                 os.kill(self.pid, signal.SIGKILL)
             if not self._exited.wait(COMMAND_TIMEOUT):
-                self.on_line(f"llmswap: process {self.pid} of {self.where} lives on")
+                self._note(f"process {self.pid} of {self.where} lives on")
 
     # -- systemd
 
@@ -4458,7 +4456,7 @@ class UnitBackend(Backend):
             shown.get(name, "unknown") for name in ("Result", "ExecMainStatus")
         )
         if self._is_ready and result == "success":
-            self.on_line(f"llmswap: {self.where} was stopped by somebody else")
+            self._note(f"{self.where} was stopped by somebody else")
             return None
         if result == "oom-kill":
             return self._end_error("killed by the kernel: out of memory")
@@ -4489,14 +4487,14 @@ def send_magic_packet(mac: bytes, address: Tuple[str, int]):
 class RemoteBackend(Backend):
     """A server elsewhere: woken if it can be, asked for health, and relayed to.
 
-    To stop it is to forget it. When it vanishes, `on_exited(self, None)` tells so: it
-    is asleep, not broken.
+    To stop it is to forget it. When it vanishes, it exits without a problem: it is
+    asleep, not broken.
     """
 
     _lateness = "did not answer"
 
-    def __init__(self, model: Model):
-        super().__init__(model, Upstream(model.url("")))
+    def __init__(self, model: Model, listener):
+        super().__init__(model, listener, Upstream(model.url("")))
         self.where = model.url("")
         self._title = f"{model.name} at {self.where}"
         self._next_packet = 0.0
@@ -4544,7 +4542,7 @@ class RemoteBackend(Backend):
             try:
                 send_magic_packet(mac, self.model.settings.wake_broadcast)
             except OSError as error:
-                self.on_line(f"llmswap: Wake-on-LAN: {error}")
+                self._note(f"Wake-on-LAN: {error}")
         return self._is_alive()
 
     def _abandon(self):
@@ -4558,7 +4556,7 @@ class RemoteBackend(Backend):
 
     def _failure(self):
         """It vanished, which is no failure."""
-        self.on_line("llmswap: it does not answer any more: asleep or gone")
+        self._note("it does not answer any more: asleep or gone")
         while self.upstream.is_busy and self.upstream.seen_within(FRESH):
             if self._is_stop_asked:
                 break
@@ -4568,12 +4566,13 @@ class RemoteBackend(Backend):
 # -- how far a load is -----------------------------------------------------------------
 
 MAX_BEFORE_READY = 0.99
+LOAD_LINE_EVERY = 10.0  # s between two log lines about a load that takes long
 COMPANION_OPTIONS = ("-mm", "--mmproj", "-md", "--model-draft")
 MODEL_OPTIONS = ("-m", "--model", *COMPANION_OPTIONS)
 
 
 class LoadProgress:
-    """How far one load is: `progress`, from 0 to 1, or None where that cannot be told.
+    """How far one load is: `share`, from 0 to 1, or None where that cannot be told.
 
     It never goes back, and says 1 of nothing. It is the memory of the processes that
     load against the size of the model files that their command lines name.
@@ -4584,22 +4583,27 @@ class LoadProgress:
     """
 
     def __init__(self):
-        self.progress = None
+        self.share = None
+        self.next_line = LOAD_LINE_EVERY  # seconds after the start
         self._size = 0
 
-    def look(self, pid: Optional[int]):
-        """Look at the memory of that process and its descendants. Reads /proc."""
+    def measure(self, pid: Optional[int]) -> bool:
+        """Look at the memory of that process and its descendants, which reads /proc;
+        return whether the share has changed."""
         family = descendants(pid) if pid else []
         self._size = self._size or sum(map(model_file_size, family))
-        if self._size:
-            memory = sum(memory_of(each).get("VmRSS", 0) for each in family)
-            share = min(MAX_BEFORE_READY, round(memory / self._size, 3))
-            self.progress = max(share, self.progress or 0.0)
+        if not self._size:
+            return False
+        memory = sum(memory_of(each).get("VmRSS", 0) for each in family)
+        before = self.share
+        share = min(MAX_BEFORE_READY, round(memory / self._size, 3))
+        self.share = max(share, before or 0.0)
+        return self.share != before
 
-    def told(self) -> dict:
+    def as_dict(self) -> dict:
         """Return it as llama.cpp's router does."""
         stage = "text_model"
-        return {"stages": [stage], "current": stage, "value": self.progress or 0.0}
+        return {"stages": [stage], "current": stage, "value": self.share or 0.0}
 
 
 def descendants(pid: int) -> List[int]:
@@ -5060,13 +5064,12 @@ class Inspector:
 #    The lock guards the Scheduler and the dict of backends. It is held just long
 #    enough to record an event and to carry out what follows (start a thread, wake a
 #    backend's thread, resolve a future). No I/O and no sleep under it, and no other
-#    lock but that of a queue or a future, which nobody holds while waiting.
+#    lock but that of a queue or a future, which no thread holds while it waits.
 # ==================================================================================
 
 
 ADOPT_PATIENCE = 1.0  # s; how long the start may wait for systemd to say what runs
 LOOK_AT_LOADS = 0.2  # s between two looks at the progress of loads
-LOAD_LINE_EVERY = 10.0  # s between two log lines about a load that takes long
 LONG_WAIT = 1.0  # s; a wait that is worth a log line
 
 
@@ -5078,30 +5081,30 @@ class Broadcast:
 
     BACKLOG = 10000
 
-    def __init__(self, kept: int):
-        self._kept = collections.deque(maxlen=kept)
+    def __init__(self, history: int):
+        self._history = collections.deque(maxlen=history)
         self._followers = set()
         self._lock = threading.Lock()
 
     def publish(self, item):
         """Hand the item to all followers without waiting for any."""
         with self._lock:
-            self._kept.append(item)
+            self._history.append(item)
             for follower in self._followers:
                 if follower.qsize() < self.BACKLOG:
                     follower.put(item)
 
     def history(self) -> list:
-        """Return the items that are kept, oldest first."""
+        """Return the last items, oldest first."""
         with self._lock:
-            return list(self._kept)
+            return list(self._history)
 
     @contextlib.contextmanager
     def subscribe(self, with_history: bool = True):
         """Yield `get(timeout)`: the next item, or None if there was none in time."""
         follower = queue.SimpleQueue()
         with self._lock:
-            for item in self._kept if with_history else ():
+            for item in self._history if with_history else ():
                 follower.put(item)
             self._followers.add(follower)
 
@@ -5122,7 +5125,7 @@ BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  
 
 
 class Metrics:
-    """What happened since the start, in numbers. The caller holds the Pool's lock.
+    """Counts since the start of llmswap. The caller holds the Pool's lock.
 
     `counts` maps (metric, label, ...) to a number; the last label of a histogram is the
     index of a bucket. `speeds` has the tokens per second of each backend's last answer,
@@ -5133,7 +5136,7 @@ class Metrics:
         self.counts = collections.Counter()
         self.speeds = {}
         self.reasons = {}
-        self._newcomers = set()  # not loaded yet, though others were evicted for them
+        self._newcomers = set()  # models that evicted another, and are not loaded yet
 
     def count_request(
         self,
@@ -5141,22 +5144,16 @@ class Metrics:
         status: int,
         seconds: float,
         waited: Optional[float] = None,
-        tokens_in: int = 0,
-        tokens_out: int = 0,
-        tokens_cached: int = 0,
-        bytes_in: int = 0,
-        bytes_out: int = 0,
+        **amounts: int,
     ):
         """A request has ended. `waited`: seconds until its lease, None if it got none.
 
-        The empty model: a request for none, or for one that is not known.
+        `amounts`: tokens_in, tokens_out, tokens_cached, bytes_in and bytes_out. The
+        empty model: a request for none, or for one that is not known.
         """
         self.counts["requests", model, status] += 1
-        self.counts["tokens_in", model] += tokens_in
-        self.counts["tokens_out", model] += tokens_out
-        self.counts["tokens_cached", model] += tokens_cached
-        self.counts["bytes_in", model] += bytes_in
-        self.counts["bytes_out", model] += bytes_out
+        for name, amount in amounts.items():
+            self.counts[name, model] += amount
         self._observe("durations", model, seconds)
         if waited is not None:
             self._observe("waits", model, waited)
@@ -5171,7 +5168,7 @@ class Metrics:
     def count_stop(self, model: str, cause: str, newcomer: Optional[str] = None):
         """A model is being stopped, for `newcomer` if there is one."""
         self.counts["stops", model, cause] += 1
-        self.reasons[model] = STOPPED.get(cause, cause).format(newcomer)
+        self.reasons[model] = STOP_REASONS[cause].format(newcomer)
         if newcomer is not None:
             self._newcomers.add(newcomer)
 
@@ -5190,17 +5187,17 @@ class Metrics:
 
     def copy(self) -> "Metrics":
         """Return what was counted so far."""
-        other = Metrics()
-        other.counts = self.counts.copy()
-        other.speeds, other.reasons = dict(self.speeds), dict(self.reasons)
-        return other
+        twin = Metrics()
+        twin.counts = self.counts.copy()
+        twin.speeds, twin.reasons = dict(self.speeds), dict(self.reasons)
+        return twin
 
     def _observe(self, metric, model, seconds):
         self.counts[metric, model, bisect.bisect_left(BUCKETS, seconds)] += 1
         self.counts[f"{metric}_sum", model] += seconds
 
 
-STOPPED = {
+STOP_REASONS = {
     "evicted": "evicted for {}",
     "abandoned": "given up for {}",
     "idle": "unloaded after its idle time",
@@ -5219,7 +5216,7 @@ class ModelStatus(NamedTuple):
     it in the file. `shares` names the model whose backend it uses now, and whose state
     it has. `pinned`: nothing may evict it now. `context` are the bytes of its saved
     contexts, None if it keeps none, and `context_seconds` what they have spared.
-    `entry` is what its own /v1/models told last. `needs`, by resource of the budget,
+    `entry` is the last from its own /v1/models. `needs`, by resource of the budget,
     are known from `needs_source`; it `holds` what counts now, if it runs.
     """
 
@@ -5251,6 +5248,13 @@ class ModelStatus(NamedTuple):
     holds: Mapping[str, int] = {}
 
 
+def start_thread(target, name: str, *args) -> threading.Thread:
+    """Start a thread that does not keep llmswap from ending."""
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
 class Pool:
     """All backends, and which request may use them when. Any thread may call.
 
@@ -5269,18 +5273,16 @@ class Pool:
         self._backends = {}
         self._feeds = {}
         self._looks = {}  # by what looks at memory: when it did, and what it found
-        self._entries = {}  # by model: the last that its own /v1/models told
-        self._meters = Metrics()
-        self._revision = 0  # of what people see
-        self._watchers = 0  # threads that wait for the next revision
+        self._entries = {}  # by model: the last from its own /v1/models
+        self._metrics = Metrics()
+        self._revision = 0  # of all that status and metrics show
         self._lock = threading.Lock()
         self._timer = threading.Condition(self._lock)  # the next deadline came nearer
-        self._ended = threading.Condition(self._lock)  # a lease or a backend ended
         self._changed = threading.Condition(self._lock)  # a new revision
         self._loading = threading.Condition(self._lock)  # a load began
         self._next_deadline = self._timer_at = math.inf
         self._needs = Needs(config.settings.state_dir, log)
-        self._machine_budget = None  # found out when a configuration says auto
+        self._machine_budget = None  # asked for once a budget says auto
         self._vram_at_start = None  # of that; None if models ran already
         self.budget = self._find_budget(config)  # with figures for `auto`
         limits = limits_of(config, self.budget)
@@ -5291,25 +5293,22 @@ class Pool:
         self._has_loaded = False  # since the last measurement
         self._is_closed = False
         self._adoption = None
-        self._quiet_since = self._used_at = clock()
+        self._inactive_since = self._last_request_at = clock()
 
     def start(self):
         """Start the timer, adopt units that run, and load the models of
         load-on-startup and keep-loaded."""
         self._guard.start()
         self._contexts.configure(self.config)
-        self._timer_thread = threading.Thread(target=self._timer_loop, daemon=True)
-        self._timer_thread.start()
-        loop = self._load_progress_loop
-        threading.Thread(target=loop, name="loads", daemon=True).start()
-        loop = self._measure_loop
-        threading.Thread(target=loop, name="memory", daemon=True).start()
+        self._timer_thread = start_thread(self._timer_loop, "timer")
+        start_thread(self._load_progress_loop, "loads")
+        start_thread(self._measure_loop, "memory")
         self._adopt_units()
         if self._adoption:
             self._adoption.join(ADOPT_PATIENCE)
-        threading.Thread(target=self._load_first, name="startup", daemon=True).start()
+        start_thread(self._load_on_startup, "startup")
 
-    def _load_first(self):
+    def _load_on_startup(self):
         """Load on startup; on a thread, because asking binaries for options is slow."""
         for model in list(self.config.models.values()):
             try:
@@ -5317,16 +5316,16 @@ class Pool:
                     self.load(model)
             except APIError as problem:
                 self._log("error", f"{model.name}: {problem}")
-        self._load_kept()
+        self._start_keep_loaded()
 
-    def _load_kept(self):
-        """Have those of keep-loaded loaded, once it is estimated what they need, which
-        may take seconds."""
+    def _start_keep_loaded(self):
+        """Have keep-loaded take effect, once the needs of its models are estimated,
+        which may take seconds."""
         for model in list(self.config.models.values()):
             if model.settings.keep_loaded and not model.problem:
                 self._estimate(model)
-        with self._lock:
-            self._schedule()
+        with self._event():
+            pass  # the scheduler starts those that fit
 
     def _adopt_units(self):
         """Begin to find out which units run already, and to adopt them."""
@@ -5336,14 +5335,11 @@ class Pool:
             if model.kind == "unit" and not model.problem
         }
         if names:
-            self._adoption = threading.Thread(
-                target=self._adopt, args=(names,), name="units", daemon=True
-            )
-            self._adoption.start()
+            self._adoption = start_thread(self._adopt, "units", names)
 
     def _adopt(self, names):
         running = running_units(list(names), gives_up=lambda: self._is_closed)
-        with self._lock:
+        with self._event() as now:
             in_use = {each.model.settings.unit for each in self._backends.values()}
             for unit in running - in_use:
                 scheduled = self._scheduler.models.get(names[unit])
@@ -5353,10 +5349,8 @@ class Pool:
                 if self.config.models[name].settings.unit != unit:
                     continue  # since a reload, which looks for its own
                 self._log("info", f"{name}: {unit} runs already")
-                backend = self._new_backend(name)
-                backend.run_number = self._scheduler.adopted(name, self._clock())
+                backend = self._new_backend(name, self._scheduler.adopted(name, now))
                 backend.adopt()
-            self._schedule()
 
     # -- requests --------------------------------------------------------------------
 
@@ -5371,7 +5365,6 @@ class Pool:
         `disconnected()` is true, which is asked twice a second.
         """
         while True:
-            self._check_start(model)
             ticket = self._submit(model, preemptible)
             try:
                 backend = _wait_for_grant(ticket.waiter, disconnected)
@@ -5379,14 +5372,24 @@ class Pool:
                     yield backend
                     return
             finally:
-                self._finish(ticket)
+                with self._event() as now:
+                    self._last_request_at = now
+                    self._scheduler.finish(ticket, now)
 
-    def _finish(self, ticket):
-        with self._lock:
-            self._used_at = self._clock()
-            self._scheduler.finish(ticket, self._used_at)
-            self._schedule()
-            self._ended.notify_all()
+    def _submit(self, model, preemptible=False, manual=False):
+        """Queue a ticket; its `waiter` is a future of the backend."""
+        self._check_start(model)
+        with self._event() as now:
+            scheduled = self._scheduled(model)
+            if scheduled is None:
+                raise _removed(model.name)
+            owner = self.config.models.get(scheduled.name)
+            if owner and owner.problem:  # since a reload after `_check_start`
+                raise ModelMisconfigured(owner.problem)
+            self._last_request_at = now
+            ticket = self._scheduler.submit(scheduled.name, now, preemptible, manual)
+            ticket.waiter = concurrent.futures.Future()
+        return ticket
 
     def _check_start(self, model):
         """Raise what makes a start impossible, before anything is evicted for it."""
@@ -5412,28 +5415,12 @@ class Pool:
         if a reload removed it. The lock is held."""
         return self._scheduler.models.get(self._scheduler.choose(model.backends))
 
-    def _submit(self, model, preemptible=False, manual=False):
-        """Queue a ticket; its `waiter` is a future of the backend."""
-        with self._lock:
-            scheduled = self._scheduled(model)
-            if scheduled is None:
-                raise _removed(model.name)
-            owner = self.config.models.get(scheduled.name)
-            if owner and owner.problem:  # since a reload after `_check_start`
-                raise ModelMisconfigured(owner.problem)
-            now = self._used_at = self._clock()
-            ticket = self._scheduler.submit(scheduled.name, now, preemptible, manual)
-            ticket.waiter = concurrent.futures.Future()
-            self._schedule()
-            return ticket
-
     def keep_alive(self, model: Model, seconds: float):
         """Set after how many idle seconds the model unloads; below 0: never."""
-        with self._lock:
+        with self._event():
             scheduled = self._scheduled(model)
             if scheduled is not None:
                 self._scheduler.keep_alive(scheduled.name, seconds)
-                self._schedule()
 
     # -- operators -------------------------------------------------------------------
 
@@ -5441,35 +5428,30 @@ class Pool:
         """Begin to load the model despite earlier failures; False if it is loaded."""
         if self.state_of(model) in (State.LOADING, State.LOADED):
             return False
-        self._check_start(model)
         self._submit(model, manual=True)
         return True
 
     def unload(self, model: Model) -> bool:
         """Begin to unload the model: False if there is nothing to unload."""
-        with self._lock:
+        problem = ModelUnloaded(f"{model.name!r} was unloaded by hand")
+        with self._event() as now:
             scheduled = self._scheduled(model)
             if scheduled is None:
                 return False
-            problem = ModelUnloaded(f"{model.name!r} was unloaded by hand")
-            is_held = self._scheduler.unload(scheduled.name, self._clock(), problem)
-            self._schedule()
-            return is_held
+            return self._scheduler.unload(scheduled.name, now, problem)
 
     def unload_all(self):
         """Begin to unload every model."""
-        with self._lock:
+        with self._event() as now:
             for name in self._scheduler.models:
                 problem = ModelUnloaded(f"{name!r} was unloaded by hand")
-                self._scheduler.unload(name, self._clock(), problem)
-            self._schedule()
+                self._scheduler.unload(name, now, problem)
 
     def rest(self):
         """Begin to unload every model, and keep none loaded until the next request."""
-        with self._lock:
-            problem = ModelUnloaded("all models are unloaded because nothing happens")
-            self._scheduler.rest(self._clock(), problem)
-            self._schedule()
+        problem = ModelUnloaded("all models are unloaded because nothing happens")
+        with self._event() as now:
+            self._scheduler.rest(now, problem)
 
     def await_unloaded(self, disconnected: Callable[[], bool]):
         """Wait until no backend is being unloaded, or disconnected() is true."""
@@ -5478,35 +5460,33 @@ class Pool:
                 held = self._scheduler.held.values()
                 if all(scheduled.unload_by is None for scheduled in held):
                     return
-                self._ended.wait(POLL_INTERVAL)
+                self._changed.wait(POLL_INTERVAL)
 
     def reload(self, config: Config):
         """Take over a configuration: see Scheduler.configure."""
         budget = self._find_budget(config)
-        with self._lock:
+        with self._event():
+            before = self.config.models
             changed = [
                 name
                 for name, model in config.models.items()
-                if name in self.config.models
-                and model.launch != self.config.models[name].launch
+                if name in before and model.launch != before[name].launch
             ]
             self.config, self.budget = config, budget
-            for name in [*self._entries]:
-                if name in changed or name not in config.models:
-                    del self._entries[name]
+            unchanged = config.models.keys() - set(changed)
+            for name in self._entries.keys() - unchanged:
+                del self._entries[name]
+            for name in self._backends.keys() & unchanged:
+                self._backends[name].model = config.models[name]
             limits, self._specs = limits_of(config, budget), self._find_specs()
             self._scheduler.configure(limits, self._specs, changed, _removed)
             for model in config.models.values():
                 if model.problem:
                     reason = ModelMisconfigured(model.problem)
                     self._scheduler.refuse_waiting(model.name, reason)
-            for name, backend in self._backends.items():
-                if name in config.models and name not in changed:
-                    backend.model = config.models[name]
-            self._schedule()
         self._contexts.configure(config)
         self._adopt_units()
-        threading.Thread(target=self._load_kept, name="kept", daemon=True).start()
+        start_thread(self._start_keep_loaded, "keep-loaded")
         self.events.publish({"model": "*", "event": "models_reload"})
 
     # -- memory ----------------------------------------------------------------------
@@ -5514,8 +5494,8 @@ class Pool:
     def _find_budget(self, config):
         """Return the budget with figures for `auto`.
 
-        Not called with the lock held: it asks the vendor's tool, once. What it tells
-        later is no use: our own models hold memory then.
+        Not called with the lock held: it asks the vendor's tool, once, because later
+        the models of llmswap hold memory themselves.
         """
         written = config.settings.budget
         if None not in written.values():
@@ -5630,7 +5610,7 @@ class Pool:
             return scheduled.state if scheduled else State.UNLOADED
 
     def is_held(self, model: Model) -> bool:
-        """Return whether the model is loaded, or being loaded for somebody."""
+        """Return whether the model is loaded or loading, and not about to stop."""
         with self._lock:
             scheduled = self._scheduled(model)
             is_up = scheduled and scheduled.state in (State.LOADING, State.LOADED)
@@ -5642,12 +5622,12 @@ class Pool:
             return self._backends.get(self._scheduler.choose(model.backends))
 
     def status(self, model: Model) -> ModelStatus:
-        """Return what the model is doing."""
+        """Return the status of the model."""
         with self._lock:
             return self._status(model)
 
     def statuses(self, with_memory: bool = False) -> List[ModelStatus]:
-        """Return what every model is doing; its memory too, which reads /proc."""
+        """Return the status of every model; `with_memory` reads /proc."""
         with self._lock:
             statuses = [self._status(model) for model in self.config.models.values()]
         if not with_memory:
@@ -5678,27 +5658,28 @@ class Pool:
         scheduled = self._scheduled(model)
         if scheduled is None:
             return status
-        now, state, name = self._clock(), scheduled.state, scheduled.name
-        backend = self._backends.get(name)
-        is_loading = backend is not None and state is State.LOADING
-        unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
-        changed_at = scheduled.changed_at
+        now, name, changed_at = self._clock(), scheduled.name, scheduled.changed_at
+        unload_at, progress, backend = math.inf, None, self._backends.get(name)
+        if scheduled.state is State.LOADED:
+            unload_at = scheduled.unload_at()
+        elif scheduled.state is State.LOADING:
+            progress = backend.progress.share
         return status._replace(
-            state=state.value,
+            state=scheduled.state.value,
             seconds=None if changed_at is None else now - changed_at,
-            progress=backend.gauge.progress if is_loading else None,
+            progress=progress,
             running=scheduled.in_flight + scheduled.preemptible,
             waiting=scheduled.waiting,
             unload_in=None if unload_at == math.inf else max(0.0, unload_at - now),
-            tokens_per_second=self._meters.speeds.get(name),
+            tokens_per_second=self._metrics.speeds.get(name),
             context=self._contexts.size_of(model.context_dir),
-            context_seconds=self._meters.counts["context_seconds", name],
+            context_seconds=self._metrics.counts["context_seconds", name],
             failure=scheduled.last_failure,
-            stopped=self._meters.reasons.get(name),
+            stopped=self._metrics.reasons.get(name),
             pinned=scheduled.is_pinned,
             shares=None if name == model.name else name,
-            pid=getattr(backend, "pid", None),
-            port=getattr(backend, "port", None),
+            pid=backend and backend.pid,
+            port=backend and backend.port,
             entry=self._entries.get(name, {}),
             **self._needs_status(scheduled),
         )
@@ -5708,8 +5689,8 @@ class Pool:
         if not self.budget or owner is None or owner.kind == "remote":
             return {}
         needs, source = self._known_needs[owner.name]
-        held = scheduled.usage().needs if scheduled.is_held else {}
-        holds = {name: held[name] for name in self.budget if name in held}
+        usage = scheduled.usage().needs if scheduled.is_held else {}
+        holds = {name: usage[name] for name in self.budget if name in usage}
         return {"needs": needs, "needs_source": source, "holds": holds}
 
     def feed_of(self, name: str) -> Broadcast:
@@ -5735,47 +5716,58 @@ class Pool:
         return self._is_closed or self._timer_thread.is_alive()
 
     def idle_since(self) -> Optional[float]:
-        """Return when (on the clock) the last request came or ended; None: there is
-        one."""
+        """Return when (on the clock) the last request came or ended; None: one runs or
+        waits."""
         with self._lock:
             is_busy = self._scheduler.queued or self._scheduler.in_flight
-            return None if is_busy else self._used_at
+            return None if is_busy else self._last_request_at
 
     def inactive_since(self) -> Optional[float]:
-        """Return when (on the clock) the last request and the last backend but those of
-        keep-loaded left; None: there is one."""
+        """Return since when (on the clock) no request runs or waits, and no backend but
+        those of keep-loaded runs; None: one does."""
         with self._lock:
-            return self._quiet_since
+            return self._inactive_since
 
     def await_change(self, seen: Optional[int], timeout: float) -> int:
-        """Wait until the revision of what people see is not `seen`; return it."""
+        """Wait until status or metrics have changed since revision `seen`, or until the
+        timeout; return the revision."""
         with self._lock:
             if self._revision == seen:
-                self._watchers += 1
                 self._changed.wait(timeout)
-                self._watchers -= 1
             return self._revision
 
-    def count_request(self, model: Optional[Model], speed: Optional[float], *counts):
+    def count_request(
+        self, model: Optional[Model], speed: Optional[float], *counts, **amounts
+    ):
         """Count a request that ended: see Metrics. `speed` is in tokens per second."""
         with self._lock:
-            self._meters.count_request(model.name if model else "", *counts)
+            name = model.name if model else ""
+            self._metrics.count_request(name, *counts, **amounts)
             scheduled = model and self._scheduled(model)
             if scheduled and speed is not None:
-                self._meters.speeds[scheduled.name] = speed
+                self._metrics.speeds[scheduled.name] = speed
             self._revise()
 
-    def meters(self) -> Metrics:
-        """Return what was counted so far, as a copy."""
+    def metrics(self) -> Metrics:
+        """Return a copy of what was counted so far."""
         with self._lock:
-            return self._meters.copy()
+            return self._metrics.copy()
 
     def _revise(self):
         self._revision += 1
-        if self._watchers:
-            self._changed.notify_all()
+        self._changed.notify_all()
 
     # -- decisions carried out -------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _event(self):
+        """Hold the lock while an event is recorded, then carry out what follows.
+
+        Yield the time.
+        """
+        with self._lock:
+            yield self._clock()
+            self._schedule()
 
     def _schedule(self):
         """Decide and carry the decisions out. The lock is held."""
@@ -5784,9 +5776,9 @@ class Pool:
             decisions, deadline = self._scheduler.decide(self._clock())
             has_failed = any([self._carry_out(decision) for decision in decisions])
         if self._scheduler.is_in_use:
-            self._quiet_since = None
-        elif self._quiet_since is None:
-            self._quiet_since = self._clock()
+            self._inactive_since = None
+        elif self._inactive_since is None:
+            self._inactive_since = self._clock()
         self._revise()
         self._next_deadline = deadline
         if deadline < self._timer_at:
@@ -5823,15 +5815,15 @@ class Pool:
         name = decision.name
         self._log("info", f"{name}: {'waking' if decision.is_wake else 'loading'}")
         self._publish(name, "loading", event="model_status")
+        self._loading.notify()
         if decision.is_wake:
             backend = self._backends[name]
             backend.started_at = time.monotonic()
-            self._begin_progress(backend)
+            backend.progress = LoadProgress()
             backend.wake()
             return False
         try:
-            backend = self._new_backend(name)
-            backend.run_number = decision.run
+            backend = self._new_backend(name, decision.run)
             backend.start()
         except (OSError, RuntimeError) as error:  # no descriptor or no thread is left
             problem = LoadFailed(f"{name} could not be started: {error}")
@@ -5839,37 +5831,33 @@ class Pool:
             return True
         return False
 
-    def _new_backend(self, name):
-        """Make a backend of the model that reports to this Pool."""
-        backend = self._make_backend(self.config.models[name])
-        backend.on_loaded, backend.on_slept = self._on_loaded, self._on_slept
-        backend.on_described = self._on_described
-        backend.on_dying, backend.on_exited = self._on_dying, self._on_exited
-        backend.on_line = functools.partial(self._on_line, name)
-        backend.on_context = self._on_context
+    def _new_backend(self, name, run):
+        """Make a backend of the model for this run."""
+        backend = self._make_backend(self.config.models[name], self)
+        backend.run_number = run
+        backend.progress = LoadProgress()
         backend.stop_requested_at = None  # or put to sleep
         backend.is_described = backend.model.kind != "llama-server"
         self._backends[name] = backend
         backend.peak = {}  # of what it took so far
         backend.is_beside = len(self._scheduler.held) > 1  # was loaded beside others
-        self._begin_progress(backend)
         return backend
 
-    def _backend_of_kind(self, model):
+    def _backend_of_kind(self, model, listener):
         settle_timeout = self.config.settings.settle_timeout
         if model.kind == "unit":
             rivals = rivals_of(model, self.config.models)
-            return UnitBackend(model, rivals, settle_timeout)
+            return UnitBackend(model, listener, rivals, settle_timeout)
         if model.kind == "remote":
-            return RemoteBackend(model)
+            return RemoteBackend(model, listener)
+        setting = model, listener, self._guard, settle_timeout
         if model.context_dir:
-            contexts = self._contexts
-            return LlamaServerBackend(model, self._guard, settle_timeout, contexts)
-        return ProcessBackend(model, self._guard, settle_timeout)
+            return LlamaServerBackend(*setting, self._contexts)
+        return ProcessBackend(*setting)
 
     def _stop(self, decision):
         name, cause = decision.name, decision.cause
-        self._meters.count_stop(name, cause, decision.newcomer)
+        self._metrics.count_stop(name, cause, decision.newcomer)
         reason = "by hand" if cause == "unload" else cause
         if decision.newcomer:
             reason += f" for {decision.newcomer}"
@@ -5888,12 +5876,6 @@ class Pool:
 
     # -- the progress of loads -------------------------------------------------------
 
-    def _begin_progress(self, backend):
-        backend.gauge = LoadProgress()
-        backend.published_progress = None
-        backend.next_line = LOAD_LINE_EVERY
-        self._loading.notify()
-
     def _load_progress_loop(self):
         """While any model loads, look at its progress; wait while none does."""
         while not self._is_closed:
@@ -5903,10 +5885,10 @@ class Pool:
                 )
                 backends = self._loading_backends()
             for backend in backends:
-                backend.gauge.look(getattr(backend, "pid", None))
+                has_changed = backend.progress.measure(backend.pid)
                 with self._lock:
                     if backend in self._loading_backends():
-                        self._report_progress(backend)
+                        self._report_progress(backend, has_changed)
             time.sleep(LOOK_AT_LOADS)
 
     def _loading_backends(self):
@@ -5916,66 +5898,56 @@ class Pool:
             if scheduled.state is State.LOADING
         ]
 
-    def _report_progress(self, backend):
+    def _report_progress(self, backend, has_changed):
         """Publish the progress if it changed, and log it from time to time."""
-        gauge, name = backend.gauge, backend.model.name
-        if gauge.progress != backend.published_progress:
-            backend.published_progress = gauge.progress
-            self._publish(name, "loading", progress=gauge.told())
+        progress, name = backend.progress, backend.model.name
+        if has_changed:
+            self._publish(name, "loading", progress=progress.as_dict())
             self._revise()
         seconds = time.monotonic() - backend.started_at
-        if seconds >= backend.next_line:
-            backend.next_line += LOAD_LINE_EVERY
-            share = percent(gauge.progress)
+        if seconds >= progress.next_line:
+            progress.next_line += LOAD_LINE_EVERY
+            share = percent(progress.share)
             self._log("info", f"{name}: loading{share} after {seconds:.0f} s")
 
-    # -- events from backends, on their threads --------------------------------------
+    # -- events from backends, on their threads: see Backend -------------------------
 
-    def _on_loaded(self, backend):
-        with self._lock:
-            now, name = self._clock(), backend.model.name
-            seconds = time.monotonic() - backend.started_at
+    def on_loaded(self, backend):
+        name, seconds = backend.model.name, time.monotonic() - backend.started_at
+        with self._event() as now:
             self._scheduler.loaded(name, backend.run_number, now)
-            self._meters.count_load(name, seconds)
+            self._metrics.count_load(name, seconds)
             backend.is_beside |= len(self._scheduler.held) > 1
             if backend.model.has_auto_needs:
                 self._has_loaded = True
                 self._measuring.notify()
-            self._schedule()
         self._log("info", f"{name}: loaded in {seconds:.2f} s ({backend.where})")
         if backend.is_described:
             self._publish(name, "loaded")
 
-    def _on_described(self, backend, entry):
+    def on_described(self, backend, entry):
         name = backend.model.name
         with self._lock:
             self._entries[name] = entry
         backend.is_described = True
         self._publish(name, "loaded", **({"info": entry} if entry else {}))
 
-    def _on_slept(self, backend):
-        with self._lock:
-            now, name = self._clock(), backend.model.name
-            self._scheduler.slept(name, backend.run_number, now)
-            self._schedule()
-            self._ended.notify_all()
+    def on_slept(self, backend):
+        with self._event() as now:
+            self._scheduler.slept(backend.model.name, backend.run_number, now)
         self._log_end(backend, "asleep")
-        self._publish(name, "sleeping")
+        self._publish(backend.model.name, "sleeping")
 
-    def _on_dying(self, backend):
-        with self._lock:
-            name, now = backend.model.name, self._clock()
-            self._scheduler.crashed(name, backend.run_number, now)
-            self._schedule()
+    def on_dying(self, backend):
+        with self._event() as now:
+            self._scheduler.crashed(backend.model.name, backend.run_number, now)
 
-    def _on_exited(self, backend, problem):
+    def on_exited(self, backend, problem):
         if problem is None:
             self._log_end(backend, "unloaded")
-        with self._lock:
+        with self._event():
             self._learn(backend, is_over=True)
             self._record_exit(backend.model.name, backend.run_number, problem)
-            self._schedule()
-            self._ended.notify_all()
         self._needs.save()
 
     def _record_exit(self, name, run, problem):
@@ -5985,7 +5957,7 @@ class Pool:
             scheduled = self._scheduler.models[name]
             text = _failure_text(problem, scheduled.last_failure)
             self._log("error", text if text.startswith(name) else f"{name}: {text}")
-            self._meters.count_failure(name, scheduled.state.value)
+            self._metrics.count_failure(name, scheduled.state.value)
         victim = self._scheduler.exited(name, run, self._clock(), problem)
         if victim is not None:
             self._log("info", f"{name}: loaded once more, after {victim} has gone")
@@ -6003,17 +5975,18 @@ class Pool:
             took = f" after {seconds:.1f} s"
         self._log(level, f"{backend.model.name}: {state}{took}")
 
-    def _on_context(self, backend, kind, tokens, size, seconds):
+    def on_context(self, backend, kind, tokens, size, seconds):
         name, took = backend.model.name, seconds_text(seconds)
         with self._lock:
-            self._meters.count_context(name, kind, tokens, seconds)
+            self._metrics.count_context(name, kind, tokens, seconds)
             self._revise()
         text = f"{kind} {tokens:,} tokens of context ({size / 1e6:,.0f} MB) in {took}"
         if kind == "used":
             text = f"used {tokens:,} tokens of its restored context, which saves {took}"
         self._log("info", f"{name}: {text}")
 
-    def _on_line(self, name, text):
+    def on_line(self, backend, text):
+        name = backend.model.name
         self.feed_of(name).publish(text)
         level = "warning" if text.startswith("llmswap: ") else "debug"
         self._log(level, f"{name} | {text}")
@@ -6023,30 +5996,29 @@ class Pool:
     def close(self, grace: float):
         """Refuse tickets, give requests in flight `grace` seconds, then stop all
         backends at once and wait for their end."""
-        with self._lock:
+        with self._event() as now:
             self._scheduler.close(ShuttingDown("llmswap is shutting down"))
             self._is_closed = True
-            self._schedule()
             self._timer.notify()
             self._loading.notify()
             self._measuring.notify()
-            deadline = self._clock() + grace
+            deadline = now + grace
+        with self._event():
             while self._scheduler.in_flight and self._clock() < deadline:
-                self._ended.wait(deadline - self._clock())
+                self._changed.wait(deadline - self._clock())
             self._scheduler.stop_all(self._clock())
-            self._schedule()
+        with self._lock:
             while self._backends:
-                self._ended.wait()
+                self._changed.wait()
         if self._adoption:
             self._adoption.join(2 * POLL_INTERVAL)
         self._guard.close()
 
     def kill(self):
         """Kill every backend now, without grace; a `close` that runs then ends soon."""
-        with self._lock:
+        with self._event() as now:
             self._scheduler.close(ShuttingDown("llmswap is shutting down"))
-            self._scheduler.stop_all(self._clock())
-            self._schedule()
+            self._scheduler.stop_all(now)
             for backend in self._backends.values():
                 backend.stop(at_once=True)
 
@@ -6058,16 +6030,14 @@ def seconds_text(seconds: float) -> str:
 
 def percent(progress: Optional[float]) -> str:
     """Return ", 45 %" for 0.45, and nothing if it is not known."""
-    return "" if progress is None else f", {progress:.0%}".replace("%", " %")
+    return "" if progress is None else f", {100 * progress:.0f} %"
 
 
 def exit_code_of(problem: Optional[APIError]) -> int:
     """Return the exit code as llama.cpp's router reports it: 1 for signals and the
     like, 0 without a problem."""
-    if problem is None:
-        return 0
     code = getattr(problem, "exit_code", None)
-    return 1 if code is None else code
+    return int(problem is not None) if code is None else code
 
 
 def _failure_text(problem, last):
@@ -6101,9 +6071,13 @@ def _is_reachable(backend, disconnected):
 
 def rivals_of(model: Model, models: Mapping[str, Model]) -> List[str]:
     """Return the other units that listen on the address of this one."""
-    address, others = address_of(model), models.values()
-    units = {each.settings.unit for each in others if address_of(each) == address}
-    return sorted(units - {model.settings.unit}) if address else []
+    address = address_of(model)
+    units = {
+        each.settings.unit
+        for each in models.values()
+        if address and address_of(each) == address
+    }
+    return sorted(units - {model.settings.unit})
 
 
 def address_of(model: Model) -> Dict[str, int]:
@@ -9164,10 +9138,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         is_refused = self.head is not None and status >= 400 and status != 499
         if self.row or is_refused:
             self._record_end(status, seconds, usage, speed)
-        tokens = usage.tokens_in or 0, usage.tokens_out or 0, usage.tokens_cached or 0
-        received = self.body.received if self.body is not None else 0
-        counts = status, seconds, self.waited, *tokens, received, reply.sent
-        self.pool.count_request(self.model, speed, *counts)
+        self.pool.count_request(
+            self.model,
+            speed,
+            status,
+            seconds,
+            self.waited,
+            tokens_in=usage.tokens_in or 0,
+            tokens_out=usage.tokens_out or 0,
+            tokens_cached=usage.tokens_cached or 0,
+            bytes_in=self.body.received if self.body is not None else 0,
+            bytes_out=reply.sent,
+        )
 
     def _new_row(self, info):
         """Return the request as /api/requests shows it."""
@@ -9449,7 +9431,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             VERSION,
             self.server.born,
             models,
-            self.pool.meters(),
+            self.pool.metrics(),
             self.server.requests.steps(),
             self.server.application.config_error,
             self.pool.budget,

@@ -3728,17 +3728,23 @@ def test_a_random_walk_over_all_events(is_calm):
 
 
 class WatchedBackend:
-    """A backend in this process, with what its callbacks reported."""
+    """A backend in this process, and its listener."""
 
     def __init__(self, model, guard, settle_timeout=0.0):
-        self.backend = llmswap.ProcessBackend(model, guard, settle_timeout)
         self.news = queue.SimpleQueue()
-        self.backend.on_loaded = lambda _: self.news.put(("loaded", None))
-        self.backend.on_described = lambda *_: None
-        self.backend.on_dying = lambda _: None
-        self.backend.on_exited = lambda _, problem: self.news.put(("exited", problem))
-        self.backend.on_line = lambda _: None
+        self.backend = llmswap.ProcessBackend(model, self, guard, settle_timeout)
         self.backend.start()
+
+    def on_loaded(self, _):
+        self.news.put(("loaded", None))
+
+    def on_exited(self, _, problem):
+        self.news.put(("exited", problem))
+
+    def on_described(self, *_):
+        """Of no concern here, as are the next two."""
+
+    on_dying = on_line = on_described
 
     def loaded(self):
         """Wait until it is ready."""
@@ -4332,7 +4338,7 @@ def order_to(name):
 def test_a_child_that_ends_while_it_is_looked_at_is_no_stranger(
     tmp_path, monkeypatch, later, is_ours
 ):
-    backend = llmswap.ProcessBackend(model_of(tmp_path), None, 0.0)
+    backend = llmswap.ProcessBackend(model_of(tmp_path), None, None, 0.0)
     backend.upstream = SimpleNamespace(host="127.0.0.1", port=1)
     child = subprocess.Popen(["true"])
     eventually(lambda: llmswap.process_stat(child.pid).state == "Z")
@@ -4379,7 +4385,7 @@ def test_a_line_written_at_every_check_does_not_make_checks_endless(monkeypatch)
     )
     model = SimpleNamespace(name="m", settings=settings)
     upstream = llmswap.Upstream(f"http://127.0.0.1:{free_port()}")
-    backend = llmswap.Backend(model, upstream)
+    backend = llmswap.Backend(model, None, upstream)
     began, asked = time.monotonic(), []
 
     def may_go_on():
@@ -4622,8 +4628,9 @@ class Puppet:
 
     pid, port, upstream, where, started_at = 1, 2, None, "pid 1", 0.0
 
-    def __init__(self, model):
+    def __init__(self, model, listener):
         self.model = model
+        self.listener = listener
         self.is_stopping = self.is_killed = False
 
     def start(self):
@@ -4642,10 +4649,10 @@ class Puppet:
 
     def load(self):
         self.started_at = time.monotonic()
-        self.on_loaded(self)
+        self.listener.on_loaded(self)
 
     def end(self, problem=None):
-        self.on_exited(self, problem)
+        self.listener.on_exited(self, problem)
 
 
 class PoolRequest:
@@ -4698,8 +4705,8 @@ class PoolStage:
     def _log(self, level, text):
         self.said.append((level, text))
 
-    def _make(self, model):
-        self.backends.append(Puppet(model))
+    def _make(self, model, listener):
+        self.backends.append(Puppet(model, listener))
         return self.backends[-1]
 
     def config(self, text):
@@ -4771,7 +4778,7 @@ def test_a_crash_between_ready_and_the_first_byte_frees_the_lease(stage):
 
 @pytest.mark.parametrize("error", [OSError(24, "none left"), RuntimeError("no thread")])
 def test_a_start_that_fails_at_once_blocks_nothing(stage, monkeypatch, error):
-    def fail(_):
+    def fail(*_):
         raise error
 
     is_made = isinstance(error, RuntimeError)  # and cannot begin its backend
@@ -4849,11 +4856,11 @@ class Quick(Puppet):
         if self._is_asked.wait(random.random() * 0.004) or chance < 0.1:
             is_asked = self._is_asked.is_set()
             problem = None if is_asked else llmswap.LoadFailed("bad luck")
-            return self.on_exited(self, problem)
+            return self.listener.on_exited(self, problem)
         self.load()
         is_asked = self._is_asked.wait(random.random() * 0.05 if chance < 0.3 else None)
         problem = None if is_asked else llmswap.LoadFailed("it died")
-        return self.on_exited(self, problem)
+        return self.listener.on_exited(self, problem)
 
 
 def test_many_threads_at_once_get_a_backend_or_a_reason(tmp_path):
@@ -15318,10 +15325,10 @@ class Explored(Walk):
         return row + [
             age(model.ready_at, now), age(model.idle_since, now), model.idle_timeout,
             age(model.started_at, now) if backend.phase == "loading" else None,
-            age(model.stopped_at, now) if backend.phase.endswith("ing") else None,
+            age(model.changed_at, now) if backend.phase.endswith("ing") else None,
             None if model.unload_by is None else ahead(model.unload_by, now),
             drains_for,
-            model.stop_cause, model.was_ready, model.is_asleep, model.is_falling_asleep,
+            model.stop_cause, model.was_ready, model.is_asleep,
             repr(model.replacement), model.removal_error is not None,
             backend.phase, backend.has_served, backend.was_asleep,
             backend in self.departing, backend in self.replaced, backend in self.cut_at,
