@@ -4750,13 +4750,19 @@ class Known(NamedTuple):
     amounts: Mapping[str, int] = {}
 
 
+NEEDS_VERSION = 1  # of the file
+
+
 class Needs:
     """What models need where that is not written. Any thread may call.
 
     It is kept by command in `needs.json`, which several llmswaps may share:
 
-        {"1f0c...": {"model": "coder", "source": "measured",
-                     "amounts": {"vram": 19541237760, "ram": 1288490188}}}
+        {"version": 1, "needs": {
+            "1f0c...": {"model": "coder", "source": "measured",
+                        "amounts": {"vram": 19541237760, "ram": 1288490188}}}}
+
+    A file that cannot be read is set aside.
 
     `log(level, text)` must not block. Only `estimate` and `save` do.
     """
@@ -4846,28 +4852,36 @@ class Needs:
             self._is_saved = True
             rows = {**self._read(), **self._known}
             needs = {key: row._asdict() for key, row in rows.items() if row.amounts}
+            document = {"version": NEEDS_VERSION, "needs": needs}
             fresh = f"{self._path}.{os.getpid()}"
             try:
                 os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
                 with open(fresh, "w", encoding="utf-8") as file:
-                    json.dump(needs, file, indent=1)
+                    json.dump(document, file, indent=1)
                 os.replace(fresh, self._path)
             except OSError as error:
                 self._log("warning", f"{self._path} could not be written: {error}")
 
     def _read(self):
-        """Return what the file holds, nothing if it is broken."""
+        """Return what the file holds; a broken one, or of another version, is set
+        aside."""
         try:
             with open(self._path, encoding="utf-8") as file:
-                rows = {key: Known(**row) for key, row in json.load(file).items()}
+                document = json.load(file)
+            if document["version"] != NEEDS_VERSION:
+                raise ValueError(f"version {document['version']!r} is unknown")
+            rows = {key: Known(**row) for key, row in document["needs"].items()}
             for key, known in rows.items():
                 amounts = {name: int(size) for name, size in known.amounts.items()}
                 rows[key] = known._replace(amounts=amounts)
             return rows
         except FileNotFoundError:
             return {}
-        except (AttributeError, OSError, TypeError, ValueError) as error:
-            self._log("warning", f"{self._path} cannot be read: {error}")
+        except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+            text = f"{self._path} cannot be read and is set aside: {error}"
+            self._log("warning", text)
+            with contextlib.suppress(OSError):
+                os.replace(self._path, f"{self._path}.broken")
             return {}
 
 

@@ -12789,7 +12789,8 @@ def test_a_peak_is_learned_unless_it_was_squeezed(
     row = {"model": "m", "source": source, "amounts": {}}
     if known:
         row["amounts"] = {"vram": int(known * GB)}
-    (tmp_path / "needs.json").write_text(json.dumps({llmswap._command_key(model): row}))
+    document = {"version": 1, "needs": {llmswap._command_key(model): row}}
+    (tmp_path / "needs.json").write_text(json.dumps(document))
     needs = llmswap.Needs(str(tmp_path), print)
     needs.learn(model, {"vram": peak * GB}, beside, over)
     amounts, told = needs.of(model, BUDGET)
@@ -12825,19 +12826,23 @@ def test_what_is_known_is_kept_by_command_and_shared(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "", "{", "[]", "3", "\xff", '{"k": 3}', '{"k": {"vram": 1}}',
-        '{"k": {"amounts": {"vram": "6G"}}}', '{"k": {"amounts": 3}}',
+        "", "{", "[]", "3", "\xff", '{"k": 3}', '{"version": 2, "needs": {}}',
+        '{"version": 1, "needs": {"k": {"vram": 1}}}', '{"version": 1}',
+        '{"version": 1, "needs": {"k": {"amounts": {"vram": "6G"}}}}',
+        '{"version": 1, "needs": {"k": {"amounts": 3}}}',
     ],
 )  # fmt: skip
-def test_a_broken_file_of_needs_is_written_anew(tmp_path, text):
+def test_a_broken_file_of_needs_is_set_aside(tmp_path, text):
     path, log = tmp_path / "needs.json", []
     path.write_text(text, encoding="latin-1")
     needs = llmswap.Needs(str(tmp_path), lambda *line: log.append(line))
     [(level, told)] = log
-    assert level == "warning" and "needs.json cannot be read: " in told
+    assert level == "warning" and "needs.json cannot be read and is set aside: " in told
+    aside = tmp_path / "needs.json.broken"
+    assert aside.read_text(encoding="latin-1") == text
     needs.learn(auto_model(tmp_path), {"ram": GB}, False, False)
     needs.save()
-    assert len(json.loads(path.read_text())) == 1
+    assert len(json.loads(path.read_text())["needs"]) == 1
 
 
 def test_needs_that_cannot_be_kept_are_a_warning(tmp_path):
@@ -13264,6 +13269,10 @@ def test_needs_and_budget_are_shown(tmp_path):
         measured_chat(server, "small")
         need, total = int(6 * GB * 1.05), int(23.5 * GB)
         assert entry_of(server, "large")["needs"]["source"] == "not known yet"
+        metrics = server.get("/metrics").body.decode()
+        assert f'llmswap_budget_bytes{{resource="vram"}} {total}\n' in metrics
+        labels = '{model="small",resource="vram"}'
+        assert f"llmswap_model_needs_bytes{labels} {need}\n" in metrics
         server.reload(AUTO_FILE.replace("STATE", str(tmp_path / "state")) + "ttl = 9\n")
         eventually(lambda: "was read again" in server.log())
         with snapshots_of(server) as stream:
@@ -14693,10 +14702,13 @@ class FakeServer:
             self.listener.shutdown(socket.SHUT_RDWR)
             self.listener.close()
         for request in list(self.requests):
-            if order == "mad":
-                request.sock.send(FAKE_RUBBISH)
-            else:
-                request.sock.shutdown(socket.SHUT_RDWR)
+            try:
+                if order == "mad":
+                    request.sock.send(FAKE_RUBBISH)
+                else:
+                    request.sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # the client has left
 
     def _listen(self):
         host, port = self.flags.host, self.flags.port
