@@ -7717,6 +7717,7 @@ def test_clients_of_http_1_0_get_answers_that_they_can_read(swap):
 
 def test_the_head_of_an_answer_can_be_had_alone(swap):
     paths = "/health /v1/models / /models/sse /logs/stream /none /upstream/a/stats"
+    assert swap.get("/upstream/a/").status == 200  # loads it
     with swap.connect() as client:
         for path in paths.split():
             status = 404 if path == "/none" else 200
