@@ -2701,15 +2701,15 @@ def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[s
     birth = process_stat(child)
     if birth is None:  # the child has ended and was reaped meanwhile
         return "another process" if inodes else None
-    may_hide = may_hide and birth.state not in "ZX"  # nobody listens for the dead
+    may_hide = may_hide and birth.state not in "ZX"  # the dead have no listener
     for inode in inodes:
         holder = holder_of(inode, [child])
-        found = process_stat(holder) if holder else None
-        if found is None:
+        owner = process_stat(holder) if holder else None
+        if owner is None:
             if not may_hide and os.access(f"/proc/{child}/fd", os.R_OK):
                 return "a process of another user"
-        elif birth.session != found.session and birth.group != found.group:
-            if not may_hide or found.start < birth.start:
+        elif birth.session != owner.session and birth.group != owner.group:
+            if not may_hide or owner.start < birth.start:
                 name = read_text_or_empty(f"/proc/{holder}/comm").strip() or "?"
                 return f"process {holder} ({name})"
     return None
@@ -2813,7 +2813,7 @@ class Upstream:
         sock.close()
 
     def close(self):
-        """Close what is idle and cut what is not; from now on nobody can connect."""
+        """Close what is idle and cut what is not; no more connections are made."""
         self._is_closed = True
         self._close_idle()
         for sock in list(self._active):
@@ -2954,8 +2954,8 @@ def clean_environment(extra: Mapping[str, str]) -> Dict[str, str]:
         "|LLAMA_SERVER_ROUTER_PORT)$"
     )
     ours = os.environ.items()
-    kept = {name: value for name, value in ours if not foreign.match(name)}
-    return {**kept, **extra}
+    inherited = {name: value for name, value in ours if not foreign.match(name)}
+    return {**inherited, **extra}
 
 
 def find_program(name: str, environment: Mapping[str, str], cwd: Optional[str]) -> str:
@@ -2963,12 +2963,12 @@ def find_program(name: str, environment: Mapping[str, str], cwd: Optional[str]) 
     base = cwd or os.getcwd()
     path = environment.get("PATH", os.defpath)
     for place in [""] if os.sep in name else path.split(os.pathsep):
-        found = os.path.join(base, place, name)
-        if os.path.isfile(found) and os.access(found, os.X_OK):
-            return found
+        candidate = os.path.join(base, place, name)
+        if os.path.isfile(candidate) and os.access(candidate, os.X_OK):
+            return candidate
     if os.sep in name:
-        reason = "is not executable" if os.path.exists(found) else "does not exist"
-        raise LoadFailed(f"{found} {reason}")
+        reason = "is not executable" if os.path.exists(candidate) else "does not exist"
+        raise LoadFailed(f"{candidate} {reason}")
     where = "`llama-server` in [llmswap], or " if name == "llama-server" else ""
     raise LoadFailed(
         f"there is no program {name!r} on the PATH; {where}the model's `cmd` can "
@@ -3369,7 +3369,7 @@ class Backend:
 
         It takes `timeout` at most, and CONNECT_TIMEOUT until it is connected. `stop`
         and the end of the backend also end a probe of the backend's own thread. A
-        health check finds nobody where another process listens.
+        health check fails where another process listens.
         """
         method, path, body = request or ("GET", self.model.settings.check_endpoint, "")
         deadline = time.monotonic() + timeout
@@ -3524,8 +3524,8 @@ class Backend:
     def _look_asleep(self):
         """Find out whether a llama-server has put itself to sleep, or has woken."""
         probe = self._probe(HEALTH_TIMEOUT, ("GET", "/props", ""))
-        found = re.search(rb'"is_sleeping"\s*:\s*(true|false)', probe.body)
-        is_asleep = found[1] == b"true" if found else self._is_asleep
+        match = re.search(rb'"is_sleeping"\s*:\s*(true|false)', probe.body)
+        is_asleep = match[1] == b"true" if match else self._is_asleep
         if is_asleep != self._is_asleep:
             self._is_asleep = is_asleep
             listener = self._listener
@@ -3807,8 +3807,8 @@ def _is_group_alive(group):
 
 def memory_of(pid: int) -> Dict[str, int]:
     """Return bytes of resident memory: `RssAnon`, `RssFile` and their sum `VmRSS`."""
-    told = read_text_or_empty(f"/proc/{pid}/status")
-    rows = re.findall(r"^(Rss\w+|VmRSS):\s+(\d+)", told, re.MULTILINE)
+    status = read_text_or_empty(f"/proc/{pid}/status")
+    rows = re.findall(r"^(Rss\w+|VmRSS):\s+(\d+)", status, re.MULTILINE)
     return {name: int(size) * 1024 for name, size in rows}
 
 
@@ -3830,8 +3830,8 @@ def oom_kills() -> int:
 
 
 def _kernel_counts(path, name):
-    found = re.search(rf"^{name}(\d+)$", read_text_or_empty(path), re.MULTILINE)
-    return int(found[1]) if found else 0
+    match = re.search(rf"^{name}(\d+)$", read_text_or_empty(path), re.MULTILINE)
+    return int(match[1]) if match else 0
 
 
 # What servers write when memory is short: llama.cpp with CUDA, ROCm, Vulkan, Metal and
@@ -4041,7 +4041,7 @@ class LlamaServerBackend(ProcessBackend):
     # -- after the start
 
     def _restore_context(self):
-        """Give the server, which nobody uses yet, what was saved of its command.
+        """Give the server, which is not in use yet, what was saved of its command.
 
         It takes `stop-timeout` at most, nor longer than to process the prompts again.
         Return False if the server is to be started anew, without that: it died of it,
@@ -4154,9 +4154,9 @@ class LlamaServerBackend(ProcessBackend):
         name = re.escape(folder_name(self.model.name))
         pattern = re.compile(re.escape(self._files) + name + r"\.\d+\.[0-9a-f]{8}")
         with contextlib.suppress(OSError):
-            found = {entry.path for entry in os.scandir(self._files)}
-            found -= {path for _, path, _ in slots}
-            discard_files([*filter(pattern.fullmatch, found)])
+            paths = {entry.path for entry in os.scandir(self._files)}
+            paths -= {path for _, path, _ in slots}
+            discard_files([*filter(pattern.fullmatch, paths)])
 
     def _tell(self, kind, saved, began):
         tokens = sum(tokens for _, _, tokens in saved.slots)
@@ -4223,7 +4223,7 @@ def ask_gpus(question: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
 
 
 def gpu_occupant() -> Optional[str]:
-    """Return who holds memory of a GPU, or that one is busy; None if all are free.
+    """Return which process holds GPU memory, or that a GPU is busy; None: all are free.
     Asks the vendor's tool, which may take seconds."""
     for pid, _ in ask_gpus("processes"):
         name = read_text_or_empty(f"/proc/{pid}/comm").strip() or "unknown"
@@ -4248,20 +4248,20 @@ def settle(pids: Set[int], timeout: float):
 
 def resident_by_group() -> Dict[int, int]:
     """Return bytes of resident memory by process group; empty without /proc."""
-    found = collections.Counter()
+    sizes = collections.Counter()
     for _, stat in processes():
-        found[stat.group] += stat.resident * os.sysconf("SC_PAGE_SIZE")
-    return found
+        sizes[stat.group] += stat.resident * os.sysconf("SC_PAGE_SIZE")
+    return sizes
 
 
 def gpu_memory_by_group() -> Dict[int, int]:
     """Return bytes of GPU memory by process group, as the vendor's tool shows it."""
-    found = collections.Counter()
+    sizes = collections.Counter()
     for pid, amount in ask_gpus("processes"):
         stat = process_stat(pid)
         if stat and amount:
-            found[stat.group] += amount
-    return found
+            sizes[stat.group] += amount
+    return sizes
 
 
 # -- systemd units ---------------------------------------------------------------------
@@ -4309,8 +4309,8 @@ def check_unit(model: Model):
     """Raise LoadFailed if systemd has no such unit. Takes seconds if systemd hangs."""
     service = Service(model.settings.unit)
     argv = service.systemctl("show", "-p", "LoadState")
-    status, said = run_command(argv, COMMAND_TIMEOUT)
-    state = said.partition("LoadState=")[2].partition("\n")[0]
+    status, output = run_command(argv, COMMAND_TIMEOUT)
+    state = output.partition("LoadState=")[2].partition("\n")[0]
     if status == 0 and state not in ("", "loaded"):
         raise LoadFailed(f"{model.name}: the unit {service.name} is {state}")
 
@@ -4631,10 +4631,10 @@ def size_of_files(words: List[str], folder: str, options=MODEL_OPTIONS) -> int:
 
 def shards_of(path: str) -> List[str]:
     """Return the files of the model of which this is the first, or the only one."""
-    found = re.fullmatch(r"(.*)-00001-of-(\d{5})(\.gguf)", path)
-    if not found:
+    match = re.fullmatch(r"(.*)-00001-of-(\d{5})(\.gguf)", path)
+    if not match:
         return [path]
-    start, count, end = found.groups()
+    start, count, end = match.groups()
     return [f"{start}-{n:05}-of-{count}{end}" for n in range(1, int(count) + 1)]
 
 
@@ -5590,9 +5590,9 @@ class Pool:
         """Have a model that had no memory beside `victim` need so much that it will not
         be loaded beside it again. The lock is held."""
         freed = self._scheduler.held[victim].usage().needs
-        others = [each.usage() for each in self._scheduler.held.values()]
+        usages = [each.usage() for each in self._scheduler.held.values()]
         least = {
-            each: size - sum(u.needs.get(each, 0) for u in others if u.name != victim)
+            each: size - sum(u.needs.get(each, 0) for u in usages if u.name != victim)
             for each, size in self.budget.items()
             if freed.get(each)
         }
@@ -5640,12 +5640,12 @@ class Pool:
         ]
 
     def _lately(self, look, seconds):
-        """Return what look() found at most so many seconds ago."""
-        looked_at, found = self._looks.get(look, (-math.inf, None))
+        """Return what look() returned at most so many seconds ago."""
+        looked_at, amounts = self._looks.get(look, (-math.inf, None))
         if time.monotonic() > looked_at + seconds:
-            found = look()
-            self._looks[look] = time.monotonic(), found
-        return found
+            amounts = look()
+            self._looks[look] = time.monotonic(), amounts
+        return amounts
 
     def _status(self, model):
         status = ModelStatus(
