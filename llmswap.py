@@ -4812,19 +4812,20 @@ class Needs:
         return Known(model.name)
 
     def learn(
-        self, model: Model, peak: Mapping[str, int], is_beside: bool, is_over: bool
+        self, model: Model, peak: Mapping[str, int], was_squeezed: bool, is_over: bool
     ) -> bool:
         """Take over the peak of a run; return whether that changes what is known.
 
-        Not one clearly below what is known of a model loaded beside others, which
-        llama-server fits itself into. Only a run that is over lowers what was measured.
+        Not one clearly below what is known of a model that may have been squeezed: a
+        llama-server fits itself into the room that it finds. Only a run that is over
+        lowers what was measured.
         """
         key = _command_key(model)
         known = self._known.get(key, Known(model.name))
         amounts, source = dict(known.amounts), "measured"
         for name, amount in peak.items():
             before, need = amounts.get(name, 0), int(amount * PEAK_MARGIN)
-            if is_beside and need < SQUEEZED * before:
+            if was_squeezed and need < SQUEEZED * before:
                 source = known.source
             elif is_over or need > before or known.source != "measured":
                 amounts[name] = need
@@ -5583,7 +5584,12 @@ class Pool:
 
     def _learn(self, backend, is_over):
         model, peak = backend.model, backend.peak
-        if self._needs.learn(model, peak, backend.is_beside, is_over):
+        amounts, source = self._needs.of(model, self.budget)
+        is_too_large = source == "llama-fit-params" and any(
+            amount > self.budget[name] for name, amount in amounts.items()
+        )
+        was_squeezed = backend.is_beside or is_too_large
+        if self._needs.learn(model, peak, was_squeezed, is_over):
             self._take_over_needs()
 
     def _raise_needs(self, name, victim):

@@ -12766,8 +12766,8 @@ def auto_model(folder, name="m", budget="auto", **keys):
 
 BUDGET = {"vram": 24 * GB, "ram": 64 * GB}
 LEARNED = [
-    # what was known in GiB, and from where; peak; beside others, is over; what is
-    # known then
+    # what was known in GiB, and from where; peak; may it have been squeezed, is the run
+    # over; what is known then
     (None, "not known yet", 10, False, False, 10.5),
     (None, "not known yet", 10, True, False, 10.5),
     (21, "measured", 10, False, False, 21),  # later in this run it may take more
@@ -12782,9 +12782,9 @@ LEARNED = [
 ]
 
 
-@pytest.mark.parametrize("known, source, peak, beside, over, then", LEARNED)
+@pytest.mark.parametrize("known, source, peak, squeezed, over, then", LEARNED)
 def test_a_peak_is_learned_unless_it_was_squeezed(
-    tmp_path, known, source, peak, beside, over, then
+    tmp_path, known, source, peak, squeezed, over, then
 ):
     model = auto_model(tmp_path)
     row = {"model": "m", "source": source, "amounts": {}}
@@ -12793,7 +12793,7 @@ def test_a_peak_is_learned_unless_it_was_squeezed(
     document = {"version": 1, "needs": {llmswap._command_key(model): row}}
     (tmp_path / "needs.json").write_text(json.dumps(document))
     needs = llmswap.Needs(str(tmp_path), print)
-    needs.learn(model, {"vram": peak * GB}, beside, over)
+    needs.learn(model, {"vram": peak * GB}, squeezed, over)
     amounts, told = needs.of(model, BUDGET)
     assert amounts["vram"] == pytest.approx((then or known) * GB)
     assert told == ("measured" if then else source)
@@ -12911,7 +12911,7 @@ def test_a_model_is_estimated(tmp_path, rows, budget, expected, source):
     assert told == source
     if source == "file sizes":  # what is measured replaces it
         peak = {name: GB for name in expected}
-        needs.learn(model, peak, is_beside=False, is_over=False)
+        needs.learn(model, peak, was_squeezed=False, is_over=False)
         assert needs.of(model, total)[0] == dict.fromkeys(expected, int(GB * 1.05))
 
 
@@ -13235,6 +13235,26 @@ def test_a_second_load_without_memory_is_told_as_any_other_failure(tmp_path):
         assert answer.status == 502 and "out of memory" in answer.message()
         assert server.loaded() == ["second"] and tries(tmp_path) == 2
         assert server.chat("hungry").status == 200  # and this one has its own two
+
+
+def test_a_model_that_never_fits_whole_is_not_learned_from_what_it_squeezed_into(
+    tmp_path,
+):
+    text = f"[llmswap]\nbudget = vram 24G\nstate-dir = {tmp_path}\n[*]\nneeds = auto\n"
+    stage = PoolStage(tmp_path, text + "[a]\nTRUE a\n[b]\nTRUE b\n")
+    pool, models = stage.pool, stage.pool.config.models
+    for name, size in dict(a=40, b=20).items():
+        estimate = llmswap.Known(name, "llama-fit-params", {"vram": size * GB})
+        pool._needs._set(llmswap._command_key(models[name]), estimate)
+        stage.load(name)
+        stage.backend(name).peak = {"vram": 12 * GB}
+        with pool._lock:
+            pool._learn(stage.backend(name), is_over=True)
+        stage.now += 99
+        pool.unload(models[name])
+        stage.backend(name).end()
+    sources = [pool._needs.of(models[name], pool.budget)[1] for name in "ab"]
+    assert sources == ["llama-fit-params", "measured"]
 
 
 def test_a_model_that_had_no_memory_beside_another_needs_more_from_then_on(
