@@ -5555,9 +5555,8 @@ def state(name):
 def stop(name, number):
     if alive(name):
         os.kill(int(read(name, "pid")), number)
-        while alive(name):
+        while alive(name) or not read(name, "status"):
             time.sleep(0.01)
-        time.sleep(0.05)
         open(path(name, "status"), "w").write("0")
 
 for name in names:
