@@ -37,10 +37,11 @@ Sections, each of which uses only those above it:
 
 Threads. The main thread waits for signals. One thread accepts connections, one serves
 each connection, one runs each backend; the Pool, the log, systemd and the idle command
-have their own, and short ones look at files that may lie on slow mounts. They share the Scheduler and the dict of backends, which belong to the
-Pool and are touched only under its one lock. The lock is held to record an event and to
-carry out what follows, never across I/O or a sleep. With one lock there is no order of
-locks to remember and no deadlock.
+have their own, and short ones look at files that may lie on slow mounts. They share the
+Scheduler and the dict of backends, which belong to the Pool and are touched only under
+its one lock. The lock is held to record an event and to carry out what follows, never
+across I/O or a sleep. With one lock there is no order of locks to remember and no
+deadlock.
 """
 
 import base64
