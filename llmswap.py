@@ -3872,7 +3872,7 @@ MALFORMED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class SavedContext(NamedTuple):
-    """What is saved of a model: (number, path, tokens) of slots, and their bytes.
+    """The saved context of a model: (number, path, tokens) of slots, and their bytes.
 
     `command` is a digest of its command, `speed` that of its prompts in tokens/s.
     """
@@ -4744,7 +4744,7 @@ def _options_among(known, words, table):
 
 
 class Known(NamedTuple):
-    """What is known of what one command needs: bytes by resource, and where from."""
+    """The known needs of one command: bytes by resource, and their source."""
 
     model: str = ""
     source: str = "not known yet"
@@ -4952,7 +4952,7 @@ def _gguf_value(file, kind):
 
 
 class Facts(NamedTuple):
-    """What is known of a model that may not be loaded.
+    """The facts known of a model without loading it.
 
     `options` are the values of its llama-server options by name. `problem` says why a
     start is bound to fail. `meta` and `inputs` are as llama-server would tell them.

@@ -13989,6 +13989,17 @@ def test_a_gguf_header_is_read_up_to_its_tokenizer(tmp_path):
     assert llmswap.read_gguf(tmp_path) == llmswap.read_gguf(tmp_path / "none") == {}
 
 
+def test_a_look_at_files_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
+    hanging = threading.Event()
+    monkeypatch.setattr(llmswap, "check_files", lambda *_: hanging.wait(20))
+    models = [*read(tmp_path, "[a]\ncmd = x ${PORT}").models.values()]
+    inspector, began = llmswap.Inspector(), time.monotonic()
+    assert inspector.facts_of(models)["a"] == llmswap.Facts()
+    assert time.monotonic() < began + 10
+    hanging.set()
+    eventually(lambda: inspector.facts_of(models)["a"].argv)
+
+
 def test_what_a_model_can_do_is_told_before_it_is_loaded(tmp_path):
     write_gguf(tmp_path / "one.gguf")
     text = f"""\
