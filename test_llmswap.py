@@ -13134,8 +13134,12 @@ def test_a_vendors_tool_that_hangs_delays_nobody(tmp_path):
         tool.write_text("#!/bin/sh\nexec sleep 60\n")
         assert server.chat("small").status == 200
         assert server.loaded() == ["small"]
-        running = family(server.token).items()
-        [hanging] = [pid for pid, words in running if words == "sleep 60"]
+
+        def hanging_tools():
+            running = family(server.token).items()
+            return [pid for pid, words in running if words == "sleep 60"]
+
+        [hanging] = eventually(hanging_tools)
         tool.write_text("#!/bin/sh\n")
         os.kill(hanging, signal.SIGKILL)
         eventually(lambda: entry_of(server, "small")["needs"]["source"] == "measured")
