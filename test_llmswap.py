@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""The tests of llmswap, with a client and a fake model server for them.
+"""The tests of llmswap, with a client for them.
 
     python3 -m pytest test_llmswap.py      the tests; see .ci/run for what more they use
     python3 -m pytest -n auto ...          the same on all cores, with pytest-xdist
-    python3 test_llmswap.py --port N       the fake model server that they spawn
+    python3 .ci/fake.py --port N           the fake model server that they spawn
     python3 test_llmswap.py bench          the benchmark; see bench --help
     python3 test_llmswap.py soak           random clients, kills and reloads
     python3 test_llmswap.py faults         each fault in each state, as a table
@@ -96,6 +96,7 @@ except ImportError:  # the commands do without it
 
 
 HERE = Path(__file__).resolve()
+CI = HERE.with_name(".ci")
 LLMSWAP = os.environ.get("LLMSWAP") or str(HERE.with_name("llmswap.py"))
 LLAMA_SERVER = os.environ.get("LLAMA_SERVER")  # a real one; without it, tests skip
 with_llama_server = pytest.mark.skipif(not LLAMA_SERVER, reason="needs LLAMA_SERVER")
@@ -107,6 +108,17 @@ SHARES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 class BrokenAnswer(Exception):
     """The connection ended before the answer was complete."""
+
+
+def load_tool(name):
+    """A file of the folder .ci as a module."""
+    spec = importlib.util.spec_from_file_location(name, CI / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+fake = load_tool("fake")
 
 
 def free_port():
@@ -337,12 +349,6 @@ class Stream:
 # Processes
 
 
-FAKE_IMPORTS = """\
-import json, os, select, signal, socket, sys, threading, time
-from types import SimpleNamespace
-"""
-
-
 @lru_cache(maxsize=None)
 def llmswap_file():
     """llmswap.py compiled, which saves each start the time to do that."""
@@ -363,23 +369,11 @@ def llmswap_words(constants):
 
 @lru_cache(maxsize=None)
 def fake_file():
-    """The fake server as a compiled file of its own: one that starts in 25 ms."""
+    """The fake server, compiled: it starts in 25 ms."""
     folder = tempfile.mkdtemp(prefix="llmswap-fake-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    source, compiled = os.path.join(folder, "fake.py"), os.path.join(folder, "fake.pyc")
-    Path(source).write_text(_fake_source())
-    return py_compile.compile(source, compiled, doraise=True)
-
-
-def _fake_source():
-    """The fake server's room, cut out of the file that holds it."""
-    alone = HERE.with_name("fake.py")
-    if alone.exists():
-        return alone.read_text()
-    parts = HERE.read_text().split("# " + "=" * 82 + "\n")
-    banner = next(part for part in parts if part.startswith("# The fake model server"))
-    room = parts[parts.index(banner) + 1]
-    return f"{FAKE_IMPORTS}{room}\n\nfake_main(sys.argv[1:])\n"
+    compiled = os.path.join(folder, "fake.pyc")
+    return py_compile.compile(CI / "fake.py", compiled, doraise=True)
 
 
 def fake_command(*flags, port="${PORT}"):
@@ -4330,7 +4324,7 @@ def test_a_stranger_on_the_chosen_port_hears_nothing(
 
 def order_to(name):
     """The signal by which a fake server is ordered to do this."""
-    number = next(number for number, order in FAKE_ORDERS.items() if order == name)
+    number = next(number for number, order in fake.ORDERS.items() if order == name)
     return signal.SIGRTMIN + number
 
 
@@ -7307,7 +7301,7 @@ def digest_of(pieces):
 def test_a_large_answer_goes_down_byte_for_byte_in_bounded_memory(swap, path, version):
     swap.chat("a")
     before, size = anonymous_memory(swap.pid), (32 << 20) + 12345
-    expected = digest_of(fake_blocks(size, 65536))
+    expected = digest_of(fake.blocks(size, 65536))
     target = f"/upstream/a/{path}?n={size}&size=65536"
     head = f"GET {target} HTTP/{version}\nHost: localhost\nConnection: keep-alive"
     with swap.connect() as client:
@@ -14217,866 +14211,6 @@ def test_a_killed_real_model_is_loaded_again_and_gone_soon_after_llmswap_is(tmp_
 
 
 # ==================================================================================
-# The fake model server: everything a backend can do, and every way it can misbehave.
-# ==================================================================================
-
-FAKE_FLAGS = {  # name: default, and what it does
-    "host": ("127.0.0.1", "where to listen"),
-    "port": (0, "where to listen"),
-    "model": ("fake", "its name in answers"),
-    "load": ("0", "seconds, or LOW-HIGH, until it is ready; all answers are 503"),
-    "bind-late": (False, "nothing listens until it is ready"),
-    "load-exit": (-1, "complain and exit with that status at the end of the load"),
-    "load-signal": (0, "kill itself with that signal at the end of the load"),
-    "load-hang": (False, "never become ready, and write nothing"),
-    "load-until": ("", "load, and write lines, until that file exists"),
-    "lines": (0, "so many lines of log during the load"),
-    "ignore-term": (False, "ignore SIGTERM"),
-    "stop-delay": (0.0, "seconds from SIGTERM to the end"),
-    "stop-until": ("", "end after SIGTERM once that file exists"),
-    "grandchild": (False, "spawn a process in its group that ignores SIGTERM"),
-    "close-idle": (False, "close connections after each answer, without a word"),
-    "no-health": (False, "404 on /health"),
-    "list-delay": (0.0, "seconds until the answer to GET /v1/models"),
-    "sleepable": (False, "POST /sleep, POST /wake_up, GET /is_sleeping, as vLLM"),
-    "wake-fails": (False, "POST /wake_up is answered with 500"),
-    "slot-save-path": ("", "save and restore slots there, and list them"),
-    "slot-fault": ("", "what goes wrong with slots, as that file says: see below"),
-    "print-env": (False, "write the environment to stdout"),
-    "journal": ("", "append one JSON line to that file for each event of its life"),
-}
-FAKE_USAGE = """\
-The fake model server: python3 test_llmswap.py --port N [FLAG ...]
-
-{}
-Other options, such as those of llama-server, are ignored.
-A request's JSON body says how it is answered:
-  stream, stream_options.include_usage, model    as usual
-  tokens N, interval S   how many tokens, and the pause between them
-  slot N, talk NAME, prompt_tokens N    the size of a conversation's prompt in a slot
-  until FILE             no more tokens once that file exists
-  delay S                before the first byte
-  size BYTES             of the content
-  tag STRING             put into the content
-  text STRING            the content itself
-  arguments STRING       a tool call (a list: several), in fragments of `fragment`
-  finish REASON          the finish reason
-  status N               an error with that status
-  die, cut PLACE         end the process, or the connection: before-byte, mid-event
-                         (a whole chunk, half an event), boundary, mid-body
-  reset                  with cut: RST instead of FIN
-  stall K                silent for ever after K tokens
-  hang, hang_health      never answer this request, nor any health check from now on
-  until_close            no chunks: the end of the connection ends the stream
-
-The file of slot-fault says ACTION KIND. ACTION: list, save, restore; KIND: hang, fail,
-die, short (half a file), slow (half a second), useless.
-SIGRTMIN + 1, 2: it exits with status 0, 1; 3: it closes its sockets; 4: rubbish on all.
-"""
-
-FAKE_ORDERS = {1: "exit 0", 2: "exit 1", 3: "deaf", 4: "mad"}
-FAKE_RUBBISH = b"\0\xffrubbish\n\n" * 9
-FAKE_HANG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
-FAKE_BLOCK = memoryview(b"0123456789abcdef" * 65536)  # what /bytes sends: 1 MB
-FAKE_JSON = "application/json; charset=utf-8"
-
-
-class FakeHangUp(OSError):
-    """The client went away before its answer was complete, or is to be cut off."""
-
-
-def fake_flags(argv):
-    """The flags in `argv`; what is not one of ours is ignored."""
-    values = {name: default for name, (default, _) in FAKE_FLAGS.items()}
-    words = iter(argv)
-    for word in words:
-        name, _, value = word[2:].partition("=")
-        if word.startswith("--") and name in FAKE_FLAGS:
-            kind = type(FAKE_FLAGS[name][0])
-            values[name] = True if kind is bool else kind(value or next(words))
-    return SimpleNamespace(**{name.replace("-", "_"): values[name] for name in values})
-
-
-def fake_seconds(text):
-    """Seconds in "0.5", or a random number of them in "0-2"."""
-    low, _, high = text.partition("-")
-    share = int.from_bytes(os.urandom(4), "big") / 2**32
-    return float(low) + share * (float(high or low) - float(low))
-
-
-def fake_await(path, pause, action=lambda: None):
-    """Wait until that file exists, if one is named."""
-    while path and not os.path.exists(path):
-        action()
-        time.sleep(pause)
-
-
-def fake_error(status, message):
-    """An error as llama-server writes it."""
-    return {"error": {"code": status, "message": message, "type": "server_error"}}
-
-
-class FakeRequest:
-    """A client's connection: its requests, one by one, and the means to answer them."""
-
-    def __init__(self, server, sock):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.server, self.sock, self.send = server, sock, sock.sendall
-        self.file = sock.makefile("rb")
-        self._poll = select.poll()
-        self._poll.register(sock, FAKE_HANG_UP)
-
-    def serve(self):
-        """Answer requests until the connection ends."""
-        self.server.requests.add(self)
-        try:
-            while self._read_head() and self._answer():
-                pass
-        except (OSError, ValueError):
-            pass  # a ValueError: the connection ended within a line
-        finally:
-            self.server.requests.discard(self)
-            self.file.close()
-            self.sock.close()
-
-    def _read_head(self):
-        """Whether another request has come."""
-        start = self.file.readline().decode("latin-1")
-        if not start:
-            return False
-        self.method, self.target, version = start.split()
-        self.path, _, self.query = self.target.partition("?")
-        self.headers, self.body = [], b""
-        while line := self.file.readline().decode("latin-1").strip():
-            name, value = line.split(":", 1)
-            self.headers.append((name, value.strip()))
-        self.fields = {name.lower(): value for name, value in self.headers}
-        wish = self.fields.get("connection", "").lower()
-        self.is_chunked = version == "HTTP/1.1"
-        self.keep = wish != "close" if self.is_chunked else wish == "keep-alive"
-        return True
-
-    def read_body(self):
-        """Take the body from the connection, however it is framed."""
-        if self.fields.get("expect", "").lower() == "100-continue":
-            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self.fields.get("transfer-encoding", "").lower() == "chunked":
-            self.body = b"".join(self._chunks())
-        elif length := int(self.fields.get("content-length", 0)):
-            self.body = self.file.read(length)
-            if len(self.body) < length:
-                raise FakeHangUp
-
-    def _chunks(self):
-        while size := int(self.file.readline().partition(b";")[0], 16):
-            yield self.file.read(size)
-            self.file.readline()
-        while self.file.readline().strip():
-            pass  # trailers
-
-    def _answer(self):
-        """Answer one request; whether the connection goes on."""
-        server, flags = self.server, self.server.flags
-        is_bare = flags.no_health and self.path == "/health"
-        if server.order == "mad":
-            self.send(FAKE_RUBBISH)
-            return False
-        if not server.is_ready and not is_bare:
-            self.read_body()
-            self.reply(fake_error(503, "Loading model"), 503)
-        elif self.path in FAKE_QUIET:
-            self.read_body()
-            FAKE_QUIET[self.path](self)
-        else:
-            self._answer_counted()
-        return self.keep and not flags.close_idle
-
-    def _answer_counted(self):
-        server = self.server
-        server.count(requests=1, in_flight=1)
-        server.note("request", path=self.path)
-        try:
-            if self.path != "/early":
-                self.read_body()
-            if server.is_asleep:
-                return self.reply(fake_error(503, "asleep"), 503)
-            if self.path.startswith("/slots") and server.flags.slot_save_path:
-                return fake_slots(self)
-            FAKE_ROUTES.get(self.path, fake_echo)(self)
-        except (OSError, ValueError):
-            server.count(cancelled=1)
-            raise
-        finally:
-            server.count(in_flight=-1)
-
-    def hold(self, seconds=None):
-        """Wait (None: for ever); FakeHangUp as soon as the client hangs up."""
-        if self._poll.poll(None if seconds is None else max(0.0, seconds) * 1000):
-            raise FakeHangUp
-
-    def cut(self, is_reset):
-        """End the connection here and now, with a FIN or a RST."""
-        if is_reset:
-            linger = (1).to_bytes(4, sys.byteorder) + bytes(4)
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        else:
-            self.sock.shutdown(socket.SHUT_RDWR)
-        raise FakeHangUp
-
-    def parameter(self, name, default):
-        """A number in the query."""
-        pairs = (pair.partition("=") for pair in self.query.split("&"))
-        return next((int(value) for key, _, value in pairs if key == name), default)
-
-    def head(self, status, kind, *more):
-        """An answer's head."""
-        lines = [
-            f"HTTP/1.1 {status} {'OK' if status == 200 else 'Otherwise'}",
-            "Server: llama.cpp",
-            "Access-Control-Allow-Origin: *",
-            f"Content-Type: {kind}",
-            *more,
-            "Keep-Alive: timeout=5, max=100" if self.keep else "Connection: close",
-        ]
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-
-    def reply(self, document, status=200):
-        """Answer with a JSON document, or bytes as they are."""
-        body = document
-        if not isinstance(body, bytes):
-            body = json.dumps(document).encode()
-        head = self.head(status, FAKE_JSON, f"Content-Length: {len(body)}")
-        self.send(head if self.method == "HEAD" else head + body)
-
-    def start_stream(self, kind="text/event-stream"):
-        """Send the head of an answer whose length is not known."""
-        if self.is_chunked:
-            self.send(self.head(200, kind, "Transfer-Encoding: chunked"))
-        else:
-            self.keep = False
-            self.send(self.head(200, kind))
-
-    def send_piece(self, data):
-        """A piece of a stream that was started: one chunk."""
-        self.send(b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data)
-
-    def end_stream(self):
-        """End an answer that was started, where the framing says so."""
-        if self.is_chunked:
-            self.send(b"0\r\n\r\n")
-
-
-class FakeTalk:
-    """A chat, completion or message that was asked for, in the shape of OpenAI."""
-
-    def __init__(self, request):
-        self.request, self.wish = request, json.loads(request.body)
-        self.name = request.server.flags.model
-        self.id = f"{os.getpid()}-{threading.get_ident()}"
-        self.tokens = self.wish.get("tokens", 3)
-        self.prompt, self.cached = request.server.process_prompt(self.wish)
-        calls = self.wish.get("arguments", [])
-        self.calls = [calls] if isinstance(calls, str) else calls
-        self.finish = self.wish.get("finish", "tool_calls" if self.calls else "stop")
-        self.is_chat = request.path != "/v1/completions"
-
-    def pieces(self):
-        """Yield the content, token by token, each made when it is asked for."""
-        if "text" in self.wish or self.calls:
-            yield from filter(None, [self.wish.get("text")])
-            return
-        width = self.wish.get("size", 0) // max(1, self.tokens)
-        for number in range(self.tokens):
-            if "until" in self.wish and os.path.exists(self.wish["until"]):
-                return
-            text = f" word{number}"
-            if not number:
-                text = f"{self.name} {os.getpid()} {self.wish.get('tag', '')}".rstrip()
-            yield text.ljust(width, "x")
-
-    def fragments(self):
-        """Yield (number of the call, fragment of its arguments)."""
-        step = self.wish.get("fragment", 5)
-        for number, text in enumerate(self.calls):
-            for start in range(0, len(text), step):
-                yield number, text[start : start + step]
-
-    def whole(self):
-        """The answer as one document."""
-        text = "".join(self.pieces())
-        if not self.is_chat:
-            return self.document({"text": text}, self.finish, **self.numbers())
-        message = {"role": "assistant", "content": text or self.wish.get("text")}
-        if self.calls:
-            calls = enumerate(self.calls)
-            message["tool_calls"] = [self._call(*each) for each in calls]
-        return self.document({"message": message}, self.finish, **self.numbers())
-
-    def _call(self, number, arguments):
-        function = {"name": f"tool{number}", "arguments": arguments}
-        return {"type": "function", "function": function, "id": f"call{number}"}
-
-    def numbers(self):
-        """The usage and the timings."""
-        usage = {"completion_tokens": self.tokens, "prompt_tokens": self.prompt}
-        usage["total_tokens"] = self.tokens + self.prompt
-        usage["prompt_tokens_details"] = {"cached_tokens": self.cached}
-        timings = {"cache_n": self.cached, "prompt_n": self.prompt - self.cached}
-        timings.update(prompt_per_second=500.0, predicted_n=self.tokens)
-        timings["predicted_per_second"] = 50.0
-        return {"usage": usage, "timings": timings}
-
-    def document(self, content, finish, kind="", **more):
-        """A document with one choice, or with none."""
-        choice = {"finish_reason": finish, "index": 0, **(content or {})}
-        return {
-            "choices": [choice] if content is not None else [],
-            "created": int(time.time()),
-            "model": self.wish.get("model", self.name),
-            "system_fingerprint": "b0-fake",
-            "object": f"chat.completion{kind}" if self.is_chat else "text_completion",
-            "id": f"chatcmpl-{self.id}",
-            **more,
-        }
-
-    def _event(self, content, finish=None, **more):
-        if content is not None and self.is_chat:
-            content = {"delta": content}
-        document = self.document(content, finish, ".chunk", **more)
-        return b"data: %b\n\n" % json.dumps(document).encode()
-
-    def events(self):
-        """Yield (event, whether it is a token)."""
-        if self.is_chat:
-            yield self._event({"role": "assistant", "content": None}), False
-        for piece in self.pieces():
-            yield self._event({"content" if self.is_chat else "text": piece}), True
-        opened = -1
-        for number, fragment in self.fragments():
-            if number > opened:
-                opened = number
-                call = {"index": number, **self._call(number, "")}
-                yield self._event({"tool_calls": [call]}), False
-            call = {"index": number, "function": {"arguments": fragment}}
-            yield self._event({"tool_calls": [call]}), True
-        numbers = self.numbers()
-        if (self.wish.get("stream_options") or {}).get("include_usage"):
-            yield self._event({}, self.finish), False
-            yield self._event(None, **numbers), False
-        else:
-            yield self._event({}, self.finish, timings=numbers["timings"]), False
-        yield b"data: [DONE]\n\n", False
-
-
-class FakeMessage(FakeTalk):
-    """The same in the shape of Anthropic's /v1/messages."""
-
-    def whole(self):
-        text = "".join(self.pieces())
-        content = [{"type": "text", "text": text}] if text else []
-        for number, arguments in enumerate(self.calls):
-            content.append(self._tool(number, fake_parsed(arguments)))
-        return self._message(content, self._reason(), self.tokens)
-
-    def _reason(self):
-        reasons = {"tool_calls": "tool_use", "length": "max_tokens", "stop": "end_turn"}
-        return reasons.get(self.finish, self.finish)
-
-    def _message(self, content, reason, tokens):
-        return {
-            "id": f"msg-{self.id}",
-            "type": "message",
-            "role": "assistant",
-            "content": content,
-            "model": self.wish.get("model", self.name),
-            "stop_reason": reason,
-            "stop_sequence": None,
-            "usage": {"input_tokens": 7, "output_tokens": tokens},
-        }
-
-    def _tool(self, number, given):
-        name = f"tool{number}"
-        return {"type": "tool_use", "id": f"toolu{number}", "name": name, "input": given}
-
-    def _event(self, kind, **more):
-        data = json.dumps({"type": kind, **more}).encode()
-        return b"event: %b\ndata: %b\n\n" % (kind.encode(), data)
-
-    def events(self):
-        start = self._event("message_start", message=self._message([], None, 0))
-        yield start, False
-        text = {"type": "text", "text": ""}
-        yield from self._block(0, text, "text_delta", "text", self.pieces())
-        for number in range(len(self.calls)):
-            parts = [text for of, text in self.fragments() if of == number]
-            kind, tool = "input_json_delta", self._tool(number, {})
-            yield from self._block(number + 1, tool, kind, "partial_json", parts)
-        delta = {"stop_reason": self._reason(), "stop_sequence": None}
-        usage = {"output_tokens": self.tokens}
-        yield self._event("message_delta", delta=delta, usage=usage), False
-        yield self._event("message_stop"), False
-
-    def _block(self, index, block, kind, name, pieces):
-        start = self._event("content_block_start", index=index, content_block=block)
-        yield start, False
-        for piece in pieces:
-            delta = {"type": kind, name: piece}
-            yield self._event("content_block_delta", index=index, delta=delta), True
-        yield self._event("content_block_stop", index=index), False
-
-
-def fake_parsed(arguments):
-    """The JSON value, or the text itself if it is none."""
-    try:
-        return json.loads(arguments)
-    except ValueError:
-        return arguments
-
-
-class FakeServer:
-    """The server: its life from the first instruction to the end, and its counts."""
-
-    def __init__(self, flags):
-        self.flags = flags
-        self.lock = threading.Lock()
-        self.counts = {"requests": 0, "in_flight": 0, "cancelled": 0, "health": 0}
-        self.requests = set()
-        self.is_ready = self.is_asleep = self.is_health_hung = False
-        self.order = self.grandchild = self.listener = None
-        self.slots = {0: None, 1: None}  # the conversation in each, and its tokens
-        self.used_slots = set()
-
-    def live(self):
-        """Load, then serve until killed."""
-        self.note("main")
-        signal.signal(signal.SIGTERM, self._on_term)
-        for order in FAKE_ORDERS:
-            signal.signal(signal.SIGRTMIN + order, self._on_order)
-        if self.flags.grandchild:
-            script = "trap '' TERM INT HUP; exec sleep 86399"
-            words = ["sh", "-c", script]
-            self.grandchild = os.posix_spawn("/bin/sh", words, os.environ)
-            self.note("grandchild", grandchild=self.grandchild)
-        for name in sorted(os.environ) if self.flags.print_env else ():
-            self.say(f"env {name}={os.environ[name]}", 1)
-        if not self.flags.bind_late:
-            self._listen()
-        self._load()
-        if self.flags.bind_late:
-            self._listen()
-        self.is_ready = True
-        self.note("ready")
-        self.say("main: model loaded")
-        while True:  # pause() would miss a signal that comes just before it
-            time.sleep(0.2)
-
-    def note(self, event, **more):
-        """Append an event to the journal, with the monotonic time."""
-        if self.flags.journal:
-            now, name = time.monotonic(), self.flags.model
-            line = {"event": event, "t": now, "pid": os.getpid(), "model": name, **more}
-            with open(self.flags.journal, "ab", 0) as file:
-                file.write(json.dumps(line).encode() + b"\n")
-
-    def say(self, text, descriptor=2):
-        """Write a line of log; a closed pipe does not matter."""
-        try:
-            os.write(descriptor, text.encode() + b"\n")
-        except OSError:
-            pass
-
-    def count(self, **changes):
-        """Change these counts by so much."""
-        with self.lock:
-            for name, change in changes.items():
-                self.counts[name] += change
-
-    def process_prompt(self, wish):
-        """The tokens of a request's prompt, and how many of them its slot had."""
-        slot, talk = wish.get("slot", 0), wish.get("talk")
-        prompt = wish.get("prompt_tokens", 7)
-        before, had = self.slots[slot] or (None, 0)
-        self.slots[slot] = talk, prompt
-        self.used_slots.add(slot)
-        is_same = talk is not None and before == talk
-        return prompt, min(prompt, had) if is_same else 0
-
-    def slot_entry(self, number):
-        """What /slots says of a slot; one never used has no tokens to it."""
-        entry = {"id": number, "n_ctx": 4096, "is_processing": False}
-        if number in self.used_slots:
-            entry["n_prompt_tokens"] = self.slots[number][1]
-        return entry
-
-    def slot_fault(self, action):
-        """What shall go wrong with this now, if anything."""
-        words = []
-        if self.flags.slot_fault and os.path.exists(self.flags.slot_fault):
-            with open(self.flags.slot_fault) as file:
-                words = file.read().split()
-        return words[1] if words[:1] == [action] else None
-
-    def _on_term(self, number, frame):
-        self.note("term")
-        if not self.flags.ignore_term:  # this thread must be free for orders
-            threading.Thread(target=self._end).start()
-
-    def _end(self):
-        time.sleep(self.flags.stop_delay)
-        fake_await(self.flags.stop_until, 0.02)
-        self.note("end")
-        os._exit(0)
-
-    def _on_order(self, number, frame):
-        order = self.order = FAKE_ORDERS[number - signal.SIGRTMIN]
-        if order == "exit 1":
-            self.say("error: no reason is given")
-        if order in ("exit 0", "exit 1"):
-            os._exit(int(order[-1]))
-        if order == "deaf" and self.listener:
-            self.listener.shutdown(socket.SHUT_RDWR)
-            self.listener.close()
-        for request in list(self.requests):
-            try:
-                if order == "mad":
-                    request.sock.send(FAKE_RUBBISH)
-                else:
-                    request.sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # the client has left
-
-    def _listen(self):
-        host, port = self.flags.host, self.flags.port
-        try:
-            self.listener = socket.create_server((host, port), backlog=1024)
-        except OSError as error:
-            self.say(f"couldn't bind HTTP server socket, port: {port} ({error})")
-            self.note("end")
-            os._exit(1)
-        threading.Thread(target=self._accept, daemon=True).start()
-        self.say(f"main: server is listening on http://{host}:{port}")
-
-    def _accept(self):
-        while True:
-            try:
-                request = FakeRequest(self, self.listener.accept()[0])
-            except OSError:  # told to be deaf
-                return
-            threading.Thread(target=request.serve, daemon=True).start()
-
-    def _load(self):
-        seconds, lines = fake_seconds(self.flags.load), self.flags.lines
-        if self.flags.load_hang:
-            time.sleep(1e6)
-        line = "load_tensors: it takes its time"
-        fake_await(self.flags.load_until, 0.05, lambda: self.order or self.say(line))
-        for number in range(lines):
-            self.say(f"load_tensors: layer {number} of {lines}")
-            time.sleep(seconds / lines)
-        if not lines:
-            time.sleep(seconds)
-        if self.flags.load_signal:
-            os.kill(os.getpid(), self.flags.load_signal)
-        if self.flags.load_exit >= 0:
-            self.say("llama_model_load: error loading model: unexpected end of file")
-            self.say(f"main: exiting due to model loading error {self.flags.load_exit}")
-            self.note("end")
-            os._exit(self.flags.load_exit)
-
-
-def fake_health(request):
-    """Answer 200, unless a request wished otherwise."""
-    request.server.count(health=1)
-    if request.server.is_health_hung:
-        request.hold()
-    if request.server.flags.no_health:
-        request.reply(fake_error(404, "File Not Found"), 404)
-    else:
-        request.reply({"status": "ok"})
-
-
-def fake_stats(request):
-    """What this server has seen, and what it is."""
-    server = request.server
-    with open("/proc/self/oom_score_adj") as file:
-        score = int(file.read())
-    request.reply({
-        **server.counts,
-        "ports": list(map(fake_peer, list(server.requests))),
-        "pid": os.getpid(),
-        "model": server.flags.model,
-        "grandchild": server.grandchild,
-        "is_asleep": server.is_asleep,
-        "oom_score_adj": score,
-        "environ": sorted(os.environ),
-    })  # fmt: skip
-
-
-def fake_peer(request):
-    """The port at the other end, None if it is gone."""
-    try:
-        return request.sock.getpeername()[1]
-    except OSError:
-        return None
-
-
-def fake_models(request):
-    """The list of its one model."""
-    request.hold(request.server.flags.list_delay)
-    model = {"id": request.server.flags.model, "object": "model", "aliases": []}
-    model.update({"tags": ["x"], "meta": {"n_ctx": 256}, "owned_by": "llamacpp"})
-    request.reply({"object": "list", "data": [model]})
-
-
-def fake_talk(request):
-    """A chat, a completion or a message, as the request wishes."""
-    kind = FakeMessage if request.path == "/v1/messages" else FakeTalk
-    talk, server = kind(request), request.server
-    if talk.wish.get("hang"):
-        server.is_health_hung |= bool(talk.wish.get("hang_health"))
-        request.hold()
-    request.hold(talk.wish.get("delay", 0))
-    fake_end(talk, "before-byte")
-    if status := talk.wish.get("status"):
-        return request.reply(fake_error(status, "as asked"), status)
-    server.note("answer")
-    return (fake_stream if talk.wish.get("stream") else fake_whole)(talk)
-
-
-def fake_end(talk, place):
-    """End the process or the connection here if the request wishes it."""
-    if talk.wish.get("die") == place:
-        os._exit(9)
-    if talk.wish.get("cut") == place:
-        talk.request.cut(talk.wish.get("reset"))
-
-
-def fake_whole(talk):
-    """Answer at once, or with the first half of the body before an end."""
-    request, wish = talk.request, talk.wish
-    request.hold(wish.get("interval", 0) * talk.tokens)
-    body = json.dumps(talk.whole()).encode()
-    head = request.head(200, FAKE_JSON, f"Content-Length: {len(body)}")
-    half = len(body) // 2
-    if wish.get("die") or wish.get("cut"):
-        request.send(head + body[:half])
-        for place in ("mid-event", "mid-body", "boundary"):
-            fake_end(talk, place)
-    request.send(head + body)
-
-
-def fake_stream(talk):
-    """Answer event by event, one chunk each, ending where the request wishes."""
-    request, wish = talk.request, talk.wish
-    request.is_chunked &= not wish.get("until_close")
-    request.start_stream()
-    interval, due, sent = wish.get("interval", 0), time.monotonic(), 0
-    for event, is_token in talk.events():
-        if is_token:
-            fake_break(talk, event, sent)
-            sent += 1
-        request.send_piece(event)
-        if is_token and interval:
-            due += interval
-            request.hold(due - time.monotonic())
-    request.end_stream()
-
-
-def fake_break(talk, event, sent):
-    """Stall, die or cut before token number `sent`, if the request wishes it."""
-    request, half = talk.request, event[: len(event) // 2]
-    if talk.wish.get("stall") == sent:
-        request.hold()
-    if sent != talk.tokens // 2:
-        return
-    fake_end(talk, "boundary")
-    wishes = {talk.wish.get("die"), talk.wish.get("cut")}
-    if "mid-event" in wishes:
-        request.send_piece(half)
-        fake_end(talk, "mid-event")
-    if "mid-body" in wishes:
-        request.send(b"%x\r\n%b" % (len(event), half))
-        fake_end(talk, "mid-body")
-
-
-def fake_embeddings(request):
-    """A vector for each text: eight numbers, or in base64 their four bytes each."""
-    import array
-    import base64
-
-    wish = json.loads(request.body)
-    texts = wish.get("input", "")
-    texts = [texts] if isinstance(texts, str) else texts
-    vectors = [[len(text) / 8] * 8 for text in texts]
-    if wish.get("encoding_format") == "base64":
-        vectors = [array.array("f", vector) for vector in vectors]
-        vectors = [base64.b64encode(vector).decode() for vector in vectors]
-    request.reply({
-        "object": "list",
-        "model": wish.get("model", request.server.flags.model),
-        "served_by": f"{request.server.flags.model} {os.getpid()}",
-        "data": [
-            {"object": "embedding", "index": index, "embedding": vector}
-            for index, vector in enumerate(vectors)
-        ],
-        "usage": {"prompt_tokens": len(texts), "total_tokens": len(texts)},
-    })  # fmt: skip
-
-
-def fake_transcription(request):
-    """Say which form fields came, and how long each was."""
-    mark = b"--" + request.fields["content-type"].partition("boundary=")[2].encode()
-    fields = {}
-    for part in request.body.split(mark)[1:-1]:
-        head, _, value = part[2:-2].partition(b"\r\n\r\n")
-        name = head.decode().partition('name="')[2].partition('"')[0]
-        text = value.decode("latin-1")
-        fields[name] = text if b"filename=" not in head else {"size": len(value)}
-    text = f"{request.server.flags.model} {os.getpid()}: {len(request.body)} bytes"
-    request.reply({"text": text, "fields": fields})
-
-
-def fake_echo(request):
-    """Tell what was asked, byte by byte."""
-    import hashlib
-
-    request.reply({
-        "model": request.server.flags.model,
-        "pid": os.getpid(),
-        "method": request.method,
-        "path": request.target,
-        "headers": request.headers,
-        "sha256": hashlib.sha256(request.body).hexdigest(),
-        "length": len(request.body),
-        "body": request.body[:2000].decode("latin-1"),
-    })  # fmt: skip
-
-
-def fake_blocks(total, size):
-    """Yield `total` bytes in views of `size`."""
-    for start in range(0, total, size):
-        yield FAKE_BLOCK[: min(size, total - start)]
-
-
-def fake_bytes(request):
-    """`n` bytes: counted, in chunks of `size`, or until the connection ends."""
-    total, kind = request.parameter("n", 1000), "application/octet-stream"
-    if request.path == "/bytes":
-        request.send(request.head(200, kind, f"Content-Length: {total}"))
-        total = 0 if request.method == "HEAD" else total
-        request.is_chunked = False
-    else:
-        request.is_chunked &= request.path == "/chunked"
-        request.start_stream(kind)
-    for block in fake_blocks(total, request.parameter("size", 65536)):
-        request.send_piece(block)
-    request.end_stream()
-
-
-def fake_websocket(request):
-    """Accept the upgrade and send every byte back."""
-    import base64
-    import hashlib
-
-    key = request.fields.get("sec-websocket-key", "").encode()
-    token = hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
-    fields = f"Sec-WebSocket-Accept: {base64.b64encode(token).decode()}"
-    start = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
-    request.send(f"{start}Connection: Upgrade\r\n{fields}\r\n\r\n".encode())
-    request.keep = False
-    while data := request.file.read1(65536):
-        request.send(data)
-
-
-def fake_raw(request):
-    """Send the request's body as it is, for an answer, and end the connection."""
-    request.send(request.body)
-    request.keep = False
-
-
-def fake_early(request):
-    """Refuse a body without reading it."""
-    request.keep = False
-    status = request.parameter("status", 413)
-    request.reply(fake_error(status, "refused before it was read"), status)
-
-
-def fake_sleep(request):
-    """Fall asleep or wake up, where it can, or say why not."""
-    server, is_wake = request.server, request.path == "/wake_up"
-    if is_wake and server.flags.wake_fails:
-        return request.reply(fake_error(500, "no memory left to wake up"), 500)
-    server.is_asleep = server.flags.sleepable and not is_wake
-    server.note("wake" if is_wake else "sleep")
-    return request.reply(b"", 200 if server.flags.sleepable else 404)
-
-
-def fake_is_sleeping(request):
-    """Whether it sleeps."""
-    request.reply({"is_sleeping": request.server.is_asleep})
-
-
-def fake_slots(request):
-    """List, save or restore slots, unless that goes wrong."""
-    server, action = request.server, request.query.partition("action=")[2] or "list"
-    fault, slots = server.slot_fault(action), server.slots
-    server.note(action, path=request.path)
-    if fault == "die":
-        os.abort()
-    if fault == "hang":
-        request.hold()
-    if fault == "slow":
-        time.sleep(0.5)
-    if fault == "fail":
-        return request.reply(fake_error(501, "slots are not supported"), 501)
-    if action == "list":
-        return request.reply([server.slot_entry(number) for number in slots])
-    name = json.loads(request.body)["filename"]
-    path = os.path.join(server.flags.slot_save_path, name)
-    number = int(request.path.rpartition("/")[2])
-    if action == "restore":
-        with open(path) as file:
-            slots[number] = None if fault == "useless" else json.loads(file.read())
-        return request.reply({"n_restored": 1})
-    talk, tokens = slots[number]
-    text = json.dumps([talk, tokens]).ljust(4 * tokens)
-    with open(path, "w") as file:
-        file.write(text[: len(text) // 2] if fault == "short" else text)
-    request.reply({"id_slot": number, "n_saved": tokens, "n_written": len(text)})
-
-
-FAKE_QUIET = {  # neither counted as requests nor kept in the journal
-    "/health": fake_health,
-    "/stats": fake_stats,
-    "/sleep": fake_sleep,
-    "/wake_up": fake_sleep,
-    "/is_sleeping": fake_is_sleeping,
-}
-FAKE_ROUTES = {
-    "/v1/models": fake_models,
-    "/v1/chat/completions": fake_talk,
-    "/v1/completions": fake_talk,
-    "/v1/messages": fake_talk,
-    "/v1/embeddings": fake_embeddings,
-    "/v1/audio/transcriptions": fake_transcription,
-    "/bytes": fake_bytes,
-    "/chunked": fake_bytes,
-    "/until-close": fake_bytes,
-    "/ws": fake_websocket,
-    "/raw": fake_raw,
-    "/early": fake_early,
-}
-
-
-def fake_main(argv):
-    """Be a model server until killed."""
-    if "--help" in argv:
-        lines = (f"  --{name:<14}{text}\n" for name, (_, text) in FAKE_FLAGS.items())
-        return print(FAKE_USAGE.format("".join(lines)))
-    return FakeServer(fake_flags(argv)).live()
-
-
-# ==================================================================================
 # The exploration: every order of events in small worlds of the scheduler.
 # ==================================================================================
 
@@ -15810,7 +14944,7 @@ class FaultClient:
 def takes_orders(pid):
     """Whether a fake server has installed its last handler."""
     caught = re.search(rb"SigCgt:\s+(\w+)", _read_proc(pid, "status"))
-    return int(caught[1], 16) >> (signal.SIGRTMIN + max(FAKE_ORDERS) - 1) & 1
+    return int(caught[1], 16) >> (signal.SIGRTMIN + max(fake.ORDERS) - 1) & 1
 
 
 def is_gone(pid):
@@ -15858,7 +14992,7 @@ def is_obeyed(order, port):
     with contextlib.suppress(OSError):
         with socket.create_connection(("127.0.0.1", port), 5) as sock:
             sock.sendall(b"GET /health HTTP/1.1\r\n\r\n")
-            return order == "mad" and sock.recv(100) == FAKE_RUBBISH[:100]
+            return order == "mad" and sock.recv(100) == fake.RUBBISH[:100]
     return order == "deaf"
 
 
@@ -16083,11 +15217,7 @@ def faults_main(argv):
 def run_tool(name, argv):
     """Run a tool of the folder .ci with these arguments; its exit status."""
     sys.modules.setdefault("test_llmswap", sys.modules[__name__])
-    path = HERE.with_name(".ci") / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, f"{name}_main")(argv)
+    return getattr(load_tool(name), f"{name}_main")(argv)
 
 
 COMMANDS = {
@@ -16103,8 +15233,6 @@ def main(argv):
     """Be what the first argument says; the exit status."""
     if argv and argv[0] in COMMANDS:
         return COMMANDS[argv[0]](argv[1:])
-    if "--port" in argv:
-        return fake_main(argv)
     print(__doc__)
     return 2
 
