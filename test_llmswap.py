@@ -12594,87 +12594,45 @@ def test_the_recipe_for_two_machines_as_written_but_for_its_times(tmp_path):
 # ==================================================================================
 
 GB = 1 << 30
+MB = 1 << 20
 
-SHORT_OF_MEMORY = [
-    # what wrote it; the line
-    ("CUDA", "ggml_backend_cuda_buffer_type_alloc_buffer: allocating 10956.01 MiB on "
-     "device 0: cudaMalloc failed: out of memory"),
-    ("CUDA", "CUDA error: out of memory"),
-    ("cuBLAS", "cublasCreate_v2(&handle): CUBLAS_STATUS_ALLOC_FAILED"),
-    ("ROCm", "alloc_tensor_range: failed to allocate ROCm0 buffer of size 2147483648"),
-    ("ROCm", "ROCm error: out of memory"),
-    ("Vulkan", "ggml_vulkan: Device memory allocation of size 1048898304 failed."),
-    ("Vulkan", "ggml_vulkan: vk::Device::allocateMemory: ErrorOutOfDeviceMemory"),
-    ("Metal", "ggml_backend_metal_buffer_type_alloc_buffer: error: failed to allocate "
-     "buffer, size =  4096.00 MiB"),
-    ("Metal", "ggml_backend_metal_buffer_type_alloc_buffer: failed to allocate Metal "
-     "buffer of 4294967296 bytes (out of memory)"),
-    ("Metal", "error: Insufficient Memory "
-     "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"),
-    ("llama.cpp", "llama_model_load: error loading model: unable to allocate CUDA0 "
-     "buffer"),
-    ("llama.cpp", "failed to initialize the context: failed to allocate buffer for kv "
-     "cache"),
-    ("llama.cpp", "graph_reserve: failed to allocate compute buffers"),
-    ("llama.cpp", "what():  failed to allocate compute pp buffers"),
-    ("C++", "terminate called after throwing an instance of 'std::bad_alloc'"),
-    ("PyTorch", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 "
-     "GiB. GPU 0 has a total capacity of 23.57 GiB of which 1.66 GiB is free."),
-    ("PyTorch", "torch.OutOfMemoryError: HIP out of memory. Tried to allocate 12.95 "
-     "GiB."),
-    ("Python", "OSError: [Errno 12] Cannot allocate memory"),
-    ("Python", "MemoryError"),
-    ("vLLM", "ValueError: Free memory on device (31.44/47.38 GiB) on startup is less "
-     "than desired GPU memory utilization (0.95, 45.01 GiB)."),
-    ("vLLM", "ValueError: No available memory for the cache blocks. Try increasing "
-     "`gpu_memory_utilization` when initializing the engine."),
-    ("vLLM", "ValueError: To serve at least one request with the models's max seq len "
-     "(131072), (16.00 GiB KV cache is needed, which is larger than the available KV "
-     "cache memory (5.68 GiB)."),
-    ("vLLM", "ValueError: The model's max seq len (4096) is larger than the maximum "
-     "number of tokens that can be stored in KV cache (2256)."),
-    ("the kernel", "killed by the kernel: out of memory"),
-]  # fmt: skip
-
-
-OTHER_FAILURES = [
-    "error loading model: failed to open GGUF file '/models/x.gguf'",
-    "ggml_vulkan: Failed to allocate pinned memory (x)",
-    "couldn't bind HTTP server socket, hostname: 127.0.0.1, port: 10001",
-    "load_tensors: offloading 61 repeating layers to GPU",
-    "ValueError: Unrecognized model type",
-]
+SHORT_OF_MEMORY = """\
+allocating 10956.01 MiB on device 0: cudaMalloc failed: out of memory
+cublasCreate_v2(&handle): CUBLAS_STATUS_ALLOC_FAILED
+alloc_tensor_range: failed to allocate ROCm0 buffer of size 2147483648
+ggml_vulkan: Device memory allocation of size 1048898304 failed.
+ggml_vulkan: vk::Device::allocateMemory: ErrorOutOfDeviceMemory
+ggml_backend_metal_buffer_type_alloc_buffer: error: failed to allocate buffer
+error: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)
+llama_model_load: error loading model: unable to allocate CUDA0 buffer
+failed to initialize the context: failed to allocate buffer for kv cache
+graph_reserve: failed to allocate compute buffers
+terminate called after throwing an instance of 'std::bad_alloc'
+torch.OutOfMemoryError: HIP. Tried to allocate 12.95 GiB.
+OSError: [Errno 12] Cannot allocate memory
+MemoryError
+ValueError: Free memory on device (31.44/47.38 GiB) on startup is less than desired GPU \
+memory utilization (0.95, 45.01 GiB).
+ValueError: No available memory for the cache blocks. Try increasing the utilization.
+ValueError: 16.00 GiB KV cache is needed, larger than the available KV cache memory
+The max seq len (4096) is larger than the maximum number of tokens that can be stored
+killed by the kernel: out of memory"""
+OTHER_FAILURES = """\
+error loading model: failed to open GGUF file '/models/x.gguf'
+ggml_vulkan: Failed to allocate pinned memory (x)
+couldn't bind HTTP server socket, hostname: 127.0.0.1, port: 10001
+load_tensors: offloading 61 repeating layers to GPU
+ValueError: Unrecognized model type"""
 
 
 def test_servers_say_when_memory_is_short():
-    for _, line in SHORT_OF_MEMORY:
-        text = f"load_tensors: 1 of 9\n{line}\nexiting\n"
-        assert llmswap.OUT_OF_MEMORY.search(text), line
-    for line in OTHER_FAILURES:
-        assert not llmswap.OUT_OF_MEMORY.search(line), line
+    for text, is_short in ((SHORT_OF_MEMORY, True), (OTHER_FAILURES, False)):
+        for line in text.splitlines():
+            log = f"load_tensors: 1 of 9\n{line}\nexiting\n"
+            assert bool(llmswap.OUT_OF_MEMORY.search(log)) == is_short, line
 
 
 # -- the vendor's tool
-
-
-@pytest.fixture
-def gpu_shows(tmp_path, monkeypatch):
-    """Make a stand-in for the vendor's tool, which answers with these texts."""
-    folder = tmp_path / "tools"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-
-    def shows(sizes, processes="", tool="nvidia-smi"):
-        (folder / "sizes").write_text(sizes)
-        (folder / "processes").write_text(processes)
-        (folder / tool).write_text(
-            f"#!/bin/sh\ncd {folder}\n"
-            "case $1 in *memory.total*|*meminfo) cat sizes ;; *) cat processes; esac\n"
-        )
-        (folder / tool).chmod(0o755)
-
-    return shows
-
 
 ROCM_SIZES = (
     "device,VRAM Total Memory (B),VRAM Total Used Memory (B)\n"
@@ -12683,9 +12641,6 @@ ROCM_SIZES = (
 ROCM_PROCESSES = (
     "PID\tPROCESS NAME\tGPU(s)\tVRAM USED\tSDMA USED\tCU OCCUPANCY\n"
     "1\tllama-server\t1\t15053770752\t0\t0\n7\tx\t1\tUNKNOWN\t0\t0\n"
-)
-NO_DRIVER = (
-    "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n"
 )
 MACHINES = [
     # what the tool prints of GPUs and of processes, of which 1 is ours; GiB of vram
@@ -12697,7 +12652,8 @@ MACHINES = [
     ("512, 512\n", "", 2**-30),  # models that use it are loaded one at a time
     ("[N/A], [N/A]\n", "", None),  # its memory is that of the machine
     ("No devices were found\n", "", None),
-    (NO_DRIVER, "", None),
+    ("NVIDIA-SMI has failed because it couldn't communicate.\
+", "", None),
     (ROCM_SIZES, "", (17163091968 - 692142080 - 2**29) / GB),
     (ROCM_SIZES, ROCM_PROCESSES, (17163091968 - 692142080 - 2**29 + 15053770752) / GB),
     (None, None, None),
@@ -12705,10 +12661,15 @@ MACHINES = [
 
 
 @pytest.mark.parametrize("sizes, processes, vram", MACHINES)
-def test_the_budget_of_a_machine(gpu_shows, sizes, processes, vram):
+def test_the_budget_of_a_machine(tmp_path, monkeypatch, sizes, processes, vram):
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     if sizes is not None:
-        tool = "rocm-smi" if sizes == ROCM_SIZES else "nvidia-smi"
-        gpu_shows(sizes, processes, tool)
+        tool = tmp_path / ("rocm-smi" if sizes == ROCM_SIZES else "nvidia-smi")
+        tool.write_text(
+            f"#!/bin/sh\ncase $1 in *memory.total*|*meminfo) echo '{sizes}' ;;"
+            f" *) echo '{processes}'; esac\n"
+        )
+        tool.chmod(0o755)
     budget = llmswap.machine_budget(lambda pid: pid == 1)
     assert budget.get("vram") == (vram and vram * GB)
     memory = int(re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())[1])
@@ -12792,18 +12753,11 @@ def test_a_peak_is_learned_unless_it_was_squeezed(
     assert told == ("measured" if then else source)
 
 
-def test_nothing_known_is_all_of_the_budget_and_what_is_written_counts(tmp_path):
-    needs = llmswap.Needs(str(tmp_path), print)
-    assert needs.of(auto_model(tmp_path), BUDGET) == (BUDGET, "not known yet")
-    model = auto_model(tmp_path, cmd="true ${PORT}", needs="vram 6G")
-    assert needs.of(model, BUDGET) == ({"vram": 6 * GB}, "written")
-    assert not needs.estimate(model, BUDGET) and not list(tmp_path.glob("*.json"))
-
-
 def test_what_is_known_is_kept_by_command_and_shared(tmp_path):
     folder = tmp_path / "state"
     one, two = auto_model(tmp_path, "one"), auto_model(tmp_path, "two")
     first, second = (llmswap.Needs(str(folder), print) for _ in range(2))
+    assert first.of(one, BUDGET) == (BUDGET, "not known yet")  # all of it
     for needs, model in ((first, one), (second, two)):
         assert needs.learn(model, {"vram": GB, "ram": GB}, False, False)
         needs.save()
@@ -12813,36 +12767,35 @@ def test_what_is_known_is_kept_by_command_and_shared(tmp_path):
         assert fresh.of(model, BUDGET)[0]["vram"] == int(GB * 1.05)
     changed = auto_model(tmp_path, "one", cmd="true more ${PORT}")
     assert fresh.of(changed, BUDGET)[1] == "not known yet"
+    written = auto_model(tmp_path, cmd="true ${PORT}", needs="vram 6G")
+    assert fresh.of(written, BUDGET) == ({"vram": 6 * GB}, "written")
+    assert not fresh.estimate(written, BUDGET)
     assert folder.stat().st_mode & 0o777 == 0o700
     assert [path.name for path in folder.iterdir()] == ["needs.json"]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "", "{", "[]", "3", "\xff", '{"k": 3}', '{"version": 2, "needs": {}}',
-        '{"version": 1, "needs": {"k": {"vram": 1}}}', '{"version": 1}',
-        '{"version": 1, "needs": {"k": {"amounts": {"vram": "6G"}}}}',
-        '{"version": 1, "needs": {"k": {"amounts": 3}}}',
-    ],
-)  # fmt: skip
-def test_a_broken_file_of_needs_is_set_aside(tmp_path, text):
-    path, log = tmp_path / "needs.json", []
-    path.write_text(text, encoding="latin-1")
-    needs = llmswap.Needs(str(tmp_path), lambda *line: log.append(line))
-    [(level, told)] = log
-    assert level == "warning" and "needs.json cannot be read and is set aside: " in told
-    aside = tmp_path / "needs.json.broken"
-    assert aside.read_text(encoding="latin-1") == text
-    needs.learn(auto_model(tmp_path), {"ram": GB}, False, False)
-    needs.save()
-    assert len(json.loads(path.read_text())["needs"]) == 1
+BROKEN_NEEDS = [
+    "", "{", "[]", "\xff", '{"k": 3}', '{"version": 2, "needs": {}}', '{"version": 1}',
+    '{"version": 1, "needs": {"k": {"vram": 1}}}',
+    '{"version": 1, "needs": {"k": {"amounts": {"vram": "6G"}}}}',
+    '{"version": 1, "needs": {"k": {"amounts": 3}}}',
+]  # fmt: skip
 
 
-def test_needs_that_cannot_be_kept_are_a_warning(tmp_path):
-    log = []
+def test_a_broken_file_of_needs_is_set_aside_and_a_lost_one_is_a_warning(tmp_path):
+    path, aside = tmp_path / "needs.json", tmp_path / "needs.json.broken"
+    model, log = auto_model(tmp_path), []
+    for text in BROKEN_NEEDS:
+        path.write_text(text, encoding="latin-1")
+        needs = llmswap.Needs(str(tmp_path), lambda *line: log.append(line))
+        (level, message) = log.pop()
+        assert level == "warning" and "cannot be read and is set aside: " in message
+        assert aside.read_text(encoding="latin-1") == text
+        needs.learn(model, {"ram": GB}, False, False)
+        needs.save()
+        assert len(json.loads(path.read_text())["needs"]) == 1
     needs = llmswap.Needs("/proc/nowhere", lambda *line: log.append(line))
-    needs.learn(auto_model(tmp_path), {"ram": GB}, False, False)
+    needs.learn(model, {"ram": GB}, False, False)
     needs.save()
     assert [level for level, _ in log] == ["warning"]
 
@@ -12859,7 +12812,6 @@ FIT_HELP = """\
 -fitp, --fit-print [on|off]             print the estimated required memory
 """
 FIT_ROWS = "0.00.1 I main: printing ...\nCUDA0 7401 814 517 \nHost 1280 0 154 \n"
-MB = 1 << 20
 ESTIMATES = [
     # what llama-fit-params prints; the budget; MiB of the estimate, and its source
     (FIT_ROWS, "auto", {"vram": 8732 + 3, "ram": 1434}, "llama-fit-params"),
@@ -12897,28 +12849,21 @@ def fit_model(folder, help, rows, budget="vram 24G, ram auto"):
 def test_a_model_is_estimated(tmp_path, rows, budget, expected, source):
     model = fit_model(tmp_path, FIT_HELP, rows, budget)
     needs = llmswap.Needs(str(tmp_path), print)
+    needs.save()
     total = {name: 64 * GB for name in expected}
     assert needs.estimate(model, total) and not needs.estimate(model, total)
     amounts, told = needs.of(model, total)
     assert {name: round(size / MB) for name, size in amounts.items()} == expected
     assert told == source
+    asked = (tmp_path / "argv").read_text().splitlines()
+    assert asked[0] == "--help" and asked[1:] == [
+        f"--ctx-size 4096 --model {tmp_path}/m.gguf -ngl 9 --flash-attn on "
+        "--offline -fitp on",
+    ]  # only the options that it has
     if source == "file sizes":  # what is measured replaces it
         peak = {name: GB for name in expected}
         needs.learn(model, peak, was_squeezed=False, is_over=False)
         assert needs.of(model, total)[0] == dict.fromkeys(expected, int(GB * 1.05))
-
-
-def test_llama_fit_params_is_fed_only_the_options_that_it_has(tmp_path):
-    model = fit_model(tmp_path, FIT_HELP, FIT_ROWS)
-    needs = llmswap.Needs(str(tmp_path), print)
-    needs.estimate(model, BUDGET)
-    needs.save()
-    assert (tmp_path / "argv").read_text().splitlines() == [
-        "--help",
-        f"--ctx-size 4096 --model {tmp_path}/m.gguf -ngl 9 --flash-attn on "
-        "--offline -fitp on",
-    ]
-    assert not llmswap.Needs(str(tmp_path), print).estimate(model, BUDGET)
 
 
 def test_a_llama_fit_params_that_hangs_or_cannot_print_is_not_waited_for(
@@ -12996,28 +12941,6 @@ def test_only_vram_and_ram_can_be_auto(text):
         llmswap.parse_budget(text)
 
 
-def test_a_decision_with_a_hundred_models_and_learned_needs_is_quick():
-    names = [f"m{i}" for i in range(100)]
-    specs = {name: llmswap.ModelSpec(needs={"vram": 24, "ram": 64}) for name in names}
-    limits = llmswap.Limits(models_max=0, budget={"vram": 24, "ram": 64}, queue_max=0)
-    core, seconds = llmswap.Scheduler(limits, specs), []
-    for now, name in enumerate(names * 3):
-        core.submit(name, float(now))
-        began = time.thread_time()
-        decisions, _ = core.decide(float(now))
-        seconds.append(time.thread_time() - began)
-        for decision in decisions:
-            if isinstance(decision, llmswap.Start):
-                core.loaded(decision.name, decision.run, float(now))
-                core.learn(decision.name, {"vram": 1 + now % 5, "ram": 1 + now % 7})
-            elif isinstance(decision, llmswap.Stop):
-                core.exited(decision.name, decision.run, float(now))
-            elif isinstance(decision, llmswap.Grant):
-                core.finish(decision.ticket, float(now))
-    assert len(core.held) > 3
-    assert statistics.median(seconds) < 0.01
-
-
 # -- whole stories
 
 AUTO_FILE = """\
@@ -13031,44 +12954,27 @@ cmd = FAKE --model middle
 [large]
 cmd = FAKE --model large
 """
-GPU_SCRIPT = """\
-#!PYTHON -IS
-import os, sys
-sizes = {"small": 6, "middle": 8, "large": 14}
-if os.path.exists("FOLDER/sizes"):
-    sizes.update([open("FOLDER/sizes").read().split("=")])
-    sizes = {name: float(size) for name, size in sizes.items()}
-rows = []
-for pid in filter(str.isdigit, os.listdir("/proc")):
-    try:
-        words = open(f"/proc/{pid}/cmdline").read().split("\\0")
-    except OSError:
-        continue
-    if "FOLDER/journal" in words and "--model" in words:
-        rows.append((pid, int(1024 * sizes[words[words.index("--model") + 1]])))
-with open("FOLDER/asked", "a") as file:
-    file.write(sys.argv[1] + "\\n")
-if sys.argv[1].startswith("--query-gpu"):
-    print(f"24576, {sum(size for _, size in rows)}")
-else:
-    for row in rows:
-        print("SHOWN" % row)
-"""
+GPU_MODELS = {"small": 6144, "middle": 8192, "large": 14336}
+
+
+def show_gpu(folder, server, sizes=None, row="%s, %d"):
+    """What `folder/nvidia-smi` shows of the models of this llmswap, in MiB."""
+    mark = f"{server.folder}/journal"
+    shown = {"mark": mark, "sizes": sizes or {mark: 512}, "row": row}
+    (folder / "gpu.new").write_text(json.dumps(shown))
+    (folder / "gpu.new").replace(folder / "gpu.json")  # nobody ever reads half a file
+    script = f"exec {sys.executable} -IS {CI}/nvidia_smi.py {folder} $1"
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "nvidia-smi").chmod(0o755)
 
 
 @contextmanager
-def auto_server(tmp_path, text=AUTO_FILE, shown="%s, %d", **constants):
+def auto_server(tmp_path, text=AUTO_FILE, row="%s, %d", **constants):
     """llmswap with a GPU of 24 GiB, on which the models take 6, 8 and 14 GiB."""
-    path = f"{tmp_path}:{os.environ['PATH']}"
     text = text.replace("STATE", str(tmp_path / "state"))
-    with Llmswap("", env={"PATH": path}, **constants) as server:
-        pass  # only to have a folder
-    server.folder.mkdir()
-    tool = tmp_path / "nvidia-smi"
-    script = GPU_SCRIPT.replace("FOLDER", str(server.folder)).replace("SHOWN", shown)
-    tool.write_text(script.replace("PYTHON", sys.executable))
-    tool.chmod(0o755)
-    server.write(text)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    server = Llmswap(text, env=env, **constants)
+    show_gpu(tmp_path, server, GPU_MODELS, row)
     with server:
         yield server
 
@@ -13108,10 +13014,10 @@ def test_models_of_unknown_size_are_loaded_alone_first_and_together_afterwards(t
         assert entry_of(server, "large")["needs"] == needs
 
 
-def test_the_vendors_tool_is_asked_a_few_times_in_a_load_and_then_rarely(tmp_path):
+def test_the_vendors_tool_is_asked_rarely_and_delays_nobody(tmp_path):
     with auto_server(tmp_path) as server:
-        asked = server.folder / "asked"
         server.get("/health")
+        asked, tool = tmp_path / "asked", tmp_path / "nvidia-smi"
         at_start = len(asked.read_text().splitlines())
         measured_chat(server, "small")
         assert 1 <= len(asked.read_text().splitlines()) - at_start <= 3
@@ -13119,43 +13025,32 @@ def test_the_vendors_tool_is_asked_a_few_times_in_a_load_and_then_rarely(tmp_pat
         for _ in range(20):
             assert server.chat("small").status == 200
         assert asked.read_text() == before
-
-
-def test_a_vendors_tool_that_hangs_delays_nobody(tmp_path):
-    with auto_server(tmp_path) as server:
-        server.get("/health")
-        tool = tmp_path / "nvidia-smi"
         tool.write_text("#!/bin/sh\nexec sleep 60\n")
-        assert server.chat("small").status == 200
-        assert server.loaded() == ["small"]
-
-        def hanging_tools():
-            running = family(server.token).items()
-            return [pid for pid, words in running if words == "sleep 60"]
-
-        [hanging] = eventually(hanging_tools)
+        assert server.chat("middle").status == 200
+        assert server.loaded() == ["middle"]
+        lines = eventually(lambda: [
+            pid for pid, words in family(server.token).items() if words == "sleep 60"
+        ])  # fmt: skip
         tool.write_text("#!/bin/sh\n")
-        os.kill(hanging, signal.SIGKILL)
-        eventually(lambda: entry_of(server, "small")["needs"]["source"] == "measured")
+        os.kill(lines[0], signal.SIGKILL)
+        eventually(lambda: entry_of(server, "middle")["needs"]["source"] == "measured")
 
 
-@pytest.mark.parametrize("shown", ["%s, [N/A]%.0s", "%.0s%.0s"])
-def test_a_tool_that_shows_no_processes_tells_what_a_model_alone_takes(tmp_path, shown):
-    with auto_server(tmp_path, shown=shown) as server:
+@pytest.mark.parametrize("row", ["%s, [N/A]%.0s", "%.0s%.0s"])
+def test_a_tool_that_shows_no_processes_tells_what_a_model_alone_takes(tmp_path, row):
+    with auto_server(tmp_path, row=row) as server:
         for model in ("small", "middle"):
             assert measured_chat(server, model) == [model]
-            need = {"small": 6, "middle": 8}[model] * GB * 1.05
+            need = GPU_MODELS[model] * MB * 1.05
             assert entry_of(server, model)["needs"]["vram"] == int(need)
-        assert server.chat("small").status == 200
-        assert server.loaded() == ["middle", "small"]
 
 
 def test_the_peak_of_the_last_run_counts(tmp_path):
     with auto_server(tmp_path, MEASURE_INTERVAL=0.1) as server:
-        asked = server.folder / "asked"
+        asked = tmp_path / "asked"
 
         def needs_of_small(size):
-            (server.folder / "sizes").write_text(f"small={size}")
+            show_gpu(tmp_path, server, {"small": size * 1024})
             before = len(asked.read_text())
             eventually(lambda: len(asked.read_text()) > before + 100)
             return entry_of(server, "small")["needs"]["vram"] / GB / 1.05
@@ -13176,7 +13071,7 @@ def test_without_auto_nothing_is_measured(tmp_path):
     text = text.replace("state-dir = STATE\n", "")
     with auto_server(tmp_path, text) as server:
         assert server.chat("small").status == 200
-        assert not (server.folder / "asked").exists()
+        assert not (tmp_path / "asked").exists()
         assert entry_of(server, "small")["needs"]["source"] == "written"
 
 
@@ -13201,9 +13096,8 @@ exec COMMAND
 """
 
 
-@contextmanager
-def hungry_server(tmp_path, others):
-    """llmswap with a model [hungry] that has no memory beside others."""
+@pytest.mark.parametrize("others", ["first", "first|second"])
+def test_a_load_without_memory_makes_room_once_unseen_by_its_client(tmp_path, others):
     with Llmswap(SHORT_FILE.replace("FOLDER", str(tmp_path))) as server:
         script = HUNGRY.replace("OTHERS", others).replace("FOLDER", str(tmp_path))
         script = script.replace("JOURNAL", f"{server.folder}/journal")
@@ -13211,27 +13105,16 @@ def hungry_server(tmp_path, others):
         (tmp_path / "hungry").write_text(script.replace("COMMAND", command))
         for model in ("first", "second"):
             assert server.chat(model).status == 200
-        yield server
-
-
-def tries(tmp_path):
-    return len((tmp_path / "tries").read_text())
-
-
-def test_a_load_without_memory_makes_room_unseen_by_its_client(tmp_path):
-    with hungry_server(tmp_path, "first") as server:
-        assert server.chat("hungry").status == 200
-        assert server.loaded() == ["hungry", "second"] and tries(tmp_path) == 2
-        assert "hungry: loaded once more, after first has gone" in server.log()
-        assert "failed" not in entry_of(server, "hungry")["status"]
-
-
-def test_a_second_load_without_memory_is_told_as_any_other_failure(tmp_path):
-    with hungry_server(tmp_path, "first|second") as server:
         answer = server.chat("hungry")
-        assert answer.status == 502 and "out of memory" in answer.message()
-        assert server.loaded() == ["second"] and tries(tmp_path) == 2
-        assert server.chat("hungry").status == 200  # and this one has its own two
+        assert len((tmp_path / "tries").read_text()) == 2
+        if others == "first":
+            assert answer.status == 200 and server.loaded() == ["hungry", "second"]
+            assert "hungry: loaded once more, after first has gone" in server.log()
+            assert "failed" not in entry_of(server, "hungry")["status"]
+        else:
+            assert answer.status == 502 and "out of memory" in answer.message()
+            assert server.loaded() == ["second"]
+            assert server.chat("hungry").status == 200  # this one has its own two
 
 
 def test_a_model_that_never_fits_whole_is_not_learned_from_what_it_squeezed_into(
