@@ -24,10 +24,8 @@ import heapq
 import importlib.util
 import itertools
 import json
-import marshal
 import math
 import os
-import pickle
 import pty
 import py_compile
 import queue
@@ -111,7 +109,7 @@ def load_tool(name):
     """A file of the folder .ci as a module; it may import from this one."""
     sys.modules.setdefault("test_llmswap", sys.modules[__name__])
     spec = importlib.util.spec_from_file_location(name, CI / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -11231,63 +11229,7 @@ def test_llama_servers_own_page_works_under_upstream(browser, tmp_path):
 # 10  Command line: systemd
 # ==================================================================================
 
-PASS_SOCKETS = """\
-import os, sys
-for number, fd in enumerate(map(int, sys.argv[1].split(","))):
-    os.dup2(fd, 3 + number)
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(number + 1))
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-
-
-def activated(ini, *sockets, **options):
-    """The process of llmswap to which these sockets are passed as by systemd."""
-    fds = [each.fileno() for each in sockets]
-    words = [sys.executable, "-IS", "-c", PASS_SOCKETS, ",".join(map(str, fds))]
-    words += [sys.executable, "-IS", llmswap_file(), str(ini)]
-    return subprocess.Popen(words, pass_fds=fds, **options)
-
-
-class Activator:
-    """systemd as far as a socket unit goes: it owns the listening socket and starts
-    llmswap whenever a connection waits and none runs."""
-
-    def __init__(self, text, folder):
-        self.ini = Path(folder) / "test.ini"
-        self.ini.write_text(text)
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.port = self.listener.getsockname()[1]
-        self.starts, self.statuses = 0, []
-        self.token = f"{os.getpid()}-{self.port}"
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._live)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._is_over.set()
-        socket.create_connection(("127.0.0.1", self.port)).close()
-        self._thread.join()
-        for pid in family(self.token):
-            os.kill(pid, signal.SIGKILL)
-        self.listener.close()
-
-    def _live(self):
-        env = {**os.environ, FAMILY: self.token}
-        while select.select([self.listener], [], []) and not self._is_over.is_set():
-            self.starts += 1
-            with open(self.ini.with_name("stderr"), "ab") as stderr:
-                self.process = activated(self.ini, self.listener, env=env, stderr=stderr)
-            while self.process.poll() is None and not self._is_over.is_set():
-                time.sleep(0.005)
-            if self.process.poll() is None:
-                self.process.terminate()
-            self.statuses.append(self.process.wait())
-
-    def log(self):
-        return self.ini.with_name("stderr").read_text()
+activation = load_tool("activation")
 
 
 def quick_file(*flags):
@@ -11299,7 +11241,7 @@ def quick_file(*flags):
 
 def rounds_of_activation(folder, rounds):
     """In each it is started, and the next clients come at the moment when it leaves."""
-    with Activator(quick_file(), folder) as systemd:
+    with activation.Activator(quick_file(), folder) as systemd:
         answer = ask(systemd.port, "POST", CHAT, {"model": "a"})
         assert answer.status == 200, systemd.log()
         eventually(lambda: "idle for" in systemd.log())
@@ -11331,7 +11273,7 @@ def test_activated_it_serves_exits_when_idle_and_loses_no_connection(tmp_path):
 def test_the_idle_exit_heeds_no_idle_connection_nor_what_is_kept_loaded(tmp_path):
     started_by_hand = Llmswap("[llmswap]\nexit-idle-time = 50ms\n[a]\ncmd = FAKE\n")
     text = f"{quick_file()}[k]\ncmd = {fake_command()}\nkeep-loaded = on\n"
-    with started_by_hand as server, Activator(text, tmp_path) as systemd:
+    with started_by_hand as server, activation.Activator(text, tmp_path) as systemd:
         with Client(systemd.port) as client:
             assert client.ask("POST", CHAT, {"model": "k"}).status == 200
             eventually(lambda: systemd.statuses == [0])
@@ -11362,7 +11304,7 @@ def test_a_connection_in_the_backlog_cancels_the_idle_exit():
 
 
 def test_activated_with_a_broken_file_it_answers_503_until_it_is_mended(tmp_path):
-    with Activator("[llmswap]\nlode = 1\n", tmp_path) as systemd:
+    with activation.Activator("[llmswap]\nlode = 1\n", tmp_path) as systemd:
         for turn in (1, 2):
             answer = ask(systemd.port, "GET", "/health")
             assert answer.status == 503 and "its file is broken" in answer.message()
@@ -11380,7 +11322,7 @@ def test_a_descriptor_that_does_not_listen_is_not_used(tmp_path, kind):
     path, address = tmp_path / "x.ini", ("127.0.0.1", free_port())
     path.write_text("[llmswap]\nlisten = %s:%d\n" % address)
     passed = socket.socket(type=kind) if kind else open(path)
-    process = activated(path, passed, stderr=subprocess.PIPE, text=True)
+    process = activation.activated(path, passed, stderr=subprocess.PIPE, text=True)
     with passed, running(process, address):
         line = process.stderr.readline()
     assert "descriptor 3 from systemd is not a listening stream socket" in line
@@ -11392,34 +11334,8 @@ def test_sockets_of_another_process_are_not_used():
     assert listeners == [] and "without a shell" in complaint and environ == {}
 
 
-class Notifications:
-    """The socket that systemd would listen on for notifications."""
-
-    def __init__(self, folder):
-        self.path = str(Path(folder) / "notify")
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(self.path)
-        self._socket.settimeout(10)
-
-    def until(self, wanted):
-        """Return the datagrams up to the one that has this line."""
-        seen = []
-        while not seen or wanted not in seen[-1]:
-            seen.append(self._socket.recv(4096).decode().split("\n"))
-        return seen
-
-    def until_silence(self, seconds=0.2):
-        """Wait until nothing has come for so long."""
-        self._socket.settimeout(seconds)
-        deadline = time.monotonic() + 5
-        with pytest.raises(socket.timeout):
-            while time.monotonic() < deadline:  # what was on its way
-                self._socket.recv(4096)
-        self._socket.settimeout(10)
-
-
 def test_a_notify_socket_that_nobody_reads_holds_nothing_up(tmp_path, monkeypatch):
-    systemd = Notifications(tmp_path)
+    systemd = activation.Notifications(tmp_path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.connect(systemd.path)
         sender.setblocking(False)
@@ -11434,13 +11350,13 @@ def test_a_notify_socket_that_nobody_reads_holds_nothing_up(tmp_path, monkeypatc
         eventually(lambda: "was read again" in server.log())
         server.process.terminate()
         assert server.process.wait(timeout=10) == 0
-    with Activator(quick_file(), tmp_path) as activated_again:
+    with activation.Activator(quick_file(), tmp_path) as activated_again:
         assert ask(activated_again.port, "GET", "/v1/models").status == 200
         eventually(lambda: activated_again.statuses == [0])  # idle, it exits
 
 
 def test_systemd_is_notified_of_ready_status_reloading_and_stopping(tmp_path):
-    systemd = Notifications(tmp_path)
+    systemd = activation.Notifications(tmp_path)
     env = {"NOTIFY_SOCKET": systemd.path}
     text = f"[a]\ncmd = {fake_command('--print-env')}\n[twin]\nuses = a\n"
     with Llmswap(text, env=env, EXTEND_EVERY=0.1) as proxy, proxy.connect() as client:
@@ -11461,7 +11377,7 @@ def test_systemd_is_notified_of_ready_status_reloading_and_stopping(tmp_path):
 
 
 def test_the_watchdog_is_fed_while_listener_lock_and_timer_work(tmp_path, monkeypatch):
-    systemd = Notifications(tmp_path)
+    systemd = activation.Notifications(tmp_path)
     environ = {"NOTIFY_SOCKET": systemd.path, "WATCHDOG_USEC": "40000"}
     notifier = llmswap.SystemdNotifier(environ)
     assert notifier.watchdog == 0.04 and environ == {}
@@ -12472,7 +12388,7 @@ def test_contexts_outlive_an_idle_exit(tmp_path):
     settings = "exit-idle-time = 50ms"
     text = context_file(tmp_path, "idle-timeout = 20ms", settings)
     body = chat_body("a", talk="x", prompt_tokens=3000)
-    with Activator(text, tmp_path) as systemd:
+    with activation.Activator(text, tmp_path) as systemd:
         for cached in (0, 3000):
             answer = ask(systemd.port, "POST", CHAT, body).json()
             assert answer["timings"]["cache_n"] == cached
@@ -13066,315 +12982,15 @@ def test_a_killed_real_model_is_loaded_again_and_gone_soon_after_llmswap_is(tmp_
 # The exploration: every order of events in small worlds of the scheduler.
 # ==================================================================================
 
-ROOM = llmswap.Limits(models_max=1, patience=1.0)
-HALF = dict(needs={"vram": 2})
-PIN_LOADED = dict(is_pinned_once_loaded=True)
-CAN_SLEEP = dict(needs={"vram": 2}, sleep_needs={"vram": 1}, can_sleep=True)
-
-
-class SmallWorld:
-    """Three models, the faults and operators' actions, and the kinds of tickets."""
-
-    def __init__(self, limits=None, faults="crash", kinds=({},), reloads=(), **specs):
-        self.limits = ROOM._replace(**limits or {})
-        self.faults = faults.split()
-        self.kinds = kinds
-        self.specs = {n: llmswap.ModelSpec(**specs.get(n, {})) for n in "abc"}
-        self.reloads = [self._reload(**changes) for changes in reloads]
-
-    def _reload(self, limits=None, **changes):
-        """The limits and specs after a reload, and the names of the changed models."""
-        mixed = {**self.specs, **changes}
-        specs = {name: spec for name, spec in mixed.items() if spec is not None}
-        changed = [name for name in specs if name in changes]
-        return self.limits._replace(**limits or {}), specs, changed
-
-
-SMALL_WORLDS = {
-    "one": SmallWorld(),
-    "strict": SmallWorld(dict(patience=0.0)),
-    "learned": SmallWorld(dict(patience=None)),
-    "two": SmallWorld(dict(models_max=2)),
-    "budget": SmallWorld(
-        dict(models_max=0, budget={"vram": 3}), b=HALF, c=dict(needs={"vram": 3}),
-        a=dict(needs={"vram": 1}),
-    ),
-    "sets": SmallWorld(dict(models_max=0, sets=(frozenset("ab"), frozenset("bc")))),
-    "pin": SmallWorld(dict(models_max=2), a=dict(is_pinned=True)),
-    "pin loaded": SmallWorld(
-        dict(models_max=2), faults="unload reload", a=PIN_LOADED, b=PIN_LOADED,
-        reloads=(dict(c=llmswap.ModelSpec(**PIN_LOADED)), dict(a=llmswap.ModelSpec())),
-    ),
-    "kept": SmallWorld(faults="fail unload", a=dict(keep_loaded=True)),
-    "kept pinned": SmallWorld(
-        dict(patience=0.0), faults="rest close", a=dict(keep_loaded=True),
-        b=dict(keep_loaded=True, **PIN_LOADED),
-    ),
-    "kept asleep": SmallWorld(
-        dict(models_max=0, budget={"vram": 3}), faults="",
-        a=dict(keep_loaded=True, **CAN_SLEEP), b=dict(needs={"vram": 3}),
-        c=dict(needs={"vram": 3}),
-    ),
-    "elsewhere": SmallWorld(a=dict(takes_place=False)),
-    "narrow": SmallWorld(a=dict(concurrency=1), b=dict(concurrency=1)),
-    "idle": SmallWorld(a=dict(idle_timeout=0.5), faults="crash keep_alive"),
-    "sleep": SmallWorld(
-        dict(models_max=0, budget={"vram": 3}), a=CAN_SLEEP, b=CAN_SLEEP, c=CAN_SLEEP,
-    ),
-    "learning": SmallWorld(
-        dict(models_max=0, budget={"vram": 3}), a=HALF, b=HALF, faults="learn crash",
-        c=dict(needs={"vram": 1}),
-    ),
-    "starving": SmallWorld(dict(models_max=2), faults="starve"),
-    "starving asleep": SmallWorld(
-        dict(models_max=0, budget={"vram": 4}), a=CAN_SLEEP, b=CAN_SLEEP, c=CAN_SLEEP,
-        faults="starve",
-    ),
-    "self-sleep": SmallWorld(dict(models_max=2), faults="doze doze_late"),
-    "preemptible": SmallWorld(kinds=({}, dict(preemptible=True)), faults="unload"),
-    "manual": SmallWorld(
-        kinds=({}, dict(manual=True)), faults="unload", a=dict(stop_timeout=1.0)
-    ),
-    "failing": SmallWorld(faults="fail"),
-    "reload": SmallWorld(
-        faults="reload",
-        reloads=(
-            dict(a=llmswap.ModelSpec()), dict(a=None), dict(limits=dict(models_max=2)),
-        ),
-    ),
-    "adopted": SmallWorld(dict(patience=0.0), faults="adopt crash"),
-    "closing": SmallWorld(faults="close stop_all", a=dict(stop_timeout=1.0)),
-    "short queue": SmallWorld(dict(queue_max=2, queue_timeout=1.0)),
-}  # fmt: skip
-
-
-class PlainWorld(World):
-    """A world that plans nothing: each order of events is tried."""
-
-    def after(self, *_):
-        pass
-
-
-class Explored(Walk):
-    """One state of a small world; the random walk's events happen when told."""
-
-    def __init__(self, name, tickets, faults):
-        self.small = SMALL_WORLDS[name]
-        self.rng = None
-        self._begin(self.small.limits, self.small.specs)
-        self.world = PlainWorld(self.core, self._seconds, self._judge)
-        self.core._numbers = iter(range(1, 1000))  # pickled, unlike itertools.count
-        self.core._runs = iter(range(1, 1000))
-        self.left = {"tickets": tickets, "faults": faults}
-        self.path = ()
-
-    def _seconds(self, what, name):
-        return 0.0
-
-    def events(self):
-        """Yield (what may happen, whether it must in the end)."""
-        for name, backend in self.world.backends.items():
-            if backend.phase in ("loading", "ending", "falling asleep"):
-                yield (backend.phase.split()[0], name), True
-        for at, (ticket, _) in enumerate(self.leases.values()):
-            yield ("finish", at), not ticket.preemptible
-        if self.world.deadline < math.inf:
-            yield ("wait", None), True
-        if self.left["tickets"]:
-            asked = itertools.product(self._askable(), self.small.kinds)
-            yield from ((("ask", each), False) for each in asked)
-        if self.left["faults"]:
-            yield from ((("leave", at), False) for at in range(len(self.waiting)))
-            for fault in self.small.faults:
-                yield from (((fault, each), False) for each in self._targets(fault))
-
-    def _askable(self):
-        """The models to ask for: of equal ones not used yet, the first."""
-        seen = []
-        for name in sorted(self.specs):
-            model = self.core.models[name]
-            if model.changed_at is None and not model.waiting:
-                if model.spec in seen and not self.small.limits.sets:
-                    continue
-                seen.append(model.spec)
-            yield name
-
-    def _targets(self, fault):
-        backends, models = self.world.backends, self.core.models
-        if phases := FAULTY_PHASES.get(fault):
-            return [name for name in backends if backends[name].phase in phases]
-        if fault == "adopt":
-            is_used = lambda model: model.is_held or model.waiting  # noqa: E731
-            return [name for name in self.specs if not is_used(models[name])]
-        targets = {
-            "learn": itertools.product(self.specs, (1, 3)),
-            "reload": range(len(self.small.reloads)),
-            "rest": [None],
-            "close": [] if self.is_closed else [None],
-            "stop_all": [None] if self.is_closed else [],
-        }
-        return targets.get(fault, sorted(models))
-
-    def do(self, event):
-        """Let the event happen, and let the scheduler decide."""
-        self.path += (event,)
-        what, target = event
-        self._note(f"-- {what} {target}")
-        self.left["tickets"] -= what == "ask"
-        self.left["faults"] -= what == "leave" or what in self.small.faults
-        backend = self.world.backends.get(target) if isinstance(target, str) else None
-        EXPLORED_EVENTS[what](self, target, backend)
-        self.turn()
-
-    def ended(self, backend):
-        self._learn_of_end(backend)
-        self.world.end(backend, backend.orders)
-
-    def fail(self, name, backend):
-        """The fourth failed load in a row: the next one must wait."""
-        self.failures[name] += 3
-        self.core.models[name].failures += 3
-        self._end(backend, BROKEN)
-
-    def doze(self, name, backend):
-        is_up = backend.phase == "up"
-        backend.phase = "asleep" if is_up else "up"
-        report = self.core.slept if is_up else self.core.loaded
-        report(name, backend.run, self.world.now)
-
-    def doze_late(self, name, backend):
-        self.core.slept(name, backend.run, self.world.now)
-        self.core.loaded(name, backend.run, self.world.now)
-
-    def wait(self):
-        self.world.now = self.world.deadline
-
-    def close(self):
-        self.is_closed = True
-        self.core.close(BROKEN)  # pickled, unlike ShuttingDown
-
-    def key(self):
-        """All of this state that matters to what can follow, as bytes."""
-        core, now = self.core, self.world.now
-        held = sorted(core.held.values(), key=llmswap.ModelState.last_used)
-        ages = [(model.name, model.last_grant < model.ready_at) for model in held]
-        models = [self._key_of(model, now) for model in core.models.values()]
-        tickets = [
-            (t.model.name, age(t.arrived, now), t.preemptible, t.manual)
-            for t in core._queue.values()
-        ]
-        leases = sorted(
-            (of.name, self.world.backends.get(of.name) is of, ticket.preemptible)
-            for ticket, of in self.leases.values()
-        )
-        left, limit = [*self.left.values()], core.limits.models_max
-        rest = left, self.is_closed, self.is_resting, limit
-        return marshal.dumps((ages, models, tickets, leases, rest), 2)
-
-    def _key_of(self, model, now):
-        backend = self.world.backends.get(model.name)
-        drains_for = model.drains_for and list(self.waiting).index(
-            model.drains_for.number
-        )
-        row = [
-            model.name, model.state.value, model.changed_at is None, model.in_flight,
-            model.preemptible, model.failures, ahead(model.retry_at, now),
-            ahead(model.keep_at, now), model.is_released,
-            repr(model.spec), model.evicted_for and model.evicted_for.name,
-            repr(self.specs.get(model.name)), model.room_from and model.room_from.name,
-            model.load_seconds, model.stop_seconds,
-            sorted(min(round(pause, 6), 8.0) for pause in model.pauses),
-            None if model.pause_began is None else age(model.pause_began, now),
-        ]  # fmt: skip
-        if backend is None:
-            return row
-        return row + [
-            age(model.ready_at, now), age(model.idle_since, now), model.idle_timeout,
-            age(model.started_at, now) if backend.phase == "loading" else None,
-            age(model.changed_at, now) if backend.phase.endswith("ing") else None,
-            None if model.unload_by is None else ahead(model.unload_by, now),
-            drains_for,
-            model.stop_cause, model.was_ready, model.is_asleep,
-            repr(model.replacement), model.removal_error is not None,
-            backend.phase, backend.has_served, backend.was_asleep,
-            backend in self.departing, backend in self.replaced, backend in self.cut_at,
-            repr(self.holds[model.name]),
-            [t.arrived <= backend.ready_at for t in self._waiting_for(model.name)],
-        ]  # fmt: skip
-
-
-FAULTY_PHASES = {  # those of a backend to which it can happen
-    "crash": ("loading", "up", "asleep", "falling asleep", "ending"),
-    "fail": ("loading",),
-    "starve": ("loading",),
-    "doze": ("up", "asleep"),
-    "doze_late": ("ending",),
-}
-EXPLORED_EVENTS = {  # the state, the target, and its backend if it has one
-    "loading": lambda state, name, of: state.world._come_up(of, of.orders),
-    "ending": lambda state, name, of: state.ended(of),
-    "falling": lambda state, name, of: state.world._sleep(of, of.orders),
-    "finish": lambda state, at, _: state._release(list(state.leases)[at]),
-    "wait": lambda state, *_: state.wait(),
-    "ask": lambda state, target, _: state._ask(*target),
-    "leave": lambda state, at, _: state._leave(list(state.waiting.values())[at]),
-    "crash": lambda state, name, of: state._end(of, BROKEN),
-    "fail": Explored.fail,
-    "starve": lambda state, name, of: state._end(of, STARVED),
-    "learn": lambda state, each, _: state._learn_needs(each[0], {"vram": each[1]}),
-    "doze": Explored.doze,
-    "doze_late": Explored.doze_late,
-    "unload": lambda state, name, _: state._unload_one(name),
-    "rest": lambda state, *_: state._rest(),
-    "keep_alive": lambda state, name, _: state.core.keep_alive(name, 0),
-    "reload": lambda state, at, _: state._reload(*state.small.reloads[at]),
-    "adopt": lambda state, name, _: state._adopt(name),
-    "close": lambda state, *_: state.close(),
-    "stop_all": lambda state, *_: state._stop_all(),
-}
-
-
-def age(moment, now):
-    return min(round(now - moment, 6), llmswap.MAX_PATIENCE)
-
-
-def ahead(moment, now):
-    return max(round(moment - now, 6), 0.0)
-
-
-def explore(name, tickets, faults):
-    """Go through every state of a small world; return what each must lead to.
-
-    An AssertionError tells the events that lead to a fault.
-    """
-    start = Explored(name, tickets, faults)
-    start.turn()
-    numbers, followers, stories = {start.key(): 0}, [[]], [None]
-    stack = [(0, start)]
-    while stack:
-        number, state = stack.pop()
-        frozen = pickle.dumps(state, -1)
-        for event, is_due in state.events():
-            twin = pickle.loads(frozen)
-            twin.do(event)
-            found = numbers.setdefault(twin.key(), len(numbers))
-            if found == len(followers):
-                followers.append([])
-                stories.append(twin.tell("waits") if twin.waiting else None)
-                stack.append((found, twin))
-            if is_due:
-                followers[number].append(found)
-    return followers, stories
-
-
-EXPLORED = [(name, 2, 1) for name in SMALL_WORLDS]
+explore = load_tool("explore")
+EXPLORED = [(name, 2, 1) for name in explore.SMALL_WORLDS]
 
 
 @pytest.mark.parametrize("name, tickets, faults", EXPLORED)
 def test_every_order_of_events_in_a_small_world_keeps_all_promises(
     name, tickets, faults
 ):
-    followers, stories = explore(name, tickets, faults)
+    followers, stories = explore.explore(name, tickets, faults)
     assert len(followers) > 50
     degrees = Counter(each for those in followers for each in those)
     ended = [number for number in range(len(followers)) if not degrees[number]]
