@@ -10041,15 +10041,6 @@ def test_recipe_an_embedding_model_that_stays(tmp_path):
         assert server.log().count("embed: loading") == 1
 
 
-def test_recipe_an_api_key():
-    bearer = {"Authorization": "Bearer choose-one"}
-    with run_recipe("An API key") as server:
-        assert server.get("/v1/models").status == 401
-        for field in (bearer, {"x-api-key": "choose-one"}):
-            sent = server.post("/echo", {"model": "other"}, field).json()["headers"]
-            assert "choose-one" not in str(sent)
-
-
 def test_recipe_conversations_that_outlive_the_swap(tmp_path):
     title = "Conversations that outlive the swap"
     changes = ("/models/", f"{tmp_path}/"), ("[*]", f"[*]\njournal = {tmp_path}/journal")
@@ -10147,8 +10138,8 @@ def named_key(title, key):
     return re.search(rf"`({key} = [^`]*)`", section(title))[1] + "\n"
 
 
-def test_recipe_in_a_container(tmp_path):
-    image = recipe("In a container", "dockerfile")[0]
+def test_recipe_llmswap_in_a_container(tmp_path):
+    image = recipe("Docker and Podman", "dockerfile")[0]
     copied = re.search(r"COPY (.*) (/opt/llmswap/)\nWORKDIR /opt/llmswap\n", image)[1]
     assert copied.split() == ["llmswap.py", "models.ini"]
     shutil.copy(LLMSWAP, tmp_path)
@@ -10160,7 +10151,7 @@ def test_recipe_in_a_container(tmp_path):
     env = {**os.environ, "PATH": f"{path}:{os.environ['PATH']}"}
     with running(command, ("127.0.0.1", port), cwd=tmp_path, env=env):
         assert ask(port, "POST", CHAT, chat_body("a")).status == 200
-    compose = recipe("In a container", "yaml")[0]
+    compose = recipe("Docker and Podman", "yaml")[0]
     grace = int(re.search(r"stop_grace_period: (\d+)s", compose)[1])
     assert grace > llmswap.DRAIN_SECONDS
 
