@@ -804,6 +804,7 @@ def test_the_example_has_no_errors_and_no_warnings():
     (llmswap.ModelMisconfigured, (500, "model_unusable", None, False)),
     (llmswap.LoadFailed, (502, "model_start_failed", None, False)),
     (llmswap.LoadTimeout, (504, "model_load_timeout", None, False)),
+    (llmswap.LoopDetected, (508, "loop_detected", None, False)),
     (llmswap.BadRequest, (400, "invalid_request", None, None)),
 ])
 def test_an_error_says_whether_and_when_to_try_again(kind, told):
@@ -6122,6 +6123,25 @@ def test_the_proxy_key_is_sent_and_the_clients_is_not(machine):
         assert values == ["Bearer secret"]
 
 
+def test_a_proxy_may_lead_to_other_llmswaps_but_not_back(machine):
+    machine.on()
+    loop = "[far]\nproxy = {}\nconcurrency = 1\n"
+    with brisk(remote_ini(machine.port)) as inner, brisk(loop.format(inner.url)) as outer:
+        edge = {"Via": "1.0 edge"}.items()
+        headers = outer.ask("POST", "/echo", {"model": "far"}, edge).json()["headers"]
+        via = [value for name, value in headers if name.lower() == "via"]
+        assert via[0] == "1.0 edge" and len(set(via)) == len(via) == 3
+        for turn, target in enumerate((outer, inner), 1):  # itself, then each other
+            outer.reload(loop.format(target.url))
+            inner.reload(loop.format(outer.url))
+            for each in (outer, inner):
+                eventually(lambda: each.log().count("was read again") >= turn)
+            answer = outer.chat("far")
+            assert (answer.status, answer.json()["error"]["code"]) == (508, "loop_detected")
+            assert "far" in answer.message() and "`proxy`" in answer.message()
+            assert answer.headers["x-should-retry"] == "false"
+
+
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_a_sleeping_machine_is_woken_and_the_client_gets_its_answer(machine, is_stream):
     with ears() as (port, packets):
@@ -11239,7 +11259,7 @@ def test_requests_are_seen_opened_filtered_and_cancelled_by_keyboard(browser):
         for text in ("s1", "POST /v1/chat/completions", "cancelled by hand"):
             browser.until(shown(facts, text))
         server.chat("a")
-        browser.until(REQUEST.format(5, ""))
+        browser.until(REQUEST.format(5, "") + " !== null")
         assert browser.value(f"{facts}.checkVisibility()"), "it closed at an update"
         browser.value("$('only').focus()")
         browser.press("ArrowDown")
