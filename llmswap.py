@@ -8016,7 +8016,7 @@ _STYLE = r"""
   --sleeping: light-dark(#5a53c4, #a5a0f5); --failed: light-dark(#c0302b, #ff8a80);
 }
 * { box-sizing: border-box; margin: 0; }
-[hidden] { display: none !important; }
+[hidden], dl:empty { display: none !important; }
 body {
   max-width: 1360px; margin: 0 auto; padding: 0 24px 48px; overflow-wrap: anywhere;
   background: var(--ground); color: var(--ink); font-variant-numeric: tabular-nums;
@@ -8027,17 +8027,18 @@ h2 { font-size: 13px; margin: 0 0 8px 2px; }
 h3 { font-size: 15px; }
 h2, small, #totals, #link, #none, #stats, #thought, .about, .state, dt, .why pre, .by,
 .sum, ::placeholder { color: var(--soft); opacity: 1; }
-small, .about, .state, .request, #link, #stats, #budget { font-size: 13.5px; }
+small { font-weight: 400; margin-left: 3px; }
+small, .about, .state, .why p, .request, #link, #budget { font-size: 13.5px; }
 ul { list-style: none; padding: 0; overflow: hidden; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 .unseen { position: absolute; clip-path: inset(50%); }
 
-/* Buttons, fields, sheets */
 button, a, input, select, textarea {
   padding: 4px 12px; border: 1px solid var(--line); border-radius: 8px;
   font: inherit; color: inherit; background: var(--sheet);
 }
-button, a { font-size: 13.5px; cursor: pointer; text-decoration: none; }
+button, a {
+  font-size: 13.5px; cursor: pointer; text-decoration: none; white-space: nowrap;
+}
 button:hover, a:hover, input, select, textarea { border-color: var(--edge); }
 [aria-disabled=true] { opacity: .5; cursor: default; }
 .plain { padding-inline: 8px; border-color: transparent; background: none; }
@@ -8052,9 +8053,10 @@ pre {
   background: var(--ground); font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace;
 }
 
-/* The head; two columns: the models; prompt and requests */
-header { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 24px; }
-header { padding: 20px 0 16px; }
+header {
+  display: flex; flex-wrap: wrap; align-items: center; gap: 6px 20px;
+  padding: 20px 0 16px;
+}
 #totals { flex: 1; }
 #search { width: 200px; }
 #link::before { content: "\25cf\a0"; color: var(--loading); }
@@ -8072,8 +8074,8 @@ main section { margin-bottom: 26px; }
   overflow: hidden; white-space: nowrap;
   background: var(--sheet); border-left: 3px solid var(--loaded);
 }
+#budget :is(:first-child, :last-child) { color: var(--soft); border: 0; }
 #budget span:first-child { flex: none; width: 112px; }
-#budget :first-child, #budget :last-child { color: var(--soft); border: 0; }
 
 /* One model */
 .model, .request { --tone: var(--soft); border-top: 1px solid var(--line); }
@@ -8109,8 +8111,10 @@ progress { width: 100%; height: 8px; margin-top: 12px; accent-color: var(--loadi
 aside { padding-top: 27px; }
 .sheet { padding: 14px; margin-bottom: 16px; }
 .sheet > * + * { margin-top: 10px; }
-:is(.sheet, #log) h2 { display: flex; justify-content: space-between; color: inherit; }
-.sheet h2, #log h2 { align-items: center; margin: 0 0 10px; font-size: 15px; }
+.sheet h2, #log h2 {
+  display: flex; justify-content: space-between; align-items: center;
+  margin: 0 0 10px; color: inherit; font-size: 15px;
+}
 #only { width: auto; max-width: 60%; padding-block: 3px; font-weight: 400; }
 #recent { max-height: 50vh; overflow: auto; margin: 0 -14px -14px; }
 #recent:empty::before { content: "None yet"; padding: 14px; color: var(--soft); }
@@ -8128,16 +8132,13 @@ details dl div:last-child { flex-basis: 100%; white-space: pre-line; }
 #answer p { white-space: pre-wrap; }
 #thought { padding-left: 12px; border-left: 2px solid var(--line); }
 
-/* Dialogs */
 dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16px; }
-dialog { color: inherit; box-shadow: 0 12px 40px rgb(0 0 0 / .3); }
 #door form { display: grid; gap: 12px; }
 #log { width: 1000px; }
 #lines { height: 80vh; }
 
 @media (max-width: 900px) {
   body { padding: 0 14px 32px; }
-  header { gap: 6px 16px; }
   #totals, #search { order: 1; flex: 1 0 100%; }
   #link { margin-left: auto; }
   .columns { display: block; }
@@ -8257,12 +8258,10 @@ async function request(path, options = {}) {
     if (sent) headers.authorization = `Bearer ${sent}`;
     const answer = await fetch(path, {...options, headers, cache: "no-store"});
     if (answer.ok) return answer;
-    if (answer.status === 401) {
-      if (sent === key) await (keyEntered ||= askForKey());
-      continue;
-    }
     const body = await answer.json().catch(() => null);
-    throw new Error(body?.error?.message || `status ${answer.status}`);
+    const reason = body?.error?.message || `status ${answer.status}`;
+    if (answer.status !== 401) throw new Error(reason);
+    if (sent === key) await (keyEntered ||= askForKey());
   }
 }
 
@@ -8567,7 +8566,7 @@ function paintRequest(row, request) {
     path: `${request.method} ${request.path}`,
     waited: brief(request.waited),
     first_byte: brief(request.first_byte),
-    seconds: "",
+    seconds: "", // shown already
     tokens_per_second: speed(request.tokens_per_second),
   });
   const cancel = row.querySelector("button");
@@ -8849,16 +8848,11 @@ class RequestLog:
         each newest first."""
         now = time.monotonic()
         with self._lock:
-            running = [
-                {
-                    **row,
-                    "seconds": now - began,
-                    "first_byte": response.first_at and response.first_at - began,
-                }
-                for row, response, began in reversed(self._running.values())
-            ]
-            ended = [dict(zip(REQUEST_FIELDS, row)) for row in reversed(self._ended)]
-            return running + ended
+            rows = [dict(zip(REQUEST_FIELDS, row)) for row in reversed(self._ended)]
+            for row, response, began in self._running.values():
+                first_byte = response.first_at and response.first_at - began
+                rows.insert(0, {**row, "seconds": now - began, "first_byte": first_byte})
+            return rows
 
     def steps(self) -> int:
         """Return a number that grows when a request begins, is granted its model, is
@@ -8933,7 +8927,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise
         finally:
             self._count_request()
-        self._finish_request()
+        body, self.body, self.wire.on_timeout = self.body, None, self.head_timeout
+        if body is not None and self.reply.is_persistent:
+            with contextlib.suppress(APIError):  # what is left is too long
+                self.close_connection = not body.skip()
+        self.is_unread = body is None or not body.is_complete
 
     def _await_request(self):
         if self.wire.held:
@@ -8961,14 +8959,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.reply.is_for_anthropic = self.head.path.endswith("/v1/messages")
         self.body = Body(self.wire, self.head, self.config.settings.max_body)
         return True
-
-    def _finish_request(self):
-        """Read the rest of the body if it is short, so that another may follow."""
-        body, self.body, self.wire.on_timeout = self.body, None, self.head_timeout
-        if body is not None and self.reply.is_persistent:
-            with contextlib.suppress(APIError):
-                self.close_connection = not body.skip()
-        self.is_unread = body is None or not body.is_complete
 
     def _log_if_slow(self):
         seconds = (self.reply.first_at or self.began) - self.began
@@ -9016,7 +9006,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         )
 
     def _new_row(self, info):
-        """Return the request as /api/requests shows it."""
         head, is_tcp = self.head, isinstance(self.client_address, tuple)
         return dict(
             dict.fromkeys(REQUEST_FIELDS),
@@ -9034,10 +9023,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- answers ---------------------------------------------------------------------
 
     def _answer_error(self, error):
-        """Answer in whatever form is still possible."""
         self.error = error
-        if isinstance(error, SpokenTLS):
-            self.server.warn_of_tls()
+        if isinstance(error, SpokenTLS) and not self.server.has_warned_of_tls:
+            self.server.has_warned_of_tls = True
+            text = "a client speaks TLS here: its base URL must begin with http://"
+            self.server.log("warning", text)
         if not isinstance(error, APIError):  # the client's own OSErrors are caught
             kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
             error = APIError(f"{kind}{error}")
@@ -9197,12 +9187,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return action(self, rest.rstrip("/") if methods else rest)
         if routes and path not in MODEL_PATHS:
             raise MethodNotAllowed(f"{path} has no {self.head.method}")
-        self._check_base_url()
-        self.route_by_model()
-
-    def _check_base_url(self):
-        """Raise NotFound for paths of clients whose base URL is wrong."""
-        path, url = self.head.path, f"http://{self.head.get('host')}/v1"
+        url = f"http://{self.head.get('host')}/v1"
         if path.startswith("/v1/v1/"):
             text = f"{path}: the client's base URL has /v1 twice; set it to {url}"
             raise NotFound(text)
@@ -9211,6 +9196,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 f"{path} is Ollama's API; this is an OpenAI-compatible server: let the "
                 f"client use its OpenAI provider with the base URL {url}"
             )
+        self.route_by_model()
 
     def refuse_feature(self):
         raise FeatureDisabled("this feature is disabled")
@@ -9311,7 +9297,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         ]
 
     def get_requests(self):
-        """The requests in flight, then the last that ended, each newest first."""
         name, limit = self.head.parameter("model"), self.head.parameter("limit")
         if limit is not None and not re.fullmatch("[0-9]{1,9}", limit):
             raise BadRequest(f"limit: {limit!r} is not a whole number", "limit")
@@ -9331,20 +9316,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json({"success": True})
 
     def post_load(self):
-        if not self.pool.load(self._model_of_body()):
-            raise BadRequest("model is already running")
-        self._send_json({"success": True})
+        self._change_model(self.pool.load, "model is already running")
 
     def post_unload(self):
-        if not self.pool.unload(self._model_of_body()):
-            raise BadRequest("model is not running")
-        self._send_json({"success": True})
+        self._change_model(self.pool.unload, "model is not running")
 
-    def _model_of_body(self):
+    def _change_model(self, change, refusal):
         name = find_model(self.body, "application/json").model
         if name is None:
             raise BadRequest("model name is missing from the request", "model")
-        return self._resolve(name)
+        if not change(self._resolve(name)):
+            raise BadRequest(refusal)
+        self._send_json({"success": True})
 
     def _resolve(self, name):
         return self.config.resolve(name[:NAME_LIMIT])
@@ -9531,7 +9514,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return False
 
     def _prepare_waiting(self, model, target, info):
-        """Choose between comments and notices for a client that waits."""
         notice = model.settings.loading_notice
         is_stream = self.head.method == "POST" and info.members.get("stream") is True
         self.reply.wants_events = is_stream and notice != "off"
@@ -9564,7 +9546,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             yield _as_event({**chunk, "choices": [choice]})
 
     def _upstream_request(self, model, target, info):
-        """Return the request as the backend is to get it."""
         body, length, settings = self.body, self.body.length, model.settings
         if OUR_NAME in ", ".join(self.head.all("via")):
             text = f"the request for {model.name} has come back to llmswap"
@@ -9893,10 +9874,16 @@ class Server(http.server.ThreadingHTTPServer):
         self.requests = RequestLog()
         self.born = int(time.time())
         self.is_closing = False
-        self.max_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limit = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
+        limit = max(soft, min(limit, MAX_DESCRIPTORS))
+        with contextlib.suppress(OSError, ValueError):  # macOS allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            soft = limit
+        self.max_connections = min(MAX_CONNECTIONS, soft // 2)
         self._active_at = time.monotonic()
         self._connections, self._idle_connections = set(), set()
-        self._is_paused = self._has_warned_of_tls = False
+        self._is_paused = self.has_warned_of_tls = False
         self._thread = None
         for sock in sockets:
             sock.setblocking(False)
@@ -9966,13 +9953,6 @@ class Server(http.server.ThreadingHTTPServer):
         """Log the traceback of a bug. The caller closes the connection."""
         self.log("error", f"bug in llmswap:\n{traceback.format_exc()}")
 
-    def warn_of_tls(self):
-        """Log, once, that a client speaks TLS to a port that does not."""
-        if not self._has_warned_of_tls:
-            self._has_warned_of_tls = True
-            text = "a client speaks TLS here: its base URL must begin with http://"
-            self.log("warning", text)
-
     @contextlib.contextmanager
     def idling(self, connection: socket.socket):
         """In this block `stop` may close the connection, which waits for a request."""
@@ -10024,16 +10004,6 @@ def refuse_connection(connection: socket.socket, reason: str):
     with contextlib.suppress(ClientDisconnected):
         reply = ClientResponse(connection, None, [])
         reply.answer(503, headers, _dump(error_body(APIError(reason))))
-
-
-def raise_descriptor_limit() -> int:
-    """Raise our soft limit of descriptors to the hard one; return it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    is_unlimited = hard == resource.RLIM_INFINITY
-    limit = MAX_DESCRIPTORS if is_unlimited else min(hard, MAX_DESCRIPTORS)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 # -- listening -------------------------------------------------------------------------
@@ -10627,7 +10597,6 @@ class Application:
             self.log("warning", text)
 
     def _await_end(self):
-        """Wait for a signal to end or an idle exit; return what to log of it."""
         while True:
             number = self._next_signal(self._until_idle_exit())
             if number == signal.SIGHUP:
@@ -10700,7 +10669,6 @@ class Application:
         return max(0.0, max(since) + limit - time.monotonic())
 
     def _idle_command_loop(self):
-        """Run the idle-command whenever no request came for `idle-command-after`."""
         last_run = -math.inf
         while not self.server.is_closing:
             settings, idle_since = self._config.settings, self.pool.idle_since()
