@@ -199,6 +199,9 @@ class QueueTimeout(APIError):
 class ModelUnloaded(APIError):
     status, code, may_retry = 503, "model_unloaded", False
 
+class LoopDetected(APIError):
+    status, code, may_retry = 508, "loop_detected", False
+
 class ShuttingDown(APIError):
     status, code, retry_after = 503, "shutting_down", 5
 
@@ -7893,8 +7896,6 @@ def speed_of(usage: Usage, seconds: float) -> Optional[float]:
 # -- Prometheus ------------------------------------------------------------------------
 
 METRICS_TYPE = ("content-type", "text/plain; version=0.0.4; charset=utf-8")
-
-
 # Kind; field of ModelStatus (gauges) or name in Metrics.counts; name after `llmswap_`;
 # help.
 METRICS = (
@@ -7905,27 +7906,21 @@ METRICS = (
     ("gauge", "context", "context_bytes", "Saved contexts of a model."),
     ("gauge", "progress", "load_progress_ratio", "Progress of a load, if known."),
     ("gauge", "tokens_per_second", "last_tokens_per_second", "Speed of last answer."),
-    ("counter", "requests", "requests_total",
-     "Requests by model (empty: not found) and status (499: the client left)."),
+    ("counter", "requests", "requests_total", "Requests; 499: the client left."),
     ("counter", "tokens_in", "prompt_tokens_total", "Prompt tokens, as reported."),
     ("counter", "tokens_out", "completion_tokens_total", "New tokens, as reported."),
-    ("counter", "tokens_cached", "prompt_tokens_cached_total",
-     "Prompt tokens that needed no processing, as reported."),
+    ("counter", "tokens_cached", "prompt_tokens_cached_total", "Those reused."),
     ("counter", "bytes_in", "request_bytes_total", "Bytes of request bodies."),
     ("counter", "bytes_out", "response_bytes_total", "Bytes of response bodies."),
     ("counter", "swaps", "swaps_total", "Loads for which a model was evicted."),
-    ("counter", "stops", "stops_total",
-     "Stops by cause: evicted, idle, unload, reload, abandoned, shutdown."),
+    ("counter", "stops", "stops_total", "Stops by cause."),
     ("counter", "failures", "failures_total", "Runs that ended unexpectedly."),
-    ("counter", "context_tokens", "context_tokens_total",
-     "Tokens of contexts: saved, restored."),
-    ("counter", "context_seconds", "context_seconds_saved_total",
-     "Prompt processing spared by restored contexts, first answers only."),
-    ("histogram", "durations", "request_duration_seconds",
-     "Time from a request's first byte to the end of its answer."),
+    ("counter", "context_tokens", "context_tokens_total", "Of contexts, by action."),
+    ("counter", "context_seconds", "context_seconds_saved_total", "Time spared."),
+    ("histogram", "durations", "request_duration_seconds", "Time of whole requests."),
     ("histogram", "waits", "request_wait_seconds", "Time waiting for the model."),
     ("histogram", "loads", "load_duration_seconds", "Time until a model is ready."),
-)  # fmt: skip
+)
 LABELS = {
     "requests": ("model", "status"),
     "swaps": (),
@@ -7957,13 +7952,12 @@ def _process_metrics(report):
     """Yield kind, name, help, and samples: a suffix of the name, labels, a number."""
     build = {"version": report.version, "python": "{}.{}.{}".format(*sys.version_info)}
     yield "gauge", "llmswap_build_info", "Version of llmswap.", [("", build, 1)]
-    memory = memory_of(os.getpid()).get("VmRSS")
-    for kind, name, text, number in (
-        ("gauge", "start_time_seconds", "Start, in Unix time.", report.born),
-        ("counter", "cpu_seconds_total", "CPU time of llmswap.", time.process_time()),
-        ("gauge", "resident_memory_bytes", "Memory of llmswap.", memory),
+    for kind, name, number in (
+        ("gauge", "process_start_time_seconds", report.born),
+        ("counter", "process_cpu_seconds_total", time.process_time()),
+        ("gauge", "process_resident_memory_bytes", memory_of(os.getpid()).get("VmRSS")),
     ):
-        yield kind, f"process_{name}", text, [("", {}, number)]
+        yield kind, name, "Of llmswap itself.", [("", {}, number)]
 
 
 def _model_metrics(report):
@@ -8015,190 +8009,141 @@ _STYLE = r"""
 :root {
   color-scheme: light dark;
   --ground: light-dark(#f4f4f1, #111315); --sheet: light-dark(#fff, #191c1f);
-  --well: light-dark(#f8f8f6, #131517); --line: light-dark(#e4e3de, #2b2f33);
-  --edge: light-dark(#8f8e87, #6b7279); --ink: light-dark(#1b1d20, #e7e8ea);
-  --soft: light-dark(#61656b, #9ba1a8); --accent: light-dark(#1f5fd6, #82aaff);
-  --on-accent: light-dark(#fff, #0d1626); --loaded: light-dark(#14804f, #4fc78d);
-  --loading: light-dark(#8f5b00, #e0ad4a); --sleeping: light-dark(#5a53c4, #a5a0f5);
-  --failed: light-dark(#c0302b, #ff8a80);
+  --line: light-dark(#e4e3de, #2b2f33); --edge: light-dark(#8f8e87, #6b7279);
+  --ink: light-dark(#1b1d20, #e7e8ea); --soft: light-dark(#61656b, #9ba1a8);
+  --accent: light-dark(#1f5fd6, #82aaff); --on-accent: light-dark(#fff, #0d1626);
+  --loaded: light-dark(#14804f, #4fc78d); --loading: light-dark(#8f5b00, #e0ad4a);
+  --sleeping: light-dark(#5a53c4, #a5a0f5); --failed: light-dark(#c0302b, #ff8a80);
 }
 * { box-sizing: border-box; margin: 0; }
-[hidden], div:has(> dd[hidden]) { display: none !important; }
+[hidden], dl:empty { display: none !important; }
 body {
-  max-width: 1360px; margin: 0 auto; padding: 0 24px 48px;
+  max-width: 1360px; margin: 0 auto; padding: 0 24px 48px; overflow-wrap: anywhere;
   background: var(--ground); color: var(--ink); font-variant-numeric: tabular-nums;
   font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-  -webkit-text-size-adjust: 100%;
 }
-h1, h2, h3, b { font-weight: 600; }
-p, h2, h3, pre { overflow-wrap: anywhere; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+h1 { font-size: 19px; }
+h2 { font-size: 13px; margin: 0 0 8px 2px; }
+h3 { font-size: 15px; }
+h2, small, #totals, #link, #none, #stats, #thought, .about, .state, dt, .why pre, .by,
+.sum, ::placeholder { color: var(--soft); opacity: 1; }
+small { font-weight: 400; margin-left: 3px; }
+small, .about, .state, .why p, .request, #link, #budget { font-size: 13.5px; }
+ul { list-style: none; padding: 0; overflow: hidden; }
 .unseen { position: absolute; clip-path: inset(50%); }
 
-/* The head: totals, and whether the snapshots arrive */
-header, h1 { display: flex; align-items: center; }
-header { flex-wrap: wrap; gap: 4px 28px; padding: 22px 0 18px; }
-h1 { gap: 10px; font-size: 19px; }
-#totals { flex: 1; color: var(--soft); }
-#none b { color: var(--ink); }
-#search { width: 200px; padding-block: 5px; }
-#link { color: var(--soft); font-size: 13px; }
-#link::before {
-  content: ""; display: inline-block; width: 7px; height: 7px; margin-right: 7px;
-  border-radius: 50%; background: var(--loading); vertical-align: 1px;
-}
-#link.live::before { background: var(--loaded); }
-header .plain { margin-right: -8px; }
-
-/* Buttons, fields, sheets */
-button, .button, input, select, textarea {
+button, a, input, select, textarea {
+  padding: 4px 12px; border: 1px solid var(--line); border-radius: 8px;
   font: inherit; color: inherit; background: var(--sheet);
-  border: 1px solid var(--line); border-radius: 8px;
 }
-button, .button {
-  padding: 4px 12px; font-size: 13.5px; line-height: 1.5; cursor: pointer;
-  text-decoration: none; white-space: nowrap;
+button, a {
+  font-size: 13.5px; cursor: pointer; text-decoration: none; white-space: nowrap;
 }
-button:hover, .button:hover, input, select, textarea { border-color: var(--edge); }
+button:hover, a:hover, input, select, textarea { border-color: var(--edge); }
 [aria-disabled=true] { opacity: .5; cursor: default; }
-.plain {
-  padding: 4px 8px; border-color: transparent; background: none; font-weight: 400;
-}
-.plain:not(:hover) { color: var(--soft); }
+.plain { padding-inline: 8px; border-color: transparent; background: none; }
 .main { background: var(--accent); color: var(--on-accent); font-weight: 600; }
-input, select, textarea { width: 100%; padding: 8px 11px; }
-::placeholder { color: var(--soft); opacity: 1; }
+input, select, textarea { width: 100%; padding-block: 8px; }
 textarea { display: block; resize: vertical; min-height: 76px; }
-.sheet, main ul, #none, dialog, #notice {
+main ul, .sheet, #none, dialog {
   background: var(--sheet); border: 1px solid var(--line); border-radius: 14px;
 }
 pre {
-  overflow: auto; white-space: pre-wrap; background: var(--well);
-  font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace;
+  overflow: auto; padding: 10px 12px; border-radius: 8px; white-space: pre-wrap;
+  background: var(--ground); font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace;
 }
 
-/* Two columns: the models; prompt and requests */
+header {
+  display: flex; flex-wrap: wrap; align-items: center; gap: 6px 20px;
+  padding: 20px 0 16px;
+}
+#totals { flex: 1; }
+#search { width: 200px; }
+#link::before { content: "\25cf\a0"; color: var(--loading); }
+#link.live::before { color: var(--loaded); }
 .columns {
   display: grid; grid-template-columns: minmax(0, 1fr) minmax(340px, 420px);
   gap: 28px; align-items: start;
 }
 main section { margin-bottom: 26px; }
-ul { list-style: none; padding: 0; overflow: hidden; }
-h2 { font-size: 13px; color: var(--soft); margin: 0 0 8px 2px; }
-h2 span { font-weight: 400; margin-left: 4px; }
-#problem { margin: 12px; color: var(--tone); white-space: pre-wrap; }
-#none { padding: 72px 24px; text-align: center; color: var(--soft); }
-#none b { display: block; font-size: 17px; margin-bottom: 6px; }
-
-/* The budget, and what holds it */
-#budget p { display: flex; margin: 0 0 10px; font-size: 13px; }
+#problem { margin: 12px; color: var(--failed); white-space: pre-wrap; }
+#none { padding: 72px 24px; text-align: center; }
+#budget p { display: flex; margin-bottom: 10px; }
 #budget span {
   flex: 0 1 0; min-width: 0; padding: 2px 0 2px 8px;
   overflow: hidden; white-space: nowrap;
   background: var(--sheet); border-left: 3px solid var(--loaded);
 }
+#budget :is(:first-child, :last-child) { color: var(--soft); border: 0; }
 #budget span:first-child { flex: none; width: 112px; }
-#budget :first-child, #budget :last-child { color: var(--soft); border: 0; }
 
 /* One model */
-.model, .request { --tone: var(--soft); }
+.model, .request { --tone: var(--soft); border-top: 1px solid var(--line); }
 .model {
-  padding: 13px 14px 14px 18px;
   display: grid; grid-template-columns: 12px minmax(0, 1fr) auto auto;
-  gap: 0 14px; align-items: baseline;
+  gap: 0 14px; align-items: baseline; padding: 13px 14px 14px 18px;
 }
-.model + .model { border-top: 1px solid var(--line); }
+main li:first-child { border: 0; }
 .loaded { --tone: var(--loaded); }
 .loading, .unloading { --tone: var(--loading); }
 .sleeping { --tone: var(--sleeping); }
 .failed, .unusable { --tone: var(--failed); }
 .dot { width: 10px; height: 10px; border: 2px solid var(--tone); border-radius: 50%; }
-.loaded .dot, .failed .dot { background: var(--tone); }
-.broken .dot { border-radius: 2px; }
-.loading .dot, .unloading .dot {
+:is(.loaded, .failed) .dot { background: var(--tone); }
+:is(.loading, .unloading) .dot {
   border-right-color: transparent; animation: turn 1.1s linear infinite;
 }
 @keyframes turn { to { transform: rotate(1turn); } }
 @media (prefers-reduced-motion: reduce) { .dot { animation: none !important; } }
-h3 { font-size: 15px; }
-h3 small { font-size: 13px; font-weight: 400; color: var(--soft); margin-left: 8px; }
-.about, .state, .why p { color: var(--soft); font-size: 13.5px; }
-.state { text-align: right; }
-.state b { color: var(--tone); margin-right: .35em; }
-.unusable .state { grid-column: 3 / -1; margin-right: -.35em; }
-.acts { display: flex; gap: 2px; align-items: center; }
+.state b, .failed .sum, .why p, #error { color: var(--tone, var(--failed)); }
+.acts { display: flex; align-items: center; }
 .acts :last-child { margin-left: 6px; min-width: 88px; }
-.acts :last-child[hidden] { display: block !important; visibility: hidden; }
 .model > dl, .why, progress { grid-column: 2 / -1; }
-dl { display: flex; flex-wrap: wrap; gap: 0 24px; }
-dl div { min-width: 100px; margin-top: 10px; }
-dt { font-size: 12px; color: var(--soft); }
+dl { display: flex; flex-wrap: wrap; gap: 10px 24px; padding-top: 10px; }
+dl div { min-width: 100px; }
+dt { font-size: 12px; }
+dt::first-letter { text-transform: uppercase; }
 progress { width: 100%; height: 8px; margin-top: 12px; accent-color: var(--loading); }
-.why p, #error { margin-top: 6px; color: var(--failed); }
-.why pre {
-  max-height: 24em; margin-top: 8px; padding: 10px 12px; color: var(--soft);
-  border: 1px solid var(--line); border-radius: 8px;
-}
+.why p { margin: 6px 0 8px; }
+.why pre { max-height: 24em; border: 1px solid var(--line); }
 
 /* Prompt and requests */
-aside {
-  position: sticky; top: 16px; display: flex; flex-direction: column; gap: 16px;
-  max-height: calc(100vh - 92px); padding-top: 27px;
+aside { padding-top: 27px; }
+.sheet { padding: 14px; margin-bottom: 16px; }
+.sheet > * + * { margin-top: 10px; }
+.sheet h2, #log h2 {
+  display: flex; justify-content: space-between; align-items: center;
+  margin: 0 0 10px; color: inherit; font-size: 15px;
 }
-aside .sheet, #answer { display: flex; flex-direction: column; gap: 10px; }
-aside .sheet { padding: 14px; }
-:is(aside, #log) h2 { display: flex; align-items: center; margin: 0; font-weight: 400; }
-:is(aside, #log) h2 span {
-  flex: 1; margin: 0; color: var(--ink); font-weight: 600; font-size: 15px;
-}
-#prompt { flex: none; }
-#requests { min-height: 130px; padding-bottom: 0; }
-#only { width: auto; max-width: 60%; padding: 3px 8px; font-size: 13.5px; }
-#recent { overflow: auto; margin: 0 -14px; }
-#recent:empty::before { content: "None yet"; padding: 0 14px; color: var(--soft); }
-.request {
-  display: flex; gap: 10px; align-items: baseline;
-  padding: 8px 14px 9px; border-top: 1px solid var(--line); font-size: 13.5px;
-}
+#only { width: auto; max-width: 60%; padding-block: 3px; font-weight: 400; }
+#recent { max-height: 50vh; overflow: auto; margin: 0 -14px -14px; }
+#recent:empty::before { content: "None yet"; padding: 14px; color: var(--soft); }
+.request { display: flex; gap: 10px; align-items: baseline; padding: 8px 14px 9px; }
 .request:not(.loading, .failed) .dot { visibility: hidden; }
-details { flex: 1; min-width: 0; overflow-wrap: anywhere; }
+details { flex: 1; min-width: 0; }
 summary { display: flex; flex-wrap: wrap; gap: 0 8px; cursor: pointer; }
 summary::after { content: "\203a" / ""; color: var(--soft); }
 [open] summary::after { rotate: 90deg; }
-[data-text=by] { flex: 1; overflow-wrap: break-word; }
-[data-text=sum] { flex-basis: 100%; order: 1; }
-details:not([open]) [data-text=sum] { max-height: 2.9em; overflow: hidden; }
-[data-text=by], [data-text=sum] { color: var(--soft); }
-.failed [data-text=sum] { color: var(--tone); }
-details dl { padding-bottom: 4px; white-space: pre-line; }
-details dl div:last-child { flex-basis: 100%; grid-column: 1 / -1; }
+.by { flex: 1; overflow-wrap: break-word; }
+.sum { flex-basis: 100%; order: 1; }
+details:not([open]) .sum { max-height: 2.9em; overflow: hidden; }
+details dl div:last-child { flex-basis: 100%; white-space: pre-line; }
 .send { display: flex; gap: 8px; }
-.send button { padding-inline: 18px; }
-#stats { color: var(--soft); font-size: 13px; }
-#answer { max-height: 40vh; overflow: auto; }
 #answer p { white-space: pre-wrap; }
-#thought { padding-left: 12px; border-left: 2px solid var(--line); color: var(--soft); }
+#thought { padding-left: 12px; border-left: 2px solid var(--line); }
 
-/* Above all */
-dialog, #notice { color: var(--ink); box-shadow: 0 12px 40px rgb(0 0 0 / .3); }
-dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 22px; }
-dialog form { display: grid; gap: 12px; }
-#log { width: 1000px; padding: 14px; }
-#lines { height: 80vh; padding: 10px 12px; border-radius: 8px; }
-#notice {
-  position: fixed; z-index: 1; inset: auto 16px 20px; margin: auto; width: fit-content;
-  max-width: 560px; max-height: 50vh; overflow: auto; padding: 11px 16px;
-  font-size: 14px; white-space: pre-wrap; cursor: pointer;
-}
+dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16px; }
+#door form { display: grid; gap: 12px; }
+#log { width: 1000px; }
+#lines { height: 80vh; }
 
 @media (max-width: 900px) {
   body { padding: 0 14px 32px; }
-  header { padding: 16px 2px 18px; gap: 6px 16px; }
-  #totals { order: 3; flex-basis: 100%; gap: 2px 16px; }
+  #totals, #search { order: 1; flex: 1 0 100%; }
   #link { margin-left: auto; }
-  #search { order: 4; width: 100%; margin-top: 6px; }
   .columns { display: block; }
-  aside { position: static; padding: 0; max-height: none; }
+  aside { padding: 0; }
+  #recent { max-height: none; }
   input, select, textarea, #only { font-size: 16px; }
 }
 @media (max-width: 620px) {
@@ -8210,7 +8155,7 @@ dialog form { display: grid; gap: 12px; }
   .rest [data-do=log] { display: none; }
   h3 small { display: block; margin: 0; }
   dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)); }
-  button, .button { padding-block: 6px; }
+  details dl div:last-child { grid-column: 1 / -1; }
 }
 """
 
@@ -8218,7 +8163,7 @@ _SCRIPT = r"""
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const rows = new Map(); // id of a model -> its element
+const rows = new Map(); // id of a model, or number of a request -> its element
 let snapshot = null; // the last one, which came at snapshotAt
 let snapshotAt = 0;
 
@@ -8228,32 +8173,36 @@ const join = (parts, by = " · ") => parts.filter(Boolean).join(by);
 const speed = (n) => n && `${n < 10 ? n.toFixed(1) : Math.round(n)} tok/s`;
 const count = (n) => (n < 1000 ? `${n}` : `${(n / 1000).toFixed(n < 99950 ? 1 : 0)}k`);
 
+const requests = ({running, waiting}) =>
+  join([running && `${running} running`, waiting && `${waiting} waiting`], ", ");
+
 function bytes(n) {
   const gib = n / 2 ** 30;
   return n && (gib >= 1 ? `${gib.toFixed(1)} GiB` : `${Math.round(gib * 1024)} MiB`);
 }
 
-function duration(seconds, isExact) {
+function duration(seconds) {
   const s = Math.max(0, Math.round(seconds));
   const [m, h] = [Math.floor(s / 60), Math.floor(s / 3600)];
   if (m < 1) return `${s} s`;
-  if (h < 1) return isExact ? `${m} min ${s % 60} s` : `${m} min`;
+  if (h < 1) return `${m} min ${s % 60} s`;
   return h < 48 ? `${h} h ${m % 60} min` : `${Math.floor(h / 24)} d ${h % 24} h`;
 }
 
 function brief(seconds) {
+  if (seconds === null) return "";
   if (seconds < 0.9995) return `${Math.round(seconds * 1000)} ms`;
-  return seconds < 9.95 ? `${seconds.toFixed(1)} s` : duration(seconds, true);
+  return seconds < 9.95 ? `${seconds.toFixed(1)} s` : duration(seconds);
 }
 
 // ---- Elements: an empty one is hidden; an equal text is kept, with its selection ----
 
-function make(tag, text = "") {
-  return Object.assign(document.createElement(tag), {textContent: text});
-}
+const show = (element, isShown) => { element.hidden = !isShown; };
 
-function show(element, isShown) {
-  element.hidden = !isShown;
+function make(tag, ...children) {
+  const element = document.createElement(tag);
+  element.append(...children);
+  return element;
 }
 
 function put(element, text) {
@@ -8267,20 +8216,17 @@ function fill(element, texts) {
   }
 }
 
-function rowOf(rows, template, id) {
+function paintRows(ul, template, items, paintRow) {
   const {firstElementChild} = $(template).content;
-  if (!rows.has(id)) rows.set(id, firstElementChild.cloneNode(true));
-  rows.get(id).dataset.id = id;
-  return rows.get(id);
-}
-
-function keepOnly(rows, items) {
-  const ids = new Set(items.map(({id}) => id));
-  for (const [id, row] of rows) if (!ids.has(id)) row.remove(), rows.delete(id);
-}
-
-function place(ul, rows) {
-  rows.forEach((row, at) => {
+  const wanted = items.map((item) => {
+    if (!rows.has(item.id)) rows.set(item.id, firstElementChild.cloneNode(true));
+    const row = rows.get(item.id);
+    row.dataset.id = item.id;
+    paintRow(row, item);
+    return row;
+  });
+  for (const row of [...ul.children]) if (!wanted.includes(row)) row.remove();
+  wanted.forEach((row, at) => {
     if (row !== ul.children[at]) ul.insertBefore(row, ul.children[at]);
   });
 }
@@ -8293,17 +8239,17 @@ function offer(select, ids, ...first) {
   if (ids.includes(before)) select.value = before;
 }
 
-function append(text, target, scroller, most = Infinity) {
-  const {scrollTop, clientHeight, scrollHeight} = scroller;
-  target.hidden = false;
-  target.append(text);
-  while (target.childNodes.length > most) target.firstChild.remove();
-  if (scrollTop + clientHeight > scrollHeight - 24) scroller.scrollTop = scrollHeight;
+function paintFacts(dl, facts) {
+  const shown = Object.entries(facts).filter(([, fact]) => fact);
+  if (dl.dataset.shown === `${shown}`) return;
+  dl.dataset.shown = shown;
+  dl.replaceChildren(...shown.map(([name, fact]) =>
+    make("div", make("dt", name.replaceAll("_", " ")), make("dd", fact))));
 }
 
-// ---- Requests; the API key is asked for once ----
+// ---- HTTP; the API key is asked for once ----
 
-let key = sessionStorage.getItem("llmswap-key") || "";
+let key = sessionStorage.getItem("llmswap-key");
 let keyEntered = null; // a promise, while a key is asked for
 
 async function request(path, options = {}) {
@@ -8312,34 +8258,22 @@ async function request(path, options = {}) {
     if (sent) headers.authorization = `Bearer ${sent}`;
     const answer = await fetch(path, {...options, headers, cache: "no-store"});
     if (answer.ok) return answer;
-    if (answer.status !== 401) throw new Error(await reason(answer));
+    const body = await answer.json().catch(() => null);
+    const reason = body?.error?.message || `status ${answer.status}`;
+    if (answer.status !== 401) throw new Error(reason);
     if (sent === key) await (keyEntered ||= askForKey());
   }
 }
 
-function askForKey() {
+async function askForKey() {
   if (key) put($("door-text"), "That key was not accepted.");
   showLink("needs a key");
   $("key").value = "";
   $("door").showModal();
-  return new Promise((resolve) => {
-    $("door").onclose = () => {
-      if (!$("key").value) return $("door").showModal();
-      key = $("key").value;
-      sessionStorage.setItem("llmswap-key", key);
-      keyEntered = null;
-      resolve();
-    };
-  });
-}
-
-async function reason(answer) {
-  const text = await answer.text();
-  try {
-    return JSON.parse(text).error.message;
-  } catch {
-    return text.slice(0, 500) || `status ${answer.status}`;
-  }
+  await new Promise((resolve) => { $("door").onclose = resolve; });
+  key = $("key").value;
+  sessionStorage.setItem("llmswap-key", key);
+  keyEntered = null;
 }
 
 function post(path, value, signal) {
@@ -8369,6 +8303,7 @@ async function* events(answer) {
 // ---- Snapshots: one stream, while the page is visible ----
 
 const pause = (ms) => new Promise((done) => setTimeout(done, ms));
+const age = () => (Date.now() - snapshotAt) / 1000;
 let stream = new AbortController();
 let lastByteAt = Date.now();
 
@@ -8378,34 +8313,30 @@ function showLink(text) {
 }
 
 async function followSnapshots() {
-  for (let delay = 250; ; delay = Math.min(2 * delay, 4000)) {
+  for (;; await pause(1000)) {
+    if (document.hidden) continue;
     try {
       stream = new AbortController();
       const headers = {accept: "text/event-stream"};
       const answer = await request("/", {headers, signal: stream.signal});
       recentKey = "";
-      for await (const data of events(answer)) {
-        delay = 250;
-        showLink("live");
-        take(JSON.parse(data));
-      }
-    } catch { /* reconnect */ }
-    if (!document.hidden) showLink("reconnecting");
-    do await pause(delay); while (document.hidden);
+      for await (const data of events(answer)) take(JSON.parse(data));
+    } catch { /* connect again */ }
+    showLink("reconnecting");
   }
 }
 
 function take(next) {
   const before = new Map(snapshot?.models.map(({id, state}) => [id, state]));
+  [snapshot, snapshotAt] = [next, Date.now()];
   for (const model of next.models) {
-    model.state = stateOf(model);
-    const isNew = before.has(model.id) && before.get(model.id) !== model.state;
-    if (isNew) put($("live-region"), `${model.id} ${model.state}`);
+    if (model.unusable) model.state = "unusable";
+    else if (model.state === "unloaded" && model.failure) model.state = "failed";
+    const text = `${model.id} ${model.state}`, old = before.get(model.id);
+    if (old && old !== model.state) put($("live-region"), text);
   }
-  snapshot = next;
-  snapshotAt = Date.now();
+  showLink("live");
   paint();
-  fetchRequests();
 }
 
 document.addEventListener("visibilitychange", () => {
@@ -8416,30 +8347,37 @@ setInterval(() => {
   if (snapshot && !document.hidden) paint(), fetchRequests();
 }, 1000);
 
-function stateOf(model) {
-  if (model.unusable) return "unusable";
-  return model.state === "unloaded" && model.failure ? "failed" : model.state;
-}
-
 // ---- The page ----
 
 const groups = {unusable: "broken", failed: "broken", unloaded: "rest"};
-const groupOf = (model) => groups[model.state] || "held";
+const groupOf = ({state}) => groups[state] || "held";
 
 function paint() {
-  const {models} = snapshot, age = (Date.now() - snapshotAt) / 1000;
+  const {models} = snapshot, own = models.filter(({shares}) => !shares);
   const focused = document.activeElement;
-  keepOnly(rows, models);
-  for (const model of models) paintModel(model, age);
-  paintBudget(snapshot);
-  for (const name of ["held", "broken", "rest"]) paintGroup(name);
-  paintRequests();
+  paintModels(models);
+  paintRows($("recent"), "request-row", recent, paintRequest);
+  for (const [id, row] of rows) if (!row.isConnected) rows.delete(id);
   keepFocus(focused);
   show($("none"), !models.length);
   put($("problem"), snapshot.problem);
   show($("search"), models.length > 12);
-  paintTotals(models);
-  paintChoice();
+  paintTotals(own);
+  paintBudget(own);
+  paintPrompt(models);
+}
+
+function paintModels(models) {
+  const sought = $("search").value.trim().toLowerCase();
+  const found = models.filter(({id, aliases, description}) =>
+    join([id, ...aliases, description]).toLowerCase().includes(sought));
+  for (const section of document.querySelectorAll("main section")) {
+    const [heading, ul] = section.children;
+    const group = found.filter((model) => groupOf(model) === section.className);
+    paintRows(ul, "model-row", group, paintModel);
+    put(heading.lastElementChild, group.length);
+    show(section, group.length);
+  }
 }
 
 function keepFocus(focused) { // a row that moved has lost it, a hidden button will
@@ -8448,130 +8386,95 @@ function keepFocus(focused) { // a row that moved has lost it, a hidden button w
   if (target !== document.activeElement) target?.focus({preventScroll: true});
 }
 
-function matchesSearch(model) {
-  const text = join([model.id, ...model.aliases, model.description]).toLowerCase();
-  return text.includes($("search").value.trim().toLowerCase());
-}
-
-function paintGroup(name) {
-  const section = document.querySelector(`.${name}`), ul = section.lastElementChild;
-  const models = snapshot.models.filter((model) => groupOf(model) === name);
-  place(ul, models.map(({id}) => rows.get(id)));
-  const shown = models.filter(matchesSearch).length;
-  put(section.querySelector("span"), shown);
-  show(section, shown);
-}
-
-function paintTotals(models) {
-  const own = models.filter(({shares}) => !shares);
+function paintTotals(own) {
   const total = (name) => own.reduce((sum, model) => sum + (model[name] || 0), 0);
   const [rss, vram] = [total("rss"), total("vram")];
-  const [running, waiting] = [total("running"), total("waiting")];
   const names = own.filter(({state}) => state === "loaded").map(({id}) => id);
   put($("totals"), join([
-    `${names.length} of ${models.length} loaded`,
-    (running || waiting) && requests(running, waiting),
+    `${names.length} of ${snapshot.models.length} loaded`,
+    requests({running: total("running"), waiting: total("waiting")}),
     rss && `${bytes(rss)} memory`,
     vram && `${bytes(vram)} VRAM`,
   ]));
   document.title = join([...names, "llmswap"]);
 }
 
-function paintBudget({budget, models}) {
-  const own = models.filter(({shares}) => !shares);
-  $("budget").replaceChildren(...Object.entries(budget).map(([name, size]) => {
-    const parts = own.map(({id, holds}) => [id, holds[name] || 0]);
-    const free = parts.reduce((left, [, amount]) => left - amount, size);
-    const bar = document.createElement("p");
-    bar.append(...[[name, size], ...parts, ["free", free]].map(([text, amount]) => {
-      const part = document.createElement("span");
+function paintBudget(own) {
+  $("budget").replaceChildren(...Object.entries(snapshot.budget).map(([name, size]) => {
+    const held = own.map(({id, holds}) => [id, holds[name] || 0]);
+    const free = held.reduce((left, [, amount]) => left - amount, size);
+    const parts = [[name, size], ...held, ["free", free]];
+    return make("p", ...parts.map(([text, amount]) => {
+      const part = make("span", `${text} ${bytes(amount)}`);
+      part.title = part.textContent;
       part.style.flexGrow = amount / size;
-      part.textContent = part.title = `${text} ${bytes(amount)}`;
       show(part, amount > 0);
       return part;
     }));
-    return bar;
   }));
 }
 
-function paintModel(model, age) {
-  const row = rowOf(rows, "model-row", model.id), {state, shares} = model;
-  const kind = {remote: "remote", unit: "systemd unit"}[model.kind];
+function paintModel(row, model) {
+  const {state, shares, unload_in: left, context_seconds: spared} = model;
   const failure = model.unusable || (state === "failed" && model.failure) || "";
   const [why, ...lines] = failure.split("\n");
+  const needs = Object.entries(model.needs).map(([name, n]) => `${name} ${bytes(n)}`);
   row.className = `model ${state}`;
-  show(row, matchesSearch(model));
-  const about = [kind, shares && `shares ${shares}`, model.pinned && "pinned"];
   fill(row, {
     id: model.id,
     aliases: model.aliases.join(", "),
-    about: join([...about, needsOf(model), model.description]),
+    about: join([
+      {remote: "remote", unit: "systemd unit"}[model.kind],
+      shares && `shares ${shares}`,
+      model.pinned && "pinned",
+      needs.length && `needs ${needs.join(", ")} (${model.needs_source})`,
+      model.description,
+    ]),
     state: state !== "unloaded" && state,
-    detail: detailOf(model, age),
+    detail: detailOf(model),
     why,
     lines: lines.join("\n"),
-    ...factsOf(model, age),
   });
-  show(row.querySelector("dl"), groupOf(model) === "held" && !shares);
+  const context = join([bytes(model.context), spared && `${duration(spared)} spared`]);
+  paintFacts(row.querySelector("dl"), groupOf(model) === "held" && !shares && {
+    "Memory": bytes(model.rss),
+    "VRAM": bytes(model.vram),
+    "Requests": requests(model) || "none",
+    "Last answer": speed(model.tokens_per_second),
+    "Saved context": context,
+    "Unloads in": left !== null && duration(left - age()),
+  });
   const progress = row.querySelector("progress");
   show(progress, state === "loading" && model.progress !== null);
   progress.value = model.progress || 0;
   paintActs(row.querySelector(".acts"), model);
 }
 
-function needsOf({needs, needs_source: source}) {
-  const texts = Object.entries(needs).map(([name, size]) => `${name} ${bytes(size)}`);
-  return texts.length && `needs ${texts.join(", ")} (${source})`;
-}
-
-function detailOf(model, age) {
-  const {state, seconds, progress, stopped, running, waiting, context} = model;
-  if (state === "unusable") return "";
-  const isChanging = /loading$/.test(state);
-  const since = seconds !== null && duration(seconds + age, isChanging);
-  const percent = progress !== null && `${Math.round(progress * 100)} %`;
-  if (state === "loading") return join([percent, since]);
-  if (state === "failed") return since && `${since} ago`;
-  if (state !== "unloaded") return since;
-  if (waiting) return requests(running, waiting);
+function detailOf(model) {
+  const {state, seconds, progress, stopped, context} = model;
+  const since = seconds !== null && duration(seconds + age());
+  if (groupOf(model) === "held") {
+    return join([progress !== null && `${Math.round(progress * 100)} %`, since]);
+  }
+  if (state === "unloaded" && model.waiting) return requests(model);
   const saved = context && `${bytes(context)} of context saved`;
-  return stopped && join([stopped, since && `${since} ago`, saved], ", ");
+  return join([stopped, since && `${since} ago`, saved], ", ");
 }
 
-function requests(running, waiting) {
-  const parts = [running && `${running} running`, waiting && `${waiting} waiting`];
-  return join(parts, ", ") || "none";
-}
-
-function factsOf(model, age) {
-  const {context, context_seconds: spared, unload_in: left} = model;
-  return {
-    rss: bytes(model.rss),
-    vram: bytes(model.vram),
-    requests: requests(model.running, model.waiting),
-    speed: speed(model.tokens_per_second),
-    saved: join([bytes(context), spared && `${duration(spared, true)} spared`], ", "),
-    left: left !== null && duration(left - age, true),
-  };
-}
-
-function paintActs(acts, model) {
-  const {id, state, kind, shares} = model, isHeld = groupOf(model) === "held";
+function paintActs(acts, {id, state, kind, shares, seconds}) {
+  const [page, log, , main] = acts.children, isHeld = groupOf({state}) === "held";
   const word = {failed: "Try again", unloaded: "Load", loading: "Cancel"}[state];
-  const main = acts.lastElementChild;
+  page.href = `/upstream/${encodeURIComponent(id)}/`;
+  show(page, !shares && kind === "llama-server" && state === "loaded");
+  show(log, !shares && kind !== "remote" && (seconds !== null || isHeld));
   put(main, shares ? "" : word || "Unload");
-  for (const act of acts.children) act.ariaLabel = `${act.textContent} ${id}`;
   main.dataset.do = isHeld ? "unload" : "load";
   main.ariaDisabled = state === "unloading";
-  const hasRun = kind !== "remote" && (model.seconds !== null || isHeld);
-  show(acts.querySelector("[data-do=log]"), !shares && hasRun);
-  const hasPage = kind === "llama-server" && state === "loaded";
-  show(acts.querySelector("a"), !shares && hasPage);
-  acts.querySelector("a").href = `/upstream/${encodeURIComponent(id)}/`;
+  for (const act of acts.children) act.ariaLabel = `${act.textContent} ${id}`;
   show(acts, state !== "unusable");
 }
 
-// ---- Buttons and panels ----
+// ---- Buttons, and the log, which scrolls as long as its end is visible ----
 
 const actions = {
   load: (id) => post("/models/load", {model: id}),
@@ -8593,22 +8496,37 @@ document.addEventListener("click", async (event) => {
   try {
     await actions[button.dataset.do](id);
   } catch (error) {
-    notify(`${id}: ${error.message}`);
+    openLog(id || "llmswap");
+    $("lines").append(error.message);
   }
 });
 
-function notify(text) {
-  put($("notice"), text);
-  clearTimeout(notify.timer);
-  notify.timer = setTimeout(() => show($("notice"), false), 10000);
+function openLog(title) {
+  put($("log-title"), title);
+  $("lines").replaceChildren();
+  $("log").showModal();
 }
 
-$("search").addEventListener("input", paint);
-$("notice").addEventListener("click", () => show($("notice"), false));
+async function followLog(id) {
+  const reading = new AbortController(), {signal} = reading, lines = $("lines");
+  const write = (text) => {
+    const isAtEnd = lines.scrollTop + lines.clientHeight > lines.scrollHeight - 24;
+    lines.append(text.replace(/\x1b\[[\d;]*m/g, ""));
+    while (lines.childNodes.length > 3000) lines.firstChild.remove();
+    if (isAtEnd) lines.scrollTop = lines.scrollHeight;
+  };
+  openLog(`Log of ${id || "llmswap"}`);
+  $("log").onclose = () => reading.abort();
+  try {
+    const answer = await request(`/logs/stream/${encodeURIComponent(id)}`, {signal});
+    for await (const text of texts(answer)) write(text);
+  } catch (error) {
+    if (!signal.aborted) write(`(${error.message})\n`);
+  }
+}
 
 // ---- Requests: fetched when a snapshot says that one of them has moved on ----
 
-const requestRows = new Map(); // number of a request -> its element
 let recent = []; // those in flight, then those that ended; they came at recentAt
 let recentAt = 0;
 let recentKey = ""; // what they were fetched for
@@ -8617,8 +8535,7 @@ let isFetching = false;
 async function fetchRequests() {
   const only = $("only").value, {born, requests} = snapshot;
   const wanted = `${born} ${requests} ${only}`;
-  const isEarly = isFetching || document.hidden || Date.now() - recentAt < 900;
-  if (isEarly || wanted === recentKey) return;
+  if (isFetching || wanted === recentKey) return;
   [isFetching, recentKey] = [true, wanted];
   try {
     const query = only && `&model=${encodeURIComponent(only)}`;
@@ -8629,50 +8546,39 @@ async function fetchRequests() {
   paint();
 }
 
-function paintRequests() {
-  const age = (Date.now() - recentAt) / 1000;
-  keepOnly(requestRows, recent);
-  place($("recent"), recent.map((request) => paintRequest(request, age)));
-}
-
-function paintRequest(request, age) {
-  const {id, started, model, asked, client, user_agent: agent} = request;
-  const row = rowOf(requestRows, "request-row", id);
-  const isRunning = request.status === null, json = JSON.stringify(request);
-  if (isRunning) fill(row, {total: duration(request.seconds + age, true)});
-  if (row.shown === json) return row;
-  row.shown = json;
-  const hasFailed = request.status >= 400 && request.status !== 499;
+function paintRequest(row, request) {
+  const {id, model, status, client, seconds, user_agent: agent} = request;
+  const isRunning = status === null, hasFailed = status >= 400 && status !== 499;
+  const runs = seconds + (Date.now() - recentAt) / 1000;
   row.className = `request ${isRunning ? "loading" : hasFailed ? "failed" : ""}`;
   const name = agent.startsWith("Mozilla/") ? "browser" : agent.split(/[/ ]/)[0];
-  const at = new Date(1000 * started);
+  const at = new Date(1000 * request.started);
   fill(row, {
-    model: model || asked || request.path,
+    model: model || request.asked || request.path,
     by: join([name, client !== "127.0.0.1" && client]),
-    sum: join([at.toLocaleTimeString(), outcomeOf(request) || figuresOf(request)]),
-    ...(!isRunning && {total: brief(request.seconds)}),
+    total: isRunning ? duration(runs) : brief(seconds),
+    sum: join([at.toLocaleTimeString(), summaryOf(request)]),
   });
-  const facts = Object.entries(factsOfRequest(request, at)).filter(([, fact]) => fact);
-  row.querySelector("dl").replaceChildren(...facts.map(makeFact));
+  paintFacts(row.querySelector("dl"), {
+    ...request,
+    started: at.toLocaleString(),
+    method: "",
+    path: `${request.method} ${request.path}`,
+    waited: brief(request.waited),
+    first_byte: brief(request.first_byte),
+    seconds: "", // shown already
+    tokens_per_second: speed(request.tokens_per_second),
+  });
   const cancel = row.querySelector("button");
   cancel.ariaLabel = `Cancel request ${id} of ${model}`;
   show(cancel, isRunning);
-  return row;
 }
 
-function makeFact([name, fact]) {
-  const div = make("div");
-  div.append(make("dt", name), make("dd", fact));
-  return div;
-}
-
-function outcomeOf({status, waited, error}) {
-  if (status === null) return waited === null && "waiting for the model";
-  return status >= 400 && `${status} ${(error || "").split("\n")[0]}`;
-}
-
-function figuresOf(request) {
+function summaryOf(request) {
   const {tokens_in, tokens_cached, tokens_out, waited, first_byte, stream} = request;
+  const {status, error} = request;
+  if (status >= 400) return `${status} ${(error || "").split("\n")[0]}`;
+  if (status === null && waited === null) return "waiting for the model";
   const cached = tokens_cached ? ` (${count(tokens_cached)} cached)` : "";
   return join([
     tokens_in !== null && `${count(tokens_in)} in${cached}`,
@@ -8683,106 +8589,65 @@ function figuresOf(request) {
   ], ", ");
 }
 
-function factsOfRequest(request, at) {
-  const {id, status, waited, first_byte, stream} = request;
-  return {
-    "Request": `${id}`,
-    "Status": `${status ?? "in flight"}`,
-    "Waited": waited !== null && brief(waited),
-    "First byte": first_byte !== null && brief(first_byte),
-    "Asked for": request.asked,
-    "Streamed": stream ? "yes" : "no",
-    "Client": request.client,
-    "Session": request.session,
-    "Path": `${request.method} ${request.path}`,
-    "Started": at.toLocaleString(),
-    "User agent": request.user_agent,
-    "Error": request.error,
-  };
-}
-
-$("only").addEventListener("change", () => { recentAt = 0, fetchRequests(); });
-
-// ---- A log, in a dialog; it scrolls as long as its end is visible ----
-
-async function followLog(id) {
-  const reading = new AbortController(), {signal} = reading, lines = $("lines");
-  const colours = /\x1b\[[\d;]*m/g;
-  const write = (text) => append(text.replace(colours, ""), lines, lines, 3000);
-  put($("log-title"), `Log of ${id || "llmswap"}`);
-  lines.replaceChildren();
-  $("log").onclose = () => reading.abort();
-  $("log").showModal();
-  try {
-    const path = id ? `/logs/stream/${encodeURIComponent(id)}` : "/logs/stream";
-    for await (const text of texts(await request(path, {signal}))) write(text);
-  } catch (error) {
-    if (!signal.aborted) write(`(${error.message})\n`);
-  }
-}
+$("only").addEventListener("change", fetchRequests);
+$("search").addEventListener("input", paint);
 
 // ---- A prompt, and its streaming answer ----
 
-let asking = null; // aborts the request; knows whether an answer came
+let asking = null; // aborts the request
 let isChosen = false; // the model, by hand
 
-function paintChoice() {
-  const usable = snapshot.models.filter((model) => !model.unusable);
-  const loaded = usable.find((model) => model.state === "loaded");
+function paintPrompt(models) {
+  const usable = models.filter(({state}) => state !== "unusable");
+  const loaded = usable.find(({state}) => state === "loaded");
   show($("prompt"), usable.length);
   offer($("model"), usable.map(({id}) => id));
-  offer($("only"), snapshot.models.map(({id}) => id), new Option("All models", ""));
+  offer($("only"), models.map(({id}) => id), new Option("All models", ""));
   if (loaded && !isChosen && !asking) $("model").value = loaded.id;
-}
-
-function setAsking(controller) {
-  asking = controller;
-  put($("send"), controller ? "Stop" : "Send");
-  $("send").className = controller ? "" : "main";
-  $("answer").ariaBusy = Boolean(controller);
+  put($("send"), asking ? "Stop" : "Send");
+  $("send").className = asking ? "" : "main";
+  $("answer").ariaBusy = Boolean(asking);
 }
 
 async function send() {
-  const text = $("text").value.trim(), model = $("model").value;
-  if (!text || asking) return;
-  const controller = new AbortController();
-  setAsking(controller);
+  const content = $("text").value.trim(), model = $("model").value;
+  if (!content || asking) return;
+  asking = new AbortController();
   for (const name of ["thought", "reply", "error"]) put($(name), "");
   show($("answer"), true);
   put($("stats"), `waiting for ${model}`);
-  let end = "stopped";
+  paint();
   try {
-    await chat(model, text, controller.signal);
-    end = controller.isAnswered ? "" : "an empty answer";
+    await chat(model, content, asking.signal);
+    put($("stats"), $("stats").textContent && "an empty answer");
   } catch (error) {
-    if (!controller.signal.aborted) put($("error"), error.message), end = "";
+    const isStopped = asking.signal.aborted;
+    put($("stats"), isStopped && "stopped");
+    put($("error"), !isStopped && error.message);
   }
-  setAsking(null);
-  put($("stats"), end);
+  asking = null;
+  paint();
 }
 
-async function chat(model, text, signal) {
-  const messages = [{role: "user", content: text}];
+async function chat(model, content, signal) {
+  const messages = [{role: "user", content}];
   const body = {model, messages, stream: true, stream_options: {include_usage: true}};
   const answer = await post("/v1/chat/completions", body, signal);
-  let isWhole = false;
   for await (const data of events(answer)) {
     if (data === "[DONE]") return;
     const {error, choices} = JSON.parse(data);
     const delta = choices?.[0]?.delta;
     if (error) throw new Error(error.message);
-    isWhole ||= Boolean(choices?.[0]?.finish_reason);
     grow("thought", delta?.reasoning_content || delta?.reasoning);
     grow("reply", delta?.content);
   }
-  if (!isWhole) throw new Error("The answer broke off.");
 }
 
 function grow(name, text) {
   if (!text) return;
-  asking.isAnswered = true;
   put($("stats"), "");
-  append(text, $(name), $("answer"));
+  $(name).append(text);
+  show($(name), true);
 }
 
 $("send").addEventListener("click", () => (asking ? asking.abort() : send()));
@@ -8800,19 +8665,13 @@ STATUS_PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
 <title>llmswap</title>
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'
  viewBox='0 0 24 24' fill='none' stroke='%231f5fd6' stroke-width='3'%3E%3Cpath
  d='M3 8h17l-4-4M21 16H4l4 4'/%3E%3C/svg%3E">
 <style>{style}</style>
 <header>
-  <h1>
-    <svg viewBox="0 0 24 24" width="24" fill="none" stroke="currentColor"
-      stroke-width="2.2" stroke-linecap="round" stroke-linejoin="round"
-      aria-hidden="true"><path d="M4 8.5h14l-3.6-3.6M20 15.5H6l3.6 3.6"/></svg>
-    llmswap
-  </h1>
+  <h1>llmswap</h1>
   <p id="totals"></p>
   <input id="search" type="search" placeholder="Find a model" aria-label="Find a model"
     hidden>
@@ -8821,44 +8680,42 @@ STATUS_PAGE = """<!doctype html>
 </header>
 <div class="columns">
   <main>
-    <p id="problem" class="failed" role="alert" hidden></p>
+    <p id="problem" role="alert" hidden></p>
     <div id="budget"></div>
-    <section class="held" hidden><h2>In memory <span></span></h2><ul></ul></section>
+    <section class="held" hidden><h2>In memory <small></small></h2><ul></ul></section>
     <section class="broken" hidden>
-      <h2>Needs attention <span></span></h2><ul></ul></section>
-    <section class="rest" hidden><h2>Not loaded <span></span></h2><ul></ul></section>
-    <p id="none" hidden><b>No models yet</b>
+      <h2>Needs attention <small></small></h2><ul></ul></section>
+    <section class="rest" hidden><h2>Not loaded <small></small></h2><ul></ul></section>
+    <p id="none" hidden><b>No models yet.</b>
       Each section of the INI file becomes one; SIGHUP reads it again.</p>
     <noscript>This page needs JavaScript.</noscript>
   </main>
   <aside>
     <section id="prompt" class="sheet" aria-label="Prompt" hidden>
-      <h2><span>Prompt</span></h2>
+      <h2>Prompt</h2>
       <textarea id="text" aria-label="Prompt" placeholder="Ask something"></textarea>
       <div class="send">
-        <select id="model" aria-label="Model"></select>
-        <button id="send" class="main">Send</button>
+        <select id="model" aria-label="Model"></select><button id="send"></button>
       </div>
       <p id="stats" hidden></p>
       <div id="answer" aria-live="polite" aria-label="Answer" tabindex="0" hidden>
         <p id="thought"></p><p id="reply"></p><p id="error"></p>
       </div>
     </section>
-    <section id="requests" class="sheet" aria-label="Requests">
-      <h2><span>Requests</span><select id="only" aria-label="Requests of"></select></h2>
+    <section class="sheet" aria-label="Requests">
+      <h2>Requests <select id="only" aria-label="Requests of"></select></h2>
       <ul id="recent"></ul>
     </section>
   </aside>
 </div>
 <p id="live-region" class="unseen" role="status"></p>
-<p id="notice" role="alert" title="Dismiss" hidden></p>
 <dialog id="log" aria-labelledby="log-title">
   <form method="dialog">
     <h2><span id="log-title"></span><button class="plain">Close</button></h2>
     <pre id="lines" aria-label="Lines" tabindex="0" autofocus></pre>
   </form>
 </dialog>
-<dialog id="door" aria-labelledby="door-title">
+<dialog id="door">
   <form method="dialog">
     <h2 id="door-title">API key</h2>
     <p id="door-text">It is kept until this tab is closed.</p>
@@ -8868,28 +8725,21 @@ STATUS_PAGE = """<!doctype html>
   </form>
 </dialog>
 <template id="model-row">
-  <li class="model">
+  <li>
     <span class="dot" aria-hidden="true"></span>
     <div>
-      <h3><span data-text="id"></span><small data-text="aliases"></small></h3>
+      <h3><span data-text="id"></span> <small data-text="aliases"></small></h3>
       <p class="about" data-text="about"></p>
     </div>
-    <p class="state"><b data-text="state"></b><span data-text="detail"></span></p>
+    <p class="state"><b data-text="state"></b> <span data-text="detail"></span></p>
     <div class="acts">
-      <a class="button plain" target="_blank" rel="noreferrer">Web UI</a>
+      <a class="plain" target="_blank" rel="noreferrer">Web UI</a>
       <button class="plain" data-do="log">Log</button>
       <button class="plain" data-do="prompt">Prompt</button>
       <button></button>
     </div>
     <progress max="1" aria-label="Progress"></progress>
-    <dl>
-      <div><dt>Memory</dt><dd data-text="rss"></dd></div>
-      <div><dt>VRAM</dt><dd data-text="vram"></dd></div>
-      <div><dt>Requests</dt><dd data-text="requests"></dd></div>
-      <div><dt>Last answer</dt><dd data-text="speed"></dd></div>
-      <div><dt>Saved context</dt><dd data-text="saved"></dd></div>
-      <div><dt>Unloads in</dt><dd data-text="left"></dd></div>
-    </dl>
+    <dl></dl>
     <div class="why">
       <p data-text="why"></p>
       <pre data-text="lines" aria-label="Last lines" tabindex="0"></pre>
@@ -8901,8 +8751,8 @@ STATUS_PAGE = """<!doctype html>
     <span class="dot" aria-hidden="true"></span>
     <details>
       <summary>
-        <b data-text="model"></b> <span data-text="by"></span>
-        <span data-text="total"></span> <span data-text="sum"></span>
+        <b data-text="model"></b> <span class="by" data-text="by"></span>
+        <span data-text="total"></span> <span class="sum" data-text="sum"></span>
       </summary>
       <dl></dl>
     </details>
@@ -8914,16 +8764,11 @@ STATUS_PAGE = """<!doctype html>
 """.format(style=_STYLE, script=_SCRIPT)
 
 
-@functools.lru_cache(maxsize=None)
 def page_policy() -> str:
     """Return the page's Content-Security-Policy: it fetches from its own origin only,
     and no other script or style is in force."""
-    import hashlib  # 3 MB that only the page needs
-
-    script, style = (
-        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        for text in (_SCRIPT, _STYLE)
-    )
+    digests = [hashlib.sha256(text.encode()).digest() for text in (_SCRIPT, _STYLE)]
+    script, style = [base64.b64encode(digest).decode() for digest in digests]
     return (
         f"default-src 'none'; script-src 'sha256-{script}'; "
         f"style-src 'sha256-{style}'; connect-src 'self'; img-src data:; "
@@ -8947,6 +8792,7 @@ REQUEST_FIELDS = (
     "first_byte seconds status tokens_in tokens_cached tokens_out tokens_per_second "
     "error".split()
 )
+OUR_NAME = f"llmswap-{os.urandom(8).hex()}"  # in Via, which reveals loops
 SERVER_NAME = "llmswap (llama.cpp)"  # some clients search it for llama.cpp
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
@@ -8955,15 +8801,16 @@ NAME_PARTS = 64  # between slashes in one
 SLOW_SECONDS = 10.0  # until the first byte; such requests are logged
 NOTICE_EVERY = 5.0  # s; so often a waiting chat shows the progress of a load
 INPUTS = {"vision": "image", "audio": "audio"}  # llama.cpp's words by capability
+_ADDRESS = re.compile(r"[0-9.]+|\[[0-9a-f:.]+\]")  # as a Host, which is no name
+_LOOPBACK = re.compile(r"(::ffff:)?127\.|::1\Z")  # addresses
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")
 OPEN_PATHS = ("/", "/health", "/v1/health")  # need no key
 IDLE_TIMEOUT_PARAMETERS = ("keep_alive", "ttl")  # Ollama's and LM Studio's
-OLLAMA_PATHS = frozenset(
-    f"/api/{name}"
-    for name in "tags chat generate show ps version embed embeddings pull push create "
-    "copy delete".split()
+OLLAMA_PATH = re.compile(
+    "/api/(tags|chat|generate|show|ps|version|embed|embeddings|pull|push|create|copy"
+    "|delete)/?"
 )
 KEY_FIELDS = frozenset(("authorization", "x-api-key", "api-key"))
 NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
@@ -9001,16 +8848,11 @@ class RequestLog:
         each newest first."""
         now = time.monotonic()
         with self._lock:
-            running = [
-                {
-                    **row,
-                    "seconds": now - began,
-                    "first_byte": response.first_at and response.first_at - began,
-                }
-                for row, response, began in reversed(self._running.values())
-            ]
-            ended = [dict(zip(REQUEST_FIELDS, row)) for row in reversed(self._ended)]
-            return running + ended
+            rows = [dict(zip(REQUEST_FIELDS, row)) for row in reversed(self._ended)]
+            for row, response, began in self._running.values():
+                first_byte = response.first_at and response.first_at - began
+                rows.insert(0, {**row, "seconds": now - began, "first_byte": first_byte})
+            return rows
 
     def steps(self) -> int:
         """Return a number that grows when a request begins, is granted its model, is
@@ -9025,11 +8867,10 @@ class RequestLog:
         """End a request as if its client had left, which is sent the reason; return
         whether it was in flight."""
         with self._lock:
-            for row, response, _ in self._running.values():
-                if str(row["id"]) == number:
-                    response.is_cancelled = True
-                    return True
-            return False
+            responses = {str(id): row[1] for id, row in self._running.items()}
+            if number in responses:
+                responses[number].is_cancelled = True
+            return number in responses
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -9086,7 +8927,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise
         finally:
             self._count_request()
-        self._finish_request()
+        body, self.body, self.wire.on_timeout = self.body, None, self.head_timeout
+        if body is not None and self.reply.is_persistent:
+            with contextlib.suppress(APIError):  # what is left is too long
+                self.close_connection = not body.skip()
+        self.is_unread = body is None or not body.is_complete
 
     def _await_request(self):
         if self.wire.held:
@@ -9115,14 +8960,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.body = Body(self.wire, self.head, self.config.settings.max_body)
         return True
 
-    def _finish_request(self):
-        """Read the rest of the body if it is short, so that another may follow."""
-        body, self.body, self.wire.on_timeout = self.body, None, self.head_timeout
-        if body is not None and self.reply.is_persistent:
-            with contextlib.suppress(APIError):
-                self.close_connection = not body.skip()
-        self.is_unread = body is None or not body.is_complete
-
     def _log_if_slow(self):
         seconds = (self.reply.first_at or self.began) - self.began
         if seconds >= SLOW_SECONDS:
@@ -9133,7 +8970,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.log("info", text)
 
     def _count_request(self):
-        """Count the request if it was for a model or was refused."""
+        """Count and remember the request if it was for a model or was refused."""
         reply = self.reply
         if reply is None or (self.model is None and reply.status < 400):
             return
@@ -9142,24 +8979,33 @@ class Handler(http.server.BaseHTTPRequestHandler):
         seconds = time.monotonic() - self.began
         usage = self.usage if status < 300 else Usage()
         speed = speed_of(usage, seconds - (self.waited or 0))
-        is_refused = self.head is not None and status >= 400 and status != 499
-        if self.row or is_refused:
-            self._record_end(status, seconds, usage, speed)
+        error = self.error or reply.problem
+        if self.head is not None and status >= 400 and status != 499:
+            self.row = self.row or self._new_row(self.info)
+        if self.row:
+            self.row.update(
+                status=status,
+                seconds=seconds,
+                first_byte=reply.first_at and reply.first_at - self.began,
+                tokens_in=usage.tokens_in,
+                tokens_cached=usage.tokens_cached,
+                tokens_out=usage.tokens_out,
+                tokens_per_second=speed,
+                error=str(error)[:ERROR_LENGTH] if error else None,
+            )
+            self.server.requests.end(self.row)
+        amounts = {
+            "tokens_in": usage.tokens_in or 0,
+            "tokens_out": usage.tokens_out or 0,
+            "tokens_cached": usage.tokens_cached or 0,
+            "bytes_in": self.body.received if self.body is not None else 0,
+            "bytes_out": reply.sent,
+        }
         self.pool.count_request(
-            self.model,
-            speed,
-            status,
-            seconds,
-            self.waited,
-            tokens_in=usage.tokens_in or 0,
-            tokens_out=usage.tokens_out or 0,
-            tokens_cached=usage.tokens_cached or 0,
-            bytes_in=self.body.received if self.body is not None else 0,
-            bytes_out=reply.sent,
+            self.model, speed, status, seconds, self.waited, **amounts
         )
 
     def _new_row(self, info):
-        """Return the request as /api/requests shows it."""
         head, is_tcp = self.head, isinstance(self.client_address, tuple)
         return dict(
             dict.fromkeys(REQUEST_FIELDS),
@@ -9174,28 +9020,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             stream=info.members.get("stream") is True,
         )
 
-    def _record_end(self, status, seconds, usage, speed):
-        row, first_at = self.row or self._new_row(self.info), self.reply.first_at
-        error = self.error or self.reply.problem
-        row.update(
-            status=status,
-            seconds=seconds,
-            first_byte=first_at and first_at - self.began,
-            tokens_in=usage.tokens_in,
-            tokens_cached=usage.tokens_cached,
-            tokens_out=usage.tokens_out,
-            tokens_per_second=speed,
-            error=str(error)[:ERROR_LENGTH] if error else None,
-        )
-        self.server.requests.end(row)
-
     # -- answers ---------------------------------------------------------------------
 
     def _answer_error(self, error):
-        """Answer in whatever form is still possible."""
         self.error = error
-        if isinstance(error, SpokenTLS):
-            self.server.warn_of_tls()
+        if isinstance(error, SpokenTLS) and not self.server.has_warned_of_tls:
+            self.server.has_warned_of_tls = True
+            text = "a client speaks TLS here: its base URL must begin with http://"
+            self.server.log("warning", text)
         if not isinstance(error, APIError):  # the client's own OSErrors are caught
             kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
             error = APIError(f"{kind}{error}")
@@ -9236,7 +9068,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _send_text(self, text, content_type=TEXT_TYPE):
         self._send(text.encode(), headers=[content_type])
 
-    def _stream(self, next_item, render, pause=0.0):
+    def _stream(self, next_item, render):
         """Send items until the client leaves or llmswap ends. An item that is None says
         that POLL_INTERVAL has passed without one."""
         self.reply.flush()
@@ -9246,7 +9078,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.reply.heartbeat()
             else:
                 self.reply.send(render(item))
-                time.sleep(pause)
         self.reply.end()
 
     # -- access ----------------------------------------------------------------------
@@ -9254,10 +9085,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _check_access(self):
         """Raise Forbidden or Unauthorized unless Host, Origin and key are accepted."""
         head, keys, origin = self.head, self.config.api_keys, self.head.get("origin")
-        if not self._is_host_allowed(head.get("host")):
+        host, allowed = head.get("host"), self.config.settings.allowed_hosts
+        name, address = _host_name(host), self.request.getsockname()
+        is_loopback = isinstance(address, tuple) and _LOOPBACK.match(address[0])
+        is_allowed = not name or {name, "*"} & {*allowed} or _ADDRESS.fullmatch(name)
+        if is_loopback and not is_allowed:
             raise Forbidden(
-                f"Host {head.get('host')!r} is not among allowed-hosts in [llmswap], "
-                "which guards local servers against web pages"
+                f"Host {host!r} is not among allowed-hosts in [llmswap], which guards "
+                "local servers against web pages"
             )
         is_safe = head.method in SAFE_METHODS and not head.is_upgrade
         if origin and not is_safe and not self._is_origin_allowed(origin):
@@ -9267,12 +9102,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         if not any(_is_key(given, keys) for given in self._given_keys()):
             raise Unauthorized("a valid API key is needed (Authorization: Bearer KEY)")
-
-    def _is_host_allowed(self, host):
-        allowed, name = self.config.settings.allowed_hosts, _host_name(host)
-        if "*" in allowed or not _is_loopback(self.request.getsockname()):
-            return True
-        return not name or name in allowed or _is_address(name)
 
     def _is_origin_allowed(self, origin):
         allowed = self.config.settings.cors_origins
@@ -9358,20 +9187,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return action(self, rest.rstrip("/") if methods else rest)
         if routes and path not in MODEL_PATHS:
             raise MethodNotAllowed(f"{path} has no {self.head.method}")
-        self._check_base_url()
-        self.route_by_model()
-
-    def _check_base_url(self):
-        """Raise NotFound for paths of clients whose base URL is wrong."""
-        path, url = self.head.path, f"http://{self.head.get('host')}/v1"
+        url = f"http://{self.head.get('host')}/v1"
         if path.startswith("/v1/v1/"):
             text = f"{path}: the client's base URL has /v1 twice; set it to {url}"
             raise NotFound(text)
-        if path.rstrip("/") in OLLAMA_PATHS:
+        if OLLAMA_PATH.fullmatch(path):
             raise NotFound(
                 f"{path} is Ollama's API; this is an OpenAI-compatible server: let the "
                 f"client use its OpenAI provider with the base URL {url}"
             )
+        self.route_by_model()
 
     def refuse_feature(self):
         raise FeatureDisabled("this feature is disabled")
@@ -9395,7 +9220,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_page(self):
         if self._wants_snapshots():
-            return self._stream_snapshots()
+            self.reply.begin_events()
+            return self._stream(functools.partial(next, self._snapshots()), _as_event)
         headers = [
             ("content-type", "text/html; charset=utf-8"),
             ("content-security-policy", page_policy()),
@@ -9406,22 +9232,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         ]
         self._send(STATUS_PAGE.encode(), headers=headers)
 
-    def _stream_snapshots(self):
-        """Send a snapshot at each change, and every 2 s while a model is held."""
+    def _snapshots(self):
+        """Yield a snapshot at each change, and every 2 s while a model is held; None
+        whenever POLL_INTERVAL has passed without one."""
         seen, again_at = None, math.inf
-
-        def next_snapshot():
-            nonlocal seen, again_at
+        while True:
             revision = self.pool.await_change(seen, POLL_INTERVAL)
             if revision == seen and time.monotonic() < again_at:
-                return None
+                yield None
+                continue
             seen, report = revision, self._status_report()
             is_busy = any(model.state != "unloaded" for model in report.models)
             again_at = time.monotonic() + 2.0 if is_busy else math.inf
-            return snapshot(report)
-
-        self.reply.begin_events()
-        self._stream(next_snapshot, _as_event, pause=0.25)  # faster is unreadable
+            yield snapshot(report)
+            time.sleep(0.25)  # faster is unreadable
 
     def get_metrics(self):
         if self.head.parameter("model") is not None:
@@ -9473,7 +9297,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         ]
 
     def get_requests(self):
-        """The requests in flight, then the last that ended, each newest first."""
         name, limit = self.head.parameter("model"), self.head.parameter("limit")
         if limit is not None and not re.fullmatch("[0-9]{1,9}", limit):
             raise BadRequest(f"limit: {limit!r} is not a whole number", "limit")
@@ -9493,26 +9316,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json({"success": True})
 
     def post_load(self):
-        if not self.pool.load(self._model_of_body()):
-            raise BadRequest("model is already running")
-        self._send_json({"success": True})
+        self._change_model(self.pool.load, "model is already running")
 
     def post_unload(self):
-        if not self.pool.unload(self._model_of_body()):
-            raise BadRequest("model is not running")
-        self._send_json({"success": True})
+        self._change_model(self.pool.unload, "model is not running")
 
-    def _model_of_body(self):
+    def _change_model(self, change, refusal):
         name = find_model(self.body, "application/json").model
         if name is None:
             raise BadRequest("model name is missing from the request", "model")
-        return self._resolve(name)
+        if not change(self._resolve(name)):
+            raise BadRequest(refusal)
+        self._send_json({"success": True})
 
     def _resolve(self, name):
-        if len(name) > NAME_LIMIT:
-            text = f"there is no model with a name of {len(name)} characters"
-            raise ModelNotFound(text, "model")
-        return self.config.resolve(name)
+        return self.config.resolve(name[:NAME_LIMIT])
 
     def unload(self, name=""):
         """Unload a model, or all of them, and answer when they have ended."""
@@ -9572,9 +9390,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if name not in ("", "proxy"):
             status = self.pool.status(self._resolve(percent_decoded(name)))
             feed = self.pool.feed_of(status.shares or status.id)
-        no_cache = [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
+        headers = [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
         with feed.subscribe(self.head.parameter("no-history") is None) as get:
-            self.reply.begin(200, "OK", [TEXT_TYPE, *no_cache], None)
+            self.reply.begin(200, "OK", [TEXT_TYPE, *headers], None)
             self._stream(lambda: get(POLL_INTERVAL), lambda line: f"{line}\n".encode())
 
     # -- requests for models ---------------------------------------------------------
@@ -9642,22 +9460,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = self.head.parameter("model")
         info = self.info = self._request_info(is_needed=not name)
         name = info.model or name
-        model = self.model = self._resolve(name) if name else self._default_model()
+        if not name and self.head.method in SAFE_METHODS:
+            raise NotFound(f"there is nothing at {self.head.path}")
+        model = self._resolve(name) if name else self.config.default_model()
+        if model is None:
+            text = "model name is missing from the request, and there is no default-model"
+            raise BadRequest(text, "model")
+        self.model = model
         self._check_may_load(model)
         if not self._may_autoload() and not self.pool.is_held(model):
             raise BadRequest("model is not loaded")
         self._forward(model, self.head.target, info)
-
-    def _default_model(self):
-        if self.head.method in SAFE_METHODS:
-            raise NotFound(f"there is nothing at {self.head.path}")
-        model = self.config.default_model()
-        if model is None:
-            raise BadRequest(
-                "model name is missing from the request, and there is no default-model",
-                "model",
-            )
-        return model
 
     def _forward(self, model, target, info, preemptible=False):
         """Relay the request to the model's backend; once more if that dies of it."""
@@ -9701,7 +9514,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return False
 
     def _prepare_waiting(self, model, target, info):
-        """Choose between comments and notices for a client that waits."""
         notice = model.settings.loading_notice
         is_stream = self.head.method == "POST" and info.members.get("stream") is True
         self.reply.wants_events = is_stream and notice != "off"
@@ -9720,9 +9532,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         }
         last_text, next_at = "", 0.0
         while True:
-            now = time.monotonic()
-            text = self._loading_text(model) if now >= next_at else ""
-            if text in ("", last_text):
+            status, now = self.pool.status(model), time.monotonic()
+            text = f"waiting for room for {model.name}"
+            if status.state == "loading":
+                progress = percent(status.progress) or f", {status.seconds:.0f} s"
+                text = f"loading {model.name}{progress}"
+            if now < next_at or text == last_text or status.state == "loaded":
                 yield b""
                 continue
             last_text, next_at = text, now + NOTICE_EVERY
@@ -9730,20 +9545,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             choice = {"index": 0, "delta": delta, "finish_reason": None}
             yield _as_event({**chunk, "choices": [choice]})
 
-    def _loading_text(self, model):
-        status = self.pool.status(model)
-        if status.state == "loaded":
-            return ""
-        if status.state != "loading":
-            return f"waiting for room for {model.name}"
-        if status.progress is None:
-            return f"loading {model.name}, {status.seconds:.0f} s"
-        return f"loading {model.name}{percent(status.progress)}"
-
     def _upstream_request(self, model, target, info):
-        """Return the request as the backend is to get it."""
-        body, edits = self.body, _edits_of(model, info)
-        length = body.length
+        body, length, settings = self.body, self.body.length, model.settings
+        if OUR_NAME in ", ".join(self.head.all("via")):
+            text = f"the request for {model.name} has come back to llmswap"
+            raise LoopDetected(f"{text}: `proxy` ({settings.proxy}) must not lead to it")
+        timeouts = [name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members]
+        edits = BodyEdits(
+            settings.model_name or None,
+            settings.set_params or {},
+            frozenset([*timeouts, *settings.strip_params]),
+            settings.default_params or {},
+        )
         if info.is_json and edits != BodyEdits():
             held = [edited_json(info.members, edits)]
         elif info.model is not None and edits.model is not None:
@@ -9760,10 +9573,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _relay(self, outgoing, backend, *more):
         key = backend.model.settings.proxy_key
-        outgoing = outgoing._replace(headers=self._upstream_headers(key))
-        relay(outgoing, backend, self.reply, *more)
-
-    def _upstream_headers(self, key):
         dropped = NOT_FORWARDED
         if self.config.api_keys or key:
             dropped |= KEY_FIELDS
@@ -9776,13 +9585,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for header in end_to_end(self.head.headers)
             if header[0] not in dropped
         ]
+        headers.append(("via", f"1.1 {OUR_NAME}"))
         if key:
             key = key.encode().decode("latin-1")  # sent as UTF-8
             headers.append(("authorization", f"Bearer {key}"))
         if self.head.is_upgrade:
             headers.append(("connection", "upgrade"))
             headers.append(("upgrade", self.head.get("upgrade")))
-        return headers
+        relay(outgoing._replace(headers=headers), backend, self.reply, *more)
 
 
 ROUTES = {
@@ -9847,17 +9657,6 @@ def _repair_of(answer):
     return RepairStream(is_whole=True) if is_json else None
 
 
-def _edits_of(model, info):
-    settings = model.settings
-    timeouts = [name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members]
-    return BodyEdits(
-        settings.model_name or None,
-        settings.set_params or {},
-        frozenset([*timeouts, *settings.strip_params]),
-        settings.default_params or {},
-    )
-
-
 def _idle_timeout_in(members):
     """Return the seconds that a request asks for, below 0 for ever; None if it does
     not ask."""
@@ -9881,24 +9680,10 @@ def _forbidden_origin(origin):
     return Forbidden(f"the origin {origin!r} is not in cors-origins in [llmswap]")
 
 
-def _is_loopback(address):
-    return isinstance(address, tuple) and (
-        address[0].startswith(("127.", "::ffff:127.")) or address[0] == "::1"
-    )
-
-
 def _host_name(host):
     """Return the name in a Host, without its port; "?" if it is none."""
     match = re.fullmatch(r"(\[[^]]*\]|[^:]*)(?::[0-9]*)?", host)
     return match[1].lower() if match else "?"
-
-
-def _is_address(name):
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError):
-            socket.inet_pton(family, name.strip("[]"))
-            return True
-    return False
 
 
 def _is_key(given, keys):
@@ -9984,32 +9769,26 @@ def _capabilities(abilities, architecture, facts, is_llama_server):
 
 def shown_command(facts: Facts, status: ModelStatus) -> List[str]:
     """Return the argv of a model with its port, if it has one, and without secrets."""
-    port = str(status.port) if status.port else "${PORT}"
+    port = str(status.port or "${PORT}")
     return mask_secrets([word.replace("${PORT}", port) for word in facts.argv])
 
 
-def mask_secrets(argv: List[str]) -> List[str]:
+def mask_secrets(argv: Sequence[str]) -> List[str]:
     """Return the command with *** for the values of options and variables whose name
     says key, token or password, also within the words of a command for a shell."""
-    shown, is_secret = [], False
-    for word in argv:
-        if is_secret and not word.startswith("--"):
-            shown.append("***")
-        elif _SECRET_WORD.match(word):
-            shown.append(word.partition("=")[0] + "=***")
-        else:
-            shown.append(_SECRET_WITHIN.sub(r"\1***", word))
-        is_secret = bool(_SECRET_OPTION.fullmatch(word))
-    return shown
+    text = "\0".join(argv)
+    for secret in (_SECRET_OPTION, _SECRET_WORD, _SECRET_WITHIN):
+        text = secret.sub(r"\1***", text)
+    return text.split("\0") if argv else []
 
 
 _SECRET = r"[\w.-]*(?:keys?|token|password)(?![a-z])[\w.-]*"
-_SECRET_OPTION = re.compile(rf"(?i)--?{_SECRET}|-hft")
-_SECRET_WORD = re.compile(rf"(?i)-{{0,2}}{_SECRET}=")
 _SECRET_LINE = re.compile(rf"(?im)^({_SECRET}|hft) = .*$")  # of a preset
+_SECRET_OPTION = re.compile(rf"(?i)(?<![^\0])((?:--?{_SECRET}|-hft)\0)(?!--)[^\0]*")
+_SECRET_WORD = re.compile(rf"(?i)(?<![^\0])(-{{0,2}}{_SECRET}=)[^\0]*")
 _SECRET_WITHIN = re.compile(
     rf"(?i)((?<![\w-])(?:--?{_SECRET}(?:=|\s+)|{_SECRET}=))"
-    r"""("[^"]*"|'[^']*'|[^\s'"]+)"""
+    r"""("[^"\0]*"|'[^'\0]*'|[^\s'"\0]+)"""
 )
 
 
@@ -10030,70 +9809,54 @@ MAX_CONNECTIONS = 4096
 class Log:
     """Lines for people, on stderr and in `feed`. Any thread may call; no caller waits.
 
-    `log(level, text)`, with debug, info, warning or error as the level.
+    `log(level, text)`, with debug, info, warning or error as the level. Lines begin
+    with a priority if stderr is systemd's journal, else with the time.
     """
-
-    def __init__(self):
-        logging.raiseExceptions = False  # stderr may be closed; the feed has the line
-        self.feed = Broadcast(2000)
-        stderr, feed = logging.StreamHandler(), logging.Handler()
-        stderr.setFormatter(LogFormatter(sys.stderr))
-        feed.setFormatter(LogFormatter())
-        feed.emit = lambda record: self.feed.publish(feed.format(record))
-        lines = queue.SimpleQueue()
-        self._queue_listener = logging.handlers.QueueListener(lines, feed, stderr)
-        self._queue_listener.start()
-        self._queue_handler = logging.handlers.QueueHandler(lines)
-        self._logger = logging.Logger("llmswap")
-        self._logger.addHandler(self._queue_handler)
-        self.set_level("info")
-
-    def set_level(self, level: str):
-        """Drop what is less important than `level`."""
-        self._queue_handler.setLevel(level.upper())
-
-    def __call__(self, level: str, text: str):
-        self._logger.log(getattr(logging, level.upper()), text)
-
-    def close(self):
-        """Write what is left; give up after a second, as stderr may be stuck."""
-        closing = threading.Thread(target=self._queue_listener.stop, daemon=True)
-        closing.start()
-        closing.join(1.0)
-
-
-class LogFormatter(logging.Formatter):
-    """Formats a record for `stream`: with priorities if that is systemd's journal, else
-    with the time; with colours on a terminal."""
 
     PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
     COLOURS = {"WARNING": "\033[33m", "ERROR": "\033[31m", "DEBUG": "\033[2m"}
 
-    def __init__(self, stream=None):
-        super().__init__()
-        self._is_journal = stream is not None and _is_journal(stream)
-        is_terminal = stream is not None and stream.isatty()
-        self._has_colours = is_terminal and "NO_COLOR" not in os.environ
+    def __init__(self):
+        self.feed = Broadcast(2000)
+        self._is_journal = self._has_colours = False
+        with contextlib.suppress(OSError, ValueError):
+            self._has_colours = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+            status = os.fstat(sys.stderr.fileno())
+            journal = f"{status.st_dev}:{status.st_ino}"
+            self._is_journal = os.environ.get("JOURNAL_STREAM") == journal
+        lines = queue.SimpleQueue()
+        self._listener = logging.handlers.QueueListener(lines, self)
+        self._listener.start()
+        self._logger = logging.Logger("llmswap")
+        self._logger.addHandler(logging.handlers.QueueHandler(lines))
+        self.set_level("info")
 
-    def format(self, record):
-        """Return the text; its further lines are indented, so none looks like another
-        record."""
+    def set_level(self, level: str):
+        """Drop what is less important than `level`."""
+        self._logger.setLevel(level.upper())
+
+    def __call__(self, level: str, text: str):
+        self._logger.log(getattr(logging, level.upper()), text)
+
+    def handle(self, record: logging.LogRecord):
+        """Write a record, on the listener's thread. Its further lines are indented, so
+        that none looks like another record."""
         text = printable(record.getMessage()).replace("\n", "\n  ")
+        stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
+        line = f"{stamp} {text}"
+        self.feed.publish(line)
         if self._is_journal:
             priority = f"<{self.PRIORITIES[record.levelname]}>"
-            return priority + text.replace("\n", f"\n{priority}")
-        stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
-        if self._has_colours:
+            line = priority + text.replace("\n", f"\n{priority}")
+        elif self._has_colours:
             colour = self.COLOURS.get(record.levelname, "")
-            return f"\033[2m{stamp}\033[0m {colour}{text}\033[0m"
-        return f"{stamp} {text}"
+            line = f"\033[2m{stamp}\033[0m {colour}{text}\033[0m"
+        with contextlib.suppress(OSError, ValueError):  # it may be closed
+            print(line, file=sys.stderr, flush=True)
 
-
-def _is_journal(stream):
-    """The variable alone proves nothing: it is inherited."""
-    with contextlib.suppress(OSError, ValueError):
-        status = os.fstat(stream.fileno())
-        return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    def close(self):
+        """Write what is left; give up after a second, as stderr may be stuck."""
+        start_thread(self._listener.stop, "log").join(1.0)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -10111,10 +9874,16 @@ class Server(http.server.ThreadingHTTPServer):
         self.requests = RequestLog()
         self.born = int(time.time())
         self.is_closing = False
-        self.max_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limit = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
+        limit = max(soft, min(limit, MAX_DESCRIPTORS))
+        with contextlib.suppress(OSError, ValueError):  # macOS allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            soft = limit
+        self.max_connections = min(MAX_CONNECTIONS, soft // 2)
         self._active_at = time.monotonic()
         self._connections, self._idle_connections = set(), set()
-        self._is_paused = self._has_warned_of_tls = False
+        self._is_paused = self.has_warned_of_tls = False
         self._thread = None
         for sock in sockets:
             sock.setblocking(False)
@@ -10184,13 +9953,6 @@ class Server(http.server.ThreadingHTTPServer):
         """Log the traceback of a bug. The caller closes the connection."""
         self.log("error", f"bug in llmswap:\n{traceback.format_exc()}")
 
-    def warn_of_tls(self):
-        """Log, once, that a client speaks TLS to a port that does not."""
-        if not self._has_warned_of_tls:
-            self._has_warned_of_tls = True
-            text = "a client speaks TLS here: its base URL must begin with http://"
-            self.log("warning", text)
-
     @contextlib.contextmanager
     def idling(self, connection: socket.socket):
         """In this block `stop` may close the connection, which waits for a request."""
@@ -10212,10 +9974,8 @@ class Server(http.server.ThreadingHTTPServer):
         Later connections wait in the sockets' backlog, which systemd keeps open.
         """
         self.shutdown()
-        waiter = select.poll()
-        for sock in self.sockets:
-            waiter.register(sock, select.POLLIN)
-        if self.inactive_since() is not None and not waiter.poll(0):
+        pending = select.select(self.sockets, [], [], 0)[0]
+        if self.inactive_since() is not None and not pending:
             return True
         self.begin()
         return False
@@ -10244,16 +10004,6 @@ def refuse_connection(connection: socket.socket, reason: str):
     with contextlib.suppress(ClientDisconnected):
         reply = ClientResponse(connection, None, [])
         reply.answer(503, headers, _dump(error_body(APIError(reason))))
-
-
-def raise_descriptor_limit() -> int:
-    """Raise our soft limit of descriptors to the hard one; return it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    is_unlimited = hard == resource.RLIM_INFINITY
-    limit = MAX_DESCRIPTORS if is_unlimited else min(hard, MAX_DESCRIPTORS)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 # -- listening -------------------------------------------------------------------------
@@ -10289,22 +10039,18 @@ def is_llmswap(address: Address) -> bool:
     """Return whether llmswap answers there."""
     with contextlib.suppress(OSError), socket.socket(_family(address)) as probe:
         probe.settimeout(2)
-        probe.connect(address if isinstance(address, str) else _reachable(address))
+        probe.connect(address)  # that of all interfaces leads here, too
         probe.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         return b"server: llmswap" in probe.recv(65536)
     return False
-
-
-def _reachable(address):
-    host, port = address[:2]
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port
 
 
 def shown_address(address: Address) -> str:
     """Return the address as a link that can be clicked or copied."""
     if isinstance(address, str):
         return f"unix:{address}"
-    return f"http://{_joined(*_reachable(address))}/"
+    host, port = address[:2]
+    return f"http://{_joined({'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host), port)}/"
 
 
 def _joined(host, port):
@@ -10330,13 +10076,14 @@ def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
     for fd in range(3, 3 + int(count or 0)):
         os.set_inheritable(fd, False)
         try:
-            listener = socket.socket(fileno=fd)
-            accepts = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            listeners.append(socket.socket(fileno=fd))
+            is_listening = listeners[-1].getsockopt(
+                socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+            )
         except OSError:
-            accepts = False
-        if not accepts or listener.type != socket.SOCK_STREAM:
+            is_listening = False
+        if not is_listening:
             return [], f"descriptor {fd} from systemd is not a listening stream socket"
-        listeners.append(listener)
     return listeners, None
 
 
@@ -10533,19 +10280,17 @@ def parse_args(argv: List[str]):
     parser = argparse.ArgumentParser(
         prog="llmswap.py", description="One address for many local language models."
     )
-    parser.add_argument("file", nargs="?", metavar="FILE.ini")
-    parser.add_argument("--version", action="version", version=f"llmswap {VERSION}")
-    for name, metavar in (("--listen", "ADDRESS"), ("--models-max", "N")):
-        parser.add_argument(name, metavar=metavar, help="instead of the file's")
-    for name, help in (
-        ("--check", "show each model's command, or its error"),
-        ("--units", "print systemd user units for this file"),
-        ("--keys", "print every key, its default and meaning"),
-        ("--verbose", "log what models write"),
-        ("--parrot", "be the demo model server (with --port)"),
-    ):
-        parser.add_argument(name, action="store_true", help=help)
-    parser.add_argument("--port", type=int, default=8090, help=argparse.SUPPRESS)
+    add, flag = parser.add_argument, {"action": "store_true"}
+    add("file", nargs="?", metavar="FILE.ini")
+    add("--version", action="version", version=f"llmswap {VERSION}")
+    add("--listen", metavar="ADDRESS", help="instead of the file's")
+    add("--models-max", metavar="N", help="instead of the file's")
+    add("--check", help="show each model's command, or its error", **flag)
+    add("--units", help="print systemd user units for this file", **flag)
+    add("--keys", help="print every key, its default and meaning", **flag)
+    add("--verbose", help="log what models write", **flag)
+    add("--parrot", help="be the demo model server (with --port)", **flag)
+    add("--port", type=int, default=8090, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.units and not args.file:
         parser.error("--units needs the INI file")
@@ -10581,7 +10326,11 @@ def check(config: Config) -> int:
             lines += [f"cannot start now: {missing}"] if missing else []
             if model.has_auto_needs:
                 needs.estimate(model, budget)
-                lines.append(_needs_line(*needs.of(model, budget)))
+                amounts, source = needs.of(model, budget)
+                text = f"needs {resources_text(amounts)} ({source})"
+                if source == Known().source:
+                    text = "needs not known yet: it is loaded alone the first time"
+                lines.append(text)
         except ConfigError as error:
             lines.append(f"error: {error}")
             unusable.append(model.name)
@@ -10597,13 +10346,7 @@ def check(config: Config) -> int:
     return 2 if unusable else 0
 
 
-def _needs_line(amounts, source):
-    if source == Known().source:
-        return "needs not known yet: it is loaded alone the first time"
-    return f"needs {resources_text(amounts)} ({source})"
-
-
-PORT_MARK = "\0"  # in the place of the port
+PORT_MARK = "\0"  # in the place of the port; shlex puts words with it in quotes
 
 
 def _command_line(model):
@@ -10617,16 +10360,12 @@ def _command_line(model):
         unit = f"{model.settings.unit} at " if model.kind == "unit" else ""
         return unit + model.url("")
     variables = model.environment(PORT_MARK).items()
-    pairs = [f"{name}={value}" for name, value in variables]
-    env = ["env", *pairs] if pairs else []
-    line = " ".join(map(_shell_word, [*env, *argv]))
+    words = [f"{name}={value}" for name, value in variables]
+    words = ["env", *words, *argv] if words else argv
+    line = shlex.join(words).replace(f"'{PORT_MARK}'", "${PORT}")
+    line = line.replace(PORT_MARK, "'${PORT}'")
     cwd = model.settings.cwd
     return f"cd {shlex.quote(cwd)} && {line}" if cwd else line
-
-
-def _shell_word(word):
-    quoted = [part and shlex.quote(part) for part in word.split(PORT_MARK)]
-    return "${PORT}".join(quoted) or "''"
 
 
 # -- starting and ending ---------------------------------------------------------------
@@ -10735,9 +10474,7 @@ class FileWatch:
             is_looking = self._look is not None and self._look.is_alive()
             if now >= self._looked_at + WATCH_EVERY and not is_looking:
                 self._looked_at = now
-                look = functools.partial(self._find_change, on_change)
-                self._look = threading.Thread(target=look, name="watch", daemon=True)
-                self._look.start()
+                self._look = start_thread(self._find_change, "watch", on_change)
         self._look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
 
     def _find_change(self, on_change):
@@ -10781,19 +10518,18 @@ class Application:
             return listeners
         self.pool = Pool(self._config, self.log)
         self.server = Server(listeners, self.pool, self.log, self)
-        self._log_startup()
+        addresses = [shown_address(each.getsockname()) for each in listeners]
+        self.log("info", f"llmswap {VERSION} at {' and '.join(addresses)}")
+        self._log_models(self._config)
         self.pool.start()
         self.server.begin()
-        self._start_thread(self._idle_command_loop)
+        start_thread(self._idle_command_loop, "idle")
         self._notifier.notify("READY=1")
-        self._start_thread(self._notifier.watch, self.pool, self.server.is_serving)
-        self._start_thread(self._follow_cache)
+        watch, is_serving = self._notifier.watch, self.server.is_serving
+        start_thread(watch, "systemd", self.pool, is_serving)
+        start_thread(self._follow_cache, "cache")
         self._shut_down(self._await_end())
         return 0
-
-    @staticmethod
-    def _start_thread(target, *args):
-        threading.Thread(target=target, args=args, daemon=True).start()
 
     def _receive_signals(self):
         """Have each signal's number written to a socket, for `_next_signal`."""
@@ -10834,21 +10570,16 @@ class Application:
                 return 1
         return listeners
 
-    def _log_startup(self):
-        addresses = [shown_address(each.getsockname()) for each in self.server.sockets]
-        self.log("info", f"llmswap {VERSION} at {' and '.join(addresses)}")
-        names = [*self._config.models]
+    def _log_models(self, config):
+        names = [*config.models]
         count = "1 model" if len(names) == 1 else f"{len(names)} models"
         self.log("info", f"{count}: {', '.join(names) or 'none'}")
-        self._log_problems(self._config)
-
-    def _log_problems(self, config):
         for warning in config.warnings:
             self.log("warning", warning)
         for model in config.models.values():
             if model.problem:
                 self.log("warning", f"{model.name} cannot be used: {model.problem}")
-        self._start_thread(self._check_models, config)
+        start_thread(self._check_models, "check", config)
 
     def _check_models(self, config):
         """Log which models cannot be started now: a missing file may be on a mount that
@@ -10866,21 +10597,17 @@ class Application:
             self.log("warning", text)
 
     def _await_end(self):
-        """Wait for a signal to end or an idle exit; return what to log of it."""
         while True:
             number = self._next_signal(self._until_idle_exit())
             if number == signal.SIGHUP:
-                self._reload_on_signal()
+                now = time.monotonic_ns() // 1000
+                self._notifier.notify("RELOADING=1", f"MONOTONIC_USEC={now}")
+                self._try_reload()
+                self._notifier.notify("READY=1")
             elif number is not None:
                 return "ending; requests in flight may end first"
             elif self._until_idle_exit() == 0 and self.server.try_idle_exit():
                 return "idle for long; the next connection starts it again"
-
-    def _reload_on_signal(self):
-        now = time.monotonic_ns() // 1000
-        self._notifier.notify("RELOADING=1", f"MONOTONIC_USEC={now}")
-        self._try_reload()
-        self._notifier.notify("READY=1")
 
     def follow_file(self):
         """Read the file again if it changed since it was read; see FileWatch."""
@@ -10926,8 +10653,8 @@ class Application:
             self.pool.reload(config)
             self._config = config
             self._is_reloaded.set()
-            self._start_thread(self._follow_cache)
-            self._log_problems(config)
+            start_thread(self._follow_cache, "cache")
+            self._log_models(config)
             name = args.file or "the list of models"
             self.log("info", f"{name} was read again")
 
@@ -10942,24 +10669,21 @@ class Application:
         return max(0.0, max(since) + limit - time.monotonic())
 
     def _idle_command_loop(self):
-        """Run the idle-command whenever no request came for `idle-command-after`."""
         last_run = -math.inf
         while not self.server.is_closing:
             settings, idle_since = self._config.settings, self.pool.idle_since()
-            pause = MAX_WAIT  # or until a reload
-            if settings.idle_command and idle_since is None:
-                pause = max(1.0, settings.idle_command_after)
-            elif settings.idle_command:
-                since = max(idle_since, last_run)
+            pause = MAX_WAIT
+            if settings.idle_command:
+                since = time.monotonic() if idle_since is None else idle_since
+                since = max(since, last_run)
                 pause = since + settings.idle_command_after - time.monotonic()
             if pause <= 0 and self._unload_for_idle_command(idle_since):
                 self._run_idle_command(settings.idle_command)
                 last_run = time.monotonic()
-            else:
-                if pause <= 0 and self._gpu_occupant:
-                    pause = GPU_LOOK_EVERY
-                self._is_reloaded.wait(max(0.0, min(pause, MAX_WAIT)))
-                self._is_reloaded.clear()
+            elif pause <= 0:
+                pause = GPU_LOOK_EVERY if self._gpu_occupant else 1.0
+            self._is_reloaded.wait(max(0.0, min(pause, MAX_WAIT)))
+            self._is_reloaded.clear()
 
     def _unload_for_idle_command(self, idle_since):
         """Unload everything; False if a request comes meanwhile, or if a process that
@@ -10994,7 +10718,7 @@ class Application:
         self._notifier.notify("STOPPING=1", EXTEND_TIMEOUT)
         addresses = [listener.getsockname() for listener in self.server.sockets]
         self.server.stop()
-        self._start_thread(self._close)
+        start_thread(self._close, "end")
         while (number := self._next_signal(EXTEND_EVERY)) != 0:
             if number not in (None, signal.SIGHUP):
                 self.pool.kill()
