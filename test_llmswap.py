@@ -109,12 +109,18 @@ class BrokenAnswer(Exception):
     """The connection ended before the answer was complete."""
 
 
+recent_ports = collections.deque(maxlen=500)  # that free_port gave
+
+
 def free_port():
     """A port nobody listens on, below those that llmswap gives to model servers and the
-    kernel to clients, above those that browsers refuse, and not one of who runs another
-    share of the same tests."""
+    kernel to clients, above those that browsers refuse, not one of another share of
+    the same tests, and none that was given a short while ago."""
     while True:
         port = random.randrange(6700 + SHARE, 10000, SHARES)
+        if port in recent_ports:
+            continue
+        recent_ports.append(port)
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
