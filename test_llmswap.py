@@ -1835,41 +1835,6 @@ def test_limits_allow(limits, held, expected):
     assert llmswap.Limits(**limits).allow(usages) is expected
 
 
-GAPS = [
-    # pauses seen; cost of a swap; gap
-    ([], 1.0, 0.005),
-    ([0.1, 0.2], 1.0, 0.4),
-    ([0.1, 5.0], 1.0, 0.2),
-    ([0.1, 5.0, 5.0], 1.0, 0.005),
-    ([0.25], 1.0, 0.005),
-    ([0.25], 2.0, 0.5),
-    ([9.0] * 8 + [0.1] * 4, 1.0, 0.2),
-]
-
-
-@pytest.mark.parametrize("pauses, cost, expected", GAPS)
-def test_return_gap(pauses, cost, expected):
-    model = model_with("a")
-    model.pauses.extend(pauses)
-    assert model.return_gap(cost) == expected
-
-
-COSTS = [
-    # last stop and last load of the victim; last load of the newcomer; cost
-    (None, None, None, 1.0),
-    (0.25, 2.0, None, 2.25),
-    (0.25, 0.25, 0.25, 0.75),
-    (9.0, 20.0, 20.0, 30.0),
-    (0.0, 0.0, 0.0, 0.0),
-]
-
-
-@pytest.mark.parametrize("stop, load, newcomers_load, expected", COSTS)
-def test_swap_cost(stop, load, newcomers_load, expected):
-    victim = model_with("a", stop_seconds=stop, load_seconds=load)
-    assert victim.swap_cost(model_with("b", load_seconds=newcomers_load)) == expected
-
-
 # -- stories -----------------------------------------------------------------------
 
 # A title, the models with their specs and the limits, and the events: when, what, and
@@ -1886,15 +1851,6 @@ A ticket joins a load that its first client left, and is served in strict order
     3    loaded a        -> grant 3
     4    end 3           -> evicted a for b
 
-A model with a new ticket serves it even if no time has passed since its last grant
-    a b | patience=0 models_max=2
-    0    serve a 0
-    0    exited a
-    0    ask a           -> start a
-    0    +loaded a
-    0    +reserved a
-    0    wait            -> grant 2
-
 A sleeping backend can crash, which is no measured stop
     a b
     0    serve a 1
@@ -1906,12 +1862,6 @@ A sleeping backend can crash, which is no measured stop
     10   busy a
     20   ask b           ; next 21
 
-A model in no set is loaded alone
-    a b x | models_max=0 sets=ab
-    0    serve a 1
-    9    ask x           -> evicted a for x
-    10   exited a        -> start x
-
 A load that fails for memory makes room and is tried once more
     a b c | models_max=3
     0    serve a 1
@@ -1920,17 +1870,6 @@ A load that fails for memory makes room and is tried once more
     5    starved c       -> evicted a for c
     6    exited a        -> start c
     7    loaded c        -> grant 3
-
-The second failure for memory is told as any other, and a later load has its own try
-    a b c | models_max=3
-    0    serve a 1
-    2    serve b 3
-    4    ask c           -> start c
-    5    starved c       -> evicted a for c
-    6    exited a        -> start c
-    7    starved c       -> refuse 3: model_start_failed
-    8    ask c           -> start c
-    9    starved c       -> evicted b for c
 
 A busy model ends its requests before it makes room for the second try
     a b | models_max=2
@@ -1942,33 +1881,12 @@ A busy model ends its requests before it makes room for the second try
     5    exited a        -> start b
     6    loaded b        -> grant 2, start a
 
-A load that fails for memory beside pinned models only is not tried again
-    a(is_pinned=1) b | models_max=2
-    0    serve a 1
-    2    ask b           -> start b
-    3    starved b       -> refuse 2: model_start_failed
-
-A model that nobody waits for any more is not tried again, and the victim serves on
-    a b | models_max=2
-    0    busy a
-    2    ask b           -> start b
-    3    starved b
-    4    ask a
-    5    end 2           -> grant 3
-    6    ask b           -> start b
-
 A model that falls asleep has made room for the second try
     a(can_sleep=1) b | models_max=2
     0    serve a 1
     2    ask b           -> start b
     3    starved b       -> sleep a for b
     4    slept a         -> start b
-
-A running model found to be smaller makes room at once
-    a(needs=8) b(needs=4) | models_max=0 budget=8
-    0    busy a
-    1    ask b           ; next 2
-    1.1  learn a 4       -> start b
 
 A running model found to be larger counts for more as far as there is room
     a(needs=2) b(needs=4) c(needs=3) | models_max=0 budget=8
@@ -1992,14 +1910,6 @@ A model found to be larger counts for all of it in its next run
     4    learn a 5
     4    ask a           -> evicted b for a
 
-A sleeping model holds its sleep-needs and no place
-    a(sleeps) b(needs=6) | budget=8
-    0    serve a 1
-    9    ask b           -> sleep a for b
-    10   slept a         -> start b
-    11   loaded b        -> grant 2
-    11   is a sleeping
-
 A model is stopped where even asleep it is in the way
     a(sleeps) b(needs=7) | budget=8
     0    serve a 1
@@ -2018,30 +1928,12 @@ Waking is a start
     21   exited b        -> wake a
     22   loaded a        -> grant 3
 
-Nothing starts until adopted models fit
-    a b c
-    0    adopted a
-    0    adopted b
-    0    is a loading
-    1    loaded a
-    1    loaded b
-    9    ask c           -> evicted a for c, evicted b for c
-    10   exited a
-    11   exited b        -> start c
-
 The load time of an adopted model is not measured
     a b
     0    adopted a
     9    loaded a
     9    busy a
     20   ask b           ; next 21
-
-A model with a waiting ticket counts as busy
-    a b c | models_max=2 patience=0
-    0    serve a 1
-    0    serve b 2
-    9    +ask c
-    9    ask a           -> grant 4, evicted b for c
 
 Nothing is evicted while a model stopped for idleness makes the room
     b c a(idle_timeout=1) | models_max=2 patience=0
@@ -2050,12 +1942,6 @@ Nothing is evicted while a model stopped for idleness makes the room
     2    wait            -> idle a
     2    ask c
     3    exited a        -> start c
-
-A pinned model is never evicted
-    a b p(is_pinned=1) | models_max=2
-    0    serve p 1
-    2    serve a 3
-    9    ask b           -> evicted a for b
 
 A model pinned once loaded stays: what does not fit beside it is refused at once
     p(is_pinned_once_loaded=1) b r(takes_place=0)
@@ -2077,14 +1963,6 @@ A model pinned once loaded is given up while it loads for nobody
     0    ask p           -> start p
     1    +end 1
     1    ask b           -> abandoned p for b
-
-Beside models pinned once loaded, others are evicted as ever
-    p(is_pinned_once_loaded=1,needs=3) q(is_pinned_once_loaded=1) a(needs=1) b(needs=5) | models_max=3 budget=8
-    0    serve p 0
-    0    serve q 0
-    0    serve a 0
-    9    ask b           -> evicted a for b
-    9    exited a        -> start b
 
 A model pinned once loaded that fell asleep stays, and while it wakes
     p(is_pinned_once_loaded=1) b
@@ -2119,29 +1997,6 @@ A kept model gives way to others, and is loaded again once it fits
     17   wait            -> idle b
     18   exited b        -> start k
 
-A kept model is put to sleep and woken likewise
-    k(sleeps,keep_loaded=1) b(needs=7,idle_timeout=5) c(needs=5) | budget=8
-    0    wait            -> start k
-    1    loaded k
-    9    ask c           -> sleep k for c
-    10   slept k         -> start c
-    11   unload c        -> refuse 1: model_unloaded, unload c
-    12   exited c        -> wake k
-
-The load of a kept model is abandoned for a ticket that needs the room
-    k(keep_loaded=1) b
-    0    wait            -> start k
-    1    ask b           -> abandoned k for b
-    1    +end 1
-    2    exited k        -> start k
-
-A kept model is not loaded while somebody waits
-    k(keep_loaded=1) b(concurrency=1) | models_max=2
-    0    busy b          -> start k
-    1    ask b
-    2    exited k broken
-    3    end 1           -> grant 2, start k
-
 A kept model that fails backs off, which counts for requests as well
     k(keep_loaded=1) b
     0    wait            -> start k
@@ -2167,14 +2022,6 @@ A kept model that dies is loaded at most once a minute, but for requests at once
     3    ask k           -> start k
     4    loaded k        -> grant 1
     80   exited k broken -> start k
-
-A kept model on another machine backs off, but not for requests
-    r(keep_loaded=1,takes_place=0)
-    0    wait            -> start r
-    0    exited r broken -> start r
-    0    exited r broken -> start r
-    0    exited r broken ; next 1
-    0    ask r           -> start r
 
 A kept model unloaded by hand stays so until it is asked for, or a reload
     k(keep_loaded=1) b | models_max=2
@@ -2202,12 +2049,6 @@ Having rested, models are kept loaded again from the next request on
     4    exited k        ; next never
     5    ask b           -> start b
     6    loaded b        -> grant 1, start k
-
-A kept model is not unloaded for idleness
-    k(keep_loaded=1,idle_timeout=5)
-    0    wait            -> start k
-    1    loaded k        ; next never
-    2    keep k 0        ; next never
 
 Kept models are not use
     k(keep_loaded=1) b | models_max=2
@@ -2264,15 +2105,6 @@ A victim serves on if the newcomer got its room from another
     2    ask c
     3    exited b        -> start c
     4    end 1
-
-A victim that fell asleep is left alone while another drains
-    a(sleeps) b(needs=4) c(needs=10) | models_max=0 budget=12 patience=0
-    0    serve a 0
-    0    busy b
-    1    ask c           -> sleep a for c
-    2    slept a
-    3    end 2           -> evicted b for c
-    4    exited b        -> start c
 
 A victim that fell asleep with a request in flight is not woken
     a b c | models_max=2 patience=1
@@ -2344,32 +2176,6 @@ A client that alternates between two models teaches no return gap
     17.1 ask b
     17.2 end 3           ; next 17.205
 
-Patience zero is strict order
-    a b | patience=0
-    0    busy a
-    1    ask b
-    2    ask a
-    3    end 1           -> evicted a for b
-    4    exited a        -> start b
-    5    loaded b        -> grant 2
-
-A draining model grants tickets older than the one it drains for
-    b a(concurrency=1) | patience=0
-    0    busy a
-    1    ask a
-    2    ask b
-    3    ask a
-    4    end 1           -> grant 2
-    5    end 2           -> evicted a for b
-
-A younger ticket never takes the room that an older one waits for
-    a(needs=4) b(needs=6) c(needs=4) | models_max=0 budget=8
-    0    busy a
-    0    ask b
-    0    ask c
-    1    end 1           -> evicted a for b
-    3    exited a        -> start b
-
 A younger ticket may pass one that it does not hinder
     a(needs=6) b(needs=6) x(needs=1) | models_max=0 budget=8
     0    busy a
@@ -2397,17 +2203,6 @@ Idle time counts from readiness
     50   loaded a        ; next 110
     110  wait            -> idle a
 
-A pinned model is not unloaded for idleness
-    a(idle_timeout=60,is_pinned=1)
-    0    serve a 1
-    1000 wait            ; next never
-
-A failed load refuses every ticket that waits for it
-    a b
-    0    ask a           -> start a
-    0.5  ask a
-    1    exited a broken -> refuse 1: model_start_failed, refuse 2: model_start_failed
-
 A successful load resets the back-off, and so does a load by hand
     a
     0    fail a
@@ -2426,13 +2221,6 @@ A model on another machine is not backed off
     0    fail r
     0    fail r
     0    ask r           -> start r
-
-A backend that dies later is loaded again for the tickets that wait
-    a(concurrency=1)
-    0    busy a
-    1    ask a
-    2    exited a broken -> start a
-    3    loaded a        -> grant 2
 
 keep-alive 0 unloads once nothing is in flight or waiting
     a(concurrency=1)
@@ -2456,18 +2244,6 @@ A preemptible lease is not drained for
     10   exited a        -> start b
     10   end 2
 
-A preemptible lease ignores concurrency and keeps its model from idleness
-    a(concurrency=1,idle_timeout=60)
-    0    ask a preemptible -> start a
-    0    loaded a        -> grant 1
-    1    ask a           -> grant 2
-    1    ask a preemptible -> grant 3
-    2    end 2
-    2    end 3
-    1000 wait            ; next never
-    1000 end 1
-    1060 wait            -> idle a
-
 Unload by hand gives requests in flight their stop-timeout, once
     a(stop_timeout=10)
     0    busy a
@@ -2481,24 +2257,6 @@ A model loaded by hand holds no lease and stays
     1    loaded a        -> grant 1
     1    in flight 0
     2    ask b           -> evicted a for b
-
-At the end tickets are refused, and requests in flight may finish
-    a b
-    0    busy a
-    1    ask b
-    2    close           -> refuse 2: shutting_down
-    3    ask a           -> refuse 3: shutting_down
-    30   stop all        -> shutdown a
-
-A changed model drains and is replaced, and its tickets wait
-    a
-    0    busy a
-    1    reload a(concurrency=1) changed a
-    2    ask a
-    3    end 1           -> reload a
-    4    exited a        -> start a
-    5    loaded a        -> grant 2
-    6    ask a
 
 A reload resets the back-off of a changed model
     a
@@ -2526,12 +2284,6 @@ A removed model drains and stops, and its tickets are refused
     4    exited a
     4    models b
 
-An unchanged model is not touched by a reload
-    a b
-    0    busy a
-    1    reload a b changed b
-    2    ask a           -> grant 2
-
 A model removed and added again before it exited is replaced
     a
     0    busy a
@@ -2553,35 +2305,6 @@ Lower limits cut nothing and let nothing start until it fits
     7    exited a
     8    exited b        -> start c
 
-Events of an old run never touch a new one
-    a
-    0    busy a
-    1    exited a
-    2    ask a           -> start a
-    3    old loaded a
-    3    old slept a
-    3    old crashed a
-    3    old exited a
-    3    end 1
-    3    is a loading
-    4    loaded a        -> grant 2
-    4    in flight 1
-
-Readiness after a stop was requested is too late
-    a
-    0    ask a           -> start a
-    1    unload a        -> refuse 1: model_unloaded, unload a
-    2    loaded a
-    2    is a unloading
-
-Falling asleep by itself does not call off a stop
-    a b
-    0    serve a 1
-    9    ask b           -> evicted a for b
-    9.1  slept a
-    9.1  is a unloading
-    10   exited a        -> start b
-
 The youngest tickets are refused when the queue is full
     a b | queue_max=2
     0    busy a
@@ -2598,7 +2321,7 @@ class Story:
     def __init__(self, setting):
         specs, limits = setting_of(setting)
         self.core = llmswap.Scheduler(limits, specs)
-        self.tickets, self.runs = [], collections.defaultdict(list)
+        self.tickets = []
 
     def tell(self, now, text):
         """Let the event happen; return the decisions, and the next deadline."""
@@ -2613,9 +2336,6 @@ class Story:
 
     def decide(self, now):
         decisions, deadline = self.core.decide(now)
-        for decision in decisions:
-            if isinstance(decision, llmswap.Start) and not decision.is_wake:
-                self.runs[decision.name].append(decision.run)
         return [in_words(decision) for decision in decisions], deadline
 
     def _wait(self, now):
@@ -2645,13 +2365,12 @@ class Story:
     def _fail(self, now, name):
         self._ask(now, name)
         words, _ = self.decide(now)
-        if words == [f"start {name}"]:
-            self._report(now, "exited", name, "broken")
-            assert self.decide(now)[0] == [
-                f"refuse {len(self.tickets)}: model_start_failed"
-            ]
-            return []
-        return words
+        if words != [f"start {name}"]:
+            return words
+        self._report(now, "exited", name, "broken")
+        refusal = f"refuse {len(self.tickets)}: model_start_failed"
+        assert self.decide(now)[0] == [refusal]
+        return []
 
     def _report(self, now, event, name, failure=None):
         """The backend of this run is loaded, has slept, crashed or exited."""
@@ -2667,11 +2386,6 @@ class Story:
     def _needs(self, now, name, amount):
         assert self.core.models[name].usage().needs == {"vram": int(amount)}
 
-    def _old(self, now, event, name):
-        old, new = self.runs[name]
-        assert old < new
-        getattr(self.core, event)(name, old, now)
-
     def _adopted(self, now, name):
         self.core.adopted(name, now)
 
@@ -2684,12 +2398,6 @@ class Story:
     def _rest(self, now):
         self.core.rest(now, llmswap.ModelUnloaded("it rests"))
 
-    def _close(self, now):
-        self.core.close(llmswap.ShuttingDown("it ends"))
-
-    def _stop(self, now, _):
-        self.core.stop_all(now)
-
     def _reload(self, now, *words):
         setting, _, changed = " ".join(words).partition(" changed ")
         specs, limits = setting_of(setting)
@@ -2697,9 +2405,6 @@ class Story:
 
     def _is(self, now, name, state):
         assert self.core.models[name].state.value == state
-
-    def _reserved(self, now, name):
-        assert self.core.models[name].is_reserved
 
     def _used(self, now, answer):
         assert self.core.is_in_use == (answer == "yes")
@@ -2748,6 +2453,7 @@ def in_words(decision):
     return f"{'sleep' if decision.to_sleep else decision.cause} {decision.name}{aim}"
 
 
+STORY_LINE = re.compile(r"([^;>]*)(?:->([^;]*))?(?:; next (.*))?")
 BROKEN = llmswap.LoadFailed("exit status 1: a file is broken")
 STARVED = llmswap.LoadFailed("exit status 1: out of memory", is_out_of_memory=True)
 
@@ -2757,15 +2463,13 @@ def test_story(story):
     title, setting, *lines = story.splitlines()
     stage = Story(setting)
     for line in lines:
-        what, _, deadline = line.partition("; next ")
-        event, _, expected = what.partition("->")
+        event, expected, deadline = STORY_LINE.fullmatch(line).groups("")
         now, text = event.split(None, 1)
         words, moment = stage.tell(now, text.strip())
         assert ", ".join(words) == expected.strip(), f"{title}: {line}"
         if deadline:
-            assert moment == pytest.approx(float(deadline.replace("never", "inf"))), (
-                f"{title}: {line}"
-            )
+            next_moment = pytest.approx(float(deadline.replace("never", "inf")))
+            assert moment == next_moment, f"{title}: {line}"
 
 
 def test_failed_loads_are_spaced_and_a_refusal_says_for_how_long():
@@ -2800,7 +2504,7 @@ class World:
         self.deadline = math.inf
         self.has_ended = False  # a backend, since the last look
         self.backends = {}  # name -> SimulatedBackend
-        self.starts = collections.Counter()
+        self.starts = 0
         self._agenda = []
         self._numbers = itertools.count()
 
@@ -2812,18 +2516,11 @@ class World:
         planned = self._agenda[0][0] if self._agenda else math.inf
         return min(planned, self.deadline)
 
-    def run(self, until=math.inf):
-        """Let time pass, a decision following each event, until nothing is planned."""
-        while self.next_moment() <= until and self.next_moment() < math.inf:
-            self.step()
-        self.now = max(self.now, until) if until < math.inf else self.now
-
-    def step(self):
-        self.now = max(self.now, self.next_moment())
-        if self._agenda and self._agenda[0][0] <= self.now:
+    def run_agenda(self):
+        """Let happen what is due."""
+        while self._agenda and self._agenda[0][0] <= self.now:
             _, _, action, arguments = heapq.heappop(self._agenda)
             action(*arguments)
-        self.turn()
 
     def turn(self):
         decisions, self.deadline = self.scheduler.decide(self.now)
@@ -2841,7 +2538,7 @@ class World:
             decision.ticket.waiter(decision)
 
     def _start(self, order):
-        self.starts[order.name] += 1
+        self.starts += 1
         if order.is_wake:
             backend = self.backends[order.name]
         else:
@@ -2898,20 +2595,18 @@ class SimulatedBackend:
 class LoopClient:
     """Asks, waits, is served, thinks, and asks again, so many times."""
 
-    def __init__(self, world, name, requests, thinking=0.0, begins=0.0):
+    def __init__(self, world, name, requests, thinking, begins):
         self.world, self.name, self.left = world, name, requests
-        self.thinking = thinking
-        self.waits = []
+        self.thinking, self.served = thinking, 0
         world.after(begins, self._ask)
 
     def _ask(self):
         self.left -= 1
-        self.asked = self.world.now
         ticket = self.world.scheduler.submit(self.name, self.world.now)
         ticket.waiter = self._served
 
     def _served(self, grant):
-        self.waits.append(self.world.now - self.asked)
+        self.served += 1
         seconds = self.world.seconds("request", self.name)
         self.world.after(seconds, self._done, grant.ticket)
 
@@ -2921,43 +2616,26 @@ class LoopClient:
             self.world.after(self.thinking, self._ask)
 
 
-def world_of(names, load=0.5, stop=0.02, request=0.05, **limits):
-    """A world in which each load, stop and request takes that many seconds."""
-    specs = {name: llmswap.ModelSpec() for name in names}
-    scheduler = llmswap.Scheduler(llmswap.Limits(**limits), specs)
-    takes = {"load": load, "stop": stop, "request": request}
-    return World(scheduler, lambda what, name: takes[what])
-
-
-def loads_of_two_groups(thinking, patience=None, clients=3, requests=10):
-    """How many loads two groups of clients, one to a model, need for their work."""
-    world = world_of("ab", patience=patience)
+@pytest.mark.parametrize(
+    "thinking, clients, requests, most", [(0, 3, 10, 3), (0.1, 3, 10, 10), (0.1, 1, 30, 12)]
+)
+def test_two_groups_of_clients_in_closed_loops_need_few_loads(
+    thinking, clients, requests, most
+):
+    specs = {name: llmswap.ModelSpec() for name in "ab"}
+    takes = {"load": 0.5, "stop": 0.02, "request": 0.05}
+    scheduler = llmswap.Scheduler(llmswap.Limits(), specs)
+    world = World(scheduler, lambda what, name: takes[what])
     group = [
         LoopClient(world, name, requests, thinking, begins=i / 100)
         for i, name in enumerate("ab" * clients)
     ]
-    world.run()
-    assert all(len(client.waits) == requests for client in group)
-    return sum(world.starts.values())
-
-
-def test_two_groups_of_clients_in_closed_loops_need_few_loads():
-    assert loads_of_two_groups(thinking=0) <= 3
-
-
-def test_clients_that_think_between_requests_do_not_make_models_swap_at_each():
-    assert loads_of_two_groups(thinking=0.1) <= 10
-    assert loads_of_two_groups(thinking=0.1, clients=1, requests=30) <= 12
-
-
-def test_overlapping_clients_keep_another_waiting_for_two_swaps_and_a_drain():
-    world = world_of("ab", load=0.5, stop=0.02, request=1.0)
-    for i in range(3):
-        LoopClient(world, "a", 60, begins=i / 3)
-    other = LoopClient(world, "b", 5, begins=10.0)
-    world.run()
-    swap = 0.5 + 0.02 + 0.5
-    assert max(other.waits) <= 2 * swap + 1.0 + 1e-9
+    while world.next_moment() < math.inf:
+        world.now = max(world.now, world.next_moment())
+        world.run_agenda()
+        world.turn()
+    assert all(client.served == requests for client in group)
+    assert world.starts <= most
 
 
 # -- speed ---------------------------------------------------------------------------
@@ -3115,26 +2793,19 @@ class Walk:
             self.world.after(self._seconds("request", ""), self._release, number)
         self._bound_all()
         while self.waiting or self.leases:
-            moment = self.world.next_moment()
-            assert moment < math.inf, self.tell("stuck")
-            self._note(f"-- time {moment:.3f}")
-            self.world.now = max(self.world.now, moment)
-            self._run_agenda()
-            self.turn()
+            self.expect(self.world.next_moment() < math.inf, "stuck")
+            self._pass_time_once()
 
-    def _run_agenda(self):
-        agenda = self.world._agenda
-        while agenda and agenda[0][0] <= self.world.now:
-            _, _, action, arguments = heapq.heappop(agenda)
-            action(*arguments)
+    def _pass_time_once(self):
+        self.world.now = max(self.world.now, self.world.next_moment())
+        self._note("-- time")
+        self.world.run_agenda()
+        self.turn()
 
     def _pass_time(self):
         until = self.world.now + self.rng.choice((0.0, 0.004, 0.1, 1.0, 5.0))
         while self.world.next_moment() <= until:
-            self._note(f"-- time {self.world.next_moment():.3f}")
-            self.world.now = max(self.world.now, self.world.next_moment())
-            self._run_agenda()
-            self.turn()
+            self._pass_time_once()
         self.world.now = until
 
     def _submit(self):
