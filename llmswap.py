@@ -8796,7 +8796,7 @@ OUR_NAME = f"llmswap-{os.urandom(8).hex()}"  # in Via, which reveals loops
 SERVER_NAME = "llmswap (llama.cpp)"  # some clients search it for llama.cpp
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
-NAME_LIMIT = 1000  # characters of a model's name in a request
+NAME_LIMIT = 500  # characters of a model's name in a request; what follows is cut
 NAME_PARTS = 64  # between slashes in one
 SLOW_SECONDS = 10.0  # until the first byte; such requests are logged
 NOTICE_EVERY = 5.0  # s; so often a waiting chat shows the progress of a load
@@ -8850,8 +8850,8 @@ class RequestLog:
         with self._lock:
             rows = [dict(zip(REQUEST_FIELDS, row)) for row in reversed(self._ended)]
             for row, response, began in self._running.values():
-                first_byte = response.first_at and response.first_at - began
-                rows.insert(0, {**row, "seconds": now - began, "first_byte": first_byte})
+                first = response.first_at and response.first_at - began
+                rows.insert(0, {**row, "seconds": now - began, "first_byte": first})
             return rows
 
     def steps(self) -> int:
@@ -8881,7 +8881,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """
 
     def setup(self):
-        self.connection = self.request
         self.pool = self.server.pool
         self.config = self.pool.config
         self.wire = SocketReader(self.request)
@@ -8951,10 +8950,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ClientDisconnected from None
         if not raw:
             return False
-        self.head = self.headers = Request(raw)
+        self.head = Request(raw)
         self.head.drop_slash(ROUTES)
-        self.command, self.path = self.head.method, self.head.target
-        self.request_version = "HTTP/1.0" if self.head.is_http_10 else "HTTP/1.1"
         self.reply = ClientResponse(self.request, self.head, self._cors_headers())
         self.reply.is_for_anthropic = self.head.path.endswith("/v1/messages")
         self.body = Body(self.wire, self.head, self.config.settings.max_body)
@@ -9464,8 +9461,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise NotFound(f"there is nothing at {self.head.path}")
         model = self._resolve(name) if name else self.config.default_model()
         if model is None:
-            text = "model name is missing from the request, and there is no default-model"
-            raise BadRequest(text, "model")
+            text = "model name is missing from the request"
+            raise BadRequest(f"{text}, and there is no default-model", "model")
         self.model = model
         self._check_may_load(model)
         if not self._may_autoload() and not self.pool.is_held(model):
@@ -9549,7 +9546,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body, length, settings = self.body, self.body.length, model.settings
         if OUR_NAME in ", ".join(self.head.all("via")):
             text = f"the request for {model.name} has come back to llmswap"
-            raise LoopDetected(f"{text}: `proxy` ({settings.proxy}) must not lead to it")
+            raise LoopDetected(f"{text}: its `proxy` ({settings.proxy}) leads there")
         timeouts = [name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members]
         edits = BodyEdits(
             settings.model_name or None,
@@ -9827,13 +9824,14 @@ class Log:
         lines = queue.SimpleQueue()
         self._listener = logging.handlers.QueueListener(lines, self)
         self._listener.start()
+        self._handler = logging.handlers.QueueHandler(lines)
         self._logger = logging.Logger("llmswap")
-        self._logger.addHandler(logging.handlers.QueueHandler(lines))
+        self._logger.addHandler(self._handler)
         self.set_level("info")
 
     def set_level(self, level: str):
         """Drop what is less important than `level`."""
-        self._logger.setLevel(level.upper())
+        self._handler.setLevel(level.upper())
 
     def __call__(self, level: str, text: str):
         self._logger.log(getattr(logging, level.upper()), text)
@@ -10050,7 +10048,8 @@ def shown_address(address: Address) -> str:
     if isinstance(address, str):
         return f"unix:{address}"
     host, port = address[:2]
-    return f"http://{_joined({'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host), port)}/"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{_joined(host, port)}/"
 
 
 def _joined(host, port):
@@ -10076,14 +10075,13 @@ def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
     for fd in range(3, 3 + int(count or 0)):
         os.set_inheritable(fd, False)
         try:
-            listeners.append(socket.socket(fileno=fd))
-            is_listening = listeners[-1].getsockopt(
-                socket.SOL_SOCKET, socket.SO_ACCEPTCONN
-            )
+            listener = socket.socket(fileno=fd)
+            accepts = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         except OSError:
-            is_listening = False
-        if not is_listening:
+            accepts = False
+        if not accepts:
             return [], f"descriptor {fd} from systemd is not a listening stream socket"
+        listeners.append(listener)
     return listeners, None
 
 
@@ -10209,8 +10207,7 @@ class Parrot(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         """Answer health checks and the list of models."""
-        models = [{"id": "parrot"}]
-        self._answer(200, {"status": "ok", "object": "list", "data": models})
+        self._answer({"status": "ok", "object": "list", "data": [{"id": "parrot"}]})
 
     do_HEAD = do_GET
 
@@ -10222,7 +10219,7 @@ class Parrot(http.server.BaseHTTPRequestHandler):
             message = (request.get("messages") or [{}])[-1].get("content") or "squawk"
         except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
             problem = BadRequest("the body is no JSON object with a list of messages")
-            return self._answer(problem.status, error_body(problem))
+            return self._answer(error_body(problem), problem.status)
         model = request.get("model")
         words = re.findall(r"\S+\s*", f"{model} says: {message}")
         if request.get("stream"):
@@ -10231,17 +10228,16 @@ class Parrot(http.server.BaseHTTPRequestHandler):
         choice = {"index": 0, "message": reply, "finish_reason": "stop"}
         usage = {"prompt_tokens": len(words), "completion_tokens": len(words)}
         answer = {"object": "chat.completion", "model": model}
-        self._answer(200, {**answer, "choices": [choice], "usage": usage})
+        self._answer({**answer, "choices": [choice], "usage": usage})
 
     def _events(self, words):
         for word in words:
             choice = {"index": 0, "delta": {"content": word}}
-            event = {"object": "chat.completion.chunk", "choices": [choice]}
-            yield b"data: " + _dump(event) + b"\n\n"
+            yield _as_event({"object": "chat.completion.chunk", "choices": [choice]})
             time.sleep(0.05)
         yield b"data: [DONE]\n\n"
 
-    def _answer(self, status, value):
+    def _answer(self, value, status=200):
         self._send(status, "application/json", [_dump(value)])
 
     def _send(self, status, content_type, pieces):
