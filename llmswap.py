@@ -8806,6 +8806,7 @@ _LOOPBACK = re.compile(r"(::ffff:)?127\.|::1\Z")  # addresses
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")
+FOREIGN_ORIGIN = "the origin {!r} is not in cors-origins in [llmswap]"
 OPEN_PATHS = ("/", "/health", "/v1/health")  # need no key
 IDLE_TIMEOUT_PARAMETERS = ("keep_alive", "ttl")  # Ollama's and LM Studio's
 OLLAMA_PATH = re.compile(
@@ -9093,7 +9094,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             )
         is_safe = head.method in SAFE_METHODS and not head.is_upgrade
         if origin and not is_safe and not self._is_origin_allowed(origin):
-            raise _forbidden_origin(origin)
+            raise Forbidden(FOREIGN_ORIGIN.format(origin))
         is_open = head.path in OPEN_PATHS and not self._wants_snapshots()
         if head.method == "OPTIONS" or is_open or not keys:
             return
@@ -9134,7 +9135,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         is_fetch = any(name.startswith("sec-fetch-") for name, _ in head.headers)
         if origin or is_fetch or head.get("user-agent").startswith("Mozilla/"):
-            raise _forbidden_origin(origin or "of a browser")
+            raise Forbidden(FOREIGN_ORIGIN.format(origin or "of a browser"))
 
     def _check_may_load(self, model):
         """For GETs: they may load the model only if no foreign page asks for it."""
@@ -9673,10 +9674,6 @@ def _idle_timeout_in(members):
         raise BadRequest(text, names[0]) from None
 
 
-def _forbidden_origin(origin):
-    return Forbidden(f"the origin {origin!r} is not in cors-origins in [llmswap]")
-
-
 def _host_name(host):
     """Return the name in a Host, without its port; "?" if it is none."""
     match = re.fullmatch(r"(\[[^]]*\]|[^:]*)(?::[0-9]*)?", host)
@@ -9703,6 +9700,7 @@ def model_entry(
 
     `facts` are those of `owner`, whose backend the model uses.
     """
+    status = with_known_problem(status, facts)
     abilities = {**owner.settings.capabilities, **model.settings.capabilities}
     meta = {**facts.meta, **status.entry.get("meta", {})}
     if "context" in abilities:
@@ -9742,7 +9740,6 @@ def _shown_status(model, status, facts):
     }
     if facts.preset:
         shown["preset"] = _SECRET_LINE.sub(r"\1 = ***", facts.preset)
-    status = with_known_problem(status, facts)
     problem = model.problem or status.failure
     if problem and status.state == "unloaded":
         code = exit_code_of(status.failure) if status.failure else 1
@@ -9988,12 +9985,6 @@ class Server(http.server.ThreadingHTTPServer):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)
 
-    def finish(self, seconds: float):
-        """Wait until the requests in flight are answered, at most so many seconds."""
-        deadline = time.monotonic() + seconds
-        while self.inactive_since() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-
 
 def refuse_connection(connection: socket.socket, reason: str):
     """Answer 503 on a connection of which nothing was read."""
@@ -10118,18 +10109,14 @@ class SystemdNotifier:
         with pool.events.subscribe() as get:
             while self._address:
                 if is_serving() and pool.is_alive(interval or -1):
-                    self.notify("WATCHDOG=1", f"STATUS={status_line(pool)}")
+                    held = [
+                        f"{status.id} {status.state}{percent(status.progress)[1:]}"
+                        for status in pool.statuses()
+                        if status.state != "unloaded" and not status.shares
+                    ]
+                    text = ", ".join(held) or "nothing is loaded"
+                    self.notify("WATCHDOG=1", f"STATUS={text}")
                 get(interval)
-
-
-def status_line(pool: Pool) -> str:
-    """Return in one line which models are loaded, loading, sleeping or unloading."""
-    held = [
-        f"{status.id} {status.state}{percent(status.progress)[1:]}"
-        for status in pool.statuses()
-        if status.state != "unloaded" and not status.shares
-    ]
-    return ", ".join(held) or "nothing is loaded"
 
 
 UNITS = """\
@@ -10669,9 +10656,10 @@ class Application:
         while not self.server.is_closing:
             settings, idle_since = self._config.settings, self.pool.idle_since()
             pause = MAX_WAIT
-            if settings.idle_command:
-                since = time.monotonic() if idle_since is None else idle_since
-                since = max(since, last_run)
+            if settings.idle_command and idle_since is None:
+                pause = max(1.0, settings.idle_command_after)
+            elif settings.idle_command:
+                since = max(idle_since, last_run)
                 pause = since + settings.idle_command_after - time.monotonic()
             if pause <= 0 and self._unload_for_idle_command(idle_since):
                 self._run_idle_command(settings.idle_command)
@@ -10728,7 +10716,9 @@ class Application:
 
     def _close(self):
         self.pool.close(DRAIN_SECONDS)
-        self.server.finish(REFUSAL_SECONDS)
+        deadline = time.monotonic() + REFUSAL_SECONDS
+        while self.server.inactive_since() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
         self._wakeup.send(b"\0")
 
 
