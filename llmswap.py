@@ -7806,7 +7806,7 @@ class RepairStream:
 
 
 class StatusReport(NamedTuple):
-    """Everything that the page and Prometheus show. `born` is in Unix time."""
+    """What the page and Prometheus show. `born` is in Unix time."""
 
     version: str
     born: float
@@ -8053,10 +8053,9 @@ pre {
   background: var(--ground); font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace;
 }
 
-header {
-  display: flex; flex-wrap: wrap; align-items: center; gap: 6px 20px;
-  padding: 20px 0 16px;
-}
+header, .acts, .send, .sheet h2, #log h2, .request { display: flex; gap: 0 10px; }
+header, .acts, .sheet h2, #log h2 { align-items: center; }
+header { flex-wrap: wrap; gap: 6px 20px; padding: 20px 0 16px; }
 #totals { flex: 1; }
 #search { width: 200px; }
 #link::before { content: "\25cf\a0"; color: var(--loading); }
@@ -8096,7 +8095,7 @@ main li:first-child { border: 0; }
 @keyframes turn { to { transform: rotate(1turn); } }
 @media (prefers-reduced-motion: reduce) { .dot { animation: none !important; } }
 .state b, .failed .sum, .why p, #error { color: var(--tone, var(--failed)); }
-.acts { display: flex; align-items: center; }
+.acts { gap: 0; }
 .acts :last-child { margin-left: 6px; min-width: 88px; }
 .model > dl, .why, progress { grid-column: 2 / -1; }
 dl { display: flex; flex-wrap: wrap; gap: 10px 24px; padding-top: 10px; }
@@ -8111,14 +8110,12 @@ progress { width: 100%; height: 8px; margin-top: 12px; accent-color: var(--loadi
 aside { padding-top: 27px; }
 .sheet { padding: 14px; margin-bottom: 16px; }
 .sheet > * + * { margin-top: 10px; }
-.sheet h2, #log h2 {
-  display: flex; justify-content: space-between; align-items: center;
-  margin: 0 0 10px; color: inherit; font-size: 15px;
-}
+.sheet h2, #log h2 { margin: 0 0 10px; color: inherit; font-size: 15px; }
+:is(h2 :last-child, #link) { margin-left: auto; }
 #only { width: auto; max-width: 60%; padding-block: 3px; font-weight: 400; }
 #recent { max-height: 50vh; overflow: auto; margin: 0 -14px -14px; }
 #recent:empty::before { content: "None yet"; padding: 14px; color: var(--soft); }
-.request { display: flex; gap: 10px; align-items: baseline; padding: 8px 14px 9px; }
+.request { align-items: baseline; padding: 8px 14px 9px; }
 .request:not(.loading, .failed) .dot { visibility: hidden; }
 details { flex: 1; min-width: 0; }
 summary { display: flex; flex-wrap: wrap; gap: 0 8px; cursor: pointer; }
@@ -8128,7 +8125,6 @@ summary::after { content: "\203a" / ""; color: var(--soft); }
 .sum { flex-basis: 100%; order: 1; }
 details:not([open]) .sum { max-height: 2.9em; overflow: hidden; }
 details dl div:last-child { flex-basis: 100%; white-space: pre-line; }
-.send { display: flex; gap: 8px; }
 #answer p { white-space: pre-wrap; }
 #thought { padding-left: 12px; border-left: 2px solid var(--line); }
 
@@ -8140,7 +8136,6 @@ dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16p
 @media (max-width: 900px) {
   body { padding: 0 14px 32px; }
   #totals, #search { order: 1; flex: 1 0 100%; }
-  #link { margin-left: auto; }
   .columns { display: block; }
   aside { padding: 0; }
   #recent { max-height: none; }
@@ -8458,7 +8453,7 @@ function detailOf(model) {
   }
   if (state === "unloaded" && model.waiting) return requests(model);
   const saved = context && `${bytes(context)} of context saved`;
-  return join([stopped, since && `${since} ago`, saved], ", ");
+  return join([state === "unloaded" && stopped, since && `${since} ago`, saved], ", ");
 }
 
 function paintActs(acts, {id, state, kind, shares, seconds}) {
@@ -8875,11 +8870,8 @@ class RequestLog:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves one client's connection, request after request.
-
-    It reads the socket through `wire`, never `rfile`: heads are read strictly, and a
-    reader that timed out can go on.
-    """
+    """Serves one client's connection, request after request. It reads the socket
+    through `wire`, never `rfile`: strictly, and on after a timeout."""
 
     def setup(self):
         self.pool = self.server.pool
@@ -9697,9 +9689,7 @@ def model_entry(
     model: Model, owner: Model, status: ModelStatus, facts: Facts, created: int
 ) -> dict:
     """Return a model as in /v1/models: all fields of llama.cpp's router, and more.
-
-    `facts` are those of `owner`, whose backend the model uses.
-    """
+    `facts` are those of `owner`, whose backend the model uses."""
     status = with_known_problem(status, facts)
     abilities = {**owner.settings.capabilities, **model.settings.capabilities}
     meta = {**facts.meta, **status.entry.get("meta", {})}
@@ -9855,11 +9845,8 @@ class Log:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Accepts connections on all sockets; a Handler serves each on its own thread.
-
-    The sockets are bound by us or by systemd. They and the server's other attributes
-    are what handlers share. Any thread may call.
-    """
+    """Accepts connections on all sockets; a Handler serves each on its own thread. Any
+    thread may call."""
 
     def __init__(self, sockets: List[socket.socket], pool: Pool, log: Log, application):
         super().__init__(("", 0), Handler, bind_and_activate=False)
@@ -9965,9 +9952,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def try_idle_exit(self) -> bool:
         """Stop accepting; if a client has connected already go on, and return False.
-
-        Later connections wait in the sockets' backlog, which systemd keeps open.
-        """
+        Later ones wait in the sockets' backlog, which systemd keeps open."""
         self.shutdown()
         pending = select.select(self.sockets, [], [], 0)[0]
         if self.inactive_since() is not None and not pending:
@@ -10052,9 +10037,7 @@ def _joined(host, port):
 
 def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
     """Return the listening sockets that systemd passed, and what is wrong with them.
-
-    Its variables are removed from `environ`.
-    """
+    Its variables are removed from `environ`."""
     names = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
     count, pid, *_ = [environ.pop(name, "") for name in names]
     if count and pid != str(os.getpid()):
@@ -10078,9 +10061,7 @@ def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
 
 class SystemdNotifier:
     """Reports llmswap's state to systemd, if that is wanted. Any thread may call.
-
-    `watchdog` is the longest time in seconds between two reports, or None.
-    """
+    `watchdog` is the longest time in seconds between two reports, or None."""
 
     def __init__(self, environ: Dict[str, str]):
         self._address = re.sub("^@", "\0", environ.pop("NOTIFY_SOCKET", ""))
@@ -10099,12 +10080,9 @@ class SystemdNotifier:
                 sender.sendall("\n".join(lines).encode())
 
     def watch(self, pool: Pool, is_serving: Callable[[], bool]):
-        """Report what is loaded, at each change and for the watchdog; never return if
-        systemd asked for that.
-
-        Nothing is sent unless connections are accepted, the Pool's lock can be had, and
-        its timer runs.
-        """
+        """Report what is loaded, at each change and for the watchdog, as long as
+        connections are accepted, the Pool's lock can be had, and its timer runs. Return
+        only if systemd did not ask for it."""
         interval = self.watchdog / 2 if self.watchdog else None
         with pool.events.subscribe() as get:
             while self._address:
@@ -10355,11 +10333,9 @@ def _command_line(model):
 
 
 def prepare_process():
-    """Open descriptors 0 to 2 if they are closed, and have malloc give memory back.
-
-    Of several arenas each keeps the most that it ever held; blocks beyond a fixed
-    threshold are returned to the system as soon as they are free.
-    """
+    """Open descriptors 0 to 2 if they are closed, and have malloc give memory back: of
+    several arenas each keeps the most that it ever held, and only blocks beyond a fixed
+    threshold are returned to the system as soon as they are free."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
