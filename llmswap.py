@@ -9179,13 +9179,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise MethodNotAllowed(f"{path} has no {self.head.method}")
         url = f"http://{self.head.get('host')}/v1"
         if path.startswith("/v1/v1/"):
-            text = f"{path}: the client's base URL has /v1 twice; set it to {url}"
-            raise NotFound(text)
+            raise NotFound(f"{path}: the base URL has /v1 twice; set it to {url}")
         if OLLAMA_PATH.fullmatch(path):
-            raise NotFound(
-                f"{path} is Ollama's API; this is an OpenAI-compatible server: let the "
-                f"client use its OpenAI provider with the base URL {url}"
-            )
+            text = f"{path} is Ollama's API; this is an OpenAI-compatible server"
+            raise NotFound(f"{text}: use an OpenAI provider with the base URL {url}")
         self.route_by_model()
 
     def refuse_feature(self):
