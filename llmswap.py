@@ -9871,8 +9871,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Accept connections, on a thread of its own."""
         self._is_paused = False
         self._stop_reader, self._stop_writer = socket.socketpair()
-        self._thread = threading.Thread(target=self.serve_forever, daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self.serve_forever, "accept")
 
     def serve_forever(self, poll_interval=None):
         """Accept until `shutdown`; the base class would wake up twice a second."""
