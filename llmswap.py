@@ -7806,7 +7806,7 @@ class RepairStream:
 
 
 class StatusReport(NamedTuple):
-    """Everything that the page and Prometheus show. `born` is in Unix time."""
+    """What the page and Prometheus show. `born` is in Unix time."""
 
     version: str
     born: float
@@ -8053,10 +8053,9 @@ pre {
   background: var(--ground); font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace;
 }
 
-header {
-  display: flex; flex-wrap: wrap; align-items: center; gap: 6px 20px;
-  padding: 20px 0 16px;
-}
+header, .acts, .send, .sheet h2, #log h2, .request { display: flex; gap: 0 10px; }
+header, .acts, .sheet h2, #log h2 { align-items: center; }
+header { flex-wrap: wrap; gap: 6px 20px; padding: 20px 0 16px; }
 #totals { flex: 1; }
 #search { width: 200px; }
 #link::before { content: "\25cf\a0"; color: var(--loading); }
@@ -8096,7 +8095,7 @@ main li:first-child { border: 0; }
 @keyframes turn { to { transform: rotate(1turn); } }
 @media (prefers-reduced-motion: reduce) { .dot { animation: none !important; } }
 .state b, .failed .sum, .why p, #error { color: var(--tone, var(--failed)); }
-.acts { display: flex; align-items: center; }
+.acts { gap: 0; }
 .acts :last-child { margin-left: 6px; min-width: 88px; }
 .model > dl, .why, progress { grid-column: 2 / -1; }
 dl { display: flex; flex-wrap: wrap; gap: 10px 24px; padding-top: 10px; }
@@ -8111,14 +8110,12 @@ progress { width: 100%; height: 8px; margin-top: 12px; accent-color: var(--loadi
 aside { padding-top: 27px; }
 .sheet { padding: 14px; margin-bottom: 16px; }
 .sheet > * + * { margin-top: 10px; }
-.sheet h2, #log h2 {
-  display: flex; justify-content: space-between; align-items: center;
-  margin: 0 0 10px; color: inherit; font-size: 15px;
-}
+.sheet h2, #log h2 { margin: 0 0 10px; color: inherit; font-size: 15px; }
+:is(h2 :last-child, #link) { margin-left: auto; }
 #only { width: auto; max-width: 60%; padding-block: 3px; font-weight: 400; }
 #recent { max-height: 50vh; overflow: auto; margin: 0 -14px -14px; }
 #recent:empty::before { content: "None yet"; padding: 14px; color: var(--soft); }
-.request { display: flex; gap: 10px; align-items: baseline; padding: 8px 14px 9px; }
+.request { align-items: baseline; padding: 8px 14px 9px; }
 .request:not(.loading, .failed) .dot { visibility: hidden; }
 details { flex: 1; min-width: 0; }
 summary { display: flex; flex-wrap: wrap; gap: 0 8px; cursor: pointer; }
@@ -8128,7 +8125,6 @@ summary::after { content: "\203a" / ""; color: var(--soft); }
 .sum { flex-basis: 100%; order: 1; }
 details:not([open]) .sum { max-height: 2.9em; overflow: hidden; }
 details dl div:last-child { flex-basis: 100%; white-space: pre-line; }
-.send { display: flex; gap: 8px; }
 #answer p { white-space: pre-wrap; }
 #thought { padding-left: 12px; border-left: 2px solid var(--line); }
 
@@ -8140,7 +8136,6 @@ dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16p
 @media (max-width: 900px) {
   body { padding: 0 14px 32px; }
   #totals, #search { order: 1; flex: 1 0 100%; }
-  #link { margin-left: auto; }
   .columns { display: block; }
   aside { padding: 0; }
   #recent { max-height: none; }
@@ -8458,7 +8453,7 @@ function detailOf(model) {
   }
   if (state === "unloaded" && model.waiting) return requests(model);
   const saved = context && `${bytes(context)} of context saved`;
-  return join([stopped, since && `${since} ago`, saved], ", ");
+  return join([state === "unloaded" && stopped, since && `${since} ago`, saved], ", ");
 }
 
 function paintActs(acts, {id, state, kind, shares, seconds}) {
@@ -8796,7 +8791,7 @@ OUR_NAME = f"llmswap-{os.urandom(8).hex()}"  # in Via, which reveals loops
 SERVER_NAME = "llmswap (llama.cpp)"  # some clients search it for llama.cpp
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
-NAME_LIMIT = 1000  # characters of a model's name in a request
+NAME_LIMIT = 500  # characters of a model's name in a request; what follows is cut
 NAME_PARTS = 64  # between slashes in one
 SLOW_SECONDS = 10.0  # until the first byte; such requests are logged
 NOTICE_EVERY = 5.0  # s; so often a waiting chat shows the progress of a load
@@ -8806,6 +8801,7 @@ _LOOPBACK = re.compile(r"(::ffff:)?127\.|::1\Z")  # addresses
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")
+FOREIGN_ORIGIN = "the origin {!r} is not in cors-origins in [llmswap]"
 OPEN_PATHS = ("/", "/health", "/v1/health")  # need no key
 IDLE_TIMEOUT_PARAMETERS = ("keep_alive", "ttl")  # Ollama's and LM Studio's
 OLLAMA_PATH = re.compile(
@@ -8850,8 +8846,8 @@ class RequestLog:
         with self._lock:
             rows = [dict(zip(REQUEST_FIELDS, row)) for row in reversed(self._ended)]
             for row, response, began in self._running.values():
-                first_byte = response.first_at and response.first_at - began
-                rows.insert(0, {**row, "seconds": now - began, "first_byte": first_byte})
+                first = response.first_at and response.first_at - began
+                rows.insert(0, {**row, "seconds": now - began, "first_byte": first})
             return rows
 
     def steps(self) -> int:
@@ -8874,14 +8870,10 @@ class RequestLog:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves one client's connection, request after request.
-
-    It reads the socket through `wire`, never `rfile`: heads are read strictly, and a
-    reader that timed out can go on.
-    """
+    """Serves one client's connection, request after request. It reads the socket
+    through `wire`, never `rfile`: strictly, and on after a timeout."""
 
     def setup(self):
-        self.connection = self.request
         self.pool = self.server.pool
         self.config = self.pool.config
         self.wire = SocketReader(self.request)
@@ -8951,10 +8943,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ClientDisconnected from None
         if not raw:
             return False
-        self.head = self.headers = Request(raw)
+        self.head = Request(raw)
         self.head.drop_slash(ROUTES)
-        self.command, self.path = self.head.method, self.head.target
-        self.request_version = "HTTP/1.0" if self.head.is_http_10 else "HTTP/1.1"
         self.reply = ClientResponse(self.request, self.head, self._cors_headers())
         self.reply.is_for_anthropic = self.head.path.endswith("/v1/messages")
         self.body = Body(self.wire, self.head, self.config.settings.max_body)
@@ -9096,7 +9086,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             )
         is_safe = head.method in SAFE_METHODS and not head.is_upgrade
         if origin and not is_safe and not self._is_origin_allowed(origin):
-            raise _forbidden_origin(origin)
+            raise Forbidden(FOREIGN_ORIGIN.format(origin))
         is_open = head.path in OPEN_PATHS and not self._wants_snapshots()
         if head.method == "OPTIONS" or is_open or not keys:
             return
@@ -9137,7 +9127,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         is_fetch = any(name.startswith("sec-fetch-") for name, _ in head.headers)
         if origin or is_fetch or head.get("user-agent").startswith("Mozilla/"):
-            raise _forbidden_origin(origin or "of a browser")
+            raise Forbidden(FOREIGN_ORIGIN.format(origin or "of a browser"))
 
     def _check_may_load(self, model):
         """For GETs: they may load the model only if no foreign page asks for it."""
@@ -9189,13 +9179,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise MethodNotAllowed(f"{path} has no {self.head.method}")
         url = f"http://{self.head.get('host')}/v1"
         if path.startswith("/v1/v1/"):
-            text = f"{path}: the client's base URL has /v1 twice; set it to {url}"
-            raise NotFound(text)
+            raise NotFound(f"{path}: the base URL has /v1 twice; set it to {url}")
         if OLLAMA_PATH.fullmatch(path):
-            raise NotFound(
-                f"{path} is Ollama's API; this is an OpenAI-compatible server: let the "
-                f"client use its OpenAI provider with the base URL {url}"
-            )
+            text = f"{path} is Ollama's API; this is an OpenAI-compatible server"
+            raise NotFound(f"{text}: use an OpenAI provider with the base URL {url}")
         self.route_by_model()
 
     def refuse_feature(self):
@@ -9464,8 +9451,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise NotFound(f"there is nothing at {self.head.path}")
         model = self._resolve(name) if name else self.config.default_model()
         if model is None:
-            text = "model name is missing from the request, and there is no default-model"
-            raise BadRequest(text, "model")
+            text = "model name is missing from the request"
+            raise BadRequest(f"{text}, and there is no default-model", "model")
         self.model = model
         self._check_may_load(model)
         if not self._may_autoload() and not self.pool.is_held(model):
@@ -9549,7 +9536,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body, length, settings = self.body, self.body.length, model.settings
         if OUR_NAME in ", ".join(self.head.all("via")):
             text = f"the request for {model.name} has come back to llmswap"
-            raise LoopDetected(f"{text}: `proxy` ({settings.proxy}) must not lead to it")
+            raise LoopDetected(f"{text}: its `proxy` ({settings.proxy}) leads there")
         timeouts = [name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members]
         edits = BodyEdits(
             settings.model_name or None,
@@ -9676,10 +9663,6 @@ def _idle_timeout_in(members):
         raise BadRequest(text, names[0]) from None
 
 
-def _forbidden_origin(origin):
-    return Forbidden(f"the origin {origin!r} is not in cors-origins in [llmswap]")
-
-
 def _host_name(host):
     """Return the name in a Host, without its port; "?" if it is none."""
     match = re.fullmatch(r"(\[[^]]*\]|[^:]*)(?::[0-9]*)?", host)
@@ -9703,9 +9686,8 @@ def model_entry(
     model: Model, owner: Model, status: ModelStatus, facts: Facts, created: int
 ) -> dict:
     """Return a model as in /v1/models: all fields of llama.cpp's router, and more.
-
-    `facts` are those of `owner`, whose backend the model uses.
-    """
+    `facts` are those of `owner`, whose backend the model uses."""
+    status = with_known_problem(status, facts)
     abilities = {**owner.settings.capabilities, **model.settings.capabilities}
     meta = {**facts.meta, **status.entry.get("meta", {})}
     if "context" in abilities:
@@ -9745,7 +9727,6 @@ def _shown_status(model, status, facts):
     }
     if facts.preset:
         shown["preset"] = _SECRET_LINE.sub(r"\1 = ***", facts.preset)
-    status = with_known_problem(status, facts)
     problem = model.problem or status.failure
     if problem and status.state == "unloaded":
         code = exit_code_of(status.failure) if status.failure else 1
@@ -9827,13 +9808,14 @@ class Log:
         lines = queue.SimpleQueue()
         self._listener = logging.handlers.QueueListener(lines, self)
         self._listener.start()
+        self._handler = logging.handlers.QueueHandler(lines)
         self._logger = logging.Logger("llmswap")
-        self._logger.addHandler(logging.handlers.QueueHandler(lines))
+        self._logger.addHandler(self._handler)
         self.set_level("info")
 
     def set_level(self, level: str):
         """Drop what is less important than `level`."""
-        self._logger.setLevel(level.upper())
+        self._handler.setLevel(level.upper())
 
     def __call__(self, level: str, text: str):
         self._logger.log(getattr(logging, level.upper()), text)
@@ -9860,11 +9842,8 @@ class Log:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Accepts connections on all sockets; a Handler serves each on its own thread.
-
-    The sockets are bound by us or by systemd. They and the server's other attributes
-    are what handlers share. Any thread may call.
-    """
+    """Accepts connections on all sockets; a Handler serves each on its own thread. Any
+    thread may call."""
 
     def __init__(self, sockets: List[socket.socket], pool: Pool, log: Log, application):
         super().__init__(("", 0), Handler, bind_and_activate=False)
@@ -9892,8 +9871,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Accept connections, on a thread of its own."""
         self._is_paused = False
         self._stop_reader, self._stop_writer = socket.socketpair()
-        self._thread = threading.Thread(target=self.serve_forever, daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self.serve_forever, "accept")
 
     def serve_forever(self, poll_interval=None):
         """Accept until `shutdown`; the base class would wake up twice a second."""
@@ -9970,9 +9948,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def try_idle_exit(self) -> bool:
         """Stop accepting; if a client has connected already go on, and return False.
-
-        Later connections wait in the sockets' backlog, which systemd keeps open.
-        """
+        Later ones wait in the sockets' backlog, which systemd keeps open."""
         self.shutdown()
         pending = select.select(self.sockets, [], [], 0)[0]
         if self.inactive_since() is not None and not pending:
@@ -9989,12 +9965,6 @@ class Server(http.server.ThreadingHTTPServer):
         for connection in list(self._idle_connections):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)
-
-    def finish(self, seconds: float):
-        """Wait until the requests in flight are answered, at most so many seconds."""
-        deadline = time.monotonic() + seconds
-        while self.inactive_since() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
 
 
 def refuse_connection(connection: socket.socket, reason: str):
@@ -10050,7 +10020,8 @@ def shown_address(address: Address) -> str:
     if isinstance(address, str):
         return f"unix:{address}"
     host, port = address[:2]
-    return f"http://{_joined({'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host), port)}/"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{_joined(host, port)}/"
 
 
 def _joined(host, port):
@@ -10062,9 +10033,7 @@ def _joined(host, port):
 
 def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
     """Return the listening sockets that systemd passed, and what is wrong with them.
-
-    Its variables are removed from `environ`.
-    """
+    Its variables are removed from `environ`."""
     names = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
     count, pid, *_ = [environ.pop(name, "") for name in names]
     if count and pid != str(os.getpid()):
@@ -10076,22 +10045,19 @@ def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
     for fd in range(3, 3 + int(count or 0)):
         os.set_inheritable(fd, False)
         try:
-            listeners.append(socket.socket(fileno=fd))
-            is_listening = listeners[-1].getsockopt(
-                socket.SOL_SOCKET, socket.SO_ACCEPTCONN
-            )
+            listener = socket.socket(fileno=fd)
+            accepts = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         except OSError:
-            is_listening = False
-        if not is_listening:
+            accepts = False
+        if not accepts:
             return [], f"descriptor {fd} from systemd is not a listening stream socket"
+        listeners.append(listener)
     return listeners, None
 
 
 class SystemdNotifier:
     """Reports llmswap's state to systemd, if that is wanted. Any thread may call.
-
-    `watchdog` is the longest time in seconds between two reports, or None.
-    """
+    `watchdog` is the longest time in seconds between two reports, or None."""
 
     def __init__(self, environ: Dict[str, str]):
         self._address = re.sub("^@", "\0", environ.pop("NOTIFY_SOCKET", ""))
@@ -10110,28 +10076,21 @@ class SystemdNotifier:
                 sender.sendall("\n".join(lines).encode())
 
     def watch(self, pool: Pool, is_serving: Callable[[], bool]):
-        """Report what is loaded, at each change and for the watchdog; never return if
-        systemd asked for that.
-
-        Nothing is sent unless connections are accepted, the Pool's lock can be had, and
-        its timer runs.
-        """
+        """Report what is loaded, at each change and for the watchdog, as long as
+        connections are accepted, the Pool's lock can be had, and its timer runs. Return
+        only if systemd did not ask for it."""
         interval = self.watchdog / 2 if self.watchdog else None
         with pool.events.subscribe() as get:
             while self._address:
                 if is_serving() and pool.is_alive(interval or -1):
-                    self.notify("WATCHDOG=1", f"STATUS={status_line(pool)}")
+                    held = [
+                        f"{status.id} {status.state}{percent(status.progress)[1:]}"
+                        for status in pool.statuses()
+                        if status.state != "unloaded" and not status.shares
+                    ]
+                    text = ", ".join(held) or "nothing is loaded"
+                    self.notify("WATCHDOG=1", f"STATUS={text}")
                 get(interval)
-
-
-def status_line(pool: Pool) -> str:
-    """Return in one line which models are loaded, loading, sleeping or unloading."""
-    held = [
-        f"{status.id} {status.state}{percent(status.progress)[1:]}"
-        for status in pool.statuses()
-        if status.state != "unloaded" and not status.shares
-    ]
-    return ", ".join(held) or "nothing is loaded"
 
 
 UNITS = """\
@@ -10209,8 +10168,7 @@ class Parrot(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         """Answer health checks and the list of models."""
-        models = [{"id": "parrot"}]
-        self._answer(200, {"status": "ok", "object": "list", "data": models})
+        self._answer({"status": "ok", "object": "list", "data": [{"id": "parrot"}]})
 
     do_HEAD = do_GET
 
@@ -10222,7 +10180,7 @@ class Parrot(http.server.BaseHTTPRequestHandler):
             message = (request.get("messages") or [{}])[-1].get("content") or "squawk"
         except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
             problem = BadRequest("the body is no JSON object with a list of messages")
-            return self._answer(problem.status, error_body(problem))
+            return self._answer(error_body(problem), problem.status)
         model = request.get("model")
         words = re.findall(r"\S+\s*", f"{model} says: {message}")
         if request.get("stream"):
@@ -10231,17 +10189,16 @@ class Parrot(http.server.BaseHTTPRequestHandler):
         choice = {"index": 0, "message": reply, "finish_reason": "stop"}
         usage = {"prompt_tokens": len(words), "completion_tokens": len(words)}
         answer = {"object": "chat.completion", "model": model}
-        self._answer(200, {**answer, "choices": [choice], "usage": usage})
+        self._answer({**answer, "choices": [choice], "usage": usage})
 
     def _events(self, words):
         for word in words:
             choice = {"index": 0, "delta": {"content": word}}
-            event = {"object": "chat.completion.chunk", "choices": [choice]}
-            yield b"data: " + _dump(event) + b"\n\n"
+            yield _as_event({"object": "chat.completion.chunk", "choices": [choice]})
             time.sleep(0.05)
         yield b"data: [DONE]\n\n"
 
-    def _answer(self, status, value):
+    def _answer(self, value, status=200):
         self._send(status, "application/json", [_dump(value)])
 
     def _send(self, status, content_type, pieces):
@@ -10372,11 +10329,9 @@ def _command_line(model):
 
 
 def prepare_process():
-    """Open descriptors 0 to 2 if they are closed, and have malloc give memory back.
-
-    Of several arenas each keeps the most that it ever held; blocks beyond a fixed
-    threshold are returned to the system as soon as they are free.
-    """
+    """Open descriptors 0 to 2 if they are closed, and have malloc give memory back: of
+    several arenas each keeps the most that it ever held, and only blocks beyond a fixed
+    threshold are returned to the system as soon as they are free."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -10673,9 +10628,10 @@ class Application:
         while not self.server.is_closing:
             settings, idle_since = self._config.settings, self.pool.idle_since()
             pause = MAX_WAIT
-            if settings.idle_command:
-                since = time.monotonic() if idle_since is None else idle_since
-                since = max(since, last_run)
+            if settings.idle_command and idle_since is None:
+                pause = max(1.0, settings.idle_command_after)
+            elif settings.idle_command:
+                since = max(idle_since, last_run)
                 pause = since + settings.idle_command_after - time.monotonic()
             if pause <= 0 and self._unload_for_idle_command(idle_since):
                 self._run_idle_command(settings.idle_command)
@@ -10732,7 +10688,9 @@ class Application:
 
     def _close(self):
         self.pool.close(DRAIN_SECONDS)
-        self.server.finish(REFUSAL_SECONDS)
+        deadline = time.monotonic() + REFUSAL_SECONDS
+        while self.server.inactive_since() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
         self._wakeup.send(b"\0")
 
 
