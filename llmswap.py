@@ -221,7 +221,7 @@ MAX_DURATION = 100 * 365 * SECONDS["d"]  # a lock accepts this, but not any numb
 UNIT_POWERS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 NUMBER = r"[0-9]{1,15}(?:\.[0-9]+)?"  # as many digits as a float can hold
 TRUE_WORDS = ("on", "true", "1", "enabled", "yes")
-FALSE_WORDS = ("off", "false", "0", "disabled", "no")
+BOOLEAN = f"(?i:{'|'.join(TRUE_WORDS)}|off|false|0|disabled|no)"
 
 
 def pattern(expected, regex, convert=lambda match: match[0]):
@@ -253,11 +253,6 @@ def _seconds(match):
     return min(seconds, MAX_DURATION)
 
 
-def _pin(match):
-    word = match[0].lower()
-    return "on" if word in TRUE_WORDS else "off" if word in FALSE_WORDS else word
-
-
 parse_duration = pattern(
     "a duration such as 15m", rf"{NUMBER}|(?:{NUMBER}(?:ms|[smhd]))+", _seconds
 )
@@ -267,12 +262,12 @@ parse_size = pattern(
     lambda match: int(float(match[1]) * 2 ** UNIT_POWERS[match[2].upper()]),
 )
 parse_boolean = pattern(
-    "on or off",
-    f"(?i:{'|'.join(TRUE_WORDS + FALSE_WORDS)})",
-    lambda match: match[0].lower() in TRUE_WORDS,
+    "on or off", BOOLEAN, lambda match: match[0].lower() in TRUE_WORDS
 )
 parse_pin = pattern(
-    "on, off or loaded", f"(?i:loaded|{'|'.join(TRUE_WORDS + FALSE_WORDS)})", _pin
+    "on, off or loaded",
+    f"loaded|{BOOLEAN}",
+    lambda match: "loaded" if match[0] == "loaded" else match[0].lower() in TRUE_WORDS,
 )
 parse_count = pattern("a whole number", "[0-9]{1,9}", lambda match: int(match[0]))
 parse_score = pattern(
@@ -370,28 +365,21 @@ def parse_state_dir(text) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-CONTROL_REQUEST = re.compile(r"[ \t]*(?:([A-Z]+)[ \t]+)?(/[^\s,]*)[ \t]*")
+parse_request = pattern(
+    "a request such as POST /sleep?level=1",
+    r"(?:([A-Z]+)[ \t]+)?(/[^\s,]*)[ \t]*(\{.*\})?",
+    lambda match: (match[1] or "POST", match[2], match[3] or ""),
+)
 
 
 def parse_requests(text) -> tuple:
     """Return (method, path, JSON body) of each request, separated by commas:
     "POST /wake_up, POST /collective_rpc {"method": "reload_weights"}"."""
-    requests, at = [], 0
-    while at < len(text):
-        match = CONTROL_REQUEST.match(text, at)
-        if not match:
-            expected = "a request such as POST /sleep?level=1"
-            raise ValueError(f"{text[at:].strip()!r} is not {expected}")
-        body, at = "", match.end()
-        if text.startswith("{", at):
-            end = json.JSONDecoder().raw_decode(text, at)[1]
-            body, at = text[at:end], end
-        requests.append((match[1] or "POST", match[2], body))
-        comma = re.compile(r"[ \t]*(?:,|\Z)").match(text, at)
-        if not comma:
-            raise ValueError(f"a comma is missing before {text[at:].strip()!r}")
-        at = comma.end()
-    return tuple(requests)
+    parts = re.split(r"[ \t]*,[ \t]*(?=[A-Z]+[ \t]|/)", text) if text else ()
+    requests = tuple(map(parse_request, parts))
+    for _, _, body in requests:
+        parse_object(body)
+    return requests
 
 
 def parse_host_port(text) -> tuple:
@@ -568,6 +556,7 @@ MODEL_KEYS = (
 
 PROXY_KEY = {key.name: key for key in PROXY_KEYS}
 MODEL_KEY = {key.name: key for key in MODEL_KEYS}
+ENV_KEY = MODEL_KEY["env.NAME"]
 
 # Variables known only when a backend starts, by the keys that may hold them. Their
 # texts stay as they are until then; the values here only serve to check them.
@@ -577,7 +566,7 @@ LATE_VARIABLES = {
 }
 QUOTED_KEYS = ("cmd", "cmd-stop", "extra-args", "idle-command")  # as in a shell
 
-SETTINGS = [key for key in MODEL_KEYS if key.name != "env.NAME"]
+SETTINGS = [key for key in MODEL_KEYS if key is not ENV_KEY]
 ProxySettings = namedtuple("ProxySettings", [key.attribute for key in PROXY_KEYS])
 ModelSettings = namedtuple("ModelSettings", [key.attribute for key in SETTINGS])
 DEFAULTS = {
@@ -750,15 +739,34 @@ def expand_macros(text, macros) -> str:
     return text
 
 
-def variables_in(text) -> set:
-    """Return the names that stand in ${}."""
-    return {match[1] for match in VARIABLE.finditer(text)} - {None}
+def needs_port(text) -> bool:
+    """Return whether ${PORT} stands in the text."""
+    return any(match[1] == "PORT" for match in VARIABLE.finditer(text))
+
+
+def read_setting(key, setting, macros, variables, warn):
+    """Return the value of the key, or raise ConfigError with the setting's place.
+
+    A text that may hold ${PORT} or ${PID} stays one, with its macros expanded. `warn`
+    is called for words of a command that only a shell understands.
+    """
+    text = expand_macros(setting.text, macros)
+    late = LATE_VARIABLES.get(key.name, {})
+    try:
+        value = key.parse(expand(text, {**variables, **late}))
+        words = shlex.split(text if late else value) if key.name in QUOTED_KEYS else []
+    except ValueError as error:
+        raise ConfigError(f"{setting.place}: {error}") from None
+    shell_words = " ".join(filter(SHELL_SYNTAX.fullmatch, words))
+    if shell_words:
+        warn(f"{setting.place}: only a shell understands {shell_words}, and none is "
+             "run: write sh -c '...', and ${env.NAME} for $NAME")
+    return text if late else value
 
 
 # ---- Commands: quoted as in a shell, though none runs them ---------------------------
 
 ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
-SHELL_BUILTINS = ("cd", "exec", "export", "source", ".", "ulimit", "umask")
 SHELL_SYNTAX = re.compile(
     r"&&?|\|\|?|;|[0-9]*[<>]{1,2}[&\w./~-]*|[^;\s]+;|\$\(.*|`.*|#.*|\$[A-Za-z_]\w*"
 )
@@ -774,31 +782,6 @@ def with_environment(words) -> list:
     return ["env", *words] if words and ASSIGNMENT.match(words[0]) else words
 
 
-def shell_pitfalls(setting):
-    """Yield warnings of words that only a shell understands."""
-    words = shlex.split(setting.text)
-    builtins = [word for word in words[:1] if word in SHELL_BUILTINS]
-    syntax = [word for word in words if SHELL_SYNTAX.fullmatch(word)]
-    if builtins or syntax:
-        shown = " ".join(builtins + syntax)
-        yield (f"{setting.place}: only a shell understands {shown}, and none is run: "
-               "write sh -c '...', and ${env.NAME} for $NAME")
-
-
-def read_setting(key, setting, macros, variables):
-    """Return the value of the key, or raise ConfigError with the setting's place.
-
-    A text that may hold ${PORT} or ${PID} stays one, with its macros expanded.
-    """
-    text = expand_macros(setting.text, macros)
-    late = LATE_VARIABLES.get(key.name, {})
-    try:
-        value = key.parse(expand(text, {**variables, **late}))
-        if key.name in QUOTED_KEYS:
-            shlex.split(text if late else value)
-    except ValueError as error:
-        raise ConfigError(f"{setting.place}: {error}") from None
-    return text if late else value
 
 
 # ---- Options of llama-server ---------------------------------------------------------
@@ -920,8 +903,6 @@ class OptionTable:
                        f"llama.cpp makes it {word}")
             elif option.values and re.fullmatch("\".*\"|'.*'", text):
                 yield f"{place}: the quotes are part of the value {text}"
-            if option.negatives and key.startswith("LLAMA_ARG_NO_"):
-                yield f"{place}: NO is no negation here for llama.cpp"
 
 
 UNKNOWN_OPTIONS = OptionTable()
@@ -961,7 +942,6 @@ def parse_help(text) -> Optional[OptionTable]:
 EXCLUSIVE_KEYS = ("cmd", "unit", "uses")
 NOT_FOR_ALL = (*EXCLUSIVE_KEYS, "proxy", "alias")
 NOT_MODELS = ("llmswap", "macros", "*")
-LENIENT_KEYS = ("stop-timeout", "load-on-startup")  # llama.cpp takes anything for them
 
 # The keys that make the backend, by kind of model: their change needs a new backend.
 PROCESS_KEYS = ("extra-args", "proxy", "env.NAME", "cwd", "oom-score-adj")
@@ -977,11 +957,10 @@ REQUEST_KEYS = (  # and those of listing: they may stand beside `uses`
     "json-repair",
     "loading-notice", "unlisted", "capabilities", "description",
 )
-SOURCE_KEYS = set(
-    "model m LLAMA_ARG_MODEL hf-repo hf hfr LLAMA_ARG_HF_REPO model-url mu "
-    "LLAMA_ARG_MODEL_URL docker-repo dr LLAMA_ARG_DOCKER_REPO".split()
+SOURCE_KEY = re.compile(
+    "model|m|hf-repo|hfr?|model-url|mu|docker-repo|dr|(?!spec-).*-default|fim-.*-spec"
+    "|LLAMA_ARG_(?:MODEL|HF_REPO|MODEL_URL|DOCKER_REPO)"
 )
-SOURCE_FLAG = re.compile("(?!spec-).*-default|fim-.*-spec")
 SAVE_PATH = "slot-save-path"  # the option of llama-server that `keep-context` needs
 
 
@@ -1022,7 +1001,7 @@ class Model(NamedTuple):
     @property
     def is_pinned(self) -> bool:
         """Whether it is never evicted, loaded or not."""
-        return self.settings.pin == "on"
+        return self.settings.pin is True
 
     @property
     def launch(self) -> tuple:
@@ -1103,8 +1082,10 @@ def folder_name(name) -> str:
 
 def has_source(keys) -> bool:
     """Return whether one of llama-server's keys says where the model's file is."""
-    names = {*keys, *(key.replace("_", "-") for key in keys)}
-    return bool(names & SOURCE_KEYS) or any(map(SOURCE_FLAG.fullmatch, names))
+    return any(
+        SOURCE_KEY.fullmatch(name)
+        for key in keys for name in (key, key.replace("_", "-"))
+    )
 
 
 def split_settings(section):
@@ -1130,21 +1111,18 @@ class ModelBuilder:
         self._warn = warn
         self._problems = []
         self._own, options = split_settings(section)
-        self._kind = self._find_kind(options)
+        proxy = self._own.get("proxy")
+        is_elsewhere = proxy and not needs_port(proxy.text)
+        is_remote = is_elsewhere and not has_source(each.key for each in options)
+        self._kind = next(
+            (name for name in EXCLUSIVE_KEYS if name in self._own),
+            "remote" if is_remote else "llama-server",
+        )
         keys, *layers = defaults
         if self._kind == "uses":
             keys = {name: keys[name] for name in keys if name in REQUEST_KEYS}
         self._keys = {**keys, **self._own}
         self._layers = (*layers, options)
-
-    def _find_kind(self, options):
-        for name in EXCLUSIVE_KEYS:
-            if name in self._own:
-                return name
-        proxy = self._own.get("proxy")
-        is_elsewhere = proxy and "PORT" not in variables_in(proxy.text)
-        has_file = has_source([setting.key for setting in options])
-        return "remote" if is_elsewhere and not has_file else "llama-server"
 
     def build(self) -> Model:
         """Return the Model; defaults replace values that are wrong."""
@@ -1153,13 +1131,16 @@ class ModelBuilder:
             values["hang_timeout"] = 0.0
         for name, setting in self._keys.items():
             if name.startswith("env."):
-                env[name[len("env.") :]] = self._read_late(setting)
+                env[name[len("env.") :]] = self._read(ENV_KEY, setting, "")
             else:
                 key = MODEL_KEY[name]
                 values[key.attribute] = self._read(key, setting, values[key.attribute])
         settings, options = ModelSettings(**values), ()
         if self._kind == "llama-server":
-            options = tuple(map(self._read_layer, self._layers))
+            options = tuple(
+                [each._replace(text=self._read_option(each)) for each in layer]
+                for layer in self._layers
+            )
         mistakes = self._key_mistakes(), self._kind_mistakes(settings, env)
         for setting, reason in itertools.chain(*mistakes):
             place = setting.place if setting else self._place
@@ -1171,30 +1152,22 @@ class ModelBuilder:
                      self._variables, (self._name,), problem, preset_only=preset_only)
 
     def _read(self, key, setting, default):
+        context = self._macros, self._variables, self._warn
         try:
-            value = read_setting(key, setting, self._macros, self._variables)
-            if key.name in QUOTED_KEYS:
-                for warning in shell_pitfalls(setting):
-                    self._warn(warning)
-            return value
+            return read_setting(key, setting, *context)
         except ConfigError as error:
-            if key.name in LENIENT_KEYS:
+            if key.name in PRESET_ONLY_KEYS:  # llama.cpp takes anything for them
                 self._warn(f"{error}; taken as {key.default}")
             else:
                 self._problems.append(str(error))
             return default
 
-    def _read_late(self, setting):
-        return self._read(MODEL_KEY["env.NAME"], setting, "")
-
-    def _read_layer(self, layer):
+    def _read_option(self, setting):
+        """Return the text; without macros it is as llama-server reads it, but for a ~
+        that it could not open."""
         if self._macros:
-            texts = [self._read_late(setting) for setting in layer]
-        else:  # as llama-server reads them
-            texts = [setting.text.replace("${", "$${") for setting in layer]
-        # but for a path that it could not open
-        texts = map(os.path.expanduser, texts)
-        return [each._replace(text=text) for each, text in zip(layer, texts)]
+            return os.path.expanduser(self._read(ENV_KEY, setting, ""))
+        return os.path.expanduser(setting.text.replace("${", "$${"))
 
     def _key_mistakes(self):
         """Yield settings that cannot stand in the section, and why."""
@@ -1214,22 +1187,22 @@ class ModelBuilder:
     def _kind_mistakes(self, settings, env):
         """Yield what else makes the model unusable, each with the setting to blame."""
         own = self._own.get
-        needs_port = "PORT" in variables_in(settings.proxy)
+        is_local = needs_port(settings.proxy)
         if self._kind == "llama-server":
             keys = {setting.key for layer in self._layers for setting in layer}
             words = settings.extra_args.split()
             keys.update(env, (word.split("=")[0].lstrip("-") for word in words))
             if not has_source(keys):
                 yield None, "it has no source: model, hf-repo, model-url or docker-repo"
-            if not needs_port:
+            if not is_local:
                 yield own("proxy"), "the proxy of a llama-server needs ${PORT}"
-        elif self._kind == "cmd":
-            texts = " ".join([settings.cmd, settings.extra_args, *env.values()])
-            if needs_port and "PORT" not in variables_in(texts):
+        elif self._kind == "cmd" and is_local:
+            texts = [settings.cmd, settings.extra_args, *env.values()]
+            if not any(map(needs_port, texts)):
                 yield own("cmd"), "without ${PORT} it needs proxy = URL"
         if self._kind in EXCLUSIVE_KEYS and not getattr(settings, self._kind):
             yield own(self._kind), "it must not be empty"
-        if self._kind in ("unit", "remote") and needs_port:
+        if self._kind in ("unit", "remote") and is_local:
             yield own("proxy"), "it needs proxy = URL, without ${PORT}"
         if bool(settings.sleep) != bool(settings.wake):
             yield None, "sleep and wake need each other"
@@ -1377,13 +1350,17 @@ class ConfigLoader:
     def __init__(self, data, path, overrides, environ, cached=()):
         self._path = path
         self._cached = cached
-        self._in_directory = {}  # options of the models in models-dir
         self._environ = environ
         self._warnings = {}  # used as a set that keeps its order
         empty = {name: Section(name, "", {}) for name in NOT_MODELS}
         self._sections = {**empty, **PresetParser(path, self._warn).parse(data)}
-        self._macros = self._read_macros()
-        self._variables = {f"env.{name}": value for name, value in environ.items()}
+        macros = self._sections["macros"].settings
+        for name, setting in macros.items():
+            if name in ("PORT", "PID", "MODEL_ID") or name.startswith("env."):
+                raise ConfigError(f"{setting.place}: this name has its own meaning")
+        texts = {name: setting.text for name, setting in macros.items()}
+        variables = {f"env.{name}": value for name, value in environ.items()}
+        self._context = texts, variables, self._warn
         self._proxy = {**self._read_proxy_section(), **overrides}
         self._names = {}  # ids of models by name
 
@@ -1395,8 +1372,9 @@ class ConfigLoader:
             if model.kind == "llama-server" and model.settings.keep_context:
                 path = os.path.join(settings.state_dir, "context", folder_name(name))
                 models[name] = model._replace(context_dir=f"{path}/")
-        keys = self._read_api_keys(settings)
-        config = Config(self._path, settings, models, self._names, keys, ())
+        config = Config(
+            self._path, settings, models, self._names, self._read_api_keys(settings), ()
+        )
         settings = self._resolve_names(config)
         self._check_fit(models, settings)
         for model in models.values():
@@ -1406,13 +1384,6 @@ class ConfigLoader:
 
     def _warn(self, message):
         self._warnings[message] = True
-
-    def _read_macros(self):
-        settings = self._sections["macros"].settings
-        for name, setting in settings.items():
-            if name in ("PORT", "PID", "MODEL_ID") or name.startswith("env."):
-                raise ConfigError(f"{setting.place}: this name has its own meaning")
-        return {name: setting.text for name, setting in settings.items()}
 
     def _read_proxy_section(self):
         star, settings = self._sections["*"].settings, {}
@@ -1434,11 +1405,7 @@ class ConfigLoader:
         values = {}
         for key in PROXY_KEYS:
             setting = self._proxy.get(key.name, Setting(key.name, key.default, ""))
-            value = read_setting(key, setting, self._macros, self._variables)
-            values[key.attribute] = value
-            if key.name in QUOTED_KEYS:
-                for warning in shell_pitfalls(setting):
-                    self._warn(warning)
+            values[key.attribute] = read_setting(key, setting, *self._context)
         if "models-max" not in self._proxy and (values["budget"] or values["sets"]):
             values["models_max"] = 0
         return ProxySettings(**values)
@@ -1465,40 +1432,36 @@ class ConfigLoader:
         if None in settings.budget.values():
             keys.setdefault("needs", Setting("needs", "auto", ""))
         listed = self._list_models(settings)
-        place = f"{self._path}: [{{}}]"
-        sections = {name: Section(name, place.format(name), {}) for name in listed}
+        sections = {
+            name: Section(name, f"{self._path}: [{name}]", {}) for name in listed
+        }
         sections.update(self._model_sections())
-        models = [
-            ModelBuilder(section, (keys, options, listed.get(section.name, [])),
-                         self._macros, self._variables, self._warn).build()
-            for section in sections.values()
-        ]
-        return [
-            model._replace(source=self._source_of(each))
-            for each, model in zip(sections, models)
-        ]
-
-    def _source_of(self, name):
-        if name in self._sections:
-            return "preset"
-        return "models_dir" if name in self._in_directory else "cache"
+        models = []
+        for name, section in sections.items():
+            source, layer = listed.get(name, ("preset", []))
+            defaults = keys, options, layer
+            model = ModelBuilder(section, defaults, *self._context).build()
+            is_written = name in self._sections
+            models.append(model._replace(source="preset" if is_written else source))
+        return models
 
     def _list_models(self, settings):
-        """Return options of the models in models-dir and in llama.cpp's cache, by id.
-        They are those of the file's section that is the same to llama.cpp."""
-        if settings.models_dir:
-            place = self._proxy["models-dir"].place
-            try:
-                self._in_directory = find_models(settings.models_dir, place)
-            except OSError as error:
-                self._warn(f"{place}: {error}")
+        """Return the source and the options of the models in llama.cpp's cache and in
+        models-dir, by id: that of the section which is the same to llama.cpp."""
         ids = {canonical_name(name): name for name in self._sections}
         listed = {}
         for name in self._cached if settings.cache_models else ():
             options = {"hf-repo": name, "offline": "on"}
             layer = [Setting(key, text, f"[{name}]") for key, text in options.items()]
-            listed[ids.get(name, name)] = layer
-        return {**listed, **self._in_directory}
+            listed[ids.get(name, name)] = "cache", layer
+        if settings.models_dir:
+            place = self._proxy["models-dir"].place
+            try:
+                for name, layer in find_models(settings.models_dir, place).items():
+                    listed[name] = "models_dir", layer
+            except OSError as error:
+                self._warn(f"{place}: {error}")
+        return listed
 
     def _model_sections(self):
         """Return the sections that are models. Of names that are equal to llama.cpp,
@@ -1515,8 +1478,9 @@ class ConfigLoader:
         return sections
 
     def _assign_names(self, models):
-        """Return the models by id. Ids come first, then aliases, then llama.cpp's
-        spellings; a name that is taken stays with its owner."""
+        """Return the models by id. Ids come first, then aliases, llama.cpp's spellings,
+        and the repository of its only model in the cache; a name that is taken stays
+        with its owner."""
         self._names.update((model.name, model.name) for model in models)
         named = {}
         for model in models:
@@ -1527,17 +1491,13 @@ class ConfigLoader:
             named[model.name] = model._replace(aliases=aliases)
         for model in sorted(models, key=lambda model: model.name, reverse=True):
             self._register(canonical_name(model.name), model, "llama.cpp's name")
-        self._register_repositories()
-        for name, owner in [*self._names.items()]:
-            self._names.setdefault(name.strip().casefold(), owner)
-        return named
-
-    def _register_repositories(self):
-        """Let `user/repo` mean the only model of it in the cache."""
         repositories = [name.rpartition(":")[0] for name in self._cached]
         for repository, name in zip(repositories, self._cached):
             if repositories.count(repository) == 1 and name in self._names:
                 self._names.setdefault(repository, self._names[name])
+        for name, owner in [*self._names.items()]:
+            self._names.setdefault(name.strip().casefold(), owner)
+        return named
 
     def _register(self, name, model, label):
         """Return whether the model has the name, which it gets if none has it."""
@@ -1556,20 +1516,16 @@ class ConfigLoader:
                 raise ConfigError(f"{place}: there is no model {name!r}")
             return model
 
-        def backends(name):
-            model = known(name, "sets")
-            used = [*filter(None, map(config.find, model.settings.uses))]
-            return used or [model.name]
-
+        sets = []
+        for names in config.settings.sets:
+            models = [known(name, "sets") for name in names]
+            used = [map(config.find, model.settings.uses) for model in models]
+            backends = [[*filter(None, ids)] or [model.name]
+                        for ids, model in zip(used, models)]
+            sets += map(frozenset, itertools.product(*backends))
         default = config.settings.default_model
-        return config.settings._replace(
-            sets=tuple(
-                frozenset(names)
-                for together in config.settings.sets
-                for names in itertools.product(*map(backends, together))
-            ),
-            default_model=default and known(default, "default-model").name,
-        )
+        default = default and known(default, "default-model").name
+        return config.settings._replace(sets=tuple(sets), default_model=default)
 
     def _check_fit(self, models, settings):
         """Make models unusable that do not fit beside all that are always pinned."""
