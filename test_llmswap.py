@@ -1426,7 +1426,6 @@ def test_a_tilde_in_an_option_is_the_home_directory(tmp_path, monkeypatch):
                          "llama-server; did you mean idle-timeout?"),
     ("zzz = 1", "neither a key of llmswap nor an option of this llama-server"),
     ("listen = x", "belongs into [llmswap]"),
-    ("control-vector-layer-range = 1 2", "takes two values; write it into extra-args"),
 ])
 def test_an_unknown_option_is_named_with_its_place(tmp_path, line, reason):
     config = read(tmp_path, f"[a]\nm = x\n{line}\n[b]\nm = y")
@@ -3153,7 +3152,7 @@ class Walk:
         ticket = self.core.submit(name, self.world.now, **kind)
         ticket.waiter = self._settled
         self.waiting[ticket.number] = ticket
-        self.released.discard(name)
+        self._keep_again(name)
         self.is_resting = False
         if ticket.manual:
             self._forgive(name)
@@ -3257,6 +3256,12 @@ class Walk:
         self.failures[name], self.retry_at[name] = 0, -math.inf
         self.keep_at[name] = -math.inf
 
+    def _keep_again(self, name):
+        """It was unloaded by hand, and is asked for or reloaded since."""
+        if name in self.released:
+            self.released.discard(name)
+            self.keep_at[name] = -math.inf
+
     def _doze(self):
         """A backend that nobody uses goes to sleep, or wakes, by its own choice."""
         for backend in self.world.backends.values():
@@ -3359,7 +3364,8 @@ class Walk:
         for name in set(changed) | set(self.specs) - set(specs):
             self._forgive(name)
         self.specs = specs
-        self.released.clear()
+        for name in [*self.released]:
+            self._keep_again(name)
         self._bound_all()
 
     def _has_changed(self, name, specs):
@@ -3741,9 +3747,9 @@ class WatchedBackend:
         self.news.put(("exited", problem))
 
     def on_described(self, *_):
-        """Of no concern here, as are the next two."""
+        """Of no concern here, as are the next ones."""
 
-    on_dying = on_line = on_described
+    on_dying = on_line = on_progress = on_described
 
     def loaded(self):
         """Wait until it is ready."""
@@ -4000,7 +4006,7 @@ LOADS = {  # how a silent server gets at its model
 def test_a_load_that_goes_on_in_silence_is_not_given_up(
     begin, tmp_path, monkeypatch, load, wrapper
 ):
-    monkeypatch.setattr(llmswap, "ACTIVITY_INTERVAL", 0.1)
+    monkeypatch.setattr(llmswap, "LOOK_AT_LOADS", 0.1)
     loop = "while True:\n    step()\n    time.sleep(0.03)\n"
     (tmp_path / "x.py").write_text(f"import mmap, os, time\n{LOADS[load]}\n{loop}")
     (tmp_path / "file").write_bytes(bytes(2**20))
@@ -4011,7 +4017,7 @@ def test_a_load_that_goes_on_in_silence_is_not_given_up(
 
 
 def test_a_page_read_now_and_then_is_no_progress(begin, monkeypatch):
-    monkeypatch.setattr(llmswap, "ACTIVITY_INTERVAL", 0.05)
+    monkeypatch.setattr(llmswap, "LOOK_AT_LOADS", 0.05)
     pages = itertools.count(0, 4096)
     monkeypatch.setattr(llmswap, "_kernel_counts", lambda *_: next(pages))
     watched = begin("--load-hang", load_timeout=0.3)
@@ -4626,6 +4632,7 @@ class Puppet:
     """A backend that does what the test says."""
 
     pid, port, upstream, where, started_at = 1, 2, None, "pid 1", 0.0
+    progress = None
 
     def __init__(self, model, listener):
         self.model = model
@@ -4954,7 +4961,7 @@ def test_a_unit_replaced_by_a_reload_during_the_search_is_not_adopted(
 
     monkeypatch.setattr(llmswap, "running_units", running)
     monkeypatch.setattr(Puppet, "adopt", Puppet.start, raising=False)
-    stage.pool._adopt({"old.service": "a"})
+    stage.pool._adopt_units()
     assert stage.state("a") == "unloaded" and not stage.backends
 
 
@@ -5700,13 +5707,6 @@ def test_a_unit_of_the_system_manager_is_asked_for_there(units):
     assert all(call.startswith("--system") for call in units.calls())
 
 
-def test_the_rivals_of_a_unit_listen_where_it_does_and_can_be_used(tmp_path):
-    text = unit_ini(("a", 3004), ("b", 3004), ("c", 3004)) + "wrong = 1\n"
-    models = read(tmp_path, text + "[d]\ncmd = serve ${PORT}\n").models
-    rivals = [llmswap.rivals_of(models[name], models) for name in "abc"]
-    assert rivals == [["b.service"], ["a.service"], []]
-
-
 def test_two_units_share_one_port_and_are_never_confused(units):
     port = free_port()
     units.add("a", "--load", "0.1", "--stop-delay", "0.2", port=port)
@@ -5716,19 +5716,6 @@ def test_two_units_share_one_port_and_are_never_confused(units):
         for name in "aba":
             assert server.chat(name).content().split()[0] == name
             assert server.loaded() == [name]
-
-
-def test_a_rival_started_by_hand_is_stopped_first(units):
-    port = free_port()
-    units.add("a", port=port)
-    units.add("b", port=port)
-    ini = unit_ini(("a", port), ("b", port))
-    with brisk(ini, env=units.env, ADOPT_PATIENCE=10.0) as server:
-        assert server.loaded() == []  # what ran at the start was looked for
-        units("start", "--", "a.service", TEST_FAMILY=server.token)
-        eventually(lambda: is_listening(port))
-        assert server.chat("b").content().split()[0] == "b"
-        assert not units.is_running("a")
 
 
 def test_a_foreign_listener_the_port_of_a_unit_gets_no_request(units):
@@ -13249,7 +13236,7 @@ def test_a_model_that_never_fits_whole_is_not_learned_from_what_it_squeezed_into
         estimate = llmswap.Known(name, "llama-fit-params", {"vram": size * GB})
         pool._needs._set(llmswap._command_key(models[name]), estimate)
         stage.load(name)
-        stage.backend(name).peak = {"vram": 12 * GB}
+        pool._runs[stage.backend(name)].peak = {"vram": 12 * GB}
         with pool._lock:
             pool._learn(stage.backend(name), is_over=True)
         stage.now += 99
@@ -15347,7 +15334,7 @@ class Explored(Walk):
         row = [
             model.name, model.state.value, model.changed_at is None, model.in_flight,
             model.preemptible, model.failures, ahead(model.retry_at, now),
-            ahead(model.keep_at, now), model.is_released,
+            ahead(model.keep_at, now),
             repr(model.spec), model.evicted_for and model.evicted_for.name,
             repr(self.specs.get(model.name)), model.room_from and model.room_from.name,
             model.load_seconds, model.stop_seconds,
@@ -15362,7 +15349,7 @@ class Explored(Walk):
             age(model.changed_at, now) if backend.phase.endswith("ing") else None,
             None if model.unload_by is None else ahead(model.unload_by, now),
             drains_for,
-            model.stop_cause, model.was_ready, model.is_asleep,
+            model.stop_cause, model.ready_at > -math.inf, model.is_asleep,
             repr(model.replacement), model.removal_error is not None,
             backend.phase, backend.has_served, backend.was_asleep,
             backend in self.departing, backend in self.replaced, backend in self.cut_at,
@@ -15485,7 +15472,7 @@ import os, sys, time
 folder, compiled, *argv = sys.argv[1:]
 sys.path.insert(0, compiled)
 import llmswap
-llmswap.STALL_CHECK_AFTER = llmswap.ACTIVITY_INTERVAL = 0.3
+llmswap.STALL_CHECK_AFTER = llmswap.LOOK_AT_LOADS = 0.3
 def has(what): return os.path.exists(os.path.join(folder, what))
 wall, clocks = time.time, time.clock_gettime
 time.time = lambda: wall() + 7200 * has("ahead") - 7200 * has("back")
