@@ -3281,6 +3281,8 @@ class Walk:
             if backend.phase == "ending":
                 self._note(f"late {news.__name__} {backend.name}")
                 news(backend.name, backend.run, self.world.now)
+                if news == self.core.loaded:  # it woke before it was told to stop
+                    backend.was_asleep = False
         name = self.rng.choice(WALK_NAMES)
         backend = self.world.backends.get(name)
         if self.newest[name] and backend is None or self.newest[name] > 1:
