@@ -4996,14 +4996,11 @@ class Metrics:
     """Counts since the start of llmswap. The caller holds the Pool's lock.
 
     `counts` maps (metric, label, ...) to a number; the last label of a histogram is the
-    index of a bucket. `speeds` has the tokens per second of each backend's last answer,
-    `reasons` why it was last stopped, in words.
+    index of a bucket.
     """
 
     def __init__(self):
         self.counts = collections.Counter()
-        self.speeds = {}
-        self.reasons = {}
 
     def count_request(
         self,
@@ -5031,25 +5028,8 @@ class Metrics:
         self._observe("loads", model, seconds)
         self.counts["swaps",] += is_swap
 
-    def count_stop(self, model: str, cause: str, newcomer: Optional[str] = None):
-        """A model is being stopped, for `newcomer` if there is one."""
-        self.counts["stops", model, cause] += 1
-        self.reasons[model] = STOP_REASONS[cause].format(newcomer)
-
-    def count_context(self, model: str, kind: str, tokens: int, seconds: float):
-        """A context was saved, restored or used: see LlamaServerBackend."""
-        if kind == "used":
-            self.counts["context_seconds", model] += seconds
-        else:
-            self.counts["context_tokens", model, kind] += tokens
-
-    def count_failure(self, model: str, state: str):
-        """A model ended in this state without being stopped."""
-        self.counts["failures", model, state] += 1
-        self.reasons.pop(model, None)
-
     def copy(self) -> "Metrics":
-        """Return what was counted so far: `counts` alone."""
+        """Return what was counted so far."""
         twin = Metrics()
         twin.counts = self.counts.copy()
         return twin
@@ -5147,6 +5127,8 @@ class Pool:
         self._looks = {}  # by what looks at memory: when it did, and what it found
         self._entries = {}  # by model: the last from its own /v1/models
         self._metrics = Metrics()
+        self._speeds = {}  # by model: tokens per second of the last answer
+        self._stop_reasons = {}  # by model, of its last stop
         self._revision = 0  # of all that status and metrics show
         self._lock = threading.Lock()
         self._timer = threading.Condition(self._lock)  # the next deadline came nearer
@@ -5514,11 +5496,11 @@ class Pool:
             running=scheduled.in_flight + scheduled.preemptible,
             waiting=scheduled.waiting,
             unload_in=None if unload_at == math.inf else max(0.0, unload_at - now),
-            tokens_per_second=self._metrics.speeds.get(name),
+            tokens_per_second=self._speeds.get(name),
             context=self._contexts.size_of(model.context_dir),
             context_seconds=self._metrics.counts["context_seconds", name],
             failure=scheduled.last_failure,
-            stopped=self._metrics.reasons.get(name),
+            stopped=self._stop_reasons.get(name),
             pinned=scheduled.is_pinned,
             shares=None if name == model.name else name,
             pid=backend and backend.pid,
@@ -5592,7 +5574,7 @@ class Pool:
             self._metrics.count_request(name, *counts, **amounts)
             scheduled = model and self._scheduled(model)
             if scheduled and speed is not None:
-                self._metrics.speeds[scheduled.name] = speed
+                self._speeds[scheduled.name] = speed
             self._revise()
 
     def metrics(self) -> Metrics:
@@ -5690,7 +5672,8 @@ class Pool:
 
     def _stop(self, decision):
         name, cause = decision.name, decision.cause
-        self._metrics.count_stop(name, cause, decision.newcomer)
+        self._metrics.counts["stops", name, cause] += 1
+        self._stop_reasons[name] = STOP_REASONS[cause].format(decision.newcomer)
         reason = "by hand" if cause == "unload" else cause
         if decision.newcomer:
             reason += f" for {decision.newcomer}"
@@ -5768,7 +5751,8 @@ class Pool:
             scheduled = self._scheduler.models[name]
             text = _failure_text(problem, scheduled.last_failure)
             self._log("error", text if text.startswith(name) else f"{name}: {text}")
-            self._metrics.count_failure(name, scheduled.state.value)
+            self._metrics.counts["failures", name, scheduled.state.value] += 1
+            self._stop_reasons.pop(name, None)
         victim = self._scheduler.exited(name, run, self._clock(), problem)
         if victim is not None:
             self._log("info", f"{name}: loaded once more, after {victim} has gone")
@@ -5787,12 +5771,14 @@ class Pool:
 
     def on_context(self, backend, kind, tokens, size, seconds):
         name, took = backend.model.name, seconds_text(seconds)
-        with self._lock:
-            self._metrics.count_context(name, kind, tokens, seconds)
-            self._revise()
         text = f"{kind} {tokens:,} tokens of context ({size / 1e6:,.0f} MB) in {took}"
+        count, amount = ("context_tokens", name, kind), tokens
         if kind == "used":
             text = f"used {tokens:,} tokens of its restored context, which saves {took}"
+            count, amount = ("context_seconds", name), seconds
+        with self._lock:
+            self._metrics.counts[count] += amount
+            self._revise()
         self._log("info", f"{name}: {text}")
 
     def on_line(self, backend, text):
