@@ -11,13 +11,11 @@
     python3 test_llmswap.py pictures       the README's, of the status page
 """
 
-import array
 import ast
 import atexit
 import base64
 import collections
 import contextlib
-import ctypes
 import errno
 import functools
 import gzip
@@ -69,7 +67,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import ANY
-from urllib.request import urlopen
 
 import llmswap
 
@@ -111,15 +108,17 @@ class BrokenAnswer(Exception):
 
 
 def load_tool(name):
-    """A file of the folder .ci as a module."""
+    """A file of the folder .ci as a module; it may import from this one."""
+    sys.modules.setdefault("test_llmswap", sys.modules[__name__])
     spec = importlib.util.spec_from_file_location(name, CI / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-fake = load_tool("fake")
-recorder = load_tool("recorder")
+chromium, fake, gguf, machines, recorder = map(
+    load_tool, ("browser", "fake", "gguf", "machines", "recorder")
+)
 
 
 def free_port():
@@ -5993,7 +5992,7 @@ def test_sleep_needs_count_while_it_sleeps():
 
 @pytest.mark.skipif(not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server")
 def test_a_llama_server_that_puts_itself_to_sleep_shows_as_sleeping(tmp_path):
-    tiny = write_gguf(tmp_path / "a.gguf")
+    tiny = gguf.write_model(tmp_path / "a.gguf")
     text = f"""
 [llmswap]
 budget = vram 8G
@@ -7801,23 +7800,23 @@ def test_models_are_listed_as_openai_and_llama_cpp_do_and_none_is_loaded(swap):
     assert len(swap.journal("main")) == starts
 
 
-@pytest.mark.parametrize(
-    "argv, shown",
-    [
-        (["--api-key", "s", "x"], ["--api-key", "***", "x"]),
-        (["--api-key=s"], ["--api-key=***"]),
-        (["-hft", "s"], ["-hft", "***"]),
-        (["--key", "-s"], ["--key", "***"]),
-        (["--password", "a", "b"], ["--password", "***", "b"]),
-        (["--use-token", "--model", "m"], ["--use-token", "--model", "m"]),
-        (["HF_TOKEN=s", "x"], ["HF_TOKEN=***", "x"]),
-        (["--max-tokens", "5", "--tokenizer", "t"],) * 2,
-        (["sh", "-c", "v --api-key s --x"], ["sh", "-c", "v --api-key *** --x"]),
-        (["sh", "-c", "x; A_KEY='s s' v"], ["sh", "-c", "x; A_KEY=*** v"]),
-    ],
-)
-def test_values_of_secret_options_are_masked(argv, shown):
-    assert llmswap.mask_secrets(argv) == shown
+MASKED = [
+    (["--api-key", "s", "x"], ["--api-key", "***", "x"]),
+    (["--api-key=s"], ["--api-key=***"]),
+    (["-hft", "s"], ["-hft", "***"]),
+    (["--key", "-s"], ["--key", "***"]),
+    (["--password", "a", "b"], ["--password", "***", "b"]),
+    (["--use-token", "--model", "m"], ["--use-token", "--model", "m"]),
+    (["HF_TOKEN=s", "x"], ["HF_TOKEN=***", "x"]),
+    (["--max-tokens", "5", "--tokenizer", "t"],) * 2,
+    (["sh", "-c", "v --api-key s --x"], ["sh", "-c", "v --api-key *** --x"]),
+    (["sh", "-c", "x; A_KEY='s s' v"], ["sh", "-c", "x; A_KEY=*** v"]),
+]
+
+
+def test_values_of_secret_options_are_masked():
+    for argv, shown in MASKED:
+        assert llmswap.mask_secrets(argv) == shown
 
 
 def test_models_are_loaded_and_unloaded_by_hand_as_by_llama_cpp(swap):
@@ -7849,20 +7848,16 @@ def test_events_tell_of_loads_and_unloads(swap):
     assert {each["model"] for each in seen} == {"b"}
 
 
-@pytest.mark.parametrize(
-    "method, path",
-    [
+def test_nothing_is_loaded_against_a_clients_will(swap):
+    for method, path in (
         ("POST", "/v1/chat/completions?autoload=false"),
         ("GET", "/v1/x?model=hidden&autoload=0"),
         ("DELETE", "/v1/x?model=hidden&autoload=no"),
-    ],
-)
-def test_nothing_is_loaded_against_a_clients_will(swap, method, path):
-    body = {"model": "hidden"} if method == "POST" else None
-    answer = swap.ask(method, path, body, {})
-    assert (answer.status, answer.message()) == (400, "model is not loaded")
-    status = swap.get("/v1/models/hidden").json()["status"]
-    assert status["value"] == "unloaded"
+    ):
+        body = {"model": "hidden"} if method == "POST" else None
+        answer = swap.ask(method, path, body)
+        assert (answer.status, answer.message()) == (400, "model is not loaded")
+        assert swap.get("/v1/models/hidden").json()["status"]["value"] == "unloaded"
 
 
 def test_without_autoload_models_are_loaded_by_hand():
@@ -8505,33 +8500,28 @@ def test_strange_names_reach_no_log_terminal_or_header_as_they_are():
         assert shown.returncode == 2 and not CONTROLS.search(shown.stderr)
 
 
-def test_a_unix_socket_is_for_owner_and_group_from_its_first_moment(
+def test_a_unix_socket_is_for_its_group_from_the_first_moment_and_replaces_nothing(
     tmp_path, monkeypatch
 ):
-    modes, path = [], str(tmp_path / "socket")
-    bind = socket.socket.bind
+    modes, path, bind = [], str(tmp_path / "socket"), socket.socket.bind
 
     def watched(sock, address):
         bind(sock, address)
-        modes.append(os.stat(path).st_mode & 0o777)
+        modes.append(os.stat(address).st_mode & 0o777)
 
     monkeypatch.setattr(socket.socket, "bind", watched)
     monkeypatch.delattr(os, "chmod")  # it would come too late
+    (tmp_path / "notes").write_text("dear")
     before = os.umask(0)
     try:
-        for _ in range(2):  # the second finds what the first left
-            llmswap.open_listener(path).close()
+        llmswap.open_listener(path).close()
+        with llmswap.open_listener(path):  # the first has left its file
+            for name in ("notes", "socket"):
+                with pytest.raises(OSError, match="Address already in use"):
+                    llmswap.open_listener(str(tmp_path / name))
     finally:
         assert os.umask(before) == 0
     assert modes == [0o660, 0o660] and os.stat(path).st_mode & 0o777 == 0o660
-
-
-def test_a_unix_socket_replaces_no_file_and_no_socket_in_use(tmp_path):
-    (tmp_path / "notes").write_text("dear")
-    with llmswap.open_listener(str(tmp_path / "socket")):
-        for name in ("notes", "socket"):
-            with pytest.raises(OSError, match="Address already in use"):
-                llmswap.open_listener(str(tmp_path / name))
     assert (tmp_path / "notes").read_text() == "dear"
 
 
@@ -8574,13 +8564,7 @@ def test_doubtful_requests_are_answered_400_closed_and_not_forwarded(liar):
     assert "a" in liar.loaded()  # nothing was obeyed
 
 
-CHUNKED = [
-    (b"0\r\n\r\n", b""),
-    (b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
-    (b"A;x=y\r\n0123456789\r\n1 ;z\r\n!\r\n000\r\n\r\n", b"0123456789!"),
-    (b"2 \r\n\r\n\r\n0\r\nTrailer: x\r\nOther: y\r\n\r\n", b"\r\n"),
-    (b"1\r\n\r\r\n1\r\n\n\r\n0;a\r\n\r\n", b"\r\n"),
-]
+ABC_IN_CHUNKS = b"3 ;a=b\r\nabc\r\n0\r\nX: y\r\n\r\n"
 
 
 def test_unusual_requests_are_understood(liar):
@@ -8592,7 +8576,7 @@ def test_unusual_requests_are_understood(liar):
     requests = {
         f"POST {start}.1\nHost: localhost\nContent-Length: 0": b"",
         f"POST {start}.1\nHost: localhost\nContent-Length: 000003": b"abc",
-        f"POST {start}.1\nHost: localhost\nTRANSFER-ENCODING: Chunked": CHUNKED,
+        f"POST {start}.1\nHost: localhost\nTRANSFER-ENCODING: Chunked": ABC_IN_CHUNKS,
         f"POST {start}.0\nContent-Length: 3": b"abc",
         f"GET {start}.1\nHost: localhost\nContent-Length: 3": b"abc",
         f"DELETE http://localhost/upstream/{path}/x HTTP/1.1\nHost: LOCALHOST": b"",
@@ -8663,7 +8647,7 @@ VALID_ANSWERS = [  # of a backend; status and body that the client gets
     (b"HTTP/1.0 200 OK\r\n\r\nabc", 200, b"abc"),
     (b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n" + OK + b"\r\nabc", 200, b"abc"),
     (b"\r\n" + OK + b"Content-Length: 3\r\n\r\nabcdef", 200, b"abc"),
-    (CHUNKED_ANSWER + CHUNKED, 200, b"abc"),
+    (CHUNKED_ANSWER + ABC_IN_CHUNKS, 200, b"abc"),
     (b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", 204, b""),
     (b"HTTP/1.1 418 \xe4\r\nContent-Length: 0\r\n\r\n", 418, b""),
 ]
@@ -9883,14 +9867,9 @@ def test_check_shows_each_command_as_it_can_be_pasted_and_each_error(tmp_path):
     assert any(re.match(r"\S+x.ini:23: ", line) for line in warnings)
     assert warnings[-1] == "1 of 6 models cannot be used: typo"
     assert done.returncode == 2
-    (tmp_path / "fine.ini").write_text("[a]\
-cmd = no-such ${PORT}\
-")
+    (tmp_path / "fine.ini").write_text("[a]\ncmd = no-such ${PORT}\n")
     fine = check(tmp_path / "fine.ini")
-    assert fine.returncode == 0 and fine.stdout.endswith("\
-\
-no errors\
-")
+    assert fine.returncode == 0 and fine.stdout.endswith("\n\nno errors\n")
     words = ["sh", "-c", shown["script: cmd"]]
     pasted = subprocess.run(words, env={"PORT": "81"}, stdout=subprocess.PIPE)
     assert pasted.stdout.decode().split("|")[:-1] == [
@@ -10030,7 +10009,7 @@ def podman():
 
 
 def test_recipe_docker_with_podman_and_a_real_llama_server(podman):
-    write_gguf(podman / "qwen3-8b-q4_k_m.gguf")
+    gguf.write_model(podman / "qwen3-8b-q4_k_m.gguf")
     volume = "/models:/models", f"{podman}:/models"
     small = "-ngl", "-t 1 -c 256 -ngl"
     boxes = [podman / "docker", "ps", "-aq"]
@@ -10046,7 +10025,7 @@ def test_recipe_docker_with_podman_and_a_real_llama_server(podman):
 def test_recipe_an_embedding_model_that_stays(tmp_path):
     title = "An embedding model that stays while large ones swap"
     for path in re.findall(r"= /models/(\S+\.gguf)", adapted(title, "ini")):
-        write_gguf(tmp_path / path)
+        gguf.write_model(tmp_path / path)
     binary = LLAMA_SERVER or fake_binary(tmp_path)
     changes = [
         ("/models/", f"{tmp_path}/"), ("[llmswap]", f"[llmswap]\nllama-server = {binary}"),
@@ -10243,145 +10222,6 @@ def test_recipe_sleeping_instead_of_stopping(tmp_path):
         assert server.states() == {"vllm": "sleeping", "other": "loaded"}
         assert server.chat("vllm").status == 200
         assert server.stats("vllm")["pid"] == first["pid"]
-
-
-# ----------------------------------------------------------------------------------
-# A browser: headless Chromium, driven through its DevTools protocol
-
-
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
-    None,
-)
-CHROMIUM_FLAGS = """\
---headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
---disable-background-networking --disable-component-update --remote-debugging-pipe
-""".split() + ["--host-resolver-rules=MAP *.test 127.0.0.1"]
-
-
-class Browser:
-    """Headless Chromium with one page, until the block ends.
-
-    `complaints` are the errors on its page's console, and what its policy refused.
-    """
-
-    def __enter__(self):
-        self.folder = tempfile.mkdtemp(prefix="llmswap-chromium-")
-        (commands, self._commands), (self._results, results) = os.pipe(), os.pipe()
-        fds = commands, results
-        pipes = f'exec "$0" "$@" 3<&{commands} 4>&{results}'  # as Chromium wants them
-        words = ["bash", "-c", pipes, CHROMIUM]
-        words += [*CHROMIUM_FLAGS, f"--user-data-dir={self.folder}", "about:blank"]
-        quiet = {"stdin": -3, "stdout": -3, "stderr": -3, "start_new_session": True}
-        self._process = subprocess.Popen(words, pass_fds=fds, **quiet)
-        for fd in fds:
-            os.close(fd)
-        self.complaints, self._session, self._received = [], {}, b""
-        self._numbers = itertools.count(1)
-        (page,) = eventually(self._pages)
-        target = {"targetId": page["targetId"], "flatten": True}
-        session = self.call("Target.attachToTarget", **target)["sessionId"]
-        self._session = {"sessionId": session}
-        for domain in ("Page", "Runtime", "Log"):
-            self.call(f"{domain}.enable")
-        return self
-
-    def __exit__(self, *_):
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        os.close(self._commands), os.close(self._results)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _pages(self):
-        targets = self.call("Target.getTargets")["targetInfos"]
-        return [target for target in targets if target["type"] == "page"]
-
-    def call(self, method, **params):
-        """Call a method of the protocol and return its result."""
-        number = next(self._numbers)
-        command = {"id": number, "method": method, "params": params, **self._session}
-        os.write(self._commands, json.dumps(command).encode() + b"\0")
-        while True:
-            message = json.loads(self._receive())
-            if message.get("id") == number:
-                assert "error" not in message, message
-                return message["result"]
-            self._note(message)
-
-    def _receive(self):
-        while b"\0" not in self._received:
-            piece = os.read(self._results, 1 << 16)
-            assert piece, "Chromium has ended"
-            self._received += piece
-        message, _, self._received = self._received.partition(b"\0")
-        return message
-
-    def _note(self, event):
-        if event.get("method") == "Runtime.exceptionThrown":
-            self.complaints.append(event["params"]["exceptionDetails"])
-        elif event.get("method") == "Log.entryAdded":
-            entry = event["params"]["entry"]
-            if entry["level"] == "error":
-                self.complaints.append(entry["text"])
-
-    def open(self, url):
-        """Go to a page; it may not be complete yet. Old complaints are dropped."""
-        self.call("Page.navigate", url=url)
-        self.complaints.clear()
-
-    def value(self, expression):
-        """The value of a JavaScript expression; a promise is awaited."""
-        result = self.call(
-            "Runtime.evaluate",
-            expression=expression,
-            returnByValue=True,
-            awaitPromise=True,
-        )
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
-
-    def until(self, expression, timeout=10.0):
-        """The value of the expression as soon as it is true."""
-        deadline = time.monotonic() + timeout
-        while not (found := self.value(expression)):
-            if time.monotonic() > deadline:
-                seen = self.value("document.body.innerText")
-                raise AssertionError(f"not within {timeout} s: {expression}\n{seen}")
-            time.sleep(0.02)
-        return found
-
-    def press(self, key):
-        """Press a key as a person does, on whatever has the focus."""
-        codes = {"Enter": 13, "Tab": 9, "Escape": 27, " ": 32, "ArrowDown": 40}
-        code, text = codes[key], {"Enter": "\r", " ": " "}.get(key)
-        more = {"key": key, "windowsVirtualKeyCode": code}
-        more["code"] = "Space" if key == " " else key
-        if text:
-            more["text"] = text
-        self.call("Input.dispatchKeyEvent", type="keyDown", **more)
-        more.pop("text", None)
-        self.call("Input.dispatchKeyEvent", type="keyUp", **more)
-
-    def type(self, text):
-        """Type a text into whatever has the focus."""
-        self.call("Input.insertText", text=text)
-
-    def click(self, element):
-        """Click on the middle of an element, as a person does, once it is there."""
-        self.until(f"{element}?.checkVisibility()")
-        box = f"{{const e = {element}; e.scrollIntoView({{block: 'center'}});"
-        box += " const r = e.getBoundingClientRect();"
-        x, y = self.value(f"{box} [r.x + r.width / 2, r.y + r.height / 2]}}")
-        for kind in ("mousePressed", "mouseReleased"):
-            how = {"x": x, "y": y, "button": "left", "clickCount": 1}
-            self.call("Input.dispatchMouseEvent", type=kind, **how)
-
-    def look(self, width, scheme, height=800):
-        """Be a screen of this width, in a `light` or a `dark` room."""
-        size = {"height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        self.call("Emulation.setDeviceMetricsOverride", width=width, **size)
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        self.call("Emulation.setEmulatedMedia", features=features)
 
 
 # ==================================================================================
@@ -10744,12 +10584,12 @@ def test_snapshots_come_at_most_about_four_times_a_second():
 # The page in a browser
 
 
-in_browser = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium")
+in_browser = pytest.mark.skipif(not chromium.CHROMIUM, reason="there is no Chromium")
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with Browser() as browser:
+    with chromium.Browser() as browser:
         yield browser
 
 
@@ -11019,39 +10859,6 @@ AT_A_GLANCE = {
     "twin": "shares busy",
 }
 
-# Every text whose colour is too near to what lies behind it, and every field whose
-# border is (WCAG AA asks for 4.5 and 3).
-PALE_TEXTS = """\
-(() => {
-  const light = (colour) => {
-    const parts = colour.match(/[\\d.]+/g).slice(0, 3).map((n) => n / 255);
-    const bend = (c) => c <= .04 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
-    const [r, g, b] = parts.map(bend);
-    return .2126 * r + .7152 * g + .0722 * b;
-  };
-  const behind = (element) => {
-    const colour = getComputedStyle(element).backgroundColor;
-    return colour === "rgba(0, 0, 0, 0)" ? behind(element.parentElement) : colour;
-  };
-  const ratio = (one, other) => {
-    const [a, b] = [light(one), light(other)];
-    return (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
-  };
-  const found = [];
-  const all = document.querySelectorAll("body *:not(script, style, option)");
-  for (const element of all) {
-    const own = [...element.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
-    if (!element.checkVisibility() || !(own || element.placeholder)) continue;
-    const kind = element.placeholder ? "::placeholder" : null;
-    const style = getComputedStyle(element, kind), shown = element.outerHTML.slice(0, 80);
-    const texts = ratio(style.color, behind(element));
-    if (texts < 4.5) found.push([shown, texts]);
-    const edges = kind && ratio(getComputedStyle(element).borderColor, behind(element));
-    if (kind && edges < 3) found.push([shown, edges]);
-  }
-  return found;
-})()"""
-
 
 @pytest.fixture(scope="module")
 def all_states(tmp_path_factory):
@@ -11099,7 +10906,7 @@ def test_every_state_is_shown_at_any_width_in_light_and_dark(
             browser.until(shown(row(model), word))
     assert 0 < browser.value(row("slow", "progress") + ".value") < 0.9
     assert browser.value("document.documentElement.scrollWidth") <= width
-    assert browser.value(PALE_TEXTS) == []
+    assert browser.value((CI / "contrast.js").read_text()) == []
     ground = browser.value("getComputedStyle(document.body).backgroundColor")
     darkest = max(map(int, re.findall(r"\d+", ground)))
     assert (darkest < 64) == (scheme == "dark")
@@ -11128,148 +10935,11 @@ def test_nothing_runs_but_the_pages_own_script(browser, all_states):
 CLIENTS = os.environ.get("CLIENTS")  # a Python that has openai and anthropic
 NODE_OPENAI = os.path.join(os.environ.get("NODE_PATH", "/nowhere"), "openai")
 
-# Each library is driven by one process, for to import it takes seconds. It reads cases
-# {name: [call, model, wish, options]}, and prints {name: result}: of an answer its text
-# or tool call, its reason to end and its tokens; of an error its type and status.
-PYTHON_BEGIN = """\
-import io, json, sys, time
-url, cases, results = sys.argv[1], json.load(sys.stdin), {}
-hello = [{"role": "user", "content": "Hello"}]
-def joined(calls):
-    each = [(c.function.name or "") + (c.function.arguments or "") for c in calls or ()]
-    return "".join(each)
-def whole(*asked, **options):
-    answer = ask(*asked, **options)
-    [choice] = answer.choices
-    text = choice.message.content or joined(choice.message.tool_calls)
-    return [text, choice.finish_reason, answer.usage.completion_tokens]
-def flow(*asked):
-    text, used, end = "", None, None
-    for chunk in ask(*asked, stream=True, stream_options={"include_usage": True}):
-        used = getattr(chunk, "usage", None) or used
-        for choice in chunk.choices:
-            text += choice.delta.content or joined(choice.delta.tool_calls)
-            end = choice.finish_reason or end
-    return [text, end, used and used.completion_tokens]
-"""
-PYTHON_END = """
-for case, (call, model, wish, options) in cases.items():
-    try:
-        if call in globals():
-            results[case] = globals()[call](model, wish, **options)
-    except Exception as error:
-        results[case] = [type(error).__name__, getattr(error, "status_code", None)]
-print(json.dumps(results))
-"""
-PYTHON_CLIENTS = {
-    "openai": """
-import openai
-client = openai.OpenAI(base_url=url + "/v1", api_key="secret")
-def ask(model, wish, key="secret", retries=2, **more):
-    by = client.with_options(api_key=key, max_retries=retries)
-    create = by.chat.completions.create
-    return create(model=model, messages=hello, extra_body=wish, **more)
-def lists(*_):
-    return sorted(each.id for each in client.models.list())
-def finds(model, _):
-    return client.models.retrieve(model).id
-def embeds(model, texts):
-    answer = client.embeddings.create(model=model, input=texts)
-    return [[len(each.embedding), each.embedding[0]] for each in answer.data]
-def uploads(model, size):
-    sound = "a.wav", io.BytesIO(bytes(size)), "audio/wav"
-    return client.audio.transcriptions.create(model=model, file=sound).text
-def waits(model, wish):  # from the third failed load on they are spaced
-    for retries in (2, 2, 1):
-        began = time.monotonic()
-        try:
-            ask(model, wish, retries=retries)
-        except openai.InternalServerError as error:
-            status = error.status_code
-    return [status, 0.9 < time.monotonic() - began < 5]
-""",
-    "anthropic": """
-import anthropic
-client = anthropic.Anthropic(base_url=url, api_key="secret")
-def request(model, wish):
-    wish = {**wish, "tools": [{"name": "tool0", "input_schema": {"type": "object"}}]}
-    return {"model": model, "max_tokens": 9, "messages": hello, "extra_body": wish}
-def told_by(message):
-    parts = message.content
-    text = [p.text if p.type == "text" else p.name + json.dumps(p.input) for p in parts]
-    return ["".join(text), message.stop_reason, message.usage.output_tokens]
-def whole(model, wish, key="secret", retries=2):
-    by = client.with_options(api_key=key, max_retries=retries)
-    return told_by(by.messages.create(**request(model, wish)))
-def flow(model, wish):
-    with client.messages.stream(**request(model, wish)) as stream:
-        return told_by(stream.get_final_message())
-def lists(*_):
-    return sorted(each.id for each in client.models.list())
-def finds(model, _):
-    return client.models.retrieve(model).id
-def counts(model, _):
-    return client.messages.count_tokens(model=model, messages=hello).input_tokens > 4
-""",
+LIBRARIES = {  # what drives each, see .ci/sdk.py
+    "openai": [CLIENTS, CI / "sdk.py", "openai"],
+    "anthropic": [CLIENTS, CI / "sdk.py", "anthropic"],
+    "node": [shutil.which("node"), CI / "sdk.js"],
 }
-NODE_CLIENT = """\
-const {OpenAI, toFile} = require("openai");
-const [url] = process.argv.slice(1), results = {};
-const messages = [{role: "user", content: "Hello"}];
-const defaultHeaders = {  // Roo Code's
-  "HTTP-Referer": "https://github.com/RooVetGit/Roo-Cline", "X-Title": "Roo Code",
-  "User-Agent": "RooCode/3.36.0",
-};
-const client = new OpenAI({baseURL: `${url}/v1`, apiKey: "secret", defaultHeaders});
-const ask = (model, wish, {key = "secret", retries = 2}) =>
-  client.withOptions({apiKey: key, maxRetries: retries})
-    .chat.completions.create({model, messages, ...wish});
-const joined = (calls) =>
-  (calls ?? []).map(({function: f}) => (f.name ?? "") + (f.arguments ?? "")).join("");
-const calls = {
-  lists: async () => (await client.models.list()).data.map((each) => each.id).sort(),
-  finds: async (model) => (await client.models.retrieve(model)).id,
-  async whole(...asked) {
-    const {choices: [{message, finish_reason}], usage} = await ask(...asked);
-    const text = message.content || joined(message.tool_calls);
-    return [text, finish_reason, usage.completion_tokens];
-  },
-  async flow(model, wish, options) {
-    let text = "", used, end;
-    wish = {...wish, stream: true, stream_options: {include_usage: true}};
-    for await (const {choices, usage} of await ask(model, wish, options)) {
-      used = usage ?? used;
-      for (const {delta, finish_reason} of choices) {
-        text += delta.content || joined(delta.tool_calls);
-        end = finish_reason ?? end;
-      }
-    }
-    return [text, end, used?.completion_tokens];
-  },
-  embeds: async (model, input) =>
-    (await client.embeddings.create({model, input})).data
-      .map(({embedding}) => [embedding.length, embedding[0]]),
-  async uploads(model, size) {
-    const file = await toFile(Buffer.alloc(size), "a.wav");
-    return (await client.audio.transcriptions.create({model, file})).text;
-  },
-};
-(async () => {
-  const cases = Object.entries(JSON.parse(require("fs").readFileSync(0)));
-  for (const [name, [call, ...asked]] of cases) {
-    if (!(call in calls)) continue;
-    const failed = (error) => [error.constructor.name, error.status ?? null];
-    const answer = Promise.resolve().then(() => calls[call](...asked));
-    results[name] = await answer.catch(failed);
-  }
-  console.log(JSON.stringify(results));
-})();
-"""
-SCRIPTS = {
-    client: PYTHON_BEGIN + script + PYTHON_END
-    for client, script in PYTHON_CLIENTS.items()
-}
-SCRIPTS["node"] = NODE_CLIENT
 TOOL_WISH = {
     "arguments": '{"a": 1}', "tool_choice": "auto", "parallel_tool_calls": False,
     "tools": [{"type": "function", "function": {"name": "tool0", "parameters": {
@@ -11350,24 +11020,18 @@ pooling = mean
 """
 
 
-def client_command(client):
-    """How to run a client's script; None if the client is not there."""
-    if client == "node":
-        node = shutil.which("node")
-        return [node, "-e"] if node and os.path.exists(NODE_OPENAI) else None
-    return [CLIENTS, "-c"] if CLIENTS else None
-
-
 @pytest.fixture(scope="module")
 def clients():
     """llmswap, and {client: its results} of every client that is there."""
     proxy = Llmswap("")
-    text = CLIENT_FILE + "".join(map(MODELS_OF_A_CLIENT.format, SCRIPTS))
+    text = CLIENT_FILE + "".join(map(MODELS_OF_A_CLIENT.format, LIBRARIES))
     if LLAMA_SERVER:
-        model = write_gguf(proxy.folder / "model.gguf")
+        model = gguf.write_model(proxy.folder / "model.gguf")
         text += REAL_MODELS.format(LLAMA_SERVER, model)
     proxy.write(text)
-    present = [client for client in SCRIPTS if client_command(client)]
+    present = [client for client, words in LIBRARIES.items() if words[0]]
+    if not os.path.exists(NODE_OPENAI):
+        present = [client for client in present if client != "node"]
     with proxy, ThreadPoolExecutor() as pool:
         run = functools.partial(run_client, proxy.url)
         yield proxy, dict(zip(present, pool.map(run, present)))
@@ -11379,7 +11043,7 @@ def run_client(url, client):
         for name, (call, model, wish, options, _) in CLIENT_CASES.items()
         if LLAMA_SERVER or not name.startswith("real")
     }
-    words = [*client_command(client), SCRIPTS[client], url]
+    words = [*LIBRARIES[client], url]
     ended = subprocess.run(
         words, input=json.dumps(cases), capture_output=True, text=True, timeout=180
     )
@@ -11387,7 +11051,7 @@ def run_client(url, client):
     return json.loads(ended.stdout)
 
 
-@pytest.mark.parametrize("client", SCRIPTS)
+@pytest.mark.parametrize("client", LIBRARIES)
 def test_a_client_sees_what_was_meant_and_repeats_what_may_succeed(clients, client):
     server, results = clients
     if client not in results:
@@ -11533,7 +11197,7 @@ n-predict = 5
 @in_browser
 @pytest.mark.skipif(not (LLAMA_SERVER and LLAMA_UI), reason="LLAMA_UI names no folder")
 def test_llama_servers_own_page_works_under_upstream(browser, tmp_path):
-    model = write_gguf(tmp_path / "model.gguf")
+    model = gguf.write_model(tmp_path / "model.gguf")
     text = UI_FILE.format(server=LLAMA_SERVER, ui=LLAMA_UI, model=model)
     browser.look(1280, "light")
     with Llmswap(text) as server:
@@ -11611,23 +11275,16 @@ class Activator:
         self.listener.close()
 
     def _live(self):
-        waiter = select.poll()
-        waiter.register(self.listener, select.POLLIN)
-        while not self._is_over.is_set():
-            waiter.poll()
-            if not self._is_over.is_set():
-                self._run()
-
-    def _run(self):
         env = {**os.environ, FAMILY: self.token}
-        self.starts += 1
-        with open(self.ini.with_name("stderr"), "ab") as stderr:
-            self.process = activated(self.ini, self.listener, env=env, stderr=stderr)
-        while self.process.poll() is None and not self._is_over.is_set():
-            time.sleep(0.005)
-        if self.process.poll() is None:
-            self.process.terminate()
-        self.statuses.append(self.process.wait())
+        while select.select([self.listener], [], []) and not self._is_over.is_set():
+            self.starts += 1
+            with open(self.ini.with_name("stderr"), "ab") as stderr:
+                self.process = activated(self.ini, self.listener, env=env, stderr=stderr)
+            while self.process.poll() is None and not self._is_over.is_set():
+                time.sleep(0.005)
+            if self.process.poll() is None:
+                self.process.terminate()
+            self.statuses.append(self.process.wait())
 
     def log(self):
         return self.ini.with_name("stderr").read_text()
@@ -11671,22 +11328,15 @@ def test_activated_it_serves_exits_when_idle_and_loses_no_connection(tmp_path):
         list(crowd.map(rounds_of_activation, folders, [5] * 4))
 
 
-def test_exit_idle_time_heeds_no_idle_connection_and_needs_activation(tmp_path):
+def test_the_idle_exit_heeds_no_idle_connection_nor_what_is_kept_loaded(tmp_path):
     started_by_hand = Llmswap("[llmswap]\nexit-idle-time = 50ms\n[a]\ncmd = FAKE\n")
-    with started_by_hand as server, Activator(quick_file(), tmp_path) as systemd:
-        with Client(systemd.port) as client:
-            assert client.ask("GET", "/v1/models").status == 200
-            eventually(lambda: systemd.statuses == [0])
-            assert client.sock.recv(1) == b""
-        assert server.chat("a").status == 200
-
-
-def test_what_is_kept_loaded_does_not_keep_it_from_exiting_when_idle(tmp_path):
     text = f"{quick_file()}[k]\ncmd = {fake_command()}\nkeep-loaded = on\n"
-    with Activator(text, tmp_path) as systemd:
-        assert ask(systemd.port, "POST", CHAT, {"model": "k"}).status == 200
-        eventually(lambda: systemd.statuses == [0])
-        assert not family(systemd.token)
+    with started_by_hand as server, Activator(text, tmp_path) as systemd:
+        with Client(systemd.port) as client:
+            assert client.ask("POST", CHAT, {"model": "k"}).status == 200
+            eventually(lambda: systemd.statuses == [0])
+            assert client.sock.recv(1) == b"" and not family(systemd.token)
+        assert server.chat("a").status == 200  # not activated, it stays
 
 
 def test_a_timeout_of_a_month_does_not_overflow():
@@ -11768,20 +11418,14 @@ class Notifications:
         self._socket.settimeout(10)
 
 
-def full_notify_socket(folder):
-    """A socket of systemd that nobody reads, full of messages."""
-    systemd = Notifications(folder)
+def test_a_notify_socket_that_nobody_reads_holds_nothing_up(tmp_path, monkeypatch):
+    systemd = Notifications(tmp_path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.connect(systemd.path)
         sender.setblocking(False)
         with pytest.raises(BlockingIOError):
             while True:
                 sender.send(b"STATUS=full")
-    return systemd
-
-
-def test_a_notify_socket_that_nobody_reads_holds_nothing_up(tmp_path, monkeypatch):
-    systemd = full_notify_socket(tmp_path)
     monkeypatch.setenv("NOTIFY_SOCKET", systemd.path)
     monkeypatch.setenv("WATCHDOG_USEC", "40000")
     with Llmswap("[a]\ncmd = FAKE") as server:
@@ -11893,108 +11537,13 @@ def test_units_are_what_systemd_accepts(tmp_path):
 # ----------------------------------------------------------------------------------
 # A Debian that is booted for these tests, in namespaces of its own
 
-BOOT = """\
-mount --make-rprivate /
-mount -t proc proc /proc
-umount -R -l /sys/fs/cgroup
-mount -t cgroup2 none /sys/fs/cgroup
-for folder in /run /etc/systemd/system /var/lib/systemd /usr/lib/systemd/system/*.wants
-do mount -t tmpfs none "$folder"; done
-mkdir /run/written /run/work
-mount -t overlay none -o lowerdir=/root,upperdir=/run/written,workdir=/run/work /root
-cd /etc/systemd/system
-echo '[Unit]' >sysinit.target
-echo '[Unit]
-Requires=systemd-journald.service systemd-logind.service user@0.service' >default.target
-ip link set lo up
-exec env -i PATH="$PATH" container=test /lib/systemd/systemd --system
-"""
-CONTROL_GROUPS = ("/sys/fs/cgroup/unified", "/sys/fs/cgroup")
-CLONE_NEWNET = 0x40000000
-
-
-@contextmanager
-def network_of(path):
-    """Until the block ends, this thread and what it starts are in that network."""
-    setns = ctypes.CDLL(None, use_errno=True).setns
-    with open("/proc/thread-self/ns/net") as ours, open(path) as theirs:
-        status = setns(theirs.fileno(), CLONE_NEWNET)
-        assert status == 0, os.strerror(ctypes.get_errno())
-        try:
-            yield
-        finally:
-            assert setns(ours.fileno(), CLONE_NEWNET) == 0
-
-
-class Debian:
-    """This machine's Debian, booted once more: systemd with its own processes, network
-    (but a loopback) and control groups, and root's user manager. What is written below
-    /root is gone afterwards.
-    """
-
-    def __init__(self, folder):
-        self._log = Path(folder, "boot.log")
-        roots = [p for p in CONTROL_GROUPS if os.path.exists(f"{p}/cgroup.procs")]
-        self._group = Path(roots[0], f"llmswap-test-{os.getpid()}")
-        self._group.mkdir()
-        unshare = "unshare --mount --pid --net --cgroup --ipc --uts --fork --kill-child"
-        enter = f"echo $$ >{self._group}/cgroup.procs; exec setpriv --pdeathsig KILL {unshare}"
-        with open(self._log, "wb") as log:
-            self._process = subprocess.Popen(
-                ["sh", "-c", f'{enter} sh -ec "$0"', BOOT],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True,
-            )  # fmt: skip
-
-    def _first(self):
-        pid = self._process.pid
-        assert self._process.poll() is None, self._log.read_text()[-2000:]
-        return _read_proc(pid, f"task/{pid}/children").decode().split()
-
-    def is_up(self):
-        """Whether root's user manager runs."""
-        if not self._first():
-            return False
-        self.pid = int(self._first()[0])
-        self.home = Path(f"/proc/{self.pid}/root/root")
-        self.network = f"/proc/{self.pid}/ns/net"
-        state = self("systemctl --user is-active default.target", check=False)
-        return state == "active"
-
-    def __call__(self, script, check=True):
-        """What root's shell there writes while it runs the script, as after a login."""
-        session = "/sys/fs/cgroup/user.slice/user-0.slice/session-1.scope"
-        login = f"mkdir -p {session}; echo $$ >{session}/cgroup.procs"
-        shell = ["nsenter", "-a", "-t", str(self.pid), "bash", "-euo", "pipefail"]
-        path = f"/root/.local/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        env = {"PATH": path, "HOME": "/root", "USER": "root"}
-        env["XDG_RUNTIME_DIR"] = "/run/user/0"
-        done = subprocess.run(
-            [*shell, "-c", f"{login}\n{script}"],
-            env=env, cwd="/", timeout=30, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        assert not check or done.returncode == 0, f"{script}\n{done.stdout}"
-        return done.stdout.strip()
-
-    def show(self, name, unit, scope="--user"):
-        """A property of a unit."""
-        return self(f"systemctl {scope} show --value -p {name} {unit}")
-
-    def end(self):
-        for pid in self._first():
-            os.kill(int(pid), signal.SIGKILL)
-        self._process.wait(10)
-        for folder, _, _ in os.walk(self._group, topdown=False):
-            os.rmdir(folder)
-
 
 @pytest.fixture(scope="module")
 def debian(tmp_path_factory):
     programs = "systemctl", "dbus-daemon", "ip", "unshare"
     if os.getuid() or not all(map(shutil.which, programs)):
         pytest.skip("needs root, systemd, dbus and iproute2")
-    machine = Debian(tmp_path_factory.mktemp("debian"))
+    machine = machines.Debian(tmp_path_factory.mktemp("debian"))
     with contextlib.ExitStack() as stack:
         stack.callback(machine.end)
         try:
@@ -12025,7 +11574,7 @@ def install(debian, ini):
 
 
 def chat_within(debian, model):
-    with network_of(debian.network):
+    with machines.network_of(debian.network):
         return ask(8080, "POST", "/v1/chat/completions", chat_body(model))
 
 
@@ -12042,7 +11591,7 @@ def test_the_recipe_for_a_user_service_as_written_on_a_real_systemd(debian):
         return debian.show(what, "llmswap.service")
 
     assert show("ActiveState") == "inactive"
-    with network_of(debian.network):
+    with machines.network_of(debian.network):
         body = chat_body("a", stream=True, tokens=10**5, interval=0.05)
         stream = Stream(8080, "/v1/chat/completions", body)
     with stream:
@@ -12053,7 +11602,7 @@ def test_the_recipe_for_a_user_service_as_written_on_a_real_systemd(debian):
     eventually(lambda: show("ActiveState") == "inactive", every=0.1)
     assert show("Result") == "success"
     (debian.home / "llmswap/models.ini").write_text("no file of ours")
-    with network_of(debian.network):
+    with machines.network_of(debian.network):
         assert "its file is broken" in ask(8080, "GET", "/health").message()
     eventually(lambda: show("ActiveState") == "failed", every=0.1)
     assert show("NRestarts") == "0"
@@ -12105,7 +11654,7 @@ def test_the_recipe_for_units_as_models_as_written_on_a_real_systemd(debian):
     install(debian, text)
 
     def state_of(name):
-        with network_of(debian.network):
+        with machines.network_of(debian.network):
             return ask(8080, "GET", f"/v1/models/{name}").json()["status"]
 
     eventually(lambda: state_of("bge-m3")["value"] == "loaded")  # found running
@@ -12132,98 +11681,6 @@ def test_the_recipe_for_units_as_models_as_written_on_a_real_systemd(debian):
 # Two machines, in network namespaces joined by a cable
 
 
-class Sleeper:
-    """The GPU machine of the README's recipe: 192.168.11.11 in a network with the box,
-    192.168.11.1. Asleep it keeps its processes, stopped, and answers nothing; its
-    network card hears the magic packet and wakes it 0.4 s later.
-    """
-
-    def __init__(self, folder):
-        self.gpu, self.box = (f"/run/netns/{n}-{os.getpid()}" for n in ("gpu", "box"))
-        self.packets = []
-        self.naps = 0
-        self._asks = folder / "suspend"
-        self._is_over = threading.Event()
-        (folder / "systemctl").write_text(
-            f"#!/bin/sh\necho $@ >{self._asks}\n"
-            f"while [ -e {self._asks} ]; do sleep 0.05; done\n"
-        )  # it returns once the machine is awake again
-        (folder / "systemctl").chmod(0o755)
-        fake_binary(folder)
-        self.env = {"PATH": f"{folder}:{os.environ['PATH']}"}
-
-    def __enter__(self):
-        gpu, box = (Path(each).name for each in (self.gpu, self.box))
-        for line in (
-            f"netns add {gpu}", f"netns add {box}",
-            f"-n {gpu} link add eth0 type veth peer name eth0 netns {box}",
-            f"-n {gpu} link set lo up", f"-n {box} link set lo up",
-            f"-n {gpu} link set eth0 up", f"-n {box} link set eth0 up",
-            f"-n {gpu} addr add 192.168.11.11/24 dev eth0",
-            f"-n {box} addr add 192.168.11.1/24 dev eth0",
-            f"-n {box} route add default dev eth0",
-            f"-n {box} ntable change name arp_cache dev eth0 retrans 50",
-        ):  # fmt: skip
-            subprocess.run(["ip", *line.split()], check=True)
-        with network_of(self.gpu):
-            kind = socket.SOCK_RAW, socket.htons(0x0800)  # IP
-            self._card = socket.socket(socket.AF_PACKET, *kind)
-        self._card.settimeout(0.02)
-        return self
-
-    def __exit__(self, *_):
-        self._card.close()
-        for each in (self.gpu, self.box):
-            subprocess.run(["ip", "netns", "del", Path(each).name], check=True)
-
-    @contextmanager
-    def alive(self, server):
-        """Until the block ends it sleeps when told to, with this llmswap."""
-        self._server = server
-        thread = threading.Thread(target=self._live)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._is_over.set()
-            thread.join()
-            (self._asks.parent / "systemctl").write_text("#!/bin/sh\n")
-            self._asks.unlink(missing_ok=True)
-
-    def _live(self):
-        while not self._is_over.is_set():
-            if self._asks.exists():
-                self._sleep()
-            self._hear()
-
-    def _hear(self):
-        """Whether the card hears a magic packet for it just now."""
-        magic = b"\xff" * 6 + bytes.fromhex("abcdef012345") * 16
-        try:
-            frame = self._card.recv(2000)
-        except socket.timeout:
-            return False
-        is_magic = magic in frame and frame.startswith(b"\xff" * 6)  # a broadcast
-        self.packets += [frame] * is_magic
-        return is_magic
-
-    def _sleep(self):
-        while self._hear():
-            pass  # what came before
-        self._switch("del", signal.SIGSTOP)
-        self.naps += 1
-        while not (self._is_over.is_set() or self._hear()):
-            pass
-        self._is_over.wait(0.4)  # as a machine takes a while to come up
-        self._asks.unlink()
-        self._switch("add", signal.SIGCONT)
-
-    def _switch(self, verb, number):
-        line = f"-n {Path(self.gpu).name} addr {verb} 192.168.11.11/24 dev eth0"
-        subprocess.run(["ip", *line.split()], check=True)
-        os.kill(self._server.pid, number)
-
-
 def as_written(text, **more):
     """llmswap that listens where its file says, on port 8080."""
     proxy = brisk(text, **more)
@@ -12242,13 +11699,15 @@ def test_the_recipe_for_two_machines_as_written_but_for_its_times(tmp_path):
     gpu = gpu.replace("= 30m", "= 400ms").replace("/models/", f"{tmp_path}/")
     assert "idle-command       = systemctl suspend\n" in gpu and "= 400ms" in gpu
     (tmp_path / "gpt-oss-120b-mxfp4-00001-of-00003.gguf").touch()
+    fake_binary(tmp_path)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     with contextlib.ExitStack() as stack:
-        machine = stack.enter_context(Sleeper(tmp_path))
-        with network_of(machine.gpu):
-            far = stack.enter_context(as_written(gpu, env=machine.env))
+        machine = stack.enter_context(machines.Sleeper(tmp_path))
+        with machines.network_of(machine.gpu):
+            far = stack.enter_context(as_written(gpu, env=env))
         stack.enter_context(machine.alive(far))
         eventually(lambda: machine.naps == 1)
-        stack.enter_context(network_of(machine.box))
+        stack.enter_context(machines.network_of(machine.box))
         haste = dict.fromkeys(
             ("FRESH", "CONNECT_TIMEOUT", "EARLY_HEAD_AFTER", "POLL_INTERVAL"), 0.1
         )
@@ -12329,8 +11788,7 @@ MACHINES = [
     ("512, 512\n", "", 2**-30),  # models that use it are loaded one at a time
     ("[N/A], [N/A]\n", "", None),  # its memory is that of the machine
     ("No devices were found\n", "", None),
-    ("NVIDIA-SMI has failed because it couldn't communicate.\
-", "", None),
+    ("NVIDIA-SMI has failed because it couldn't communicate.\n", "", None),
     (ROCM_SIZES, "", (17163091968 - 692142080 - 2**29) / GB),
     (ROCM_SIZES, ROCM_PROCESSES, (17163091968 - 692142080 - 2**29 + 15053770752) / GB),
     (None, None, None),
@@ -12934,7 +12392,6 @@ class Keeping(Llmswap):
         assert self.chat("b").status == 200
 
     def restart(self):
-        """End it as systemd does, and start it again."""
         self.process.terminate()
         assert self.process.wait(30) == 0
         self.start()
@@ -12976,20 +12433,19 @@ class Keeping(Llmswap):
         return re.findall(r"a \| llmswap: (.*context.*)", self.log())
 
     def files(self, model="a"):
-        """The names of the files that are kept, the manifest aside."""
-        paths = self.place.glob(f"state/context/{model}/{model}.*")
-        return sorted(path.name for path in paths)
+        """The files that are kept, the manifest aside."""
+        return [*self.place.glob(f"state/context/{model}/{model}.*")]
 
 
-STOPS = {
+KEEPING_STOPS = {
     Keeping.swap: "", Keeping.unload: "", Keeping.restart: "",
     Keeping.reload_and_swap: "", Keeping.await_unloaded: "idle-timeout = 100ms",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("stop", KEEPING_STOPS)
 def test_a_conversation_outlives_every_stop_but_a_kill(tmp_path, stop):
-    with Keeping(tmp_path, STOPS[stop] + "\n[a-too]\nuses = a") as server:
+    with Keeping(tmp_path, KEEPING_STOPS[stop] + "\n[a-too]\nuses = a") as server:
         assert server.tell() == 0
         stop(server)
         assert server.tell(prompt=3100, model="a-too") == 3000
@@ -13024,11 +12480,13 @@ def test_contexts_outlive_an_idle_exit(tmp_path):
             eventually(lambda ended=ended: len(systemd.statuses) == ended)
 
 
-@pytest.mark.parametrize(
-    "fault",
-    ["list hang", "list fail", "list die", "save hang", "save fail", "save die",
-     "save short", "restore hang", "restore fail", "restore die"],
-)  # fmt: skip
+FAULTS_OF_SLOTS = [
+    "list hang", "list fail", "list die", "save hang", "save fail", "save die",
+    "save short", "restore hang", "restore fail", "restore die",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_SLOTS)
 def test_what_goes_wrong_with_a_context_delays_a_swap_within_bounds(tmp_path, fault):
     with Keeping(tmp_path) as server:
         server.tell()
@@ -13199,129 +12657,9 @@ def test_a_second_sigterm_ends_a_save_at_once(tmp_path):
         eventually(lambda: server.files() == [])
 
 
-def test_the_scheduler_learns_how_long_a_stop_with_a_save_takes(tmp_path, monkeypatch):
-    (tmp_path / "fault").write_text("save slow")  # half a second
-    (tmp_path / "pool.ini").write_text(context_file(tmp_path))
-    config, exited = llmswap.load_config(str(tmp_path / "pool.ini")), queue.SimpleQueue()
-
-    class Spy(llmswap.Scheduler):
-        def exited(self, name, *report):
-            victim = super().exited(name, *report)
-            exited.put((name, self.models[name].stop_seconds))
-            return victim
-
-    monkeypatch.setattr(llmswap, "Scheduler", Spy)
-    pool = llmswap.Pool(config, lambda *_: None)
-    pool.start()
-    try:
-        request = PoolRequest(pool, "a")
-        port = request.granted().port
-        assert ask(port, "POST", CHAT, chat_body("a", prompt_tokens=4500)).status == 200
-        request.end()
-        PoolRequest(pool, "b").end()
-        name, seconds = exited.get(timeout=10)
-        assert name == "a" and seconds >= 0.5
-    finally:
-        pool.close(0)
-
-
 # ==================================================================================
 # A real llama-server, with tiny models of random weights made here
 # ==================================================================================
-
-GGUF_INTEGER, GGUF_FLOAT, GGUF_FLAG, GGUF_STRING, GGUF_ARRAY = 4, 6, 7, 8, 9
-GGUF_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-)
-
-
-def gguf_text(text):
-    raw = text if isinstance(text, bytes) else text.encode()
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def gguf_field(name, kind, value):
-    """One entry of the header: a string, an integer, a float, or an array of them."""
-    if kind == GGUF_ARRAY:
-        inner, items = value
-        code = {GGUF_FLOAT: "<f"}.get(inner, "<i")
-        pack = gguf_text if inner == GGUF_STRING else lambda n: struct.pack(code, n)
-        body = struct.pack("<IQ", inner, len(items)) + b"".join(map(pack, items))
-    elif kind == GGUF_STRING:
-        body = gguf_text(value)
-    elif kind == GGUF_FLAG:
-        body = struct.pack("<?", value)
-    else:
-        body = struct.pack("<f" if kind == GGUF_FLOAT else "<I", value)
-    return gguf_text(name) + struct.pack("<I", kind) + body
-
-
-def gguf_fields(width, layers):
-    """The header of a Llama with one token for each byte and letter."""
-    letters = [bytes([code]) for code in range(97, 123)]
-    tokens = [b"<unk>", b"<s>", b"</s>", *(b"<0x%02X>" % code for code in range(256))]
-    tokens += [b"\xe2\x96\x81" + letter for letter in letters] + letters
-    kinds = [2, 3, 3] + [6] * 256 + [1] * 52
-    sizes = {
-        "context_length": 4096, "embedding_length": width, "block_count": layers,
-        "feed_forward_length": 4 * width, "attention.head_count": 4,
-        "attention.head_count_kv": 4, "rope.dimension_count": width // 4,
-        "vocab_size": len(tokens),
-    }  # fmt: skip
-    scores = [0.0] * len(tokens)
-    fields = [
-        ("general.architecture", GGUF_STRING, "llama"),
-        *((f"llama.{name}", GGUF_INTEGER, size) for name, size in sizes.items()),
-        ("llama.attention.layer_norm_rms_epsilon", GGUF_FLOAT, 1e-5),
-        ("tokenizer.ggml.model", GGUF_STRING, "llama"),
-        ("tokenizer.ggml.tokens", GGUF_ARRAY, (GGUF_STRING, tokens)),
-        ("tokenizer.ggml.scores", GGUF_ARRAY, (GGUF_FLOAT, scores)),
-        ("tokenizer.ggml.token_type", GGUF_ARRAY, (5, kinds)),
-        ("tokenizer.ggml.bos_token_id", GGUF_INTEGER, 1),
-        ("tokenizer.ggml.eos_token_id", GGUF_INTEGER, 2),
-        ("tokenizer.chat_template", GGUF_STRING, GGUF_TEMPLATE),
-    ]
-    return [gguf_field(*field) for field in fields], len(tokens)
-
-
-def gguf_shapes(width, layers, tokens):
-    """(name, shape) of each tensor."""
-    yield "token_embd.weight", (width, tokens)
-    wide = 4 * width
-    parts = {
-        "attn_norm": (width,), "attn_q": (width, width), "attn_k": (width, width),
-        "attn_v": (width, width), "attn_output": (width, width), "ffn_norm": (width,),
-        "ffn_gate": (width, wide), "ffn_up": (width, wide), "ffn_down": (wide, width),
-    }  # fmt: skip
-    for layer in range(layers):
-        for part, shape in parts.items():
-            yield f"blk.{layer}.{part}.weight", shape
-    yield "output_norm.weight", (width,)
-    yield "output.weight", (width, tokens)
-
-
-def write_gguf(path, width=64, layers=2, seed=0):
-    """Write a model of random weights that a real llama-server loads and runs."""
-    fields, tokens = gguf_fields(width, layers)
-    chance = random.Random(seed)
-    noise = array.array("f", (chance.gauss(0, 0.05) for _ in range(1 << 14)))
-    infos, bodies, offset = [], [], 0
-    for name, shape in gguf_shapes(width, layers, tokens):
-        count = shape[0] * (shape[1] if len(shape) > 1 else 1)
-        dimensions = b"".join(struct.pack("<Q", n) for n in shape)
-        place = struct.pack("<IQ", 0, offset)
-        infos.append(
-            gguf_text(name) + struct.pack("<I", len(shape)) + dimensions + place
-        )
-        values = noise * (count // len(noise) + 1)
-        values = array.array("f", [1.0]) * count if "norm" in name else values[:count]
-        bodies.append(values.tobytes() + bytes(-count * 4 % 32))
-        offset += len(bodies[-1])
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(fields))
-    head += b"".join(fields) + b"".join(infos)
-    Path(path).write_bytes(head + bytes(-len(head) % 32) + b"".join(bodies))
-    return path
-
 
 REAL_FILE = """\
 version = 1
@@ -13344,17 +12682,15 @@ model = {folder}/broken.gguf
 model = {folder}/one.gguf
 ctx-size = many
 """
-
-
 TALKS_FILE = """
 [llmswap]
 state-dir = {folder}/state
 llama-server = {server}
 [*]
-ctx-size = {size}
+ctx-size = 8192
 threads = 1
-keep-context = {keeps}
-{lines}
+keep-context = on
+parallel = 2
 [a]
 model = {folder}/a.gguf
 [b]
@@ -13371,9 +12707,9 @@ class Talk:
         text = " ".join("".join(chance.choices("abcdefgh", k=5)) for _ in range(600))
         self.messages = [{"role": "user", "content": text}]
 
-    def go_on(self, model="a"):
+    def go_on(self):
         """Ask once more; return how much of the prompt was in the cache, and in all."""
-        body = {"model": model, "messages": self.messages, "max_tokens": 8}
+        body = {"model": "a", "messages": self.messages, "max_tokens": 8}
         answer = self.server.post(CHAT, body).json()
         content = answer["choices"][0]["message"]["content"]
         self.messages += [{"role": "assistant", "content": content},
@@ -13382,44 +12718,31 @@ class Talk:
         return timings["cache_n"], timings["cache_n"] + timings["prompt_n"]
 
 
-def talking(folder, keeps="on", size=4096, lines=""):
-    """llmswap over a real llama-server with the tiny models a and b."""
+@with_llama_server
+def test_two_real_conversations_outlive_swaps_and_a_restart(tmp_path):
     for name, seed in (("a", 1), ("b", 2)):
-        write_gguf(folder / f"{name}.gguf", width=256, seed=seed)
-    places = {"folder": folder, "server": LLAMA_SERVER, "size": size}
-    return Llmswap(TALKS_FILE.format(keeps=keeps, lines=lines, **places))
-
-
-@with_llama_server
-def test_a_real_conversation_outlives_swaps_idleness_and_a_restart(tmp_path):
-    with talking(tmp_path) as server:
-        talk, other = Talk(server), {"model": "b", "prompt": "hi", "max_tokens": 1}
-        assert talk.go_on()[0] == 0
-        for _ in range(3):
-            assert server.post("/v1/completions", other).status == 200
-            cached, prompt = talk.go_on()
-            assert cached >= 0.95 * prompt > 2800
-        server.process.terminate()
-        assert server.process.wait(30) == 0
-        server.start()
-        cached, prompt = talk.go_on()
-        assert cached >= 0.95 * prompt and "context was not" not in server.log()
-        times = re.findall(r"(?:saved|restored) .* in (\d+) ms", server.log())
-    assert len(times) == 8 and min(map(int, times[0::2])) + min(map(int, times[1::2])) < 100
-
-
-@with_llama_server
-def test_two_real_conversations_come_back_from_slots_of_their_own(tmp_path):
-    with talking(tmp_path, size=8192, lines="parallel = 2") as server:
+        gguf.write_model(tmp_path / f"{name}.gguf", width=256, seed=seed)
+    text = TALKS_FILE.format(folder=tmp_path, server=LLAMA_SERVER)
+    with Llmswap(text) as server:
         talks = [Talk(server, seed) for seed in (1, 2)]
         other = {"model": "b", "prompt": "hi", "max_tokens": 1}
-        for talk in talks:
-            talk.go_on()
-        for _ in range(2):
-            assert server.post("/v1/completions", other).status == 200
+        assert [talk.go_on()[0] for talk in talks] == [0, 0]
+        for turn in range(3):
+            if turn < 2:
+                assert server.post("/v1/completions", other).status == 200
+            else:
+                server.process.terminate()
+                assert server.process.wait(30) == 0
+                server.start()
             for talk in talks:
                 cached, prompt = talk.go_on()
                 assert cached >= 0.95 * prompt > 2800
+        assert "context was not" not in server.log()
+        saved, restored = (
+            [int(each) for each in re.findall(rf"{what} .* in (\d+) ms", server.log())]
+            for what in ("saved", "restored")
+        )
+    assert len(restored) == 6 and min(saved) + min(restored) < 100
 
 
 @pytest.fixture(scope="module")
@@ -13428,8 +12751,8 @@ def real():
     if not LLAMA_SERVER:
         pytest.skip("LLAMA_SERVER names no llama-server")
     proxy = Llmswap("")
-    write_gguf(proxy.folder / "one.gguf", seed=1)
-    write_gguf(proxy.folder / "two.gguf", width=128, seed=2)
+    gguf.write_model(proxy.folder / "one.gguf", seed=1)
+    gguf.write_model(proxy.folder / "two.gguf", width=128, seed=2)
     (proxy.folder / "broken.gguf").write_bytes(b"not a model" * 1000)
     proxy.write(REAL_FILE.format(server=LLAMA_SERVER, folder=proxy.folder))
     with proxy:
@@ -13462,7 +12785,7 @@ extra-args = --no-warmup
 @with_llama_server
 def test_real_models_are_estimated_measured_and_loaded_together(tmp_path):
     for name in ("one", "two"):
-        write_gguf(tmp_path / f"{name}.gguf", width=256, layers=8)
+        gguf.write_model(tmp_path / f"{name}.gguf", width=256, layers=8)
     text = REAL_AUTO_FILE.format(server=LLAMA_SERVER, folder=tmp_path)
     (tmp_path / "real.ini").write_text(text)
     model = llmswap.load_config(str(tmp_path / "real.ini")).models["two"]
@@ -13479,7 +12802,7 @@ def test_real_models_are_estimated_measured_and_loaded_together(tmp_path):
         assert server.loaded() == ["one", "two"]
 
 
-def test_a_real_model_answers_and_streams_under_each_of_its_names(real):
+def test_a_real_model_answers_streams_and_is_swapped_and_unloaded(real):
     for name in ("one", "first"):
         answer = real.post(CHAT, real_chat(name))
         assert answer.status == 200, answer.body
@@ -13490,46 +12813,32 @@ def test_a_real_model_answers_and_streams_under_each_of_its_names(real):
         documents = list(stream.documents())
     assert documents[-1]["usage"]["completion_tokens"] == 4
     assert stream.is_complete and b"data: [DONE]" in stream.raw
-
-
-def test_real_models_are_swapped_and_the_idle_one_is_unloaded(real):
-    assert real.post("/v1/chat/completions", real_chat("one")).status == 200
+    with real.stream("one", max_tokens=4000, ignore_eos=True) as stream:
+        next(stream.events())  # and its client leaves
+    eventually(lambda: real.get("/health").json()["requests"] == 0)
     answer = real.post("/v1/embeddings", {"model": "two", "input": "hello"})
     assert len(answer.json()["data"][0]["embedding"]) == 128
     assert real.loaded() == ["two"]
-    eventually(lambda: real.loaded() == [])
+    eventually(lambda: real.loaded() == [])  # it was idle
 
 
 def test_a_real_model_that_cannot_be_loaded_says_why_in_its_own_words(real):
-    answer = real.post("/v1/chat/completions", real_chat("broken"))
-    assert answer.status == 502 and answer.headers["x-should-retry"] == "false"
-    assert "exited with status 1" in answer.message()
-    assert "invalid magic characters" in answer.message()
-    answer = real.post("/v1/chat/completions", real_chat("wrong"))
-    assert answer.status == 502 and "--ctx-size" in answer.message()
-
-
-def test_a_real_model_stops_generating_when_its_client_leaves(real):
-    with real.stream("one", max_tokens=4000, ignore_eos=True) as stream:
-        next(stream.events())
-    eventually(lambda: real.get("/health").json()["requests"] == 0)
-    assert real.post("/v1/chat/completions", real_chat("one")).status == 200
-
-
-def test_the_router_of_llama_cpp_lists_the_same_commands(real):
-    listed = {each["id"]: each for each in real.get("/v1/models").json()["data"]}
-    args = listed["one"]["status"]["args"]
-    assert args[0] == LLAMA_SERVER and "--ctx-size" in args and "256" in args
-    assert set(listed) == {"one", "two", "broken", "wrong"}
+    for model, words in (
+        ("broken", ["exited with status 1", "invalid magic characters"]),
+        ("wrong", ["--ctx-size"]),
+    ):
+        answer = real.post(CHAT, real_chat(model))
+        assert answer.status == 502 and answer.headers["x-should-retry"] == "false"
+        assert all(word in answer.message() for word in words)
 
 
 def test_a_gguf_header_is_read_up_to_its_tokenizer(tmp_path):
     path = tmp_path / "x.gguf"
-    fields, _ = gguf_fields(64, 2)
-    fields.insert(3, gguf_field("general.tags", GGUF_ARRAY, (GGUF_STRING, ["a", "b"])))
+    fields, _ = gguf.header_fields(64, 2)
+    fields.insert(3, gguf.field_bytes("general.tags", gguf.ARRAY, (gguf.STRING, ["a", "b"])))
     before = b"".join(f for f in fields if b"tokenizer" not in f)
     head = b"GGUF" + struct.pack("<IQQ", 3, 0, len(fields)) + before
-    tokenizer = gguf_text("tokenizer.ggml.tokens") + b"anything"
+    tokenizer = gguf.string_bytes("tokenizer.ggml.tokens") + b"anything"
     path.write_bytes(head + tokenizer)
     metadata = llmswap.read_gguf(path)
     assert metadata["llama.context_length"] == 4096
@@ -13537,8 +12846,8 @@ def test_a_gguf_header_is_read_up_to_its_tokenizer(tmp_path):
     for size in range(len(head)):
         path.write_bytes(head[:size])
         assert llmswap.read_gguf(path) == {}
-    endless = gguf_text("x") + struct.pack("<IQ", GGUF_STRING, 1 << 62)
-    deep = gguf_text("x") + struct.pack("<IIQ", GGUF_ARRAY, GGUF_ARRAY, 1 << 60)
+    endless = gguf.string_bytes("x") + struct.pack("<IQ", gguf.STRING, 1 << 62)
+    deep = gguf.string_bytes("x") + struct.pack("<IIQ", gguf.ARRAY, gguf.ARRAY, 1 << 60)
     for data in (b"", b"GGML" + head[4:], head[:24] + endless, head[:24] + deep):
         path.write_bytes(data)
         assert llmswap.read_gguf(path) == {}
@@ -13559,7 +12868,7 @@ def test_a_look_at_files_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
 
 
 def test_what_a_model_can_do_is_told_before_it_is_loaded(tmp_path):
-    write_gguf(tmp_path / "one.gguf")
+    gguf.write_model(tmp_path / "one.gguf")
     text = f"""\
 [llmswap]
 llama-server = {LLAMA_SERVER or "llama-server"}
@@ -13596,18 +12905,13 @@ capabilities = tools
 
 @with_llama_server
 def test_an_unknown_option_is_known_before_anybody_asks_for_the_model(tmp_path):
-    write_gguf(tmp_path / "one.gguf")
+    gguf.write_model(tmp_path / "one.gguf")
     text = f"[a]\nllama-server = {LLAMA_SERVER}\nmodel = {tmp_path}/one.gguf\n"
     with Llmswap(text + "ctx-sise = 1") as server:
-        status = eventually(
-            lambda: server.get("/v1/models/a").json()["status"].get("failed")
-            and server.get("/v1/models/a").json()["status"]
-        )
-        assert "ctx-sise" in status["error"] and "ctx-size?" in status["error"]
-        done = subprocess.run(
-            [sys.executable, LLMSWAP, str(server.ini), "--check"],
-            capture_output=True, text=True,
-        )  # fmt: skip
+        eventually(lambda: "failed" in entry_of(server, "a")["status"])
+        error = entry_of(server, "a")["status"]["error"]
+        assert "ctx-sise" in error and "ctx-size?" in error
+        done = check(server.ini)
         assert done.returncode == 2 and "ctx-size?" in done.stdout
 
 
@@ -13635,37 +12939,24 @@ model = {folder}/gone.gguf
 
 @contextmanager
 def llama_router(folder):
-    """Yield a client of llama-server in router mode, with the file `models.ini`."""
+    """The port of llama-server in router mode, with the file `models.ini`."""
     port = free_port()
     command = [LLAMA_SERVER, "--models-preset", folder / "models.ini"]
     command += ["--models-max", "1", "--port", str(port), "--host", "127.0.0.1"]
     environment = {**os.environ, "HOME": str(folder), "LLAMA_CACHE": str(folder / "no")}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-
-    def is_up():
-        with contextlib.suppress(OSError):
-            return json_at(port, "/health")
-
-    try:
-        eventually(is_up)
-        yield SimpleNamespace(port=port)
-    finally:
-        process.terminate()
-        process.wait()
+    with subprocess.Popen(command, env=environment, stdout=-3, stderr=-3) as process:
+        try:
+            eventually(lambda: is_listening(port))
+            eventually(lambda: ask(port, "GET", "/health").status == 200)
+            yield port
+        finally:
+            process.terminate()
 
 
-def json_at(port, path, body=None):
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data)
-    with urlopen(request, timeout=10) as answer:
-        return json.load(answer)
-
-
-def told_by(port):
+def router_entries(port):
     """Each model's entry without what depends on the machine."""
-    entries = {each["id"]: each for each in json_at(port, "/models")["data"]}
+    listed = ask(port, "GET", "/models").json()["data"]
+    entries = {each["id"]: each for each in listed}
     for entry in entries.values():
         del entry["created"]
         args = entry["status"]["args"]
@@ -13679,7 +12970,8 @@ def told_by(port):
 def loaded_event(port):
     """Load the model `one`; return the event that says it is loaded."""
     with Stream(port, "/models/sse") as stream:
-        assert json_at(port, "/models/load", {"model": "one"}) == {"success": True}
+        answer = ask(port, "POST", "/models/load", {"model": "one"})
+        assert answer.json() == {"success": True}
         for event in stream.documents():
             if event["data"].get("status") == "loaded":
                 event["data"]["info"].pop("created")
@@ -13688,8 +12980,8 @@ def loaded_event(port):
 
 @with_llama_server
 def test_models_are_described_as_by_llama_cpps_router(tmp_path):
-    write_gguf(tmp_path / "one.gguf")
-    projector = gguf_field("clip.has_vision_encoder", GGUF_FLAG, True)
+    gguf.write_model(tmp_path / "one.gguf")
+    projector = gguf.field_bytes("clip.has_vision_encoder", gguf.FLAG, True)
     head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + projector
     (tmp_path / "projector.gguf").write_bytes(head)
     text = ROUTER_FILE.format(folder=tmp_path)
@@ -13697,27 +12989,27 @@ def test_models_are_described_as_by_llama_cpps_router(tmp_path):
     (tmp_path / "llama-server").symlink_to(LLAMA_SERVER)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     with llama_router(tmp_path) as router, Llmswap(text, env=env) as proxy:
-        ports = router.port, proxy.port
+        ports = router, proxy.port
 
         def compare():
-            theirs, ours = map(told_by, ports)
+            theirs, ours = map(router_entries, ports)
             for name, entry in theirs.items():
                 assert {key: ours[name].get(key) for key in entry} == entry
             return ours
 
-        eventually(lambda: proxy.get("/v1/models/gone").json()["status"].get("preset"))
-        assert compare()["seeing"]["architecture"]["input_modalities"] == [
-            "text", "image"]  # fmt: skip
+        eventually(lambda: entry_of(proxy, "gone")["status"].get("preset"))
+        inputs = compare()["seeing"]["architecture"]["input_modalities"]
+        assert inputs == ["text", "image"]
         theirs, ours = map(loaded_event, ports)
         assert theirs == ours
         compare()
         for port in ports:
-            json_at(port, "/models/unload", {"model": "one"})
-            eventually(lambda p=port: told_by(p)["one"]["status"]["value"] == "unloaded")
+            ask(port, "POST", "/models/unload", {"model": "one"})
+            state = lambda: router_entries(port)["one"]["status"]["value"]  # noqa: E731
+            eventually(lambda: state() == "unloaded")
         compare()
-        entry = proxy.get("/v1/models/one").json()
-        assert entry["meta"]["n_vocab"] == 311  # as it was told last
-        status = proxy.get("/v1/models/gone").json()["status"]
+        assert entry_of(proxy, "one")["meta"]["n_vocab"] == 311  # as it was told last
+        status = entry_of(proxy, "gone")["status"]
         assert status["failed"] and "does not exist" in status["error"]
 
 
@@ -13731,7 +13023,7 @@ def test_downloaded_models_are_served_without_a_file(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         (base / "refs").mkdir(exist_ok=True)
         (base / "refs" / "main").write_text("0" * 40)
-        write_gguf(folder / f"tiny-{tag}.gguf")
+        gguf.write_model(folder / f"tiny-{tag}.gguf")
     (tmp_path / "llama-server").symlink_to(LLAMA_SERVER)
     env = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "HF_HUB_CACHE": str(tmp_path / "hub"),
@@ -13757,7 +13049,7 @@ def test_downloaded_models_are_served_without_a_file(tmp_path):
 
 @with_llama_server
 def test_a_killed_real_model_is_loaded_again_and_gone_soon_after_llmswap_is(tmp_path):
-    write_gguf(tmp_path / "one.gguf")
+    gguf.write_model(tmp_path / "one.gguf")
     text = f"[llmswap]\nllama-server = {LLAMA_SERVER}\n"
     with Llmswap(f"{text}[one]\nmodel = {tmp_path}/one.gguf\n") as proxy:
         assert proxy.post(CHAT, real_chat("one")).status == 200
@@ -13889,7 +13181,7 @@ class Explored(Walk):
         if self.world.deadline < math.inf:
             yield ("wait", None), True
         if self.left["tickets"]:
-            asked = itertools.product(self._askable(), range(len(self.small.kinds)))
+            asked = itertools.product(self._askable(), self.small.kinds)
             yield from ((("ask", each), False) for each in asked)
         if self.left["faults"]:
             yield from ((("leave", at), False) for at in range(len(self.waiting)))
@@ -13908,28 +13200,19 @@ class Explored(Walk):
             yield name
 
     def _targets(self, fault):
-        phases = {
-            "crash": ("loading", "up", "asleep", "falling asleep", "ending"),
-            "fail": ("loading",),
-            "starve": ("loading",),
-            "doze": ("up", "asleep"),
-            "doze_late": ("ending",),
-        }.get(fault)
         backends, models = self.world.backends, self.core.models
+        if phases := FAULTY_PHASES.get(fault):
+            return [name for name in backends if backends[name].phase in phases]
+        if fault == "adopt":
+            is_used = lambda model: model.is_held or model.waiting  # noqa: E731
+            return [name for name in self.specs if not is_used(models[name])]
         targets = {
-            "adopt": [
-                name
-                for name in self.specs
-                if not (models[name].is_held or models[name].waiting)
-            ],
-            "learn": [(name, amount) for name in self.specs for amount in (1, 3)],
+            "learn": itertools.product(self.specs, (1, 3)),
             "reload": range(len(self.small.reloads)),
             "rest": [None],
             "close": [] if self.is_closed else [None],
             "stop_all": [None] if self.is_closed else [],
         }
-        if phases:
-            return [name for name in backends if backends[name].phase in phases]
         return targets.get(fault, sorted(models))
 
     def do(self, event):
@@ -13940,79 +13223,35 @@ class Explored(Walk):
         self.left["tickets"] -= what == "ask"
         self.left["faults"] -= what == "leave" or what in self.small.faults
         backend = self.world.backends.get(target) if isinstance(target, str) else None
-        getattr(self, f"_do_{what}")(target, backend)
+        EXPLORED_EVENTS[what](self, target, backend)
         self.turn()
 
-    def _do_loading(self, name, backend):
-        self.world._come_up(backend, backend.orders)
-
-    def _do_ending(self, name, backend):
+    def ended(self, backend):
         self._learn_of_end(backend)
         self.world.end(backend, backend.orders)
 
-    def _do_falling(self, name, backend):
-        self.world._sleep(backend, backend.orders)
-
-    def _do_finish(self, at, _):
-        self._release(list(self.leases)[at])
-
-    def _do_wait(self, *_):
-        self.world.now = self.world.deadline
-
-    def _do_ask(self, target, _):
-        name, kind = target
-        self._ask(name, self.small.kinds[kind])
-
-    def _do_leave(self, at, _):
-        self._leave(list(self.waiting.values())[at])
-
-    def _do_crash(self, name, backend):
-        self._end(backend, BROKEN)
-
-    def _do_fail(self, name, backend):
+    def fail(self, name, backend):
         """The fourth failed load in a row: the next one must wait."""
         self.failures[name] += 3
         self.core.models[name].failures += 3
         self._end(backend, BROKEN)
 
-    def _do_starve(self, name, backend):
-        self._end(backend, STARVED)
-
-    def _do_learn(self, target, _):
-        name, amount = target
-        self._learn_needs(name, {"vram": amount})
-
-    def _do_doze(self, name, backend):
+    def doze(self, name, backend):
         is_up = backend.phase == "up"
         backend.phase = "asleep" if is_up else "up"
         report = self.core.slept if is_up else self.core.loaded
         report(name, backend.run, self.world.now)
 
-    def _do_doze_late(self, name, backend):
+    def doze_late(self, name, backend):
         self.core.slept(name, backend.run, self.world.now)
         self.core.loaded(name, backend.run, self.world.now)
 
-    def _do_unload(self, name, _):
-        self._unload_one(name)
+    def wait(self):
+        self.world.now = self.world.deadline
 
-    def _do_rest(self, *_):
-        self._rest()
-
-    def _do_keep_alive(self, name, _):
-        self.core.keep_alive(name, 0)
-
-    def _do_reload(self, at, _):
-        self._reload(*self.small.reloads[at])
-
-    def _do_adopt(self, name, _):
-        self._adopt(name)
-
-    def _do_close(self, *_):
+    def close(self):
         self.is_closed = True
         self.core.close(BROKEN)  # pickled, unlike ShuttingDown
-
-    def _do_stop_all(self, *_):
-        self._stop_all()
 
     def key(self):
         """All of this state that matters to what can follow, as bytes."""
@@ -14028,10 +13267,8 @@ class Explored(Walk):
             (of.name, self.world.backends.get(of.name) is of, ticket.preemptible)
             for ticket, of in self.leases.values()
         )
-        rest = (
-            [*self.left.values()], self.is_closed, self.is_resting,
-            core.limits.models_max,
-        )  # fmt: skip
+        left, limit = [*self.left.values()], core.limits.models_max
+        rest = left, self.is_closed, self.is_resting, limit
         return marshal.dumps((ages, models, tickets, leases, rest), 2)
 
     def _key_of(self, model, now):
@@ -14064,6 +13301,37 @@ class Explored(Walk):
             repr(self.holds[model.name]),
             [t.arrived <= backend.ready_at for t in self._waiting_for(model.name)],
         ]  # fmt: skip
+
+
+FAULTY_PHASES = {  # those of a backend to which it can happen
+    "crash": ("loading", "up", "asleep", "falling asleep", "ending"),
+    "fail": ("loading",),
+    "starve": ("loading",),
+    "doze": ("up", "asleep"),
+    "doze_late": ("ending",),
+}
+EXPLORED_EVENTS = {  # the state, the target, and its backend if it has one
+    "loading": lambda state, name, of: state.world._come_up(of, of.orders),
+    "ending": lambda state, name, of: state.ended(of),
+    "falling": lambda state, name, of: state.world._sleep(of, of.orders),
+    "finish": lambda state, at, _: state._release(list(state.leases)[at]),
+    "wait": lambda state, *_: state.wait(),
+    "ask": lambda state, target, _: state._ask(*target),
+    "leave": lambda state, at, _: state._leave(list(state.waiting.values())[at]),
+    "crash": lambda state, name, of: state._end(of, BROKEN),
+    "fail": Explored.fail,
+    "starve": lambda state, name, of: state._end(of, STARVED),
+    "learn": lambda state, each, _: state._learn_needs(each[0], {"vram": each[1]}),
+    "doze": Explored.doze,
+    "doze_late": Explored.doze_late,
+    "unload": lambda state, name, _: state._unload_one(name),
+    "rest": lambda state, *_: state._rest(),
+    "keep_alive": lambda state, name, _: state.core.keep_alive(name, 0),
+    "reload": lambda state, at, _: state._reload(*state.small.reloads[at]),
+    "adopt": lambda state, name, _: state._adopt(name),
+    "close": lambda state, *_: state.close(),
+    "stop_all": lambda state, *_: state._stop_all(),
+}
 
 
 def age(moment, now):
@@ -14100,7 +13368,6 @@ def explore(name, tickets, faults):
 
 
 EXPLORED = [(name, 2, 1) for name in SMALL_WORLDS]
-EXPLORED += [(n, 3, 0) for n, world in SMALL_WORLDS.items() if world.faults == ["crash"]]
 
 
 @pytest.mark.parametrize("name, tickets, faults", EXPLORED)
@@ -14128,594 +13395,18 @@ def test_every_order_of_events_in_a_small_world_keeps_all_promises(
 # ==================================================================================
 
 
-FAULTS_USAGE = """\
-python3 test_llmswap.py faults [FAULT ...]
-
-Puts six models of one llmswap into the six states, lets the fault happen to all of them
-at once, and compares what each client sees, what is logged and what the state is after
-with the table; then asks each model again, ends llmswap, and looks for what is left.
-Prints the table (?: it may be missing; /: either). Every question bears a mark that
-its answer must bear; whatever takes longer than 15 s hangs.
-"""
-
-FAULT_INI = """\
-[llmswap]
-models-max = 0
-budget = q 1, s 2
-patience = 1m
-log-level = info
-
-[*]
-stop-timeout = 2
-load-timeout = 1500ms
-hang-timeout = 1500ms
-
-[blocker]
-cmd = FAKE --model blocker
-needs = q 1
-[queued]
-cmd = FAKE --model queued
-needs = q 1
-[loading]
-cmd = FAKE --model loading --load-until GATE
-[idle]
-cmd = FAKE --model idle
-[busy]
-cmd = FAKE --model busy
-[sleeping]
-cmd = FAKE --model sleeping --sleepable
-needs = s 2
-sleep-needs = s 1
-sleep = POST /sleep?level=1
-wake = POST /wake_up
-[newcomer]
-cmd = FAKE --model newcomer
-needs = s 1
-[unloading]
-cmd = FAKE --model unloading --stop-until GATE
-"""
-
-FAULT_LAUNCHER = """\
-import os, sys, time
-folder, compiled, *argv = sys.argv[1:]
-sys.path.insert(0, compiled)
-import llmswap
-llmswap.STALL_CHECK_AFTER = llmswap.ACTIVITY_INTERVAL = 0.3
-def has(what): return os.path.exists(os.path.join(folder, what))
-wall, clocks = time.time, time.clock_gettime
-time.time = lambda: wall() + 7200 * has("ahead") - 7200 * has("back")
-time.clock_gettime = lambda clock: (
-    clocks(clock) + 3600 * (clock == time.CLOCK_BOOTTIME and has("slept"))
-)
-sys.exit(llmswap.main(argv))
-"""
-
-FAULT_WORDS = (  # by which the table knows what clients and the log are told
-    "exited with status 0", "exited with status 1", "killed by signal 9",
-    "no sign of progress", " hung", "did not wake up", "broke off", "is not HTTP",
-    "cannot be reached",
-    "does not exist", "temporary file", "Too many open files", "start new thread",
-    "shutting down", "(reload)", "(shutdown)", "unloaded after 2",
-)  # fmt: skip
-FAULT_STATES = ("queued", "loading", "idle", "busy", "sleeping", "unloading")
-FAULT_TABLE = """\
-fault          | state     | what its client sees      | what is logged        | after
-exits 0        | queued    | 200                       | exited with status 0? | loaded
-exits 0        | loading   | 502: exited with status 0 | exited with status 0  | unloaded
-exits 0        | busy      | event, cut: broke off     | exited with status 0  | unloaded
-exits 0        | unloading | 200                       |                       | loaded
-exits 0        | others    | 200                       | exited with status 0  | loaded
-exits 1        | queued    | 200                       | exited with status 1? | loaded
-exits 1        | loading   | 502: exited with status 1 | exited with status 1  | unloaded
-exits 1        | busy      | event, cut: broke off     | exited with status 1  | unloaded
-exits 1        | unloading | 200                       |                       | loaded
-exits 1        | others    | 200                       | exited with status 1  | loaded
-SIGKILL        | queued    | 200                       | killed by signal 9?   | loaded
-SIGKILL        | loading   | 502: killed by signal 9   | killed by signal 9    | unloaded
-SIGKILL        | busy      | event, cut: broke off     | killed by signal 9    | unloaded
-SIGKILL        | unloading | 200                       |                       | loaded
-SIGKILL        | others    | 200                       | killed by signal 9    | loaded
-hangs          | loading   | 504: no sign of progress  | no sign of progress   | unloaded
-hangs          | idle      | 200                       | hung                  | loaded
-hangs          | busy      | event, cut: broke off     | hung                  | unloaded
-hangs          | sleeping  | 200                       | did not wake up       | loaded
-hangs          | others    | 200                       | unloaded after 2      | loaded
-closes socket  | loading   | 504: no sign of progress  | no sign of progress   | unloaded
-closes socket  | idle      | 502: cannot be reached    | hung                  | unloaded
-closes socket  | busy      | event, cut: broke off     | hung                  | unloaded
-closes socket  | sleeping  | 200                       | did not wake up       | loaded
-closes socket  | others    | 200                       |                       | loaded
-rubbish        | loading   | 504: no sign of progress  | no sign of progress   | unloaded
-rubbish        | idle      | 502: is not HTTP          | hung                  | unloaded
-rubbish        | busy      | event, cut: broke off     | hung                  | unloaded
-rubbish        | sleeping  | 200                       | did not wake up       | loaded
-rubbish        | others    | 200                       |                       | loaded
-late           | others    | 200                       |                       | loaded
-port taken     | queued    | -: it has none yet        |                       | loaded
-port taken     | loading   | 200                       |                       | loaded
-port taken     | busy      | event, cut: broke off     | killed by signal 9    | unloaded
-port taken     | unloading | -: it still has it        |                       | loaded
-port taken     | others    | 200                       | killed by signal 9    | loaded
-binary gone    | queued    | 502: does not exist       | does not exist        | unloaded
-binary gone    | unloading | 502: does not exist       | does not exist        | unloaded
-binary gone    | others    | 200                       |                       | loaded
-disk full      | others    | 200                       |                       | loaded
-fork fails     | queued    | 502: start new thread     | start new thread      | unloaded
-fork fails     | unloading | 502: start new thread     | start new thread      | unloaded
-fork fails     | others    | 200                       |                       | loaded
-no descriptors | loading   | 200                       |                       | loaded
-no descriptors | idle      | 200                       |                       | loaded
-no descriptors | busy      | 200                       |                       | loaded
-no descriptors | others    | 502: Too many open files  | Too many open files   | unloaded
-clock ahead    | others    | 200                       |                       | loaded
-clock back     | others    | 200                       |                       | loaded
-machine sleeps | others    | 200                       |                       | loaded
-client leaves  | loading   | cut                       |                       | loaded
-client leaves  | idle      | -: nobody asks            |                       | loaded
-client leaves  | busy      | cut                       |                       | loaded
-client leaves  | sleeping  | -: nobody asks            |                       | sleeping
-client leaves  | others    | cut                       |                       | unloaded
-SIGHUP         | busy      | 200                       | (reload)              | unloaded
-SIGHUP         | unloading | 200                       |                       | loaded
-SIGHUP         | others    | 200                       | (reload)              | loaded
-SIGTERM        | busy      | 200                       | (shutdown)            | exit 0
-SIGTERM        | unloading | 503: shutting down        |                       | exit 0
-SIGTERM        | others    | 503: shutting down        | (shutdown)            | exit 0
-SIGTERM twice  | idle      | cut/503: shutting down    | (shutdown)            | exit 0
-SIGTERM twice  | busy      | event, cut: broke off     | (shutdown)            | exit 0
-SIGTERM twice  | sleeping  | cut/503: shutting down    | (shutdown)            | exit 0
-SIGTERM twice  | unloading | 503: shutting down        |                       | exit 0
-SIGTERM twice  | others    | 503: shutting down        | (shutdown)            | exit 0
-restart        | others    | cut                       |                       | unloaded
-"""  # others: the states of this fault without a line of their own
-FAULT_ROW = "{:14} | {:9} | {:25} | {:21} | {}"
-FAULT_UNSERVED = ("queued", "sleeping", "unloading")  # without a new descriptor
-FAULT_BOUND = 15.0  # s; nothing takes longer
-FAULT_NOBODY = 64321  # a user whose processes, unlike root's, are limited
-
-
-def expected_rows(fault):
-    """What the table says of a fault: the cells of each of the six states."""
-    lines = [map(str.strip, line.split(" | ")) for line in FAULT_TABLE.splitlines()]
-    rows = {state: cells for name, state, *cells in lines if name == fault}
-    own = [(state, rows.get(state, rows.get("others"))) for state in FAULT_STATES]
-    return [[fault, state, *cells] for state, cells in own]
-
-
-def is_as_expected(fault, rows):
-    """Whether the rows are the table's; what stands there with a ? may be missing, and
-    of what stands on both sides of a / either may be."""
-    return all(
-        was in cell.replace("?", "/").split("/")
-        for row, expected in zip(rows, expected_rows(fault))
-        for was, cell in zip(row, expected)
-    )
-
-
-class FaultyLlmswap(Llmswap):
-    """llmswap that believes what its folder says of the clock, and suspects sooner."""
-
-    def __init__(self, fault):
-        super().__init__("")
-        program = self.program = self.folder / "llmswap"
-        program.write_text(f'#!/bin/sh\nexec {fake_command(port="")[:-8]} "$@"\n')
-        program.chmod(0o755)
-        self.folder.chmod(0o755)
-        self.fake = f"{program} --port ${{PORT}}"
-        self.gate = self.folder / "gate"  # what lasts ends when this file is there
-        self.text = FAULT_INI.replace("GATE", str(self.gate))
-        if fault == "port taken":
-            self.text = self.text.replace("--load-until", "--bind-late --load-until")
-        self.write(self.text.replace("FAKE", self.fake))
-        words = [sys.executable, "-S", "-c", FAULT_LAUNCHER, str(self.folder)]
-        words += [os.path.dirname(llmswap_file())]
-        self._args[: self._args.index(str(self.ini))] = words
-        if fault == "fork fails" and os.getuid() == 0:
-            keep = "+dac_override"
-            words = f"setpriv --reuid {FAULT_NOBODY} --inh-caps {keep}"
-            self._args[:0] = [*words.split(), "--ambient-caps", keep]
-
-
-class Plight:
-    """Six models of one llmswap in the six states, their clients, and a fault."""
-
-    def __init__(self, fault):
-        self.fault = fault
-        self.swap = FaultyLlmswap(fault)
-        self.clients = {}  # state -> FaultClient
-        self.strangers = {}
-        self.servers = {}  # state -> (pid, port); for queued: of the one in its way
-
-    def run(self):
-        """The six lines of the table, as they came out."""
-        with self.swap, contextlib.ExitStack() as self.at_end:
-            self._get_into_states()
-            self._strike()
-            return self._look()
-
-    # before
-
-    def _get_into_states(self):
-        """All at once, those last that do not last."""
-        if self.fault == "port taken":  # strangers are older than the backends
-            self.strangers = {state: Stranger() for state in FAULT_STATES[1:5]}
-            for stranger in self.strangers.values():
-                self.at_end.callback(stranger.heard)
-        with ThreadPoolExecutor(3) as pool:
-            list(pool.map(lambda step: step(), [self._block, self._lull, self._warm]))
-        for state in FAULT_STATES:
-            self.clients[state] = FaultClient(self.swap, state)
-        gate = str(self.swap.gate)
-        self.clients["busy"].ask(stream=True, tokens=10**6, interval=0.05, until=gate)
-        self.clients["busy"].has_begun.wait(FAULT_BOUND)
-        self.clients["queued"].ask()
-        self.clients["loading"].ask()
-        eventually(self._find)
-        assert self.swap.post("/models/unload", {"model": "unloading"}).status == 200
-        self.clients["unloading"].ask()
-        eventually(lambda: self._waiting() == 3)
-        self.mark = len(self.swap.log())
-
-    def _block(self):
-        self.stream = self.swap.stream("blocker", tokens=10**6, interval=0.05)
-        next(self.stream.events())
-        self.at_end.enter_context(self.stream)
-
-    def _lull(self):
-        assert self.swap.chat("sleeping").status == 200
-        assert self.swap.chat("newcomer").status == 200
-        eventually(lambda: self.swap.states()["sleeping"] == "sleeping")
-
-    def _warm(self):
-        for model in ("idle", "busy", "unloading"):
-            assert self.swap.chat(model).status == 200
-
-    def _waiting(self):
-        return self.swap.get("/health").json()["queued"]
-
-    def _find(self):
-        """Find all servers; whether they have come so far as to take orders."""
-        lines = family(self.swap.token)
-        for state in FAULT_STATES:
-            name = "blocker" if state == "queued" else state
-            mark = rf"fake.pyc --port (\d+) --model {name}\b"
-            for pid, line in lines.items():
-                if found := re.search(mark, line):
-                    self.servers[state] = pid, int(found[1])
-        return len(self.servers) == 6 and takes_orders(self.servers["loading"][0])
-
-    # the fault
-
-    def _strike(self):
-        strike, self._heal = FAULTS[self.fault]
-        strike(self)
-        is_left = self.fault == "client leaves"
-        for state in () if is_left else ("idle", "sleeping"):
-            self.clients[state].ask(**FAULT_WISHES.get(self.fault, {}))
-        if is_left:
-            eventually(lambda: not self._waiting())
-        self.clients["queued"].done.wait(0.3)
-        self.swap.gate.touch()
-        self.stream.close()
-
-    # after
-
-    def _look(self):
-        for client in self.clients.values():
-            client.done.wait(FAULT_BOUND if client.is_asking else 0)
-        is_end = "SIGTERM" in self.fault
-        if not is_end:
-            self._heal(self)
-        look = self._end if is_end else self._rest
-        with contextlib.suppress(AssertionError):  # clients may hear of it first
-            eventually(lambda: is_as_expected(self.fault, self._rows(look())), 3.0)
-        rows = self._rows(look())
-        if not is_end:
-            self._ask_again()
-        return rows
-
-    def _rows(self, states):
-        self.told = self.swap.log()[self.mark :]
-        return [self._row(state, states[state]) for state in FAULT_STATES]
-
-    def _end(self):
-        status = self.swap.process.wait(FAULT_BOUND)
-        return dict.fromkeys(FAULT_STATES, f"exit {status}")
-
-    def _rest(self):
-        eventually(self._is_at_rest, FAULT_BOUND)
-        return self.swap.states()
-
-    def _is_at_rest(self):
-        running = self.swap.get("/running").json()["running"]
-        return not {"starting", "stopping"} & {each["state"] for each in running}
-
-    def _row(self, state, after):
-        """A line of the table."""
-        names = f"{state}|blocker" if state == "queued" else state
-        lines = re.findall(rf"(?m)^\S+ (?:{names})\b.*", self.told)
-        client = FAULT_NONSENSE.get((self.fault, state)) or self.clients[state].cell()
-        return [self.fault, state, client, fault_words("\n".join(lines)), after]
-
-    def _ask_again(self):
-        """Whatever happened: when it is over, each model serves."""
-        again = [FaultClient(self.swap, state) for state in FAULT_STATES]
-        for client in again:
-            client.ask()
-        for client in again:
-            client.done.wait(FAULT_BOUND)
-            told = f"{client.model}: {client.data}\n{self.swap.log()}"
-            assert client.outcome == "200", told
-
-
-def fault_words(text):
-    """Those of FAULT_WORDS that are in this text."""
-    return ", ".join(word.strip() for word in FAULT_WORDS if word in text)
-
-
-class FaultClient:
-    """A client that asks for one model, on a connection it had before the fault."""
-
-    def __init__(self, swap, model):
-        self.model = model
-        self.connection = swap.connect(FAULT_BOUND)
-        self.has_begun, self.done = threading.Event(), threading.Event()
-        self.outcome, self.data = "-", b""
-        self.is_asking = False
-        self.tag = f"mark-{random.randrange(10**9)}"
-
-    def ask(self, **wish):
-        """Ask; `outcome` will say how that ended."""
-        self.is_asking, self.outcome = True, "hangs"
-        threading.Thread(target=self._ask, args=(wish,), daemon=True).start()
-
-    def _ask(self, wish):
-        body = {**wish, **chat_body(self.model, tag=self.tag)}
-        try:
-            with self.connection as connection:
-                connection.send("POST", CHAT, body)
-                self.outcome = self._hear(connection)
-        except socket.timeout:
-            pass
-        except (BrokenAnswer, OSError):
-            self.outcome = "event, cut" if b'data: {"error"' in self.data else "cut"
-        finally:
-            self.has_begun.set()
-            self.done.set()
-
-    def _hear(self, connection):
-        status, headers = connection.head()
-        for piece in connection.pieces(status, headers):
-            self.data += piece
-            self.has_begun.set()
-        if status != 200:
-            return str(status)
-        marks = f"{self.model} ".encode(), self.tag.encode()
-        is_ours = all(mark in self.data for mark in marks)
-        return "200" if is_ours else f"another's answer: {self.data}"
-
-    def cell(self):
-        """The outcome, with the reason that was given, in short."""
-        if self.outcome in ("200", "cut", "-"):
-            return self.outcome
-        return f"{self.outcome}: {fault_words(self.data.decode('latin-1'))}"
-
-
-def takes_orders(pid):
-    """Whether a fake server has installed its last handler."""
-    caught = re.search(rb"SigCgt:\s+(\w+)", _read_proc(pid, "status"))
-    return int(caught[1], 16) >> (signal.SIGRTMIN + max(fake.ORDERS) - 1) & 1
-
-
-def is_gone(pid):
-    """Whether the process is dead, buried or not."""
-    found = llmswap.process_stat(pid)
-    return found is None or found.state in "ZX"
-
-
-def is_stopped(pid):
-    """Whether none of its threads can run."""
-    with contextlib.suppress(OSError):  # a thread ended meanwhile
-        stats = [path.read_bytes() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
-        return all(b") T " in stat for stat in stats)
-
-
-def signal_servers(plight, number):
-    for pid, _ in reversed(plight.servers.values()):  # first those that end soon
-        os.kill(pid, number)
-
-
-def strike_signal(number):
-    """Signal the servers, and wait until it is known that they are dead; a request that
-    comes sooner is served, too, but logged otherwise."""
-
-    def strike(plight):
-        signal_servers(plight, number)
-        for state in ("idle", "sleeping"):
-            eventually(lambda: f"{state} ended by itself" in plight.swap.log())
-
-    return strike
-
-
-def strike_order(name):
-    """Order it, and wait until it is obeyed."""
-
-    def strike(plight):
-        signal_servers(plight, order_to(name))
-        for pid, port in plight.servers.values():
-            eventually(lambda: is_gone(pid) or is_obeyed(name, port))
-
-    return strike
-
-
-def is_obeyed(order, port):
-    with contextlib.suppress(OSError):
-        with socket.create_connection(("127.0.0.1", port), 5) as sock:
-            sock.sendall(b"GET /health HTTP/1.1\r\n\r\n")
-            return order == "mad" and sock.recv(100) == fake.RUBBISH[:100]
-    return order == "deaf"
-
-
-def strike_stop(plight):
-    """All stand still; a signal reaches one thread, and the others when that runs."""
-    signal_servers(plight, signal.SIGSTOP)
-    for pid, _ in plight.servers.values():
-        eventually(lambda: is_gone(pid) or is_stopped(pid))
-
-
-def strike_late(plight):
-    """Stopped for longer than it takes to be suspected, for less than hang-timeout."""
-    strike_stop(plight)
-    threading.Timer(0.6, signal_servers, (plight, signal.SIGCONT)).start()
-
-
-def strike_port(plight):
-    """A stranger takes the port: before the backend does, or once that is dead."""
-    for state, stranger in plight.strangers.items():
-        pid, stranger.port = plight.servers[state]
-        if state != "loading":
-            os.kill(pid, signal.SIGKILL)
-            eventually(lambda: not is_listening(stranger.port))
-        stranger.listen()
-
-
-def heal_port(plight):
-    for stranger in plight.strangers.values():
-        assert not re.search(b"completions", stranger.heard()), "a stranger was asked"
-
-
-def rename(old, new):
-    def act(plight):
-        program = plight.swap.program
-        program.with_suffix(old).rename(program.with_suffix(new))
-
-    return act
-
-
-def limit(kind, soft, victims=FAULT_STATES):
-    """Until these have been answered."""
-
-    def strike(plight):
-        plight.limits = resource.prlimit(plight.swap.pid, kind)
-        resource.prlimit(plight.swap.pid, kind, (soft, plight.limits[1]))
-        threading.Thread(target=relent, args=(plight,), daemon=True).start()
-
-    def relent(plight):
-        for state in victims:
-            plight.clients[state].done.wait(FAULT_BOUND)
-        heal(plight)
-
-    def heal(plight):
-        resource.prlimit(plight.swap.pid, kind, plight.limits)
-
-    return strike, heal
-
-
-def strike_fork(plight, soft=0):
-    """No process and no thread more: as its own user, whom alone the kernel asks."""
-    user = {"user": FAULT_NOBODY} if os.getuid() == 0 else {}
-    words = ["prlimit", "--pid", str(plight.swap.pid), f"--nproc={soft}:"]
-    subprocess.run(words, check=True, **user)
-
-
-def heal_fork(plight):
-    text = Path(f"/proc/{plight.swap.pid}/limits").read_text()
-    strike_fork(plight, re.search(r"Max processes +\S+ +(\S+)", text)[1])
-
-
-def strike_file(name):
-    return lambda plight: (plight.swap.folder / name).touch()
-
-
-def strike_sleep(plight):
-    """Everything stands still for a moment, which was an hour."""
-    pids = [plight.swap.pid, *(pid for pid, _ in plight.servers.values())]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    (plight.swap.folder / "slept").touch()
-    for pid in pids:
-        os.kill(pid, signal.SIGCONT)
-
-
-def strike_leave(plight):
-    for client in plight.clients.values():
-        if client.is_asking:
-            client.connection.sock.shutdown(socket.SHUT_RDWR)
-
-
-def strike_reload(plight):
-    other = plight.swap.fake + " --lines 1"
-    plight.swap.reload(plight.swap.text.replace("FAKE", other))
-    eventually(lambda: "(reload)" in plight.swap.log())
-
-
-def strike_term(times):
-    def strike(plight):
-        for _ in range(times):
-            plight.swap.process.terminate()
-            time.sleep(0.2)
-
-    return strike
-
-
-def strike_restart(plight):
-    plight.swap.kill()
-    eventually(lambda: not family(plight.swap.token), 2)
-
-
-def nothing(plight):
-    pass
-
-
-FAULTS = {  # what happens, and what ends it
-    "exits 0": (strike_signal(signal.SIGRTMIN + 1), nothing),
-    "exits 1": (strike_signal(signal.SIGRTMIN + 2), nothing),
-    "SIGKILL": (strike_signal(signal.SIGKILL), nothing),
-    "hangs": (strike_stop, nothing),
-    "closes socket": (strike_order("deaf"), nothing),
-    "rubbish": (strike_order("mad"), nothing),
-    "late": (strike_late, nothing),
-    "port taken": (strike_port, heal_port),
-    "binary gone": (rename("", ".away"), rename(".away", "")),
-    "disk full": limit(resource.RLIMIT_FSIZE, 0),
-    "fork fails": (strike_fork, heal_fork),
-    "no descriptors": limit(resource.RLIMIT_NOFILE, 8, FAULT_UNSERVED),
-    "clock ahead": (strike_file("ahead"), nothing),
-    "clock back": (strike_file("back"), nothing),
-    "machine sleeps": (strike_sleep, nothing),
-    "client leaves": (strike_leave, nothing),
-    "SIGHUP": (strike_reload, nothing),
-    "SIGTERM": (strike_term(1), nothing),
-    "SIGTERM twice": (strike_term(2), nothing),
-    "restart": (strike_restart, lambda plight: plight.swap.start()),
-}
-FAULT_NONSENSE = {  # why there is nothing to see
-    ("port taken", "queued"): "-: it has none yet",
-    ("port taken", "unloading"): "-: it still has it",
-    ("client leaves", "idle"): "-: nobody asks",
-    ("client leaves", "sleeping"): "-: nobody asks",
-}
-FAULT_WISHES = {"disk full": {"filler": "x" * 3 * 2**20}}
-
-
-def run_faults(names):
-    """Yield (the plight, its rows) of each fault, four of them side by side."""
-    plights = [Plight(name) for name in names]
-    with ThreadPoolExecutor(4) as pool:
-        yield from zip(plights, pool.map(Plight.run, plights))
+FAULTS_SEED = os.environ.get("FAULTS_SEED", "1")
 
 
 def test_faults_at_every_moment_do_what_the_table_says():
-    """Some of them, chosen by FAULTS_SEED; the command `faults` goes through all."""
-    names = random.Random(os.environ.get("FAULTS_SEED", "1")).sample(sorted(FAULTS), 3)
-    for plight, rows in run_faults(names):
-        assert is_as_expected(plight.fault, rows), f"{rows}\n{plight.told}"
-
-
-def test_the_table_of_faults_is_complete():
-    assert all(len(row) == 5 for fault in FAULTS for row in expected_rows(fault))
-    named = {line.partition("|")[0].strip() for line in FAULT_TABLE.splitlines()}
-    assert named == {*FAULTS, "fault"}
+    """Some of them; the command `faults` goes through all."""
+    faults = load_tool("faults")
+    names = random.Random(FAULTS_SEED).sample(sorted(faults.FAULTS), 3)
+    assert faults.faults_main(names) == 0
+    for fault in faults.FAULTS:
+        assert all(len(row) == 5 for row in faults.expected_rows(fault))
+    lines = faults.FAULT_TABLE.splitlines()
+    assert {each.partition("|")[0].strip() for each in lines} == {*faults.FAULTS, "fault"}
 
 
 HANGS = [
@@ -14752,23 +13443,6 @@ def test_a_hung_backend_is_restarted_unless_tokens_flow(
         assert server.chat("m").status == 200
 
 
-def faults_main(argv):
-    """Let the faults named, or all, happen, and print the table; the exit status."""
-    if "--help" in argv:
-        print(FAULTS_USAGE)
-        return 0
-    names, status = argv or list(FAULTS), 0
-    title = FAULT_ROW.format(*FAULT_TABLE.splitlines()[0].split(" | "))
-    print(title, re.sub(r"[^|]", "-", title), sep="\n")
-    for plight, rows in run_faults(names):
-        print(*(FAULT_ROW.format(*row) for row in rows), sep="\n", flush=True)
-        if not is_as_expected(plight.fault, rows):
-            print("which is not what the table says:", *expected_rows(plight.fault))
-            print(plight.told)
-            status = 1
-    return status
-
-
 # ==================================================================================
 # The commands
 # ==================================================================================
@@ -14776,7 +13450,6 @@ def faults_main(argv):
 
 def run_tool(name, argv):
     """Run a tool of the folder .ci with these arguments; its exit status."""
-    sys.modules.setdefault("test_llmswap", sys.modules[__name__])
     return getattr(load_tool(name), f"{name}_main")(argv)
 
 
@@ -14785,7 +13458,7 @@ COMMANDS = {
     "soak": functools.partial(run_tool, "soak"),
     "fuzz": functools.partial(run_tool, "fuzz"),
     "pictures": functools.partial(run_tool, "pictures"),
-    "faults": faults_main,
+    "faults": functools.partial(run_tool, "faults"),
 }
 
 

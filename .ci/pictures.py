@@ -11,12 +11,12 @@ import tempfile
 from pathlib import Path
 
 from test_llmswap import (
-    Browser,
     CHAT,
     HERE,
     Llmswap,
     Stream,
     chat_body,
+    chromium,
     eventually,
     fake_file,
     row,
@@ -124,7 +124,7 @@ def busy_llmswap(folder):
 def pictures_main(argv):
     """Write both pictures; the exit status."""
     target = HERE.with_name(".github")
-    with tempfile.TemporaryDirectory() as name, Browser() as browser:
+    with tempfile.TemporaryDirectory() as name, chromium.Browser() as browser:
         with busy_llmswap(Path(name)) as server:
             write_pictures(target, browser, server.url)
     return 0
