@@ -24,10 +24,8 @@ import heapq
 import importlib.util
 import itertools
 import json
-import marshal
 import math
 import os
-import pickle
 import pty
 import py_compile
 import queue
@@ -111,7 +109,7 @@ def load_tool(name):
     """A file of the folder .ci as a module; it may import from this one."""
     sys.modules.setdefault("test_llmswap", sys.modules[__name__])
     spec = importlib.util.spec_from_file_location(name, CI / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -7820,26 +7818,21 @@ def test_values_of_secret_options_are_masked():
 
 
 def test_models_are_loaded_and_unloaded_by_hand_as_by_llama_cpp(swap):
-    for action, state, problem in (
-        ("load", "loaded", "model is already running"),
-        ("unload", "unloaded", "model is not running"),
-    ):
-        path = f"/models/{action}"
-        assert swap.post(path, {"model": "org/b"}).json() == {"success": True}
-        eventually(lambda: swap.states()["b"] == state)
-        answer = swap.post(path, {"model": "b"})
-        assert (answer.status, answer.message()) == (400, problem)
-        assert swap.post(path, {"model": "none"}).status == 404
-        assert swap.post(path, {}).status == swap.post(path, "{").status == 400
-        assert swap.get(path).status == 405
-
-
-def test_events_tell_of_loads_and_unloads(swap):
     with Stream(swap.port, "/models/sse") as stream:
         events = stream.documents()
-        swap.post("/models/load", {"model": "b"})
-        seen = [next(events) for _ in range(2)]
-        swap.post("/models/unload", {"model": "b"})
+        for action, state, problem in (
+            ("load", "loaded", "model is already running"),
+            ("unload", "unloaded", "model is not running"),
+        ):
+            path = f"/models/{action}"
+            assert swap.post(path, {"model": "org/b"}).json() == {"success": True}
+            eventually(lambda: swap.states()["b"] == state)
+            answer = swap.post(path, {"model": "b"})
+            assert (answer.status, answer.message()) == (400, problem)
+            assert swap.post(path, {"model": "none"}).status == 404
+            assert swap.post(path, {}).status == swap.post(path, "{").status == 400
+            assert swap.get(path).status == 405
+        seen = [next(events), next(events)]
         while seen[-1]["data"]["status"] != "unloaded":
             seen.append(next(events))
     loading = {"status": "loading"}
@@ -8190,9 +8183,9 @@ def basic(password):
     return "Basic " + base64.b64encode(f"me:{password}".encode()).decode()
 
 
-# A request; the status of its answer, with "cors" if the page of that origin may read
-# it; then its headers, several of which a line may have: alternatives stand between |,
-# and & joins. Words in braces are those of ACCESS_WORDS.
+# Requests; the status of their answers, with "cors" if the page of that origin may read
+# them; then their headers: alternatives stand between |, and & joins. Words in braces
+# are those of ACCESS_WORDS.
 CORS_AND_KEY_RULES = """
 GET /v1/models -> 200
     Authorization: Bearer s3cret | Authorization: bearer  s3cret | Authorization: s3cret
@@ -8214,20 +8207,14 @@ GET /v1/models -> 200 cors
     {own} & {key} & Origin: http://localhost:3000
 GET /v1/models -> 403
     {key} & Host: evil.example
-GET /models -> 401
-GET /running -> 401
-GET /metrics -> 401
-GET /logs -> 401
-GET /upstream/a/ -> 401
-GET /none -> 401
+GET /models /running /metrics /logs /upstream/a/ /none -> 401
 POST /v1/x -> 401
     | {own} & {stored} & {site} cross-site & {mode} navigate
 GET / -> 401
     Accept: text/event-stream
 GET / -> 200
     x-api-key: wrong
-GET /health -> 200
-GET /v1/health -> 200
+GET /health /v1/health -> 200
 GET /health -> 403
     Host: evil.example
 OPTIONS /v1/models -> 204
@@ -8271,27 +8258,17 @@ POST /v1/x -> 200 cors
 GET /upstream/a/x -> 200
     Origin: https://evil.example | Referer: https://evil.example/page
     {site} cross-site & {mode} no-cors
-"""
-for each in (
-    "/models/load", "/models/unload", "/api/models/unload", "/api/models/unload/a",
-    "/unload", CHAT, "/upstream/hidden/x",
-):  # fmt: skip
-    HOST_AND_PAGE_RULES += f"""\
-POST {each} -> 403
-    Origin: https://evil.example & {{type}} application/json | Origin: null
-    Origin: null & {{type}} text/plain
-    Origin: null & {{type}} application/x-www-form-urlencoded
-    Origin: https://evil.example & {{type}} multipart/form-data
-"""
-for each in itertools.product(("GET", "HEAD"), (
-    "/unload", "/v1/models?reload=1", "/upstream/hidden/x",
-    "/props?model=hidden&autoload=true", "/x?model=hidden",
-)):  # fmt: skip
-    HOST_AND_PAGE_RULES += f"""\
-{" ".join(each)} -> 403
+POST /models/load /models/unload /api/models/unload /api/models/unload/a /unload \
+/v1/chat/completions /upstream/hidden/x -> 403
+    Origin: https://evil.example & {type} application/json | Origin: null
+    Origin: null & {type} text/plain
+    Origin: null & {type} application/x-www-form-urlencoded
+    Origin: https://evil.example & {type} multipart/form-data
+GET,HEAD /unload /v1/models?reload=1 /upstream/hidden/x \
+/props?model=hidden&autoload=true /x?model=hidden -> 403
     Origin: https://evil.example | Origin: null | Referer: https://evil.example/page
-    Referer: http://[ | Referer: http://{{script}}.example/
-    {{site}} cross-site & {{mode}} no-cors | User-Agent: Mozilla/5.0 (X11; Linux x86_64)
+    Referer: http://[ | Referer: http://{script}.example/
+    {site} cross-site & {mode} no-cors | User-Agent: Mozilla/5.0 (X11; Linux x86_64)
 """
 ACCESS_WORDS = {
     "key": "Authorization: Bearer s3cret",
@@ -8312,9 +8289,11 @@ def access_rules(text):
     """Yield (method, path, headers, what is expected) of each rule."""
     for block in re.split(r"\n(?=\S)", text.strip()):
         title, *lines = block.split("\n")
-        request, expected = title.split(" -> ")
+        requests, expected = title.split(" -> ")
+        methods, *paths = requests.split()
         fields = " | ".join(map(str.strip, lines)).split("|")
-        yield from ((*request.split(), each.strip(), expected) for each in fields)
+        for method, path, each in itertools.product(methods.split(","), paths, fields):
+            yield method, path, each.strip(), expected
 
 
 def access_given(client, method, path, fields):
@@ -8361,9 +8340,10 @@ def test_our_own_page_and_programs_may_load_by_get(swap):
         swap.post("/api/models/unload/hidden")
 
 
-def test_a_refused_page_or_program_learns_how_to_authenticate(guarded):
-    assert guarded.get("/v1/models").json()["error"]["code"] == "invalid_api_key"
-    assert guarded.get("/v1/models").headers["www-authenticate"] == "Bearer"
+def test_a_refused_client_learns_how_to_authenticate_and_an_allowed_origin_passes(guarded):
+    refused = guarded.get("/v1/models")
+    assert refused.json()["error"]["code"] == "invalid_api_key"
+    assert refused.headers["www-authenticate"] == "Bearer"
     opened = guarded.get("/upstream/a/", {"Accept": "text/html, */*"})
     assert opened.headers["www-authenticate"].startswith("Basic")  # it asks a person
     page = guarded.get("/", {"Accept": "text/html"})  # the bare page needs no key
@@ -8372,20 +8352,17 @@ def test_a_refused_page_or_program_learns_how_to_authenticate(guarded):
     assert page.headers["content-security-policy"] == llmswap.page_policy()
     with Stream(guarded.port, "/", None, {**EVENTS, **KEY}) as stream:
         assert len(next(stream.documents())["models"]) == 1
-
-
-def test_preflights_and_websockets_of_allowed_origins_pass(guarded):
-    fields = {
-        "Origin": "https://chat.example",
+    asked = {
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization, x-stainless-os",
     }
-    headers = guarded.ask("OPTIONS", "/v1/chat/completions", None, fields).headers
-    assert headers["access-control-allow-headers"] == "authorization, x-stainless-os"
-    assert "POST" in headers["access-control-allow-methods"]
-    fields["Origin"] = "https://evil.example"
-    headers = guarded.ask("OPTIONS", "/v1/chat/completions", None, fields).headers
-    assert not [name for name in headers if name.startswith("access-control")]
+    for site, is_allowed in (("https://chat.example", True), ("https://evil.example", False)):
+        headers = guarded.ask("OPTIONS", CHAT, None, {**asked, "Origin": site}).headers
+        names = [name for name in headers if name.startswith("access-control")]
+        assert bool(names) == is_allowed
+        if is_allowed:
+            assert headers["access-control-allow-headers"] == "authorization, x-stainless-os"
+            assert "POST" in headers["access-control-allow-methods"]
     guarded.post("/v1/x", {"model": "a"}, KEY)
     with guarded.connect() as client:
         allowed = {**KEY, "Origin": "https://chat.example"}
@@ -8606,30 +8583,20 @@ def answer_of(liar, answer, method="GET", fields=()):
 
 OK = b"HTTP/1.1 200 OK\r\n"
 RUBBISH = [
-    b"\0\1\2\3",
-    b"220 smtp.example ESMTP\r\n\r\n",
-    b"HTTP/2.0 200 OK\r\n\r\n",
-    b"HTTP/1.1 200 OK\nContent-Length: 0\n\n",
-    b"HTTP/1.1 0200 OK\r\n\r\n",
+    b"\0\1\2\3", b"220 smtp.example ESMTP\r\n\r\n", b"HTTP/2.0 200 OK\r\n\r\n",
+    b"HTTP/1.1 200 OK\nContent-Length: 0\n\n", b"HTTP/1.1 0200 OK\r\n\r\n",
     b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n",
-    b"HTTP/1.1 100 Continue\r\n\r\n" * 200,
+    b"HTTP/1.1 100 Continue\r\n\r\n" * 200, b"HTTP/1.1 \xb2\xb2\xb2 OK\r\n\r\n",
+    b"HTTP/1.1 200 \x1b[2JOK\r\n\r\n", b"HTTP/1.1 200 O\rK\r\n\r\n",
+    b"HTTP/1.1 99 No\r\n\r\n", b"HTTP/1.1 600 No\r\n\r\n",
     OK + b"Content-Length: 1\r\nContent-Length: 1\r\n\r\nx",
-    OK + b"Content-Length: 1, 1\r\n\r\nx",
-    OK + b"Content-Length: -1\r\n\r\nx",
+    OK + b"Content-Length: 1, 1\r\n\r\nx", OK + b"Content-Length: -1\r\n\r\nx",
     OK + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     OK + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
-    OK + b"X: a\r\n folded\r\n\r\n",
-    OK + b"X : a\r\n\r\n",
-    OK + b"X: \0\r\n\r\n",
-    OK + b"X: " + b"x" * 70000 + b"\r\n\r\n",
-    OK + b"X: y\r\n" * 101 + b"\r\n",
+    OK + b"X: a\r\n folded\r\n\r\n", OK + b"X : a\r\n\r\n", OK + b"X: \0\r\n\r\n",
+    OK + b"X: " + b"x" * 70000 + b"\r\n\r\n", OK + b"X: y\r\n" * 101 + b"\r\n",
     OK + b"X: y\r\n",
-    b"HTTP/1.1 200 \x1b[2JOK\r\n\r\n",
-    b"HTTP/1.1 200 O\rK\r\n\r\n",
-    b"HTTP/1.1 99 No\r\n\r\n",
-    b"HTTP/1.1 600 No\r\n\r\n",
-    b"HTTP/1.1 \xb2\xb2\xb2 OK\r\n\r\n",
-]
+]  # fmt: skip
 
 
 def test_rubbish_from_a_backend_is_a_502_with_the_reason(liar):
@@ -8708,50 +8675,36 @@ def test_compressed_answers_pass_unchanged(liar):
     assert request.all("accept-encoding") == ["gzip"]
 
 
-PATHS = """
-/upstream/b/x/..y/.        200 /own/x/..y/.
-/upstream/b/x?a=/../..     200 /own/x?a=/../..
-/upstream/b/               200 /own/
-/upstream/b/?              200 /own/?
-/upstream/b///x            200 /own///x
-/upstream/b/%00%0d%0a%25   200 /own/%00%0d%0a%25
-/upstream/b/../x           400
-/upstream/b/x/..           400
-/upstream/b/x/%2e%2E/y     400
-/upstream/b/x/.%2e/y       400
-/upstream/b/..%2fx         400
-/upstream/b/x\\..\\y       400
-/upstream/b/x/..%5cy       400
-/upstream/b/x/..;/y        400
-/upstream/                 404
-/upstream//                404
-/upstream/../a/x           404
-/upstream/%2e%2e/health    404
-/upstream/a%2f..%2f..%2fhealth  404
-/upstream/a%00/x           404
-/upstream/a%0d%0aSet-Cookie:%20x=y/x  404
-/upstream/%ff%fe/x         404
-//upstream/a/x             404
-/UPSTREAM/a/x              404
-/./unload                  404
-/%75nload                  404
-*                          400
-"""
-LONG_PATHS = (
-    f"/upstream/{'a/' * 30000} 200 /{'a/' * 29999}\n/upstream/{'%61' * 20000}/ 404"
-)
+PATHS = {  # what is asked, and the backend with a path of its own sees, if anything
+    "/upstream/b/x/..y/.": "/own/x/..y/.",
+    "/upstream/b/x?a=/../..": "/own/x?a=/../..",
+    "/upstream/b/": "/own/",
+    "/upstream/b/?": "/own/?",
+    "/upstream/b///x": "/own///x",
+    "/upstream/b/%00%0d%0a%25": "/own/%00%0d%0a%25",
+    f"/upstream/{'a/' * 30000}": f"/{'a/' * 29999}",
+}
+BAD_PATHS = {
+    400: "../x x/.. x/%2e%2E/y x/.%2e/y ..%2fx x\\..\\y x/..%5cy x/..;/y",  # below b
+    404: "/upstream/ /upstream// /upstream/../a/x /upstream/%2e%2e/health "
+    "/upstream/a%2f..%2f..%2fhealth /upstream/a%00/x /upstream/%ff%fe/x //upstream/a/x "
+    "/upstream/a%0d%0aSet-Cookie:%20x=y/x /UPSTREAM/a/x /./unload /%75nload "
+    f"/upstream/{'%61' * 20000}/",
+}
 
 
 def test_no_path_leads_to_another_place(liar):
-    assert liar.get("/upstream/b/").status == 200  # loads b, which has a path of its own
+    assert liar.get("/upstream/b/").status == 200  # loads it
     liar.backend.news()
-    for line in f"{PATHS.strip()}\n{LONG_PATHS}".split("\n"):
-        path, status, *target = line.split()
+    asked = [(path, 200, [target]) for path, target in PATHS.items()]
+    asked += [(f"/upstream/b/{each}", 400, []) for each in BAD_PATHS[400].split()]
+    asked += [(each, 404, []) for each in BAD_PATHS[404].split()]
+    for path, status, targets in [*asked, ("*", 400, [])]:
         began = time.monotonic()
         answer = liar.get(path)
-        assert answer.status == int(status) and "set-cookie" not in answer.headers, path
+        assert answer.status == status and "set-cookie" not in answer.headers, path
         assert time.monotonic() < began + 0.5
-        assert [each.start[1] for each in liar.backend.news()] == target, path
+        assert [each.start[1] for each in liar.backend.news()] == targets, path
     assert "a" in liar.loaded()  # nothing was unloaded
 
 
@@ -8893,9 +8846,6 @@ def test_without_descriptors_nothing_spins_and_all_is_well_afterwards():
         for client in clients:
             client.hang_up()
         eventually(lambda: swap.chat("a").status == 200)
-
-
-# ---- fuzz
 
 
 def test_a_second_of_fuzz_finds_nothing():
@@ -9468,20 +9418,20 @@ def repairing():
 
 
 def calls_of(proxy, path, model="mended", **wish):
-    """What a client takes for the arguments of each tool call in an answer."""
-    answer = proxy.post(path, {"model": model, **wish}).json()
-    if path == MESSAGES:
-        return [part["input"] for part in answer["content"] if "input" in part]
-    calls = answer["choices"][0]["message"]["tool_calls"]
-    return [call["function"]["arguments"] for call in calls]
-
-
-def streamed_calls_of(proxy, path, model="mended", **wish):
-    """The same of a stream."""
-    body = {"model": model, "stream": True, **wish}
-    with Stream(proxy.port, path, body) as stream:
-        assert list(stream.events())
-        return list(arguments_in(stream.raw).values())
+    """What a client takes for the arguments of each tool call in an answer, as JSON if
+    it is."""
+    body = {"model": model, **wish}
+    if wish.get("stream"):
+        with Stream(proxy.port, path, body) as stream:
+            assert list(stream.events())
+            calls = arguments_in(stream.raw).values()
+    elif path == MESSAGES:
+        content = proxy.post(path, body).json()["content"]
+        calls = [part["input"] for part in content if "input" in part]
+    else:
+        message = proxy.post(path, body).json()["choices"][0]["message"]
+        calls = [call["function"]["arguments"] for call in message["tool_calls"]]
+    return [fake.parsed(each) if isinstance(each, str) else each for each in calls]
 
 
 def through_llmswap(proxy, head, body, status="200 OK"):
@@ -9496,15 +9446,13 @@ JSON = "Content-Type: application/json"
 
 @each_api
 def test_arguments_are_repaired_where_that_is_asked_for(repairing, path):
-    wish = dict(arguments=BROKEN_CALL)
-    for ask_for in (calls_of, streamed_calls_of):
-        [mended] = ask_for(repairing, path, **wish)
-        assert (fake.parsed(mended) if isinstance(mended, str) else mended) == MEANT_CALL
-        assert ask_for(repairing, path, "as-is", **wish) == [BROKEN_CALL]
+    for stream in (False, True):
+        wish = dict(arguments=BROKEN_CALL, stream=stream)
+        assert calls_of(repairing, path, **wish) == [MEANT_CALL]
+        assert calls_of(repairing, path, "as-is", **wish) == [BROKEN_CALL]
         cut = dict(arguments=[BROKEN_CALL] * 2, finish="length", text="Let me see")
-        whole, last = ask_for(repairing, path, **cut)
-        assert (fake.parsed(whole) if isinstance(whole, str) else whole) == MEANT_CALL
-        assert last == BROKEN_CALL
+        cut_off = calls_of(repairing, path, stream=stream, **cut)
+        assert cut_off == [MEANT_CALL, BROKEN_CALL]
 
 
 def test_what_needs_no_repair_passes_llmswap_byte_for_byte(repairing):
@@ -9614,9 +9562,6 @@ def progress_events(server, model):
                 return found, status
 
 
-# -- how far a load is -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "shards, wrapper", [(1, ""), (3, "sh -c '\"$@\"; exit' x ")]
 )
@@ -9650,9 +9595,6 @@ def test_without_a_model_file_no_progress_is_guessed_and_the_end_is_told(flags, 
         status = server.get("/v1/models/a").json()["status"]
         assert status.get("exit_code") == end.get("exit_code")
         assert status.get("failed", False) == (end["status"] == "unloaded")
-
-
-# -- what a client sees that waits -----------------------------------------------------
 
 
 def test_a_chat_that_asked_for_it_reads_the_progress_as_reasoning(tmp_path):
@@ -9715,9 +9657,6 @@ def test_the_meta_of_a_llama_server_is_shown_once_it_came(tmp_path, delay):
         assert time.monotonic() < began + 4
 
 
-# -- the log ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("address, shown", [
     (("127.0.0.1", 80), "http://127.0.0.1:80/"), (("::1", 80), "http://[::1]:80/"),
     (("0.0.0.0", 80), "http://127.0.0.1:80/"), (("::", 80), "http://[::1]:80/"),
@@ -9725,17 +9664,6 @@ def test_the_meta_of_a_llama_server_is_shown_once_it_came(tmp_path, delay):
 ])  # fmt: skip
 def test_an_address_is_shown_as_one_that_can_be_clicked(address, shown):
     assert llmswap.shown_address(address) == shown
-
-
-def test_a_repeated_failure_is_logged_in_one_line():
-    with Llmswap("[a]\ncmd = FAKE --load-exit 3\n") as server:
-        server.chat("a")
-        server.chat("a")
-        server.post("/models/load", {"model": "a"})
-        same = "a could not be started: exited with status 3"
-        eventually(lambda: server.log().count(f"{same}, as before\n") == 2)
-        assert server.log().count(f"{same}\n") == 1
-        assert server.log().count("error loading model: unexpected end of file") == 1
 
 
 def test_long_loads_slow_requests_and_long_stops_are_logged(tmp_path):
@@ -9780,15 +9708,23 @@ def test_log_lines_have_time_or_priority_and_no_control_characters(is_journal):
     assert shown == (wanted if is_journal else re.sub("(?m)^<.>", "", wanted))
 
 
-def test_missing_programs_and_unusable_models_are_logged_at_the_start(tmp_path):
+def test_failures_are_logged_at_the_start_and_repeated_ones_in_one_line(tmp_path):
     text = "".join(f"[m{n}]\ncmd = no-such-server ${{PORT}}\n" for n in range(8))
     text += "[x]\ncmd = FAKE\nctx-siz = 3\n[y]\nmodel = /none.gguf\n"
+    text += "[a]\ncmd = FAKE --load-exit 3\n"
     with Llmswap(text, env={"PATH": "/usr/bin:/bin"}) as server:
         missing = eventually(lambda: re.findall(".*no-such-server.*", server.log()))
         assert len(missing) == 1 and "m0, m1, m2, m3, m4 and 3 more could" in missing[0]
         eventually(lambda: re.search(r"x cannot be used: .*i:\d+: \[x\]", server.log()))
         remedy = eventually(lambda: re.search("(?m)^.* y could.*$", server.log()))[0]
         assert "'llama-server' on the PATH; `llama-server` in [llmswap]" in remedy
+        server.chat("a")
+        server.chat("a")
+        server.post("/models/load", {"model": "a"})
+        same = "a could not be started: exited with status 3"
+        eventually(lambda: server.log().count(f"{same}, as before\n") == 2)
+        assert server.log().count(f"{same}\n") == 1
+        assert server.log().count("error loading model: unexpected end of file") == 1
 
 
 def test_the_log_is_coloured_on_a_terminal_unless_no_color_is_set(tmp_path):
@@ -9804,8 +9740,6 @@ def test_the_log_is_coloured_on_a_terminal_unless_no_color_is_set(tmp_path):
         os.close(ours), os.close(theirs)
         assert f" {colour}a could not" in shown and ("\x1b" in shown) == bool(colour)
 
-
-# -- --check ---------------------------------------------------------------------------
 
 CHECKED = """\
 [llmswap]
@@ -9956,22 +9890,21 @@ def test_recipe_docker(docker):
         assert server.chat("boxed", hang=True, hang_health=True).status == 502
         eventually(lambda: "boxed hung" in server.log() and not box.exists())
         assert server.chat("boxed").status == 200
-    assert not box.exists()  # at the end of llmswap
-
-
-def test_recipe_docker_stopped_while_it_loads(docker):
-    slow, state = ("-ngl 99", "-ngl 99 --load 60"), Path(docker["DOCKER_STATE"])
-    short = "[*]\nload-timeout = 300ms\n"
-    with run_recipe("Docker and Podman", slow, before=short, env=docker) as server:
+        slow = server.ini.read_text().replace("-ngl 99", "-ngl 99 --load 60")
+        server.reload("[*]\nload-timeout = 300ms\n" + slow)
+        eventually(lambda: "was read again" in server.log() and not box.exists())
         assert server.chat("boxed").status == 504  # and nothing of it is left
-        assert list(state.iterdir()) == []
-        server.reload(server.ini.read_text().replace("300ms", "9"))
-        eventually(lambda: "was read again" in server.log())
+        assert not box.exists()
+        server.reload(slow)
+        eventually(lambda: server.log().count("was read again") == 2)
         server.post("/models/load", {"model": "boxed"})
-        eventually(lambda: list(state.iterdir()))
+        eventually(box.exists)
         server.post("/models/unload", {"model": "boxed"})
         eventually(lambda: server.states()["boxed"] == "unloaded")
-        assert list(state.iterdir()) == []
+        assert not box.exists()
+        server.post("/models/load", {"model": "boxed"})
+        eventually(box.exists)
+    assert not box.exists()  # at the end of llmswap
 
 
 PODMAN = """\
@@ -10075,19 +10008,8 @@ def test_recipe_roo_code(tmp_path):
     (tmp_path / "qwen3-coder-30b-a3b-q4_k_m.gguf").write_bytes(b"GGUF")
     program = f"[llmswap]\nllama-server = {fake_binary(tmp_path)}\n"
     with run_recipe(title, ("/models/", f"{tmp_path}/"), before=program) as server:
-        [call] = calls_of(server, CHAT, "qwen3-coder", arguments=BROKEN_CALL)
-        assert json.loads(call) == MEANT_CALL
-
-
-def test_recipe_open_webui():
-    bases = re.findall(r"`http://([^/]+)(/\S+)`", section("Open WebUI"))
-    hosts = [host for host, _ in bases]
-    assert hosts == ["127.0.0.1:8080", "host.docker.internal:8080"]
-    with Llmswap(OTHER_MODEL) as server:
-        for host, path in bases:
-            assert server.get(f"{path}/models", {"Host": host}).status == 200
-            body, host = chat_body("other"), {"Host": host}
-            assert server.post(f"{path}/chat/completions", body, host).status == 200
+        calls = calls_of(server, CHAT, "qwen3-coder", arguments=BROKEN_CALL)
+        assert calls == [MEANT_CALL]
 
 
 class TlsClient(Client):
@@ -10232,34 +10154,27 @@ def test_recipe_sleeping_instead_of_stopping(tmp_path):
 # Numbers in answers
 
 
-OPENAI_END = b"""data: {"choices":[{"delta":{},"finish_reason":"stop"}],"usage":null}
-
-data: {"choices":[],"usage":{"completion_tokens":20,"prompt_tokens":7,
-"total_tokens":27,"prompt_tokens_details":{"cached_tokens":3}}}
-
-data: [DONE]
-
-"""
-LLAMA_END = b"""data: {"choices":[{"delta":{},"finish_reason":"stop"}],"timings":{
-"cache_n":236,"prompt_n":1,"prompt_ms":30.9,"predicted_n":35,
-"predicted_ms":661.1,"predicted_per_second":52.94}}
-
-data: [DONE]
-
-"""
-ANTHROPIC_START = b"""event: message_start
-data: {"type":"message_start","message":{"id":"a","usage":{"input_tokens":25,
-"cache_read_input_tokens":0,"output_tokens":1}}}
-
-"""
-ANTHROPIC_END = b"""event: message_delta
-data: {"type":"message_delta","delta":{"stop_reason":"end_turn"},
-"usage":{"output_tokens":15}}
-
-event: message_stop
-data: {"type":"message_stop"}
-
-"""
+STOPPED = [{"delta": {}, "finish_reason": "stop"}]
+OPENAI_USAGE = {
+    "completion_tokens": 20, "prompt_tokens": 7, "total_tokens": 27,
+    "prompt_tokens_details": {"cached_tokens": 3},
+}  # fmt: skip
+LLAMA_TIMINGS = {
+    "cache_n": 236, "prompt_n": 1, "prompt_ms": 30.9, "predicted_n": 35,
+    "predicted_ms": 661.1, "predicted_per_second": 52.94,
+}  # fmt: skip
+MESSAGE_USAGE = {"input_tokens": 25, "cache_read_input_tokens": 0, "output_tokens": 1}
+LAST_USAGE = {"delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 15}}
+OPENAI_END = events(
+    [{"choices": STOPPED, "usage": None}, {"choices": [], "usage": OPENAI_USAGE}]
+)
+LLAMA_END = events([{"choices": STOPPED, "timings": LLAMA_TIMINGS}])
+ANTHROPIC_START = events(
+    [{"type": "message_start", "message": {"id": "a", "usage": MESSAGE_USAGE}}], None
+)
+ANTHROPIC_END = events(
+    [{"type": "message_delta", **LAST_USAGE}, {"type": "message_stop"}], None
+)
 JSON_END = b'"}}],"usage":{"prompt_tokens":7,"completion_tokens":3,"total_tokens":10}}'
 LLAMA_PLAIN = b',"tokens_predicted":4,"tokens_evaluated":9,"truncated":false}'
 
@@ -11085,8 +11000,13 @@ WEBUI = {  # what Open WebUI sends with each request, a GET too
 WEBUI_FILE = CLIENT_FILE + "[m]\ncmd = FAKE\n[bad]\ncmd = FAKE --load-exit 3\n"
 
 
-def test_open_webuis_calls_do_what_it_expects():
+def test_recipe_open_webui_whose_calls_do_what_it_expects():
+    bases = re.findall(r"`http://([^/]+)(/\S+)`", section("Open WebUI"))
+    assert [each for each, _ in bases] == ["127.0.0.1:8080", "host.docker.internal:8080"]
     with Llmswap(WEBUI_FILE) as server, server.connect() as client:
+        for host, path in bases:
+            fields = {**WEBUI, "Host": host}
+            assert client.ask("GET", f"{path}/models", None, fields).status == 200
         for path in ("/v1/models", "/models"):
             listed = client.ask("GET", path, None, WEBUI).json()["data"]
             states = {each["id"]: each["status"]["value"] for each in listed}
@@ -11138,38 +11058,32 @@ FROM_A_PAGE = """\
 
 
 @in_browser
-def test_a_page_of_an_allowed_origin_reads_answers_and_errors(browser):
+def test_a_page_reads_answers_and_errors_if_its_origin_is_allowed_else_causes_nothing(
+    browser,
+):
     with Fake() as site:  # any page will do
-        origin = f"http://app.test:{site.port}"
-        text = LOCKED.replace("[llmswap]", f"[llmswap]\ncors-origins = {origin}")
-        browser.open(origin)
-        browser.until(f"location.origin === '{origin}'")
-    with Llmswap(text) as server:
-        listed, streamed, failed, unknown, locked, bad = browser.value(
-            FROM_A_PAGE.format(url=server.url)
-        )
+        allowed, foreign = (f"http://{name}.test:{site.port}" for name in ("app", "evil"))
+        text = LOCKED.replace("[llmswap]", f"[llmswap]\ncors-origins = {allowed}")
+        browser.open(allowed)
+        browser.until(f"location.origin === '{allowed}'")
+        with Llmswap(text) as server:
+            listed, streamed, failed, unknown, locked, bad = browser.value(
+                FROM_A_PAGE.format(url=server.url)
+            )
+        browser.open(foreign)
+        browser.until(f"location.origin === '{foreign}'")
     assert listed[0] == 200 and '"id":"bad"' in listed[2]
     assert streamed[0] == 200 and streamed[2].endswith("data: [DONE]\n\n")
     assert failed[:2] == [502, "false"] and "exited with status 3" in failed[2]
     assert unknown[0] == 404 and "model_not_found" in unknown[2]
     assert locked[0] == 401 and "API key" in locked[2]
     assert bad[0] == 400 and "as asked" in bad[2]
-
-
-@in_browser
-def test_a_page_of_another_origin_gets_and_causes_nothing(browser):
-    text = PAGE_MODELS.replace("[llmswap]", "[llmswap]\ncors-origins = http://app.test")
-    with Fake() as site:
-        browser.open(f"http://evil.test:{site.port}")
-        browser.until(f"location.origin === 'http://evil.test:{site.port}'")
-    with Llmswap(text) as server:
+    with Llmswap(text.replace("api-key = secret\n", "")) as server:
         asked = f"fetch('{server.url}/v1/models').catch((error) => error.name)"
         assert browser.value(asked) == "TypeError"
         post = "{method: 'POST', mode: 'no-cors', body: '{\"model\": \"b\"}'}"
-        link = "{mode: 'no-cors'}"
-        foreign = {CHAT: post, "/models/load": post, "/unload": link}
-        foreign["/upstream/b/"] = link
-        for path, way in foreign.items():
+        for path in (CHAT, "/models/load", "/unload", "/upstream/b/"):
+            way = post if path in (CHAT, "/models/load") else "{mode: 'no-cors'}"
             browser.value(f"fetch('{server.url}{path}', {way}).then((a) => a.type)")
         assert server.journal() == [] and server.loaded() == []
         statuses = metrics_of(server.get("/metrics").body.decode())
@@ -11231,63 +11145,7 @@ def test_llama_servers_own_page_works_under_upstream(browser, tmp_path):
 # 10  Command line: systemd
 # ==================================================================================
 
-PASS_SOCKETS = """\
-import os, sys
-for number, fd in enumerate(map(int, sys.argv[1].split(","))):
-    os.dup2(fd, 3 + number)
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(number + 1))
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-
-
-def activated(ini, *sockets, **options):
-    """The process of llmswap to which these sockets are passed as by systemd."""
-    fds = [each.fileno() for each in sockets]
-    words = [sys.executable, "-IS", "-c", PASS_SOCKETS, ",".join(map(str, fds))]
-    words += [sys.executable, "-IS", llmswap_file(), str(ini)]
-    return subprocess.Popen(words, pass_fds=fds, **options)
-
-
-class Activator:
-    """systemd as far as a socket unit goes: it owns the listening socket and starts
-    llmswap whenever a connection waits and none runs."""
-
-    def __init__(self, text, folder):
-        self.ini = Path(folder) / "test.ini"
-        self.ini.write_text(text)
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.port = self.listener.getsockname()[1]
-        self.starts, self.statuses = 0, []
-        self.token = f"{os.getpid()}-{self.port}"
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._live)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._is_over.set()
-        socket.create_connection(("127.0.0.1", self.port)).close()
-        self._thread.join()
-        for pid in family(self.token):
-            os.kill(pid, signal.SIGKILL)
-        self.listener.close()
-
-    def _live(self):
-        env = {**os.environ, FAMILY: self.token}
-        while select.select([self.listener], [], []) and not self._is_over.is_set():
-            self.starts += 1
-            with open(self.ini.with_name("stderr"), "ab") as stderr:
-                self.process = activated(self.ini, self.listener, env=env, stderr=stderr)
-            while self.process.poll() is None and not self._is_over.is_set():
-                time.sleep(0.005)
-            if self.process.poll() is None:
-                self.process.terminate()
-            self.statuses.append(self.process.wait())
-
-    def log(self):
-        return self.ini.with_name("stderr").read_text()
+activation = load_tool("activation")
 
 
 def quick_file(*flags):
@@ -11299,7 +11157,7 @@ def quick_file(*flags):
 
 def rounds_of_activation(folder, rounds):
     """In each it is started, and the next clients come at the moment when it leaves."""
-    with Activator(quick_file(), folder) as systemd:
+    with activation.Activator(quick_file(), folder) as systemd:
         answer = ask(systemd.port, "POST", CHAT, {"model": "a"})
         assert answer.status == 200, systemd.log()
         eventually(lambda: "idle for" in systemd.log())
@@ -11331,7 +11189,7 @@ def test_activated_it_serves_exits_when_idle_and_loses_no_connection(tmp_path):
 def test_the_idle_exit_heeds_no_idle_connection_nor_what_is_kept_loaded(tmp_path):
     started_by_hand = Llmswap("[llmswap]\nexit-idle-time = 50ms\n[a]\ncmd = FAKE\n")
     text = f"{quick_file()}[k]\ncmd = {fake_command()}\nkeep-loaded = on\n"
-    with started_by_hand as server, Activator(text, tmp_path) as systemd:
+    with started_by_hand as server, activation.Activator(text, tmp_path) as systemd:
         with Client(systemd.port) as client:
             assert client.ask("POST", CHAT, {"model": "k"}).status == 200
             eventually(lambda: systemd.statuses == [0])
@@ -11362,7 +11220,7 @@ def test_a_connection_in_the_backlog_cancels_the_idle_exit():
 
 
 def test_activated_with_a_broken_file_it_answers_503_until_it_is_mended(tmp_path):
-    with Activator("[llmswap]\nlode = 1\n", tmp_path) as systemd:
+    with activation.Activator("[llmswap]\nlode = 1\n", tmp_path) as systemd:
         for turn in (1, 2):
             answer = ask(systemd.port, "GET", "/health")
             assert answer.status == 503 and "its file is broken" in answer.message()
@@ -11380,7 +11238,7 @@ def test_a_descriptor_that_does_not_listen_is_not_used(tmp_path, kind):
     path, address = tmp_path / "x.ini", ("127.0.0.1", free_port())
     path.write_text("[llmswap]\nlisten = %s:%d\n" % address)
     passed = socket.socket(type=kind) if kind else open(path)
-    process = activated(path, passed, stderr=subprocess.PIPE, text=True)
+    process = activation.activated(path, passed, stderr=subprocess.PIPE, text=True)
     with passed, running(process, address):
         line = process.stderr.readline()
     assert "descriptor 3 from systemd is not a listening stream socket" in line
@@ -11392,34 +11250,8 @@ def test_sockets_of_another_process_are_not_used():
     assert listeners == [] and "without a shell" in complaint and environ == {}
 
 
-class Notifications:
-    """The socket that systemd would listen on for notifications."""
-
-    def __init__(self, folder):
-        self.path = str(Path(folder) / "notify")
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(self.path)
-        self._socket.settimeout(10)
-
-    def until(self, wanted):
-        """Return the datagrams up to the one that has this line."""
-        seen = []
-        while not seen or wanted not in seen[-1]:
-            seen.append(self._socket.recv(4096).decode().split("\n"))
-        return seen
-
-    def until_silence(self, seconds=0.2):
-        """Wait until nothing has come for so long."""
-        self._socket.settimeout(seconds)
-        deadline = time.monotonic() + 5
-        with pytest.raises(socket.timeout):
-            while time.monotonic() < deadline:  # what was on its way
-                self._socket.recv(4096)
-        self._socket.settimeout(10)
-
-
 def test_a_notify_socket_that_nobody_reads_holds_nothing_up(tmp_path, monkeypatch):
-    systemd = Notifications(tmp_path)
+    systemd = activation.Notifications(tmp_path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.connect(systemd.path)
         sender.setblocking(False)
@@ -11434,13 +11266,13 @@ def test_a_notify_socket_that_nobody_reads_holds_nothing_up(tmp_path, monkeypatc
         eventually(lambda: "was read again" in server.log())
         server.process.terminate()
         assert server.process.wait(timeout=10) == 0
-    with Activator(quick_file(), tmp_path) as activated_again:
+    with activation.Activator(quick_file(), tmp_path) as activated_again:
         assert ask(activated_again.port, "GET", "/v1/models").status == 200
         eventually(lambda: activated_again.statuses == [0])  # idle, it exits
 
 
 def test_systemd_is_notified_of_ready_status_reloading_and_stopping(tmp_path):
-    systemd = Notifications(tmp_path)
+    systemd = activation.Notifications(tmp_path)
     env = {"NOTIFY_SOCKET": systemd.path}
     text = f"[a]\ncmd = {fake_command('--print-env')}\n[twin]\nuses = a\n"
     with Llmswap(text, env=env, EXTEND_EVERY=0.1) as proxy, proxy.connect() as client:
@@ -11461,7 +11293,7 @@ def test_systemd_is_notified_of_ready_status_reloading_and_stopping(tmp_path):
 
 
 def test_the_watchdog_is_fed_while_listener_lock_and_timer_work(tmp_path, monkeypatch):
-    systemd = Notifications(tmp_path)
+    systemd = activation.Notifications(tmp_path)
     environ = {"NOTIFY_SOCKET": systemd.path, "WATCHDOG_USEC": "40000"}
     notifier = llmswap.SystemdNotifier(environ)
     assert notifier.watchdog == 0.04 and environ == {}
@@ -11768,8 +11600,6 @@ def test_servers_say_when_memory_is_short():
             assert bool(llmswap.OUT_OF_MEMORY.search(log)) == is_short, line
 
 
-# -- the vendor's tool
-
 ROCM_SIZES = (
     "device,VRAM Total Memory (B),VRAM Total Used Memory (B)\n"
     "card0,17163091968,692142080\ncard1,N/A,N/A\n\n"
@@ -11840,9 +11670,6 @@ def test_mapped_files_count_as_memory_unless_they_are_on_the_gpu(tmp_path):
     assert on_gpu["vram"] == 64 << 20 and "vram" not in alone
     assert on_gpu["ram"] < 64 << 20 < alone["ram"]
     assert llmswap.memory_taken(child.pid, 64 << 20) == {}  # it is gone
-
-
-# -- what is known
 
 
 def auto_model(folder, name="m", budget="auto", **keys):
@@ -11935,8 +11762,6 @@ def test_a_broken_file_of_needs_is_set_aside_and_a_lost_one_is_a_warning(tmp_pat
     assert [level for level, _ in log] == ["warning"]
 
 
-# -- estimates
-
 FIT_HELP = """\
 -h,    --help, --usage                  print usage
 -c,    --ctx-size N                     size of the prompt context
@@ -12013,8 +11838,6 @@ def test_a_llama_fit_params_that_hangs_or_cannot_print_is_not_waited_for(
     assert time.monotonic() - began < 5
 
 
-# -- what each counts for
-
 COUNTED = [
     # pinned models, then others: needs as far as written, what is known and what it
     # counts for in GiB of 24; "byte" and "rest": a byte, and the budget without it
@@ -12075,8 +11898,6 @@ def test_only_vram_and_ram_can_be_auto(text):
     with pytest.raises(ValueError):
         llmswap.parse_budget(text)
 
-
-# -- whole stories
 
 AUTO_FILE = """\
 [llmswap]
@@ -12252,15 +12073,26 @@ def test_a_load_without_memory_makes_room_once_unseen_by_its_client(tmp_path, ot
             assert server.chat("hungry").status == 200  # this one has its own two
 
 
+def stage_of_needs(folder, **sources):
+    """A stage whose models need, by source and GiB, what is known of them."""
+    text = f"[llmswap]\nbudget = vram 24G\nstate-dir = {folder}\n[*]\nneeds = auto\n"
+    stage = PoolStage(folder, text + "".join(f"[{n}]\nTRUE {n}\n" for n in sources))
+    pool, models = stage.pool, stage.pool.config.models
+    for name, (source, size) in sources.items():
+        known = llmswap.Known(name, source, {"vram": size * GB})
+        pool._needs._set(llmswap._command_key(models[name]), known)
+    with pool._lock:
+        pool._take_over_needs()
+    return stage
+
+
 def test_a_model_that_never_fits_whole_is_not_learned_from_what_it_squeezed_into(
     tmp_path,
 ):
-    text = f"[llmswap]\nbudget = vram 24G\nstate-dir = {tmp_path}\n[*]\nneeds = auto\n"
-    stage = PoolStage(tmp_path, text + "[a]\nTRUE a\n[b]\nTRUE b\n")
+    estimates = {"a": ("llama-fit-params", 40), "b": ("llama-fit-params", 20)}
+    stage = stage_of_needs(tmp_path, **estimates)
     pool, models = stage.pool, stage.pool.config.models
-    for name, size in dict(a=40, b=20).items():
-        estimate = llmswap.Known(name, "llama-fit-params", {"vram": size * GB})
-        pool._needs._set(llmswap._command_key(models[name]), estimate)
+    for name in estimates:
         stage.load(name)
         stage.backend(name).peak = {"vram": 12 * GB}
         with pool._lock:
@@ -12268,7 +12100,7 @@ def test_a_model_that_never_fits_whole_is_not_learned_from_what_it_squeezed_into
         stage.now += 99
         pool.unload(models[name])
         stage.backend(name).end()
-    sources = [pool._needs.of(models[name], pool.budget)[1] for name in "ab"]
+    sources = [pool.status(models[name]).needs_source for name in estimates]
     assert sources == ["llama-fit-params", "measured"]
 
 
@@ -12276,14 +12108,8 @@ def test_a_model_that_had_no_memory_beside_another_needs_more_from_then_on(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(llmswap, "POLL_INTERVAL", 0.02)
-    text = f"[llmswap]\nbudget = vram 24G\nstate-dir = {tmp_path}\n[*]\nneeds = auto\n"
-    stage = PoolStage(tmp_path, text + "[a]\nTRUE a\n[b]\nTRUE b\n[c]\nTRUE c\n")
-    pool, models = stage.pool, stage.pool.config.models
-    for name, size in dict(a=8, b=6, c=4).items():
-        peak = {"vram": size * GB}
-        pool._needs.learn(models[name], peak, False, False)
-    with pool._lock:
-        pool._take_over_needs()
+    sizes = {name: ("measured", size) for name, size in dict(a=8, b=6, c=4).items()}
+    stage = stage_of_needs(tmp_path, **sizes)
     stage.load("a")
     stage.now += 9
     stage.load("b")
@@ -12293,8 +12119,8 @@ def test_a_model_that_had_no_memory_beside_another_needs_more_from_then_on(
     stage.backend("a").end()
     stage.backend("c", 1).load()
     assert request.granted() is stage.backend("c", 1)
-    needs = pool.status(models["c"])
-    assert needs.needs == {"vram": 24 * GB - int(6 * GB * 1.05)}
+    needs = stage.pool.status(stage.pool.config.models["c"])
+    assert needs.needs == {"vram": (24 - 6) * GB}
     assert needs.needs_source == "out of memory"
     request.end()
     assert json.loads((tmp_path / "needs.json").read_text())
@@ -12472,7 +12298,7 @@ def test_contexts_outlive_an_idle_exit(tmp_path):
     settings = "exit-idle-time = 50ms"
     text = context_file(tmp_path, "idle-timeout = 20ms", settings)
     body = chat_body("a", talk="x", prompt_tokens=3000)
-    with Activator(text, tmp_path) as systemd:
+    with activation.Activator(text, tmp_path) as systemd:
         for cached in (0, 3000):
             answer = ask(systemd.port, "POST", CHAT, body).json()
             assert answer["timings"]["cache_n"] == cached
@@ -12681,6 +12507,9 @@ model = {folder}/broken.gguf
 [wrong]
 model = {folder}/one.gguf
 ctx-size = many
+[typo]
+model = {folder}/one.gguf
+ctx-sise = 1
 """
 TALKS_FILE = """
 [llmswap]
@@ -12830,6 +12659,11 @@ def test_a_real_model_that_cannot_be_loaded_says_why_in_its_own_words(real):
         answer = real.post(CHAT, real_chat(model))
         assert answer.status == 502 and answer.headers["x-should-retry"] == "false"
         assert all(word in answer.message() for word in words)
+    eventually(lambda: "failed" in entry_of(real, "typo")["status"])  # not asked for
+    error = entry_of(real, "typo")["status"]["error"]
+    assert "ctx-sise" in error and "ctx-size?" in error
+    done = check(real.ini)
+    assert done.returncode == 2 and "ctx-size?" in done.stdout
 
 
 def test_a_gguf_header_is_read_up_to_its_tokenizer(tmp_path):
@@ -12867,15 +12701,13 @@ def test_a_look_at_files_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
     eventually(lambda: inspector.facts_of(models)["a"].argv)
 
 
-def test_what_a_model_can_do_is_told_before_it_is_loaded(tmp_path):
-    gguf.write_model(tmp_path / "one.gguf")
-    text = f"""\
+ABILITIES_FILE = """
 [llmswap]
-llama-server = {LLAMA_SERVER or "llama-server"}
+llama-server = {server}
 [trained]
-model = {tmp_path}/one.gguf
+model = {folder}/one.gguf
 [served]
-model = {tmp_path}/one.gguf
+model = {folder}/one.gguf
 ctx-size = 512
 [other]
 cmd = FAKE
@@ -12884,35 +12716,27 @@ capabilities = embeddings, context 8192, vision
 uses = other
 capabilities = tools
 """
-    with Llmswap(text) as server:
-        eventually(lambda: "context_length" in server.get("/v1/models/trained").json())
-        entries = {each["id"]: each for each in server.get("/models").json()["data"]}
-        for name, n_ctx, length in (
-            ("trained", None, 4096), ("served", 512, 512), ("other", 8192, 8192),
-            ("shares", 8192, 8192),
-        ):  # fmt: skip
-            assert entries[name]["meta"].get("n_ctx") == n_ctx
-            assert entries[name]["context_length"] == length
-        assert entries["trained"]["meta"]["n_ctx_train"] == 4096
-        assert entries["trained"]["owned_by"] == "llamacpp"
-        assert entries["trained"]["capabilities"] == ["tools"]
-        assert entries["other"]["capabilities"] == ["vision", "embeddings"]
-        assert entries["shares"]["capabilities"] == ["vision", "tools", "embeddings"]
-        inputs = entries["other"]["architecture"]["input_modalities"]
-        assert inputs == ["text", "image"] and entries["other"]["owned_by"] == "llmswap"
-        assert set(server.states().values()) == {"unloaded"}
+ABILITIES = {  # n_ctx, context_length, capabilities, what it takes, owner
+    "trained": (None, 4096, "tools", "text", "llamacpp"),
+    "served": (512, 512, "tools", "text", "llamacpp"),
+    "other": (8192, 8192, "vision embeddings", "text image", "llmswap"),
+    "shares": (8192, 8192, "vision tools embeddings", "text image", "llmswap"),
+}
 
 
-@with_llama_server
-def test_an_unknown_option_is_known_before_anybody_asks_for_the_model(tmp_path):
+def test_what_a_model_can_do_is_told_before_it_is_loaded(tmp_path):
     gguf.write_model(tmp_path / "one.gguf")
-    text = f"[a]\nllama-server = {LLAMA_SERVER}\nmodel = {tmp_path}/one.gguf\n"
-    with Llmswap(text + "ctx-sise = 1") as server:
-        eventually(lambda: "failed" in entry_of(server, "a")["status"])
-        error = entry_of(server, "a")["status"]["error"]
-        assert "ctx-sise" in error and "ctx-size?" in error
-        done = check(server.ini)
-        assert done.returncode == 2 and "ctx-size?" in done.stdout
+    program = LLAMA_SERVER or "llama-server"
+    with Llmswap(ABILITIES_FILE.format(folder=tmp_path, server=program)) as server:
+        eventually(lambda: "context_length" in entry_of(server, "trained"))
+        for name, (n_ctx, length, abilities, inputs, owner) in ABILITIES.items():
+            entry = entry_of(server, name)
+            assert (entry["meta"].get("n_ctx"), entry["context_length"]) == (n_ctx, length)
+            assert entry["capabilities"] == abilities.split()
+            assert entry["architecture"]["input_modalities"] == inputs.split()
+            assert entry["owned_by"] == owner
+        assert entry_of(server, "trained")["meta"]["n_ctx_train"] == 4096
+        assert set(server.states().values()) == {"unloaded"}
 
 
 ROUTER_FILE = """\
@@ -13066,315 +12890,15 @@ def test_a_killed_real_model_is_loaded_again_and_gone_soon_after_llmswap_is(tmp_
 # The exploration: every order of events in small worlds of the scheduler.
 # ==================================================================================
 
-ROOM = llmswap.Limits(models_max=1, patience=1.0)
-HALF = dict(needs={"vram": 2})
-PIN_LOADED = dict(is_pinned_once_loaded=True)
-CAN_SLEEP = dict(needs={"vram": 2}, sleep_needs={"vram": 1}, can_sleep=True)
-
-
-class SmallWorld:
-    """Three models, the faults and operators' actions, and the kinds of tickets."""
-
-    def __init__(self, limits=None, faults="crash", kinds=({},), reloads=(), **specs):
-        self.limits = ROOM._replace(**limits or {})
-        self.faults = faults.split()
-        self.kinds = kinds
-        self.specs = {n: llmswap.ModelSpec(**specs.get(n, {})) for n in "abc"}
-        self.reloads = [self._reload(**changes) for changes in reloads]
-
-    def _reload(self, limits=None, **changes):
-        """The limits and specs after a reload, and the names of the changed models."""
-        mixed = {**self.specs, **changes}
-        specs = {name: spec for name, spec in mixed.items() if spec is not None}
-        changed = [name for name in specs if name in changes]
-        return self.limits._replace(**limits or {}), specs, changed
-
-
-SMALL_WORLDS = {
-    "one": SmallWorld(),
-    "strict": SmallWorld(dict(patience=0.0)),
-    "learned": SmallWorld(dict(patience=None)),
-    "two": SmallWorld(dict(models_max=2)),
-    "budget": SmallWorld(
-        dict(models_max=0, budget={"vram": 3}), b=HALF, c=dict(needs={"vram": 3}),
-        a=dict(needs={"vram": 1}),
-    ),
-    "sets": SmallWorld(dict(models_max=0, sets=(frozenset("ab"), frozenset("bc")))),
-    "pin": SmallWorld(dict(models_max=2), a=dict(is_pinned=True)),
-    "pin loaded": SmallWorld(
-        dict(models_max=2), faults="unload reload", a=PIN_LOADED, b=PIN_LOADED,
-        reloads=(dict(c=llmswap.ModelSpec(**PIN_LOADED)), dict(a=llmswap.ModelSpec())),
-    ),
-    "kept": SmallWorld(faults="fail unload", a=dict(keep_loaded=True)),
-    "kept pinned": SmallWorld(
-        dict(patience=0.0), faults="rest close", a=dict(keep_loaded=True),
-        b=dict(keep_loaded=True, **PIN_LOADED),
-    ),
-    "kept asleep": SmallWorld(
-        dict(models_max=0, budget={"vram": 3}), faults="",
-        a=dict(keep_loaded=True, **CAN_SLEEP), b=dict(needs={"vram": 3}),
-        c=dict(needs={"vram": 3}),
-    ),
-    "elsewhere": SmallWorld(a=dict(takes_place=False)),
-    "narrow": SmallWorld(a=dict(concurrency=1), b=dict(concurrency=1)),
-    "idle": SmallWorld(a=dict(idle_timeout=0.5), faults="crash keep_alive"),
-    "sleep": SmallWorld(
-        dict(models_max=0, budget={"vram": 3}), a=CAN_SLEEP, b=CAN_SLEEP, c=CAN_SLEEP,
-    ),
-    "learning": SmallWorld(
-        dict(models_max=0, budget={"vram": 3}), a=HALF, b=HALF, faults="learn crash",
-        c=dict(needs={"vram": 1}),
-    ),
-    "starving": SmallWorld(dict(models_max=2), faults="starve"),
-    "starving asleep": SmallWorld(
-        dict(models_max=0, budget={"vram": 4}), a=CAN_SLEEP, b=CAN_SLEEP, c=CAN_SLEEP,
-        faults="starve",
-    ),
-    "self-sleep": SmallWorld(dict(models_max=2), faults="doze doze_late"),
-    "preemptible": SmallWorld(kinds=({}, dict(preemptible=True)), faults="unload"),
-    "manual": SmallWorld(
-        kinds=({}, dict(manual=True)), faults="unload", a=dict(stop_timeout=1.0)
-    ),
-    "failing": SmallWorld(faults="fail"),
-    "reload": SmallWorld(
-        faults="reload",
-        reloads=(
-            dict(a=llmswap.ModelSpec()), dict(a=None), dict(limits=dict(models_max=2)),
-        ),
-    ),
-    "adopted": SmallWorld(dict(patience=0.0), faults="adopt crash"),
-    "closing": SmallWorld(faults="close stop_all", a=dict(stop_timeout=1.0)),
-    "short queue": SmallWorld(dict(queue_max=2, queue_timeout=1.0)),
-}  # fmt: skip
-
-
-class PlainWorld(World):
-    """A world that plans nothing: each order of events is tried."""
-
-    def after(self, *_):
-        pass
-
-
-class Explored(Walk):
-    """One state of a small world; the random walk's events happen when told."""
-
-    def __init__(self, name, tickets, faults):
-        self.small = SMALL_WORLDS[name]
-        self.rng = None
-        self._begin(self.small.limits, self.small.specs)
-        self.world = PlainWorld(self.core, self._seconds, self._judge)
-        self.core._numbers = iter(range(1, 1000))  # pickled, unlike itertools.count
-        self.core._runs = iter(range(1, 1000))
-        self.left = {"tickets": tickets, "faults": faults}
-        self.path = ()
-
-    def _seconds(self, what, name):
-        return 0.0
-
-    def events(self):
-        """Yield (what may happen, whether it must in the end)."""
-        for name, backend in self.world.backends.items():
-            if backend.phase in ("loading", "ending", "falling asleep"):
-                yield (backend.phase.split()[0], name), True
-        for at, (ticket, _) in enumerate(self.leases.values()):
-            yield ("finish", at), not ticket.preemptible
-        if self.world.deadline < math.inf:
-            yield ("wait", None), True
-        if self.left["tickets"]:
-            asked = itertools.product(self._askable(), self.small.kinds)
-            yield from ((("ask", each), False) for each in asked)
-        if self.left["faults"]:
-            yield from ((("leave", at), False) for at in range(len(self.waiting)))
-            for fault in self.small.faults:
-                yield from (((fault, each), False) for each in self._targets(fault))
-
-    def _askable(self):
-        """The models to ask for: of equal ones not used yet, the first."""
-        seen = []
-        for name in sorted(self.specs):
-            model = self.core.models[name]
-            if model.changed_at is None and not model.waiting:
-                if model.spec in seen and not self.small.limits.sets:
-                    continue
-                seen.append(model.spec)
-            yield name
-
-    def _targets(self, fault):
-        backends, models = self.world.backends, self.core.models
-        if phases := FAULTY_PHASES.get(fault):
-            return [name for name in backends if backends[name].phase in phases]
-        if fault == "adopt":
-            is_used = lambda model: model.is_held or model.waiting  # noqa: E731
-            return [name for name in self.specs if not is_used(models[name])]
-        targets = {
-            "learn": itertools.product(self.specs, (1, 3)),
-            "reload": range(len(self.small.reloads)),
-            "rest": [None],
-            "close": [] if self.is_closed else [None],
-            "stop_all": [None] if self.is_closed else [],
-        }
-        return targets.get(fault, sorted(models))
-
-    def do(self, event):
-        """Let the event happen, and let the scheduler decide."""
-        self.path += (event,)
-        what, target = event
-        self._note(f"-- {what} {target}")
-        self.left["tickets"] -= what == "ask"
-        self.left["faults"] -= what == "leave" or what in self.small.faults
-        backend = self.world.backends.get(target) if isinstance(target, str) else None
-        EXPLORED_EVENTS[what](self, target, backend)
-        self.turn()
-
-    def ended(self, backend):
-        self._learn_of_end(backend)
-        self.world.end(backend, backend.orders)
-
-    def fail(self, name, backend):
-        """The fourth failed load in a row: the next one must wait."""
-        self.failures[name] += 3
-        self.core.models[name].failures += 3
-        self._end(backend, BROKEN)
-
-    def doze(self, name, backend):
-        is_up = backend.phase == "up"
-        backend.phase = "asleep" if is_up else "up"
-        report = self.core.slept if is_up else self.core.loaded
-        report(name, backend.run, self.world.now)
-
-    def doze_late(self, name, backend):
-        self.core.slept(name, backend.run, self.world.now)
-        self.core.loaded(name, backend.run, self.world.now)
-
-    def wait(self):
-        self.world.now = self.world.deadline
-
-    def close(self):
-        self.is_closed = True
-        self.core.close(BROKEN)  # pickled, unlike ShuttingDown
-
-    def key(self):
-        """All of this state that matters to what can follow, as bytes."""
-        core, now = self.core, self.world.now
-        held = sorted(core.held.values(), key=llmswap.ModelState.last_used)
-        ages = [(model.name, model.last_grant < model.ready_at) for model in held]
-        models = [self._key_of(model, now) for model in core.models.values()]
-        tickets = [
-            (t.model.name, age(t.arrived, now), t.preemptible, t.manual)
-            for t in core._queue.values()
-        ]
-        leases = sorted(
-            (of.name, self.world.backends.get(of.name) is of, ticket.preemptible)
-            for ticket, of in self.leases.values()
-        )
-        left, limit = [*self.left.values()], core.limits.models_max
-        rest = left, self.is_closed, self.is_resting, limit
-        return marshal.dumps((ages, models, tickets, leases, rest), 2)
-
-    def _key_of(self, model, now):
-        backend = self.world.backends.get(model.name)
-        drains_for = model.drains_for and list(self.waiting).index(
-            model.drains_for.number
-        )
-        row = [
-            model.name, model.state.value, model.changed_at is None, model.in_flight,
-            model.preemptible, model.failures, ahead(model.retry_at, now),
-            ahead(model.keep_at, now), model.is_released,
-            repr(model.spec), model.evicted_for and model.evicted_for.name,
-            repr(self.specs.get(model.name)), model.room_from and model.room_from.name,
-            model.load_seconds, model.stop_seconds,
-            sorted(min(round(pause, 6), 8.0) for pause in model.pauses),
-            None if model.pause_began is None else age(model.pause_began, now),
-        ]  # fmt: skip
-        if backend is None:
-            return row
-        return row + [
-            age(model.ready_at, now), age(model.idle_since, now), model.idle_timeout,
-            age(model.started_at, now) if backend.phase == "loading" else None,
-            age(model.changed_at, now) if backend.phase.endswith("ing") else None,
-            None if model.unload_by is None else ahead(model.unload_by, now),
-            drains_for,
-            model.stop_cause, model.was_ready, model.is_asleep,
-            repr(model.replacement), model.removal_error is not None,
-            backend.phase, backend.has_served, backend.was_asleep,
-            backend in self.departing, backend in self.replaced, backend in self.cut_at,
-            repr(self.holds[model.name]),
-            [t.arrived <= backend.ready_at for t in self._waiting_for(model.name)],
-        ]  # fmt: skip
-
-
-FAULTY_PHASES = {  # those of a backend to which it can happen
-    "crash": ("loading", "up", "asleep", "falling asleep", "ending"),
-    "fail": ("loading",),
-    "starve": ("loading",),
-    "doze": ("up", "asleep"),
-    "doze_late": ("ending",),
-}
-EXPLORED_EVENTS = {  # the state, the target, and its backend if it has one
-    "loading": lambda state, name, of: state.world._come_up(of, of.orders),
-    "ending": lambda state, name, of: state.ended(of),
-    "falling": lambda state, name, of: state.world._sleep(of, of.orders),
-    "finish": lambda state, at, _: state._release(list(state.leases)[at]),
-    "wait": lambda state, *_: state.wait(),
-    "ask": lambda state, target, _: state._ask(*target),
-    "leave": lambda state, at, _: state._leave(list(state.waiting.values())[at]),
-    "crash": lambda state, name, of: state._end(of, BROKEN),
-    "fail": Explored.fail,
-    "starve": lambda state, name, of: state._end(of, STARVED),
-    "learn": lambda state, each, _: state._learn_needs(each[0], {"vram": each[1]}),
-    "doze": Explored.doze,
-    "doze_late": Explored.doze_late,
-    "unload": lambda state, name, _: state._unload_one(name),
-    "rest": lambda state, *_: state._rest(),
-    "keep_alive": lambda state, name, _: state.core.keep_alive(name, 0),
-    "reload": lambda state, at, _: state._reload(*state.small.reloads[at]),
-    "adopt": lambda state, name, _: state._adopt(name),
-    "close": lambda state, *_: state.close(),
-    "stop_all": lambda state, *_: state._stop_all(),
-}
-
-
-def age(moment, now):
-    return min(round(now - moment, 6), llmswap.MAX_PATIENCE)
-
-
-def ahead(moment, now):
-    return max(round(moment - now, 6), 0.0)
-
-
-def explore(name, tickets, faults):
-    """Go through every state of a small world; return what each must lead to.
-
-    An AssertionError tells the events that lead to a fault.
-    """
-    start = Explored(name, tickets, faults)
-    start.turn()
-    numbers, followers, stories = {start.key(): 0}, [[]], [None]
-    stack = [(0, start)]
-    while stack:
-        number, state = stack.pop()
-        frozen = pickle.dumps(state, -1)
-        for event, is_due in state.events():
-            twin = pickle.loads(frozen)
-            twin.do(event)
-            found = numbers.setdefault(twin.key(), len(numbers))
-            if found == len(followers):
-                followers.append([])
-                stories.append(twin.tell("waits") if twin.waiting else None)
-                stack.append((found, twin))
-            if is_due:
-                followers[number].append(found)
-    return followers, stories
-
-
-EXPLORED = [(name, 2, 1) for name in SMALL_WORLDS]
+explore = load_tool("explore")
+EXPLORED = [(name, 2, 1) for name in explore.SMALL_WORLDS]
 
 
 @pytest.mark.parametrize("name, tickets, faults", EXPLORED)
 def test_every_order_of_events_in_a_small_world_keeps_all_promises(
     name, tickets, faults
 ):
-    followers, stories = explore(name, tickets, faults)
+    followers, stories = explore.explore(name, tickets, faults)
     assert len(followers) > 50
     degrees = Counter(each for those in followers for each in those)
     ended = [number for number in range(len(followers)) if not degrees[number]]
