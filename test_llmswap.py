@@ -10781,7 +10781,7 @@ def all_states(tmp_path_factory):
     folder = tmp_path_factory.mktemp("states")
     text = ALL_STATES.format(slow=slow_model(folder, seconds=60))
     server = hasty(text, env={"PATH": f"{folder}:{os.environ['PATH']}"})
-    show_gpu(folder, server)
+    show_gpu(folder, f"{server.folder}/journal")
     with server, server.connect() as waiting:
         for model in ("dozy", "gone", "still", "busy"):
             assert server.chat(model, tokens=5).status == 200
@@ -11913,15 +11913,14 @@ cmd = FAKE --model large
 GPU_MODELS = {"small": 6144, "middle": 8192, "large": 14336}
 
 
-def show_gpu(folder, server, sizes=None, row="%s, %d"):
-    """What `folder/nvidia-smi` shows of the models of this llmswap, in MiB."""
-    mark = f"{server.folder}/journal"
+def show_gpu(folder, mark, sizes=None, row="%s, %d"):
+    """What `folder/nvidia-smi` shows of processes with this word, by another: MiB."""
     shown = {"mark": mark, "sizes": sizes or {mark: 512}, "row": row}
     (folder / "gpu.new").write_text(json.dumps(shown))
     (folder / "gpu.new").replace(folder / "gpu.json")  # nobody ever reads half a file
-    script = f"exec {sys.executable} -IS {CI}/nvidia_smi.py {folder} $1"
-    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
-    (folder / "nvidia-smi").chmod(0o755)
+    if not (folder / "nvidia-smi").exists():
+        script = f"exec {sys.executable} -IS {CI}/nvidia_smi.py {folder} $1"
+        executable(folder / "nvidia-smi", script)
 
 
 @contextmanager
@@ -11930,7 +11929,7 @@ def auto_server(tmp_path, text=AUTO_FILE, row="%s, %d", **constants):
     text = text.replace("STATE", str(tmp_path / "state"))
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     server = Llmswap(text, env=env, **constants)
-    show_gpu(tmp_path, server, GPU_MODELS, row)
+    show_gpu(tmp_path, f"{server.folder}/journal", GPU_MODELS, row)
     with server:
         yield server
 
@@ -12006,7 +12005,7 @@ def test_the_peak_of_the_last_run_counts(tmp_path):
         asked = tmp_path / "asked"
 
         def needs_of_small(size):
-            show_gpu(tmp_path, server, {"small": size * 1024})
+            show_gpu(tmp_path, f"{server.folder}/journal", {"small": size * 1024})
             before = len(asked.read_text())
             eventually(lambda: len(asked.read_text()) > before + 100)
             return entry_of(server, "small")["needs"]["vram"] / GB / 1.05
