@@ -61,7 +61,9 @@ class Activator:
         while select.select([self.listener], [], []) and not self._is_over.is_set():
             self.starts += 1
             with open(self.ini.with_name("stderr"), "ab") as stderr:
-                self.process = activated(self.ini, self.listener, env=env, stderr=stderr)
+                self.process = activated(
+                    self.ini, self.listener, env=env, stderr=stderr
+                )
             while self.process.poll() is None and not self._is_over.is_set():
                 time.sleep(0.005)
             if self.process.poll() is None:
