@@ -4152,6 +4152,27 @@ def stage(tmp_path, monkeypatch):
     return PoolStage(tmp_path, "[a]\nTRUE\n[b]\nTRUE\n")
 
 
+@pytest.mark.parametrize("error", [OSError(24, "none left"), RuntimeError("no thread")])
+def test_a_start_that_fails_at_once_blocks_nothing(stage, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    is_made = isinstance(error, RuntimeError)  # and cannot begin its backend
+    who, what = (Puppet, "start") if is_made else (stage.pool, "_make_backend")
+    monkeypatch.setattr(who, what, fail)
+    with stage.pool.events.subscribe() as get:
+        problem = stage.ask("a").refused()
+        told = [get(1)["data"], get(1)["data"]]
+    assert problem.status == 502 and "could not be started" in str(problem)
+    assert ("error", str(problem)) in stage.said and stage.state("a") == "unloaded"
+    assert told == [{"status": "loading"}, {"status": "unloaded", "exit_code": 1}]
+    assert stage.pool.backend_of(stage.pool.config.resolve("a")) is None
+    monkeypatch.undo()
+    request = stage.ask("b")
+    stage.backend("b").load()
+    assert request.granted()
+
+
 def test_a_model_misconfigured_by_a_reload_refuses_waiting_and_new_requests(stage):
     stage.load("a")
     waiting = stage.ask("b")
@@ -5139,6 +5160,18 @@ cmd = FAKE
         asked = [line for line in lines if line[:4] == "POST" and "/v1/x" not in line]
     wake = ["POST /wake_up", 'POST /rpc {"method": "reload"}', "POST /done"]
     assert asked == ["POST /sleep?level=2", f"POST {last}", *(wake if is_asleep else [])]
+
+
+@pytest.mark.parametrize("flags", ["", "--wake-fails"])
+def test_a_sleeping_model_that_dies_or_does_not_wake_is_started_again(flags):
+    with brisk(SLEEPY.format(flags)) as server:
+        pid = int(server.chat("a").content().split()[1])
+        assert server.chat("b").status == 200
+        if not flags:
+            os.kill(pid, signal.SIGKILL)
+            eventually(lambda: server.states()["a"] == "unloaded")
+        assert int(server.chat("a").content().split()[1]) != pid
+        assert server.loaded() == ["a"]
 
 
 def test_a_sleeping_model_is_stopped_by_hand_and_loaded_by_hand():
@@ -6448,6 +6481,16 @@ def test_a_hang_up_cancels_the_request_at_once(swap, text, reset):
         eventually(lambda: swap.stats("a")["in_flight"])
         client.hang_up(reset)
     eventually(lambda: swap.stats("a")["cancelled"] == before + 1, 1)
+
+
+def test_a_hang_up_during_the_load_or_in_the_queue_leaves_nothing_waiting(swap):
+    queued = swap.get("/health").json()["queued"]
+    with swap.connect() as one, swap.connect() as two:
+        for client in (one, two):
+            client.send("POST", "/v1/chat/completions", chat_body("slow"))
+        eventually(lambda: swap.get("/health").json()["queued"] == queued + 2)
+    eventually(lambda: swap.get("/health").json()["queued"] == queued, 1)
+    swap.post("/models/unload", {"model": "slow"})
 
 
 def test_backend_connections_are_kept_and_those_it_closed_are_replaced_unnoticed(swap):
