@@ -7663,7 +7663,7 @@ def speed_of(usage: Usage, seconds: float) -> Optional[float]:
 
 METRICS_TYPE = ("content-type", "text/plain; version=0.0.4; charset=utf-8")
 # Kind; field of ModelStatus (gauges) or name in Metrics.counts; name after `llmswap_`;
-# help.
+# help; labels beside `model`.
 METRICS = (
     ("gauge", "running", "requests_in_flight", "Requests that a model serves."),
     ("gauge", "waiting", "requests_queued", "Requests that wait for a model."),
@@ -7672,28 +7672,21 @@ METRICS = (
     ("gauge", "context", "context_bytes", "Saved contexts of a model."),
     ("gauge", "progress", "load_progress_ratio", "Progress of a load, if known."),
     ("gauge", "tokens_per_second", "last_tokens_per_second", "Speed of last answer."),
-    ("counter", "requests", "requests_total", "Requests; 499: the client left."),
+    ("counter", "requests", "requests_total", "499: the client left.", "status"),
     ("counter", "tokens_in", "prompt_tokens_total", "Prompt tokens, as reported."),
     ("counter", "tokens_out", "completion_tokens_total", "New tokens, as reported."),
     ("counter", "tokens_cached", "prompt_tokens_cached_total", "Those reused."),
     ("counter", "bytes_in", "request_bytes_total", "Bytes of request bodies."),
     ("counter", "bytes_out", "response_bytes_total", "Bytes of response bodies."),
     ("counter", "swaps", "swaps_total", "Loads for which a model was evicted."),
-    ("counter", "stops", "stops_total", "Stops by cause."),
-    ("counter", "failures", "failures_total", "Runs that ended unexpectedly."),
-    ("counter", "context_tokens", "context_tokens_total", "Of contexts, by action."),
+    ("counter", "stops", "stops_total", "Stops by cause.", "cause"),
+    ("counter", "failures", "failures_total", "Runs that ended unasked.", "state"),
+    ("counter", "context_tokens", "context_tokens_total", "Of contexts.", "action"),
     ("counter", "context_seconds", "context_seconds_saved_total", "Time spared."),
     ("histogram", "durations", "request_duration_seconds", "Time of whole requests."),
     ("histogram", "waits", "request_wait_seconds", "Time waiting for the model."),
     ("histogram", "loads", "load_duration_seconds", "Time until a model is ready."),
 )
-LABELS = {
-    "requests": ("model", "status"),
-    "swaps": (),
-    "stops": ("model", "cause"),
-    "failures": ("model", "state"),
-    "context_tokens": ("model", "action"),
-}  # of counters; else the model
 
 
 def metrics_text(report: StatusReport) -> str:
@@ -7745,13 +7738,13 @@ def _model_metrics(report):
     counts = collections.defaultdict(list)
     for (source, *labels), value in sorted(report.meters.counts.items(), key=repr):
         counts[source].append((labels, value))
-    for kind, source, name, text in METRICS:
+    for kind, source, name, text, *labels in METRICS:
         if kind == "gauge":
             samples = [("", {"model": each.id}, getattr(each, source)) for each in own]
         elif kind == "counter":
-            labels = LABELS.get(source, ("model",))
-            cells = counts[source] or ([] if labels else [((), 0)])
-            samples = [("", dict(zip(labels, values)), n) for values, n in cells]
+            cells = counts[source] or ([((), 0)] if source == "swaps" else [])
+            names = ("model", *labels)  # swaps have none
+            samples = [("", dict(zip(names, values)), n) for values, n in cells]
         else:
             samples = _buckets(counts[source], counts[f"{source}_sum"])
         yield kind, f"llmswap_{name}", text, samples
