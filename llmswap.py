@@ -5424,10 +5424,11 @@ class Pool:
     def _raise_needs(self, name, victim):
         """Have a model that had no memory beside `victim` need so much that it will not
         be loaded beside it again. The lock is held."""
-        freed = self._scheduler.held[victim].usage().needs
-        usages = [each.usage() for each in self._scheduler.held.values()]
+        held = self._scheduler.held.items()
+        needs = {each: scheduled.usage().needs for each, scheduled in held}
+        freed = needs.pop(victim)
         least = {
-            each: size - sum(u.needs.get(each, 0) for u in usages if u.name != victim)
+            each: size - sum(other.get(each, 0) for other in needs.values())
             for each, size in self.budget.items()
             if freed.get(each)
         }
@@ -5761,12 +5762,11 @@ class Pool:
         self._publish(name, "unloaded", exit_code=exit_code_of(problem))
 
     def _log_end(self, name, now, state):
-        """Log the end, as `info` only if it took over 1 s or was unexpected."""
-        scheduled, level, took = self._scheduler.models[name], "info", ""
-        if scheduled.state is State.UNLOADING:
-            seconds = now - scheduled.changed_at
-            level = "info" if seconds >= LONG_WAIT else "debug"
-            took = f" after {seconds:.1f} s"
+        """Log the end of a stop, or of what ended by itself; as `debug` if it was soon."""
+        scheduled = self._scheduler.models[name]
+        seconds = now - scheduled.changed_at
+        took = f" after {seconds:.1f} s" if scheduled.state is State.UNLOADING else ""
+        level = "info" if seconds >= LONG_WAIT else "debug"
         self._log(level, f"{name}: {state}{took}")
 
     def on_context(self, backend, kind, tokens, size, seconds):
