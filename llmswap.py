@@ -3355,9 +3355,9 @@ class Backend:
             memory += memory_of(pid).get("VmRSS", 0)
             read += _kernel_counts(f"/proc/{pid}/io", "read_bytes: ")
         activity = memory >> 20, read >> 20  # a page now and then is no progress
-        if activity not in self._seen_activity:  # nor is up and down again
-            self._seen_activity.add(activity)
-            self._progress_at = self._looked_at
+        if self._seen_activity and activity not in self._seen_activity:
+            self._progress_at = self._looked_at  # nor is up and down again
+        self._seen_activity.add(activity)
         before = self.progress
         self._model_size = self._model_size or sum(map(model_file_size, family))
         if self._model_size:
@@ -5762,7 +5762,7 @@ class Pool:
         self._publish(name, "unloaded", exit_code=exit_code_of(problem))
 
     def _log_end(self, name, now, state):
-        """Log the end of a stop, or of what ended by itself; as `debug` if it was soon."""
+        """Log the end of a stop, or one that came by itself; `debug` if it was soon."""
         scheduled = self._scheduler.models[name]
         seconds = now - scheduled.changed_at
         took = f" after {seconds:.1f} s" if scheduled.state is State.UNLOADING else ""
@@ -5877,7 +5877,7 @@ def limits_of(config: Config, budget: Mapping[str, int]) -> Limits:
     """Return what the configuration, with this budget, lets be loaded together."""
     models = config.models.values()
     addresses = {url: 1 for model in models for url in address_of(model)}
-    written = {name: getattr(config.settings, name) for name in Limits._fields}
+    written = {name: getattr(config.settings, name) for name in Limits()._asdict()}
     return Limits(**{**written, "budget": {**budget, **addresses}})
 
 
