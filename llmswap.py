@@ -3358,9 +3358,9 @@ class Backend:
             memory += memory_of(pid).get("VmRSS", 0)
             read += _kernel_counts(f"/proc/{pid}/io", "read_bytes: ")
         activity = memory >> 20, read >> 20  # a page now and then is no progress
-        if activity not in self._seen_activity:  # nor is up and down again
-            self._seen_activity.add(activity)
-            self._progress_at = self._looked_at
+        if self._seen_activity and activity not in self._seen_activity:
+            self._progress_at = self._looked_at  # nor is up and down again
+        self._seen_activity.add(activity)
         before = self.progress
         self._model_size = self._model_size or sum(map(model_file_size, family))
         if self._model_size:
@@ -5427,10 +5427,11 @@ class Pool:
     def _raise_needs(self, name, victim):
         """Have a model that had no memory beside `victim` need so much that it will not
         be loaded beside it again. The lock is held."""
-        freed = self._scheduler.held[victim].usage().needs
-        usages = [each.usage() for each in self._scheduler.held.values()]
+        held = self._scheduler.held.items()
+        needs = {each: scheduled.usage().needs for each, scheduled in held}
+        freed = needs.pop(victim)
         least = {
-            each: size - sum(u.needs.get(each, 0) for u in usages if u.name != victim)
+            each: size - sum(other.get(each, 0) for other in needs.values())
             for each, size in self.budget.items()
             if freed.get(each)
         }
@@ -5764,12 +5765,11 @@ class Pool:
         self._publish(name, "unloaded", exit_code=exit_code_of(problem))
 
     def _log_end(self, name, now, state):
-        """Log the end, as `info` only if it took over 1 s or was unexpected."""
-        scheduled, level, took = self._scheduler.models[name], "info", ""
-        if scheduled.state is State.UNLOADING:
-            seconds = now - scheduled.changed_at
-            level = "info" if seconds >= LONG_WAIT else "debug"
-            took = f" after {seconds:.1f} s"
+        """Log the end of a stop, or one that came by itself; `debug` if it was soon."""
+        scheduled = self._scheduler.models[name]
+        seconds = now - scheduled.changed_at
+        took = f" after {seconds:.1f} s" if scheduled.state is State.UNLOADING else ""
+        level = "info" if seconds >= LONG_WAIT else "debug"
         self._log(level, f"{name}: {state}{took}")
 
     def on_context(self, backend, kind, tokens, size, seconds):
@@ -5880,7 +5880,7 @@ def limits_of(config: Config, budget: Mapping[str, int]) -> Limits:
     """Return what the configuration, with this budget, lets be loaded together."""
     models = config.models.values()
     addresses = {url: 1 for model in models for url in address_of(model)}
-    written = {name: getattr(config.settings, name) for name in Limits._fields}
+    written = {name: getattr(config.settings, name) for name in Limits()._asdict()}
     return Limits(**{**written, "budget": {**budget, **addresses}})
 
 
