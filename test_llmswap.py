@@ -4696,14 +4696,15 @@ def test_a_file_is_looked_at_by_requests_only_and_not_if_told_so(tmp_path):
 def test_a_file_on_a_mount_that_hangs_delays_requests_only_a_little(
     tmp_path, monkeypatch
 ):
-    watch, hanging = llmswap.FileWatch(str(tmp_path)), threading.Event()
+    watch, hanging, waits = llmswap.FileWatch(str(tmp_path)), threading.Event(), []
     monkeypatch.setattr(watch, "_stamp", hanging.wait)
-    for timeout in (0.2, 60):  # later requests do not wait for it again
-        monkeypatch.setattr(llmswap, "WATCH_TIMEOUT", timeout)
-        began = time.monotonic()
-        watch.check(lambda: None)
-        assert time.monotonic() < began + 30
+    monkeypatch.setattr(llmswap, "WATCH_TIMEOUT", 0.2)
+    watch.check(lambda: None)
+    assert watch._look.is_alive()
+    monkeypatch.setattr(watch._look, "join", waits.append)
+    watch.check(lambda: None)  # later requests do not wait for it again
     hanging.set()
+    assert waits == [0.0]
 
 
 @pytest.mark.parametrize("output", [None, "number of models in cache: 0"])
