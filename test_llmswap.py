@@ -619,6 +619,11 @@ def soak_size(pid):
     }
 
 
+def word_after(argv, name, default):
+    """The word after `name`, or the default."""
+    return argv[argv.index(name) + 1] if name in argv else default
+
+
 # ==================================================================================
 # 0  The file itself: its sections, its README, its example.
 # ==================================================================================
@@ -5961,7 +5966,7 @@ def test_targets_and_headers_are_read_as_their_senders_mean_them(target, path, q
     request = request_of(head)
     assert (request.path, request.query) == (path, query)
     model = "q\u00e4 1/x" if "model" in target else None
-    assert (request.parameter("model"), request.parameter("b")) == (model, None)
+    assert (request.parameter("model"), request.parameter("x")) == (model, None)
     assert request.all("x-a") == ["a  b", "2"]
     assert request.get("x-b") == request.get("none") == ""
 

@@ -21,6 +21,7 @@ from test_llmswap import (
     Llmswap,
     reader_of,
     recorder,
+    word_after,
 )
 
 
@@ -507,11 +508,6 @@ def fuzz_wire(count, seed):
 
 # ----------------------------------------------------------------------------------
 # The command
-
-
-def word_after(argv, name, default):
-    """The word after `name`, or the default."""
-    return argv[argv.index(name) + 1] if name in argv else default
 
 
 def fuzz_main(argv):
