@@ -11974,12 +11974,16 @@ def test_the_vendors_tool_is_asked_rarely_and_delays_nobody(tmp_path):
         assert asked.read_text() == before
         tool.write_text("#!/bin/sh\nexec sleep 60\n")
         assert server.chat("middle").status == 200
-        assert server.loaded() == ["middle"]
-        lines = eventually(lambda: [
-            pid for pid, words in family(server.token).items() if words == "sleep 60"
-        ])  # fmt: skip
+
+        def hanging_tools():
+            lines = family(server.token).items()
+            return [pid for pid, words in lines if words == "sleep 60"]
+
+        hanging = eventually(hanging_tools)
+        assert server.loaded() == ["middle"] and server.chat("middle").status == 200
+        assert hanging == hanging_tools()  # neither waited for it
         tool.write_text("#!/bin/sh\n")
-        os.kill(lines[0], signal.SIGKILL)
+        os.kill(hanging[0], signal.SIGKILL)
         eventually(lambda: entry_of(server, "middle")["needs"]["source"] == "measured")
 
 
