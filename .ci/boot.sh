@@ -1,5 +1,5 @@
 # Boots this machine's Debian once more, in namespaces that unshare made: systemd with a
-# journal, logind and root's user manager. What is written below /root is gone afterwards.
+# journal, logind and root's user manager. What is written below /root is gone at the end.
 mount --make-rprivate /
 mount -t proc proc /proc
 umount -R -l /sys/fs/cgroup

@@ -389,8 +389,8 @@ class Message(Talk):
         }
 
     def _tool(self, number, given):
-        name = f"tool{number}"
-        return {"type": "tool_use", "id": f"toolu{number}", "name": name, "input": given}
+        names = {"id": f"toolu{number}", "name": f"tool{number}"}
+        return {"type": "tool_use", **names, "input": given}
 
     def _event(self, kind, **more):
         data = json.dumps({"type": kind, **more}).encode()

@@ -40,7 +40,8 @@ class Debian:
         self._group = Path(roots[0], f"llmswap-test-{os.getpid()}")
         self._group.mkdir()
         unshare = "unshare --mount --pid --net --cgroup --ipc --uts --fork --kill-child"
-        enter = f"echo $$ >{self._group}/cgroup.procs; exec setpriv --pdeathsig KILL {unshare}"
+        enter = f"echo $$ >{self._group}/cgroup.procs"
+        enter += f"; exec setpriv --pdeathsig KILL {unshare}"
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
                 ["sh", "-c", f"{enter} sh -e {HERE}/boot.sh"],

@@ -1,8 +1,8 @@
 """A client library as people have it, driven as it is: sdk.py openai|anthropic URL.
 
-It reads cases {name: [call, model, wish, options]} from stdin and prints {name: result}:
-of an answer its text or tool call, its reason to end and its tokens; of an error its
-type and status. One process for all of them, for to import a library takes seconds.
+It reads cases {name: [call, model, wish, options]} and prints {name: result}: of an
+answer its text or tool call, its reason to end and its tokens; of an error its type
+and status. One process for all of them, for to import a library takes seconds.
 """
 
 import io
