@@ -8014,7 +8014,7 @@ def test_many_slow_clients_delay_no_other_and_leave_nothing():
             both = 2 * count if data == UNREAD else count
             eventually(lambda: soak_size(swap.pid)["descriptors"] > both)
             assert soak_size(swap.pid)["threads"] <= threads + count
-            assert min(quickest(swap) for _ in range(3)) < 3 * alone + 0.03
+            eventually(lambda: quickest(swap) < 3 * alone + 0.03, 6)
             for client in clients:
                 client.hang_up(reset=True)
             eventually(lambda: given_back(swap, before), 30)
