@@ -3868,7 +3868,7 @@ def talk(port, **wish):
 
 
 def test_a_backend_that_answers_neither_requests_nor_health_is_stopped(begin):
-    watched = begin(hang_timeout=0.3)
+    watched = begin(hang_timeout=1)
     backend = watched.loaded()
     with talk(backend.port, hang=True, hang_health=True):
         eventually(lambda: watched.backend.upstream)
@@ -3876,8 +3876,8 @@ def test_a_backend_that_answers_neither_requests_nor_health_is_stopped(begin):
         cpu = time.process_time()
         backend.report_stall()
         problem = watched.exited()
-        assert time.process_time() - cpu < 0.25  # it did not spin meanwhile
-    assert "hung: neither a request nor 0.3 s of health" in str(problem)
+        assert time.process_time() - cpu < 0.5  # it did not spin meanwhile
+    assert "hung: neither a request nor 1 s of health" in str(problem)
     assert backend.died(0)
     assert not has_group(backend.pid)
 
