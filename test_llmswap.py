@@ -3852,8 +3852,10 @@ def test_a_fixed_port_held_by_a_stranger_is_told(begin, tmp_path, monkeypatch):
 
 
 def test_a_line_written_at_every_check_does_not_make_checks_endless(begin):
+    began = time.monotonic()
     backend = begin("--load", "0.4", "--lines", "4000").loaded()
-    assert get(backend.port, "/stats")["health"] < 120
+    most = (time.monotonic() - began) / 0.005  # the pause between two of them
+    assert 2 < get(backend.port, "/stats")["health"] <= most + 2
 
 
 def test_a_listener_in_the_childs_group_is_the_childs(begin, tmp_path):
@@ -3874,7 +3876,7 @@ def talk(port, **wish):
 
 
 def test_a_backend_that_answers_neither_requests_nor_health_is_stopped(begin):
-    watched = begin(hang_timeout=0.3)
+    watched = begin(hang_timeout=1)
     backend = watched.loaded()
     with talk(backend.port, hang=True, hang_health=True):
         eventually(lambda: watched.backend.upstream)
@@ -3882,8 +3884,8 @@ def test_a_backend_that_answers_neither_requests_nor_health_is_stopped(begin):
         cpu = time.process_time()
         backend.report_stall()
         problem = watched.exited()
-        assert time.process_time() - cpu < 0.25  # it did not spin meanwhile
-    assert "hung: neither a request nor 0.3 s of health" in str(problem)
+        assert time.process_time() - cpu < 0.5  # it did not spin meanwhile
+    assert "hung: neither a request nor 1 s of health" in str(problem)
     assert backend.died(0)
     assert not has_group(backend.pid)
 
@@ -7823,7 +7825,7 @@ def test_many_slow_clients_delay_no_other_and_leave_nothing():
             both = 2 * count if data == UNREAD else count
             eventually(lambda: soak_size(swap.pid)["descriptors"] > both)
             assert soak_size(swap.pid)["threads"] <= threads + count
-            assert min(quickest(swap) for _ in range(3)) < 3 * alone + 0.03
+            eventually(lambda: quickest(swap) < 3 * alone + 0.03, 6)
             for client in clients:
                 client.hang_up(reset=True)
             eventually(lambda: given_back(swap, before), 30)
