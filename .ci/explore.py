@@ -222,7 +222,7 @@ class Explored(Walk):
         row = [
             model.name, model.state.value, model.changed_at is None, model.in_flight,
             model.preemptible, model.failures, ahead(model.retry_at, now),
-            ahead(model.keep_at, now), model.is_released,
+            ahead(model.keep_at, now),
             repr(model.spec), model.evicted_for and model.evicted_for.name,
             repr(self.specs.get(model.name)), model.room_from and model.room_from.name,
             model.load_seconds, model.stop_seconds,
@@ -237,7 +237,7 @@ class Explored(Walk):
             age(model.changed_at, now) if backend.phase.endswith("ing") else None,
             None if model.unload_by is None else ahead(model.unload_by, now),
             drains_for,
-            model.stop_cause, model.was_ready, model.is_asleep,
+            model.stop_cause, model.ready_at > -math.inf, model.is_asleep,
             repr(model.replacement), model.removal_error is not None,
             backend.phase, backend.has_served, backend.was_asleep,
             backend in self.departing, backend in self.replaced, backend in self.cut_at,

@@ -87,7 +87,7 @@ import os, sys, time
 folder, compiled, *argv = sys.argv[1:]
 sys.path.insert(0, compiled)
 import llmswap
-llmswap.STALL_CHECK_AFTER = llmswap.ACTIVITY_INTERVAL = 0.3
+llmswap.STALL_CHECK_AFTER = llmswap.LOOK_AT_LOADS = 0.3
 def has(what): return os.path.exists(os.path.join(folder, what))
 wall, clocks = time.time, time.clock_gettime
 time.time = lambda: wall() + 7200 * has("ahead") - 7200 * has("back")
