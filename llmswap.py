@@ -7206,23 +7206,19 @@ def _copy_both_ways(client, backend, leftover):
 # ==================================================================================
 
 # Strict JSON passes untouched. All else is read once, from left to right, by a reader
-# that accepts almost anything in place of a key, a colon or a value, and closes at the
-# end all that is open. The hard question is whether a quote ends its string or lacks
-# a backslash. It ends the string if the text goes on from there as JSON would: with a
-# comma and a key, with brackets that are open, or not at all. How far the reader looks
-# ahead is bounded, which makes time linear for any text.
+# that accepts almost anything as a key, a colon or a value, and closes at the end all
+# that is open. A quote may lack a backslash: it ends its string only if the text goes
+# on as JSON would, with a comma and a key, with brackets that are open, or not at all.
+# How far the reader looks ahead is bounded, which makes time linear for any text.
 
 MAX_DEPTH = 400  # json itself stops near 1000
 MAX_OBJECTS = 32  # looked at in one text
-MAX_HELD = 32 << 20  # bytes of events, or of one body, that are held back
 CUT_OFF = {"length", "max_tokens", "model_context_window_exceeded", "content_filter"}
 
 _ESCAPE = re.compile(r"\\(?:u[\da-fA-F]{4}|[\"\\/nrt'`])|[\"\\]")
 _DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\(?=[^\\\"'])")
-_WORDS = {
-    **{"true": True, "false": False},
-    **dict.fromkeys("null none nil undefined nan inf infinity".split()),
-}
+_WORDS = dict.fromkeys("null none nil undefined nan inf infinity".split())
+_WORDS.update(true=True, false=False)
 
 
 def _scalar(text, is_cut=False):
@@ -7242,16 +7238,16 @@ def _scalar(text, is_cut=False):
 def _unescaped(raw):
     """Return the string that is meant by `raw`, which stood between quotes.
 
-    A backslash that begins no escape stands for itself: before b and f, too, which are
-    of a regular expression, and before any letter of a path such as C:\\new.
+    A backslash that begins no escape stands for itself: so do those of regular
+    expressions such as \\bx and of paths such as C:\\new.
     """
-    letters = '"\\u' if _DRIVE.search(raw) else "\"\\unrt/'`"
+    escapes = '"\\u' if _DRIVE.search(raw) else "\"\\unrt/'`"
 
     def corrected(match):
-        escape, letter = match[0], match[0][1:2]
-        if not letter or letter not in letters:
-            return "\\" + escape
-        return letter if letter in "'`" else escape
+        letter = match[0][1:2]
+        if letter and letter in "'`":
+            return letter
+        return match[0] if letter and letter in escapes else "\\" + match[0]
 
     return json.loads(f'"{_ESCAPE.sub(corrected, raw)}"', strict=False)
 
@@ -7264,26 +7260,19 @@ _WHOLE = re.compile(  # in quotes that are tripled or doubled
 # Blanks and comments, if they are few and short
 _GAP = re.compile(r"\s*(?:(?:(?://|#)[^\n]{0,200}|/\*[^*]{0,200}\*/)\s*){0,4}")
 _COMMAS = re.compile(rf"(?:[\s,;，；]|\.\.+|…){{0,50}}{_GAP.pattern}")
-_JUNK = re.compile(
-    r"(?:[\s\ufeff,;，；]+|\.\.+|…|(?://|#)[^\n]*|/\*.*?(?:\*/|\Z))*", re.DOTALL
-)
+_JUNK = re.compile(r"(?s)(?:[\s\ufeff,;，；]+|\.\.+|…|(?://|#)[^\n]*|/\*.*?(?:\*/|\Z))*")
 _COLON = re.compile(r"\s*(?:[:：][\s:：]*=?|=+>?|->)")
-_QUOTED = "(?:" + "|".join(
-    f"{a}[^{b}\\n]{{0,200}}{b}" for a, b in ('""', "''", "``", "“”")
-) + ")"  # fmt: skip
+_QUOTED = r"""(?:"[^"\n]{0,200}"|'[^'\n]{0,200}'|`[^`\n]{0,200}`|“[^”\n]{0,200}”)"""
 _KEY = re.compile(_QUOTED + r"\s{0,99}[:：=]")
 _BARE_KEY = re.compile(
     r"[A-Za-z_$][\w$.-]{0,99}(?: [\w$.-]{1,99})?\s{0,99}[:：](?![/\\:])"
 )
-_AFTER_COMMA = re.compile(  # a member, perhaps without a colon, or the end, or a cut
-    rf"""[}}\]]|\Z|{_QUOTED}\s{{0,99}}(?:["'\[{{:：=\d-]|true|false|null|\Z)"""
-    r"""|["'][\w .$-]{0,200}\Z"""
-)
+_VALUE = re.compile(r"(?:[\"'“‘`\[{(\d.+-]|true|false|null|True|False|None)")
+# A member, perhaps without a colon, or the end, or a cut
+_AFTER_COMMA = re.compile(rf"[}}\]]|\Z|{_QUOTED}\s{{0,99}}({_VALUE.pattern}|[:：=]|\Z)")
 _INSIDE = re.compile(r'[^"\n{]{0,200}"\s*[,}\])]')  # after brackets within a string
 _BARE_NAME = re.compile(r'(?:([^\s:：=,;{}\[\]"][^:：=,;{}\[\]"\n]*)|.)"?', re.DOTALL)
-_UNENDED_NAME = re.compile(r"([\w$.-]+)(?:['’”]|\\+\")?\s*(?=:)")
 _NEXT_MEMBER = re.compile(rf"\s*,\s*{_KEY.pattern}")
-_VALUE = re.compile(r"[\"'“‘`\[{(\d.+-]|true|false|null|True|False|None")
 _WORD = re.compile(r"[-+.\w]+")
 _BARE_STOP = re.compile(r"[\[\]{}(),;，；]|\n\s*")
 _FORGOTTEN_END = re.compile(r"(,\s*|(?<=[^\s{\[(])\s*\n\s*)\Z")
@@ -7332,24 +7321,17 @@ class _Reader:
             self._stack[-1].append(value)
 
     def _close(self, char):
-        """Close the innermost that `char` can close, and those inside it.
-
-        The outermost stays open if a further member follows: the brace is too many.
-        """
+        """Close the innermost that `char` can close, and those inside it."""
         depth = self._closers.rfind(char)
         self.at += 1
         if depth == 0 and _NEXT_MEMBER.match(self.text, self.at):
-            depth = 1
+            depth = 1  # a brace too many
         if depth >= 0:
             del self._stack[depth:]
             self._closers = self._closers[:depth]
 
     def _read_member(self, char):
         """Read a key and its value; a key without a value is dropped."""
-        if char == "{" and self._closers[-2:-1] in ("]", ")"):
-            self._stack.pop()  # it is the next item of the array around
-            self._closers = self._closers[:-1]
-            return
         if char in _CLOSERS:
             self.at += 1
             return
@@ -7385,8 +7367,7 @@ class _Reader:
             self._read_bare(key)
 
     def _string(self, role="string"):
-        """Read the string at the cursor: to the quote that ends it, or to where that
-        was forgotten."""
+        """Read the string at the cursor, to the quote that ends it or is missing."""
         text, start = self.text, self.at + 1
         whole = _WHOLE.match(text, self.at)
         if whole and (whole[1] or self._may_end(whole.end(), role)):
@@ -7399,22 +7380,14 @@ class _Reader:
                 nested += sum(map(inside.count, "{[(")) - sum(map(inside.count, "}])"))
             if nested > 0 or text[at] == "\\":
                 continue
-            if self._may_end(at + 1, role):
+            if role == "key" or self._may_end(at + 1, role):
                 return self._take(start, at, at + 1)
-            if role == "key":
-                break
             before = text[max(start, at - 99) : at]
             if _KEY.match(text, at) and _FORGOTTEN_END.search(before):
                 end = at - len(_FORGOTTEN_END.search(before)[0])
                 return self._take(start, end, end)
             if before.rstrip().endswith(("{", "[", "(")):
                 nested, since = 1, at
-        else:
-            at = len(text)
-        if role == "key":  # it may have lost its quote, as in {"a: 1
-            name = _UNENDED_NAME.match(text, start, at)
-            end, after = (name.end(1), name.end()) if name else (at, at + 1)
-            return self._take(start, end, after)
         raw, self.at = text[start:], len(text)
         if raw.count("}") > raw.count("{"):
             raw = raw.rstrip("}]) \t\r\n“”‘’'\"")
@@ -7447,16 +7420,15 @@ class _Reader:
     def _is_member(self, after, role):
         """Whether an object can go on at `after`."""
         text = self.text
-        may_be_bare = role in ("bare", "scalar")
+        is_bare = role in ("bare", "scalar")
         if text[after] in ",;，；":
             if role == "scalar" and not text[after + 1 : after + 2].isdigit():
                 return True
             after = _COMMAS.match(text, after).end()
             if _AFTER_COMMA.match(text, after):
                 return True
-            may_be_bare = True
-        key = _KEY.match(text, after) or may_be_bare and _BARE_KEY.match(text, after)
-        return bool(key)
+            is_bare = True
+        return bool(_KEY.match(text, after) or is_bare and _BARE_KEY.match(text, after))
 
     def _read_bare(self, key):
         """Read a number, a word, or a string that lacks its quotes."""
@@ -7465,54 +7437,35 @@ class _Reader:
         if word and self._may_end(word.end(), "scalar"):
             self.at = word.end()
         if self.at == start or _scalar(word[0]) == word[0]:
-            self.at = self._end_of_bare(start)
+            for stop in _BARE_STOP.finditer(text, start):
+                self.at = stop.start()
+                if stop[0] in self._closers or self._may_end(self.at, "bare"):
+                    break
+            else:
+                self.at = len(text)
         raw, is_cut = text[start : self.at].strip(), self.at == len(text)
         value = _scalar(raw, is_cut)
         if raw.strip("+-."):
             self._add(_unescaped(raw) if value == raw else value, key)
 
-    def _end_of_bare(self, at):
-        """Return where the string without quotes at `at` ends."""
-        nested = 0
-        for stop in _BARE_STOP.finditer(self.text, at):
-            at, char = stop.start(), stop[0][0]
-            if char in _CLOSERS:
-                nested += 1
-            elif char in "}])" and nested:
-                nested -= 1
-            elif char in self._closers or not nested and self._may_end(at, "bare"):
-                return at
-        return len(self.text)
-
 
 # int raises ValueError for NaN
 _STRICT = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=int)
-# Tokens of chat templates, at the end
-_TOKENS = re.compile(r"\s*(?:(?:<[|｜][^<>]{0,60}[|｜]>|</[\w:]{1,30}>)\s*)+\Z")
 _ENCODED = re.compile(r'[^{]{0,500}\{(?:\s|\\[nrt]){0,99}\\+(?:"|u0022)')
 _ENCODED_CHAR = re.compile(r'\\(?:u00[0-7][\da-fA-F]|[nrtbf"\\/])')
-_NO_BRACE = re.compile(
-    r"""["']?[\w$ .-]{1,99}["']\s*:\s*(?:["'\[{\d-]|true|false|null|True|False|None)"""
-)
+_NO_BRACE = re.compile(rf"""["']?[\w$ .-]{{1,99}}["']\s*:\s*{_VALUE.pattern}""")
 _SCALARS = re.compile(r"\[\s*[\"'\d-]")
 _QUOTED_KEY = re.compile(r"\{\s*(?:[\"'“‘`{/#]|\Z)")
 _WRAPPING = re.compile(r"```\w*|<[^<>{}]{0,60}>|json|[\s\[(\"'`]+")
 
 
-def _unwrapped(text):
-    """Return `text` without the tokens, escapes and such that models add to objects."""
-    text = text.lstrip("\ufeff \t\r\n")
-    text = text[:-200] + _TOKENS.sub("", text[-200:])
-    if _NO_BRACE.match(text):
-        return "{" + text
-    if _ENCODED.match(text):
-        text = _ENCODED_CHAR.sub(lambda char: json.loads(f'"{char[0]}"'), text)
-    return text
-
-
 def _object_in(text):
     """Return the JSON text of the only object in `text`, None if there is no such."""
-    text, end, objects = _unwrapped(text), 0, {}
+    text, end, objects = text.lstrip("\ufeff \t\r\n"), 0, {}
+    if _NO_BRACE.match(text):
+        text = "{" + text
+    elif _ENCODED.match(text):
+        text = _ENCODED_CHAR.sub(lambda char: json.loads(f'"{char[0]}"'), text)
     for _ in range(MAX_OBJECTS):
         at = text.find("{", end)
         if at < 0 or _SCALARS.match(text):
@@ -7550,12 +7503,10 @@ def repair_arguments(text: str) -> str:
     Valid JSON comes back as it is, and so does text that means no object or several.
     The time it takes is proportional to the length, whatever the text.
     """
-    try:
-        _STRICT.decode(text)
-    except RecursionError:
-        pass
-    except ValueError:
-        with contextlib.suppress(ValueError, RecursionError):  # too deep
+    with contextlib.suppress(RecursionError, ValueError):  # too deep, or no object
+        try:
+            _STRICT.decode(text)
+        except ValueError:
             return _object_in(text) or text
     return text
 
@@ -7563,17 +7514,13 @@ def repair_arguments(text: str) -> str:
 # -- answers: read as far as their shape is known; of another shape, they stay ---------
 
 _UNKNOWN = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
-
-
-def _index_of(entry, default):
-    number = entry.get("index")
-    return number if isinstance(number, int) else default  # some servers have none
+_OF_A_CALL = re.compile(rb'"(?:tool_calls|partial_json|tool_use)"')
 
 
 def _calls_in(payload):
-    """Return a list of (call, object, name of its member with the arguments, a text).
+    """Return [(call, object, name of its member with the arguments as a text)].
 
-    A call is (choice, tool) or, in Anthropic's events, (None, block).
+    A call is (choice, tool) or, of Anthropic, (None, block).
     """
     calls = []
     for position, choice in enumerate(payload.get("choices") or ()):
@@ -7581,11 +7528,14 @@ def _calls_in(payload):
         for at, tool in enumerate(message.get("tool_calls") or ()):
             function = tool["function"]
             if isinstance(function.setdefault("arguments", ""), str):
-                key = _index_of(choice, position), _index_of(tool, at)
+                key = choice.get("index", position), tool.get("index", at)
                 calls.append((key, function, "arguments"))
     delta = payload.get("delta") or {}
     if isinstance(delta.get("partial_json"), str):
-        calls.append(((None, _index_of(payload, 0)), delta, "partial_json"))
+        calls.append(((None, payload.get("index", 0)), delta, "partial_json"))
+    for at, block in enumerate(payload.get("content") or ()):
+        if block["type"] == "tool_use" and isinstance(block["input"], str):
+            calls.append(((None, at), block, "input"))
     return calls
 
 
@@ -7594,8 +7544,8 @@ def _ends_in(payload):
     ends = {}
     for position, choice in enumerate(payload.get("choices") or ()):
         if choice.get("finish_reason"):
-            ends[_index_of(choice, position)] = str(choice["finish_reason"])
-    reason = (payload.get("delta") or {}).get("stop_reason")
+            ends[choice.get("index", position)] = str(choice["finish_reason"])
+    reason = (payload.get("delta") or payload).get("stop_reason")
     if reason or payload.get("type") in ("content_block_start", "message_stop"):
         ends[None] = str(reason)
     return ends
@@ -7607,47 +7557,31 @@ def _cut_off(calls, ends):
     return [key for choice, key in last.items() if ends.get(choice) in CUT_OFF]
 
 
-def _repair_completion(payload):
-    calls = _calls_in(payload)
-    cut = _cut_off([key for key, _, _ in calls], _ends_in(payload))
-    for key, function, name in calls:
-        if key not in cut:
-            function[name] = repair_arguments(function[name])
-    for choice in payload["choices"]:
-        message = choice["message"]
-        if message.get("tool_calls") and message.get("content") == "":
-            message["content"] = None
-
-
-def _repair_message(payload):
-    blocks = payload["content"]
-    for block in blocks[:-1] if payload.get("stop_reason") in CUT_OFF else blocks:
-        value = block.get("input")
-        if isinstance(value, str):
-            value = json_or(repair_arguments(value).encode(), None)
-        if isinstance(value, list) and len(value) == 1:
-            value = value[0]
-        if block["type"] == "tool_use" and isinstance(value, dict):
-            block["input"] = value
-
-
 def repair_body(body: bytes) -> bytes:
     """Return a chat completion, or a message of Anthropic, with its calls repaired.
 
     A body that needs no repair stays byte for byte; so does a call that was cut off.
     """
+    if not _OF_A_CALL.search(body):
+        return body
     try:
-        text = body.decode()
-        original, payload = json.loads(text), json.loads(text)
-        repair = _repair_completion if "choices" in payload else _repair_message
-        repair(payload)
+        original, payload = json.loads(body), json.loads(body)
+        calls = _calls_in(payload)
+        cut = _cut_off([key for key, _, _ in calls], _ends_in(payload))
+        for key, member, name in calls:
+            if key not in cut:
+                member[name] = text = repair_arguments(member[name])
+                if name == "input" and text.startswith("{"):
+                    member[name] = json_or(text.encode(), text)
+        for message in [choice["message"] for choice in payload.get("choices", ())]:
+            if message.get("tool_calls") and message.get("content") == "":
+                message["content"] = None
         return body if payload == original else _dump(payload)
     except _UNKNOWN:
         return body
 
 
 _EVENT_END = re.compile(rb"\n\r?\n")
-_OF_A_CALL = re.compile(rb'"(?:tool_calls|partial_json)"')
 
 
 def _data_of(event):
@@ -7666,44 +7600,32 @@ class RepairStream:
     """Repairs the tool calls in a stream of server-sent events; all else flows.
 
     It may be OpenAI's chunks or Anthropic's events. Fragments of arguments are held
-    until their call is complete; then they are sent as they came or, if they need
+    until their choice or block ends; then they are sent as they came or, if they need
     repair, with all of it in the first and nothing in the others. A call that was cut
-    off is sent as it came; so is everything once too much would be held. `is_whole`:
-    the answer is no stream, and all of it is held until its end.
+    off is sent as it came. An answer that is no stream is held until its end.
     """
 
-    def __init__(self, is_whole: bool = False):
-        self._is_whole = is_whole
+    def __init__(self):
         self._buffer = bytearray()  # an event of which the end has not come
         self._open = {}  # fragments of the calls that have not ended
         self._held = []  # (event, the calls it has fragments of)
-        self._size = 0  # bytes held
         self._repaired = {}  # by call: what is still to be sent of its new arguments
-        self._has_given_up = False
 
     def feed(self, payload: bytes) -> bytes:
         """Return the bytes that can be sent now; `payload` may be cut anywhere."""
-        if self._has_given_up:
-            return payload
         start, searched, out = 0, max(0, len(self._buffer) - 2), []
         self._buffer += payload
-        if not self._is_whole:
-            for match in _EVENT_END.finditer(self._buffer, searched):
-                out.append(self._pass_event(bytes(self._buffer[start : match.end()])))
-                start = match.end()
+        for match in _EVENT_END.finditer(self._buffer, searched):
+            out.append(self._pass_event(bytes(self._buffer[start : match.end()])))
+            start = match.end()
         del self._buffer[:start]
-        if self._size + len(self._buffer) > MAX_HELD:
-            self._has_given_up = True
-            out += [self._settle(self._open, self._open), bytes(self._buffer)]
-            self._buffer.clear()
         return b"".join(out)
 
     def finish(self) -> bytes:
         """Return all that is held; a call of which no end came goes as it is."""
         rest = bytes(self._buffer)
-        if self._is_whole:
-            return repair_body(rest)
-        rest = self._pass_event(rest)
+        is_json = rest.lstrip().startswith(b"{")
+        rest = repair_body(rest) if is_json else self._pass_event(rest)
         return self._settle(self._open, self._open) + rest
 
     def _pass_event(self, event):
@@ -7722,24 +7644,20 @@ class RepairStream:
             return event
 
     def _pass_payload(self, event, payload):
-        calls, ends, out = _calls_in(payload), _ends_in(payload), b""
-        for key, _, _ in calls:
-            if key not in self._open:
-                out += self._settle_sound(list(self._open)[-1:])  # it may be complete
-                self._open[key] = []
+        calls, ends = _calls_in(payload), _ends_in(payload)
         fragments = {key: member[name] for key, member, name in calls}
-        block = None, _index_of(payload, 0)
+        for key in fragments:
+            self._open.setdefault(key, [])
+        block = None, payload.get("index", 0)
         if any(fragments.values()):
             if ends or not any(member.get("name") for _, member, _ in calls):
                 event = self._hold(event, fragments)
             else:
                 event = self._pass_names(event, payload, calls)
         elif payload.get("type") == "content_block_stop" and block in self._open:
-            # it does not show whether the call was cut off; the next event does
-            self._hold(event, {block: ""})
-            event = self._settle_sound([block])
+            event = self._hold(event, {block: ""})  # the next shows if it was cut off
         ended = [key for key in self._open if key[0] in ends]
-        return out + self._settle(ended, _cut_off(ended, ends)) + event
+        return self._settle(ended, _cut_off(ended, ends)) + event
 
     def _pass_names(self, event, payload, calls):
         """Return an event without arguments; hold them in events of their own."""
@@ -7756,15 +7674,7 @@ class RepairStream:
             self._open[key] = self._open.pop(key, [])  # the latest, now
             self._open[key].append(text)
         self._held.append((event, list(fragments)))
-        self._size += len(event)
         return b""
-
-    def _settle_sound(self, keys):
-        """End those of these calls that need no repair."""
-        texts = {key: "".join(self._open[key]) for key in keys}
-        return self._settle(
-            [key for key, text in texts.items() if repair_arguments(text) == text]
-        )
 
     def _settle(self, keys, cut=()):
         """End these calls, repaired but for those that were cut. Return the events of
@@ -7779,18 +7689,14 @@ class RepairStream:
             if self._open.keys() & keys:
                 self._held.append((event, keys))
                 continue
-            self._size -= len(event)
-            is_changed = self._repaired.keys() & keys
-            out.append(self._rewritten(event) if is_changed else event)
+            if self._repaired.keys() & keys:
+                payload = json.loads(_data_of(event))
+                for key, member, name in _calls_in(payload):
+                    if member[name] and key in self._repaired:
+                        member[name], self._repaired[key] = self._repaired[key], ""
+                event = _with_data(event, payload)
+            out.append(event)
         return b"".join(out)
-
-    def _rewritten(self, event):
-        """Return an event with all that is left of the new arguments of its calls."""
-        payload = json.loads(_data_of(event))
-        for key, member, name in _calls_in(payload):
-            if member[name] and key in self._repaired:
-                member[name], self._repaired[key] = self._repaired[key], ""
-        return _with_data(event, payload)
 
 
 # ==================================================================================
@@ -9841,10 +9747,8 @@ def _repair_of(answer):
     """Return a RepairStream for an answer that may have tool calls, else None."""
     if answer.status != 200 or answer.get("content-encoding"):
         return None
-    if answer.is_event_stream:
-        return RepairStream()
-    is_json = "json" in answer.get("content-type")
-    return RepairStream(is_whole=True) if is_json else None
+    is_readable = answer.is_event_stream or "json" in answer.get("content-type")
+    return RepairStream() if is_readable else None
 
 
 def _edits_of(model, info):

@@ -9104,17 +9104,13 @@ MEANT = r"""
 json␤{"a": 1} ⇒ {"a": 1}
 {"code": "```json\n{}\n```" ⇒ {"code": "```json\n{}\n```"}
 {"a": x␤b: y␤} ⇒ {"a": "x", "b": "y"}
-{"a\": {"b": 1}, "c": 2} ⇒ {"a": {"b": 1}, "c": 2}
-{"a\": "x", "b\": 2} ⇒ {"a": "x", "b": 2}
 {..."a":1} ⇒ {"a": 1}
 {"a": "x"}{"b ⇒ {"a": "x"}
 {"a": "b} ⇒ {"a": "b"}
 {"a": "if (x) { y } ⇒ {"a": "if (x) { y }"}
-{"a": [{"b": 1, {"c": 2}]} ⇒ {"a": [{"b": 1}, {"c": 2}]}
 {"a": {"b": 1}}, "c": 2} ⇒ {"a": {"b": 1}, "c": 2}
 {"a": 1}, "b": 2} ⇒ {"a": 1, "b": 2}
 {"a": "b, "c": "d"} ⇒ {"a": "b", "c": "d"}
-{"a: "b"} ⇒ {"a": "b"}
 {"a": "b␤} ⇒ {"a": "b"}
 {"a": "b␤  "c": "d"} ⇒ {"a": "b", "c": "d"}
 {"a": [{"x": "1"}, {"x": "2" ⇒ {"a": [{"x": "1"}, {"x": "2"}]}
@@ -9130,13 +9126,11 @@ json␤{"a": 1} ⇒ {"a": 1}
 [{"a": 1} ⇒ {"a": 1}
 {{"a": 1}} ⇒ {"a": 1}
 {"a": {{"b": 1}}, "c": 2} ⇒ {"a": {"b": 1}, "c": 2}
-{"a": datetime.date(2024, 1, 2), "b": 1} ⇒ {"a": "datetime.date(2024, 1, 2)", "b": 1}
 {"a": [1, 2, ...], "b": 1} ⇒ {"a": [1, 2], "b": 1}
 {'a': '''x␤y''', 'b': 1} ⇒ {"a": "x\ny", "b": 1}
 {"a": Hello, world, "n": 2} ⇒ {"a": "Hello, world", "n": 2}
 {"u": http://x.com/a?b=1,2#f, "n": 2} ⇒ {"u": "http://x.com/a?b=1,2#f", "n": 2}
 {cmd: ls -la | grep "x y"} ⇒ {"cmd": "ls -la | grep \"x y\""}
-{"cmd": echo ${HOME}, "n": 1} ⇒ {"cmd": "echo ${HOME}", "n": 1}
 {"a": x␤"b": y␤} ⇒ {"a": "x", "b": "y"}
 {"a": ["-c", "print("a", "b")"]} ⇒ {"a": ["-c", "print(\"a\", \"b\")"]}
 {"a": "f({"x": "y"})"} ⇒ {"a": "f({\"x\": \"y\"})"}
@@ -9153,8 +9147,6 @@ json␤{"a": 1} ⇒ {"a": 1}
 {"a": [1, - ⇒ {"a": [1]}
 {"a": N ⇒ {"a": null}
 {"a ⇒ {}
-{"a": "b<|im_end|> ⇒ {"a": "b"}
-{"a": 1<|eot_id|> ⇒ {"a": 1}
 {"a": "b"␤``` ⇒ {"a": "b"}
 {"a": "```"}␤``` ⇒ {"a": "```"}
 JSON:␤␤```json␤{'a': 'b'}␤```␤That is all {ok}. ⇒ {"a": "b"}
@@ -9507,16 +9499,6 @@ def test_the_end_of_a_stream_needs_no_blank_line_but_has_to_come():
         assert through(stream) == stream
 
 
-def test_a_sound_call_goes_on_when_the_next_begins():
-    repair = RepairStream()
-    begun = [*one_call(GOOD, None), chunk(call("", 1, id="2"))]
-    assert arguments_in(repair.feed(events(begun, None)))[0, 0] == GOOD
-    rest = [chunk(call(part, 1)) for part in fragments(BAD)] + [chunk({}, "length")]
-    assert arguments_in(repair.feed(events(rest))) == {(0, 1): BAD}
-    stream = events(message(GOOD)[:-2], None)  # Anthropic's blocks say when they end
-    assert RepairStream().feed(stream) == stream
-
-
 def test_text_names_and_comments_do_not_wait_for_arguments():
     repair = RepairStream()
     out = repair.feed(events([chunk(call(BAD, id="1"))], None))
@@ -9535,21 +9517,6 @@ def test_a_changed_event_keeps_its_other_lines_and_members():
     [choice] = payload.pop("choices")
     assert payload == {"n": 1.5} and choice["logprobs"] == [-0.1]
     assert choice["delta"]["tool_calls"] == [{"function": {"arguments": '{"a":1}'}}]
-
-
-def test_too_many_arguments_flow_as_they_are(monkeypatch):
-    monkeypatch.setattr(llmswap, "MAX_HELD", 100_000)
-    start = events(one_call("{'a': '", None), None)
-    stream = start + events([chunk(call("x" * 1000)) for _ in range(180)])
-    repair = RepairStream()
-    out = repair.feed(stream[:110_000])
-    assert len(out) > 100_000
-    assert out + repair.feed(stream[110_000:]) + repair.finish() == stream
-    noise = b"x" * 110_000
-    assert RepairStream().feed(noise) == noise
-    whole = RepairStream(is_whole=True)
-    body = json.dumps(completion(BAD)).encode() + b" " * 110_000
-    assert whole.feed(body) + whole.feed(b"{") + whole.finish() == body + b"{"
 
 
 def test_no_stream_is_too_strange():
@@ -9603,7 +9570,7 @@ def test_a_completion_is_repaired_and_its_empty_content_becomes_null():
         (BAD, "", None), (GOOD, "", None), (BAD, "Let me see", "Let me see"),
     ):  # fmt: skip
         body = json.dumps(completion(arguments, content=content), indent=2).encode()
-        payload = json.loads(repair_body(body))
+        payload = json.loads(through(body))
         answer = payload["choices"][0]["message"]
         assert payload["n"] == 1.0 and answer["content"] == expected
         function = answer["tool_calls"][0]["function"]
@@ -9624,8 +9591,8 @@ def test_only_the_last_call_of_a_choice_that_was_cut_off_stays():
     assert [text == BAD for text in calls] == [False, False, True]
 
 
-def test_an_input_that_is_no_object_becomes_one():
-    for given in (BAD, GOOD, [json.loads(GOOD)]):
+def test_an_input_that_is_a_text_becomes_the_object_in_it():
+    for given in (BAD, GOOD):
         answer = json.loads(repair_body(json.dumps(anthropic(given)).encode()))
         assert answer["content"][1]["input"] == json.loads(GOOD)
 
