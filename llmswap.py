@@ -2755,9 +2755,10 @@ class Upstream:
 
     def mark_alive(self):
         """The backend gave a sign of life just now, such as a part of an answer."""
-        if self._has_slept():
+        suspended = suspended_seconds()
+        if suspended > self._suspended + 1.0:
             self._close_idle()
-        self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
+        self._seen_at, self._suspended = time.monotonic(), suspended
 
     def seen_within(self, seconds: float) -> bool:
         """Whether its last sign of life is no older, nor from before a suspension."""
@@ -5750,8 +5751,8 @@ class Pool:
         with self._lock:
             name = model.name if model else ""
             self._metrics.count_request(name, *counts, **amounts)
-            scheduled = model and self._scheduled(model)
-            if scheduled and speed is not None:
+            scheduled = self._scheduled(model) if model and speed is not None else None
+            if scheduled:
                 self._metrics.speeds[scheduled.name] = speed
             self._revise()
 
@@ -6057,13 +6058,16 @@ def _failure_text(problem, last):
 
 def _wait_for_grant(future, disconnected):
     """Return the backend; raise why it is refused, or ClientDisconnected."""
-    while not concurrent.futures.wait([future], timeout=POLL_INTERVAL).done:
-        if disconnected():
-            raise ClientDisconnected
-    problem = future.exception()
-    if problem is not None:
-        raise problem.with_traceback(None)  # other threads raise the same one
-    return future.result()
+    while True:
+        try:
+            problem = future.exception(POLL_INTERVAL)
+        except concurrent.futures.TimeoutError:
+            if disconnected():
+                raise ClientDisconnected from None
+            continue
+        if problem is not None:
+            raise problem.with_traceback(None)  # other threads raise the same one
+        return future.result()
 
 
 def _is_reachable(backend, disconnected):
@@ -6174,9 +6178,9 @@ STALL_SECONDS = 60.0  # without a byte in the middle of a body; as nginx
 MAX_UNREAD_BODY = 1 << 20  # bytes of a body that are read though they are not needed
 READ_SIZE = 1 << 13  # bytes read at once of heads and of bodies of unknown length
 BUFFER_SIZE = 1 << 18  # bytes read at once of other bodies
+END_SIZE = 1 << 11  # bytes of an answer's begin and end that are kept
 EARLY_HEAD_AFTER = 3.0  # s; until then a failure keeps its true status
 TLS_HELLO = b"\x16\x03"  # how a client begins that means https
-COMMENT = b":\n\n"
 COMMENT_EVERY = 10.0  # s; the shortest header timeout seen in clients is 30 s
 STALL_CHECK_AFTER = 5.0  # s of silence until a backend is checked for a hang
 
@@ -6185,7 +6189,6 @@ HOP_BY_HOP = frozenset(
     "proxy-authenticate proxy-authorization expect".split()
 )
 
-REASONS = {499: "Client Closed Request"}  # nginx's, unknown to http.HTTPStatus
 Headers = List[Tuple[str, str]]
 
 
@@ -6195,10 +6198,8 @@ _TIMEOUTS = (BlockingIOError, TimeoutError, socket.timeout)  # of POLL_INTERVAL
 
 
 class StallMonitor:
-    """To be called whenever POLL_INTERVAL passed without progress. Raises `problem`, or
-    calls it if it is no exception, once that has lasted `seconds`.
-
-    Calls `on_tick` each time.
+    """To be called whenever POLL_INTERVAL passed without progress: calls `on_tick` and,
+    once that has lasted `seconds`, raises `problem`, or calls it if it is no exception.
     """
 
     def __init__(self, seconds: float, problem, on_tick=lambda: None):
@@ -6329,31 +6330,14 @@ _VERSION = rb"HTTP/1\.(?P<minor>[01])"
 _REQUEST_LINE = re.compile(
     rb"(?P<method>%b) (?P<target>[!-~\x80-\xff]+) %b" % (_TOKEN, _VERSION)
 )
+_ABSOLUTE_FORM = re.compile("(?i)https?://([^/?]+)(/[^?]*)?([?].*)?")  # to proxies
 _STATUS_LINE = re.compile(
     rb"%b (?P<status>[1-5][0-9][0-9])(?: (?P<reason>%b))?" % (_VERSION, _TEXT)
 )
 
 
-def parse_head(head: bytes, start_line: "re.Pattern") -> Tuple["re.Match", Headers]:
-    """Return the match of the start line and the headers, names in lower case.
-
-    Raise BadRequest for anything but strict HTTP/1: no folding, no bare CR or LF, no
-    blank before a colon. Raise HeadersTooLarge.
-    """
-    line_end = head.index(b"\r\n")
-    start = start_line.fullmatch(head, 0, line_end)
-    if not start:
-        raise BadRequest(f"not an HTTP/1 start line: {head[:line_end][:200]!r}")
-    if not _HEADER_LINES.fullmatch(head, line_end + 2):
-        raise BadRequest("a header line is malformed")
-    headers = _HEADER.findall(head[line_end + 2 :].decode("latin-1"))
-    if len(headers) > LINES_LIMIT:
-        raise HeadersTooLarge(f"more than {LINES_LIMIT} header lines")
-    return start, [(name.lower(), value) for name, value in headers]
-
-
 def as_chunk(piece) -> bytes:
-    """Return bytes, at least one, as a chunk of a body."""
+    """Return bytes as a chunk of a body; none are its end."""
     return b"%x\r\n%b\r\n" % (len(piece), piece)
 
 
@@ -6390,9 +6374,7 @@ def framing_of(headers: Headers, default: Optional[int]) -> Tuple[Optional[int],
         return int(value), False
     if not more and name == "transfer-encoding" and value.lower() == "chunked":
         return None, True
-    raise BadRequest(
-        "a body needs one Content-Length, or `Transfer-Encoding: chunked` alone"
-    )
+    raise BadRequest("a body needs one Content-Length, or chunked Transfer-Encoding alone")
 
 
 def is_event_stream(headers: Mapping[str, str]) -> bool:
@@ -6403,23 +6385,32 @@ def is_event_stream(headers: Mapping[str, str]) -> bool:
 
 
 class Head:
-    """A head, strictly read.
+    """A head of strict HTTP/1: no folding, no bare CR or LF, no blank before a colon.
+    Raise BadRequest, HeadersTooLarge.
 
     `headers` are without those that `length` and `is_chunked` stand for; their names
     are in lower case. A body of unknown length that is not chunked ends with the
-    connection. `is_persistent`: the connection may serve another request.
+    connection. `is_persistent`: the connection may serve another request, which that of
+    HTTP/1.0 never does.
     """
 
     def __init__(self, raw: bytes, start_line: "re.Pattern", default: Optional[int]):
-        self.start, headers = parse_head(raw, start_line)
+        line_end = raw.index(b"\r\n")
+        self.start = start_line.fullmatch(raw, 0, line_end)
+        if not self.start:
+            raise BadRequest(f"not an HTTP/1 start line: {raw[:line_end][:200]!r}")
+        if not _HEADER_LINES.fullmatch(raw, line_end + 2):
+            raise BadRequest("a header line is malformed")
+        lines = _HEADER.findall(raw[line_end + 2 :].decode("latin-1"))
+        if len(lines) > LINES_LIMIT:
+            raise HeadersTooLarge(f"more than {LINES_LIMIT} header lines")
+        headers = [(name.lower(), value) for name, value in lines]
         self.is_http_10 = self.start["minor"] == b"0"
         self.length, self.is_chunked = framing_of(headers, default)
         self.headers = [each for each in headers if each[0] not in _FRAMING_HEADERS]
         self._first = dict(reversed(self.headers))
         self.connection = ", ".join(self.all("connection")).lower()
-        self.is_persistent = "close" not in self.connection
-        if self.is_http_10:
-            self.is_persistent = "keep-alive" in self.connection
+        self.is_persistent = "close" not in self.connection and not self.is_http_10
 
     def get(self, name: str) -> str:
         """Return the first value of a header, or an empty string."""
@@ -6444,19 +6435,15 @@ class Request(Head):
             raise BadRequest("a request must have one Host")
         is_asterisk = self.target == "*" and self.method == "OPTIONS"
         if not self.target.startswith("/") and not is_asterisk:
-            self.target = self._origin_form()
+            url = _ABSOLUTE_FORM.fullmatch(self.target)
+            if not url or url[1].lower() != self.get("host").lower():
+                raise BadRequest("the target must be a path, or a URL of this very host")
+            self.target = (url[2] or "/") + (url[3] or "")
         self.path, _, self.query = self.target.partition("?")
         # other upgrades (Java's to HTTP/2) are ignored, as RFC 9110 allows
         is_websocket = self.get("upgrade").lower() == "websocket"
         is_upgrade = "upgrade" in self.connection and is_websocket
         self.is_upgrade = is_upgrade and self.method == "GET"
-
-    def _origin_form(self):
-        """Return path and query of an absolute target, as sent to proxies."""
-        url = re.fullmatch("(?i)https?://([^/?]+)(/[^?]*)?([?].*)?", self.target)
-        if not url or url.group(1).lower() != self.get("host").lower():
-            raise BadRequest("the target must be a path, or a URL of this very host")
-        return (url.group(2) or "/") + (url.group(3) or "")
 
     def drop_slash(self, paths: Iterable[str]):
         """Make /path/ mean /path if that is one of these."""
@@ -6496,8 +6483,7 @@ def read_payload(reader: SocketReader, head: Head, held_back=0) -> Iterable[byte
     if head.length is not None:
         yield from _read_exactly(reader, head.length)
     else:
-        while piece := reader.receive():
-            yield piece
+        yield from iter(reader.receive, b"")
 
 
 def _read_exactly(reader, left, held_back=0):
@@ -6519,14 +6505,13 @@ class Body:
     `coding` is its content coding, "" once that was undone.
 
     Raises ClientDisconnected, BadRequest, PayloadTooLarge, RequestTimeout and, at once,
-    UnsupportedCoding. After such an error it cannot be read on: its connection is lost.
+    UnsupportedCoding. After such an error it cannot be read on.
     """
 
     def __init__(self, reader: SocketReader, request: Request, limit: int):
         self._reader = reader
         self._limit = limit
         self._pieces = read_payload(reader, request)
-        self._is_lost = False
         self.length = request.length
         coding = request.get("content-encoding").lower()
         self.coding = "" if self.length == 0 else coding
@@ -6536,8 +6521,6 @@ class Body:
         self._check_size(self.length or 0)
         expected = request.get("expect").lower()
         self._expects = expected == "100-continue" and not request.is_http_10
-        stalled = RequestTimeout(f"the body stalled for {STALL_SECONDS:g} s")
-        self._stall = StallMonitor(STALL_SECONDS, stalled)
         self.held = bytearray()
         self.received = 0  # bytes of payload
         self.is_complete = self.length == 0
@@ -6558,24 +6541,17 @@ class Body:
         if self.coding in ("", "identity"):
             return
         self.hold(sys.maxsize)
-        self.held = bytearray(self._decoded(bytes(self.held)))
-        self.coding, self.length = "", len(self.held)
-
-    def _decoded(self, data):
-        """Return the payload; of gzip it may be in several members."""
+        data = bytes(self.held)
         is_raw = data[:1] and data[0] & 15 != 8 and data[:1] != b"\x1f"
-        payload = b""
+        decoder = zlib.decompressobj(-15 if is_raw else 47)
         try:
-            while data:
-                decoder = zlib.decompressobj(-15 if is_raw else 47)
-                payload += decoder.decompress(data, self._limit + 1 - len(payload))
-                self._check_size(len(payload))
-                if not decoder.eof:
-                    raise BadRequest("the content coding of the body ends too early")
-                data = decoder.unused_data
+            self.held = bytearray(decoder.decompress(data, self._limit + 1))
         except zlib.error as error:
             raise BadRequest(f"the content coding of the body: {error}") from None
-        return payload
+        self._check_size(len(self.held))
+        if not decoder.eof or decoder.unused_data:
+            raise BadRequest("the content coding of the body ends too early or too late")
+        self.coding, self.length = "", len(self.held)
 
     def rest(self) -> Iterable[bytes]:
         """Yield what is not held, as it comes; then the body cannot be sent again."""
@@ -6584,47 +6560,28 @@ class Body:
 
     def _next_piece(self):
         """Return the next bytes of the payload: none at its end."""
-        self._stall.restart()
-        self._reader.on_timeout = self._stall
+        stalled = RequestTimeout(f"the body stalled for {STALL_SECONDS:g} s")
+        self._reader.on_timeout = StallMonitor(STALL_SECONDS, stalled)
         try:
             if self._expects:
                 self._expects = False
                 self._reader.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             piece = next(self._pieces, b"")
-            self.received += len(piece)
-            self._check_size(self.received)
         except (OSError, EOFError):
             raise ClientDisconnected from None
-        except APIError:
-            self._is_lost = True
-            raise
+        self.received += len(piece)
+        self._check_size(self.received)
         self.is_complete = not piece or self.received == self.length
         return piece
-
-    @property
-    def can_be_skipped(self) -> bool:
-        """Whether what is left can be read and forgotten at small cost."""
-        if self.is_complete:
-            return True
-        is_short = self.length is None or self.length - self.received <= MAX_UNREAD_BODY
-        return is_short and not self._expects and not self._is_lost
-
-    def skip(self) -> bool:
-        """Read and forget what is left if that is little; return whether the connection
-        is at the next request."""
-        end = self.received + MAX_UNREAD_BODY
-        while not self.is_complete and self.can_be_skipped and self.received < end:
-            self._next_piece()
-        return self.is_complete
 
 
 # -- the model's name ------------------------------------------------------------------
 
 
-def json_or(raw, fallback):
+def json_or(raw: bytes, fallback):
     """Return the JSON value in these bytes, or the fallback if there is none."""
     try:
-        return json.loads(bytes(raw))
+        return json.loads(raw)
     except (ValueError, RecursionError):
         return fallback
 
@@ -6667,11 +6624,14 @@ def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
         size *= 4
 
 
+_LENIENT = json.JSONDecoder(strict=False)  # lets newlines stand in texts
+
+
 def _find_in_json(data, _content_type):
     if not data:
         return RequestInfo()
     try:
-        members = json.loads(str(data, "utf-8-sig"), strict=False)
+        members = _LENIENT.decode(str(data, "utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error}") from None
     if not isinstance(members, dict):
@@ -6722,9 +6682,8 @@ def edited_json(members: Mapping[str, object], edits: BodyEdits) -> bytes:
     if edits.model is not None:
         laid_over["model"] = edits.model
     left = {key: value for key, value in members.items() if key not in edits.removed}
-    filled = merged(dict(edits.defaults), left)
-    ordered = {key: filled[key] for key in (*left, *filled)}
-    return _dump(merged(ordered, laid_over))
+    filled = merged(left, merged(dict(edits.defaults), left))
+    return _dump(merged(filled, laid_over))
 
 
 def merged(old, new):
@@ -6763,12 +6722,9 @@ class UpstreamResponse(Head):
     def __init__(self, reader: SocketReader, method: str):
         self.reader = reader
         self.is_over = False  # read to its end, and the connection can serve another
-        for _ in range(LINES_LIMIT):
+        self._read_head()
+        while self.status < 200 and self.status != 101:
             self._read_head()
-            if self.status >= 200 or self.status == 101:
-                break
-        else:
-            raise Truncated("its answer is not HTTP: interim answers without end")
         self.is_event_stream = is_event_stream(self._first)
         if self.status in (101, 204, 304):
             self.length, self.is_chunked = 0, False
@@ -6802,33 +6758,6 @@ class UpstreamResponse(Head):
 
 # -- the answer, written to the client -------------------------------------------------
 
-_EVENT_STREAM = [
-    ("content-type", "text/event-stream"),
-    ("cache-control", "no-cache"),
-    ("x-accel-buffering", "no"),
-]
-
-
-class HeadAndTail:
-    """The first and the last SIZE bytes of a payload."""
-
-    SIZE = 2048
-
-    def __init__(self):
-        self._first = self._last = b""
-        self._added = 0
-
-    def add(self, piece: bytes):
-        """Take the next piece."""
-        missing = self.SIZE - len(self._first)
-        self._first += piece[:missing]
-        self._last = (self._last + piece[missing:])[-self.SIZE :]
-        self._added += len(piece)
-
-    def __bytes__(self):
-        gap = b"\0" if self._added > 2 * self.SIZE else b""
-        return self._first + gap + self._last
-
 
 class ClientResponse:
     """One answer to one request, framed as the client can read it. One thread uses it.
@@ -6843,19 +6772,17 @@ class ClientResponse:
     is_early = False  # the head was sent before the backend's was known
     notice = None  # gives events to send, instead of comments, after that early head
     first_at = None  # when the first piece of payload was sent
-    is_broken = False
-    problem = None  # why it is broken
+    problem = None  # why it broke off
     is_cancelled = False  # set by another thread to end the request
     sent = 0  # bytes of payload
     _head = b""  # waits for the first piece
-    _is_chunked = False
+    _is_chunked = _is_counted = False
     _is_events = False
-    _left = None  # bytes of payload that are still promised
+    _first = _last = b""  # bytes of the payload
 
     def __init__(self, sock: socket.socket, request: Optional[Request], extra: Headers):
         self.sock = sock
         self.extra = extra
-        self.ends = HeadAndTail()  # of the payload
         self.is_persistent = request is not None and request.is_persistent
         self._is_http_10 = request is not None and request.is_http_10
         self._is_head = request is not None and request.method == "HEAD"
@@ -6864,34 +6791,31 @@ class ClientResponse:
 
     def begin(self, status: int, reason: str, headers: Headers, length: Optional[int]):
         """Set the head; it goes out with the first piece, or by `flush`."""
-        self.status, self._left = status, length
+        self.status, self._is_counted = status, length is not None
         self._is_events = length is None and is_event_stream(dict(headers))
         framing = []
         if length is not None:
             if status not in (101, 204, 304):
                 framing.append(("content-length", str(length)))
-        elif self._is_http_10 and not self._is_head:
-            self.is_persistent = False  # the end of the connection delimits the body
-        elif not self._is_head:
+        elif not (self._is_http_10 or self._is_head):
             self._is_chunked = True
             framing.append(("transfer-encoding", "chunked"))
         if status != 101 and not self.is_persistent:
             framing.append(("connection", "close"))
-        elif self._is_http_10:
-            framing.append(("connection", "keep-alive"))
         start = f"HTTP/1.1 {status} {reason}"
         self._head = render_head(start, headers + self.extra + framing)
 
     def answer(self, status: int, headers: Headers, payload: bytes):
         """Send an answer that is there as a whole."""
-        phrase = REASONS.get(status) or http.HTTPStatus(status).phrase
+        phrase = http.client.responses.get(status, "Client Closed Request")  # nginx: 499
         self.begin(status, phrase, headers, len(payload))
         self.send(payload)
         self.end()
 
     def begin_events(self):
         """Begin a stream of events that is not (or not yet) a backend's."""
-        self.begin(200, "OK", _EVENT_STREAM, None)
+        headers = [("content-type", "text/event-stream"), ("cache-control", "no-cache")]
+        self.begin(200, "OK", [*headers, ("x-accel-buffering", "no")], None)
 
     def send(self, piece):
         """Send a piece of payload, with the head if it still waits."""
@@ -6901,16 +6825,21 @@ class ClientResponse:
         if not self.sent:
             self.first_at = time.monotonic()
         self.sent += len(piece)
-        if self._left is not None:
-            self._left -= len(piece)
-        self.ends.add(piece)
+        missing = END_SIZE - len(self._first)
+        self._first += piece[:missing]
+        self._last = (self._last + piece[missing:])[-END_SIZE:]
         self._put_framed(piece)
+
+    @property
+    def ends(self) -> bytes:
+        """The first and the last END_SIZE bytes of the payload; between them a zero if
+        there were more."""
+        gap = b"\0" if self.sent > 2 * END_SIZE else b""
+        return self._first + gap + self._last
 
     def end(self):
         """The answer is complete."""
-        self._put(b"0\r\n\r\n" if self._is_chunked else b"")
-        if self._left and not self._is_head:
-            self.is_persistent = False  # less than was promised: the client must notice
+        self._put_framed(b"")
 
     def flush(self):
         """Send the head if it still waits for a first piece."""
@@ -6932,8 +6861,7 @@ class ClientResponse:
 
     def heartbeat(self):
         """To be called every POLL_INTERVAL while nothing flows, so that the client does
-        not give up. Raise ClientDisconnected if it has.
-        """
+        not give up. Raise ClientDisconnected if it has."""
         if has_disconnected(self.sock):
             raise ClientDisconnected
         self._check_cancelled()
@@ -6945,7 +6873,7 @@ class ClientResponse:
         if self._is_events and self._is_between_events():
             is_waiting = self.is_early and not self.sent
             event = self.notice() if self.notice and is_waiting else b""
-            event = event or (COMMENT if is_due else b"")
+            event = event or (b":\n\n" if is_due else b"")
             if event:
                 self._put_framed(event)
 
@@ -6956,13 +6884,13 @@ class ClientResponse:
             raise RequestCancelled("the request was cancelled by hand")
 
     def _is_between_events(self):
-        sent = b"\n\n" + bytes(self.ends)
+        sent = b"\n\n" + self.ends
         return sent.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
 
     @property
     def is_within_line(self) -> bool:
         """Whether the last event cannot be complete."""
-        return self._is_events and bytes(self.ends)[-1:] not in (b"", b"\n", b"\r")
+        return self._is_events and self.ends[-1:] not in (b"", b"\n", b"\r")
 
     def error_event(self, body: dict) -> bytes:
         """Return an event that the client's SDK raises as this error."""
@@ -6981,8 +6909,8 @@ class ClientResponse:
                 self.send(self.error_event(error_body(problem)))
             self.flush()
         self.is_persistent = False
-        self.is_broken, self.problem = True, problem
-        if not self._is_chunked and self._left is None:
+        self.problem = problem
+        if not self._is_chunked and not self._is_counted:
             linger = struct.pack("ii", 1, 0)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.sock.close()  # now: a shutdown() would end the stream cleanly
@@ -6990,14 +6918,8 @@ class ClientResponse:
 
 def error_body(problem: APIError) -> dict:
     """Return what OpenAI's clients expect of an error."""
-    return {
-        "error": {
-            "message": str(problem),
-            "type": problem.type,
-            "param": problem.param,
-            "code": problem.code,
-        }
-    }
+    more = {"type": problem.type, "param": problem.param, "code": problem.code}
+    return {"error": {"message": str(problem), **more}}
 
 
 # -- one request to a backend, one answer back -----------------------------------------
@@ -7078,13 +7000,12 @@ def _ask(outgoing, upstream, monitor):
             if answer.status == 101 and "upgrade" not in dict(outgoing.headers):
                 raise Truncated("it switched protocols unasked")
             return answer
-        except (OSError, Truncated) as error:
+        except BaseException as error:
             upstream.drop(sock)
+            if not isinstance(error, (OSError, Truncated)):
+                raise
             if not (was_used and reader.is_untouched):
                 raise BackendDied(f"the backend gave no answer: {error}") from None
-        except BaseException:
-            upstream.drop(sock)
-            raise
 
 
 def _send(outgoing, upstream, sock, monitor):
@@ -7106,7 +7027,7 @@ def _send(outgoing, upstream, sock, monitor):
                 piece = as_chunk(piece)
             send_all(sock, piece, monitor)
         if is_chunked:
-            send_all(sock, b"0\r\n\r\n", monitor)
+            send_all(sock, as_chunk(b""), monitor)
     except (BrokenPipeError, ConnectionResetError):
         pass  # it may have answered before it read all: the answer says why
 
@@ -7169,35 +7090,22 @@ def _tunnel(answer, reply):
     reply.is_persistent = False
     reply.begin(101, answer.reason, _response_headers(answer) + upgrade, 0)
     reply.flush()
-    with contextlib.suppress(OSError):  # the other connection is to be closed too
-        _copy_both_ways(reply.sock, answer.reader.sock, answer.reader.held)
+    client, backend = SocketReader(reply.sock), answer.reader
+    backend.on_timeout = client.on_timeout
+    upload = start_thread(_copy, "upload", client, backend)
+    _copy(backend, client)
+    upload.join()
 
 
-def _copy_both_ways(client, backend, leftover):
-    """Copy bytes; neither way waits for the other. `leftover` is for the client."""
-    sides = {client.fileno(): (client, backend), backend.fileno(): (backend, client)}
-    unsent = {client: leftover, backend: b""}  # one read of each, at most
-    while True:
-        waiter = select.poll()
-        for mine, theirs in sides.values():
-            wanted = select.POLLOUT if unsent[mine] else 0
-            wanted |= 0 if unsent[theirs] else select.POLLIN
-            if wanted:
-                waiter.register(mine, wanted)
-        ready = waiter.poll(STALL_SECONDS * 1000 if any(unsent.values()) else None)
-        if not ready:
-            return  # one side does not read
-        for fd, events in ready:
-            mine, theirs = sides[fd]
-            try:
-                if unsent[mine] and events & ~select.POLLIN:
-                    unsent[mine] = unsent[mine][mine.send(unsent[mine]) :]
-                elif not unsent[theirs]:
-                    unsent[theirs] = mine.recv(65536)
-                    if not unsent[theirs]:
-                        return
-            except _TIMEOUTS:
-                continue  # not ready after all
+def _copy(source, target):
+    """Copy bytes until either connection ends; then end both."""
+    monitor = StallMonitor(STALL_SECONDS, ClientDisconnected())
+    with contextlib.suppress(ClientDisconnected, OSError):
+        while piece := source.receive():
+            send_all(target.sock, piece, monitor)
+    for reader in (source, target):
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(reader.sock, socket.SHUT_RDWR)
 
 
 # ==================================================================================
@@ -8953,6 +8861,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         error = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
         self.head_timeout = StallMonitor(HEAD_SECONDS, error)
         self.is_unread = False  # part of a body, which the client may still be sending
+        self.is_on_loopback = _is_loopback(self.request.getsockname())
         if self.request.family != socket.AF_UNIX:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         set_socket_timeouts(self.request)
@@ -8964,7 +8873,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def finish(self):
         """Let the client read our answer, even if it still sends."""
-        if self.is_unread and not self.reply.is_broken:
+        if self.is_unread and not self.reply.problem:
             lingering_close(self.request)
 
     def handle_one_request(self):
@@ -9022,12 +8931,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return True
 
     def _finish_request(self):
-        """Read the rest of the body if it is short, so that another may follow."""
+        """Find out whether another request may follow."""
         body, self.body, self.wire.on_timeout = self.body, None, self.head_timeout
-        if body is not None and self.reply.is_persistent:
-            with contextlib.suppress(APIError):
-                self.close_connection = not body.skip()
         self.is_unread = body is None or not body.is_complete
+        self.close_connection = self.is_unread or not self.reply.is_persistent
 
     def _log_if_slow(self):
         seconds = (self.reply.first_at or self.began) - self.began
@@ -9043,7 +8950,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         reply = self.reply
         if reply is None or (self.model is None and reply.status < 400):
             return
-        status = 502 if reply.is_broken else reply.status or 500
+        status = 502 if reply.problem else reply.status or 500
         status = 499 if isinstance(self.error, RequestCancelled) else status
         seconds = time.monotonic() - self.began
         usage = self.usage if status < 300 else Usage()
@@ -9106,7 +9013,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
             error = APIError(f"{kind}{error}")
         reply = self.reply = self.reply or ClientResponse(self.request, None, [])
-        if self.body is None or not self.body.can_be_skipped:
+        if self.body is None or not self.body.is_complete:
             reply.is_persistent = False
         if not reply.status:
             self._send_error(error)
@@ -9176,7 +9083,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _is_host_allowed(self, host):
         allowed, name = self.config.settings.allowed_hosts, _host_name(host)
-        if "*" in allowed or not _is_loopback(self.request.getsockname()):
+        if "*" in allowed or not self.is_on_loopback:
             return True
         return not name or name in allowed or _is_address(name)
 
@@ -9218,7 +9125,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _check_may_load(self, model):
         """For GETs: they may load the model only if no foreign page asks for it."""
-        if self.pool.state_of(model) is not State.LOADED:
+        is_get = self.head.method in SAFE_METHODS
+        if is_get and self.pool.state_of(model) is not State.LOADED:
             self._check_not_from_a_page()
 
     def _given_keys(self):
@@ -9587,7 +9495,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.pool.keep_alive(backend.model, idle_timeout)
                 try:
                     self._relay(outgoing, backend, transform_of)
-                    self.usage = usage_in(bytes(self.reply.ends))
+                    self.usage = usage_in(self.reply.ends)
                     backend.record_answer(self.usage)
                     return self._log_if_slow()
                 except BackendDied as error:
