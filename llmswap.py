@@ -6236,26 +6236,25 @@ class SocketReader:
     def receive(self, size=READ_SIZE) -> bytes:
         """Return the next bytes, at most `size`; b"" at the end of the stream."""
         piece, self.held = self.held[:size], self.held[size:]
-        return piece or self._receive_new(size)
-
-    def _receive_new(self, size=READ_SIZE):
-        while True:
+        while not piece:
             try:
                 return self.sock.recv(size)
             except _TIMEOUTS:
                 self.on_timeout()
+        return piece
 
     def line(self, form: "re.Pattern") -> "re.Match":
         """Take a line, which must have this form. Raise BadRequest, EOFError."""
-        while b"\n" not in self.held[:LINE_LIMIT]:
-            if len(self.held) >= LINE_LIMIT:
-                raise BadRequest("a line between chunks is too long")
-            piece = self._receive_new()
+        line = newline = b""
+        while not newline:
+            piece = self.receive()
             if not piece:
                 raise EOFError("the connection closed between two chunks")
-            self.held += piece
-        line, _, self.held = self.held.partition(b"\n")
-        match = form.fullmatch(line + b"\n")
+            line, newline, rest = (line + piece).partition(b"\n")
+            self.held = rest + self.held
+            if len(line) >= LINE_LIMIT:
+                raise BadRequest("a line between chunks is too long")
+        match = form.fullmatch(line + newline)
         if not match:
             raise BadRequest(f"chunks or trailer malformed at {line[:40]!r}")
         return match
@@ -6282,7 +6281,6 @@ class SocketReader:
             piece = self.receive()
             if not piece:
                 return b""
-            self.on_timeout()  # a head sent byte by byte is late as well
             self.is_untouched = False
             data = _EMPTY_LINES.sub(b"", data + piece)
             end = data.find(b"\r\n\r\n", searched)
@@ -6294,6 +6292,8 @@ class SocketReader:
                 raise HeadersTooLarge(f"the head is larger than {HEAD_LIMIT} bytes")
             if end < 0 and _ILLEGAL_IN_HEAD.search(data, searched):
                 raise BadRequest("this is not HTTP/1 in lines that end with CRLF")
+            if end < 0:
+                self.on_timeout()  # a head sent byte by byte is late as well
         self.held = data[end + 4 :] + self.held
         return data[: end + 4]
 
@@ -6330,7 +6330,6 @@ _VERSION = rb"HTTP/1\.(?P<minor>[01])"
 _REQUEST_LINE = re.compile(
     rb"(?P<method>%b) (?P<target>[!-~\x80-\xff]+) %b" % (_TOKEN, _VERSION)
 )
-_ABSOLUTE_FORM = re.compile("(?i)https?://([^/?]+)(/[^?]*)?([?].*)?")  # to proxies
 _STATUS_LINE = re.compile(
     rb"%b (?P<status>[1-5][0-9][0-9])(?: (?P<reason>%b))?" % (_VERSION, _TEXT)
 )
@@ -6357,6 +6356,7 @@ def end_to_end(headers: Headers) -> Headers:
 
 
 _FRAMING_HEADERS = ("content-length", "transfer-encoding")
+_LENGTH = re.compile("[0-9]{1,18}")
 
 
 def framing_of(headers: Headers, default: Optional[int]) -> Tuple[Optional[int], bool]:
@@ -6370,7 +6370,7 @@ def framing_of(headers: Headers, default: Optional[int]) -> Tuple[Optional[int],
     if not framing:
         return default, False
     (name, value), *more = framing
-    if not more and name == "content-length" and re.fullmatch("[0-9]{1,18}", value):
+    if not more and name == "content-length" and _LENGTH.fullmatch(value):
         return int(value), False
     if not more and name == "transfer-encoding" and value.lower() == "chunked":
         return None, True
@@ -6433,12 +6433,8 @@ class Request(Head):
         hosts = self.all("host")
         if len(hosts) > 1 or not (hosts or self.is_http_10):
             raise BadRequest("a request must have one Host")
-        is_asterisk = self.target == "*" and self.method == "OPTIONS"
-        if not self.target.startswith("/") and not is_asterisk:
-            url = _ABSOLUTE_FORM.fullmatch(self.target)
-            if not url or url[1].lower() != self.get("host").lower():
-                raise BadRequest("the target must be a path, or a URL of this very host")
-            self.target = (url[2] or "/") + (url[3] or "")
+        if not self.target.startswith("/"):
+            raise BadRequest("the target must be a path: this is no forward proxy")
         self.path, _, self.query = self.target.partition("?")
         # other upgrades (Java's to HTTP/2) are ignored, as RFC 9110 allows
         is_websocket = self.get("upgrade").lower() == "websocket"
@@ -7022,10 +7018,8 @@ def _send(outgoing, upstream, sock, monitor):
     rest = outgoing.rest.rest() if outgoing.rest is not None else ()
     try:
         send_all(sock, head, monitor)
-        for piece in itertools.chain(held, rest):
-            if is_chunked and len(piece):
-                piece = as_chunk(piece)
-            send_all(sock, piece, monitor)
+        for piece in filter(len, itertools.chain(held, rest)):
+            send_all(sock, as_chunk(piece) if is_chunked else piece, monitor)
         if is_chunked:
             send_all(sock, as_chunk(b""), monitor)
     except (BrokenPipeError, ConnectionResetError):
@@ -9699,9 +9693,12 @@ def _is_loopback(address):
     )
 
 
+_HOST = re.compile(r"(\[[^]]*\]|[^:]*)(?::[0-9]*)?")
+
+
 def _host_name(host):
     """Return the name in a Host, without its port; "?" if it is none."""
-    match = re.fullmatch(r"(\[[^]]*\]|[^:]*)(?::[0-9]*)?", host)
+    match = _HOST.fullmatch(host)
     return match[1].lower() if match else "?"
 
 
