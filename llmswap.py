@@ -6330,6 +6330,7 @@ _VERSION = rb"HTTP/1\.(?P<minor>[01])"
 _REQUEST_LINE = re.compile(
     rb"(?P<method>%b) (?P<target>[!-~\x80-\xff]+) %b" % (_TOKEN, _VERSION)
 )
+_ABSOLUTE_FORM = re.compile("(?i)https?://([^/?]+)(/[^?]*)?([?].*)?")  # to proxies
 _STATUS_LINE = re.compile(
     rb"%b (?P<status>[1-5][0-9][0-9])(?: (?P<reason>%b))?" % (_VERSION, _TEXT)
 )
@@ -6374,7 +6375,7 @@ def framing_of(headers: Headers, default: Optional[int]) -> Tuple[Optional[int],
         return int(value), False
     if not more and name == "transfer-encoding" and value.lower() == "chunked":
         return None, True
-    raise BadRequest("a body needs one Content-Length, or chunked Transfer-Encoding alone")
+    raise BadRequest("a body needs one Content-Length, or Transfer-Encoding: chunked")
 
 
 def is_event_stream(headers: Mapping[str, str]) -> bool:
@@ -6433,8 +6434,12 @@ class Request(Head):
         hosts = self.all("host")
         if len(hosts) > 1 or not (hosts or self.is_http_10):
             raise BadRequest("a request must have one Host")
-        if not self.target.startswith("/"):
-            raise BadRequest("the target must be a path: this is no forward proxy")
+        is_asterisk = self.target == "*" and self.method == "OPTIONS"
+        if not self.target.startswith("/") and not is_asterisk:
+            url = _ABSOLUTE_FORM.fullmatch(self.target)
+            if not url or url[1].lower() != self.get("host").lower():
+                raise BadRequest("the target must be a path, or a URL of this host")
+            self.target = (url[2] or "/") + (url[3] or "")
         self.path, _, self.query = self.target.partition("?")
         # other upgrades (Java's to HTTP/2) are ignored, as RFC 9110 allows
         is_websocket = self.get("upgrade").lower() == "websocket"
@@ -6469,11 +6474,11 @@ def read_payload(reader: SocketReader, head: Head, held_back=0) -> Iterable[byte
     bytes only when they are whole. Raise EOFError if it ends too early, BadRequest.
     """
     if head.is_chunked:
-        while size := int(reader.line(_CHUNK_SIZE).group(1), 16):
+        while size := int(reader.line(_CHUNK_SIZE)[1], 16):
             yield from _read_exactly(reader, size, held_back)
             reader.line(_CHUNK_END)
         for _ in range(LINES_LIMIT):
-            if reader.line(_TRAILER).group() == b"\r\n":
+            if reader.line(_TRAILER)[0] == b"\r\n":
                 return
         raise BadRequest(f"more than {LINES_LIMIT} lines of a trailer")
     if head.length is not None:
@@ -6546,7 +6551,7 @@ class Body:
             raise BadRequest(f"the content coding of the body: {error}") from None
         self._check_size(len(self.held))
         if not decoder.eof or decoder.unused_data:
-            raise BadRequest("the content coding of the body ends too early or too late")
+            raise BadRequest("the content coding of the body ends too early or late")
         self.coding, self.length = "", len(self.held)
 
     def rest(self) -> Iterable[bytes]:
@@ -6648,10 +6653,10 @@ def _find_in_form(data, content_type):
     boundary = _BOUNDARY.search(content_type)
     if not boundary:
         raise BadRequest("multipart/form-data without a boundary")
-    delimiter = b"--" + (boundary.group(1) or boundary.group(2)).encode("latin-1")
+    delimiter = b"--" + (boundary[1] or boundary[2]).encode("latin-1")
     part = re.compile(re.escape(delimiter) + rb"\r\n((?:[^\r\n]+\r\n)*)\r\n")
     for match in part.finditer(data):
-        if _MODEL_FIELD.search(match.group(1)):
+        if _MODEL_FIELD.search(match[1]):
             start, end = match.end(), data.find(b"\r\n" + delimiter, match.end() - 2)
             if end >= 0:
                 model = data[start:end].decode("utf-8", "replace")
@@ -6790,12 +6795,11 @@ class ClientResponse:
         self.status, self._is_counted = status, length is not None
         self._is_events = length is None and is_event_stream(dict(headers))
         framing = []
-        if length is not None:
-            if status not in (101, 204, 304):
-                framing.append(("content-length", str(length)))
-        elif not (self._is_http_10 or self._is_head):
+        if length is None and not (self._is_http_10 or self._is_head):
             self._is_chunked = True
             framing.append(("transfer-encoding", "chunked"))
+        elif length is not None and status not in (101, 204, 304):
+            framing.append(("content-length", str(length)))
         if status != 101 and not self.is_persistent:
             framing.append(("connection", "close"))
         start = f"HTTP/1.1 {status} {reason}"
@@ -6803,8 +6807,8 @@ class ClientResponse:
 
     def answer(self, status: int, headers: Headers, payload: bytes):
         """Send an answer that is there as a whole."""
-        phrase = http.client.responses.get(status, "Client Closed Request")  # nginx: 499
-        self.begin(status, phrase, headers, len(payload))
+        reason = http.client.responses.get(status, "Client Closed Request")  # of nginx
+        self.begin(status, reason, headers, len(payload))
         self.send(payload)
         self.end()
 
@@ -6934,10 +6938,7 @@ class UpstreamRequest(NamedTuple):
 
 
 def relay(
-    outgoing: UpstreamRequest,
-    backend: Backend,
-    reply: ClientResponse,
-    transform_of=lambda _: None,
+    outgoing: UpstreamRequest, backend: Backend, reply: ClientResponse, transform_of
 ):
     """Send the request to the backend and its answer to the client.
 
@@ -9566,10 +9567,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             length, rest = sum(map(len, held)), None
         return UpstreamRequest(self.head.method, target, [], held, length, rest)
 
-    def _relay(self, outgoing, backend, *more):
+    def _relay(self, outgoing, backend, transform_of=lambda _: None):
         key = backend.model.settings.proxy_key
         outgoing = outgoing._replace(headers=self._upstream_headers(key))
-        relay(outgoing, backend, self.reply, *more)
+        relay(outgoing, backend, self.reply, transform_of)
 
     def _upstream_headers(self, key):
         dropped = NOT_FORWARDED

@@ -6802,14 +6802,15 @@ SMUGGLING = [
     "GET / HTTP/1.2\nHost: x", "GET / HTTP/2.0\nHost: x", "GET / http/1.1\nHost: x",
     "G(T / HTTP/1.1\nHost: x", "GET x HTTP/1.1\nHost: x",
     "CONNECT x:80 HTTP/1.1\nHost: x:80", "GET http://y/ HTTP/1.1\nHost: x",
-    "GET http://x/ HTTP/1.1\nHost: x", "GET * HTTP/1.1\nHost: x",
-    "OPTIONS * HTTP/1.1\nHost: x",
+    "GET ftp://x/ HTTP/1.1\nHost: x", "GET * HTTP/1.1\nHost: x",
+    "OPTIONS ** HTTP/1.1\nHost: x",
 ]  # fmt: skip
 
 
 def test_targets_headers_and_query_are_read_as_their_senders_mean_them():
     for target, path, query in (
-        ("/a?b=http://c/d", "/a", "b=http://c/d"), ("//evil/a", "//evil/a", ""),
+        ("/a?b=http://c/d", "/a", "b=http://c/d"), ("http://x/a?b", "/a", "b"),
+        ("HTTP://X", "/", ""), ("http://x?q", "/", "q"), ("//evil/a", "//evil/a", ""),
     ):  # fmt: skip
         request = request_of(f"GET {target} HTTP/1.1\nHost: x")
         assert (request.path, request.query) == (path, query)
@@ -8359,6 +8360,9 @@ def access_given(client, words, request, fields):
     method, path = request.split()
     body = {"model": "a" if path == "/v1/x" else "hidden"} if method == "POST" else None
     answer = client.ask(method, path, body, fields)
+    if answer.headers.get("connection") == "close":  # a body that was not read
+        client.hang_up()
+        client.__init__(words["port"])
     allowed = answer.headers.get("access-control-allow-origin")
     assert allowed in (None, fields.get("Origin"))
     if answer.status == 403 and method != "HEAD":
