@@ -6446,13 +6446,6 @@ class Request(Head):
         is_upgrade = "upgrade" in self.connection and is_websocket
         self.is_upgrade = is_upgrade and self.method == "GET"
 
-    def drop_slash(self, paths: Iterable[str]):
-        """Make /path/ mean /path if that is one of these."""
-        path = self.path.rstrip("/")
-        if path != self.path and path in paths:
-            self.target = path + self.target[len(self.path) :]
-            self.path = path
-
     def parameter(self, name: str) -> Optional[str]:
         """Return the first value of a query parameter, or None."""
         if name not in self.query:
@@ -6577,14 +6570,6 @@ class Body:
 
 
 # -- the model's name ------------------------------------------------------------------
-
-
-def json_or(raw: bytes, fallback):
-    """Return the JSON value in these bytes, or the fallback if there is none."""
-    try:
-        return json.loads(raw)
-    except (ValueError, RecursionError):
-        return fallback
 
 
 class RequestInfo(NamedTuple):
@@ -7068,10 +7053,9 @@ def _pass_on_as_event(answer, reply):
     with contextlib.suppress(Truncated, StopIteration):
         while len(payload) <= MAX_UNREAD_BODY:
             payload += next(pieces)
-    body = json_or(payload, None)
-    if isinstance(body, dict) and "error" in body:
-        body = {"error": body["error"]}
-    else:
+    try:
+        body = {"error": json.loads(payload)["error"]}
+    except (LookupError, RecursionError, TypeError, ValueError):
         text = payload[:2000].decode("utf-8", "replace")
         text = f"the backend answered {answer.status} and no events: {text}"
         body = error_body(APIError(text))
@@ -7475,7 +7459,7 @@ def repair_body(body: bytes) -> bytes:
             if key not in cut:
                 member[name] = text = repair_arguments(member[name])
                 if name == "input" and text.startswith("{"):
-                    member[name] = json_or(text.encode(), text)
+                    member[name] = json.loads(text)
         for message in [choice["message"] for choice in payload.get("choices", ())]:
             if message.get("tool_calls") and message.get("content") == "":
                 message["content"] = None
@@ -8917,7 +8901,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not raw:
             return False
         self.head = self.headers = Request(raw)
-        self.head.drop_slash(ROUTES)
+        path = self.head.path.rstrip("/")
+        if path in ROUTES:  # with or without a slash
+            self.head.target = path + self.head.target[len(self.head.path) :]
+            self.head.path = path
         self.command, self.path = self.head.method, self.head.target
         self.request_version = "HTTP/1.0" if self.head.is_http_10 else "HTTP/1.1"
         self.reply = ClientResponse(self.request, self.head, self._cors_headers())
