@@ -10529,8 +10529,8 @@ class FileWatch:
         call on_change() on another thread. Return when it returned, or is late."""
         with self._lock:
             now = time.monotonic()
-            is_looking = self._look is not None and self._look.is_alive()
-            if now >= self._looked_at + WATCH_EVERY and not is_looking:
+            is_due = now >= self._looked_at + WATCH_EVERY
+            if is_due and not (self._look and self._look.is_alive()):
                 self._looked_at = now
                 look = functools.partial(self._find_change, on_change)
                 self._look = threading.Thread(target=look, name="watch", daemon=True)
