@@ -6391,8 +6391,7 @@ class Head:
 
     `headers` are without those that `length` and `is_chunked` stand for; their names
     are in lower case. A body of unknown length that is not chunked ends with the
-    connection. `is_persistent`: the connection may serve another request, which that of
-    HTTP/1.0 never does.
+    connection. `is_persistent`: it may serve another request (of HTTP/1.0: never).
     """
 
     def __init__(self, raw: bytes, start_line: "re.Pattern", default: Optional[int]):
@@ -6496,10 +6495,9 @@ def _read_exactly(reader, left, held_back=0):
 class Body:
     """A client's request body: `held`, the part that was read, then the rest.
 
-    `coding` is its content coding, "" once that was undone.
-
-    Raises ClientDisconnected, BadRequest, PayloadTooLarge, RequestTimeout and, at once,
-    UnsupportedCoding. After such an error it cannot be read on.
+    `coding` is its content coding, "" once that was undone. Raises ClientDisconnected,
+    BadRequest, PayloadTooLarge, RequestTimeout and, at once, UnsupportedCoding; then it
+    cannot be read on.
     """
 
     def __init__(self, reader: SocketReader, request: Request, limit: int):
