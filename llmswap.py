@@ -2664,9 +2664,10 @@ class Upstream:
 
     def mark_alive(self):
         """The backend gave a sign of life just now, such as a part of an answer."""
-        if self._has_slept():
+        suspended = suspended_seconds()
+        if suspended > self._suspended + 1.0:
             self._close_idle()
-        self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
+        self._seen_at, self._suspended = time.monotonic(), suspended
 
     def seen_within(self, seconds: float) -> bool:
         """Whether its last sign of life is no older, nor from before a suspension."""
@@ -5576,8 +5577,8 @@ class Pool:
         with self._lock:
             name = model.name if model else ""
             self._metrics.count_request(name, *counts, **amounts)
-            scheduled = model and self._scheduled(model)
-            if scheduled and speed is not None:
+            scheduled = self._scheduled(model) if model and speed is not None else None
+            if scheduled:
                 self._speeds[scheduled.name] = speed
             self._revise()
 
@@ -5849,8 +5850,9 @@ def _failure_text(problem, last):
 def _await_backend(future, disconnected):
     """Return the backend that is granted, None if it does not answer; raise why it is
     refused, or ClientDisconnected."""
-    while not concurrent.futures.wait([future], timeout=POLL_INTERVAL).done:
-        if disconnected():
+    while not future.done():
+        concurrent.futures.wait([future], timeout=POLL_INTERVAL)
+        if not future.done() and disconnected():
             raise ClientDisconnected
     problem = future.exception()
     if problem is not None:
@@ -5943,9 +5945,9 @@ STALL_SECONDS = 60.0  # without a byte in the middle of a body; as nginx
 MAX_UNREAD_BODY = 1 << 20  # bytes of a body that are read though they are not needed
 READ_SIZE = 1 << 13  # bytes read at once of heads and of bodies of unknown length
 BUFFER_SIZE = 1 << 18  # bytes read at once of other bodies
+END_SIZE = 1 << 11  # bytes of an answer's begin and end that are kept
 EARLY_HEAD_AFTER = 3.0  # s; until then a failure keeps its true status
 TLS_HELLO = b"\x16\x03"  # how a client begins that means https
-COMMENT = b":\n\n"
 COMMENT_EVERY = 10.0  # s; the shortest header timeout seen in clients is 30 s
 STALL_CHECK_AFTER = 5.0  # s of silence until a backend is checked for a hang
 
@@ -5954,7 +5956,6 @@ HOP_BY_HOP = frozenset(
     "proxy-authenticate proxy-authorization expect".split()
 )
 
-REASONS = {499: "Client Closed Request"}  # nginx's, unknown to http.HTTPStatus
 Headers = List[Tuple[str, str]]
 
 
@@ -5964,10 +5965,8 @@ _TIMEOUTS = (BlockingIOError, TimeoutError, socket.timeout)  # of POLL_INTERVAL
 
 
 class StallMonitor:
-    """To be called whenever POLL_INTERVAL passed without progress. Raises `problem`, or
-    calls it if it is no exception, once that has lasted `seconds`.
-
-    Calls `on_tick` each time.
+    """To be called whenever POLL_INTERVAL passed without progress: calls `on_tick` and,
+    once that has lasted `seconds`, raises `problem`, or calls it if it is no exception.
     """
 
     def __init__(self, seconds: float, problem, on_tick=lambda: None):
@@ -6004,26 +6003,25 @@ class SocketReader:
     def receive(self, size=READ_SIZE) -> bytes:
         """Return the next bytes, at most `size`; b"" at the end of the stream."""
         piece, self.held = self.held[:size], self.held[size:]
-        return piece or self._receive_new(size)
-
-    def _receive_new(self, size=READ_SIZE):
-        while True:
+        while not piece:
             try:
                 return self.sock.recv(size)
             except _TIMEOUTS:
                 self.on_timeout()
+        return piece
 
     def line(self, form: "re.Pattern") -> "re.Match":
         """Take a line, which must have this form. Raise BadRequest, EOFError."""
-        while b"\n" not in self.held[:LINE_LIMIT]:
-            if len(self.held) >= LINE_LIMIT:
-                raise BadRequest("a line between chunks is too long")
-            piece = self._receive_new()
+        line = newline = b""
+        while not newline:
+            piece = self.receive()
             if not piece:
                 raise EOFError("the connection closed between two chunks")
-            self.held += piece
-        line, _, self.held = self.held.partition(b"\n")
-        match = form.fullmatch(line + b"\n")
+            line, newline, rest = (line + piece).partition(b"\n")
+            self.held = rest + self.held
+            if len(line) >= LINE_LIMIT:
+                raise BadRequest("a line between chunks is too long")
+        match = form.fullmatch(line + newline)
         if not match:
             raise BadRequest(f"chunks or trailer malformed at {line[:40]!r}")
         return match
@@ -6050,7 +6048,6 @@ class SocketReader:
             piece = self.receive()
             if not piece:
                 return b""
-            self.on_timeout()  # a head sent byte by byte is late as well
             self.is_untouched = False
             data = _EMPTY_LINES.sub(b"", data + piece)
             end = data.find(b"\r\n\r\n", searched)
@@ -6062,6 +6059,8 @@ class SocketReader:
                 raise HeadersTooLarge(f"the head is larger than {HEAD_LIMIT} bytes")
             if end < 0 and _ILLEGAL_IN_HEAD.search(data, searched):
                 raise BadRequest("this is not HTTP/1 in lines that end with CRLF")
+            if end < 0:
+                self.on_timeout()  # a head sent byte by byte is late as well
         self.held = data[end + 4 :] + self.held
         return data[: end + 4]
 
@@ -6098,31 +6097,14 @@ _VERSION = rb"HTTP/1\.(?P<minor>[01])"
 _REQUEST_LINE = re.compile(
     rb"(?P<method>%b) (?P<target>[!-~\x80-\xff]+) %b" % (_TOKEN, _VERSION)
 )
+_ABSOLUTE_FORM = re.compile("(?i)https?://([^/?]+)(/[^?]*)?([?].*)?")  # to proxies
 _STATUS_LINE = re.compile(
     rb"%b (?P<status>[1-5][0-9][0-9])(?: (?P<reason>%b))?" % (_VERSION, _TEXT)
 )
 
 
-def parse_head(head: bytes, start_line: "re.Pattern") -> Tuple["re.Match", Headers]:
-    """Return the match of the start line and the headers, names in lower case.
-
-    Raise BadRequest for anything but strict HTTP/1: no folding, no bare CR or LF, no
-    blank before a colon. Raise HeadersTooLarge.
-    """
-    line_end = head.index(b"\r\n")
-    start = start_line.fullmatch(head, 0, line_end)
-    if not start:
-        raise BadRequest(f"not an HTTP/1 start line: {head[:line_end][:200]!r}")
-    if not _HEADER_LINES.fullmatch(head, line_end + 2):
-        raise BadRequest("a header line is malformed")
-    headers = _HEADER.findall(head[line_end + 2 :].decode("latin-1"))
-    if len(headers) > LINES_LIMIT:
-        raise HeadersTooLarge(f"more than {LINES_LIMIT} header lines")
-    return start, [(name.lower(), value) for name, value in headers]
-
-
 def as_chunk(piece) -> bytes:
-    """Return bytes, at least one, as a chunk of a body."""
+    """Return bytes as a chunk of a body; none are its end."""
     return b"%x\r\n%b\r\n" % (len(piece), piece)
 
 
@@ -6142,6 +6124,7 @@ def end_to_end(headers: Headers) -> Headers:
 
 
 _FRAMING_HEADERS = ("content-length", "transfer-encoding")
+_LENGTH = re.compile("[0-9]{1,18}")
 
 
 def framing_of(headers: Headers, default: Optional[int]) -> Tuple[Optional[int], bool]:
@@ -6155,13 +6138,11 @@ def framing_of(headers: Headers, default: Optional[int]) -> Tuple[Optional[int],
     if not framing:
         return default, False
     (name, value), *more = framing
-    if not more and name == "content-length" and re.fullmatch("[0-9]{1,18}", value):
+    if not more and name == "content-length" and _LENGTH.fullmatch(value):
         return int(value), False
     if not more and name == "transfer-encoding" and value.lower() == "chunked":
         return None, True
-    raise BadRequest(
-        "a body needs one Content-Length, or `Transfer-Encoding: chunked` alone"
-    )
+    raise BadRequest("a body needs one Content-Length, or Transfer-Encoding: chunked")
 
 
 def is_event_stream(headers: Mapping[str, str]) -> bool:
@@ -6172,23 +6153,31 @@ def is_event_stream(headers: Mapping[str, str]) -> bool:
 
 
 class Head:
-    """A head, strictly read.
+    """A head of strict HTTP/1: no folding, no bare CR or LF, no blank before a colon.
+    Raise BadRequest, HeadersTooLarge.
 
     `headers` are without those that `length` and `is_chunked` stand for; their names
     are in lower case. A body of unknown length that is not chunked ends with the
-    connection. `is_persistent`: the connection may serve another request.
+    connection. `is_persistent`: it may serve another request (of HTTP/1.0: never).
     """
 
     def __init__(self, raw: bytes, start_line: "re.Pattern", default: Optional[int]):
-        self.start, headers = parse_head(raw, start_line)
+        line_end = raw.index(b"\r\n")
+        self.start = start_line.fullmatch(raw, 0, line_end)
+        if not self.start:
+            raise BadRequest(f"not an HTTP/1 start line: {raw[:line_end][:200]!r}")
+        if not _HEADER_LINES.fullmatch(raw, line_end + 2):
+            raise BadRequest("a header line is malformed")
+        lines = _HEADER.findall(raw[line_end + 2 :].decode("latin-1"))
+        if len(lines) > LINES_LIMIT:
+            raise HeadersTooLarge(f"more than {LINES_LIMIT} header lines")
+        headers = [(name.lower(), value) for name, value in lines]
         self.is_http_10 = self.start["minor"] == b"0"
         self.length, self.is_chunked = framing_of(headers, default)
         self.headers = [each for each in headers if each[0] not in _FRAMING_HEADERS]
         self._first = dict(reversed(self.headers))
         self.connection = ", ".join(self.all("connection")).lower()
-        self.is_persistent = "close" not in self.connection
-        if self.is_http_10:
-            self.is_persistent = "keep-alive" in self.connection
+        self.is_persistent = "close" not in self.connection and not self.is_http_10
 
     def get(self, name: str) -> str:
         """Return the first value of a header, or an empty string."""
@@ -6213,26 +6202,15 @@ class Request(Head):
             raise BadRequest("a request must have one Host")
         is_asterisk = self.target == "*" and self.method == "OPTIONS"
         if not self.target.startswith("/") and not is_asterisk:
-            self.target = self._origin_form()
+            url = _ABSOLUTE_FORM.fullmatch(self.target)
+            if not url or url[1].lower() != self.get("host").lower():
+                raise BadRequest("the target must be a path, or a URL of this host")
+            self.target = (url[2] or "/") + (url[3] or "")
         self.path, _, self.query = self.target.partition("?")
         # other upgrades (Java's to HTTP/2) are ignored, as RFC 9110 allows
         is_websocket = self.get("upgrade").lower() == "websocket"
         is_upgrade = "upgrade" in self.connection and is_websocket
         self.is_upgrade = is_upgrade and self.method == "GET"
-
-    def _origin_form(self):
-        """Return path and query of an absolute target, as sent to proxies."""
-        url = re.fullmatch("(?i)https?://([^/?]+)(/[^?]*)?([?].*)?", self.target)
-        if not url or url.group(1).lower() != self.get("host").lower():
-            raise BadRequest("the target must be a path, or a URL of this very host")
-        return (url.group(2) or "/") + (url.group(3) or "")
-
-    def drop_slash(self, paths: Iterable[str]):
-        """Make /path/ mean /path if that is one of these."""
-        path = self.path.rstrip("/")
-        if path != self.path and path in paths:
-            self.target = path + self.target[len(self.path) :]
-            self.path = path
 
     def parameter(self, name: str) -> Optional[str]:
         """Return the first value of a query parameter, or None."""
@@ -6255,18 +6233,17 @@ def read_payload(reader: SocketReader, head: Head, held_back=0) -> Iterable[byte
     bytes only when they are whole. Raise EOFError if it ends too early, BadRequest.
     """
     if head.is_chunked:
-        while size := int(reader.line(_CHUNK_SIZE).group(1), 16):
+        while size := int(reader.line(_CHUNK_SIZE)[1], 16):
             yield from _read_exactly(reader, size, held_back)
             reader.line(_CHUNK_END)
         for _ in range(LINES_LIMIT):
-            if reader.line(_TRAILER).group() == b"\r\n":
+            if reader.line(_TRAILER)[0] == b"\r\n":
                 return
         raise BadRequest(f"more than {LINES_LIMIT} lines of a trailer")
     if head.length is not None:
         yield from _read_exactly(reader, head.length)
     else:
-        while piece := reader.receive():
-            yield piece
+        yield from iter(reader.receive, b"")
 
 
 def _read_exactly(reader, left, held_back=0):
@@ -6285,17 +6262,15 @@ def _read_exactly(reader, left, held_back=0):
 class Body:
     """A client's request body: `held`, the part that was read, then the rest.
 
-    `coding` is its content coding, "" once that was undone.
-
-    Raises ClientDisconnected, BadRequest, PayloadTooLarge, RequestTimeout and, at once,
-    UnsupportedCoding. After such an error it cannot be read on: its connection is lost.
+    `coding` is its content coding, "" once that was undone. Raises ClientDisconnected,
+    BadRequest, PayloadTooLarge, RequestTimeout and, at once, UnsupportedCoding; then it
+    cannot be read on.
     """
 
     def __init__(self, reader: SocketReader, request: Request, limit: int):
         self._reader = reader
         self._limit = limit
         self._pieces = read_payload(reader, request)
-        self._is_lost = False
         self.length = request.length
         coding = request.get("content-encoding").lower()
         self.coding = "" if self.length == 0 else coding
@@ -6305,8 +6280,6 @@ class Body:
         self._check_size(self.length or 0)
         expected = request.get("expect").lower()
         self._expects = expected == "100-continue" and not request.is_http_10
-        stalled = RequestTimeout(f"the body stalled for {STALL_SECONDS:g} s")
-        self._stall = StallMonitor(STALL_SECONDS, stalled)
         self.held = bytearray()
         self.received = 0  # bytes of payload
         self.is_complete = self.length == 0
@@ -6327,24 +6300,17 @@ class Body:
         if self.coding in ("", "identity"):
             return
         self.hold(sys.maxsize)
-        self.held = bytearray(self._decoded(bytes(self.held)))
-        self.coding, self.length = "", len(self.held)
-
-    def _decoded(self, data):
-        """Return the payload; of gzip it may be in several members."""
+        data = bytes(self.held)
         is_raw = data[:1] and data[0] & 15 != 8 and data[:1] != b"\x1f"
-        payload = b""
+        decoder = zlib.decompressobj(-15 if is_raw else 47)
         try:
-            while data:
-                decoder = zlib.decompressobj(-15 if is_raw else 47)
-                payload += decoder.decompress(data, self._limit + 1 - len(payload))
-                self._check_size(len(payload))
-                if not decoder.eof:
-                    raise BadRequest("the content coding of the body ends too early")
-                data = decoder.unused_data
+            self.held = bytearray(decoder.decompress(data, self._limit + 1))
         except zlib.error as error:
             raise BadRequest(f"the content coding of the body: {error}") from None
-        return payload
+        self._check_size(len(self.held))
+        if not decoder.eof or decoder.unused_data:
+            raise BadRequest("the content coding of the body ends too early or late")
+        self.coding, self.length = "", len(self.held)
 
     def rest(self) -> Iterable[bytes]:
         """Yield what is not held, as it comes; then the body cannot be sent again."""
@@ -6353,49 +6319,22 @@ class Body:
 
     def _next_piece(self):
         """Return the next bytes of the payload: none at its end."""
-        self._stall.restart()
-        self._reader.on_timeout = self._stall
+        stalled = RequestTimeout(f"the body stalled for {STALL_SECONDS:g} s")
+        self._reader.on_timeout = StallMonitor(STALL_SECONDS, stalled)
         try:
             if self._expects:
                 self._expects = False
                 self._reader.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             piece = next(self._pieces, b"")
-            self.received += len(piece)
-            self._check_size(self.received)
         except (OSError, EOFError):
             raise ClientDisconnected from None
-        except APIError:
-            self._is_lost = True
-            raise
+        self.received += len(piece)
+        self._check_size(self.received)
         self.is_complete = not piece or self.received == self.length
         return piece
 
-    @property
-    def can_be_skipped(self) -> bool:
-        """Whether what is left can be read and forgotten at small cost."""
-        if self.is_complete:
-            return True
-        is_short = self.length is None or self.length - self.received <= MAX_UNREAD_BODY
-        return is_short and not self._expects and not self._is_lost
-
-    def skip(self) -> bool:
-        """Read and forget what is left if that is little; return whether the connection
-        is at the next request."""
-        end = self.received + MAX_UNREAD_BODY
-        while not self.is_complete and self.can_be_skipped and self.received < end:
-            self._next_piece()
-        return self.is_complete
-
 
 # -- the model's name ------------------------------------------------------------------
-
-
-def json_or(raw, fallback):
-    """Return the JSON value in these bytes, or the fallback if there is none."""
-    try:
-        return json.loads(bytes(raw))
-    except (ValueError, RecursionError):
-        return fallback
 
 
 class RequestInfo(NamedTuple):
@@ -6436,11 +6375,14 @@ def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
         size *= 4
 
 
+_LENIENT = json.JSONDecoder(strict=False)  # lets newlines stand in texts
+
+
 def _find_in_json(data, _content_type):
     if not data:
         return RequestInfo()
     try:
-        members = json.loads(str(data, "utf-8-sig"), strict=False)
+        members = _LENIENT.decode(str(data, "utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error}") from None
     if not isinstance(members, dict):
@@ -6461,10 +6403,10 @@ def _find_in_form(data, content_type):
     boundary = _BOUNDARY.search(content_type)
     if not boundary:
         raise BadRequest("multipart/form-data without a boundary")
-    delimiter = b"--" + (boundary.group(1) or boundary.group(2)).encode("latin-1")
+    delimiter = b"--" + (boundary[1] or boundary[2]).encode("latin-1")
     part = re.compile(re.escape(delimiter) + rb"\r\n((?:[^\r\n]+\r\n)*)\r\n")
     for match in part.finditer(data):
-        if _MODEL_FIELD.search(match.group(1)):
+        if _MODEL_FIELD.search(match[1]):
             start, end = match.end(), data.find(b"\r\n" + delimiter, match.end() - 2)
             if end >= 0:
                 model = data[start:end].decode("utf-8", "replace")
@@ -6491,9 +6433,8 @@ def edited_json(members: Mapping[str, object], edits: BodyEdits) -> bytes:
     if edits.model is not None:
         laid_over["model"] = edits.model
     left = {key: value for key, value in members.items() if key not in edits.removed}
-    filled = merged(dict(edits.defaults), left)
-    ordered = {key: filled[key] for key in (*left, *filled)}
-    return _dump(merged(ordered, laid_over))
+    filled = merged(left, merged(dict(edits.defaults), left))
+    return _dump(merged(filled, laid_over))
 
 
 def merged(old, new):
@@ -6532,12 +6473,9 @@ class UpstreamResponse(Head):
     def __init__(self, reader: SocketReader, method: str):
         self.reader = reader
         self.is_over = False  # read to its end, and the connection can serve another
-        for _ in range(LINES_LIMIT):
+        self._read_head()
+        while self.status < 200 and self.status != 101:
             self._read_head()
-            if self.status >= 200 or self.status == 101:
-                break
-        else:
-            raise Truncated("its answer is not HTTP: interim answers without end")
         self.is_event_stream = is_event_stream(self._first)
         if self.status in (101, 204, 304):
             self.length, self.is_chunked = 0, False
@@ -6571,33 +6509,6 @@ class UpstreamResponse(Head):
 
 # -- the answer, written to the client -------------------------------------------------
 
-_EVENT_STREAM = [
-    ("content-type", "text/event-stream"),
-    ("cache-control", "no-cache"),
-    ("x-accel-buffering", "no"),
-]
-
-
-class HeadAndTail:
-    """The first and the last SIZE bytes of a payload."""
-
-    SIZE = 2048
-
-    def __init__(self):
-        self._first = self._last = b""
-        self._added = 0
-
-    def add(self, piece: bytes):
-        """Take the next piece."""
-        missing = self.SIZE - len(self._first)
-        self._first += piece[:missing]
-        self._last = (self._last + piece[missing:])[-self.SIZE :]
-        self._added += len(piece)
-
-    def __bytes__(self):
-        gap = b"\0" if self._added > 2 * self.SIZE else b""
-        return self._first + gap + self._last
-
 
 class ClientResponse:
     """One answer to one request, framed as the client can read it. One thread uses it.
@@ -6612,19 +6523,17 @@ class ClientResponse:
     is_early = False  # the head was sent before the backend's was known
     notice = None  # gives events to send, instead of comments, after that early head
     first_at = None  # when the first piece of payload was sent
-    is_broken = False
-    problem = None  # why it is broken
+    problem = None  # why it broke off
     is_cancelled = False  # set by another thread to end the request
     sent = 0  # bytes of payload
     _head = b""  # waits for the first piece
-    _is_chunked = False
+    _is_chunked = _is_counted = False
     _is_events = False
-    _left = None  # bytes of payload that are still promised
+    _first = _last = b""  # bytes of the payload
 
     def __init__(self, sock: socket.socket, request: Optional[Request], extra: Headers):
         self.sock = sock
         self.extra = extra
-        self.ends = HeadAndTail()  # of the payload
         self.is_persistent = request is not None and request.is_persistent
         self._is_http_10 = request is not None and request.is_http_10
         self._is_head = request is not None and request.method == "HEAD"
@@ -6633,34 +6542,30 @@ class ClientResponse:
 
     def begin(self, status: int, reason: str, headers: Headers, length: Optional[int]):
         """Set the head; it goes out with the first piece, or by `flush`."""
-        self.status, self._left = status, length
+        self.status, self._is_counted = status, length is not None
         self._is_events = length is None and is_event_stream(dict(headers))
         framing = []
-        if length is not None:
-            if status not in (101, 204, 304):
-                framing.append(("content-length", str(length)))
-        elif self._is_http_10 and not self._is_head:
-            self.is_persistent = False  # the end of the connection delimits the body
-        elif not self._is_head:
+        if length is None and not (self._is_http_10 or self._is_head):
             self._is_chunked = True
             framing.append(("transfer-encoding", "chunked"))
+        elif length is not None and status not in (101, 204, 304):
+            framing.append(("content-length", str(length)))
         if status != 101 and not self.is_persistent:
             framing.append(("connection", "close"))
-        elif self._is_http_10:
-            framing.append(("connection", "keep-alive"))
         start = f"HTTP/1.1 {status} {reason}"
         self._head = render_head(start, headers + self.extra + framing)
 
     def answer(self, status: int, headers: Headers, payload: bytes):
         """Send an answer that is there as a whole."""
-        phrase = REASONS.get(status) or http.HTTPStatus(status).phrase
-        self.begin(status, phrase, headers, len(payload))
+        reason = http.client.responses.get(status, "Client Closed Request")  # of nginx
+        self.begin(status, reason, headers, len(payload))
         self.send(payload)
         self.end()
 
     def begin_events(self):
         """Begin a stream of events that is not (or not yet) a backend's."""
-        self.begin(200, "OK", _EVENT_STREAM, None)
+        headers = [("content-type", "text/event-stream"), ("cache-control", "no-cache")]
+        self.begin(200, "OK", [*headers, ("x-accel-buffering", "no")], None)
 
     def send(self, piece):
         """Send a piece of payload, with the head if it still waits."""
@@ -6670,16 +6575,21 @@ class ClientResponse:
         if not self.sent:
             self.first_at = time.monotonic()
         self.sent += len(piece)
-        if self._left is not None:
-            self._left -= len(piece)
-        self.ends.add(piece)
+        missing = END_SIZE - len(self._first)
+        self._first += piece[:missing]
+        self._last = (self._last + piece[missing:])[-END_SIZE:]
         self._put_framed(piece)
+
+    @property
+    def ends(self) -> bytes:
+        """The first and the last END_SIZE bytes of the payload; between them a zero if
+        there were more."""
+        gap = b"\0" if self.sent > 2 * END_SIZE else b""
+        return self._first + gap + self._last
 
     def end(self):
         """The answer is complete."""
-        self._put(b"0\r\n\r\n" if self._is_chunked else b"")
-        if self._left and not self._is_head:
-            self.is_persistent = False  # less than was promised: the client must notice
+        self._put_framed(b"")
 
     def flush(self):
         """Send the head if it still waits for a first piece."""
@@ -6701,8 +6611,7 @@ class ClientResponse:
 
     def heartbeat(self):
         """To be called every POLL_INTERVAL while nothing flows, so that the client does
-        not give up. Raise ClientDisconnected if it has.
-        """
+        not give up. Raise ClientDisconnected if it has."""
         if has_disconnected(self.sock):
             raise ClientDisconnected
         self._check_cancelled()
@@ -6714,7 +6623,7 @@ class ClientResponse:
         if self._is_events and self._is_between_events():
             is_waiting = self.is_early and not self.sent
             event = self.notice() if self.notice and is_waiting else b""
-            event = event or (COMMENT if is_due else b"")
+            event = event or (b":\n\n" if is_due else b"")
             if event:
                 self._put_framed(event)
 
@@ -6725,13 +6634,13 @@ class ClientResponse:
             raise RequestCancelled("the request was cancelled by hand")
 
     def _is_between_events(self):
-        sent = b"\n\n" + bytes(self.ends)
+        sent = b"\n\n" + self.ends
         return sent.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
 
     @property
     def is_within_line(self) -> bool:
         """Whether the last event cannot be complete."""
-        return self._is_events and bytes(self.ends)[-1:] not in (b"", b"\n", b"\r")
+        return self._is_events and self.ends[-1:] not in (b"", b"\n", b"\r")
 
     def error_event(self, body: dict) -> bytes:
         """Return an event that the client's SDK raises as this error."""
@@ -6750,8 +6659,8 @@ class ClientResponse:
                 self.send(self.error_event(error_body(problem)))
             self.flush()
         self.is_persistent = False
-        self.is_broken, self.problem = True, problem
-        if not self._is_chunked and self._left is None:
+        self.problem = problem
+        if not self._is_chunked and not self._is_counted:
             linger = struct.pack("ii", 1, 0)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.sock.close()  # now: a shutdown() would end the stream cleanly
@@ -6759,14 +6668,8 @@ class ClientResponse:
 
 def error_body(problem: APIError) -> dict:
     """Return what OpenAI's clients expect of an error."""
-    return {
-        "error": {
-            "message": str(problem),
-            "type": problem.type,
-            "param": problem.param,
-            "code": problem.code,
-        }
-    }
+    more = {"type": problem.type, "param": problem.param, "code": problem.code}
+    return {"error": {"message": str(problem), **more}}
 
 
 # -- one request to a backend, one answer back -----------------------------------------
@@ -6785,10 +6688,7 @@ class UpstreamRequest(NamedTuple):
 
 
 def relay(
-    outgoing: UpstreamRequest,
-    backend: Backend,
-    reply: ClientResponse,
-    transform_of=lambda _: None,
+    outgoing: UpstreamRequest, backend: Backend, reply: ClientResponse, transform_of
 ):
     """Send the request to the backend and its answer to the client.
 
@@ -6847,13 +6747,12 @@ def _ask(outgoing, upstream, monitor):
             if answer.status == 101 and "upgrade" not in dict(outgoing.headers):
                 raise Truncated("it switched protocols unasked")
             return answer
-        except (OSError, Truncated) as error:
+        except BaseException as error:
             upstream.drop(sock)
+            if not isinstance(error, (OSError, Truncated)):
+                raise
             if not (was_used and reader.is_untouched):
                 raise BackendDied(f"the backend gave no answer: {error}") from None
-        except BaseException:
-            upstream.drop(sock)
-            raise
 
 
 def _send(outgoing, upstream, sock, monitor):
@@ -6870,12 +6769,10 @@ def _send(outgoing, upstream, sock, monitor):
     rest = outgoing.rest.rest() if outgoing.rest is not None else ()
     try:
         send_all(sock, head, monitor)
-        for piece in itertools.chain(held, rest):
-            if is_chunked and len(piece):
-                piece = as_chunk(piece)
-            send_all(sock, piece, monitor)
+        for piece in filter(len, itertools.chain(held, rest)):
+            send_all(sock, as_chunk(piece) if is_chunked else piece, monitor)
         if is_chunked:
-            send_all(sock, b"0\r\n\r\n", monitor)
+            send_all(sock, as_chunk(b""), monitor)
     except (BrokenPipeError, ConnectionResetError):
         pass  # it may have answered before it read all: the answer says why
 
@@ -6921,10 +6818,9 @@ def _pass_on_as_event(answer, reply):
     with contextlib.suppress(Truncated, StopIteration):
         while len(payload) <= MAX_UNREAD_BODY:
             payload += next(pieces)
-    body = json_or(payload, None)
-    if isinstance(body, dict) and "error" in body:
-        body = {"error": body["error"]}
-    else:
+    try:
+        body = {"error": json.loads(payload)["error"]}
+    except (LookupError, RecursionError, TypeError, ValueError):
         text = payload[:2000].decode("utf-8", "replace")
         text = f"the backend answered {answer.status} and no events: {text}"
         body = error_body(APIError(text))
@@ -6938,35 +6834,22 @@ def _tunnel(answer, reply):
     reply.is_persistent = False
     reply.begin(101, answer.reason, _response_headers(answer) + upgrade, 0)
     reply.flush()
-    with contextlib.suppress(OSError):  # the other connection is to be closed too
-        _copy_both_ways(reply.sock, answer.reader.sock, answer.reader.held)
+    client, backend = SocketReader(reply.sock), answer.reader
+    backend.on_timeout = client.on_timeout
+    upload = start_thread(_copy, "upload", client, backend)
+    _copy(backend, client)
+    upload.join()
 
 
-def _copy_both_ways(client, backend, leftover):
-    """Copy bytes; neither way waits for the other. `leftover` is for the client."""
-    sides = {client.fileno(): (client, backend), backend.fileno(): (backend, client)}
-    unsent = {client: leftover, backend: b""}  # one read of each, at most
-    while True:
-        waiter = select.poll()
-        for mine, theirs in sides.values():
-            wanted = select.POLLOUT if unsent[mine] else 0
-            wanted |= 0 if unsent[theirs] else select.POLLIN
-            if wanted:
-                waiter.register(mine, wanted)
-        ready = waiter.poll(STALL_SECONDS * 1000 if any(unsent.values()) else None)
-        if not ready:
-            return  # one side does not read
-        for fd, events in ready:
-            mine, theirs = sides[fd]
-            try:
-                if unsent[mine] and events & ~select.POLLIN:
-                    unsent[mine] = unsent[mine][mine.send(unsent[mine]) :]
-                elif not unsent[theirs]:
-                    unsent[theirs] = mine.recv(65536)
-                    if not unsent[theirs]:
-                        return
-            except _TIMEOUTS:
-                continue  # not ready after all
+def _copy(source, target):
+    """Copy bytes until either connection ends; then end both."""
+    monitor = StallMonitor(STALL_SECONDS, ClientDisconnected())
+    with contextlib.suppress(ClientDisconnected, OSError):
+        while piece := source.receive():
+            send_all(target.sock, piece, monitor)
+    for reader in (source, target):
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(reader.sock, socket.SHUT_RDWR)
 
 
 # ==================================================================================
@@ -6975,23 +6858,19 @@ def _copy_both_ways(client, backend, leftover):
 # ==================================================================================
 
 # Strict JSON passes untouched. All else is read once, from left to right, by a reader
-# that accepts almost anything in place of a key, a colon or a value, and closes at the
-# end all that is open. The hard question is whether a quote ends its string or lacks
-# a backslash. It ends the string if the text goes on from there as JSON would: with a
-# comma and a key, with brackets that are open, or not at all. How far the reader looks
-# ahead is bounded, which makes time linear for any text.
+# that accepts almost anything as a key, a colon or a value, and closes at the end all
+# that is open. A quote may lack a backslash: it ends its string only if the text goes
+# on as JSON would, with a comma and a key, with brackets that are open, or not at all.
+# How far the reader looks ahead is bounded, which makes time linear for any text.
 
 MAX_DEPTH = 400  # json itself stops near 1000
 MAX_OBJECTS = 32  # looked at in one text
-MAX_HELD = 32 << 20  # bytes of events, or of one body, that are held back
 CUT_OFF = {"length", "max_tokens", "model_context_window_exceeded", "content_filter"}
 
 _ESCAPE = re.compile(r"\\(?:u[\da-fA-F]{4}|[\"\\/nrt'`])|[\"\\]")
 _DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\(?=[^\\\"'])")
-_WORDS = {
-    **{"true": True, "false": False},
-    **dict.fromkeys("null none nil undefined nan inf infinity".split()),
-}
+_WORDS = dict.fromkeys("null none nil undefined nan inf infinity".split())
+_WORDS.update(true=True, false=False)
 
 
 def _scalar(text, is_cut=False):
@@ -7011,16 +6890,16 @@ def _scalar(text, is_cut=False):
 def _unescaped(raw):
     """Return the string that is meant by `raw`, which stood between quotes.
 
-    A backslash that begins no escape stands for itself: before b and f, too, which are
-    of a regular expression, and before any letter of a path such as C:\\new.
+    A backslash that begins no escape stands for itself: so do those of regular
+    expressions such as \\bx and of paths such as C:\\new.
     """
-    letters = '"\\u' if _DRIVE.search(raw) else "\"\\unrt/'`"
+    escapes = '"\\u' if _DRIVE.search(raw) else "\"\\unrt/'`"
 
     def corrected(match):
-        escape, letter = match[0], match[0][1:2]
-        if not letter or letter not in letters:
-            return "\\" + escape
-        return letter if letter in "'`" else escape
+        letter = match[0][1:2]
+        if letter and letter in "'`":
+            return letter
+        return match[0] if letter and letter in escapes else "\\" + match[0]
 
     return json.loads(f'"{_ESCAPE.sub(corrected, raw)}"', strict=False)
 
@@ -7033,26 +6912,19 @@ _WHOLE = re.compile(  # in quotes that are tripled or doubled
 # Blanks and comments, if they are few and short
 _GAP = re.compile(r"\s*(?:(?:(?://|#)[^\n]{0,200}|/\*[^*]{0,200}\*/)\s*){0,4}")
 _COMMAS = re.compile(rf"(?:[\s,;，；]|\.\.+|…){{0,50}}{_GAP.pattern}")
-_JUNK = re.compile(
-    r"(?:[\s\ufeff,;，；]+|\.\.+|…|(?://|#)[^\n]*|/\*.*?(?:\*/|\Z))*", re.DOTALL
-)
+_JUNK = re.compile(r"(?s)(?:[\s\ufeff,;，；]+|\.\.+|…|(?://|#)[^\n]*|/\*.*?(?:\*/|\Z))*")
 _COLON = re.compile(r"\s*(?:[:：][\s:：]*=?|=+>?|->)")
-_QUOTED = "(?:" + "|".join(
-    f"{a}[^{b}\\n]{{0,200}}{b}" for a, b in ('""', "''", "``", "“”")
-) + ")"  # fmt: skip
+_QUOTED = r"""(?:"[^"\n]{0,200}"|'[^'\n]{0,200}'|`[^`\n]{0,200}`|“[^”\n]{0,200}”)"""
 _KEY = re.compile(_QUOTED + r"\s{0,99}[:：=]")
 _BARE_KEY = re.compile(
     r"[A-Za-z_$][\w$.-]{0,99}(?: [\w$.-]{1,99})?\s{0,99}[:：](?![/\\:])"
 )
-_AFTER_COMMA = re.compile(  # a member, perhaps without a colon, or the end, or a cut
-    rf"""[}}\]]|\Z|{_QUOTED}\s{{0,99}}(?:["'\[{{:：=\d-]|true|false|null|\Z)"""
-    r"""|["'][\w .$-]{0,200}\Z"""
-)
+_VALUE = re.compile(r"(?:[\"'“‘`\[{(\d.+-]|true|false|null|True|False|None)")
+# A member, perhaps without a colon, or the end, or a cut
+_AFTER_COMMA = re.compile(rf"[}}\]]|\Z|{_QUOTED}\s{{0,99}}({_VALUE.pattern}|[:：=]|\Z)")
 _INSIDE = re.compile(r'[^"\n{]{0,200}"\s*[,}\])]')  # after brackets within a string
 _BARE_NAME = re.compile(r'(?:([^\s:：=,;{}\[\]"][^:：=,;{}\[\]"\n]*)|.)"?', re.DOTALL)
-_UNENDED_NAME = re.compile(r"([\w$.-]+)(?:['’”]|\\+\")?\s*(?=:)")
 _NEXT_MEMBER = re.compile(rf"\s*,\s*{_KEY.pattern}")
-_VALUE = re.compile(r"[\"'“‘`\[{(\d.+-]|true|false|null|True|False|None")
 _WORD = re.compile(r"[-+.\w]+")
 _BARE_STOP = re.compile(r"[\[\]{}(),;，；]|\n\s*")
 _FORGOTTEN_END = re.compile(r"(,\s*|(?<=[^\s{\[(])\s*\n\s*)\Z")
@@ -7101,24 +6973,17 @@ class _Reader:
             self._stack[-1].append(value)
 
     def _close(self, char):
-        """Close the innermost that `char` can close, and those inside it.
-
-        The outermost stays open if a further member follows: the brace is too many.
-        """
+        """Close the innermost that `char` can close, and those inside it."""
         depth = self._closers.rfind(char)
         self.at += 1
         if depth == 0 and _NEXT_MEMBER.match(self.text, self.at):
-            depth = 1
+            depth = 1  # a brace too many
         if depth >= 0:
             del self._stack[depth:]
             self._closers = self._closers[:depth]
 
     def _read_member(self, char):
         """Read a key and its value; a key without a value is dropped."""
-        if char == "{" and self._closers[-2:-1] in ("]", ")"):
-            self._stack.pop()  # it is the next item of the array around
-            self._closers = self._closers[:-1]
-            return
         if char in _CLOSERS:
             self.at += 1
             return
@@ -7154,8 +7019,7 @@ class _Reader:
             self._read_bare(key)
 
     def _string(self, role="string"):
-        """Read the string at the cursor: to the quote that ends it, or to where that
-        was forgotten."""
+        """Read the string at the cursor, to the quote that ends it or is missing."""
         text, start = self.text, self.at + 1
         whole = _WHOLE.match(text, self.at)
         if whole and (whole[1] or self._may_end(whole.end(), role)):
@@ -7168,22 +7032,14 @@ class _Reader:
                 nested += sum(map(inside.count, "{[(")) - sum(map(inside.count, "}])"))
             if nested > 0 or text[at] == "\\":
                 continue
-            if self._may_end(at + 1, role):
+            if role == "key" or self._may_end(at + 1, role):
                 return self._take(start, at, at + 1)
-            if role == "key":
-                break
             before = text[max(start, at - 99) : at]
             if _KEY.match(text, at) and _FORGOTTEN_END.search(before):
                 end = at - len(_FORGOTTEN_END.search(before)[0])
                 return self._take(start, end, end)
             if before.rstrip().endswith(("{", "[", "(")):
                 nested, since = 1, at
-        else:
-            at = len(text)
-        if role == "key":  # it may have lost its quote, as in {"a: 1
-            name = _UNENDED_NAME.match(text, start, at)
-            end, after = (name.end(1), name.end()) if name else (at, at + 1)
-            return self._take(start, end, after)
         raw, self.at = text[start:], len(text)
         if raw.count("}") > raw.count("{"):
             raw = raw.rstrip("}]) \t\r\n“”‘’'\"")
@@ -7216,16 +7072,15 @@ class _Reader:
     def _is_member(self, after, role):
         """Whether an object can go on at `after`."""
         text = self.text
-        may_be_bare = role in ("bare", "scalar")
+        is_bare = role in ("bare", "scalar")
         if text[after] in ",;，；":
             if role == "scalar" and not text[after + 1 : after + 2].isdigit():
                 return True
             after = _COMMAS.match(text, after).end()
             if _AFTER_COMMA.match(text, after):
                 return True
-            may_be_bare = True
-        key = _KEY.match(text, after) or may_be_bare and _BARE_KEY.match(text, after)
-        return bool(key)
+            is_bare = True
+        return bool(_KEY.match(text, after) or is_bare and _BARE_KEY.match(text, after))
 
     def _read_bare(self, key):
         """Read a number, a word, or a string that lacks its quotes."""
@@ -7234,54 +7089,35 @@ class _Reader:
         if word and self._may_end(word.end(), "scalar"):
             self.at = word.end()
         if self.at == start or _scalar(word[0]) == word[0]:
-            self.at = self._end_of_bare(start)
+            for stop in _BARE_STOP.finditer(text, start):
+                self.at = stop.start()
+                if stop[0] in self._closers or self._may_end(self.at, "bare"):
+                    break
+            else:
+                self.at = len(text)
         raw, is_cut = text[start : self.at].strip(), self.at == len(text)
         value = _scalar(raw, is_cut)
         if raw.strip("+-."):
             self._add(_unescaped(raw) if value == raw else value, key)
 
-    def _end_of_bare(self, at):
-        """Return where the string without quotes at `at` ends."""
-        nested = 0
-        for stop in _BARE_STOP.finditer(self.text, at):
-            at, char = stop.start(), stop[0][0]
-            if char in _CLOSERS:
-                nested += 1
-            elif char in "}])" and nested:
-                nested -= 1
-            elif char in self._closers or not nested and self._may_end(at, "bare"):
-                return at
-        return len(self.text)
-
 
 # int raises ValueError for NaN
 _STRICT = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=int)
-# Tokens of chat templates, at the end
-_TOKENS = re.compile(r"\s*(?:(?:<[|｜][^<>]{0,60}[|｜]>|</[\w:]{1,30}>)\s*)+\Z")
 _ENCODED = re.compile(r'[^{]{0,500}\{(?:\s|\\[nrt]){0,99}\\+(?:"|u0022)')
 _ENCODED_CHAR = re.compile(r'\\(?:u00[0-7][\da-fA-F]|[nrtbf"\\/])')
-_NO_BRACE = re.compile(
-    r"""["']?[\w$ .-]{1,99}["']\s*:\s*(?:["'\[{\d-]|true|false|null|True|False|None)"""
-)
+_NO_BRACE = re.compile(rf"""["']?[\w$ .-]{{1,99}}["']\s*:\s*{_VALUE.pattern}""")
 _SCALARS = re.compile(r"\[\s*[\"'\d-]")
 _QUOTED_KEY = re.compile(r"\{\s*(?:[\"'“‘`{/#]|\Z)")
 _WRAPPING = re.compile(r"```\w*|<[^<>{}]{0,60}>|json|[\s\[(\"'`]+")
 
 
-def _unwrapped(text):
-    """Return `text` without the tokens, escapes and such that models add to objects."""
-    text = text.lstrip("\ufeff \t\r\n")
-    text = text[:-200] + _TOKENS.sub("", text[-200:])
-    if _NO_BRACE.match(text):
-        return "{" + text
-    if _ENCODED.match(text):
-        text = _ENCODED_CHAR.sub(lambda char: json.loads(f'"{char[0]}"'), text)
-    return text
-
-
 def _object_in(text):
     """Return the JSON text of the only object in `text`, None if there is no such."""
-    text, end, objects = _unwrapped(text), 0, {}
+    text, end, objects = text.lstrip("\ufeff \t\r\n"), 0, {}
+    if _NO_BRACE.match(text):
+        text = "{" + text
+    elif _ENCODED.match(text):
+        text = _ENCODED_CHAR.sub(lambda char: json.loads(f'"{char[0]}"'), text)
     for _ in range(MAX_OBJECTS):
         at = text.find("{", end)
         if at < 0 or _SCALARS.match(text):
@@ -7319,12 +7155,10 @@ def repair_arguments(text: str) -> str:
     Valid JSON comes back as it is, and so does text that means no object or several.
     The time it takes is proportional to the length, whatever the text.
     """
-    try:
-        _STRICT.decode(text)
-    except RecursionError:
-        pass
-    except ValueError:
-        with contextlib.suppress(ValueError, RecursionError):  # too deep
+    with contextlib.suppress(RecursionError, ValueError):  # too deep, or no object
+        try:
+            _STRICT.decode(text)
+        except ValueError:
             return _object_in(text) or text
     return text
 
@@ -7332,17 +7166,13 @@ def repair_arguments(text: str) -> str:
 # -- answers: read as far as their shape is known; of another shape, they stay ---------
 
 _UNKNOWN = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
-
-
-def _index_of(entry, default):
-    number = entry.get("index")
-    return number if isinstance(number, int) else default  # some servers have none
+_OF_A_CALL = re.compile(rb'"(?:tool_calls|partial_json|tool_use)"')
 
 
 def _calls_in(payload):
-    """Return a list of (call, object, name of its member with the arguments, a text).
+    """Return [(call, object, name of its member with the arguments as a text)].
 
-    A call is (choice, tool) or, in Anthropic's events, (None, block).
+    A call is (choice, tool) or, of Anthropic, (None, block).
     """
     calls = []
     for position, choice in enumerate(payload.get("choices") or ()):
@@ -7350,11 +7180,14 @@ def _calls_in(payload):
         for at, tool in enumerate(message.get("tool_calls") or ()):
             function = tool["function"]
             if isinstance(function.setdefault("arguments", ""), str):
-                key = _index_of(choice, position), _index_of(tool, at)
+                key = choice.get("index", position), tool.get("index", at)
                 calls.append((key, function, "arguments"))
     delta = payload.get("delta") or {}
     if isinstance(delta.get("partial_json"), str):
-        calls.append(((None, _index_of(payload, 0)), delta, "partial_json"))
+        calls.append(((None, payload.get("index", 0)), delta, "partial_json"))
+    for at, block in enumerate(payload.get("content") or ()):
+        if block["type"] == "tool_use" and isinstance(block["input"], str):
+            calls.append(((None, at), block, "input"))
     return calls
 
 
@@ -7363,8 +7196,8 @@ def _ends_in(payload):
     ends = {}
     for position, choice in enumerate(payload.get("choices") or ()):
         if choice.get("finish_reason"):
-            ends[_index_of(choice, position)] = str(choice["finish_reason"])
-    reason = (payload.get("delta") or {}).get("stop_reason")
+            ends[choice.get("index", position)] = str(choice["finish_reason"])
+    reason = (payload.get("delta") or payload).get("stop_reason")
     if reason or payload.get("type") in ("content_block_start", "message_stop"):
         ends[None] = str(reason)
     return ends
@@ -7376,47 +7209,31 @@ def _cut_off(calls, ends):
     return [key for choice, key in last.items() if ends.get(choice) in CUT_OFF]
 
 
-def _repair_completion(payload):
-    calls = _calls_in(payload)
-    cut = _cut_off([key for key, _, _ in calls], _ends_in(payload))
-    for key, function, name in calls:
-        if key not in cut:
-            function[name] = repair_arguments(function[name])
-    for choice in payload["choices"]:
-        message = choice["message"]
-        if message.get("tool_calls") and message.get("content") == "":
-            message["content"] = None
-
-
-def _repair_message(payload):
-    blocks = payload["content"]
-    for block in blocks[:-1] if payload.get("stop_reason") in CUT_OFF else blocks:
-        value = block.get("input")
-        if isinstance(value, str):
-            value = json_or(repair_arguments(value).encode(), None)
-        if isinstance(value, list) and len(value) == 1:
-            value = value[0]
-        if block["type"] == "tool_use" and isinstance(value, dict):
-            block["input"] = value
-
-
 def repair_body(body: bytes) -> bytes:
     """Return a chat completion, or a message of Anthropic, with its calls repaired.
 
     A body that needs no repair stays byte for byte; so does a call that was cut off.
     """
+    if not _OF_A_CALL.search(body):
+        return body
     try:
-        text = body.decode()
-        original, payload = json.loads(text), json.loads(text)
-        repair = _repair_completion if "choices" in payload else _repair_message
-        repair(payload)
+        original, payload = json.loads(body), json.loads(body)
+        calls = _calls_in(payload)
+        cut = _cut_off([key for key, _, _ in calls], _ends_in(payload))
+        for key, member, name in calls:
+            if key not in cut:
+                member[name] = text = repair_arguments(member[name])
+                if name == "input" and text.startswith("{"):
+                    member[name] = json.loads(text)
+        for message in [choice["message"] for choice in payload.get("choices", ())]:
+            if message.get("tool_calls") and message.get("content") == "":
+                message["content"] = None
         return body if payload == original else _dump(payload)
     except _UNKNOWN:
         return body
 
 
 _EVENT_END = re.compile(rb"\n\r?\n")
-_OF_A_CALL = re.compile(rb'"(?:tool_calls|partial_json)"')
 
 
 def _data_of(event):
@@ -7435,44 +7252,32 @@ class RepairStream:
     """Repairs the tool calls in a stream of server-sent events; all else flows.
 
     It may be OpenAI's chunks or Anthropic's events. Fragments of arguments are held
-    until their call is complete; then they are sent as they came or, if they need
+    until their choice or block ends; then they are sent as they came or, if they need
     repair, with all of it in the first and nothing in the others. A call that was cut
-    off is sent as it came; so is everything once too much would be held. `is_whole`:
-    the answer is no stream, and all of it is held until its end.
+    off is sent as it came. An answer that is no stream is held until its end.
     """
 
-    def __init__(self, is_whole: bool = False):
-        self._is_whole = is_whole
+    def __init__(self):
         self._buffer = bytearray()  # an event of which the end has not come
         self._open = {}  # fragments of the calls that have not ended
         self._held = []  # (event, the calls it has fragments of)
-        self._size = 0  # bytes held
         self._repaired = {}  # by call: what is still to be sent of its new arguments
-        self._has_given_up = False
 
     def feed(self, payload: bytes) -> bytes:
         """Return the bytes that can be sent now; `payload` may be cut anywhere."""
-        if self._has_given_up:
-            return payload
         start, searched, out = 0, max(0, len(self._buffer) - 2), []
         self._buffer += payload
-        if not self._is_whole:
-            for match in _EVENT_END.finditer(self._buffer, searched):
-                out.append(self._pass_event(bytes(self._buffer[start : match.end()])))
-                start = match.end()
+        for match in _EVENT_END.finditer(self._buffer, searched):
+            out.append(self._pass_event(bytes(self._buffer[start : match.end()])))
+            start = match.end()
         del self._buffer[:start]
-        if self._size + len(self._buffer) > MAX_HELD:
-            self._has_given_up = True
-            out += [self._settle(self._open, self._open), bytes(self._buffer)]
-            self._buffer.clear()
         return b"".join(out)
 
     def finish(self) -> bytes:
         """Return all that is held; a call of which no end came goes as it is."""
         rest = bytes(self._buffer)
-        if self._is_whole:
-            return repair_body(rest)
-        rest = self._pass_event(rest)
+        is_json = rest.lstrip().startswith(b"{")
+        rest = repair_body(rest) if is_json else self._pass_event(rest)
         return self._settle(self._open, self._open) + rest
 
     def _pass_event(self, event):
@@ -7491,24 +7296,20 @@ class RepairStream:
             return event
 
     def _pass_payload(self, event, payload):
-        calls, ends, out = _calls_in(payload), _ends_in(payload), b""
-        for key, _, _ in calls:
-            if key not in self._open:
-                out += self._settle_sound(list(self._open)[-1:])  # it may be complete
-                self._open[key] = []
+        calls, ends = _calls_in(payload), _ends_in(payload)
         fragments = {key: member[name] for key, member, name in calls}
-        block = None, _index_of(payload, 0)
+        for key in fragments:
+            self._open.setdefault(key, [])
+        block = None, payload.get("index", 0)
         if any(fragments.values()):
             if ends or not any(member.get("name") for _, member, _ in calls):
                 event = self._hold(event, fragments)
             else:
                 event = self._pass_names(event, payload, calls)
         elif payload.get("type") == "content_block_stop" and block in self._open:
-            # it does not show whether the call was cut off; the next event does
-            self._hold(event, {block: ""})
-            event = self._settle_sound([block])
+            event = self._hold(event, {block: ""})  # the next shows if it was cut off
         ended = [key for key in self._open if key[0] in ends]
-        return out + self._settle(ended, _cut_off(ended, ends)) + event
+        return self._settle(ended, _cut_off(ended, ends)) + event
 
     def _pass_names(self, event, payload, calls):
         """Return an event without arguments; hold them in events of their own."""
@@ -7525,15 +7326,7 @@ class RepairStream:
             self._open[key] = self._open.pop(key, [])  # the latest, now
             self._open[key].append(text)
         self._held.append((event, list(fragments)))
-        self._size += len(event)
         return b""
-
-    def _settle_sound(self, keys):
-        """End those of these calls that need no repair."""
-        texts = {key: "".join(self._open[key]) for key in keys}
-        return self._settle(
-            [key for key, text in texts.items() if repair_arguments(text) == text]
-        )
 
     def _settle(self, keys, cut=()):
         """End these calls, repaired but for those that were cut. Return the events of
@@ -7548,18 +7341,14 @@ class RepairStream:
             if self._open.keys() & keys:
                 self._held.append((event, keys))
                 continue
-            self._size -= len(event)
-            is_changed = self._repaired.keys() & keys
-            out.append(self._rewritten(event) if is_changed else event)
+            if self._repaired.keys() & keys:
+                payload = json.loads(_data_of(event))
+                for key, member, name in _calls_in(payload):
+                    if member[name] and key in self._repaired:
+                        member[name], self._repaired[key] = self._repaired[key], ""
+                event = _with_data(event, payload)
+            out.append(event)
         return b"".join(out)
-
-    def _rewritten(self, event):
-        """Return an event with all that is left of the new arguments of its calls."""
-        payload = json.loads(_data_of(event))
-        for key, member, name in _calls_in(payload):
-            if member[name] and key in self._repaired:
-                member[name], self._repaired[key] = self._repaired[key], ""
-        return _with_data(event, payload)
 
 
 # ==================================================================================
@@ -8639,6 +8428,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         error = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
         self.head_timeout = StallMonitor(HEAD_SECONDS, error)
         self.is_unread = False  # part of a body, which the client may still be sending
+        address = self.request.getsockname()
+        self.is_on_loopback = isinstance(address, tuple) and _LOOPBACK.match(address[0])
         if self.request.family != socket.AF_UNIX:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         set_socket_timeouts(self.request)
@@ -8650,7 +8441,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def finish(self):
         """Let the client read our answer, even if it still sends."""
-        if self.is_unread and not self.reply.is_broken:
+        if self.is_unread and not self.reply.problem:
             lingering_close(self.request)
 
     def handle_one_request(self):
@@ -8679,10 +8470,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         finally:
             self._count_request()
         body, self.body, self.wire.on_timeout = self.body, None, self.head_timeout
-        if body is not None and self.reply.is_persistent:
-            with contextlib.suppress(APIError):  # what is left is too long
-                self.close_connection = not body.skip()
         self.is_unread = body is None or not body.is_complete
+        self.close_connection = self.is_unread or not self.reply.is_persistent
 
     def _await_request(self):
         if self.wire.held:
@@ -8703,7 +8492,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not raw:
             return False
         self.head = Request(raw)
-        self.head.drop_slash(ROUTES)
+        path = self.head.path.rstrip("/")
+        if path in ROUTES:  # with or without a slash
+            self.head.target = path + self.head.target[len(self.head.path) :]
+            self.head.path = path
         self.reply = ClientResponse(self.request, self.head, self._cors_headers())
         self.reply.is_for_anthropic = self.head.path.endswith("/v1/messages")
         self.body = Body(self.wire, self.head, self.config.settings.max_body)
@@ -8723,7 +8515,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         reply = self.reply
         if reply is None or (self.model is None and reply.status < 400):
             return
-        status = 502 if reply.is_broken else reply.status or 500
+        status = 502 if reply.problem else reply.status or 500
         status = 499 if isinstance(self.error, RequestCancelled) else status
         seconds = time.monotonic() - self.began
         usage = self.usage if status < 300 else Usage()
@@ -8781,7 +8573,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
             error = APIError(f"{kind}{error}")
         reply = self.reply = self.reply or ClientResponse(self.request, None, [])
-        if self.body is None or not self.body.can_be_skipped:
+        if self.body is None or not self.body.is_complete:
             reply.is_persistent = False
         if not reply.status:
             self._send_error(error)
@@ -8835,10 +8627,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Raise Forbidden or Unauthorized unless Host, Origin and key are accepted."""
         head, keys, origin = self.head, self.config.api_keys, self.head.get("origin")
         host, allowed = head.get("host"), self.config.settings.allowed_hosts
-        name, address = _host_name(host), self.request.getsockname()
-        is_loopback = isinstance(address, tuple) and _LOOPBACK.match(address[0])
+        name = _host_name(host)
         is_allowed = not name or {name, "*"} & {*allowed} or _ADDRESS.fullmatch(name)
-        if is_loopback and not is_allowed:
+        if self.is_on_loopback and not is_allowed:
             raise Forbidden(
                 f"Host {host!r} is not among allowed-hosts in [llmswap], which guards "
                 "local servers against web pages"
@@ -8890,7 +8681,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _check_may_load(self, model):
         """For GETs: they may load the model only if no foreign page asks for it."""
-        if self.pool.backend_of(model, State.LOADED) is None:
+        is_get = self.head.method in SAFE_METHODS
+        if is_get and self.pool.backend_of(model, State.LOADED) is None:
             self._check_not_from_a_page()
 
     def _given_keys(self):
@@ -9242,7 +9034,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.pool.keep_alive(backend.model, idle_timeout)
                 try:
                     self._relay(outgoing, backend, transform_of)
-                    self.usage = usage_in(bytes(self.reply.ends))
+                    self.usage = usage_in(self.reply.ends)
                     backend.record_answer(self.usage)
                     return self._log_if_slow()
                 except BackendDied as error:
@@ -9319,7 +9111,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             length, rest = sum(map(len, held)), None
         return UpstreamRequest(self.head.method, target, [], held, length, rest)
 
-    def _relay(self, outgoing, backend, *more):
+    def _relay(self, outgoing, backend, transform_of=lambda _: None):
         key = backend.model.settings.proxy_key
         dropped = NOT_FORWARDED
         if self.config.api_keys or key:
@@ -9340,7 +9132,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.head.is_upgrade:
             headers.append(("connection", "upgrade"))
             headers.append(("upgrade", self.head.get("upgrade")))
-        relay(outgoing._replace(headers=headers), backend, self.reply, *more)
+        relay(outgoing._replace(headers=headers), backend, self.reply, transform_of)
 
 
 ROUTES = {
@@ -9399,10 +9191,8 @@ def _repair_of(answer):
     """Return a RepairStream for an answer that may have tool calls, else None."""
     if answer.status != 200 or answer.get("content-encoding"):
         return None
-    if answer.is_event_stream:
-        return RepairStream()
-    is_json = "json" in answer.get("content-type")
-    return RepairStream(is_whole=True) if is_json else None
+    is_readable = answer.is_event_stream or "json" in answer.get("content-type")
+    return RepairStream() if is_readable else None
 
 
 def _idle_timeout_in(members):
@@ -9424,9 +9214,12 @@ def _idle_timeout_in(members):
         raise BadRequest(text, names[0]) from None
 
 
+_HOST = re.compile(r"(\[[^]]*\]|[^:]*)(?::[0-9]*)?")
+
+
 def _host_name(host):
     """Return the name in a Host, without its port; "?" if it is none."""
-    match = re.fullmatch(r"(\[[^]]*\]|[^:]*)(?::[0-9]*)?", host)
+    match = _HOST.fullmatch(host)
     return match[1].lower() if match else "?"
 
 
@@ -10187,8 +9980,8 @@ class FileWatch:
         call on_change() on another thread. Return when it returned, or is late."""
         with self._lock:
             now = time.monotonic()
-            is_looking = self._look is not None and self._look.is_alive()
-            if now >= self._looked_at + WATCH_EVERY and not is_looking:
+            is_due = now >= self._looked_at + WATCH_EVERY
+            if is_due and not (self._look and self._look.is_alive()):
                 self._looked_at = now
                 self._look = start_thread(self._find_change, "watch", on_change)
         self._look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
