@@ -224,7 +224,7 @@ MAX_DURATION = 100 * 365 * SECONDS["d"]  # a lock accepts this, but not any numb
 UNIT_POWERS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 NUMBER = r"[0-9]{1,15}(?:\.[0-9]+)?"  # as many digits as a float can hold
 TRUE_WORDS = ("on", "true", "1", "enabled", "yes")
-FALSE_WORDS = ("off", "false", "0", "disabled", "no")
+BOOLEAN = f"(?i:{'|'.join(TRUE_WORDS)}|off|false|0|disabled|no)"
 
 
 def pattern(expected, regex, convert=lambda match: match[0]):
@@ -256,11 +256,6 @@ def _seconds(match):
     return min(seconds, MAX_DURATION)
 
 
-def _pin(match):
-    word = match[0].lower()
-    return "on" if word in TRUE_WORDS else "off" if word in FALSE_WORDS else word
-
-
 parse_duration = pattern(
     "a duration such as 15m", rf"{NUMBER}|(?:{NUMBER}(?:ms|[smhd]))+", _seconds
 )
@@ -270,12 +265,12 @@ parse_size = pattern(
     lambda match: int(float(match[1]) * 2 ** UNIT_POWERS[match[2].upper()]),
 )
 parse_boolean = pattern(
-    "on or off",
-    f"(?i:{'|'.join(TRUE_WORDS + FALSE_WORDS)})",
-    lambda match: match[0].lower() in TRUE_WORDS,
+    "on or off", BOOLEAN, lambda match: match[0].lower() in TRUE_WORDS
 )
 parse_pin = pattern(
-    "on, off or loaded", f"(?i:loaded|{'|'.join(TRUE_WORDS + FALSE_WORDS)})", _pin
+    "on, off or loaded",
+    f"loaded|{BOOLEAN}",
+    lambda match: "loaded" if match[0] == "loaded" else match[0].lower() in TRUE_WORDS,
 )
 parse_count = pattern("a whole number", "[0-9]{1,9}", lambda match: int(match[0]))
 parse_score = pattern(
@@ -373,28 +368,21 @@ def parse_state_dir(text) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-CONTROL_REQUEST = re.compile(r"[ \t]*(?:([A-Z]+)[ \t]+)?(/[^\s,]*)[ \t]*")
+parse_request = pattern(
+    "a request such as POST /sleep?level=1",
+    r"(?:([A-Z]+)[ \t]+)?(/[^\s,]*)[ \t]*(\{.*\})?",
+    lambda match: (match[1] or "POST", match[2], match[3] or ""),
+)
 
 
 def parse_requests(text) -> tuple:
     """Return (method, path, JSON body) of each request, separated by commas:
     "POST /wake_up, POST /collective_rpc {"method": "reload_weights"}"."""
-    requests, at = [], 0
-    while at < len(text):
-        match = CONTROL_REQUEST.match(text, at)
-        if not match:
-            expected = "a request such as POST /sleep?level=1"
-            raise ValueError(f"{text[at:].strip()!r} is not {expected}")
-        body, at = "", match.end()
-        if text.startswith("{", at):
-            end = json.JSONDecoder().raw_decode(text, at)[1]
-            body, at = text[at:end], end
-        requests.append((match[1] or "POST", match[2], body))
-        comma = re.compile(r"[ \t]*(?:,|\Z)").match(text, at)
-        if not comma:
-            raise ValueError(f"a comma is missing before {text[at:].strip()!r}")
-        at = comma.end()
-    return tuple(requests)
+    parts = re.split(r"[ \t]*,[ \t]*(?=[A-Z]+[ \t]|/)", text) if text else ()
+    requests = tuple(map(parse_request, parts))
+    for _, _, body in requests:
+        parse_object(body)
+    return requests
 
 
 def parse_host_port(text) -> tuple:
@@ -571,6 +559,7 @@ MODEL_KEYS = (
 
 PROXY_KEY = {key.name: key for key in PROXY_KEYS}
 MODEL_KEY = {key.name: key for key in MODEL_KEYS}
+ENV_KEY = MODEL_KEY["env.NAME"]
 
 # Variables known only when a backend starts, by the keys that may hold them. Their
 # texts stay as they are until then; the values here only serve to check them.
@@ -580,7 +569,7 @@ LATE_VARIABLES = {
 }
 QUOTED_KEYS = ("cmd", "cmd-stop", "extra-args", "idle-command")  # as in a shell
 
-SETTINGS = [key for key in MODEL_KEYS if key.name != "env.NAME"]
+SETTINGS = [key for key in MODEL_KEYS if key is not ENV_KEY]
 ProxySettings = namedtuple("ProxySettings", [key.attribute for key in PROXY_KEYS])
 ModelSettings = namedtuple("ModelSettings", [key.attribute for key in SETTINGS])
 DEFAULTS = {
@@ -746,22 +735,37 @@ def expand(text, variables) -> str:
     return VARIABLE.sub(value, text)
 
 
-def expand_macros(text, macros) -> str:
-    """Return the text with macros replaced, and macros in them; all else stays."""
+
+def needs_port(text) -> bool:
+    """Return whether ${PORT} stands in the text."""
+    return any(match[1] == "PORT" for match in VARIABLE.finditer(text))
+
+
+def read_setting(key, setting, macros, variables, warn):
+    """Return the value of the key, or raise ConfigError with the setting's place.
+
+    A text that may hold ${PORT} or ${PID} stays one, with its macros expanded. `warn`
+    is called for words of a command that only a shell understands.
+    """
+    text = setting.text
     for _ in range(MACRO_DEPTH):
         text = VARIABLE.sub(lambda match: macros.get(match[1], match[0]), text)
-    return text
-
-
-def variables_in(text) -> set:
-    """Return the names that stand in ${}."""
-    return {match[1] for match in VARIABLE.finditer(text)} - {None}
+    late = LATE_VARIABLES.get(key.name, {})
+    try:
+        value = key.parse(expand(text, {**variables, **late}))
+        words = shlex.split(text if late else value) if key.name in QUOTED_KEYS else []
+    except ValueError as error:
+        raise ConfigError(f"{setting.place}: {error}") from None
+    shell_words = " ".join(filter(SHELL_SYNTAX.fullmatch, words))
+    if shell_words:
+        warn(f"{setting.place}: only a shell understands {shell_words}, and none is "
+             "run: write sh -c '...', and ${env.NAME} for $NAME")
+    return text if late else value
 
 
 # ---- Commands: quoted as in a shell, though none runs them ---------------------------
 
 ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
-SHELL_BUILTINS = ("cd", "exec", "export", "source", ".", "ulimit", "umask")
 SHELL_SYNTAX = re.compile(
     r"&&?|\|\|?|;|[0-9]*[<>]{1,2}[&\w./~-]*|[^;\s]+;|\$\(.*|`.*|#.*|\$[A-Za-z_]\w*"
 )
@@ -777,31 +781,6 @@ def with_environment(words) -> list:
     return ["env", *words] if words and ASSIGNMENT.match(words[0]) else words
 
 
-def shell_pitfalls(setting):
-    """Yield warnings of words that only a shell understands."""
-    words = shlex.split(setting.text)
-    builtins = [word for word in words[:1] if word in SHELL_BUILTINS]
-    syntax = [word for word in words if SHELL_SYNTAX.fullmatch(word)]
-    if builtins or syntax:
-        shown = " ".join(builtins + syntax)
-        yield (f"{setting.place}: only a shell understands {shown}, and none is run: "
-               "write sh -c '...', and ${env.NAME} for $NAME")
-
-
-def read_setting(key, setting, macros, variables):
-    """Return the value of the key, or raise ConfigError with the setting's place.
-
-    A text that may hold ${PORT} or ${PID} stays one, with its macros expanded.
-    """
-    text = expand_macros(setting.text, macros)
-    late = LATE_VARIABLES.get(key.name, {})
-    try:
-        value = key.parse(expand(text, {**variables, **late}))
-        if key.name in QUOTED_KEYS:
-            shlex.split(text if late else value)
-    except ValueError as error:
-        raise ConfigError(f"{setting.place}: {error}") from None
-    return text if late else value
 
 
 # ---- Options of llama-server ---------------------------------------------------------
@@ -886,9 +865,6 @@ class OptionTable:
             if option is None:
                 reason = "neither a key of llmswap nor an option of this llama-server"
                 raise ConfigError(f"{place}: {unknown_key(key, reason, self.by_key)}")
-            if option.values > 1:
-                reason = "takes two values; write it into extra-args"
-                raise ConfigError(f"{place}: {reason}")
             if ROUTER_OPTIONS.isdisjoint(option.names):
                 chosen[option.names[0]] = option, option.value(key, text)
         return [chosen[name] for name in sorted(chosen)]
@@ -897,12 +873,11 @@ class OptionTable:
         """Return the option values on a command line by name; "" for a flag."""
         values = {}
         for word, following in zip(words, [*words[1:], ""]):
-            option = self.by_key.get(word.lstrip("-")) if word.startswith("-") else None
-            if option or word.startswith("--"):
-                is_flag = option and not option.values
-                is_negative = is_flag and word in option.negatives
-                name = option.name if option and not is_negative else word
-                values[name] = "" if is_flag else following
+            option = self.by_key.get(word.lstrip("-"), Option((word,)))
+            if word in option.negatives:
+                values[word] = ""
+            elif word.startswith("-") and word in option.names:
+                values[option.name] = following if option.values else ""
         return values
 
     def pitfalls(self, settings):
@@ -923,8 +898,6 @@ class OptionTable:
                        f"llama.cpp makes it {word}")
             elif option.values and re.fullmatch("\".*\"|'.*'", text):
                 yield f"{place}: the quotes are part of the value {text}"
-            if option.negatives and key.startswith("LLAMA_ARG_NO_"):
-                yield f"{place}: NO is no negation here for llama.cpp"
 
 
 UNKNOWN_OPTIONS = OptionTable()
@@ -964,7 +937,6 @@ def parse_help(text) -> Optional[OptionTable]:
 EXCLUSIVE_KEYS = ("cmd", "unit", "uses")
 NOT_FOR_ALL = (*EXCLUSIVE_KEYS, "proxy", "alias")
 NOT_MODELS = ("llmswap", "macros", "*")
-LENIENT_KEYS = ("stop-timeout", "load-on-startup")  # llama.cpp takes anything for them
 
 # The keys that make the backend, by kind of model: their change needs a new backend.
 PROCESS_KEYS = ("extra-args", "proxy", "env.NAME", "cwd", "oom-score-adj")
@@ -980,11 +952,10 @@ REQUEST_KEYS = (  # and those of listing: they may stand beside `uses`
     "json-repair",
     "loading-notice", "unlisted", "capabilities", "description",
 )
-SOURCE_KEYS = set(
-    "model m LLAMA_ARG_MODEL hf-repo hf hfr LLAMA_ARG_HF_REPO model-url mu "
-    "LLAMA_ARG_MODEL_URL docker-repo dr LLAMA_ARG_DOCKER_REPO".split()
+SOURCE_KEY = re.compile(
+    "model|m|hf-repo|hfr?|model-url|mu|docker-repo|dr|(?!spec-).*-default|fim-.*-spec"
+    "|LLAMA_ARG_(?:MODEL|HF_REPO|MODEL_URL|DOCKER_REPO)"
 )
-SOURCE_FLAG = re.compile("(?!spec-).*-default|fim-.*-spec")
 SAVE_PATH = "slot-save-path"  # the option of llama-server that `keep-context` needs
 
 
@@ -1017,15 +988,11 @@ class Model(NamedTuple):
         """Whether it is to be found out what it needs."""
         return self.settings.needs is None and self.kind not in ("remote", "uses")
 
-    @property
-    def written_needs(self) -> Mapping[str, int]:
-        """What it needs as far as the file says so."""
-        return self.settings.needs or {}
 
     @property
     def is_pinned(self) -> bool:
         """Whether it is never evicted, loaded or not."""
-        return self.settings.pin == "on"
+        return self.settings.pin is True
 
     @property
     def launch(self) -> tuple:
@@ -1106,8 +1073,10 @@ def folder_name(name) -> str:
 
 def has_source(keys) -> bool:
     """Return whether one of llama-server's keys says where the model's file is."""
-    names = {*keys, *(key.replace("_", "-") for key in keys)}
-    return bool(names & SOURCE_KEYS) or any(map(SOURCE_FLAG.fullmatch, names))
+    return any(
+        SOURCE_KEY.fullmatch(name)
+        for key in keys for name in (key, key.replace("_", "-"))
+    )
 
 
 def split_settings(section):
@@ -1133,21 +1102,18 @@ class ModelBuilder:
         self._warn = warn
         self._problems = []
         self._own, options = split_settings(section)
-        self._kind = self._find_kind(options)
+        proxy = self._own.get("proxy")
+        is_elsewhere = proxy and not needs_port(proxy.text)
+        is_remote = is_elsewhere and not has_source(each.key for each in options)
+        self._kind = next(
+            (name for name in EXCLUSIVE_KEYS if name in self._own),
+            "remote" if is_remote else "llama-server",
+        )
         keys, *layers = defaults
         if self._kind == "uses":
             keys = {name: keys[name] for name in keys if name in REQUEST_KEYS}
         self._keys = {**keys, **self._own}
         self._layers = (*layers, options)
-
-    def _find_kind(self, options):
-        for name in EXCLUSIVE_KEYS:
-            if name in self._own:
-                return name
-        proxy = self._own.get("proxy")
-        is_elsewhere = proxy and "PORT" not in variables_in(proxy.text)
-        has_file = has_source([setting.key for setting in options])
-        return "remote" if is_elsewhere and not has_file else "llama-server"
 
     def build(self) -> Model:
         """Return the Model; defaults replace values that are wrong."""
@@ -1156,13 +1122,16 @@ class ModelBuilder:
             values["hang_timeout"] = 0.0
         for name, setting in self._keys.items():
             if name.startswith("env."):
-                env[name[len("env.") :]] = self._read_late(setting)
+                env[name[len("env.") :]] = self._read(ENV_KEY, setting, "")
             else:
                 key = MODEL_KEY[name]
                 values[key.attribute] = self._read(key, setting, values[key.attribute])
         settings, options = ModelSettings(**values), ()
         if self._kind == "llama-server":
-            options = tuple(map(self._read_layer, self._layers))
+            options = tuple(
+                [each._replace(text=self._read_option(each)) for each in layer]
+                for layer in self._layers
+            )
         mistakes = self._key_mistakes(), self._kind_mistakes(settings, env)
         for setting, reason in itertools.chain(*mistakes):
             place = setting.place if setting else self._place
@@ -1174,30 +1143,22 @@ class ModelBuilder:
                      self._variables, (self._name,), problem, preset_only=preset_only)
 
     def _read(self, key, setting, default):
+        context = self._macros, self._variables, self._warn
         try:
-            value = read_setting(key, setting, self._macros, self._variables)
-            if key.name in QUOTED_KEYS:
-                for warning in shell_pitfalls(setting):
-                    self._warn(warning)
-            return value
+            return read_setting(key, setting, *context)
         except ConfigError as error:
-            if key.name in LENIENT_KEYS:
+            if key.name in PRESET_ONLY_KEYS:  # llama.cpp takes anything for them
                 self._warn(f"{error}; taken as {key.default}")
             else:
                 self._problems.append(str(error))
             return default
 
-    def _read_late(self, setting):
-        return self._read(MODEL_KEY["env.NAME"], setting, "")
-
-    def _read_layer(self, layer):
+    def _read_option(self, setting):
+        """Return the text; without macros it is as llama-server reads it, but for a ~
+        that it could not open."""
         if self._macros:
-            texts = [self._read_late(setting) for setting in layer]
-        else:  # as llama-server reads them
-            texts = [setting.text.replace("${", "$${") for setting in layer]
-        # but for a path that it could not open
-        texts = map(os.path.expanduser, texts)
-        return [each._replace(text=text) for each, text in zip(layer, texts)]
+            return os.path.expanduser(self._read(ENV_KEY, setting, ""))
+        return os.path.expanduser(setting.text.replace("${", "$${"))
 
     def _key_mistakes(self):
         """Yield settings that cannot stand in the section, and why."""
@@ -1217,22 +1178,22 @@ class ModelBuilder:
     def _kind_mistakes(self, settings, env):
         """Yield what else makes the model unusable, each with the setting to blame."""
         own = self._own.get
-        needs_port = "PORT" in variables_in(settings.proxy)
+        is_local = needs_port(settings.proxy)
         if self._kind == "llama-server":
             keys = {setting.key for layer in self._layers for setting in layer}
             words = settings.extra_args.split()
             keys.update(env, (word.split("=")[0].lstrip("-") for word in words))
             if not has_source(keys):
                 yield None, "it has no source: model, hf-repo, model-url or docker-repo"
-            if not needs_port:
+            if not is_local:
                 yield own("proxy"), "the proxy of a llama-server needs ${PORT}"
-        elif self._kind == "cmd":
-            texts = " ".join([settings.cmd, settings.extra_args, *env.values()])
-            if needs_port and "PORT" not in variables_in(texts):
+        elif self._kind == "cmd" and is_local:
+            texts = [settings.cmd, settings.extra_args, *env.values()]
+            if not any(map(needs_port, texts)):
                 yield own("cmd"), "without ${PORT} it needs proxy = URL"
         if self._kind in EXCLUSIVE_KEYS and not getattr(settings, self._kind):
             yield own(self._kind), "it must not be empty"
-        if self._kind in ("unit", "remote") and needs_port:
+        if self._kind in ("unit", "remote") and is_local:
             yield own("proxy"), "it needs proxy = URL, without ${PORT}"
         if bool(settings.sleep) != bool(settings.wake):
             yield None, "sleep and wake need each other"
@@ -1280,7 +1241,7 @@ def misfit(model, pinned, settings) -> Optional[str]:
     """Return why a model cannot be loaded beside the pinned ones, or None."""
     if model.has_auto_needs and not settings.budget:
         return "needs = auto is of no use without a budget in [llmswap]"
-    for name in (*model.written_needs, *model.settings.sleep_needs):
+    for name in (*(model.settings.needs or ()), *model.settings.sleep_needs):
         if name not in settings.budget:
             return f"budget in [llmswap] does not name {name!r}"
     models = [*pinned, model]
@@ -1293,7 +1254,7 @@ def misfit(model, pinned, settings) -> Optional[str]:
     if settings.sets and not is_together:
         return f"{prefix} none of sets has them together"
     for name, limit in settings.budget.items():
-        needed = sum(each.written_needs.get(name, 0) for each in models)
+        needed = sum((each.settings.needs or {}).get(name, 0) for each in models)
         if limit is not None and needed > limit:
             return (f"{prefix} they need {name} {size_text(needed)}, "
                     f"the budget is {size_text(limit)}")
@@ -1317,10 +1278,15 @@ class Config(NamedTuple):
     def resolve(self, name) -> Model:
         """Return the model of that name, or raise ModelNotFound with names like it."""
         known = self.find(name)
-        if known is None:
-            text = f"there is no model {name!r}{self._near(name)}"
-            raise ModelNotFound(text, "model")
-        return self.models[known]
+        if known is not None:
+            return self.models[known]
+        listed = [m.name for m in self.models.values() if not m.settings.unlisted]
+        names = [each for each, owner in self.names.items() if owner in listed]
+        near = suggestion(name, names)
+        shown = ", ".join(listed[:8]) or "none"
+        more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
+        text = f"there is no model {name!r}{near or ';'} there are {shown}{more}"
+        raise ModelNotFound(text, "model")
 
     def default_model(self) -> Optional[Model]:
         """Return the model for requests that name none, if there is one."""
@@ -1338,13 +1304,6 @@ class Config(NamedTuple):
             for layer in model.options:
                 warnings.update(dict.fromkeys(table_of(model).pitfalls(layer)))
         return list(warnings)
-
-    def _near(self, name):
-        listed = {m.name: m for m in self.models.values() if not m.settings.unlisted}
-        names = [other for other, known in self.names.items() if known in listed]
-        shown = ", ".join([*listed][:8]) or "none"
-        more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
-        return f"{suggestion(name, names) or ';'} there are {shown}{more}"
 
 
 WITHOUT_FILE = b"[llmswap]\ncache-models = on\n"
@@ -1380,13 +1339,17 @@ class ConfigLoader:
     def __init__(self, data, path, overrides, environ, cached=()):
         self._path = path
         self._cached = cached
-        self._in_directory = {}  # options of the models in models-dir
         self._environ = environ
         self._warnings = {}  # used as a set that keeps its order
         empty = {name: Section(name, "", {}) for name in NOT_MODELS}
         self._sections = {**empty, **PresetParser(path, self._warn).parse(data)}
-        self._macros = self._read_macros()
-        self._variables = {f"env.{name}": value for name, value in environ.items()}
+        macros = self._sections["macros"].settings
+        for name, setting in macros.items():
+            if name in ("PORT", "PID", "MODEL_ID") or name.startswith("env."):
+                raise ConfigError(f"{setting.place}: this name has its own meaning")
+        texts = {name: setting.text for name, setting in macros.items()}
+        variables = {f"env.{name}": value for name, value in environ.items()}
+        self._context = texts, variables, self._warn
         self._proxy = {**self._read_proxy_section(), **overrides}
         self._names = {}  # ids of models by name
 
@@ -1398,8 +1361,9 @@ class ConfigLoader:
             if model.kind == "llama-server" and model.settings.keep_context:
                 path = os.path.join(settings.state_dir, "context", folder_name(name))
                 models[name] = model._replace(context_dir=f"{path}/")
-        keys = self._read_api_keys(settings)
-        config = Config(self._path, settings, models, self._names, keys, ())
+        config = Config(
+            self._path, settings, models, self._names, self._read_api_keys(settings), ()
+        )
         settings = self._resolve_names(config)
         self._check_fit(models, settings)
         for model in models.values():
@@ -1409,13 +1373,6 @@ class ConfigLoader:
 
     def _warn(self, message):
         self._warnings[message] = True
-
-    def _read_macros(self):
-        settings = self._sections["macros"].settings
-        for name, setting in settings.items():
-            if name in ("PORT", "PID", "MODEL_ID") or name.startswith("env."):
-                raise ConfigError(f"{setting.place}: this name has its own meaning")
-        return {name: setting.text for name, setting in settings.items()}
 
     def _read_proxy_section(self):
         star, settings = self._sections["*"].settings, {}
@@ -1437,11 +1394,7 @@ class ConfigLoader:
         values = {}
         for key in PROXY_KEYS:
             setting = self._proxy.get(key.name, Setting(key.name, key.default, ""))
-            value = read_setting(key, setting, self._macros, self._variables)
-            values[key.attribute] = value
-            if key.name in QUOTED_KEYS:
-                for warning in shell_pitfalls(setting):
-                    self._warn(warning)
+            values[key.attribute] = read_setting(key, setting, *self._context)
         if "models-max" not in self._proxy and (values["budget"] or values["sets"]):
             values["models_max"] = 0
         return ProxySettings(**values)
@@ -1468,40 +1421,36 @@ class ConfigLoader:
         if None in settings.budget.values():
             keys.setdefault("needs", Setting("needs", "auto", ""))
         listed = self._list_models(settings)
-        place = f"{self._path}: [{{}}]"
-        sections = {name: Section(name, place.format(name), {}) for name in listed}
+        sections = {
+            name: Section(name, f"{self._path}: [{name}]", {}) for name in listed
+        }
         sections.update(self._model_sections())
-        models = [
-            ModelBuilder(section, (keys, options, listed.get(section.name, [])),
-                         self._macros, self._variables, self._warn).build()
-            for section in sections.values()
-        ]
-        return [
-            model._replace(source=self._source_of(each))
-            for each, model in zip(sections, models)
-        ]
-
-    def _source_of(self, name):
-        if name in self._sections:
-            return "preset"
-        return "models_dir" if name in self._in_directory else "cache"
+        models = []
+        for name, section in sections.items():
+            source, layer = listed.get(name, ("preset", []))
+            defaults = keys, options, layer
+            model = ModelBuilder(section, defaults, *self._context).build()
+            is_written = name in self._sections
+            models.append(model._replace(source="preset" if is_written else source))
+        return models
 
     def _list_models(self, settings):
-        """Return options of the models in models-dir and in llama.cpp's cache, by id.
-        They are those of the file's section that is the same to llama.cpp."""
-        if settings.models_dir:
-            place = self._proxy["models-dir"].place
-            try:
-                self._in_directory = find_models(settings.models_dir, place)
-            except OSError as error:
-                self._warn(f"{place}: {error}")
+        """Return the source and the options of the models in llama.cpp's cache and in
+        models-dir, by id: that of the section which is the same to llama.cpp."""
         ids = {canonical_name(name): name for name in self._sections}
         listed = {}
         for name in self._cached if settings.cache_models else ():
             options = {"hf-repo": name, "offline": "on"}
             layer = [Setting(key, text, f"[{name}]") for key, text in options.items()]
-            listed[ids.get(name, name)] = layer
-        return {**listed, **self._in_directory}
+            listed[ids.get(name, name)] = "cache", layer
+        if settings.models_dir:
+            place = self._proxy["models-dir"].place
+            try:
+                for name, layer in find_models(settings.models_dir, place).items():
+                    listed[name] = "models_dir", layer
+            except OSError as error:
+                self._warn(f"{place}: {error}")
+        return listed
 
     def _model_sections(self):
         """Return the sections that are models. Of names that are equal to llama.cpp,
@@ -1518,8 +1467,9 @@ class ConfigLoader:
         return sections
 
     def _assign_names(self, models):
-        """Return the models by id. Ids come first, then aliases, then llama.cpp's
-        spellings; a name that is taken stays with its owner."""
+        """Return the models by id. Ids come first, then aliases, llama.cpp's spellings,
+        and the repository of its only model in the cache; a name that is taken stays
+        with its owner."""
         self._names.update((model.name, model.name) for model in models)
         named = {}
         for model in models:
@@ -1530,17 +1480,13 @@ class ConfigLoader:
             named[model.name] = model._replace(aliases=aliases)
         for model in sorted(models, key=lambda model: model.name, reverse=True):
             self._register(canonical_name(model.name), model, "llama.cpp's name")
-        self._register_repositories()
-        for name, owner in [*self._names.items()]:
-            self._names.setdefault(name.strip().casefold(), owner)
-        return named
-
-    def _register_repositories(self):
-        """Let `user/repo` mean the only model of it in the cache."""
         repositories = [name.rpartition(":")[0] for name in self._cached]
         for repository, name in zip(repositories, self._cached):
             if repositories.count(repository) == 1 and name in self._names:
                 self._names.setdefault(repository, self._names[name])
+        for name, owner in [*self._names.items()]:
+            self._names.setdefault(name.strip().casefold(), owner)
+        return named
 
     def _register(self, name, model, label):
         """Return whether the model has the name, which it gets if none has it."""
@@ -1559,20 +1505,16 @@ class ConfigLoader:
                 raise ConfigError(f"{place}: there is no model {name!r}")
             return model
 
-        def backends(name):
-            model = known(name, "sets")
-            used = [*filter(None, map(config.find, model.settings.uses))]
-            return used or [model.name]
-
+        sets = []
+        for names in config.settings.sets:
+            models = [known(name, "sets") for name in names]
+            used = [map(config.find, model.settings.uses) for model in models]
+            backends = [[*filter(None, ids)] or [model.name]
+                        for ids, model in zip(used, models)]
+            sets += map(frozenset, itertools.product(*backends))
         default = config.settings.default_model
-        return config.settings._replace(
-            sets=tuple(
-                frozenset(names)
-                for together in config.settings.sets
-                for names in itertools.product(*map(backends, together))
-            ),
-            default_model=default and known(default, "default-model").name,
-        )
+        default = default and known(default, "default-model").name
+        return config.settings._replace(sets=tuple(sets), default_model=default)
 
     def _check_fit(self, models, settings):
         """Make models unusable that do not fit beside all that are always pinned."""
@@ -1634,46 +1576,14 @@ class State(enum.Enum):
     UNLOADING = "unloading"
 
 
-class Event(enum.Enum):
-    """What moves a model from one state to the next."""
-
-    START = "start"
-    LOADED = "loaded"
-    SLEPT = "slept"
-    STOP = "stop"
-    EXITED = "exited"
-
-
-NEXT_STATE = {
-    State.UNLOADED: {Event.START: State.LOADING},
-    State.LOADING: {
-        Event.LOADED: State.LOADED,
-        Event.SLEPT: State.LOADING,  # reported before it was told to wake
-        Event.STOP: State.UNLOADING,
-        Event.EXITED: State.UNLOADED,
-    },
-    State.LOADED: {
-        Event.LOADED: State.LOADED,
-        Event.SLEPT: State.SLEEPING,  # by itself
-        Event.STOP: State.UNLOADING,
-        Event.EXITED: State.UNLOADED,
-    },
-    State.SLEEPING: {
-        Event.START: State.LOADING,  # waking is a start
-        Event.LOADED: State.LOADED,  # woke by itself
-        Event.SLEPT: State.SLEEPING,
-        Event.STOP: State.UNLOADING,
-        Event.EXITED: State.UNLOADED,
-    },
-    State.UNLOADING: {
-        Event.LOADED: State.UNLOADING,  # too late
-        Event.SLEPT: State.SLEEPING,
-        Event.EXITED: State.UNLOADED,
-    },
+NEXT_STATES = {  # waking is a start; a backend may fall asleep and wake by itself
+    State.UNLOADED: (State.LOADING,),
+    State.LOADING: (State.LOADED, State.UNLOADING, State.UNLOADED),
+    State.LOADED: (State.SLEEPING, State.UNLOADING, State.UNLOADED),
+    State.SLEEPING: (State.LOADING, State.LOADED, State.UNLOADING, State.UNLOADED),
+    State.UNLOADING: (State.SLEEPING, State.UNLOADED),
 }
-
-RANKS = {State.LOADED: 0, State.LOADING: 1, State.SLEEPING: 2}  # 0 serves soonest
-LAST_RANK = 3
+SOONEST_FIRST = [State.LOADED, State.LOADING, State.SLEEPING]  # to serve a request
 MIN_RETURN_GAP = 0.005  # s; a client that sends its next request at once needs less
 UNKNOWN_SWAP_COST = 1.0  # s; assumed before a swap was measured
 MAX_PATIENCE = 30.0  # s
@@ -1782,10 +1692,6 @@ class Ticket:
     ticket loads the model and holds no lease.
     """
 
-    __slots__ = (
-        "number", "model", "arrived", "preemptible", "manual", "run", "waiter",
-    )  # fmt: skip
-
     def __init__(self, number, model, arrived, preemptible=False, manual=False):
         self.number = number
         self.model = model
@@ -1811,12 +1717,11 @@ class ModelState:
         self.state = State.UNLOADED
         self.changed_at = None  # when it entered its state; None: never
         self.run = 0  # number of its current backend
-        self.was_ready = False  # in this run
         self.in_flight = 0
         self.preemptible = 0  # leases that no stop waits for
         self.waiting = 0  # tickets in the queue
-        self.last_grant = -math.inf
-        self.started_at = self.ready_at = self.idle_since = 0.0
+        self.started_at = self.idle_since = 0.0
+        self.ready_at = self.last_grant = -math.inf  # in this run
         self.pause_began = None  # when it became idle, until the next request
         self.pauses = collections.deque(maxlen=8)
         self.drains_for = None  # the ticket that needs its room
@@ -1825,8 +1730,7 @@ class ModelState:
         self.failures = 0
         self.last_failure = None
         self.retry_at = -math.inf
-        self.keep_at = -math.inf  # keep_loaded does not start it before
-        self.is_released = False  # unloaded by hand: keep_loaded has no effect
+        self.keep_at = -math.inf  # keep_loaded starts it then; inf: when asked for
         self.idle_timeout = None  # set by a request, until unloaded; inf: never
         self.unload_by = None  # stopped by hand: no grants; leases are cut then
         self.stop_cause = None  # as in Stop; or crashed; or sleep: it is to fall asleep
@@ -1835,12 +1739,13 @@ class ModelState:
         self.replacement = None  # the spec that a reload sets once the backend is gone
         self.removal_error = None  # refuses its tickets once a reload removed it
 
-    def advance(self, event: Event, now: float):
-        """Move to the next state; a KeyError is a bug."""
-        state = NEXT_STATE[self.state][event]
+    def advance(self, state: State, now: float):
+        """Move to this state; a ValueError is a bug."""
         if state is not self.state:
+            if state not in NEXT_STATES[self.state]:
+                raise ValueError(f"{self.name}: {self.state} cannot become {state}")
             self.state, self.changed_at = state, now
-        if event is not Event.STOP:  # a stopping backend still holds what it held
+        if state is not State.UNLOADING:  # which still holds what it held
             self.is_asleep = state is State.SLEEPING
 
     @property
@@ -1864,15 +1769,8 @@ class ModelState:
     @property
     def is_pinned(self) -> bool:
         """Whether nothing may evict it now."""
-        is_pinned_now = self.spec.is_pinned_once_loaded and self.was_ready
-        return self.spec.is_pinned or is_pinned_now
-
-    @property
-    def is_missing(self) -> bool:
-        """Whether keep_loaded wants it loaded, which it is not."""
-        if self.state is State.SLEEPING and not self.spec.can_sleep:
-            return False  # it fell asleep by itself, and wakes by itself
-        return self.is_down and self.spec.keep_loaded and not self.is_released
+        was_ready = self.ready_at > -math.inf
+        return self.spec.is_pinned or self.spec.is_pinned_once_loaded and was_ready
 
     @property
     def needs_room(self) -> bool:
@@ -1883,13 +1781,6 @@ class ModelState:
         """Whether it drains for an unload by hand or a reload, and grants nothing."""
         reloaded = self.replacement is not None or self.removal_error is not None
         return self.unload_by is not None or reloaded
-
-    def is_ready_for(self, ticket: Ticket) -> bool:
-        """Whether the ticket can have a lease now."""
-        if self.state is not State.LOADED or self.is_stopping_soon:
-            return False
-        limit = self.spec.concurrency
-        return not limit or self.in_flight < limit or ticket.preemptible
 
     def usage(self) -> ModelUsage:
         """What it takes now."""
@@ -1926,7 +1817,14 @@ class ModelState:
             self.retry_at = now + min(MAX_BACKOFF, 2.0 ** min(surplus, 16))
 
     def reset_failures(self):
-        self.failures, self.retry_at, self.keep_at = 0, -math.inf, -math.inf
+        self.failures, self.retry_at = 0, -math.inf
+        if self.keep_at < math.inf:
+            self.keep_at = -math.inf
+
+    def allow_keeping(self):
+        """From now on keep_loaded has effect on it, though it was unloaded by hand."""
+        if self.keep_at == math.inf:
+            self.keep_at = -math.inf
 
     def swap_cost(self, newcomer: "ModelState") -> float:
         """Seconds to stop this model, load the newcomer, and load this one again."""
@@ -2005,7 +1903,6 @@ class Scheduler:
         self._runs = itertools.count(1)  # of all models: names come and go
         self._decisions = []  # since the last decide(); events refuse tickets, too
         self._next_deadline = math.inf
-        self._draining = {}  # ModelState -> the ticket that it drains for
         self._stopping = {}  # ModelState that stops or is to make room -> when
         self._pinned = []  # ModelStates that nothing may evict now
         self._is_resting = False  # keep_loaded has no effect until the next request
@@ -2018,7 +1915,8 @@ class Scheduler:
     ) -> Ticket:
         """Queue a request for the model; the next `decide` may grant or refuse it."""
         model = self.models[name]
-        model.is_released = self._is_resting = False
+        model.allow_keeping()
+        self._is_resting = False
         ticket = Ticket(next(self._numbers), model, now, preemptible, manual)
         if manual:
             model.reset_failures()
@@ -2050,9 +1948,10 @@ class Scheduler:
 
         def rank(name):
             model = self.models[name]
-            if model.is_stopping_soon or model.drains_for:
-                return LAST_RANK
-            return RANKS.get(model.state, LAST_RANK)
+            is_leaving = model.is_stopping_soon or model.drains_for
+            if is_leaving or model.state not in SOONEST_FIRST:
+                return len(SOONEST_FIRST)
+            return SOONEST_FIRST.index(model.state)
 
         remaining = (name for name in names if name in self.models)
         return min(remaining, key=rank, default=None)
@@ -2068,33 +1967,30 @@ class Scheduler:
         model = self._current(name, run)
         if model is None:
             return
+        if model.state is State.UNLOADING:  # it woke by itself, too late
+            model.is_asleep = False
+            return
         if model.state is State.LOADING:
             if model.started_at > -math.inf:
                 model.load_seconds = now - model.started_at
-            model.was_ready, model.ready_at, model.idle_since = True, now, now
-            model.last_grant = -math.inf  # of this run
+            model.ready_at = model.idle_since = now
+            model.last_grant = -math.inf
             model.reset_failures()
             model.last_failure = model.room_from = None
-            self._end_pauses(model)
-        model.advance(Event.LOADED, now)
-
-    def _end_pauses(self, newcomer):
-        """End the pause of each model evicted for `newcomer`.
-
-        Its clients did not return while the newcomer loaded; a client that alternates
-        between the two caused that load itself.
-        """
-        for model in self.models.values():
-            if model.evicted_for is newcomer:
-                model.evicted_for = None
-                if model.pause_began is not None:
-                    model.record_arrival(math.inf)
+            for victim in self.models.values():
+                if victim.evicted_for is model:
+                    # its clients did not return while this one loaded; a client that
+                    # alternates between the two caused that load itself
+                    victim.evicted_for = None
+                    if victim.pause_began is not None:
+                        victim.record_arrival(math.inf)
+        model.advance(State.LOADED, now)
 
     def crashed(self, name: str, run: int, now: float):
         """The loaded backend is ending by itself; `exited` follows once it is gone."""
         model = self._current(name, run)
         if model is not None and model.state in (State.LOADED, State.SLEEPING):
-            model.advance(Event.STOP, now)
+            model.advance(State.UNLOADING, now)
             model.stop_cause = "crashed"
 
     def adopted(self, name: str, now: float) -> int:
@@ -2110,14 +2006,14 @@ class Scheduler:
     def slept(self, name: str, run: int, now: float):
         """The backend sleeps: as it was told to, or by itself."""
         model = self._current(name, run)
-        if model is None:
-            return
+        if model is None or model.state is State.LOADING:
+            return  # reported before it was told to wake
         if model.state is State.UNLOADING:
             if model.stop_cause != "sleep":
                 return  # fell asleep by itself, but is to stop
             model.stop_seconds = now - model.changed_at
             model.stop_cause = model.drains_for = None
-        model.advance(Event.SLEPT, now)
+        model.advance(State.SLEEPING, now)
 
     def exited(
         self, name: str, run: int, now: float, failure: Optional[APIError] = None
@@ -2141,10 +2037,10 @@ class Scheduler:
                 self.refuse_waiting(name, failure)
         elif failure is not None:
             model.last_failure = failure
-            model.keep_at = model.ready_at + MAX_BACKOFF
+            model.keep_at = max(model.keep_at, model.ready_at + MAX_BACKOFF)
         else:  # stopped by other means than llmswap
-            model.is_released = True
-        model.advance(Event.EXITED, now)
+            model.keep_at = math.inf
+        model.advance(State.UNLOADED, now)
         self._end_run(model)
         return victim and victim.name
 
@@ -2193,7 +2089,7 @@ class Scheduler:
     def _end_run(self, model):
         """Forget what belonged to the run; a reload may now take effect."""
         del self.held[model.name]
-        model.was_ready = False
+        model.ready_at = -math.inf
         model.in_flight = model.preemptible = 0
         model.idle_timeout = model.unload_by = None
         model.stop_cause = model.drains_for = None
@@ -2211,7 +2107,7 @@ class Scheduler:
         Requests in flight have its stop timeout to end, then the backend is stopped.
         keep_loaded has no effect on it until it is asked for, or the next reload.
         """
-        self.models[name].is_released = True
+        self.models[name].keep_at = math.inf
         return self._unload(name, now, problem)
 
     def rest(self, now: float, problem: APIError):
@@ -2256,7 +2152,7 @@ class Scheduler:
                 model.spec = spec
                 if name in changed:
                     model.reset_failures()
-            model.is_released = False
+            model.allow_keeping()
             if model.is_pinned:
                 model.drains_for = None
 
@@ -2314,18 +2210,16 @@ class Scheduler:
     def _serve_queue(self, now):
         """Walk the queue once; return whether anything changed."""
         self._next_deadline = math.inf
-        self._draining, self._stopping = {}, {}
-        for model in self.held.values():
-            if model.drains_for:
-                self._draining[model] = model.drains_for
-            is_stopping = model.state is State.UNLOADING or model.is_stopping_soon
-            if is_stopping or model.drains_for:
-                self._stopping[model] = -math.inf
+        self._stopping = {
+            model: -math.inf for model in self.held.values()
+            if model.state is State.UNLOADING or model.is_stopping_soon
+            or model.drains_for
+        }
         self._pinned = [
             model for model in self.held.values()
             if model.is_pinned and model not in self._stopping
         ]
-        before = len(self._decisions), len(self._draining)
+        before = self._count_changes()
         wanted = {}  # name -> usage that this ticket and older ones wait for
         waiting, is_full = 0, False  # is_full: `wanted` alone exceeds the limits
         for ticket in list(self._queue.values()):
@@ -2343,13 +2237,20 @@ class Scheduler:
                 wanted[model.name] = model.usage_when_loaded()
                 is_full = is_full or not self.limits.allow(wanted.values())
                 self._try_start(ticket, wanted, is_full, now)
-        return before != (len(self._decisions), len(self._draining))
+        return before != self._count_changes()
+
+    def _count_changes(self):
+        draining = [model for model in self.held.values() if model.drains_for]
+        return len(self._decisions), len(draining)
 
     def _may_grant(self, ticket):
-        drains_for = self._draining.get(ticket.model)
-        if self._closing_error or drains_for and drains_for.number < ticket.number:
+        model, limit = ticket.model, ticket.model.spec.concurrency
+        if model.state is not State.LOADED or model.is_stopping_soon:
             return False
-        return ticket.model.is_ready_for(ticket)
+        older = model.drains_for and model.drains_for.number < ticket.number
+        if self._closing_error or older:
+            return False
+        return not limit or model.in_flight < limit or ticket.preemptible
 
     def _refusal_of(self, ticket, waiting, now):
         """Why a ticket may not wait (any longer); None: it may."""
@@ -2418,7 +2319,7 @@ class Scheduler:
     def _try_start(self, ticket, wanted, is_full, now):
         """Start the ticket's model, or make room for it, or wait for room."""
         model = ticket.model
-        if not model.is_down or model.is_stopping_soon or model in self._draining:
+        if not model.is_down or model.is_stopping_soon or model.drains_for:
             return
         if not model.needs_room:
             self._start(model, now, ticket)
@@ -2439,7 +2340,7 @@ class Scheduler:
         if victim is None or victim.is_down:
             return False
         if victim not in self._stopping and self._is_evictable(victim):
-            victim.drains_for = self._draining[victim] = ticket
+            victim.drains_for = ticket
             self._stopping[victim] = -math.inf
         return victim in self._stopping
 
@@ -2463,7 +2364,7 @@ class Scheduler:
         if not model.is_held:  # waking continues the run
             model.run = next(self._runs)
             self.held[model.name] = model
-        model.advance(Event.START, now)
+        model.advance(State.LOADING, now)
         model.started_at = now
 
     def _evict(self, ticket, wanted, now):
@@ -2487,7 +2388,7 @@ class Scheduler:
             self._look_again_at(moment)
             return
         for victim in victims:
-            victim.drains_for = self._draining[victim] = ticket
+            victim.drains_for = ticket
 
     def _is_evictable(self, model):
         if model.is_pinned or not model.needs_room:
@@ -2515,7 +2416,11 @@ class Scheduler:
         if self._queue or self._closing_error or self._is_resting:
             return False
         for model in self.models.values():
-            if model.is_missing and self._fits({model.name: model.usage_when_loaded()}):
+            # one that fell asleep by itself wakes by itself
+            is_missing = model.spec.can_sleep or model.state is State.UNLOADED
+            if not (is_missing and model.is_down and model.spec.keep_loaded):
+                continue
+            if self._fits({model.name: model.usage_when_loaded()}):
                 moment = max(model.retry_at, model.keep_at)
                 if now >= moment:
                     self._start(model, now)
@@ -2546,17 +2451,17 @@ class Scheduler:
             return cause, by
         if model.is_stopping_soon:
             return "reload", once_drained
-        if model in self._draining:
+        if model.drains_for:
             return "abandoned" if is_loading else "evicted", once_drained
         return "idle", math.inf if is_loading else model.unload_at()
 
     def _stop(self, model, now, cause):
         newcomer, to_sleep = None, False
         if cause in ("evicted", "abandoned"):
-            model.evicted_for = self._draining[model].model
+            model.evicted_for = model.drains_for.model
             newcomer = model.evicted_for.name
             to_sleep = model.spec.can_sleep and model.state is State.LOADED
-        model.advance(Event.STOP, now)
+        model.advance(State.UNLOADING, now)
         model.stop_cause = "sleep" if to_sleep else cause
         self._decisions.append(Stop(model.name, model.run, cause, newcomer, to_sleep))
 
@@ -2584,7 +2489,8 @@ NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20  # of Linux's sock_diag(7)
 NETLINK_DUMP = 0x301  # of netlink(7)
 LISTENING = 1 << 10  # of the kernel's tcp_states.h
 PORT_TRIES = 3
-ACTIVITY_INTERVAL = 1.0  # s between two looks at what a silent load has read
+LOOK_AT_LOADS = 0.2  # s between two looks at what a load has read
+MAX_BEFORE_READY = 0.99  # of the progress of a load
 
 
 def free_port() -> int:
@@ -3169,8 +3075,9 @@ class Backend:
     Its listener has a method for each event, all called on that thread but `on_line`,
     and all with the backend as their first argument:
 
+        on_progress(is_new)   it loads; whether its `progress` has changed
         on_loaded()           it is ready, or awake again
-        on_described(entry)   the entry of its own /v1/models, {} if it has none
+        on_described(entry)   then: the entry of its own /v1/models, {} if it has none
         on_slept()            it fell asleep
         on_dying()            it was found dead or hung, though not told to stop
         on_exited(problem)    nothing of it is left; problem None if it was stopped
@@ -3195,6 +3102,7 @@ class Backend:
         self.where = None  # it runs, for people
         self.lines = ()  # the last that it wrote, where they are read here
         self.started_at = self._began = self._progress_at = time.monotonic()
+        self.progress = None  # of a load, from 0 to 1, where that can be told
         self._listener = listener
         self._title = model.name
         self._thread = None
@@ -3206,7 +3114,6 @@ class Backend:
         self._pending_action = None  # _put_to_sleep or _wake_up
         self._silent_since = None  # when a request was first found silent
         self._probe_socket = None  # on which this backend's thread waits
-        self._seen_activity = set()
         self._stranger = None  # the process that has its port, for people
         self._own_inodes, self._may_hide = None, True  # of its listeners
         self._sleep_poll, self._is_asleep = math.inf, False
@@ -3233,6 +3140,7 @@ class Backend:
 
     def wake(self):
         """Wake it up; one that does not wake is started anew."""
+        self.started_at, self.progress = time.monotonic(), None
         self._pending_action = self._wake_up
         self._wakeup.set()
 
@@ -3291,9 +3199,7 @@ class Backend:
         while self._load():
             self._is_ready = True
             self.upstream.mark_alive()
-            self._listener.on_loaded(self)
-            if self.model.kind == "llama-server":
-                self._listener.on_described(self, self._fetch_entry())
+            self._report_loaded()
             if self._supervise():
                 break
             self._is_ready = False
@@ -3336,6 +3242,11 @@ class Backend:
 
     def _may_probe(self):
         return self._is_alive()
+
+    def _report_loaded(self):
+        self._listener.on_loaded(self)
+        entry = self._fetch_entry() if self.model.kind == "llama-server" else {}
+        self._listener.on_described(self, entry)
 
     def _report_death(self):
         """From now on no request is sent to it."""
@@ -3413,7 +3324,8 @@ class Backend:
         Raise LoadTimeout when it showed no sign of progress for its load timeout.
         """
         limit = self.model.settings.load_timeout or math.inf
-        began = time.monotonic()
+        began = self._looked_at = time.monotonic()
+        self.progress, self._model_size, self._seen_activity = None, 0, set()
         while self._may_become_ready():
             asked_at = time.monotonic()
             timeout = min(HEALTH_TIMEOUT, self._progress_at + limit - asked_at)
@@ -3422,7 +3334,7 @@ class Backend:
                 return self._is_alive()
             if type(probe.error).__name__ == "SSLCertVerificationError":
                 raise LoadFailed(f"{self._title} is not to be trusted: {probe.reason}")
-            self._record_activity()
+            self._look_at_load()
             now = time.monotonic()
             if now >= self._progress_at + limit:
                 text = f"{self._title} {self._lateness} for {limit:g} s"
@@ -3431,14 +3343,30 @@ class Backend:
             self._wait(min(0.1, (now - began) / 100))  # or until it writes a line
         return False
 
-    def _record_activity(self):
-        """Count memory that it reads or maps as progress, as a line written is."""
-        now = time.monotonic()
-        if self.pid and now > self._progress_at + ACTIVITY_INTERVAL:
-            activity = load_activity(self.pid)
-            if activity not in self._seen_activity:  # up and down again is none
-                self._seen_activity.add(activity)
-                self._progress_at = now
+    def _look_at_load(self):
+        """Count memory that its processes read or map as progress, like a line written.
+
+        A llama-server is not asked how far it is, as its router would: from then on it
+        hangs after a SIGTERM until it reads a line on its standard input, and it calls
+        a mapped file read that has yet to be.
+        """
+        if time.monotonic() < self._looked_at + LOOK_AT_LOADS:
+            return
+        self._looked_at, memory, read = time.monotonic(), 0, 0
+        family = descendants(self.pid) if self.pid else []
+        for pid in family:
+            memory += memory_of(pid).get("VmRSS", 0)
+            read += _kernel_counts(f"/proc/{pid}/io", "read_bytes: ")
+        activity = memory >> 20, read >> 20  # a page now and then is no progress
+        if self._seen_activity and activity not in self._seen_activity:
+            self._progress_at = self._looked_at  # nor is up and down again
+        self._seen_activity.add(activity)
+        before = self.progress
+        self._model_size = self._model_size or sum(map(model_file_size, family))
+        if self._model_size:
+            share = min(MAX_BEFORE_READY, round(memory / self._model_size, 3))
+            self.progress = max(share, before or 0.0)
+        self._listener.on_progress(self, self.progress != before)
 
     def _check_hang(self):
         """A request is silent: without an answer to health in time, too, it hangs."""
@@ -3520,7 +3448,7 @@ class Backend:
                 is_awake = self._await_healthy()
         if is_awake:
             self._is_asleep = False
-            self._listener.on_loaded(self)
+            self._report_loaded()
         else:
             self._note("it did not wake up")
         return is_awake
@@ -3532,8 +3460,10 @@ class Backend:
         is_asleep = match[1] == b"true" if match else self._is_asleep
         if is_asleep != self._is_asleep:
             self._is_asleep = is_asleep
-            listener = self._listener
-            (listener.on_slept if is_asleep else listener.on_loaded)(self)
+            if is_asleep:
+                self._listener.on_slept(self)
+            else:
+                self._report_loaded()
 
 
 # -- a child process -------------------------------------------------------------------
@@ -3612,7 +3542,6 @@ class ProcessBackend(Backend):
         self.where = f"pid {self.pid}, port {self.port}"
         self._guard.watch(self.pid)
         self._began = time.monotonic()
-        self._seen_activity = {load_activity(self.pid)}
         self._exited.clear()
         with self._lock:
             self._process = process
@@ -3814,18 +3743,6 @@ def memory_of(pid: int) -> Dict[str, int]:
     status = read_text_or_empty(f"/proc/{pid}/status")
     rows = re.findall(r"^(Rss\w+|VmRSS):\s+(\d+)", status, re.MULTILINE)
     return {name: int(size) * 1024 for name, size in rows}
-
-
-def load_activity(pid: int) -> tuple:
-    """Return what changes while the process or its descendants load a model: megabytes
-    of memory, and those that they had disks read; a page now and then is no load."""
-    return tuple(
-        (
-            memory_of(each).get("VmRSS", 0) >> 20,
-            _kernel_counts(f"/proc/{each}/io", "read_bytes: ") >> 20,
-        )
-        for each in descendants(pid)
-    )
 
 
 def oom_kills() -> int:
@@ -4322,18 +4239,14 @@ def check_unit(model: Model):
 class UnitBackend(Backend):
     """A model server that is a systemd service, run by systemctl (which may hang).
 
-    `rivals` are the other units that listen where this one does: they are stopped
-    before it starts. A second thread notices its end (`_watch_unit`).
+    A second thread notices its end (`_watch_unit`).
     """
 
-    def __init__(
-        self, model: Model, listener, rivals: Sequence[str], settle_timeout: float
-    ):
+    def __init__(self, model: Model, listener, settle_timeout: float):
         super().__init__(model, listener, Upstream(model.url("")))
         self.service = Service(model.settings.unit)
         self.where = model.settings.unit
         self._title = f"{model.name} ({self.where})"
-        self._rivals = rivals
         self._settle_timeout = settle_timeout
         self._is_started = False
         self._watch = None  # the thread that notices its end
@@ -4347,7 +4260,6 @@ class UnitBackend(Backend):
 
     def _spawn(self):
         if not self._is_started:
-            self._stop_rivals()
             self._start_unit()
         self._exited = threading.Event()  # not that of the last start's watch
         if not self._is_active():
@@ -4357,15 +4269,6 @@ class UnitBackend(Backend):
         )
         self._watch.start()
 
-    def _stop_rivals(self):
-        for unit in running_units(self._rivals, self._must_stop):
-            self._note(f"{unit} is in the way; it is stopped")
-            timeout = self.model.settings.stop_timeout + COMMAND_TIMEOUT
-            argv = Service(unit).systemctl("stop")
-            status, text = run_command(argv, timeout, self._must_stop)
-            if status != 0 and not self._is_stop_asked:
-                why = f"{unit}, which uses its port, could not be stopped: {text}"
-                raise LoadFailed(f"{self._title}: {why}")
 
     def _start_unit(self):
         if self._show("ActiveState").get("ActiveState") == "failed":
@@ -4393,7 +4296,7 @@ class UnitBackend(Backend):
         on a thread of its own."""
         fd = open_pidfd(self.pid or 0)
         while fd is None:
-            interval = UNIT_POLL if self._is_ready else ACTIVITY_INTERVAL
+            interval = UNIT_POLL if self._is_ready else 1.0
             if exited.wait(interval) or not self._is_active():
                 break
             fd = open_pidfd(self.pid or 0)
@@ -4569,45 +4472,8 @@ class RemoteBackend(Backend):
 
 # -- how far a load is -----------------------------------------------------------------
 
-MAX_BEFORE_READY = 0.99
-LOAD_LINE_EVERY = 10.0  # s between two log lines about a load that takes long
 COMPANION_OPTIONS = ("-mm", "--mmproj", "-md", "--model-draft")
 MODEL_OPTIONS = ("-m", "--model", *COMPANION_OPTIONS)
-
-
-class LoadProgress:
-    """How far one load is: `share`, from 0 to 1, or None where that cannot be told.
-
-    It never goes back, and says 1 of nothing. It is the memory of the processes that
-    load against the size of the model files that their command lines name.
-
-    A llama-server is not asked to report it, as its router would: from then on it hangs
-    after a SIGTERM until it reads a line on its standard input, and it calls a mapped
-    file read that has yet to be.
-    """
-
-    def __init__(self):
-        self.share = None
-        self.next_line = LOAD_LINE_EVERY  # seconds after the start
-        self._size = 0
-
-    def measure(self, pid: Optional[int]) -> bool:
-        """Look at the memory of that process and its descendants, which reads /proc;
-        return whether the share has changed."""
-        family = descendants(pid) if pid else []
-        self._size = self._size or sum(map(model_file_size, family))
-        if not self._size:
-            return False
-        memory = sum(memory_of(each).get("VmRSS", 0) for each in family)
-        before = self.share
-        share = min(MAX_BEFORE_READY, round(memory / self._size, 3))
-        self.share = max(share, before or 0.0)
-        return self.share != before
-
-    def as_dict(self) -> dict:
-        """Return it as llama.cpp's router does."""
-        stage = "text_model"
-        return {"stages": [stage], "current": stage, "value": self.share or 0.0}
 
 
 def descendants(pid: int) -> List[int]:
@@ -4783,7 +4649,7 @@ class Needs:
         """Return what the model needs (all of the budget where nothing is known), and
         where that is known from."""
         if not model.has_auto_needs:
-            return model.written_needs, "written"
+            return model.settings.needs or {}, "written"
         known = self._known.get(_command_key(model), Known())
         amounts = {**budget, **known.amounts}
         if "vram" not in budget:  # what a GPU uses is of the same memory
@@ -5074,8 +4940,8 @@ class Inspector:
 
 
 ADOPT_PATIENCE = 1.0  # s; how long the start may wait for systemd to say what runs
-LOOK_AT_LOADS = 0.2  # s between two looks at the progress of loads
 LONG_WAIT = 1.0  # s; a wait that is worth a log line
+LOAD_LINE_EVERY = 10.0  # s between two log lines about a load that takes long
 
 
 class Broadcast:
@@ -5133,15 +4999,11 @@ class Metrics:
     """Counts since the start of llmswap. The caller holds the Pool's lock.
 
     `counts` maps (metric, label, ...) to a number; the last label of a histogram is the
-    index of a bucket. `speeds` has the tokens per second of each backend's last answer,
-    `reasons` why it was last stopped, in words.
+    index of a bucket.
     """
 
     def __init__(self):
         self.counts = collections.Counter()
-        self.speeds = {}
-        self.reasons = {}
-        self._newcomers = set()  # models that evicted another, and are not loaded yet
 
     def count_request(
         self,
@@ -5163,38 +5025,16 @@ class Metrics:
         if waited is not None:
             self._observe("waits", model, waited)
 
-    def count_load(self, model: str, seconds: float):
-        """A model has become ready, so many seconds after its start."""
+    def count_load(self, model: str, seconds: float, is_swap: bool = False):
+        """A model has become ready, so many seconds after its start. `is_swap`: after
+        others were evicted for it."""
         self._observe("loads", model, seconds)
-        if model in self._newcomers:
-            self._newcomers.discard(model)
-            self.counts["swaps",] += 1
-
-    def count_stop(self, model: str, cause: str, newcomer: Optional[str] = None):
-        """A model is being stopped, for `newcomer` if there is one."""
-        self.counts["stops", model, cause] += 1
-        self.reasons[model] = STOP_REASONS[cause].format(newcomer)
-        if newcomer is not None:
-            self._newcomers.add(newcomer)
-
-    def count_context(self, model: str, kind: str, tokens: int, seconds: float):
-        """A context was saved, restored or used: see LlamaServerBackend."""
-        if kind == "used":
-            self.counts["context_seconds", model] += seconds
-        else:
-            self.counts["context_tokens", model, kind] += tokens
-
-    def count_failure(self, model: str, state: str):
-        """A model ended in this state without being stopped."""
-        self.counts["failures", model, state] += 1
-        self.reasons.pop(model, None)
-        self._newcomers.discard(model)
+        self.counts["swaps",] += is_swap
 
     def copy(self) -> "Metrics":
         """Return what was counted so far."""
         twin = Metrics()
         twin.counts = self.counts.copy()
-        twin.speeds, twin.reasons = dict(self.speeds), dict(self.reasons)
         return twin
 
     def _observe(self, metric, model, seconds):
@@ -5260,6 +5100,16 @@ def start_thread(target, name: str, *args) -> threading.Thread:
     return thread
 
 
+class Run:
+    """What the Pool keeps of one run of a backend."""
+
+    def __init__(self, number: int, is_beside: bool):
+        self.number = number  # as the Scheduler counts them
+        self.is_beside = is_beside  # it was loaded beside others
+        self.peak = {}  # of the memory that it took so far, by resource
+        self.next_load_line = LOAD_LINE_EVERY  # seconds after the start
+
+
 class Pool:
     """All backends, and which request may use them when. Any thread may call.
 
@@ -5280,11 +5130,12 @@ class Pool:
         self._looks = {}  # by what looks at memory: when it did, and what it found
         self._entries = {}  # by model: the last from its own /v1/models
         self._metrics = Metrics()
+        self._speeds = {}  # by model: tokens per second of the last answer
+        self._stop_reasons = {}  # by model, of its last stop
         self._revision = 0  # of all that status and metrics show
         self._lock = threading.Lock()
         self._timer = threading.Condition(self._lock)  # the next deadline came nearer
         self._changed = threading.Condition(self._lock)  # a new revision
-        self._loading = threading.Condition(self._lock)  # a load began
         self._next_deadline = self._timer_at = math.inf
         self._needs = Needs(config.settings.state_dir, log)
         self._machine_budget = None  # asked for once a budget says auto
@@ -5294,11 +5145,11 @@ class Pool:
         self._known_needs = {}  # by model: amounts, and where they are known from
         self._specs = self._find_specs()
         self._scheduler = Scheduler(limits, self._specs)
-        self._measuring = threading.Condition(self._lock)  # a load is over
-        self._has_loaded = False  # since the last measurement
+        self._runs = {}  # by backend
+        self._has_loaded = threading.Event()  # since the last measurement
         self._is_closed = False
         self._adoption = None
-        self._inactive_since = self._last_request_at = clock()
+        self._last_request_at = clock()
 
     def start(self):
         """Start the timer, adopt units that run, and load the models of
@@ -5306,26 +5157,22 @@ class Pool:
         self._guard.start()
         self._contexts.configure(self.config)
         self._timer_thread = start_thread(self._timer_loop, "timer")
-        start_thread(self._load_progress_loop, "loads")
         start_thread(self._measure_loop, "memory")
-        self._adopt_units()
-        if self._adoption:
-            self._adoption.join(ADOPT_PATIENCE)
-        start_thread(self._load_on_startup, "startup")
+        self._adoption = start_thread(self._adopt_units, "units")
+        self._adoption.join(ADOPT_PATIENCE)
+        wanted = [
+            model for model in self.config.models.values()
+            if model.settings.load_on_startup
+        ]
+        start_thread(self._load_wanted, "startup", wanted)
 
-    def _load_on_startup(self):
-        """Load on startup; on a thread, because asking binaries for options is slow."""
-        for model in list(self.config.models.values()):
+    def _load_wanted(self, models):
+        """Load these and those of keep-loaded, which asks binaries for seconds."""
+        for model in models:
             try:
-                if model.settings.load_on_startup:
-                    self.load(model)
+                self.load(model)
             except APIError as problem:
                 self._log("error", f"{model.name}: {problem}")
-        self._start_keep_loaded()
-
-    def _start_keep_loaded(self):
-        """Have keep-loaded take effect, once the needs of its models are estimated,
-        which may take seconds."""
         for model in list(self.config.models.values()):
             if model.settings.keep_loaded and not model.problem:
                 self._estimate(model)
@@ -5333,29 +5180,22 @@ class Pool:
             pass  # the scheduler starts those that fit
 
     def _adopt_units(self):
-        """Begin to find out which units run already, and to adopt them."""
-        names = {
-            model.settings.unit: name
-            for name, model in self.config.models.items()
-            if model.kind == "unit" and not model.problem
-        }
-        if names:
-            self._adoption = start_thread(self._adopt, "units", names)
-
-    def _adopt(self, names):
-        running = running_units(list(names), gives_up=lambda: self._is_closed)
+        """Find out which units run already, and adopt them."""
+        units = {model.settings.unit for model in self.config.models.values()} - {""}
+        running = running_units(units, gives_up=lambda: self._is_closed)
         with self._event() as now:
-            in_use = {each.model.settings.unit for each in self._backends.values()}
-            for unit in running - in_use:
-                scheduled = self._scheduler.models.get(names[unit])
-                if scheduled is None or scheduled.is_held or self._is_closed:
+            running -= {each.model.settings.unit for each in self._backends.values()}
+            for name, model in self.config.models.items():
+                scheduled, unit = self._scheduler.models.get(name), model.settings.unit
+                is_down = scheduled is not None and not scheduled.is_held
+                if unit not in running or model.problem or not is_down:
                     continue
-                name = scheduled.name
-                if self.config.models[name].settings.unit != unit:
-                    continue  # since a reload, which looks for its own
+                if self._is_closed:
+                    return
                 self._log("info", f"{name}: {unit} runs already")
                 backend = self._new_backend(name, self._scheduler.adopted(name, now))
                 backend.adopt()
+                running.discard(unit)
 
     # -- requests --------------------------------------------------------------------
 
@@ -5372,8 +5212,8 @@ class Pool:
         while True:
             ticket = self._submit(model, preemptible)
             try:
-                backend = _wait_for_grant(ticket.waiter, disconnected)
-                if _is_reachable(backend, disconnected):
+                backend = _await_backend(ticket.waiter, disconnected)
+                if backend is not None:
                     yield backend
                     return
             finally:
@@ -5431,7 +5271,7 @@ class Pool:
 
     def load(self, model: Model) -> bool:
         """Begin to load the model despite earlier failures; False if it is loaded."""
-        if self.state_of(model) in (State.LOADING, State.LOADED):
+        if self.backend_of(model, State.LOADING, State.LOADED):
             return False
         self._submit(model, manual=True)
         return True
@@ -5445,18 +5285,10 @@ class Pool:
                 return False
             return self._scheduler.unload(scheduled.name, now, problem)
 
-    def unload_all(self):
-        """Begin to unload every model."""
-        with self._event() as now:
-            for name in self._scheduler.models:
-                problem = ModelUnloaded(f"{name!r} was unloaded by hand")
-                self._scheduler.unload(name, now, problem)
-
-    def rest(self):
+    def unload_all(self, why: str):
         """Begin to unload every model, and keep none loaded until the next request."""
-        problem = ModelUnloaded("all models are unloaded because nothing happens")
         with self._event() as now:
-            self._scheduler.rest(now, problem)
+            self._scheduler.rest(now, ModelUnloaded(f"all models were unloaded {why}"))
 
     def await_unloaded(self, disconnected: Callable[[], bool]):
         """Wait until no backend is being unloaded, or disconnected() is true."""
@@ -5490,8 +5322,8 @@ class Pool:
                     reason = ModelMisconfigured(model.problem)
                     self._scheduler.refuse_waiting(model.name, reason)
         self._contexts.configure(config)
-        self._adopt_units()
-        start_thread(self._start_keep_loaded, "keep-loaded")
+        self._adoption = start_thread(self._adopt_units, "units")
+        start_thread(self._load_wanted, "keep-loaded", [])
         self.events.publish({"model": "*", "event": "models_reload"})
 
     # -- memory ----------------------------------------------------------------------
@@ -5542,19 +5374,13 @@ class Pool:
                 self._scheduler.learn(name, spec.needs)
 
     def _measure_loop(self):
-        """Measure whenever a model has been loaded, and once a minute."""
+        """Measure whenever a model has been loaded, and then once a minute."""
         while not self._is_closed:
             with self._lock:
-                self._measuring.wait_for(
-                    lambda: self._is_closed or self._has_loaded,
-                    MEASURE_INTERVAL if self._measured_backends() else None,
-                )
-                self._has_loaded = False
-                backends = self._measured_backends()
-                held = [*self._scheduler.held.values()]
-                is_alone = len(held) == 1 and held[0].started_at > -math.inf
-            if backends:
-                self._measure(backends, is_alone)
+                has_any = self._measured_backends()
+            self._has_loaded.wait(MEASURE_INTERVAL if has_any else None)
+            self._has_loaded.clear()
+            self._measure()
 
     def _measured_backends(self):
         """Those that are loaded, and their needs not written. The lock is held."""
@@ -5563,46 +5389,49 @@ class Pool:
         backends = [self._backends[name] for name in loaded]
         return [backend for backend in backends if backend.model.has_auto_needs]
 
-    def _measure(self, backends, is_alone):
-        """Take over what these take. `is_alone`: nothing else runs, nor was adopted."""
-        on_gpu, taken = gpu_memory_by_group(), {}
+    def _measure(self):
+        """Take over what is taken by the models whose needs are not written."""
+        with self._lock:
+            backends = self._measured_backends()
+            held = [*self._scheduler.held.values()]
+        is_alone = len(held) == 1 and held[0].started_at > -math.inf  # nor adopted
+        on_gpu, taken = gpu_memory_by_group() if backends else {}, {}
         for backend in backends:
             vram = on_gpu.get(backend.pid)
-            if vram is None and is_alone:  # in a container, the tool may not show it
-                vram = self._gpu_memory_taken()
+            if vram is None and is_alone and self._vram_at_start:
+                # in a container, the tool may show no processes
+                left = machine_budget(lambda pid: False).get("vram")
+                vram = left and max(0, self._vram_at_start - left)
             taken[backend] = memory_taken(backend.pid, vram)
         with self._lock:
             if is_alone and len(self._scheduler.held) > 1:
                 return
             for backend in self._measured_backends():
+                peak = self._runs[backend].peak
                 for name, amount in taken.get(backend, {}).items():
-                    backend.peak[name] = max(amount, backend.peak.get(name, 0))
+                    peak[name] = max(amount, peak.get(name, 0))
                 self._learn(backend, is_over=False)
             self._schedule()
         self._needs.save()
 
-    def _gpu_memory_taken(self):
-        """How much less the GPUs have left than at the start; None: it is not known."""
-        before, now = self._vram_at_start, machine_budget(lambda pid: False)
-        return max(0, before - now["vram"]) if before and "vram" in now else None
-
     def _learn(self, backend, is_over):
-        model, peak = backend.model, backend.peak
+        model, run = backend.model, self._runs[backend]
         amounts, source = self._needs.of(model, self.budget)
         is_too_large = source == "llama-fit-params" and any(
             amount > self.budget[name] for name, amount in amounts.items()
         )
-        was_squeezed = backend.is_beside or is_too_large
-        if self._needs.learn(model, peak, was_squeezed, is_over):
+        was_squeezed = run.is_beside or is_too_large
+        if self._needs.learn(model, run.peak, was_squeezed, is_over):
             self._take_over_needs()
 
     def _raise_needs(self, name, victim):
         """Have a model that had no memory beside `victim` need so much that it will not
         be loaded beside it again. The lock is held."""
-        freed = self._scheduler.held[victim].usage().needs
-        usages = [each.usage() for each in self._scheduler.held.values()]
+        held = self._scheduler.held.items()
+        needs = {each: scheduled.usage().needs for each, scheduled in held}
+        freed = needs.pop(victim)
         least = {
-            each: size - sum(u.needs.get(each, 0) for u in usages if u.name != victim)
+            each: size - sum(other.get(each, 0) for other in needs.values())
             for each, size in self.budget.items()
             if freed.get(each)
         }
@@ -5613,23 +5442,16 @@ class Pool:
 
     # -- status ----------------------------------------------------------------------
 
-    def state_of(self, model: Model) -> State:
-        """Return what the backend of the model is doing."""
+    def backend_of(self, model: Model, *states: State):
+        """Return the backend of the model, or None; it may end at any time. If states
+        are given, it is in one of them, and not about to stop."""
         with self._lock:
             scheduled = self._scheduled(model)
-            return scheduled.state if scheduled else State.UNLOADED
-
-    def is_held(self, model: Model) -> bool:
-        """Return whether the model is loaded or loading, and not about to stop."""
-        with self._lock:
-            scheduled = self._scheduled(model)
-            is_up = scheduled and scheduled.state in (State.LOADING, State.LOADED)
-            return bool(is_up) and not scheduled.is_stopping_soon
-
-    def backend_of(self, model: Model):
-        """Return the running backend of the model, or None; it may end at any time."""
-        with self._lock:
-            return self._backends.get(self._scheduler.choose(model.backends))
+            if scheduled is None:
+                return None
+            if states and (scheduled.is_stopping_soon or scheduled.state not in states):
+                return None
+            return self._backends.get(scheduled.name)
 
     def status(self, model: Model) -> ModelStatus:
         """Return the status of the model."""
@@ -5661,7 +5483,7 @@ class Pool:
         status = ModelStatus(
             id=model.name,
             aliases=model.aliases,
-            description=model.settings.description or "",
+            description=model.settings.description,
             kind=model.kind,
             unusable=model.problem,
         )
@@ -5669,23 +5491,20 @@ class Pool:
         if scheduled is None:
             return status
         now, name, changed_at = self._clock(), scheduled.name, scheduled.changed_at
-        unload_at, progress, backend = math.inf, None, self._backends.get(name)
-        if scheduled.state is State.LOADED:
-            unload_at = scheduled.unload_at()
-        elif scheduled.state is State.LOADING:
-            progress = backend.progress.share
+        backend, state = self._backends.get(name), scheduled.state
+        unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
         return status._replace(
-            state=scheduled.state.value,
+            state=state.value,
             seconds=None if changed_at is None else now - changed_at,
-            progress=progress,
+            progress=backend.progress if state is State.LOADING else None,
             running=scheduled.in_flight + scheduled.preemptible,
             waiting=scheduled.waiting,
             unload_in=None if unload_at == math.inf else max(0.0, unload_at - now),
-            tokens_per_second=self._metrics.speeds.get(name),
+            tokens_per_second=self._speeds.get(name),
             context=self._contexts.size_of(model.context_dir),
             context_seconds=self._metrics.counts["context_seconds", name],
             failure=scheduled.last_failure,
-            stopped=self._metrics.reasons.get(name),
+            stopped=self._stop_reasons.get(name),
             pinned=scheduled.is_pinned,
             shares=None if name == model.name else name,
             pid=backend and backend.pid,
@@ -5736,7 +5555,11 @@ class Pool:
         """Return since when (on the clock) no request runs or waits, and no backend but
         those of keep-loaded runs; None: one does."""
         with self._lock:
-            return self._inactive_since
+            if self._scheduler.is_in_use:
+                return None
+            models = self._scheduler.models.values()
+            ends = [each.changed_at for each in models if not each.spec.keep_loaded]
+            return max([self._last_request_at, *filter(None, ends)])
 
     def await_change(self, seen: Optional[int], timeout: float) -> int:
         """Wait until status or metrics have changed since revision `seen`, or until the
@@ -5755,7 +5578,7 @@ class Pool:
             self._metrics.count_request(name, *counts, **amounts)
             scheduled = model and self._scheduled(model)
             if scheduled and speed is not None:
-                self._metrics.speeds[scheduled.name] = speed
+                self._speeds[scheduled.name] = speed
             self._revise()
 
     def metrics(self) -> Metrics:
@@ -5785,10 +5608,6 @@ class Pool:
         while has_failed:  # a start that fails at once is an event of its own
             decisions, deadline = self._scheduler.decide(self._clock())
             has_failed = any([self._carry_out(decision) for decision in decisions])
-        if self._scheduler.is_in_use:
-            self._inactive_since = None
-        elif self._inactive_since is None:
-            self._inactive_since = self._clock()
         self._revise()
         self._next_deadline = deadline
         if deadline < self._timer_at:
@@ -5825,12 +5644,8 @@ class Pool:
         name = decision.name
         self._log("info", f"{name}: {'waking' if decision.is_wake else 'loading'}")
         self._publish(name, "loading", event="model_status")
-        self._loading.notify()
         if decision.is_wake:
-            backend = self._backends[name]
-            backend.started_at = time.monotonic()
-            backend.progress = LoadProgress()
-            backend.wake()
+            self._backends[name].wake()
             return False
         try:
             backend = self._new_backend(name, decision.run)
@@ -5844,20 +5659,14 @@ class Pool:
     def _new_backend(self, name, run):
         """Make a backend of the model for this run."""
         backend = self._make_backend(self.config.models[name], self)
-        backend.run_number = run
-        backend.progress = LoadProgress()
-        backend.stop_requested_at = None  # or put to sleep
-        backend.is_described = backend.model.kind != "llama-server"
         self._backends[name] = backend
-        backend.peak = {}  # of what it took so far
-        backend.is_beside = len(self._scheduler.held) > 1  # was loaded beside others
+        self._runs[backend] = Run(run, len(self._scheduler.held) > 1)
         return backend
 
     def _backend_of_kind(self, model, listener):
         settle_timeout = self.config.settings.settle_timeout
         if model.kind == "unit":
-            rivals = rivals_of(model, self.config.models)
-            return UnitBackend(model, listener, rivals, settle_timeout)
+            return UnitBackend(model, listener, settle_timeout)
         if model.kind == "remote":
             return RemoteBackend(model, listener)
         setting = model, listener, self._guard, settle_timeout
@@ -5867,107 +5676,87 @@ class Pool:
 
     def _stop(self, decision):
         name, cause = decision.name, decision.cause
-        self._metrics.count_stop(name, cause, decision.newcomer)
+        self._metrics.counts["stops", name, cause] += 1
+        self._stop_reasons[name] = STOP_REASONS[cause].format(decision.newcomer)
         reason = "by hand" if cause == "unload" else cause
         if decision.newcomer:
             reason += f" for {decision.newcomer}"
         action = "going to sleep" if decision.to_sleep else "unloading"
         self._log("info", f"{name}: {action} ({reason})")
-        backend = self._backends[name]
-        backend.stop_requested_at = time.monotonic()
         if decision.to_sleep:
-            backend.sleep()
+            self._backends[name].sleep()
         else:
-            backend.stop()
+            self._backends[name].stop()
 
     def _publish(self, name, status, event="status_change", **more):
         data = {"status": status, **more}
         self.events.publish({"model": name, "event": event, "data": data})
 
-    # -- the progress of loads -------------------------------------------------------
-
-    def _load_progress_loop(self):
-        """While any model loads, look at its progress; wait while none does."""
-        while not self._is_closed:
-            with self._lock:
-                self._loading.wait_for(
-                    lambda: self._is_closed or self._loading_backends()
-                )
-                backends = self._loading_backends()
-            for backend in backends:
-                has_changed = backend.progress.measure(backend.pid)
-                with self._lock:
-                    if backend in self._loading_backends():
-                        self._report_progress(backend, has_changed)
-            time.sleep(LOOK_AT_LOADS)
-
-    def _loading_backends(self):
-        return [
-            self._backends[scheduled.name]
-            for scheduled in self._scheduler.held.values()
-            if scheduled.state is State.LOADING
-        ]
-
-    def _report_progress(self, backend, has_changed):
-        """Publish the progress if it changed, and log it from time to time."""
-        progress, name = backend.progress, backend.model.name
-        if has_changed:
-            self._publish(name, "loading", progress=progress.as_dict())
-            self._revise()
-        seconds = time.monotonic() - backend.started_at
-        if seconds >= progress.next_line:
-            progress.next_line += LOAD_LINE_EVERY
-            share = percent(progress.share)
-            self._log("info", f"{name}: loading{share} after {seconds:.0f} s")
-
     # -- events from backends, on their threads: see Backend -------------------------
+
+    def on_progress(self, backend, is_new):
+        name, seconds = backend.model.name, time.monotonic() - backend.started_at
+        if is_new:
+            stage = "text_model"  # in the words of llama.cpp's router
+            value = {"stages": [stage], "current": stage, "value": backend.progress}
+            self._publish(name, "loading", progress=value)
+            with self._lock:
+                self._revise()
+        run = self._runs[backend]
+        if seconds >= run.next_load_line:
+            run.next_load_line = seconds + LOAD_LINE_EVERY
+            share = percent(backend.progress)
+            self._log("info", f"{name}: loading{share} after {seconds:.0f} s")
 
     def on_loaded(self, backend):
         name, seconds = backend.model.name, time.monotonic() - backend.started_at
         with self._event() as now:
-            self._scheduler.loaded(name, backend.run_number, now)
-            self._metrics.count_load(name, seconds)
-            backend.is_beside |= len(self._scheduler.held) > 1
-            if backend.model.has_auto_needs:
-                self._has_loaded = True
-                self._measuring.notify()
+            run, models = self._runs[backend], self._scheduler.models
+            evicted_for = [each.evicted_for for each in models.values()]
+            self._metrics.count_load(name, seconds, models[name] in evicted_for)
+            self._scheduler.loaded(name, run.number, now)
+            run.is_beside |= len(self._scheduler.held) > 1
+            run.next_load_line = LOAD_LINE_EVERY  # should it wake up
+        if backend.model.has_auto_needs:
+            self._has_loaded.set()
         self._log("info", f"{name}: loaded in {seconds:.2f} s ({backend.where})")
-        if backend.is_described:
-            self._publish(name, "loaded")
 
     def on_described(self, backend, entry):
         name = backend.model.name
         with self._lock:
-            self._entries[name] = entry
-        backend.is_described = True
+            self._entries[name] = entry or self._entries.get(name, {})
         self._publish(name, "loaded", **({"info": entry} if entry else {}))
 
     def on_slept(self, backend):
+        name = backend.model.name
         with self._event() as now:
-            self._scheduler.slept(backend.model.name, backend.run_number, now)
-        self._log_end(backend, "asleep")
-        self._publish(backend.model.name, "sleeping")
+            self._log_end(name, now, "asleep")
+            self._scheduler.slept(name, self._runs[backend].number, now)
+        self._publish(name, "sleeping")
 
     def on_dying(self, backend):
         with self._event() as now:
-            self._scheduler.crashed(backend.model.name, backend.run_number, now)
+            run = self._runs[backend]
+            self._scheduler.crashed(backend.model.name, run.number, now)
 
     def on_exited(self, backend, problem):
-        if problem is None:
-            self._log_end(backend, "unloaded")
-        with self._event():
+        name = backend.model.name
+        with self._event() as now:
+            if problem is None:
+                self._log_end(name, now, "unloaded")
             self._learn(backend, is_over=True)
-            self._record_exit(backend.model.name, backend.run_number, problem)
+            self._record_exit(name, self._runs[backend].number, problem)
         self._needs.save()
 
     def _record_exit(self, name, run, problem):
         """A backend is gone, or could not be started. The lock is held."""
-        self._backends.pop(name, None)
+        self._runs.pop(self._backends.pop(name, None), None)
         if problem is not None:
             scheduled = self._scheduler.models[name]
             text = _failure_text(problem, scheduled.last_failure)
             self._log("error", text if text.startswith(name) else f"{name}: {text}")
-            self._metrics.count_failure(name, scheduled.state.value)
+            self._metrics.counts["failures", name, scheduled.state.value] += 1
+            self._stop_reasons.pop(name, None)
         victim = self._scheduler.exited(name, run, self._clock(), problem)
         if victim is not None:
             self._log("info", f"{name}: loaded once more, after {victim} has gone")
@@ -5975,24 +5764,24 @@ class Pool:
         self._count_needs()
         self._publish(name, "unloaded", exit_code=exit_code_of(problem))
 
-    def _log_end(self, backend, state):
-        """Log the end, as `info` only if it took over 1 s or was unexpected."""
-        requested_at, backend.stop_requested_at = backend.stop_requested_at, None
-        level, took = "info", ""
-        if requested_at is not None:
-            seconds = time.monotonic() - requested_at
-            level = "info" if seconds >= LONG_WAIT else "debug"
-            took = f" after {seconds:.1f} s"
-        self._log(level, f"{backend.model.name}: {state}{took}")
+    def _log_end(self, name, now, state):
+        """Log the end of a stop, or one that came by itself; `debug` if it was soon."""
+        scheduled = self._scheduler.models[name]
+        seconds = now - scheduled.changed_at
+        took = f" after {seconds:.1f} s" if scheduled.state is State.UNLOADING else ""
+        level = "info" if seconds >= LONG_WAIT else "debug"
+        self._log(level, f"{name}: {state}{took}")
 
     def on_context(self, backend, kind, tokens, size, seconds):
         name, took = backend.model.name, seconds_text(seconds)
-        with self._lock:
-            self._metrics.count_context(name, kind, tokens, seconds)
-            self._revise()
         text = f"{kind} {tokens:,} tokens of context ({size / 1e6:,.0f} MB) in {took}"
+        count, amount = ("context_tokens", name, kind), tokens
         if kind == "used":
             text = f"used {tokens:,} tokens of its restored context, which saves {took}"
+            count, amount = ("context_seconds", name), seconds
+        with self._lock:
+            self._metrics.counts[count] += amount
+            self._revise()
         self._log("info", f"{name}: {text}")
 
     def on_line(self, backend, text):
@@ -6010,8 +5799,7 @@ class Pool:
             self._scheduler.close(ShuttingDown("llmswap is shutting down"))
             self._is_closed = True
             self._timer.notify()
-            self._loading.notify()
-            self._measuring.notify()
+            self._has_loaded.set()
             deadline = now + grace
         with self._event():
             while self._scheduler.in_flight and self._clock() < deadline:
@@ -6058,36 +5846,23 @@ def _failure_text(problem, last):
     return f"{lines[0]}, as before" if is_same else str(problem)
 
 
-def _wait_for_grant(future, disconnected):
-    """Return the backend; raise why it is refused, or ClientDisconnected."""
+def _await_backend(future, disconnected):
+    """Return the backend that is granted, None if it does not answer; raise why it is
+    refused, or ClientDisconnected."""
     while not concurrent.futures.wait([future], timeout=POLL_INTERVAL).done:
         if disconnected():
             raise ClientDisconnected
     problem = future.exception()
     if problem is not None:
         raise problem.with_traceback(None)  # other threads raise the same one
-    return future.result()
-
-
-def _is_reachable(backend, disconnected):
-    """Whether a backend that was granted still answers; raise ClientDisconnected."""
-    while True:
-        answer = backend.is_reachable(POLL_INTERVAL)
-        if answer is not None:
-            return answer
+    backend = future.result()
+    is_reachable = backend.is_reachable(POLL_INTERVAL)
+    while is_reachable is None:
         if disconnected():
             raise ClientDisconnected
+        is_reachable = backend.is_reachable(POLL_INTERVAL)
+    return backend if is_reachable else None
 
-
-def rivals_of(model: Model, models: Mapping[str, Model]) -> List[str]:
-    """Return the other units that listen on the address of this one."""
-    address = address_of(model)
-    units = {
-        each.settings.unit
-        for each in models.values()
-        if address and address_of(each) == address
-    }
-    return sorted(units - {model.settings.unit})
 
 
 def address_of(model: Model) -> Dict[str, int]:
@@ -6103,17 +5878,10 @@ def _removed(name):
 
 def limits_of(config: Config, budget: Mapping[str, int]) -> Limits:
     """Return what the configuration, with this budget, lets be loaded together."""
-    settings = config.settings
     models = config.models.values()
     addresses = {url: 1 for model in models for url in address_of(model)}
-    return Limits(
-        models_max=settings.models_max,
-        budget={**budget, **addresses},
-        sets=tuple(settings.sets),
-        patience=settings.patience,
-        queue_max=settings.queue_max,
-        queue_timeout=settings.queue_timeout,
-    )
+    written = {name: getattr(config.settings, name) for name in Limits()._asdict()}
+    return Limits(**{**written, "budget": {**budget, **addresses}})
 
 
 def counted_needs(
@@ -6139,23 +5907,21 @@ def specs_of(
     config: Config, needs: Mapping[str, Mapping[str, int]]
 ) -> Dict[str, ModelSpec]:
     """Return what scheduling must know of each model that has a backend of its own."""
-    specs = {}
-    for name, model in config.models.items():
-        settings, address = model.settings, address_of(model)
-        if model.backends == (name,):
-            specs[name] = ModelSpec(
-                needs={**needs[name], **address},
-                sleep_needs={**settings.sleep_needs, **address},
-                takes_place=model.kind != "remote",
-                is_pinned=model.is_pinned,
-                is_pinned_once_loaded=settings.pin == "loaded",
-                keep_loaded=settings.keep_loaded and not model.problem,
-                can_sleep=bool(settings.sleep),
-                concurrency=settings.concurrency,
-                idle_timeout=settings.idle_timeout,
-                stop_timeout=settings.stop_timeout,
-            )
-    return specs
+    return {
+        name: ModelSpec(
+            needs={**needs[name], **address_of(model)},
+            sleep_needs={**model.settings.sleep_needs, **address_of(model)},
+            takes_place=model.kind != "remote",
+            is_pinned=model.is_pinned,
+            is_pinned_once_loaded=model.settings.pin == "loaded",
+            keep_loaded=model.settings.keep_loaded and not model.problem,
+            can_sleep=bool(model.settings.sleep),
+            concurrency=model.settings.concurrency,
+            idle_timeout=model.settings.idle_timeout,
+            stop_timeout=model.settings.stop_timeout,
+        )
+        for name, model in config.models.items() if model.backends == (name,)
+    }
 
 
 # ==================================================================================
@@ -9124,7 +8890,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _check_may_load(self, model):
         """For GETs: they may load the model only if no foreign page asks for it."""
-        if self.pool.state_of(model) is not State.LOADED:
+        if self.pool.backend_of(model, State.LOADED) is None:
             self._check_not_from_a_page()
 
     def _given_keys(self):
@@ -9318,7 +9084,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if name:
             self.pool.unload(self._resolve(percent_decoded(name)))
         else:
-            self.pool.unload_all()
+            self.pool.unload_all("by hand")
         self.pool.await_unloaded(self._heartbeat)
         self._send_text("OK")
 
@@ -9389,8 +9155,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         states = [State.LOADED]
         if self.head.path in ("/props", "/metrics"):  # they wake no llama-server
             states.append(State.SLEEPING)
-        backend = self.pool.backend_of(model)
-        if backend is None or self.pool.state_of(model) not in states:
+        backend = self.pool.backend_of(model, *states)
+        if backend is None:
             raise BadRequest("model is not loaded")
         outgoing = self._upstream_request(model, self.head.target, RequestInfo())
         self._relay(outgoing, backend)
@@ -9411,7 +9177,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self._send(b"", 308, [("location", f"/upstream/{rest}/{query}")])
         self._check_may_load(model)
         is_page = path == "/" or self.head.method not in SAFE_METHODS
-        if not self._may_autoload(is_page) and not self.pool.is_held(model):
+        is_up = self.pool.backend_of(model, State.LOADING, State.LOADED)
+        if not is_up and not self._may_autoload(is_page):
             raise ModelNotLoaded(
                 f"model {model.name!r} is not loaded; of the paths under "
                 f"/upstream/{model.name}/ only the page itself loads it"
@@ -9448,7 +9215,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise BadRequest(f"{text}, and there is no default-model", "model")
         self.model = model
         self._check_may_load(model)
-        if not self._may_autoload() and not self.pool.is_held(model):
+        is_up = self.pool.backend_of(model, State.LOADING, State.LOADED)
+        if not is_up and not self._may_autoload():
             raise BadRequest("model is not loaded")
         self._forward(model, self.head.target, info)
 
@@ -10641,7 +10409,7 @@ class Application:
         def is_interrupted():
             return self.server.is_closing or self.pool.idle_since() != idle_since
 
-        self.pool.rest()
+        self.pool.unload_all("because nothing happens")
         self.pool.await_unloaded(is_interrupted)
         occupant = gpu_occupant()
         if occupant and not (is_interrupted() or self._gpu_occupant):
