@@ -2565,7 +2565,7 @@ class Scheduler:
 #            │          on_loaded ──┘     │ on_slept, on_dying     │
 #            └── exit, stop or timeout ───┴─────────── on_exited ──┘
 #
-#    Each backend has a thread of its own, `Backend._run`. Others set a flag, and wake it.
+#    Each backend has a thread of its own, `_run`. Other threads set a flag and wake it.
 # ==================================================================================
 
 POLL_INTERVAL = 0.5  # s; a relay looks that often whether a silent client is there
@@ -3311,7 +3311,7 @@ class Backend:
         listens.
         """
         method, path, body = request or ("GET", self.model.settings.check_endpoint, "")
-        headers = {"Host": self.upstream.authority, "Connection": "close"}
+        headers = {"Connection": "close"}
         if self.model.settings.proxy_key:
             headers["Authorization"] = f"Bearer {self.model.settings.proxy_key}"
         if body:
@@ -3327,7 +3327,7 @@ class Backend:
             if not (self._is_alive() or self._is_saving and not self._is_kill_asked):
                 raise InterruptedError("it has ended, or is being stopped")
             sock.settimeout(timeout)
-            connection = http.client.HTTPConnection("")
+            connection = http.client.HTTPConnection(self.upstream.authority)
             connection.sock = sock
             target, sent = self.upstream.base_path + path, body.encode()
             connection.request(method, target, sent or None, headers)
@@ -4224,28 +4224,25 @@ class UnitBackend(Backend):
         self.start()
 
     def _spawn(self):
+        limit = self.model.settings.load_timeout or math.inf
+        deadline = time.monotonic() + limit
         if not self._is_started:
-            self._start_unit()
+            self._systemctl("reset-failed")
+            self._is_started = True
+            status, text = self._systemctl(
+                "start", timeout=limit, until=lambda: self._is_stop_asked
+            )
+            if status is None and time.monotonic() >= deadline:
+                text = f"{self._title}: systemctl start took over {limit:g} s"
+                raise LoadTimeout(text)
+            if status != 0 and not self._is_stop_asked:
+                raise self._end_error(text)
         self._exited = threading.Event()  # not that of the last start's watch
         if not self._is_active():
             self._exited.set()
         watch = threading.Thread(target=self._watch_unit, args=(self._exited,))
         watch.daemon = True
         watch.start()
-
-    def _start_unit(self):
-        self._systemctl("reset-failed")
-        self._is_started = True
-        limit = self.model.settings.load_timeout or math.inf
-        deadline = time.monotonic() + limit
-        status, text = self._systemctl(
-            "start", timeout=limit, until=lambda: self._is_stop_asked
-        )
-        if self._is_stop_asked or status == 0:
-            return
-        if status is None and time.monotonic() >= deadline:
-            raise LoadTimeout(f"{self._title}: systemctl start took over {limit:g} s")
-        raise self._end_error(text)
 
     def _is_active(self):
         """Look for its main process; return whether it runs, as far as systemd says."""
@@ -4767,8 +4764,7 @@ class Inspector:
         self._facts = {}  # by name: (model, Facts)
         self._read_once = functools.lru_cache(None)(lambda path, *_: read_gguf(path))
         self._looked_at = -math.inf
-        self._is_done = threading.Event()  # the last look
-        self._is_done.set()
+        self._look = threading.Thread()  # the last look at files
         self._lock = threading.Lock()
 
     def facts_of(
@@ -4778,12 +4774,13 @@ class Inspector:
         with self._lock:
             is_due = time.monotonic() >= self._looked_at + LOOK_EVERY
             is_due = is_due or len(self._known(models)) < len(models)
-            if is_due and self._is_done.is_set():
+            if is_due and not self._look.is_alive():
                 self._looked_at = time.monotonic()
-                self._is_done.clear()
-                look = functools.partial(self._look, list(models))
-                threading.Thread(target=look, daemon=True).start()
-        self._is_done.wait(timeout)
+                work = functools.partial(self._inspect_all, list(models))
+                look = threading.Thread(target=work, daemon=True)
+                look.start()
+                self._look = look
+        self._look.join(timeout)
         return {**{model.name: Facts() for model in models}, **self._known(models)}
 
     def _known(self, models):
@@ -4791,12 +4788,9 @@ class Inspector:
         pairs = ((model, self._facts.get(model.name)) for model in models)
         return {m.name: pair[1] for m, pair in pairs if pair and pair[0] is m}
 
-    def _look(self, models):
-        try:
-            for model in models:
-                self._facts[model.name] = model, self._inspect(model)
-        finally:
-            self._is_done.set()
+    def _inspect_all(self, models):
+        for model in models:
+            self._facts[model.name] = model, self._inspect(model)
 
     def _inspect(self, model):
         table, problem = table_of(model), None
