@@ -3638,10 +3638,11 @@ class ProcessBackend(Backend):
 
     def _may_become_ready(self):
         """A stranger on a fixed port may leave it; from a port of ours it does not."""
+        is_alive = self._is_alive()
         is_early = time.monotonic() < self._began + HEALTH_TIMEOUT
-        if is_early and not self._is_port_chosen:
+        if is_alive and is_early and not self._is_port_chosen:
             self._stranger = None
-        return self._is_alive() and not self._stranger
+        return is_alive and not self._stranger
 
     # -- going
 
@@ -3743,7 +3744,9 @@ def _is_group_alive(group):
         os.killpg(group, 0)
     except OSError:
         return False
-    return bool(group_members(group))
+    return any(
+        stat.group == group and stat.state not in "ZX" for _, stat in processes()
+    )
 
 
 def memory_of(pid: int) -> Dict[str, int]:
@@ -4140,12 +4143,8 @@ def gpu_occupant() -> Optional[str]:
 
 
 def group_members(group: int) -> Set[int]:
-    """Return the processes of a process group that have not ended."""
-    return {
-        pid
-        for pid, stat in processes()
-        if stat.group == group and stat.state not in "ZX"
-    }
+    """Return the processes of a process group, the dead that are not reaped, too."""
+    return {pid for pid, stat in processes() if stat.group == group}
 
 
 def settle(pids: Set[int], timeout: float):
