@@ -198,6 +198,9 @@ class QueueTimeout(APIError):
 class ModelUnloaded(APIError):
     status, code, may_retry = 503, "model_unloaded", False
 
+class LoopDetected(APIError):
+    status, code, may_retry = 508, "loop_detected", False
+
 class ShuttingDown(APIError):
     status, code, retry_after = 503, "shutting_down", 5
 
@@ -220,7 +223,7 @@ MAX_DURATION = 100 * 365 * SECONDS["d"]  # a lock accepts this, but not any numb
 UNIT_POWERS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 NUMBER = r"[0-9]{1,15}(?:\.[0-9]+)?"  # as many digits as a float can hold
 TRUE_WORDS = ("on", "true", "1", "enabled", "yes")
-FALSE_WORDS = ("off", "false", "0", "disabled", "no")
+BOOLEAN = f"(?i:{'|'.join(TRUE_WORDS)}|off|false|0|disabled|no)"
 
 
 def pattern(expected, regex, convert=lambda match: match[0]):
@@ -252,11 +255,6 @@ def _seconds(match):
     return min(seconds, MAX_DURATION)
 
 
-def _pin(match):
-    word = match[0].lower()
-    return "on" if word in TRUE_WORDS else "off" if word in FALSE_WORDS else word
-
-
 parse_duration = pattern(
     "a duration such as 15m", rf"{NUMBER}|(?:{NUMBER}(?:ms|[smhd]))+", _seconds
 )
@@ -266,12 +264,12 @@ parse_size = pattern(
     lambda match: int(float(match[1]) * 2 ** UNIT_POWERS[match[2].upper()]),
 )
 parse_boolean = pattern(
-    "on or off",
-    f"(?i:{'|'.join(TRUE_WORDS + FALSE_WORDS)})",
-    lambda match: match[0].lower() in TRUE_WORDS,
+    "on or off", BOOLEAN, lambda match: match[0].lower() in TRUE_WORDS
 )
 parse_pin = pattern(
-    "on, off or loaded", f"(?i:loaded|{'|'.join(TRUE_WORDS + FALSE_WORDS)})", _pin
+    "on, off or loaded",
+    f"loaded|{BOOLEAN}",
+    lambda match: "loaded" if match[0] == "loaded" else match[0].lower() in TRUE_WORDS,
 )
 parse_count = pattern("a whole number", "[0-9]{1,9}", lambda match: int(match[0]))
 parse_score = pattern(
@@ -369,28 +367,21 @@ def parse_state_dir(text) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-CONTROL_REQUEST = re.compile(r"[ \t]*(?:([A-Z]+)[ \t]+)?(/[^\s,]*)[ \t]*")
+parse_request = pattern(
+    "a request such as POST /sleep?level=1",
+    r"(?:([A-Z]+)[ \t]+)?(/[^\s,]*)[ \t]*(\{.*\})?",
+    lambda match: (match[1] or "POST", match[2], match[3] or ""),
+)
 
 
 def parse_requests(text) -> tuple:
     """Return (method, path, JSON body) of each request, separated by commas:
     "POST /wake_up, POST /collective_rpc {"method": "reload_weights"}"."""
-    requests, at = [], 0
-    while at < len(text):
-        match = CONTROL_REQUEST.match(text, at)
-        if not match:
-            expected = "a request such as POST /sleep?level=1"
-            raise ValueError(f"{text[at:].strip()!r} is not {expected}")
-        body, at = "", match.end()
-        if text.startswith("{", at):
-            end = json.JSONDecoder().raw_decode(text, at)[1]
-            body, at = text[at:end], end
-        requests.append((match[1] or "POST", match[2], body))
-        comma = re.compile(r"[ \t]*(?:,|\Z)").match(text, at)
-        if not comma:
-            raise ValueError(f"a comma is missing before {text[at:].strip()!r}")
-        at = comma.end()
-    return tuple(requests)
+    parts = re.split(r"[ \t]*,[ \t]*(?=[A-Z]+[ \t]|/)", text) if text else ()
+    requests = tuple(map(parse_request, parts))
+    for _, _, body in requests:
+        parse_object(body)
+    return requests
 
 
 def parse_host_port(text) -> tuple:
@@ -567,6 +558,7 @@ MODEL_KEYS = (
 
 PROXY_KEY = {key.name: key for key in PROXY_KEYS}
 MODEL_KEY = {key.name: key for key in MODEL_KEYS}
+ENV_KEY = MODEL_KEY["env.NAME"]
 
 # Variables known only when a backend starts, by the keys that may hold them. Their
 # texts stay as they are until then; the values here only serve to check them.
@@ -576,7 +568,7 @@ LATE_VARIABLES = {
 }
 QUOTED_KEYS = ("cmd", "cmd-stop", "extra-args", "idle-command")  # as in a shell
 
-SETTINGS = [key for key in MODEL_KEYS if key.name != "env.NAME"]
+SETTINGS = [key for key in MODEL_KEYS if key is not ENV_KEY]
 ProxySettings = namedtuple("ProxySettings", [key.attribute for key in PROXY_KEYS])
 ModelSettings = namedtuple("ModelSettings", [key.attribute for key in SETTINGS])
 DEFAULTS = {
@@ -742,22 +734,37 @@ def expand(text, variables) -> str:
     return VARIABLE.sub(value, text)
 
 
-def expand_macros(text, macros) -> str:
-    """Return the text with macros replaced, and macros in them; all else stays."""
+
+def needs_port(text) -> bool:
+    """Return whether ${PORT} stands in the text."""
+    return any(match[1] == "PORT" for match in VARIABLE.finditer(text))
+
+
+def read_setting(key, setting, macros, variables, warn):
+    """Return the value of the key, or raise ConfigError with the setting's place.
+
+    A text that may hold ${PORT} or ${PID} stays one, with its macros expanded. `warn`
+    is called for words of a command that only a shell understands.
+    """
+    text = setting.text
     for _ in range(MACRO_DEPTH):
         text = VARIABLE.sub(lambda match: macros.get(match[1], match[0]), text)
-    return text
-
-
-def variables_in(text) -> set:
-    """Return the names that stand in ${}."""
-    return {match[1] for match in VARIABLE.finditer(text)} - {None}
+    late = LATE_VARIABLES.get(key.name, {})
+    try:
+        value = key.parse(expand(text, {**variables, **late}))
+        words = shlex.split(text if late else value) if key.name in QUOTED_KEYS else []
+    except ValueError as error:
+        raise ConfigError(f"{setting.place}: {error}") from None
+    shell_words = " ".join(filter(SHELL_SYNTAX.fullmatch, words))
+    if shell_words:
+        warn(f"{setting.place}: only a shell understands {shell_words}, and none is "
+             "run: write sh -c '...', and ${env.NAME} for $NAME")
+    return text if late else value
 
 
 # ---- Commands: quoted as in a shell, though none runs them ---------------------------
 
 ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
-SHELL_BUILTINS = ("cd", "exec", "export", "source", ".", "ulimit", "umask")
 SHELL_SYNTAX = re.compile(
     r"&&?|\|\|?|;|[0-9]*[<>]{1,2}[&\w./~-]*|[^;\s]+;|\$\(.*|`.*|#.*|\$[A-Za-z_]\w*"
 )
@@ -773,31 +780,6 @@ def with_environment(words) -> list:
     return ["env", *words] if words and ASSIGNMENT.match(words[0]) else words
 
 
-def shell_pitfalls(setting):
-    """Yield warnings of words that only a shell understands."""
-    words = shlex.split(setting.text)
-    builtins = [word for word in words[:1] if word in SHELL_BUILTINS]
-    syntax = [word for word in words if SHELL_SYNTAX.fullmatch(word)]
-    if builtins or syntax:
-        shown = " ".join(builtins + syntax)
-        yield (f"{setting.place}: only a shell understands {shown}, and none is run: "
-               "write sh -c '...', and ${env.NAME} for $NAME")
-
-
-def read_setting(key, setting, macros, variables):
-    """Return the value of the key, or raise ConfigError with the setting's place.
-
-    A text that may hold ${PORT} or ${PID} stays one, with its macros expanded.
-    """
-    text = expand_macros(setting.text, macros)
-    late = LATE_VARIABLES.get(key.name, {})
-    try:
-        value = key.parse(expand(text, {**variables, **late}))
-        if key.name in QUOTED_KEYS:
-            shlex.split(text if late else value)
-    except ValueError as error:
-        raise ConfigError(f"{setting.place}: {error}") from None
-    return text if late else value
 
 
 # ---- Options of llama-server ---------------------------------------------------------
@@ -882,9 +864,6 @@ class OptionTable:
             if option is None:
                 reason = "neither a key of llmswap nor an option of this llama-server"
                 raise ConfigError(f"{place}: {unknown_key(key, reason, self.by_key)}")
-            if option.values > 1:
-                reason = "takes two values; write it into extra-args"
-                raise ConfigError(f"{place}: {reason}")
             if ROUTER_OPTIONS.isdisjoint(option.names):
                 chosen[option.names[0]] = option, option.value(key, text)
         return [chosen[name] for name in sorted(chosen)]
@@ -893,12 +872,11 @@ class OptionTable:
         """Return the option values on a command line by name; "" for a flag."""
         values = {}
         for word, following in zip(words, [*words[1:], ""]):
-            option = self.by_key.get(word.lstrip("-")) if word.startswith("-") else None
-            if option or word.startswith("--"):
-                is_flag = option and not option.values
-                is_negative = is_flag and word in option.negatives
-                name = option.name if option and not is_negative else word
-                values[name] = "" if is_flag else following
+            option = self.by_key.get(word.lstrip("-"), Option((word,)))
+            if word in option.negatives:
+                values[word] = ""
+            elif word.startswith("-") and word in option.names:
+                values[option.name] = following if option.values else ""
         return values
 
     def pitfalls(self, settings):
@@ -919,8 +897,6 @@ class OptionTable:
                        f"llama.cpp makes it {word}")
             elif option.values and re.fullmatch("\".*\"|'.*'", text):
                 yield f"{place}: the quotes are part of the value {text}"
-            if option.negatives and key.startswith("LLAMA_ARG_NO_"):
-                yield f"{place}: NO is no negation here for llama.cpp"
 
 
 UNKNOWN_OPTIONS = OptionTable()
@@ -960,7 +936,6 @@ def parse_help(text) -> Optional[OptionTable]:
 EXCLUSIVE_KEYS = ("cmd", "unit", "uses")
 NOT_FOR_ALL = (*EXCLUSIVE_KEYS, "proxy", "alias")
 NOT_MODELS = ("llmswap", "macros", "*")
-LENIENT_KEYS = ("stop-timeout", "load-on-startup")  # llama.cpp takes anything for them
 
 # The keys that make the backend, by kind of model: their change needs a new backend.
 PROCESS_KEYS = ("extra-args", "proxy", "env.NAME", "cwd", "oom-score-adj")
@@ -976,11 +951,10 @@ REQUEST_KEYS = (  # and those of listing: they may stand beside `uses`
     "json-repair",
     "loading-notice", "unlisted", "capabilities", "description",
 )
-SOURCE_KEYS = set(
-    "model m LLAMA_ARG_MODEL hf-repo hf hfr LLAMA_ARG_HF_REPO model-url mu "
-    "LLAMA_ARG_MODEL_URL docker-repo dr LLAMA_ARG_DOCKER_REPO".split()
+SOURCE_KEY = re.compile(
+    "model|m|hf-repo|hfr?|model-url|mu|docker-repo|dr|(?!spec-).*-default|fim-.*-spec"
+    "|LLAMA_ARG_(?:MODEL|HF_REPO|MODEL_URL|DOCKER_REPO)"
 )
-SOURCE_FLAG = re.compile("(?!spec-).*-default|fim-.*-spec")
 SAVE_PATH = "slot-save-path"  # the option of llama-server that `keep-context` needs
 
 
@@ -1013,15 +987,11 @@ class Model(NamedTuple):
         """Whether it is to be found out what it needs."""
         return self.settings.needs is None and self.kind not in ("remote", "uses")
 
-    @property
-    def written_needs(self) -> Mapping[str, int]:
-        """What it needs as far as the file says so."""
-        return self.settings.needs or {}
 
     @property
     def is_pinned(self) -> bool:
         """Whether it is never evicted, loaded or not."""
-        return self.settings.pin == "on"
+        return self.settings.pin is True
 
     @property
     def launch(self) -> tuple:
@@ -1102,8 +1072,10 @@ def folder_name(name) -> str:
 
 def has_source(keys) -> bool:
     """Return whether one of llama-server's keys says where the model's file is."""
-    names = {*keys, *(key.replace("_", "-") for key in keys)}
-    return bool(names & SOURCE_KEYS) or any(map(SOURCE_FLAG.fullmatch, names))
+    return any(
+        SOURCE_KEY.fullmatch(name)
+        for key in keys for name in (key, key.replace("_", "-"))
+    )
 
 
 def split_settings(section):
@@ -1129,21 +1101,18 @@ class ModelBuilder:
         self._warn = warn
         self._problems = []
         self._own, options = split_settings(section)
-        self._kind = self._find_kind(options)
+        proxy = self._own.get("proxy")
+        is_elsewhere = proxy and not needs_port(proxy.text)
+        is_remote = is_elsewhere and not has_source(each.key for each in options)
+        self._kind = next(
+            (name for name in EXCLUSIVE_KEYS if name in self._own),
+            "remote" if is_remote else "llama-server",
+        )
         keys, *layers = defaults
         if self._kind == "uses":
             keys = {name: keys[name] for name in keys if name in REQUEST_KEYS}
         self._keys = {**keys, **self._own}
         self._layers = (*layers, options)
-
-    def _find_kind(self, options):
-        for name in EXCLUSIVE_KEYS:
-            if name in self._own:
-                return name
-        proxy = self._own.get("proxy")
-        is_elsewhere = proxy and "PORT" not in variables_in(proxy.text)
-        has_file = has_source([setting.key for setting in options])
-        return "remote" if is_elsewhere and not has_file else "llama-server"
 
     def build(self) -> Model:
         """Return the Model; defaults replace values that are wrong."""
@@ -1152,13 +1121,16 @@ class ModelBuilder:
             values["hang_timeout"] = 0.0
         for name, setting in self._keys.items():
             if name.startswith("env."):
-                env[name[len("env.") :]] = self._read_late(setting)
+                env[name[len("env.") :]] = self._read(ENV_KEY, setting, "")
             else:
                 key = MODEL_KEY[name]
                 values[key.attribute] = self._read(key, setting, values[key.attribute])
         settings, options = ModelSettings(**values), ()
         if self._kind == "llama-server":
-            options = tuple(map(self._read_layer, self._layers))
+            options = tuple(
+                [each._replace(text=self._read_option(each)) for each in layer]
+                for layer in self._layers
+            )
         mistakes = self._key_mistakes(), self._kind_mistakes(settings, env)
         for setting, reason in itertools.chain(*mistakes):
             place = setting.place if setting else self._place
@@ -1170,30 +1142,22 @@ class ModelBuilder:
                      self._variables, (self._name,), problem, preset_only=preset_only)
 
     def _read(self, key, setting, default):
+        context = self._macros, self._variables, self._warn
         try:
-            value = read_setting(key, setting, self._macros, self._variables)
-            if key.name in QUOTED_KEYS:
-                for warning in shell_pitfalls(setting):
-                    self._warn(warning)
-            return value
+            return read_setting(key, setting, *context)
         except ConfigError as error:
-            if key.name in LENIENT_KEYS:
+            if key.name in PRESET_ONLY_KEYS:  # llama.cpp takes anything for them
                 self._warn(f"{error}; taken as {key.default}")
             else:
                 self._problems.append(str(error))
             return default
 
-    def _read_late(self, setting):
-        return self._read(MODEL_KEY["env.NAME"], setting, "")
-
-    def _read_layer(self, layer):
+    def _read_option(self, setting):
+        """Return the text; without macros it is as llama-server reads it, but for a ~
+        that it could not open."""
         if self._macros:
-            texts = [self._read_late(setting) for setting in layer]
-        else:  # as llama-server reads them
-            texts = [setting.text.replace("${", "$${") for setting in layer]
-        # but for a path that it could not open
-        texts = map(os.path.expanduser, texts)
-        return [each._replace(text=text) for each, text in zip(layer, texts)]
+            return os.path.expanduser(self._read(ENV_KEY, setting, ""))
+        return os.path.expanduser(setting.text.replace("${", "$${"))
 
     def _key_mistakes(self):
         """Yield settings that cannot stand in the section, and why."""
@@ -1213,22 +1177,22 @@ class ModelBuilder:
     def _kind_mistakes(self, settings, env):
         """Yield what else makes the model unusable, each with the setting to blame."""
         own = self._own.get
-        needs_port = "PORT" in variables_in(settings.proxy)
+        is_local = needs_port(settings.proxy)
         if self._kind == "llama-server":
             keys = {setting.key for layer in self._layers for setting in layer}
             words = settings.extra_args.split()
             keys.update(env, (word.split("=")[0].lstrip("-") for word in words))
             if not has_source(keys):
                 yield None, "it has no source: model, hf-repo, model-url or docker-repo"
-            if not needs_port:
+            if not is_local:
                 yield own("proxy"), "the proxy of a llama-server needs ${PORT}"
-        elif self._kind == "cmd":
-            texts = " ".join([settings.cmd, settings.extra_args, *env.values()])
-            if needs_port and "PORT" not in variables_in(texts):
+        elif self._kind == "cmd" and is_local:
+            texts = [settings.cmd, settings.extra_args, *env.values()]
+            if not any(map(needs_port, texts)):
                 yield own("cmd"), "without ${PORT} it needs proxy = URL"
         if self._kind in EXCLUSIVE_KEYS and not getattr(settings, self._kind):
             yield own(self._kind), "it must not be empty"
-        if self._kind in ("unit", "remote") and needs_port:
+        if self._kind in ("unit", "remote") and is_local:
             yield own("proxy"), "it needs proxy = URL, without ${PORT}"
         if bool(settings.sleep) != bool(settings.wake):
             yield None, "sleep and wake need each other"
@@ -1276,7 +1240,7 @@ def misfit(model, pinned, settings) -> Optional[str]:
     """Return why a model cannot be loaded beside the pinned ones, or None."""
     if model.has_auto_needs and not settings.budget:
         return "needs = auto is of no use without a budget in [llmswap]"
-    for name in (*model.written_needs, *model.settings.sleep_needs):
+    for name in (*(model.settings.needs or ()), *model.settings.sleep_needs):
         if name not in settings.budget:
             return f"budget in [llmswap] does not name {name!r}"
     models = [*pinned, model]
@@ -1289,7 +1253,7 @@ def misfit(model, pinned, settings) -> Optional[str]:
     if settings.sets and not is_together:
         return f"{prefix} none of sets has them together"
     for name, limit in settings.budget.items():
-        needed = sum(each.written_needs.get(name, 0) for each in models)
+        needed = sum((each.settings.needs or {}).get(name, 0) for each in models)
         if limit is not None and needed > limit:
             return (f"{prefix} they need {name} {size_text(needed)}, "
                     f"the budget is {size_text(limit)}")
@@ -1313,10 +1277,15 @@ class Config(NamedTuple):
     def resolve(self, name) -> Model:
         """Return the model of that name, or raise ModelNotFound with names like it."""
         known = self.find(name)
-        if known is None:
-            text = f"there is no model {name!r}{self._near(name)}"
-            raise ModelNotFound(text, "model")
-        return self.models[known]
+        if known is not None:
+            return self.models[known]
+        listed = [m.name for m in self.models.values() if not m.settings.unlisted]
+        names = [each for each, owner in self.names.items() if owner in listed]
+        near = suggestion(name, names)
+        shown = ", ".join(listed[:8]) or "none"
+        more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
+        text = f"there is no model {name!r}{near or ';'} there are {shown}{more}"
+        raise ModelNotFound(text, "model")
 
     def default_model(self) -> Optional[Model]:
         """Return the model for requests that name none, if there is one."""
@@ -1334,13 +1303,6 @@ class Config(NamedTuple):
             for layer in model.options:
                 warnings.update(dict.fromkeys(table_of(model).pitfalls(layer)))
         return list(warnings)
-
-    def _near(self, name):
-        listed = {m.name: m for m in self.models.values() if not m.settings.unlisted}
-        names = [other for other, known in self.names.items() if known in listed]
-        shown = ", ".join([*listed][:8]) or "none"
-        more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
-        return f"{suggestion(name, names) or ';'} there are {shown}{more}"
 
 
 WITHOUT_FILE = b"[llmswap]\ncache-models = on\n"
@@ -1376,13 +1338,17 @@ class ConfigLoader:
     def __init__(self, data, path, overrides, environ, cached=()):
         self._path = path
         self._cached = cached
-        self._in_directory = {}  # options of the models in models-dir
         self._environ = environ
         self._warnings = {}  # used as a set that keeps its order
         empty = {name: Section(name, "", {}) for name in NOT_MODELS}
         self._sections = {**empty, **PresetParser(path, self._warn).parse(data)}
-        self._macros = self._read_macros()
-        self._variables = {f"env.{name}": value for name, value in environ.items()}
+        macros = self._sections["macros"].settings
+        for name, setting in macros.items():
+            if name in ("PORT", "PID", "MODEL_ID") or name.startswith("env."):
+                raise ConfigError(f"{setting.place}: this name has its own meaning")
+        texts = {name: setting.text for name, setting in macros.items()}
+        variables = {f"env.{name}": value for name, value in environ.items()}
+        self._context = texts, variables, self._warn
         self._proxy = {**self._read_proxy_section(), **overrides}
         self._names = {}  # ids of models by name
 
@@ -1394,8 +1360,9 @@ class ConfigLoader:
             if model.kind == "llama-server" and model.settings.keep_context:
                 path = os.path.join(settings.state_dir, "context", folder_name(name))
                 models[name] = model._replace(context_dir=f"{path}/")
-        keys = self._read_api_keys(settings)
-        config = Config(self._path, settings, models, self._names, keys, ())
+        config = Config(
+            self._path, settings, models, self._names, self._read_api_keys(settings), ()
+        )
         settings = self._resolve_names(config)
         self._check_fit(models, settings)
         for model in models.values():
@@ -1405,13 +1372,6 @@ class ConfigLoader:
 
     def _warn(self, message):
         self._warnings[message] = True
-
-    def _read_macros(self):
-        settings = self._sections["macros"].settings
-        for name, setting in settings.items():
-            if name in ("PORT", "PID", "MODEL_ID") or name.startswith("env."):
-                raise ConfigError(f"{setting.place}: this name has its own meaning")
-        return {name: setting.text for name, setting in settings.items()}
 
     def _read_proxy_section(self):
         star, settings = self._sections["*"].settings, {}
@@ -1433,11 +1393,7 @@ class ConfigLoader:
         values = {}
         for key in PROXY_KEYS:
             setting = self._proxy.get(key.name, Setting(key.name, key.default, ""))
-            value = read_setting(key, setting, self._macros, self._variables)
-            values[key.attribute] = value
-            if key.name in QUOTED_KEYS:
-                for warning in shell_pitfalls(setting):
-                    self._warn(warning)
+            values[key.attribute] = read_setting(key, setting, *self._context)
         if "models-max" not in self._proxy and (values["budget"] or values["sets"]):
             values["models_max"] = 0
         return ProxySettings(**values)
@@ -1464,40 +1420,36 @@ class ConfigLoader:
         if None in settings.budget.values():
             keys.setdefault("needs", Setting("needs", "auto", ""))
         listed = self._list_models(settings)
-        place = f"{self._path}: [{{}}]"
-        sections = {name: Section(name, place.format(name), {}) for name in listed}
+        sections = {
+            name: Section(name, f"{self._path}: [{name}]", {}) for name in listed
+        }
         sections.update(self._model_sections())
-        models = [
-            ModelBuilder(section, (keys, options, listed.get(section.name, [])),
-                         self._macros, self._variables, self._warn).build()
-            for section in sections.values()
-        ]
-        return [
-            model._replace(source=self._source_of(each))
-            for each, model in zip(sections, models)
-        ]
-
-    def _source_of(self, name):
-        if name in self._sections:
-            return "preset"
-        return "models_dir" if name in self._in_directory else "cache"
+        models = []
+        for name, section in sections.items():
+            source, layer = listed.get(name, ("preset", []))
+            defaults = keys, options, layer
+            model = ModelBuilder(section, defaults, *self._context).build()
+            is_written = name in self._sections
+            models.append(model._replace(source="preset" if is_written else source))
+        return models
 
     def _list_models(self, settings):
-        """Return options of the models in models-dir and in llama.cpp's cache, by id.
-        They are those of the file's section that is the same to llama.cpp."""
-        if settings.models_dir:
-            place = self._proxy["models-dir"].place
-            try:
-                self._in_directory = find_models(settings.models_dir, place)
-            except OSError as error:
-                self._warn(f"{place}: {error}")
+        """Return the source and the options of the models in llama.cpp's cache and in
+        models-dir, by id: that of the section which is the same to llama.cpp."""
         ids = {canonical_name(name): name for name in self._sections}
         listed = {}
         for name in self._cached if settings.cache_models else ():
             options = {"hf-repo": name, "offline": "on"}
             layer = [Setting(key, text, f"[{name}]") for key, text in options.items()]
-            listed[ids.get(name, name)] = layer
-        return {**listed, **self._in_directory}
+            listed[ids.get(name, name)] = "cache", layer
+        if settings.models_dir:
+            place = self._proxy["models-dir"].place
+            try:
+                for name, layer in find_models(settings.models_dir, place).items():
+                    listed[name] = "models_dir", layer
+            except OSError as error:
+                self._warn(f"{place}: {error}")
+        return listed
 
     def _model_sections(self):
         """Return the sections that are models. Of names that are equal to llama.cpp,
@@ -1514,8 +1466,9 @@ class ConfigLoader:
         return sections
 
     def _assign_names(self, models):
-        """Return the models by id. Ids come first, then aliases, then llama.cpp's
-        spellings; a name that is taken stays with its owner."""
+        """Return the models by id. Ids come first, then aliases, llama.cpp's spellings,
+        and the repository of its only model in the cache; a name that is taken stays
+        with its owner."""
         self._names.update((model.name, model.name) for model in models)
         named = {}
         for model in models:
@@ -1526,17 +1479,13 @@ class ConfigLoader:
             named[model.name] = model._replace(aliases=aliases)
         for model in sorted(models, key=lambda model: model.name, reverse=True):
             self._register(canonical_name(model.name), model, "llama.cpp's name")
-        self._register_repositories()
-        for name, owner in [*self._names.items()]:
-            self._names.setdefault(name.strip().casefold(), owner)
-        return named
-
-    def _register_repositories(self):
-        """Let `user/repo` mean the only model of it in the cache."""
         repositories = [name.rpartition(":")[0] for name in self._cached]
         for repository, name in zip(repositories, self._cached):
             if repositories.count(repository) == 1 and name in self._names:
                 self._names.setdefault(repository, self._names[name])
+        for name, owner in [*self._names.items()]:
+            self._names.setdefault(name.strip().casefold(), owner)
+        return named
 
     def _register(self, name, model, label):
         """Return whether the model has the name, which it gets if none has it."""
@@ -1555,20 +1504,16 @@ class ConfigLoader:
                 raise ConfigError(f"{place}: there is no model {name!r}")
             return model
 
-        def backends(name):
-            model = known(name, "sets")
-            used = [*filter(None, map(config.find, model.settings.uses))]
-            return used or [model.name]
-
+        sets = []
+        for names in config.settings.sets:
+            models = [known(name, "sets") for name in names]
+            used = [map(config.find, model.settings.uses) for model in models]
+            backends = [[*filter(None, ids)] or [model.name]
+                        for ids, model in zip(used, models)]
+            sets += map(frozenset, itertools.product(*backends))
         default = config.settings.default_model
-        return config.settings._replace(
-            sets=tuple(
-                frozenset(names)
-                for together in config.settings.sets
-                for names in itertools.product(*map(backends, together))
-            ),
-            default_model=default and known(default, "default-model").name,
-        )
+        default = default and known(default, "default-model").name
+        return config.settings._replace(sets=tuple(sets), default_model=default)
 
     def _check_fit(self, models, settings):
         """Make models unusable that do not fit beside all that are always pinned."""
@@ -1630,46 +1575,14 @@ class State(enum.Enum):
     UNLOADING = "unloading"
 
 
-class Event(enum.Enum):
-    """What moves a model from one state to the next."""
-
-    START = "start"
-    LOADED = "loaded"
-    SLEPT = "slept"
-    STOP = "stop"
-    EXITED = "exited"
-
-
-NEXT_STATE = {
-    State.UNLOADED: {Event.START: State.LOADING},
-    State.LOADING: {
-        Event.LOADED: State.LOADED,
-        Event.SLEPT: State.LOADING,  # reported before it was told to wake
-        Event.STOP: State.UNLOADING,
-        Event.EXITED: State.UNLOADED,
-    },
-    State.LOADED: {
-        Event.LOADED: State.LOADED,
-        Event.SLEPT: State.SLEEPING,  # by itself
-        Event.STOP: State.UNLOADING,
-        Event.EXITED: State.UNLOADED,
-    },
-    State.SLEEPING: {
-        Event.START: State.LOADING,  # waking is a start
-        Event.LOADED: State.LOADED,  # woke by itself
-        Event.SLEPT: State.SLEEPING,
-        Event.STOP: State.UNLOADING,
-        Event.EXITED: State.UNLOADED,
-    },
-    State.UNLOADING: {
-        Event.LOADED: State.UNLOADING,  # too late
-        Event.SLEPT: State.SLEEPING,
-        Event.EXITED: State.UNLOADED,
-    },
+NEXT_STATES = {  # waking is a start; a backend may fall asleep and wake by itself
+    State.UNLOADED: (State.LOADING,),
+    State.LOADING: (State.LOADED, State.UNLOADING, State.UNLOADED),
+    State.LOADED: (State.SLEEPING, State.UNLOADING, State.UNLOADED),
+    State.SLEEPING: (State.LOADING, State.LOADED, State.UNLOADING, State.UNLOADED),
+    State.UNLOADING: (State.SLEEPING, State.UNLOADED),
 }
-
-RANKS = {State.LOADED: 0, State.LOADING: 1, State.SLEEPING: 2}  # 0 serves soonest
-LAST_RANK = 3
+SOONEST_FIRST = [State.LOADED, State.LOADING, State.SLEEPING]  # to serve a request
 MIN_RETURN_GAP = 0.005  # s; a client that sends its next request at once needs less
 UNKNOWN_SWAP_COST = 1.0  # s; assumed before a swap was measured
 MAX_PATIENCE = 30.0  # s
@@ -1778,10 +1691,6 @@ class Ticket:
     ticket loads the model and holds no lease.
     """
 
-    __slots__ = (
-        "number", "model", "arrived", "preemptible", "manual", "run", "waiter",
-    )  # fmt: skip
-
     def __init__(self, number, model, arrived, preemptible=False, manual=False):
         self.number = number
         self.model = model
@@ -1807,12 +1716,11 @@ class ModelState:
         self.state = State.UNLOADED
         self.changed_at = None  # when it entered its state; None: never
         self.run = 0  # number of its current backend
-        self.was_ready = False  # in this run
         self.in_flight = 0
         self.preemptible = 0  # leases that no stop waits for
         self.waiting = 0  # tickets in the queue
-        self.last_grant = -math.inf
-        self.started_at = self.ready_at = self.idle_since = 0.0
+        self.started_at = self.idle_since = 0.0
+        self.ready_at = self.last_grant = -math.inf  # in this run
         self.pause_began = None  # when it became idle, until the next request
         self.pauses = collections.deque(maxlen=8)
         self.drains_for = None  # the ticket that needs its room
@@ -1821,8 +1729,7 @@ class ModelState:
         self.failures = 0
         self.last_failure = None
         self.retry_at = -math.inf
-        self.keep_at = -math.inf  # keep_loaded does not start it before
-        self.is_released = False  # unloaded by hand: keep_loaded has no effect
+        self.keep_at = -math.inf  # keep_loaded starts it then; inf: when asked for
         self.idle_timeout = None  # set by a request, until unloaded; inf: never
         self.unload_by = None  # stopped by hand: no grants; leases are cut then
         self.stop_cause = None  # as in Stop; or crashed; or sleep: it is to fall asleep
@@ -1831,12 +1738,13 @@ class ModelState:
         self.replacement = None  # the spec that a reload sets once the backend is gone
         self.removal_error = None  # refuses its tickets once a reload removed it
 
-    def advance(self, event: Event, now: float):
-        """Move to the next state; a KeyError is a bug."""
-        state = NEXT_STATE[self.state][event]
+    def advance(self, state: State, now: float):
+        """Move to this state; a ValueError is a bug."""
         if state is not self.state:
+            if state not in NEXT_STATES[self.state]:
+                raise ValueError(f"{self.name}: {self.state} cannot become {state}")
             self.state, self.changed_at = state, now
-        if event is not Event.STOP:  # a stopping backend still holds what it held
+        if state is not State.UNLOADING:  # which still holds what it held
             self.is_asleep = state is State.SLEEPING
 
     @property
@@ -1860,15 +1768,8 @@ class ModelState:
     @property
     def is_pinned(self) -> bool:
         """Whether nothing may evict it now."""
-        is_pinned_now = self.spec.is_pinned_once_loaded and self.was_ready
-        return self.spec.is_pinned or is_pinned_now
-
-    @property
-    def is_missing(self) -> bool:
-        """Whether keep_loaded wants it loaded, which it is not."""
-        if self.state is State.SLEEPING and not self.spec.can_sleep:
-            return False  # it fell asleep by itself, and wakes by itself
-        return self.is_down and self.spec.keep_loaded and not self.is_released
+        was_ready = self.ready_at > -math.inf
+        return self.spec.is_pinned or self.spec.is_pinned_once_loaded and was_ready
 
     @property
     def needs_room(self) -> bool:
@@ -1879,13 +1780,6 @@ class ModelState:
         """Whether it drains for an unload by hand or a reload, and grants nothing."""
         reloaded = self.replacement is not None or self.removal_error is not None
         return self.unload_by is not None or reloaded
-
-    def is_ready_for(self, ticket: Ticket) -> bool:
-        """Whether the ticket can have a lease now."""
-        if self.state is not State.LOADED or self.is_stopping_soon:
-            return False
-        limit = self.spec.concurrency
-        return not limit or self.in_flight < limit or ticket.preemptible
 
     def usage(self) -> ModelUsage:
         """What it takes now."""
@@ -1922,7 +1816,14 @@ class ModelState:
             self.retry_at = now + min(MAX_BACKOFF, 2.0 ** min(surplus, 16))
 
     def reset_failures(self):
-        self.failures, self.retry_at, self.keep_at = 0, -math.inf, -math.inf
+        self.failures, self.retry_at = 0, -math.inf
+        if self.keep_at < math.inf:
+            self.keep_at = -math.inf
+
+    def allow_keeping(self):
+        """From now on keep_loaded has effect on it, though it was unloaded by hand."""
+        if self.keep_at == math.inf:
+            self.keep_at = -math.inf
 
     def swap_cost(self, newcomer: "ModelState") -> float:
         """Seconds to stop this model, load the newcomer, and load this one again."""
@@ -2001,7 +1902,6 @@ class Scheduler:
         self._runs = itertools.count(1)  # of all models: names come and go
         self._decisions = []  # since the last decide(); events refuse tickets, too
         self._next_deadline = math.inf
-        self._draining = {}  # ModelState -> the ticket that it drains for
         self._stopping = {}  # ModelState that stops or is to make room -> when
         self._pinned = []  # ModelStates that nothing may evict now
         self._is_resting = False  # keep_loaded has no effect until the next request
@@ -2014,7 +1914,8 @@ class Scheduler:
     ) -> Ticket:
         """Queue a request for the model; the next `decide` may grant or refuse it."""
         model = self.models[name]
-        model.is_released = self._is_resting = False
+        model.allow_keeping()
+        self._is_resting = False
         ticket = Ticket(next(self._numbers), model, now, preemptible, manual)
         if manual:
             model.reset_failures()
@@ -2046,9 +1947,10 @@ class Scheduler:
 
         def rank(name):
             model = self.models[name]
-            if model.is_stopping_soon or model.drains_for:
-                return LAST_RANK
-            return RANKS.get(model.state, LAST_RANK)
+            is_leaving = model.is_stopping_soon or model.drains_for
+            if is_leaving or model.state not in SOONEST_FIRST:
+                return len(SOONEST_FIRST)
+            return SOONEST_FIRST.index(model.state)
 
         remaining = (name for name in names if name in self.models)
         return min(remaining, key=rank, default=None)
@@ -2064,33 +1966,30 @@ class Scheduler:
         model = self._current(name, run)
         if model is None:
             return
+        if model.state is State.UNLOADING:  # it woke by itself, too late
+            model.is_asleep = False
+            return
         if model.state is State.LOADING:
             if model.started_at > -math.inf:
                 model.load_seconds = now - model.started_at
-            model.was_ready, model.ready_at, model.idle_since = True, now, now
-            model.last_grant = -math.inf  # of this run
+            model.ready_at = model.idle_since = now
+            model.last_grant = -math.inf
             model.reset_failures()
             model.last_failure = model.room_from = None
-            self._end_pauses(model)
-        model.advance(Event.LOADED, now)
-
-    def _end_pauses(self, newcomer):
-        """End the pause of each model evicted for `newcomer`.
-
-        Its clients did not return while the newcomer loaded; a client that alternates
-        between the two caused that load itself.
-        """
-        for model in self.models.values():
-            if model.evicted_for is newcomer:
-                model.evicted_for = None
-                if model.pause_began is not None:
-                    model.record_arrival(math.inf)
+            for victim in self.models.values():
+                if victim.evicted_for is model:
+                    # its clients did not return while this one loaded; a client that
+                    # alternates between the two caused that load itself
+                    victim.evicted_for = None
+                    if victim.pause_began is not None:
+                        victim.record_arrival(math.inf)
+        model.advance(State.LOADED, now)
 
     def crashed(self, name: str, run: int, now: float):
         """The loaded backend is ending by itself; `exited` follows once it is gone."""
         model = self._current(name, run)
         if model is not None and model.state in (State.LOADED, State.SLEEPING):
-            model.advance(Event.STOP, now)
+            model.advance(State.UNLOADING, now)
             model.stop_cause = "crashed"
 
     def adopted(self, name: str, now: float) -> int:
@@ -2106,14 +2005,14 @@ class Scheduler:
     def slept(self, name: str, run: int, now: float):
         """The backend sleeps: as it was told to, or by itself."""
         model = self._current(name, run)
-        if model is None:
-            return
+        if model is None or model.state is State.LOADING:
+            return  # reported before it was told to wake
         if model.state is State.UNLOADING:
             if model.stop_cause != "sleep":
                 return  # fell asleep by itself, but is to stop
             model.stop_seconds = now - model.changed_at
             model.stop_cause = model.drains_for = None
-        model.advance(Event.SLEPT, now)
+        model.advance(State.SLEEPING, now)
 
     def exited(
         self, name: str, run: int, now: float, failure: Optional[APIError] = None
@@ -2137,10 +2036,10 @@ class Scheduler:
                 self.refuse_waiting(name, failure)
         elif failure is not None:
             model.last_failure = failure
-            model.keep_at = model.ready_at + MAX_BACKOFF
+            model.keep_at = max(model.keep_at, model.ready_at + MAX_BACKOFF)
         else:  # stopped by other means than llmswap
-            model.is_released = True
-        model.advance(Event.EXITED, now)
+            model.keep_at = math.inf
+        model.advance(State.UNLOADED, now)
         self._end_run(model)
         return victim and victim.name
 
@@ -2189,7 +2088,7 @@ class Scheduler:
     def _end_run(self, model):
         """Forget what belonged to the run; a reload may now take effect."""
         del self.held[model.name]
-        model.was_ready = False
+        model.ready_at = -math.inf
         model.in_flight = model.preemptible = 0
         model.idle_timeout = model.unload_by = None
         model.stop_cause = model.drains_for = None
@@ -2207,7 +2106,7 @@ class Scheduler:
         Requests in flight have its stop timeout to end, then the backend is stopped.
         keep_loaded has no effect on it until it is asked for, or the next reload.
         """
-        self.models[name].is_released = True
+        self.models[name].keep_at = math.inf
         return self._unload(name, now, problem)
 
     def rest(self, now: float, problem: APIError):
@@ -2252,7 +2151,7 @@ class Scheduler:
                 model.spec = spec
                 if name in changed:
                     model.reset_failures()
-            model.is_released = False
+            model.allow_keeping()
             if model.is_pinned:
                 model.drains_for = None
 
@@ -2310,18 +2209,16 @@ class Scheduler:
     def _serve_queue(self, now):
         """Walk the queue once; return whether anything changed."""
         self._next_deadline = math.inf
-        self._draining, self._stopping = {}, {}
-        for model in self.held.values():
-            if model.drains_for:
-                self._draining[model] = model.drains_for
-            is_stopping = model.state is State.UNLOADING or model.is_stopping_soon
-            if is_stopping or model.drains_for:
-                self._stopping[model] = -math.inf
+        self._stopping = {
+            model: -math.inf for model in self.held.values()
+            if model.state is State.UNLOADING or model.is_stopping_soon
+            or model.drains_for
+        }
         self._pinned = [
             model for model in self.held.values()
             if model.is_pinned and model not in self._stopping
         ]
-        before = len(self._decisions), len(self._draining)
+        before = self._count_changes()
         wanted = {}  # name -> usage that this ticket and older ones wait for
         waiting, is_full = 0, False  # is_full: `wanted` alone exceeds the limits
         for ticket in list(self._queue.values()):
@@ -2339,13 +2236,20 @@ class Scheduler:
                 wanted[model.name] = model.usage_when_loaded()
                 is_full = is_full or not self.limits.allow(wanted.values())
                 self._try_start(ticket, wanted, is_full, now)
-        return before != (len(self._decisions), len(self._draining))
+        return before != self._count_changes()
+
+    def _count_changes(self):
+        draining = [model for model in self.held.values() if model.drains_for]
+        return len(self._decisions), len(draining)
 
     def _may_grant(self, ticket):
-        drains_for = self._draining.get(ticket.model)
-        if self._closing_error or drains_for and drains_for.number < ticket.number:
+        model, limit = ticket.model, ticket.model.spec.concurrency
+        if model.state is not State.LOADED or model.is_stopping_soon:
             return False
-        return ticket.model.is_ready_for(ticket)
+        older = model.drains_for and model.drains_for.number < ticket.number
+        if self._closing_error or older:
+            return False
+        return not limit or model.in_flight < limit or ticket.preemptible
 
     def _refusal_of(self, ticket, waiting, now):
         """Why a ticket may not wait (any longer); None: it may."""
@@ -2414,7 +2318,7 @@ class Scheduler:
     def _try_start(self, ticket, wanted, is_full, now):
         """Start the ticket's model, or make room for it, or wait for room."""
         model = ticket.model
-        if not model.is_down or model.is_stopping_soon or model in self._draining:
+        if not model.is_down or model.is_stopping_soon or model.drains_for:
             return
         if not model.needs_room:
             self._start(model, now, ticket)
@@ -2435,7 +2339,7 @@ class Scheduler:
         if victim is None or victim.is_down:
             return False
         if victim not in self._stopping and self._is_evictable(victim):
-            victim.drains_for = self._draining[victim] = ticket
+            victim.drains_for = ticket
             self._stopping[victim] = -math.inf
         return victim in self._stopping
 
@@ -2459,7 +2363,7 @@ class Scheduler:
         if not model.is_held:  # waking continues the run
             model.run = next(self._runs)
             self.held[model.name] = model
-        model.advance(Event.START, now)
+        model.advance(State.LOADING, now)
         model.started_at = now
 
     def _evict(self, ticket, wanted, now):
@@ -2483,7 +2387,7 @@ class Scheduler:
             self._look_again_at(moment)
             return
         for victim in victims:
-            victim.drains_for = self._draining[victim] = ticket
+            victim.drains_for = ticket
 
     def _is_evictable(self, model):
         if model.is_pinned or not model.needs_room:
@@ -2511,7 +2415,11 @@ class Scheduler:
         if self._queue or self._closing_error or self._is_resting:
             return False
         for model in self.models.values():
-            if model.is_missing and self._fits({model.name: model.usage_when_loaded()}):
+            # one that fell asleep by itself wakes by itself
+            is_missing = model.spec.can_sleep or model.state is State.UNLOADED
+            if not (is_missing and model.is_down and model.spec.keep_loaded):
+                continue
+            if self._fits({model.name: model.usage_when_loaded()}):
                 moment = max(model.retry_at, model.keep_at)
                 if now >= moment:
                     self._start(model, now)
@@ -2542,17 +2450,17 @@ class Scheduler:
             return cause, by
         if model.is_stopping_soon:
             return "reload", once_drained
-        if model in self._draining:
+        if model.drains_for:
             return "abandoned" if is_loading else "evicted", once_drained
         return "idle", math.inf if is_loading else model.unload_at()
 
     def _stop(self, model, now, cause):
         newcomer, to_sleep = None, False
         if cause in ("evicted", "abandoned"):
-            model.evicted_for = self._draining[model].model
+            model.evicted_for = model.drains_for.model
             newcomer = model.evicted_for.name
             to_sleep = model.spec.can_sleep and model.state is State.LOADED
-        model.advance(Event.STOP, now)
+        model.advance(State.UNLOADING, now)
         model.stop_cause = "sleep" if to_sleep else cause
         self._decisions.append(Stop(model.name, model.run, cause, newcomer, to_sleep))
 
@@ -3383,9 +3291,9 @@ class Backend:
             memory += memory_of(pid).get("VmRSS", 0)
             read += _kernel_counts(f"/proc/{pid}/io", "read_bytes: ")
         activity = memory >> 20, read >> 20  # a page now and then is no progress
-        if activity not in self._seen_activity:  # nor is up and down again
-            self._seen_activity.add(activity)
-            self._progress_at = self._looked_at
+        if self._seen_activity and activity not in self._seen_activity:
+            self._progress_at = self._looked_at  # nor is up and down again
+        self._seen_activity.add(activity)
         before = self.progress
         self._model_size = self._model_size or sum(map(model_file_size, family))
         if self._model_size:
@@ -4579,7 +4487,7 @@ class Needs:
         """Return what the model needs (all of the budget where nothing is known), and
         where that is known from."""
         if not model.has_auto_needs:
-            return model.written_needs, "written"
+            return model.settings.needs or {}, "written"
         known = self._known.get(_command_key(model), Known())
         amounts = {**budget, **known.amounts}
         if "vram" not in budget:  # what a GPU uses is of the same memory
@@ -4901,15 +4809,11 @@ class Metrics:
     """Counts since the start of llmswap. The caller holds the Pool's lock.
 
     `counts` maps (metric, label, ...) to a number; the last label of a histogram is the
-    index of a bucket. `speeds` has the tokens per second of each backend's last answer,
-    `reasons` why it was last stopped, in words.
+    index of a bucket.
     """
 
     def __init__(self):
         self.counts = collections.Counter()
-        self.speeds = {}
-        self.reasons = {}
-        self._newcomers = set()  # models that evicted another, and are not loaded yet
 
     def count_request(
         self,
@@ -4931,38 +4835,16 @@ class Metrics:
         if waited is not None:
             self._observe("waits", model, waited)
 
-    def count_load(self, model: str, seconds: float):
-        """A model has become ready, so many seconds after its start."""
+    def count_load(self, model: str, seconds: float, is_swap: bool = False):
+        """A model has become ready, so many seconds after its start. `is_swap`: after
+        others were evicted for it."""
         self._observe("loads", model, seconds)
-        if model in self._newcomers:
-            self._newcomers.discard(model)
-            self.counts["swaps",] += 1
-
-    def count_stop(self, model: str, cause: str, newcomer: Optional[str] = None):
-        """A model is being stopped, for `newcomer` if there is one."""
-        self.counts["stops", model, cause] += 1
-        self.reasons[model] = STOP_REASONS[cause].format(newcomer)
-        if newcomer is not None:
-            self._newcomers.add(newcomer)
-
-    def count_context(self, model: str, kind: str, tokens: int, seconds: float):
-        """A context was saved, restored or used: see LlamaServerBackend."""
-        if kind == "used":
-            self.counts["context_seconds", model] += seconds
-        else:
-            self.counts["context_tokens", model, kind] += tokens
-
-    def count_failure(self, model: str, state: str):
-        """A model ended in this state without being stopped."""
-        self.counts["failures", model, state] += 1
-        self.reasons.pop(model, None)
-        self._newcomers.discard(model)
+        self.counts["swaps",] += is_swap
 
     def copy(self) -> "Metrics":
         """Return what was counted so far."""
         twin = Metrics()
         twin.counts = self.counts.copy()
-        twin.speeds, twin.reasons = dict(self.speeds), dict(self.reasons)
         return twin
 
     def _observe(self, metric, model, seconds):
@@ -5028,6 +4910,16 @@ def start_thread(target, name: str, *args) -> threading.Thread:
     return thread
 
 
+class Run:
+    """What the Pool keeps of one run of a backend."""
+
+    def __init__(self, number: int, is_beside: bool):
+        self.number = number  # as the Scheduler counts them
+        self.is_beside = is_beside  # it was loaded beside others
+        self.peak = {}  # of the memory that it took so far, by resource
+        self.next_load_line = LOAD_LINE_EVERY  # seconds after the start
+
+
 class Pool:
     """All backends, and which request may use them when. Any thread may call.
 
@@ -5048,6 +4940,8 @@ class Pool:
         self._looks = {}  # by what looks at memory: when it did, and what it found
         self._entries = {}  # by model: the last from its own /v1/models
         self._metrics = Metrics()
+        self._speeds = {}  # by model: tokens per second of the last answer
+        self._stop_reasons = {}  # by model, of its last stop
         self._revision = 0  # of all that status and metrics show
         self._lock = threading.Lock()
         self._timer = threading.Condition(self._lock)  # the next deadline came nearer
@@ -5061,11 +4955,11 @@ class Pool:
         self._known_needs = {}  # by model: amounts, and where they are known from
         self._specs = self._find_specs()
         self._scheduler = Scheduler(limits, self._specs)
-        self._measuring = threading.Condition(self._lock)  # a load is over
-        self._has_loaded = False  # since the last measurement
+        self._runs = {}  # by backend
+        self._has_loaded = threading.Event()  # since the last measurement
         self._is_closed = False
         self._adoption = None
-        self._inactive_since = self._last_request_at = clock()
+        self._last_request_at = clock()
 
     def start(self):
         """Start the timer, adopt units that run, and load the models of
@@ -5074,24 +4968,21 @@ class Pool:
         self._contexts.configure(self.config)
         self._timer_thread = start_thread(self._timer_loop, "timer")
         start_thread(self._measure_loop, "memory")
-        self._adopt_units()
-        if self._adoption:
-            self._adoption.join(ADOPT_PATIENCE)
-        start_thread(self._load_on_startup, "startup")
+        self._adoption = start_thread(self._adopt_units, "units")
+        self._adoption.join(ADOPT_PATIENCE)
+        wanted = [
+            model for model in self.config.models.values()
+            if model.settings.load_on_startup
+        ]
+        start_thread(self._load_wanted, "startup", wanted)
 
-    def _load_on_startup(self):
-        """Load on startup; on a thread, because asking binaries for options is slow."""
-        for model in list(self.config.models.values()):
+    def _load_wanted(self, models):
+        """Load these and those of keep-loaded, which asks binaries for seconds."""
+        for model in models:
             try:
-                if model.settings.load_on_startup:
-                    self.load(model)
+                self.load(model)
             except APIError as problem:
                 self._log("error", f"{model.name}: {problem}")
-        self._start_keep_loaded()
-
-    def _start_keep_loaded(self):
-        """Have keep-loaded take effect, once the needs of its models are estimated,
-        which may take seconds."""
         for model in list(self.config.models.values()):
             if model.settings.keep_loaded and not model.problem:
                 self._estimate(model)
@@ -5099,29 +4990,22 @@ class Pool:
             pass  # the scheduler starts those that fit
 
     def _adopt_units(self):
-        """Begin to find out which units run already, and to adopt them."""
-        names = {
-            model.settings.unit: name
-            for name, model in self.config.models.items()
-            if model.kind == "unit" and not model.problem
-        }
-        if names:
-            self._adoption = start_thread(self._adopt, "units", names)
-
-    def _adopt(self, names):
-        running = running_units(list(names), gives_up=lambda: self._is_closed)
+        """Find out which units run already, and adopt them."""
+        units = {model.settings.unit for model in self.config.models.values()} - {""}
+        running = running_units(units, gives_up=lambda: self._is_closed)
         with self._event() as now:
-            in_use = {each.model.settings.unit for each in self._backends.values()}
-            for unit in running - in_use:
-                scheduled = self._scheduler.models.get(names[unit])
-                if scheduled is None or scheduled.is_held or self._is_closed:
+            running -= {each.model.settings.unit for each in self._backends.values()}
+            for name, model in self.config.models.items():
+                scheduled, unit = self._scheduler.models.get(name), model.settings.unit
+                is_down = scheduled is not None and not scheduled.is_held
+                if unit not in running or model.problem or not is_down:
                     continue
-                name = scheduled.name
-                if self.config.models[name].settings.unit != unit:
-                    continue  # since a reload, which looks for its own
+                if self._is_closed:
+                    return
                 self._log("info", f"{name}: {unit} runs already")
                 backend = self._new_backend(name, self._scheduler.adopted(name, now))
                 backend.adopt()
+                running.discard(unit)
 
     # -- requests --------------------------------------------------------------------
 
@@ -5138,8 +5022,8 @@ class Pool:
         while True:
             ticket = self._submit(model, preemptible)
             try:
-                backend = _wait_for_grant(ticket.waiter, disconnected)
-                if _is_reachable(backend, disconnected):
+                backend = _await_backend(ticket.waiter, disconnected)
+                if backend is not None:
                     yield backend
                     return
             finally:
@@ -5197,7 +5081,7 @@ class Pool:
 
     def load(self, model: Model) -> bool:
         """Begin to load the model despite earlier failures; False if it is loaded."""
-        if self.state_of(model) in (State.LOADING, State.LOADED):
+        if self.backend_of(model, State.LOADING, State.LOADED):
             return False
         self._submit(model, manual=True)
         return True
@@ -5211,18 +5095,10 @@ class Pool:
                 return False
             return self._scheduler.unload(scheduled.name, now, problem)
 
-    def unload_all(self):
-        """Begin to unload every model."""
-        with self._event() as now:
-            for name in self._scheduler.models:
-                problem = ModelUnloaded(f"{name!r} was unloaded by hand")
-                self._scheduler.unload(name, now, problem)
-
-    def rest(self):
+    def unload_all(self, why: str):
         """Begin to unload every model, and keep none loaded until the next request."""
-        problem = ModelUnloaded("all models are unloaded because nothing happens")
         with self._event() as now:
-            self._scheduler.rest(now, problem)
+            self._scheduler.rest(now, ModelUnloaded(f"all models were unloaded {why}"))
 
     def await_unloaded(self, disconnected: Callable[[], bool]):
         """Wait until no backend is being unloaded, or disconnected() is true."""
@@ -5256,8 +5132,8 @@ class Pool:
                     reason = ModelMisconfigured(model.problem)
                     self._scheduler.refuse_waiting(model.name, reason)
         self._contexts.configure(config)
-        self._adopt_units()
-        start_thread(self._start_keep_loaded, "keep-loaded")
+        self._adoption = start_thread(self._adopt_units, "units")
+        start_thread(self._load_wanted, "keep-loaded", [])
         self.events.publish({"model": "*", "event": "models_reload"})
 
     # -- memory ----------------------------------------------------------------------
@@ -5308,19 +5184,13 @@ class Pool:
                 self._scheduler.learn(name, spec.needs)
 
     def _measure_loop(self):
-        """Measure whenever a model has been loaded, and once a minute."""
+        """Measure whenever a model has been loaded, and then once a minute."""
         while not self._is_closed:
             with self._lock:
-                self._measuring.wait_for(
-                    lambda: self._is_closed or self._has_loaded,
-                    MEASURE_INTERVAL if self._measured_backends() else None,
-                )
-                self._has_loaded = False
-                backends = self._measured_backends()
-                held = [*self._scheduler.held.values()]
-                is_alone = len(held) == 1 and held[0].started_at > -math.inf
-            if backends:
-                self._measure(backends, is_alone)
+                has_any = self._measured_backends()
+            self._has_loaded.wait(MEASURE_INTERVAL if has_any else None)
+            self._has_loaded.clear()
+            self._measure()
 
     def _measured_backends(self):
         """Those that are loaded, and their needs not written. The lock is held."""
@@ -5329,46 +5199,49 @@ class Pool:
         backends = [self._backends[name] for name in loaded]
         return [backend for backend in backends if backend.model.has_auto_needs]
 
-    def _measure(self, backends, is_alone):
-        """Take over what these take. `is_alone`: nothing else runs, nor was adopted."""
-        on_gpu, taken = gpu_memory_by_group(), {}
+    def _measure(self):
+        """Take over what is taken by the models whose needs are not written."""
+        with self._lock:
+            backends = self._measured_backends()
+            held = [*self._scheduler.held.values()]
+        is_alone = len(held) == 1 and held[0].started_at > -math.inf  # nor adopted
+        on_gpu, taken = gpu_memory_by_group() if backends else {}, {}
         for backend in backends:
             vram = on_gpu.get(backend.pid)
-            if vram is None and is_alone:  # in a container, the tool may not show it
-                vram = self._gpu_memory_taken()
+            if vram is None and is_alone and self._vram_at_start:
+                # in a container, the tool may show no processes
+                left = machine_budget().get("vram")
+                vram = left and max(0, self._vram_at_start - left)
             taken[backend] = memory_taken(backend.pid, vram)
         with self._lock:
             if is_alone and len(self._scheduler.held) > 1:
                 return
             for backend in self._measured_backends():
+                peak = self._runs[backend].peak
                 for name, amount in taken.get(backend, {}).items():
-                    backend.peak[name] = max(amount, backend.peak.get(name, 0))
+                    peak[name] = max(amount, peak.get(name, 0))
                 self._learn(backend, is_over=False)
             self._schedule()
         self._needs.save()
 
-    def _gpu_memory_taken(self):
-        """How much less the GPUs have left than at the start; None: it is not known."""
-        before, now = self._vram_at_start, machine_budget()
-        return max(0, before - now["vram"]) if before and "vram" in now else None
-
     def _learn(self, backend, is_over):
-        model, peak = backend.model, backend.peak
+        model, run = backend.model, self._runs[backend]
         amounts, source = self._needs.of(model, self.budget)
         is_too_large = source == "llama-fit-params" and any(
             amount > self.budget[name] for name, amount in amounts.items()
         )
-        was_squeezed = backend.is_beside or is_too_large
-        if self._needs.learn(model, peak, was_squeezed, is_over):
+        was_squeezed = run.is_beside or is_too_large
+        if self._needs.learn(model, run.peak, was_squeezed, is_over):
             self._take_over_needs()
 
     def _raise_needs(self, name, victim):
         """Have a model that had no memory beside `victim` need so much that it will not
         be loaded beside it again. The lock is held."""
-        freed = self._scheduler.held[victim].usage().needs
-        usages = [each.usage() for each in self._scheduler.held.values()]
+        held = self._scheduler.held.items()
+        needs = {each: scheduled.usage().needs for each, scheduled in held}
+        freed = needs.pop(victim)
         least = {
-            each: size - sum(u.needs.get(each, 0) for u in usages if u.name != victim)
+            each: size - sum(other.get(each, 0) for other in needs.values())
             for each, size in self.budget.items()
             if freed.get(each)
         }
@@ -5379,23 +5252,16 @@ class Pool:
 
     # -- status ----------------------------------------------------------------------
 
-    def state_of(self, model: Model) -> State:
-        """Return what the backend of the model is doing."""
+    def backend_of(self, model: Model, *states: State):
+        """Return the backend of the model, or None; it may end at any time. If states
+        are given, it is in one of them, and not about to stop."""
         with self._lock:
             scheduled = self._scheduled(model)
-            return scheduled.state if scheduled else State.UNLOADED
-
-    def is_held(self, model: Model) -> bool:
-        """Return whether the model is loaded or loading, and not about to stop."""
-        with self._lock:
-            scheduled = self._scheduled(model)
-            is_up = scheduled and scheduled.state in (State.LOADING, State.LOADED)
-            return bool(is_up) and not scheduled.is_stopping_soon
-
-    def backend_of(self, model: Model):
-        """Return the running backend of the model, or None; it may end at any time."""
-        with self._lock:
-            return self._backends.get(self._scheduler.choose(model.backends))
+            if scheduled is None:
+                return None
+            if states and (scheduled.is_stopping_soon or scheduled.state not in states):
+                return None
+            return self._backends.get(scheduled.name)
 
     def status(self, model: Model) -> ModelStatus:
         """Return the status of the model."""
@@ -5427,7 +5293,7 @@ class Pool:
         status = ModelStatus(
             id=model.name,
             aliases=model.aliases,
-            description=model.settings.description or "",
+            description=model.settings.description,
             kind=model.kind,
             unusable=model.problem,
         )
@@ -5435,23 +5301,20 @@ class Pool:
         if scheduled is None:
             return status
         now, name, changed_at = self._clock(), scheduled.name, scheduled.changed_at
-        unload_at, progress, backend = math.inf, None, self._backends.get(name)
-        if scheduled.state is State.LOADED:
-            unload_at = scheduled.unload_at()
-        elif scheduled.state is State.LOADING:
-            progress = backend.progress
+        backend, state = self._backends.get(name), scheduled.state
+        unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
         return status._replace(
-            state=scheduled.state.value,
+            state=state.value,
             seconds=None if changed_at is None else now - changed_at,
-            progress=progress,
+            progress=backend.progress if state is State.LOADING else None,
             running=scheduled.in_flight + scheduled.preemptible,
             waiting=scheduled.waiting,
             unload_in=None if unload_at == math.inf else max(0.0, unload_at - now),
-            tokens_per_second=self._metrics.speeds.get(name),
+            tokens_per_second=self._speeds.get(name),
             context=self._contexts.size_of(model.context_dir),
             context_seconds=self._metrics.counts["context_seconds", name],
             failure=scheduled.last_failure,
-            stopped=self._metrics.reasons.get(name),
+            stopped=self._stop_reasons.get(name),
             pinned=scheduled.is_pinned,
             shares=None if name == model.name else name,
             pid=backend and backend.pid,
@@ -5502,7 +5365,11 @@ class Pool:
         """Return since when (on the clock) no request runs or waits, and no backend but
         those of keep-loaded runs; None: one does."""
         with self._lock:
-            return self._inactive_since
+            if self._scheduler.is_in_use:
+                return None
+            models = self._scheduler.models.values()
+            ends = [each.changed_at for each in models if not each.spec.keep_loaded]
+            return max([self._last_request_at, *filter(None, ends)])
 
     def await_change(self, seen: Optional[int], timeout: float) -> int:
         """Wait until status or metrics have changed since revision `seen`, or until the
@@ -5521,7 +5388,7 @@ class Pool:
             self._metrics.count_request(name, *counts, **amounts)
             scheduled = model and self._scheduled(model)
             if scheduled and speed is not None:
-                self._metrics.speeds[scheduled.name] = speed
+                self._speeds[scheduled.name] = speed
             self._revise()
 
     def metrics(self) -> Metrics:
@@ -5551,10 +5418,6 @@ class Pool:
         while has_failed:  # a start that fails at once is an event of its own
             decisions, deadline = self._scheduler.decide(self._clock())
             has_failed = any([self._carry_out(decision) for decision in decisions])
-        if self._scheduler.is_in_use:
-            self._inactive_since = None
-        elif self._inactive_since is None:
-            self._inactive_since = self._clock()
         self._revise()
         self._next_deadline = deadline
         if deadline < self._timer_at:
@@ -5606,12 +5469,8 @@ class Pool:
     def _new_backend(self, name, run):
         """Make a backend of the model for this run."""
         backend = self._make_backend(self.config.models[name], self)
-        backend.run_number = run
-        backend.stop_requested_at = None  # or put to sleep
-        backend.next_load_line = LOAD_LINE_EVERY  # seconds after the start
         self._backends[name] = backend
-        backend.peak = {}  # of what it took so far
-        backend.is_beside = len(self._scheduler.held) > 1  # was loaded beside others
+        self._runs[backend] = Run(run, len(self._scheduler.held) > 1)
         return backend
 
     def _backend_of_kind(self, model, listener):
@@ -5627,23 +5486,21 @@ class Pool:
 
     def _stop(self, decision):
         name, cause = decision.name, decision.cause
-        self._metrics.count_stop(name, cause, decision.newcomer)
+        self._metrics.counts["stops", name, cause] += 1
+        self._stop_reasons[name] = STOP_REASONS[cause].format(decision.newcomer)
         reason = "by hand" if cause == "unload" else cause
         if decision.newcomer:
             reason += f" for {decision.newcomer}"
         action = "going to sleep" if decision.to_sleep else "unloading"
         self._log("info", f"{name}: {action} ({reason})")
-        backend = self._backends[name]
-        backend.stop_requested_at = time.monotonic()
         if decision.to_sleep:
-            backend.sleep()
+            self._backends[name].sleep()
         else:
-            backend.stop()
+            self._backends[name].stop()
 
     def _publish(self, name, status, event="status_change", **more):
         data = {"status": status, **more}
         self.events.publish({"model": name, "event": event, "data": data})
-
 
     # -- events from backends, on their threads: see Backend -------------------------
 
@@ -5655,56 +5512,61 @@ class Pool:
             self._publish(name, "loading", progress=value)
             with self._lock:
                 self._revise()
-        if seconds >= backend.next_load_line:
-            backend.next_load_line = seconds + LOAD_LINE_EVERY
+        run = self._runs[backend]
+        if seconds >= run.next_load_line:
+            run.next_load_line = seconds + LOAD_LINE_EVERY
             share = percent(backend.progress)
             self._log("info", f"{name}: loading{share} after {seconds:.0f} s")
 
     def on_loaded(self, backend):
         name, seconds = backend.model.name, time.monotonic() - backend.started_at
-        backend.next_load_line = LOAD_LINE_EVERY
         with self._event() as now:
-            self._scheduler.loaded(name, backend.run_number, now)
-            self._metrics.count_load(name, seconds)
-            backend.is_beside |= len(self._scheduler.held) > 1
-            if backend.model.has_auto_needs:
-                self._has_loaded = True
-                self._measuring.notify()
+            run, models = self._runs[backend], self._scheduler.models
+            evicted_for = [each.evicted_for for each in models.values()]
+            self._metrics.count_load(name, seconds, models[name] in evicted_for)
+            self._scheduler.loaded(name, run.number, now)
+            run.is_beside |= len(self._scheduler.held) > 1
+            run.next_load_line = LOAD_LINE_EVERY  # should it wake up
+        if backend.model.has_auto_needs:
+            self._has_loaded.set()
         self._log("info", f"{name}: loaded in {seconds:.2f} s ({backend.where})")
 
     def on_described(self, backend, entry):
         name = backend.model.name
-        if entry:
-            with self._lock:
-                self._entries[name] = entry
+        with self._lock:
+            self._entries[name] = entry or self._entries.get(name, {})
         self._publish(name, "loaded", **({"info": entry} if entry else {}))
 
     def on_slept(self, backend):
+        name = backend.model.name
         with self._event() as now:
-            self._scheduler.slept(backend.model.name, backend.run_number, now)
-        self._log_end(backend, "asleep")
-        self._publish(backend.model.name, "sleeping")
+            self._log_end(name, now, "asleep")
+            self._scheduler.slept(name, self._runs[backend].number, now)
+        self._publish(name, "sleeping")
 
     def on_dying(self, backend):
         with self._event() as now:
-            self._scheduler.crashed(backend.model.name, backend.run_number, now)
+            run = self._runs[backend]
+            self._scheduler.crashed(backend.model.name, run.number, now)
 
     def on_exited(self, backend, problem):
-        if problem is None:
-            self._log_end(backend, "unloaded")
-        with self._event():
+        name = backend.model.name
+        with self._event() as now:
+            if problem is None:
+                self._log_end(name, now, "unloaded")
             self._learn(backend, is_over=True)
-            self._record_exit(backend.model.name, backend.run_number, problem)
+            self._record_exit(name, self._runs[backend].number, problem)
         self._needs.save()
 
     def _record_exit(self, name, run, problem):
         """A backend is gone, or could not be started. The lock is held."""
-        self._backends.pop(name, None)
+        self._runs.pop(self._backends.pop(name, None), None)
         if problem is not None:
             scheduled = self._scheduler.models[name]
             text = _failure_text(problem, scheduled.last_failure)
             self._log("error", text if text.startswith(name) else f"{name}: {text}")
-            self._metrics.count_failure(name, scheduled.state.value)
+            self._metrics.counts["failures", name, scheduled.state.value] += 1
+            self._stop_reasons.pop(name, None)
         victim = self._scheduler.exited(name, run, self._clock(), problem)
         if victim is not None:
             self._log("info", f"{name}: loaded once more, after {victim} has gone")
@@ -5712,24 +5574,24 @@ class Pool:
         self._count_needs()
         self._publish(name, "unloaded", exit_code=exit_code_of(problem))
 
-    def _log_end(self, backend, state):
-        """Log the end, as `info` only if it took over 1 s or was unexpected."""
-        requested_at, backend.stop_requested_at = backend.stop_requested_at, None
-        level, took = "info", ""
-        if requested_at is not None:
-            seconds = time.monotonic() - requested_at
-            level = "info" if seconds >= LONG_WAIT else "debug"
-            took = f" after {seconds:.1f} s"
-        self._log(level, f"{backend.model.name}: {state}{took}")
+    def _log_end(self, name, now, state):
+        """Log the end of a stop, or one that came by itself; `debug` if it was soon."""
+        scheduled = self._scheduler.models[name]
+        seconds = now - scheduled.changed_at
+        took = f" after {seconds:.1f} s" if scheduled.state is State.UNLOADING else ""
+        level = "info" if seconds >= LONG_WAIT else "debug"
+        self._log(level, f"{name}: {state}{took}")
 
     def on_context(self, backend, kind, tokens, size, seconds):
         name, took = backend.model.name, seconds_text(seconds)
-        with self._lock:
-            self._metrics.count_context(name, kind, tokens, seconds)
-            self._revise()
         text = f"{kind} {tokens:,} tokens of context ({size / 1e6:,.0f} MB) in {took}"
+        count, amount = ("context_tokens", name, kind), tokens
         if kind == "used":
             text = f"used {tokens:,} tokens of its restored context, which saves {took}"
+            count, amount = ("context_seconds", name), seconds
+        with self._lock:
+            self._metrics.counts[count] += amount
+            self._revise()
         self._log("info", f"{name}: {text}")
 
     def on_line(self, backend, text):
@@ -5747,7 +5609,7 @@ class Pool:
             self._scheduler.close(ShuttingDown("llmswap is shutting down"))
             self._is_closed = True
             self._timer.notify()
-            self._measuring.notify()
+            self._has_loaded.set()
             deadline = now + grace
         with self._event():
             while self._scheduler.in_flight and self._clock() < deadline:
@@ -5794,25 +5656,23 @@ def _failure_text(problem, last):
     return f"{lines[0]}, as before" if is_same else str(problem)
 
 
-def _wait_for_grant(future, disconnected):
-    """Return the backend; raise why it is refused, or ClientDisconnected."""
+def _await_backend(future, disconnected):
+    """Return the backend that is granted, None if it does not answer; raise why it is
+    refused, or ClientDisconnected."""
     while not concurrent.futures.wait([future], timeout=POLL_INTERVAL).done:
         if disconnected():
             raise ClientDisconnected
     problem = future.exception()
     if problem is not None:
         raise problem.with_traceback(None)  # other threads raise the same one
-    return future.result()
-
-
-def _is_reachable(backend, disconnected):
-    """Whether a backend that was granted still answers; raise ClientDisconnected."""
-    while True:
-        answer = backend.is_reachable(POLL_INTERVAL)
-        if answer is not None:
-            return answer
+    backend = future.result()
+    is_reachable = backend.is_reachable(POLL_INTERVAL)
+    while is_reachable is None:
         if disconnected():
             raise ClientDisconnected
+        is_reachable = backend.is_reachable(POLL_INTERVAL)
+    return backend if is_reachable else None
+
 
 
 def address_of(model: Model) -> Dict[str, int]:
@@ -5828,17 +5688,10 @@ def _removed(name):
 
 def limits_of(config: Config, budget: Mapping[str, int]) -> Limits:
     """Return what the configuration, with this budget, lets be loaded together."""
-    settings = config.settings
     models = config.models.values()
     addresses = {url: 1 for model in models for url in address_of(model)}
-    return Limits(
-        models_max=settings.models_max,
-        budget={**budget, **addresses},
-        sets=tuple(settings.sets),
-        patience=settings.patience,
-        queue_max=settings.queue_max,
-        queue_timeout=settings.queue_timeout,
-    )
+    written = {name: getattr(config.settings, name) for name in Limits()._asdict()}
+    return Limits(**{**written, "budget": {**budget, **addresses}})
 
 
 def counted_needs(
@@ -5864,23 +5717,21 @@ def specs_of(
     config: Config, needs: Mapping[str, Mapping[str, int]]
 ) -> Dict[str, ModelSpec]:
     """Return what scheduling must know of each model that has a backend of its own."""
-    specs = {}
-    for name, model in config.models.items():
-        settings, address = model.settings, address_of(model)
-        if model.backends == (name,):
-            specs[name] = ModelSpec(
-                needs={**needs[name], **address},
-                sleep_needs={**settings.sleep_needs, **address},
-                takes_place=model.kind != "remote",
-                is_pinned=model.is_pinned,
-                is_pinned_once_loaded=settings.pin == "loaded",
-                keep_loaded=settings.keep_loaded and not model.problem,
-                can_sleep=bool(settings.sleep),
-                concurrency=settings.concurrency,
-                idle_timeout=settings.idle_timeout,
-                stop_timeout=settings.stop_timeout,
-            )
-    return specs
+    return {
+        name: ModelSpec(
+            needs={**needs[name], **address_of(model)},
+            sleep_needs={**model.settings.sleep_needs, **address_of(model)},
+            takes_place=model.kind != "remote",
+            is_pinned=model.is_pinned,
+            is_pinned_once_loaded=model.settings.pin == "loaded",
+            keep_loaded=model.settings.keep_loaded and not model.problem,
+            can_sleep=bool(model.settings.sleep),
+            concurrency=model.settings.concurrency,
+            idle_timeout=model.settings.idle_timeout,
+            stop_timeout=model.settings.stop_timeout,
+        )
+        for name, model in config.models.items() if model.backends == (name,)
+    }
 
 
 # ==================================================================================
@@ -7531,7 +7382,7 @@ class RepairStream:
 
 
 class StatusReport(NamedTuple):
-    """Everything that the page and Prometheus show. `born` is in Unix time."""
+    """What the page and Prometheus show. `born` is in Unix time."""
 
     version: str
     born: float
@@ -7621,10 +7472,8 @@ def speed_of(usage: Usage, seconds: float) -> Optional[float]:
 # -- Prometheus ------------------------------------------------------------------------
 
 METRICS_TYPE = ("content-type", "text/plain; version=0.0.4; charset=utf-8")
-
-
 # Kind; field of ModelStatus (gauges) or name in Metrics.counts; name after `llmswap_`;
-# help.
+# help; labels beside `model`.
 METRICS = (
     ("gauge", "running", "requests_in_flight", "Requests that a model serves."),
     ("gauge", "waiting", "requests_queued", "Requests that wait for a model."),
@@ -7633,34 +7482,21 @@ METRICS = (
     ("gauge", "context", "context_bytes", "Saved contexts of a model."),
     ("gauge", "progress", "load_progress_ratio", "Progress of a load, if known."),
     ("gauge", "tokens_per_second", "last_tokens_per_second", "Speed of last answer."),
-    ("counter", "requests", "requests_total",
-     "Requests by model (empty: not found) and status (499: the client left)."),
+    ("counter", "requests", "requests_total", "499: the client left.", "status"),
     ("counter", "tokens_in", "prompt_tokens_total", "Prompt tokens, as reported."),
     ("counter", "tokens_out", "completion_tokens_total", "New tokens, as reported."),
-    ("counter", "tokens_cached", "prompt_tokens_cached_total",
-     "Prompt tokens that needed no processing, as reported."),
+    ("counter", "tokens_cached", "prompt_tokens_cached_total", "Those reused."),
     ("counter", "bytes_in", "request_bytes_total", "Bytes of request bodies."),
     ("counter", "bytes_out", "response_bytes_total", "Bytes of response bodies."),
     ("counter", "swaps", "swaps_total", "Loads for which a model was evicted."),
-    ("counter", "stops", "stops_total",
-     "Stops by cause: evicted, idle, unload, reload, abandoned, shutdown."),
-    ("counter", "failures", "failures_total", "Runs that ended unexpectedly."),
-    ("counter", "context_tokens", "context_tokens_total",
-     "Tokens of contexts: saved, restored."),
-    ("counter", "context_seconds", "context_seconds_saved_total",
-     "Prompt processing spared by restored contexts, first answers only."),
-    ("histogram", "durations", "request_duration_seconds",
-     "Time from a request's first byte to the end of its answer."),
+    ("counter", "stops", "stops_total", "Stops by cause.", "cause"),
+    ("counter", "failures", "failures_total", "Runs that ended unasked.", "state"),
+    ("counter", "context_tokens", "context_tokens_total", "Of contexts.", "action"),
+    ("counter", "context_seconds", "context_seconds_saved_total", "Time spared."),
+    ("histogram", "durations", "request_duration_seconds", "Time of whole requests."),
     ("histogram", "waits", "request_wait_seconds", "Time waiting for the model."),
     ("histogram", "loads", "load_duration_seconds", "Time until a model is ready."),
-)  # fmt: skip
-LABELS = {
-    "requests": ("model", "status"),
-    "swaps": (),
-    "stops": ("model", "cause"),
-    "failures": ("model", "state"),
-    "context_tokens": ("model", "action"),
-}  # of counters; else the model
+)
 
 
 def metrics_text(report: StatusReport) -> str:
@@ -7685,13 +7521,12 @@ def _process_metrics(report):
     """Yield kind, name, help, and samples: a suffix of the name, labels, a number."""
     build = {"version": report.version, "python": "{}.{}.{}".format(*sys.version_info)}
     yield "gauge", "llmswap_build_info", "Version of llmswap.", [("", build, 1)]
-    memory = memory_of(os.getpid()).get("VmRSS")
-    for kind, name, text, number in (
-        ("gauge", "start_time_seconds", "Start, in Unix time.", report.born),
-        ("counter", "cpu_seconds_total", "CPU time of llmswap.", time.process_time()),
-        ("gauge", "resident_memory_bytes", "Memory of llmswap.", memory),
+    for kind, name, number in (
+        ("gauge", "process_start_time_seconds", report.born),
+        ("counter", "process_cpu_seconds_total", time.process_time()),
+        ("gauge", "process_resident_memory_bytes", memory_of(os.getpid()).get("VmRSS")),
     ):
-        yield kind, f"process_{name}", text, [("", {}, number)]
+        yield kind, name, "Of llmswap itself.", [("", {}, number)]
 
 
 def _model_metrics(report):
@@ -7713,13 +7548,13 @@ def _model_metrics(report):
     counts = collections.defaultdict(list)
     for (source, *labels), value in sorted(report.meters.counts.items(), key=repr):
         counts[source].append((labels, value))
-    for kind, source, name, text in METRICS:
+    for kind, source, name, text, *labels in METRICS:
         if kind == "gauge":
             samples = [("", {"model": each.id}, getattr(each, source)) for each in own]
         elif kind == "counter":
-            labels = LABELS.get(source, ("model",))
-            cells = counts[source] or ([] if labels else [((), 0)])
-            samples = [("", dict(zip(labels, values)), n) for values, n in cells]
+            cells = counts[source] or ([((), 0)] if source == "swaps" else [])
+            names = ("model", *labels)  # swaps have none
+            samples = [("", dict(zip(names, values)), n) for values, n in cells]
         else:
             samples = _buckets(counts[source], counts[f"{source}_sum"])
         yield kind, f"llmswap_{name}", text, samples
@@ -7743,190 +7578,136 @@ _STYLE = r"""
 :root {
   color-scheme: light dark;
   --ground: light-dark(#f4f4f1, #111315); --sheet: light-dark(#fff, #191c1f);
-  --well: light-dark(#f8f8f6, #131517); --line: light-dark(#e4e3de, #2b2f33);
-  --edge: light-dark(#8f8e87, #6b7279); --ink: light-dark(#1b1d20, #e7e8ea);
-  --soft: light-dark(#61656b, #9ba1a8); --accent: light-dark(#1f5fd6, #82aaff);
-  --on-accent: light-dark(#fff, #0d1626); --loaded: light-dark(#14804f, #4fc78d);
-  --loading: light-dark(#8f5b00, #e0ad4a); --sleeping: light-dark(#5a53c4, #a5a0f5);
-  --failed: light-dark(#c0302b, #ff8a80);
+  --line: light-dark(#e4e3de, #2b2f33); --edge: light-dark(#8f8e87, #6b7279);
+  --ink: light-dark(#1b1d20, #e7e8ea); --soft: light-dark(#61656b, #9ba1a8);
+  --accent: light-dark(#1f5fd6, #82aaff); --on-accent: light-dark(#fff, #0d1626);
+  --loaded: light-dark(#14804f, #4fc78d); --loading: light-dark(#8f5b00, #e0ad4a);
+  --sleeping: light-dark(#5a53c4, #a5a0f5); --failed: light-dark(#c0302b, #ff8a80);
 }
 * { box-sizing: border-box; margin: 0; }
-[hidden], div:has(> dd[hidden]) { display: none !important; }
+[hidden], dl:empty { display: none !important; }
 body {
-  max-width: 1360px; margin: 0 auto; padding: 0 24px 48px;
+  max-width: 1360px; margin: 0 auto; padding: 0 24px 48px; overflow-wrap: anywhere;
   background: var(--ground); color: var(--ink); font-variant-numeric: tabular-nums;
   font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-  -webkit-text-size-adjust: 100%;
 }
-h1, h2, h3, b { font-weight: 600; }
-p, h2, h3, pre { overflow-wrap: anywhere; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+h1 { font-size: 19px; }
+h2 { font-size: 13px; margin: 0 0 8px 2px; }
+h3 { font-size: 15px; }
+h2, small, #totals, #link, #none, #stats, #thought, .about, .state, dt, .why pre, .by,
+.sum, ::placeholder { color: var(--soft); opacity: 1; }
+small { font-weight: 400; margin-left: 3px; }
+small, .about, .state, .why p, .request, #link, #budget { font-size: 13.5px; }
+ul { list-style: none; padding: 0; overflow: hidden; }
 .unseen { position: absolute; clip-path: inset(50%); }
 
-/* The head: totals, and whether the snapshots arrive */
-header, h1 { display: flex; align-items: center; }
-header { flex-wrap: wrap; gap: 4px 28px; padding: 22px 0 18px; }
-h1 { gap: 10px; font-size: 19px; }
-#totals { flex: 1; color: var(--soft); }
-#none b { color: var(--ink); }
-#search { width: 200px; padding-block: 5px; }
-#link { color: var(--soft); font-size: 13px; }
-#link::before {
-  content: ""; display: inline-block; width: 7px; height: 7px; margin-right: 7px;
-  border-radius: 50%; background: var(--loading); vertical-align: 1px;
-}
-#link.live::before { background: var(--loaded); }
-header .plain { margin-right: -8px; }
-
-/* Buttons, fields, sheets */
-button, .button, input, select, textarea {
+button, a, input, select, textarea {
+  padding: 4px 12px; border: 1px solid var(--line); border-radius: 8px;
   font: inherit; color: inherit; background: var(--sheet);
-  border: 1px solid var(--line); border-radius: 8px;
 }
-button, .button {
-  padding: 4px 12px; font-size: 13.5px; line-height: 1.5; cursor: pointer;
-  text-decoration: none; white-space: nowrap;
+button, a {
+  font-size: 13.5px; cursor: pointer; text-decoration: none; white-space: nowrap;
 }
-button:hover, .button:hover, input, select, textarea { border-color: var(--edge); }
+button:hover, a:hover, input, select, textarea { border-color: var(--edge); }
 [aria-disabled=true] { opacity: .5; cursor: default; }
-.plain {
-  padding: 4px 8px; border-color: transparent; background: none; font-weight: 400;
-}
-.plain:not(:hover) { color: var(--soft); }
+.plain { padding-inline: 8px; border-color: transparent; background: none; }
 .main { background: var(--accent); color: var(--on-accent); font-weight: 600; }
-input, select, textarea { width: 100%; padding: 8px 11px; }
-::placeholder { color: var(--soft); opacity: 1; }
+input, select, textarea { width: 100%; padding-block: 8px; }
 textarea { display: block; resize: vertical; min-height: 76px; }
-.sheet, main ul, #none, dialog, #notice {
+main ul, .sheet, #none, dialog {
   background: var(--sheet); border: 1px solid var(--line); border-radius: 14px;
 }
 pre {
-  overflow: auto; white-space: pre-wrap; background: var(--well);
-  font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace;
+  overflow: auto; padding: 10px 12px; border-radius: 8px; white-space: pre-wrap;
+  background: var(--ground); font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace;
 }
 
-/* Two columns: the models; prompt and requests */
+header, .acts, .send, .sheet h2, #log h2, .request { display: flex; gap: 0 10px; }
+header, .acts, .sheet h2, #log h2 { align-items: center; }
+header { flex-wrap: wrap; gap: 6px 20px; padding: 20px 0 16px; }
+#totals { flex: 1; }
+#search { width: 200px; }
+#link::before { content: "\25cf\a0"; color: var(--loading); }
+#link.live::before { color: var(--loaded); }
 .columns {
   display: grid; grid-template-columns: minmax(0, 1fr) minmax(340px, 420px);
   gap: 28px; align-items: start;
 }
 main section { margin-bottom: 26px; }
-ul { list-style: none; padding: 0; overflow: hidden; }
-h2 { font-size: 13px; color: var(--soft); margin: 0 0 8px 2px; }
-h2 span { font-weight: 400; margin-left: 4px; }
-#problem { margin: 12px; color: var(--tone); white-space: pre-wrap; }
-#none { padding: 72px 24px; text-align: center; color: var(--soft); }
-#none b { display: block; font-size: 17px; margin-bottom: 6px; }
-
-/* The budget, and what holds it */
-#budget p { display: flex; margin: 0 0 10px; font-size: 13px; }
+#problem { margin: 12px; color: var(--failed); white-space: pre-wrap; }
+#none { padding: 72px 24px; text-align: center; }
+#budget p { display: flex; margin-bottom: 10px; }
 #budget span {
   flex: 0 1 0; min-width: 0; padding: 2px 0 2px 8px;
   overflow: hidden; white-space: nowrap;
   background: var(--sheet); border-left: 3px solid var(--loaded);
 }
+#budget :is(:first-child, :last-child) { color: var(--soft); border: 0; }
 #budget span:first-child { flex: none; width: 112px; }
-#budget :first-child, #budget :last-child { color: var(--soft); border: 0; }
 
 /* One model */
-.model, .request { --tone: var(--soft); }
+.model, .request { --tone: var(--soft); border-top: 1px solid var(--line); }
 .model {
-  padding: 13px 14px 14px 18px;
   display: grid; grid-template-columns: 12px minmax(0, 1fr) auto auto;
-  gap: 0 14px; align-items: baseline;
+  gap: 0 14px; align-items: baseline; padding: 13px 14px 14px 18px;
 }
-.model + .model { border-top: 1px solid var(--line); }
+main li:first-child { border: 0; }
 .loaded { --tone: var(--loaded); }
 .loading, .unloading { --tone: var(--loading); }
 .sleeping { --tone: var(--sleeping); }
 .failed, .unusable { --tone: var(--failed); }
 .dot { width: 10px; height: 10px; border: 2px solid var(--tone); border-radius: 50%; }
-.loaded .dot, .failed .dot { background: var(--tone); }
-.broken .dot { border-radius: 2px; }
-.loading .dot, .unloading .dot {
+:is(.loaded, .failed) .dot { background: var(--tone); }
+:is(.loading, .unloading) .dot {
   border-right-color: transparent; animation: turn 1.1s linear infinite;
 }
 @keyframes turn { to { transform: rotate(1turn); } }
 @media (prefers-reduced-motion: reduce) { .dot { animation: none !important; } }
-h3 { font-size: 15px; }
-h3 small { font-size: 13px; font-weight: 400; color: var(--soft); margin-left: 8px; }
-.about, .state, .why p { color: var(--soft); font-size: 13.5px; }
-.state { text-align: right; }
-.state b { color: var(--tone); margin-right: .35em; }
-.unusable .state { grid-column: 3 / -1; margin-right: -.35em; }
-.acts { display: flex; gap: 2px; align-items: center; }
+.state b, .failed .sum, .why p, #error { color: var(--tone, var(--failed)); }
+.acts { gap: 0; }
 .acts :last-child { margin-left: 6px; min-width: 88px; }
-.acts :last-child[hidden] { display: block !important; visibility: hidden; }
 .model > dl, .why, progress { grid-column: 2 / -1; }
-dl { display: flex; flex-wrap: wrap; gap: 0 24px; }
-dl div { min-width: 100px; margin-top: 10px; }
-dt { font-size: 12px; color: var(--soft); }
+dl { display: flex; flex-wrap: wrap; gap: 10px 24px; padding-top: 10px; }
+dl div { min-width: 100px; }
+dt { font-size: 12px; }
+dt::first-letter { text-transform: uppercase; }
 progress { width: 100%; height: 8px; margin-top: 12px; accent-color: var(--loading); }
-.why p, #error { margin-top: 6px; color: var(--failed); }
-.why pre {
-  max-height: 24em; margin-top: 8px; padding: 10px 12px; color: var(--soft);
-  border: 1px solid var(--line); border-radius: 8px;
-}
+.why p { margin: 6px 0 8px; }
+.why pre { max-height: 24em; border: 1px solid var(--line); }
 
 /* Prompt and requests */
-aside {
-  position: sticky; top: 16px; display: flex; flex-direction: column; gap: 16px;
-  max-height: calc(100vh - 92px); padding-top: 27px;
-}
-aside .sheet, #answer { display: flex; flex-direction: column; gap: 10px; }
-aside .sheet { padding: 14px; }
-:is(aside, #log) h2 { display: flex; align-items: center; margin: 0; font-weight: 400; }
-:is(aside, #log) h2 span {
-  flex: 1; margin: 0; color: var(--ink); font-weight: 600; font-size: 15px;
-}
-#prompt { flex: none; }
-#requests { min-height: 130px; padding-bottom: 0; }
-#only { width: auto; max-width: 60%; padding: 3px 8px; font-size: 13.5px; }
-#recent { overflow: auto; margin: 0 -14px; }
-#recent:empty::before { content: "None yet"; padding: 0 14px; color: var(--soft); }
-.request {
-  display: flex; gap: 10px; align-items: baseline;
-  padding: 8px 14px 9px; border-top: 1px solid var(--line); font-size: 13.5px;
-}
+aside { padding-top: 27px; }
+.sheet { padding: 14px; margin-bottom: 16px; }
+.sheet > * + * { margin-top: 10px; }
+.sheet h2, #log h2 { margin: 0 0 10px; color: inherit; font-size: 15px; }
+:is(h2 :last-child, #link) { margin-left: auto; }
+#only { width: auto; max-width: 60%; padding-block: 3px; font-weight: 400; }
+#recent { max-height: 50vh; overflow: auto; margin: 0 -14px -14px; }
+#recent:empty::before { content: "None yet"; padding: 14px; color: var(--soft); }
+.request { align-items: baseline; padding: 8px 14px 9px; }
 .request:not(.loading, .failed) .dot { visibility: hidden; }
-details { flex: 1; min-width: 0; overflow-wrap: anywhere; }
+details { flex: 1; min-width: 0; }
 summary { display: flex; flex-wrap: wrap; gap: 0 8px; cursor: pointer; }
 summary::after { content: "\203a" / ""; color: var(--soft); }
 [open] summary::after { rotate: 90deg; }
-[data-text=by] { flex: 1; overflow-wrap: break-word; }
-[data-text=sum] { flex-basis: 100%; order: 1; }
-details:not([open]) [data-text=sum] { max-height: 2.9em; overflow: hidden; }
-[data-text=by], [data-text=sum] { color: var(--soft); }
-.failed [data-text=sum] { color: var(--tone); }
-details dl { padding-bottom: 4px; white-space: pre-line; }
-details dl div:last-child { flex-basis: 100%; grid-column: 1 / -1; }
-.send { display: flex; gap: 8px; }
-.send button { padding-inline: 18px; }
-#stats { color: var(--soft); font-size: 13px; }
-#answer { max-height: 40vh; overflow: auto; }
+.by { flex: 1; overflow-wrap: break-word; }
+.sum { flex-basis: 100%; order: 1; }
+details:not([open]) .sum { max-height: 2.9em; overflow: hidden; }
+details dl div:last-child { flex-basis: 100%; white-space: pre-line; }
 #answer p { white-space: pre-wrap; }
-#thought { padding-left: 12px; border-left: 2px solid var(--line); color: var(--soft); }
+#thought { padding-left: 12px; border-left: 2px solid var(--line); }
 
-/* Above all */
-dialog, #notice { color: var(--ink); box-shadow: 0 12px 40px rgb(0 0 0 / .3); }
-dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 22px; }
-dialog form { display: grid; gap: 12px; }
-#log { width: 1000px; padding: 14px; }
-#lines { height: 80vh; padding: 10px 12px; border-radius: 8px; }
-#notice {
-  position: fixed; z-index: 1; inset: auto 16px 20px; margin: auto; width: fit-content;
-  max-width: 560px; max-height: 50vh; overflow: auto; padding: 11px 16px;
-  font-size: 14px; white-space: pre-wrap; cursor: pointer;
-}
+dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16px; }
+#door form { display: grid; gap: 12px; }
+#log { width: 1000px; }
+#lines { height: 80vh; }
 
 @media (max-width: 900px) {
   body { padding: 0 14px 32px; }
-  header { padding: 16px 2px 18px; gap: 6px 16px; }
-  #totals { order: 3; flex-basis: 100%; gap: 2px 16px; }
-  #link { margin-left: auto; }
-  #search { order: 4; width: 100%; margin-top: 6px; }
+  #totals, #search { order: 1; flex: 1 0 100%; }
   .columns { display: block; }
-  aside { position: static; padding: 0; max-height: none; }
+  aside { padding: 0; }
+  #recent { max-height: none; }
   input, select, textarea, #only { font-size: 16px; }
 }
 @media (max-width: 620px) {
@@ -7938,7 +7719,7 @@ dialog form { display: grid; gap: 12px; }
   .rest [data-do=log] { display: none; }
   h3 small { display: block; margin: 0; }
   dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)); }
-  button, .button { padding-block: 6px; }
+  details dl div:last-child { grid-column: 1 / -1; }
 }
 """
 
@@ -7946,7 +7727,7 @@ _SCRIPT = r"""
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const rows = new Map(); // id of a model -> its element
+const rows = new Map(); // id of a model, or number of a request -> its element
 let snapshot = null; // the last one, which came at snapshotAt
 let snapshotAt = 0;
 
@@ -7956,32 +7737,36 @@ const join = (parts, by = " · ") => parts.filter(Boolean).join(by);
 const speed = (n) => n && `${n < 10 ? n.toFixed(1) : Math.round(n)} tok/s`;
 const count = (n) => (n < 1000 ? `${n}` : `${(n / 1000).toFixed(n < 99950 ? 1 : 0)}k`);
 
+const requests = ({running, waiting}) =>
+  join([running && `${running} running`, waiting && `${waiting} waiting`], ", ");
+
 function bytes(n) {
   const gib = n / 2 ** 30;
   return n && (gib >= 1 ? `${gib.toFixed(1)} GiB` : `${Math.round(gib * 1024)} MiB`);
 }
 
-function duration(seconds, isExact) {
+function duration(seconds) {
   const s = Math.max(0, Math.round(seconds));
   const [m, h] = [Math.floor(s / 60), Math.floor(s / 3600)];
   if (m < 1) return `${s} s`;
-  if (h < 1) return isExact ? `${m} min ${s % 60} s` : `${m} min`;
+  if (h < 1) return `${m} min ${s % 60} s`;
   return h < 48 ? `${h} h ${m % 60} min` : `${Math.floor(h / 24)} d ${h % 24} h`;
 }
 
 function brief(seconds) {
+  if (seconds === null) return "";
   if (seconds < 0.9995) return `${Math.round(seconds * 1000)} ms`;
-  return seconds < 9.95 ? `${seconds.toFixed(1)} s` : duration(seconds, true);
+  return seconds < 9.95 ? `${seconds.toFixed(1)} s` : duration(seconds);
 }
 
 // ---- Elements: an empty one is hidden; an equal text is kept, with its selection ----
 
-function make(tag, text = "") {
-  return Object.assign(document.createElement(tag), {textContent: text});
-}
+const show = (element, isShown) => { element.hidden = !isShown; };
 
-function show(element, isShown) {
-  element.hidden = !isShown;
+function make(tag, ...children) {
+  const element = document.createElement(tag);
+  element.append(...children);
+  return element;
 }
 
 function put(element, text) {
@@ -7995,20 +7780,17 @@ function fill(element, texts) {
   }
 }
 
-function rowOf(rows, template, id) {
+function paintRows(ul, template, items, paintRow) {
   const {firstElementChild} = $(template).content;
-  if (!rows.has(id)) rows.set(id, firstElementChild.cloneNode(true));
-  rows.get(id).dataset.id = id;
-  return rows.get(id);
-}
-
-function keepOnly(rows, items) {
-  const ids = new Set(items.map(({id}) => id));
-  for (const [id, row] of rows) if (!ids.has(id)) row.remove(), rows.delete(id);
-}
-
-function place(ul, rows) {
-  rows.forEach((row, at) => {
+  const wanted = items.map((item) => {
+    if (!rows.has(item.id)) rows.set(item.id, firstElementChild.cloneNode(true));
+    const row = rows.get(item.id);
+    row.dataset.id = item.id;
+    paintRow(row, item);
+    return row;
+  });
+  for (const row of [...ul.children]) if (!wanted.includes(row)) row.remove();
+  wanted.forEach((row, at) => {
     if (row !== ul.children[at]) ul.insertBefore(row, ul.children[at]);
   });
 }
@@ -8021,17 +7803,17 @@ function offer(select, ids, ...first) {
   if (ids.includes(before)) select.value = before;
 }
 
-function append(text, target, scroller, most = Infinity) {
-  const {scrollTop, clientHeight, scrollHeight} = scroller;
-  target.hidden = false;
-  target.append(text);
-  while (target.childNodes.length > most) target.firstChild.remove();
-  if (scrollTop + clientHeight > scrollHeight - 24) scroller.scrollTop = scrollHeight;
+function paintFacts(dl, facts) {
+  const shown = Object.entries(facts).filter(([, fact]) => fact);
+  if (dl.dataset.shown === `${shown}`) return;
+  dl.dataset.shown = shown;
+  dl.replaceChildren(...shown.map(([name, fact]) =>
+    make("div", make("dt", name.replaceAll("_", " ")), make("dd", fact))));
 }
 
-// ---- Requests; the API key is asked for once ----
+// ---- HTTP; the API key is asked for once ----
 
-let key = sessionStorage.getItem("llmswap-key") || "";
+let key = sessionStorage.getItem("llmswap-key");
 let keyEntered = null; // a promise, while a key is asked for
 
 async function request(path, options = {}) {
@@ -8040,34 +7822,22 @@ async function request(path, options = {}) {
     if (sent) headers.authorization = `Bearer ${sent}`;
     const answer = await fetch(path, {...options, headers, cache: "no-store"});
     if (answer.ok) return answer;
-    if (answer.status !== 401) throw new Error(await reason(answer));
+    const body = await answer.json().catch(() => null);
+    const reason = body?.error?.message || `status ${answer.status}`;
+    if (answer.status !== 401) throw new Error(reason);
     if (sent === key) await (keyEntered ||= askForKey());
   }
 }
 
-function askForKey() {
+async function askForKey() {
   if (key) put($("door-text"), "That key was not accepted.");
   showLink("needs a key");
   $("key").value = "";
   $("door").showModal();
-  return new Promise((resolve) => {
-    $("door").onclose = () => {
-      if (!$("key").value) return $("door").showModal();
-      key = $("key").value;
-      sessionStorage.setItem("llmswap-key", key);
-      keyEntered = null;
-      resolve();
-    };
-  });
-}
-
-async function reason(answer) {
-  const text = await answer.text();
-  try {
-    return JSON.parse(text).error.message;
-  } catch {
-    return text.slice(0, 500) || `status ${answer.status}`;
-  }
+  await new Promise((resolve) => { $("door").onclose = resolve; });
+  key = $("key").value;
+  sessionStorage.setItem("llmswap-key", key);
+  keyEntered = null;
 }
 
 function post(path, value, signal) {
@@ -8097,6 +7867,7 @@ async function* events(answer) {
 // ---- Snapshots: one stream, while the page is visible ----
 
 const pause = (ms) => new Promise((done) => setTimeout(done, ms));
+const age = () => (Date.now() - snapshotAt) / 1000;
 let stream = new AbortController();
 let lastByteAt = Date.now();
 
@@ -8106,34 +7877,30 @@ function showLink(text) {
 }
 
 async function followSnapshots() {
-  for (let delay = 250; ; delay = Math.min(2 * delay, 4000)) {
+  for (;; await pause(1000)) {
+    if (document.hidden) continue;
     try {
       stream = new AbortController();
       const headers = {accept: "text/event-stream"};
       const answer = await request("/", {headers, signal: stream.signal});
       recentKey = "";
-      for await (const data of events(answer)) {
-        delay = 250;
-        showLink("live");
-        take(JSON.parse(data));
-      }
-    } catch { /* reconnect */ }
-    if (!document.hidden) showLink("reconnecting");
-    do await pause(delay); while (document.hidden);
+      for await (const data of events(answer)) take(JSON.parse(data));
+    } catch { /* connect again */ }
+    showLink("reconnecting");
   }
 }
 
 function take(next) {
   const before = new Map(snapshot?.models.map(({id, state}) => [id, state]));
+  [snapshot, snapshotAt] = [next, Date.now()];
   for (const model of next.models) {
-    model.state = stateOf(model);
-    const isNew = before.has(model.id) && before.get(model.id) !== model.state;
-    if (isNew) put($("live-region"), `${model.id} ${model.state}`);
+    if (model.unusable) model.state = "unusable";
+    else if (model.state === "unloaded" && model.failure) model.state = "failed";
+    const text = `${model.id} ${model.state}`, old = before.get(model.id);
+    if (old && old !== model.state) put($("live-region"), text);
   }
-  snapshot = next;
-  snapshotAt = Date.now();
+  showLink("live");
   paint();
-  fetchRequests();
 }
 
 document.addEventListener("visibilitychange", () => {
@@ -8144,30 +7911,37 @@ setInterval(() => {
   if (snapshot && !document.hidden) paint(), fetchRequests();
 }, 1000);
 
-function stateOf(model) {
-  if (model.unusable) return "unusable";
-  return model.state === "unloaded" && model.failure ? "failed" : model.state;
-}
-
 // ---- The page ----
 
 const groups = {unusable: "broken", failed: "broken", unloaded: "rest"};
-const groupOf = (model) => groups[model.state] || "held";
+const groupOf = ({state}) => groups[state] || "held";
 
 function paint() {
-  const {models} = snapshot, age = (Date.now() - snapshotAt) / 1000;
+  const {models} = snapshot, own = models.filter(({shares}) => !shares);
   const focused = document.activeElement;
-  keepOnly(rows, models);
-  for (const model of models) paintModel(model, age);
-  paintBudget(snapshot);
-  for (const name of ["held", "broken", "rest"]) paintGroup(name);
-  paintRequests();
+  paintModels(models);
+  paintRows($("recent"), "request-row", recent, paintRequest);
+  for (const [id, row] of rows) if (!row.isConnected) rows.delete(id);
   keepFocus(focused);
   show($("none"), !models.length);
   put($("problem"), snapshot.problem);
   show($("search"), models.length > 12);
-  paintTotals(models);
-  paintChoice();
+  paintTotals(own);
+  paintBudget(own);
+  paintPrompt(models);
+}
+
+function paintModels(models) {
+  const sought = $("search").value.trim().toLowerCase();
+  const found = models.filter(({id, aliases, description}) =>
+    join([id, ...aliases, description]).toLowerCase().includes(sought));
+  for (const section of document.querySelectorAll("main section")) {
+    const [heading, ul] = section.children;
+    const group = found.filter((model) => groupOf(model) === section.className);
+    paintRows(ul, "model-row", group, paintModel);
+    put(heading.lastElementChild, group.length);
+    show(section, group.length);
+  }
 }
 
 function keepFocus(focused) { // a row that moved has lost it, a hidden button will
@@ -8176,130 +7950,95 @@ function keepFocus(focused) { // a row that moved has lost it, a hidden button w
   if (target !== document.activeElement) target?.focus({preventScroll: true});
 }
 
-function matchesSearch(model) {
-  const text = join([model.id, ...model.aliases, model.description]).toLowerCase();
-  return text.includes($("search").value.trim().toLowerCase());
-}
-
-function paintGroup(name) {
-  const section = document.querySelector(`.${name}`), ul = section.lastElementChild;
-  const models = snapshot.models.filter((model) => groupOf(model) === name);
-  place(ul, models.map(({id}) => rows.get(id)));
-  const shown = models.filter(matchesSearch).length;
-  put(section.querySelector("span"), shown);
-  show(section, shown);
-}
-
-function paintTotals(models) {
-  const own = models.filter(({shares}) => !shares);
+function paintTotals(own) {
   const total = (name) => own.reduce((sum, model) => sum + (model[name] || 0), 0);
   const [rss, vram] = [total("rss"), total("vram")];
-  const [running, waiting] = [total("running"), total("waiting")];
   const names = own.filter(({state}) => state === "loaded").map(({id}) => id);
   put($("totals"), join([
-    `${names.length} of ${models.length} loaded`,
-    (running || waiting) && requests(running, waiting),
+    `${names.length} of ${snapshot.models.length} loaded`,
+    requests({running: total("running"), waiting: total("waiting")}),
     rss && `${bytes(rss)} memory`,
     vram && `${bytes(vram)} VRAM`,
   ]));
   document.title = join([...names, "llmswap"]);
 }
 
-function paintBudget({budget, models}) {
-  const own = models.filter(({shares}) => !shares);
-  $("budget").replaceChildren(...Object.entries(budget).map(([name, size]) => {
-    const parts = own.map(({id, holds}) => [id, holds[name] || 0]);
-    const free = parts.reduce((left, [, amount]) => left - amount, size);
-    const bar = document.createElement("p");
-    bar.append(...[[name, size], ...parts, ["free", free]].map(([text, amount]) => {
-      const part = document.createElement("span");
+function paintBudget(own) {
+  $("budget").replaceChildren(...Object.entries(snapshot.budget).map(([name, size]) => {
+    const held = own.map(({id, holds}) => [id, holds[name] || 0]);
+    const free = held.reduce((left, [, amount]) => left - amount, size);
+    const parts = [[name, size], ...held, ["free", free]];
+    return make("p", ...parts.map(([text, amount]) => {
+      const part = make("span", `${text} ${bytes(amount)}`);
+      part.title = part.textContent;
       part.style.flexGrow = amount / size;
-      part.textContent = part.title = `${text} ${bytes(amount)}`;
       show(part, amount > 0);
       return part;
     }));
-    return bar;
   }));
 }
 
-function paintModel(model, age) {
-  const row = rowOf(rows, "model-row", model.id), {state, shares} = model;
-  const kind = {remote: "remote", unit: "systemd unit"}[model.kind];
+function paintModel(row, model) {
+  const {state, shares, unload_in: left, context_seconds: spared} = model;
   const failure = model.unusable || (state === "failed" && model.failure) || "";
   const [why, ...lines] = failure.split("\n");
+  const needs = Object.entries(model.needs).map(([name, n]) => `${name} ${bytes(n)}`);
   row.className = `model ${state}`;
-  show(row, matchesSearch(model));
-  const about = [kind, shares && `shares ${shares}`, model.pinned && "pinned"];
   fill(row, {
     id: model.id,
     aliases: model.aliases.join(", "),
-    about: join([...about, needsOf(model), model.description]),
+    about: join([
+      {remote: "remote", unit: "systemd unit"}[model.kind],
+      shares && `shares ${shares}`,
+      model.pinned && "pinned",
+      needs.length && `needs ${needs.join(", ")} (${model.needs_source})`,
+      model.description,
+    ]),
     state: state !== "unloaded" && state,
-    detail: detailOf(model, age),
+    detail: detailOf(model),
     why,
     lines: lines.join("\n"),
-    ...factsOf(model, age),
   });
-  show(row.querySelector("dl"), groupOf(model) === "held" && !shares);
+  const context = join([bytes(model.context), spared && `${duration(spared)} spared`]);
+  paintFacts(row.querySelector("dl"), groupOf(model) === "held" && !shares && {
+    "Memory": bytes(model.rss),
+    "VRAM": bytes(model.vram),
+    "Requests": requests(model) || "none",
+    "Last answer": speed(model.tokens_per_second),
+    "Saved context": context,
+    "Unloads in": left !== null && duration(left - age()),
+  });
   const progress = row.querySelector("progress");
   show(progress, state === "loading" && model.progress !== null);
   progress.value = model.progress || 0;
   paintActs(row.querySelector(".acts"), model);
 }
 
-function needsOf({needs, needs_source: source}) {
-  const texts = Object.entries(needs).map(([name, size]) => `${name} ${bytes(size)}`);
-  return texts.length && `needs ${texts.join(", ")} (${source})`;
-}
-
-function detailOf(model, age) {
-  const {state, seconds, progress, stopped, running, waiting, context} = model;
-  if (state === "unusable") return "";
-  const isChanging = /loading$/.test(state);
-  const since = seconds !== null && duration(seconds + age, isChanging);
-  const percent = progress !== null && `${Math.round(progress * 100)} %`;
-  if (state === "loading") return join([percent, since]);
-  if (state === "failed") return since && `${since} ago`;
-  if (state !== "unloaded") return since;
-  if (waiting) return requests(running, waiting);
+function detailOf(model) {
+  const {state, seconds, progress, stopped, context} = model;
+  const since = seconds !== null && duration(seconds + age());
+  if (groupOf(model) === "held") {
+    return join([progress !== null && `${Math.round(progress * 100)} %`, since]);
+  }
+  if (state === "unloaded" && model.waiting) return requests(model);
   const saved = context && `${bytes(context)} of context saved`;
-  return stopped && join([stopped, since && `${since} ago`, saved], ", ");
+  return join([state === "unloaded" && stopped, since && `${since} ago`, saved], ", ");
 }
 
-function requests(running, waiting) {
-  const parts = [running && `${running} running`, waiting && `${waiting} waiting`];
-  return join(parts, ", ") || "none";
-}
-
-function factsOf(model, age) {
-  const {context, context_seconds: spared, unload_in: left} = model;
-  return {
-    rss: bytes(model.rss),
-    vram: bytes(model.vram),
-    requests: requests(model.running, model.waiting),
-    speed: speed(model.tokens_per_second),
-    saved: join([bytes(context), spared && `${duration(spared, true)} spared`], ", "),
-    left: left !== null && duration(left - age, true),
-  };
-}
-
-function paintActs(acts, model) {
-  const {id, state, kind, shares} = model, isHeld = groupOf(model) === "held";
+function paintActs(acts, {id, state, kind, shares, seconds}) {
+  const [page, log, , main] = acts.children, isHeld = groupOf({state}) === "held";
   const word = {failed: "Try again", unloaded: "Load", loading: "Cancel"}[state];
-  const main = acts.lastElementChild;
+  page.href = `/upstream/${encodeURIComponent(id)}/`;
+  show(page, !shares && kind === "llama-server" && state === "loaded");
+  show(log, !shares && kind !== "remote" && (seconds !== null || isHeld));
   put(main, shares ? "" : word || "Unload");
-  for (const act of acts.children) act.ariaLabel = `${act.textContent} ${id}`;
   main.dataset.do = isHeld ? "unload" : "load";
   main.ariaDisabled = state === "unloading";
-  const hasRun = kind !== "remote" && (model.seconds !== null || isHeld);
-  show(acts.querySelector("[data-do=log]"), !shares && hasRun);
-  const hasPage = kind === "llama-server" && state === "loaded";
-  show(acts.querySelector("a"), !shares && hasPage);
-  acts.querySelector("a").href = `/upstream/${encodeURIComponent(id)}/`;
+  for (const act of acts.children) act.ariaLabel = `${act.textContent} ${id}`;
   show(acts, state !== "unusable");
 }
 
-// ---- Buttons and panels ----
+// ---- Buttons, and the log, which scrolls as long as its end is visible ----
 
 const actions = {
   load: (id) => post("/models/load", {model: id}),
@@ -8321,22 +8060,37 @@ document.addEventListener("click", async (event) => {
   try {
     await actions[button.dataset.do](id);
   } catch (error) {
-    notify(`${id}: ${error.message}`);
+    openLog(id || "llmswap");
+    $("lines").append(error.message);
   }
 });
 
-function notify(text) {
-  put($("notice"), text);
-  clearTimeout(notify.timer);
-  notify.timer = setTimeout(() => show($("notice"), false), 10000);
+function openLog(title) {
+  put($("log-title"), title);
+  $("lines").replaceChildren();
+  $("log").showModal();
 }
 
-$("search").addEventListener("input", paint);
-$("notice").addEventListener("click", () => show($("notice"), false));
+async function followLog(id) {
+  const reading = new AbortController(), {signal} = reading, lines = $("lines");
+  const write = (text) => {
+    const isAtEnd = lines.scrollTop + lines.clientHeight > lines.scrollHeight - 24;
+    lines.append(text.replace(/\x1b\[[\d;]*m/g, ""));
+    while (lines.childNodes.length > 3000) lines.firstChild.remove();
+    if (isAtEnd) lines.scrollTop = lines.scrollHeight;
+  };
+  openLog(`Log of ${id || "llmswap"}`);
+  $("log").onclose = () => reading.abort();
+  try {
+    const answer = await request(`/logs/stream/${encodeURIComponent(id)}`, {signal});
+    for await (const text of texts(answer)) write(text);
+  } catch (error) {
+    if (!signal.aborted) write(`(${error.message})\n`);
+  }
+}
 
 // ---- Requests: fetched when a snapshot says that one of them has moved on ----
 
-const requestRows = new Map(); // number of a request -> its element
 let recent = []; // those in flight, then those that ended; they came at recentAt
 let recentAt = 0;
 let recentKey = ""; // what they were fetched for
@@ -8345,8 +8099,7 @@ let isFetching = false;
 async function fetchRequests() {
   const only = $("only").value, {born, requests} = snapshot;
   const wanted = `${born} ${requests} ${only}`;
-  const isEarly = isFetching || document.hidden || Date.now() - recentAt < 900;
-  if (isEarly || wanted === recentKey) return;
+  if (isFetching || wanted === recentKey) return;
   [isFetching, recentKey] = [true, wanted];
   try {
     const query = only && `&model=${encodeURIComponent(only)}`;
@@ -8357,50 +8110,39 @@ async function fetchRequests() {
   paint();
 }
 
-function paintRequests() {
-  const age = (Date.now() - recentAt) / 1000;
-  keepOnly(requestRows, recent);
-  place($("recent"), recent.map((request) => paintRequest(request, age)));
-}
-
-function paintRequest(request, age) {
-  const {id, started, model, asked, client, user_agent: agent} = request;
-  const row = rowOf(requestRows, "request-row", id);
-  const isRunning = request.status === null, json = JSON.stringify(request);
-  if (isRunning) fill(row, {total: duration(request.seconds + age, true)});
-  if (row.shown === json) return row;
-  row.shown = json;
-  const hasFailed = request.status >= 400 && request.status !== 499;
+function paintRequest(row, request) {
+  const {id, model, status, client, seconds, user_agent: agent} = request;
+  const isRunning = status === null, hasFailed = status >= 400 && status !== 499;
+  const runs = seconds + (Date.now() - recentAt) / 1000;
   row.className = `request ${isRunning ? "loading" : hasFailed ? "failed" : ""}`;
   const name = agent.startsWith("Mozilla/") ? "browser" : agent.split(/[/ ]/)[0];
-  const at = new Date(1000 * started);
+  const at = new Date(1000 * request.started);
   fill(row, {
-    model: model || asked || request.path,
+    model: model || request.asked || request.path,
     by: join([name, client !== "127.0.0.1" && client]),
-    sum: join([at.toLocaleTimeString(), outcomeOf(request) || figuresOf(request)]),
-    ...(!isRunning && {total: brief(request.seconds)}),
+    total: isRunning ? duration(runs) : brief(seconds),
+    sum: join([at.toLocaleTimeString(), summaryOf(request)]),
   });
-  const facts = Object.entries(factsOfRequest(request, at)).filter(([, fact]) => fact);
-  row.querySelector("dl").replaceChildren(...facts.map(makeFact));
+  paintFacts(row.querySelector("dl"), {
+    ...request,
+    started: at.toLocaleString(),
+    method: "",
+    path: `${request.method} ${request.path}`,
+    waited: brief(request.waited),
+    first_byte: brief(request.first_byte),
+    seconds: "", // shown already
+    tokens_per_second: speed(request.tokens_per_second),
+  });
   const cancel = row.querySelector("button");
   cancel.ariaLabel = `Cancel request ${id} of ${model}`;
   show(cancel, isRunning);
-  return row;
 }
 
-function makeFact([name, fact]) {
-  const div = make("div");
-  div.append(make("dt", name), make("dd", fact));
-  return div;
-}
-
-function outcomeOf({status, waited, error}) {
-  if (status === null) return waited === null && "waiting for the model";
-  return status >= 400 && `${status} ${(error || "").split("\n")[0]}`;
-}
-
-function figuresOf(request) {
+function summaryOf(request) {
   const {tokens_in, tokens_cached, tokens_out, waited, first_byte, stream} = request;
+  const {status, error} = request;
+  if (status >= 400) return `${status} ${(error || "").split("\n")[0]}`;
+  if (status === null && waited === null) return "waiting for the model";
   const cached = tokens_cached ? ` (${count(tokens_cached)} cached)` : "";
   return join([
     tokens_in !== null && `${count(tokens_in)} in${cached}`,
@@ -8411,106 +8153,65 @@ function figuresOf(request) {
   ], ", ");
 }
 
-function factsOfRequest(request, at) {
-  const {id, status, waited, first_byte, stream} = request;
-  return {
-    "Request": `${id}`,
-    "Status": `${status ?? "in flight"}`,
-    "Waited": waited !== null && brief(waited),
-    "First byte": first_byte !== null && brief(first_byte),
-    "Asked for": request.asked,
-    "Streamed": stream ? "yes" : "no",
-    "Client": request.client,
-    "Session": request.session,
-    "Path": `${request.method} ${request.path}`,
-    "Started": at.toLocaleString(),
-    "User agent": request.user_agent,
-    "Error": request.error,
-  };
-}
-
-$("only").addEventListener("change", () => { recentAt = 0, fetchRequests(); });
-
-// ---- A log, in a dialog; it scrolls as long as its end is visible ----
-
-async function followLog(id) {
-  const reading = new AbortController(), {signal} = reading, lines = $("lines");
-  const colours = /\x1b\[[\d;]*m/g;
-  const write = (text) => append(text.replace(colours, ""), lines, lines, 3000);
-  put($("log-title"), `Log of ${id || "llmswap"}`);
-  lines.replaceChildren();
-  $("log").onclose = () => reading.abort();
-  $("log").showModal();
-  try {
-    const path = id ? `/logs/stream/${encodeURIComponent(id)}` : "/logs/stream";
-    for await (const text of texts(await request(path, {signal}))) write(text);
-  } catch (error) {
-    if (!signal.aborted) write(`(${error.message})\n`);
-  }
-}
+$("only").addEventListener("change", fetchRequests);
+$("search").addEventListener("input", paint);
 
 // ---- A prompt, and its streaming answer ----
 
-let asking = null; // aborts the request; knows whether an answer came
+let asking = null; // aborts the request
 let isChosen = false; // the model, by hand
 
-function paintChoice() {
-  const usable = snapshot.models.filter((model) => !model.unusable);
-  const loaded = usable.find((model) => model.state === "loaded");
+function paintPrompt(models) {
+  const usable = models.filter(({state}) => state !== "unusable");
+  const loaded = usable.find(({state}) => state === "loaded");
   show($("prompt"), usable.length);
   offer($("model"), usable.map(({id}) => id));
-  offer($("only"), snapshot.models.map(({id}) => id), new Option("All models", ""));
+  offer($("only"), models.map(({id}) => id), new Option("All models", ""));
   if (loaded && !isChosen && !asking) $("model").value = loaded.id;
-}
-
-function setAsking(controller) {
-  asking = controller;
-  put($("send"), controller ? "Stop" : "Send");
-  $("send").className = controller ? "" : "main";
-  $("answer").ariaBusy = Boolean(controller);
+  put($("send"), asking ? "Stop" : "Send");
+  $("send").className = asking ? "" : "main";
+  $("answer").ariaBusy = Boolean(asking);
 }
 
 async function send() {
-  const text = $("text").value.trim(), model = $("model").value;
-  if (!text || asking) return;
-  const controller = new AbortController();
-  setAsking(controller);
+  const content = $("text").value.trim(), model = $("model").value;
+  if (!content || asking) return;
+  asking = new AbortController();
   for (const name of ["thought", "reply", "error"]) put($(name), "");
   show($("answer"), true);
   put($("stats"), `waiting for ${model}`);
-  let end = "stopped";
+  paint();
   try {
-    await chat(model, text, controller.signal);
-    end = controller.isAnswered ? "" : "an empty answer";
+    await chat(model, content, asking.signal);
+    put($("stats"), $("stats").textContent && "an empty answer");
   } catch (error) {
-    if (!controller.signal.aborted) put($("error"), error.message), end = "";
+    const isStopped = asking.signal.aborted;
+    put($("stats"), isStopped && "stopped");
+    put($("error"), !isStopped && error.message);
   }
-  setAsking(null);
-  put($("stats"), end);
+  asking = null;
+  paint();
 }
 
-async function chat(model, text, signal) {
-  const messages = [{role: "user", content: text}];
+async function chat(model, content, signal) {
+  const messages = [{role: "user", content}];
   const body = {model, messages, stream: true, stream_options: {include_usage: true}};
   const answer = await post("/v1/chat/completions", body, signal);
-  let isWhole = false;
   for await (const data of events(answer)) {
     if (data === "[DONE]") return;
     const {error, choices} = JSON.parse(data);
     const delta = choices?.[0]?.delta;
     if (error) throw new Error(error.message);
-    isWhole ||= Boolean(choices?.[0]?.finish_reason);
     grow("thought", delta?.reasoning_content || delta?.reasoning);
     grow("reply", delta?.content);
   }
-  if (!isWhole) throw new Error("The answer broke off.");
 }
 
 function grow(name, text) {
   if (!text) return;
-  asking.isAnswered = true;
   put($("stats"), "");
-  append(text, $(name), $("answer"));
+  $(name).append(text);
+  show($(name), true);
 }
 
 $("send").addEventListener("click", () => (asking ? asking.abort() : send()));
@@ -8528,19 +8229,13 @@ STATUS_PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
 <title>llmswap</title>
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'
  viewBox='0 0 24 24' fill='none' stroke='%231f5fd6' stroke-width='3'%3E%3Cpath
  d='M3 8h17l-4-4M21 16H4l4 4'/%3E%3C/svg%3E">
 <style>{style}</style>
 <header>
-  <h1>
-    <svg viewBox="0 0 24 24" width="24" fill="none" stroke="currentColor"
-      stroke-width="2.2" stroke-linecap="round" stroke-linejoin="round"
-      aria-hidden="true"><path d="M4 8.5h14l-3.6-3.6M20 15.5H6l3.6 3.6"/></svg>
-    llmswap
-  </h1>
+  <h1>llmswap</h1>
   <p id="totals"></p>
   <input id="search" type="search" placeholder="Find a model" aria-label="Find a model"
     hidden>
@@ -8549,44 +8244,42 @@ STATUS_PAGE = """<!doctype html>
 </header>
 <div class="columns">
   <main>
-    <p id="problem" class="failed" role="alert" hidden></p>
+    <p id="problem" role="alert" hidden></p>
     <div id="budget"></div>
-    <section class="held" hidden><h2>In memory <span></span></h2><ul></ul></section>
+    <section class="held" hidden><h2>In memory <small></small></h2><ul></ul></section>
     <section class="broken" hidden>
-      <h2>Needs attention <span></span></h2><ul></ul></section>
-    <section class="rest" hidden><h2>Not loaded <span></span></h2><ul></ul></section>
-    <p id="none" hidden><b>No models yet</b>
+      <h2>Needs attention <small></small></h2><ul></ul></section>
+    <section class="rest" hidden><h2>Not loaded <small></small></h2><ul></ul></section>
+    <p id="none" hidden><b>No models yet.</b>
       Each section of the INI file becomes one; SIGHUP reads it again.</p>
     <noscript>This page needs JavaScript.</noscript>
   </main>
   <aside>
     <section id="prompt" class="sheet" aria-label="Prompt" hidden>
-      <h2><span>Prompt</span></h2>
+      <h2>Prompt</h2>
       <textarea id="text" aria-label="Prompt" placeholder="Ask something"></textarea>
       <div class="send">
-        <select id="model" aria-label="Model"></select>
-        <button id="send" class="main">Send</button>
+        <select id="model" aria-label="Model"></select><button id="send"></button>
       </div>
       <p id="stats" hidden></p>
       <div id="answer" aria-live="polite" aria-label="Answer" tabindex="0" hidden>
         <p id="thought"></p><p id="reply"></p><p id="error"></p>
       </div>
     </section>
-    <section id="requests" class="sheet" aria-label="Requests">
-      <h2><span>Requests</span><select id="only" aria-label="Requests of"></select></h2>
+    <section class="sheet" aria-label="Requests">
+      <h2>Requests <select id="only" aria-label="Requests of"></select></h2>
       <ul id="recent"></ul>
     </section>
   </aside>
 </div>
 <p id="live-region" class="unseen" role="status"></p>
-<p id="notice" role="alert" title="Dismiss" hidden></p>
 <dialog id="log" aria-labelledby="log-title">
   <form method="dialog">
     <h2><span id="log-title"></span><button class="plain">Close</button></h2>
     <pre id="lines" aria-label="Lines" tabindex="0" autofocus></pre>
   </form>
 </dialog>
-<dialog id="door" aria-labelledby="door-title">
+<dialog id="door">
   <form method="dialog">
     <h2 id="door-title">API key</h2>
     <p id="door-text">It is kept until this tab is closed.</p>
@@ -8596,28 +8289,21 @@ STATUS_PAGE = """<!doctype html>
   </form>
 </dialog>
 <template id="model-row">
-  <li class="model">
+  <li>
     <span class="dot" aria-hidden="true"></span>
     <div>
-      <h3><span data-text="id"></span><small data-text="aliases"></small></h3>
+      <h3><span data-text="id"></span> <small data-text="aliases"></small></h3>
       <p class="about" data-text="about"></p>
     </div>
-    <p class="state"><b data-text="state"></b><span data-text="detail"></span></p>
+    <p class="state"><b data-text="state"></b> <span data-text="detail"></span></p>
     <div class="acts">
-      <a class="button plain" target="_blank" rel="noreferrer">Web UI</a>
+      <a class="plain" target="_blank" rel="noreferrer">Web UI</a>
       <button class="plain" data-do="log">Log</button>
       <button class="plain" data-do="prompt">Prompt</button>
       <button></button>
     </div>
     <progress max="1" aria-label="Progress"></progress>
-    <dl>
-      <div><dt>Memory</dt><dd data-text="rss"></dd></div>
-      <div><dt>VRAM</dt><dd data-text="vram"></dd></div>
-      <div><dt>Requests</dt><dd data-text="requests"></dd></div>
-      <div><dt>Last answer</dt><dd data-text="speed"></dd></div>
-      <div><dt>Saved context</dt><dd data-text="saved"></dd></div>
-      <div><dt>Unloads in</dt><dd data-text="left"></dd></div>
-    </dl>
+    <dl></dl>
     <div class="why">
       <p data-text="why"></p>
       <pre data-text="lines" aria-label="Last lines" tabindex="0"></pre>
@@ -8629,8 +8315,8 @@ STATUS_PAGE = """<!doctype html>
     <span class="dot" aria-hidden="true"></span>
     <details>
       <summary>
-        <b data-text="model"></b> <span data-text="by"></span>
-        <span data-text="total"></span> <span data-text="sum"></span>
+        <b data-text="model"></b> <span class="by" data-text="by"></span>
+        <span data-text="total"></span> <span class="sum" data-text="sum"></span>
       </summary>
       <dl></dl>
     </details>
@@ -8642,16 +8328,11 @@ STATUS_PAGE = """<!doctype html>
 """.format(style=_STYLE, script=_SCRIPT)
 
 
-@functools.lru_cache(maxsize=None)
 def page_policy() -> str:
     """Return the page's Content-Security-Policy: it fetches from its own origin only,
     and no other script or style is in force."""
-    import hashlib  # 3 MB that only the page needs
-
-    script, style = (
-        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        for text in (_SCRIPT, _STYLE)
-    )
+    digests = [hashlib.sha256(text.encode()).digest() for text in (_SCRIPT, _STYLE)]
+    script, style = [base64.b64encode(digest).decode() for digest in digests]
     return (
         f"default-src 'none'; script-src 'sha256-{script}'; "
         f"style-src 'sha256-{style}'; connect-src 'self'; img-src data:; "
@@ -8675,23 +8356,26 @@ REQUEST_FIELDS = (
     "first_byte seconds status tokens_in tokens_cached tokens_out tokens_per_second "
     "error".split()
 )
+OUR_NAME = f"llmswap-{os.urandom(8).hex()}"  # in Via, which reveals loops
 SERVER_NAME = "llmswap (llama.cpp)"  # some clients search it for llama.cpp
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
-NAME_LIMIT = 1000  # characters of a model's name in a request
+NAME_LIMIT = 500  # characters of a model's name in a request; what follows is cut
 NAME_PARTS = 64  # between slashes in one
 SLOW_SECONDS = 10.0  # until the first byte; such requests are logged
 NOTICE_EVERY = 5.0  # s; so often a waiting chat shows the progress of a load
 INPUTS = {"vision": "image", "audio": "audio"}  # llama.cpp's words by capability
+_ADDRESS = re.compile(r"[0-9.]+|\[[0-9a-f:.]+\]")  # as a Host, which is no name
+_LOOPBACK = re.compile(r"(::ffff:)?127\.|::1\Z")  # addresses
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")
+FOREIGN_ORIGIN = "the origin {!r} is not in cors-origins in [llmswap]"
 OPEN_PATHS = ("/", "/health", "/v1/health")  # need no key
 IDLE_TIMEOUT_PARAMETERS = ("keep_alive", "ttl")  # Ollama's and LM Studio's
-OLLAMA_PATHS = frozenset(
-    f"/api/{name}"
-    for name in "tags chat generate show ps version embed embeddings pull push create "
-    "copy delete".split()
+OLLAMA_PATH = re.compile(
+    "/api/(tags|chat|generate|show|ps|version|embed|embeddings|pull|push|create|copy"
+    "|delete)/?"
 )
 KEY_FIELDS = frozenset(("authorization", "x-api-key", "api-key"))
 NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
@@ -8729,16 +8413,11 @@ class RequestLog:
         each newest first."""
         now = time.monotonic()
         with self._lock:
-            running = [
-                {
-                    **row,
-                    "seconds": now - began,
-                    "first_byte": response.first_at and response.first_at - began,
-                }
-                for row, response, began in reversed(self._running.values())
-            ]
-            ended = [dict(zip(REQUEST_FIELDS, row)) for row in reversed(self._ended)]
-            return running + ended
+            rows = [dict(zip(REQUEST_FIELDS, row)) for row in reversed(self._ended)]
+            for row, response, began in self._running.values():
+                first = response.first_at and response.first_at - began
+                rows.insert(0, {**row, "seconds": now - began, "first_byte": first})
+            return rows
 
     def steps(self) -> int:
         """Return a number that grows when a request begins, is granted its model, is
@@ -8753,22 +8432,17 @@ class RequestLog:
         """End a request as if its client had left, which is sent the reason; return
         whether it was in flight."""
         with self._lock:
-            for row, response, _ in self._running.values():
-                if str(row["id"]) == number:
-                    response.is_cancelled = True
-                    return True
-            return False
+            responses = {str(id): row[1] for id, row in self._running.items()}
+            if number in responses:
+                responses[number].is_cancelled = True
+            return number in responses
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves one client's connection, request after request.
-
-    It reads the socket through `wire`, never `rfile`: heads are read strictly, and a
-    reader that timed out can go on.
-    """
+    """Serves one client's connection, request after request. It reads the socket
+    through `wire`, never `rfile`: strictly, and on after a timeout."""
 
     def setup(self):
-        self.connection = self.request
         self.pool = self.server.pool
         self.config = self.pool.config
         self.wire = SocketReader(self.request)
@@ -8814,7 +8488,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise
         finally:
             self._count_request()
-        self._finish_request()
+        body, self.body, self.wire.on_timeout = self.body, None, self.head_timeout
+        if body is not None and self.reply.is_persistent:
+            with contextlib.suppress(APIError):  # what is left is too long
+                self.close_connection = not body.skip()
+        self.is_unread = body is None or not body.is_complete
 
     def _await_request(self):
         if self.wire.held:
@@ -8834,22 +8512,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ClientDisconnected from None
         if not raw:
             return False
-        self.head = self.headers = Request(raw)
+        self.head = Request(raw)
         self.head.drop_slash(ROUTES)
-        self.command, self.path = self.head.method, self.head.target
-        self.request_version = "HTTP/1.0" if self.head.is_http_10 else "HTTP/1.1"
         self.reply = ClientResponse(self.request, self.head, self._cors_headers())
         self.reply.is_for_anthropic = self.head.path.endswith("/v1/messages")
         self.body = Body(self.wire, self.head, self.config.settings.max_body)
         return True
-
-    def _finish_request(self):
-        """Read the rest of the body if it is short, so that another may follow."""
-        body, self.body, self.wire.on_timeout = self.body, None, self.head_timeout
-        if body is not None and self.reply.is_persistent:
-            with contextlib.suppress(APIError):
-                self.close_connection = not body.skip()
-        self.is_unread = body is None or not body.is_complete
 
     def _log_if_slow(self):
         seconds = (self.reply.first_at or self.began) - self.began
@@ -8861,7 +8529,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.log("info", text)
 
     def _count_request(self):
-        """Count the request if it was for a model or was refused."""
+        """Count and remember the request if it was for a model or was refused."""
         reply = self.reply
         if reply is None or (self.model is None and reply.status < 400):
             return
@@ -8870,24 +8538,33 @@ class Handler(http.server.BaseHTTPRequestHandler):
         seconds = time.monotonic() - self.began
         usage = self.usage if status < 300 else Usage()
         speed = speed_of(usage, seconds - (self.waited or 0))
-        is_refused = self.head is not None and status >= 400 and status != 499
-        if self.row or is_refused:
-            self._record_end(status, seconds, usage, speed)
+        error = self.error or reply.problem
+        if self.head is not None and status >= 400 and status != 499:
+            self.row = self.row or self._new_row(self.info)
+        if self.row:
+            self.row.update(
+                status=status,
+                seconds=seconds,
+                first_byte=reply.first_at and reply.first_at - self.began,
+                tokens_in=usage.tokens_in,
+                tokens_cached=usage.tokens_cached,
+                tokens_out=usage.tokens_out,
+                tokens_per_second=speed,
+                error=str(error)[:ERROR_LENGTH] if error else None,
+            )
+            self.server.requests.end(self.row)
+        amounts = {
+            "tokens_in": usage.tokens_in or 0,
+            "tokens_out": usage.tokens_out or 0,
+            "tokens_cached": usage.tokens_cached or 0,
+            "bytes_in": self.body.received if self.body is not None else 0,
+            "bytes_out": reply.sent,
+        }
         self.pool.count_request(
-            self.model,
-            speed,
-            status,
-            seconds,
-            self.waited,
-            tokens_in=usage.tokens_in or 0,
-            tokens_out=usage.tokens_out or 0,
-            tokens_cached=usage.tokens_cached or 0,
-            bytes_in=self.body.received if self.body is not None else 0,
-            bytes_out=reply.sent,
+            self.model, speed, status, seconds, self.waited, **amounts
         )
 
     def _new_row(self, info):
-        """Return the request as /api/requests shows it."""
         head, is_tcp = self.head, isinstance(self.client_address, tuple)
         return dict(
             dict.fromkeys(REQUEST_FIELDS),
@@ -8902,28 +8579,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             stream=info.members.get("stream") is True,
         )
 
-    def _record_end(self, status, seconds, usage, speed):
-        row, first_at = self.row or self._new_row(self.info), self.reply.first_at
-        error = self.error or self.reply.problem
-        row.update(
-            status=status,
-            seconds=seconds,
-            first_byte=first_at and first_at - self.began,
-            tokens_in=usage.tokens_in,
-            tokens_cached=usage.tokens_cached,
-            tokens_out=usage.tokens_out,
-            tokens_per_second=speed,
-            error=str(error)[:ERROR_LENGTH] if error else None,
-        )
-        self.server.requests.end(row)
-
     # -- answers ---------------------------------------------------------------------
 
     def _answer_error(self, error):
-        """Answer in whatever form is still possible."""
         self.error = error
-        if isinstance(error, SpokenTLS):
-            self.server.warn_of_tls()
+        if isinstance(error, SpokenTLS) and not self.server.has_warned_of_tls:
+            self.server.has_warned_of_tls = True
+            text = "a client speaks TLS here: its base URL must begin with http://"
+            self.server.log("warning", text)
         if not isinstance(error, APIError):  # the client's own OSErrors are caught
             kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
             error = APIError(f"{kind}{error}")
@@ -8964,7 +8627,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _send_text(self, text, content_type=TEXT_TYPE):
         self._send(text.encode(), headers=[content_type])
 
-    def _stream(self, next_item, render, pause=0.0):
+    def _stream(self, next_item, render):
         """Send items until the client leaves or llmswap ends. An item that is None says
         that POLL_INTERVAL has passed without one."""
         self.reply.flush()
@@ -8974,7 +8637,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.reply.heartbeat()
             else:
                 self.reply.send(render(item))
-                time.sleep(pause)
         self.reply.end()
 
     # -- access ----------------------------------------------------------------------
@@ -8982,25 +8644,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _check_access(self):
         """Raise Forbidden or Unauthorized unless Host, Origin and key are accepted."""
         head, keys, origin = self.head, self.config.api_keys, self.head.get("origin")
-        if not self._is_host_allowed(head.get("host")):
+        host, allowed = head.get("host"), self.config.settings.allowed_hosts
+        name, address = _host_name(host), self.request.getsockname()
+        is_loopback = isinstance(address, tuple) and _LOOPBACK.match(address[0])
+        is_allowed = not name or {name, "*"} & {*allowed} or _ADDRESS.fullmatch(name)
+        if is_loopback and not is_allowed:
             raise Forbidden(
-                f"Host {head.get('host')!r} is not among allowed-hosts in [llmswap], "
-                "which guards local servers against web pages"
+                f"Host {host!r} is not among allowed-hosts in [llmswap], which guards "
+                "local servers against web pages"
             )
         is_safe = head.method in SAFE_METHODS and not head.is_upgrade
         if origin and not is_safe and not self._is_origin_allowed(origin):
-            raise _forbidden_origin(origin)
+            raise Forbidden(FOREIGN_ORIGIN.format(origin))
         is_open = head.path in OPEN_PATHS and not self._wants_snapshots()
         if head.method == "OPTIONS" or is_open or not keys:
             return
         if not any(_is_key(given, keys) for given in self._given_keys()):
             raise Unauthorized("a valid API key is needed (Authorization: Bearer KEY)")
-
-    def _is_host_allowed(self, host):
-        allowed, name = self.config.settings.allowed_hosts, _host_name(host)
-        if "*" in allowed or not _is_loopback(self.request.getsockname()):
-            return True
-        return not name or name in allowed or _is_address(name)
 
     def _is_origin_allowed(self, origin):
         allowed = self.config.settings.cors_origins
@@ -9036,11 +8696,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         is_fetch = any(name.startswith("sec-fetch-") for name, _ in head.headers)
         if origin or is_fetch or head.get("user-agent").startswith("Mozilla/"):
-            raise _forbidden_origin(origin or "of a browser")
+            raise Forbidden(FOREIGN_ORIGIN.format(origin or "of a browser"))
 
     def _check_may_load(self, model):
         """For GETs: they may load the model only if no foreign page asks for it."""
-        if self.pool.state_of(model) is not State.LOADED:
+        if self.pool.backend_of(model, State.LOADED) is None:
             self._check_not_from_a_page()
 
     def _given_keys(self):
@@ -9086,20 +8746,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return action(self, rest.rstrip("/") if methods else rest)
         if routes and path not in MODEL_PATHS:
             raise MethodNotAllowed(f"{path} has no {self.head.method}")
-        self._check_base_url()
-        self.route_by_model()
-
-    def _check_base_url(self):
-        """Raise NotFound for paths of clients whose base URL is wrong."""
-        path, url = self.head.path, f"http://{self.head.get('host')}/v1"
+        url = f"http://{self.head.get('host')}/v1"
         if path.startswith("/v1/v1/"):
-            text = f"{path}: the client's base URL has /v1 twice; set it to {url}"
-            raise NotFound(text)
-        if path.rstrip("/") in OLLAMA_PATHS:
-            raise NotFound(
-                f"{path} is Ollama's API; this is an OpenAI-compatible server: let the "
-                f"client use its OpenAI provider with the base URL {url}"
-            )
+            raise NotFound(f"{path}: the base URL has /v1 twice; set it to {url}")
+        if OLLAMA_PATH.fullmatch(path):
+            text = f"{path} is Ollama's API; this is an OpenAI-compatible server"
+            raise NotFound(f"{text}: use an OpenAI provider with the base URL {url}")
+        self.route_by_model()
 
     def refuse_feature(self):
         raise FeatureDisabled("this feature is disabled")
@@ -9123,7 +8776,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_page(self):
         if self._wants_snapshots():
-            return self._stream_snapshots()
+            self.reply.begin_events()
+            return self._stream(functools.partial(next, self._snapshots()), _as_event)
         headers = [
             ("content-type", "text/html; charset=utf-8"),
             ("content-security-policy", page_policy()),
@@ -9134,22 +8788,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         ]
         self._send(STATUS_PAGE.encode(), headers=headers)
 
-    def _stream_snapshots(self):
-        """Send a snapshot at each change, and every 2 s while a model is held."""
+    def _snapshots(self):
+        """Yield a snapshot at each change, and every 2 s while a model is held; None
+        whenever POLL_INTERVAL has passed without one."""
         seen, again_at = None, math.inf
-
-        def next_snapshot():
-            nonlocal seen, again_at
+        while True:
             revision = self.pool.await_change(seen, POLL_INTERVAL)
             if revision == seen and time.monotonic() < again_at:
-                return None
+                yield None
+                continue
             seen, report = revision, self._status_report()
             is_busy = any(model.state != "unloaded" for model in report.models)
             again_at = time.monotonic() + 2.0 if is_busy else math.inf
-            return snapshot(report)
-
-        self.reply.begin_events()
-        self._stream(next_snapshot, _as_event, pause=0.25)  # faster is unreadable
+            yield snapshot(report)
+            time.sleep(0.25)  # faster is unreadable
 
     def get_metrics(self):
         if self.head.parameter("model") is not None:
@@ -9201,7 +8853,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         ]
 
     def get_requests(self):
-        """The requests in flight, then the last that ended, each newest first."""
         name, limit = self.head.parameter("model"), self.head.parameter("limit")
         if limit is not None and not re.fullmatch("[0-9]{1,9}", limit):
             raise BadRequest(f"limit: {limit!r} is not a whole number", "limit")
@@ -9221,26 +8872,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json({"success": True})
 
     def post_load(self):
-        if not self.pool.load(self._model_of_body()):
-            raise BadRequest("model is already running")
-        self._send_json({"success": True})
+        self._change_model(self.pool.load, "model is already running")
 
     def post_unload(self):
-        if not self.pool.unload(self._model_of_body()):
-            raise BadRequest("model is not running")
-        self._send_json({"success": True})
+        self._change_model(self.pool.unload, "model is not running")
 
-    def _model_of_body(self):
+    def _change_model(self, change, refusal):
         name = find_model(self.body, "application/json").model
         if name is None:
             raise BadRequest("model name is missing from the request", "model")
-        return self._resolve(name)
+        if not change(self._resolve(name)):
+            raise BadRequest(refusal)
+        self._send_json({"success": True})
 
     def _resolve(self, name):
-        if len(name) > NAME_LIMIT:
-            text = f"there is no model with a name of {len(name)} characters"
-            raise ModelNotFound(text, "model")
-        return self.config.resolve(name)
+        return self.config.resolve(name[:NAME_LIMIT])
 
     def unload(self, name=""):
         """Unload a model, or all of them, and answer when they have ended."""
@@ -9248,7 +8894,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if name:
             self.pool.unload(self._resolve(percent_decoded(name)))
         else:
-            self.pool.unload_all()
+            self.pool.unload_all("by hand")
         self.pool.await_unloaded(self._heartbeat)
         self._send_text("OK")
 
@@ -9300,9 +8946,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if name not in ("", "proxy"):
             status = self.pool.status(self._resolve(percent_decoded(name)))
             feed = self.pool.feed_of(status.shares or status.id)
-        no_cache = [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
+        headers = [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
         with feed.subscribe(self.head.parameter("no-history") is None) as get:
-            self.reply.begin(200, "OK", [TEXT_TYPE, *no_cache], None)
+            self.reply.begin(200, "OK", [TEXT_TYPE, *headers], None)
             self._stream(lambda: get(POLL_INTERVAL), lambda line: f"{line}\n".encode())
 
     # -- requests for models ---------------------------------------------------------
@@ -9319,8 +8965,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         states = [State.LOADED]
         if self.head.path in ("/props", "/metrics"):  # they wake no llama-server
             states.append(State.SLEEPING)
-        backend = self.pool.backend_of(model)
-        if backend is None or self.pool.state_of(model) not in states:
+        backend = self.pool.backend_of(model, *states)
+        if backend is None:
             raise BadRequest("model is not loaded")
         outgoing = self._upstream_request(model, self.head.target, RequestInfo())
         self._relay(outgoing, backend)
@@ -9341,7 +8987,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self._send(b"", 308, [("location", f"/upstream/{rest}/{query}")])
         self._check_may_load(model)
         is_page = path == "/" or self.head.method not in SAFE_METHODS
-        if not self._may_autoload(is_page) and not self.pool.is_held(model):
+        is_up = self.pool.backend_of(model, State.LOADING, State.LOADED)
+        if not is_up and not self._may_autoload(is_page):
             raise ModelNotLoaded(
                 f"model {model.name!r} is not loaded; of the paths under "
                 f"/upstream/{model.name}/ only the page itself loads it"
@@ -9370,22 +9017,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = self.head.parameter("model")
         info = self.info = self._request_info(is_needed=not name)
         name = info.model or name
-        model = self.model = self._resolve(name) if name else self._default_model()
+        if not name and self.head.method in SAFE_METHODS:
+            raise NotFound(f"there is nothing at {self.head.path}")
+        model = self._resolve(name) if name else self.config.default_model()
+        if model is None:
+            text = "model name is missing from the request"
+            raise BadRequest(f"{text}, and there is no default-model", "model")
+        self.model = model
         self._check_may_load(model)
-        if not self._may_autoload() and not self.pool.is_held(model):
+        is_up = self.pool.backend_of(model, State.LOADING, State.LOADED)
+        if not is_up and not self._may_autoload():
             raise BadRequest("model is not loaded")
         self._forward(model, self.head.target, info)
-
-    def _default_model(self):
-        if self.head.method in SAFE_METHODS:
-            raise NotFound(f"there is nothing at {self.head.path}")
-        model = self.config.default_model()
-        if model is None:
-            raise BadRequest(
-                "model name is missing from the request, and there is no default-model",
-                "model",
-            )
-        return model
 
     def _forward(self, model, target, info, preemptible=False):
         """Relay the request to the model's backend; once more if that dies of it."""
@@ -9429,7 +9072,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return False
 
     def _prepare_waiting(self, model, target, info):
-        """Choose between comments and notices for a client that waits."""
         notice = model.settings.loading_notice
         is_stream = self.head.method == "POST" and info.members.get("stream") is True
         self.reply.wants_events = is_stream and notice != "off"
@@ -9448,9 +9090,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         }
         last_text, next_at = "", 0.0
         while True:
-            now = time.monotonic()
-            text = self._loading_text(model) if now >= next_at else ""
-            if text in ("", last_text):
+            status, now = self.pool.status(model), time.monotonic()
+            text = f"waiting for room for {model.name}"
+            if status.state == "loading":
+                progress = percent(status.progress) or f", {status.seconds:.0f} s"
+                text = f"loading {model.name}{progress}"
+            if now < next_at or text == last_text or status.state == "loaded":
                 yield b""
                 continue
             last_text, next_at = text, now + NOTICE_EVERY
@@ -9458,20 +9103,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             choice = {"index": 0, "delta": delta, "finish_reason": None}
             yield _as_event({**chunk, "choices": [choice]})
 
-    def _loading_text(self, model):
-        status = self.pool.status(model)
-        if status.state == "loaded":
-            return ""
-        if status.state != "loading":
-            return f"waiting for room for {model.name}"
-        if status.progress is None:
-            return f"loading {model.name}, {status.seconds:.0f} s"
-        return f"loading {model.name}{percent(status.progress)}"
-
     def _upstream_request(self, model, target, info):
-        """Return the request as the backend is to get it."""
-        body, edits = self.body, _edits_of(model, info)
-        length = body.length
+        body, length, settings = self.body, self.body.length, model.settings
+        if OUR_NAME in ", ".join(self.head.all("via")):
+            text = f"the request for {model.name} has come back to llmswap"
+            raise LoopDetected(f"{text}: its `proxy` ({settings.proxy}) leads there")
+        timeouts = [name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members]
+        edits = BodyEdits(
+            settings.model_name or None,
+            settings.set_params or {},
+            frozenset([*timeouts, *settings.strip_params]),
+            settings.default_params or {},
+        )
         if info.is_json and edits != BodyEdits():
             held = [edited_json(info.members, edits)]
         elif info.model is not None and edits.model is not None:
@@ -9488,10 +9131,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _relay(self, outgoing, backend, *more):
         key = backend.model.settings.proxy_key
-        outgoing = outgoing._replace(headers=self._upstream_headers(key))
-        relay(outgoing, backend, self.reply, *more)
-
-    def _upstream_headers(self, key):
         dropped = NOT_FORWARDED
         if self.config.api_keys or key:
             dropped |= KEY_FIELDS
@@ -9504,13 +9143,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for header in end_to_end(self.head.headers)
             if header[0] not in dropped
         ]
+        headers.append(("via", f"1.1 {OUR_NAME}"))
         if key:
             key = key.encode().decode("latin-1")  # sent as UTF-8
             headers.append(("authorization", f"Bearer {key}"))
         if self.head.is_upgrade:
             headers.append(("connection", "upgrade"))
             headers.append(("upgrade", self.head.get("upgrade")))
-        return headers
+        relay(outgoing._replace(headers=headers), backend, self.reply, *more)
 
 
 ROUTES = {
@@ -9575,17 +9215,6 @@ def _repair_of(answer):
     return RepairStream(is_whole=True) if is_json else None
 
 
-def _edits_of(model, info):
-    settings = model.settings
-    timeouts = [name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members]
-    return BodyEdits(
-        settings.model_name or None,
-        settings.set_params or {},
-        frozenset([*timeouts, *settings.strip_params]),
-        settings.default_params or {},
-    )
-
-
 def _idle_timeout_in(members):
     """Return the seconds that a request asks for, below 0 for ever; None if it does
     not ask."""
@@ -9605,28 +9234,10 @@ def _idle_timeout_in(members):
         raise BadRequest(text, names[0]) from None
 
 
-def _forbidden_origin(origin):
-    return Forbidden(f"the origin {origin!r} is not in cors-origins in [llmswap]")
-
-
-def _is_loopback(address):
-    return isinstance(address, tuple) and (
-        address[0].startswith(("127.", "::ffff:127.")) or address[0] == "::1"
-    )
-
-
 def _host_name(host):
     """Return the name in a Host, without its port; "?" if it is none."""
     match = re.fullmatch(r"(\[[^]]*\]|[^:]*)(?::[0-9]*)?", host)
     return match[1].lower() if match else "?"
-
-
-def _is_address(name):
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError):
-            socket.inet_pton(family, name.strip("[]"))
-            return True
-    return False
 
 
 def _is_key(given, keys):
@@ -9646,9 +9257,8 @@ def model_entry(
     model: Model, owner: Model, status: ModelStatus, facts: Facts, created: int
 ) -> dict:
     """Return a model as in /v1/models: all fields of llama.cpp's router, and more.
-
-    `facts` are those of `owner`, whose backend the model uses.
-    """
+    `facts` are those of `owner`, whose backend the model uses."""
+    status = with_known_problem(status, facts)
     abilities = {**owner.settings.capabilities, **model.settings.capabilities}
     meta = {**facts.meta, **status.entry.get("meta", {})}
     if "context" in abilities:
@@ -9688,7 +9298,6 @@ def _shown_status(model, status, facts):
     }
     if facts.preset:
         shown["preset"] = _SECRET_LINE.sub(r"\1 = ***", facts.preset)
-    status = with_known_problem(status, facts)
     problem = model.problem or status.failure
     if problem and status.state == "unloaded":
         code = exit_code_of(status.failure) if status.failure else 1
@@ -9712,32 +9321,26 @@ def _capabilities(abilities, architecture, facts, is_llama_server):
 
 def shown_command(facts: Facts, status: ModelStatus) -> List[str]:
     """Return the argv of a model with its port, if it has one, and without secrets."""
-    port = str(status.port) if status.port else "${PORT}"
+    port = str(status.port or "${PORT}")
     return mask_secrets([word.replace("${PORT}", port) for word in facts.argv])
 
 
-def mask_secrets(argv: List[str]) -> List[str]:
+def mask_secrets(argv: Sequence[str]) -> List[str]:
     """Return the command with *** for the values of options and variables whose name
     says key, token or password, also within the words of a command for a shell."""
-    shown, is_secret = [], False
-    for word in argv:
-        if is_secret and not word.startswith("--"):
-            shown.append("***")
-        elif _SECRET_WORD.match(word):
-            shown.append(word.partition("=")[0] + "=***")
-        else:
-            shown.append(_SECRET_WITHIN.sub(r"\1***", word))
-        is_secret = bool(_SECRET_OPTION.fullmatch(word))
-    return shown
+    text = "\0".join(argv)
+    for secret in (_SECRET_OPTION, _SECRET_WORD, _SECRET_WITHIN):
+        text = secret.sub(r"\1***", text)
+    return text.split("\0") if argv else []
 
 
 _SECRET = r"[\w.-]*(?:keys?|token|password)(?![a-z])[\w.-]*"
-_SECRET_OPTION = re.compile(rf"(?i)--?{_SECRET}|-hft")
-_SECRET_WORD = re.compile(rf"(?i)-{{0,2}}{_SECRET}=")
 _SECRET_LINE = re.compile(rf"(?im)^({_SECRET}|hft) = .*$")  # of a preset
+_SECRET_OPTION = re.compile(rf"(?i)(?<![^\0])((?:--?{_SECRET}|-hft)\0)(?!--)[^\0]*")
+_SECRET_WORD = re.compile(rf"(?i)(?<![^\0])(-{{0,2}}{_SECRET}=)[^\0]*")
 _SECRET_WITHIN = re.compile(
     rf"(?i)((?<![\w-])(?:--?{_SECRET}(?:=|\s+)|{_SECRET}=))"
-    r"""("[^"]*"|'[^']*'|[^\s'"]+)"""
+    r"""("[^"\0]*"|'[^'\0]*'|[^\s'"\0]+)"""
 )
 
 
@@ -9758,78 +9361,60 @@ MAX_CONNECTIONS = 4096
 class Log:
     """Lines for people, on stderr and in `feed`. Any thread may call; no caller waits.
 
-    `log(level, text)`, with debug, info, warning or error as the level.
+    `log(level, text)`, with debug, info, warning or error as the level. Lines begin
+    with a priority if stderr is systemd's journal, else with the time.
     """
-
-    def __init__(self):
-        logging.raiseExceptions = False  # stderr may be closed; the feed has the line
-        self.feed = Broadcast(2000)
-        stderr, feed = logging.StreamHandler(), logging.Handler()
-        stderr.setFormatter(LogFormatter(sys.stderr))
-        feed.setFormatter(LogFormatter())
-        feed.emit = lambda record: self.feed.publish(feed.format(record))
-        lines = queue.SimpleQueue()
-        self._queue_listener = logging.handlers.QueueListener(lines, feed, stderr)
-        self._queue_listener.start()
-        self._queue_handler = logging.handlers.QueueHandler(lines)
-        self._logger = logging.Logger("llmswap")
-        self._logger.addHandler(self._queue_handler)
-        self.set_level("info")
-
-    def set_level(self, level: str):
-        """Drop what is less important than `level`."""
-        self._queue_handler.setLevel(level.upper())
-
-    def __call__(self, level: str, text: str):
-        self._logger.log(getattr(logging, level.upper()), text)
-
-    def close(self):
-        """Write what is left; give up after a second, as stderr may be stuck."""
-        closing = threading.Thread(target=self._queue_listener.stop, daemon=True)
-        closing.start()
-        closing.join(1.0)
-
-
-class LogFormatter(logging.Formatter):
-    """Formats a record for `stream`: with priorities if that is systemd's journal, else
-    with the time; with colours on a terminal."""
 
     PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
     COLOURS = {"WARNING": "\033[33m", "ERROR": "\033[31m", "DEBUG": "\033[2m"}
 
-    def __init__(self, stream=None):
-        super().__init__()
-        self._is_journal = stream is not None and _is_journal(stream)
-        is_terminal = stream is not None and stream.isatty()
-        self._has_colours = is_terminal and "NO_COLOR" not in os.environ
+    def __init__(self):
+        self.feed = Broadcast(2000)
+        self._is_journal = self._has_colours = False
+        with contextlib.suppress(OSError, ValueError):
+            self._has_colours = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+            status = os.fstat(sys.stderr.fileno())
+            journal = f"{status.st_dev}:{status.st_ino}"
+            self._is_journal = os.environ.get("JOURNAL_STREAM") == journal
+        lines = queue.SimpleQueue()
+        self._listener = logging.handlers.QueueListener(lines, self)
+        self._listener.start()
+        self._handler = logging.handlers.QueueHandler(lines)
+        self._logger = logging.Logger("llmswap")
+        self._logger.addHandler(self._handler)
+        self.set_level("info")
 
-    def format(self, record):
-        """Return the text; its further lines are indented, so none looks like another
-        record."""
+    def set_level(self, level: str):
+        """Drop what is less important than `level`."""
+        self._handler.setLevel(level.upper())
+
+    def __call__(self, level: str, text: str):
+        self._logger.log(getattr(logging, level.upper()), text)
+
+    def handle(self, record: logging.LogRecord):
+        """Write a record, on the listener's thread. Its further lines are indented, so
+        that none looks like another record."""
         text = printable(record.getMessage()).replace("\n", "\n  ")
+        stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
+        line = f"{stamp} {text}"
+        self.feed.publish(line)
         if self._is_journal:
             priority = f"<{self.PRIORITIES[record.levelname]}>"
-            return priority + text.replace("\n", f"\n{priority}")
-        stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
-        if self._has_colours:
+            line = priority + text.replace("\n", f"\n{priority}")
+        elif self._has_colours:
             colour = self.COLOURS.get(record.levelname, "")
-            return f"\033[2m{stamp}\033[0m {colour}{text}\033[0m"
-        return f"{stamp} {text}"
+            line = f"\033[2m{stamp}\033[0m {colour}{text}\033[0m"
+        with contextlib.suppress(OSError, ValueError):  # it may be closed
+            print(line, file=sys.stderr, flush=True)
 
-
-def _is_journal(stream):
-    """The variable alone proves nothing: it is inherited."""
-    with contextlib.suppress(OSError, ValueError):
-        status = os.fstat(stream.fileno())
-        return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    def close(self):
+        """Write what is left; give up after a second, as stderr may be stuck."""
+        start_thread(self._listener.stop, "log").join(1.0)
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Accepts connections on all sockets; a Handler serves each on its own thread.
-
-    The sockets are bound by us or by systemd. They and the server's other attributes
-    are what handlers share. Any thread may call.
-    """
+    """Accepts connections on all sockets; a Handler serves each on its own thread. Any
+    thread may call."""
 
     def __init__(self, sockets: List[socket.socket], pool: Pool, log: Log, application):
         super().__init__(("", 0), Handler, bind_and_activate=False)
@@ -9839,10 +9424,16 @@ class Server(http.server.ThreadingHTTPServer):
         self.requests = RequestLog()
         self.born = int(time.time())
         self.is_closing = False
-        self.max_connections = min(MAX_CONNECTIONS, raise_descriptor_limit() // 2)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limit = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
+        limit = max(soft, min(limit, MAX_DESCRIPTORS))
+        with contextlib.suppress(OSError, ValueError):  # macOS allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            soft = limit
+        self.max_connections = min(MAX_CONNECTIONS, soft // 2)
         self._active_at = time.monotonic()
         self._connections, self._idle_connections = set(), set()
-        self._is_paused = self._has_warned_of_tls = False
+        self._is_paused = self.has_warned_of_tls = False
         self._thread = None
         for sock in sockets:
             sock.setblocking(False)
@@ -9851,8 +9442,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Accept connections, on a thread of its own."""
         self._is_paused = False
         self._stop_reader, self._stop_writer = socket.socketpair()
-        self._thread = threading.Thread(target=self.serve_forever, daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self.serve_forever, "accept")
 
     def serve_forever(self, poll_interval=None):
         """Accept until `shutdown`; the base class would wake up twice a second."""
@@ -9912,13 +9502,6 @@ class Server(http.server.ThreadingHTTPServer):
         """Log the traceback of a bug. The caller closes the connection."""
         self.log("error", f"bug in llmswap:\n{traceback.format_exc()}")
 
-    def warn_of_tls(self):
-        """Log, once, that a client speaks TLS to a port that does not."""
-        if not self._has_warned_of_tls:
-            self._has_warned_of_tls = True
-            text = "a client speaks TLS here: its base URL must begin with http://"
-            self.log("warning", text)
-
     @contextlib.contextmanager
     def idling(self, connection: socket.socket):
         """In this block `stop` may close the connection, which waits for a request."""
@@ -9936,14 +9519,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def try_idle_exit(self) -> bool:
         """Stop accepting; if a client has connected already go on, and return False.
-
-        Later connections wait in the sockets' backlog, which systemd keeps open.
-        """
+        Later ones wait in the sockets' backlog, which systemd keeps open."""
         self.shutdown()
-        waiter = select.poll()
-        for sock in self.sockets:
-            waiter.register(sock, select.POLLIN)
-        if self.inactive_since() is not None and not waiter.poll(0):
+        pending = select.select(self.sockets, [], [], 0)[0]
+        if self.inactive_since() is not None and not pending:
             return True
         self.begin()
         return False
@@ -9958,12 +9537,6 @@ class Server(http.server.ThreadingHTTPServer):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)
 
-    def finish(self, seconds: float):
-        """Wait until the requests in flight are answered, at most so many seconds."""
-        deadline = time.monotonic() + seconds
-        while self.inactive_since() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-
 
 def refuse_connection(connection: socket.socket, reason: str):
     """Answer 503 on a connection of which nothing was read."""
@@ -9972,16 +9545,6 @@ def refuse_connection(connection: socket.socket, reason: str):
     with contextlib.suppress(ClientDisconnected):
         reply = ClientResponse(connection, None, [])
         reply.answer(503, headers, _dump(error_body(APIError(reason))))
-
-
-def raise_descriptor_limit() -> int:
-    """Raise our soft limit of descriptors to the hard one; return it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    is_unlimited = hard == resource.RLIM_INFINITY
-    limit = MAX_DESCRIPTORS if is_unlimited else min(hard, MAX_DESCRIPTORS)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 # -- listening -------------------------------------------------------------------------
@@ -10017,22 +9580,19 @@ def is_llmswap(address: Address) -> bool:
     """Return whether llmswap answers there."""
     with contextlib.suppress(OSError), socket.socket(_family(address)) as probe:
         probe.settimeout(2)
-        probe.connect(address if isinstance(address, str) else _reachable(address))
+        probe.connect(address)  # that of all interfaces leads here, too
         probe.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         return b"server: llmswap" in probe.recv(65536)
     return False
-
-
-def _reachable(address):
-    host, port = address[:2]
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port
 
 
 def shown_address(address: Address) -> str:
     """Return the address as a link that can be clicked or copied."""
     if isinstance(address, str):
         return f"unix:{address}"
-    return f"http://{_joined(*_reachable(address))}/"
+    host, port = address[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{_joined(host, port)}/"
 
 
 def _joined(host, port):
@@ -10044,9 +9604,7 @@ def _joined(host, port):
 
 def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
     """Return the listening sockets that systemd passed, and what is wrong with them.
-
-    Its variables are removed from `environ`.
-    """
+    Its variables are removed from `environ`."""
     names = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
     count, pid, *_ = [environ.pop(name, "") for name in names]
     if count and pid != str(os.getpid()):
@@ -10062,7 +9620,7 @@ def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
             accepts = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         except OSError:
             accepts = False
-        if not accepts or listener.type != socket.SOCK_STREAM:
+        if not accepts:
             return [], f"descriptor {fd} from systemd is not a listening stream socket"
         listeners.append(listener)
     return listeners, None
@@ -10070,9 +9628,7 @@ def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
 
 class SystemdNotifier:
     """Reports llmswap's state to systemd, if that is wanted. Any thread may call.
-
-    `watchdog` is the longest time in seconds between two reports, or None.
-    """
+    `watchdog` is the longest time in seconds between two reports, or None."""
 
     def __init__(self, environ: Dict[str, str]):
         self._address = re.sub("^@", "\0", environ.pop("NOTIFY_SOCKET", ""))
@@ -10091,28 +9647,21 @@ class SystemdNotifier:
                 sender.sendall("\n".join(lines).encode())
 
     def watch(self, pool: Pool, is_serving: Callable[[], bool]):
-        """Report what is loaded, at each change and for the watchdog; never return if
-        systemd asked for that.
-
-        Nothing is sent unless connections are accepted, the Pool's lock can be had, and
-        its timer runs.
-        """
+        """Report what is loaded, at each change and for the watchdog, as long as
+        connections are accepted, the Pool's lock can be had, and its timer runs. Return
+        only if systemd did not ask for it."""
         interval = self.watchdog / 2 if self.watchdog else None
         with pool.events.subscribe() as get:
             while self._address:
                 if is_serving() and pool.is_alive(interval or -1):
-                    self.notify("WATCHDOG=1", f"STATUS={status_line(pool)}")
+                    held = [
+                        f"{status.id} {status.state}{percent(status.progress)[1:]}"
+                        for status in pool.statuses()
+                        if status.state != "unloaded" and not status.shares
+                    ]
+                    text = ", ".join(held) or "nothing is loaded"
+                    self.notify("WATCHDOG=1", f"STATUS={text}")
                 get(interval)
-
-
-def status_line(pool: Pool) -> str:
-    """Return in one line which models are loaded, loading, sleeping or unloading."""
-    held = [
-        f"{status.id} {status.state}{percent(status.progress)[1:]}"
-        for status in pool.statuses()
-        if status.state != "unloaded" and not status.shares
-    ]
-    return ", ".join(held) or "nothing is loaded"
 
 
 UNITS = """\
@@ -10190,8 +9739,7 @@ class Parrot(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         """Answer health checks and the list of models."""
-        models = [{"id": "parrot"}]
-        self._answer(200, {"status": "ok", "object": "list", "data": models})
+        self._answer({"status": "ok", "object": "list", "data": [{"id": "parrot"}]})
 
     do_HEAD = do_GET
 
@@ -10203,7 +9751,7 @@ class Parrot(http.server.BaseHTTPRequestHandler):
             message = (request.get("messages") or [{}])[-1].get("content") or "squawk"
         except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
             problem = BadRequest("the body is no JSON object with a list of messages")
-            return self._answer(problem.status, error_body(problem))
+            return self._answer(error_body(problem), problem.status)
         model = request.get("model")
         words = re.findall(r"\S+\s*", f"{model} says: {message}")
         if request.get("stream"):
@@ -10212,17 +9760,16 @@ class Parrot(http.server.BaseHTTPRequestHandler):
         choice = {"index": 0, "message": reply, "finish_reason": "stop"}
         usage = {"prompt_tokens": len(words), "completion_tokens": len(words)}
         answer = {"object": "chat.completion", "model": model}
-        self._answer(200, {**answer, "choices": [choice], "usage": usage})
+        self._answer({**answer, "choices": [choice], "usage": usage})
 
     def _events(self, words):
         for word in words:
             choice = {"index": 0, "delta": {"content": word}}
-            event = {"object": "chat.completion.chunk", "choices": [choice]}
-            yield b"data: " + _dump(event) + b"\n\n"
+            yield _as_event({"object": "chat.completion.chunk", "choices": [choice]})
             time.sleep(0.05)
         yield b"data: [DONE]\n\n"
 
-    def _answer(self, status, value):
+    def _answer(self, value, status=200):
         self._send(status, "application/json", [_dump(value)])
 
     def _send(self, status, content_type, pieces):
@@ -10261,19 +9808,17 @@ def parse_args(argv: List[str]):
     parser = argparse.ArgumentParser(
         prog="llmswap.py", description="One address for many local language models."
     )
-    parser.add_argument("file", nargs="?", metavar="FILE.ini")
-    parser.add_argument("--version", action="version", version=f"llmswap {VERSION}")
-    for name, metavar in (("--listen", "ADDRESS"), ("--models-max", "N")):
-        parser.add_argument(name, metavar=metavar, help="instead of the file's")
-    for name, help in (
-        ("--check", "show each model's command, or its error"),
-        ("--units", "print systemd user units for this file"),
-        ("--keys", "print every key, its default and meaning"),
-        ("--verbose", "log what models write"),
-        ("--parrot", "be the demo model server (with --port)"),
-    ):
-        parser.add_argument(name, action="store_true", help=help)
-    parser.add_argument("--port", type=int, default=8090, help=argparse.SUPPRESS)
+    add, flag = parser.add_argument, {"action": "store_true"}
+    add("file", nargs="?", metavar="FILE.ini")
+    add("--version", action="version", version=f"llmswap {VERSION}")
+    add("--listen", metavar="ADDRESS", help="instead of the file's")
+    add("--models-max", metavar="N", help="instead of the file's")
+    add("--check", help="show each model's command, or its error", **flag)
+    add("--units", help="print systemd user units for this file", **flag)
+    add("--keys", help="print every key, its default and meaning", **flag)
+    add("--verbose", help="log what models write", **flag)
+    add("--parrot", help="be the demo model server (with --port)", **flag)
+    add("--port", type=int, default=8090, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.units and not args.file:
         parser.error("--units needs the INI file")
@@ -10309,7 +9854,11 @@ def check(config: Config) -> int:
             lines += [f"cannot start now: {missing}"] if missing else []
             if model.has_auto_needs:
                 needs.estimate(model, budget)
-                lines.append(_needs_line(*needs.of(model, budget)))
+                amounts, source = needs.of(model, budget)
+                text = f"needs {resources_text(amounts)} ({source})"
+                if source == Known().source:
+                    text = "needs not known yet: it is loaded alone the first time"
+                lines.append(text)
         except ConfigError as error:
             lines.append(f"error: {error}")
             unusable.append(model.name)
@@ -10325,13 +9874,7 @@ def check(config: Config) -> int:
     return 2 if unusable else 0
 
 
-def _needs_line(amounts, source):
-    if source == Known().source:
-        return "needs not known yet: it is loaded alone the first time"
-    return f"needs {resources_text(amounts)} ({source})"
-
-
-PORT_MARK = "\0"  # in the place of the port
+PORT_MARK = "\0"  # in the place of the port; shlex puts words with it in quotes
 
 
 def _command_line(model):
@@ -10345,27 +9888,21 @@ def _command_line(model):
         unit = f"{model.settings.unit} at " if model.kind == "unit" else ""
         return unit + model.url("")
     variables = model.environment(PORT_MARK).items()
-    pairs = [f"{name}={value}" for name, value in variables]
-    env = ["env", *pairs] if pairs else []
-    line = " ".join(map(_shell_word, [*env, *argv]))
+    words = [f"{name}={value}" for name, value in variables]
+    words = ["env", *words, *argv] if words else argv
+    line = shlex.join(words).replace(f"'{PORT_MARK}'", "${PORT}")
+    line = line.replace(PORT_MARK, "'${PORT}'")
     cwd = model.settings.cwd
     return f"cd {shlex.quote(cwd)} && {line}" if cwd else line
-
-
-def _shell_word(word):
-    quoted = [part and shlex.quote(part) for part in word.split(PORT_MARK)]
-    return "${PORT}".join(quoted) or "''"
 
 
 # -- starting and ending ---------------------------------------------------------------
 
 
 def prepare_process():
-    """Open descriptors 0 to 2 if they are closed, and have malloc give memory back.
-
-    Of several arenas each keeps the most that it ever held; blocks beyond a fixed
-    threshold are returned to the system as soon as they are free.
-    """
+    """Open descriptors 0 to 2 if they are closed, and have malloc give memory back: of
+    several arenas each keeps the most that it ever held, and only blocks beyond a fixed
+    threshold are returned to the system as soon as they are free."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -10463,9 +10000,7 @@ class FileWatch:
             is_looking = self._look is not None and self._look.is_alive()
             if now >= self._looked_at + WATCH_EVERY and not is_looking:
                 self._looked_at = now
-                look = functools.partial(self._find_change, on_change)
-                self._look = threading.Thread(target=look, name="watch", daemon=True)
-                self._look.start()
+                self._look = start_thread(self._find_change, "watch", on_change)
         self._look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
 
     def _find_change(self, on_change):
@@ -10509,19 +10044,18 @@ class Application:
             return listeners
         self.pool = Pool(self._config, self.log)
         self.server = Server(listeners, self.pool, self.log, self)
-        self._log_startup()
+        addresses = [shown_address(each.getsockname()) for each in listeners]
+        self.log("info", f"llmswap {VERSION} at {' and '.join(addresses)}")
+        self._log_models(self._config)
         self.pool.start()
         self.server.begin()
-        self._start_thread(self._idle_command_loop)
+        start_thread(self._idle_command_loop, "idle")
         self._notifier.notify("READY=1")
-        self._start_thread(self._notifier.watch, self.pool, self.server.is_serving)
-        self._start_thread(self._follow_cache)
+        watch, is_serving = self._notifier.watch, self.server.is_serving
+        start_thread(watch, "systemd", self.pool, is_serving)
+        start_thread(self._follow_cache, "cache")
         self._shut_down(self._await_end())
         return 0
-
-    @staticmethod
-    def _start_thread(target, *args):
-        threading.Thread(target=target, args=args, daemon=True).start()
 
     def _receive_signals(self):
         """Have each signal's number written to a socket, for `_next_signal`."""
@@ -10562,21 +10096,16 @@ class Application:
                 return 1
         return listeners
 
-    def _log_startup(self):
-        addresses = [shown_address(each.getsockname()) for each in self.server.sockets]
-        self.log("info", f"llmswap {VERSION} at {' and '.join(addresses)}")
-        names = [*self._config.models]
+    def _log_models(self, config):
+        names = [*config.models]
         count = "1 model" if len(names) == 1 else f"{len(names)} models"
         self.log("info", f"{count}: {', '.join(names) or 'none'}")
-        self._log_problems(self._config)
-
-    def _log_problems(self, config):
         for warning in config.warnings:
             self.log("warning", warning)
         for model in config.models.values():
             if model.problem:
                 self.log("warning", f"{model.name} cannot be used: {model.problem}")
-        self._start_thread(self._check_models, config)
+        start_thread(self._check_models, "check", config)
 
     def _check_models(self, config):
         """Log which models cannot be started now: a missing file may be on a mount that
@@ -10594,21 +10123,17 @@ class Application:
             self.log("warning", text)
 
     def _await_end(self):
-        """Wait for a signal to end or an idle exit; return what to log of it."""
         while True:
             number = self._next_signal(self._until_idle_exit())
             if number == signal.SIGHUP:
-                self._reload_on_signal()
+                now = time.monotonic_ns() // 1000
+                self._notifier.notify("RELOADING=1", f"MONOTONIC_USEC={now}")
+                self._try_reload()
+                self._notifier.notify("READY=1")
             elif number is not None:
                 return "ending; requests in flight may end first"
             elif self._until_idle_exit() == 0 and self.server.try_idle_exit():
                 return "idle for long; the next connection starts it again"
-
-    def _reload_on_signal(self):
-        now = time.monotonic_ns() // 1000
-        self._notifier.notify("RELOADING=1", f"MONOTONIC_USEC={now}")
-        self._try_reload()
-        self._notifier.notify("READY=1")
 
     def follow_file(self):
         """Read the file again if it changed since it was read; see FileWatch."""
@@ -10654,8 +10179,8 @@ class Application:
             self.pool.reload(config)
             self._config = config
             self._is_reloaded.set()
-            self._start_thread(self._follow_cache)
-            self._log_problems(config)
+            start_thread(self._follow_cache, "cache")
+            self._log_models(config)
             name = args.file or "the list of models"
             self.log("info", f"{name} was read again")
 
@@ -10670,11 +10195,10 @@ class Application:
         return max(0.0, max(since) + limit - time.monotonic())
 
     def _idle_command_loop(self):
-        """Run the idle-command whenever no request came for `idle-command-after`."""
         last_run = -math.inf
         while not self.server.is_closing:
             settings, idle_since = self._config.settings, self.pool.idle_since()
-            pause = MAX_WAIT  # or until a reload
+            pause = MAX_WAIT
             if settings.idle_command and idle_since is None:
                 pause = max(1.0, settings.idle_command_after)
             elif settings.idle_command:
@@ -10683,11 +10207,10 @@ class Application:
             if pause <= 0 and self._unload_for_idle_command(idle_since):
                 self._run_idle_command(settings.idle_command)
                 last_run = time.monotonic()
-            else:
-                if pause <= 0 and self._gpu_occupant:
-                    pause = GPU_LOOK_EVERY
-                self._is_reloaded.wait(max(0.0, min(pause, MAX_WAIT)))
-                self._is_reloaded.clear()
+            elif pause <= 0:
+                pause = GPU_LOOK_EVERY if self._gpu_occupant else 1.0
+            self._is_reloaded.wait(max(0.0, min(pause, MAX_WAIT)))
+            self._is_reloaded.clear()
 
     def _unload_for_idle_command(self, idle_since):
         """Unload everything; False if a request comes meanwhile, or if a process that
@@ -10696,7 +10219,7 @@ class Application:
         def is_interrupted():
             return self.server.is_closing or self.pool.idle_since() != idle_since
 
-        self.pool.rest()
+        self.pool.unload_all("because nothing happens")
         self.pool.await_unloaded(is_interrupted)
         occupant = gpu_occupant()
         if occupant and not (is_interrupted() or self._gpu_occupant):
@@ -10722,7 +10245,7 @@ class Application:
         self._notifier.notify("STOPPING=1", EXTEND_TIMEOUT)
         addresses = [listener.getsockname() for listener in self.server.sockets]
         self.server.stop()
-        self._start_thread(self._close)
+        start_thread(self._close, "end")
         while (number := self._next_signal(EXTEND_EVERY)) != 0:
             if number not in (None, signal.SIGHUP):
                 self.pool.kill()
@@ -10736,7 +10259,9 @@ class Application:
 
     def _close(self):
         self.pool.close(DRAIN_SECONDS)
-        self.server.finish(REFUSAL_SECONDS)
+        deadline = time.monotonic() + REFUSAL_SECONDS
+        while self.server.inactive_since() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
         self._wakeup.send(b"\0")
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""The tests of llmswap, with a client and a fake model server for them.
+"""The tests of llmswap, with a client for them.
 
     python3 -m pytest test_llmswap.py      the tests; see .ci/run for what more they use
     python3 -m pytest -n auto ...          the same on all cores, with pytest-xdist
-    python3 test_llmswap.py --port N       the fake model server that they spawn
+    python3 .ci/fake.py --port N           the fake model server that they spawn
     python3 test_llmswap.py bench          the benchmark; see bench --help
     python3 test_llmswap.py soak           random clients, kills and reloads
     python3 test_llmswap.py faults         each fault in each state, as a table
@@ -11,13 +11,11 @@
     python3 test_llmswap.py pictures       the README's, of the status page
 """
 
-import array
 import ast
 import atexit
 import base64
 import collections
 import contextlib
-import ctypes
 import errno
 import functools
 import gzip
@@ -26,10 +24,8 @@ import heapq
 import importlib.util
 import itertools
 import json
-import marshal
 import math
 import os
-import pickle
 import pty
 import py_compile
 import queue
@@ -69,7 +65,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import ANY
-from urllib.request import urlopen
 
 import llmswap
 
@@ -96,6 +91,7 @@ except ImportError:  # the commands do without it
 
 
 HERE = Path(__file__).resolve()
+CI = HERE.with_name(".ci")
 LLMSWAP = os.environ.get("LLMSWAP") or str(HERE.with_name("llmswap.py"))
 LLAMA_SERVER = os.environ.get("LLAMA_SERVER")  # a real one; without it, tests skip
 with_llama_server = pytest.mark.skipif(not LLAMA_SERVER, reason="needs LLAMA_SERVER")
@@ -109,12 +105,31 @@ class BrokenAnswer(Exception):
     """The connection ended before the answer was complete."""
 
 
+def load_tool(name):
+    """A file of the folder .ci as a module; it may import from this one."""
+    sys.modules.setdefault("test_llmswap", sys.modules[__name__])
+    spec = importlib.util.spec_from_file_location(name, CI / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+chromium, fake, gguf, machines, recorder = map(
+    load_tool, ("browser", "fake", "gguf", "machines", "recorder")
+)
+
+recent_ports = collections.deque(maxlen=500)  # that free_port gave
+
+
 def free_port():
     """A port nobody listens on, below those that llmswap gives to model servers and the
-    kernel to clients, above those that browsers refuse, and not one of who runs another
-    share of the same tests."""
+    kernel to clients, above those that browsers refuse, not one of another share of
+    the same tests, and none that was given a short while ago."""
     while True:
         port = random.randrange(6700 + SHARE, 10000, SHARES)
+        if port in recent_ports:
+            continue
+        recent_ports.append(port)
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
@@ -143,11 +158,9 @@ class UpstreamResponse(NamedTuple):
         return json.loads(self.body)
 
     def message(self):
-        """The message of an error as OpenAI's."""
         return self.json()["error"]["message"]
 
     def content(self):
-        """The text of a chat's answer."""
         return self.json()["choices"][0]["message"]["content"]
 
 
@@ -192,13 +205,11 @@ class Client:
         self.hang_up()
 
     def hang_up(self, reset=False):
-        """Close the connection, by a FIN or a RST."""
         if reset:
             reset_at_close(self.sock)
         self.sock.close()
 
     def send(self, method, path, body=None, headers=()):
-        """Send a whole request."""
         self.method, data = method, encoded(body)
         head = request_head(method, path, len(data), headers)
         if len(data) < 2**20:
@@ -207,12 +218,10 @@ class Client:
         return self.sock.sendall(data)
 
     def ask(self, method, path, body=None, headers=()):
-        """Send a request and return the answer."""
         self.send(method, path, body, headers)
         return self.answer()
 
     def answer(self):
-        """The next answer, whole; BrokenAnswer if it is not."""
         status, headers = self.head()
         return UpstreamResponse(status, headers, b"".join(self.pieces(status, headers)))
 
@@ -280,7 +289,6 @@ def reset_at_close(sock):
 
 
 def ask(port, method, path, body=None, headers=(), timeout=30.0):
-    """Ask once on a connection of its own: (status, headers, body)."""
     with Client(port, timeout) as client:
         return client.ask(method, path, body, headers)
 
@@ -302,7 +310,6 @@ class Stream:
         self.close()
 
     def close(self, reset=False):
-        """Hang up."""
         self.client.hang_up(reset)
 
     def events(self):
@@ -320,7 +327,6 @@ class Stream:
         self.is_complete = True
 
     def documents(self):
-        """Yield each event as JSON, but [DONE]."""
         for event in self.events():
             if event != "[DONE]":
                 yield json.loads(event)
@@ -335,12 +341,6 @@ class Stream:
 
 # ----------------------------------------------------------------------------------
 # Processes
-
-
-FAKE_IMPORTS = """\
-import json, os, select, signal, socket, sys, threading, time
-from types import SimpleNamespace
-"""
 
 
 @lru_cache(maxsize=None)
@@ -363,23 +363,11 @@ def llmswap_words(constants):
 
 @lru_cache(maxsize=None)
 def fake_file():
-    """The fake server as a compiled file of its own: one that starts in 25 ms."""
+    """The fake server, compiled: it starts in 25 ms."""
     folder = tempfile.mkdtemp(prefix="llmswap-fake-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    source, compiled = os.path.join(folder, "fake.py"), os.path.join(folder, "fake.pyc")
-    Path(source).write_text(_fake_source())
-    return py_compile.compile(source, compiled, doraise=True)
-
-
-def _fake_source():
-    """The fake server's room, cut out of the file that holds it."""
-    alone = HERE.with_name("fake.py")
-    if alone.exists():
-        return alone.read_text()
-    parts = HERE.read_text().split("# " + "=" * 82 + "\n")
-    banner = next(part for part in parts if part.startswith("# The fake model server"))
-    room = parts[parts.index(banner) + 1]
-    return f"{FAKE_IMPORTS}{room}\n\nfake_main(sys.argv[1:])\n"
+    compiled = os.path.join(folder, "fake.pyc")
+    return py_compile.compile(CI / "fake.py", compiled, doraise=True)
 
 
 def fake_command(*flags, port="${PORT}"):
@@ -390,9 +378,13 @@ def fake_command(*flags, port="${PORT}"):
 
 def fake_binary(folder, *flags, name="llama-server"):
     """An executable in `folder` that takes llama-server's options and is the fake."""
-    path, words = Path(folder) / name, " ".join(map(str, flags))
-    command = f"{sys.executable} -I -S {fake_file()}"
-    path.write_text(f'#!/bin/sh\nexec {command} {words} "$@"\n')
+    words = f"{sys.executable} -I -S {fake_file()} {' '.join(map(str, flags))}"
+    return executable(Path(folder) / name, f'exec {words} "$@"')
+
+
+def executable(path, script):
+    """Write a shell script that can be run; return its path."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
     return str(path)
 
@@ -429,28 +421,41 @@ def zombies_of(pid):
 
 
 class Fake:
-    """A fake server run for itself, until the block ends."""
+    """A fake server on a port of its own; within a block, it runs."""
 
     def __init__(self, *flags, env=None):
         self.port = free_port()
         self._command = fake_command(*flags, port=str(self.port)).split()
         self._env = env
+        self.process = None
 
     def __enter__(self):
-        self.process = subprocess.Popen(
-            self._command,
-            env=self._env,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        self.pid = self.process.pid
+        self.on()
         eventually(lambda: is_listening(self.port))
         return self
 
     def __exit__(self, *_):
-        os.killpg(self.pid, signal.SIGKILL)  # not reaped yet, so still its number
-        self.process.wait()
+        self.off()
+
+    def on(self):
+        null = subprocess.DEVNULL
+        self.process = subprocess.Popen(
+            self._command, env=self._env, stdout=null, stderr=null,
+            start_new_session=True,
+        )  # fmt: skip
+        self.pid = self.process.pid
+
+    def off(self):
+        if self.process:
+            os.killpg(self.pid, signal.SIGKILL)  # not reaped yet, so still its number
+            self.process.wait()
+            self.process = None
+
+    def is_ready(self):
+        try:
+            return self.ask("GET", "/health").status == 200
+        except OSError:
+            return False
 
     def ask(self, method, path, body=None, headers=()):
         return ask(self.port, method, path, body, headers)
@@ -502,16 +507,11 @@ class Llmswap:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def start(self):
-        """Start it and wait until it answers."""
         with open(self.folder / "stderr", "ab") as stderr:
             self.process = subprocess.Popen(
-                self._args,
-                env=self._env,
-                stdin=subprocess.DEVNULL,
-                stdout=stderr,
-                stderr=stderr,
-                start_new_session=True,
-            )
+                self._args, env=self._env, stdin=subprocess.DEVNULL,
+                stdout=stderr, stderr=stderr, start_new_session=True,
+            )  # fmt: skip
         self.pid = self.process.pid
         eventually(self._is_up, 30)
 
@@ -541,7 +541,6 @@ class Llmswap:
         fresh.replace(self.ini)  # nobody ever reads half a file
 
     def reload(self, text):
-        """Write the INI file and send SIGHUP."""
         self.write(text)
         self.process.send_signal(signal.SIGHUP)
 
@@ -555,11 +554,8 @@ class Llmswap:
         path = self.folder / "journal"
         lines = path.read_text().splitlines() if path.exists() else []
         events = [json.loads(line) for line in lines]
-        return [
-            each
-            for each in events
-            if event in (None, each["event"]) and model in (None, each["model"])
-        ]
+        events = [each for each in events if event in (None, each["event"])]
+        return [each for each in events if model in (None, each["model"])]
 
     def ask(self, method, path, body=None, headers=(), timeout=30.0):
         return ask(self.port, method, path, body, headers, timeout)
@@ -588,7 +584,6 @@ class Llmswap:
         return {model["id"]: model["status"]["value"] for model in data}
 
     def loaded(self):
-        """The names of the models that are loaded, sorted."""
         return sorted(n for n, state in self.states().items() if state == "loaded")
 
     def stats(self, model):
@@ -597,7 +592,6 @@ class Llmswap:
 
 
 def chat_body(model, **wish):
-    """A chat request that a fake server understands."""
     messages = [{"role": "user", "content": "Hello"}]
     return {"model": model, "messages": messages, **wish}
 
@@ -649,32 +643,30 @@ FOREIGN_NAMES = {  # by section: names that it never uses
 SOURCE = Path(LLMSWAP).read_text()
 
 
+@lru_cache(maxsize=None)
 def source_sections():
-    """[(number, name, its nodes)] of each section of llmswap.py, in order."""
-    banners = [
-        (SOURCE.count("\n", 0, match.start()), int(match[1]), match[2])
-        for match in BANNER.finditer(SOURCE)
-    ]
-    ends = [start for start, _, _ in banners[1:]] + [SOURCE.count("\n") + 1]
+    """{name: its nodes} of each section of llmswap.py, in order."""
+    banners = [*BANNER.finditer(SOURCE)]
+    assert [int(each[1]) for each in banners] == [*range(1, 11)]
+    starts = [SOURCE.count("\n", 0, each.start()) for each in banners]
+    ends = [*starts[1:], SOURCE.count("\n") + 1]
     body = ast.parse(SOURCE).body
-    return [
-        (number, name, [node for node in body if start < node.lineno <= end])
-        for (start, number, name), end in zip(banners, ends)
-    ]
+    return {
+        each[2]: [node for node in body if start < node.lineno <= end]
+        for each, start, end in zip(banners, starts, ends)
+    }
 
 
 def test_sections_stand_in_their_order_and_use_only_those_above():
-    defined = {}  # number of the section by name
-    for number, _, nodes in source_sections():
-        for node in nodes:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                defined[node.name] = number
-    for number, section, nodes in source_sections():
-        for name in {name for node in nodes for name in names_from_outside(node)}:
-            assert defined.get(name, 0) <= number, f"{section} uses {name}, from below"
-    numbers, names, _ = zip(*source_sections())
-    assert numbers == tuple(range(1, 11))
-    assert names == (*FOREIGN_NAMES, "Command line")
+    assert [*source_sections()] == [*FOREIGN_NAMES, "Command line"]
+    below = {  # with functions and classes, as nothing else has a name
+        getattr(node, "name", None)
+        for nodes in source_sections().values() for node in nodes
+    }  # fmt: skip
+    for section, nodes in source_sections().items():
+        below -= {getattr(node, "name", None) for node in nodes}
+        used = {name for node in nodes for name in names_from_outside(node)}
+        assert not used & below, f"{section} uses what stands below"
 
 
 def names_from_outside(node):
@@ -687,8 +679,7 @@ def names_from_outside(node):
 
 @pytest.mark.parametrize("section, foreign", FOREIGN_NAMES.items())
 def test_a_section_does_not_know_what_it_must_not_know(section, foreign):
-    nodes = next(nodes for _, name, nodes in source_sections() if name == section)
-    walked = [each for node in nodes for each in ast.walk(node)]
+    walked = [each for node in source_sections()[section] for each in ast.walk(node)]
     used = {getattr(each, "id", getattr(each, "attr", None)) for each in walked}
     assert not used & set(foreign.split())
 
@@ -704,15 +695,16 @@ def test_private_attributes_are_used_by_their_own_class_only():
 
 def test_functions_and_lines_are_short_and_imports_are_of_the_standard_library():
     assert max(map(len, SOURCE.splitlines())) <= 88
-    known = getattr(sys, "stdlib_module_names", ())  # since Python 3.10
+    modules = []
     for node in ast.walk(ast.parse(SOURCE)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 40, node.name
         elif isinstance(node, ast.Import):
-            for alias in node.names if known else ():
-                assert alias.name.partition(".")[0] in known
+            modules += [alias.name.partition(".")[0] for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert not known or node.module.partition(".")[0] in known
+            modules.append(node.module.partition(".")[0])
+    if sys.version_info >= (3, 10):
+        assert set(modules) <= sys.stdlib_module_names
 
 
 def readme_text():
@@ -738,25 +730,22 @@ def test_all_keys_are_printed_and_those_that_the_readme_names_exist():
     assert len(names) > 9 and set(names) <= {key.name for key in keys}
 
 
-def test_every_file_of_the_readme_is_read_without_warnings(tmp_path):
+def test_the_example_and_every_file_of_the_readme_give_no_warnings(tmp_path):
     files = re.findall(r"^```ini\n(.*?)^```$", readme_text(), re.MULTILINE | re.DOTALL)
     assert len(files) > 8
-    for text in files:
+    for text in (*files, HERE.with_name("example.ini").read_text()):
         (tmp_path / "x.ini").write_text(text)
         config = llmswap.load_config(str(tmp_path / "x.ini"))
         problems = [model.problem for model in config.models.values() if model.problem]
         assert [*config.warnings, *problems] == [], text
 
 
-WITHOUT_PYTEST = f"""import runpy, sys
+def test_only_the_tests_need_pytest():
+    run = f"""import runpy, sys
 sys.modules["pytest"] = None
 sys.path.insert(0, {str(HERE.parent)!r})
-runpy.run_path({str(HERE)!r}, run_name="__main__")
-"""
-
-
-def test_only_the_tests_need_pytest():
-    words = [sys.executable, "-c", WITHOUT_PYTEST, "bench", "--help"]
+runpy.run_path({str(HERE)!r}, run_name="__main__")"""
+    words = [sys.executable, "-c", run, "bench", "--help"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert "test_llmswap.py bench" in done.stdout
@@ -784,12 +773,6 @@ def test_the_example_shows_every_key_once_at_its_default(section, keys):
         assert told == key.help.replace("`", "")
 
 
-def test_the_example_has_no_errors_and_no_warnings():
-    config = llmswap.load_config(str(HERE.with_name("example.ini")))
-    assert config.warnings == ()
-    assert [m.problem for m in config.models.values() if m.problem] == []
-
-
 # ==================================================================================
 # 1  Errors: every failure, with its HTTP status.
 # ==================================================================================
@@ -804,6 +787,7 @@ def test_the_example_has_no_errors_and_no_warnings():
     (llmswap.ModelMisconfigured, (500, "model_unusable", None, False)),
     (llmswap.LoadFailed, (502, "model_start_failed", None, False)),
     (llmswap.LoadTimeout, (504, "model_load_timeout", None, False)),
+    (llmswap.LoopDetected, (508, "loop_detected", None, False)),
     (llmswap.BadRequest, (400, "invalid_request", None, None)),
 ])
 def test_an_error_says_whether_and_when_to_try_again(kind, told):
@@ -911,7 +895,7 @@ OPTIONS = llmswap.parse_help(HELP)
      ["", "G", "-1G", "1X", "1GG", "one", "1,5G", "1\u212a", "9" * 400]),
     ("keep-loaded", {"ON": True, "yes": True, "enabled": True, "0": False, "No": False},
      ["", "maybe", "2", "onn"]),
-    ("pin", {"ON": "on", "yes": "on", "0": "off", "Loaded": "loaded"},
+    ("pin", {"ON": True, "yes": True, "0": False, "loaded": "loaded"},
      ["", "maybe", "loaded on", "unloaded"]),
     ("concurrency", {"0": 0, "12": 12}, ["", "-1", "1.5", "one", "1_0", "٣", "9" * 20]),
     ("oom-score-adj", {"-1000": -1000, "7": 7},
@@ -953,17 +937,11 @@ def test_values_are_read_and_malformed_ones_refused(key, values, malformed):
             parse(text)
 
 
-@pytest.mark.parametrize("text", ["512M", "18G", "1.5T", "7", "0", "1K"])
-def test_a_size_is_shown_as_it_is_written(text):
-    assert llmswap.size_text(llmswap.parse_size(text)) == text
-
-
 # ---- The language: llama.cpp's, with its traps -------------------------------------
 
 
 @pytest.mark.parametrize("text, sections", [
-    ("", {}),
-    ("[a]\nc = 1", {"a": {"c": "1"}}),
+    ("", {}), ("[a]\nc = 1", {"a": {"c": "1"}}),
     ("[a]\r\nc = 1\r\n", {"a": {"c": "1"}}),
     ("[a]\rc = 1\rd = 2", {"a": {"c": "1", "d": "2"}}),
     ("[a] ; x\n; c = 1\n  # c = 2\n\t\n", {"a": {}}),
@@ -975,8 +953,7 @@ def test_a_size_is_shown_as_it_is_written(text):
     ("[a]\nc=\nd = ", {"a": {"c": "", "d": ""}}),
     ("[a]\nsamplers = top_k;top_p", {"a": {"samplers": "top_k"}}),
     ("[a]\nm = /m/a#1.gguf", {"a": {"m": "/m/a"}}),
-    ("[a]\nm = /m/a  ; why", {"a": {"m": "/m/a"}}),
-    ("[a]\nm = ;", {"a": {"m": ""}}),
+    ("[a]\nm = /m/a  ; why", {"a": {"m": "/m/a"}}), ("[a]\nm = ;", {"a": {"m": ""}}),
     ("[a]\nj = {\"x\":\"a#b\"}", {"a": {"j": "{\"x\":\"a"}}),
     ("[a]\nm = \"/m/a b.gguf\"", {"a": {"m": "\"/m/a b.gguf\""}}),
     ("[a]\nt = foo\\\nc = 1", {"a": {"t": "foo\\", "c": "1"}}),
@@ -988,8 +965,7 @@ def test_a_size_is_shown_as_it_is_written(text):
     ("c = 1\n[default]\nd = 1", {"default": {"d": "1"}}),
     ("version = 1\n[a]\nversion = 2", {"a": {"version": "2"}}),
     # what llama.cpp refuses and means only one thing
-    ("  [a]\n  c = 1", {"a": {"c": "1"}}),
-    ("\ufeff[a]\nc = 1", {"a": {"c": "1"}}),
+    ("  [a]\n  c = 1", {"a": {"c": "1"}}), ("\ufeff[a]\nc = 1", {"a": {"c": "1"}}),
     ("[a]\n--ctx-size = 1\n-c = 2", {"a": {"ctx-size": "1", "c": "2"}}),
     # values of llmswap's own keys
     ("[a]\ncmd = serve #1; x \\", {"a": {"cmd": "serve #1; x"}}),
@@ -1011,15 +987,9 @@ def test_sections_are_read(text, sections):
 
 @pytest.mark.parametrize("text, message", [
     ("[a]\nmodel: x", "2: 'model: x' is neither [section], key = value nor a comment"),
-    ("[a]\njinja\n", "2: "),
-    ("[a] junk\n", "1: "),
-    ("\n\n[]\n", "3: "),
-    ("[ ]\n", "1: "),
-    ("[a]\n9 = 1\n", "2: "),
-    ("[a]\r\n\r\n= 1", "3: "),
-    ("[a\n", "1: "),
-    ("[a]\nc d = 1", "2: "),
-    ("[a]\n---c = 1", "2: "),
+    ("[a]\njinja\n", "2: "), ("[a] junk\n", "1: "), ("\n\n[]\n", "3: "),
+    ("[ ]\n", "1: "), ("[a]\n9 = 1\n", "2: "), ("[a]\r\n\r\n= 1", "3: "),
+    ("[a\n", "1: "), ("[a]\nc d = 1", "2: "), ("[a]\n---c = 1", "2: "),
     (b"[a]\nc = \xff", "2: 'c = \\udcff' is neither [section], key = value nor a comment"),
     ("[a]\nc = 1".encode("utf-16-le"), "1: "),
     *[(f"[macros]\n{name} = x", f"2: [macros] {name}: this name has its own")
@@ -1093,7 +1063,7 @@ MEANINGS = [
                     "x  y"],
         "a.settings.idle_timeout": 5,
         "argv(b)": ["serve", "--port", "7"],
-        "b.settings.pin": "on",
+        "b.settings.pin": True,
     }),
     # other spellings of keys
     *[(f"[a]\nm = x\n{line}", {"a.settings.idle_timeout": 60})
@@ -1243,19 +1213,9 @@ MEANINGS = [
     }),
     ("version = 1\n[default]\nversion = 1\n[a]\nm = x",
      {"[each.name for each in models]": ["a"], "config.warnings": ()}),
-    # an ordinary file gives no warning
-    ("""
-     version = 1
-     [llmswap]          ; the proxy
-     listen = 127.0.0.1:8080
-     [*]
-     ngl = 99           ; all
-     models-max = 2
-     [a:Q8_0]           # a model
-     model = /m/a.gguf  # its file
-     jinja = on
-     fa = auto
-     """, {"config.warnings": (), "config.pitfalls(lambda model: OPTIONS)": []}),
+    ("version = 1\n[*]\nngl = 9 ; all\nmodels-max = 2\n[a] # one\nmodel = /m/a # file\n"
+     "jinja = on\nfa = auto",
+     {"config.warnings": (), "config.pitfalls(lambda model: OPTIONS)": []}),
     # models-max, wherever it is
     *[(text, {"proxy.models_max": most}) for text, most in (
         ("", 1),
@@ -1320,27 +1280,11 @@ def test_the_command_line_overrules_the_file(tmp_path):
     assert read(tmp_path, text, listen="[::1]:2").settings.listen == (("::1", 2),)
     with pytest.raises(ConfigError, match="^--listen: 'x'"):
         read(tmp_path, text, listen="x")
-
-
-def test_a_file_that_cannot_be_read_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match="No such file"):
         llmswap.load_config(tmp_path / "none.ini")
 
 
 # ---- Options of llama-server -----------------------------------------------------
-
-
-def test_help_tells_flags_from_options_with_values():
-    assert OPTIONS.find("kvo") == llmswap.Option(
-        names=("-kvo", "--kv-offload"), negatives=("-nkvo", "--no-kv-offload"),
-        environment="LLAMA_ARG_KV_OFFLOAD", values=0)
-    assert OPTIONS.find("ctx_size") is OPTIONS.find("LLAMA_ARG_CTX_SIZE")
-    assert OPTIONS.find("no-host").negatives == ()
-    values = {key: OPTIONS.find(key).values for key in (
-        "version", "no-host", "c", "ot", "m", "control-vector-layer-range")}
-    assert values == {"version": 0, "no-host": 0, "c": 1, "ot": 1, "m": 1,
-                      "control-vector-layer-range": 2}
-    assert OPTIONS.find("nonsense") is None
 
 
 @pytest.mark.parametrize("text", [
@@ -1385,38 +1329,33 @@ def test_options_become_words_as_the_router_has_them(tmp_path, words, lines):
         assert options(read(tmp_path, f"[a]\n{line}").models["a"]) == words, line
 
 
-@pytest.mark.parametrize(
-    "text, argv, words",
-    [
-        ("~/s --m ~/m --x=~/y '~z'", ["/h/s", "--m", "/h/m", "--x=~/y", "~z"], ""),
-        ("A=1 B='x y' s", ["env", "A=1", "B=x y", "s"], ""),
-        ("sh -c 'cd /x && $A | b; > c'", ["sh", "-c", "cd /x && $A | b; > c"], ""),
-        ("s a && b", ["s", "a", "&&", "b"], "&&"),
-        ("s 2>&1 | tee x # y", ["s", "2>&1", "|", "tee", "x", "#", "y"], "2>&1 | #"),
-        ("cd /x; s $HOME", ["cd", "/x;", "s", "$HOME"], "cd /x; $HOME"),
-        ("s --json '{\"a\": 1}' --re .*=CPU a&b", ["s", "--json", '{"a": 1}', "--re",
-                                                  ".*=CPU", "a&b"], ""),
-    ],
-)
+@pytest.mark.parametrize("text, argv, words", [
+    ("~/s --m ~/m --x=~/y '~z'", ["/h/s", "--m", "/h/m", "--x=~/y", "~z"], ""),
+    ("A=1 B='x y' s", ["env", "A=1", "B=x y", "s"], ""),
+    ("sh -c 'cd /x && $A | b; > c'", ["sh", "-c", "cd /x && $A | b; > c"], ""),
+    ("s a && b", ["s", "a", "&&", "b"], "&&"),
+    ("s 2>&1 | tee x # y", ["s", "2>&1", "|", "tee", "x", "#", "y"], "2>&1 | #"),
+    ("cd /x; s $HOME", ["cd", "/x;", "s", "$HOME"], "/x; $HOME"),
+    ("s --json '{\"a\": 1}' --re .*=CPU a&b",
+     ["s", "--json", '{"a": 1}', "--re", ".*=CPU", "a&b"], ""),
+])  # fmt: skip
 def test_habits_of_a_shell_work_or_are_warned_of(
     tmp_path, monkeypatch, text, argv, words
 ):
     monkeypatch.setenv("HOME", "/h")
-    for key in ("cmd", "cmd-stop"):
-        other = "cmd = s\n" if key == "cmd-stop" else ""
-        config = read(tmp_path, f"[a]\nproxy = http://x:1\n{other}{key} = {text}")
+    for lines in (f"cmd = {text}", f"cmd = s\ncmd-stop = {text}"):
+        config = read(tmp_path, f"[a]\nproxy = http://x:1\n{lines}")
         model = config.models["a"]
-        command = model.command(None, 1) if key == "cmd" else model.stop_command(1, 2)
-        assert command == argv
-        assert len(config.warnings) == bool(words)
+        is_stop = "cmd-stop" in lines
+        command = model.stop_command(1, 2) if is_stop else model.command(None, 1)
+        assert command == argv and len(config.warnings) == bool(words)
         assert all(f"understands {words}, " in each for each in config.warnings)
 
 
 def test_a_tilde_in_an_option_is_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/h")
-    config = read(tmp_path, "[a]\nmodel = ~/x.gguf\nmmproj = a~b")
-    command = config.models["a"].command(OPTIONS, 1)
-    assert {"/h/x.gguf", "a~b"} <= set(command)
+    model = read(tmp_path, "[a]\nmodel = ~/x\nmmproj = a~b").models["a"]
+    assert options(model) == ["--model", "/h/x", "--mmproj", "a~b"]
 
 
 @pytest.mark.parametrize("line, reason", [
@@ -1426,7 +1365,6 @@ def test_a_tilde_in_an_option_is_the_home_directory(tmp_path, monkeypatch):
                          "llama-server; did you mean idle-timeout?"),
     ("zzz = 1", "neither a key of llmswap nor an option of this llama-server"),
     ("listen = x", "belongs into [llmswap]"),
-    ("control-vector-layer-range = 1 2", "takes two values; write it into extra-args"),
 ])
 def test_an_unknown_option_is_named_with_its_place(tmp_path, line, reason):
     config = read(tmp_path, f"[a]\nm = x\n{line}\n[b]\nm = y")
@@ -1441,8 +1379,7 @@ def test_an_unknown_option_is_named_with_its_place(tmp_path, line, reason):
 
 
 @pytest.mark.parametrize("section, reason", [
-    ("c = 1", "[a]: it has no source"),
-    ("", "[a]: it has no source"),
+    ("c = 1", "[a]: it has no source"), ("", "[a]: it has no source"),
     ("m = x\nidle-timeout = soon", "[a] idle-timeout: 'soon' is not a duration such"),
     ("m = x\nset-params = {", "[a] set-params: not JSON"),
     ("m = x\nneeds = 8G", "[a] needs: "),
@@ -1475,8 +1412,7 @@ def test_an_unknown_option_is_named_with_its_place(tmp_path, line, reason):
     ("uses = b\nidle-timeout = 1", "[a] idle-timeout: cannot stand beside uses"),
     ("uses = b\nctx-size = 1", "[a] ctx-size: no key of llmswap; options of"),
     ("uses = b\ncmd = x ${PORT}", "[a] uses: cannot stand beside cmd"),
-    ("uses = c", "it uses 'c': m.ini:"),
-    ("uses = ,", "[a] uses: it must not be empty"),
+    ("uses = c", "it uses 'c': m.ini:"), ("uses = ,", "[a] uses: it must not be empty"),
     ("uses = b, nobody", "there is no model 'nobody' to use"),
     ("uses = b\npin = loaded", "[a] pin: cannot stand beside uses"),
 ])
@@ -1504,7 +1440,6 @@ def test_a_source_may_be_spelled_in_many_ways(tmp_path, line):
     ("[a]\nm = \"x y\"", "the quotes are part of the value"),
     ("[a]\nm = x\njinja = no", "neither true nor false; llama.cpp makes it --jinja"),
     ("[a]\nm = x\nno-jinja = yes", "llama.cpp makes it --jinja"),
-    ("[a]\nm = x\nLLAMA_ARG_NO_JINJA = on", "is no negation"),
     ("[a]\nm = x\nc = 1\nctx-size = 2", "[a] ctx-size: the same option as c; this one"),
     ("[a]\nm = x\nm = y", "m.ini:3: [a] m: given before; this one counts"),
     ("[a]\n[a]\nm = x", "m.ini:2: [a]: given before; this one counts"),
@@ -1519,18 +1454,16 @@ def test_surprises_are_warned_of_once(tmp_path, text, warning):
     assert len(found) == 1 and found[0].startswith("m.ini:")
 
 
-@pytest.mark.parametrize("text, name, message", [
-    ("[coder]\nm=x\n[embed]\nm=x\n[zzy]\nm=x\nunlisted = on", "codr",
-     "there is no model 'codr'; did you mean coder? there are coder, embed"),
-    ("[coder]\nm=x\n[embed]\nm=x\n[zzy]\nm=x\nunlisted = on", "zzz",
-     "there is no model 'zzz'; there are coder, embed"),
-    ("[a]\nm = x\nalias = gpt-4o-mini", "gpt-4-mini",
-     "there is no model 'gpt-4-mini'; did you mean gpt-4o-mini? there are a"),
-])
-def test_an_unknown_name_is_answered_with_near_ones(tmp_path, text, name, message):
-    with pytest.raises(ModelNotFound) as caught:
+@pytest.mark.parametrize("name, message", [
+    ("codr", "there is no model 'codr'; did you mean coder? there are a, coder"),
+    ("zzz", "there is no model 'zzz'; there are a, coder"),
+    ("gpt-4-mini",
+     "there is no model 'gpt-4-mini'; did you mean gpt-4o-mini? there are a, coder"),
+])  # fmt: skip
+def test_an_unknown_name_is_answered_with_near_ones(tmp_path, name, message):
+    text = "[a]\nm=x\nalias = gpt-4o-mini\n[coder]\nm=x\n[zzy]\nm=x\nunlisted = on"
+    with pytest.raises(ModelNotFound, match=f"^{re.escape(message)}$"):
         read(tmp_path, text).resolve(name)
-    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("limits, a, b, misfit", [
@@ -1689,7 +1622,6 @@ class RandomPreset:
 
 
 def argvs_of_router(path, *options):
-    """Return what argv each model has in llama-server's own router, by its id."""
     port = free_port()
     environ = {name: value for name, value in os.environ.items()
                if not name.startswith("LLAMA_ARG_")}
@@ -1839,39 +1771,14 @@ def test_limits_allow(limits, held, expected):
     assert llmswap.Limits(**limits).allow(usages) is expected
 
 
-GAPS = [
-    # pauses seen; cost of a swap; gap
-    ([], 1.0, 0.005),
-    ([0.1, 0.2], 1.0, 0.4),
-    ([0.1, 5.0], 1.0, 0.2),
-    ([0.1, 5.0, 5.0], 1.0, 0.005),
-    ([0.25], 1.0, 0.005),
-    ([0.25], 2.0, 0.5),
-    ([9.0] * 8 + [0.1] * 4, 1.0, 0.2),
-]
-
-
-@pytest.mark.parametrize("pauses, cost, expected", GAPS)
+@pytest.mark.parametrize("pauses, cost, expected", [
+    ([], 1.0, 0.005), ([0.1, 5.0], 1.0, 0.2), ([0.1, 5.0, 5.0], 1.0, 0.005),
+    ([0.25], 1.0, 0.005), ([0.25], 2.0, 0.5), ([9.0] * 8 + [0.1] * 4, 1.0, 0.2),
+])  # fmt: skip
 def test_return_gap(pauses, cost, expected):
     model = model_with("a")
     model.pauses.extend(pauses)
     assert model.return_gap(cost) == expected
-
-
-COSTS = [
-    # last stop and last load of the victim; last load of the newcomer; cost
-    (None, None, None, 1.0),
-    (0.25, 2.0, None, 2.25),
-    (0.25, 0.25, 0.25, 0.75),
-    (9.0, 20.0, 20.0, 30.0),
-    (0.0, 0.0, 0.0, 0.0),
-]
-
-
-@pytest.mark.parametrize("stop, load, newcomers_load, expected", COSTS)
-def test_swap_cost(stop, load, newcomers_load, expected):
-    victim = model_with("a", stop_seconds=stop, load_seconds=load)
-    assert victim.swap_cost(model_with("b", load_seconds=newcomers_load)) == expected
 
 
 # -- stories -----------------------------------------------------------------------
@@ -1881,6 +1788,40 @@ def test_swap_cost(stop, load, newcomers_load, expected):
 # decision is asked for after it. Tickets are numbered from 1. `serve` loads the model
 # if need be, in no time, and serves one request; `busy` leaves that request in flight.
 STORIES = """
+A model with a new ticket serves it even if no time has passed since its last grant
+    a b | patience=0 models_max=2
+    0    serve a 0
+    0    exited a
+    0    ask a           -> start a
+    0    +loaded a
+    0    wait            -> grant 2
+
+A model with a waiting ticket counts as busy
+    a b c | models_max=2 patience=0
+    0    serve a 1
+    0    serve b 2
+    9    +ask c
+    9    ask a           -> grant 4, evicted b for c
+
+A model that nobody waits for any more is not tried again, and the victim serves on
+    a b | models_max=2
+    0    busy a
+    2    ask b           -> start b
+    3    starved b
+    4    ask a
+    5    end 2           -> grant 3
+    6    ask b           -> start b
+
+A changed model drains and is replaced, and its tickets wait
+    a
+    0    busy a
+    1    reload a(concurrency=1) changed a
+    2    ask a
+    3    end 1           -> reload a
+    4    exited a        -> start a
+    5    loaded a        -> grant 2
+    6    ask a
+
 A ticket joins a load that its first client left, and is served in strict order
     a b | patience=0
     0    ask a           -> start a
@@ -1889,15 +1830,6 @@ A ticket joins a load that its first client left, and is served in strict order
     2    end 1
     3    loaded a        -> grant 3
     4    end 3           -> evicted a for b
-
-A model with a new ticket serves it even if no time has passed since its last grant
-    a b | patience=0 models_max=2
-    0    serve a 0
-    0    exited a
-    0    ask a           -> start a
-    0    +loaded a
-    0    +reserved a
-    0    wait            -> grant 2
 
 A sleeping backend can crash, which is no measured stop
     a b
@@ -1910,32 +1842,6 @@ A sleeping backend can crash, which is no measured stop
     10   busy a
     20   ask b           ; next 21
 
-A model in no set is loaded alone
-    a b x | models_max=0 sets=ab
-    0    serve a 1
-    9    ask x           -> evicted a for x
-    10   exited a        -> start x
-
-A load that fails for memory makes room and is tried once more
-    a b c | models_max=3
-    0    serve a 1
-    2    serve b 3
-    4    ask c           -> start c
-    5    starved c       -> evicted a for c
-    6    exited a        -> start c
-    7    loaded c        -> grant 3
-
-The second failure for memory is told as any other, and a later load has its own try
-    a b c | models_max=3
-    0    serve a 1
-    2    serve b 3
-    4    ask c           -> start c
-    5    starved c       -> evicted a for c
-    6    exited a        -> start c
-    7    starved c       -> refuse 3: model_start_failed
-    8    ask c           -> start c
-    9    starved c       -> evicted b for c
-
 A busy model ends its requests before it makes room for the second try
     a b | models_max=2
     0    busy a
@@ -1946,45 +1852,12 @@ A busy model ends its requests before it makes room for the second try
     5    exited a        -> start b
     6    loaded b        -> grant 2, start a
 
-A load that fails for memory beside pinned models only is not tried again
-    a(is_pinned=1) b | models_max=2
-    0    serve a 1
-    2    ask b           -> start b
-    3    starved b       -> refuse 2: model_start_failed
-
-A model that nobody waits for any more is not tried again, and the victim serves on
-    a b | models_max=2
-    0    busy a
-    2    ask b           -> start b
-    3    starved b
-    4    ask a
-    5    end 2           -> grant 3
-    6    ask b           -> start b
-
 A model that falls asleep has made room for the second try
     a(can_sleep=1) b | models_max=2
     0    serve a 1
     2    ask b           -> start b
     3    starved b       -> sleep a for b
     4    slept a         -> start b
-
-A running model found to be smaller makes room at once
-    a(needs=8) b(needs=4) | models_max=0 budget=8
-    0    busy a
-    1    ask b           ; next 2
-    1.1  learn a 4       -> start b
-
-A running model found to be larger counts for more as far as there is room
-    a(needs=2) b(needs=4) c(needs=3) | models_max=0 budget=8
-    0    serve a 1
-    1    serve b 2
-    3    learn a 5
-    3    needs a 4
-    9    unload b        -> unload b
-    9    exited b
-    9    learn a 5
-    9    needs a 5
-    9    ask c           -> start c
 
 A model found to be larger counts for all of it in its next run
     a(needs=2) b(needs=6) | models_max=0 budget=8
@@ -1995,14 +1868,6 @@ A model found to be larger counts for all of it in its next run
     4    exited a
     4    learn a 5
     4    ask a           -> evicted b for a
-
-A sleeping model holds its sleep-needs and no place
-    a(sleeps) b(needs=6) | budget=8
-    0    serve a 1
-    9    ask b           -> sleep a for b
-    10   slept a         -> start b
-    11   loaded b        -> grant 2
-    11   is a sleeping
 
 A model is stopped where even asleep it is in the way
     a(sleeps) b(needs=7) | budget=8
@@ -2022,30 +1887,12 @@ Waking is a start
     21   exited b        -> wake a
     22   loaded a        -> grant 3
 
-Nothing starts until adopted models fit
-    a b c
-    0    adopted a
-    0    adopted b
-    0    is a loading
-    1    loaded a
-    1    loaded b
-    9    ask c           -> evicted a for c, evicted b for c
-    10   exited a
-    11   exited b        -> start c
-
 The load time of an adopted model is not measured
     a b
     0    adopted a
     9    loaded a
     9    busy a
     20   ask b           ; next 21
-
-A model with a waiting ticket counts as busy
-    a b c | models_max=2 patience=0
-    0    serve a 1
-    0    serve b 2
-    9    +ask c
-    9    ask a           -> grant 4, evicted b for c
 
 Nothing is evicted while a model stopped for idleness makes the room
     b c a(idle_timeout=1) | models_max=2 patience=0
@@ -2054,12 +1901,6 @@ Nothing is evicted while a model stopped for idleness makes the room
     2    wait            -> idle a
     2    ask c
     3    exited a        -> start c
-
-A pinned model is never evicted
-    a b p(is_pinned=1) | models_max=2
-    0    serve p 1
-    2    serve a 3
-    9    ask b           -> evicted a for b
 
 A model pinned once loaded stays: what does not fit beside it is refused at once
     p(is_pinned_once_loaded=1) b r(takes_place=0)
@@ -2081,23 +1922,6 @@ A model pinned once loaded is given up while it loads for nobody
     0    ask p           -> start p
     1    +end 1
     1    ask b           -> abandoned p for b
-
-Beside models pinned once loaded, others are evicted as ever
-    p(is_pinned_once_loaded=1,needs=3) q(is_pinned_once_loaded=1) a(needs=1) b(needs=5) | models_max=3 budget=8
-    0    serve p 0
-    0    serve q 0
-    0    serve a 0
-    9    ask b           -> evicted a for b
-    9    exited a        -> start b
-
-A model pinned once loaded that fell asleep stays, and while it wakes
-    p(is_pinned_once_loaded=1) b
-    0    serve p 1
-    5    slept p
-    6    ask b           -> refuse 2: model_pinned
-    7    ask p           -> wake p
-    7    +end 3
-    8    ask b           -> refuse 4: model_pinned
 
 A model pinned once loaded is unloaded when idle
     p(is_pinned_once_loaded=1,idle_timeout=60) b
@@ -2122,29 +1946,6 @@ A kept model gives way to others, and is loaded again once it fits
     12   end 1           ; next 17
     17   wait            -> idle b
     18   exited b        -> start k
-
-A kept model is put to sleep and woken likewise
-    k(sleeps,keep_loaded=1) b(needs=7,idle_timeout=5) c(needs=5) | budget=8
-    0    wait            -> start k
-    1    loaded k
-    9    ask c           -> sleep k for c
-    10   slept k         -> start c
-    11   unload c        -> refuse 1: model_unloaded, unload c
-    12   exited c        -> wake k
-
-The load of a kept model is abandoned for a ticket that needs the room
-    k(keep_loaded=1) b
-    0    wait            -> start k
-    1    ask b           -> abandoned k for b
-    1    +end 1
-    2    exited k        -> start k
-
-A kept model is not loaded while somebody waits
-    k(keep_loaded=1) b(concurrency=1) | models_max=2
-    0    busy b          -> start k
-    1    ask b
-    2    exited k broken
-    3    end 1           -> grant 2, start k
 
 A kept model that fails backs off, which counts for requests as well
     k(keep_loaded=1) b
@@ -2172,14 +1973,6 @@ A kept model that dies is loaded at most once a minute, but for requests at once
     4    loaded k        -> grant 1
     80   exited k broken -> start k
 
-A kept model on another machine backs off, but not for requests
-    r(keep_loaded=1,takes_place=0)
-    0    wait            -> start r
-    0    exited r broken -> start r
-    0    exited r broken -> start r
-    0    exited r broken ; next 1
-    0    ask r           -> start r
-
 A kept model unloaded by hand stays so until it is asked for, or a reload
     k(keep_loaded=1) b | models_max=2
     0    wait            -> start k
@@ -2206,26 +1999,6 @@ Having rested, models are kept loaded again from the next request on
     4    exited k        ; next never
     5    ask b           -> start b
     6    loaded b        -> grant 1, start k
-
-A kept model is not unloaded for idleness
-    k(keep_loaded=1,idle_timeout=5)
-    0    wait            -> start k
-    1    loaded k        ; next never
-    2    keep k 0        ; next never
-
-Kept models are not use
-    k(keep_loaded=1) b | models_max=2
-    0    wait            -> start k
-    0    used no
-    0    ask k
-    0    used yes
-    1    loaded k        -> grant 1
-    1    used yes
-    2    end 1
-    2    used no
-    3    ask b           -> start b
-    3    end 2
-    3    used yes
 
 Which of several can serve soonest
     a b(can_sleep=1) c | models_max=2 patience=0
@@ -2268,15 +2041,6 @@ A victim serves on if the newcomer got its room from another
     2    ask c
     3    exited b        -> start c
     4    end 1
-
-A victim that fell asleep is left alone while another drains
-    a(sleeps) b(needs=4) c(needs=10) | models_max=0 budget=12 patience=0
-    0    serve a 0
-    0    busy b
-    1    ask c           -> sleep a for c
-    2    slept a
-    3    end 2           -> evicted b for c
-    4    exited b        -> start c
 
 A victim that fell asleep with a request in flight is not woken
     a b c | models_max=2 patience=1
@@ -2348,32 +2112,6 @@ A client that alternates between two models teaches no return gap
     17.1 ask b
     17.2 end 3           ; next 17.205
 
-Patience zero is strict order
-    a b | patience=0
-    0    busy a
-    1    ask b
-    2    ask a
-    3    end 1           -> evicted a for b
-    4    exited a        -> start b
-    5    loaded b        -> grant 2
-
-A draining model grants tickets older than the one it drains for
-    b a(concurrency=1) | patience=0
-    0    busy a
-    1    ask a
-    2    ask b
-    3    ask a
-    4    end 1           -> grant 2
-    5    end 2           -> evicted a for b
-
-A younger ticket never takes the room that an older one waits for
-    a(needs=4) b(needs=6) c(needs=4) | models_max=0 budget=8
-    0    busy a
-    0    ask b
-    0    ask c
-    1    end 1           -> evicted a for b
-    3    exited a        -> start b
-
 A younger ticket may pass one that it does not hinder
     a(needs=6) b(needs=6) x(needs=1) | models_max=0 budget=8
     0    busy a
@@ -2387,30 +2125,12 @@ A model that takes no room never waits for any
     0    ask c
     0    ask r           -> start r
 
-A load without tickets is killed for another model
-    a b
-    0    ask a           -> start a
-    1    ask b
-    1.5  end 1           -> abandoned a for b
-    3    exited a        -> start b
-
 Idle time counts from readiness
     a(idle_timeout=60)
     0    ask a           -> start a
     1    end 1           ; next never
     50   loaded a        ; next 110
     110  wait            -> idle a
-
-A pinned model is not unloaded for idleness
-    a(idle_timeout=60,is_pinned=1)
-    0    serve a 1
-    1000 wait            ; next never
-
-A failed load refuses every ticket that waits for it
-    a b
-    0    ask a           -> start a
-    0.5  ask a
-    1    exited a broken -> refuse 1: model_start_failed, refuse 2: model_start_failed
 
 A successful load resets the back-off, and so does a load by hand
     a
@@ -2431,13 +2151,6 @@ A model on another machine is not backed off
     0    fail r
     0    ask r           -> start r
 
-A backend that dies later is loaded again for the tickets that wait
-    a(concurrency=1)
-    0    busy a
-    1    ask a
-    2    exited a broken -> start a
-    3    loaded a        -> grant 2
-
 keep-alive 0 unloads once nothing is in flight or waiting
     a(concurrency=1)
     0    busy a
@@ -2445,12 +2158,6 @@ keep-alive 0 unloads once nothing is in flight or waiting
     1    ask a
     2    end 1           -> grant 2
     3    end 2           -> idle a
-
-keep-alive below 0 never unloads
-    a(idle_timeout=60)
-    0    busy a
-    0    +keep a -1
-    1    end 1           ; next never
 
 A preemptible lease is not drained for
     a b
@@ -2460,49 +2167,12 @@ A preemptible lease is not drained for
     10   exited a        -> start b
     10   end 2
 
-A preemptible lease ignores concurrency and keeps its model from idleness
-    a(concurrency=1,idle_timeout=60)
-    0    ask a preemptible -> start a
-    0    loaded a        -> grant 1
-    1    ask a           -> grant 2
-    1    ask a preemptible -> grant 3
-    2    end 2
-    2    end 3
-    1000 wait            ; next never
-    1000 end 1
-    1060 wait            -> idle a
-
 Unload by hand gives requests in flight their stop-timeout, once
     a(stop_timeout=10)
     0    busy a
     5    unload a        ; next 15
     14   unload a        ; next 15
     15   wait            -> unload a
-
-A model loaded by hand holds no lease and stays
-    a b
-    0    ask a manual    -> start a
-    1    loaded a        -> grant 1
-    1    in flight 0
-    2    ask b           -> evicted a for b
-
-At the end tickets are refused, and requests in flight may finish
-    a b
-    0    busy a
-    1    ask b
-    2    close           -> refuse 2: shutting_down
-    3    ask a           -> refuse 3: shutting_down
-    30   stop all        -> shutdown a
-
-A changed model drains and is replaced, and its tickets wait
-    a
-    0    busy a
-    1    reload a(concurrency=1) changed a
-    2    ask a
-    3    end 1           -> reload a
-    4    exited a        -> start a
-    5    loaded a        -> grant 2
-    6    ask a
 
 A reload resets the back-off of a changed model
     a
@@ -2530,12 +2200,6 @@ A removed model drains and stops, and its tickets are refused
     4    exited a
     4    models b
 
-An unchanged model is not touched by a reload
-    a b
-    0    busy a
-    1    reload a b changed b
-    2    ask a           -> grant 2
-
 A model removed and added again before it exited is replaced
     a
     0    busy a
@@ -2544,47 +2208,6 @@ A model removed and added again before it exited is replaced
     3    ask a
     4    end 1           -> reload a
     5    exited a        -> start a
-
-Lower limits cut nothing and let nothing start until it fits
-    a b c | models_max=2
-    0    busy a
-    0    busy b
-    1    reload a b c | models_max=1
-    2    ask c
-    4    wait
-    5    end 1           -> evicted a for c
-    6    end 2           -> evicted b for c
-    7    exited a
-    8    exited b        -> start c
-
-Events of an old run never touch a new one
-    a
-    0    busy a
-    1    exited a
-    2    ask a           -> start a
-    3    old loaded a
-    3    old slept a
-    3    old crashed a
-    3    old exited a
-    3    end 1
-    3    is a loading
-    4    loaded a        -> grant 2
-    4    in flight 1
-
-Readiness after a stop was requested is too late
-    a
-    0    ask a           -> start a
-    1    unload a        -> refuse 1: model_unloaded, unload a
-    2    loaded a
-    2    is a unloading
-
-Falling asleep by itself does not call off a stop
-    a b
-    0    serve a 1
-    9    ask b           -> evicted a for b
-    9.1  slept a
-    9.1  is a unloading
-    10   exited a        -> start b
 
 The youngest tickets are refused when the queue is full
     a b | queue_max=2
@@ -2602,7 +2225,7 @@ class Story:
     def __init__(self, setting):
         specs, limits = setting_of(setting)
         self.core = llmswap.Scheduler(limits, specs)
-        self.tickets, self.runs = [], collections.defaultdict(list)
+        self.tickets = []
 
     def tell(self, now, text):
         """Let the event happen; return the decisions, and the next deadline."""
@@ -2617,9 +2240,6 @@ class Story:
 
     def decide(self, now):
         decisions, deadline = self.core.decide(now)
-        for decision in decisions:
-            if isinstance(decision, llmswap.Start) and not decision.is_wake:
-                self.runs[decision.name].append(decision.run)
         return [in_words(decision) for decision in decisions], deadline
 
     def _wait(self, now):
@@ -2649,13 +2269,12 @@ class Story:
     def _fail(self, now, name):
         self._ask(now, name)
         words, _ = self.decide(now)
-        if words == [f"start {name}"]:
-            self._report(now, "exited", name, "broken")
-            assert self.decide(now)[0] == [
-                f"refuse {len(self.tickets)}: model_start_failed"
-            ]
-            return []
-        return words
+        if words != [f"start {name}"]:
+            return words
+        self._report(now, "exited", name, "broken")
+        refusal = f"refuse {len(self.tickets)}: model_start_failed"
+        assert self.decide(now)[0] == [refusal]
+        return []
 
     def _report(self, now, event, name, failure=None):
         """The backend of this run is loaded, has slept, crashed or exited."""
@@ -2671,11 +2290,6 @@ class Story:
     def _needs(self, now, name, amount):
         assert self.core.models[name].usage().needs == {"vram": int(amount)}
 
-    def _old(self, now, event, name):
-        old, new = self.runs[name]
-        assert old < new
-        getattr(self.core, event)(name, old, now)
-
     def _adopted(self, now, name):
         self.core.adopted(name, now)
 
@@ -2688,12 +2302,6 @@ class Story:
     def _rest(self, now):
         self.core.rest(now, llmswap.ModelUnloaded("it rests"))
 
-    def _close(self, now):
-        self.core.close(llmswap.ShuttingDown("it ends"))
-
-    def _stop(self, now, _):
-        self.core.stop_all(now)
-
     def _reload(self, now, *words):
         setting, _, changed = " ".join(words).partition(" changed ")
         specs, limits = setting_of(setting)
@@ -2702,17 +2310,8 @@ class Story:
     def _is(self, now, name, state):
         assert self.core.models[name].state.value == state
 
-    def _reserved(self, now, name):
-        assert self.core.models[name].is_reserved
-
-    def _used(self, now, answer):
-        assert self.core.is_in_use == (answer == "yes")
-
     def _soonest(self, now, name, _, *names):
         assert self.core.choose(names) == name
-
-    def _in(self, now, _, number):
-        assert self.core.in_flight == int(number)
 
     def _models(self, now, *names):
         assert list(self.core.models) == list(names)
@@ -2752,6 +2351,7 @@ def in_words(decision):
     return f"{'sleep' if decision.to_sleep else decision.cause} {decision.name}{aim}"
 
 
+STORY_LINE = re.compile(r"([^;>]*)(?:->([^;]*))?(?:; next (.*))?")
 BROKEN = llmswap.LoadFailed("exit status 1: a file is broken")
 STARVED = llmswap.LoadFailed("exit status 1: out of memory", is_out_of_memory=True)
 
@@ -2761,15 +2361,13 @@ def test_story(story):
     title, setting, *lines = story.splitlines()
     stage = Story(setting)
     for line in lines:
-        what, _, deadline = line.partition("; next ")
-        event, _, expected = what.partition("->")
+        event, expected, deadline = STORY_LINE.fullmatch(line).groups("")
         now, text = event.split(None, 1)
         words, moment = stage.tell(now, text.strip())
         assert ", ".join(words) == expected.strip(), f"{title}: {line}"
         if deadline:
-            assert moment == pytest.approx(float(deadline.replace("never", "inf"))), (
-                f"{title}: {line}"
-            )
+            next_moment = pytest.approx(float(deadline.replace("never", "inf")))
+            assert moment == next_moment, f"{title}: {line}"
 
 
 def test_failed_loads_are_spaced_and_a_refusal_says_for_how_long():
@@ -2804,7 +2402,7 @@ class World:
         self.deadline = math.inf
         self.has_ended = False  # a backend, since the last look
         self.backends = {}  # name -> SimulatedBackend
-        self.starts = collections.Counter()
+        self.starts = 0
         self._agenda = []
         self._numbers = itertools.count()
 
@@ -2816,18 +2414,10 @@ class World:
         planned = self._agenda[0][0] if self._agenda else math.inf
         return min(planned, self.deadline)
 
-    def run(self, until=math.inf):
-        """Let time pass, a decision following each event, until nothing is planned."""
-        while self.next_moment() <= until and self.next_moment() < math.inf:
-            self.step()
-        self.now = max(self.now, until) if until < math.inf else self.now
-
-    def step(self):
-        self.now = max(self.now, self.next_moment())
-        if self._agenda and self._agenda[0][0] <= self.now:
+    def run_agenda(self):
+        while self._agenda and self._agenda[0][0] <= self.now:
             _, _, action, arguments = heapq.heappop(self._agenda)
             action(*arguments)
-        self.turn()
 
     def turn(self):
         decisions, self.deadline = self.scheduler.decide(self.now)
@@ -2845,7 +2435,7 @@ class World:
             decision.ticket.waiter(decision)
 
     def _start(self, order):
-        self.starts[order.name] += 1
+        self.starts += 1
         if order.is_wake:
             backend = self.backends[order.name]
         else:
@@ -2902,20 +2492,18 @@ class SimulatedBackend:
 class LoopClient:
     """Asks, waits, is served, thinks, and asks again, so many times."""
 
-    def __init__(self, world, name, requests, thinking=0.0, begins=0.0):
+    def __init__(self, world, name, requests, thinking, begins):
         self.world, self.name, self.left = world, name, requests
-        self.thinking = thinking
-        self.waits = []
+        self.thinking, self.served = thinking, 0
         world.after(begins, self._ask)
 
     def _ask(self):
         self.left -= 1
-        self.asked = self.world.now
         ticket = self.world.scheduler.submit(self.name, self.world.now)
         ticket.waiter = self._served
 
     def _served(self, grant):
-        self.waits.append(self.world.now - self.asked)
+        self.served += 1
         seconds = self.world.seconds("request", self.name)
         self.world.after(seconds, self._done, grant.ticket)
 
@@ -2925,43 +2513,26 @@ class LoopClient:
             self.world.after(self.thinking, self._ask)
 
 
-def world_of(names, load=0.5, stop=0.02, request=0.05, **limits):
-    """A world in which each load, stop and request takes that many seconds."""
-    specs = {name: llmswap.ModelSpec() for name in names}
-    scheduler = llmswap.Scheduler(llmswap.Limits(**limits), specs)
-    takes = {"load": load, "stop": stop, "request": request}
-    return World(scheduler, lambda what, name: takes[what])
-
-
-def loads_of_two_groups(thinking, patience=None, clients=3, requests=10):
-    """How many loads two groups of clients, one to a model, need for their work."""
-    world = world_of("ab", patience=patience)
+@pytest.mark.parametrize("thinking, clients, requests, most", [
+    (0, 3, 10, 3), (0.1, 3, 10, 10), (0.1, 1, 30, 12)
+])  # fmt: skip
+def test_two_groups_of_clients_in_closed_loops_need_few_loads(
+    thinking, clients, requests, most
+):
+    specs = {name: llmswap.ModelSpec() for name in "ab"}
+    takes = {"load": 0.5, "stop": 0.02, "request": 0.05}
+    scheduler = llmswap.Scheduler(llmswap.Limits(), specs)
+    world = World(scheduler, lambda what, name: takes[what])
     group = [
         LoopClient(world, name, requests, thinking, begins=i / 100)
         for i, name in enumerate("ab" * clients)
     ]
-    world.run()
-    assert all(len(client.waits) == requests for client in group)
-    return sum(world.starts.values())
-
-
-def test_two_groups_of_clients_in_closed_loops_need_few_loads():
-    assert loads_of_two_groups(thinking=0) <= 3
-
-
-def test_clients_that_think_between_requests_do_not_make_models_swap_at_each():
-    assert loads_of_two_groups(thinking=0.1) <= 10
-    assert loads_of_two_groups(thinking=0.1, clients=1, requests=30) <= 12
-
-
-def test_overlapping_clients_keep_another_waiting_for_two_swaps_and_a_drain():
-    world = world_of("ab", load=0.5, stop=0.02, request=1.0)
-    for i in range(3):
-        LoopClient(world, "a", 60, begins=i / 3)
-    other = LoopClient(world, "b", 5, begins=10.0)
-    world.run()
-    swap = 0.5 + 0.02 + 0.5
-    assert max(other.waits) <= 2 * swap + 1.0 + 1e-9
+    while world.next_moment() < math.inf:
+        world.now = max(world.now, world.next_moment())
+        world.run_agenda()
+        world.turn()
+    assert all(client.served == requests for client in group)
+    assert world.starts <= most
 
 
 # -- speed ---------------------------------------------------------------------------
@@ -3119,26 +2690,19 @@ class Walk:
             self.world.after(self._seconds("request", ""), self._release, number)
         self._bound_all()
         while self.waiting or self.leases:
-            moment = self.world.next_moment()
-            assert moment < math.inf, self.tell("stuck")
-            self._note(f"-- time {moment:.3f}")
-            self.world.now = max(self.world.now, moment)
-            self._run_agenda()
-            self.turn()
+            self.expect(self.world.next_moment() < math.inf, "stuck")
+            self._pass_time_once()
 
-    def _run_agenda(self):
-        agenda = self.world._agenda
-        while agenda and agenda[0][0] <= self.world.now:
-            _, _, action, arguments = heapq.heappop(agenda)
-            action(*arguments)
+    def _pass_time_once(self):
+        self.world.now = max(self.world.now, self.world.next_moment())
+        self._note("-- time")
+        self.world.run_agenda()
+        self.turn()
 
     def _pass_time(self):
         until = self.world.now + self.rng.choice((0.0, 0.004, 0.1, 1.0, 5.0))
         while self.world.next_moment() <= until:
-            self._note(f"-- time {self.world.next_moment():.3f}")
-            self.world.now = max(self.world.now, self.world.next_moment())
-            self._run_agenda()
-            self.turn()
+            self._pass_time_once()
         self.world.now = until
 
     def _submit(self):
@@ -3154,7 +2718,7 @@ class Walk:
         ticket = self.core.submit(name, self.world.now, **kind)
         ticket.waiter = self._settled
         self.waiting[ticket.number] = ticket
-        self.released.discard(name)
+        self._keep_again(name)
         self.is_resting = False
         if ticket.manual:
             self._forgive(name)
@@ -3184,13 +2748,11 @@ class Walk:
             self.core.finish(ticket, self.world.now)
 
     def _crash(self):
-        """A backend ends by itself, in whatever state it is."""
         if self.world.backends:
             backend = self.rng.choice(list(self.world.backends.values()))
             self._end(backend, self.rng.choice((None, BROKEN)))
 
     def _starve(self):
-        """A load fails for memory."""
         backends = self.world.backends.values()
         loading = [each for each in backends if each.phase == "loading"]
         if loading:
@@ -3258,6 +2820,12 @@ class Walk:
         self.failures[name], self.retry_at[name] = 0, -math.inf
         self.keep_at[name] = -math.inf
 
+    def _keep_again(self, name):
+        """It was unloaded by hand, and is asked for or reloaded since."""
+        if name in self.released:
+            self.released.discard(name)
+            self.keep_at[name] = -math.inf
+
     def _doze(self):
         """A backend that nobody uses goes to sleep, or wakes, by its own choice."""
         for backend in self.world.backends.values():
@@ -3277,6 +2845,8 @@ class Walk:
             if backend.phase == "ending":
                 self._note(f"late {news.__name__} {backend.name}")
                 news(backend.name, backend.run, self.world.now)
+                if news == self.core.loaded:  # it woke before it was told to stop
+                    backend.was_asleep = False
         name = self.rng.choice(WALK_NAMES)
         backend = self.world.backends.get(name)
         if self.newest[name] and backend is None or self.newest[name] > 1:
@@ -3341,11 +2911,8 @@ class Walk:
             elif self.rng.random() < 0.3:
                 del mixed[name]
         specs = usable(limits, mixed)
-        changed = [
-            name
-            for name in specs
-            if self._has_changed(name, specs) or self.rng.random() < 0.1
-        ]
+        changed = [name for name in specs if self._has_changed(name, specs)]
+        changed += [name for name in specs if self.rng.random() < 0.1]
         self._reload(limits, specs, changed)
 
     def _reload(self, limits, specs, changed):
@@ -3360,7 +2927,8 @@ class Walk:
         for name in set(changed) | set(self.specs) - set(specs):
             self._forgive(name)
         self.specs = specs
-        self.released.clear()
+        for name in [*self.released]:
+            self._keep_again(name)
         self._bound_all()
 
     def _has_changed(self, name, specs):
@@ -3371,12 +2939,9 @@ class Walk:
 
     def _close(self):
         if self.rng.random() < 0.02:
-            self._close_door()
-
-    def _close_door(self):
-        self._note("close")
-        self.is_closed = True
-        self.core.close(llmswap.ShuttingDown("it ends"))
+            self._note("close")
+            self.is_closed = True
+            self.core.close(llmswap.ShuttingDown("it ends"))
 
     def _stop_all(self):
         if self.is_closed:
@@ -3425,13 +2990,7 @@ class Walk:
 
     def _judge(self, decision):
         self._note(in_words(decision))
-        judge = {
-            llmswap.Grant: self._judge_grant,
-            llmswap.Refuse: self._judge_refusal,
-            llmswap.Start: self._judge_start,
-            llmswap.Stop: self._judge_stop,
-        }
-        judge[type(decision)](decision)
+        getattr(self, f"_judge_{type(decision).__name__.lower()}")(decision)
 
     def _spec(self, backend):
         return self.holds[backend.name]
@@ -3457,7 +3016,7 @@ class Walk:
         if concurrency and not ticket.preemptible and not ticket.manual:
             self.expect(len(self._in_flight(backend)) < concurrency, "one too many")
 
-    def _judge_refusal(self, refusal):
+    def _judge_refuse(self, refusal):
         ticket, problem = refusal.ticket, refusal.problem
         self.expect(isinstance(problem, llmswap.APIError), "refused without a reason")
         self.expect(ticket.run is None, "refused, though it was granted")
@@ -3483,13 +3042,10 @@ class Walk:
         name, backend = start.name, self.world.backends.get(start.name)
         victim = self.room_from.get(name)
         is_in_the_way = (
-            victim is not None
-            and self.world.backends.get(victim.name) is victim
+            victim in self.world.backends.values() and victim.phase != "asleep"
             and demand("", self.specs[name])[1:] != (0, {})
-            and victim.phase != "asleep"
-            and not self._is_fixed(victim)
-            and not self._waiting_for(victim.name)
-        )
+            and not self._is_fixed(victim) and not self._waiting_for(victim.name)
+        )  # fmt: skip
         self.expect(not is_in_the_way, "tried again before there was more room")
         self.expect(not self.is_closed, "started although closed")
         is_kept, moments = not self._waiting_for(name), [-math.inf]
@@ -3532,20 +3088,17 @@ class Walk:
     def _judge_precedence(self, name):
         """It fits beside what older tickets wait for and what cannot be moved."""
         number = min(each.number for each in self._waiting_for(name))
-        older = {
-            each.model.name: demand(each.model.name, each.model.spec)
-            for each in self.waiting.values()
-            if each.number < number
-        }
-        fixed = {
+        wanted = {
             backend.name: self._held_by(backend)
             for backend in self.world.backends.values()
             if backend not in self.departing and self._is_fixed(backend)
         }
-        wanted = {**fixed, **older, name: demand(name, self.holds[name])}
-        self.expect(
-            self.core.limits.allow(wanted.values()), f"{name} started before its turn"
-        )
+        for each in self.waiting.values():
+            if each.number < number:
+                wanted[each.model.name] = demand(each.model.name, each.model.spec)
+        wanted[name] = demand(name, self.holds[name])
+        is_its_turn = self.core.limits.allow(wanted.values())
+        self.expect(is_its_turn, f"{name} started before its turn")
 
     def _is_fixed(self, backend):
         is_loading = backend.phase == "loading"
@@ -3577,21 +3130,15 @@ class Walk:
         self.expect(stop.run == backend.run, "stopped another")
         self.expect(backend.phase in ("loading", "up", "asleep"), "stopped twice")
         busy = self._in_flight(backend)
-        judge = {
-            "unload": self._judge_unload,
-            "shutdown": self._judge_unload,
-            "reload": self._judge_reload,
-            "idle": self._judge_idle,
-            "evicted": self._judge_eviction,
-            "abandoned": self._judge_eviction,
-        }
-        judge[stop.cause](stop, backend, busy)
+        getattr(self, f"_judge_{stop.cause}")(stop, backend, busy)
         if not stop.to_sleep:
             self.departing.add(backend)
 
     def _judge_unload(self, stop, backend, busy):
         is_time = self.world.now >= self.cut_at[backend] or backend.phase == "loading"
         self.expect(not busy or is_time, "cut before its time")
+
+    _judge_shutdown = _judge_unload
 
     def _judge_reload(self, stop, backend, busy):
         self.expect(backend in self.departing, "no reload removed or changed it")
@@ -3604,7 +3151,7 @@ class Walk:
         spec = self.specs[backend.name]
         self.expect(not spec.is_pinned and not spec.keep_loaded, "it was to stay")
 
-    def _judge_eviction(self, stop, backend, busy):
+    def _judge_evicted(self, stop, backend, busy):
         name = backend.name
         self.expect(not busy, "evicted while busy")
         self.expect(not self._is_pinned(backend), "evicted though pinned")
@@ -3620,6 +3167,8 @@ class Walk:
             self.expect(may_go, "an older one waited")
             is_reserved = waiter.arrived <= backend.ready_at and not backend.has_served
             self.expect(not is_reserved, "evicted before it served")
+
+    _judge_abandoned = _judge_evicted
 
     def _judge_needs(self):
         """What runs counts for more only as far as that breaks no limit."""
@@ -3649,15 +3198,12 @@ class Walk:
     def _judge_queue(self):
         limits = self.core.limits
         self.expect(not self.is_closed or not self.waiting, "waits at a closed door")
-        self.expect(
-            not limits.queue_max or len(self.waiting) <= limits.queue_max, "too long"
-        )
+        longest = limits.queue_max or math.inf
+        self.expect(len(self.waiting) <= longest, "the queue is too long")
         for ticket in self.waiting.values():
             waited = self.world.now - ticket.arrived
-            self.expect(
-                not limits.queue_timeout or waited < limits.queue_timeout + 1e-9,
-                f"{ticket} waits too long",
-            )
+            longest = (limits.queue_timeout or math.inf) + 1e-9
+            self.expect(waited < longest, f"{ticket} waits too long")
             is_shut_out = self._is_shut_out(ticket.model)
             self.expect(not is_shut_out, f"{ticket} waits for pinned models")
 
@@ -3683,12 +3229,8 @@ class Walk:
         self.expect(deadline > self.world.now, "its deadline is now")
         moving = ("loading", "ending", "falling asleep")
         backends = self.world.backends.values()
-        self.expect(
-            not self.waiting
-            or deadline < math.inf
-            or any(each.phase in moving or self._in_flight(each) for each in backends),
-            "stuck",
-        )
+        goes_on = any(each.phase in moving or self._in_flight(each) for each in backends)
+        self.expect(not self.waiting or deadline < math.inf or goes_on, "stuck")
 
     # bounds
 
@@ -3741,20 +3283,18 @@ class WatchedBackend:
     def on_exited(self, _, problem):
         self.news.put(("exited", problem))
 
-    def on_described(self, *_):
+    def on_line(self, *_):
         """Of no concern here, as are the next ones."""
 
-    on_dying = on_line = on_progress = on_described
+    on_dying = on_described = on_progress = on_line
 
     def loaded(self):
-        """Wait until it is ready."""
-        event, problem = self.news.get(timeout=10)
+        event, problem = self.news.get(timeout=30)
         assert event == "loaded", problem
         return self.backend
 
     def exited(self):
-        """Wait for its end and return its problem."""
-        event, problem = self.news.get(timeout=10)
+        event, problem = self.news.get(timeout=30)
         assert event == "exited"
         return problem
 
@@ -3806,14 +3346,12 @@ def model_of(folder, *flags, **keys):
 
 
 def script(folder, text, name="script"):
-    """The command of a shell script."""
     path = folder / name
     path.write_text(text)
     return f"/bin/sh {path} ${{PORT}}"
 
 
 def has_group(group):
-    """Whether any process of this group lives."""
     for entry in filter(str.isdigit, os.listdir("/proc") if group else []):
         found = llmswap.process_stat(int(entry))
         if found and found.group == group and found.state != "Z":
@@ -3827,10 +3365,9 @@ def get(port, path):
 
 def test_a_free_port_is_outside_the_range_of_outgoing_connections():
     text = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text()
-    low, high = map(int, text.split())
+    outgoing = range(*map(int, text.split()))
     ports = {llmswap.free_port() for _ in range(20)}
-    assert all(port >= 10000 and not low <= port <= high for port in ports)
-    assert len(ports) > 10
+    assert min(ports) >= 10000 and not ports & {*outgoing} and len(ports) > 10
 
 
 MISSING = [
@@ -3851,35 +3388,25 @@ def test_what_is_missing_is_found_before_the_start(tmp_path, monkeypatch, keys, 
         llmswap.check_start(model_of(tmp_path, **keys))
 
 
-@pytest.mark.parametrize(
-    "words, result",
-    [
-        ("echo out; exit 3", (3, "out")),
-        ("echo out; sleep 60 & exit 3", (3, "out")),  # which holds the pipe open
-        ("echo out; sleep 60", (None, "out")),
-        (None, (None, "/no/such/file: No such file or directory")),
-    ],
-)
+@pytest.mark.parametrize("words, result", [
+    ("echo out; exit 3", (3, "out")),
+    ("echo out; sleep 60 & exit 3", (3, "out")),  # which holds the pipe open
+    ("echo out; sleep 60", (None, "out")),
+    (None, (None, "/no/such/file: No such file or directory")),
+])  # fmt: skip
 def test_a_command_gives_its_status_and_output_in_time(words, result):
     argv = ["/bin/sh", "-c", words] if words else ["/no/such/file"]
     began = time.monotonic()
     assert llmswap.run_command(argv, 1.0) == result
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def test_forty_callers_ask_a_binary_for_its_options_once(tmp_path):
-    asked = tmp_path / "asked"
-    binary = tmp_path / "server"
+    asked, binary = tmp_path / "asked", tmp_path / "server"
     binary.write_text(f"#!/bin/sh\nsleep 0.2\necho x >>{asked}\n")
     binary.chmod(0o755)
-    threads = [
-        threading.Thread(target=llmswap.options_of, args=(str(binary),))
-        for _ in range(40)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(40) as crowd:
+        list(crowd.map(llmswap.options_of, [str(binary)] * 40))
     assert asked.read_text() == "x\n"
 
 
@@ -3896,26 +3423,23 @@ def test_a_child_starts_in_clean_surroundings(begin, tmp_path, monkeypatch):
     foreign = ("LISTEN_FDS LISTEN_PID NOTIFY_SOCKET WATCHDOG_USEC WATCHDOG_PID "
                "LLAMA_API_KEY LLAMA_SERVER_ROUTER_PORT LLMSWAP_API_KEY "
                "JOURNAL_STREAM").split()  # fmt: skip
-    for name in foreign:
+    for name in (*foreign, "KEPT"):
         monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("KEPT", "kept")
     keys = {"cmd": script(tmp_path, SURROUNDINGS), "env.OTHER": "${PORT}"}
     inherited = os.open("/dev/null", os.O_RDONLY)
     os.set_inheritable(inherited, True)
     watched = begin(**keys, oom_score_adj=777)
-    problem = watched.exited()
+    assert "exited with status 3" in str(watched.exited())
     os.close(inherited)
-    assert "exited with status 3" in str(problem)
     lines = list(watched.backend.lines)
-    assert lines[0] == "777"
-    assert lines[1:5] == ["0", "1", "2", "3"]  # the last one is of ls itself
-    masks = dict(line.split(":\t") for line in lines if line.startswith("Sig"))
-    masks = {name: int(mask, 16) for name, mask in masks.items() if name != "SigQ"}
+    assert lines[:5] == ["777", "0", "1", "2", "3"]  # the last one is of ls itself
+    masks = {name: int(mask, 16) for name, mask in (
+        line.split(":\t") for line in lines if line[:6] in ("SigBlk", "SigIgn"))}
     ignored = re.search(r"SigIgn:\t(\w+)", Path("/proc/self/status").read_text())[1]
     ours = int(ignored, 16) & ~(1 << signal.SIGPIPE - 1)  # nohup's, for one
     assert masks["SigBlk"] == 0 and masks["SigIgn"] & ~ours == 0, masks
     environment = dict(line.split("=", 1) for line in lines if "=" in line)
-    assert environment["KEPT"] == "kept"
+    assert environment["KEPT"] == "1"
     assert environment["OTHER"] == str(watched.backend.port)
     assert not set(foreign) & set(environment)
 
@@ -3929,26 +3453,14 @@ def test_a_score_that_the_kernel_refuses_is_told(guard, tmp_path):
     assert watched.stop() is None
 
 
-def test_a_life_from_spawn_to_a_stop(begin):
-    watched = begin("--load", "0.05", "--model", "m")
-    backend = watched.loaded()
-    stats = get(backend.port, "/stats")
-    assert stats["pid"] == backend.pid
-    assert stats["oom_score_adj"] == 1000
-    assert watched.stop() is None
-    assert not has_group(backend.pid)
-    assert not backend.died(0)
-
-
-@pytest.mark.parametrize(
-    "flags, reason",
-    [
-        (["--load-exit", "7"], "exited with status 7"),
-        (["--load-signal", "11"], "killed by signal 11 (SIGSEGV)"),
-    ],
-)
-def test_a_failed_load_is_told_with_its_reason_and_last_lines(begin, flags, reason):
-    problem = begin("--lines", "1", *flags).exited()
+@pytest.mark.parametrize("flag, number, reason", [
+    ("--load-exit", 7, "exited with status 7"),
+    ("--load-signal", 11, "killed by signal 11 (SIGSEGV)"),
+])  # fmt: skip
+def test_a_failed_load_is_told_with_its_reason_and_last_lines(
+    begin, flag, number, reason
+):
+    problem = begin("--lines", "1", flag, number).exited()
     assert f"m could not be started: {reason}" in str(problem)
     assert "load_tensors: layer 0 of 1" in str(problem)
     assert problem.may_retry is False and problem.status == 502
@@ -3965,19 +3477,6 @@ def test_a_kill_by_the_kernel_for_memory_is_told_as_such(begin, monkeypatch, sta
     assert problem.is_out_of_memory
 
 
-def test_an_exit_is_noticed_at_once_while_loading_and_when_loaded(begin):
-    loading = begin("--load-hang")
-    eventually(lambda: loading.wrote("listening"))
-    os.kill(loading.backend.pid, signal.SIGKILL)
-    killed_at = time.monotonic()
-    assert "killed by signal 9" in str(loading.exited())
-    assert time.monotonic() - killed_at < 0.5
-    loaded = begin()
-    os.kill(loaded.loaded().pid, signal.SIGKILL)
-    assert loaded.backend.died(1.0)
-    assert "m ended by itself: killed by signal 9" in str(loaded.exited())
-
-
 @pytest.mark.parametrize("flags", [["--load-hang"], ["--no-health"]])
 def test_a_load_without_a_sign_of_progress_is_given_up(begin, flags):
     problem = begin(*flags, load_timeout=0.3).exited()
@@ -3986,7 +3485,7 @@ def test_a_load_without_a_sign_of_progress_is_given_up(begin, flags):
 
 
 def test_a_load_that_goes_on_writing_is_not_given_up(begin):
-    begin("--load", "0.6", "--lines", "12", load_timeout=0.4).loaded()
+    begin("--load", "1.8", "--lines", "36", load_timeout=1.2).loaded()
 
 
 LOADS = {  # how a silent server gets at its model
@@ -4005,10 +3504,10 @@ def test_a_load_that_goes_on_in_silence_is_not_given_up(
     loop = "while True:\n    step()\n    time.sleep(0.03)\n"
     (tmp_path / "x.py").write_text(f"import mmap, os, time\n{LOADS[load]}\n{loop}")
     (tmp_path / "file").write_bytes(bytes(2**20))
-    watched = begin(cmd=f"{wrapper}{sys.executable} -S {tmp_path}/x.py", load_timeout=0.5,
+    watched = begin(cmd=f"{wrapper}{sys.executable} -S {tmp_path}/x.py", load_timeout=1,
                  proxy="http://127.0.0.1:1", cwd=tmp_path)  # fmt: skip
     with pytest.raises(queue.Empty):
-        watched.news.get(timeout=1.0)
+        watched.news.get(timeout=1.5)
 
 
 def test_a_page_read_now_and_then_is_no_progress(begin, monkeypatch):
@@ -4032,24 +3531,22 @@ def test_a_stop_at_any_moment_of_a_start_leaves_nothing(begin, delay):
 
 
 STOPS = [
-    # flags, keys, is it loaded; the fewest and the most seconds that its stop takes
-    (["--ignore-term", "--grandchild"], {}, False, 0.0, 1.0),
-    (["--ignore-term", "--grandchild"], {"stop_timeout": 0.3}, True, 0.3, 1.5),
-    (["--stop-delay", "0.2"], {"cmd_stop": "/no/such/one"}, True, 0.2, 5.0),
+    # flags, keys, is it loaded; the fewest seconds that its stop takes
+    (["--ignore-term", "--grandchild"], {"stop_timeout": 60}, False, 0.0),
+    (["--ignore-term", "--grandchild"], {"stop_timeout": 0.3}, True, 0.3),
+    (["--stop-delay", "0.2"], {"cmd_stop": "/no", "stop_timeout": 60}, True, 0.2),
 ]
 
 
-@pytest.mark.parametrize("flags, keys, is_loaded, least, most", STOPS)
-def test_a_stop_takes_no_longer_than_it_may(
-    begin, flags, keys, is_loaded, least, most
-):
+@pytest.mark.parametrize("flags, keys, is_loaded, least", STOPS)
+def test_a_stop_takes_no_longer_than_it_may(begin, flags, keys, is_loaded, least):
     watched = begin(*flags, *([] if is_loaded else ["--load-hang"]), **keys)
     if is_loaded:
         watched.loaded()
     eventually(lambda: watched.wrote("listening"))
     asked_at = time.monotonic()
     assert watched.stop() is None
-    assert least <= time.monotonic() - asked_at < most
+    assert least <= time.monotonic() - asked_at
     assert not has_group(watched.backend.pid)
 
 
@@ -4064,11 +3561,13 @@ def test_a_stop_can_be_hastened(begin):
 def test_workers_that_outlive_their_leader_are_killed(begin):
     watched = begin("--grandchild")
     backend = watched.loaded()
-    worker = get(backend.port, "/stats")["grandchild"]
+    stats = get(backend.port, "/stats")
+    assert (stats["pid"], stats["oom_score_adj"]) == (backend.pid, 1000)
     os.kill(backend.pid, signal.SIGKILL)
-    watched.exited()
-    found = llmswap.process_stat(worker)
-    assert found is None or found.state == "Z"
+    assert "m ended by itself: killed by signal 9" in str(watched.exited())
+    assert backend.died(0)
+    worker = llmswap.process_stat(stats["grandchild"])
+    assert worker is None or worker.state == "Z"
 
 
 STOPPER = """\
@@ -4109,7 +3608,7 @@ def test_a_server_that_closes_its_output_lives_on(begin, tmp_path):
 
 
 def test_a_flood_of_output_neither_blocks_it_nor_fills_the_memory(begin, tmp_path):
-    flood = "head -c 100000000 /dev/zero | tr '\\0' x; echo; echo over; exit 5"
+    flood = "head -c 30000000 /dev/zero | tr '\\0' x; echo; echo over; exit 5"
     watched = begin(cmd=script(tmp_path, flood))
     assert "exited with status 5" in str(watched.exited())
     assert watched.backend.lines[-1] == "over"
@@ -4119,10 +3618,10 @@ def test_a_flood_of_output_neither_blocks_it_nor_fills_the_memory(begin, tmp_pat
 def test_a_process_that_left_the_group_and_floods_the_output_delays_nothing(
     begin, tmp_path
 ):
-    text = f"echo $$ >{tmp_path}/pid; exec yes"
-    (tmp_path / "flood").write_text(text)
-    text = f"setsid sh {tmp_path}/flood & sleep 0.1; exit 4"
-    watched = begin(cmd=script(tmp_path, text))
+    (tmp_path / "flood").write_text(f"echo $$ >{tmp_path}/pid; exec yes")
+    leave = f"setsid sh {tmp_path}/flood &"
+    wait = f"while [ ! -s {tmp_path}/pid ]; do sleep 0.01; done"
+    watched = begin(cmd=script(tmp_path, f"{leave} {wait}; exit 4"))
     try:
         assert "exited with status 4" in str(watched.exited())
     finally:
@@ -4132,17 +3631,12 @@ def test_a_process_that_left_the_group_and_floods_the_output_delays_nothing(
 # -- readiness and strangers
 
 
-@pytest.mark.parametrize(
-    "family, address, is_found",
-    [
-        (socket.AF_INET, "127.0.0.1", True),
-        (socket.AF_INET, "0.0.0.0", True),
-        (socket.AF_INET, "127.0.0.2", False),
-        (socket.AF_INET6, "::", True),
-        (socket.AF_INET6, "::ffff:127.0.0.1", True),
-    ],
-)
-def test_the_listener_of_a_loopback_port_is_found(family, address, is_found):
+@pytest.mark.parametrize("address, is_found", [
+    ("127.0.0.1", True), ("0.0.0.0", True), ("127.0.0.2", False), ("::", True),
+    ("::ffff:127.0.0.1", True),
+])  # fmt: skip
+def test_the_listener_of_a_loopback_port_is_found(address, is_found):
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family) as listener, socket.socket() as silent:
         listener.bind((address, 0))
         port = listener.getsockname()[1]
@@ -4157,24 +3651,6 @@ def test_the_listener_of_a_loopback_port_is_found(family, address, is_found):
 def test_without_a_check_endpoint_ready_means_that_the_port_accepts(begin):
     flags = ["--no-health", "--load", "0.05", "--bind-late"]
     begin(*flags, check_endpoint="none").loaded()
-
-
-@contextlib.contextmanager
-def answering(*answers):
-    """A server that answers its connections one after the other; None: never."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        kept = []
-
-        def serve():
-            with contextlib.suppress(OSError):
-                for answer in answers:
-                    kept.append(listener.accept()[0])
-                    if answer is not None:
-                        kept[-1].recv(1000)
-                        kept.pop().sendall(answer)
-
-        threading.Thread(target=serve, daemon=True).start()
-        yield listener.getsockname()[1]
 
 
 ODD_SERVER = """
@@ -4224,13 +3700,11 @@ def test_an_answer_that_is_no_http_is_not_healthy(odd, act):
 @pytest.mark.parametrize("act", ["GET /health", "POST /wake"])
 def test_an_exit_ends_a_probe_whose_socket_a_worker_holds_open(odd, act):
     watched = odd(act)
-    began = time.monotonic()
     if act == "GET /health":
         assert "status 3" in str(watched.exited())
     else:
         watched.loaded().wake()
         watched.loaded()  # it is started anew
-    assert time.monotonic() < began + 3
 
 
 STRANGER = """\
@@ -4274,13 +3748,11 @@ class Stranger:
             self.listen()
 
     def listen(self):
-        """Take the port now."""
         self._process.stdin.write(b"%d\n" % self.port)
         self._process.stdin.flush()
         assert self._process.stdout.readline() == b"listening\n"
 
     def heard(self):
-        """Everything that anybody said to it; it ends."""
         self._process.kill()
         return self._process.communicate()[0]
 
@@ -4323,7 +3795,7 @@ def test_a_stranger_on_the_chosen_port_hears_nothing(
 
 def order_to(name):
     """The signal by which a fake server is ordered to do this."""
-    number = next(number for number, order in FAKE_ORDERS.items() if order == name)
+    number = next(number for number, order in fake.ORDERS.items() if order == name)
     return signal.SIGRTMIN + number
 
 
@@ -4372,24 +3844,9 @@ def test_a_fixed_port_held_by_a_stranger_is_told(begin, tmp_path, monkeypatch):
     assert stranger.heard() == b""
 
 
-def test_a_line_written_at_every_check_does_not_make_checks_endless(monkeypatch):
-    settings = SimpleNamespace(
-        check_endpoint="/health", proxy_key="", load_timeout=0, hang_timeout=0
-    )
-    model = SimpleNamespace(name="m", settings=settings)
-    upstream = llmswap.Upstream(f"http://127.0.0.1:{free_port()}")
-    backend = llmswap.Backend(model, None, upstream)
-    began, asked = time.monotonic(), []
-
-    def may_go_on():
-        asked.append(True)
-        backend._progress_at = math.inf
-        backend._wakeup.set()
-        return time.monotonic() < began + 0.1
-
-    backend._may_become_ready = may_go_on
-    assert not backend._await_healthy()
-    assert len(asked) <= 22
+def test_a_line_written_at_every_check_does_not_make_checks_endless(begin):
+    backend = begin("--load", "0.4", "--lines", "4000").loaded()
+    assert get(backend.port, "/stats")["health"] < 120
 
 
 def test_a_listener_in_the_childs_group_is_the_childs(begin, tmp_path):
@@ -4422,13 +3879,6 @@ def test_a_backend_that_answers_neither_requests_nor_health_is_stopped(begin):
     assert "hung: neither a request nor 0.3 s of health" in str(problem)
     assert backend.died(0)
     assert not has_group(backend.pid)
-
-
-def test_a_stopped_process_hangs(begin):
-    watched = begin(hang_timeout=0.3)
-    os.kill(watched.loaded().pid, signal.SIGSTOP)
-    watched.backend.report_stall()
-    assert "hung" in str(watched.exited())
 
 
 def test_a_silent_request_with_answering_health_is_left_alone(begin):
@@ -4470,32 +3920,30 @@ def test_the_end_waits_until_the_gpus_memory_is_free(begin, tmp_path, monkeypatc
 
 
 GPU_TOOLS = [
-    # the tool, what it does with the pid of the model that goes; how long that delays
-    ("nvidia-smi", "echo $PID", 0.8, 2.0),
-    ("rocm-smi", "echo 'PID  PROCESS'; echo \"$PID  python3  1  4096\"", 0.8, 2.0),
-    ("nvidia-smi", "echo 1", 0.0, 0.8),
-    ("nvidia-smi", "sleep 0.2", 0.2, 0.8),
-    ("nvidia-smi", "exec sleep 60", 0.8, 2.0),
-    ("nvidia-smi", "exit 9", 0.0, 0.8),
+    # the tool, what it does with the pid of the model that goes; is that waited for
+    ("nvidia-smi", "echo $PID", True),
+    ("rocm-smi", "echo 'PID  PROCESS'; echo \"$PID  python3  1  4096\"", True),
+    ("nvidia-smi", "echo 1", False),
+    ("nvidia-smi", "exec sleep 60", True),
+    ("nvidia-smi", "exit 9", False),
 ]
 
 
-@pytest.mark.parametrize("tool, does, least, most", GPU_TOOLS)
+@pytest.mark.parametrize("tool, does, is_awaited", GPU_TOOLS)
 def test_the_next_start_waits_for_the_gpu_no_longer_than_it_may(
-    tool, does, least, most, tmp_path
+    tool, does, is_awaited, tmp_path
 ):
-    text = "[llmswap]\nsettle-timeout = 800ms\n[a]\ncmd = FAKE --model a\n"
+    text = "[llmswap]\nsettle-timeout = 1.5s\n[a]\ncmd = FAKE --model a\n"
     text += "[b]\ncmd = FAKE --model b\n"
     path = f"{tmp_path}:{os.environ['PATH']}"
     with Llmswap(text, env={"PATH": path}) as server:
         server.chat("a")
         pid = server.journal("main", "a")[0]["pid"]
-        script = tmp_path / tool
-        script.write_text(f"#!/bin/sh\nPID={pid}\n{does}\n")
-        script.chmod(0o755)
+        (tmp_path / tool).write_text(f"#!/bin/sh\nPID={pid}\n{does}\n")
+        (tmp_path / tool).chmod(0o755)
         assert server.chat("b").status == 200
         ended, began = server.journal("end", "a")[0], server.journal("main", "b")[0]
-        assert least <= began["t"] - ended["t"] < most
+        assert (began["t"] - ended["t"] >= 1.5) is is_awaited
 
 
 # -- descriptors, threads, guard
@@ -4520,14 +3968,10 @@ def test_lives_leave_no_descriptor_and_no_thread(begin, tmp_path, monkeypatch):
     assert not zombies_of(os.getpid())
 
 
-@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EMFILE])
-def test_a_fork_that_fails_is_a_failed_start(begin, monkeypatch, number):
-    def fail(*_, **__):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(llmswap.subprocess, "Popen", fail)
-    assert os.strerror(number) in str(begin().exited())
-    monkeypatch.undo()
+def test_a_fork_that_fails_is_a_failed_start(begin, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(llmswap.subprocess, "Popen", refuse_to_fork)
+        assert "no more processes" in str(begin().exited())
     begin().loaded()
 
 
@@ -4543,8 +3987,8 @@ def test_without_pidfd_an_exit_is_noticed_all_the_same(begin, monkeypatch):
 
 
 def test_a_closed_upstream_gives_no_connection_and_cuts_those_in_use():
-    with answering(None, None, None) as port:
-        upstream = llmswap.Upstream(f"http://127.0.0.1:{port}")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        upstream = llmswap.Upstream(f"http://127.0.0.1:{listener.getsockname()[1]}")
         used, idle = upstream.connect()[0], upstream.connect()[0]
         upstream.release_connection(idle)
         assert upstream.connect() == (idle, True)
@@ -4559,52 +4003,25 @@ def test_a_closed_upstream_gives_no_connection_and_cuts_those_in_use():
 
 @pytest.mark.parametrize("shell", ["/bin/sh", "bash"])
 def test_the_guard_kills_the_groups_it_was_told_and_no_others(shell):
-    stubborn = "trap '' TERM INT HUP; echo; sleep 60 & sleep 60"
+    stubborn = ["/bin/sh", "-c", "trap '' TERM INT HUP; echo; sleep 60 & sleep 60"]
+    new = dict(start_new_session=True, stderr=subprocess.DEVNULL)
     groups = [
-        subprocess.Popen(
-            ["/bin/sh", "-c", stubborn], start_new_session=True, stdout=subprocess.PIPE
-        )
-        for _ in range(3)
+        subprocess.Popen(stubborn, stdout=subprocess.PIPE, **new) for _ in range(3)
     ]
     for group in groups:
         with group.stdout as told:
             assert told.readline()  # it is stubborn now
-    guard = subprocess.Popen(
-        [shell, "-c", llmswap.GUARD_SCRIPT],
-        stdin=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    words = [shell, "-c", llmswap.GUARD_SCRIPT]
+    guard = subprocess.Popen(words, stdin=subprocess.PIPE, **new)
     first, second, third = (group.pid for group in groups)
     told = f"+ {first}\n+ {second}\n- {second}\n+ {third}\n+ {third}\n- {third}\n"
-    guard.communicate(told.encode(), timeout=5)
-    assert groups[0].wait(2) == -signal.SIGKILL
+    guard.communicate(told.encode(), timeout=20)
+    assert groups[0].wait(20) == -signal.SIGKILL
     eventually(lambda: not has_group(first))
     assert groups[1].poll() is None and groups[2].poll() is None
     for group in groups[1:]:
         os.killpg(group.pid, signal.SIGKILL)
         group.wait()
-
-
-def test_a_killed_guard_is_replaced_before_a_start_and_told_every_group(monkeypatch):
-    guard = llmswap.Guard()
-    guard.start()
-    group = subprocess.Popen(["sleep", "60"], start_new_session=True)
-    guard.watch(group.pid)
-    for _ in range(3):
-        old = guard._process
-        old.kill()
-        os.waitid(os.P_PID, old.pid, os.WEXITED | os.WNOWAIT)
-        with monkeypatch.context() as patch:
-            patch.setattr(llmswap.subprocess, "Popen", refuse_to_fork)
-            with pytest.raises(OSError, match="no more processes"):
-                guard.start()
-        guard.start()
-        assert guard._process is not old and old.returncode is not None
-    os.close(guard.fd)  # as if we died
-    assert group.wait(3) in (-signal.SIGTERM, -signal.SIGKILL)
-    os.close(guard._read_end)
-    guard._process.wait(3)
 
 
 def refuse_to_fork(*_, **__):
@@ -4680,7 +4097,6 @@ class PoolRequest:
 
 
 def held(pool):
-    """How many requests wait or run."""
     counts = pool.counts()
     return counts["queued"] + counts["requests"]
 
@@ -4712,7 +4128,6 @@ class PoolStage:
         return PoolRequest(self.pool, name, preemptible)
 
     def backend(self, name, number=-1):
-        """The puppet of a model, the last one if not told otherwise."""
         found = lambda: [e for e in self.backends if e.model.name == name]  # noqa: E731
         return eventually(found)[number]
 
@@ -4720,54 +4135,19 @@ class PoolStage:
         return self.pool.status(self.pool.config.models[name]).state
 
     def busy(self, name):
-        """Load the model and leave one request in flight."""
         request = self.ask(name)
         self.backend(name).load()
         request.granted()
         return request
 
     def load(self, name):
-        """Load the model and leave it idle."""
         self.busy(name).end()
-
-
-TWO_MODELS = "[a]\nTRUE\n[b]\nTRUE\n"
 
 
 @pytest.fixture
 def stage(tmp_path, monkeypatch):
     monkeypatch.setattr(llmswap, "POLL_INTERVAL", 0.02)  # how soon a hang-up is noticed
-    return PoolStage(tmp_path, TWO_MODELS)
-
-
-@pytest.mark.parametrize("preemptible", [False, True])
-def test_a_lease_is_a_change_that_people_see_and_counts_as_use(stage, preemptible):
-    pool, seen = stage.pool, [None]
-
-    def is_news():
-        seen.append(pool.await_change(seen[-1], 0))
-        return seen[-1] != seen[-2]
-
-    stage.load("a")
-    stage.now += 10
-    assert is_news() and not is_news()
-    request = stage.ask("a", preemptible)
-    request.granted()
-    assert is_news() and pool.idle_since() == (stage.now if preemptible else None)
-    stage.now += 10
-    request.end()
-    assert is_news() and pool.idle_since() == stage.now
-
-
-def test_a_crash_between_ready_and_the_first_byte_frees_the_lease(stage):
-    request = stage.busy("a")
-    stage.backend("a").end(llmswap.LoadFailed("it died"))
-    again = stage.ask("a")
-    request.end()
-    stage.backend("a", 1).load()
-    assert again.granted() is stage.backend("a", 1)
-    assert stage.pool.counts()["requests"] == 1
-    assert ("error", "a: it died") in stage.said
+    return PoolStage(tmp_path, "[a]\nTRUE\n[b]\nTRUE\n")
 
 
 @pytest.mark.parametrize("error", [OSError(24, "none left"), RuntimeError("no thread")])
@@ -4791,27 +4171,6 @@ def test_a_start_that_fails_at_once_blocks_nothing(stage, monkeypatch, error):
     assert request.granted()
 
 
-def test_a_reload_removes_replaces_and_keeps(stage):
-    text = "[llmswap]\nmodels-max = 0\n[a]\nTRUE\n"
-    stage.pool.reload(stage.config(text + "[b]\nTRUE\nalias = x\n[c]\nTRUE\n"))
-    requests = {name: stage.ask(name) for name in "axc"}
-    for name, request in zip("abc", requests.values()):
-        stage.backend(name).load()
-        request.granted()
-    stage.pool.reload(stage.config(text + "[b]\ncmd = true 2 ${PORT}\n"))
-    waiting = stage.ask("b")
-    assert not any(backend.is_stopping for backend in stage.backends)
-    for request in requests.values():
-        request.end()
-    assert [backend.is_stopping for backend in stage.backends] == [False, True, True]
-    assert {each.id for each in stage.pool.statuses()} == {"a", "b"}
-    stage.backend("c").end()
-    stage.backend("b").end()
-    assert stage.backend("b", 1).model.settings.cmd == "true 2 ${PORT}"
-    stage.backend("b", 1).load()
-    assert waiting.granted() is stage.backend("b", 1)
-
-
 def test_a_model_misconfigured_by_a_reload_refuses_waiting_and_new_requests(stage):
     stage.load("a")
     waiting = stage.ask("b")
@@ -4821,18 +4180,6 @@ def test_a_model_misconfigured_by_a_reload_refuses_waiting_and_new_requests(stag
     assert isinstance(waiting.refused(), llmswap.ModelMisconfigured)
     assert stage.state("a") == "loaded"  # as it is
     assert isinstance(stage.ask("a").refused(), llmswap.ModelMisconfigured)
-
-
-def test_kill_ends_a_close_that_waits(stage):
-    stage.busy("a")
-    closing = threading.Thread(target=stage.pool.close, args=(60,), daemon=True)
-    closing.start()
-    eventually(lambda: stage.pool._is_closed)
-    stage.pool.kill()
-    assert stage.backend("a").is_killed
-    stage.backend("a").end()
-    closing.join(5)
-    assert not closing.is_alive()
 
 
 class Quick(Puppet):
@@ -4862,48 +4209,25 @@ def test_many_threads_at_once_get_a_backend_or_a_reason(tmp_path):
     stage = PoolStage(tmp_path, text + "".join(f"[{name}]\nTRUE\n" for name in "abcde"))
     pool = llmswap.Pool(stage.pool.config, lambda *_: None, Quick)
     pool.start()
-    end, strange, served = time.monotonic() + 0.4, [], []
+    served = []
 
     def work(seed):
         rng = random.Random(seed)
-        while time.monotonic() < end:
+        for _ in range(30):
             model = pool.config.resolve(rng.choice("abcde"))
-            try:
+            with contextlib.suppress(llmswap.APIError, llmswap.ClientDisconnected):
                 with pool.lease(model, lambda: rng.random() < 0.1) as backend:
                     served.append(type(backend) is Quick)
                     if rng.random() < 0.1:
                         pool.unload(model)
-            except (llmswap.APIError, llmswap.ClientDisconnected):
-                pass
-            except BaseException as error:
-                strange.append(error)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(16)]
-    for thread in threads:
+    crowd = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(16)]
+    for thread in crowd:
         thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert not any(thread.is_alive() for thread in threads), pool.counts()
-    assert not strange and all(served) and len(served) > 20
+    eventually(lambda: not any(thread.is_alive() for thread in crowd), 60)
+    assert all(served) and len(served) > 20
     assert pool.counts()["requests"] == pool.counts()["queued"] == 0
     pool.close(0)
-
-
-def test_the_timer_survives_a_deadline_beyond_all_limits(tmp_path):
-    stage = PoolStage(tmp_path, "[a]\nTRUE\n")
-    pool = llmswap.Pool(stage.pool.config, lambda *_: None, Puppet)
-    pool.start()
-    try:
-        model = pool.config.resolve("a")
-        pool.load(model)
-        pool.backend_of(model).load()
-        for seconds in (1e300, 1e10):
-            pool.keep_alive(model, seconds)
-        pool.keep_alive(model, 0.01)
-        eventually(lambda: pool.backend_of(model).is_stopping)
-        pool.backend_of(model).end()
-    finally:
-        pool.close(0)
 
 
 def test_load_on_startup_does_not_delay_the_start(tmp_path, monkeypatch):
@@ -4949,11 +4273,12 @@ def test_a_unit_replaced_by_a_reload_during_the_search_is_not_adopted(
 
     monkeypatch.setattr(llmswap, "running_units", running)
     monkeypatch.setattr(Puppet, "adopt", Puppet.start, raising=False)
-    stage.pool._adopt({"old.service": "a"})
+    stage.pool._adopt_units()
     assert stage.state("a") == "unloaded" and not stage.backends
 
 
-def test_a_follower_gets_the_history_and_each_new_item_once():
+def test_a_follower_gets_the_history_and_each_new_item_once(monkeypatch):
+    monkeypatch.setattr(llmswap.Broadcast, "BACKLOG", 10)
     feed = llmswap.Broadcast(3)
     for number in range(5):
         feed.publish(number)
@@ -4962,16 +4287,10 @@ def test_a_follower_gets_the_history_and_each_new_item_once():
         feed.publish(5)
         assert [get(0.1) for _ in range(5)] == [2, 3, 4, 5, None]
         assert [get_new(0.1) for _ in range(2)] == [5, None]
-    assert not feed._followers
-
-
-def test_a_follower_that_does_not_keep_up_loses_items(monkeypatch):
-    monkeypatch.setattr(llmswap.Broadcast, "BACKLOG", 10)
-    feed = llmswap.Broadcast(0)
-    with feed.subscribe() as get:
-        for number in range(100):
+        for number in range(100):  # it does not keep up and loses some
             feed.publish(number)
         assert [get(0) for _ in range(11)] == [*range(10), None]
+    assert not feed._followers
 
 
 # ==================================================================================
@@ -5002,7 +4321,6 @@ def ask_later(server, model):
 
 
 def guard_of(server):
-    """The pid of its guard."""
     lines = family(server.token).items()
     return next((pid for pid, line in lines if "llmswap-guard" in line), None)
 
@@ -5065,51 +4383,34 @@ def test_sigterm_lets_requests_end_and_refuses_those_that_wait_or_come_late():
         eventually(lambda: not is_listening(server.port))
         server.process.send_signal(signal.SIGHUP)  # which is no second signal
         refusal = waiting.answer()
-        late.sock.sendall(body[9:])
-        assert refusal.status == late.answer().status == 503
-        assert "retry-after" in refusal.headers
+        assert refusal.status == 503 and "retry-after" in refusal.headers
         assert "word39" in stream.text() and stream.is_complete
-        assert server.process.wait(5) == 0
+        late.sock.sendall(body[9:])  # at the very end
+        assert late.answer().status == 503
+        assert server.process.wait(20) == 0
         assert_all_gone(server)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_everything_at_once(number):
-    text = "[a]\ncmd = FAKE --model a --ignore-term\nstop-timeout = 20\n"
-    with Llmswap(text) as server:
-        stream = server.stream("a", tokens=1000, interval=0.1)
+    text = "[a]\ncmd = FAKE --model a --ignore-term\nstop-timeout = 60\n"
+    with Llmswap(text) as server, server.stream("a", tokens=1000, interval=0.1):
         server.process.send_signal(number)
         eventually(lambda: "ending" in server.log())
-        sent_at = time.monotonic()
         server.process.send_signal(number)
-        assert server.process.wait(10) == 0
-        assert time.monotonic() - sent_at < 2
-        stream.close()
+        assert server.process.wait(20) == 0
         assert_all_gone(server)
 
 
 def test_idle_backends_are_stopped_in_parallel():
-    text = "[{0}]\ncmd = FAKE --model {0} --stop-delay 0.3\n"
-    models = "".join(map(text.format, "abcd"))
+    models = "".join(f"[{n}]\ncmd = FAKE --model {n} --stop-delay 1\n" for n in "abcd")
     with Llmswap(f"[llmswap]\nmodels-max = 0\n{models}") as server:
         for name in "abcd":
             server.chat(name)
-        sent_at = time.monotonic()
         server.process.terminate()
-        assert server.process.wait(10) == 0
-        assert time.monotonic() - sent_at < 1.3
-
-
-def test_a_request_completed_at_the_very_end_is_answered_503():
-    with Llmswap("[a]\ncmd = FAKE\n") as server, server.connect() as client:
-        body = encoded(chat_body("a"))
-        client.sock.sendall(request_head("POST", CHAT, len(body)) + body[:9])
-        assert server.get("/health").status == 200  # so the first one is accepted
-        server.process.terminate()
-        eventually(lambda: not is_listening(server.port))
-        client.sock.sendall(body[9:])
-        assert client.answer().status == 503
-        assert server.process.wait(5) == 0
+        assert server.process.wait(20) == 0
+        terms, ends = server.journal("term"), server.journal("end")
+        assert max(each["t"] for each in terms) < min(each["t"] for each in ends)
 
 
 # ---- stops that take long
@@ -5118,23 +4419,22 @@ def test_a_request_completed_at_the_very_end_is_answered_503():
 def test_sigterm_ignored_delays_only_the_models_that_need_the_room():
     text = (
         "[llmswap]\nmodels-max = 2\n"
-        "[slow]\ncmd = FAKE --model slow --ignore-term\nstop-timeout = 0.6\n"
+        "[slow]\ncmd = FAKE --model slow --ignore-term\nstop-timeout = 60\n"
         "[a]\ncmd = FAKE --model a\n[b]\ncmd = FAKE --model b\n"
     )
     with Llmswap(text) as server:
         assert server.chat("slow").status == server.chat("a").status == 200
         needs_room = ask_later(server, "b")
         eventually(lambda: server.journal("term", "slow"))
-        started_at = time.monotonic()
         assert server.chat("a").status == 200
-        assert time.monotonic() - started_at < 0.5
+        os.kill(server.journal("main", "slow")[0]["pid"], signal.SIGKILL)
         assert needs_room.answer().status == 200
 
 
 def test_a_request_after_a_stop_during_the_load_is_served_every_time():
     refused = 0
     with Llmswap("[a]\ncmd = FAKE --model a --load 0.1\n") as server:
-        for number in range(20):
+        for number in range(12):
             first = ask_later(server, "a")
             eventually(lambda: server.states()["a"] == "loading", every=0.001)
             server.post("/models/unload", {"model": "a"})
@@ -5145,7 +4445,7 @@ def test_a_request_after_a_stop_during_the_load_is_served_every_time():
             server.post("/models/unload", {"model": "a"})
             eventually(lambda: server.states()["a"] == "unloaded")
         eventually(lambda: not zombies_of(server.pid))
-    assert refused >= 10  # the others were loaded before the stop came
+    assert refused >= 5  # the others were loaded before the stop came
 
 
 def test_nothing_runs_while_nothing_happens():
@@ -5230,10 +4530,8 @@ def test_a_reload_sets_the_log_level_unless_verbose_does(args):
     with Llmswap("[a]\ncmd = FAKE\n", *args) as server:
         server.reload("[llmswap]\nlog-level = error\n[b]\ncmd = FAKE\n")
         eventually(lambda: "b" in server.states())
-        assert server.chat("b").status == server.chat("b").status == 200
-        if args:
-            eventually(lambda: "b: loading" in server.log())
-        assert ("b: loading" in server.log()) == bool(args)
+        assert server.chat("b").status == 200
+        eventually(lambda: ("b: loading" in server.log()) == bool(args))
 
 
 # ---- how it is started
@@ -5340,39 +4638,31 @@ def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
 
 
 def test_output_that_cannot_be_written_is_an_error():
+    keys, null = [sys.executable, LLMSWAP, "--keys"], subprocess.DEVNULL
     with open("/dev/full", "w") as full:
-        keys = [sys.executable, LLMSWAP, "--keys"]
-        done = subprocess.run(keys, stdout=full, stderr=subprocess.DEVNULL)
-    assert done.returncode == 1
-
-
-def edit(server, text, by_rename=True):
-    """Save the file as an editor does; no signal follows."""
-    if by_rename:
-        server.write(text)
-    else:
-        server.ini.write_text(text)
+        assert subprocess.run(keys, stdout=full, stderr=null).returncode == 1
 
 
 @pytest.mark.parametrize("by_rename", [False, True])
 def test_an_edited_file_is_in_use_before_the_next_request(by_rename):
-    text = "[kept]\ncmd = FAKE --model kept\n"
-    with Llmswap("[llmswap]\nmodels-max = 0\n" + text, WATCH_EVERY=0.0) as server:
+    text = "[llmswap]\nmodels-max = 0\n[kept]\ncmd = FAKE --model kept\n"
+    with Llmswap(text, WATCH_EVERY=0.0) as server:
+        edit = server.write if by_rename else server.ini.write_text
         pid = server.stats("kept")["pid"]
         with server.stream("kept", tokens=10**6, pause=0.05) as stream:
             events = stream.events()
             next(events)
             text = server.ini.read_text()
-            edit(server, text + "[new]\nuses = kept\n", by_rename)
+            edit(text + "[new]\nuses = kept\n")
             assert server.chat("new").status == 200
-            edit(server, text + "[new]\nuses = nobody\n[[", by_rename)
+            edit(text + "[new]\nuses = nobody\n[[")
             for _ in range(3):
                 assert server.chat("new").status == 200  # of the last good file
             assert server.log().count("not reloaded: ") == 1
             assert ":7: " in shown_problem(server)
             server.ini.unlink()
             assert server.chat("new").status == 200
-            edit(server, text)
+            edit(text)
             assert server.chat("new").status == 404
             assert shown_problem(server) is None
             next(events)
@@ -5380,7 +4670,6 @@ def test_an_edited_file_is_in_use_before_the_next_request(by_rename):
 
 
 def shown_problem(server):
-    """What the page says of the file."""
     with Stream(server.port, "/", headers={"Accept": "text/event-stream"}) as stream:
         return next(stream.documents())["problem"]
 
@@ -5396,7 +4685,7 @@ def test_a_file_is_looked_at_by_requests_only_and_not_if_told_so(tmp_path):
     watch.check(lambda: changes.append(path.read_text()))  # within a second
     assert changes == ["22"]
     with Llmswap("[llmswap]\nwatch = off\n[a]\ncmd = FAKE", WATCH_EVERY=0.0) as server:
-        edit(server, "[b]\ncmd = FAKE")
+        server.write("[b]\ncmd = FAKE")
         assert server.chat("a").status == 200
         server.process.send_signal(signal.SIGHUP)
         eventually(lambda: server.chat("b").status == 200)
@@ -5405,38 +4694,15 @@ def test_a_file_is_looked_at_by_requests_only_and_not_if_told_so(tmp_path):
 def test_a_file_on_a_mount_that_hangs_delays_requests_only_a_little(
     tmp_path, monkeypatch
 ):
-    watch = llmswap.FileWatch(str(tmp_path))
-    hanging = threading.Event()
+    watch, hanging, waits = llmswap.FileWatch(str(tmp_path)), threading.Event(), []
     monkeypatch.setattr(watch, "_stamp", hanging.wait)
-    for limit in (2.0, 0.4):  # later requests do not wait for it again
-        monkeypatch.setattr(llmswap, "WATCH_TIMEOUT", limit / 10)
-        began = time.monotonic()
-        watch.check(lambda: None)
-        assert time.monotonic() < began + limit
+    monkeypatch.setattr(llmswap, "WATCH_TIMEOUT", 0.2)
+    watch.check(lambda: None)
+    assert watch._look.is_alive()
+    monkeypatch.setattr(watch._look, "join", waits.append)
+    watch.check(lambda: None)  # later requests do not wait for it again
     hanging.set()
-
-
-def test_default_params_fill_what_a_request_does_not_set():
-    text = """\
-[a]
-cmd            = FAKE
-strip-params   = top_p
-default-params = {"temperature": 0.5, "deep": {"a": 1, "b": {"c": 2}}, "top_p": 1}
-set-params     = {"seed": 7}
-"""
-    with Llmswap(text) as server:
-        body = {"model": "a", "deep": {"b": {"c": 3, "d": 4}}, "top_p": 9}
-        sent = json.loads(server.post("/v1/x", body).json()["body"])
-    assert sent == {
-        "model": "a", "deep": {"a": 1, "b": {"c": 3, "d": 4}}, "temperature": 0.5,
-        "top_p": 1, "seed": 7}  # fmt: skip
-
-
-def run_without_file(*args, **env):
-    command = [sys.executable, LLMSWAP, *args]
-    return subprocess.run(
-        command, env={**os.environ, **env}, capture_output=True, text=True, timeout=30
-    )
+    assert waits == [0.0]
 
 
 @pytest.mark.parametrize("output", [None, "number of models in cache: 0"])
@@ -5444,7 +4710,9 @@ def test_without_a_file_and_downloads_three_lines_say_what_to_do(tmp_path, outpu
     if output:
         (tmp_path / "llama-server").write_text(f"#!/bin/sh\necho '{output}'")
         (tmp_path / "llama-server").chmod(0o755)
-    done = run_without_file(PATH=f"{tmp_path}:/usr/bin:/bin")
+    env = {**os.environ, "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    words = [sys.executable, LLMSWAP]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=30)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 3 and "llama-server -hf" in done.stderr
 
@@ -5496,20 +4764,17 @@ def test_the_parrot_repeats_the_last_message_and_survives_nonsense():
 # 4  Backends: systemd units (of a stand-in systemctl), remote models, sleep
 # ==================================================================================
 
-BRISK = {
-    "COMMAND_TIMEOUT": 0.5, "WAKE_INTERVAL": 0.2, "CONNECT_TIMEOUT": 0.3, "POLL_INTERVAL": 0.1,
-    "EARLY_HEAD_AFTER": 0.2, "JOURNAL_DELAY": 0.01, "ADOPT_PATIENCE": 0.5,
-}  # fmt: skip
+BRISK = dict(
+    COMMAND_TIMEOUT=0.5, WAKE_INTERVAL=0.2, CONNECT_TIMEOUT=0.3, POLL_INTERVAL=0.1,
+    EARLY_HEAD_AFTER=0.2, JOURNAL_DELAY=0.01, ADOPT_PATIENCE=0.5,
+)  # fmt: skip
 
 
 def brisk(text, *args, env=None, **constants):
-    """llmswap with less patience than it has with real systems."""
     return Llmswap(text, *args, env=env, **{**BRISK, **constants})
 
 
-# ----------------------------------------------------------------------------------
-# A systemd that keeps its units in a folder
-
+# A systemd that keeps its units in a folder.
 SYSTEMCTL = r'''
 import os, sys, time  # and no more: each call is a start of Python
 words = sys.argv[1:]
@@ -5604,34 +4869,26 @@ class Units:
     def __init__(self, folder):
         self.folder = folder
         self.env = {"PATH": f"{folder}:{os.environ['PATH']}", "STAND_IN": str(folder)}
-        self._write("systemctl", f"#!{sys.executable} -IS\n{SYSTEMCTL}")
-        self._write("journalctl", f"#!/bin/sh\n{JOURNALCTL}")
-
-    def _write(self, name, text):
-        path = self.folder / name
-        path.write_text(text)
-        path.chmod(0o755)
+        systemctl = f"#!{sys.executable} -IS\n{SYSTEMCTL}"
+        journalctl = f"#!/bin/sh\n{JOURNALCTL}"
+        for name, text in ("systemctl", systemctl), ("journalctl", journalctl):
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o755)
 
     def add(self, name, *flags, port):
-        """A unit that is a fake server."""
         command = fake_command("--model", name, *flags, port=str(port))
         (self.folder / f"{name}.service.cmd").write_text(command)
 
     def __call__(self, *words, **more):
-        return subprocess.run(
-            [self.folder / "systemctl", "--user", *words],
-            env={**os.environ, **self.env, **more}, check=True, timeout=20,
-        )  # fmt: skip
+        words, env = ["systemctl", "--user", *words], {**os.environ, **self.env, **more}
+        done = subprocess.run(words, env=env, stdout=subprocess.PIPE, timeout=60)
+        return done.stdout
 
     def pid(self, name):
         return int((self.folder / f"{name}.service.pid").read_text())
 
     def is_running(self, name):
-        status = subprocess.run(
-            [self.folder / "systemctl", "--user", "is-active", "--", f"{name}.service"],
-            env={**os.environ, **self.env}, stdout=subprocess.PIPE, timeout=20,
-        )  # fmt: skip
-        return status.stdout == b"active\n"
+        return self("is-active", "--", f"{name}.service") == b"active\n"
 
     def calls(self):
         path = self.folder / "calls"
@@ -5643,17 +4900,16 @@ def units(tmp_path):
     found = Units(tmp_path)
     yield found
     for path in tmp_path.glob("*.pid"):
-        try:
-            os.killpg(os.getpgid(int(path.read_text() or 0)), signal.SIGKILL)
-        except (OSError, ValueError):
-            pass
+        with contextlib.suppress(OSError, ValueError):
+            os.killpg(os.getpgid(int(path.read_text())), signal.SIGKILL)
 
 
-def unit_ini(*units, head="", **more):
+def unit_ini(*units, head="", manager="", **more):
     """An INI file of units, each (name, port), with the same further keys."""
     keys = "".join(f"{key.replace('_', '-')} = {more[key]}\n" for key in more)
     return f"[llmswap]\n{head}\n" + "".join(
-        f"[{name}]\nunit = {name}.service\nproxy = http://127.0.0.1:{port}\n{keys}"
+        f"[{name}]\nunit = {manager}{name}.service\n"
+        f"proxy = http://127.0.0.1:{port}\n{keys}"
         for name, port in units
     )
 
@@ -5675,8 +4931,9 @@ def unit_server(units):
 # ==================================================================================
 
 
-def test_a_unit_is_started_asked_and_stopped(units, unit_server):
-    with unit_server("--load", "0.2") as server:
+@pytest.mark.parametrize("manager", ["", "system:"])
+def test_a_unit_is_started_asked_and_stopped(units, unit_server, manager):
+    with unit_server("--load", "0.2", manager=manager) as server:
         assert server.states() == {"a": "unloaded"}
         assert server.chat("a").content().startswith("a ")
         assert server.states() == {"a": "loaded"} and units.is_running("a")
@@ -5685,16 +4942,9 @@ def test_a_unit_is_started_asked_and_stopped(units, unit_server):
         assert not units.is_running("a")
         assert server.chat("a").status == 200
     assert not units.is_running("a")
-    assert "--user --no-ask-password start" in "\n".join(units.calls())
-
-
-def test_a_unit_of_the_system_manager_is_asked_for_there(units):
-    port = free_port()
-    units.add("a", port=port)
-    text = unit_ini(("a", port)).replace("unit = a", "unit = system:a")
-    with brisk(text, env=units.env) as server:
-        assert server.chat("a").status == 200
-    assert all(call.startswith("--system") for call in units.calls())
+    starts = [call for call in units.calls() if " start " in call]
+    scope = "--system" if manager else "--user"
+    assert starts and all(f"{scope} --no-ask-password start" in call for call in starts)
 
 
 def test_two_units_share_one_port_and_are_never_confused(units):
@@ -5761,6 +5011,9 @@ def test_a_unit_that_stops_by_itself_is_noticed_and_started_again(units, unit_se
         assert "model loaded" in model["status"]["error"]  # from its journal
         assert server.chat("a").status == 200
         assert any("reset-failed" in call for call in units.calls())
+        units("stop", "--", "a.service")  # by somebody else, which is no failure
+        eventually(lambda: server.states() == {"a": "unloaded"})
+        assert "failed" not in server.get("/v1/models/a").json()["status"]
 
 
 def test_a_unit_without_a_main_process_is_looked_at_now_and_then(units, unit_server):
@@ -5774,15 +5027,6 @@ def test_a_unit_without_a_main_process_is_looked_at_now_and_then(units, unit_ser
         os.kill(units.pid("a"), signal.SIGKILL)
         eventually(lambda: "ended by itself" in server.log(), timeout=5)
         waiting.join()
-
-
-def test_a_unit_stopped_by_somebody_else_is_no_failure(units, unit_server):
-    with unit_server() as server:
-        assert server.chat("a").status == 200
-        units("stop", "--", "a.service")
-        eventually(lambda: server.states() == {"a": "unloaded"})
-        assert "failed" not in server.get("/v1/models/a").json()["status"]
-        assert server.chat("a").status == 200
 
 
 def test_requests_while_a_dead_unit_is_cleared_away_wait_for_the_next(
@@ -5813,16 +5057,17 @@ def test_the_reason_why_a_unit_does_not_come_up_is_told(unit_server):
 @pytest.mark.parametrize("verb", ["is-active", "show", "start", "stop"])
 def test_a_systemctl_that_hangs_blocks_no_other_model(units, unit_server, verb):
     (units.folder / f"a.service.hang-{verb}").touch()
-    keys = {"head": "models-max = 0", "load_timeout": "1s", "stop_timeout": "0.3"}
+    keys = {"head": "models-max = 0", "stop_timeout": "0.3"}
+    keys["load_timeout"] = "1s" if verb == "start" else "20s"
     near = "[b]\ncmd = FAKE\n"
-    with unit_server(more=near, constants={"COMMAND_TIMEOUT": 0.3}, **keys) as server:
-        assert server.get("/health").status == 200  # once it waited for systemd
+    with unit_server(more=near, constants={"COMMAND_TIMEOUT": 0.7}, **keys) as server:
+        assert server.chat("b").status == 200  # once it waited for systemd
         with ThreadPoolExecutor() as crowd:
             waits = crowd.submit(server.chat, "a")
             began = time.monotonic()
             assert server.chat("b").status == 200
-            assert time.monotonic() - began < 1
-            assert waits.result(15).status == (504 if verb == "start" else 200)
+            assert time.monotonic() - began < 0.7
+            assert waits.result(30).status == (504 if verb == "start" else 200)
         server.post("/models/unload", {"model": "a"})
         eventually(lambda: server.states()["a"] == "unloaded", 30)
         os.unlink(units.folder / f"a.service.hang-{verb}")
@@ -5846,8 +5091,8 @@ def test_a_unit_that_ignores_the_stop_is_killed(units, unit_server):
         assert server.chat("a").status == 200
         began = time.monotonic()
         server.post("/models/unload", {"model": "a"})
-        eventually(lambda: server.states() == {"a": "unloaded"})
-        assert 0.25 < time.monotonic() - began < 2.5
+        eventually(lambda: server.states() == {"a": "unloaded"}, 9)
+        assert 0.25 < time.monotonic() - began
         assert not units.is_running("a")
 
 
@@ -5910,6 +5155,7 @@ cmd = FAKE
         assert server.post("/v1/x", {"model": "a"}).status == 200
         assert server.chat("b").status == 200
         assert server.states()["a"] == ("sleeping" if is_asleep else "unloaded")
+        assert is_asleep or "did not fall asleep" in server.log()
         assert server.post("/v1/x", {"model": "a"}).status == 200
         lines = [line.strip() for line in journal.read_text().splitlines()]
         asked = [line for line in lines if line[:4] == "POST" and "/v1/x" not in line]
@@ -5917,32 +5163,16 @@ cmd = FAKE
     assert asked == ["POST /sleep?level=2", f"POST {last}", *(wake if is_asleep else [])]
 
 
-def test_a_model_that_does_not_fall_asleep_is_stopped():
-    text = SLEEPY.format("").replace("--sleepable", "")
-    with brisk(text) as server:
-        assert server.chat("a").status == 200
+@pytest.mark.parametrize("flags", ["", "--wake-fails"])
+def test_a_sleeping_model_that_dies_or_does_not_wake_is_started_again(flags):
+    with brisk(SLEEPY.format(flags)) as server:
+        pid = int(server.chat("a").content().split()[1])
         assert server.chat("b").status == 200
-        assert server.states() == {"a": "unloaded", "b": "loaded"}
-        eventually(lambda: "did not fall asleep" in server.log())
-
-
-def test_a_wake_that_fails_is_a_restart_in_the_same_life():
-    with brisk(SLEEPY.format("--wake-fails")) as server:
-        pid = server.chat("a").content().split()[1]
-        assert server.chat("b").status == 200
-        answer = server.chat("a")
-        assert answer.status == 200 and answer.content().split()[1] != pid
+        if not flags:
+            os.kill(pid, signal.SIGKILL)
+            eventually(lambda: server.states()["a"] == "unloaded")
+        assert int(server.chat("a").content().split()[1]) != pid
         assert server.loaded() == ["a"]
-        assert len(server.journal("main", "a")) == 2
-
-
-def test_a_sleeping_model_that_dies_is_unloaded_and_starts_again():
-    with brisk(SLEEPY.format("")) as server:
-        pid = server.chat("a").content().split()[1]
-        server.chat("b")
-        os.kill(int(pid), signal.SIGKILL)
-        eventually(lambda: server.states()["a"] == "unloaded")
-        assert server.chat("a").status == 200
 
 
 def test_a_sleeping_model_is_stopped_by_hand_and_loaded_by_hand():
@@ -5970,7 +5200,7 @@ def test_sleep_needs_count_while_it_sleeps():
 
 @pytest.mark.skipif(not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server")
 def test_a_llama_server_that_puts_itself_to_sleep_shows_as_sleeping(tmp_path):
-    tiny = write_gguf(tmp_path / "a.gguf")
+    tiny = gguf.write_model(tmp_path / "a.gguf")
     text = f"""
 [llmswap]
 budget = vram 8G
@@ -6030,43 +5260,10 @@ def ears():
         thread.join()
 
 
-class Machine:
-    """A machine elsewhere that can be switched on and off; its address stays."""
-
-    def __init__(self, *flags):
-        self.port = free_port()
-        flags = ("--model", "far", *flags)
-        self._command = fake_command(*flags, port=str(self.port)).split()
-        self.process = None
-
-    def on(self):
-        self.process = subprocess.Popen(
-            self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-
-    def is_ready(self):
-        try:
-            return ask(self.port, "GET", "/health").status == 200
-        except OSError:
-            return False
-
-    def off(self):
-        if self.process:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-    def freeze(self):
-        """As a suspended machine: nobody answers, nothing is refused."""
-        self.process.send_signal(signal.SIGSTOP)
-
-    def thaw(self):
-        self.process.send_signal(signal.SIGCONT)
-
-
 @pytest.fixture
 def machine():
-    found = Machine("--load", "0.1", "--sleepable")
+    """A machine elsewhere that can be switched on and off."""
+    found = Fake("--model", "far", "--load", "0.1", "--sleepable")
     yield found
     found.off()
 
@@ -6077,45 +5274,52 @@ def remote_ini(port, *lines):
     return f"[far]\nproxy = http://127.0.0.1:{port}\n{more}\n{near}"
 
 
-def test_a_remote_model_takes_no_room(machine):
+def test_a_remote_model_takes_no_room_and_gets_the_proxy_key(machine):
     machine.on()
-    with brisk(remote_ini(machine.port)) as server:
+    with brisk(remote_ini(machine.port, "proxy-key = secret")) as server:
         assert server.chat("near").status == 200
         assert server.chat("far").content().startswith("far ")
+        ours = {"Authorization": "Bearer mine"}
+        got = echoed(server.post("/echo", {"model": "far"}, ours))
+        assert got["authorization"] == "Bearer secret"
         assert server.loaded() == ["far", "near"]
         assert server.post("/models/unload", {"model": "far"}).status == 200
         eventually(lambda: server.loaded() == ["near"])
         assert is_listening(machine.port)
 
 
-def test_the_proxy_key_is_sent_and_the_clients_is_not(machine):
+def test_a_proxy_may_lead_to_other_llmswaps_but_not_back(machine):
     machine.on()
-    with brisk(remote_ini(machine.port, "proxy-key = secret")) as server:
-        ours = {"Authorization": "Bearer mine"}.items()
-        answer = server.ask("POST", "/echo", {"model": "far"}, ours).json()
-        headers = [(name.lower(), value) for name, value in answer["headers"]]
-        values = [value for name, value in headers if name == "authorization"]
-        assert values == ["Bearer secret"]
+    loop = "[far]\nproxy = {}\nconcurrency = 1\n"
+    with brisk(remote_ini(machine.port)) as inner, brisk(loop.format(inner.url)) as outer:
+        edge = {"Via": "1.0 edge"}.items()
+        headers = outer.ask("POST", "/echo", {"model": "far"}, edge).json()["headers"]
+        via = [value for name, value in headers if name.lower() == "via"]
+        assert via[0] == "1.0 edge" and len(set(via)) == len(via) == 3
+        for turn, target in enumerate((outer, inner), 1):  # itself, then each other
+            outer.reload(loop.format(target.url))
+            inner.reload(loop.format(outer.url))
+            for each in (outer, inner):
+                eventually(lambda: each.log().count("was read again") >= turn)
+            answer = outer.chat("far")
+            assert (answer.status, answer.json()["error"]["code"]) == (508, "loop_detected")
+            assert "far" in answer.message() and "`proxy`" in answer.message()
+            assert answer.headers["x-should-retry"] == "false"
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_a_sleeping_machine_is_woken_and_the_client_gets_its_answer(machine, is_stream):
-    with ears() as (port, packets):
+    with ears() as (port, packets), ThreadPoolExecutor() as crowd:
         lines = ["wake-mac = ab:cd:ef:01:23:45", f"wake-broadcast = 127.0.0.1:{port}"]
         with brisk(remote_ini(machine.port, *lines)) as server:
-            timer = threading.Timer(0.5, machine.on)
-            timer.start()
-            began = time.monotonic()
-            if is_stream:
-                with server.stream("far") as stream:
-                    assert stream.text().startswith("far ")
-                    assert stream.raw.startswith(b":")
-            else:
-                assert server.chat("far").content().startswith("far ")
-            took = time.monotonic() - began
-            times = [moment - began for moment, _ in packets]
-            count = len(times)
-            assert took > 0.5 and count >= 3 and times[0] < 0.4, times
+            waits = crowd.submit(server.stream if is_stream else server.chat, "far")
+            eventually(lambda: len(packets) >= 3)
+            machine.on()
+            answer = waits.result()
+            text = answer.text() if is_stream else answer.content()
+            assert text.startswith("far ")
+            assert not is_stream or answer.raw.startswith(b":")
+            times, count = [moment for moment, _ in packets], len(packets)
             assert times[-1] - times[0] > 0.2 * (count - 1) - 0.1, times
             packet = b"\xff" * 6 + bytes.fromhex("abcdef012345") * 16
             assert {data for _, data in packets} == {packet}
@@ -6126,15 +5330,15 @@ def test_a_sleeping_machine_is_woken_and_the_client_gets_its_answer(machine, is_
 
 def test_a_machine_that_does_not_wake_in_time_is_a_504(machine):
     with ears() as (port, packets), brisk(
-        remote_ini(machine.port, "load-timeout = 100ms", "wake-mac = ab:cd:ef:01:23:45",
+        remote_ini(machine.port, "load-timeout = 250ms", "wake-mac = ab:cd:ef:01:23:45",
                    f"wake-broadcast = 127.0.0.1:{port}"), WAKE_INTERVAL=60.0
     ) as server:  # fmt: skip
-        for turn in range(4):  # it is tried again each time: asleep, not broken
+        for turn in range(3):  # it is tried again each time: asleep, not broken
             eventually(lambda: len(packets) == turn)  # each of them sent at once
             began = time.monotonic()
             answer = server.chat("far")
-            assert answer.status == 504 and 0.09 < time.monotonic() - began < 2
-            assert "did not answer for 0.1 s" in answer.message()
+            assert answer.status == 504 and 0.24 < time.monotonic() - began
+            assert "did not answer for 0.25 s" in answer.message()
             assert "Connection refused" in answer.message()
         machine.on()
         eventually(machine.is_ready)
@@ -6210,17 +5414,18 @@ def test_a_stream_from_a_remote_that_vanishes_ends_broken(machine):
 
 def test_a_frozen_machine_is_asked_before_a_request_is_sent(machine):
     machine.on()
-    with brisk(remote_ini(machine.port), FRESH=0.05) as server:
+    with brisk(remote_ini(machine.port), FRESH=0.0) as server:
         assert server.chat("far").status == 200
-        requests = ask(machine.port, "GET", "/stats").json()["requests"]
-        machine.freeze()
-        time.sleep(0.1)
-        timer = threading.Timer(0.5, machine.thaw)
-        timer.start()
-        began = time.monotonic()
-        assert server.chat("far").status == 200
-        assert time.monotonic() - began > 0.45
-        assert ask(machine.port, "GET", "/stats").json()["requests"] == requests + 1
+        before = machine.stats()
+        machine.process.send_signal(signal.SIGSTOP)
+        with ThreadPoolExecutor() as crowd:
+            waits = crowd.submit(server.chat, "far")
+            eventually(lambda: server.get("/health").json()["requests"])
+            machine.process.send_signal(signal.SIGCONT)
+            assert waits.result().status == 200
+        after = machine.stats()
+        assert after["requests"] == before["requests"] + 1
+        assert after["health"] > before["health"]
 
 
 def test_a_remote_llmswap_is_a_model_like_any_other():
@@ -6263,8 +5468,10 @@ def test_a_remote_llmswap_that_is_started_anew_cuts_no_stream_and_fails_no_reque
 # ==================================================================================
 
 
-class Tls:
+class Tls(socketserver.ThreadingTCPServer):
     """Terminates TLS before a port, with a certificate of its own."""
+
+    daemon_threads = True
 
     def __init__(self, folder, port, name="IP:127.0.0.1"):
         self.certificate, key = folder / "cert.pem", folder / "key.pem"
@@ -6275,42 +5482,30 @@ class Tls:
              "-addext", f"subjectAltName={name}"],
             check=True, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.certificate, key)
-        self._context, self._target = context, port
-        self.accepted = 0
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.load_cert_chain(self.certificate, key)
+        super().__init__(("127.0.0.1", 0), None)
+        self.port, self._target, self.accepted = self.server_address[1], port, 0
+        threading.Thread(target=self.serve_forever, daemon=True).start()
 
-    def _accept(self):
-        while True:
-            sock, _ = self._listener.accept()
-            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
-
-    def _serve(self, sock):
-        try:
+    def finish_request(self, sock, _):
+        with contextlib.suppress(OSError):
             client = self._context.wrap_socket(sock, server_side=True)
             self.accepted += 1
             server = socket.create_connection(("127.0.0.1", self._target))
-            threading.Thread(
-                target=self._copy_both_ways, args=(server, client), daemon=True
-            ).start()
-            self._copy_both_ways(client, server)
-        except OSError:
-            sock.close()
+            back = threading.Thread(target=copy_stream, args=(server, client))
+            back.start()
+            copy_stream(client, server)
+            back.join()
 
-    def _copy_both_ways(self, source, target):
-        try:
-            while data := source.recv(65536):
-                target.sendall(data)
-        except (OSError, ValueError):
-            pass
-        for sock in (source, target):
-            try:
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
-            except OSError:
-                pass
+
+def copy_stream(source, target):
+    with contextlib.suppress(OSError, ValueError):
+        while data := source.recv(65536):
+            target.sendall(data)
+    for sock in (source, target):
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
@@ -6347,16 +5542,12 @@ def test_an_https_upstream_that_cannot_be_verified_gets_nothing(
         assert ask(machine.port, "GET", "/stats").json()["requests"] == 0
 
 
-@pytest.mark.parametrize(
-    "act, is_quiet",
-    [
-        (lambda other: None, True),
-        (lambda other: other.sendall(b"x"), False),
-        (lambda other: other.shutdown(socket.SHUT_WR), False),
-        (lambda other: other.close(), False),
-        (lambda other: (reset_at_close(other), other.close()), False),
-    ],
-)
+@pytest.mark.parametrize("act, is_quiet", [
+    (lambda other: None, True), (lambda other: other.sendall(b"x"), False),
+    (lambda other: other.shutdown(socket.SHUT_WR), False),
+    (lambda other: other.close(), False),
+    (lambda other: (reset_at_close(other), other.close()), False),
+])  # fmt: skip
 def test_a_kept_connection_serves_again_only_if_nothing_came_on_it(act, is_quiet):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         upstream = llmswap.Upstream(f"http://127.0.0.1:{listener.getsockname()[1]}")
@@ -6366,15 +5557,11 @@ def test_a_kept_connection_serves_again_only_if_nothing_came_on_it(act, is_quiet
             theirs.sendall(b"x" * 1000)
             assert len(ours.recv(1000)) == 1000  # what was read leaves no trace
             act(theirs)
-            eventually(lambda: is_still(ours) == is_quiet)
+            # nothing has come to it, its end included
+            eventually(lambda: not select.select([ours], [], [], 0)[0] == is_quiet)
             upstream.release_connection(ours)
             assert upstream.connect()[1] is is_quiet
         upstream.close()
-
-
-def is_still(sock):
-    """Whether nothing has come to a socket, its end included."""
-    return not select.select([sock], [], [], 0)[0]
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
@@ -6416,15 +5603,14 @@ def test_after_a_suspension_the_whole_program_trusts_nothing_of_before(
                 health = "GET", "/health"
                 eventually(lambda c=client: c.ask(*health).json()["requests"] == 0)
             server.process.send_signal(signal.SIGSTOP)
-            machine.freeze()
+            machine.process.send_signal(signal.SIGSTOP)
             if is_jump:
                 clock.touch()
             server.process.send_signal(signal.SIGCONT)
             with ThreadPoolExecutor() as crowd:
                 far = crowd.submit(server.chat, "far")
                 assert server.chat("near").status == 200
-                time.sleep(0.2)  # who trusts the machine has sent his request by now
-                machine.thaw()
+                machine.process.send_signal(signal.SIGCONT)
                 assert far.result().status == 200
             after = ask(machine.port, "GET", "/stats").json()
             assert after["requests"] == before["requests"] + 1
@@ -6565,23 +5751,20 @@ def test_what_is_kept_loaded_rests_from_the_idle_command_until_a_request(tmp_pat
 
 def test_without_requests_all_is_unloaded_and_the_idle_command_runs(tmp_path):
     mark = tmp_path / "ran"
+    mark.touch()
     command = f"/bin/sh -c 'date +%s.%N >>{mark}; sleep 0.1'"
-    head = f"[llmswap]\nidle-command = {command}\nidle-command-after = 0.4s\n"
+    head = f"[llmswap]\nidle-command = {command}\nidle-command-after = 0.5s\n"
     with brisk(head + "[a]\ncmd = FAKE --model a\npin = on\n") as server:
-        ended = []
-        for _ in range(2):
+        for turn in (1, 2):
             assert server.chat("a").status == 200
-            ended.append(time.time())
-            time.sleep(0.2)
-            assert server.get("/v1/models").status == 200  # no request for a model
-            assert server.states() == {"a": "loaded"} and not mark.exists()
-        eventually(lambda: mark.exists() and mark.read_text())
-        assert 0.35 < float(mark.read_text()) - ended[-1] < 3
-        assert server.states() == {"a": "unloaded"}
-        eventually(lambda: "idle-command ended with status 0" in server.log())
-        assert server.chat("a").status == 200
-        assert len(mark.read_text().split()) == 1  # not again before the time is over
-        eventually(lambda: len(mark.read_text().split()) == 2)
+            ended, marks = time.time(), []
+            while len(marks) < turn:
+                assert server.get("/v1/models").status == 200  # which is no use
+                marks = mark.read_text().split()
+            assert float(marks[-1]) > ended + 0.45
+            assert server.states() == {"a": "unloaded"}
+            done = "idle-command ended with status 0"
+            eventually(lambda t=turn: server.log().count(done) == t)
 
 
 VENDORS_TOOLS = {
@@ -6626,11 +5809,10 @@ def test_a_request_while_the_last_model_stops_cancels_the_idle_command(tmp_path)
         eventually(mark.exists)
 
 
-@pytest.mark.parametrize(
-    "command, text",
-    [("touch {}", "ended with status 0; slept 3600 s"),
-     ("false", "ended with status 1"), ("/no/such/thing", "idle-command: ")],
-)  # fmt: skip
+@pytest.mark.parametrize("command, text", [
+    ("touch {}", "ended with status 0; slept 3600 s"), ("false", "ended with status 1"),
+    ("/no/such/thing", "idle-command: "),
+])  # fmt: skip
 def test_the_end_of_the_idle_command_and_the_sleep_are_logged(tmp_path, command, text):
     mark = tmp_path / "slept"
     slept = Code(f"lambda: 3600.0 * l.os.path.exists({str(mark)!r})")
@@ -6648,7 +5830,6 @@ def test_the_end_of_the_idle_command_and_the_sleep_are_logged(tmp_path, command,
 
 @contextmanager
 def pair():
-    """Two ends of a connection; both give up after a while."""
     ours, theirs = socket.socketpair()
     theirs.settimeout(10)
     llmswap.set_socket_timeouts(ours)
@@ -6673,7 +5854,6 @@ class Pieces:
 
 
 def reader_of(*pieces):
-    """A SocketReader that receives these pieces."""
     return llmswap.SocketReader(Pieces(*pieces))
 
 
@@ -6694,7 +5874,6 @@ def http(text, body=b""):
 
 
 def request_of(text):
-    """A Request from its lines."""
     return llmswap.Request(http(text))
 
 
@@ -6723,17 +5902,6 @@ def test_a_head_is_found_however_its_bytes_are_cut():
             reader = reader_of(start + head[:cut], head[cut:] + b"rest")
             assert reader.head() == head and reader.receive() == b"rest"
         assert reader_of(head[:cut]).head() == b""
-
-
-@pytest.mark.parametrize(
-    "data",
-    [b"GET / HTTP/1.1\nHost: x\n\n", b"GET / HTTP/1.1\r\nHost: x\nX: y",
-     b"GET / HTTP/1.1\rHost: x\r", b"GET /\x00 HTTP/1.1\r\n",
-     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"],
-)  # fmt: skip
-def test_bytes_that_can_be_no_head_are_refused_before_they_end(data):
-    with pytest.raises(llmswap.BadRequest):
-        reader_of(data).head()
 
 
 def test_a_head_may_have_64_kilobytes_and_100_lines_and_no_more():
@@ -6783,24 +5951,19 @@ SMUGGLING = [
 ]  # fmt: skip
 
 
-def test_targets_headers_and_query_are_read_as_their_senders_mean_them():
-    for target, path, query in (
-        ("/a?b=http://c/d", "/a", "b=http://c/d"), ("http://x/a?b", "/a", "b"),
-        ("HTTP://X", "/", ""), ("http://x?q", "/", "q"), ("//evil/a", "//evil/a", ""),
-    ):  # fmt: skip
-        request = request_of(f"GET {target} HTTP/1.1\nHost: x")
-        assert (request.path, request.query) == (path, query)
-    request = request_of(f"{GET}\nX-A: \t a  b\t \nX-B:\nx-a: 2")
+@pytest.mark.parametrize("target, path, query", [
+    ("/a?c=http://c/d", "/a", "c=http://c/d"), ("http://x/a?b", "/a", "b"),
+    ("HTTP://X", "/", ""), ("http://x?q", "/", "q"), ("//evil/a", "//evil/a", ""),
+    ("/?a=b&model=q%C3%A4+1%2Fx", "/", ANY), ("/?model=q\u00c3\u00a4+1/x", "/", ANY),
+])  # fmt: skip
+def test_targets_and_headers_are_read_as_their_senders_mean_them(target, path, query):
+    head = f"GET {target} HTTP/1.1\nHost: x\nX-A: \t a  b\t \nX-B:\nx-a: 2"
+    request = request_of(head)
+    assert (request.path, request.query) == (path, query)
+    model = "q\u00e4 1/x" if "model" in target else None
+    assert (request.parameter("model"), request.parameter("x")) == (model, None)
     assert request.all("x-a") == ["a  b", "2"]
-    assert request.get("x-b") == "" and request.get("none") == ""
-    for target in ("/?a=b&model=q%C3%A4+1%2Fx", "/?model=q\u00c3\u00a4+1/x"):
-        request = request_of(f"GET {target} HTTP/1.1\nHost: x")
-        assert request.parameter("model") == "q\u00e4 1/x"
-        assert request.parameter("b") is None
-    names = "keep-alive te trailer upgrade proxy-authorization proxy-connection x-own"
-    headers = [(name, "1") for name in names.split()]
-    headers += [("connection", "close, X-Own"), ("accept", "y")]
-    assert llmswap.end_to_end(headers) == [("accept", "y")]
+    assert request.get("x-b") == request.get("none") == ""
 
 
 # ---- chunks
@@ -6825,7 +5988,6 @@ BAD_CHUNKS = [
 
 
 def payload_of(*pieces):
-    """The payload in these chunks."""
     head = request_of(f"{POST}\n{IN_CHUNKS}")
     return b"".join(llmswap.read_payload(reader_of(*pieces), head))
 
@@ -6862,13 +6024,11 @@ IN_CHUNKS = "Transfer-Encoding: chunked"
 
 
 def chunked(data, size=50000):
-    """The data in chunks."""
     pieces = (data[at : at + size] for at in range(0, len(data), size))
     return b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
 
 
 def body_of(framing, data):
-    """The Body that comes behind a head with this framing."""
     return llmswap.Body(reader_of(data), request_of(f"{POST}\n{framing}"), 1 << 30)
 
 
@@ -6898,27 +6058,20 @@ def found_in(data, kind="application/json", is_needed=True):
 JSON, FORM = "application/json", "application/x-www-form-urlencoded; charset=x"
 
 
-@pytest.mark.parametrize(
-    "kind, data, model",
-    [
-        (JSON, '{"model":"a"}', "a"),
-        (JSON, ' \r\n\t{ "x" : [ {"model":"no"} ] ,\n"model" : "b" } ', "b"),
-        (JSON, '\ufeff{"model":"a"}', "a"),
-        (JSON, '{"model":"a","model":"b"}', "b"),
-        (JSON, '{"\\u006dodel":"a"}', "a"),
-        (JSON, '{"model":"a\\"\\u00e4\\n\\\\"}', 'a"\u00e4\n\\'),
-        (JSON, '{"x":"\\"model\\":\\"no\\"","model":"b"}', "b"),
-        (JSON, '{"x":{"model":"no"}}', None),
-        (JSON, '{"model":5}', None),
-        (JSON, '{"model":["a"]}', None),
-        (JSON, "{}", None),
-        (JSON, "", None),
-        (JSON, '{"x":1e400,"y":-0.0e-1,"model":"a"}', "a"),
-        (JSON, '{"x":"a raw \n newline","model":"a"}', "a"),
-        (JSON, '{"model":"\\ud800"}', "\ud800"),
-        (FORM, ' \n{"model":"a"}', "a"),  # curl -d calls it a form
-    ],
-)
+@pytest.mark.parametrize("kind, data, model", [
+    (JSON, '{"model":"a"}', "a"),
+    (JSON, ' \r\n\t{ "x" : [ {"model":"no"} ] ,\n"model" : "b" } ', "b"),
+    (JSON, '\ufeff{"model":"a"}', "a"), (JSON, '{"model":"a","model":"b"}', "b"),
+    (JSON, '{"\\u006dodel":"a"}', "a"),
+    (JSON, '{"model":"a\\"\\u00e4\\n\\\\"}', 'a"\u00e4\n\\'),
+    (JSON, '{"x":"\\"model\\":\\"no\\"","model":"b"}', "b"),
+    (JSON, '{"x":{"model":"no"}}', None), (JSON, '{"model":5}', None),
+    (JSON, '{"model":["a"]}', None), (JSON, "{}", None), (JSON, "", None),
+    (JSON, '{"x":1e400,"y":-0.0e-1,"model":"a"}', "a"),
+    (JSON, '{"x":"a raw \n newline","model":"a"}', "a"),
+    (JSON, '{"model":"\\ud800"}', "\ud800"),
+    (FORM, ' \n{"model":"a"}', "a"),  # curl -d calls it a form
+])  # fmt: skip
 def test_the_model_is_found_at_the_top_level_and_nowhere_else(kind, data, model):
     assert found_in(data.encode(), kind)[0].model == model
 
@@ -6933,29 +6086,20 @@ def test_a_body_that_is_no_json_object_is_refused(data):
         found_in(data.encode())
 
 
-def test_a_body_that_is_not_json_is_not_read_if_no_model_is_needed():
-    info, body = found_in(LARGE, "application/octet-stream", is_needed=False)
-    assert info == llmswap.RequestInfo() and len(body.held) <= llmswap.BUFFER_SIZE
-    assert bytes(body.held) + b"".join(body.rest()) == LARGE
-
-
-@pytest.mark.parametrize(
-    "body, edits, result",
-    [
-        ("{}", {"model": "a"}, '{"model":"a"}'),
-        ('{"model": "b" , "x":1}', {"model": "a"}, '{"model":"a","x":1}'),
-        ('{"a":1,"b":2}', {"removed": {"a", "b", "c"}}, "{}"),
-        ('{"a":{"x":1}}', {"laid_over": {"a": {"y": 2}}}, '{"a":{"x":1,"y":2}}'),
-        ('{"a":{"x":1}}', {"laid_over": {"a": 5}}, '{"a":5}'),
-        ('{"a":1,"a":2}', {"laid_over": {"b": 5}}, '{"a":2,"b":5}'),
-        ('{"a":{"x":1}}', {"laid_over": {"a": {"y": 2}}, "removed": {"a"}},
-         '{"a":{"y":2}}'),
-        ('{"a":{"x":"\\ud800"}}', {"laid_over": {"a": {}}}, '{"a":{"x":"\\ud800"}}'),
-        ('\ufeff{"a":1}', {"removed": {"a"}}, "{}"),
-        ('{"a":1e400,"b":12345678901234567890}', {"model": "\u00e4"},
-         '{"a":Infinity,"b":12345678901234567890,"model":"\u00e4"}'),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("body, edits, result", [
+    ("{}", {"model": "a"}, '{"model":"a"}'),
+    ('{"model": "b" , "x":1}', {"model": "a"}, '{"model":"a","x":1}'),
+    ('{"a":1,"b":2}', {"removed": {"a", "b", "c"}}, "{}"),
+    ('{"a":{"x":1}}', {"laid_over": {"a": {"y": 2}}}, '{"a":{"x":1,"y":2}}'),
+    ('{"a":{"x":1}}', {"laid_over": {"a": 5}}, '{"a":5}'),
+    ('{"a":1,"a":2}', {"laid_over": {"b": 5}}, '{"a":2,"b":5}'),
+    ('{"a":{"x":1}}', {"laid_over": {"a": {"y": 2}}, "removed": {"a"}},
+     '{"a":{"y":2}}'),
+    ('{"a":{"x":"\\ud800"}}', {"laid_over": {"a": {}}}, '{"a":{"x":"\\ud800"}}'),
+    ('\ufeff{"a":1}', {"removed": {"a"}}, "{}"),
+    ('{"a":1e400,"b":12345678901234567890}', {"model": "\u00e4"},
+     '{"a":Infinity,"b":12345678901234567890,"model":"\u00e4"}'),
+])  # fmt: skip
 def test_edits_keep_the_order_of_names(body, edits, result):
     edits = {**edits, "removed": frozenset(edits.get("removed", ()))}
     members = found_in(body.encode())[0].members
@@ -7073,25 +6217,21 @@ HEAD, OLD = GET.replace("GET", "HEAD"), GET.replace("1.1", "1.0")
 IN_THREE_CHUNKS = b"3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n"
 
 
-@pytest.mark.parametrize(
-    "request_text, length, framing, payload, is_persistent",
-    [
-        (GET, 5, "content-length: 5", b"hello", True),
-        (GET, None, "transfer-encoding: chunked", IN_THREE_CHUNKS, True),
-        (GET + "\nConnection: close", 5,
-         "content-length: 5\nconnection: close", b"hello", False),
-        (HEAD, 5, "content-length: 5", b"", True),
-        (HEAD, None, "", b"", True),
-        (GET + "\nConnection: Keep-Alive, Close", 5,
-         "content-length: 5\nconnection: close", b"hello", False),
-        (GET + "\nConnection: keep-alive\nConnection: close", 5,
-         "content-length: 5\nconnection: close", b"hello", False),
-        (OLD, 5, "content-length: 5\nconnection: close", b"hello", False),
-        (OLD, None, "connection: close", b"hello", False),
-        (OLD + "\nConnection: keep-alive", 5,
-         "content-length: 5\nconnection: keep-alive", b"hello", True),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("request_text, length, framing, payload, is_persistent", [
+    (GET, 5, "content-length: 5", b"hello", True),
+    (GET, None, "transfer-encoding: chunked", IN_THREE_CHUNKS, True),
+    (GET + "\nConnection: close", 5,
+     "content-length: 5\nconnection: close", b"hello", False),
+    (HEAD, 5, "content-length: 5", b"", True), (HEAD, None, "", b"", True),
+    (GET + "\nConnection: Keep-Alive, Close", 5,
+     "content-length: 5\nconnection: close", b"hello", False),
+    (GET + "\nConnection: keep-alive\nConnection: close", 5,
+     "content-length: 5\nconnection: close", b"hello", False),
+    (OLD, 5, "content-length: 5\nconnection: close", b"hello", False),
+    (OLD, None, "connection: close", b"hello", False),
+    (OLD + "\nConnection: keep-alive", 5,
+     "content-length: 5\nconnection: keep-alive", b"hello", True),
+])  # fmt: skip
 def test_an_answer_is_framed_as_its_client_can_read_it(
     request_text, length, framing, payload, is_persistent
 ):
@@ -7107,18 +6247,13 @@ def test_an_answer_is_framed_as_its_client_can_read_it(
     assert (is_reset, reply.is_persistent) == (False, is_persistent)
 
 
-def test_an_answer_without_a_body_says_nothing_of_its_length():
-    data, _, _ = replied(GET, lambda r: (r.begin(204, "No Content", [], 0), r.end()))
-    assert data == b"HTTP/1.1 204 No Content\r\n\r\n"
-
-
 def test_a_slow_reader_is_served_and_one_that_does_not_read_is_not(monkeypatch):
-    monkeypatch.setattr(llmswap, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(llmswap, "STALL_SECONDS", 0.6)
     monkeypatch.setattr(llmswap, "POLL_INTERVAL", 0.02)
 
     def read_slowly(sock):
-        while sock.recv(4096):
-            time.sleep(0.06)
+        while sock.recv(2048):
+            time.sleep(0.05)
 
     for is_read in (True, False):
         with pair() as (ours, theirs):
@@ -7132,7 +6267,7 @@ def test_a_slow_reader_is_served_and_one_that_does_not_read_is_not(monkeypatch):
             refused = pytest.raises(llmswap.ClientDisconnected)
             with contextlib.nullcontext() if is_read else refused:
                 reply.send(bytes(40000))
-            assert time.monotonic() > began + 0.3
+            assert time.monotonic() > began + 0.6
             ours.close()
             if is_read:
                 reader.join()
@@ -7166,15 +6301,6 @@ def test_a_broken_stream_says_why_between_events_only_and_does_not_end(
     assert not data.endswith(b"0\r\n\r\n") and not reply.is_persistent
 
 
-@pytest.mark.parametrize("end", [b"", b"data: x\n", b"data: x\r", b"data: x"])
-def test_a_stream_of_events_may_end_where_a_line_does(end):
-    with pair() as (ours, _):
-        reply = llmswap.ClientResponse(ours, request_of(GET), [])
-        reply.begin_events()
-        reply.send(end)
-        assert reply.is_within_line is end.endswith(b"x")
-
-
 def test_a_hang_up_is_noticed_even_behind_bytes_that_nobody_read():
     with pair() as (ours, theirs):
         assert not llmswap.has_disconnected(ours)
@@ -7186,12 +6312,9 @@ def test_a_hang_up_is_noticed_even_behind_bytes_that_nobody_read():
 
 # ---- one request to a backend, one answer back
 
-HASTE = {
-    "POLL_INTERVAL": 0.05,
-    "EARLY_HEAD_AFTER": 0.2,
-    "COMMENT_EVERY": 0.1,
-    "LINGER_SECONDS": 0.3,
-}
+HASTE = dict(
+    POLL_INTERVAL=0.05, EARLY_HEAD_AFTER=0.2, COMMENT_EVERY=0.1, LINGER_SECONDS=0.3
+)
 
 MODELS = """
 [llmswap]
@@ -7216,8 +6339,9 @@ cmd = FAKE --model doomed --load 0.4 --load-exit 3
 [edited]
 cmd          = FAKE --model edited
 model-name   = real/name
-set-params   = {"temperature": 0.5, "options": {"deep": true}}
-strip-params = top_p, ttl2
+default-params = {"options": {"x": 9, "deep": {"a": 1, "b": {"c": 2}}}, "top_p": 1}
+set-params   = {"temperature": 0.5, "options": {"deep": {"e": true}}}
+strip-params = top_k, ttl2
 [shared]
 uses = a
 set-params = {"seed": 7}
@@ -7246,7 +6370,6 @@ def swap():
 
 
 def anonymous_memory(pid):
-    """Bytes of a process's memory that no file backs."""
     return llmswap.memory_of(pid)["RssAnon"]
 
 
@@ -7283,7 +6406,7 @@ def digest_of(pieces):
 def test_a_large_answer_goes_down_byte_for_byte_in_bounded_memory(swap, path, version):
     swap.chat("a")
     before, size = anonymous_memory(swap.pid), (32 << 20) + 12345
-    expected = digest_of(fake_blocks(size, 65536))
+    expected = digest_of(fake.blocks(size, 65536))
     target = f"/upstream/a/{path}?n={size}&size=65536"
     head = f"GET {target} HTTP/{version}\nHost: localhost\nConnection: keep-alive"
     with swap.connect() as client:
@@ -7315,33 +6438,28 @@ def upload(swap, path, start, count, end, kind):
     head = f"POST {path} HTTP/1.1\nHost: localhost\nContent-Type: {kind}"
     with swap.connect() as client:
         client.sock.sendall(http(f"{head}\nContent-Length: {length}", start))
-        for number in range(count):
+        for _ in range(count):
             client.sock.sendall(MEGABYTE)
-            if number % 16 == 0:
-                peak = max(peak, anonymous_memory(swap.pid))
+            peak = max(peak, anonymous_memory(swap.pid))
         client.sock.sendall(end)
         answer = client.answer()
     assert answer.status == 200
     return answer.json(), digest.hexdigest(), max(peak, anonymous_memory(swap.pid))
 
 
-@pytest.mark.parametrize("model", ["a", "edited"])
-def test_the_memory_of_a_large_json_body_is_given_back(swap, model):
-    swap.chat(model)
+@pytest.mark.parametrize("path, start, end, kind, most", [
+    ("/v1/echo", b'{"x":"', b'","model":"a"}', JSON, 120),
+    ("/v1/echo", b'{"x":"', b'","model":"edited"}', JSON, 120),
+    ("/upstream/a/v1/echo", b"", b"", "application/octet-stream", 24),
+])  # fmt: skip
+def test_large_bodies_go_up_in_bounded_memory(swap, path, start, end, kind, most):
+    swap.chat("a"), swap.chat("edited")
     before = anonymous_memory(swap.pid)
-    start, end = b'{"x":"', b'","model":"' + model.encode() + b'"}'
-    got, digest, _ = upload(swap, "/v1/echo", start, 32, end, "application/json")
-    assert model == "edited" or got["sha256"] == digest
-    assert got["length"] > len(start) + (32 << 20)
+    got, digest, peak = upload(swap, path, start, 32, end, kind)
+    assert b"edited" in end or got["sha256"] == digest
+    assert got["length"] > len(start) + (32 << 20) - 1
+    assert peak < before + (most << 20)
     eventually(lambda: anonymous_memory(swap.pid) < before + (16 << 20))
-
-
-def test_other_large_bodies_go_up_in_bounded_memory(swap):
-    swap.chat("a")
-    before, path = anonymous_memory(swap.pid), "/upstream/a/v1/echo"
-    got, digest, peak = upload(swap, path, b"", 64, b"", "application/octet-stream")
-    assert (got["length"], got["sha256"]) == (64 << 20, digest)
-    assert peak < before + (24 << 20)
 
 
 UPLOAD = "POST /upstream/a/v1/x HTTP/1.1\nHost: localhost\nContent-Length: 9000000"
@@ -7352,8 +6470,9 @@ UPLOAD = "POST /upstream/a/v1/x HTTP/1.1\nHost: localhost\nContent-Length: 90000
     "text",
     [lambda: chat_text("a", hang=True), lambda: chat_text("a", stream=True, stall=0),
      lambda: chat_text("a", stream=True, tokens=10000, interval=0.01),
-     lambda: http(UPLOAD, b"x" * 4_000_000)],
-    ids=["prefill", "prefill of a stream", "stream", "upload"],
+     lambda: http(UPLOAD, b"x" * 4_000_000),
+     lambda: http(f"GET /upstream/a/bytes?n={1 << 40} HTTP/1.1\nHost: localhost")],
+    ids=["prefill", "prefill of a stream", "stream", "upload", "large answer"],
 )  # fmt: skip
 def test_a_hang_up_cancels_the_request_at_once(swap, text, reset):
     swap.chat("a")
@@ -7363,13 +6482,6 @@ def test_a_hang_up_cancels_the_request_at_once(swap, text, reset):
         eventually(lambda: swap.stats("a")["in_flight"])
         client.hang_up(reset)
     eventually(lambda: swap.stats("a")["cancelled"] == before + 1, 1)
-
-
-def test_a_hang_up_within_a_large_answer_is_noticed(swap):
-    with swap.connect() as client:
-        client.send("GET", f"/upstream/a/bytes?n={1 << 40}")
-        assert len(next(client.pieces(*client.head())))
-    eventually(lambda: swap.stats("a")["in_flight"] == 0, 2)
 
 
 def test_a_hang_up_during_the_load_or_in_the_queue_leaves_nothing_waiting(swap):
@@ -7407,12 +6519,10 @@ def hospital():
 
 @pytest.fixture
 def victim(hospital):
-    """A model that nobody has used yet."""
     return next(hospital.fresh)
 
 
 def chats_seen(swap, model):
-    """How many chats the backends of a model have seen."""
     return len(swap.journal("request", model))
 
 
@@ -7431,13 +6541,9 @@ def test_a_request_is_sent_once_more_if_the_backend_died_over_it(
     assert hospital.chat(victim).status == 200
 
 
-BREAKS = [
-    (end, until_close, place)
-    for end in ("die", "cut")
-    for until_close in (False, True)
-    for place in ("mid-event", "mid-body", "boundary")
-    if (end, until_close, place) != ("cut", True, "boundary")  # nothing could tell
-]
+PLACES = "mid-event", "mid-body", "boundary"
+BREAKS = [*itertools.product(("die", "cut"), (False, True), PLACES)]
+BREAKS.remove(("cut", True, "boundary"))  # nothing could tell
 
 
 @pytest.mark.parametrize("end, until_close, place", BREAKS)
@@ -7446,17 +6552,13 @@ def test_a_broken_stream_never_ends_cleanly(hospital, victim, end, until_close, 
     with hospital.stream(victim, **wish) as stream:
         with pytest.raises(BrokenAnswer):
             list(stream.events())
-        told = b'"code":"backend_died"' in stream.raw
-        if place == "mid-event" or (place == "mid-body" and until_close):
-            assert not told
-        else:
-            assert told and stream.raw.endswith(b"}}\n\n")
-        assert b"[DONE]" not in stream.raw
+    is_within = place == "mid-event" or (place == "mid-body" and until_close)
+    assert (b'"code":"backend_died"' in stream.raw) is not is_within
+    assert is_within or stream.raw.endswith(b"}}\n\n")
+    assert b"[DONE]" not in stream.raw
 
 
-@pytest.mark.parametrize(
-    "end", [{"die": "mid-body"}, {"cut": "mid-body", "reset": True}]
-)
+@pytest.mark.parametrize("end", [{"die": "mid-body"}, {"cut": "mid-body", "reset": 1}])
 def test_a_broken_counted_answer_never_looks_whole_nor_is_asked_for_again(
     hospital, victim, end
 ):
@@ -7526,23 +6628,21 @@ def test_a_backend_that_answers_early_and_reads_no_more_is_heard(swap):
     swap.chat("a")
     data = b'{"model":"a","x":"' + b"x" * 8_000_000 + b'"}'
     answer = swap.post("/early?status=429", data)
-    assert answer.status == 429
-    assert "refused" in answer.message()
+    assert answer.status == 429 and "refused" in answer.message()
 
 
-@pytest.mark.parametrize(
-    "given, expected",
-    [
-        ({}, {"model": "real/name", "temperature": 0.5, "options": {"deep": True}}),
-        ({"temperature": 2, "top_p": 1}, {"model": "real/name", "temperature": 0.5}),
-        ({"options": {"x": 1}}, {"options": {"x": 1, "deep": True}}),
-        ({"keep_alive": "5m", "ttl": 60, "z": 1}, {"z": 1}),
-    ],
-)
+@pytest.mark.parametrize("given, expected", [
+    ({}, {"model": "real/name", "temperature": 0.5, "top_p": 1,
+          "options": {"x": 9, "deep": {"a": 1, "b": {"c": 2}, "e": True}}}),
+    ({"temperature": 2, "top_k": 1, "top_p": 2}, {"temperature": 0.5, "top_p": 2}),
+    ({"options": {"x": 1, "deep": {"b": {"c": 3, "d": 4}}}},
+     {"options": {"x": 1, "deep": {"a": 1, "b": {"c": 3, "d": 4}, "e": True}}}),
+    ({"keep_alive": "5m", "ttl": 60, "z": 1}, {"z": 1}),
+])  # fmt: skip
 def test_requests_are_edited_as_the_file_says(swap, given, expected):
     sent = json.loads(swap.post("/v1/x", {"model": "edited", **given}).json()["body"])
     assert {name: sent[name] for name in expected} == expected
-    assert not {"top_p", "keep_alive", "ttl"} & set(sent)
+    assert not {"top_k", "keep_alive", "ttl"} & set(sent)
 
 
 def test_a_body_without_edits_is_forwarded_byte_for_byte(swap):
@@ -7558,7 +6658,8 @@ def test_the_model_is_found_and_its_name_put_into_forms_too(swap):
 
 
 def test_keep_alive_of_a_request_unloads_its_model(swap):
-    assert swap.chat("late2", keep_alive=0).status == 200
+    for seconds in (1e300, 1e10, 0):
+        assert swap.chat("late2", keep_alive=seconds).status == 200
     eventually(lambda: swap.states()["late2"] == "unloaded")
     for wrong in ("soon", [1], True):
         answer = swap.chat("a", keep_alive=wrong)
@@ -7566,51 +6667,34 @@ def test_keep_alive_of_a_request_unloads_its_model(swap):
 
 
 def echoed(answer):
-    """The fields that the backend got."""
     return {name.lower(): value for name, value in answer.json()["headers"]}
 
 
 def test_fields_of_one_connection_and_private_ones_are_not_forwarded(swap):
-    fields = {
-        "X-Conversation-Id": "c::a",
-        "Connection": "keep-alive, X-Own",
-        "X-Own": "1",
-        "Keep-Alive": "300",
-        "TE": "trailers",
-        "Proxy-Authorization": "x",
-        "Accept-Encoding": "gzip",
-        "X-Kept": "\u00e4",
-        "Authorization": "Bearer for-the-backend",
-    }
+    private = {
+        "X-Conversation-Id": "c::a", "X-Own": "1", "Keep-Alive": "30", "TE": "trailers",
+        "Proxy-Authorization": "x", "Accept-Encoding": "gzip",
+    }  # fmt: skip
+    fields = {"Connection": "keep-alive, X-Own", "X-Kept": "\u00e4", **private}
+    fields["Authorization"] = "Bearer for-the-backend"
     got = echoed(swap.post("/v1/x", {"model": "a"}, fields))
-    assert (
-        got["x-kept"] == "\u00e4" and got["authorization"] == "Bearer for-the-backend"
-    )
+    assert got["x-kept"] == "\u00e4" and got["authorization"] == fields["Authorization"]
     assert got["host"].startswith("127.0.0.1:") and str(swap.port) not in got["host"]
-    private = (
-        "x-conversation-id x-own keep-alive te proxy-authorization accept-encoding"
-    )
-    assert not set(private.split()) & set(got)
+    assert not {name.lower() for name in private} & set(got)
     got = echoed(swap.post("/v1/x", {"model": "keyed"}, fields))
     assert got["authorization"] == "Bearer backend-key"
 
 
 def test_answers_lose_the_backends_own_cors_and_hop_by_hop_fields(swap):
     headers = swap.post("/v1/x", {"model": "a"}).headers
-    assert "access-control-allow-origin" not in headers
-    assert "keep-alive" not in headers
-    headers = swap.stream("a").headers
-    assert headers["x-accel-buffering"] == "no"
+    assert not {"access-control-allow-origin", "keep-alive"} & set(headers)
+    assert swap.stream("a").headers["x-accel-buffering"] == "no"
 
 
 def websocket(client, path, **fields):
     """Ask for an upgrade; the answer's head."""
-    more = {
-        "Connection": "Upgrade",
-        "Upgrade": "websocket",
-        "Sec-WebSocket-Key": "eA==",
-    }
-    client.send("GET", path, None, {**more, **fields})
+    more = {"Connection": "Upgrade", "Upgrade": "websocket"}
+    client.send("GET", path, None, {"Sec-WebSocket-Key": "eA==", **more, **fields})
     return client.head()
 
 
@@ -7636,7 +6720,6 @@ def test_a_websocket_is_cut_when_its_model_is_stopped(swap):
     with swap.connect() as client:
         assert websocket(client, "/ws?model=b")[0] == 101
         swap.post("/models/unload", {"model": "b"})
-        client.sock.settimeout(5)
         assert everything(client.sock)[0] == b""
 
 
@@ -7703,42 +6786,37 @@ def test_the_head_of_an_answer_can_be_had_alone(swap):
 
 def test_slow_heads_and_stalled_bodies_are_answered_408():
     head = "POST /v1/x HTTP/1.1\nHost: localhost\nContent-Length: 5000000"
+    bodies = http(head, b'{"model"'), http(head, b'{"model":"a"' + b" " * 3_000_000)
     with hasty("[a]\ncmd = FAKE", HEAD_SECONDS=0.2, STALL_SECONDS=0.2) as swap:
-        for data in (
-            b"GET / HTTP/1.1\r\nHost:",
-            http(head, b'{"model"'),
-            http(head, b'{"model":"a"' + b" " * 3_000_000),
-        ):
+        for data in (b"GET / HTTP/1.1\r\nHost:", *bodies):
             assert raw(swap, data)[0].startswith(b"HTTP/1.1 408 ")
 
 
-def test_large_heads_are_answered_431_and_large_bodies_413(swap):
-    for more in ("\nX: " + "x" * 66000, "\nX: y" * 101):
-        data, _ = raw(swap, http("GET / HTTP/1.1\nHost: localhost" + more))
-        assert data.startswith(b"HTTP/1.1 431 ")
-    answer = ask(swap.port, "POST", "/v1/x", b"", {"Content-Length": str(1 << 40)})
-    assert answer.status == 413
-    assert "max-body" in answer.message()
+@pytest.mark.parametrize("data, status", [
+    (b"GET / HTTP/1.1\nHost: x\n\n", 400), (b"GET / HTTP/1.1\r\nHost: x\nX: y", 400),
+    (b"GET / HTTP/1.1\rHost: x\r", 400), (b"GET /\0 HTTP/1.1\r\n", 400),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),  # TLS
+    (b"GET / HTTP/1.1\r\nX: " + bytes([120]) * 66000, 431),
+    (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 101 + b"\r\n", 431),
+    (b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % 2**40, 413),
+])  # fmt: skip
+def test_a_request_that_cannot_be_is_refused_before_its_end(swap, data, status):
+    assert raw(swap, data)[0].startswith(b"HTTP/1.1 %d " % status)
 
 
-def test_a_client_that_goes_on_sending_still_reads_its_refusal():
-    data = LARGE * 2
+@pytest.mark.parametrize("framing, body", [
+    (IN_CHUNKS, chunked(LARGE)), (f"Content-Length: {len(LARGE)}", LARGE)
+], ids=["chunked", "counted"])  # fmt: skip
+def test_a_client_that_goes_on_sending_still_reads_its_refusal(framing, body):
     text = "[llmswap]\nmax-body = 1M\n[a]\ncmd = FAKE"
-    with hasty(text, LINGER_SECONDS=5.0) as swap:
-        for framing, body in (
-            (IN_CHUNKS, chunked(data)),
-            (f"Content-Length: {len(data)}", data),
-        ):
-            with swap.connect() as client:
-                head = f"POST /x HTTP/1.1\nHost: localhost\n{framing}"
-                client.sock.sendall(http(head, body))
-                assert client.answer().status == 413
+    with hasty(text, LINGER_SECONDS=5.0) as swap, swap.connect() as client:
+        client.sock.sendall(http(f"POST /x HTTP/1.1\nHost: localhost\n{framing}", body))
+        assert client.answer().status == 413
 
 
 # ==================================================================================
 # 9  API
 # ==================================================================================
-
 
 @pytest.fixture(scope="module")
 def guarded():
@@ -7779,46 +6857,41 @@ def test_models_are_listed_as_openai_and_llama_cpp_do_and_none_is_loaded(swap):
     assert len(swap.journal("main")) == starts
 
 
-@pytest.mark.parametrize(
-    "argv, shown",
-    [
-        (["--api-key", "s", "x"], ["--api-key", "***", "x"]),
-        (["--api-key=s"], ["--api-key=***"]),
-        (["-hft", "s"], ["-hft", "***"]),
-        (["--key", "-s"], ["--key", "***"]),
-        (["--password", "a", "b"], ["--password", "***", "b"]),
-        (["--use-token", "--model", "m"], ["--use-token", "--model", "m"]),
-        (["HF_TOKEN=s", "x"], ["HF_TOKEN=***", "x"]),
-        (["--max-tokens", "5", "--tokenizer", "t"],) * 2,
-        (["sh", "-c", "v --api-key s --x"], ["sh", "-c", "v --api-key *** --x"]),
-        (["sh", "-c", "x; A_KEY='s s' v"], ["sh", "-c", "x; A_KEY=*** v"]),
-    ],
-)
-def test_values_of_secret_options_are_masked(argv, shown):
-    assert llmswap.mask_secrets(argv) == shown
+MASKED = [
+    (["--api-key", "s", "x"], ["--api-key", "***", "x"]),
+    (["--api-key=s"], ["--api-key=***"]),
+    (["-hft", "s"], ["-hft", "***"]),
+    (["--key", "-s"], ["--key", "***"]),
+    (["--password", "a", "b"], ["--password", "***", "b"]),
+    (["--use-token", "--model", "m"], ["--use-token", "--model", "m"]),
+    (["HF_TOKEN=s", "x"], ["HF_TOKEN=***", "x"]),
+    (["--max-tokens", "5", "--tokenizer", "t"],) * 2,
+    (["sh", "-c", "v --api-key s --x"], ["sh", "-c", "v --api-key *** --x"]),
+    (["sh", "-c", "x; A_KEY='s s' v"], ["sh", "-c", "x; A_KEY=*** v"]),
+]
+
+
+def test_values_of_secret_options_are_masked():
+    for argv, shown in MASKED:
+        assert llmswap.mask_secrets(argv) == shown
 
 
 def test_models_are_loaded_and_unloaded_by_hand_as_by_llama_cpp(swap):
-    for action, state, problem in (
-        ("load", "loaded", "model is already running"),
-        ("unload", "unloaded", "model is not running"),
-    ):
-        path = f"/models/{action}"
-        assert swap.post(path, {"model": "org/b"}).json() == {"success": True}
-        eventually(lambda: swap.states()["b"] == state)
-        answer = swap.post(path, {"model": "b"})
-        assert (answer.status, answer.message()) == (400, problem)
-        assert swap.post(path, {"model": "none"}).status == 404
-        assert swap.post(path, {}).status == swap.post(path, "{").status == 400
-        assert swap.get(path).status == 405
-
-
-def test_events_tell_of_loads_and_unloads(swap):
     with Stream(swap.port, "/models/sse") as stream:
         events = stream.documents()
-        swap.post("/models/load", {"model": "b"})
-        seen = [next(events) for _ in range(2)]
-        swap.post("/models/unload", {"model": "b"})
+        for action, state, problem in (
+            ("load", "loaded", "model is already running"),
+            ("unload", "unloaded", "model is not running"),
+        ):
+            path = f"/models/{action}"
+            assert swap.post(path, {"model": "org/b"}).json() == {"success": True}
+            eventually(lambda: swap.states()["b"] == state)
+            answer = swap.post(path, {"model": "b"})
+            assert (answer.status, answer.message()) == (400, problem)
+            assert swap.post(path, {"model": "none"}).status == 404
+            assert swap.post(path, {}).status == swap.post(path, "{").status == 400
+            assert swap.get(path).status == 405
+        seen = [next(events), next(events)]
         while seen[-1]["data"]["status"] != "unloaded":
             seen.append(next(events))
     loading = {"status": "loading"}
@@ -7827,20 +6900,16 @@ def test_events_tell_of_loads_and_unloads(swap):
     assert {each["model"] for each in seen} == {"b"}
 
 
-@pytest.mark.parametrize(
-    "method, path",
-    [
+def test_nothing_is_loaded_against_a_clients_will(swap):
+    for method, path in (
         ("POST", "/v1/chat/completions?autoload=false"),
         ("GET", "/v1/x?model=hidden&autoload=0"),
         ("DELETE", "/v1/x?model=hidden&autoload=no"),
-    ],
-)
-def test_nothing_is_loaded_against_a_clients_will(swap, method, path):
-    body = {"model": "hidden"} if method == "POST" else None
-    answer = swap.ask(method, path, body, {})
-    assert (answer.status, answer.message()) == (400, "model is not loaded")
-    status = swap.get("/v1/models/hidden").json()["status"]
-    assert status["value"] == "unloaded"
+    ):
+        body = {"model": "hidden"} if method == "POST" else None
+        answer = swap.ask(method, path, body)
+        assert (answer.status, answer.message()) == (400, "model is not loaded")
+        assert swap.get("/v1/models/hidden").json()["status"]["value"] == "unloaded"
 
 
 def test_without_autoload_models_are_loaded_by_hand():
@@ -7849,14 +6918,11 @@ def test_without_autoload_models_are_loaded_by_hand():
         answer = server.chat("a")
         assert (answer.status, answer.message()) == (400, "model is not loaded")
         assert server.get("/upstream/a/").status == 409
-        server.post("/models/load", {"model": "a"})
-        eventually(lambda: server.states()["a"] == "loaded")
-        assert server.chat("a").status == 200
-        server.post("/models/unload", {"model": "a"})
-        eventually(lambda: server.states()["a"] == "unloaded")
-        wish = {"model": "a", "messages": []}
-        answer = server.post("/v1/chat/completions?autoload=true", wish)
-        assert answer.status == 200
+        for action, state in (("load", "loaded"), ("unload", "unloaded")):
+            server.post(f"/models/{action}", {"model": "a"})
+            eventually(lambda: server.states()["a"] == state)
+            assert (server.chat("a").status == 200) == (action == "load")
+        assert server.post(f"{CHAT}?autoload=true", chat_body("a")).status == 200
 
 
 def test_of_a_models_own_server_only_the_page_loads_it(swap):
@@ -7871,36 +6937,25 @@ def test_of_a_models_own_server_only_the_page_loads_it(swap):
     swap.post("/models/unload", {"model": "b"})
 
 
-def test_what_the_router_answers_without_its_features(swap):
+def test_paths_of_other_servers_are_answered_in_their_words(swap):
     assert swap.post("/v1/streams/lookup", {"conv_ids": ["x"]}).json() == []
-    for path in ("/tools", "/cors-proxy"):
+    for path in ("/tools", "/cors-proxy"):  # llama.cpp's router without its features
         for answer in (swap.get(path), swap.post(path, {})):
             assert answer.status == 403
             assert answer.json()["error"]["type"] == "feature_disabled"
-
-
-@pytest.mark.parametrize("path", ["/v1/models", "/health", "/props", "/running", "/logs"])
-def test_a_trailing_slash_makes_no_other_path(swap, path):
-    answer, other = swap.get(path), swap.get(f"{path}/?x=y")
-    assert answer.status == other.status == 200
-    assert answer.headers["server"] == "llmswap (llama.cpp)"
+    for path in ("/v1/models", "/health", "/props", "/running", "/logs"):
+        answer, other = swap.get(path), swap.get(f"{path}/?x=y")
+        assert answer.status == other.status == 200
+        assert answer.headers["server"] == "llmswap (llama.cpp)"
     assert swap.get("/v1/models/b/").json()["id"] == "b"
-
-
-@pytest.mark.parametrize(
-    "path, words",
-    [
-        ("/v1/v1/chat/completions", "/v1 twice"),
-        ("/v1/v1/models", "/v1 twice"),
-        ("/api/tags", "OpenAI-compatible"),
-        ("/api/chat", "OpenAI-compatible"),
-        ("/api/version/", "OpenAI-compatible"),
-    ],
-)
-def test_clients_with_a_wrong_base_url_learn_the_right_one(swap, path, words):
-    for answer in (swap.get(path), swap.post(path, {"model": "a"})):
-        assert answer.status == 404 and words in answer.message()
-        assert "http://127.0.0.1/v1" in answer.message()  # as the Host it was sent
+    twice, ollama = "/v1 twice", "OpenAI-compatible"
+    for path, words in (
+        ("/v1/v1/chat/completions", twice), ("/v1/v1/models", twice),
+        ("/api/tags", ollama), ("/api/chat", ollama), ("/api/version/", ollama),
+    ):  # fmt: skip
+        for answer in (swap.get(path), swap.post(path, {"model": "a"})):
+            assert answer.status == 404 and words in answer.message()
+            assert "http://127.0.0.1/v1" in answer.message()  # as the Host it was sent
 
 
 def test_a_client_that_speaks_tls_is_told_to_use_http(swap):
@@ -8136,9 +7191,6 @@ def test_errors_have_openais_shape_and_a_real_status(swap):
         assert set(problem) == {"message", "type", "param", "code"}
         assert 0 < len(problem["message"]) < 1000
         assert answer.headers["content-type"].startswith("application/json")
-
-
-def test_errors_name_similar_models_and_allowed_methods(swap):
     answer = swap.chat("clossing")
     assert "closing" in answer.message() and answer.json()["error"]["param"] == "model"
     assert "hidden" not in swap.chat("hiden").message()
@@ -8190,128 +7242,93 @@ def basic(password):
     return "Basic " + base64.b64encode(f"me:{password}".encode()).decode()
 
 
-# The request, its headers, and the status of the answer, with "cors" if the page of
-# that origin may read it. Words in braces are those of ACCESS_WORDS.
+# Requests; the status of their answers, with "cors" if the page of that origin may read
+# them; then their headers: alternatives stand between |, and & joins. Words in braces
+# are those of ACCESS_WORDS.
 CORS_AND_KEY_RULES = """
-    GET /v1/models        | Authorization: Bearer s3cret             | 200
-    GET /v1/models        | Authorization: bearer  s3cret            | 200
-    GET /v1/models        | Authorization: s3cret                    | 200
-    GET /v1/models        | x-api-key: s3cret                        | 200
-    GET /v1/models        | Authorization: {basic}                   | 200
-    GET /v1/models        | Authorization: {basic_umlaut}            | 200
-    GET /v1/models        | Authorization: Bearer {umlaut}           | 200
-    GET /v1/models        | Authorization: Bearer no & x-api-key: s3cret | 200
-
-    GET /v1/models        |                                          | 401
-    GET /v1/models        | Authorization: Bearer                    | 401
-    GET /v1/models        | Authorization: Bearer s3cre              | 401
-    GET /v1/models        | Authorization: Bearer s3cret,            | 401
-    GET /v1/models        | Authorization: Basic s3cret              | 401
-    GET /v1/models        | Authorization: {basic_wrong}             | 401
-    GET /v1/models        | x-api-key:                               | 401
-    GET /v1/models        | x-api-key: \u00e4                             | 401
-    GET /models           |                                          | 401
-    GET /running          |                                          | 401
-    GET /metrics          |                                          | 401
-    GET /logs             |                                          | 401
-    GET /upstream/a/      |                                          | 401
-    GET /none             |                                          | 401
-    GET /                 | Accept: text/event-stream                | 401
-    POST /v1/x            |                                          | 401
-    GET /health           |                                          | 200
-    GET /v1/health        |                                          | 200
-    GET /                 | x-api-key: wrong                         | 200
-    OPTIONS /v1/models    |                                          | 204
-    GET /v1/models        | {key} & Host: evil.example               | 403
-    GET /health           | Host: evil.example                       | 403
-
-    POST /v1/x  | {key} & Origin: http://localhost:3000              | 200 cors
-    POST /v1/x  | {key} & Origin: https://127.0.0.1                  | 200 cors
-    POST /v1/x  | {key} & Origin: http://[::1]:5173                  | 200 cors
-    POST /v1/x  | {key} & Origin: https://chat.example               | 200 cors
-    POST /v1/x  | {key} & Origin: https://chat.example:444           | 403
-    POST /v1/x  | {key} & Origin: http://chat.example                | 403
-    POST /v1/x  | {key} & Origin: https://evil.example               | 403
-    POST /v1/x  | {key} & Origin: http://localhost.evil.example      | 403
-    POST /v1/x  | {key} & Origin: http://[::1].evil.example          | 403
-    POST /v1/x  | {key} & Origin: http://localhost@evil.example      | 403
-    POST /v1/x  | {key} & Origin: http://localhost:80@evil.example   | 403
-    POST /v1/x  | {key} & Origin: null                               | 403
-    POST /v1/x  | {key} & Origin: null & Content-Type: text/plain    | 403
-    POST /v1/x  | {key} & Origin: http://[::1] & Content-Type: text/plain | 200 cors
-    GET /v1/none          | {key} & Origin: https://chat.example     | 404 cors
-    GET /v1/models        | {key} & Origin: https://chat.example     | 200 cors
-    GET /v1/none          | {key} & Origin: https://evil.example     | 404
-    GET /v1/models        | {key} & Origin: https://evil.example     | 200
-    GET /v1/models        | Origin: http://localhost:3000            | 401 cors
-    OPTIONS /v1/models    | Origin: http://localhost:3000            | 204 cors
-    OPTIONS /v1/models    | Origin: https://evil.example             | 204
-    GET /upstream/a/ws    | {key} & {ws} & Origin: https://evil.example | 403
-
-    GET /v1/models  | {own} & {stored} & Origin: http://localhost:3000 | 401 cors
-    GET /v1/models  | {own} & {key} & Origin: http://localhost:3000    | 200 cors
-    GET /v1/models  | {own} & {stored} & {site} same-site & {mode} no-cors | 401
-    GET /v1/models  | {own} & {key} & {site} same-site & {mode} no-cors | 200
-    GET /v1/models  | {own} & {stored} & {site} cross-site & {mode} navigate | 200
-    GET /v1/models  | {own} & {stored} & {site} none & {mode} navigate | 200
-    POST /v1/x      | {own} & {stored} & Origin: http://localhost:3000 | 401 cors
-    POST /v1/x      | {own} & {stored} & {site} cross-site & {mode} navigate | 401
-    POST /v1/x      | {own} & {stored} & Origin: null & {site} cross-site | 403
-    POST /v1/x      | {own} & {stored} & Origin: http://127.0.0.1:{port} | 200 cors
-    POST /v1/x | {own} & {stored} & {site} same-origin & Origin: http://[::1] | 200 cors
+GET /v1/models -> 200
+    Authorization: Bearer s3cret | Authorization: bearer  s3cret | Authorization: s3cret
+    x-api-key: s3cret | Authorization: {basic} | Authorization: {basic_umlaut}
+    Authorization: Bearer {umlaut} | Authorization: Bearer no & x-api-key: s3cret
+    {own} & {key} & {site} same-site & {mode} no-cors
+    {own} & {stored} & {site} cross-site & {mode} navigate
+    {own} & {stored} & {site} none & {mode} navigate
+    {key} & Origin: https://evil.example
+GET /v1/models -> 401
+    | Authorization: Bearer | Authorization: Bearer s3cre | Authorization: Bearer s3cret,
+    Authorization: Basic s3cret | Authorization: {basic_wrong} | x-api-key: | x-api-key: \u00e4
+    {own} & {stored} & {site} same-site & {mode} no-cors
+GET /v1/models -> 401 cors
+    Origin: http://localhost:3000
+    {own} & {stored} & Origin: http://localhost:3000
+GET /v1/models -> 200 cors
+    {key} & Origin: https://chat.example
+    {own} & {key} & Origin: http://localhost:3000
+GET /v1/models -> 403
+    {key} & Host: evil.example
+GET /models /running /metrics /logs /upstream/a/ /none -> 401
+POST /v1/x -> 401
+    | {own} & {stored} & {site} cross-site & {mode} navigate
+GET / -> 401
+    Accept: text/event-stream
+GET / -> 200
+    x-api-key: wrong
+GET /health /v1/health -> 200
+GET /health -> 403
+    Host: evil.example
+OPTIONS /v1/models -> 204
+    | Origin: https://evil.example
+OPTIONS /v1/models -> 204 cors
+    Origin: http://localhost:3000
+POST /v1/x -> 200 cors
+    {key} & Origin: http://localhost:3000 | {key} & Origin: https://127.0.0.1
+    {key} & Origin: http://[::1]:5173 | {key} & Origin: https://chat.example
+    {key} & Origin: http://[::1] & Content-Type: text/plain
+    {own} & {stored} & Origin: http://127.0.0.1:{port}
+    {own} & {stored} & {site} same-origin & Origin: http://[::1]
+POST /v1/x -> 403
+    {key} & Origin: https://chat.example:444 | {key} & Origin: http://chat.example
+    {key} & Origin: https://evil.example | {key} & Origin: http://localhost.evil.example
+    {key} & Origin: http://[::1].evil.example
+    {key} & Origin: http://localhost@evil.example
+    {key} & Origin: http://localhost:80@evil.example
+    {key} & Origin: null | {key} & Origin: null & Content-Type: text/plain
+    {own} & {stored} & Origin: null & {site} cross-site
+POST /v1/x -> 401 cors
+    {own} & {stored} & Origin: http://localhost:3000
+GET /v1/none -> 404 cors
+    {key} & Origin: https://chat.example
+GET /v1/none -> 404
+    {key} & Origin: https://evil.example
+GET /upstream/a/ws -> 403
+    {key} & {ws} & Origin: https://evil.example
 """
 HOST_AND_PAGE_RULES = """
-    GET /v1/models | Host: localhost                      | 200
-    GET /v1/models | Host: LOCALHOST:8080                 | 200
-    GET /v1/models | Host: 127.0.0.1:1                    | 200
-    GET /v1/models | Host: [::1]:80                       | 200
-    GET /v1/models | Host: 192.168.1.5:8080               | 200
-    GET /v1/models | Host: host.docker.internal:8080      | 200
-    GET /v1/models | Host: evil.example                   | 403
-    GET /v1/models | Host: localhost.evil.example         | 403
-    GET /v1/models | Host: 127.0.0.1.evil.example:8080    | 403
-    GET /v1/models | Host: [::1].evil.example             | 403
-    GET /v1/models | Host: [::1                           | 403
-    GET /v1/models | Host: [evil.example]                 | 403
-    GET /v1/models | Host: evil.example@localhost         | 403
-    GET /v1/models | Host: localhost:80@evil.example      | 403
-    GET /v1/models | Host: :evil.example                  | 403
-    GET /v1/models | Host: localhost evil.example         | 403
-    GET /v1/models | Host: \u00e4                              | 403
-    POST /v1/x     | {own} & Origin: http://127.0.0.1:{port} | 200 cors
-
-    POST /models/load             | Origin: https://evil.example & {type} {json}  | 403
-    POST /models/load             | Origin: https://evil.example & {type} {text}  | 403
-    POST /models/load             | Origin: null & {type} {form}                  | 403
-    POST /models/unload           | Origin: https://evil.example & {type} {parts} | 403
-    POST /models/unload           | Origin: null                                  | 403
-    POST /api/models/unload       | Origin: null & {type} {text}                  | 403
-    POST /api/models/unload/a     | Origin: https://evil.example & {type} {parts} | 403
-    POST /unload                  | Origin: https://evil.example & {type} {form}  | 403
-    POST /v1/chat/completions     | Origin: null & {type} {text}                  | 403
-    POST /v1/chat/completions     | Origin: https://evil.example & {type} {form}  | 403
-    POST /upstream/hidden/x       | Origin: https://evil.example & {type} {parts} | 403
-
-    GET /upstream/a/x             | Origin: https://evil.example                  | 200
-    GET /upstream/a/x             | Referer: https://evil.example/page            | 200
-    GET /upstream/a/x             | {site} cross-site & {mode} no-cors            | 200
+GET /v1/models -> 200
+    Host: localhost | Host: LOCALHOST:8080 | Host: 127.0.0.1:1 | Host: [::1]:80
+    Host: 192.168.1.5:8080 | Host: host.docker.internal:8080
+GET /v1/models -> 403
+    Host: evil.example | Host: localhost.evil.example | Host: [::1].evil.example
+    Host: 127.0.0.1.evil.example:8080 | Host: [::1 | Host: [evil.example]
+    Host: evil.example@localhost | Host: localhost:80@evil.example
+    Host: :evil.example | Host: localhost evil.example | Host: \u00e4
+POST /v1/x -> 200 cors
+    {own} & Origin: http://127.0.0.1:{port}
+GET /upstream/a/x -> 200
+    Origin: https://evil.example | Referer: https://evil.example/page
+    {site} cross-site & {mode} no-cors
+POST /models/load /models/unload /api/models/unload /api/models/unload/a /unload \
+/v1/chat/completions /upstream/hidden/x -> 403
+    Origin: https://evil.example & {type} application/json | Origin: null
+    Origin: null & {type} text/plain
+    Origin: null & {type} application/x-www-form-urlencoded
+    Origin: https://evil.example & {type} multipart/form-data
+GET,HEAD /unload /v1/models?reload=1 /upstream/hidden/x \
+/props?model=hidden&autoload=true /x?model=hidden -> 403
+    Origin: https://evil.example | Origin: null | Referer: https://evil.example/page
+    Referer: http://[ | Referer: http://{script}.example/
+    {site} cross-site & {mode} no-cors | User-Agent: Mozilla/5.0 (X11; Linux x86_64)
 """
-SIGNS_OF_A_PAGE = (
-    "Origin: https://evil.example", "Origin: null",
-    "Referer: https://evil.example/page", "Referer: http://[",
-    "Referer: http://{script}.example/",
-    "{site} cross-site & {mode} no-cors", "User-Agent: Mozilla/5.0 (X11; Linux x86_64)",
-)  # fmt: skip
-CHANGED_BY_GET = (
-    "/unload", "/v1/models?reload=1", "/upstream/hidden/x",
-    "/props?model=hidden&autoload=true", "/x?model=hidden",
-)  # fmt: skip
-HOST_AND_PAGE_RULES += "".join(
-    f"{method} {path} | {sign} | 403\n"
-    for method in ("GET", "HEAD")
-    for path in CHANGED_BY_GET
-    for sign in SIGNS_OF_A_PAGE
-)
 ACCESS_WORDS = {
     "key": "Authorization: Bearer s3cret",
     "stored": f"Authorization: {basic('s3cret')}",  # by a browser
@@ -8324,18 +7341,24 @@ ACCESS_WORDS = {
     "site": "Sec-Fetch-Site:",
     "mode": "Sec-Fetch-Mode:",
     "type": "Content-Type:",
-    "json": "application/json",
-    "text": "text/plain",
-    "form": "application/x-www-form-urlencoded",
-    "parts": "multipart/form-data",
 }
 
 
-def access_given(client, words, request, fields):
+def access_rules(text):
+    """Yield (method, path, headers, what is expected) of each rule."""
+    for block in re.split(r"\n(?=\S)", text.strip()):
+        title, *lines = block.split("\n")
+        requests, expected = title.split(" -> ")
+        methods, *paths = requests.split()
+        fields = " | ".join(map(str.strip, lines)).split("|")
+        for method, path, each in itertools.product(methods.split(","), paths, fields):
+            yield method, path, each.strip(), expected
+
+
+def access_given(client, method, path, fields):
     """The status of a request, and "cors" if the page of its origin may read it."""
-    pairs = [each.partition(":") for each in fields.format(**words).split(" & ")]
+    pairs = [each.partition(":") for each in fields.split(" & ")]
     fields = {name.strip(): value.strip() for name, _, value in pairs if name.strip()}
-    method, path = request.split()
     body = {"model": "a" if path == "/v1/x" else "hidden"} if method == "POST" else None
     answer = client.ask(method, path, body, fields)
     allowed = answer.headers.get("access-control-allow-origin")
@@ -8353,13 +7376,12 @@ def test_access_follows_host_origin_key_and_signs_of_a_browser(request, kind):
     words = {**ACCESS_WORDS, "port": server.port, "own": own}
     server.post("/v1/x", {"model": "a"}, KEY)
     starts = len(server.journal("main"))
-    wrong = []
     with server.connect() as client:  # one connection: nothing is remembered
-        for rule in filter(None, map(str.strip, rules.splitlines())):
-            asked, fields, expected = (part.strip() for part in rule.split("|"))
-            found = access_given(client, words, asked, fields)
-            if found != expected:
-                wrong.append((rule, found))
+        wrong = [
+            rule
+            for *rule, expected in access_rules(rules.format(**words))
+            if access_given(client, *rule) != expected
+        ]
     assert wrong == []
     assert server.post("/v1/x", {"model": "a"}, KEY).status == 200
     assert len(server.journal("main")) == starts  # nothing was loaded or unloaded
@@ -8377,9 +7399,10 @@ def test_our_own_page_and_programs_may_load_by_get(swap):
         swap.post("/api/models/unload/hidden")
 
 
-def test_a_refused_page_or_program_learns_how_to_authenticate(guarded):
-    assert guarded.get("/v1/models").json()["error"]["code"] == "invalid_api_key"
-    assert guarded.get("/v1/models").headers["www-authenticate"] == "Bearer"
+def test_a_refused_client_learns_how_to_authenticate_and_an_allowed_origin_passes(guarded):
+    refused = guarded.get("/v1/models")
+    assert refused.json()["error"]["code"] == "invalid_api_key"
+    assert refused.headers["www-authenticate"] == "Bearer"
     opened = guarded.get("/upstream/a/", {"Accept": "text/html, */*"})
     assert opened.headers["www-authenticate"].startswith("Basic")  # it asks a person
     page = guarded.get("/", {"Accept": "text/html"})  # the bare page needs no key
@@ -8388,20 +7411,17 @@ def test_a_refused_page_or_program_learns_how_to_authenticate(guarded):
     assert page.headers["content-security-policy"] == llmswap.page_policy()
     with Stream(guarded.port, "/", None, {**EVENTS, **KEY}) as stream:
         assert len(next(stream.documents())["models"]) == 1
-
-
-def test_preflights_and_websockets_of_allowed_origins_pass(guarded):
-    fields = {
-        "Origin": "https://chat.example",
+    asked = {
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization, x-stainless-os",
     }
-    headers = guarded.ask("OPTIONS", "/v1/chat/completions", None, fields).headers
-    assert headers["access-control-allow-headers"] == "authorization, x-stainless-os"
-    assert "POST" in headers["access-control-allow-methods"]
-    fields["Origin"] = "https://evil.example"
-    headers = guarded.ask("OPTIONS", "/v1/chat/completions", None, fields).headers
-    assert not [name for name in headers if name.startswith("access-control")]
+    for site, is_allowed in (("https://chat.example", True), ("https://evil.example", False)):
+        headers = guarded.ask("OPTIONS", CHAT, None, {**asked, "Origin": site}).headers
+        names = [name for name in headers if name.startswith("access-control")]
+        assert bool(names) == is_allowed
+        if is_allowed:
+            assert headers["access-control-allow-headers"] == "authorization, x-stainless-os"
+            assert "POST" in headers["access-control-allow-methods"]
     guarded.post("/v1/x", {"model": "a"}, KEY)
     with guarded.connect() as client:
         allowed = {**KEY, "Origin": "https://chat.example"}
@@ -8424,103 +7444,6 @@ def test_every_key_is_compared_and_in_constant_time(monkeypatch):
         assert seen == [(given, key) for key in keys]
 
 
-class ForwardedRequest(NamedTuple):
-    """A request as a backend got it; `start` is method, target, version."""
-
-    start: tuple
-    headers: list
-    body: bytes
-
-    def all(self, name):
-        return [value for header, value in self.headers if header == name]
-
-
-def forwarded(file):
-    """The next request in this file. EOFError if it ends before, ValueError if it is
-    not framed as llmswap does it."""
-    start, headers = forwarded_line(file).split(" "), []
-    while line := forwarded_line(file):
-        name, value = line.split(": ", 1)
-        headers.append((name.lower(), value))
-    fields = dict(headers)
-    length = int(fields.get("content-length", 0))
-    body = file.read(length)
-    if len(body) < length:
-        raise EOFError
-    if "transfer-encoding" in fields:
-        while size := int(forwarded_line(file), 16):
-            body += file.read(size)
-            forwarded_line(file, "")
-        forwarded_line(file, "")
-    return ForwardedRequest(tuple(start), headers, body)
-
-
-def forwarded_line(file, expected=None):
-    """The next line without its end."""
-    line = file.readline().decode("latin-1")
-    if not line.endswith("\n"):
-        raise EOFError
-    if not line.endswith("\r\n") or expected not in (None, line[:-2]):
-        raise ValueError(line)
-    return line[:-2]
-
-
-class RecordingBackend:
-    """A backend that remembers all requests, and answers each with what it saw, or as a
-    test wishes. Runs in threads of this process."""
-
-    def __init__(self):
-        self._seen = queue.SimpleQueue()
-        self.wishes = {}  # target: the bytes of the answer, after which it hangs up
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-        self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                sock, _ = self._listener.accept()
-                sock.settimeout(60)
-                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
-
-    def _serve(self, sock):
-        with sock, sock.makefile("rb") as file, contextlib.suppress(OSError, EOFError):
-            try:
-                while self._answer(sock, forwarded(file)):
-                    pass
-            except ValueError as error:
-                self._seen.put(error)
-
-    def _answer(self, sock, request):
-        """Answer; whether the connection goes on."""
-        method, target, _ = request.start
-        if target in ("/health", "/own/health"):
-            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
-            return True
-        self._seen.put(request)
-        if wish := self.wishes.get(target):
-            sock.sendall(wish)
-            return False
-        digest = request_digest(method, target, request.body)
-        body = b"" if method == "HEAD" else digest
-        sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 64\r\n\r\n" + body)
-        return True
-
-    def news(self):
-        """What was seen since this was last asked."""
-        while not self._seen.empty():
-            yield self._seen.get()
-
-    def close(self):
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-
-def request_digest(method, target, body):
-    """What names a request."""
-    return sha256(f"{method} {target} ".encode() + body).hexdigest().encode()
-
-
 def shown_by(server, fields):
     """Each place where llmswap shows something, and its text."""
     yield "log", server.log()
@@ -8537,7 +7460,7 @@ def shown_by(server, fields):
 
 def test_no_key_is_ever_logged_shown_or_passed_on(tmp_path):
     (tmp_path / "keys").write_text("K-file\n")
-    backend = RecordingBackend()
+    backend = recorder.RecordingBackend()
     text = f"""
     [llmswap]
     api-key      = K-ini
@@ -8605,42 +7528,36 @@ def test_strange_names_reach_no_log_terminal_or_header_as_they_are():
             assert not CONTROLS.search(shown)
             assert not re.search("^12:00:00 y", shown, re.MULTILINE)
         assert "\n12:00" not in server.get("/metrics").body.decode()
-        words = [sys.executable, LLMSWAP, str(server.ini), "--check"]
-        shown = subprocess.run(words, capture_output=True, text=True, encoding="utf-8")
+        shown = check(server.ini)
         assert not CONTROLS.search(shown.stdout + shown.stderr)
         assert not re.search("^12:00:00 y", shown.stdout, re.MULTILINE)
         server.ini.write_text("[a]\n\x1b[2J broken\n")
-        shown = subprocess.run(words, capture_output=True, text=True, encoding="utf-8")
+        shown = check(server.ini)
         assert shown.returncode == 2 and not CONTROLS.search(shown.stderr)
 
 
-def test_a_unix_socket_is_for_owner_and_group_from_its_first_moment(
+def test_a_unix_socket_is_for_its_group_from_the_first_moment_and_replaces_nothing(
     tmp_path, monkeypatch
 ):
-    modes, path = [], str(tmp_path / "socket")
-    bind = socket.socket.bind
+    modes, path, bind = [], str(tmp_path / "socket"), socket.socket.bind
 
     def watched(sock, address):
         bind(sock, address)
-        modes.append(os.stat(path).st_mode & 0o777)
+        modes.append(os.stat(address).st_mode & 0o777)
 
     monkeypatch.setattr(socket.socket, "bind", watched)
     monkeypatch.delattr(os, "chmod")  # it would come too late
+    (tmp_path / "notes").write_text("dear")
     before = os.umask(0)
     try:
-        for _ in range(2):  # the second finds what the first left
-            llmswap.open_listener(path).close()
+        llmswap.open_listener(path).close()
+        with llmswap.open_listener(path):  # the first has left its file
+            for name in ("notes", "socket"):
+                with pytest.raises(OSError, match="Address already in use"):
+                    llmswap.open_listener(str(tmp_path / name))
     finally:
         assert os.umask(before) == 0
     assert modes == [0o660, 0o660] and os.stat(path).st_mode & 0o777 == 0o660
-
-
-def test_a_unix_socket_replaces_no_file_and_no_socket_in_use(tmp_path):
-    (tmp_path / "notes").write_text("dear")
-    with llmswap.open_listener(str(tmp_path / "socket")):
-        for name in ("notes", "socket"):
-            with pytest.raises(OSError, match="Address already in use"):
-                llmswap.open_listener(str(tmp_path / name))
     assert (tmp_path / "notes").read_text() == "dear"
 
 
@@ -8650,7 +7567,7 @@ def test_a_unix_socket_replaces_no_file_and_no_socket_in_use(tmp_path):
 @pytest.fixture(scope="module")
 def liar():
     """llmswap before a backend that answers as a test wishes; `b` has a path there."""
-    backend = RecordingBackend()
+    backend = recorder.RecordingBackend()
     url = f"http://127.0.0.1:{backend.port}"
     text = f"[llmswap]\nmax-body = 16M\n[a]\nproxy = {url}\n[b]\nproxy = {url}/own\n"
     with hasty(text) as running:
@@ -8670,7 +7587,7 @@ def test_doubtful_requests_are_answered_400_closed_and_not_forwarded(liar):
     for text in SMUGGLING:
         text = text.replace("Host: x", "Host: localhost", 1)
         requests.append(http(text.replace(" / ", " /upstream/a/x ", 1), b"0\r\n\r\n"))
-    list(liar.backend.news())
+    liar.backend.news()
     clients = [crowd(liar, 1, request + behind)[0] for request in requests]
     for client, request in zip(clients, requests):
         data, _ = everything(client.sock)
@@ -8679,11 +7596,11 @@ def test_doubtful_requests_are_answered_400_closed_and_not_forwarded(liar):
         assert b"connection: close" in data, request
         assert json.loads(data.partition(b"\r\n\r\n")[2])["error"]["code"]
         client.hang_up()
-    assert list(liar.backend.news()) == [] and "Traceback" not in liar.log()
+    assert liar.backend.news() == [] and "Traceback" not in liar.log()
     assert "a" in liar.loaded()  # nothing was obeyed
 
 
-CHUNKED = b"3 ;a=b\r\nabc\r\n0\r\nX: y\r\n\r\n"
+ABC_IN_CHUNKS = b"3 ;a=b\r\nabc\r\n0\r\nX: y\r\n\r\n"
 
 
 def test_unusual_requests_are_understood(liar):
@@ -8695,13 +7612,13 @@ def test_unusual_requests_are_understood(liar):
     requests = {
         f"POST {start}.1\nHost: localhost\nContent-Length: 0": b"",
         f"POST {start}.1\nHost: localhost\nContent-Length: 000003": b"abc",
-        f"POST {start}.1\nHost: localhost\nTRANSFER-ENCODING: Chunked": CHUNKED,
+        f"POST {start}.1\nHost: localhost\nTRANSFER-ENCODING: Chunked": ABC_IN_CHUNKS,
         f"POST {start}.0\nContent-Length: 3": b"abc",
         f"GET {start}.1\nHost: localhost\nContent-Length: 3": b"abc",
         f"DELETE http://localhost/upstream/{path}/x HTTP/1.1\nHost: LOCALHOST": b"",
         f"PROPFIND {start}.1\nHost: localhost\nX-A:\t b \t": b"",
     }
-    list(liar.backend.news())
+    liar.backend.news()
     for text, body in requests.items():
         data, _ = raw(liar, http(f"{text}\nConnection: close", body))
         assert data.startswith(b"HTTP/1.1 200 "), text
@@ -8725,30 +7642,20 @@ def answer_of(liar, answer, method="GET", fields=()):
 
 OK = b"HTTP/1.1 200 OK\r\n"
 RUBBISH = [
-    b"\0\1\2\3",
-    b"220 smtp.example ESMTP\r\n\r\n",
-    b"HTTP/2.0 200 OK\r\n\r\n",
-    b"HTTP/1.1 200 OK\nContent-Length: 0\n\n",
-    b"HTTP/1.1 0200 OK\r\n\r\n",
+    b"\0\1\2\3", b"220 smtp.example ESMTP\r\n\r\n", b"HTTP/2.0 200 OK\r\n\r\n",
+    b"HTTP/1.1 200 OK\nContent-Length: 0\n\n", b"HTTP/1.1 0200 OK\r\n\r\n",
     b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n",
-    b"HTTP/1.1 100 Continue\r\n\r\n" * 200,
+    b"HTTP/1.1 100 Continue\r\n\r\n" * 200, b"HTTP/1.1 \xb2\xb2\xb2 OK\r\n\r\n",
+    b"HTTP/1.1 200 \x1b[2JOK\r\n\r\n", b"HTTP/1.1 200 O\rK\r\n\r\n",
+    b"HTTP/1.1 99 No\r\n\r\n", b"HTTP/1.1 600 No\r\n\r\n",
     OK + b"Content-Length: 1\r\nContent-Length: 1\r\n\r\nx",
-    OK + b"Content-Length: 1, 1\r\n\r\nx",
-    OK + b"Content-Length: -1\r\n\r\nx",
+    OK + b"Content-Length: 1, 1\r\n\r\nx", OK + b"Content-Length: -1\r\n\r\nx",
     OK + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     OK + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
-    OK + b"X: a\r\n folded\r\n\r\n",
-    OK + b"X : a\r\n\r\n",
-    OK + b"X: \0\r\n\r\n",
-    OK + b"X: " + b"x" * 70000 + b"\r\n\r\n",
-    OK + b"X: y\r\n" * 101 + b"\r\n",
+    OK + b"X: a\r\n folded\r\n\r\n", OK + b"X : a\r\n\r\n", OK + b"X: \0\r\n\r\n",
+    OK + b"X: " + b"x" * 70000 + b"\r\n\r\n", OK + b"X: y\r\n" * 101 + b"\r\n",
     OK + b"X: y\r\n",
-    b"HTTP/1.1 200 \x1b[2JOK\r\n\r\n",
-    b"HTTP/1.1 200 O\rK\r\n\r\n",
-    b"HTTP/1.1 99 No\r\n\r\n",
-    b"HTTP/1.1 600 No\r\n\r\n",
-    b"HTTP/1.1 \xb2\xb2\xb2 OK\r\n\r\n",
-]
+]  # fmt: skip
 
 
 def test_rubbish_from_a_backend_is_a_502_with_the_reason(liar):
@@ -8761,29 +7668,24 @@ def test_rubbish_from_a_backend_is_a_502_with_the_reason(liar):
 
 
 CHUNKED_ANSWER = OK + b"Transfer-Encoding: Chunked\r\n\r\n"
-
-
-def test_bad_chunks_from_a_backend_break_the_answer(liar):
-    for chunks in BAD_CHUNKS:
-        with pytest.raises(BrokenAnswer):
-            answer_of(liar, CHUNKED_ANSWER + chunks)
-
-
 VALID_ANSWERS = [  # of a backend; status and body that the client gets
     (OK + b"\r\nabc", 200, b"abc"),
     (b"HTTP/1.0 200 OK\r\n\r\nabc", 200, b"abc"),
     (b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n" + OK + b"\r\nabc", 200, b"abc"),
     (b"\r\n" + OK + b"Content-Length: 3\r\n\r\nabcdef", 200, b"abc"),
-    (CHUNKED_ANSWER + CHUNKED, 200, b"abc"),
+    (CHUNKED_ANSWER + ABC_IN_CHUNKS, 200, b"abc"),
     (b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", 204, b""),
     (b"HTTP/1.1 418 \xe4\r\nContent-Length: 0\r\n\r\n", 418, b""),
 ]
 
 
-def test_unusual_but_valid_answers_are_passed_on(liar):
+def test_answers_that_are_valid_pass_and_bad_chunks_break_them(liar):
     for answer, status, body in VALID_ANSWERS:
         got = answer_of(liar, answer)
         assert (got.status, got.body) == (status, body), answer
+    for chunks in BAD_CHUNKS:
+        with pytest.raises(BrokenAnswer):
+            answer_of(liar, CHUNKED_ANSWER + chunks)
 
 
 def deflated(data):
@@ -8791,49 +7693,40 @@ def deflated(data):
     return coder.compress(data) + coder.flush()
 
 
-@pytest.mark.parametrize(
-    "coding, encode",
-    [
-        ("gzip", gzip.compress),
-        ("GZIP", lambda data: gzip.compress(data[:9]) + gzip.compress(data[9:])),
-        ("deflate", zlib.compress),
-        ("deflate", deflated),
-        ("identity", bytes),
-    ],
-)
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/upstream/a/x"])
-def test_encoded_bodies_are_decoded(liar, path, coding, encode):
+CODINGS = [
+    ("gzip", gzip.compress),
+    ("GZIP", lambda data: gzip.compress(data[:9]) + gzip.compress(data[9:])),
+    ("deflate", zlib.compress), ("deflate", deflated), ("identity", bytes),
+]  # fmt: skip
+BAD_CODINGS = [
+    ("br", b"x", 415, "'br'"),
+    ("gzip, gzip", b"x", 415, "gzip"),
+    ("gzip", gzip.compress(b"{}")[:-9], 400, "too early"),
+    ("gzip", b"{}", 400, "content coding"),
+    ("gzip", gzip.compress(bytes(17 << 20)), 413, "max-body"),
+]
+
+
+@pytest.mark.parametrize("path", [CHAT, "/upstream/a/x"])
+def test_encoded_bodies_are_decoded_or_refused(liar, path):
     data = b'{"model": "a", "messages": ["%b"]}' % (b"x" * 100_000)
-    list(liar.backend.news())
-    fields = {"Content-Encoding": coding, "Content-Type": "application/json"}
-    liar.post(path, encode(data), fields)
-    (request,) = liar.backend.news()
-    assert request.body == data
-    assert request.all("content-encoding") == ["identity"] * (coding == "identity")
-
-
-@pytest.mark.parametrize(
-    "coding, data, status, word",
-    [
-        ("br", b"x", 415, "'br'"),
-        ("gzip, gzip", b"x", 415, "gzip"),
-        ("gzip", gzip.compress(b"{}")[:-9], 400, "too early"),
-        ("gzip", b"{}", 400, "content coding"),
-        ("gzip", gzip.compress(bytes(17 << 20)), 413, "max-body"),
-    ],
-    ids=["unknown", "two", "cut", "none", "large"],
-)
-def test_bad_encoded_bodies_are_refused(liar, coding, data, status, word):
-    list(liar.backend.news())
-    fields = {"Content-Encoding": coding, "Content-Type": "application/json"}
-    answer = liar.post("/v1/chat/completions", data, fields)
-    assert answer.status == status and word in answer.message()
-    assert not list(liar.backend.news())
+    liar.backend.news()
+    for coding, encode in CODINGS:
+        fields = {"Content-Encoding": coding, "Content-Type": "application/json"}
+        liar.post(path, encode(data), fields)
+        (request,) = liar.backend.news()
+        assert request.body == data
+        assert request.all("content-encoding") == ["identity"] * (coding == "identity")
+    for coding, body, status, word in BAD_CODINGS if path == CHAT else ():
+        fields = {"Content-Encoding": coding, "Content-Type": "application/json"}
+        answer = liar.post(path, body, fields)
+        assert answer.status == status and word in answer.message()
+        assert not liar.backend.news()
 
 
 def test_compressed_answers_pass_unchanged(liar):
     data = zlib.compress(b"x" * 100)
-    list(liar.backend.news())
+    liar.backend.news()
     head = OK + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(data)
     got = answer_of(liar, head + data, fields={"Accept-Encoding": "gzip"})
     assert got.body == data and got.headers["content-encoding"] == "gzip"
@@ -8841,49 +7734,36 @@ def test_compressed_answers_pass_unchanged(liar):
     assert request.all("accept-encoding") == ["gzip"]
 
 
-@pytest.mark.parametrize(
-    "path, status, target",
-    [
-        ("/upstream/b/x/..y/.", 200, "/own/x/..y/."),  # b has a path of its own
-        ("/upstream/b/x?a=/../..", 200, "/own/x?a=/../.."),
-        ("/upstream/b/", 200, "/own/"),
-        ("/upstream/b/?", 200, "/own/?"),
-        ("/upstream/b///x", 200, "/own///x"),
-        ("/upstream/b/%00%0d%0a%25", 200, "/own/%00%0d%0a%25"),
-        ("/upstream/b/../x", 400, None),
-        ("/upstream/b/x/..", 400, None),
-        ("/upstream/b/x/%2e%2E/y", 400, None),
-        ("/upstream/b/x/.%2e/y", 400, None),
-        ("/upstream/b/..%2fx", 400, None),
-        ("/upstream/b/x\\..\\y", 400, None),
-        ("/upstream/b/x/..%5cy", 400, None),
-        ("/upstream/b/x/..;/y", 400, None),
-        ("/upstream/", 404, None),
-        ("/upstream//", 404, None),
-        ("/upstream/../a/x", 404, None),
-        ("/upstream/%2e%2e/health", 404, None),
-        ("/upstream/a%2f..%2f..%2fhealth", 404, None),
-        ("/upstream/a%00/x", 404, None),
-        ("/upstream/a%0d%0aSet-Cookie:%20x=y/x", 404, None),
-        ("/upstream/%ff%fe/x", 404, None),
-        ("/upstream/" + "a/" * 30000, 200, "/" + "a/" * 29999),
-        ("/upstream/" + "%61" * 20000 + "/", 404, None),
-        ("//upstream/a/x", 404, None),
-        ("/UPSTREAM/a/x", 404, None),
-        ("/./unload", 404, None),
-        ("/%75nload", 404, None),
-        ("*", 400, None),
-    ],
-)
-def test_no_path_leads_to_another_place(liar, path, status, target):
+PATHS = {  # what is asked, and the backend with a path of its own sees, if anything
+    "/upstream/b/x/..y/.": "/own/x/..y/.",
+    "/upstream/b/x?a=/../..": "/own/x?a=/../..",
+    "/upstream/b/": "/own/",
+    "/upstream/b/?": "/own/?",
+    "/upstream/b///x": "/own///x",
+    "/upstream/b/%00%0d%0a%25": "/own/%00%0d%0a%25",
+    f"/upstream/{'a/' * 30000}": f"/{'a/' * 29999}",
+}
+BAD_PATHS = {
+    400: "../x x/.. x/%2e%2E/y x/.%2e/y ..%2fx x\\..\\y x/..%5cy x/..;/y",  # below b
+    404: "/upstream/ /upstream// /upstream/../a/x /upstream/%2e%2e/health "
+    "/upstream/a%2f..%2f..%2fhealth /upstream/a%00/x /upstream/%ff%fe/x //upstream/a/x "
+    "/upstream/a%0d%0aSet-Cookie:%20x=y/x /UPSTREAM/a/x /./unload /%75nload "
+    f"/upstream/{'%61' * 20000}/",
+}
+
+
+def test_no_path_leads_to_another_place(liar):
     assert liar.get("/upstream/b/").status == 200  # loads it
-    list(liar.backend.news())
-    began = time.monotonic()
-    answer = liar.get(path)
-    assert answer.status == status and "set-cookie" not in answer.headers
-    assert time.monotonic() < began + 0.5
-    forwarded = [each.start[1] for each in liar.backend.news()]
-    assert forwarded == ([target] if target else [])
+    liar.backend.news()
+    asked = [(path, 200, [target]) for path, target in PATHS.items()]
+    asked += [(f"/upstream/b/{each}", 400, []) for each in BAD_PATHS[400].split()]
+    asked += [(each, 404, []) for each in BAD_PATHS[404].split()]
+    for path, status, targets in [*asked, ("*", 400, [])]:
+        began = time.monotonic()
+        answer = liar.get(path)
+        assert answer.status == status and "set-cookie" not in answer.headers, path
+        assert time.monotonic() < began + 0.5
+        assert [each.start[1] for each in liar.backend.news()] == targets, path
     assert "a" in liar.loaded()  # nothing was unloaded
 
 
@@ -9027,9 +7907,6 @@ def test_without_descriptors_nothing_spins_and_all_is_well_afterwards():
         eventually(lambda: swap.chat("a").status == 200)
 
 
-# ---- fuzz
-
-
 def test_a_second_of_fuzz_finds_nothing():
     pytest.importorskip("h11")
     assert run_tool("fuzz", "--parser 1000 --wire 400 --seed 1".split()) == 0
@@ -9041,22 +7918,18 @@ def test_a_second_of_fuzz_finds_nothing():
 
 # What a model wrote ⇒ what it meant; ␤ ␍ ␉ as they look, ❞ for three quotes.
 MEANT = r"""
-{ ⇒ {}
 {"a": "b ⇒ {"a": "b"}
 "a": 1, "b": 2 ⇒ {"a": 1, "b": 2}
 {"a": [1 2 3]} ⇒ {"a": [1, 2, 3]}
 {"a": 1 "b": 2} ⇒ {"a": 1, "b": 2}
 {"a": 1; "b": 2} ⇒ {"a": 1, "b": 2}
-{"a": 1␤ "b": 2␤} ⇒ {"a": 1, "b": 2}
 "{\"a\": 1 ⇒ {"a": 1}
 {1: "x"} ⇒ {"1": "x"}
 {"a":: 1} ⇒ {"a": 1}
 {"a" => "b"} ⇒ {"a": "b"}
 {a: 1, b_2: "x"} ⇒ {"a": 1, "b_2": "x"}
 {"a": nil} ⇒ {"a": null}
-{"recursive": yes} ⇒ {"recursive": "yes"}
 {"a": (1, 2)} ⇒ {"a": [1, 2]}
-{"a": 1}␤{"a": 1}␤ ⇒ {"a": 1}
 {"a": 5.} ⇒ {"a": 5}
 {"a": 007} ⇒ {"a": 7}
 {"a": 0x1F} ⇒ {"a": 31}
@@ -9067,22 +7940,17 @@ MEANT = r"""
 {"a": ❞x❞} ⇒ {"a": "x"}
 {"a": `ls -la`} ⇒ {"a": "ls -la"}
 {"city": New York, "n": 2} ⇒ {"city": "New York", "n": 2}
-{"a": "x␉y"} ⇒ {"a": "x\ty"}
 {"a": "x␍␤y"} ⇒ {"a": "x\r\ny"}
 {"re": "\d+\.\w"} ⇒ {"re": "\\d+\\.\\w"}
 {"cmd": "echo "hello world""} ⇒ {"cmd": "echo \"hello world\""}
 {"a": "x", "html": "<a href="u">t</a>"} ⇒ {"a": "x", "html": "<a href=\"u\">t</a>"}
-{"a" ⇒ {}
 {"a": - ⇒ {}
 {"a": nul ⇒ {"a": null}
 {"a": 1, "b": ⇒ {"a": 1}
 {"a": "b", ...} ⇒ {"a": "b"}
-json␤{"a": 1} ⇒ {"a": 1}
 {"code": "```json\n{}\n```" ⇒ {"code": "```json\n{}\n```"}
 {"a": x␤b: y␤} ⇒ {"a": "x", "b": "y"}
-{"a\": {"b": 1}, "c": 2} ⇒ {"a": {"b": 1}, "c": 2}
 {"a\": "x", "b\": 2} ⇒ {"a": "x", "b": 2}
-{..."a":1} ⇒ {"a": 1}
 {"a": "x"}{"b ⇒ {"a": "x"}
 {"a": "b} ⇒ {"a": "b"}
 {"a": "if (x) { y } ⇒ {"a": "if (x) { y }"}
@@ -9091,29 +7959,21 @@ json␤{"a": 1} ⇒ {"a": 1}
 {"a": 1}, "b": 2} ⇒ {"a": 1, "b": 2}
 {"a": "b, "c": "d"} ⇒ {"a": "b", "c": "d"}
 {"a: "b"} ⇒ {"a": "b"}
-{"a": "b␤} ⇒ {"a": "b"}
 {"a": "b␤  "c": "d"} ⇒ {"a": "b", "c": "d"}
-{"a": [{"x": "1"}, {"x": "2" ⇒ {"a": [{"x": "1"}, {"x": "2"}]}
 {}{"a": 1} ⇒ {"a": 1}
-{"a" "b", "c" "d"} ⇒ {"a": "b", "c": "d"}
 {a = 1, b = "x"} ⇒ {"a": 1, "b": "x"}
 {first name: "x", last name: "y"} ⇒ {"first name": "x", "last name": "y"}
 {"a:b": 1,} ⇒ {"a:b": 1}
 {"a": true, b: no} ⇒ {"a": true, "b": "no"}
 {"a": true story} ⇒ {"a": "true story"}
 {"a": 1e5, "b": 2,} ⇒ {"a": 100000.0, "b": 2}
-{"a": 10%, "b": 2,} ⇒ {"a": "10%", "b": 2}
 [{"a": 1} ⇒ {"a": 1}
-{{"a": 1}} ⇒ {"a": 1}
 {"a": {{"b": 1}}, "c": 2} ⇒ {"a": {"b": 1}, "c": 2}
 {"a": datetime.date(2024, 1, 2), "b": 1} ⇒ {"a": "datetime.date(2024, 1, 2)", "b": 1}
 {"a": [1, 2, ...], "b": 1} ⇒ {"a": [1, 2], "b": 1}
-{'a': '''x␤y''', 'b': 1} ⇒ {"a": "x\ny", "b": 1}
-{"a": Hello, world, "n": 2} ⇒ {"a": "Hello, world", "n": 2}
 {"u": http://x.com/a?b=1,2#f, "n": 2} ⇒ {"u": "http://x.com/a?b=1,2#f", "n": 2}
 {cmd: ls -la | grep "x y"} ⇒ {"cmd": "ls -la | grep \"x y\""}
 {"cmd": echo ${HOME}, "n": 1} ⇒ {"cmd": "echo ${HOME}", "n": 1}
-{"a": x␤"b": y␤} ⇒ {"a": "x", "b": "y"}
 {"a": ["-c", "print("a", "b")"]} ⇒ {"a": ["-c", "print(\"a\", \"b\")"]}
 {"a": "f({"x": "y"})"} ⇒ {"a": "f({\"x\": \"y\"})"}
 {"a": "if x == "y":␤  pass", "b": 1} ⇒ {"a": "if x == \"y\":\n  pass", "b": 1}
@@ -9123,20 +7983,15 @@ json␤{"a": 1} ⇒ {"a": 1}
 {"a": "\u12"} ⇒ {"a": "\\u12"}
 {"a": "\'x\'"} ⇒ {"a": "'x'"}
 {"a": "\ud83d\ude00",} ⇒ {"a": "😀"}
-{"a": "print(f"{x}")"} ⇒ {"a": "print(f\"{x}\")"}
 {"a": "b", "c": "d␤ ⇒ {"a": "b", "c": "d\n"}
 {"a": 1, b ⇒ {"a": 1}
-{"a": [1, - ⇒ {"a": [1]}
 {"a": N ⇒ {"a": null}
 {"a ⇒ {}
 {"a": "b<|im_end|> ⇒ {"a": "b"}
-{"a": 1<|eot_id|> ⇒ {"a": 1}
-{"a": "b"␤``` ⇒ {"a": "b"}
 {"a": "```"}␤``` ⇒ {"a": "```"}
 JSON:␤␤```json␤{'a': 'b'}␤```␤That is all {ok}. ⇒ {"a": "b"}
 <function=f>{"a": 1}</function> ⇒ {"a": 1}
 return {"a": "b"}; ⇒ {"a": "b"}
-Sure: {} ⇒ {}
 {"a": 1}␤␤Explanation: the {"x"} set ⇒ {"a": 1}
 {"a": "b'} ⇒ {"a": "b"}
 Action Input: {"a": 1,}␤Observation: ok ⇒ {"a": 1}
@@ -9165,29 +8020,14 @@ VALID = [
 ]
 
 
-def test_broken_arguments_become_the_object_that_is_meant():
+def test_broken_arguments_become_the_object_that_is_meant_and_all_else_stays():
     signs = str.maketrans({"␤": "\n", "␍": "\r", "␉": "\t", "❞": '"' * 3})
     for row in MEANT.strip().split("\n"):
         text, meant = row.translate(signs).split(" ⇒ ")
-        assert json_or_text(repair_arguments(text)) == json.loads(meant), row
-
-
-def json_or_text(text):
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def test_what_means_no_single_object_is_left_alone():
-    for text in re.split("\n?¦", LEFT_ALONE):
+        assert fake.parsed(repair_arguments(text)) == json.loads(meant), row
+    for text in [*re.split("\n?¦", LEFT_ALONE), *VALID]:
         assert repair_arguments(text) == text
-
-
-def test_valid_json_passes_character_for_character():
-    for text in VALID:
-        assert repair_arguments(text) == text
-        if text[0] == "{":
+        if text in VALID and text[0] == "{":
             assert repair_arguments(f"<tool_call>{text}</tool_call>") == text
 
 
@@ -9270,11 +8110,8 @@ def test_anything_is_an_object_or_unchanged_and_nothing_raises():
         text = "".join(rng.choices(alphabet, k=rng.randrange(40)))
         mended = repair_arguments(text)
         assert mended == text or isinstance(json.loads(mended), dict)
-
-
-def test_every_cut_of_an_object_is_repaired():
     text = compact({"a": ['say "x"', {"b": [1.5e3, None]}, "ü\\"], "c": {"d": ""}})
-    for end in range(1, len(text)):
+    for end in range(1, len(text)):  # every cut is an object
         assert isinstance(json.loads(repair_arguments(text[:end])), dict)
 
 
@@ -9284,15 +8121,13 @@ HOSTILE = [
     *("`", '"""', "(", "x:", "<|", "&quot;", "#", '{"', '("', "\\ud83d", ": ", "…"),
     *('"x"+', "'}", "1_", "00", "\n, ", "/* */", ",'", "}, \"k\": 1", "=>", "\\'"),
 ]
+STARTS = ["", '{"a": ', '{"a": x', "{'a': '", '{"a": {"b": ["']
 
 
 def seconds(text):
     start = time.thread_time()
     repair_arguments(text)
     return time.thread_time() - start
-
-
-STARTS = ["", '{"a": ', '{"a": x', "{'a': '", '{"a": {"b": ["']
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -9336,18 +8171,14 @@ def one_call(arguments, finish="tool_calls"):
 
 
 def message(arguments, reason="tool_use", *after):
+    tool = {"type": "tool_use", "id": "1", "name": "f", "input": {}}
     delta = {"type": "content_block_delta", "index": 1}
+    parts = ["", *fragments(arguments)]
+    deltas = [{"type": "input_json_delta", "partial_json": part} for part in parts]
     return [
         {"type": "message_start", "message": {"content": []}},
-        {
-            "type": "content_block_start",
-            "index": 1,
-            "content_block": {"type": "tool_use", "id": "1", "name": "f", "input": {}},
-        },
-        *(
-            {**delta, "delta": {"type": "input_json_delta", "partial_json": part}}
-            for part in ["", *fragments(arguments)]
-        ),
+        {"type": "content_block_start", "index": 1, "content_block": tool},
+        *({**delta, "delta": each} for each in deltas),
         {"type": "content_block_stop", "index": 1},
         *after,
         {"type": "message_delta", "delta": {"stop_reason": reason}},
@@ -9398,18 +8229,14 @@ def is_repaired(text):
 
 
 @pytest.mark.parametrize("eol", ["\n", "\r\n"])
-@pytest.mark.parametrize("payloads", [one_call(GOOD), message(GOOD)], ids=["o", "a"])
-def test_a_stream_of_valid_calls_passes_byte_for_byte_however_it_is_cut(payloads, eol):
-    stream, rng = events(payloads, eol=eol), random.Random(1)
-    assert through(stream, *range(len(stream))) == stream
-    for _ in range(30):
-        assert through(stream, *rng.choices(range(len(stream)), k=5)) == stream
-
-
-@pytest.mark.parametrize("eol", ["\n", "\r\n"])
-def test_a_broken_call_in_a_stream_is_repaired_however_it_is_cut(eol):
-    for payloads, key in ((one_call(BAD), (0, 0)), (message(BAD), 1)):
-        stream = events(payloads, eol=eol)
+def test_calls_in_a_stream_are_repaired_or_pass_however_it_is_cut(eol):
+    rng = random.Random(1)
+    for make, key in ((one_call, (0, 0)), (message, 1)):
+        stream = events(make(GOOD), eol=eol)
+        assert through(stream, *range(len(stream))) == stream
+        for _ in range(30):
+            assert through(stream, *rng.choices(range(len(stream)), k=5)) == stream
+        stream = events(make(BAD), eol=eol)
         out = through(stream)
         assert is_repaired(arguments_in(out)[key])
         assert through(stream, *range(len(stream))) == out
@@ -9574,18 +8401,25 @@ def anthropic(given, reason="tool_use"):
     return {"content": [{"type": "text", "text": ""}, use], "stop_reason": reason}
 
 
+def repaired(answer):
+    """The answer after its repair."""
+    return json.loads(repair_body(json.dumps(answer).encode()))
+
+
 def test_a_completion_is_repaired_and_its_empty_content_becomes_null():
     for arguments, content, expected in (
         (BAD, "", None), (GOOD, "", None), (BAD, "Let me see", "Let me see"),
     ):  # fmt: skip
-        body = json.dumps(completion(arguments, content=content), indent=2).encode()
-        payload = json.loads(repair_body(body))
+        payload = repaired(completion(arguments, content=content))
         answer = payload["choices"][0]["message"]
         assert payload["n"] == 1.0 and answer["content"] == expected
         function = answer["tool_calls"][0]["function"]
         assert json.loads(function["arguments"]) == json.loads(GOOD)
     bare = {"choices": [{"message": {"content": ""}, "finish_reason": "stop"}]}
-    assert json.loads(repair_body(json.dumps(bare).encode())) == bare
+    assert repaired(bare) == bare
+    for given in (BAD, GOOD, [json.loads(GOOD)]):  # what is no object becomes one
+        answer = repaired(anthropic(given))
+        assert answer["content"][1]["input"] == json.loads(GOOD)
 
 
 def test_only_the_last_call_of_a_choice_that_was_cut_off_stays():
@@ -9594,16 +8428,10 @@ def test_only_the_last_call_of_a_choice_that_was_cut_off_stays():
     body["choices"][1]["message"]["tool_calls"] *= 2
     calls = [
         call["function"]["arguments"]
-        for choice in json.loads(repair_body(json.dumps(body).encode()))["choices"]
+        for choice in repaired(body)["choices"]
         for call in choice["message"]["tool_calls"]
     ]
     assert [text == BAD for text in calls] == [False, False, True]
-
-
-def test_an_input_that_is_no_object_becomes_one():
-    for given in (BAD, GOOD, [json.loads(GOOD)]):
-        answer = json.loads(repair_body(json.dumps(anthropic(given)).encode()))
-        assert answer["content"][1]["input"] == json.loads(GOOD)
 
 
 UNCHANGED = [
@@ -9620,9 +8448,8 @@ def test_a_body_that_needs_no_repair_stays_byte_for_byte(answer):
         assert repair_body(body) == body
 
 
-# ==================================================================================
-# 7  Repair, end to end
-# ==================================================================================
+# ----------------------------------------------------------------------------------
+# From end to end
 
 BROKEN_CALL = "{'path': 'a.py', 'lines': [1, 2,"
 MEANT_CALL = {"path": "a.py", "lines": [1, 2]}
@@ -9639,20 +8466,20 @@ def repairing():
 
 
 def calls_of(proxy, path, model="mended", **wish):
-    """What a client takes for the arguments of each tool call in an answer."""
-    answer = proxy.post(path, {"model": model, **wish}).json()
-    if path == MESSAGES:
-        return [part["input"] for part in answer["content"] if "input" in part]
-    calls = answer["choices"][0]["message"]["tool_calls"]
-    return [call["function"]["arguments"] for call in calls]
-
-
-def streamed_calls_of(proxy, path, model="mended", **wish):
-    """The same of a stream."""
-    body = {"model": model, "stream": True, **wish}
-    with Stream(proxy.port, path, body) as stream:
-        assert list(stream.events())
-        return list(arguments_in(stream.raw).values())
+    """What a client takes for the arguments of each tool call in an answer, as JSON if
+    it is."""
+    body = {"model": model, **wish}
+    if wish.get("stream"):
+        with Stream(proxy.port, path, body) as stream:
+            assert list(stream.events())
+            calls = arguments_in(stream.raw).values()
+    elif path == MESSAGES:
+        content = proxy.post(path, body).json()["content"]
+        calls = [part["input"] for part in content if "input" in part]
+    else:
+        message = proxy.post(path, body).json()["choices"][0]["message"]
+        calls = [call["function"]["arguments"] for call in message["tool_calls"]]
+    return [fake.parsed(each) if isinstance(each, str) else each for each in calls]
 
 
 def through_llmswap(proxy, head, body, status="200 OK"):
@@ -9662,38 +8489,49 @@ def through_llmswap(proxy, head, body, status="200 OK"):
 
 
 EVENT_STREAM = "Content-Type: text/event-stream"
+JSON = "Content-Type: application/json"
 
 
 @each_api
 def test_arguments_are_repaired_where_that_is_asked_for(repairing, path):
-    wish = dict(arguments=BROKEN_CALL)
-    [mended], [given] = (
-        calls_of(repairing, path, m, **wish) for m in ("mended", "as-is")
-    )
-    assert (
-        mended == MEANT_CALL if path == MESSAGES else json.loads(mended) == MEANT_CALL
-    )
-    assert given == BROKEN_CALL
-    [mended] = streamed_calls_of(repairing, path, **wish)
-    assert json.loads(mended) == MEANT_CALL
-    assert streamed_calls_of(repairing, path, "as-is", **wish) == [BROKEN_CALL]
-    cut = dict(arguments=[BROKEN_CALL] * 2, finish="length", text="Let me see")
-    for [whole, last] in (
-        calls_of(repairing, path, **cut), streamed_calls_of(repairing, path, **cut)
-    ):  # fmt: skip
-        assert json.loads(whole) if isinstance(whole, str) else whole == MEANT_CALL
-        assert last == BROKEN_CALL
+    for stream in (False, True):
+        wish = dict(arguments=BROKEN_CALL, stream=stream)
+        assert calls_of(repairing, path, **wish) == [MEANT_CALL]
+        assert calls_of(repairing, path, "as-is", **wish) == [BROKEN_CALL]
+        cut = dict(arguments=[BROKEN_CALL] * 2, finish="length", text="Let me see")
+        cut_off = calls_of(repairing, path, stream=stream, **cut)
+        assert cut_off == [MEANT_CALL, BROKEN_CALL]
 
 
-@pytest.mark.parametrize("payloads", [one_call, message])
-def test_valid_calls_pass_llmswap_byte_for_byte(repairing, payloads):
+def test_what_needs_no_repair_passes_llmswap_byte_for_byte(repairing):
+    broken, streamed = json.dumps(completion(BAD)).encode(), events(one_call(BAD))
+    passing = [
+        (JSON, json.dumps(answer, indent=1).encode(), "200 OK")
+        for answer in (completion(GOOD), anthropic(json.loads(GOOD)))
+    ]
     for arguments in (GOOD, '{"a" : 1.50,\t"b": [ ]}', "no object at all"):
-        stream = events(payloads(arguments))
-        assert through_llmswap(repairing, EVENT_STREAM, stream).body == stream
-    for answer in (completion(GOOD), anthropic(json.loads(GOOD))):
-        body = json.dumps(answer, indent=1).encode()
-        head = "Content-Type: application/json"
-        assert through_llmswap(repairing, head, body).body == body
+        for make in (one_call, message):
+            passing.append((EVENT_STREAM, events(make(arguments)), "200 OK"))
+    passing.append((JSON, broken, "500 Internal Server Error"))
+    for coding in ("gzip", "br", "identity, gzip"):
+        for kind, body in ((JSON, broken), (EVENT_STREAM, streamed)):
+            for body in (gzip.compress(body), body):  # the latter shows that none looks
+                head = f"{kind}\nContent-Encoding: {coding}"
+                passing.append((head, body, "200 OK"))
+    for head, body, status in passing:
+        answer = through_llmswap(repairing, head, body, status)
+        assert answer.body == body and answer.status == int(status[:3])
+        coding = head.partition("Encoding: ")[2] or None
+        assert answer.headers.get("content-encoding") == coding
+    answer = repairing.post("/upstream/mended/echo", {}, {"Accept-Encoding": "gzip"})
+    names = {name.lower() for name, _ in answer.json()["headers"]}
+    assert "accept-encoding" not in names
+    for path in (CHAT, MESSAGES):
+        for stream in (False, True):
+            wish = {"status": 422, "stream": stream, "arguments": BROKEN_CALL}
+            mended = repairing.post(path, {"model": "mended", **wish})
+            given = repairing.post(path, {"model": "as-is", **wish})
+            assert mended.status == 422 and mended.body == given.body
 
 
 @each_api
@@ -9712,19 +8550,6 @@ def test_text_flows_while_the_arguments_are_held(repairing, path):
 
 
 @each_api
-def test_errors_of_the_backend_keep_their_status_though_repair_is_on(repairing, path):
-    for stream in (False, True):
-        wish = {"status": 422, "stream": stream, "arguments": BROKEN_CALL}
-        mended = repairing.post(path, {"model": "mended", **wish})
-        given = repairing.post(path, {"model": "as-is", **wish})
-        assert mended.status == 422 and mended.body == given.body
-    body = json.dumps(completion(BAD)).encode()
-    head, status = "Content-Type: application/json", "500 Internal Server Error"
-    answer = through_llmswap(repairing, head, body, status)
-    assert answer.status == 500 and answer.body == body
-
-
-@each_api
 @pytest.mark.parametrize("place", ["boundary", "mid-event", "mid-body"])
 def test_a_repaired_stream_that_breaks_is_still_broken(repairing, path, place):
     wish = dict(arguments=BROKEN_CALL, cut=place, fragment=4, tokens=6)
@@ -9737,32 +8562,14 @@ def test_a_repaired_stream_that_breaks_is_still_broken(repairing, path, place):
     assert BROKEN_CALL.startswith("".join(came.values()))  # never mended
 
 
-def test_an_answer_that_is_encoded_passes_unchanged_and_is_not_asked_for(repairing):
-    whole, stream = json.dumps(completion(BAD)).encode(), events(one_call(BAD))
-    for coding in ("gzip", "br", "identity, gzip"):
-        head = f"Content-Encoding: {coding}\nContent-Type: "
-        for kind, body in (("application/json", whole), ("text/event-stream", stream)):
-            for body in (gzip.compress(body), body):  # the latter shows that none looks
-                answer = through_llmswap(repairing, head + kind, body)
-                assert answer.body == body
-                assert answer.headers["content-encoding"] == coding
-    answer = repairing.post("/upstream/mended/echo", {}, {"Accept-Encoding": "gzip"})
-    names = {name.lower() for name, _ in answer.json()["headers"]}
-    assert "accept-encoding" not in names
-
-
-def test_an_answer_that_breaks_tells_anthropics_clients_in_their_words(repairing):
+def test_errors_tell_anthropics_clients_in_their_words(repairing):
     body = {"model": "as-is", "stream": True, "tokens": 4, "cut": "boundary"}
-    with Stream(repairing.port, "/v1/messages", body) as stream:
+    with Stream(repairing.port, MESSAGES, body) as stream:
         with pytest.raises(BrokenAnswer):
             list(stream.events())
     assert b"event: error\ndata: {\"type\":\"error\",\"error\":{" in stream.raw
-
-
-def test_an_error_has_anthropics_type_beside_openais_shape(repairing):
-    answer = repairing.post("/v1/messages", {"model": "nobody"})
-    assert answer.status == 404
-    assert answer.json()["type"] == "error"
+    answer = repairing.post(MESSAGES, {"model": "nobody"})
+    assert answer.status == 404 and answer.json()["type"] == "error"
     assert answer.json()["error"]["code"] == "model_not_found"
 
 
@@ -9770,33 +8577,14 @@ def test_an_error_has_anthropics_type_beside_openais_shape(repairing):
 # Progress and the terminal: how far a load is, and what a person sees.
 # ==================================================================================
 
-MAPPER = """\
-import mmap, os, sys, time
-words = sys.argv[1:]
-flag = lambda name: words[words.index(name) + 1]
-seconds, mapped = float(flag("--map-seconds")), []
-for path in flag("--read").split(","):
-    with open(path, "rb") as file:
-        mapped.append(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
-for step in range(40):
-    for each in mapped:
-        part = len(each) // 40
-        sum(each[step * part : (step + 1) * part : 4096])
-    time.sleep(seconds / 40)
-os.execv(sys.executable, [sys.executable, "-I", "-S", flag("--then"), *words])
-"""
-
-
 def slow_model(folder, seconds=0.4, shards=1, wrapper=""):
     """The `cmd` of a server that maps a model of 80 MB for so long, then is ready."""
-    script = folder / "mapper.py"
-    script.write_text(MAPPER)
     name = "model-{:05}-of-{:05}.gguf" if shards > 1 else "model.gguf"
     paths = [folder / name.format(n, shards) for n in range(1, shards + 1)]
     for path in paths:
         path.touch()
         os.truncate(path, 80 * 2**20 // shards)
-    words = [sys.executable, "-I", "-S", script, "--map-seconds", seconds]
+    words = [sys.executable, "-I", "-S", CI / "mapper.py", "--map-seconds", seconds]
     words += ["--read", ",".join(map(str, paths)), "--then", fake_file()]
     words += ["--model", paths[0], "--port", "${PORT}"]
     return wrapper + " ".join(map(str, words))
@@ -9822,9 +8610,6 @@ def progress_events(server, model):
                 return found, status
 
 
-# -- how far a load is -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "shards, wrapper", [(1, ""), (3, "sh -c '\"$@\"; exit' x ")]
 )
@@ -9844,12 +8629,20 @@ def test_progress_is_read_from_the_memory_of_the_loading_processes(
         assert last - first > 0.03 * (len(found) - 2)
 
 
-def test_without_a_model_file_progress_is_not_guessed():
-    with watchful("[a]\ncmd = FAKE --load 0.3\n") as server:
-        assert progress_events(server, "a") == ([], {"status": "loaded"})
-
-
-# -- what a client sees that waits -----------------------------------------------------
+@pytest.mark.parametrize(
+    "flags, end",
+    [
+        ("--load 0.3", {"status": "loaded"}),
+        ("--load-exit 3", {"status": "unloaded", "exit_code": 3}),
+        ("--load-signal 9", {"status": "unloaded", "exit_code": 1}),
+    ],
+)
+def test_without_a_model_file_no_progress_is_guessed_and_the_end_is_told(flags, end):
+    with watchful(f"[a]\ncmd = FAKE {flags}\n") as server:
+        assert progress_events(server, "a") == ([], end)
+        status = server.get("/v1/models/a").json()["status"]
+        assert status.get("exit_code") == end.get("exit_code")
+        assert status.get("failed", False) == (end["status"] == "unloaded")
 
 
 def test_a_chat_that_asked_for_it_reads_the_progress_as_reasoning(tmp_path):
@@ -9895,18 +8688,6 @@ def test_notices_tell_of_the_room_and_a_failed_load_ends_them_with_an_error():
     assert last["error"]["code"] == "model_start_failed" and stream.is_complete
 
 
-# -- what the lists tell ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize("flag, code", [("--load-exit 3", 3), ("--load-signal 9", 1)])
-def test_the_exit_code_of_a_failed_start_is_shown(flag, code):
-    with Llmswap(f"[a]\ncmd = FAKE {flag}\n") as server:
-        _, end = progress_events(server, "a")
-        assert end == {"status": "unloaded", "exit_code": code}
-        status = server.get("/v1/models/a").json()["status"]
-        assert (status["failed"], status["exit_code"]) == (True, code)
-
-
 @pytest.mark.parametrize("delay", [0, 9])
 def test_the_meta_of_a_llama_server_is_shown_once_it_came(tmp_path, delay):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
@@ -9924,9 +8705,6 @@ def test_the_meta_of_a_llama_server_is_shown_once_it_came(tmp_path, delay):
         assert time.monotonic() < began + 4
 
 
-# -- the log ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("address, shown", [
     (("127.0.0.1", 80), "http://127.0.0.1:80/"), (("::1", 80), "http://[::1]:80/"),
     (("0.0.0.0", 80), "http://127.0.0.1:80/"), (("::", 80), "http://[::1]:80/"),
@@ -9934,17 +8712,6 @@ def test_the_meta_of_a_llama_server_is_shown_once_it_came(tmp_path, delay):
 ])  # fmt: skip
 def test_an_address_is_shown_as_one_that_can_be_clicked(address, shown):
     assert llmswap.shown_address(address) == shown
-
-
-def test_a_repeated_failure_is_logged_in_one_line():
-    with Llmswap("[a]\ncmd = FAKE --load-exit 3\n") as server:
-        server.chat("a")
-        server.chat("a")
-        server.post("/models/load", {"model": "a"})
-        same = "a could not be started: exited with status 3"
-        eventually(lambda: server.log().count(f"{same}, as before\n") == 2)
-        assert server.log().count(f"{same}\n") == 1
-        assert server.log().count("error loading model: unexpected end of file") == 1
 
 
 def test_long_loads_slow_requests_and_long_stops_are_logged(tmp_path):
@@ -9989,46 +8756,38 @@ def test_log_lines_have_time_or_priority_and_no_control_characters(is_journal):
     assert shown == (wanted if is_journal else re.sub("(?m)^<.>", "", wanted))
 
 
-def test_missing_programs_and_unusable_models_are_logged_at_the_start(tmp_path):
+def test_failures_are_logged_at_the_start_and_repeated_ones_in_one_line(tmp_path):
     text = "".join(f"[m{n}]\ncmd = no-such-server ${{PORT}}\n" for n in range(8))
     text += "[x]\ncmd = FAKE\nctx-siz = 3\n[y]\nmodel = /none.gguf\n"
+    text += "[a]\ncmd = FAKE --load-exit 3\n"
     with Llmswap(text, env={"PATH": "/usr/bin:/bin"}) as server:
         missing = eventually(lambda: re.findall(".*no-such-server.*", server.log()))
         assert len(missing) == 1 and "m0, m1, m2, m3, m4 and 3 more could" in missing[0]
         eventually(lambda: re.search(r"x cannot be used: .*i:\d+: \[x\]", server.log()))
         remedy = eventually(lambda: re.search("(?m)^.* y could.*$", server.log()))[0]
         assert "'llama-server' on the PATH; `llama-server` in [llmswap]" in remedy
-
-
-def on_terminal(command, until, **environment):
-    """What the command shows on a terminal until that matches; then it is stopped."""
-    ours, theirs = pty.openpty()
-    env = {**os.environ, "TERM": "xterm", **environment}
-    process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=env)
-    os.close(theirs)
-    shown, deadline = "", time.monotonic() + 10
-    while not re.search(until, shown) and time.monotonic() < deadline:
-        if select.select([ours], [], [], 0.1)[0]:
-            try:
-                shown += os.read(ours, 65536).decode()
-            except OSError:
-                break  # it ended
-    process.terminate()
-    process.wait(10)
-    os.close(ours)
-    return shown
+        server.chat("a")
+        server.chat("a")
+        server.post("/models/load", {"model": "a"})
+        same = "a could not be started: exited with status 3"
+        eventually(lambda: server.log().count(f"{same}, as before\n") == 2)
+        assert server.log().count(f"{same}\n") == 1
+        assert server.log().count("error loading model: unexpected end of file") == 1
 
 
 def test_the_log_is_coloured_on_a_terminal_unless_no_color_is_set(tmp_path):
-    ini = tmp_path / "x.ini"
-    ini.write_text("[a]\ncmd = no-such ${PORT}\n")
-    command = [sys.executable, llmswap_file(), str(ini), "--listen"]
-    command.append(f"127.0.0.1:{free_port()}")
-    assert "\x1b[33ma could not" in on_terminal(command, "whole path")
-    assert "\x1b" not in on_terminal(command, "whole path", NO_COLOR="1")
+    text = "[a]\ncmd = no-such ${PORT}\n"
+    for environment, colour in (({}, "\x1b[33m"), ({"NO_COLOR": "1"}, "")):
+        ours, theirs = pty.openpty()
+        server = Llmswap(text, env={"TERM": "xterm", **environment})
+        server._args[:0] = ["sh", "-c", f'exec "$@" 2>{os.ttyname(theirs)}', "sh"]
+        with server:
+            shown = ""
+            while "whole path" not in shown and select.select([ours], [], [], 10)[0]:
+                shown += os.read(ours, 65536).decode()
+        os.close(ours), os.close(theirs)
+        assert f" {colour}a could not" in shown and ("\x1b" in shown) == bool(colour)
 
-
-# -- --check ---------------------------------------------------------------------------
 
 CHECKED = """\
 [llmswap]
@@ -10058,13 +8817,18 @@ proxy = http://192.168.11.12:8080
 """
 
 
+def check(path, **options):
+    """What `llmswap.py FILE --check` prints, on both streams, and its exit status."""
+    words = [sys.executable, llmswap_file(), str(path), "--check"]
+    return subprocess.run(words, capture_output=True, encoding="utf-8", **options)
+
+
 def test_check_shows_each_command_as_it_can_be_pasted_and_each_error(tmp_path):
     binary = fake_binary(tmp_path)
     words = """--url http://x:${PORT}/v1 '' 'a  b' "it's" '$HOME `x` \\'"""
     path = tmp_path / "x.ini"
     path.write_text(CHECKED.format(folder=tmp_path, binary=binary, words=words))
-    command = [sys.executable, llmswap_file(), str(path), "--check"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    done = check(path)
     *blocks, end = done.stdout.split("\n\n")
     shown = dict(block.split("\n  ", 1) for block in blocks)
     coder = "coder (one-alias, another-alias): llama-server"
@@ -10085,19 +8849,15 @@ def test_check_shows_each_command_as_it_can_be_pasted_and_each_error(tmp_path):
     assert any(re.match(r"\S+x.ini:23: ", line) for line in warnings)
     assert warnings[-1] == "1 of 6 models cannot be used: typo"
     assert done.returncode == 2
+    (tmp_path / "fine.ini").write_text("[a]\ncmd = no-such ${PORT}\n")
+    fine = check(tmp_path / "fine.ini")
+    assert fine.returncode == 0 and fine.stdout.endswith("\n\nno errors\n")
     words = ["sh", "-c", shown["script: cmd"]]
     pasted = subprocess.run(words, env={"PORT": "81"}, stdout=subprocess.PIPE)
     assert pasted.stdout.decode().split("|")[:-1] == [
         str(tmp_path), "at 81; here", "--port", "81",
         "--url", "http://x:81/v1", "", "a  b", "it's", "$HOME `x` \\",
     ]  # fmt: skip
-
-
-def test_check_exits_with_0_without_errors(tmp_path):
-    (tmp_path / "x.ini").write_text("[a]\ncmd = no-such ${PORT}\n")
-    command = [sys.executable, llmswap_file(), str(tmp_path / "x.ini"), "--check"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    assert done.returncode == 0 and done.stdout.endswith("\n\nno errors\n")
 
 
 # ----------------------------------------------------------------------------------
@@ -10124,9 +8884,7 @@ def run_recipe(title, *changes, more=OTHER_MODEL, before="", **options):
 def alike(line):
     """The line without what differs from one run to the next."""
     line = re.sub(r"^\d\d:\d\d:\d\d ", "", line)
-    return re.sub(
-        r"in \d\.\d\d s \(pid \d+, port \d+\)", "in S s (pid N, port N)", line
-    )
+    return re.sub(r"in \d\.\d\d s \(pid \d+, port \d+\)", "in S s", line)
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
@@ -10135,7 +8893,7 @@ def test_the_first_screen_of_the_readme_shows_what_happens(tmp_path):
     start = re.search(r"\n {4}(python3 llmswap.py example.ini)\n", readme)[1]
     commands = re.findall(r"^\$ (curl (?:.*\\\n)*.*)\n(.*\n)", readme, re.MULTILINE)
     told = re.search(r"terminal says.*?```\n(.*?)```", readme, re.DOTALL)[1]
-    told = told.replace("\n" + " " * 9, " ").replace(":8080", f":{port}")
+    told = told.replace(":8080", f":{port}")
     for name in (LLMSWAP, HERE.with_name("example.ini")):
         shutil.copy(name, tmp_path)
     (tmp_path / "python3").symlink_to(sys.executable)
@@ -10148,58 +8906,26 @@ def test_the_first_screen_of_the_readme_shows_what_happens(tmp_path):
         for line, output in commands:
             line = line.replace("localhost:8080", f"127.0.0.1:{port}")
             assert subprocess.check_output(["sh", "-c", line], text=True) == output
-        expected = sorted(map(alike, told.splitlines()))
-        eventually(lambda: log.read_text().count("\n") >= len(expected))
-        assert sorted(map(alike, log.read_text().splitlines())) == expected
+        shown = [line for line in told.splitlines() if line != "..."]
+        eventually(lambda: log.read_text().count("\n") >= len(shown) + 3)
+        lines = log.read_text().splitlines()
+        lines = [line for line in lines if "could not be started" not in line]
+        assert sorted(map(alike, lines)) == sorted(map(alike, shown))
         assert len(commands) == 2
     finally:
         process.terminate()
         assert process.wait(10) == 0
 
 
-STAND_IN_DOCKER = """\
-import os, signal, subprocess, sys, time
-words, state = sys.argv[2:], os.environ["DOCKER_STATE"]
-flag = lambda name: words[words.index(name) + 1]
-def alive(pid):
-    return os.path.exists(f"/proc/{pid}/cwd")
-if sys.argv[1] == "stop":
-    pid = int(open(f"{state}/{words[0]}").read())
-    os.kill(pid, signal.SIGTERM)
-    while alive(pid): time.sleep(0.01)
-    sys.exit(print(words[0]))
-if os.path.exists(f"{state}/{flag('--name')}"):
-    sys.exit("docker: the container name is already in use")
-after = words[words.index("--port") + 2:]  # the port within is not that without
-port = flag("-p").split(":")[1]
-box = subprocess.Popen([sys.executable, "-I", "-S", os.environ["DOCKER_RUNS"],
-    "--port", port, *after], start_new_session=True)
-name = f"{state}/{flag('--name')}"
-open(name, "w").write(str(box.pid))
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda number, _: box.send_signal(number))
-status = box.wait()
-os.remove(name)  # as --rm has it
-sys.exit(status)
-"""
-
-
 @pytest.fixture
 def docker(tmp_path):
-    """The environment in which `docker` is a program that behaves like its client: the
-    container is no child of it that ends with it."""
-    script = tmp_path / "docker.py"
-    script.write_text(STAND_IN_DOCKER)
-    (tmp_path / "docker").write_text(
-        f'#!/bin/sh\nexec {sys.executable} {script} "$@"\n'
-    )
-    (tmp_path / "docker").chmod(0o755)
+    """The environment in which `docker` is a program that behaves like its client."""
+    words = f"{sys.executable} {CI}/docker.py"
+    executable(tmp_path / "docker", f'exec {words} "$@"')
     (tmp_path / "state").mkdir()
-    return {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "DOCKER_STATE": str(tmp_path / "state"),
-        "DOCKER_RUNS": fake_file(),
-    }
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    state = str(tmp_path / "state")
+    return {"PATH": path, "DOCKER_STATE": state, "DOCKER_RUNS": fake_file()}
 
 
 def test_recipe_docker(docker):
@@ -10214,26 +8940,24 @@ def test_recipe_docker(docker):
         assert server.chat("boxed", hang=True, hang_health=True).status == 502
         eventually(lambda: "boxed hung" in server.log() and not box.exists())
         assert server.chat("boxed").status == 200
+        slow = server.ini.read_text().replace("-ngl 99", "-ngl 99 --load 60")
+        server.reload("[*]\nload-timeout = 300ms\n" + slow)
+        eventually(lambda: "was read again" in server.log() and not box.exists())
+        assert server.chat("boxed").status == 504  # and nothing of it is left
+        assert not box.exists()
+        server.reload(slow)
+        eventually(lambda: server.log().count("was read again") == 2)
+        server.post("/models/load", {"model": "boxed"})
+        eventually(box.exists)
+        server.post("/models/unload", {"model": "boxed"})
+        eventually(lambda: server.states()["boxed"] == "unloaded")
+        assert not box.exists()
+        server.post("/models/load", {"model": "boxed"})
+        eventually(box.exists)
     assert not box.exists()  # at the end of llmswap
 
 
-def test_recipe_docker_stopped_while_it_loads(docker):
-    slow, state = ("-ngl 99", "-ngl 99 --load 60"), Path(docker["DOCKER_STATE"])
-    short = "[*]\nload-timeout = 300ms\n"
-    with run_recipe("Docker and Podman", slow, before=short, env=docker) as server:
-        assert server.chat("boxed").status == 504  # and nothing of it is left
-        assert list(state.iterdir()) == []
-        server.reload(server.ini.read_text().replace("300ms", "9"))
-        eventually(lambda: "was read again" in server.log())
-        server.post("/models/load", {"model": "boxed"})
-        eventually(lambda: list(state.iterdir()))
-        server.post("/models/unload", {"model": "boxed"})
-        eventually(lambda: server.states()["boxed"] == "unloaded")
-        assert list(state.iterdir()) == []
-
-
 PODMAN = """\
-#!/bin/sh
 export CONTAINERS_CONF={0}/conf
 exec podman --root {0}/graph --runroot {0}/run --storage-driver vfs --runtime runc "$@"
 """
@@ -10248,8 +8972,7 @@ def podman():
     folder = tempfile.TemporaryDirectory(prefix="podman-")  # it wants a short path
     tmp_path = Path(folder.name)
     (tmp_path / "conf").write_text("[containers]\ndefault_ulimits = []\n")
-    (tmp_path / "docker").write_text(PODMAN.format(tmp_path))
-    (tmp_path / "docker").chmod(0o755)
+    executable(tmp_path / "docker", PODMAN.format(tmp_path))
     needs = subprocess.check_output(["ldd", LLAMA_SERVER], text=True)
     for path in [LLAMA_SERVER, *re.findall(r"/\S+", needs)]:
         there = "/app/llama-server" if path == LLAMA_SERVER else path
@@ -10269,7 +8992,7 @@ def podman():
 
 
 def test_recipe_docker_with_podman_and_a_real_llama_server(podman):
-    write_gguf(podman / "qwen3-8b-q4_k_m.gguf")
+    gguf.write_model(podman / "qwen3-8b-q4_k_m.gguf")
     volume = "/models:/models", f"{podman}:/models"
     small = "-ngl", "-t 1 -c 256 -ngl"
     boxes = [podman / "docker", "ps", "-aq"]
@@ -10285,7 +9008,7 @@ def test_recipe_docker_with_podman_and_a_real_llama_server(podman):
 def test_recipe_an_embedding_model_that_stays(tmp_path):
     title = "An embedding model that stays while large ones swap"
     for path in re.findall(r"= /models/(\S+\.gguf)", adapted(title, "ini")):
-        write_gguf(tmp_path / path)
+        gguf.write_model(tmp_path / path)
     binary = LLAMA_SERVER or fake_binary(tmp_path)
     changes = [
         ("/models/", f"{tmp_path}/"), ("[llmswap]", f"[llmswap]\nllama-server = {binary}"),
@@ -10301,16 +9024,6 @@ def test_recipe_an_embedding_model_that_stays(tmp_path):
             assert answer.json()["data"][0]["embedding"]
         eventually(lambda: server.log().count("unloading") == 1)
         assert server.log().count("embed: loading") == 1
-
-
-def test_recipe_an_api_key():
-    with run_recipe("An API key") as server:
-        assert server.get("/v1/models").status == 401
-        bearer = {"Authorization": "Bearer choose-one"}
-        for field in (bearer, {"x-api-key": "choose-one"}):
-            assert server.get("/v1/models", field).status == 200
-            sent = server.post("/echo", {"model": "other"}, field).json()["headers"]
-            assert "choose-one" not in str(sent)
 
 
 def test_recipe_conversations_that_outlive_the_swap(tmp_path):
@@ -10336,40 +9049,8 @@ def test_recipe_roo_code(tmp_path):
     (tmp_path / "qwen3-coder-30b-a3b-q4_k_m.gguf").write_bytes(b"GGUF")
     program = f"[llmswap]\nllama-server = {fake_binary(tmp_path)}\n"
     with run_recipe(title, ("/models/", f"{tmp_path}/"), before=program) as server:
-        [call] = calls_of(server, CHAT, "qwen3-coder", arguments=BROKEN_CALL)
-        assert json.loads(call) == MEANT_CALL
-
-
-def test_recipe_open_webui():
-    bases = re.findall(r"`http://([^/]+)(/\S+)`", section("Open WebUI"))
-    hosts = [host for host, _ in bases]
-    assert hosts == ["127.0.0.1:8080", "host.docker.internal:8080"]
-    with Llmswap(OTHER_MODEL) as server:
-        for host, path in bases:
-            assert server.get(f"{path}/models", {"Host": host}).status == 200
-            body, host = chat_body("other"), {"Host": host}
-            assert server.post(f"{path}/chat/completions", body, host).status == 200
-
-
-def certificate(folder):
-    """A key and a certificate that it signed itself."""
-    key, pem = folder / "models.key", folder / "models.pem"
-    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2"
-    name = "/CN=models.home.example"
-    command = ["openssl", *words.split(), "-subj", name, "-keyout", key, "-out", pem]
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-
-
-@contextmanager
-def nginx(folder, text):
-    """nginx with this in its http block, until the block ends."""
-    head = f"daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{ }}"
-    conf = folder / "nginx.conf"
-    conf.write_text(f"{head}\nhttp {{ access_log off;\n{text}\n}}\n")
-    command = ["nginx", "-p", folder, "-e", folder / "error.log", "-c", conf]
-    with subprocess.Popen(command) as process:
-        yield
-        process.terminate()
+        calls = calls_of(server, CHAT, "qwen3-coder", arguments=BROKEN_CALL)
+        assert calls == [MEANT_CALL]
 
 
 class TlsClient(Client):
@@ -10385,34 +9066,45 @@ class TlsClient(Client):
         super().send(method, path, body, {**host, **dict(headers)})
 
 
+CERTIFICATE = (
+    "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 "
+    "-subj /CN=models.home.example -keyout models.key -out models.pem"
+)
+SITE = "daemon off; pid pid; error_log error.log; events {{ }} http {{ {} }}"
+
+
 @pytest.mark.skipif(
     not all(map(shutil.which, ("nginx", "openssl"))), reason="needs nginx and openssl"
 )
 def test_recipe_behind_nginx_with_tls(tmp_path):
-    certificate(tmp_path)
+    command = CERTIFICATE.split()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, cwd=tmp_path)
     text = "[llmswap]\n" + named_key("Behind nginx", "allowed-hosts")
-    with Llmswap(text + "[a]\ncmd = FAKE\n") as server:
-        port = free_port()
+    with Llmswap(text + "[a]\ncmd = FAKE\n") as server, contextlib.ExitStack() as stack:
+        port, conf = free_port(), tmp_path / "nginx.conf"
         site = adapted(
             "Behind nginx, with TLS", "nginx", ("listen 443", f"listen 127.0.0.1:{port}"),
             ("/etc/ssl", tmp_path), ("127.0.0.1:8080", f"127.0.0.1:{server.port}"),
         )  # fmt: skip
-        with nginx(tmp_path, site):
-            eventually(lambda: is_listening(port))
-            with TlsClient(port, tmp_path) as client:
-                body = chat_body("a", stream=True, tokens=4, interval=0.1)
-                client.send("POST", CHAT, body)
-                moments = [time.monotonic() for _ in client.pieces(*client.head())]
-                assert moments[-1] - moments[0] > 0.25  # it did not come at once
-                upgrade = {"Upgrade": "websocket", "Connection": "Upgrade"}
-                client.send("GET", "/upstream/a/ws", None, upgrade)
-                assert client.head()[0] == 101
-                client.sock.sendall(b"to and fro")
-                assert b"".join(client.exactly(10)) == b"to and fro"
-            server.reload("[a]\ncmd = FAKE\n")
-            eventually(lambda: "was read again" in server.log())
-            with TlsClient(port, tmp_path) as client:  # the name is what was let in
-                assert client.ask("GET", "/v1/models").status == 403
+        conf.write_text(SITE.format(f"access_log off;\n{site}\n"))
+        command = ["nginx", "-p", tmp_path, "-e", "error.log", "-c", conf]
+        nginx = stack.enter_context(subprocess.Popen(command))
+        stack.callback(nginx.terminate)
+        eventually(lambda: is_listening(port))
+        with TlsClient(port, tmp_path) as client:
+            body = chat_body("a", stream=True, tokens=4, interval=0.1)
+            client.send("POST", CHAT, body)
+            moments = [time.monotonic() for _ in client.pieces(*client.head())]
+            assert moments[-1] - moments[0] > 0.25  # it did not come at once
+            upgrade = {"Upgrade": "websocket", "Connection": "Upgrade"}
+            client.send("GET", "/upstream/a/ws", None, upgrade)
+            assert client.head()[0] == 101
+            client.sock.sendall(b"to and fro")
+            assert b"".join(client.exactly(10)) == b"to and fro"
+        server.reload("[a]\ncmd = FAKE\n")
+        eventually(lambda: "was read again" in server.log())
+        with TlsClient(port, tmp_path) as client:  # the name is what was let in
+            assert client.ask("GET", "/v1/models").status == 403
 
 
 def named_key(title, key):
@@ -10420,8 +9112,8 @@ def named_key(title, key):
     return re.search(rf"`({key} = [^`]*)`", section(title))[1] + "\n"
 
 
-def test_recipe_in_a_container(tmp_path):
-    image = recipe("In a container", "dockerfile")[0]
+def test_recipe_llmswap_in_a_container(tmp_path):
+    image = recipe("Docker and Podman", "dockerfile")[0]
     copied = re.search(r"COPY (.*) (/opt/llmswap/)\nWORKDIR /opt/llmswap\n", image)[1]
     assert copied.split() == ["llmswap.py", "models.ini"]
     shutil.copy(LLMSWAP, tmp_path)
@@ -10433,18 +9125,18 @@ def test_recipe_in_a_container(tmp_path):
     env = {**os.environ, "PATH": f"{path}:{os.environ['PATH']}"}
     with running(command, ("127.0.0.1", port), cwd=tmp_path, env=env):
         assert ask(port, "POST", CHAT, chat_body("a")).status == 200
-    compose = recipe("In a container", "yaml")[0]
+    compose = recipe("Docker and Podman", "yaml")[0]
     grace = int(re.search(r"stop_grace_period: (\d+)s", compose)[1])
     assert grace > llmswap.DRAIN_SECONDS
 
 
 def test_recipe_where_one_machine_is_not_enough(tmp_path):
     title = "Where one machine is not enough"
-    (tmp_path / "vllm").write_text(
-        f'#!/bin/sh\ncase "$*" in *"backend ray "*"parallel-size 2"*) ;; *) exit 1 ;; esac\n'
-        f'exec {sys.executable} -I -S {fake_file()} "$@"\n'
+    executable(
+        tmp_path / "vllm",
+        'case "$*" in *"backend ray "*"parallel-size 2"*) ;; *) exit 1 ;; esac\n'
+        f'exec {sys.executable} -I -S {fake_file()} "$@"',
     )
-    (tmp_path / "vllm").chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     other = "[llmswap]\napi-key = its-api-key\n[coder]\ncmd = FAKE --model coder\n"
     with Llmswap(other) as far:
@@ -10452,12 +9144,11 @@ def test_recipe_where_one_machine_is_not_enough(tmp_path):
         with run_recipe(title, address, env=env) as server:
             assert server.post("/v1/x", {"model": "ray"}).status == 200
             assert server.chat("elsewhere").status == 200
-            assert json.loads(server.post("/v1/x", {"model": "elsewhere"}).json()["body"])
-            if LLAMA_SERVER:
-                config = read(tmp_path, adapted(title, "ini"))
-                argv = config.models["spread"].command(llmswap.options_of(LLAMA_SERVER), 1)
-                workers = argv[argv.index("--rpc") + 1]
-                assert workers == "192.168.11.12:50052,192.168.11.13:50052"
+    if LLAMA_SERVER:
+        config = read(tmp_path, adapted(title, "ini"))
+        argv = config.models["spread"].command(llmswap.options_of(LLAMA_SERVER), 1)
+        workers = argv[argv.index("--rpc") + 1]
+        assert workers == "192.168.11.12:50052,192.168.11.13:50052"
 
 
 def test_recipe_cron(tmp_path):
@@ -10496,189 +9187,35 @@ def test_recipe_sleeping_instead_of_stopping(tmp_path):
         assert server.stats("vllm")["pid"] == first["pid"]
 
 
-# ----------------------------------------------------------------------------------
-# A browser: headless Chromium, driven through its DevTools protocol
-
-
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
-    None,
-)
-CHROMIUM_FLAGS = """\
---headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
---disable-background-networking --disable-component-update --remote-debugging-pipe
-""".split() + ["--host-resolver-rules=MAP *.test 127.0.0.1"]
-# Chromium reads commands from descriptor 3 and writes results and events to 4.
-WITH_PIPES = """\
-import fcntl, os, sys
-pipes = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]]
-for fd, pipe in zip((3, 4), pipes):
-    os.dup2(pipe, fd)
-os.execv(sys.argv[3], sys.argv[3:])
-"""
-
-
-class Browser:
-    """Headless Chromium with one page, until the block ends.
-
-    `complaints` are the errors on its page's console, and what its policy refused.
-    """
-
-    def __enter__(self):
-        self.folder = tempfile.mkdtemp(prefix="llmswap-chromium-")
-        (commands, self._commands), (self._results, results) = os.pipe(), os.pipe()
-        fds = commands, results
-        words = [sys.executable, "-c", WITH_PIPES, *map(str, fds), CHROMIUM]
-        words += [*CHROMIUM_FLAGS, f"--user-data-dir={self.folder}", "about:blank"]
-        quiet = {"stdin": -3, "stdout": -3, "stderr": -3, "start_new_session": True}
-        self._process = subprocess.Popen(words, pass_fds=fds, **quiet)
-        for fd in fds:
-            os.close(fd)
-        self.complaints, self._session, self._received = [], {}, b""
-        self._numbers = itertools.count(1)
-        (page,) = eventually(self._pages)
-        target = {"targetId": page["targetId"], "flatten": True}
-        session = self.call("Target.attachToTarget", **target)["sessionId"]
-        self._session = {"sessionId": session}
-        for domain in ("Page", "Runtime", "Log"):
-            self.call(f"{domain}.enable")
-        return self
-
-    def __exit__(self, *_):
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        os.close(self._commands), os.close(self._results)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _pages(self):
-        targets = self.call("Target.getTargets")["targetInfos"]
-        return [target for target in targets if target["type"] == "page"]
-
-    def call(self, method, **params):
-        """Call a method of the protocol and return its result."""
-        number = next(self._numbers)
-        command = {"id": number, "method": method, "params": params, **self._session}
-        os.write(self._commands, json.dumps(command).encode() + b"\0")
-        while True:
-            message = json.loads(self._receive())
-            if message.get("id") == number:
-                assert "error" not in message, message
-                return message["result"]
-            self._note(message)
-
-    def _receive(self):
-        while b"\0" not in self._received:
-            piece = os.read(self._results, 1 << 16)
-            assert piece, "Chromium has ended"
-            self._received += piece
-        message, _, self._received = self._received.partition(b"\0")
-        return message
-
-    def _note(self, event):
-        if event.get("method") == "Runtime.exceptionThrown":
-            self.complaints.append(event["params"]["exceptionDetails"])
-        elif event.get("method") == "Log.entryAdded":
-            entry = event["params"]["entry"]
-            if entry["level"] == "error":
-                self.complaints.append(entry["text"])
-
-    def open(self, url):
-        """Go to a page; it may not be complete yet. Old complaints are dropped."""
-        self.call("Page.navigate", url=url)
-        self.complaints.clear()
-
-    def value(self, expression):
-        """The value of a JavaScript expression; a promise is awaited."""
-        result = self.call(
-            "Runtime.evaluate",
-            expression=expression,
-            returnByValue=True,
-            awaitPromise=True,
-        )
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
-
-    def until(self, expression, timeout=10.0):
-        """The value of the expression as soon as it is true."""
-        deadline = time.monotonic() + timeout
-        while not (found := self.value(expression)):
-            if time.monotonic() > deadline:
-                seen = self.value("document.body.innerText")
-                raise AssertionError(f"not within {timeout} s: {expression}\n{seen}")
-            time.sleep(0.02)
-        return found
-
-    def press(self, key):
-        """Press a key as a person does, on whatever has the focus."""
-        codes = {"Enter": 13, "Tab": 9, "Escape": 27, " ": 32, "ArrowDown": 40}
-        code, text = codes[key], {"Enter": "\r", " ": " "}.get(key)
-        more = {"key": key, "windowsVirtualKeyCode": code}
-        more["code"] = "Space" if key == " " else key
-        if text:
-            more["text"] = text
-        self.call("Input.dispatchKeyEvent", type="keyDown", **more)
-        more.pop("text", None)
-        self.call("Input.dispatchKeyEvent", type="keyUp", **more)
-
-    def type(self, text):
-        """Type a text into whatever has the focus."""
-        self.call("Input.insertText", text=text)
-
-    def click(self, element):
-        """Click on the middle of an element, as a person does, once it is there."""
-        self.until(f"{element}?.checkVisibility()")
-        box = f"{{const e = {element}; e.scrollIntoView({{block: 'center'}});"
-        box += " const r = e.getBoundingClientRect();"
-        x, y = self.value(f"{box} [r.x + r.width / 2, r.y + r.height / 2]}}")
-        for kind in ("mousePressed", "mouseReleased"):
-            how = {"x": x, "y": y, "button": "left", "clickCount": 1}
-            self.call("Input.dispatchMouseEvent", type=kind, **how)
-
-    def look(self, width, scheme, height=800):
-        """Be a screen of this width, in a `light` or a `dark` room."""
-        size = {"height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        self.call("Emulation.setDeviceMetricsOverride", width=width, **size)
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        self.call("Emulation.setEmulatedMedia", features=features)
-
-
 # ==================================================================================
 # Pages: what people and Prometheus see.
 # ==================================================================================
-
 
 # ----------------------------------------------------------------------------------
 # Numbers in answers
 
 
-OPENAI_END = b"""data: {"choices":[{"delta":{},"finish_reason":"stop"}],"usage":null}
-
-data: {"choices":[],"usage":{"completion_tokens":20,"prompt_tokens":7,
-"total_tokens":27,"prompt_tokens_details":{"cached_tokens":3}}}
-
-data: [DONE]
-
-"""
-LLAMA_END = b"""data: {"choices":[{"delta":{},"finish_reason":"stop"}],"timings":{
-"cache_n":236,"prompt_n":1,"prompt_ms":30.9,"predicted_n":35,
-"predicted_ms":661.1,"predicted_per_second":52.94}}
-
-data: [DONE]
-
-"""
-ANTHROPIC_START = b"""event: message_start
-data: {"type":"message_start","message":{"id":"a","usage":{"input_tokens":25,
-"cache_read_input_tokens":0,"output_tokens":1}}}
-
-"""
-ANTHROPIC_END = b"""event: message_delta
-data: {"type":"message_delta","delta":{"stop_reason":"end_turn"},
-"usage":{"output_tokens":15}}
-
-event: message_stop
-data: {"type":"message_stop"}
-
-"""
+STOPPED = [{"delta": {}, "finish_reason": "stop"}]
+OPENAI_USAGE = {
+    "completion_tokens": 20, "prompt_tokens": 7, "total_tokens": 27,
+    "prompt_tokens_details": {"cached_tokens": 3},
+}  # fmt: skip
+LLAMA_TIMINGS = {
+    "cache_n": 236, "prompt_n": 1, "prompt_ms": 30.9, "predicted_n": 35,
+    "predicted_ms": 661.1, "predicted_per_second": 52.94,
+}  # fmt: skip
+MESSAGE_USAGE = {"input_tokens": 25, "cache_read_input_tokens": 0, "output_tokens": 1}
+LAST_USAGE = {"delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 15}}
+OPENAI_END = events(
+    [{"choices": STOPPED, "usage": None}, {"choices": [], "usage": OPENAI_USAGE}]
+)
+LLAMA_END = events([{"choices": STOPPED, "timings": LLAMA_TIMINGS}])
+ANTHROPIC_START = events(
+    [{"type": "message_start", "message": {"id": "a", "usage": MESSAGE_USAGE}}], None
+)
+ANTHROPIC_END = events(
+    [{"type": "message_delta", **LAST_USAGE}, {"type": "message_stop"}], None
+)
 JSON_END = b'"}}],"usage":{"prompt_tokens":7,"completion_tokens":3,"total_tokens":10}}'
 LLAMA_PLAIN = b',"tokens_predicted":4,"tokens_evaluated":9,"truncated":false}'
 
@@ -10770,13 +9307,6 @@ def metrics_of(text):
     return found
 
 
-def read_metrics(*models, meters=None):
-    """What Prometheus reads of these models."""
-    meters = meters or llmswap.Metrics()
-    report = llmswap.StatusReport("1.0", 1750000000.0, models, meters)
-    return metrics_of(llmswap.metrics_text(report))
-
-
 def metrics_with(server, key, headers=()):
     """What Prometheus reads of llmswap, None if that key is not there yet."""
     found = metrics_of(server.get("/metrics", headers).body.decode())
@@ -10789,8 +9319,8 @@ def counted(found, name):
 
 
 def test_the_queries_of_the_dashboard_name_metrics_and_labels_of_ours():
-    dashboard = json.loads(Path(LLMSWAP).with_name(".github").joinpath("grafana.json")
-                           .read_text())
+    path = Path(LLMSWAP).with_name(".github") / "grafana.json"
+    dashboard = json.loads(path.read_text())
     queries = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
     queries += [each["query"]["query"] for each in dashboard["templating"]["list"]
                 if each["type"] == "query"]  # fmt: skip
@@ -10799,10 +9329,9 @@ def test_the_queries_of_the_dashboard_name_metrics_and_labels_of_ours():
         for model in ("c", "a", "b"):
             server.chat(model)
         metrics = server.get("/metrics").body.decode()
-    samples = re.findall(r"(?m)^(\w+)(?:\{(.*)\})? ", metrics)
     labels = collections.defaultdict(set)
-    for name, pairs in samples:
-        labels[name].update(re.findall(r'(\w+)="', pairs))
+    for name, *pairs in metrics_of(metrics):
+        labels[name].update(pairs[::2])
     for query in queries:
         names = re.findall(r"\b(?:llmswap|process)_\w+", query)
         assert names, query
@@ -10815,32 +9344,28 @@ def test_the_queries_of_the_dashboard_name_metrics_and_labels_of_ours():
             assert name in labels and used <= labels[name], (query, labels[name])
 
 
-def test_metrics_are_well_formed_without_models_and_with_strange_ones():
-    found = read_metrics()
-    assert found["llmswap_swaps_total",] == 0
-    assert found["process_start_time_seconds",] == 1750000000
-    found = read_metrics(llmswap.ModelStatus('a"b\\c\nd\x07\x9be'))
-    assert found["llmswap_requests_queued", "model", r"a\"b\\c\nd\\x07\\x9be"] == 0
-
-
-def test_histograms_add_up_and_their_bounds_are_inclusive():
+def test_metrics_are_well_formed_and_histograms_add_up():
     meters = llmswap.Metrics()
     for seconds in (0.005, 0.3, 600, 700):
         meters.count_load("a", seconds)
-    found = read_metrics(meters=meters)
+    shared = llmswap.ModelStatus("a", state="loaded", rss=10, running=1)
+    models = llmswap.ModelStatus('a"b\\c\nd\x07\x9be'), shared, shared._replace(
+        id="b", shares="a")  # fmt: skip
+    report = llmswap.StatusReport("1.0", 1750000000.0, models, meters)
+    found = metrics_of(llmswap.metrics_text(report))
+    assert found["process_start_time_seconds",] == 1750000000
+    assert found["llmswap_requests_queued", "model", r"a\"b\\c\nd\\x07\\x9be"] == 0
+    in_flight = counted(found, "llmswap_requests_in_flight")
+    assert ("a",) in in_flight and ("b",) not in in_flight  # which it shares
     name = "llmswap_load_duration_seconds"
     buckets = {key[4]: n for key, n in found.items() if key[0] == f"{name}_bucket"}
     assert list(buckets.values()) == sorted(buckets.values())
-    assert (buckets["0.005"], buckets["0.25"], buckets["0.5"]) == (1, 1, 2)
-    assert (buckets["600"], buckets["+Inf"]) == (3, 4)
+    bounds = {"0.005": 1, "0.25": 1, "0.5": 2, "600": 3, "+Inf": 4}  # inclusive
+    assert {bound: buckets[bound] for bound in bounds} == bounds
     assert found[f"{name}_count", "model", "a"] == 4
     assert found[f"{name}_sum", "model", "a"] == pytest.approx(1300.305)
-
-
-def test_models_that_share_a_backend_are_counted_once():
-    own = llmswap.ModelStatus("a", state="loaded", rss=10, running=1)
-    models = [own, *(own._replace(id=name, shares="a") for name in "bc")]
-    assert ("llmswap_requests_in_flight", "model", "b") not in read_metrics(*models)
+    empty = llmswap.StatusReport("1.0", 0.0, (), llmswap.Metrics())
+    assert metrics_of(llmswap.metrics_text(empty))["llmswap_swaps_total",] == 0
 
 
 PAGE_MODELS = """
@@ -10910,13 +9435,10 @@ def test_requests_and_stops_are_counted_by_model_status_and_cause():
 PARSE_METRICS = """\
 import json, sys
 from prometheus_client.parser import text_string_to_metric_families
-samples = []
-for family in text_string_to_metric_families(sys.stdin.read()):
-    assert family.type in ("gauge", "counter", "histogram"), family
-    assert family.documentation, family
-    for sample in family.samples:
-        samples.append([sample.name, sample.labels, sample.value])
-print(json.dumps(samples))
+families = [*text_string_to_metric_families(sys.stdin.read())]
+assert {each.type for each in families} == {"gauge", "counter", "histogram"}
+assert all(each.documentation for each in families)
+print(json.dumps([sample[:3] for each in families for sample in each.samples]))
 """
 
 
@@ -10931,19 +9453,6 @@ def test_prometheus_own_parser_reads_what_we_mean(clients):
     assert found == metrics_of(text) and len(found) > 300
     assert found["llmswap_prompt_tokens_total", "model", "anthropic"] >= 4 * 7
     assert found["llmswap_request_bytes_total", "model", "openai"] > 10000
-
-
-@pytest.mark.parametrize(
-    "tool, line",
-    [("nvidia-smi", "{pid}, 512"), ("rocm-smi", "{pid}  llama  1  536870912  0  0")],
-)
-def test_gpu_memory_is_read_from_the_vendors_tool(tmp_path, monkeypatch, tool, line):
-    script = tmp_path / tool
-    text = line.format(pid=os.getpid())
-    script.write_text(f"#!/bin/sh\necho 'PID NAME'\necho '{text}'\necho '1, [N/A]'\n")
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert llmswap.gpu_memory_by_group() == {os.getpgrp(): 512 * 2**20}
 
 
 def test_resident_memory_is_that_of_the_whole_process_group():
@@ -11031,12 +9540,12 @@ def test_snapshots_come_at_most_about_four_times_a_second():
 # The page in a browser
 
 
-in_browser = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium")
+in_browser = pytest.mark.skipif(not chromium.CHROMIUM, reason="there is no Chromium")
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with Browser() as browser:
+    with chromium.Browser() as browser:
         yield browser
 
 
@@ -11069,7 +9578,12 @@ def test_a_model_is_loaded_asked_read_and_stopped_by_mouse(browser):
     with Llmswap(STORY) as server:
         browser.look(390, "dark")
         browser.open(server.url)
-        click_load_and_cancel(browser)
+        browser.click(row("endless", "[data-do=load]"))
+        browser.until(shown(row("endless", ".state"), "loading"))
+        cancel = row("endless", "[data-do=unload]")
+        assert browser.value(f"{cancel}.innerText") == "Cancel"
+        browser.click(cancel)
+        browser.until(shown(row("endless", ".state"), "unloaded by hand"))
         server.post("/models/load", {"model": "a"})  # and the page shows it by itself
         browser.until(shown(row("a", ".state"), "loading"))
         browser.until(shown(row("a", ".state"), "loaded"))
@@ -11101,15 +9615,6 @@ def test_a_model_is_loaded_asked_read_and_stopped_by_mouse(browser):
         browser.until(shown("$('link')", "reconnecting"))
         server.start()
         browser.until(shown("$('link')", "live"))
-
-
-def click_load_and_cancel(browser):
-    browser.click(row("endless", "[data-do=load]"))
-    browser.until(shown(row("endless", ".state"), "loading"))
-    cancel = row("endless", "[data-do=unload]")
-    assert browser.value(f"{cancel}.innerText") == "Cancel"
-    browser.click(cancel)
-    browser.until(shown(row("endless", ".state"), "unloaded by hand"))
 
 
 def ask_by_mouse(browser, model):
@@ -11215,7 +9720,7 @@ def test_requests_are_seen_opened_filtered_and_cancelled_by_keyboard(browser):
         for text in ("s1", "POST /v1/chat/completions", "cancelled by hand"):
             browser.until(shown(facts, text))
         server.chat("a")
-        browser.until(REQUEST.format(5, ""))
+        browser.until(REQUEST.format(5, "") + " !== null")
         assert browser.value(f"{facts}.checkVisibility()"), "it closed at an update"
         browser.value("$('only').focus()")
         browser.press("ArrowDown")
@@ -11272,18 +9777,6 @@ def test_forty_models_and_none_fit_any_width(browser, count):
             assert browser.complaints == []
 
 
-# Lists the processes of fake servers that are loaded as if each held half a GiB.
-NVIDIA_SMI = f"""\
-#!{sys.executable} -IS
-import os
-for pid in filter(str.isdigit, os.listdir("/proc")):
-    try:
-        words = open(f"/proc/{{pid}}/cmdline", "rb").read()
-        if b"fake.pyc" in words and b"mapper.py" not in words:
-            print(pid, 512, sep=", ")
-    except OSError:
-        pass
-"""
 ALL_STATES = """
 [llmswap]
 models-max = 3
@@ -11322,50 +9815,15 @@ AT_A_GLANCE = {
     "twin": "shares busy",
 }
 
-# Every text whose colour is too near to what lies behind it, and every field whose
-# border is (WCAG AA asks for 4.5 and 3).
-PALE_TEXTS = """\
-(() => {
-  const light = (colour) => {
-    const parts = colour.match(/[\\d.]+/g).slice(0, 3).map((n) => n / 255);
-    const bend = (c) => c <= .04 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
-    const [r, g, b] = parts.map(bend);
-    return .2126 * r + .7152 * g + .0722 * b;
-  };
-  const behind = (element) => {
-    const colour = getComputedStyle(element).backgroundColor;
-    return colour === "rgba(0, 0, 0, 0)" ? behind(element.parentElement) : colour;
-  };
-  const ratio = (one, other) => {
-    const [a, b] = [light(one), light(other)];
-    return (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
-  };
-  const found = [];
-  const all = document.querySelectorAll("body *:not(script, style, option)");
-  for (const element of all) {
-    const own = [...element.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
-    if (!element.checkVisibility() || !(own || element.placeholder)) continue;
-    const kind = element.placeholder ? "::placeholder" : null;
-    const style = getComputedStyle(element, kind), shown = element.outerHTML.slice(0, 80);
-    const texts = ratio(style.color, behind(element));
-    if (texts < 4.5) found.push([shown, texts]);
-    const edges = kind && ratio(getComputedStyle(element).borderColor, behind(element));
-    if (kind && edges < 3) found.push([shown, edges]);
-  }
-  return found;
-})()"""
-
 
 @pytest.fixture(scope="module")
 def all_states(tmp_path_factory):
     """llmswap with a model in each state there is."""
     folder = tmp_path_factory.mktemp("states")
-    tool = folder / "nvidia-smi"
-    tool.write_text(NVIDIA_SMI)
-    tool.chmod(0o755)
     text = ALL_STATES.format(slow=slow_model(folder, seconds=60))
-    path = f"{folder}:{os.environ['PATH']}"
-    with hasty(text, env={"PATH": path}) as server, server.connect() as waiting:
+    server = hasty(text, env={"PATH": f"{folder}:{os.environ['PATH']}"})
+    show_gpu(folder, f"{server.folder}/journal")
+    with server, server.connect() as waiting:
         for model in ("dozy", "gone", "still", "busy"):
             assert server.chat(model, tokens=5).status == 200
         with server.stream("busy", tokens=10**6, interval=0.1) as stream:
@@ -11404,7 +9862,7 @@ def test_every_state_is_shown_at_any_width_in_light_and_dark(
             browser.until(shown(row(model), word))
     assert 0 < browser.value(row("slow", "progress") + ".value") < 0.9
     assert browser.value("document.documentElement.scrollWidth") <= width
-    assert browser.value(PALE_TEXTS) == []
+    assert browser.value((CI / "contrast.js").read_text()) == []
     ground = browser.value("getComputedStyle(document.body).backgroundColor")
     darkest = max(map(int, re.findall(r"\d+", ground)))
     assert (darkest < 64) == (scheme == "dark")
@@ -11433,148 +9891,11 @@ def test_nothing_runs_but_the_pages_own_script(browser, all_states):
 CLIENTS = os.environ.get("CLIENTS")  # a Python that has openai and anthropic
 NODE_OPENAI = os.path.join(os.environ.get("NODE_PATH", "/nowhere"), "openai")
 
-# Each library is driven by one process, for to import it takes seconds. It reads cases
-# {name: [call, model, wish, options]}, and prints {name: result}: of an answer its text
-# or tool call, its reason to end and its tokens; of an error its type and status.
-PYTHON_BEGIN = """\
-import io, json, sys, time
-url, cases, results = sys.argv[1], json.load(sys.stdin), {}
-hello = [{"role": "user", "content": "Hello"}]
-def joined(calls):
-    each = [(c.function.name or "") + (c.function.arguments or "") for c in calls or ()]
-    return "".join(each)
-def whole(*asked, **options):
-    answer = ask(*asked, **options)
-    [choice] = answer.choices
-    text = choice.message.content or joined(choice.message.tool_calls)
-    return [text, choice.finish_reason, answer.usage.completion_tokens]
-def flow(*asked):
-    text, used, end = "", None, None
-    for chunk in ask(*asked, stream=True, stream_options={"include_usage": True}):
-        used = getattr(chunk, "usage", None) or used
-        for choice in chunk.choices:
-            text += choice.delta.content or joined(choice.delta.tool_calls)
-            end = choice.finish_reason or end
-    return [text, end, used and used.completion_tokens]
-"""
-PYTHON_END = """
-for case, (call, model, wish, options) in cases.items():
-    try:
-        if call in globals():
-            results[case] = globals()[call](model, wish, **options)
-    except Exception as error:
-        results[case] = [type(error).__name__, getattr(error, "status_code", None)]
-print(json.dumps(results))
-"""
-PYTHON_CLIENTS = {
-    "openai": """
-import openai
-client = openai.OpenAI(base_url=url + "/v1", api_key="secret")
-def ask(model, wish, key="secret", retries=2, **more):
-    by = client.with_options(api_key=key, max_retries=retries)
-    create = by.chat.completions.create
-    return create(model=model, messages=hello, extra_body=wish, **more)
-def lists(*_):
-    return sorted(each.id for each in client.models.list())
-def finds(model, _):
-    return client.models.retrieve(model).id
-def embeds(model, texts):
-    answer = client.embeddings.create(model=model, input=texts)
-    return [[len(each.embedding), each.embedding[0]] for each in answer.data]
-def uploads(model, size):
-    sound = "a.wav", io.BytesIO(bytes(size)), "audio/wav"
-    return client.audio.transcriptions.create(model=model, file=sound).text
-def waits(model, wish):  # from the third failed load on they are spaced
-    for retries in (2, 2, 1):
-        began = time.monotonic()
-        try:
-            ask(model, wish, retries=retries)
-        except openai.InternalServerError as error:
-            status = error.status_code
-    return [status, 0.9 < time.monotonic() - began < 5]
-""",
-    "anthropic": """
-import anthropic
-client = anthropic.Anthropic(base_url=url, api_key="secret")
-def request(model, wish):
-    wish = {**wish, "tools": [{"name": "tool0", "input_schema": {"type": "object"}}]}
-    return {"model": model, "max_tokens": 9, "messages": hello, "extra_body": wish}
-def told_by(message):
-    parts = message.content
-    text = [p.text if p.type == "text" else p.name + json.dumps(p.input) for p in parts]
-    return ["".join(text), message.stop_reason, message.usage.output_tokens]
-def whole(model, wish, key="secret", retries=2):
-    by = client.with_options(api_key=key, max_retries=retries)
-    return told_by(by.messages.create(**request(model, wish)))
-def flow(model, wish):
-    with client.messages.stream(**request(model, wish)) as stream:
-        return told_by(stream.get_final_message())
-def lists(*_):
-    return sorted(each.id for each in client.models.list())
-def finds(model, _):
-    return client.models.retrieve(model).id
-def counts(model, _):
-    return client.messages.count_tokens(model=model, messages=hello).input_tokens > 4
-""",
+LIBRARIES = {  # what drives each, see .ci/sdk.py
+    "openai": [CLIENTS, CI / "sdk.py", "openai"],
+    "anthropic": [CLIENTS, CI / "sdk.py", "anthropic"],
+    "node": [shutil.which("node"), CI / "sdk.js"],
 }
-NODE_CLIENT = """\
-const {OpenAI, toFile} = require("openai");
-const [url] = process.argv.slice(1), results = {};
-const messages = [{role: "user", content: "Hello"}];
-const defaultHeaders = {  // Roo Code's
-  "HTTP-Referer": "https://github.com/RooVetGit/Roo-Cline", "X-Title": "Roo Code",
-  "User-Agent": "RooCode/3.36.0",
-};
-const client = new OpenAI({baseURL: `${url}/v1`, apiKey: "secret", defaultHeaders});
-const ask = (model, wish, {key = "secret", retries = 2}) =>
-  client.withOptions({apiKey: key, maxRetries: retries})
-    .chat.completions.create({model, messages, ...wish});
-const joined = (calls) =>
-  (calls ?? []).map(({function: f}) => (f.name ?? "") + (f.arguments ?? "")).join("");
-const calls = {
-  lists: async () => (await client.models.list()).data.map((each) => each.id).sort(),
-  finds: async (model) => (await client.models.retrieve(model)).id,
-  async whole(...asked) {
-    const {choices: [{message, finish_reason}], usage} = await ask(...asked);
-    const text = message.content || joined(message.tool_calls);
-    return [text, finish_reason, usage.completion_tokens];
-  },
-  async flow(model, wish, options) {
-    let text = "", used, end;
-    wish = {...wish, stream: true, stream_options: {include_usage: true}};
-    for await (const {choices, usage} of await ask(model, wish, options)) {
-      used = usage ?? used;
-      for (const {delta, finish_reason} of choices) {
-        text += delta.content || joined(delta.tool_calls);
-        end = finish_reason ?? end;
-      }
-    }
-    return [text, end, used?.completion_tokens];
-  },
-  embeds: async (model, input) =>
-    (await client.embeddings.create({model, input})).data
-      .map(({embedding}) => [embedding.length, embedding[0]]),
-  async uploads(model, size) {
-    const file = await toFile(Buffer.alloc(size), "a.wav");
-    return (await client.audio.transcriptions.create({model, file})).text;
-  },
-};
-(async () => {
-  const cases = Object.entries(JSON.parse(require("fs").readFileSync(0)));
-  for (const [name, [call, ...asked]] of cases) {
-    if (!(call in calls)) continue;
-    const failed = (error) => [error.constructor.name, error.status ?? null];
-    const answer = Promise.resolve().then(() => calls[call](...asked));
-    results[name] = await answer.catch(failed);
-  }
-  console.log(JSON.stringify(results));
-})();
-"""
-SCRIPTS = {
-    client: PYTHON_BEGIN + script + PYTHON_END
-    for client, script in PYTHON_CLIENTS.items()
-}
-SCRIPTS["node"] = NODE_CLIENT
 TOOL_WISH = {
     "arguments": '{"a": 1}', "tool_choice": "auto", "parallel_tool_calls": False,
     "tools": [{"type": "function", "function": {"name": "tool0", "parameters": {
@@ -11655,24 +9976,18 @@ pooling = mean
 """
 
 
-def client_command(client):
-    """How to run a client's script; None if the client is not there."""
-    if client == "node":
-        node = shutil.which("node")
-        return [node, "-e"] if node and os.path.exists(NODE_OPENAI) else None
-    return [CLIENTS, "-c"] if CLIENTS else None
-
-
 @pytest.fixture(scope="module")
 def clients():
     """llmswap, and {client: its results} of every client that is there."""
     proxy = Llmswap("")
-    text = CLIENT_FILE + "".join(map(MODELS_OF_A_CLIENT.format, SCRIPTS))
+    text = CLIENT_FILE + "".join(map(MODELS_OF_A_CLIENT.format, LIBRARIES))
     if LLAMA_SERVER:
-        model = write_gguf(proxy.folder / "model.gguf")
+        model = gguf.write_model(proxy.folder / "model.gguf")
         text += REAL_MODELS.format(LLAMA_SERVER, model)
     proxy.write(text)
-    present = [client for client in SCRIPTS if client_command(client)]
+    present = [client for client, words in LIBRARIES.items() if words[0]]
+    if not os.path.exists(NODE_OPENAI):
+        present = [client for client in present if client != "node"]
     with proxy, ThreadPoolExecutor() as pool:
         run = functools.partial(run_client, proxy.url)
         yield proxy, dict(zip(present, pool.map(run, present)))
@@ -11684,7 +9999,7 @@ def run_client(url, client):
         for name, (call, model, wish, options, _) in CLIENT_CASES.items()
         if LLAMA_SERVER or not name.startswith("real")
     }
-    words = [*client_command(client), SCRIPTS[client], url]
+    words = [*LIBRARIES[client], url]
     ended = subprocess.run(
         words, input=json.dumps(cases), capture_output=True, text=True, timeout=180
     )
@@ -11692,7 +10007,7 @@ def run_client(url, client):
     return json.loads(ended.stdout)
 
 
-@pytest.mark.parametrize("client", SCRIPTS)
+@pytest.mark.parametrize("client", LIBRARIES)
 def test_a_client_sees_what_was_meant_and_repeats_what_may_succeed(clients, client):
     server, results = clients
     if client not in results:
@@ -11726,8 +10041,13 @@ WEBUI = {  # what Open WebUI sends with each request, a GET too
 WEBUI_FILE = CLIENT_FILE + "[m]\ncmd = FAKE\n[bad]\ncmd = FAKE --load-exit 3\n"
 
 
-def test_open_webuis_calls_do_what_it_expects():
+def test_recipe_open_webui_whose_calls_do_what_it_expects():
+    bases = re.findall(r"`http://([^/]+)(/\S+)`", section("Open WebUI"))
+    assert [each for each, _ in bases] == ["127.0.0.1:8080", "host.docker.internal:8080"]
     with Llmswap(WEBUI_FILE) as server, server.connect() as client:
+        for host, path in bases:
+            fields = {**WEBUI, "Host": host}
+            assert client.ask("GET", f"{path}/models", None, fields).status == 200
         for path in ("/v1/models", "/models"):
             listed = client.ask("GET", path, None, WEBUI).json()["data"]
             states = {each["id"]: each["status"]["value"] for each in listed}
@@ -11779,38 +10099,32 @@ FROM_A_PAGE = """\
 
 
 @in_browser
-def test_a_page_of_an_allowed_origin_reads_answers_and_errors(browser):
+def test_a_page_reads_answers_and_errors_if_its_origin_is_allowed_else_causes_nothing(
+    browser,
+):
     with Fake() as site:  # any page will do
-        origin = f"http://app.test:{site.port}"
-        text = LOCKED.replace("[llmswap]", f"[llmswap]\ncors-origins = {origin}")
-        browser.open(origin)
-        browser.until(f"location.origin === '{origin}'")
-    with Llmswap(text) as server:
-        listed, streamed, failed, unknown, locked, bad = browser.value(
-            FROM_A_PAGE.format(url=server.url)
-        )
+        allowed, foreign = (f"http://{name}.test:{site.port}" for name in ("app", "evil"))
+        text = LOCKED.replace("[llmswap]", f"[llmswap]\ncors-origins = {allowed}")
+        browser.open(allowed)
+        browser.until(f"location.origin === '{allowed}'")
+        with Llmswap(text) as server:
+            listed, streamed, failed, unknown, locked, bad = browser.value(
+                FROM_A_PAGE.format(url=server.url)
+            )
+        browser.open(foreign)
+        browser.until(f"location.origin === '{foreign}'")
     assert listed[0] == 200 and '"id":"bad"' in listed[2]
     assert streamed[0] == 200 and streamed[2].endswith("data: [DONE]\n\n")
     assert failed[:2] == [502, "false"] and "exited with status 3" in failed[2]
     assert unknown[0] == 404 and "model_not_found" in unknown[2]
     assert locked[0] == 401 and "API key" in locked[2]
     assert bad[0] == 400 and "as asked" in bad[2]
-
-
-@in_browser
-def test_a_page_of_another_origin_gets_and_causes_nothing(browser):
-    text = PAGE_MODELS.replace("[llmswap]", "[llmswap]\ncors-origins = http://app.test")
-    with Fake() as site:
-        browser.open(f"http://evil.test:{site.port}")
-        browser.until(f"location.origin === 'http://evil.test:{site.port}'")
-    with Llmswap(text) as server:
+    with Llmswap(text.replace("api-key = secret\n", "")) as server:
         asked = f"fetch('{server.url}/v1/models').catch((error) => error.name)"
         assert browser.value(asked) == "TypeError"
         post = "{method: 'POST', mode: 'no-cors', body: '{\"model\": \"b\"}'}"
-        link = "{mode: 'no-cors'}"
-        foreign = {CHAT: post, "/models/load": post, "/unload": link}
-        foreign["/upstream/b/"] = link
-        for path, way in foreign.items():
+        for path in (CHAT, "/models/load", "/unload", "/upstream/b/"):
+            way = post if path in (CHAT, "/models/load") else "{mode: 'no-cors'}"
             browser.value(f"fetch('{server.url}{path}', {way}).then((a) => a.type)")
         assert server.journal() == [] and server.loaded() == []
         statuses = metrics_of(server.get("/metrics").body.decode())
@@ -11838,7 +10152,7 @@ n-predict = 5
 @in_browser
 @pytest.mark.skipif(not (LLAMA_SERVER and LLAMA_UI), reason="LLAMA_UI names no folder")
 def test_llama_servers_own_page_works_under_upstream(browser, tmp_path):
-    model = write_gguf(tmp_path / "model.gguf")
+    model = gguf.write_model(tmp_path / "model.gguf")
     text = UI_FILE.format(server=LLAMA_SERVER, ui=LLAMA_UI, model=model)
     browser.look(1280, "light")
     with Llmswap(text) as server:
@@ -11872,70 +10186,7 @@ def test_llama_servers_own_page_works_under_upstream(browser, tmp_path):
 # 10  Command line: systemd
 # ==================================================================================
 
-PASS_SOCKETS = """\
-import os, sys
-for number, fd in enumerate(map(int, sys.argv[1].split(","))):
-    os.dup2(fd, 3 + number)
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(number + 1))
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-
-
-def activated(ini, *sockets, **options):
-    """The process of llmswap to which these sockets are passed as by systemd."""
-    fds = [each.fileno() for each in sockets]
-    words = [sys.executable, "-IS", "-c", PASS_SOCKETS, ",".join(map(str, fds))]
-    words += [sys.executable, "-IS", llmswap_file(), str(ini)]
-    return subprocess.Popen(words, pass_fds=fds, **options)
-
-
-class Activator:
-    """systemd as far as a socket unit goes: it owns the listening socket and starts
-    llmswap whenever a connection waits and none runs."""
-
-    def __init__(self, text, folder):
-        self.ini = Path(folder) / "test.ini"
-        self.ini.write_text(text)
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.port = self.listener.getsockname()[1]
-        self.starts, self.statuses = 0, []
-        self.token = f"{os.getpid()}-{self.port}"
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._live)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._is_over.set()
-        socket.create_connection(("127.0.0.1", self.port)).close()
-        self._thread.join()
-        for pid in family(self.token):
-            os.kill(pid, signal.SIGKILL)
-        self.listener.close()
-
-    def _live(self):
-        waiter = select.poll()
-        waiter.register(self.listener, select.POLLIN)
-        while not self._is_over.is_set():
-            waiter.poll()
-            if not self._is_over.is_set():
-                self._run()
-
-    def _run(self):
-        env = {**os.environ, FAMILY: self.token}
-        self.starts += 1
-        with open(self.ini.with_name("stderr"), "ab") as stderr:
-            self.process = activated(self.ini, self.listener, env=env, stderr=stderr)
-        while self.process.poll() is None and not self._is_over.is_set():
-            time.sleep(0.005)
-        if self.process.poll() is None:
-            self.process.terminate()
-        self.statuses.append(self.process.wait())
-
-    def log(self):
-        return self.ini.with_name("stderr").read_text()
+activation = load_tool("activation")
 
 
 def quick_file(*flags):
@@ -11947,7 +10198,7 @@ def quick_file(*flags):
 
 def rounds_of_activation(folder, rounds):
     """In each it is started, and the next clients come at the moment when it leaves."""
-    with Activator(quick_file(), folder) as systemd:
+    with activation.Activator(quick_file(), folder) as systemd:
         answer = ask(systemd.port, "POST", CHAT, {"model": "a"})
         assert answer.status == 200, systemd.log()
         eventually(lambda: "idle for" in systemd.log())
@@ -11976,22 +10227,15 @@ def test_activated_it_serves_exits_when_idle_and_loses_no_connection(tmp_path):
         list(crowd.map(rounds_of_activation, folders, [5] * 4))
 
 
-def test_exit_idle_time_heeds_no_idle_connection_and_needs_activation(tmp_path):
+def test_the_idle_exit_heeds_no_idle_connection_nor_what_is_kept_loaded(tmp_path):
     started_by_hand = Llmswap("[llmswap]\nexit-idle-time = 50ms\n[a]\ncmd = FAKE\n")
-    with started_by_hand as server, Activator(quick_file(), tmp_path) as systemd:
-        with Client(systemd.port) as client:
-            assert client.ask("GET", "/v1/models").status == 200
-            eventually(lambda: systemd.statuses == [0])
-            assert client.sock.recv(1) == b""
-        assert server.chat("a").status == 200
-
-
-def test_what_is_kept_loaded_does_not_keep_it_from_exiting_when_idle(tmp_path):
     text = f"{quick_file()}[k]\ncmd = {fake_command()}\nkeep-loaded = on\n"
-    with Activator(text, tmp_path) as systemd:
-        assert ask(systemd.port, "POST", CHAT, {"model": "k"}).status == 200
-        eventually(lambda: systemd.statuses == [0])
-        assert not family(systemd.token)
+    with started_by_hand as server, activation.Activator(text, tmp_path) as systemd:
+        with Client(systemd.port) as client:
+            assert client.ask("POST", CHAT, {"model": "k"}).status == 200
+            eventually(lambda: systemd.statuses == [0])
+            assert client.sock.recv(1) == b"" and not family(systemd.token)
+        assert server.chat("a").status == 200  # not activated, it stays
 
 
 def test_a_timeout_of_a_month_does_not_overflow():
@@ -12017,7 +10261,7 @@ def test_a_connection_in_the_backlog_cancels_the_idle_exit():
 
 
 def test_activated_with_a_broken_file_it_answers_503_until_it_is_mended(tmp_path):
-    with Activator("[llmswap]\nlode = 1\n", tmp_path) as systemd:
+    with activation.Activator("[llmswap]\nlode = 1\n", tmp_path) as systemd:
         for turn in (1, 2):
             answer = ask(systemd.port, "GET", "/health")
             assert answer.status == 503 and "its file is broken" in answer.message()
@@ -12035,7 +10279,7 @@ def test_a_descriptor_that_does_not_listen_is_not_used(tmp_path, kind):
     path, address = tmp_path / "x.ini", ("127.0.0.1", free_port())
     path.write_text("[llmswap]\nlisten = %s:%d\n" % address)
     passed = socket.socket(type=kind) if kind else open(path)
-    process = activated(path, passed, stderr=subprocess.PIPE, text=True)
+    process = activation.activated(path, passed, stderr=subprocess.PIPE, text=True)
     with passed, running(process, address):
         line = process.stderr.readline()
     assert "descriptor 3 from systemd is not a listening stream socket" in line
@@ -12047,46 +10291,14 @@ def test_sockets_of_another_process_are_not_used():
     assert listeners == [] and "without a shell" in complaint and environ == {}
 
 
-class Notifications:
-    """The socket that systemd would listen on for notifications."""
-
-    def __init__(self, folder):
-        self.path = str(Path(folder) / "notify")
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(self.path)
-        self._socket.settimeout(10)
-
-    def until(self, wanted):
-        """Return the datagrams up to the one that has this line."""
-        seen = []
-        while not seen or wanted not in seen[-1]:
-            seen.append(self._socket.recv(4096).decode().split("\n"))
-        return seen
-
-    def until_silence(self, seconds=0.2):
-        """Wait until nothing has come for so long."""
-        self._socket.settimeout(seconds)
-        deadline = time.monotonic() + 5
-        with pytest.raises(socket.timeout):
-            while time.monotonic() < deadline:  # what was on its way
-                self._socket.recv(4096)
-        self._socket.settimeout(10)
-
-
-def full_notify_socket(folder):
-    """A socket of systemd that nobody reads, full of messages."""
-    systemd = Notifications(folder)
+def test_a_notify_socket_that_nobody_reads_holds_nothing_up(tmp_path, monkeypatch):
+    systemd = activation.Notifications(tmp_path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.connect(systemd.path)
         sender.setblocking(False)
         with pytest.raises(BlockingIOError):
             while True:
                 sender.send(b"STATUS=full")
-    return systemd
-
-
-def test_a_notify_socket_that_nobody_reads_holds_nothing_up(tmp_path, monkeypatch):
-    systemd = full_notify_socket(tmp_path)
     monkeypatch.setenv("NOTIFY_SOCKET", systemd.path)
     monkeypatch.setenv("WATCHDOG_USEC", "40000")
     with Llmswap("[a]\ncmd = FAKE") as server:
@@ -12095,13 +10307,13 @@ def test_a_notify_socket_that_nobody_reads_holds_nothing_up(tmp_path, monkeypatc
         eventually(lambda: "was read again" in server.log())
         server.process.terminate()
         assert server.process.wait(timeout=10) == 0
-    with Activator(quick_file(), tmp_path) as activated_again:
+    with activation.Activator(quick_file(), tmp_path) as activated_again:
         assert ask(activated_again.port, "GET", "/v1/models").status == 200
         eventually(lambda: activated_again.statuses == [0])  # idle, it exits
 
 
 def test_systemd_is_notified_of_ready_status_reloading_and_stopping(tmp_path):
-    systemd = Notifications(tmp_path)
+    systemd = activation.Notifications(tmp_path)
     env = {"NOTIFY_SOCKET": systemd.path}
     text = f"[a]\ncmd = {fake_command('--print-env')}\n[twin]\nuses = a\n"
     with Llmswap(text, env=env, EXTEND_EVERY=0.1) as proxy, proxy.connect() as client:
@@ -12122,7 +10334,7 @@ def test_systemd_is_notified_of_ready_status_reloading_and_stopping(tmp_path):
 
 
 def test_the_watchdog_is_fed_while_listener_lock_and_timer_work(tmp_path, monkeypatch):
-    systemd = Notifications(tmp_path)
+    systemd = activation.Notifications(tmp_path)
     environ = {"NOTIFY_SOCKET": systemd.path, "WATCHDOG_USEC": "40000"}
     notifier = llmswap.SystemdNotifier(environ)
     assert notifier.watchdog == 0.04 and environ == {}
@@ -12198,108 +10410,13 @@ def test_units_are_what_systemd_accepts(tmp_path):
 # ----------------------------------------------------------------------------------
 # A Debian that is booted for these tests, in namespaces of its own
 
-BOOT = """\
-mount --make-rprivate /
-mount -t proc proc /proc
-umount -R -l /sys/fs/cgroup
-mount -t cgroup2 none /sys/fs/cgroup
-for folder in /run /etc/systemd/system /var/lib/systemd /usr/lib/systemd/system/*.wants
-do mount -t tmpfs none "$folder"; done
-mkdir /run/written /run/work
-mount -t overlay none -o lowerdir=/root,upperdir=/run/written,workdir=/run/work /root
-cd /etc/systemd/system
-echo '[Unit]' >sysinit.target
-echo '[Unit]
-Requires=systemd-journald.service systemd-logind.service user@0.service' >default.target
-ip link set lo up
-exec env -i PATH="$PATH" container=test /lib/systemd/systemd --system
-"""
-CONTROL_GROUPS = ("/sys/fs/cgroup/unified", "/sys/fs/cgroup")
-CLONE_NEWNET = 0x40000000
-
-
-@contextmanager
-def network_of(path):
-    """Until the block ends, this thread and what it starts are in that network."""
-    setns = ctypes.CDLL(None, use_errno=True).setns
-    with open("/proc/thread-self/ns/net") as ours, open(path) as theirs:
-        status = setns(theirs.fileno(), CLONE_NEWNET)
-        assert status == 0, os.strerror(ctypes.get_errno())
-        try:
-            yield
-        finally:
-            assert setns(ours.fileno(), CLONE_NEWNET) == 0
-
-
-class Debian:
-    """This machine's Debian, booted once more: systemd with its own processes, network
-    (but a loopback) and control groups, and root's user manager. What is written below
-    /root is gone afterwards.
-    """
-
-    def __init__(self, folder):
-        self._log = Path(folder, "boot.log")
-        roots = [p for p in CONTROL_GROUPS if os.path.exists(f"{p}/cgroup.procs")]
-        self._group = Path(roots[0], f"llmswap-test-{os.getpid()}")
-        self._group.mkdir()
-        unshare = "unshare --mount --pid --net --cgroup --ipc --uts --fork --kill-child"
-        enter = f"echo $$ >{self._group}/cgroup.procs; exec setpriv --pdeathsig KILL {unshare}"
-        with open(self._log, "wb") as log:
-            self._process = subprocess.Popen(
-                ["sh", "-c", f'{enter} sh -ec "$0"', BOOT],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True,
-            )  # fmt: skip
-
-    def _first(self):
-        pid = self._process.pid
-        assert self._process.poll() is None, self._log.read_text()[-2000:]
-        return _read_proc(pid, f"task/{pid}/children").decode().split()
-
-    def is_up(self):
-        """Whether root's user manager runs."""
-        if not self._first():
-            return False
-        self.pid = int(self._first()[0])
-        self.home = Path(f"/proc/{self.pid}/root/root")
-        self.network = f"/proc/{self.pid}/ns/net"
-        state = self("systemctl --user is-active default.target", check=False)
-        return state == "active"
-
-    def __call__(self, script, check=True):
-        """What root's shell there writes while it runs the script, as after a login."""
-        session = "/sys/fs/cgroup/user.slice/user-0.slice/session-1.scope"
-        login = f"mkdir -p {session}; echo $$ >{session}/cgroup.procs"
-        shell = ["nsenter", "-a", "-t", str(self.pid), "bash", "-euo", "pipefail"]
-        path = f"/root/.local/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        env = {"PATH": path, "HOME": "/root", "USER": "root"}
-        env["XDG_RUNTIME_DIR"] = "/run/user/0"
-        done = subprocess.run(
-            [*shell, "-c", f"{login}\n{script}"],
-            env=env, cwd="/", timeout=30, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        assert not check or done.returncode == 0, f"{script}\n{done.stdout}"
-        return done.stdout.strip()
-
-    def show(self, name, unit, scope="--user"):
-        """A property of a unit."""
-        return self(f"systemctl {scope} show --value -p {name} {unit}")
-
-    def end(self):
-        for pid in self._first():
-            os.kill(int(pid), signal.SIGKILL)
-        self._process.wait(10)
-        for folder, _, _ in os.walk(self._group, topdown=False):
-            os.rmdir(folder)
-
 
 @pytest.fixture(scope="module")
 def debian(tmp_path_factory):
     programs = "systemctl", "dbus-daemon", "ip", "unshare"
     if os.getuid() or not all(map(shutil.which, programs)):
         pytest.skip("needs root, systemd, dbus and iproute2")
-    machine = Debian(tmp_path_factory.mktemp("debian"))
+    machine = machines.Debian(tmp_path_factory.mktemp("debian"))
     with contextlib.ExitStack() as stack:
         stack.callback(machine.end)
         try:
@@ -12330,7 +10447,7 @@ def install(debian, ini):
 
 
 def chat_within(debian, model):
-    with network_of(debian.network):
+    with machines.network_of(debian.network):
         return ask(8080, "POST", "/v1/chat/completions", chat_body(model))
 
 
@@ -12347,7 +10464,7 @@ def test_the_recipe_for_a_user_service_as_written_on_a_real_systemd(debian):
         return debian.show(what, "llmswap.service")
 
     assert show("ActiveState") == "inactive"
-    with network_of(debian.network):
+    with machines.network_of(debian.network):
         body = chat_body("a", stream=True, tokens=10**5, interval=0.05)
         stream = Stream(8080, "/v1/chat/completions", body)
     with stream:
@@ -12358,7 +10475,7 @@ def test_the_recipe_for_a_user_service_as_written_on_a_real_systemd(debian):
     eventually(lambda: show("ActiveState") == "inactive", every=0.1)
     assert show("Result") == "success"
     (debian.home / "llmswap/models.ini").write_text("no file of ours")
-    with network_of(debian.network):
+    with machines.network_of(debian.network):
         assert "its file is broken" in ask(8080, "GET", "/health").message()
     eventually(lambda: show("ActiveState") == "failed", every=0.1)
     assert show("NRestarts") == "0"
@@ -12410,7 +10527,7 @@ def test_the_recipe_for_units_as_models_as_written_on_a_real_systemd(debian):
     install(debian, text)
 
     def state_of(name):
-        with network_of(debian.network):
+        with machines.network_of(debian.network):
             return ask(8080, "GET", f"/v1/models/{name}").json()["status"]
 
     eventually(lambda: state_of("bge-m3")["value"] == "loaded")  # found running
@@ -12437,98 +10554,6 @@ def test_the_recipe_for_units_as_models_as_written_on_a_real_systemd(debian):
 # Two machines, in network namespaces joined by a cable
 
 
-class Sleeper:
-    """The GPU machine of the README's recipe: 192.168.11.11 in a network with the box,
-    192.168.11.1. Asleep it keeps its processes, stopped, and answers nothing; its
-    network card hears the magic packet and wakes it 0.4 s later.
-    """
-
-    def __init__(self, folder):
-        self.gpu, self.box = (f"/run/netns/{n}-{os.getpid()}" for n in ("gpu", "box"))
-        self.packets = []
-        self.naps = 0
-        self._asks = folder / "suspend"
-        self._is_over = threading.Event()
-        (folder / "systemctl").write_text(
-            f"#!/bin/sh\necho $@ >{self._asks}\n"
-            f"while [ -e {self._asks} ]; do sleep 0.05; done\n"
-        )  # it returns once the machine is awake again
-        (folder / "systemctl").chmod(0o755)
-        fake_binary(folder)
-        self.env = {"PATH": f"{folder}:{os.environ['PATH']}"}
-
-    def __enter__(self):
-        gpu, box = (Path(each).name for each in (self.gpu, self.box))
-        for line in (
-            f"netns add {gpu}", f"netns add {box}",
-            f"-n {gpu} link add eth0 type veth peer name eth0 netns {box}",
-            f"-n {gpu} link set lo up", f"-n {box} link set lo up",
-            f"-n {gpu} link set eth0 up", f"-n {box} link set eth0 up",
-            f"-n {gpu} addr add 192.168.11.11/24 dev eth0",
-            f"-n {box} addr add 192.168.11.1/24 dev eth0",
-            f"-n {box} route add default dev eth0",
-            f"-n {box} ntable change name arp_cache dev eth0 retrans 50",
-        ):  # fmt: skip
-            subprocess.run(["ip", *line.split()], check=True)
-        with network_of(self.gpu):
-            kind = socket.SOCK_RAW, socket.htons(0x0800)  # IP
-            self._card = socket.socket(socket.AF_PACKET, *kind)
-        self._card.settimeout(0.02)
-        return self
-
-    def __exit__(self, *_):
-        self._card.close()
-        for each in (self.gpu, self.box):
-            subprocess.run(["ip", "netns", "del", Path(each).name], check=True)
-
-    @contextmanager
-    def alive(self, server):
-        """Until the block ends it sleeps when told to, with this llmswap."""
-        self._server = server
-        thread = threading.Thread(target=self._live)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._is_over.set()
-            thread.join()
-            (self._asks.parent / "systemctl").write_text("#!/bin/sh\n")
-            self._asks.unlink(missing_ok=True)
-
-    def _live(self):
-        while not self._is_over.is_set():
-            if self._asks.exists():
-                self._sleep()
-            self._hear()
-
-    def _hear(self):
-        """Whether the card hears a magic packet for it just now."""
-        magic = b"\xff" * 6 + bytes.fromhex("abcdef012345") * 16
-        try:
-            frame = self._card.recv(2000)
-        except socket.timeout:
-            return False
-        is_magic = magic in frame and frame.startswith(b"\xff" * 6)  # a broadcast
-        self.packets += [frame] * is_magic
-        return is_magic
-
-    def _sleep(self):
-        while self._hear():
-            pass  # what came before
-        self._switch("del", signal.SIGSTOP)
-        self.naps += 1
-        while not (self._is_over.is_set() or self._hear()):
-            pass
-        self._is_over.wait(0.4)  # as a machine takes a while to come up
-        self._asks.unlink()
-        self._switch("add", signal.SIGCONT)
-
-    def _switch(self, verb, number):
-        line = f"-n {Path(self.gpu).name} addr {verb} 192.168.11.11/24 dev eth0"
-        subprocess.run(["ip", *line.split()], check=True)
-        os.kill(self._server.pid, number)
-
-
 def as_written(text, **more):
     """llmswap that listens where its file says, on port 8080."""
     proxy = brisk(text, **more)
@@ -12547,13 +10572,15 @@ def test_the_recipe_for_two_machines_as_written_but_for_its_times(tmp_path):
     gpu = gpu.replace("= 30m", "= 400ms").replace("/models/", f"{tmp_path}/")
     assert "idle-command       = systemctl suspend\n" in gpu and "= 400ms" in gpu
     (tmp_path / "gpt-oss-120b-mxfp4-00001-of-00003.gguf").touch()
+    fake_binary(tmp_path)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     with contextlib.ExitStack() as stack:
-        machine = stack.enter_context(Sleeper(tmp_path))
-        with network_of(machine.gpu):
-            far = stack.enter_context(as_written(gpu, env=machine.env))
+        machine = stack.enter_context(machines.Sleeper(tmp_path))
+        with machines.network_of(machine.gpu):
+            far = stack.enter_context(as_written(gpu, env=env))
         stack.enter_context(machine.alive(far))
         eventually(lambda: machine.naps == 1)
-        stack.enter_context(network_of(machine.box))
+        stack.enter_context(machines.network_of(machine.box))
         haste = dict.fromkeys(
             ("FRESH", "CONNECT_TIMEOUT", "EARLY_HEAD_AFTER", "POLL_INTERVAL"), 0.1
         )
@@ -12576,86 +10603,42 @@ def test_the_recipe_for_two_machines_as_written_but_for_its_times(tmp_path):
 # ==================================================================================
 
 GB = 1 << 30
+MB = 1 << 20
 
-SHORT_OF_MEMORY = [
-    # what wrote it; the line
-    ("CUDA", "ggml_backend_cuda_buffer_type_alloc_buffer: allocating 10956.01 MiB on "
-     "device 0: cudaMalloc failed: out of memory"),
-    ("CUDA", "CUDA error: out of memory"),
-    ("cuBLAS", "cublasCreate_v2(&handle): CUBLAS_STATUS_ALLOC_FAILED"),
-    ("ROCm", "alloc_tensor_range: failed to allocate ROCm0 buffer of size 2147483648"),
-    ("ROCm", "ROCm error: out of memory"),
-    ("Vulkan", "ggml_vulkan: Device memory allocation of size 1048898304 failed."),
-    ("Vulkan", "ggml_vulkan: vk::Device::allocateMemory: ErrorOutOfDeviceMemory"),
-    ("Metal", "ggml_backend_metal_buffer_type_alloc_buffer: error: failed to allocate "
-     "buffer, size =  4096.00 MiB"),
-    ("Metal", "ggml_backend_metal_buffer_type_alloc_buffer: failed to allocate Metal "
-     "buffer of 4294967296 bytes (out of memory)"),
-    ("Metal", "error: Insufficient Memory "
-     "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"),
-    ("llama.cpp", "llama_model_load: error loading model: unable to allocate CUDA0 "
-     "buffer"),
-    ("llama.cpp", "failed to initialize the context: failed to allocate buffer for kv "
-     "cache"),
-    ("llama.cpp", "graph_reserve: failed to allocate compute buffers"),
-    ("llama.cpp", "what():  failed to allocate compute pp buffers"),
-    ("C++", "terminate called after throwing an instance of 'std::bad_alloc'"),
-    ("PyTorch", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 "
-     "GiB. GPU 0 has a total capacity of 23.57 GiB of which 1.66 GiB is free."),
-    ("PyTorch", "torch.OutOfMemoryError: HIP out of memory. Tried to allocate 12.95 "
-     "GiB."),
-    ("Python", "OSError: [Errno 12] Cannot allocate memory"),
-    ("Python", "MemoryError"),
-    ("vLLM", "ValueError: Free memory on device (31.44/47.38 GiB) on startup is less "
-     "than desired GPU memory utilization (0.95, 45.01 GiB)."),
-    ("vLLM", "ValueError: No available memory for the cache blocks. Try increasing "
-     "`gpu_memory_utilization` when initializing the engine."),
-    ("vLLM", "ValueError: To serve at least one request with the models's max seq len "
-     "(131072), (16.00 GiB KV cache is needed, which is larger than the available KV "
-     "cache memory (5.68 GiB)."),
-    ("vLLM", "ValueError: The model's max seq len (4096) is larger than the maximum "
-     "number of tokens that can be stored in KV cache (2256)."),
-    ("the kernel", "killed by the kernel: out of memory"),
-]  # fmt: skip
-
-
-OTHER_FAILURES = [
-    "error loading model: failed to open GGUF file '/models/x.gguf'",
-    "ggml_vulkan: Failed to allocate pinned memory (x)",
-    "couldn't bind HTTP server socket, hostname: 127.0.0.1, port: 10001",
-    "load_tensors: offloading 61 repeating layers to GPU",
-    "ValueError: Unrecognized model type",
-]
+SHORT_OF_MEMORY = """\
+allocating 10956.01 MiB on device 0: cudaMalloc failed: out of memory
+cublasCreate_v2(&handle): CUBLAS_STATUS_ALLOC_FAILED
+alloc_tensor_range: failed to allocate ROCm0 buffer of size 2147483648
+ggml_vulkan: Device memory allocation of size 1048898304 failed.
+ggml_vulkan: vk::Device::allocateMemory: ErrorOutOfDeviceMemory
+ggml_backend_metal_buffer_type_alloc_buffer: error: failed to allocate buffer
+error: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)
+llama_model_load: error loading model: unable to allocate CUDA0 buffer
+failed to initialize the context: failed to allocate buffer for kv cache
+graph_reserve: failed to allocate compute buffers
+terminate called after throwing an instance of 'std::bad_alloc'
+torch.OutOfMemoryError: HIP. Tried to allocate 12.95 GiB.
+OSError: [Errno 12] Cannot allocate memory
+MemoryError
+ValueError: Free memory on device (31.44/47.38 GiB) on startup is less than desired GPU \
+memory utilization (0.95, 45.01 GiB).
+ValueError: No available memory for the cache blocks. Try increasing the utilization.
+ValueError: 16.00 GiB KV cache is needed, larger than the available KV cache memory
+The max seq len (4096) is larger than the maximum number of tokens that can be stored
+killed by the kernel: out of memory"""
+OTHER_FAILURES = """\
+error loading model: failed to open GGUF file '/models/x.gguf'
+ggml_vulkan: Failed to allocate pinned memory (x)
+couldn't bind HTTP server socket, hostname: 127.0.0.1, port: 10001
+load_tensors: offloading 61 repeating layers to GPU
+ValueError: Unrecognized model type"""
 
 
 def test_servers_say_when_memory_is_short():
-    for _, line in SHORT_OF_MEMORY:
-        text = f"load_tensors: 1 of 9\n{line}\nexiting\n"
-        assert llmswap.OUT_OF_MEMORY.search(text), line
-    for line in OTHER_FAILURES:
-        assert not llmswap.OUT_OF_MEMORY.search(line), line
-
-
-# -- the vendor's tool
-
-
-@pytest.fixture
-def gpu_shows(tmp_path, monkeypatch):
-    """Make a stand-in for the vendor's tool, which answers with these texts."""
-    folder = tmp_path / "tools"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-
-    def shows(sizes, processes="", tool="nvidia-smi"):
-        (folder / "sizes").write_text(sizes)
-        (folder / "processes").write_text(processes)
-        (folder / tool).write_text(
-            f"#!/bin/sh\ncd {folder}\n"
-            "case $1 in *memory.total*|*meminfo) cat sizes ;; *) cat processes; esac\n"
-        )
-        (folder / tool).chmod(0o755)
-
-    return shows
+    for text, is_short in ((SHORT_OF_MEMORY, True), (OTHER_FAILURES, False)):
+        for line in text.splitlines():
+            log = f"load_tensors: 1 of 9\n{line}\nexiting\n"
+            assert bool(llmswap.OUT_OF_MEMORY.search(log)) == is_short, line
 
 
 ROCM_SIZES = (
@@ -12665,9 +10648,6 @@ ROCM_SIZES = (
 ROCM_PROCESSES = (
     "PID\tPROCESS NAME\tGPU(s)\tVRAM USED\tSDMA USED\tCU OCCUPANCY\n"
     "1\tllama-server\t1\t15053770752\t0\t0\n7\tx\t1\tUNKNOWN\t0\t0\n"
-)
-NO_DRIVER = (
-    "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n"
 )
 MACHINES = [
     # what the tool prints of GPUs and of processes, of which 1 is ours; GiB of vram
@@ -12679,7 +10659,7 @@ MACHINES = [
     ("512, 512\n", "", 2**-30),  # models that use it are loaded one at a time
     ("[N/A], [N/A]\n", "", None),  # its memory is that of the machine
     ("No devices were found\n", "", None),
-    (NO_DRIVER, "", None),
+    ("NVIDIA-SMI has failed because it couldn't communicate.\n", "", None),
     (ROCM_SIZES, "", (17163091968 - 692142080 - 2**29) / GB),
     (ROCM_SIZES, ROCM_PROCESSES, (17163091968 - 692142080 - 2**29 + 15053770752) / GB),
     (None, None, None),
@@ -12687,10 +10667,15 @@ MACHINES = [
 
 
 @pytest.mark.parametrize("sizes, processes, vram", MACHINES)
-def test_the_budget_of_a_machine(gpu_shows, sizes, processes, vram):
+def test_the_budget_of_a_machine(tmp_path, monkeypatch, sizes, processes, vram):
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     if sizes is not None:
-        tool = "rocm-smi" if sizes == ROCM_SIZES else "nvidia-smi"
-        gpu_shows(sizes, processes, tool)
+        tool = tmp_path / ("rocm-smi" if sizes == ROCM_SIZES else "nvidia-smi")
+        tool.write_text(
+            f"#!/bin/sh\ncase $1 in *memory.total*|*meminfo) echo '{sizes}' ;;"
+            f" *) echo '{processes}'; esac\n"
+        )
+        tool.chmod(0o755)
     budget = llmswap.machine_budget(lambda pid: pid == 1)
     assert budget.get("vram") == (vram and vram * GB)
     memory = int(re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())[1])
@@ -12726,9 +10711,6 @@ def test_mapped_files_count_as_memory_unless_they_are_on_the_gpu(tmp_path):
     assert on_gpu["vram"] == 64 << 20 and "vram" not in alone
     assert on_gpu["ram"] < 64 << 20 < alone["ram"]
     assert llmswap.memory_taken(child.pid, 64 << 20) == {}  # it is gone
-
-
-# -- what is known
 
 
 def auto_model(folder, name="m", budget="auto", **keys):
@@ -12774,18 +10756,11 @@ def test_a_peak_is_learned_unless_it_was_squeezed(
     assert told == ("measured" if then else source)
 
 
-def test_nothing_known_is_all_of_the_budget_and_what_is_written_counts(tmp_path):
-    needs = llmswap.Needs(str(tmp_path), print)
-    assert needs.of(auto_model(tmp_path), BUDGET) == (BUDGET, "not known yet")
-    model = auto_model(tmp_path, cmd="true ${PORT}", needs="vram 6G")
-    assert needs.of(model, BUDGET) == ({"vram": 6 * GB}, "written")
-    assert not needs.estimate(model, BUDGET) and not list(tmp_path.glob("*.json"))
-
-
 def test_what_is_known_is_kept_by_command_and_shared(tmp_path):
     folder = tmp_path / "state"
     one, two = auto_model(tmp_path, "one"), auto_model(tmp_path, "two")
     first, second = (llmswap.Needs(str(folder), print) for _ in range(2))
+    assert first.of(one, BUDGET) == (BUDGET, "not known yet")  # all of it
     for needs, model in ((first, one), (second, two)):
         assert needs.learn(model, {"vram": GB, "ram": GB}, False, False)
         needs.save()
@@ -12795,41 +10770,38 @@ def test_what_is_known_is_kept_by_command_and_shared(tmp_path):
         assert fresh.of(model, BUDGET)[0]["vram"] == int(GB * 1.05)
     changed = auto_model(tmp_path, "one", cmd="true more ${PORT}")
     assert fresh.of(changed, BUDGET)[1] == "not known yet"
+    written = auto_model(tmp_path, cmd="true ${PORT}", needs="vram 6G")
+    assert fresh.of(written, BUDGET) == ({"vram": 6 * GB}, "written")
+    assert not fresh.estimate(written, BUDGET)
     assert folder.stat().st_mode & 0o777 == 0o700
     assert [path.name for path in folder.iterdir()] == ["needs.json"]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "", "{", "[]", "3", "\xff", '{"k": 3}', '{"version": 2, "needs": {}}',
-        '{"version": 1, "needs": {"k": {"vram": 1}}}', '{"version": 1}',
-        '{"version": 1, "needs": {"k": {"amounts": {"vram": "6G"}}}}',
-        '{"version": 1, "needs": {"k": {"amounts": 3}}}',
-    ],
-)  # fmt: skip
-def test_a_broken_file_of_needs_is_set_aside(tmp_path, text):
-    path, log = tmp_path / "needs.json", []
-    path.write_text(text, encoding="latin-1")
-    needs = llmswap.Needs(str(tmp_path), lambda *line: log.append(line))
-    [(level, told)] = log
-    assert level == "warning" and "needs.json cannot be read and is set aside: " in told
-    aside = tmp_path / "needs.json.broken"
-    assert aside.read_text(encoding="latin-1") == text
-    needs.learn(auto_model(tmp_path), {"ram": GB}, False, False)
-    needs.save()
-    assert len(json.loads(path.read_text())["needs"]) == 1
+BROKEN_NEEDS = [
+    "", "{", "[]", "\xff", '{"k": 3}', '{"version": 2, "needs": {}}', '{"version": 1}',
+    '{"version": 1, "needs": {"k": {"vram": 1}}}',
+    '{"version": 1, "needs": {"k": {"amounts": {"vram": "6G"}}}}',
+    '{"version": 1, "needs": {"k": {"amounts": 3}}}',
+]  # fmt: skip
 
 
-def test_needs_that_cannot_be_kept_are_a_warning(tmp_path):
-    log = []
+def test_a_broken_file_of_needs_is_set_aside_and_a_lost_one_is_a_warning(tmp_path):
+    path, aside = tmp_path / "needs.json", tmp_path / "needs.json.broken"
+    model, log = auto_model(tmp_path), []
+    for text in BROKEN_NEEDS:
+        path.write_text(text, encoding="latin-1")
+        needs = llmswap.Needs(str(tmp_path), lambda *line: log.append(line))
+        (level, message) = log.pop()
+        assert level == "warning" and "cannot be read and is set aside: " in message
+        assert aside.read_text(encoding="latin-1") == text
+        needs.learn(model, {"ram": GB}, False, False)
+        needs.save()
+        assert len(json.loads(path.read_text())["needs"]) == 1
     needs = llmswap.Needs("/proc/nowhere", lambda *line: log.append(line))
-    needs.learn(auto_model(tmp_path), {"ram": GB}, False, False)
+    needs.learn(model, {"ram": GB}, False, False)
     needs.save()
     assert [level for level, _ in log] == ["warning"]
 
-
-# -- estimates
 
 FIT_HELP = """\
 -h,    --help, --usage                  print usage
@@ -12841,7 +10813,6 @@ FIT_HELP = """\
 -fitp, --fit-print [on|off]             print the estimated required memory
 """
 FIT_ROWS = "0.00.1 I main: printing ...\nCUDA0 7401 814 517 \nHost 1280 0 154 \n"
-MB = 1 << 20
 ESTIMATES = [
     # what llama-fit-params prints; the budget; MiB of the estimate, and its source
     (FIT_ROWS, "auto", {"vram": 8732 + 3, "ram": 1434}, "llama-fit-params"),
@@ -12879,28 +10850,21 @@ def fit_model(folder, help, rows, budget="vram 24G, ram auto"):
 def test_a_model_is_estimated(tmp_path, rows, budget, expected, source):
     model = fit_model(tmp_path, FIT_HELP, rows, budget)
     needs = llmswap.Needs(str(tmp_path), print)
+    needs.save()
     total = {name: 64 * GB for name in expected}
     assert needs.estimate(model, total) and not needs.estimate(model, total)
     amounts, told = needs.of(model, total)
     assert {name: round(size / MB) for name, size in amounts.items()} == expected
     assert told == source
+    asked = (tmp_path / "argv").read_text().splitlines()
+    assert asked[0] == "--help" and asked[1:] == [
+        f"--ctx-size 4096 --model {tmp_path}/m.gguf -ngl 9 --flash-attn on "
+        "--offline -fitp on",
+    ]  # only the options that it has
     if source == "file sizes":  # what is measured replaces it
         peak = {name: GB for name in expected}
         needs.learn(model, peak, was_squeezed=False, is_over=False)
         assert needs.of(model, total)[0] == dict.fromkeys(expected, int(GB * 1.05))
-
-
-def test_llama_fit_params_is_fed_only_the_options_that_it_has(tmp_path):
-    model = fit_model(tmp_path, FIT_HELP, FIT_ROWS)
-    needs = llmswap.Needs(str(tmp_path), print)
-    needs.estimate(model, BUDGET)
-    needs.save()
-    assert (tmp_path / "argv").read_text().splitlines() == [
-        "--help",
-        f"--ctx-size 4096 --model {tmp_path}/m.gguf -ngl 9 --flash-attn on "
-        "--offline -fitp on",
-    ]
-    assert not llmswap.Needs(str(tmp_path), print).estimate(model, BUDGET)
 
 
 def test_a_llama_fit_params_that_hangs_or_cannot_print_is_not_waited_for(
@@ -12914,8 +10878,6 @@ def test_a_llama_fit_params_that_hangs_or_cannot_print_is_not_waited_for(
     assert llmswap.fit_params_estimate(model) == {}
     assert time.monotonic() - began < 5
 
-
-# -- what each counts for
 
 COUNTED = [
     # pinned models, then others: needs as far as written, what is known and what it
@@ -12978,30 +10940,6 @@ def test_only_vram_and_ram_can_be_auto(text):
         llmswap.parse_budget(text)
 
 
-def test_a_decision_with_a_hundred_models_and_learned_needs_is_quick():
-    names = [f"m{i}" for i in range(100)]
-    specs = {name: llmswap.ModelSpec(needs={"vram": 24, "ram": 64}) for name in names}
-    limits = llmswap.Limits(models_max=0, budget={"vram": 24, "ram": 64}, queue_max=0)
-    core, seconds = llmswap.Scheduler(limits, specs), []
-    for now, name in enumerate(names * 3):
-        core.submit(name, float(now))
-        began = time.thread_time()
-        decisions, _ = core.decide(float(now))
-        seconds.append(time.thread_time() - began)
-        for decision in decisions:
-            if isinstance(decision, llmswap.Start):
-                core.loaded(decision.name, decision.run, float(now))
-                core.learn(decision.name, {"vram": 1 + now % 5, "ram": 1 + now % 7})
-            elif isinstance(decision, llmswap.Stop):
-                core.exited(decision.name, decision.run, float(now))
-            elif isinstance(decision, llmswap.Grant):
-                core.finish(decision.ticket, float(now))
-    assert len(core.held) > 3
-    assert statistics.median(seconds) < 0.01
-
-
-# -- whole stories
-
 AUTO_FILE = """\
 [llmswap]
 budget = auto
@@ -13013,44 +10951,26 @@ cmd = FAKE --model middle
 [large]
 cmd = FAKE --model large
 """
-GPU_SCRIPT = """\
-#!PYTHON -IS
-import os, sys
-sizes = {"small": 6, "middle": 8, "large": 14}
-if os.path.exists("FOLDER/sizes"):
-    sizes.update([open("FOLDER/sizes").read().split("=")])
-    sizes = {name: float(size) for name, size in sizes.items()}
-rows = []
-for pid in filter(str.isdigit, os.listdir("/proc")):
-    try:
-        words = open(f"/proc/{pid}/cmdline").read().split("\\0")
-    except OSError:
-        continue
-    if "FOLDER/journal" in words and "--model" in words:
-        rows.append((pid, int(1024 * sizes[words[words.index("--model") + 1]])))
-with open("FOLDER/asked", "a") as file:
-    file.write(sys.argv[1] + "\\n")
-if sys.argv[1].startswith("--query-gpu"):
-    print(f"24576, {sum(size for _, size in rows)}")
-else:
-    for row in rows:
-        print("SHOWN" % row)
-"""
+GPU_MODELS = {"small": 6144, "middle": 8192, "large": 14336}
+
+
+def show_gpu(folder, mark, sizes=None, row="%s, %d"):
+    """What `folder/nvidia-smi` shows of processes with this word, by another: MiB."""
+    shown = {"mark": mark, "sizes": sizes or {mark: 512}, "row": row}
+    (folder / "gpu.new").write_text(json.dumps(shown))
+    (folder / "gpu.new").replace(folder / "gpu.json")  # nobody ever reads half a file
+    if not (folder / "nvidia-smi").exists():
+        script = f"exec {sys.executable} -IS {CI}/nvidia_smi.py {folder} $1"
+        executable(folder / "nvidia-smi", script)
 
 
 @contextmanager
-def auto_server(tmp_path, text=AUTO_FILE, shown="%s, %d", **constants):
+def auto_server(tmp_path, text=AUTO_FILE, row="%s, %d", **constants):
     """llmswap with a GPU of 24 GiB, on which the models take 6, 8 and 14 GiB."""
-    path = f"{tmp_path}:{os.environ['PATH']}"
     text = text.replace("STATE", str(tmp_path / "state"))
-    with Llmswap("", env={"PATH": path}, **constants) as server:
-        pass  # only to have a folder
-    server.folder.mkdir()
-    tool = tmp_path / "nvidia-smi"
-    script = GPU_SCRIPT.replace("FOLDER", str(server.folder)).replace("SHOWN", shown)
-    tool.write_text(script.replace("PYTHON", sys.executable))
-    tool.chmod(0o755)
-    server.write(text)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    server = Llmswap(text, env=env, **constants)
+    show_gpu(tmp_path, f"{server.folder}/journal", GPU_MODELS, row)
     with server:
         yield server
 
@@ -13090,10 +11010,10 @@ def test_models_of_unknown_size_are_loaded_alone_first_and_together_afterwards(t
         assert entry_of(server, "large")["needs"] == needs
 
 
-def test_the_vendors_tool_is_asked_a_few_times_in_a_load_and_then_rarely(tmp_path):
+def test_the_vendors_tool_is_asked_rarely_and_delays_nobody(tmp_path):
     with auto_server(tmp_path) as server:
-        asked = server.folder / "asked"
         server.get("/health")
+        asked, tool = tmp_path / "asked", tmp_path / "nvidia-smi"
         at_start = len(asked.read_text().splitlines())
         measured_chat(server, "small")
         assert 1 <= len(asked.read_text().splitlines()) - at_start <= 3
@@ -13101,43 +11021,32 @@ def test_the_vendors_tool_is_asked_a_few_times_in_a_load_and_then_rarely(tmp_pat
         for _ in range(20):
             assert server.chat("small").status == 200
         assert asked.read_text() == before
-
-
-def test_a_vendors_tool_that_hangs_delays_nobody(tmp_path):
-    with auto_server(tmp_path) as server:
-        server.get("/health")
-        tool = tmp_path / "nvidia-smi"
         tool.write_text("#!/bin/sh\nexec sleep 60\n")
-        assert server.chat("small").status == 200
-        assert server.loaded() == ["small"]
-
-        def hanging_tools():
-            running = family(server.token).items()
-            return [pid for pid, words in running if words == "sleep 60"]
-
-        [hanging] = eventually(hanging_tools)
+        assert server.chat("middle").status == 200
+        assert server.loaded() == ["middle"]
+        lines = eventually(lambda: [
+            pid for pid, words in family(server.token).items() if words == "sleep 60"
+        ])  # fmt: skip
         tool.write_text("#!/bin/sh\n")
-        os.kill(hanging, signal.SIGKILL)
-        eventually(lambda: entry_of(server, "small")["needs"]["source"] == "measured")
+        os.kill(lines[0], signal.SIGKILL)
+        eventually(lambda: entry_of(server, "middle")["needs"]["source"] == "measured")
 
 
-@pytest.mark.parametrize("shown", ["%s, [N/A]%.0s", "%.0s%.0s"])
-def test_a_tool_that_shows_no_processes_tells_what_a_model_alone_takes(tmp_path, shown):
-    with auto_server(tmp_path, shown=shown) as server:
+@pytest.mark.parametrize("row", ["%s, [N/A]%.0s", "%.0s%.0s"])
+def test_a_tool_that_shows_no_processes_tells_what_a_model_alone_takes(tmp_path, row):
+    with auto_server(tmp_path, row=row) as server:
         for model in ("small", "middle"):
             assert measured_chat(server, model) == [model]
-            need = {"small": 6, "middle": 8}[model] * GB * 1.05
+            need = GPU_MODELS[model] * MB * 1.05
             assert entry_of(server, model)["needs"]["vram"] == int(need)
-        assert server.chat("small").status == 200
-        assert server.loaded() == ["middle", "small"]
 
 
 def test_the_peak_of_the_last_run_counts(tmp_path):
     with auto_server(tmp_path, MEASURE_INTERVAL=0.1) as server:
-        asked = server.folder / "asked"
+        asked = tmp_path / "asked"
 
         def needs_of_small(size):
-            (server.folder / "sizes").write_text(f"small={size}")
+            show_gpu(tmp_path, f"{server.folder}/journal", {"small": size * 1024})
             before = len(asked.read_text())
             eventually(lambda: len(asked.read_text()) > before + 100)
             return entry_of(server, "small")["needs"]["vram"] / GB / 1.05
@@ -13158,7 +11067,7 @@ def test_without_auto_nothing_is_measured(tmp_path):
     text = text.replace("state-dir = STATE\n", "")
     with auto_server(tmp_path, text) as server:
         assert server.chat("small").status == 200
-        assert not (server.folder / "asked").exists()
+        assert not (tmp_path / "asked").exists()
         assert entry_of(server, "small")["needs"]["source"] == "written"
 
 
@@ -13183,9 +11092,8 @@ exec COMMAND
 """
 
 
-@contextmanager
-def hungry_server(tmp_path, others):
-    """llmswap with a model [hungry] that has no memory beside others."""
+@pytest.mark.parametrize("others", ["first", "first|second"])
+def test_a_load_without_memory_makes_room_once_unseen_by_its_client(tmp_path, others):
     with Llmswap(SHORT_FILE.replace("FOLDER", str(tmp_path))) as server:
         script = HUNGRY.replace("OTHERS", others).replace("FOLDER", str(tmp_path))
         script = script.replace("JOURNAL", f"{server.folder}/journal")
@@ -13193,46 +11101,46 @@ def hungry_server(tmp_path, others):
         (tmp_path / "hungry").write_text(script.replace("COMMAND", command))
         for model in ("first", "second"):
             assert server.chat(model).status == 200
-        yield server
-
-
-def tries(tmp_path):
-    return len((tmp_path / "tries").read_text())
-
-
-def test_a_load_without_memory_makes_room_unseen_by_its_client(tmp_path):
-    with hungry_server(tmp_path, "first") as server:
-        assert server.chat("hungry").status == 200
-        assert server.loaded() == ["hungry", "second"] and tries(tmp_path) == 2
-        assert "hungry: loaded once more, after first has gone" in server.log()
-        assert "failed" not in entry_of(server, "hungry")["status"]
-
-
-def test_a_second_load_without_memory_is_told_as_any_other_failure(tmp_path):
-    with hungry_server(tmp_path, "first|second") as server:
         answer = server.chat("hungry")
-        assert answer.status == 502 and "out of memory" in answer.message()
-        assert server.loaded() == ["second"] and tries(tmp_path) == 2
-        assert server.chat("hungry").status == 200  # and this one has its own two
+        assert len((tmp_path / "tries").read_text()) == 2
+        if others == "first":
+            assert answer.status == 200 and server.loaded() == ["hungry", "second"]
+            assert "hungry: loaded once more, after first has gone" in server.log()
+            assert "failed" not in entry_of(server, "hungry")["status"]
+        else:
+            assert answer.status == 502 and "out of memory" in answer.message()
+            assert server.loaded() == ["second"]
+            assert server.chat("hungry").status == 200  # this one has its own two
+
+
+def stage_of_needs(folder, **sources):
+    """A stage whose models need, by source and GiB, what is known of them."""
+    text = f"[llmswap]\nbudget = vram 24G\nstate-dir = {folder}\n[*]\nneeds = auto\n"
+    stage = PoolStage(folder, text + "".join(f"[{n}]\nTRUE {n}\n" for n in sources))
+    pool, models = stage.pool, stage.pool.config.models
+    for name, (source, size) in sources.items():
+        known = llmswap.Known(name, source, {"vram": size * GB})
+        pool._needs._set(llmswap._command_key(models[name]), known)
+    with pool._lock:
+        pool._take_over_needs()
+    return stage
 
 
 def test_a_model_that_never_fits_whole_is_not_learned_from_what_it_squeezed_into(
     tmp_path,
 ):
-    text = f"[llmswap]\nbudget = vram 24G\nstate-dir = {tmp_path}\n[*]\nneeds = auto\n"
-    stage = PoolStage(tmp_path, text + "[a]\nTRUE a\n[b]\nTRUE b\n")
+    estimates = {"a": ("llama-fit-params", 40), "b": ("llama-fit-params", 20)}
+    stage = stage_of_needs(tmp_path, **estimates)
     pool, models = stage.pool, stage.pool.config.models
-    for name, size in dict(a=40, b=20).items():
-        estimate = llmswap.Known(name, "llama-fit-params", {"vram": size * GB})
-        pool._needs._set(llmswap._command_key(models[name]), estimate)
+    for name in estimates:
         stage.load(name)
-        stage.backend(name).peak = {"vram": 12 * GB}
+        pool._runs[stage.backend(name)].peak = {"vram": 12 * GB}
         with pool._lock:
             pool._learn(stage.backend(name), is_over=True)
         stage.now += 99
         pool.unload(models[name])
         stage.backend(name).end()
-    sources = [pool._needs.of(models[name], pool.budget)[1] for name in "ab"]
+    sources = [pool.status(models[name]).needs_source for name in estimates]
     assert sources == ["llama-fit-params", "measured"]
 
 
@@ -13240,14 +11148,8 @@ def test_a_model_that_had_no_memory_beside_another_needs_more_from_then_on(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(llmswap, "POLL_INTERVAL", 0.02)
-    text = f"[llmswap]\nbudget = vram 24G\nstate-dir = {tmp_path}\n[*]\nneeds = auto\n"
-    stage = PoolStage(tmp_path, text + "[a]\nTRUE a\n[b]\nTRUE b\n[c]\nTRUE c\n")
-    pool, models = stage.pool, stage.pool.config.models
-    for name, size in dict(a=8, b=6, c=4).items():
-        peak = {"vram": size * GB}
-        pool._needs.learn(models[name], peak, False, False)
-    with pool._lock:
-        pool._take_over_needs()
+    sizes = {name: ("measured", size) for name, size in dict(a=8, b=6, c=4).items()}
+    stage = stage_of_needs(tmp_path, **sizes)
     stage.load("a")
     stage.now += 9
     stage.load("b")
@@ -13257,8 +11159,8 @@ def test_a_model_that_had_no_memory_beside_another_needs_more_from_then_on(
     stage.backend("a").end()
     stage.backend("c", 1).load()
     assert request.granted() is stage.backend("c", 1)
-    needs = pool.status(models["c"])
-    assert needs.needs == {"vram": 24 * GB - int(6 * GB * 1.05)}
+    needs = stage.pool.status(stage.pool.config.models["c"])
+    assert needs.needs == {"vram": (24 - 6) * GB}
     assert needs.needs_source == "out of memory"
     request.end()
     assert json.loads((tmp_path / "needs.json").read_text())
@@ -13356,7 +11258,6 @@ class Keeping(Llmswap):
         assert self.chat("b").status == 200
 
     def restart(self):
-        """End it as systemd does, and start it again."""
         self.process.terminate()
         assert self.process.wait(30) == 0
         self.start()
@@ -13398,20 +11299,19 @@ class Keeping(Llmswap):
         return re.findall(r"a \| llmswap: (.*context.*)", self.log())
 
     def files(self, model="a"):
-        """The names of the files that are kept, the manifest aside."""
-        paths = self.place.glob(f"state/context/{model}/{model}.*")
-        return sorted(path.name for path in paths)
+        """The files that are kept, the manifest aside."""
+        return [*self.place.glob(f"state/context/{model}/{model}.*")]
 
 
-STOPS = {
+KEEPING_STOPS = {
     Keeping.swap: "", Keeping.unload: "", Keeping.restart: "",
     Keeping.reload_and_swap: "", Keeping.await_unloaded: "idle-timeout = 100ms",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("stop", KEEPING_STOPS)
 def test_a_conversation_outlives_every_stop_but_a_kill(tmp_path, stop):
-    with Keeping(tmp_path, STOPS[stop] + "\n[a-too]\nuses = a") as server:
+    with Keeping(tmp_path, KEEPING_STOPS[stop] + "\n[a-too]\nuses = a") as server:
         assert server.tell() == 0
         stop(server)
         assert server.tell(prompt=3100, model="a-too") == 3000
@@ -13438,7 +11338,7 @@ def test_contexts_outlive_an_idle_exit(tmp_path):
     settings = "exit-idle-time = 50ms"
     text = context_file(tmp_path, "idle-timeout = 20ms", settings)
     body = chat_body("a", talk="x", prompt_tokens=3000)
-    with Activator(text, tmp_path) as systemd:
+    with activation.Activator(text, tmp_path) as systemd:
         for cached in (0, 3000):
             answer = ask(systemd.port, "POST", CHAT, body).json()
             assert answer["timings"]["cache_n"] == cached
@@ -13446,11 +11346,13 @@ def test_contexts_outlive_an_idle_exit(tmp_path):
             eventually(lambda ended=ended: len(systemd.statuses) == ended)
 
 
-@pytest.mark.parametrize(
-    "fault",
-    ["list hang", "list fail", "list die", "save hang", "save fail", "save die",
-     "save short", "restore hang", "restore fail", "restore die"],
-)  # fmt: skip
+FAULTS_OF_SLOTS = [
+    "list hang", "list fail", "list die", "save hang", "save fail", "save die",
+    "save short", "restore hang", "restore fail", "restore die",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_SLOTS)
 def test_what_goes_wrong_with_a_context_delays_a_swap_within_bounds(tmp_path, fault):
     with Keeping(tmp_path) as server:
         server.tell()
@@ -13621,129 +11523,9 @@ def test_a_second_sigterm_ends_a_save_at_once(tmp_path):
         eventually(lambda: server.files() == [])
 
 
-def test_the_scheduler_learns_how_long_a_stop_with_a_save_takes(tmp_path, monkeypatch):
-    (tmp_path / "fault").write_text("save slow")  # half a second
-    (tmp_path / "pool.ini").write_text(context_file(tmp_path))
-    config, exited = llmswap.load_config(str(tmp_path / "pool.ini")), queue.SimpleQueue()
-
-    class Spy(llmswap.Scheduler):
-        def exited(self, name, *report):
-            victim = super().exited(name, *report)
-            exited.put((name, self.models[name].stop_seconds))
-            return victim
-
-    monkeypatch.setattr(llmswap, "Scheduler", Spy)
-    pool = llmswap.Pool(config, lambda *_: None)
-    pool.start()
-    try:
-        request = PoolRequest(pool, "a")
-        port = request.granted().port
-        assert ask(port, "POST", CHAT, chat_body("a", prompt_tokens=4500)).status == 200
-        request.end()
-        PoolRequest(pool, "b").end()
-        name, seconds = exited.get(timeout=10)
-        assert name == "a" and seconds >= 0.5
-    finally:
-        pool.close(0)
-
-
 # ==================================================================================
 # A real llama-server, with tiny models of random weights made here
 # ==================================================================================
-
-GGUF_INTEGER, GGUF_FLOAT, GGUF_FLAG, GGUF_STRING, GGUF_ARRAY = 4, 6, 7, 8, 9
-GGUF_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-)
-
-
-def gguf_text(text):
-    raw = text if isinstance(text, bytes) else text.encode()
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def gguf_field(name, kind, value):
-    """One entry of the header: a string, an integer, a float, or an array of them."""
-    if kind == GGUF_ARRAY:
-        inner, items = value
-        code = {GGUF_FLOAT: "<f"}.get(inner, "<i")
-        pack = gguf_text if inner == GGUF_STRING else lambda n: struct.pack(code, n)
-        body = struct.pack("<IQ", inner, len(items)) + b"".join(map(pack, items))
-    elif kind == GGUF_STRING:
-        body = gguf_text(value)
-    elif kind == GGUF_FLAG:
-        body = struct.pack("<?", value)
-    else:
-        body = struct.pack("<f" if kind == GGUF_FLOAT else "<I", value)
-    return gguf_text(name) + struct.pack("<I", kind) + body
-
-
-def gguf_fields(width, layers):
-    """The header of a Llama with one token for each byte and letter."""
-    letters = [bytes([code]) for code in range(97, 123)]
-    tokens = [b"<unk>", b"<s>", b"</s>", *(b"<0x%02X>" % code for code in range(256))]
-    tokens += [b"\xe2\x96\x81" + letter for letter in letters] + letters
-    kinds = [2, 3, 3] + [6] * 256 + [1] * 52
-    sizes = {
-        "context_length": 4096, "embedding_length": width, "block_count": layers,
-        "feed_forward_length": 4 * width, "attention.head_count": 4,
-        "attention.head_count_kv": 4, "rope.dimension_count": width // 4,
-        "vocab_size": len(tokens),
-    }  # fmt: skip
-    scores = [0.0] * len(tokens)
-    fields = [
-        ("general.architecture", GGUF_STRING, "llama"),
-        *((f"llama.{name}", GGUF_INTEGER, size) for name, size in sizes.items()),
-        ("llama.attention.layer_norm_rms_epsilon", GGUF_FLOAT, 1e-5),
-        ("tokenizer.ggml.model", GGUF_STRING, "llama"),
-        ("tokenizer.ggml.tokens", GGUF_ARRAY, (GGUF_STRING, tokens)),
-        ("tokenizer.ggml.scores", GGUF_ARRAY, (GGUF_FLOAT, scores)),
-        ("tokenizer.ggml.token_type", GGUF_ARRAY, (5, kinds)),
-        ("tokenizer.ggml.bos_token_id", GGUF_INTEGER, 1),
-        ("tokenizer.ggml.eos_token_id", GGUF_INTEGER, 2),
-        ("tokenizer.chat_template", GGUF_STRING, GGUF_TEMPLATE),
-    ]
-    return [gguf_field(*field) for field in fields], len(tokens)
-
-
-def gguf_shapes(width, layers, tokens):
-    """(name, shape) of each tensor."""
-    yield "token_embd.weight", (width, tokens)
-    wide = 4 * width
-    parts = {
-        "attn_norm": (width,), "attn_q": (width, width), "attn_k": (width, width),
-        "attn_v": (width, width), "attn_output": (width, width), "ffn_norm": (width,),
-        "ffn_gate": (width, wide), "ffn_up": (width, wide), "ffn_down": (wide, width),
-    }  # fmt: skip
-    for layer in range(layers):
-        for part, shape in parts.items():
-            yield f"blk.{layer}.{part}.weight", shape
-    yield "output_norm.weight", (width,)
-    yield "output.weight", (width, tokens)
-
-
-def write_gguf(path, width=64, layers=2, seed=0):
-    """Write a model of random weights that a real llama-server loads and runs."""
-    fields, tokens = gguf_fields(width, layers)
-    chance = random.Random(seed)
-    noise = array.array("f", (chance.gauss(0, 0.05) for _ in range(1 << 14)))
-    infos, bodies, offset = [], [], 0
-    for name, shape in gguf_shapes(width, layers, tokens):
-        count = shape[0] * (shape[1] if len(shape) > 1 else 1)
-        dimensions = b"".join(struct.pack("<Q", n) for n in shape)
-        place = struct.pack("<IQ", 0, offset)
-        infos.append(
-            gguf_text(name) + struct.pack("<I", len(shape)) + dimensions + place
-        )
-        values = noise * (count // len(noise) + 1)
-        values = array.array("f", [1.0]) * count if "norm" in name else values[:count]
-        bodies.append(values.tobytes() + bytes(-count * 4 % 32))
-        offset += len(bodies[-1])
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(fields))
-    head += b"".join(fields) + b"".join(infos)
-    Path(path).write_bytes(head + bytes(-len(head) % 32) + b"".join(bodies))
-    return path
-
 
 REAL_FILE = """\
 version = 1
@@ -13765,18 +11547,19 @@ model = {folder}/broken.gguf
 [wrong]
 model = {folder}/one.gguf
 ctx-size = many
+[typo]
+model = {folder}/one.gguf
+ctx-sise = 1
 """
-
-
 TALKS_FILE = """
 [llmswap]
 state-dir = {folder}/state
 llama-server = {server}
 [*]
-ctx-size = {size}
+ctx-size = 8192
 threads = 1
-keep-context = {keeps}
-{lines}
+keep-context = on
+parallel = 2
 [a]
 model = {folder}/a.gguf
 [b]
@@ -13793,9 +11576,9 @@ class Talk:
         text = " ".join("".join(chance.choices("abcdefgh", k=5)) for _ in range(600))
         self.messages = [{"role": "user", "content": text}]
 
-    def go_on(self, model="a"):
+    def go_on(self):
         """Ask once more; return how much of the prompt was in the cache, and in all."""
-        body = {"model": model, "messages": self.messages, "max_tokens": 8}
+        body = {"model": "a", "messages": self.messages, "max_tokens": 8}
         answer = self.server.post(CHAT, body).json()
         content = answer["choices"][0]["message"]["content"]
         self.messages += [{"role": "assistant", "content": content},
@@ -13804,44 +11587,31 @@ class Talk:
         return timings["cache_n"], timings["cache_n"] + timings["prompt_n"]
 
 
-def talking(folder, keeps="on", size=4096, lines=""):
-    """llmswap over a real llama-server with the tiny models a and b."""
+@with_llama_server
+def test_two_real_conversations_outlive_swaps_and_a_restart(tmp_path):
     for name, seed in (("a", 1), ("b", 2)):
-        write_gguf(folder / f"{name}.gguf", width=256, seed=seed)
-    places = {"folder": folder, "server": LLAMA_SERVER, "size": size}
-    return Llmswap(TALKS_FILE.format(keeps=keeps, lines=lines, **places))
-
-
-@with_llama_server
-def test_a_real_conversation_outlives_swaps_idleness_and_a_restart(tmp_path):
-    with talking(tmp_path) as server:
-        talk, other = Talk(server), {"model": "b", "prompt": "hi", "max_tokens": 1}
-        assert talk.go_on()[0] == 0
-        for _ in range(3):
-            assert server.post("/v1/completions", other).status == 200
-            cached, prompt = talk.go_on()
-            assert cached >= 0.95 * prompt > 2800
-        server.process.terminate()
-        assert server.process.wait(30) == 0
-        server.start()
-        cached, prompt = talk.go_on()
-        assert cached >= 0.95 * prompt and "context was not" not in server.log()
-        times = re.findall(r"(?:saved|restored) .* in (\d+) ms", server.log())
-    assert len(times) == 8 and min(map(int, times[0::2])) + min(map(int, times[1::2])) < 100
-
-
-@with_llama_server
-def test_two_real_conversations_come_back_from_slots_of_their_own(tmp_path):
-    with talking(tmp_path, size=8192, lines="parallel = 2") as server:
+        gguf.write_model(tmp_path / f"{name}.gguf", width=256, seed=seed)
+    text = TALKS_FILE.format(folder=tmp_path, server=LLAMA_SERVER)
+    with Llmswap(text) as server:
         talks = [Talk(server, seed) for seed in (1, 2)]
         other = {"model": "b", "prompt": "hi", "max_tokens": 1}
-        for talk in talks:
-            talk.go_on()
-        for _ in range(2):
-            assert server.post("/v1/completions", other).status == 200
+        assert [talk.go_on()[0] for talk in talks] == [0, 0]
+        for turn in range(3):
+            if turn < 2:
+                assert server.post("/v1/completions", other).status == 200
+            else:
+                server.process.terminate()
+                assert server.process.wait(30) == 0
+                server.start()
             for talk in talks:
                 cached, prompt = talk.go_on()
                 assert cached >= 0.95 * prompt > 2800
+        assert "context was not" not in server.log()
+        saved, restored = (
+            [int(each) for each in re.findall(rf"{what} .* in (\d+) ms", server.log())]
+            for what in ("saved", "restored")
+        )
+    assert len(restored) == 3 and min(saved) + min(restored) < 100
 
 
 @pytest.fixture(scope="module")
@@ -13850,8 +11620,8 @@ def real():
     if not LLAMA_SERVER:
         pytest.skip("LLAMA_SERVER names no llama-server")
     proxy = Llmswap("")
-    write_gguf(proxy.folder / "one.gguf", seed=1)
-    write_gguf(proxy.folder / "two.gguf", width=128, seed=2)
+    gguf.write_model(proxy.folder / "one.gguf", seed=1)
+    gguf.write_model(proxy.folder / "two.gguf", width=128, seed=2)
     (proxy.folder / "broken.gguf").write_bytes(b"not a model" * 1000)
     proxy.write(REAL_FILE.format(server=LLAMA_SERVER, folder=proxy.folder))
     with proxy:
@@ -13884,7 +11654,7 @@ extra-args = --no-warmup
 @with_llama_server
 def test_real_models_are_estimated_measured_and_loaded_together(tmp_path):
     for name in ("one", "two"):
-        write_gguf(tmp_path / f"{name}.gguf", width=256, layers=8)
+        gguf.write_model(tmp_path / f"{name}.gguf", width=256, layers=8)
     text = REAL_AUTO_FILE.format(server=LLAMA_SERVER, folder=tmp_path)
     (tmp_path / "real.ini").write_text(text)
     model = llmswap.load_config(str(tmp_path / "real.ini")).models["two"]
@@ -13901,7 +11671,7 @@ def test_real_models_are_estimated_measured_and_loaded_together(tmp_path):
         assert server.loaded() == ["one", "two"]
 
 
-def test_a_real_model_answers_and_streams_under_each_of_its_names(real):
+def test_a_real_model_answers_streams_and_is_swapped_and_unloaded(real):
     for name in ("one", "first"):
         answer = real.post(CHAT, real_chat(name))
         assert answer.status == 200, answer.body
@@ -13912,46 +11682,37 @@ def test_a_real_model_answers_and_streams_under_each_of_its_names(real):
         documents = list(stream.documents())
     assert documents[-1]["usage"]["completion_tokens"] == 4
     assert stream.is_complete and b"data: [DONE]" in stream.raw
-
-
-def test_real_models_are_swapped_and_the_idle_one_is_unloaded(real):
-    assert real.post("/v1/chat/completions", real_chat("one")).status == 200
+    with real.stream("one", max_tokens=4000, ignore_eos=True) as stream:
+        next(stream.events())  # and its client leaves
+    eventually(lambda: real.get("/health").json()["requests"] == 0)
     answer = real.post("/v1/embeddings", {"model": "two", "input": "hello"})
     assert len(answer.json()["data"][0]["embedding"]) == 128
     assert real.loaded() == ["two"]
-    eventually(lambda: real.loaded() == [])
+    eventually(lambda: real.loaded() == [])  # it was idle
 
 
 def test_a_real_model_that_cannot_be_loaded_says_why_in_its_own_words(real):
-    answer = real.post("/v1/chat/completions", real_chat("broken"))
-    assert answer.status == 502 and answer.headers["x-should-retry"] == "false"
-    assert "exited with status 1" in answer.message()
-    assert "invalid magic characters" in answer.message()
-    answer = real.post("/v1/chat/completions", real_chat("wrong"))
-    assert answer.status == 502 and "--ctx-size" in answer.message()
-
-
-def test_a_real_model_stops_generating_when_its_client_leaves(real):
-    with real.stream("one", max_tokens=4000, ignore_eos=True) as stream:
-        next(stream.events())
-    eventually(lambda: real.get("/health").json()["requests"] == 0)
-    assert real.post("/v1/chat/completions", real_chat("one")).status == 200
-
-
-def test_the_router_of_llama_cpp_lists_the_same_commands(real):
-    listed = {each["id"]: each for each in real.get("/v1/models").json()["data"]}
-    args = listed["one"]["status"]["args"]
-    assert args[0] == LLAMA_SERVER and "--ctx-size" in args and "256" in args
-    assert set(listed) == {"one", "two", "broken", "wrong"}
+    for model, words in (
+        ("broken", ["exited with status 1", "invalid magic characters"]),
+        ("wrong", ["--ctx-size"]),
+    ):
+        answer = real.post(CHAT, real_chat(model))
+        assert answer.status == 502 and answer.headers["x-should-retry"] == "false"
+        assert all(word in answer.message() for word in words)
+    eventually(lambda: "failed" in entry_of(real, "typo")["status"])  # not asked for
+    error = entry_of(real, "typo")["status"]["error"]
+    assert "ctx-sise" in error and "ctx-size?" in error
+    done = check(real.ini)
+    assert done.returncode == 2 and "ctx-size?" in done.stdout
 
 
 def test_a_gguf_header_is_read_up_to_its_tokenizer(tmp_path):
     path = tmp_path / "x.gguf"
-    fields, _ = gguf_fields(64, 2)
-    fields.insert(3, gguf_field("general.tags", GGUF_ARRAY, (GGUF_STRING, ["a", "b"])))
+    fields, _ = gguf.header_fields(64, 2)
+    fields.insert(3, gguf.field_bytes("general.tags", gguf.ARRAY, (gguf.STRING, ["a", "b"])))
     before = b"".join(f for f in fields if b"tokenizer" not in f)
     head = b"GGUF" + struct.pack("<IQQ", 3, 0, len(fields)) + before
-    tokenizer = gguf_text("tokenizer.ggml.tokens") + b"anything"
+    tokenizer = gguf.string_bytes("tokenizer.ggml.tokens") + b"anything"
     path.write_bytes(head + tokenizer)
     metadata = llmswap.read_gguf(path)
     assert metadata["llama.context_length"] == 4096
@@ -13959,8 +11720,8 @@ def test_a_gguf_header_is_read_up_to_its_tokenizer(tmp_path):
     for size in range(len(head)):
         path.write_bytes(head[:size])
         assert llmswap.read_gguf(path) == {}
-    endless = gguf_text("x") + struct.pack("<IQ", GGUF_STRING, 1 << 62)
-    deep = gguf_text("x") + struct.pack("<IIQ", GGUF_ARRAY, GGUF_ARRAY, 1 << 60)
+    endless = gguf.string_bytes("x") + struct.pack("<IQ", gguf.STRING, 1 << 62)
+    deep = gguf.string_bytes("x") + struct.pack("<IIQ", gguf.ARRAY, gguf.ARRAY, 1 << 60)
     for data in (b"", b"GGML" + head[4:], head[:24] + endless, head[:24] + deep):
         path.write_bytes(data)
         assert llmswap.read_gguf(path) == {}
@@ -13980,15 +11741,13 @@ def test_a_look_at_files_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
     eventually(lambda: inspector.facts_of(models)["a"].argv)
 
 
-def test_what_a_model_can_do_is_told_before_it_is_loaded(tmp_path):
-    write_gguf(tmp_path / "one.gguf")
-    text = f"""\
+ABILITIES_FILE = """
 [llmswap]
-llama-server = {LLAMA_SERVER or "llama-server"}
+llama-server = {server}
 [trained]
-model = {tmp_path}/one.gguf
+model = {folder}/one.gguf
 [served]
-model = {tmp_path}/one.gguf
+model = {folder}/one.gguf
 ctx-size = 512
 [other]
 cmd = FAKE
@@ -13997,40 +11756,27 @@ capabilities = embeddings, context 8192, vision
 uses = other
 capabilities = tools
 """
-    with Llmswap(text) as server:
-        eventually(lambda: "context_length" in server.get("/v1/models/trained").json())
-        entries = {each["id"]: each for each in server.get("/models").json()["data"]}
-        for name, n_ctx, length in (
-            ("trained", None, 4096), ("served", 512, 512), ("other", 8192, 8192),
-            ("shares", 8192, 8192),
-        ):  # fmt: skip
-            assert entries[name]["meta"].get("n_ctx") == n_ctx
-            assert entries[name]["context_length"] == length
-        assert entries["trained"]["meta"]["n_ctx_train"] == 4096
-        assert entries["trained"]["owned_by"] == "llamacpp"
-        assert entries["trained"]["capabilities"] == ["tools"]
-        assert entries["other"]["capabilities"] == ["vision", "embeddings"]
-        assert entries["shares"]["capabilities"] == ["vision", "tools", "embeddings"]
-        inputs = entries["other"]["architecture"]["input_modalities"]
-        assert inputs == ["text", "image"] and entries["other"]["owned_by"] == "llmswap"
+ABILITIES = {  # n_ctx, context_length, capabilities, what it takes, owner
+    "trained": (None, 4096, "tools", "text", "llamacpp"),
+    "served": (512, 512, "tools", "text", "llamacpp"),
+    "other": (8192, 8192, "vision embeddings", "text image", "llmswap"),
+    "shares": (8192, 8192, "vision tools embeddings", "text image", "llmswap"),
+}
+
+
+def test_what_a_model_can_do_is_told_before_it_is_loaded(tmp_path):
+    gguf.write_model(tmp_path / "one.gguf")
+    program = LLAMA_SERVER or "llama-server"
+    with Llmswap(ABILITIES_FILE.format(folder=tmp_path, server=program)) as server:
+        eventually(lambda: "context_length" in entry_of(server, "trained"))
+        for name, (n_ctx, length, abilities, inputs, owner) in ABILITIES.items():
+            entry = entry_of(server, name)
+            assert (entry["meta"].get("n_ctx"), entry["context_length"]) == (n_ctx, length)
+            assert entry["capabilities"] == abilities.split()
+            assert entry["architecture"]["input_modalities"] == inputs.split()
+            assert entry["owned_by"] == owner
+        assert entry_of(server, "trained")["meta"]["n_ctx_train"] == 4096
         assert set(server.states().values()) == {"unloaded"}
-
-
-@with_llama_server
-def test_an_unknown_option_is_known_before_anybody_asks_for_the_model(tmp_path):
-    write_gguf(tmp_path / "one.gguf")
-    text = f"[a]\nllama-server = {LLAMA_SERVER}\nmodel = {tmp_path}/one.gguf\n"
-    with Llmswap(text + "ctx-sise = 1") as server:
-        status = eventually(
-            lambda: server.get("/v1/models/a").json()["status"].get("failed")
-            and server.get("/v1/models/a").json()["status"]
-        )
-        assert "ctx-sise" in status["error"] and "ctx-size?" in status["error"]
-        done = subprocess.run(
-            [sys.executable, LLMSWAP, str(server.ini), "--check"],
-            capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 2 and "ctx-size?" in done.stdout
 
 
 ROUTER_FILE = """\
@@ -14057,37 +11803,24 @@ model = {folder}/gone.gguf
 
 @contextmanager
 def llama_router(folder):
-    """Yield a client of llama-server in router mode, with the file `models.ini`."""
+    """The port of llama-server in router mode, with the file `models.ini`."""
     port = free_port()
     command = [LLAMA_SERVER, "--models-preset", folder / "models.ini"]
     command += ["--models-max", "1", "--port", str(port), "--host", "127.0.0.1"]
     environment = {**os.environ, "HOME": str(folder), "LLAMA_CACHE": str(folder / "no")}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-
-    def is_up():
-        with contextlib.suppress(OSError):
-            return json_at(port, "/health")
-
-    try:
-        eventually(is_up)
-        yield SimpleNamespace(port=port)
-    finally:
-        process.terminate()
-        process.wait()
+    with subprocess.Popen(command, env=environment, stdout=-3, stderr=-3) as process:
+        try:
+            eventually(lambda: is_listening(port))
+            eventually(lambda: ask(port, "GET", "/health").status == 200)
+            yield port
+        finally:
+            process.terminate()
 
 
-def json_at(port, path, body=None):
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data)
-    with urlopen(request, timeout=10) as answer:
-        return json.load(answer)
-
-
-def told_by(port):
+def router_entries(port):
     """Each model's entry without what depends on the machine."""
-    entries = {each["id"]: each for each in json_at(port, "/models")["data"]}
+    listed = ask(port, "GET", "/models").json()["data"]
+    entries = {each["id"]: each for each in listed}
     for entry in entries.values():
         del entry["created"]
         args = entry["status"]["args"]
@@ -14101,7 +11834,8 @@ def told_by(port):
 def loaded_event(port):
     """Load the model `one`; return the event that says it is loaded."""
     with Stream(port, "/models/sse") as stream:
-        assert json_at(port, "/models/load", {"model": "one"}) == {"success": True}
+        answer = ask(port, "POST", "/models/load", {"model": "one"})
+        assert answer.json() == {"success": True}
         for event in stream.documents():
             if event["data"].get("status") == "loaded":
                 event["data"]["info"].pop("created")
@@ -14110,8 +11844,8 @@ def loaded_event(port):
 
 @with_llama_server
 def test_models_are_described_as_by_llama_cpps_router(tmp_path):
-    write_gguf(tmp_path / "one.gguf")
-    projector = gguf_field("clip.has_vision_encoder", GGUF_FLAG, True)
+    gguf.write_model(tmp_path / "one.gguf")
+    projector = gguf.field_bytes("clip.has_vision_encoder", gguf.FLAG, True)
     head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + projector
     (tmp_path / "projector.gguf").write_bytes(head)
     text = ROUTER_FILE.format(folder=tmp_path)
@@ -14119,27 +11853,27 @@ def test_models_are_described_as_by_llama_cpps_router(tmp_path):
     (tmp_path / "llama-server").symlink_to(LLAMA_SERVER)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     with llama_router(tmp_path) as router, Llmswap(text, env=env) as proxy:
-        ports = router.port, proxy.port
+        ports = router, proxy.port
 
         def compare():
-            theirs, ours = map(told_by, ports)
+            theirs, ours = map(router_entries, ports)
             for name, entry in theirs.items():
                 assert {key: ours[name].get(key) for key in entry} == entry
             return ours
 
-        eventually(lambda: proxy.get("/v1/models/gone").json()["status"].get("preset"))
-        assert compare()["seeing"]["architecture"]["input_modalities"] == [
-            "text", "image"]  # fmt: skip
+        eventually(lambda: entry_of(proxy, "gone")["status"].get("preset"))
+        inputs = compare()["seeing"]["architecture"]["input_modalities"]
+        assert inputs == ["text", "image"]
         theirs, ours = map(loaded_event, ports)
         assert theirs == ours
         compare()
         for port in ports:
-            json_at(port, "/models/unload", {"model": "one"})
-            eventually(lambda p=port: told_by(p)["one"]["status"]["value"] == "unloaded")
+            ask(port, "POST", "/models/unload", {"model": "one"})
+            state = lambda: router_entries(port)["one"]["status"]["value"]  # noqa: E731
+            eventually(lambda: state() == "unloaded")
         compare()
-        entry = proxy.get("/v1/models/one").json()
-        assert entry["meta"]["n_vocab"] == 311  # as it was told last
-        status = proxy.get("/v1/models/gone").json()["status"]
+        assert entry_of(proxy, "one")["meta"]["n_vocab"] == 311  # as it was told last
+        status = entry_of(proxy, "gone")["status"]
         assert status["failed"] and "does not exist" in status["error"]
 
 
@@ -14153,7 +11887,7 @@ def test_downloaded_models_are_served_without_a_file(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         (base / "refs").mkdir(exist_ok=True)
         (base / "refs" / "main").write_text("0" * 40)
-        write_gguf(folder / f"tiny-{tag}.gguf")
+        gguf.write_model(folder / f"tiny-{tag}.gguf")
     (tmp_path / "llama-server").symlink_to(LLAMA_SERVER)
     env = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "HF_HUB_CACHE": str(tmp_path / "hub"),
@@ -14179,7 +11913,7 @@ def test_downloaded_models_are_served_without_a_file(tmp_path):
 
 @with_llama_server
 def test_a_killed_real_model_is_loaded_again_and_gone_soon_after_llmswap_is(tmp_path):
-    write_gguf(tmp_path / "one.gguf")
+    gguf.write_model(tmp_path / "one.gguf")
     text = f"[llmswap]\nllama-server = {LLAMA_SERVER}\n"
     with Llmswap(f"{text}[one]\nmodel = {tmp_path}/one.gguf\n") as proxy:
         assert proxy.post(CHAT, real_chat("one")).status == 200
@@ -14193,1203 +11927,18 @@ def test_a_killed_real_model_is_loaded_again_and_gone_soon_after_llmswap_is(tmp_
 
 
 # ==================================================================================
-# The fake model server: everything a backend can do, and every way it can misbehave.
-# ==================================================================================
-
-FAKE_FLAGS = {  # name: default, and what it does
-    "host": ("127.0.0.1", "where to listen"),
-    "port": (0, "where to listen"),
-    "model": ("fake", "its name in answers"),
-    "load": ("0", "seconds, or LOW-HIGH, until it is ready; all answers are 503"),
-    "bind-late": (False, "nothing listens until it is ready"),
-    "load-exit": (-1, "complain and exit with that status at the end of the load"),
-    "load-signal": (0, "kill itself with that signal at the end of the load"),
-    "load-hang": (False, "never become ready, and write nothing"),
-    "load-until": ("", "load, and write lines, until that file exists"),
-    "lines": (0, "so many lines of log during the load"),
-    "ignore-term": (False, "ignore SIGTERM"),
-    "stop-delay": (0.0, "seconds from SIGTERM to the end"),
-    "stop-until": ("", "end after SIGTERM once that file exists"),
-    "grandchild": (False, "spawn a process in its group that ignores SIGTERM"),
-    "close-idle": (False, "close connections after each answer, without a word"),
-    "no-health": (False, "404 on /health"),
-    "list-delay": (0.0, "seconds until the answer to GET /v1/models"),
-    "sleepable": (False, "POST /sleep, POST /wake_up, GET /is_sleeping, as vLLM"),
-    "wake-fails": (False, "POST /wake_up is answered with 500"),
-    "slot-save-path": ("", "save and restore slots there, and list them"),
-    "slot-fault": ("", "what goes wrong with slots, as that file says: see below"),
-    "print-env": (False, "write the environment to stdout"),
-    "journal": ("", "append one JSON line to that file for each event of its life"),
-}
-FAKE_USAGE = """\
-The fake model server: python3 test_llmswap.py --port N [FLAG ...]
-
-{}
-Other options, such as those of llama-server, are ignored.
-A request's JSON body says how it is answered:
-  stream, stream_options.include_usage, model    as usual
-  tokens N, interval S   how many tokens, and the pause between them
-  slot N, talk NAME, prompt_tokens N    the size of a conversation's prompt in a slot
-  until FILE             no more tokens once that file exists
-  delay S                before the first byte
-  size BYTES             of the content
-  tag STRING             put into the content
-  text STRING            the content itself
-  arguments STRING       a tool call (a list: several), in fragments of `fragment`
-  finish REASON          the finish reason
-  status N               an error with that status
-  die, cut PLACE         end the process, or the connection: before-byte, mid-event
-                         (a whole chunk, half an event), boundary, mid-body
-  reset                  with cut: RST instead of FIN
-  stall K                silent for ever after K tokens
-  hang, hang_health      never answer this request, nor any health check from now on
-  until_close            no chunks: the end of the connection ends the stream
-
-The file of slot-fault says ACTION KIND. ACTION: list, save, restore; KIND: hang, fail,
-die, short (half a file), slow (half a second), useless.
-SIGRTMIN + 1, 2: it exits with status 0, 1; 3: it closes its sockets; 4: rubbish on all.
-"""
-
-FAKE_ORDERS = {1: "exit 0", 2: "exit 1", 3: "deaf", 4: "mad"}
-FAKE_RUBBISH = b"\0\xffrubbish\n\n" * 9
-FAKE_HANG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
-FAKE_BLOCK = memoryview(b"0123456789abcdef" * 65536)  # what /bytes sends: 1 MB
-FAKE_JSON = "application/json; charset=utf-8"
-
-
-class FakeHangUp(OSError):
-    """The client went away before its answer was complete, or is to be cut off."""
-
-
-def fake_flags(argv):
-    """The flags in `argv`; what is not one of ours is ignored."""
-    values = {name: default for name, (default, _) in FAKE_FLAGS.items()}
-    words = iter(argv)
-    for word in words:
-        name, _, value = word[2:].partition("=")
-        if word.startswith("--") and name in FAKE_FLAGS:
-            kind = type(FAKE_FLAGS[name][0])
-            values[name] = True if kind is bool else kind(value or next(words))
-    return SimpleNamespace(**{name.replace("-", "_"): values[name] for name in values})
-
-
-def fake_seconds(text):
-    """Seconds in "0.5", or a random number of them in "0-2"."""
-    low, _, high = text.partition("-")
-    share = int.from_bytes(os.urandom(4), "big") / 2**32
-    return float(low) + share * (float(high or low) - float(low))
-
-
-def fake_await(path, pause, action=lambda: None):
-    """Wait until that file exists, if one is named."""
-    while path and not os.path.exists(path):
-        action()
-        time.sleep(pause)
-
-
-def fake_error(status, message):
-    """An error as llama-server writes it."""
-    return {"error": {"code": status, "message": message, "type": "server_error"}}
-
-
-class FakeRequest:
-    """A client's connection: its requests, one by one, and the means to answer them."""
-
-    def __init__(self, server, sock):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.server, self.sock, self.send = server, sock, sock.sendall
-        self.file = sock.makefile("rb")
-        self._poll = select.poll()
-        self._poll.register(sock, FAKE_HANG_UP)
-
-    def serve(self):
-        """Answer requests until the connection ends."""
-        self.server.requests.add(self)
-        try:
-            while self._read_head() and self._answer():
-                pass
-        except (OSError, ValueError):
-            pass  # a ValueError: the connection ended within a line
-        finally:
-            self.server.requests.discard(self)
-            self.file.close()
-            self.sock.close()
-
-    def _read_head(self):
-        """Whether another request has come."""
-        start = self.file.readline().decode("latin-1")
-        if not start:
-            return False
-        self.method, self.target, version = start.split()
-        self.path, _, self.query = self.target.partition("?")
-        self.headers, self.body = [], b""
-        while line := self.file.readline().decode("latin-1").strip():
-            name, value = line.split(":", 1)
-            self.headers.append((name, value.strip()))
-        self.fields = {name.lower(): value for name, value in self.headers}
-        wish = self.fields.get("connection", "").lower()
-        self.is_chunked = version == "HTTP/1.1"
-        self.keep = wish != "close" if self.is_chunked else wish == "keep-alive"
-        return True
-
-    def read_body(self):
-        """Take the body from the connection, however it is framed."""
-        if self.fields.get("expect", "").lower() == "100-continue":
-            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self.fields.get("transfer-encoding", "").lower() == "chunked":
-            self.body = b"".join(self._chunks())
-        elif length := int(self.fields.get("content-length", 0)):
-            self.body = self.file.read(length)
-            if len(self.body) < length:
-                raise FakeHangUp
-
-    def _chunks(self):
-        while size := int(self.file.readline().partition(b";")[0], 16):
-            yield self.file.read(size)
-            self.file.readline()
-        while self.file.readline().strip():
-            pass  # trailers
-
-    def _answer(self):
-        """Answer one request; whether the connection goes on."""
-        server, flags = self.server, self.server.flags
-        is_bare = flags.no_health and self.path == "/health"
-        if server.order == "mad":
-            self.send(FAKE_RUBBISH)
-            return False
-        if not server.is_ready and not is_bare:
-            self.read_body()
-            self.reply(fake_error(503, "Loading model"), 503)
-        elif self.path in FAKE_QUIET:
-            self.read_body()
-            FAKE_QUIET[self.path](self)
-        else:
-            self._answer_counted()
-        return self.keep and not flags.close_idle
-
-    def _answer_counted(self):
-        server = self.server
-        server.count(requests=1, in_flight=1)
-        server.note("request", path=self.path)
-        try:
-            if self.path != "/early":
-                self.read_body()
-            if server.is_asleep:
-                return self.reply(fake_error(503, "asleep"), 503)
-            if self.path.startswith("/slots") and server.flags.slot_save_path:
-                return fake_slots(self)
-            FAKE_ROUTES.get(self.path, fake_echo)(self)
-        except (OSError, ValueError):
-            server.count(cancelled=1)
-            raise
-        finally:
-            server.count(in_flight=-1)
-
-    def hold(self, seconds=None):
-        """Wait (None: for ever); FakeHangUp as soon as the client hangs up."""
-        if self._poll.poll(None if seconds is None else max(0.0, seconds) * 1000):
-            raise FakeHangUp
-
-    def cut(self, is_reset):
-        """End the connection here and now, with a FIN or a RST."""
-        if is_reset:
-            linger = (1).to_bytes(4, sys.byteorder) + bytes(4)
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        else:
-            self.sock.shutdown(socket.SHUT_RDWR)
-        raise FakeHangUp
-
-    def parameter(self, name, default):
-        """A number in the query."""
-        pairs = (pair.partition("=") for pair in self.query.split("&"))
-        return next((int(value) for key, _, value in pairs if key == name), default)
-
-    def head(self, status, kind, *more):
-        """An answer's head."""
-        lines = [
-            f"HTTP/1.1 {status} {'OK' if status == 200 else 'Otherwise'}",
-            "Server: llama.cpp",
-            "Access-Control-Allow-Origin: *",
-            f"Content-Type: {kind}",
-            *more,
-            "Keep-Alive: timeout=5, max=100" if self.keep else "Connection: close",
-        ]
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-
-    def reply(self, document, status=200):
-        """Answer with a JSON document, or bytes as they are."""
-        body = document
-        if not isinstance(body, bytes):
-            body = json.dumps(document).encode()
-        head = self.head(status, FAKE_JSON, f"Content-Length: {len(body)}")
-        self.send(head if self.method == "HEAD" else head + body)
-
-    def start_stream(self, kind="text/event-stream"):
-        """Send the head of an answer whose length is not known."""
-        if self.is_chunked:
-            self.send(self.head(200, kind, "Transfer-Encoding: chunked"))
-        else:
-            self.keep = False
-            self.send(self.head(200, kind))
-
-    def send_piece(self, data):
-        """A piece of a stream that was started: one chunk."""
-        self.send(b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data)
-
-    def end_stream(self):
-        """End an answer that was started, where the framing says so."""
-        if self.is_chunked:
-            self.send(b"0\r\n\r\n")
-
-
-class FakeTalk:
-    """A chat, completion or message that was asked for, in the shape of OpenAI."""
-
-    def __init__(self, request):
-        self.request, self.wish = request, json.loads(request.body)
-        self.name = request.server.flags.model
-        self.id = f"{os.getpid()}-{threading.get_ident()}"
-        self.tokens = self.wish.get("tokens", 3)
-        self.prompt, self.cached = request.server.process_prompt(self.wish)
-        calls = self.wish.get("arguments", [])
-        self.calls = [calls] if isinstance(calls, str) else calls
-        self.finish = self.wish.get("finish", "tool_calls" if self.calls else "stop")
-        self.is_chat = request.path != "/v1/completions"
-
-    def pieces(self):
-        """Yield the content, token by token, each made when it is asked for."""
-        if "text" in self.wish or self.calls:
-            yield from filter(None, [self.wish.get("text")])
-            return
-        width = self.wish.get("size", 0) // max(1, self.tokens)
-        for number in range(self.tokens):
-            if "until" in self.wish and os.path.exists(self.wish["until"]):
-                return
-            text = f" word{number}"
-            if not number:
-                text = f"{self.name} {os.getpid()} {self.wish.get('tag', '')}".rstrip()
-            yield text.ljust(width, "x")
-
-    def fragments(self):
-        """Yield (number of the call, fragment of its arguments)."""
-        step = self.wish.get("fragment", 5)
-        for number, text in enumerate(self.calls):
-            for start in range(0, len(text), step):
-                yield number, text[start : start + step]
-
-    def whole(self):
-        """The answer as one document."""
-        text = "".join(self.pieces())
-        if not self.is_chat:
-            return self.document({"text": text}, self.finish, **self.numbers())
-        message = {"role": "assistant", "content": text or self.wish.get("text")}
-        if self.calls:
-            calls = enumerate(self.calls)
-            message["tool_calls"] = [self._call(*each) for each in calls]
-        return self.document({"message": message}, self.finish, **self.numbers())
-
-    def _call(self, number, arguments):
-        function = {"name": f"tool{number}", "arguments": arguments}
-        return {"type": "function", "function": function, "id": f"call{number}"}
-
-    def numbers(self):
-        """The usage and the timings."""
-        usage = {"completion_tokens": self.tokens, "prompt_tokens": self.prompt}
-        usage["total_tokens"] = self.tokens + self.prompt
-        usage["prompt_tokens_details"] = {"cached_tokens": self.cached}
-        timings = {"cache_n": self.cached, "prompt_n": self.prompt - self.cached}
-        timings.update(prompt_per_second=500.0, predicted_n=self.tokens)
-        timings["predicted_per_second"] = 50.0
-        return {"usage": usage, "timings": timings}
-
-    def document(self, content, finish, kind="", **more):
-        """A document with one choice, or with none."""
-        choice = {"finish_reason": finish, "index": 0, **(content or {})}
-        return {
-            "choices": [choice] if content is not None else [],
-            "created": int(time.time()),
-            "model": self.wish.get("model", self.name),
-            "system_fingerprint": "b0-fake",
-            "object": f"chat.completion{kind}" if self.is_chat else "text_completion",
-            "id": f"chatcmpl-{self.id}",
-            **more,
-        }
-
-    def _event(self, content, finish=None, **more):
-        if content is not None and self.is_chat:
-            content = {"delta": content}
-        document = self.document(content, finish, ".chunk", **more)
-        return b"data: %b\n\n" % json.dumps(document).encode()
-
-    def events(self):
-        """Yield (event, whether it is a token)."""
-        if self.is_chat:
-            yield self._event({"role": "assistant", "content": None}), False
-        for piece in self.pieces():
-            yield self._event({"content" if self.is_chat else "text": piece}), True
-        opened = -1
-        for number, fragment in self.fragments():
-            if number > opened:
-                opened = number
-                call = {"index": number, **self._call(number, "")}
-                yield self._event({"tool_calls": [call]}), False
-            call = {"index": number, "function": {"arguments": fragment}}
-            yield self._event({"tool_calls": [call]}), True
-        numbers = self.numbers()
-        if (self.wish.get("stream_options") or {}).get("include_usage"):
-            yield self._event({}, self.finish), False
-            yield self._event(None, **numbers), False
-        else:
-            yield self._event({}, self.finish, timings=numbers["timings"]), False
-        yield b"data: [DONE]\n\n", False
-
-
-class FakeMessage(FakeTalk):
-    """The same in the shape of Anthropic's /v1/messages."""
-
-    def whole(self):
-        text = "".join(self.pieces())
-        content = [{"type": "text", "text": text}] if text else []
-        for number, arguments in enumerate(self.calls):
-            content.append(self._tool(number, fake_parsed(arguments)))
-        return self._message(content, self._reason(), self.tokens)
-
-    def _reason(self):
-        reasons = {"tool_calls": "tool_use", "length": "max_tokens", "stop": "end_turn"}
-        return reasons.get(self.finish, self.finish)
-
-    def _message(self, content, reason, tokens):
-        return {
-            "id": f"msg-{self.id}",
-            "type": "message",
-            "role": "assistant",
-            "content": content,
-            "model": self.wish.get("model", self.name),
-            "stop_reason": reason,
-            "stop_sequence": None,
-            "usage": {"input_tokens": 7, "output_tokens": tokens},
-        }
-
-    def _tool(self, number, given):
-        name = f"tool{number}"
-        return {"type": "tool_use", "id": f"toolu{number}", "name": name, "input": given}
-
-    def _event(self, kind, **more):
-        data = json.dumps({"type": kind, **more}).encode()
-        return b"event: %b\ndata: %b\n\n" % (kind.encode(), data)
-
-    def events(self):
-        start = self._event("message_start", message=self._message([], None, 0))
-        yield start, False
-        text = {"type": "text", "text": ""}
-        yield from self._block(0, text, "text_delta", "text", self.pieces())
-        for number in range(len(self.calls)):
-            parts = [text for of, text in self.fragments() if of == number]
-            kind, tool = "input_json_delta", self._tool(number, {})
-            yield from self._block(number + 1, tool, kind, "partial_json", parts)
-        delta = {"stop_reason": self._reason(), "stop_sequence": None}
-        usage = {"output_tokens": self.tokens}
-        yield self._event("message_delta", delta=delta, usage=usage), False
-        yield self._event("message_stop"), False
-
-    def _block(self, index, block, kind, name, pieces):
-        start = self._event("content_block_start", index=index, content_block=block)
-        yield start, False
-        for piece in pieces:
-            delta = {"type": kind, name: piece}
-            yield self._event("content_block_delta", index=index, delta=delta), True
-        yield self._event("content_block_stop", index=index), False
-
-
-def fake_parsed(arguments):
-    """The JSON value, or the text itself if it is none."""
-    try:
-        return json.loads(arguments)
-    except ValueError:
-        return arguments
-
-
-class FakeServer:
-    """The server: its life from the first instruction to the end, and its counts."""
-
-    def __init__(self, flags):
-        self.flags = flags
-        self.lock = threading.Lock()
-        self.counts = {"requests": 0, "in_flight": 0, "cancelled": 0, "health": 0}
-        self.requests = set()
-        self.is_ready = self.is_asleep = self.is_health_hung = False
-        self.order = self.grandchild = self.listener = None
-        self.slots = {0: None, 1: None}  # the conversation in each, and its tokens
-        self.used_slots = set()
-
-    def live(self):
-        """Load, then serve until killed."""
-        self.note("main")
-        signal.signal(signal.SIGTERM, self._on_term)
-        for order in FAKE_ORDERS:
-            signal.signal(signal.SIGRTMIN + order, self._on_order)
-        if self.flags.grandchild:
-            script = "trap '' TERM INT HUP; exec sleep 86399"
-            words = ["sh", "-c", script]
-            self.grandchild = os.posix_spawn("/bin/sh", words, os.environ)
-            self.note("grandchild", grandchild=self.grandchild)
-        for name in sorted(os.environ) if self.flags.print_env else ():
-            self.say(f"env {name}={os.environ[name]}", 1)
-        if not self.flags.bind_late:
-            self._listen()
-        self._load()
-        if self.flags.bind_late:
-            self._listen()
-        self.is_ready = True
-        self.note("ready")
-        self.say("main: model loaded")
-        while True:  # pause() would miss a signal that comes just before it
-            time.sleep(0.2)
-
-    def note(self, event, **more):
-        """Append an event to the journal, with the monotonic time."""
-        if self.flags.journal:
-            now, name = time.monotonic(), self.flags.model
-            line = {"event": event, "t": now, "pid": os.getpid(), "model": name, **more}
-            with open(self.flags.journal, "ab", 0) as file:
-                file.write(json.dumps(line).encode() + b"\n")
-
-    def say(self, text, descriptor=2):
-        """Write a line of log; a closed pipe does not matter."""
-        try:
-            os.write(descriptor, text.encode() + b"\n")
-        except OSError:
-            pass
-
-    def count(self, **changes):
-        """Change these counts by so much."""
-        with self.lock:
-            for name, change in changes.items():
-                self.counts[name] += change
-
-    def process_prompt(self, wish):
-        """The tokens of a request's prompt, and how many of them its slot had."""
-        slot, talk = wish.get("slot", 0), wish.get("talk")
-        prompt = wish.get("prompt_tokens", 7)
-        before, had = self.slots[slot] or (None, 0)
-        self.slots[slot] = talk, prompt
-        self.used_slots.add(slot)
-        is_same = talk is not None and before == talk
-        return prompt, min(prompt, had) if is_same else 0
-
-    def slot_entry(self, number):
-        """What /slots says of a slot; one never used has no tokens to it."""
-        entry = {"id": number, "n_ctx": 4096, "is_processing": False}
-        if number in self.used_slots:
-            entry["n_prompt_tokens"] = self.slots[number][1]
-        return entry
-
-    def slot_fault(self, action):
-        """What shall go wrong with this now, if anything."""
-        words = []
-        if self.flags.slot_fault and os.path.exists(self.flags.slot_fault):
-            with open(self.flags.slot_fault) as file:
-                words = file.read().split()
-        return words[1] if words[:1] == [action] else None
-
-    def _on_term(self, number, frame):
-        self.note("term")
-        if not self.flags.ignore_term:  # this thread must be free for orders
-            threading.Thread(target=self._end).start()
-
-    def _end(self):
-        time.sleep(self.flags.stop_delay)
-        fake_await(self.flags.stop_until, 0.02)
-        self.note("end")
-        os._exit(0)
-
-    def _on_order(self, number, frame):
-        order = self.order = FAKE_ORDERS[number - signal.SIGRTMIN]
-        if order == "exit 1":
-            self.say("error: no reason is given")
-        if order in ("exit 0", "exit 1"):
-            os._exit(int(order[-1]))
-        if order == "deaf" and self.listener:
-            self.listener.shutdown(socket.SHUT_RDWR)
-            self.listener.close()
-        for request in list(self.requests):
-            try:
-                if order == "mad":
-                    request.sock.send(FAKE_RUBBISH)
-                else:
-                    request.sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # the client has left
-
-    def _listen(self):
-        host, port = self.flags.host, self.flags.port
-        try:
-            self.listener = socket.create_server((host, port), backlog=1024)
-        except OSError as error:
-            self.say(f"couldn't bind HTTP server socket, port: {port} ({error})")
-            self.note("end")
-            os._exit(1)
-        threading.Thread(target=self._accept, daemon=True).start()
-        self.say(f"main: server is listening on http://{host}:{port}")
-
-    def _accept(self):
-        while True:
-            try:
-                request = FakeRequest(self, self.listener.accept()[0])
-            except OSError:  # told to be deaf
-                return
-            threading.Thread(target=request.serve, daemon=True).start()
-
-    def _load(self):
-        seconds, lines = fake_seconds(self.flags.load), self.flags.lines
-        if self.flags.load_hang:
-            time.sleep(1e6)
-        line = "load_tensors: it takes its time"
-        fake_await(self.flags.load_until, 0.05, lambda: self.order or self.say(line))
-        for number in range(lines):
-            self.say(f"load_tensors: layer {number} of {lines}")
-            time.sleep(seconds / lines)
-        if not lines:
-            time.sleep(seconds)
-        if self.flags.load_signal:
-            os.kill(os.getpid(), self.flags.load_signal)
-        if self.flags.load_exit >= 0:
-            self.say("llama_model_load: error loading model: unexpected end of file")
-            self.say(f"main: exiting due to model loading error {self.flags.load_exit}")
-            self.note("end")
-            os._exit(self.flags.load_exit)
-
-
-def fake_health(request):
-    """Answer 200, unless a request wished otherwise."""
-    request.server.count(health=1)
-    if request.server.is_health_hung:
-        request.hold()
-    if request.server.flags.no_health:
-        request.reply(fake_error(404, "File Not Found"), 404)
-    else:
-        request.reply({"status": "ok"})
-
-
-def fake_stats(request):
-    """What this server has seen, and what it is."""
-    server = request.server
-    with open("/proc/self/oom_score_adj") as file:
-        score = int(file.read())
-    request.reply({
-        **server.counts,
-        "ports": list(map(fake_peer, list(server.requests))),
-        "pid": os.getpid(),
-        "model": server.flags.model,
-        "grandchild": server.grandchild,
-        "is_asleep": server.is_asleep,
-        "oom_score_adj": score,
-        "environ": sorted(os.environ),
-    })  # fmt: skip
-
-
-def fake_peer(request):
-    """The port at the other end, None if it is gone."""
-    try:
-        return request.sock.getpeername()[1]
-    except OSError:
-        return None
-
-
-def fake_models(request):
-    """The list of its one model."""
-    request.hold(request.server.flags.list_delay)
-    model = {"id": request.server.flags.model, "object": "model", "aliases": []}
-    model.update({"tags": ["x"], "meta": {"n_ctx": 256}, "owned_by": "llamacpp"})
-    request.reply({"object": "list", "data": [model]})
-
-
-def fake_talk(request):
-    """A chat, a completion or a message, as the request wishes."""
-    kind = FakeMessage if request.path == "/v1/messages" else FakeTalk
-    talk, server = kind(request), request.server
-    if talk.wish.get("hang"):
-        server.is_health_hung |= bool(talk.wish.get("hang_health"))
-        request.hold()
-    request.hold(talk.wish.get("delay", 0))
-    fake_end(talk, "before-byte")
-    if status := talk.wish.get("status"):
-        return request.reply(fake_error(status, "as asked"), status)
-    server.note("answer")
-    return (fake_stream if talk.wish.get("stream") else fake_whole)(talk)
-
-
-def fake_end(talk, place):
-    """End the process or the connection here if the request wishes it."""
-    if talk.wish.get("die") == place:
-        os._exit(9)
-    if talk.wish.get("cut") == place:
-        talk.request.cut(talk.wish.get("reset"))
-
-
-def fake_whole(talk):
-    """Answer at once, or with the first half of the body before an end."""
-    request, wish = talk.request, talk.wish
-    request.hold(wish.get("interval", 0) * talk.tokens)
-    body = json.dumps(talk.whole()).encode()
-    head = request.head(200, FAKE_JSON, f"Content-Length: {len(body)}")
-    half = len(body) // 2
-    if wish.get("die") or wish.get("cut"):
-        request.send(head + body[:half])
-        for place in ("mid-event", "mid-body", "boundary"):
-            fake_end(talk, place)
-    request.send(head + body)
-
-
-def fake_stream(talk):
-    """Answer event by event, one chunk each, ending where the request wishes."""
-    request, wish = talk.request, talk.wish
-    request.is_chunked &= not wish.get("until_close")
-    request.start_stream()
-    interval, due, sent = wish.get("interval", 0), time.monotonic(), 0
-    for event, is_token in talk.events():
-        if is_token:
-            fake_break(talk, event, sent)
-            sent += 1
-        request.send_piece(event)
-        if is_token and interval:
-            due += interval
-            request.hold(due - time.monotonic())
-    request.end_stream()
-
-
-def fake_break(talk, event, sent):
-    """Stall, die or cut before token number `sent`, if the request wishes it."""
-    request, half = talk.request, event[: len(event) // 2]
-    if talk.wish.get("stall") == sent:
-        request.hold()
-    if sent != talk.tokens // 2:
-        return
-    fake_end(talk, "boundary")
-    wishes = {talk.wish.get("die"), talk.wish.get("cut")}
-    if "mid-event" in wishes:
-        request.send_piece(half)
-        fake_end(talk, "mid-event")
-    if "mid-body" in wishes:
-        request.send(b"%x\r\n%b" % (len(event), half))
-        fake_end(talk, "mid-body")
-
-
-def fake_embeddings(request):
-    """A vector for each text: eight numbers, or in base64 their four bytes each."""
-    import array
-    import base64
-
-    wish = json.loads(request.body)
-    texts = wish.get("input", "")
-    texts = [texts] if isinstance(texts, str) else texts
-    vectors = [[len(text) / 8] * 8 for text in texts]
-    if wish.get("encoding_format") == "base64":
-        vectors = [array.array("f", vector) for vector in vectors]
-        vectors = [base64.b64encode(vector).decode() for vector in vectors]
-    request.reply({
-        "object": "list",
-        "model": wish.get("model", request.server.flags.model),
-        "served_by": f"{request.server.flags.model} {os.getpid()}",
-        "data": [
-            {"object": "embedding", "index": index, "embedding": vector}
-            for index, vector in enumerate(vectors)
-        ],
-        "usage": {"prompt_tokens": len(texts), "total_tokens": len(texts)},
-    })  # fmt: skip
-
-
-def fake_transcription(request):
-    """Say which form fields came, and how long each was."""
-    mark = b"--" + request.fields["content-type"].partition("boundary=")[2].encode()
-    fields = {}
-    for part in request.body.split(mark)[1:-1]:
-        head, _, value = part[2:-2].partition(b"\r\n\r\n")
-        name = head.decode().partition('name="')[2].partition('"')[0]
-        text = value.decode("latin-1")
-        fields[name] = text if b"filename=" not in head else {"size": len(value)}
-    text = f"{request.server.flags.model} {os.getpid()}: {len(request.body)} bytes"
-    request.reply({"text": text, "fields": fields})
-
-
-def fake_echo(request):
-    """Tell what was asked, byte by byte."""
-    import hashlib
-
-    request.reply({
-        "model": request.server.flags.model,
-        "pid": os.getpid(),
-        "method": request.method,
-        "path": request.target,
-        "headers": request.headers,
-        "sha256": hashlib.sha256(request.body).hexdigest(),
-        "length": len(request.body),
-        "body": request.body[:2000].decode("latin-1"),
-    })  # fmt: skip
-
-
-def fake_blocks(total, size):
-    """Yield `total` bytes in views of `size`."""
-    for start in range(0, total, size):
-        yield FAKE_BLOCK[: min(size, total - start)]
-
-
-def fake_bytes(request):
-    """`n` bytes: counted, in chunks of `size`, or until the connection ends."""
-    total, kind = request.parameter("n", 1000), "application/octet-stream"
-    if request.path == "/bytes":
-        request.send(request.head(200, kind, f"Content-Length: {total}"))
-        total = 0 if request.method == "HEAD" else total
-        request.is_chunked = False
-    else:
-        request.is_chunked &= request.path == "/chunked"
-        request.start_stream(kind)
-    for block in fake_blocks(total, request.parameter("size", 65536)):
-        request.send_piece(block)
-    request.end_stream()
-
-
-def fake_websocket(request):
-    """Accept the upgrade and send every byte back."""
-    import base64
-    import hashlib
-
-    key = request.fields.get("sec-websocket-key", "").encode()
-    token = hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
-    fields = f"Sec-WebSocket-Accept: {base64.b64encode(token).decode()}"
-    start = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
-    request.send(f"{start}Connection: Upgrade\r\n{fields}\r\n\r\n".encode())
-    request.keep = False
-    while data := request.file.read1(65536):
-        request.send(data)
-
-
-def fake_raw(request):
-    """Send the request's body as it is, for an answer, and end the connection."""
-    request.send(request.body)
-    request.keep = False
-
-
-def fake_early(request):
-    """Refuse a body without reading it."""
-    request.keep = False
-    status = request.parameter("status", 413)
-    request.reply(fake_error(status, "refused before it was read"), status)
-
-
-def fake_sleep(request):
-    """Fall asleep or wake up, where it can, or say why not."""
-    server, is_wake = request.server, request.path == "/wake_up"
-    if is_wake and server.flags.wake_fails:
-        return request.reply(fake_error(500, "no memory left to wake up"), 500)
-    server.is_asleep = server.flags.sleepable and not is_wake
-    server.note("wake" if is_wake else "sleep")
-    return request.reply(b"", 200 if server.flags.sleepable else 404)
-
-
-def fake_is_sleeping(request):
-    """Whether it sleeps."""
-    request.reply({"is_sleeping": request.server.is_asleep})
-
-
-def fake_slots(request):
-    """List, save or restore slots, unless that goes wrong."""
-    server, action = request.server, request.query.partition("action=")[2] or "list"
-    fault, slots = server.slot_fault(action), server.slots
-    server.note(action, path=request.path)
-    if fault == "die":
-        os.abort()
-    if fault == "hang":
-        request.hold()
-    if fault == "slow":
-        time.sleep(0.5)
-    if fault == "fail":
-        return request.reply(fake_error(501, "slots are not supported"), 501)
-    if action == "list":
-        return request.reply([server.slot_entry(number) for number in slots])
-    name = json.loads(request.body)["filename"]
-    path = os.path.join(server.flags.slot_save_path, name)
-    number = int(request.path.rpartition("/")[2])
-    if action == "restore":
-        with open(path) as file:
-            slots[number] = None if fault == "useless" else json.loads(file.read())
-        return request.reply({"n_restored": 1})
-    talk, tokens = slots[number]
-    text = json.dumps([talk, tokens]).ljust(4 * tokens)
-    with open(path, "w") as file:
-        file.write(text[: len(text) // 2] if fault == "short" else text)
-    request.reply({"id_slot": number, "n_saved": tokens, "n_written": len(text)})
-
-
-FAKE_QUIET = {  # neither counted as requests nor kept in the journal
-    "/health": fake_health,
-    "/stats": fake_stats,
-    "/sleep": fake_sleep,
-    "/wake_up": fake_sleep,
-    "/is_sleeping": fake_is_sleeping,
-}
-FAKE_ROUTES = {
-    "/v1/models": fake_models,
-    "/v1/chat/completions": fake_talk,
-    "/v1/completions": fake_talk,
-    "/v1/messages": fake_talk,
-    "/v1/embeddings": fake_embeddings,
-    "/v1/audio/transcriptions": fake_transcription,
-    "/bytes": fake_bytes,
-    "/chunked": fake_bytes,
-    "/until-close": fake_bytes,
-    "/ws": fake_websocket,
-    "/raw": fake_raw,
-    "/early": fake_early,
-}
-
-
-def fake_main(argv):
-    """Be a model server until killed."""
-    if "--help" in argv:
-        lines = (f"  --{name:<14}{text}\n" for name, (_, text) in FAKE_FLAGS.items())
-        return print(FAKE_USAGE.format("".join(lines)))
-    return FakeServer(fake_flags(argv)).live()
-
-
-# ==================================================================================
 # The exploration: every order of events in small worlds of the scheduler.
 # ==================================================================================
 
-ROOM = llmswap.Limits(models_max=1, patience=1.0)
-HALF = dict(needs={"vram": 2})
-PIN_LOADED = dict(is_pinned_once_loaded=True)
-CAN_SLEEP = dict(needs={"vram": 2}, sleep_needs={"vram": 1}, can_sleep=True)
-
-
-class SmallWorld:
-    """Three models, the faults and operators' actions, and the kinds of tickets."""
-
-    def __init__(self, limits=None, faults="crash", kinds=({},), reloads=(), **specs):
-        self.limits = ROOM._replace(**limits or {})
-        self.faults = faults.split()
-        self.kinds = kinds
-        self.specs = {n: llmswap.ModelSpec(**specs.get(n, {})) for n in "abc"}
-        self.reloads = [self._reload(**changes) for changes in reloads]
-
-    def _reload(self, limits=None, **changes):
-        """The limits and specs after a reload, and the names of the changed models."""
-        mixed = {**self.specs, **changes}
-        specs = {name: spec for name, spec in mixed.items() if spec is not None}
-        changed = [name for name in specs if name in changes]
-        return self.limits._replace(**limits or {}), specs, changed
-
-
-SMALL_WORLDS = {
-    "one": SmallWorld(),
-    "strict": SmallWorld(dict(patience=0.0)),
-    "learned": SmallWorld(dict(patience=None)),
-    "two": SmallWorld(dict(models_max=2)),
-    "budget": SmallWorld(
-        dict(models_max=0, budget={"vram": 3}), b=HALF, c=dict(needs={"vram": 3}),
-        a=dict(needs={"vram": 1}),
-    ),
-    "sets": SmallWorld(dict(models_max=0, sets=(frozenset("ab"), frozenset("bc")))),
-    "pin": SmallWorld(dict(models_max=2), a=dict(is_pinned=True)),
-    "pin loaded": SmallWorld(
-        dict(models_max=2), faults="unload reload", a=PIN_LOADED, b=PIN_LOADED,
-        reloads=(dict(c=llmswap.ModelSpec(**PIN_LOADED)), dict(a=llmswap.ModelSpec())),
-    ),
-    "kept": SmallWorld(faults="fail unload", a=dict(keep_loaded=True)),
-    "kept pinned": SmallWorld(
-        dict(patience=0.0), faults="rest close", a=dict(keep_loaded=True),
-        b=dict(keep_loaded=True, **PIN_LOADED),
-    ),
-    "kept asleep": SmallWorld(
-        dict(models_max=0, budget={"vram": 3}), faults="",
-        a=dict(keep_loaded=True, **CAN_SLEEP), b=dict(needs={"vram": 3}),
-        c=dict(needs={"vram": 3}),
-    ),
-    "elsewhere": SmallWorld(a=dict(takes_place=False)),
-    "narrow": SmallWorld(a=dict(concurrency=1), b=dict(concurrency=1)),
-    "idle": SmallWorld(a=dict(idle_timeout=0.5), faults="crash keep_alive"),
-    "sleep": SmallWorld(
-        dict(models_max=0, budget={"vram": 3}), a=CAN_SLEEP, b=CAN_SLEEP, c=CAN_SLEEP,
-    ),
-    "learning": SmallWorld(
-        dict(models_max=0, budget={"vram": 3}), a=HALF, b=HALF, faults="learn crash",
-        c=dict(needs={"vram": 1}),
-    ),
-    "starving": SmallWorld(dict(models_max=2), faults="starve"),
-    "starving asleep": SmallWorld(
-        dict(models_max=0, budget={"vram": 4}), a=CAN_SLEEP, b=CAN_SLEEP, c=CAN_SLEEP,
-        faults="starve",
-    ),
-    "self-sleep": SmallWorld(dict(models_max=2), faults="doze doze_late"),
-    "preemptible": SmallWorld(kinds=({}, dict(preemptible=True)), faults="unload"),
-    "manual": SmallWorld(
-        kinds=({}, dict(manual=True)), faults="unload", a=dict(stop_timeout=1.0)
-    ),
-    "failing": SmallWorld(faults="fail"),
-    "reload": SmallWorld(
-        faults="reload",
-        reloads=(
-            dict(a=llmswap.ModelSpec()), dict(a=None), dict(limits=dict(models_max=2)),
-        ),
-    ),
-    "adopted": SmallWorld(dict(patience=0.0), faults="adopt crash"),
-    "closing": SmallWorld(faults="close stop_all", a=dict(stop_timeout=1.0)),
-    "short queue": SmallWorld(dict(queue_max=2, queue_timeout=1.0)),
-}  # fmt: skip
-
-
-class PlainWorld(World):
-    """A world that plans nothing: each order of events is tried."""
-
-    def after(self, *_):
-        pass
-
-
-class Explored(Walk):
-    """One state of a small world; the random walk's events happen when told."""
-
-    def __init__(self, name, tickets, faults):
-        self.small = SMALL_WORLDS[name]
-        self.rng = None
-        self._begin(self.small.limits, self.small.specs)
-        self.world = PlainWorld(self.core, self._seconds, self._judge)
-        self.core._numbers = iter(range(1, 1000))  # pickled, unlike itertools.count
-        self.core._runs = iter(range(1, 1000))
-        self.left = {"tickets": tickets, "faults": faults}
-        self.path = ()
-
-    def _seconds(self, what, name):
-        return 0.0
-
-    def events(self):
-        """Yield (what may happen, whether it must in the end)."""
-        for name, backend in self.world.backends.items():
-            if backend.phase in ("loading", "ending", "falling asleep"):
-                yield (backend.phase.split()[0], name), True
-        for at, (ticket, _) in enumerate(self.leases.values()):
-            yield ("finish", at), not ticket.preemptible
-        if self.world.deadline < math.inf:
-            yield ("wait", None), True
-        if self.left["tickets"]:
-            asked = itertools.product(self._askable(), range(len(self.small.kinds)))
-            yield from ((("ask", each), False) for each in asked)
-        if self.left["faults"]:
-            yield from ((("leave", at), False) for at in range(len(self.waiting)))
-            for fault in self.small.faults:
-                yield from (((fault, each), False) for each in self._targets(fault))
-
-    def _askable(self):
-        """The models to ask for: of equal ones not used yet, the first."""
-        seen = []
-        for name in sorted(self.specs):
-            model = self.core.models[name]
-            if model.changed_at is None and not model.waiting:
-                if model.spec in seen and not self.small.limits.sets:
-                    continue
-                seen.append(model.spec)
-            yield name
-
-    def _targets(self, fault):
-        phases = {
-            "crash": ("loading", "up", "asleep", "falling asleep", "ending"),
-            "fail": ("loading",),
-            "starve": ("loading",),
-            "doze": ("up", "asleep"),
-            "doze_late": ("ending",),
-        }.get(fault)
-        backends, models = self.world.backends, self.core.models
-        targets = {
-            "adopt": [
-                name
-                for name in self.specs
-                if not (models[name].is_held or models[name].waiting)
-            ],
-            "learn": [(name, amount) for name in self.specs for amount in (1, 3)],
-            "reload": range(len(self.small.reloads)),
-            "rest": [None],
-            "close": [] if self.is_closed else [None],
-            "stop_all": [None] if self.is_closed else [],
-        }
-        if phases:
-            return [name for name in backends if backends[name].phase in phases]
-        return targets.get(fault, sorted(models))
-
-    def do(self, event):
-        """Let the event happen, and let the scheduler decide."""
-        self.path += (event,)
-        what, target = event
-        self._note(f"-- {what} {target}")
-        self.left["tickets"] -= what == "ask"
-        self.left["faults"] -= what == "leave" or what in self.small.faults
-        backend = self.world.backends.get(target) if isinstance(target, str) else None
-        getattr(self, f"_do_{what}")(target, backend)
-        self.turn()
-
-    def _do_loading(self, name, backend):
-        self.world._come_up(backend, backend.orders)
-
-    def _do_ending(self, name, backend):
-        self._learn_of_end(backend)
-        self.world.end(backend, backend.orders)
-
-    def _do_falling(self, name, backend):
-        self.world._sleep(backend, backend.orders)
-
-    def _do_finish(self, at, _):
-        self._release(list(self.leases)[at])
-
-    def _do_wait(self, *_):
-        self.world.now = self.world.deadline
-
-    def _do_ask(self, target, _):
-        name, kind = target
-        self._ask(name, self.small.kinds[kind])
-
-    def _do_leave(self, at, _):
-        self._leave(list(self.waiting.values())[at])
-
-    def _do_crash(self, name, backend):
-        self._end(backend, BROKEN)
-
-    def _do_fail(self, name, backend):
-        """The fourth failed load in a row: the next one must wait."""
-        self.failures[name] += 3
-        self.core.models[name].failures += 3
-        self._end(backend, BROKEN)
-
-    def _do_starve(self, name, backend):
-        self._end(backend, STARVED)
-
-    def _do_learn(self, target, _):
-        name, amount = target
-        self._learn_needs(name, {"vram": amount})
-
-    def _do_doze(self, name, backend):
-        is_up = backend.phase == "up"
-        backend.phase = "asleep" if is_up else "up"
-        report = self.core.slept if is_up else self.core.loaded
-        report(name, backend.run, self.world.now)
-
-    def _do_doze_late(self, name, backend):
-        self.core.slept(name, backend.run, self.world.now)
-        self.core.loaded(name, backend.run, self.world.now)
-
-    def _do_unload(self, name, _):
-        self._unload_one(name)
-
-    def _do_rest(self, *_):
-        self._rest()
-
-    def _do_keep_alive(self, name, _):
-        self.core.keep_alive(name, 0)
-
-    def _do_reload(self, at, _):
-        self._reload(*self.small.reloads[at])
-
-    def _do_adopt(self, name, _):
-        self._adopt(name)
-
-    def _do_close(self, *_):
-        self.is_closed = True
-        self.core.close(BROKEN)  # pickled, unlike ShuttingDown
-
-    def _do_stop_all(self, *_):
-        self._stop_all()
-
-    def key(self):
-        """All of this state that matters to what can follow, as bytes."""
-        core, now = self.core, self.world.now
-        held = sorted(core.held.values(), key=llmswap.ModelState.last_used)
-        ages = [(model.name, model.last_grant < model.ready_at) for model in held]
-        models = [self._key_of(model, now) for model in core.models.values()]
-        tickets = [
-            (t.model.name, age(t.arrived, now), t.preemptible, t.manual)
-            for t in core._queue.values()
-        ]
-        leases = sorted(
-            (of.name, self.world.backends.get(of.name) is of, ticket.preemptible)
-            for ticket, of in self.leases.values()
-        )
-        rest = (
-            [*self.left.values()], self.is_closed, self.is_resting,
-            core.limits.models_max,
-        )  # fmt: skip
-        return marshal.dumps((ages, models, tickets, leases, rest), 2)
-
-    def _key_of(self, model, now):
-        backend = self.world.backends.get(model.name)
-        drains_for = model.drains_for and list(self.waiting).index(
-            model.drains_for.number
-        )
-        row = [
-            model.name, model.state.value, model.changed_at is None, model.in_flight,
-            model.preemptible, model.failures, ahead(model.retry_at, now),
-            ahead(model.keep_at, now), model.is_released,
-            repr(model.spec), model.evicted_for and model.evicted_for.name,
-            repr(self.specs.get(model.name)), model.room_from and model.room_from.name,
-            model.load_seconds, model.stop_seconds,
-            sorted(min(round(pause, 6), 8.0) for pause in model.pauses),
-            None if model.pause_began is None else age(model.pause_began, now),
-        ]  # fmt: skip
-        if backend is None:
-            return row
-        return row + [
-            age(model.ready_at, now), age(model.idle_since, now), model.idle_timeout,
-            age(model.started_at, now) if backend.phase == "loading" else None,
-            age(model.changed_at, now) if backend.phase.endswith("ing") else None,
-            None if model.unload_by is None else ahead(model.unload_by, now),
-            drains_for,
-            model.stop_cause, model.was_ready, model.is_asleep,
-            repr(model.replacement), model.removal_error is not None,
-            backend.phase, backend.has_served, backend.was_asleep,
-            backend in self.departing, backend in self.replaced, backend in self.cut_at,
-            repr(self.holds[model.name]),
-            [t.arrived <= backend.ready_at for t in self._waiting_for(model.name)],
-        ]  # fmt: skip
-
-
-def age(moment, now):
-    return min(round(now - moment, 6), llmswap.MAX_PATIENCE)
-
-
-def ahead(moment, now):
-    return max(round(moment - now, 6), 0.0)
-
-
-def explore(name, tickets, faults):
-    """Go through every state of a small world; return what each must lead to.
-
-    An AssertionError tells the events that lead to a fault.
-    """
-    start = Explored(name, tickets, faults)
-    start.turn()
-    numbers, followers, stories = {start.key(): 0}, [[]], [None]
-    stack = [(0, start)]
-    while stack:
-        number, state = stack.pop()
-        frozen = pickle.dumps(state, -1)
-        for event, is_due in state.events():
-            twin = pickle.loads(frozen)
-            twin.do(event)
-            found = numbers.setdefault(twin.key(), len(numbers))
-            if found == len(followers):
-                followers.append([])
-                stories.append(twin.tell("waits") if twin.waiting else None)
-                stack.append((found, twin))
-            if is_due:
-                followers[number].append(found)
-    return followers, stories
-
-
-EXPLORED = [(name, 2, 1) for name in SMALL_WORLDS]
-EXPLORED += [(n, 3, 0) for n, world in SMALL_WORLDS.items() if world.faults == ["crash"]]
+explore = load_tool("explore")
+EXPLORED = [(name, 2, 1) for name in explore.SMALL_WORLDS]
 
 
 @pytest.mark.parametrize("name, tickets, faults", EXPLORED)
 def test_every_order_of_events_in_a_small_world_keeps_all_promises(
     name, tickets, faults
 ):
-    followers, stories = explore(name, tickets, faults)
+    followers, stories = explore.explore(name, tickets, faults)
     assert len(followers) > 50
     degrees = Counter(each for those in followers for each in those)
     ended = [number for number in range(len(followers)) if not degrees[number]]
@@ -15410,594 +11959,18 @@ def test_every_order_of_events_in_a_small_world_keeps_all_promises(
 # ==================================================================================
 
 
-FAULTS_USAGE = """\
-python3 test_llmswap.py faults [FAULT ...]
-
-Puts six models of one llmswap into the six states, lets the fault happen to all of them
-at once, and compares what each client sees, what is logged and what the state is after
-with the table; then asks each model again, ends llmswap, and looks for what is left.
-Prints the table (?: it may be missing; /: either). Every question bears a mark that
-its answer must bear; whatever takes longer than 15 s hangs.
-"""
-
-FAULT_INI = """\
-[llmswap]
-models-max = 0
-budget = q 1, s 2
-patience = 1m
-log-level = info
-
-[*]
-stop-timeout = 2
-load-timeout = 1500ms
-hang-timeout = 1500ms
-
-[blocker]
-cmd = FAKE --model blocker
-needs = q 1
-[queued]
-cmd = FAKE --model queued
-needs = q 1
-[loading]
-cmd = FAKE --model loading --load-until GATE
-[idle]
-cmd = FAKE --model idle
-[busy]
-cmd = FAKE --model busy
-[sleeping]
-cmd = FAKE --model sleeping --sleepable
-needs = s 2
-sleep-needs = s 1
-sleep = POST /sleep?level=1
-wake = POST /wake_up
-[newcomer]
-cmd = FAKE --model newcomer
-needs = s 1
-[unloading]
-cmd = FAKE --model unloading --stop-until GATE
-"""
-
-FAULT_LAUNCHER = """\
-import os, sys, time
-folder, compiled, *argv = sys.argv[1:]
-sys.path.insert(0, compiled)
-import llmswap
-llmswap.STALL_CHECK_AFTER = llmswap.LOOK_AT_LOADS = 0.3
-def has(what): return os.path.exists(os.path.join(folder, what))
-wall, clocks = time.time, time.clock_gettime
-time.time = lambda: wall() + 7200 * has("ahead") - 7200 * has("back")
-time.clock_gettime = lambda clock: (
-    clocks(clock) + 3600 * (clock == time.CLOCK_BOOTTIME and has("slept"))
-)
-sys.exit(llmswap.main(argv))
-"""
-
-FAULT_WORDS = (  # by which the table knows what clients and the log are told
-    "exited with status 0", "exited with status 1", "killed by signal 9",
-    "no sign of progress", " hung", "did not wake up", "broke off", "is not HTTP",
-    "cannot be reached",
-    "does not exist", "temporary file", "Too many open files", "start new thread",
-    "shutting down", "(reload)", "(shutdown)", "unloaded after 2",
-)  # fmt: skip
-FAULT_STATES = ("queued", "loading", "idle", "busy", "sleeping", "unloading")
-FAULT_TABLE = """\
-fault          | state     | what its client sees      | what is logged        | after
-exits 0        | queued    | 200                       | exited with status 0? | loaded
-exits 0        | loading   | 502: exited with status 0 | exited with status 0  | unloaded
-exits 0        | busy      | event, cut: broke off     | exited with status 0  | unloaded
-exits 0        | unloading | 200                       |                       | loaded
-exits 0        | others    | 200                       | exited with status 0  | loaded
-exits 1        | queued    | 200                       | exited with status 1? | loaded
-exits 1        | loading   | 502: exited with status 1 | exited with status 1  | unloaded
-exits 1        | busy      | event, cut: broke off     | exited with status 1  | unloaded
-exits 1        | unloading | 200                       |                       | loaded
-exits 1        | others    | 200                       | exited with status 1  | loaded
-SIGKILL        | queued    | 200                       | killed by signal 9?   | loaded
-SIGKILL        | loading   | 502: killed by signal 9   | killed by signal 9    | unloaded
-SIGKILL        | busy      | event, cut: broke off     | killed by signal 9    | unloaded
-SIGKILL        | unloading | 200                       |                       | loaded
-SIGKILL        | others    | 200                       | killed by signal 9    | loaded
-hangs          | loading   | 504: no sign of progress  | no sign of progress   | unloaded
-hangs          | idle      | 200                       | hung                  | loaded
-hangs          | busy      | event, cut: broke off     | hung                  | unloaded
-hangs          | sleeping  | 200                       | did not wake up       | loaded
-hangs          | others    | 200                       | unloaded after 2      | loaded
-closes socket  | loading   | 504: no sign of progress  | no sign of progress   | unloaded
-closes socket  | idle      | 502: cannot be reached    | hung                  | unloaded
-closes socket  | busy      | event, cut: broke off     | hung                  | unloaded
-closes socket  | sleeping  | 200                       | did not wake up       | loaded
-closes socket  | others    | 200                       |                       | loaded
-rubbish        | loading   | 504: no sign of progress  | no sign of progress   | unloaded
-rubbish        | idle      | 502: is not HTTP          | hung                  | unloaded
-rubbish        | busy      | event, cut: broke off     | hung                  | unloaded
-rubbish        | sleeping  | 200                       | did not wake up       | loaded
-rubbish        | others    | 200                       |                       | loaded
-late           | others    | 200                       |                       | loaded
-port taken     | queued    | -: it has none yet        |                       | loaded
-port taken     | loading   | 200                       |                       | loaded
-port taken     | busy      | event, cut: broke off     | killed by signal 9    | unloaded
-port taken     | unloading | -: it still has it        |                       | loaded
-port taken     | others    | 200                       | killed by signal 9    | loaded
-binary gone    | queued    | 502: does not exist       | does not exist        | unloaded
-binary gone    | unloading | 502: does not exist       | does not exist        | unloaded
-binary gone    | others    | 200                       |                       | loaded
-disk full      | others    | 200                       |                       | loaded
-fork fails     | queued    | 502: start new thread     | start new thread      | unloaded
-fork fails     | unloading | 502: start new thread     | start new thread      | unloaded
-fork fails     | others    | 200                       |                       | loaded
-no descriptors | loading   | 200                       |                       | loaded
-no descriptors | idle      | 200                       |                       | loaded
-no descriptors | busy      | 200                       |                       | loaded
-no descriptors | others    | 502: Too many open files  | Too many open files   | unloaded
-clock ahead    | others    | 200                       |                       | loaded
-clock back     | others    | 200                       |                       | loaded
-machine sleeps | others    | 200                       |                       | loaded
-client leaves  | loading   | cut                       |                       | loaded
-client leaves  | idle      | -: nobody asks            |                       | loaded
-client leaves  | busy      | cut                       |                       | loaded
-client leaves  | sleeping  | -: nobody asks            |                       | sleeping
-client leaves  | others    | cut                       |                       | unloaded
-SIGHUP         | busy      | 200                       | (reload)              | unloaded
-SIGHUP         | unloading | 200                       |                       | loaded
-SIGHUP         | others    | 200                       | (reload)              | loaded
-SIGTERM        | busy      | 200                       | (shutdown)            | exit 0
-SIGTERM        | unloading | 503: shutting down        |                       | exit 0
-SIGTERM        | others    | 503: shutting down        | (shutdown)            | exit 0
-SIGTERM twice  | idle      | cut/503: shutting down    | (shutdown)            | exit 0
-SIGTERM twice  | busy      | event, cut: broke off     | (shutdown)            | exit 0
-SIGTERM twice  | sleeping  | cut/503: shutting down    | (shutdown)            | exit 0
-SIGTERM twice  | unloading | 503: shutting down        |                       | exit 0
-SIGTERM twice  | others    | 503: shutting down        | (shutdown)            | exit 0
-restart        | others    | cut                       |                       | unloaded
-"""  # others: the states of this fault without a line of their own
-FAULT_ROW = "{:14} | {:9} | {:25} | {:21} | {}"
-FAULT_UNSERVED = ("queued", "sleeping", "unloading")  # without a new descriptor
-FAULT_BOUND = 15.0  # s; nothing takes longer
-FAULT_NOBODY = 64321  # a user whose processes, unlike root's, are limited
-
-
-def expected_rows(fault):
-    """What the table says of a fault: the cells of each of the six states."""
-    lines = [map(str.strip, line.split(" | ")) for line in FAULT_TABLE.splitlines()]
-    rows = {state: cells for name, state, *cells in lines if name == fault}
-    own = [(state, rows.get(state, rows.get("others"))) for state in FAULT_STATES]
-    return [[fault, state, *cells] for state, cells in own]
-
-
-def is_as_expected(fault, rows):
-    """Whether the rows are the table's; what stands there with a ? may be missing, and
-    of what stands on both sides of a / either may be."""
-    return all(
-        was in cell.replace("?", "/").split("/")
-        for row, expected in zip(rows, expected_rows(fault))
-        for was, cell in zip(row, expected)
-    )
-
-
-class FaultyLlmswap(Llmswap):
-    """llmswap that believes what its folder says of the clock, and suspects sooner."""
-
-    def __init__(self, fault):
-        super().__init__("")
-        program = self.program = self.folder / "llmswap"
-        program.write_text(f'#!/bin/sh\nexec {fake_command(port="")[:-8]} "$@"\n')
-        program.chmod(0o755)
-        self.folder.chmod(0o755)
-        self.fake = f"{program} --port ${{PORT}}"
-        self.gate = self.folder / "gate"  # what lasts ends when this file is there
-        self.text = FAULT_INI.replace("GATE", str(self.gate))
-        if fault == "port taken":
-            self.text = self.text.replace("--load-until", "--bind-late --load-until")
-        self.write(self.text.replace("FAKE", self.fake))
-        words = [sys.executable, "-S", "-c", FAULT_LAUNCHER, str(self.folder)]
-        words += [os.path.dirname(llmswap_file())]
-        self._args[: self._args.index(str(self.ini))] = words
-        if fault == "fork fails" and os.getuid() == 0:
-            keep = "+dac_override"
-            words = f"setpriv --reuid {FAULT_NOBODY} --inh-caps {keep}"
-            self._args[:0] = [*words.split(), "--ambient-caps", keep]
-
-
-class Plight:
-    """Six models of one llmswap in the six states, their clients, and a fault."""
-
-    def __init__(self, fault):
-        self.fault = fault
-        self.swap = FaultyLlmswap(fault)
-        self.clients = {}  # state -> FaultClient
-        self.strangers = {}
-        self.servers = {}  # state -> (pid, port); for queued: of the one in its way
-
-    def run(self):
-        """The six lines of the table, as they came out."""
-        with self.swap, contextlib.ExitStack() as self.at_end:
-            self._get_into_states()
-            self._strike()
-            return self._look()
-
-    # before
-
-    def _get_into_states(self):
-        """All at once, those last that do not last."""
-        if self.fault == "port taken":  # strangers are older than the backends
-            self.strangers = {state: Stranger() for state in FAULT_STATES[1:5]}
-            for stranger in self.strangers.values():
-                self.at_end.callback(stranger.heard)
-        with ThreadPoolExecutor(3) as pool:
-            list(pool.map(lambda step: step(), [self._block, self._lull, self._warm]))
-        for state in FAULT_STATES:
-            self.clients[state] = FaultClient(self.swap, state)
-        gate = str(self.swap.gate)
-        self.clients["busy"].ask(stream=True, tokens=10**6, interval=0.05, until=gate)
-        self.clients["busy"].has_begun.wait(FAULT_BOUND)
-        self.clients["queued"].ask()
-        self.clients["loading"].ask()
-        eventually(self._find)
-        assert self.swap.post("/models/unload", {"model": "unloading"}).status == 200
-        self.clients["unloading"].ask()
-        eventually(lambda: self._waiting() == 3)
-        self.mark = len(self.swap.log())
-
-    def _block(self):
-        self.stream = self.swap.stream("blocker", tokens=10**6, interval=0.05)
-        next(self.stream.events())
-        self.at_end.enter_context(self.stream)
-
-    def _lull(self):
-        assert self.swap.chat("sleeping").status == 200
-        assert self.swap.chat("newcomer").status == 200
-        eventually(lambda: self.swap.states()["sleeping"] == "sleeping")
-
-    def _warm(self):
-        for model in ("idle", "busy", "unloading"):
-            assert self.swap.chat(model).status == 200
-
-    def _waiting(self):
-        return self.swap.get("/health").json()["queued"]
-
-    def _find(self):
-        """Find all servers; whether they have come so far as to take orders."""
-        lines = family(self.swap.token)
-        for state in FAULT_STATES:
-            name = "blocker" if state == "queued" else state
-            mark = rf"fake.pyc --port (\d+) --model {name}\b"
-            for pid, line in lines.items():
-                if found := re.search(mark, line):
-                    self.servers[state] = pid, int(found[1])
-        return len(self.servers) == 6 and takes_orders(self.servers["loading"][0])
-
-    # the fault
-
-    def _strike(self):
-        strike, self._heal = FAULTS[self.fault]
-        strike(self)
-        is_left = self.fault == "client leaves"
-        for state in () if is_left else ("idle", "sleeping"):
-            self.clients[state].ask(**FAULT_WISHES.get(self.fault, {}))
-        if is_left:
-            eventually(lambda: not self._waiting())
-        self.clients["queued"].done.wait(0.3)
-        self.swap.gate.touch()
-        self.stream.close()
-
-    # after
-
-    def _look(self):
-        for client in self.clients.values():
-            client.done.wait(FAULT_BOUND if client.is_asking else 0)
-        is_end = "SIGTERM" in self.fault
-        if not is_end:
-            self._heal(self)
-        look = self._end if is_end else self._rest
-        with contextlib.suppress(AssertionError):  # clients may hear of it first
-            eventually(lambda: is_as_expected(self.fault, self._rows(look())), 3.0)
-        rows = self._rows(look())
-        if not is_end:
-            self._ask_again()
-        return rows
-
-    def _rows(self, states):
-        self.told = self.swap.log()[self.mark :]
-        return [self._row(state, states[state]) for state in FAULT_STATES]
-
-    def _end(self):
-        status = self.swap.process.wait(FAULT_BOUND)
-        return dict.fromkeys(FAULT_STATES, f"exit {status}")
-
-    def _rest(self):
-        eventually(self._is_at_rest, FAULT_BOUND)
-        return self.swap.states()
-
-    def _is_at_rest(self):
-        running = self.swap.get("/running").json()["running"]
-        return not {"starting", "stopping"} & {each["state"] for each in running}
-
-    def _row(self, state, after):
-        """A line of the table."""
-        names = f"{state}|blocker" if state == "queued" else state
-        lines = re.findall(rf"(?m)^\S+ (?:{names})\b.*", self.told)
-        client = FAULT_NONSENSE.get((self.fault, state)) or self.clients[state].cell()
-        return [self.fault, state, client, fault_words("\n".join(lines)), after]
-
-    def _ask_again(self):
-        """Whatever happened: when it is over, each model serves."""
-        again = [FaultClient(self.swap, state) for state in FAULT_STATES]
-        for client in again:
-            client.ask()
-        for client in again:
-            client.done.wait(FAULT_BOUND)
-            told = f"{client.model}: {client.data}\n{self.swap.log()}"
-            assert client.outcome == "200", told
-
-
-def fault_words(text):
-    """Those of FAULT_WORDS that are in this text."""
-    return ", ".join(word.strip() for word in FAULT_WORDS if word in text)
-
-
-class FaultClient:
-    """A client that asks for one model, on a connection it had before the fault."""
-
-    def __init__(self, swap, model):
-        self.model = model
-        self.connection = swap.connect(FAULT_BOUND)
-        self.has_begun, self.done = threading.Event(), threading.Event()
-        self.outcome, self.data = "-", b""
-        self.is_asking = False
-        self.tag = f"mark-{random.randrange(10**9)}"
-
-    def ask(self, **wish):
-        """Ask; `outcome` will say how that ended."""
-        self.is_asking, self.outcome = True, "hangs"
-        threading.Thread(target=self._ask, args=(wish,), daemon=True).start()
-
-    def _ask(self, wish):
-        body = {**wish, **chat_body(self.model, tag=self.tag)}
-        try:
-            with self.connection as connection:
-                connection.send("POST", CHAT, body)
-                self.outcome = self._hear(connection)
-        except socket.timeout:
-            pass
-        except (BrokenAnswer, OSError):
-            self.outcome = "event, cut" if b'data: {"error"' in self.data else "cut"
-        finally:
-            self.has_begun.set()
-            self.done.set()
-
-    def _hear(self, connection):
-        status, headers = connection.head()
-        for piece in connection.pieces(status, headers):
-            self.data += piece
-            self.has_begun.set()
-        if status != 200:
-            return str(status)
-        marks = f"{self.model} ".encode(), self.tag.encode()
-        is_ours = all(mark in self.data for mark in marks)
-        return "200" if is_ours else f"another's answer: {self.data}"
-
-    def cell(self):
-        """The outcome, with the reason that was given, in short."""
-        if self.outcome in ("200", "cut", "-"):
-            return self.outcome
-        return f"{self.outcome}: {fault_words(self.data.decode('latin-1'))}"
-
-
-def takes_orders(pid):
-    """Whether a fake server has installed its last handler."""
-    caught = re.search(rb"SigCgt:\s+(\w+)", _read_proc(pid, "status"))
-    return int(caught[1], 16) >> (signal.SIGRTMIN + max(FAKE_ORDERS) - 1) & 1
-
-
-def is_gone(pid):
-    """Whether the process is dead, buried or not."""
-    found = llmswap.process_stat(pid)
-    return found is None or found.state in "ZX"
-
-
-def is_stopped(pid):
-    """Whether none of its threads can run."""
-    with contextlib.suppress(OSError):  # a thread ended meanwhile
-        stats = [path.read_bytes() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
-        return all(b") T " in stat for stat in stats)
-
-
-def signal_servers(plight, number):
-    for pid, _ in reversed(plight.servers.values()):  # first those that end soon
-        os.kill(pid, number)
-
-
-def strike_signal(number):
-    """Signal the servers, and wait until it is known that they are dead; a request that
-    comes sooner is served, too, but logged otherwise."""
-
-    def strike(plight):
-        signal_servers(plight, number)
-        for state in ("idle", "sleeping"):
-            eventually(lambda: f"{state} ended by itself" in plight.swap.log())
-
-    return strike
-
-
-def strike_order(name):
-    """Order it, and wait until it is obeyed."""
-
-    def strike(plight):
-        signal_servers(plight, order_to(name))
-        for pid, port in plight.servers.values():
-            eventually(lambda: is_gone(pid) or is_obeyed(name, port))
-
-    return strike
-
-
-def is_obeyed(order, port):
-    with contextlib.suppress(OSError):
-        with socket.create_connection(("127.0.0.1", port), 5) as sock:
-            sock.sendall(b"GET /health HTTP/1.1\r\n\r\n")
-            return order == "mad" and sock.recv(100) == FAKE_RUBBISH[:100]
-    return order == "deaf"
-
-
-def strike_stop(plight):
-    """All stand still; a signal reaches one thread, and the others when that runs."""
-    signal_servers(plight, signal.SIGSTOP)
-    for pid, _ in plight.servers.values():
-        eventually(lambda: is_gone(pid) or is_stopped(pid))
-
-
-def strike_late(plight):
-    """Stopped for longer than it takes to be suspected, for less than hang-timeout."""
-    strike_stop(plight)
-    threading.Timer(0.6, signal_servers, (plight, signal.SIGCONT)).start()
-
-
-def strike_port(plight):
-    """A stranger takes the port: before the backend does, or once that is dead."""
-    for state, stranger in plight.strangers.items():
-        pid, stranger.port = plight.servers[state]
-        if state != "loading":
-            os.kill(pid, signal.SIGKILL)
-            eventually(lambda: not is_listening(stranger.port))
-        stranger.listen()
-
-
-def heal_port(plight):
-    for stranger in plight.strangers.values():
-        assert not re.search(b"completions", stranger.heard()), "a stranger was asked"
-
-
-def rename(old, new):
-    def act(plight):
-        program = plight.swap.program
-        program.with_suffix(old).rename(program.with_suffix(new))
-
-    return act
-
-
-def limit(kind, soft, victims=FAULT_STATES):
-    """Until these have been answered."""
-
-    def strike(plight):
-        plight.limits = resource.prlimit(plight.swap.pid, kind)
-        resource.prlimit(plight.swap.pid, kind, (soft, plight.limits[1]))
-        threading.Thread(target=relent, args=(plight,), daemon=True).start()
-
-    def relent(plight):
-        for state in victims:
-            plight.clients[state].done.wait(FAULT_BOUND)
-        heal(plight)
-
-    def heal(plight):
-        resource.prlimit(plight.swap.pid, kind, plight.limits)
-
-    return strike, heal
-
-
-def strike_fork(plight, soft=0):
-    """No process and no thread more: as its own user, whom alone the kernel asks."""
-    user = {"user": FAULT_NOBODY} if os.getuid() == 0 else {}
-    words = ["prlimit", "--pid", str(plight.swap.pid), f"--nproc={soft}:"]
-    subprocess.run(words, check=True, **user)
-
-
-def heal_fork(plight):
-    text = Path(f"/proc/{plight.swap.pid}/limits").read_text()
-    strike_fork(plight, re.search(r"Max processes +\S+ +(\S+)", text)[1])
-
-
-def strike_file(name):
-    return lambda plight: (plight.swap.folder / name).touch()
-
-
-def strike_sleep(plight):
-    """Everything stands still for a moment, which was an hour."""
-    pids = [plight.swap.pid, *(pid for pid, _ in plight.servers.values())]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    (plight.swap.folder / "slept").touch()
-    for pid in pids:
-        os.kill(pid, signal.SIGCONT)
-
-
-def strike_leave(plight):
-    for client in plight.clients.values():
-        if client.is_asking:
-            client.connection.sock.shutdown(socket.SHUT_RDWR)
-
-
-def strike_reload(plight):
-    other = plight.swap.fake + " --lines 1"
-    plight.swap.reload(plight.swap.text.replace("FAKE", other))
-    eventually(lambda: "(reload)" in plight.swap.log())
-
-
-def strike_term(times):
-    def strike(plight):
-        for _ in range(times):
-            plight.swap.process.terminate()
-            time.sleep(0.2)
-
-    return strike
-
-
-def strike_restart(plight):
-    plight.swap.kill()
-    eventually(lambda: not family(plight.swap.token), 2)
-
-
-def nothing(plight):
-    pass
-
-
-FAULTS = {  # what happens, and what ends it
-    "exits 0": (strike_signal(signal.SIGRTMIN + 1), nothing),
-    "exits 1": (strike_signal(signal.SIGRTMIN + 2), nothing),
-    "SIGKILL": (strike_signal(signal.SIGKILL), nothing),
-    "hangs": (strike_stop, nothing),
-    "closes socket": (strike_order("deaf"), nothing),
-    "rubbish": (strike_order("mad"), nothing),
-    "late": (strike_late, nothing),
-    "port taken": (strike_port, heal_port),
-    "binary gone": (rename("", ".away"), rename(".away", "")),
-    "disk full": limit(resource.RLIMIT_FSIZE, 0),
-    "fork fails": (strike_fork, heal_fork),
-    "no descriptors": limit(resource.RLIMIT_NOFILE, 8, FAULT_UNSERVED),
-    "clock ahead": (strike_file("ahead"), nothing),
-    "clock back": (strike_file("back"), nothing),
-    "machine sleeps": (strike_sleep, nothing),
-    "client leaves": (strike_leave, nothing),
-    "SIGHUP": (strike_reload, nothing),
-    "SIGTERM": (strike_term(1), nothing),
-    "SIGTERM twice": (strike_term(2), nothing),
-    "restart": (strike_restart, lambda plight: plight.swap.start()),
-}
-FAULT_NONSENSE = {  # why there is nothing to see
-    ("port taken", "queued"): "-: it has none yet",
-    ("port taken", "unloading"): "-: it still has it",
-    ("client leaves", "idle"): "-: nobody asks",
-    ("client leaves", "sleeping"): "-: nobody asks",
-}
-FAULT_WISHES = {"disk full": {"filler": "x" * 3 * 2**20}}
-
-
-def run_faults(names):
-    """Yield (the plight, its rows) of each fault, four of them side by side."""
-    plights = [Plight(name) for name in names]
-    with ThreadPoolExecutor(4) as pool:
-        yield from zip(plights, pool.map(Plight.run, plights))
+FAULTS_SEED = os.environ.get("FAULTS_SEED", "1")
 
 
 def test_faults_at_every_moment_do_what_the_table_says():
-    """Some of them, chosen by FAULTS_SEED; the command `faults` goes through all."""
-    names = random.Random(os.environ.get("FAULTS_SEED", "1")).sample(sorted(FAULTS), 3)
-    for plight, rows in run_faults(names):
-        assert is_as_expected(plight.fault, rows), f"{rows}\n{plight.told}"
-
-
-def test_the_table_of_faults_is_complete():
-    assert all(len(row) == 5 for fault in FAULTS for row in expected_rows(fault))
-    named = {line.partition("|")[0].strip() for line in FAULT_TABLE.splitlines()}
-    assert named == {*FAULTS, "fault"}
+    """Some of them; the command `faults` goes through all."""
+    faults = load_tool("faults")
+    names = random.Random(FAULTS_SEED).sample(sorted(faults.FAULTS), 3)
+    assert faults.faults_main(names) == 0
+    for fault in faults.FAULTS:
+        assert all(len(row) == 5 for row in faults.expected_rows(fault))
+    lines = faults.FAULT_TABLE.splitlines()
+    assert {each.partition("|")[0].strip() for each in lines} == {*faults.FAULTS, "fault"}
 
 
 HANGS = [
@@ -16034,23 +12007,6 @@ def test_a_hung_backend_is_restarted_unless_tokens_flow(
         assert server.chat("m").status == 200
 
 
-def faults_main(argv):
-    """Let the faults named, or all, happen, and print the table; the exit status."""
-    if "--help" in argv:
-        print(FAULTS_USAGE)
-        return 0
-    names, status = argv or list(FAULTS), 0
-    title = FAULT_ROW.format(*FAULT_TABLE.splitlines()[0].split(" | "))
-    print(title, re.sub(r"[^|]", "-", title), sep="\n")
-    for plight, rows in run_faults(names):
-        print(*(FAULT_ROW.format(*row) for row in rows), sep="\n", flush=True)
-        if not is_as_expected(plight.fault, rows):
-            print("which is not what the table says:", *expected_rows(plight.fault))
-            print(plight.told)
-            status = 1
-    return status
-
-
 # ==================================================================================
 # The commands
 # ==================================================================================
@@ -16058,12 +12014,7 @@ def faults_main(argv):
 
 def run_tool(name, argv):
     """Run a tool of the folder .ci with these arguments; its exit status."""
-    sys.modules.setdefault("test_llmswap", sys.modules[__name__])
-    path = HERE.with_name(".ci") / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, f"{name}_main")(argv)
+    return getattr(load_tool(name), f"{name}_main")(argv)
 
 
 COMMANDS = {
@@ -16071,7 +12022,7 @@ COMMANDS = {
     "soak": functools.partial(run_tool, "soak"),
     "fuzz": functools.partial(run_tool, "fuzz"),
     "pictures": functools.partial(run_tool, "pictures"),
-    "faults": faults_main,
+    "faults": functools.partial(run_tool, "faults"),
 }
 
 
@@ -16079,8 +12030,6 @@ def main(argv):
     """Be what the first argument says; the exit status."""
     if argv and argv[0] in COMMANDS:
         return COMMANDS[argv[0]](argv[1:])
-    if "--port" in argv:
-        return fake_main(argv)
     print(__doc__)
     return 2
 

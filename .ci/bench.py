@@ -40,11 +40,11 @@ from test_llmswap import (
     fake_command,
     fake_file,
     free_port,
+    gguf,
     is_listening,
     real_chat,
     request_head,
     wakeups,
-    write_gguf,
 )
 
 
@@ -790,7 +790,7 @@ def bench_real(bench):
     for size, shape in BENCH_SIZES.items():
         paths = {name: BENCH_FOLDER / f"{name}.gguf" for name in ("one", "two")}
         for seed, path in enumerate(paths.values()):
-            write_gguf(path, *shape, seed=seed)
+            gguf.write_model(path, *shape, seed=seed)
         preset = BENCH_FOLDER / "real.ini"
         preset.write_text(BENCH_PRESET.format(**paths))
         found = {

@@ -18,11 +18,9 @@ import llmswap
 from test_llmswap import (
     BrokenAnswer,
     Client,
-    ForwardedRequest,
     Llmswap,
-    RecordingBackend,
     reader_of,
-    request_digest,
+    recorder,
     word_after,
 )
 
@@ -317,8 +315,7 @@ def fuzz_read_one(reader, request):
     """Method, target, headers and body, after all that Handler looks at."""
     body = llmswap.Body(reader, request, FUZZ_LIMIT)
     request.parameter("model"), llmswap.percent_decoded(request.path)
-    host = llmswap._host_name(request.get("host"))
-    llmswap._is_address(host)
+    llmswap._host_name(request.get("host"))
     handler = object.__new__(llmswap.Handler)
     handler.head = request
     assert all(isinstance(key, bytes) for key in handler._given_keys())
@@ -423,8 +420,9 @@ class FuzzClient:
 
     def _look_at_backend(self):
         for request in self.backend.news():
-            fuzz_require(isinstance(request, ForwardedRequest), "forwarded", request)
-            digest = request_digest(*request.start[:2], request.body)
+            is_request = isinstance(request, recorder.ForwardedRequest)
+            fuzz_require(is_request, "forwarded", request)
+            digest = recorder.request_digest(*request.start[:2], request.body)
             fuzz_require(self.owed[digest] > 0, "nobody asked for this", request)
             self.owed[digest] -= 1
             names = [name for name, _ in request.headers]
@@ -442,7 +440,7 @@ class FuzzClient:
         digests = []
         for method, target, _, body in served:
             own = target[len(prefix) :] if target.startswith(f"{prefix}/") else target
-            digests.append(request_digest(method, own, body))
+            digests.append(recorder.request_digest(method, own, body))
         self.owed.update(digests)
         end = dice.choice(["half closed", "half closed", "left", "reset"])
         with Client(self.server.port, 20) as client:
@@ -486,7 +484,7 @@ FUZZ_MODELS = ("alpha-one", "bravo-two", "charlie-three", "delta-four")
 
 def fuzz_wire(count, seed):
     """So many connections; what became of them, and the violations."""
-    backends = [RecordingBackend() for _ in FUZZ_MODELS]
+    backends = [recorder.RecordingBackend() for _ in FUZZ_MODELS]
     text = f"[llmswap]\nmax-body = {FUZZ_LIMIT}\nmodels-max = 0\n"
     for name, backend in zip(FUZZ_MODELS, backends):
         text += f"[{name}]\nproxy = http://127.0.0.1:{backend.port}\n"
@@ -497,7 +495,7 @@ def fuzz_wire(count, seed):
         ]
         for client in clients:
             assert server.get(f"/upstream/{client.model}/").status == 200
-            list(client.backend.news())
+            client.backend.news()
         counts = [math.ceil(count / len(clients))] * len(clients)
         list(pool.map(FuzzClient.run, clients, counts))
         violations = sum((client.violations for client in clients), [])

@@ -11,16 +11,17 @@ import tempfile
 from pathlib import Path
 
 from test_llmswap import (
-    Browser,
     CHAT,
     HERE,
     Llmswap,
     Stream,
     chat_body,
+    chromium,
     eventually,
     fake_file,
     row,
     rows_of,
+    show_gpu,
     shown,
     slow_model,
 )
@@ -56,20 +57,7 @@ ballast = b"x" * (int(sys.argv[-1]) << 20)
 sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-# A stand-in for the vendor's tool, which goes by the ballast.
-NVIDIA_SMI = f"""\
-#!{sys.executable} -IS
-import os
-SIZES = {{b"1420": 18842, b"610": 1138}}
-for pid in filter(str.isdigit, os.listdir("/proc")):
-    try:
-        with open(f"/proc/{{pid}}/cmdline", "rb") as file:
-            words = file.read().split(b"\\0")
-    except OSError:
-        continue
-    if b"--ballast" in words:
-        print(pid, SIZES[words[-2]], sep=", ")
-"""
+GPU = {"1420": 18842, "610": 1138}  # MiB by ballast
 OPENCODE = {"User-Agent": "opencode/1.0.134", "X-Session-Id": "ses_5f1c"}
 ROO = {"User-Agent": "RooCode/3.36.0"}
 WEBUI = {"User-Agent": "OpenWebUI/0.6.41"}
@@ -101,9 +89,8 @@ def write_pictures(folder, browser, url):
 @contextlib.contextmanager
 def busy_llmswap(folder):
     """llmswap with models of all sorts, after some requests and within two."""
-    for name, text in (("ballast.py", BALLAST), ("nvidia-smi", NVIDIA_SMI)):
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
+    (folder / "ballast.py").write_text(BALLAST)
+    show_gpu(folder, "--ballast", GPU)
     heavy = f"{sys.executable} -IS {folder}/ballast.py {fake_file()}"
     text = FILE.replace("HEAVY", f"{heavy} --port ${{PORT}} --ballast")
     text = text.replace("SLOW", slow_model(folder, seconds=60))
@@ -124,7 +111,7 @@ def busy_llmswap(folder):
 def pictures_main(argv):
     """Write both pictures; the exit status."""
     target = HERE.with_name(".github")
-    with tempfile.TemporaryDirectory() as name, Browser() as browser:
+    with tempfile.TemporaryDirectory() as name, chromium.Browser() as browser:
         with busy_llmswap(Path(name)) as server:
             write_pictures(target, browser, server.url)
     return 0

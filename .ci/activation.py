@@ -1,0 +1,100 @@
+"""systemd as far as llmswap can tell: what listens for it, starts it and is told."""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from test_llmswap import FAMILY, family, llmswap_file
+
+PASS_SOCKETS = """\
+import os, sys
+for number, fd in enumerate(map(int, sys.argv[1].split(","))):
+    os.dup2(fd, 3 + number)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(number + 1))
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def activated(ini, *sockets, **options):
+    """The process of llmswap to which these sockets are passed as by systemd."""
+    fds = [each.fileno() for each in sockets]
+    words = [sys.executable, "-IS", "-c", PASS_SOCKETS, ",".join(map(str, fds))]
+    words += [sys.executable, "-IS", llmswap_file(), str(ini)]
+    return subprocess.Popen(words, pass_fds=fds, **options)
+
+
+class Activator:
+    """systemd as far as a socket unit goes: it owns the listening socket and starts
+    llmswap whenever a connection waits and none runs."""
+
+    def __init__(self, text, folder):
+        self.ini = Path(folder) / "test.ini"
+        self.ini.write_text(text)
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port = self.listener.getsockname()[1]
+        self.starts, self.statuses = 0, []
+        self.token = f"{os.getpid()}-{self.port}"
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._live)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._is_over.set()
+        socket.create_connection(("127.0.0.1", self.port)).close()
+        self._thread.join()
+        for pid in family(self.token):
+            os.kill(pid, signal.SIGKILL)
+        self.listener.close()
+
+    def _live(self):
+        env = {**os.environ, FAMILY: self.token}
+        while select.select([self.listener], [], []) and not self._is_over.is_set():
+            self.starts += 1
+            with open(self.ini.with_name("stderr"), "ab") as stderr:
+                self.process = activated(
+                    self.ini, self.listener, env=env, stderr=stderr
+                )
+            while self.process.poll() is None and not self._is_over.is_set():
+                time.sleep(0.005)
+            if self.process.poll() is None:
+                self.process.terminate()
+            self.statuses.append(self.process.wait())
+
+    def log(self):
+        return self.ini.with_name("stderr").read_text()
+
+
+class Notifications:
+    """The socket that systemd would listen on for notifications."""
+
+    def __init__(self, folder):
+        self.path = str(Path(folder) / "notify")
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(self.path)
+        self._socket.settimeout(10)
+
+    def until(self, wanted):
+        """Return the datagrams up to the one that has this line."""
+        seen = []
+        while not seen or wanted not in seen[-1]:
+            seen.append(self._socket.recv(4096).decode().split("\n"))
+        return seen
+
+    def until_silence(self, seconds=0.2):
+        """Wait until nothing has come for so long."""
+        self._socket.settimeout(seconds)
+        deadline = time.monotonic() + 5
+        with contextlib.suppress(socket.timeout):
+            while self._socket.recv(4096):  # what was on its way
+                assert time.monotonic() < deadline, "it goes on"
+        self._socket.settimeout(10)
