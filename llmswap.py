@@ -5674,7 +5674,6 @@ def _await_backend(future, disconnected):
     return backend if is_reachable else None
 
 
-
 def address_of(model: Model) -> Dict[str, int]:
     """Return what a unit needs of its address: all of it, so that units which share
     one are never loaded together."""
