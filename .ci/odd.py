@@ -18,11 +18,4 @@ while True:
     if act in ("SSH-2.0", "HTTP"):
         accepted.pop().sendall(act.encode() + b"\r\n")
         continue
-    accepted[-1].sendall(b"HTTP/1.1 200 OK\r\nX: ")
-    while act == "drip":
-        try:
-            accepted[-1].sendall(b"x")
-            time.sleep(0.05)
-        except OSError:
-            break
-    accepted.pop().sendall(b"\r\nContent-Length: 0\r\n\r\n")
+    accepted.pop().sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")

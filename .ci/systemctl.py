@@ -64,6 +64,8 @@ for name in names:
         print("ExecMainStatus=" + status)
     elif verb == "reset-failed":
         open(path(name, "status"), "w").write("0")
+    elif verb == "start" and not read(name, "cmd"):
+        sys.exit("Unit %s not found." % name)
     elif verb == "start" and state(name) == "failed":
         sys.exit("Start request repeated too quickly.")
     elif verb == "start" and not alive(name):
