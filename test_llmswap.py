@@ -2391,6 +2391,28 @@ def test_a_decision_takes_time_in_proportion_to_the_queue(limits):
     assert some < 20_000
 
 
+def test_a_decision_with_a_hundred_models_and_learned_needs_is_quick():
+    names = [f"m{i}" for i in range(100)]
+    specs = {name: llmswap.ModelSpec(needs={"vram": 24, "ram": 64}) for name in names}
+    limits = llmswap.Limits(models_max=0, budget={"vram": 24, "ram": 64}, queue_max=0)
+    core, seconds = llmswap.Scheduler(limits, specs), []
+    for now, name in enumerate(names * 3):
+        core.submit(name, float(now))
+        began = time.thread_time()
+        decisions, _ = core.decide(float(now))
+        seconds.append(time.thread_time() - began)
+        for decision in decisions:
+            if isinstance(decision, llmswap.Start):
+                core.loaded(decision.name, decision.run, float(now))
+                core.learn(decision.name, {"vram": 1 + now % 5, "ram": 1 + now % 7})
+            elif isinstance(decision, llmswap.Stop):
+                core.exited(decision.name, decision.run, float(now))
+            elif isinstance(decision, llmswap.Grant):
+                core.finish(decision.ticket, float(now))
+    assert len(core.held) > 3
+    assert statistics.median(seconds) < 0.01
+
+
 # -- the random walk -----------------------------------------------------------------
 
 
@@ -9600,6 +9622,8 @@ MACHINES = [
     ("24576, 9216\n", "7, 1024\n1, 8192\n", 22.5),  # a unit that runs already
     ("24576, 0\n12288, 1024\n", "7, [N/A]\n", 34),
     ("24576, 0\n[N/A], [N/A]\n", "", 23.5),
+    ("81920, 40\n", "7, 20\n1, 20\n", 80 - 20 / 1024 - 0.5),  # two MIG instances
+    ("[Insufficient Permissions], [Insufficient Permissions]\n", "", None),  # MIG
     ("512, 512\n", "", 2**-30),  # models that use it are loaded one at a time
     ("[N/A], [N/A]\n", "", None),  # its memory is that of the machine
     ("No devices were found\n", "", None),
@@ -10469,6 +10493,32 @@ def test_a_second_sigterm_ends_a_save_at_once(tmp_path):
         server.start()
         assert server.tell() == 0
         eventually(lambda: server.files() == [])
+
+
+def test_the_scheduler_learns_how_long_a_stop_with_a_save_takes(tmp_path, monkeypatch):
+    (tmp_path / "fault").write_text("save slow")  # half a second
+    (tmp_path / "pool.ini").write_text(context_file(tmp_path))
+    config, exited = llmswap.load_config(str(tmp_path / "pool.ini")), queue.SimpleQueue()
+
+    class Spy(llmswap.Scheduler):
+        def exited(self, name, *report):
+            victim = super().exited(name, *report)
+            exited.put((name, self.models[name].stop_seconds))
+            return victim
+
+    monkeypatch.setattr(llmswap, "Scheduler", Spy)
+    pool = llmswap.Pool(config, lambda *_: None)
+    pool.start()
+    try:
+        request = PoolRequest(pool, "a")
+        port = request.granted().port
+        assert ask(port, "POST", CHAT, chat_body("a", prompt_tokens=4500)).status == 200
+        request.end()
+        PoolRequest(pool, "b").end()
+        name, seconds = exited.get(timeout=10)
+        assert name == "a" and seconds >= 0.5
+    finally:
+        pool.close(0)
 
 
 # ==================================================================================
