@@ -4162,7 +4162,10 @@ class UnitBackend(Backend):
         """Wait until its main process ends, or while it has none until systemd says so,
         on a thread of its own."""
         fd = open_pidfd(self.pid or 0)
-        while fd is None and not exited.wait(UNIT_POLL) and self._is_active():
+        while fd is None:
+            interval = UNIT_POLL if self._is_ready else 1.0
+            if exited.wait(interval) or not self._is_active():
+                break
             fd = open_pidfd(self.pid or 0)
         if fd is not None:
             poll = select.poll()
