@@ -153,6 +153,7 @@ fork fails     | others    | 200                       |                       |
 no descriptors | loading   | 200                       |                       | loaded
 no descriptors | idle      | 200                       |                       | loaded
 no descriptors | busy      | 200                       |                       | loaded
+no descriptors | sleeping  | 502: Too many open files  | did not wake up, Too many open files | unloaded
 no descriptors | others    | 502: Too many open files  | Too many open files   | unloaded
 clock ahead    | others    | 200                       |                       | loaded
 clock back     | others    | 200                       |                       | loaded
