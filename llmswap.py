@@ -6308,7 +6308,7 @@ class Body:
             raise BadRequest(f"the content coding of the body: {error}") from None
         self._check_size(len(self.held))
         if not decoder.eof or decoder.unused_data:
-            raise BadRequest("the compressed body is cut off, or bytes follow its end")
+            raise BadRequest("the compressed body ends too early, or bytes follow it")
         self.coding, self.length = "", len(self.held)
 
     def rest(self) -> Iterable[bytes]:
@@ -8343,12 +8343,12 @@ NAME_LIMIT = 500  # characters of a model's name in a request; what follows is c
 NAME_PARTS = 64  # slash-separated parts of a model's name
 SLOW_SECONDS = 10.0  # until the first byte; such requests are logged
 NOTICE_EVERY = 5.0  # s between two notices of a load's progress in a waiting chat
-INPUTS = {"vision": "image", "audio": "audio"}  # llama.cpp's words by capability
-_ADDRESS = re.compile(r"[0-9.]+|\[[0-9a-f:.]+\]")  # an IP address in Host
+MODALITIES = {"vision": "image", "audio": "audio"}  # of input, by capability
+_IP_ADDRESS = re.compile(r"[0-9.]+|\[[0-9a-f:.]+\]")  # an IP address in Host
 _LOOPBACK = re.compile(r"(::ffff:)?127\.|::1\Z")  # addresses
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")
+MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")  # POSTs are relayed
 FOREIGN_ORIGIN = "the origin {!r} is not in cors-origins in [llmswap]"
 OPEN_PATHS = ("/", "/health", "/v1/health")  # need no key
 IDLE_TIMEOUT_PARAMETERS = ("keep_alive", "ttl")  # Ollama's and LM Studio's
@@ -8356,7 +8356,7 @@ OLLAMA_PATH = re.compile(
     "/api/(tags|chat|generate|show|ps|version|embed|embeddings|pull|push|create|copy"
     "|delete)/?"
 )
-KEY_FIELDS = frozenset(("authorization", "x-api-key", "api-key"))
+KEY_HEADERS = frozenset(("authorization", "x-api-key", "api-key"))
 NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
 JSON_TYPE = ("content-type", "application/json; charset=utf-8")
 TEXT_TYPE = ("content-type", "text/plain; charset=utf-8")
@@ -8631,7 +8631,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head, keys, origin = self.head, self.config.api_keys, self.head.get("origin")
         host, allowed = head.get("host"), self.config.settings.allowed_hosts
         name = _host_name(host)
-        is_allowed = not name or {name, "*"} & {*allowed} or _ADDRESS.fullmatch(name)
+        is_allowed = not name or {name, "*"} & {*allowed} or _IP_ADDRESS.fullmatch(name)
         if self.is_on_loopback and not is_allowed:
             raise Forbidden(
                 f"Host {host!r} is not among allowed-hosts in [llmswap], which guards "
@@ -9025,7 +9025,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.requests.begin(self.row, self.response)
         self._set_waiting_events(model, target, info)
         outgoing = self._upstream_request(model, target, info)
-        transform_of = _repair_of if model.settings.json_repair else lambda _: None
+        transform_of = _repair_stream_for if model.settings.json_repair else lambda _: None
         asked_at = time.monotonic()
         for is_last in (False, True):
             lease = self.pool.lease(model, self._heartbeat, preemptible)
@@ -9118,7 +9118,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         key = backend.model.settings.proxy_key
         dropped = NOT_FORWARDED
         if self.config.api_keys or key:
-            dropped |= KEY_FIELDS
+            dropped |= KEY_HEADERS
         if self.head.method == "POST":  # events and usage are read from the answer
             dropped |= {"accept-encoding"}
         if not self.body.coding:  # it may be decoded
@@ -9190,7 +9190,7 @@ def _as_event(value):
     return b"data: " + to_json(value) + b"\n\n"
 
 
-def _repair_of(answer):
+def _repair_stream_for(answer):
     """Return a RepairStream for an answer that may have tool calls, else None."""
     if answer.status != 200 or answer.get("content-encoding"):
         return None
@@ -9249,7 +9249,7 @@ def model_entry(
     meta = {**facts.meta, **status.entry.get("meta", {})}
     if "context" in abilities:
         meta["n_ctx"] = abilities.pop("context")
-    inputs = [*facts.inputs, *(INPUTS[each] for each in abilities if each in INPUTS)]
+    inputs = [*facts.inputs, *(MODALITIES[each] for each in abilities if each in MODALITIES)]
     architecture = {"input_modalities": inputs, "output_modalities": ["text"]}
     architecture = status.entry.get("architecture", architecture)
     is_llama_server = owner.kind == "llama-server"
@@ -9295,7 +9295,7 @@ def _capabilities(abilities, architecture, facts, is_llama_server):
     """Return the known abilities of a model, in the order of CAPABILITIES."""
     names = set(abilities)
     inputs = architecture.get("input_modalities", ())
-    names.update(name for name, word in INPUTS.items() if word in inputs)
+    names.update(name for name, word in MODALITIES.items() if word in inputs)
     if is_llama_server and facts.argv:
         options = facts.options
         special = {"--embeddings": "embeddings", "--reranking": "rerank"}
@@ -9438,7 +9438,7 @@ class Server(http.server.ThreadingHTTPServer):
                 waiter.register(each, select.POLLIN)
             while not self._is_paused:
                 ready = {fd for fd, _ in waiter.poll()}
-                for self.socket in self.sockets:
+                for self.socket in self.sockets:  # on which get_request() accepts
                     if self.socket.fileno() in ready:
                         self._handle_request_noblock()
 
@@ -10039,7 +10039,7 @@ class Application:
         watch, is_serving = self._notifier.watch, self.server.is_serving
         start_thread(watch, "systemd", self.pool, is_serving)
         start_thread(self._refresh_cached_models, "cache")
-        self._shut_down(self._await_end())
+        self._shut_down(self._await_shutdown())
         return 0
 
     def _receive_signals(self):
@@ -10107,7 +10107,7 @@ class Application:
             text = f"{', '.join(names[:5])}{more} could not be started now: {reason}"
             self.log("warning", text)
 
-    def _await_end(self):
+    def _await_shutdown(self):
         while True:
             number = self._next_signal(self._until_idle_exit())
             if number == signal.SIGHUP:
@@ -10116,9 +10116,9 @@ class Application:
                 self._try_reload()
                 self._notifier.notify("READY=1")
             elif number is not None:
-                return f"shutting down; requests in flight have {DRAIN_SECONDS:g} s"
+                return f"ending; requests in flight have {DRAIN_SECONDS:g} s"
             elif self._until_idle_exit() == 0 and self.server.try_idle_exit():
-                return "shutting down while idle; the next connection starts it again"
+                return "idle for long; the next connection starts it again"
 
     def reload_if_changed(self):
         """Reload if the file has changed; see FileWatch.check."""
@@ -10247,7 +10247,7 @@ class Application:
         deadline = time.monotonic() + REFUSAL_SECONDS
         while self.server.inactive_since() is None and time.monotonic() < deadline:
             time.sleep(0.005)
-        self._wakeup.send(b"\0")
+        self._wakeup.send(b"\0")  # read by `_next_signal`
 
 
 if __name__ == "__main__":
