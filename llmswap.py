@@ -6117,7 +6117,7 @@ class Body:
             raise BadRequest(f"the content coding of the body: {error}") from None
         self._check_size(len(self.held))
         if not decoder.eof or decoder.unused_data:
-            raise BadRequest("the compressed body ends too early, or bytes follow it")
+            raise BadRequest("the content coding of the body ends too early or late")
         self.coding, self.length = "", len(self.held)
 
     def rest(self) -> Iterable[bytes]:
@@ -8152,7 +8152,7 @@ NAME_LIMIT = 500  # characters of a model's name in a request; what follows is c
 NAME_PARTS = 64  # slash-separated parts of a model's name
 SLOW_SECONDS = 10.0  # until the first byte; such requests are logged
 NOTICE_EVERY = 5.0  # s between two notices of a load's progress in a waiting chat
-MODALITIES = {"vision": "image", "audio": "audio"}  # of input, by capability
+INPUTS = {"vision": "image", "audio": "audio"}  # input modality by capability
 _IP_ADDRESS = re.compile(r"[0-9.]+|\[[0-9a-f:.]+\]")  # an IP address in Host
 _LOOPBACK = re.compile(r"(::ffff:)?127\.|::1\Z")  # addresses
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
@@ -8834,7 +8834,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.requests.begin(self.row, self.response)
         self._set_waiting_events(model, target, info)
         outgoing = self._upstream_request(model, target, info)
-        transform_of = _repair_stream_for if model.settings.json_repair else lambda _: None
+        transform_of = _repair_for if model.settings.json_repair else lambda _: None
         asked_at = time.monotonic()
         for is_last in (False, True):
             lease = self.pool.lease(model, self._heartbeat, preemptible)
@@ -8999,7 +8999,7 @@ def _as_event(value):
     return b"data: " + to_json(value) + b"\n\n"
 
 
-def _repair_stream_for(answer):
+def _repair_for(answer):
     """Return a RepairStream for an answer that may have tool calls, else None."""
     if answer.status != 200 or answer.get("content-encoding"):
         return None
@@ -9058,7 +9058,7 @@ def model_entry(
     meta = {**facts.meta, **status.entry.get("meta", {})}
     if "context" in abilities:
         meta["n_ctx"] = abilities.pop("context")
-    inputs = [*facts.inputs, *(MODALITIES[each] for each in abilities if each in MODALITIES)]
+    inputs = [*facts.inputs, *(INPUTS[each] for each in abilities if each in INPUTS)]
     architecture = {"input_modalities": inputs, "output_modalities": ["text"]}
     architecture = status.entry.get("architecture", architecture)
     is_llama_server = owner.kind == "llama-server"
@@ -9104,7 +9104,7 @@ def _capabilities(abilities, architecture, facts, is_llama_server):
     """Return the known abilities of a model, in the order of CAPABILITIES."""
     names = set(abilities)
     inputs = architecture.get("input_modalities", ())
-    names.update(name for name, word in MODALITIES.items() if word in inputs)
+    names.update(name for name, word in INPUTS.items() if word in inputs)
     if is_llama_server and facts.argv:
         options = facts.options
         special = {"--embeddings": "embeddings", "--reranking": "rerank"}
