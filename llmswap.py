@@ -6,8 +6,8 @@
 """llmswap: one address for many local language models.
 
 An OpenAI-compatible reverse proxy that starts the model server a request asks for,
-stops others to make room, unloads idle ones, and gives the memory back. One file,
-standard library only: `python3 llmswap.py example.ini`.
+stops others to make room, and unloads idle ones. One file, standard library only:
+`python3 llmswap.py example.ini`.
 
     clients ──> Handler ──> Pool.lease() ──> relay() ──> llama-server, or any other
                  (9)          (5) │            (6)           ^
@@ -25,23 +25,22 @@ ones. *Unload*: stop on demand or because of idleness.
 Sections, each of which uses only those above it:
 
     1  Errors         every failure, with its HTTP status
-    2  Configuration  from text to frozen values
+    2  Configuration  the INI file becomes immutable values
     3  Scheduling     which models run, stop and serve next; pure
     4  Backends       one run of one model server, from spawn to exit
     5  Pool           the one lock; carries out decisions
-    6  Relay          one request to a backend, one response back
-    7  Repair         broken JSON of tool calls becomes the object it means, or stays
+    6  Relay          sends one request to a backend, and its answer to the client
+    7  Repair         of tool calls whose arguments are broken JSON
     8  Pages          the status page and the metrics
     9  API            the meaning of each path; the only place that answers errors
     10 Command line   arguments, logging, signals, the order of shutdown
 
 Threads. The main thread waits for signals. One thread accepts connections, one serves
 each connection, one runs each backend; the Pool, the log, systemd and the idle command
-have their own, and short ones look at files that may lie on slow mounts. They share the
-Scheduler and the dict of backends, which belong to the Pool and are touched only under
-its one lock. The lock is held to record an event and to carry out what follows, never
-across I/O or a sleep. With one lock there is no order of locks to remember and no
-deadlock.
+have their own. Files that may lie on slow mounts are read on short-lived threads. The
+Scheduler and the dict of backends belong to the Pool and are used only under its one
+lock, which is held to record an event and carry out what follows, never across I/O or a
+sleep.
 """
 
 import base64
@@ -5739,28 +5738,29 @@ def specs_of(
 
 
 # ==================================================================================
-# 6  Relay: one request to a backend, one answer back.
+# 6  Relay: sends one request to a backend, and its answer to the client.
 #    Never knows models, the configuration or the Pool.
 #
 #        client ──> Request, Body ──> relay() ──> Upstream ──> UpstreamResponse
 #        client <── ClientResponse <────────── pieces <────────────────┘
 #
-#    Bodies go on as they come; only JSON, and forms up to their model, are held. Every
-#    socket blocks for POLL_INTERVAL at most; then a StallMonitor decides what follows.
+#    `answer` is the backend's, `response` the client's. Only JSON, and forms up to the
+#    model, are held in memory. Whenever a socket has blocked for POLL_INTERVAL, a
+#    StallMonitor is called.
 # ==================================================================================
 
-HEAD_LIMIT = 65536  # bytes; as nginx's four buffers of 16 KB
-LINES_LIMIT = 100  # header lines; as Apache's LimitRequestFields
-LINE_LIMIT = 4096  # bytes of a line between chunks
+MAX_HEAD = 65536  # bytes; as nginx's four buffers of 16 KB
+MAX_HEADER_LINES = 100  # header lines; as Apache's LimitRequestFields
+MAX_CHUNK_LINE = 4096  # bytes of a line between chunks
 HEAD_SECONDS = 10.0  # for a whole head once its first byte is there
 STALL_SECONDS = 60.0  # without a byte in the middle of a body; as nginx
-MAX_UNREAD_BODY = 1 << 20  # bytes of a body that are read though they are not needed
+SMALL_BODY = 1 << 20  # bytes of a body that are held even if they are not needed
 READ_SIZE = 1 << 13  # bytes read at once of heads and of bodies of unknown length
 BUFFER_SIZE = 1 << 18  # bytes read at once of other bodies
-END_SIZE = 1 << 11  # bytes of an answer's begin and end that are kept
-EARLY_HEAD_AFTER = 3.0  # s; until then a failure keeps its true status
-TLS_HELLO = b"\x16\x03"  # how a client begins that means https
-COMMENT_EVERY = 10.0  # s; the shortest header timeout seen in clients is 30 s
+EXCERPT_SIZE = 1 << 11  # bytes that are kept of an answer's start, and of its end
+EARLY_HEAD_AFTER = 3.0  # s of waiting; a failure before that has its own HTTP status
+TLS_HELLO = b"\x16\x03"  # the first bytes that a client of https sends
+COMMENT_EVERY = 10.0  # s; no known client gives up before 30 s of silence
 STALL_CHECK_AFTER = 5.0  # s of silence until a backend is checked for a hang
 
 HOP_BY_HOP = frozenset(
@@ -5773,31 +5773,30 @@ Headers = List[Tuple[str, str]]
 
 # -- sockets ---------------------------------------------------------------------------
 
-_TIMEOUTS = (BlockingIOError, TimeoutError, socket.timeout)  # of POLL_INTERVAL
+_TIMEOUTS = (BlockingIOError, TimeoutError, socket.timeout)  # after POLL_INTERVAL
 
 
 class StallMonitor:
-    """To be called whenever POLL_INTERVAL passed without progress: calls `on_tick` and,
-    once that has lasted `seconds`, raises `problem`, or calls it if it is no exception.
-    """
+    """Call it after each POLL_INTERVAL without progress: it calls `on_tick()` and, once
+    `seconds` have passed, raises `on_stall` or, if that is a function, calls it."""
 
-    def __init__(self, seconds: float, problem, on_tick=lambda: None):
+    def __init__(self, seconds: float, on_stall, on_tick=lambda: None):
         self._seconds = seconds
-        self._problem = problem
+        self._on_stall = on_stall
         self._on_tick = on_tick
         self.restart()
 
     def restart(self):
-        """There was progress."""
+        """Count the seconds from now, as there was progress."""
         self._end = time.monotonic() + self._seconds
 
     def __call__(self):
         self._on_tick()
         if time.monotonic() > self._end:
-            if isinstance(self._problem, Exception):
-                raise self._problem
+            if isinstance(self._on_stall, Exception):
+                raise self._on_stall
             self.restart()
-            self._problem()
+            self._on_stall()
 
 
 class SocketReader:
@@ -5809,12 +5808,12 @@ class SocketReader:
     def __init__(self, sock: socket.socket, on_timeout=lambda: None):
         self.sock = sock
         self.on_timeout = on_timeout
-        self.held = b""  # received and not used yet; READ_SIZE or a little more
-        self.is_untouched = True  # nothing of a head was ever received
+        self.buffer = b""  # received and not used yet; READ_SIZE or a little more
+        self.is_untouched = True  # no byte of a head was ever received
 
     def receive(self, size=READ_SIZE) -> bytes:
         """Return the next bytes, at most `size`; b"" at the end of the stream."""
-        piece, self.held = self.held[:size], self.held[size:]
+        piece, self.buffer = self.buffer[:size], self.buffer[size:]
         while not piece:
             try:
                 return self.sock.recv(size)
@@ -5822,18 +5821,18 @@ class SocketReader:
                 self.on_timeout()
         return piece
 
-    def line(self, form: "re.Pattern") -> "re.Match":
-        """Take a line, which must have this form. Raise BadRequest, EOFError."""
+    def line(self, pattern: "re.Pattern") -> "re.Match":
+        """Read a line that matches the pattern. Raise BadRequest, EOFError."""
         line = newline = b""
         while not newline:
             piece = self.receive()
             if not piece:
                 raise EOFError("the connection closed between two chunks")
             line, newline, rest = (line + piece).partition(b"\n")
-            self.held = rest + self.held
-            if len(line) >= LINE_LIMIT:
+            self.buffer = rest + self.buffer
+            if len(line) >= MAX_CHUNK_LINE:
                 raise BadRequest("a line between chunks is too long")
-        match = form.fullmatch(line + newline)
+        match = pattern.fullmatch(line + newline)
         if not match:
             raise BadRequest(f"chunks or trailer malformed at {line[:40]!r}")
         return match
@@ -5841,9 +5840,9 @@ class SocketReader:
     def wait_readable(self, seconds: float) -> bool:
         """Return whether bytes come within so many seconds."""
         try:
-            self.held = self.held or self.sock.recv(READ_SIZE)
-            return bool(self.held)
-        except _TIMEOUTS:  # unlike them, a poll needs no processor meanwhile
+            self.buffer = self.buffer or self.sock.recv(READ_SIZE)
+            return bool(self.buffer)
+        except _TIMEOUTS:  # a poll does not wake up every POLL_INTERVAL
             waiter = select.poll()
             waiter.register(self.sock, select.POLLIN)
             return bool(waiter.poll(seconds * 1000))
@@ -5851,8 +5850,8 @@ class SocketReader:
     def head(self) -> bytes:
         """Return a whole head with its blank line; b"" if the stream ends before it.
 
-        Raise BadRequest as soon as it can be none, HeadersTooLarge. Empty lines before
-        it are skipped: some clients send one after a body.
+        Raise HeadersTooLarge, and BadRequest as soon as the bytes cannot be a head.
+        Empty lines before it are skipped: some clients send one after a body.
         """
         data, end, received = b"", -1, 0
         while end < 0:
@@ -5867,18 +5866,18 @@ class SocketReader:
                 raise SpokenTLS("this is plain HTTP: use http://, not https://")
             received += len(piece)
             unused = len(data) - end - 4 if end >= 0 else 0
-            if received - unused > HEAD_LIMIT:
-                raise HeadersTooLarge(f"the head is larger than {HEAD_LIMIT} bytes")
+            if received - unused > MAX_HEAD:
+                raise HeadersTooLarge(f"the head is larger than {MAX_HEAD} bytes")
             if end < 0 and _ILLEGAL_IN_HEAD.search(data, searched):
                 raise BadRequest("this is not HTTP/1 in lines that end with CRLF")
             if end < 0:
-                self.on_timeout()  # a head sent byte by byte is late as well
-        self.held = data[end + 4 :] + self.held
+                self.on_timeout()  # limits a head that is sent byte by byte, too
+        self.buffer = data[end + 4 :] + self.buffer
         return data[: end + 4]
 
 
 def send_all(sock: socket.socket, data, monitor: StallMonitor):
-    """Send all of `data`. Call `monitor` whenever POLL_INTERVAL passes in vain."""
+    """Send all of `data`; call `monitor` after each POLL_INTERVAL without progress."""
     monitor.restart()
     left = memoryview(data)
     while len(left):
@@ -5890,7 +5889,7 @@ def send_all(sock: socket.socket, data, monitor: StallMonitor):
 
 
 def has_disconnected(sock: socket.socket) -> bool:
-    """Return whether the other side closed the connection, if only for sending."""
+    """Return whether the other side closed the connection, or its sending half."""
     waiter = select.poll()
     waiter.register(sock, getattr(select, "POLLRDHUP", select.POLLHUP))
     return bool(waiter.poll(0))
@@ -5909,14 +5908,14 @@ _VERSION = rb"HTTP/1\.(?P<minor>[01])"
 _REQUEST_LINE = re.compile(
     rb"(?P<method>%b) (?P<target>[!-~\x80-\xff]+) %b" % (_TOKEN, _VERSION)
 )
-_ABSOLUTE_FORM = re.compile("(?i)https?://([^/?]+)(/[^?]*)?([?].*)?")  # to proxies
+_ABSOLUTE_FORM = re.compile("(?i)https?://([^/?]+)(/[^?]*)?([?].*)?")  # of a target
 _STATUS_LINE = re.compile(
     rb"%b (?P<status>[1-5][0-9][0-9])(?: (?P<reason>%b))?" % (_VERSION, _TEXT)
 )
 
 
 def as_chunk(piece) -> bytes:
-    """Return bytes as a chunk of a body; none are its end."""
+    """Return bytes as a chunk of a body; no bytes give the chunk that ends it."""
     return b"%x\r\n%b\r\n" % (len(piece), piece)
 
 
@@ -5927,7 +5926,7 @@ def render_head(start: str, headers: Headers) -> bytes:
 
 
 def end_to_end(headers: Headers) -> Headers:
-    """Return the headers without those that concern one connection only."""
+    """Return the headers without the hop-by-hop ones."""
     dropped = HOP_BY_HOP
     for name, value in headers:
         if name == "connection" and value.lower() not in ("keep-alive", "close"):
@@ -5968,9 +5967,9 @@ class Head:
     """A head of strict HTTP/1: no folding, no bare CR or LF, no blank before a colon.
     Raise BadRequest, HeadersTooLarge.
 
-    `headers` are without those that `length` and `is_chunked` stand for; their names
-    are in lower case. A body of unknown length that is not chunked ends with the
-    connection. `is_persistent`: it may serve another request (of HTTP/1.0: never).
+    `headers` have names in lower case; Content-Length and Transfer-Encoding are not
+    among them, but in `length` and `is_chunked`. A body with neither ends with the
+    connection. `is_persistent`: the connection may go on (of HTTP/1.0: never).
     """
 
     def __init__(self, raw: bytes, start_line: "re.Pattern", default: Optional[int]):
@@ -5981,19 +5980,19 @@ class Head:
         if not _HEADER_LINES.fullmatch(raw, line_end + 2):
             raise BadRequest("a header line is malformed")
         lines = _HEADER.findall(raw[line_end + 2 :].decode("latin-1"))
-        if len(lines) > LINES_LIMIT:
-            raise HeadersTooLarge(f"more than {LINES_LIMIT} header lines")
+        if len(lines) > MAX_HEADER_LINES:
+            raise HeadersTooLarge(f"more than {MAX_HEADER_LINES} header lines")
         headers = [(name.lower(), value) for name, value in lines]
         self.is_http_10 = self.start["minor"] == b"0"
         self.length, self.is_chunked = framing_of(headers, default)
         self.headers = [each for each in headers if each[0] not in _FRAMING_HEADERS]
-        self._first = dict(reversed(self.headers))
+        self._first_values = dict(reversed(self.headers))
         self.connection = ", ".join(self.all("connection")).lower()
         self.is_persistent = "close" not in self.connection and not self.is_http_10
 
     def get(self, name: str) -> str:
         """Return the first value of a header, or an empty string."""
-        return self._first.get(name, "")
+        return self._first_values.get(name, "")
 
     def all(self, name: str) -> List[str]:
         """Return all values of a header."""
@@ -6041,17 +6040,17 @@ _TRAILER = re.compile(rb"%b|\r\n" % _HEADER_LINE)
 
 
 def read_payload(reader: SocketReader, head: Head, held_back=0) -> Iterable[bytes]:
-    """Yield the payload behind a head as it comes, but chunks of at most `held_back`
-    bytes only when they are whole. Raise EOFError if it ends too early, BadRequest.
+    """Yield the payload after a head as it arrives, but a chunk of at most `held_back`
+    bytes in one piece. Raise BadRequest, and EOFError if it ends too early.
     """
     if head.is_chunked:
         while size := int(reader.line(_CHUNK_SIZE)[1], 16):
             yield from _read_exactly(reader, size, held_back)
             reader.line(_CHUNK_END)
-        for _ in range(LINES_LIMIT):
+        for _ in range(MAX_HEADER_LINES):
             if reader.line(_TRAILER)[0] == b"\r\n":
                 return
-        raise BadRequest(f"more than {LINES_LIMIT} lines of a trailer")
+        raise BadRequest(f"more than {MAX_HEADER_LINES} lines of a trailer")
     if head.length is not None:
         yield from _read_exactly(reader, head.length)
     else:
@@ -6072,11 +6071,11 @@ def _read_exactly(reader, left, held_back=0):
 
 
 class Body:
-    """A client's request body: `held`, the part that was read, then the rest.
+    """A client's request body: `held` was read already, `rest` yields the remainder.
 
-    `coding` is its content coding, "" once that was undone. Raises ClientDisconnected,
-    BadRequest, PayloadTooLarge, RequestTimeout and, at once, UnsupportedCoding; then it
-    cannot be read on.
+    `coding` is its content coding, "" once decoded. Reading raises ClientDisconnected,
+    BadRequest, PayloadTooLarge or RequestTimeout, after which it cannot be read on; the
+    constructor raises UnsupportedCoding or PayloadTooLarge.
     """
 
     def __init__(self, reader: SocketReader, request: Request, limit: int):
@@ -6102,19 +6101,19 @@ class Body:
             raise PayloadTooLarge(text)
 
     def hold(self, size: int) -> bool:
-        """Read until so many bytes are held, or all; return whether it is all."""
+        """Read until `size` bytes came, or all; return whether these are all."""
         while not self.is_complete and self.received < size:
             self.held += self._next_piece()
         return self.is_complete
 
     def decode(self):
-        """Read it all and undo its content coding, if it has one."""
+        """Read all of it, and undo its content coding if it has one."""
         if self.coding in ("", "identity"):
             return
         self.hold(sys.maxsize)
         data = bytes(self.held)
         is_raw = data[:1] and data[0] & 15 != 8 and data[:1] != b"\x1f"
-        decoder = zlib.decompressobj(-15 if is_raw else 47)
+        decoder = zlib.decompressobj(-15 if is_raw else 47)  # 47: of zlib or gzip
         try:
             self.held = bytearray(decoder.decompress(data, self._limit + 1))
         except zlib.error as error:
@@ -6125,12 +6124,12 @@ class Body:
         self.coding, self.length = "", len(self.held)
 
     def rest(self) -> Iterable[bytes]:
-        """Yield what is not held, as it comes; then the body cannot be sent again."""
+        """Yield what is not held as it arrives; then the body cannot be sent again."""
         while not self.is_complete:
             yield self._next_piece()
 
     def _next_piece(self):
-        """Return the next bytes of the payload: none at its end."""
+        """Return the next bytes of the payload, b"" at its end."""
         stalled = RequestTimeout(f"the body stalled for {STALL_SECONDS:g} s")
         self._reader.on_timeout = StallMonitor(STALL_SECONDS, stalled)
         try:
@@ -6163,7 +6162,7 @@ def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
     """Read JSON whole, and forms up to their field `model`.
 
     If the model is not needed, the body may be anything: what is neither JSON nor a
-    form is not read, and a form no further than MAX_UNREAD_BODY. Raise BadRequest,
+    form is not read, and a form no further than SMALL_BODY. Raise BadRequest,
     PayloadTooLarge, ClientDisconnected.
     """
     body.decode()
@@ -6172,7 +6171,7 @@ def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
     is_object = bytes(body.held[:64]).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{")
     if not (is_form or is_object or is_needed):
         return RequestInfo()
-    size = MAX_UNREAD_BODY if is_form else sys.maxsize
+    size = SMALL_BODY if is_form else sys.maxsize
     while True:
         is_whole = body.hold(size)
         try:
@@ -6187,7 +6186,7 @@ def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
         size *= 4
 
 
-_LENIENT = json.JSONDecoder(strict=False)  # lets newlines stand in texts
+_LENIENT = json.JSONDecoder(strict=False)  # allows line feeds in strings
 
 
 def _find_in_json(data, _content_type):
@@ -6230,23 +6229,23 @@ def _find_in_form(data, content_type):
 
 
 class BodyEdits(NamedTuple):
-    """Changes to a request's JSON: `model` (None: as it is), parameters laid
-    over it, names removed, and then parameters where it has none."""
+    """Changes to a request's JSON: names are removed, defaults fill in what it lacks,
+    overrides replace what it has, and so does `model` unless it is None."""
 
     model: Optional[str] = None
-    laid_over: Mapping[str, object] = {}
+    overrides: Mapping[str, object] = {}
     removed: FrozenSet[str] = frozenset()
     defaults: Mapping[str, object] = {}
 
 
 def edited_json(members: Mapping[str, object], edits: BodyEdits) -> bytes:
     """Return the edited object as JSON: names in their order, new ones at the end."""
-    laid_over = dict(edits.laid_over)
+    overrides = dict(edits.overrides)
     if edits.model is not None:
-        laid_over["model"] = edits.model
+        overrides["model"] = edits.model
     left = {key: value for key, value in members.items() if key not in edits.removed}
-    filled = merged(left, merged(dict(edits.defaults), left))
-    return _dump(merged(filled, laid_over))
+    completed = merged(left, merged(dict(edits.defaults), left))  # in the order of left
+    return to_json(merged(completed, overrides))
 
 
 def merged(old, new):
@@ -6256,7 +6255,8 @@ def merged(old, new):
     return {**old, **{key: merged(old.get(key), value) for key, value in new.items()}}
 
 
-def _dump(value):
+def to_json(value) -> bytes:
+    """Return compact JSON in UTF-8, with control characters escaped."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     if not text.isascii() or "\x7f" in text:
         text = CONTROL_CHARS.sub(lambda char: f"\\u{ord(char[0]):04x}", text)
@@ -6272,23 +6272,23 @@ CONTROL_CHARS = re.compile(
 
 
 class Truncated(Exception):
-    """The backend broke off before the end of its answer, or it is not HTTP."""
+    """The backend's answer broke off before its end, or is not HTTP."""
 
 
 class UpstreamResponse(Head):
-    """A backend's final answer, head read; `pieces()` gives its payload once.
+    """A backend's final answer: the constructor reads its head, `pieces` its payload.
 
-    `length` is as the head says it, even if there is no body because `method` is HEAD.
+    `length` is that of the head, even if `method` is HEAD and no payload follows.
     Raise Truncated, OSError.
     """
 
     def __init__(self, reader: SocketReader, method: str):
         self.reader = reader
-        self.is_over = False  # read to its end, and the connection can serve another
+        self.is_reusable = False  # the connection, after the end of the payload
         self._read_head()
         while self.status < 200 and self.status != 101:
             self._read_head()
-        self.is_event_stream = is_event_stream(self._first)
+        self.is_event_stream = is_event_stream(self._first_values)
         if self.status in (101, 204, 304):
             self.length, self.is_chunked = 0, False
         self._has_payload = method != "HEAD"
@@ -6307,16 +6307,16 @@ class UpstreamResponse(Head):
         self.reason = (self.start["reason"] or b"").decode("latin-1")
 
     def pieces(self) -> Iterable[bytes]:
-        """Yield the payload as it comes, events by whole chunks, so that a cut falls
-        between them. Raise Truncated if it ends too early."""
-        held_back = MAX_UNREAD_BODY if self.is_event_stream else 0
+        """Yield the payload as it arrives, of an event stream only whole chunks, so
+        that it breaks off between events. Raise Truncated if it ends too early."""
+        held_back = SMALL_BODY if self.is_event_stream else 0
         try:
             if self._has_payload:
                 yield from read_payload(self.reader, self, held_back)
         except (OSError, EOFError, BadRequest) as error:
             raise Truncated(str(error)) from None
         if not self.ends_with_connection:
-            self.is_over = self.is_persistent and not self.reader.held
+            self.is_reusable = self.is_persistent and not self.reader.buffer
 
 
 # -- the answer, written to the client -------------------------------------------------
@@ -6331,14 +6331,14 @@ class ClientResponse:
 
     wants_events = False
     is_for_anthropic = False  # whose SDK expects errors of another shape
-    status = 0  # of the head, once one was sent or is about to be
+    status = 0  # of the head; 0 until there is one
     is_early = False  # the head was sent before the backend's was known
-    notice = None  # gives events to send, instead of comments, after that early head
+    notice = None  # after an early head: returns an event, or b"" for a comment
     first_at = None  # when the first piece of payload was sent
-    problem = None  # why it broke off
+    problem = None  # why the response broke off
     is_cancelled = False  # set by another thread to end the request
     sent = 0  # bytes of payload
-    _head = b""  # waits for the first piece
+    _head = b""  # to be sent with the first piece
     _is_chunked = _is_counted = False
     _is_events = False
     _first = _last = b""  # bytes of the payload
@@ -6353,7 +6353,7 @@ class ClientResponse:
         self._stall = StallMonitor(STALL_SECONDS, ClientDisconnected())
 
     def begin(self, status: int, reason: str, headers: Headers, length: Optional[int]):
-        """Set the head; it goes out with the first piece, or by `flush`."""
+        """Set the head, which is sent with the first piece, or by `flush`."""
         self.status, self._is_counted = status, length is not None
         self._is_events = length is None and is_event_stream(dict(headers))
         framing = []
@@ -6368,43 +6368,43 @@ class ClientResponse:
         self._head = render_head(start, headers + self.extra + framing)
 
     def answer(self, status: int, headers: Headers, payload: bytes):
-        """Send an answer that is there as a whole."""
+        """Send a whole response."""
         reason = http.client.responses.get(status, "Client Closed Request")  # of nginx
         self.begin(status, reason, headers, len(payload))
         self.send(payload)
         self.end()
 
     def begin_events(self):
-        """Begin a stream of events that is not (or not yet) a backend's."""
+        """Begin a stream of events of our own, which a backend's may continue."""
         headers = [("content-type", "text/event-stream"), ("cache-control", "no-cache")]
         self.begin(200, "OK", [*headers, ("x-accel-buffering", "no")], None)
 
     def send(self, piece):
-        """Send a piece of payload, with the head if it still waits."""
+        """Send a piece of payload, after the head if that was not sent yet."""
         self._check_cancelled()
         if self._is_head or not len(piece):
             return
         if not self.sent:
             self.first_at = time.monotonic()
         self.sent += len(piece)
-        missing = END_SIZE - len(self._first)
+        missing = EXCERPT_SIZE - len(self._first)
         self._first += piece[:missing]
-        self._last = (self._last + piece[missing:])[-END_SIZE:]
+        self._last = (self._last + piece[missing:])[-EXCERPT_SIZE:]
         self._put_framed(piece)
 
     @property
-    def ends(self) -> bytes:
-        """The first and the last END_SIZE bytes of the payload; between them a zero if
-        there were more."""
-        gap = b"\0" if self.sent > 2 * END_SIZE else b""
+    def excerpt(self) -> bytes:
+        """The first and the last EXCERPT_SIZE bytes of the payload; a zero byte stands
+        for those between them."""
+        gap = b"\0" if self.sent > 2 * EXCERPT_SIZE else b""
         return self._first + gap + self._last
 
     def end(self):
-        """The answer is complete."""
+        """End the body, which is complete."""
         self._put_framed(b"")
 
     def flush(self):
-        """Send the head if it still waits for a first piece."""
+        """Send the head if that was not done yet."""
         self._put(b"")
 
     def _put_framed(self, piece):
@@ -6422,8 +6422,8 @@ class ClientResponse:
             raise ClientDisconnected from None
 
     def heartbeat(self):
-        """To be called every POLL_INTERVAL while nothing flows, so that the client does
-        not give up. Raise ClientDisconnected if it has."""
+        """Keep a waiting client from giving up, if called every POLL_INTERVAL. Raise
+        ClientDisconnected, RequestCancelled."""
         if has_disconnected(self.sock):
             raise ClientDisconnected
         self._check_cancelled()
@@ -6440,31 +6440,31 @@ class ClientResponse:
                 self._put_framed(event)
 
     def _check_cancelled(self):
-        """Raise RequestCancelled, once, if it was."""
+        """Raise RequestCancelled, once, if the request was cancelled."""
         if self.is_cancelled:
             self.is_cancelled = False
             raise RequestCancelled("the request was cancelled by hand")
 
     def _is_between_events(self):
-        sent = b"\n\n" + self.ends
+        sent = b"\n\n" + self.excerpt
         return sent.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
 
     @property
     def is_within_line(self) -> bool:
-        """Whether the last event cannot be complete."""
-        return self._is_events and self.ends[-1:] not in (b"", b"\n", b"\r")
+        """Whether an event stream stopped in the middle of a line."""
+        return self._is_events and self.excerpt[-1:] not in (b"", b"\n", b"\r")
 
     def error_event(self, body: dict) -> bytes:
         """Return an event that the client's SDK raises as this error."""
         if not self.is_for_anthropic:
-            return b"data: " + _dump(body) + b"\n\n"
-        return b"event: error\ndata: " + _dump({"type": "error", **body}) + b"\n\n"
+            return b"data: " + to_json(body) + b"\n\n"
+        return b"event: error\ndata: " + to_json({"type": "error", **body}) + b"\n\n"
 
     def abort(self, problem: APIError):
-        """End an answer that broke off so that the client notices.
+        """End a response that broke off, in a way that the client notices.
 
-        Between two events it gets the reason; then the connection is cut, if need be by
-        a reset: the end of the stream alone would look complete.
+        Between two events the reason is sent as one. A body without length or chunks
+        ends by a reset, as a normal end of the connection would make it look complete.
         """
         with contextlib.suppress(ClientDisconnected):
             if self._is_events and self._is_between_events():
@@ -6475,11 +6475,11 @@ class ClientResponse:
         if not self._is_chunked and not self._is_counted:
             linger = struct.pack("ii", 1, 0)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            self.sock.close()  # now: a shutdown() would end the stream cleanly
+            self.sock.close()  # at once: after a shutdown() it would end normally
 
 
 def error_body(problem: APIError) -> dict:
-    """Return what OpenAI's clients expect of an error."""
+    """Return an error as clients of OpenAI's API expect it."""
     more = {"type": problem.type, "param": problem.param, "code": problem.code}
     return {"error": {"message": str(problem), **more}}
 
@@ -6488,8 +6488,8 @@ def error_body(problem: APIError) -> dict:
 
 
 class UpstreamRequest(NamedTuple):
-    """A request as the backend gets it. `rest` is what is not held of the body; it can
-    be sent only once."""
+    """A request as the backend gets it. A `rest`, which reads what is not held of the
+    body, can be sent only once."""
 
     method: str
     target: str
@@ -6500,36 +6500,36 @@ class UpstreamRequest(NamedTuple):
 
 
 def relay(
-    outgoing: UpstreamRequest, backend: Backend, reply: ClientResponse, transform_of
+    outgoing: UpstreamRequest, backend: Backend, response: ClientResponse, transform_of
 ):
     """Send the request to the backend and its answer to the client.
 
-    Raise BackendDied if it gave no answer (nothing was sent to the client then, but for
-    an early head), ClientDisconnected if the client left. An answer that breaks off is
-    passed on as broken. `transform_of(answer)` may return what changes its payload:
-    pieces go through `feed`, and `finish` gives what is left at the end.
+    Raise ClientDisconnected, and BackendDied if there was no answer: then the client
+    was sent an early head at most. If the answer breaks off, so does the response.
+    `transform_of(answer)` returns None, or an object like RepairStream whose `feed` and
+    `finish` change the payload.
     """
     path = outgoing.target.partition("?")[0]
     upstream = backend.upstream
     if upstream.base_path and _PATH_TRAVERSAL.search(path):
-        raise BadRequest("the path must not leave that of the model's server")
-    monitor = StallMonitor(STALL_CHECK_AFTER, backend.report_stall, reply.heartbeat)
+        raise BadRequest("the path must not lead out of the model server's own path")
+    monitor = StallMonitor(STALL_CHECK_AFTER, backend.report_stall, response.heartbeat)
     try:
         answer = _ask(outgoing, upstream, monitor)
     except BackendDied:
         backend.report_stall()  # its process may still run
         raise
     is_sent = outgoing.rest is None or outgoing.rest.is_complete
-    reply.is_persistent = reply.is_persistent and is_sent
+    response.is_persistent = response.is_persistent and is_sent
     try:
         if answer.status == 101:
-            _tunnel(answer, reply)
-        elif reply.is_early and not (answer.status == 200 and answer.is_event_stream):
-            _pass_on_as_event(answer, reply)
+            _tunnel(answer, response)
+        elif response.is_early and (answer.status != 200 or not answer.is_event_stream):
+            _pass_on_as_event(answer, response)
         else:
-            _pass_on(answer, backend, reply, transform_of(answer))
+            _pass_on(answer, backend, response, transform_of(answer))
     finally:
-        if answer.is_over and is_sent:
+        if answer.is_reusable and is_sent:
             upstream.release_connection(answer.reader.sock)
         else:
             upstream.drop(answer.reader.sock)
@@ -6541,8 +6541,8 @@ _PATH_TRAVERSAL = re.compile(r"(?i)(?:[/\\]|%2f|%5c)(?:\.|%2e){2}(?:[/\\;]|%2f|%
 def _ask(outgoing, upstream, monitor):
     """Send the request; return the answer, of which only the head was read.
 
-    An idle connection that the backend closed meanwhile is replaced by a new one. As it
-    may be closed at any moment, it is not used for a body that can be sent only once.
+    A kept connection that the backend has closed is replaced by a new one. As that may
+    happen at any moment, none is used for a body that can be sent only once.
     """
     while True:
         try:
@@ -6586,31 +6586,31 @@ def _send(outgoing, upstream, sock, monitor):
         if is_chunked:
             send_all(sock, as_chunk(b""), monitor)
     except (BrokenPipeError, ConnectionResetError):
-        pass  # it may have answered before it read all: the answer says why
+        pass  # it may have answered before it read everything
 
 
-def _pass_on(answer, backend, reply, transform):
-    """Pass the answer on piece by piece; broken if it breaks."""
-    if not reply.is_early:
+def _pass_on(answer, backend, response, transform):
+    """Pass the answer on piece by piece; if it breaks off, abort the response."""
+    if not response.is_early:
         length = None if transform else answer.length
-        reply.begin(answer.status, answer.reason, _response_headers(answer), length)
+        response.begin(answer.status, answer.reason, _response_headers(answer), length)
     problem = None
     try:
         for piece in answer.pieces():
             backend.upstream.mark_alive()
-            reply.send(transform.feed(piece) if transform else piece)
-        is_ambiguous = answer.ends_with_connection  # a death looks the same
-        if is_ambiguous and (reply.is_within_line or backend.died(0.05)):
+            response.send(transform.feed(piece) if transform else piece)
+        is_ambiguous = answer.ends_with_connection  # as it would by a crash
+        if is_ambiguous and (response.is_within_line or backend.died(0.05)):
             raise Truncated("the connection ended in the middle of the answer")
     except Truncated as error:
         problem = BackendDied(f"the backend broke off: {error}")
     if transform:
-        reply.send(transform.finish())
+        response.send(transform.finish())
     if problem:
         backend.report_stall()
-        reply.abort(problem)
+        response.abort(problem)
     else:
-        reply.end()
+        response.end()
 
 
 def _response_headers(answer):
@@ -6624,11 +6624,11 @@ def _response_headers(answer):
     return headers
 
 
-def _pass_on_as_event(answer, reply):
-    """Send an answer without events as an error event, as the early head promised."""
+def _pass_on_as_event(answer, response):
+    """Send an answer that is no event stream as an error event after an early head."""
     payload, pieces = b"", answer.pieces()
     with contextlib.suppress(Truncated, StopIteration):
-        while len(payload) <= MAX_UNREAD_BODY:
+        while len(payload) <= SMALL_BODY:
             payload += next(pieces)
     try:
         body = {"error": json.loads(payload)["error"]}
@@ -6636,17 +6636,17 @@ def _pass_on_as_event(answer, reply):
         text = payload[:2000].decode("utf-8", "replace")
         text = f"the backend answered {answer.status} and no events: {text}"
         body = error_body(APIError(text))
-    reply.send(reply.error_event(body))
-    reply.end()
+    response.send(response.error_event(body))
+    response.end()
 
 
-def _tunnel(answer, reply):
+def _tunnel(answer, response):
     """Pass bytes both ways after an upgrade, until either side ends."""
     upgrade = [("connection", "upgrade"), ("upgrade", answer.get("upgrade"))]
-    reply.is_persistent = False
-    reply.begin(101, answer.reason, _response_headers(answer) + upgrade, 0)
-    reply.flush()
-    client, backend = SocketReader(reply.sock), answer.reader
+    response.is_persistent = False
+    response.begin(101, answer.reason, _response_headers(answer) + upgrade, 0)
+    response.flush()
+    client, backend = SocketReader(response.sock), answer.reader
     backend.on_timeout = client.on_timeout
     upload = start_thread(_copy, "upload", client, backend)
     _copy(backend, client)
@@ -6654,7 +6654,7 @@ def _tunnel(answer, reply):
 
 
 def _copy(source, target):
-    """Copy bytes until either connection ends; then end both."""
+    """Copy bytes until either connection ends; then shut both down."""
     monitor = StallMonitor(STALL_SECONDS, ClientDisconnected())
     with contextlib.suppress(ClientDisconnected, OSError):
         while piece := source.receive():
@@ -6665,18 +6665,18 @@ def _copy(source, target):
 
 
 # ==================================================================================
-# 7  Repair: the broken JSON of a tool call becomes the one object it means, or stays.
+# 7  Repair: of tool calls whose arguments are broken JSON.
 #    Never knows HTTP or models.
 # ==================================================================================
 
-# Strict JSON passes untouched. All else is read once, from left to right, by a reader
-# that accepts almost anything as a key, a colon or a value, and closes at the end all
-# that is open. A quote may lack a backslash: it ends its string only if the text goes
-# on as JSON would, with a comma and a key, with brackets that are open, or not at all.
-# How far the reader looks ahead is bounded, which makes time linear for any text.
+# Valid JSON stays as it is. Other text is read once, from left to right, by a reader
+# that accepts almost anything as a key, a colon or a value, and at the end closes what
+# is open. As quotes within a string may lack their backslash, a quote ends the string
+# only if JSON could go on behind it: by a comma and a key, by closing what is open, or
+# by the end of the text. Lookahead is bounded, so time is linear for any text.
 
 MAX_DEPTH = 400  # json itself stops near 1000
-MAX_OBJECTS = 32  # looked at in one text
+MAX_OBJECTS = 32  # tried in one text
 CUT_OFF = {"length", "max_tokens", "model_context_window_exceeded", "content_filter"}
 
 _ESCAPE = re.compile(r"\\(?:u[\da-fA-F]{4}|[\"\\/nrt'`])|[\"\\]")
@@ -6686,7 +6686,7 @@ _WORDS.update(true=True, false=False)
 
 
 def _scalar(text, is_cut=False):
-    """Return the number or word, perhaps cut, that `text` is; else `text` itself."""
+    """Return the number, bool or None that `text`, perhaps cut, means; else `text`."""
     word, digits = text.lower().lstrip("+-"), text.rstrip(".eE+-")
     if is_cut and word:
         word = next((known for known in _WORDS if known.startswith(word)), word)
@@ -6700,10 +6700,10 @@ def _scalar(text, is_cut=False):
 
 
 def _unescaped(raw):
-    """Return the string that is meant by `raw`, which stood between quotes.
+    """Return the string that is meant by `raw`, the text between quotes.
 
-    A backslash that begins no escape stands for itself: so do those of regular
-    expressions such as \\bx and of paths such as C:\\new.
+    A backslash that begins no escape stands for itself, as in the regular expression
+    \\bx and the path C:\\new.
     """
     escapes = '"\\u' if _DRIVE.search(raw) else "\"\\unrt/'`"
 
@@ -6718,10 +6718,10 @@ def _unescaped(raw):
 
 _CLOSERS = {"{": "}", "[": "]", "(": ")"}
 _QUOTES = {'"': '"', "'": "'", "`": "`", "“": '"“”', "‘": "'‘’"}
-_WHOLE = re.compile(  # in quotes that are tripled or doubled
+_REPEATED_QUOTES = re.compile(  # a string in tripled or doubled quotes
     r'''("""|\'\'\'|```)(.*?)(?:\1|\Z)|""([^"\s,:;}\])][^"]*)""''', re.DOTALL
 )
-# Blanks and comments, if they are few and short
+# Blanks, and comments if they are few and short
 _GAP = re.compile(r"\s*(?:(?:(?://|#)[^\n]{0,200}|/\*[^*]{0,200}\*/)\s*){0,4}")
 _COMMAS = re.compile(rf"(?:[\s,;，；]|\.\.+|…){{0,50}}{_GAP.pattern}")
 _JUNK = re.compile(r"(?s)(?:[\s\ufeff,;，；]+|\.\.+|…|(?://|#)[^\n]*|/\*.*?(?:\*/|\Z))*")
@@ -6732,9 +6732,9 @@ _BARE_KEY = re.compile(
     r"[A-Za-z_$][\w$.-]{0,99}(?: [\w$.-]{1,99})?\s{0,99}[:：](?![/\\:])"
 )
 _VALUE = re.compile(r"(?:[\"'“‘`\[{(\d.+-]|true|false|null|True|False|None)")
-# A member, perhaps without a colon, or the end, or a cut
+# A member, perhaps without its colon, a closing bracket, or the end of the text
 _AFTER_COMMA = re.compile(rf"[}}\]]|\Z|{_QUOTED}\s{{0,99}}({_VALUE.pattern}|[:：=]|\Z)")
-_INSIDE = re.compile(r'[^"\n{]{0,200}"\s*[,}\])]')  # after brackets within a string
+_INSIDE = re.compile(r'[^"\n{]{0,200}"\s*[,}\])]')  # the string goes on and ends later
 _BARE_NAME = re.compile(r'(?:([^\s:：=,;{}\[\]"][^:：=,;{}\[\]"\n]*)|.)"?', re.DOTALL)
 _NEXT_MEMBER = re.compile(rf"\s*,\s*{_KEY.pattern}")
 _WORD = re.compile(r"[-+.\w]+")
@@ -6743,7 +6743,7 @@ _FORGOTTEN_END = re.compile(r"(,\s*|(?<=[^\s{\[(])\s*\n\s*)\Z")
 
 
 class _Reader:
-    """Reads one object, however broken; never goes back."""
+    """Reads one object, however broken, in one pass."""
 
     def __init__(self, text: str, at: int):
         self.text = text
@@ -6752,7 +6752,7 @@ class _Reader:
         self._closers = "}"  # what should close them
 
     def read(self):
-        """Return the object; ValueError if the braces hold something else."""
+        """Return the object; raise ValueError if the braces hold something else."""
         [root] = self._stack
         while self._stack and self._skip(_JUNK):
             char = self.text[self.at : self.at + 1]
@@ -6769,7 +6769,7 @@ class _Reader:
         return root
 
     def _skip(self, pattern):
-        """Go past what matches here; return whether something does."""
+        """Go past a match at the cursor; return whether there is one."""
         match = pattern.match(self.text, self.at)
         self.at = match.end() if match else self.at
         return bool(match)
@@ -6785,11 +6785,11 @@ class _Reader:
             self._stack[-1].append(value)
 
     def _close(self, char):
-        """Close the innermost that `char` can close, and those inside it."""
+        """Close the innermost container that `char` can close, and those inside it."""
         depth = self._closers.rfind(char)
         self.at += 1
         if depth == 0 and _NEXT_MEMBER.match(self.text, self.at):
-            depth = 1  # a brace too many
+            depth = 1  # one brace too many: the object goes on
         if depth >= 0:
             del self._stack[depth:]
             self._closers = self._closers[:depth]
@@ -6831,13 +6831,13 @@ class _Reader:
             self._read_bare(key)
 
     def _string(self, role="string"):
-        """Read the string at the cursor, to the quote that ends it or is missing."""
+        """Read the string at the cursor, up to its quote or where that is missing."""
         text, start = self.text, self.at + 1
-        whole = _WHOLE.match(text, self.at)
-        if whole and (whole[1] or self._may_end(whole.end(), role)):
-            return self._take(*whole.span(whole.lastindex), whole.end())
+        match = _REPEATED_QUOTES.match(text, self.at)
+        if match and (match[1] or self._may_end(match.end(), role)):
+            return self._take(*match.span(match.lastindex), match.end())
         quotes = re.compile(rf"\\.|[{_QUOTES[text[self.at]]}]", re.DOTALL)
-        nested, since = 0, start  # brackets open since a quote followed one, as in {"
+        nested, since = 0, start  # open brackets of JSON within the string, as in {"
         for at in map(re.Match.start, quotes.finditer(text, start)):
             if nested > 0:
                 inside, since = text[since:at], at
@@ -6858,10 +6858,8 @@ class _Reader:
         return _unescaped(raw)
 
     def _may_end(self, at, role):
-        """Whether a value may end before `at`: the text goes on there as JSON would.
-
-        `role` is what ends: "key", "string", "bare" text, or a "scalar".
-        """
+        """Whether JSON could go on at `at` after what `role` names: a "key", "string",
+        "bare" text or "scalar"."""
         text, depth = self.text, len(self._stack)
         after = _GAP.match(text, at).end()
         if role == "key":
@@ -6882,7 +6880,7 @@ class _Reader:
         return text[after] in ",;，；:" or bool(after > at and _VALUE.match(text, after))
 
     def _is_member(self, after, role):
-        """Whether an object can go on at `after`."""
+        """Whether the next member of an object can follow at `after`."""
         text = self.text
         is_bare = role in ("bare", "scalar")
         if text[after] in ",;，；":
@@ -6913,7 +6911,7 @@ class _Reader:
             self._add(_unescaped(raw) if value == raw else value, key)
 
 
-# int raises ValueError for NaN
+# refuses NaN: int("NaN") raises ValueError
 _STRICT = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=int)
 _ENCODED = re.compile(r'[^{]{0,500}\{(?:\s|\\[nrt]){0,99}\\+(?:"|u0022)')
 _ENCODED_CHAR = re.compile(r'\\(?:u00[0-7][\da-fA-F]|[nrtbf"\\/])')
@@ -6924,7 +6922,7 @@ _WRAPPING = re.compile(r"```\w*|<[^<>{}]{0,60}>|json|[\s\[(\"'`]+")
 
 
 def _object_in(text):
-    """Return the JSON text of the only object in `text`, None if there is no such."""
+    """Return the JSON text of the only object in `text`; None if there is not one."""
     text, end, objects = text.lstrip("\ufeff \t\r\n"), 0, {}
     if _NO_BRACE.match(text):
         text = "{" + text
@@ -6937,9 +6935,9 @@ def _object_in(text):
         lead = text[max(end, at - 200) : at]
         value, as_json, end = _read_object(text, at)
         is_quoted = value and _QUOTED_KEY.match(text, at)  # not code or prose
-        is_led_to = not _WRAPPING.sub("", lead) or lead.rstrip().endswith((":", ">"))
-        if value is not None and (is_quoted or is_led_to):
-            objects.setdefault(_dump(value), as_json)
+        is_announced = not _WRAPPING.sub("", lead) or lead.rstrip().endswith((":", ">"))
+        if value is not None and (is_quoted or is_announced):
+            objects.setdefault(to_json(value), as_json)
     else:
         return None
     if len(objects) > 1:
@@ -6948,7 +6946,7 @@ def _object_in(text):
 
 
 def _read_object(text, at):
-    """Return (the object at `at` or None, its JSON text, where it ends)."""
+    """Return the object at `at` or None, its JSON text, and the position of its end."""
     with contextlib.suppress(ValueError):
         value, end = _STRICT.raw_decode(text, at)
         if not _NEXT_MEMBER.match(text, end):
@@ -6958,14 +6956,14 @@ def _read_object(text, at):
         value = reader.read()
     except ValueError:
         return None, "", reader.at
-    return value, _dump(value).decode(), reader.at
+    return value, to_json(value).decode(), reader.at
 
 
 def repair_arguments(text: str) -> str:
     """Return the JSON text of the one object that `text` clearly means.
 
     Valid JSON comes back as it is, and so does text that means no object or several.
-    The time it takes is proportional to the length, whatever the text.
+    The time it takes is linear in the length of any text.
     """
     with contextlib.suppress(RecursionError, ValueError):  # too deep, or no object
         try:
@@ -6975,17 +6973,15 @@ def repair_arguments(text: str) -> str:
     return text
 
 
-# -- answers: read as far as their shape is known; of another shape, they stay ---------
+# -- answers: those of an unknown shape stay as they are -------------------------------
 
-_UNKNOWN = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
-_OF_A_CALL = re.compile(rb'"(?:tool_calls|partial_json|tool_use)"')
+_UNKNOWN_SHAPE = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_TOOL_CALL = re.compile(rb'"(?:tool_calls|partial_json|tool_use)"')
 
 
 def _calls_in(payload):
-    """Return [(call, object, name of its member with the arguments as a text)].
-
-    A call is (choice, tool) or, of Anthropic, (None, block).
-    """
+    """Return [(key, object, name)] of the tool calls: object[name] is the text of the
+    arguments or a fragment, the key (choice, tool) or, of Anthropic, (None, block)."""
     calls = []
     for position, choice in enumerate(payload.get("choices") or ()):
         message = choice.get("delta" if "delta" in choice else "message") or {}
@@ -7004,7 +7000,7 @@ def _calls_in(payload):
 
 
 def _ends_in(payload):
-    """Return {choice: finish reason} of every choice whose open calls end here."""
+    """Return {choice: finish reason} of those that end; Anthropic's choice is None."""
     ends = {}
     for position, choice in enumerate(payload.get("choices") or ()):
         if choice.get("finish_reason"):
@@ -7016,7 +7012,7 @@ def _ends_in(payload):
 
 
 def _cut_off(calls, ends):
-    """Return those of the calls that were not completed: the last of their choice."""
+    """Return the calls that were cut off: the last of each choice that was."""
     last = {key[0]: key for key in calls}
     return [key for choice, key in last.items() if ends.get(choice) in CUT_OFF]
 
@@ -7024,9 +7020,9 @@ def _cut_off(calls, ends):
 def repair_body(body: bytes) -> bytes:
     """Return a chat completion, or a message of Anthropic, with its calls repaired.
 
-    A body that needs no repair stays byte for byte; so does a call that was cut off.
+    A body that needs no repair is returned as it is; a call that was cut off, too.
     """
-    if not _OF_A_CALL.search(body):
+    if not _TOOL_CALL.search(body):
         return body
     try:
         original, payload = json.loads(body), json.loads(body)
@@ -7040,8 +7036,8 @@ def repair_body(body: bytes) -> bytes:
         for message in [choice["message"] for choice in payload.get("choices", ())]:
             if message.get("tool_calls") and message.get("content") == "":
                 message["content"] = None
-        return body if payload == original else _dump(payload)
-    except _UNKNOWN:
+        return body if payload == original else to_json(payload)
+    except _UNKNOWN_SHAPE:
         return body
 
 
@@ -7054,29 +7050,29 @@ def _data_of(event):
 
 
 def _with_data(event, payload):
-    """Return an event with `payload` as its data; all other lines stay."""
+    """Return the event with `payload` as its data and its other lines unchanged."""
     lines = [line for line in event.splitlines() if line and line[:5] != b"data:"]
     line_end = b"\r\n" if event.endswith(b"\r\n") else b"\n"
-    return line_end.join([*lines, b"data: " + _dump(payload), b"", b""])
+    return line_end.join([*lines, b"data: " + to_json(payload), b"", b""])
 
 
 class RepairStream:
-    """Repairs the tool calls in a stream of server-sent events; all else flows.
+    """Repairs the tool calls in a stream of OpenAI's chunks or Anthropic's events.
 
-    It may be OpenAI's chunks or Anthropic's events. Fragments of arguments are held
-    until their choice or block ends; then they are sent as they came or, if they need
-    repair, with all of it in the first and nothing in the others. A call that was cut
-    off is sent as it came. An answer that is no stream is held until its end.
+    Other events pass at once. Fragments of arguments are held until their choice or
+    block ends, then sent as they came or, if they need repair, with the whole text in
+    the first and none in the others. A call that was cut off is sent as it came. An
+    answer that is no stream is held until its end.
     """
 
     def __init__(self):
-        self._buffer = bytearray()  # an event of which the end has not come
-        self._open = {}  # fragments of the calls that have not ended
-        self._held = []  # (event, the calls it has fragments of)
-        self._repaired = {}  # by call: what is still to be sent of its new arguments
+        self._buffer = bytearray()  # the beginning of an event
+        self._open = {}  # by key of a call that has not ended: its fragments
+        self._held = []  # (event, keys of the calls of which it has fragments)
+        self._repaired = {}  # by key: the new arguments; empty once they were sent
 
     def feed(self, payload: bytes) -> bytes:
-        """Return the bytes that can be sent now; `payload` may be cut anywhere."""
+        """Return the bytes that can be sent now; `payload` may end within an event."""
         start, searched, out = 0, max(0, len(self._buffer) - 2), []
         self._buffer += payload
         for match in _EVENT_END.finditer(self._buffer, searched):
@@ -7086,7 +7082,7 @@ class RepairStream:
         return b"".join(out)
 
     def finish(self) -> bytes:
-        """Return all that is held; a call of which no end came goes as it is."""
+        """Return all that is held; a call that did not end is left as it is."""
         rest = bytes(self._buffer)
         is_json = rest.lstrip().startswith(b"{")
         rest = repair_body(rest) if is_json else self._pass_event(rest)
@@ -7094,7 +7090,7 @@ class RepairStream:
 
     def _pass_event(self, event):
         """Return the bytes to send once this event has come."""
-        if not (self._open or _OF_A_CALL.search(event)):
+        if not (self._open or _TOOL_CALL.search(event)):
             return event
         try:
             text = _data_of(event)
@@ -7104,7 +7100,7 @@ class RepairStream:
             if payload.get("type") == "error" or payload.get("error"):
                 return self._settle(self._open, self._open) + event
             return self._pass_payload(event, payload)
-        except _UNKNOWN:
+        except _UNKNOWN_SHAPE:
             return event
 
     def _pass_payload(self, event, payload):
@@ -7117,14 +7113,14 @@ class RepairStream:
             if ends or not any(member.get("name") for _, member, _ in calls):
                 event = self._hold(event, fragments)
             else:
-                event = self._pass_names(event, payload, calls)
+                event = self._split_arguments(event, payload, calls)
         elif payload.get("type") == "content_block_stop" and block in self._open:
-            event = self._hold(event, {block: ""})  # the next shows if it was cut off
+            event = self._hold(event, {block: ""})  # the next says if it was cut off
         ended = [key for key in self._open if key[0] in ends]
         return self._settle(ended, _cut_off(ended, ends)) + event
 
-    def _pass_names(self, event, payload, calls):
-        """Return an event without arguments; hold them in events of their own."""
+    def _split_arguments(self, event, payload, calls):
+        """Return the event without arguments; hold these in events of their own."""
         for (choice, tool), function, name in calls:
             text, function[name] = function[name], ""
             call = {"index": tool, "function": {"arguments": text}}
@@ -7135,14 +7131,14 @@ class RepairStream:
 
     def _hold(self, event, fragments):
         for key, text in fragments.items():
-            self._open[key] = self._open.pop(key, [])  # the latest, now
+            self._open[key] = self._open.pop(key, [])  # last, as `_cut_off` needs it
             self._open[key].append(text)
         self._held.append((event, list(fragments)))
         return b""
 
     def _settle(self, keys, cut=()):
-        """End these calls, repaired but for those that were cut. Return the events of
-        which no call is open any more."""
+        """End these calls, and repair them unless they were cut off. Return the held
+        events of which no call is open any more."""
         for key, is_cut in [(key, key in cut) for key in keys]:
             text = "".join(self._open.pop(key))
             repaired = text if is_cut else repair_arguments(text)
@@ -7168,27 +7164,27 @@ class RepairStream:
 #    Never knows how it is served.
 #
 #    The page is one text without any outside resource. It asks for `/` again, as a
-#    stream of events, each of which is a whole `snapshot`: it never has to add up.
+#    stream of events; each of them is a whole `snapshot`, which replaces the last.
 # ==================================================================================
 
 
 class StatusReport(NamedTuple):
-    """What the page and Prometheus show. `born` is in Unix time."""
+    """What the page and Prometheus show. llmswap started at `born`, in Unix time."""
 
     version: str
     born: float
     models: Sequence[ModelStatus]
-    meters: Metrics
-    requests: int = 0  # grows with each step of each request
+    metrics: Metrics
+    requests: int = 0  # RequestLog.steps()
     problem: Optional[str] = None  # why the changed file is not in use
-    budget: Mapping[str, int] = {}
+    budget: Mapping[str, int] = {}  # bytes by resource
 
 
 def snapshot(report: StatusReport) -> dict:
-    """Return what the page shows, ready for JSON: the report but for its meters, and of
-    each model the fields of its ModelStatus but for pid, port and entry."""
+    """Return what the page shows, ready for JSON: the report without its metrics, and
+    each model's ModelStatus without pid, port and entry."""
     shown = {**report._asdict(), "models": []}
-    del shown["meters"]
+    del shown["metrics"]
     for model in report.models:
         fields = model._asdict()
         for name in ("pid", "port", "entry"):
@@ -7199,8 +7195,8 @@ def snapshot(report: StatusReport) -> dict:
 
 
 def printable(text: str) -> str:
-    """Return the text without colours and with other control characters as \\xNN, so
-    that no terminal obeys it. Line feeds stay, tabs become blanks."""
+    """Return the text without colours, with control characters as \\xNN, so that a
+    terminal does not obey them. Line feeds stay, tabs become blanks."""
     lines = re.sub(r"\x1b\[[0-9;]*m", "", text).expandtabs().split("\n")
     return "\n".join(
         CONTROL_CHARS.sub(lambda match: ascii(match[0])[1:-1], line) for line in lines
@@ -7211,16 +7207,16 @@ def printable(text: str) -> str:
 
 
 class Usage(NamedTuple):
-    """Numbers that an answer reports of itself; None: it does not."""
+    """Numbers that an answer reports; None: it does not."""
 
     tokens_in: Optional[int] = None
     tokens_out: Optional[int] = None
-    tokens_per_second: Optional[float] = None
-    tokens_cached: Optional[int] = None  # of those in, not processed again
-    prompt_speed: Optional[float] = None  # tokens per second
+    tokens_per_second: Optional[float] = None  # of those out
+    tokens_cached: Optional[int] = None  # of those in, taken from a cache
+    prompt_speed: Optional[float] = None  # of those in, per second
 
 
-# Quotes within a text are escaped, so what a model says is never taken for these.
+# The text that a model writes cannot match: quotes in it are escaped.
 _NAMES_IN = ("prompt_tokens", "input_tokens", "tokens_evaluated", "prompt_n")
 _NAMES_OUT = ("completion_tokens", "output_tokens", "tokens_predicted", "predicted_n")
 _NAMES_CACHED = ("cached_tokens", "cache_read_input_tokens", "cache_n")
@@ -7231,17 +7227,16 @@ _USAGE = re.compile(
 )
 
 
-def usage_in(ends: bytes) -> Usage:
-    """Return the tokens and the speed that stand in the first and last bytes of an
-    answer.
+def usage_in(excerpt: bytes) -> Usage:
+    """Return the numbers in the first and last bytes of an answer: JSON or events, of
+    OpenAI, Anthropic or llama-server, cut anywhere.
 
-    JSON or events, of OpenAI, Anthropic or llama-server, cut anywhere; of two values
-    the last counts, and `usage` before llama-server's `timings`.
+    Of two values the last counts, and `usage` before llama-server's `timings`.
     """
-    numbers = {name.decode(): float(value) for name, value in _USAGE.findall(ends)}
-    if "input_tokens" in numbers:  # without those in the cache, as Anthropic counts
+    numbers = {name.decode(): float(value) for name, value in _USAGE.findall(excerpt)}
+    if "input_tokens" in numbers:  # Anthropic counts without those in the cache
         numbers["input_tokens"] += numbers.get("cache_read_input_tokens", 0)
-    if "prompt_n" in numbers:  # of the prompt, what was not in the cache
+    if "prompt_n" in numbers:  # so does llama-server
         numbers["prompt_n"] += numbers.get("cache_n", 0)
     tokens_in, tokens_out, tokens_cached = (
         next((int(numbers[name]) for name in names if name in numbers), None)
@@ -7263,27 +7258,31 @@ def speed_of(usage: Usage, seconds: float) -> Optional[float]:
 # -- Prometheus ------------------------------------------------------------------------
 
 METRICS_TYPE = ("content-type", "text/plain; version=0.0.4; charset=utf-8")
-# Kind; field of ModelStatus (gauges) or name in Metrics.counts; name after `llmswap_`;
-# help; labels beside `model`.
+# Kind; field of ModelStatus (gauges) or name in Metrics.counts; metric, with llmswap_
+# before it; help; labels beside `model`.
 METRICS = (
-    ("gauge", "running", "requests_in_flight", "Requests that a model serves."),
+    ("gauge", "running", "requests_in_flight", "Requests that a model serves now."),
     ("gauge", "waiting", "requests_queued", "Requests that wait for a model."),
     ("gauge", "rss", "model_resident_memory_bytes", "Memory of a model's processes."),
     ("gauge", "vram", "model_gpu_memory_bytes", "GPU memory of a model's processes."),
-    ("gauge", "context", "context_bytes", "Saved contexts of a model."),
+    ("gauge", "context", "context_bytes", "Size of a model's saved contexts."),
     ("gauge", "progress", "load_progress_ratio", "Progress of a load, if known."),
     ("gauge", "tokens_per_second", "last_tokens_per_second", "Speed of last answer."),
-    ("counter", "requests", "requests_total", "499: the client left.", "status"),
+    ("counter", "requests", "requests_total",
+     "Ended requests; status 499: the client left.", "status"),
     ("counter", "tokens_in", "prompt_tokens_total", "Prompt tokens, as reported."),
     ("counter", "tokens_out", "completion_tokens_total", "New tokens, as reported."),
-    ("counter", "tokens_cached", "prompt_tokens_cached_total", "Those reused."),
+    ("counter", "tokens_cached", "prompt_tokens_cached_total",
+     "Prompt tokens taken from a cache, as reported."),
     ("counter", "bytes_in", "request_bytes_total", "Bytes of request bodies."),
     ("counter", "bytes_out", "response_bytes_total", "Bytes of response bodies."),
     ("counter", "swaps", "swaps_total", "Loads for which a model was evicted."),
-    ("counter", "stops", "stops_total", "Stops by cause.", "cause"),
-    ("counter", "failures", "failures_total", "Runs that ended unasked.", "state"),
-    ("counter", "context_tokens", "context_tokens_total", "Of contexts.", "action"),
-    ("counter", "context_seconds", "context_seconds_saved_total", "Time spared."),
+    ("counter", "stops", "stops_total", "Stops of models by cause.", "cause"),
+    ("counter", "failures", "failures_total", "Runs that failed, by state.", "state"),
+    ("counter", "context_tokens", "context_tokens_total",
+     "Tokens of contexts that were saved or restored.", "action"),
+    ("counter", "context_seconds", "context_seconds_saved_total",
+     "Seconds of prompt processing that restored contexts saved."),
     ("histogram", "durations", "request_duration_seconds", "Time of whole requests."),
     ("histogram", "waits", "request_wait_seconds", "Time waiting for the model."),
     ("histogram", "loads", "load_duration_seconds", "Time until a model is ready."),
@@ -7312,39 +7311,40 @@ def _process_metrics(report):
     """Yield kind, name, help, and samples: a suffix of the name, labels, a number."""
     build = {"version": report.version, "python": "{}.{}.{}".format(*sys.version_info)}
     yield "gauge", "llmswap_build_info", "Version of llmswap.", [("", build, 1)]
-    for kind, name, number in (
-        ("gauge", "process_start_time_seconds", report.born),
-        ("counter", "process_cpu_seconds_total", time.process_time()),
-        ("gauge", "process_resident_memory_bytes", memory_of(os.getpid()).get("VmRSS")),
+    rss, cpu = memory_of(os.getpid()).get("VmRSS"), time.process_time()
+    for kind, name, text, number in (
+        ("gauge", "process_start_time_seconds", "Unix time of the start.", report.born),
+        ("counter", "process_cpu_seconds_total", "CPU time of llmswap.", cpu),
+        ("gauge", "process_resident_memory_bytes", "Memory of llmswap.", rss),
     ):
-        yield kind, name, "Of llmswap itself.", [("", {}, number)]
+        yield kind, name, text, [("", {}, number)]
 
 
 def _model_metrics(report):
-    """Yield the same of the models."""
+    """Yield the same for the models."""
     own = [model for model in report.models if model.shares is None]
-    yield "gauge", "llmswap_model_state", "1 for a model's state.", [
+    yield "gauge", "llmswap_model_state", "1 for the state of a model, else 0.", [
         ("", {"model": model.id, "state": state.value}, int(model.state == state.value))
         for model in own
         for state in State
     ]
-    yield "gauge", "llmswap_budget_bytes", "Budget of a resource.", [
+    yield "gauge", "llmswap_budget_bytes", "What all models may use of a resource.", [
         ("", {"resource": name}, size) for name, size in report.budget.items()
     ]
-    yield "gauge", "llmswap_model_needs_bytes", "Need of a model for a resource.", [
+    yield "gauge", "llmswap_model_needs_bytes", "What a model needs of a resource.", [
         ("", {"model": model.id, "resource": name}, size)
         for model in own
         for name, size in model.needs.items()
     ]
     counts = collections.defaultdict(list)
-    for (source, *labels), value in sorted(report.meters.counts.items(), key=repr):
+    for (source, *labels), value in sorted(report.metrics.counts.items(), key=repr):
         counts[source].append((labels, value))
     for kind, source, name, text, *labels in METRICS:
         if kind == "gauge":
             samples = [("", {"model": each.id}, getattr(each, source)) for each in own]
         elif kind == "counter":
             cells = counts[source] or ([((), 0)] if source == "swaps" else [])
-            names = ("model", *labels)  # swaps have none
+            names = ("model", *labels)  # zip() drops it for swaps, which have no model
             samples = [("", dict(zip(names, values)), n) for values, n in cells]
         else:
             samples = _buckets(counts[source], counts[f"{source}_sum"])
@@ -7385,10 +7385,10 @@ body {
 h1 { font-size: 19px; }
 h2 { font-size: 13px; margin: 0 0 8px 2px; }
 h3 { font-size: 15px; }
-h2, small, #totals, #link, #none, #stats, #thought, .about, .state, dt, .why pre, .by,
-.sum, ::placeholder { color: var(--soft); opacity: 1; }
+h2, small, #totals, #connection, #no-models, #stats, #thought, .about, .state, dt,
+.why pre, .by, .sum, ::placeholder { color: var(--soft); opacity: 1; }
 small { font-weight: 400; margin-left: 3px; }
-small, .about, .state, .why p, .request, #link, #budget { font-size: 13.5px; }
+small, .about, .state, .why p, .request, #connection, #budget { font-size: 13.5px; }
 ul { list-style: none; padding: 0; overflow: hidden; }
 .unseen { position: absolute; clip-path: inset(50%); }
 
@@ -7405,7 +7405,7 @@ button:hover, a:hover, input, select, textarea { border-color: var(--edge); }
 .main { background: var(--accent); color: var(--on-accent); font-weight: 600; }
 input, select, textarea { width: 100%; padding-block: 8px; }
 textarea { display: block; resize: vertical; min-height: 76px; }
-main ul, .sheet, #none, dialog {
+main ul, .sheet, #no-models, dialog {
   background: var(--sheet); border: 1px solid var(--line); border-radius: 14px;
 }
 pre {
@@ -7413,20 +7413,20 @@ pre {
   background: var(--ground); font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace;
 }
 
-header, .acts, .send, .sheet h2, #log h2, .request { display: flex; gap: 0 10px; }
-header, .acts, .sheet h2, #log h2 { align-items: center; }
+header, .buttons, .send, .sheet h2, #log h2, .request { display: flex; gap: 0 10px; }
+header, .buttons, .sheet h2, #log h2 { align-items: center; }
 header { flex-wrap: wrap; gap: 6px 20px; padding: 20px 0 16px; }
 #totals { flex: 1; }
 #search { width: 200px; }
-#link::before { content: "\25cf\a0"; color: var(--loading); }
-#link.live::before { color: var(--loaded); }
+#connection::before { content: "\25cf\a0"; color: var(--loading); }
+#connection.live::before { color: var(--loaded); }
 .columns {
   display: grid; grid-template-columns: minmax(0, 1fr) minmax(340px, 420px);
   gap: 28px; align-items: start;
 }
 main section { margin-bottom: 26px; }
 #problem { margin: 12px; color: var(--failed); white-space: pre-wrap; }
-#none { padding: 72px 24px; text-align: center; }
+#no-models { padding: 72px 24px; text-align: center; }
 #budget p { display: flex; margin-bottom: 10px; }
 #budget span {
   flex: 0 1 0; min-width: 0; padding: 2px 0 2px 8px;
@@ -7455,8 +7455,8 @@ main li:first-child { border: 0; }
 @keyframes turn { to { transform: rotate(1turn); } }
 @media (prefers-reduced-motion: reduce) { .dot { animation: none !important; } }
 .state b, .failed .sum, .why p, #error { color: var(--tone, var(--failed)); }
-.acts { gap: 0; }
-.acts :last-child { margin-left: 6px; min-width: 88px; }
+.buttons { gap: 0; }
+.buttons :last-child { margin-left: 6px; min-width: 88px; }
 .model > dl, .why, progress { grid-column: 2 / -1; }
 dl { display: flex; flex-wrap: wrap; gap: 10px 24px; padding-top: 10px; }
 dl div { min-width: 100px; }
@@ -7471,8 +7471,8 @@ aside { padding-top: 27px; }
 .sheet { padding: 14px; margin-bottom: 16px; }
 .sheet > * + * { margin-top: 10px; }
 .sheet h2, #log h2 { margin: 0 0 10px; color: inherit; font-size: 15px; }
-:is(h2 :last-child, #link) { margin-left: auto; }
-#only { width: auto; max-width: 60%; padding-block: 3px; font-weight: 400; }
+:is(h2 :last-child, #connection) { margin-left: auto; }
+#filter { width: auto; max-width: 60%; padding-block: 3px; font-weight: 400; }
 #recent { max-height: 50vh; overflow: auto; margin: 0 -14px -14px; }
 #recent:empty::before { content: "None yet"; padding: 14px; color: var(--soft); }
 .request { align-items: baseline; padding: 8px 14px 9px; }
@@ -7489,7 +7489,7 @@ details dl div:last-child { flex-basis: 100%; white-space: pre-line; }
 #thought { padding-left: 12px; border-left: 2px solid var(--line); }
 
 dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16px; }
-#door form { display: grid; gap: 12px; }
+#key-dialog form { display: grid; gap: 12px; }
 #log { width: 1000px; }
 #lines { height: 80vh; }
 
@@ -7499,13 +7499,13 @@ dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16p
   .columns { display: block; }
   aside { padding: 0; }
   #recent { max-height: none; }
-  input, select, textarea, #only { font-size: 16px; }
+  input, select, textarea, #filter { font-size: 16px; }
 }
 @media (max-width: 620px) {
   .model { grid-template-columns: 12px minmax(0, 1fr) auto; gap: 0 10px; }
-  .acts { grid-column: 2 / -1; grid-row: 9; margin: 10px 0 0 -8px; }
-  .acts :last-child { margin-left: auto; }
-  .rest .acts { grid-area: 1 / 3; margin: 0; }
+  .buttons { grid-column: 2 / -1; grid-row: 9; margin: 10px 0 0 -8px; }
+  .buttons :last-child { margin-left: auto; }
+  .rest .buttons { grid-area: 1 / 3; margin: 0; }
   .rest .state { grid-column: 2 / -1; text-align: left; }
   .rest [data-do=log] { display: none; }
   h3 small { display: block; margin: 0; }
@@ -7519,7 +7519,7 @@ _SCRIPT = r"""
 
 const $ = (id) => document.getElementById(id);
 const rows = new Map(); // id of a model, or number of a request -> its element
-let snapshot = null; // the last one, which came at snapshotAt
+let snapshot = null; // the last one, received at snapshotAt
 let snapshotAt = 0;
 
 // ---- Values for people ----
@@ -7544,13 +7544,13 @@ function duration(seconds) {
   return h < 48 ? `${h} h ${m % 60} min` : `${Math.floor(h / 24)} d ${h % 24} h`;
 }
 
-function brief(seconds) {
+function shortDuration(seconds) {
   if (seconds === null) return "";
   if (seconds < 0.9995) return `${Math.round(seconds * 1000)} ms`;
   return seconds < 9.95 ? `${seconds.toFixed(1)} s` : duration(seconds);
 }
 
-// ---- Elements: an empty one is hidden; an equal text is kept, with its selection ----
+// ---- Elements: empty ones are hidden; equal text is not set again (a selection) ----
 
 const show = (element, isShown) => { element.hidden = !isShown; };
 
@@ -7560,14 +7560,14 @@ function make(tag, ...children) {
   return element;
 }
 
-function put(element, text) {
+function setText(element, text) {
   if (element.textContent !== `${text || ""}`) element.textContent = text || "";
   show(element, text);
 }
 
-function fill(element, texts) {
+function setTexts(element, texts) {
   for (const [name, text] of Object.entries(texts)) {
-    put(element.querySelector(`[data-text=${name}]`), text);
+    setText(element.querySelector(`[data-text=${name}]`), text);
   }
 }
 
@@ -7586,7 +7586,7 @@ function paintRows(ul, template, items, paintRow) {
   });
 }
 
-function offer(select, ids, ...first) {
+function setOptions(select, ids, ...first) {
   const before = select.value;
   if (select.dataset.ids === `${ids}`) return;
   select.dataset.ids = ids;
@@ -7605,7 +7605,7 @@ function paintFacts(dl, facts) {
 // ---- HTTP; the API key is asked for once ----
 
 let key = sessionStorage.getItem("llmswap-key");
-let keyEntered = null; // a promise, while a key is asked for
+let keyPrompt = null; // a promise while the dialog is open
 
 async function request(path, options = {}) {
   for (;;) {
@@ -7616,19 +7616,19 @@ async function request(path, options = {}) {
     const body = await answer.json().catch(() => null);
     const reason = body?.error?.message || `status ${answer.status}`;
     if (answer.status !== 401) throw new Error(reason);
-    if (sent === key) await (keyEntered ||= askForKey());
+    if (sent === key) await (keyPrompt ||= askForKey());
   }
 }
 
 async function askForKey() {
-  if (key) put($("door-text"), "That key was not accepted.");
-  showLink("needs a key");
+  if (key) setText($("key-text"), "That key was not accepted.");
+  showConnection("needs a key");
   $("key").value = "";
-  $("door").showModal();
-  await new Promise((resolve) => { $("door").onclose = resolve; });
+  $("key-dialog").showModal();
+  await new Promise((resolve) => { $("key-dialog").onclose = resolve; });
   key = $("key").value;
   sessionStorage.setItem("llmswap-key", key);
-  keyEntered = null;
+  keyPrompt = null;
 }
 
 function post(path, value, signal) {
@@ -7662,9 +7662,9 @@ const age = () => (Date.now() - snapshotAt) / 1000;
 let stream = new AbortController();
 let lastByteAt = Date.now();
 
-function showLink(text) {
-  put($("link"), text);
-  $("link").className = text;
+function showConnection(text) {
+  setText($("connection"), text);
+  $("connection").className = text;
 }
 
 async function followSnapshots() {
@@ -7675,22 +7675,22 @@ async function followSnapshots() {
       const headers = {accept: "text/event-stream"};
       const answer = await request("/", {headers, signal: stream.signal});
       recentKey = "";
-      for await (const data of events(answer)) take(JSON.parse(data));
+      for await (const data of events(answer)) applySnapshot(JSON.parse(data));
     } catch { /* connect again */ }
-    showLink("reconnecting");
+    showConnection("reconnecting");
   }
 }
 
-function take(next) {
+function applySnapshot(next) {
   const before = new Map(snapshot?.models.map(({id, state}) => [id, state]));
   [snapshot, snapshotAt] = [next, Date.now()];
   for (const model of next.models) {
     if (model.unusable) model.state = "unusable";
     else if (model.state === "unloaded" && model.failure) model.state = "failed";
     const text = `${model.id} ${model.state}`, old = before.get(model.id);
-    if (old && old !== model.state) put($("live-region"), text);
+    if (old && old !== model.state) setText($("live-region"), text);
   }
-  showLink("live");
+  showConnection("live");
   paint();
 }
 
@@ -7714,8 +7714,8 @@ function paint() {
   paintRows($("recent"), "request-row", recent, paintRequest);
   for (const [id, row] of rows) if (!row.isConnected) rows.delete(id);
   keepFocus(focused);
-  show($("none"), !models.length);
-  put($("problem"), snapshot.problem);
+  show($("no-models"), !models.length);
+  setText($("problem"), snapshot.problem);
   show($("search"), models.length > 12);
   paintTotals(own);
   paintBudget(own);
@@ -7723,21 +7723,21 @@ function paint() {
 }
 
 function paintModels(models) {
-  const sought = $("search").value.trim().toLowerCase();
-  const found = models.filter(({id, aliases, description}) =>
-    join([id, ...aliases, description]).toLowerCase().includes(sought));
+  const query = $("search").value.trim().toLowerCase();
+  const matching = models.filter(({id, aliases, description}) =>
+    join([id, ...aliases, description]).toLowerCase().includes(query));
   for (const section of document.querySelectorAll("main section")) {
     const [heading, ul] = section.children;
-    const group = found.filter((model) => groupOf(model) === section.className);
+    const group = matching.filter((model) => groupOf(model) === section.className);
     paintRows(ul, "model-row", group, paintModel);
-    put(heading.lastElementChild, group.length);
+    setText(heading.lastElementChild, group.length);
     show(section, group.length);
   }
 }
 
-function keepFocus(focused) { // a row that moved has lost it, a hidden button will
-  const isGone = focused.closest("li") && !focused.checkVisibility();
-  const target = isGone ? focused.closest("li").querySelector("summary") : focused;
+function keepFocus(focused) { // a row loses it by moving, a button by being hidden
+  const isHidden = focused.closest("li") && !focused.checkVisibility();
+  const target = isHidden ? focused.closest("li").querySelector("summary") : focused;
   if (target !== document.activeElement) target?.focus({preventScroll: true});
 }
 
@@ -7745,7 +7745,7 @@ function paintTotals(own) {
   const total = (name) => own.reduce((sum, model) => sum + (model[name] || 0), 0);
   const [rss, vram] = [total("rss"), total("vram")];
   const names = own.filter(({state}) => state === "loaded").map(({id}) => id);
-  put($("totals"), join([
+  setText($("totals"), join([
     `${names.length} of ${snapshot.models.length} loaded`,
     requests({running: total("running"), waiting: total("waiting")}),
     rss && `${bytes(rss)} memory`,
@@ -7775,7 +7775,7 @@ function paintModel(row, model) {
   const [why, ...lines] = failure.split("\n");
   const needs = Object.entries(model.needs).map(([name, n]) => `${name} ${bytes(n)}`);
   row.className = `model ${state}`;
-  fill(row, {
+  setTexts(row, {
     id: model.id,
     aliases: model.aliases.join(", "),
     about: join([
@@ -7802,7 +7802,7 @@ function paintModel(row, model) {
   const progress = row.querySelector("progress");
   show(progress, state === "loading" && model.progress !== null);
   progress.value = model.progress || 0;
-  paintActs(row.querySelector(".acts"), model);
+  paintButtons(row.querySelector(".buttons"), model);
 }
 
 function detailOf(model) {
@@ -7816,20 +7816,20 @@ function detailOf(model) {
   return join([state === "unloaded" && stopped, since && `${since} ago`, saved], ", ");
 }
 
-function paintActs(acts, {id, state, kind, shares, seconds}) {
-  const [page, log, , main] = acts.children, isHeld = groupOf({state}) === "held";
+function paintButtons(buttons, {id, state, kind, shares, seconds}) {
+  const [page, log, , main] = buttons.children, isHeld = groupOf({state}) === "held";
   const word = {failed: "Try again", unloaded: "Load", loading: "Cancel"}[state];
   page.href = `/upstream/${encodeURIComponent(id)}/`;
   show(page, !shares && kind === "llama-server" && state === "loaded");
   show(log, !shares && kind !== "remote" && (seconds !== null || isHeld));
-  put(main, shares ? "" : word || "Unload");
+  setText(main, shares ? "" : word || "Unload");
   main.dataset.do = isHeld ? "unload" : "load";
   main.ariaDisabled = state === "unloading";
-  for (const act of acts.children) act.ariaLabel = `${act.textContent} ${id}`;
-  show(acts, state !== "unusable");
+  for (const each of buttons.children) each.ariaLabel = `${each.textContent} ${id}`;
+  show(buttons, state !== "unusable");
 }
 
-// ---- Buttons, and the log, which scrolls as long as its end is visible ----
+// ---- Buttons, and the log, which scrolls on while its end is visible ----
 
 const actions = {
   load: (id) => post("/models/load", {model: id}),
@@ -7846,7 +7846,7 @@ const actions = {
 document.addEventListener("click", async (event) => {
   const button = event.target.closest("[data-do]");
   if (!button || button.ariaDisabled === "true") return;
-  if (event.detail > 1) return; // of a double click on Load, the second would cancel
+  if (event.detail > 1) return; // the second of a double click on Load would cancel
   const id = button.closest("li")?.dataset.id || "";
   try {
     await actions[button.dataset.do](id);
@@ -7857,7 +7857,7 @@ document.addEventListener("click", async (event) => {
 });
 
 function openLog(title) {
-  put($("log-title"), title);
+  setText($("log-title"), title);
   $("lines").replaceChildren();
   $("log").showModal();
 }
@@ -7880,15 +7880,15 @@ async function followLog(id) {
   }
 }
 
-// ---- Requests: fetched when a snapshot says that one of them has moved on ----
+// ---- Requests: fetched when a snapshot says that one of them has changed ----
 
-let recent = []; // those in flight, then those that ended; they came at recentAt
+let recent = []; // those in flight, then those that ended; received at recentAt
 let recentAt = 0;
-let recentKey = ""; // what they were fetched for
+let recentKey = ""; // the state and filter for which they were fetched
 let isFetching = false;
 
 async function fetchRequests() {
-  const only = $("only").value, {born, requests} = snapshot;
+  const only = $("filter").value, {born, requests} = snapshot;
   const wanted = `${born} ${requests} ${only}`;
   if (isFetching || wanted === recentKey) return;
   [isFetching, recentKey] = [true, wanted];
@@ -7896,7 +7896,7 @@ async function fetchRequests() {
     const query = only && `&model=${encodeURIComponent(only)}`;
     const answer = await request(`/api/requests?limit=100${query}`);
     recent = (await answer.json()).requests;
-  } catch { /* once snapshots come again, it is tried again */ }
+  } catch { /* retried when the stream of snapshots has reconnected */ }
   [isFetching, recentAt] = [false, Date.now()];
   paint();
 }
@@ -7908,10 +7908,10 @@ function paintRequest(row, request) {
   row.className = `request ${isRunning ? "loading" : hasFailed ? "failed" : ""}`;
   const name = agent.startsWith("Mozilla/") ? "browser" : agent.split(/[/ ]/)[0];
   const at = new Date(1000 * request.started);
-  fill(row, {
+  setTexts(row, {
     model: model || request.asked || request.path,
     by: join([name, client !== "127.0.0.1" && client]),
-    total: isRunning ? duration(runs) : brief(seconds),
+    total: isRunning ? duration(runs) : shortDuration(seconds),
     sum: join([at.toLocaleTimeString(), summaryOf(request)]),
   });
   paintFacts(row.querySelector("dl"), {
@@ -7919,8 +7919,8 @@ function paintRequest(row, request) {
     started: at.toLocaleString(),
     method: "",
     path: `${request.method} ${request.path}`,
-    waited: brief(request.waited),
-    first_byte: brief(request.first_byte),
+    waited: shortDuration(request.waited),
+    first_byte: shortDuration(request.first_byte),
     seconds: "", // shown already
     tokens_per_second: speed(request.tokens_per_second),
   });
@@ -7939,48 +7939,48 @@ function summaryOf(request) {
     tokens_in !== null && `${count(tokens_in)} in${cached}`,
     tokens_out !== null && `${count(tokens_out)} out`,
     speed(request.tokens_per_second),
-    waited >= 0.1 && `waited ${brief(waited)}`,
-    stream && first_byte !== null && `first byte ${brief(first_byte)}`,
+    waited >= 0.1 && `waited ${shortDuration(waited)}`,
+    stream && first_byte !== null && `first byte ${shortDuration(first_byte)}`,
   ], ", ");
 }
 
-$("only").addEventListener("change", fetchRequests);
+$("filter").addEventListener("change", fetchRequests);
 $("search").addEventListener("input", paint);
 
 // ---- A prompt, and its streaming answer ----
 
-let asking = null; // aborts the request
-let isChosen = false; // the model, by hand
+let chatAbort = null; // the AbortController of the request
+let isChosen = false; // the user has chosen a model
 
 function paintPrompt(models) {
   const usable = models.filter(({state}) => state !== "unusable");
   const loaded = usable.find(({state}) => state === "loaded");
   show($("prompt"), usable.length);
-  offer($("model"), usable.map(({id}) => id));
-  offer($("only"), models.map(({id}) => id), new Option("All models", ""));
-  if (loaded && !isChosen && !asking) $("model").value = loaded.id;
-  put($("send"), asking ? "Stop" : "Send");
-  $("send").className = asking ? "" : "main";
-  $("answer").ariaBusy = Boolean(asking);
+  setOptions($("model"), usable.map(({id}) => id));
+  setOptions($("filter"), models.map(({id}) => id), new Option("All models", ""));
+  if (loaded && !isChosen && !chatAbort) $("model").value = loaded.id;
+  setText($("send"), chatAbort ? "Stop" : "Send");
+  $("send").className = chatAbort ? "" : "main";
+  $("answer").ariaBusy = Boolean(chatAbort);
 }
 
 async function send() {
   const content = $("text").value.trim(), model = $("model").value;
-  if (!content || asking) return;
-  asking = new AbortController();
-  for (const name of ["thought", "reply", "error"]) put($(name), "");
+  if (!content || chatAbort) return;
+  chatAbort = new AbortController();
+  for (const name of ["thought", "reply", "error"]) setText($(name), "");
   show($("answer"), true);
-  put($("stats"), `waiting for ${model}`);
+  setText($("stats"), `waiting for ${model}`);
   paint();
   try {
-    await chat(model, content, asking.signal);
-    put($("stats"), $("stats").textContent && "an empty answer");
+    await chat(model, content, chatAbort.signal);
+    setText($("stats"), $("stats").textContent && "an empty answer");
   } catch (error) {
-    const isStopped = asking.signal.aborted;
-    put($("stats"), isStopped && "stopped");
-    put($("error"), !isStopped && error.message);
+    const isStopped = chatAbort.signal.aborted;
+    setText($("stats"), isStopped && "stopped");
+    setText($("error"), !isStopped && error.message);
   }
-  asking = null;
+  chatAbort = null;
   paint();
 }
 
@@ -7993,19 +7993,19 @@ async function chat(model, content, signal) {
     const {error, choices} = JSON.parse(data);
     const delta = choices?.[0]?.delta;
     if (error) throw new Error(error.message);
-    grow("thought", delta?.reasoning_content || delta?.reasoning);
-    grow("reply", delta?.content);
+    appendText("thought", delta?.reasoning_content || delta?.reasoning);
+    appendText("reply", delta?.content);
   }
 }
 
-function grow(name, text) {
+function appendText(name, text) {
   if (!text) return;
-  put($("stats"), "");
+  setText($("stats"), "");
   $(name).append(text);
   show($(name), true);
 }
 
-$("send").addEventListener("click", () => (asking ? asking.abort() : send()));
+$("send").addEventListener("click", () => (chatAbort ? chatAbort.abort() : send()));
 $("model").addEventListener("change", () => { isChosen = true; });
 $("text").addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
@@ -8030,7 +8030,7 @@ STATUS_PAGE = """<!doctype html>
   <p id="totals"></p>
   <input id="search" type="search" placeholder="Find a model" aria-label="Find a model"
     hidden>
-  <p id="link" role="status">connecting</p>
+  <p id="connection" role="status">connecting</p>
   <button data-do="log" class="plain">Log</button>
 </header>
 <div class="columns">
@@ -8041,7 +8041,7 @@ STATUS_PAGE = """<!doctype html>
     <section class="broken" hidden>
       <h2>Needs attention <small></small></h2><ul></ul></section>
     <section class="rest" hidden><h2>Not loaded <small></small></h2><ul></ul></section>
-    <p id="none" hidden><b>No models yet.</b>
+    <p id="no-models" hidden><b>No models yet.</b>
       Each section of the INI file becomes one; SIGHUP reads it again.</p>
     <noscript>This page needs JavaScript.</noscript>
   </main>
@@ -8058,7 +8058,7 @@ STATUS_PAGE = """<!doctype html>
       </div>
     </section>
     <section class="sheet" aria-label="Requests">
-      <h2>Requests <select id="only" aria-label="Requests of"></select></h2>
+      <h2>Requests <select id="filter" aria-label="Requests of"></select></h2>
       <ul id="recent"></ul>
     </section>
   </aside>
@@ -8070,11 +8070,11 @@ STATUS_PAGE = """<!doctype html>
     <pre id="lines" aria-label="Lines" tabindex="0" autofocus></pre>
   </form>
 </dialog>
-<dialog id="door">
+<dialog id="key-dialog">
   <form method="dialog">
-    <h2 id="door-title">API key</h2>
-    <p id="door-text">It is kept until this tab is closed.</p>
-    <input id="key" type="password" aria-labelledby="door-title"
+    <h2 id="key-title">API key</h2>
+    <p id="key-text">It is kept until this tab is closed.</p>
+    <input id="key" type="password" aria-labelledby="key-title"
       autocomplete="current-password" required>
     <button class="main">Continue</button>
   </form>
@@ -8087,7 +8087,7 @@ STATUS_PAGE = """<!doctype html>
       <p class="about" data-text="about"></p>
     </div>
     <p class="state"><b data-text="state"></b> <span data-text="detail"></span></p>
-    <div class="acts">
+    <div class="buttons">
       <a class="plain" target="_blank" rel="noreferrer">Web UI</a>
       <button class="plain" data-do="log">Log</button>
       <button class="plain" data-do="prompt">Prompt</button>
@@ -8120,8 +8120,8 @@ STATUS_PAGE = """<!doctype html>
 
 
 def page_policy() -> str:
-    """Return the page's Content-Security-Policy: it fetches from its own origin only,
-    and no other script or style is in force."""
+    """Return the page's Content-Security-Policy: its own script and style only, and
+    requests to its own origin only."""
     digests = [hashlib.sha256(text.encode()).digest() for text in (_SCRIPT, _STYLE)]
     script, style = [base64.b64encode(digest).decode() for digest in digests]
     return (
@@ -8136,10 +8136,10 @@ def page_policy() -> str:
 #    Never knows the Scheduler or subprocesses.
 #
 #    One Handler serves one connection, request after request, on a thread of its own.
-#    A route either replies or raises; `handle_one_request` alone answers errors.
+#    A route either answers or raises; `handle_one_request` alone answers errors.
 # ==================================================================================
 
-MAX_ENDED_REQUESTS = 500  # that are remembered
+MAX_ENDED_REQUESTS = 500  # in the list of requests
 SHOWN_LENGTH = 200  # characters of a client's header or path
 ERROR_LENGTH = 500
 REQUEST_FIELDS = (
@@ -8147,20 +8147,20 @@ REQUEST_FIELDS = (
     "first_byte seconds status tokens_in tokens_cached tokens_out tokens_per_second "
     "error".split()
 )
-OUR_NAME = f"llmswap-{os.urandom(8).hex()}"  # in Via, which reveals loops
-SERVER_NAME = "llmswap (llama.cpp)"  # some clients search it for llama.cpp
+VIA_NAME = f"llmswap-{os.urandom(8).hex()}"  # ours in Via, by which loops are detected
+SERVER_NAME = "llmswap (llama.cpp)"  # some clients look for "llama.cpp" in it
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
 NAME_LIMIT = 500  # characters of a model's name in a request; what follows is cut
-NAME_PARTS = 64  # between slashes in one
+NAME_PARTS = 64  # slash-separated parts of a model's name
 SLOW_SECONDS = 10.0  # until the first byte; such requests are logged
-NOTICE_EVERY = 5.0  # s; so often a waiting chat shows the progress of a load
-INPUTS = {"vision": "image", "audio": "audio"}  # llama.cpp's words by capability
-_ADDRESS = re.compile(r"[0-9.]+|\[[0-9a-f:.]+\]")  # as a Host, which is no name
+NOTICE_EVERY = 5.0  # s between two notices of a load's progress in a waiting chat
+INPUTS = {"vision": "image", "audio": "audio"}  # input modality by capability
+_IP_ADDRESS = re.compile(r"[0-9.]+|\[[0-9a-f:.]+\]")  # an IP address in Host
 _LOOPBACK = re.compile(r"(::ffff:)?127\.|::1\Z")  # addresses
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")
+MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")  # POSTs are relayed
 FOREIGN_ORIGIN = "the origin {!r} is not in cors-origins in [llmswap]"
 OPEN_PATHS = ("/", "/health", "/v1/health")  # need no key
 IDLE_TIMEOUT_PARAMETERS = ("keep_alive", "ttl")  # Ollama's and LM Studio's
@@ -8168,15 +8168,15 @@ OLLAMA_PATH = re.compile(
     "/api/(tags|chat|generate|show|ps|version|embed|embeddings|pull|push|create|copy"
     "|delete)/?"
 )
-KEY_FIELDS = frozenset(("authorization", "x-api-key", "api-key"))
+KEY_HEADERS = frozenset(("authorization", "x-api-key", "api-key"))
 NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
 JSON_TYPE = ("content-type", "application/json; charset=utf-8")
 TEXT_TYPE = ("content-type", "text/plain; charset=utf-8")
 
 
 class RequestLog:
-    """The requests in flight, and the last that ended, without their bodies. Any thread
-    may call."""
+    """The requests in flight, and the last that ended, as rows of REQUEST_FIELDS. Any
+    thread may call."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -8186,13 +8186,13 @@ class RequestLog:
         self._ended = collections.deque(maxlen=MAX_ENDED_REQUESTS)
 
     def begin(self, row: dict, response: ClientResponse):
-        """A request is in flight, answered by `response`; `row` gets a number."""
+        """Add a request in flight, answered by `response`, and number its row."""
         with self._lock:
             row["id"] = next(self._numbers)
             self._running[row["id"]] = row, response, time.monotonic()
 
     def end(self, row: dict):
-        """A request ended, or was refused before it began."""
+        """Add the row of a request that ended, or was refused before `begin`."""
         with self._lock:
             row["id"] = row["id"] or next(self._numbers)
             self._running.pop(row["id"], None)
@@ -8200,8 +8200,8 @@ class RequestLog:
             self._ended.append(tuple(row.values()))  # a fifth of a dict's size
 
     def rows(self) -> List[dict]:
-        """Return the requests in flight, as far as they are, then those that ended;
-        each newest first."""
+        """Return the rows of the requests in flight with their times so far, then of
+        those that ended; both newest first."""
         now = time.monotonic()
         with self._lock:
             rows = [dict(zip(REQUEST_FIELDS, row)) for row in reversed(self._ended)]
@@ -8220,8 +8220,8 @@ class RequestLog:
             )
 
     def cancel(self, number: str) -> bool:
-        """End a request as if its client had left, which is sent the reason; return
-        whether it was in flight."""
+        """End a request as if its client had left, but send the client the reason.
+        Return whether it was in flight."""
         with self._lock:
             responses = {str(id): row[1] for id, row in self._running.items()}
             if number in responses:
@@ -8230,16 +8230,16 @@ class RequestLog:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves one client's connection, request after request. It reads the socket
-    through `wire`, never `rfile`: strictly, and on after a timeout."""
+    """Serves one client's connection, request after request. It reads the socket by
+    `reader`, not by the base class's `rfile`, which is unusable after a timeout."""
 
     def setup(self):
         self.pool = self.server.pool
         self.config = self.pool.config
-        self.wire = SocketReader(self.request)
+        self.reader = SocketReader(self.request)
         error = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
         self.head_timeout = StallMonitor(HEAD_SECONDS, error)
-        self.is_unread = False  # part of a body, which the client may still be sending
+        self.has_unread_body = False  # the client may still be sending
         address = self.request.getsockname()
         self.is_on_loopback = isinstance(address, tuple) and _LOOPBACK.match(address[0])
         if self.request.family != socket.AF_UNIX:
@@ -8252,8 +8252,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             super().handle()
 
     def finish(self):
-        """Let the client read our answer, even if it still sends."""
-        if self.is_unread and not self.reply.problem:
+        """Let a client read our answer while it still sends its body."""
+        if self.has_unread_body and not self.response.problem:
             lingering_close(self.request)
 
     def handle_one_request(self):
@@ -8263,42 +8263,44 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         self.began = time.monotonic()
         self.config = self.pool.config
-        self.head = self.body = self.model = self.reply = self.waited = None
+        self.head = self.body = self.model = self.response = self.waited = None
         self.row = self.error = None
         self.info, self.usage = RequestInfo(), Usage()
         try:
             if not self.parse_request():
                 return
             self._check_access()
-            self.server.application.follow_file()
+            self.server.application.reload_if_changed()
             self.config = self.pool.config
             self._route()
         except (APIError, ConfigError, OSError) as error:
             self._answer_error(error)
         except ClientDisconnected:
-            if self.reply:
-                self.reply.status = 499  # as nginx calls it
+            if self.response:
+                self.response.status = 499  # as nginx calls it
             raise
         finally:
             self._count_request()
-        body, self.body, self.wire.on_timeout = self.body, None, self.head_timeout
-        self.is_unread = body is None or not body.is_complete
-        self.close_connection = self.is_unread or not self.reply.is_persistent
+        body, self.body, self.reader.on_timeout = self.body, None, self.head_timeout
+        self.has_unread_body = body is None or not body.is_complete
+        self.close_connection = self.has_unread_body or not self.response.is_persistent
 
     def _await_request(self):
-        if self.wire.held:
+        """Return whether a request begins within IDLE_SECONDS."""
+        if self.reader.buffer:
             return True
-        if self.wire.is_untouched:  # a new connection counts as busy
-            return self.wire.wait_readable(IDLE_SECONDS)
+        if self.reader.is_untouched:  # a new connection does not count as idle
+            return self.reader.wait_readable(IDLE_SECONDS)
         with self.server.idling(self.request):
-            return not self.server.is_closing and self.wire.wait_readable(IDLE_SECONDS)
+            is_closing = self.server.is_closing
+            return not is_closing and self.reader.wait_readable(IDLE_SECONDS)
 
     def parse_request(self) -> bool:
         """Read a head, strictly; False if the client sends no more requests."""
         self.head_timeout.restart()
-        self.wire.on_timeout = self.head_timeout
+        self.reader.on_timeout = self.head_timeout
         try:
-            raw = self.wire.head()
+            raw = self.reader.head()
         except OSError:
             raise ClientDisconnected from None
         if not raw:
@@ -8308,13 +8310,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if path in ROUTES:  # with or without a slash
             self.head.target = path + self.head.target[len(self.head.path) :]
             self.head.path = path
-        self.reply = ClientResponse(self.request, self.head, self._cors_headers())
-        self.reply.is_for_anthropic = self.head.path.endswith("/v1/messages")
-        self.body = Body(self.wire, self.head, self.config.settings.max_body)
+        self.response = ClientResponse(self.request, self.head, self._cors_headers())
+        self.response.is_for_anthropic = self.head.path.endswith("/v1/messages")
+        self.body = Body(self.reader, self.head, self.config.settings.max_body)
         return True
 
     def _log_if_slow(self):
-        seconds = (self.reply.first_at or self.began) - self.began
+        seconds = (self.response.first_at or self.began) - self.began
         if seconds >= SLOW_SECONDS:
             target = f"{self.head.method} {self.head.path[:60]}"
             text = f"{self.model.name}: first byte of {target} after {seconds:.1f} s"
@@ -8323,23 +8325,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.log("info", text)
 
     def _count_request(self):
-        """Count and remember the request if it was for a model or was refused."""
-        reply = self.reply
-        if reply is None or (self.model is None and reply.status < 400):
+        """Count and list the request if it was for a model or failed."""
+        response = self.response
+        if response is None or (self.model is None and response.status < 400):
             return
-        status = 502 if reply.problem else reply.status or 500
+        status = 502 if response.problem else response.status or 500
         status = 499 if isinstance(self.error, RequestCancelled) else status
         seconds = time.monotonic() - self.began
         usage = self.usage if status < 300 else Usage()
         speed = speed_of(usage, seconds - (self.waited or 0))
-        error = self.error or reply.problem
+        error = self.error or response.problem
         if self.head is not None and status >= 400 and status != 499:
             self.row = self.row or self._new_row(self.info)
         if self.row:
             self.row.update(
                 status=status,
                 seconds=seconds,
-                first_byte=reply.first_at and reply.first_at - self.began,
+                first_byte=response.first_at and response.first_at - self.began,
                 tokens_in=usage.tokens_in,
                 tokens_cached=usage.tokens_cached,
                 tokens_out=usage.tokens_out,
@@ -8352,7 +8354,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "tokens_out": usage.tokens_out or 0,
             "tokens_cached": usage.tokens_cached or 0,
             "bytes_in": self.body.received if self.body is not None else 0,
-            "bytes_out": reply.sent,
+            "bytes_out": response.sent,
         }
         self.pool.count_request(
             self.model, speed, status, seconds, self.waited, **amounts
@@ -8381,19 +8383,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.has_warned_of_tls = True
             text = "a client speaks TLS here: its base URL must begin with http://"
             self.server.log("warning", text)
-        if not isinstance(error, APIError):  # the client's own OSErrors are caught
+        if not isinstance(error, APIError):  # no OSError of the client's socket
             kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
             error = APIError(f"{kind}{error}")
-        reply = self.reply = self.reply or ClientResponse(self.request, None, [])
+        self.response = self.response or ClientResponse(self.request, None, [])
+        response = self.response
         if self.body is None or not self.body.is_complete:
-            reply.is_persistent = False
-        if not reply.status:
+            response.is_persistent = False
+        if not response.status:
             self._send_error(error)
-        elif reply.is_early and not reply.sent:
-            reply.send(reply.error_event(error_body(error)))
-            reply.end()
+        elif response.is_early and not response.sent:
+            response.send(response.error_event(error_body(error)))
+            response.end()
         else:
-            reply.abort(error)
+            response.abort(error)
 
     def _send_error(self, error):
         headers = []
@@ -8401,37 +8404,37 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers.append(("retry-after", str(math.ceil(error.retry_after))))
         if error.may_retry is not None:
             headers.append(("x-should-retry", str(error.may_retry).lower()))
-        if error.status == 401:  # a browser asks a person for it as a password
+        if error.status == 401:  # Basic makes a browser ask for it, as a password
             is_page = "text/html" in self.head.get("accept")
             scheme = 'Basic realm="API key"' if is_page else "Bearer"
             headers.append(("www-authenticate", scheme))
         if error.status == 405:
             headers.append(("allow", ", ".join([*ROUTES[self.head.path], "OPTIONS"])))
         body = error_body(error)
-        if self.reply.is_for_anthropic:
+        if self.response.is_for_anthropic:
             body = {"type": "error", **body}
         self._send_json(body, error.status, headers)
 
     def _send(self, payload, status=200, headers=()):
-        self.reply.answer(status, [*headers, ("server", SERVER_NAME)], payload)
+        self.response.answer(status, [*headers, ("server", SERVER_NAME)], payload)
 
     def _send_json(self, value, status=200, headers=()):
-        self._send(_dump(value), status, [JSON_TYPE, *headers])
+        self._send(to_json(value), status, [JSON_TYPE, *headers])
 
     def _send_text(self, text, content_type=TEXT_TYPE):
         self._send(text.encode(), headers=[content_type])
 
     def _stream(self, next_item, render):
-        """Send items until the client leaves or llmswap ends. An item that is None says
-        that POLL_INTERVAL has passed without one."""
-        self.reply.flush()
+        """Send items until the client leaves or llmswap ends. `next_item` waits for one
+        and returns None after POLL_INTERVAL."""
+        self.response.flush()
         while not self.server.is_closing and self.head.method != "HEAD":
             item = next_item()
             if item is None:
-                self.reply.heartbeat()
+                self.response.heartbeat()
             else:
-                self.reply.send(render(item))
-        self.reply.end()
+                self.response.send(render(item))
+        self.response.end()
 
     # -- access ----------------------------------------------------------------------
 
@@ -8440,7 +8443,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head, keys, origin = self.head, self.config.api_keys, self.head.get("origin")
         host, allowed = head.get("host"), self.config.settings.allowed_hosts
         name = _host_name(host)
-        is_allowed = not name or {name, "*"} & {*allowed} or _ADDRESS.fullmatch(name)
+        is_allowed = not name or {name, "*"} & {*allowed} or _IP_ADDRESS.fullmatch(name)
         if self.is_on_loopback and not is_allowed:
             raise Forbidden(
                 f"Host {host!r} is not among allowed-hosts in [llmswap], which guards "
@@ -8466,9 +8469,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = origin.partition("://")[2]
         return bool(name) and name == self.head.get("host")
 
-    def _is_for_another_page(self):
-        """Return whether a browser sends this for a page that is not ours, other than
-        by following a link: it would add the password stored for us unasked."""
+    def _is_from_foreign_page(self):
+        """Return whether a foreign page made a browser send this, other than by a link:
+        the browser adds the key that it has stored."""
         head, origin = self.head, self.head.get("origin")
         site = head.get("sec-fetch-site")  # sent by new browsers, to secure addresses
         if not site:
@@ -8477,8 +8480,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         is_link = is_navigation and head.method in SAFE_METHODS
         return site not in ("same-origin", "none") and not is_link
 
-    def _check_not_from_a_page(self):
-        """For GETs that change something: a page must not cause them by a mere link."""
+    def _check_no_foreign_page(self):
+        """Raise Forbidden if a foreign page causes a GET that changes something."""
         head = self.head
         is_ours = head.get("sec-fetch-site") == "same-origin"
         if is_ours or head.method not in SAFE_METHODS:
@@ -8492,13 +8495,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Forbidden(FOREIGN_ORIGIN.format(origin or "of a browser"))
 
     def _check_may_load(self, model):
-        """For GETs: they may load the model only if no foreign page asks for it."""
+        """Raise Forbidden if a foreign page causes a GET that would load the model."""
         is_get = self.head.method in SAFE_METHODS
         if is_get and self.pool.backend_of(model, State.LOADED) is None:
-            self._check_not_from_a_page()
+            self._check_no_foreign_page()
 
     def _given_keys(self):
-        """Yield, as bytes, what may be a key in the headers."""
+        """Yield the keys in the headers, as bytes."""
         for value in self.head.all("x-api-key"):
             yield value.encode("latin-1")
         for value in self.head.all("authorization"):
@@ -8507,7 +8510,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 yield rest.strip().encode("latin-1")
             elif scheme.lower() != "basic":
                 yield value.encode("latin-1")
-            elif not self._is_for_another_page():
+            elif not self._is_from_foreign_page():
                 with contextlib.suppress(ValueError):
                     yield base64.b64decode(rest).partition(b":")[2]
 
@@ -8531,15 +8534,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         is_preflight = method == "OPTIONS"
         route = Handler.answer_preflight if is_preflight else routes.get(method)
         if route:
-            self.body.hold(MAX_UNREAD_BODY)  # a body framed wrongly must change nothing
+            self.body.hold(SMALL_BODY)  # if it is malformed, nothing may change
             return route(self)
         for prefix, methods, action in PREFIXES:
             if path.startswith(prefix) and (not methods or method in methods):
-                self.body.hold(MAX_UNREAD_BODY if methods else 0)
+                self.body.hold(SMALL_BODY if methods else 0)
                 rest = path[len(prefix) :]
                 return action(self, rest.rstrip("/") if methods else rest)
         if routes and path not in MODEL_PATHS:
-            raise MethodNotAllowed(f"{path} has no {self.head.method}")
+            raise MethodNotAllowed(f"{self.head.method} is not allowed at {path}")
         url = f"http://{self.head.get('host')}/v1"
         if path.startswith("/v1/v1/"):
             raise NotFound(f"{path}: the base URL has /v1 twice; set it to {url}")
@@ -8561,16 +8564,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ("access-control-allow-headers", names),
             ("access-control-max-age", "600"),
         ]
-        self._send(b"", 204, headers if self.reply.extra else [])
+        self._send(b"", 204, headers if self.response.extra else [])
 
     def _wants_snapshots(self):
-        """Return whether our page asks for `/` once more, as a stream of events."""
+        """Return whether this is the page's request for a stream of snapshots."""
         is_root = self.head.method == "GET" and self.head.path == "/"
         return is_root and "text/event-stream" in self.head.get("accept")
 
     def get_page(self):
         if self._wants_snapshots():
-            self.reply.begin_events()
+            self.response.begin_events()
             return self._stream(functools.partial(next, self._snapshots()), _as_event)
         headers = [
             ("content-type", "text/html; charset=utf-8"),
@@ -8583,8 +8586,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send(STATUS_PAGE.encode(), headers=headers)
 
     def _snapshots(self):
-        """Yield a snapshot at each change, and every 2 s while a model is held; None
-        whenever POLL_INTERVAL has passed without one."""
+        """Yield a snapshot at each change, and every 2 s unless all models are
+        unloaded; None after each POLL_INTERVAL without one."""
         seen, again_at = None, math.inf
         while True:
             revision = self.pool.await_change(seen, POLL_INTERVAL)
@@ -8623,7 +8626,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_models(self):
         if self.head.parameter("reload"):
-            self._check_not_from_a_page()
+            self._check_no_foreign_page()
             self.server.application.reload()
             self.config = self.pool.config
         config = self.pool.config
@@ -8683,8 +8686,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.config.resolve(name[:NAME_LIMIT])
 
     def unload(self, name=""):
-        """Unload a model, or all of them, and answer when they have ended."""
-        self._check_not_from_a_page()
+        """Unload a model, or all of them, and answer when they are unloaded."""
+        self._check_no_foreign_page()
         if name:
             self.pool.unload(self._resolve(percent_decoded(name)))
         else:
@@ -8729,7 +8732,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_events(self):
         with self.pool.events.subscribe() as get:
-            self.reply.begin_events()
+            self.response.begin_events()
             self._stream(lambda: get(POLL_INTERVAL), _as_event)
 
     def get_logs(self):
@@ -8742,13 +8745,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             feed = self.pool.feed_of(status.shares or status.id)
         headers = [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
         with feed.subscribe(self.head.parameter("no-history") is None) as get:
-            self.reply.begin(200, "OK", [TEXT_TYPE, *headers], None)
+            self.response.begin(200, "OK", [TEXT_TYPE, *headers], None)
             self._stream(lambda: get(POLL_INTERVAL), lambda line: f"{line}\n".encode())
 
     # -- requests for models ---------------------------------------------------------
 
     def get_from_model(self):
-        """Relay a GET to a model without loading or waking it, or counting as use."""
+        """Relay a GET; without autoload=true it never loads, wakes or keeps a model."""
         name = self.head.parameter("model")
         if not name:
             raise BadRequest("model name is missing from the request", "model")
@@ -8757,7 +8760,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._check_may_load(model)
             return self._forward(model, self.head.target, RequestInfo())
         states = [State.LOADED]
-        if self.head.path in ("/props", "/metrics"):  # they wake no llama-server
+        if self.head.path in ("/props", "/metrics"):  # do not wake llama-server
             states.append(State.SLEEPING)
         backend = self.pool.backend_of(model, *states)
         if backend is None:
@@ -8767,13 +8770,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _may_autoload(self, by_default=True):
         """Return whether the request may load its model, by llama.cpp's rules."""
-        wish = self.head.parameter("autoload")
-        if wish:
-            return wish in ("true", "1")
+        value = self.head.parameter("autoload")
+        if value:
+            return value in ("true", "1")
         return by_default and self.config.settings.models_autoload
 
     def route_upstream(self, rest):
-        """/upstream/ID/REST: that model's own server, whatever REST is."""
+        """Relay to a model's own server; `rest` is its name and the path there."""
         name, path = self._split_name(rest)
         model = self.model = self._resolve(name)
         query = self.head.target[len(self.head.path) :]
@@ -8791,7 +8794,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._forward(model, path + query, info, preemptible=True)
 
     def _split_name(self, rest):
-        """Split after the longest known name: ids may contain slashes."""
+        """Return the longest known name, which may have slashes, and the path after."""
         parts = rest.split("/")
         for count in range(min(len(parts), NAME_PARTS), 0, -1):
             name = percent_decoded("/".join(parts[:count]))
@@ -8801,7 +8804,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return percent_decoded(parts[0]), "/"
 
     def _request_info(self, is_needed):
-        """Return what find_model() finds; GET, HEAD and upgrades have no body."""
+        """Return find_model() of the body; GET, HEAD and upgrades have none."""
         if self.head.method in ("GET", "HEAD") or self.head.is_upgrade:
             return RequestInfo()
         return find_model(self.body, self.head.get("content-type"), is_needed)
@@ -8825,16 +8828,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._forward(model, self.head.target, info)
 
     def _forward(self, model, target, info, preemptible=False):
-        """Relay the request to the model's backend; once more if that dies of it."""
+        """Relay to the model's backend; once more if that died before it answered."""
         idle_timeout = _idle_timeout_in(info.members)
         is_safe = self.head.method in SAFE_METHODS
         preemptible = self.head.is_upgrade or (preemptible and is_safe)
         if not preemptible:
             self.row = self._new_row(info)
-            self.server.requests.begin(self.row, self.reply)
-        self._prepare_waiting(model, target, info)
+            self.server.requests.begin(self.row, self.response)
+        self._set_waiting_events(model, target, info)
         outgoing = self._upstream_request(model, target, info)
-        transform_of = _repair_of if model.settings.json_repair else lambda _: None
+        transform_of = _repair_for if model.settings.json_repair else lambda _: None
         asked_at = time.monotonic()
         for is_last in (False, True):
             lease = self.pool.lease(model, self._heartbeat, preemptible)
@@ -8846,36 +8849,36 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.pool.keep_alive(backend.model, idle_timeout)
                 try:
                     self._relay(outgoing, backend, transform_of)
-                    self.usage = usage_in(self.reply.ends)
+                    self.usage = usage_in(self.response.excerpt)
                     backend.record_answer(self.usage)
                     return self._log_if_slow()
                 except BackendDied as error:
                     may_resend = outgoing.rest is None and not is_last
-                    has_died = not self.reply.sent and backend.died(1.0)
+                    has_died = not self.response.sent and backend.died(1.0)
                     if has_died and may_resend:
                         continue
                     reason = backend.death(1.0) if has_died else None
                     error = BackendDied(str(reason)) if reason else error
-                    error.may_retry = False if is_last else None  # it kills them
+                    error.may_retry = False if is_last else None  # it failed twice
                     raise error
 
     def _heartbeat(self):
-        """Send a waiting client a sign of life if one is due; ClientDisconnected if it
-        has left. Always False, for the Pool: the wait goes on."""
-        self.reply.heartbeat()
+        """Keep the client from giving up; raise as `ClientResponse.heartbeat` does.
+        Return False, by which the Pool's wait goes on."""
+        self.response.heartbeat()
         return False
 
-    def _prepare_waiting(self, model, target, info):
+    def _set_waiting_events(self, model, target, info):
         notice = model.settings.loading_notice
         is_stream = self.head.method == "POST" and info.members.get("stream") is True
-        self.reply.wants_events = is_stream and notice != "off"
+        self.response.wants_events = is_stream and notice != "off"
         is_chat = target.partition("?")[0].endswith("/chat/completions")
         if notice == "reasoning" and is_chat:
-            self.reply.notice = functools.partial(next, self._notices(model))
+            self.response.notice = functools.partial(next, self._notices(model))
 
     def _notices(self, model):
-        """Yield events that a chat shows as the model's reasoning during its load; b""
-        if there is no news, or the last event is too recent."""
+        """Yield events that a chat shows as the model's reasoning during its load, or
+        b"" if nothing has changed or the last event is too recent."""
         chunk = {
             "id": f"chatcmpl-{model.name}-loading",
             "object": "chat.completion.chunk",
@@ -8899,7 +8902,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _upstream_request(self, model, target, info):
         body, length, settings = self.body, self.body.length, model.settings
-        if OUR_NAME in ", ".join(self.head.all("via")):
+        if VIA_NAME in ", ".join(self.head.all("via")):
             text = f"the request for {model.name} has come back to llmswap"
             raise LoopDetected(f"{text}: its `proxy` ({settings.proxy}) leads there")
         timeouts = [name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members]
@@ -8927,24 +8930,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         key = backend.model.settings.proxy_key
         dropped = NOT_FORWARDED
         if self.config.api_keys or key:
-            dropped |= KEY_FIELDS
-        if self.head.method == "POST":  # events and numbers are read on the way
+            dropped |= KEY_HEADERS
+        if self.head.method == "POST":  # events and usage are read from the answer
             dropped |= {"accept-encoding"}
-        if not self.body.coding:  # perhaps no longer
+        if not self.body.coding:  # it may be decoded
             dropped |= {"content-encoding"}
         headers = [
             header
             for header in end_to_end(self.head.headers)
             if header[0] not in dropped
         ]
-        headers.append(("via", f"1.1 {OUR_NAME}"))
+        headers.append(("via", f"1.1 {VIA_NAME}"))
         if key:
             key = key.encode().decode("latin-1")  # sent as UTF-8
             headers.append(("authorization", f"Bearer {key}"))
         if self.head.is_upgrade:
             headers.append(("connection", "upgrade"))
             headers.append(("upgrade", self.head.get("upgrade")))
-        relay(outgoing._replace(headers=headers), backend, self.reply, transform_of)
+        relay(outgoing._replace(headers=headers), backend, self.response, transform_of)
 
 
 ROUTES = {
@@ -8970,7 +8973,7 @@ ROUTES = {
     "/logs": {"GET": Handler.get_logs},
     "/logs/stream": {"GET": Handler.get_log_stream},
 }
-PREFIXES = (  # without methods: all
+PREFIXES = (  # path, methods (all if there are none), action
     ("/upstream/", (), Handler.route_upstream),
     ("/v1/models/", ("GET",), Handler.get_model),
     ("/logs/stream/", ("GET",), Handler.get_log_stream),
@@ -8983,23 +8986,23 @@ def lingering_close(sock: socket.socket):
     """End our side and read for a while before the socket is closed: a reset while the
     client still sends could discard our answer."""
     end = time.monotonic() + LINGER_SECONDS
-    with contextlib.suppress(OSError):  # it left, or is silent
+    with contextlib.suppress(OSError):  # the client left, or is silent
         sock.shutdown(socket.SHUT_WR)
         while time.monotonic() < end and sock.recv(BUFFER_SIZE):
             pass
 
 
 def percent_decoded(text: str) -> str:
-    """Return a part of a target without percent encoding; it is UTF-8 in any case."""
+    """Return a part of a target without percent encoding, read as UTF-8."""
     raw = urllib.parse.unquote_to_bytes(text.encode("latin-1"))
     return raw.decode("utf-8", "replace")
 
 
 def _as_event(value):
-    return b"data: " + _dump(value) + b"\n\n"
+    return b"data: " + to_json(value) + b"\n\n"
 
 
-def _repair_of(answer):
+def _repair_for(answer):
     """Return a RepairStream for an answer that may have tool calls, else None."""
     if answer.status != 200 or answer.get("content-encoding"):
         return None
@@ -9008,8 +9011,8 @@ def _repair_of(answer):
 
 
 def _idle_timeout_in(members):
-    """Return the seconds that a request asks for, below 0 for ever; None if it does
-    not ask."""
+    """Return the idle timeout in seconds that a request sets, negative for none; None
+    if it sets none."""
     names = [name for name in IDLE_TIMEOUT_PARAMETERS if members.get(name) is not None]
     if not names:
         return None
@@ -9030,7 +9033,7 @@ _HOST = re.compile(r"(\[[^]]*\]|[^:]*)(?::[0-9]*)?")
 
 
 def _host_name(host):
-    """Return the name in a Host, without its port; "?" if it is none."""
+    """Return the name in a Host header, without its port; "?" if that is malformed."""
     match = _HOST.fullmatch(host)
     return match[1].lower() if match else "?"
 
@@ -9042,7 +9045,7 @@ def _is_key(given, keys):
 
 
 def with_known_problem(status: ModelStatus, facts: Facts) -> ModelStatus:
-    """Return the status, with the known reason for its next load to fail."""
+    """Return the status; if unloaded, with the known reason why a load would fail."""
     if status.state != "unloaded" or status.failure or not facts.problem:
         return status
     return status._replace(failure=facts.problem)
@@ -9115,7 +9118,7 @@ def _capabilities(abilities, architecture, facts, is_llama_server):
 
 
 def shown_command(facts: Facts, status: ModelStatus) -> List[str]:
-    """Return the argv of a model with its port, if it has one, and without secrets."""
+    """Return the argv of a model, with its port if it has one, and without secrets."""
     port = str(status.port or "${PORT}")
     return mask_secrets([word.replace("${PORT}", port) for word in facts.argv])
 
@@ -9145,9 +9148,9 @@ _SECRET_WITHIN = re.compile(
 # ==================================================================================
 
 DRAIN_SECONDS = 30.0  # for the requests in flight at shutdown
-REFUSAL_SECONDS = 1.0  # for the answers to requests that came after that
+REFUSAL_SECONDS = 1.0  # for the refusals of requests that came during shutdown
 EXTEND_TIMEOUT = "EXTEND_TIMEOUT_USEC=15000000"  # sent to systemd during shutdown
-EXTEND_EVERY = 5.0  # s; so often
+EXTEND_EVERY = 5.0  # s between two of these
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of malloc.h
 MAX_DESCRIPTORS = 65536
 MAX_CONNECTIONS = 4096
@@ -9213,7 +9216,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, sockets: List[socket.socket], pool: Pool, log: Log, application):
         super().__init__(("", 0), Handler, bind_and_activate=False)
-        self.server_close()  # a socket of its own, which is not needed
+        self.server_close()  # the socket that the base class has made
         self.sockets = sockets
         self.pool, self.log, self.application = pool, log, application
         self.requests = RequestLog()
@@ -9247,19 +9250,19 @@ class Server(http.server.ThreadingHTTPServer):
                 waiter.register(each, select.POLLIN)
             while not self._is_paused:
                 ready = {fd for fd, _ in waiter.poll()}
-                for self.socket in self.sockets:
+                for self.socket in self.sockets:  # on which get_request() accepts
                     if self.socket.fileno() in ready:
                         self._handle_request_noblock()
 
     def shutdown(self):
-        """Accept no more; the sockets stay open."""
+        """Stop accepting; the sockets stay open."""
         self._is_paused = True
         if self._thread is not None:
             self._stop_writer.close()
             self._thread.join(1.0)
 
     def is_serving(self) -> bool:
-        """Return whether connections are accepted, or are not to be."""
+        """Return whether connections are accepted, or are not to be accepted."""
         return self._is_paused or self._thread.is_alive()
 
     def get_request(self):
@@ -9267,12 +9270,12 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             connection, address = self.socket.accept()
         except BlockingIOError:
-            raise  # the client has left again
+            raise  # the client has left already
         except OSError as error:
             self.log("error", f"a connection could not be accepted: {error}")
             time.sleep(1.0)  # until other connections have ended
             raise
-        connection.setblocking(True)  # only on Linux it is so already
+        connection.setblocking(True)  # as it is on Linux anyway
         return connection, address
 
     def process_request(self, request, client_address):
@@ -9282,7 +9285,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._connections.add(request)
             try:
                 return super().process_request(request, client_address)
-            except RuntimeError as error:  # there is no thread
+            except RuntimeError as error:  # no thread could be started
                 reason = str(error)
                 self.log("error", f"a connection could not be served: {reason}")
         refuse_connection(request, reason)
@@ -9308,13 +9311,13 @@ class Server(http.server.ThreadingHTTPServer):
             self._idle_connections.discard(connection)
 
     def inactive_since(self) -> Optional[float]:
-        """Return when the last request ended; None while one runs or is to come."""
+        """Return when a connection last became idle; None while any is busy."""
         is_busy = len(self._connections) > len(self._idle_connections)
         return None if is_busy else self._active_at
 
     def try_idle_exit(self) -> bool:
-        """Stop accepting; if a client has connected already go on, and return False.
-        Later ones wait in the sockets' backlog, which systemd keeps open."""
+        """Stop accepting and return True; if a client has connected, go on and return
+        False. Later ones wait in the backlog of the sockets, which systemd keeps."""
         self.shutdown()
         pending = select.select(self.sockets, [], [], 0)[0]
         if self.inactive_since() is not None and not pending:
@@ -9338,8 +9341,8 @@ def refuse_connection(connection: socket.socket, reason: str):
     connection.settimeout(1)
     headers = [JSON_TYPE, ("retry-after", "5"), ("server", "llmswap")]
     with contextlib.suppress(ClientDisconnected):
-        reply = ClientResponse(connection, None, [])
-        reply.answer(503, headers, _dump(error_body(APIError(reason))))
+        response = ClientResponse(connection, None, [])
+        response.answer(503, headers, to_json(error_body(APIError(reason))))
 
 
 # -- listening -------------------------------------------------------------------------
@@ -9352,7 +9355,7 @@ def open_listener(address: Address) -> socket.socket:
     if not isinstance(address, str):
         return socket.create_server(address, family=_family(address), backlog=1024)
     with socket.socket(socket.AF_UNIX) as probe:
-        is_refused = probe.connect_ex(address) == errno.ECONNREFUSED  # by any file, too
+        is_refused = probe.connect_ex(address) == errno.ECONNREFUSED  # as by any file
     if is_refused and S_ISSOCK(os.stat(address).st_mode):
         os.unlink(address)  # left by a process that was killed
     listener = socket.socket(socket.AF_UNIX)
@@ -9375,7 +9378,7 @@ def is_llmswap(address: Address) -> bool:
     """Return whether llmswap answers there."""
     with contextlib.suppress(OSError), socket.socket(_family(address)) as probe:
         probe.settimeout(2)
-        probe.connect(address)  # that of all interfaces leads here, too
+        probe.connect(address)  # 0.0.0.0 connects to this machine, too
         probe.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         return b"server: llmswap" in probe.recv(65536)
     return False
@@ -9422,7 +9425,7 @@ def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
 
 
 class SystemdNotifier:
-    """Reports llmswap's state to systemd, if that is wanted. Any thread may call.
+    """Reports llmswap's state to systemd, if that asks for it. Any thread may call.
     `watchdog` is the longest time in seconds between two reports, or None."""
 
     def __init__(self, environ: Dict[str, str]):
@@ -9442,9 +9445,8 @@ class SystemdNotifier:
                 sender.sendall("\n".join(lines).encode())
 
     def watch(self, pool: Pool, is_serving: Callable[[], bool]):
-        """Report what is loaded, at each change and for the watchdog, as long as
-        connections are accepted, the Pool's lock can be had, and its timer runs. Return
-        only if systemd did not ask for it."""
+        """Report what is loaded, at each change and twice per `watchdog`, as long as
+        `is_serving()` and the Pool is alive. Return only if systemd asked for none."""
         interval = self.watchdog / 2 if self.watchdog else None
         with pool.events.subscribe() as get:
             while self._address:
@@ -9545,7 +9547,7 @@ class Parrot(http.server.BaseHTTPRequestHandler):
             request = json.loads(body)
             message = (request.get("messages") or [{}])[-1].get("content") or "squawk"
         except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
-            problem = BadRequest("the body is no JSON object with a list of messages")
+            problem = BadRequest("the body is not a JSON object with `messages`")
             return self._answer(error_body(problem), problem.status)
         model = request.get("model")
         words = re.findall(r"\S+\s*", f"{model} says: {message}")
@@ -9565,7 +9567,7 @@ class Parrot(http.server.BaseHTTPRequestHandler):
         yield b"data: [DONE]\n\n"
 
     def _answer(self, value, status=200):
-        self._send(status, "application/json", [_dump(value)])
+        self._send(status, "application/json", [to_json(value)])
 
     def _send(self, status, content_type, pieces):
         self.send_response(status)
@@ -9577,7 +9579,7 @@ class Parrot(http.server.BaseHTTPRequestHandler):
             self.wfile.flush()
 
     def log_message(self, format, *args):
-        """Log nothing: llmswap would show it as the model's output."""
+        """Log nothing, as llmswap would show it as the model's output."""
 
 
 # -- arguments -------------------------------------------------------------------------
@@ -9620,9 +9622,9 @@ def parse_args(argv: List[str]):
     return args
 
 
-def missing_programs(model: Model) -> Optional[str]:
-    """Return why the model cannot start now although it may later, such as a missing
-    file; else None."""
+def start_problem(model: Model) -> Optional[str]:
+    """Return why the model could not be started now, such as a missing file; else
+    None, also for a model whose section is wrong."""
     if not model.problem and model.kind in ("llama-server", "cmd"):
         try:
             check_start(model)
@@ -9645,7 +9647,7 @@ def check(config: Config) -> int:
             binaries.add(model.settings.llama_server)
         try:
             lines.append(_command_line(model))
-            missing = missing_programs(model)
+            missing = start_problem(model)
             lines += [f"cannot start now: {missing}"] if missing else []
             if model.has_auto_needs:
                 needs.estimate(model, budget)
@@ -9669,11 +9671,11 @@ def check(config: Config) -> int:
     return 2 if unusable else 0
 
 
-PORT_MARK = "\0"  # in the place of the port; shlex puts words with it in quotes
+PORT_MARK = "\0"  # stands for the port; shlex quotes words with it
 
 
 def _command_line(model):
-    """Return a line for a shell in which PORT is set, or where the model runs."""
+    """Return the model's command for a shell that sets PORT, else where it runs."""
     if model.problem:
         raise ConfigError(model.problem)
     if model.kind == "uses":
@@ -9695,9 +9697,9 @@ def _command_line(model):
 
 
 def prepare_process():
-    """Open descriptors 0 to 2 if they are closed, and have malloc give memory back: of
-    several arenas each keeps the most that it ever held, and only blocks beyond a fixed
-    threshold are returned to the system as soon as they are free."""
+    """Open descriptors 0 to 2 if they are closed, and have malloc return memory to the
+    system: from a single arena, as each keeps the most that it ever held, and at once
+    from blocks beyond a threshold, which is fixed so that it does not grow."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -9750,12 +9752,12 @@ Or write a file:  llmswap.py models.ini   (example.ini shows how)
 
 
 def refuse_pending_connections():
-    """Answer the connections that wait at systemd's sockets: otherwise it would start
-    llmswap for them again and again."""
+    """Answer 503 to the connections that wait in systemd's sockets; otherwise it would
+    start llmswap for them again and again."""
     reason = "llmswap cannot start: its file is broken, its log says where"
     for listener in take_listeners(os.environ)[0]:
         listener.setblocking(False)
-        with contextlib.suppress(OSError):  # there are no more
+        with contextlib.suppress(OSError):  # when there are no more
             while True:
                 connection = listener.accept()[0]
                 refuse_connection(connection, reason)
@@ -9763,17 +9765,17 @@ def refuse_pending_connections():
                 connection.close()
 
 
-GPU_LOOK_EVERY = 60.0  # s, while a process that is not ours uses a GPU
-WATCH_EVERY = 1.0  # s, between two looks at the file
+GPU_LOOK_EVERY = 60.0  # s between two looks, while a foreign process uses a GPU
+WATCH_EVERY = 1.0  # s between two looks at the file
 WATCH_SETTLES = 0.1  # s without a change, after which it counts as written
-WATCH_TIMEOUT = 0.5  # s that a request waits for a look, or for reading the file
+WATCH_TIMEOUT = 0.5  # s that a request waits for a look and a reload
 
 
 class FileWatch:
     """Notices that a file has changed, when `check` is called. Any thread may call.
 
-    Each look has a thread of its own, because the file may lie on a slow mount. A file
-    that is missing has not changed: editors replace files.
+    Each look has a thread of its own, because the file may lie on a slow mount. A
+    missing file counts as unchanged, because editors replace files.
     """
 
     def __init__(self, path: str):
@@ -9784,12 +9786,12 @@ class FileWatch:
         self.mark()
 
     def mark(self):
-        """From now on the file counts as unchanged."""
+        """Count the file as it is now as unchanged."""
         self._seen = self._stamp()
 
     def check(self, on_change: Callable):
-        """Look at the file unless that was done within the last second; if it changed,
-        call on_change() on another thread. Return when it returned, or is late."""
+        """Look at the file unless that was done within WATCH_EVERY; if it changed, call
+        on_change() on another thread. Wait for these, but WATCH_TIMEOUT at most."""
         with self._lock:
             now = time.monotonic()
             is_due = now >= self._looked_at + WATCH_EVERY
@@ -9819,14 +9821,14 @@ class Application:
         self._args = args
         self._config = config
         self._cached = cached
-        self._file = FileWatch(args.file) if args.file else None
+        self._file_watch = FileWatch(args.file) if args.file else None
         self._signals, self._wakeup = socket.socketpair()
         self._reload_lock = threading.Lock()
         self._is_reloaded = threading.Event()
         self._notifier = SystemdNotifier(os.environ)
         self._is_activated = False  # systemd passed the sockets
-        self.config_error = None  # why the file was not read again
-        self._gpu_occupant = None  # text of what the idle-command waits for
+        self.config_error = None  # why the changed file is not in use
+        self._gpu_occupant = None  # the reason for which the idle-command waits
         self.log = Log()
         self.log.set_level("debug" if args.verbose else config.settings.log_level)
 
@@ -9848,12 +9850,12 @@ class Application:
         self._notifier.notify("READY=1")
         watch, is_serving = self._notifier.watch, self.server.is_serving
         start_thread(watch, "systemd", self.pool, is_serving)
-        start_thread(self._follow_cache, "cache")
-        self._shut_down(self._await_end())
+        start_thread(self._refresh_cached_models, "cache")
+        self._shut_down(self._await_shutdown())
         return 0
 
     def _receive_signals(self):
-        """Have each signal's number written to a socket, for `_next_signal`."""
+        """Have the numbers of signals written to a socket, for `_next_signal`."""
         self._wakeup.setblocking(False)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -9863,8 +9865,8 @@ class Application:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def _next_signal(self, timeout: float) -> Optional[int]:
-        """Return the next signal's number, 0 for the end of `_close`, or None if none
-        came in time."""
+        """Return the next signal's number, 0 once `_close` is done, or None after
+        `timeout`."""
         self._signals.settimeout(min(timeout, MAX_WAIT))
         with contextlib.suppress(socket.timeout, BlockingIOError):
             return self._signals.recv(1)[0]
@@ -9903,13 +9905,13 @@ class Application:
         start_thread(self._check_models, "check", config)
 
     def _check_models(self, config):
-        """Log which models cannot be started now: a missing file may be on a mount that
-        comes later."""
+        """Log which models could not be started now. They stay usable: a missing file
+        may be on a mount that comes later."""
         for warning in config.pitfalls(table_of):
             self.log("warning", warning)
         reasons = collections.defaultdict(list)
         for model in config.models.values():
-            problem = missing_programs(model)
+            problem = start_problem(model)
             if problem:
                 reasons[problem].append(model.name)
         for reason, names in reasons.items():
@@ -9917,7 +9919,7 @@ class Application:
             text = f"{', '.join(names[:5])}{more} could not be started now: {reason}"
             self.log("warning", text)
 
-    def _await_end(self):
+    def _await_shutdown(self):
         while True:
             number = self._next_signal(self._until_idle_exit())
             if number == signal.SIGHUP:
@@ -9926,14 +9928,14 @@ class Application:
                 self._try_reload()
                 self._notifier.notify("READY=1")
             elif number is not None:
-                return "ending; requests in flight may end first"
+                return f"ending; requests in flight have {DRAIN_SECONDS:g} s"
             elif self._until_idle_exit() == 0 and self.server.try_idle_exit():
                 return "idle for long; the next connection starts it again"
 
-    def follow_file(self):
-        """Read the file again if it changed since it was read; see FileWatch."""
-        if self._file and self._config.settings.watch:
-            self._file.check(self._try_reload)
+    def reload_if_changed(self):
+        """Reload if the file has changed; see FileWatch.check."""
+        if self._file_watch and self._config.settings.watch:
+            self._file_watch.check(self._try_reload)
 
     def _try_reload(self):
         try:
@@ -9941,8 +9943,8 @@ class Application:
         except APIError as problem:
             self.log("error", str(problem))
 
-    def _follow_cache(self):
-        """Ask for the models in llama.cpp's cache, and use them if they are new."""
+    def _refresh_cached_models(self):
+        """List the models in llama.cpp's cache, and reload if they have changed."""
         settings = self._config.settings
         if settings.cache_models:
             cached = cached_models(settings.llama_server)
@@ -9953,12 +9955,12 @@ class Application:
                 self._try_reload()
 
     def reload(self):
-        """Read the file again and use it; a broken one changes nothing, and raises an
-        APIError with the reason."""
+        """Read the file again and use it. Raise an APIError with the reason if it is
+        broken; then nothing changes."""
         args = self._args
         with self._reload_lock:
-            if self._file:
-                self._file.mark()
+            if self._file_watch:
+                self._file_watch.mark()
             try:
                 config = load_config(
                     args.file, args.listen, args.models_max, cached=self._cached
@@ -9974,13 +9976,13 @@ class Application:
             self.pool.reload(config)
             self._config = config
             self._is_reloaded.set()
-            start_thread(self._follow_cache, "cache")
+            start_thread(self._refresh_cached_models, "cache")
             self._log_models(config)
             name = args.file or "the list of models"
             self.log("info", f"{name} was read again")
 
     def _until_idle_exit(self):
-        """Return the seconds until an idle exit may be due."""
+        """Return the seconds until an idle exit may be due; inf if it never is."""
         limit = self._config.settings.exit_idle_time
         if not limit or not self._is_activated:
             return math.inf
@@ -10008,8 +10010,8 @@ class Application:
             self._is_reloaded.clear()
 
     def _unload_for_idle_command(self, idle_since):
-        """Unload everything; False if a request comes meanwhile, or if a process that
-        is not ours uses a GPU."""
+        """Unload everything. Return False if a request comes meanwhile, or if a foreign
+        process uses a GPU."""
 
         def is_interrupted():
             return self.server.is_closing or self.pool.idle_since() != idle_since
@@ -10057,7 +10059,7 @@ class Application:
         deadline = time.monotonic() + REFUSAL_SECONDS
         while self.server.inactive_since() is None and time.monotonic() < deadline:
             time.sleep(0.005)
-        self._wakeup.send(b"\0")
+        self._wakeup.send(b"\0")  # read by `_next_signal`
 
 
 if __name__ == "__main__":

@@ -4901,7 +4901,7 @@ def test_a_head_is_found_however_its_bytes_are_cut():
 def test_a_head_may_have_64_kilobytes_and_100_lines_and_no_more():
     start, end = b"GET / HTTP/1.1\r\nX: ", b"\r\n\r\n"
     for blank in (b"", b"\r\n" * 32000):  # empty lines count, and cost little
-        fill = b"x" * (llmswap.HEAD_LIMIT - len(blank + start + end))
+        fill = b"x" * (llmswap.MAX_HEAD - len(blank + start + end))
         assert seconds_of(reader_of(blank + start + fill + end).head) < 0.05
         with pytest.raises(llmswap.HeadersTooLarge):
             reader_of(blank + start + fill + b"x" + end).head()
@@ -5084,12 +5084,12 @@ def test_a_body_that_is_no_json_object_is_refused(data):
     ("{}", {"model": "a"}, '{"model":"a"}'),
     ('{"model": "b" , "x":1}', {"model": "a"}, '{"model":"a","x":1}'),
     ('{"a":1,"b":2}', {"removed": {"a", "b", "c"}}, "{}"),
-    ('{"a":{"x":1}}', {"laid_over": {"a": {"y": 2}}}, '{"a":{"x":1,"y":2}}'),
-    ('{"a":{"x":1}}', {"laid_over": {"a": 5}}, '{"a":5}'),
-    ('{"a":1,"a":2}', {"laid_over": {"b": 5}}, '{"a":2,"b":5}'),
-    ('{"a":{"x":1}}', {"laid_over": {"a": {"y": 2}}, "removed": {"a"}},
+    ('{"a":{"x":1}}', {"overrides": {"a": {"y": 2}}}, '{"a":{"x":1,"y":2}}'),
+    ('{"a":{"x":1}}', {"overrides": {"a": 5}}, '{"a":5}'),
+    ('{"a":1,"a":2}', {"overrides": {"b": 5}}, '{"a":2,"b":5}'),
+    ('{"a":{"x":1}}', {"overrides": {"a": {"y": 2}}, "removed": {"a"}},
      '{"a":{"y":2}}'),
-    ('{"a":{"x":"\\ud800"}}', {"laid_over": {"a": {}}}, '{"a":{"x":"\\ud800"}}'),
+    ('{"a":{"x":"\\ud800"}}', {"overrides": {"a": {}}}, '{"a":{"x":"\\ud800"}}'),
     ('\ufeff{"a":1}', {"removed": {"a"}}, "{}"),
     ('{"a":1e400,"b":12345678901234567890}', {"model": "\u00e4"},
      '{"a":Infinity,"b":12345678901234567890,"model":"\u00e4"}'),
@@ -5160,7 +5160,7 @@ def read_answer(*pieces, method="GET"):
 def test_an_answer_cut_anywhere_is_never_taken_for_whole(data):
     for cut in range(len(data)):
         answer, payload = read_answer(data[:cut], data[cut:])
-        assert (answer.status, payload, answer.is_over) == (200, b"hello", True)
+        assert (answer.status, payload, answer.is_reusable) == (200, b"hello", True)
         with pytest.raises(llmswap.Truncated):
             read_answer(data[:cut])
 
@@ -5182,7 +5182,7 @@ ANSWER_ENDS = [  # head, method; payload, and whether the connection can be used
 @pytest.mark.parametrize("head, method, payload, is_over", ANSWER_ENDS)
 def test_an_answer_ends_where_its_head_says(head, method, payload, is_over):
     answer, got = read_answer(http(f"HTTP/{head}", b"hello"), method=method)
-    assert (got, answer.is_over) == (payload, is_over)
+    assert (got, answer.is_reusable) == (payload, is_over)
 
 
 def test_events_are_passed_on_by_whole_chunks_and_other_bytes_as_they_come():
@@ -8236,9 +8236,9 @@ def test_the_ends_of_a_payload_are_kept_however_it_comes(seed):
         piece = chance.randbytes(chance.choice([1, 3, 200, 4095, 4096, 70000]))
         reply.send(piece)
         sent += piece
-    kept = llmswap.END_SIZE
+    kept = llmswap.EXCERPT_SIZE
     is_all = len(sent) <= 2 * kept
-    assert reply.ends == (sent if is_all else sent[:kept] + b"\0" + sent[-kept:])
+    assert reply.excerpt == (sent if is_all else sent[:kept] + b"\0" + sent[-kept:])
 
 
 # ----------------------------------------------------------------------------------
@@ -8576,9 +8576,9 @@ def test_a_model_is_loaded_asked_read_and_stopped_by_mouse(browser):
         assert all("502" in text for text in browser.complaints)
         server.process.terminate()
         server.process.wait(20)
-        browser.until(shown("$('link')", "reconnecting"))
+        browser.until(shown("$('connection')", "reconnecting"))
         server.start()
-        browser.until(shown("$('link')", "live"))
+        browser.until(shown("$('connection')", "live"))
 
 
 def ask_by_mouse(browser, model):
@@ -8618,11 +8618,11 @@ def test_a_model_is_loaded_asked_read_and_stopped_by_keyboard_with_a_key(browser
         browser.look(1280, "light")
         browser.open(server.url)
         for given in ("wrong", "secret"):
-            browser.until("document.querySelector('#door')?.open")
+            browser.until("document.querySelector('#key-dialog')?.open")
             browser.type(given)
             browser.press("Enter")
-            refused = "$('door-text').innerText.includes('not accepted')"
-            browser.until(f"!$('door').open || {refused}")
+            refused = "$('key-text').innerText.includes('not accepted')"
+            browser.until(f"!$('key-dialog').open || {refused}")
         browser.until(shown(row("a"), "Load"))
         browser.complaints.clear()
         tab_to(browser, "Load a")
@@ -8648,7 +8648,7 @@ def test_a_model_is_loaded_asked_read_and_stopped_by_keyboard_with_a_key(browser
         assert browser.value("document.activeElement.ariaLabel") == "Log b"
         browser.open(server.url)  # the key is asked for once
         browser.until(shown(row("b", ".state"), "loaded"))
-        assert not browser.value("document.querySelector('#door').open")
+        assert not browser.value("document.querySelector('#key-dialog').open")
         assert browser.complaints == []
 
 
@@ -8686,7 +8686,7 @@ def test_requests_are_seen_opened_filtered_and_cancelled_by_keyboard(browser):
         server.chat("a")
         browser.until(REQUEST.format(5, "") + " !== null")
         assert browser.value(f"{facts}.checkVisibility()"), "it closed at an update"
-        browser.value("$('only').focus()")
+        browser.value("$('filter').focus()")
         browser.press("ArrowDown")
         browser.press("ArrowDown")
         ids = "[...document.querySelectorAll('.request')].map((e) => e.dataset.id)"
@@ -9123,7 +9123,7 @@ def test_llama_servers_own_page_works_under_upstream(browser, tmp_path):
     browser.look(1280, "light")
     with Llmswap(text) as server:
         browser.open(server.url)
-        browser.until("document.querySelector('#door')?.open")
+        browser.until("document.querySelector('#key-dialog')?.open")
         browser.type("secret")
         browser.press("Enter")
         browser.click(row("org/two", "[data-do=load]"))
@@ -9216,7 +9216,7 @@ def test_a_timeout_of_a_month_does_not_overflow():
 def test_a_connection_in_the_backlog_cancels_the_idle_exit():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         pool = llmswap.Pool(no_models(), lambda *_: None)
-        application = SimpleNamespace(follow_file=lambda: None)
+        application = SimpleNamespace(reload_if_changed=lambda: None)
         server = llmswap.Server([listener], pool, lambda *_: None, application)
         assert server.try_idle_exit() and server.is_serving()  # there is nothing to do
         with Client(listener.getsockname()[1]) as client:

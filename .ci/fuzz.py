@@ -374,7 +374,7 @@ def fuzz_parse_answer(dice):
         fuzz_require(False, "h11 refuses", method, error, data)
     fuzz_require(found == read, "read otherwise", method, found, read, data)
     is_all = may_go_on or answer.is_http_10 or reader.sock.unread  # h11 ends all 1.0
-    fuzz_require(is_all or not answer.is_over, "serves another", method, data)
+    fuzz_require(is_all or not answer.is_reusable, "serves another", method, data)
     return "read"
 
 
