@@ -3214,9 +3214,9 @@ class Backend:
     def _probe(self, timeout, request=None):
         """Send a control request, a health check if none is given; return a Probe.
 
-        The answer takes `timeout` at most, a connection CONNECT_TIMEOUT. `stop` and the
-        end of the backend also end it. A health check fails where another process
-        listens.
+        It takes CONNECT_TIMEOUT to connect at most, and `timeout` for each part of the
+        answer. `stop` and the end of the backend also end it. A health check fails
+        where another process listens.
         """
         method, path, body = request or ("GET", self.model.settings.check_endpoint, "")
         headers = {"Connection": "close"}
@@ -7223,7 +7223,7 @@ _NAMES_CACHED = ("cached_tokens", "cache_read_input_tokens", "cache_n")
 _SPEEDS = ("predicted_per_second", "prompt_per_second")
 _NAMES = "|".join(_NAMES_IN + _NAMES_OUT + _NAMES_CACHED + _SPEEDS)
 _USAGE = re.compile(
-    rb'"(%b)"\s*:\s*(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*[,}]' % _NAMES.encode()
+    rb'"(%b)"\s*:\s*(\d{1,15}(?:\.\d+)?(?:[eE][-+]?\d\d?)?)\s*[,}]' % _NAMES.encode()
 )
 
 

@@ -8201,6 +8201,8 @@ LLAMA_PLAIN = b',"tokens_predicted":4,"tokens_evaluated":9,"truncated":false}'
         (b'{"usage": {"prompt_tokens" : 7 }}', (7, None, None)),
         (b'{"content":"say {\\"prompt_tokens\\": 99, }"}', (None, None, None)),
         (bytes(range(256)) * 16, (None, None, None)),
+        (b'{"prompt_tokens": 5, "completion_tokens": 1e999}', (5, None, None)),
+        (b'{"prompt_tokens": 5, "completion_tokens": %b}' % (b"9" * 400), (5, None, None)),
     ],
 )
 def test_token_counts_are_read_from_the_ends_of_an_answer(ends, reported):
