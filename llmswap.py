@@ -30,18 +30,17 @@ Sections, each of which uses only those above it:
     4  Backends       one run of one model server, from spawn to exit
     5  Pool           the one lock; carries out decisions
     6  Relay          one request to a backend, one response back
-    7  Repair         broken JSON of tool calls becomes the object it means, or stays
+    7  Repair         broken JSON in tool calls, where its meaning is certain
     8  Pages          the status page and the metrics
-    9  API            the meaning of each path; the only place that answers errors
+    9  API            what each path does; the only place that answers errors
     10 Command line   arguments, logging, signals, the order of shutdown
 
 Threads. The main thread waits for signals. One thread accepts connections, one serves
 each connection, one runs each backend; the Pool, the log, systemd and the idle command
-have their own, and short ones look at files that may lie on slow mounts. They share the
+have their own; short-lived ones read files that may be on slow mounts. All share the
 Scheduler and the dict of backends, which belong to the Pool and are touched only under
-its one lock. The lock is held to record an event and to carry out what follows, never
-across I/O or a sleep. With one lock there is no order of locks to remember and no
-deadlock.
+its one lock. The lock is held to record an event and to carry out the decisions, never
+across I/O or a sleep. With a single lock there is no lock order and no deadlock.
 """
 
 import base64
@@ -109,7 +108,7 @@ INVALID, OVERLOADED = "invalid_request_error", "overloaded_error"
 
 
 class APIError(Exception):
-    """A failure that a client is told, with an HTTP status and OpenAI's words for it.
+    """A failure reported to the client: HTTP status, OpenAI's error type and code.
 
     `param` is the parameter to blame. `retry_after` (seconds) becomes Retry-After.
     `may_retry` False becomes `x-should-retry: false`, which the OpenAI SDKs obey.
@@ -182,7 +181,7 @@ class LoadFailed(APIError):
     def __init__(self, message, exit_code=None, is_out_of_memory=False):
         super().__init__(message)
         self.exit_code = exit_code  # None unless the process exited by itself
-        self.is_out_of_memory = is_out_of_memory  # it might load with less beside it
+        self.is_out_of_memory = is_out_of_memory  # fewer models beside it may help
 
 class LoadTimeout(LoadFailed):
     status, type, code = 504, "timeout_error", "model_load_timeout"
@@ -220,7 +219,7 @@ class ShuttingDown(APIError):
 # ---- Values: one parser per kind of text; ValueError says what was expected --------
 
 SECONDS = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-MAX_DURATION = 100 * 365 * SECONDS["d"]  # a lock accepts this, but not any number
+MAX_DURATION = 100 * 365 * SECONDS["d"]  # locks reject much longer timeouts
 UNIT_POWERS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 NUMBER = r"[0-9]{1,15}(?:\.[0-9]+)?"  # as many digits as a float can hold
 TRUE_WORDS = ("on", "true", "1", "enabled", "yes")
@@ -561,8 +560,8 @@ PROXY_KEY = {key.name: key for key in PROXY_KEYS}
 MODEL_KEY = {key.name: key for key in MODEL_KEYS}
 ENV_KEY = MODEL_KEY["env.NAME"]
 
-# Variables known only when a backend starts, by the keys that may hold them. Their
-# texts stay as they are until then; the values here only serve to check them.
+# Variables known only when a backend starts, by the keys that may hold them. They are
+# expanded then; the values here only serve to check the text.
 LATE_VARIABLES = {
     **dict.fromkeys(("cmd", "extra-args", "proxy", "env.NAME"), {"PORT": 1}),
     "cmd-stop": {"PORT": 1, "PID": 1},
@@ -590,7 +589,7 @@ IGNORED_KEYS = ("version", "dedup-cache-models", "__PRESET_DEDUP_CACHE_MODELS")
 
 
 def key_name(spelling, keys) -> Optional[str]:
-    """Return the name of the key in PROXY_KEY or MODEL_KEY that is so spelled."""
+    """Return the name of the key in `keys` with this spelling, or None."""
     if keys is MODEL_KEY and re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", spelling):
         return spelling
     name = SYNONYMS.get(spelling, spelling).replace("_", "-")
@@ -598,7 +597,7 @@ def key_name(spelling, keys) -> Optional[str]:
 
 
 def suggestion(name, names) -> str:
-    """Return the end of a message about an unknown name: a near one, or nothing."""
+    """Return "; did you mean NAME?" with the nearest name, or "" if none is near."""
     import difflib  # rarely needed
 
     near = difflib.get_close_matches(name, names, 1)
@@ -608,7 +607,7 @@ def suggestion(name, names) -> str:
 # ---- Sections: the language of the file ---------------------------------------------
 
 NEWLINE = re.compile(r"\r\n|\r|\n")
-NO_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, and what stands for wrong bytes
+NOT_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, and bytes that are not UTF-8
 STATEMENT = re.compile(  # lines indented deeper than their `cmd` continue it
     rf"""(?P<indent>[ \t]*)
     (?: \[ [ \t]* (?P<header>[^\] \t][^\]]*) \] [ \t]* (?:[;\#][^\r\n]*)?
@@ -663,9 +662,9 @@ class PresetParser:
         while offset < len(text):
             place = f"{self._path}:{line}:"
             statement = STATEMENT.match(text, offset)
-            if statement is None or NO_TEXT.search(statement[0]):
-                wrong = NEWLINE.split(text[offset:], 1)[0].strip()
-                raise ConfigError(f"{place} {wrong!r} is neither [section], "
+            if statement is None or NOT_TEXT.search(statement[0]):
+                first_line = NEWLINE.split(text[offset:], 1)[0].strip()
+                raise ConfigError(f"{place} {first_line!r} is neither [section], "
                                   "key = value nor a comment, in UTF-8")
             offset = statement.end()
             line += len(NEWLINE.findall(statement[0]))
@@ -688,7 +687,7 @@ class PresetParser:
                 return
             self._open_section("default", place)
             self._warn(f"{place} keys before the first section make a model 'default'; "
-                       "keys for all models belong into [*]")
+                       "keys for all models belong in [*]")
         place = f"{place} [{self._section.name}] {key}"
         if key in self._section.settings:
             self._warn(f"{place}: given before; this one counts")
@@ -704,8 +703,8 @@ class PresetParser:
             text = " ".join(re.sub(r"[ \t]*\\$", "", line) for line in lines)
         if name in WITHOUT_COMMENT:
             return text.strip(" \t")
-        is_llamas = name is None or name in SHARED_KEYS
-        comment = (LLAMA_COMMENT if is_llamas else OWN_COMMENT).search(text)
+        is_read_by_llama = name is None or name in SHARED_KEYS
+        comment = (LLAMA_COMMENT if is_read_by_llama else OWN_COMMENT).search(text)
         value = text[: comment.start() if comment else None].strip(" \t")
         if comment and (comment[0] in (";", "#") or value.count('"') % 2):
             self._warn(f"{place}: a comment begins at {comment[0][-1]!r}, as in "
@@ -716,7 +715,7 @@ class PresetParser:
 # ---- Variables: ${NAME}, and the [macros] of the file -------------------------------
 
 VARIABLE = re.compile(r"\$\$\{|\$\{([^{}]*)\}")
-MACRO_DEPTH = 10  # of macros in macros
+MACRO_DEPTH = 10  # how deep macros may use macros
 
 
 def expand(text, variables) -> str:
@@ -735,7 +734,6 @@ def expand(text, variables) -> str:
     return VARIABLE.sub(value, text)
 
 
-
 def needs_port(text) -> bool:
     """Return whether ${PORT} stands in the text."""
     return any(match[1] == "PORT" for match in VARIABLE.finditer(text))
@@ -744,8 +742,8 @@ def needs_port(text) -> bool:
 def read_setting(key, setting, macros, variables, warn):
     """Return the value of the key, or raise ConfigError with the setting's place.
 
-    A text that may hold ${PORT} or ${PID} stays one, with its macros expanded. `warn`
-    is called for words of a command that only a shell understands.
+    A text that may hold ${PORT} or ${PID} is returned as text, with macros expanded.
+    `warn` is called for words of a command that only a shell understands.
     """
     text = setting.text
     for _ in range(MACRO_DEPTH):
@@ -777,10 +775,8 @@ def split_words(text) -> list:
 
 
 def with_environment(words) -> list:
-    """Return the words of a command whose leading NAME=value words are environment."""
+    """Return the command, run by env(1) if it begins with NAME=value words."""
     return ["env", *words] if words and ASSIGNMENT.match(words[0]) else words
-
-
 
 
 # ---- Options of llama-server ---------------------------------------------------------
@@ -798,7 +794,7 @@ ROUTER_OPTIONS = frozenset(
     "--api-key --api-key-file --ssl-key-file --ssl-cert-file --models-dir --models-max "
     "--models-preset --models-autoload".split()
 )
-NOT_IN_PRESETS = ("--host", "--port", "--alias", "--tags")  # of what the router shows
+NOT_IN_PRESETS = ("--host", "--port", "--alias", "--tags")  # which the router shows
 PRESET_ONLY_KEYS = ("load-on-startup", "stop-timeout")
 
 
@@ -881,7 +877,7 @@ class OptionTable:
         return values
 
     def pitfalls(self, settings):
-        """Yield warnings of what llama.cpp reads otherwise than people do."""
+        """Yield warnings of settings that mean something else to llama.cpp."""
         first = {}
         for key, text, place in settings:
             option = self.find(key)
@@ -891,7 +887,7 @@ class OptionTable:
             if other != key:
                 yield f"{place}: the same option as {other}; this one counts"
             if not {*ROUTER_OPTIONS, "--log-colors"}.isdisjoint(option.names):
-                yield f"{place}: no option of a model; it is ignored"
+                yield f"{place}: not an option of a model; it is ignored"
             elif not option.values and text not in TRUTHY + FALSY:
                 word = "".join(option.words(option.value(key, text)))
                 yield (f"{place}: {text!r} is neither true nor false; "
@@ -904,17 +900,17 @@ UNKNOWN_OPTIONS = OptionTable()
 
 
 def unknown_key(key, reason, options=()) -> str:
-    """Return `reason`, or a better one, and a key or one of `options` that is near."""
+    """Return why the key is wrong: `reason` and the nearest key or option."""
     if key_name(key, PROXY_KEY):
-        return "belongs into [llmswap]"
+        return "belongs in [llmswap]"
     return reason + suggestion(key, [*MODEL_KEY, *options])
 
 
 def parse_help(text) -> Optional[OptionTable]:
-    """Return the options that llama-server --help lists, or None if it is no such list.
+    """Return the options in the output of llama-server --help; None for other text.
 
-    A name in the first column begins an option; one blank after the last name, and a
-    hint, mean that it takes a value. Two words in capitals are two values. Of a flag's
+    A name in the first column begins an option; one blank and a hint after the last
+    name mean that it takes a value. Two words in capitals are two values. Of a flag's
     further names, those with "no" are negatives.
     """
     options = []
@@ -938,7 +934,7 @@ EXCLUSIVE_KEYS = ("cmd", "unit", "uses")
 NOT_FOR_ALL = (*EXCLUSIVE_KEYS, "proxy", "alias")
 NOT_MODELS = ("llmswap", "macros", "*")
 
-# The keys that make the backend, by kind of model: their change needs a new backend.
+# The keys whose change needs a new backend, by kind of model.
 PROCESS_KEYS = ("extra-args", "proxy", "env.NAME", "cwd", "oom-score-adj")
 LAUNCH_KEYS = {
     "llama-server": ("llama-server", "keep-context", *PROCESS_KEYS),
@@ -949,8 +945,7 @@ LAUNCH_KEYS = {
 }
 REQUEST_KEYS = (  # and those of listing: they may stand beside `uses`
     "model-name", "uses", "alias", "strip-params", "default-params", "set-params",
-    "json-repair",
-    "loading-notice", "unlisted", "capabilities", "description",
+    "json-repair", "loading-notice", "unlisted", "capabilities", "description",
 )
 SOURCE_KEY = re.compile(
     "model|m|hf-repo|hfr?|model-url|mu|docker-repo|dr|(?!spec-).*-default|fim-.*-spec"
@@ -966,7 +961,7 @@ class Model(NamedTuple):
     They, `env` and the texts of commands may hold variables, which the methods expand.
     `backends` are the ids of the models whose backend may serve it, the first one
     preferred. `problem` is None, or why the model cannot be used. `context_dir` is the
-    folder of its saved contexts, with a slash at its end; empty: none are kept.
+    folder of its saved contexts and ends in a slash; empty: none are saved.
     """
 
     name: str
@@ -985,9 +980,8 @@ class Model(NamedTuple):
 
     @property
     def has_auto_needs(self) -> bool:
-        """Whether it is to be found out what it needs."""
+        """Whether its needs are measured or estimated."""
         return self.settings.needs is None and self.kind not in ("remote", "uses")
-
 
     @property
     def is_pinned(self) -> bool:
@@ -996,7 +990,7 @@ class Model(NamedTuple):
 
     @property
     def launch(self) -> tuple:
-        """What makes the backend; equal means that it may go on after a reload."""
+        """The settings of the backend; a reload that keeps them keeps it running."""
         names = LAUNCH_KEYS[self.kind]
         values = [getattr(self.settings, key.attribute)
                   for key in SETTINGS if key.name in names]
@@ -1038,7 +1032,7 @@ class Model(NamedTuple):
             fixed["log-colors"] = "off"
         settings = [setting._replace(text=self._expand(setting.text, PORT=port))
                     for layer in self.options for setting in layer]
-        if self.context_dir and table.find(SAVE_PATH):  # weaker than one of the file's
+        if self.context_dir and table.find(SAVE_PATH):  # the file may override it
             settings.insert(0, Setting(SAVE_PATH, self.context_dir, self.place))
         settings += [Setting(key, text, self.place) for key, text in fixed.items()]
         return table.choose(settings)
@@ -1053,7 +1047,7 @@ class Model(NamedTuple):
         return self._expand(self.settings.proxy, PORT=port).rstrip("/")
 
     def environment(self, port) -> dict:
-        """Return what the backend's environment has beside that of llmswap."""
+        """Return the variables that the backend has beside those of llmswap."""
         return {name: self._expand(text, PORT=port) for name, text in self.env.items()}
 
     def _words(self, text, **more):
@@ -1064,7 +1058,7 @@ class Model(NamedTuple):
 
 
 def folder_name(name) -> str:
-    """Return a name for files of the model: its own, if that can be one."""
+    """Return the model's name for files, or a hash if it cannot be one."""
     quoted = urllib.parse.quote(name, safe="", errors="surrogateescape")
     if quoted.startswith(".") or len(quoted) > 100:
         return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
@@ -1080,7 +1074,7 @@ def has_source(keys) -> bool:
 
 
 def split_settings(section):
-    """Return the settings of a section by name of llmswap's keys, and its options."""
+    """Return a section's settings by llmswap's key names, and its list of options."""
     keys, options = {}, []
     for spelling, setting in sorted(section.settings.items()):
         name = key_name(spelling, MODEL_KEY)
@@ -1092,10 +1086,10 @@ def split_settings(section):
 
 
 class ModelBuilder:
-    """Makes a Model of one section; the first mistake in it becomes its problem."""
+    """Makes a Model of a section; the first mistake becomes the Model's problem."""
 
     def __init__(self, section, defaults, macros, variables, warn):
-        """`defaults` are what the section overrules: keys, then layers of options."""
+        """`defaults`, which the section overrides: keys, then layers of options."""
         self._name, self._place, _ = section
         self._macros = macros
         self._variables = {**variables, "MODEL_ID": self._name}
@@ -1103,8 +1097,8 @@ class ModelBuilder:
         self._problems = []
         self._own, options = split_settings(section)
         proxy = self._own.get("proxy")
-        is_elsewhere = proxy and not needs_port(proxy.text)
-        is_remote = is_elsewhere and not has_source(each.key for each in options)
+        has_fixed_url = proxy and not needs_port(proxy.text)
+        is_remote = has_fixed_url and not has_source(each.key for each in options)
         self._kind = next(
             (name for name in EXCLUSIVE_KEYS if name in self._own),
             "remote" if is_remote else "llama-server",
@@ -1116,7 +1110,7 @@ class ModelBuilder:
         self._layers = (*layers, options)
 
     def build(self) -> Model:
-        """Return the Model; defaults replace values that are wrong."""
+        """Return the Model, with defaults in the place of invalid values."""
         values, env = dict(DEFAULTS), {}
         if self._kind == "cmd":
             values["hang_timeout"] = 0.0
@@ -1154,14 +1148,14 @@ class ModelBuilder:
             return default
 
     def _read_option(self, setting):
-        """Return the text; without macros it is as llama-server reads it, but for a ~
-        that it could not open."""
+        """Return the text with its ~ expanded. In a file without [macros] a ${ has no
+        meaning, as for llama-server."""
         if self._macros:
             return os.path.expanduser(self._read(ENV_KEY, setting, ""))
         return os.path.expanduser(setting.text.replace("${", "$${"))
 
     def _key_mistakes(self):
-        """Yield settings that cannot stand in the section, and why."""
+        """Yield the settings that this kind of model cannot have, and why."""
         if self._kind != "llama-server":
             refusal = f"options of llama-server cannot stand beside {self._kind}"
             for setting in self._layers[-1]:
@@ -1176,7 +1170,8 @@ class ModelBuilder:
                 self._warn(f"{setting.place}: without effect beside {self._kind}")
 
     def _kind_mistakes(self, settings, env):
-        """Yield what else makes the model unusable, each with the setting to blame."""
+        """Yield what else is wrong for this kind: the setting to blame, or None, and
+        why."""
         own = self._own.get
         is_local = needs_port(settings.proxy)
         if self._kind == "llama-server":
@@ -1211,7 +1206,7 @@ def canonical_name(name) -> str:
 
 
 def find_models(directory, place) -> dict:
-    """Return the models in a directory by id: their settings, as llama-server does it.
+    """Return the options of the models in a directory by id, as llama-server does.
 
     A model is a file or a directory. Raise OSError if they cannot be listed.
     """
@@ -1221,7 +1216,7 @@ def find_models(directory, place) -> dict:
         if entry.is_dir():
             with contextlib.suppress(PermissionError):  # lost+found, for one
                 names = os.listdir(entry.path)
-        # of a model in several files, llama-server is told the first
+        # llama-server wants the first file of a split model
         for name in sorted(names, key=lambda name: ("-00001-of-" not in name, name)):
             path = os.path.join(entry.path, name) if name else entry.path
             match = re.search(r"/(mtp-|dspark-|dflash-)?([^/]*)\.gguf\Z", path)
@@ -1262,7 +1257,7 @@ def misfit(model, pinned, settings) -> Optional[str]:
 
 
 class Config(NamedTuple):
-    """What a file says: `models` by id in its order, ids by each of their `names`."""
+    """The content of a file: `models` by id, in its order; `names` to their ids."""
 
     path: str
     settings: ProxySettings
@@ -1272,14 +1267,14 @@ class Config(NamedTuple):
     warnings: tuple
 
     def find(self, name) -> Optional[str]:
-        """Return the id of the model so named, in any case if none is exactly so."""
+        """Return the id of the model with this name, which may differ in case."""
         return self.names.get(name) or self.names.get(name.strip().casefold())
 
     def resolve(self, name) -> Model:
-        """Return the model of that name, or raise ModelNotFound with names like it."""
-        known = self.find(name)
-        if known is not None:
-            return self.models[known]
+        """Return the model of this name, or raise ModelNotFound with similar names."""
+        model_id = self.find(name)
+        if model_id is not None:
+            return self.models[model_id]
         listed = [m.name for m in self.models.values() if not m.settings.unlisted]
         names = [each for each, owner in self.names.items() if owner in listed]
         near = suggestion(name, names)
@@ -1295,7 +1290,7 @@ class Config(NamedTuple):
         return next(iter(self.models.values())) if len(self.models) == 1 else None
 
     def pitfalls(self, table_of: Callable) -> List[str]:
-        """Return warnings of options that llama.cpp reads otherwise than people do.
+        """Return warnings of options that mean something else to llama.cpp.
 
         table_of(model) is the OptionTable of a llama-server model.
         """
@@ -1312,11 +1307,10 @@ WITHOUT_FILE = b"[llmswap]\ncache-models = on\n"
 def load_config(
     path, listen=None, models_max=None, environ=os.environ, cached=()
 ) -> Config:
-    """Return the Config of a file, or of WITHOUT_FILE if there is none. Raise
-    ConfigError.
+    """Return the Config of a file, or of WITHOUT_FILE if `path` is None.
 
-    `listen` and `models_max` are texts that overrule the file's; `cached` are the names
-    of the models in llama.cpp's cache.
+    `listen` and `models_max` override the file's; `cached` are the names of the models
+    in llama.cpp's cache. Raise ConfigError.
     """
     try:
         data = WITHOUT_FILE
@@ -1378,13 +1372,13 @@ class ConfigLoader:
         star, settings = self._sections["*"].settings, {}
         for key in ("models-max", "models_max", "LLAMA_ARG_MODELS_MAX"):
             if key in star and re.fullmatch("[0-9]{1,9}", star[key].text):
-                settings["models-max"] = star.pop(key)  # where people put it
+                settings["models-max"] = star.pop(key)  # often written there
         for spelling, setting in self._sections["llmswap"].settings.items():
             name = key_name(spelling, PROXY_KEY)
             if name:
                 settings[name] = setting
             elif key_name(spelling, MODEL_KEY):
-                raise ConfigError(f"{setting.place}: belongs to a model, or into [*]")
+                raise ConfigError(f"{setting.place}: belongs to a model, or in [*]")
             elif spelling not in IGNORED_KEYS:
                 near = suggestion(spelling, PROXY_KEY)
                 raise ConfigError(f"{setting.place}: unknown key{near}")
@@ -1435,8 +1429,8 @@ class ConfigLoader:
         return models
 
     def _list_models(self, settings):
-        """Return the source and the options of the models in llama.cpp's cache and in
-        models-dir, by id: that of the section which is the same to llama.cpp."""
+        """Return (source, options) by id of the models in llama.cpp's cache and in
+        models-dir. One in the cache has the id of its section, if there is one."""
         ids = {canonical_name(name): name for name in self._sections}
         listed = {}
         for name in self._cached if settings.cache_models else ():
@@ -1453,8 +1447,8 @@ class ConfigLoader:
         return listed
 
     def _model_sections(self):
-        """Return the sections that are models. Of names that are equal to llama.cpp,
-        the last in the order of bytes remains."""
+        """Return the sections that are models; of those with the same canonical name
+        only the last in byte order."""
         sections = {
             name: section for name, section in self._sections.items()
             if name not in NOT_MODELS
@@ -1463,13 +1457,13 @@ class ConfigLoader:
         last = {canonical_name(name): name for name in sorted(sections)}
         for name in [name for name in sections if last.get(name, name) != name]:
             place = sections.pop(name).place
-            self._warn(f"{place}: replaced by [{last[name]}], the same to llama.cpp")
+            self._warn(f"{place}: replaced by [{last[name]}], the same name in llama.cpp")
         return sections
 
     def _assign_names(self, models):
-        """Return the models by id. Ids come first, then aliases, llama.cpp's spellings,
-        and the repository of its only model in the cache; a name that is taken stays
-        with its owner."""
+        """Return the models by id, and fill `_names`: first with ids, then aliases,
+        canonical names, repositories with one cached model, and names in lower case.
+        A name keeps its first owner."""
         self._names.update((model.name, model.name) for model in models)
         named = {}
         for model in models:
@@ -1489,16 +1483,16 @@ class ConfigLoader:
         return named
 
     def _register(self, name, model, label):
-        """Return whether the model has the name, which it gets if none has it."""
+        """Give the model the name if it is free; return whether the model has it."""
         owner = self._names.setdefault(name, model.name)
         if owner != model.name:
             self._warn(f"{model.place}: {label} {name!r} already means [{owner}]")
         return owner == model.name
 
     def _resolve_names(self, config):
-        """Return the settings with ids for the names of models in them."""
+        """Return the settings with ids in the place of names of models."""
 
-        def known(name, key):
+        def find(name, key):
             model = config.models.get(config.find(name))
             if model is None:
                 place = self._proxy[key].place
@@ -1507,17 +1501,17 @@ class ConfigLoader:
 
         sets = []
         for names in config.settings.sets:
-            models = [known(name, "sets") for name in names]
+            models = [find(name, "sets") for name in names]
             used = [map(config.find, model.settings.uses) for model in models]
             backends = [[*filter(None, ids)] or [model.name]
                         for ids, model in zip(used, models)]
             sets += map(frozenset, itertools.product(*backends))
         default = config.settings.default_model
-        default = default and known(default, "default-model").name
+        default = default and find(default, "default-model").name
         return config.settings._replace(sets=tuple(sets), default_model=default)
 
     def _check_fit(self, models, settings):
-        """Make models unusable that do not fit beside all that are always pinned."""
+        """Set the problem of each model that does not fit beside the pinned ones."""
         pinned = []
         for model in sorted(models.values(), key=lambda model: not model.is_pinned):
             if model.problem:
@@ -1530,9 +1524,9 @@ class ConfigLoader:
                 pinned.append(model)
 
     def _link(self, model, config):
-        """Return a model that uses others with their backends, or with a problem.
+        """Return a `uses` model with the backends of the usable models that it names.
 
-        One that cannot be used is passed over, unless none can.
+        It has a problem if none is usable, or one is unknown or itself of kind `uses`.
         """
         targets = {
             name: config.models.get(config.find(name)) for name in model.settings.uses

@@ -1000,7 +1000,7 @@ def test_sections_are_read(text, sections):
         ("models-max = many", "models-max: 'many' is not a whole number"),
         ("listen = 8080", "listen: '8080' is not an address such as 127.0.0.1:8080"),
         ("lissen = x", "lissen: unknown key; did you mean listen?"),
-        ("idle-timeout = 5", "idle-timeout: belongs to a model, or into [*]"),
+        ("idle-timeout = 5", "idle-timeout: belongs to a model, or in [*]"),
         ("ctx-size = 5", "ctx-size: unknown key"),
         ("patience = ${env.NONE}", "patience: ${env.NONE} is unknown here"),
         ("sets = a + nobody\n[a]\nm = x", "sets: there is no model 'nobody'"),
@@ -1201,7 +1201,7 @@ MEANINGS = [
         "config.find('m:Q4')": "m:q4", "config.find('n:Q')": "n:b-q",
         "config.find('n:a-q')": "n:a-q",
         "config.warnings": (
-            "m.ini:3: [m:Q4]: replaced by [m:q4], the same to llama.cpp",
+            "m.ini:3: [m:Q4]: replaced by [m:q4], the same name in llama.cpp",
             "m.ini:5: [n:a-q]: llama.cpp's name 'n:Q' already means [n:b-q]"),
     }),
     # keys before the first section
@@ -1209,7 +1209,7 @@ MEANINGS = [
         "[each.name for each in models]": ["default", "a"],
         "config.warnings": (
             "m.ini:2: keys before the first section make a model 'default'; keys for "
-            "all models belong into [*]",),
+            "all models belong in [*]",),
     }),
     ("version = 1\n[default]\nversion = 1\n[a]\nm = x",
      {"[each.name for each in models]": ["a"], "config.warnings": ()}),
@@ -1364,7 +1364,7 @@ def test_a_tilde_in_an_option_is_the_home_directory(tmp_path, monkeypatch):
     ("idle-timeuot = 1", "neither a key of llmswap nor an option of this "
                          "llama-server; did you mean idle-timeout?"),
     ("zzz = 1", "neither a key of llmswap nor an option of this llama-server"),
-    ("listen = x", "belongs into [llmswap]"),
+    ("listen = x", "belongs in [llmswap]"),
 ])
 def test_an_unknown_option_is_named_with_its_place(tmp_path, line, reason):
     config = read(tmp_path, f"[a]\nm = x\n{line}\n[b]\nm = y")
@@ -1399,7 +1399,7 @@ def test_an_unknown_option_is_named_with_its_place(tmp_path, line, reason):
      "[a] ctx-size: no key of llmswap; options of llama-server cannot stand beside"),
     ("cmd = serve ${PORT}\nlode-timeout = 1",
      "beside cmd; did you mean load-timeout?"),
-    ("cmd = serve ${PORT}\nlisten = 1", "[a] listen: belongs into [llmswap]"),
+    ("cmd = serve ${PORT}\nlisten = 1", "[a] listen: belongs in [llmswap]"),
     ("cmd = serve ${PORT}\nunit = x", "[a] unit: cannot stand beside cmd"),
     ("unit = x", "it needs proxy = URL, without ${PORT}"),
     ("unit =\nproxy = http://h", "[a] unit: it must not be empty"),
@@ -1443,7 +1443,7 @@ def test_a_source_may_be_spelled_in_many_ways(tmp_path, line):
     ("[a]\nm = x\nc = 1\nctx-size = 2", "[a] ctx-size: the same option as c; this one"),
     ("[a]\nm = x\nm = y", "m.ini:3: [a] m: given before; this one counts"),
     ("[a]\n[a]\nm = x", "m.ini:2: [a]: given before; this one counts"),
-    ("[*]\napi-key = x\n[a]\nm = x\n[b]\nm = x", "[*] api-key: no option of a model"),
+    ("[*]\napi-key = x\n[a]\nm = x\n[b]\nm = x", "[*] api-key: not an option of a model"),
     ("[a]\ncmd = x ${PORT}\nllama-server = y", "llama-server: without effect"),
     ("[llmswap]\nmodels-dir = nowhere", "[llmswap] models-dir: [Errno 2]"),
 ])
