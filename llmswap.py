@@ -1457,7 +1457,7 @@ class ConfigLoader:
         last = {canonical_name(name): name for name in sorted(sections)}
         for name in [name for name in sections if last.get(name, name) != name]:
             place = sections.pop(name).place
-            self._warn(f"{place}: replaced by [{last[name]}], the same name in llama.cpp")
+            self._warn(f"{place}: replaced by [{last[name]}], the same in llama.cpp")
         return sections
 
     def _assign_names(self, models):
@@ -1588,17 +1588,17 @@ FREE_FAILURES = 3  # so many failed loads in a row cause no back-off
 class ModelSpec(NamedTuple):
     """What scheduling must know of a model. Times in seconds; 0 means never, no limit.
 
-    `takes_place` False: the model runs on another machine, does not count towards
-    models-max, and its failed loads cause no back-off: that machine may be asleep.
-    `is_pinned`: nothing evicts it, nor does it idle; `is_pinned_once_loaded`: nothing
-    evicts it while it is loaded. `keep_loaded`: it is started whenever it fits and no
-    ticket waits. `can_sleep`: it is put to sleep instead of stopped when another needs
-    its room.
+    `is_local` False: the model runs on another machine, does not count towards
+    models-max, and is not backed off after failed loads: that machine may be asleep.
+    `is_pinned`: nothing evicts it, nor is it unloaded when idle.
+    `is_pinned_once_loaded`: nothing evicts it while it is loaded. `keep_loaded`: it is
+    started whenever it fits and no ticket waits. `can_sleep`: it is put to sleep, not
+    stopped, when another needs its room.
     """
 
     needs: Mapping[str, int] = {}
     sleep_needs: Mapping[str, int] = {}
-    takes_place: bool = True
+    is_local: bool = True
     is_pinned: bool = False
     is_pinned_once_loaded: bool = False
     keep_loaded: bool = False
@@ -1617,7 +1617,7 @@ class ModelUsage(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What may be loaded together, and how long a ticket waits for it.
+    """What may be loaded together, how many tickets may wait, and how long.
 
     `patience` None: learned from the measured cost of swaps. `models_max`, `queue_max`
     and `queue_timeout` 0: no limit.
@@ -1716,7 +1716,7 @@ class ModelState:
         self.waiting = 0  # tickets in the queue
         self.started_at = self.idle_since = 0.0
         self.ready_at = self.last_grant = -math.inf  # in this run
-        self.pause_began = None  # when it became idle, until the next request
+        self.pause_began = None  # when it became idle; None while in use
         self.pauses = collections.deque(maxlen=8)
         self.drains_for = None  # the ticket that needs its room
         self.evicted_for = None  # the model that needed its room, until that is ready
@@ -1724,13 +1724,13 @@ class ModelState:
         self.failures = 0
         self.last_failure = None
         self.retry_at = -math.inf
-        self.keep_at = -math.inf  # keep_loaded starts it then; inf: when asked for
+        self.keep_loaded_at = -math.inf  # inf: keep_loaded waits for a request
         self.idle_timeout = None  # set by a request, until unloaded; inf: never
         self.unload_by = None  # stopped by hand: no grants; leases are cut then
         self.stop_cause = None  # as in Stop; or crashed; or sleep: it is to fall asleep
-        self.is_asleep = False  # asleep, or was when it was told to stop
-        self.room_from = None  # the model that must go before it is loaded once more
-        self.replacement = None  # the spec that a reload sets once the backend is gone
+        self.is_asleep = False  # or stopping, and was asleep before
+        self.retry_victim = None  # the model that must stop before a load is retried
+        self.replacement = None  # the spec after a reload, once the backend has exited
         self.removal_error = None  # refuses its tickets once a reload removed it
 
     def advance(self, state: State, now: float):
@@ -1744,6 +1744,7 @@ class ModelState:
 
     @property
     def is_held(self) -> bool:
+        """Whether it has a backend, which may hold memory."""
         return self.state is not State.UNLOADED
 
     @property
@@ -1756,7 +1757,7 @@ class ModelState:
 
     @property
     def is_reserved(self) -> bool:
-        """Whether it loads, or has loaded, for a ticket that was not granted yet."""
+        """Whether it loads, or has loaded, for a ticket that is not granted yet."""
         is_new = self.state is State.LOADED and self.last_grant < self.ready_at
         return bool(self.waiting) and (is_new or self.state is State.LOADING)
 
@@ -1768,7 +1769,7 @@ class ModelState:
 
     @property
     def needs_room(self) -> bool:
-        return bool(self.spec.takes_place or self.spec.needs)
+        return bool(self.spec.is_local or self.spec.needs)
 
     @property
     def is_stopping_soon(self) -> bool:
@@ -1777,14 +1778,14 @@ class ModelState:
         return self.unload_by is not None or reloaded
 
     def usage(self) -> ModelUsage:
-        """What it takes now."""
+        """What it counts for now."""
         if self.is_asleep:
-            places = int(self.spec.takes_place and not self.spec.can_sleep)
+            places = int(self.spec.is_local and not self.spec.can_sleep)
             return ModelUsage(self.name, places, self.spec.sleep_needs)
         return self.usage_when_loaded()
 
     def usage_when_loaded(self) -> ModelUsage:
-        return ModelUsage(self.name, int(self.spec.takes_place), self.spec.needs)
+        return ModelUsage(self.name, int(self.spec.is_local), self.spec.needs)
 
     def last_used(self) -> float:
         """When it was last granted, or became ready (by hand, for example)."""
@@ -1797,13 +1798,13 @@ class ModelState:
             self.pause_began = None
 
     def record_idle(self, now: float):
-        """A request left, served or not; a pause begins with the last one."""
+        """A request ended, served or not; after the last one a pause begins."""
         self.idle_since = now
         if self.is_idle:
             self.pause_began = now
 
     def record_failure(self, problem: APIError, now: float):
-        """A load failed; from the third in a row on, the next must wait."""
+        """A load failed; after FREE_FAILURES in a row the next one must wait."""
         self.last_failure = problem
         self.failures += 1
         surplus = self.failures - FREE_FAILURES
@@ -1812,13 +1813,13 @@ class ModelState:
 
     def reset_failures(self):
         self.failures, self.retry_at = 0, -math.inf
-        if self.keep_at < math.inf:
-            self.keep_at = -math.inf
+        if self.keep_loaded_at < math.inf:
+            self.keep_loaded_at = -math.inf
 
-    def allow_keeping(self):
-        """From now on keep_loaded has effect on it, though it was unloaded by hand."""
-        if self.keep_at == math.inf:
-            self.keep_at = -math.inf
+    def resume_keep_loaded(self):
+        """keep_loaded has effect again, though the model was unloaded by hand."""
+        if self.keep_loaded_at == math.inf:
+            self.keep_loaded_at = -math.inf
 
     def swap_cost(self, newcomer: "ModelState") -> float:
         """Seconds to stop this model, load the newcomer, and load this one again."""
@@ -1865,10 +1866,10 @@ def choose_victims(
 
 
 def _fewest(models: List[ModelState], makes_room) -> FrozenSet[ModelState]:
-    """The smallest sufficient choice, older models first. All together must suffice.
+    """Return the smallest choice that makes room, of the first models if several do.
 
-    After 256 choices (all there are of eight models, all pairs of twenty), a choice
-    that has no superfluous member is good enough.
+    All together must make room. After 256 choices (all of eight models, all pairs of
+    twenty) it need not be the smallest, but has no superfluous member.
     """
     choices = (
         frozenset(choice)
@@ -1897,9 +1898,9 @@ class Scheduler:
         self._runs = itertools.count(1)  # of all models: names come and go
         self._decisions = []  # since the last decide(); events refuse tickets, too
         self._next_deadline = math.inf
-        self._stopping = {}  # ModelState that stops or is to make room -> when
+        self._stopping = {}  # ModelState -> when it stops to make room
         self._pinned = []  # ModelStates that nothing may evict now
-        self._is_resting = False  # keep_loaded has no effect until the next request
+        self._is_keep_loaded_paused = False  # until the next request
         self._closing_error = None  # refuses every ticket once closed
 
     # -- events: requests ------------------------------------------------------------
@@ -1909,8 +1910,8 @@ class Scheduler:
     ) -> Ticket:
         """Queue a request for the model; the next `decide` may grant or refuse it."""
         model = self.models[name]
-        model.allow_keeping()
-        self._is_resting = False
+        model.resume_keep_loaded()
+        self._is_keep_loaded_paused = False
         ticket = Ticket(next(self._numbers), model, now, preemptible, manual)
         if manual:
             model.reset_failures()
@@ -1937,8 +1938,8 @@ class Scheduler:
         model.record_idle(now)
 
     def choose(self, names: Sequence[str]) -> Optional[str]:
-        """Return the one of these models that can serve a request soonest; None if a
-        reload has removed them all."""
+        """Return the model that can serve a request soonest, or None if a reload has
+        removed all of them."""
 
         def rank(name):
             model = self.models[name]
@@ -1961,7 +1962,7 @@ class Scheduler:
         model = self._current(name, run)
         if model is None:
             return
-        if model.state is State.UNLOADING:  # it woke by itself, too late
+        if model.state is State.UNLOADING:  # it woke by itself, but is to stop
             model.is_asleep = False
             return
         if model.state is State.LOADING:
@@ -1970,7 +1971,7 @@ class Scheduler:
             model.ready_at = model.idle_since = now
             model.last_grant = -math.inf
             model.reset_failures()
-            model.last_failure = model.room_from = None
+            model.last_failure = model.retry_victim = None
             for victim in self.models.values():
                 if victim.evicted_for is model:
                     # its clients did not return while this one loaded; a client that
@@ -1981,24 +1982,21 @@ class Scheduler:
         model.advance(State.LOADED, now)
 
     def crashed(self, name: str, run: int, now: float):
-        """The loaded backend is ending by itself; `exited` follows once it is gone."""
+        """The loaded backend is ending by itself; `exited` follows."""
         model = self._current(name, run)
         if model is not None and model.state in (State.LOADED, State.SLEEPING):
             model.advance(State.UNLOADING, now)
             model.stop_cause = "crashed"
 
     def adopted(self, name: str, now: float) -> int:
-        """The backend already runs, and `loaded` follows once it is known to be ready.
-
-        Return the run of its events.
-        """
+        """The backend already runs; `loaded` follows. Return its run."""
         model = self.models[name]
         self._begin_run(model, now)
         model.started_at = -math.inf  # unknown
         return model.run
 
     def slept(self, name: str, run: int, now: float):
-        """The backend sleeps: as it was told to, or by itself."""
+        """The backend sleeps, after a Stop or by itself."""
         model = self._current(name, run)
         if model is None or model.state is State.LOADING:
             return  # reported before it was told to wake
@@ -2012,10 +2010,11 @@ class Scheduler:
     def exited(
         self, name: str, run: int, now: float, failure: Optional[APIError] = None
     ) -> Optional[str]:
-        """The backend is gone and holds nothing. `failure`: why it ended by itself.
+        """The backend has exited and holds nothing. `failure`: why, if by itself.
 
-        A load that failed for memory beside others is tried once more, after the least
-        recently used of them has gone: its name is returned, and no ticket is refused.
+        A load that ran out of memory beside other models is retried once, after the
+        least recently used of them has stopped. Then return the name of that model and
+        refuse no ticket.
         """
         model = self._current(name, run)
         victim = None
@@ -2025,22 +2024,23 @@ class Scheduler:
             model.stop_seconds = now - model.changed_at
         elif model.state is State.LOADING:
             failure = failure or APIError(f"{name} ended while it was loading")
-            victim = model.room_from = self._room_for_retry(model, failure)
+            victim = model.retry_victim = self._choose_retry_victim(model, failure)
             if victim is None:
                 model.record_failure(failure, now)
                 self.refuse_waiting(name, failure)
         elif failure is not None:
             model.last_failure = failure
-            model.keep_at = max(model.keep_at, model.ready_at + MAX_BACKOFF)
+            moment = model.ready_at + MAX_BACKOFF
+            model.keep_loaded_at = max(model.keep_loaded_at, moment)
         else:  # stopped by other means than llmswap
-            model.keep_at = math.inf
+            model.keep_loaded_at = math.inf
         model.advance(State.UNLOADED, now)
         self._end_run(model)
         return victim and victim.name
 
-    def _room_for_retry(self, model, failure):
-        """The model that is to go before this one is loaded again; None: it is not."""
-        if model.room_from or not (model.needs_room and model.waiting):
+    def _choose_retry_victim(self, model, failure):
+        """Return the model to stop before a retry of the load; None: no retry."""
+        if model.retry_victim or not (model.needs_room and model.waiting):
             return None
         if not failure.is_out_of_memory:
             return None
@@ -2054,9 +2054,8 @@ class Scheduler:
     def learn(self, name: str, needs: Mapping[str, int]):
         """The model needs this much, as measured or estimated.
 
-        A running one counts as larger only as far as the budget has room beside all
-        that is held, so that no limit is broken. Call it again when one of them has
-        ended.
+        Needs of a running model grow only as far as the budget has room beside all
+        others. Call it again when one of those has exited.
         """
         model = self.models.get(name)
         if model is None:
@@ -2069,8 +2068,8 @@ class Scheduler:
             needs = dict(needs)
             for each, size in self.limits.budget.items():
                 left = size - sum(usage.needs.get(each, 0) for usage in beside)
-                least = max(left, model.spec.needs.get(each, 0))
-                needs[each] = min(needs.get(each, 0), least)
+                ceiling = max(left, model.spec.needs.get(each, 0))
+                needs[each] = min(needs.get(each, 0), ceiling)
         model.spec = model.spec._replace(needs=needs)
 
     def _current(self, name, run):
@@ -2081,7 +2080,7 @@ class Scheduler:
         return model
 
     def _end_run(self, model):
-        """Forget what belonged to the run; a reload may now take effect."""
+        """Reset the state of the run; a reload that waited for it takes effect."""
         del self.held[model.name]
         model.ready_at = -math.inf
         model.in_flight = model.preemptible = 0
@@ -2099,15 +2098,15 @@ class Scheduler:
         """Stop a model by hand and refuse its tickets; False if it is not loaded.
 
         Requests in flight have its stop timeout to end, then the backend is stopped.
-        keep_loaded has no effect on it until it is asked for, or the next reload.
+        keep_loaded has no effect on it until its next request or a reload.
         """
-        self.models[name].keep_at = math.inf
+        self.models[name].keep_loaded_at = math.inf
         return self._unload(name, now, problem)
 
-    def rest(self, now: float, problem: APIError):
+    def unload_all(self, now: float, problem: APIError):
         """Stop every model as if by hand; keep_loaded has no effect until the next
         request for any of them."""
-        self._is_resting = True
+        self._is_keep_loaded_paused = True
         for name in self.models:
             self._unload(name, now, problem)
 
@@ -2146,7 +2145,7 @@ class Scheduler:
                 model.spec = spec
                 if name in changed:
                     model.reset_failures()
-            model.allow_keeping()
+            model.resume_keep_loaded()
             if model.is_pinned:
                 model.drains_for = None
 
@@ -2188,13 +2187,13 @@ class Scheduler:
     # -- decisions -------------------------------------------------------------------
 
     def decide(self, now: float) -> Tuple[List[NamedTuple], float]:
-        """Return what is to be done now, in this order, and the next deadline."""
+        """Return the decisions, to be carried out in order, and the next deadline."""
         while (
             self._serve_queue(now)
             or self._stop_models(now)
             or self._start_keep_loaded(now)
         ):
-            pass  # each decision may make more of them possible
+            pass  # a decision may make others possible
         decisions, self._decisions = self._decisions, []
         return decisions, self._next_deadline
 
@@ -2247,7 +2246,7 @@ class Scheduler:
         return not limit or model.in_flight < limit or ticket.preemptible
 
     def _refusal_of(self, ticket, waiting, now):
-        """Why a ticket may not wait (any longer); None: it may."""
+        """Return why a ticket may not wait any longer, or None."""
         model, limits = ticket.model, self.limits
         if self._closing_error or model.removal_error:
             return self._closing_error or model.removal_error
@@ -2257,7 +2256,7 @@ class Scheduler:
                 waited = f"waited {limits.queue_timeout:g} s for {model.name!r}"
                 return QueueTimeout(f"{waited} (queue-timeout in [llmswap])")
             self._look_again_at(ends)
-        if not model.is_held and model.spec.takes_place and now < model.retry_at:
+        if not model.is_held and model.spec.is_local and now < model.retry_at:
             seconds = max(1, math.ceil(model.retry_at - now))
             text = f"{model.last_failure}\n(it is tried again in {seconds} s)"
             return LoadBackoff(text, retry_after=seconds)
@@ -2271,7 +2270,7 @@ class Scheduler:
         return QueueFull(full) if is_full else None
 
     def _pins_in_the_way(self, model):
-        """The fewest pinned models that would have to go before this one can start."""
+        """Return the fewest pinned models without which this one could start."""
         pins = [pin for pin in self._pinned if pin is not model]
         if not (pins and model.is_down and model.needs_room):
             return frozenset()
@@ -2302,7 +2301,7 @@ class Scheduler:
         del self._queue[ticket.number]
         ticket.model.waiting -= 1
         if not ticket.model.waiting:
-            ticket.model.room_from = None
+            ticket.model.retry_victim = None
         self._spare_victims(ticket)
 
     def _spare_victims(self, ticket):
@@ -2325,12 +2324,12 @@ class Scheduler:
             self._start(model, now, ticket)
 
     def _awaits_retry(self, ticket):
-        """Whether its model waits because a load had no memory beside another model:
-        either for the end of that model, or, being that model, for the next try."""
+        """Whether its model waits for the retry of a load that ran out of memory: its
+        own, until the retry victim has drained, or the load whose victim it was."""
         for model in self.held.values():
-            if model.room_from is ticket.model and model.state is State.LOADING:
+            if model.retry_victim is ticket.model and model.state is State.LOADING:
                 return True
-        victim = ticket.model.room_from
+        victim = ticket.model.retry_victim
         if victim is None or victim.is_down:
             return False
         if victim not in self._stopping and self._is_evictable(victim):
@@ -2362,7 +2361,7 @@ class Scheduler:
         model.started_at = now
 
     def _evict(self, ticket, wanted, now):
-        """Choose victims for the ticket, and let them drain once patience ends."""
+        """Choose victims for the ticket; they drain once patience ends."""
         candidates = [
             model
             for model in self.held.values()
@@ -2403,11 +2402,11 @@ class Scheduler:
         return moment
 
     def _start_keep_loaded(self, now):
-        """If no ticket waits, start a model of keep_loaded that fits; return if so.
+        """If no ticket waits, start a keep_loaded model that fits; return if so.
 
-        As no ticket waits for such a load, any that needs its room ends it.
+        A later ticket that needs the room stops such a load at once.
         """
-        if self._queue or self._closing_error or self._is_resting:
+        if self._queue or self._closing_error or self._is_keep_loaded_paused:
             return False
         for model in self.models.values():
             # one that fell asleep by itself wakes by itself
@@ -2415,7 +2414,7 @@ class Scheduler:
             if not (is_missing and model.is_down and model.spec.keep_loaded):
                 continue
             if self._fits({model.name: model.usage_when_loaded()}):
-                moment = max(model.retry_at, model.keep_at)
+                moment = max(model.retry_at, model.keep_loaded_at)
                 if now >= moment:
                     self._start(model, now)
                     return True
@@ -2423,7 +2422,7 @@ class Scheduler:
         return False
 
     def _stop_models(self, now):
-        """Stop every model that is drained or idle long enough; return if any was."""
+        """Stop every model that has drained or idled long enough; return if any."""
         before = len(self._decisions)
         for model in self.held.values():
             cause, moment = self._stop_due(model)
@@ -2434,7 +2433,7 @@ class Scheduler:
         return len(self._decisions) != before
 
     def _stop_due(self, model):
-        """Why the model is to be stopped, and when; inf: not as things are."""
+        """Return why the model is to be stopped, and when; inf: not for now."""
         is_loading = model.state is State.LOADING
         once_drained = math.inf if model.in_flight else -math.inf
         if model.state is State.UNLOADING:
@@ -5282,8 +5281,9 @@ class Pool:
 
     def unload_all(self, why: str):
         """Begin to unload every model, and keep none loaded until the next request."""
+        problem = ModelUnloaded(f"all models were unloaded {why}")
         with self._event() as now:
-            self._scheduler.rest(now, ModelUnloaded(f"all models were unloaded {why}"))
+            self._scheduler.unload_all(now, problem)
 
     def await_unloaded(self, disconnected: Callable[[], bool]):
         """Wait until no backend is being unloaded, or disconnected() is true."""
@@ -5907,7 +5907,7 @@ def specs_of(
         name: ModelSpec(
             needs={**needs[name], **address_of(model)},
             sleep_needs={**model.settings.sleep_needs, **address_of(model)},
-            takes_place=model.kind != "remote",
+            is_local=model.kind != "remote",
             is_pinned=model.is_pinned,
             is_pinned_once_loaded=model.settings.pin == "loaded",
             keep_loaded=model.settings.keep_loaded and not model.problem,
