@@ -4927,21 +4927,21 @@ class Inspector:
 #    Never knows HTTP or a client's socket, and never waits while it holds the lock.
 #
 #    The lock guards the Scheduler and the dict of backends. It is held just long
-#    enough to record an event and to carry out what follows (start a thread, wake a
+#    enough to record an event and carry out the decisions (start a thread, wake a
 #    backend's thread, resolve a future). No I/O and no sleep under it, and no other
 #    lock but that of a queue or a future, which no thread holds while it waits.
 # ==================================================================================
 
 
-ADOPT_PATIENCE = 1.0  # s; how long the start may wait for systemd to say what runs
-LONG_WAIT = 1.0  # s; a wait that is worth a log line
-LOAD_LINE_EVERY = 10.0  # s between two log lines about a load that takes long
+ADOPT_TIMEOUT = 1.0  # s; the start waits this long for systemd's list of units
+LONG_WAIT = 1.0  # s; longer waits are logged
+LOAD_LINE_EVERY = 10.0  # s between log lines about one load
 
 
 class Broadcast:
-    """The last items published, for any number of followers. Any thread may call.
+    """Passes items to any number of followers, and keeps the last ones.
 
-    A follower that does not keep up loses items.
+    Any thread may call. A follower that does not keep up loses items.
     """
 
     BACKLOG = 10000
@@ -4966,7 +4966,7 @@ class Broadcast:
 
     @contextlib.contextmanager
     def subscribe(self, with_history: bool = True):
-        """Yield `get(timeout)`: the next item, or None if there was none in time."""
+        """Yield `get(timeout)`, which returns the next item, or None after it."""
         follower = queue.SimpleQueue()
         with self._lock:
             for item in self._history if with_history else ():
@@ -5020,16 +5020,16 @@ class Metrics:
             self._observe("waits", model, waited)
 
     def count_load(self, model: str, seconds: float, is_swap: bool = False):
-        """A model has become ready, so many seconds after its start. `is_swap`: after
-        others were evicted for it."""
+        """A model is ready, so many seconds after its start. `is_swap`: others were
+        evicted for it."""
         self._observe("loads", model, seconds)
         self.counts["swaps",] += is_swap
 
     def copy(self) -> "Metrics":
         """Return what was counted so far."""
-        twin = Metrics()
-        twin.counts = self.counts.copy()
-        return twin
+        copy = Metrics()
+        copy.counts = self.counts.copy()
+        return copy
 
     def _observe(self, metric, model, seconds):
         self.counts[metric, model, bisect.bisect_left(BUCKETS, seconds)] += 1
@@ -5049,14 +5049,14 @@ STOP_REASONS = {
 class ModelStatus(NamedTuple):
     """One model at one moment. Times in seconds, memory in bytes.
 
-    `state` is one of State's words, and the model is in it since `seconds` (None: since
-    the start). `progress` of a load goes from 0 to 1, if it is known. `failure` says
-    why its last run failed, `stopped` why it was stopped, `unusable` what is wrong with
-    it in the file. `shares` names the model whose backend it uses now, and whose state
-    it has. `pinned`: nothing may evict it now. `context` are the bytes of its saved
-    contexts, None if it keeps none, and `context_seconds` what they have spared.
-    `entry` is the last from its own /v1/models. `needs`, by resource of the budget,
-    are known from `needs_source`; it `holds` what counts now, if it runs.
+    `state` is a value of State, `seconds` for how long (None: since the start).
+    `progress` of a load goes from 0 to 1, if it is known. `failure` says why its last
+    run failed, `stopped` why it was stopped, `unusable` what is wrong in the file.
+    `shares` names the model whose backend it uses now, and whose state it has.
+    `pinned`: nothing may evict it now. `context` is the size of its saved contexts
+    (None: not saved), `context_seconds` the time that they have spared. `entry` is
+    the last one of its own /v1/models. `needs`, by resource, come from `needs_source`;
+    `holds` is what it counts for now.
     """
 
     id: str
@@ -5095,17 +5095,17 @@ def start_thread(target, name: str, *args) -> threading.Thread:
 
 
 class Run:
-    """What the Pool keeps of one run of a backend."""
+    """What the Pool records of one run of a backend."""
 
-    def __init__(self, number: int, is_beside: bool):
-        self.number = number  # as the Scheduler counts them
-        self.is_beside = is_beside  # it was loaded beside others
-        self.peak = {}  # of the memory that it took so far, by resource
+    def __init__(self, number: int, had_neighbours: bool):
+        self.number = number  # the Scheduler's
+        self.had_neighbours = had_neighbours  # other models were held during the load
+        self.peak = {}  # memory by resource
         self.next_load_line = LOAD_LINE_EVERY  # seconds after the start
 
 
 class Pool:
-    """All backends, and which request may use them when. Any thread may call.
+    """Owns all backends and leases them to requests. Any thread may call.
 
     `log(level, text)` must not block.
     """
@@ -5120,23 +5120,23 @@ class Pool:
         self._guard = Guard()
         self._make_backend = make_backend or self._backend_of_kind
         self._backends = {}
-        self._feeds = {}
-        self._looks = {}  # by what looks at memory: when it did, and what it found
+        self._outputs = {}  # by model: Broadcast of lines
+        self._samples = {}  # by function that measures memory: when, and the result
         self._entries = {}  # by model: the last from its own /v1/models
         self._metrics = Metrics()
         self._speeds = {}  # by model: tokens per second of the last answer
         self._stop_reasons = {}  # by model, of its last stop
-        self._revision = 0  # of all that status and metrics show
+        self._revision = 0  # counts the changes of status and metrics
         self._lock = threading.Lock()
         self._timer = threading.Condition(self._lock)  # the next deadline came nearer
         self._changed = threading.Condition(self._lock)  # a new revision
         self._next_deadline = self._timer_at = math.inf
         self._needs = Needs(config.settings.state_dir, log)
-        self._machine_budget = None  # asked for once a budget says auto
-        self._vram_at_start = None  # of that; None if models ran already
+        self._machine_budget = None  # measured when a budget is `auto`
+        self._vram_at_start = None  # its vram; None if models ran already
         self.budget = self._find_budget(config)  # with figures for `auto`
         limits = limits_of(config, self.budget)
-        self._known_needs = {}  # by model: amounts, and where they are known from
+        self._known_needs = {}  # by model: amounts and their source
         self._specs = self._find_specs()
         self._scheduler = Scheduler(limits, self._specs)
         self._runs = {}  # by backend
@@ -5153,7 +5153,7 @@ class Pool:
         self._timer_thread = start_thread(self._timer_loop, "timer")
         start_thread(self._measure_loop, "memory")
         self._adoption = start_thread(self._adopt_units, "units")
-        self._adoption.join(ADOPT_PATIENCE)
+        self._adoption.join(ADOPT_TIMEOUT)
         wanted = [
             model for model in self.config.models.values()
             if model.settings.load_on_startup
@@ -5161,7 +5161,7 @@ class Pool:
         start_thread(self._load_wanted, "startup", wanted)
 
     def _load_wanted(self, models):
-        """Load these and those of keep-loaded, which asks binaries for seconds."""
+        """Load these models and those of keep-loaded. Estimates may take seconds."""
         for model in models:
             try:
                 self.load(model)
@@ -5174,7 +5174,7 @@ class Pool:
             pass  # the scheduler starts those that fit
 
     def _adopt_units(self):
-        """Find out which units run already, and adopt them."""
+        """Adopt the units that run already."""
         units = {model.settings.unit for model in self.config.models.values()} - {""}
         running = running_units(units, gives_up=lambda: self._is_closed)
         with self._event() as now:
@@ -5197,11 +5197,11 @@ class Pool:
     def lease(
         self, model: Model, disconnected: Callable[[], bool], preemptible: bool = False
     ):
-        """Yield a backend of the model, ready, loading it if need be; it stays until
-        the block ends (unless the lease is preemptible).
+        """Yield a ready backend of the model, loading it if need be. It is not stopped
+        before the block ends, unless the lease is preemptible.
 
-        Raise an APIError if it cannot be had, or ClientDisconnected once
-        `disconnected()` is true, which is asked twice a second.
+        Raise an APIError if there is none, or ClientDisconnected once `disconnected()`
+        is true, which is called every POLL_INTERVAL.
         """
         while True:
             ticket = self._submit(model, preemptible)
@@ -5231,7 +5231,7 @@ class Pool:
         return ticket
 
     def _check_start(self, model):
-        """Raise what makes a start impossible, before anything is evicted for it."""
+        """Raise an APIError if a start must fail, before models are evicted for it."""
         if model.problem:
             raise ModelMisconfigured(model.problem)
         with self._lock:
@@ -5250,12 +5250,12 @@ class Pool:
         self._estimate(owner)
 
     def _scheduled(self, model):
-        """Return the scheduled model to which a request for this one goes now, or None
-        if a reload removed it. The lock is held."""
+        """Return the ModelState that serves this model now, or None if a reload removed
+        it. The lock is held."""
         return self._scheduler.models.get(self._scheduler.choose(model.backends))
 
     def keep_alive(self, model: Model, seconds: float):
-        """Set after how many idle seconds the model unloads; below 0: never."""
+        """Unload the model after this many idle seconds; below 0: never."""
         with self._event():
             scheduled = self._scheduled(model)
             if scheduled is not None:
@@ -5264,7 +5264,7 @@ class Pool:
     # -- operators -------------------------------------------------------------------
 
     def load(self, model: Model) -> bool:
-        """Begin to load the model despite earlier failures; False if it is loaded."""
+        """Begin to load the model, without back-off; False if it is loaded."""
         if self.backend_of(model, State.LOADING, State.LOADED):
             return False
         self._submit(model, manual=True)
@@ -5326,8 +5326,8 @@ class Pool:
     def _find_budget(self, config):
         """Return the budget with figures for `auto`.
 
-        Not called with the lock held: it asks the vendor's tool, once, because later
-        the models of llmswap hold memory themselves.
+        Not called with the lock held, as it runs the vendor's tool. It measures once:
+        later, llmswap's own models hold memory.
         """
         written = config.settings.budget
         if None not in written.values():
@@ -5343,27 +5343,27 @@ class Pool:
         return budget
 
     def _estimate(self, model):
-        """Estimate what the model needs if nothing is known, which may take seconds."""
+        """Estimate the needs of the model if unknown, which may take seconds."""
         if self._needs.estimate(model, self.budget):
             with self._lock:
-                self._take_over_needs()
+                self._refresh_specs()
                 self._schedule()
 
     def _find_specs(self):
-        """Return the specs of all models by what is known of their needs now."""
+        """Return the specs of all models, with the needs known now."""
         models = self.config.models.values()
         known = {each.name: self._needs.of(each, self.budget) for each in models}
         self._known_needs = known
         amounts = {name: needs for name, (needs, _) in known.items()}
         return specs_of(self.config, counted_needs(self.config, self.budget, amounts))
 
-    def _take_over_needs(self):
-        """Count what is known of needs by now. The lock is held."""
+    def _refresh_specs(self):
+        """Count the needs known now from here on. The lock is held."""
         self._specs = self._find_specs()
-        self._count_needs()
+        self._update_needs()
 
-    def _count_needs(self):
-        """Have running models count for all that they need, if there is room."""
+    def _update_needs(self):
+        """Tell the Scheduler the needs of models that are measured or estimated."""
         for name, spec in self._specs.items():
             if self.config.models[name].has_auto_needs:
                 self._scheduler.learn(name, spec.needs)
@@ -5378,23 +5378,23 @@ class Pool:
             self._measure()
 
     def _measured_backends(self):
-        """Those that are loaded, and their needs not written. The lock is held."""
+        """Return the loaded backends whose needs are measured. The lock is held."""
         held = self._scheduler.held.values()
         loaded = [each.name for each in held if each.state is State.LOADED]
         backends = [self._backends[name] for name in loaded]
         return [backend for backend in backends if backend.model.has_auto_needs]
 
     def _measure(self):
-        """Take over what is taken by the models whose needs are not written."""
+        """Measure the memory of these backends and learn their needs."""
         with self._lock:
             backends = self._measured_backends()
             held = [*self._scheduler.held.values()]
-        is_alone = len(held) == 1 and held[0].started_at > -math.inf  # nor adopted
+        is_alone = len(held) == 1 and held[0].started_at > -math.inf  # not adopted
         on_gpu, taken = gpu_memory_by_group() if backends else {}, {}
         for backend in backends:
             vram = on_gpu.get(backend.pid)
             if vram is None and is_alone and self._vram_at_start:
-                # in a container, the tool may show no processes
+                # in a container the tool may list no processes
                 left = machine_budget(lambda pid: False).get("vram")
                 vram = left and max(0, self._vram_at_start - left)
             taken[backend] = memory_taken(backend.pid, vram)
@@ -5415,13 +5415,13 @@ class Pool:
         is_too_large = source == "llama-fit-params" and any(
             amount > self.budget[name] for name, amount in amounts.items()
         )
-        was_squeezed = run.is_beside or is_too_large
+        was_squeezed = run.had_neighbours or is_too_large
         if self._needs.learn(model, run.peak, was_squeezed, is_over):
-            self._take_over_needs()
+            self._refresh_specs()
 
     def _raise_needs(self, name, victim):
-        """Have a model that had no memory beside `victim` need so much that it will not
-        be loaded beside it again. The lock is held."""
+        """Raise the needs of a model that ran out of memory beside `victim`, until both
+        no longer fit together. The lock is held."""
         held = self._scheduler.held.items()
         needs = {each: scheduled.usage().needs for each, scheduled in held}
         freed = needs.pop(victim)
@@ -5433,13 +5433,13 @@ class Pool:
         model = self.config.models.get(name)
         if model and model.has_auto_needs:
             self._needs.raise_to(model, least)
-            self._take_over_needs()
+            self._refresh_specs()
 
     # -- status ----------------------------------------------------------------------
 
     def backend_of(self, model: Model, *states: State):
-        """Return the backend of the model, or None; it may end at any time. If states
-        are given, it is in one of them, and not about to stop."""
+        """Return the backend of the model, which may exit at any time, or None; also
+        None if it is in none of the given states, or about to stop."""
         with self._lock:
             scheduled = self._scheduled(model)
             if scheduled is None:
@@ -5459,19 +5459,19 @@ class Pool:
             statuses = [self._status(model) for model in self.config.models.values()]
         if not with_memory:
             return statuses
-        resident = self._lately(resident_by_group, 1.0)
-        on_gpu = self._lately(gpu_memory_by_group, 5.0)
+        resident = self._recent(resident_by_group, 1.0)
+        on_gpu = self._recent(gpu_memory_by_group, 5.0)
         return [
             each._replace(rss=resident.get(each.pid), vram=on_gpu.get(each.pid))
             for each in statuses
         ]
 
-    def _lately(self, look, seconds):
-        """Return what look() returned at most so many seconds ago."""
-        looked_at, amounts = self._looks.get(look, (-math.inf, None))
-        if time.monotonic() > looked_at + seconds:
-            amounts = look()
-            self._looks[look] = time.monotonic(), amounts
+    def _recent(self, measure, seconds):
+        """Return a result of measure() that is at most so many seconds old."""
+        measured_at, amounts = self._samples.get(measure, (-math.inf, None))
+        if time.monotonic() > measured_at + seconds:
+            amounts = measure()
+            self._samples[measure] = time.monotonic(), amounts
         return amounts
 
     def _status(self, model):
@@ -5517,9 +5517,9 @@ class Pool:
         holds = {name: usage[name] for name in self.budget if name in usage}
         return {"needs": needs, "needs_source": source, "holds": holds}
 
-    def feed_of(self, name: str) -> Broadcast:
-        """Return the output of the model's backends, of this one and earlier ones."""
-        return self._feeds.setdefault(name, Broadcast(1000))
+    def output_of(self, name: str) -> Broadcast:
+        """Return the lines that the model's backends wrote and write."""
+        return self._outputs.setdefault(name, Broadcast(1000))
 
     def counts(self) -> Dict[str, int]:
         """Return how many models are held, and how many requests run and wait."""
@@ -5532,23 +5532,23 @@ class Pool:
             }
 
     def is_alive(self, timeout: float) -> bool:
-        """Whether the lock can be had in so many seconds (-1: at all), and the timer
-        runs."""
+        """Whether the lock is free within `timeout` seconds (-1: no limit), and the
+        timer runs."""
         if not self._lock.acquire(timeout=timeout):
             return False
         self._lock.release()
         return self._is_closed or self._timer_thread.is_alive()
 
     def idle_since(self) -> Optional[float]:
-        """Return when (on the clock) the last request came or ended; None: one runs or
-        waits."""
+        """Return when the last request came or ended, on the Pool's clock; None while
+        one runs or waits."""
         with self._lock:
             is_busy = self._scheduler.queued or self._scheduler.in_flight
             return None if is_busy else self._last_request_at
 
     def inactive_since(self) -> Optional[float]:
-        """Return since when (on the clock) no request runs or waits, and no backend but
-        those of keep-loaded runs; None: one does."""
+        """Return since when, on the Pool's clock, no request runs or waits and only
+        backends of keep-loaded run; None while it is otherwise."""
         with self._lock:
             if self._scheduler.is_in_use:
                 return None
@@ -5589,10 +5589,7 @@ class Pool:
 
     @contextlib.contextmanager
     def _event(self):
-        """Hold the lock while an event is recorded, then carry out what follows.
-
-        Yield the time.
-        """
+        """Hold the lock while an event is recorded, then decide. Yield the time."""
         with self._lock:
             yield self._clock()
             self._schedule()
@@ -5610,7 +5607,7 @@ class Pool:
             self._timer.notify()
 
     def _carry_out(self, decision):
-        """Return whether it failed at once."""
+        """Carry out the decision; return whether it failed at once."""
         if isinstance(decision, Start):
             return self._start(decision)
         if isinstance(decision, Stop):
@@ -5664,10 +5661,10 @@ class Pool:
             return UnitBackend(model, listener, settle_timeout)
         if model.kind == "remote":
             return RemoteBackend(model, listener)
-        setting = model, listener, self._guard, settle_timeout
+        arguments = model, listener, self._guard, settle_timeout
         if model.context_dir:
-            return LlamaServerBackend(*setting, self._contexts)
-        return ProcessBackend(*setting)
+            return LlamaServerBackend(*arguments, self._contexts)
+        return ProcessBackend(*arguments)
 
     def _stop(self, decision):
         name, cause = decision.name, decision.cause
@@ -5710,7 +5707,7 @@ class Pool:
             evicted_for = [each.evicted_for for each in models.values()]
             self._metrics.count_load(name, seconds, models[name] in evicted_for)
             self._scheduler.loaded(name, run.number, now)
-            run.is_beside |= len(self._scheduler.held) > 1
+            run.had_neighbours |= len(self._scheduler.held) > 1
             run.next_load_line = LOAD_LINE_EVERY  # should it wake up
         if backend.model.has_auto_needs:
             self._has_loaded.set()
@@ -5744,7 +5741,7 @@ class Pool:
         self._needs.save()
 
     def _record_exit(self, name, run, problem):
-        """A backend is gone, or could not be started. The lock is held."""
+        """A backend has exited, or could not be started. The lock is held."""
         self._runs.pop(self._backends.pop(name, None), None)
         if problem is not None:
             scheduled = self._scheduler.models[name]
@@ -5756,11 +5753,11 @@ class Pool:
         if victim is not None:
             self._log("info", f"{name}: loaded once more, after {victim} has gone")
             self._raise_needs(name, victim)
-        self._count_needs()
+        self._update_needs()
         self._publish(name, "unloaded", exit_code=exit_code_of(problem))
 
     def _log_end(self, name, now, state):
-        """Log the end of a stop, or one that came by itself; `debug` if it was soon."""
+        """Log that the model is asleep or unloaded; for `debug` if that was quick."""
         scheduled = self._scheduler.models[name]
         seconds = now - scheduled.changed_at
         took = f" after {seconds:.1f} s" if scheduled.state is State.UNLOADING else ""
@@ -5768,7 +5765,8 @@ class Pool:
         self._log(level, f"{name}: {state}{took}")
 
     def on_context(self, backend, kind, tokens, size, seconds):
-        name, took = backend.model.name, seconds_text(seconds)
+        name = backend.model.name
+        took = f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
         text = f"{kind} {tokens:,} tokens of context ({size / 1e6:,.0f} MB) in {took}"
         count, amount = ("context_tokens", name, kind), tokens
         if kind == "used":
@@ -5781,7 +5779,7 @@ class Pool:
 
     def on_line(self, backend, text):
         name = backend.model.name
-        self.feed_of(name).publish(text)
+        self.output_of(name).publish(text)
         level = "warning" if text.startswith("llmswap: ") else "debug"
         self._log(level, f"{name} | {text}")
 
@@ -5816,25 +5814,20 @@ class Pool:
                 backend.stop(at_once=True)
 
 
-def seconds_text(seconds: float) -> str:
-    """Return "15 ms" or "1.5 s"."""
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
-
-
 def percent(progress: Optional[float]) -> str:
     """Return ", 45 %" for 0.45, and nothing if it is not known."""
     return "" if progress is None else f", {100 * progress:.0f} %"
 
 
 def exit_code_of(problem: Optional[APIError]) -> int:
-    """Return the exit code as llama.cpp's router reports it: 1 for signals and the
-    like, 0 without a problem."""
+    """Return the exit code as llama.cpp's router reports it: 0 without a problem, 1 if
+    the process did not exit by itself."""
     code = getattr(problem, "exit_code", None)
     return int(problem is not None) if code is None else code
 
 
 def _failure_text(problem, last):
-    """The whole text of a failure, unless it begins and ends as the last one did; the
+    """Return the text of a failure, shortened if it begins and ends as the last one;
     lines between may differ by a port or a time."""
     lines, before = str(problem).splitlines(), str(last).splitlines()
     is_same = before and (lines[0], lines[-1]) == (before[0], before[-1])
@@ -5842,8 +5835,8 @@ def _failure_text(problem, last):
 
 
 def _await_backend(future, disconnected):
-    """Return the backend that is granted, None if it does not answer; raise why it is
-    refused, or ClientDisconnected."""
+    """Return the granted backend, or None if it cannot be reached. Raise the APIError
+    of a refusal, or ClientDisconnected."""
     while not future.done():
         concurrent.futures.wait([future], timeout=POLL_INTERVAL)
         if not future.done() and disconnected():
@@ -5860,10 +5853,9 @@ def _await_backend(future, disconnected):
     return backend if is_reachable else None
 
 
-
 def address_of(model: Model) -> Dict[str, int]:
-    """Return what a unit needs of its address: all of it, so that units which share
-    one are never loaded together."""
+    """Return a unit's address as a resource of which there is one, so that units with
+    the same address are never loaded together."""
     is_bound = model.kind == "unit" and not model.problem
     return {model.url(""): 1} if is_bound else {}
 
@@ -5873,7 +5865,7 @@ def _removed(name):
 
 
 def limits_of(config: Config, budget: Mapping[str, int]) -> Limits:
-    """Return what the configuration, with this budget, lets be loaded together."""
+    """Return the Limits of a configuration, with this budget."""
     models = config.models.values()
     addresses = {url: 1 for model in models for url in address_of(model)}
     written = {name: getattr(config.settings, name) for name in Limits()._asdict()}
@@ -5883,8 +5875,9 @@ def limits_of(config: Config, budget: Mapping[str, int]) -> Limits:
 def counted_needs(
     config: Config, budget: Mapping[str, int], known: Mapping[str, Mapping[str, int]]
 ) -> Dict[str, Mapping[str, int]]:
-    """Return what each model counts for: `known`, cut down to what the budget leaves
-    beside all pinned ones, so that each can be loaded. These leave a byte of it."""
+    """Return the needs that count: `known`, cut down to what the budget leaves beside
+    all pinned models, so that each model can be loaded. Pinned models leave a byte, so
+    that two others of unknown needs do not fit together."""
     counted, left = {}, dict(budget)
     for model in sorted(config.models.values(), key=lambda each: not each.is_pinned):
         is_pinned = model.is_pinned and not model.problem
@@ -5902,7 +5895,7 @@ def counted_needs(
 def specs_of(
     config: Config, needs: Mapping[str, Mapping[str, int]]
 ) -> Dict[str, ModelSpec]:
-    """Return what scheduling must know of each model that has a backend of its own."""
+    """Return the ModelSpec of each model that has a backend of its own."""
     return {
         name: ModelSpec(
             needs={**needs[name], **address_of(model)},
@@ -8921,7 +8914,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         feed = self.server.log.feed
         if name not in ("", "proxy"):
             status = self.pool.status(self._resolve(percent_decoded(name)))
-            feed = self.pool.feed_of(status.shares or status.id)
+            feed = self.pool.output_of(status.shares or status.id)
         headers = [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
         with feed.subscribe(self.head.parameter("no-history") is None) as get:
             self.reply.begin(200, "OK", [TEXT_TYPE, *headers], None)

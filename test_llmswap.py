@@ -4777,7 +4777,7 @@ def test_the_parrot_repeats_the_last_message_and_survives_nonsense():
 
 BRISK = dict(
     COMMAND_TIMEOUT=0.5, WAKE_INTERVAL=0.2, CONNECT_TIMEOUT=0.3, POLL_INTERVAL=0.1,
-    EARLY_HEAD_AFTER=0.2, JOURNAL_DELAY=0.01, ADOPT_PATIENCE=0.5,
+    EARLY_HEAD_AFTER=0.2, JOURNAL_DELAY=0.01, ADOPT_TIMEOUT=0.5,
 )  # fmt: skip
 
 
@@ -11107,7 +11107,7 @@ def stage_of_needs(folder, **sources):
         known = llmswap.Known(name, source, {"vram": size * GB})
         pool._needs._set(llmswap._command_key(models[name]), known)
     with pool._lock:
-        pool._take_over_needs()
+        pool._refresh_specs()
     return stage
 
 
