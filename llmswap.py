@@ -428,7 +428,7 @@ PROXY_KEYS = (
         "how many may be loaded at once; 0: no limit, which is the default with "
         "`budget` or `sets`"),
     Key("budget", parse_budget, "",
-        "what there is, e.g. `vram 24G, ram 64G`; the `needs` of models must fit; "
+        "the memory for models, e.g. `vram 24G, ram 64G`; their `needs` must fit; "
         "`auto`, or `vram auto`: what this machine has"),
     Key("models-autoload", parse_boolean, "on",
         "`off`: a request never loads a model; it is loaded by hand or on startup"),
@@ -442,15 +442,15 @@ PROXY_KEYS = (
     Key("llama-server", os.path.expanduser, "llama-server",
         "the binary for models that name none themselves"),
     Key("state-dir", parse_state_dir, "$XDG_CACHE_HOME/llmswap",
-        "where saved contexts and what was learned are kept, for this user only"),
+        "folder of saved contexts and measured needs, for this user only"),
     Key("context-max", parse_size, "20G",
-        "saved contexts beyond that go, the oldest first"),
+        "size of all saved contexts; beyond it the oldest are deleted"),
     Key("default-model", str, "",
         "for requests that name none; empty: the only one there is"),
     Key("patience", or_none("auto", parse_duration), "auto",
         "how long a busy model goes on while another waits for its room; `auto`: as "
         "long as the swap costs; 0: strict order"),
-    Key("queue-max", parse_count, "512", "requests beyond are refused"),
+    Key("queue-max", parse_count, "512", "waiting requests beyond are refused"),
     Key("queue-timeout", parse_duration, "0",
         "how long a request may wait; 0: as long as its client does"),
     Key("api-key", parse_words, "",
@@ -459,17 +459,17 @@ PROXY_KEYS = (
     Key("allowed-hosts", parse_words, "localhost, host.docker.internal",
         "`Host` names accepted on loopback connections, beside IP literals; `*`: any"),
     Key("cors-origins", parse_words, "localhost",
-        "web origins allowed: `localhost` (any port), a list, or `*`; the page's own "
-        "always"),
+        "web origins allowed: `localhost` (any port), a list, or `*`; the status page "
+        "always is"),
     Key("max-body", parse_size, "256M", "larger requests are refused"),
     Key("settle-timeout", parse_duration, "5s",
         "wait at most this long for the GPU memory of a stopped model to be free"),
     Key("exit-idle-time", parse_duration, "0",
-        "end the process when nothing is loaded (but for `keep-loaded`) or asked for "
-        "this long, for socket activation; 0: never"),
+        "exit after this long without a request and without a loaded model, except for "
+        "`keep-loaded` ones; for socket activation; 0: never"),
     Key("idle-command", str, "",
         "run when idle, e.g. `systemctl suspend`; everything is unloaded first"),
-    Key("idle-command-after", parse_duration, "1h", "how long idle for that"),
+    Key("idle-command-after", parse_duration, "1h", "idle time before `idle-command`"),
     Key("watch", parse_boolean, "on",
         "a changed file is read again before the next request"),
     Key("log-level", one_of("debug", "info", "warning", "error"), "info",
@@ -527,7 +527,7 @@ MODEL_KEYS = (
     Key("concurrency", parse_count, "0",
         "requests sent at once; more wait in order; 0: no limit"),
     Key("oom-score-adj", parse_score, "1000",
-        "how gladly the kernel kills it when memory is short: -1000 to 1000"),
+        "likelihood that the kernel kills it when memory is short: -1000 to 1000"),
     Key("sleep", parse_requests, "",
         "e.g. `POST /sleep?level=1`: make room by putting to sleep, not by stopping"),
     Key("wake", parse_requests, "",
@@ -551,8 +551,8 @@ MODEL_KEYS = (
         "what a streaming client sees while it waits: `off`, `comment`, `reasoning`"),
     Key("unlisted", parse_boolean, "off", "not in `/v1/models`"),
     Key("capabilities", parse_capabilities, "",
-        "what clients are told of a model that is not llama-server's: `vision, audio, "
-        "tools, embeddings, rerank, context 32768`"),
+        "shown to clients, for models other than llama-server: `vision, audio, tools, "
+        "embeddings, rerank, context 32768`"),
     Key("description", str, "", "shown in `/v1/models` and on the page"),
 )
 

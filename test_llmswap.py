@@ -1936,7 +1936,7 @@ A reload that pins a draining model spares it
     2    reload a(is_pinned_once_loaded=1) b -> refuse 2: model_pinned
     3    ask a           -> grant 3
 
-A kept model gives way to others, and is loaded again once it fits
+A keep_loaded model gives way to others, and is loaded again once it fits
     k(keep_loaded=1) b(idle_timeout=5)
     0    wait            -> start k
     1    loaded k        ; next never
@@ -1947,7 +1947,7 @@ A kept model gives way to others, and is loaded again once it fits
     17   wait            -> idle b
     18   exited b        -> start k
 
-A kept model that fails backs off, which counts for requests as well
+A keep_loaded model that fails backs off, which counts for requests as well
     k(keep_loaded=1) b
     0    wait            -> start k
     1    exited k broken -> start k
@@ -1964,7 +1964,7 @@ A kept model that fails backs off, which counts for requests as well
     9    exited k broken ; next 13
     10   ask k manual    -> start k
 
-A kept model that dies is loaded at most once a minute, but for requests at once
+A keep_loaded model that dies is loaded at most once a minute, but for requests at once
     k(keep_loaded=1)
     0    wait            -> start k
     1    loaded k
@@ -1973,7 +1973,7 @@ A kept model that dies is loaded at most once a minute, but for requests at once
     4    loaded k        -> grant 1
     80   exited k broken -> start k
 
-A kept model unloaded by hand stays so until it is asked for, or a reload
+A keep_loaded model unloaded by hand stays so until it is asked for, or a reload
     k(keep_loaded=1) b | models_max=2
     0    wait            -> start k
     1    unload k        -> unload k
@@ -1984,7 +1984,7 @@ A kept model unloaded by hand stays so until it is asked for, or a reload
     6    exited k
     7    reload k(keep_loaded=1) b | models_max=2 -> start k
 
-A kept model that was stopped by other means is not loaded against that
+A keep_loaded model that was stopped by other means is not loaded against that
     k(keep_loaded=1)
     0    wait            -> start k
     1    loaded k
