@@ -51,12 +51,12 @@ import contextlib
 import enum
 import errno
 import functools
+import glob
 import hashlib
 import hmac
 import http
 import http.client
 import http.server
-import io
 import itertools
 import json
 import logging
@@ -79,7 +79,6 @@ import textwrap
 import threading
 import time
 import traceback
-import types
 import urllib.parse
 import zlib
 from collections import namedtuple
@@ -2463,12 +2462,11 @@ class Scheduler:
 # 4  Backends: one run of one model server, from its start to its end.
 #    Never knows the Scheduler, the Pool, clients or other models.
 #
-#        _spawn ──> _await_healthy ──> _supervise ──> _terminate
-#            │          on_loaded ──┘       │ on_slept, on_dying  │
-#            └── exit, stop or timeout ─────┴──────── on_exited ──┘
+#        _spawn ──> _await_healthy ──> what is asked of it ──> _terminate
+#            │          on_loaded ──┘     │ on_slept, on_dying     │
+#            └── exit, stop or timeout ───┴─────────── on_exited ──┘
 #
-#    Each backend has a thread of its own, on which `Backend._run` tells its life from
-#    top to bottom. Other threads set a flag and wake it.
+#    Each backend has a thread of its own, `_run`. Other threads set a flag and wake it.
 # ==================================================================================
 
 POLL_INTERVAL = 0.5  # s; a relay looks that often whether a silent client is there
@@ -2492,12 +2490,9 @@ def free_port() -> int:
     text = read_text_or_empty("/proc/sys/net/ipv4/ip_local_port_range")
     low = max(10050, int((text.split() or ["32768"])[0]))
     for port in [*random.sample(range(10000, low), 50), 0]:
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-                return probe.getsockname()[1]
-            except OSError:
-                continue
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return probe.getsockname()[1]
     raise LoadFailed("no free port was found on 127.0.0.1")
 
 
@@ -2514,17 +2509,16 @@ def read_text_or_empty(path):
 
 
 def listening_inodes(port: int) -> Set[int]:
-    """Return the inodes of the sockets to which 127.0.0.1:`port` may lead."""
+    """Return the inodes of the sockets to which 127.0.0.1:`port` may lead; none where
+    the kernel does not tell, so that any listener is believed."""
     exact, wild = set(), set()
     for family in (socket.AF_INET, socket.AF_INET6):
-        try:
+        with contextlib.suppress(AttributeError, OSError):
             for address, inode in _listeners(family, port):
                 if address == b"\x7f\0\0\1":
                     exact.add(inode)
                 elif not any(address) or address.endswith(b"\xff\xff\x7f\0\0\1"):
                     wild.add(inode)
-        except (AttributeError, OSError):
-            continue  # not Linux, or not allowed here: any listener is believed
     return exact or wild
 
 
@@ -2623,12 +2617,8 @@ def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[s
 
 def suspended_seconds() -> float:
     """Return how long this machine has been suspended since it was booted."""
-    if BOOT_CLOCK is None:
-        return 0.0
-    return time.clock_gettime(BOOT_CLOCK) - time.monotonic()
-
-
-BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", None)  # runs on while the machine sleeps
+    clock = getattr(time, "CLOCK_BOOTTIME", None)  # runs on while the machine sleeps
+    return time.clock_gettime(clock) - time.monotonic() if clock else 0.0
 
 
 class Upstream:
@@ -2684,9 +2674,6 @@ class Upstream:
         if self._has_slept():
             self._close_idle()
         sock = self._take_idle()
-        while sock and not _is_quiet(sock):
-            sock.close()
-            sock = self._take_idle()
         was_used = sock is not None
         if not was_used:
             sock = self.dial(10.0)
@@ -2727,12 +2714,17 @@ class Upstream:
 
     def _take_idle(self):
         with contextlib.suppress(IndexError):
-            return self._idle.pop()
+            while True:
+                sock = self._idle.pop()
+                if _is_quiet(sock):
+                    return sock
+                sock.close()
         return None
 
     def _close_idle(self):
-        while sock := self._take_idle():
-            sock.close()
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().close()
 
 
 def set_socket_timeouts(sock: socket.socket):
@@ -2808,23 +2800,20 @@ class Guard:
         self._process = None
 
     def start(self):
-        """Start the guard. Raise OSError."""
-        self._process = subprocess.Popen(
-            ["/bin/sh", "-c", GUARD_SCRIPT, "llmswap-guard"],
-            stdin=self._read_end,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            cwd="/",
-        )
-
-    def ensure_alive(self):
-        """Replace a guard that has died, and tell the new one every group."""
+        """Start the guard unless it runs, and tell it every group. Raise OSError."""
         with self._lock:
-            if self._process.poll() is not None:
-                self.start()
-                for group in self._groups:
-                    self._tell("+", group)
+            if self._process and self._process.poll() is None:
+                return
+            self._process = subprocess.Popen(
+                ["/bin/sh", "-c", GUARD_SCRIPT, "llmswap-guard"],
+                stdin=self._read_end,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                cwd="/",
+            )
+            for group in self._groups:
+                self._tell("+", group)
 
     def _tell(self, sign, group):
         os.write(self.fd, f"{sign} {group}\n".encode())
@@ -2880,7 +2869,7 @@ def find_program(name: str, environment: Mapping[str, str], cwd: Optional[str]) 
     )
 
 
-def run_command(argv: List[str], timeout: float, until=None, **more):
+def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
     """Run a short command, which may hang, at most so many seconds, or until `until()`.
 
     Return its status (None: it was killed, or cannot run) and its output. `more` goes
@@ -2903,8 +2892,8 @@ def run_command(argv: List[str], timeout: float, until=None, **more):
     with process.stdout:
         output = None
         while output is None:
-            is_over = process.poll() is not None or time.monotonic() >= deadline
-            is_over = is_over or (until and until())
+            is_over = process.poll() is not None or until()
+            is_over = is_over or time.monotonic() >= deadline
             try:
                 output, _ = process.communicate(timeout=0.1)
             except subprocess.TimeoutExpired as error:
@@ -2917,7 +2906,6 @@ def run_command(argv: List[str], timeout: float, until=None, **more):
     return status, output.decode("utf-8", "replace").strip()
 
 
-_option_tables = {}  # by version of a binary
 _options_lock = threading.Lock()  # held while a binary is asked
 
 
@@ -2931,15 +2919,12 @@ def options_of(binary: str) -> OptionTable:
         status = os.stat(path)
     except (LoadFailed, OSError):
         return UNKNOWN_OPTIONS
-    key = (path, status.st_size, status.st_mtime_ns)
-    if key not in _option_tables:
-        with _options_lock:
-            if key not in _option_tables:
-                _option_tables[key] = _ask_for_options(path)
-    return _option_tables[key]
+    with _options_lock:
+        return _ask_for_options(path, status.st_size, status.st_mtime_ns)
 
 
-def _ask_for_options(path):
+@functools.lru_cache(maxsize=None)
+def _ask_for_options(path, *_version):
     environment = {
         name: value
         for name, value in clean_environment({}).items()
@@ -2967,23 +2952,19 @@ def table_of(model: Model) -> Optional[OptionTable]:
 
 def check_start(model: Model):
     """Raise LoadFailed if a start of the model is bound to fail. Reads the disk."""
-    if model.kind == "unit":
-        check_unit(model)
-    if model.kind not in ("llama-server", "cmd"):
-        return
     try:
-        argv = model.command(table_of(model), "0")
+        check_files(model, model.command(table_of(model), "0"))
     except ConfigError as error:
         raise LoadFailed(str(error)) from None
-    check_files(model, argv)
 
 
 def check_files(model: Model, argv: Sequence[str]):
     """Raise LoadFailed if the program or a file of a llama-server is missing."""
     cwd = model.settings.cwd or None
     words = itertools.dropwhile(lambda w: w == "env" or ASSIGNMENT.match(w), argv)
-    program = next(words, "env")
-    find_program(program, clean_environment(model.environment("0")), cwd)
+    if argv:
+        program = next(words, "env")
+        find_program(program, clean_environment(model.environment("0")), cwd)
     if model.kind == "llama-server":
         for option, path in zip(argv, argv[1:]):
             if option in ("--model", "--mmproj", "--model-draft"):
@@ -2999,6 +2980,7 @@ SLEEP_OPTION = "--sleep-idle-seconds"
 SLEEP_POLL = 5.0  # s between looks at a llama-server that may put itself to sleep
 WAKE_REQUEST = ("GET", "/lora-adapters", "")  # the cheapest that wakes a llama-server
 MAX_CONTROL_ANSWER = 1 << 22  # bytes
+MALFORMED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class Probe(NamedTuple):
@@ -3016,10 +2998,6 @@ class Probe(NamedTuple):
     def timed_out(self) -> bool:
         return isinstance(self.error, (TimeoutError, socket.timeout))
 
-    @property
-    def was_not_sent(self) -> bool:
-        """Whether llmswap had no descriptor left: that tells nothing of the backend."""
-        return getattr(self.error, "errno", None) in (errno.EMFILE, errno.ENFILE)
 
     @property
     def reason(self) -> str:
@@ -3027,40 +3005,6 @@ class Probe(NamedTuple):
         if self.error is None:
             return f"it answers {self.status}"
         return "no answer in time" if self.timed_out else str(self.error)
-
-
-class DeadlineReader(io.RawIOBase):
-    """Reads a socket; raises TimeoutError at the deadline, however it drips."""
-
-    def __init__(self, sock: socket.socket, deadline: float):
-        self._sock = sock
-        self._deadline = deadline
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        seconds = self._deadline - time.monotonic()
-        if seconds <= 0:
-            raise TimeoutError
-        self._sock.settimeout(seconds)
-        return self._sock.recv_into(buffer)
-
-
-def exchange(sock: socket.socket, deadline: float, *request, headers) -> Probe:
-    """Send a request (method, target, body); return status and body of its answer.
-
-    Raise OSError, ValueError, HTTPException; TimeoutError if it is late.
-    """
-    connection = http.client.HTTPConnection("")
-    connection.sock = types.SimpleNamespace(
-        sendall=sock.sendall,
-        makefile=lambda _: io.BufferedReader(DeadlineReader(sock, deadline)),
-        close=lambda: None,
-    )
-    connection.request(*request, headers=headers)
-    with connection.getresponse() as response:
-        return Probe(response.status, response.read(MAX_CONTROL_ANSWER))
 
 
 class Backend:
@@ -3095,7 +3039,7 @@ class Backend:
         self.port = upstream and upstream.port
         self.where = None  # it runs, for people
         self.lines = ()  # the last that it wrote, where they are read here
-        self.started_at = self._began = self._progress_at = time.monotonic()
+        self.started_at = self._progress_at = time.monotonic()
         self.progress = None  # of a load, from 0 to 1, where that can be told
         self._listener = listener
         self._title = model.name
@@ -3107,11 +3051,12 @@ class Backend:
         self._is_explained = threading.Event()
         self._pending_action = None  # _put_to_sleep or _wake_up
         self._silent_since = None  # when a request was first found silent
-        self._probe_socket = None  # on which this backend's thread waits
+        self._probe_sockets = set()  # which `stop` cuts
         self._stranger = None  # the process that has its port, for people
         self._own_inodes, self._may_hide = None, True  # of its listeners
         self._sleep_poll, self._is_asleep = math.inf, False
         self._is_ready = self._is_stop_asked = self._is_kill_asked = False
+        self._is_saving = False  # its context, though it is asked to stop
 
     # -- called from any thread
 
@@ -3190,40 +3135,36 @@ class Backend:
         self._ended.set()
 
     def _live(self):
-        while self._load():
-            self._is_ready = True
-            self.upstream.mark_alive()
-            self._report_loaded()
-            if self._supervise():
-                break
-            self._is_ready = False
-            self._abandon()  # it slept and could not be woken: start it anew
-        return None if self._is_stop_asked else self._failure()
-
-    def _load(self):
-        """Start it and wait until it is healthy; False: it ended, or is to end."""
-        self._began = time.monotonic()
-        self._spawn()
-        self._progress_at = time.monotonic()
-        return self._await_healthy()
-
-    def _supervise(self):
-        """Do what is asked of it until it ends; False if it did not wake up."""
-        while self._is_alive():
+        self._come_up()
+        while self._is_ready and self._is_alive():
             action = self._pending_action
             if action:
                 self._pending_action = None  # only now: one set meanwhile must not go
-                if action() is False:
-                    return self._is_stop_asked
+                action()
             elif self._silent_since is not None:
                 self._check_hang()
             else:
                 self._wait(self._sleep_poll)
                 if self._sleep_poll < math.inf:
                     self._look_asleep()
-        if not self._is_stop_asked:
+        if self._is_stop_asked:
+            return None
+        if self._is_ready:
             self._report_death()
-        return True
+        return self._failure()
+
+    def _come_up(self):
+        self._is_ready = self._load()
+        if self._is_ready:
+            self.upstream.mark_alive()
+            self._report_loaded()
+
+    def _load(self):
+        """Start it and wait until it is healthy; False: it ended, or is to end."""
+        self._exited.clear()
+        self._spawn()
+        self._progress_at = time.monotonic()
+        return self._await_healthy()
 
     def _abandon(self):
         self._terminate()
@@ -3233,14 +3174,6 @@ class Backend:
 
     def _may_become_ready(self):
         return self._is_alive()
-
-    def _may_probe(self):
-        return self._is_alive()
-
-    def _report_loaded(self):
-        self._listener.on_loaded(self)
-        entry = self._fetch_entry() if self.model.kind == "llama-server" else {}
-        self._listener.on_described(self, entry)
 
     def _report_death(self):
         """From now on no request is sent to it."""
@@ -3268,44 +3201,44 @@ class Backend:
     def _interrupt(self):
         """Wake its thread, also from a probe."""
         self._wakeup.set()
-        sock = self._probe_socket
-        if sock is not None:
+        for sock in list(self._probe_sockets):
             with contextlib.suppress(OSError, ValueError):
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def _probe(self, timeout, request=None):
         """Send a control request, a health check if none is given; return a Probe.
 
-        It takes `timeout` at most, and CONNECT_TIMEOUT until it is connected. `stop`
-        and the end of the backend also end a probe of the backend's own thread. A
-        health check fails where another process listens.
+        The answer takes `timeout` at most, a connection CONNECT_TIMEOUT. `stop` and the
+        end of the backend also end it. A health check fails where another process
+        listens.
         """
         method, path, body = request or ("GET", self.model.settings.check_endpoint, "")
-        deadline = time.monotonic() + timeout
-        sock, is_own = None, threading.current_thread() is self._thread
+        headers = {"Connection": "close"}
+        if self.model.settings.proxy_key:
+            headers["Authorization"] = f"Bearer {self.model.settings.proxy_key}"
+        if body:
+            headers["Content-Type"] = "application/json"
+        sock = None
         try:
             sock = self.upstream.dial(min(timeout, CONNECT_TIMEOUT))
             if not request and not self._is_listener_ours():
                 raise ConnectionRefusedError("another process answers there")
             if path is None:
                 return Probe(200)
-            if is_own:
-                self._probe_socket = sock
-                if not self._may_probe():
-                    raise InterruptedError("it has ended, or is being stopped")
-            headers = {"Host": self.upstream.authority, "Connection": "close"}
-            if self.model.settings.proxy_key:
-                headers["Authorization"] = f"Bearer {self.model.settings.proxy_key}"
-            if body:
-                headers["Content-Type"] = "application/json"
-            target = self.upstream.base_path + path
-            sent = body.encode() if method != "GET" else None
-            probe = exchange(sock, deadline, method, target, sent, headers=headers)
+            self._probe_sockets.add(sock)
+            if not (self._is_alive() or self._is_saving and not self._is_kill_asked):
+                raise InterruptedError("it has ended, or is being stopped")
+            sock.settimeout(timeout)
+            connection = http.client.HTTPConnection(self.upstream.authority)
+            connection.sock = sock
+            target, sent = self.upstream.base_path + path, body.encode()
+            connection.request(method, target, sent or None, headers)
+            with connection.getresponse() as answer:
+                probe = Probe(answer.status, answer.read(MAX_CONTROL_ANSWER))
         except (OSError, ValueError, http.client.HTTPException) as error:
             return Probe(error=error)
         finally:
-            if is_own:
-                self._probe_socket = None
+            self._probe_sockets.discard(sock)
             if sock:
                 sock.close()
         if probe.ok:
@@ -3318,7 +3251,7 @@ class Backend:
         Raise LoadTimeout when it showed no sign of progress for its load timeout.
         """
         limit = self.model.settings.load_timeout or math.inf
-        began = self._looked_at = time.monotonic()
+        self._began = self._looked_at = time.monotonic()
         self.progress, self._model_size, self._seen_activity = None, 0, set()
         while self._may_become_ready():
             asked_at = time.monotonic()
@@ -3334,7 +3267,7 @@ class Backend:
                 text = f"{self._title} {self._lateness} for {limit:g} s"
                 raise LoadTimeout(f"{text} ({probe.reason}){self._last_lines()}")
             time.sleep(max(0.0, asked_at + 0.005 - now))
-            self._wait(min(0.1, (now - began) / 100))  # or until it writes a line
+            self._wait(min(0.1, (now - self._began) / 100))  # or until it writes a line
         return False
 
     def _look_at_load(self):
@@ -3364,12 +3297,13 @@ class Backend:
 
     def _check_hang(self):
         """A request is silent: without an answer to health in time, too, it hangs."""
-        limit = self.model.settings.hang_timeout
+        limit, is_answered = self.model.settings.hang_timeout, False
         until = self._silent_since + limit
-        is_answered = False
         while not is_answered and self._is_alive() and time.monotonic() < until:
             probe = self._probe(until - time.monotonic())
-            is_answered = probe.status is not None or probe.was_not_sent
+            is_answered = probe.status is not None
+            if getattr(probe.error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+                is_answered = True  # we have no descriptor left: it is not to blame
             if not is_answered:
                 self._wait(min(1.0, until - time.monotonic()))
         self._silent_since = None
@@ -3405,14 +3339,17 @@ class Backend:
                 self._may_hide = bool(foreign_listener(inodes, self.pid, False))
         return self._stranger is None
 
-    def _fetch_entry(self):
-        """Return what its own /v1/models says of its first model, or {}."""
-        probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models", ""))
+    def _report_loaded(self):
+        """Report that it is ready, and what its own /v1/models says of it."""
+        self._listener.on_loaded(self)
+        probe = Probe()
+        if self.model.kind == "llama-server":
+            probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models", ""))
         try:
-            entry = json.loads(probe.body)["data"][0] if probe.ok else {}
-        except (LookupError, RecursionError, TypeError, ValueError):
-            return {}
-        return entry if isinstance(entry, dict) else {}
+            entry = dict(json.loads(probe.body)["data"][0]) if probe.ok else {}
+        except MALFORMED:
+            entry = {}
+        self._listener.on_described(self, entry)
 
     # -- sleep
 
@@ -3432,32 +3369,31 @@ class Backend:
             self.stop()
 
     def _wake_up(self):
-        """Wake it; return whether it is healthy then."""
         limit = self.model.settings.load_timeout or math.inf
-        self._progress_at = time.monotonic()
+        self._progress_at, is_awake = time.monotonic(), False
         requests = self.model.settings.wake or (WAKE_REQUEST,)
-        is_awake = False
         if self._probe_all(min(limit, MAX_WAIT), requests):
             with contextlib.suppress(LoadTimeout):
                 is_awake = self._await_healthy()
+        self._is_asleep = False
         if is_awake:
-            self._is_asleep = False
             self._report_loaded()
-        else:
+        elif not self._is_stop_asked:
             self._note("it did not wake up")
-        return is_awake
+            self._is_ready = False
+            self._abandon()
+            self._come_up()
 
     def _look_asleep(self):
         """Find out whether a llama-server has put itself to sleep, or has woken."""
         probe = self._probe(HEALTH_TIMEOUT, ("GET", "/props", ""))
         match = re.search(rb'"is_sleeping"\s*:\s*(true|false)', probe.body)
-        is_asleep = match[1] == b"true" if match else self._is_asleep
-        if is_asleep != self._is_asleep:
-            self._is_asleep = is_asleep
-            if is_asleep:
-                self._listener.on_slept(self)
-            else:
-                self._report_loaded()
+        was_asleep = self._is_asleep
+        self._is_asleep = match[1] == b"true" if match else was_asleep
+        if self._is_asleep and not was_asleep:
+            self._listener.on_slept(self)
+        elif was_asleep and not self._is_asleep:
+            self._report_loaded()
 
 
 # -- a child process -------------------------------------------------------------------
@@ -3483,7 +3419,7 @@ class ProcessBackend(Backend):
         """End it: within its stop timeout if it is loaded, else by a kill."""
         super().stop(at_once)
         if at_once or not (self._is_ready or self.model.settings.cmd_stop):
-            self._kill_group()
+            self._signal_group(signal.SIGKILL)
 
     # -- coming up
 
@@ -3516,31 +3452,25 @@ class ProcessBackend(Backend):
         self._stranger = self._own_inodes = None
         self._may_hide = model.kind == "cmd"
         self._oom_kills = oom_kills()
-        self._guard.ensure_alive()
+        self._guard.start()
         score = str(model.settings.oom_score_adj)
-        try:
-            process = subprocess.Popen(
-                ["/bin/sh", "-c", SPAWN_SCRIPT, "sh", score, DESCRIPTORS, *argv],
-                stdin=self._guard.fd,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                **self._surroundings,
-            )
-        except OSError as error:
-            raise LoadFailed(f"{model.name} could not be started: {error}") from None
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", SPAWN_SCRIPT, "sh", score, DESCRIPTORS, *argv],
+            stdin=self._guard.fd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            **self._surroundings,
+        )
         self._attend(process)
 
     def _attend(self, process):
         self.pid = process.pid
         self.where = f"pid {self.pid}, port {self.port}"
         self._guard.watch(self.pid)
-        self._began = time.monotonic()
-        self._exited.clear()
         with self._lock:
             self._process = process
-        watch = threading.Thread(target=self._watch_process, args=(process,))
-        watch.daemon = True
+        watch = threading.Thread(target=self._watch_process, daemon=True)
         try:
             watch.start()
         except RuntimeError:  # no more threads can be started: `_terminate` ends it
@@ -3556,9 +3486,9 @@ class ProcessBackend(Backend):
         """Do what comes between a good health and the first request; False: again."""
         return True
 
-    def _watch_process(self, process):
+    def _watch_process(self):
         """Pass its output on until it has exited, on a thread of its own."""
-        output, exit_fd = process.stdout.fileno(), open_pidfd(process.pid)
+        output, exit_fd = self._process.stdout.fileno(), open_pidfd(self.pid)
         os.set_blocking(output, False)
         poll = select.poll()
         poll.register(output, select.POLLIN)
@@ -3570,7 +3500,10 @@ class ProcessBackend(Backend):
                 ready = dict(poll.poll(50 if exit_fd is None else None))
                 if output in ready and self._read_output(output) == b"":
                     poll.unregister(output)  # it has closed it
-                has_exited = exit_fd in ready or exit_fd is None and has_ended(self.pid)
+                has_exited = exit_fd in ready
+                if exit_fd is None:  # it is not reaped yet
+                    how = os.WEXITED | os.WNOHANG | os.WNOWAIT
+                    has_exited = os.waitid(os.P_PID, self.pid, how) is not None
             for _ in range(16):  # a pipe holds a megabyte; others may write for ever
                 if not self._read_output(output):
                     break
@@ -3607,13 +3540,11 @@ class ProcessBackend(Backend):
 
     def _may_become_ready(self):
         """A stranger on a fixed port may leave it; from a port of ours it does not."""
-        if not self._is_alive():
-            return False
-        is_late = time.monotonic() > self._began + HEALTH_TIMEOUT
-        if self._stranger and (is_late or self._is_port_chosen):
-            return False
-        self._stranger = None
-        return True
+        is_alive = self._is_alive()
+        is_early = time.monotonic() < self._began + HEALTH_TIMEOUT
+        if is_alive and is_early and not self._is_port_chosen:
+            self._stranger = None
+        return is_alive and not self._stranger
 
     # -- going
 
@@ -3647,20 +3578,20 @@ class ProcessBackend(Backend):
             self._signal_group(signal.SIGTERM)
         if text and status != 0:
             self._note(f"cmd-stop: {text}")
-        while not self._exited.is_set() and not self._is_kill_asked:
-            if time.monotonic() >= deadline:
+        while (left := deadline - time.monotonic()) > 0:
+            if self._exited.is_set() or self._is_kill_asked:
                 break
-            self._wait(deadline - time.monotonic())
+            self._wait(left)
 
     def _reap(self):
         """Kill the whole group, then reap its leader."""
         process = self._process
         gpu_users = group_members(self.pid) if has_gpu_tool() else set()
-        self._kill_group()  # its workers may outlive the leader
+        self._signal_group(signal.SIGKILL)  # its workers may outlive the leader
         if not self._exited.wait(10.0):
             self._note(f"process {self.pid} hangs in the kernel, killed")
             self._exited.wait()
-        self._kill_group()  # what was forked at that moment
+        self._signal_group(signal.SIGKILL)  # what was forked at that moment
         self._guard.forget(self.pid)
         with self._lock:
             self._exit_status, self._process = process.wait(), None
@@ -3671,14 +3602,10 @@ class ProcessBackend(Backend):
         if not self._is_kill_asked:
             settle(gpu_users, self._settle_timeout)
 
-    def _kill_group(self):
-        with self._lock:  # the number of a reaped leader may be another's
-            if self._process is not None:
-                self._signal_group(signal.SIGKILL)
-
     def _signal_group(self, number):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, number)
+        with self._lock, contextlib.suppress(ProcessLookupError, PermissionError):
+            if self._process is not None:  # else its number may be another's
+                os.killpg(self.pid, number)
 
     def _failure(self):
         self._terminate()
@@ -3710,12 +3637,6 @@ def open_pidfd(pid: int) -> Optional[int]:
         return None
 
 
-def has_ended(child: int) -> bool:
-    """Return whether our child has exited; it is not reaped."""
-    how = os.WEXITED | os.WNOHANG | os.WNOWAIT
-    return os.waitid(os.P_PID, child, how) is not None
-
-
 def _is_group_alive(group):
     """Whether any of it still runs: the dead count no more, reaped or not."""
     with contextlib.suppress(ChildProcessError):
@@ -3723,10 +3644,8 @@ def _is_group_alive(group):
             pass  # its orphans are our children where we are process 1
     try:
         os.killpg(group, 0)
-    except ProcessLookupError:
+    except OSError:
         return False
-    except PermissionError:
-        pass  # they changed the user
     return any(
         stat.group == group and stat.state not in "ZX" for _, stat in processes()
     )
@@ -3782,7 +3701,6 @@ SAVE_SHARE = 0.1  # of the time to process a context again; a save may take as l
 MIN_SAVE_TIMEOUT = 0.25  # s
 MAX_FAILURES = 2  # in a row, then no more contexts of a command are kept
 EMBEDDING_OPTIONS = {"--embedding", "--embeddings", "--rerank", "--reranking"}
-MALFORMED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class SavedContext(NamedTuple):
@@ -3818,12 +3736,15 @@ class ContextStore:
             self._limit = config.settings.context_max
             is_first = not self._root
             self._root = os.path.join(config.settings.state_dir, "context")
-            if is_first:
-                self._saved = self._read()
+            with contextlib.suppress(OSError, *MALFORMED):
+                if is_first:
+                    with open(f"{self._root}/manifest.json", "rb") as file:
+                        rows = json.load(file).items()
+                    self._saved = {path: SavedContext(*row) for path, row in rows}
             with contextlib.suppress(OSError):
                 self._update()
                 folders = {f"{e.path}/" for e in os.scandir(self._root) if e.is_dir()}
-                discard_files(folders - self._folders)
+                discard(folders - self._folders)
 
     def size_of(self, folder: str) -> Optional[int]:
         """Return how many bytes are saved there; None: no model has that folder."""
@@ -3844,19 +3765,12 @@ class ContextStore:
             self._saved[folder] = context
             self._update()
 
-    def _read(self):
-        with contextlib.suppress(OSError, *MALFORMED):
-            with open(f"{self._root}/manifest.json", "rb") as file:
-                rows = json.load(file).items()
-            return {folder: SavedContext(*row) for folder, row in rows}
-        return {}
-
     def _update(self):
         for folder, context in [*self._saved.items()]:
             size = sum(each.size for each in self._saved.values())
             if folder not in self._folders or size > self._limit:
                 del self._saved[folder]
-                discard_files(path for _, path, _ in context.slots)
+                discard(path for _, path, _ in context.slots)
         path = f"{self._root}/manifest.json"
         with open(f"{path}.new", "w", opener=open_private) as file:
             json.dump(self._saved, file)
@@ -3868,19 +3782,17 @@ def open_private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def discard_files(paths: Iterable[str]):
-    """Delete files, and folders (with a slash) with all in them, in the background."""
+def discard(paths: Iterable[str]):
+    """Delete files, and folders with all that is in them, in the background."""
 
-    def discard():
+    def delete():
         for path in paths:
-            if path.endswith("/"):
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
+            shutil.rmtree(path, ignore_errors=True)  # if it is a folder
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
     with contextlib.suppress(RuntimeError):  # no more threads can be started
-        threading.Thread(target=discard, daemon=True).start()
+        threading.Thread(target=delete, daemon=True).start()
 
 
 class LlamaServerBackend(ProcessBackend):
@@ -3899,10 +3811,6 @@ class LlamaServerBackend(ProcessBackend):
         self._contexts = contexts
         self._digest = self._files = ""  # of its command; the folder of slots
         self._speed = UNKNOWN_PROMPT_SPEED
-        self._restored = {}  # tokens of slots
-        self._unused = 0  # the most of them, until an answer used some
-        self._longest = 0  # tokens that an answer of this run left in a slot
-        self._is_saving = False
 
     def record_answer(self, usage):
         """Learn how fast prompts are processed, and whether the restore was of use:
@@ -3917,8 +3825,6 @@ class LlamaServerBackend(ProcessBackend):
             self._listener.on_context(self, "used", cached, 0, cached / self._speed)
         self._longest = max(self._longest, tokens + (usage.tokens_out or 0))
 
-    # -- before the start
-
     def _command(self):
         """Return its command, with a folder for its contexts if there can be one."""
         self._digest = ""
@@ -3928,8 +3834,8 @@ class LlamaServerBackend(ProcessBackend):
                 os.makedirs(folder, 0o700, exist_ok=True)
         except OSError as error:
             self._note(f"contexts cannot be kept: {error}")
-            model = self.model._replace(context_dir="")
-            return model.command(table_of(model), str(self.port))
+            self.model = self.model._replace(context_dir="")
+            return super()._command()
         argv = super()._command()
         paths = [path for word, path in zip(argv, argv[1:]) if word == f"--{SAVE_PATH}"]
         if not paths:
@@ -3943,17 +3849,15 @@ class LlamaServerBackend(ProcessBackend):
     def _digest_of(self, argv):
         """Return what changes with the command, its environment, binary or models."""
         env, cwd = self._surroundings["env"], self.model.settings.cwd
-        stamps = [os.stat(find_program(argv[0], env, cwd))]
+        paths = [find_program(argv[0], env, cwd)]
         for option, path in zip(argv, argv[1:]):
             if option == "--model" or path.endswith(".gguf"):
-                with contextlib.suppress(OSError, ValueError):
-                    stamps.append(os.stat(os.path.join(cwd, path)))
+                paths.append(os.path.join(cwd, path))
+        stats = [os.stat(path) for path in paths if os.path.isfile(path)]
+        files = [(each.st_size, each.st_mtime_ns) for each in stats]
         words = [word for word in argv if word != str(self.port)]
-        files = [(each.st_size, each.st_mtime_ns) for each in stamps]
         identity = repr([words, sorted(self.model.env.items()), files])
         return hashlib.sha256(identity.encode()).hexdigest()
-
-    # -- after the start
 
     def _restore_context(self):
         """Give the server, which is not in use yet, what was saved of its command.
@@ -3963,7 +3867,9 @@ class LlamaServerBackend(ProcessBackend):
         or it refused some, after which some builds answer nonsense.
         """
         began = time.monotonic()
-        self._restored, self._unused, self._longest = {}, 0, 0
+        self._restored = {}  # tokens by slot
+        self._unused = 0  # the most of them, until an answer used some
+        self._longest = 0  # tokens that an answer of this run left in a slot
         if not self._digest:
             return True
         try:
@@ -3973,30 +3879,27 @@ class LlamaServerBackend(ProcessBackend):
             for number, path, tokens in saved.slots:
                 self._ask(began + limit, f"/slots/{number}?action=restore", path)
                 self._restored[number] = tokens
+            if saved.slots:
+                self._unused = max(self._restored.values())
+                self._tell("restored", saved, began)
+            return True
         except (OSError, *MALFORMED) as error:
             self._restored = {}
             self._count_failure(f"context was not restored: {error}")
             return isinstance(error, TimeoutError)
         finally:
             self._discard_all_but(())
-        if saved.slots:
-            self._unused = max(self._restored.values())
-            self._tell("restored", saved, began)
-        return True
 
     def _take_context(self):
         saved = self._contexts.take(self.model.context_dir)
         if saved.slots and saved.command != self._digest:
-            text = "context was not restored: the command or a file has changed"
-            self._note(text)
+            self._note("context was not restored: the command or a file has changed")
         paths = [path for _, path, _ in saved.slots if os.path.isfile(path)]
         is_whole = sum(map(os.path.getsize, paths)) == saved.size
         if saved.command != self._digest or not (is_whole and self._keeps_context()):
             return SavedContext()
         self._speed = saved.speed
         return saved
-
-    # -- before the stop
 
     def _save_context(self):
         """Save what the slots hold, now that no request is left.
@@ -4008,26 +3911,23 @@ class LlamaServerBackend(ProcessBackend):
             return  # asleep, it holds nothing, and a question would wake it
         if self._unused and self._longest >= self._unused / 2:
             self._count_failure("the restored context was of no use")
-        began, slots, self._is_saving = time.monotonic(), (), True
+        began, saved, self._is_saving = time.monotonic(), SavedContext(), True
         try:
             if self._keeps_context():
-                size, slots = self._save_slots(self.model.settings.stop_timeout)
-            if slots:
-                saved = SavedContext(self._digest, self._speed, size, slots)
+                saved = self._save_slots(began)
+            if saved.slots:
                 self._contexts.put(self.model.context_dir, saved)
                 self._tell("saved", saved, began)
         except (OSError, *MALFORMED) as error:
-            slots = ()
+            saved = SavedContext()
             self._count_failure(f"context was not saved: {error}")
         self._is_saving = False
-        self._discard_all_but(slots)
+        self._discard_all_but(saved.slots)
 
-    def _save_slots(self, limit):
-        """Return the bytes saved, and SavedContext.slots."""
-        now = time.monotonic()
-        listed = self._ask(now + min(limit, SLOT_LIST_TIMEOUT), "/slots")
+    def _save_slots(self, began):
+        limit = self.model.settings.stop_timeout
         tokens = dict(self._restored)  # of which it tells nothing until they are used
-        for slot in listed:
+        for slot in self._ask(began + min(limit, SLOT_LIST_TIMEOUT), "/slots"):
             if slot.get("n_prompt_tokens"):
                 tokens[int(slot["id"])] = slot["n_prompt_tokens"]
         tokens = {number: n for number, n in tokens.items() if n >= MIN_CONTEXT}
@@ -4044,12 +3944,7 @@ class LlamaServerBackend(ProcessBackend):
             if answer["n_saved"] >= MIN_CONTEXT:
                 size += answer["n_written"]
                 slots.append((number, path, answer["n_saved"]))
-        return size, slots
-
-    # -- both
-
-    def _may_probe(self):
-        return self._is_alive() or self._is_saving and not self._is_kill_asked
+        return SavedContext(self._digest, self._speed, size, slots)
 
     def _keeps_context(self):
         is_wanted = self._contexts.size_of(self.model.context_dir) is not None
@@ -4066,12 +3961,14 @@ class LlamaServerBackend(ProcessBackend):
 
     def _discard_all_but(self, slots):
         """Delete its other files of slots, also those that a kill left behind."""
-        name = re.escape(folder_name(self.model.name))
-        pattern = re.compile(re.escape(self._files) + name + r"\.\d+\.[0-9a-f]{8}")
+        name = re.escape(self._files + folder_name(self.model.name))
+        paths = {path for _, path, _ in slots}
         with contextlib.suppress(OSError):
-            paths = {entry.path for entry in os.scandir(self._files)}
-            paths -= {path for _, path, _ in slots}
-            discard_files([*filter(pattern.fullmatch, paths)])
+            discard([
+                each.path for each in os.scandir(self._files)
+                if re.fullmatch(rf"{name}\.\d+\.[0-9a-f]{{8}}", each.path)
+                and each.path not in paths
+            ])  # fmt: skip
 
     def _tell(self, kind, saved, began):
         tokens = sum(tokens for _, _, tokens in saved.slots)
@@ -4148,7 +4045,7 @@ def gpu_occupant() -> Optional[str]:
 
 
 def group_members(group: int) -> Set[int]:
-    """Return the processes of a process group."""
+    """Return the processes of a process group, the dead that are not reaped, too."""
     return {pid for pid, stat in processes() if stat.group == group}
 
 
@@ -4157,7 +4054,7 @@ def settle(pids: Set[int], timeout: float):
     deadline = time.monotonic() + timeout
     while pids and (left := deadline - time.monotonic()) > 0:
         if pids.isdisjoint(pid for pid, _ in ask_gpus("processes", min(2.0, left))):
-            return
+            break
         time.sleep(0.05)
 
 
@@ -4187,23 +4084,12 @@ UNIT_POLL = 5.0  # s between looks at a unit whose main process is not known
 RUNNING = ("active", "activating", "reloading")
 
 
-class Service:
-    """A systemd service: of the user's manager, or `system:NAME` of the system's."""
-
-    def __init__(self, unit: str):
-        self.is_system = unit.startswith("system:")
-        self.name = unit[len("system:") :] if self.is_system else unit
-
-    def systemctl(self, verb: str, *options: str) -> List[str]:
-        """Return the command that does this to the service."""
-        scope = "--system" if self.is_system else "--user"
-        words = ["systemctl", scope, "--no-ask-password", verb, *options]
-        return [*words, "--", self.name]
-
-    def journalctl(self) -> List[str]:
-        """Return the command that prints the last lines it wrote."""
-        which = "--unit" if self.is_system else "--user-unit"  # --user is deaf as root
-        return ["journalctl", which, self.name, "-n", "20", "-o", "cat", "-q"]
+def systemctl(unit: str, verb: str, *options: str) -> List[str]:
+    """Return the command that does this to a unit: of the user's manager, or
+    `system:NAME` of the system's."""
+    scope = "--system" if unit.startswith("system:") else "--user"
+    words = ["systemctl", scope, "--no-ask-password", verb, *options]
+    return [*words, "--", unit.removeprefix("system:")]
 
 
 def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
@@ -4211,23 +4097,13 @@ def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
     each if systemd hangs, until `gives_up()`."""
     running = set()
     for unit in units:
-        argv = Service(unit).systemctl("is-active")
+        argv = systemctl(unit, "is-active")
         _, state = run_command(argv, COMMAND_TIMEOUT, gives_up)
         if state in RUNNING:
             running.add(unit)
         if gives_up():
             break
     return running
-
-
-def check_unit(model: Model):
-    """Raise LoadFailed if systemd has no such unit. Takes seconds if systemd hangs."""
-    service = Service(model.settings.unit)
-    argv = service.systemctl("show", "-p", "LoadState")
-    status, output = run_command(argv, COMMAND_TIMEOUT)
-    state = output.partition("LoadState=")[2].partition("\n")[0]
-    if status == 0 and state not in ("", "loaded"):
-        raise LoadFailed(f"{model.name}: the unit {service.name} is {state}")
 
 
 class UnitBackend(Backend):
@@ -4238,46 +4114,36 @@ class UnitBackend(Backend):
 
     def __init__(self, model: Model, listener, settle_timeout: float):
         super().__init__(model, listener, Upstream(model.url("")))
-        self.service = Service(model.settings.unit)
         self.where = model.settings.unit
         self._title = f"{model.name} ({self.where})"
         self._settle_timeout = settle_timeout
         self._is_started = False
-        self._watch = None  # the thread that notices its end
 
     def adopt(self):
         """Begin with a unit that runs already, ready or not."""
         self._is_started = True
         self.start()
 
-    # -- coming up
-
     def _spawn(self):
+        limit = self.model.settings.load_timeout or math.inf
+        deadline = time.monotonic() + limit
         if not self._is_started:
-            self._start_unit()
+            self._systemctl("reset-failed")
+            self._is_started = True
+            status, text = self._systemctl(
+                "start", timeout=limit, until=lambda: self._is_stop_asked
+            )
+            if status is None and time.monotonic() >= deadline:
+                text = f"{self._title}: systemctl start took over {limit:g} s"
+                raise LoadTimeout(text)
+            if status != 0 and not self._is_stop_asked:
+                raise self._end_error(text)
         self._exited = threading.Event()  # not that of the last start's watch
         if not self._is_active():
             self._exited.set()
-        self._watch = threading.Thread(
-            target=self._watch_unit, args=(self._exited,), daemon=True
-        )
-        self._watch.start()
-
-
-    def _start_unit(self):
-        if self._show("ActiveState").get("ActiveState") == "failed":
-            self._systemctl("reset-failed")
-        self._is_started = True
-        limit = self.model.settings.load_timeout or math.inf
-        status, text = self._systemctl("start", timeout=limit, until=self._must_stop)
-        if self._is_stop_asked or status == 0:
-            return
-        if status is None and time.monotonic() >= self._began + limit:
-            raise LoadTimeout(f"{self._title}: systemctl start took over {limit:g} s")
-        raise self._end_error(text)
-
-    def _must_stop(self):
-        return self._is_stop_asked
+        watch = threading.Thread(target=self._watch_unit, args=(self._exited,))
+        watch.daemon = True
+        watch.start()
 
     def _is_active(self):
         """Look for its main process; return whether it runs, as far as systemd says."""
@@ -4289,10 +4155,7 @@ class UnitBackend(Backend):
         """Wait until its main process ends, or while it has none until systemd says so,
         on a thread of its own."""
         fd = open_pidfd(self.pid or 0)
-        while fd is None:
-            interval = UNIT_POLL if self._is_ready else 1.0
-            if exited.wait(interval) or not self._is_active():
-                break
+        while fd is None and not exited.wait(UNIT_POLL) and self._is_active():
             fd = open_pidfd(self.pid or 0)
         if fd is not None:
             poll = select.poll()
@@ -4301,8 +4164,6 @@ class UnitBackend(Backend):
             os.close(fd)
         exited.set()
         self._interrupt()
-
-    # -- going
 
     def _terminate(self):
         """Stop the unit, and wait until nothing of it is left."""
@@ -4317,28 +4178,15 @@ class UnitBackend(Backend):
             until=lambda: self._is_kill_asked,
         )
         if status != 0:
-            text = text or "no answer"
-            self._note(f"systemctl stop: {text}; it is killed")
+            self._note(f"systemctl stop: {text or 'no answer'}; it is killed")
             self._systemctl("kill", "--signal=KILL")
             self._systemctl("stop")
-            self._kill_main_process()
         self._exited.set()
-        if self._watch:
-            self._watch.join(COMMAND_TIMEOUT)  # it may be asking systemd
         self._is_ready = self._is_started = False
         settle(gpu_users, self._settle_timeout)
 
-    def _kill_main_process(self):
-        if self.pid and not self._exited.is_set():
-            with contextlib.suppress(OSError):  # it has ended, or is not ours to kill
-                os.kill(self.pid, signal.SIGKILL)
-            if not self._exited.wait(COMMAND_TIMEOUT):
-                self._note(f"process {self.pid} of {self.where} lives on")
-
-    # -- systemd
-
-    def _systemctl(self, verb, *options, timeout=None, until=None):
-        argv = self.service.systemctl(verb, *options)
+    def _systemctl(self, *words, timeout=None, until=lambda: False):
+        argv = systemctl(self.where, *words)
         return run_command(argv, COMMAND_TIMEOUT if timeout is None else timeout, until)
 
     def _show(self, *properties):
@@ -4348,14 +4196,13 @@ class UnitBackend(Backend):
 
     def _failure(self):
         """Why it ended; None: it was stopped by somebody else, which is no failure."""
-        until = time.monotonic() + COMMAND_TIMEOUT
-        shown = self._show("MainPID", "Result", "ExecMainStatus")
-        while shown.get("MainPID") == str(self.pid) and time.monotonic() < until:
-            time.sleep(0.05)  # systemd may notice the end after us
+        for _ in range(100):  # systemd may notice the end after us
             shown = self._show("MainPID", "Result", "ExecMainStatus")
-        result, status = (
-            shown.get(name, "unknown") for name in ("Result", "ExecMainStatus")
-        )
+            if shown.get("MainPID") != str(self.pid):
+                break
+            time.sleep(0.05)
+        result = shown.get("Result", "unknown")
+        status = shown.get("ExecMainStatus", "unknown")
         if self._is_ready and result == "success":
             self._note(f"{self.where} was stopped by somebody else")
             return None
@@ -4367,7 +4214,12 @@ class UnitBackend(Backend):
     def _last_lines(self):
         """Return the journal's last lines, which it has a moment after the end."""
         time.sleep(JOURNAL_DELAY)
-        _, text = run_command(self.service.journalctl(), COMMAND_TIMEOUT)
+        which = "--unit"
+        if not self.where.startswith("system:"):
+            which = "--user-unit"  # --user is deaf as root
+        name = self.where.removeprefix("system:")
+        argv = ["journalctl", which, name, "-n", "20", "-o", "cat", "-q"]
+        _, text = run_command(argv, COMMAND_TIMEOUT)
         return f"\n{text[-3000:] or '(the journal shows us nothing of it)'}"
 
 
@@ -4375,14 +4227,6 @@ class UnitBackend(Backend):
 
 FRESH = 15.0  # s; so long the last sign of life of a remote backend is trusted
 WAKE_INTERVAL = 2.0  # s, from one magic packet to the next
-
-
-def send_magic_packet(mac: bytes, address: Tuple[str, int]):
-    """Wake the machine whose network card has this address. Raise OSError."""
-    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        sock.sendto(b"\xff" * 6 + mac * 16, address)
 
 
 class RemoteBackend(Backend):
@@ -4400,13 +4244,8 @@ class RemoteBackend(Backend):
         self._title = f"{model.name} at {self.where}"
         self._next_packet = 0.0
 
-    # -- called from any thread
-
     def is_reachable(self, timeout: float) -> Optional[bool]:
-        """Return whether a request may be sent; None if it is not known in time.
-
-        It is asked unless it gave a sign of life lately.
-        """
+        """See Backend. It is asked unless it gave a sign of life lately."""
         if self._ended.is_set():
             return False
         trusted = math.inf if self.upstream.is_busy else FRESH
@@ -4431,17 +4270,21 @@ class RemoteBackend(Backend):
         self._exited.set()
         self._wakeup.set()
 
-    # -- on its thread
-
     def _spawn(self):
-        self._exited.clear()
+        """It runs already, and to stop it is to forget it."""
+
+    _terminate = _spawn
 
     def _may_become_ready(self):
         mac, now = self.model.settings.wake_mac, time.monotonic()
         if mac and now >= self._next_packet:
             self._next_packet = now + WAKE_INTERVAL
+            address = self.model.settings.wake_broadcast
+            family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
             try:
-                send_magic_packet(mac, self.model.settings.wake_broadcast)
+                with socket.socket(family, socket.SOCK_DGRAM) as sock:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+                    sock.sendto(b"\xff" * 6 + mac * 16, address)
             except OSError as error:
                 self._note(f"Wake-on-LAN: {error}")
         return self._is_alive()
@@ -4452,9 +4295,6 @@ class RemoteBackend(Backend):
         if self._probe(HEALTH_TIMEOUT).ok:
             raise LoadFailed(f"{self._title} did not wake up")
 
-    def _terminate(self):
-        pass  # it is only forgotten
-
     def _failure(self):
         """It vanished, which is no failure."""
         self._note("it does not answer any more: asleep or gone")
@@ -4464,7 +4304,7 @@ class RemoteBackend(Backend):
             self._wait(POLL_INTERVAL)  # it may be a server that drains
 
 
-# -- how far a load is -----------------------------------------------------------------
+# -- files of models -------------------------------------------------------------------
 
 COMPANION_OPTIONS = ("-mm", "--mmproj", "-md", "--model-draft")
 MODEL_OPTIONS = ("-m", "--model", *COMPANION_OPTIONS)
@@ -4486,20 +4326,14 @@ def model_file_size(pid: int) -> int:
 
 
 def size_of_files(words: List[str], folder: str, options=MODEL_OPTIONS) -> int:
-    """Return the bytes of the model files that these options name in a command."""
+    """Return the bytes of the model files that these options name in a command, with
+    all shards of those of which they name the first."""
     named = {after for word, after in zip(words, words[1:]) if word in options}
-    paths = [os.path.join(folder, path) for path in named]
-    shards = [shard for path in paths for shard in shards_of(path)]
-    return sum(os.path.getsize(path) for path in shards if os.path.isfile(path))
-
-
-def shards_of(path: str) -> List[str]:
-    """Return the files of the model of which this is the first, or the only one."""
-    match = re.fullmatch(r"(.*)-00001-of-(\d{5})(\.gguf)", path)
-    if not match:
-        return [path]
-    start, count, end = match.groups()
-    return [f"{start}-{n:05}-of-{count}{end}" for n in range(1, int(count) + 1)]
+    paths = [glob.escape(os.path.join(folder, path)) for path in named]
+    first = re.compile(r"-00001-of-(\d{5}\.gguf)$")
+    patterns = [first.sub(r"-?????-of-\1", path) for path in paths]
+    files = itertools.chain.from_iterable(map(glob.iglob, patterns))
+    return sum(map(os.path.getsize, filter(os.path.isfile, files)))
 
 
 # -- what models need, and what there is -----------------------------------------------
@@ -4513,7 +4347,7 @@ MEASURE_INTERVAL = 60.0  # s, between two measurements of a model that serves
 TOOL_TIMEOUT = 10.0  # s; for the vendor's tool at the start, and llama-fit-params
 
 
-def machine_budget(is_own: Callable[[int], bool]) -> Dict[str, int]:
+def machine_budget(is_own: Callable[[int], bool] = lambda pid: False) -> Dict[str, int]:
     """Return the bytes of `vram` (if there is a GPU) and `ram` that models can have on
     this machine: GPU memory that others hold is not theirs. Asks the vendor's tool."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -4529,7 +4363,7 @@ def machine_budget(is_own: Callable[[int], bool]) -> Dict[str, int]:
 def is_of(pid: int, groups: Set[int], units: Set[str]) -> bool:
     """Return whether a process belongs to one of these process groups or units."""
     stat, cgroup = process_stat(pid), read_text_or_empty(f"/proc/{pid}/cgroup")
-    names = {Service(unit).name.removesuffix(".service") for unit in units}
+    names = {unit.removeprefix("system:").removesuffix(".service") for unit in units}
     folders = {f"{name}.service" for name in names}
     is_in_unit = not folders.isdisjoint(re.split("[/\n]", cgroup))
     return is_in_unit or (stat is not None and stat.group in groups)
@@ -4539,9 +4373,11 @@ def with_machine_budget(
     written: Mapping[str, Optional[int]], machine: Mapping[str, int]
 ) -> Dict[str, int]:
     """Return a budget as written, with what the machine has where `auto` is written."""
-    sizes = {name: machine.get(name) if size is None else size
-             for name, size in written.items()}
-    return {name: size for name, size in sizes.items() if size is not None}
+    return {
+        name: machine[name] if size is None else size
+        for name, size in written.items()
+        if size is not None or name in machine
+    }
 
 
 def memory_taken(group: int, on_gpu: Optional[int]) -> Dict[str, int]:
@@ -4574,13 +4410,19 @@ def fit_params_estimate(model: Model) -> Dict[str, int]:
         return {}
     tool = os.path.join(os.path.dirname(server), "llama-fit-params")
     _, text = run_command([tool, "--help"], TOOL_TIMEOUT)
-    names = (re.split(", +", match[1]) for match in OPTION_HELP.finditer(text))
-    known = set(itertools.chain(*names))
+    known = {  # how many values follow, by option
+        name: len((match[2] or "").split())
+        for match in OPTION_HELP.finditer(text)
+        for name in re.split(", +", match[1])
+    }
     if "-fitp" not in known:
         return {}
-    options = _options_among(known, [*argv[1:], "--offline"], table_of(model))
+    command, words = [tool], iter([*argv[1:], "--offline"])
+    for word in words:
+        if word in known:
+            command += [word, *itertools.islice(words, known[word])]
+    command += ["-fitp", "on"]
     more = {"env": clean_environment(model.environment("0")), "cwd": cwd}
-    command = [tool, *options, "-fitp", "on"]
     _, text = run_command(command, TOOL_TIMEOUT, stderr=subprocess.DEVNULL, **more)
     rows = re.findall(r"^(\S+) (\d+) (\d+) (\d+) *$", text, re.MULTILINE)
     amounts = {"vram": 0, "ram": 0}
@@ -4592,18 +4434,14 @@ def fit_params_estimate(model: Model) -> Dict[str, int]:
     return amounts if rows else {}
 
 
-def _options_among(known, words, table):
-    """Return those of the words that are options in `known`, with their values."""
-    chosen, values = [], 0
-    for word in words:
-        if values:
-            values -= 1
-            chosen.append(word)
-        elif word in known:
-            chosen.append(word)
-            option = table.find(word.lstrip("-"))
-            values = option.values if option else 0
-    return chosen
+def files_estimate(model: Model, budget: Mapping[str, int]) -> Dict[str, int]:
+    """Return the bytes that the model needs by its files; {} if none are known."""
+    with contextlib.suppress(ConfigError):
+        words = model.command(table_of(model), "0")
+        size = int(size_of_files(words, model.settings.cwd or "") * FILES_MARGIN)
+        place, other = ("vram", "ram") if "vram" in budget else ("ram", "vram")
+        return {place: size, other: 0} if size else {}
+    return {}
 
 
 class Known(NamedTuple):
@@ -4661,19 +4499,13 @@ class Needs:
         with self._estimating:
             if key in self._known:
                 return False
-            return self._set(key, self._estimated(model, budget))
-
-    def _estimated(self, model, budget):
-        amounts = fit_params_estimate(model) if model.kind == "llama-server" else {}
-        if amounts:
-            return Known(model.name, "llama-fit-params", amounts)
-        with contextlib.suppress(ConfigError):
-            words = model.command(table_of(model), "0")
-            size = int(size_of_files(words, model.settings.cwd or "") * FILES_MARGIN)
-            if size:
-                place, other = ("vram", "ram") if "vram" in budget else ("ram", "vram")
-                return Known(model.name, "file sizes", {place: size, other: 0})
-        return Known(model.name)
+            amounts, source = {}, "llama-fit-params"
+            if model.kind == "llama-server":
+                amounts = fit_params_estimate(model)
+            if not amounts:
+                amounts, source = files_estimate(model, budget), "file sizes"
+            source = source if amounts else Known().source
+            return self._set(key, Known(model.name, source, amounts))
 
     def learn(
         self, model: Model, peak: Mapping[str, int], was_squeezed: bool, is_over: bool
@@ -4760,10 +4592,7 @@ def _command_key(model):
 
 LOOK_TIMEOUT = 0.05  # s that a client waits for a look at files, which may be slow
 LOOK_EVERY = 1.0  # s, at most, unless a model is new
-GGUF_NUMBERS = {
-    **{0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f"},
-    **{7: "?", 10: "Q", 11: "q", 12: "d"},
-}
+GGUF_NUMBERS = "BbHhIif?  Qqd"  # the format of each type of number
 GGUF_STRING, GGUF_ARRAY = 8, 9
 GGUF_LIMIT = 1 << 16  # keys, items of an array, bytes of a string
 
@@ -4773,45 +4602,41 @@ def read_gguf(path: str) -> Dict[str, object]:
     None. A file that is cut, or no GGUF, has none."""
     metadata = {}
     try:
-        with open(path, "rb", opener=_open_without_waiting) as file:
-            magic, version, _, count = struct.unpack("<4sIQQ", file.read(24))
+        is_waiting = os.O_NONBLOCK  # it may be a pipe
+        with open(path, "rb", opener=lambda p, f: os.open(p, f | is_waiting)) as file:
+            magic, version, _, count = _unpack(file, "4sIQQ")
             if magic != b"GGUF" or version < 2:
                 return {}
             for _ in range(min(count, GGUF_LIMIT)):
                 key = _gguf_value(file, GGUF_STRING)
                 if key.startswith("tokenizer."):
                     break
-                (kind,) = struct.unpack("<I", file.read(4))
-                metadata[key] = _gguf_value(file, kind)
-    except (OSError, ValueError, KeyError, struct.error):
+                metadata[key] = _gguf_value(file, *_unpack(file, "I"))
+    except (LookupError, OSError, ValueError, struct.error):
         return {}
     return metadata
 
 
-def _open_without_waiting(path, flags):
-    return os.open(path, flags | os.O_NONBLOCK)  # it may be a pipe
+def _unpack(file, form):
+    return struct.unpack(f"<{form}", file.read(struct.calcsize(f"<{form}")))
 
 
 def _gguf_value(file, kind):
-    if kind in GGUF_NUMBERS:
-        form = "<" + GGUF_NUMBERS[kind]
-        return struct.unpack(form, file.read(struct.calcsize(form)))[0]
+    if kind == GGUF_ARRAY:
+        item, count = _unpack(file, "IQ")
+        if count > GGUF_LIMIT or item == GGUF_ARRAY:
+            raise ValueError("no array before the tokenizer is so large, or nested")
+        for _ in range(count):
+            _gguf_value(file, item)
+        return None
+    form = GGUF_NUMBERS[kind]
     if kind == GGUF_STRING:
-        (size,) = struct.unpack("<Q", file.read(8))
+        (size,) = _unpack(file, "Q")
         if size > GGUF_LIMIT:
             raise ValueError("the string is too long")
-        text = file.read(size)
-        if len(text) < size:
-            raise ValueError("the file ends in a string")
-        return text.decode("utf-8", "replace")
-    if kind != GGUF_ARRAY:
-        raise ValueError("no such type")
-    item, count = struct.unpack("<IQ", file.read(12))
-    if count > GGUF_LIMIT or item == GGUF_ARRAY:
-        raise ValueError("no array before the tokenizer is so large, or nested")
-    for _ in range(count):
-        _gguf_value(file, item)
-    return None
+        form = f"{size}s"
+    (value,) = _unpack(file, form)
+    return value.decode("utf-8", "replace") if kind == GGUF_STRING else value
 
 
 class Facts(NamedTuple):
@@ -4838,10 +4663,9 @@ class Inspector:
 
     def __init__(self):
         self._facts = {}  # by name: (model, Facts)
-        self._headers = {}  # by path: (size, time, metadata)
+        self._read_once = functools.lru_cache(None)(lambda path, *_: read_gguf(path))
         self._looked_at = -math.inf
-        self._is_done = threading.Event()  # the last look
-        self._is_done.set()
+        self._look = threading.Thread()  # the last look at files
         self._lock = threading.Lock()
 
     def facts_of(
@@ -4851,14 +4675,14 @@ class Inspector:
         with self._lock:
             is_due = time.monotonic() >= self._looked_at + LOOK_EVERY
             is_due = is_due or len(self._known(models)) < len(models)
-            if is_due and self._is_done.is_set():
+            if is_due and not self._look.is_alive():
                 self._looked_at = time.monotonic()
-                self._is_done.clear()
-                look = functools.partial(self._inspect_all, list(models))
-                threading.Thread(target=look, daemon=True).start()
-        self._is_done.wait(timeout)
-        known = self._known(models)
-        return {model.name: known.get(model.name, Facts()) for model in models}
+                work = functools.partial(self._inspect_all, list(models))
+                look = threading.Thread(target=work, daemon=True)
+                look.start()
+                self._look = look
+        self._look.join(timeout)
+        return {**{model.name: Facts() for model in models}, **self._known(models)}
 
     def _known(self, models):
         """Return the Facts by name of those of the models that were looked at."""
@@ -4866,60 +4690,46 @@ class Inspector:
         return {m.name: pair[1] for m, pair in pairs if pair and pair[0] is m}
 
     def _inspect_all(self, models):
-        try:
-            for model in models:
-                self._facts[model.name] = model, self._inspect(model)
-        finally:
-            self._is_done.set()
+        for model in models:
+            self._facts[model.name] = model, self._inspect(model)
 
     def _inspect(self, model):
-        table = table_of(model)
+        table, problem = table_of(model), None
         try:
             argv = model.command(table, "${PORT}")
+            check_files(model, argv)
         except ConfigError as error:
             return Facts(problem=LoadFailed(str(error)))
-        problem = None
-        if argv:
-            try:
-                check_files(model, argv)
-            except LoadFailed as error:
-                problem = error.with_traceback(None)
+        except LoadFailed as error:
+            problem = error.with_traceback(None)
         if table is None:
             return Facts(argv, problem=problem)
         options = table.read(argv[1:])
-        preset = model.preset(table)
-        inputs, meta = self._read_headers(options, model.settings.cwd)
-        return Facts(argv, preset, options, problem, inputs, meta)
-
-    def _read_headers(self, options, cwd):
-        """Return what goes in, and numbers as of llama-server's own `meta`."""
         header, projector = (
-            self._header(os.path.join(cwd, options[name])) if name in options else {}
+            self._read(os.path.join(model.settings.cwd, options.get(name, "")))
             for name in ("--model", "--mmproj")
         )
-        inputs = ["text"]
-        for name, encoder in (("image", "vision"), ("audio", "audio")):
-            if projector.get(f"clip.has_{encoder}_encoder") is True:
-                inputs.append(name)
-        architecture = header.get("general.architecture")
-        meta = {"n_ctx": options.get("--ctx-size")}
-        meta["n_ctx_train"] = header.get(f"{architecture}.context_length")
+        trained = header.get(f"{header.get('general.architecture')}.context_length")
+        meta = {"n_ctx": options.get("--ctx-size"), "n_ctx_train": trained}
         numbers = {
             name: int(value)
             for name, value in meta.items()
             if re.fullmatch("[1-9][0-9]{0,8}", str(value))
         }
-        return inputs, numbers
+        encoders = {"vision": "image", "audio": "audio"}
+        inputs = [
+            name
+            for encoder, name in encoders.items()
+            if projector.get(f"clip.has_{encoder}_encoder") is True
+        ]
+        preset = model.preset(table)
+        return Facts(argv, preset, options, problem, ["text", *inputs], numbers)
 
-    def _header(self, path):
-        try:
+    def _read(self, path):
+        with contextlib.suppress(OSError, ValueError):
             status = os.stat(path)
-        except (OSError, ValueError):
-            return {}
-        key = status.st_size, status.st_mtime_ns
-        if self._headers.get(path, (None,))[0] != key:
-            self._headers[path] = key, read_gguf(path)
-        return self._headers[path][1]
+            return self._read_once(path, status.st_size, status.st_mtime_ns)
+        return {}
 
 
 # ==================================================================================
@@ -5394,8 +5204,8 @@ class Pool:
         for backend in backends:
             vram = on_gpu.get(backend.pid)
             if vram is None and is_alone and self._vram_at_start:
-                # in a container the tool may list no processes
-                left = machine_budget(lambda pid: False).get("vram")
+                # in a container, the tool may show no processes
+                left = machine_budget().get("vram")
                 vram = left and max(0, self._vram_at_start - left)
             taken[backend] = memory_taken(backend.pid, vram)
         with self._lock:
@@ -9811,7 +9621,7 @@ def check(config: Config) -> int:
     log = lambda level, text: print(printable(text))  # noqa: E731
     needs, budget = Needs(config.settings.state_dir, log), config.settings.budget
     if None in budget.values():
-        budget = with_machine_budget(budget, machine_budget(lambda pid: False))
+        budget = with_machine_budget(budget, machine_budget())
         print(f"budget {resources_text(budget)}", end="\n\n")
     for model in config.models.values():
         aliases = f" ({', '.join(model.aliases)})" if model.aliases else ""

@@ -7,7 +7,7 @@ import pickle
 
 import llmswap
 
-from test_llmswap import BROKEN, STARVED, Walk, World
+from walk import BROKEN, STARVED, Walk, World
 
 ROOM = llmswap.Limits(models_max=1, patience=1.0)
 HALF = dict(needs={"vram": 2})
