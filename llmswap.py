@@ -1894,11 +1894,11 @@ class Scheduler:
         self.held = {}  # name -> ModelState, those that are not unloaded
         self._queue = {}  # number -> Ticket, oldest first
         self._numbers = itertools.count(1)
-        self._runs = itertools.count(1)  # of all models: names come and go
+        self._runs = itertools.count(1)  # unique over all models
         self._decisions = []  # since the last decide(); events refuse tickets, too
         self._next_deadline = math.inf
-        self._stopping = {}  # ModelState -> when it stops to make room
-        self._pinned = []  # ModelStates that nothing may evict now
+        self._stopping = {}  # of one walk of the queue: ModelState -> when it stops
+        self._pinned = []  # of one walk: ModelStates that nothing may evict
         self._is_keep_loaded_paused = False  # until the next request
         self._closing_error = None  # refuses every ticket once closed
 
@@ -1929,7 +1929,7 @@ class Scheduler:
         if ticket.number in self._queue:
             self._dequeue(ticket)
         elif ticket.run != model.run or not model.is_held:
-            return  # refused, or its backend exited, and all leases with it
+            return  # refused, or the lease ended with its backend
         elif ticket.preemptible:
             model.preemptible -= 1
         else:
@@ -1973,8 +1973,8 @@ class Scheduler:
             model.last_failure = model.retry_victim = None
             for victim in self.models.values():
                 if victim.evicted_for is model:
-                    # its clients did not return while this one loaded; a client that
-                    # alternates between the two caused that load itself
+                    # its next request is no quick return: a client that alternates
+                    # between both models may have caused this load
                     victim.evicted_for = None
                     if victim.pause_began is not None:
                         victim.record_arrival(math.inf)
@@ -2239,8 +2239,8 @@ class Scheduler:
         model, limit = ticket.model, ticket.model.spec.concurrency
         if model.state is not State.LOADED or model.is_stopping_soon:
             return False
-        older = model.drains_for and model.drains_for.number < ticket.number
-        if self._closing_error or older:
+        is_younger = model.drains_for and model.drains_for.number < ticket.number
+        if self._closing_error or is_younger:
             return False
         return not limit or model.in_flight < limit or ticket.preemptible
 
@@ -4776,7 +4776,7 @@ class Broadcast:
 
     @contextlib.contextmanager
     def subscribe(self, with_history: bool = True):
-        """Yield `get(timeout)`, which returns the next item, or None after it."""
+        """Yield `get(timeout)`: the next item, or None after the timeout."""
         follower = queue.SimpleQueue()
         with self._lock:
             for item in self._history if with_history else ():
@@ -5007,7 +5007,7 @@ class Pool:
     def lease(
         self, model: Model, disconnected: Callable[[], bool], preemptible: bool = False
     ):
-        """Yield a ready backend of the model, loading it if need be. It is not stopped
+        """Yield a ready backend of the model, loading it if need be. It is not evicted
         before the block ends, unless the lease is preemptible.
 
         Raise an APIError if there is none, or ClientDisconnected once `disconnected()`
@@ -5168,7 +5168,7 @@ class Pool:
         return specs_of(self.config, counted_needs(self.config, self.budget, amounts))
 
     def _refresh_specs(self):
-        """Count the needs known now from here on. The lock is held."""
+        """Use the needs known now. The lock is held."""
         self._specs = self._find_specs()
         self._update_needs()
 
