@@ -5561,7 +5561,7 @@ class Pool:
             self._stop_reasons.pop(name, None)
         victim = self._scheduler.exited(name, run, self._clock(), problem)
         if victim is not None:
-            self._log("info", f"{name}: loaded once more, after {victim} has gone")
+            self._log("info", f"{name}: loading again once {victim} is unloaded")
             self._raise_needs(name, victim)
         self._update_needs()
         self._publish(name, "unloaded", exit_code=exit_code_of(problem))

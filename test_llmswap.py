@@ -10079,7 +10079,7 @@ def test_a_load_without_memory_makes_room_once_unseen_by_its_client(tmp_path, ot
         assert len((tmp_path / "tries").read_text()) == 2
         if others == "first":
             assert answer.status == 200 and server.loaded() == ["hungry", "second"]
-            assert "hungry: loaded once more, after first has gone" in server.log()
+            assert "hungry: loading again once first is unloaded" in server.log()
             assert "failed" not in entry_of(server, "hungry")["status"]
         else:
             assert answer.status == 502 and "out of memory" in answer.message()
