@@ -29,10 +29,10 @@ Sections, each of which uses only those above it:
     3  Scheduling     which models run, stop and serve next; pure
     4  Backends       one run of one model server, from spawn to exit
     5  Pool           the one lock; carries out decisions
-    6  Relay          sends one request to a backend, and its answer to the client
-    7  Repair         of tool calls whose arguments are broken JSON
+    6  Relay          one request to a backend, one answer to the client
+    7  Repair         broken JSON in tool calls, where its meaning is certain
     8  Pages          the status page and the metrics
-    9  API            the meaning of each path; the only place that answers errors
+    9  API            what each path does; the only place that answers errors
     10 Command line   arguments, logging, signals, the order of shutdown
 
 Threads. The main thread waits for signals. One thread accepts connections, one serves
@@ -107,7 +107,7 @@ INVALID, OVERLOADED = "invalid_request_error", "overloaded_error"
 
 
 class APIError(Exception):
-    """A failure that a client is told, with an HTTP status and OpenAI's words for it.
+    """A failure reported to the client: HTTP status, OpenAI's error type and code.
 
     `param` is the parameter to blame. `retry_after` (seconds) becomes Retry-After.
     `may_retry` False becomes `x-should-retry: false`, which the OpenAI SDKs obey.
@@ -180,7 +180,7 @@ class LoadFailed(APIError):
     def __init__(self, message, exit_code=None, is_out_of_memory=False):
         super().__init__(message)
         self.exit_code = exit_code  # None unless the process exited by itself
-        self.is_out_of_memory = is_out_of_memory  # it might load with less beside it
+        self.is_out_of_memory = is_out_of_memory  # fewer models beside it may help
 
 class LoadTimeout(LoadFailed):
     status, type, code = 504, "timeout_error", "model_load_timeout"
@@ -218,7 +218,7 @@ class ShuttingDown(APIError):
 # ---- Values: one parser per kind of text; ValueError says what was expected --------
 
 SECONDS = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-MAX_DURATION = 100 * 365 * SECONDS["d"]  # a lock accepts this, but not any number
+MAX_DURATION = 100 * 365 * SECONDS["d"]  # locks reject much longer timeouts
 UNIT_POWERS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 NUMBER = r"[0-9]{1,15}(?:\.[0-9]+)?"  # as many digits as a float can hold
 TRUE_WORDS = ("on", "true", "1", "enabled", "yes")
@@ -427,7 +427,7 @@ PROXY_KEYS = (
         "how many may be loaded at once; 0: no limit, which is the default with "
         "`budget` or `sets`"),
     Key("budget", parse_budget, "",
-        "what there is, e.g. `vram 24G, ram 64G`; the `needs` of models must fit; "
+        "the memory for models, e.g. `vram 24G, ram 64G`; their `needs` must fit; "
         "`auto`, or `vram auto`: what this machine has"),
     Key("models-autoload", parse_boolean, "on",
         "`off`: a request never loads a model; it is loaded by hand or on startup"),
@@ -441,15 +441,15 @@ PROXY_KEYS = (
     Key("llama-server", os.path.expanduser, "llama-server",
         "the binary for models that name none themselves"),
     Key("state-dir", parse_state_dir, "$XDG_CACHE_HOME/llmswap",
-        "where saved contexts and what was learned are kept, for this user only"),
+        "folder of saved contexts and measured needs, for this user only"),
     Key("context-max", parse_size, "20G",
-        "saved contexts beyond that go, the oldest first"),
+        "size of all saved contexts; beyond it the oldest are deleted"),
     Key("default-model", str, "",
         "for requests that name none; empty: the only one there is"),
     Key("patience", or_none("auto", parse_duration), "auto",
         "how long a busy model goes on while another waits for its room; `auto`: as "
         "long as the swap costs; 0: strict order"),
-    Key("queue-max", parse_count, "512", "requests beyond are refused"),
+    Key("queue-max", parse_count, "512", "waiting requests beyond are refused"),
     Key("queue-timeout", parse_duration, "0",
         "how long a request may wait; 0: as long as its client does"),
     Key("api-key", parse_words, "",
@@ -458,17 +458,17 @@ PROXY_KEYS = (
     Key("allowed-hosts", parse_words, "localhost, host.docker.internal",
         "`Host` names accepted on loopback connections, beside IP literals; `*`: any"),
     Key("cors-origins", parse_words, "localhost",
-        "web origins allowed: `localhost` (any port), a list, or `*`; the page's own "
-        "always"),
+        "web origins allowed: `localhost` (any port), a list, or `*`; the status page "
+        "always is"),
     Key("max-body", parse_size, "256M", "larger requests are refused"),
     Key("settle-timeout", parse_duration, "5s",
         "wait at most this long for the GPU memory of a stopped model to be free"),
     Key("exit-idle-time", parse_duration, "0",
-        "end the process when nothing is loaded (but for `keep-loaded`) or asked for "
-        "this long, for socket activation; 0: never"),
+        "exit after this long without a request and without a loaded model, except for "
+        "`keep-loaded` ones; for socket activation; 0: never"),
     Key("idle-command", str, "",
         "run when idle, e.g. `systemctl suspend`; everything is unloaded first"),
-    Key("idle-command-after", parse_duration, "1h", "how long idle for that"),
+    Key("idle-command-after", parse_duration, "1h", "idle time before `idle-command`"),
     Key("watch", parse_boolean, "on",
         "a changed file is read again before the next request"),
     Key("log-level", one_of("debug", "info", "warning", "error"), "info",
@@ -526,7 +526,7 @@ MODEL_KEYS = (
     Key("concurrency", parse_count, "0",
         "requests sent at once; more wait in order; 0: no limit"),
     Key("oom-score-adj", parse_score, "1000",
-        "how gladly the kernel kills it when memory is short: -1000 to 1000"),
+        "likelihood that the kernel kills it when memory is short: -1000 to 1000"),
     Key("sleep", parse_requests, "",
         "e.g. `POST /sleep?level=1`: make room by putting to sleep, not by stopping"),
     Key("wake", parse_requests, "",
@@ -550,8 +550,8 @@ MODEL_KEYS = (
         "what a streaming client sees while it waits: `off`, `comment`, `reasoning`"),
     Key("unlisted", parse_boolean, "off", "not in `/v1/models`"),
     Key("capabilities", parse_capabilities, "",
-        "what clients are told of a model that is not llama-server's: `vision, audio, "
-        "tools, embeddings, rerank, context 32768`"),
+        "shown to clients, for models other than llama-server: `vision, audio, tools, "
+        "embeddings, rerank, context 32768`"),
     Key("description", str, "", "shown in `/v1/models` and on the page"),
 )
 
@@ -559,8 +559,8 @@ PROXY_KEY = {key.name: key for key in PROXY_KEYS}
 MODEL_KEY = {key.name: key for key in MODEL_KEYS}
 ENV_KEY = MODEL_KEY["env.NAME"]
 
-# Variables known only when a backend starts, by the keys that may hold them. Their
-# texts stay as they are until then; the values here only serve to check them.
+# Variables known only when a backend starts, by the keys that may hold them. They are
+# expanded then; the values here only serve to check the text.
 LATE_VARIABLES = {
     **dict.fromkeys(("cmd", "extra-args", "proxy", "env.NAME"), {"PORT": 1}),
     "cmd-stop": {"PORT": 1, "PID": 1},
@@ -588,7 +588,7 @@ IGNORED_KEYS = ("version", "dedup-cache-models", "__PRESET_DEDUP_CACHE_MODELS")
 
 
 def key_name(spelling, keys) -> Optional[str]:
-    """Return the name of the key in PROXY_KEY or MODEL_KEY that is so spelled."""
+    """Return the name of the key in `keys` with this spelling, or None."""
     if keys is MODEL_KEY and re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", spelling):
         return spelling
     name = SYNONYMS.get(spelling, spelling).replace("_", "-")
@@ -596,7 +596,7 @@ def key_name(spelling, keys) -> Optional[str]:
 
 
 def suggestion(name, names) -> str:
-    """Return the end of a message about an unknown name: a near one, or nothing."""
+    """Return "; did you mean NAME?" with the nearest name, or "" if none is near."""
     import difflib  # rarely needed
 
     near = difflib.get_close_matches(name, names, 1)
@@ -606,7 +606,7 @@ def suggestion(name, names) -> str:
 # ---- Sections: the language of the file ---------------------------------------------
 
 NEWLINE = re.compile(r"\r\n|\r|\n")
-NO_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, and what stands for wrong bytes
+NOT_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, and bytes that are not UTF-8
 STATEMENT = re.compile(  # lines indented deeper than their `cmd` continue it
     rf"""(?P<indent>[ \t]*)
     (?: \[ [ \t]* (?P<header>[^\] \t][^\]]*) \] [ \t]* (?:[;\#][^\r\n]*)?
@@ -661,9 +661,9 @@ class PresetParser:
         while offset < len(text):
             place = f"{self._path}:{line}:"
             statement = STATEMENT.match(text, offset)
-            if statement is None or NO_TEXT.search(statement[0]):
-                wrong = NEWLINE.split(text[offset:], 1)[0].strip()
-                raise ConfigError(f"{place} {wrong!r} is neither [section], "
+            if statement is None or NOT_TEXT.search(statement[0]):
+                first_line = NEWLINE.split(text[offset:], 1)[0].strip()
+                raise ConfigError(f"{place} {first_line!r} is neither [section], "
                                   "key = value nor a comment, in UTF-8")
             offset = statement.end()
             line += len(NEWLINE.findall(statement[0]))
@@ -686,7 +686,7 @@ class PresetParser:
                 return
             self._open_section("default", place)
             self._warn(f"{place} keys before the first section make a model 'default'; "
-                       "keys for all models belong into [*]")
+                       "keys for all models belong in [*]")
         place = f"{place} [{self._section.name}] {key}"
         if key in self._section.settings:
             self._warn(f"{place}: given before; this one counts")
@@ -702,8 +702,8 @@ class PresetParser:
             text = " ".join(re.sub(r"[ \t]*\\$", "", line) for line in lines)
         if name in WITHOUT_COMMENT:
             return text.strip(" \t")
-        is_llamas = name is None or name in SHARED_KEYS
-        comment = (LLAMA_COMMENT if is_llamas else OWN_COMMENT).search(text)
+        is_read_by_llama = name is None or name in SHARED_KEYS
+        comment = (LLAMA_COMMENT if is_read_by_llama else OWN_COMMENT).search(text)
         value = text[: comment.start() if comment else None].strip(" \t")
         if comment and (comment[0] in (";", "#") or value.count('"') % 2):
             self._warn(f"{place}: a comment begins at {comment[0][-1]!r}, as in "
@@ -714,7 +714,7 @@ class PresetParser:
 # ---- Variables: ${NAME}, and the [macros] of the file -------------------------------
 
 VARIABLE = re.compile(r"\$\$\{|\$\{([^{}]*)\}")
-MACRO_DEPTH = 10  # of macros in macros
+MACRO_DEPTH = 10  # how deep macros may use macros
 
 
 def expand(text, variables) -> str:
@@ -733,7 +733,6 @@ def expand(text, variables) -> str:
     return VARIABLE.sub(value, text)
 
 
-
 def needs_port(text) -> bool:
     """Return whether ${PORT} stands in the text."""
     return any(match[1] == "PORT" for match in VARIABLE.finditer(text))
@@ -742,8 +741,8 @@ def needs_port(text) -> bool:
 def read_setting(key, setting, macros, variables, warn):
     """Return the value of the key, or raise ConfigError with the setting's place.
 
-    A text that may hold ${PORT} or ${PID} stays one, with its macros expanded. `warn`
-    is called for words of a command that only a shell understands.
+    A text that may hold ${PORT} or ${PID} is returned as text, with macros expanded.
+    `warn` is called for words of a command that only a shell understands.
     """
     text = setting.text
     for _ in range(MACRO_DEPTH):
@@ -775,10 +774,8 @@ def split_words(text) -> list:
 
 
 def with_environment(words) -> list:
-    """Return the words of a command whose leading NAME=value words are environment."""
+    """Return the command, run by env(1) if it begins with NAME=value words."""
     return ["env", *words] if words and ASSIGNMENT.match(words[0]) else words
-
-
 
 
 # ---- Options of llama-server ---------------------------------------------------------
@@ -796,7 +793,7 @@ ROUTER_OPTIONS = frozenset(
     "--api-key --api-key-file --ssl-key-file --ssl-cert-file --models-dir --models-max "
     "--models-preset --models-autoload".split()
 )
-NOT_IN_PRESETS = ("--host", "--port", "--alias", "--tags")  # of what the router shows
+NOT_IN_PRESETS = ("--host", "--port", "--alias", "--tags")  # which the router shows
 PRESET_ONLY_KEYS = ("load-on-startup", "stop-timeout")
 
 
@@ -879,7 +876,7 @@ class OptionTable:
         return values
 
     def pitfalls(self, settings):
-        """Yield warnings of what llama.cpp reads otherwise than people do."""
+        """Yield warnings of settings that mean something else to llama.cpp."""
         first = {}
         for key, text, place in settings:
             option = self.find(key)
@@ -889,7 +886,7 @@ class OptionTable:
             if other != key:
                 yield f"{place}: the same option as {other}; this one counts"
             if not {*ROUTER_OPTIONS, "--log-colors"}.isdisjoint(option.names):
-                yield f"{place}: no option of a model; it is ignored"
+                yield f"{place}: not an option of a model; it is ignored"
             elif not option.values and text not in TRUTHY + FALSY:
                 word = "".join(option.words(option.value(key, text)))
                 yield (f"{place}: {text!r} is neither true nor false; "
@@ -902,17 +899,17 @@ UNKNOWN_OPTIONS = OptionTable()
 
 
 def unknown_key(key, reason, options=()) -> str:
-    """Return `reason`, or a better one, and a key or one of `options` that is near."""
+    """Return why the key is wrong: `reason` and the nearest key or option."""
     if key_name(key, PROXY_KEY):
-        return "belongs into [llmswap]"
+        return "belongs in [llmswap]"
     return reason + suggestion(key, [*MODEL_KEY, *options])
 
 
 def parse_help(text) -> Optional[OptionTable]:
-    """Return the options that llama-server --help lists, or None if it is no such list.
+    """Return the options in the output of llama-server --help; None for other text.
 
-    A name in the first column begins an option; one blank after the last name, and a
-    hint, mean that it takes a value. Two words in capitals are two values. Of a flag's
+    A name in the first column begins an option; one blank and a hint after the last
+    name mean that it takes a value. Two words in capitals are two values. Of a flag's
     further names, those with "no" are negatives.
     """
     options = []
@@ -936,7 +933,7 @@ EXCLUSIVE_KEYS = ("cmd", "unit", "uses")
 NOT_FOR_ALL = (*EXCLUSIVE_KEYS, "proxy", "alias")
 NOT_MODELS = ("llmswap", "macros", "*")
 
-# The keys that make the backend, by kind of model: their change needs a new backend.
+# The keys whose change needs a new backend, by kind of model.
 PROCESS_KEYS = ("extra-args", "proxy", "env.NAME", "cwd", "oom-score-adj")
 LAUNCH_KEYS = {
     "llama-server": ("llama-server", "keep-context", *PROCESS_KEYS),
@@ -947,8 +944,7 @@ LAUNCH_KEYS = {
 }
 REQUEST_KEYS = (  # and those of listing: they may stand beside `uses`
     "model-name", "uses", "alias", "strip-params", "default-params", "set-params",
-    "json-repair",
-    "loading-notice", "unlisted", "capabilities", "description",
+    "json-repair", "loading-notice", "unlisted", "capabilities", "description",
 )
 SOURCE_KEY = re.compile(
     "model|m|hf-repo|hfr?|model-url|mu|docker-repo|dr|(?!spec-).*-default|fim-.*-spec"
@@ -964,7 +960,7 @@ class Model(NamedTuple):
     They, `env` and the texts of commands may hold variables, which the methods expand.
     `backends` are the ids of the models whose backend may serve it, the first one
     preferred. `problem` is None, or why the model cannot be used. `context_dir` is the
-    folder of its saved contexts, with a slash at its end; empty: none are kept.
+    folder of its saved contexts and ends in a slash; empty: none are saved.
     """
 
     name: str
@@ -983,9 +979,8 @@ class Model(NamedTuple):
 
     @property
     def has_auto_needs(self) -> bool:
-        """Whether it is to be found out what it needs."""
+        """Whether its needs are measured or estimated."""
         return self.settings.needs is None and self.kind not in ("remote", "uses")
-
 
     @property
     def is_pinned(self) -> bool:
@@ -994,7 +989,7 @@ class Model(NamedTuple):
 
     @property
     def launch(self) -> tuple:
-        """What makes the backend; equal means that it may go on after a reload."""
+        """The settings of the backend; a reload that keeps them keeps it running."""
         names = LAUNCH_KEYS[self.kind]
         values = [getattr(self.settings, key.attribute)
                   for key in SETTINGS if key.name in names]
@@ -1036,7 +1031,7 @@ class Model(NamedTuple):
             fixed["log-colors"] = "off"
         settings = [setting._replace(text=self._expand(setting.text, PORT=port))
                     for layer in self.options for setting in layer]
-        if self.context_dir and table.find(SAVE_PATH):  # weaker than one of the file's
+        if self.context_dir and table.find(SAVE_PATH):  # the file may override it
             settings.insert(0, Setting(SAVE_PATH, self.context_dir, self.place))
         settings += [Setting(key, text, self.place) for key, text in fixed.items()]
         return table.choose(settings)
@@ -1051,7 +1046,7 @@ class Model(NamedTuple):
         return self._expand(self.settings.proxy, PORT=port).rstrip("/")
 
     def environment(self, port) -> dict:
-        """Return what the backend's environment has beside that of llmswap."""
+        """Return the variables that the backend has beside those of llmswap."""
         return {name: self._expand(text, PORT=port) for name, text in self.env.items()}
 
     def _words(self, text, **more):
@@ -1062,7 +1057,7 @@ class Model(NamedTuple):
 
 
 def folder_name(name) -> str:
-    """Return a name for files of the model: its own, if that can be one."""
+    """Return the model's name for files, or a hash if it cannot be one."""
     quoted = urllib.parse.quote(name, safe="", errors="surrogateescape")
     if quoted.startswith(".") or len(quoted) > 100:
         return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
@@ -1078,7 +1073,7 @@ def has_source(keys) -> bool:
 
 
 def split_settings(section):
-    """Return the settings of a section by name of llmswap's keys, and its options."""
+    """Return a section's settings by llmswap's key names, and its list of options."""
     keys, options = {}, []
     for spelling, setting in sorted(section.settings.items()):
         name = key_name(spelling, MODEL_KEY)
@@ -1090,10 +1085,10 @@ def split_settings(section):
 
 
 class ModelBuilder:
-    """Makes a Model of one section; the first mistake in it becomes its problem."""
+    """Makes a Model of a section; the first mistake becomes the Model's problem."""
 
     def __init__(self, section, defaults, macros, variables, warn):
-        """`defaults` are what the section overrules: keys, then layers of options."""
+        """`defaults`, which the section overrides: keys, then layers of options."""
         self._name, self._place, _ = section
         self._macros = macros
         self._variables = {**variables, "MODEL_ID": self._name}
@@ -1101,8 +1096,8 @@ class ModelBuilder:
         self._problems = []
         self._own, options = split_settings(section)
         proxy = self._own.get("proxy")
-        is_elsewhere = proxy and not needs_port(proxy.text)
-        is_remote = is_elsewhere and not has_source(each.key for each in options)
+        has_fixed_url = proxy and not needs_port(proxy.text)
+        is_remote = has_fixed_url and not has_source(each.key for each in options)
         self._kind = next(
             (name for name in EXCLUSIVE_KEYS if name in self._own),
             "remote" if is_remote else "llama-server",
@@ -1114,7 +1109,7 @@ class ModelBuilder:
         self._layers = (*layers, options)
 
     def build(self) -> Model:
-        """Return the Model; defaults replace values that are wrong."""
+        """Return the Model, with defaults in the place of invalid values."""
         values, env = dict(DEFAULTS), {}
         if self._kind == "cmd":
             values["hang_timeout"] = 0.0
@@ -1152,14 +1147,14 @@ class ModelBuilder:
             return default
 
     def _read_option(self, setting):
-        """Return the text; without macros it is as llama-server reads it, but for a ~
-        that it could not open."""
+        """Return the text with its ~ expanded. In a file without [macros] a ${ has no
+        meaning, as for llama-server."""
         if self._macros:
             return os.path.expanduser(self._read(ENV_KEY, setting, ""))
         return os.path.expanduser(setting.text.replace("${", "$${"))
 
     def _key_mistakes(self):
-        """Yield settings that cannot stand in the section, and why."""
+        """Yield the settings that this kind of model cannot have, and why."""
         if self._kind != "llama-server":
             refusal = f"options of llama-server cannot stand beside {self._kind}"
             for setting in self._layers[-1]:
@@ -1174,7 +1169,8 @@ class ModelBuilder:
                 self._warn(f"{setting.place}: without effect beside {self._kind}")
 
     def _kind_mistakes(self, settings, env):
-        """Yield what else makes the model unusable, each with the setting to blame."""
+        """Yield what else is wrong for this kind: the setting to blame, or None, and
+        why."""
         own = self._own.get
         is_local = needs_port(settings.proxy)
         if self._kind == "llama-server":
@@ -1209,7 +1205,7 @@ def canonical_name(name) -> str:
 
 
 def find_models(directory, place) -> dict:
-    """Return the models in a directory by id: their settings, as llama-server does it.
+    """Return the options of the models in a directory by id, as llama-server does.
 
     A model is a file or a directory. Raise OSError if they cannot be listed.
     """
@@ -1219,7 +1215,7 @@ def find_models(directory, place) -> dict:
         if entry.is_dir():
             with contextlib.suppress(PermissionError):  # lost+found, for one
                 names = os.listdir(entry.path)
-        # of a model in several files, llama-server is told the first
+        # llama-server wants the first file of a split model
         for name in sorted(names, key=lambda name: ("-00001-of-" not in name, name)):
             path = os.path.join(entry.path, name) if name else entry.path
             match = re.search(r"/(mtp-|dspark-|dflash-)?([^/]*)\.gguf\Z", path)
@@ -1260,7 +1256,7 @@ def misfit(model, pinned, settings) -> Optional[str]:
 
 
 class Config(NamedTuple):
-    """What a file says: `models` by id in its order, ids by each of their `names`."""
+    """The content of a file: `models` by id, in its order; `names` to their ids."""
 
     path: str
     settings: ProxySettings
@@ -1270,14 +1266,14 @@ class Config(NamedTuple):
     warnings: tuple
 
     def find(self, name) -> Optional[str]:
-        """Return the id of the model so named, in any case if none is exactly so."""
+        """Return the id of the model with this name, which may differ in case."""
         return self.names.get(name) or self.names.get(name.strip().casefold())
 
     def resolve(self, name) -> Model:
-        """Return the model of that name, or raise ModelNotFound with names like it."""
-        known = self.find(name)
-        if known is not None:
-            return self.models[known]
+        """Return the model of this name, or raise ModelNotFound with similar names."""
+        model_id = self.find(name)
+        if model_id is not None:
+            return self.models[model_id]
         listed = [m.name for m in self.models.values() if not m.settings.unlisted]
         names = [each for each, owner in self.names.items() if owner in listed]
         near = suggestion(name, names)
@@ -1293,7 +1289,7 @@ class Config(NamedTuple):
         return next(iter(self.models.values())) if len(self.models) == 1 else None
 
     def pitfalls(self, table_of: Callable) -> List[str]:
-        """Return warnings of options that llama.cpp reads otherwise than people do.
+        """Return warnings of options that mean something else to llama.cpp.
 
         table_of(model) is the OptionTable of a llama-server model.
         """
@@ -1310,11 +1306,10 @@ WITHOUT_FILE = b"[llmswap]\ncache-models = on\n"
 def load_config(
     path, listen=None, models_max=None, environ=os.environ, cached=()
 ) -> Config:
-    """Return the Config of a file, or of WITHOUT_FILE if there is none. Raise
-    ConfigError.
+    """Return the Config of a file, or of WITHOUT_FILE if `path` is None.
 
-    `listen` and `models_max` are texts that overrule the file's; `cached` are the names
-    of the models in llama.cpp's cache.
+    `listen` and `models_max` override the file's; `cached` are the names of the models
+    in llama.cpp's cache. Raise ConfigError.
     """
     try:
         data = WITHOUT_FILE
@@ -1376,13 +1371,13 @@ class ConfigLoader:
         star, settings = self._sections["*"].settings, {}
         for key in ("models-max", "models_max", "LLAMA_ARG_MODELS_MAX"):
             if key in star and re.fullmatch("[0-9]{1,9}", star[key].text):
-                settings["models-max"] = star.pop(key)  # where people put it
+                settings["models-max"] = star.pop(key)  # often written there
         for spelling, setting in self._sections["llmswap"].settings.items():
             name = key_name(spelling, PROXY_KEY)
             if name:
                 settings[name] = setting
             elif key_name(spelling, MODEL_KEY):
-                raise ConfigError(f"{setting.place}: belongs to a model, or into [*]")
+                raise ConfigError(f"{setting.place}: belongs to a model, or in [*]")
             elif spelling not in IGNORED_KEYS:
                 near = suggestion(spelling, PROXY_KEY)
                 raise ConfigError(f"{setting.place}: unknown key{near}")
@@ -1433,8 +1428,8 @@ class ConfigLoader:
         return models
 
     def _list_models(self, settings):
-        """Return the source and the options of the models in llama.cpp's cache and in
-        models-dir, by id: that of the section which is the same to llama.cpp."""
+        """Return (source, options) by id of the models in llama.cpp's cache and in
+        models-dir. One in the cache has the id of its section, if there is one."""
         ids = {canonical_name(name): name for name in self._sections}
         listed = {}
         for name in self._cached if settings.cache_models else ():
@@ -1451,8 +1446,8 @@ class ConfigLoader:
         return listed
 
     def _model_sections(self):
-        """Return the sections that are models. Of names that are equal to llama.cpp,
-        the last in the order of bytes remains."""
+        """Return the sections that are models; of those with the same canonical name
+        only the last in byte order."""
         sections = {
             name: section for name, section in self._sections.items()
             if name not in NOT_MODELS
@@ -1461,13 +1456,13 @@ class ConfigLoader:
         last = {canonical_name(name): name for name in sorted(sections)}
         for name in [name for name in sections if last.get(name, name) != name]:
             place = sections.pop(name).place
-            self._warn(f"{place}: replaced by [{last[name]}], the same to llama.cpp")
+            self._warn(f"{place}: replaced by [{last[name]}], the same in llama.cpp")
         return sections
 
     def _assign_names(self, models):
-        """Return the models by id. Ids come first, then aliases, llama.cpp's spellings,
-        and the repository of its only model in the cache; a name that is taken stays
-        with its owner."""
+        """Return the models by id, and fill `_names`: first with ids, then aliases,
+        canonical names, repositories with one cached model, and names in lower case.
+        A name keeps its first owner."""
         self._names.update((model.name, model.name) for model in models)
         named = {}
         for model in models:
@@ -1487,16 +1482,16 @@ class ConfigLoader:
         return named
 
     def _register(self, name, model, label):
-        """Return whether the model has the name, which it gets if none has it."""
+        """Give the model the name if it is free; return whether the model has it."""
         owner = self._names.setdefault(name, model.name)
         if owner != model.name:
             self._warn(f"{model.place}: {label} {name!r} already means [{owner}]")
         return owner == model.name
 
     def _resolve_names(self, config):
-        """Return the settings with ids for the names of models in them."""
+        """Return the settings with ids in the place of names of models."""
 
-        def known(name, key):
+        def find(name, key):
             model = config.models.get(config.find(name))
             if model is None:
                 place = self._proxy[key].place
@@ -1505,17 +1500,17 @@ class ConfigLoader:
 
         sets = []
         for names in config.settings.sets:
-            models = [known(name, "sets") for name in names]
+            models = [find(name, "sets") for name in names]
             used = [map(config.find, model.settings.uses) for model in models]
             backends = [[*filter(None, ids)] or [model.name]
                         for ids, model in zip(used, models)]
             sets += map(frozenset, itertools.product(*backends))
         default = config.settings.default_model
-        default = default and known(default, "default-model").name
+        default = default and find(default, "default-model").name
         return config.settings._replace(sets=tuple(sets), default_model=default)
 
     def _check_fit(self, models, settings):
-        """Make models unusable that do not fit beside all that are always pinned."""
+        """Set the problem of each model that does not fit beside the pinned ones."""
         pinned = []
         for model in sorted(models.values(), key=lambda model: not model.is_pinned):
             if model.problem:
@@ -1528,9 +1523,9 @@ class ConfigLoader:
                 pinned.append(model)
 
     def _link(self, model, config):
-        """Return a model that uses others with their backends, or with a problem.
+        """Return a `uses` model with the backends of the usable models that it names.
 
-        One that cannot be used is passed over, unless none can.
+        It has a problem if none is usable, or one is unknown or itself of kind `uses`.
         """
         targets = {
             name: config.models.get(config.find(name)) for name in model.settings.uses
@@ -1592,17 +1587,17 @@ FREE_FAILURES = 3  # so many failed loads in a row cause no back-off
 class ModelSpec(NamedTuple):
     """What scheduling must know of a model. Times in seconds; 0 means never, no limit.
 
-    `takes_place` False: the model runs on another machine, does not count towards
-    models-max, and its failed loads cause no back-off: that machine may be asleep.
-    `is_pinned`: nothing evicts it, nor does it idle; `is_pinned_once_loaded`: nothing
-    evicts it while it is loaded. `keep_loaded`: it is started whenever it fits and no
-    ticket waits. `can_sleep`: it is put to sleep instead of stopped when another needs
-    its room.
+    `is_local` False: the model runs on another machine, does not count towards
+    models-max, and is not backed off after failed loads: that machine may be asleep.
+    `is_pinned`: nothing evicts it, nor is it unloaded when idle.
+    `is_pinned_once_loaded`: nothing evicts it while it is loaded. `keep_loaded`: it is
+    started whenever it fits and no ticket waits. `can_sleep`: it is put to sleep, not
+    stopped, when another needs its room.
     """
 
     needs: Mapping[str, int] = {}
     sleep_needs: Mapping[str, int] = {}
-    takes_place: bool = True
+    is_local: bool = True
     is_pinned: bool = False
     is_pinned_once_loaded: bool = False
     keep_loaded: bool = False
@@ -1621,7 +1616,7 @@ class ModelUsage(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What may be loaded together, and how long a ticket waits for it.
+    """What may be loaded together, how many tickets may wait, and how long.
 
     `patience` None: learned from the measured cost of swaps. `models_max`, `queue_max`
     and `queue_timeout` 0: no limit.
@@ -1720,7 +1715,7 @@ class ModelState:
         self.waiting = 0  # tickets in the queue
         self.started_at = self.idle_since = 0.0
         self.ready_at = self.last_grant = -math.inf  # in this run
-        self.pause_began = None  # when it became idle, until the next request
+        self.pause_began = None  # when it became idle; None while in use
         self.pauses = collections.deque(maxlen=8)
         self.drains_for = None  # the ticket that needs its room
         self.evicted_for = None  # the model that needed its room, until that is ready
@@ -1728,13 +1723,13 @@ class ModelState:
         self.failures = 0
         self.last_failure = None
         self.retry_at = -math.inf
-        self.keep_at = -math.inf  # keep_loaded starts it then; inf: when asked for
+        self.keep_loaded_at = -math.inf  # inf: keep_loaded waits for a request
         self.idle_timeout = None  # set by a request, until unloaded; inf: never
         self.unload_by = None  # stopped by hand: no grants; leases are cut then
         self.stop_cause = None  # as in Stop; or crashed; or sleep: it is to fall asleep
-        self.is_asleep = False  # asleep, or was when it was told to stop
-        self.room_from = None  # the model that must go before it is loaded once more
-        self.replacement = None  # the spec that a reload sets once the backend is gone
+        self.is_asleep = False  # or stopping, and was asleep before
+        self.retry_victim = None  # the model that must stop before a load is retried
+        self.replacement = None  # the spec after a reload, once the backend has exited
         self.removal_error = None  # refuses its tickets once a reload removed it
 
     def advance(self, state: State, now: float):
@@ -1748,6 +1743,7 @@ class ModelState:
 
     @property
     def is_held(self) -> bool:
+        """Whether it has a backend, which may hold memory."""
         return self.state is not State.UNLOADED
 
     @property
@@ -1760,7 +1756,7 @@ class ModelState:
 
     @property
     def is_reserved(self) -> bool:
-        """Whether it loads, or has loaded, for a ticket that was not granted yet."""
+        """Whether it loads, or has loaded, for a ticket that is not granted yet."""
         is_new = self.state is State.LOADED and self.last_grant < self.ready_at
         return bool(self.waiting) and (is_new or self.state is State.LOADING)
 
@@ -1772,7 +1768,7 @@ class ModelState:
 
     @property
     def needs_room(self) -> bool:
-        return bool(self.spec.takes_place or self.spec.needs)
+        return bool(self.spec.is_local or self.spec.needs)
 
     @property
     def is_stopping_soon(self) -> bool:
@@ -1781,14 +1777,14 @@ class ModelState:
         return self.unload_by is not None or reloaded
 
     def usage(self) -> ModelUsage:
-        """What it takes now."""
+        """What it counts for now."""
         if self.is_asleep:
-            places = int(self.spec.takes_place and not self.spec.can_sleep)
+            places = int(self.spec.is_local and not self.spec.can_sleep)
             return ModelUsage(self.name, places, self.spec.sleep_needs)
         return self.usage_when_loaded()
 
     def usage_when_loaded(self) -> ModelUsage:
-        return ModelUsage(self.name, int(self.spec.takes_place), self.spec.needs)
+        return ModelUsage(self.name, int(self.spec.is_local), self.spec.needs)
 
     def last_used(self) -> float:
         """When it was last granted, or became ready (by hand, for example)."""
@@ -1801,13 +1797,13 @@ class ModelState:
             self.pause_began = None
 
     def record_idle(self, now: float):
-        """A request left, served or not; a pause begins with the last one."""
+        """A request ended, served or not; after the last one a pause begins."""
         self.idle_since = now
         if self.is_idle:
             self.pause_began = now
 
     def record_failure(self, problem: APIError, now: float):
-        """A load failed; from the third in a row on, the next must wait."""
+        """A load failed; after FREE_FAILURES in a row the next one must wait."""
         self.last_failure = problem
         self.failures += 1
         surplus = self.failures - FREE_FAILURES
@@ -1816,13 +1812,13 @@ class ModelState:
 
     def reset_failures(self):
         self.failures, self.retry_at = 0, -math.inf
-        if self.keep_at < math.inf:
-            self.keep_at = -math.inf
+        if self.keep_loaded_at < math.inf:
+            self.keep_loaded_at = -math.inf
 
-    def allow_keeping(self):
-        """From now on keep_loaded has effect on it, though it was unloaded by hand."""
-        if self.keep_at == math.inf:
-            self.keep_at = -math.inf
+    def resume_keep_loaded(self):
+        """keep_loaded has effect again, though the model was unloaded by hand."""
+        if self.keep_loaded_at == math.inf:
+            self.keep_loaded_at = -math.inf
 
     def swap_cost(self, newcomer: "ModelState") -> float:
         """Seconds to stop this model, load the newcomer, and load this one again."""
@@ -1869,10 +1865,10 @@ def choose_victims(
 
 
 def _fewest(models: List[ModelState], makes_room) -> FrozenSet[ModelState]:
-    """The smallest sufficient choice, older models first. All together must suffice.
+    """Return the smallest choice that makes room, of the first models if several do.
 
-    After 256 choices (all there are of eight models, all pairs of twenty), a choice
-    that has no superfluous member is good enough.
+    All together must make room. After 256 choices (all of eight models, all pairs of
+    twenty) it need not be the smallest, but has no superfluous member.
     """
     choices = (
         frozenset(choice)
@@ -1898,12 +1894,12 @@ class Scheduler:
         self.held = {}  # name -> ModelState, those that are not unloaded
         self._queue = {}  # number -> Ticket, oldest first
         self._numbers = itertools.count(1)
-        self._runs = itertools.count(1)  # of all models: names come and go
+        self._runs = itertools.count(1)  # unique over all models
         self._decisions = []  # since the last decide(); events refuse tickets, too
         self._next_deadline = math.inf
-        self._stopping = {}  # ModelState that stops or is to make room -> when
-        self._pinned = []  # ModelStates that nothing may evict now
-        self._is_resting = False  # keep_loaded has no effect until the next request
+        self._stopping = {}  # of one walk of the queue: ModelState -> when it stops
+        self._pinned = []  # of one walk: ModelStates that nothing may evict
+        self._is_keep_loaded_paused = False  # until the next request
         self._closing_error = None  # refuses every ticket once closed
 
     # -- events: requests ------------------------------------------------------------
@@ -1913,8 +1909,8 @@ class Scheduler:
     ) -> Ticket:
         """Queue a request for the model; the next `decide` may grant or refuse it."""
         model = self.models[name]
-        model.allow_keeping()
-        self._is_resting = False
+        model.resume_keep_loaded()
+        self._is_keep_loaded_paused = False
         ticket = Ticket(next(self._numbers), model, now, preemptible, manual)
         if manual:
             model.reset_failures()
@@ -1933,7 +1929,7 @@ class Scheduler:
         if ticket.number in self._queue:
             self._dequeue(ticket)
         elif ticket.run != model.run or not model.is_held:
-            return  # refused, or its backend exited, and all leases with it
+            return  # refused, or the lease ended with its backend
         elif ticket.preemptible:
             model.preemptible -= 1
         else:
@@ -1941,8 +1937,8 @@ class Scheduler:
         model.record_idle(now)
 
     def choose(self, names: Sequence[str]) -> Optional[str]:
-        """Return the one of these models that can serve a request soonest; None if a
-        reload has removed them all."""
+        """Return the model that can serve a request soonest, or None if a reload has
+        removed all of them."""
 
         def rank(name):
             model = self.models[name]
@@ -1965,7 +1961,7 @@ class Scheduler:
         model = self._current(name, run)
         if model is None:
             return
-        if model.state is State.UNLOADING:  # it woke by itself, too late
+        if model.state is State.UNLOADING:  # it woke by itself, but is to stop
             model.is_asleep = False
             return
         if model.state is State.LOADING:
@@ -1974,35 +1970,32 @@ class Scheduler:
             model.ready_at = model.idle_since = now
             model.last_grant = -math.inf
             model.reset_failures()
-            model.last_failure = model.room_from = None
+            model.last_failure = model.retry_victim = None
             for victim in self.models.values():
                 if victim.evicted_for is model:
-                    # its clients did not return while this one loaded; a client that
-                    # alternates between the two caused that load itself
+                    # its next request is no quick return: a client that alternates
+                    # between both models may have caused this load
                     victim.evicted_for = None
                     if victim.pause_began is not None:
                         victim.record_arrival(math.inf)
         model.advance(State.LOADED, now)
 
     def crashed(self, name: str, run: int, now: float):
-        """The loaded backend is ending by itself; `exited` follows once it is gone."""
+        """The loaded backend is ending by itself; `exited` follows."""
         model = self._current(name, run)
         if model is not None and model.state in (State.LOADED, State.SLEEPING):
             model.advance(State.UNLOADING, now)
             model.stop_cause = "crashed"
 
     def adopted(self, name: str, now: float) -> int:
-        """The backend already runs, and `loaded` follows once it is known to be ready.
-
-        Return the run of its events.
-        """
+        """The backend already runs; `loaded` follows. Return its run."""
         model = self.models[name]
         self._begin_run(model, now)
         model.started_at = -math.inf  # unknown
         return model.run
 
     def slept(self, name: str, run: int, now: float):
-        """The backend sleeps: as it was told to, or by itself."""
+        """The backend sleeps, after a Stop or by itself."""
         model = self._current(name, run)
         if model is None or model.state is State.LOADING:
             return  # reported before it was told to wake
@@ -2016,10 +2009,11 @@ class Scheduler:
     def exited(
         self, name: str, run: int, now: float, failure: Optional[APIError] = None
     ) -> Optional[str]:
-        """The backend is gone and holds nothing. `failure`: why it ended by itself.
+        """The backend has exited and holds nothing. `failure`: why, if by itself.
 
-        A load that failed for memory beside others is tried once more, after the least
-        recently used of them has gone: its name is returned, and no ticket is refused.
+        A load that ran out of memory beside other models is retried once, after the
+        least recently used of them has stopped. Then return the name of that model and
+        refuse no ticket.
         """
         model = self._current(name, run)
         victim = None
@@ -2029,22 +2023,23 @@ class Scheduler:
             model.stop_seconds = now - model.changed_at
         elif model.state is State.LOADING:
             failure = failure or APIError(f"{name} ended while it was loading")
-            victim = model.room_from = self._room_for_retry(model, failure)
+            victim = model.retry_victim = self._choose_retry_victim(model, failure)
             if victim is None:
                 model.record_failure(failure, now)
                 self.refuse_waiting(name, failure)
         elif failure is not None:
             model.last_failure = failure
-            model.keep_at = max(model.keep_at, model.ready_at + MAX_BACKOFF)
+            moment = model.ready_at + MAX_BACKOFF
+            model.keep_loaded_at = max(model.keep_loaded_at, moment)
         else:  # stopped by other means than llmswap
-            model.keep_at = math.inf
+            model.keep_loaded_at = math.inf
         model.advance(State.UNLOADED, now)
         self._end_run(model)
         return victim and victim.name
 
-    def _room_for_retry(self, model, failure):
-        """The model that is to go before this one is loaded again; None: it is not."""
-        if model.room_from or not (model.needs_room and model.waiting):
+    def _choose_retry_victim(self, model, failure):
+        """Return the model to stop before a retry of the load; None: no retry."""
+        if model.retry_victim or not (model.needs_room and model.waiting):
             return None
         if not failure.is_out_of_memory:
             return None
@@ -2058,9 +2053,8 @@ class Scheduler:
     def learn(self, name: str, needs: Mapping[str, int]):
         """The model needs this much, as measured or estimated.
 
-        A running one counts as larger only as far as the budget has room beside all
-        that is held, so that no limit is broken. Call it again when one of them has
-        ended.
+        Needs of a running model grow only as far as the budget has room beside all
+        others. Call it again when one of those has exited.
         """
         model = self.models.get(name)
         if model is None:
@@ -2073,8 +2067,8 @@ class Scheduler:
             needs = dict(needs)
             for each, size in self.limits.budget.items():
                 left = size - sum(usage.needs.get(each, 0) for usage in beside)
-                least = max(left, model.spec.needs.get(each, 0))
-                needs[each] = min(needs.get(each, 0), least)
+                ceiling = max(left, model.spec.needs.get(each, 0))
+                needs[each] = min(needs.get(each, 0), ceiling)
         model.spec = model.spec._replace(needs=needs)
 
     def _current(self, name, run):
@@ -2085,7 +2079,7 @@ class Scheduler:
         return model
 
     def _end_run(self, model):
-        """Forget what belonged to the run; a reload may now take effect."""
+        """Reset the state of the run; a reload that waited for it takes effect."""
         del self.held[model.name]
         model.ready_at = -math.inf
         model.in_flight = model.preemptible = 0
@@ -2103,15 +2097,15 @@ class Scheduler:
         """Stop a model by hand and refuse its tickets; False if it is not loaded.
 
         Requests in flight have its stop timeout to end, then the backend is stopped.
-        keep_loaded has no effect on it until it is asked for, or the next reload.
+        keep_loaded has no effect on it until its next request or a reload.
         """
-        self.models[name].keep_at = math.inf
+        self.models[name].keep_loaded_at = math.inf
         return self._unload(name, now, problem)
 
-    def rest(self, now: float, problem: APIError):
+    def unload_all(self, now: float, problem: APIError):
         """Stop every model as if by hand; keep_loaded has no effect until the next
         request for any of them."""
-        self._is_resting = True
+        self._is_keep_loaded_paused = True
         for name in self.models:
             self._unload(name, now, problem)
 
@@ -2150,7 +2144,7 @@ class Scheduler:
                 model.spec = spec
                 if name in changed:
                     model.reset_failures()
-            model.allow_keeping()
+            model.resume_keep_loaded()
             if model.is_pinned:
                 model.drains_for = None
 
@@ -2192,13 +2186,13 @@ class Scheduler:
     # -- decisions -------------------------------------------------------------------
 
     def decide(self, now: float) -> Tuple[List[NamedTuple], float]:
-        """Return what is to be done now, in this order, and the next deadline."""
+        """Return the decisions, to be carried out in order, and the next deadline."""
         while (
             self._serve_queue(now)
             or self._stop_models(now)
             or self._start_keep_loaded(now)
         ):
-            pass  # each decision may make more of them possible
+            pass  # a decision may make others possible
         decisions, self._decisions = self._decisions, []
         return decisions, self._next_deadline
 
@@ -2245,13 +2239,13 @@ class Scheduler:
         model, limit = ticket.model, ticket.model.spec.concurrency
         if model.state is not State.LOADED or model.is_stopping_soon:
             return False
-        older = model.drains_for and model.drains_for.number < ticket.number
-        if self._closing_error or older:
+        is_younger = model.drains_for and model.drains_for.number < ticket.number
+        if self._closing_error or is_younger:
             return False
         return not limit or model.in_flight < limit or ticket.preemptible
 
     def _refusal_of(self, ticket, waiting, now):
-        """Why a ticket may not wait (any longer); None: it may."""
+        """Return why a ticket may not wait any longer, or None."""
         model, limits = ticket.model, self.limits
         if self._closing_error or model.removal_error:
             return self._closing_error or model.removal_error
@@ -2261,7 +2255,7 @@ class Scheduler:
                 waited = f"waited {limits.queue_timeout:g} s for {model.name!r}"
                 return QueueTimeout(f"{waited} (queue-timeout in [llmswap])")
             self._look_again_at(ends)
-        if not model.is_held and model.spec.takes_place and now < model.retry_at:
+        if not model.is_held and model.spec.is_local and now < model.retry_at:
             seconds = max(1, math.ceil(model.retry_at - now))
             text = f"{model.last_failure}\n(it is tried again in {seconds} s)"
             return LoadBackoff(text, retry_after=seconds)
@@ -2275,7 +2269,7 @@ class Scheduler:
         return QueueFull(full) if is_full else None
 
     def _pins_in_the_way(self, model):
-        """The fewest pinned models that would have to go before this one can start."""
+        """Return the fewest pinned models without which this one could start."""
         pins = [pin for pin in self._pinned if pin is not model]
         if not (pins and model.is_down and model.needs_room):
             return frozenset()
@@ -2306,7 +2300,7 @@ class Scheduler:
         del self._queue[ticket.number]
         ticket.model.waiting -= 1
         if not ticket.model.waiting:
-            ticket.model.room_from = None
+            ticket.model.retry_victim = None
         self._spare_victims(ticket)
 
     def _spare_victims(self, ticket):
@@ -2329,12 +2323,12 @@ class Scheduler:
             self._start(model, now, ticket)
 
     def _awaits_retry(self, ticket):
-        """Whether its model waits because a load had no memory beside another model:
-        either for the end of that model, or, being that model, for the next try."""
+        """Whether its model waits for the retry of a load that ran out of memory: its
+        own, until the retry victim has drained, or the load whose victim it was."""
         for model in self.held.values():
-            if model.room_from is ticket.model and model.state is State.LOADING:
+            if model.retry_victim is ticket.model and model.state is State.LOADING:
                 return True
-        victim = ticket.model.room_from
+        victim = ticket.model.retry_victim
         if victim is None or victim.is_down:
             return False
         if victim not in self._stopping and self._is_evictable(victim):
@@ -2366,7 +2360,7 @@ class Scheduler:
         model.started_at = now
 
     def _evict(self, ticket, wanted, now):
-        """Choose victims for the ticket, and let them drain once patience ends."""
+        """Choose victims for the ticket; they drain once patience ends."""
         candidates = [
             model
             for model in self.held.values()
@@ -2407,11 +2401,11 @@ class Scheduler:
         return moment
 
     def _start_keep_loaded(self, now):
-        """If no ticket waits, start a model of keep_loaded that fits; return if so.
+        """If no ticket waits, start a keep_loaded model that fits; return if so.
 
-        As no ticket waits for such a load, any that needs its room ends it.
+        A later ticket that needs the room stops such a load at once.
         """
-        if self._queue or self._closing_error or self._is_resting:
+        if self._queue or self._closing_error or self._is_keep_loaded_paused:
             return False
         for model in self.models.values():
             # one that fell asleep by itself wakes by itself
@@ -2419,7 +2413,7 @@ class Scheduler:
             if not (is_missing and model.is_down and model.spec.keep_loaded):
                 continue
             if self._fits({model.name: model.usage_when_loaded()}):
-                moment = max(model.retry_at, model.keep_at)
+                moment = max(model.retry_at, model.keep_loaded_at)
                 if now >= moment:
                     self._start(model, now)
                     return True
@@ -2427,7 +2421,7 @@ class Scheduler:
         return False
 
     def _stop_models(self, now):
-        """Stop every model that is drained or idle long enough; return if any was."""
+        """Stop every model that has drained or idled long enough; return if any."""
         before = len(self._decisions)
         for model in self.held.values():
             cause, moment = self._stop_due(model)
@@ -2438,7 +2432,7 @@ class Scheduler:
         return len(self._decisions) != before
 
     def _stop_due(self, model):
-        """Why the model is to be stopped, and when; inf: not as things are."""
+        """Return why the model is to be stopped, and when; inf: not for now."""
         is_loading = model.state is State.LOADING
         once_drained = math.inf if model.in_flight else -math.inf
         if model.state is State.UNLOADING:
@@ -4746,21 +4740,21 @@ class Inspector:
 #    Never knows HTTP or a client's socket, and never waits while it holds the lock.
 #
 #    The lock guards the Scheduler and the dict of backends. It is held just long
-#    enough to record an event and to carry out what follows (start a thread, wake a
+#    enough to record an event and carry out the decisions (start a thread, wake a
 #    backend's thread, resolve a future). No I/O and no sleep under it, and no other
 #    lock but that of a queue or a future, which no thread holds while it waits.
 # ==================================================================================
 
 
-ADOPT_PATIENCE = 1.0  # s; how long the start may wait for systemd to say what runs
-LONG_WAIT = 1.0  # s; a wait that is worth a log line
-LOAD_LINE_EVERY = 10.0  # s between two log lines about a load that takes long
+ADOPT_TIMEOUT = 1.0  # s; the start waits this long for systemd's list of units
+LONG_WAIT = 1.0  # s; longer waits are logged
+LOAD_LINE_EVERY = 10.0  # s between log lines about one load
 
 
 class Broadcast:
-    """The last items published, for any number of followers. Any thread may call.
+    """Passes items to any number of followers, and keeps the last ones.
 
-    A follower that does not keep up loses items.
+    Any thread may call. A follower that does not keep up loses items.
     """
 
     BACKLOG = 10000
@@ -4785,7 +4779,7 @@ class Broadcast:
 
     @contextlib.contextmanager
     def subscribe(self, with_history: bool = True):
-        """Yield `get(timeout)`: the next item, or None if there was none in time."""
+        """Yield `get(timeout)`: the next item, or None after the timeout."""
         follower = queue.SimpleQueue()
         with self._lock:
             for item in self._history if with_history else ():
@@ -4839,16 +4833,16 @@ class Metrics:
             self._observe("waits", model, waited)
 
     def count_load(self, model: str, seconds: float, is_swap: bool = False):
-        """A model has become ready, so many seconds after its start. `is_swap`: after
-        others were evicted for it."""
+        """A model is ready, so many seconds after its start. `is_swap`: others were
+        evicted for it."""
         self._observe("loads", model, seconds)
         self.counts["swaps",] += is_swap
 
     def copy(self) -> "Metrics":
         """Return what was counted so far."""
-        twin = Metrics()
-        twin.counts = self.counts.copy()
-        return twin
+        copy = Metrics()
+        copy.counts = self.counts.copy()
+        return copy
 
     def _observe(self, metric, model, seconds):
         self.counts[metric, model, bisect.bisect_left(BUCKETS, seconds)] += 1
@@ -4868,14 +4862,14 @@ STOP_REASONS = {
 class ModelStatus(NamedTuple):
     """One model at one moment. Times in seconds, memory in bytes.
 
-    `state` is one of State's words, and the model is in it since `seconds` (None: since
-    the start). `progress` of a load goes from 0 to 1, if it is known. `failure` says
-    why its last run failed, `stopped` why it was stopped, `unusable` what is wrong with
-    it in the file. `shares` names the model whose backend it uses now, and whose state
-    it has. `pinned`: nothing may evict it now. `context` are the bytes of its saved
-    contexts, None if it keeps none, and `context_seconds` what they have spared.
-    `entry` is the last from its own /v1/models. `needs`, by resource of the budget,
-    are known from `needs_source`; it `holds` what counts now, if it runs.
+    `state` is a value of State, `seconds` for how long (None: since the start).
+    `progress` of a load goes from 0 to 1, if it is known. `failure` says why its last
+    run failed, `stopped` why it was stopped, `unusable` what is wrong in the file.
+    `shares` names the model whose backend it uses now, and whose state it has.
+    `pinned`: nothing may evict it now. `context` is the size of its saved contexts
+    (None: not saved), `context_seconds` the time that they have spared. `entry` is
+    the last one of its own /v1/models. `needs`, by resource, come from `needs_source`;
+    `holds` is what it counts for now.
     """
 
     id: str
@@ -4914,17 +4908,17 @@ def start_thread(target, name: str, *args) -> threading.Thread:
 
 
 class Run:
-    """What the Pool keeps of one run of a backend."""
+    """What the Pool records of one run of a backend."""
 
-    def __init__(self, number: int, is_beside: bool):
-        self.number = number  # as the Scheduler counts them
-        self.is_beside = is_beside  # it was loaded beside others
-        self.peak = {}  # of the memory that it took so far, by resource
+    def __init__(self, number: int, had_neighbours: bool):
+        self.number = number  # the Scheduler's
+        self.had_neighbours = had_neighbours  # other models were held during the load
+        self.peak = {}  # memory by resource
         self.next_load_line = LOAD_LINE_EVERY  # seconds after the start
 
 
 class Pool:
-    """All backends, and which request may use them when. Any thread may call.
+    """Owns all backends and leases them to requests. Any thread may call.
 
     `log(level, text)` must not block.
     """
@@ -4939,23 +4933,23 @@ class Pool:
         self._guard = Guard()
         self._make_backend = make_backend or self._backend_of_kind
         self._backends = {}
-        self._feeds = {}
-        self._looks = {}  # by what looks at memory: when it did, and what it found
+        self._outputs = {}  # by model: Broadcast of lines
+        self._samples = {}  # by function that measures memory: when, and the result
         self._entries = {}  # by model: the last from its own /v1/models
         self._metrics = Metrics()
         self._speeds = {}  # by model: tokens per second of the last answer
         self._stop_reasons = {}  # by model, of its last stop
-        self._revision = 0  # of all that status and metrics show
+        self._revision = 0  # counts the changes of status and metrics
         self._lock = threading.Lock()
         self._timer = threading.Condition(self._lock)  # the next deadline came nearer
         self._changed = threading.Condition(self._lock)  # a new revision
         self._next_deadline = self._timer_at = math.inf
         self._needs = Needs(config.settings.state_dir, log)
-        self._machine_budget = None  # asked for once a budget says auto
-        self._vram_at_start = None  # of that; None if models ran already
+        self._machine_budget = None  # measured when a budget is `auto`
+        self._vram_at_start = None  # its vram; None if models ran already
         self.budget = self._find_budget(config)  # with figures for `auto`
         limits = limits_of(config, self.budget)
-        self._known_needs = {}  # by model: amounts, and where they are known from
+        self._known_needs = {}  # by model: amounts and their source
         self._specs = self._find_specs()
         self._scheduler = Scheduler(limits, self._specs)
         self._runs = {}  # by backend
@@ -4972,7 +4966,7 @@ class Pool:
         self._timer_thread = start_thread(self._timer_loop, "timer")
         start_thread(self._measure_loop, "memory")
         self._adoption = start_thread(self._adopt_units, "units")
-        self._adoption.join(ADOPT_PATIENCE)
+        self._adoption.join(ADOPT_TIMEOUT)
         wanted = [
             model for model in self.config.models.values()
             if model.settings.load_on_startup
@@ -4980,7 +4974,7 @@ class Pool:
         start_thread(self._load_wanted, "startup", wanted)
 
     def _load_wanted(self, models):
-        """Load these and those of keep-loaded, which asks binaries for seconds."""
+        """Load these models and those of keep-loaded. Estimates may take seconds."""
         for model in models:
             try:
                 self.load(model)
@@ -4993,7 +4987,7 @@ class Pool:
             pass  # the scheduler starts those that fit
 
     def _adopt_units(self):
-        """Find out which units run already, and adopt them."""
+        """Adopt the units that run already."""
         units = {model.settings.unit for model in self.config.models.values()} - {""}
         running = running_units(units, gives_up=lambda: self._is_closed)
         with self._event() as now:
@@ -5016,11 +5010,11 @@ class Pool:
     def lease(
         self, model: Model, disconnected: Callable[[], bool], preemptible: bool = False
     ):
-        """Yield a backend of the model, ready, loading it if need be; it stays until
-        the block ends (unless the lease is preemptible).
+        """Yield a ready backend of the model, loading it if need be. It is not evicted
+        before the block ends, unless the lease is preemptible.
 
-        Raise an APIError if it cannot be had, or ClientDisconnected once
-        `disconnected()` is true, which is asked twice a second.
+        Raise an APIError if there is none, or ClientDisconnected once `disconnected()`
+        is true, which is called every POLL_INTERVAL.
         """
         while True:
             ticket = self._submit(model, preemptible)
@@ -5050,7 +5044,7 @@ class Pool:
         return ticket
 
     def _check_start(self, model):
-        """Raise what makes a start impossible, before anything is evicted for it."""
+        """Raise an APIError if a start must fail, before models are evicted for it."""
         if model.problem:
             raise ModelMisconfigured(model.problem)
         with self._lock:
@@ -5069,12 +5063,12 @@ class Pool:
         self._estimate(owner)
 
     def _scheduled(self, model):
-        """Return the scheduled model to which a request for this one goes now, or None
-        if a reload removed it. The lock is held."""
+        """Return the ModelState that serves this model now, or None if a reload removed
+        it. The lock is held."""
         return self._scheduler.models.get(self._scheduler.choose(model.backends))
 
     def keep_alive(self, model: Model, seconds: float):
-        """Set after how many idle seconds the model unloads; below 0: never."""
+        """Unload the model after this many idle seconds; below 0: never."""
         with self._event():
             scheduled = self._scheduled(model)
             if scheduled is not None:
@@ -5083,7 +5077,7 @@ class Pool:
     # -- operators -------------------------------------------------------------------
 
     def load(self, model: Model) -> bool:
-        """Begin to load the model despite earlier failures; False if it is loaded."""
+        """Begin to load the model, without back-off; False if it is loaded."""
         if self.backend_of(model, State.LOADING, State.LOADED):
             return False
         self._submit(model, manual=True)
@@ -5100,8 +5094,9 @@ class Pool:
 
     def unload_all(self, why: str):
         """Begin to unload every model, and keep none loaded until the next request."""
+        problem = ModelUnloaded(f"all models were unloaded {why}")
         with self._event() as now:
-            self._scheduler.rest(now, ModelUnloaded(f"all models were unloaded {why}"))
+            self._scheduler.unload_all(now, problem)
 
     def await_unloaded(self, disconnected: Callable[[], bool]):
         """Wait until no backend is being unloaded, or disconnected() is true."""
@@ -5144,8 +5139,8 @@ class Pool:
     def _find_budget(self, config):
         """Return the budget with figures for `auto`.
 
-        Not called with the lock held: it asks the vendor's tool, once, because later
-        the models of llmswap hold memory themselves.
+        Not called with the lock held, as it runs the vendor's tool. It measures once:
+        later, llmswap's own models hold memory.
         """
         written = config.settings.budget
         if None not in written.values():
@@ -5161,27 +5156,27 @@ class Pool:
         return budget
 
     def _estimate(self, model):
-        """Estimate what the model needs if nothing is known, which may take seconds."""
+        """Estimate the needs of the model if unknown, which may take seconds."""
         if self._needs.estimate(model, self.budget):
             with self._lock:
-                self._take_over_needs()
+                self._refresh_specs()
                 self._schedule()
 
     def _find_specs(self):
-        """Return the specs of all models by what is known of their needs now."""
+        """Return the specs of all models, with the needs known now."""
         models = self.config.models.values()
         known = {each.name: self._needs.of(each, self.budget) for each in models}
         self._known_needs = known
         amounts = {name: needs for name, (needs, _) in known.items()}
         return specs_of(self.config, counted_needs(self.config, self.budget, amounts))
 
-    def _take_over_needs(self):
-        """Count what is known of needs by now. The lock is held."""
+    def _refresh_specs(self):
+        """Use the needs known now. The lock is held."""
         self._specs = self._find_specs()
-        self._count_needs()
+        self._update_needs()
 
-    def _count_needs(self):
-        """Have running models count for all that they need, if there is room."""
+    def _update_needs(self):
+        """Tell the Scheduler the needs of models that are measured or estimated."""
         for name, spec in self._specs.items():
             if self.config.models[name].has_auto_needs:
                 self._scheduler.learn(name, spec.needs)
@@ -5196,18 +5191,18 @@ class Pool:
             self._measure()
 
     def _measured_backends(self):
-        """Those that are loaded, and their needs not written. The lock is held."""
+        """Return the loaded backends whose needs are measured. The lock is held."""
         held = self._scheduler.held.values()
         loaded = [each.name for each in held if each.state is State.LOADED]
         backends = [self._backends[name] for name in loaded]
         return [backend for backend in backends if backend.model.has_auto_needs]
 
     def _measure(self):
-        """Take over what is taken by the models whose needs are not written."""
+        """Measure the memory of these backends and learn their needs."""
         with self._lock:
             backends = self._measured_backends()
             held = [*self._scheduler.held.values()]
-        is_alone = len(held) == 1 and held[0].started_at > -math.inf  # nor adopted
+        is_alone = len(held) == 1 and held[0].started_at > -math.inf  # not adopted
         on_gpu, taken = gpu_memory_by_group() if backends else {}, {}
         for backend in backends:
             vram = on_gpu.get(backend.pid)
@@ -5233,13 +5228,13 @@ class Pool:
         is_too_large = source == "llama-fit-params" and any(
             amount > self.budget[name] for name, amount in amounts.items()
         )
-        was_squeezed = run.is_beside or is_too_large
+        was_squeezed = run.had_neighbours or is_too_large
         if self._needs.learn(model, run.peak, was_squeezed, is_over):
-            self._take_over_needs()
+            self._refresh_specs()
 
     def _raise_needs(self, name, victim):
-        """Have a model that had no memory beside `victim` need so much that it will not
-        be loaded beside it again. The lock is held."""
+        """Raise the needs of a model that ran out of memory beside `victim`, until both
+        no longer fit together. The lock is held."""
         held = self._scheduler.held.items()
         needs = {each: scheduled.usage().needs for each, scheduled in held}
         freed = needs.pop(victim)
@@ -5251,13 +5246,13 @@ class Pool:
         model = self.config.models.get(name)
         if model and model.has_auto_needs:
             self._needs.raise_to(model, least)
-            self._take_over_needs()
+            self._refresh_specs()
 
     # -- status ----------------------------------------------------------------------
 
     def backend_of(self, model: Model, *states: State):
-        """Return the backend of the model, or None; it may end at any time. If states
-        are given, it is in one of them, and not about to stop."""
+        """Return the backend of the model, which may exit at any time, or None; also
+        None if it is in none of the given states, or about to stop."""
         with self._lock:
             scheduled = self._scheduled(model)
             if scheduled is None:
@@ -5277,19 +5272,19 @@ class Pool:
             statuses = [self._status(model) for model in self.config.models.values()]
         if not with_memory:
             return statuses
-        resident = self._lately(resident_by_group, 1.0)
-        on_gpu = self._lately(gpu_memory_by_group, 5.0)
+        resident = self._recent(resident_by_group, 1.0)
+        on_gpu = self._recent(gpu_memory_by_group, 5.0)
         return [
             each._replace(rss=resident.get(each.pid), vram=on_gpu.get(each.pid))
             for each in statuses
         ]
 
-    def _lately(self, look, seconds):
-        """Return what look() returned at most so many seconds ago."""
-        looked_at, amounts = self._looks.get(look, (-math.inf, None))
-        if time.monotonic() > looked_at + seconds:
-            amounts = look()
-            self._looks[look] = time.monotonic(), amounts
+    def _recent(self, measure, seconds):
+        """Return a result of measure() that is at most so many seconds old."""
+        measured_at, amounts = self._samples.get(measure, (-math.inf, None))
+        if time.monotonic() > measured_at + seconds:
+            amounts = measure()
+            self._samples[measure] = time.monotonic(), amounts
         return amounts
 
     def _status(self, model):
@@ -5335,9 +5330,9 @@ class Pool:
         holds = {name: usage[name] for name in self.budget if name in usage}
         return {"needs": needs, "needs_source": source, "holds": holds}
 
-    def feed_of(self, name: str) -> Broadcast:
-        """Return the output of the model's backends, of this one and earlier ones."""
-        return self._feeds.setdefault(name, Broadcast(1000))
+    def output_of(self, name: str) -> Broadcast:
+        """Return the lines that the model's backends wrote and write."""
+        return self._outputs.setdefault(name, Broadcast(1000))
 
     def counts(self) -> Dict[str, int]:
         """Return how many models are held, and how many requests run and wait."""
@@ -5350,23 +5345,23 @@ class Pool:
             }
 
     def is_alive(self, timeout: float) -> bool:
-        """Whether the lock can be had in so many seconds (-1: at all), and the timer
-        runs."""
+        """Whether the lock is free within `timeout` seconds (-1: no limit), and the
+        timer runs."""
         if not self._lock.acquire(timeout=timeout):
             return False
         self._lock.release()
         return self._is_closed or self._timer_thread.is_alive()
 
     def idle_since(self) -> Optional[float]:
-        """Return when (on the clock) the last request came or ended; None: one runs or
-        waits."""
+        """Return when the last request came or ended, on the Pool's clock; None while
+        one runs or waits."""
         with self._lock:
             is_busy = self._scheduler.queued or self._scheduler.in_flight
             return None if is_busy else self._last_request_at
 
     def inactive_since(self) -> Optional[float]:
-        """Return since when (on the clock) no request runs or waits, and no backend but
-        those of keep-loaded runs; None: one does."""
+        """Return since when, on the Pool's clock, no request runs or waits and only
+        backends of keep-loaded run; None while it is otherwise."""
         with self._lock:
             if self._scheduler.is_in_use:
                 return None
@@ -5407,10 +5402,7 @@ class Pool:
 
     @contextlib.contextmanager
     def _event(self):
-        """Hold the lock while an event is recorded, then carry out what follows.
-
-        Yield the time.
-        """
+        """Hold the lock while an event is recorded, then decide. Yield the time."""
         with self._lock:
             yield self._clock()
             self._schedule()
@@ -5428,7 +5420,7 @@ class Pool:
             self._timer.notify()
 
     def _carry_out(self, decision):
-        """Return whether it failed at once."""
+        """Carry out the decision; return whether it failed at once."""
         if isinstance(decision, Start):
             return self._start(decision)
         if isinstance(decision, Stop):
@@ -5482,10 +5474,10 @@ class Pool:
             return UnitBackend(model, listener, settle_timeout)
         if model.kind == "remote":
             return RemoteBackend(model, listener)
-        setting = model, listener, self._guard, settle_timeout
+        arguments = model, listener, self._guard, settle_timeout
         if model.context_dir:
-            return LlamaServerBackend(*setting, self._contexts)
-        return ProcessBackend(*setting)
+            return LlamaServerBackend(*arguments, self._contexts)
+        return ProcessBackend(*arguments)
 
     def _stop(self, decision):
         name, cause = decision.name, decision.cause
@@ -5528,7 +5520,7 @@ class Pool:
             evicted_for = [each.evicted_for for each in models.values()]
             self._metrics.count_load(name, seconds, models[name] in evicted_for)
             self._scheduler.loaded(name, run.number, now)
-            run.is_beside |= len(self._scheduler.held) > 1
+            run.had_neighbours |= len(self._scheduler.held) > 1
             run.next_load_line = LOAD_LINE_EVERY  # should it wake up
         if backend.model.has_auto_needs:
             self._has_loaded.set()
@@ -5562,7 +5554,7 @@ class Pool:
         self._needs.save()
 
     def _record_exit(self, name, run, problem):
-        """A backend is gone, or could not be started. The lock is held."""
+        """A backend has exited, or could not be started. The lock is held."""
         self._runs.pop(self._backends.pop(name, None), None)
         if problem is not None:
             scheduled = self._scheduler.models[name]
@@ -5572,13 +5564,13 @@ class Pool:
             self._stop_reasons.pop(name, None)
         victim = self._scheduler.exited(name, run, self._clock(), problem)
         if victim is not None:
-            self._log("info", f"{name}: loaded once more, after {victim} has gone")
+            self._log("info", f"{name}: loading again once {victim} is unloaded")
             self._raise_needs(name, victim)
-        self._count_needs()
+        self._update_needs()
         self._publish(name, "unloaded", exit_code=exit_code_of(problem))
 
     def _log_end(self, name, now, state):
-        """Log the end of a stop, or one that came by itself; `debug` if it was soon."""
+        """Log that the model is asleep or unloaded; for `debug` if that was quick."""
         scheduled = self._scheduler.models[name]
         seconds = now - scheduled.changed_at
         took = f" after {seconds:.1f} s" if scheduled.state is State.UNLOADING else ""
@@ -5586,7 +5578,8 @@ class Pool:
         self._log(level, f"{name}: {state}{took}")
 
     def on_context(self, backend, kind, tokens, size, seconds):
-        name, took = backend.model.name, seconds_text(seconds)
+        name = backend.model.name
+        took = f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
         text = f"{kind} {tokens:,} tokens of context ({size / 1e6:,.0f} MB) in {took}"
         count, amount = ("context_tokens", name, kind), tokens
         if kind == "used":
@@ -5599,7 +5592,7 @@ class Pool:
 
     def on_line(self, backend, text):
         name = backend.model.name
-        self.feed_of(name).publish(text)
+        self.output_of(name).publish(text)
         level = "warning" if text.startswith("llmswap: ") else "debug"
         self._log(level, f"{name} | {text}")
 
@@ -5634,25 +5627,20 @@ class Pool:
                 backend.stop(at_once=True)
 
 
-def seconds_text(seconds: float) -> str:
-    """Return "15 ms" or "1.5 s"."""
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
-
-
 def percent(progress: Optional[float]) -> str:
     """Return ", 45 %" for 0.45, and nothing if it is not known."""
     return "" if progress is None else f", {100 * progress:.0f} %"
 
 
 def exit_code_of(problem: Optional[APIError]) -> int:
-    """Return the exit code as llama.cpp's router reports it: 1 for signals and the
-    like, 0 without a problem."""
+    """Return the exit code as llama.cpp's router reports it: 0 without a problem, 1 if
+    the process did not exit by itself."""
     code = getattr(problem, "exit_code", None)
     return int(problem is not None) if code is None else code
 
 
 def _failure_text(problem, last):
-    """The whole text of a failure, unless it begins and ends as the last one did; the
+    """Return the text of a failure, shortened if it begins and ends as the last one;
     lines between may differ by a port or a time."""
     lines, before = str(problem).splitlines(), str(last).splitlines()
     is_same = before and (lines[0], lines[-1]) == (before[0], before[-1])
@@ -5660,8 +5648,8 @@ def _failure_text(problem, last):
 
 
 def _await_backend(future, disconnected):
-    """Return the backend that is granted, None if it does not answer; raise why it is
-    refused, or ClientDisconnected."""
+    """Return the granted backend, or None if it cannot be reached. Raise the APIError
+    of a refusal, or ClientDisconnected."""
     while not future.done():
         concurrent.futures.wait([future], timeout=POLL_INTERVAL)
         if not future.done() and disconnected():
@@ -5679,8 +5667,8 @@ def _await_backend(future, disconnected):
 
 
 def address_of(model: Model) -> Dict[str, int]:
-    """Return what a unit needs of its address: all of it, so that units which share
-    one are never loaded together."""
+    """Return a unit's address as a resource of which there is one, so that units with
+    the same address are never loaded together."""
     is_bound = model.kind == "unit" and not model.problem
     return {model.url(""): 1} if is_bound else {}
 
@@ -5690,7 +5678,7 @@ def _removed(name):
 
 
 def limits_of(config: Config, budget: Mapping[str, int]) -> Limits:
-    """Return what the configuration, with this budget, lets be loaded together."""
+    """Return the Limits of a configuration, with this budget."""
     models = config.models.values()
     addresses = {url: 1 for model in models for url in address_of(model)}
     written = {name: getattr(config.settings, name) for name in Limits()._asdict()}
@@ -5700,8 +5688,9 @@ def limits_of(config: Config, budget: Mapping[str, int]) -> Limits:
 def counted_needs(
     config: Config, budget: Mapping[str, int], known: Mapping[str, Mapping[str, int]]
 ) -> Dict[str, Mapping[str, int]]:
-    """Return what each model counts for: `known`, cut down to what the budget leaves
-    beside all pinned ones, so that each can be loaded. These leave a byte of it."""
+    """Return the needs that count: `known`, cut down to what the budget leaves beside
+    all pinned models, so that each model can be loaded. Pinned models leave a byte, so
+    that two others of unknown needs do not fit together."""
     counted, left = {}, dict(budget)
     for model in sorted(config.models.values(), key=lambda each: not each.is_pinned):
         is_pinned = model.is_pinned and not model.problem
@@ -5719,12 +5708,12 @@ def counted_needs(
 def specs_of(
     config: Config, needs: Mapping[str, Mapping[str, int]]
 ) -> Dict[str, ModelSpec]:
-    """Return what scheduling must know of each model that has a backend of its own."""
+    """Return the ModelSpec of each model that has a backend of its own."""
     return {
         name: ModelSpec(
             needs={**needs[name], **address_of(model)},
             sleep_needs={**model.settings.sleep_needs, **address_of(model)},
-            takes_place=model.kind != "remote",
+            is_local=model.kind != "remote",
             is_pinned=model.is_pinned,
             is_pinned_once_loaded=model.settings.pin == "loaded",
             keep_loaded=model.settings.keep_loaded and not model.problem,
@@ -8742,7 +8731,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         feed = self.server.log.feed
         if name not in ("", "proxy"):
             status = self.pool.status(self._resolve(percent_decoded(name)))
-            feed = self.pool.feed_of(status.shares or status.id)
+            feed = self.pool.output_of(status.shares or status.id)
         headers = [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
         with feed.subscribe(self.head.parameter("no-history") is None) as get:
             self.response.begin(200, "OK", [TEXT_TYPE, *headers], None)
@@ -9592,7 +9581,7 @@ def keys_text() -> str:
         lines.append(f"Keys of {title}:\n")
         for key in keys:
             lines.append(f"  {key.name} = {key.default}".rstrip())
-            help = textwrap.fill(key.help.replace("`", ""), 82)
+            help = textwrap.fill(key.help.replace("`", ""), 82, break_on_hyphens=False)
             lines.append(textwrap.indent(help, " " * 6))
         lines.append("")
     return "\n".join(lines)

@@ -768,8 +768,8 @@ def test_the_example_shows_every_key_once_at_its_default(section, keys):
     others = {"idle-timeout": "15m"}  # it is set, so that the example gives back memory
     for (help, name, value), key in itertools.zip_longest(shown, keys):
         assert name == key.name and value.strip() == others.get(name, key.default)
-        told = " ".join(line[2:] for line in help.splitlines())
-        assert told == key.help.replace("`", "")
+        text = " ".join(line[2:] for line in help.splitlines())
+        assert text == key.help.replace("`", "")
 
 
 # ==================================================================================
@@ -777,7 +777,7 @@ def test_the_example_shows_every_key_once_at_its_default(section, keys):
 # ==================================================================================
 
 
-@pytest.mark.parametrize("kind, told", [
+@pytest.mark.parametrize("kind, expected", [
     (llmswap.QueueFull, (503, "queue_full", 5, None)),
     (llmswap.QueueTimeout, (503, "queue_timeout", 5, None)),
     (llmswap.ShuttingDown, (503, "shutting_down", 5, None)),
@@ -789,9 +789,9 @@ def test_the_example_shows_every_key_once_at_its_default(section, keys):
     (llmswap.LoopDetected, (508, "loop_detected", None, False)),
     (llmswap.BadRequest, (400, "invalid_request", None, None)),
 ])
-def test_an_error_says_whether_and_when_to_try_again(kind, told):
+def test_an_error_says_whether_and_when_to_try_again(kind, expected):
     error = kind("no")
-    assert (error.status, error.code, error.retry_after, error.may_retry) == told
+    assert (error.status, error.code, error.retry_after, error.may_retry) == expected
     assert llmswap.LoadBackoff("no", retry_after=3).retry_after == 3
 
 
@@ -827,7 +827,7 @@ def without_router_options(argv):
     return kept
 
 
-# In the words of llama-server --help, with many unused ones.
+# Like the output of llama-server --help, with many unused options.
 HELP = """\
 ----- common params -----
 
@@ -936,7 +936,7 @@ def test_values_are_read_and_malformed_ones_refused(key, values, malformed):
             parse(text)
 
 
-# ---- The language: llama.cpp's, with its traps -------------------------------------
+# ---- The INI language of llama.cpp -------------------------------------------------
 
 
 @pytest.mark.parametrize("text, sections", [
@@ -963,7 +963,7 @@ def test_values_are_read_and_malformed_ones_refused(key, values, malformed):
     ("c = 1\n[a]", {"default": {"c": "1"}, "a": {}}),
     ("c = 1\n[default]\nd = 1", {"default": {"d": "1"}}),
     ("version = 1\n[a]\nversion = 2", {"a": {"version": "2"}}),
-    # what llama.cpp refuses and means only one thing
+    # unambiguous texts that llama.cpp refuses
     ("  [a]\n  c = 1", {"a": {"c": "1"}}), ("\ufeff[a]\nc = 1", {"a": {"c": "1"}}),
     ("[a]\n--ctx-size = 1\n-c = 2", {"a": {"ctx-size": "1", "c": "2"}}),
     # values of llmswap's own keys
@@ -999,7 +999,7 @@ def test_sections_are_read(text, sections):
         ("models-max = many", "models-max: 'many' is not a whole number"),
         ("listen = 8080", "listen: '8080' is not an address such as 127.0.0.1:8080"),
         ("lissen = x", "lissen: unknown key; did you mean listen?"),
-        ("idle-timeout = 5", "idle-timeout: belongs to a model, or into [*]"),
+        ("idle-timeout = 5", "idle-timeout: belongs to a model, or in [*]"),
         ("ctx-size = 5", "ctx-size: unknown key"),
         ("patience = ${env.NONE}", "patience: ${env.NONE} is unknown here"),
         ("sets = a + nobody\n[a]\nm = x", "sets: there is no model 'nobody'"),
@@ -1040,7 +1040,7 @@ def test_canonical_names_are_llama_cpps(name, canonical):
     assert llmswap.canonical_name(name) == canonical
 
 
-# ---- What a file means: expressions over its models, and their values ---------------
+# ---- Files, with expressions over their models and the expected values --------------
 
 MEANINGS = [
     # lines indented deeper than `cmd` continue it
@@ -1089,7 +1089,7 @@ MEANINGS = [
         "options(c)": ["--model", "k ${PORT}/c.gguf"],
         "config.api_keys": ("k ${PORT}", "second", "four"),
     }),
-    # without macros the options of llama-server keep their dollars
+    # without macros a dollar in an option of llama-server is literal
     ("[a]\nm = ${PORT}$${x}", {"options(a)": ["--model", "${PORT}$${x}"]}),
     # port and pid are filled in when they are known
     ("""
@@ -1105,7 +1105,7 @@ MEANINGS = [
         "a.url(8)": "http://127.0.0.1:8/base",
         "a.environment(8)": {"OLLAMA_HOST": "127.0.0.1:8"},
     }),
-    # [*] is below every section wherever it stands
+    # every section overrides [*], wherever it stands
     ("[a]\nctx-size = 1\n[*]\nc = 2\nkeep = 3\nno-jinja = on\n[b]\njinja = on", {
         "options(a)": ["--no-jinja", "--keep", "3", "--ctx-size", "1"],
         "options(b)": ["--jinja", "--keep", "3", "--ctx-size", "2"],
@@ -1200,7 +1200,7 @@ MEANINGS = [
         "config.find('m:Q4')": "m:q4", "config.find('n:Q')": "n:b-q",
         "config.find('n:a-q')": "n:a-q",
         "config.warnings": (
-            "m.ini:3: [m:Q4]: replaced by [m:q4], the same to llama.cpp",
+            "m.ini:3: [m:Q4]: replaced by [m:q4], the same in llama.cpp",
             "m.ini:5: [n:a-q]: llama.cpp's name 'n:Q' already means [n:b-q]"),
     }),
     # keys before the first section
@@ -1208,7 +1208,7 @@ MEANINGS = [
         "[each.name for each in models]": ["default", "a"],
         "config.warnings": (
             "m.ini:2: keys before the first section make a model 'default'; keys for "
-            "all models belong into [*]",),
+            "all models belong in [*]",),
     }),
     ("version = 1\n[default]\nversion = 1\n[a]\nm = x",
      {"[each.name for each in models]": ["a"], "config.warnings": ()}),
@@ -1363,7 +1363,7 @@ def test_a_tilde_in_an_option_is_the_home_directory(tmp_path, monkeypatch):
     ("idle-timeuot = 1", "neither a key of llmswap nor an option of this "
                          "llama-server; did you mean idle-timeout?"),
     ("zzz = 1", "neither a key of llmswap nor an option of this llama-server"),
-    ("listen = x", "belongs into [llmswap]"),
+    ("listen = x", "belongs in [llmswap]"),
 ])
 def test_an_unknown_option_is_named_with_its_place(tmp_path, line, reason):
     config = read(tmp_path, f"[a]\nm = x\n{line}\n[b]\nm = y")
@@ -1398,7 +1398,7 @@ def test_an_unknown_option_is_named_with_its_place(tmp_path, line, reason):
      "[a] ctx-size: no key of llmswap; options of llama-server cannot stand beside"),
     ("cmd = serve ${PORT}\nlode-timeout = 1",
      "beside cmd; did you mean load-timeout?"),
-    ("cmd = serve ${PORT}\nlisten = 1", "[a] listen: belongs into [llmswap]"),
+    ("cmd = serve ${PORT}\nlisten = 1", "[a] listen: belongs in [llmswap]"),
     ("cmd = serve ${PORT}\nunit = x", "[a] unit: cannot stand beside cmd"),
     ("unit = x", "it needs proxy = URL, without ${PORT}"),
     ("unit =\nproxy = http://h", "[a] unit: it must not be empty"),
@@ -1442,7 +1442,7 @@ def test_a_source_may_be_spelled_in_many_ways(tmp_path, line):
     ("[a]\nm = x\nc = 1\nctx-size = 2", "[a] ctx-size: the same option as c; this one"),
     ("[a]\nm = x\nm = y", "m.ini:3: [a] m: given before; this one counts"),
     ("[a]\n[a]\nm = x", "m.ini:2: [a]: given before; this one counts"),
-    ("[*]\napi-key = x\n[a]\nm = x\n[b]\nm = x", "[*] api-key: no option of a model"),
+    ("[*]\napi-key = x\n[a]\nm = x\n[b]\nm = x", "[*] api-key: not an option of a model"),
     ("[a]\ncmd = x ${PORT}\nllama-server = y", "llama-server: without effect"),
     ("[llmswap]\nmodels-dir = nowhere", "[llmswap] models-dir: [Errno 2]"),
 ])
@@ -1623,19 +1623,19 @@ def test_models_dir_is_read_as_the_router_reads_it(tmp_path, models_dir):
 
 
 VICTIMS = [
-    # what it shows; name: (last grant, in flight, size); room needed; who goes
-    ("nothing needed, nobody goes", {"a": (1, 0, 1)}, 0, ""),
+    # what it shows; name: (last grant, in flight, size); room needed; the victims
+    ("nothing needed, nothing evicted", {"a": (1, 0, 1)}, 0, ""),
     ("the least recently granted", {"a": (2, 0, 1), "b": (1, 0, 1)}, 1, "b"),
     ("fewest first", {"a": (1, 0, 1), "b": (2, 0, 1), "c": (3, 0, 2)}, 2, "c"),
     ("two idle before a busy one", {"a": (1, 1, 2), "b": (2, 0, 1), "c": (3, 0, 1)},
      2, "bc"),
-    ("one busy, and no idle one in vain", {"a": (1, 1, 2), "b": (2, 0, 1)}, 2, "a"),
+    ("one busy, no needless idle one", {"a": (1, 1, 2), "b": (2, 0, 1)}, 2, "a"),
     ("one busy beside the idle", {"a": (1, 1, 2), "b": (2, 0, 1)}, 3, "ab"),
     ("fewest busy", {"a": (1, 1, 1), "b": (2, 1, 1), "c": (3, 2, 2)}, 2, "c"),
     ("the oldest of equal pairs", {"a": (3, 0, 1), "b": (1, 0, 1), "c": (2, 0, 1)},
      2, "bc"),
     ("all together are not enough", {"a": (1, 0, 1), "b": (2, 1, 1)}, 3, None),
-    ("nobody is there", {}, 1, None),
+    ("no candidates", {}, 1, None),
 ]  # fmt: skip
 
 
@@ -1645,7 +1645,7 @@ def test_victims(shows, models, needed, expected):
         model_with(name, last_grant=last_grant, in_flight=in_flight, size=size)
         for name, (last_grant, in_flight, size) in models.items()
     ]
-    chosen = llmswap.choose_victims(candidates, lambda them: size_of(them) >= needed)
+    chosen = llmswap.choose_victims(candidates, lambda some: size_of(some) >= needed)
     names = None if chosen is None else "".join(sorted(model.name for model in chosen))
     assert names == expected, shows
 
@@ -1665,7 +1665,7 @@ def test_many_candidates_are_chosen_from_in_bounded_steps_and_without_waste():
     candidates = [model_with(f"m{i}", size=1, last_grant=i) for i in range(60)]
     tries = []
     chosen = llmswap.choose_victims(
-        candidates, lambda them: tries.append(1) or size_of(them) >= 30
+        candidates, lambda some: tries.append(1) or size_of(some) >= 30
     )
     assert chosen == set(candidates[:30])
     assert len(tries) < 1000
@@ -1673,7 +1673,7 @@ def test_many_candidates_are_chosen_from_in_bounded_steps_and_without_waste():
 
 SETS = (frozenset("ab"), frozenset("bc"))
 ALLOWED = [
-    # limits; what is held, as name or (name, places, vram); whether it may be
+    # limits; usages, as name or (name, places, vram); whether they fit together
     (dict(models_max=1), "", True),
     (dict(models_max=1), "a", True),
     (dict(models_max=1), "ab", False),
@@ -1738,7 +1738,7 @@ A model with a waiting ticket counts as busy
     9    +ask c
     9    ask a           -> grant 4, evicted b for c
 
-A model that nobody waits for any more is not tried again, and the victim serves on
+Without a ticket a failed load is not retried, and the victim serves on
     a b | models_max=2
     0    busy a
     2    ask b           -> start b
@@ -1777,7 +1777,7 @@ A sleeping backend can crash, which is no measured stop
     10   busy a
     20   ask b           ; next 21
 
-A busy model ends its requests before it makes room for the second try
+A busy victim ends its requests before the retry
     a b | models_max=2
     0    busy a
     2    ask b           -> start b
@@ -1787,14 +1787,14 @@ A busy model ends its requests before it makes room for the second try
     5    exited a        -> start b
     6    loaded b        -> grant 2, start a
 
-A model that falls asleep has made room for the second try
+A victim that falls asleep makes room for the retry
     a(can_sleep=1) b | models_max=2
     0    serve a 1
     2    ask b           -> start b
     3    starved b       -> sleep a for b
     4    slept a         -> start b
 
-A model found to be larger counts for all of it in its next run
+Needs measured as larger count in full in the next run
     a(needs=2) b(needs=6) | models_max=0 budget=8
     0    serve a 1
     1    serve b 2
@@ -1804,7 +1804,7 @@ A model found to be larger counts for all of it in its next run
     4    learn a 5
     4    ask a           -> evicted b for a
 
-A model is stopped where even asleep it is in the way
+A model is stopped instead if it would not fit even asleep
     a(sleeps) b(needs=7) | budget=8
     0    serve a 1
     9    ask b           -> sleep a for b
@@ -1838,7 +1838,7 @@ Nothing is evicted while a model stopped for idleness makes the room
     3    exited a        -> start c
 
 A model pinned once loaded stays: what does not fit beside it is refused at once
-    p(is_pinned_once_loaded=1) b r(takes_place=0)
+    p(is_pinned_once_loaded=1) b r(is_local=0)
     0    ask p           -> start p
     0    ask b
     1    loaded p        -> grant 1, refuse 2: model_pinned
@@ -1852,7 +1852,7 @@ A model pinned once loaded stays: what does not fit beside it is refused at once
     12   end 5
     20   ask p           -> evicted b for p
 
-A model pinned once loaded is given up while it loads for nobody
+A model pinned once loaded may be evicted while it loads without a ticket
     p(is_pinned_once_loaded=1) b
     0    ask p           -> start p
     1    +end 1
@@ -1871,7 +1871,7 @@ A reload that pins a draining model spares it
     2    reload a(is_pinned_once_loaded=1) b -> refuse 2: model_pinned
     3    ask a           -> grant 3
 
-A kept model gives way to others, and is loaded again once it fits
+A keep_loaded model is evicted, and loaded again once it fits
     k(keep_loaded=1) b(idle_timeout=5)
     0    wait            -> start k
     1    loaded k        ; next never
@@ -1882,7 +1882,7 @@ A kept model gives way to others, and is loaded again once it fits
     17   wait            -> idle b
     18   exited b        -> start k
 
-A kept model that fails backs off, which counts for requests as well
+A keep_loaded model that fails backs off, which counts for requests as well
     k(keep_loaded=1) b
     0    wait            -> start k
     1    exited k broken -> start k
@@ -1899,7 +1899,7 @@ A kept model that fails backs off, which counts for requests as well
     9    exited k broken ; next 13
     10   ask k manual    -> start k
 
-A kept model that dies is loaded at most once a minute, but for requests at once
+A keep_loaded model that crashes is loaded once a minute, but for requests at once
     k(keep_loaded=1)
     0    wait            -> start k
     1    loaded k
@@ -1908,7 +1908,7 @@ A kept model that dies is loaded at most once a minute, but for requests at once
     4    loaded k        -> grant 1
     80   exited k broken -> start k
 
-A kept model unloaded by hand stays so until it is asked for, or a reload
+A keep_loaded model unloaded by hand is loaded after a request or a reload
     k(keep_loaded=1) b | models_max=2
     0    wait            -> start k
     1    unload k        -> unload k
@@ -1919,23 +1919,23 @@ A kept model unloaded by hand stays so until it is asked for, or a reload
     6    exited k
     7    reload k(keep_loaded=1) b | models_max=2 -> start k
 
-A kept model that was stopped by other means is not loaded against that
+A keep_loaded model stopped from outside llmswap is not loaded again
     k(keep_loaded=1)
     0    wait            -> start k
     1    loaded k
     2    exited k        ; next never
 
-Having rested, models are kept loaded again from the next request on
+After unload_all, keep_loaded has effect again from the next request on
     k(keep_loaded=1) l(keep_loaded=1) b | models_max=3
     0    wait            -> start k, start l
     1    unload l        -> unload l
     2    exited l
-    3    rest            -> unload k
+    3    unload_all      -> unload k
     4    exited k        ; next never
     5    ask b           -> start b
     6    loaded b        -> grant 1, start k
 
-Which of several can serve soonest
+`choose` returns the model that can serve soonest
     a b(can_sleep=1) c | models_max=2 patience=0
     0    soonest a of a b c
     0    ask b           -> start b
@@ -2047,14 +2047,14 @@ A client that alternates between two models teaches no return gap
     17.1 ask b
     17.2 end 3           ; next 17.205
 
-A younger ticket may pass one that it does not hinder
+A younger ticket may pass one that it does not delay
     a(needs=6) b(needs=6) x(needs=1) | models_max=0 budget=8
     0    busy a
     0    ask b
     0    ask x           -> start x
 
 A model that takes no room never waits for any
-    a b c r(takes_place=0)
+    a b c r(is_local=0)
     0    busy a
     0    ask b
     0    ask c
@@ -2080,7 +2080,7 @@ A successful load resets the back-off, and so does a load by hand
     2.5  ask a manual    -> start a
 
 A model on another machine is not backed off
-    r(takes_place=0)
+    r(is_local=0)
     0    fail r
     0    fail r
     0    fail r
@@ -2155,7 +2155,7 @@ The youngest tickets are refused when the queue is full
 
 
 class Story:
-    """A scheduler that is told events in words and answers with decisions in words."""
+    """A scheduler with events and decisions written as words."""
 
     def __init__(self, setting):
         specs, limits = setting_of(setting)
@@ -2234,8 +2234,8 @@ class Story:
     def _keep(self, now, name, seconds):
         self.core.keep_alive(name, float(seconds))
 
-    def _rest(self, now):
-        self.core.rest(now, llmswap.ModelUnloaded("it rests"))
+    def _unload_all(self, now):
+        self.core.unload_all(now, llmswap.ModelUnloaded("all unloaded"))
 
     def _reload(self, now, *words):
         setting, _, changed = " ".join(words).partition(" changed ")
@@ -3201,14 +3201,15 @@ class Puppet:
 
 
 class PoolRequest:
-    """A request on a thread of its own: has a lease until it is ended."""
+    """A request on a thread of its own, with a lease until `end`."""
 
     def __init__(self, pool, name, preemptible=False):
         self.backend = self.problem = None
         self._may_end, self._is_over = threading.Event(), threading.Event()
-        work, before = (pool, pool.config.resolve(name), preemptible), held(pool)
+        work, before = (pool, pool.config.resolve(name), preemptible), count_of(pool)
         threading.Thread(target=self._run, args=work, daemon=True).start()
-        eventually(lambda: preemptible or self._is_over.is_set() or held(pool) > before)
+        is_over = self._is_over.is_set
+        eventually(lambda: preemptible or is_over() or count_of(pool) > before)
 
     def _run(self, pool, model, preemptible):
         try:
@@ -3230,7 +3231,8 @@ class PoolRequest:
         assert self._is_over.wait(5)
 
 
-def held(pool):
+def count_of(pool):
+    """How many requests run or wait."""
     counts = pool.counts()
     return counts["queued"] + counts["requests"]
 
@@ -3242,12 +3244,12 @@ class PoolStage:
         self.path = folder / "pool.ini"
         self.now = 1000.0
         self.backends = []  # every puppet there was
-        self.said = []
+        self.log_lines = []
         config = self.config(text)
         self.pool = llmswap.Pool(config, self._log, self._make, lambda: self.now)
 
     def _log(self, level, text):
-        self.said.append((level, text))
+        self.log_lines.append((level, text))
 
     def _make(self, model, listener):
         self.backends.append(Puppet(model, listener))
@@ -3290,14 +3292,14 @@ def test_a_start_that_fails_at_once_blocks_nothing(stage, monkeypatch, error):
         raise error
 
     is_made = isinstance(error, RuntimeError)  # and cannot begin its backend
-    who, what = (Puppet, "start") if is_made else (stage.pool, "_make_backend")
-    monkeypatch.setattr(who, what, fail)
+    broken = (Puppet, "start") if is_made else (stage.pool, "_make_backend")
+    monkeypatch.setattr(*broken, fail)
     with stage.pool.events.subscribe() as get:
         problem = stage.ask("a").refused()
-        told = [get(1)["data"], get(1)["data"]]
+        events = [get(1)["data"], get(1)["data"]]
     assert problem.status == 502 and "could not be started" in str(problem)
-    assert ("error", str(problem)) in stage.said and stage.state("a") == "unloaded"
-    assert told == [{"status": "loading"}, {"status": "unloaded", "exit_code": 1}]
+    assert ("error", str(problem)) in stage.log_lines and stage.state("a") == "unloaded"
+    assert events == [{"status": "loading"}, {"status": "unloaded", "exit_code": 1}]
     assert stage.pool.backend_of(stage.pool.config.resolve("a")) is None
     monkeypatch.undo()
     request = stage.ask("b")
@@ -3900,7 +3902,7 @@ def test_the_parrot_repeats_the_last_message_and_survives_nonsense():
 
 BRISK = dict(
     COMMAND_TIMEOUT=0.5, WAKE_INTERVAL=0.2, CONNECT_TIMEOUT=0.3, POLL_INTERVAL=0.1,
-    EARLY_HEAD_AFTER=0.2, JOURNAL_DELAY=0.01, ADOPT_PATIENCE=0.5,
+    EARLY_HEAD_AFTER=0.2, JOURNAL_DELAY=0.01, ADOPT_TIMEOUT=0.5,
 )  # fmt: skip
 
 
@@ -10079,7 +10081,7 @@ def test_a_load_without_memory_makes_room_once_unseen_by_its_client(tmp_path, ot
         assert len((tmp_path / "tries").read_text()) == 2
         if others == "first":
             assert answer.status == 200 and server.loaded() == ["hungry", "second"]
-            assert "hungry: loaded once more, after first has gone" in server.log()
+            assert "hungry: loading again once first is unloaded" in server.log()
             assert "failed" not in entry_of(server, "hungry")["status"]
         else:
             assert answer.status == 502 and "out of memory" in answer.message()
@@ -10096,7 +10098,7 @@ def stage_of_needs(folder, **sources):
         known = llmswap.Known(name, source, {"vram": size * GB})
         pool._needs._set(llmswap._command_key(models[name]), known)
     with pool._lock:
-        pool._take_over_needs()
+        pool._refresh_specs()
     return stage
 
 

@@ -50,7 +50,7 @@ SMALL_WORLDS = {
     ),
     "kept": SmallWorld(faults="fail unload", a=dict(keep_loaded=True)),
     "kept pinned": SmallWorld(
-        dict(patience=0.0), faults="rest close", a=dict(keep_loaded=True),
+        dict(patience=0.0), faults="unload_all close", a=dict(keep_loaded=True),
         b=dict(keep_loaded=True, **PIN_LOADED),
     ),
     "kept asleep": SmallWorld(
@@ -58,7 +58,7 @@ SMALL_WORLDS = {
         a=dict(keep_loaded=True, **CAN_SLEEP), b=dict(needs={"vram": 3}),
         c=dict(needs={"vram": 3}),
     ),
-    "elsewhere": SmallWorld(a=dict(takes_place=False)),
+    "elsewhere": SmallWorld(a=dict(is_local=False)),
     "narrow": SmallWorld(a=dict(concurrency=1), b=dict(concurrency=1)),
     "idle": SmallWorld(a=dict(idle_timeout=0.5), faults="crash keep_alive"),
     "sleep": SmallWorld(
@@ -152,7 +152,7 @@ class Explored(Walk):
         targets = {
             "learn": itertools.product(self.specs, (1, 3)),
             "reload": range(len(self.small.reloads)),
-            "rest": [None],
+            "unload_all": [None],
             "close": [] if self.is_closed else [None],
             "stop_all": [None] if self.is_closed else [],
         }
@@ -211,7 +211,7 @@ class Explored(Walk):
             for ticket, of in self.leases.values()
         )
         left, limit = [*self.left.values()], core.limits.models_max
-        rest = left, self.is_closed, self.is_resting, limit
+        rest = left, self.is_closed, self.is_keep_loaded_paused, limit
         return marshal.dumps((ages, models, tickets, leases, rest), 2)
 
     def _key_of(self, model, now):
@@ -222,9 +222,10 @@ class Explored(Walk):
         row = [
             model.name, model.state.value, model.changed_at is None, model.in_flight,
             model.preemptible, model.failures, ahead(model.retry_at, now),
-            ahead(model.keep_at, now),
+            ahead(model.keep_loaded_at, now),
             repr(model.spec), model.evicted_for and model.evicted_for.name,
-            repr(self.specs.get(model.name)), model.room_from and model.room_from.name,
+            repr(self.specs.get(model.name)),
+            model.retry_victim and model.retry_victim.name,
             model.load_seconds, model.stop_seconds,
             sorted(min(round(pause, 6), 8.0) for pause in model.pauses),
             None if model.pause_began is None else age(model.pause_began, now),
@@ -268,7 +269,7 @@ EXPLORED_EVENTS = {  # the state, the target, and its backend if it has one
     "doze": Explored.doze,
     "doze_late": Explored.doze_late,
     "unload": lambda state, name, _: state._unload_one(name),
-    "rest": lambda state, *_: state._rest(),
+    "unload_all": lambda state, *_: state._unload_all(),
     "keep_alive": lambda state, name, _: state.core.keep_alive(name, 0),
     "reload": lambda state, at, _: state._reload(*state.small.reloads[at]),
     "adopt": lambda state, name, _: state._adopt(name),

@@ -445,6 +445,8 @@ def soak_websocket(client):
     with Client(client.server.port, SOAK_BOUND) as connection:
         connection.send("GET", f"/upstream/{model}/ws", None, headers)
         answer = client.finish(connection, model)
+        if answer.status == 409:  # it is not loaded, and this path does not load it
+            return "refused"
         if answer.status != 101:
             return client.outcome(answer, model)
         return soak_echo(client, connection, model)

@@ -149,7 +149,7 @@ def random_spec(rng, limits):
     return llmswap.ModelSpec(
         needs=needs,
         sleep_needs={each: rng.randint(0, needs[each]) // 2 for each in needs},
-        takes_place=rng.random() < 0.85,
+        is_local=rng.random() < 0.85,
         is_pinned=rng.random() < 0.15,
         is_pinned_once_loaded=rng.random() < 0.15,
         keep_loaded=rng.random() < 0.2,
@@ -161,7 +161,7 @@ def random_spec(rng, limits):
 
 
 def demand(name, spec):
-    return llmswap.ModelUsage(name, int(spec.takes_place), spec.needs)
+    return llmswap.ModelUsage(name, int(spec.is_local), spec.needs)
 
 
 def usable(limits, specs):
@@ -211,10 +211,10 @@ class Walk:
         self.newest = collections.defaultdict(int)  # name -> run
         self.failures = collections.Counter()
         self.retry_at = {}
-        self.keep_at = {}  # name -> when it may be kept loaded after it died
+        self.keep_loaded_at = {}  # name -> when it may be kept loaded after it died
         self.released = set()  # names that are not kept loaded
-        self.room_from = {}  # name -> the SimulatedBackend that goes for its second try
-        self.is_resting = self.is_closed = False
+        self.retry_victim = {}  # name -> the SimulatedBackend stopped for its retry
+        self.is_keep_loaded_paused = self.is_closed = False
         self.story = collections.deque(maxlen=60)
 
     def _random_specs(self, limits):
@@ -269,7 +269,7 @@ class Walk:
         ticket.waiter = self._settled
         self.waiting[ticket.number] = ticket
         self._keep_again(name)
-        self.is_resting = False
+        self.is_keep_loaded_paused = False
         if ticket.manual:
             self._forgive(name)
         self._note(f"submit {ticket} {kind}")
@@ -289,7 +289,7 @@ class Walk:
 
     def _forget_retry(self, name):
         if not self._waiting_for(name):
-            self.room_from.pop(name, None)
+            self.retry_victim.pop(name, None)
 
     def _release(self, number):
         if number in self.leases:
@@ -314,7 +314,7 @@ class Walk:
         victim = self.world.end(backend, backend.orders, failure)
         if victim is None:
             self._learn_of_end(backend, failure)
-            self.room_from.pop(backend.name, None)
+            self.retry_victim.pop(backend.name, None)
         else:
             self._judge_retry(backend, failure, victim)
 
@@ -324,10 +324,10 @@ class Walk:
         self.expect(failure is STARVED, "tried again, but memory was not short")
         self.expect(backend.phase == "loading", "tried again, but it was loaded")
         self.expect(self._waiting_for(name), "tried again for nobody")
-        self.expect(name not in self.room_from, "tried a third time")
+        self.expect(name not in self.retry_victim, "tried a third time")
         is_pinned = self._is_pinned(self.world.backends[victim])
         self.expect(not is_pinned, "a pinned one is to make room")
-        self.room_from[name] = self.world.backends[victim]
+        self.retry_victim[name] = self.world.backends[victim]
 
     def _learn(self):
         """A model is found to need more or less than it was taken to need."""
@@ -357,7 +357,8 @@ class Walk:
             if failure is None:
                 self.released.add(backend.name)
             else:
-                self.keep_at[backend.name] = backend.ready_at + llmswap.MAX_BACKOFF
+                moment = backend.ready_at + llmswap.MAX_BACKOFF
+                self.keep_loaded_at[backend.name] = moment
         if backend.phase == "loading":
             self.failures[backend.name] += 1
             surplus = self.failures[backend.name] - 3
@@ -368,13 +369,13 @@ class Walk:
 
     def _forgive(self, name):
         self.failures[name], self.retry_at[name] = 0, -math.inf
-        self.keep_at[name] = -math.inf
+        self.keep_loaded_at[name] = -math.inf
 
     def _keep_again(self, name):
         """It was unloaded by hand, and is asked for or reloaded since."""
         if name in self.released:
             self.released.discard(name)
-            self.keep_at[name] = -math.inf
+            self.keep_loaded_at[name] = -math.inf
 
     def _doze(self):
         """A backend that nobody uses goes to sleep, or wakes, by its own choice."""
@@ -428,15 +429,15 @@ class Walk:
         self.released.add(name)
         self._learn_of_unload(name)
 
-    def _rest(self):
-        self._note("rest")
-        self.core.rest(self.world.now, llmswap.ModelUnloaded("it rests"))
-        self.is_resting = True
+    def _unload_all(self):
+        self._note("unload_all")
+        self.core.unload_all(self.world.now, llmswap.ModelUnloaded("all unloaded"))
+        self.is_keep_loaded_paused = True
         for name in self.core.models:
             self._learn_of_unload(name)
 
     def _learn_of_unload(self, name):
-        self.room_from.pop(name, None)  # its tickets are refused
+        self.retry_victim.pop(name, None)  # its tickets are refused
         backend = self.world.backends.get(name)
         if backend is not None and backend not in self.cut_at:
             self.departing.add(backend)
@@ -503,8 +504,8 @@ class Walk:
     _calm_events = [_submit] * 4 + [_withdraw] + [_pass_time] * 4
     _events = _calm_events * 3 + [
         _crash, _crash, _doze, _late_news, _find, _unload, _keep_alive, _keep_alive,
-        _rest, _configure, _close, _stop_all, _learn, _learn, _learn, _starve, _starve,
-        _starve,
+        _unload_all, _configure, _close, _stop_all, _learn, _learn, _learn, _starve,
+        _starve, _starve,
     ]  # fmt: skip
 
     # the judge
@@ -513,7 +514,7 @@ class Walk:
         for backend in self.world.backends.values():
             if backend.phase == "up":
                 self._forgive(backend.name)
-                self.room_from.pop(backend.name, None)
+                self.retry_victim.pop(backend.name, None)
         self._judge_needs()
         if self.world.has_ended:  # there may be room to count all that was learned
             self.world.has_ended = False
@@ -590,7 +591,7 @@ class Walk:
 
     def _judge_start(self, start):
         name, backend = start.name, self.world.backends.get(start.name)
-        victim = self.room_from.get(name)
+        victim = self.retry_victim.get(name)
         is_in_the_way = (
             victim in self.world.backends.values() and victim.phase != "asleep"
             and demand("", self.specs[name])[1:] != (0, {})
@@ -599,13 +600,14 @@ class Walk:
         self.expect(not is_in_the_way, "tried again before there was more room")
         self.expect(not self.is_closed, "started although closed")
         is_kept, moments = not self._waiting_for(name), [-math.inf]
-        if is_kept or self.specs[name].takes_place:
+        if is_kept or self.specs[name].is_local:
             moments.append(self.retry_at.get(name, -math.inf))
         if is_kept:
             is_wanted = self.specs[name].keep_loaded and name not in self.released
-            self.expect(is_wanted and not self.is_resting, "started for nobody")
+            is_paused = self.is_keep_loaded_paused
+            self.expect(is_wanted and not is_paused, "started for nobody")
             self.expect(not self.waiting, "started for nobody while somebody waits")
-            moments.append(self.keep_at.get(name, -math.inf))
+            moments.append(self.keep_loaded_at.get(name, -math.inf))
         self.expect(self.world.now >= max(moments), "did not back off")
         if start.is_wake:
             self.expect(backend.phase == "asleep", "woken, but it did not sleep")
@@ -631,7 +633,7 @@ class Walk:
         spec = self._spec(backend)
         ended_asleep = backend.phase == "ending" and backend.was_asleep
         if backend.phase == "asleep" or ended_asleep:
-            places = int(spec.takes_place and not spec.can_sleep)
+            places = int(spec.is_local and not spec.can_sleep)
             return llmswap.ModelUsage(backend.name, places, spec.sleep_needs)
         return demand(backend.name, spec)
 
@@ -759,7 +761,7 @@ class Walk:
 
     def _judge_kept(self):
         """If nobody waits, a kept model that fits is loaded, or a time named for it."""
-        if self.waiting or self.is_closed or self.is_resting:
+        if self.waiting or self.is_closed or self.is_keep_loaded_paused:
             return
         held = [self._held_by(backend) for backend in self.world.backends.values()]
         for name, spec in self.specs.items():
@@ -767,7 +769,7 @@ class Walk:
             fits = self.core.limits.allow([*held, demand(name, spec)])
             if is_missed and fits and name not in self.released:
                 moments = (times.get(name, -math.inf)
-                           for times in (self.retry_at, self.keep_at))
+                           for times in (self.retry_at, self.keep_loaded_at))
                 is_soon = self.world.now < max(moments) >= self.world.deadline
                 self.expect(is_soon, f"{name} is not kept loaded")
 
