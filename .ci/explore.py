@@ -106,7 +106,7 @@ class Explored(Walk):
         self.rng = None
         self._begin(self.small.limits, self.small.specs)
         self.world = PlainWorld(self.core, self._seconds, self._judge)
-        self.core._numbers = iter(range(1, 1000))  # pickled, unlike itertools.count
+        self.core._numbers = iter(range(1, 1000))  # as in World
         self.core._runs = iter(range(1, 1000))
         self.left = {"tickets": tickets, "faults": faults}
         self.path = ()
