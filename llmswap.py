@@ -6148,11 +6148,12 @@ class RequestInfo(NamedTuple):
 
 
 def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
-    """Read JSON whole, and forms up to their field `model`.
+    """Return which model the body of a request names.
 
-    If the model is not needed, the body may be anything: what is neither JSON nor a
-    form is not read, and a form no further than SMALL_BODY. Raise BadRequest,
-    PayloadTooLarge, ClientDisconnected.
+    A JSON body is read whole, a form as far as its field `model`. If the model is not
+    needed, the body may be anything: what is neither JSON nor a form is not read, and a
+    form no further than SMALL_BODY. Raise BadRequest, PayloadTooLarge,
+    ClientDisconnected.
     """
     body.decode()
     body.hold(1)
