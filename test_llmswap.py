@@ -389,13 +389,14 @@ def executable(path, script):
 
 
 def family(token):
-    """{pid: command line} of the living processes that carry this token."""
+    """{pid: command line} of the living processes that carry this token, in their
+    environment or, where another user's cannot be read, as an argument."""
     mark, found = f"{FAMILY}={token}\0".encode(), {}
-    for entry in os.listdir("/proc"):
+    for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
-            if entry.isdigit() and mark in _read_proc(entry, "environ"):
-                words = _read_proc(entry, "cmdline").replace(b"\0", b" ")
-                found[int(entry)] = words.decode().strip()
+            words = _read_proc(entry, "cmdline")
+            if mark in words or mark in _read_proc(entry, "environ"):
+                found[int(entry)] = words.replace(b"\0", b" ").decode().strip()
         except OSError:
             pass  # it ended meanwhile, or is not ours
     return found
