@@ -9787,8 +9787,11 @@ class FileWatch:
             is_due = now >= self._looked_at + WATCH_EVERY
             if is_due and not (self._look and self._look.is_alive()):
                 self._looked_at = now
-                self._look = start_thread(self._find_change, "watch", on_change)
-        self._look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
+                with contextlib.suppress(RuntimeError):  # no more threads can be started
+                    self._look = start_thread(self._find_change, "watch", on_change)
+            look = self._look
+        if look:
+            look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
 
     def _find_change(self, on_change):
         stamp = self._stamp()

@@ -3842,6 +3842,22 @@ def test_a_file_on_a_mount_that_hangs_delays_requests_only_a_little(
     assert waits == [0.0]
 
 
+def test_a_file_is_looked_at_later_if_no_thread_can_be_started(tmp_path, monkeypatch):
+    watch = llmswap.FileWatch(str(tmp_path))
+    monkeypatch.setattr(llmswap, "WATCH_EVERY", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse_to_start)
+        watch.check(lambda: None)
+    (tmp_path / "new").touch()
+    changes = []
+    watch.check(lambda: changes.append("seen"))
+    assert changes == ["seen"]
+
+
+def refuse_to_start(_):
+    raise RuntimeError("can't start new thread")
+
+
 @pytest.mark.parametrize("output", [None, "number of models in cache: 0"])
 def test_without_a_file_and_downloads_three_lines_say_what_to_do(tmp_path, output):
     if output:
@@ -3855,16 +3871,13 @@ def test_without_a_file_and_downloads_three_lines_say_what_to_do(tmp_path, outpu
 
 
 def test_a_connection_without_a_thread_is_refused(monkeypatch):
-    def start(_):
-        raise RuntimeError("can't start new thread")
-
     log = []
     with socket.create_server(("127.0.0.1", 0)) as sock:
         pool = llmswap.Pool(no_models(), lambda *_: None)
         server = llmswap.Server([sock], pool, lambda *line: log.append(line), None)
         with Client(sock.getsockname()[1]) as client:
             with monkeypatch.context() as patch:
-                patch.setattr(threading.Thread, "start", start)
+                patch.setattr(threading.Thread, "start", refuse_to_start)
                 server.socket = sock
                 server._handle_request_noblock()
             answer = client.answer()
