@@ -2477,8 +2477,7 @@ MAX_WAIT = 2000000.0  # s; a lock or a socket takes no much longer timeout
 MAX_LINE = 16384  # bytes; a longer one is cut into several
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20  # of Linux's sock_diag(7)
-NETLINK_DUMP = 0x301  # of netlink(7)
-LISTENING = 1 << 10  # of the kernel's tcp_states.h
+NETLINK_DUMP, LISTENING = 0x301, 1 << 10  # of netlink(7) and tcp_states.h
 PORT_TRIES = 3
 LOOK_AT_LOADS = 0.2  # s between two looks at what a load has read
 MAX_BEFORE_READY = 0.99  # of the progress of a load
@@ -2510,41 +2509,35 @@ def read_text_or_empty(path):
 
 def listening_inodes(port: int) -> Set[int]:
     """Return the inodes of the sockets to which 127.0.0.1:`port` may lead; none where
-    the kernel does not tell, so that any listener is believed."""
-    exact, wild = set(), set()
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(AttributeError, OSError):
-            for address, inode in _listeners(family, port):
-                if address == b"\x7f\0\0\1":
-                    exact.add(inode)
-                elif not any(address) or address.endswith(b"\xff\xff\x7f\0\0\1"):
-                    wild.add(inode)
-    return exact or wild
+    the kernel does not tell, so that any listener is believed.
 
-
-def _listeners(family, port):
-    """Yield (address, inode) of the sockets that the kernel finds there.
-
-    Asked directly: to write its tables into /proc takes it 20 ms and more.
+    It is asked directly: to write its tables into /proc takes it 20 ms and more.
     """
-    query = struct.pack(
-        "=IHHIIBBBxIHH16s16sIq", 72, SOCK_DIAG_BY_FAMILY, NETLINK_DUMP, 0, 0, family,
-        socket.IPPROTO_TCP, 0, LISTENING, socket.htons(port), 0, b"", b"", 0, -1,
-    )  # fmt: skip
-    kind = (socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
-    width = 4 if family == socket.AF_INET else 16
-    with socket.socket(*kind) as kernel:
-        kernel.settimeout(1.0)
-        kernel.send(query)
-        while True:
-            data, at = kernel.recv(65536), 0
-            while at < len(data):
-                size, kind = struct.unpack_from("=IH", data, at)
-                if kind != SOCK_DIAG_BY_FAMILY:
-                    return  # that was the last
-                (inode,) = struct.unpack_from("=I", data, at + 84)
-                yield data[at + 24 : at + 24 + width], inode
-                at += (size + 3) & ~3
+    exact, wild = set(), set()
+    for family, width in ((socket.AF_INET, 4), (socket.AF_INET6, 16)):
+        query = struct.pack(
+            "=IHHIIBBBxIHH16s16sIq", 72, SOCK_DIAG_BY_FAMILY, NETLINK_DUMP, 0, 0, family,
+            socket.IPPROTO_TCP, 0, LISTENING, socket.htons(port), 0, b"", b"", 0, -1,
+        )  # fmt: skip
+        data, at = b"", 0
+        with contextlib.suppress(AttributeError, OSError):
+            kind = (socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
+            with socket.socket(*kind) as kernel:
+                kernel.settimeout(1.0)
+                kernel.send(query)
+                data = kernel.recv(65536)  # more than ever listen on one port
+        while at < len(data):
+            size, kind = struct.unpack_from("=IH", data, at)
+            if kind != SOCK_DIAG_BY_FAMILY:
+                break  # that was the last
+            address = data[at + 24 : at + 24 + width]
+            (inode,) = struct.unpack_from("=I", data, at + 84)
+            if address == b"\x7f\0\0\1":
+                exact.add(inode)
+            elif not any(address) or address.endswith(b"\xff\xff\x7f\0\0\1"):
+                wild.add(inode)
+            at += (size + 3) & ~3
+    return exact or wild
 
 
 def holder_of(inode: int, likely: Iterable[int] = ()) -> Optional[int]:
@@ -2624,8 +2617,8 @@ def suspended_seconds() -> float:
 class Upstream:
     """Where a backend listens, and the connections to it. Any thread may call.
 
-    The sockets block for POLL_INTERVAL at most, then raise BlockingIOError, or with TLS
-    TimeoutError. Those kept while the machine was suspended are not used again.
+    Its sockets block for POLL_INTERVAL at most, then raise BlockingIOError, with TLS
+    TimeoutError. None is used again after a suspension of the machine.
     """
 
     def __init__(self, url: str):
@@ -2647,10 +2640,9 @@ class Upstream:
 
     def mark_alive(self):
         """The backend gave a sign of life just now, such as a part of an answer."""
-        suspended = suspended_seconds()
-        if suspended > self._suspended + 1.0:
+        if self._has_slept():
             self._close_idle()
-        self._seen_at, self._suspended = time.monotonic(), suspended
+        self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
 
     def seen_within(self, seconds: float) -> bool:
         """Whether its last sign of life is no older, nor from before a suspension."""
@@ -2673,8 +2665,13 @@ class Upstream:
         """Return a connection and whether it was used before. Raise OSError."""
         if self._has_slept():
             self._close_idle()
-        sock = self._take_idle()
-        was_used = sock is not None
+        was_used = False
+        with contextlib.suppress(IndexError):
+            while not was_used:
+                sock = self._idle.pop()
+                was_used = _is_quiet(sock)
+                if not was_used:
+                    sock.close()
         if not was_used:
             sock = self.dial(10.0)
             if self.is_tls:
@@ -2707,19 +2704,7 @@ class Upstream:
         """Close what is idle and cut what is not; no more connections are made."""
         self._is_closed = True
         self._close_idle()
-        for sock in list(self._active):
-            with contextlib.suppress(OSError):  # it broke already
-                # close() would not wake its reader, nor would TLS's own shutdown()
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-    def _take_idle(self):
-        with contextlib.suppress(IndexError):
-            while True:
-                sock = self._idle.pop()
-                if _is_quiet(sock):
-                    return sock
-                sock.close()
-        return None
+        cut(self._active)
 
     def _close_idle(self):
         with contextlib.suppress(IndexError):
@@ -2727,8 +2712,15 @@ class Upstream:
                 self._idle.pop().close()
 
 
+def cut(sockets: Iterable[socket.socket]):
+    """Shut connections down, which wakes their readers, as a close() would not."""
+    for sock in list(sockets):
+        with contextlib.suppress(OSError):  # it broke already
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)  # TLS's own wakes none
+
+
 def set_socket_timeouts(sock: socket.socket):
-    """Let the socket block for POLL_INTERVAL at most, without a poll for each read."""
+    """Let reads and writes block for POLL_INTERVAL at most, without a poll for each."""
     sock.settimeout(None)
     interval = struct.pack("ll", 0, int(POLL_INTERVAL * 1e6))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
@@ -2877,16 +2869,11 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
     """
     runtime = {"XDG_RUNTIME_DIR": f"/run/user/{os.getuid()}"}  # cron does not set it
     environment = {**runtime, **clean_environment({})}
-    options = {"stderr": subprocess.STDOUT, "env": environment, **more}
+    files = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
+    options = {"stderr": subprocess.STDOUT, "env": environment, **files, **more}
     deadline = time.monotonic() + timeout
     try:
-        process = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-            **options,
-        )
+        process = subprocess.Popen(argv, start_new_session=True, **options)
     except OSError as error:
         return None, f"{argv[0]}: {error.strerror}"
     with process.stdout:
@@ -2907,6 +2894,7 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
 
 
 _options_lock = threading.Lock()  # held while a binary is asked
+_options = {}  # by its path, size and time
 
 
 def options_of(binary: str) -> OptionTable:
@@ -2919,20 +2907,15 @@ def options_of(binary: str) -> OptionTable:
         status = os.stat(path)
     except (LoadFailed, OSError):
         return UNKNOWN_OPTIONS
+    key = path, status.st_size, status.st_mtime_ns
     with _options_lock:
-        return _ask_for_options(path, status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=None)
-def _ask_for_options(path, *_version):
-    environment = {
-        name: value
-        for name, value in clean_environment({}).items()
-        if not name.startswith("LLAMA_ARG_")
-    }
-    argv, no_log = [path, "--help"], subprocess.DEVNULL
-    status, text = run_command(argv, 10.0, env=environment, stderr=no_log)
-    return (status is not None and parse_help(text)) or UNKNOWN_OPTIONS
+        if key not in _options:
+            ours = clean_environment({}).items()
+            env = {name: text for name, text in ours if name[:10] != "LLAMA_ARG_"}
+            argv, no_log = [path, "--help"], subprocess.DEVNULL
+            _, text = run_command(argv, 10.0, env=env, stderr=no_log)
+            _options[key] = parse_help(text) or UNKNOWN_OPTIONS
+        return _options[key]
 
 
 def cached_models(binary: str) -> List[str]:
@@ -2998,7 +2981,6 @@ class Probe(NamedTuple):
     def timed_out(self) -> bool:
         return isinstance(self.error, (TimeoutError, socket.timeout))
 
-
     @property
     def reason(self) -> str:
         """Return why it is not ok, for people."""
@@ -3010,8 +2992,8 @@ class Probe(NamedTuple):
 class Backend:
     """One run of a model's server, on a thread of its own (`_run`).
 
-    Its listener has a method for each event, all called on that thread but `on_line`,
-    and all with the backend as their first argument:
+    Its listener has a method for each event, called on that thread (`on_line` on any)
+    with the backend before these arguments:
 
         on_progress(is_new)   it loads; whether its `progress` has changed
         on_loaded()           it is ready, or awake again
@@ -3022,12 +3004,9 @@ class Backend:
         on_line(text)         it wrote a line, or something is to be said of it
         on_context(kind, tokens, size, seconds)   see LlamaServerBackend
 
-    Subclasses implement:
-
-        _spawn()      begin to run, and set `_exited` once it ends by itself; raises
-                      APIError
-        _terminate()  end it; returns once nothing of it is left
-        _failure()    the APIError that tells why it ended by itself, or None
+    Subclasses implement `_spawn`, which raises APIError, and sets `_exited` once it
+    ends by itself; `_terminate`, which returns once nothing of it is left; `_failure`,
+    which returns the APIError that tells why it ended by itself, or None.
     """
 
     _lateness = "was not ready and showed no sign of progress"
@@ -3048,7 +3027,6 @@ class Backend:
         self._exited = threading.Event()
         self._ended = threading.Event()  # no request may be sent to it any more
         self._problem = None  # why it ended by itself
-        self._is_explained = threading.Event()
         self._pending_action = None  # _put_to_sleep or _wake_up
         self._silent_since = None  # when a request was first found silent
         self._probe_sockets = set()  # which `stop` cuts
@@ -3090,16 +3068,12 @@ class Backend:
             self._wakeup.set()
 
     def is_reachable(self, timeout: float) -> Optional[bool]:
-        """Return whether a request may be sent; None if it is not known in time.
-
-        After a suspend of this machine, a backend that does not answer is checked for
-        a hang.
-        """
+        """Return whether a request may be sent; None if it is not known in time."""
         if self._ended.is_set():
             return False
-        is_trusted = self.upstream.seen_within(math.inf)
-        if not is_trusted and not self._probe(HEALTH_TIMEOUT).ok:
-            self.report_stall()
+        if not self.upstream.seen_within(math.inf):  # this machine was suspended
+            if not self._probe(HEALTH_TIMEOUT).ok:
+                self.report_stall()
         return True
 
     def record_answer(self, usage):
@@ -3111,7 +3085,8 @@ class Backend:
 
     def death(self, timeout: float) -> Optional[APIError]:
         """Return why it ended by itself, if that is known within the timeout."""
-        return self._problem if self._is_explained.wait(timeout) else None
+        self._thread.join(timeout)
+        return self._problem
 
     # -- its thread, from the start to the end
 
@@ -3124,7 +3099,6 @@ class Backend:
         except Exception as error:  # a bug, or no descriptors are left
             problem = LoadFailed(f"{self.model.name}: {type(error).__name__}: {error}")
         self._problem = problem
-        self._is_explained.set()
         try:
             if self.upstream:
                 self.upstream.close()
@@ -3201,16 +3175,13 @@ class Backend:
     def _interrupt(self):
         """Wake its thread, also from a probe."""
         self._wakeup.set()
-        for sock in list(self._probe_sockets):
-            with contextlib.suppress(OSError, ValueError):
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        cut(self._probe_sockets)
 
     def _probe(self, timeout, request=None):
         """Send a control request, a health check if none is given; return a Probe.
 
-        It takes CONNECT_TIMEOUT to connect at most, and `timeout` for each part of the
-        answer. `stop` and the end of the backend also end it. A health check fails
-        where another process listens.
+        `timeout` is for each part of the answer. `stop` and the end of the backend end
+        it, too. A health check fails where another process listens.
         """
         method, path, body = request or ("GET", self.model.settings.check_endpoint, "")
         headers = {"Connection": "close"}
@@ -3273,9 +3244,8 @@ class Backend:
     def _look_at_load(self):
         """Count memory that its processes read or map as progress, like a line written.
 
-        A llama-server is not asked how far it is, as its router would: from then on it
-        hangs after a SIGTERM until it reads a line on its standard input, and it calls
-        a mapped file read that has yet to be.
+        A llama-server that is asked for it, as its router does, hangs after a SIGTERM,
+        and calls a mapped file read that has yet to be.
         """
         if time.monotonic() < self._looked_at + LOOK_AT_LOADS:
             return
@@ -3462,17 +3432,13 @@ class ProcessBackend(Backend):
             start_new_session=True,
             **self._surroundings,
         )
-        self._attend(process)
-
-    def _attend(self, process):
         self.pid = process.pid
         self.where = f"pid {self.pid}, port {self.port}"
         self._guard.watch(self.pid)
         with self._lock:
             self._process = process
-        watch = threading.Thread(target=self._watch_process, daemon=True)
         try:
-            watch.start()
+            threading.Thread(target=self._watch_process, daemon=True).start()
         except RuntimeError:  # no more threads can be started: `_terminate` ends it
             self._exited.set()
             raise
@@ -3610,6 +3576,7 @@ class ProcessBackend(Backend):
     def _failure(self):
         self._terminate()
         status = self._exit_status
+        why = f"exited with status {status}"
         if self._stranger and not self._is_ready:
             why = f"its port {self.upstream.port} is held by {self._stranger}"
         elif status in (-9, 128 + 9) and oom_kills() > self._oom_kills:
@@ -3617,8 +3584,6 @@ class ProcessBackend(Backend):
         elif status < 0:
             known = {number.value: number.name for number in signal.Signals}
             why = f"killed by signal {-status} ({known.get(-status, 'unknown')})"
-        else:
-            why = f"exited with status {status}"
         return self._end_error(why, status if status >= 0 else None)
 
     def _last_lines(self):
@@ -4130,20 +4095,15 @@ class UnitBackend(Backend):
         if not self._is_started:
             self._systemctl("reset-failed")
             self._is_started = True
-            status, text = self._systemctl(
-                "start", timeout=limit, until=lambda: self._is_stop_asked
-            )
+            status, text = self._systemctl("start", limit, lambda: self._is_stop_asked)
             if status is None and time.monotonic() >= deadline:
-                text = f"{self._title}: systemctl start took over {limit:g} s"
-                raise LoadTimeout(text)
+                raise LoadTimeout(f"{self._title}: systemctl start took {limit:g} s")
             if status != 0 and not self._is_stop_asked:
                 raise self._end_error(text)
-        self._exited = threading.Event()  # not that of the last start's watch
+        self._exited = exited = threading.Event()  # not that of the last start's watch
         if not self._is_active():
-            self._exited.set()
-        watch = threading.Thread(target=self._watch_unit, args=(self._exited,))
-        watch.daemon = True
-        watch.start()
+            exited.set()
+        threading.Thread(target=self._watch_unit, args=(exited,), daemon=True).start()
 
     def _is_active(self):
         """Look for its main process; return whether it runs, as far as systemd says."""
@@ -4154,12 +4114,10 @@ class UnitBackend(Backend):
     def _watch_unit(self, exited):
         """Wait until its main process ends, or while it has none until systemd says so,
         on a thread of its own."""
-        fd = open_pidfd(self.pid or 0)
-        while fd is None:
+        while (fd := open_pidfd(self.pid or 0)) is None:
             interval = UNIT_POLL if self._is_ready else 1.0
             if exited.wait(interval) or not self._is_active():
                 break
-            fd = open_pidfd(self.pid or 0)
         if fd is not None:
             poll = select.poll()
             poll.register(fd, select.POLLIN)
@@ -4174,27 +4132,24 @@ class UnitBackend(Backend):
             return
         gpu_users = set(descendants(self.pid)) if self.pid and has_gpu_tool() else set()
         if not self._is_ready:
-            self._systemctl("kill", "--signal=KILL")
-        status, text = self._systemctl(
-            "stop",
-            timeout=self.model.settings.stop_timeout,
-            until=lambda: self._is_kill_asked,
-        )
+            self._systemctl("kill", options=["--signal=KILL"])
+        timeout = self.model.settings.stop_timeout
+        status, text = self._systemctl("stop", timeout, lambda: self._is_kill_asked)
         if status != 0:
             self._note(f"systemctl stop: {text or 'no answer'}; it is killed")
-            self._systemctl("kill", "--signal=KILL")
+            self._systemctl("kill", options=["--signal=KILL"])
             self._systemctl("stop")
         self._exited.set()
         self._is_ready = self._is_started = False
         settle(gpu_users, self._settle_timeout)
 
-    def _systemctl(self, *words, timeout=None, until=lambda: False):
-        argv = systemctl(self.where, *words)
+    def _systemctl(self, verb, timeout=None, until=lambda: False, options=()):
+        argv = systemctl(self.where, verb, *options)
         return run_command(argv, COMMAND_TIMEOUT if timeout is None else timeout, until)
 
     def _show(self, *properties):
         """Return what systemd says of the unit; nothing if it does not answer."""
-        _, text = self._systemctl("show", "-p", ",".join(properties))
+        _, text = self._systemctl("show", options=["-p", ",".join(properties)])
         return dict(line.partition("=")[::2] for line in text.splitlines())
 
     def _failure(self):
@@ -4217,10 +4172,8 @@ class UnitBackend(Backend):
     def _last_lines(self):
         """Return the journal's last lines, which it has a moment after the end."""
         time.sleep(JOURNAL_DELAY)
-        which = "--unit"
-        if not self.where.startswith("system:"):
-            which = "--user-unit"  # --user is deaf as root
         name = self.where.removeprefix("system:")
+        which = "--user-unit" if name == self.where else "--unit"  # --user fails as root
         argv = ["journalctl", which, name, "-n", "20", "-o", "cat", "-q"]
         _, text = run_command(argv, COMMAND_TIMEOUT)
         return f"\n{text[-3000:] or '(the journal shows us nothing of it)'}"
