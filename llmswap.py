@@ -3649,15 +3649,11 @@ OUT_OF_MEMORY = re.compile(
 
 # -- contexts that outlive their backend -----------------------------------------------
 #
-#    A stop of llama-server loses the prompts that it has processed. It can write the
-#    state of each slot to a file, and read it again after its next start:
-#
 #        STATE-DIR/context/manifest.json     which files count, and of which command
 #        STATE-DIR/context/MODEL/MODEL.SLOT.ID       one slot, written by llama-server
 #
-#    A file counts while the manifest names it. It is named when it is complete, and no
-#    more before it is read: whatever is killed at whatever moment, nothing is restored
-#    that is half, or that a server may have died of.
+#    The manifest names a file from when it is complete until before it is read. So,
+#    killed at any moment, it restores nothing half, or that a server may have died of.
 
 MIN_CONTEXT = 256  # tokens; fewer are soon processed again
 SLOT_LIST_TIMEOUT = 1.0  # s
@@ -3769,10 +3765,8 @@ class LlamaServerBackend(ProcessBackend):
     are those that it would have taken to process the tokens again.
     """
 
-    def __init__(
-        self, model: Model, listener, guard: Guard, settle_timeout: float, contexts
-    ):
-        super().__init__(model, listener, guard, settle_timeout)
+    def __init__(self, *arguments, contexts: ContextStore):
+        super().__init__(*arguments)
         self._contexts = contexts
         self._digest = self._files = ""  # of its command; the folder of slots
         self._speed = UNKNOWN_PROMPT_SPEED
@@ -3828,8 +3822,8 @@ class LlamaServerBackend(ProcessBackend):
         """Give the server, which is not in use yet, what was saved of its command.
 
         It takes `stop-timeout` at most, nor longer than to process the prompts again.
-        Return False if the server is to be started anew, without that: it died of it,
-        or it refused some, after which some builds answer nonsense.
+        Return False if it is to be started anew, without that: it died of it, or refused
+        some, after which some builds answer nonsense.
         """
         began = time.monotonic()
         self._restored = {}  # tokens by slot
@@ -3867,11 +3861,8 @@ class LlamaServerBackend(ProcessBackend):
         return saved
 
     def _save_context(self):
-        """Save what the slots hold, now that no request is left.
-
-        It takes `stop-timeout` at most, and a tenth of the time that it would take to
-        process the prompts again; what takes longer fails.
-        """
+        """Save what the slots hold, now that no request is left: in `stop-timeout` and
+        a tenth of the time to process the prompts again; what takes longer fails."""
         if self._is_asleep or self._is_kill_asked:
             return  # asleep, it holds nothing, and a question would wake it
         if self._unused and self._longest >= self._unused / 2:
@@ -3956,7 +3947,6 @@ class LlamaServerBackend(ProcessBackend):
 
 # -- memory of what runs ---------------------------------------------------------------
 
-GPU_TOOLS = ("nvidia-smi", "rocm-smi")
 BUSY_GPU = 10  # per cent of use
 _CSV = "--format=csv,noheader,nounits"
 _GPU_QUESTIONS = {  # by tool: options; the numbers in a row of the answer; their units
@@ -3981,7 +3971,7 @@ _GPU_QUESTIONS = {  # by tool: options; the numbers in a row of the answer; thei
 
 def has_gpu_tool() -> bool:
     """Return whether a vendor's tool, which knows the GPUs, is installed."""
-    return any(map(shutil.which, GPU_TOOLS))
+    return any(map(shutil.which, _GPU_QUESTIONS["use"]))
 
 
 def ask_gpus(question: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
@@ -4390,25 +4380,12 @@ def fit_params_estimate(model: Model) -> Dict[str, int]:
     return amounts if rows else {}
 
 
-def files_estimate(model: Model, budget: Mapping[str, int]) -> Dict[str, int]:
-    """Return the bytes that the model needs by its files; {} if none are known."""
-    with contextlib.suppress(ConfigError):
-        words = model.command(table_of(model), "0")
-        size = int(size_of_files(words, model.settings.cwd or "") * FILES_MARGIN)
-        place, other = ("vram", "ram") if "vram" in budget else ("ram", "vram")
-        return {place: size, other: 0} if size else {}
-    return {}
-
-
 class Known(NamedTuple):
     """The known needs of one command: bytes by resource, and their source."""
 
     model: str = ""
     source: str = "not known yet"
     amounts: Mapping[str, int] = {}
-
-
-NEEDS_VERSION = 1  # of the file
 
 
 class Needs:
@@ -4419,8 +4396,6 @@ class Needs:
         {"version": 1, "needs": {
             "1f0c...": {"model": "coder", "source": "measured",
                         "amounts": {"vram": 19541237760, "ram": 1288490188}}}}
-
-    A file that cannot be read is set aside.
 
     `log(level, text)` must not block. Only `estimate` and `save` do.
     """
@@ -4459,9 +4434,15 @@ class Needs:
             if model.kind == "llama-server":
                 amounts = fit_params_estimate(model)
             if not amounts:
-                amounts, source = files_estimate(model, budget), "file sizes"
-            source = source if amounts else Known().source
-            return self._set(key, Known(model.name, source, amounts))
+                source = "file sizes"
+                place, other = ("vram", "ram") if "vram" in budget else ("ram", "vram")
+                with contextlib.suppress(ConfigError):
+                    words = model.command(table_of(model), "0")
+                    size = FILES_MARGIN * size_of_files(words, model.settings.cwd)
+                    amounts = {place: int(size), other: 0}
+            is_known = any(amounts.values())
+            known = Known(model.name, source, amounts) if is_known else Known(model.name)
+            return self._set(key, known)
 
     def learn(
         self, model: Model, peak: Mapping[str, int], was_squeezed: bool, is_over: bool
@@ -4505,7 +4486,7 @@ class Needs:
             self._is_saved = True
             rows = {**self._read(), **self._known}
             needs = {key: row._asdict() for key, row in rows.items() if row.amounts}
-            document = {"version": NEEDS_VERSION, "needs": needs}
+            document = {"version": 1, "needs": needs}
             fresh = f"{self._path}.{os.getpid()}"
             try:
                 os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
@@ -4516,25 +4497,20 @@ class Needs:
                 self._log("warning", f"{self._path} could not be written: {error}")
 
     def _read(self):
-        """Return what the file holds; a broken one, or of another version, is set
-        aside."""
+        """Return what the file holds; nothing if it cannot be read."""
         try:
+            rows = {}
             with open(self._path, encoding="utf-8") as file:
-                document = json.load(file)
-            if document["version"] != NEEDS_VERSION:
-                raise ValueError(f"version {document['version']!r} is unknown")
-            rows = {key: Known(**row) for key, row in document["needs"].items()}
-            for key, known in rows.items():
-                amounts = {name: int(size) for name, size in known.amounts.items()}
-                rows[key] = known._replace(amounts=amounts)
+                needs = json.load(file)["needs"]
+            for key, row in needs.items():
+                amounts = {name: int(size) for name, size in row["amounts"].items()}
+                rows[key] = Known(**{**row, "amounts": amounts})
             return rows
         except FileNotFoundError:
             return {}
-        except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-            text = f"{self._path} cannot be read and is set aside: {error}"
+        except (OSError, *MALFORMED) as error:
+            text = f"{self._path} cannot be read, and will be written anew: {error}"
             self._log("warning", text)
-            with contextlib.suppress(OSError):
-                os.replace(self._path, f"{self._path}.broken")
             return {}
 
 
@@ -4558,8 +4534,7 @@ def read_gguf(path: str) -> Dict[str, object]:
     None. A file that is cut, or no GGUF, has none."""
     metadata = {}
     try:
-        is_waiting = os.O_NONBLOCK  # it may be a pipe
-        with open(path, "rb", opener=lambda p, f: os.open(p, f | is_waiting)) as file:
+        with open(path, "rb") as file:
             magic, version, _, count = _unpack(file, "4sIQQ")
             if magic != b"GGUF" or version < 2:
                 return {}
@@ -4633,8 +4608,8 @@ class Inspector:
             is_due = is_due or len(self._known(models)) < len(models)
             if is_due and not self._look.is_alive():
                 self._looked_at = time.monotonic()
-                work = functools.partial(self._inspect_all, list(models))
-                look = threading.Thread(target=work, daemon=True)
+                work = {"target": self._inspect_all, "args": [list(models)]}
+                look = threading.Thread(**work, daemon=True)
                 look.start()
                 self._look = look
         self._look.join(timeout)
@@ -5429,7 +5404,7 @@ class Pool:
             return RemoteBackend(model, listener)
         arguments = model, listener, self._guard, settle_timeout
         if model.context_dir:
-            return LlamaServerBackend(*arguments, self._contexts)
+            return LlamaServerBackend(*arguments, contexts=self._contexts)
         return ProcessBackend(*arguments)
 
     def _stop(self, decision):
