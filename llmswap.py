@@ -2963,7 +2963,9 @@ SLEEP_OPTION = "--sleep-idle-seconds"
 SLEEP_POLL = 5.0  # s between looks at a llama-server that may put itself to sleep
 WAKE_REQUEST = ("GET", "/lora-adapters", "")  # the cheapest that wakes a llama-server
 MAX_CONTROL_ANSWER = 1 << 22  # bytes
-MALFORMED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+MALFORMED = (  # what reading a JSON document of another shape may raise
+    AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError
+)
 
 
 class Probe(NamedTuple):
@@ -3701,7 +3703,7 @@ class ContextStore:
                 if is_first:
                     with open(f"{self._root}/manifest.json", "rb") as file:
                         rows = json.load(file).items()
-                    self._saved = {path: SavedContext(*row) for path, row in rows}
+                    self._saved = {path: _saved_context(*row) for path, row in rows}
             with contextlib.suppress(OSError):
                 self._update()
                 folders = {f"{e.path}/" for e in os.scandir(self._root) if e.is_dir()}
@@ -3736,6 +3738,12 @@ class ContextStore:
         with open(f"{path}.new", "w", opener=open_private) as file:
             json.dump(self._saved, file)
         os.replace(file.name, path)
+
+
+def _saved_context(command, speed, size, slots):
+    """Return a row of the manifest; MALFORMED if it is none."""
+    slots = [(int(number), str(path), int(tokens)) for number, path, tokens in slots]
+    return SavedContext(str(command), max(1.0, float(speed)), int(size), slots)
 
 
 def open_private(path: str, flags: int) -> int:
@@ -4501,8 +4509,10 @@ class Needs:
         try:
             rows = {}
             with open(self._path, encoding="utf-8") as file:
-                needs = json.load(file)["needs"]
-            for key, row in needs.items():
+                document = json.load(file)
+            if document["version"] != 1:
+                raise ValueError(f"version {document['version']!r} is unknown")
+            for key, row in document["needs"].items():
                 amounts = {name: int(size) for name, size in row["amounts"].items()}
                 rows[key] = Known(**{**row, "amounts": amounts})
             return rows

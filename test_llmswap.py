@@ -9767,22 +9767,22 @@ BROKEN_NEEDS = [
     "", "{", "[]", "\xff", '{"k": 3}', '{"version": 2, "needs": {}}', '{"version": 1}',
     '{"version": 1, "needs": {"k": {"vram": 1}}}',
     '{"version": 1, "needs": {"k": {"amounts": {"vram": "6G"}}}}',
-    '{"version": 1, "needs": {"k": {"amounts": 3}}}',
+    '{"version": 1, "needs": {"k": {"amounts": 3}}}', "[" * 100000,
+    '{"version": 1, "needs": {"k": {"amounts": {"vram": 1e999}}}}',
 ]  # fmt: skip
 
 
-def test_a_broken_file_of_needs_is_set_aside_and_a_lost_one_is_a_warning(tmp_path):
-    path, aside = tmp_path / "needs.json", tmp_path / "needs.json.broken"
-    model, log = auto_model(tmp_path), []
+def test_a_broken_file_of_needs_is_written_anew_and_a_lost_one_is_a_warning(tmp_path):
+    path, model, log = tmp_path / "needs.json", auto_model(tmp_path), []
     for text in BROKEN_NEEDS:
         path.write_text(text, encoding="latin-1")
         needs = llmswap.Needs(str(tmp_path), lambda *line: log.append(line))
         (level, message) = log.pop()
-        assert level == "warning" and "cannot be read and is set aside: " in message
-        assert aside.read_text(encoding="latin-1") == text
+        assert level == "warning" and "cannot be read, and will be written" in message
         needs.learn(model, {"ram": GB}, False, False)
         needs.save()
         assert len(json.loads(path.read_text())["needs"]) == 1
+    log.clear()
     needs = llmswap.Needs("/proc/nowhere", lambda *line: log.append(line))
     needs.learn(model, {"ram": GB}, False, False)
     needs.save()
@@ -10322,6 +10322,23 @@ def test_a_conversation_outlives_every_stop_but_a_kill(tmp_path, stop):
         assert 'llmswap_prompt_tokens_cached_total{model="a"} 3100\n' in metrics
         assert 'context_tokens_total{model="a",action="restored"} 6100\n' in metrics
         assert 'context_seconds_saved_total{model="a"} 12.2\n' in metrics
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", '{"F": []}', '{"F": ["c", 1, 1, [[0, "f"]]]}', "[" * 100000,
+    '{"F": ["c", "a", 1, []]}', '{"F": ["c", 1, 1e999, []]}', '{"F": ["c", 1, "a", 3]}',
+])  # fmt: skip
+def test_a_broken_manifest_of_contexts_counts_as_none(tmp_path, text):
+    (tmp_path / "x.ini").write_text(context_file(tmp_path, settings="context-max = 1"))
+    config = llmswap.load_config(str(tmp_path / "x.ini"))
+    [folder] = {each.context_dir for each in config.models.values()} - {""}
+    os.makedirs(folder)
+    manifest = tmp_path / "state/context/manifest.json"
+    manifest.write_text(text.replace("F", folder))
+    store = llmswap.ContextStore()
+    store.configure(config)
+    assert store.take(folder) == llmswap.SavedContext()
+    assert json.loads(manifest.read_text()) == {}
 
 
 def test_contexts_outlive_an_idle_exit(tmp_path):
