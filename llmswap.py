@@ -2617,8 +2617,8 @@ def suspended_seconds() -> float:
 class Upstream:
     """Where a backend listens, and the connections to it. Any thread may call.
 
-    Its sockets block for POLL_INTERVAL at most, then raise BlockingIOError, with TLS
-    TimeoutError. None is used again after a suspension of the machine.
+    Its sockets time out after POLL_INTERVAL. None is used again after a suspension of
+    the machine.
     """
 
     def __init__(self, url: str):
@@ -2674,10 +2674,7 @@ class Upstream:
                     sock.close()
         if not was_used:
             sock = self.dial(10.0)
-            if self.is_tls:
-                sock.settimeout(POLL_INTERVAL)
-            else:
-                set_socket_timeouts(sock)
+            sock.settimeout(POLL_INTERVAL)
         self._active.add(sock)
         if self._is_closed:
             self.drop(sock)
@@ -2719,14 +2716,6 @@ def cut(sockets: Iterable[socket.socket]):
             socket.socket.shutdown(sock, socket.SHUT_RDWR)  # TLS's own wakes none
 
 
-def set_socket_timeouts(sock: socket.socket):
-    """Let reads and writes block for POLL_INTERVAL at most, without a poll for each."""
-    sock.settimeout(None)
-    interval = struct.pack("ll", 0, int(POLL_INTERVAL * 1e6))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
-
-
 def _is_quiet(sock):
     """Whether the other side neither closed nor sent anything unasked."""
     waiter = select.poll()
@@ -2747,18 +2736,15 @@ def _tls_context():
 # Reads "+ PGID" and "- PGID"; at the end of its input llmswap is dead: TERM, then KILL.
 GUARD_SCRIPT = r"""
 trap '' TERM INT HUP QUIT
-groups=' '
+groups=
 while read -r sign group; do
-  case $sign in
-    +) groups="$groups$group " ;;
-    -) while :; do case $groups in
-         *" $group "*) groups="${groups%%" $group "*} ${groups#*" $group "}" ;;
-         *) break ;;
-       esac; done ;;
-  esac
+  rest=
+  for each in $groups; do [ "$each" = "$group" ] || rest="$rest $each"; done
+  groups=$rest
+  [ "$sign" = - ] || groups="$groups $group"
 done
 for group in $groups; do kill -s TERM -- "-$group"; done
-[ "$groups" = ' ' ] || sleep 0.5
+[ -z "$groups" ] || sleep 0.5
 for group in $groups; do kill -s KILL -- "-$group"; done
 """
 
@@ -5700,7 +5686,7 @@ Headers = List[Tuple[str, str]]
 
 # -- sockets ---------------------------------------------------------------------------
 
-_TIMEOUTS = (BlockingIOError, TimeoutError, socket.timeout)  # after POLL_INTERVAL
+_TIMEOUTS = (TimeoutError, socket.timeout)  # after POLL_INTERVAL; 3.9 has two
 
 
 class StallMonitor:
@@ -8172,7 +8158,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.is_on_loopback = isinstance(address, tuple) and _LOOPBACK.match(address[0])
         if self.request.family != socket.AF_UNIX:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        set_socket_timeouts(self.request)
+        self.request.settimeout(POLL_INTERVAL)
 
     def handle(self):
         """Serve requests until either side closes the connection."""

@@ -4842,7 +4842,7 @@ def test_the_end_of_the_idle_command_and_the_sleep_are_logged(tmp_path, command,
 def pair():
     ours, theirs = socket.socketpair()
     theirs.settimeout(10)
-    llmswap.set_socket_timeouts(ours)
+    ours.settimeout(llmswap.POLL_INTERVAL)
     with ours, theirs:
         yield ours, theirs
 
