@@ -2472,7 +2472,6 @@ class Scheduler:
 POLL_INTERVAL = 0.5  # s; a relay looks that often whether a silent client is there
 HEALTH_TIMEOUT = 5.0  # s; a check during a load not answered by then is asked anew
 IDLE_CONNECTIONS = 16  # kept to one backend
-LAST_LINES = 200  # kept of what a backend wrote
 MAX_WAIT = 2000000.0  # s; a lock or a socket takes no much longer timeout
 MAX_LINE = 16384  # bytes; a longer one is cut into several
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -2630,7 +2629,7 @@ class Upstream:
         self.base_path = parts.path.rstrip("/")
         self._idle = collections.deque()
         self._active = set()
-        self._is_closed = False
+        self._is_closed, self._tls = False, None
         self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
 
     @property
@@ -2657,14 +2656,15 @@ class Upstream:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if not self.is_tls:
             return sock
-        return _tls_context().wrap_socket(
-            sock, server_hostname=self.host, suppress_ragged_eofs=False
-        )
+        if self._tls is None:
+            import ssl
+
+            self._tls = ssl.create_default_context()
+        names = {"server_hostname": self.host, "suppress_ragged_eofs": False}
+        return self._tls.wrap_socket(sock, **names)
 
     def connect(self) -> Tuple[socket.socket, bool]:
         """Return a connection and whether it was used before. Raise OSError."""
-        if self._has_slept():
-            self._close_idle()
         was_used = False
         with contextlib.suppress(IndexError):
             while not was_used:
@@ -2722,13 +2722,6 @@ def _is_quiet(sock):
     waiter.register(sock, select.POLLIN)
     rest_of_record = getattr(sock, "pending", int)()  # of TLS
     return not (rest_of_record or waiter.poll(0))
-
-
-@functools.lru_cache(maxsize=None)
-def _tls_context():
-    import ssl
-
-    return ssl.create_default_context()
 
 
 # -- the guard -------------------------------------------------------------------------
@@ -2945,7 +2938,6 @@ def check_files(model: Model, argv: Sequence[str]):
 
 CONNECT_TIMEOUT = 1.0  # s; a host that has not accepted by then sleeps, or is gone
 SLEEP_TIMEOUT = 60.0  # s; a backend that has not fallen asleep by then is stopped
-SLEEP_OPTION = "--sleep-idle-seconds"
 SLEEP_POLL = 5.0  # s between looks at a llama-server that may put itself to sleep
 WAKE_REQUEST = ("GET", "/lora-adapters", "")  # the cheapest that wakes a llama-server
 MAX_CONTROL_ANSWER = 1 << 22  # bytes
@@ -3028,8 +3020,7 @@ class Backend:
 
     def start(self):
         """Begin to run on a thread of its own."""
-        name = f"model {self.model.name}"
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def stop(self, at_once=False):
@@ -3300,13 +3291,11 @@ class Backend:
     def _report_loaded(self):
         """Report that it is ready, and what its own /v1/models says of it."""
         self._listener.on_loaded(self)
-        probe = Probe()
+        entry = {}
         if self.model.kind == "llama-server":
             probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models", ""))
-        try:
-            entry = dict(json.loads(probe.body)["data"][0]) if probe.ok else {}
-        except MALFORMED:
-            entry = {}
+            with contextlib.suppress(*MALFORMED):
+                entry = dict(json.loads(probe.body)["data"][0])
         self._listener.on_described(self, entry)
 
     # -- sleep
@@ -3346,12 +3335,12 @@ class Backend:
         """Find out whether a llama-server has put itself to sleep, or has woken."""
         probe = self._probe(HEALTH_TIMEOUT, ("GET", "/props", ""))
         match = re.search(rb'"is_sleeping"\s*:\s*(true|false)', probe.body)
-        was_asleep = self._is_asleep
-        self._is_asleep = match[1] == b"true" if match else was_asleep
-        if self._is_asleep and not was_asleep:
-            self._listener.on_slept(self)
-        elif was_asleep and not self._is_asleep:
-            self._report_loaded()
+        if match and self._is_asleep != (match[1] == b"true"):
+            self._is_asleep = not self._is_asleep
+            if self._is_asleep:
+                self._listener.on_slept(self)
+            else:
+                self._report_loaded()
 
 
 # -- a child process -------------------------------------------------------------------
@@ -3365,7 +3354,7 @@ class ProcessBackend(Backend):
 
     def __init__(self, model: Model, listener, guard: Guard, settle_timeout: float):
         super().__init__(model, listener)
-        self.lines = collections.deque(maxlen=LAST_LINES)
+        self.lines = collections.deque(maxlen=200)
         self._guard = guard
         self._settle_timeout = settle_timeout
         self._process = None
@@ -3404,7 +3393,7 @@ class ProcessBackend(Backend):
         except ConfigError as error:
             raise LoadFailed(str(error)) from None
         self._is_port_chosen = self.upstream.port == self.port
-        if model.kind == "llama-server" and SLEEP_OPTION in argv:
+        if model.kind == "llama-server" and "--sleep-idle-seconds" in argv:
             self._sleep_poll = SLEEP_POLL
         find_program(argv[0], environment, model.settings.cwd)
         self._stranger = self._own_inodes = None
@@ -3503,39 +3492,34 @@ class ProcessBackend(Backend):
     # -- going
 
     def _terminate(self):
+        """Run the stop command or send SIGTERM, wait for the stop timeout, and kill."""
         if self._process is None:
             return
         self.upstream.close()
-        has_grace = self._is_ready or self.model.settings.cmd_stop
+        status, timeout = None, self.model.settings.stop_timeout
         try:
-            if has_grace and not self._exited.is_set():
-                if self._is_ready:
-                    self._save_context()
-                self._ask_to_exit()
+            command = self.model.stop_command(str(self.port), str(self.pid))
+            if self._exited.is_set() or not (self._is_ready or command):
+                return
+            if self._is_ready:
+                self._save_context()
+            deadline = time.monotonic() + timeout
+            if command:  # it may have more to do, such as to remove a container
+                until, where = lambda: self._is_kill_asked, self._surroundings
+                status, text = run_command(command, timeout, until, **where)
+                if text and status != 0:
+                    self._note(f"cmd-stop: {text}")
+            if status is None:
+                self._signal_group(signal.SIGTERM)
+            while (left := deadline - time.monotonic()) > 0:
+                if self._exited.is_set() or self._is_kill_asked:
+                    break
+                self._wait(left)
         finally:
             self._reap()
 
     def _save_context(self):
         """Do what comes between the last request and the stop."""
-
-    def _ask_to_exit(self):
-        """Run the stop command or send SIGTERM, and wait for the stop timeout."""
-        timeout = self.model.settings.stop_timeout
-        deadline = time.monotonic() + timeout
-        status, text = None, ""
-        command = self.model.stop_command(str(self.port), str(self.pid))
-        if command:  # it may have more to do, such as to remove a container
-            status, text = run_command(
-                command, timeout, lambda: self._is_kill_asked, **self._surroundings
-            )
-        if status is None:
-            self._signal_group(signal.SIGTERM)
-        if text and status != 0:
-            self._note(f"cmd-stop: {text}")
-        while (left := deadline - time.monotonic()) > 0:
-            if self._exited.is_set() or self._is_kill_asked:
-                break
-            self._wait(left)
 
     def _reap(self):
         """Kill the whole group, then reap its leader."""
