@@ -2483,8 +2483,7 @@ MAX_BEFORE_READY = 0.99  # of the progress of a load
 
 
 def free_port() -> int:
-    """Return a port that is free on loopback now, if possible one below those that
-    the kernel gives to outgoing connections."""
+    """Return a free port on loopback, if possible none for outgoing connections."""
     text = read_text_or_empty("/proc/sys/net/ipv4/ip_local_port_range")
     low = max(10050, int((text.split() or ["32768"])[0]))
     for port in [*random.sample(range(10000, low), 50), 0]:
@@ -2508,15 +2507,13 @@ def read_text_or_empty(path):
 
 def listening_inodes(port: int) -> Set[int]:
     """Return the inodes of the sockets to which 127.0.0.1:`port` may lead; none where
-    the kernel does not tell, so that any listener is believed.
-
-    It is asked directly: to write its tables into /proc takes it 20 ms and more.
-    """
+    the kernel does not tell: its tables in /proc would take it 20 ms and more."""
     exact, wild = set(), set()
     for family, width in ((socket.AF_INET, 4), (socket.AF_INET6, 16)):
         query = struct.pack(
-            "=IHHIIBBBxIHH16s16sIq", 72, SOCK_DIAG_BY_FAMILY, NETLINK_DUMP, 0, 0, family,
-            socket.IPPROTO_TCP, 0, LISTENING, socket.htons(port), 0, b"", b"", 0, -1,
+            "=IHHIIBBBxIHH16s16sIq", 72, SOCK_DIAG_BY_FAMILY, NETLINK_DUMP, 0, 0,
+            family, socket.IPPROTO_TCP, 0, LISTENING, socket.htons(port), 0,
+            b"", b"", 0, -1,
         )  # fmt: skip
         data, at = b"", 0
         with contextlib.suppress(AttributeError, OSError):
@@ -2553,8 +2550,7 @@ def holder_of(inode: int, likely: Iterable[int] = ()) -> Optional[int]:
 
 
 class ProcessStat(NamedTuple):
-    """What /proc says of a process: `state` is a letter, `start` in ticks since boot,
-    `resident` in pages."""
+    """What /proc says: `start` is in ticks since boot, `resident` in pages."""
 
     state: str
     group: int
@@ -2614,11 +2610,8 @@ def suspended_seconds() -> float:
 
 
 class Upstream:
-    """Where a backend listens, and the connections to it. Any thread may call.
-
-    Its sockets time out after POLL_INTERVAL. None is used again after a suspension of
-    the machine.
-    """
+    """Where a backend listens, and the connections to it, which time out after
+    POLL_INTERVAL and do not outlive a suspension. Any thread may call."""
 
     def __init__(self, url: str):
         parts = urllib.parse.urlsplit(url)
@@ -2841,11 +2834,8 @@ def find_program(name: str, environment: Mapping[str, str], cwd: Optional[str]) 
 
 
 def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
-    """Run a short command, which may hang, at most so many seconds, or until `until()`.
-
-    Return its status (None: it was killed, or cannot run) and its output. `more` goes
-    to Popen.
-    """
+    """Run a command for at most so many seconds, or until `until()`; `more` goes to
+    Popen. Return its status (None: it was killed, or cannot run) and its output."""
     runtime = {"XDG_RUNTIME_DIR": f"/run/user/{os.getuid()}"}  # cron does not set it
     environment = {**runtime, **clean_environment({})}
     files = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
@@ -2877,10 +2867,8 @@ _options = {}  # by its path, size and time
 
 
 def options_of(binary: str) -> OptionTable:
-    """Return the options that this llama-server says it has, else UNKNOWN_OPTIONS.
-
-    It is asked once for each version of the file, 10 s at most. Any thread may call.
-    """
+    """Return the options that this llama-server says it has, else UNKNOWN_OPTIONS. It
+    is asked once for each version of the file, 10 s at most. Any thread may call."""
     try:
         path = find_program(binary, os.environ, None)
         status = os.stat(path)
@@ -2898,8 +2886,7 @@ def options_of(binary: str) -> OptionTable:
 
 
 def cached_models(binary: str) -> List[str]:
-    """Return the models that llama.cpp has downloaded, each as user/repo:TAG. It takes
-    10 s at most."""
+    """Return llama.cpp's downloads, each as user/repo:TAG. It takes 10 s at most."""
     argv, no_log = [binary, "--cache-list"], subprocess.DEVNULL
     status, text = run_command(argv, 10.0, stderr=no_log)
     return re.findall(r"(?m)^ *\d+\. (\S+)$", text) if status == 0 else []
@@ -3196,10 +3183,8 @@ class Backend:
         return probe
 
     def _await_healthy(self):
-        """Check its health until it is good; False: it ended, or is to end.
-
-        Raise LoadTimeout when it showed no sign of progress for its load timeout.
-        """
+        """Check its health until it is good; False: it ended, or is to end. Raise
+        LoadTimeout when it showed no sign of progress for its load timeout."""
         limit = self.model.settings.load_timeout or math.inf
         self._began = self._looked_at = time.monotonic()
         self.progress, self._model_size, self._seen_activity = None, 0, set()
@@ -3269,10 +3254,8 @@ class Backend:
         )
 
     def _is_listener_ours(self):
-        """Return whether its port is served by its processes; else name the stranger.
-
-        A listener that was once seen to be theirs may not hide later.
-        """
+        """Return whether its port is served by its processes; else name the stranger. A
+        listener that was once seen to be theirs may not hide later."""
         if self.pid is None or self.upstream.host not in LOOPBACK:
             return True
         inodes = listening_inodes(self.upstream.port)
@@ -3347,10 +3330,7 @@ class Backend:
 
 
 class ProcessBackend(Backend):
-    """A model server that is a child process, in a session and group of its own.
-
-    A second thread reads its output and notices its exit (`_watch_process`).
-    """
+    """A model server that is a child process, in a session and group of its own."""
 
     def __init__(self, model: Model, listener, guard: Guard, settle_timeout: float):
         super().__init__(model, listener)
@@ -3566,8 +3546,8 @@ class ProcessBackend(Backend):
 
 
 def open_pidfd(pid: int) -> Optional[int]:
-    """Return a descriptor that is readable once the process has ended; None if there is
-    no such process, or no such descriptor on this system."""
+    """Return a descriptor that is readable once the process has ended, if there can be
+    one."""
     try:
         return os.pidfd_open(pid)
     except (AttributeError, OSError):
@@ -3637,10 +3617,8 @@ EMBEDDING_OPTIONS = {"--embedding", "--embeddings", "--rerank", "--reranking"}
 
 
 class SavedContext(NamedTuple):
-    """The saved context of a model: (number, path, tokens) of slots, and their bytes.
-
-    `command` is a digest of its command, `speed` that of its prompts in tokens/s.
-    """
+    """A saved context: the digest of its model's command, the speed of its prompts in
+    tokens/s, its bytes, and (number, path, tokens) of slots."""
 
     command: str = ""
     speed: float = UNKNOWN_PROMPT_SPEED
@@ -3649,10 +3627,8 @@ class SavedContext(NamedTuple):
 
 
 class ContextStore:
-    """The saved contexts of the models of one llmswap. Any thread may call.
-
-    Two llmswaps that share the directory can only delete each other's contexts.
-    """
+    """The saved contexts of the models. Any thread may call. Two llmswaps with one
+    folder can only delete each other's."""
 
     def __init__(self):
         self.failures = collections.Counter()  # in a row, by command
@@ -3800,8 +3776,8 @@ class LlamaServerBackend(ProcessBackend):
         """Give the server, which is not in use yet, what was saved of its command.
 
         It takes `stop-timeout` at most, nor longer than to process the prompts again.
-        Return False if it is to be started anew, without that: it died of it, or refused
-        some, after which some builds answer nonsense.
+        Return False if it is to be started anew, without that: it died or refused some,
+        after which some builds answer nonsense.
         """
         began = time.monotonic()
         self._restored = {}  # tokens by slot
@@ -3968,8 +3944,7 @@ def ask_gpus(question: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
 
 
 def gpu_occupant() -> Optional[str]:
-    """Return which process holds GPU memory, or that a GPU is busy; None: all are free.
-    Asks the vendor's tool, which may take seconds."""
+    """Return which process holds GPU memory, or that a GPU is busy. Takes seconds."""
     for pid, _ in ask_gpus("processes"):
         name = read_text_or_empty(f"/proc/{pid}/comm").strip() or "unknown"
         return f"process {pid} ({name}) holds GPU memory"
@@ -4018,16 +3993,15 @@ RUNNING = ("active", "activating", "reloading")
 
 
 def systemctl(unit: str, verb: str, *options: str) -> List[str]:
-    """Return the command that does this to a unit: of the user's manager, or
-    `system:NAME` of the system's."""
+    """Return the command that does this to a unit, named as `unit =` names it."""
     scope = "--system" if unit.startswith("system:") else "--user"
     words = ["systemctl", scope, "--no-ask-password", verb, *options]
     return [*words, "--", unit.removeprefix("system:")]
 
 
 def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
-    """Return those of the units (as `unit =` names them) that run. Takes seconds for
-    each if systemd hangs, until `gives_up()`."""
+    """Return those of the units that run. Takes seconds for each if systemd hangs, but
+    ends at `gives_up()`."""
     running = set()
     for unit in units:
         argv = systemctl(unit, "is-active")
@@ -4040,10 +4014,7 @@ def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
 
 
 class UnitBackend(Backend):
-    """A model server that is a systemd service, run by systemctl (which may hang).
-
-    A second thread notices its end (`_watch_unit`).
-    """
+    """A model server that is a systemd service, run by systemctl (which may hang)."""
 
     def __init__(self, model: Model, listener, settle_timeout: float):
         super().__init__(model, listener, Upstream(model.url("")))
@@ -4080,8 +4051,8 @@ class UnitBackend(Backend):
         return shown.get("ActiveState", "active") in RUNNING
 
     def _watch_unit(self, exited):
-        """Wait until its main process ends, or while it has none until systemd says so,
-        on a thread of its own."""
+        """Wait, on a thread of its own, until its main process ends or, without one,
+        systemd says so."""
         while (fd := open_pidfd(self.pid or 0)) is None:
             interval = UNIT_POLL if self._is_ready else 1.0
             if exited.wait(interval) or not self._is_active():
@@ -4141,7 +4112,7 @@ class UnitBackend(Backend):
         """Return the journal's last lines, which it has a moment after the end."""
         time.sleep(JOURNAL_DELAY)
         name = self.where.removeprefix("system:")
-        which = "--user-unit" if name == self.where else "--unit"  # --user fails as root
+        which = "--user-unit" if name == self.where else "--unit"  # else deaf as root
         argv = ["journalctl", which, name, "-n", "20", "-o", "cat", "-q"]
         _, text = run_command(argv, COMMAND_TIMEOUT)
         return f"\n{text[-3000:] or '(the journal shows us nothing of it)'}"
@@ -4154,11 +4125,8 @@ WAKE_INTERVAL = 2.0  # s, from one magic packet to the next
 
 
 class RemoteBackend(Backend):
-    """A server elsewhere: woken if it can be, asked for health, and relayed to.
-
-    To stop it is to forget it. When it vanishes, it exits without a problem: it is
-    asleep, not broken.
-    """
+    """A server elsewhere. To stop it is to forget it. If it vanishes, it has no
+    problem: it is asleep, not broken."""
 
     _lateness = "did not answer"
 
@@ -4322,10 +4290,8 @@ def memory_taken(group: int, on_gpu: Optional[int]) -> Dict[str, int]:
 
 def fit_params_estimate(model: Model) -> Dict[str, int]:
     """Return the bytes of `vram` and `ram` that the llama-fit-params beside the model's
-    llama-server prints, projector and draft model added; {} if it prints none.
-
-    It is fed those of the model's options that it has, too. Takes 20 s at most.
-    """
+    llama-server prints for those options that it has, projector and draft model added;
+    {} if it prints none. Takes 20 s at most."""
     cwd = model.settings.cwd or None
     try:
         argv = model.command(table_of(model), "0")
@@ -4387,8 +4353,7 @@ class Needs:
         self._saving = threading.Lock()
 
     def of(self, model: Model, budget: Mapping[str, int]) -> Tuple[Dict[str, int], str]:
-        """Return what the model needs (all of the budget where nothing is known), and
-        where that is known from."""
+        """Return the model's needs, all of the budget if unknown, and their source."""
         if not model.has_auto_needs:
             return model.settings.needs or {}, "written"
         known = self._known.get(_command_key(model), Known())
@@ -4398,10 +4363,8 @@ class Needs:
         return {name: amounts[name] for name in budget}, known.source
 
     def estimate(self, model: Model, budget: Mapping[str, int]) -> bool:
-        """Estimate what the model needs if nothing is known; return whether it did.
-
-        It may take 20 s; other threads that ask meanwhile wait, too.
-        """
+        """Estimate what the model needs if nothing is known; return whether it did. It
+        may take 20 s; other threads that ask meanwhile wait, too."""
         key = _command_key(model)
         if not model.has_auto_needs or key in self._known:
             return False
@@ -4418,8 +4381,9 @@ class Needs:
                     words = model.command(table_of(model), "0")
                     size = FILES_MARGIN * size_of_files(words, model.settings.cwd)
                     amounts = {place: int(size), other: 0}
-            is_known = any(amounts.values())
-            known = Known(model.name, source, amounts) if is_known else Known(model.name)
+            known = Known(model.name)
+            if any(amounts.values()):
+                known = Known(model.name, source, amounts)
             return self._set(key, known)
 
     def learn(
@@ -4427,9 +4391,8 @@ class Needs:
     ) -> bool:
         """Take over the peak of a run; return whether that changes what is known.
 
-        Not one clearly below what is known of a model that may have been squeezed: a
-        llama-server fits itself into the room that it finds. Only a run that is over
-        lowers what was measured.
+        A llama-server fits itself into the room that it finds: a run that may have been
+        squeezed lowers nothing much. Only one that is over lowers what was measured.
         """
         key = _command_key(model)
         known = self._known.get(key, Known(model.name))
@@ -4566,11 +4529,8 @@ class Facts(NamedTuple):
 
 
 class Inspector:
-    """Finds out the Facts of models. Any thread may call.
-
-    Files are read on a thread of its own, because they may lie on slow mounts, and read
-    again when their size or time changes.
-    """
+    """Finds out the Facts of models. Any thread may call; files, which may lie on slow
+    mounts, are read by one of its own, and again when their size or time changes."""
 
     def __init__(self):
         self._facts = {}  # by name: (model, Facts)
