@@ -3258,18 +3258,17 @@ class Backend:
         listener that was once seen to be theirs may not hide later."""
         if self.pid is None or self.upstream.host not in LOOPBACK:
             return True
-        inodes = listening_inodes(self.upstream.port)
-        if inodes == self._own_inodes:
-            return True
-        self._stranger = foreign_listener(inodes, self.pid, self._may_hide)
-        if self._stranger:  # unless it was the child's, which has just ended
-            inodes &= listening_inodes(self.upstream.port)
+        for _ in range(2):  # the first may be the child's, which has just ended
+            inodes = listening_inodes(self.upstream.port)
+            if inodes == self._own_inodes:
+                return True
             self._stranger = foreign_listener(inodes, self.pid, self._may_hide)
-        if self._stranger is None:
-            self._own_inodes = inodes
-            if inodes and self._may_hide:
-                self._may_hide = bool(foreign_listener(inodes, self.pid, False))
-        return self._stranger is None
+            if self._stranger is None:
+                self._own_inodes = inodes
+                if inodes and self._may_hide:
+                    self._may_hide = bool(foreign_listener(inodes, self.pid, False))
+                return True
+        return False
 
     def _report_loaded(self):
         """Report that it is ready, and what its own /v1/models says of it."""
@@ -3786,13 +3785,18 @@ class LlamaServerBackend(ProcessBackend):
         if not self._digest:
             return True
         try:
-            saved = self._take_context()
-            tokens = sum(tokens for _, _, tokens in saved.slots)
-            limit = min(self.model.settings.stop_timeout, tokens / saved.speed)
-            for number, path, tokens in saved.slots:
-                self._ask(began + limit, f"/slots/{number}?action=restore", path)
-                self._restored[number] = tokens
-            if saved.slots:
+            saved = self._contexts.take(self.model.context_dir)
+            paths = [path for _, path, _ in saved.slots if os.path.isfile(path)]
+            is_whole = sum(map(os.path.getsize, paths)) == saved.size
+            if saved.slots and saved.command != self._digest:
+                self._note("context was not restored: the command or a file has changed")
+            elif saved.slots and is_whole and self._keeps_context():
+                self._speed = saved.speed
+                tokens = sum(tokens for _, _, tokens in saved.slots)
+                limit = min(self.model.settings.stop_timeout, tokens / saved.speed)
+                for number, path, tokens in saved.slots:
+                    self._ask(began + limit, f"/slots/{number}?action=restore", path)
+                    self._restored[number] = tokens
                 self._unused = max(self._restored.values())
                 self._tell("restored", saved, began)
             return True
@@ -3802,17 +3806,6 @@ class LlamaServerBackend(ProcessBackend):
             return isinstance(error, TimeoutError)
         finally:
             self._discard_all_but(())
-
-    def _take_context(self):
-        saved = self._contexts.take(self.model.context_dir)
-        if saved.slots and saved.command != self._digest:
-            self._note("context was not restored: the command or a file has changed")
-        paths = [path for _, path, _ in saved.slots if os.path.isfile(path)]
-        is_whole = sum(map(os.path.getsize, paths)) == saved.size
-        if saved.command != self._digest or not (is_whole and self._keeps_context()):
-            return SavedContext()
-        self._speed = saved.speed
-        return saved
 
     def _save_context(self):
         """Save what the slots hold, now that no request is left: in `stop-timeout` and
