@@ -9795,7 +9795,7 @@ class FileWatch:
             is_due = now >= self._looked_at + WATCH_EVERY
             if is_due and not (self._look and self._look.is_alive()):
                 self._looked_at = now
-                with contextlib.suppress(RuntimeError):  # no more threads can be started
+                with contextlib.suppress(RuntimeError):  # there can be no more threads
                     self._look = start_thread(self._find_change, "watch", on_change)
             look = self._look
         if look:
