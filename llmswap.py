@@ -5605,7 +5605,7 @@ MAX_CHUNK_LINE = 4096  # bytes of a line between chunks
 HEAD_SECONDS = 10.0  # for a whole head once its first byte is there
 STALL_SECONDS = 60.0  # without a byte in the middle of a body; as nginx
 SMALL_BODY = 1 << 20  # bytes of a body that are held even if they are not needed
-READ_SIZE = 1 << 13  # bytes read at once of heads and of bodies of unknown length
+READ_SIZE = 1 << 11  # bytes read at once of heads, and held by each waiting stream
 BUFFER_SIZE = 1 << 18  # bytes read at once of other bodies
 EXCERPT_SIZE = 1 << 11  # bytes that are kept of an answer's start, and of its end
 EARLY_HEAD_AFTER = 3.0  # s of waiting; a failure before that has its own HTTP status
@@ -9648,7 +9648,7 @@ class FileWatch:
             is_due = now >= self._looked_at + WATCH_EVERY
             if is_due and not (self._look and self._look.is_alive()):
                 self._looked_at = now
-                with contextlib.suppress(RuntimeError):  # no more threads can be started
+                with contextlib.suppress(RuntimeError):  # there can be no more threads
                     self._look = start_thread(self._find_change, "watch", on_change)
             look = self._look
         if look:
