@@ -2745,7 +2745,6 @@ shift 2
 exec "$@" </dev/null
 """
 
-
 OUR_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # before we raise it
 DESCRIPTORS = "unlimited" if OUR_LIMIT == resource.RLIM_INFINITY else str(OUR_LIMIT)
 
@@ -2768,13 +2767,10 @@ class Guard:
         with self._lock:
             if self._process and self._process.poll() is None:
                 return
+            argv = ["/bin/sh", "-c", GUARD_SCRIPT, "llmswap-guard"]
+            files = {"stdin": self._read_end, "stdout": subprocess.DEVNULL}
             self._process = subprocess.Popen(
-                ["/bin/sh", "-c", GUARD_SCRIPT, "llmswap-guard"],
-                stdin=self._read_end,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-                cwd="/",
+                argv, stderr=subprocess.DEVNULL, start_new_session=True, cwd="/", **files
             )
             for group in self._groups:
                 self._tell("+", group)
@@ -2817,15 +2813,13 @@ def clean_environment(extra: Mapping[str, str]) -> Dict[str, str]:
 
 def find_program(name: str, environment: Mapping[str, str], cwd: Optional[str]) -> str:
     """Return the path of the program as the child will find it. Raise LoadFailed."""
-    base = cwd or os.getcwd()
-    path = environment.get("PATH", os.defpath)
-    for place in [""] if os.sep in name else path.split(os.pathsep):
-        candidate = os.path.join(base, place, name)
-        if os.path.isfile(candidate) and os.access(candidate, os.X_OK):
-            return candidate
+    place = os.path.join(cwd or os.getcwd(), name) if os.sep in name else name
+    program = shutil.which(place, path=environment.get("PATH", os.defpath))
+    if program:
+        return program
     if os.sep in name:
-        reason = "is not executable" if os.path.exists(candidate) else "does not exist"
-        raise LoadFailed(f"{candidate} {reason}")
+        reason = "is not executable" if os.path.exists(place) else "does not exist"
+        raise LoadFailed(f"{place} {reason}")
     where = "`llama-server` in [llmswap], or " if name == "llama-server" else ""
     raise LoadFailed(
         f"there is no program {name!r} on the PATH; {where}the model's `cmd` can "
@@ -2894,9 +2888,8 @@ def cached_models(binary: str) -> List[str]:
 
 def table_of(model: Model) -> Optional[OptionTable]:
     """Return the options that the model's llama-server has; None for other kinds."""
-    if model.kind != "llama-server":
-        return None
-    return options_of(model.settings.llama_server)
+    is_llama = model.kind == "llama-server"
+    return options_of(model.settings.llama_server) if is_llama else None
 
 
 def check_start(model: Model):
@@ -3259,7 +3252,7 @@ class Backend:
         if self.pid is None or self.upstream.host not in LOOPBACK:
             return True
         for _ in range(2):  # the first may be the child's, which has just ended
-            inodes = listening_inodes(self.upstream.port)
+            self._stranger, inodes = None, listening_inodes(self.upstream.port)
             if inodes == self._own_inodes:
                 return True
             self._stranger = foreign_listener(inodes, self.pid, self._may_hide)
@@ -3380,14 +3373,10 @@ class ProcessBackend(Backend):
         self._oom_kills = oom_kills()
         self._guard.start()
         score = str(model.settings.oom_score_adj)
-        process = subprocess.Popen(
-            ["/bin/sh", "-c", SPAWN_SCRIPT, "sh", score, DESCRIPTORS, *argv],
-            stdin=self._guard.fd,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            **self._surroundings,
-        )
+        argv = ["/bin/sh", "-c", SPAWN_SCRIPT, "sh", score, DESCRIPTORS, *argv]
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        options = {"start_new_session": True, **output, **self._surroundings}
+        process = subprocess.Popen(argv, stdin=self._guard.fd, **options)
         self.pid = process.pid
         self.where = f"pid {self.pid}, port {self.port}"
         self._guard.watch(self.pid)
@@ -3422,10 +3411,8 @@ class ProcessBackend(Backend):
                 ready = dict(poll.poll(50 if exit_fd is None else None))
                 if output in ready and self._read_output(output) == b"":
                     poll.unregister(output)  # it has closed it
-                has_exited = exit_fd in ready
-                if exit_fd is None:  # it is not reaped yet
-                    how = os.WEXITED | os.WNOHANG | os.WNOWAIT
-                    has_exited = os.waitid(os.P_PID, self.pid, how) is not None
+                how = os.WEXITED | os.WNOHANG | os.WNOWAIT  # it is not reaped yet
+                has_exited = os.waitid(os.P_PID, self.pid, how) is not None
             for _ in range(16):  # a pipe holds a megabyte; others may write for ever
                 if not self._read_output(output):
                     break
@@ -3562,9 +3549,8 @@ def _is_group_alive(group):
         os.killpg(group, 0)
     except OSError:
         return False
-    return any(
-        stat.group == group and stat.state not in "ZX" for _, stat in processes()
-    )
+    states = [stat.state for _, stat in processes() if stat.group == group]
+    return any(state not in "ZX" for state in states)
 
 
 def memory_of(pid: int) -> Dict[str, int]:
