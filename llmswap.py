@@ -2768,10 +2768,9 @@ class Guard:
             if self._process and self._process.poll() is None:
                 return
             argv = ["/bin/sh", "-c", GUARD_SCRIPT, "llmswap-guard"]
-            files = {"stdin": self._read_end, "stdout": subprocess.DEVNULL}
-            self._process = subprocess.Popen(
-                argv, stderr=subprocess.DEVNULL, start_new_session=True, cwd="/", **files
-            )
+            no_output = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
+            options = {"cwd": "/", "start_new_session": True, **no_output}
+            self._process = subprocess.Popen(argv, stdin=self._read_end, **options)
             for group in self._groups:
                 self._tell("+", group)
 
@@ -3775,7 +3774,8 @@ class LlamaServerBackend(ProcessBackend):
             paths = [path for _, path, _ in saved.slots if os.path.isfile(path)]
             is_whole = sum(map(os.path.getsize, paths)) == saved.size
             if saved.slots and saved.command != self._digest:
-                self._note("context was not restored: the command or a file has changed")
+                text = "the command or a file has changed"
+                self._note(f"context was not restored: {text}")
             elif saved.slots and is_whole and self._keeps_context():
                 self._speed = saved.speed
                 tokens = sum(tokens for _, _, tokens in saved.slots)
@@ -3886,8 +3886,7 @@ _GPU_QUESTIONS = {  # by tool: options; the numbers in a row of the answer; thei
     "processes": {
         "nvidia-smi": (["--query-compute-apps=pid,used_gpu_memory", _CSV],
                        r"^\s*(\d+)\b(?:,\s*(\d+))?", (1, 1 << 20)),
-        "rocm-smi": (["--showpids"],
-                     r"^\s*(\d+)\b(?:\s+\S+\s+\S+\s+(\d+)\b)?", (1, 1)),
+        "rocm-smi": (["--showpids"], r"^\s*(\d+)\b(?:\s+\S+\s+\S+\s+(\d+)\b)?", (1, 1)),
     },
     "sizes": {
         "nvidia-smi": (["--query-gpu=memory.total,memory.used", _CSV],

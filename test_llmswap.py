@@ -4255,23 +4255,11 @@ cmd = FAKE --model b
 def ears():
     """(port, packets): a UDP socket and what it hears, with the time."""
     packets = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind(("127.0.0.1", 0))
-
-        def listen():
-            while True:
-                data = sock.recv(2000)
-                if not data:
-                    return
-                packets.append((time.monotonic(), data))
-
-        thread = threading.Thread(target=listen, daemon=True)
-        thread.start()
-        port = sock.getsockname()[1]
-        yield port, packets
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end:
-            end.sendto(b"", ("127.0.0.1", port))
-        thread.join()
+    hear = lambda data, *_: packets.append((time.monotonic(), data[0]))  # noqa: E731
+    with socketserver.UDPServer(("127.0.0.1", 0), hear) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield server.server_address[1], packets
+        server.shutdown()
 
 
 @pytest.fixture
