@@ -3745,8 +3745,8 @@ class LlamaServerBackend(ProcessBackend):
 
     def _digest_of(self, argv):
         """Return what changes with the command, its environment, binary or models."""
-        env, cwd = self._surroundings["env"], self.model.settings.cwd
-        paths = [find_program(argv[0], env, cwd)]
+        cwd = self.model.settings.cwd
+        paths = [find_program(argv[0], self._surroundings["env"], cwd)]
         for option, path in zip(argv, argv[1:]):
             if option == "--model" or path.endswith(".gguf"):
                 paths.append(os.path.join(cwd, path))
@@ -3851,13 +3851,10 @@ class LlamaServerBackend(ProcessBackend):
     def _discard_all_but(self, slots):
         """Delete its other files of slots, also those that a kill left behind."""
         name = re.escape(self._files + folder_name(self.model.name))
-        paths = {path for _, path, _ in slots}
+        is_ours = re.compile(rf"{name}\.\d+\.[0-9a-f]{{8}}").fullmatch
         with contextlib.suppress(OSError):
-            discard([
-                each.path for each in os.scandir(self._files)
-                if re.fullmatch(rf"{name}\.\d+\.[0-9a-f]{{8}}", each.path)
-                and each.path not in paths
-            ])  # fmt: skip
+            paths = {each.path for each in os.scandir(self._files)}
+            discard(set(filter(is_ours, paths)) - {path for _, path, _ in slots})
 
     def _tell(self, kind, saved, began):
         tokens = sum(tokens for _, _, tokens in saved.slots)
@@ -4243,11 +4240,8 @@ def with_machine_budget(
     written: Mapping[str, Optional[int]], machine: Mapping[str, int]
 ) -> Dict[str, int]:
     """Return a budget as written, with what the machine has where `auto` is written."""
-    return {
-        name: machine[name] if size is None else size
-        for name, size in written.items()
-        if size is not None or name in machine
-    }
+    sizes = {**machine, **{n: size for n, size in written.items() if size is not None}}
+    return {name: sizes[name] for name in written if name in sizes}
 
 
 def memory_taken(group: int, on_gpu: Optional[int]) -> Dict[str, int]:
@@ -4278,11 +4272,10 @@ def fit_params_estimate(model: Model) -> Dict[str, int]:
         return {}
     tool = os.path.join(os.path.dirname(server), "llama-fit-params")
     _, text = run_command([tool, "--help"], TOOL_TIMEOUT)
-    known = {  # how many values follow, by option
-        name: len((match[2] or "").split())
-        for match in OPTION_HELP.finditer(text)
-        for name in re.split(", +", match[1])
-    }
+    known = {}  # how many values follow, by option
+    for match in OPTION_HELP.finditer(text):
+        count = len((match[2] or "").split())
+        known.update(dict.fromkeys(re.split(", +", match[1]), count))
     if "-fitp" not in known:
         return {}
     command, words = [tool], iter([*argv[1:], "--offline"])
@@ -4553,29 +4546,21 @@ class Inspector:
             problem = error.with_traceback(None)
         if table is None:
             return Facts(argv, problem=problem)
-        options = table.read(argv[1:])
-        header, projector = (
-            self._read(os.path.join(model.settings.cwd, options.get(name, "")))
-            for name in ("--model", "--mmproj")
-        )
+        options, inputs = table.read(argv[1:]), ["text"]
+        header = self._header(model, options.get("--model", ""))
+        projector = self._header(model, options.get("--mmproj", ""))
+        for encoder, name in (("vision", "image"), ("audio", "audio")):
+            if projector.get(f"clip.has_{encoder}_encoder") is True:
+                inputs.append(name)
         trained = header.get(f"{header.get('general.architecture')}.context_length")
         meta = {"n_ctx": options.get("--ctx-size"), "n_ctx_train": trained}
-        numbers = {
-            name: int(value)
-            for name, value in meta.items()
-            if re.fullmatch("[1-9][0-9]{0,8}", str(value))
-        }
-        encoders = {"vision": "image", "audio": "audio"}
-        inputs = [
-            name
-            for encoder, name in encoders.items()
-            if projector.get(f"clip.has_{encoder}_encoder") is True
-        ]
-        preset = model.preset(table)
-        return Facts(argv, preset, options, problem, ["text", *inputs], numbers)
+        is_number = re.compile("[1-9][0-9]{0,8}").fullmatch
+        meta = {name: int(text) for name, text in meta.items() if is_number(str(text))}
+        return Facts(argv, model.preset(table), options, problem, inputs, meta)
 
-    def _read(self, path):
+    def _header(self, model, path):
         with contextlib.suppress(OSError, ValueError):
+            path = os.path.join(model.settings.cwd, path)
             status = os.stat(path)
             return self._read_once(path, status.st_size, status.st_mtime_ns)
         return {}
