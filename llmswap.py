@@ -4011,7 +4011,8 @@ class UnitBackend(Backend):
             self._is_started = True
             status, text = self._systemctl("start", limit, lambda: self._is_stop_asked)
             if status is None and time.monotonic() >= deadline:
-                raise LoadTimeout(f"{self._title}: systemctl start took {limit:g} s")
+                text = f"systemctl start took over {limit:g} s"
+                raise LoadTimeout(f"{self._title}: {text}")
             if status != 0 and not self._is_stop_asked:
                 raise self._end_error(text)
         self._exited = exited = threading.Event()  # not that of the last start's watch
