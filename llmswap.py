@@ -2999,7 +2999,8 @@ class Backend:
 
     def start(self):
         """Begin to run on a thread of its own."""
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        name = f"model {self.model.name}"
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def stop(self, at_once=False):
