@@ -2632,16 +2632,15 @@ class Upstream:
 
     def mark_alive(self):
         """The backend gave a sign of life just now, such as a part of an answer."""
-        if self._has_slept():
+        suspended = suspended_seconds()
+        if suspended > self._suspended + 1.0:
             self._close_idle()
-        self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
+        self._seen_at, self._suspended = time.monotonic(), suspended
 
     def seen_within(self, seconds: float) -> bool:
         """Whether its last sign of life is no older, nor from before a suspension."""
-        return not self._has_slept() and time.monotonic() < self._seen_at + seconds
-
-    def _has_slept(self):
-        return suspended_seconds() > self._suspended + 1.0
+        has_slept = suspended_seconds() > self._suspended + 1.0
+        return not has_slept and time.monotonic() < self._seen_at + seconds
 
     def dial(self, timeout: float) -> socket.socket:
         """Return a new connection, which is not counted. Raise OSError."""
