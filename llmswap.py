@@ -7173,15 +7173,13 @@ class StatusReport(NamedTuple):
 def snapshot(report: StatusReport) -> dict:
     """Return what the page shows, ready for JSON: the report without its metrics, and
     each model's ModelStatus without pid, port and entry."""
-    shown = {**report._asdict(), "models": []}
-    del shown["metrics"]
+    models = []
     for model in report.models:
-        fields = model._asdict()
-        for name in ("pid", "port", "entry"):
-            del fields[name]
-        fields["failure"] = str(model.failure) if model.failure else None
-        shown["models"].append(fields)
-    return shown
+        failure = str(model.failure) if model.failure else None
+        fields = model._replace(failure=failure)._asdict()
+        del fields["pid"], fields["port"], fields["entry"]
+        models.append(fields)
+    return report._replace(models=models, metrics=None)._asdict()
 
 
 def printable(text: str) -> str:
@@ -7248,9 +7246,17 @@ def speed_of(usage: Usage, seconds: float) -> Optional[float]:
 # -- Prometheus ------------------------------------------------------------------------
 
 METRICS_TYPE = ("content-type", "text/plain; version=0.0.4; charset=utf-8")
-# Kind; field of ModelStatus (gauges) or name in Metrics.counts; metric, with llmswap_
-# before it; help; labels beside `model`.
+# Kind; source in _cells_of(); metric, with llmswap_ before it; help; labels, which are
+# `model` if there are none.
 METRICS = (
+    ("gauge", "build", "build_info", "Version of llmswap.", "version", "python"),
+    ("gauge", "born", "process_start_time_seconds", "Unix time of the start."),
+    ("counter", "cpu", "process_cpu_seconds_total", "CPU time of llmswap."),
+    ("gauge", "memory", "process_resident_memory_bytes", "Memory of llmswap."),
+    ("gauge", "budget", "budget_bytes", "What all models may use.", "resource"),
+    ("gauge", "needs", "model_needs_bytes", "What a model needs.", "model", "resource"),
+    ("gauge", "states", "model_state", "1 for the state of a model, else 0.",
+     "model", "state"),
     ("gauge", "running", "requests_in_flight", "Requests that a model serves now."),
     ("gauge", "waiting", "requests_queued", "Requests that wait for a model."),
     ("gauge", "rss", "model_resident_memory_bytes", "Memory of a model's processes."),
@@ -7259,7 +7265,7 @@ METRICS = (
     ("gauge", "progress", "load_progress_ratio", "Progress of a load, if known."),
     ("gauge", "tokens_per_second", "last_tokens_per_second", "Speed of last answer."),
     ("counter", "requests", "requests_total",
-     "Ended requests; status 499: the client left.", "status"),
+     "Ended requests; status 499: the client left.", "model", "status"),
     ("counter", "tokens_in", "prompt_tokens_total", "Prompt tokens, as reported."),
     ("counter", "tokens_out", "completion_tokens_total", "New tokens, as reported."),
     ("counter", "tokens_cached", "prompt_tokens_cached_total",
@@ -7267,90 +7273,74 @@ METRICS = (
     ("counter", "bytes_in", "request_bytes_total", "Bytes of request bodies."),
     ("counter", "bytes_out", "response_bytes_total", "Bytes of response bodies."),
     ("counter", "swaps", "swaps_total", "Loads for which a model was evicted."),
-    ("counter", "stops", "stops_total", "Stops of models by cause.", "cause"),
-    ("counter", "failures", "failures_total", "Runs that failed, by state.", "state"),
+    ("counter", "stops", "stops_total", "Stops of models.", "model", "cause"),
+    ("counter", "failures", "failures_total", "Runs that failed.", "model", "state"),
     ("counter", "context_tokens", "context_tokens_total",
-     "Tokens of contexts that were saved or restored.", "action"),
+     "Tokens of contexts that were saved or restored.", "model", "action"),
     ("counter", "context_seconds", "context_seconds_saved_total",
      "Seconds of prompt processing that restored contexts saved."),
     ("histogram", "durations", "request_duration_seconds", "Time of whole requests."),
     ("histogram", "waits", "request_wait_seconds", "Time waiting for the model."),
     ("histogram", "loads", "load_duration_seconds", "Time until a model is ready."),
-)
+)  # fmt: skip
 
 
 def metrics_text(report: StatusReport) -> str:
     """Return everything in Prometheus' text format, version 0.0.4."""
-    lines = []
-    families = (*_process_metrics(report), *_model_metrics(report))
-    for kind, name, text, samples in families:
+    lines, cells = [], _cells_of(report)
+    for kind, source, name, text, *labels in METRICS:
+        name = name if name.startswith("process_") else f"llmswap_{name}"
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-        for suffix, labels, number in samples:
-            pairs = ",".join(f'{key}={_quoted(text)}' for key, text in labels.items())
-            inner = "{" + pairs + "}" if pairs else ""
+        labels = labels or ["model"]
+        samples = [("", values, number) for values, number in cells[source]]
+        if kind == "histogram":
+            labels.append("le")
+            samples = _buckets(dict(cells[source]), cells[f"{source}_sum"])
+        for suffix, values, number in samples:
+            pairs = []
+            for label, value in zip(labels, values):  # JSON quotes as Prometheus does
+                quoted = json.dumps(printable(str(value)), ensure_ascii=False)
+                pairs.append(f"{label}={quoted}")
+            inner = "{" + ",".join(pairs) + "}" if pairs else ""
             lines += [] if number is None else [f"{name}{suffix}{inner} {number!r}"]
     return "\n".join(lines) + "\n"
 
 
-def _quoted(value):
-    text = printable(str(value)).replace("\\", r"\\").replace('"', r"\"")
-    return '"' + text.replace("\n", r"\n") + '"'
+def _cells_of(report):
+    """Return {source: [(values of its labels, number or None)]}."""
+    cells = collections.defaultdict(list)
+    for (source, *values), number in sorted(report.metrics.counts.items(), key=repr):
+        cells[source].append((tuple(values), number))
+    python = "{}.{}.{}".format(*sys.version_info)
+    cells["build"] = [((report.version, python), 1)]
+    cells["born"] = [((), report.born)]
+    cells["cpu"] = [((), time.process_time())]
+    cells["memory"] = [((), memory_of(os.getpid()).get("VmRSS"))]
+    cells["swaps"] = [((), report.metrics.counts["swaps",])]
+    cells["budget"] = [((name,), size) for name, size in report.budget.items()]
+    gauges = "running waiting rss vram context progress tokens_per_second".split()
+    for model in report.models:
+        if model.shares is not None:
+            continue
+        for source in gauges:
+            cells[source].append(((model.id,), getattr(model, source)))
+        for state in State:
+            is_now = int(model.state == state.value)
+            cells["states"].append(((model.id, state.value), is_now))
+        for name, size in model.needs.items():
+            cells["needs"].append(((model.id, name), size))
+    return cells
 
 
-def _process_metrics(report):
-    """Yield kind, name, help, and samples: a suffix of the name, labels, a number."""
-    build = {"version": report.version, "python": "{}.{}.{}".format(*sys.version_info)}
-    yield "gauge", "llmswap_build_info", "Version of llmswap.", [("", build, 1)]
-    rss, cpu = memory_of(os.getpid()).get("VmRSS"), time.process_time()
-    for kind, name, text, number in (
-        ("gauge", "process_start_time_seconds", "Unix time of the start.", report.born),
-        ("counter", "process_cpu_seconds_total", "CPU time of llmswap.", cpu),
-        ("gauge", "process_resident_memory_bytes", "Memory of llmswap.", rss),
-    ):
-        yield kind, name, text, [("", {}, number)]
-
-
-def _model_metrics(report):
-    """Yield the same for the models."""
-    own = [model for model in report.models if model.shares is None]
-    yield "gauge", "llmswap_model_state", "1 for the state of a model, else 0.", [
-        ("", {"model": model.id, "state": state.value}, int(model.state == state.value))
-        for model in own
-        for state in State
-    ]
-    yield "gauge", "llmswap_budget_bytes", "What all models may use of a resource.", [
-        ("", {"resource": name}, size) for name, size in report.budget.items()
-    ]
-    yield "gauge", "llmswap_model_needs_bytes", "What a model needs of a resource.", [
-        ("", {"model": model.id, "resource": name}, size)
-        for model in own
-        for name, size in model.needs.items()
-    ]
-    counts = collections.defaultdict(list)
-    for (source, *labels), value in sorted(report.metrics.counts.items(), key=repr):
-        counts[source].append((labels, value))
-    for kind, source, name, text, *labels in METRICS:
-        if kind == "gauge":
-            samples = [("", {"model": each.id}, getattr(each, source)) for each in own]
-        elif kind == "counter":
-            cells = counts[source] or ([((), 0)] if source == "swaps" else [])
-            names = ("model", *labels)  # zip() drops it for swaps, which have no model
-            samples = [("", dict(zip(names, values)), n) for values, n in cells]
-        else:
-            samples = _buckets(counts[source], counts[f"{source}_sum"])
-        yield kind, f"llmswap_{name}", text, samples
-
-
-def _buckets(cells, sums):
+def _buckets(counts, sums):
     """Yield each model's cumulative buckets, their sum and their count."""
-    cells = {tuple(labels): value for labels, value in cells}
     for (model,), total in sums:
         reached = 0
         for index, bound in enumerate((*BUCKETS, "+Inf")):
-            reached += cells.get((model, index), 0)
-            yield "_bucket", {"model": model, "le": bound}, reached
-        yield "_sum", {"model": model}, total
-        yield "_count", {"model": model}, reached
+            reached += counts.get((model, index), 0)
+            yield "_bucket", (model, bound), reached
+        yield "_sum", (model,), total
+        yield "_count", (model,), reached
 
 
 # -- the status page -------------------------------------------------------------------
@@ -8108,17 +8098,12 @@ STATUS_PAGE = """<!doctype html>
 </html>
 """.format(style=_STYLE, script=_SCRIPT)
 
-
-def page_policy() -> str:
-    """Return the page's Content-Security-Policy: its own script and style only, and
-    requests to its own origin only."""
-    digests = [hashlib.sha256(text.encode()).digest() for text in (_SCRIPT, _STYLE)]
-    script, style = [base64.b64encode(digest).decode() for digest in digests]
-    return (
-        f"default-src 'none'; script-src 'sha256-{script}'; "
-        f"style-src 'sha256-{style}'; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
+_DIGESTS = [hashlib.sha256(text.encode()).digest() for text in (_SCRIPT, _STYLE)]
+PAGE_POLICY = (  # the page's own script and style, and requests to its own origin only
+    "default-src 'none'; script-src 'sha256-{}'; style-src 'sha256-{}'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+).format(*(base64.b64encode(digest).decode() for digest in _DIGESTS))
 
 
 # ==================================================================================
@@ -8567,7 +8552,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self._stream(functools.partial(next, self._snapshots()), _as_event)
         headers = [
             ("content-type", "text/html; charset=utf-8"),
-            ("content-security-policy", page_policy()),
+            ("content-security-policy", PAGE_POLICY),
             ("x-content-type-options", "nosniff"),
             ("referrer-policy", "no-referrer"),
             ("cache-control", "no-cache"),

@@ -6421,7 +6421,7 @@ def test_a_refused_client_learns_how_to_authenticate_and_allowed_pages_pass(guar
     page = guarded.get("/", {"Accept": "text/html"})  # the bare page needs no key
     assert page.status == 200 and b"<title>llmswap</title>" in page.body
     assert page.headers["content-type"].startswith("text/html")
-    assert page.headers["content-security-policy"] == llmswap.page_policy()
+    assert page.headers["content-security-policy"] == llmswap.PAGE_POLICY
     with Stream(guarded.port, "/", None, {**EVENTS, **KEY}) as stream:
         assert len(next(stream.documents())["models"]) == 1
     asked = {
@@ -8454,7 +8454,7 @@ def test_resident_memory_is_that_of_the_whole_process_group():
 
 
 def test_the_page_loads_nothing_from_outside_and_runs_its_own_script_alone():
-    page, policy = llmswap.STATUS_PAGE, llmswap.page_policy()
+    page, policy = llmswap.STATUS_PAGE, llmswap.PAGE_POLICY
     urls = re.findall(r"https?://[^'\"\s]*", page)
     assert set(urls) == {"http://www.w3.org/2000/svg"}  # a name, never fetched
     assert not re.search(r"\s(src|on\w+|style)=|@import|url\(", page)
