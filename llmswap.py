@@ -5748,7 +5748,6 @@ READ_SIZE = 1 << 13  # bytes read at once of heads and of bodies of unknown leng
 BUFFER_SIZE = 1 << 18  # bytes read at once of other bodies
 EXCERPT_SIZE = 1 << 11  # bytes that are kept of an answer's start, and of its end
 EARLY_HEAD_AFTER = 3.0  # s of waiting; a failure before that has its own HTTP status
-TLS_HELLO = b"\x16\x03"  # the first bytes that a client of https sends
 COMMENT_EVERY = 10.0  # s; no known client gives up before 30 s of silence
 STALL_CHECK_AFTER = 5.0  # s of silence until a backend is checked for a hang
 
@@ -5763,6 +5762,7 @@ Headers = List[Tuple[str, str]]
 # -- sockets ---------------------------------------------------------------------------
 
 _TIMEOUTS = (BlockingIOError, TimeoutError, socket.timeout)  # after POLL_INTERVAL
+_HANG_UP = getattr(select, "POLLRDHUP", select.POLLHUP)  # closed, or its sending half
 
 
 class StallMonitor:
@@ -5812,29 +5812,18 @@ class SocketReader:
 
     def line(self, pattern: "re.Pattern") -> "re.Match":
         """Read a line that matches the pattern. Raise BadRequest, EOFError."""
-        line = newline = b""
-        while not newline:
+        data = self.buffer
+        while b"\n" not in data and len(data) < MAX_CHUNK_LINE:
+            self.buffer = b""
             piece = self.receive()
             if not piece:
                 raise EOFError("the connection closed between two chunks")
-            line, newline, rest = (line + piece).partition(b"\n")
-            self.buffer = rest + self.buffer
-            if len(line) >= MAX_CHUNK_LINE:
-                raise BadRequest("a line between chunks is too long")
-        match = pattern.fullmatch(line + newline)
+            data += piece
+        match = pattern.match(data)
         if not match:
-            raise BadRequest(f"chunks or trailer malformed at {line[:40]!r}")
+            raise BadRequest(f"chunks or trailer malformed at {data[:40]!r}")
+        self.buffer = data[match.end() :]
         return match
-
-    def wait_readable(self, seconds: float) -> bool:
-        """Return whether bytes come within so many seconds."""
-        try:
-            self.buffer = self.buffer or self.sock.recv(READ_SIZE)
-            return bool(self.buffer)
-        except _TIMEOUTS:  # a poll does not wake up every POLL_INTERVAL
-            waiter = select.poll()
-            waiter.register(self.sock, select.POLLIN)
-            return bool(waiter.poll(seconds * 1000))
 
     def head(self) -> bytes:
         """Return a whole head with its blank line; b"" if the stream ends before it.
@@ -5851,7 +5840,7 @@ class SocketReader:
             self.is_untouched = False
             data = _EMPTY_LINES.sub(b"", data + piece)
             end = data.find(b"\r\n\r\n", searched)
-            if data.startswith(TLS_HELLO):
+            if data.startswith(b"\x16\x03"):  # as a client of https does
                 raise SpokenTLS("this is plain HTTP: use http://, not https://")
             received += len(piece)
             unused = len(data) - end - 4 if end >= 0 else 0
@@ -5877,11 +5866,11 @@ def send_all(sock: socket.socket, data, monitor: StallMonitor):
             monitor()
 
 
-def has_disconnected(sock: socket.socket) -> bool:
-    """Return whether the other side closed the connection, or its sending half."""
+def await_event(sock: socket.socket, event: int, seconds: float) -> bool:
+    """Return whether an event of select.poll() comes within so many seconds."""
     waiter = select.poll()
-    waiter.register(sock, getattr(select, "POLLRDHUP", select.POLLHUP))
-    return bool(waiter.poll(0))
+    waiter.register(sock, event)
+    return bool(waiter.poll(seconds * 1000))
 
 
 # -- heads -----------------------------------------------------------------------------
@@ -5923,26 +5912,8 @@ def end_to_end(headers: Headers) -> Headers:
     return [header for header in headers if header[0] not in dropped]
 
 
-_FRAMING_HEADERS = ("content-length", "transfer-encoding")
-_LENGTH = re.compile("[0-9]{1,18}")
-
-
-def framing_of(headers: Headers, default: Optional[int]) -> Tuple[Optional[int], bool]:
-    """Return the length of the body after these headers, and whether it is chunked.
-
-    The length is None if it is not known, `default` if no header gives it. Raise
-    BadRequest unless there is one Content-Length, a number, or one Transfer-Encoding,
-    exactly `chunked`, but not both.
-    """
-    framing = [header for header in headers if header[0] in _FRAMING_HEADERS]
-    if not framing:
-        return default, False
-    (name, value), *more = framing
-    if not more and name == "content-length" and _LENGTH.fullmatch(value):
-        return int(value), False
-    if not more and name == "transfer-encoding" and value.lower() == "chunked":
-        return None, True
-    raise BadRequest("a body needs one Content-Length, or Transfer-Encoding: chunked")
+_FRAMING = ("content-length", "transfer-encoding")
+_LENGTH = re.compile("content-length: ([0-9]{1,18})")
 
 
 def is_event_stream(headers: Mapping[str, str]) -> bool:
@@ -5957,8 +5928,9 @@ class Head:
     Raise BadRequest, HeadersTooLarge.
 
     `headers` have names in lower case; Content-Length and Transfer-Encoding are not
-    among them, but in `length` and `is_chunked`. A body with neither ends with the
-    connection. `is_persistent`: the connection may go on (of HTTP/1.0: never).
+    among them, but in `length`, which is `default` without them, and `is_chunked`. A
+    body without a length or chunks ends with the connection. `is_persistent`: the
+    connection may go on (of HTTP/1.0: never).
     """
 
     def __init__(self, raw: bytes, start_line: "re.Pattern", default: Optional[int]):
@@ -5973,8 +5945,16 @@ class Head:
             raise HeadersTooLarge(f"more than {MAX_HEADER_LINES} header lines")
         headers = [(name.lower(), value) for name, value in lines]
         self.is_http_10 = self.start["minor"] == b"0"
-        self.length, self.is_chunked = framing_of(headers, default)
-        self.headers = [each for each in headers if each[0] not in _FRAMING_HEADERS]
+        self.headers = [each for each in headers if each[0] not in _FRAMING]
+        framing = [": ".join(each).lower() for each in headers if each[0] in _FRAMING]
+        counted = _LENGTH.fullmatch("\n".join(framing))
+        self.is_chunked = framing == ["transfer-encoding: chunked"]
+        if framing and not counted and not self.is_chunked:
+            text = "a body needs one Content-Length, or Transfer-Encoding: chunked"
+            raise BadRequest(text)
+        self.length = None if framing else default
+        if counted:
+            self.length = int(counted[1])
         self._first_values = dict(reversed(self.headers))
         self.connection = ", ".join(self.all("connection")).lower()
         self.is_persistent = "close" not in self.connection and not self.is_http_10
@@ -6014,8 +5994,6 @@ class Request(Head):
 
     def parameter(self, name: str) -> Optional[str]:
         """Return the first value of a query parameter, or None."""
-        if name not in self.query:
-            return None
         query = self.query.encode("latin-1").decode("utf-8", "replace")
         pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
         return next((value for key, value in pairs if key == name), None)
@@ -6275,26 +6253,23 @@ class UpstreamResponse(Head):
     def __init__(self, reader: SocketReader, method: str):
         self.reader = reader
         self.is_reusable = False  # the connection, after the end of the payload
-        self._read_head()
-        while self.status < 200 and self.status != 101:
-            self._read_head()
+        self.status = 100
+        try:
+            while self.status < 200 and self.status != 101:
+                raw = self.reader.head()
+                if not raw:
+                    raise Truncated("it closed the connection")
+                super().__init__(raw, _STATUS_LINE, None)
+                self.status = int(self.start["status"])
+        except (BadRequest, HeadersTooLarge) as error:
+            raise Truncated(f"its answer is not HTTP: {error}") from None
+        self.reason = (self.start["reason"] or b"").decode("latin-1")
         self.is_event_stream = is_event_stream(self._first_values)
         if self.status in (101, 204, 304):
             self.length, self.is_chunked = 0, False
         self._has_payload = method != "HEAD"
         is_delimited = self.is_chunked or self.length is not None
         self.ends_with_connection = self._has_payload and not is_delimited
-
-    def _read_head(self):
-        try:
-            raw = self.reader.head()
-            if not raw:
-                raise Truncated("it closed the connection")
-            super().__init__(raw, _STATUS_LINE, None)
-        except (BadRequest, HeadersTooLarge) as error:
-            raise Truncated(f"its answer is not HTTP: {error}") from None
-        self.status = int(self.start["status"])
-        self.reason = (self.start["reason"] or b"").decode("latin-1")
 
     def pieces(self) -> Iterable[bytes]:
         """Yield the payload as it arrives, of an event stream only whole chunks, so
@@ -6414,7 +6389,7 @@ class ClientResponse:
     def heartbeat(self):
         """Keep a waiting client from giving up, if called every POLL_INTERVAL. Raise
         ClientDisconnected, RequestCancelled."""
-        if has_disconnected(self.sock):
+        if await_event(self.sock, _HANG_UP, 0):
             raise ClientDisconnected
         self._check_cancelled()
         self.flush()
@@ -6438,11 +6413,6 @@ class ClientResponse:
     def _is_between_events(self):
         sent = b"\n\n" + self.excerpt
         return sent.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
-
-    @property
-    def is_within_line(self) -> bool:
-        """Whether an event stream stopped in the middle of a line."""
-        return self._is_events and self.excerpt[-1:] not in (b"", b"\n", b"\r")
 
     def error_event(self, body: dict) -> bytes:
         """Return an event that the client's SDK raises as this error."""
@@ -6484,7 +6454,7 @@ class UpstreamRequest(NamedTuple):
     method: str
     target: str
     headers: Headers
-    held: Sequence  # of bytes or the like
+    held: bytes
     length: Optional[int]  # of all of the body; None: unknown, sent chunked
     rest: Optional[Body] = None
 
@@ -6566,17 +6536,20 @@ def _send(outgoing, upstream, sock, monitor):
         headers.append(("content-length", str(outgoing.length)))
     start = f"{outgoing.method} {upstream.base_path}{outgoing.target} HTTP/1.1"
     head, held = render_head(start, headers), outgoing.held
-    if not is_chunked and sum(map(len, held)) < BUFFER_SIZE:
-        head, held = b"".join([head, *held]), ()  # one packet for most requests
+    if not is_chunked and len(held) < BUFFER_SIZE:
+        head, held = head + held, b""  # one packet for most requests
     rest = outgoing.rest.rest() if outgoing.rest is not None else ()
     try:
         send_all(sock, head, monitor)
-        for piece in filter(len, itertools.chain(held, rest)):
+        for piece in filter(len, itertools.chain([held], rest)):
             send_all(sock, as_chunk(piece) if is_chunked else piece, monitor)
         if is_chunked:
             send_all(sock, as_chunk(b""), monitor)
     except (BrokenPipeError, ConnectionResetError):
         pass  # it may have answered before it read everything
+
+
+_LINE_ENDS = (b"", b"\n", b"\r")
 
 
 def _pass_on(answer, backend, response, transform):
@@ -6589,8 +6562,8 @@ def _pass_on(answer, backend, response, transform):
         for piece in answer.pieces():
             backend.upstream.mark_alive()
             response.send(transform.feed(piece) if transform else piece)
-        is_ambiguous = answer.ends_with_connection  # as it would by a crash
-        if is_ambiguous and (response.is_within_line or backend.died(0.05)):
+        is_partial = answer.is_event_stream and response.excerpt[-1:] not in _LINE_ENDS
+        if answer.ends_with_connection and (is_partial or backend.died(0.05)):
             raise Truncated("the connection ended in the middle of the answer")
     except Truncated as error:
         problem = BackendDied(f"the backend broke off: {error}")
@@ -8265,10 +8238,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.reader.buffer:
             return True
         if self.reader.is_untouched:  # a new connection does not count as idle
-            return self.reader.wait_readable(IDLE_SECONDS)
+            return await_event(self.request, select.POLLIN, IDLE_SECONDS)
         with self.server.idling(self.request):
-            is_closing = self.server.is_closing
-            return not is_closing and self.reader.wait_readable(IDLE_SECONDS)
+            if self.server.is_closing:
+                return False
+            return await_event(self.request, select.POLLIN, IDLE_SECONDS)
 
     def parse_request(self) -> bool:
         """Read a head, strictly; False if the client sends no more requests."""
@@ -8888,17 +8862,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             settings.default_params or {},
         )
         if info.is_json and edits != BodyEdits():
-            held = [edited_json(info.members, edits)]
+            held = edited_json(info.members, edits)
         elif info.model is not None and edits.model is not None:
-            view, (start, end) = memoryview(body.held), info.span
-            name = edits.model.encode()
-            held = [view[:start], name, view[end:]]
-            length = length and length + len(name) - (end - start)
+            start, end = info.span
+            held = body.held[:start] + edits.model.encode() + body.held[end:]
+            length = length and length + len(held) - len(body.held)
         else:
-            held = [body.held]
+            held = body.held
         rest = body
         if body.is_complete:
-            length, rest = sum(map(len, held)), None
+            length, rest = len(held), None
         return UpstreamRequest(self.head.method, target, [], held, length, rest)
 
     def _relay(self, outgoing, backend, transform_of=lambda _: None):
