@@ -5770,9 +5770,7 @@ class StallMonitor:
     `seconds` have passed, raises `on_stall` or, if that is a function, calls it."""
 
     def __init__(self, seconds: float, on_stall, on_tick=lambda: None):
-        self._seconds = seconds
-        self._on_stall = on_stall
-        self._on_tick = on_tick
+        self._seconds, self._on_stall, self._on_tick = seconds, on_stall, on_tick
         self.restart()
 
     def restart(self):
@@ -5827,10 +5825,7 @@ class SocketReader:
 
     def head(self) -> bytes:
         """Return a whole head with its blank line; b"" if the stream ends before it.
-
-        Raise HeadersTooLarge, and BadRequest as soon as the bytes cannot be a head.
-        Empty lines before it are skipped: some clients send one after a body.
-        """
+        Raise HeadersTooLarge, and BadRequest as soon as the bytes cannot be a head."""
         data, end, received = b"", -1, 0
         while end < 0:
             searched = max(0, len(data) - 3)
@@ -5838,7 +5833,7 @@ class SocketReader:
             if not piece:
                 return b""
             self.is_untouched = False
-            data = _EMPTY_LINES.sub(b"", data + piece)
+            data = _EMPTY_LINES.sub(b"", data + piece)  # sent behind a body by some
             end = data.find(b"\r\n\r\n", searched)
             if data.startswith(b"\x16\x03"):  # as a client of https does
                 raise SpokenTLS("this is plain HTTP: use http://, not https://")
@@ -5846,9 +5841,9 @@ class SocketReader:
             unused = len(data) - end - 4 if end >= 0 else 0
             if received - unused > MAX_HEAD:
                 raise HeadersTooLarge(f"the head is larger than {MAX_HEAD} bytes")
-            if end < 0 and _ILLEGAL_IN_HEAD.search(data, searched):
-                raise BadRequest("this is not HTTP/1 in lines that end with CRLF")
             if end < 0:
+                if _ILLEGAL_IN_HEAD.search(data, searched):
+                    raise BadRequest("this is not HTTP/1 in lines that end with CRLF")
                 self.on_timeout()  # limits a head that is sent byte by byte, too
         self.buffer = data[end + 4 :] + self.buffer
         return data[: end + 4]
@@ -5887,9 +5882,7 @@ _REQUEST_LINE = re.compile(
     rb"(?P<method>%b) (?P<target>[!-~\x80-\xff]+) %b" % (_TOKEN, _VERSION)
 )
 _ABSOLUTE_FORM = re.compile("(?i)https?://([^/?]+)(/[^?]*)?([?].*)?")  # of a target
-_STATUS_LINE = re.compile(
-    rb"%b (?P<status>[1-5][0-9][0-9])(?: (?P<reason>%b))?" % (_VERSION, _TEXT)
-)
+_STATUS_LINE = re.compile(rb"%b ([1-5][0-9][0-9])(?: %b)?" % (_VERSION, _TEXT))
 
 
 def as_chunk(piece) -> bytes:
@@ -5903,13 +5896,10 @@ def render_head(start: str, headers: Headers) -> bytes:
     return f"{start}\r\n{lines}\r\n".encode("latin-1")
 
 
-def end_to_end(headers: Headers) -> Headers:
+def end_to_end(head: "Head") -> Headers:
     """Return the headers without the hop-by-hop ones."""
-    dropped = HOP_BY_HOP
-    for name, value in headers:
-        if name == "connection" and value.lower() not in ("keep-alive", "close"):
-            dropped = dropped.union(map(str.strip, value.lower().split(",")))
-    return [header for header in headers if header[0] not in dropped]
+    dropped = HOP_BY_HOP.union(map(str.strip, head.connection.split(",")))
+    return [header for header in head.headers if header[0] not in dropped]
 
 
 _FRAMING = ("content-length", "transfer-encoding")
@@ -6008,8 +5998,7 @@ _TRAILER = re.compile(rb"%b|\r\n" % _HEADER_LINE)
 
 def read_payload(reader: SocketReader, head: Head, held_back=0) -> Iterable[bytes]:
     """Yield the payload after a head as it arrives, but a chunk of at most `held_back`
-    bytes in one piece. Raise BadRequest, and EOFError if it ends too early.
-    """
+    bytes in one piece. Raise BadRequest, and EOFError if it ends too early."""
     if head.is_chunked:
         while size := int(reader.line(_CHUNK_SIZE)[1], 16):
             yield from _read_exactly(reader, size, held_back)
@@ -6126,12 +6115,11 @@ class RequestInfo(NamedTuple):
 
 
 def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
-    """Return which model the body of a request names.
+    """Return which model the body of a request names. Raise as `Body` does.
 
     A JSON body is read whole, a form as far as its field `model`. If the model is not
     needed, the body may be anything: what is neither JSON nor a form is not read, and a
-    form no further than SMALL_BODY. Raise BadRequest, PayloadTooLarge,
-    ClientDisconnected.
+    form no further than SMALL_BODY.
     """
     body.decode()
     body.hold(1)
@@ -6140,10 +6128,10 @@ def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
     if not (is_form or is_object or is_needed):
         return RequestInfo()
     size = SMALL_BODY if is_form else sys.maxsize
+    find = _find_in_form if is_form else _find_in_json
     while True:
         is_whole = body.hold(size)
         try:
-            find = _find_in_form if is_form else _find_in_json
             info = find(body.held, content_type)
         except BadRequest:
             if is_needed:
@@ -6260,10 +6248,9 @@ class UpstreamResponse(Head):
                 if not raw:
                     raise Truncated("it closed the connection")
                 super().__init__(raw, _STATUS_LINE, None)
-                self.status = int(self.start["status"])
+                self.status = int(self.start[2])
         except (BadRequest, HeadersTooLarge) as error:
             raise Truncated(f"its answer is not HTTP: {error}") from None
-        self.reason = (self.start["reason"] or b"").decode("latin-1")
         self.is_event_stream = is_event_stream(self._first_values)
         if self.status in (101, 204, 304):
             self.length, self.is_chunked = 0, False
@@ -6288,13 +6275,10 @@ class UpstreamResponse(Head):
 
 
 class ClientResponse:
-    """One answer to one request, framed as the client can read it. One thread uses it.
+    """One answer to one request, framed as the client can read it, with the `extra`
+    headers. One thread uses it."""
 
-    `wants_events`: the client asked for a stream of events; while it waits it gets an
-    early head and comments. `extra` headers go with every answer.
-    """
-
-    wants_events = False
+    wants_events = False  # while it waits it gets an early head and comments
     is_for_anthropic = False  # whose SDK expects errors of another shape
     status = 0  # of the head; 0 until there is one
     is_early = False  # the head was sent before the backend's was known
@@ -6304,8 +6288,7 @@ class ClientResponse:
     is_cancelled = False  # set by another thread to end the request
     sent = 0  # bytes of payload
     _head = b""  # to be sent with the first piece
-    _is_chunked = _is_counted = False
-    _is_events = False
+    _is_chunked = _is_counted = _is_events = False
     _first = _last = b""  # bytes of the payload
 
     def __init__(self, sock: socket.socket, request: Optional[Request], extra: Headers):
@@ -6317,32 +6300,32 @@ class ClientResponse:
         self._comment_at = time.monotonic() + EARLY_HEAD_AFTER
         self._stall = StallMonitor(STALL_SECONDS, ClientDisconnected())
 
-    def begin(self, status: int, reason: str, headers: Headers, length: Optional[int]):
+    def begin(self, status: int, headers: Headers, length: Optional[int]):
         """Set the head, which is sent with the first piece, or by `flush`."""
         self.status, self._is_counted = status, length is not None
         self._is_events = length is None and is_event_stream(dict(headers))
+        self._is_chunked = length is None and not (self._is_http_10 or self._is_head)
         framing = []
-        if length is None and not (self._is_http_10 or self._is_head):
-            self._is_chunked = True
+        if self._is_chunked:
             framing.append(("transfer-encoding", "chunked"))
         elif length is not None and status not in (101, 204, 304):
             framing.append(("content-length", str(length)))
         if status != 101 and not self.is_persistent:
             framing.append(("connection", "close"))
+        reason = http.client.responses.get(status, "")
         start = f"HTTP/1.1 {status} {reason}"
         self._head = render_head(start, headers + self.extra + framing)
 
     def answer(self, status: int, headers: Headers, payload: bytes):
         """Send a whole response."""
-        reason = http.client.responses.get(status, "Client Closed Request")  # of nginx
-        self.begin(status, reason, headers, len(payload))
+        self.begin(status, headers, len(payload))
         self.send(payload)
         self.end()
 
     def begin_events(self):
         """Begin a stream of events of our own, which a backend's may continue."""
         headers = [("content-type", "text/event-stream"), ("cache-control", "no-cache")]
-        self.begin(200, "OK", [*headers, ("x-accel-buffering", "no")], None)
+        self.begin(200, [*headers, ("x-accel-buffering", "no")], None)
 
     def send(self, piece):
         """Send a piece of payload, after the head if that was not sent yet."""
@@ -6397,12 +6380,11 @@ class ClientResponse:
         if is_due and self.wants_events and not self.status:
             self.is_early = True
             self.begin_events()
-        if self._is_events and self._is_between_events():
-            is_waiting = self.is_early and not self.sent
-            event = self.notice() if self.notice and is_waiting else b""
-            event = event or (b":\n\n" if is_due else b"")
-            if event:
-                self._put_framed(event)
+        event = b":\n\n" if is_due else b""
+        if self.notice and self.is_early and not self.sent:
+            event = self.notice() or event
+        if event and self._is_between_events():
+            self._put_framed(event)
 
     def _check_cancelled(self):
         """Raise RequestCancelled, once, if the request was cancelled."""
@@ -6412,7 +6394,8 @@ class ClientResponse:
 
     def _is_between_events(self):
         sent = b"\n\n" + self.excerpt
-        return sent.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
+        is_complete = sent.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
+        return self._is_events and is_complete
 
     def error_event(self, body: dict) -> bytes:
         """Return an event that the client's SDK raises as this error."""
@@ -6421,13 +6404,10 @@ class ClientResponse:
         return b"event: error\ndata: " + to_json({"type": "error", **body}) + b"\n\n"
 
     def abort(self, problem: APIError):
-        """End a response that broke off, in a way that the client notices.
-
-        Between two events the reason is sent as one. A body without length or chunks
-        ends by a reset, as a normal end of the connection would make it look complete.
-        """
+        """End a response that broke off so that the client notices: between two events
+        by an event, without a length or chunks by a reset."""
         with contextlib.suppress(ClientDisconnected):
-            if self._is_events and self._is_between_events():
+            if self._is_between_events():
                 self.send(self.error_event(error_body(problem)))
             self.flush()
         self.is_persistent = False
@@ -6435,7 +6415,7 @@ class ClientResponse:
         if not self._is_chunked and not self._is_counted:
             linger = struct.pack("ii", 1, 0)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            self.sock.close()  # at once: after a shutdown() it would end normally
+            self.sock.close()  # after a shutdown() it would end normally
 
 
 def error_body(problem: APIError) -> dict:
@@ -6448,29 +6428,27 @@ def error_body(problem: APIError) -> dict:
 
 
 class UpstreamRequest(NamedTuple):
-    """A request as the backend gets it. A `rest`, which reads what is not held of the
-    body, can be sent only once."""
+    """A request as the backend gets it."""
 
     method: str
     target: str
     headers: Headers
     held: bytes
     length: Optional[int]  # of all of the body; None: unknown, sent chunked
-    rest: Optional[Body] = None
+    rest: Optional[Body] = None  # reads what is not held; it can be sent only once
 
 
 def relay(
     outgoing: UpstreamRequest, backend: Backend, response: ClientResponse, transform_of
 ):
-    """Send the request to the backend and its answer to the client.
+    """Send the request to the backend and its answer to the client; if the answer
+    breaks off, so does the response.
 
-    Raise ClientDisconnected, and BackendDied if there was no answer: then the client
-    was sent an early head at most. If the answer breaks off, so does the response.
-    `transform_of(answer)` returns None, or an object like RepairStream whose `feed` and
-    `finish` change the payload.
+    `transform_of(answer)` returns None, or an object like RepairStream, which changes
+    the payload. Raise ClientDisconnected, and BackendDied if there was no answer: then
+    the client was sent an early head at most.
     """
-    path = outgoing.target.partition("?")[0]
-    upstream = backend.upstream
+    upstream, path = backend.upstream, outgoing.target.partition("?")[0]
     if upstream.base_path and _PATH_TRAVERSAL.search(path):
         raise BadRequest("the path must not lead out of the model server's own path")
     monitor = StallMonitor(STALL_CHECK_AFTER, backend.report_stall, response.heartbeat)
@@ -6499,11 +6477,9 @@ _PATH_TRAVERSAL = re.compile(r"(?i)(?:[/\\]|%2f|%5c)(?:\.|%2e){2}(?:[/\\;]|%2f|%
 
 
 def _ask(outgoing, upstream, monitor):
-    """Send the request; return the answer, of which only the head was read.
-
-    A kept connection that the backend has closed is replaced by a new one. As that may
-    happen at any moment, none is used for a body that can be sent only once.
-    """
+    """Send the request; return the answer, of which only the head was read. As the
+    backend may have closed a kept connection, none is used for a body that can be sent
+    only once."""
     while True:
         try:
             sock, was_used = upstream.connect()
@@ -6556,7 +6532,7 @@ def _pass_on(answer, backend, response, transform):
     """Pass the answer on piece by piece; if it breaks off, abort the response."""
     if not response.is_early:
         length = None if transform else answer.length
-        response.begin(answer.status, answer.reason, _response_headers(answer), length)
+        response.begin(answer.status, _response_headers(answer), length)
     problem = None
     try:
         for piece in answer.pieces():
@@ -6579,7 +6555,7 @@ def _pass_on(answer, backend, response, transform):
 def _response_headers(answer):
     headers = [
         (name, value)
-        for name, value in end_to_end(answer.headers)
+        for name, value in end_to_end(answer)
         if not name.startswith("access-control-")
     ]
     if answer.is_event_stream and not answer.get("x-accel-buffering"):
@@ -6607,7 +6583,7 @@ def _tunnel(answer, response):
     """Pass bytes both ways after an upgrade, until either side ends."""
     upgrade = [("connection", "upgrade"), ("upgrade", answer.get("upgrade"))]
     response.is_persistent = False
-    response.begin(101, answer.reason, _response_headers(answer) + upgrade, 0)
+    response.begin(101, _response_headers(answer) + upgrade, 0)
     response.flush()
     client, backend = SocketReader(response.sock), answer.reader
     backend.on_timeout = client.on_timeout
@@ -8694,7 +8670,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             feed = self.pool.output_of(status.shares or status.id)
         headers = [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
         with feed.subscribe(self.head.parameter("no-history") is None) as get:
-            self.response.begin(200, "OK", [TEXT_TYPE, *headers], None)
+            self.response.begin(200, [TEXT_TYPE, *headers], None)
             self._stream(lambda: get(POLL_INTERVAL), lambda line: f"{line}\n".encode())
 
     # -- requests for models ---------------------------------------------------------
@@ -8885,7 +8861,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             dropped |= {"content-encoding"}
         headers = [
             header
-            for header in end_to_end(self.head.headers)
+            for header in end_to_end(self.head)
             if header[0] not in dropped
         ]
         headers.append(("via", f"1.1 {VIA_NAME}"))

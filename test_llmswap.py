@@ -5246,7 +5246,7 @@ def test_an_answer_is_framed_as_its_client_can_read_it(
     request_text, length, framing, payload, is_persistent
 ):
     def act(reply):
-        reply.begin(200, "OK", [("x", "y")], length)
+        reply.begin(200, [("x", "y")], length)
         for piece in (b"hel", memoryview(b"lo"), b""):
             reply.send(piece)
         reply.end()
@@ -5269,7 +5269,7 @@ def test_a_slow_reader_is_served_and_one_that_does_not_read_is_not(monkeypatch):
         with pair() as (ours, theirs):
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             reply = llmswap.ClientResponse(ours, request_of(GET), [])
-            reply.begin(200, "OK", [], 40000)
+            reply.begin(200, [], 40000)
             reader = threading.Thread(target=read_slowly, args=(theirs,))
             if is_read:
                 reader.start()
@@ -5285,7 +5285,7 @@ def test_a_slow_reader_is_served_and_one_that_does_not_read_is_not(monkeypatch):
 
 def broken_answer(payload, kind="text/event-stream", length=None):
     def act(reply):
-        reply.begin(200, "OK", [("content-type", kind)], length)
+        reply.begin(200, [("content-type", kind)], length)
         reply.send(payload)
         reply.heartbeat()
         reply.abort(llmswap.BackendDied("it died"))
