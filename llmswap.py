@@ -6608,17 +6608,17 @@ def _copy(source, target):
 #    Never knows HTTP or models.
 # ==================================================================================
 
-# Valid JSON stays as it is. Other text is read once, from left to right, by a reader
-# that accepts almost anything as a key, a colon or a value, and at the end closes what
-# is open. As quotes within a string may lack their backslash, a quote ends the string
-# only if JSON could go on behind it: by a comma and a key, by closing what is open, or
-# by the end of the text. Lookahead is bounded, so time is linear for any text.
+# Valid JSON stays as it is. Other text is read once, by a reader that accepts almost
+# anything as a key, a colon or a value, and at the end closes what is open. As quotes
+# within a string may lack their backslash, a quote ends the string only if JSON could
+# go on behind it. Lookahead is bounded, so time is linear for any text.
 
 MAX_DEPTH = 400  # json itself stops near 1000
 MAX_OBJECTS = 32  # tried in one text
 CUT_OFF = {"length", "max_tokens", "model_context_window_exceeded", "content_filter"}
 
-_ESCAPE = re.compile(r"\\(?:u[\da-fA-F]{4}|[\"\\/nrt'`])|[\"\\]")
+_ESCAPES = r"(\\(?:u[\da-fA-F]{4}|[\"\\%s]))|\\(['`])|[\"\\]"
+_ESCAPE, _ESCAPE_IN_PATH = re.compile(_ESCAPES % "/nrt"), re.compile(_ESCAPES % "")
 _DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\(?=[^\\\"'])")
 _WORDS = dict.fromkeys("null none nil undefined nan inf infinity".split())
 _WORDS.update(true=True, false=False)
@@ -6644,15 +6644,9 @@ def _unescaped(raw):
     A backslash that begins no escape stands for itself, as in the regular expression
     \\bx and the path C:\\new.
     """
-    escapes = '"\\u' if _DRIVE.search(raw) else "\"\\unrt/'`"
-
-    def corrected(match):
-        letter = match[0][1:2]
-        if letter and letter in "'`":
-            return letter
-        return match[0] if letter and letter in escapes else "\\" + match[0]
-
-    return json.loads(f'"{_ESCAPE.sub(corrected, raw)}"', strict=False)
+    escape = _ESCAPE_IN_PATH if _DRIVE.search(raw) else _ESCAPE
+    text = escape.sub(lambda match: match[1] or match[2] or "\\" + match[0], raw)
+    return json.loads(f'"{text}"', strict=False)
 
 
 _CLOSERS = {"{": "}", "[": "]", "(": ")"}
@@ -6812,23 +6806,19 @@ class _Reader:
                 return not _INSIDE.match(text, after + 1)
             at = after + 1
             after = _GAP.match(text, at).end()
-        if after >= len(text) or text.startswith("```", after):
+        if after >= len(text):
             return True
-        if self._closers[depth - 1] == "}":
-            return self._is_member(after, role)
-        return text[after] in ",;，；:" or bool(after > at and _VALUE.match(text, after))
-
-    def _is_member(self, after, role):
-        """Whether the next member of an object can follow at `after`."""
-        text = self.text
-        is_bare = role in ("bare", "scalar")
-        if text[after] in ",;，；":
+        is_comma = text[after] in ",;，；"
+        if self._closers[depth - 1] == "]":
+            is_value = after > at and _VALUE.match(text, after)
+            return is_comma or text[after] == ":" or bool(is_value)
+        if is_comma:
             if role == "scalar" and not text[after + 1 : after + 2].isdigit():
                 return True
             after = _COMMAS.match(text, after).end()
             if _AFTER_COMMA.match(text, after):
                 return True
-            is_bare = True
+        is_bare = is_comma or role in ("bare", "scalar")
         return bool(_KEY.match(text, after) or is_bare and _BARE_KEY.match(text, after))
 
     def _read_bare(self, key):
@@ -7000,8 +6990,7 @@ class RepairStream:
 
     Other events pass at once. Fragments of arguments are held until their choice or
     block ends, then sent as they came or, if they need repair, with the whole text in
-    the first and none in the others. A call that was cut off is sent as it came. An
-    answer that is no stream is held until its end.
+    the first. An answer that is no stream is held until its end.
     """
 
     def __init__(self):
@@ -7047,26 +7036,22 @@ class RepairStream:
         fragments = {key: member[name] for key, member, name in calls}
         for key in fragments:
             self._open.setdefault(key, [])
+        is_named = any(member.get("name") for _, member, _ in calls)
         block = None, payload.get("index", 0)
-        if any(fragments.values()):
-            if ends or not any(member.get("name") for _, member, _ in calls):
-                event = self._hold(event, fragments)
-            else:
-                event = self._split_arguments(event, payload, calls)
+        if any(fragments.values()) and is_named and not ends:
+            for (choice, tool), function, name in calls:  # names need not wait
+                text, function[name] = function[name], ""
+                call = {"index": tool, "function": {"arguments": text}}
+                lone = {"index": choice, "delta": {"tool_calls": [call]}}
+                lone = {**payload, "choices": [{**lone, "finish_reason": None}]}
+                self._hold(_with_data(event, lone), {(choice, tool): text})
+            event = _with_data(event, payload)
+        elif any(fragments.values()):
+            event = self._hold(event, fragments)
         elif payload.get("type") == "content_block_stop" and block in self._open:
             event = self._hold(event, {block: ""})  # the next says if it was cut off
         ended = [key for key in self._open if key[0] in ends]
         return self._settle(ended, _cut_off(ended, ends)) + event
-
-    def _split_arguments(self, event, payload, calls):
-        """Return the event without arguments; hold these in events of their own."""
-        for (choice, tool), function, name in calls:
-            text, function[name] = function[name], ""
-            call = {"index": tool, "function": {"arguments": text}}
-            lone = {"index": choice, "delta": {"tool_calls": [call]}}
-            lone = {**payload, "choices": [{**lone, "finish_reason": None}]}
-            self._hold(_with_data(event, lone), {(choice, tool): text})
-        return _with_data(event, payload)
 
     def _hold(self, event, fragments):
         for key, text in fragments.items():
