@@ -99,7 +99,7 @@ def h11_answer(data, method):
     connection.send(h11.EndOfMessage())
     start, payload, rest = h11_read(connection, data)
     may_go_on = connection.their_state is h11.DONE and not rest
-    return (start.status_code, start.reason, fuzz_told(start), payload), may_go_on
+    return (start.status_code, fuzz_told(start), payload), may_go_on
 
 
 def fuzz_told(message):
@@ -367,7 +367,7 @@ def fuzz_parse_answer(dice):
         return "refused"
     if answer.status == 101:
         return "upgraded"
-    read = answer.status, answer.reason.encode("latin-1"), answer.headers, payload
+    read = answer.status, answer.headers, payload
     try:
         found, may_go_on = h11_answer(data, method)
     except h11.RemoteProtocolError as error:
