@@ -7327,8 +7327,8 @@ pre {
   background: var(--ground); font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace;
 }
 
-header, .buttons, .send, .sheet h2, #log h2, .request { display: flex; gap: 0 10px; }
-header, .buttons, .sheet h2, #log h2 { align-items: center; }
+header, .buttons, .send, #log h2, .request { display: flex; gap: 0 10px; }
+header, .buttons, #log h2 { align-items: center; }
 header { flex-wrap: wrap; gap: 6px 20px; padding: 20px 0 16px; }
 #totals { flex: 1; }
 #search { width: 200px; }
@@ -7341,14 +7341,7 @@ header { flex-wrap: wrap; gap: 6px 20px; padding: 20px 0 16px; }
 main section { margin-bottom: 26px; }
 #problem { margin: 12px; color: var(--failed); white-space: pre-wrap; }
 #no-models { padding: 72px 24px; text-align: center; }
-#budget p { display: flex; margin-bottom: 10px; }
-#budget span {
-  flex: 0 1 0; min-width: 0; padding: 2px 0 2px 8px;
-  overflow: hidden; white-space: nowrap;
-  background: var(--sheet); border-left: 3px solid var(--loaded);
-}
-#budget :is(:first-child, :last-child) { color: var(--soft); border: 0; }
-#budget span:first-child { flex: none; width: 112px; }
+#budget { margin: 0 0 12px 2px; white-space: pre-line; }
 
 /* One model */
 .model, .request { --tone: var(--soft); border-top: 1px solid var(--line); }
@@ -7372,8 +7365,10 @@ main li:first-child { border: 0; }
 .buttons { gap: 0; }
 .buttons :last-child { margin-left: 6px; min-width: 88px; }
 .model > dl, .why, progress { grid-column: 2 / -1; }
-dl { display: flex; flex-wrap: wrap; gap: 10px 24px; padding-top: 10px; }
-dl div { min-width: 100px; }
+dl {
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(100px, 1fr));
+  gap: 10px 24px; padding-top: 10px;
+}
 dt { font-size: 12px; }
 dt::first-letter { text-transform: uppercase; }
 progress { width: 100%; height: 8px; margin-top: 12px; accent-color: var(--loading); }
@@ -7386,7 +7381,6 @@ aside { padding-top: 27px; }
 .sheet > * + * { margin-top: 10px; }
 .sheet h2, #log h2 { margin: 0 0 10px; color: inherit; font-size: 15px; }
 :is(h2 :last-child, #connection) { margin-left: auto; }
-#filter { width: auto; max-width: 60%; padding-block: 3px; font-weight: 400; }
 #recent { max-height: 50vh; overflow: auto; margin: 0 -14px -14px; }
 #recent:empty::before { content: "None yet"; padding: 14px; color: var(--soft); }
 .request { align-items: baseline; padding: 8px 14px 9px; }
@@ -7398,7 +7392,7 @@ summary::after { content: "\203a" / ""; color: var(--soft); }
 .by { flex: 1; overflow-wrap: break-word; }
 .sum { flex-basis: 100%; order: 1; }
 details:not([open]) .sum { max-height: 2.9em; overflow: hidden; }
-details dl div:last-child { flex-basis: 100%; white-space: pre-line; }
+details dl div:last-child { grid-column: 1 / -1; white-space: pre-line; }
 #answer p { white-space: pre-wrap; }
 #thought { padding-left: 12px; border-left: 2px solid var(--line); }
 
@@ -7413,9 +7407,7 @@ dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16p
   .columns { display: block; }
   aside { padding: 0; }
   #recent { max-height: none; }
-  input, select, textarea, #filter { font-size: 16px; }
-}
-@media (max-width: 620px) {
+  input, select, textarea { font-size: 16px; }
   .model { grid-template-columns: 12px minmax(0, 1fr) auto; gap: 0 10px; }
   .buttons { grid-column: 2 / -1; grid-row: 9; margin: 10px 0 0 -8px; }
   .buttons :last-child { margin-left: auto; }
@@ -7423,8 +7415,6 @@ dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16p
   .rest .state { grid-column: 2 / -1; text-align: left; }
   .rest [data-do=log] { display: none; }
   h3 small { display: block; margin: 0; }
-  dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)); }
-  details dl div:last-child { grid-column: 1 / -1; }
 }
 """
 
@@ -7500,14 +7490,6 @@ function paintRows(ul, template, items, paintRow) {
   });
 }
 
-function setOptions(select, ids, ...first) {
-  const before = select.value;
-  if (select.dataset.ids === `${ids}`) return;
-  select.dataset.ids = ids;
-  select.replaceChildren(...first, ...ids.map((id) => new Option(id)));
-  if (ids.includes(before)) select.value = before;
-}
-
 function paintFacts(dl, facts) {
   const shown = Object.entries(facts).filter(([, fact]) => fact);
   if (dl.dataset.shown === `${shown}`) return;
@@ -7571,7 +7553,6 @@ async function* events(answer) {
 
 // ---- Snapshots: one stream, while the page is visible ----
 
-const pause = (ms) => new Promise((done) => setTimeout(done, ms));
 const age = () => (Date.now() - snapshotAt) / 1000;
 let stream = new AbortController();
 let lastByteAt = Date.now();
@@ -7582,7 +7563,7 @@ function showConnection(text) {
 }
 
 async function followSnapshots() {
-  for (;; await pause(1000)) {
+  for (;; await new Promise((done) => setTimeout(done, 1000))) {
     if (document.hidden) continue;
     try {
       stream = new AbortController();
@@ -7621,32 +7602,32 @@ setInterval(() => {
 const groups = {unusable: "broken", failed: "broken", unloaded: "rest"};
 const groupOf = ({state}) => groups[state] || "held";
 
+function matches(...texts) {
+  return join(texts).toLowerCase().includes($("search").value.trim().toLowerCase());
+}
+
 function paint() {
   const {models} = snapshot, own = models.filter(({shares}) => !shares);
   const focused = document.activeElement;
-  paintModels(models);
-  paintRows($("recent"), "request-row", recent, paintRequest);
-  for (const [id, row] of rows) if (!row.isConnected) rows.delete(id);
-  keepFocus(focused);
-  show($("no-models"), !models.length);
-  setText($("problem"), snapshot.problem);
-  show($("search"), models.length > 12);
-  paintTotals(own);
-  paintBudget(own);
-  paintPrompt(models);
-}
-
-function paintModels(models) {
-  const query = $("search").value.trim().toLowerCase();
-  const matching = models.filter(({id, aliases, description}) =>
-    join([id, ...aliases, description]).toLowerCase().includes(query));
+  const found = models.filter(({id, aliases, description}) =>
+    matches(id, ...aliases, description));
   for (const section of document.querySelectorAll("main section")) {
     const [heading, ul] = section.children;
-    const group = matching.filter((model) => groupOf(model) === section.className);
+    const group = found.filter((model) => groupOf(model) === section.className);
     paintRows(ul, "model-row", group, paintModel);
     setText(heading.lastElementChild, group.length);
     show(section, group.length);
   }
+  paintRows($("recent"), "request-row", recent.filter((request) =>
+    matches(request.model, request.asked, request.user_agent, request.session)),
+    paintRequest);
+  for (const [id, row] of rows) if (!row.isConnected) rows.delete(id);
+  keepFocus(focused);
+  show($("no-models"), !models.length);
+  setText($("problem"), snapshot.problem);
+  show($("search"), models.length > 1);
+  paintTotals(own);
+  paintPrompt(models);
 }
 
 function keepFocus(focused) { // a row loses it by moving, a button by being hidden
@@ -7666,21 +7647,12 @@ function paintTotals(own) {
     vram && `${bytes(vram)} VRAM`,
   ]));
   document.title = join([...names, "llmswap"]);
-}
-
-function paintBudget(own) {
-  $("budget").replaceChildren(...Object.entries(snapshot.budget).map(([name, size]) => {
-    const held = own.map(({id, holds}) => [id, holds[name] || 0]);
-    const free = held.reduce((left, [, amount]) => left - amount, size);
-    const parts = [[name, size], ...held, ["free", free]];
-    return make("p", ...parts.map(([text, amount]) => {
-      const part = make("span", `${text} ${bytes(amount)}`);
-      part.title = part.textContent;
-      part.style.flexGrow = amount / size;
-      show(part, amount > 0);
-      return part;
-    }));
-  }));
+  const lines = Object.entries(snapshot.budget).map(([name, size]) => {
+    const held = own.map(({id, holds}) => holds[name] && `${id} ${bytes(holds[name])}`);
+    const free = own.reduce((left, {holds}) => left - (holds[name] || 0), size);
+    return `${name} ${bytes(size)}: ${join([...held, `free ${bytes(free)}`], ", ")}`;
+  });
+  setText($("budget"), lines.join("\n"));
 }
 
 function paintModel(row, model) {
@@ -7798,17 +7770,15 @@ async function followLog(id) {
 
 let recent = []; // those in flight, then those that ended; received at recentAt
 let recentAt = 0;
-let recentKey = ""; // the state and filter for which they were fetched
+let recentKey = ""; // the state for which they were fetched
 let isFetching = false;
 
 async function fetchRequests() {
-  const only = $("filter").value, {born, requests} = snapshot;
-  const wanted = `${born} ${requests} ${only}`;
+  const wanted = `${snapshot.born} ${snapshot.requests}`;
   if (isFetching || wanted === recentKey) return;
   [isFetching, recentKey] = [true, wanted];
   try {
-    const query = only && `&model=${encodeURIComponent(only)}`;
-    const answer = await request(`/api/requests?limit=100${query}`);
+    const answer = await request("/api/requests?limit=100");
     recent = (await answer.json()).requests;
   } catch { /* retried when the stream of snapshots has reconnected */ }
   [isFetching, recentAt] = [false, Date.now()];
@@ -7858,7 +7828,6 @@ function summaryOf(request) {
   ], ", ");
 }
 
-$("filter").addEventListener("change", fetchRequests);
 $("search").addEventListener("input", paint);
 
 // ---- A prompt, and its streaming answer ----
@@ -7870,8 +7839,12 @@ function paintPrompt(models) {
   const usable = models.filter(({state}) => state !== "unusable");
   const loaded = usable.find(({state}) => state === "loaded");
   show($("prompt"), usable.length);
-  setOptions($("model"), usable.map(({id}) => id));
-  setOptions($("filter"), models.map(({id}) => id), new Option("All models", ""));
+  const ids = usable.map(({id}) => id), before = $("model").value;
+  if ($("model").dataset.ids !== `${ids}`) {
+    $("model").dataset.ids = ids;
+    $("model").replaceChildren(...ids.map((id) => new Option(id)));
+    if (ids.includes(before)) $("model").value = before;
+  }
   if (loaded && !isChosen && !chatAbort) $("model").value = loaded.id;
   setText($("send"), chatAbort ? "Stop" : "Send");
   $("send").className = chatAbort ? "" : "main";
@@ -7886,30 +7859,24 @@ async function send() {
   show($("answer"), true);
   setText($("stats"), `waiting for ${model}`);
   paint();
+  const {signal} = chatAbort, messages = [{role: "user", content}];
+  const body = {model, messages, stream: true, stream_options: {include_usage: true}};
   try {
-    await chat(model, content, chatAbort.signal);
+    const answer = await post("/v1/chat/completions", body, signal);
+    for await (const data of events(answer)) {
+      const {error, choices} = data === "[DONE]" ? {} : JSON.parse(data);
+      if (error) throw new Error(error.message);
+      const delta = choices?.[0]?.delta;
+      appendText("thought", delta?.reasoning_content || delta?.reasoning);
+      appendText("reply", delta?.content);
+    }
     setText($("stats"), $("stats").textContent && "an empty answer");
   } catch (error) {
-    const isStopped = chatAbort.signal.aborted;
-    setText($("stats"), isStopped && "stopped");
-    setText($("error"), !isStopped && error.message);
+    setText($("stats"), signal.aborted && "stopped");
+    setText($("error"), !signal.aborted && error.message);
   }
   chatAbort = null;
   paint();
-}
-
-async function chat(model, content, signal) {
-  const messages = [{role: "user", content}];
-  const body = {model, messages, stream: true, stream_options: {include_usage: true}};
-  const answer = await post("/v1/chat/completions", body, signal);
-  for await (const data of events(answer)) {
-    if (data === "[DONE]") return;
-    const {error, choices} = JSON.parse(data);
-    const delta = choices?.[0]?.delta;
-    if (error) throw new Error(error.message);
-    appendText("thought", delta?.reasoning_content || delta?.reasoning);
-    appendText("reply", delta?.content);
-  }
 }
 
 function appendText(name, text) {
@@ -7942,15 +7909,14 @@ STATUS_PAGE = """<!doctype html>
 <header>
   <h1>llmswap</h1>
   <p id="totals"></p>
-  <input id="search" type="search" placeholder="Find a model" aria-label="Find a model"
-    hidden>
+  <input id="search" type="search" placeholder="Search" aria-label="Search" hidden>
   <p id="connection" role="status">connecting</p>
   <button data-do="log" class="plain">Log</button>
 </header>
 <div class="columns">
   <main>
     <p id="problem" role="alert" hidden></p>
-    <div id="budget"></div>
+    <p id="budget"></p>
     <section class="held" hidden><h2>In memory <small></small></h2><ul></ul></section>
     <section class="broken" hidden>
       <h2>Needs attention <small></small></h2><ul></ul></section>
@@ -7971,8 +7937,8 @@ STATUS_PAGE = """<!doctype html>
         <p id="thought"></p><p id="reply"></p><p id="error"></p>
       </div>
     </section>
-    <section class="sheet" aria-label="Requests">
-      <h2>Requests <select id="filter" aria-label="Requests of"></select></h2>
+    <section class="sheet">
+      <h2>Requests</h2>
       <ul id="recent"></ul>
     </section>
   </aside>
