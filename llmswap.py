@@ -6184,24 +6184,12 @@ def _find_in_form(data, content_type):
 # -- edits -----------------------------------------------------------------------------
 
 
-class BodyEdits(NamedTuple):
-    """Changes to a request's JSON: names are removed, defaults fill in what it lacks,
-    overrides replace what it has, and so does `model` unless it is None."""
-
-    model: Optional[str] = None
-    overrides: Mapping[str, object] = {}
-    removed: FrozenSet[str] = frozenset()
-    defaults: Mapping[str, object] = {}
-
-
-def edited_json(members: Mapping[str, object], edits: BodyEdits) -> bytes:
-    """Return the edited object as JSON: names in their order, new ones at the end."""
-    overrides = dict(edits.overrides)
-    if edits.model is not None:
-        overrides["model"] = edits.model
-    left = {key: value for key, value in members.items() if key not in edits.removed}
-    completed = merged(left, merged(dict(edits.defaults), left))  # in the order of left
-    return to_json(merged(completed, overrides))
+def edited_json(members: Mapping[str, object], removed, defaults, overrides) -> bytes:
+    """Return the object as JSON without the `removed` names, with the `defaults` for
+    those that it lacks and the `overrides`; names in their order, new ones at the end."""
+    left = {key: value for key, value in members.items() if key not in removed}
+    completed = merged(left, merged(dict(defaults), left))  # in the order of left
+    return to_json(merged(completed, dict(overrides)))
 
 
 def merged(old, new):
@@ -6553,11 +6541,7 @@ def _pass_on(answer, backend, response, transform):
 
 
 def _response_headers(answer):
-    headers = [
-        (name, value)
-        for name, value in end_to_end(answer)
-        if not name.startswith("access-control-")
-    ]
+    headers = [h for h in end_to_end(answer) if not h[0].startswith("access-control-")]
     if answer.is_event_stream and not answer.get("x-accel-buffering"):
         headers.append(("x-accel-buffering", "no"))  # else nginx collects the events
     return headers
@@ -8782,17 +8766,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             text = f"the request for {model.name} has come back to llmswap"
             raise LoopDetected(f"{text}: its `proxy` ({settings.proxy}) leads there")
         timeouts = [name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members]
-        edits = BodyEdits(
-            settings.model_name or None,
-            settings.set_params or {},
-            frozenset([*timeouts, *settings.strip_params]),
-            settings.default_params or {},
-        )
-        if info.is_json and edits != BodyEdits():
-            held = edited_json(info.members, edits)
-        elif info.model is not None and edits.model is not None:
+        removed = {*timeouts, *settings.strip_params}
+        defaults, overrides = settings.default_params or {}, settings.set_params or {}
+        if settings.model_name:
+            overrides = {**overrides, "model": settings.model_name}
+        if info.is_json and (removed or defaults or overrides):
+            held = edited_json(info.members, removed, defaults, overrides)
+        elif info.model is not None and settings.model_name:
             start, end = info.span
-            held = body.held[:start] + edits.model.encode() + body.held[end:]
+            held = body.held[:start] + settings.model_name.encode() + body.held[end:]
             length = length and length + len(held) - len(body.held)
         else:
             held = body.held
