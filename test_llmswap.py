@@ -5339,8 +5339,6 @@ cmd = FAKE --model late --load 0.45
 [late2]
 cmd = FAKE --model late2 --load 0.3
 loading-notice = off
-[doomed]
-cmd = FAKE --model doomed --load 0.4 --load-exit 3
 [edited]
 cmd          = FAKE --model edited
 model-name   = real/name
@@ -5593,15 +5591,6 @@ def test_during_prefill_and_in_pauses_comments_come_between_events(swap):
         assert stream.text()
     assert re.match(rb"(:\n\n){2,}data: ", stream.raw)
     assert re.search(rb"\}\n\n(:\n\n)+data: ", stream.raw)
-
-
-def test_after_an_early_head_a_failed_load_is_an_event_and_a_clean_end(swap):
-    with swap.stream("doomed") as stream:
-        (problem,) = stream.documents()
-    assert (stream.status, stream.is_complete) == (200, True)
-    assert problem["error"]["code"] == "model_start_failed"
-    assert "status 3" in problem["error"]["message"]
-    swap.post("/models/load", {"model": "doomed"})  # forgives
 
 
 def test_before_the_early_head_a_failure_keeps_its_status(swap):
@@ -7633,6 +7622,7 @@ def test_notices_tell_of_the_room_and_a_failed_load_ends_them_with_an_error():
     assert notices[0] == "waiting for room for b\n"
     assert re.fullmatch(r"loading b, \d s\n", notices[-1])
     assert last["error"]["code"] == "model_start_failed" and stream.is_complete
+    assert stream.status == 200 and "status 3" in last["error"]["message"]
 
 
 @pytest.mark.parametrize("delay", [0, 9])
