@@ -6193,8 +6193,8 @@ def _find_in_form(data, content_type):
 
 
 def edited_json(members: Mapping[str, object], removed, defaults, overrides) -> bytes:
-    """Return the object as JSON without the `removed` names, with the `defaults` for
-    those that it lacks and the `overrides`; names in their order, new ones at the end."""
+    """Return the object as JSON without the `removed` names, with `defaults` for those
+    that it lacks and the `overrides`; names in their order, new ones at the end."""
     left = {key: value for key, value in members.items() if key not in removed}
     completed = merged(left, merged(dict(defaults), left))  # in the order of left
     return to_json(merged(completed, dict(overrides)))
