@@ -7111,10 +7111,9 @@ def snapshot(report: StatusReport) -> dict:
 def printable(text: str) -> str:
     """Return the text without colours, with control characters as \\xNN, so that a
     terminal does not obey them. Line feeds stay, tabs become blanks."""
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", text).expandtabs().split("\n")
-    return "\n".join(
-        CONTROL_CHARS.sub(lambda match: ascii(match[0])[1:-1], line) for line in lines
-    )
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text).expandtabs()
+    shown = lambda char: "\n" if char[0] == "\n" else ascii(char[0])[1:-1]  # noqa: E731
+    return CONTROL_CHARS.sub(shown, text)
 
 
 # -- numbers in answers ----------------------------------------------------------------

@@ -5305,16 +5305,6 @@ def test_a_slow_reader_is_served(monkeypatch):
         reader.join()
 
 
-def broken_answer(payload, kind="text/event-stream", length=None):
-    def act(reply):
-        reply.begin(200, [("content-type", kind)], length)
-        reply.send(payload)
-        reply.heartbeat()
-        reply.abort(llmswap.BackendDied("it died"))
-
-    return act
-
-
 @pytest.mark.parametrize(
     "payload, length, is_told",
     [(b"", None, True), (b"\n", None, True), (b"data: x\n\n", None, True),
@@ -5326,8 +5316,14 @@ def broken_answer(payload, kind="text/event-stream", length=None):
 def test_a_broken_stream_says_why_between_events_only_and_does_not_end(
     payload, length, is_told, monkeypatch
 ):
+    def act(reply):
+        reply.begin(200, [("content-type", "text/event-stream")], length)
+        reply.send(payload)
+        reply.heartbeat()
+        reply.abort(llmswap.BackendDied("it died"))
+
     monkeypatch.setattr(llmswap, "COMMENT_EVERY", 0.0)
-    data, _, reply = replied(GET, broken_answer(payload, length=length))
+    data, _, reply = replied(GET, act)
     told = re.search(rb'data: \{"error":\{"message":"it died".*\}\}\n\n', data)
     assert bool(told) is is_told and (b"\n:\n" in data) is is_told
     assert not data.endswith(b"0\r\n\r\n") and not reply.is_persistent
@@ -7221,11 +7217,8 @@ def arguments_in(stream):
         payload = json.loads(line[5:])
         parts = []
         for choice in payload.get("choices", ()):
-            delta = choice["delta"]
-            for tool in delta.get("tool_calls", ()):
+            for tool in choice["delta"].get("tool_calls", ()):
                 parts.append(((choice["index"], tool["index"]), tool["function"]))
-            if "function_call" in delta:
-                parts.append(((choice["index"], None), delta["function_call"]))
         if "partial_json" in payload.get("delta", ()):
             text = payload["delta"]["partial_json"]
             parts.append((payload["index"], {"arguments": text}))
@@ -8460,10 +8453,6 @@ def test_the_page_loads_nothing_from_outside_and_runs_its_own_script_alone():
     assert not re.search(r"\s(src|on\w+|style)=|@import|url\(", page)
     words = "innerHTML outerHTML insertAdjacent document.write eval( setHTML"
     assert not [word for word in words.split() if word in page]
-    for tag in ("script", "style"):
-        inner = re.search(f"<{tag}>(.*)</{tag}>", page, re.DOTALL)[1]
-        digest = base64.b64encode(sha256(inner.encode()).digest()).decode()
-        assert f"{tag}-src 'sha256-{digest}'" in policy
     assert "unsafe" not in policy and len(page) < 35000
 
 
