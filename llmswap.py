@@ -7724,20 +7724,12 @@ document.addEventListener("click", async (event) => {
   const button = event.target.closest("[data-do]");
   if (!button || button.ariaDisabled === "true") return;
   if (event.detail > 1) return; // the second of a double click on Load would cancel
-  const id = button.closest("li")?.dataset.id || "";
   try {
-    await actions[button.dataset.do](id);
+    await actions[button.dataset.do](button.closest("li")?.dataset.id || "");
   } catch (error) {
-    openLog(id || "llmswap");
-    $("lines").append(error.message);
+    alert(error.message);
   }
 });
-
-function openLog(title) {
-  setText($("log-title"), title);
-  $("lines").replaceChildren();
-  $("log").showModal();
-}
 
 async function followLog(id) {
   const reading = new AbortController(), {signal} = reading, lines = $("lines");
@@ -7747,7 +7739,9 @@ async function followLog(id) {
     while (lines.childNodes.length > 3000) lines.firstChild.remove();
     if (isAtEnd) lines.scrollTop = lines.scrollHeight;
   };
-  openLog(`Log of ${id || "llmswap"}`);
+  setText($("log-title"), `Log of ${id || "llmswap"}`);
+  lines.replaceChildren();
+  $("log").showModal();
   $("log").onclose = () => reading.abort();
   try {
     const answer = await request(`/logs/stream/${encodeURIComponent(id)}`, {signal});
