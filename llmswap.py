@@ -6798,10 +6798,10 @@ class _Reader:
                 return not _INSIDE.match(text, after + 1)
             at = after + 1
             after = _GAP.match(text, at).end()
-        if after >= len(text):
+        if after >= len(text) or text.startswith("```", after):
             return True
         is_comma = text[after] in ",;，；"
-        if self._closers[depth - 1] == "]":
+        if self._closers[depth - 1] != "}":
             is_value = after > at and _VALUE.match(text, after)
             return is_comma or text[after] == ":" or bool(is_value)
         if is_comma:
