@@ -8143,7 +8143,6 @@ IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
 NAME_LIMIT = 500  # characters of a model's name in a request; what follows is cut
 NAME_PARTS = 64  # slash-separated parts of a model's name
-SLOW_SECONDS = 10.0  # until the first byte; such requests are logged
 NOTICE_EVERY = 5.0  # s between two notices of a load's progress in a waiting chat
 INPUTS = {"vision": "image", "audio": "audio"}  # input modality by capability
 _IP_ADDRESS = re.compile(r"[0-9.]+|\[[0-9a-f:.]+\]")  # an IP address in Host
@@ -8187,14 +8186,14 @@ class RequestLog:
             row["id"] = row["id"] or next(self._numbers)
             self._running.pop(row["id"], None)
             self._ended_count += 1
-            self._ended.append(tuple(row.values()))  # a fifth of a dict's size
+            self._ended.append(row)
 
     def rows(self) -> List[dict]:
         """Return the rows of the requests in flight with their times so far, then of
         those that ended; both newest first."""
         now = time.monotonic()
         with self._lock:
-            rows = [dict(zip(REQUEST_FIELDS, row)) for row in reversed(self._ended)]
+            rows = [*reversed(self._ended)]
             for row, response, began in self._running.values():
                 first = response.first_at and response.first_at - began
                 rows.insert(0, {**row, "seconds": now - began, "first_byte": first})
@@ -8305,15 +8304,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.body = Body(self.reader, self.head, self.config.settings.max_body)
         return True
 
-    def _log_if_slow(self):
-        seconds = (self.response.first_at or self.began) - self.began
-        if seconds >= SLOW_SECONDS:
-            target = f"{self.head.method} {self.head.path[:60]}"
-            text = f"{self.model.name}: first byte of {target} after {seconds:.1f} s"
-            if self.waited >= LONG_WAIT:
-                text += f", {self.waited:.1f} s of it waiting"
-            self.server.log("info", text)
-
     def _count_request(self):
         """Count and list the request if it was for a model or failed."""
         response = self.response
@@ -8324,28 +8314,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         seconds = time.monotonic() - self.began
         usage = self.usage if status < 300 else Usage()
         speed = speed_of(usage, seconds - (self.waited or 0))
+        names = "tokens_in", "tokens_cached", "tokens_out"
+        amounts = {name: getattr(usage, name) for name in names}
         error = self.error or response.problem
         if self.head is not None and status >= 400 and status != 499:
             self.row = self.row or self._new_row(self.info)
         if self.row:
             self.row.update(
+                amounts,
                 status=status,
                 seconds=seconds,
                 first_byte=response.first_at and response.first_at - self.began,
-                tokens_in=usage.tokens_in,
-                tokens_cached=usage.tokens_cached,
-                tokens_out=usage.tokens_out,
                 tokens_per_second=speed,
                 error=str(error)[:ERROR_LENGTH] if error else None,
             )
             self.server.requests.end(self.row)
-        amounts = {
-            "tokens_in": usage.tokens_in or 0,
-            "tokens_out": usage.tokens_out or 0,
-            "tokens_cached": usage.tokens_cached or 0,
-            "bytes_in": self.body.received if self.body is not None else 0,
-            "bytes_out": response.sent,
-        }
+        amounts = {name: amount or 0 for name, amount in amounts.items()}
+        amounts["bytes_in"] = self.body.received if self.body is not None else 0
+        amounts["bytes_out"] = response.sent
         self.pool.count_request(
             self.model, speed, status, seconds, self.waited, **amounts
         )
@@ -8374,8 +8360,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             text = "a client speaks TLS here: its base URL must begin with http://"
             self.server.log("warning", text)
         if not isinstance(error, APIError):  # no OSError of the client's socket
-            kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-            error = APIError(f"{kind}{error}")
+            error = APIError(str(error))
         self.response = self.response or ClientResponse(self.request, None, [])
         response = self.response
         if self.body is None or not self.body.is_complete:
@@ -8459,17 +8444,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = origin.partition("://")[2]
         return bool(name) and name == self.head.get("host")
 
-    def _is_from_foreign_page(self):
-        """Return whether a foreign page made a browser send this, other than by a link:
-        the browser adds the key that it has stored."""
-        head, origin = self.head, self.head.get("origin")
-        site = head.get("sec-fetch-site")  # sent by new browsers, to secure addresses
-        if not site:
-            return bool(origin) and not self._is_own_origin(origin)
-        is_navigation = head.get("sec-fetch-mode") == "navigate"
-        is_link = is_navigation and head.method in SAFE_METHODS
-        return site not in ("same-origin", "none") and not is_link
-
     def _check_no_foreign_page(self):
         """Raise Forbidden if a foreign page causes a GET that changes something."""
         head = self.head
@@ -8484,23 +8458,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if origin or is_fetch or head.get("user-agent").startswith("Mozilla/"):
             raise Forbidden(FOREIGN_ORIGIN.format(origin or "of a browser"))
 
-    def _check_may_load(self, model):
-        """Raise Forbidden if a foreign page causes a GET that would load the model."""
-        is_get = self.head.method in SAFE_METHODS
-        if is_get and self.pool.backend_of(model, State.LOADED) is None:
-            self._check_no_foreign_page()
-
     def _given_keys(self):
-        """Yield the keys in the headers, as bytes."""
-        for value in self.head.all("x-api-key"):
-            yield value.encode("latin-1")
-        for value in self.head.all("authorization"):
+        """Yield the keys in the headers, as bytes. A password counts only on our own
+        page, as a browser adds the one that it has stored to requests of any page."""
+        origin = self.head.get("origin")
+        for value in self.head.all("x-api-key") + self.head.all("authorization"):
             scheme, _, rest = value.partition(" ")
             if scheme.lower() == "bearer":
                 yield rest.strip().encode("latin-1")
             elif scheme.lower() != "basic":
                 yield value.encode("latin-1")
-            elif not self._is_from_foreign_page():
+            elif not origin or self._is_own_origin(origin):
                 with contextlib.suppress(ValueError):
                     yield base64.b64decode(rest).partition(b":")[2]
 
@@ -8543,9 +8511,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def refuse_feature(self):
         raise FeatureDisabled("this feature is disabled")
-
-    def post_streams_lookup(self):
-        self._send_json([])  # no stream can be resumed
 
     def answer_preflight(self):
         names = self.head.get("access-control-request-headers") or "*"
@@ -8658,21 +8623,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise NotFound(f"no request {number} is in flight")
         self._send_json({"success": True})
 
-    def post_load(self):
-        self._change_model(self.pool.load, "model is already running")
-
-    def post_unload(self):
-        self._change_model(self.pool.unload, "model is not running")
-
-    def _change_model(self, change, refusal):
-        name = find_model(self.body, "application/json").model
-        if name is None:
-            raise BadRequest("model name is missing from the request", "model")
-        if not change(self._resolve(name)):
-            raise BadRequest(refusal)
+    def change_model(self):
+        """Begin to load or unload the model that the body names."""
+        model = self._resolve(find_model(self.body, "application/json").model)
+        if self.head.path == "/models/load":
+            change, word = self.pool.load, "already"
+        else:
+            change, word = self.pool.unload, "not"
+        if not change(model):
+            raise BadRequest(f"model is {word} running")
         self._send_json({"success": True})
 
     def _resolve(self, name):
+        if name is None:
+            raise BadRequest("model name is missing from the request", "model")
         return self.config.resolve(name[:NAME_LIMIT])
 
     def unload(self, name=""):
@@ -8742,12 +8706,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_from_model(self):
         """Relay a GET; without autoload=true it never loads, wakes or keeps a model."""
-        name = self.head.parameter("model")
-        if not name:
-            raise BadRequest("model name is missing from the request", "model")
-        model = self.model = self._resolve(name)
-        if self._may_autoload(by_default=False):
-            self._check_may_load(model)
+        model = self.model = self._resolve(self.head.parameter("model") or None)
+        if self.head.parameter("autoload") in ("true", "1"):
+            self._may_use(model)
             return self._forward(model, self.head.target, RequestInfo())
         states = [State.LOADED]
         if self.head.path in ("/props", "/metrics"):  # do not wake llama-server
@@ -8758,8 +8719,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         outgoing = self._upstream_request(model, self.head.target, RequestInfo())
         self._relay(outgoing, backend)
 
-    def _may_autoload(self, by_default=True):
-        """Return whether the request may load its model, by llama.cpp's rules."""
+    def _may_use(self, model, by_default=True):
+        """Return whether the model is loaded, or may be by llama.cpp's rules. Raise
+        Forbidden if a foreign page causes a GET that would load it."""
+        is_safe = self.head.method in SAFE_METHODS
+        if is_safe and not self.pool.backend_of(model, State.LOADED):
+            self._check_no_foreign_page()
+        if self.pool.backend_of(model, State.LOADING, State.LOADED):
+            return True
         value = self.head.parameter("autoload")
         if value:
             return value in ("true", "1")
@@ -8772,10 +8739,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         query = self.head.target[len(self.head.path) :]
         if not path:
             return self._send(b"", 308, [("location", f"/upstream/{rest}/{query}")])
-        self._check_may_load(model)
         is_page = path == "/" or self.head.method not in SAFE_METHODS
-        is_up = self.pool.backend_of(model, State.LOADING, State.LOADED)
-        if not is_up and not self._may_autoload(is_page):
+        if not self._may_use(model, is_page):
             raise ModelNotLoaded(
                 f"model {model.name!r} is not loaded; of the paths under "
                 f"/upstream/{model.name}/ only the page itself loads it"
@@ -8806,14 +8771,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = info.model or name
         if not name and self.head.method in SAFE_METHODS:
             raise NotFound(f"there is nothing at {self.head.path}")
-        model = self._resolve(name) if name else self.config.default_model()
-        if model is None:
-            text = "model name is missing from the request"
-            raise BadRequest(f"{text}, and there is no default-model", "model")
-        self.model = model
-        self._check_may_load(model)
-        is_up = self.pool.backend_of(model, State.LOADING, State.LOADED)
-        if not is_up and not self._may_autoload():
+        model = None if name else self.config.default_model()
+        model = self.model = model or self._resolve(name or None)
+        if not self._may_use(model):
             raise BadRequest("model is not loaded")
         self._forward(model, self.head.target, info)
 
@@ -8841,7 +8801,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self._relay(outgoing, backend, transform_of)
                     self.usage = usage_in(self.response.excerpt)
                     backend.record_answer(self.usage)
-                    return self._log_if_slow()
+                    return
                 except BackendDied as error:
                     may_resend = outgoing.rest is None and not is_last
                     has_died = not self.response.sent and backend.died(1.0)
@@ -8947,8 +8907,8 @@ ROUTES = {
     "/v1/models": {"GET": Handler.get_models},
     "/models": {"GET": Handler.get_models},
     "/models/sse": {"GET": Handler.get_events},
-    "/models/load": {"POST": Handler.post_load},
-    "/models/unload": {"POST": Handler.post_unload},
+    "/models/load": {"POST": Handler.change_model},
+    "/models/unload": {"POST": Handler.change_model},
     "/props": {"GET": Handler.get_props},
     "/slots": {"GET": Handler.get_from_model},
     "/metrics": {"GET": Handler.get_metrics},
@@ -8957,7 +8917,7 @@ ROUTES = {
     "/api/requests": {"GET": Handler.get_requests},
     "/unload": {"GET": Handler.unload, "POST": Handler.unload},
     "/api/models/unload": {"POST": Handler.unload},
-    "/v1/streams/lookup": {"POST": Handler.post_streams_lookup},
+    "/v1/streams/lookup": {"POST": lambda self: self._send_json([])},  # resumes none
     "/tools": {"GET": Handler.refuse_feature, "POST": Handler.refuse_feature},
     "/cors-proxy": {"GET": Handler.refuse_feature, "POST": Handler.refuse_feature},
     "/logs": {"GET": Handler.get_logs},
@@ -9006,17 +8966,12 @@ def _idle_timeout_in(members):
     names = [name for name in IDLE_TIMEOUT_PARAMETERS if members.get(name) is not None]
     if not names:
         return None
-    value = members[names[0]]
+    text = str(members[names[0]])
     try:
-        if isinstance(value, str):
-            sign = -1 if value.startswith("-") else 1
-            return sign * parse_duration(value.lstrip("-"))
-        if math.isnan(value) or isinstance(value, bool):
-            raise ValueError
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        text = f"{names[0]}: {value!r} is not a duration"
-        raise BadRequest(text, names[0]) from None
+        seconds = parse_duration(text.lstrip("-"))
+    except ValueError:
+        raise BadRequest(f"{names[0]}: {text!r} is no duration", names[0]) from None
+    return -seconds if text.startswith("-") else seconds
 
 
 _HOST = re.compile(r"(\[[^]]*\]|[^:]*)(?::[0-9]*)?")
@@ -9116,16 +9071,15 @@ def shown_command(facts: Facts, status: ModelStatus) -> List[str]:
 def mask_secrets(argv: Sequence[str]) -> List[str]:
     """Return the command with *** for the values of options and variables whose name
     says key, token or password, also within the words of a command for a shell."""
-    text = "\0".join(argv)
-    for secret in (_SECRET_OPTION, _SECRET_WORD, _SECRET_WITHIN):
-        text = secret.sub(r"\1***", text)
-    return text.split("\0") if argv else []
+    text = _SECRET_WORD.sub(r"\1***", "\0".join(argv))
+    return _SECRET_WITHIN.sub(r"\1***", text).split("\0") if argv else []
 
 
 _SECRET = r"[\w.-]*(?:keys?|token|password)(?![a-z])[\w.-]*"
 _SECRET_LINE = re.compile(rf"(?im)^({_SECRET}|hft) = .*$")  # of a preset
-_SECRET_OPTION = re.compile(rf"(?i)(?<![^\0])((?:--?{_SECRET}|-hft)\0)(?!--)[^\0]*")
-_SECRET_WORD = re.compile(rf"(?i)(?<![^\0])(-{{0,2}}{_SECRET}=)[^\0]*")
+_SECRET_WORD = re.compile(
+    rf"(?i)(?<![^\0])((?:--?{_SECRET}|-hft)\0(?!--)|-{{0,2}}{_SECRET}=)[^\0]*"
+)
 _SECRET_WITHIN = re.compile(
     rf"(?i)((?<![\w-])(?:--?{_SECRET}(?:=|\s+)|{_SECRET}=))"
     r"""("[^"\0]*"|'[^'\0]*'|[^\s'"\0]+)"""
@@ -9222,7 +9176,6 @@ class Server(http.server.ThreadingHTTPServer):
         self._active_at = time.monotonic()
         self._connections, self._idle_connections = set(), set()
         self._is_paused = self.has_warned_of_tls = False
-        self._thread = None
         for sock in sockets:
             sock.setblocking(False)
 
@@ -9247,9 +9200,8 @@ class Server(http.server.ThreadingHTTPServer):
     def shutdown(self):
         """Stop accepting; the sockets stay open."""
         self._is_paused = True
-        if self._thread is not None:
-            self._stop_writer.close()
-            self._thread.join(1.0)
+        self._stop_writer.close()
+        self._thread.join(1.0)
 
     def is_serving(self) -> bool:
         """Return whether connections are accepted, or are not to be accepted."""
@@ -9528,21 +9480,14 @@ class Parrot(http.server.BaseHTTPRequestHandler):
         """Answer health checks and the list of models."""
         self._answer({"status": "ok", "object": "list", "data": [{"id": "parrot"}]})
 
-    do_HEAD = do_GET
-
     def do_POST(self):
         """Answer a chat; what the last message says comes back."""
-        body = self.rfile.read(int(self.headers.get("content-length") or 0))
-        try:
-            request = json.loads(body)
-            message = (request.get("messages") or [{}])[-1].get("content") or "squawk"
-        except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
-            problem = BadRequest("the body is not a JSON object with `messages`")
-            return self._answer(error_body(problem), problem.status)
-        model = request.get("model")
+        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        model, messages = request.get("model"), request.get("messages")
+        message = messages[-1]["content"] if messages else "squawk"
         words = re.findall(r"\S+\s*", f"{model} says: {message}")
         if request.get("stream"):
-            return self._send(200, "text/event-stream", self._events(words))
+            return self._send("text/event-stream", self._events(words))
         reply = {"role": "assistant", "content": "".join(words)}
         choice = {"index": 0, "message": reply, "finish_reason": "stop"}
         usage = {"prompt_tokens": len(words), "completion_tokens": len(words)}
@@ -9556,16 +9501,16 @@ class Parrot(http.server.BaseHTTPRequestHandler):
             time.sleep(0.05)
         yield b"data: [DONE]\n\n"
 
-    def _answer(self, value, status=200):
-        self._send(status, "application/json", [to_json(value)])
+    def _answer(self, value):
+        self._send("application/json", [to_json(value)])
 
-    def _send(self, status, content_type, pieces):
-        self.send_response(status)
+    def _send(self, content_type, pieces):
+        self.send_response(200)
         self.send_header("content-type", content_type)
         self.send_header("transfer-encoding", "chunked")
         self.end_headers()
-        for piece in [] if self.command == "HEAD" else itertools.chain(pieces, [b""]):
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        for piece in itertools.chain(pieces, [b""]):
+            self.wfile.write(as_chunk(piece))
             self.wfile.flush()
 
     def log_message(self, format, *args):
@@ -9642,10 +9587,7 @@ def check(config: Config) -> int:
             if model.has_auto_needs:
                 needs.estimate(model, budget)
                 amounts, source = needs.of(model, budget)
-                text = f"needs {resources_text(amounts)} ({source})"
-                if source == Known().source:
-                    text = "needs not known yet: it is loaded alone the first time"
-                lines.append(text)
+                lines.append(f"needs {resources_text(amounts)} ({source})")
         except ConfigError as error:
             lines.append(f"error: {error}")
             unusable.append(model.name)
@@ -9661,24 +9603,20 @@ def check(config: Config) -> int:
     return 2 if unusable else 0
 
 
-PORT_MARK = "\0"  # stands for the port; shlex quotes words with it
-
-
 def _command_line(model):
     """Return the model's command for a shell that sets PORT, else where it runs."""
     if model.problem:
         raise ConfigError(model.problem)
     if model.kind == "uses":
         return f"the backend of {' or '.join(model.backends)}"
-    argv = model.command(table_of(model), PORT_MARK)
+    argv = model.command(table_of(model), "${PORT}")
     if not argv:
         unit = f"{model.settings.unit} at " if model.kind == "unit" else ""
         return unit + model.url("")
-    variables = model.environment(PORT_MARK).items()
+    variables = model.environment("${PORT}").items()
     words = [f"{name}={value}" for name, value in variables]
-    words = ["env", *words, *argv] if words else argv
-    line = shlex.join(words).replace(f"'{PORT_MARK}'", "${PORT}")
-    line = line.replace(PORT_MARK, "'${PORT}'")
+    line = shlex.join(["env", *words, *argv] if words else argv)
+    line = line.replace("${PORT}", "'${PORT}'").replace("''${PORT}''", "${PORT}")
     cwd = model.settings.cwd
     return f"cd {shlex.quote(cwd)} && {line}" if cwd else line
 
@@ -9717,11 +9655,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     if not (args.file or cached):
         print(NO_MODELS, end="", file=sys.stderr)
         return 2
+    load = functools.partial(load_config, args.file, args.listen, args.models_max)
     try:
-        config = load_config(args.file, args.listen, args.models_max, cached=cached)
+        config = load(cached=cached)
         if args.check and args.file and config.settings.cache_models:
-            cached = cached_models(config.settings.llama_server)
-            config = load_config(args.file, args.listen, args.models_max, cached=cached)
+            config = load(cached=cached_models(config.settings.llama_server))
     except ConfigError as error:
         print(printable(str(error)), file=sys.stderr)
         refuse_pending_connections()
@@ -9731,7 +9669,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     if args.units:
         print(units_for(config), end="")
         return 0
-    return Application(args, config, cached).run()
+    return Application(args, load, config, cached).run()
 
 
 NO_MODELS = """\
@@ -9758,21 +9696,18 @@ def refuse_pending_connections():
 GPU_LOOK_EVERY = 60.0  # s between two looks, while a foreign process uses a GPU
 WATCH_EVERY = 1.0  # s between two looks at the file
 WATCH_SETTLES = 0.1  # s without a change, after which it counts as written
-WATCH_TIMEOUT = 0.5  # s that a request waits for a look and a reload
 
 
 class FileWatch:
     """Notices that a file has changed, when `check` is called. Any thread may call.
 
-    Each look has a thread of its own, because the file may lie on a slow mount. A
-    missing file counts as unchanged, because editors replace files.
+    A missing file counts as unchanged, because editors replace files.
     """
 
     def __init__(self, path: str):
         self._path = path
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # held during a look
         self._looked_at = -math.inf
-        self._look = None  # the thread of the last one
         self.mark()
 
     def mark(self):
@@ -9780,26 +9715,22 @@ class FileWatch:
         self._seen = self._stamp()
 
     def check(self, on_change: Callable):
-        """Look at the file unless that was done within WATCH_EVERY; if it changed, call
-        on_change() on another thread. Wait for these, but WATCH_TIMEOUT at most."""
-        with self._lock:
-            now = time.monotonic()
-            is_due = now >= self._looked_at + WATCH_EVERY
-            if is_due and not (self._look and self._look.is_alive()):
-                self._looked_at = now
-                with contextlib.suppress(RuntimeError):  # no more threads can be started
-                    self._look = start_thread(self._find_change, "watch", on_change)
-            look = self._look
-        if look:
-            look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
-
-    def _find_change(self, on_change):
-        stamp = self._stamp()
-        while stamp not in (None, self._seen):
-            time.sleep(WATCH_SETTLES)
-            last, stamp = stamp, self._stamp()
-            if stamp == last:
-                return on_change()
+        """Call on_change() if the file has changed, and is not being written. Return at
+        once within WATCH_EVERY of the last look, and during one, as that may take long
+        on a slow mount."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            if time.monotonic() < self._looked_at + WATCH_EVERY:
+                return
+            self._looked_at = time.monotonic()
+            stamp = self._stamp()
+            if stamp not in (None, self._seen):
+                time.sleep(WATCH_SETTLES)
+                if self._stamp() == stamp:
+                    on_change()
+        finally:
+            self._lock.release()
 
     def _stamp(self):
         with contextlib.suppress(OSError):
@@ -9810,8 +9741,9 @@ class FileWatch:
 class Application:
     """One run of llmswap: from the listening sockets to the last backend's end."""
 
-    def __init__(self, args, config: Config, cached: Sequence[str] = ()):
+    def __init__(self, args, load: Callable, config: Config, cached: Sequence[str]):
         self._args = args
+        self._load = load  # returns the Config of the file as it is now
         self._config = config
         self._cached = cached
         self._file_watch = FileWatch(args.file) if args.file else None
@@ -9827,7 +9759,12 @@ class Application:
 
     def run(self) -> int:
         """Serve until a signal ends it; return the exit status."""
-        self._receive_signals()
+        self._wakeup.setblocking(False)
+        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)  # see `_next_signal`
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         listeners = self._open_listeners()
         if isinstance(listeners, int):
             self.log.close()
@@ -9836,7 +9773,7 @@ class Application:
         self.server = Server(listeners, self.pool, self.log, self)
         addresses = [shown_address(each.getsockname()) for each in listeners]
         self.log("info", f"llmswap {VERSION} at {' and '.join(addresses)}")
-        self._log_models(self._config)
+        self._use(self._config)
         self.pool.start()
         self.server.begin()
         start_thread(self._idle_command_loop, "idle")
@@ -9846,16 +9783,6 @@ class Application:
         start_thread(self._refresh_cached_models, "cache")
         self._shut_down(self._await_shutdown())
         return 0
-
-    def _receive_signals(self):
-        """Have the numbers of signals written to a socket, for `_next_signal`."""
-        self._wakeup.setblocking(False)
-        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: None)
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def _next_signal(self, timeout: float) -> Optional[int]:
         """Return the next signal's number, 0 once `_close` is done, or None after
@@ -9887,30 +9814,19 @@ class Application:
         return listeners
 
     def _log_models(self, config):
-        names = [*config.models]
-        count = "1 model" if len(names) == 1 else f"{len(names)} models"
-        self.log("info", f"{count}: {', '.join(names) or 'none'}")
-        for warning in config.warnings:
-            self.log("warning", warning)
-        for model in config.models.values():
-            if model.problem:
-                self.log("warning", f"{model.name} cannot be used: {model.problem}")
-        start_thread(self._check_models, "check", config)
-
-    def _check_models(self, config):
-        """Log which models could not be started now. They stay usable: a missing file
-        may be on a mount that comes later."""
-        for warning in config.pitfalls(table_of):
-            self.log("warning", warning)
+        """Log the models, and what is wrong with them: each reason once. It may take
+        long, as it asks llama-server for its options and looks for files."""
         reasons = collections.defaultdict(list)
         for model in config.models.values():
-            problem = start_problem(model)
-            if problem:
-                reasons[problem].append(model.name)
+            missing = start_problem(model)
+            if model.problem:
+                reasons[f"cannot be used: {model.problem}"].append(model.name)
+            elif missing:  # it may be on a mount that comes later
+                reasons[f"could not be started now: {missing}"].append(model.name)
+        for warning in [*config.warnings, *config.pitfalls(table_of)]:
+            self.log("warning", warning)
         for reason, names in reasons.items():
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            text = f"{', '.join(names[:5])}{more} could not be started now: {reason}"
-            self.log("warning", text)
+            self.log("warning", f"{', '.join(names)} {reason}")
 
     def _await_shutdown(self):
         while True:
@@ -9936,6 +9852,13 @@ class Application:
         except APIError as problem:
             self.log("error", str(problem))
 
+    def _use(self, config):
+        self._config = config
+        names = [*config.models]
+        count = "1 model" if len(names) == 1 else f"{len(names)} models"
+        self.log("info", f"{count}: {', '.join(names) or 'none'}")
+        start_thread(self._log_models, "models", config)
+
     def _refresh_cached_models(self):
         """List the models in llama.cpp's cache, and reload if they have changed."""
         settings = self._config.settings
@@ -9950,28 +9873,24 @@ class Application:
     def reload(self):
         """Read the file again and use it. Raise an APIError with the reason if it is
         broken; then nothing changes."""
-        args = self._args
         with self._reload_lock:
             if self._file_watch:
                 self._file_watch.mark()
             try:
-                config = load_config(
-                    args.file, args.listen, args.models_max, cached=self._cached
-                )
+                config = self._load(cached=self._cached)
             except ConfigError as error:
                 self.config_error = f"not reloaded: {error}"
                 raise APIError(self.config_error) from None
             self.config_error = None
             if config.settings.listen != self._config.settings.listen:
                 self.log("warning", "a change of `listen` needs a restart")
-            if not args.verbose:
+            if not self._args.verbose:
                 self.log.set_level(config.settings.log_level)
             self.pool.reload(config)
-            self._config = config
+            self._use(config)
             self._is_reloaded.set()
             start_thread(self._refresh_cached_models, "cache")
-            self._log_models(config)
-            name = args.file or "the list of models"
+            name = self._args.file or "the list of models"
             self.log("info", f"{name} was read again")
 
     def _until_idle_exit(self):
@@ -9994,17 +9913,17 @@ class Application:
             elif settings.idle_command:
                 since = max(idle_since, last_run)
                 pause = since + settings.idle_command_after - time.monotonic()
-            if pause <= 0 and self._unload_for_idle_command(idle_since):
-                self._run_idle_command(settings.idle_command)
-                last_run = time.monotonic()
-            elif pause <= 0:
-                pause = GPU_LOOK_EVERY if self._gpu_occupant else 1.0
-            self._is_reloaded.wait(max(0.0, min(pause, MAX_WAIT)))
+            if pause <= 0:
+                pause = self._await_unloaded(idle_since)
+                if pause == 0:
+                    self._run_idle_command(settings.idle_command)
+                    last_run = time.monotonic()
+            self._is_reloaded.wait(min(pause, MAX_WAIT))
             self._is_reloaded.clear()
 
-    def _unload_for_idle_command(self, idle_since):
-        """Unload everything. Return False if a request comes meanwhile, or if a foreign
-        process uses a GPU."""
+    def _await_unloaded(self, idle_since):
+        """Unload everything. Return the seconds after which to try again, if a request
+        comes meanwhile or a foreign process uses a GPU; else 0."""
 
         def is_interrupted():
             return self.server.is_closing or self.pool.idle_since() != idle_since
@@ -10012,10 +9931,12 @@ class Application:
         self.pool.unload_all("because nothing happens")
         self.pool.await_unloaded(is_interrupted)
         occupant = gpu_occupant()
-        if occupant and not (is_interrupted() or self._gpu_occupant):
+        if is_interrupted():
+            return 1.0
+        if occupant and not self._gpu_occupant:
             self.log("info", f"idle, but the idle-command waits: {occupant}")
         self._gpu_occupant = occupant
-        return not (occupant or is_interrupted())
+        return GPU_LOOK_EVERY if occupant else 0.0
 
     def _run_idle_command(self, text):
         command = with_environment(split_words(text))

@@ -3828,30 +3828,19 @@ def test_a_file_is_looked_at_by_requests_only_and_not_if_told_so(tmp_path):
         eventually(lambda: server.chat("b").status == 200)
 
 
-def test_a_file_on_a_mount_that_hangs_delays_requests_only_a_little(
-    tmp_path, monkeypatch
-):
-    watch, hanging, waits = llmswap.FileWatch(str(tmp_path)), threading.Event(), []
-    monkeypatch.setattr(watch, "_stamp", hanging.wait)
-    monkeypatch.setattr(llmswap, "WATCH_TIMEOUT", 0.2)
-    watch.check(lambda: None)
-    assert watch._look.is_alive()
-    monkeypatch.setattr(watch._look, "join", waits.append)
-    watch.check(lambda: None)  # later requests do not wait for it again
-    hanging.set()
-    assert waits == [0.0]
-
-
-def test_a_file_is_looked_at_later_if_no_thread_can_be_started(tmp_path, monkeypatch):
-    watch = llmswap.FileWatch(str(tmp_path))
+def test_a_file_on_a_mount_that_hangs_holds_up_one_request_only(tmp_path, monkeypatch):
+    watch, looks, hanging = llmswap.FileWatch(str(tmp_path)), [], threading.Event()
+    monkeypatch.setattr(watch, "_stamp", lambda: looks.append(hanging.wait(20)))
     monkeypatch.setattr(llmswap, "WATCH_EVERY", 0.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse_to_start)
-        watch.check(lambda: None)
-    (tmp_path / "new").touch()
-    changes = []
-    watch.check(lambda: changes.append("seen"))
-    assert changes == ["seen"]
+    first = threading.Thread(target=watch.check, args=[None])
+    first.start()
+    eventually(watch._lock.locked)
+    watch.check(None)  # the next one returns at once
+    assert looks == []
+    hanging.set()
+    first.join()
+    watch.check(None)
+    assert looks == [True, True]
 
 
 def refuse_to_start(_):
@@ -3886,20 +3875,17 @@ def test_a_connection_without_a_thread_is_refused(monkeypatch):
     assert "new thread" in log[0][1]
 
 
-def test_the_parrot_repeats_the_last_message_and_survives_nonsense():
+def test_the_parrot_repeats_the_last_message():
     with socketserver.TCPServer(("127.0.0.1", 0), llmswap.Parrot) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
         with Client(server.server_address[1]) as client:  # one connection for all
             assert client.ask("GET", "/health").json()["status"] == "ok"
             assert client.ask("GET", "/v1/models").json()["data"] == [{"id": "parrot"}]
-            assert client.ask("HEAD", "/health").status == 200
             messages = [{"content": "no"}, {"content": "Hi you"}]
             body = {"model": "jo", "messages": messages}
             answer = client.ask("POST", CHAT, body).json()
             assert answer["choices"][0]["message"]["content"] == "jo says: Hi you"
             assert answer["usage"]["completion_tokens"] == 4
-            for nonsense in (b"", b"{", b"[]", b"3", b'{"messages":"x"}', b"[" * 5000):
-                assert client.ask("POST", CHAT, nonsense).status == 400
             began = time.monotonic()
             events = client.ask("POST", CHAT, {**body, "stream": True}).body
             assert time.monotonic() > began + 0.2
@@ -5669,10 +5655,10 @@ def test_the_model_is_found_and_its_name_put_into_forms_too(swap):
 
 
 def test_keep_alive_of_a_request_unloads_its_model(swap):
-    for seconds in (1e300, 1e10, 0):
+    for seconds in (1e10, 0):
         assert swap.chat("late2", keep_alive=seconds).status == 200
     eventually(lambda: swap.states()["late2"] == "unloaded")
-    for wrong in ("soon", [1], True):
+    for wrong in ("soon", [1], True, 1e300):
         answer = swap.chat("a", keep_alive=wrong)
         assert (answer.status, answer.json()["error"]["param"]) == (400, "keep_alive")
 
@@ -6259,14 +6245,13 @@ GET /v1/models -> 200
     x-api-key: s3cret | Authorization: {basic} | Authorization: {basic_umlaut}
     Authorization: Bearer {umlaut} | Authorization: Bearer no & x-api-key: s3cret
     {own} & {key} & {site} same-site & {mode} no-cors
-    {own} & {stored} & {site} cross-site & {mode} navigate
-    {own} & {stored} & {site} none & {mode} navigate
+    {own} & {stored} | {own} & {stored} & {site} cross-site & {mode} navigate
     {key} & Origin: https://evil.example
 GET /v1/models -> 401
     | Authorization: Bearer | Authorization: Bearer s3cre
     Authorization: Bearer s3cret, | Authorization: Basic s3cret
     Authorization: {basic_wrong} | x-api-key: | x-api-key: \u00e4
-    {own} & {stored} & {site} same-site & {mode} no-cors
+    {own} & {stored} & Origin: https://evil.example
 GET /v1/models -> 401 cors
     Origin: http://localhost:3000
     {own} & {stored} & Origin: http://localhost:3000
@@ -6277,7 +6262,7 @@ GET /v1/models -> 403
     {key} & Host: evil.example
 GET /models /running /metrics /logs /upstream/a/ /none -> 401
 POST /v1/x -> 401
-    | {own} & {stored} & {site} cross-site & {mode} navigate
+    |
 GET / -> 401
     Accept: text/event-stream
 GET / -> 200
@@ -6294,7 +6279,6 @@ POST /v1/x -> 200 cors
     {key} & Origin: http://[::1]:5173 | {key} & Origin: https://chat.example
     {key} & Origin: http://[::1] & Content-Type: text/plain
     {own} & {stored} & Origin: http://127.0.0.1:{port}
-    {own} & {stored} & {site} same-origin & Origin: http://[::1]
 POST /v1/x -> 403
     {key} & Origin: https://chat.example:444 | {key} & Origin: http://chat.example
     {key} & Origin: https://evil.example | {key} & Origin: http://localhost.evil.example
@@ -7575,7 +7559,7 @@ def slow_model(folder, seconds=0.4, shards=1, wrapper=""):
 def watchful(text, *args):
     """llmswap that looks at loads, and tells of them, often."""
     often = {"LOOK_AT_LOADS": 0.04, "NOTICE_EVERY": 0.1, "LOAD_LINE_EVERY": 0.2}
-    return hasty(text, *args, SLOW_SECONDS=0.4, LONG_WAIT=0.3, **often)
+    return hasty(text, *args, LONG_WAIT=0.3, **often)
 
 
 def progress_events(server, model):
@@ -7696,23 +7680,17 @@ def test_an_address_is_shown_as_one_that_can_be_clicked(address, shown):
     assert llmswap.shown_address(address) == shown
 
 
-def test_long_loads_slow_requests_and_long_stops_are_logged(tmp_path):
+def test_long_loads_and_long_stops_are_logged(tmp_path):
     command = f"{slow_model(tmp_path)} --stop-delay 0.3"
     with watchful(f"[a]\ncmd = {command}\n") as server:
         began = time.monotonic()
         server.chat("a")
         most = (time.monotonic() - began) / 0.2
-        server.chat("a", delay=0.5)
-        where = r"a: first byte of POST /v1/chat/completions after"
-        eventually(lambda: len(re.findall(where, server.log())) == 2)
-        server.chat("a")
         server.post("/models/unload", {"model": "a"})
         eventually(lambda: re.search(r"a: unloaded after \d\.\d s", server.log()))
         assert "a: unloading (by hand)\n" in server.log()
         log = server.log()
     assert 2 <= len(re.findall(r"a: loading, \d\d? % after \d s", log)) <= most, log
-    assert re.search(rf"{where} \d\.\d s, \d\.\d s of it waiting", log), log
-    assert re.search(rf"{where} \d\.\d s\n", log) and len(re.findall(where, log)) == 2
 
 
 @pytest.mark.parametrize("is_journal", [False, True])
@@ -7744,7 +7722,7 @@ def test_failures_are_logged_at_the_start_and_repeated_ones_in_one_line(tmp_path
     text += "[a]\ncmd = FAKE --load-exit 3\n"
     with Llmswap(text, env={"PATH": "/usr/bin:/bin"}) as server:
         missing = eventually(lambda: re.findall(".*no-such-server.*", server.log()))
-        assert len(missing) == 1 and "m0, m1, m2, m3, m4 and 3 more could" in missing[0]
+        assert len(missing) == 1 and "m0, m1, m2, m3, m4, m5, m6, m7 could" in missing[0]
         eventually(lambda: re.search(r"x cannot be used: .*i:\d+: \[x\]", server.log()))
         remedy = eventually(lambda: re.search("(?m)^.* y could.*$", server.log()))[0]
         assert "'llama-server' on the PATH; `llama-server` in [llmswap]" in remedy
@@ -9223,9 +9201,8 @@ def test_the_idle_exit_heeds_no_idle_connection_nor_what_is_kept_loaded(tmp_path
 
 
 def test_a_timeout_of_a_month_does_not_overflow():
-    program = llmswap.Application(
-        SimpleNamespace(verbose=False, file=None), no_models()
-    )
+    args = SimpleNamespace(verbose=False, file=None)
+    program = llmswap.Application(args, no_models, no_models(), ())
     for seconds in (30 * 86400.0, math.inf):
         program._wakeup.send(b"\1")
         assert program._next_signal(seconds) == 1
@@ -9236,6 +9213,7 @@ def test_a_connection_in_the_backlog_cancels_the_idle_exit():
         pool = llmswap.Pool(no_models(), lambda *_: None)
         application = SimpleNamespace(reload_if_changed=lambda: None)
         server = llmswap.Server([listener], pool, lambda *_: None, application)
+        server.begin()
         assert server.try_idle_exit() and server.is_serving()  # there is nothing to do
         with Client(listener.getsockname()[1]) as client:
             client.send("GET", "/health")
@@ -10176,7 +10154,7 @@ def test_needs_and_budget_are_shown(tmp_path):
         env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
         told = subprocess.run(command, capture_output=True, text=True, env=env).stdout
         assert re.search(r"^  needs vram 6.3G, ram \S+ \(measured\)$", told, re.M)
-        assert "needs not known yet: it is loaded alone the first time" in told
+        assert re.search(r"^  needs vram .* \(not known yet\)$", told, re.M)
         assert re.search(r"^budget vram \S+G, ram \S+G$", told, re.M)
 
 
