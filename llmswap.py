@@ -9108,13 +9108,11 @@ class Log:
     """
 
     PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
-    COLOURS = {"WARNING": "\033[33m", "ERROR": "\033[31m", "DEBUG": "\033[2m"}
 
     def __init__(self):
         self.feed = Broadcast(2000)
-        self._is_journal = self._has_colours = False
+        self._is_journal = False
         with contextlib.suppress(OSError, ValueError):
-            self._has_colours = sys.stderr.isatty() and "NO_COLOR" not in os.environ
             status = os.fstat(sys.stderr.fileno())
             journal = f"{status.st_dev}:{status.st_ino}"
             self._is_journal = os.environ.get("JOURNAL_STREAM") == journal
@@ -9137,15 +9135,12 @@ class Log:
         """Write a record, on the listener's thread. Its further lines are indented, so
         that none looks like another record."""
         text = printable(record.getMessage()).replace("\n", "\n  ")
-        stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
-        line = f"{stamp} {text}"
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        line = f"{clock} {text}"
         self.feed.publish(line)
         if self._is_journal:
             priority = f"<{self.PRIORITIES[record.levelname]}>"
             line = priority + text.replace("\n", f"\n{priority}")
-        elif self._has_colours:
-            colour = self.COLOURS.get(record.levelname, "")
-            line = f"\033[2m{stamp}\033[0m {colour}{text}\033[0m"
         with contextlib.suppress(OSError, ValueError):  # it may be closed
             print(line, file=sys.stderr, flush=True)
 
