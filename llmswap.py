@@ -8153,10 +8153,6 @@ MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")  # POSTs are re
 FOREIGN_ORIGIN = "the origin {!r} is not in cors-origins in [llmswap]"
 OPEN_PATHS = ("/", "/health", "/v1/health")  # need no key
 IDLE_TIMEOUT_PARAMETERS = ("keep_alive", "ttl")  # Ollama's and LM Studio's
-OLLAMA_PATH = re.compile(
-    "/api/(tags|chat|generate|show|ps|version|embed|embeddings|pull|push|create|copy"
-    "|delete)/?"
-)
 KEY_HEADERS = frozenset(("authorization", "x-api-key", "api-key"))
 NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
 JSON_TYPE = ("content-type", "application/json; charset=utf-8")
@@ -8233,6 +8229,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.is_on_loopback = isinstance(address, tuple) and _LOOPBACK.match(address[0])
         if self.request.family != socket.AF_UNIX:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.request.setblocking(True)  # as it is on Linux anyway
         set_socket_timeouts(self.request)
 
     def handle(self):
@@ -8501,12 +8498,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return action(self, rest.rstrip("/") if methods else rest)
         if routes and path not in MODEL_PATHS:
             raise MethodNotAllowed(f"{self.head.method} is not allowed at {path}")
-        url = f"http://{self.head.get('host')}/v1"
         if path.startswith("/v1/v1/"):
+            url = f"http://{self.head.get('host')}/v1"
             raise NotFound(f"{path}: the base URL has /v1 twice; set it to {url}")
-        if OLLAMA_PATH.fullmatch(path):
-            text = f"{path} is Ollama's API; this is an OpenAI-compatible server"
-            raise NotFound(f"{text}: use an OpenAI provider with the base URL {url}")
         self.route_by_model()
 
     def refuse_feature(self):
@@ -8646,7 +8640,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.pool.unload(self._resolve(percent_decoded(name)))
         else:
             self.pool.unload_all("by hand")
-        self.pool.await_unloaded(self._heartbeat)
+        self.pool.await_unloaded(self.response.heartbeat)
         self._send_text("OK")
 
     def get_running(self):
@@ -8785,12 +8779,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not preemptible:
             self.row = self._new_row(info)
             self.server.requests.begin(self.row, self.response)
-        self._set_waiting_events(model, target, info)
+        notice = model.settings.loading_notice
+        is_stream = self.head.method == "POST" and info.members.get("stream") is True
+        self.response.wants_events = is_stream and notice != "off"
+        if notice == "reasoning" and target.split("?")[0].endswith("/chat/completions"):
+            self.response.notice = functools.partial(next, self._notices(model))
         outgoing = self._upstream_request(model, target, info)
         transform_of = _repair_for if model.settings.json_repair else lambda _: None
         asked_at = time.monotonic()
         for is_last in (False, True):
-            lease = self.pool.lease(model, self._heartbeat, preemptible)
+            lease = self.pool.lease(model, self.response.heartbeat, preemptible)
             with lease as backend:
                 self.waited = time.monotonic() - asked_at
                 if self.row:
@@ -8803,28 +8801,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     backend.record_answer(self.usage)
                     return
                 except BackendDied as error:
-                    may_resend = outgoing.rest is None and not is_last
                     has_died = not self.response.sent and backend.died(1.0)
-                    if has_died and may_resend:
+                    if has_died and outgoing.rest is None and not is_last:
                         continue
                     reason = backend.death(1.0) if has_died else None
                     error = BackendDied(str(reason)) if reason else error
                     error.may_retry = False if is_last else None  # it failed twice
                     raise error
-
-    def _heartbeat(self):
-        """Keep the client from giving up; raise as `ClientResponse.heartbeat` does.
-        Return False, by which the Pool's wait goes on."""
-        self.response.heartbeat()
-        return False
-
-    def _set_waiting_events(self, model, target, info):
-        notice = model.settings.loading_notice
-        is_stream = self.head.method == "POST" and info.members.get("stream") is True
-        self.response.wants_events = is_stream and notice != "off"
-        is_chat = target.partition("?")[0].endswith("/chat/completions")
-        if notice == "reasoning" and is_chat:
-            self.response.notice = functools.partial(next, self._notices(model))
 
     def _notices(self, model):
         """Yield events that a chat shows as the model's reasoning during its load, or
@@ -9205,15 +9188,12 @@ class Server(http.server.ThreadingHTTPServer):
     def get_request(self):
         """Accept one connection; OSError if there is none, or no descriptor for it."""
         try:
-            connection, address = self.socket.accept()
-        except BlockingIOError:
-            raise  # the client has left already
+            return self.socket.accept()
         except OSError as error:
-            self.log("error", f"a connection could not be accepted: {error}")
-            time.sleep(1.0)  # until other connections have ended
+            if not isinstance(error, BlockingIOError):  # by a client that has left
+                self.log("error", f"a connection could not be accepted: {error}")
+                time.sleep(1.0)  # until other connections have ended
             raise
-        connection.setblocking(True)  # as it is on Linux anyway
-        return connection, address
 
     def process_request(self, request, client_address):
         """Serve the connection on a new thread, or refuse it."""
@@ -9405,8 +9385,6 @@ Description=Address of llmswap
 
 [Socket]
 {streams}
-FileDescriptorName=http
-Backlog=1024
 
 [Install]
 WantedBy=sockets.target

@@ -5932,13 +5932,9 @@ def test_paths_of_other_servers_are_answered_in_their_words(swap):
         assert answer.status == other.status == 200
         assert answer.headers["server"] == "llmswap (llama.cpp)"
     assert swap.get("/v1/models/b/").json()["id"] == "b"
-    twice, ollama = "/v1 twice", "OpenAI-compatible"
-    for path, words in (
-        ("/v1/v1/chat/completions", twice), ("/v1/v1/models", twice),
-        ("/api/tags", ollama), ("/api/chat", ollama), ("/api/version/", ollama),
-    ):  # fmt: skip
+    for path in ("/v1/v1/chat/completions", "/v1/v1/models"):
         for answer in (swap.get(path), swap.post(path, {"model": "a"})):
-            assert answer.status == 404 and words in answer.message()
+            assert answer.status == 404 and "/v1 twice" in answer.message()
             assert "http://127.0.0.1/v1" in answer.message()  # as the Host it was sent
 
 
