@@ -9690,7 +9690,8 @@ BROKEN_NEEDS = [
     "", "{", "[]", "\xff", '{"k": 3}', '{"version": 2, "needs": {}}', '{"version": 1}',
     '{"version": 1, "needs": {"k": {"vram": 1}}}',
     '{"version": 1, "needs": {"k": {"amounts": {"vram": "6G"}}}}',
-    '{"version": 1, "needs": {"k": {"amounts": 3}}}',
+    '{"version": 1, "needs": {"k": {"amounts": 3}}}', "[" * 100000,
+    '{"version": 1, "needs": {"k": {"amounts": {"vram": 1e999}}}}',
 ]  # fmt: skip
 
 
@@ -10245,6 +10246,23 @@ def test_a_conversation_outlives_every_stop_but_a_kill(tmp_path, stop):
         assert 'llmswap_prompt_tokens_cached_total{model="a"} 3100\n' in metrics
         assert 'context_tokens_total{model="a",action="restored"} 6100\n' in metrics
         assert 'context_seconds_saved_total{model="a"} 12.2\n' in metrics
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", '{"F": []}', '{"F": ["c", 1, 1, [[0, "f"]]]}', "[" * 100000,
+    '{"F": ["c", "a", 1, []]}', '{"F": ["c", 1, 1e999, []]}', '{"F": ["c", 1, "a", 3]}',
+])  # fmt: skip
+def test_a_broken_manifest_of_contexts_counts_as_none(tmp_path, text):
+    (tmp_path / "x.ini").write_text(context_file(tmp_path, settings="context-max = 1"))
+    config = llmswap.load_config(str(tmp_path / "x.ini"))
+    [folder] = {each.context_dir for each in config.models.values()} - {""}
+    os.makedirs(folder)
+    manifest = tmp_path / "state/context/manifest.json"
+    manifest.write_text(text.replace("F", folder))
+    store = llmswap.ContextStore()
+    store.configure(config)
+    assert store.take(folder) == llmswap.SavedContext()
+    assert json.loads(manifest.read_text()) == {}
 
 
 def test_contexts_outlive_an_idle_exit(tmp_path):
