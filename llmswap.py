@@ -9679,46 +9679,6 @@ WATCH_EVERY = 1.0  # s between two looks at the file
 WATCH_SETTLES = 0.1  # s without a change, after which it counts as written
 
 
-class FileWatch:
-    """Notices that a file has changed, when `check` is called. Any thread may call.
-
-    A missing file counts as unchanged, because editors replace files.
-    """
-
-    def __init__(self, path: str):
-        self._path = path
-        self._lock = threading.Lock()  # held during a look
-        self._looked_at = -math.inf
-        self.mark()
-
-    def mark(self):
-        """Count the file as it is now as unchanged."""
-        self._seen = self._stamp()
-
-    def check(self, on_change: Callable):
-        """Call on_change() if the file has changed, and is not being written. Return at
-        once within WATCH_EVERY of the last look, and during one, as that may take long
-        on a slow mount."""
-        if not self._lock.acquire(blocking=False):
-            return
-        try:
-            if time.monotonic() < self._looked_at + WATCH_EVERY:
-                return
-            self._looked_at = time.monotonic()
-            stamp = self._stamp()
-            if stamp not in (None, self._seen):
-                time.sleep(WATCH_SETTLES)
-                if self._stamp() == stamp:
-                    on_change()
-        finally:
-            self._lock.release()
-
-    def _stamp(self):
-        with contextlib.suppress(OSError):
-            status = os.stat(self._path)
-            return status.st_mtime_ns, status.st_size, status.st_ino
-
-
 class Application:
     """One run of llmswap: from the listening sockets to the last backend's end."""
 
@@ -9727,7 +9687,9 @@ class Application:
         self._load = load  # returns the Config of the file as it is now
         self._config = config
         self._cached = cached
-        self._file_watch = FileWatch(args.file) if args.file else None
+        self._stamp = _file_stamp(args.file)  # when the file was read last
+        self._looked_at = -math.inf  # when that was compared last
+        self._look_lock = threading.Lock()
         self._signals, self._wakeup = socket.socketpair()
         self._reload_lock = threading.Lock()
         self._is_reloaded = threading.Event()
@@ -9823,9 +9785,22 @@ class Application:
                 return "idle for long; the next connection starts it again"
 
     def reload_if_changed(self):
-        """Reload if the file has changed; see FileWatch.check."""
-        if self._file_watch and self._config.settings.watch:
-            self._file_watch.check(self._try_reload)
+        """Reload if the file has changed, and is not being written. Return at once
+        within WATCH_EVERY of the last look, and during one: a slow mount may delay it."""
+        is_watched, file = self._config.settings.watch, self._args.file
+        if not (is_watched and self._look_lock.acquire(blocking=False)):
+            return
+        try:
+            if time.monotonic() < self._looked_at + WATCH_EVERY:
+                return
+            self._looked_at = time.monotonic()
+            stamp = _file_stamp(file)
+            if stamp not in (None, self._stamp):  # None: editors replace files
+                time.sleep(WATCH_SETTLES)
+                if _file_stamp(file) == stamp:
+                    self._try_reload()
+        finally:
+            self._look_lock.release()
 
     def _try_reload(self):
         try:
@@ -9855,8 +9830,7 @@ class Application:
         """Read the file again and use it. Raise an APIError with the reason if it is
         broken; then nothing changes."""
         with self._reload_lock:
-            if self._file_watch:
-                self._file_watch.mark()
+            self._stamp = _file_stamp(self._args.file)
             try:
                 config = self._load(cached=self._cached)
             except ConfigError as error:
@@ -9955,6 +9929,13 @@ class Application:
         while self.server.inactive_since() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         self._wakeup.send(b"\0")  # read by `_next_signal`
+
+
+def _file_stamp(path):
+    """Return what changes when the file does; None if it is missing."""
+    with contextlib.suppress(OSError):
+        status = os.stat(path or "")
+        return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 if __name__ == "__main__":

@@ -3792,16 +3792,22 @@ def shown_problem(server):
         return next(stream.documents())["problem"]
 
 
-def test_a_file_is_looked_at_by_requests_only_and_not_if_told_so(tmp_path):
+def application_of(path):
+    """An Application that does not run, of this file or of none."""
+    args = SimpleNamespace(verbose=False, file=path and str(path))
+    return llmswap.Application(args, no_models, no_models(), ())
+
+
+def test_a_file_is_looked_at_by_requests_only_and_not_if_told_so(tmp_path, monkeypatch):
     path = tmp_path / "x.ini"
     path.write_text("1")
-    watch, changes = llmswap.FileWatch(str(path)), []
-    path.write_text("22")
-    watch.check(lambda: changes.append(path.read_text()))
-    assert changes == ["22"]
-    path.write_text("333")
-    watch.check(lambda: changes.append(path.read_text()))  # within a second
-    assert changes == ["22"]
+    application, changes = application_of(path), []
+    reload = lambda: changes.append(path.read_text())  # noqa: E731
+    monkeypatch.setattr(application, "_try_reload", reload)
+    for text in ("22", "333"):  # the second within a second
+        path.write_text(text)
+        application.reload_if_changed()
+        assert changes == ["22"]
     with Llmswap("[llmswap]\nwatch = off\n[a]\ncmd = FAKE", WATCH_EVERY=0.0) as server:
         server.write("[b]\ncmd = FAKE")
         assert server.chat("a").status == 200
@@ -3810,17 +3816,17 @@ def test_a_file_is_looked_at_by_requests_only_and_not_if_told_so(tmp_path):
 
 
 def test_a_file_on_a_mount_that_hangs_holds_up_one_request_only(tmp_path, monkeypatch):
-    watch, looks, hanging = llmswap.FileWatch(str(tmp_path)), [], threading.Event()
-    monkeypatch.setattr(watch, "_stamp", lambda: looks.append(hanging.wait(20)))
+    application, looks, hanging = application_of(tmp_path), [], threading.Event()
+    monkeypatch.setattr(llmswap, "_file_stamp", lambda _: looks.append(hanging.wait(20)))
     monkeypatch.setattr(llmswap, "WATCH_EVERY", 0.0)
-    first = threading.Thread(target=watch.check, args=[None])
+    first = threading.Thread(target=application.reload_if_changed)
     first.start()
-    eventually(watch._lock.locked)
-    watch.check(None)  # the next one returns at once
+    eventually(application._look_lock.locked)
+    application.reload_if_changed()  # by the next request
     assert looks == []
     hanging.set()
     first.join()
-    watch.check(None)
+    application.reload_if_changed()
     assert looks == [True, True]
 
 
@@ -9146,8 +9152,7 @@ def test_the_idle_exit_heeds_no_idle_connection_nor_what_is_kept_loaded(tmp_path
 
 
 def test_a_timeout_of_a_month_does_not_overflow():
-    args = SimpleNamespace(verbose=False, file=None)
-    program = llmswap.Application(args, no_models, no_models(), ())
+    program = application_of(None)
     for seconds in (30 * 86400.0, math.inf):
         program._wakeup.send(b"\1")
         assert program._next_signal(seconds) == 1
