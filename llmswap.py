@@ -8281,13 +8281,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _await_request(self):
         """Return whether a request begins within IDLE_SECONDS."""
-        if self.reader.buffer:
-            return True
-        if self.reader.is_untouched:  # a new connection does not count as idle
-            return self.reader.wait_readable(IDLE_SECONDS)
-        with self.server.idling(self.request):
-            is_closing = self.server.is_closing
-            return not is_closing and self.reader.wait_readable(IDLE_SECONDS)
+        reader, server = self.reader, self.server
+        if reader.buffer or reader.is_untouched:  # a new connection is not idle yet
+            return reader.wait_readable(IDLE_SECONDS)
+        with server.idling(self.request):
+            return not server.is_closing and reader.wait_readable(IDLE_SECONDS)
 
     def parse_request(self) -> bool:
         """Read a head, strictly; False if the client sends no more requests."""
@@ -8494,8 +8492,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer if the path is one of ours; all others are routed by model."""
         path, routes = self.head.path, ROUTES.get(self.head.path, {})
         method = "GET" if self.head.method == "HEAD" else self.head.method
-        is_preflight = method == "OPTIONS"
-        route = Handler.answer_preflight if is_preflight else routes.get(method)
+        route = routes.get(method)
+        if method == "OPTIONS":
+            route = Handler.answer_preflight
+        elif route and path in MODEL_PATHS and self.head.parameter("model") is not None:
+            route = Handler.get_from_model
         if route:
             self.body.hold(SMALL_BODY)  # if it is malformed, nothing may change
             return route(self)
@@ -8558,8 +8559,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(0.25)  # faster is unreadable
 
     def get_metrics(self):
-        if self.head.parameter("model") is not None:
-            return self.get_from_model()
         self._send_text(metrics_text(self._status_report()), METRICS_TYPE)
 
     def _status_report(self):
@@ -8670,8 +8669,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json({"running": running})
 
     def get_props(self):
-        if self.head.parameter("model") is not None:
-            return self.get_from_model()
         self._send_json(
             {
                 "role": "router",
@@ -8735,9 +8732,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return by_default and self.config.settings.models_autoload
 
     def route_upstream(self, rest):
-        """Relay to a model's own server; `rest` is its name and the path there."""
-        name, path = self._split_name(rest)
+        """Relay to a model's own server; `rest` is its name and the path there. The
+        longest known name counts, as names may have slashes."""
+        parts = rest.split("/")
+        for count in range(min(len(parts), NAME_PARTS), 0, -1):
+            name = percent_decoded("/".join(parts[:count]))
+            if self.config.find(name):
+                break
         model = self.model = self._resolve(name)
+        path = "".join(f"/{part}" for part in parts[count:])
         query = self.head.target[len(self.head.path) :]
         if not path:
             return self._send(b"", 308, [("location", f"/upstream/{rest}/{query}")])
@@ -8749,16 +8752,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             )
         info = self._request_info(is_needed=False)
         self._forward(model, path + query, info, preemptible=True)
-
-    def _split_name(self, rest):
-        """Return the longest known name, which may have slashes, and the path after."""
-        parts = rest.split("/")
-        for count in range(min(len(parts), NAME_PARTS), 0, -1):
-            name = percent_decoded("/".join(parts[:count]))
-            if self.config.find(name):
-                path = "/".join(parts[count:])
-                return name, "/" + path if count < len(parts) else ""
-        return percent_decoded(parts[0]), "/"
 
     def _request_info(self, is_needed):
         """Return find_model() of the body; GET, HEAD and upgrades have none."""
