@@ -5945,15 +5945,9 @@ def test_paths_of_other_servers_are_answered_in_their_words(swap):
 
 
 def test_a_client_that_speaks_tls_is_told_to_use_http(swap):
-    hello = ssl.create_default_context()
     for _ in range(2):
-        with pytest.raises(ssl.SSLError):
-            with socket.create_connection(("127.0.0.1", swap.port)) as sock:
-                hello.wrap_socket(sock, server_hostname="localhost")
-    with socket.create_connection(("127.0.0.1", swap.port)) as sock:
-        sock.sendall(b"\x16\x03\x01\x02\x00\x01")
-        answer, _ = everything(sock)
-    assert answer.startswith(b"HTTP/1.1 400 ") and b"use http://" in answer
+        answer, _ = raw(swap, b"\x16\x03\x01\x02\x00\x01")  # as it begins
+        assert answer.startswith(b"HTTP/1.1 400 ") and b"use http://" in answer
     eventually(lambda: "speaks TLS" in swap.log())
     assert swap.log().count("speaks TLS") == 1
 
@@ -7637,9 +7631,8 @@ def test_the_meta_of_a_llama_server_is_shown_once_it_came(tmp_path, delay):
 
 
 @pytest.mark.parametrize("address, shown", [
-    (("127.0.0.1", 80), "http://127.0.0.1:80/"), (("::1", 80), "http://[::1]:80/"),
-    (("0.0.0.0", 80), "http://127.0.0.1:80/"), (("::", 80), "http://[::1]:80/"),
-    (("10.0.0.7", 80), "http://10.0.0.7:80/"), ("/run/x.sock", "unix:/run/x.sock"),
+    (("127.0.0.1", 80), "http://127.0.0.1:80/"), (("::", 80), "http://[::1]:80/"),
+    (("0.0.0.0", 80), "http://127.0.0.1:80/"), ("/run/x.sock", "unix:/run/x.sock"),
 ])  # fmt: skip
 def test_an_address_is_shown_as_one_that_can_be_clicked(address, shown):
     assert llmswap.shown_address(address) == shown
@@ -7659,25 +7652,21 @@ def test_long_loads_and_long_stops_are_logged(tmp_path):
 
 
 @pytest.mark.parametrize("is_journal", [False, True])
-def test_log_lines_have_time_or_priority_and_no_control_characters(is_journal):
-    code = r"import llmswap; log = llmswap.Log(); log('debug', 'no');"
-    code += r"log('info', 'x');"
-    code += r"log('error', '\x1b[1mone\n\ttwo\x07\u202e\ud800'); log.close()"
-    read_end, write_end = os.pipe()
-    status = os.fstat(write_end)
-    env = {**os.environ, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
-    subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=os.path.dirname(LLMSWAP),
-        stderr=write_end,
-        env=env if is_journal else {**env, "JOURNAL_STREAM": "8:1"},
-        check=True,
-    )
-    os.close(write_end)
-    with open(read_end) as file:
-        shown = re.sub(r"(?m)^\d\d:\d\d:\d\d ", "", file.read())
-    lines = ["<6>x", "<3>one", r"<3>          two\x07\u202e\ud800"]
-    wanted = "".join(f"{line}\n" for line in lines)
+def test_log_lines_have_time_or_priority_and_no_control_characters(
+    tmp_path, monkeypatch, is_journal
+):
+    path = tmp_path / "log"
+    with path.open("w") as stderr:
+        status = os.fstat(stderr.fileno())
+        stream = f"{status.st_dev}:{status.st_ino}" if is_journal else "8:1"
+        monkeypatch.setenv("JOURNAL_STREAM", stream)
+        monkeypatch.setattr(sys, "stderr", stderr)
+        log = llmswap.Log()
+        log("debug", "no"), log("info", "x")
+        log("error", "\x1b[1mone\n\ttwo\x07\u202e\ud800")
+        log.close()
+    shown = re.sub(r"(?m)^\d\d:\d\d:\d\d ", "", path.read_text())
+    wanted = "<6>x\n<3>one\n<3>          two\\x07\\u202e\\ud800\n"
     assert shown == (wanted if is_journal else re.sub("(?m)^<.>", "", wanted))
 
 
