@@ -8449,16 +8449,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _check_no_foreign_page(self):
         """Raise Forbidden if a foreign page causes a GET that changes something."""
-        head = self.head
-        is_ours = head.get("sec-fetch-site") == "same-origin"
-        if is_ours or head.method not in SAFE_METHODS:
+        head, site = self.head, self.head.get("sec-fetch-site")
+        if site == "same-origin" or head.method not in SAFE_METHODS:
             return
-        referer = re.match("[a-z][a-z0-9+.-]*://[^/?#]+", head.get("referer"))
-        origin = head.get("origin") or (referer[0] if referer else "")
-        if origin and self._is_origin_allowed(origin):
-            return
-        is_fetch = any(name.startswith("sec-fetch-") for name, _ in head.headers)
-        if origin or is_fetch or head.get("user-agent").startswith("Mozilla/"):
+        is_browser = site or head.get("user-agent").startswith("Mozilla/")
+        origin = head.get("origin") or "/".join(head.get("referer").split("/")[:3])
+        if (origin or is_browser) and not self._is_origin_allowed(origin):
             raise Forbidden(FOREIGN_ORIGIN.format(origin or "of a browser"))
 
     def _given_keys(self):
