@@ -9775,7 +9775,7 @@ class Application:
 
     def reload_if_changed(self):
         """Reload if the file has changed, and is not being written. Return at once
-        within WATCH_EVERY of the last look, and during one: a slow mount may delay it."""
+        within WATCH_EVERY of the last look, and during one, which a mount may delay."""
         is_watched, file = self._config.settings.watch, self._args.file
         if not (is_watched and self._look_lock.acquire(blocking=False)):
             return

@@ -3845,15 +3845,15 @@ def test_a_file_is_looked_at_by_requests_only_and_not_if_told_so(tmp_path, monke
 
 
 def test_a_file_on_a_mount_that_hangs_holds_up_one_request_only(tmp_path, monkeypatch):
-    application, looks, hanging = application_of(tmp_path), [], threading.Event()
-    monkeypatch.setattr(llmswap, "_file_stamp", lambda _: looks.append(hanging.wait(20)))
+    application, looks, mount = application_of(tmp_path), [], threading.Event()
+    monkeypatch.setattr(llmswap, "_file_stamp", lambda _: looks.append(mount.wait(20)))
     monkeypatch.setattr(llmswap, "WATCH_EVERY", 0.0)
     first = threading.Thread(target=application.reload_if_changed)
     first.start()
     eventually(application._look_lock.locked)
     application.reload_if_changed()  # by the next request
     assert looks == []
-    hanging.set()
+    mount.set()
     first.join()
     application.reload_if_changed()
     assert looks == [True, True]
@@ -5912,7 +5912,8 @@ def test_models_are_loaded_and_unloaded_by_hand_as_by_llama_cpp(swap):
 
 QUESTIONS = "props slots metrics lora-adapters".split()
 LOADS_NOTHING = [  # method and path; the status of the answer while it is not loaded
-    ("POST", f"{CHAT}?autoload=false", 400), ("GET", "/v1/x?model=hidden&autoload=0", 400),
+    ("POST", f"{CHAT}?autoload=false", 400),
+    ("GET", "/v1/x?model=hidden&autoload=0", 400),
     ("DELETE", "/v1/x?model=hidden&autoload=no", 400),
     *(("GET", f"/{word}?model=hidden", 400) for word in QUESTIONS),
     *(("GET", f"/{word}?model=hidden&autoload=false", 400) for word in QUESTIONS),
@@ -5926,7 +5927,8 @@ LOADS_NOTHING = [  # method and path; the status of the answer while it is not l
 def test_nothing_is_loaded_against_a_clients_will(swap):
     starts = len(swap.journal("main"))
     for method, path, status in LOADS_NOTHING:
-        answer = swap.ask(method, path, {"model": "hidden"} if method == "POST" else None)
+        body = {"model": "hidden"} if method == "POST" else None
+        answer = swap.ask(method, path, body)
         text = {400: "model", 404: "no model", 409: "only the page itself"}[status]
         assert answer.status == status and text in answer.message(), path
     assert answer.message() == "model name is missing from the request"
@@ -7705,7 +7707,7 @@ def test_failures_are_logged_at_the_start_and_repeated_ones_in_one_line(tmp_path
     text += "[a]\ncmd = FAKE --load-exit 3\n"
     with Llmswap(text, env={"PATH": "/usr/bin:/bin"}) as server:
         missing = eventually(lambda: re.findall(".*no-such-server.*", server.log()))
-        assert len(missing) == 1 and "m0, m1, m2, m3, m4, m5, m6, m7 could" in missing[0]
+        assert len(missing) == 1 and "m0, m1, m2, m3, m4, m5, m6, m7" in missing[0]
         eventually(lambda: re.search(r"x cannot be used: .*i:\d+: \[x\]", server.log()))
         remedy = eventually(lambda: re.search("(?m)^.* y could.*$", server.log()))[0]
         assert "'llama-server' on the PATH; `llama-server` in [llmswap]" in remedy
