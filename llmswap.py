@@ -8261,8 +8261,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.row = self.error = None
         self.info, self.usage = RequestInfo(), Usage()
         try:
-            if not self.parse_request():
-                return
+            self.parse_request()
             self._check_access()
             self.server.application.reload_if_changed()
             self.config = self.pool.config
@@ -8287,16 +8286,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with server.idling(self.request):
             return not server.is_closing and reader.wait_readable(IDLE_SECONDS)
 
-    def parse_request(self) -> bool:
-        """Read a head, strictly; False if the client sends no more requests."""
+    def parse_request(self):
+        """Read a head, strictly. Raise ClientDisconnected if none comes."""
         self.head_timeout.restart()
         self.reader.on_timeout = self.head_timeout
-        try:
+        raw = b""
+        with contextlib.suppress(OSError):
             raw = self.reader.head()
-        except OSError:
-            raise ClientDisconnected from None
         if not raw:
-            return False
+            raise ClientDisconnected
         self.head = Request(raw)
         path = self.head.path.rstrip("/")
         if path in ROUTES:  # with or without a slash
@@ -8305,7 +8303,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.response = ClientResponse(self.request, self.head, self._cors_headers())
         self.response.is_for_anthropic = self.head.path.endswith("/v1/messages")
         self.body = Body(self.reader, self.head, self.config.settings.max_body)
-        return True
 
     def _count_request(self):
         """Count and list the request if it was for a model or failed."""
@@ -8423,10 +8420,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = _host_name(host)
         is_allowed = not name or {name, "*"} & {*allowed} or _IP_ADDRESS.fullmatch(name)
         if self.is_on_loopback and not is_allowed:
-            raise Forbidden(
-                f"Host {host!r} is not among allowed-hosts in [llmswap], which guards "
-                "local servers against web pages"
-            )
+            raise Forbidden(f"Host {host!r} is not among allowed-hosts in [llmswap]")
         is_safe = head.method in SAFE_METHODS and not head.is_upgrade
         if origin and not is_safe and not self._is_origin_allowed(origin):
             raise Forbidden(FOREIGN_ORIGIN.format(origin))
@@ -8742,10 +8736,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self._send(b"", 308, [("location", f"/upstream/{rest}/{query}")])
         is_page = path == "/" or self.head.method not in SAFE_METHODS
         if not self._may_use(model, is_page):
-            raise ModelNotLoaded(
-                f"model {model.name!r} is not loaded; of the paths under "
-                f"/upstream/{model.name}/ only the page itself loads it"
-            )
+            text = f"model {model.name!r} is not loaded; only the page itself loads it"
+            raise ModelNotLoaded(text)
         info = self._request_info(is_needed=False)
         self._forward(model, path + query, info, preemptible=True)
 
@@ -9350,13 +9342,11 @@ class SystemdNotifier:
 
     def notify(self, *lines: str):
         """Send the lines in one datagram; drop it if systemd takes none for 1 s."""
-        if not self._address:
-            return
-        with contextlib.suppress(OSError):
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-                sender.settimeout(1.0)
-                sender.connect(self._address)
-                sender.sendall("\n".join(lines).encode())
+        sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with sender, contextlib.suppress(OSError):  # without systemd there is no address
+            sender.settimeout(1.0)
+            sender.connect(self._address)
+            sender.sendall("\n".join(lines).encode())
 
     def watch(self, pool: Pool, is_serving: Callable[[], bool]):
         """Report what is loaded, at each change and twice per `watchdog`, as long as
