@@ -5922,9 +5922,9 @@ def render_head(start: str, headers: Headers) -> bytes:
     return f"{start}\r\n{lines}\r\n".encode("latin-1")
 
 
-def end_to_end(headers: Headers) -> Headers:
-    """Return the headers without the hop-by-hop ones."""
-    dropped = HOP_BY_HOP
+def end_to_end(headers: Headers, dropped: FrozenSet[str] = frozenset()) -> Headers:
+    """Return the headers without the hop-by-hop ones and those to be dropped."""
+    dropped |= HOP_BY_HOP
     for name, value in headers:
         if name == "connection" and value.lower() not in ("keep-alive", "close"):
             dropped = dropped.union(map(str.strip, value.lower().split(",")))
@@ -8452,8 +8452,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Forbidden(FOREIGN_ORIGIN.format(origin or "of a browser"))
 
     def _given_keys(self):
-        """Yield the keys in the headers, as bytes. A password counts only on our own
-        page, as a browser adds the one that it has stored to requests of any page."""
+        """Yield the keys in the headers, as bytes. A password does not count with the
+        origin of another page: a browser adds the one that it has stored."""
         origin = self.head.get("origin")
         for value in self.head.all("x-api-key") + self.head.all("authorization"):
             scheme, _, rest = value.partition(" ")
@@ -8575,8 +8575,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._check_no_foreign_page()
             self.server.application.reload()
             self.config = self.pool.config
-        config = self.pool.config
-        listed = [m for m in config.models.values() if not m.settings.unlisted]
+        listed = [m for m in self.config.models.values() if not m.settings.unlisted]
         self._send_json({"object": "list", "data": self._model_entries(listed)})
 
     def get_model(self, name):
@@ -8827,11 +8826,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if VIA_NAME in ", ".join(self.head.all("via")):
             text = f"the request for {model.name} has come back to llmswap"
             raise LoopDetected(f"{text}: its `proxy` ({settings.proxy}) leads there")
-        timeouts = [name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members]
+        removed = {*IDLE_TIMEOUT_PARAMETERS, *settings.strip_params}
         edits = BodyEdits(
             settings.model_name or None,
             settings.set_params or {},
-            frozenset([*timeouts, *settings.strip_params]),
+            frozenset(removed & info.members.keys()),
             settings.default_params or {},
         )
         if info.is_json and edits != BodyEdits():
@@ -8857,11 +8856,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             dropped |= {"accept-encoding"}
         if not self.body.coding:  # it may be decoded
             dropped |= {"content-encoding"}
-        headers = [
-            header
-            for header in end_to_end(self.head.headers)
-            if header[0] not in dropped
-        ]
+        headers = end_to_end(self.head.headers, dropped)
         headers.append(("via", f"1.1 {VIA_NAME}"))
         if key:
             key = key.encode().decode("latin-1")  # sent as UTF-8
@@ -9695,7 +9690,7 @@ class Application:
         self.server = Server(listeners, self.pool, self.log, self)
         addresses = [shown_address(each.getsockname()) for each in listeners]
         self.log("info", f"llmswap {VERSION} at {' and '.join(addresses)}")
-        self._use(self._config)
+        self._take_over(self._config)
         self.pool.start()
         self.server.begin()
         start_thread(self._idle_command_loop, "idle")
@@ -9736,8 +9731,8 @@ class Application:
         return listeners
 
     def _log_models(self, config):
-        """Log the models, and what is wrong with them: each reason once. It may take
-        long, as it asks llama-server for its options and looks for files."""
+        """Log what is wrong with the models, each reason once. It may take long, as it
+        asks llama-server for its options and looks for files."""
         reasons = collections.defaultdict(list)
         for model in config.models.values():
             missing = start_problem(model)
@@ -9787,7 +9782,7 @@ class Application:
         except APIError as problem:
             self.log("error", str(problem))
 
-    def _use(self, config):
+    def _take_over(self, config):
         self._config = config
         names = [*config.models]
         count = "1 model" if len(names) == 1 else f"{len(names)} models"
@@ -9821,7 +9816,7 @@ class Application:
             if not self._args.verbose:
                 self.log.set_level(config.settings.log_level)
             self.pool.reload(config)
-            self._use(config)
+            self._take_over(config)
             self._is_reloaded.set()
             start_thread(self._refresh_cached_models, "cache")
             name = self._args.file or "the list of models"
@@ -9848,14 +9843,14 @@ class Application:
                 since = max(idle_since, last_run)
                 pause = since + settings.idle_command_after - time.monotonic()
             if pause <= 0:
-                pause = self._await_unloaded(idle_since)
+                pause = self._unload_for_idle_command(idle_since)
                 if pause == 0:
                     self._run_idle_command(settings.idle_command)
                     last_run = time.monotonic()
             self._is_reloaded.wait(min(pause, MAX_WAIT))
             self._is_reloaded.clear()
 
-    def _await_unloaded(self, idle_since):
+    def _unload_for_idle_command(self, idle_since):
         """Unload everything. Return the seconds after which to try again, if a request
         comes meanwhile or a foreign process uses a GPU; else 0."""
 
