@@ -9337,8 +9337,8 @@ class SystemdNotifier:
 
     def notify(self, *lines: str):
         """Send the lines in one datagram; drop it if systemd takes none for 1 s."""
-        sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        with sender, contextlib.suppress(OSError):  # as without systemd
+        kind = socket.AF_UNIX, socket.SOCK_DGRAM
+        with contextlib.suppress(OSError), socket.socket(*kind) as sender:
             sender.settimeout(1.0)
             sender.connect(self._address)
             sender.sendall("\n".join(lines).encode())
