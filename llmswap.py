@@ -8078,7 +8078,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.is_on_loopback = isinstance(address, tuple) and _LOOPBACK.match(address[0])
         if self.request.family != socket.AF_UNIX:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.request.setblocking(True)  # as it is on Linux anyway
         set_socket_timeouts(self.request)
 
     def handle(self):
