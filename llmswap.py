@@ -5745,9 +5745,10 @@ def render_head(start: str, headers: Headers) -> bytes:
     return f"{start}\r\n{lines}\r\n".encode("latin-1")
 
 
-def end_to_end(head: "Head") -> Headers:
-    """Return the headers without the hop-by-hop ones."""
-    dropped = HOP_BY_HOP.union(map(str.strip, head.connection.split(",")))
+def end_to_end(head: "Head", dropped: FrozenSet[str] = frozenset()) -> Headers:
+    """Return the headers without the hop-by-hop ones and those to be dropped."""
+    named = map(str.strip, head.connection.split(","))
+    dropped = dropped.union(HOP_BY_HOP, named)
     return [header for header in head.headers if header[0] not in dropped]
 
 
@@ -7875,7 +7876,6 @@ IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
 NAME_LIMIT = 500  # characters of a model's name in a request; what follows is cut
 NAME_PARTS = 64  # slash-separated parts of a model's name
-SLOW_SECONDS = 10.0  # until the first byte; such requests are logged
 NOTICE_EVERY = 5.0  # s between two notices of a load's progress in a waiting chat
 INPUTS = {"vision": "image", "audio": "audio"}  # input modality by capability
 _IP_ADDRESS = re.compile(r"[0-9.]+|\[[0-9a-f:.]+\]")  # an IP address in Host
@@ -7989,8 +7989,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.row = self.error = None
         self.info, self.usage = RequestInfo(), Usage()
         try:
-            if not self.parse_request():
-                return
+            self.parse_request()
             self._check_access()
             self.server.application.reload_if_changed()
             self.config = self.pool.config
@@ -8018,16 +8017,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return False
             return await_event(self.request, select.POLLIN, IDLE_SECONDS)
 
-    def parse_request(self) -> bool:
-        """Read a head, strictly; False if the client sends no more requests."""
+    def parse_request(self):
+        """Read a head, strictly. Raise ClientDisconnected if none comes."""
         self.head_timeout.restart()
         self.reader.on_timeout = self.head_timeout
-        try:
+        raw = b""
+        with contextlib.suppress(OSError):
             raw = self.reader.head()
-        except OSError:
-            raise ClientDisconnected from None
         if not raw:
-            return False
+            raise ClientDisconnected
         self.head = Request(raw)
         path = self.head.path.rstrip("/")
         if path in ROUTES:  # with or without a slash
@@ -8036,16 +8034,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.response = ClientResponse(self.request, self.head, self._cors_headers())
         self.response.is_for_anthropic = self.head.path.endswith("/v1/messages")
         self.body = Body(self.reader, self.head, self.config.settings.max_body)
-        return True
-
-    def _log_if_slow(self):
-        seconds = (self.response.first_at or self.began) - self.began
-        if seconds >= SLOW_SECONDS:
-            target = f"{self.head.method} {self.head.path[:60]}"
-            text = f"{self.model.name}: first byte of {target} after {seconds:.1f} s"
-            if self.waited >= LONG_WAIT:
-                text += f", {self.waited:.1f} s of it waiting"
-            self.server.log("info", text)
 
     def _count_request(self):
         """Count and list the request if it was for a model or failed."""
@@ -8057,28 +8045,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         seconds = time.monotonic() - self.began
         usage = self.usage if status < 300 else Usage()
         speed = speed_of(usage, seconds - (self.waited or 0))
+        names = "tokens_in", "tokens_cached", "tokens_out"
+        amounts = {name: getattr(usage, name) for name in names}
         error = self.error or response.problem
         if self.head is not None and status >= 400 and status != 499:
             self.row = self.row or self._new_row(self.info)
         if self.row:
             self.row.update(
+                amounts,
                 status=status,
                 seconds=seconds,
                 first_byte=response.first_at and response.first_at - self.began,
-                tokens_in=usage.tokens_in,
-                tokens_cached=usage.tokens_cached,
-                tokens_out=usage.tokens_out,
                 tokens_per_second=speed,
                 error=str(error)[:ERROR_LENGTH] if error else None,
             )
             self.server.requests.end(self.row)
-        amounts = {
-            "tokens_in": usage.tokens_in or 0,
-            "tokens_out": usage.tokens_out or 0,
-            "tokens_cached": usage.tokens_cached or 0,
-            "bytes_in": self.body.received if self.body is not None else 0,
-            "bytes_out": response.sent,
-        }
+        amounts = {name: amount or 0 for name, amount in amounts.items()}
+        amounts["bytes_in"] = self.body.received if self.body is not None else 0
+        amounts["bytes_out"] = response.sent
         self.pool.count_request(
             self.model, speed, status, seconds, self.waited, **amounts
         )
@@ -8107,8 +8091,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             text = "a client speaks TLS here: its base URL must begin with http://"
             self.server.log("warning", text)
         if not isinstance(error, APIError):  # no OSError of the client's socket
-            kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-            error = APIError(f"{kind}{error}")
+            error = APIError(str(error))
         self.response = self.response or ClientResponse(self.request, None, [])
         response = self.response
         if self.body is None or not self.body.is_complete:
@@ -8168,10 +8151,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = _host_name(host)
         is_allowed = not name or {name, "*"} & {*allowed} or _IP_ADDRESS.fullmatch(name)
         if self.is_on_loopback and not is_allowed:
-            raise Forbidden(
-                f"Host {host!r} is not among allowed-hosts in [llmswap], which guards "
-                "local servers against web pages"
-            )
+            raise Forbidden(f"Host {host!r} is not among allowed-hosts in [llmswap]")
         is_safe = head.method in SAFE_METHODS and not head.is_upgrade
         if origin and not is_safe and not self._is_origin_allowed(origin):
             raise Forbidden(FOREIGN_ORIGIN.format(origin))
@@ -8192,48 +8172,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = origin.partition("://")[2]
         return bool(name) and name == self.head.get("host")
 
-    def _is_from_foreign_page(self):
-        """Return whether a foreign page made a browser send this, other than by a link:
-        the browser adds the key that it has stored."""
-        head, origin = self.head, self.head.get("origin")
-        site = head.get("sec-fetch-site")  # sent by new browsers, to secure addresses
-        if not site:
-            return bool(origin) and not self._is_own_origin(origin)
-        is_navigation = head.get("sec-fetch-mode") == "navigate"
-        is_link = is_navigation and head.method in SAFE_METHODS
-        return site not in ("same-origin", "none") and not is_link
-
     def _check_no_foreign_page(self):
         """Raise Forbidden if a foreign page causes a GET that changes something."""
-        head = self.head
-        is_ours = head.get("sec-fetch-site") == "same-origin"
-        if is_ours or head.method not in SAFE_METHODS:
+        head, site = self.head, self.head.get("sec-fetch-site")
+        if site == "same-origin" or head.method not in SAFE_METHODS:
             return
-        referer = re.match("[a-z][a-z0-9+.-]*://[^/?#]+", head.get("referer"))
-        origin = head.get("origin") or (referer[0] if referer else "")
-        if origin and self._is_origin_allowed(origin):
-            return
-        is_fetch = any(name.startswith("sec-fetch-") for name, _ in head.headers)
-        if origin or is_fetch or head.get("user-agent").startswith("Mozilla/"):
+        is_browser = site or head.get("user-agent").startswith("Mozilla/")
+        origin = head.get("origin") or "/".join(head.get("referer").split("/")[:3])
+        if (origin or is_browser) and not self._is_origin_allowed(origin):
             raise Forbidden(FOREIGN_ORIGIN.format(origin or "of a browser"))
 
-    def _check_may_load(self, model):
-        """Raise Forbidden if a foreign page causes a GET that would load the model."""
-        is_get = self.head.method in SAFE_METHODS
-        if is_get and self.pool.backend_of(model, State.LOADED) is None:
-            self._check_no_foreign_page()
-
     def _given_keys(self):
-        """Yield the keys in the headers, as bytes."""
-        for value in self.head.all("x-api-key"):
-            yield value.encode("latin-1")
-        for value in self.head.all("authorization"):
+        """Yield the keys in the headers, as bytes. A password does not count with the
+        origin of another page: a browser adds the one that it has stored."""
+        origin = self.head.get("origin")
+        for value in self.head.all("x-api-key") + self.head.all("authorization"):
             scheme, _, rest = value.partition(" ")
             if scheme.lower() == "bearer":
                 yield rest.strip().encode("latin-1")
             elif scheme.lower() != "basic":
                 yield value.encode("latin-1")
-            elif not self._is_from_foreign_page():
+            elif not origin or self._is_own_origin(origin):
                 with contextlib.suppress(ValueError):
                     yield base64.b64decode(rest).partition(b":")[2]
 
@@ -8254,8 +8213,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer if the path is one of ours; all others are routed by model."""
         path, routes = self.head.path, ROUTES.get(self.head.path, {})
         method = "GET" if self.head.method == "HEAD" else self.head.method
-        is_preflight = method == "OPTIONS"
-        route = Handler.answer_preflight if is_preflight else routes.get(method)
+        route = routes.get(method)
+        if method == "OPTIONS":
+            route = Handler.answer_preflight
+        elif route and path in MODEL_PATHS and self.head.parameter("model") is not None:
+            route = Handler.get_from_model
         if route:
             self.body.hold(SMALL_BODY)  # if it is malformed, nothing may change
             return route(self)
@@ -8276,9 +8238,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def refuse_feature(self):
         raise FeatureDisabled("this feature is disabled")
-
-    def post_streams_lookup(self):
-        self._send_json([])  # no stream can be resumed
 
     def answer_preflight(self):
         names = self.head.get("access-control-request-headers") or "*"
@@ -8324,8 +8283,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(0.25)  # faster is unreadable
 
     def get_metrics(self):
-        if self.head.parameter("model") is not None:
-            return self.get_from_model()
         self._send_text(metrics_text(self._status_report()), METRICS_TYPE)
 
     def _status_report(self):
@@ -8352,8 +8309,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._check_no_foreign_page()
             self.server.application.reload()
             self.config = self.pool.config
-        config = self.pool.config
-        listed = [m for m in config.models.values() if not m.settings.unlisted]
+        listed = [m for m in self.config.models.values() if not m.settings.unlisted]
         self._send_json({"object": "list", "data": self._model_entries(listed)})
 
     def get_model(self, name):
@@ -8391,21 +8347,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise NotFound(f"no request {number} is in flight")
         self._send_json({"success": True})
 
-    def post_load(self):
-        self._change_model(self.pool.load, "model is already running")
-
-    def post_unload(self):
-        self._change_model(self.pool.unload, "model is not running")
-
-    def _change_model(self, change, refusal):
-        name = find_model(self.body, "application/json").model
-        if name is None:
-            raise BadRequest("model name is missing from the request", "model")
-        if not change(self._resolve(name)):
-            raise BadRequest(refusal)
+    def change_model(self):
+        """Begin to load or unload the model that the body names."""
+        model = self._resolve(find_model(self.body, "application/json").model)
+        if self.head.path == "/models/load":
+            change, word = self.pool.load, "already"
+        else:
+            change, word = self.pool.unload, "not"
+        if not change(model):
+            raise BadRequest(f"model is {word} running")
         self._send_json({"success": True})
 
     def _resolve(self, name):
+        if name is None:
+            raise BadRequest("model name is missing from the request", "model")
         return self.config.resolve(name[:NAME_LIMIT])
 
     def unload(self, name=""):
@@ -8415,7 +8370,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.pool.unload(self._resolve(percent_decoded(name)))
         else:
             self.pool.unload_all("by hand")
-        self.pool.await_unloaded(self._heartbeat)
+        self.pool.await_unloaded(self.response.heartbeat)
         self._send_text("OK")
 
     def get_running(self):
@@ -8437,8 +8392,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json({"running": running})
 
     def get_props(self):
-        if self.head.parameter("model") is not None:
-            return self.get_from_model()
         self._send_json(
             {
                 "role": "router",
@@ -8475,12 +8428,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_from_model(self):
         """Relay a GET; without autoload=true it never loads, wakes or keeps a model."""
-        name = self.head.parameter("model")
-        if not name:
-            raise BadRequest("model name is missing from the request", "model")
-        model = self.model = self._resolve(name)
-        if self._may_autoload(by_default=False):
-            self._check_may_load(model)
+        model = self.model = self._resolve(self.head.parameter("model") or None)
+        if self.head.parameter("autoload") in ("true", "1"):
+            self._may_use(model)
             return self._forward(model, self.head.target, RequestInfo())
         states = [State.LOADED]
         if self.head.path in ("/props", "/metrics"):  # do not wake llama-server
@@ -8491,40 +8441,38 @@ class Handler(http.server.BaseHTTPRequestHandler):
         outgoing = self._upstream_request(model, self.head.target, RequestInfo())
         self._relay(outgoing, backend)
 
-    def _may_autoload(self, by_default=True):
-        """Return whether the request may load its model, by llama.cpp's rules."""
+    def _may_use(self, model, by_default=True):
+        """Return whether the model is loaded, or may be by llama.cpp's rules. Raise
+        Forbidden if a foreign page causes a GET that would load it."""
+        is_safe = self.head.method in SAFE_METHODS
+        if is_safe and not self.pool.backend_of(model, State.LOADED):
+            self._check_no_foreign_page()
+        if self.pool.backend_of(model, State.LOADING, State.LOADED):
+            return True
         value = self.head.parameter("autoload")
         if value:
             return value in ("true", "1")
         return by_default and self.config.settings.models_autoload
 
     def route_upstream(self, rest):
-        """Relay to a model's own server; `rest` is its name and the path there."""
-        name, path = self._split_name(rest)
-        model = self.model = self._resolve(name)
-        query = self.head.target[len(self.head.path) :]
-        if not path:
-            return self._send(b"", 308, [("location", f"/upstream/{rest}/{query}")])
-        self._check_may_load(model)
-        is_page = path == "/" or self.head.method not in SAFE_METHODS
-        is_up = self.pool.backend_of(model, State.LOADING, State.LOADED)
-        if not is_up and not self._may_autoload(is_page):
-            raise ModelNotLoaded(
-                f"model {model.name!r} is not loaded; of the paths under "
-                f"/upstream/{model.name}/ only the page itself loads it"
-            )
-        info = self._request_info(is_needed=False)
-        self._forward(model, path + query, info, preemptible=True)
-
-    def _split_name(self, rest):
-        """Return the longest known name, which may have slashes, and the path after."""
+        """Relay to a model's own server; `rest` is its name and the path there. The
+        longest known name counts, as names may have slashes."""
         parts = rest.split("/")
         for count in range(min(len(parts), NAME_PARTS), 0, -1):
             name = percent_decoded("/".join(parts[:count]))
             if self.config.find(name):
-                path = "/".join(parts[count:])
-                return name, "/" + path if count < len(parts) else ""
-        return percent_decoded(parts[0]), "/"
+                break
+        model = self.model = self._resolve(name)
+        path = "".join(f"/{part}" for part in parts[count:])
+        query = self.head.target[len(self.head.path) :]
+        if not path:
+            return self._send(b"", 308, [("location", f"/upstream/{rest}/{query}")])
+        is_page = path == "/" or self.head.method not in SAFE_METHODS
+        if not self._may_use(model, is_page):
+            text = f"model {model.name!r} is not loaded; only the page itself loads it"
+            raise ModelNotLoaded(text)
+        info = self._request_info(is_needed=False)
+        self._forward(model, path + query, info, preemptible=True)
 
     def _request_info(self, is_needed):
         """Return find_model() of the body; GET, HEAD and upgrades have none."""
@@ -8539,14 +8487,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = info.model or name
         if not name and self.head.method in SAFE_METHODS:
             raise NotFound(f"there is nothing at {self.head.path}")
-        model = self._resolve(name) if name else self.config.default_model()
-        if model is None:
-            text = "model name is missing from the request"
-            raise BadRequest(f"{text}, and there is no default-model", "model")
-        self.model = model
-        self._check_may_load(model)
-        is_up = self.pool.backend_of(model, State.LOADING, State.LOADED)
-        if not is_up and not self._may_autoload():
+        model = None if name else self.config.default_model()
+        model = self.model = model or self._resolve(name or None)
+        if not self._may_use(model):
             raise BadRequest("model is not loaded")
         self._forward(model, self.head.target, info)
 
@@ -8558,12 +8501,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not preemptible:
             self.row = self._new_row(info)
             self.server.requests.begin(self.row, self.response)
-        self._set_waiting_events(model, target, info)
+        notice = model.settings.loading_notice
+        is_stream = self.head.method == "POST" and info.members.get("stream") is True
+        self.response.wants_events = is_stream and notice != "off"
+        if notice == "reasoning" and target.split("?")[0].endswith("/chat/completions"):
+            self.response.notice = functools.partial(next, self._notices(model))
         outgoing = self._upstream_request(model, target, info)
         transform_of = _repair_for if model.settings.json_repair else lambda _: None
         asked_at = time.monotonic()
         for is_last in (False, True):
-            lease = self.pool.lease(model, self._heartbeat, preemptible)
+            lease = self.pool.lease(model, self.response.heartbeat, preemptible)
             with lease as backend:
                 self.waited = time.monotonic() - asked_at
                 if self.row:
@@ -8574,30 +8521,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self._relay(outgoing, backend, transform_of)
                     self.usage = usage_in(self.response.excerpt)
                     backend.record_answer(self.usage)
-                    return self._log_if_slow()
+                    return
                 except BackendDied as error:
-                    may_resend = outgoing.rest is None and not is_last
                     has_died = not self.response.sent and backend.died(1.0)
-                    if has_died and may_resend:
+                    if has_died and outgoing.rest is None and not is_last:
                         continue
                     reason = backend.death(1.0) if has_died else None
                     error = BackendDied(str(reason)) if reason else error
                     error.may_retry = False if is_last else None  # it failed twice
                     raise error
-
-    def _heartbeat(self):
-        """Keep the client from giving up; raise as `ClientResponse.heartbeat` does.
-        Return False, by which the Pool's wait goes on."""
-        self.response.heartbeat()
-        return False
-
-    def _set_waiting_events(self, model, target, info):
-        notice = model.settings.loading_notice
-        is_stream = self.head.method == "POST" and info.members.get("stream") is True
-        self.response.wants_events = is_stream and notice != "off"
-        is_chat = target.partition("?")[0].endswith("/chat/completions")
-        if notice == "reasoning" and is_chat:
-            self.response.notice = functools.partial(next, self._notices(model))
 
     def _notices(self, model):
         """Yield events that a chat shows as the model's reasoning during its load, or
@@ -8655,11 +8587,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             dropped |= {"accept-encoding"}
         if not self.body.coding:  # it may be decoded
             dropped |= {"content-encoding"}
-        headers = [
-            header
-            for header in end_to_end(self.head)
-            if header[0] not in dropped
-        ]
+        headers = end_to_end(self.head, dropped)
         headers.append(("via", f"1.1 {VIA_NAME}"))
         if key:
             key = key.encode().decode("latin-1")  # sent as UTF-8
@@ -8677,8 +8605,8 @@ ROUTES = {
     "/v1/models": {"GET": Handler.get_models},
     "/models": {"GET": Handler.get_models},
     "/models/sse": {"GET": Handler.get_events},
-    "/models/load": {"POST": Handler.post_load},
-    "/models/unload": {"POST": Handler.post_unload},
+    "/models/load": {"POST": Handler.change_model},
+    "/models/unload": {"POST": Handler.change_model},
     "/props": {"GET": Handler.get_props},
     "/slots": {"GET": Handler.get_from_model},
     "/metrics": {"GET": Handler.get_metrics},
@@ -8687,7 +8615,7 @@ ROUTES = {
     "/api/requests": {"GET": Handler.get_requests},
     "/unload": {"GET": Handler.unload, "POST": Handler.unload},
     "/api/models/unload": {"POST": Handler.unload},
-    "/v1/streams/lookup": {"POST": Handler.post_streams_lookup},
+    "/v1/streams/lookup": {"POST": lambda self: self._send_json([])},  # resumes none
     "/tools": {"GET": Handler.refuse_feature, "POST": Handler.refuse_feature},
     "/cors-proxy": {"GET": Handler.refuse_feature, "POST": Handler.refuse_feature},
     "/logs": {"GET": Handler.get_logs},
@@ -8736,17 +8664,12 @@ def _idle_timeout_in(members):
     names = [name for name in IDLE_TIMEOUT_PARAMETERS if members.get(name) is not None]
     if not names:
         return None
-    value = members[names[0]]
+    text = str(members[names[0]])
     try:
-        if isinstance(value, str):
-            sign = -1 if value.startswith("-") else 1
-            return sign * parse_duration(value.lstrip("-"))
-        if math.isnan(value) or isinstance(value, bool):
-            raise ValueError
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        text = f"{names[0]}: {value!r} is not a duration"
-        raise BadRequest(text, names[0]) from None
+        seconds = parse_duration(text.lstrip("-"))
+    except ValueError:
+        raise BadRequest(f"{names[0]}: {text!r} is no duration", names[0]) from None
+    return -seconds if text.startswith("-") else seconds
 
 
 _HOST = re.compile(r"(\[[^]]*\]|[^:]*)(?::[0-9]*)?")
@@ -8846,16 +8769,15 @@ def shown_command(facts: Facts, status: ModelStatus) -> List[str]:
 def mask_secrets(argv: Sequence[str]) -> List[str]:
     """Return the command with *** for the values of options and variables whose name
     says key, token or password, also within the words of a command for a shell."""
-    text = "\0".join(argv)
-    for secret in (_SECRET_OPTION, _SECRET_WORD, _SECRET_WITHIN):
-        text = secret.sub(r"\1***", text)
-    return text.split("\0") if argv else []
+    text = _SECRET_WORD.sub(r"\1***", "\0".join(argv))
+    return _SECRET_WITHIN.sub(r"\1***", text).split("\0") if argv else []
 
 
 _SECRET = r"[\w.-]*(?:keys?|token|password)(?![a-z])[\w.-]*"
 _SECRET_LINE = re.compile(rf"(?im)^({_SECRET}|hft) = .*$")  # of a preset
-_SECRET_OPTION = re.compile(rf"(?i)(?<![^\0])((?:--?{_SECRET}|-hft)\0)(?!--)[^\0]*")
-_SECRET_WORD = re.compile(rf"(?i)(?<![^\0])(-{{0,2}}{_SECRET}=)[^\0]*")
+_SECRET_WORD = re.compile(
+    rf"(?i)(?<![^\0])((?:--?{_SECRET}|-hft)\0(?!--)|-{{0,2}}{_SECRET}=)[^\0]*"
+)
 _SECRET_WITHIN = re.compile(
     rf"(?i)((?<![\w-])(?:--?{_SECRET}(?:=|\s+)|{_SECRET}=))"
     r"""("[^"\0]*"|'[^'\0]*'|[^\s'"\0]+)"""
@@ -8884,13 +8806,11 @@ class Log:
     """
 
     PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
-    COLOURS = {"WARNING": "\033[33m", "ERROR": "\033[31m", "DEBUG": "\033[2m"}
 
     def __init__(self):
         self.feed = Broadcast(2000)
-        self._is_journal = self._has_colours = False
+        self._is_journal = False
         with contextlib.suppress(OSError, ValueError):
-            self._has_colours = sys.stderr.isatty() and "NO_COLOR" not in os.environ
             status = os.fstat(sys.stderr.fileno())
             journal = f"{status.st_dev}:{status.st_ino}"
             self._is_journal = os.environ.get("JOURNAL_STREAM") == journal
@@ -8913,15 +8833,12 @@ class Log:
         """Write a record, on the listener's thread. Its further lines are indented, so
         that none looks like another record."""
         text = printable(record.getMessage()).replace("\n", "\n  ")
-        stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
-        line = f"{stamp} {text}"
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        line = f"{clock} {text}"
         self.feed.publish(line)
         if self._is_journal:
             priority = f"<{self.PRIORITIES[record.levelname]}>"
             line = priority + text.replace("\n", f"\n{priority}")
-        elif self._has_colours:
-            colour = self.COLOURS.get(record.levelname, "")
-            line = f"\033[2m{stamp}\033[0m {colour}{text}\033[0m"
         with contextlib.suppress(OSError, ValueError):  # it may be closed
             print(line, file=sys.stderr, flush=True)
 
@@ -8952,7 +8869,6 @@ class Server(http.server.ThreadingHTTPServer):
         self._active_at = time.monotonic()
         self._connections, self._idle_connections = set(), set()
         self._is_paused = self.has_warned_of_tls = False
-        self._thread = None
         for sock in sockets:
             sock.setblocking(False)
 
@@ -8977,9 +8893,8 @@ class Server(http.server.ThreadingHTTPServer):
     def shutdown(self):
         """Stop accepting; the sockets stay open."""
         self._is_paused = True
-        if self._thread is not None:
-            self._stop_writer.close()
-            self._thread.join(1.0)
+        self._stop_writer.close()
+        self._thread.join(1.0)
 
     def is_serving(self) -> bool:
         """Return whether connections are accepted, or are not to be accepted."""
@@ -8988,15 +8903,12 @@ class Server(http.server.ThreadingHTTPServer):
     def get_request(self):
         """Accept one connection; OSError if there is none, or no descriptor for it."""
         try:
-            connection, address = self.socket.accept()
-        except BlockingIOError:
-            raise  # the client has left already
+            return self.socket.accept()
         except OSError as error:
-            self.log("error", f"a connection could not be accepted: {error}")
-            time.sleep(1.0)  # until other connections have ended
+            if not isinstance(error, BlockingIOError):  # by a client that has left
+                self.log("error", f"a connection could not be accepted: {error}")
+                time.sleep(1.0)  # until other connections have ended
             raise
-        connection.setblocking(True)  # as it is on Linux anyway
-        return connection, address
 
     def process_request(self, request, client_address):
         """Serve the connection on a new thread, or refuse it."""
@@ -9156,13 +9068,11 @@ class SystemdNotifier:
 
     def notify(self, *lines: str):
         """Send the lines in one datagram; drop it if systemd takes none for 1 s."""
-        if not self._address:
-            return
-        with contextlib.suppress(OSError):
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-                sender.settimeout(1.0)
-                sender.connect(self._address)
-                sender.sendall("\n".join(lines).encode())
+        kind = socket.AF_UNIX, socket.SOCK_DGRAM
+        with contextlib.suppress(OSError), socket.socket(*kind) as sender:
+            sender.settimeout(1.0)
+            sender.connect(self._address)
+            sender.sendall("\n".join(lines).encode())
 
     def watch(self, pool: Pool, is_serving: Callable[[], bool]):
         """Report what is loaded, at each change and twice per `watchdog`, as long as
@@ -9188,8 +9098,6 @@ Description=Address of llmswap
 
 [Socket]
 {streams}
-FileDescriptorName=http
-Backlog=1024
 
 [Install]
 WantedBy=sockets.target
@@ -9258,21 +9166,14 @@ class Parrot(http.server.BaseHTTPRequestHandler):
         """Answer health checks and the list of models."""
         self._answer({"status": "ok", "object": "list", "data": [{"id": "parrot"}]})
 
-    do_HEAD = do_GET
-
     def do_POST(self):
         """Answer a chat; what the last message says comes back."""
-        body = self.rfile.read(int(self.headers.get("content-length") or 0))
-        try:
-            request = json.loads(body)
-            message = (request.get("messages") or [{}])[-1].get("content") or "squawk"
-        except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
-            problem = BadRequest("the body is not a JSON object with `messages`")
-            return self._answer(error_body(problem), problem.status)
-        model = request.get("model")
+        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        model, messages = request.get("model"), request.get("messages")
+        message = messages[-1]["content"] if messages else "squawk"
         words = re.findall(r"\S+\s*", f"{model} says: {message}")
         if request.get("stream"):
-            return self._send(200, "text/event-stream", self._events(words))
+            return self._send("text/event-stream", self._events(words))
         reply = {"role": "assistant", "content": "".join(words)}
         choice = {"index": 0, "message": reply, "finish_reason": "stop"}
         usage = {"prompt_tokens": len(words), "completion_tokens": len(words)}
@@ -9286,16 +9187,16 @@ class Parrot(http.server.BaseHTTPRequestHandler):
             time.sleep(0.05)
         yield b"data: [DONE]\n\n"
 
-    def _answer(self, value, status=200):
-        self._send(status, "application/json", [to_json(value)])
+    def _answer(self, value):
+        self._send("application/json", [to_json(value)])
 
-    def _send(self, status, content_type, pieces):
-        self.send_response(status)
+    def _send(self, content_type, pieces):
+        self.send_response(200)
         self.send_header("content-type", content_type)
         self.send_header("transfer-encoding", "chunked")
         self.end_headers()
-        for piece in [] if self.command == "HEAD" else itertools.chain(pieces, [b""]):
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        for piece in itertools.chain(pieces, [b""]):
+            self.wfile.write(as_chunk(piece))
             self.wfile.flush()
 
     def log_message(self, format, *args):
@@ -9372,10 +9273,7 @@ def check(config: Config) -> int:
             if model.has_auto_needs:
                 needs.estimate(model, budget)
                 amounts, source = needs.of(model, budget)
-                text = f"needs {resources_text(amounts)} ({source})"
-                if source == Known().source:
-                    text = "needs not known yet: it is loaded alone the first time"
-                lines.append(text)
+                lines.append(f"needs {resources_text(amounts)} ({source})")
         except ConfigError as error:
             lines.append(f"error: {error}")
             unusable.append(model.name)
@@ -9391,24 +9289,20 @@ def check(config: Config) -> int:
     return 2 if unusable else 0
 
 
-PORT_MARK = "\0"  # stands for the port; shlex quotes words with it
-
-
 def _command_line(model):
     """Return the model's command for a shell that sets PORT, else where it runs."""
     if model.problem:
         raise ConfigError(model.problem)
     if model.kind == "uses":
         return f"the backend of {' or '.join(model.backends)}"
-    argv = model.command(table_of(model), PORT_MARK)
+    argv = model.command(table_of(model), "${PORT}")
     if not argv:
         unit = f"{model.settings.unit} at " if model.kind == "unit" else ""
         return unit + model.url("")
-    variables = model.environment(PORT_MARK).items()
+    variables = model.environment("${PORT}").items()
     words = [f"{name}={value}" for name, value in variables]
-    words = ["env", *words, *argv] if words else argv
-    line = shlex.join(words).replace(f"'{PORT_MARK}'", "${PORT}")
-    line = line.replace(PORT_MARK, "'${PORT}'")
+    line = shlex.join(["env", *words, *argv] if words else argv)
+    line = line.replace("${PORT}", "'${PORT}'").replace("''${PORT}''", "${PORT}")
     cwd = model.settings.cwd
     return f"cd {shlex.quote(cwd)} && {line}" if cwd else line
 
@@ -9447,11 +9341,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     if not (args.file or cached):
         print(NO_MODELS, end="", file=sys.stderr)
         return 2
+    load = functools.partial(load_config, args.file, args.listen, args.models_max)
     try:
-        config = load_config(args.file, args.listen, args.models_max, cached=cached)
+        config = load(cached=cached)
         if args.check and args.file and config.settings.cache_models:
-            cached = cached_models(config.settings.llama_server)
-            config = load_config(args.file, args.listen, args.models_max, cached=cached)
+            config = load(cached=cached_models(config.settings.llama_server))
     except ConfigError as error:
         print(printable(str(error)), file=sys.stderr)
         refuse_pending_connections()
@@ -9461,7 +9355,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     if args.units:
         print(units_for(config), end="")
         return 0
-    return Application(args, config, cached).run()
+    return Application(args, load, config, cached).run()
 
 
 NO_MODELS = """\
@@ -9540,8 +9434,9 @@ class FileWatch:
 class Application:
     """One run of llmswap: from the listening sockets to the last backend's end."""
 
-    def __init__(self, args, config: Config, cached: Sequence[str] = ()):
+    def __init__(self, args, load: Callable, config: Config, cached: Sequence[str]):
         self._args = args
+        self._load = load  # returns the Config of the file as it is now
         self._config = config
         self._cached = cached
         self._file_watch = FileWatch(args.file) if args.file else None
@@ -9557,7 +9452,12 @@ class Application:
 
     def run(self) -> int:
         """Serve until a signal ends it; return the exit status."""
-        self._receive_signals()
+        self._wakeup.setblocking(False)
+        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)  # see `_next_signal`
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         listeners = self._open_listeners()
         if isinstance(listeners, int):
             self.log.close()
@@ -9566,7 +9466,7 @@ class Application:
         self.server = Server(listeners, self.pool, self.log, self)
         addresses = [shown_address(each.getsockname()) for each in listeners]
         self.log("info", f"llmswap {VERSION} at {' and '.join(addresses)}")
-        self._log_models(self._config)
+        self._take_over(self._config)
         self.pool.start()
         self.server.begin()
         start_thread(self._idle_command_loop, "idle")
@@ -9576,16 +9476,6 @@ class Application:
         start_thread(self._refresh_cached_models, "cache")
         self._shut_down(self._await_shutdown())
         return 0
-
-    def _receive_signals(self):
-        """Have the numbers of signals written to a socket, for `_next_signal`."""
-        self._wakeup.setblocking(False)
-        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: None)
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def _next_signal(self, timeout: float) -> Optional[int]:
         """Return the next signal's number, 0 once `_close` is done, or None after
@@ -9617,30 +9507,19 @@ class Application:
         return listeners
 
     def _log_models(self, config):
-        names = [*config.models]
-        count = "1 model" if len(names) == 1 else f"{len(names)} models"
-        self.log("info", f"{count}: {', '.join(names) or 'none'}")
-        for warning in config.warnings:
-            self.log("warning", warning)
-        for model in config.models.values():
-            if model.problem:
-                self.log("warning", f"{model.name} cannot be used: {model.problem}")
-        start_thread(self._check_models, "check", config)
-
-    def _check_models(self, config):
-        """Log which models could not be started now. They stay usable: a missing file
-        may be on a mount that comes later."""
-        for warning in config.pitfalls(table_of):
-            self.log("warning", warning)
+        """Log what is wrong with the models, each reason once. It may take long, as it
+        asks llama-server for its options and looks for files."""
         reasons = collections.defaultdict(list)
         for model in config.models.values():
-            problem = start_problem(model)
-            if problem:
-                reasons[problem].append(model.name)
+            missing = start_problem(model)
+            if model.problem:
+                reasons[f"cannot be used: {model.problem}"].append(model.name)
+            elif missing:  # it may be on a mount that comes later
+                reasons[f"could not be started now: {missing}"].append(model.name)
+        for warning in [*config.warnings, *config.pitfalls(table_of)]:
+            self.log("warning", warning)
         for reason, names in reasons.items():
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            text = f"{', '.join(names[:5])}{more} could not be started now: {reason}"
-            self.log("warning", text)
+            self.log("warning", f"{', '.join(names)} {reason}")
 
     def _await_shutdown(self):
         while True:
@@ -9663,8 +9542,15 @@ class Application:
     def _try_reload(self):
         try:
             self.reload()
-        except APIError as problem:
+        except (APIError, RuntimeError) as problem:  # no more threads can be started
             self.log("error", str(problem))
+
+    def _take_over(self, config):
+        self._config = config
+        names = [*config.models]
+        count = "1 model" if len(names) == 1 else f"{len(names)} models"
+        self.log("info", f"{count}: {', '.join(names) or 'none'}")
+        start_thread(self._log_models, "models", config)
 
     def _refresh_cached_models(self):
         """List the models in llama.cpp's cache, and reload if they have changed."""
@@ -9680,28 +9566,24 @@ class Application:
     def reload(self):
         """Read the file again and use it. Raise an APIError with the reason if it is
         broken; then nothing changes."""
-        args = self._args
         with self._reload_lock:
             if self._file_watch:
                 self._file_watch.mark()
             try:
-                config = load_config(
-                    args.file, args.listen, args.models_max, cached=self._cached
-                )
+                config = self._load(cached=self._cached)
             except ConfigError as error:
                 self.config_error = f"not reloaded: {error}"
                 raise APIError(self.config_error) from None
             self.config_error = None
             if config.settings.listen != self._config.settings.listen:
                 self.log("warning", "a change of `listen` needs a restart")
-            if not args.verbose:
+            if not self._args.verbose:
                 self.log.set_level(config.settings.log_level)
             self.pool.reload(config)
-            self._config = config
+            self._take_over(config)
             self._is_reloaded.set()
             start_thread(self._refresh_cached_models, "cache")
-            self._log_models(config)
-            name = args.file or "the list of models"
+            name = self._args.file or "the list of models"
             self.log("info", f"{name} was read again")
 
     def _until_idle_exit(self):
@@ -9724,17 +9606,17 @@ class Application:
             elif settings.idle_command:
                 since = max(idle_since, last_run)
                 pause = since + settings.idle_command_after - time.monotonic()
-            if pause <= 0 and self._unload_for_idle_command(idle_since):
-                self._run_idle_command(settings.idle_command)
-                last_run = time.monotonic()
-            elif pause <= 0:
-                pause = GPU_LOOK_EVERY if self._gpu_occupant else 1.0
-            self._is_reloaded.wait(max(0.0, min(pause, MAX_WAIT)))
+            if pause <= 0:
+                pause = self._unload_for_idle_command(idle_since)
+                if pause == 0:
+                    self._run_idle_command(settings.idle_command)
+                    last_run = time.monotonic()
+            self._is_reloaded.wait(min(pause, MAX_WAIT))
             self._is_reloaded.clear()
 
     def _unload_for_idle_command(self, idle_since):
-        """Unload everything. Return False if a request comes meanwhile, or if a foreign
-        process uses a GPU."""
+        """Unload everything. Return the seconds after which to try again, if a request
+        comes meanwhile or a foreign process uses a GPU; else 0."""
 
         def is_interrupted():
             return self.server.is_closing or self.pool.idle_since() != idle_since
@@ -9742,10 +9624,12 @@ class Application:
         self.pool.unload_all("because nothing happens")
         self.pool.await_unloaded(is_interrupted)
         occupant = gpu_occupant()
-        if occupant and not (is_interrupted() or self._gpu_occupant):
+        if is_interrupted():
+            return 1.0
+        if occupant and not self._gpu_occupant:
             self.log("info", f"idle, but the idle-command waits: {occupant}")
         self._gpu_occupant = occupant
-        return not (occupant or is_interrupted())
+        return GPU_LOOK_EVERY if occupant else 0.0
 
     def _run_idle_command(self, text):
         command = with_environment(split_words(text))
