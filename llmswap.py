@@ -248,14 +248,13 @@ def one_of(*words):
     return pattern(f"one of {', '.join(words)}", regex, lambda match: match[0].lower())
 
 
-def _seconds(match):
-    parts = re.findall(rf"({NUMBER})(ms|[smhd]?)", match[0])
-    seconds = sum(float(number) * SECONDS[unit] for number, unit in parts)
-    return min(seconds, MAX_DURATION)
-
-
 parse_duration = pattern(
-    "a duration such as 15m", rf"{NUMBER}|(?:{NUMBER}(?:ms|[smhd]))+", _seconds
+    "a duration such as 15m",
+    rf"{NUMBER}|(?:{NUMBER}(?:ms|[smhd]))+",
+    lambda match: min(MAX_DURATION, sum(
+        float(number) * SECONDS[unit]
+        for number, unit in re.findall(rf"({NUMBER})(ms|[smhd]?)", match[0])
+    )),
 )
 parse_size = pattern(
     "a size such as 18G",
@@ -315,11 +314,10 @@ def parse_resources(text, parse_amount=parse_size) -> dict:
 
 def parse_budget(text) -> dict:
     """Return amounts by resource, None for `auto`: "vram auto, ram 64G", "auto"."""
-    if text == "auto":
-        return {"vram": None, "ram": None}
+    text = "vram auto, ram auto" if text == "auto" else text
     amounts = parse_resources(text, or_none("auto", parse_size))
-    for name, amount in amounts.items():
-        if amount is None and name not in ("vram", "ram"):
+    for name in amounts.keys() - {"vram", "ram"}:
+        if amounts[name] is None:
             raise ValueError(f"{name!r} cannot be auto, only vram and ram can")
     return amounts
 
@@ -333,18 +331,16 @@ def parse_sets(text) -> tuple:
 
 
 CAPABILITIES = ("vision", "audio", "tools", "embeddings", "rerank")
+parse_capability = pattern(
+    f"one of {', '.join(CAPABILITIES)} or context 32768",
+    rf"({'|'.join(CAPABILITIES)})|context[ \t]+([1-9][0-9]{{0,8}})",
+    lambda match: (match[1], True) if match[1] else ("context", int(match[2])),
+)
 
 
 def parse_capabilities(text) -> dict:
     """Return what a model can do: True by name; for `context` the number of tokens."""
-    parts = {}
-    for part in parse_words(text):
-        match = re.fullmatch("context[ \t]+([1-9][0-9]{0,8})", part)
-        if not match and part not in CAPABILITIES:
-            known = f"{', '.join(CAPABILITIES)} or context 32768"
-            raise ValueError(f"{part!r} is none of {known}")
-        parts.update({"context": int(match[1])} if match else {part: True})
-    return parts
+    return dict(map(parse_capability, parse_words(text)))
 
 
 def parse_object(text) -> dict:
@@ -416,7 +412,7 @@ class Key(NamedTuple):
     @property
     def attribute(self):
         """The name in ProxySettings or ModelSettings."""
-        return self.name.replace("-", "_")
+        return self.name.partition(".")[0].replace("-", "_")
 
 
 PROXY_KEYS = (
@@ -424,16 +420,14 @@ PROXY_KEYS = (
         "addresses, comma-separated: `[::1]:8080`, `unix:/run/llmswap.sock`; sockets "
         "from systemd replace them"),
     Key("models-max", parse_count, "1",
-        "how many may be loaded at once; 0: no limit, which is the default with "
-        "`budget` or `sets`"),
+        "loaded at once, at most; 0: no limit, the default with `budget` or `sets`"),
     Key("budget", parse_budget, "",
         "the memory for models, e.g. `vram 24G, ram 64G`; their `needs` must fit; "
         "`auto`, or `vram auto`: what this machine has"),
     Key("models-autoload", parse_boolean, "on",
         "`off`: a request never loads a model; it is loaded by hand or on startup"),
     Key("sets", parse_sets, "",
-        "which may be loaded together: `coder + embed, thinker + embed`; a model in no "
-        "set is loaded alone"),
+        "loaded together: `coder + embed, big + embed`; a model in no set only alone"),
     Key("cache-models", parse_boolean, "off",
         "every model in llama.cpp's own cache of downloads becomes a model"),
     Key("models-dir", os.path.expanduser, "",
@@ -483,17 +477,16 @@ MODEL_KEYS = (
         "which binary to run when there is no `cmd`"),
     Key("extra-args", str, "", "appended to the command as written"),
     Key("unit", str, "",
-        "a systemd service to start and stop: of the user manager; `system:NAME` of "
-        "the system's"),
+        "the user's systemd service to start and stop; `system:NAME`: the system's"),
     Key("proxy", parse_url, "http://127.0.0.1:${PORT}",
         "base URL of the backend; alone it is a remote model"),
     Key("proxy-key", str, "", "sent to the backend as `Authorization: Bearer`"),
     Key("model-name", str, "",
         "the name put into the request's `model` before forwarding; empty: as asked"),
     Key("uses", parse_words, "",
-        "share the backend of another model; of several, comma-separated, that of the "
-        "one that is loaded, else of one that is loading, else of the first; only keys "
-        "about requests and listing may stand beside it"),
+        "share the backend of another model; of several, comma-separated, that of one "
+        "loaded, else loading, else the first; beside it only keys about requests and "
+        "listing"),
     Key("alias", parse_words, "", "further names, comma-separated"),
     Key("env.NAME", str, "", "environment of the backend"),
     Key("cwd", os.path.expanduser, "",
@@ -501,27 +494,22 @@ MODEL_KEYS = (
     Key("check-endpoint", parse_endpoint, "/health",
         "path that answers 200 once ready; `none`: ready when the port accepts"),
     Key("load-timeout", parse_duration, "10m",
-        "give up this long after the last sign of progress (a line written, bytes "
-        "read)"),
+        "give up this long after the last progress (a line written, bytes read)"),
     Key("stop-timeout", parse_duration, "10", "seconds from SIGTERM to SIGKILL"),
     Key("cmd-stop", str, "", "run instead of SIGTERM; `${PID}` is the backend's"),
     Key("idle-timeout", parse_duration, "0",
         "unload after this long without a request; 0: never; `ttl` is the same"),
     Key("load-on-startup", parse_boolean, "off", "load when llmswap starts"),
     Key("keep-loaded", parse_boolean, "off",
-        "load when llmswap starts, and again whenever it fits beside what is loaded "
-        "and nobody waits; requests for others may evict it; `idle-timeout` does not "
-        "count"),
+        "load when llmswap starts, and again whenever it fits and nobody waits; "
+        "requests for others may evict it; `idle-timeout` does not count"),
     Key("pin", parse_pin, "off",
-        "`on`: never evicted to make room, nor unloaded when idle; `loaded`: not "
-        "evicted while it is loaded, requests for what does not fit beside it are "
-        "refused"),
+        "`on`: neither evicted nor unloaded when idle; `loaded`: not evicted while it "
+        "is loaded, and requests for what does not fit beside it are refused"),
     Key("keep-context", parse_boolean, "off",
-        "save the processed prompts of a llama-server before it is stopped, and "
-        "restore them after its next start"),
+        "save a llama-server's processed prompts before a stop, restore them after"),
     Key("needs", or_none("auto", parse_resources), "",
-        "resources, e.g. `vram 18G, ram 4G`; `auto`: measured and remembered, the "
-        "default if anything in `budget` is `auto`"),
+        "e.g. `vram 18G, ram 4G`; `auto`: measured, the default if `budget` has auto"),
     Key("sleep-needs", parse_resources, "", "what it still holds while `sleeping`"),
     Key("concurrency", parse_count, "0",
         "requests sent at once; more wait in order; 0: no limit"),
@@ -530,19 +518,17 @@ MODEL_KEYS = (
     Key("sleep", parse_requests, "",
         "e.g. `POST /sleep?level=1`: make room by putting to sleep, not by stopping"),
     Key("wake", parse_requests, "",
-        "e.g. `POST /wake_up`: undo `sleep`; several requests are separated by commas, "
-        "each may have a JSON object"),
+        "e.g. `POST /wake_up`: undo `sleep`; several by commas, each may have JSON"),
     Key("hang-timeout", parse_duration, "60s",
-        "restart when a request is silent and health unanswered for this long; 0: "
-        "never, the default of `cmd` models"),
+        "restart after so long without an answer to a request and to health; 0: never, "
+        "the default of `cmd` models"),
     Key("wake-mac", parse_mac, "",
         "send Wake-on-LAN to this address while the backend does not answer"),
     Key("wake-broadcast", parse_host_port, "255.255.255.255:9",
         "where Wake-on-LAN is sent"),
     Key("strip-params", parse_words, "", "parameters removed from requests"),
     Key("default-params", parse_object, "",
-        "JSON object of parameters for requests that do not set them; objects merge "
-        "deep"),
+        "JSON object of parameters that requests may override; objects merge deep"),
     Key("set-params", parse_object, "",
         "JSON object laid over requests; objects merge deep"),
     Key("json-repair", parse_boolean, "off", "repair the arguments of tool calls"),
@@ -550,8 +536,7 @@ MODEL_KEYS = (
         "what a streaming client sees while it waits: `off`, `comment`, `reasoning`"),
     Key("unlisted", parse_boolean, "off", "not in `/v1/models`"),
     Key("capabilities", parse_capabilities, "",
-        "shown to clients, for models other than llama-server: `vision, audio, tools, "
-        "embeddings, rerank, context 32768`"),
+        "of other servers: `vision, audio, tools, embeddings, rerank, context 32768`"),
     Key("description", str, "", "shown in `/v1/models` and on the page"),
 )
 
@@ -567,12 +552,11 @@ LATE_VARIABLES = {
 }
 QUOTED_KEYS = ("cmd", "cmd-stop", "extra-args", "idle-command")  # as in a shell
 
-SETTINGS = [key for key in MODEL_KEYS if key is not ENV_KEY]
 ProxySettings = namedtuple("ProxySettings", [key.attribute for key in PROXY_KEYS])
-ModelSettings = namedtuple("ModelSettings", [key.attribute for key in SETTINGS])
+ModelSettings = namedtuple("ModelSettings", [key.attribute for key in MODEL_KEYS])
 DEFAULTS = {
     key.attribute: key.default if key.name in LATE_VARIABLES else key.parse(key.default)
-    for key in SETTINGS
+    for key in MODEL_KEYS
 }
 
 # Further spellings: llama-swap's, and those of llama.cpp, which names the keys that
@@ -580,18 +564,18 @@ DEFAULTS = {
 SYNONYMS = {
     "ttl": "idle-timeout",
     "a": "alias",
-    "LLAMA_ARG_ALIAS": "alias",
-    "__PRESET_LOAD_ON_STARTUP": "load-on-startup",
-    "__PRESET_STOP_TIMEOUT": "stop-timeout",
+    "LLAMA-ARG-ALIAS": "alias",
+    "--PRESET-LOAD-ON-STARTUP": "load-on-startup",
+    "--PRESET-STOP-TIMEOUT": "stop-timeout",
 }
-IGNORED_KEYS = ("version", "dedup-cache-models", "__PRESET_DEDUP_CACHE_MODELS")
+IGNORED_KEYS = ("version", "dedup-cache-models", "--PRESET-DEDUP-CACHE-MODELS")
 
 
-def key_name(spelling, keys) -> Optional[str]:
-    """Return the name of the key in `keys` with this spelling, or None."""
-    if keys is MODEL_KEY and re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", spelling):
-        return spelling
-    name = SYNONYMS.get(spelling, spelling).replace("_", "-")
+def key_name(key, keys) -> Optional[str]:
+    """Return the name of this key, which may be a synonym, in `keys`, or None."""
+    if keys is MODEL_KEY and re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", key):
+        return key
+    name = SYNONYMS.get(key, key)
     return name if name in keys else None
 
 
@@ -629,7 +613,7 @@ LLAMA_COMMENT = re.compile(r"[ \t]*[;#]")
 
 
 class Setting(NamedTuple):
-    """One `key = text`; `place` names file, line, section and key."""
+    """One `key = text`; `place` names file, line, section and key as it is written."""
 
     key: str
     text: str
@@ -688,6 +672,8 @@ class PresetParser:
             self._warn(f"{place} keys before the first section make a model 'default'; "
                        "keys for all models belong in [*]")
         place = f"{place} [{self._section.name}] {key}"
+        if self._section.name != "macros" and not key.startswith("env."):
+            key = key.replace("_", "-")
         if key in self._section.settings:
             self._warn(f"{place}: given before; this one counts")
         self._section.settings[key] = Setting(key, self._value(key, text, place), place)
@@ -808,9 +794,10 @@ class Option(NamedTuple):
     def keys(self):
         """Yield every INI key of the option."""
         if self.environment:
-            yield self.environment
+            variable = self.environment.replace("_", "-")
+            yield variable
             if self.negatives:
-                yield self.environment.replace("LLAMA_ARG_", "LLAMA_ARG_NO_", 1)
+                yield variable.replace("LLAMA-ARG-", "LLAMA-ARG-NO-", 1)
         for name in self.names + self.negatives:
             yield name.lstrip("-")
 
@@ -821,7 +808,7 @@ class Option(NamedTuple):
 
     def value(self, key, text) -> str:
         """Return the value that `key = text` gives the option."""
-        if key.replace("_", "-") in [name.lstrip("-") for name in self.negatives]:
+        if key in [name.lstrip("-") for name in self.negatives]:
             return "false" if text in TRUTHY else "true"
         return text
 
@@ -844,10 +831,7 @@ class OptionTable:
 
     def find(self, key) -> Optional[Option]:
         """Return the option that a key means, or None."""
-        dashed = key.replace("_", "-")
-        if not self.by_key:
-            return Option((f"--{dashed}",))
-        return self.by_key.get(key) or self.by_key.get(dashed)
+        return self.by_key.get(key) if self.by_key else Option((f"--{key}",))
 
     def choose(self, settings) -> list:
         """Return the options and their values in the order of llama.cpp's router.
@@ -948,7 +932,7 @@ REQUEST_KEYS = (  # and those of listing: they may stand beside `uses`
 )
 SOURCE_KEY = re.compile(
     "model|m|hf-repo|hfr?|model-url|mu|docker-repo|dr|(?!spec-).*-default|fim-.*-spec"
-    "|LLAMA_ARG_(?:MODEL|HF_REPO|MODEL_URL|DOCKER_REPO)"
+    "|LLAMA-ARG-(?:MODEL|HF-REPO|MODEL-URL|DOCKER-REPO)"
 )
 SAVE_PATH = "slot-save-path"  # the option of llama-server that `keep-context` needs
 
@@ -957,7 +941,7 @@ class Model(NamedTuple):
     """One model as the file describes it.
 
     `options` are layers of settings, the weakest first, each in the order of its keys.
-    They, `env` and the texts of commands may hold variables, which the methods expand.
+    They, the environment and commands may hold variables, which the methods expand.
     `backends` are the ids of the models whose backend may serve it, the first one
     preferred. `problem` is None, or why the model cannot be used. `context_dir` is the
     folder of its saved contexts and ends in a slash; empty: none are saved.
@@ -968,7 +952,6 @@ class Model(NamedTuple):
     place: str
     settings: ModelSettings
     options: tuple
-    env: dict
     variables: dict
     backends: tuple
     problem: Optional[str]
@@ -991,13 +974,12 @@ class Model(NamedTuple):
     def launch(self) -> tuple:
         """The settings of the backend; a reload that keeps them keeps it running."""
         names = LAUNCH_KEYS[self.kind]
-        values = [getattr(self.settings, key.attribute)
-                  for key in SETTINGS if key.name in names]
+        values = [getattr(self.settings, MODEL_KEY[name].attribute) for name in names]
         options = {  # of the same key, that of the strongest layer
             setting.key: (strength, setting.text)
             for strength, layer in enumerate(self.options) for setting in layer
         }
-        return self.kind, values, self.env if "env.NAME" in names else {}, options
+        return self.kind, values, options
 
     def command(self, table, port) -> list:
         """Return the argv of a model that is a process; [] for other kinds.
@@ -1047,7 +1029,8 @@ class Model(NamedTuple):
 
     def environment(self, port) -> dict:
         """Return the variables that the backend has beside those of llmswap."""
-        return {name: self._expand(text, PORT=port) for name, text in self.env.items()}
+        variables = self.settings.env.items()
+        return {name: self._expand(text, PORT=port) for name, text in variables}
 
     def _words(self, text, **more):
         return [self._expand(word, **more) for word in split_words(text)]
@@ -1066,10 +1049,7 @@ def folder_name(name) -> str:
 
 def has_source(keys) -> bool:
     """Return whether one of llama-server's keys says where the model's file is."""
-    return any(
-        SOURCE_KEY.fullmatch(name)
-        for key in keys for name in (key, key.replace("_", "-"))
-    )
+    return any(SOURCE_KEY.fullmatch(key.replace("_", "-")) for key in keys)
 
 
 def split_settings(section):
@@ -1092,6 +1072,7 @@ class ModelBuilder:
         self._name, self._place, _ = section
         self._macros = macros
         self._variables = {**variables, "MODEL_ID": self._name}
+        self._context = macros, self._variables, warn
         self._warn = warn
         self._problems = []
         self._own, options = split_settings(section)
@@ -1106,39 +1087,37 @@ class ModelBuilder:
         if self._kind == "uses":
             keys = {name: keys[name] for name in keys if name in REQUEST_KEYS}
         self._keys = {**keys, **self._own}
-        self._layers = (*layers, options)
+        self._layers = *layers, options
 
     def build(self) -> Model:
         """Return the Model, with defaults in the place of invalid values."""
-        values, env = dict(DEFAULTS), {}
+        values = {**DEFAULTS, "env": {}}
         if self._kind == "cmd":
             values["hang_timeout"] = 0.0
         for name, setting in self._keys.items():
             if name.startswith("env."):
-                env[name[len("env.") :]] = self._read(ENV_KEY, setting, "")
+                values["env"][name[len("env.") :]] = self._read(ENV_KEY, setting, "")
             else:
                 key = MODEL_KEY[name]
                 values[key.attribute] = self._read(key, setting, values[key.attribute])
         settings, options = ModelSettings(**values), ()
         if self._kind == "llama-server":
             options = tuple(
-                [each._replace(text=self._read_option(each)) for each in layer]
+                [each._replace(text=self._option_text(each)) for each in layer]
                 for layer in self._layers
             )
-        mistakes = self._key_mistakes(), self._kind_mistakes(settings, env)
-        for setting, reason in itertools.chain(*mistakes):
+        for setting, reason in self._mistakes(settings):
             place = setting.place if setting else self._place
             self._problems.append(f"{place}: {reason}")
         problem = self._problems[0] if self._problems else None
         preset_only = tuple((key, self._keys[key].text)
                             for key in PRESET_ONLY_KEYS if key in self._keys)
-        return Model(self._name, self._kind, self._place, settings, options, env,
+        return Model(self._name, self._kind, self._place, settings, options,
                      self._variables, (self._name,), problem, preset_only=preset_only)
 
     def _read(self, key, setting, default):
-        context = self._macros, self._variables, self._warn
         try:
-            return read_setting(key, setting, *context)
+            return read_setting(key, setting, *self._context)
         except ConfigError as error:
             if key.name in PRESET_ONLY_KEYS:  # llama.cpp takes anything for them
                 self._warn(f"{error}; taken as {key.default}")
@@ -1146,49 +1125,43 @@ class ModelBuilder:
                 self._problems.append(str(error))
             return default
 
-    def _read_option(self, setting):
+    def _option_text(self, setting):
         """Return the text with its ~ expanded. In a file without [macros] a ${ has no
         meaning, as for llama-server."""
+        text = setting.text.replace("${", "$${")
         if self._macros:
-            return os.path.expanduser(self._read(ENV_KEY, setting, ""))
-        return os.path.expanduser(setting.text.replace("${", "$${"))
+            text = self._read(ENV_KEY, setting, "")
+        return os.path.expanduser(text)
 
-    def _key_mistakes(self):
-        """Yield the settings that this kind of model cannot have, and why."""
-        if self._kind != "llama-server":
-            refusal = f"options of llama-server cannot stand beside {self._kind}"
-            for setting in self._layers[-1]:
-                yield setting, unknown_key(setting.key, f"no key of llmswap; {refusal}")
+    def _mistakes(self, settings):
+        """Yield what is wrong for this kind: the setting to blame, or None, and why."""
+        kind, own = self._kind, self._own
         launch_keys = {*itertools.chain(*LAUNCH_KEYS.values())}
-        for spelling, setting in self._own.items():
+        for setting in self._layers[-1] if kind != "llama-server" else ():
+            reason = f"options of llama-server cannot stand beside {kind}"
+            yield setting, unknown_key(setting.key, f"no key of llmswap; {reason}")
+        for spelling, setting in own.items():
             name = "env.NAME" if spelling.startswith("env.") else spelling
-            is_other_kind = name in EXCLUSIVE_KEYS and name != self._kind
-            if is_other_kind or self._kind == "uses" and name not in REQUEST_KEYS:
-                yield setting, f"cannot stand beside {self._kind}"
-            elif name in launch_keys and name not in LAUNCH_KEYS[self._kind]:
-                self._warn(f"{setting.place}: without effect beside {self._kind}")
-
-    def _kind_mistakes(self, settings, env):
-        """Yield what else is wrong for this kind: the setting to blame, or None, and
-        why."""
-        own = self._own.get
-        is_local = needs_port(settings.proxy)
-        if self._kind == "llama-server":
-            keys = {setting.key for layer in self._layers for setting in layer}
-            words = settings.extra_args.split()
-            keys.update(env, (word.split("=")[0].lstrip("-") for word in words))
-            if not has_source(keys):
-                yield None, "it has no source: model, hf-repo, model-url or docker-repo"
-            if not is_local:
-                yield own("proxy"), "the proxy of a llama-server needs ${PORT}"
-        elif self._kind == "cmd" and is_local:
-            texts = [settings.cmd, settings.extra_args, *env.values()]
-            if not any(map(needs_port, texts)):
-                yield own("cmd"), "without ${PORT} it needs proxy = URL"
-        if self._kind in EXCLUSIVE_KEYS and not getattr(settings, self._kind):
-            yield own(self._kind), "it must not be empty"
-        if self._kind in ("unit", "remote") and is_local:
-            yield own("proxy"), "it needs proxy = URL, without ${PORT}"
+            is_other_kind = name in EXCLUSIVE_KEYS and name != kind
+            if is_other_kind or kind == "uses" and name not in REQUEST_KEYS:
+                yield setting, f"cannot stand beside {kind}"
+            elif name in launch_keys and name not in LAUNCH_KEYS[kind]:
+                self._warn(f"{setting.place}: without effect beside {kind}")
+        proxy, is_local = own.get("proxy"), needs_port(settings.proxy)
+        texts = [settings.cmd, settings.extra_args, *settings.env.values()]
+        keys = {setting.key for layer in self._layers for setting in layer}
+        words = settings.extra_args.split()
+        keys.update(settings.env, (word.split("=")[0].lstrip("-") for word in words))
+        if kind == "llama-server" and not has_source(keys):
+            yield None, "it has no source: model, hf-repo, model-url or docker-repo"
+        if kind == "llama-server" and not is_local:
+            yield proxy, "the proxy of a llama-server needs ${PORT}"
+        if kind == "cmd" and is_local and not any(map(needs_port, texts)):
+            yield own["cmd"], "without ${PORT} it needs proxy = URL"
+        if kind in EXCLUSIVE_KEYS and not getattr(settings, kind):
+            yield own[kind], "it must not be empty"
+        if kind in ("unit", "remote") and is_local:
+            yield proxy, "it needs proxy = URL, without ${PORT}"
         if bool(settings.sleep) != bool(settings.wake):
             yield None, "sleep and wake need each other"
 
@@ -1211,13 +1184,11 @@ def find_models(directory, place) -> dict:
     """
     models = {}
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
-        names, options = [""], {}
+        paths, options = [entry.path], {}
         if entry.is_dir():
-            with contextlib.suppress(PermissionError):  # lost+found, for one
-                names = os.listdir(entry.path)
+            paths = glob.glob(os.path.join(glob.escape(entry.path), "*"))
         # llama-server wants the first file of a split model
-        for name in sorted(names, key=lambda name: ("-00001-of-" not in name, name)):
-            path = os.path.join(entry.path, name) if name else entry.path
+        for path in sorted(paths, key=lambda path: ("-00001-of-" not in path, path)):
             match = re.search(r"/(mtp-|dspark-|dflash-)?([^/]*)\.gguf\Z", path)
             if match:
                 key = "model-draft" if match[1] else "model"
@@ -1343,52 +1314,52 @@ class ConfigLoader:
         texts = {name: setting.text for name, setting in macros.items()}
         variables = {f"env.{name}": value for name, value in environ.items()}
         self._context = texts, variables, self._warn
-        self._proxy = {**self._read_proxy_section(), **overrides}
+        self._written = overrides  # settings of llmswap by key
         self._names = {}  # ids of models by name
 
     def load(self) -> Config:
         """Return the Config, or raise ConfigError."""
         settings = self._read_settings()
         models = self._assign_names(self._build_models(settings))
-        for name, model in models.items():
-            if model.kind == "llama-server" and model.settings.keep_context:
-                path = os.path.join(settings.state_dir, "context", folder_name(name))
-                models[name] = model._replace(context_dir=f"{path}/")
-        config = Config(
-            self._path, settings, models, self._names, self._read_api_keys(settings), ()
-        )
-        settings = self._resolve_names(config)
-        self._check_fit(models, settings)
+        keys = self._read_api_keys(settings)
+        config = Config(self._path, settings, models, self._names, keys, ())
+        config = config._replace(settings=self._resolve_names(config))
+        pinned = []
+        for model in sorted(models.values(), key=lambda model: not model.is_pinned):
+            reason = None if model.problem else misfit(model, pinned, config.settings)
+            if reason:
+                problem = f"{model.place}: {reason}"
+                models[model.name] = model._replace(problem=problem)
+            elif model.is_pinned and not model.problem:
+                pinned.append(model)
         for model in models.values():
             if model.kind == "uses" and not model.problem:
                 models[model.name] = self._link(model, config)
-        return config._replace(settings=settings, warnings=tuple(self._warnings))
+        return config._replace(warnings=tuple(self._warnings))
 
     def _warn(self, message):
         self._warnings[message] = True
 
-    def _read_proxy_section(self):
-        star, settings = self._sections["*"].settings, {}
-        for key in ("models-max", "models_max", "LLAMA_ARG_MODELS_MAX"):
+    def _read_settings(self):
+        star, written = self._sections["*"].settings, {}
+        for key in ("models-max", "LLAMA-ARG-MODELS-MAX"):
             if key in star and re.fullmatch("[0-9]{1,9}", star[key].text):
-                settings["models-max"] = star.pop(key)  # often written there
+                written["models-max"] = star.pop(key)  # often written there
         for spelling, setting in self._sections["llmswap"].settings.items():
             name = key_name(spelling, PROXY_KEY)
             if name:
-                settings[name] = setting
+                written[name] = setting
             elif key_name(spelling, MODEL_KEY):
                 raise ConfigError(f"{setting.place}: belongs to a model, or in [*]")
             elif spelling not in IGNORED_KEYS:
                 near = suggestion(spelling, PROXY_KEY)
                 raise ConfigError(f"{setting.place}: unknown key{near}")
-        return settings
-
-    def _read_settings(self):
+        self._written = written = {**written, **self._written}
         values = {}
         for key in PROXY_KEYS:
-            setting = self._proxy.get(key.name, Setting(key.name, key.default, ""))
+            setting = written.get(key.name, Setting(key.name, key.default, ""))
             values[key.attribute] = read_setting(key, setting, *self._context)
-        if "models-max" not in self._proxy and (values["budget"] or values["sets"]):
+        if "models-max" not in written and (values["budget"] or values["sets"]):
             values["models_max"] = 0
         return ProxySettings(**values)
 
@@ -1399,7 +1370,7 @@ class ConfigLoader:
                 with open(settings.api_key_file, encoding="utf-8") as file:
                     lines = [line.strip() for line in file]
             except (OSError, ValueError) as error:
-                place = self._proxy["api-key-file"].place
+                place = self._written["api-key-file"].place
                 raise ConfigError(f"{place}: {error}") from None
             keys += tuple(line for line in lines if line and not line.startswith("#"))
         return tuple(dict.fromkeys(keys))
@@ -1409,8 +1380,8 @@ class ConfigLoader:
         for name in NOT_FOR_ALL:
             if name in keys:
                 raise ConfigError(f"{keys[name].place}: cannot be given for all models")
-        if "llama-server" in self._proxy:
-            keys.setdefault("llama-server", self._proxy["llama-server"])
+        if "llama-server" in self._written:
+            keys.setdefault("llama-server", self._written["llama-server"])
         if None in settings.budget.values():
             keys.setdefault("needs", Setting("needs", "auto", ""))
         listed = self._list_models(settings)
@@ -1423,8 +1394,12 @@ class ConfigLoader:
             source, layer = listed.get(name, ("preset", []))
             defaults = keys, options, layer
             model = ModelBuilder(section, defaults, *self._context).build()
-            is_written = name in self._sections
-            models.append(model._replace(source="preset" if is_written else source))
+            if name not in self._sections:
+                model = model._replace(source=source)
+            if model.kind == "llama-server" and model.settings.keep_context:
+                path = os.path.join(settings.state_dir, "context", folder_name(name))
+                model = model._replace(context_dir=f"{path}/")
+            models.append(model)
         return models
 
     def _list_models(self, settings):
@@ -1437,7 +1412,7 @@ class ConfigLoader:
             layer = [Setting(key, text, f"[{name}]") for key, text in options.items()]
             listed[ids.get(name, name)] = "cache", layer
         if settings.models_dir:
-            place = self._proxy["models-dir"].place
+            place = self._written["models-dir"].place
             try:
                 for name, layer in find_models(settings.models_dir, place).items():
                     listed[name] = "models_dir", layer
@@ -1494,7 +1469,7 @@ class ConfigLoader:
         def find(name, key):
             model = config.models.get(config.find(name))
             if model is None:
-                place = self._proxy[key].place
+                place = self._written[key].place
                 raise ConfigError(f"{place}: there is no model {name!r}")
             return model
 
@@ -1508,19 +1483,6 @@ class ConfigLoader:
         default = config.settings.default_model
         default = default and find(default, "default-model").name
         return config.settings._replace(sets=tuple(sets), default_model=default)
-
-    def _check_fit(self, models, settings):
-        """Set the problem of each model that does not fit beside the pinned ones."""
-        pinned = []
-        for model in sorted(models.values(), key=lambda model: not model.is_pinned):
-            if model.problem:
-                continue
-            reason = misfit(model, pinned, settings)
-            if reason:
-                problem = f"{model.place}: {reason}"
-                models[model.name] = model._replace(problem=problem)
-            elif model.is_pinned:
-                pinned.append(model)
 
     def _link(self, model, config):
         """Return a `uses` model with the backends of the usable models that it names.
@@ -3856,7 +3818,7 @@ class LlamaServerBackend(ProcessBackend):
         stats = [os.stat(path) for path in paths if os.path.isfile(path)]
         files = [(each.st_size, each.st_mtime_ns) for each in stats]
         words = [word for word in argv if word != str(self.port)]
-        identity = repr([words, sorted(self.model.env.items()), files])
+        identity = repr([words, sorted(self.model.settings.env.items()), files])
         return hashlib.sha256(identity.encode()).hexdigest()
 
     def _restore_context(self):

@@ -1172,7 +1172,7 @@ MEANINGS = [
      budget = vram 8G
      """, {
         "a.settings.idle_timeout": 300, "b.settings.idle_timeout": 1,
-        "a.env": {"A": "1", "B": "3"}, "b.env": {"A": "1", "B": "2"},
+        "a.settings.env": {"A": "1", "B": "3"}, "b.settings.env": {"A": "1", "B": "2"},
         "a.problem": "m.ini:7: [*] pin: 'perhaps' is not on, off or loaded",
         "a.options": (), "b.problem": None, "c.problem": None, "c.settings.needs": {},
     }),
