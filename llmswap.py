@@ -1538,7 +1538,7 @@ NEXT_STATES = {  # waking is a start; a backend may fall asleep and wake by itse
     State.SLEEPING: (State.LOADING, State.LOADED, State.UNLOADING, State.UNLOADED),
     State.UNLOADING: (State.SLEEPING, State.UNLOADED),
 }
-SOONEST_FIRST = [State.LOADED, State.LOADING, State.SLEEPING]  # to serve a request
+SOONEST_FIRST = State.LOADED, State.LOADING, State.SLEEPING  # to serve a request
 MIN_RETURN_GAP = 0.005  # s; a client that sends its next request at once needs less
 UNKNOWN_SWAP_COST = 1.0  # s; assumed before a swap was measured
 MAX_PATIENCE = 30.0  # s
@@ -1549,12 +1549,11 @@ FREE_FAILURES = 3  # so many failed loads in a row cause no back-off
 class ModelSpec(NamedTuple):
     """What scheduling must know of a model. Times in seconds; 0 means never, no limit.
 
-    `is_local` False: the model runs on another machine, does not count towards
-    models-max, and is not backed off after failed loads: that machine may be asleep.
-    `is_pinned`: nothing evicts it, nor is it unloaded when idle.
-    `is_pinned_once_loaded`: nothing evicts it while it is loaded. `keep_loaded`: it is
-    started whenever it fits and no ticket waits. `can_sleep`: it is put to sleep, not
-    stopped, when another needs its room.
+    `is_local` False: it runs on another machine, which may be asleep; it takes none of
+    models-max, and failed loads are not backed off. `is_pinned`: neither evicted nor
+    unloaded when idle. `is_pinned_once_loaded`: not evicted while it is loaded.
+    `keep_loaded`: started whenever it fits and no ticket waits. `can_sleep`: put to
+    sleep, not stopped, when another needs its room.
     """
 
     needs: Mapping[str, int] = {}
@@ -1594,15 +1593,14 @@ class Limits(NamedTuple):
     def allow(self, usages: Iterable[ModelUsage]) -> bool:
         """Whether all of these fit together; then fewer of them fit, too."""
         usages = list(usages)
-        if self.models_max and sum(each.places for each in usages) > self.models_max:
+        names = {each.name for each in usages if each.places}
+        if 0 < self.models_max < len(names):
             return False
         for name, amount in self.budget.items():
             if sum(each.needs.get(name, 0) for each in usages) > amount:
                 return False
-        if not self.sets:
-            return True
-        names = {each.name for each in usages if each.places}
-        return len(names) < 2 or any(names <= together for together in self.sets)
+        is_free = len(names) < 2 or not self.sets
+        return is_free or any(names <= together for together in self.sets)
 
 
 class Grant(NamedTuple):
@@ -1717,12 +1715,6 @@ class ModelState:
         return not (self.in_flight or self.waiting)
 
     @property
-    def is_reserved(self) -> bool:
-        """Whether it loads, or has loaded, for a ticket that is not granted yet."""
-        is_new = self.state is State.LOADED and self.last_grant < self.ready_at
-        return bool(self.waiting) and (is_new or self.state is State.LOADING)
-
-    @property
     def is_pinned(self) -> bool:
         """Whether nothing may evict it now."""
         was_ready = self.ready_at > -math.inf
@@ -1768,9 +1760,9 @@ class ModelState:
         """A load failed; after FREE_FAILURES in a row the next one must wait."""
         self.last_failure = problem
         self.failures += 1
-        surplus = self.failures - FREE_FAILURES
-        if surplus >= 0:
-            self.retry_at = now + min(MAX_BACKOFF, 2.0 ** min(surplus, 16))
+        if self.failures >= FREE_FAILURES:
+            surplus = min(self.failures - FREE_FAILURES, 16)
+            self.retry_at = now + min(MAX_BACKOFF, 2.0**surplus)
 
     def reset_failures(self):
         self.failures, self.retry_at = 0, -math.inf
@@ -1799,14 +1791,12 @@ class ModelState:
 
     def unload_at(self) -> float:
         """When its idle time ends; inf: it is in use, or never unloads."""
-        if self.in_flight or self.waiting or self.preemptible:
+        is_exempt = self.spec.is_pinned or self.spec.keep_loaded
+        if self.in_flight or self.waiting or self.preemptible or is_exempt:
             return math.inf
-        if self.spec.is_pinned or self.spec.keep_loaded:
-            return math.inf
-        timeout = self.idle_timeout
-        if timeout is None:
-            timeout = self.spec.idle_timeout or math.inf
-        return self.idle_since + timeout
+        if self.idle_timeout is not None:
+            return self.idle_since + self.idle_timeout
+        return self.idle_since + (self.spec.idle_timeout or math.inf)
 
 
 def choose_victims(
@@ -1899,18 +1889,15 @@ class Scheduler:
         model.record_idle(now)
 
     def choose(self, names: Sequence[str]) -> Optional[str]:
-        """Return the model that can serve a request soonest, or None if a reload has
-        removed all of them."""
-
-        def rank(name):
-            model = self.models[name]
-            is_leaving = model.is_stopping_soon or model.drains_for
-            if is_leaving or model.state not in SOONEST_FIRST:
-                return len(SOONEST_FIRST)
-            return SOONEST_FIRST.index(model.state)
-
-        remaining = (name for name in names if name in self.models)
-        return min(remaining, key=rank, default=None)
+        """Return the model that can serve a request soonest, the first if none is
+        loaded, or None if a reload has removed all of them."""
+        models = [self.models[name] for name in names if name in self.models]
+        for state in SOONEST_FIRST:
+            for model in models:
+                is_leaving = model.is_stopping_soon or model.drains_for
+                if model.state is state and not is_leaving:
+                    return model.name
+        return models[0].name if models else None
 
     def keep_alive(self, name: str, seconds: float):
         """Set the idle timeout of a model until it unloads; below 0: never unload."""
@@ -2137,14 +2124,6 @@ class Scheduler:
         """How many leases there are that are not preemptible."""
         return sum(model.in_flight for model in self.held.values())
 
-    @property
-    def is_in_use(self) -> bool:
-        """Whether a ticket waits, or a model is held other than for keep_loaded."""
-        return bool(self._queue) or any(
-            model.in_flight or model.preemptible or not model.spec.keep_loaded
-            for model in self.held.values()
-        )
-
     # -- decisions -------------------------------------------------------------------
 
     def decide(self, now: float) -> Tuple[List[NamedTuple], float]:
@@ -2349,7 +2328,9 @@ class Scheduler:
             return False
         if model.state is State.SLEEPING and model.spec.can_sleep:
             return bool(model.spec.sleep_needs)
-        return not model.is_reserved
+        is_new = model.state is State.LOADED and model.last_grant < model.ready_at
+        is_reserved = model.waiting and (is_new or model.state is State.LOADING)
+        return not is_reserved
 
     def _evictable_at(self, ticket, victim, now):
         """When the victim may begin to drain for the ticket."""
@@ -4764,15 +4745,9 @@ class Broadcast:
 BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # s
 
 
-class Metrics:
-    """Counts since the start of llmswap. The caller holds the Pool's lock.
-
-    `counts` maps (metric, label, ...) to a number; the last label of a histogram is the
-    index of a bucket.
-    """
-
-    def __init__(self):
-        self.counts = collections.Counter()
+class Metrics(collections.Counter):
+    """Counts since the start of llmswap, by (metric, label, ...); the last label of a
+    histogram is the index of a bucket. The caller holds the Pool's lock."""
 
     def count_request(
         self,
@@ -4787,28 +4762,17 @@ class Metrics:
         `amounts`: tokens_in, tokens_out, tokens_cached, bytes_in and bytes_out. The
         empty model: a request for none, or for one that is not known.
         """
-        self.counts["requests", model, status] += 1
+        self["requests", model, status] += 1
         for name, amount in amounts.items():
-            self.counts[name, model] += amount
-        self._observe("durations", model, seconds)
+            self[name, model] += amount
+        self.observe("durations", model, seconds)
         if waited is not None:
-            self._observe("waits", model, waited)
+            self.observe("waits", model, waited)
 
-    def count_load(self, model: str, seconds: float, is_swap: bool = False):
-        """A model is ready, so many seconds after its start. `is_swap`: others were
-        evicted for it."""
-        self._observe("loads", model, seconds)
-        self.counts["swaps",] += is_swap
-
-    def copy(self) -> "Metrics":
-        """Return what was counted so far."""
-        copy = Metrics()
-        copy.counts = self.counts.copy()
-        return copy
-
-    def _observe(self, metric, model, seconds):
-        self.counts[metric, model, bisect.bisect_left(BUCKETS, seconds)] += 1
-        self.counts[f"{metric}_sum", model] += seconds
+    def observe(self, metric: str, model: str, seconds: float):
+        """Count a value of a histogram: durations, waits or loads."""
+        self[metric, model, bisect.bisect_left(BUCKETS, seconds)] += 1
+        self[f"{metric}_sum", model] += seconds
 
 
 STOP_REASONS = {
@@ -5130,7 +5094,22 @@ class Pool:
         known = {each.name: self._needs.of(each, self.budget) for each in models}
         self._known_needs = known
         amounts = {name: needs for name, (needs, _) in known.items()}
-        return specs_of(self.config, counted_needs(self.config, self.budget, amounts))
+        needs = counted_needs(self.config, self.budget, amounts)
+        return {
+            name: ModelSpec(
+                needs={**needs[name], **address_of(model)},
+                sleep_needs={**model.settings.sleep_needs, **address_of(model)},
+                is_local=model.kind != "remote",
+                is_pinned=model.is_pinned,
+                is_pinned_once_loaded=model.settings.pin == "loaded",
+                keep_loaded=model.settings.keep_loaded and not model.problem,
+                can_sleep=bool(model.settings.sleep),
+                concurrency=model.settings.concurrency,
+                idle_timeout=model.settings.idle_timeout,
+                stop_timeout=model.settings.stop_timeout,
+            )
+            for name, model in self.config.models.items() if model.backends == (name,)
+        }
 
     def _refresh_specs(self):
         """Use the needs known now. The lock is held."""
@@ -5155,9 +5134,8 @@ class Pool:
     def _measured_backends(self):
         """Return the loaded backends whose needs are measured. The lock is held."""
         held = self._scheduler.held.values()
-        loaded = [each.name for each in held if each.state is State.LOADED]
-        backends = [self._backends[name] for name in loaded]
-        return [backend for backend in backends if backend.model.has_auto_needs]
+        loaded = [self._backends[e.name] for e in held if e.state is State.LOADED]
+        return [backend for backend in loaded if backend.model.has_auto_needs]
 
     def _measure(self):
         """Measure the memory of these backends and learn their needs."""
@@ -5250,11 +5228,9 @@ class Pool:
         return amounts
 
     def _status(self, model):
+        settings = model.settings
         status = ModelStatus(
-            id=model.name,
-            aliases=model.aliases,
-            description=model.settings.description,
-            kind=model.kind,
+            model.name, model.aliases, settings.description, model.kind,
             unusable=model.problem,
         )
         scheduled = self._scheduled(model)
@@ -5263,6 +5239,12 @@ class Pool:
         now, name, changed_at = self._clock(), scheduled.name, scheduled.changed_at
         backend, state = self._backends.get(name), scheduled.state
         unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
+        owner = self.config.models.get(name)
+        needs, source, holds = {}, None, {}
+        if self.budget and owner and owner.kind != "remote":
+            needs, source = self._known_needs[name]
+            usage = scheduled.usage().needs if scheduled.is_held else {}
+            holds = {each: usage[each] for each in self.budget if each in usage}
         return status._replace(
             state=state.value,
             seconds=None if changed_at is None else now - changed_at,
@@ -5272,7 +5254,7 @@ class Pool:
             unload_in=None if unload_at == math.inf else max(0.0, unload_at - now),
             tokens_per_second=self._speeds.get(name),
             context=self._contexts.size_of(model.context_dir),
-            context_seconds=self._metrics.counts["context_seconds", name],
+            context_seconds=self._metrics["context_seconds", name],
             failure=scheduled.last_failure,
             stopped=self._stop_reasons.get(name),
             pinned=scheduled.is_pinned,
@@ -5280,17 +5262,10 @@ class Pool:
             pid=backend and backend.pid,
             port=backend and backend.port,
             entry=self._entries.get(name, {}),
-            **self._needs_status(scheduled),
+            needs=needs,
+            needs_source=source,
+            holds=holds,
         )
-
-    def _needs_status(self, scheduled):
-        owner = self.config.models.get(scheduled.name)
-        if not self.budget or owner is None or owner.kind == "remote":
-            return {}
-        needs, source = self._known_needs[owner.name]
-        usage = scheduled.usage().needs if scheduled.is_held else {}
-        holds = {name: usage[name] for name in self.budget if name in usage}
-        return {"needs": needs, "needs_source": source, "holds": holds}
 
     def output_of(self, name: str) -> Broadcast:
         """Return the lines that the model's backends wrote and write."""
@@ -5325,7 +5300,11 @@ class Pool:
         """Return since when, on the Pool's clock, no request runs or waits and only
         backends of keep-loaded run; None while it is otherwise."""
         with self._lock:
-            if self._scheduler.is_in_use:
+            is_in_use = self._scheduler.queued or any(
+                each.in_flight or each.preemptible or not each.spec.keep_loaded
+                for each in self._scheduler.held.values()
+            )
+            if is_in_use:
                 return None
             models = self._scheduler.models.values()
             ends = [each.changed_at for each in models if not each.spec.keep_loaded]
@@ -5373,29 +5352,27 @@ class Pool:
         """Decide and carry the decisions out. The lock is held."""
         has_failed = True
         while has_failed:  # a start that fails at once is an event of its own
-            decisions, deadline = self._scheduler.decide(self._clock())
-            has_failed = any([self._carry_out(decision) for decision in decisions])
+            has_failed = False
+            decisions, self._next_deadline = self._scheduler.decide(self._clock())
+            for decision in decisions:
+                if isinstance(decision, Start):
+                    has_failed |= not self._start(decision)
+                elif isinstance(decision, Stop):
+                    self._stop(decision)
+                elif isinstance(decision, Grant):
+                    ticket = decision.ticket
+                    ticket.waiter.set_result(self._backends[ticket.model.name])
+                else:
+                    self._refuse(*decision)
         self._revise()
-        self._next_deadline = deadline
-        if deadline < self._timer_at:
-            self._timer_at = deadline
+        if self._next_deadline < self._timer_at:
+            self._timer_at = self._next_deadline
             self._timer.notify()
 
-    def _carry_out(self, decision):
-        """Carry out the decision; return whether it failed at once."""
-        if isinstance(decision, Start):
-            return self._start(decision)
-        if isinstance(decision, Stop):
-            self._stop(decision)
-        elif isinstance(decision, Grant):
-            ticket = decision.ticket
-            ticket.waiter.set_result(self._backends[ticket.model.name])
-        else:
-            ticket, problem = decision
-            ticket.waiter.set_exception(problem)
-            if ticket.manual and problem is not ticket.model.last_failure:
-                self._log("error", f"{ticket.model.name}: not loaded: {problem}")
-        return False
+    def _refuse(self, ticket, problem):
+        ticket.waiter.set_exception(problem)
+        if ticket.manual and problem is not ticket.model.last_failure:
+            self._log("error", f"{ticket.model.name}: not loaded: {problem}")
 
     def _timer_loop(self):
         """Decide again at each deadline."""
@@ -5407,21 +5384,20 @@ class Pool:
                 self._schedule()
 
     def _start(self, decision):
-        """Start or wake a backend; return whether that failed at once."""
+        """Start or wake a backend; return whether it could be started."""
         name = decision.name
         self._log("info", f"{name}: {'waking' if decision.is_wake else 'loading'}")
         self._publish(name, "loading", event="model_status")
         if decision.is_wake:
             self._backends[name].wake()
-            return False
+            return True
         try:
-            backend = self._new_backend(name, decision.run)
-            backend.start()
+            self._new_backend(name, decision.run).start()
+            return True
         except (OSError, RuntimeError) as error:  # no descriptor or no thread is left
             problem = LoadFailed(f"{name} could not be started: {error}")
             self._record_exit(name, decision.run, problem)
-            return True
-        return False
+            return False
 
     def _new_backend(self, name, run):
         """Make a backend of the model for this run."""
@@ -5443,7 +5419,7 @@ class Pool:
 
     def _stop(self, decision):
         name, cause = decision.name, decision.cause
-        self._metrics.counts["stops", name, cause] += 1
+        self._metrics["stops", name, cause] += 1
         self._stop_reasons[name] = STOP_REASONS[cause].format(decision.newcomer)
         reason = "by hand" if cause == "unload" else cause
         if decision.newcomer:
@@ -5480,7 +5456,8 @@ class Pool:
         with self._event() as now:
             run, models = self._runs[backend], self._scheduler.models
             evicted_for = [each.evicted_for for each in models.values()]
-            self._metrics.count_load(name, seconds, models[name] in evicted_for)
+            self._metrics.observe("loads", name, seconds)
+            self._metrics["swaps",] += models[name] in evicted_for
             self._scheduler.loaded(name, run.number, now)
             run.had_neighbours |= len(self._scheduler.held) > 1
             run.next_load_line = LOAD_LINE_EVERY  # should it wake up
@@ -5520,9 +5497,12 @@ class Pool:
         self._runs.pop(self._backends.pop(name, None), None)
         if problem is not None:
             scheduled = self._scheduler.models[name]
-            text = _failure_text(problem, scheduled.last_failure)
+            text, last = str(problem), str(scheduled.last_failure)
+            lines, before = text.splitlines(), last.splitlines()
+            if before and (lines[0], lines[-1]) == (before[0], before[-1]):
+                text = f"{lines[0]}, as before"  # but for a port or a time between
             self._log("error", text if text.startswith(name) else f"{name}: {text}")
-            self._metrics.counts["failures", name, scheduled.state.value] += 1
+            self._metrics["failures", name, scheduled.state.value] += 1
             self._stop_reasons.pop(name, None)
         victim = self._scheduler.exited(name, run, self._clock(), problem)
         if victim is not None:
@@ -5548,7 +5528,7 @@ class Pool:
             text = f"used {tokens:,} tokens of its restored context, which saves {took}"
             count, amount = ("context_seconds", name), seconds
         with self._lock:
-            self._metrics.counts[count] += amount
+            self._metrics[count] += amount
             self._revise()
         self._log("info", f"{name}: {text}")
 
@@ -5599,14 +5579,6 @@ def exit_code_of(problem: Optional[APIError]) -> int:
     the process did not exit by itself."""
     code = getattr(problem, "exit_code", None)
     return int(problem is not None) if code is None else code
-
-
-def _failure_text(problem, last):
-    """Return the text of a failure, shortened if it begins and ends as the last one;
-    lines between may differ by a port or a time."""
-    lines, before = str(problem).splitlines(), str(last).splitlines()
-    is_same = before and (lines[0], lines[-1]) == (before[0], before[-1])
-    return f"{lines[0]}, as before" if is_same else str(problem)
 
 
 def _await_backend(future, disconnected):
@@ -5665,27 +5637,6 @@ def counted_needs(
             for name, amount in counted[model.name].items():
                 left[name] -= amount
     return counted
-
-
-def specs_of(
-    config: Config, needs: Mapping[str, Mapping[str, int]]
-) -> Dict[str, ModelSpec]:
-    """Return the ModelSpec of each model that has a backend of its own."""
-    return {
-        name: ModelSpec(
-            needs={**needs[name], **address_of(model)},
-            sleep_needs={**model.settings.sleep_needs, **address_of(model)},
-            is_local=model.kind != "remote",
-            is_pinned=model.is_pinned,
-            is_pinned_once_loaded=model.settings.pin == "loaded",
-            keep_loaded=model.settings.keep_loaded and not model.problem,
-            can_sleep=bool(model.settings.sleep),
-            concurrency=model.settings.concurrency,
-            idle_timeout=model.settings.idle_timeout,
-            stop_timeout=model.settings.stop_timeout,
-        )
-        for name, model in config.models.items() if model.backends == (name,)
-    }
 
 
 # ==================================================================================
@@ -7210,7 +7161,7 @@ def speed_of(usage: Usage, seconds: float) -> Optional[float]:
 # -- Prometheus ------------------------------------------------------------------------
 
 METRICS_TYPE = ("content-type", "text/plain; version=0.0.4; charset=utf-8")
-# Kind; field of ModelStatus (gauges) or name in Metrics.counts; metric, with llmswap_
+# Kind; field of ModelStatus (gauges) or name in Metrics; metric, with llmswap_
 # before it; help; labels beside `model`.
 METRICS = (
     ("gauge", "running", "requests_in_flight", "Requests that a model serves now."),
@@ -7289,7 +7240,7 @@ def _model_metrics(report):
         for name, size in model.needs.items()
     ]
     counts = collections.defaultdict(list)
-    for (source, *labels), value in sorted(report.metrics.counts.items(), key=repr):
+    for (source, *labels), value in sorted(report.metrics.items(), key=repr):
         counts[source].append((labels, value))
     for kind, source, name, text, *labels in METRICS:
         if kind == "gauge":

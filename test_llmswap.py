@@ -8329,7 +8329,7 @@ def test_the_queries_of_the_dashboard_name_metrics_and_labels_of_ours():
 def test_metrics_are_well_formed_and_histograms_add_up():
     meters = llmswap.Metrics()
     for seconds in (0.005, 0.3, 600, 700):
-        meters.count_load("a", seconds)
+        meters.observe("loads", "a", seconds)
     shared = llmswap.ModelStatus("a", state="loaded", rss=10, running=1)
     models = llmswap.ModelStatus('a"b\\c\nd\x07\x9be'), shared, shared._replace(
         id="b", shares="a")  # fmt: skip
