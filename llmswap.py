@@ -1800,8 +1800,7 @@ class ModelState:
 
 
 def choose_victims(
-    candidates: Iterable[ModelState],
-    makes_room: Callable[[FrozenSet[ModelState]], bool],
+    candidates: Iterable[ModelState], makes_room: Callable[[FrozenSet], bool]
 ) -> Optional[FrozenSet[ModelState]]:
     """Return the candidates to evict, or None if even all of them make no room.
 
@@ -1988,15 +1987,11 @@ class Scheduler:
 
     def _choose_retry_victim(self, model, failure):
         """Return the model to stop before a retry of the load; None: no retry."""
-        if model.retry_victim or not (model.needs_room and model.waiting):
+        is_first = not model.retry_victim and failure.is_out_of_memory
+        if not (is_first and model.needs_room and model.waiting):
             return None
-        if not failure.is_out_of_memory:
-            return None
-        candidates = (
-            each
-            for each in self.held.values()
-            if each is not model and self._is_evictable(each)
-        )
+        candidates = (each for each in self.held.values()
+                      if each is not model and self._is_evictable(each))
         return min(candidates, key=ModelState.last_used, default=None)
 
     def learn(self, name: str, needs: Mapping[str, int]):
@@ -2128,11 +2123,8 @@ class Scheduler:
 
     def decide(self, now: float) -> Tuple[List[NamedTuple], float]:
         """Return the decisions, to be carried out in order, and the next deadline."""
-        while (
-            self._serve_queue(now)
-            or self._stop_models(now)
-            or self._start_keep_loaded(now)
-        ):
+        steps = self._serve_queue, self._stop_models, self._start_keep_loaded
+        while any(step(now) for step in steps):
             pass  # a decision may make others possible
         decisions, self._decisions = self._decisions, []
         return decisions, self._next_deadline
@@ -2279,11 +2271,8 @@ class Scheduler:
 
     def _fits(self, wanted, stopping=frozenset()):
         """Whether `wanted` fits beside all that is held, except what is stopping."""
-        staying = (
-            each.usage()
-            for each in self.held.values()
-            if each.name not in wanted and each not in stopping
-        )
+        staying = (each.usage() for each in self.held.values()
+                   if each.name not in wanted and each not in stopping)
         return self.limits.allow([*wanted.values(), *staying])
 
     def _start(self, model, now, ticket=None):
@@ -2303,10 +2292,8 @@ class Scheduler:
     def _evict(self, ticket, wanted, now):
         """Choose victims for the ticket; they drain once patience ends."""
         candidates = [
-            model
-            for model in self.held.values()
-            if model.name not in wanted
-            and model not in self._stopping
+            model for model in self.held.values()
+            if model.name not in wanted and model not in self._stopping
             and self._is_evictable(model)
         ]
         victims = choose_victims(
@@ -4749,26 +4736,6 @@ class Metrics(collections.Counter):
     """Counts since the start of llmswap, by (metric, label, ...); the last label of a
     histogram is the index of a bucket. The caller holds the Pool's lock."""
 
-    def count_request(
-        self,
-        model: str,
-        status: int,
-        seconds: float,
-        waited: Optional[float] = None,
-        **amounts: int,
-    ):
-        """A request has ended. `waited`: seconds until its lease, None if it got none.
-
-        `amounts`: tokens_in, tokens_out, tokens_cached, bytes_in and bytes_out. The
-        empty model: a request for none, or for one that is not known.
-        """
-        self["requests", model, status] += 1
-        for name, amount in amounts.items():
-            self[name, model] += amount
-        self.observe("durations", model, seconds)
-        if waited is not None:
-            self.observe("waits", model, waited)
-
     def observe(self, metric: str, model: str, seconds: float):
         """Count a value of a histogram: durations, waits or loads."""
         self[metric, model, bisect.bisect_left(BUCKETS, seconds)] += 1
@@ -4789,13 +4756,12 @@ class ModelStatus(NamedTuple):
     """One model at one moment. Times in seconds, memory in bytes.
 
     `state` is a value of State, `seconds` for how long (None: since the start).
-    `progress` of a load goes from 0 to 1, if it is known. `failure` says why its last
-    run failed, `stopped` why it was stopped, `unusable` what is wrong in the file.
-    `shares` names the model whose backend it uses now, and whose state it has.
-    `pinned`: nothing may evict it now. `context` is the size of its saved contexts
-    (None: not saved), `context_seconds` the time that they have spared. `entry` is
-    the last one of its own /v1/models. `needs`, by resource, come from `needs_source`;
-    `holds` is what it counts for now.
+    `progress` of a load: 0 to 1. `failure` says why its last run failed, `stopped` why
+    it was stopped, `unusable` what is wrong in the file. `shares` names the model whose
+    backend it uses now, and whose state it has. `pinned`: nothing may evict it now.
+    `context` is the size of its saved contexts (None: not saved), `context_seconds`
+    what they have spared. `entry` is the last of its own /v1/models. `holds` is what it
+    counts for now.
     """
 
     id: str
@@ -4893,10 +4859,8 @@ class Pool:
         start_thread(self._measure_loop, "memory")
         self._adoption = start_thread(self._adopt_units, "units")
         self._adoption.join(ADOPT_TIMEOUT)
-        wanted = [
-            model for model in self.config.models.values()
-            if model.settings.load_on_startup
-        ]
+        models = self.config.models.values()
+        wanted = [model for model in models if model.settings.load_on_startup]
         start_thread(self._load_wanted, "startup", wanted)
 
     def _load_wanted(self, models):
@@ -4959,8 +4923,6 @@ class Pool:
         self._check_start(model)
         with self._event() as now:
             scheduled = self._scheduled(model)
-            if scheduled is None:
-                raise _removed(model.name)
             owner = self.config.models.get(scheduled.name)
             if owner and owner.problem:  # since a reload after `_check_start`
                 raise ModelMisconfigured(owner.problem)
@@ -4975,7 +4937,7 @@ class Pool:
             raise ModelMisconfigured(model.problem)
         with self._lock:
             scheduled = self._scheduled(model)
-            owner = scheduled and self.config.models.get(scheduled.name)
+            owner = self.config.models.get(scheduled.name)
         if owner is None or scheduled.is_held:
             return
         try:
@@ -4989,16 +4951,17 @@ class Pool:
         self._estimate(owner)
 
     def _scheduled(self, model):
-        """Return the ModelState that serves this model now, or None if a reload removed
-        it. The lock is held."""
-        return self._scheduler.models.get(self._scheduler.choose(model.backends))
+        """Return the ModelState that serves this model now; raise ModelNotFound if a
+        reload removed it. The lock is held."""
+        name = self._scheduler.choose(model.backends)
+        if name is None:
+            raise _removed(model.name)
+        return self._scheduler.models[name]
 
     def keep_alive(self, model: Model, seconds: float):
         """Unload the model after this many idle seconds; below 0: never."""
         with self._event():
-            scheduled = self._scheduled(model)
-            if scheduled is not None:
-                self._scheduler.keep_alive(scheduled.name, seconds)
+            self._scheduler.keep_alive(self._scheduled(model).name, seconds)
 
     # -- operators -------------------------------------------------------------------
 
@@ -5013,10 +4976,7 @@ class Pool:
         """Begin to unload the model: False if there is nothing to unload."""
         problem = ModelUnloaded(f"{model.name!r} was unloaded by hand")
         with self._event() as now:
-            scheduled = self._scheduled(model)
-            if scheduled is None:
-                return False
-            return self._scheduler.unload(scheduled.name, now, problem)
+            return self._scheduler.unload(self._scheduled(model).name, now, problem)
 
     def unload_all(self, why: str):
         """Begin to unload every model, and keep none loaded until the next request."""
@@ -5038,11 +4998,8 @@ class Pool:
         budget = self._find_budget(config)
         with self._event():
             before = self.config.models
-            changed = [
-                name
-                for name, model in config.models.items()
-                if name in before and model.launch != before[name].launch
-            ]
+            changed = [name for name, model in config.models.items()
+                       if name in before and model.launch != before[name].launch]
             self.config, self.budget = config, budget
             unchanged = config.models.keys() - set(changed)
             for name in self._entries.keys() - unchanged:
@@ -5195,8 +5152,6 @@ class Pool:
         None if it is in none of the given states, or about to stop."""
         with self._lock:
             scheduled = self._scheduled(model)
-            if scheduled is None:
-                return None
             if states and (scheduled.is_stopping_soon or scheduled.state not in states):
                 return None
             return self._backends.get(scheduled.name)
@@ -5214,10 +5169,8 @@ class Pool:
             return statuses
         resident = self._recent(resident_by_group, 1.0)
         on_gpu = self._recent(gpu_memory_by_group, 5.0)
-        return [
-            each._replace(rss=resident.get(each.pid), vram=on_gpu.get(each.pid))
-            for each in statuses
-        ]
+        return [each._replace(rss=resident.get(each.pid), vram=on_gpu.get(each.pid))
+                for each in statuses]
 
     def _recent(self, measure, seconds):
         """Return a result of measure() that is at most so many seconds old."""
@@ -5233,10 +5186,11 @@ class Pool:
             model.name, model.aliases, settings.description, model.kind,
             unusable=model.problem,
         )
-        scheduled = self._scheduled(model)
-        if scheduled is None:
+        name = self._scheduler.choose(model.backends)
+        if name is None:  # a reload removed it
             return status
-        now, name, changed_at = self._clock(), scheduled.name, scheduled.changed_at
+        now, scheduled = self._clock(), self._scheduler.models[name]
+        changed_at = scheduled.changed_at
         backend, state = self._backends.get(name), scheduled.state
         unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
         owner = self.config.models.get(name)
@@ -5319,15 +5273,24 @@ class Pool:
             return self._revision
 
     def count_request(
-        self, model: Optional[Model], speed: Optional[float], *counts, **amounts
+        self, model: Optional[Model], status: int, seconds: float,
+        waited: Optional[float], speed: Optional[float], **amounts: int,
     ):
-        """Count a request that ended: see Metrics. `speed` is in tokens per second."""
+        """Count a request that has ended; `model` None: for none that is known.
+
+        `waited`: seconds until its lease, None if it got none. `speed`: tokens per
+        second. `amounts`: tokens_in, tokens_out, tokens_cached, bytes_in and bytes_out.
+        """
+        name = model.name if model else ""
         with self._lock:
-            name = model.name if model else ""
-            self._metrics.count_request(name, *counts, **amounts)
-            scheduled = self._scheduled(model) if model and speed is not None else None
-            if scheduled:
-                self._speeds[scheduled.name] = speed
+            self._metrics["requests", name, status] += 1
+            for metric, amount in amounts.items():
+                self._metrics[metric, name] += amount
+            self._metrics.observe("durations", name, seconds)
+            if waited is not None:
+                self._metrics.observe("waits", name, waited)
+            if model and speed is not None:
+                self._speeds[self._scheduler.choose(model.backends)] = speed
             self._revise()
 
     def metrics(self) -> Metrics:
@@ -5516,8 +5479,7 @@ class Pool:
         scheduled = self._scheduler.models[name]
         seconds = now - scheduled.changed_at
         took = f" after {seconds:.1f} s" if scheduled.state is State.UNLOADING else ""
-        level = "info" if seconds >= LONG_WAIT else "debug"
-        self._log(level, f"{name}: {state}{took}")
+        self._log("info" if seconds >= LONG_WAIT else "debug", f"{name}: {state}{took}")
 
     def on_context(self, backend, kind, tokens, size, seconds):
         name = backend.model.name
@@ -8260,7 +8222,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "bytes_out": response.sent,
         }
         self.pool.count_request(
-            self.model, speed, status, seconds, self.waited, **amounts
+            self.model, status, seconds, self.waited, speed, **amounts
         )
 
     def _new_row(self, info):
