@@ -428,26 +428,21 @@ PROXY_KEYS = (
         "`off`: a request never loads a model; it is loaded by hand or on startup"),
     Key("sets", parse_sets, "",
         "loaded together: `coder + embed, big + embed`; a model in no set only alone"),
-    Key("cache-models", parse_boolean, "off",
-        "every model in llama.cpp's own cache of downloads becomes a model"),
-    Key("models-dir", os.path.expanduser, "",
-        "every GGUF in it becomes a model, as llama-server does it"),
+    Key("cache-models", parse_boolean, "off", "also the models in llama.cpp's cache"),
+    Key("models-dir", os.path.expanduser, "", "every GGUF in it becomes a model"),
     Key("llama-server", os.path.expanduser, "llama-server",
         "the binary for models that name none themselves"),
     Key("state-dir", parse_state_dir, "$XDG_CACHE_HOME/llmswap",
         "folder of saved contexts and measured needs, for this user only"),
     Key("context-max", parse_size, "20G",
         "size of all saved contexts; beyond it the oldest are deleted"),
-    Key("default-model", str, "",
-        "for requests that name none; empty: the only one there is"),
+    Key("default-model", str, "", "for requests that name none; empty: the only one"),
     Key("patience", or_none("auto", parse_duration), "auto",
         "how long a busy model goes on while another waits for its room; `auto`: as "
         "long as the swap costs; 0: strict order"),
     Key("queue-max", parse_count, "512", "waiting requests beyond are refused"),
-    Key("queue-timeout", parse_duration, "0",
-        "how long a request may wait; 0: as long as its client does"),
-    Key("api-key", parse_words, "",
-        "comma-separated; also the environment's `LLMSWAP_API_KEY`"),
+    Key("queue-timeout", parse_duration, "0", "longest wait of a request; 0: no limit"),
+    Key("api-key", parse_words, "", "comma-separated; and those of `$LLMSWAP_API_KEY`"),
     Key("api-key-file", os.path.expanduser, "", "a file with one key per line"),
     Key("allowed-hosts", parse_words, "localhost, host.docker.internal",
         "`Host` names accepted on loopback connections, beside IP literals; `*`: any"),
@@ -463,8 +458,7 @@ PROXY_KEYS = (
     Key("idle-command", str, "",
         "run when idle, e.g. `systemctl suspend`; everything is unloaded first"),
     Key("idle-command-after", parse_duration, "1h", "idle time before `idle-command`"),
-    Key("watch", parse_boolean, "on",
-        "a changed file is read again before the next request"),
+    Key("watch", parse_boolean, "on", "read a changed file before the next request"),
     Key("log-level", one_of("debug", "info", "warning", "error"), "info",
         "`debug`, `info`, `warning` or `error`"),
 )
@@ -481,16 +475,14 @@ MODEL_KEYS = (
     Key("proxy", parse_url, "http://127.0.0.1:${PORT}",
         "base URL of the backend; alone it is a remote model"),
     Key("proxy-key", str, "", "sent to the backend as `Authorization: Bearer`"),
-    Key("model-name", str, "",
-        "the name put into the request's `model` before forwarding; empty: as asked"),
+    Key("model-name", str, "", "sent as `model` to the backend; empty: as asked"),
     Key("uses", parse_words, "",
         "share the backend of another model; of several, comma-separated, that of one "
         "loaded, else loading, else the first; beside it only keys about requests and "
         "listing"),
     Key("alias", parse_words, "", "further names, comma-separated"),
     Key("env.NAME", str, "", "environment of the backend"),
-    Key("cwd", os.path.expanduser, "",
-        "working directory of the backend; empty: that of llmswap"),
+    Key("cwd", os.path.expanduser, "", "working directory; empty: that of llmswap"),
     Key("check-endpoint", parse_endpoint, "/health",
         "path that answers 200 once ready; `none`: ready when the port accepts"),
     Key("load-timeout", parse_duration, "10m",
@@ -511,8 +503,7 @@ MODEL_KEYS = (
     Key("needs", or_none("auto", parse_resources), "",
         "e.g. `vram 18G, ram 4G`; `auto`: measured, the default if `budget` has auto"),
     Key("sleep-needs", parse_resources, "", "what it still holds while `sleeping`"),
-    Key("concurrency", parse_count, "0",
-        "requests sent at once; more wait in order; 0: no limit"),
+    Key("concurrency", parse_count, "0", "requests at once, others wait; 0: no limit"),
     Key("oom-score-adj", parse_score, "1000",
         "likelihood that the kernel kills it when memory is short: -1000 to 1000"),
     Key("sleep", parse_requests, "",
@@ -528,9 +519,8 @@ MODEL_KEYS = (
         "where Wake-on-LAN is sent"),
     Key("strip-params", parse_words, "", "parameters removed from requests"),
     Key("default-params", parse_object, "",
-        "JSON object of parameters that requests may override; objects merge deep"),
-    Key("set-params", parse_object, "",
-        "JSON object laid over requests; objects merge deep"),
+        "JSON object merged deep under requests, which override it"),
+    Key("set-params", parse_object, "", "JSON object merged deep over requests"),
     Key("json-repair", parse_boolean, "off", "repair the arguments of tool calls"),
     Key("loading-notice", one_of("off", "comment", "reasoning"), "comment",
         "what a streaming client sees while it waits: `off`, `comment`, `reasoning`"),
@@ -628,73 +618,61 @@ class Section(NamedTuple):
     settings: dict
 
 
-class PresetParser:
-    """Parses llama.cpp's language of presets, and more: a line may be indented, a key
-    may have its dashes. Of sections with the same name only the last counts."""
+def parse_presets(data, path, warn) -> dict:
+    """Return the sections by name, or raise ConfigError.
 
-    def __init__(self, path, warn):
-        self._path = path
-        self._warn = warn
-        self._section = None
-        self._sections = {}
+    This is llama.cpp's language of presets, and more: a line may be indented, a key may
+    have its dashes. Of sections with the same name only the last counts.
+    """
+    sections, section = {}, None
+    text, offset, line = data.decode("utf-8-sig", "surrogateescape"), 0, 1
+    while offset < len(text):
+        place = f"{path}:{line}:"
+        statement = STATEMENT.match(text, offset)
+        if statement is None or NOT_TEXT.search(statement[0]):
+            first_line = NEWLINE.split(text[offset:], 1)[0].strip()
+            raise ConfigError(f"{place} {first_line!r} is neither [section], "
+                              "key = value nor a comment, in UTF-8")
+        offset = statement.end()
+        line += len(NEWLINE.findall(statement[0]))
+        name, key = statement["header"], statement["key"]
+        if key and section is None and key not in IGNORED_KEYS:
+            name = "default"
+            warn(f"{place} keys before the first section make a model 'default'; "
+                 "keys for all models belong in [*]")
+        if name:
+            name = name.strip() if name.strip() in ("llmswap", "macros") else name
+            if sections.pop(name, None):
+                warn(f"{place} [{name}]: given before; this one counts")
+            section = sections[name] = Section(name, f"{place} [{name}]", {})
+        if key and section:
+            setting = parse_setting(section, key, statement["value"], place, warn)
+            if setting.key in section.settings:
+                warn(f"{setting.place}: given before; this one counts")
+            section.settings[setting.key] = setting
+    return sections
 
-    def parse(self, data) -> dict:
-        """Return the sections by name, or raise ConfigError."""
-        text = data.decode("utf-8-sig", "surrogateescape")
-        offset, line = 0, 1
-        while offset < len(text):
-            place = f"{self._path}:{line}:"
-            statement = STATEMENT.match(text, offset)
-            if statement is None or NOT_TEXT.search(statement[0]):
-                first_line = NEWLINE.split(text[offset:], 1)[0].strip()
-                raise ConfigError(f"{place} {first_line!r} is neither [section], "
-                                  "key = value nor a comment, in UTF-8")
-            offset = statement.end()
-            line += len(NEWLINE.findall(statement[0]))
-            if statement["header"]:
-                self._open_section(statement["header"], place)
-            elif statement["key"]:
-                self._add_setting(statement["key"], statement["value"], place)
-        return self._sections
 
-    def _open_section(self, name, place):
-        if name.strip() in ("llmswap", "macros"):
-            name = name.strip()
-        if self._sections.pop(name, None):
-            self._warn(f"{place} [{name}]: given before; this one counts")
-        self._section = self._sections[name] = Section(name, f"{place} [{name}]", {})
-
-    def _add_setting(self, key, text, place):
-        if self._section is None:
-            if key in IGNORED_KEYS:
-                return
-            self._open_section("default", place)
-            self._warn(f"{place} keys before the first section make a model 'default'; "
-                       "keys for all models belong in [*]")
-        place = f"{place} [{self._section.name}] {key}"
-        if self._section.name != "macros" and not key.startswith("env."):
-            key = key.replace("_", "-")
-        if key in self._section.settings:
-            self._warn(f"{place}: given before; this one counts")
-        self._section.settings[key] = Setting(key, self._value(key, text, place), place)
-
-    def _value(self, key, text, place):
-        section = self._section.name
-        keys = PROXY_KEY if section == "llmswap" else MODEL_KEY
-        name = "macro" if section == "macros" else key_name(key, keys)
-        if key == "cmd":
-            lines = [line.strip(" \t") for line in NEWLINE.split(text)]
-            lines = [line for line in lines if not line.startswith((";", "#"))]
-            text = " ".join(re.sub(r"[ \t]*\\$", "", line) for line in lines)
-        if name in WITHOUT_COMMENT:
-            return text.strip(" \t")
-        is_read_by_llama = name is None or name in SHARED_KEYS
-        comment = (LLAMA_COMMENT if is_read_by_llama else OWN_COMMENT).search(text)
-        value = text[: comment.start() if comment else None].strip(" \t")
-        if comment and (comment[0] in (";", "#") or value.count('"') % 2):
-            self._warn(f"{place}: a comment begins at {comment[0][-1]!r}, as in "
-                       f"llama.cpp; the value is {value!r}")
-        return value
+def parse_setting(section, key, text, place, warn) -> Setting:
+    """Return the setting on a line: without its comment, if it can have one."""
+    place = f"{place} [{section.name}] {key}"
+    if section.name != "macros" and not key.startswith("env."):
+        key = key.replace("_", "-")
+    keys = PROXY_KEY if section.name == "llmswap" else MODEL_KEY
+    name = "macro" if section.name == "macros" else key_name(key, keys)
+    if key == "cmd":
+        lines = [line.strip(" \t") for line in NEWLINE.split(text)]
+        lines = [line for line in lines if not line.startswith((";", "#"))]
+        text = " ".join(re.sub(r"[ \t]*\\$", "", line) for line in lines)
+    if name in WITHOUT_COMMENT:
+        return Setting(key, text.strip(" \t"), place)
+    is_read_by_llama = name is None or name in SHARED_KEYS
+    comment = (LLAMA_COMMENT if is_read_by_llama else OWN_COMMENT).search(text)
+    value = text[: comment.start() if comment else None].strip(" \t")
+    if comment and (comment[0] in (";", "#") or value.count('"') % 2):
+        warn(f"{place}: a comment begins at {comment[0][-1]!r}, as in llama.cpp; "
+             f"the value is {value!r}")
+    return Setting(key, value, place)
 
 
 # ---- Variables: ${NAME}, and the [macros] of the file -------------------------------
@@ -1136,17 +1114,13 @@ class ModelBuilder:
     def _mistakes(self, settings):
         """Yield what is wrong for this kind: the setting to blame, or None, and why."""
         kind, own = self._kind, self._own
-        launch_keys = {*itertools.chain(*LAUNCH_KEYS.values())}
         for setting in self._layers[-1] if kind != "llama-server" else ():
             reason = f"options of llama-server cannot stand beside {kind}"
             yield setting, unknown_key(setting.key, f"no key of llmswap; {reason}")
         for spelling, setting in own.items():
-            name = "env.NAME" if spelling.startswith("env.") else spelling
-            is_other_kind = name in EXCLUSIVE_KEYS and name != kind
-            if is_other_kind or kind == "uses" and name not in REQUEST_KEYS:
+            is_other_kind = spelling in EXCLUSIVE_KEYS and spelling != kind
+            if is_other_kind or kind == "uses" and spelling not in REQUEST_KEYS:
                 yield setting, f"cannot stand beside {kind}"
-            elif name in launch_keys and name not in LAUNCH_KEYS[kind]:
-                self._warn(f"{setting.place}: without effect beside {kind}")
         proxy, is_local = own.get("proxy"), needs_port(settings.proxy)
         texts = [settings.cmd, settings.extra_args, *settings.env.values()]
         keys = {setting.key for layer in self._layers for setting in layer}
@@ -1306,7 +1280,7 @@ class ConfigLoader:
         self._environ = environ
         self._warnings = {}  # used as a set that keeps its order
         empty = {name: Section(name, "", {}) for name in NOT_MODELS}
-        self._sections = {**empty, **PresetParser(path, self._warn).parse(data)}
+        self._sections = {**empty, **parse_presets(data, path, self._warn)}
         macros = self._sections["macros"].settings
         for name, setting in macros.items():
             if name in ("PORT", "PID", "MODEL_ID") or name.startswith("env."):
@@ -2192,24 +2166,16 @@ class Scheduler:
             seconds = max(1, math.ceil(model.retry_at - now))
             text = f"{model.last_failure}\n(it is tried again in {seconds} s)"
             return LoadBackoff(text, retry_after=seconds)
-        pins = self._pins_in_the_way(model)
-        if pins:
+        pins = [pin for pin in self._pinned if pin is not model]
+        usages = [model.usage_when_loaded(), *(pin.usage() for pin in pins)]
+        needs_room = model.is_down and model.needs_room
+        if pins and needs_room and not self.limits.allow(usages):
             names = ", ".join(sorted(pin.name for pin in pins))
             text = f"{model.name!r} does not fit beside the pinned {names}"
             return ModelPinned(f"{text}: unload by hand makes room")
         is_full = limits.queue_max and waiting >= limits.queue_max
         full = f"{limits.queue_max} requests wait already (queue-max in [llmswap])"
         return QueueFull(full) if is_full else None
-
-    def _pins_in_the_way(self, model):
-        """Return the fewest pinned models without which this one could start."""
-        pins = [pin for pin in self._pinned if pin is not model]
-        if not (pins and model.is_down and model.needs_room):
-            return frozenset()
-        usage = model.usage_when_loaded()
-        return _fewest(pins, lambda leaving: self.limits.allow(
-            [usage, *(pin.usage() for pin in pins if pin not in leaving)]
-        ))
 
     def _grant(self, ticket, now):
         model = ticket.model

@@ -978,7 +978,7 @@ def test_values_are_read_and_malformed_ones_refused(key, values, malformed):
      {"a": {"ttl": "5", "alias": "a", "stop-timeout": "5"}}),
 ])
 def test_sections_are_read(text, sections):
-    parsed = llmswap.PresetParser("m.ini", print).parse(text.encode())
+    parsed = llmswap.parse_presets(text.encode(), "m.ini", print)
     assert [*parsed] == [*sections]
     for name, section in parsed.items():
         shown = {key: setting.text for key, setting in section.settings.items()}
@@ -1444,7 +1444,6 @@ def test_a_source_may_be_spelled_in_many_ways(tmp_path, line):
     ("[a]\nm = x\nm = y", "m.ini:3: [a] m: given before; this one counts"),
     ("[a]\n[a]\nm = x", "m.ini:2: [a]: given before; this one counts"),
     ("[*]\napi-key = x\n[a]\nm = x\n[b]\nm = x", "[*] api-key: not an option of a model"),
-    ("[a]\ncmd = x ${PORT}\nllama-server = y", "llama-server: without effect"),
     ("[llmswap]\nmodels-dir = nowhere", "[llmswap] models-dir: [Errno 2]"),
 ])
 def test_surprises_are_warned_of_once(tmp_path, text, warning):
