@@ -1256,25 +1256,21 @@ def load_config(
     `listen` and `models_max` override the file's; `cached` are the names of the models
     in llama.cpp's cache. Raise ConfigError.
     """
-    try:
-        data = WITHOUT_FILE
-        if path is not None:
+    data = WITHOUT_FILE
+    if path is not None:
+        try:
             with open(path, "rb") as file:
                 data = file.read()
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    given = {"listen": listen, "models-max": models_max}
-    overrides = {
-        name: Setting(name, str(text), f"--{name}")
-        for name, text in given.items() if text is not None
-    }
-    return ConfigLoader(data, str(path or ""), overrides, environ, cached).load()
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from None
+    loader = ConfigLoader(data, str(path or ""), environ, cached)
+    return loader.load({"listen": listen, "models-max": models_max})
 
 
 class ConfigLoader:
     """Makes a Config of the bytes of one file."""
 
-    def __init__(self, data, path, overrides, environ, cached=()):
+    def __init__(self, data, path, environ, cached=()):
         self._path = path
         self._cached = cached
         self._environ = environ
@@ -1288,12 +1284,13 @@ class ConfigLoader:
         texts = {name: setting.text for name, setting in macros.items()}
         variables = {f"env.{name}": value for name, value in environ.items()}
         self._context = texts, variables, self._warn
-        self._written = overrides  # settings of llmswap by key
+        self._written = {}  # settings of llmswap by key
         self._names = {}  # ids of models by name
 
-    def load(self) -> Config:
-        """Return the Config, or raise ConfigError."""
-        settings = self._read_settings()
+    def load(self, overrides) -> Config:
+        """Return the Config, or raise ConfigError. `overrides`: texts by key, or None
+        for those that the file decides."""
+        settings = self._read_settings(overrides)
         models = self._assign_names(self._build_models(settings))
         keys = self._read_api_keys(settings)
         config = Config(self._path, settings, models, self._names, keys, ())
@@ -1314,8 +1311,8 @@ class ConfigLoader:
     def _warn(self, message):
         self._warnings[message] = True
 
-    def _read_settings(self):
-        star, written = self._sections["*"].settings, {}
+    def _read_settings(self, overrides):
+        star, written = self._sections["*"].settings, self._written
         for key in ("models-max", "LLAMA-ARG-MODELS-MAX"):
             if key in star and re.fullmatch("[0-9]{1,9}", star[key].text):
                 written["models-max"] = star.pop(key)  # often written there
@@ -1328,7 +1325,9 @@ class ConfigLoader:
             elif spelling not in IGNORED_KEYS:
                 near = suggestion(spelling, PROXY_KEY)
                 raise ConfigError(f"{setting.place}: unknown key{near}")
-        self._written = written = {**written, **self._written}
+        for name, text in overrides.items():
+            if text is not None:
+                written[name] = Setting(name, str(text), f"--{name}")
         values = {}
         for key in PROXY_KEYS:
             setting = written.get(key.name, Setting(key.name, key.default, ""))

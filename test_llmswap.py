@@ -1020,7 +1020,7 @@ def test_any_bytes_are_read_or_refused():
     for _ in range(2000):
         data = b"".join(chance.choice(words) for _ in range(chance.randrange(30)))
         try:
-            config = llmswap.ConfigLoader(data, "m.ini", {}, {}).load()
+            config = llmswap.ConfigLoader(data, "m.ini", {}).load({})
         except ConfigError as error:
             assert str(error).startswith("m.ini:")
         else:
@@ -9290,7 +9290,7 @@ def test_the_watchdog_is_fed_while_listener_lock_and_timer_work(tmp_path, monkey
 
 
 def no_models():
-    return llmswap.ConfigLoader(b"", "none.ini", {}, {}).load()
+    return llmswap.ConfigLoader(b"", "none.ini", {}).load({})
 
 
 def test_notifications_reach_an_abstract_address_and_only_our_watchdog_counts():
