@@ -2875,7 +2875,9 @@ SLEEP_OPTION = "--sleep-idle-seconds"
 SLEEP_POLL = 5.0  # s between looks at a llama-server that may put itself to sleep
 WAKE_REQUEST = ("GET", "/lora-adapters", "")  # the cheapest that wakes a llama-server
 MAX_CONTROL_ANSWER = 1 << 22  # bytes
-MALFORMED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+MALFORMED = (  # what reading a JSON document of another shape may raise
+    AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError
+)
 
 
 class Probe(NamedTuple):
@@ -3635,7 +3637,7 @@ class ContextStore:
                 if is_first:
                     with open(f"{self._root}/manifest.json", "rb") as file:
                         rows = json.load(file).items()
-                    self._saved = {path: SavedContext(*row) for path, row in rows}
+                    self._saved = {path: _saved_context(*row) for path, row in rows}
             with contextlib.suppress(OSError):
                 self._update()
                 folders = {f"{e.path}/" for e in os.scandir(self._root) if e.is_dir()}
@@ -3670,6 +3672,12 @@ class ContextStore:
         with open(f"{path}.new", "w", opener=open_private) as file:
             json.dump(self._saved, file)
         os.replace(file.name, path)
+
+
+def _saved_context(command, speed, size, slots):
+    """Return a row of the manifest; MALFORMED if it is none."""
+    slots = [(int(number), str(path), int(tokens)) for number, path, tokens in slots]
+    return SavedContext(str(command), max(1.0, float(speed)), int(size), slots)
 
 
 def open_private(path: str, flags: int) -> int:
@@ -4472,7 +4480,7 @@ class Needs:
             return rows
         except FileNotFoundError:
             return {}
-        except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        except (OSError, *MALFORMED) as error:
             text = f"{self._path} cannot be read and is set aside: {error}"
             self._log("warning", text)
             with contextlib.suppress(OSError):
@@ -5584,7 +5592,7 @@ MAX_CHUNK_LINE = 4096  # bytes of a line between chunks
 HEAD_SECONDS = 10.0  # for a whole head once its first byte is there
 STALL_SECONDS = 60.0  # without a byte in the middle of a body; as nginx
 SMALL_BODY = 1 << 20  # bytes of a body that are held even if they are not needed
-READ_SIZE = 1 << 13  # bytes read at once of heads and of bodies of unknown length
+READ_SIZE = 1 << 11  # bytes read at once of heads, and held by each waiting stream
 BUFFER_SIZE = 1 << 18  # bytes read at once of other bodies
 EXCERPT_SIZE = 1 << 11  # bytes that are kept of an answer's start, and of its end
 EARLY_HEAD_AFTER = 3.0  # s of waiting; a failure before that has its own HTTP status
@@ -9627,7 +9635,7 @@ class FileWatch:
             is_due = now >= self._looked_at + WATCH_EVERY
             if is_due and not (self._look and self._look.is_alive()):
                 self._looked_at = now
-                with contextlib.suppress(RuntimeError):  # no more threads can be started
+                with contextlib.suppress(RuntimeError):  # there can be no more threads
                     self._look = start_thread(self._find_change, "watch", on_change)
             look = self._look
         if look:

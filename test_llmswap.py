@@ -707,15 +707,43 @@ def test_functions_and_lines_are_short_and_imports_are_of_the_standard_library()
         assert set(modules) <= sys.stdlib_module_names
 
 
+README = HERE.with_name("README.md")
+PAGES = [README, HERE.with_name(".github") / "recipes.md"]
+
+
 def readme_text():
-    return HERE.with_name("README.md").read_text()
+    return README.read_text()
 
 
 def section(title):
-    """What stands in the README under the heading that begins so."""
-    text = readme_text().partition(f"\n### {title}")[2].partition("\n")[2]
-    assert text, f"the README has no section {title!r}"
-    return re.split(r"^##", text, flags=re.MULTILINE)[0]
+    """What stands under the heading that begins so, in the README or the recipes."""
+    text = "".join(page.read_text() for page in PAGES)
+    pattern = rf"^###? {re.escape(title)}.*\n((?:(?!##).*\n)*)"
+    found = re.findall(pattern, text, re.MULTILINE)
+    assert len(found) == 1, f"{len(found)} sections begin with {title!r}"
+    return found[0]
+
+
+def anchors(page):
+    """What GitHub makes of the headings of a page, to be linked to."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=["readme", "recipes"])
+def test_links_lead_to_files_and_headings_that_exist(page):
+    text = page.read_text()
+    assert max(map(len, text.splitlines())) <= 100
+    links = re.findall(r"\]\(([^)]+)\)|\b(?:src|srcset)=\"([^\"]+)\"", text)
+    links = ["".join(pair) for pair in links]
+    inner = [each for each in links if not each.startswith("https://")]
+    for link in inner:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link
+    names = {(page.parent / each.partition("#")[0]).resolve() for each in inner}
+    assert {each.resolve() for each in PAGES} - {page.resolve()} <= names
 
 
 def test_all_keys_are_printed_and_those_that_the_readme_names_exist():
@@ -730,8 +758,9 @@ def test_all_keys_are_printed_and_those_that_the_readme_names_exist():
     assert len(names) > 9 and set(names) <= {key.name for key in keys}
 
 
-def test_the_example_and_every_file_of_the_readme_give_no_warnings(tmp_path):
-    files = re.findall(r"^```ini\n(.*?)^```$", readme_text(), re.MULTILINE | re.DOTALL)
+def test_the_example_and_every_file_of_the_pages_give_no_warnings(tmp_path):
+    pages = "".join(page.read_text() for page in PAGES)
+    files = re.findall(r"^```ini\n(.*?)^```$", pages, re.MULTILINE | re.DOTALL)
     assert len(files) > 8
     for text in (*files, HERE.with_name("example.ini").read_text()):
         (tmp_path / "x.ini").write_text(text)
@@ -7784,7 +7813,7 @@ def test_check_shows_each_command_as_it_can_be_pasted_and_each_error(tmp_path):
 
 
 # ----------------------------------------------------------------------------------
-# The recipes of the README, each run as it stands but for paths and ports
+# The recipes, each run as it stands but for paths and ports
 
 
 def adapted(title, kind, *changes):
@@ -7928,9 +7957,16 @@ def test_recipe_docker_with_podman_and_a_real_llama_server(podman):
         assert server.loaded() == ["other"] and not subprocess.check_output(boxes)
 
 
-def test_recipe_an_embedding_model_that_stays(tmp_path):
-    title = "An embedding model that stays while large ones swap"
-    for path in re.findall(r"= /models/(\S+\.gguf)", adapted(title, "ini")):
+def large_models(folder):
+    """Two models whose files lie in that folder, for a recipe that names none."""
+    return "".join(
+        f"[{name}]\nmodel = {folder}/{name}.gguf\n" for name in ("coder", "thinker")
+    )
+
+
+def test_recipe_a_small_model_that_stays(tmp_path):
+    title = "A small model that stays while large ones swap"
+    for path in ("bge-m3-q8_0.gguf", "coder.gguf", "thinker.gguf"):
         gguf.write_model(tmp_path / path)
     binary = LLAMA_SERVER or fake_binary(tmp_path)
     changes = [
@@ -7938,7 +7974,8 @@ def test_recipe_an_embedding_model_that_stays(tmp_path):
         ("[embed]", "[embed]\npooling = mean"),  # as the real bge-m3 says of itself
     ]  # fmt: skip
     small = "[*]\nctx-size = 256\nthreads = 1\n"
-    with run_recipe(title, *changes, before=small, more="") as server:
+    more = large_models(tmp_path)
+    with run_recipe(title, *changes, before=small, more=more) as server:
         eventually(lambda: server.loaded() == ["embed"])
         for large in ("coder", "thinker"):
             assert server.post(CHAT, real_chat(large)).status == 200
@@ -7951,12 +7988,13 @@ def test_recipe_an_embedding_model_that_stays(tmp_path):
 
 def test_recipe_conversations_that_outlive_the_swap(tmp_path):
     title = "Conversations that outlive the swap"
-    changes = ("/models/", f"{tmp_path}/"), ("[*]", f"[*]\njournal = {tmp_path}/journal")
-    text = adapted(title, "ini", *changes)
-    for name in re.findall(r"model += \S+/(\S+)", text):
+    journal = ("[*]", f"[*]\njournal = {tmp_path}/journal")
+    for name in ("coder.gguf", "thinker.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")
-    head = f"llama-server = {fake_binary(tmp_path)}\nstate-dir = {tmp_path}/state"
-    with Llmswap(f"[llmswap]\n{head}\n{text}") as server:
+    head = f"[llmswap]\nllama-server = {fake_binary(tmp_path)}\n"
+    head += f"state-dir = {tmp_path}/state\n"
+    more = large_models(tmp_path)
+    with run_recipe(title, journal, before=head, more=more) as server:
         for prompt, cached in ((3122, 0), (3200, 3122)):
             answer = server.chat("coder", talk="x", prompt_tokens=prompt).json()
             usage = answer["usage"]
@@ -7967,8 +8005,8 @@ def test_recipe_conversations_that_outlive_the_swap(tmp_path):
         assert re.sub(r"\d+ M", "M", line[:-6]) in re.sub(r"\d+ M", "M", log), line
 
 
-def test_recipe_roo_code(tmp_path):
-    title = "Roo Code, and other agents, with repaired tool calls"
+def test_recipe_agents_with_repaired_tool_calls(tmp_path):
+    title = "Open WebUI, and agents with repaired tool calls"
     (tmp_path / "qwen3-coder-30b-a3b-q4_k_m.gguf").write_bytes(b"GGUF")
     program = f"[llmswap]\nllama-server = {fake_binary(tmp_path)}\n"
     with run_recipe(title, ("/models/", f"{tmp_path}/"), before=program) as server:
@@ -8244,20 +8282,27 @@ def counted(found, name):
 def test_the_queries_of_the_dashboard_name_metrics_and_labels_of_ours():
     path = Path(LLMSWAP).with_name(".github") / "grafana.json"
     dashboard = json.loads(path.read_text())
+    scrape = recipe("Prometheus and Grafana", "yaml")[0]
+    job = re.search(r"job_name: (\S+)", scrape)[1]
+    key = re.search(r"credentials: (\S+)", scrape)[1]
     queries = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
     queries += [each["query"]["query"] for each in dashboard["templating"]["list"]
                 if each["type"] == "query"]  # fmt: skip
-    text = "[a]\ncmd = FAKE\n[b]\ncmd = FAKE\n[c]\ncmd = FAKE --load-exit 1"
+    text = f"[llmswap]\napi-key = {key}\n"
+    text += "[a]\ncmd = FAKE\n[b]\ncmd = FAKE\n[c]\ncmd = FAKE --load-exit 1"
+    bearer = {"Authorization": f"Bearer {key}"}
     with Llmswap(text) as server:
         for model in ("c", "a", "b"):
-            server.chat(model)
-        metrics = server.get("/metrics").body.decode()
+            server.post(CHAT, chat_body(model), bearer)
+        metrics = server.get("/metrics", bearer).body.decode()
     labels = collections.defaultdict(set)
     for name, *pairs in metrics_of(metrics):
         labels[name].update(pairs[::2])
     for query in queries:
         names = re.findall(r"\b(?:llmswap|process)_\w+", query)
         assert names, query
+        jobs = re.findall(r'job=~"([^"]+)"', query)
+        assert all(re.fullmatch(each, job) for each in jobs), query
         used = set(re.findall(r"(\w+)=~?\"", query)) - {"job"}  # which Prometheus adds
         for group in re.findall(r"by \((.*?)\)", query):
             used.update(group.split(", "))
@@ -9352,7 +9397,7 @@ def debian(tmp_path_factory):
 
 
 def recipe(title, kind=""):
-    """The commands (or the blocks of that kind) of a recipe in the README."""
+    """The commands (or the blocks of that kind) of a recipe."""
     if kind:
         blocks = rf"^```{kind}\n(.*?)^```$"
         return re.findall(blocks, section(title), re.MULTILINE | re.DOTALL)
@@ -9708,7 +9753,8 @@ BROKEN_NEEDS = [
     "", "{", "[]", "\xff", '{"k": 3}', '{"version": 2, "needs": {}}', '{"version": 1}',
     '{"version": 1, "needs": {"k": {"vram": 1}}}',
     '{"version": 1, "needs": {"k": {"amounts": {"vram": "6G"}}}}',
-    '{"version": 1, "needs": {"k": {"amounts": 3}}}',
+    '{"version": 1, "needs": {"k": {"amounts": 3}}}', "[" * 100000,
+    '{"version": 1, "needs": {"k": {"amounts": {"vram": 1e999}}}}',
 ]  # fmt: skip
 
 
@@ -10257,6 +10303,23 @@ def test_a_conversation_outlives_every_stop_but_a_kill(tmp_path, stop):
         assert 'llmswap_prompt_tokens_cached_total{model="a"} 3100\n' in metrics
         assert 'context_tokens_total{model="a",action="restored"} 6100\n' in metrics
         assert 'context_seconds_saved_total{model="a"} 12.2\n' in metrics
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", '{"F": []}', '{"F": ["c", 1, 1, [[0, "f"]]]}', "[" * 100000,
+    '{"F": ["c", "a", 1, []]}', '{"F": ["c", 1, 1e999, []]}', '{"F": ["c", 1, "a", 3]}',
+])  # fmt: skip
+def test_a_broken_manifest_of_contexts_counts_as_none(tmp_path, text):
+    (tmp_path / "x.ini").write_text(context_file(tmp_path, settings="context-max = 1"))
+    config = llmswap.load_config(str(tmp_path / "x.ini"))
+    [folder] = {each.context_dir for each in config.models.values()} - {""}
+    os.makedirs(folder)
+    manifest = tmp_path / "state/context/manifest.json"
+    manifest.write_text(text.replace("F", folder))
+    store = llmswap.ContextStore()
+    store.configure(config)
+    assert store.take(folder) == llmswap.SavedContext()
+    assert json.loads(manifest.read_text()) == {}
 
 
 def test_contexts_outlive_an_idle_exit(tmp_path):

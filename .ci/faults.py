@@ -56,7 +56,7 @@ log-level = info
 
 [*]
 stop-timeout = 2
-load-timeout = 1500ms
+load-timeout = 5
 hang-timeout = 1500ms
 
 [blocker]

@@ -93,7 +93,7 @@ class Debian:
 
 
 class Sleeper:
-    """The GPU machine of the README's recipe: 192.168.11.11 in a network with the box,
+    """The GPU machine of the recipe: 192.168.11.11 in a network with the box,
     192.168.11.1. Asleep it keeps its processes, stopped, and answers nothing; its
     network card hears the magic packet and wakes it 0.4 s later.
     """
