@@ -103,9 +103,6 @@ class ClientDisconnected(Exception):
     """The client has disconnected, so that no answer is needed."""
 
 
-INVALID, OVERLOADED = "invalid_request_error", "overloaded_error"
-
-
 class APIError(Exception):
     """A failure reported to the client: HTTP status, OpenAI's error type and code.
 
@@ -123,85 +120,59 @@ class APIError(Exception):
         self.retry_after = retry_after or self.retry_after
 
 
-class BadRequest(APIError):
-    status, type, code = 400, INVALID, "invalid_request"
+def _kind(name, status, code, error_type="server_error", base=APIError, **facts):
+    """Return a kind of APIError."""
+    return type(name, (base,), dict(status=status, code=code, type=error_type, **facts))
 
-class SpokenTLS(BadRequest):
-    """A client spoke TLS where HTTP is served."""
 
-class Unauthorized(APIError):
-    status, type, code = 401, "authentication_error", "invalid_api_key"
+INVALID, OVERLOADED = "invalid_request_error", "overloaded_error"
+NO_RETRY = dict(may_retry=False)
 
-class Forbidden(APIError):
-    status, type, code = 403, "permission_error", "forbidden"
+BadRequest = _kind("BadRequest", 400, "invalid_request", INVALID)
+SpokenTLS = _kind("SpokenTLS", 400, "invalid_request", INVALID, BadRequest)
+Unauthorized = _kind("Unauthorized", 401, "invalid_api_key", "authentication_error")
+Forbidden = _kind("Forbidden", 403, "forbidden", "permission_error")
+FeatureDisabled = _kind("FeatureDisabled", 403, "feature_disabled", "feature_disabled")
+NotFound = _kind("NotFound", 404, "not_found", INVALID)
+ModelNotFound = _kind("ModelNotFound", 404, "model_not_found", INVALID)
+MethodNotAllowed = _kind("MethodNotAllowed", 405, "method_not_allowed", INVALID)
+RequestTimeout = _kind("RequestTimeout", 408, "request_timeout", INVALID)
+ModelNotLoaded = _kind("ModelNotLoaded", 409, "model_not_loaded", INVALID)
+ModelPinned = _kind("ModelPinned", 409, "model_pinned", INVALID, **NO_RETRY)
+PayloadTooLarge = _kind("PayloadTooLarge", 413, "request_too_large", INVALID)
+UnsupportedCoding = _kind(
+    "UnsupportedCoding", 415, "unsupported_content_encoding", INVALID
+)
+HeadersTooLarge = _kind("HeadersTooLarge", 431, "headers_too_large", INVALID)
+RequestCancelled = _kind(
+    "RequestCancelled", 499, "request_cancelled", INVALID, **NO_RETRY
+)
+ModelMisconfigured = _kind("ModelMisconfigured", 500, "model_unusable", **NO_RETRY)
+BackendDied = _kind("BackendDied", 502, "backend_died")
+LoadBackoff = _kind("LoadBackoff", 503, "model_backing_off")
+QueueFull = _kind("QueueFull", 503, "queue_full", OVERLOADED, retry_after=5)
+QueueTimeout = _kind("QueueTimeout", 503, "queue_timeout", OVERLOADED, retry_after=5)
+ModelUnloaded = _kind("ModelUnloaded", 503, "model_unloaded", **NO_RETRY)
+ShuttingDown = _kind("ShuttingDown", 503, "shutting_down", retry_after=5)
+LoopDetected = _kind("LoopDetected", 508, "loop_detected", **NO_RETRY)
 
-class FeatureDisabled(APIError):
-    status, type, code = 403, "feature_disabled", "feature_disabled"
-
-class NotFound(APIError):
-    status, type, code = 404, INVALID, "not_found"
-
-class ModelNotFound(APIError):
-    status, type, code = 404, INVALID, "model_not_found"
-
-class MethodNotAllowed(APIError):
-    status, type, code = 405, INVALID, "method_not_allowed"
-
-class ModelNotLoaded(APIError):
-    status, type, code = 409, INVALID, "model_not_loaded"
-
-class ModelPinned(APIError):
-    status, type, code, may_retry = 409, INVALID, "model_pinned", False
-
-class RequestTimeout(APIError):
-    status, type, code = 408, INVALID, "request_timeout"
-
-class PayloadTooLarge(APIError):
-    status, type, code = 413, INVALID, "request_too_large"
-
-class UnsupportedCoding(APIError):
-    status, type, code = 415, INVALID, "unsupported_content_encoding"
-
-class HeadersTooLarge(APIError):
-    status, type, code = 431, INVALID, "headers_too_large"
-
-class RequestCancelled(APIError):
-    status, type, code, may_retry = 499, INVALID, "request_cancelled", False
-
-class ModelMisconfigured(APIError):
-    code, may_retry = "model_unusable", False
-
-class BackendDied(APIError):
-    status, code = 502, "backend_died"
 
 class LoadFailed(APIError):
+    """A model could not be loaded. `exit_code` is None unless the process exited by
+    itself; `is_out_of_memory`: it may succeed beside fewer models."""
+
     status, code, may_retry = 502, "model_start_failed", False
 
     def __init__(self, message, exit_code=None, is_out_of_memory=False):
         super().__init__(message)
-        self.exit_code = exit_code  # None unless the process exited by itself
-        self.is_out_of_memory = is_out_of_memory  # fewer models beside it may help
+        self.exit_code = exit_code
+        self.is_out_of_memory = is_out_of_memory
+
 
 class LoadTimeout(LoadFailed):
+    """A load went on for too long without progress."""
+
     status, type, code = 504, "timeout_error", "model_load_timeout"
-
-class LoadBackoff(APIError):
-    status, code = 503, "model_backing_off"
-
-class QueueFull(APIError):
-    status, type, code, retry_after = 503, OVERLOADED, "queue_full", 5
-
-class QueueTimeout(APIError):
-    status, type, code, retry_after = 503, OVERLOADED, "queue_timeout", 5
-
-class ModelUnloaded(APIError):
-    status, code, may_retry = 503, "model_unloaded", False
-
-class LoopDetected(APIError):
-    status, code, may_retry = 508, "loop_detected", False
-
-class ShuttingDown(APIError):
-    status, code, retry_after = 503, "shutting_down", 5
 
 
 # ==================================================================================
