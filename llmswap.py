@@ -590,11 +590,8 @@ class Section(NamedTuple):
 
 
 def parse_presets(data, path, warn) -> dict:
-    """Return the sections by name, or raise ConfigError.
-
-    This is llama.cpp's language of presets, and more: a line may be indented, a key may
-    have its dashes. Of sections with the same name only the last counts.
-    """
+    """Return the sections by name; of those with the same only the last. Beyond what
+    llama.cpp reads, lines may be indented and keys have dashes. Raise ConfigError."""
     sections, section = {}, None
     text, offset, line = data.decode("utf-8-sig", "surrogateescape"), 0, 1
     while offset < len(text):
@@ -653,10 +650,8 @@ MACRO_DEPTH = 10  # how deep macros may use macros
 
 
 def expand(text, variables) -> str:
-    """Return the text with each ${NAME} replaced and each $${ a literal ${.
-
-    Raise ValueError for a name that has no value.
-    """
+    """Return the text with each ${NAME} replaced and each $${ a literal ${; raise
+    ValueError for a name that has no value."""
 
     def value(match):
         if match[1] is None:
@@ -769,10 +764,8 @@ class Option(NamedTuple):
 
 
 class OptionTable:
-    """The options of one llama-server by key.
-
-    An empty table means that they are unknown: each key is an option with a value.
-    """
+    """The options of one llama-server by key. An empty table means that they are
+    unknown: each key is an option with a value."""
 
     def __init__(self, options=()):
         # as in llama.cpp, a later option takes a key from an earlier one
@@ -783,10 +776,8 @@ class OptionTable:
         return self.by_key.get(key) if self.by_key else Option((f"--{key}",))
 
     def choose(self, settings) -> list:
-        """Return the options and their values in the order of llama.cpp's router.
-
-        Of settings of one option the last counts. Raise ConfigError for unknown ones.
-        """
+        """Return the options and their values in the order of llama.cpp's router; the
+        last setting of each counts. Raise ConfigError for unknown ones."""
         chosen = {}
         for key, text, place in settings:
             option = self.find(key)
@@ -931,10 +922,8 @@ class Model(NamedTuple):
         return self.kind, values, options
 
     def command(self, table, port) -> list:
-        """Return the argv of a model that is a process; [] for other kinds.
-
-        Raise ConfigError for options that the table does not have.
-        """
+        """Return the argv of a model that is a process; [] for other kinds. Raise
+        ConfigError for options that the table does not have."""
         try:
             extra = self._words(self.settings.extra_args, PORT=port)
             if self.kind == "cmd":
@@ -1123,10 +1112,8 @@ def canonical_name(name) -> str:
 
 
 def find_models(directory, place) -> dict:
-    """Return the options of the models in a directory by id, as llama-server does.
-
-    A model is a file or a directory. Raise OSError if they cannot be listed.
-    """
+    """Return the options of the models in a directory (files or folders) by id, as
+    llama-server does. Raise OSError."""
     models = {}
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
         paths, options = [entry.path], {}
@@ -1205,10 +1192,8 @@ class Config(NamedTuple):
         return next(iter(self.models.values())) if len(self.models) == 1 else None
 
     def pitfalls(self, table_of: Callable) -> List[str]:
-        """Return warnings of options that mean something else to llama.cpp.
-
-        table_of(model) is the OptionTable of a llama-server model.
-        """
+        """Return warnings of options that mean something else to llama.cpp;
+        table_of(model) is the OptionTable of a llama-server model."""
         warnings = {}  # used as a set that keeps its order
         for model in self.models.values():
             for layer in model.options:
@@ -1429,10 +1414,8 @@ class ConfigLoader:
         return config.settings._replace(sets=tuple(sets), default_model=default)
 
     def _link(self, model, config):
-        """Return a `uses` model with the backends of the usable models that it names.
-
-        It has a problem if none is usable, or one is unknown or itself of kind `uses`.
-        """
+        """Return a `uses` model with the backends of the usable models that it names,
+        or a problem: none is usable, or one is unknown or itself of kind `uses`."""
         targets = {
             name: config.models.get(config.find(name)) for name in model.settings.uses
         }
@@ -1598,15 +1581,9 @@ class Ticket:
         self.run = None  # of the backend that was granted
         self.waiter = None  # belongs to the caller
 
-    def __repr__(self):
-        return f"Ticket({self.number}, {self.model.name!r})"
-
 
 class ModelState:
-    """One model in the schedule: its state, its leases and what was measured.
-
-    Only the Scheduler changes it.
-    """
+    """One model in the schedule. Only the Scheduler changes it."""
 
     def __init__(self, name: str, spec: ModelSpec):
         self.name = name
@@ -1816,10 +1793,8 @@ class Scheduler:
         return ticket
 
     def finish(self, ticket: Ticket, now: float):
-        """The request has ended or its client has left; call it once.
-
-        The ticket may be waiting, granted or refused.
-        """
+        """The request has ended or its client has left. The ticket may be waiting,
+        granted or refused; call it once."""
         model = ticket.model
         if ticket.number in self._queue:
             self._dequeue(ticket)
@@ -1904,8 +1879,7 @@ class Scheduler:
         """The backend has exited and holds nothing. `failure`: why, if by itself.
 
         A load that ran out of memory beside other models is retried once, after the
-        least recently used of them has stopped. Then return the name of that model and
-        refuse no ticket.
+        least recently used of them has stopped: then its name is returned.
         """
         model = self._current(name, run)
         victim = None
@@ -2267,10 +2241,8 @@ class Scheduler:
         return moment
 
     def _start_keep_loaded(self, now):
-        """If no ticket waits, start a keep_loaded model that fits; return if so.
-
-        A later ticket that needs the room stops such a load at once.
-        """
+        """If no ticket waits, start a keep_loaded model that fits; return if so. A
+        later ticket that needs the room stops such a load at once."""
         if self._queue or self._closing_error or self._is_keep_loaded_paused:
             return False
         for model in self.models.values():
@@ -2291,10 +2263,18 @@ class Scheduler:
         before = len(self._decisions)
         for model in self.held.values():
             cause, moment = self._stop_due(model)
-            if now >= moment:
-                self._stop(model, now, cause)
-            else:
+            if now < moment:
                 self._look_again_at(moment)
+                continue
+            newcomer, to_sleep = None, False
+            if cause in ("evicted", "abandoned"):
+                model.evicted_for = model.drains_for.model
+                newcomer = model.evicted_for.name
+                to_sleep = model.spec.can_sleep and model.state is State.LOADED
+            model.advance(State.UNLOADING, now)
+            model.stop_cause = "sleep" if to_sleep else cause
+            stop = Stop(model.name, model.run, cause, newcomer, to_sleep)
+            self._decisions.append(stop)
         return len(self._decisions) != before
 
     def _stop_due(self, model):
@@ -2312,16 +2292,6 @@ class Scheduler:
         if model.drains_for:
             return "abandoned" if is_loading else "evicted", once_drained
         return "idle", math.inf if is_loading else model.unload_at()
-
-    def _stop(self, model, now, cause):
-        newcomer, to_sleep = None, False
-        if cause in ("evicted", "abandoned"):
-            model.evicted_for = model.drains_for.model
-            newcomer = model.evicted_for.name
-            to_sleep = model.spec.can_sleep and model.state is State.LOADED
-        model.advance(State.UNLOADING, now)
-        model.stop_cause = "sleep" if to_sleep else cause
-        self._decisions.append(Stop(model.name, model.run, cause, newcomer, to_sleep))
 
 
 # ==================================================================================
@@ -4626,10 +4596,8 @@ LOAD_LINE_EVERY = 10.0  # s between log lines about one load
 
 
 class Broadcast:
-    """Passes items to any number of followers, and keeps the last ones.
-
-    Any thread may call. A follower that does not keep up loses items.
-    """
+    """Passes items to any number of followers, and keeps the last ones. A follower that
+    does not keep up loses items. Any thread may call."""
 
     BACKLOG = 10000
 
@@ -4754,10 +4722,8 @@ class Run:
 
 
 class Pool:
-    """Owns all backends and leases them to requests. Any thread may call.
-
-    `log(level, text)` must not block.
-    """
+    """Owns all backends and leases them to requests. Any thread may call;
+    `log(level, text)` must not block."""
 
     def __init__(self, config: Config, log, make_backend=None, clock=time.monotonic):
         self.config = config
@@ -4964,11 +4930,8 @@ class Pool:
     # -- memory ----------------------------------------------------------------------
 
     def _find_budget(self, config):
-        """Return the budget with figures for `auto`.
-
-        Not called with the lock held, as it runs the vendor's tool. It measures once:
-        later, llmswap's own models hold memory.
-        """
+        """Return the budget with figures for `auto`, measured once by the vendor's
+        tool: later, our own models hold memory. The lock is not held."""
         written = config.settings.budget
         if None not in written.values():
             return written
