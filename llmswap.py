@@ -1690,11 +1690,6 @@ class ModelState:
         if self.keep_loaded_at < math.inf:
             self.keep_loaded_at = -math.inf
 
-    def resume_keep_loaded(self):
-        """keep_loaded has effect again, though the model was unloaded by hand."""
-        if self.keep_loaded_at == math.inf:
-            self.keep_loaded_at = -math.inf
-
     def swap_cost(self, newcomer: "ModelState") -> float:
         """Seconds to stop this model, load the newcomer, and load this one again."""
         loads = [self.load_seconds, newcomer.load_seconds]
@@ -1781,7 +1776,7 @@ class Scheduler:
     ) -> Ticket:
         """Queue a request for the model; the next `decide` may grant or refuse it."""
         model = self.models[name]
-        model.resume_keep_loaded()
+        model.keep_loaded_at = -math.inf
         self._is_keep_loaded_paused = False
         ticket = Ticket(next(self._numbers), model, now, preemptible, manual)
         if manual:
@@ -2006,7 +2001,7 @@ class Scheduler:
                 model.spec = spec
                 if name in changed:
                     model.reset_failures()
-            model.resume_keep_loaded()
+            model.keep_loaded_at = -math.inf
             if model.is_pinned:
                 model.drains_for = None
 
