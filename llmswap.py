@@ -240,6 +240,7 @@ parse_pin = pattern(
     f"loaded|{BOOLEAN}",
     lambda match: "loaded" if match[0] == "loaded" else match[0].lower() in TRUE_WORDS,
 )
+parse_path = os.path.expanduser
 parse_count = pattern("a whole number", "[0-9]{1,9}", lambda match: int(match[0]))
 parse_score = pattern(
     "from -1000 to 1000", "-?(?:0?[0-9]{1,3}|1000)", lambda match: int(match[0])
@@ -400,13 +401,11 @@ PROXY_KEYS = (
     Key("sets", parse_sets, "",
         "loaded together: `coder + embed, big + embed`; a model in no set only alone"),
     Key("cache-models", parse_boolean, "off", "also the models in llama.cpp's cache"),
-    Key("models-dir", os.path.expanduser, "", "every GGUF in it becomes a model"),
-    Key("llama-server", os.path.expanduser, "llama-server",
-        "the binary for models that name none themselves"),
+    Key("models-dir", parse_path, "", "every GGUF in it becomes a model"),
+    Key("llama-server", parse_path, "llama-server", "for models that name none"),
     Key("state-dir", parse_state_dir, "$XDG_CACHE_HOME/llmswap",
         "folder of saved contexts and measured needs, for this user only"),
-    Key("context-max", parse_size, "20G",
-        "size of all saved contexts; beyond it the oldest are deleted"),
+    Key("context-max", parse_size, "20G", "of saved contexts; the oldest go beyond it"),
     Key("default-model", str, "", "for requests that name none; empty: the only one"),
     Key("patience", or_none("auto", parse_duration), "auto",
         "how long a busy model goes on while another waits for its room; `auto`: as "
@@ -414,7 +413,7 @@ PROXY_KEYS = (
     Key("queue-max", parse_count, "512", "waiting requests beyond are refused"),
     Key("queue-timeout", parse_duration, "0", "longest wait of a request; 0: no limit"),
     Key("api-key", parse_words, "", "comma-separated; and those of `$LLMSWAP_API_KEY`"),
-    Key("api-key-file", os.path.expanduser, "", "a file with one key per line"),
+    Key("api-key-file", parse_path, "", "a file with one key per line"),
     Key("allowed-hosts", parse_words, "localhost, host.docker.internal",
         "`Host` names accepted on loopback connections, beside IP literals; `*`: any"),
     Key("cors-origins", parse_words, "localhost",
@@ -438,8 +437,7 @@ MODEL_KEYS = (
     Key("cmd", str, "",
         "command line instead of llama-server; quoted as in a shell, no shell is run; "
         "`${PORT}` is the port to listen on"),
-    Key("llama-server", os.path.expanduser, "llama-server",
-        "which binary to run when there is no `cmd`"),
+    Key("llama-server", parse_path, "llama-server", "what to run without `cmd`"),
     Key("extra-args", str, "", "appended to the command as written"),
     Key("unit", str, "",
         "the user's systemd service to start and stop; `system:NAME`: the system's"),
@@ -453,7 +451,7 @@ MODEL_KEYS = (
         "listing"),
     Key("alias", parse_words, "", "further names, comma-separated"),
     Key("env.NAME", str, "", "environment of the backend"),
-    Key("cwd", os.path.expanduser, "", "working directory; empty: that of llmswap"),
+    Key("cwd", parse_path, "", "working directory; empty: that of llmswap"),
     Key("check-endpoint", parse_endpoint, "/health",
         "path that answers 200 once ready; `none`: ready when the port accepts"),
     Key("load-timeout", parse_duration, "10m",
@@ -486,8 +484,7 @@ MODEL_KEYS = (
         "the default of `cmd` models"),
     Key("wake-mac", parse_mac, "",
         "send Wake-on-LAN to this address while the backend does not answer"),
-    Key("wake-broadcast", parse_host_port, "255.255.255.255:9",
-        "where Wake-on-LAN is sent"),
+    Key("wake-broadcast", parse_host_port, "255.255.255.255:9", "for Wake-on-LAN"),
     Key("strip-params", parse_words, "", "parameters removed from requests"),
     Key("default-params", parse_object, "",
         "JSON object merged deep under requests, which override it"),
@@ -5083,17 +5080,12 @@ class Pool:
         return amounts
 
     def _status(self, model):
-        settings = model.settings
-        status = ModelStatus(
-            model.name, model.aliases, settings.description, model.kind,
-            unusable=model.problem,
-        )
         name = self._scheduler.choose(model.backends)
-        if name is None:  # a reload removed it
-            return status
+        if name is None:
+            return ModelStatus(model.name)  # a reload has removed it
         now, scheduled = self._clock(), self._scheduler.models[name]
-        changed_at = scheduled.changed_at
-        backend, state = self._backends.get(name), scheduled.state
+        state, changed_at = scheduled.state, scheduled.changed_at
+        backend = self._backends.get(name)
         unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
         owner = self.config.models.get(name)
         needs, source, holds = {}, None, {}
@@ -5101,7 +5093,11 @@ class Pool:
             needs, source = self._known_needs[name]
             usage = scheduled.usage().needs if scheduled.is_held else {}
             holds = {each: usage[each] for each in self.budget if each in usage}
-        return status._replace(
+        return ModelStatus(
+            id=model.name,
+            aliases=model.aliases,
+            description=model.settings.description,
+            kind=model.kind,
             state=state.value,
             seconds=None if changed_at is None else now - changed_at,
             progress=backend.progress if state is State.LOADING else None,
@@ -5114,6 +5110,7 @@ class Pool:
             failure=scheduled.last_failure,
             stopped=self._stop_reasons.get(name),
             pinned=scheduled.is_pinned,
+            unusable=model.problem,
             shares=None if name == model.name else name,
             pid=backend and backend.pid,
             port=backend and backend.port,
