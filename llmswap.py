@@ -4621,10 +4621,9 @@ class Broadcast:
             self._followers.add(follower)
 
         def get(timeout):
-            try:
+            with contextlib.suppress(queue.Empty):
                 return follower.get(timeout=timeout)
-            except queue.Empty:
-                return None
+            return None
 
         try:
             yield get

@@ -1777,10 +1777,9 @@ A sleeping backend can crash, which is no measured stop
     0    serve a 1
     2    slept a
     3    crashed a
-    3    crashed a
-    3    is a unloading
-    9    exited a
-    10   busy a
+    3    ask a
+    9    exited a        -> start a
+    9    loaded a        -> grant 2
     20   ask b           ; next 21
 
 A busy victim ends its requests before the retry
@@ -1805,7 +1804,6 @@ Needs measured as larger count in full in the next run
     0    serve a 1
     1    serve b 2
     3    learn a 5
-    3    needs a 2
     4    exited a
     4    learn a 5
     4    ask a           -> evicted b for a
@@ -1973,7 +1971,7 @@ Victims serve again when the ticket times out
     0    busy a
     1    ask b           ; next 6
     6    end 1           -> refuse 2: queue_timeout
-    6    is a loaded
+    6    ask a           -> grant 3
 
 A victim serves on if the newcomer got its room from another
     a b c | models_max=2 patience=0
@@ -2139,7 +2137,7 @@ A removed model drains and stops, and its tickets are refused
     2    ask a           -> refuse 3: model_not_found
     3    end 1           -> reload a
     4    exited a
-    4    models b
+    4    soonest b of a b
 
 A model removed and added again before it exited is replaced
     a
@@ -2225,9 +2223,6 @@ class Story:
     def _learn(self, now, name, amount):
         self.core.learn(name, {"vram": int(amount)})
 
-    def _needs(self, now, name, amount):
-        assert self.core.models[name].usage().needs == {"vram": int(amount)}
-
     def _adopted(self, now, name):
         self.core.adopted(name, now)
 
@@ -2245,14 +2240,8 @@ class Story:
         specs, limits = setting_of(setting)
         self.core.configure(limits, specs, changed.split(), llmswap.ModelNotFound)
 
-    def _is(self, now, name, state):
-        assert self.core.models[name].state.value == state
-
     def _soonest(self, now, name, _, *names):
         assert self.core.choose(names) == name
-
-    def _models(self, now, *names):
-        assert list(self.core.models) == list(names)
 
 
 def setting_of(text):
