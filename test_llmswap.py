@@ -1903,42 +1903,6 @@ A keep_loaded model that fails backs off, which counts for requests as well
     9    exited k broken ; next 13
     10   ask k manual    -> start k
 
-A keep_loaded model that crashes is loaded once a minute, but for requests at once
-    k(keep_loaded=1)
-    0    wait            -> start k
-    1    loaded k
-    2    exited k broken ; next 61
-    3    ask k           -> start k
-    4    loaded k        -> grant 1
-    80   exited k broken -> start k
-
-A keep_loaded model unloaded by hand is loaded after a request or a reload
-    k(keep_loaded=1) b | models_max=2
-    0    wait            -> start k
-    1    unload k        -> unload k
-    2    exited k        ; next never
-    3    busy b
-    4    ask k           -> start k
-    5    unload k        -> refuse 2: model_unloaded, unload k
-    6    exited k
-    7    reload k(keep_loaded=1) b | models_max=2 -> start k
-
-A keep_loaded model stopped from outside llmswap is not loaded again
-    k(keep_loaded=1)
-    0    wait            -> start k
-    1    loaded k
-    2    exited k        ; next never
-
-After unload_all, keep_loaded has effect again from the next request on
-    k(keep_loaded=1) l(keep_loaded=1) b | models_max=3
-    0    wait            -> start k, start l
-    1    unload l        -> unload l
-    2    exited l
-    3    unload_all      -> unload k
-    4    exited k        ; next never
-    5    ask b           -> start b
-    6    loaded b        -> grant 1, start k
-
 `choose` returns the model that can serve soonest
     a b(can_sleep=1) c | models_max=2 patience=0
     0    soonest a of a b c
@@ -2232,9 +2196,6 @@ class Story:
     def _keep(self, now, name, seconds):
         self.core.keep_alive(name, float(seconds))
 
-    def _unload_all(self, now):
-        self.core.unload_all(now, llmswap.ModelUnloaded("all unloaded"))
-
     def _reload(self, now, *words):
         setting, _, changed = " ".join(words).partition(" changed ")
         specs, limits = setting_of(setting)
@@ -2258,9 +2219,7 @@ def setting_of(text):
 def values_of(text):
     values = dict(pair.split("=") for pair in text.split())
     for key, value in values.items():
-        if key == "sets":
-            values[key] = tuple(map(frozenset, value.split(",")))
-        elif key in ("needs", "sleep_needs", "budget"):
+        if key in ("needs", "sleep_needs", "budget"):
             values[key] = {"vram": int(value)}
         else:
             values[key] = float(value)
