@@ -1886,23 +1886,6 @@ A keep_loaded model is evicted, and loaded again once it fits
     17   wait            -> idle b
     18   exited b        -> start k
 
-A keep_loaded model that fails backs off, which counts for requests as well
-    k(keep_loaded=1) b
-    0    wait            -> start k
-    1    exited k broken -> start k
-    2    exited k broken -> start k
-    3    exited k broken ; next 4
-    4    wait            -> start k
-    5    exited k broken ; next 7
-    6    ask k           -> refuse 1: model_backing_off
-    6    busy b
-    6    wait            ; next never
-    6    unload b
-    7    end 2           -> unload b
-    8    exited b        -> start k
-    9    exited k broken ; next 13
-    10   ask k manual    -> start k
-
 `choose` returns the model that can serve soonest
     a b(can_sleep=1) c | models_max=2 patience=0
     0    soonest a of a b c
