@@ -1071,13 +1071,17 @@ class ModelBuilder:
     def _mistakes(self, settings):
         """Yield what is wrong for this kind: the setting to blame, or None, and why."""
         kind, own = self._kind, self._own
+        launch_keys = {*itertools.chain(*LAUNCH_KEYS.values())}
         for setting in self._layers[-1] if kind != "llama-server" else ():
             reason = f"options of llama-server cannot stand beside {kind}"
             yield setting, unknown_key(setting.key, f"no key of llmswap; {reason}")
         for spelling, setting in own.items():
-            is_other_kind = spelling in EXCLUSIVE_KEYS and spelling != kind
-            if is_other_kind or kind == "uses" and spelling not in REQUEST_KEYS:
+            name = "env.NAME" if spelling.startswith("env.") else spelling
+            is_other_kind = name in EXCLUSIVE_KEYS and name != kind
+            if is_other_kind or kind == "uses" and name not in REQUEST_KEYS:
                 yield setting, f"cannot stand beside {kind}"
+            elif name in launch_keys and name not in LAUNCH_KEYS[kind]:
+                self._warn(f"{setting.place}: without effect beside {kind}")
         proxy, is_local = own.get("proxy"), needs_port(settings.proxy)
         texts = [settings.cmd, settings.extra_args, *settings.env.values()]
         keys = {setting.key for layer in self._layers for setting in layer}

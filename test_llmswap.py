@@ -1458,6 +1458,7 @@ def test_a_source_may_be_spelled_in_many_ways(tmp_path, line):
     ("[a]\nm = x\nm = y", "m.ini:3: [a] m: given before; this one counts"),
     ("[a]\n[a]\nm = x", "m.ini:2: [a]: given before; this one counts"),
     ("[*]\napi-key = x\n[a]\nm = x\n[b]\nm = x", "[*] api-key: not an option of a model"),
+    ("[a]\ncmd = x ${PORT}\nllama-server = y", "llama-server: without effect"),
     ("[llmswap]\nmodels-dir = nowhere", "[llmswap] models-dir: [Errno 2]"),
 ])
 def test_surprises_are_warned_of_once(tmp_path, text, warning):
