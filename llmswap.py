@@ -2304,21 +2304,18 @@ class Scheduler:
 POLL_INTERVAL = 0.5  # s; a relay looks that often whether a silent client is there
 HEALTH_TIMEOUT = 5.0  # s; a check during a load not answered by then is asked anew
 IDLE_CONNECTIONS = 16  # kept to one backend
-LAST_LINES = 200  # kept of what a backend wrote
 MAX_WAIT = 2000000.0  # s; a lock or a socket takes no much longer timeout
 MAX_LINE = 16384  # bytes; a longer one is cut into several
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20  # of Linux's sock_diag(7)
-NETLINK_DUMP = 0x301  # of netlink(7)
-LISTENING = 1 << 10  # of the kernel's tcp_states.h
+NETLINK_DUMP, LISTENING = 0x301, 1 << 10  # of netlink(7) and tcp_states.h
 PORT_TRIES = 3
 LOOK_AT_LOADS = 0.2  # s between two looks at what a load has read
 MAX_BEFORE_READY = 0.99  # of the progress of a load
 
 
 def free_port() -> int:
-    """Return a port that is free on loopback now, if possible one below those that
-    the kernel gives to outgoing connections."""
+    """Return a free port on loopback, if possible none for outgoing connections."""
     text = read_text_or_empty("/proc/sys/net/ipv4/ip_local_port_range")
     low = max(10050, int((text.split() or ["32768"])[0]))
     for port in [*random.sample(range(10000, low), 50), 0]:
@@ -2342,41 +2339,33 @@ def read_text_or_empty(path):
 
 def listening_inodes(port: int) -> Set[int]:
     """Return the inodes of the sockets to which 127.0.0.1:`port` may lead; none where
-    the kernel does not tell, so that any listener is believed."""
+    the kernel does not tell: its tables in /proc would take it 20 ms and more."""
     exact, wild = set(), set()
-    for family in (socket.AF_INET, socket.AF_INET6):
+    for family, width in ((socket.AF_INET, 4), (socket.AF_INET6, 16)):
+        query = struct.pack(
+            "=IHHIIBBBxIHH16s16sIq", 72, SOCK_DIAG_BY_FAMILY, NETLINK_DUMP, 0, 0,
+            family, socket.IPPROTO_TCP, 0, LISTENING, socket.htons(port), 0,
+            b"", b"", 0, -1,
+        )  # fmt: skip
+        data, at = b"", 0
         with contextlib.suppress(AttributeError, OSError):
-            for address, inode in _listeners(family, port):
-                if address == b"\x7f\0\0\1":
-                    exact.add(inode)
-                elif not any(address) or address.endswith(b"\xff\xff\x7f\0\0\1"):
-                    wild.add(inode)
+            kind = (socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
+            with socket.socket(*kind) as kernel:
+                kernel.settimeout(1.0)
+                kernel.send(query)
+                data = kernel.recv(65536)  # more than ever listen on one port
+        while at < len(data):
+            size, kind = struct.unpack_from("=IH", data, at)
+            if kind != SOCK_DIAG_BY_FAMILY:
+                break  # that was the last
+            address = data[at + 24 : at + 24 + width]
+            (inode,) = struct.unpack_from("=I", data, at + 84)
+            if address == b"\x7f\0\0\1":
+                exact.add(inode)
+            elif not any(address) or address.endswith(b"\xff\xff\x7f\0\0\1"):
+                wild.add(inode)
+            at += (size + 3) & ~3
     return exact or wild
-
-
-def _listeners(family, port):
-    """Yield (address, inode) of the sockets that the kernel finds there.
-
-    Asked directly: to write its tables into /proc takes it 20 ms and more.
-    """
-    query = struct.pack(
-        "=IHHIIBBBxIHH16s16sIq", 72, SOCK_DIAG_BY_FAMILY, NETLINK_DUMP, 0, 0, family,
-        socket.IPPROTO_TCP, 0, LISTENING, socket.htons(port), 0, b"", b"", 0, -1,
-    )  # fmt: skip
-    kind = (socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
-    width = 4 if family == socket.AF_INET else 16
-    with socket.socket(*kind) as kernel:
-        kernel.settimeout(1.0)
-        kernel.send(query)
-        while True:
-            data, at = kernel.recv(65536), 0
-            while at < len(data):
-                size, kind = struct.unpack_from("=IH", data, at)
-                if kind != SOCK_DIAG_BY_FAMILY:
-                    return  # that was the last
-                (inode,) = struct.unpack_from("=I", data, at + 84)
-                yield data[at + 24 : at + 24 + width], inode
-                at += (size + 3) & ~3
 
 
 def holder_of(inode: int, likely: Iterable[int] = ()) -> Optional[int]:
@@ -2393,8 +2382,7 @@ def holder_of(inode: int, likely: Iterable[int] = ()) -> Optional[int]:
 
 
 class ProcessStat(NamedTuple):
-    """What /proc says of a process: `state` is a letter, `start` in ticks since boot,
-    `resident` in pages."""
+    """What /proc says: `start` is in ticks since boot, `resident` in pages."""
 
     state: str
     group: int
@@ -2454,11 +2442,8 @@ def suspended_seconds() -> float:
 
 
 class Upstream:
-    """Where a backend listens, and the connections to it. Any thread may call.
-
-    The sockets block for POLL_INTERVAL at most, then raise BlockingIOError, or with TLS
-    TimeoutError. Those kept while the machine was suspended are not used again.
-    """
+    """Where a backend listens, and the connections to it, which time out after
+    POLL_INTERVAL and do not outlive a suspension. Any thread may call."""
 
     def __init__(self, url: str):
         parts = urllib.parse.urlsplit(url)
@@ -2469,7 +2454,7 @@ class Upstream:
         self.base_path = parts.path.rstrip("/")
         self._idle = collections.deque()
         self._active = set()
-        self._is_closed = False
+        self._is_closed, self._tls = False, None
         self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
 
     @property
@@ -2486,10 +2471,8 @@ class Upstream:
 
     def seen_within(self, seconds: float) -> bool:
         """Whether its last sign of life is no older, nor from before a suspension."""
-        return not self._has_slept() and time.monotonic() < self._seen_at + seconds
-
-    def _has_slept(self):
-        return suspended_seconds() > self._suspended + 1.0
+        has_slept = suspended_seconds() > self._suspended + 1.0
+        return not has_slept and time.monotonic() < self._seen_at + seconds
 
     def dial(self, timeout: float) -> socket.socket:
         """Return a new connection, which is not counted. Raise OSError."""
@@ -2497,22 +2480,25 @@ class Upstream:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if not self.is_tls:
             return sock
-        return _tls_context().wrap_socket(
-            sock, server_hostname=self.host, suppress_ragged_eofs=False
-        )
+        if self._tls is None:
+            import ssl
+
+            self._tls = ssl.create_default_context()
+        names = {"server_hostname": self.host, "suppress_ragged_eofs": False}
+        return self._tls.wrap_socket(sock, **names)
 
     def connect(self) -> Tuple[socket.socket, bool]:
         """Return a connection and whether it was used before. Raise OSError."""
-        if self._has_slept():
-            self._close_idle()
-        sock = self._take_idle()
-        was_used = sock is not None
+        was_used = False
+        with contextlib.suppress(IndexError):
+            while not was_used:
+                sock = self._idle.pop()
+                was_used = _is_quiet(sock)
+                if not was_used:
+                    sock.close()
         if not was_used:
             sock = self.dial(10.0)
-            if self.is_tls:
-                sock.settimeout(POLL_INTERVAL)
-            else:
-                set_socket_timeouts(sock)
+            sock.settimeout(POLL_INTERVAL)
         self._active.add(sock)
         if self._is_closed:
             self.drop(sock)
@@ -2539,19 +2525,7 @@ class Upstream:
         """Close what is idle and cut what is not; no more connections are made."""
         self._is_closed = True
         self._close_idle()
-        for sock in list(self._active):
-            with contextlib.suppress(OSError):  # it broke already
-                # close() would not wake its reader, nor would TLS's own shutdown()
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-    def _take_idle(self):
-        with contextlib.suppress(IndexError):
-            while True:
-                sock = self._idle.pop()
-                if _is_quiet(sock):
-                    return sock
-                sock.close()
-        return None
+        cut(self._active)
 
     def _close_idle(self):
         with contextlib.suppress(IndexError):
@@ -2559,12 +2533,11 @@ class Upstream:
                 self._idle.pop().close()
 
 
-def set_socket_timeouts(sock: socket.socket):
-    """Let the socket block for POLL_INTERVAL at most, without a poll for each read."""
-    sock.settimeout(None)
-    interval = struct.pack("ll", 0, int(POLL_INTERVAL * 1e6))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
+def cut(sockets: Iterable[socket.socket]):
+    """Shut connections down, which wakes their readers, as a close() would not."""
+    for sock in list(sockets):
+        with contextlib.suppress(OSError):  # it broke already
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)  # TLS's own wakes none
 
 
 def _is_quiet(sock):
@@ -2575,30 +2548,20 @@ def _is_quiet(sock):
     return not (rest_of_record or waiter.poll(0))
 
 
-@functools.lru_cache(maxsize=None)
-def _tls_context():
-    import ssl
-
-    return ssl.create_default_context()
-
-
 # -- the guard -------------------------------------------------------------------------
 
 # Reads "+ PGID" and "- PGID"; at the end of its input llmswap is dead: TERM, then KILL.
 GUARD_SCRIPT = r"""
 trap '' TERM INT HUP QUIT
-groups=' '
+groups=
 while read -r sign group; do
-  case $sign in
-    +) groups="$groups$group " ;;
-    -) while :; do case $groups in
-         *" $group "*) groups="${groups%%" $group "*} ${groups#*" $group "}" ;;
-         *) break ;;
-       esac; done ;;
-  esac
+  rest=
+  for each in $groups; do [ "$each" = "$group" ] || rest="$rest $each"; done
+  groups=$rest
+  [ "$sign" = - ] || groups="$groups $group"
 done
 for group in $groups; do kill -s TERM -- "-$group"; done
-[ "$groups" = ' ' ] || sleep 0.5
+[ -z "$groups" ] || sleep 0.5
 for group in $groups; do kill -s KILL -- "-$group"; done
 """
 
@@ -2612,7 +2575,6 @@ ulimit -Sn "$2"
 shift 2
 exec "$@" </dev/null
 """
-
 
 OUR_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # before we raise it
 DESCRIPTORS = "unlimited" if OUR_LIMIT == resource.RLIM_INFINITY else str(OUR_LIMIT)
@@ -2636,14 +2598,10 @@ class Guard:
         with self._lock:
             if self._process and self._process.poll() is None:
                 return
-            self._process = subprocess.Popen(
-                ["/bin/sh", "-c", GUARD_SCRIPT, "llmswap-guard"],
-                stdin=self._read_end,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-                cwd="/",
-            )
+            argv = ["/bin/sh", "-c", GUARD_SCRIPT, "llmswap-guard"]
+            no_output = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
+            options = {"cwd": "/", "start_new_session": True, **no_output}
+            self._process = subprocess.Popen(argv, stdin=self._read_end, **options)
             for group in self._groups:
                 self._tell("+", group)
 
@@ -2685,15 +2643,13 @@ def clean_environment(extra: Mapping[str, str]) -> Dict[str, str]:
 
 def find_program(name: str, environment: Mapping[str, str], cwd: Optional[str]) -> str:
     """Return the path of the program as the child will find it. Raise LoadFailed."""
-    base = cwd or os.getcwd()
-    path = environment.get("PATH", os.defpath)
-    for place in [""] if os.sep in name else path.split(os.pathsep):
-        candidate = os.path.join(base, place, name)
-        if os.path.isfile(candidate) and os.access(candidate, os.X_OK):
-            return candidate
+    place = os.path.join(cwd or os.getcwd(), name) if os.sep in name else name
+    program = shutil.which(place, path=environment.get("PATH", os.defpath))
+    if program:
+        return program
     if os.sep in name:
-        reason = "is not executable" if os.path.exists(candidate) else "does not exist"
-        raise LoadFailed(f"{candidate} {reason}")
+        reason = "is not executable" if os.path.exists(place) else "does not exist"
+        raise LoadFailed(f"{place} {reason}")
     where = "`llama-server` in [llmswap], or " if name == "llama-server" else ""
     raise LoadFailed(
         f"there is no program {name!r} on the PATH; {where}the model's `cmd` can "
@@ -2702,23 +2658,15 @@ def find_program(name: str, environment: Mapping[str, str], cwd: Optional[str]) 
 
 
 def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
-    """Run a short command, which may hang, at most so many seconds, or until `until()`.
-
-    Return its status (None: it was killed, or cannot run) and its output. `more` goes
-    to Popen.
-    """
+    """Run a command for at most so many seconds, or until `until()`; `more` goes to
+    Popen. Return its status (None: it was killed, or cannot run) and its output."""
     runtime = {"XDG_RUNTIME_DIR": f"/run/user/{os.getuid()}"}  # cron does not set it
     environment = {**runtime, **clean_environment({})}
-    options = {"stderr": subprocess.STDOUT, "env": environment, **more}
+    files = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
+    options = {"stderr": subprocess.STDOUT, "env": environment, **files, **more}
     deadline = time.monotonic() + timeout
     try:
-        process = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-            **options,
-        )
+        process = subprocess.Popen(argv, start_new_session=True, **options)
     except OSError as error:
         return None, f"{argv[0]}: {error.strerror}"
     with process.stdout:
@@ -2739,37 +2687,30 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
 
 
 _options_lock = threading.Lock()  # held while a binary is asked
+_options = {}  # by its path, size and time
 
 
 def options_of(binary: str) -> OptionTable:
-    """Return the options that this llama-server says it has, else UNKNOWN_OPTIONS.
-
-    It is asked once for each version of the file, 10 s at most. Any thread may call.
-    """
+    """Return the options that this llama-server says it has, else UNKNOWN_OPTIONS. It
+    is asked once for each version of the file, 10 s at most. Any thread may call."""
     try:
         path = find_program(binary, os.environ, None)
         status = os.stat(path)
     except (LoadFailed, OSError):
         return UNKNOWN_OPTIONS
+    key = path, status.st_size, status.st_mtime_ns
     with _options_lock:
-        return _ask_for_options(path, status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=None)
-def _ask_for_options(path, *_version):
-    environment = {
-        name: value
-        for name, value in clean_environment({}).items()
-        if not name.startswith("LLAMA_ARG_")
-    }
-    argv, no_log = [path, "--help"], subprocess.DEVNULL
-    status, text = run_command(argv, 10.0, env=environment, stderr=no_log)
-    return (status is not None and parse_help(text)) or UNKNOWN_OPTIONS
+        if key not in _options:
+            ours = clean_environment({}).items()
+            env = {name: text for name, text in ours if name[:10] != "LLAMA_ARG_"}
+            argv, no_log = [path, "--help"], subprocess.DEVNULL
+            _, text = run_command(argv, 10.0, env=env, stderr=no_log)
+            _options[key] = parse_help(text) or UNKNOWN_OPTIONS
+        return _options[key]
 
 
 def cached_models(binary: str) -> List[str]:
-    """Return the models that llama.cpp has downloaded, each as user/repo:TAG. It takes
-    10 s at most."""
+    """Return llama.cpp's downloads, each as user/repo:TAG. It takes 10 s at most."""
     argv, no_log = [binary, "--cache-list"], subprocess.DEVNULL
     status, text = run_command(argv, 10.0, stderr=no_log)
     return re.findall(r"(?m)^ *\d+\. (\S+)$", text) if status == 0 else []
@@ -2777,9 +2718,8 @@ def cached_models(binary: str) -> List[str]:
 
 def table_of(model: Model) -> Optional[OptionTable]:
     """Return the options that the model's llama-server has; None for other kinds."""
-    if model.kind != "llama-server":
-        return None
-    return options_of(model.settings.llama_server)
+    is_llama = model.kind == "llama-server"
+    return options_of(model.settings.llama_server) if is_llama else None
 
 
 def check_start(model: Model):
@@ -2808,7 +2748,6 @@ def check_files(model: Model, argv: Sequence[str]):
 
 CONNECT_TIMEOUT = 1.0  # s; a host that has not accepted by then sleeps, or is gone
 SLEEP_TIMEOUT = 60.0  # s; a backend that has not fallen asleep by then is stopped
-SLEEP_OPTION = "--sleep-idle-seconds"
 SLEEP_POLL = 5.0  # s between looks at a llama-server that may put itself to sleep
 WAKE_REQUEST = ("GET", "/lora-adapters", "")  # the cheapest that wakes a llama-server
 MAX_CONTROL_ANSWER = 1 << 22  # bytes
@@ -2832,7 +2771,6 @@ class Probe(NamedTuple):
     def timed_out(self) -> bool:
         return isinstance(self.error, (TimeoutError, socket.timeout))
 
-
     @property
     def reason(self) -> str:
         """Return why it is not ok, for people."""
@@ -2844,8 +2782,8 @@ class Probe(NamedTuple):
 class Backend:
     """One run of a model's server, on a thread of its own (`_run`).
 
-    Its listener has a method for each event, all called on that thread but `on_line`,
-    and all with the backend as their first argument:
+    Its listener has a method for each event, called on that thread (`on_line` on any)
+    with the backend before these arguments:
 
         on_progress(is_new)   it loads; whether its `progress` has changed
         on_loaded()           it is ready, or awake again
@@ -2856,12 +2794,9 @@ class Backend:
         on_line(text)         it wrote a line, or something is to be said of it
         on_context(kind, tokens, size, seconds)   see LlamaServerBackend
 
-    Subclasses implement:
-
-        _spawn()      begin to run, and set `_exited` once it ends by itself; raises
-                      APIError
-        _terminate()  end it; returns once nothing of it is left
-        _failure()    the APIError that tells why it ended by itself, or None
+    Subclasses implement `_spawn`, which raises APIError, and sets `_exited` once it
+    ends by itself; `_terminate`, which returns once nothing of it is left; `_failure`,
+    which returns the APIError that tells why it ended by itself, or None.
     """
 
     _lateness = "was not ready and showed no sign of progress"
@@ -2882,7 +2817,6 @@ class Backend:
         self._exited = threading.Event()
         self._ended = threading.Event()  # no request may be sent to it any more
         self._problem = None  # why it ended by itself
-        self._is_explained = threading.Event()
         self._pending_action = None  # _put_to_sleep or _wake_up
         self._silent_since = None  # when a request was first found silent
         self._probe_sockets = set()  # which `stop` cuts
@@ -2924,16 +2858,12 @@ class Backend:
             self._wakeup.set()
 
     def is_reachable(self, timeout: float) -> Optional[bool]:
-        """Return whether a request may be sent; None if it is not known in time.
-
-        After a suspend of this machine, a backend that does not answer is checked for
-        a hang.
-        """
+        """Return whether a request may be sent; None if it is not known in time."""
         if self._ended.is_set():
             return False
-        is_trusted = self.upstream.seen_within(math.inf)
-        if not is_trusted and not self._probe(HEALTH_TIMEOUT).ok:
-            self.report_stall()
+        if not self.upstream.seen_within(math.inf):  # this machine was suspended
+            if not self._probe(HEALTH_TIMEOUT).ok:
+                self.report_stall()
         return True
 
     def record_answer(self, usage):
@@ -2945,7 +2875,8 @@ class Backend:
 
     def death(self, timeout: float) -> Optional[APIError]:
         """Return why it ended by itself, if that is known within the timeout."""
-        return self._problem if self._is_explained.wait(timeout) else None
+        self._thread.join(timeout)
+        return self._problem
 
     # -- its thread, from the start to the end
 
@@ -2958,7 +2889,6 @@ class Backend:
         except Exception as error:  # a bug, or no descriptors are left
             problem = LoadFailed(f"{self.model.name}: {type(error).__name__}: {error}")
         self._problem = problem
-        self._is_explained.set()
         try:
             if self.upstream:
                 self.upstream.close()
@@ -3035,16 +2965,13 @@ class Backend:
     def _interrupt(self):
         """Wake its thread, also from a probe."""
         self._wakeup.set()
-        for sock in list(self._probe_sockets):
-            with contextlib.suppress(OSError, ValueError):
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        cut(self._probe_sockets)
 
     def _probe(self, timeout, request=None):
         """Send a control request, a health check if none is given; return a Probe.
 
-        It takes CONNECT_TIMEOUT to connect at most, and `timeout` for each part of the
-        answer. `stop` and the end of the backend also end it. A health check fails
-        where another process listens.
+        `timeout` is for each part of the answer. `stop` and the end of the backend end
+        it, too. A health check fails where another process listens.
         """
         method, path, body = request or ("GET", self.model.settings.check_endpoint, "")
         headers = {"Connection": "close"}
@@ -3080,10 +3007,8 @@ class Backend:
         return probe
 
     def _await_healthy(self):
-        """Check its health until it is good; False: it ended, or is to end.
-
-        Raise LoadTimeout when it showed no sign of progress for its load timeout.
-        """
+        """Check its health until it is good; False: it ended, or is to end. Raise
+        LoadTimeout when it showed no sign of progress for its load timeout."""
         limit = self.model.settings.load_timeout or math.inf
         self._began = self._looked_at = time.monotonic()
         self.progress, self._model_size, self._seen_activity = None, 0, set()
@@ -3107,9 +3032,8 @@ class Backend:
     def _look_at_load(self):
         """Count memory that its processes read or map as progress, like a line written.
 
-        A llama-server is not asked how far it is, as its router would: from then on it
-        hangs after a SIGTERM until it reads a line on its standard input, and it calls
-        a mapped file read that has yet to be.
+        A llama-server that is asked for it, as its router does, hangs after a SIGTERM,
+        and calls a mapped file read that has yet to be.
         """
         if time.monotonic() < self._looked_at + LOOK_AT_LOADS:
             return
@@ -3154,35 +3078,30 @@ class Backend:
         )
 
     def _is_listener_ours(self):
-        """Return whether its port is served by its processes; else name the stranger.
-
-        A listener that was once seen to be theirs may not hide later.
-        """
+        """Return whether its port is served by its processes; else name the stranger. A
+        listener that was once seen to be theirs may not hide later."""
         if self.pid is None or self.upstream.host not in LOOPBACK:
             return True
-        inodes = listening_inodes(self.upstream.port)
-        if inodes == self._own_inodes:
-            return True
-        self._stranger = foreign_listener(inodes, self.pid, self._may_hide)
-        if self._stranger:  # unless it was the child's, which has just ended
-            inodes &= listening_inodes(self.upstream.port)
+        for _ in range(2):  # the first may be the child's, which has just ended
+            self._stranger, inodes = None, listening_inodes(self.upstream.port)
+            if inodes == self._own_inodes:
+                return True
             self._stranger = foreign_listener(inodes, self.pid, self._may_hide)
-        if self._stranger is None:
-            self._own_inodes = inodes
-            if inodes and self._may_hide:
-                self._may_hide = bool(foreign_listener(inodes, self.pid, False))
-        return self._stranger is None
+            if self._stranger is None:
+                self._own_inodes = inodes
+                if inodes and self._may_hide:
+                    self._may_hide = bool(foreign_listener(inodes, self.pid, False))
+                return True
+        return False
 
     def _report_loaded(self):
         """Report that it is ready, and what its own /v1/models says of it."""
         self._listener.on_loaded(self)
-        probe = Probe()
+        entry = {}
         if self.model.kind == "llama-server":
             probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models", ""))
-        try:
-            entry = dict(json.loads(probe.body)["data"][0]) if probe.ok else {}
-        except MALFORMED:
-            entry = {}
+            with contextlib.suppress(*MALFORMED):
+                entry = dict(json.loads(probe.body)["data"][0])
         self._listener.on_described(self, entry)
 
     # -- sleep
@@ -3222,26 +3141,23 @@ class Backend:
         """Find out whether a llama-server has put itself to sleep, or has woken."""
         probe = self._probe(HEALTH_TIMEOUT, ("GET", "/props", ""))
         match = re.search(rb'"is_sleeping"\s*:\s*(true|false)', probe.body)
-        was_asleep = self._is_asleep
-        self._is_asleep = match[1] == b"true" if match else was_asleep
-        if self._is_asleep and not was_asleep:
-            self._listener.on_slept(self)
-        elif was_asleep and not self._is_asleep:
-            self._report_loaded()
+        if match and self._is_asleep != (match[1] == b"true"):
+            self._is_asleep = not self._is_asleep
+            if self._is_asleep:
+                self._listener.on_slept(self)
+            else:
+                self._report_loaded()
 
 
 # -- a child process -------------------------------------------------------------------
 
 
 class ProcessBackend(Backend):
-    """A model server that is a child process, in a session and group of its own.
-
-    A second thread reads its output and notices its exit (`_watch_process`).
-    """
+    """A model server that is a child process, in a session and group of its own."""
 
     def __init__(self, model: Model, listener, guard: Guard, settle_timeout: float):
         super().__init__(model, listener)
-        self.lines = collections.deque(maxlen=LAST_LINES)
+        self.lines = collections.deque(maxlen=200)
         self._guard = guard
         self._settle_timeout = settle_timeout
         self._process = None
@@ -3280,7 +3196,7 @@ class ProcessBackend(Backend):
         except ConfigError as error:
             raise LoadFailed(str(error)) from None
         self._is_port_chosen = self.upstream.port == self.port
-        if model.kind == "llama-server" and SLEEP_OPTION in argv:
+        if model.kind == "llama-server" and "--sleep-idle-seconds" in argv:
             self._sleep_poll = SLEEP_POLL
         find_program(argv[0], environment, model.settings.cwd)
         self._stranger = self._own_inodes = None
@@ -3288,25 +3204,17 @@ class ProcessBackend(Backend):
         self._oom_kills = oom_kills()
         self._guard.start()
         score = str(model.settings.oom_score_adj)
-        process = subprocess.Popen(
-            ["/bin/sh", "-c", SPAWN_SCRIPT, "sh", score, DESCRIPTORS, *argv],
-            stdin=self._guard.fd,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            **self._surroundings,
-        )
-        self._attend(process)
-
-    def _attend(self, process):
+        argv = ["/bin/sh", "-c", SPAWN_SCRIPT, "sh", score, DESCRIPTORS, *argv]
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        options = {"start_new_session": True, **output, **self._surroundings}
+        process = subprocess.Popen(argv, stdin=self._guard.fd, **options)
         self.pid = process.pid
         self.where = f"pid {self.pid}, port {self.port}"
         self._guard.watch(self.pid)
         with self._lock:
             self._process = process
-        watch = threading.Thread(target=self._watch_process, daemon=True)
         try:
-            watch.start()
+            threading.Thread(target=self._watch_process, daemon=True).start()
         except RuntimeError:  # no more threads can be started: `_terminate` ends it
             self._exited.set()
             raise
@@ -3334,10 +3242,8 @@ class ProcessBackend(Backend):
                 ready = dict(poll.poll(50 if exit_fd is None else None))
                 if output in ready and self._read_output(output) == b"":
                     poll.unregister(output)  # it has closed it
-                has_exited = exit_fd in ready
-                if exit_fd is None:  # it is not reaped yet
-                    how = os.WEXITED | os.WNOHANG | os.WNOWAIT
-                    has_exited = os.waitid(os.P_PID, self.pid, how) is not None
+                how = os.WEXITED | os.WNOHANG | os.WNOWAIT  # it is not reaped yet
+                has_exited = os.waitid(os.P_PID, self.pid, how) is not None
             for _ in range(16):  # a pipe holds a megabyte; others may write for ever
                 if not self._read_output(output):
                     break
@@ -3383,39 +3289,34 @@ class ProcessBackend(Backend):
     # -- going
 
     def _terminate(self):
+        """Run the stop command or send SIGTERM, wait for the stop timeout, and kill."""
         if self._process is None:
             return
         self.upstream.close()
-        has_grace = self._is_ready or self.model.settings.cmd_stop
+        status, timeout = None, self.model.settings.stop_timeout
         try:
-            if has_grace and not self._exited.is_set():
-                if self._is_ready:
-                    self._save_context()
-                self._ask_to_exit()
+            command = self.model.stop_command(str(self.port), str(self.pid))
+            if self._exited.is_set() or not (self._is_ready or command):
+                return
+            if self._is_ready:
+                self._save_context()
+            deadline = time.monotonic() + timeout
+            if command:  # it may have more to do, such as to remove a container
+                until, where = lambda: self._is_kill_asked, self._surroundings
+                status, text = run_command(command, timeout, until, **where)
+                if text and status != 0:
+                    self._note(f"cmd-stop: {text}")
+            if status is None:
+                self._signal_group(signal.SIGTERM)
+            while (left := deadline - time.monotonic()) > 0:
+                if self._exited.is_set() or self._is_kill_asked:
+                    break
+                self._wait(left)
         finally:
             self._reap()
 
     def _save_context(self):
         """Do what comes between the last request and the stop."""
-
-    def _ask_to_exit(self):
-        """Run the stop command or send SIGTERM, and wait for the stop timeout."""
-        timeout = self.model.settings.stop_timeout
-        deadline = time.monotonic() + timeout
-        status, text = None, ""
-        command = self.model.stop_command(str(self.port), str(self.pid))
-        if command:  # it may have more to do, such as to remove a container
-            status, text = run_command(
-                command, timeout, lambda: self._is_kill_asked, **self._surroundings
-            )
-        if status is None:
-            self._signal_group(signal.SIGTERM)
-        if text and status != 0:
-            self._note(f"cmd-stop: {text}")
-        while (left := deadline - time.monotonic()) > 0:
-            if self._exited.is_set() or self._is_kill_asked:
-                break
-            self._wait(left)
 
     def _reap(self):
         """Kill the whole group, then reap its leader."""
@@ -3444,6 +3345,7 @@ class ProcessBackend(Backend):
     def _failure(self):
         self._terminate()
         status = self._exit_status
+        why = f"exited with status {status}"
         if self._stranger and not self._is_ready:
             why = f"its port {self.upstream.port} is held by {self._stranger}"
         elif status in (-9, 128 + 9) and oom_kills() > self._oom_kills:
@@ -3451,8 +3353,6 @@ class ProcessBackend(Backend):
         elif status < 0:
             known = {number.value: number.name for number in signal.Signals}
             why = f"killed by signal {-status} ({known.get(-status, 'unknown')})"
-        else:
-            why = f"exited with status {status}"
         return self._end_error(why, status if status >= 0 else None)
 
     def _last_lines(self):
@@ -3463,8 +3363,8 @@ class ProcessBackend(Backend):
 
 
 def open_pidfd(pid: int) -> Optional[int]:
-    """Return a descriptor that is readable once the process has ended; None if there is
-    no such process, or no such descriptor on this system."""
+    """Return a descriptor that is readable once the process has ended, if there can be
+    one."""
     try:
         return os.pidfd_open(pid)
     except (AttributeError, OSError):
@@ -3480,9 +3380,8 @@ def _is_group_alive(group):
         os.killpg(group, 0)
     except OSError:
         return False
-    return any(
-        stat.group == group and stat.state not in "ZX" for _, stat in processes()
-    )
+    states = [stat.state for _, stat in processes() if stat.group == group]
+    return any(state not in "ZX" for state in states)
 
 
 def memory_of(pid: int) -> Dict[str, int]:
@@ -3518,15 +3417,11 @@ OUT_OF_MEMORY = re.compile(
 
 # -- contexts that outlive their backend -----------------------------------------------
 #
-#    A stop of llama-server loses the prompts that it has processed. It can write the
-#    state of each slot to a file, and read it again after its next start:
-#
 #        STATE-DIR/context/manifest.json     which files count, and of which command
 #        STATE-DIR/context/MODEL/MODEL.SLOT.ID       one slot, written by llama-server
 #
-#    A file counts while the manifest names it. It is named when it is complete, and no
-#    more before it is read: whatever is killed at whatever moment, nothing is restored
-#    that is half, or that a server may have died of.
+#    The manifest names a file from when it is complete until before it is read. So,
+#    killed at any moment, it restores nothing half, or that a server may have died of.
 
 MIN_CONTEXT = 256  # tokens; fewer are soon processed again
 SLOT_LIST_TIMEOUT = 1.0  # s
@@ -3538,10 +3433,8 @@ EMBEDDING_OPTIONS = {"--embedding", "--embeddings", "--rerank", "--reranking"}
 
 
 class SavedContext(NamedTuple):
-    """The saved context of a model: (number, path, tokens) of slots, and their bytes.
-
-    `command` is a digest of its command, `speed` that of its prompts in tokens/s.
-    """
+    """A saved context: the digest of its model's command, the speed of its prompts in
+    tokens/s, its bytes, and (number, path, tokens) of slots."""
 
     command: str = ""
     speed: float = UNKNOWN_PROMPT_SPEED
@@ -3550,10 +3443,8 @@ class SavedContext(NamedTuple):
 
 
 class ContextStore:
-    """The saved contexts of the models of one llmswap. Any thread may call.
-
-    Two llmswaps that share the directory can only delete each other's contexts.
-    """
+    """The saved contexts of the models. Any thread may call. Two llmswaps with one
+    folder can only delete each other's."""
 
     def __init__(self):
         self.failures = collections.Counter()  # in a row, by command
@@ -3644,10 +3535,8 @@ class LlamaServerBackend(ProcessBackend):
     are those that it would have taken to process the tokens again.
     """
 
-    def __init__(
-        self, model: Model, listener, guard: Guard, settle_timeout: float, contexts
-    ):
-        super().__init__(model, listener, guard, settle_timeout)
+    def __init__(self, *arguments, contexts: ContextStore):
+        super().__init__(*arguments)
         self._contexts = contexts
         self._digest = self._files = ""  # of its command; the folder of slots
         self._speed = UNKNOWN_PROMPT_SPEED
@@ -3688,8 +3577,8 @@ class LlamaServerBackend(ProcessBackend):
 
     def _digest_of(self, argv):
         """Return what changes with the command, its environment, binary or models."""
-        env, cwd = self._surroundings["env"], self.model.settings.cwd
-        paths = [find_program(argv[0], env, cwd)]
+        cwd = self.model.settings.cwd
+        paths = [find_program(argv[0], self._surroundings["env"], cwd)]
         for option, path in zip(argv, argv[1:]):
             if option == "--model" or path.endswith(".gguf"):
                 paths.append(os.path.join(cwd, path))
@@ -3703,8 +3592,8 @@ class LlamaServerBackend(ProcessBackend):
         """Give the server, which is not in use yet, what was saved of its command.
 
         It takes `stop-timeout` at most, nor longer than to process the prompts again.
-        Return False if the server is to be started anew, without that: it died of it,
-        or it refused some, after which some builds answer nonsense.
+        Return False if it is to be started anew, without that: it died or refused some,
+        after which some builds answer nonsense.
         """
         began = time.monotonic()
         self._restored = {}  # tokens by slot
@@ -3713,13 +3602,19 @@ class LlamaServerBackend(ProcessBackend):
         if not self._digest:
             return True
         try:
-            saved = self._take_context()
-            tokens = sum(tokens for _, _, tokens in saved.slots)
-            limit = min(self.model.settings.stop_timeout, tokens / saved.speed)
-            for number, path, tokens in saved.slots:
-                self._ask(began + limit, f"/slots/{number}?action=restore", path)
-                self._restored[number] = tokens
-            if saved.slots:
+            saved = self._contexts.take(self.model.context_dir)
+            paths = [path for _, path, _ in saved.slots if os.path.isfile(path)]
+            is_whole = sum(map(os.path.getsize, paths)) == saved.size
+            if saved.slots and saved.command != self._digest:
+                text = "the command or a file has changed"
+                self._note(f"context was not restored: {text}")
+            elif saved.slots and is_whole and self._keeps_context():
+                self._speed = saved.speed
+                tokens = sum(tokens for _, _, tokens in saved.slots)
+                limit = min(self.model.settings.stop_timeout, tokens / saved.speed)
+                for number, path, tokens in saved.slots:
+                    self._ask(began + limit, f"/slots/{number}?action=restore", path)
+                    self._restored[number] = tokens
                 self._unused = max(self._restored.values())
                 self._tell("restored", saved, began)
             return True
@@ -3730,23 +3625,9 @@ class LlamaServerBackend(ProcessBackend):
         finally:
             self._discard_all_but(())
 
-    def _take_context(self):
-        saved = self._contexts.take(self.model.context_dir)
-        if saved.slots and saved.command != self._digest:
-            self._note("context was not restored: the command or a file has changed")
-        paths = [path for _, path, _ in saved.slots if os.path.isfile(path)]
-        is_whole = sum(map(os.path.getsize, paths)) == saved.size
-        if saved.command != self._digest or not (is_whole and self._keeps_context()):
-            return SavedContext()
-        self._speed = saved.speed
-        return saved
-
     def _save_context(self):
-        """Save what the slots hold, now that no request is left.
-
-        It takes `stop-timeout` at most, and a tenth of the time that it would take to
-        process the prompts again; what takes longer fails.
-        """
+        """Save what the slots hold, now that no request is left: in `stop-timeout` and
+        a tenth of the time to process the prompts again; what takes longer fails."""
         if self._is_asleep or self._is_kill_asked:
             return  # asleep, it holds nothing, and a question would wake it
         if self._unused and self._longest >= self._unused / 2:
@@ -3802,13 +3683,10 @@ class LlamaServerBackend(ProcessBackend):
     def _discard_all_but(self, slots):
         """Delete its other files of slots, also those that a kill left behind."""
         name = re.escape(self._files + folder_name(self.model.name))
-        paths = {path for _, path, _ in slots}
+        is_ours = re.compile(rf"{name}\.\d+\.[0-9a-f]{{8}}").fullmatch
         with contextlib.suppress(OSError):
-            discard([
-                each.path for each in os.scandir(self._files)
-                if re.fullmatch(rf"{name}\.\d+\.[0-9a-f]{{8}}", each.path)
-                and each.path not in paths
-            ])  # fmt: skip
+            paths = {each.path for each in os.scandir(self._files)}
+            discard(set(filter(is_ours, paths)) - {path for _, path, _ in slots})
 
     def _tell(self, kind, saved, began):
         tokens = sum(tokens for _, _, tokens in saved.slots)
@@ -3831,15 +3709,13 @@ class LlamaServerBackend(ProcessBackend):
 
 # -- memory of what runs ---------------------------------------------------------------
 
-GPU_TOOLS = ("nvidia-smi", "rocm-smi")
 BUSY_GPU = 10  # per cent of use
 _CSV = "--format=csv,noheader,nounits"
 _GPU_QUESTIONS = {  # by tool: options; the numbers in a row of the answer; their units
     "processes": {
         "nvidia-smi": (["--query-compute-apps=pid,used_gpu_memory", _CSV],
                        r"^\s*(\d+)\b(?:,\s*(\d+))?", (1, 1 << 20)),
-        "rocm-smi": (["--showpids"],
-                     r"^\s*(\d+)\b(?:\s+\S+\s+\S+\s+(\d+)\b)?", (1, 1)),
+        "rocm-smi": (["--showpids"], r"^\s*(\d+)\b(?:\s+\S+\s+\S+\s+(\d+)\b)?", (1, 1)),
     },
     "sizes": {
         "nvidia-smi": (["--query-gpu=memory.total,memory.used", _CSV],
@@ -3856,7 +3732,7 @@ _GPU_QUESTIONS = {  # by tool: options; the numbers in a row of the answer; thei
 
 def has_gpu_tool() -> bool:
     """Return whether a vendor's tool, which knows the GPUs, is installed."""
-    return any(map(shutil.which, GPU_TOOLS))
+    return any(map(shutil.which, _GPU_QUESTIONS["use"]))
 
 
 def ask_gpus(question: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
@@ -3875,8 +3751,7 @@ def ask_gpus(question: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
 
 
 def gpu_occupant() -> Optional[str]:
-    """Return which process holds GPU memory, or that a GPU is busy; None: all are free.
-    Asks the vendor's tool, which may take seconds."""
+    """Return which process holds GPU memory, or that a GPU is busy. Takes seconds."""
     for pid, _ in ask_gpus("processes"):
         name = read_text_or_empty(f"/proc/{pid}/comm").strip() or "unknown"
         return f"process {pid} ({name}) holds GPU memory"
@@ -3925,16 +3800,15 @@ RUNNING = ("active", "activating", "reloading")
 
 
 def systemctl(unit: str, verb: str, *options: str) -> List[str]:
-    """Return the command that does this to a unit: of the user's manager, or
-    `system:NAME` of the system's."""
+    """Return the command that does this to a unit, named as `unit =` names it."""
     scope = "--system" if unit.startswith("system:") else "--user"
     words = ["systemctl", scope, "--no-ask-password", verb, *options]
     return [*words, "--", unit.removeprefix("system:")]
 
 
 def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
-    """Return those of the units (as `unit =` names them) that run. Takes seconds for
-    each if systemd hangs, until `gives_up()`."""
+    """Return those of the units that run. Takes seconds for each if systemd hangs, but
+    ends at `gives_up()`."""
     running = set()
     for unit in units:
         argv = systemctl(unit, "is-active")
@@ -3947,10 +3821,7 @@ def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
 
 
 class UnitBackend(Backend):
-    """A model server that is a systemd service, run by systemctl (which may hang).
-
-    A second thread notices its end (`_watch_unit`).
-    """
+    """A model server that is a systemd service, run by systemctl (which may hang)."""
 
     def __init__(self, model: Model, listener, settle_timeout: float):
         super().__init__(model, listener, Upstream(model.url("")))
@@ -3970,20 +3841,16 @@ class UnitBackend(Backend):
         if not self._is_started:
             self._systemctl("reset-failed")
             self._is_started = True
-            status, text = self._systemctl(
-                "start", timeout=limit, until=lambda: self._is_stop_asked
-            )
+            status, text = self._systemctl("start", limit, lambda: self._is_stop_asked)
             if status is None and time.monotonic() >= deadline:
-                text = f"{self._title}: systemctl start took over {limit:g} s"
-                raise LoadTimeout(text)
+                text = f"systemctl start took over {limit:g} s"
+                raise LoadTimeout(f"{self._title}: {text}")
             if status != 0 and not self._is_stop_asked:
                 raise self._end_error(text)
-        self._exited = threading.Event()  # not that of the last start's watch
+        self._exited = exited = threading.Event()  # not that of the last start's watch
         if not self._is_active():
-            self._exited.set()
-        watch = threading.Thread(target=self._watch_unit, args=(self._exited,))
-        watch.daemon = True
-        watch.start()
+            exited.set()
+        threading.Thread(target=self._watch_unit, args=(exited,), daemon=True).start()
 
     def _is_active(self):
         """Look for its main process; return whether it runs, as far as systemd says."""
@@ -3992,14 +3859,12 @@ class UnitBackend(Backend):
         return shown.get("ActiveState", "active") in RUNNING
 
     def _watch_unit(self, exited):
-        """Wait until its main process ends, or while it has none until systemd says so,
-        on a thread of its own."""
-        fd = open_pidfd(self.pid or 0)
-        while fd is None:
+        """Wait, on a thread of its own, until its main process ends or, without one,
+        systemd says so."""
+        while (fd := open_pidfd(self.pid or 0)) is None:
             interval = UNIT_POLL if self._is_ready else 1.0
             if exited.wait(interval) or not self._is_active():
                 break
-            fd = open_pidfd(self.pid or 0)
         if fd is not None:
             poll = select.poll()
             poll.register(fd, select.POLLIN)
@@ -4014,27 +3879,24 @@ class UnitBackend(Backend):
             return
         gpu_users = set(descendants(self.pid)) if self.pid and has_gpu_tool() else set()
         if not self._is_ready:
-            self._systemctl("kill", "--signal=KILL")
-        status, text = self._systemctl(
-            "stop",
-            timeout=self.model.settings.stop_timeout,
-            until=lambda: self._is_kill_asked,
-        )
+            self._systemctl("kill", options=["--signal=KILL"])
+        timeout = self.model.settings.stop_timeout
+        status, text = self._systemctl("stop", timeout, lambda: self._is_kill_asked)
         if status != 0:
             self._note(f"systemctl stop: {text or 'no answer'}; it is killed")
-            self._systemctl("kill", "--signal=KILL")
+            self._systemctl("kill", options=["--signal=KILL"])
             self._systemctl("stop")
         self._exited.set()
         self._is_ready = self._is_started = False
         settle(gpu_users, self._settle_timeout)
 
-    def _systemctl(self, *words, timeout=None, until=lambda: False):
-        argv = systemctl(self.where, *words)
+    def _systemctl(self, verb, timeout=None, until=lambda: False, options=()):
+        argv = systemctl(self.where, verb, *options)
         return run_command(argv, COMMAND_TIMEOUT if timeout is None else timeout, until)
 
     def _show(self, *properties):
         """Return what systemd says of the unit; nothing if it does not answer."""
-        _, text = self._systemctl("show", "-p", ",".join(properties))
+        _, text = self._systemctl("show", options=["-p", ",".join(properties)])
         return dict(line.partition("=")[::2] for line in text.splitlines())
 
     def _failure(self):
@@ -4057,10 +3919,8 @@ class UnitBackend(Backend):
     def _last_lines(self):
         """Return the journal's last lines, which it has a moment after the end."""
         time.sleep(JOURNAL_DELAY)
-        which = "--unit"
-        if not self.where.startswith("system:"):
-            which = "--user-unit"  # --user is deaf as root
         name = self.where.removeprefix("system:")
+        which = "--user-unit" if name == self.where else "--unit"  # else deaf as root
         argv = ["journalctl", which, name, "-n", "20", "-o", "cat", "-q"]
         _, text = run_command(argv, COMMAND_TIMEOUT)
         return f"\n{text[-3000:] or '(the journal shows us nothing of it)'}"
@@ -4073,11 +3933,8 @@ WAKE_INTERVAL = 2.0  # s, from one magic packet to the next
 
 
 class RemoteBackend(Backend):
-    """A server elsewhere: woken if it can be, asked for health, and relayed to.
-
-    To stop it is to forget it. When it vanishes, it exits without a problem: it is
-    asleep, not broken.
-    """
+    """A server elsewhere. To stop it is to forget it. If it vanishes, it has no
+    problem: it is asleep, not broken."""
 
     _lateness = "did not answer"
 
@@ -4216,11 +4073,8 @@ def with_machine_budget(
     written: Mapping[str, Optional[int]], machine: Mapping[str, int]
 ) -> Dict[str, int]:
     """Return a budget as written, with what the machine has where `auto` is written."""
-    return {
-        name: machine[name] if size is None else size
-        for name, size in written.items()
-        if size is not None or name in machine
-    }
+    sizes = {**machine, **{n: size for n, size in written.items() if size is not None}}
+    return {name: sizes[name] for name in written if name in sizes}
 
 
 def memory_taken(group: int, on_gpu: Optional[int]) -> Dict[str, int]:
@@ -4241,10 +4095,8 @@ def memory_taken(group: int, on_gpu: Optional[int]) -> Dict[str, int]:
 
 def fit_params_estimate(model: Model) -> Dict[str, int]:
     """Return the bytes of `vram` and `ram` that the llama-fit-params beside the model's
-    llama-server prints, projector and draft model added; {} if it prints none.
-
-    It is fed those of the model's options that it has, too. Takes 20 s at most.
-    """
+    llama-server prints for those options that it has, projector and draft model added;
+    {} if it prints none. Takes 20 s at most."""
     cwd = model.settings.cwd or None
     try:
         argv = model.command(table_of(model), "0")
@@ -4253,11 +4105,10 @@ def fit_params_estimate(model: Model) -> Dict[str, int]:
         return {}
     tool = os.path.join(os.path.dirname(server), "llama-fit-params")
     _, text = run_command([tool, "--help"], TOOL_TIMEOUT)
-    known = {  # how many values follow, by option
-        name: len((match[2] or "").split())
-        for match in OPTION_HELP.finditer(text)
-        for name in re.split(", +", match[1])
-    }
+    known = {}  # how many values follow, by option
+    for match in OPTION_HELP.finditer(text):
+        count = len((match[2] or "").split())
+        known.update(dict.fromkeys(re.split(", +", match[1]), count))
     if "-fitp" not in known:
         return {}
     command, words = [tool], iter([*argv[1:], "--offline"])
@@ -4277,25 +4128,12 @@ def fit_params_estimate(model: Model) -> Dict[str, int]:
     return amounts if rows else {}
 
 
-def files_estimate(model: Model, budget: Mapping[str, int]) -> Dict[str, int]:
-    """Return the bytes that the model needs by its files; {} if none are known."""
-    with contextlib.suppress(ConfigError):
-        words = model.command(table_of(model), "0")
-        size = int(size_of_files(words, model.settings.cwd or "") * FILES_MARGIN)
-        place, other = ("vram", "ram") if "vram" in budget else ("ram", "vram")
-        return {place: size, other: 0} if size else {}
-    return {}
-
-
 class Known(NamedTuple):
     """The known needs of one command: bytes by resource, and their source."""
 
     model: str = ""
     source: str = "not known yet"
     amounts: Mapping[str, int] = {}
-
-
-NEEDS_VERSION = 1  # of the file
 
 
 class Needs:
@@ -4306,8 +4144,6 @@ class Needs:
         {"version": 1, "needs": {
             "1f0c...": {"model": "coder", "source": "measured",
                         "amounts": {"vram": 19541237760, "ram": 1288490188}}}}
-
-    A file that cannot be read is set aside.
 
     `log(level, text)` must not block. Only `estimate` and `save` do.
     """
@@ -4321,8 +4157,7 @@ class Needs:
         self._saving = threading.Lock()
 
     def of(self, model: Model, budget: Mapping[str, int]) -> Tuple[Dict[str, int], str]:
-        """Return what the model needs (all of the budget where nothing is known), and
-        where that is known from."""
+        """Return the model's needs, all of the budget if unknown, and their source."""
         if not model.has_auto_needs:
             return model.settings.needs or {}, "written"
         known = self._known.get(_command_key(model), Known())
@@ -4332,10 +4167,8 @@ class Needs:
         return {name: amounts[name] for name in budget}, known.source
 
     def estimate(self, model: Model, budget: Mapping[str, int]) -> bool:
-        """Estimate what the model needs if nothing is known; return whether it did.
-
-        It may take 20 s; other threads that ask meanwhile wait, too.
-        """
+        """Estimate what the model needs if nothing is known; return whether it did. It
+        may take 20 s; other threads that ask meanwhile wait, too."""
         key = _command_key(model)
         if not model.has_auto_needs or key in self._known:
             return False
@@ -4346,18 +4179,24 @@ class Needs:
             if model.kind == "llama-server":
                 amounts = fit_params_estimate(model)
             if not amounts:
-                amounts, source = files_estimate(model, budget), "file sizes"
-            source = source if amounts else Known().source
-            return self._set(key, Known(model.name, source, amounts))
+                source = "file sizes"
+                place, other = ("vram", "ram") if "vram" in budget else ("ram", "vram")
+                with contextlib.suppress(ConfigError):
+                    words = model.command(table_of(model), "0")
+                    size = FILES_MARGIN * size_of_files(words, model.settings.cwd)
+                    amounts = {place: int(size), other: 0}
+            known = Known(model.name)
+            if any(amounts.values()):
+                known = Known(model.name, source, amounts)
+            return self._set(key, known)
 
     def learn(
         self, model: Model, peak: Mapping[str, int], was_squeezed: bool, is_over: bool
     ) -> bool:
         """Take over the peak of a run; return whether that changes what is known.
 
-        Not one clearly below what is known of a model that may have been squeezed: a
-        llama-server fits itself into the room that it finds. Only a run that is over
-        lowers what was measured.
+        A llama-server fits itself into the room that it finds: a run that may have been
+        squeezed lowers nothing much. Only one that is over lowers what was measured.
         """
         key = _command_key(model)
         known = self._known.get(key, Known(model.name))
@@ -4392,7 +4231,7 @@ class Needs:
             self._is_saved = True
             rows = {**self._read(), **self._known}
             needs = {key: row._asdict() for key, row in rows.items() if row.amounts}
-            document = {"version": NEEDS_VERSION, "needs": needs}
+            document = {"version": 1, "needs": needs}
             fresh = f"{self._path}.{os.getpid()}"
             try:
                 os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
@@ -4403,25 +4242,22 @@ class Needs:
                 self._log("warning", f"{self._path} could not be written: {error}")
 
     def _read(self):
-        """Return what the file holds; a broken one, or of another version, is set
-        aside."""
+        """Return what the file holds; nothing if it cannot be read."""
         try:
+            rows = {}
             with open(self._path, encoding="utf-8") as file:
                 document = json.load(file)
-            if document["version"] != NEEDS_VERSION:
+            if document["version"] != 1:
                 raise ValueError(f"version {document['version']!r} is unknown")
-            rows = {key: Known(**row) for key, row in document["needs"].items()}
-            for key, known in rows.items():
-                amounts = {name: int(size) for name, size in known.amounts.items()}
-                rows[key] = known._replace(amounts=amounts)
+            for key, row in document["needs"].items():
+                amounts = {name: int(size) for name, size in row["amounts"].items()}
+                rows[key] = Known(**{**row, "amounts": amounts})
             return rows
         except FileNotFoundError:
             return {}
         except (OSError, *MALFORMED) as error:
-            text = f"{self._path} cannot be read and is set aside: {error}"
+            text = f"{self._path} cannot be read, and will be written anew: {error}"
             self._log("warning", text)
-            with contextlib.suppress(OSError):
-                os.replace(self._path, f"{self._path}.broken")
             return {}
 
 
@@ -4445,8 +4281,7 @@ def read_gguf(path: str) -> Dict[str, object]:
     None. A file that is cut, or no GGUF, has none."""
     metadata = {}
     try:
-        is_waiting = os.O_NONBLOCK  # it may be a pipe
-        with open(path, "rb", opener=lambda p, f: os.open(p, f | is_waiting)) as file:
+        with open(path, "rb") as file:
             magic, version, _, count = _unpack(file, "4sIQQ")
             if magic != b"GGUF" or version < 2:
                 return {}
@@ -4498,11 +4333,8 @@ class Facts(NamedTuple):
 
 
 class Inspector:
-    """Finds out the Facts of models. Any thread may call.
-
-    Files are read on a thread of its own, because they may lie on slow mounts, and read
-    again when their size or time changes.
-    """
+    """Finds out the Facts of models. Any thread may call; files, which may lie on slow
+    mounts, are read by one of its own, and again when their size or time changes."""
 
     def __init__(self):
         self._facts = {}  # by name: (model, Facts)
@@ -4520,8 +4352,8 @@ class Inspector:
             is_due = is_due or len(self._known(models)) < len(models)
             if is_due and not self._look.is_alive():
                 self._looked_at = time.monotonic()
-                work = functools.partial(self._inspect_all, list(models))
-                look = threading.Thread(target=work, daemon=True)
+                work = {"target": self._inspect_all, "args": [list(models)]}
+                look = threading.Thread(**work, daemon=True)
                 look.start()
                 self._look = look
         self._look.join(timeout)
@@ -4547,29 +4379,21 @@ class Inspector:
             problem = error.with_traceback(None)
         if table is None:
             return Facts(argv, problem=problem)
-        options = table.read(argv[1:])
-        header, projector = (
-            self._read(os.path.join(model.settings.cwd, options.get(name, "")))
-            for name in ("--model", "--mmproj")
-        )
+        options, inputs = table.read(argv[1:]), ["text"]
+        header = self._header(model, options.get("--model", ""))
+        projector = self._header(model, options.get("--mmproj", ""))
+        for encoder, name in (("vision", "image"), ("audio", "audio")):
+            if projector.get(f"clip.has_{encoder}_encoder") is True:
+                inputs.append(name)
         trained = header.get(f"{header.get('general.architecture')}.context_length")
         meta = {"n_ctx": options.get("--ctx-size"), "n_ctx_train": trained}
-        numbers = {
-            name: int(value)
-            for name, value in meta.items()
-            if re.fullmatch("[1-9][0-9]{0,8}", str(value))
-        }
-        encoders = {"vision": "image", "audio": "audio"}
-        inputs = [
-            name
-            for encoder, name in encoders.items()
-            if projector.get(f"clip.has_{encoder}_encoder") is True
-        ]
-        preset = model.preset(table)
-        return Facts(argv, preset, options, problem, ["text", *inputs], numbers)
+        is_number = re.compile("[1-9][0-9]{0,8}").fullmatch
+        meta = {name: int(text) for name, text in meta.items() if is_number(str(text))}
+        return Facts(argv, model.preset(table), options, problem, inputs, meta)
 
-    def _read(self, path):
+    def _header(self, model, path):
         with contextlib.suppress(OSError, ValueError):
+            path = os.path.join(model.settings.cwd, path)
             status = os.stat(path)
             return self._read_once(path, status.st_size, status.st_mtime_ns)
         return {}
@@ -5279,7 +5103,7 @@ class Pool:
             return RemoteBackend(model, listener)
         arguments = model, listener, self._guard, settle_timeout
         if model.context_dir:
-            return LlamaServerBackend(*arguments, self._contexts)
+            return LlamaServerBackend(*arguments, contexts=self._contexts)
         return ProcessBackend(*arguments)
 
     def _stop(self, decision):
@@ -5539,7 +5363,7 @@ Headers = List[Tuple[str, str]]
 
 # -- sockets ---------------------------------------------------------------------------
 
-_TIMEOUTS = (BlockingIOError, TimeoutError, socket.timeout)  # after POLL_INTERVAL
+_TIMEOUTS = (TimeoutError, socket.timeout)  # after POLL_INTERVAL; 3.9 has two
 
 
 class StallMonitor:
@@ -8011,7 +7835,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.is_on_loopback = isinstance(address, tuple) and _LOOPBACK.match(address[0])
         if self.request.family != socket.AF_UNIX:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        set_socket_timeouts(self.request)
+        self.request.settimeout(POLL_INTERVAL)
 
     def handle(self):
         """Serve requests until either side closes the connection."""

@@ -2353,9 +2353,9 @@ def test_a_random_walk_over_all_events(is_calm):
 class WatchedBackend:
     """A backend in this process, and its listener."""
 
-    def __init__(self, model, guard, settle_timeout=0.0):
+    def __init__(self, model, guard):
         self.news = queue.SimpleQueue()
-        self.backend = llmswap.ProcessBackend(model, self, guard, settle_timeout)
+        self.backend = llmswap.ProcessBackend(model, self, guard, 0.0)
         self.backend.start()
 
     def on_loaded(self, _):
@@ -2403,9 +2403,9 @@ def begin(guard, tmp_path):
     """
     all_watched = []
 
-    def begin(*flags, settle=0.0, **keys):
+    def begin(*flags, **keys):
         model = model_of(tmp_path, *flags, **keys)
-        all_watched.append(WatchedBackend(model, guard, settle))
+        all_watched.append(WatchedBackend(model, guard))
         return all_watched[-1]
 
     yield begin
@@ -2483,11 +2483,10 @@ def test_a_command_gives_its_status_and_output_in_time(words, result):
 
 
 def test_forty_callers_ask_a_binary_for_its_options_once(tmp_path):
-    asked, binary = tmp_path / "asked", tmp_path / "server"
-    binary.write_text(f"#!/bin/sh\nsleep 0.2\necho x >>{asked}\n")
-    binary.chmod(0o755)
+    asked = tmp_path / "asked"
+    binary = executable(tmp_path / "server", f"sleep 0.2\necho x >>{asked}")
     with ThreadPoolExecutor(40) as crowd:
-        list(crowd.map(llmswap.options_of, [str(binary)] * 40))
+        list(crowd.map(llmswap.options_of, [binary] * 40))
     assert asked.read_text() == "x\n"
 
 
@@ -2534,28 +2533,28 @@ def test_a_score_that_the_kernel_refuses_is_told(guard, tmp_path):
     assert watched.stop() is None
 
 
-@pytest.mark.parametrize("flag, number, reason", [
-    ("--load-exit", 7, "exited with status 7"),
-    ("--load-signal", 11, "killed by signal 11 (SIGSEGV)"),
-])  # fmt: skip
+FAILED_LOADS = [
+    # how it ends; how many processes the kernel kills for memory meanwhile; the reason
+    ("--load-exit 7", 0, "exited with status 7"),
+    ("--load-signal 11", 0, "killed by signal 11 (SIGSEGV)"),
+    ("--load-signal 9", 0, "killed by signal 9 (SIGKILL)"),
+    ("--load-signal 9", 1, "killed by the kernel: out of memory"),
+    ("--load-exit 137", 1, "killed by the kernel: out of memory"),
+]
+
+
+@pytest.mark.parametrize("flags, kills, reason", FAILED_LOADS)
 def test_a_failed_load_is_told_with_its_reason_and_last_lines(
-    begin, flag, number, reason
+    begin, monkeypatch, flags, kills, reason
 ):
-    problem = begin("--lines", "1", flag, number).exited()
+    counts = itertools.count(0, kills)  # asked before the start, and at the end
+    monkeypatch.setattr(llmswap, "oom_kills", lambda: next(counts))
+    problem = begin("--lines", "1", *flags.split()).exited()
     assert f"m could not be started: {reason}" in str(problem)
     assert "load_tensors: layer 0 of 1" in str(problem)
     assert problem.may_retry is False and problem.status == 502
+    assert problem.is_out_of_memory == bool(kills)
     assert problem.__traceback__ is None  # whose frames would keep descriptors open
-
-
-@pytest.mark.parametrize("status", [-9, 137])
-def test_a_kill_by_the_kernel_for_memory_is_told_as_such(begin, monkeypatch, status):
-    counts = itertools.count()  # asked before the start, and at the end
-    monkeypatch.setattr(llmswap, "oom_kills", lambda: next(counts))
-    flags = ["--load-signal", "9"] if status < 0 else ["--load-exit", "137"]
-    problem = begin(*flags).exited()
-    assert "killed by the kernel: out of memory" in str(problem)
-    assert problem.is_out_of_memory
 
 
 @pytest.mark.parametrize("flags", [["--load-hang"], ["--no-health"]])
@@ -2631,14 +2630,6 @@ def test_a_stop_takes_no_longer_than_it_may(begin, flags, keys, is_loaded, least
     assert not has_group(watched.backend.pid)
 
 
-def test_a_stop_can_be_hastened(begin):
-    watched = begin("--ignore-term", stop_timeout=60)
-    watched.loaded()
-    watched.backend.stop()
-    watched.backend.stop(at_once=True)
-    assert watched.exited() is None
-
-
 def test_workers_that_outlive_their_leader_are_killed(begin):
     watched = begin("--grandchild")
     backend = watched.loaded()
@@ -2661,8 +2652,8 @@ echo done >>{told}
 
 def test_a_stop_command_is_run_instead_and_may_finish(begin, tmp_path):
     told = tmp_path / "told"
-    script(tmp_path, STOPPER.format(told=told))
-    watched = begin(cmd_stop=f"/bin/sh {tmp_path}/script ${{PID}} ${{PORT}}")
+    command = executable(tmp_path / "stop", STOPPER.format(told=told))
+    watched = begin(cmd_stop=f"{command} ${{PID}} ${{PORT}}")
     backend = watched.loaded()
     assert watched.stop() is None
     assert told.read_text() == f"{backend.pid} {backend.port}\ndone\n"
@@ -2839,14 +2830,18 @@ def order_to(name):
     return signal.SIGRTMIN + number
 
 
-@pytest.mark.parametrize("later, is_ours", [(set(), True), ({1}, False)])
+@pytest.mark.parametrize("later, is_reaped, is_ours", [
+    (set(), False, True), ({1}, False, False), ({1}, True, False),
+])  # fmt: skip
 def test_a_child_that_ends_while_it_is_looked_at_is_no_stranger(
-    tmp_path, monkeypatch, later, is_ours
+    tmp_path, monkeypatch, later, is_reaped, is_ours
 ):
     backend = llmswap.ProcessBackend(model_of(tmp_path), None, None, 0.0)
     backend.upstream = SimpleNamespace(host="127.0.0.1", port=1)
     child = subprocess.Popen(["true"])
     eventually(lambda: llmswap.process_stat(child.pid).state == "Z")
+    if is_reaped:
+        child.wait()
     backend.pid, looks = child.pid, iter([{1}, later])  # inodes of listeners
     monkeypatch.setattr(llmswap, "listening_inodes", lambda _: next(looks))
     assert backend._is_listener_ours() is is_ours
@@ -2906,32 +2901,11 @@ def test_a_listener_in_the_childs_group_is_the_childs(begin, tmp_path):
 # -- hanging
 
 
-def talk(port, **wish):
-    """Send a chat request and do not wait for its answer."""
-    client = Client(port)
-    client.send("POST", "/v1/chat/completions", chat_body("m", **wish))
-    return client
-
-
-def test_a_backend_that_answers_neither_requests_nor_health_is_stopped(begin):
-    watched = begin(hang_timeout=1)
-    backend = watched.loaded()
-    with talk(backend.port, hang=True, hang_health=True):
-        eventually(lambda: watched.backend.upstream)
-        eventually(lambda: get(backend.port, "/stats")["in_flight"])
-        cpu = time.process_time()
-        backend.report_stall()
-        problem = watched.exited()
-        assert time.process_time() - cpu < 0.5  # it did not spin meanwhile
-    assert "hung: neither a request nor 1 s of health" in str(problem)
-    assert backend.died(0)
-    assert not has_group(backend.pid)
-
-
 def test_a_silent_request_with_answering_health_is_left_alone(begin):
     watched = begin(hang_timeout=0.2)
     backend = watched.loaded()
-    with talk(backend.port, hang=True):
+    with Client(backend.port) as client:
+        client.send("POST", CHAT, chat_body("m", hang=True))
         seen = get(backend.port, "/stats")["health"]
         for _ in range(3):
             backend.report_stall()
@@ -2949,28 +2923,12 @@ def test_cmd_models_are_not_suspected_by_default(begin):
 # -- memory of the GPU
 
 
-def test_the_end_waits_until_the_gpus_memory_is_free(begin, tmp_path, monkeypatch):
-    state = tmp_path / "gpu"
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text(f"#!/bin/sh\ncat {state} 2>/dev/null\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    watched = begin("--grandchild", settle=10)
-    worker = get(watched.loaded().port, "/stats")["grandchild"]
-    state.write_text(f"1\n{worker}\n")
-    watched.backend.stop()
-    eventually(lambda: not has_group(watched.backend.pid))
-    with pytest.raises(queue.Empty):
-        watched.news.get(timeout=0.2)
-    state.write_text("1\n")
-    assert watched.exited() is None
-
-
 GPU_TOOLS = [
-    # the tool, what it does with the pid of the model that goes; is that waited for
-    ("nvidia-smi", "echo $PID", True),
+    # the tool, what it does with the pid of a worker of the model that goes; is that
+    # waited for
+    ("nvidia-smi", "echo 1; echo $PID", True),
     ("rocm-smi", "echo 'PID  PROCESS'; echo \"$PID  python3  1  4096\"", True),
-    ("nvidia-smi", "echo 1", False),
+    ("nvidia-smi", "echo 1; [ -e $0.asked ] || echo $PID; touch $0.asked", False),
     ("nvidia-smi", "exec sleep 60", True),
     ("nvidia-smi", "exit 9", False),
 ]
@@ -2980,14 +2938,13 @@ GPU_TOOLS = [
 def test_the_next_start_waits_for_the_gpu_no_longer_than_it_may(
     tool, does, is_awaited, tmp_path
 ):
-    text = "[llmswap]\nsettle-timeout = 1.5s\n[a]\ncmd = FAKE --model a\n"
+    text = "[llmswap]\nsettle-timeout = 1.5s\n[a]\ncmd = FAKE --model a --grandchild\n"
     text += "[b]\ncmd = FAKE --model b\n"
     path = f"{tmp_path}:{os.environ['PATH']}"
     with Llmswap(text, env={"PATH": path}) as server:
         server.chat("a")
-        pid = server.journal("main", "a")[0]["pid"]
-        (tmp_path / tool).write_text(f"#!/bin/sh\nPID={pid}\n{does}\n")
-        (tmp_path / tool).chmod(0o755)
+        pid = server.stats("a")["grandchild"]
+        executable(tmp_path / tool, f"PID={pid}\n{does}")
         assert server.chat("b").status == 200
         ended, began = server.journal("end", "a")[0], server.journal("main", "b")[0]
         assert (began["t"] - ended["t"] >= 1.5) is is_awaited
@@ -3848,11 +3805,9 @@ class Units:
     def __init__(self, folder):
         self.folder = folder
         self.env = {"PATH": f"{folder}:{os.environ['PATH']}", "STAND_IN": str(folder)}
-        systemctl = f'#!/bin/sh\nexec {sys.executable} -IS {CI}/systemctl.py "$@"\n'
-        journalctl = f"#!/bin/sh\n{JOURNALCTL}"
-        for name, text in ("systemctl", systemctl), ("journalctl", journalctl):
-            (folder / name).write_text(text)
-            (folder / name).chmod(0o755)
+        words = f"{sys.executable} -IS {CI}/systemctl.py"
+        executable(folder / "systemctl", f'exec {words} "$@"')
+        executable(folder / "journalctl", JOURNALCTL)
 
     def add(self, name, *flags, port):
         command = fake_command("--model", name, *flags, port=str(port))
@@ -3948,14 +3903,6 @@ def test_a_foreign_listener_the_port_of_a_unit_gets_no_request(units):
             assert stranger.stats()["requests"] == 0
 
 
-def test_a_listener_is_not_that_of_a_process_that_ended():
-    done = subprocess.Popen(["true"])
-    done.wait()
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        inodes = llmswap.listening_inodes(other.getsockname()[1])
-        assert llmswap.foreign_listener(inodes, done.pid, may_hide=True)
-
-
 def test_a_unit_found_running_is_adopted(units):
     port = free_port()
     units.add("a", "--load", "0.5", port=port)
@@ -4008,16 +3955,6 @@ def test_a_unit_without_a_main_process_is_looked_at_now_and_then(units, unit_ser
         waiting.join()
 
 
-def test_requests_while_a_dead_unit_is_cleared_away_wait_for_the_next(
-    units, unit_server
-):
-    with unit_server("--load", "0.2") as server:
-        assert server.chat("a").status == 200
-        for _ in range(3):
-            os.kill(units.pid("a"), signal.SIGKILL)
-            assert [server.chat("a").status for _ in range(3)] == [200] * 3
-
-
 def test_the_reason_why_a_unit_does_not_come_up_is_told(unit_server):
     other = unit_ini(("b", free_port())).replace("[llmswap]", "")
     with unit_server("--load-exit", "3", more=other) as server:
@@ -4056,23 +3993,12 @@ def test_a_systemctl_that_hangs_blocks_no_other_model(units, unit_server, verb):
 @pytest.mark.parametrize("text", ["systemctl: No such file", "Failed to connect a bus"])
 def test_without_systemctl_or_if_it_fails_the_answer_says_so(tmp_path, text):
     if "bus" in text:
-        (tmp_path / "systemctl").write_text(f"#!/bin/sh\necho {text} >&2\nexit 1\n")
-        (tmp_path / "systemctl").chmod(0o755)
+        executable(tmp_path / "systemctl", f"echo {text} >&2\nexit 1")
     ini = unit_ini(("a", free_port())) + "[b]\ncmd = FAKE\n"
     with brisk(ini, env={"PATH": str(tmp_path)}) as server:
         answer = server.chat("a")
         assert answer.status == 502 and text in answer.message()
         assert server.chat("b").status == 200
-
-
-def test_a_unit_that_ignores_the_stop_is_killed(units, unit_server):
-    with unit_server("--ignore-term", stop_timeout="0.3") as server:
-        assert server.chat("a").status == 200
-        began = time.monotonic()
-        server.post("/models/unload", {"model": "a"})
-        eventually(lambda: server.states() == {"a": "unloaded"}, 9)
-        assert 0.25 < time.monotonic() - began
-        assert not units.is_running("a")
 
 
 # ==================================================================================
@@ -4094,10 +4020,20 @@ def test_a_victim_that_can_sleep_is_put_to_sleep_and_woken():
         pid = server.chat("a").content().split()[1]
         assert server.chat("b").status == 200
         assert server.states() == {"a": "sleeping", "b": "loaded"}
+        assert server.get("/props?model=a").status == 503  # passed on; the fake sleeps
+        assert server.get("/slots?model=a").status == 400
+        assert server.states()["a"] == "sleeping"
         assert server.chat("a").content().split()[1] == pid
         assert server.states() == {"a": "loaded", "b": "unloaded"}
+        server.chat("b")
+        assert server.post("/models/load", {"model": "a"}).status == 200
+        eventually(lambda: server.states() == {"a": "loaded", "b": "unloaded"})
+        server.chat("b")
+        assert server.states()["a"] == "sleeping"
+        assert server.post("/models/unload", {"model": "a"}).status == 200
+        eventually(lambda: server.states()["a"] == "unloaded")
         events = [each["event"] for each in server.journal(model="a")]
-        assert events.count("sleep") == events.count("wake") == 1
+        assert (events.count("sleep"), events.count("wake")) == (3, 2)
         assert events.count("main") == 1
 
 
@@ -4134,21 +4070,6 @@ def test_a_sleeping_model_that_dies_or_does_not_wake_is_started_again(flags):
             eventually(lambda: server.states()["a"] == "unloaded")
         assert int(server.chat("a").content().split()[1]) != pid
         assert server.loaded() == ["a"]
-
-
-def test_a_sleeping_model_is_stopped_by_hand_and_loaded_by_hand():
-    with brisk(SLEEPY.format("")) as server:
-        server.chat("a"), server.chat("b")
-        assert server.states()["a"] == "sleeping"
-        assert server.post("/models/load", {"model": "a"}).status == 200
-        eventually(lambda: server.states() == {"a": "loaded", "b": "unloaded"})
-        server.chat("b")
-        assert server.states()["a"] == "sleeping"
-        assert server.get("/props?model=a").status == 503  # passed on; the fake sleeps
-        assert server.get("/slots?model=a").status == 400
-        assert server.states()["a"] == "sleeping"
-        assert server.post("/models/unload", {"model": "a"}).status == 200
-        eventually(lambda: server.states()["a"] == "unloaded")
 
 
 def test_sleep_needs_count_while_it_sleeps():
@@ -4202,23 +4123,11 @@ cmd = FAKE --model b
 def ears():
     """(port, packets): a UDP socket and what it hears, with the time."""
     packets = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind(("127.0.0.1", 0))
-
-        def listen():
-            while True:
-                data = sock.recv(2000)
-                if not data:
-                    return
-                packets.append((time.monotonic(), data))
-
-        thread = threading.Thread(target=listen, daemon=True)
-        thread.start()
-        port = sock.getsockname()[1]
-        yield port, packets
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end:
-            end.sendto(b"", ("127.0.0.1", port))
-        thread.join()
+    hear = lambda data, *_: packets.append((time.monotonic(), data[0]))  # noqa: E731
+    with socketserver.UDPServer(("127.0.0.1", 0), hear) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield server.server_address[1], packets
+        server.shutdown()
 
 
 @pytest.fixture
@@ -4354,57 +4263,6 @@ def full_backlog(port):
         yield
         for sock in crowd:
             sock.close()
-
-
-def test_a_stream_from_a_remote_that_vanishes_ends_broken(machine):
-    machine.on()
-    with brisk(remote_ini(machine.port)) as server:
-        with server.stream("far", tokens=100, interval=0.02) as stream:
-            events = stream.events()
-            next(events), next(events)
-            machine.off()
-            with pytest.raises((BrokenAnswer, OSError, StopIteration)) as caught:
-                while "error" not in (event := next(events)):
-                    assert event != "[DONE]"
-                next(events)
-            assert caught.type is not StopIteration or not stream.is_complete
-        timer = threading.Timer(0.2, machine.on)
-        timer.start()
-        assert server.chat("far").status == 200
-
-
-def test_a_frozen_machine_is_asked_before_a_request_is_sent(machine):
-    machine.on()
-    with brisk(remote_ini(machine.port), FRESH=0.0) as server:
-        assert server.chat("far").status == 200
-        before = machine.stats()
-        machine.process.send_signal(signal.SIGSTOP)
-        with ThreadPoolExecutor() as crowd:
-            waits = crowd.submit(server.chat, "far")
-            eventually(lambda: server.get("/health").json()["requests"])
-            machine.process.send_signal(signal.SIGCONT)
-            assert waits.result().status == 200
-        after = machine.stats()
-        assert after["requests"] == before["requests"] + 1
-        assert after["health"] > before["health"]
-
-
-def test_a_remote_llmswap_is_a_model_like_any_other():
-    far = "[llmswap]\napi-key = secret\n[big]\ncmd = FAKE --model big --load 0.3\n"
-    key = {"Authorization": "Bearer secret"}.items()
-    with brisk(far) as remote:
-        near = f"[big]\nproxy = {remote.url}\nproxy-key = secret\n"
-        near += "check-endpoint = /v1/models\n"
-        near += '[loud]\nuses = big\nmodel-name = big\nset-params = {"tag": "LOUD"}\n'
-        with brisk(near) as server:
-
-            def state():
-                return remote.get("/v1/models/big", key).json()["status"]["value"]
-
-            assert state() == "unloaded"
-            assert server.chat("big").content().startswith("big ")
-            assert "LOUD" in server.chat("loud").content()
-            assert state() == "loaded"
 
 
 def test_a_remote_llmswap_that_is_started_anew_cuts_no_stream_and_fails_no_request():
@@ -4696,9 +4554,7 @@ esac""",
 @pytest.mark.parametrize("tool", VENDORS_TOOLS)
 @pytest.mark.parametrize("use, text", [("held", "holds GPU memory"), ("busy", "in use, ")])
 def test_the_idle_command_waits_while_others_use_a_gpu(tmp_path, tool, use, text):
-    script = VENDORS_TOOLS[tool].format(tmp_path, os.getpid())
-    (tmp_path / tool).write_text(f"#!/bin/sh\n{script}\n")
-    (tmp_path / tool).chmod(0o755)
+    executable(tmp_path / tool, VENDORS_TOOLS[tool].format(tmp_path, os.getpid()))
     (tmp_path / use).touch()
     head = f"[llmswap]\nidle-command = touch {tmp_path}/ran\nidle-command-after = 0.1s\n"
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
@@ -4744,7 +4600,7 @@ def test_the_end_of_the_idle_command_and_the_sleep_are_logged(tmp_path, command,
 def pair():
     ours, theirs = socket.socketpair()
     theirs.settimeout(10)
-    llmswap.set_socket_timeouts(ours)
+    ours.settimeout(llmswap.POLL_INTERVAL)
     with ours, theirs:
         yield ours, theirs
 
@@ -9574,12 +9430,11 @@ MACHINES = [
 def test_the_budget_of_a_machine(tmp_path, monkeypatch, sizes, processes, vram):
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     if sizes is not None:
-        tool = tmp_path / ("rocm-smi" if sizes == ROCM_SIZES else "nvidia-smi")
-        tool.write_text(
-            f"#!/bin/sh\ncase $1 in *memory.total*|*meminfo) echo '{sizes}' ;;"
-            f" *) echo '{processes}'; esac\n"
+        executable(
+            tmp_path / ("rocm-smi" if sizes == ROCM_SIZES else "nvidia-smi"),
+            f"case $1 in *memory.total*|*meminfo) echo '{sizes}' ;;"
+            f" *) echo '{processes}'; esac",
         )
-        tool.chmod(0o755)
     budget = llmswap.machine_budget(lambda pid: pid == 1)
     assert budget.get("vram") == (vram and vram * GB)
     memory = int(re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())[1])
@@ -9690,18 +9545,17 @@ BROKEN_NEEDS = [
 ]  # fmt: skip
 
 
-def test_a_broken_file_of_needs_is_set_aside_and_a_lost_one_is_a_warning(tmp_path):
-    path, aside = tmp_path / "needs.json", tmp_path / "needs.json.broken"
-    model, log = auto_model(tmp_path), []
+def test_a_broken_file_of_needs_is_written_anew_and_a_lost_one_is_a_warning(tmp_path):
+    path, model, log = tmp_path / "needs.json", auto_model(tmp_path), []
     for text in BROKEN_NEEDS:
         path.write_text(text, encoding="latin-1")
         needs = llmswap.Needs(str(tmp_path), lambda *line: log.append(line))
         (level, message) = log.pop()
-        assert level == "warning" and "cannot be read and is set aside: " in message
-        assert aside.read_text(encoding="latin-1") == text
+        assert level == "warning" and "cannot be read, and will be written" in message
         needs.learn(model, {"ram": GB}, False, False)
         needs.save()
         assert len(json.loads(path.read_text())["needs"]) == 1
+    log.clear()
     needs = llmswap.Needs("/proc/nowhere", lambda *line: log.append(line))
     needs.learn(model, {"ram": GB}, False, False)
     needs.save()
@@ -9737,14 +9591,12 @@ def fit_model(folder, help, rows, budget="vram 24G, ram auto"):
     (folder / "mmproj.gguf").write_bytes(bytes(3 * MB))
     (folder / "help").write_text(help)
     (folder / "rows").write_text(rows)
-    server, tool = folder / "llama-server", folder / "llama-fit-params"
-    server.write_text("#!/bin/sh\n")
-    tool.write_text(
-        f'#!/bin/sh\necho "$@" >>{folder}/argv\n'
-        f'[ "$1" = --help ] && exec cat {folder}/help\ncat {folder}/rows\n'
+    server = executable(folder / "llama-server", "")
+    executable(
+        folder / "llama-fit-params",
+        f'echo "$@" >>{folder}/argv\n'
+        f'[ "$1" = --help ] && exec cat {folder}/help\ncat {folder}/rows',
     )
-    server.chmod(0o755)
-    tool.chmod(0o755)
     keys = {"llama-server": server, "model": folder / "m.gguf", "ctx-size": 4096}
     keys |= {"mmproj": folder / "mmproj.gguf", "temp": "0.7"}
     keys["extra-args"] = "-ngl 9 --jinja --flash-attn on --chat-template x"
@@ -10227,14 +10079,16 @@ def test_a_conversation_outlives_every_stop_but_a_kill(tmp_path, stop):
         sizes = server.get("/metrics").body.decode()
         assert server.tell(prompt=3200) == 3100 and server.complaints() == []
         eventually(lambda: server.files() == [])
-        log, metrics = server.log(), server.get("/metrics").body.decode()
-    if stop is Keeping.swap:
-        saved = r"a: saved 3,000 tokens of context \(\d MB\) in \d+ ms"
-        assert re.search(saved, log) and "a: restored 3,100 tokens of context" in log
-        assert 'llmswap_context_bytes{model="a"} 12400\n' in sizes
-        assert 'llmswap_prompt_tokens_cached_total{model="a"} 3100\n' in metrics
-        assert 'context_tokens_total{model="a",action="restored"} 6100\n' in metrics
-        assert 'context_seconds_saved_total{model="a"} 12.2\n' in metrics
+        if stop is Keeping.swap:
+            metrics = lambda: server.get("/metrics").body.decode()  # noqa: E731
+            cached = 'llmswap_prompt_tokens_cached_total{model="a"} 3100\n'
+            eventually(lambda: cached in metrics())  # a moment after the answer
+            assert 'context_tokens_total{model="a",action="restored"} 6100\n' in metrics()
+            assert 'context_seconds_saved_total{model="a"} 12.2\n' in metrics()
+            assert 'llmswap_context_bytes{model="a"} 12400\n' in sizes
+            saved = r"a: saved 3,000 tokens of context \(\d MB\) in \d+ ms"
+            assert re.search(saved, server.log())
+            assert "a: restored 3,100 tokens of context" in server.log()
 
 
 @pytest.mark.parametrize("text", [
@@ -10252,18 +10106,6 @@ def test_a_broken_manifest_of_contexts_counts_as_none(tmp_path, text):
     store.configure(config)
     assert store.take(folder) == llmswap.SavedContext()
     assert json.loads(manifest.read_text()) == {}
-
-
-def test_contexts_outlive_an_idle_exit(tmp_path):
-    settings = "exit-idle-time = 50ms"
-    text = context_file(tmp_path, "idle-timeout = 20ms", settings)
-    body = chat_body("a", talk="x", prompt_tokens=3000)
-    with activation.Activator(text, tmp_path) as systemd:
-        for cached in (0, 3000):
-            answer = ask(systemd.port, "POST", CHAT, body).json()
-            assert answer["timings"]["cache_n"] == cached
-            ended = len(systemd.statuses) + 1
-            eventually(lambda ended=ended: len(systemd.statuses) == ended)
 
 
 FAULTS_OF_SLOTS = [
@@ -10441,32 +10283,6 @@ def test_a_second_sigterm_ends_a_save_at_once(tmp_path):
         server.start()
         assert server.tell() == 0
         eventually(lambda: server.files() == [])
-
-
-def test_the_scheduler_learns_how_long_a_stop_with_a_save_takes(tmp_path, monkeypatch):
-    (tmp_path / "fault").write_text("save slow")  # half a second
-    (tmp_path / "pool.ini").write_text(context_file(tmp_path))
-    config, exited = llmswap.load_config(str(tmp_path / "pool.ini")), queue.SimpleQueue()
-
-    class Spy(llmswap.Scheduler):
-        def exited(self, name, *report):
-            victim = super().exited(name, *report)
-            exited.put((name, self.models[name].stop_seconds))
-            return victim
-
-    monkeypatch.setattr(llmswap, "Scheduler", Spy)
-    pool = llmswap.Pool(config, lambda *_: None)
-    pool.start()
-    try:
-        request = PoolRequest(pool, "a")
-        port = request.granted().port
-        assert ask(port, "POST", CHAT, chat_body("a", prompt_tokens=4500)).status == 200
-        request.end()
-        PoolRequest(pool, "b").end()
-        name, seconds = exited.get(timeout=10)
-        assert name == "a" and seconds >= 0.5
-    finally:
-        pool.close(0)
 
 
 # ==================================================================================
@@ -10672,8 +10488,6 @@ def test_a_gguf_header_is_read_up_to_its_tokenizer(tmp_path):
     for data in (b"", b"GGML" + head[4:], head[:24] + endless, head[:24] + deep):
         path.write_bytes(data)
         assert llmswap.read_gguf(path) == {}
-    os.mkfifo(tmp_path / "pipe")
-    assert llmswap.read_gguf(tmp_path / "pipe") == {}
     assert llmswap.read_gguf(tmp_path) == llmswap.read_gguf(tmp_path / "none") == {}
 
 
