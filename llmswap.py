@@ -2498,7 +2498,10 @@ class Upstream:
                     sock.close()
         if not was_used:
             sock = self.dial(10.0)
-            sock.settimeout(POLL_INTERVAL)
+            if self.is_tls:
+                sock.settimeout(POLL_INTERVAL)
+            else:
+                set_socket_timeouts(sock)
         self._active.add(sock)
         if self._is_closed:
             self.drop(sock)
@@ -2538,6 +2541,14 @@ def cut(sockets: Iterable[socket.socket]):
     for sock in list(sockets):
         with contextlib.suppress(OSError):  # it broke already
             socket.socket.shutdown(sock, socket.SHUT_RDWR)  # TLS's own wakes none
+
+
+def set_socket_timeouts(sock: socket.socket):
+    """Let reads and writes block for POLL_INTERVAL at most, without a poll for each."""
+    sock.settimeout(None)
+    interval = struct.pack("ll", 0, int(POLL_INTERVAL * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
 
 
 def _is_quiet(sock):
@@ -3417,6 +3428,9 @@ OUT_OF_MEMORY = re.compile(
 
 # -- contexts that outlive their backend -----------------------------------------------
 #
+#    A stop of llama-server loses the prompts that it has processed. It can write the
+#    state of each slot to a file, and read it again after its next start:
+#
 #        STATE-DIR/context/manifest.json     which files count, and of which command
 #        STATE-DIR/context/MODEL/MODEL.SLOT.ID       one slot, written by llama-server
 #
@@ -4242,7 +4256,7 @@ class Needs:
                 self._log("warning", f"{self._path} could not be written: {error}")
 
     def _read(self):
-        """Return what the file holds; nothing if it cannot be read."""
+        """Return what the file holds; one that cannot be read is set aside."""
         try:
             rows = {}
             with open(self._path, encoding="utf-8") as file:
@@ -4256,8 +4270,10 @@ class Needs:
         except FileNotFoundError:
             return {}
         except (OSError, *MALFORMED) as error:
-            text = f"{self._path} cannot be read, and will be written anew: {error}"
+            text = f"{self._path} cannot be read and is set aside: {error}"
             self._log("warning", text)
+            with contextlib.suppress(OSError):
+                os.replace(self._path, f"{self._path}.broken")
             return {}
 
 
@@ -4281,7 +4297,8 @@ def read_gguf(path: str) -> Dict[str, object]:
     None. A file that is cut, or no GGUF, has none."""
     metadata = {}
     try:
-        with open(path, "rb") as file:
+        is_waiting = os.O_NONBLOCK  # it may be a pipe
+        with open(path, "rb", opener=lambda p, f: os.open(p, f | is_waiting)) as file:
             magic, version, _, count = _unpack(file, "4sIQQ")
             if magic != b"GGUF" or version < 2:
                 return {}
@@ -5363,7 +5380,7 @@ Headers = List[Tuple[str, str]]
 
 # -- sockets ---------------------------------------------------------------------------
 
-_TIMEOUTS = (TimeoutError, socket.timeout)  # after POLL_INTERVAL; 3.9 has two
+_TIMEOUTS = (BlockingIOError, TimeoutError, socket.timeout)  # after POLL_INTERVAL
 
 
 class StallMonitor:
@@ -7835,7 +7852,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.is_on_loopback = isinstance(address, tuple) and _LOOPBACK.match(address[0])
         if self.request.family != socket.AF_UNIX:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.request.settimeout(POLL_INTERVAL)
+        set_socket_timeouts(self.request)
 
     def handle(self):
         """Serve requests until either side closes the connection."""

@@ -4015,6 +4015,16 @@ cmd = FAKE --model b
 """
 
 
+def test_a_unit_that_ignores_the_stop_is_killed(units, unit_server):
+    with unit_server("--ignore-term", stop_timeout="0.3") as server:
+        assert server.chat("a").status == 200
+        began = time.monotonic()
+        server.post("/models/unload", {"model": "a"})
+        eventually(lambda: server.states() == {"a": "unloaded"}, 9)
+        assert 0.25 < time.monotonic() - began
+        assert not units.is_running("a")
+
+
 def test_a_victim_that_can_sleep_is_put_to_sleep_and_woken():
     with brisk(SLEEPY.format("")) as server:
         pid = server.chat("a").content().split()[1]
@@ -4263,6 +4273,23 @@ def full_backlog(port):
         yield
         for sock in crowd:
             sock.close()
+
+
+def test_a_stream_from_a_remote_that_vanishes_ends_broken(machine):
+    machine.on()
+    with brisk(remote_ini(machine.port)) as server:
+        with server.stream("far", tokens=100, interval=0.02) as stream:
+            events = stream.events()
+            next(events), next(events)
+            machine.off()
+            with pytest.raises((BrokenAnswer, OSError, StopIteration)) as caught:
+                while "error" not in (event := next(events)):
+                    assert event != "[DONE]"
+                next(events)
+            assert caught.type is not StopIteration or not stream.is_complete
+        timer = threading.Timer(0.2, machine.on)
+        timer.start()
+        assert server.chat("far").status == 200
 
 
 def test_a_remote_llmswap_that_is_started_anew_cuts_no_stream_and_fails_no_request():
@@ -4600,7 +4627,7 @@ def test_the_end_of_the_idle_command_and_the_sleep_are_logged(tmp_path, command,
 def pair():
     ours, theirs = socket.socketpair()
     theirs.settimeout(10)
-    ours.settimeout(llmswap.POLL_INTERVAL)
+    llmswap.set_socket_timeouts(ours)
     with ours, theirs:
         yield ours, theirs
 
@@ -9545,17 +9572,18 @@ BROKEN_NEEDS = [
 ]  # fmt: skip
 
 
-def test_a_broken_file_of_needs_is_written_anew_and_a_lost_one_is_a_warning(tmp_path):
-    path, model, log = tmp_path / "needs.json", auto_model(tmp_path), []
+def test_a_broken_file_of_needs_is_set_aside_and_a_lost_one_is_a_warning(tmp_path):
+    path, aside = tmp_path / "needs.json", tmp_path / "needs.json.broken"
+    model, log = auto_model(tmp_path), []
     for text in BROKEN_NEEDS:
         path.write_text(text, encoding="latin-1")
         needs = llmswap.Needs(str(tmp_path), lambda *line: log.append(line))
         (level, message) = log.pop()
-        assert level == "warning" and "cannot be read, and will be written" in message
+        assert level == "warning" and "cannot be read and is set aside: " in message
+        assert aside.read_text(encoding="latin-1") == text
         needs.learn(model, {"ram": GB}, False, False)
         needs.save()
         assert len(json.loads(path.read_text())["needs"]) == 1
-    log.clear()
     needs = llmswap.Needs("/proc/nowhere", lambda *line: log.append(line))
     needs.learn(model, {"ram": GB}, False, False)
     needs.save()
@@ -10114,6 +10142,18 @@ FAULTS_OF_SLOTS = [
 ]  # fmt: skip
 
 
+def test_contexts_outlive_an_idle_exit(tmp_path):
+    settings = "exit-idle-time = 50ms"
+    text = context_file(tmp_path, "idle-timeout = 20ms", settings)
+    body = chat_body("a", talk="x", prompt_tokens=3000)
+    with activation.Activator(text, tmp_path) as systemd:
+        for cached in (0, 3000):
+            answer = ask(systemd.port, "POST", CHAT, body).json()
+            assert answer["timings"]["cache_n"] == cached
+            ended = len(systemd.statuses) + 1
+            eventually(lambda ended=ended: len(systemd.statuses) == ended)
+
+
 @pytest.mark.parametrize("fault", FAULTS_OF_SLOTS)
 def test_what_goes_wrong_with_a_context_delays_a_swap_within_bounds(tmp_path, fault):
     with Keeping(tmp_path) as server:
@@ -10347,6 +10387,32 @@ class Talk:
                           {"role": "user", "content": "and then"}]  # fmt: skip
         timings = answer["timings"]
         return timings["cache_n"], timings["cache_n"] + timings["prompt_n"]
+
+
+def test_the_scheduler_learns_how_long_a_stop_with_a_save_takes(tmp_path, monkeypatch):
+    (tmp_path / "fault").write_text("save slow")  # half a second
+    (tmp_path / "pool.ini").write_text(context_file(tmp_path))
+    config, exited = llmswap.load_config(str(tmp_path / "pool.ini")), queue.SimpleQueue()
+
+    class Spy(llmswap.Scheduler):
+        def exited(self, name, *report):
+            victim = super().exited(name, *report)
+            exited.put((name, self.models[name].stop_seconds))
+            return victim
+
+    monkeypatch.setattr(llmswap, "Scheduler", Spy)
+    pool = llmswap.Pool(config, lambda *_: None)
+    pool.start()
+    try:
+        request = PoolRequest(pool, "a")
+        port = request.granted().port
+        assert ask(port, "POST", CHAT, chat_body("a", prompt_tokens=4500)).status == 200
+        request.end()
+        PoolRequest(pool, "b").end()
+        name, seconds = exited.get(timeout=10)
+        assert name == "a" and seconds >= 0.5
+    finally:
+        pool.close(0)
 
 
 @with_llama_server
