@@ -5366,7 +5366,6 @@ READ_SIZE = 1 << 11  # bytes read at once of heads, and held by each waiting str
 BUFFER_SIZE = 1 << 18  # bytes read at once of other bodies
 EXCERPT_SIZE = 1 << 11  # bytes that are kept of an answer's start, and of its end
 EARLY_HEAD_AFTER = 3.0  # s of waiting; a failure before that has its own HTTP status
-TLS_HELLO = b"\x16\x03"  # the first bytes that a client of https sends
 COMMENT_EVERY = 10.0  # s; no known client gives up before 30 s of silence
 STALL_CHECK_AFTER = 5.0  # s of silence until a backend is checked for a hang
 
@@ -5381,6 +5380,7 @@ Headers = List[Tuple[str, str]]
 # -- sockets ---------------------------------------------------------------------------
 
 _TIMEOUTS = (BlockingIOError, TimeoutError, socket.timeout)  # after POLL_INTERVAL
+_HANG_UP = getattr(select, "POLLRDHUP", select.POLLHUP)  # closed, or its sending half
 
 
 class StallMonitor:
@@ -5388,9 +5388,7 @@ class StallMonitor:
     `seconds` have passed, raises `on_stall` or, if that is a function, calls it."""
 
     def __init__(self, seconds: float, on_stall, on_tick=lambda: None):
-        self._seconds = seconds
-        self._on_stall = on_stall
-        self._on_tick = on_tick
+        self._seconds, self._on_stall, self._on_tick = seconds, on_stall, on_tick
         self.restart()
 
     def restart(self):
@@ -5430,36 +5428,22 @@ class SocketReader:
 
     def line(self, pattern: "re.Pattern") -> "re.Match":
         """Read a line that matches the pattern. Raise BadRequest, EOFError."""
-        line = newline = b""
-        while not newline:
+        data = self.buffer
+        while b"\n" not in data and len(data) < MAX_CHUNK_LINE:
+            self.buffer = b""
             piece = self.receive()
             if not piece:
                 raise EOFError("the connection closed between two chunks")
-            line, newline, rest = (line + piece).partition(b"\n")
-            self.buffer = rest + self.buffer
-            if len(line) >= MAX_CHUNK_LINE:
-                raise BadRequest("a line between chunks is too long")
-        match = pattern.fullmatch(line + newline)
+            data += piece
+        match = pattern.match(data)
         if not match:
-            raise BadRequest(f"chunks or trailer malformed at {line[:40]!r}")
+            raise BadRequest(f"chunks or trailer malformed at {data[:40]!r}")
+        self.buffer = data[match.end() :]
         return match
-
-    def wait_readable(self, seconds: float) -> bool:
-        """Return whether bytes come within so many seconds."""
-        try:
-            self.buffer = self.buffer or self.sock.recv(READ_SIZE)
-            return bool(self.buffer)
-        except _TIMEOUTS:  # a poll does not wake up every POLL_INTERVAL
-            waiter = select.poll()
-            waiter.register(self.sock, select.POLLIN)
-            return bool(waiter.poll(seconds * 1000))
 
     def head(self) -> bytes:
         """Return a whole head with its blank line; b"" if the stream ends before it.
-
-        Raise HeadersTooLarge, and BadRequest as soon as the bytes cannot be a head.
-        Empty lines before it are skipped: some clients send one after a body.
-        """
+        Raise HeadersTooLarge, and BadRequest as soon as the bytes cannot be a head."""
         data, end, received = b"", -1, 0
         while end < 0:
             searched = max(0, len(data) - 3)
@@ -5467,17 +5451,17 @@ class SocketReader:
             if not piece:
                 return b""
             self.is_untouched = False
-            data = _EMPTY_LINES.sub(b"", data + piece)
+            data = _EMPTY_LINES.sub(b"", data + piece)  # sent behind a body by some
             end = data.find(b"\r\n\r\n", searched)
-            if data.startswith(TLS_HELLO):
+            if data.startswith(b"\x16\x03"):  # as a client of https does
                 raise SpokenTLS("this is plain HTTP: use http://, not https://")
             received += len(piece)
             unused = len(data) - end - 4 if end >= 0 else 0
             if received - unused > MAX_HEAD:
                 raise HeadersTooLarge(f"the head is larger than {MAX_HEAD} bytes")
-            if end < 0 and _ILLEGAL_IN_HEAD.search(data, searched):
-                raise BadRequest("this is not HTTP/1 in lines that end with CRLF")
             if end < 0:
+                if _ILLEGAL_IN_HEAD.search(data, searched):
+                    raise BadRequest("this is not HTTP/1 in lines that end with CRLF")
                 self.on_timeout()  # limits a head that is sent byte by byte, too
         self.buffer = data[end + 4 :] + self.buffer
         return data[: end + 4]
@@ -5495,11 +5479,11 @@ def send_all(sock: socket.socket, data, monitor: StallMonitor):
             monitor()
 
 
-def has_disconnected(sock: socket.socket) -> bool:
-    """Return whether the other side closed the connection, or its sending half."""
+def await_event(sock: socket.socket, event: int, seconds: float) -> bool:
+    """Return whether an event of select.poll() comes within so many seconds."""
     waiter = select.poll()
-    waiter.register(sock, getattr(select, "POLLRDHUP", select.POLLHUP))
-    return bool(waiter.poll(0))
+    waiter.register(sock, event)
+    return bool(waiter.poll(seconds * 1000))
 
 
 # -- heads -----------------------------------------------------------------------------
@@ -5516,9 +5500,7 @@ _REQUEST_LINE = re.compile(
     rb"(?P<method>%b) (?P<target>[!-~\x80-\xff]+) %b" % (_TOKEN, _VERSION)
 )
 _ABSOLUTE_FORM = re.compile("(?i)https?://([^/?]+)(/[^?]*)?([?].*)?")  # of a target
-_STATUS_LINE = re.compile(
-    rb"%b (?P<status>[1-5][0-9][0-9])(?: (?P<reason>%b))?" % (_VERSION, _TEXT)
-)
+_STATUS_LINE = re.compile(rb"%b ([1-5][0-9][0-9])(?: %b)?" % (_VERSION, _TEXT))
 
 
 def as_chunk(piece) -> bytes:
@@ -5532,35 +5514,14 @@ def render_head(start: str, headers: Headers) -> bytes:
     return f"{start}\r\n{lines}\r\n".encode("latin-1")
 
 
-def end_to_end(headers: Headers) -> Headers:
+def end_to_end(head: "Head") -> Headers:
     """Return the headers without the hop-by-hop ones."""
-    dropped = HOP_BY_HOP
-    for name, value in headers:
-        if name == "connection" and value.lower() not in ("keep-alive", "close"):
-            dropped = dropped.union(map(str.strip, value.lower().split(",")))
-    return [header for header in headers if header[0] not in dropped]
+    dropped = HOP_BY_HOP.union(map(str.strip, head.connection.split(",")))
+    return [header for header in head.headers if header[0] not in dropped]
 
 
-_FRAMING_HEADERS = ("content-length", "transfer-encoding")
-_LENGTH = re.compile("[0-9]{1,18}")
-
-
-def framing_of(headers: Headers, default: Optional[int]) -> Tuple[Optional[int], bool]:
-    """Return the length of the body after these headers, and whether it is chunked.
-
-    The length is None if it is not known, `default` if no header gives it. Raise
-    BadRequest unless there is one Content-Length, a number, or one Transfer-Encoding,
-    exactly `chunked`, but not both.
-    """
-    framing = [header for header in headers if header[0] in _FRAMING_HEADERS]
-    if not framing:
-        return default, False
-    (name, value), *more = framing
-    if not more and name == "content-length" and _LENGTH.fullmatch(value):
-        return int(value), False
-    if not more and name == "transfer-encoding" and value.lower() == "chunked":
-        return None, True
-    raise BadRequest("a body needs one Content-Length, or Transfer-Encoding: chunked")
+_FRAMING = ("content-length", "transfer-encoding")
+_LENGTH = re.compile("content-length: ([0-9]{1,18})")
 
 
 def is_event_stream(headers: Mapping[str, str]) -> bool:
@@ -5575,8 +5536,9 @@ class Head:
     Raise BadRequest, HeadersTooLarge.
 
     `headers` have names in lower case; Content-Length and Transfer-Encoding are not
-    among them, but in `length` and `is_chunked`. A body with neither ends with the
-    connection. `is_persistent`: the connection may go on (of HTTP/1.0: never).
+    among them, but in `length`, which is `default` without them, and `is_chunked`. A
+    body without a length or chunks ends with the connection. `is_persistent`: the
+    connection may go on (of HTTP/1.0: never).
     """
 
     def __init__(self, raw: bytes, start_line: "re.Pattern", default: Optional[int]):
@@ -5591,8 +5553,16 @@ class Head:
             raise HeadersTooLarge(f"more than {MAX_HEADER_LINES} header lines")
         headers = [(name.lower(), value) for name, value in lines]
         self.is_http_10 = self.start["minor"] == b"0"
-        self.length, self.is_chunked = framing_of(headers, default)
-        self.headers = [each for each in headers if each[0] not in _FRAMING_HEADERS]
+        self.headers = [each for each in headers if each[0] not in _FRAMING]
+        framing = [": ".join(each).lower() for each in headers if each[0] in _FRAMING]
+        counted = _LENGTH.fullmatch("\n".join(framing))
+        self.is_chunked = framing == ["transfer-encoding: chunked"]
+        if framing and not counted and not self.is_chunked:
+            text = "a body needs one Content-Length, or Transfer-Encoding: chunked"
+            raise BadRequest(text)
+        self.length = None if framing else default
+        if counted:
+            self.length = int(counted[1])
         self._first_values = dict(reversed(self.headers))
         self.connection = ", ".join(self.all("connection")).lower()
         self.is_persistent = "close" not in self.connection and not self.is_http_10
@@ -5632,8 +5602,6 @@ class Request(Head):
 
     def parameter(self, name: str) -> Optional[str]:
         """Return the first value of a query parameter, or None."""
-        if name not in self.query:
-            return None
         query = self.query.encode("latin-1").decode("utf-8", "replace")
         pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
         return next((value for key, value in pairs if key == name), None)
@@ -5648,8 +5616,7 @@ _TRAILER = re.compile(rb"%b|\r\n" % _HEADER_LINE)
 
 def read_payload(reader: SocketReader, head: Head, held_back=0) -> Iterable[bytes]:
     """Yield the payload after a head as it arrives, but a chunk of at most `held_back`
-    bytes in one piece. Raise BadRequest, and EOFError if it ends too early.
-    """
+    bytes in one piece. Raise BadRequest, and EOFError if it ends too early."""
     if head.is_chunked:
         while size := int(reader.line(_CHUNK_SIZE)[1], 16):
             yield from _read_exactly(reader, size, held_back)
@@ -5766,12 +5733,11 @@ class RequestInfo(NamedTuple):
 
 
 def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
-    """Return which model the body of a request names.
+    """Return which model the body of a request names. Raise as `Body` does.
 
     A JSON body is read whole, a form as far as its field `model`. If the model is not
     needed, the body may be anything: what is neither JSON nor a form is not read, and a
-    form no further than SMALL_BODY. Raise BadRequest, PayloadTooLarge,
-    ClientDisconnected.
+    form no further than SMALL_BODY.
     """
     body.decode()
     body.hold(1)
@@ -5780,10 +5746,10 @@ def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
     if not (is_form or is_object or is_needed):
         return RequestInfo()
     size = SMALL_BODY if is_form else sys.maxsize
+    find = _find_in_form if is_form else _find_in_json
     while True:
         is_whole = body.hold(size)
         try:
-            find = _find_in_form if is_form else _find_in_json
             info = find(body.held, content_type)
         except BadRequest:
             if is_needed:
@@ -5836,24 +5802,12 @@ def _find_in_form(data, content_type):
 # -- edits -----------------------------------------------------------------------------
 
 
-class BodyEdits(NamedTuple):
-    """Changes to a request's JSON: names are removed, defaults fill in what it lacks,
-    overrides replace what it has, and so does `model` unless it is None."""
-
-    model: Optional[str] = None
-    overrides: Mapping[str, object] = {}
-    removed: FrozenSet[str] = frozenset()
-    defaults: Mapping[str, object] = {}
-
-
-def edited_json(members: Mapping[str, object], edits: BodyEdits) -> bytes:
-    """Return the edited object as JSON: names in their order, new ones at the end."""
-    overrides = dict(edits.overrides)
-    if edits.model is not None:
-        overrides["model"] = edits.model
-    left = {key: value for key, value in members.items() if key not in edits.removed}
-    completed = merged(left, merged(dict(edits.defaults), left))  # in the order of left
-    return to_json(merged(completed, overrides))
+def edited_json(members: Mapping[str, object], removed, defaults, overrides) -> bytes:
+    """Return the object as JSON without the `removed` names, with `defaults` for those
+    that it lacks and the `overrides`; names in their order, new ones at the end."""
+    left = {key: value for key, value in members.items() if key not in removed}
+    completed = merged(left, merged(dict(defaults), left))  # in the order of left
+    return to_json(merged(completed, dict(overrides)))
 
 
 def merged(old, new):
@@ -5893,26 +5847,22 @@ class UpstreamResponse(Head):
     def __init__(self, reader: SocketReader, method: str):
         self.reader = reader
         self.is_reusable = False  # the connection, after the end of the payload
-        self._read_head()
-        while self.status < 200 and self.status != 101:
-            self._read_head()
+        self.status = 100
+        try:
+            while self.status < 200 and self.status != 101:
+                raw = self.reader.head()
+                if not raw:
+                    raise Truncated("it closed the connection")
+                super().__init__(raw, _STATUS_LINE, None)
+                self.status = int(self.start[2])
+        except (BadRequest, HeadersTooLarge) as error:
+            raise Truncated(f"its answer is not HTTP: {error}") from None
         self.is_event_stream = is_event_stream(self._first_values)
         if self.status in (101, 204, 304):
             self.length, self.is_chunked = 0, False
         self._has_payload = method != "HEAD"
         is_delimited = self.is_chunked or self.length is not None
         self.ends_with_connection = self._has_payload and not is_delimited
-
-    def _read_head(self):
-        try:
-            raw = self.reader.head()
-            if not raw:
-                raise Truncated("it closed the connection")
-            super().__init__(raw, _STATUS_LINE, None)
-        except (BadRequest, HeadersTooLarge) as error:
-            raise Truncated(f"its answer is not HTTP: {error}") from None
-        self.status = int(self.start["status"])
-        self.reason = (self.start["reason"] or b"").decode("latin-1")
 
     def pieces(self) -> Iterable[bytes]:
         """Yield the payload as it arrives, of an event stream only whole chunks, so
@@ -5931,13 +5881,10 @@ class UpstreamResponse(Head):
 
 
 class ClientResponse:
-    """One answer to one request, framed as the client can read it. One thread uses it.
+    """One answer to one request, framed as the client can read it, with the `extra`
+    headers. One thread uses it."""
 
-    `wants_events`: the client asked for a stream of events; while it waits it gets an
-    early head and comments. `extra` headers go with every answer.
-    """
-
-    wants_events = False
+    wants_events = False  # while it waits it gets an early head and comments
     is_for_anthropic = False  # whose SDK expects errors of another shape
     status = 0  # of the head; 0 until there is one
     is_early = False  # the head was sent before the backend's was known
@@ -5947,8 +5894,7 @@ class ClientResponse:
     is_cancelled = False  # set by another thread to end the request
     sent = 0  # bytes of payload
     _head = b""  # to be sent with the first piece
-    _is_chunked = _is_counted = False
-    _is_events = False
+    _is_chunked = _is_counted = _is_events = False
     _first = _last = b""  # bytes of the payload
 
     def __init__(self, sock: socket.socket, request: Optional[Request], extra: Headers):
@@ -5960,32 +5906,32 @@ class ClientResponse:
         self._comment_at = time.monotonic() + EARLY_HEAD_AFTER
         self._stall = StallMonitor(STALL_SECONDS, ClientDisconnected())
 
-    def begin(self, status: int, reason: str, headers: Headers, length: Optional[int]):
+    def begin(self, status: int, headers: Headers, length: Optional[int]):
         """Set the head, which is sent with the first piece, or by `flush`."""
         self.status, self._is_counted = status, length is not None
         self._is_events = length is None and is_event_stream(dict(headers))
+        self._is_chunked = length is None and not (self._is_http_10 or self._is_head)
         framing = []
-        if length is None and not (self._is_http_10 or self._is_head):
-            self._is_chunked = True
+        if self._is_chunked:
             framing.append(("transfer-encoding", "chunked"))
         elif length is not None and status not in (101, 204, 304):
             framing.append(("content-length", str(length)))
         if status != 101 and not self.is_persistent:
             framing.append(("connection", "close"))
+        reason = http.client.responses.get(status, "")
         start = f"HTTP/1.1 {status} {reason}"
         self._head = render_head(start, headers + self.extra + framing)
 
     def answer(self, status: int, headers: Headers, payload: bytes):
         """Send a whole response."""
-        reason = http.client.responses.get(status, "Client Closed Request")  # of nginx
-        self.begin(status, reason, headers, len(payload))
+        self.begin(status, headers, len(payload))
         self.send(payload)
         self.end()
 
     def begin_events(self):
         """Begin a stream of events of our own, which a backend's may continue."""
         headers = [("content-type", "text/event-stream"), ("cache-control", "no-cache")]
-        self.begin(200, "OK", [*headers, ("x-accel-buffering", "no")], None)
+        self.begin(200, [*headers, ("x-accel-buffering", "no")], None)
 
     def send(self, piece):
         """Send a piece of payload, after the head if that was not sent yet."""
@@ -6032,7 +5978,7 @@ class ClientResponse:
     def heartbeat(self):
         """Keep a waiting client from giving up, if called every POLL_INTERVAL. Raise
         ClientDisconnected, RequestCancelled."""
-        if has_disconnected(self.sock):
+        if await_event(self.sock, _HANG_UP, 0):
             raise ClientDisconnected
         self._check_cancelled()
         self.flush()
@@ -6040,12 +5986,11 @@ class ClientResponse:
         if is_due and self.wants_events and not self.status:
             self.is_early = True
             self.begin_events()
-        if self._is_events and self._is_between_events():
-            is_waiting = self.is_early and not self.sent
-            event = self.notice() if self.notice and is_waiting else b""
-            event = event or (b":\n\n" if is_due else b"")
-            if event:
-                self._put_framed(event)
+        event = b":\n\n" if is_due else b""
+        if self.notice and self.is_early and not self.sent:
+            event = self.notice() or event
+        if event and self._is_between_events():
+            self._put_framed(event)
 
     def _check_cancelled(self):
         """Raise RequestCancelled, once, if the request was cancelled."""
@@ -6055,12 +6000,8 @@ class ClientResponse:
 
     def _is_between_events(self):
         sent = b"\n\n" + self.excerpt
-        return sent.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
-
-    @property
-    def is_within_line(self) -> bool:
-        """Whether an event stream stopped in the middle of a line."""
-        return self._is_events and self.excerpt[-1:] not in (b"", b"\n", b"\r")
+        is_complete = sent.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
+        return self._is_events and is_complete
 
     def error_event(self, body: dict) -> bytes:
         """Return an event that the client's SDK raises as this error."""
@@ -6069,13 +6010,10 @@ class ClientResponse:
         return b"event: error\ndata: " + to_json({"type": "error", **body}) + b"\n\n"
 
     def abort(self, problem: APIError):
-        """End a response that broke off, in a way that the client notices.
-
-        Between two events the reason is sent as one. A body without length or chunks
-        ends by a reset, as a normal end of the connection would make it look complete.
-        """
+        """End a response that broke off so that the client notices: between two events
+        by an event, without a length or chunks by a reset."""
         with contextlib.suppress(ClientDisconnected):
-            if self._is_events and self._is_between_events():
+            if self._is_between_events():
                 self.send(self.error_event(error_body(problem)))
             self.flush()
         self.is_persistent = False
@@ -6083,7 +6021,7 @@ class ClientResponse:
         if not self._is_chunked and not self._is_counted:
             linger = struct.pack("ii", 1, 0)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            self.sock.close()  # at once: after a shutdown() it would end normally
+            self.sock.close()  # after a shutdown() it would end normally
 
 
 def error_body(problem: APIError) -> dict:
@@ -6096,29 +6034,27 @@ def error_body(problem: APIError) -> dict:
 
 
 class UpstreamRequest(NamedTuple):
-    """A request as the backend gets it. A `rest`, which reads what is not held of the
-    body, can be sent only once."""
+    """A request as the backend gets it."""
 
     method: str
     target: str
     headers: Headers
-    held: Sequence  # of bytes or the like
+    held: bytes
     length: Optional[int]  # of all of the body; None: unknown, sent chunked
-    rest: Optional[Body] = None
+    rest: Optional[Body] = None  # reads what is not held; it can be sent only once
 
 
 def relay(
     outgoing: UpstreamRequest, backend: Backend, response: ClientResponse, transform_of
 ):
-    """Send the request to the backend and its answer to the client.
+    """Send the request to the backend and its answer to the client; if the answer
+    breaks off, so does the response.
 
-    Raise ClientDisconnected, and BackendDied if there was no answer: then the client
-    was sent an early head at most. If the answer breaks off, so does the response.
-    `transform_of(answer)` returns None, or an object like RepairStream whose `feed` and
-    `finish` change the payload.
+    `transform_of(answer)` returns None, or an object like RepairStream, which changes
+    the payload. Raise ClientDisconnected, and BackendDied if there was no answer: then
+    the client was sent an early head at most.
     """
-    path = outgoing.target.partition("?")[0]
-    upstream = backend.upstream
+    upstream, path = backend.upstream, outgoing.target.partition("?")[0]
     if upstream.base_path and _PATH_TRAVERSAL.search(path):
         raise BadRequest("the path must not lead out of the model server's own path")
     monitor = StallMonitor(STALL_CHECK_AFTER, backend.report_stall, response.heartbeat)
@@ -6147,11 +6083,9 @@ _PATH_TRAVERSAL = re.compile(r"(?i)(?:[/\\]|%2f|%5c)(?:\.|%2e){2}(?:[/\\;]|%2f|%
 
 
 def _ask(outgoing, upstream, monitor):
-    """Send the request; return the answer, of which only the head was read.
-
-    A kept connection that the backend has closed is replaced by a new one. As that may
-    happen at any moment, none is used for a body that can be sent only once.
-    """
+    """Send the request; return the answer, of which only the head was read. As the
+    backend may have closed a kept connection, none is used for a body that can be sent
+    only once."""
     while True:
         try:
             sock, was_used = upstream.connect()
@@ -6184,12 +6118,12 @@ def _send(outgoing, upstream, sock, monitor):
         headers.append(("content-length", str(outgoing.length)))
     start = f"{outgoing.method} {upstream.base_path}{outgoing.target} HTTP/1.1"
     head, held = render_head(start, headers), outgoing.held
-    if not is_chunked and sum(map(len, held)) < BUFFER_SIZE:
-        head, held = b"".join([head, *held]), ()  # one packet for most requests
+    if not is_chunked and len(held) < BUFFER_SIZE:
+        head, held = head + held, b""  # one packet for most requests
     rest = outgoing.rest.rest() if outgoing.rest is not None else ()
     try:
         send_all(sock, head, monitor)
-        for piece in filter(len, itertools.chain(held, rest)):
+        for piece in filter(len, itertools.chain([held], rest)):
             send_all(sock, as_chunk(piece) if is_chunked else piece, monitor)
         if is_chunked:
             send_all(sock, as_chunk(b""), monitor)
@@ -6197,18 +6131,21 @@ def _send(outgoing, upstream, sock, monitor):
         pass  # it may have answered before it read everything
 
 
+_LINE_ENDS = (b"", b"\n", b"\r")
+
+
 def _pass_on(answer, backend, response, transform):
     """Pass the answer on piece by piece; if it breaks off, abort the response."""
     if not response.is_early:
         length = None if transform else answer.length
-        response.begin(answer.status, answer.reason, _response_headers(answer), length)
+        response.begin(answer.status, _response_headers(answer), length)
     problem = None
     try:
         for piece in answer.pieces():
             backend.upstream.mark_alive()
             response.send(transform.feed(piece) if transform else piece)
-        is_ambiguous = answer.ends_with_connection  # as it would by a crash
-        if is_ambiguous and (response.is_within_line or backend.died(0.05)):
+        is_partial = answer.is_event_stream and response.excerpt[-1:] not in _LINE_ENDS
+        if answer.ends_with_connection and (is_partial or backend.died(0.05)):
             raise Truncated("the connection ended in the middle of the answer")
     except Truncated as error:
         problem = BackendDied(f"the backend broke off: {error}")
@@ -6222,11 +6159,7 @@ def _pass_on(answer, backend, response, transform):
 
 
 def _response_headers(answer):
-    headers = [
-        (name, value)
-        for name, value in end_to_end(answer.headers)
-        if not name.startswith("access-control-")
-    ]
+    headers = [h for h in end_to_end(answer) if not h[0].startswith("access-control-")]
     if answer.is_event_stream and not answer.get("x-accel-buffering"):
         headers.append(("x-accel-buffering", "no"))  # else nginx collects the events
     return headers
@@ -6252,7 +6185,7 @@ def _tunnel(answer, response):
     """Pass bytes both ways after an upgrade, until either side ends."""
     upgrade = [("connection", "upgrade"), ("upgrade", answer.get("upgrade"))]
     response.is_persistent = False
-    response.begin(101, answer.reason, _response_headers(answer) + upgrade, 0)
+    response.begin(101, _response_headers(answer) + upgrade, 0)
     response.flush()
     client, backend = SocketReader(response.sock), answer.reader
     backend.on_timeout = client.on_timeout
@@ -6277,17 +6210,17 @@ def _copy(source, target):
 #    Never knows HTTP or models.
 # ==================================================================================
 
-# Valid JSON stays as it is. Other text is read once, from left to right, by a reader
-# that accepts almost anything as a key, a colon or a value, and at the end closes what
-# is open. As quotes within a string may lack their backslash, a quote ends the string
-# only if JSON could go on behind it: by a comma and a key, by closing what is open, or
-# by the end of the text. Lookahead is bounded, so time is linear for any text.
+# Valid JSON stays as it is. Other text is read once, by a reader that accepts almost
+# anything as a key, a colon or a value, and at the end closes what is open. As quotes
+# within a string may lack their backslash, a quote ends the string only if JSON could
+# go on behind it. Lookahead is bounded, so time is linear for any text.
 
 MAX_DEPTH = 400  # json itself stops near 1000
 MAX_OBJECTS = 32  # tried in one text
 CUT_OFF = {"length", "max_tokens", "model_context_window_exceeded", "content_filter"}
 
-_ESCAPE = re.compile(r"\\(?:u[\da-fA-F]{4}|[\"\\/nrt'`])|[\"\\]")
+_ESCAPES = r"(\\(?:u[\da-fA-F]{4}|[\"\\%s]))|\\(['`])|[\"\\]"
+_ESCAPE, _ESCAPE_IN_PATH = re.compile(_ESCAPES % "/nrt"), re.compile(_ESCAPES % "")
 _DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\(?=[^\\\"'])")
 _WORDS = dict.fromkeys("null none nil undefined nan inf infinity".split())
 _WORDS.update(true=True, false=False)
@@ -6313,15 +6246,9 @@ def _unescaped(raw):
     A backslash that begins no escape stands for itself, as in the regular expression
     \\bx and the path C:\\new.
     """
-    escapes = '"\\u' if _DRIVE.search(raw) else "\"\\unrt/'`"
-
-    def corrected(match):
-        letter = match[0][1:2]
-        if letter and letter in "'`":
-            return letter
-        return match[0] if letter and letter in escapes else "\\" + match[0]
-
-    return json.loads(f'"{_ESCAPE.sub(corrected, raw)}"', strict=False)
+    escape = _ESCAPE_IN_PATH if _DRIVE.search(raw) else _ESCAPE
+    text = escape.sub(lambda match: match[1] or match[2] or "\\" + match[0], raw)
+    return json.loads(f'"{text}"', strict=False)
 
 
 _CLOSERS = {"{": "}", "[": "]", "(": ")"}
@@ -6483,21 +6410,17 @@ class _Reader:
             after = _GAP.match(text, at).end()
         if after >= len(text) or text.startswith("```", after):
             return True
-        if self._closers[depth - 1] == "}":
-            return self._is_member(after, role)
-        return text[after] in ",;，；:" or bool(after > at and _VALUE.match(text, after))
-
-    def _is_member(self, after, role):
-        """Whether the next member of an object can follow at `after`."""
-        text = self.text
-        is_bare = role in ("bare", "scalar")
-        if text[after] in ",;，；":
+        is_comma = text[after] in ",;，；"
+        if self._closers[depth - 1] != "}":
+            is_value = after > at and _VALUE.match(text, after)
+            return is_comma or text[after] == ":" or bool(is_value)
+        if is_comma:
             if role == "scalar" and not text[after + 1 : after + 2].isdigit():
                 return True
             after = _COMMAS.match(text, after).end()
             if _AFTER_COMMA.match(text, after):
                 return True
-            is_bare = True
+        is_bare = is_comma or role in ("bare", "scalar")
         return bool(_KEY.match(text, after) or is_bare and _BARE_KEY.match(text, after))
 
     def _read_bare(self, key):
@@ -6669,8 +6592,7 @@ class RepairStream:
 
     Other events pass at once. Fragments of arguments are held until their choice or
     block ends, then sent as they came or, if they need repair, with the whole text in
-    the first and none in the others. A call that was cut off is sent as it came. An
-    answer that is no stream is held until its end.
+    the first. An answer that is no stream is held until its end.
     """
 
     def __init__(self):
@@ -6716,26 +6638,22 @@ class RepairStream:
         fragments = {key: member[name] for key, member, name in calls}
         for key in fragments:
             self._open.setdefault(key, [])
+        is_named = any(member.get("name") for _, member, _ in calls)
         block = None, payload.get("index", 0)
-        if any(fragments.values()):
-            if ends or not any(member.get("name") for _, member, _ in calls):
-                event = self._hold(event, fragments)
-            else:
-                event = self._split_arguments(event, payload, calls)
+        if any(fragments.values()) and is_named and not ends:
+            for (choice, tool), function, name in calls:  # names need not wait
+                text, function[name] = function[name], ""
+                call = {"index": tool, "function": {"arguments": text}}
+                lone = {"index": choice, "delta": {"tool_calls": [call]}}
+                lone = {**payload, "choices": [{**lone, "finish_reason": None}]}
+                self._hold(_with_data(event, lone), {(choice, tool): text})
+            event = _with_data(event, payload)
+        elif any(fragments.values()):
+            event = self._hold(event, fragments)
         elif payload.get("type") == "content_block_stop" and block in self._open:
             event = self._hold(event, {block: ""})  # the next says if it was cut off
         ended = [key for key in self._open if key[0] in ends]
         return self._settle(ended, _cut_off(ended, ends)) + event
-
-    def _split_arguments(self, event, payload, calls):
-        """Return the event without arguments; hold these in events of their own."""
-        for (choice, tool), function, name in calls:
-            text, function[name] = function[name], ""
-            call = {"index": tool, "function": {"arguments": text}}
-            lone = {"index": choice, "delta": {"tool_calls": [call]}}
-            lone = {**payload, "choices": [{**lone, "finish_reason": None}]}
-            self._hold(_with_data(event, lone), {(choice, tool): text})
-        return _with_data(event, payload)
 
     def _hold(self, event, fragments):
         for key, text in fragments.items():
@@ -6791,24 +6709,21 @@ class StatusReport(NamedTuple):
 def snapshot(report: StatusReport) -> dict:
     """Return what the page shows, ready for JSON: the report without its metrics, and
     each model's ModelStatus without pid, port and entry."""
-    shown = {**report._asdict(), "models": []}
-    del shown["metrics"]
+    models = []
     for model in report.models:
-        fields = model._asdict()
-        for name in ("pid", "port", "entry"):
-            del fields[name]
-        fields["failure"] = str(model.failure) if model.failure else None
-        shown["models"].append(fields)
-    return shown
+        failure = str(model.failure) if model.failure else None
+        fields = model._replace(failure=failure)._asdict()
+        del fields["pid"], fields["port"], fields["entry"]
+        models.append(fields)
+    return report._replace(models=models, metrics=None)._asdict()
 
 
 def printable(text: str) -> str:
     """Return the text without colours, with control characters as \\xNN, so that a
     terminal does not obey them. Line feeds stay, tabs become blanks."""
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", text).expandtabs().split("\n")
-    return "\n".join(
-        CONTROL_CHARS.sub(lambda match: ascii(match[0])[1:-1], line) for line in lines
-    )
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text).expandtabs()
+    shown = lambda char: "\n" if char[0] == "\n" else ascii(char[0])[1:-1]  # noqa: E731
+    return CONTROL_CHARS.sub(shown, text)
 
 
 # -- numbers in answers ----------------------------------------------------------------
@@ -6866,9 +6781,17 @@ def speed_of(usage: Usage, seconds: float) -> Optional[float]:
 # -- Prometheus ------------------------------------------------------------------------
 
 METRICS_TYPE = ("content-type", "text/plain; version=0.0.4; charset=utf-8")
-# Kind; field of ModelStatus (gauges) or name in Metrics; metric, with llmswap_
-# before it; help; labels beside `model`.
+# Kind; source in _cells_of(); metric, with llmswap_ before it; help; labels, which are
+# `model` if there are none.
 METRICS = (
+    ("gauge", "build", "build_info", "Version of llmswap.", "version", "python"),
+    ("gauge", "born", "process_start_time_seconds", "Unix time of the start."),
+    ("counter", "cpu", "process_cpu_seconds_total", "CPU time of llmswap."),
+    ("gauge", "memory", "process_resident_memory_bytes", "Memory of llmswap."),
+    ("gauge", "budget", "budget_bytes", "What all models may use.", "resource"),
+    ("gauge", "needs", "model_needs_bytes", "What a model needs.", "model", "resource"),
+    ("gauge", "states", "model_state", "1 for the state of a model, else 0.",
+     "model", "state"),
     ("gauge", "running", "requests_in_flight", "Requests that a model serves now."),
     ("gauge", "waiting", "requests_queued", "Requests that wait for a model."),
     ("gauge", "rss", "model_resident_memory_bytes", "Memory of a model's processes."),
@@ -6877,7 +6800,7 @@ METRICS = (
     ("gauge", "progress", "load_progress_ratio", "Progress of a load, if known."),
     ("gauge", "tokens_per_second", "last_tokens_per_second", "Speed of last answer."),
     ("counter", "requests", "requests_total",
-     "Ended requests; status 499: the client left.", "status"),
+     "Ended requests; status 499: the client left.", "model", "status"),
     ("counter", "tokens_in", "prompt_tokens_total", "Prompt tokens, as reported."),
     ("counter", "tokens_out", "completion_tokens_total", "New tokens, as reported."),
     ("counter", "tokens_cached", "prompt_tokens_cached_total",
@@ -6885,90 +6808,74 @@ METRICS = (
     ("counter", "bytes_in", "request_bytes_total", "Bytes of request bodies."),
     ("counter", "bytes_out", "response_bytes_total", "Bytes of response bodies."),
     ("counter", "swaps", "swaps_total", "Loads for which a model was evicted."),
-    ("counter", "stops", "stops_total", "Stops of models by cause.", "cause"),
-    ("counter", "failures", "failures_total", "Runs that failed, by state.", "state"),
+    ("counter", "stops", "stops_total", "Stops of models.", "model", "cause"),
+    ("counter", "failures", "failures_total", "Runs that failed.", "model", "state"),
     ("counter", "context_tokens", "context_tokens_total",
-     "Tokens of contexts that were saved or restored.", "action"),
+     "Tokens of contexts that were saved or restored.", "model", "action"),
     ("counter", "context_seconds", "context_seconds_saved_total",
      "Seconds of prompt processing that restored contexts saved."),
     ("histogram", "durations", "request_duration_seconds", "Time of whole requests."),
     ("histogram", "waits", "request_wait_seconds", "Time waiting for the model."),
     ("histogram", "loads", "load_duration_seconds", "Time until a model is ready."),
-)
+)  # fmt: skip
 
 
 def metrics_text(report: StatusReport) -> str:
     """Return everything in Prometheus' text format, version 0.0.4."""
-    lines = []
-    families = (*_process_metrics(report), *_model_metrics(report))
-    for kind, name, text, samples in families:
+    lines, cells = [], _cells_of(report)
+    for kind, source, name, text, *labels in METRICS:
+        name = name if name.startswith("process_") else f"llmswap_{name}"
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-        for suffix, labels, number in samples:
-            pairs = ",".join(f'{key}={_quoted(text)}' for key, text in labels.items())
-            inner = "{" + pairs + "}" if pairs else ""
+        labels = labels or ["model"]
+        samples = [("", values, number) for values, number in cells[source]]
+        if kind == "histogram":
+            labels.append("le")
+            samples = _buckets(dict(cells[source]), cells[f"{source}_sum"])
+        for suffix, values, number in samples:
+            pairs = []
+            for label, value in zip(labels, values):  # JSON quotes as Prometheus does
+                quoted = json.dumps(printable(str(value)), ensure_ascii=False)
+                pairs.append(f"{label}={quoted}")
+            inner = "{" + ",".join(pairs) + "}" if pairs else ""
             lines += [] if number is None else [f"{name}{suffix}{inner} {number!r}"]
     return "\n".join(lines) + "\n"
 
 
-def _quoted(value):
-    text = printable(str(value)).replace("\\", r"\\").replace('"', r"\"")
-    return '"' + text.replace("\n", r"\n") + '"'
+def _cells_of(report):
+    """Return {source: [(values of its labels, number or None)]}."""
+    cells = collections.defaultdict(list)
+    for (source, *values), number in sorted(report.metrics.items(), key=repr):
+        cells[source].append((tuple(values), number))
+    python = "{}.{}.{}".format(*sys.version_info)
+    cells["build"] = [((report.version, python), 1)]
+    cells["born"] = [((), report.born)]
+    cells["cpu"] = [((), time.process_time())]
+    cells["memory"] = [((), memory_of(os.getpid()).get("VmRSS"))]
+    cells["swaps"] = [((), report.metrics["swaps",])]
+    cells["budget"] = [((name,), size) for name, size in report.budget.items()]
+    gauges = "running waiting rss vram context progress tokens_per_second".split()
+    for model in report.models:
+        if model.shares is not None:
+            continue
+        for source in gauges:
+            cells[source].append(((model.id,), getattr(model, source)))
+        for state in State:
+            is_now = int(model.state == state.value)
+            cells["states"].append(((model.id, state.value), is_now))
+        for name, size in model.needs.items():
+            cells["needs"].append(((model.id, name), size))
+    return cells
 
 
-def _process_metrics(report):
-    """Yield kind, name, help, and samples: a suffix of the name, labels, a number."""
-    build = {"version": report.version, "python": "{}.{}.{}".format(*sys.version_info)}
-    yield "gauge", "llmswap_build_info", "Version of llmswap.", [("", build, 1)]
-    rss, cpu = memory_of(os.getpid()).get("VmRSS"), time.process_time()
-    for kind, name, text, number in (
-        ("gauge", "process_start_time_seconds", "Unix time of the start.", report.born),
-        ("counter", "process_cpu_seconds_total", "CPU time of llmswap.", cpu),
-        ("gauge", "process_resident_memory_bytes", "Memory of llmswap.", rss),
-    ):
-        yield kind, name, text, [("", {}, number)]
-
-
-def _model_metrics(report):
-    """Yield the same for the models."""
-    own = [model for model in report.models if model.shares is None]
-    yield "gauge", "llmswap_model_state", "1 for the state of a model, else 0.", [
-        ("", {"model": model.id, "state": state.value}, int(model.state == state.value))
-        for model in own
-        for state in State
-    ]
-    yield "gauge", "llmswap_budget_bytes", "What all models may use of a resource.", [
-        ("", {"resource": name}, size) for name, size in report.budget.items()
-    ]
-    yield "gauge", "llmswap_model_needs_bytes", "What a model needs of a resource.", [
-        ("", {"model": model.id, "resource": name}, size)
-        for model in own
-        for name, size in model.needs.items()
-    ]
-    counts = collections.defaultdict(list)
-    for (source, *labels), value in sorted(report.metrics.items(), key=repr):
-        counts[source].append((labels, value))
-    for kind, source, name, text, *labels in METRICS:
-        if kind == "gauge":
-            samples = [("", {"model": each.id}, getattr(each, source)) for each in own]
-        elif kind == "counter":
-            cells = counts[source] or ([((), 0)] if source == "swaps" else [])
-            names = ("model", *labels)  # zip() drops it for swaps, which have no model
-            samples = [("", dict(zip(names, values)), n) for values, n in cells]
-        else:
-            samples = _buckets(counts[source], counts[f"{source}_sum"])
-        yield kind, f"llmswap_{name}", text, samples
-
-
-def _buckets(cells, sums):
+def _buckets(counts, sums):
     """Yield each model's cumulative buckets, their sum and their count."""
-    cells = {tuple(labels): value for labels, value in cells}
     for (model,), total in sums:
         reached = 0
         for index, bound in enumerate((*BUCKETS, "+Inf")):
-            reached += cells.get((model, index), 0)
-            yield "_bucket", {"model": model, "le": bound}, reached
-        yield "_sum", {"model": model}, total
-        yield "_count", {"model": model}, reached
+            reached += counts.get((model, index), 0)
+            yield "_bucket", (model, bound), reached
+        yield "_sum", (model,), total
+        yield "_count", (model,), reached
 
 
 # -- the status page -------------------------------------------------------------------
@@ -7021,8 +6928,8 @@ pre {
   background: var(--ground); font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace;
 }
 
-header, .buttons, .send, .sheet h2, #log h2, .request { display: flex; gap: 0 10px; }
-header, .buttons, .sheet h2, #log h2 { align-items: center; }
+header, .buttons, .send, #log h2, .request { display: flex; gap: 0 10px; }
+header, .buttons, #log h2 { align-items: center; }
 header { flex-wrap: wrap; gap: 6px 20px; padding: 20px 0 16px; }
 #totals { flex: 1; }
 #search { width: 200px; }
@@ -7066,8 +6973,10 @@ main li:first-child { border: 0; }
 .buttons { gap: 0; }
 .buttons :last-child { margin-left: 6px; min-width: 88px; }
 .model > dl, .why, progress { grid-column: 2 / -1; }
-dl { display: flex; flex-wrap: wrap; gap: 10px 24px; padding-top: 10px; }
-dl div { min-width: 100px; }
+dl {
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(100px, 1fr));
+  gap: 10px 24px; padding-top: 10px;
+}
 dt { font-size: 12px; }
 dt::first-letter { text-transform: uppercase; }
 progress { width: 100%; height: 8px; margin-top: 12px; accent-color: var(--loading); }
@@ -7080,7 +6989,6 @@ aside { padding-top: 27px; }
 .sheet > * + * { margin-top: 10px; }
 .sheet h2, #log h2 { margin: 0 0 10px; color: inherit; font-size: 15px; }
 :is(h2 :last-child, #connection) { margin-left: auto; }
-#filter { width: auto; max-width: 60%; padding-block: 3px; font-weight: 400; }
 #recent { max-height: 50vh; overflow: auto; margin: 0 -14px -14px; }
 #recent:empty::before { content: "None yet"; padding: 14px; color: var(--soft); }
 .request { align-items: baseline; padding: 8px 14px 9px; }
@@ -7092,7 +7000,7 @@ summary::after { content: "\203a" / ""; color: var(--soft); }
 .by { flex: 1; overflow-wrap: break-word; }
 .sum { flex-basis: 100%; order: 1; }
 details:not([open]) .sum { max-height: 2.9em; overflow: hidden; }
-details dl div:last-child { flex-basis: 100%; white-space: pre-line; }
+details dl div:last-child { grid-column: 1 / -1; white-space: pre-line; }
 #answer p { white-space: pre-wrap; }
 #thought { padding-left: 12px; border-left: 2px solid var(--line); }
 
@@ -7107,9 +7015,7 @@ dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16p
   .columns { display: block; }
   aside { padding: 0; }
   #recent { max-height: none; }
-  input, select, textarea, #filter { font-size: 16px; }
-}
-@media (max-width: 620px) {
+  input, select, textarea { font-size: 16px; }
   .model { grid-template-columns: 12px minmax(0, 1fr) auto; gap: 0 10px; }
   .buttons { grid-column: 2 / -1; grid-row: 9; margin: 10px 0 0 -8px; }
   .buttons :last-child { margin-left: auto; }
@@ -7117,8 +7023,6 @@ dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16p
   .rest .state { grid-column: 2 / -1; text-align: left; }
   .rest [data-do=log] { display: none; }
   h3 small { display: block; margin: 0; }
-  dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)); }
-  details dl div:last-child { grid-column: 1 / -1; }
 }
 """
 
@@ -7194,14 +7098,6 @@ function paintRows(ul, template, items, paintRow) {
   });
 }
 
-function setOptions(select, ids, ...first) {
-  const before = select.value;
-  if (select.dataset.ids === `${ids}`) return;
-  select.dataset.ids = ids;
-  select.replaceChildren(...first, ...ids.map((id) => new Option(id)));
-  if (ids.includes(before)) select.value = before;
-}
-
 function paintFacts(dl, facts) {
   const shown = Object.entries(facts).filter(([, fact]) => fact);
   if (dl.dataset.shown === `${shown}`) return;
@@ -7265,7 +7161,6 @@ async function* events(answer) {
 
 // ---- Snapshots: one stream, while the page is visible ----
 
-const pause = (ms) => new Promise((done) => setTimeout(done, ms));
 const age = () => (Date.now() - snapshotAt) / 1000;
 let stream = new AbortController();
 let lastByteAt = Date.now();
@@ -7276,7 +7171,7 @@ function showConnection(text) {
 }
 
 async function followSnapshots() {
-  for (;; await pause(1000)) {
+  for (;; await new Promise((done) => setTimeout(done, 1000))) {
     if (document.hidden) continue;
     try {
       stream = new AbortController();
@@ -7315,32 +7210,33 @@ setInterval(() => {
 const groups = {unusable: "broken", failed: "broken", unloaded: "rest"};
 const groupOf = ({state}) => groups[state] || "held";
 
+function matches(...texts) {
+  return join(texts).toLowerCase().includes($("search").value.trim().toLowerCase());
+}
+
 function paint() {
   const {models} = snapshot, own = models.filter(({shares}) => !shares);
   const focused = document.activeElement;
-  paintModels(models);
-  paintRows($("recent"), "request-row", recent, paintRequest);
-  for (const [id, row] of rows) if (!row.isConnected) rows.delete(id);
-  keepFocus(focused);
-  show($("no-models"), !models.length);
-  setText($("problem"), snapshot.problem);
-  show($("search"), models.length > 12);
-  paintTotals(own);
-  paintBudget(own);
-  paintPrompt(models);
-}
-
-function paintModels(models) {
-  const query = $("search").value.trim().toLowerCase();
-  const matching = models.filter(({id, aliases, description}) =>
-    join([id, ...aliases, description]).toLowerCase().includes(query));
+  const found = models.filter(({id, aliases, description}) =>
+    matches(id, ...aliases, description));
   for (const section of document.querySelectorAll("main section")) {
     const [heading, ul] = section.children;
-    const group = matching.filter((model) => groupOf(model) === section.className);
+    const group = found.filter((model) => groupOf(model) === section.className);
     paintRows(ul, "model-row", group, paintModel);
     setText(heading.lastElementChild, group.length);
     show(section, group.length);
   }
+  paintRows($("recent"), "request-row", recent.filter((request) =>
+    matches(request.model, request.asked, request.user_agent, request.session)),
+    paintRequest);
+  for (const [id, row] of rows) if (!row.isConnected) rows.delete(id);
+  keepFocus(focused);
+  show($("no-models"), !models.length);
+  setText($("problem"), snapshot.problem);
+  show($("search"), models.length > 1);
+  paintTotals(own);
+  paintBudget(own);
+  paintPrompt(models);
 }
 
 function keepFocus(focused) { // a row loses it by moving, a button by being hidden
@@ -7455,20 +7351,12 @@ document.addEventListener("click", async (event) => {
   const button = event.target.closest("[data-do]");
   if (!button || button.ariaDisabled === "true") return;
   if (event.detail > 1) return; // the second of a double click on Load would cancel
-  const id = button.closest("li")?.dataset.id || "";
   try {
-    await actions[button.dataset.do](id);
+    await actions[button.dataset.do](button.closest("li")?.dataset.id || "");
   } catch (error) {
-    openLog(id || "llmswap");
-    $("lines").append(error.message);
+    alert(error.message);
   }
 });
-
-function openLog(title) {
-  setText($("log-title"), title);
-  $("lines").replaceChildren();
-  $("log").showModal();
-}
 
 async function followLog(id) {
   const reading = new AbortController(), {signal} = reading, lines = $("lines");
@@ -7478,7 +7366,9 @@ async function followLog(id) {
     while (lines.childNodes.length > 3000) lines.firstChild.remove();
     if (isAtEnd) lines.scrollTop = lines.scrollHeight;
   };
-  openLog(`Log of ${id || "llmswap"}`);
+  setText($("log-title"), `Log of ${id || "llmswap"}`);
+  lines.replaceChildren();
+  $("log").showModal();
   $("log").onclose = () => reading.abort();
   try {
     const answer = await request(`/logs/stream/${encodeURIComponent(id)}`, {signal});
@@ -7492,17 +7382,16 @@ async function followLog(id) {
 
 let recent = []; // those in flight, then those that ended; received at recentAt
 let recentAt = 0;
-let recentKey = ""; // the state and filter for which they were fetched
+let recentKey = ""; // the state for which they were fetched
 let isFetching = false;
 
 async function fetchRequests() {
-  const only = $("filter").value, {born, requests} = snapshot;
-  const wanted = `${born} ${requests} ${only}`;
+  const limit = $("search").value ? 500 : 100;
+  const wanted = `${snapshot.born} ${snapshot.requests} ${limit}`;
   if (isFetching || wanted === recentKey) return;
   [isFetching, recentKey] = [true, wanted];
   try {
-    const query = only && `&model=${encodeURIComponent(only)}`;
-    const answer = await request(`/api/requests?limit=100${query}`);
+    const answer = await request(`/api/requests?limit=${limit}`);
     recent = (await answer.json()).requests;
   } catch { /* retried when the stream of snapshots has reconnected */ }
   [isFetching, recentAt] = [false, Date.now()];
@@ -7552,8 +7441,10 @@ function summaryOf(request) {
   ], ", ");
 }
 
-$("filter").addEventListener("change", fetchRequests);
-$("search").addEventListener("input", paint);
+$("search").addEventListener("input", () => {
+  paint();
+  fetchRequests();
+});
 
 // ---- A prompt, and its streaming answer ----
 
@@ -7564,8 +7455,12 @@ function paintPrompt(models) {
   const usable = models.filter(({state}) => state !== "unusable");
   const loaded = usable.find(({state}) => state === "loaded");
   show($("prompt"), usable.length);
-  setOptions($("model"), usable.map(({id}) => id));
-  setOptions($("filter"), models.map(({id}) => id), new Option("All models", ""));
+  const ids = usable.map(({id}) => id), before = $("model").value;
+  if ($("model").dataset.ids !== `${ids}`) {
+    $("model").dataset.ids = ids;
+    $("model").replaceChildren(...ids.map((id) => new Option(id)));
+    if (ids.includes(before)) $("model").value = before;
+  }
   if (loaded && !isChosen && !chatAbort) $("model").value = loaded.id;
   setText($("send"), chatAbort ? "Stop" : "Send");
   $("send").className = chatAbort ? "" : "main";
@@ -7580,30 +7475,24 @@ async function send() {
   show($("answer"), true);
   setText($("stats"), `waiting for ${model}`);
   paint();
+  const {signal} = chatAbort, messages = [{role: "user", content}];
+  const body = {model, messages, stream: true, stream_options: {include_usage: true}};
   try {
-    await chat(model, content, chatAbort.signal);
+    const answer = await post("/v1/chat/completions", body, signal);
+    for await (const data of events(answer)) {
+      const {error, choices} = data === "[DONE]" ? {} : JSON.parse(data);
+      if (error) throw new Error(error.message);
+      const delta = choices?.[0]?.delta;
+      appendText("thought", delta?.reasoning_content || delta?.reasoning);
+      appendText("reply", delta?.content);
+    }
     setText($("stats"), $("stats").textContent && "an empty answer");
   } catch (error) {
-    const isStopped = chatAbort.signal.aborted;
-    setText($("stats"), isStopped && "stopped");
-    setText($("error"), !isStopped && error.message);
+    setText($("stats"), signal.aborted && "stopped");
+    setText($("error"), !signal.aborted && error.message);
   }
   chatAbort = null;
   paint();
-}
-
-async function chat(model, content, signal) {
-  const messages = [{role: "user", content}];
-  const body = {model, messages, stream: true, stream_options: {include_usage: true}};
-  const answer = await post("/v1/chat/completions", body, signal);
-  for await (const data of events(answer)) {
-    if (data === "[DONE]") return;
-    const {error, choices} = JSON.parse(data);
-    const delta = choices?.[0]?.delta;
-    if (error) throw new Error(error.message);
-    appendText("thought", delta?.reasoning_content || delta?.reasoning);
-    appendText("reply", delta?.content);
-  }
 }
 
 function appendText(name, text) {
@@ -7636,8 +7525,7 @@ STATUS_PAGE = """<!doctype html>
 <header>
   <h1>llmswap</h1>
   <p id="totals"></p>
-  <input id="search" type="search" placeholder="Find a model" aria-label="Find a model"
-    hidden>
+  <input id="search" type="search" placeholder="Search" aria-label="Search" hidden>
   <p id="connection" role="status">connecting</p>
   <button data-do="log" class="plain">Log</button>
 </header>
@@ -7665,8 +7553,8 @@ STATUS_PAGE = """<!doctype html>
         <p id="thought"></p><p id="reply"></p><p id="error"></p>
       </div>
     </section>
-    <section class="sheet" aria-label="Requests">
-      <h2>Requests <select id="filter" aria-label="Requests of"></select></h2>
+    <section class="sheet">
+      <h2>Requests</h2>
       <ul id="recent"></ul>
     </section>
   </aside>
@@ -7726,17 +7614,12 @@ STATUS_PAGE = """<!doctype html>
 </html>
 """.format(style=_STYLE, script=_SCRIPT)
 
-
-def page_policy() -> str:
-    """Return the page's Content-Security-Policy: its own script and style only, and
-    requests to its own origin only."""
-    digests = [hashlib.sha256(text.encode()).digest() for text in (_SCRIPT, _STYLE)]
-    script, style = [base64.b64encode(digest).decode() for digest in digests]
-    return (
-        f"default-src 'none'; script-src 'sha256-{script}'; "
-        f"style-src 'sha256-{style}'; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
+_DIGESTS = [hashlib.sha256(text.encode()).digest() for text in (_SCRIPT, _STYLE)]
+PAGE_POLICY = (  # the page's own script and style, and requests to its own origin only
+    "default-src 'none'; script-src 'sha256-{}'; style-src 'sha256-{}'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+).format(*(base64.b64encode(digest).decode() for digest in _DIGESTS))
 
 
 # ==================================================================================
@@ -7898,10 +7781,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.reader.buffer:
             return True
         if self.reader.is_untouched:  # a new connection does not count as idle
-            return self.reader.wait_readable(IDLE_SECONDS)
+            return await_event(self.request, select.POLLIN, IDLE_SECONDS)
         with self.server.idling(self.request):
-            is_closing = self.server.is_closing
-            return not is_closing and self.reader.wait_readable(IDLE_SECONDS)
+            if self.server.is_closing:
+                return False
+            return await_event(self.request, select.POLLIN, IDLE_SECONDS)
 
     def parse_request(self) -> bool:
         """Read a head, strictly; False if the client sends no more requests."""
@@ -8185,7 +8069,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self._stream(functools.partial(next, self._snapshots()), _as_event)
         headers = [
             ("content-type", "text/html; charset=utf-8"),
-            ("content-security-policy", page_policy()),
+            ("content-security-policy", PAGE_POLICY),
             ("x-content-type-options", "nosniff"),
             ("referrer-policy", "no-referrer"),
             ("cache-control", "no-cache"),
@@ -8353,7 +8237,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             feed = self.pool.output_of(status.shares or status.id)
         headers = [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
         with feed.subscribe(self.head.parameter("no-history") is None) as get:
-            self.response.begin(200, "OK", [TEXT_TYPE, *headers], None)
+            self.response.begin(200, [TEXT_TYPE, *headers], None)
             self._stream(lambda: get(POLL_INTERVAL), lambda line: f"{line}\n".encode())
 
     # -- requests for models ---------------------------------------------------------
@@ -8514,24 +8398,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             text = f"the request for {model.name} has come back to llmswap"
             raise LoopDetected(f"{text}: its `proxy` ({settings.proxy}) leads there")
         timeouts = [name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members]
-        edits = BodyEdits(
-            settings.model_name or None,
-            settings.set_params or {},
-            frozenset([*timeouts, *settings.strip_params]),
-            settings.default_params or {},
-        )
-        if info.is_json and edits != BodyEdits():
-            held = [edited_json(info.members, edits)]
-        elif info.model is not None and edits.model is not None:
-            view, (start, end) = memoryview(body.held), info.span
-            name = edits.model.encode()
-            held = [view[:start], name, view[end:]]
-            length = length and length + len(name) - (end - start)
+        removed = {*timeouts, *settings.strip_params}
+        defaults, overrides = settings.default_params or {}, settings.set_params or {}
+        if settings.model_name:
+            overrides = {**overrides, "model": settings.model_name}
+        if info.is_json and (removed or defaults or overrides):
+            held = edited_json(info.members, removed, defaults, overrides)
+        elif info.model is not None and settings.model_name:
+            start, end = info.span
+            held = body.held[:start] + settings.model_name.encode() + body.held[end:]
+            length = length and length + len(held) - len(body.held)
         else:
-            held = [body.held]
+            held = body.held
         rest = body
         if body.is_complete:
-            length, rest = sum(map(len, held)), None
+            length, rest = len(held), None
         return UpstreamRequest(self.head.method, target, [], held, length, rest)
 
     def _relay(self, outgoing, backend, transform_of=lambda _: None):
@@ -8545,7 +8426,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             dropped |= {"content-encoding"}
         headers = [
             header
-            for header in end_to_end(self.head.headers)
+            for header in end_to_end(self.head)
             if header[0] not in dropped
         ]
         headers.append(("via", f"1.1 {VIA_NAME}"))

@@ -4881,24 +4881,22 @@ def test_a_body_that_is_no_json_object_is_refused(data):
         found_in(data.encode())
 
 
-@pytest.mark.parametrize("body, edits, result", [
-    ("{}", {"model": "a"}, '{"model":"a"}'),
-    ('{"model": "b" , "x":1}', {"model": "a"}, '{"model":"a","x":1}'),
-    ('{"a":1,"b":2}', {"removed": {"a", "b", "c"}}, "{}"),
-    ('{"a":{"x":1}}', {"overrides": {"a": {"y": 2}}}, '{"a":{"x":1,"y":2}}'),
-    ('{"a":{"x":1}}', {"overrides": {"a": 5}}, '{"a":5}'),
-    ('{"a":1,"a":2}', {"overrides": {"b": 5}}, '{"a":2,"b":5}'),
-    ('{"a":{"x":1}}', {"overrides": {"a": {"y": 2}}, "removed": {"a"}},
-     '{"a":{"y":2}}'),
-    ('{"a":{"x":"\\ud800"}}', {"overrides": {"a": {}}}, '{"a":{"x":"\\ud800"}}'),
-    ('\ufeff{"a":1}', {"removed": {"a"}}, "{}"),
-    ('{"a":1e400,"b":12345678901234567890}', {"model": "\u00e4"},
+@pytest.mark.parametrize("body, removed, overrides, result", [
+    ("{}", "", {"model": "a"}, '{"model":"a"}'),
+    ('{"model": "b" , "x":1}', "", {"model": "a"}, '{"model":"a","x":1}'),
+    ('{"a":1,"b":2}', "abc", {}, "{}"),
+    ('{"a":{"x":1}}', "", {"a": {"y": 2}}, '{"a":{"x":1,"y":2}}'),
+    ('{"a":{"x":1}}', "", {"a": 5}, '{"a":5}'),
+    ('{"a":1,"a":2}', "", {"b": 5}, '{"a":2,"b":5}'),
+    ('{"a":{"x":1}}', "a", {"a": {"y": 2}}, '{"a":{"y":2}}'),
+    ('{"a":{"x":"\\ud800"}}', "", {"a": {}}, '{"a":{"x":"\\ud800"}}'),
+    ('\ufeff{"a":1}', "a", {}, "{}"),
+    ('{"a":1e400,"b":12345678901234567890}', "", {"model": "\u00e4"},
      '{"a":Infinity,"b":12345678901234567890,"model":"\u00e4"}'),
 ])  # fmt: skip
-def test_edits_keep_the_order_of_names(body, edits, result):
-    edits = {**edits, "removed": frozenset(edits.get("removed", ()))}
+def test_edits_keep_the_order_of_names(body, removed, overrides, result):
     members = found_in(body.encode())[0].members
-    assert llmswap.edited_json(members, llmswap.BodyEdits(**edits)).decode() == result
+    assert llmswap.edited_json(members, removed, {}, overrides).decode() == result
 
 
 def multipart(*fields, boundary="xYz"):
@@ -5012,32 +5010,31 @@ HEAD, OLD = GET.replace("GET", "HEAD"), GET.replace("1.1", "1.0")
 IN_THREE_CHUNKS = b"3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n"
 
 
+COUNTED = "content-length: 5"
+
+
 @pytest.mark.parametrize("request_text, length, framing, payload, is_persistent", [
-    (GET, 5, "content-length: 5", b"hello", True),
+    (GET, 5, COUNTED, b"hello", True), (HEAD, 5, COUNTED, b"", True),
     (GET, None, "transfer-encoding: chunked", IN_THREE_CHUNKS, True),
-    (GET + "\nConnection: close", 5,
-     "content-length: 5\nconnection: close", b"hello", False),
-    (HEAD, 5, "content-length: 5", b"", True), (HEAD, None, "", b"", True),
-    (GET + "\nConnection: Keep-Alive, Close", 5,
-     "content-length: 5\nconnection: close", b"hello", False),
-    (GET + "\nConnection: keep-alive\nConnection: close", 5,
-     "content-length: 5\nconnection: close", b"hello", False),
-    (OLD, 5, "content-length: 5\nconnection: close", b"hello", False),
-    (OLD, None, "connection: close", b"hello", False),
-    (OLD + "\nConnection: keep-alive", 5,
-     "content-length: 5\nconnection: close", b"hello", False),
+    (HEAD, None, "", b"", True), (OLD, 5, COUNTED, b"hello", False),
+    (OLD, None, "", b"hello", False),
+    (GET + "\nConnection: close", 5, COUNTED, b"hello", False),
+    (GET + "\nConnection: Keep-Alive, Close", 5, COUNTED, b"hello", False),
+    (GET + "\nConnection: x\nConnection: close", 5, COUNTED, b"hello", False),
+    (OLD + "\nConnection: keep-alive", 5, COUNTED, b"hello", False),
 ])  # fmt: skip
 def test_an_answer_is_framed_as_its_client_can_read_it(
     request_text, length, framing, payload, is_persistent
 ):
     def act(reply):
-        reply.begin(200, "OK", [("x", "y")], length)
+        reply.begin(200, [("x", "y")], length)
         for piece in (b"hel", memoryview(b"lo"), b""):
             reply.send(piece)
         reply.end()
 
     data, is_reset, reply = replied(request_text, act, ("e", "f"))
-    head = "HTTP/1.1 200 OK\nx: y\ne: f" + (f"\n{framing}" if framing else "")
+    closing = "" if is_persistent else "connection: close"
+    head = "\n".join(filter(None, ["HTTP/1.1 200 OK\nx: y\ne: f", framing, closing]))
     assert data == http(head, payload)
     assert (is_reset, reply.is_persistent) == (False, is_persistent)
 
@@ -5054,7 +5051,7 @@ def test_a_slow_reader_is_served_and_one_that_does_not_read_is_not(monkeypatch):
         with pair() as (ours, theirs):
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             reply = llmswap.ClientResponse(ours, request_of(GET), [])
-            reply.begin(200, "OK", [], 40000)
+            reply.begin(200, [], 40000)
             reader = threading.Thread(target=read_slowly, args=(theirs,))
             if is_read:
                 reader.start()
@@ -5068,16 +5065,6 @@ def test_a_slow_reader_is_served_and_one_that_does_not_read_is_not(monkeypatch):
                 reader.join()
 
 
-def broken_answer(payload, kind="text/event-stream", length=None):
-    def act(reply):
-        reply.begin(200, "OK", [("content-type", kind)], length)
-        reply.send(payload)
-        reply.heartbeat()
-        reply.abort(llmswap.BackendDied("it died"))
-
-    return act
-
-
 @pytest.mark.parametrize(
     "payload, length, is_told",
     [(b"", None, True), (b"\n", None, True), (b"data: x\n\n", None, True),
@@ -5089,8 +5076,14 @@ def broken_answer(payload, kind="text/event-stream", length=None):
 def test_a_broken_stream_says_why_between_events_only_and_does_not_end(
     payload, length, is_told, monkeypatch
 ):
+    def act(reply):
+        reply.begin(200, [("content-type", "text/event-stream")], length)
+        reply.send(payload)
+        reply.heartbeat()
+        reply.abort(llmswap.BackendDied("it died"))
+
     monkeypatch.setattr(llmswap, "COMMENT_EVERY", 0.0)
-    data, _, reply = replied(GET, broken_answer(payload, length=length))
+    data, _, reply = replied(GET, act)
     told = re.search(rb'data: \{"error":\{"message":"it died".*\}\}\n\n', data)
     assert bool(told) is is_told and (b"\n:\n" in data) is is_told
     assert not data.endswith(b"0\r\n\r\n") and not reply.is_persistent
@@ -5098,11 +5091,13 @@ def test_a_broken_stream_says_why_between_events_only_and_does_not_end(
 
 def test_a_hang_up_is_noticed_even_behind_bytes_that_nobody_read():
     with pair() as (ours, theirs):
-        assert not llmswap.has_disconnected(ours)
+        reply = llmswap.ClientResponse(ours, request_of(GET), [])
+        reply.heartbeat()
         theirs.sendall(b"pipelined")
-        assert not llmswap.has_disconnected(ours)
+        reply.heartbeat()
         theirs.close()
-        assert llmswap.has_disconnected(ours)
+        with pytest.raises(llmswap.ClientDisconnected):
+            reply.heartbeat()
 
 
 # ---- one request to a backend, one answer back
@@ -5129,8 +5124,6 @@ cmd = FAKE --model late --load 0.45
 [late2]
 cmd = FAKE --model late2 --load 0.3
 loading-notice = off
-[doomed]
-cmd = FAKE --model doomed --load 0.4 --load-exit 3
 [edited]
 cmd          = FAKE --model edited
 model-name   = real/name
@@ -5213,15 +5206,6 @@ def test_a_large_answer_goes_down_byte_for_byte_in_bounded_memory(swap, path, ve
                 swap.chat("a")
             assert digest_of(client.pieces(*answer)) == expected
     assert anonymous_memory(swap.pid) < before + (16 << 20)
-
-
-def test_a_large_answer_that_breaks_off_ends_broken(swap):
-    there = b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n" + bytes(3 << 20)
-    head = "POST /upstream/a/raw HTTP/1.1\nHost: localhost\nContent-Length: "
-    came, _ = raw(swap, http(f"{head}{len(there)}", there))
-    assert b"Content-Length: 9000000" in came.title()
-    assert len(came.partition(b"\r\n\r\n")[2]) == 3 << 20
-    assert swap.chat("a").status == 200
 
 
 MEGABYTE = b"x" * (1 << 20)
@@ -5392,15 +5376,6 @@ def test_during_prefill_and_in_pauses_comments_come_between_events(swap):
         assert stream.text()
     assert re.match(rb"(:\n\n){2,}data: ", stream.raw)
     assert re.search(rb"\}\n\n(:\n\n)+data: ", stream.raw)
-
-
-def test_after_an_early_head_a_failed_load_is_an_event_and_a_clean_end(swap):
-    with swap.stream("doomed") as stream:
-        (problem,) = stream.documents()
-    assert (stream.status, stream.is_complete) == (200, True)
-    assert problem["error"]["code"] == "model_start_failed"
-    assert "status 3" in problem["error"]["message"]
-    swap.post("/models/load", {"model": "doomed"})  # forgives
 
 
 def test_before_the_early_head_a_failure_keeps_its_status(swap):
@@ -6206,7 +6181,7 @@ def test_a_refused_client_learns_how_to_authenticate_and_allowed_pages_pass(guar
     page = guarded.get("/", {"Accept": "text/html"})  # the bare page needs no key
     assert page.status == 200 and b"<title>llmswap</title>" in page.body
     assert page.headers["content-type"].startswith("text/html")
-    assert page.headers["content-security-policy"] == llmswap.page_policy()
+    assert page.headers["content-security-policy"] == llmswap.PAGE_POLICY
     with Stream(guarded.port, "/", None, {**EVENTS, **KEY}) as stream:
         assert len(next(stream.documents())["models"]) == 1
     asked = {
@@ -6726,7 +6701,7 @@ MEANT = r"""
 {"a" => "b"} ⇒ {"a": "b"}
 {a: 1, b_2: "x"} ⇒ {"a": 1, "b_2": "x"}
 {"a": nil} ⇒ {"a": null}
-{"a": (1, 2)} ⇒ {"a": [1, 2]}
+{"a": (1, "x" "y")} ⇒ {"a": [1, "x", "y"]}
 {"a": 5.} ⇒ {"a": 5}
 {"a": 007} ⇒ {"a": 7}
 {"a": 0x1F} ⇒ {"a": 31}
@@ -7002,11 +6977,8 @@ def arguments_in(stream):
         payload = json.loads(line[5:])
         parts = []
         for choice in payload.get("choices", ()):
-            delta = choice["delta"]
-            for tool in delta.get("tool_calls", ()):
+            for tool in choice["delta"].get("tool_calls", ()):
                 parts.append(((choice["index"], tool["index"]), tool["function"]))
-            if "function_call" in delta:
-                parts.append(((choice["index"], None), delta["function_call"]))
         if "partial_json" in payload.get("delta", ()):
             text = payload["delta"]["partial_json"]
             parts.append((payload["index"], {"arguments": text}))
@@ -7189,6 +7161,13 @@ def test_a_completion_is_repaired_and_its_empty_content_becomes_null():
         assert answer["content"][1]["input"] == json.loads(GOOD)
 
 
+UNCHANGED = [
+    *(completion('{"a": "\u00e9"}'), completion(BAD, "length"), completion("no object")),
+    *(anthropic({}), anthropic([{"a": 1}, {"b": 2}]), anthropic(BAD, "max_tokens")),
+    *(anthropic("no object"), anthropic(None), {"error": {"message": "x"}}, [], None),
+]
+
+
 def test_only_the_last_call_of_a_choice_that_was_cut_off_stays():
     body = completion(BAD)
     body["choices"] += completion(BAD, "length")["choices"]
@@ -7201,17 +7180,10 @@ def test_only_the_last_call_of_a_choice_that_was_cut_off_stays():
     assert [text == BAD for text in calls] == [False, False, True]
 
 
-UNCHANGED = [
-    *(completion('{"a": "\u00e9"}'), completion(BAD, "length"), completion("no object")),
-    *(anthropic({}), anthropic([{"a": 1}, {"b": 2}]), anthropic(BAD, "max_tokens")),
-    *(anthropic("no object"), anthropic(None), {"error": {"message": "x"}}, [], None),
-]
-
-
 @pytest.mark.parametrize("answer", UNCHANGED)
 def test_a_body_that_needs_no_repair_stays_byte_for_byte(answer):
     body = json.dumps(answer, indent=1, ensure_ascii=False).encode()
-    for body in (body, b"", b"\xff", b"{", b"[" * 100_000):
+    for body in (body, b"", b"\xff", b"{", b'{"tool_calls":' + b"[" * 100_000):
         assert repair_body(body) == body
 
 
@@ -7273,13 +7245,10 @@ def test_arguments_are_repaired_where_that_is_asked_for(repairing, path):
 def test_what_needs_no_repair_passes_llmswap_byte_for_byte(repairing):
     broken, streamed = json.dumps(completion(BAD)).encode(), events(one_call(BAD))
     passing = [
-        (JSON, json.dumps(answer, indent=1).encode(), "200 OK")
-        for answer in (completion(GOOD), anthropic(json.loads(GOOD)))
+        (JSON, json.dumps(completion(GOOD), indent=1).encode(), "200 OK"),
+        (EVENT_STREAM, events(one_call(GOOD)), "200 OK"),
+        (JSON, broken, "500 Internal Server Error"),
     ]
-    for arguments in (GOOD, '{"a" : 1.50,\t"b": [ ]}', "no object at all"):
-        for make in (one_call, message):
-            passing.append((EVENT_STREAM, events(make(arguments)), "200 OK"))
-    passing.append((JSON, broken, "500 Internal Server Error"))
     for coding in ("gzip", "br", "identity, gzip"):
         for kind, body in ((JSON, broken), (EVENT_STREAM, streamed)):
             for body in (gzip.compress(body), body):  # the latter shows that none looks
@@ -7293,12 +7262,6 @@ def test_what_needs_no_repair_passes_llmswap_byte_for_byte(repairing):
     answer = repairing.post("/upstream/mended/echo", {}, {"Accept-Encoding": "gzip"})
     names = {name.lower() for name, _ in answer.json()["headers"]}
     assert "accept-encoding" not in names
-    for path in (CHAT, MESSAGES):
-        for stream in (False, True):
-            wish = {"status": 422, "stream": stream, "arguments": BROKEN_CALL}
-            mended = repairing.post(path, {"model": "mended", **wish})
-            given = repairing.post(path, {"model": "as-is", **wish})
-            assert mended.status == 422 and mended.body == given.body
 
 
 @each_api
@@ -7453,6 +7416,7 @@ def test_notices_tell_of_the_room_and_a_failed_load_ends_them_with_an_error():
     assert notices[0] == "waiting for room for b\n"
     assert re.fullmatch(r"loading b, \d s\n", notices[-1])
     assert last["error"]["code"] == "model_start_failed" and stream.is_complete
+    assert stream.status == 200 and "status 3" in last["error"]["message"]
 
 
 @pytest.mark.parametrize("delay", [0, 9])
@@ -8255,16 +8219,12 @@ def test_resident_memory_is_that_of_the_whole_process_group():
 
 
 def test_the_page_loads_nothing_from_outside_and_runs_its_own_script_alone():
-    page, policy = llmswap.STATUS_PAGE, llmswap.page_policy()
+    page, policy = llmswap.STATUS_PAGE, llmswap.PAGE_POLICY
     urls = re.findall(r"https?://[^'\"\s]*", page)
     assert set(urls) == {"http://www.w3.org/2000/svg"}  # a name, never fetched
     assert not re.search(r"\s(src|on\w+|style)=|@import|url\(", page)
     words = "innerHTML outerHTML insertAdjacent document.write eval( setHTML"
     assert not [word for word in words.split() if word in page]
-    for tag in ("script", "style"):
-        inner = re.search(f"<{tag}>(.*)</{tag}>", page, re.DOTALL)[1]
-        digest = base64.b64encode(sha256(inner.encode()).digest()).decode()
-        assert f"{tag}-src 'sha256-{digest}'" in policy
     assert "unsafe" not in policy and len(page) < 35000
 
 
@@ -8505,9 +8465,8 @@ def test_requests_are_seen_opened_filtered_and_cancelled_by_keyboard(browser):
         server.chat("a")
         browser.until(REQUEST.format(5, "") + " !== null")
         assert browser.value(f"{facts}.checkVisibility()"), "it closed at an update"
-        browser.value("$('filter').focus()")
-        browser.press("ArrowDown")
-        browser.press("ArrowDown")
+        browser.value("$('search').focus()")
+        browser.type("LONG")
         ids = "[...document.querySelectorAll('.request')].map((e) => e.dataset.id)"
         browser.until(f"`${{{ids}}}` === '4'")
         assert browser.complaints == []

@@ -99,7 +99,7 @@ def h11_answer(data, method):
     connection.send(h11.EndOfMessage())
     start, payload, rest = h11_read(connection, data)
     may_go_on = connection.their_state is h11.DONE and not rest
-    return (start.status_code, start.reason, fuzz_told(start), payload), may_go_on
+    return (start.status_code, fuzz_told(start), payload), may_go_on
 
 
 def fuzz_told(message):
@@ -321,8 +321,7 @@ def fuzz_read_one(reader, request):
     assert all(isinstance(key, bytes) for key in handler._given_keys())
     info = llmswap.find_model(body, request.get("content-type"), is_needed=False)
     if info.is_json and body.is_complete:
-        edits = llmswap.BodyEdits("other", {"x": {}}, frozenset(["y"]))
-        llmswap.edited_json(info.members, edits)
+        llmswap.edited_json(info.members, ["y"], {"z": 1}, {"model": "other", "x": {}})
     data = bytes(body.held) + b"".join(body.rest())
     return request.method, request.target, request.headers, data
 
@@ -367,7 +366,7 @@ def fuzz_parse_answer(dice):
         return "refused"
     if answer.status == 101:
         return "upgraded"
-    read = answer.status, answer.reason.encode("latin-1"), answer.headers, payload
+    read = answer.status, answer.headers, payload
     try:
         found, may_go_on = h11_answer(data, method)
     except h11.RemoteProtocolError as error:
