@@ -103,9 +103,6 @@ class ClientDisconnected(Exception):
     """The client has disconnected, so that no answer is needed."""
 
 
-INVALID, OVERLOADED = "invalid_request_error", "overloaded_error"
-
-
 class APIError(Exception):
     """A failure reported to the client: HTTP status, OpenAI's error type and code.
 
@@ -123,85 +120,59 @@ class APIError(Exception):
         self.retry_after = retry_after or self.retry_after
 
 
-class BadRequest(APIError):
-    status, type, code = 400, INVALID, "invalid_request"
+def _kind(name, status, code, error_type="server_error", base=APIError, **facts):
+    """Return a kind of APIError."""
+    return type(name, (base,), dict(status=status, code=code, type=error_type, **facts))
 
-class SpokenTLS(BadRequest):
-    """A client spoke TLS where HTTP is served."""
 
-class Unauthorized(APIError):
-    status, type, code = 401, "authentication_error", "invalid_api_key"
+INVALID, OVERLOADED = "invalid_request_error", "overloaded_error"
+NO_RETRY = dict(may_retry=False)
 
-class Forbidden(APIError):
-    status, type, code = 403, "permission_error", "forbidden"
+BadRequest = _kind("BadRequest", 400, "invalid_request", INVALID)
+SpokenTLS = _kind("SpokenTLS", 400, "invalid_request", INVALID, BadRequest)
+Unauthorized = _kind("Unauthorized", 401, "invalid_api_key", "authentication_error")
+Forbidden = _kind("Forbidden", 403, "forbidden", "permission_error")
+FeatureDisabled = _kind("FeatureDisabled", 403, "feature_disabled", "feature_disabled")
+NotFound = _kind("NotFound", 404, "not_found", INVALID)
+ModelNotFound = _kind("ModelNotFound", 404, "model_not_found", INVALID)
+MethodNotAllowed = _kind("MethodNotAllowed", 405, "method_not_allowed", INVALID)
+RequestTimeout = _kind("RequestTimeout", 408, "request_timeout", INVALID)
+ModelNotLoaded = _kind("ModelNotLoaded", 409, "model_not_loaded", INVALID)
+ModelPinned = _kind("ModelPinned", 409, "model_pinned", INVALID, **NO_RETRY)
+PayloadTooLarge = _kind("PayloadTooLarge", 413, "request_too_large", INVALID)
+UnsupportedCoding = _kind(
+    "UnsupportedCoding", 415, "unsupported_content_encoding", INVALID
+)
+HeadersTooLarge = _kind("HeadersTooLarge", 431, "headers_too_large", INVALID)
+RequestCancelled = _kind(
+    "RequestCancelled", 499, "request_cancelled", INVALID, **NO_RETRY
+)
+ModelMisconfigured = _kind("ModelMisconfigured", 500, "model_unusable", **NO_RETRY)
+BackendDied = _kind("BackendDied", 502, "backend_died")
+LoadBackoff = _kind("LoadBackoff", 503, "model_backing_off")
+QueueFull = _kind("QueueFull", 503, "queue_full", OVERLOADED, retry_after=5)
+QueueTimeout = _kind("QueueTimeout", 503, "queue_timeout", OVERLOADED, retry_after=5)
+ModelUnloaded = _kind("ModelUnloaded", 503, "model_unloaded", **NO_RETRY)
+ShuttingDown = _kind("ShuttingDown", 503, "shutting_down", retry_after=5)
+LoopDetected = _kind("LoopDetected", 508, "loop_detected", **NO_RETRY)
 
-class FeatureDisabled(APIError):
-    status, type, code = 403, "feature_disabled", "feature_disabled"
-
-class NotFound(APIError):
-    status, type, code = 404, INVALID, "not_found"
-
-class ModelNotFound(APIError):
-    status, type, code = 404, INVALID, "model_not_found"
-
-class MethodNotAllowed(APIError):
-    status, type, code = 405, INVALID, "method_not_allowed"
-
-class ModelNotLoaded(APIError):
-    status, type, code = 409, INVALID, "model_not_loaded"
-
-class ModelPinned(APIError):
-    status, type, code, may_retry = 409, INVALID, "model_pinned", False
-
-class RequestTimeout(APIError):
-    status, type, code = 408, INVALID, "request_timeout"
-
-class PayloadTooLarge(APIError):
-    status, type, code = 413, INVALID, "request_too_large"
-
-class UnsupportedCoding(APIError):
-    status, type, code = 415, INVALID, "unsupported_content_encoding"
-
-class HeadersTooLarge(APIError):
-    status, type, code = 431, INVALID, "headers_too_large"
-
-class RequestCancelled(APIError):
-    status, type, code, may_retry = 499, INVALID, "request_cancelled", False
-
-class ModelMisconfigured(APIError):
-    code, may_retry = "model_unusable", False
-
-class BackendDied(APIError):
-    status, code = 502, "backend_died"
 
 class LoadFailed(APIError):
+    """A model could not be loaded. `exit_code` is None unless the process exited by
+    itself; `is_out_of_memory`: it may succeed beside fewer models."""
+
     status, code, may_retry = 502, "model_start_failed", False
 
     def __init__(self, message, exit_code=None, is_out_of_memory=False):
         super().__init__(message)
-        self.exit_code = exit_code  # None unless the process exited by itself
-        self.is_out_of_memory = is_out_of_memory  # fewer models beside it may help
+        self.exit_code = exit_code
+        self.is_out_of_memory = is_out_of_memory
+
 
 class LoadTimeout(LoadFailed):
+    """A load went on for too long without progress."""
+
     status, type, code = 504, "timeout_error", "model_load_timeout"
-
-class LoadBackoff(APIError):
-    status, code = 503, "model_backing_off"
-
-class QueueFull(APIError):
-    status, type, code, retry_after = 503, OVERLOADED, "queue_full", 5
-
-class QueueTimeout(APIError):
-    status, type, code, retry_after = 503, OVERLOADED, "queue_timeout", 5
-
-class ModelUnloaded(APIError):
-    status, code, may_retry = 503, "model_unloaded", False
-
-class LoopDetected(APIError):
-    status, code, may_retry = 508, "loop_detected", False
-
-class ShuttingDown(APIError):
-    status, code, retry_after = 503, "shutting_down", 5
 
 
 # ==================================================================================
@@ -248,14 +219,13 @@ def one_of(*words):
     return pattern(f"one of {', '.join(words)}", regex, lambda match: match[0].lower())
 
 
-def _seconds(match):
-    parts = re.findall(rf"({NUMBER})(ms|[smhd]?)", match[0])
-    seconds = sum(float(number) * SECONDS[unit] for number, unit in parts)
-    return min(seconds, MAX_DURATION)
-
-
 parse_duration = pattern(
-    "a duration such as 15m", rf"{NUMBER}|(?:{NUMBER}(?:ms|[smhd]))+", _seconds
+    "a duration such as 15m",
+    rf"{NUMBER}|(?:{NUMBER}(?:ms|[smhd]))+",
+    lambda match: min(MAX_DURATION, sum(
+        float(number) * SECONDS[unit]
+        for number, unit in re.findall(rf"({NUMBER})(ms|[smhd]?)", match[0])
+    )),
 )
 parse_size = pattern(
     "a size such as 18G",
@@ -270,6 +240,7 @@ parse_pin = pattern(
     f"loaded|{BOOLEAN}",
     lambda match: "loaded" if match[0] == "loaded" else match[0].lower() in TRUE_WORDS,
 )
+parse_path = os.path.expanduser
 parse_count = pattern("a whole number", "[0-9]{1,9}", lambda match: int(match[0]))
 parse_score = pattern(
     "from -1000 to 1000", "-?(?:0?[0-9]{1,3}|1000)", lambda match: int(match[0])
@@ -315,11 +286,10 @@ def parse_resources(text, parse_amount=parse_size) -> dict:
 
 def parse_budget(text) -> dict:
     """Return amounts by resource, None for `auto`: "vram auto, ram 64G", "auto"."""
-    if text == "auto":
-        return {"vram": None, "ram": None}
+    text = "vram auto, ram auto" if text == "auto" else text
     amounts = parse_resources(text, or_none("auto", parse_size))
-    for name, amount in amounts.items():
-        if amount is None and name not in ("vram", "ram"):
+    for name in amounts.keys() - {"vram", "ram"}:
+        if amounts[name] is None:
             raise ValueError(f"{name!r} cannot be auto, only vram and ram can")
     return amounts
 
@@ -333,18 +303,16 @@ def parse_sets(text) -> tuple:
 
 
 CAPABILITIES = ("vision", "audio", "tools", "embeddings", "rerank")
+parse_capability = pattern(
+    f"one of {', '.join(CAPABILITIES)} or context 32768",
+    rf"({'|'.join(CAPABILITIES)})|context[ \t]+([1-9][0-9]{{0,8}})",
+    lambda match: (match[1], True) if match[1] else ("context", int(match[2])),
+)
 
 
 def parse_capabilities(text) -> dict:
     """Return what a model can do: True by name; for `context` the number of tokens."""
-    parts = {}
-    for part in parse_words(text):
-        match = re.fullmatch("context[ \t]+([1-9][0-9]{0,8})", part)
-        if not match and part not in CAPABILITIES:
-            known = f"{', '.join(CAPABILITIES)} or context 32768"
-            raise ValueError(f"{part!r} is none of {known}")
-        parts.update({"context": int(match[1])} if match else {part: True})
-    return parts
+    return dict(map(parse_capability, parse_words(text)))
 
 
 def parse_object(text) -> dict:
@@ -416,7 +384,7 @@ class Key(NamedTuple):
     @property
     def attribute(self):
         """The name in ProxySettings or ModelSettings."""
-        return self.name.replace("-", "_")
+        return self.name.partition(".")[0].replace("-", "_")
 
 
 PROXY_KEYS = (
@@ -424,37 +392,28 @@ PROXY_KEYS = (
         "addresses, comma-separated: `[::1]:8080`, `unix:/run/llmswap.sock`; sockets "
         "from systemd replace them"),
     Key("models-max", parse_count, "1",
-        "how many may be loaded at once; 0: no limit, which is the default with "
-        "`budget` or `sets`"),
+        "loaded at once, at most; 0: no limit, the default with `budget` or `sets`"),
     Key("budget", parse_budget, "",
         "the memory for models, e.g. `vram 24G, ram 64G`; their `needs` must fit; "
         "`auto`, or `vram auto`: what this machine has"),
     Key("models-autoload", parse_boolean, "on",
         "`off`: a request never loads a model; it is loaded by hand or on startup"),
     Key("sets", parse_sets, "",
-        "which may be loaded together: `coder + embed, thinker + embed`; a model in no "
-        "set is loaded alone"),
-    Key("cache-models", parse_boolean, "off",
-        "every model in llama.cpp's own cache of downloads becomes a model"),
-    Key("models-dir", os.path.expanduser, "",
-        "every GGUF in it becomes a model, as llama-server does it"),
-    Key("llama-server", os.path.expanduser, "llama-server",
-        "the binary for models that name none themselves"),
+        "loaded together: `coder + embed, big + embed`; a model in no set only alone"),
+    Key("cache-models", parse_boolean, "off", "also the models in llama.cpp's cache"),
+    Key("models-dir", parse_path, "", "every GGUF in it becomes a model"),
+    Key("llama-server", parse_path, "llama-server", "for models that name none"),
     Key("state-dir", parse_state_dir, "$XDG_CACHE_HOME/llmswap",
         "folder of saved contexts and measured needs, for this user only"),
-    Key("context-max", parse_size, "20G",
-        "size of all saved contexts; beyond it the oldest are deleted"),
-    Key("default-model", str, "",
-        "for requests that name none; empty: the only one there is"),
+    Key("context-max", parse_size, "20G", "of saved contexts; the oldest go beyond it"),
+    Key("default-model", str, "", "for requests that name none; empty: the only one"),
     Key("patience", or_none("auto", parse_duration), "auto",
         "how long a busy model goes on while another waits for its room; `auto`: as "
         "long as the swap costs; 0: strict order"),
     Key("queue-max", parse_count, "512", "waiting requests beyond are refused"),
-    Key("queue-timeout", parse_duration, "0",
-        "how long a request may wait; 0: as long as its client does"),
-    Key("api-key", parse_words, "",
-        "comma-separated; also the environment's `LLMSWAP_API_KEY`"),
-    Key("api-key-file", os.path.expanduser, "", "a file with one key per line"),
+    Key("queue-timeout", parse_duration, "0", "longest wait of a request; 0: no limit"),
+    Key("api-key", parse_words, "", "comma-separated; and those of `$LLMSWAP_API_KEY`"),
+    Key("api-key-file", parse_path, "", "a file with one key per line"),
     Key("allowed-hosts", parse_words, "localhost, host.docker.internal",
         "`Host` names accepted on loopback connections, beside IP literals; `*`: any"),
     Key("cors-origins", parse_words, "localhost",
@@ -469,8 +428,7 @@ PROXY_KEYS = (
     Key("idle-command", str, "",
         "run when idle, e.g. `systemctl suspend`; everything is unloaded first"),
     Key("idle-command-after", parse_duration, "1h", "idle time before `idle-command`"),
-    Key("watch", parse_boolean, "on",
-        "a changed file is read again before the next request"),
+    Key("watch", parse_boolean, "on", "read a changed file before the next request"),
     Key("log-level", one_of("debug", "info", "warning", "error"), "info",
         "`debug`, `info`, `warning` or `error`"),
 )
@@ -479,79 +437,64 @@ MODEL_KEYS = (
     Key("cmd", str, "",
         "command line instead of llama-server; quoted as in a shell, no shell is run; "
         "`${PORT}` is the port to listen on"),
-    Key("llama-server", os.path.expanduser, "llama-server",
-        "which binary to run when there is no `cmd`"),
+    Key("llama-server", parse_path, "llama-server", "what to run without `cmd`"),
     Key("extra-args", str, "", "appended to the command as written"),
     Key("unit", str, "",
-        "a systemd service to start and stop: of the user manager; `system:NAME` of "
-        "the system's"),
+        "the user's systemd service to start and stop; `system:NAME`: the system's"),
     Key("proxy", parse_url, "http://127.0.0.1:${PORT}",
         "base URL of the backend; alone it is a remote model"),
     Key("proxy-key", str, "", "sent to the backend as `Authorization: Bearer`"),
-    Key("model-name", str, "",
-        "the name put into the request's `model` before forwarding; empty: as asked"),
+    Key("model-name", str, "", "sent as `model` to the backend; empty: as asked"),
     Key("uses", parse_words, "",
-        "share the backend of another model; of several, comma-separated, that of the "
-        "one that is loaded, else of one that is loading, else of the first; only keys "
-        "about requests and listing may stand beside it"),
+        "share the backend of another model; of several, comma-separated, that of one "
+        "loaded, else loading, else the first; beside it only keys about requests and "
+        "listing"),
     Key("alias", parse_words, "", "further names, comma-separated"),
     Key("env.NAME", str, "", "environment of the backend"),
-    Key("cwd", os.path.expanduser, "",
-        "working directory of the backend; empty: that of llmswap"),
+    Key("cwd", parse_path, "", "working directory; empty: that of llmswap"),
     Key("check-endpoint", parse_endpoint, "/health",
         "path that answers 200 once ready; `none`: ready when the port accepts"),
     Key("load-timeout", parse_duration, "10m",
-        "give up this long after the last sign of progress (a line written, bytes "
-        "read)"),
+        "give up this long after the last progress (a line written, bytes read)"),
     Key("stop-timeout", parse_duration, "10", "seconds from SIGTERM to SIGKILL"),
     Key("cmd-stop", str, "", "run instead of SIGTERM; `${PID}` is the backend's"),
     Key("idle-timeout", parse_duration, "0",
         "unload after this long without a request; 0: never; `ttl` is the same"),
     Key("load-on-startup", parse_boolean, "off", "load when llmswap starts"),
     Key("keep-loaded", parse_boolean, "off",
-        "load when llmswap starts, and again whenever it fits beside what is loaded "
-        "and nobody waits; requests for others may evict it; `idle-timeout` does not "
-        "count"),
+        "load when llmswap starts, and again whenever it fits and nobody waits; "
+        "requests for others may evict it; `idle-timeout` does not count"),
     Key("pin", parse_pin, "off",
-        "`on`: never evicted to make room, nor unloaded when idle; `loaded`: not "
-        "evicted while it is loaded, requests for what does not fit beside it are "
-        "refused"),
+        "`on`: neither evicted nor unloaded when idle; `loaded`: not evicted while it "
+        "is loaded, and requests for what does not fit beside it are refused"),
     Key("keep-context", parse_boolean, "off",
-        "save the processed prompts of a llama-server before it is stopped, and "
-        "restore them after its next start"),
+        "save a llama-server's processed prompts before a stop, restore them after"),
     Key("needs", or_none("auto", parse_resources), "",
-        "resources, e.g. `vram 18G, ram 4G`; `auto`: measured and remembered, the "
-        "default if anything in `budget` is `auto`"),
+        "e.g. `vram 18G, ram 4G`; `auto`: measured, the default if `budget` has auto"),
     Key("sleep-needs", parse_resources, "", "what it still holds while `sleeping`"),
-    Key("concurrency", parse_count, "0",
-        "requests sent at once; more wait in order; 0: no limit"),
+    Key("concurrency", parse_count, "0", "requests at once, others wait; 0: no limit"),
     Key("oom-score-adj", parse_score, "1000",
         "likelihood that the kernel kills it when memory is short: -1000 to 1000"),
     Key("sleep", parse_requests, "",
         "e.g. `POST /sleep?level=1`: make room by putting to sleep, not by stopping"),
     Key("wake", parse_requests, "",
-        "e.g. `POST /wake_up`: undo `sleep`; several requests are separated by commas, "
-        "each may have a JSON object"),
+        "e.g. `POST /wake_up`: undo `sleep`; several by commas, each may have JSON"),
     Key("hang-timeout", parse_duration, "60s",
-        "restart when a request is silent and health unanswered for this long; 0: "
-        "never, the default of `cmd` models"),
+        "restart after so long without an answer to a request and to health; 0: never, "
+        "the default of `cmd` models"),
     Key("wake-mac", parse_mac, "",
         "send Wake-on-LAN to this address while the backend does not answer"),
-    Key("wake-broadcast", parse_host_port, "255.255.255.255:9",
-        "where Wake-on-LAN is sent"),
+    Key("wake-broadcast", parse_host_port, "255.255.255.255:9", "for Wake-on-LAN"),
     Key("strip-params", parse_words, "", "parameters removed from requests"),
     Key("default-params", parse_object, "",
-        "JSON object of parameters for requests that do not set them; objects merge "
-        "deep"),
-    Key("set-params", parse_object, "",
-        "JSON object laid over requests; objects merge deep"),
+        "JSON object merged deep under requests, which override it"),
+    Key("set-params", parse_object, "", "JSON object merged deep over requests"),
     Key("json-repair", parse_boolean, "off", "repair the arguments of tool calls"),
     Key("loading-notice", one_of("off", "comment", "reasoning"), "comment",
         "what a streaming client sees while it waits: `off`, `comment`, `reasoning`"),
     Key("unlisted", parse_boolean, "off", "not in `/v1/models`"),
     Key("capabilities", parse_capabilities, "",
-        "shown to clients, for models other than llama-server: `vision, audio, tools, "
-        "embeddings, rerank, context 32768`"),
+        "of other servers: `vision, audio, tools, embeddings, rerank, context 32768`"),
     Key("description", str, "", "shown in `/v1/models` and on the page"),
 )
 
@@ -567,12 +510,11 @@ LATE_VARIABLES = {
 }
 QUOTED_KEYS = ("cmd", "cmd-stop", "extra-args", "idle-command")  # as in a shell
 
-SETTINGS = [key for key in MODEL_KEYS if key is not ENV_KEY]
 ProxySettings = namedtuple("ProxySettings", [key.attribute for key in PROXY_KEYS])
-ModelSettings = namedtuple("ModelSettings", [key.attribute for key in SETTINGS])
+ModelSettings = namedtuple("ModelSettings", [key.attribute for key in MODEL_KEYS])
 DEFAULTS = {
     key.attribute: key.default if key.name in LATE_VARIABLES else key.parse(key.default)
-    for key in SETTINGS
+    for key in MODEL_KEYS
 }
 
 # Further spellings: llama-swap's, and those of llama.cpp, which names the keys that
@@ -580,18 +522,18 @@ DEFAULTS = {
 SYNONYMS = {
     "ttl": "idle-timeout",
     "a": "alias",
-    "LLAMA_ARG_ALIAS": "alias",
-    "__PRESET_LOAD_ON_STARTUP": "load-on-startup",
-    "__PRESET_STOP_TIMEOUT": "stop-timeout",
+    "LLAMA-ARG-ALIAS": "alias",
+    "--PRESET-LOAD-ON-STARTUP": "load-on-startup",
+    "--PRESET-STOP-TIMEOUT": "stop-timeout",
 }
-IGNORED_KEYS = ("version", "dedup-cache-models", "__PRESET_DEDUP_CACHE_MODELS")
+IGNORED_KEYS = ("version", "dedup-cache-models", "--PRESET-DEDUP-CACHE-MODELS")
 
 
-def key_name(spelling, keys) -> Optional[str]:
-    """Return the name of the key in `keys` with this spelling, or None."""
-    if keys is MODEL_KEY and re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", spelling):
-        return spelling
-    name = SYNONYMS.get(spelling, spelling).replace("_", "-")
+def key_name(key, keys) -> Optional[str]:
+    """Return the name of this key, which may be a synonym, in `keys`, or None."""
+    if keys is MODEL_KEY and re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", key):
+        return key
+    name = SYNONYMS.get(key, key)
     return name if name in keys else None
 
 
@@ -629,7 +571,7 @@ LLAMA_COMMENT = re.compile(r"[ \t]*[;#]")
 
 
 class Setting(NamedTuple):
-    """One `key = text`; `place` names file, line, section and key."""
+    """One `key = text`; `place` names file, line, section and key as it is written."""
 
     key: str
     text: str
@@ -644,71 +586,58 @@ class Section(NamedTuple):
     settings: dict
 
 
-class PresetParser:
-    """Parses llama.cpp's language of presets, and more: a line may be indented, a key
-    may have its dashes. Of sections with the same name only the last counts."""
+def parse_presets(data, path, warn) -> dict:
+    """Return the sections by name; of those with the same only the last. Beyond what
+    llama.cpp reads, lines may be indented and keys have dashes. Raise ConfigError."""
+    sections, section = {}, None
+    text, offset, line = data.decode("utf-8-sig", "surrogateescape"), 0, 1
+    while offset < len(text):
+        place = f"{path}:{line}:"
+        statement = STATEMENT.match(text, offset)
+        if statement is None or NOT_TEXT.search(statement[0]):
+            first_line = NEWLINE.split(text[offset:], 1)[0].strip()
+            raise ConfigError(f"{place} {first_line!r} is neither [section], "
+                              "key = value nor a comment, in UTF-8")
+        offset = statement.end()
+        line += len(NEWLINE.findall(statement[0]))
+        name, key = statement["header"], statement["key"]
+        if key and section is None and key not in IGNORED_KEYS:
+            name = "default"
+            warn(f"{place} keys before the first section make a model 'default'; "
+                 "keys for all models belong in [*]")
+        if name:
+            name = name.strip() if name.strip() in ("llmswap", "macros") else name
+            if sections.pop(name, None):
+                warn(f"{place} [{name}]: given before; this one counts")
+            section = sections[name] = Section(name, f"{place} [{name}]", {})
+        if key and section:
+            setting = parse_setting(section, key, statement["value"], place, warn)
+            if setting.key in section.settings:
+                warn(f"{setting.place}: given before; this one counts")
+            section.settings[setting.key] = setting
+    return sections
 
-    def __init__(self, path, warn):
-        self._path = path
-        self._warn = warn
-        self._section = None
-        self._sections = {}
 
-    def parse(self, data) -> dict:
-        """Return the sections by name, or raise ConfigError."""
-        text = data.decode("utf-8-sig", "surrogateescape")
-        offset, line = 0, 1
-        while offset < len(text):
-            place = f"{self._path}:{line}:"
-            statement = STATEMENT.match(text, offset)
-            if statement is None or NOT_TEXT.search(statement[0]):
-                first_line = NEWLINE.split(text[offset:], 1)[0].strip()
-                raise ConfigError(f"{place} {first_line!r} is neither [section], "
-                                  "key = value nor a comment, in UTF-8")
-            offset = statement.end()
-            line += len(NEWLINE.findall(statement[0]))
-            if statement["header"]:
-                self._open_section(statement["header"], place)
-            elif statement["key"]:
-                self._add_setting(statement["key"], statement["value"], place)
-        return self._sections
-
-    def _open_section(self, name, place):
-        if name.strip() in ("llmswap", "macros"):
-            name = name.strip()
-        if self._sections.pop(name, None):
-            self._warn(f"{place} [{name}]: given before; this one counts")
-        self._section = self._sections[name] = Section(name, f"{place} [{name}]", {})
-
-    def _add_setting(self, key, text, place):
-        if self._section is None:
-            if key in IGNORED_KEYS:
-                return
-            self._open_section("default", place)
-            self._warn(f"{place} keys before the first section make a model 'default'; "
-                       "keys for all models belong in [*]")
-        place = f"{place} [{self._section.name}] {key}"
-        if key in self._section.settings:
-            self._warn(f"{place}: given before; this one counts")
-        self._section.settings[key] = Setting(key, self._value(key, text, place), place)
-
-    def _value(self, key, text, place):
-        section = self._section.name
-        keys = PROXY_KEY if section == "llmswap" else MODEL_KEY
-        name = "macro" if section == "macros" else key_name(key, keys)
-        if key == "cmd":
-            lines = [line.strip(" \t") for line in NEWLINE.split(text)]
-            lines = [line for line in lines if not line.startswith((";", "#"))]
-            text = " ".join(re.sub(r"[ \t]*\\$", "", line) for line in lines)
-        if name in WITHOUT_COMMENT:
-            return text.strip(" \t")
-        is_read_by_llama = name is None or name in SHARED_KEYS
-        comment = (LLAMA_COMMENT if is_read_by_llama else OWN_COMMENT).search(text)
-        value = text[: comment.start() if comment else None].strip(" \t")
-        if comment and (comment[0] in (";", "#") or value.count('"') % 2):
-            self._warn(f"{place}: a comment begins at {comment[0][-1]!r}, as in "
-                       f"llama.cpp; the value is {value!r}")
-        return value
+def parse_setting(section, key, text, place, warn) -> Setting:
+    """Return the setting on a line: without its comment, if it can have one."""
+    place = f"{place} [{section.name}] {key}"
+    if section.name != "macros" and not key.startswith("env."):
+        key = key.replace("_", "-")
+    keys = PROXY_KEY if section.name == "llmswap" else MODEL_KEY
+    name = "macro" if section.name == "macros" else key_name(key, keys)
+    if key == "cmd":
+        lines = [line.strip(" \t") for line in NEWLINE.split(text)]
+        lines = [line for line in lines if not line.startswith((";", "#"))]
+        text = " ".join(re.sub(r"[ \t]*\\$", "", line) for line in lines)
+    if name in WITHOUT_COMMENT:
+        return Setting(key, text.strip(" \t"), place)
+    is_read_by_llama = name is None or name in SHARED_KEYS
+    comment = (LLAMA_COMMENT if is_read_by_llama else OWN_COMMENT).search(text)
+    value = text[: comment.start() if comment else None].strip(" \t")
+    if comment and (comment[0] in (";", "#") or value.count('"') % 2):
+        warn(f"{place}: a comment begins at {comment[0][-1]!r}, as in llama.cpp; "
+             f"the value is {value!r}")
+    return Setting(key, value, place)
 
 
 # ---- Variables: ${NAME}, and the [macros] of the file -------------------------------
@@ -718,10 +647,8 @@ MACRO_DEPTH = 10  # how deep macros may use macros
 
 
 def expand(text, variables) -> str:
-    """Return the text with each ${NAME} replaced and each $${ a literal ${.
-
-    Raise ValueError for a name that has no value.
-    """
+    """Return the text with each ${NAME} replaced and each $${ a literal ${; raise
+    ValueError for a name that has no value."""
 
     def value(match):
         if match[1] is None:
@@ -808,9 +735,10 @@ class Option(NamedTuple):
     def keys(self):
         """Yield every INI key of the option."""
         if self.environment:
-            yield self.environment
+            variable = self.environment.replace("_", "-")
+            yield variable
             if self.negatives:
-                yield self.environment.replace("LLAMA_ARG_", "LLAMA_ARG_NO_", 1)
+                yield variable.replace("LLAMA-ARG-", "LLAMA-ARG-NO-", 1)
         for name in self.names + self.negatives:
             yield name.lstrip("-")
 
@@ -821,7 +749,7 @@ class Option(NamedTuple):
 
     def value(self, key, text) -> str:
         """Return the value that `key = text` gives the option."""
-        if key.replace("_", "-") in [name.lstrip("-") for name in self.negatives]:
+        if key in [name.lstrip("-") for name in self.negatives]:
             return "false" if text in TRUTHY else "true"
         return text
 
@@ -833,10 +761,8 @@ class Option(NamedTuple):
 
 
 class OptionTable:
-    """The options of one llama-server by key.
-
-    An empty table means that they are unknown: each key is an option with a value.
-    """
+    """The options of one llama-server by key. An empty table means that they are
+    unknown: each key is an option with a value."""
 
     def __init__(self, options=()):
         # as in llama.cpp, a later option takes a key from an earlier one
@@ -844,16 +770,11 @@ class OptionTable:
 
     def find(self, key) -> Optional[Option]:
         """Return the option that a key means, or None."""
-        dashed = key.replace("_", "-")
-        if not self.by_key:
-            return Option((f"--{dashed}",))
-        return self.by_key.get(key) or self.by_key.get(dashed)
+        return self.by_key.get(key) if self.by_key else Option((f"--{key}",))
 
     def choose(self, settings) -> list:
-        """Return the options and their values in the order of llama.cpp's router.
-
-        Of settings of one option the last counts. Raise ConfigError for unknown ones.
-        """
+        """Return the options and their values in the order of llama.cpp's router; the
+        last setting of each counts. Raise ConfigError for unknown ones."""
         chosen = {}
         for key, text, place in settings:
             option = self.find(key)
@@ -948,7 +869,7 @@ REQUEST_KEYS = (  # and those of listing: they may stand beside `uses`
 )
 SOURCE_KEY = re.compile(
     "model|m|hf-repo|hfr?|model-url|mu|docker-repo|dr|(?!spec-).*-default|fim-.*-spec"
-    "|LLAMA_ARG_(?:MODEL|HF_REPO|MODEL_URL|DOCKER_REPO)"
+    "|LLAMA-ARG-(?:MODEL|HF-REPO|MODEL-URL|DOCKER-REPO)"
 )
 SAVE_PATH = "slot-save-path"  # the option of llama-server that `keep-context` needs
 
@@ -957,7 +878,7 @@ class Model(NamedTuple):
     """One model as the file describes it.
 
     `options` are layers of settings, the weakest first, each in the order of its keys.
-    They, `env` and the texts of commands may hold variables, which the methods expand.
+    They, the environment and commands may hold variables, which the methods expand.
     `backends` are the ids of the models whose backend may serve it, the first one
     preferred. `problem` is None, or why the model cannot be used. `context_dir` is the
     folder of its saved contexts and ends in a slash; empty: none are saved.
@@ -968,7 +889,6 @@ class Model(NamedTuple):
     place: str
     settings: ModelSettings
     options: tuple
-    env: dict
     variables: dict
     backends: tuple
     problem: Optional[str]
@@ -991,19 +911,16 @@ class Model(NamedTuple):
     def launch(self) -> tuple:
         """The settings of the backend; a reload that keeps them keeps it running."""
         names = LAUNCH_KEYS[self.kind]
-        values = [getattr(self.settings, key.attribute)
-                  for key in SETTINGS if key.name in names]
+        values = [getattr(self.settings, MODEL_KEY[name].attribute) for name in names]
         options = {  # of the same key, that of the strongest layer
             setting.key: (strength, setting.text)
             for strength, layer in enumerate(self.options) for setting in layer
         }
-        return self.kind, values, self.env if "env.NAME" in names else {}, options
+        return self.kind, values, options
 
     def command(self, table, port) -> list:
-        """Return the argv of a model that is a process; [] for other kinds.
-
-        Raise ConfigError for options that the table does not have.
-        """
+        """Return the argv of a model that is a process; [] for other kinds. Raise
+        ConfigError for options that the table does not have."""
         try:
             extra = self._words(self.settings.extra_args, PORT=port)
             if self.kind == "cmd":
@@ -1047,7 +964,8 @@ class Model(NamedTuple):
 
     def environment(self, port) -> dict:
         """Return the variables that the backend has beside those of llmswap."""
-        return {name: self._expand(text, PORT=port) for name, text in self.env.items()}
+        variables = self.settings.env.items()
+        return {name: self._expand(text, PORT=port) for name, text in variables}
 
     def _words(self, text, **more):
         return [self._expand(word, **more) for word in split_words(text)]
@@ -1066,10 +984,7 @@ def folder_name(name) -> str:
 
 def has_source(keys) -> bool:
     """Return whether one of llama-server's keys says where the model's file is."""
-    return any(
-        SOURCE_KEY.fullmatch(name)
-        for key in keys for name in (key, key.replace("_", "-"))
-    )
+    return any(SOURCE_KEY.fullmatch(key.replace("_", "-")) for key in keys)
 
 
 def split_settings(section):
@@ -1092,6 +1007,7 @@ class ModelBuilder:
         self._name, self._place, _ = section
         self._macros = macros
         self._variables = {**variables, "MODEL_ID": self._name}
+        self._context = macros, self._variables, warn
         self._warn = warn
         self._problems = []
         self._own, options = split_settings(section)
@@ -1106,39 +1022,37 @@ class ModelBuilder:
         if self._kind == "uses":
             keys = {name: keys[name] for name in keys if name in REQUEST_KEYS}
         self._keys = {**keys, **self._own}
-        self._layers = (*layers, options)
+        self._layers = *layers, options
 
     def build(self) -> Model:
         """Return the Model, with defaults in the place of invalid values."""
-        values, env = dict(DEFAULTS), {}
+        values = {**DEFAULTS, "env": {}}
         if self._kind == "cmd":
             values["hang_timeout"] = 0.0
         for name, setting in self._keys.items():
             if name.startswith("env."):
-                env[name[len("env.") :]] = self._read(ENV_KEY, setting, "")
+                values["env"][name[len("env.") :]] = self._read(ENV_KEY, setting, "")
             else:
                 key = MODEL_KEY[name]
                 values[key.attribute] = self._read(key, setting, values[key.attribute])
         settings, options = ModelSettings(**values), ()
         if self._kind == "llama-server":
             options = tuple(
-                [each._replace(text=self._read_option(each)) for each in layer]
+                [each._replace(text=self._option_text(each)) for each in layer]
                 for layer in self._layers
             )
-        mistakes = self._key_mistakes(), self._kind_mistakes(settings, env)
-        for setting, reason in itertools.chain(*mistakes):
+        for setting, reason in self._mistakes(settings):
             place = setting.place if setting else self._place
             self._problems.append(f"{place}: {reason}")
         problem = self._problems[0] if self._problems else None
         preset_only = tuple((key, self._keys[key].text)
                             for key in PRESET_ONLY_KEYS if key in self._keys)
-        return Model(self._name, self._kind, self._place, settings, options, env,
+        return Model(self._name, self._kind, self._place, settings, options,
                      self._variables, (self._name,), problem, preset_only=preset_only)
 
     def _read(self, key, setting, default):
-        context = self._macros, self._variables, self._warn
         try:
-            return read_setting(key, setting, *context)
+            return read_setting(key, setting, *self._context)
         except ConfigError as error:
             if key.name in PRESET_ONLY_KEYS:  # llama.cpp takes anything for them
                 self._warn(f"{error}; taken as {key.default}")
@@ -1146,49 +1060,43 @@ class ModelBuilder:
                 self._problems.append(str(error))
             return default
 
-    def _read_option(self, setting):
+    def _option_text(self, setting):
         """Return the text with its ~ expanded. In a file without [macros] a ${ has no
         meaning, as for llama-server."""
+        text = setting.text.replace("${", "$${")
         if self._macros:
-            return os.path.expanduser(self._read(ENV_KEY, setting, ""))
-        return os.path.expanduser(setting.text.replace("${", "$${"))
+            text = self._read(ENV_KEY, setting, "")
+        return os.path.expanduser(text)
 
-    def _key_mistakes(self):
-        """Yield the settings that this kind of model cannot have, and why."""
-        if self._kind != "llama-server":
-            refusal = f"options of llama-server cannot stand beside {self._kind}"
-            for setting in self._layers[-1]:
-                yield setting, unknown_key(setting.key, f"no key of llmswap; {refusal}")
+    def _mistakes(self, settings):
+        """Yield what is wrong for this kind: the setting to blame, or None, and why."""
+        kind, own = self._kind, self._own
         launch_keys = {*itertools.chain(*LAUNCH_KEYS.values())}
-        for spelling, setting in self._own.items():
+        for setting in self._layers[-1] if kind != "llama-server" else ():
+            reason = f"options of llama-server cannot stand beside {kind}"
+            yield setting, unknown_key(setting.key, f"no key of llmswap; {reason}")
+        for spelling, setting in own.items():
             name = "env.NAME" if spelling.startswith("env.") else spelling
-            is_other_kind = name in EXCLUSIVE_KEYS and name != self._kind
-            if is_other_kind or self._kind == "uses" and name not in REQUEST_KEYS:
-                yield setting, f"cannot stand beside {self._kind}"
-            elif name in launch_keys and name not in LAUNCH_KEYS[self._kind]:
-                self._warn(f"{setting.place}: without effect beside {self._kind}")
-
-    def _kind_mistakes(self, settings, env):
-        """Yield what else is wrong for this kind: the setting to blame, or None, and
-        why."""
-        own = self._own.get
-        is_local = needs_port(settings.proxy)
-        if self._kind == "llama-server":
-            keys = {setting.key for layer in self._layers for setting in layer}
-            words = settings.extra_args.split()
-            keys.update(env, (word.split("=")[0].lstrip("-") for word in words))
-            if not has_source(keys):
-                yield None, "it has no source: model, hf-repo, model-url or docker-repo"
-            if not is_local:
-                yield own("proxy"), "the proxy of a llama-server needs ${PORT}"
-        elif self._kind == "cmd" and is_local:
-            texts = [settings.cmd, settings.extra_args, *env.values()]
-            if not any(map(needs_port, texts)):
-                yield own("cmd"), "without ${PORT} it needs proxy = URL"
-        if self._kind in EXCLUSIVE_KEYS and not getattr(settings, self._kind):
-            yield own(self._kind), "it must not be empty"
-        if self._kind in ("unit", "remote") and is_local:
-            yield own("proxy"), "it needs proxy = URL, without ${PORT}"
+            is_other_kind = name in EXCLUSIVE_KEYS and name != kind
+            if is_other_kind or kind == "uses" and name not in REQUEST_KEYS:
+                yield setting, f"cannot stand beside {kind}"
+            elif name in launch_keys and name not in LAUNCH_KEYS[kind]:
+                self._warn(f"{setting.place}: without effect beside {kind}")
+        proxy, is_local = own.get("proxy"), needs_port(settings.proxy)
+        texts = [settings.cmd, settings.extra_args, *settings.env.values()]
+        keys = {setting.key for layer in self._layers for setting in layer}
+        words = settings.extra_args.split()
+        keys.update(settings.env, (word.split("=")[0].lstrip("-") for word in words))
+        if kind == "llama-server" and not has_source(keys):
+            yield None, "it has no source: model, hf-repo, model-url or docker-repo"
+        if kind == "llama-server" and not is_local:
+            yield proxy, "the proxy of a llama-server needs ${PORT}"
+        if kind == "cmd" and is_local and not any(map(needs_port, texts)):
+            yield own["cmd"], "without ${PORT} it needs proxy = URL"
+        if kind in EXCLUSIVE_KEYS and not getattr(settings, kind):
+            yield own[kind], "it must not be empty"
+        if kind in ("unit", "remote") and is_local:
+            yield proxy, "it needs proxy = URL, without ${PORT}"
         if bool(settings.sleep) != bool(settings.wake):
             yield None, "sleep and wake need each other"
 
@@ -1205,19 +1113,15 @@ def canonical_name(name) -> str:
 
 
 def find_models(directory, place) -> dict:
-    """Return the options of the models in a directory by id, as llama-server does.
-
-    A model is a file or a directory. Raise OSError if they cannot be listed.
-    """
+    """Return the options of the models in a directory (files or folders) by id, as
+    llama-server does. Raise OSError."""
     models = {}
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
-        names, options = [""], {}
+        paths, options = [entry.path], {}
         if entry.is_dir():
-            with contextlib.suppress(PermissionError):  # lost+found, for one
-                names = os.listdir(entry.path)
+            paths = glob.glob(os.path.join(glob.escape(entry.path), "*"))
         # llama-server wants the first file of a split model
-        for name in sorted(names, key=lambda name: ("-00001-of-" not in name, name)):
-            path = os.path.join(entry.path, name) if name else entry.path
+        for path in sorted(paths, key=lambda path: ("-00001-of-" not in path, path)):
             match = re.search(r"/(mtp-|dspark-|dflash-)?([^/]*)\.gguf\Z", path)
             if match:
                 key = "model-draft" if match[1] else "model"
@@ -1289,10 +1193,8 @@ class Config(NamedTuple):
         return next(iter(self.models.values())) if len(self.models) == 1 else None
 
     def pitfalls(self, table_of: Callable) -> List[str]:
-        """Return warnings of options that mean something else to llama.cpp.
-
-        table_of(model) is the OptionTable of a llama-server model.
-        """
+        """Return warnings of options that mean something else to llama.cpp;
+        table_of(model) is the OptionTable of a llama-server model."""
         warnings = {}  # used as a set that keeps its order
         for model in self.models.values():
             for layer in model.options:
@@ -1311,31 +1213,27 @@ def load_config(
     `listen` and `models_max` override the file's; `cached` are the names of the models
     in llama.cpp's cache. Raise ConfigError.
     """
-    try:
-        data = WITHOUT_FILE
-        if path is not None:
+    data = WITHOUT_FILE
+    if path is not None:
+        try:
             with open(path, "rb") as file:
                 data = file.read()
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    given = {"listen": listen, "models-max": models_max}
-    overrides = {
-        name: Setting(name, str(text), f"--{name}")
-        for name, text in given.items() if text is not None
-    }
-    return ConfigLoader(data, str(path or ""), overrides, environ, cached).load()
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from None
+    loader = ConfigLoader(data, str(path or ""), environ, cached)
+    return loader.load({"listen": listen, "models-max": models_max})
 
 
 class ConfigLoader:
     """Makes a Config of the bytes of one file."""
 
-    def __init__(self, data, path, overrides, environ, cached=()):
+    def __init__(self, data, path, environ, cached=()):
         self._path = path
         self._cached = cached
         self._environ = environ
         self._warnings = {}  # used as a set that keeps its order
         empty = {name: Section(name, "", {}) for name in NOT_MODELS}
-        self._sections = {**empty, **PresetParser(path, self._warn).parse(data)}
+        self._sections = {**empty, **parse_presets(data, path, self._warn)}
         macros = self._sections["macros"].settings
         for name, setting in macros.items():
             if name in ("PORT", "PID", "MODEL_ID") or name.startswith("env."):
@@ -1343,52 +1241,55 @@ class ConfigLoader:
         texts = {name: setting.text for name, setting in macros.items()}
         variables = {f"env.{name}": value for name, value in environ.items()}
         self._context = texts, variables, self._warn
-        self._proxy = {**self._read_proxy_section(), **overrides}
+        self._written = {}  # settings of llmswap by key
         self._names = {}  # ids of models by name
 
-    def load(self) -> Config:
-        """Return the Config, or raise ConfigError."""
-        settings = self._read_settings()
+    def load(self, overrides) -> Config:
+        """Return the Config, or raise ConfigError. `overrides`: texts by key, or None
+        for those that the file decides."""
+        settings = self._read_settings(overrides)
         models = self._assign_names(self._build_models(settings))
-        for name, model in models.items():
-            if model.kind == "llama-server" and model.settings.keep_context:
-                path = os.path.join(settings.state_dir, "context", folder_name(name))
-                models[name] = model._replace(context_dir=f"{path}/")
-        config = Config(
-            self._path, settings, models, self._names, self._read_api_keys(settings), ()
-        )
-        settings = self._resolve_names(config)
-        self._check_fit(models, settings)
+        keys = self._read_api_keys(settings)
+        config = Config(self._path, settings, models, self._names, keys, ())
+        config = config._replace(settings=self._resolve_names(config))
+        pinned = []
+        for model in sorted(models.values(), key=lambda model: not model.is_pinned):
+            reason = None if model.problem else misfit(model, pinned, config.settings)
+            if reason:
+                problem = f"{model.place}: {reason}"
+                models[model.name] = model._replace(problem=problem)
+            elif model.is_pinned and not model.problem:
+                pinned.append(model)
         for model in models.values():
             if model.kind == "uses" and not model.problem:
                 models[model.name] = self._link(model, config)
-        return config._replace(settings=settings, warnings=tuple(self._warnings))
+        return config._replace(warnings=tuple(self._warnings))
 
     def _warn(self, message):
         self._warnings[message] = True
 
-    def _read_proxy_section(self):
-        star, settings = self._sections["*"].settings, {}
-        for key in ("models-max", "models_max", "LLAMA_ARG_MODELS_MAX"):
+    def _read_settings(self, overrides):
+        star, written = self._sections["*"].settings, self._written
+        for key in ("models-max", "LLAMA-ARG-MODELS-MAX"):
             if key in star and re.fullmatch("[0-9]{1,9}", star[key].text):
-                settings["models-max"] = star.pop(key)  # often written there
+                written["models-max"] = star.pop(key)  # often written there
         for spelling, setting in self._sections["llmswap"].settings.items():
             name = key_name(spelling, PROXY_KEY)
             if name:
-                settings[name] = setting
+                written[name] = setting
             elif key_name(spelling, MODEL_KEY):
                 raise ConfigError(f"{setting.place}: belongs to a model, or in [*]")
             elif spelling not in IGNORED_KEYS:
                 near = suggestion(spelling, PROXY_KEY)
                 raise ConfigError(f"{setting.place}: unknown key{near}")
-        return settings
-
-    def _read_settings(self):
+        for name, text in overrides.items():
+            if text is not None:
+                written[name] = Setting(name, str(text), f"--{name}")
         values = {}
         for key in PROXY_KEYS:
-            setting = self._proxy.get(key.name, Setting(key.name, key.default, ""))
+            setting = written.get(key.name, Setting(key.name, key.default, ""))
             values[key.attribute] = read_setting(key, setting, *self._context)
-        if "models-max" not in self._proxy and (values["budget"] or values["sets"]):
+        if "models-max" not in written and (values["budget"] or values["sets"]):
             values["models_max"] = 0
         return ProxySettings(**values)
 
@@ -1399,7 +1300,7 @@ class ConfigLoader:
                 with open(settings.api_key_file, encoding="utf-8") as file:
                     lines = [line.strip() for line in file]
             except (OSError, ValueError) as error:
-                place = self._proxy["api-key-file"].place
+                place = self._written["api-key-file"].place
                 raise ConfigError(f"{place}: {error}") from None
             keys += tuple(line for line in lines if line and not line.startswith("#"))
         return tuple(dict.fromkeys(keys))
@@ -1409,8 +1310,8 @@ class ConfigLoader:
         for name in NOT_FOR_ALL:
             if name in keys:
                 raise ConfigError(f"{keys[name].place}: cannot be given for all models")
-        if "llama-server" in self._proxy:
-            keys.setdefault("llama-server", self._proxy["llama-server"])
+        if "llama-server" in self._written:
+            keys.setdefault("llama-server", self._written["llama-server"])
         if None in settings.budget.values():
             keys.setdefault("needs", Setting("needs", "auto", ""))
         listed = self._list_models(settings)
@@ -1423,8 +1324,12 @@ class ConfigLoader:
             source, layer = listed.get(name, ("preset", []))
             defaults = keys, options, layer
             model = ModelBuilder(section, defaults, *self._context).build()
-            is_written = name in self._sections
-            models.append(model._replace(source="preset" if is_written else source))
+            if name not in self._sections:
+                model = model._replace(source=source)
+            if model.kind == "llama-server" and model.settings.keep_context:
+                path = os.path.join(settings.state_dir, "context", folder_name(name))
+                model = model._replace(context_dir=f"{path}/")
+            models.append(model)
         return models
 
     def _list_models(self, settings):
@@ -1437,7 +1342,7 @@ class ConfigLoader:
             layer = [Setting(key, text, f"[{name}]") for key, text in options.items()]
             listed[ids.get(name, name)] = "cache", layer
         if settings.models_dir:
-            place = self._proxy["models-dir"].place
+            place = self._written["models-dir"].place
             try:
                 for name, layer in find_models(settings.models_dir, place).items():
                     listed[name] = "models_dir", layer
@@ -1494,7 +1399,7 @@ class ConfigLoader:
         def find(name, key):
             model = config.models.get(config.find(name))
             if model is None:
-                place = self._proxy[key].place
+                place = self._written[key].place
                 raise ConfigError(f"{place}: there is no model {name!r}")
             return model
 
@@ -1509,24 +1414,9 @@ class ConfigLoader:
         default = default and find(default, "default-model").name
         return config.settings._replace(sets=tuple(sets), default_model=default)
 
-    def _check_fit(self, models, settings):
-        """Set the problem of each model that does not fit beside the pinned ones."""
-        pinned = []
-        for model in sorted(models.values(), key=lambda model: not model.is_pinned):
-            if model.problem:
-                continue
-            reason = misfit(model, pinned, settings)
-            if reason:
-                problem = f"{model.place}: {reason}"
-                models[model.name] = model._replace(problem=problem)
-            elif model.is_pinned:
-                pinned.append(model)
-
     def _link(self, model, config):
-        """Return a `uses` model with the backends of the usable models that it names.
-
-        It has a problem if none is usable, or one is unknown or itself of kind `uses`.
-        """
+        """Return a `uses` model with the backends of the usable models that it names,
+        or a problem: none is usable, or one is unknown or itself of kind `uses`."""
         targets = {
             name: config.models.get(config.find(name)) for name in model.settings.uses
         }
@@ -1576,7 +1466,7 @@ NEXT_STATES = {  # waking is a start; a backend may fall asleep and wake by itse
     State.SLEEPING: (State.LOADING, State.LOADED, State.UNLOADING, State.UNLOADED),
     State.UNLOADING: (State.SLEEPING, State.UNLOADED),
 }
-SOONEST_FIRST = [State.LOADED, State.LOADING, State.SLEEPING]  # to serve a request
+SOONEST_FIRST = State.LOADED, State.LOADING, State.SLEEPING  # to serve a request
 MIN_RETURN_GAP = 0.005  # s; a client that sends its next request at once needs less
 UNKNOWN_SWAP_COST = 1.0  # s; assumed before a swap was measured
 MAX_PATIENCE = 30.0  # s
@@ -1587,12 +1477,11 @@ FREE_FAILURES = 3  # so many failed loads in a row cause no back-off
 class ModelSpec(NamedTuple):
     """What scheduling must know of a model. Times in seconds; 0 means never, no limit.
 
-    `is_local` False: the model runs on another machine, does not count towards
-    models-max, and is not backed off after failed loads: that machine may be asleep.
-    `is_pinned`: nothing evicts it, nor is it unloaded when idle.
-    `is_pinned_once_loaded`: nothing evicts it while it is loaded. `keep_loaded`: it is
-    started whenever it fits and no ticket waits. `can_sleep`: it is put to sleep, not
-    stopped, when another needs its room.
+    `is_local` False: it runs on another machine, which may be asleep; it takes none of
+    models-max, and failed loads are not backed off. `is_pinned`: neither evicted nor
+    unloaded when idle. `is_pinned_once_loaded`: not evicted while it is loaded.
+    `keep_loaded`: started whenever it fits and no ticket waits. `can_sleep`: put to
+    sleep, not stopped, when another needs its room.
     """
 
     needs: Mapping[str, int] = {}
@@ -1632,15 +1521,14 @@ class Limits(NamedTuple):
     def allow(self, usages: Iterable[ModelUsage]) -> bool:
         """Whether all of these fit together; then fewer of them fit, too."""
         usages = list(usages)
-        if self.models_max and sum(each.places for each in usages) > self.models_max:
+        names = {each.name for each in usages if each.places}
+        if 0 < self.models_max < len(names):
             return False
         for name, amount in self.budget.items():
             if sum(each.needs.get(name, 0) for each in usages) > amount:
                 return False
-        if not self.sets:
-            return True
-        names = {each.name for each in usages if each.places}
-        return len(names) < 2 or any(names <= together for together in self.sets)
+        is_free = len(names) < 2 or not self.sets
+        return is_free or any(names <= together for together in self.sets)
 
 
 class Grant(NamedTuple):
@@ -1694,15 +1582,9 @@ class Ticket:
         self.run = None  # of the backend that was granted
         self.waiter = None  # belongs to the caller
 
-    def __repr__(self):
-        return f"Ticket({self.number}, {self.model.name!r})"
-
 
 class ModelState:
-    """One model in the schedule: its state, its leases and what was measured.
-
-    Only the Scheduler changes it.
-    """
+    """One model in the schedule. Only the Scheduler changes it."""
 
     def __init__(self, name: str, spec: ModelSpec):
         self.name = name
@@ -1755,12 +1637,6 @@ class ModelState:
         return not (self.in_flight or self.waiting)
 
     @property
-    def is_reserved(self) -> bool:
-        """Whether it loads, or has loaded, for a ticket that is not granted yet."""
-        is_new = self.state is State.LOADED and self.last_grant < self.ready_at
-        return bool(self.waiting) and (is_new or self.state is State.LOADING)
-
-    @property
     def is_pinned(self) -> bool:
         """Whether nothing may evict it now."""
         was_ready = self.ready_at > -math.inf
@@ -1806,18 +1682,13 @@ class ModelState:
         """A load failed; after FREE_FAILURES in a row the next one must wait."""
         self.last_failure = problem
         self.failures += 1
-        surplus = self.failures - FREE_FAILURES
-        if surplus >= 0:
-            self.retry_at = now + min(MAX_BACKOFF, 2.0 ** min(surplus, 16))
+        if self.failures >= FREE_FAILURES:
+            surplus = min(self.failures - FREE_FAILURES, 16)
+            self.retry_at = now + min(MAX_BACKOFF, 2.0**surplus)
 
     def reset_failures(self):
         self.failures, self.retry_at = 0, -math.inf
         if self.keep_loaded_at < math.inf:
-            self.keep_loaded_at = -math.inf
-
-    def resume_keep_loaded(self):
-        """keep_loaded has effect again, though the model was unloaded by hand."""
-        if self.keep_loaded_at == math.inf:
             self.keep_loaded_at = -math.inf
 
     def swap_cost(self, newcomer: "ModelState") -> float:
@@ -1837,19 +1708,16 @@ class ModelState:
 
     def unload_at(self) -> float:
         """When its idle time ends; inf: it is in use, or never unloads."""
-        if self.in_flight or self.waiting or self.preemptible:
+        is_exempt = self.spec.is_pinned or self.spec.keep_loaded
+        if self.in_flight or self.waiting or self.preemptible or is_exempt:
             return math.inf
-        if self.spec.is_pinned or self.spec.keep_loaded:
-            return math.inf
-        timeout = self.idle_timeout
-        if timeout is None:
-            timeout = self.spec.idle_timeout or math.inf
-        return self.idle_since + timeout
+        if self.idle_timeout is not None:
+            return self.idle_since + self.idle_timeout
+        return self.idle_since + (self.spec.idle_timeout or math.inf)
 
 
 def choose_victims(
-    candidates: Iterable[ModelState],
-    makes_room: Callable[[FrozenSet[ModelState]], bool],
+    candidates: Iterable[ModelState], makes_room: Callable[[FrozenSet], bool]
 ) -> Optional[FrozenSet[ModelState]]:
     """Return the candidates to evict, or None if even all of them make no room.
 
@@ -1909,7 +1777,7 @@ class Scheduler:
     ) -> Ticket:
         """Queue a request for the model; the next `decide` may grant or refuse it."""
         model = self.models[name]
-        model.resume_keep_loaded()
+        model.keep_loaded_at = -math.inf
         self._is_keep_loaded_paused = False
         ticket = Ticket(next(self._numbers), model, now, preemptible, manual)
         if manual:
@@ -1921,10 +1789,8 @@ class Scheduler:
         return ticket
 
     def finish(self, ticket: Ticket, now: float):
-        """The request has ended or its client has left; call it once.
-
-        The ticket may be waiting, granted or refused.
-        """
+        """The request has ended or its client has left. The ticket may be waiting,
+        granted or refused; call it once."""
         model = ticket.model
         if ticket.number in self._queue:
             self._dequeue(ticket)
@@ -1937,18 +1803,15 @@ class Scheduler:
         model.record_idle(now)
 
     def choose(self, names: Sequence[str]) -> Optional[str]:
-        """Return the model that can serve a request soonest, or None if a reload has
-        removed all of them."""
-
-        def rank(name):
-            model = self.models[name]
-            is_leaving = model.is_stopping_soon or model.drains_for
-            if is_leaving or model.state not in SOONEST_FIRST:
-                return len(SOONEST_FIRST)
-            return SOONEST_FIRST.index(model.state)
-
-        remaining = (name for name in names if name in self.models)
-        return min(remaining, key=rank, default=None)
+        """Return the model that can serve a request soonest, the first if none is
+        loaded, or None if a reload has removed all of them."""
+        models = [self.models[name] for name in names if name in self.models]
+        for state in SOONEST_FIRST:
+            for model in models:
+                is_leaving = model.is_stopping_soon or model.drains_for
+                if model.state is state and not is_leaving:
+                    return model.name
+        return models[0].name if models else None
 
     def keep_alive(self, name: str, seconds: float):
         """Set the idle timeout of a model until it unloads; below 0: never unload."""
@@ -2012,8 +1875,7 @@ class Scheduler:
         """The backend has exited and holds nothing. `failure`: why, if by itself.
 
         A load that ran out of memory beside other models is retried once, after the
-        least recently used of them has stopped. Then return the name of that model and
-        refuse no ticket.
+        least recently used of them has stopped: then its name is returned.
         """
         model = self._current(name, run)
         victim = None
@@ -2039,15 +1901,11 @@ class Scheduler:
 
     def _choose_retry_victim(self, model, failure):
         """Return the model to stop before a retry of the load; None: no retry."""
-        if model.retry_victim or not (model.needs_room and model.waiting):
+        is_first = not model.retry_victim and failure.is_out_of_memory
+        if not (is_first and model.needs_room and model.waiting):
             return None
-        if not failure.is_out_of_memory:
-            return None
-        candidates = (
-            each
-            for each in self.held.values()
-            if each is not model and self._is_evictable(each)
-        )
+        candidates = (each for each in self.held.values()
+                      if each is not model and self._is_evictable(each))
         return min(candidates, key=ModelState.last_used, default=None)
 
     def learn(self, name: str, needs: Mapping[str, int]):
@@ -2144,7 +2002,7 @@ class Scheduler:
                 model.spec = spec
                 if name in changed:
                     model.reset_failures()
-            model.resume_keep_loaded()
+            model.keep_loaded_at = -math.inf
             if model.is_pinned:
                 model.drains_for = None
 
@@ -2175,23 +2033,12 @@ class Scheduler:
         """How many leases there are that are not preemptible."""
         return sum(model.in_flight for model in self.held.values())
 
-    @property
-    def is_in_use(self) -> bool:
-        """Whether a ticket waits, or a model is held other than for keep_loaded."""
-        return bool(self._queue) or any(
-            model.in_flight or model.preemptible or not model.spec.keep_loaded
-            for model in self.held.values()
-        )
-
     # -- decisions -------------------------------------------------------------------
 
     def decide(self, now: float) -> Tuple[List[NamedTuple], float]:
         """Return the decisions, to be carried out in order, and the next deadline."""
-        while (
-            self._serve_queue(now)
-            or self._stop_models(now)
-            or self._start_keep_loaded(now)
-        ):
+        steps = self._serve_queue, self._stop_models, self._start_keep_loaded
+        while any(step(now) for step in steps):
             pass  # a decision may make others possible
         decisions, self._decisions = self._decisions, []
         return decisions, self._next_deadline
@@ -2259,24 +2106,16 @@ class Scheduler:
             seconds = max(1, math.ceil(model.retry_at - now))
             text = f"{model.last_failure}\n(it is tried again in {seconds} s)"
             return LoadBackoff(text, retry_after=seconds)
-        pins = self._pins_in_the_way(model)
-        if pins:
+        pins = [pin for pin in self._pinned if pin is not model]
+        usages = [model.usage_when_loaded(), *(pin.usage() for pin in pins)]
+        needs_room = model.is_down and model.needs_room
+        if pins and needs_room and not self.limits.allow(usages):
             names = ", ".join(sorted(pin.name for pin in pins))
             text = f"{model.name!r} does not fit beside the pinned {names}"
             return ModelPinned(f"{text}: unload by hand makes room")
         is_full = limits.queue_max and waiting >= limits.queue_max
         full = f"{limits.queue_max} requests wait already (queue-max in [llmswap])"
         return QueueFull(full) if is_full else None
-
-    def _pins_in_the_way(self, model):
-        """Return the fewest pinned models without which this one could start."""
-        pins = [pin for pin in self._pinned if pin is not model]
-        if not (pins and model.is_down and model.needs_room):
-            return frozenset()
-        usage = model.usage_when_loaded()
-        return _fewest(pins, lambda leaving: self.limits.allow(
-            [usage, *(pin.usage() for pin in pins if pin not in leaving)]
-        ))
 
     def _grant(self, ticket, now):
         model = ticket.model
@@ -2338,11 +2177,8 @@ class Scheduler:
 
     def _fits(self, wanted, stopping=frozenset()):
         """Whether `wanted` fits beside all that is held, except what is stopping."""
-        staying = (
-            each.usage()
-            for each in self.held.values()
-            if each.name not in wanted and each not in stopping
-        )
+        staying = (each.usage() for each in self.held.values()
+                   if each.name not in wanted and each not in stopping)
         return self.limits.allow([*wanted.values(), *staying])
 
     def _start(self, model, now, ticket=None):
@@ -2362,10 +2198,8 @@ class Scheduler:
     def _evict(self, ticket, wanted, now):
         """Choose victims for the ticket; they drain once patience ends."""
         candidates = [
-            model
-            for model in self.held.values()
-            if model.name not in wanted
-            and model not in self._stopping
+            model for model in self.held.values()
+            if model.name not in wanted and model not in self._stopping
             and self._is_evictable(model)
         ]
         victims = choose_victims(
@@ -2387,7 +2221,9 @@ class Scheduler:
             return False
         if model.state is State.SLEEPING and model.spec.can_sleep:
             return bool(model.spec.sleep_needs)
-        return not model.is_reserved
+        is_new = model.state is State.LOADED and model.last_grant < model.ready_at
+        is_reserved = model.waiting and (is_new or model.state is State.LOADING)
+        return not is_reserved
 
     def _evictable_at(self, ticket, victim, now):
         """When the victim may begin to drain for the ticket."""
@@ -2401,10 +2237,8 @@ class Scheduler:
         return moment
 
     def _start_keep_loaded(self, now):
-        """If no ticket waits, start a keep_loaded model that fits; return if so.
-
-        A later ticket that needs the room stops such a load at once.
-        """
+        """If no ticket waits, start a keep_loaded model that fits; return if so. A
+        later ticket that needs the room stops such a load at once."""
         if self._queue or self._closing_error or self._is_keep_loaded_paused:
             return False
         for model in self.models.values():
@@ -2425,10 +2259,18 @@ class Scheduler:
         before = len(self._decisions)
         for model in self.held.values():
             cause, moment = self._stop_due(model)
-            if now >= moment:
-                self._stop(model, now, cause)
-            else:
+            if now < moment:
                 self._look_again_at(moment)
+                continue
+            newcomer, to_sleep = None, False
+            if cause in ("evicted", "abandoned"):
+                model.evicted_for = model.drains_for.model
+                newcomer = model.evicted_for.name
+                to_sleep = model.spec.can_sleep and model.state is State.LOADED
+            model.advance(State.UNLOADING, now)
+            model.stop_cause = "sleep" if to_sleep else cause
+            stop = Stop(model.name, model.run, cause, newcomer, to_sleep)
+            self._decisions.append(stop)
         return len(self._decisions) != before
 
     def _stop_due(self, model):
@@ -2446,16 +2288,6 @@ class Scheduler:
         if model.drains_for:
             return "abandoned" if is_loading else "evicted", once_drained
         return "idle", math.inf if is_loading else model.unload_at()
-
-    def _stop(self, model, now, cause):
-        newcomer, to_sleep = None, False
-        if cause in ("evicted", "abandoned"):
-            model.evicted_for = model.drains_for.model
-            newcomer = model.evicted_for.name
-            to_sleep = model.spec.can_sleep and model.state is State.LOADED
-        model.advance(State.UNLOADING, now)
-        model.stop_cause = "sleep" if to_sleep else cause
-        self._decisions.append(Stop(model.name, model.run, cause, newcomer, to_sleep))
 
 
 # ==================================================================================
@@ -3767,7 +3599,7 @@ class LlamaServerBackend(ProcessBackend):
         stats = [os.stat(path) for path in paths if os.path.isfile(path)]
         files = [(each.st_size, each.st_mtime_ns) for each in stats]
         words = [word for word in argv if word != str(self.port)]
-        identity = repr([words, sorted(self.model.env.items()), files])
+        identity = repr([words, sorted(self.model.settings.env.items()), files])
         return hashlib.sha256(identity.encode()).hexdigest()
 
     def _restore_context(self):
@@ -4601,10 +4433,8 @@ LOAD_LINE_EVERY = 10.0  # s between log lines about one load
 
 
 class Broadcast:
-    """Passes items to any number of followers, and keeps the last ones.
-
-    Any thread may call. A follower that does not keep up loses items.
-    """
+    """Passes items to any number of followers, and keeps the last ones. A follower that
+    does not keep up loses items. Any thread may call."""
 
     BACKLOG = 10000
 
@@ -4636,10 +4466,9 @@ class Broadcast:
             self._followers.add(follower)
 
         def get(timeout):
-            try:
+            with contextlib.suppress(queue.Empty):
                 return follower.get(timeout=timeout)
-            except queue.Empty:
-                return None
+            return None
 
         try:
             yield get
@@ -4651,51 +4480,14 @@ class Broadcast:
 BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # s
 
 
-class Metrics:
-    """Counts since the start of llmswap. The caller holds the Pool's lock.
+class Metrics(collections.Counter):
+    """Counts since the start of llmswap, by (metric, label, ...); the last label of a
+    histogram is the index of a bucket. The caller holds the Pool's lock."""
 
-    `counts` maps (metric, label, ...) to a number; the last label of a histogram is the
-    index of a bucket.
-    """
-
-    def __init__(self):
-        self.counts = collections.Counter()
-
-    def count_request(
-        self,
-        model: str,
-        status: int,
-        seconds: float,
-        waited: Optional[float] = None,
-        **amounts: int,
-    ):
-        """A request has ended. `waited`: seconds until its lease, None if it got none.
-
-        `amounts`: tokens_in, tokens_out, tokens_cached, bytes_in and bytes_out. The
-        empty model: a request for none, or for one that is not known.
-        """
-        self.counts["requests", model, status] += 1
-        for name, amount in amounts.items():
-            self.counts[name, model] += amount
-        self._observe("durations", model, seconds)
-        if waited is not None:
-            self._observe("waits", model, waited)
-
-    def count_load(self, model: str, seconds: float, is_swap: bool = False):
-        """A model is ready, so many seconds after its start. `is_swap`: others were
-        evicted for it."""
-        self._observe("loads", model, seconds)
-        self.counts["swaps",] += is_swap
-
-    def copy(self) -> "Metrics":
-        """Return what was counted so far."""
-        copy = Metrics()
-        copy.counts = self.counts.copy()
-        return copy
-
-    def _observe(self, metric, model, seconds):
-        self.counts[metric, model, bisect.bisect_left(BUCKETS, seconds)] += 1
-        self.counts[f"{metric}_sum", model] += seconds
+    def observe(self, metric: str, model: str, seconds: float):
+        """Count a value of a histogram: durations, waits or loads."""
+        self[metric, model, bisect.bisect_left(BUCKETS, seconds)] += 1
+        self[f"{metric}_sum", model] += seconds
 
 
 STOP_REASONS = {
@@ -4712,13 +4504,12 @@ class ModelStatus(NamedTuple):
     """One model at one moment. Times in seconds, memory in bytes.
 
     `state` is a value of State, `seconds` for how long (None: since the start).
-    `progress` of a load goes from 0 to 1, if it is known. `failure` says why its last
-    run failed, `stopped` why it was stopped, `unusable` what is wrong in the file.
-    `shares` names the model whose backend it uses now, and whose state it has.
-    `pinned`: nothing may evict it now. `context` is the size of its saved contexts
-    (None: not saved), `context_seconds` the time that they have spared. `entry` is
-    the last one of its own /v1/models. `needs`, by resource, come from `needs_source`;
-    `holds` is what it counts for now.
+    `progress` of a load: 0 to 1. `failure` says why its last run failed, `stopped` why
+    it was stopped, `unusable` what is wrong in the file. `shares` names the model whose
+    backend it uses now, and whose state it has. `pinned`: nothing may evict it now.
+    `context` is the size of its saved contexts (None: not saved), `context_seconds`
+    what they have spared. `entry` is the last of its own /v1/models. `holds` is what it
+    counts for now.
     """
 
     id: str
@@ -4767,10 +4558,8 @@ class Run:
 
 
 class Pool:
-    """Owns all backends and leases them to requests. Any thread may call.
-
-    `log(level, text)` must not block.
-    """
+    """Owns all backends and leases them to requests. Any thread may call;
+    `log(level, text)` must not block."""
 
     def __init__(self, config: Config, log, make_backend=None, clock=time.monotonic):
         self.config = config
@@ -4816,10 +4605,8 @@ class Pool:
         start_thread(self._measure_loop, "memory")
         self._adoption = start_thread(self._adopt_units, "units")
         self._adoption.join(ADOPT_TIMEOUT)
-        wanted = [
-            model for model in self.config.models.values()
-            if model.settings.load_on_startup
-        ]
+        models = self.config.models.values()
+        wanted = [model for model in models if model.settings.load_on_startup]
         start_thread(self._load_wanted, "startup", wanted)
 
     def _load_wanted(self, models):
@@ -4882,8 +4669,6 @@ class Pool:
         self._check_start(model)
         with self._event() as now:
             scheduled = self._scheduled(model)
-            if scheduled is None:
-                raise _removed(model.name)
             owner = self.config.models.get(scheduled.name)
             if owner and owner.problem:  # since a reload after `_check_start`
                 raise ModelMisconfigured(owner.problem)
@@ -4898,7 +4683,7 @@ class Pool:
             raise ModelMisconfigured(model.problem)
         with self._lock:
             scheduled = self._scheduled(model)
-            owner = scheduled and self.config.models.get(scheduled.name)
+            owner = self.config.models.get(scheduled.name)
         if owner is None or scheduled.is_held:
             return
         try:
@@ -4912,16 +4697,17 @@ class Pool:
         self._estimate(owner)
 
     def _scheduled(self, model):
-        """Return the ModelState that serves this model now, or None if a reload removed
-        it. The lock is held."""
-        return self._scheduler.models.get(self._scheduler.choose(model.backends))
+        """Return the ModelState that serves this model now; raise ModelNotFound if a
+        reload removed it. The lock is held."""
+        name = self._scheduler.choose(model.backends)
+        if name is None:
+            raise _removed(model.name)
+        return self._scheduler.models[name]
 
     def keep_alive(self, model: Model, seconds: float):
         """Unload the model after this many idle seconds; below 0: never."""
         with self._event():
-            scheduled = self._scheduled(model)
-            if scheduled is not None:
-                self._scheduler.keep_alive(scheduled.name, seconds)
+            self._scheduler.keep_alive(self._scheduled(model).name, seconds)
 
     # -- operators -------------------------------------------------------------------
 
@@ -4936,10 +4722,7 @@ class Pool:
         """Begin to unload the model: False if there is nothing to unload."""
         problem = ModelUnloaded(f"{model.name!r} was unloaded by hand")
         with self._event() as now:
-            scheduled = self._scheduled(model)
-            if scheduled is None:
-                return False
-            return self._scheduler.unload(scheduled.name, now, problem)
+            return self._scheduler.unload(self._scheduled(model).name, now, problem)
 
     def unload_all(self, why: str):
         """Begin to unload every model, and keep none loaded until the next request."""
@@ -4961,11 +4744,8 @@ class Pool:
         budget = self._find_budget(config)
         with self._event():
             before = self.config.models
-            changed = [
-                name
-                for name, model in config.models.items()
-                if name in before and model.launch != before[name].launch
-            ]
+            changed = [name for name, model in config.models.items()
+                       if name in before and model.launch != before[name].launch]
             self.config, self.budget = config, budget
             unchanged = config.models.keys() - set(changed)
             for name in self._entries.keys() - unchanged:
@@ -4986,11 +4766,8 @@ class Pool:
     # -- memory ----------------------------------------------------------------------
 
     def _find_budget(self, config):
-        """Return the budget with figures for `auto`.
-
-        Not called with the lock held, as it runs the vendor's tool. It measures once:
-        later, llmswap's own models hold memory.
-        """
+        """Return the budget with figures for `auto`, measured once by the vendor's
+        tool: later, our own models hold memory. The lock is not held."""
         written = config.settings.budget
         if None not in written.values():
             return written
@@ -5017,7 +4794,22 @@ class Pool:
         known = {each.name: self._needs.of(each, self.budget) for each in models}
         self._known_needs = known
         amounts = {name: needs for name, (needs, _) in known.items()}
-        return specs_of(self.config, counted_needs(self.config, self.budget, amounts))
+        needs = counted_needs(self.config, self.budget, amounts)
+        return {
+            name: ModelSpec(
+                needs={**needs[name], **address_of(model)},
+                sleep_needs={**model.settings.sleep_needs, **address_of(model)},
+                is_local=model.kind != "remote",
+                is_pinned=model.is_pinned,
+                is_pinned_once_loaded=model.settings.pin == "loaded",
+                keep_loaded=model.settings.keep_loaded and not model.problem,
+                can_sleep=bool(model.settings.sleep),
+                concurrency=model.settings.concurrency,
+                idle_timeout=model.settings.idle_timeout,
+                stop_timeout=model.settings.stop_timeout,
+            )
+            for name, model in self.config.models.items() if model.backends == (name,)
+        }
 
     def _refresh_specs(self):
         """Use the needs known now. The lock is held."""
@@ -5042,9 +4834,8 @@ class Pool:
     def _measured_backends(self):
         """Return the loaded backends whose needs are measured. The lock is held."""
         held = self._scheduler.held.values()
-        loaded = [each.name for each in held if each.state is State.LOADED]
-        backends = [self._backends[name] for name in loaded]
-        return [backend for backend in backends if backend.model.has_auto_needs]
+        loaded = [self._backends[e.name] for e in held if e.state is State.LOADED]
+        return [backend for backend in loaded if backend.model.has_auto_needs]
 
     def _measure(self):
         """Measure the memory of these backends and learn their needs."""
@@ -5104,8 +4895,6 @@ class Pool:
         None if it is in none of the given states, or about to stop."""
         with self._lock:
             scheduled = self._scheduled(model)
-            if scheduled is None:
-                return None
             if states and (scheduled.is_stopping_soon or scheduled.state not in states):
                 return None
             return self._backends.get(scheduled.name)
@@ -5123,10 +4912,8 @@ class Pool:
             return statuses
         resident = self._recent(resident_by_group, 1.0)
         on_gpu = self._recent(gpu_memory_by_group, 5.0)
-        return [
-            each._replace(rss=resident.get(each.pid), vram=on_gpu.get(each.pid))
-            for each in statuses
-        ]
+        return [each._replace(rss=resident.get(each.pid), vram=on_gpu.get(each.pid))
+                for each in statuses]
 
     def _recent(self, measure, seconds):
         """Return a result of measure() that is at most so many seconds old."""
@@ -5137,20 +4924,24 @@ class Pool:
         return amounts
 
     def _status(self, model):
-        status = ModelStatus(
+        name = self._scheduler.choose(model.backends)
+        if name is None:
+            return ModelStatus(model.name)  # a reload has removed it
+        now, scheduled = self._clock(), self._scheduler.models[name]
+        state, changed_at = scheduled.state, scheduled.changed_at
+        backend = self._backends.get(name)
+        unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
+        owner = self.config.models.get(name)
+        needs, source, holds = {}, None, {}
+        if self.budget and owner and owner.kind != "remote":
+            needs, source = self._known_needs[name]
+            usage = scheduled.usage().needs if scheduled.is_held else {}
+            holds = {each: usage[each] for each in self.budget if each in usage}
+        return ModelStatus(
             id=model.name,
             aliases=model.aliases,
             description=model.settings.description,
             kind=model.kind,
-            unusable=model.problem,
-        )
-        scheduled = self._scheduled(model)
-        if scheduled is None:
-            return status
-        now, name, changed_at = self._clock(), scheduled.name, scheduled.changed_at
-        backend, state = self._backends.get(name), scheduled.state
-        unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
-        return status._replace(
             state=state.value,
             seconds=None if changed_at is None else now - changed_at,
             progress=backend.progress if state is State.LOADING else None,
@@ -5159,25 +4950,19 @@ class Pool:
             unload_in=None if unload_at == math.inf else max(0.0, unload_at - now),
             tokens_per_second=self._speeds.get(name),
             context=self._contexts.size_of(model.context_dir),
-            context_seconds=self._metrics.counts["context_seconds", name],
+            context_seconds=self._metrics["context_seconds", name],
             failure=scheduled.last_failure,
             stopped=self._stop_reasons.get(name),
             pinned=scheduled.is_pinned,
+            unusable=model.problem,
             shares=None if name == model.name else name,
             pid=backend and backend.pid,
             port=backend and backend.port,
             entry=self._entries.get(name, {}),
-            **self._needs_status(scheduled),
+            needs=needs,
+            needs_source=source,
+            holds=holds,
         )
-
-    def _needs_status(self, scheduled):
-        owner = self.config.models.get(scheduled.name)
-        if not self.budget or owner is None or owner.kind == "remote":
-            return {}
-        needs, source = self._known_needs[owner.name]
-        usage = scheduled.usage().needs if scheduled.is_held else {}
-        holds = {name: usage[name] for name in self.budget if name in usage}
-        return {"needs": needs, "needs_source": source, "holds": holds}
 
     def output_of(self, name: str) -> Broadcast:
         """Return the lines that the model's backends wrote and write."""
@@ -5212,7 +4997,11 @@ class Pool:
         """Return since when, on the Pool's clock, no request runs or waits and only
         backends of keep-loaded run; None while it is otherwise."""
         with self._lock:
-            if self._scheduler.is_in_use:
+            is_in_use = self._scheduler.queued or any(
+                each.in_flight or each.preemptible or not each.spec.keep_loaded
+                for each in self._scheduler.held.values()
+            )
+            if is_in_use:
                 return None
             models = self._scheduler.models.values()
             ends = [each.changed_at for each in models if not each.spec.keep_loaded]
@@ -5227,15 +5016,24 @@ class Pool:
             return self._revision
 
     def count_request(
-        self, model: Optional[Model], speed: Optional[float], *counts, **amounts
+        self, model: Optional[Model], status: int, seconds: float,
+        waited: Optional[float], speed: Optional[float], **amounts: int,
     ):
-        """Count a request that ended: see Metrics. `speed` is in tokens per second."""
+        """Count a request that has ended; `model` None: for none that is known.
+
+        `waited`: seconds until its lease, None if it got none. `speed`: tokens per
+        second. `amounts`: tokens_in, tokens_out, tokens_cached, bytes_in and bytes_out.
+        """
+        name = model.name if model else ""
         with self._lock:
-            name = model.name if model else ""
-            self._metrics.count_request(name, *counts, **amounts)
-            scheduled = self._scheduled(model) if model and speed is not None else None
-            if scheduled:
-                self._speeds[scheduled.name] = speed
+            self._metrics["requests", name, status] += 1
+            for metric, amount in amounts.items():
+                self._metrics[metric, name] += amount
+            self._metrics.observe("durations", name, seconds)
+            if waited is not None:
+                self._metrics.observe("waits", name, waited)
+            if model and speed is not None:
+                self._speeds[self._scheduler.choose(model.backends)] = speed
             self._revise()
 
     def metrics(self) -> Metrics:
@@ -5260,29 +5058,27 @@ class Pool:
         """Decide and carry the decisions out. The lock is held."""
         has_failed = True
         while has_failed:  # a start that fails at once is an event of its own
-            decisions, deadline = self._scheduler.decide(self._clock())
-            has_failed = any([self._carry_out(decision) for decision in decisions])
+            has_failed = False
+            decisions, self._next_deadline = self._scheduler.decide(self._clock())
+            for decision in decisions:
+                if isinstance(decision, Start):
+                    has_failed |= not self._start(decision)
+                elif isinstance(decision, Stop):
+                    self._stop(decision)
+                elif isinstance(decision, Grant):
+                    ticket = decision.ticket
+                    ticket.waiter.set_result(self._backends[ticket.model.name])
+                else:
+                    self._refuse(*decision)
         self._revise()
-        self._next_deadline = deadline
-        if deadline < self._timer_at:
-            self._timer_at = deadline
+        if self._next_deadline < self._timer_at:
+            self._timer_at = self._next_deadline
             self._timer.notify()
 
-    def _carry_out(self, decision):
-        """Carry out the decision; return whether it failed at once."""
-        if isinstance(decision, Start):
-            return self._start(decision)
-        if isinstance(decision, Stop):
-            self._stop(decision)
-        elif isinstance(decision, Grant):
-            ticket = decision.ticket
-            ticket.waiter.set_result(self._backends[ticket.model.name])
-        else:
-            ticket, problem = decision
-            ticket.waiter.set_exception(problem)
-            if ticket.manual and problem is not ticket.model.last_failure:
-                self._log("error", f"{ticket.model.name}: not loaded: {problem}")
-        return False
+    def _refuse(self, ticket, problem):
+        ticket.waiter.set_exception(problem)
+        if ticket.manual and problem is not ticket.model.last_failure:
+            self._log("error", f"{ticket.model.name}: not loaded: {problem}")
 
     def _timer_loop(self):
         """Decide again at each deadline."""
@@ -5294,21 +5090,20 @@ class Pool:
                 self._schedule()
 
     def _start(self, decision):
-        """Start or wake a backend; return whether that failed at once."""
+        """Start or wake a backend; return whether it could be started."""
         name = decision.name
         self._log("info", f"{name}: {'waking' if decision.is_wake else 'loading'}")
         self._publish(name, "loading", event="model_status")
         if decision.is_wake:
             self._backends[name].wake()
-            return False
+            return True
         try:
-            backend = self._new_backend(name, decision.run)
-            backend.start()
+            self._new_backend(name, decision.run).start()
+            return True
         except (OSError, RuntimeError) as error:  # no descriptor or no thread is left
             problem = LoadFailed(f"{name} could not be started: {error}")
             self._record_exit(name, decision.run, problem)
-            return True
-        return False
+            return False
 
     def _new_backend(self, name, run):
         """Make a backend of the model for this run."""
@@ -5330,7 +5125,7 @@ class Pool:
 
     def _stop(self, decision):
         name, cause = decision.name, decision.cause
-        self._metrics.counts["stops", name, cause] += 1
+        self._metrics["stops", name, cause] += 1
         self._stop_reasons[name] = STOP_REASONS[cause].format(decision.newcomer)
         reason = "by hand" if cause == "unload" else cause
         if decision.newcomer:
@@ -5367,7 +5162,8 @@ class Pool:
         with self._event() as now:
             run, models = self._runs[backend], self._scheduler.models
             evicted_for = [each.evicted_for for each in models.values()]
-            self._metrics.count_load(name, seconds, models[name] in evicted_for)
+            self._metrics.observe("loads", name, seconds)
+            self._metrics["swaps",] += models[name] in evicted_for
             self._scheduler.loaded(name, run.number, now)
             run.had_neighbours |= len(self._scheduler.held) > 1
             run.next_load_line = LOAD_LINE_EVERY  # should it wake up
@@ -5407,9 +5203,12 @@ class Pool:
         self._runs.pop(self._backends.pop(name, None), None)
         if problem is not None:
             scheduled = self._scheduler.models[name]
-            text = _failure_text(problem, scheduled.last_failure)
+            text, last = str(problem), str(scheduled.last_failure)
+            lines, before = text.splitlines(), last.splitlines()
+            if before and (lines[0], lines[-1]) == (before[0], before[-1]):
+                text = f"{lines[0]}, as before"  # but for a port or a time between
             self._log("error", text if text.startswith(name) else f"{name}: {text}")
-            self._metrics.counts["failures", name, scheduled.state.value] += 1
+            self._metrics["failures", name, scheduled.state.value] += 1
             self._stop_reasons.pop(name, None)
         victim = self._scheduler.exited(name, run, self._clock(), problem)
         if victim is not None:
@@ -5423,8 +5222,7 @@ class Pool:
         scheduled = self._scheduler.models[name]
         seconds = now - scheduled.changed_at
         took = f" after {seconds:.1f} s" if scheduled.state is State.UNLOADING else ""
-        level = "info" if seconds >= LONG_WAIT else "debug"
-        self._log(level, f"{name}: {state}{took}")
+        self._log("info" if seconds >= LONG_WAIT else "debug", f"{name}: {state}{took}")
 
     def on_context(self, backend, kind, tokens, size, seconds):
         name = backend.model.name
@@ -5435,7 +5233,7 @@ class Pool:
             text = f"used {tokens:,} tokens of its restored context, which saves {took}"
             count, amount = ("context_seconds", name), seconds
         with self._lock:
-            self._metrics.counts[count] += amount
+            self._metrics[count] += amount
             self._revise()
         self._log("info", f"{name}: {text}")
 
@@ -5486,14 +5284,6 @@ def exit_code_of(problem: Optional[APIError]) -> int:
     the process did not exit by itself."""
     code = getattr(problem, "exit_code", None)
     return int(problem is not None) if code is None else code
-
-
-def _failure_text(problem, last):
-    """Return the text of a failure, shortened if it begins and ends as the last one;
-    lines between may differ by a port or a time."""
-    lines, before = str(problem).splitlines(), str(last).splitlines()
-    is_same = before and (lines[0], lines[-1]) == (before[0], before[-1])
-    return f"{lines[0]}, as before" if is_same else str(problem)
 
 
 def _await_backend(future, disconnected):
@@ -5552,27 +5342,6 @@ def counted_needs(
             for name, amount in counted[model.name].items():
                 left[name] -= amount
     return counted
-
-
-def specs_of(
-    config: Config, needs: Mapping[str, Mapping[str, int]]
-) -> Dict[str, ModelSpec]:
-    """Return the ModelSpec of each model that has a backend of its own."""
-    return {
-        name: ModelSpec(
-            needs={**needs[name], **address_of(model)},
-            sleep_needs={**model.settings.sleep_needs, **address_of(model)},
-            is_local=model.kind != "remote",
-            is_pinned=model.is_pinned,
-            is_pinned_once_loaded=model.settings.pin == "loaded",
-            keep_loaded=model.settings.keep_loaded and not model.problem,
-            can_sleep=bool(model.settings.sleep),
-            concurrency=model.settings.concurrency,
-            idle_timeout=model.settings.idle_timeout,
-            stop_timeout=model.settings.stop_timeout,
-        )
-        for name, model in config.models.items() if model.backends == (name,)
-    }
 
 
 # ==================================================================================
@@ -7076,14 +6845,14 @@ def metrics_text(report: StatusReport) -> str:
 def _cells_of(report):
     """Return {source: [(values of its labels, number or None)]}."""
     cells = collections.defaultdict(list)
-    for (source, *values), number in sorted(report.metrics.counts.items(), key=repr):
+    for (source, *values), number in sorted(report.metrics.items(), key=repr):
         cells[source].append((tuple(values), number))
     python = "{}.{}.{}".format(*sys.version_info)
     cells["build"] = [((report.version, python), 1)]
     cells["born"] = [((), report.born)]
     cells["cpu"] = [((), time.process_time())]
     cells["memory"] = [((), memory_of(os.getpid()).get("VmRSS"))]
-    cells["swaps"] = [((), report.metrics.counts["swaps",])]
+    cells["swaps"] = [((), report.metrics["swaps",])]
     cells["budget"] = [((name,), size) for name, size in report.budget.items()]
     gauges = "running waiting rss vram context progress tokens_per_second".split()
     for model in report.models:
@@ -8064,7 +7833,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         amounts["bytes_in"] = self.body.received if self.body is not None else 0
         amounts["bytes_out"] = response.sent
         self.pool.count_request(
-            self.model, speed, status, seconds, self.waited, **amounts
+            self.model, status, seconds, self.waited, speed, **amounts
         )
 
     def _new_row(self, info):

@@ -26,9 +26,13 @@ class RandomPreset:
 
     def __init__(self, seed, table):
         self.chance = random.Random(seed)
-        self.table = table
-        self.keys = [key for key in sorted(table.by_key)
-                     if table.find(key).values < 2 and key not in ALIASES]
+        options = {
+            key.replace("-", "_") if key.isupper() else key: option
+            for key, option in sorted(table.by_key.items())
+        }
+        self.options = {key: option for key, option in options.items()
+                        if option.values < 2 and key not in ALIASES}
+        self.keys = [*self.options]
 
     def text(self, sections=300):
         lines = [self.line(self.keys) for _ in range(self.chance.choice([0, 3]))]
@@ -53,8 +57,8 @@ class RandomPreset:
     def some_keys(self):
         """Return a few keys: of many options, or all the spellings of two."""
         few = self.chance.sample(self.keys, 2)
-        options = [self.table.find(key) for key in few]
-        spellings = [key for key in self.keys if self.table.find(key) in options]
+        options = [self.options[key] for key in few]
+        spellings = [key for key in self.keys if self.options[key] in options]
         many = [*self.chance.sample(self.keys, 6), "model", "c", "jinja"]
         return self.chance.choice([many, many, spellings])
 

@@ -271,7 +271,7 @@ class Walk:
         self.is_keep_loaded_paused = False
         if ticket.manual:
             self._forgive(name)
-        self._note(f"submit {ticket} {kind}")
+        self._note(f"submit {ticket.number} {ticket.model.name} {kind}")
         return ticket
 
     def _withdraw(self):
@@ -280,7 +280,7 @@ class Walk:
             self._leave(self.rng.choice(candidates))
 
     def _leave(self, ticket):
-        self._note(f"withdraw {ticket}")
+        self._note(f"withdraw {ticket.number} {ticket.model.name}")
         self.core.finish(ticket, self.world.now)
         for where in (self.waiting, self.leases, self.bounds):
             where.pop(ticket.number, None)
@@ -293,7 +293,7 @@ class Walk:
     def _release(self, number):
         if number in self.leases:
             ticket, _ = self.leases.pop(number)
-            self._note(f"release {ticket}")
+            self._note(f"release {ticket.number} {ticket.model.name}")
             self.core.finish(ticket, self.world.now)
 
     def _crash(self):
@@ -372,9 +372,8 @@ class Walk:
 
     def _keep_again(self, name):
         """It was unloaded by hand, and is asked for or reloaded since."""
-        if name in self.released:
-            self.released.discard(name)
-            self.keep_loaded_at[name] = -math.inf
+        self.released.discard(name)
+        self.keep_loaded_at[name] = -math.inf
 
     def _doze(self):
         """A backend that nobody uses goes to sleep, or wakes, by its own choice."""
@@ -477,7 +476,7 @@ class Walk:
         for name in set(changed) | set(self.specs) - set(specs):
             self._forgive(name)
         self.specs = specs
-        for name in [*self.released]:
+        for name in specs:
             self._keep_again(name)
         self._bound_all()
 
@@ -579,7 +578,7 @@ class Walk:
             return  # refused at once, and withdrawn before anybody was told
         self._forget_retry(ticket.model.name)
         bound = self.bounds.pop(ticket.number, math.inf)
-        self.expect(self.world.now <= bound + 1e-6, f"{ticket} waited beyond {bound}")
+        self.expect(self.world.now <= bound + 1e-6, f"{ticket.number} waited beyond {bound}")
         if isinstance(decision, llmswap.Grant):
             backend = self.world.backends[ticket.model.name]
             backend.has_served = True
@@ -754,9 +753,9 @@ class Walk:
         for ticket in self.waiting.values():
             waited = self.world.now - ticket.arrived
             longest = (limits.queue_timeout or math.inf) + 1e-9
-            self.expect(waited < longest, f"{ticket} waits too long")
+            self.expect(waited < longest, f"{ticket.number} waits too long")
             is_shut_out = self._is_shut_out(ticket.model)
-            self.expect(not is_shut_out, f"{ticket} waits for pinned models")
+            self.expect(not is_shut_out, f"{ticket.number} waits for pinned models")
 
     def _judge_kept(self):
         """If nobody waits, a kept model that fits is loaded, or a time named for it."""
