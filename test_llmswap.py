@@ -2332,6 +2332,28 @@ WALK_SECONDS = float(os.environ.get("WALK_SECONDS", 2))
 WALK_SEED = int(os.environ.get("WALK_SEED", 1))
 
 
+def test_a_decision_with_a_hundred_models_and_learned_needs_is_quick():
+    names = [f"m{i}" for i in range(100)]
+    specs = {name: llmswap.ModelSpec(needs={"vram": 24, "ram": 64}) for name in names}
+    limits = llmswap.Limits(models_max=0, budget={"vram": 24, "ram": 64}, queue_max=0)
+    core, seconds = llmswap.Scheduler(limits, specs), []
+    for now, name in enumerate(names * 3):
+        core.submit(name, float(now))
+        began = time.thread_time()
+        decisions, _ = core.decide(float(now))
+        seconds.append(time.thread_time() - began)
+        for decision in decisions:
+            if isinstance(decision, llmswap.Start):
+                core.loaded(decision.name, decision.run, float(now))
+                core.learn(decision.name, {"vram": 1 + now % 5, "ram": 1 + now % 7})
+            elif isinstance(decision, llmswap.Stop):
+                core.exited(decision.name, decision.run, float(now))
+            elif isinstance(decision, llmswap.Grant):
+                core.finish(decision.ticket, float(now))
+    assert len(core.held) > 3
+    assert statistics.median(seconds) < 0.01
+
+
 @pytest.mark.parametrize("is_calm", [False, True])
 def test_a_random_walk_over_all_events(is_calm):
     ends = time.monotonic() + WALK_SECONDS / 2
@@ -4480,6 +4502,16 @@ def test_a_kept_model_is_loaded_whenever_it_fits_but_not_against_an_unload_by_ha
         assert starts_of(server, "k") == 2
         server.reload(text)
         eventually(lambda: server.loaded() == ["k"])
+
+
+def test_a_kept_model_that_cannot_be_loaded_backs_off_and_disturbs_nobody():
+    text = "[k]\ncmd = /no/such ${PORT}\nkeep-loaded = on\n[b]\ncmd = FAKE\n"
+    with brisk(text) as server:
+        assert server.chat("b").status == 200
+        assert server.post("/models/unload", {"model": "b"}).status == 200
+        eventually(lambda: server.log().count("k: loading") == 4)  # 2 s until the next
+        assert server.chat("b").status == 200
+        assert server.log().count("k: loading") == 4
 
 
 def test_what_is_loaded_on_startup_comes_before_what_is_kept_loaded():
@@ -9650,6 +9682,12 @@ cmd = FAKE --model middle
 cmd = FAKE --model large
 """
 GPU_MODELS = {"small": 6144, "middle": 8192, "large": 14336}
+
+
+@pytest.mark.parametrize("text", ["gpu0 auto", "auto, ram 4G", "vram auto, vram 4G"])
+def test_only_vram_and_ram_can_be_auto(text):
+    with pytest.raises(ValueError):
+        llmswap.parse_budget(text)
 
 
 def show_gpu(folder, mark, sizes=None, row="%s, %d"):
