@@ -370,7 +370,7 @@ def parse_listen(text) -> tuple:
     return addresses
 
 
-# ---- Keys: one row is parser, default, help, README table and example.ini ----------
+# ---- Keys: one row is parser, default, help and example.ini ------------------------
 
 
 class Key(NamedTuple):
