@@ -103,6 +103,9 @@ class ClientDisconnected(Exception):
     """The client has disconnected, so that no answer is needed."""
 
 
+INVALID, OVERLOADED = "invalid_request_error", "overloaded_error"
+
+
 class APIError(Exception):
     """A failure reported to the client: HTTP status, OpenAI's error type and code.
 
@@ -120,59 +123,85 @@ class APIError(Exception):
         self.retry_after = retry_after or self.retry_after
 
 
-def _kind(name, status, code, error_type="server_error", base=APIError, **facts):
-    """Return a kind of APIError."""
-    return type(name, (base,), dict(status=status, code=code, type=error_type, **facts))
+class BadRequest(APIError):
+    status, type, code = 400, INVALID, "invalid_request"
 
+class SpokenTLS(BadRequest):
+    """A client spoke TLS where HTTP is served."""
 
-INVALID, OVERLOADED = "invalid_request_error", "overloaded_error"
-NO_RETRY = dict(may_retry=False)
+class Unauthorized(APIError):
+    status, type, code = 401, "authentication_error", "invalid_api_key"
 
-BadRequest = _kind("BadRequest", 400, "invalid_request", INVALID)
-SpokenTLS = _kind("SpokenTLS", 400, "invalid_request", INVALID, BadRequest)
-Unauthorized = _kind("Unauthorized", 401, "invalid_api_key", "authentication_error")
-Forbidden = _kind("Forbidden", 403, "forbidden", "permission_error")
-FeatureDisabled = _kind("FeatureDisabled", 403, "feature_disabled", "feature_disabled")
-NotFound = _kind("NotFound", 404, "not_found", INVALID)
-ModelNotFound = _kind("ModelNotFound", 404, "model_not_found", INVALID)
-MethodNotAllowed = _kind("MethodNotAllowed", 405, "method_not_allowed", INVALID)
-RequestTimeout = _kind("RequestTimeout", 408, "request_timeout", INVALID)
-ModelNotLoaded = _kind("ModelNotLoaded", 409, "model_not_loaded", INVALID)
-ModelPinned = _kind("ModelPinned", 409, "model_pinned", INVALID, **NO_RETRY)
-PayloadTooLarge = _kind("PayloadTooLarge", 413, "request_too_large", INVALID)
-UnsupportedCoding = _kind(
-    "UnsupportedCoding", 415, "unsupported_content_encoding", INVALID
-)
-HeadersTooLarge = _kind("HeadersTooLarge", 431, "headers_too_large", INVALID)
-RequestCancelled = _kind(
-    "RequestCancelled", 499, "request_cancelled", INVALID, **NO_RETRY
-)
-ModelMisconfigured = _kind("ModelMisconfigured", 500, "model_unusable", **NO_RETRY)
-BackendDied = _kind("BackendDied", 502, "backend_died")
-LoadBackoff = _kind("LoadBackoff", 503, "model_backing_off")
-QueueFull = _kind("QueueFull", 503, "queue_full", OVERLOADED, retry_after=5)
-QueueTimeout = _kind("QueueTimeout", 503, "queue_timeout", OVERLOADED, retry_after=5)
-ModelUnloaded = _kind("ModelUnloaded", 503, "model_unloaded", **NO_RETRY)
-ShuttingDown = _kind("ShuttingDown", 503, "shutting_down", retry_after=5)
-LoopDetected = _kind("LoopDetected", 508, "loop_detected", **NO_RETRY)
+class Forbidden(APIError):
+    status, type, code = 403, "permission_error", "forbidden"
 
+class FeatureDisabled(APIError):
+    status, type, code = 403, "feature_disabled", "feature_disabled"
+
+class NotFound(APIError):
+    status, type, code = 404, INVALID, "not_found"
+
+class ModelNotFound(APIError):
+    status, type, code = 404, INVALID, "model_not_found"
+
+class MethodNotAllowed(APIError):
+    status, type, code = 405, INVALID, "method_not_allowed"
+
+class ModelNotLoaded(APIError):
+    status, type, code = 409, INVALID, "model_not_loaded"
+
+class ModelPinned(APIError):
+    status, type, code, may_retry = 409, INVALID, "model_pinned", False
+
+class RequestTimeout(APIError):
+    status, type, code = 408, INVALID, "request_timeout"
+
+class PayloadTooLarge(APIError):
+    status, type, code = 413, INVALID, "request_too_large"
+
+class UnsupportedCoding(APIError):
+    status, type, code = 415, INVALID, "unsupported_content_encoding"
+
+class HeadersTooLarge(APIError):
+    status, type, code = 431, INVALID, "headers_too_large"
+
+class RequestCancelled(APIError):
+    status, type, code, may_retry = 499, INVALID, "request_cancelled", False
+
+class ModelMisconfigured(APIError):
+    code, may_retry = "model_unusable", False
+
+class BackendDied(APIError):
+    status, code = 502, "backend_died"
 
 class LoadFailed(APIError):
-    """A model could not be loaded. `exit_code` is None unless the process exited by
-    itself; `is_out_of_memory`: it may succeed beside fewer models."""
-
     status, code, may_retry = 502, "model_start_failed", False
 
     def __init__(self, message, exit_code=None, is_out_of_memory=False):
         super().__init__(message)
-        self.exit_code = exit_code
-        self.is_out_of_memory = is_out_of_memory
-
+        self.exit_code = exit_code  # None unless the process exited by itself
+        self.is_out_of_memory = is_out_of_memory  # fewer models beside it may help
 
 class LoadTimeout(LoadFailed):
-    """A load went on for too long without progress."""
-
     status, type, code = 504, "timeout_error", "model_load_timeout"
+
+class LoadBackoff(APIError):
+    status, code = 503, "model_backing_off"
+
+class QueueFull(APIError):
+    status, type, code, retry_after = 503, OVERLOADED, "queue_full", 5
+
+class QueueTimeout(APIError):
+    status, type, code, retry_after = 503, OVERLOADED, "queue_timeout", 5
+
+class ModelUnloaded(APIError):
+    status, code, may_retry = 503, "model_unloaded", False
+
+class LoopDetected(APIError):
+    status, code, may_retry = 508, "loop_detected", False
+
+class ShuttingDown(APIError):
+    status, code, retry_after = 503, "shutting_down", 5
 
 
 # ==================================================================================
@@ -399,7 +428,7 @@ PROXY_KEYS = (
     Key("models-autoload", parse_boolean, "on",
         "`off`: a request never loads a model; it is loaded by hand or on startup"),
     Key("sets", parse_sets, "",
-        "which load together: `coder + embed, big + embed`; a model in none: alone"),
+        "which load together: `coder + embed, big + embed`; others are loaded alone"),
     Key("cache-models", parse_boolean, "off",
         "each model in llama.cpp's cache of downloads becomes a model"),
     Key("models-dir", parse_path, "", "every GGUF in it becomes a model"),
@@ -488,7 +517,8 @@ MODEL_KEYS = (
         "the default of `cmd` models"),
     Key("wake-mac", parse_mac, "",
         "send Wake-on-LAN to this address while the backend does not answer"),
-    Key("wake-broadcast", parse_host_port, "255.255.255.255:9", "for Wake-on-LAN"),
+    Key("wake-broadcast", parse_host_port, "255.255.255.255:9",
+        "where Wake-on-LAN is sent"),
     Key("strip-params", parse_words, "", "parameters removed from requests"),
     Key("default-params", parse_object, "",
         "JSON object merged deep under requests, which override it"),
@@ -498,7 +528,8 @@ MODEL_KEYS = (
         "what a streaming client sees while it waits: `off`, `comment`, `reasoning`"),
     Key("unlisted", parse_boolean, "off", "`on`: not listed in `/v1/models`"),
     Key("capabilities", parse_capabilities, "",
-        "of other servers: `vision, audio, tools, embeddings, rerank, context 32768`"),
+        "shown to clients, of models other than llama-server: `vision, audio, tools, "
+        "embeddings, rerank, context 32768`"),
     Key("description", str, "", "shown in `/v1/models` and on the page"),
 )
 
@@ -605,7 +636,7 @@ def parse_presets(data, path, warn) -> dict:
         offset = statement.end()
         line += len(NEWLINE.findall(statement[0]))
         name, key = statement["header"], statement["key"]
-        if key and section is None and key not in IGNORED_KEYS:
+        if key and section is None and key.replace("_", "-") not in IGNORED_KEYS:
             name = "default"
             warn(f"{place} keys before the first section make a model 'default'; "
                  "keys for all models belong in [*]")
@@ -807,9 +838,10 @@ class OptionTable:
             option = self.find(key)
             if option is None:
                 continue
-            other = first.setdefault(option.names[0], key)
-            if other != key:
-                yield f"{place}: the same option as {other}; this one counts"
+            other = first.setdefault(option.names[0], place)
+            if other != place:
+                written = other.rpartition(" ")[2]
+                yield f"{place}: the same option as {written}; this one counts"
             if not {*ROUTER_OPTIONS, "--log-colors"}.isdisjoint(option.names):
                 yield f"{place}: not an option of a model; it is ignored"
             elif not option.values and text not in TRUTHY + FALSY:
@@ -827,7 +859,8 @@ def unknown_key(key, reason, options=()) -> str:
     """Return why the key is wrong: `reason` and the nearest key or option."""
     if key_name(key, PROXY_KEY):
         return "belongs in [llmswap]"
-    return reason + suggestion(key, [*MODEL_KEY, *options])
+    near = suggestion(key, [*MODEL_KEY, *options])
+    return reason + (near.replace("-", "_") if "LLAMA-ARG" in near else near)
 
 
 def parse_help(text) -> Optional[OptionTable]:
@@ -1123,9 +1156,11 @@ def find_models(directory, place) -> dict:
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
         paths, options = [entry.path], {}
         if entry.is_dir():
-            paths = glob.glob(os.path.join(glob.escape(entry.path), "*"))
+            with contextlib.suppress(PermissionError):  # lost+found, for one
+                paths = [os.path.join(entry.path, n) for n in os.listdir(entry.path)]
         # llama-server wants the first file of a split model
-        for path in sorted(paths, key=lambda path: ("-00001-of-" not in path, path)):
+        is_later = lambda path: "-00001-of-" not in os.path.basename(path)  # noqa: E731
+        for path in sorted(paths, key=lambda path: (is_later(path), path)):
             match = re.search(r"/(mtp-|dspark-|dflash-)?([^/]*)\.gguf\Z", path)
             if match:
                 key = "model-draft" if match[1] else "model"
@@ -1695,6 +1730,11 @@ class ModelState:
         if self.keep_loaded_at < math.inf:
             self.keep_loaded_at = -math.inf
 
+    def resume_keep_loaded(self):
+        """keep_loaded has effect again, though the model was unloaded by hand."""
+        if self.keep_loaded_at == math.inf:
+            self.keep_loaded_at = -math.inf
+
     def swap_cost(self, newcomer: "ModelState") -> float:
         """Seconds to stop this model, load the newcomer, and load this one again."""
         loads = [self.load_seconds, newcomer.load_seconds]
@@ -1781,7 +1821,7 @@ class Scheduler:
     ) -> Ticket:
         """Queue a request for the model; the next `decide` may grant or refuse it."""
         model = self.models[name]
-        model.keep_loaded_at = -math.inf
+        model.resume_keep_loaded()
         self._is_keep_loaded_paused = False
         ticket = Ticket(next(self._numbers), model, now, preemptible, manual)
         if manual:
@@ -2006,7 +2046,7 @@ class Scheduler:
                 model.spec = spec
                 if name in changed:
                     model.reset_failures()
-            model.keep_loaded_at = -math.inf
+            model.resume_keep_loaded()
             if model.is_pinned:
                 model.drains_for = None
 
@@ -2110,16 +2150,24 @@ class Scheduler:
             seconds = max(1, math.ceil(model.retry_at - now))
             text = f"{model.last_failure}\n(it is tried again in {seconds} s)"
             return LoadBackoff(text, retry_after=seconds)
-        pins = [pin for pin in self._pinned if pin is not model]
-        usages = [model.usage_when_loaded(), *(pin.usage() for pin in pins)]
-        needs_room = model.is_down and model.needs_room
-        if pins and needs_room and not self.limits.allow(usages):
+        pins = self._pins_in_the_way(model)
+        if pins:
             names = ", ".join(sorted(pin.name for pin in pins))
             text = f"{model.name!r} does not fit beside the pinned {names}"
             return ModelPinned(f"{text}: unload by hand makes room")
         is_full = limits.queue_max and waiting >= limits.queue_max
         full = f"{limits.queue_max} requests wait already (queue-max in [llmswap])"
         return QueueFull(full) if is_full else None
+
+    def _pins_in_the_way(self, model):
+        """Return the fewest pinned models without which this one could start."""
+        pins = [pin for pin in self._pinned if pin is not model]
+        if not (pins and model.is_down and model.needs_room):
+            return frozenset()
+        usage = model.usage_when_loaded()
+        return _fewest(pins, lambda leaving: self.limits.allow(
+            [usage, *(pin.usage() for pin in pins if pin not in leaving)]
+        ))
 
     def _grant(self, ticket, now):
         model = ticket.model
@@ -4723,7 +4771,8 @@ class Pool:
         return True
 
     def unload(self, model: Model) -> bool:
-        """Begin to unload the model: False if there is nothing to unload."""
+        """Begin to unload the model: False if there is nothing to unload. Raise
+        ModelNotFound if a reload has removed it."""
         problem = ModelUnloaded(f"{model.name!r} was unloaded by hand")
         with self._event() as now:
             return self._scheduler.unload(self._scheduled(model).name, now, problem)
@@ -4896,7 +4945,8 @@ class Pool:
 
     def backend_of(self, model: Model, *states: State):
         """Return the backend of the model, which may exit at any time, or None; also
-        None if it is in none of the given states, or about to stop."""
+        None if it is in none of the given states, or about to stop. Raise ModelNotFound
+        if a reload has removed the model."""
         with self._lock:
             scheduled = self._scheduled(model)
             if states and (scheduled.is_stopping_soon or scheduled.state not in states):
@@ -4930,7 +4980,7 @@ class Pool:
     def _status(self, model):
         name = self._scheduler.choose(model.backends)
         if name is None:
-            return ModelStatus(model.name)  # a reload has removed it
+            return ModelStatus(model.name, kind=model.kind)  # a reload has removed it
         now, scheduled = self._clock(), self._scheduler.models[name]
         state, changed_at = scheduled.state, scheduled.changed_at
         backend = self._backends.get(name)
@@ -5036,8 +5086,9 @@ class Pool:
             self._metrics.observe("durations", name, seconds)
             if waited is not None:
                 self._metrics.observe("waits", name, waited)
-            if model and speed is not None:
-                self._speeds[self._scheduler.choose(model.backends)] = speed
+            server = self._scheduler.choose(model.backends) if model else None
+            if server and speed is not None:
+                self._speeds[server] = speed
             self._revise()
 
     def metrics(self) -> Metrics:
@@ -6720,15 +6771,20 @@ def snapshot(report: StatusReport) -> dict:
         fields = model._replace(failure=failure)._asdict()
         del fields["pid"], fields["port"], fields["entry"]
         models.append(fields)
-    return report._replace(models=models, metrics=None)._asdict()
+    shown = report._replace(models=models)._asdict()
+    del shown["metrics"]
+    return shown
 
 
 def printable(text: str) -> str:
     """Return the text without colours, with control characters as \\xNN, so that a
     terminal does not obey them. Line feeds stay, tabs become blanks."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text).expandtabs()
-    shown = lambda char: "\n" if char[0] == "\n" else ascii(char[0])[1:-1]  # noqa: E731
-    return CONTROL_CHARS.sub(shown, text)
+    return CONTROL_CHARS.sub(_shown_char, text)
+
+
+def _shown_char(match):
+    return match[0] if match[0] == "\n" else ascii(match[0])[1:-1]
 
 
 # -- numbers in answers ----------------------------------------------------------------
@@ -6786,8 +6842,9 @@ def speed_of(usage: Usage, seconds: float) -> Optional[float]:
 # -- Prometheus ------------------------------------------------------------------------
 
 METRICS_TYPE = ("content-type", "text/plain; version=0.0.4; charset=utf-8")
-# Kind; source in _cells_of(); metric, with llmswap_ before it; help; labels, which are
-# `model` if there are none.
+# Kind; source in _cells_of(); metric, with llmswap_ before it unless it begins with
+# process_; help; labels. Without labels, a source of one number has none, all others
+# have `model`.
 METRICS = (
     ("gauge", "build", "build_info", "Version of llmswap.", "version", "python"),
     ("gauge", "born", "process_start_time_seconds", "Unix time of the start."),
@@ -6995,7 +7052,7 @@ aside { padding-top: 27px; }
 .sheet h2, #log h2 { margin: 0 0 10px; color: inherit; font-size: 15px; }
 :is(h2 :last-child, #connection) { margin-left: auto; }
 #recent { max-height: 50vh; overflow: auto; margin: 0 -14px -14px; }
-#recent:empty::before { content: "None yet"; padding: 14px; color: var(--soft); }
+#recent:empty::before { content: "None"; padding: 14px; color: var(--soft); }
 .request { align-items: baseline; padding: 8px 14px 9px; }
 .request:not(.loading, .failed) .dot { visibility: hidden; }
 details { flex: 1; min-width: 0; }
@@ -7026,8 +7083,10 @@ dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16p
   .buttons :last-child { margin-left: auto; }
   .rest .buttons { grid-area: 1 / 3; margin: 0; }
   .rest .state { grid-column: 2 / -1; text-align: left; }
-  .rest [data-do=log] { display: none; }
   h3 small { display: block; margin: 0; }
+}
+@media (max-width: 620px) {
+  .rest [data-do=log] { display: none; }
 }
 """
 
@@ -7231,14 +7290,13 @@ function paint() {
     setText(heading.lastElementChild, group.length);
     show(section, group.length);
   }
-  paintRows($("recent"), "request-row", recent.filter((request) =>
-    matches(request.model, request.asked, request.user_agent, request.session)),
-    paintRequest);
+  paintRows($("recent"), "request-row", recent.filter((row) =>
+    matches(row.model, row.asked, row.user_agent, row.session)), paintRequest);
   for (const [id, row] of rows) if (!row.isConnected) rows.delete(id);
   keepFocus(focused);
   show($("no-models"), !models.length);
   setText($("problem"), snapshot.problem);
-  show($("search"), models.length > 1);
+  show($("search"), models.length > 1 || $("search").value);
   paintTotals(own);
   paintBudget(own);
   paintPrompt(models);
@@ -7391,7 +7449,7 @@ let recentKey = ""; // the state for which they were fetched
 let isFetching = false;
 
 async function fetchRequests() {
-  const limit = $("search").value ? 500 : 100;
+  const limit = $("search").value.trim() ? 500 : 100;
   const wanted = `${snapshot.born} ${snapshot.requests} ${limit}`;
   if (isFetching || wanted === recentKey) return;
   [isFetching, recentKey] = [true, wanted];
@@ -7485,7 +7543,8 @@ async function send() {
   try {
     const answer = await post("/v1/chat/completions", body, signal);
     for await (const data of events(answer)) {
-      const {error, choices} = data === "[DONE]" ? {} : JSON.parse(data);
+      if (data === "[DONE]") break;
+      const {error, choices} = JSON.parse(data);
       if (error) throw new Error(error.message);
       const delta = choices?.[0]?.delta;
       appendText("thought", delta?.reasoning_content || delta?.reasoning);

@@ -372,8 +372,9 @@ class Walk:
 
     def _keep_again(self, name):
         """It was unloaded by hand, and is asked for or reloaded since."""
-        self.released.discard(name)
-        self.keep_loaded_at[name] = -math.inf
+        if name in self.released:
+            self.released.discard(name)
+            self.keep_loaded_at[name] = -math.inf
 
     def _doze(self):
         """A backend that nobody uses goes to sleep, or wakes, by its own choice."""
@@ -476,7 +477,7 @@ class Walk:
         for name in set(changed) | set(self.specs) - set(specs):
             self._forgive(name)
         self.specs = specs
-        for name in specs:
+        for name in [*self.released]:
             self._keep_again(name)
         self._bound_all()
 
