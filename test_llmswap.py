@@ -1238,7 +1238,7 @@ MEANINGS = [
             "m.ini:2: keys before the first section make a model 'default'; keys for "
             "all models belong in [*]",),
     }),
-    ("version = 1\n[default]\nversion = 1\n[a]\nm = x",
+    ("version = 1\n__PRESET_DEDUP_CACHE_MODELS = 1\n[default]\nversion = 1\n[a]\nm = x",
      {"[each.name for each in models]": ["a"], "config.warnings": ()}),
     ("version = 1\n[*]\nngl = 9 ; all\nmodels-max = 2\n[a] # one\nmodel = /m/a # file\n"
      "jinja = on\nfa = auto",
@@ -1542,7 +1542,9 @@ def models_dir(tmp_path):
     for name in ("top.gguf", "a.gguf.b.gguf", "mmproj-top.gguf", "mtp-top.gguf",
                  "U.GGUF", "e:q4_0/z.gguf", "only/mmproj.gguf", "empty/readme.txt",
                  "notes.txt", "s/s-00001-of-00002.gguf", "s/s-00002-of-00002.gguf",
-                 "s/mmproj-s.gguf", "s/dflash-s.gguf", "p-00001-of-00002.gguf"):
+                 "s/mmproj-s.gguf", "s/dflash-s.gguf", "p-00001-of-00002.gguf",
+                 "q-00001-of-2/a.gguf", "q-00001-of-2/b-00001-of-00002.gguf",
+                 "hidden/.h.gguf"):
         path = tmp_path / "dir" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -1556,13 +1558,16 @@ def test_every_gguf_in_models_dir_is_a_model(tmp_path, models_dir):
     assert argvs == {
         "a.b": ["--model", "dir/a.gguf.b.gguf", "--n-gpu-layers", "1"],
         "e:q4_0": ["1"],
+        "hidden": ["--model", "dir/hidden/.h.gguf", "--n-gpu-layers", "1"],
+        "q-00001-of-2": ["--model", "dir/q-00001-of-2/b-00001-of-00002.gguf",
+                         "--n-gpu-layers", "1"],
         "p-00001-of-00002": [
             "--model", "dir/p-00001-of-00002.gguf", "--n-gpu-layers", "1"],
         "s": ["--model-draft", "other", "--model", "dir/s/s-00001-of-00002.gguf",
               "--mmproj", "dir/s/mmproj-s.gguf", "--n-gpu-layers", "1"],
         "top": ["--ctx-size", "2", "--model", "dir/top.gguf", "--n-gpu-layers", "1"],
     }
-    assert [model.problem for model in config.models.values()] == [None] * 5
+    assert {model.problem for model in config.models.values()} == {None}
 
 
 # ---- The same argv as llama-server's router -----------------------------------------
@@ -2213,6 +2218,23 @@ walk = load_tool("walk")
 BROKEN, STARVED, in_words = walk.BROKEN, walk.STARVED, walk.in_words
 World = walk.World
 STORY_LINE = re.compile(r"([^;>]*)(?:->([^;]*))?(?:; next (.*))?")
+
+
+def test_a_refusal_names_only_the_pins_that_are_in_the_way():
+    specs = {
+        "embed": llmswap.ModelSpec({"m": 1}, is_pinned=True),
+        "big": llmswap.ModelSpec({"m": 20}, is_pinned_once_loaded=True),
+        "c": llmswap.ModelSpec({"m": 8}),
+    }
+    scheduler = llmswap.Scheduler(llmswap.Limits(0, {"m": 24}), specs)
+    for name in ("embed", "big"):
+        scheduler.submit(name, 0.0, manual=True)
+        [start], _ = scheduler.decide(0.0)
+        scheduler.loaded(name, start.run, 0.0)
+        scheduler.decide(0.0)
+    scheduler.submit("c", 1.0)
+    [refusal], _ = scheduler.decide(1.0)
+    assert "beside the pinned big: unload" in str(refusal.problem)
 
 
 @pytest.mark.parametrize("story", STORIES.strip().split("\n\n"))
