@@ -2391,33 +2391,41 @@ def read_text_or_empty(path):
 
 def listening_inodes(port: int) -> Set[int]:
     """Return the inodes of the sockets to which 127.0.0.1:`port` may lead; none where
-    the kernel does not tell: its tables in /proc would take it 20 ms and more."""
+    the kernel does not tell, so that any listener is believed."""
     exact, wild = set(), set()
-    for family, width in ((socket.AF_INET, 4), (socket.AF_INET6, 16)):
-        query = struct.pack(
-            "=IHHIIBBBxIHH16s16sIq", 72, SOCK_DIAG_BY_FAMILY, NETLINK_DUMP, 0, 0,
-            family, socket.IPPROTO_TCP, 0, LISTENING, socket.htons(port), 0,
-            b"", b"", 0, -1,
-        )  # fmt: skip
-        data, at = b"", 0
+    for family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(AttributeError, OSError):
-            kind = (socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
-            with socket.socket(*kind) as kernel:
-                kernel.settimeout(1.0)
-                kernel.send(query)
-                data = kernel.recv(65536)  # more than ever listen on one port
-        while at < len(data):
-            size, kind = struct.unpack_from("=IH", data, at)
-            if kind != SOCK_DIAG_BY_FAMILY:
-                break  # that was the last
-            address = data[at + 24 : at + 24 + width]
-            (inode,) = struct.unpack_from("=I", data, at + 84)
-            if address == b"\x7f\0\0\1":
-                exact.add(inode)
-            elif not any(address) or address.endswith(b"\xff\xff\x7f\0\0\1"):
-                wild.add(inode)
-            at += (size + 3) & ~3
+            for address, inode in _listeners(family, port):
+                if address == b"\x7f\0\0\1":
+                    exact.add(inode)
+                elif not any(address) or address.endswith(b"\xff\xff\x7f\0\0\1"):
+                    wild.add(inode)
     return exact or wild
+
+
+def _listeners(family, port):
+    """Yield (address, inode) of the sockets that the kernel finds there.
+
+    Asked directly: to write its tables into /proc takes it 20 ms and more.
+    """
+    query = struct.pack(
+        "=IHHIIBBBxIHH16s16sIq", 72, SOCK_DIAG_BY_FAMILY, NETLINK_DUMP, 0, 0, family,
+        socket.IPPROTO_TCP, 0, LISTENING, socket.htons(port), 0, b"", b"", 0, -1,
+    )  # fmt: skip
+    kind = (socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
+    width = 4 if family == socket.AF_INET else 16
+    with socket.socket(*kind) as kernel:
+        kernel.settimeout(1.0)
+        kernel.send(query)
+        while True:
+            data, at = kernel.recv(65536), 0
+            while at < len(data):
+                size, kind = struct.unpack_from("=IH", data, at)
+                if kind != SOCK_DIAG_BY_FAMILY:
+                    return  # that was the last
+                (inode,) = struct.unpack_from("=I", data, at + 84)
+                yield data[at + 24 : at + 24 + width], inode
+                at += (size + 3) & ~3
 
 
 def holder_of(inode: int, likely: Iterable[int] = ()) -> Optional[int]:
@@ -2541,6 +2549,8 @@ class Upstream:
 
     def connect(self) -> Tuple[socket.socket, bool]:
         """Return a connection and whether it was used before. Raise OSError."""
+        if not self.seen_within(math.inf):  # the machine was suspended
+            self._close_idle()
         was_used = False
         with contextlib.suppress(IndexError):
             while not was_used:
@@ -2706,8 +2716,10 @@ def clean_environment(extra: Mapping[str, str]) -> Dict[str, str]:
 
 def find_program(name: str, environment: Mapping[str, str], cwd: Optional[str]) -> str:
     """Return the path of the program as the child will find it. Raise LoadFailed."""
-    place = os.path.join(cwd or os.getcwd(), name) if os.sep in name else name
-    program = shutil.which(place, path=environment.get("PATH", os.defpath))
+    base, path = cwd or os.getcwd(), environment.get("PATH", os.defpath)
+    place = os.path.join(base, name) if os.sep in name else name
+    folders = [os.path.join(base, folder) for folder in path.split(os.pathsep)]
+    program = shutil.which(place, path=os.pathsep.join(folders))
     if program:
         return program
     if os.sep in name:
@@ -2767,8 +2779,9 @@ def options_of(binary: str) -> OptionTable:
             ours = clean_environment({}).items()
             env = {name: text for name, text in ours if name[:10] != "LLAMA_ARG_"}
             argv, no_log = [path, "--help"], subprocess.DEVNULL
-            _, text = run_command(argv, 10.0, env=env, stderr=no_log)
-            _options[key] = parse_help(text) or UNKNOWN_OPTIONS
+            status, text = run_command(argv, 10.0, env=env, stderr=no_log)
+            table = None if status is None else parse_help(text)  # None: it was killed
+            _options[key] = table or UNKNOWN_OPTIONS
         return _options[key]
 
 
@@ -2880,6 +2893,7 @@ class Backend:
         self._exited = threading.Event()
         self._ended = threading.Event()  # no request may be sent to it any more
         self._problem = None  # why it ended by itself
+        self._is_explained = threading.Event()
         self._pending_action = None  # _put_to_sleep or _wake_up
         self._silent_since = None  # when a request was first found silent
         self._probe_sockets = set()  # which `stop` cuts
@@ -2938,8 +2952,7 @@ class Backend:
 
     def death(self, timeout: float) -> Optional[APIError]:
         """Return why it ended by itself, if that is known within the timeout."""
-        self._thread.join(timeout)
-        return self._problem
+        return self._problem if self._is_explained.wait(timeout) else None
 
     # -- its thread, from the start to the end
 
@@ -2952,6 +2965,7 @@ class Backend:
         except Exception as error:  # a bug, or no descriptors are left
             problem = LoadFailed(f"{self.model.name}: {type(error).__name__}: {error}")
         self._problem = problem
+        self._is_explained.set()
         try:
             if self.upstream:
                 self.upstream.close()
@@ -5684,7 +5698,7 @@ def read_payload(reader: SocketReader, head: Head, held_back=0) -> Iterable[byte
     if head.length is not None:
         yield from _read_exactly(reader, head.length)
     else:
-        yield from iter(reader.receive, b"")
+        yield from iter(functools.partial(reader.receive, 8 * READ_SIZE), b"")
 
 
 def _read_exactly(reader, left, held_back=0):
@@ -6195,12 +6209,13 @@ def _pass_on(answer, backend, response, transform):
     if not response.is_early:
         length = None if transform else answer.length
         response.begin(answer.status, _response_headers(answer), length)
-    problem = None
+    problem, last = None, b""
     try:
         for piece in answer.pieces():
             backend.upstream.mark_alive()
             response.send(transform.feed(piece) if transform else piece)
-        is_partial = answer.is_event_stream and response.excerpt[-1:] not in _LINE_ENDS
+            last = piece[-1:]
+        is_partial = answer.is_event_stream and last not in _LINE_ENDS
         if answer.ends_with_connection and (is_partial or backend.died(0.05)):
             raise Truncated("the connection ended in the middle of the answer")
     except Truncated as error:
@@ -8004,6 +8019,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = origin.partition("://")[2]
         return bool(name) and name == self.head.get("host")
 
+    def _is_from_foreign_page(self):
+        """Return whether a foreign page made a browser send this, other than by a link:
+        the browser adds the key that it has stored."""
+        head, origin = self.head, self.head.get("origin")
+        site = head.get("sec-fetch-site")  # sent by new browsers, to secure addresses
+        if not site:
+            return bool(origin) and not self._is_own_origin(origin)
+        is_navigation = head.get("sec-fetch-mode") == "navigate"
+        is_link = is_navigation and head.method in SAFE_METHODS
+        return site not in ("same-origin", "none") and not is_link
+
     def _check_no_foreign_page(self):
         """Raise Forbidden if a foreign page causes a GET that changes something."""
         head, site = self.head, self.head.get("sec-fetch-site")
@@ -8015,16 +8041,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Forbidden(FOREIGN_ORIGIN.format(origin or "of a browser"))
 
     def _given_keys(self):
-        """Yield the keys in the headers, as bytes. A password does not count with the
-        origin of another page: a browser adds the one that it has stored."""
-        origin = self.head.get("origin")
-        for value in self.head.all("x-api-key") + self.head.all("authorization"):
+        """Yield the keys in the headers, as bytes."""
+        for value in self.head.all("x-api-key"):
+            yield value.encode("latin-1")
+        for value in self.head.all("authorization"):
             scheme, _, rest = value.partition(" ")
             if scheme.lower() == "bearer":
                 yield rest.strip().encode("latin-1")
             elif scheme.lower() != "basic":
                 yield value.encode("latin-1")
-            elif not origin or self._is_own_origin(origin):
+            elif not self._is_from_foreign_page():
                 with contextlib.suppress(ValueError):
                     yield base64.b64decode(rest).partition(b":")[2]
 
@@ -8496,12 +8522,17 @@ def _idle_timeout_in(members):
     names = [name for name in IDLE_TIMEOUT_PARAMETERS if members.get(name) is not None]
     if not names:
         return None
-    text = str(members[names[0]])
+    value = members[names[0]]
     try:
-        seconds = parse_duration(text.lstrip("-"))
-    except ValueError:
-        raise BadRequest(f"{names[0]}: {text!r} is no duration", names[0]) from None
-    return -seconds if text.startswith("-") else seconds
+        if isinstance(value, str):
+            sign = -1 if value.startswith("-") else 1
+            return sign * parse_duration(value.lstrip("-"))
+        if math.isnan(value) or isinstance(value, bool):
+            raise ValueError
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        text = f"{names[0]}: {value!r} is not a duration"
+        raise BadRequest(text, names[0]) from None
 
 
 _HOST = re.compile(r"(\[[^]]*\]|[^:]*)(?::[0-9]*)?")
@@ -9000,12 +9031,17 @@ class Parrot(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         """Answer a chat; what the last message says comes back."""
-        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        model, messages = request.get("model"), request.get("messages")
-        message = messages[-1]["content"] if messages else "squawk"
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        try:
+            request = json.loads(body)
+            message = (request.get("messages") or [{}])[-1].get("content") or "squawk"
+        except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
+            problem = BadRequest("the body is not a JSON object with `messages`")
+            return self._answer(error_body(problem), problem.status)
+        model = request.get("model")
         words = re.findall(r"\S+\s*", f"{model} says: {message}")
         if request.get("stream"):
-            return self._send("text/event-stream", self._events(words))
+            return self._send(200, "text/event-stream", self._events(words))
         reply = {"role": "assistant", "content": "".join(words)}
         choice = {"index": 0, "message": reply, "finish_reason": "stop"}
         usage = {"prompt_tokens": len(words), "completion_tokens": len(words)}
@@ -9019,11 +9055,11 @@ class Parrot(http.server.BaseHTTPRequestHandler):
             time.sleep(0.05)
         yield b"data: [DONE]\n\n"
 
-    def _answer(self, value):
-        self._send("application/json", [to_json(value)])
+    def _answer(self, value, status=200):
+        self._send(status, "application/json", [to_json(value)])
 
-    def _send(self, content_type, pieces):
-        self.send_response(200)
+    def _send(self, status, content_type, pieces):
+        self.send_response(status)
         self.send_header("content-type", content_type)
         self.send_header("transfer-encoding", "chunked")
         self.end_headers()
@@ -9121,20 +9157,24 @@ def check(config: Config) -> int:
     return 2 if unusable else 0
 
 
+PORT_MARK = "\0"  # stands for the port; shlex quotes words with it
+
+
 def _command_line(model):
     """Return the model's command for a shell that sets PORT, else where it runs."""
     if model.problem:
         raise ConfigError(model.problem)
     if model.kind == "uses":
         return f"the backend of {' or '.join(model.backends)}"
-    argv = model.command(table_of(model), "${PORT}")
+    argv = model.command(table_of(model), PORT_MARK)
     if not argv:
         unit = f"{model.settings.unit} at " if model.kind == "unit" else ""
         return unit + model.url("")
-    variables = model.environment("${PORT}").items()
+    variables = model.environment(PORT_MARK).items()
     words = [f"{name}={value}" for name, value in variables]
-    line = shlex.join(["env", *words, *argv] if words else argv)
-    line = line.replace("${PORT}", "'${PORT}'").replace("''${PORT}''", "${PORT}")
+    words = ["env", *words, *argv] if words else argv
+    line = shlex.join(words).replace(f"'{PORT_MARK}'", "${PORT}")
+    line = line.replace(PORT_MARK, "'${PORT}'")
     cwd = model.settings.cwd
     return f"cd {shlex.quote(cwd)} && {line}" if cwd else line
 
@@ -9339,19 +9379,18 @@ class Application:
         return listeners
 
     def _log_models(self, config):
-        """Log what is wrong with the models, each reason once. It may take long, as it
-        asks llama-server for its options and looks for files."""
+        """Log what may go wrong with the models, each reason once. It may take long, as
+        it asks llama-server for its options and looks for files."""
+        for warning in config.pitfalls(table_of):
+            self.log("warning", warning)
         reasons = collections.defaultdict(list)
         for model in config.models.values():
             missing = start_problem(model)
-            if model.problem:
-                reasons[f"cannot be used: {model.problem}"].append(model.name)
-            elif missing:  # it may be on a mount that comes later
-                reasons[f"could not be started now: {missing}"].append(model.name)
-        for warning in [*config.warnings, *config.pitfalls(table_of)]:
-            self.log("warning", warning)
+            if missing:  # it may be on a mount that comes later
+                reasons[missing].append(model.name)
         for reason, names in reasons.items():
-            self.log("warning", f"{', '.join(names)} {reason}")
+            names = ", ".join(names)
+            self.log("warning", f"{names} could not be started now: {reason}")
 
     def _await_shutdown(self):
         while True:
@@ -9382,6 +9421,11 @@ class Application:
         names = [*config.models]
         count = "1 model" if len(names) == 1 else f"{len(names)} models"
         self.log("info", f"{count}: {', '.join(names) or 'none'}")
+        for warning in config.warnings:
+            self.log("warning", warning)
+        for model in config.models.values():
+            if model.problem:
+                self.log("warning", f"{model.name} cannot be used: {model.problem}")
         start_thread(self._log_models, "models", config)
 
     def _refresh_cached_models(self):
