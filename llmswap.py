@@ -5672,6 +5672,8 @@ class Request(Head):
 
     def parameter(self, name: str) -> Optional[str]:
         """Return the first value of a query parameter, or None."""
+        if not self.query:
+            return None
         query = self.query.encode("latin-1").decode("utf-8", "replace")
         pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
         return next((value for key, value in pairs if key == name), None)
@@ -8305,12 +8307,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         is_safe = self.head.method in SAFE_METHODS
         if is_safe and not self.pool.backend_of(model, State.LOADED):
             self._check_no_foreign_page()
-        if self.pool.backend_of(model, State.LOADING, State.LOADED):
-            return True
+        may_load = by_default and self.config.settings.models_autoload
         value = self.head.parameter("autoload")
         if value:
-            return value in ("true", "1")
-        return by_default and self.config.settings.models_autoload
+            may_load = value in ("true", "1")
+        return may_load or bool(
+            self.pool.backend_of(model, State.LOADING, State.LOADED)
+        )
 
     def route_upstream(self, rest):
         """Relay to a model's own server; `rest` is its name and the path there. The
