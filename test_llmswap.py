@@ -2220,6 +2220,21 @@ World = walk.World
 STORY_LINE = re.compile(r"([^;>]*)(?:->([^;]*))?(?:; next (.*))?")
 
 
+def test_a_pause_begins_when_the_last_of_several_requests_ends():
+    scheduler = llmswap.Scheduler(llmswap.Limits(), {"a": llmswap.ModelSpec()})
+    tickets = [scheduler.submit("a", 0.0) for _ in range(2)]
+    [start], _ = scheduler.decide(0.0)
+    scheduler.loaded("a", start.run, 1.0)
+    assert len(scheduler.decide(1.0)[0]) == 2
+    scheduler.finish(tickets[0], 2.0)
+    tickets.append(scheduler.submit("a", 3.0))
+    scheduler.decide(3.0)
+    for ticket in tickets[1:]:
+        scheduler.finish(ticket, 4.0)
+    scheduler.submit("a", 5.5)
+    assert list(scheduler.models["a"].pauses) == [1.5]
+
+
 def test_a_refusal_names_only_the_pins_that_are_in_the_way():
     specs = {
         "embed": llmswap.ModelSpec({"m": 1}, is_pinned=True),
