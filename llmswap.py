@@ -7028,7 +7028,7 @@ main section { margin-bottom: 26px; }
   background: var(--sheet); border-left: 3px solid var(--loaded);
 }
 #budget :is(:first-child, :last-child) { color: var(--soft); border: 0; }
-#budget span:first-child { flex: none; width: 112px; }
+#budget span:first-child { flex: 0 0 112px !important; }
 
 /* One model */
 .model, .request { --tone: var(--soft); border-top: 1px solid var(--line); }

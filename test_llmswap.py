@@ -10027,6 +10027,7 @@ def test_the_page_shows_what_holds_the_budget_and_what_is_free(tmp_path, browser
         browser.until(shown("$('budget')", "small 6.3 GiB"))
         parts = "[...$('budget').querySelectorAll('p:first-child span:not([hidden])')]"
         assert browser.value(f"{parts}[2].innerText") == "free 17.2 GiB"
+        assert browser.value(f"{parts}[0].offsetWidth") == 112
         wide = browser.value(f"{parts}[2].offsetWidth / {parts}[1].offsetWidth")
         about = "needs vram 6.3 GiB, ram "
         browser.until(shown("document.querySelector('[data-id=small]')", about))
