@@ -1159,8 +1159,8 @@ def find_models(directory, place) -> dict:
             with contextlib.suppress(PermissionError):  # lost+found, for one
                 paths = [os.path.join(entry.path, n) for n in os.listdir(entry.path)]
         # llama-server wants the first file of a split model
-        is_later = lambda path: "-00001-of-" not in os.path.basename(path)  # noqa: E731
-        for path in sorted(paths, key=lambda path: (is_later(path), path)):
+        firsts = [each for each in paths if "-00001-of-" in os.path.basename(each)]
+        for path in [*sorted(firsts), *sorted(paths)]:
             match = re.search(r"/(mtp-|dspark-|dflash-)?([^/]*)\.gguf\Z", path)
             if match:
                 key = "model-draft" if match[1] else "model"
@@ -2671,10 +2671,14 @@ class Guard:
         with self._lock:
             if self._process and self._process.poll() is None:
                 return
-            argv = ["/bin/sh", "-c", GUARD_SCRIPT, "llmswap-guard"]
-            no_output = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
-            options = {"cwd": "/", "start_new_session": True, **no_output}
-            self._process = subprocess.Popen(argv, stdin=self._read_end, **options)
+            self._process = subprocess.Popen(
+                ["/bin/sh", "-c", GUARD_SCRIPT, "llmswap-guard"],
+                stdin=self._read_end,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                cwd="/",
+            )
             for group in self._groups:
                 self._tell("+", group)
 
@@ -2777,7 +2781,7 @@ def options_of(binary: str) -> OptionTable:
     with _options_lock:
         if key not in _options:
             ours = clean_environment({}).items()
-            env = {name: text for name, text in ours if name[:10] != "LLAMA_ARG_"}
+            env = {n: text for n, text in ours if not n.startswith("LLAMA_ARG_")}
             argv, no_log = [path, "--help"], subprocess.DEVNULL
             status, text = run_command(argv, 10.0, env=env, stderr=no_log)
             table = None if status is None else parse_help(text)  # None: it was killed
@@ -5805,11 +5809,12 @@ class RequestInfo(NamedTuple):
 
 
 def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
-    """Return which model the body of a request names. Raise as `Body` does.
+    """Return which model the body of a request names.
 
     A JSON body is read whole, a form as far as its field `model`. If the model is not
     needed, the body may be anything: what is neither JSON nor a form is not read, and a
-    form no further than SMALL_BODY.
+    form no further than SMALL_BODY. Raise BadRequest, PayloadTooLarge,
+    UnsupportedCoding, RequestTimeout, ClientDisconnected.
     """
     body.decode()
     body.hold(1)

@@ -619,8 +619,9 @@ def run_faults(names):
 
 def can_be_nobody():
     """Whether the limits of processes can be tried: in some containers root may not
-    become another user."""
-    return os.getuid() != 0 or not subprocess.call([*AS_NOBODY, "true"])
+    become another user, or that one not run this Python."""
+    python = [sys.executable, "-S", "-c", ""]
+    return os.getuid() != 0 or not subprocess.call([*AS_NOBODY, *python])
 
 
 def faults_main(argv):
