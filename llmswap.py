@@ -2293,10 +2293,11 @@ class Scheduler:
         later ticket that needs the room stops such a load at once."""
         if self._queue or self._closing_error or self._is_keep_loaded_paused:
             return False
-        for model in self.models.values():
+        wanted = [model for model in self.models.values() if model.spec.keep_loaded]
+        for model in wanted:
             # one that fell asleep by itself wakes by itself
             is_missing = model.spec.can_sleep or model.state is State.UNLOADED
-            if not (is_missing and model.is_down and model.spec.keep_loaded):
+            if not (is_missing and model.is_down):
                 continue
             if self._fits({model.name: model.usage_when_loaded()}):
                 moment = max(model.retry_at, model.keep_loaded_at)
