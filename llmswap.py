@@ -1174,7 +1174,7 @@ def find_models(directory, place) -> dict:
 # ---- From sections to a configuration ------------------------------------------------
 
 
-def misfit(model, pinned, settings) -> Optional[str]:
+def why_not_together(model, pinned, settings) -> Optional[str]:
     """Return why a model cannot be loaded beside the pinned ones, or None."""
     if model.has_auto_needs and not settings.budget:
         return "needs = auto is of no use without a budget in [llmswap]"
@@ -1293,11 +1293,13 @@ class ConfigLoader:
         config = config._replace(settings=self._resolve_names(config))
         pinned = []
         for model in sorted(models.values(), key=lambda model: not model.is_pinned):
-            reason = None if model.problem else misfit(model, pinned, config.settings)
+            if model.problem:
+                continue
+            reason = why_not_together(model, pinned, config.settings)
             if reason:
                 problem = f"{model.place}: {reason}"
                 models[model.name] = model._replace(problem=problem)
-            elif model.is_pinned and not model.problem:
+            elif model.is_pinned:
                 pinned.append(model)
         for model in models.values():
             if model.kind == "uses" and not model.problem:
@@ -2165,8 +2167,8 @@ class Scheduler:
         if not (pins and model.is_down and model.needs_room):
             return frozenset()
         usage = model.usage_when_loaded()
-        return _fewest(pins, lambda leaving: self.limits.allow(
-            [usage, *(pin.usage() for pin in pins if pin not in leaving)]
+        return _fewest(pins, lambda unloaded: self.limits.allow(
+            [usage, *(pin.usage() for pin in pins if pin not in unloaded)]
         ))
 
     def _grant(self, ticket, now):
@@ -2730,9 +2732,9 @@ def find_program(name: str, environment: Mapping[str, str], cwd: Optional[str]) 
     if os.sep in name:
         reason = "is not executable" if os.path.exists(place) else "does not exist"
         raise LoadFailed(f"{place} {reason}")
-    where = "`llama-server` in [llmswap], or " if name == "llama-server" else ""
+    other = "`llama-server` in [llmswap], or " if name == "llama-server" else ""
     raise LoadFailed(
-        f"there is no program {name!r} on the PATH; {where}the model's `cmd` can "
+        f"there is no program {name!r} on the PATH; {other}the model's `cmd` can "
         "name its whole path"
     )
 
@@ -2887,7 +2889,7 @@ class Backend:
         self.upstream = upstream
         self.pid = None  # of its main process, once known
         self.port = upstream and upstream.port
-        self.where = None  # it runs, for people
+        self.location = None  # for people
         self.lines = ()  # the last that it wrote, where they are read here
         self.started_at = self._progress_at = time.monotonic()
         self.progress = None  # of a load, from 0 to 1, where that can be told
@@ -2981,7 +2983,7 @@ class Backend:
         self._ended.set()
 
     def _live(self):
-        self._come_up()
+        self._load_and_report()
         while self._is_ready and self._is_alive():
             action = self._pending_action
             if action:
@@ -2999,7 +3001,7 @@ class Backend:
             self._report_death()
         return self._failure()
 
-    def _come_up(self):
+    def _load_and_report(self):
         self._is_ready = self._load()
         if self._is_ready:
             self.upstream.mark_alive()
@@ -3217,7 +3219,7 @@ class Backend:
             self._note("it did not wake up")
             self._is_ready = False
             self._abandon()
-            self._come_up()
+            self._load_and_report()
 
     def _look_asleep(self):
         """Find out whether a llama-server has put itself to sleep, or has woken."""
@@ -3245,7 +3247,7 @@ class ProcessBackend(Backend):
         self._process = None
         self._exit_status = None
         self._lock = threading.Lock()  # of killing the group and reaping its leader
-        self._rest = b""  # of its output: a line without an end
+        self._partial_line = b""  # of its output: a line without an end
 
     def stop(self, at_once=False):
         """End it: within its stop timeout if it is loaded, else by a kill."""
@@ -3291,7 +3293,7 @@ class ProcessBackend(Backend):
         options = {"start_new_session": True, **output, **self._surroundings}
         process = subprocess.Popen(argv, stdin=self._guard.fd, **options)
         self.pid = process.pid
-        self.where = f"pid {self.pid}, port {self.port}"
+        self.location = f"pid {self.pid}, port {self.port}"
         self._guard.watch(self.pid)
         with self._lock:
             self._process = process
@@ -3329,7 +3331,7 @@ class ProcessBackend(Backend):
             for _ in range(16):  # a pipe holds a megabyte; others may write for ever
                 if not self._read_output(output):
                     break
-            if self._rest:
+            if self._partial_line:
                 self._take_lines(b"\n")
         finally:
             if exit_fd is not None:
@@ -3351,9 +3353,9 @@ class ProcessBackend(Backend):
         return data
 
     def _take_lines(self, data):
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > MAX_LINE:
-            lines, self._rest = [*lines, self._rest], b""
+        *lines, self._partial_line = (self._partial_line + data).split(b"\n")
+        if len(self._partial_line) > MAX_LINE:
+            lines, self._partial_line = [*lines, self._partial_line], b""
         for line in lines:
             for start in range(0, len(line) or 1, MAX_LINE):
                 text = line[start : start + MAX_LINE].decode("utf-8", "replace")
@@ -3384,8 +3386,8 @@ class ProcessBackend(Backend):
                 self._save_context()
             deadline = time.monotonic() + timeout
             if command:  # it may have more to do, such as to remove a container
-                until, where = lambda: self._is_kill_asked, self._surroundings
-                status, text = run_command(command, timeout, until, **where)
+                until, more = lambda: self._is_kill_asked, self._surroundings
+                status, text = run_command(command, timeout, until, **more)
                 if text and status != 0:
                     self._note(f"cmd-stop: {text}")
             if status is None:
@@ -3561,7 +3563,7 @@ class ContextStore:
         saved = self._saved.get(folder, SavedContext())
         return saved.size if folder in self._folders else None
 
-    def take(self, folder: str) -> SavedContext:
+    def pop(self, folder: str) -> SavedContext:
         """Return what was saved there and forget it: it is used once. Raise OSError."""
         with self._lock:
             saved = self._saved.pop(folder, None)
@@ -3687,7 +3689,7 @@ class LlamaServerBackend(ProcessBackend):
         if not self._digest:
             return True
         try:
-            saved = self._contexts.take(self.model.context_dir)
+            saved = self._contexts.pop(self.model.context_dir)
             paths = [path for _, path, _ in saved.slots if os.path.isfile(path)]
             is_whole = sum(map(os.path.getsize, paths)) == saved.size
             if saved.slots and saved.command != self._digest:
@@ -3796,7 +3798,7 @@ class LlamaServerBackend(ProcessBackend):
 
 BUSY_GPU = 10  # per cent of use
 _CSV = "--format=csv,noheader,nounits"
-_GPU_QUESTIONS = {  # by tool: options; the numbers in a row of the answer; their units
+_GPU_QUERIES = {  # by tool: options; the numbers in a row of the answer; their units
     "processes": {
         "nvidia-smi": (["--query-compute-apps=pid,used_gpu_memory", _CSV],
                        r"^\s*(\d+)\b(?:,\s*(\d+))?", (1, 1 << 20)),
@@ -3817,15 +3819,15 @@ _GPU_QUESTIONS = {  # by tool: options; the numbers in a row of the answer; thei
 
 def has_gpu_tool() -> bool:
     """Return whether a vendor's tool, which knows the GPUs, is installed."""
-    return any(map(shutil.which, _GPU_QUESTIONS["use"]))
+    return any(map(shutil.which, _GPU_QUERIES["use"]))
 
 
-def ask_gpus(question: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
+def ask_gpus(query: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
     """Return what the vendor's tool answers: of `processes` that use a GPU the pid and
     bytes (0: not told), of `sizes` each GPU's total and used bytes, of `use` per cent.
     """
     rows = []
-    for tool, (options, row, units) in _GPU_QUESTIONS[question].items():
+    for tool, (options, row, units) in _GPU_QUERIES[query].items():
         if shutil.which(tool):
             command = [tool, *options]
             _, text = run_command(command, timeout, stderr=subprocess.DEVNULL)
@@ -3910,8 +3912,8 @@ class UnitBackend(Backend):
 
     def __init__(self, model: Model, listener, settle_timeout: float):
         super().__init__(model, listener, Upstream(model.url("")))
-        self.where = model.settings.unit
-        self._title = f"{model.name} ({self.where})"
+        self.location = model.settings.unit
+        self._title = f"{model.name} ({self.location})"
         self._settle_timeout = settle_timeout
         self._is_started = False
 
@@ -3976,7 +3978,7 @@ class UnitBackend(Backend):
         settle(gpu_users, self._settle_timeout)
 
     def _systemctl(self, verb, timeout=None, until=lambda: False, options=()):
-        argv = systemctl(self.where, verb, *options)
+        argv = systemctl(self.location, verb, *options)
         return run_command(argv, COMMAND_TIMEOUT if timeout is None else timeout, until)
 
     def _show(self, *properties):
@@ -3994,7 +3996,7 @@ class UnitBackend(Backend):
         result = shown.get("Result", "unknown")
         status = shown.get("ExecMainStatus", "unknown")
         if self._is_ready and result == "success":
-            self._note(f"{self.where} was stopped by somebody else")
+            self._note(f"{self.location} was stopped by somebody else")
             return None
         if result == "oom-kill":
             return self._end_error("killed by the kernel: out of memory")
@@ -4004,8 +4006,8 @@ class UnitBackend(Backend):
     def _last_lines(self):
         """Return the journal's last lines, which it has a moment after the end."""
         time.sleep(JOURNAL_DELAY)
-        name = self.where.removeprefix("system:")
-        which = "--user-unit" if name == self.where else "--unit"  # else deaf as root
+        name = self.location.removeprefix("system:")
+        which = "--user-unit" if name == self.location else "--unit"
         argv = ["journalctl", which, name, "-n", "20", "-o", "cat", "-q"]
         _, text = run_command(argv, COMMAND_TIMEOUT)
         return f"\n{text[-3000:] or '(the journal shows us nothing of it)'}"
@@ -4025,8 +4027,8 @@ class RemoteBackend(Backend):
 
     def __init__(self, model: Model, listener):
         super().__init__(model, listener, Upstream(model.url("")))
-        self.where = model.url("")
-        self._title = f"{model.name} at {self.where}"
+        self.location = model.url("")
+        self._title = f"{model.name} at {self.location}"
         self._next_packet = 0.0
 
     def is_reachable(self, timeout: float) -> Optional[bool]:
@@ -4405,8 +4407,8 @@ def _gguf_value(file, kind):
     return value.decode("utf-8", "replace") if kind == GGUF_STRING else value
 
 
-class Facts(NamedTuple):
-    """The facts known of a model without loading it.
+class Details(NamedTuple):
+    """What is known of a model without loading it.
 
     `options` are the values of its llama-server options by name. `problem` says why a
     start is bound to fail. `meta` and `inputs` are as llama-server would tell them.
@@ -4421,20 +4423,21 @@ class Facts(NamedTuple):
 
 
 class Inspector:
-    """Finds out the Facts of models. Any thread may call; files, which may lie on slow
-    mounts, are read by one of its own, and again when their size or time changes."""
+    """Finds out the Details of models. Any thread may call; files, which may lie on
+    slow mounts, are read by one of its own, and again when their size or time changes.
+    """
 
     def __init__(self):
-        self._facts = {}  # by name: (model, Facts)
+        self._details = {}  # by name: (model, Details)
         self._read_once = functools.lru_cache(None)(lambda path, *_: read_gguf(path))
         self._looked_at = -math.inf
         self._look = threading.Thread()  # the last look at files
         self._lock = threading.Lock()
 
-    def facts_of(
+    def details_of(
         self, models: Sequence[Model], timeout: float = LOOK_TIMEOUT
-    ) -> Dict[str, Facts]:
-        """Look at the models; return the Facts by name that are known in time."""
+    ) -> Dict[str, Details]:
+        """Look at the models; return the Details by name that are known in time."""
         with self._lock:
             is_due = time.monotonic() >= self._looked_at + LOOK_EVERY
             is_due = is_due or len(self._known(models)) < len(models)
@@ -4445,16 +4448,16 @@ class Inspector:
                 look.start()
                 self._look = look
         self._look.join(timeout)
-        return {**{model.name: Facts() for model in models}, **self._known(models)}
+        return {**{model.name: Details() for model in models}, **self._known(models)}
 
     def _known(self, models):
-        """Return the Facts by name of those of the models that were looked at."""
-        pairs = ((model, self._facts.get(model.name)) for model in models)
+        """Return the Details by name of those of the models that were looked at."""
+        pairs = ((model, self._details.get(model.name)) for model in models)
         return {m.name: pair[1] for m, pair in pairs if pair and pair[0] is m}
 
     def _inspect_all(self, models):
         for model in models:
-            self._facts[model.name] = model, self._inspect(model)
+            self._details[model.name] = model, self._inspect(model)
 
     def _inspect(self, model):
         table, problem = table_of(model), None
@@ -4462,11 +4465,11 @@ class Inspector:
             argv = model.command(table, "${PORT}")
             check_files(model, argv)
         except ConfigError as error:
-            return Facts(problem=LoadFailed(str(error)))
+            return Details(problem=LoadFailed(str(error)))
         except LoadFailed as error:
             problem = error.with_traceback(None)
         if table is None:
-            return Facts(argv, problem=problem)
+            return Details(argv, problem=problem)
         options, inputs = table.read(argv[1:]), ["text"]
         header = self._header(model, options.get("--model", ""))
         projector = self._header(model, options.get("--mmproj", ""))
@@ -4477,7 +4480,7 @@ class Inspector:
         meta = {"n_ctx": options.get("--ctx-size"), "n_ctx_train": trained}
         is_number = re.compile("[1-9][0-9]{0,8}").fullmatch
         meta = {name: int(text) for name, text in meta.items() if is_number(str(text))}
-        return Facts(argv, model.preset(table), options, problem, inputs, meta)
+        return Details(argv, model.preset(table), options, problem, inputs, meta)
 
     def _header(self, model, path):
         with contextlib.suppress(OSError, ValueError):
@@ -5243,7 +5246,7 @@ class Pool:
             run.next_load_line = LOAD_LINE_EVERY  # should it wake up
         if backend.model.has_auto_needs:
             self._has_loaded.set()
-        self._log("info", f"{name}: loaded in {seconds:.2f} s ({backend.where})")
+        self._log("info", f"{name}: loaded in {seconds:.2f} s ({backend.location})")
 
     def on_described(self, backend, entry):
         name = backend.model.name
@@ -5490,7 +5493,7 @@ class SocketReader:
         self.buffer = b""  # received and not used yet; READ_SIZE or a little more
         self.is_untouched = True  # no byte of a head was ever received
 
-    def receive(self, size=READ_SIZE) -> bytes:
+    def recv(self, size=READ_SIZE) -> bytes:
         """Return the next bytes, at most `size`; b"" at the end of the stream."""
         piece, self.buffer = self.buffer[:size], self.buffer[size:]
         while not piece:
@@ -5505,7 +5508,7 @@ class SocketReader:
         data = self.buffer
         while b"\n" not in data and len(data) < MAX_CHUNK_LINE:
             self.buffer = b""
-            piece = self.receive()
+            piece = self.recv()
             if not piece:
                 raise EOFError("the connection closed between two chunks")
             data += piece
@@ -5521,7 +5524,7 @@ class SocketReader:
         data, end, received = b"", -1, 0
         while end < 0:
             searched = max(0, len(data) - 3)
-            piece = self.receive()
+            piece = self.recv()
             if not piece:
                 return b""
             self.is_untouched = False
@@ -5588,7 +5591,7 @@ def render_head(start: str, headers: Headers) -> bytes:
     return f"{start}\r\n{lines}\r\n".encode("latin-1")
 
 
-def end_to_end(head: "Head", dropped: FrozenSet[str] = frozenset()) -> Headers:
+def end_to_end(head: "MessageHead", dropped: FrozenSet[str] = frozenset()) -> Headers:
     """Return the headers without the hop-by-hop ones and those to be dropped."""
     named = map(str.strip, head.connection.split(","))
     dropped = dropped.union(HOP_BY_HOP, named)
@@ -5606,7 +5609,7 @@ def is_event_stream(headers: Mapping[str, str]) -> bool:
     return kind.startswith("text/event-stream") and coding == "identity"
 
 
-class Head:
+class MessageHead:
     """A head of strict HTTP/1: no folding, no bare CR or LF, no blank before a colon.
     Raise BadRequest, HeadersTooLarge.
 
@@ -5651,7 +5654,7 @@ class Head:
         return [value for header, value in self.headers if header == name]
 
 
-class Request(Head):
+class Request(MessageHead):
     """The head of a client's request."""
 
     def __init__(self, raw: bytes):
@@ -5691,7 +5694,9 @@ _CHUNK_END = re.compile(rb"\r\n")
 _TRAILER = re.compile(rb"%b|\r\n" % _HEADER_LINE)
 
 
-def read_payload(reader: SocketReader, head: Head, held_back=0) -> Iterable[bytes]:
+def read_payload(
+    reader: SocketReader, head: MessageHead, held_back=0
+) -> Iterable[bytes]:
     """Yield the payload after a head as it arrives, but a chunk of at most `held_back`
     bytes in one piece. Raise BadRequest, and EOFError if it ends too early."""
     if head.is_chunked:
@@ -5705,13 +5710,13 @@ def read_payload(reader: SocketReader, head: Head, held_back=0) -> Iterable[byte
     if head.length is not None:
         yield from _read_exactly(reader, head.length)
     else:
-        yield from iter(functools.partial(reader.receive, 8 * READ_SIZE), b"")
+        yield from iter(functools.partial(reader.recv, 8 * READ_SIZE), b"")
 
 
 def _read_exactly(reader, left, held_back=0):
     held = b""
     while left:
-        piece = reader.receive(min(left, BUFFER_SIZE))
+        piece = reader.recv(min(left, BUFFER_SIZE))
         if not piece:
             raise EOFError(f"the connection closed {left} bytes before the end")
         left -= len(piece)
@@ -5915,7 +5920,7 @@ class Truncated(Exception):
     """The backend's answer broke off before its end, or is not HTTP."""
 
 
-class UpstreamResponse(Head):
+class UpstreamResponse(MessageHead):
     """A backend's final answer: the constructor reads its head, `pieces` its payload.
 
     `length` is that of the head, even if `method` is HEAD and no payload follows.
@@ -5966,7 +5971,7 @@ class ClientResponse:
     is_for_anthropic = False  # whose SDK expects errors of another shape
     status = 0  # of the head; 0 until there is one
     is_early = False  # the head was sent before the backend's was known
-    notice = None  # after an early head: returns an event, or b"" for a comment
+    progress_event = None  # after an early head: returns one, or b"" for a comment
     first_at = None  # when the first piece of payload was sent
     problem = None  # why the response broke off
     is_cancelled = False  # set by another thread to end the request
@@ -5984,7 +5989,7 @@ class ClientResponse:
         self._comment_at = time.monotonic() + EARLY_HEAD_AFTER
         self._stall = StallMonitor(STALL_SECONDS, ClientDisconnected())
 
-    def begin(self, status: int, headers: Headers, length: Optional[int]):
+    def start(self, status: int, headers: Headers, length: Optional[int]):
         """Set the head, which is sent with the first piece, or by `flush`."""
         self.status, self._is_counted = status, length is not None
         self._is_events = length is None and is_event_stream(dict(headers))
@@ -6002,14 +6007,14 @@ class ClientResponse:
 
     def answer(self, status: int, headers: Headers, payload: bytes):
         """Send a whole response."""
-        self.begin(status, headers, len(payload))
+        self.start(status, headers, len(payload))
         self.send(payload)
         self.end()
 
-    def begin_events(self):
+    def start_events(self):
         """Begin a stream of events of our own, which a backend's may continue."""
         headers = [("content-type", "text/event-stream"), ("cache-control", "no-cache")]
-        self.begin(200, [*headers, ("x-accel-buffering", "no")], None)
+        self.start(200, [*headers, ("x-accel-buffering", "no")], None)
 
     def send(self, piece):
         """Send a piece of payload, after the head if that was not sent yet."""
@@ -6063,10 +6068,10 @@ class ClientResponse:
         is_due = time.monotonic() >= self._comment_at
         if is_due and self.wants_events and not self.status:
             self.is_early = True
-            self.begin_events()
+            self.start_events()
         event = b":\n\n" if is_due else b""
-        if self.notice and self.is_early and not self.sent:
-            event = self.notice() or event
+        if self.progress_event and self.is_early and not self.sent:
+            event = self.progress_event() or event
         if event and self._is_between_events():
             self._put_framed(event)
 
@@ -6216,7 +6221,7 @@ def _pass_on(answer, backend, response, transform):
     """Pass the answer on piece by piece; if it breaks off, abort the response."""
     if not response.is_early:
         length = None if transform else answer.length
-        response.begin(answer.status, _response_headers(answer), length)
+        response.start(answer.status, _response_headers(answer), length)
     problem, last = None, b""
     try:
         for piece in answer.pieces():
@@ -6264,7 +6269,7 @@ def _tunnel(answer, response):
     """Pass bytes both ways after an upgrade, until either side ends."""
     upgrade = [("connection", "upgrade"), ("upgrade", answer.get("upgrade"))]
     response.is_persistent = False
-    response.begin(101, _response_headers(answer) + upgrade, 0)
+    response.start(101, _response_headers(answer) + upgrade, 0)
     response.flush()
     client, backend = SocketReader(response.sock), answer.reader
     backend.on_timeout = client.on_timeout
@@ -6277,7 +6282,7 @@ def _copy(source, target):
     """Copy bytes until either connection ends; then shut both down."""
     monitor = StallMonitor(STALL_SECONDS, ClientDisconnected())
     with contextlib.suppress(ClientDisconnected, OSError):
-        while piece := source.receive():
+        while piece := source.recv():
             send_all(target.sock, piece, monitor)
     for reader in (source, target):
         with contextlib.suppress(OSError):
@@ -6695,7 +6700,7 @@ class RepairStream:
         rest = bytes(self._buffer)
         is_json = rest.lstrip().startswith(b"{")
         rest = repair_body(rest) if is_json else self._pass_event(rest)
-        return self._settle(self._open, self._open) + rest
+        return self._end_calls(self._open, self._open) + rest
 
     def _pass_event(self, event):
         """Return the bytes to send once this event has come."""
@@ -6704,10 +6709,10 @@ class RepairStream:
         try:
             text = _data_of(event)
             if text.strip() == "[DONE]":
-                return self._settle(self._open) + event
+                return self._end_calls(self._open) + event
             payload = json.loads(text)
             if payload.get("type") == "error" or payload.get("error"):
-                return self._settle(self._open, self._open) + event
+                return self._end_calls(self._open, self._open) + event
             return self._pass_payload(event, payload)
         except _UNKNOWN_SHAPE:
             return event
@@ -6732,7 +6737,7 @@ class RepairStream:
         elif payload.get("type") == "content_block_stop" and block in self._open:
             event = self._hold(event, {block: ""})  # the next says if it was cut off
         ended = [key for key in self._open if key[0] in ends]
-        return self._settle(ended, _cut_off(ended, ends)) + event
+        return self._end_calls(ended, _cut_off(ended, ends)) + event
 
     def _hold(self, event, fragments):
         for key, text in fragments.items():
@@ -6741,7 +6746,7 @@ class RepairStream:
         self._held.append((event, list(fragments)))
         return b""
 
-    def _settle(self, keys, cut=()):
+    def _end_calls(self, keys, cut=()):
         """End these calls, and repair them unless they were cut off. Return the held
         events of which no call is open any more."""
         for key, is_cut in [(key, key in cut) for key in keys]:
@@ -6791,9 +6796,9 @@ def snapshot(report: StatusReport) -> dict:
     models = []
     for model in report.models:
         failure = str(model.failure) if model.failure else None
-        fields = model._replace(failure=failure)._asdict()
-        del fields["pid"], fields["port"], fields["entry"]
-        models.append(fields)
+        shown_model = model._replace(failure=failure)._asdict()
+        del shown_model["pid"], shown_model["port"], shown_model["entry"]
+        models.append(shown_model)
     shown = report._replace(models=models)._asdict()
     del shown["metrics"]
     return shown
@@ -7762,14 +7767,14 @@ class RequestLog:
         self._ended_count = 0
         self._ended = collections.deque(maxlen=MAX_ENDED_REQUESTS)
 
-    def begin(self, row: dict, response: ClientResponse):
+    def start(self, row: dict, response: ClientResponse):
         """Add a request in flight, answered by `response`, and number its row."""
         with self._lock:
             row["id"] = next(self._numbers)
             self._running[row["id"]] = row, response, time.monotonic()
 
     def end(self, row: dict):
-        """Add the row of a request that ended, or was refused before `begin`."""
+        """Add the row of a request that ended, or was refused before `start`."""
         with self._lock:
             row["id"] = row["id"] or next(self._numbers)
             self._running.pop(row["id"], None)
@@ -8121,7 +8126,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_page(self):
         if self._wants_snapshots():
-            self.response.begin_events()
+            self.response.start_events()
             return self._stream(functools.partial(next, self._snapshots()), _as_event)
         headers = [
             ("content-type", "text/html; charset=utf-8"),
@@ -8152,11 +8157,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_text(metrics_text(self._status_report()), METRICS_TYPE)
 
     def _status_report(self):
-        facts = self.pool.inspector.facts_of([*self.config.models.values()])
-        models = [
-            with_known_problem(status, facts.get(status.shares or status.id, Facts()))
-            for status in self.pool.statuses(with_memory=True)
-        ]
+        details = self.pool.inspector.details_of([*self.config.models.values()])
+        models = []
+        for status in self.pool.statuses(with_memory=True):
+            known = details.get(status.shares or status.id, Details())
+            models.append(with_known_problem(status, known))
         return StatusReport(
             VERSION,
             self.server.born,
@@ -8188,9 +8193,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.config.models.get(status.shares, model)
             for model, status in zip(models, statuses)
         ]
-        facts = self.pool.inspector.facts_of(owners)
+        details = self.pool.inspector.details_of(owners)
         return [
-            model_entry(model, owner, status, facts[owner.name], self.server.born)
+            model_entry(model, owner, status, details[owner.name], self.server.born)
             for model, owner, status in zip(models, owners, statuses)
         ]
 
@@ -8241,19 +8246,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_running(self):
         words = {"loading": "starting", "loaded": "ready", "unloading": "stopping"}
-        facts = self.pool.inspector.facts_of([*self.config.models.values()])
+        details = self.pool.inspector.details_of([*self.config.models.values()])
         running = [
             {
                 "model": status.id,
                 "state": words.get(status.state, status.state),
-                "cmd": shlex.join(shown_command(facts[status.id], status)),
+                "cmd": shlex.join(shown_command(details[status.id], status)),
                 "proxy": self.config.models[status.id].url(str(status.port)),
                 "ttl": int(self.config.models[status.id].settings.idle_timeout),
                 "name": status.id,
                 "description": status.description,
             }
             for status in self.pool.statuses()
-            if status.id in facts and status.state != "unloaded" and not status.shares
+            if status.id in details and status.state != "unloaded" and not status.shares
         ]
         self._send_json({"running": running})
 
@@ -8274,7 +8279,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_events(self):
         with self.pool.events.subscribe() as get:
-            self.response.begin_events()
+            self.response.start_events()
             self._stream(lambda: get(POLL_INTERVAL), _as_event)
 
     def get_logs(self):
@@ -8287,7 +8292,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             feed = self.pool.output_of(status.shares or status.id)
         headers = [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
         with feed.subscribe(self.head.parameter("no-history") is None) as get:
-            self.response.begin(200, [TEXT_TYPE, *headers], None)
+            self.response.start(200, [TEXT_TYPE, *headers], None)
             self._stream(lambda: get(POLL_INTERVAL), lambda line: f"{line}\n".encode())
 
     # -- requests for models ---------------------------------------------------------
@@ -8367,12 +8372,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         preemptible = self.head.is_upgrade or (preemptible and is_safe)
         if not preemptible:
             self.row = self._new_row(info)
-            self.server.requests.begin(self.row, self.response)
+            self.server.requests.start(self.row, self.response)
         notice = model.settings.loading_notice
         is_stream = self.head.method == "POST" and info.members.get("stream") is True
         self.response.wants_events = is_stream and notice != "off"
         if notice == "reasoning" and target.split("?")[0].endswith("/chat/completions"):
-            self.response.notice = functools.partial(next, self._notices(model))
+            events = self._progress_events(model)
+            self.response.progress_event = functools.partial(next, events)
         outgoing = self._upstream_request(model, target, info)
         transform_of = _repair_for if model.settings.json_repair else lambda _: None
         asked_at = time.monotonic()
@@ -8398,7 +8404,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     error.may_retry = False if is_last else None  # it failed twice
                     raise error
 
-    def _notices(self, model):
+    def _progress_events(self, model):
         """Yield events that a chat shows as the model's reasoning during its load, or
         b"" if nothing has changed or the last event is too recent."""
         chunk = {
@@ -8559,40 +8565,40 @@ def _is_key(given, keys):
     return any([hmac.compare_digest(given, key) for key in raw])
 
 
-def with_known_problem(status: ModelStatus, facts: Facts) -> ModelStatus:
+def with_known_problem(status: ModelStatus, details: Details) -> ModelStatus:
     """Return the status; if unloaded, with the known reason why a load would fail."""
-    if status.state != "unloaded" or status.failure or not facts.problem:
+    if status.state != "unloaded" or status.failure or not details.problem:
         return status
-    return status._replace(failure=facts.problem)
+    return status._replace(failure=details.problem)
 
 
 def model_entry(
-    model: Model, owner: Model, status: ModelStatus, facts: Facts, created: int
+    model: Model, owner: Model, status: ModelStatus, details: Details, created: int
 ) -> dict:
     """Return a model as in /v1/models: all fields of llama.cpp's router, and more.
-    `facts` are those of `owner`, whose backend the model uses."""
-    status = with_known_problem(status, facts)
+    `details` are those of `owner`, whose backend the model uses."""
+    status = with_known_problem(status, details)
     abilities = {**owner.settings.capabilities, **model.settings.capabilities}
-    meta = {**facts.meta, **status.entry.get("meta", {})}
+    meta = {**details.meta, **status.entry.get("meta", {})}
     if "context" in abilities:
         meta["n_ctx"] = abilities.pop("context")
-    inputs = [*facts.inputs, *(INPUTS[each] for each in abilities if each in INPUTS)]
+    inputs = [*details.inputs, *(INPUTS[each] for each in abilities if each in INPUTS)]
     architecture = {"input_modalities": inputs, "output_modalities": ["text"]}
     architecture = status.entry.get("architecture", architecture)
-    is_llama_server = owner.kind == "llama-server"
+    is_llama = owner.kind == "llama-server"
     entry = {
         "id": model.name,
         "aliases": sorted(model.aliases),
-        "tags": sorted(parse_words(facts.options.get("--tags", ""))),
+        "tags": sorted(parse_words(details.options.get("--tags", ""))),
         "object": "model",
-        "owned_by": "llamacpp" if is_llama_server else "llmswap",
+        "owned_by": "llamacpp" if is_llama else "llmswap",
         "created": created,
-        "status": _shown_status(model, status, facts),
+        "status": _shown_status(model, status, details),
         "architecture": architecture,
         "source": model.source,
         "can_remove": model.source == "cache",
         "meta": meta,
-        "capabilities": _capabilities(abilities, architecture, facts, is_llama_server),
+        "capabilities": _capabilities(abilities, architecture, details, is_llama),
     }
     context = meta.get("n_ctx") or meta.get("n_ctx_train")
     if context:
@@ -8604,13 +8610,13 @@ def model_entry(
     return {**status.entry, **entry}
 
 
-def _shown_status(model, status, facts):
+def _shown_status(model, status, details):
     shown = {
         "value": "loaded" if status.state == "unloading" else status.state,
-        "args": shown_command(facts, status),
+        "args": shown_command(details, status),
     }
-    if facts.preset:
-        shown["preset"] = _SECRET_LINE.sub(r"\1 = ***", facts.preset)
+    if details.preset:
+        shown["preset"] = _SECRET_LINE.sub(r"\1 = ***", details.preset)
     problem = model.problem or status.failure
     if problem and status.state == "unloaded":
         code = exit_code_of(status.failure) if status.failure else 1
@@ -8618,13 +8624,13 @@ def _shown_status(model, status, facts):
     return shown
 
 
-def _capabilities(abilities, architecture, facts, is_llama_server):
+def _capabilities(abilities, architecture, details, is_llama_server):
     """Return the known abilities of a model, in the order of CAPABILITIES."""
     names = set(abilities)
     inputs = architecture.get("input_modalities", ())
     names.update(name for name, word in INPUTS.items() if word in inputs)
-    if is_llama_server and facts.argv:
-        options = facts.options
+    if is_llama_server and details.argv:
+        options = details.options
         special = {"--embeddings": "embeddings", "--reranking": "rerank"}
         names.update(special[name] for name in special if name in options)
         if not names & {"embeddings", "rerank"} and "--no-jinja" not in options:
@@ -8632,10 +8638,10 @@ def _capabilities(abilities, architecture, facts, is_llama_server):
     return [name for name in CAPABILITIES if name in names]
 
 
-def shown_command(facts: Facts, status: ModelStatus) -> List[str]:
+def shown_command(details: Details, status: ModelStatus) -> List[str]:
     """Return the argv of a model, with its port if it has one, and without secrets."""
     port = str(status.port or "${PORT}")
-    return mask_secrets([word.replace("${PORT}", port) for word in facts.argv])
+    return mask_secrets([word.replace("${PORT}", port) for word in details.argv])
 
 
 def mask_secrets(argv: Sequence[str]) -> List[str]:
@@ -8744,7 +8750,7 @@ class Server(http.server.ThreadingHTTPServer):
         for sock in sockets:
             sock.setblocking(False)
 
-    def begin(self):
+    def start(self):
         """Accept connections, on a thread of its own."""
         self._is_paused = False
         self._stop_reader, self._stop_writer = socket.socketpair()
@@ -8826,7 +8832,7 @@ class Server(http.server.ThreadingHTTPServer):
         pending = select.select(self.sockets, [], [], 0)[0]
         if self.inactive_since() is not None and not pending:
             return True
-        self.begin()
+        self.start()
         return False
 
     def stop(self):
@@ -9349,7 +9355,7 @@ class Application:
         self.log("info", f"llmswap {VERSION} at {' and '.join(addresses)}")
         self._take_over(self._config)
         self.pool.start()
-        self.server.begin()
+        self.server.start()
         start_thread(self._idle_command_loop, "idle")
         self._notifier.notify("READY=1")
         watch, is_serving = self._notifier.watch, self.server.is_serving

@@ -3138,7 +3138,7 @@ def refuse_to_fork(*_, **__):
 class Puppet:
     """A backend that does what the test says."""
 
-    pid, port, upstream, where, started_at = 1, 2, None, "pid 1", 0.0
+    pid, port, upstream, location, started_at = 1, 2, None, "pid 1", 0.0
     progress = None
 
     def __init__(self, model, listener):
@@ -5140,7 +5140,7 @@ def test_an_answer_is_framed_as_its_client_can_read_it(
     request_text, length, framing, payload, is_persistent
 ):
     def act(reply):
-        reply.begin(200, [("x", "y")], length)
+        reply.start(200, [("x", "y")], length)
         for piece in (b"hel", memoryview(b"lo"), b""):
             reply.send(piece)
         reply.end()
@@ -5164,7 +5164,7 @@ def test_a_slow_reader_is_served_and_one_that_does_not_read_is_not(monkeypatch):
         with pair() as (ours, theirs):
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             reply = llmswap.ClientResponse(ours, request_of(GET), [])
-            reply.begin(200, [], 40000)
+            reply.start(200, [], 40000)
             reader = threading.Thread(target=read_slowly, args=(theirs,))
             if is_read:
                 reader.start()
@@ -5190,7 +5190,7 @@ def test_a_broken_stream_says_why_between_events_only_and_does_not_end(
     payload, length, is_told, monkeypatch
 ):
     def act(reply):
-        reply.begin(200, [("content-type", "text/event-stream")], length)
+        reply.start(200, [("content-type", "text/event-stream")], length)
         reply.send(payload)
         reply.heartbeat()
         reply.abort(llmswap.BackendDied("it died"))
@@ -5953,7 +5953,7 @@ def test_five_hundred_requests_are_remembered_in_a_megabyte():
             for name in "client user_agent session path asked model".split():
                 row[name] = f"{number} {'x' * 100}"
             row["id"] = None
-            log.begin(row, None)
+            log.start(row, None)
             log.end(row)
         assert tracemalloc.get_traced_memory()[0] < 1 << 20
     finally:
@@ -9074,7 +9074,7 @@ def test_a_connection_in_the_backlog_cancels_the_idle_exit():
         pool = llmswap.Pool(no_models(), lambda *_: None)
         application = SimpleNamespace(reload_if_changed=lambda: None)
         server = llmswap.Server([listener], pool, lambda *_: None, application)
-        server.begin()
+        server.start()
         assert server.try_idle_exit() and server.is_serving()  # there is nothing to do
         with Client(listener.getsockname()[1]) as client:
             client.send("GET", "/health")
@@ -10177,7 +10177,7 @@ def test_a_broken_manifest_of_contexts_counts_as_none(tmp_path, text):
     manifest.write_text(text.replace("F", folder))
     store = llmswap.ContextStore()
     store.configure(config)
-    assert store.take(folder) == llmswap.SavedContext()
+    assert store.pop(folder) == llmswap.SavedContext()
     assert json.loads(manifest.read_text()) == {}
 
 
@@ -10607,10 +10607,10 @@ def test_a_look_at_files_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(llmswap, "check_files", lambda *_: hanging.wait(20))
     models = [*read(tmp_path, "[a]\ncmd = x ${PORT}").models.values()]
     inspector, began = llmswap.Inspector(), time.monotonic()
-    assert inspector.facts_of(models)["a"] == llmswap.Facts()
+    assert inspector.details_of(models)["a"] == llmswap.Details()
     assert time.monotonic() < began + 10
     hanging.set()
-    eventually(lambda: inspector.facts_of(models)["a"].argv)
+    eventually(lambda: inspector.details_of(models)["a"].argv)
 
 
 ABILITIES_FILE = """
