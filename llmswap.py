@@ -36,11 +36,11 @@ Sections, each of which uses only those above it:
     10 Command line   arguments, logging, signals, the order of shutdown
 
 Threads. The main thread waits for signals. One thread accepts connections, one serves
-each connection, one runs each backend; the Pool, the log, systemd and the idle command
-have their own. Files that may lie on slow mounts are read on short-lived threads. The
-Scheduler and the dict of backends belong to the Pool and are used only under its one
-lock, which is held to record an event and carry out what follows, never across I/O or a
-sleep.
+each connection, one runs each backend, another watches its process or unit; the Pool,
+the log, systemd and the idle command have their own. Files that may lie on slow mounts
+are read on short-lived threads. The Scheduler and the dict of backends belong to the
+Pool and are used only under its one lock, which is held to record an event and carry
+out what follows, never across I/O or a sleep.
 """
 
 import base64
@@ -274,9 +274,18 @@ parse_count = pattern("a whole number", "[0-9]{1,9}", lambda match: int(match[0]
 parse_score = pattern(
     "from -1000 to 1000", "-?(?:0?[0-9]{1,3}|1000)", lambda match: int(match[0])
 )
-parse_url = pattern(
-    "a URL such as http://127.0.0.1:8000", r"https?://[^\s/?#]+(/[^\s?#]*)?"
-)
+
+
+def parse_url(text) -> str:
+    """Return the URL of a server: with a host, a valid port or none, and no query."""
+    port = 0
+    with contextlib.suppress(ValueError):  # of the port, or of a bracket
+        port = urllib.parse.urlsplit(text).port
+    if port == 0 or not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", text):
+        raise ValueError(f"{text!r} is not a URL such as http://127.0.0.1:8000")
+    return text
+
+
 parse_endpoint = or_none("none", pattern("a path such as /health", r"/\S*"))
 parse_mac = or_none("", pattern(
     "an address such as ab:cd:ef:01:23:45",
@@ -443,7 +452,8 @@ PROXY_KEYS = (
     Key("patience", or_none("auto", parse_duration), "auto",
         "how long a busy model goes on while another waits for its room; `auto`: as "
         "long as the swap costs; 0: strict order"),
-    Key("queue-max", parse_count, "512", "requests that may wait; more are refused"),
+    Key("queue-max", parse_count, "512",
+        "requests that may wait, more are refused; 0: no limit"),
     Key("queue-timeout", parse_duration, "0", "longest wait of a request; 0: no limit"),
     Key("api-key", parse_words, "", "comma-separated; and those of `$LLMSWAP_API_KEY`"),
     Key("api-key-file", parse_path, "", "a file with one key per line"),
@@ -742,7 +752,7 @@ def with_environment(words) -> list:
 
 # ---- Options of llama-server ---------------------------------------------------------
 
-TRUTHY = ("on", "enabled", "true", "1")  # llama.cpp's words, in this case only
+TRUTHY = ("on", "enabled", "true", "1")  # llama.cpp's words, in lower case only
 FALSY = ("off", "disabled", "false", "0")
 OPTION_HELP = re.compile(
     r"^(-(?!--)[^\s,]+(?:, +-[^\s,]+)*)(?: (\S+(?: [A-Z]+)?)| {2,}|$)"
@@ -1112,27 +1122,27 @@ class ModelBuilder:
         for setting in self._layers[-1] if kind != "llama-server" else ():
             reason = f"options of llama-server cannot stand beside {kind}"
             yield setting, unknown_key(setting.key, f"no key of llmswap; {reason}")
-        for spelling, setting in own.items():
-            name = "env.NAME" if spelling.startswith("env.") else spelling
+        for key, setting in own.items():
+            name = "env.NAME" if key.startswith("env.") else key
             is_other_kind = name in EXCLUSIVE_KEYS and name != kind
             if is_other_kind or kind == "uses" and name not in REQUEST_KEYS:
                 yield setting, f"cannot stand beside {kind}"
             elif name in launch_keys and name not in LAUNCH_KEYS[kind]:
                 self._warn(f"{setting.place}: without effect beside {kind}")
-        proxy, is_local = own.get("proxy"), needs_port(settings.proxy)
+        proxy, has_port = own.get("proxy"), needs_port(settings.proxy)
         texts = [settings.cmd, settings.extra_args, *settings.env.values()]
         keys = {setting.key for layer in self._layers for setting in layer}
         words = settings.extra_args.split()
         keys.update(settings.env, (word.split("=")[0].lstrip("-") for word in words))
         if kind == "llama-server" and not has_source(keys):
             yield None, "it has no source: model, hf-repo, model-url or docker-repo"
-        if kind == "llama-server" and not is_local:
+        if kind == "llama-server" and not has_port:
             yield proxy, "the proxy of a llama-server needs ${PORT}"
-        if kind == "cmd" and is_local and not any(map(needs_port, texts)):
+        if kind == "cmd" and has_port and not any(map(needs_port, texts)):
             yield own["cmd"], "without ${PORT} it needs proxy = URL"
         if kind in EXCLUSIVE_KEYS and not getattr(settings, kind):
             yield own[kind], "it must not be empty"
-        if kind in ("unit", "remote") and is_local:
+        if kind in ("unit", "remote") and has_port:
             yield proxy, "it needs proxy = URL, without ${PORT}"
         if bool(settings.sleep) != bool(settings.wake):
             yield None, "sleep and wake need each other"
@@ -1376,7 +1386,7 @@ class ConfigLoader:
     def _list_models(self, settings):
         """Return (source, options) by id of the models in llama.cpp's cache and in
         models-dir. One in the cache has the id of its section, if there is one."""
-        ids = {canonical_name(name): name for name in self._sections}
+        ids = {canonical_name(name): name for name in sorted(self._sections)}
         listed = {}
         for name in self._cached if settings.cache_models else ():
             options = {"hf-repo": name, "offline": "on"}
@@ -1447,9 +1457,8 @@ class ConfigLoader:
         sets = []
         for names in config.settings.sets:
             models = [find(name, "sets") for name in names]
-            used = [map(config.find, model.settings.uses) for model in models]
-            backends = [[*filter(None, ids)] or [model.name]
-                        for ids, model in zip(used, models)]
+            backends = [[*filter(None, map(config.find, model.settings.uses))]
+                        or [model.name] for model in models]
             sets += map(frozenset, itertools.product(*backends))
         default = config.settings.default_model
         default = default and find(default, "default-model").name
@@ -1512,7 +1521,7 @@ MIN_RETURN_GAP = 0.005  # s; a client that sends its next request at once needs 
 UNKNOWN_SWAP_COST = 1.0  # s; assumed before a swap was measured
 MAX_PATIENCE = 30.0  # s
 MAX_BACKOFF = 60.0  # s
-FREE_FAILURES = 3  # so many failed loads in a row cause no back-off
+FAILURES_TO_BACK_OFF = 3  # in a row; after fewer the next load need not wait
 
 
 class ModelSpec(NamedTuple):
@@ -1694,7 +1703,7 @@ class ModelState:
         return self.unload_by is not None or reloaded
 
     def usage(self) -> ModelUsage:
-        """What it counts for now."""
+        """What it takes of the limits now."""
         if self.is_asleep:
             places = int(self.spec.is_local and not self.spec.can_sleep)
             return ModelUsage(self.name, places, self.spec.sleep_needs)
@@ -1720,11 +1729,11 @@ class ModelState:
             self.pause_began = now
 
     def record_failure(self, problem: APIError, now: float):
-        """A load failed; after FREE_FAILURES in a row the next one must wait."""
+        """A load failed; after FAILURES_TO_BACK_OFF the next one must wait."""
         self.last_failure = problem
         self.failures += 1
-        if self.failures >= FREE_FAILURES:
-            surplus = min(self.failures - FREE_FAILURES, 16)
+        if self.failures >= FAILURES_TO_BACK_OFF:
+            surplus = min(self.failures - FAILURES_TO_BACK_OFF, 16)
             self.retry_at = now + min(MAX_BACKOFF, 2.0**surplus)
 
     def reset_failures(self):
@@ -1836,7 +1845,7 @@ class Scheduler:
 
     def finish(self, ticket: Ticket, now: float):
         """The request has ended or its client has left. The ticket may be waiting,
-        granted or refused; call it once."""
+        granted or refused, but no manual one; call it once."""
         model = ticket.model
         if ticket.number in self._queue:
             self._dequeue(ticket)
@@ -2062,7 +2071,7 @@ class Scheduler:
         """From now on `decide` refuses every ticket, waiting or new."""
         self._closing_error = problem
 
-    def stop_all(self, now: float):
+    def stop_all(self):
         """Stop every backend now, in use or not."""
         for model in self.held.values():
             model.unload_by = -math.inf
@@ -2156,7 +2165,7 @@ class Scheduler:
         if pins:
             names = ", ".join(sorted(pin.name for pin in pins))
             text = f"{model.name!r} does not fit beside the pinned {names}"
-            return ModelPinned(f"{text}: unload by hand makes room")
+            return ModelPinned(f"{text}: unloading by hand makes room")
         is_full = limits.queue_max and waiting >= limits.queue_max
         full = f"{limits.queue_max} requests wait already (queue-max in [llmswap])"
         return QueueFull(full) if is_full else None
@@ -2291,8 +2300,8 @@ class Scheduler:
         return moment
 
     def _start_keep_loaded(self, now):
-        """If no ticket waits, start a keep_loaded model that fits; return if so. A
-        later ticket that needs the room stops such a load at once."""
+        """If no ticket waits, start a keep_loaded model that fits; return whether it
+        did. A later ticket that needs the room stops such a load at once."""
         if self._queue or self._closing_error or self._is_keep_loaded_paused:
             return False
         wanted = [model for model in self.models.values() if model.spec.keep_loaded]
@@ -2356,10 +2365,9 @@ class Scheduler:
 #    Each backend has a thread of its own, `_run`. Other threads set a flag and wake it.
 # ==================================================================================
 
-POLL_INTERVAL = 0.5  # s; a relay looks that often whether a silent client is there
-HEALTH_TIMEOUT = 5.0  # s; a check during a load not answered by then is asked anew
+POLL_INTERVAL = 0.5  # s between two checks that a silent client is still connected
+HEALTH_TIMEOUT = 5.0  # s; a health check that is not answered by then is repeated
 IDLE_CONNECTIONS = 16  # kept to one backend
-MAX_WAIT = 2000000.0  # s; a lock or a socket takes no much longer timeout
 MAX_LINE = 16384  # bytes; a longer one is cut into several
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20  # of Linux's sock_diag(7)
@@ -2370,7 +2378,7 @@ MAX_BEFORE_READY = 0.99  # of the progress of a load
 
 
 def free_port() -> int:
-    """Return a free port on loopback, if possible none for outgoing connections."""
+    """Return a free port on loopback, if possible outside the ephemeral range."""
     text = read_text_or_empty("/proc/sys/net/ipv4/ip_local_port_range")
     low = max(10050, int((text.split() or ["32768"])[0]))
     for port in [*random.sample(range(10000, low), 50), 0]:
@@ -2378,6 +2386,13 @@ def free_port() -> int:
             probe.bind(("127.0.0.1", port))
             return probe.getsockname()[1]
     raise LoadFailed("no free port was found on 127.0.0.1")
+
+
+def start_thread(target, name: str, *args) -> threading.Thread:
+    """Start a thread that does not keep llmswap from ending."""
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+    thread.start()
+    return thread
 
 
 def read_text_or_empty(path):
@@ -2415,9 +2430,8 @@ def _listeners(family, port):
         "=IHHIIBBBxIHH16s16sIq", 72, SOCK_DIAG_BY_FAMILY, NETLINK_DUMP, 0, 0, family,
         socket.IPPROTO_TCP, 0, LISTENING, socket.htons(port), 0, b"", b"", 0, -1,
     )  # fmt: skip
-    kind = (socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
     width = 4 if family == socket.AF_INET else 16
-    with socket.socket(*kind) as kernel:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as kernel:
         kernel.settimeout(1.0)
         kernel.send(query)
         while True:
@@ -2456,10 +2470,10 @@ class ProcessStat(NamedTuple):
 
 def process_stat(pid: Union[int, str]) -> Optional[ProcessStat]:
     """Return what /proc says of the process, or None if it has ended."""
-    headers = read_text_or_empty(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    if not headers:
+    fields = read_text_or_empty(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    if not fields:
         return None
-    return ProcessStat(headers[0], *(int(headers[at]) for at in (2, 3, 19, 21)))
+    return ProcessStat(fields[0], *(int(fields[at]) for at in (2, 3, 19, 21)))
 
 
 def processes() -> Iterable[Tuple[int, ProcessStat]]:
@@ -2478,18 +2492,18 @@ def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[s
     cannot be seen or is not older than the child. If not even the child's own sockets
     can be seen, any listener is believed.
     """
-    birth = process_stat(child)
-    if birth is None:  # the child has ended and was reaped meanwhile
+    child_stat = process_stat(child)
+    if child_stat is None:  # the child has ended and was reaped meanwhile
         return "another process" if inodes else None
-    may_hide = may_hide and birth.state not in "ZX"  # the dead have no listener
+    may_hide = may_hide and child_stat.state not in "ZX"  # the dead have no listener
     for inode in inodes:
         holder = holder_of(inode, [child])
         owner = process_stat(holder) if holder else None
         if owner is None:
             if not may_hide and os.access(f"/proc/{child}/fd", os.R_OK):
                 return "a process of another user"
-        elif birth.session != owner.session and birth.group != owner.group:
-            if not may_hide or owner.start < birth.start:
+        elif child_stat.session != owner.session and child_stat.group != owner.group:
+            if not may_hide or owner.start < child_stat.start:
                 name = read_text_or_empty(f"/proc/{holder}/comm").strip() or "?"
                 return f"process {holder} ({name})"
     return None
@@ -2723,7 +2737,7 @@ def clean_environment(extra: Mapping[str, str]) -> Dict[str, str]:
 
 def find_program(name: str, environment: Mapping[str, str], cwd: Optional[str]) -> str:
     """Return the path of the program as the child will find it. Raise LoadFailed."""
-    base, path = cwd or os.getcwd(), environment.get("PATH", os.defpath)
+    base, path = cwd or "", environment.get("PATH", os.defpath)
     place = os.path.join(base, name) if os.sep in name else name
     folders = [os.path.join(base, folder) for folder in path.split(os.pathsep)]
     program = shutil.which(place, path=os.pathsep.join(folders))
@@ -2769,27 +2783,32 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
 
 
 _options_lock = threading.Lock()  # held while a binary is asked
-_options = {}  # by its path, size and time
+_options = {}  # by its path, size and time: the options, and when to ask again
+ASK_AGAIN_AFTER = 60.0  # s; for the options of a binary that did not answer in time
 
 
 def options_of(binary: str) -> OptionTable:
     """Return the options that this llama-server says it has, else UNKNOWN_OPTIONS. It
-    is asked once for each version of the file, 10 s at most. Any thread may call."""
+    is asked once for each version of the file, 10 s at most; again after a while if it
+    did not answer in time. Any thread may call."""
     try:
         path = find_program(binary, os.environ, None)
-        status = os.stat(path)
+        file = os.stat(path)
     except (LoadFailed, OSError):
         return UNKNOWN_OPTIONS
-    key = path, status.st_size, status.st_mtime_ns
+    key = path, file.st_size, file.st_mtime_ns
     with _options_lock:
-        if key not in _options:
+        options, ask_again_at = _options.get(key, (UNKNOWN_OPTIONS, 0.0))
+        if time.monotonic() >= ask_again_at:
             ours = clean_environment({}).items()
             env = {n: text for n, text in ours if not n.startswith("LLAMA_ARG_")}
             argv, no_log = [path, "--help"], subprocess.DEVNULL
             status, text = run_command(argv, 10.0, env=env, stderr=no_log)
-            table = None if status is None else parse_help(text)  # None: it was killed
-            _options[key] = table or UNKNOWN_OPTIONS
-        return _options[key]
+            is_whole = status is not None  # else it was killed
+            options = is_whole and parse_help(text) or UNKNOWN_OPTIONS
+            pause = math.inf if is_whole else ASK_AGAIN_AFTER
+            _options[key] = options, time.monotonic() + pause
+        return options
 
 
 def cached_models(binary: str) -> List[str]:
@@ -2818,7 +2837,11 @@ def check_files(model: Model, argv: Sequence[str]):
     cwd = model.settings.cwd or None
     words = itertools.dropwhile(lambda w: w == "env" or ASSIGNMENT.match(w), argv)
     if argv:
+        if cwd and not os.path.isdir(cwd):
+            raise LoadFailed(f"{cwd} is not a folder (cwd)")
         program = next(words, "env")
+        if program.startswith("-") or any(word.startswith("PATH=") for word in argv):
+            program = argv[0]  # only env(1) knows what it will run
         find_program(program, clean_environment(model.environment("0")), cwd)
     if model.kind == "llama-server":
         for option, path in zip(argv, argv[1:]):
@@ -2889,13 +2912,12 @@ class Backend:
         self.upstream = upstream
         self.pid = None  # of its main process, once known
         self.port = upstream and upstream.port
-        self.location = None  # for people
+        self.location = None  # pid and port, unit or URL, for people
         self.lines = ()  # the last that it wrote, where they are read here
         self.started_at = self._progress_at = time.monotonic()
         self.progress = None  # of a load, from 0 to 1, where that can be told
         self._listener = listener
         self._title = model.name
-        self._thread = None
         self._wakeup = threading.Event()
         self._exited = threading.Event()
         self._ended = threading.Event()  # no request may be sent to it any more
@@ -2914,9 +2936,7 @@ class Backend:
 
     def start(self):
         """Begin to run on a thread of its own."""
-        name = f"model {self.model.name}"
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        start_thread(self._run, f"model {self.model.name}")
 
     def stop(self, at_once=False):
         """End it: within its stop timeout if it is loaded, else by a kill."""
@@ -2941,8 +2961,8 @@ class Backend:
             self._silent_since = time.monotonic()
             self._wakeup.set()
 
-    def is_reachable(self, timeout: float) -> Optional[bool]:
-        """Return whether a request may be sent; None if it is not known in time."""
+    def is_reachable(self) -> Optional[bool]:
+        """Return whether a request may be sent; None if it is not known yet."""
         if self._ended.is_set():
             return False
         if not self.upstream.seen_within(math.inf):  # this machine was suspended
@@ -2987,7 +3007,7 @@ class Backend:
         while self._is_ready and self._is_alive():
             action = self._pending_action
             if action:
-                self._pending_action = None  # only now: one set meanwhile must not go
+                self._pending_action = None  # before it runs: one set then must stay
                 action()
             elif self._silent_since is not None:
                 self._check_hang()
@@ -3043,7 +3063,7 @@ class Backend:
     # -- waiting and asking
 
     def _wait(self, seconds):
-        self._wakeup.wait(min(max(0.0, seconds), MAX_WAIT))
+        self._wakeup.wait(min(max(0.0, seconds), MAX_DURATION))
         self._wakeup.clear()
 
     def _interrupt(self):
@@ -3060,7 +3080,8 @@ class Backend:
         method, path, body = request or ("GET", self.model.settings.check_endpoint, "")
         headers = {"Connection": "close"}
         if self.model.settings.proxy_key:
-            headers["Authorization"] = f"Bearer {self.model.settings.proxy_key}"
+            key = self.model.settings.proxy_key.encode()
+            headers["Authorization"] = b"Bearer " + key
         if body:
             headers["Content-Type"] = "application/json"
         sock = None
@@ -3100,10 +3121,10 @@ class Backend:
             asked_at = time.monotonic()
             timeout = min(HEALTH_TIMEOUT, self._progress_at + limit - asked_at)
             probe = self._probe(max(0.001, timeout))
-            if probe.ok:  # a head that `stop` cut short may look whole
+            if probe.ok:  # but `stop` may have cut an answer so that it looks whole
                 return self._is_alive()
             if type(probe.error).__name__ == "SSLCertVerificationError":
-                raise LoadFailed(f"{self._title} is not to be trusted: {probe.reason}")
+                raise LoadFailed(f"{self._title} has a bad certificate: {probe.reason}")
             self._look_at_load()
             now = time.monotonic()
             if now >= self._progress_at + limit:
@@ -3116,8 +3137,8 @@ class Backend:
     def _look_at_load(self):
         """Count memory that its processes read or map as progress, like a line written.
 
-        A llama-server that is asked for it, as its router does, hangs after a SIGTERM,
-        and calls a mapped file read that has yet to be.
+        llama-server could report its progress, as to its router; but then it hangs
+        after a SIGTERM, and a mapped file counts as read before it is.
         """
         if time.monotonic() < self._looked_at + LOOK_AT_LOADS:
             return
@@ -3126,9 +3147,9 @@ class Backend:
         for pid in family:
             memory += memory_of(pid).get("VmRSS", 0)
             read += _kernel_counts(f"/proc/{pid}/io", "read_bytes: ")
-        activity = memory >> 20, read >> 20  # a page now and then is no progress
+        activity = memory >> 20, read >> 20  # a few pages are no progress
         if self._seen_activity and activity not in self._seen_activity:
-            self._progress_at = self._looked_at  # nor is up and down again
+            self._progress_at = self._looked_at  # values seen before are no progress
         self._seen_activity.add(activity)
         before = self.progress
         self._model_size = self._model_size or sum(map(model_file_size, family))
@@ -3209,7 +3230,7 @@ class Backend:
         limit = self.model.settings.load_timeout or math.inf
         self._progress_at, is_awake = time.monotonic(), False
         requests = self.model.settings.wake or (WAKE_REQUEST,)
-        if self._probe_all(min(limit, MAX_WAIT), requests):
+        if self._probe_all(min(limit, MAX_DURATION), requests):
             with contextlib.suppress(LoadTimeout):
                 is_awake = self._await_healthy()
         self._is_asleep = False
@@ -3255,7 +3276,7 @@ class ProcessBackend(Backend):
         if at_once or not (self._is_ready or self.model.settings.cmd_stop):
             self._signal_group(signal.SIGKILL)
 
-    # -- coming up
+    # -- load
 
     def _load(self):
         """Start it, again if it did not survive the restore of its context, and on
@@ -3298,7 +3319,7 @@ class ProcessBackend(Backend):
         with self._lock:
             self._process = process
         try:
-            threading.Thread(target=self._watch_process, daemon=True).start()
+            start_thread(self._watch_process, "process")
         except RuntimeError:  # no more threads can be started: `_terminate` ends it
             self._exited.set()
             raise
@@ -3370,7 +3391,7 @@ class ProcessBackend(Backend):
             self._stranger = None
         return is_alive and not self._stranger
 
-    # -- going
+    # -- stop
 
     def _terminate(self):
         """Run the stop command or send SIGTERM, wait for the stop timeout, and kill."""
@@ -3388,8 +3409,8 @@ class ProcessBackend(Backend):
             if command:  # it may have more to do, such as to remove a container
                 until, more = lambda: self._is_kill_asked, self._surroundings
                 status, text = run_command(command, timeout, until, **more)
-                if text and status != 0:
-                    self._note(f"cmd-stop: {text}")
+                if status != 0:
+                    self._note(f"cmd-stop: {text or 'it failed'}")
             if status is None:
                 self._signal_group(signal.SIGTERM)
             while (left := deadline - time.monotonic()) > 0:
@@ -3408,7 +3429,7 @@ class ProcessBackend(Backend):
         gpu_users = group_members(self.pid) if has_gpu_tool() else set()
         self._signal_group(signal.SIGKILL)  # its workers may outlive the leader
         if not self._exited.wait(10.0):
-            self._note(f"process {self.pid} hangs in the kernel, killed")
+            self._note(f"process {self.pid} was killed, but hangs in the kernel")
             self._exited.wait()
         self._signal_group(signal.SIGKILL)  # what was forked at that moment
         self._guard.forget(self.pid)
@@ -3469,7 +3490,7 @@ def _is_group_alive(group):
 
 
 def memory_of(pid: int) -> Dict[str, int]:
-    """Return bytes of resident memory: `RssAnon`, `RssFile` and their sum `VmRSS`."""
+    """Return bytes of resident memory: `VmRSS` and its parts, such as `RssAnon`."""
     status = read_text_or_empty(f"/proc/{pid}/status")
     rows = re.findall(r"^(Rss\w+|VmRSS):\s+(\d+)", status, re.MULTILINE)
     return {name: int(size) * 1024 for name, size in rows}
@@ -3610,7 +3631,7 @@ def discard(paths: Iterable[str]):
                 os.unlink(path)
 
     with contextlib.suppress(RuntimeError):  # no more threads can be started
-        threading.Thread(target=delete, daemon=True).start()
+        start_thread(delete, "discard")
 
 
 class LlamaServerBackend(ProcessBackend):
@@ -3734,7 +3755,7 @@ class LlamaServerBackend(ProcessBackend):
 
     def _save_slots(self, began):
         limit = self.model.settings.stop_timeout
-        tokens = dict(self._restored)  # of which it tells nothing until they are used
+        tokens = dict(self._restored)  # not in /slots until they are used
         for slot in self._ask(began + min(limit, SLOT_LIST_TIMEOUT), "/slots"):
             if slot.get("n_prompt_tokens"):
                 tokens[int(slot["id"])] = slot["n_prompt_tokens"]
@@ -3937,7 +3958,7 @@ class UnitBackend(Backend):
         self._exited = exited = threading.Event()  # not that of the last start's watch
         if not self._is_active():
             exited.set()
-        threading.Thread(target=self._watch_unit, args=(exited,), daemon=True).start()
+        start_thread(self._watch_unit, "unit", exited)
 
     def _is_active(self):
         """Look for its main process; return whether it runs, as far as systemd says."""
@@ -3998,6 +4019,8 @@ class UnitBackend(Backend):
         if self._is_ready and result == "success":
             self._note(f"{self.location} was stopped by somebody else")
             return None
+        if result == "success":
+            return self._end_error(f"it ended with status {status}")
         if result == "oom-kill":
             return self._end_error("killed by the kernel: out of memory")
         code = int(status) if result == "exit-code" else None
@@ -4015,7 +4038,7 @@ class UnitBackend(Backend):
 
 # -- remote models ---------------------------------------------------------------------
 
-FRESH = 15.0  # s; so long the last sign of life of a remote backend is trusted
+FRESH = 15.0  # s; a remote backend with a sign of life since then is not probed
 WAKE_INTERVAL = 2.0  # s, from one magic packet to the next
 
 
@@ -4031,7 +4054,7 @@ class RemoteBackend(Backend):
         self._title = f"{model.name} at {self.location}"
         self._next_packet = 0.0
 
-    def is_reachable(self, timeout: float) -> Optional[bool]:
+    def is_reachable(self) -> Optional[bool]:
         """See Backend. It is asked unless it gave a sign of life lately."""
         if self._ended.is_set():
             return False
@@ -4039,7 +4062,7 @@ class RemoteBackend(Backend):
         if self.upstream.seen_within(trusted) or self._probe(HEALTH_TIMEOUT).ok:
             return True
         self._lose()
-        return False if self._ended.wait(timeout) else None
+        return False if self._ended.wait(POLL_INTERVAL) else None
 
     def died(self, timeout: float) -> bool:
         """Return whether it vanished, as far as it can be found out so soon."""
@@ -4129,7 +4152,7 @@ GPU_RESERVE = 512 << 20  # bytes of each GPU that no model gets: for driver and 
 RAM_SHARE = 0.9  # of the machine's memory is for models
 PEAK_MARGIN = 1.05  # a model counts for so much more than the peak it was measured at
 FILES_MARGIN = 1.2  # likewise where only its files are known
-SQUEEZED = 0.9  # loaded beside others and below that share of its need, it squeezed in
+SQUEEZED = 0.9  # a peak beside others below that share of the known need is not learned
 MEASURE_INTERVAL = 60.0  # s, between two measurements of a model that serves
 TOOL_TIMEOUT = 10.0  # s; for the vendor's tool at the start, and llama-fit-params
 
@@ -4147,7 +4170,7 @@ def machine_budget(is_own: Callable[[int], bool] = lambda pid: False) -> Dict[st
     return {"vram": max(1, free + own), **budget}
 
 
-def is_of(pid: int, groups: Set[int], units: Set[str]) -> bool:
+def belongs_to(pid: int, groups: Set[int], units: Set[str]) -> bool:
     """Return whether a process belongs to one of these process groups or units."""
     stat, cgroup = process_stat(pid), read_text_or_empty(f"/proc/{pid}/cgroup")
     names = {unit.removeprefix("system:").removesuffix(".service") for unit in units}
@@ -4166,8 +4189,8 @@ def with_machine_budget(
 
 def memory_taken(group: int, on_gpu: Optional[int]) -> Dict[str, int]:
     """Return the bytes of `ram`, and of `vram` unless it is not known, that a process
-    group takes; {} if it is gone. Mapped files count as far as they can be what is not
-    on a GPU."""
+    group takes; {} if it is gone. Of mapped files only as much counts as the model
+    files are larger than what is on a GPU."""
     pids, sizes = group_members(group), collections.Counter()
     for pid in pids:
         sizes.update(memory_of(pid))
@@ -4282,8 +4305,9 @@ class Needs:
     ) -> bool:
         """Take over the peak of a run; return whether that changes what is known.
 
-        A llama-server fits itself into the room that it finds: a run that may have been
-        squeezed lowers nothing much. Only one that is over lowers what was measured.
+        A llama-server fits itself into the room that it finds: the peak of a run that
+        may have been squeezed is ignored if it is far below what is known. Only a run
+        that is over lowers what was measured.
         """
         key = _command_key(model)
         known = self._known.get(key, Known(model.name))
@@ -4297,7 +4321,7 @@ class Needs:
         return bool(peak) and self._set(key, Known(model.name, source, amounts))
 
     def raise_to(self, model: Model, least: Mapping[str, int]):
-        """The model had no memory although this much was left for it, or nearly."""
+        """The model ran out of memory with about this much left: it needs no less."""
         key = _command_key(model)
         amounts = dict(self._known.get(key, Known()).amounts)
         for name, amount in least.items():
@@ -4342,7 +4366,10 @@ class Needs:
             return rows
         except FileNotFoundError:
             return {}
-        except (OSError, *MALFORMED) as error:
+        except OSError as error:
+            self._log("warning", f"{self._path} cannot be read: {error}")
+            return {}
+        except MALFORMED as error:
             text = f"{self._path} cannot be read and is set aside: {error}"
             self._log("warning", text)
             with contextlib.suppress(OSError):
@@ -4434,20 +4461,15 @@ class Inspector:
         self._look = threading.Thread()  # the last look at files
         self._lock = threading.Lock()
 
-    def details_of(
-        self, models: Sequence[Model], timeout: float = LOOK_TIMEOUT
-    ) -> Dict[str, Details]:
+    def details_of(self, models: Sequence[Model]) -> Dict[str, Details]:
         """Look at the models; return the Details by name that are known in time."""
         with self._lock:
             is_due = time.monotonic() >= self._looked_at + LOOK_EVERY
             is_due = is_due or len(self._known(models)) < len(models)
             if is_due and not self._look.is_alive():
                 self._looked_at = time.monotonic()
-                work = {"target": self._inspect_all, "args": [list(models)]}
-                look = threading.Thread(**work, daemon=True)
-                look.start()
-                self._look = look
-        self._look.join(timeout)
+                self._look = start_thread(self._inspect_all, "files", list(models))
+        self._look.join(LOOK_TIMEOUT)
         return {**{model.name: Details() for model in models}, **self._known(models)}
 
     def _known(self, models):
@@ -4496,8 +4518,9 @@ class Inspector:
 #
 #    The lock guards the Scheduler and the dict of backends. It is held just long
 #    enough to record an event and carry out the decisions (start a thread, wake a
-#    backend's thread, resolve a future). No I/O and no sleep under it, and no other
-#    lock but that of a queue or a future, which no thread holds while it waits.
+#    backend's thread, resolve a future). No sleep and no I/O that may block under it,
+#    and no other lock but those of a queue, a future, a Broadcast or a backend's
+#    process, which no thread holds while it waits.
 # ==================================================================================
 
 
@@ -4583,7 +4606,7 @@ class ModelStatus(NamedTuple):
     backend it uses now, and whose state it has. `pinned`: nothing may evict it now.
     `context` is the size of its saved contexts (None: not saved), `context_seconds`
     what they have spared. `entry` is the last of its own /v1/models. `holds` is what it
-    counts for now.
+    takes of the budget now.
     """
 
     id: str
@@ -4612,13 +4635,6 @@ class ModelStatus(NamedTuple):
     needs: Mapping[str, int] = {}
     needs_source: Optional[str] = None
     holds: Mapping[str, int] = {}
-
-
-def start_thread(target, name: str, *args) -> threading.Thread:
-    """Start a thread that does not keep llmswap from ending."""
-    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
-    thread.start()
-    return thread
 
 
 class Run:
@@ -4786,7 +4802,7 @@ class Pool:
     # -- operators -------------------------------------------------------------------
 
     def load(self, model: Model) -> bool:
-        """Begin to load the model, without back-off; False if it is loaded."""
+        """Begin to load the model, without back-off; False if it is or does so."""
         if self.backend_of(model, State.LOADING, State.LOADED):
             return False
         self._submit(model, manual=True)
@@ -4805,9 +4821,9 @@ class Pool:
         with self._event() as now:
             self._scheduler.unload_all(now, problem)
 
-    def await_unloaded(self, disconnected: Callable[[], bool]):
-        """Wait until no backend is being unloaded, or disconnected() is true."""
-        while not disconnected():
+    def await_unloaded(self, is_over: Callable[[], bool]):
+        """Wait until no backend is being unloaded by hand, or is_over() is true."""
+        while not is_over():
             with self._lock:
                 held = self._scheduler.held.values()
                 if all(scheduled.unload_by is None for scheduled in held):
@@ -4849,7 +4865,7 @@ class Pool:
         if self._machine_budget is None:
             groups = {backend.pid for backend in [*self._backends.values()]}
             units = {model.settings.unit for model in config.models.values()} - {""}
-            is_own = functools.partial(is_of, groups=groups, units=units)
+            is_own = functools.partial(belongs_to, groups=groups, units=units)
             self._machine_budget = machine_budget(is_own)
             self._vram_at_start = None if groups else self._machine_budget.get("vram")
         budget = with_machine_budget(written, self._machine_budget)
@@ -4901,8 +4917,8 @@ class Pool:
         """Measure whenever a model has been loaded, and then once a minute."""
         while not self._is_closed:
             with self._lock:
-                has_any = self._measured_backends()
-            self._has_loaded.wait(MEASURE_INTERVAL if has_any else None)
+                backends = self._measured_backends()
+            self._has_loaded.wait(MEASURE_INTERVAL if backends else None)
             self._has_loaded.clear()
             self._measure()
 
@@ -5045,7 +5061,7 @@ class Pool:
         return self._outputs.setdefault(name, Broadcast(1000))
 
     def counts(self) -> Dict[str, int]:
-        """Return how many models are held, and how many requests run and wait."""
+        """Return how many models there are and are held, and requests run and wait."""
         with self._lock:
             return {
                 "models": len(self._scheduler.models),
@@ -5163,7 +5179,7 @@ class Pool:
             while not self._is_closed:
                 self._timer_at = self._next_deadline
                 seconds = max(0.0, self._timer_at - self._clock())
-                self._timer.wait(min(seconds, threading.TIMEOUT_MAX))
+                self._timer.wait(min(seconds, MAX_DURATION))
                 self._schedule()
 
     def _start(self, decision):
@@ -5177,7 +5193,7 @@ class Pool:
         try:
             self._new_backend(name, decision.run).start()
             return True
-        except (OSError, RuntimeError) as error:  # no descriptor or no thread is left
+        except (OSError, RuntimeError, ValueError) as error:  # such as: no thread left
             problem = LoadFailed(f"{name} could not be started: {error}")
             self._record_exit(name, decision.run, problem)
             return False
@@ -5239,14 +5255,17 @@ class Pool:
         with self._event() as now:
             run, models = self._runs[backend], self._scheduler.models
             evicted_for = [each.evicted_for for each in models.values()]
-            self._metrics.observe("loads", name, seconds)
-            self._metrics["swaps",] += models[name] in evicted_for
+            took = "awake"  # by itself
+            if models[name].state is State.LOADING:
+                took = f"loaded in {seconds:.2f} s"
+                self._metrics.observe("loads", name, seconds)
+                self._metrics["swaps",] += models[name] in evicted_for
             self._scheduler.loaded(name, run.number, now)
             run.had_neighbours |= len(self._scheduler.held) > 1
             run.next_load_line = LOAD_LINE_EVERY  # should it wake up
         if backend.model.has_auto_needs:
             self._has_loaded.set()
-        self._log("info", f"{name}: loaded in {seconds:.2f} s ({backend.location})")
+        self._log("info", f"{name}: {took} ({backend.location})")
 
     def on_described(self, backend, entry):
         name = backend.model.name
@@ -5283,7 +5302,7 @@ class Pool:
             text, last = str(problem), str(scheduled.last_failure)
             lines, before = text.splitlines(), last.splitlines()
             if before and (lines[0], lines[-1]) == (before[0], before[-1]):
-                text = f"{lines[0]}, as before"  # but for a port or a time between
+                text = f"{lines[0]}, as before"  # what differs is a port or a time
             self._log("error", text if text.startswith(name) else f"{name}: {text}")
             self._metrics["failures", name, scheduled.state.value] += 1
             self._stop_reasons.pop(name, None)
@@ -5324,7 +5343,7 @@ class Pool:
 
     def close(self, grace: float):
         """Refuse tickets, give requests in flight `grace` seconds, then stop all
-        backends at once and wait for their end."""
+        backends in parallel and wait for their end."""
         with self._event() as now:
             self._scheduler.close(ShuttingDown("llmswap is shutting down"))
             self._is_closed = True
@@ -5334,7 +5353,7 @@ class Pool:
         with self._event():
             while self._scheduler.in_flight and self._clock() < deadline:
                 self._changed.wait(deadline - self._clock())
-            self._scheduler.stop_all(self._clock())
+            self._scheduler.stop_all()
         with self._lock:
             while self._backends:
                 self._changed.wait()
@@ -5344,9 +5363,9 @@ class Pool:
 
     def kill(self):
         """Kill every backend now, without grace; a `close` that runs then ends soon."""
-        with self._event() as now:
+        with self._event():
             self._scheduler.close(ShuttingDown("llmswap is shutting down"))
-            self._scheduler.stop_all(now)
+            self._scheduler.stop_all()
             for backend in self._backends.values():
                 backend.stop(at_once=True)
 
@@ -5374,11 +5393,9 @@ def _await_backend(future, disconnected):
     if problem is not None:
         raise problem.with_traceback(None)  # other threads raise the same one
     backend = future.result()
-    is_reachable = backend.is_reachable(POLL_INTERVAL)
-    while is_reachable is None:
+    while (is_reachable := backend.is_reachable()) is None:
         if disconnected():
             raise ClientDisconnected
-        is_reachable = backend.is_reachable(POLL_INTERVAL)
     return backend if is_reachable else None
 
 
@@ -5528,7 +5545,7 @@ class SocketReader:
             if not piece:
                 return b""
             self.is_untouched = False
-            data = _EMPTY_LINES.sub(b"", data + piece)  # sent behind a body by some
+            data = _EMPTY_LINES.sub(b"", data + piece)  # some send one after a body
             end = data.find(b"\r\n\r\n", searched)
             if data.startswith(b"\x16\x03"):  # as a client of https does
                 raise SpokenTLS("this is plain HTTP: use http://, not https://")
@@ -5763,7 +5780,7 @@ class Body:
         return self.is_complete
 
     def decode(self):
-        """Read all of it, and undo its content coding if it has one."""
+        """Undo its content coding if it has one; then all of it is read."""
         if self.coding in ("", "identity"):
             return
         self.hold(sys.maxsize)
@@ -6018,7 +6035,6 @@ class ClientResponse:
 
     def send(self, piece):
         """Send a piece of payload, after the head if that was not sent yet."""
-        self._check_cancelled()
         if self._is_head or not len(piece):
             return
         if not self.sent:
@@ -6063,7 +6079,7 @@ class ClientResponse:
         ClientDisconnected, RequestCancelled."""
         if await_event(self.sock, _HANG_UP, 0):
             raise ClientDisconnected
-        self._check_cancelled()
+        self.check_cancelled()
         self.flush()
         is_due = time.monotonic() >= self._comment_at
         if is_due and self.wants_events and not self.status:
@@ -6075,7 +6091,7 @@ class ClientResponse:
         if event and self._is_between_events():
             self._put_framed(event)
 
-    def _check_cancelled(self):
+    def check_cancelled(self):
         """Raise RequestCancelled, once, if the request was cancelled."""
         if self.is_cancelled:
             self.is_cancelled = False
@@ -6226,6 +6242,7 @@ def _pass_on(answer, backend, response, transform):
     try:
         for piece in answer.pieces():
             backend.upstream.mark_alive()
+            response.check_cancelled()
             response.send(transform.feed(piece) if transform else piece)
             last = piece[-1:]
         is_partial = answer.is_event_stream and last not in _LINE_ENDS
@@ -6257,12 +6274,13 @@ def _pass_on_as_event(answer, response):
             payload += next(pieces)
     try:
         body = {"error": json.loads(payload)["error"]}
-    except (LookupError, RecursionError, TypeError, ValueError):
+    except MALFORMED:
         text = payload[:2000].decode("utf-8", "replace")
         text = f"the backend answered {answer.status} and no events: {text}"
         body = error_body(APIError(text))
     response.send(response.error_event(body))
     response.end()
+    response.status = answer.status if answer.status >= 400 else 502  # as it is counted
 
 
 def _tunnel(answer, response):
@@ -6590,7 +6608,6 @@ def repair_arguments(text: str) -> str:
 
 # -- answers: those of an unknown shape stay as they are -------------------------------
 
-_UNKNOWN_SHAPE = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 _TOOL_CALL = re.compile(rb'"(?:tool_calls|partial_json|tool_use)"')
 
 
@@ -6652,7 +6669,7 @@ def repair_body(body: bytes) -> bytes:
             if message.get("tool_calls") and message.get("content") == "":
                 message["content"] = None
         return body if payload == original else to_json(payload)
-    except _UNKNOWN_SHAPE:
+    except MALFORMED:
         return body
 
 
@@ -6714,7 +6731,7 @@ class RepairStream:
             if payload.get("type") == "error" or payload.get("error"):
                 return self._end_calls(self._open, self._open) + event
             return self._pass_payload(event, payload)
-        except _UNKNOWN_SHAPE:
+        except MALFORMED:
             return event
 
     def _pass_payload(self, event, payload):
@@ -6927,7 +6944,8 @@ def metrics_text(report: StatusReport) -> str:
                 quoted = json.dumps(printable(str(value)), ensure_ascii=False)
                 pairs.append(f"{label}={quoted}")
             inner = "{" + ",".join(pairs) + "}" if pairs else ""
-            lines += [] if number is None else [f"{name}{suffix}{inner} {number!r}"]
+            if number is not None:
+                lines.append(f"{name}{suffix}{inner} {number!r}")
     return "\n".join(lines) + "\n"
 
 
@@ -7341,7 +7359,7 @@ function paintTotals(own) {
   const [rss, vram] = [total("rss"), total("vram")];
   const names = own.filter(({state}) => state === "loaded").map(({id}) => id);
   setText($("totals"), join([
-    `${names.length} of ${snapshot.models.length} loaded`,
+    `${names.length} of ${own.length} loaded`,
     requests({running: total("running"), waiting: total("waiting")}),
     rss && `${bytes(rss)} memory`,
     vram && `${bytes(vram)} VRAM`,
@@ -7715,7 +7733,7 @@ PAGE_POLICY = (  # the page's own script and style, and requests to its own orig
 
 
 # ==================================================================================
-# 9  API: what each path means; the only place that writes an error to a client.
+# 9  API: what each path means; the only place that catches an APIError of a request.
 #    Never knows the Scheduler or subprocesses.
 #
 #    One Handler serves one connection, request after request, on a thread of its own.
@@ -7740,7 +7758,6 @@ NOTICE_EVERY = 5.0  # s between two notices of a load's progress in a waiting ch
 INPUTS = {"vision": "image", "audio": "audio"}  # input modality by capability
 _IP_ADDRESS = re.compile(r"[0-9.]+|\[[0-9a-f:.]+\]")  # an IP address in Host
 _LOOPBACK = re.compile(r"(::ffff:)?127\.|::1\Z")  # addresses
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")  # POSTs are relayed
 FOREIGN_ORIGIN = "the origin {!r} is not in cors-origins in [llmswap]"
@@ -7817,7 +7834,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self):
         self.pool = self.server.pool
-        self.config = self.pool.config
         self.reader = SocketReader(self.request)
         error = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
         self.head_timeout = StallMonitor(HEAD_SECONDS, error)
@@ -7961,6 +7977,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif response.is_early and not response.sent:
             response.send(response.error_event(error_body(error)))
             response.end()
+            response.status = error.status  # as it is counted
         else:
             response.abort(error)
 
@@ -8007,8 +8024,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _check_access(self):
         """Raise Forbidden or Unauthorized unless Host, Origin and key are accepted."""
         head, keys, origin = self.head, self.config.api_keys, self.head.get("origin")
-        host, allowed = head.get("host"), self.config.settings.allowed_hosts
-        name = _host_name(host)
+        allowed = map(str.lower, self.config.settings.allowed_hosts)
+        host, name = head.get("host"), _host_name(head.get("host"))
         is_allowed = not name or {name, "*"} & {*allowed} or _IP_ADDRESS.fullmatch(name)
         if self.is_on_loopback and not is_allowed:
             raise Forbidden(f"Host {host!r} is not among allowed-hosts in [llmswap]")
@@ -8026,7 +8043,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if "*" in allowed or origin in allowed or self._is_own_origin(origin):
             return True
         name = _host_name(origin.partition("://")[2])
-        return "localhost" in allowed and name in LOOPBACK_NAMES
+        return "localhost" in allowed and name in ("localhost", "127.0.0.1", "[::1]")
 
     def _is_own_origin(self, origin):
         name = origin.partition("://")[2]
@@ -8301,7 +8318,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Relay a GET; without autoload=true it never loads, wakes or keeps a model."""
         model = self.model = self._resolve(self.head.parameter("model") or None)
         if self.head.parameter("autoload") in ("true", "1"):
-            self._may_use(model)
+            self._may_use(model)  # raises Forbidden for a foreign page
             return self._forward(model, self.head.target, RequestInfo())
         states = [State.LOADED]
         if self.head.path in ("/props", "/metrics"):  # do not wake llama-server
@@ -8313,7 +8330,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._relay(outgoing, backend)
 
     def _may_use(self, model, by_default=True):
-        """Return whether the model is loaded, or may be by llama.cpp's rules. Raise
+        """Return whether the model is loaded, or may be loaded by this request. Raise
         Forbidden if a foreign page causes a GET that would load it."""
         is_safe = self.head.method in SAFE_METHODS
         if is_safe and not self.pool.backend_of(model, State.LOADED):
@@ -8435,7 +8452,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise LoopDetected(f"{text}: its `proxy` ({settings.proxy}) leads there")
         timeouts = [name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members]
         removed = {*timeouts, *settings.strip_params}
-        defaults, overrides = settings.default_params or {}, settings.set_params or {}
+        defaults, overrides = settings.default_params, settings.set_params
         if settings.model_name:
             overrides = {**overrides, "model": settings.model_name}
         if info.is_json and (removed or defaults or overrides):
@@ -8783,7 +8800,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             return self.socket.accept()
         except OSError as error:
-            if not isinstance(error, BlockingIOError):  # by a client that has left
+            if not isinstance(error, BlockingIOError):  # the client has left
                 self.log("error", f"a connection could not be accepted: {error}")
                 time.sleep(1.0)  # until other connections have ended
             raise
@@ -8849,7 +8866,7 @@ class Server(http.server.ThreadingHTTPServer):
 def refuse_connection(connection: socket.socket, reason: str):
     """Answer 503 on a connection of which nothing was read."""
     connection.settimeout(1)
-    headers = [JSON_TYPE, ("retry-after", "5"), ("server", "llmswap")]
+    headers = [JSON_TYPE, ("retry-after", "5"), ("server", SERVER_NAME)]
     with contextlib.suppress(ClientDisconnected):
         response = ClientResponse(connection, None, [])
         response.answer(503, headers, to_json(error_body(APIError(reason))))
@@ -8865,7 +8882,7 @@ def open_listener(address: Address) -> socket.socket:
     if not isinstance(address, str):
         return socket.create_server(address, family=_family(address), backlog=1024)
     with socket.socket(socket.AF_UNIX) as probe:
-        is_refused = probe.connect_ex(address) == errno.ECONNREFUSED  # as by any file
+        is_refused = probe.connect_ex(address) == errno.ECONNREFUSED  # or is no socket
     if is_refused and S_ISSOCK(os.stat(address).st_mode):
         os.unlink(address)  # left by a process that was killed
     listener = socket.socket(socket.AF_UNIX)
@@ -8898,6 +8915,8 @@ def shown_address(address: Address) -> str:
     """Return the address as a link that can be clicked or copied."""
     if isinstance(address, str):
         return f"unix:{address}"
+    if isinstance(address, bytes):  # an abstract one, from systemd
+        return f"unix:@{os.fsdecode(address[1:])}"
     host, port = address[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://{_joined(host, port)}/"
@@ -9050,7 +9069,7 @@ class Parrot(http.server.BaseHTTPRequestHandler):
         try:
             request = json.loads(body)
             message = (request.get("messages") or [{}])[-1].get("content") or "squawk"
-        except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
+        except MALFORMED:
             problem = BadRequest("the body is not a JSON object with `messages`")
             return self._answer(error_body(problem), problem.status)
         model = request.get("model")
@@ -9367,7 +9386,7 @@ class Application:
     def _next_signal(self, timeout: float) -> Optional[int]:
         """Return the next signal's number, 0 once `_close` is done, or None after
         `timeout`."""
-        self._signals.settimeout(min(timeout, MAX_WAIT))
+        self._signals.settimeout(min(timeout, MAX_DURATION))
         with contextlib.suppress(socket.timeout, BlockingIOError):
             return self._signals.recv(1)[0]
 
@@ -9491,7 +9510,7 @@ class Application:
         last_run = -math.inf
         while not self.server.is_closing:
             settings, idle_since = self._config.settings, self.pool.idle_since()
-            pause = MAX_WAIT
+            pause = math.inf
             if settings.idle_command and idle_since is None:
                 pause = max(1.0, settings.idle_command_after)
             elif settings.idle_command:
@@ -9502,7 +9521,7 @@ class Application:
                 if pause == 0:
                     self._run_idle_command(settings.idle_command)
                     last_run = time.monotonic()
-            self._is_reloaded.wait(min(pause, MAX_WAIT))
+            self._is_reloaded.wait(min(pause, MAX_DURATION))
             self._is_reloaded.clear()
 
     def _unload_for_idle_command(self, idle_since):

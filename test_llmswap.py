@@ -3153,7 +3153,7 @@ class Puppet:
         self.is_stopping = True
         self.is_killed = self.is_killed or at_once
 
-    def is_reachable(self, within):
+    def is_reachable(self):
         """Whether it may be given to a request."""
         return True
 
@@ -4808,7 +4808,7 @@ def test_a_head_is_found_however_its_bytes_are_cut():
     for cut in range(len(head)):
         for start in (b"", b"\r\n\r\n"):  # some clients send empty lines after a body
             reader = reader_of(start + head[:cut], head[cut:] + b"rest")
-            assert reader.head() == head and reader.receive() == b"rest"
+            assert reader.head() == head and reader.recv() == b"rest"
         assert reader_of(head[:cut]).head() == b""
 
 
@@ -4908,7 +4908,7 @@ def test_chunks_are_decoded_however_they_are_cut(data, payload):
             reader = reader_of(*pieces)
             body = llmswap.Body(reader, request_of(f"{POST}\n{IN_CHUNKS}"), 100)
             assert body.hold(100) and body.held == payload
-            assert reader.receive() == b"next"
+            assert reader.recv() == b"next"
 
 
 @pytest.mark.parametrize("data", BAD_CHUNKS)
@@ -4951,7 +4951,7 @@ def test_a_body_is_held_whole_or_comes_piece_by_piece(is_chunked, size):
         assert body.hold(held) is (body.received == size)
         assert min(held, size) <= len(body.held) <= held + llmswap.BUFFER_SIZE
         assert bytes(body.held) + b"".join(body.rest()) == data
-        assert body.is_complete and reader.receive() == b"next"
+        assert body.is_complete and reader.recv() == b"next"
 
 
 # ---- JSON and forms
@@ -6754,7 +6754,7 @@ def test_beyond_the_limit_of_connections_there_is_a_clear_503():
             with swap.connect() as client:
                 answer = client.ask("POST", "/v1/x", "x" * 15_000)
             assert (answer.status, answer.headers["retry-after"]) == (503, "5")
-            assert answer.headers["server"] == "llmswap"  # a second start looks for it
+            assert answer.headers["server"] == llmswap.SERVER_NAME  # a second start looks for it
             assert "64 connections are open already" in answer.message()
         more = crowd(swap, 200, b"GET / HTTP/1.1\r\n")
         refused = [client.answer().status for client in more]
@@ -8688,7 +8688,7 @@ def test_every_state_is_shown_at_any_width_in_light_and_dark(
     ground = browser.value("getComputedStyle(document.body).backgroundColor")
     darkest = max(map(int, re.findall(r"\d+", ground)))
     assert (darkest < 64) == (scheme == "dark")
-    for words in ("2 of 8 loaded", "1 running", "1 waiting", "B memory", "VRAM"):
+    for words in ("2 of 7 loaded", "1 running", "1 waiting", "B memory", "VRAM"):
         browser.until(shown("$('totals')", words))
     assert browser.complaints == []
 
@@ -9510,11 +9510,11 @@ def test_processes_are_known_by_their_group_or_unit(monkeypatch):
     cgroup = "0::/user.slice/user@1000.service/app.slice/coder.service/payload\n"
     read = lambda path: cgroup if path == "/proc/1/cgroup" else ""  # noqa: E731
     group = llmswap.process_stat(1).group
-    assert llmswap.is_of(1, {group}, set()) and not llmswap.is_of(1, {-1}, set())
+    assert llmswap.belongs_to(1, {group}, set()) and not llmswap.belongs_to(1, {-1}, set())
     monkeypatch.setattr(llmswap, "read_text_or_empty", read)
     for unit in ("coder", "coder.service", "system:coder"):
-        assert llmswap.is_of(1, set(), {"x", unit})
-    assert not llmswap.is_of(1, set(), {"code"}) and not llmswap.is_of(1, set(), set())
+        assert llmswap.belongs_to(1, set(), {"x", unit})
+    assert not llmswap.belongs_to(1, set(), {"code"}) and not llmswap.belongs_to(1, set(), set())
 
 
 def test_mapped_files_count_as_memory_unless_they_are_on_the_gpu(tmp_path):

@@ -496,7 +496,7 @@ class Walk:
     def _stop_all(self):
         if self.is_closed:
             self._note("stop all")
-            self.core.stop_all(self.world.now)
+            self.core.stop_all()
             self.cut_at.update(dict.fromkeys(self.world.backends.values(), -math.inf))
             self.departing.update(self.world.backends.values())
 
