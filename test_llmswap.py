@@ -6754,7 +6754,7 @@ def test_beyond_the_limit_of_connections_there_is_a_clear_503():
             with swap.connect() as client:
                 answer = client.ask("POST", "/v1/x", "x" * 15_000)
             assert (answer.status, answer.headers["retry-after"]) == (503, "5")
-            assert answer.headers["server"] == llmswap.SERVER_NAME  # a second start looks for it
+            assert answer.headers["server"] == llmswap.SERVER_NAME
             assert "64 connections are open already" in answer.message()
         more = crowd(swap, 200, b"GET / HTTP/1.1\r\n")
         refused = [client.answer().status for client in more]
