@@ -311,6 +311,12 @@ def parse_words(text) -> tuple:
     return tuple(dict.fromkeys(part for part in parts if part))
 
 
+def parse_hosts(text) -> tuple:
+    """Return the names or origins between commas, in lower case as clients send them.
+    """
+    return parse_words(text.lower())
+
+
 def parse_resources(text, parse_amount=parse_size) -> dict:
     """Return amounts by resource: "vram 18G, ram 4G"."""
     amounts = {}
@@ -457,9 +463,9 @@ PROXY_KEYS = (
     Key("queue-timeout", parse_duration, "0", "longest wait of a request; 0: no limit"),
     Key("api-key", parse_words, "", "comma-separated; and those of `$LLMSWAP_API_KEY`"),
     Key("api-key-file", parse_path, "", "a file with one key per line"),
-    Key("allowed-hosts", parse_words, "localhost, host.docker.internal",
+    Key("allowed-hosts", parse_hosts, "localhost, host.docker.internal",
         "`Host` names accepted on loopback connections, beside IP literals; `*`: any"),
-    Key("cors-origins", parse_words, "localhost",
+    Key("cors-origins", parse_hosts, "localhost",
         "web origins allowed: `localhost` (any port), a list, or `*`; the status page "
         "always is"),
     Key("max-body", parse_size, "256M", "larger requests are refused"),
@@ -1217,6 +1223,7 @@ class Config(NamedTuple):
     names: dict
     api_keys: tuple
     warnings: tuple
+    cached: Sequence[str] = ()  # names of the models in llama.cpp's cache
 
     def find(self, name) -> Optional[str]:
         """Return the id of the model with this name, which may differ in case."""
@@ -1255,12 +1262,13 @@ WITHOUT_FILE = b"[llmswap]\ncache-models = on\n"
 
 
 def load_config(
-    path, listen=None, models_max=None, environ=os.environ, cached=()
+    path, listen=None, models_max=None, environ=os.environ, list_cached=lambda _: ()
 ) -> Config:
     """Return the Config of a file, or of WITHOUT_FILE if `path` is None.
 
-    `listen` and `models_max` override the file's; `cached` are the names of the models
-    in llama.cpp's cache. Raise ConfigError.
+    `listen` and `models_max` override the file's. `list_cached(binary)` returns the
+    names of the models in llama.cpp's cache; it is called if they become models. Raise
+    ConfigError.
     """
     data = WITHOUT_FILE
     if path is not None:
@@ -1269,16 +1277,17 @@ def load_config(
                 data = file.read()
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}") from None
-    loader = ConfigLoader(data, str(path or ""), environ, cached)
+    loader = ConfigLoader(data, str(path or ""), environ, list_cached)
     return loader.load({"listen": listen, "models-max": models_max})
 
 
 class ConfigLoader:
     """Makes a Config of the bytes of one file."""
 
-    def __init__(self, data, path, environ, cached=()):
+    def __init__(self, data, path, environ, list_cached=lambda _: ()):
         self._path = path
-        self._cached = cached
+        self._list_cached = list_cached
+        self._cached = ()  # names of the models in llama.cpp's cache
         self._environ = environ
         self._warnings = {}  # used as a set that keeps its order
         empty = {name: Section(name, "", {}) for name in NOT_MODELS}
@@ -1314,7 +1323,7 @@ class ConfigLoader:
         for model in models.values():
             if model.kind == "uses" and not model.problem:
                 models[model.name] = self._link(model, config)
-        return config._replace(warnings=tuple(self._warnings))
+        return config._replace(warnings=tuple(self._warnings), cached=self._cached)
 
     def _warn(self, message):
         self._warnings[message] = True
@@ -1388,7 +1397,9 @@ class ConfigLoader:
         models-dir. One in the cache has the id of its section, if there is one."""
         ids = {canonical_name(name): name for name in sorted(self._sections)}
         listed = {}
-        for name in self._cached if settings.cache_models else ():
+        if settings.cache_models:
+            self._cached = self._list_cached(settings.llama_server) or ()
+        for name in self._cached:
             options = {"hf-repo": name, "offline": "on"}
             layer = [Setting(key, text, f"[{name}]") for key, text in options.items()]
             listed[ids.get(name, name)] = "cache", layer
@@ -1620,15 +1631,17 @@ class Ticket:
     """A request that waits for a backend or, once granted, holds a lease of it.
 
     A preemptible lease ends when its model is stopped; no stop waits for it. A manual
-    ticket loads the model and holds no lease.
+    ticket loads the model and holds no lease. One that may not load is refused once its
+    model would have to be loaded for it.
     """
 
-    def __init__(self, number, model, arrived, preemptible=False, manual=False):
+    def __init__(self, number, model, arrived, preemptible, manual, may_load):
         self.number = number
         self.model = model
         self.arrived = arrived
         self.preemptible = preemptible
         self.manual = manual
+        self.may_load = may_load
         self.run = None  # of the backend that was granted
         self.waiter = None  # belongs to the caller
 
@@ -1828,13 +1841,14 @@ class Scheduler:
     # -- events: requests ------------------------------------------------------------
 
     def submit(
-        self, name: str, now: float, preemptible: bool = False, manual: bool = False
+        self, name: str, now: float, preemptible=False, manual=False, may_load=True
     ) -> Ticket:
         """Queue a request for the model; the next `decide` may grant or refuse it."""
         model = self.models[name]
         model.resume_keep_loaded()
-        self._is_keep_loaded_paused = False
-        ticket = Ticket(next(self._numbers), model, now, preemptible, manual)
+        self.resume_keep_loaded()
+        number = next(self._numbers)
+        ticket = Ticket(number, model, now, preemptible, manual, may_load)
         if manual:
             model.reset_failures()
         else:
@@ -1856,6 +1870,10 @@ class Scheduler:
         else:
             model.in_flight -= 1
         model.record_idle(now)
+
+    def resume_keep_loaded(self):
+        """keep_loaded has effect again, though all models were unloaded."""
+        self._is_keep_loaded_paused = False
 
     def choose(self, names: Sequence[str]) -> Optional[str]:
         """Return the model that can serve a request soonest, the first if none is
@@ -2157,6 +2175,10 @@ class Scheduler:
                 waited = f"waited {limits.queue_timeout:g} s for {model.name!r}"
                 return QueueTimeout(f"{waited} (queue-timeout in [llmswap])")
             self._look_again_at(ends)
+        is_younger = model.drains_for and model.drains_for.number < ticket.number
+        is_up = model.state in (State.LOADING, State.LOADED)
+        if not ticket.may_load and (not is_up or model.is_stopping_soon or is_younger):
+            return BadRequest("model is not loaded")
         if not model.is_held and model.spec.is_local and now < model.retry_at:
             seconds = max(1, math.ceil(model.retry_at - now))
             text = f"{model.last_failure}\n(it is tried again in {seconds} s)"
@@ -2811,11 +2833,12 @@ def options_of(binary: str) -> OptionTable:
         return options
 
 
-def cached_models(binary: str) -> List[str]:
-    """Return llama.cpp's downloads, each as user/repo:TAG. It takes 10 s at most."""
+def cached_models(binary: str) -> Optional[List[str]]:
+    """Return llama.cpp's downloads, each as user/repo:TAG; None if the binary does not
+    tell. It takes 10 s at most."""
     argv, no_log = [binary, "--cache-list"], subprocess.DEVNULL
     status, text = run_command(argv, 10.0, stderr=no_log)
-    return re.findall(r"(?m)^ *\d+\. (\S+)$", text) if status == 0 else []
+    return re.findall(r"(?m)^ *\d+\. (\S+)$", text) if status == 0 else None
 
 
 def table_of(model: Model) -> Optional[OptionTable]:
@@ -3206,7 +3229,11 @@ class Backend:
         if self.model.kind == "llama-server":
             probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models", ""))
             with contextlib.suppress(*MALFORMED):
-                entry = dict(json.loads(probe.body)["data"][0])
+                row = json.loads(probe.body)["data"][0].items()
+                row = {name: value for name, value in row if value is not None}
+                parts = {**row.get("meta", {}), **row.get("architecture", {})}
+                set(parts.get("input_modalities", ()))  # raises if it is no list
+                entry = row
         self._listener.on_described(self, entry)
 
     # -- sleep
@@ -4734,16 +4761,16 @@ class Pool:
 
     @contextlib.contextmanager
     def lease(
-        self, model: Model, disconnected: Callable[[], bool], preemptible: bool = False
+        self, model: Model, disconnected: Callable, preemptible=False, may_load=True
     ):
-        """Yield a ready backend of the model, loading it if need be. It is not evicted
-        before the block ends, unless the lease is preemptible.
+        """Yield a ready backend of the model, loading it if need be and allowed. It is
+        not evicted before the block ends, unless the lease is preemptible.
 
         Raise an APIError if there is none, or ClientDisconnected once `disconnected()`
         is true, which is called every POLL_INTERVAL.
         """
         while True:
-            ticket = self._submit(model, preemptible)
+            ticket = self._submit(model, preemptible=preemptible, may_load=may_load)
             try:
                 backend = _await_backend(ticket.waiter, disconnected)
                 if backend is not None:
@@ -4754,7 +4781,7 @@ class Pool:
                     self._last_request_at = now
                     self._scheduler.finish(ticket, now)
 
-    def _submit(self, model, preemptible=False, manual=False):
+    def _submit(self, model, **kind):
         """Queue a ticket; its `waiter` is a future of the backend."""
         self._check_start(model)
         with self._event() as now:
@@ -4763,7 +4790,7 @@ class Pool:
             if owner and owner.problem:  # since a reload after `_check_start`
                 raise ModelMisconfigured(owner.problem)
             self._last_request_at = now
-            ticket = self._scheduler.submit(scheduled.name, now, preemptible, manual)
+            ticket = self._scheduler.submit(scheduled.name, now, **kind)
             ticket.waiter = concurrent.futures.Future()
         return ticket
 
@@ -4793,6 +4820,11 @@ class Pool:
         if name is None:
             raise _removed(model.name)
         return self._scheduler.models[name]
+
+    def resume_keep_loaded(self):
+        """A request was refused because it may not load its model: see Scheduler."""
+        with self._event():
+            self._scheduler.resume_keep_loaded()
 
     def keep_alive(self, model: Model, seconds: float):
         """Unload the model after this many idle seconds; below 0: never."""
@@ -5767,6 +5799,7 @@ class Body:
         self.held = bytearray()
         self.received = 0  # bytes of payload
         self.is_complete = self.length == 0
+        self.on_tick = lambda: None  # called after POLL_INTERVAL without a byte
 
     def _check_size(self, size):
         if size > self._limit:
@@ -5804,7 +5837,7 @@ class Body:
     def _next_piece(self):
         """Return the next bytes of the payload, b"" at its end."""
         stalled = RequestTimeout(f"the body stalled for {STALL_SECONDS:g} s")
-        self._reader.on_timeout = StallMonitor(STALL_SECONDS, stalled)
+        self._reader.on_timeout = StallMonitor(STALL_SECONDS, stalled, self.on_tick)
         try:
             if self._expects:
                 self._expects = False
@@ -6004,7 +6037,8 @@ class ClientResponse:
         self._is_http_10 = request is not None and request.is_http_10
         self._is_head = request is not None and request.method == "HEAD"
         self._comment_at = time.monotonic() + EARLY_HEAD_AFTER
-        self._stall = StallMonitor(STALL_SECONDS, ClientDisconnected())
+        left = ClientDisconnected()
+        self._stall = StallMonitor(STALL_SECONDS, left, self._check_reading)
 
     def start(self, status: int, headers: Headers, length: Optional[int]):
         """Set the head, which is sent with the first piece, or by `flush`."""
@@ -6028,10 +6062,11 @@ class ClientResponse:
         self.send(payload)
         self.end()
 
-    def start_events(self):
-        """Begin a stream of events of our own, which a backend's may continue."""
+    def start_events(self, *more: Tuple[str, str]):
+        """Begin a stream of events of our own, which a backend's may continue; `more`
+        are further headers."""
         headers = [("content-type", "text/event-stream"), ("cache-control", "no-cache")]
-        self.start(200, [*headers, ("x-accel-buffering", "no")], None)
+        self.start(200, [*headers, ("x-accel-buffering", "no"), *more], None)
 
     def send(self, piece):
         """Send a piece of payload, after the head if that was not sent yet."""
@@ -6090,6 +6125,12 @@ class ClientResponse:
             event = self.progress_event() or event
         if event and self._is_between_events():
             self._put_framed(event)
+
+    def _check_reading(self):
+        """Raise ClientDisconnected if the request of a client that does not read was
+        cancelled."""
+        if self.is_cancelled:
+            raise ClientDisconnected
 
     def check_cancelled(self):
         """Raise RequestCancelled, once, if the request was cancelled."""
@@ -7749,7 +7790,7 @@ REQUEST_FIELDS = (
     "error".split()
 )
 VIA_NAME = f"llmswap-{os.urandom(8).hex()}"  # ours in Via, by which loops are detected
-SERVER_NAME = "llmswap (llama.cpp)"  # some clients look for "llama.cpp" in it
+SERVER_HEADER = ("server", "llmswap (llama.cpp)")  # clients look for "llama.cpp"
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
 NAME_LIMIT = 500  # characters of a model's name in a request; what follows is cut
@@ -7999,7 +8040,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json(body, error.status, headers)
 
     def _send(self, payload, status=200, headers=()):
-        self.response.answer(status, [*headers, ("server", SERVER_NAME)], payload)
+        self.response.answer(status, [*headers, SERVER_HEADER], payload)
 
     def _send_json(self, value, status=200, headers=()):
         self._send(to_json(value), status, [JSON_TYPE, *headers])
@@ -8024,8 +8065,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _check_access(self):
         """Raise Forbidden or Unauthorized unless Host, Origin and key are accepted."""
         head, keys, origin = self.head, self.config.api_keys, self.head.get("origin")
-        allowed = map(str.lower, self.config.settings.allowed_hosts)
-        host, name = head.get("host"), _host_name(head.get("host"))
+        host, allowed = head.get("host"), self.config.settings.allowed_hosts
+        name = _host_name(host)
         is_allowed = not name or {name, "*"} & {*allowed} or _IP_ADDRESS.fullmatch(name)
         if self.is_on_loopback and not is_allowed:
             raise Forbidden(f"Host {host!r} is not among allowed-hosts in [llmswap]")
@@ -8143,7 +8184,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_page(self):
         if self._wants_snapshots():
-            self.response.start_events()
+            self.response.start_events(SERVER_HEADER)
             return self._stream(functools.partial(next, self._snapshots()), _as_event)
         headers = [
             ("content-type", "text/html; charset=utf-8"),
@@ -8296,7 +8337,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_events(self):
         with self.pool.events.subscribe() as get:
-            self.response.start_events()
+            self.response.start_events(SERVER_HEADER)
             self._stream(lambda: get(POLL_INTERVAL), _as_event)
 
     def get_logs(self):
@@ -8308,8 +8349,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             status = self.pool.status(self._resolve(percent_decoded(name)))
             feed = self.pool.output_of(status.shares or status.id)
         headers = [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
+        headers += [TEXT_TYPE, SERVER_HEADER]
         with feed.subscribe(self.head.parameter("no-history") is None) as get:
-            self.response.start(200, [TEXT_TYPE, *headers], None)
+            self.response.start(200, headers, None)
             self._stream(lambda: get(POLL_INTERVAL), lambda line: f"{line}\n".encode())
 
     # -- requests for models ---------------------------------------------------------
@@ -8335,13 +8377,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         is_safe = self.head.method in SAFE_METHODS
         if is_safe and not self.pool.backend_of(model, State.LOADED):
             self._check_no_foreign_page()
-        may_load = by_default and self.config.settings.models_autoload
+        self.may_load = by_default and self.config.settings.models_autoload
         value = self.head.parameter("autoload")
         if value:
-            may_load = value in ("true", "1")
-        return may_load or bool(
-            self.pool.backend_of(model, State.LOADING, State.LOADED)
-        )
+            self.may_load = value in ("true", "1")
+        if self.may_load or self.pool.backend_of(model, State.LOADING, State.LOADED):
+            return True
+        self.pool.resume_keep_loaded()
+        return False
 
     def route_upstream(self, rest):
         """Relay to a model's own server; `rest` is its name and the path there. The
@@ -8358,6 +8401,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self._send(b"", 308, [("location", f"/upstream/{rest}/{query}")])
         is_page = path == "/" or self.head.method not in SAFE_METHODS
         if not self._may_use(model, is_page):
+            if self.head.parameter("autoload") or self.head.method not in SAFE_METHODS:
+                raise BadRequest("model is not loaded")
             text = f"model {model.name!r} is not loaded; only the page itself loads it"
             raise ModelNotLoaded(text)
         info = self._request_info(is_needed=False)
@@ -8396,12 +8441,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if notice == "reasoning" and target.split("?")[0].endswith("/chat/completions"):
             events = self._progress_events(model)
             self.response.progress_event = functools.partial(next, events)
+        self.body.on_tick = self.response.check_cancelled
         outgoing = self._upstream_request(model, target, info)
         transform_of = _repair_for if model.settings.json_repair else lambda _: None
         asked_at = time.monotonic()
         for is_last in (False, True):
-            lease = self.pool.lease(model, self.response.heartbeat, preemptible)
-            with lease as backend:
+            terms = model, self.response.heartbeat, preemptible, self.may_load
+            with self.pool.lease(*terms) as backend:
                 self.waited = time.monotonic() - asked_at
                 if self.row:
                     self.row["waited"] = self.waited
@@ -8414,7 +8460,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     return
                 except BackendDied as error:
                     has_died = not self.response.sent and backend.died(1.0)
-                    if has_died and outgoing.rest is None and not is_last:
+                    may_repeat = outgoing.rest is None and self.may_load
+                    if has_died and may_repeat and not is_last:
                         continue
                     reason = backend.death(1.0) if has_died else None
                     error = BackendDied(str(reason)) if reason else error
@@ -8456,7 +8503,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if settings.model_name:
             overrides = {**overrides, "model": settings.model_name}
         if info.is_json and (removed or defaults or overrides):
-            held = edited_json(info.members, removed, defaults, overrides)
+            try:
+                held = edited_json(info.members, removed, defaults, overrides)
+            except RecursionError:
+                raise BadRequest("the body is nested too deep") from None
         elif info.model is not None and settings.model_name:
             start, end = info.span
             held = body.held[:start] + settings.model_name.encode() + body.held[end:]
@@ -8866,7 +8916,7 @@ class Server(http.server.ThreadingHTTPServer):
 def refuse_connection(connection: socket.socket, reason: str):
     """Answer 503 on a connection of which nothing was read."""
     connection.settimeout(1)
-    headers = [JSON_TYPE, ("retry-after", "5"), ("server", SERVER_NAME)]
+    headers = [JSON_TYPE, ("retry-after", "5"), SERVER_HEADER]
     with contextlib.suppress(ClientDisconnected):
         response = ClientResponse(connection, None, [])
         response.answer(503, headers, to_json(error_body(APIError(reason))))
@@ -9243,25 +9293,22 @@ def main(argv: Optional[List[str]] = None) -> int:
     if args.keys:
         print(keys_text(), end="")
         return 0
-    cached = () if args.file else cached_models("llama-server")
-    if not (args.file or cached):
-        print(NO_MODELS, end="", file=sys.stderr)
-        return 2
     load = functools.partial(load_config, args.file, args.listen, args.models_max)
     try:
-        config = load(cached=cached)
-        if args.check and args.file and config.settings.cache_models:
-            config = load(cached=cached_models(config.settings.llama_server))
+        config = load(list_cached=cached_models)
     except ConfigError as error:
         print(printable(str(error)), file=sys.stderr)
         refuse_pending_connections()
+        return 2
+    if not (args.file or config.models):
+        print(NO_MODELS, end="", file=sys.stderr)
         return 2
     if args.check:
         return check(config)
     if args.units:
         print(units_for(config), end="")
         return 0
-    return Application(args, load, config, cached).run()
+    return Application(args, load, config).run()
 
 
 NO_MODELS = """\
@@ -9340,11 +9387,11 @@ class FileWatch:
 class Application:
     """One run of llmswap: from the listening sockets to the last backend's end."""
 
-    def __init__(self, args, load: Callable, config: Config, cached: Sequence[str]):
+    def __init__(self, args, load: Callable, config: Config):
         self._args = args
         self._load = load  # returns the Config of the file as it is now
         self._config = config
-        self._cached = cached
+        self._cached = config.cached
         self._file_watch = FileWatch(args.file) if args.file else None
         self._signals, self._wakeup = socket.socketpair()
         self._reload_lock = threading.Lock()
@@ -9379,7 +9426,8 @@ class Application:
         self._notifier.notify("READY=1")
         watch, is_serving = self._notifier.watch, self.server.is_serving
         start_thread(watch, "systemd", self.pool, is_serving)
-        start_thread(self._refresh_cached_models, "cache")
+        if not self._cached:  # it may not have answered in time
+            start_thread(self._refresh_cached_models, "cache")
         self._shut_down(self._await_shutdown())
         return 0
 
@@ -9469,7 +9517,7 @@ class Application:
             cached = cached_models(settings.llama_server)
             if not cached:
                 self.log("warning", "cache-models: --cache-list shows no model")
-            if cached != self._cached:
+            if cached is not None and [*cached] != [*self._cached]:
                 self._cached = cached
                 self._try_reload()
 
@@ -9480,7 +9528,7 @@ class Application:
             if self._file_watch:
                 self._file_watch.mark()
             try:
-                config = self._load(cached=self._cached)
+                config = self._load(list_cached=lambda _: self._cached)
             except ConfigError as error:
                 self.config_error = f"not reloaded: {error}"
                 raise APIError(self.config_error) from None

@@ -3781,7 +3781,7 @@ def shown_problem(server):
 def application_of(path):
     """An Application that does not run, of this file or of none."""
     args = SimpleNamespace(verbose=False, file=path and str(path))
-    return llmswap.Application(args, no_models, no_models(), ())
+    return llmswap.Application(args, no_models, no_models())
 
 
 def test_a_file_is_looked_at_by_requests_only_and_not_if_told_so(tmp_path):
@@ -6754,7 +6754,7 @@ def test_beyond_the_limit_of_connections_there_is_a_clear_503():
             with swap.connect() as client:
                 answer = client.ask("POST", "/v1/x", "x" * 15_000)
             assert (answer.status, answer.headers["retry-after"]) == (503, "5")
-            assert answer.headers["server"] == llmswap.SERVER_NAME
+            assert answer.headers["server"] == llmswap.SERVER_HEADER[1]
             assert "64 connections are open already" in answer.message()
         more = crowd(swap, 200, b"GET / HTTP/1.1\r\n")
         refused = [client.answer().status for client in more]
