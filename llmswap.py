@@ -2699,7 +2699,10 @@ class Guard:
     from a dead one. Any thread may call.
     """
 
+    current = None  # the last Guard, until it is closed
+
     def __init__(self):
+        Guard.current = self
         self._read_end, self.fd = os.pipe()
         self._lock = threading.Lock()  # of the process and the groups
         self._groups = set()
@@ -2737,7 +2740,11 @@ class Guard:
             self._tell("-", group)
 
     def close(self):
-        """End the guard; call when no group is left."""
+        """Kill the groups that are left, and end the guard."""
+        Guard.current = None
+        for group in [*self._groups]:
+            with contextlib.suppress(OSError):
+                os.killpg(group, signal.SIGKILL)
         if self._process:
             self._process.kill()
             self._process.wait()
@@ -2782,11 +2789,15 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
     environment = {**runtime, **clean_environment({})}
     files = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
     options = {"stderr": subprocess.STDOUT, "env": environment, **files, **more}
-    deadline = time.monotonic() + timeout
+    deadline, guard = time.monotonic() + timeout, Guard.current
     try:
+        if guard:
+            guard.start()
         process = subprocess.Popen(argv, start_new_session=True, **options)
     except OSError as error:
         return None, f"{argv[0]}: {error.strerror}"
+    if guard:
+        guard.watch(process.pid)
     with process.stdout:
         output = None
         while output is None:
@@ -2801,6 +2812,8 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
     if status is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    if guard:
+        guard.forget(process.pid)
     return status, output.decode("utf-8", "replace").strip()
 
 
