@@ -4783,6 +4783,7 @@ class Pool:
         is true, which is called every POLL_INTERVAL.
         """
         while True:
+            self._check_start(model, disconnected)
             ticket = self._submit(model, preemptible=preemptible, may_load=may_load)
             try:
                 backend = _await_backend(ticket.waiter, disconnected)
@@ -4796,7 +4797,6 @@ class Pool:
 
     def _submit(self, model, **kind):
         """Queue a ticket; its `waiter` is a future of the backend."""
-        self._check_start(model)
         with self._event() as now:
             scheduled = self._scheduled(model)
             owner = self.config.models.get(scheduled.name)
@@ -4807,8 +4807,10 @@ class Pool:
             ticket.waiter = concurrent.futures.Future()
         return ticket
 
-    def _check_start(self, model):
-        """Raise an APIError if a start must fail, before models are evicted for it."""
+    def _check_start(self, model, disconnected=lambda: False):
+        """Raise an APIError if a start must fail, before models are evicted for it, or
+        ClientDisconnected. Needs that are not known are estimated, which may take 20 s.
+        """
         if model.problem:
             raise ModelMisconfigured(model.problem)
         with self._lock:
@@ -4816,15 +4818,25 @@ class Pool:
             owner = self.config.models.get(scheduled.name)
         if owner is None or scheduled.is_held:
             return
+        outcome = concurrent.futures.Future()
         try:
-            check_start(owner)
-        except LoadFailed as problem:
-            self._log("error", f"{owner.name} could not be started: {problem}")
-            with self._lock:
-                if not scheduled.is_held:
-                    scheduled.last_failure = problem.with_traceback(None)
-            raise
-        self._estimate(owner)
+            start_thread(self._prepare, "prepare", owner, scheduled, outcome)
+        except RuntimeError:  # no more threads can be started
+            self._prepare(owner, scheduled, outcome)
+        _await_result(outcome, disconnected)
+
+    def _prepare(self, model, scheduled, outcome):
+        try:
+            check_start(model)
+            self._estimate(model)
+            outcome.set_result(None)
+        except Exception as problem:
+            if isinstance(problem, LoadFailed):
+                self._log("error", f"{model.name} could not be started: {problem}")
+                with self._lock:
+                    if not scheduled.is_held:
+                        scheduled.last_failure = problem.with_traceback(None)
+            outcome.set_exception(problem)
 
     def _scheduled(self, model):
         """Return the ModelState that serves this model now; raise ModelNotFound if a
@@ -4850,6 +4862,7 @@ class Pool:
         """Begin to load the model, without back-off; False if it is or does so."""
         if self.backend_of(model, State.LOADING, State.LOADED):
             return False
+        self._check_start(model)
         self._submit(model, manual=True)
         return True
 
@@ -5427,9 +5440,9 @@ def exit_code_of(problem: Optional[APIError]) -> int:
     return int(problem is not None) if code is None else code
 
 
-def _await_backend(future, disconnected):
-    """Return the granted backend, or None if it cannot be reached. Raise the APIError
-    of a refusal, or ClientDisconnected."""
+def _await_result(future, disconnected):
+    """Return the result of the future, or raise its exception, or ClientDisconnected
+    once disconnected() is true."""
     while not future.done():
         concurrent.futures.wait([future], timeout=POLL_INTERVAL)
         if not future.done() and disconnected():
@@ -5437,7 +5450,13 @@ def _await_backend(future, disconnected):
     problem = future.exception()
     if problem is not None:
         raise problem.with_traceback(None)  # other threads raise the same one
-    backend = future.result()
+    return future.result()
+
+
+def _await_backend(future, disconnected):
+    """Return the granted backend, or None if it cannot be reached. Raise the APIError
+    of a refusal, or ClientDisconnected."""
+    backend = _await_result(future, disconnected)
     while (is_reachable := backend.is_reachable()) is None:
         if disconnected():
             raise ClientDisconnected
