@@ -51,9 +51,10 @@ class Activator:
     def __exit__(self, *_):
         self._is_over.set()
         socket.create_connection(("127.0.0.1", self.port)).close()
-        self._thread.join()
+        self._thread.join(20)
         for pid in family(self.token):
             os.kill(pid, signal.SIGKILL)
+        self._thread.join()
         self.listener.close()
 
     def _live(self):
@@ -75,12 +76,13 @@ class Activator:
 
 
 class Notifications:
-    """The socket that systemd would listen on for notifications."""
+    """The socket that systemd would listen on for notifications: a path, or a name
+    after an @."""
 
-    def __init__(self, folder):
-        self.path = str(Path(folder) / "notify")
+    def __init__(self, address):
+        self.address = address
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(self.path)
+        self._socket.bind(address.replace("@", "\0"))
         self._socket.settimeout(10)
 
     def until(self, wanted):

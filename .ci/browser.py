@@ -115,7 +115,7 @@ class Browser:
 
     def press(self, key):
         """Press a key as a person does, on whatever has the focus."""
-        codes = {"Enter": 13, "Tab": 9, "Escape": 27, " ": 32, "ArrowDown": 40}
+        codes = {"Enter": 13, "Tab": 9, "Escape": 27, " ": 32}
         code, text = codes[key], {"Enter": "\r", " ": " "}.get(key)
         more = {"key": key, "windowsVirtualKeyCode": code}
         more["code"] = "Space" if key == " " else key

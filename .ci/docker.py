@@ -1,7 +1,7 @@
-"""A stand-in for the client of Docker: docker.py run|stop WORD...
+"""A stand-in for the client of Docker: docker.py STATE PROGRAM run|stop WORD...
 
-The container is a process that is no child of what started it. $DOCKER_STATE holds a
-file for each; $DOCKER_RUNS is what runs in it.
+The container is a process that is no child of what started it. The folder STATE holds a
+file for each; PROGRAM is what runs in it.
 """
 
 import os
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 
-words, state = sys.argv[2:], os.environ["DOCKER_STATE"]
+state, program, verb, *words = sys.argv[1:]
 
 
 def value_of(name):
@@ -31,9 +31,10 @@ def run(name):
     if os.path.exists(f"{state}/{name}"):
         sys.exit("docker: the container name is already in use")
     after = words[words.index("--port") + 2 :]  # the port within is not that without
-    command = [sys.executable, "-I", "-S", os.environ["DOCKER_RUNS"], "--port"]
+    command = [sys.executable, "-I", "-S", program, "--port"]
     command += [value_of("-p").split(":")[1], *after]
     box = subprocess.Popen(command, start_new_session=True)
+    os.makedirs(state, exist_ok=True)
     with open(f"{state}/{name}", "w") as file:
         file.write(str(box.pid))
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -43,4 +44,4 @@ def run(name):
     sys.exit(status)
 
 
-stop(words[0]) if sys.argv[1] == "stop" else run(value_of("--name"))
+stop(words[0]) if verb == "stop" else run(value_of("--name"))

@@ -74,7 +74,9 @@ class OpenAI:
 
 
 class Anthropic:
-    """The calls of Anthropic's library."""
+    """The calls of Anthropic's library, with OpenAI's words for the reasons to end."""
+
+    _REASONS = {"end_turn": "stop", "tool_use": "tool_calls", "max_tokens": "length"}
 
     def __init__(self, url):
         import anthropic
@@ -87,11 +89,13 @@ class Anthropic:
         return {"model": model, "max_tokens": 9, "messages": HELLO, "extra_body": body}
 
     def _result(self, message):
+        dump = json.JSONEncoder(separators=(",", ":")).encode
         text = "".join(
-            part.text if part.type == "text" else part.name + json.dumps(part.input)
+            part.text if part.type == "text" else part.name + dump(part.input)
             for part in message.content
         )
-        return [text, message.stop_reason, message.usage.output_tokens]
+        reason = self._REASONS[message.stop_reason]
+        return [text, reason, message.usage.output_tokens]
 
     def whole(self, model, wish, key="secret", retries=2):
         by = self._client.with_options(api_key=key, max_retries=retries)

@@ -14,14 +14,7 @@ class Tls(socketserver.ThreadingTCPServer):
     daemon_threads = True
 
     def __init__(self, folder, port, name="IP:127.0.0.1"):
-        self.certificate, key = folder / "cert.pem", folder / "key.pem"
-        subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "ec", "-nodes", "-days", "2",
-             "-pkeyopt", "ec_paramgen_curve:prime256v1",
-             "-keyout", key, "-out", self.certificate, "-subj", "/CN=far",
-             "-addext", f"subjectAltName={name}"],
-            check=True, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        self.certificate, key = write_certificate(folder, name)
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.load_cert_chain(self.certificate, key)
         super().__init__(("127.0.0.1", 0), None)
@@ -37,6 +30,19 @@ class Tls(socketserver.ThreadingTCPServer):
             back.start()
             copy_stream(client, server)
             back.join()
+
+
+def write_certificate(folder, name):
+    """Write a certificate for this name and its key; their paths."""
+    certificate, key = folder / "cert.pem", folder / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-nodes", "-days", "2",
+         "-pkeyopt", "ec_paramgen_curve:prime256v1",
+         "-keyout", key, "-out", certificate, "-subj", "/CN=far",
+         "-addext", f"subjectAltName={name}"],
+        check=True, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    return certificate, key
 
 
 def copy_stream(source, target):
