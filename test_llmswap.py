@@ -2536,7 +2536,7 @@ def test_what_is_missing_is_found_before_the_start(tmp_path, monkeypatch, keys, 
 def test_a_command_gives_its_status_and_output_in_time(words, result):
     argv = ["/bin/sh", "-c", words] if words else ["/no/such/file"]
     began = time.monotonic()
-    assert llmswap.run_command(argv, 1.0) == result
+    assert llmswap.run_command(argv, 0.5) == result
     assert time.monotonic() - began < 30
 
 
@@ -2587,8 +2587,7 @@ def test_a_child_starts_in_clean_surroundings(begin, tmp_path, monkeypatch):
     os.close(inherited)
     lines = list(watched.backend.lines)
     assert lines[:5] == ["777", "0", "1", "2", "3"]  # the last one is of ls itself
-    masks = {name: int(mask, 16) for name, mask in (
-        line.split(":\t") for line in lines if line[:6] in ("SigBlk", "SigIgn"))}
+    masks = {line[:6]: int(line[8:], 16) for line in lines if line.startswith("Sig")}
     ignored = re.search(r"SigIgn:\t(\w+)", Path("/proc/self/status").read_text())[1]
     ours = int(ignored, 16) & ~(1 << signal.SIGPIPE - 1)  # nohup's, for one
     assert masks["SigBlk"] == 0 and masks["SigIgn"] & ~ours == 0, masks
@@ -2610,7 +2609,6 @@ def test_a_score_that_the_kernel_refuses_is_told(guard, tmp_path):
 FAILED_LOADS = [
     # how it ends; how many processes the kernel kills for memory meanwhile; the reason
     ("--load-exit 7", 0, "exited with status 7"),
-    ("--load-signal 11", 0, "killed by signal 11 (SIGSEGV)"),
     ("--load-signal 9", 0, "killed by signal 9 (SIGKILL)"),
     ("--load-signal 9", 1, "killed by the kernel: out of memory"),
     ("--load-exit 137", 1, "killed by the kernel: out of memory"),
@@ -2631,15 +2629,14 @@ def test_a_failed_load_is_told_with_its_reason_and_last_lines(
     assert problem.__traceback__ is None  # whose frames would keep descriptors open
 
 
-@pytest.mark.parametrize("flags", [["--load-hang"], ["--no-health"]])
-def test_a_load_without_a_sign_of_progress_is_given_up(begin, flags):
-    problem = begin(*flags, load_timeout=0.3).exited()
+def test_a_load_without_a_sign_of_progress_is_given_up(begin):
+    problem = begin("--load-hang", load_timeout=0.3).exited()
     assert isinstance(problem, llmswap.LoadTimeout) and problem.status == 504
     assert "no sign of progress for 0.3 s" in str(problem)
 
 
 def test_a_load_that_goes_on_writing_is_not_given_up(begin):
-    begin("--load", "1.8", "--lines", "36", load_timeout=1.2).loaded()
+    begin("--load", "1.2", "--lines", "40", load_timeout=0.8).loaded()
 
 
 LOADS = {  # how a silent server gets at its model
@@ -2649,8 +2646,7 @@ LOADS = {  # how a silent server gets at its model
 }
 
 
-@pytest.mark.parametrize("wrapper", ["", "sh -c '\"$@\"; exit' x "])
-@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("load, wrapper", [*zip(LOADS, ("", "sh -c '\"$@\"; exit' x "))])
 def test_a_load_that_goes_on_in_silence_is_not_given_up(
     begin, tmp_path, monkeypatch, load, wrapper
 ):
@@ -2777,34 +2773,24 @@ def test_a_process_that_left_the_group_and_floods_the_output_delays_nothing(
 # -- readiness and strangers
 
 
-def test_all_listeners_of_a_port_are_found():
-    with contextlib.ExitStack() as sockets:
-        port, inodes = 0, set()
-        for _ in range(100):
-            sock = sockets.enter_context(socket.socket())
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            sock.bind(("127.0.0.1", port))
-            sock.listen()
-            port = sock.getsockname()[1]
-            inodes.add(os.fstat(sock.fileno()).st_ino)
-        assert llmswap.listening_inodes(port) == inodes
-
-
 @pytest.mark.parametrize("address, is_found", [
     ("127.0.0.1", True), ("0.0.0.0", True), ("127.0.0.2", False), ("::", True),
     ("::ffff:127.0.0.1", True),
 ])  # fmt: skip
-def test_the_listener_of_a_loopback_port_is_found(address, is_found):
+def test_all_listeners_of_a_loopback_port_are_found(address, is_found):
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family) as listener, socket.socket() as silent:
-        listener.bind((address, 0))
-        port = listener.getsockname()[1]
-        assert llmswap.listening_inodes(port) == set()
-        listener.listen()
-        inode = os.fstat(listener.fileno()).st_ino
-        assert llmswap.listening_inodes(port) == ({inode} if is_found else set())
-        assert llmswap.holder_of(inode) == os.getpid()
-        assert llmswap.holder_of(os.fstat(silent.fileno()).st_ino, [1]) == os.getpid()
+    with contextlib.ExitStack() as sockets:
+        port, inodes = 0, set()
+        for _ in range(100):
+            sock = sockets.enter_context(socket.socket(family))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            sock.bind((address, port))
+            port = sock.getsockname()[1]
+            assert inodes or llmswap.listening_inodes(port) == set()
+            sock.listen()
+            inodes.add(os.fstat(sock.fileno()).st_ino)
+        assert llmswap.listening_inodes(port) == (inodes if is_found else set())
+        assert llmswap.holder_of(inodes.pop(), [1]) == os.getpid()
 
 
 def test_without_a_check_endpoint_ready_means_that_the_port_accepts(begin):
@@ -2828,9 +2814,8 @@ def test_a_health_check_that_nobody_answers_is_repeated(odd, monkeypatch):
     odd("deaf").loaded()
 
 
-@pytest.mark.parametrize("act", ["SSH-2.0", "HTTP"])
-def test_an_answer_that_is_no_http_is_not_healthy(odd, act):
-    assert "no sign of progress" in str(odd(act, load_timeout=0.4).exited())
+def test_an_answer_that_is_no_http_is_not_healthy(odd):
+    assert "no sign of progress" in str(odd("SSH-2.0", load_timeout=0.4).exited())
 
 
 @pytest.mark.parametrize("act", ["GET /health", "POST /wake"])
@@ -3012,21 +2997,21 @@ def test_cmd_models_are_not_suspected_by_default(begin):
 
 GPU_TOOLS = [
     # the tool, what it does with the pid of a worker of the model that goes; is that
-    # waited for
-    ("nvidia-smi", "echo 1; echo $PID", True),
-    ("rocm-smi", "echo 'PID  PROCESS'; echo \"$PID  python3  1  4096\"", True),
-    ("nvidia-smi", "echo 1; [ -e $0.asked ] || echo $PID; touch $0.asked", False),
-    ("nvidia-smi", "exec sleep 60", True),
-    ("nvidia-smi", "exit 9", False),
+    # waited for, and how long at most
+    ("nvidia-smi", "echo 1; echo $PID", True, 0.5),
+    ("rocm-smi", "echo 'PID  PROCESS'; echo \"$PID  python3  1  4096\"", True, 0.5),
+    ("nvidia-smi", "echo 1; [ -e $0.asked ] || echo $PID; touch $0.asked", False, 2),
+    ("nvidia-smi", "exec sleep 60", True, 0.5),
+    ("nvidia-smi", "exit 9", False, 2),
 ]
 
 
-@pytest.mark.parametrize("tool, does, is_awaited", GPU_TOOLS)
+@pytest.mark.parametrize("tool, does, is_awaited, most", GPU_TOOLS)
 def test_the_next_start_waits_for_the_gpu_no_longer_than_it_may(
-    tool, does, is_awaited, tmp_path
+    tool, does, is_awaited, most, tmp_path
 ):
-    text = "[llmswap]\nsettle-timeout = 1.5s\n[a]\ncmd = FAKE --model a --grandchild\n"
-    text += "[b]\ncmd = FAKE --model b\n"
+    text = f"[llmswap]\nsettle-timeout = {most}s\n[b]\ncmd = FAKE --model b\n"
+    text += "[a]\ncmd = FAKE --model a --grandchild\n"
     path = f"{tmp_path}:{os.environ['PATH']}"
     with Llmswap(text, env={"PATH": path}) as server:
         server.chat("a")
@@ -3034,26 +3019,26 @@ def test_the_next_start_waits_for_the_gpu_no_longer_than_it_may(
         executable(tmp_path / tool, f"PID={pid}\n{does}")
         assert server.chat("b").status == 200
         ended, began = server.journal("end", "a")[0], server.journal("main", "b")[0]
-        assert (began["t"] - ended["t"] >= 1.5) is is_awaited
+        assert (began["t"] - ended["t"] >= most) is is_awaited
 
 
 # -- descriptors, threads, guard
 
 
-def test_lives_leave_no_descriptor_and_no_thread(begin, tmp_path, monkeypatch):
-    def live(number):
-        watched = begin(*[[], ["--load-exit", "1"], ["--load-hang"]][number % 3])
-        if number % 3 == 0:
+def test_lives_leave_no_descriptor_and_no_thread(begin):
+    def live(flags):
+        watched = begin(*flags)
+        if not flags:
             watched.loaded()
-        if number % 3 != 1:
+        if flags != ["--load-exit", "1"]:
             watched.backend.stop()
         watched.exited()
         watched.backend = SimpleNamespace(pid=None, stop=lambda at_once: None)
 
-    live(0)
+    live([])
     threads, before = threading.active_count(), len(os.listdir("/proc/self/fd"))
-    for number in range(12):
-        live(number)
+    for flags in [[], ["--load-exit", "1"], ["--load-hang"]] * 4:
+        live(flags)
     eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)
     eventually(lambda: threading.active_count() <= threads)
     assert not zombies_of(os.getpid())
@@ -3071,10 +3056,6 @@ def test_without_pidfd_an_exit_is_noticed_all_the_same(begin, monkeypatch):
     watched = begin()
     os.kill(watched.loaded().pid, signal.SIGKILL)
     assert "killed by signal 9" in str(watched.exited())
-    assert begin("--load-exit", "3").exited().status == 502
-    third = begin()
-    third.loaded()
-    assert third.stop() is None
 
 
 def test_a_closed_upstream_gives_no_connection_and_cuts_those_in_use():
@@ -3092,34 +3073,21 @@ def test_a_closed_upstream_gives_no_connection_and_cuts_those_in_use():
             upstream.connect()
 
 
-def test_a_connection_kept_over_a_suspension_is_not_used_again(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        upstream = llmswap.Upstream(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        upstream.release_connection(upstream.connect()[0])
-        suspended = llmswap.suspended_seconds() + 60
-        monkeypatch.setattr(llmswap, "suspended_seconds", lambda: suspended)
-        sock, was_used = upstream.connect()
-        assert not was_used
-        upstream.drop(sock)
-
-
 @pytest.mark.parametrize("shell", ["/bin/sh", "bash"])
 def test_the_guard_kills_the_groups_it_was_told_and_no_others(shell):
     stubborn = ["/bin/sh", "-c", "trap '' TERM INT HUP; echo; sleep 60 & sleep 60"]
-    new = dict(start_new_session=True, stderr=subprocess.DEVNULL)
-    groups = [
-        subprocess.Popen(stubborn, stdout=subprocess.PIPE, **new) for _ in range(3)
-    ]
+    new = {"start_new_session": True, "stderr": subprocess.DEVNULL}
+    pipe = subprocess.PIPE
+    groups = [subprocess.Popen(stubborn, stdout=pipe, **new) for _ in range(3)]
     for group in groups:
-        with group.stdout as told:
-            assert told.readline()  # it is stubborn now
-    words = [shell, "-c", llmswap.GUARD_SCRIPT]
-    guard = subprocess.Popen(words, stdin=subprocess.PIPE, **new)
-    first, second, third = (group.pid for group in groups)
-    told = f"+ {first}\n+ {second}\n- {second}\n+ {third}\n+ {third}\n- {third}\n"
-    guard.communicate(told.encode(), timeout=20)
+        with group.stdout as output:
+            assert output.readline()  # it is stubborn now
+    guard = subprocess.Popen([shell, "-c", llmswap.GUARD_SCRIPT], stdin=pipe, **new)
+    signs = "+ {0}\n+ {1}\n- {1}\n+ {2}\n+ {2}\n- {2}\n"
+    signs = signs.format(*(group.pid for group in groups))
+    guard.communicate(signs.encode(), timeout=20)
     assert groups[0].wait(20) == -signal.SIGKILL
-    eventually(lambda: not has_group(first))
+    eventually(lambda: not has_group(groups[0].pid))
     assert groups[1].poll() is None and groups[2].poll() is None
     for group in groups[1:]:
         os.killpg(group.pid, signal.SIGKILL)
@@ -3422,6 +3390,12 @@ def ask_later(server, model):
     client = server.connect()
     client.send("POST", CHAT, chat_body(model))
     return client
+
+
+def unload(server, model):
+    """Unload a model by hand, and wait until it is unloaded."""
+    assert server.post("/models/unload", {"model": model}).status == 200
+    eventually(lambda: server.states()[model] == "unloaded")
 
 
 def guard_of(server):
@@ -9434,10 +9408,8 @@ cublasCreate_v2(&handle): CUBLAS_STATUS_ALLOC_FAILED
 alloc_tensor_range: failed to allocate ROCm0 buffer of size 2147483648
 ggml_vulkan: Device memory allocation of size 1048898304 failed.
 ggml_vulkan: vk::Device::allocateMemory: ErrorOutOfDeviceMemory
-ggml_backend_metal_buffer_type_alloc_buffer: error: failed to allocate buffer
 error: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)
 llama_model_load: error loading model: unable to allocate CUDA0 buffer
-failed to initialize the context: failed to allocate buffer for kv cache
 graph_reserve: failed to allocate compute buffers
 terminate called after throwing an instance of 'std::bad_alloc'
 torch.OutOfMemoryError: HIP. Tried to allocate 12.95 GiB.
@@ -9447,8 +9419,7 @@ ValueError: Free memory on device (31.44/47.38 GiB) is less than desired GPU mem
 utilization (0.95, 45.01 GiB).
 ValueError: No available memory for the cache blocks. Try increasing the utilization.
 ValueError: 16.00 GiB KV cache is needed, larger than the available KV cache memory
-The max seq len (4096) is larger than the maximum number of tokens that can be stored
-killed by the kernel: out of memory"""
+The max seq len (4096) is larger than the maximum number of tokens that can be stored"""
 OTHER_FAILURES = """\
 error loading model: failed to open GGUF file '/models/x.gguf'
 ggml_vulkan: Failed to allocate pinned memory (x)
@@ -9475,16 +9446,12 @@ ROCM_PROCESSES = (
 MACHINES = [
     # what the tool prints of GPUs and of processes, of which 1 is ours; GiB of vram
     ("24576, 0\n", "", 23.5),
-    ("24576, 2048\n", "7, 2048\n", 21.5),
     ("24576, 9216\n", "7, 1024\n1, 8192\n", 22.5),  # a unit that runs already
     ("24576, 0\n12288, 1024\n", "7, [N/A]\n", 34),
     ("24576, 0\n[N/A], [N/A]\n", "", 23.5),
     ("81920, 40\n", "7, 20\n1, 20\n", 80 - 20 / 1024 - 0.5),  # two MIG instances
-    ("[Insufficient Permissions], [Insufficient Permissions]\n", "", None),  # MIG
     ("512, 512\n", "", 2**-30),  # models that use it are loaded one at a time
     ("[N/A], [N/A]\n", "", None),  # its memory is that of the machine
-    ("No devices were found\n", "", None),
-    ("NVIDIA-SMI has failed because it couldn't communicate.\n", "", None),
     (ROCM_SIZES, "", (17163091968 - 692142080 - 2**29) / GB),
     (ROCM_SIZES, ROCM_PROCESSES, (17163091968 - 692142080 - 2**29 + 15053770752) / GB),
     (None, None, None),
@@ -9495,11 +9462,9 @@ MACHINES = [
 def test_the_budget_of_a_machine(tmp_path, monkeypatch, sizes, processes, vram):
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     if sizes is not None:
-        executable(
-            tmp_path / ("rocm-smi" if sizes == ROCM_SIZES else "nvidia-smi"),
-            f"case $1 in *memory.total*|*meminfo) echo '{sizes}' ;;"
-            f" *) echo '{processes}'; esac",
-        )
+        tool = "rocm-smi" if sizes == ROCM_SIZES else "nvidia-smi"
+        questions = f"*memory.total*|*meminfo) echo '{sizes}' ;; *) echo '{processes}'"
+        executable(tmp_path / tool, f"case $1 in {questions}; esac")
     budget = llmswap.machine_budget(lambda pid: pid == 1)
     assert budget.get("vram") == (vram and vram * GB)
     memory = int(re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())[1])
@@ -9549,7 +9514,6 @@ BUDGET = {"vram": 24 * GB, "ram": 64 * GB}
 LEARNED = [
     # what was known in GiB, and from where; peak; may it have been squeezed, is the run
     # over; what is known then
-    (None, "not known yet", 10, False, False, 10.5),
     (None, "not known yet", 10, True, False, 10.5),
     (21, "measured", 10, False, False, 21),  # later in this run it may take more
     (21, "measured", 10, False, True, 10.5),
@@ -9558,9 +9522,17 @@ LEARNED = [
     (20, "llama-fit-params", 17, True, True, None),
     (20, "llama-fit-params", 19, True, True, 19.95),
     (20, "llama-fit-params", 17, False, False, 17.85),
-    (40, "file sizes", 10, False, False, 10.5),
     (40, "out of memory", 10, False, False, 10.5),
 ]
+
+
+def needs_file(folder, *known):
+    """Write what is known: of each model a source and GiB."""
+    rows = {}
+    for model, source, size in known:
+        row = {"source": source, "amounts": {"vram": int(size * GB)}}
+        rows[llmswap._command_key(model)] = row
+    (folder / "needs.json").write_text(json.dumps({"version": 1, "needs": rows}))
 
 
 @pytest.mark.parametrize("known, source, peak, squeezed, over, then", LEARNED)
@@ -9568,11 +9540,8 @@ def test_a_peak_is_learned_unless_it_was_squeezed(
     tmp_path, known, source, peak, squeezed, over, then
 ):
     model = auto_model(tmp_path)
-    row = {"model": "m", "source": source, "amounts": {}}
     if known:
-        row["amounts"] = {"vram": int(known * GB)}
-    document = {"version": 1, "needs": {llmswap._command_key(model): row}}
-    (tmp_path / "needs.json").write_text(json.dumps(document))
+        needs_file(tmp_path, (model, source, known))
     needs = llmswap.Needs(str(tmp_path), print)
     needs.learn(model, {"vram": peak * GB}, squeezed, over)
     amounts, told = needs.of(model, BUDGET)
@@ -9602,10 +9571,9 @@ def test_what_is_known_is_kept_by_command_and_shared(tmp_path):
 
 
 BROKEN_NEEDS = [
-    "", "{", "[]", "\xff", '{"k": 3}', '{"version": 2, "needs": {}}', '{"version": 1}',
-    '{"version": 1, "needs": {"k": {"vram": 1}}}',
+    "", "[]", "\xff", '{"version": 2, "needs": {}}', '{"version": 1}', "[" * 100000,
     '{"version": 1, "needs": {"k": {"amounts": {"vram": "6G"}}}}',
-    '{"version": 1, "needs": {"k": {"amounts": 3}}}', "[" * 100000,
+    '{"version": 1, "needs": {"k": {"amounts": 3}}}',
     '{"version": 1, "needs": {"k": {"amounts": {"vram": 1e999}}}}',
 ]  # fmt: skip
 
@@ -9638,6 +9606,9 @@ FIT_HELP = """\
 -fitp, --fit-print [on|off]             print the estimated required memory
 """
 FIT_ROWS = "0.00.1 I main: printing ...\nCUDA0 7401 814 517 \nHost 1280 0 154 \n"
+UNFIT = "error: failed to load model\n"
+
+
 ESTIMATES = [
     # what llama-fit-params prints; the budget; MiB of the estimate, and its source
     (FIT_ROWS, "auto", {"vram": 8732 + 3, "ram": 1434}, "llama-fit-params"),
@@ -9645,9 +9616,8 @@ ESTIMATES = [
      {"vram": 66 + 3, "ram": 6}, "llama-fit-params"),
     ("Host 100 20 3 \n", "auto", {"vram": 0, "ram": 123 + 3}, "llama-fit-params"),
     (FIT_ROWS, "ram auto", {"ram": 8732 + 1434 + 3}, "llama-fit-params"),
-    ("error: failed to load model\n", "vram 24G, ram auto", {"vram": 6, "ram": 0},
-     "file sizes"),
-    ("error: failed to load model\n", "ram auto", {"ram": 6}, "file sizes"),
+    (UNFIT, "vram 24G, ram auto", {"vram": 6, "ram": 0}, "file sizes"),
+    (UNFIT, "ram auto", {"ram": 6}, "file sizes"),
 ]  # fmt: skip
 
 
@@ -9731,7 +9701,6 @@ def test_needs_are_cut_down_so_that_each_can_be_loaded(tmp_path, _, pinned, othe
 AUTO_FILES = [
     # budget; needs in [*]; needs of m; its needs as read, its problem
     ("auto", "", "", None, None),
-    ("vram auto", "", "", None, None),
     ("vram 24G, ram auto", "", "", None, None),
     ("vram 24G", "", "", {}, None),
     ("vram 24G", "", "auto", None, None),
@@ -9834,26 +9803,25 @@ def test_models_of_unknown_size_are_loaded_alone_first_and_together_afterwards(t
 
 
 def test_the_vendors_tool_is_asked_rarely_and_delays_nobody(tmp_path):
+    def hanging_tools(server):
+        lines = family(server.token).items()
+        return [pid for pid, words in lines if words == "sleep 60"]
+
     with auto_server(tmp_path) as server:
         server.get("/health")
         asked, tool = tmp_path / "asked", tmp_path / "nvidia-smi"
-        at_start = len(asked.read_text().splitlines())
+        at_start = asked.read_text().count("\n")
         measured_chat(server, "small")
-        assert 1 <= len(asked.read_text().splitlines()) - at_start <= 3
-        before, end = asked.read_text(), time.monotonic() + 1
-        while time.monotonic() < end:
+        before = asked.read_text()
+        assert 1 <= before.count("\n") - at_start <= 3
+        for _ in range(100):
             assert server.chat("small").status == 200
         assert asked.read_text() == before and llmswap.MEASURE_INTERVAL == 60
         tool.write_text("#!/bin/sh\nexec sleep 60\n")
         assert server.chat("middle").status == 200
-
-        def hanging_tools():
-            lines = family(server.token).items()
-            return [pid for pid, words in lines if words == "sleep 60"]
-
-        hanging = eventually(hanging_tools)
+        hanging = eventually(lambda: hanging_tools(server))
         assert server.loaded() == ["middle"] and server.chat("middle").status == 200
-        assert hanging == hanging_tools()  # neither waited for it
+        assert hanging == hanging_tools(server)  # neither waited for it
         tool.write_text("#!/bin/sh\n")
         os.kill(hanging[0], signal.SIGKILL)
         eventually(lambda: entry_of(server, "middle")["needs"]["source"] == "measured")
@@ -9869,7 +9837,7 @@ def test_a_tool_that_shows_no_processes_tells_what_a_model_alone_takes(tmp_path,
 
 
 def test_the_peak_of_the_last_run_counts(tmp_path):
-    with auto_server(tmp_path, MEASURE_INTERVAL=0.1) as server:
+    with auto_server(tmp_path, MEASURE_INTERVAL=0.02) as server:
         asked = tmp_path / "asked"
 
         def needs_of_small(size):
@@ -9881,11 +9849,10 @@ def test_the_peak_of_the_last_run_counts(tmp_path):
         measured_chat(server, "small")
         assert needs_of_small(10) == pytest.approx(10)
         assert needs_of_small(7) == pytest.approx(10)
-        server.post("/models/unload", {"model": "small"})
-        eventually(lambda: server.loaded() == [])
+        unload(server, "small")
         assert server.chat("small").status == 200
         assert needs_of_small(8) == pytest.approx(10)
-        server.post("/models/unload", {"model": "small"})
+        unload(server, "small")
         eventually(lambda: entry_of(server, "small")["needs"]["vram"] < 9 * GB)
 
 
@@ -9906,32 +9873,32 @@ cmd = FAKE --model first
 [second]
 cmd = FAKE --model second
 [hungry]
-cmd = /bin/sh FOLDER/hungry ${PORT}
+cmd = /bin/sh FOLDER/hungry FAKE --model hungry
 """
 HUNGRY = """\
 echo >>FOLDER/tries
-if cat /proc/[0-9]*/cmdline 2>&1 | tr '\\0' ' ' | grep -Eaq 'JOURNAL [-]-model (OTHERS)'
+if [ $(wc -l <FOLDER/tries) -le FAILURES ]
 then
   echo 'CUDA0: cudaMalloc failed: out of memory'
   exit 1
 fi
-exec COMMAND
+exec "$@"
 """
 
 
-@pytest.mark.parametrize("others", ["first", "first|second"])
-def test_a_load_without_memory_makes_room_once_unseen_by_its_client(tmp_path, others):
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_load_without_memory_makes_room_once_unseen_by_its_client(tmp_path, failures):
+    script = HUNGRY.replace("FOLDER", str(tmp_path)).replace("FAILURES", str(failures))
+    (tmp_path / "hungry").write_text(script)
     with Llmswap(SHORT_FILE.replace("FOLDER", str(tmp_path))) as server:
-        script = HUNGRY.replace("OTHERS", others).replace("FOLDER", str(tmp_path))
-        script = script.replace("JOURNAL", f"{server.folder}/journal")
-        command = fake_command("--model", "hungry", port="$1")
-        (tmp_path / "hungry").write_text(script.replace("COMMAND", command))
         for model in ("first", "second"):
             assert server.chat(model).status == 200
         answer = server.chat("hungry")
         assert len((tmp_path / "tries").read_text()) == 2
-        if others == "first":
+        if failures == 1:
             assert answer.status == 200 and server.loaded() == ["hungry", "second"]
+            [end], [start] = map(server.journal, ("end", "main"), ("first", "hungry"))
+            assert end["t"] < start["t"]
             assert "hungry: loading again once first is unloaded" in server.log()
             assert "failed" not in entry_of(server, "hungry")["status"]
         else:
@@ -9943,14 +9910,10 @@ def test_a_load_without_memory_makes_room_once_unseen_by_its_client(tmp_path, ot
 def stage_of_needs(folder, **sources):
     """A stage whose models need, by source and GiB, what is known of them."""
     text = f"[llmswap]\nbudget = vram 24G\nstate-dir = {folder}\n[*]\nneeds = auto\n"
-    stage = PoolStage(folder, text + "".join(f"[{n}]\nTRUE {n}\n" for n in sources))
-    pool, models = stage.pool, stage.pool.config.models
-    for name, (source, size) in sources.items():
-        known = llmswap.Known(name, source, {"vram": size * GB})
-        pool._needs._set(llmswap._command_key(models[name]), known)
-    with pool._lock:
-        pool._refresh_specs()
-    return stage
+    text += "".join(f"[{name}]\nTRUE {name}\n" for name in sources)
+    models = PoolStage(folder, text).pool.config.models
+    needs_file(folder, *((models[name], *known) for name, known in sources.items()))
+    return PoolStage(folder, text)
 
 
 def test_a_model_that_never_fits_whole_is_not_learned_from_what_it_squeezed_into(
@@ -9962,8 +9925,6 @@ def test_a_model_that_never_fits_whole_is_not_learned_from_what_it_squeezed_into
     for name in estimates:
         stage.load(name)
         pool._runs[stage.backend(name)].peak = {"vram": 12 * GB}
-        with pool._lock:
-            pool._learn(stage.backend(name), is_over=True)
         stage.now += 99
         pool.unload(models[name])
         stage.backend(name).end()
