@@ -2417,10 +2417,10 @@ class WatchedBackend:
         self.backend.start()
 
     def on_loaded(self, _):
-        self.news.put(("loaded", None))
+        self.news.put("loaded")
 
     def on_exited(self, _, problem):
-        self.news.put(("exited", problem))
+        self.news.put(problem)
 
     def on_line(self, *_):
         """Of no concern here, as are the next ones."""
@@ -2428,13 +2428,13 @@ class WatchedBackend:
     on_dying = on_described = on_progress = on_line
 
     def loaded(self):
-        event, problem = self.news.get(timeout=30)
-        assert event == "loaded", problem
+        news = self.news.get(timeout=30)
+        assert news == "loaded", news
         return self.backend
 
     def exited(self):
-        event, problem = self.news.get(timeout=30)
-        assert event == "exited"
+        problem = self.news.get(timeout=30)
+        assert problem != "loaded"
         return problem
 
     def stop(self):
@@ -2674,9 +2674,7 @@ def test_a_stop_at_any_moment_of_a_start_leaves_nothing(begin, delay):
     threading.Event().wait(delay)
     watched.backend.stop()
     news = watched.news.get(timeout=5)
-    if news[0] == "loaded":
-        news = watched.news.get(timeout=5)
-    assert news == ("exited", None)
+    assert (watched.news.get(timeout=5) if news == "loaded" else news) is None
     assert not has_group(watched.backend.pid)
 
 
@@ -2712,21 +2710,13 @@ def test_workers_that_outlive_their_leader_are_killed(begin):
     assert worker is None or worker.state == "Z"
 
 
-STOPPER = """\
-echo "$1 $2" >{told}
-kill -TERM $1
-sleep 0.2
-echo done >>{told}
-"""
-
-
 def test_a_stop_command_is_run_instead_and_may_finish(begin, tmp_path):
     told = tmp_path / "told"
-    command = executable(tmp_path / "stop", STOPPER.format(told=told))
-    watched = begin(cmd_stop=f"{command} ${{PID}} ${{PORT}}")
+    text = f"echo $1 $2 >{told}; kill -TERM $2; sleep 0.2; echo done >>{told}"
+    watched = begin(cmd_stop=f"{script(tmp_path, text)} ${{PID}}")
     backend = watched.loaded()
     assert watched.stop() is None
-    assert told.read_text() == f"{backend.pid} {backend.port}\ndone\n"
+    assert told.read_text() == f"{backend.port} {backend.pid}\ndone\n"
 
 
 def test_a_stop_command_that_hangs_is_killed_with_what_it_started(begin, tmp_path):
@@ -2736,17 +2726,6 @@ def test_a_stop_command_that_hangs_is_killed_with_what_it_started(begin, tmp_pat
     assert watched.stop() is None
     stopper = int((tmp_path / "pid").read_text())
     eventually(lambda: not has_group(stopper))
-
-
-def test_a_server_that_closes_its_output_lives_on(begin, tmp_path):
-    command = fake_command()
-    watched = begin(cmd=script(tmp_path, f"exec >&- 2>&-\nPORT=$1\nexec {command}"))
-    port = watched.loaded().port
-    assert get(port, "/stats")["pid"] == watched.backend.pid
-    cpu = time.process_time()
-    threading.Event().wait(0.2)
-    assert time.process_time() - cpu < 0.15  # nobody spins on the end of its output
-    assert watched.stop() is None
 
 
 def test_a_flood_of_output_neither_blocks_it_nor_fills_the_memory(begin, tmp_path):
@@ -2834,9 +2813,9 @@ def ticks():
 
 
 class Stranger:
-    """A process that takes a port, at once or when told, and tells what it hears."""
+    """A process that takes a port when it is told, and tells what it hears."""
 
-    def __init__(self, port=None, *, is_late=False):
+    def __init__(self, port=None):
         self.port = port
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", CI / "stranger.py"],
@@ -2847,8 +2826,6 @@ class Stranger:
         self.pid = self._process.pid
         birth = llmswap.process_stat(self.pid).start
         eventually(lambda: ticks() > birth)  # whoever is born now is younger
-        if port and not is_late:
-            self.listen()
 
     def listen(self):
         self._process.stdin.write(b"%d\n" % self.port)
@@ -2858,15 +2835,6 @@ class Stranger:
     def heard(self):
         self._process.kill()
         return self._process.communicate()[0]
-
-
-@pytest.fixture
-def first_port(monkeypatch):
-    """The port that is chosen first, whether it is free or not."""
-    port, really = free_port(), llmswap.free_port
-    ports = iter([port])
-    monkeypatch.setattr(llmswap, "free_port", lambda: next(ports, None) or really())
-    return port
 
 
 def kind_keys(kind, folder):
@@ -2884,14 +2852,18 @@ def kind_keys(kind, folder):
 @pytest.mark.parametrize("kind", ["cmd", "llama-server"])
 @pytest.mark.parametrize("is_late", [False, True])
 def test_a_stranger_on_the_chosen_port_hears_nothing(
-    begin, tmp_path, first_port, kind, is_late
+    begin, tmp_path, monkeypatch, kind, is_late
 ):
-    stranger = Stranger(first_port, is_late=is_late)
+    stranger, free = Stranger(free_port()), llmswap.free_port
+    ports = iter([stranger.port])
+    monkeypatch.setattr(llmswap, "free_port", lambda: next(ports, None) or free())
+    if not is_late:
+        stranger.listen()
     watched = begin(**kind_keys(kind, tmp_path))
     if is_late:
         eventually(lambda: watched.backend.pid)
         stranger.listen()
-    assert watched.loaded().port != first_port
+    assert watched.loaded().port != stranger.port
     assert get(watched.backend.port, "/stats")["pid"] == watched.backend.pid
     assert stranger.heard() == b""
 
@@ -2926,7 +2898,7 @@ def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(
     begin, tmp_path, kind
 ):
     backend = begin(**kind_keys(kind, tmp_path), hang_timeout=0.3).loaded()
-    stranger = Stranger(backend.port, is_late=True)
+    stranger = Stranger(backend.port)
     backend.upstream.connect()[0].close()
     os.kill(backend.pid, order_to("deaf"))  # it lives on
     eventually(lambda: not is_listening(backend.port))
@@ -2938,16 +2910,14 @@ def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(
     assert stranger.heard() == b""
 
 
-def test_a_fixed_port_held_by_a_stranger_is_told(begin, tmp_path, monkeypatch):
+def test_a_fixed_port_held_by_a_stranger_is_told(begin, monkeypatch):
     monkeypatch.setattr(llmswap, "HEALTH_TIMEOUT", 0.3)
-    port = free_port()
-    stranger = Stranger(port)
-    proxy = f"http://127.0.0.1:{port}"
-    said = rf"its port {port} is held by process {stranger.pid} \(python"
-    exiting = begin(cmd=fake_command(port=str(port)), proxy=proxy)
-    assert re.search(said, str(exiting.exited()))
-    patient = begin(cmd="sleep 60", proxy=proxy)
-    assert re.search(said, str(patient.exited()))
+    stranger = Stranger(free_port())
+    stranger.listen()
+    reason = rf"its port {stranger.port} is held by process {stranger.pid} \(python"
+    for command in (fake_command(port=str(stranger.port)), "sleep 60"):
+        watched = begin(cmd=command, proxy=f"http://127.0.0.1:{stranger.port}")
+        assert re.search(reason, str(watched.exited()))
     assert stranger.heard() == b""
 
 
@@ -2963,11 +2933,15 @@ def test_a_line_written_at_every_check_does_not_make_checks_endless(
     assert 2 < len(probes) <= most + 2
 
 
-def test_a_listener_in_the_childs_group_is_the_childs(begin, tmp_path):
-    wrapped = fake_command(port="$1")
-    watched = begin(cmd=script(tmp_path, f"{wrapped} &\nwait"))
+def test_a_worker_may_be_the_server_and_close_its_output(begin, tmp_path):
+    text = f"exec >&- 2>&-\nPORT=$1\n{fake_command()} &\nwait"
+    watched = begin(cmd=script(tmp_path, text))
     backend = watched.loaded()
     assert get(backend.port, "/stats")["pid"] != backend.pid
+    cpu = time.process_time()
+    threading.Event().wait(0.2)
+    assert time.process_time() - cpu < 0.15  # nobody spins on the end of its output
+    assert watched.stop() is None
 
 
 # -- hanging
@@ -2984,10 +2958,7 @@ def test_a_silent_request_with_answering_health_is_left_alone(begin):
             eventually(lambda: backend._silent_since is None)
         assert get(backend.port, "/stats")["health"] > seen
         assert watched.news.empty()
-
-
-def test_cmd_models_are_not_suspected_by_default(begin):
-    backend = begin().loaded()
+    backend = begin().loaded()  # of `cmd`, which is not suspected by default
     backend.report_stall()
     assert backend._silent_since is None
 
@@ -3053,24 +3024,39 @@ def test_a_fork_that_fails_is_a_failed_start(begin, monkeypatch):
 
 def test_without_pidfd_an_exit_is_noticed_all_the_same(begin, monkeypatch):
     monkeypatch.delattr(os, "pidfd_open")
-    watched = begin()
+    watched = begin("--grandchild")  # which holds its output open
     os.kill(watched.loaded().pid, signal.SIGKILL)
     assert "killed by signal 9" in str(watched.exited())
 
 
-def test_a_closed_upstream_gives_no_connection_and_cuts_those_in_use():
+@pytest.fixture
+def upstream():
+    """An Upstream, and as `listener` the socket to which it leads."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         upstream = llmswap.Upstream(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        used, idle = upstream.connect()[0], upstream.connect()[0]
-        upstream.release_connection(idle)
-        assert upstream.connect() == (idle, True)
-        upstream.release_connection(idle)
+        upstream.listener = listener
+        yield upstream
         upstream.close()
-        assert used.recv(1) == b""
-        upstream.release_connection(used)
-        assert used.fileno() == idle.fileno() == -1
-        with pytest.raises(ConnectionAbortedError):
-            upstream.connect()
+
+
+def test_a_closed_upstream_gives_no_connection_and_cuts_those_in_use(upstream):
+    used, idle = upstream.connect()[0], upstream.connect()[0]
+    upstream.release_connection(idle)
+    assert upstream.connect() == (idle, True)
+    upstream.release_connection(idle)
+    upstream.close()
+    assert used.recv(1) == b""
+    upstream.release_connection(used)
+    assert used.fileno() == idle.fileno() == -1
+    with pytest.raises(ConnectionAbortedError):
+        upstream.connect()
+
+
+def test_a_connection_kept_over_a_suspension_is_not_used_again(upstream, monkeypatch):
+    upstream.release_connection(upstream.connect()[0])
+    suspended = llmswap.suspended_seconds() + 60
+    monkeypatch.setattr(llmswap, "suspended_seconds", lambda: suspended)
+    assert not upstream.connect()[1]
 
 
 @pytest.mark.parametrize("shell", ["/bin/sh", "bash"])
@@ -3112,21 +3098,17 @@ class Puppet:
     def __init__(self, model, listener):
         self.model = model
         self.listener = listener
-        self.is_stopping = self.is_killed = False
+        self.is_stopping = False
 
     def start(self):
         """Nothing: the test says when it is loaded."""
 
     def stop(self, at_once=False):
         self.is_stopping = True
-        self.is_killed = self.is_killed or at_once
 
     def is_reachable(self, within):
         """Whether it may be given to a request."""
         return True
-
-    def processes(self):
-        return set()
 
     def load(self):
         self.started_at = time.monotonic()
@@ -3139,17 +3121,16 @@ class Puppet:
 class PoolRequest:
     """A request on a thread of its own, with a lease until `end`."""
 
-    def __init__(self, pool, name, preemptible=False):
+    def __init__(self, pool, name):
         self.backend = self.problem = None
         self._may_end, self._is_over = threading.Event(), threading.Event()
-        work, before = (pool, pool.config.resolve(name), preemptible), count_of(pool)
+        work, before = (pool, pool.config.resolve(name)), count_of(pool)
         threading.Thread(target=self._run, args=work, daemon=True).start()
-        is_over = self._is_over.is_set
-        eventually(lambda: preemptible or is_over() or count_of(pool) > before)
+        eventually(lambda: self._is_over.is_set() or count_of(pool) > before)
 
-    def _run(self, pool, model, preemptible):
+    def _run(self, pool, model):
         try:
-            with pool.lease(model, lambda: False, preemptible) as backend:
+            with pool.lease(model, lambda: False) as backend:
                 self.backend = backend
                 self._may_end.wait(30)
         except llmswap.APIError as problem:
@@ -3196,8 +3177,8 @@ class PoolStage:
         self.path.write_text(text)
         return llmswap.load_config(str(self.path))
 
-    def ask(self, name, preemptible=False):
-        return PoolRequest(self.pool, name, preemptible)
+    def ask(self, name):
+        return PoolRequest(self.pool, name)
 
     def backend(self, name, number=-1):
         found = lambda: [e for e in self.backends if e.model.name == name]  # noqa: E731
@@ -3206,14 +3187,11 @@ class PoolStage:
     def state(self, name):
         return self.pool.status(self.pool.config.models[name]).state
 
-    def busy(self, name):
+    def load(self, name):
         request = self.ask(name)
         self.backend(name).load()
         request.granted()
-        return request
-
-    def load(self, name):
-        self.busy(name).end()
+        request.end()
 
 
 @pytest.fixture
@@ -3266,14 +3244,12 @@ class Quick(Puppet):
 
     def _run(self):
         chance = random.random()
-        if self._is_asked.wait(random.random() * 0.004) or chance < 0.1:
-            is_asked = self._is_asked.is_set()
-            problem = None if is_asked else llmswap.LoadFailed("bad luck")
-            return self.listener.on_exited(self, problem)
-        self.load()
-        is_asked = self._is_asked.wait(random.random() * 0.05 if chance < 0.3 else None)
-        problem = None if is_asked else llmswap.LoadFailed("it died")
-        return self.listener.on_exited(self, problem)
+        is_asked = self._is_asked.wait(random.random() * 0.004)
+        if not is_asked and chance > 0.1:
+            self.load()
+            lifetime = random.random() * 0.05 if chance < 0.3 else None
+            is_asked = self._is_asked.wait(lifetime)
+        self.end(None if is_asked else llmswap.LoadFailed("bad luck"))
 
 
 def test_many_threads_at_once_get_a_backend_or_a_reason(tmp_path):
@@ -3293,12 +3269,10 @@ def test_many_threads_at_once_get_a_backend_or_a_reason(tmp_path):
                     if rng.random() < 0.1:
                         pool.unload(model)
 
-    crowd = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(16)]
-    for thread in crowd:
-        thread.start()
-    eventually(lambda: not any(thread.is_alive() for thread in crowd), 60)
+    with ThreadPoolExecutor(16) as crowd:
+        list(crowd.map(work, range(16)))
     assert all(served) and len(served) > 20
-    assert pool.counts()["requests"] == pool.counts()["queued"] == 0
+    assert count_of(pool) == 0
     pool.close(0)
 
 
@@ -3316,9 +3290,8 @@ def test_load_on_startup_does_not_delay_the_start(tmp_path, monkeypatch):
     may_go_on.set()
     stage.backend("a").load()
     assert stage.state("a") == "loaded"
-    threading.Thread(target=stage.pool.close, args=(0,), daemon=True).start()
-    eventually(lambda: stage.backend("a").is_stopping)
     stage.backend("a").end()
+    stage.pool.close(0)
 
 
 def test_a_model_misconfigured_by_a_reload_during_its_check_blocks_nothing(
@@ -3354,7 +3327,6 @@ def test_a_follower_gets_the_history_and_each_new_item_once(monkeypatch):
     feed = llmswap.Broadcast(3)
     for number in range(5):
         feed.publish(number)
-    assert feed.history() == [2, 3, 4]
     with feed.subscribe() as get, feed.subscribe(with_history=False) as get_new:
         feed.publish(5)
         assert [get(0.1) for _ in range(5)] == [2, 3, 4, 5, None]
@@ -3481,7 +3453,7 @@ def test_a_second_signal_ends_everything_at_once(number):
 
 
 def test_idle_backends_are_stopped_in_parallel():
-    models = "".join(f"[{n}]\ncmd = FAKE --model {n} --stop-delay 1\n" for n in "abcd")
+    models = "".join(f"[{n}]\ncmd = FAKE --model {n} --stop-delay 0.5\n" for n in "abcd")
     with Llmswap(f"[llmswap]\nmodels-max = 0\n{models}") as server:
         for name in "abcd":
             server.chat(name)
@@ -3494,42 +3466,24 @@ def test_idle_backends_are_stopped_in_parallel():
 # ---- stops that take long
 
 
-def test_sigterm_ignored_delays_only_the_models_that_need_the_room():
-    text = (
-        "[llmswap]\nmodels-max = 2\n"
-        "[slow]\ncmd = FAKE --model slow --ignore-term\nstop-timeout = 60\n"
-        "[a]\ncmd = FAKE --model a\n[b]\ncmd = FAKE --model b\n"
-    )
-    with Llmswap(text) as server:
-        assert server.chat("slow").status == server.chat("a").status == 200
-        needs_room = ask_later(server, "b")
-        eventually(lambda: server.journal("term", "slow"))
-        assert server.chat("a").status == 200
-        os.kill(server.journal("main", "slow")[0]["pid"], signal.SIGKILL)
-        assert needs_room.answer().status == 200
-
-
 def test_a_request_after_a_stop_during_the_load_is_served_every_time():
-    refused = 0
-    with Llmswap("[a]\ncmd = FAKE --model a --load 0.1\n") as server:
-        for number in range(12):
+    statuses = []
+    with Llmswap("[a]\ncmd = FAKE --load 0.1\n") as server:
+        for number in range(8):
             first = ask_later(server, "a")
             eventually(lambda: server.states()["a"] == "loading", every=0.001)
             server.post("/models/unload", {"model": "a"})
             assert server.chat("a").status == 200, number
-            status = first.answer().status
-            assert status in (200, 503)
-            refused += status == 503
-            server.post("/models/unload", {"model": "a"})
-            eventually(lambda: server.states()["a"] == "unloaded")
+            statuses.append(first.answer().status)
+            unload(server, "a")
         eventually(lambda: not zombies_of(server.pid))
-    assert refused >= 5  # the others were loaded before the stop came
+    assert {*statuses} <= {200, 503}
+    assert statuses.count(503) >= 3  # the others were loaded before the stop came
 
 
 def test_nothing_runs_while_nothing_happens():
-    text = "[llmswap]\nmodels-max = 0\n[a]\ncmd = FAKE\n[b]\ncmd = FAKE\n"
-    with Llmswap(text) as server:
-        server.chat("a"), server.chat("b")
+    with Llmswap("[a]\ncmd = FAKE\n") as server:
+        server.chat("a")
         counts = [-1]
 
         def is_asleep():
@@ -3586,18 +3540,12 @@ def test_a_broken_file_changes_nothing_and_the_log_says_why():
     whole = RELOADS.format(changed="old")
     with Llmswap(whole) as server:
         pid = server.stats("kept")["pid"]
-        broken = [
-            ("[llmswap]\nmodels-max = many\n", "test.ini:2: [llmswap] models-max"),
-            ("[kept\n", "test.ini:1:"),
-            ("[llmswap]\nno-such-key = 1\n", "test.ini:2: [llmswap] no-such-key"),
-        ]
-        for number, (text, place) in enumerate(broken, 1):
-            server.reload(text)
-            eventually(lambda n=number: server.log().count("not reloaded") == n)
-            assert f"not reloaded: {server.folder}/{place}" in server.log()
+        server.reload("[llmswap]\nmodels-max = many\n")
+        text = f"not reloaded: {server.ini}:2: [llmswap] models-max"
+        eventually(lambda: text in server.log())
         server.ini.unlink()
         server.process.send_signal(signal.SIGHUP)
-        eventually(lambda: server.log().count("not reloaded") == len(broken) + 1)
+        eventually(lambda: server.log().count("not reloaded") == 2)
         server.reload(whole.replace("[llmswap]", "[llmswap]\nlog-level = debug"))
         eventually(lambda: "was read again" in server.log())
         assert server.stats("kept")["pid"] == pid
@@ -3726,7 +3674,6 @@ def test_an_edited_file_is_in_use_before_the_next_request(by_rename):
     text = "[llmswap]\nmodels-max = 0\n[kept]\ncmd = FAKE --model kept\n"
     with Llmswap(text, WATCH_EVERY=0.0) as server:
         edit = server.write if by_rename else server.ini.write_text
-        pid = server.stats("kept")["pid"]
         with server.stream("kept", tokens=10**6, pause=0.05) as stream:
             events = stream.events()
             next(events)
@@ -3744,7 +3691,6 @@ def test_an_edited_file_is_in_use_before_the_next_request(by_rename):
             assert server.chat("new").status == 404
             assert shown_problem(server) is None
             next(events)
-        assert server.stats("kept")["pid"] == pid
 
 
 def shown_problem(server):
@@ -3775,10 +3721,13 @@ def test_a_file_is_looked_at_by_requests_only_and_not_if_told_so(tmp_path):
         eventually(lambda: server.chat("b").status == 200)
 
 
-def test_a_file_on_a_mount_that_hangs_delays_requests_only_a_little(
-    tmp_path, monkeypatch
-):
-    watch, hanging, waits = llmswap.FileWatch(str(tmp_path)), threading.Event(), []
+@pytest.fixture
+def watch(tmp_path):
+    return llmswap.FileWatch(str(tmp_path))
+
+
+def test_a_file_on_a_mount_that_hangs_delays_requests_only_a_little(watch, monkeypatch):
+    hanging, waits = threading.Event(), []
     monkeypatch.setattr(watch, "_stamp", hanging.wait)
     monkeypatch.setattr(llmswap, "WATCH_TIMEOUT", 0.2)
     watch.check(lambda: None)
@@ -3789,8 +3738,9 @@ def test_a_file_on_a_mount_that_hangs_delays_requests_only_a_little(
     assert waits == [0.0]
 
 
-def test_a_file_is_looked_at_later_if_no_thread_can_be_started(tmp_path, monkeypatch):
-    watch = llmswap.FileWatch(str(tmp_path))
+def test_a_file_is_looked_at_later_if_no_thread_can_be_started(
+    watch, tmp_path, monkeypatch
+):
     monkeypatch.setattr(llmswap, "WATCH_EVERY", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse_to_start)
@@ -3808,8 +3758,7 @@ def refuse_to_start(_):
 @pytest.mark.parametrize("output", [None, "number of models in cache: 0"])
 def test_without_a_file_and_downloads_three_lines_say_what_to_do(tmp_path, output):
     if output:
-        (tmp_path / "llama-server").write_text(f"#!/bin/sh\necho '{output}'")
-        (tmp_path / "llama-server").chmod(0o755)
+        executable(tmp_path / "llama-server", f"echo '{output}'")
     env = {**os.environ, "PATH": f"{tmp_path}:/usr/bin:/bin"}
     words = [sys.executable, LLMSWAP]
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=30)
@@ -3851,19 +3800,18 @@ def test_the_parrot_repeats_the_last_message_and_survives_nonsense():
             assert client.ask("GET", "/v1/models").json()["data"] == [{"id": "parrot"}]
             messages = [{"content": "no"}, {"content": "Hi you"}]
             body = {"model": "jo", "messages": messages}
-            answer = client.ask("POST", CHAT, body).json()
-            assert answer["choices"][0]["message"]["content"] == "jo says: Hi you"
-            assert answer["usage"]["completion_tokens"] == 4
-            for nonsense in (b"", b"{", b"[]", b"3", b'{"messages":"x"}', b"[" * 5000):
+            answer = client.ask("POST", CHAT, body)
+            assert answer.content() == "jo says: Hi you"
+            assert answer.json()["usage"]["completion_tokens"] == 4
+            for nonsense in (b"{", b"[]", b'{"messages":"x"}', b"[" * 5000):
                 assert client.ask("POST", CHAT, nonsense).status == 400
+            assert b"squawk" in client.ask("POST", CHAT, {"messages": []}).body
             began = time.monotonic()
             events = client.ask("POST", CHAT, {**body, "stream": True}).body
             assert time.monotonic() > began + 0.2
-            chunks = [json.loads(event[6:]) for event in events.split(b"\n\n")[:-2]]
-            words = [chunk["choices"][0]["delta"]["content"] for chunk in chunks]
-            assert words == ["jo ", "says: ", "Hi ", "you"]
+            words = re.findall(rb'"content": ?"([^"]*)"', events)
+            assert words == [b"jo ", b"says: ", b"Hi ", b"you"]
             assert events.endswith(b"data: [DONE]\n\n")
-            assert b"squawk" in client.ask("POST", CHAT, {"messages": []}).body
 
 
 def brisk(text, *args, env=None, **constants):
@@ -3980,28 +3928,23 @@ def test_a_foreign_listener_the_port_of_a_unit_gets_no_request(units):
             assert stranger.stats()["requests"] == 0
 
 
-def test_a_unit_found_running_is_adopted(units):
-    port = free_port()
-    units.add("a", "--load", "0.5", port=port)
-    server = brisk(unit_ini(("a", port), idle_timeout="200ms"), env=units.env)
+def test_a_unit_found_running_or_added_by_a_reload_is_adopted(units):
+    ports = {"a": free_port(), "b": free_port()}
+    for name, port in ports.items():
+        units.add(name, "--load", "0.5", port=port)
+    keys = {"idle_timeout": "200ms", "head": "models-max = 0"}
+    server = brisk(unit_ini(("a", ports["a"]), **keys), env=units.env)
     units("start", "--", "a.service", TEST_FAMILY=server.token)
     pid = units.pid("a")
     with server:
         assert server.states() == {"a": "loading"}
-        assert server.chat("a").content().split() == ["a", str(pid), "word1", "word2"]
-        assert not any(" start " in call for call in units.calls()[1:])
+        assert server.chat("a").content().split()[1] == str(pid)
         eventually(lambda: server.states() == {"a": "unloaded"})
         assert not units.is_running("a")
-
-
-def test_a_unit_added_by_a_reload_is_adopted(units):
-    ports = free_port(), free_port()
-    units.add("a", port=ports[0])
-    units.add("b", port=ports[1])
-    with brisk(unit_ini(("a", ports[0])), env=units.env) as server:
         units("start", "--", "b.service", TEST_FAMILY=server.token)
-        server.reload(unit_ini(("a", ports[0]), ("b", ports[1])))
+        server.reload(unit_ini(*ports.items(), **keys))
         eventually(lambda: server.states() == {"a": "unloaded", "b": "loaded"})
+        assert not any(" --no-ask-password start" in call for call in units.calls())
 
 
 def test_a_unit_that_stops_by_itself_is_noticed_and_started_again(units, unit_server):
@@ -4219,10 +4162,9 @@ def ears():
 
 @pytest.fixture
 def machine():
-    """A machine elsewhere that can be switched on and off."""
-    found = Fake("--model", "far", "--load", "0.1", "--sleepable")
-    yield found
-    found.off()
+    """A machine elsewhere that can be switched off and on."""
+    with Fake("--model", "far", "--load", "0.1", "--sleepable") as machine:
+        yield machine
 
 
 def remote_ini(port, *lines):
@@ -4232,7 +4174,6 @@ def remote_ini(port, *lines):
 
 
 def test_a_remote_model_takes_no_room_and_gets_the_proxy_key(machine):
-    machine.on()
     with brisk(remote_ini(machine.port, "proxy-key = secret")) as server:
         assert server.chat("near").status == 200
         assert server.chat("far").content().startswith("far ")
@@ -4240,13 +4181,11 @@ def test_a_remote_model_takes_no_room_and_gets_the_proxy_key(machine):
         got = echoed(server.post("/echo", {"model": "far"}, ours))
         assert got["authorization"] == "Bearer secret"
         assert server.loaded() == ["far", "near"]
-        assert server.post("/models/unload", {"model": "far"}).status == 200
-        eventually(lambda: server.loaded() == ["near"])
-        assert is_listening(machine.port)
+        unload(server, "far")
+        assert server.loaded() == ["near"] and is_listening(machine.port)
 
 
 def test_a_proxy_may_lead_to_other_llmswaps_but_not_back(machine):
-    machine.on()
     loop = "[far]\nproxy = {}\nconcurrency = 1\n"
     with brisk(remote_ini(machine.port)) as inner, brisk(loop.format(inner.url)) as outer:
         edge = {"Via": "1.0 edge"}.items()
@@ -4266,6 +4205,7 @@ def test_a_proxy_may_lead_to_other_llmswaps_but_not_back(machine):
 
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_a_sleeping_machine_is_woken_and_the_client_gets_its_answer(machine, is_stream):
+    machine.off()
     with ears() as (port, packets), ThreadPoolExecutor() as crowd:
         lines = ["wake-mac = ab:cd:ef:01:23:45", f"wake-broadcast = 127.0.0.1:{port}"]
         with brisk(remote_ini(machine.port, *lines)) as server:
@@ -4280,12 +4220,12 @@ def test_a_sleeping_machine_is_woken_and_the_client_gets_its_answer(machine, is_
             assert times[-1] - times[0] > 0.2 * (count - 1) - 0.1, times
             packet = b"\xff" * 6 + bytes.fromhex("abcdef012345") * 16
             assert {data for _, data in packets} == {packet}
-            with server.stream("far", tokens=9, interval=0.05) as stream:
-                assert stream.text().startswith("far ")
+            assert server.chat("far").status == 200
             assert len(packets) <= count + 1  # it answers: there is nobody to wake
 
 
 def test_a_machine_that_does_not_wake_in_time_is_a_504(machine):
+    machine.off()
     with ears() as (port, packets), brisk(
         remote_ini(machine.port, "load-timeout = 250ms", "wake-mac = ab:cd:ef:01:23:45",
                    f"wake-broadcast = 127.0.0.1:{port}"), WAKE_INTERVAL=60.0
@@ -4297,16 +4237,12 @@ def test_a_machine_that_does_not_wake_in_time_is_a_504(machine):
             assert answer.status == 504 and 0.24 < time.monotonic() - began
             assert "did not answer for 0.25 s" in answer.message()
             assert "Connection refused" in answer.message()
-        machine.on()
-        eventually(machine.is_ready)
-        assert server.chat("far").status == 200
 
 
 @pytest.mark.parametrize("is_silent", [False, True])
 def test_a_remote_that_vanished_is_waited_for_and_not_called_broken(machine, is_silent):
-    machine.on()
     with brisk(remote_ini(machine.port), FRESH=0.0) as server:
-        for _ in range(3):
+        for _ in range(2):
             assert server.chat("far").status == 200
             machine.off()
             return_later(machine, 0.5, is_silent)
@@ -4327,7 +4263,6 @@ def return_later(machine, seconds, is_silent):
 
 @pytest.mark.parametrize("is_silent", [False, True])
 def test_a_machine_that_left_while_its_model_slept_is_waited_for(machine, is_silent):
-    machine.on()
     lines = ["sleep = POST /sleep?level=1", "wake = POST /wake_up", "needs = gpu 2"]
     text = "[llmswap]\nbudget = gpu 2\n" + remote_ini(machine.port, *lines)
     with brisk(text + "needs = gpu 1\n") as server:
@@ -4353,7 +4288,6 @@ def full_backlog(port):
 
 
 def test_a_stream_from_a_remote_that_vanishes_ends_broken(machine):
-    machine.on()
     with brisk(remote_ini(machine.port)) as server:
         with server.stream("far", tokens=100, interval=0.02) as stream:
             events = stream.events()
@@ -4391,17 +4325,24 @@ def test_a_remote_llmswap_that_is_started_anew_cuts_no_stream_and_fails_no_reque
 # ==================================================================================
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
-def test_an_https_upstream_is_used_if_its_certificate_is_good(machine, tmp_path):
-    machine.on()
+with_openssl = pytest.mark.skipif(
+    not shutil.which("openssl"), reason="needs openssl"
+)
+
+
+def certified(folder, machine, name="IP:127.0.0.1"):
+    """The file of an https upstream in front of the machine, and its TLS."""
     eventually(machine.is_ready)
-    tls = load_tool("tls").Tls(tmp_path, machine.port)
-    ini = remote_ini(tls.port, "load-timeout = 5s").replace("http:", "https:")
+    tls = load_tool("tls").Tls(folder, machine.port, name)
+    return remote_ini(tls.port, "load-timeout = 5s").replace("http:", "https:"), tls
+
+
+@with_openssl
+def test_an_https_upstream_is_used_if_its_certificate_is_good(machine, tmp_path):
+    ini, tls = certified(tmp_path, machine)
     with brisk(ini, env={"SSL_CERT_FILE": str(tls.certificate)}) as server:
         for _ in range(3):
             assert server.chat("far").content().startswith("far ")
-        with server.stream("far", tokens=5, interval=0.02) as stream:
-            assert stream.text().startswith("far ")
         big = server.chat("far", size=3_000_000)
         assert len(big.content()) >= 3_000_000 - 3
         with server.stream("far", tokens=3, stall=0.25) as stream:
@@ -4409,46 +4350,40 @@ def test_an_https_upstream_is_used_if_its_certificate_is_good(machine, tmp_path)
         assert tls.accepted <= 5  # kept connections are used again
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
+@with_openssl
 @pytest.mark.parametrize("trust", [False, True])
 def test_an_https_upstream_that_cannot_be_verified_gets_nothing(
     machine, tmp_path, trust
 ):
-    machine.on()
-    eventually(machine.is_ready)
-    name = "DNS:elsewhere" if trust else "IP:127.0.0.1"
-    tls = load_tool("tls").Tls(tmp_path, machine.port, name)
+    ini, tls = certified(tmp_path, machine, *["DNS:elsewhere"] * trust)
     env = {"SSL_CERT_FILE": str(tls.certificate)} if trust else {}
-    ini = remote_ini(tls.port).replace("http:", "https:")
     with brisk(ini, env=env) as server:
         answer = server.chat("far")
         assert answer.status == 502 and "certificate verify failed" in answer.message()
-        assert ask(machine.port, "GET", "/stats").json()["requests"] == 0
+        assert machine.stats()["requests"] == 0
 
 
 @pytest.mark.parametrize("act, is_quiet", [
     (lambda other: None, True), (lambda other: other.sendall(b"x"), False),
-    (lambda other: other.shutdown(socket.SHUT_WR), False),
     (lambda other: other.close(), False),
     (lambda other: (reset_at_close(other), other.close()), False),
 ])  # fmt: skip
-def test_a_kept_connection_serves_again_only_if_nothing_came_on_it(act, is_quiet):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        upstream = llmswap.Upstream(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        ours, _ = upstream.connect()
-        theirs, _ = listener.accept()
-        with theirs:
-            theirs.sendall(b"x" * 1000)
-            assert len(ours.recv(1000)) == 1000  # what was read leaves no trace
-            act(theirs)
-            # nothing has come to it, its end included
-            eventually(lambda: not select.select([ours], [], [], 0)[0] == is_quiet)
-            upstream.release_connection(ours)
-            assert upstream.connect()[1] is is_quiet
-        upstream.close()
+def test_a_kept_connection_serves_again_only_if_nothing_came_on_it(
+    upstream, act, is_quiet
+):
+    ours, _ = upstream.connect()
+    theirs, _ = upstream.listener.accept()
+    with theirs:
+        theirs.sendall(b"x" * 1000)
+        assert len(ours.recv(1000)) == 1000  # what was read leaves no trace
+        act(theirs)
+        # nothing has come to it, its end included
+        eventually(lambda: not select.select([ours], [], [], 0)[0] == is_quiet)
+        upstream.release_connection(ours)
+        assert upstream.connect()[1] is is_quiet
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
+@with_openssl
 def test_a_kept_connection_with_tls_holds_nothing_of_its_last_record(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         tls = load_tool("tls").Tls(tmp_path, listener.getsockname()[1])
@@ -4473,14 +4408,13 @@ def test_after_a_suspension_the_whole_program_trusts_nothing_of_before(
     machine, tmp_path
 ):
     """It is stopped as the machine would stop it; only the clocks' jump is played."""
-    machine.on()
     eventually(machine.is_ready)
     clock = tmp_path / "slept"  # an hour, once this is there
     slept = Code(f"lambda: 3600.0 * l.os.path.exists({str(clock)!r})")
     with brisk(remote_ini(machine.port), suspended_seconds=slept, FRESH=1e9) as server:
         assert server.chat("far").status == server.chat("near").status == 200
         for is_jump in (False, True):
-            before = ask(machine.port, "GET", "/stats").json()
+            before = machine.stats()
             with server.connect() as client:
                 asked = client.ask("GET", "/upstream/near/stats").json()["health"]
                 # its thread is done with near's connection once it answers again
@@ -4496,7 +4430,7 @@ def test_after_a_suspension_the_whole_program_trusts_nothing_of_before(
                 assert server.chat("near").status == 200
                 machine.process.send_signal(signal.SIGCONT)
                 assert far.result().status == 200
-            after = ask(machine.port, "GET", "/stats").json()
+            after = machine.stats()
             assert after["requests"] == before["requests"] + 1
             assert after["health"] == before["health"] + is_jump
             assert server.stats("near")["health"] == asked + is_jump
@@ -4555,16 +4489,6 @@ def test_a_kept_model_is_loaded_whenever_it_fits_but_not_against_an_unload_by_ha
         assert starts_of(server, "k") == 2
         server.reload(text)
         eventually(lambda: server.loaded() == ["k"])
-
-
-def test_a_kept_model_that_cannot_be_loaded_backs_off_and_disturbs_nobody():
-    text = "[k]\ncmd = /no/such ${PORT}\nkeep-loaded = on\n[b]\ncmd = FAKE\n"
-    with brisk(text) as server:
-        assert server.chat("b").status == 200
-        assert server.post("/models/unload", {"model": "b"}).status == 200
-        eventually(lambda: server.log().count("k: loading") == 4)  # 2 s until the next
-        assert server.chat("b").status == 200
-        assert server.log().count("k: loading") == 4
 
 
 def test_what_is_loaded_on_startup_comes_before_what_is_kept_loaded():
@@ -9483,23 +9407,20 @@ def test_processes_are_known_by_their_group_or_unit(monkeypatch):
 
 
 def test_mapped_files_count_as_memory_unless_they_are_on_the_gpu(tmp_path):
-    model = tmp_path / "m.gguf"
-    model.write_bytes(bytes(64 << 20))
+    model, size = tmp_path / "m.gguf", 64 * MB
+    model.write_bytes(bytes(size))
     code = "import mmap, sys, time\nfile = open(sys.argv[2], 'rb')\n"
     code += "held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)\n"
     code += "sum(held[i] for i in range(0, len(held), 4096))\ntime.sleep(60)"
     command = [sys.executable, "-c", code, "-m", str(model)]
-    child = subprocess.Popen(command, start_new_session=True)
-    try:
-        eventually(lambda: llmswap.memory_of(child.pid).get("RssFile", 0) > 64 << 20)
+    with subprocess.Popen(command, start_new_session=True) as child:
+        eventually(lambda: llmswap.memory_of(child.pid).get("RssFile", 0) > size)
         alone = llmswap.memory_taken(child.pid, None)
-        on_gpu = llmswap.memory_taken(child.pid, 64 << 20)
-    finally:
+        on_gpu = llmswap.memory_taken(child.pid, size)
         child.kill()
-        child.wait()
-    assert on_gpu["vram"] == 64 << 20 and "vram" not in alone
-    assert on_gpu["ram"] < 64 << 20 < alone["ram"]
-    assert llmswap.memory_taken(child.pid, 64 << 20) == {}  # it is gone
+    assert on_gpu["vram"] == size and "vram" not in alone
+    assert on_gpu["ram"] < size < alone["ram"]
+    assert llmswap.memory_taken(child.pid, size) == {}  # it is gone
 
 
 def auto_model(folder, name="m", budget="auto", **keys):
@@ -9579,21 +9500,21 @@ BROKEN_NEEDS = [
 
 
 def test_a_broken_file_of_needs_is_set_aside_and_a_lost_one_is_a_warning(tmp_path):
-    path, aside = tmp_path / "needs.json", tmp_path / "needs.json.broken"
-    model, log = auto_model(tmp_path), []
-    for text in BROKEN_NEEDS:
-        path.write_text(text, encoding="latin-1")
-        needs = llmswap.Needs(str(tmp_path), lambda *line: log.append(line))
-        (level, message) = log.pop()
-        assert level == "warning" and "cannot be read and is set aside: " in message
-        assert aside.read_text(encoding="latin-1") == text
+    path, model, log = tmp_path / "needs.json", auto_model(tmp_path), []
+    for text in (*BROKEN_NEEDS, None):
+        folder = tmp_path if text is not None else "/proc/nowhere"
+        path.write_text(text or "", encoding="latin-1")
+        needs = llmswap.Needs(str(folder), lambda *line: log.append(line))
         needs.learn(model, {"ram": GB}, False, False)
         needs.save()
-        assert len(json.loads(path.read_text())["needs"]) == 1
-    needs = llmswap.Needs("/proc/nowhere", lambda *line: log.append(line))
-    needs.learn(model, {"ram": GB}, False, False)
-    needs.save()
-    assert [level for level, _ in log] == ["warning"]
+        [(level, message)] = log
+        assert level == "warning"
+        log.clear()
+        if text is not None:
+            assert "cannot be read and is set aside: " in message
+            aside = tmp_path / "needs.json.broken"
+            assert aside.read_text(encoding="latin-1") == text
+            assert len(json.loads(path.read_text())["needs"]) == 1
 
 
 FIT_HELP = """\
@@ -9625,14 +9546,9 @@ def fit_model(folder, help, rows, budget="vram 24G, ram auto"):
     """A llama-server model with a projector, and a stand-in for llama-fit-params."""
     (folder / "m.gguf").write_bytes(bytes(2 * MB))
     (folder / "mmproj.gguf").write_bytes(bytes(3 * MB))
-    (folder / "help").write_text(help)
-    (folder / "rows").write_text(rows)
+    tool = f"echo $* >>{folder}/argv; [ $1 = --help ] && echo '{help}' || echo '{rows}'"
+    executable(folder / "llama-fit-params", tool)
     server = executable(folder / "llama-server", "")
-    executable(
-        folder / "llama-fit-params",
-        f'echo "$@" >>{folder}/argv\n'
-        f'[ "$1" = --help ] && exec cat {folder}/help\ncat {folder}/rows',
-    )
     keys = {"llama-server": server, "model": folder / "m.gguf", "ctx-size": 4096}
     keys |= {"mmproj": folder / "mmproj.gguf", "temp": "0.7"}
     keys["extra-args"] = "-ngl 9 --jinja --flash-attn on --chat-template x"
@@ -9643,20 +9559,16 @@ def fit_model(folder, help, rows, budget="vram 24G, ram auto"):
 def test_a_model_is_estimated(tmp_path, rows, budget, expected, source):
     model = fit_model(tmp_path, FIT_HELP, rows, budget)
     needs = llmswap.Needs(str(tmp_path), print)
-    needs.save()
-    total = {name: 64 * GB for name in expected}
+    total = dict.fromkeys(expected, 64 * GB)
     assert needs.estimate(model, total) and not needs.estimate(model, total)
     amounts, told = needs.of(model, total)
     assert {name: round(size / MB) for name, size in amounts.items()} == expected
     assert told == source
     asked = (tmp_path / "argv").read_text().splitlines()
-    assert asked[0] == "--help" and asked[1:] == [
-        f"--ctx-size 4096 --model {tmp_path}/m.gguf -ngl 9 --flash-attn on "
-        "--offline -fitp on",
-    ]  # only the options that it has
+    options = f"--ctx-size 4096 --model {tmp_path}/m.gguf -ngl 9 --flash-attn on"
+    assert asked == ["--help", f"{options} --offline -fitp on"]  # those that it has
     if source == "file sizes":  # what is measured replaces it
-        peak = {name: GB for name in expected}
-        needs.learn(model, peak, was_squeezed=False, is_over=False)
+        needs.learn(model, dict.fromkeys(expected, GB), False, False)
         assert needs.of(model, total)[0] == dict.fromkeys(expected, int(GB * 1.05))
 
 
@@ -9785,12 +9697,13 @@ def test_models_of_unknown_size_are_loaded_alone_first_and_together_afterwards(t
     with auto_server(tmp_path, text) as server:
         for model in ("small", "middle", "large"):
             assert measured_chat(server, model) == [model]
-        assert server.chat("small").status == 200
-        assert server.loaded() == ["large", "small"]
-        assert server.chat("middle").status == 200  # it evicts one, the older one
-        assert server.loaded() == ["middle", "small"]
-        assert server.chat("large").status == 200  # it evicts what it must, no more
-        assert server.loaded() == ["large", "middle"]
+        for model, loaded in (
+            ("small", ["large", "small"]),
+            ("middle", ["middle", "small"]),  # it evicts one, the older one
+            ("large", ["large", "middle"]),  # it evicts what it must, no more
+        ):
+            assert server.chat(model).status == 200
+            assert server.loaded() == loaded
         needs = entry_of(server, "large")["needs"]
         assert needs["vram"] == int(14 * GB * 1.05)
         server.kill()
@@ -9936,7 +9849,7 @@ def test_a_model_that_had_no_memory_beside_another_needs_more_from_then_on(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(llmswap, "POLL_INTERVAL", 0.02)
-    sizes = {name: ("measured", size) for name, size in dict(a=8, b=6, c=4).items()}
+    sizes = {"a": ("measured", 8), "b": ("measured", 6), "c": ("measured", 4)}
     stage = stage_of_needs(tmp_path, **sizes)
     stage.load("a")
     stage.now += 9
@@ -9947,11 +9860,10 @@ def test_a_model_that_had_no_memory_beside_another_needs_more_from_then_on(
     stage.backend("a").end()
     stage.backend("c", 1).load()
     assert request.granted() is stage.backend("c", 1)
-    needs = stage.pool.status(stage.pool.config.models["c"])
-    assert needs.needs == {"vram": (24 - 6) * GB}
-    assert needs.needs_source == "out of memory"
+    status = stage.pool.status(stage.pool.config.models["c"])
+    assert status.needs == {"vram": (24 - 6) * GB}
+    assert status.needs_source == "out of memory"
     request.end()
-    assert json.loads((tmp_path / "needs.json").read_text())
 
 
 def test_needs_and_budget_are_shown(tmp_path):
@@ -10046,6 +9958,11 @@ class Keeping(Llmswap):
         """Have a's place taken."""
         assert self.chat("b").status == 200
 
+    def tell_and_swap(self, *words, **wish):
+        cached = self.tell(*words, **wish)
+        self.swap()
+        return cached
+
     def restart(self):
         self.process.terminate()
         assert self.process.wait(30) == 0
@@ -10055,8 +9972,7 @@ class Keeping(Llmswap):
         eventually(lambda: self.states()["a"] == "unloaded")
 
     def unload(self):
-        self.post("/models/unload", {"model": "a"})
-        self.await_unloaded()
+        unload(self, "a")
 
     def reload_and_swap(self):
         self.reload(self.text.replace("[b]\nc = 1", "[c]\nc = 2"))
@@ -10107,9 +10023,8 @@ def test_a_conversation_outlives_every_stop_but_a_kill(tmp_path, stop):
         stop(server)
         eventually(lambda: len(server.files()) == 1)
         found = {p: p.stat().st_mode & 0o777 for p in (tmp_path / "state").rglob("*")}
-        modes = {mode for path, mode in found.items() if path.is_file()}
-        folders = {mode for path, mode in found.items() if path.is_dir()}
-        assert modes == {0o600} and folders == {0o700}
+        assert {mode for path, mode in found.items() if path.is_file()} == {0o600}
+        assert {mode for path, mode in found.items() if path.is_dir()} == {0o700}
         sizes = server.get("/metrics").body.decode()
         assert server.tell(prompt=3200) == 3100 and server.complaints() == []
         eventually(lambda: server.files() == [])
@@ -10127,7 +10042,7 @@ def test_a_conversation_outlives_every_stop_but_a_kill(tmp_path, stop):
 
 @pytest.mark.parametrize("text", [
     "", "[]", '{"F": []}', '{"F": ["c", 1, 1, [[0, "f"]]]}', "[" * 100000,
-    '{"F": ["c", "a", 1, []]}', '{"F": ["c", 1, 1e999, []]}', '{"F": ["c", 1, "a", 3]}',
+    '{"F": ["c", 1, 1e999, []]}',
 ])  # fmt: skip
 def test_a_broken_manifest_of_contexts_counts_as_none(tmp_path, text):
     (tmp_path / "x.ini").write_text(context_file(tmp_path, settings="context-max = 1"))
@@ -10143,21 +10058,9 @@ def test_a_broken_manifest_of_contexts_counts_as_none(tmp_path, text):
 
 
 FAULTS_OF_SLOTS = [
-    "list hang", "list fail", "list die", "save hang", "save fail", "save die",
-    "save short", "restore hang", "restore fail", "restore die",
+    "list hang", "save hang", "save fail", "save die", "save short", "restore hang",
+    "restore fail", "restore die",
 ]  # fmt: skip
-
-
-def test_contexts_outlive_an_idle_exit(tmp_path):
-    settings = "exit-idle-time = 50ms"
-    text = context_file(tmp_path, "idle-timeout = 20ms", settings)
-    body = chat_body("a", talk="x", prompt_tokens=3000)
-    with activation.Activator(text, tmp_path) as systemd:
-        for cached in (0, 3000):
-            answer = ask(systemd.port, "POST", CHAT, body).json()
-            assert answer["timings"]["cache_n"] == cached
-            ended = len(systemd.statuses) + 1
-            eventually(lambda ended=ended: len(systemd.statuses) == ended)
 
 
 @pytest.mark.parametrize("fault", FAULTS_OF_SLOTS)
@@ -10190,8 +10093,7 @@ def test_after_two_failures_no_context_of_a_command_is_kept(
         for _ in range(4):
             server.tell("another", prompt=600)  # which says nothing either way
             server.tell("another", prompt=900)
-            server.tell(prompt=2000)
-            server.swap()
+            server.tell_and_swap(prompt=2000)
         assert server.actions(action) == 2
         first, second = server.complaints()
         assert re.match(reason, first) and second.startswith(first)
@@ -10199,16 +10101,14 @@ def test_after_two_failures_no_context_of_a_command_is_kept(
         assert ": used" not in server.log()
         server.change_command()
         server.fault("none")
-        server.tell()
-        server.swap()
+        server.tell_and_swap()
         assert server.tell() == 3000
 
 
 def test_a_llama_server_that_cannot_save_is_left_alone(tmp_path):
     other = "[c]\ncmd = FAKE\nkeep-context = on"
     with Keeping(tmp_path, f"embeddings = on\n{other}") as server:
-        server.tell()
-        server.swap()
+        server.tell_and_swap()
         assert server.tell() == server.actions("list") == 0
         assert server.complaints() == []
         assert "keep-context: without effect beside cmd" in server.log()
@@ -10228,8 +10128,7 @@ def test_a_llama_server_that_cannot_save_is_left_alone(tmp_path):
 )  # fmt: skip
 def test_in_doubt_a_saved_context_is_deleted(tmp_path, change, complaints, restores):
     with Keeping(tmp_path) as server:
-        server.tell()
-        server.swap()
+        server.tell_and_swap()
         change(server)
         assert server.tell() == 0
         assert ["has changed" in each for each in server.complaints()] == [True] * complaints
@@ -10241,11 +10140,9 @@ def test_in_doubt_a_saved_context_is_deleted(tmp_path, change, complaints, resto
 
 def test_two_conversations_come_back_and_one_that_rests_stays(tmp_path):
     with Keeping(tmp_path) as server:
-        server.tell("x"), server.tell("y", slot=1)
-        server.swap()
-        for prompt in (3100, 3200):
-            assert server.tell("x", prompt) == prompt - 100
-            server.swap()
+        server.tell("y", slot=1)
+        cached = [server.tell_and_swap("x", prompt) for prompt in (3000, 3100, 3200)]
+        assert cached == [0, 3000, 3100]
         assert server.tell("y", slot=1) == 3000
 
 
@@ -10253,11 +10150,9 @@ def test_saved_contexts_stay_below_a_limit_and_go_with_their_model(tmp_path):
     lines = "[c]\nkeep-context = on"
     with Keeping(tmp_path, lines, "context-max = 30K\nmodels-max = 1") as server:
         server.tell(model="c")
-        server.tell(model="a")
-        server.swap()
+        server.tell_and_swap(model="a")
         assert len(server.files("a")) == len(server.files("c")) == 1
-        server.tell(prompt=5000)
-        server.swap()  # 20 KB and 12 KB
+        server.tell_and_swap(prompt=5000)  # 20 KB and 12 KB
         eventually(lambda: server.files("c") == [])
         assert len(server.files("a")) == 1
         server.reload(server.text.replace("keep-context = on\n[c]", "[c]"))
@@ -10271,13 +10166,11 @@ def test_a_folder_of_the_presets_own_is_used_with_care(tmp_path):
     for name in {*names, "a.0.0123abcd"}:  # the last is of one that was killed
         (own / name).write_text("x")
     with Keeping(tmp_path, f"slot-save-path = {own}/") as server:
-        server.tell()
-        server.swap()
+        server.tell_and_swap()
         eventually(lambda: len(os.listdir(own)) == 4)
         assert names < {*os.listdir(own)} and "a.0.0123abcd" not in os.listdir(own)
         server.restart()
-        assert server.tell() == 3000 and server.files() == []
-        server.swap()
+        assert server.tell_and_swap() == 3000
         server.reload(server.text.replace("keep-context = on", ""))
         eventually(lambda: {*os.listdir(own)} == names)
 
@@ -10285,15 +10178,14 @@ def test_a_folder_of_the_presets_own_is_used_with_care(tmp_path):
 def test_without_a_state_directory_models_run_as_without_contexts(tmp_path):
     (tmp_path / "state").write_text("a file")
     with Keeping(tmp_path) as server:
-        server.tell()
-        server.swap()
+        server.tell_and_swap()
         assert server.tell() == server.actions("list") == 0
         assert "cannot be kept" in server.complaints()[0]
 
 
 def test_a_kill_of_llmswap_at_any_moment_leaves_nothing_that_is_half(tmp_path):
     with Keeping(tmp_path) as server:
-        for seconds in (0.0, 0.02, 0.05, 0.15, 0.3):
+        for seconds in (0.0, 0.05, 0.15):
             server.tell()
             client = ask_later(server, "b")
             time.sleep(seconds)  # whatever that meets: a save, a stop, a start
@@ -10307,8 +10199,7 @@ def test_a_kill_of_llmswap_at_any_moment_leaves_nothing_that_is_half(tmp_path):
 
 def test_a_stop_during_a_restore_is_a_kill(tmp_path):
     with Keeping(tmp_path, "stop-timeout = 60") as server:
-        server.tell()
-        server.swap()
+        server.tell_and_swap()
         server.fault("restore hang")
         client = ask_later(server, "a")
         eventually(lambda: server.actions("restore"))
@@ -10375,70 +10266,36 @@ model = {folder}/b.gguf
 """
 
 
-class Talk:
-    """A conversation of some 3,000 tokens with model a of a real llama-server."""
-
-    def __init__(self, server, seed=0):
-        self.server = server
-        chance = random.Random(seed)
-        text = " ".join("".join(chance.choices("abcdefgh", k=5)) for _ in range(600))
-        self.messages = [{"role": "user", "content": text}]
-
-    def go_on(self):
-        """Ask once more; return how much of the prompt was in the cache, and in all."""
-        body = {"model": "a", "messages": self.messages, "max_tokens": 8}
-        answer = self.server.post(CHAT, body).json()
-        content = answer["choices"][0]["message"]["content"]
-        self.messages += [{"role": "assistant", "content": content},
-                          {"role": "user", "content": "and then"}]  # fmt: skip
-        timings = answer["timings"]
-        return timings["cache_n"], timings["cache_n"] + timings["prompt_n"]
-
-
-def test_the_scheduler_learns_how_long_a_stop_with_a_save_takes(tmp_path, monkeypatch):
-    (tmp_path / "fault").write_text("save slow")  # half a second
-    (tmp_path / "pool.ini").write_text(context_file(tmp_path))
-    config, exited = llmswap.load_config(str(tmp_path / "pool.ini")), queue.SimpleQueue()
-
-    class Spy(llmswap.Scheduler):
-        def exited(self, name, *report):
-            victim = super().exited(name, *report)
-            exited.put((name, self.models[name].stop_seconds))
-            return victim
-
-    monkeypatch.setattr(llmswap, "Scheduler", Spy)
-    pool = llmswap.Pool(config, lambda *_: None)
-    pool.start()
-    try:
-        request = PoolRequest(pool, "a")
-        port = request.granted().port
-        assert ask(port, "POST", CHAT, chat_body("a", prompt_tokens=4500)).status == 200
-        request.end()
-        PoolRequest(pool, "b").end()
-        name, seconds = exited.get(timeout=10)
-        assert name == "a" and seconds >= 0.5
-    finally:
-        pool.close(0)
+def go_on(server, messages):
+    """Ask model a once more; return how much of the prompt was in the cache, and in
+    all."""
+    body = {"model": "a", "messages": messages, "max_tokens": 8}
+    answer = server.post(CHAT, body).json()
+    content = answer["choices"][0]["message"]["content"]
+    messages.append({"role": "assistant", "content": content})
+    messages.append({"role": "user", "content": "and then"})
+    timings = answer["timings"]
+    return timings["cache_n"], timings["cache_n"] + timings["prompt_n"]
 
 
 @with_llama_server
 def test_two_real_conversations_outlive_swaps_and_a_restart(tmp_path):
-    for name, seed in (("a", 1), ("b", 2)):
+    for seed, name in enumerate("ab"):
         gguf.write_model(tmp_path / f"{name}.gguf", width=256, seed=seed)
     text = TALKS_FILE.format(folder=tmp_path, server=LLAMA_SERVER)
+    talks = [[{"role": "user", "content": 600 * word}] for word in ("hedge ", "badge ")]
     with Llmswap(text) as server:
-        talks = [Talk(server, seed) for seed in (1, 2)]
-        other = {"model": "b", "prompt": "hi", "max_tokens": 1}
-        assert [talk.go_on()[0] for talk in talks] == [0, 0]
+        assert [go_on(server, talk)[0] for talk in talks] == [0, 0]
         for turn in range(3):
             if turn < 2:
+                other = {"model": "b", "prompt": "hi", "max_tokens": 1}
                 assert server.post("/v1/completions", other).status == 200
             else:
                 server.process.terminate()
                 assert server.process.wait(30) == 0
                 server.start()
             for talk in talks:
-                cached, prompt = talk.go_on()
+                cached, prompt = go_on(server, talk)
                 assert cached >= 0.95 * prompt > 2800
         assert "context was not" not in server.log()
         saved, restored = (
@@ -10488,11 +10345,9 @@ extra-args = --no-warmup
 @with_llama_server
 def test_real_models_are_estimated_measured_and_loaded_together(tmp_path):
     for name in ("one", "two"):
-        gguf.write_model(tmp_path / f"{name}.gguf", width=256, layers=8)
+        path = gguf.write_model(tmp_path / f"{name}.gguf", width=256, layers=8)
     text = REAL_AUTO_FILE.format(server=LLAMA_SERVER, folder=tmp_path)
-    (tmp_path / "real.ini").write_text(text)
-    model = llmswap.load_config(str(tmp_path / "real.ini")).models["two"]
-    size = (tmp_path / "two.gguf").stat().st_size
+    model, size = read(tmp_path, text).models["two"], path.stat().st_size
     beside = Path(LLAMA_SERVER).resolve().with_name("llama-fit-params")
     estimate = llmswap.fit_params_estimate(model)
     assert not beside.exists() or size < estimate["ram"] < 4 * size
@@ -10507,10 +10362,9 @@ def test_real_models_are_estimated_measured_and_loaded_together(tmp_path):
 
 def test_a_real_model_answers_streams_and_is_swapped_and_unloaded(real):
     for name in ("one", "first"):
-        answer = real.post(CHAT, real_chat(name))
-        assert answer.status == 200, answer.body
-        assert answer.json()["usage"]["completion_tokens"] == 4
-        assert answer.json()["object"] == "chat.completion"
+        answer = real.post(CHAT, real_chat(name)).json()
+        assert answer["usage"]["completion_tokens"] == 4
+        assert answer["object"] == "chat.completion"
     wish = {"stream_options": {"include_usage": True}}
     with real.stream("one", max_tokens=4, ignore_eos=True, **wish) as stream:
         documents = list(stream.documents())
@@ -10543,21 +10397,17 @@ def test_a_real_model_that_cannot_be_loaded_says_why_in_its_own_words(real):
 def test_a_gguf_header_is_read_up_to_its_tokenizer(tmp_path):
     path = tmp_path / "x.gguf"
     fields, _ = gguf.header_fields(64, 2)
-    tags = gguf.STRING, ["a", "b"]
-    fields.insert(3, gguf.field_bytes("general.tags", gguf.ARRAY, tags))
+    fields.insert(3, gguf.field_bytes("tags", gguf.ARRAY, (gguf.STRING, ["a", "b"])))
     before = b"".join(f for f in fields if b"tokenizer" not in f)
     head = b"GGUF" + struct.pack("<IQQ", 3, 0, len(fields)) + before
-    tokenizer = gguf.string_bytes("tokenizer.ggml.tokens") + b"anything"
-    path.write_bytes(head + tokenizer)
+    path.write_bytes(head + gguf.string_bytes("tokenizer.ggml.tokens") + b"anything")
     metadata = llmswap.read_gguf(path)
     assert metadata["llama.context_length"] == 4096
     assert metadata["general.architecture"] == "llama"
-    for size in range(len(head)):
-        path.write_bytes(head[:size])
-        assert llmswap.read_gguf(path) == {}
     endless = gguf.string_bytes("x") + struct.pack("<IQ", gguf.STRING, 1 << 62)
     deep = gguf.string_bytes("x") + struct.pack("<IIQ", gguf.ARRAY, gguf.ARRAY, 1 << 60)
-    for data in (b"", b"GGML" + head[4:], head[:24] + endless, head[:24] + deep):
+    cut = [head[:size] for size in range(len(head))]
+    for data in (*cut, b"GGML" + head[4:], head[:24] + endless, head[:24] + deep):
         path.write_bytes(data)
         assert llmswap.read_gguf(path) == {}
     assert llmswap.read_gguf(tmp_path) == llmswap.read_gguf(tmp_path / "none") == {}
@@ -10713,51 +10563,34 @@ def test_models_are_described_as_by_llama_cpps_router(tmp_path):
 
 @with_llama_server
 def test_downloaded_models_are_served_without_a_file(tmp_path):
-    names = "one/tiny:Q8_0", "two/tiny:Q8_0", "two/tiny:Q4_K_M"
-    for name in names:
+    hub = tmp_path / "hub"
+    for name in ("one/tiny:Q8_0", "two/tiny:Q8_0", "two/tiny:Q4_K_M"):
         repository, tag = name.split(":")
-        base = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+        base = hub / f"models--{repository.replace('/', '--')}"
         folder = base / "snapshots" / ("0" * 40)
         folder.mkdir(parents=True, exist_ok=True)
         (base / "refs").mkdir(exist_ok=True)
         (base / "refs" / "main").write_text("0" * 40)
         gguf.write_model(folder / f"tiny-{tag}.gguf")
     (tmp_path / "llama-server").symlink_to(LLAMA_SERVER)
-    env = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}", "HF_HUB_CACHE": str(tmp_path / "hub"),
-        "LLAMA_CACHE": str(tmp_path / "hub"),
-    }  # fmt: skip
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    env |= {"HF_HUB_CACHE": str(hub), "LLAMA_CACHE": str(hub)}
     text = "[llmswap]\ncache-models = on\n[*]\nctx-size = 256\n"
     text += "[two/tiny:q8_0]\nalias = second\nctx-size = 128"
     with Llmswap(text, env=env) as server:
-        listed = eventually(lambda: server.get("/v1/models").json()["data"][2:] and
-                            server.get("/v1/models").json()["data"])
-        entries = {each["id"]: each for each in listed}
-        assert set(entries) == {"one/tiny:Q8_0", "two/tiny:q8_0", "two/tiny:Q4_K_M"}
-        assert [entries[name]["source"] for name in sorted(entries)] == [
-            "cache", "cache", "preset"]  # fmt: skip
+        models = lambda: server.get("/v1/models").json()["data"]  # noqa: E731
+        eventually(lambda: len(models()) > 1)
+        entries = {each["id"]: each for each in models()}
+        assert {name: entry["source"] for name, entry in entries.items()} == {
+            "one/tiny:Q8_0": "cache", "two/tiny:Q4_K_M": "cache",
+            "two/tiny:q8_0": "preset",
+        }  # fmt: skip
         assert entries["one/tiny:Q8_0"]["can_remove"]
         for name, size in (("one/tiny", "256"), ("second", "128")):
-            answer = server.post("/v1/chat/completions", real_chat(name))
-            assert answer.status == 200, answer.body
-            args = server.get(f"/v1/models/{name}").json()["status"]["args"]
+            assert server.post(CHAT, real_chat(name)).status == 200
+            args = entry_of(server, name)["status"]["args"]
             assert args[args.index("--ctx-size") + 1] == size and "--offline" in args
-        assert server.post("/v1/chat/completions", real_chat("two/tiny")).status == 404
-
-
-@with_llama_server
-def test_a_killed_real_model_is_loaded_again_and_gone_soon_after_llmswap_is(tmp_path):
-    gguf.write_model(tmp_path / "one.gguf")
-    text = f"[llmswap]\nllama-server = {LLAMA_SERVER}\n"
-    with Llmswap(f"{text}[one]\nmodel = {tmp_path}/one.gguf\n") as proxy:
-        assert proxy.post(CHAT, real_chat("one")).status == 200
-        lines = family(proxy.token).items()
-        [pid] = [pid for pid, line in lines if "one.gguf" in line]
-        os.kill(pid, signal.SIGKILL)
-        assert proxy.post(CHAT, real_chat("one")).status == 200
-        assert zombies_of(proxy.pid) == []
-        proxy.kill()
-        eventually(lambda: not family(proxy.token), 2)
+        assert server.post(CHAT, real_chat("two/tiny")).status == 404
 
 
 # ==================================================================================
@@ -10823,8 +10656,8 @@ def test_a_hung_backend_is_restarted_unless_tokens_flow(
     sources = {"cmd": "cmd = FAKE", "unit": "unit = m.service", "remote": ""}
     proxy = "" if kind == "cmd" else f"proxy = http://127.0.0.1:{machine.port}"
     text = f"[m]\n{sources[kind]}\n{proxy}\nhang-timeout = 500ms\nstop-timeout = 0.5\n"
-    if kind == "remote":
-        machine.on()
+    if kind != "remote":
+        machine.off()
     with brisk(text, env=units.env, STALL_CHECK_AFTER=0.1, POLL_INTERVAL=0.05) as server:
         assert server.chat("m").status == 200
         with server.stream("m", tokens=24, interval=0.05) as stream:
