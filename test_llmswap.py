@@ -2618,7 +2618,10 @@ def test_a_failed_load_is_told_with_its_reason_and_last_lines(
     assert problem.__traceback__ is None  # whose frames would keep descriptors open
 
 
-def test_a_load_without_a_sign_of_progress_is_given_up(begin):
+def test_a_load_without_a_sign_of_progress_is_given_up(begin, monkeypatch):
+    pages = itertools.count(0, 4096)  # one that is read now and then is none
+    monkeypatch.setattr(llmswap, "_kernel_counts", lambda *_: next(pages))
+    monkeypatch.setattr(llmswap, "LOOK_AT_LOADS", 0.05)
     problem = begin("--load-hang", load_timeout=0.3).exited()
     assert isinstance(problem, llmswap.LoadTimeout) and problem.status == 504
     assert "no sign of progress for 0.3 s" in str(problem)
@@ -2630,8 +2633,6 @@ LOADS = [
     ("memory.append(b'x' * 2**20)", ""),
     ("os.preadv(file, [page], 0)", "sh -c '\"$@\"; exit' x "),  # past the cache
 ]
-
-
 LOADING_SERVER = """\
 import mmap, os, time
 memory, page = [], mmap.mmap(-1, 2**20)
@@ -2653,14 +2654,6 @@ def test_a_load_that_goes_on_is_not_given_up(
                  proxy="http://127.0.0.1:1", cwd=tmp_path)  # fmt: skip
     with pytest.raises(queue.Empty):
         watched.news.get(timeout=1.5)
-
-
-def test_a_page_read_now_and_then_is_no_progress(begin, monkeypatch):
-    monkeypatch.setattr(llmswap, "LOOK_AT_LOADS", 0.05)
-    pages = itertools.count(0, 4096)
-    monkeypatch.setattr(llmswap, "_kernel_counts", lambda *_: next(pages))
-    watched = begin("--load-hang", load_timeout=0.3)
-    assert "no sign of progress for 0.3 s" in str(watched.exited())
 
 
 @pytest.mark.parametrize("delay", [0, 0.001, 0.003, 0.01, 0.02, 0.04, 0.08])
@@ -2693,8 +2686,11 @@ def test_a_stop_takes_no_longer_than_it_may(begin, flags, keys, is_loaded, least
     assert not has_group(watched.backend.pid)
 
 
-def test_workers_that_outlive_their_leader_are_killed(begin):
-    watched = begin("--grandchild")
+@pytest.mark.parametrize("has_pidfd", [True, False])
+def test_workers_that_outlive_their_leader_are_killed(begin, monkeypatch, has_pidfd):
+    if not has_pidfd:
+        monkeypatch.delattr(os, "pidfd_open")
+    watched = begin("--grandchild")  # which holds its output open
     backend = watched.loaded()
     stats = get(backend.port, "/stats")
     assert (stats["pid"], stats["oom_score_adj"]) == (backend.pid, 1000)
@@ -2978,19 +2974,19 @@ def test_the_next_start_waits_for_the_gpu_no_longer_than_it_may(
 
 
 def test_lives_leave_no_descriptor_and_no_thread(begin):
-    def live(flags):
+    def live(*flags):
         watched = begin(*flags)
         if not flags:
             watched.loaded()
-        if flags != ["--load-exit", "1"]:
+        if "--load-exit" not in flags:
             watched.backend.stop()
         watched.exited()
         watched.backend = SimpleNamespace(pid=None, stop=lambda at_once: None)
 
-    live([])
+    live()
     threads, before = threading.active_count(), len(os.listdir("/proc/self/fd"))
-    for flags in [[], ["--load-exit", "1"], ["--load-hang"]] * 4:
-        live(flags)
+    for _ in range(4):
+        live(), live("--load-exit", "1"), live("--load-hang")
     eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)
     eventually(lambda: threading.active_count() <= threads)
     assert not zombies_of(os.getpid())
@@ -3001,13 +2997,6 @@ def test_a_fork_that_fails_is_a_failed_start(begin, monkeypatch):
         patch.setattr(llmswap.subprocess, "Popen", refuse_to_fork)
         assert "no more processes" in str(begin().exited())
     begin().loaded()
-
-
-def test_without_pidfd_an_exit_is_noticed_all_the_same(begin, monkeypatch):
-    monkeypatch.delattr(os, "pidfd_open")
-    watched = begin("--grandchild")  # which holds its output open
-    os.kill(watched.loaded().pid, signal.SIGKILL)
-    assert "killed by signal 9" in str(watched.exited())
 
 
 @pytest.fixture
@@ -3452,25 +3441,15 @@ def test_nothing_runs_while_nothing_happens():
 
 # ---- reload
 
-RELOADS = """\
-[llmswap]
-models-max = 0
-[kept]
-cmd = FAKE --model kept
-[changed]
-cmd = FAKE --model {changed}
-"""
-
 
 def test_a_reload_keeps_streams_replaces_changed_and_removes_missing_models():
-    gone = "[gone]\ncmd = FAKE --model gone\n"
-    with Llmswap(RELOADS.format(changed="old") + gone) as server:
-        streams = [
-            server.stream(name, tokens=40, interval=0.02)
-            for name in ("kept", "changed", "gone")
-        ]
+    text = "[llmswap]\nmodels-max = 0\n[kept]\ncmd = FAKE --model kept\n"
+    text += "[changed]\ncmd = FAKE --model {}\n"
+    with Llmswap(text.format("old") + "[gone]\ncmd = FAKE --model gone\n") as server:
+        names = "kept", "changed", "gone"
+        streams = [server.stream(name, tokens=40, interval=0.02) for name in names]
         pid = server.stats("kept")["pid"]
-        server.reload(RELOADS.format(changed="new"))
+        server.reload(text.format("new"))
         eventually(lambda: "was read again" in server.log())
         waiting = ask_later(server, "changed")
         assert server.chat("gone").status == 404
@@ -3592,16 +3571,14 @@ def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
     place = str(tmp_path / "socket")
     ours = running([*command, f"unix:{place}"], place)
     with Llmswap("") as tcp, Fake() as other, ours:
-        for listen, shown, status, text in (
-            (f"127.0.0.1:{tcp.port}", f"http://127.0.0.1:{tcp.port}/", 0,
-             "llmswap answers at {} already"),
-            (f"127.0.0.1:{other.port}", f"http://127.0.0.1:{other.port}/", 1,
-             "cannot listen on {}: Address already in use"),
-            (f"unix:{place}", f"unix:{place}", 0, "llmswap answers at {} already"),
-        ):  # fmt: skip
+        for listen, status, text in (
+            (f"127.0.0.1:{tcp.port}", 0, "llmswap answers at http://{}/ already"),
+            (f"127.0.0.1:{other.port}", 1, "listen on http://{}/: Address already in use"),
+            (f"unix:{place}", 0, "llmswap answers at {} already"),
+        ):
             done = subprocess.run([*command, listen], stderr=subprocess.PIPE, text=True)
             assert done.returncode == status
-            assert text.format(shown) + "\n" in done.stderr
+            assert text.format(listen) + "\n" in done.stderr
 
 
 def test_output_that_cannot_be_written_is_an_error():
@@ -3662,13 +3639,10 @@ def test_a_file_is_looked_at_by_requests_only_and_not_if_told_so(tmp_path):
         eventually(lambda: server.chat("b").status == 200)
 
 
-@pytest.fixture
-def watch(tmp_path):
-    return llmswap.FileWatch(str(tmp_path))
-
-
-def test_a_file_on_a_mount_that_hangs_delays_requests_only_a_little(watch, monkeypatch):
-    hanging, waits = threading.Event(), []
+def test_a_file_on_a_mount_that_hangs_delays_requests_only_a_little(
+    tmp_path, monkeypatch
+):
+    watch, hanging, waits = llmswap.FileWatch(str(tmp_path)), threading.Event(), []
     monkeypatch.setattr(watch, "_stamp", hanging.wait)
     monkeypatch.setattr(llmswap, "WATCH_TIMEOUT", 0.2)
     watch.check(lambda: None)
@@ -3679,15 +3653,13 @@ def test_a_file_on_a_mount_that_hangs_delays_requests_only_a_little(watch, monke
     assert waits == [0.0]
 
 
-def test_a_file_is_looked_at_later_if_no_thread_can_be_started(
-    watch, tmp_path, monkeypatch
-):
+def test_a_file_is_looked_at_later_if_no_thread_can_be_started(tmp_path, monkeypatch):
+    watch, changes = llmswap.FileWatch(str(tmp_path)), []
     monkeypatch.setattr(llmswap, "WATCH_EVERY", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse_to_start)
         watch.check(lambda: None)
     (tmp_path / "new").touch()
-    changes = []
     watch.check(lambda: changes.append("seen"))
     assert changes == ["seen"]
 
@@ -3747,14 +3719,16 @@ def test_the_parrot_repeats_the_last_message_and_survives_nonsense():
             for nonsense in (b"{", b"[]", b'{"messages":"x"}', b"[" * 5000):
                 assert client.ask("POST", CHAT, nonsense).status == 400
             assert b"squawk" in client.ask("POST", CHAT, {"messages": []}).body
+            began = time.monotonic()
             events = client.ask("POST", CHAT, {**body, "stream": True}).body
+            assert time.monotonic() > began + 0.2
             words = re.findall(rb'"content": ?"([^"]*)"', events)
             assert words == [b"jo ", b"says: ", b"Hi ", b"you"]
             assert events.endswith(b"data: [DONE]\n\n")
 
 
-def brisk(text, *args, env=None, **constants):
-    return Llmswap(text, *args, env=env, **{**BRISK, **constants})
+def brisk(text, **more):
+    return Llmswap(text, **{**BRISK, **more})
 
 
 JOURNALCTL = r'''
@@ -3795,8 +3769,7 @@ class Units:
         return self("is-active", "--", f"{name}.service") == b"active\n"
 
     def calls(self):
-        path = self.folder / "calls"
-        return path.read_text().splitlines() if path.exists() else []
+        return (self.folder / "calls").read_text().splitlines()
 
 
 @pytest.fixture
@@ -3932,7 +3905,8 @@ def test_a_systemctl_that_hangs_blocks_no_other_model(units, verb):
             assert server.chat("b").status == 200
             assert time.monotonic() - began < 0.7
             assert waits.result(30).status == (504 if verb == "start" else 200)
-        unload(server, "a")
+        server.post("/models/unload", {"model": "a"})
+        eventually(lambda: server.states()["a"] == "unloaded")
         os.unlink(units.folder / f"a.service.hang-{verb}")
         assert not units.is_running("a")
 
@@ -4050,12 +4024,14 @@ def test_a_llama_server_that_puts_itself_to_sleep_shows_as_sleeping(tmp_path):
 
 @contextmanager
 def ears():
-    """(port, packets): a UDP socket and what it hears, with the time."""
+    """(keys, packets): those by which a machine is woken, and what they send and when."""
     packets = []
     hear = lambda data, *_: packets.append((time.monotonic(), data[0]))  # noqa: E731
     with socketserver.UDPServer(("127.0.0.1", 0), hear) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        yield server.server_address[1], packets
+        port = server.server_address[1]
+        keys = "wake-mac = ab:cd:ef:01:23:45", f"wake-broadcast = 127.0.0.1:{port}"
+        yield keys, packets
         server.shutdown()
 
 
@@ -4105,9 +4081,8 @@ def test_a_proxy_may_lead_to_other_llmswaps_but_not_back(machine):
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_a_sleeping_machine_is_woken_and_the_client_gets_its_answer(machine, is_stream):
     machine.off()
-    with ears() as (port, packets), ThreadPoolExecutor() as crowd:
-        lines = ["wake-mac = ab:cd:ef:01:23:45", f"wake-broadcast = 127.0.0.1:{port}"]
-        with brisk(remote_ini(machine.port, *lines)) as server:
+    with ears() as (keys, packets), ThreadPoolExecutor() as crowd:
+        with brisk(remote_ini(machine.port, *keys)) as server:
             waits = crowd.submit(server.stream if is_stream else server.chat, "far")
             eventually(lambda: len(packets) >= 3)
             machine.on()
@@ -4125,17 +4100,16 @@ def test_a_sleeping_machine_is_woken_and_the_client_gets_its_answer(machine, is_
 
 def test_a_machine_that_does_not_wake_in_time_is_a_504(machine):
     machine.off()
-    with ears() as (port, packets), brisk(
-        remote_ini(machine.port, "load-timeout = 250ms", "wake-mac = ab:cd:ef:01:23:45",
-                   f"wake-broadcast = 127.0.0.1:{port}"), WAKE_INTERVAL=60.0
-    ) as server:  # fmt: skip
-        for turn in range(3):  # it is tried again each time: asleep, not broken
-            eventually(lambda: len(packets) == turn)  # each of them sent at once
-            began = time.monotonic()
-            answer = server.chat("far")
-            assert answer.status == 504 and 0.24 < time.monotonic() - began
-            assert "did not answer for 0.25 s" in answer.message()
-            assert "Connection refused" in answer.message()
+    with ears() as (keys, packets):
+        ini = remote_ini(machine.port, "load-timeout = 250ms", *keys)
+        with brisk(ini, WAKE_INTERVAL=60.0) as server:
+            for turn in range(3):  # it is tried again each time: asleep, not broken
+                eventually(lambda: len(packets) == turn)  # each of them sent at once
+                began = time.monotonic()
+                answer = server.chat("far")
+                assert answer.status == 504 and 0.24 < time.monotonic() - began
+                assert "did not answer for 0.25 s" in answer.message()
+                assert "Connection refused" in answer.message()
 
 
 @pytest.mark.parametrize("is_silent", [False, True])
@@ -9184,8 +9158,7 @@ terminate called after throwing an instance of 'std::bad_alloc'
 torch.OutOfMemoryError: HIP. Tried to allocate 12.95 GiB.
 OSError: [Errno 12] Cannot allocate memory
 MemoryError
-ValueError: Free memory on device (31.44/47.38 GiB) is less than desired GPU memory \
-utilization (0.95, 45.01 GiB).
+Free memory on device (31.44/47.38 GiB) is less than desired GPU memory utilization
 ValueError: No available memory for the cache blocks. Try increasing the utilization.
 ValueError: 16.00 GiB KV cache is needed, larger than the available KV cache memory
 The max seq len (4096) is larger than the maximum number of tokens that can be stored"""
@@ -9359,7 +9332,6 @@ def test_a_broken_file_of_needs_is_set_aside_and_a_lost_one_is_a_warning(tmp_pat
 
 
 FIT_HELP = """\
--h,    --help, --usage                  print usage
 -c,    --ctx-size N                     size of the prompt context
 -ngl,  --gpu-layers, --n-gpu-layers N   max. number of layers
 -fa,   --flash-attn [on|off|auto]       use Flash Attention
@@ -9674,10 +9646,7 @@ def test_a_model_that_never_fits_whole_is_not_learned_from_what_it_squeezed_into
     assert sources == ["llama-fit-params", "measured"]
 
 
-def test_a_model_that_had_no_memory_beside_another_needs_more_from_then_on(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr(llmswap, "POLL_INTERVAL", 0.02)
+def test_a_model_that_had_no_memory_beside_another_needs_more_from_then_on(tmp_path):
     sizes = {"a": ("measured", 8), "b": ("measured", 6), "c": ("measured", 4)}
     stage = stage_of_needs(tmp_path, **sizes)
     stage.load("a")
@@ -9820,8 +9789,7 @@ class Keeping(Llmswap):
 
     def actions(self, action):
         """How often its servers were asked to do that with a slot."""
-        lines = (self.place / "journal").read_text().splitlines()
-        return sum(json.loads(line)["event"] == action for line in lines)
+        return (self.place / "journal").read_text().count(f'"event": "{action}"')
 
     def complaints(self):
         """The lines of the log that say why a context is not there."""
@@ -9859,9 +9827,6 @@ def test_a_conversation_outlives_every_stop_but_a_kill(tmp_path, stop):
             assert 'context_tokens_total{model="a",action="restored"} 6100\n' in metrics()
             assert 'context_seconds_saved_total{model="a"} 12.2\n' in metrics()
             assert 'llmswap_context_bytes{model="a"} 12400\n' in sizes
-            saved = r"a: saved 3,000 tokens of context \(\d MB\) in \d+ ms"
-            assert re.search(saved, server.log())
-            assert "a: restored 3,100 tokens of context" in server.log()
 
 
 @pytest.mark.parametrize("text", [
@@ -9881,8 +9846,8 @@ def test_a_broken_manifest_of_contexts_counts_as_none(tmp_path, text):
 
 
 FAULTS_OF_SLOTS = [
-    "list hang", "save hang", "save fail", "save die", "save short", "restore hang",
-    "restore fail", "restore die",
+    "list hang", "save hang", "save die", "save short", "restore hang", "restore fail",
+    "restore die",
 ]  # fmt: skip
 
 
@@ -10082,8 +10047,7 @@ def real_models(folder, names, settings="", common="", **shape):
 
 
 def go_on(server, messages):
-    """Ask model a once more; return how much of the prompt was in the cache, and in
-    all."""
+    """Ask model a once more; return how much of the prompt was cached, and in all."""
     body = {"model": "a", "messages": messages, "max_tokens": 8}
     answer = server.post(CHAT, body).json()
     content = answer["choices"][0]["message"]["content"]
