@@ -3559,8 +3559,7 @@ def test_a_unix_socket_is_removed_at_the_end_and_listen_needs_a_restart(tmp_path
     with running(command, str(place), **pipe) as process:
         path.write_text(f"[llmswap]\nlisten = 127.0.0.1:{free_port()}\n")
         process.send_signal(signal.SIGHUP)
-        wanted = "a change of `listen` needs a restart"
-        assert any(wanted in line for line in process.stderr)
+        assert any("`listen` needs a restart" in line for line in process.stderr)
         assert llmswap.is_llmswap(str(place))
     assert not place.exists()
 
@@ -3813,8 +3812,8 @@ def test_two_units_share_one_port_and_are_never_confused(units):
     port = free_port()
     units.add("a", "--load", "0.1", "--stop-delay", "0.2", port=port)
     units.add("b", "--load", "0.1", port=port)
-    ini = unit_ini(("a", port), ("b", port), head="models-max = 0")
-    with brisk(ini, env=units.env) as server:
+    text = unit_ini(("a", port), ("b", port), head="models-max = 0")
+    with brisk(text, env=units.env) as server:
         for name in "aba":
             assert server.chat(name).content().split()[0] == name
             assert server.loaded() == [name]
@@ -3870,12 +3869,10 @@ def test_a_unit_without_a_main_process_is_looked_at_now_and_then(units):
     with units.serve(constants={"UNIT_POLL": 0.2}, hang_timeout="30s") as server:
         assert server.chat("a").status == 200
         os.kill(units.pid("a"), signal.SIGSTOP)
-        waiting = threading.Thread(target=server.chat, args=("a",))
-        waiting.start()
+        ask_later(server, "a")
         eventually(lambda: server.get("/health").json()["requests"])
         os.kill(units.pid("a"), signal.SIGKILL)
         eventually(lambda: "ended by itself" in server.log(), timeout=5)
-        waiting.join()
 
 
 def test_the_reason_why_a_unit_does_not_come_up_is_told(units):
@@ -4001,10 +3998,9 @@ def test_sleep_needs_count_while_it_sleeps():
 def test_a_llama_server_that_puts_itself_to_sleep_shows_as_sleeping(tmp_path):
     text = real_models(tmp_path, "a", "budget = vram 8G", "needs = vram 5G")
     text += "sleep-idle-seconds = 1\n[b]\ncmd = FAKE --model b\n"
-    body = {"model": "a", "prompt": "hi", "max_tokens": 2}
     paths = "/health / /v1/models /v1/models/a /running /metrics /slots".split()
     with brisk(text, SLEEP_POLL=0.3) as server:
-        assert server.post("/v1/completions", body).status == 200
+        assert server.post(CHAT, real_chat("a")).status == 200
         eventually(lambda: server.states()["a"] == "sleeping")
         for path in (*paths, "/props?model=a", "/metrics?model=a"):
             server.get(path)
@@ -4013,7 +4009,7 @@ def test_a_llama_server_that_puts_itself_to_sleep_shows_as_sleeping(tmp_path):
         assert server.states() == {"a": "sleeping", "b": "unloaded"}
         assert server.chat("b").status == 200  # beside it: what sleeps needs nothing
         assert server.states() == {"a": "sleeping", "b": "loaded"}
-        assert server.post("/v1/completions", body).status == 200
+        assert server.post(CHAT, real_chat("a")).status == 200
         assert server.states() == {"a": "loaded", "b": "unloaded"}
         eventually(lambda: server.log().count("a: loaded in") == 2)
         assert "a: unloading" not in server.log()  # the same process all the time
@@ -4355,8 +4351,8 @@ def test_of_several_models_the_one_that_is_loaded_or_loading_is_used(tmp_path):
         (tmp_path / "go").touch()
         assert [client.answer().status for client in clients] == [200, 200]
         assert (chats_seen(server, "a"), chats_seen(server, "b")) == (1, 2)
-        headers = server.post("/echo", {"model": "any"}).json()["headers"]
-        assert ["authorization", "Bearer of-b"] in [[n.lower(), v] for n, v in headers]
+        headers = echoed(server.post("/echo", {"model": "any"}))
+        assert headers["authorization"] == "Bearer of-b"
         assert server.post("/models/unload", {"model": "any"}).status == 200
         eventually(lambda: server.states()["b"] == "unloaded")
         assert server.chat("any").status == 200
@@ -4401,7 +4397,6 @@ GPU_USES = [
     # what the log says
     ("nvidia-smi", "compute-apps", "PID, [N/A]", "", "holds GPU memory"),
     ("nvidia-smi", "utilization", "11\n[N/A]", "10\n[N/A]", "in use, 11 %"),
-    ("rocm-smi", "showpids", "PID x 1 9 0 0", "", "holds GPU memory"),
     ("rocm-smi", "showuse", "device,x\ncard0,97", "device,x\ncard0,3", "in use, 97 %"),
 ]
 
@@ -9184,14 +9179,11 @@ ROCM_PROCESSES = (
 )
 MACHINES = [
     # what the tool prints of GPUs and of processes, of which 1 is ours; GiB of vram
-    ("24576, 0\n", "", 23.5),
     ("24576, 9216\n", "7, 1024\n1, 8192\n", 22.5),  # a unit that runs already
     ("24576, 0\n12288, 1024\n", "7, [N/A]\n", 34),
     ("24576, 0\n[N/A], [N/A]\n", "", 23.5),
-    ("81920, 40\n", "7, 20\n1, 20\n", 80 - 20 / 1024 - 0.5),  # two MIG instances
     ("512, 512\n", "", 2**-30),  # models that use it are loaded one at a time
     ("[N/A], [N/A]\n", "", None),  # its memory is that of the machine
-    (ROCM_SIZES, "", (17163091968 - 692142080 - 2**29) / GB),
     (ROCM_SIZES, ROCM_PROCESSES, (17163091968 - 692142080 - 2**29 + 15053770752) / GB),
     (None, None, None),
 ]
@@ -9574,8 +9566,7 @@ def test_the_peak_of_the_last_run_counts(tmp_path):
 
 
 def test_without_auto_nothing_is_measured(tmp_path):
-    text = AUTO_FILE.replace("budget = auto", "budget = vram 24G\n[*]\nneeds = vram 6G")
-    text = text.replace("state-dir = STATE\n", "")
+    text = "[llmswap]\nbudget = vram 24G\n[small]\ncmd = FAKE\nneeds = vram 6G\n"
     with auto_server(tmp_path, text) as server:
         assert server.chat("small").status == 200
         assert not (tmp_path / "asked").exists()
@@ -9678,9 +9669,8 @@ def test_needs_and_budget_are_shown(tmp_path):
         models = {model["id"]: model for model in snapshot["models"]}
         assert snapshot["budget"]["vram"] == total
         assert models["small"]["holds"]["vram"] == need and not models["large"]["holds"]
-        command = [sys.executable, LLMSWAP, str(server.ini), "--check"]
         env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        told = subprocess.run(command, capture_output=True, text=True, env=env).stdout
+        told = check(server.ini, env=env).stdout
         assert re.search(r"^  needs vram 6.3G, ram \S+ \(measured\)$", told, re.M)
         assert re.search(r"^  needs vram .* \(not known yet\)$", told, re.M)
         assert re.search(r"^budget vram \S+G, ram \S+G$", told, re.M)
@@ -9814,9 +9804,9 @@ def test_a_conversation_outlives_every_stop_but_a_kill(tmp_path, stop):
         assert server.tell(prompt=3100, model="a-too") == 3000
         stop(server)
         eventually(lambda: len(server.files()) == 1)
-        found = {p: p.stat().st_mode & 0o777 for p in (tmp_path / "state").rglob("*")}
-        assert {mode for path, mode in found.items() if path.is_file()} == {0o600}
-        assert {mode for path, mode in found.items() if path.is_dir()} == {0o700}
+        paths = (tmp_path / "state").rglob("*")
+        modes = {(path.is_dir(), path.stat().st_mode & 0o777) for path in paths}
+        assert modes == {(True, 0o700), (False, 0o600)}
         sizes = server.get("/metrics").body.decode()
         assert server.tell(prompt=3200) == 3100 and server.complaints() == []
         eventually(lambda: server.files() == [])
@@ -10066,8 +10056,7 @@ def test_two_real_conversations_outlive_swaps_and_a_restart(tmp_path):
         assert [go_on(server, talk)[0] for talk in talks] == [0, 0]
         for turn in range(3):
             if turn < 2:
-                other = {"model": "b", "prompt": "hi", "max_tokens": 1}
-                assert server.post("/v1/completions", other).status == 200
+                assert server.post(CHAT, real_chat("b")).status == 200
             else:
                 server.process.terminate()
                 assert server.process.wait(30) == 0
@@ -10123,10 +10112,9 @@ def test_real_models_are_estimated_measured_and_loaded_together(tmp_path):
 
 
 def test_a_real_model_answers_streams_and_is_swapped_and_unloaded(real):
-    for name in ("one", "first"):
-        answer = real.post(CHAT, real_chat(name)).json()
-        assert answer["usage"]["completion_tokens"] == 4
-        assert answer["object"] == "chat.completion"
+    answer = real.post(CHAT, real_chat("first")).json()
+    assert answer["usage"]["completion_tokens"] == 4
+    assert answer["object"] == "chat.completion"
     wish = {"stream_options": {"include_usage": True}}
     with real.stream("one", max_tokens=4, ignore_eos=True, **wish) as stream:
         documents = list(stream.documents())
@@ -10142,13 +10130,10 @@ def test_a_real_model_answers_streams_and_is_swapped_and_unloaded(real):
 
 
 def test_a_real_model_that_cannot_be_loaded_says_why_in_its_own_words(real):
-    for model, words in (
-        ("broken", ["exited with status 1", "invalid magic characters"]),
-        ("wrong", ["--ctx-size"]),
-    ):
+    for model, words in (("broken", "invalid magic"), ("wrong", "--ctx-size")):
         answer = real.post(CHAT, real_chat(model))
         assert answer.status == 502 and answer.headers["x-should-retry"] == "false"
-        assert all(word in answer.message() for word in words)
+        assert words in answer.message()
     eventually(lambda: "failed" in entry_of(real, "typo")["status"])  # not asked for
     error = entry_of(real, "typo")["status"]["error"]
     assert "ctx-sise" in error and "ctx-size?" in error
@@ -10163,9 +10148,7 @@ def test_a_gguf_header_is_read_up_to_its_tokenizer(tmp_path):
     before = b"".join(f for f in fields if b"tokenizer" not in f)
     head = b"GGUF" + struct.pack("<IQQ", 3, 0, len(fields)) + before
     path.write_bytes(head + gguf.string_bytes("tokenizer.ggml.tokens") + b"anything")
-    metadata = llmswap.read_gguf(path)
-    assert metadata["llama.context_length"] == 4096
-    assert metadata["general.architecture"] == "llama"
+    assert llmswap.read_gguf(path)["llama.context_length"] == 4096
     endless = gguf.string_bytes("x") + struct.pack("<IQ", gguf.STRING, 1 << 62)
     deep = gguf.string_bytes("x") + struct.pack("<IIQ", gguf.ARRAY, gguf.ARRAY, 1 << 60)
     cut = [head[:size] for size in range(len(head))]
@@ -10296,9 +10279,8 @@ def test_models_are_described_as_by_llama_cpps_router(tmp_path):
     (tmp_path / "projector.gguf").write_bytes(head)
     text = ROUTER_FILE.format(folder=tmp_path)
     (tmp_path / "models.ini").write_text(text)
-    (tmp_path / "llama-server").symlink_to(LLAMA_SERVER)
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    with llama_router(tmp_path) as router, Llmswap(text, env=env) as proxy:
+    text = f"[llmswap]\nllama-server = {LLAMA_SERVER}\n{text}"
+    with llama_router(tmp_path) as router, Llmswap(text) as proxy:
         ports = router, proxy.port
 
         def compare():
@@ -10333,20 +10315,17 @@ def test_downloaded_models_are_served_without_a_file(tmp_path):
         (base / "refs").mkdir(exist_ok=True)
         (base / "refs" / "main").write_text(commit)
         gguf.write_model(folder / f"tiny-{tag}.gguf")
-    (tmp_path / "llama-server").symlink_to(LLAMA_SERVER)
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    env |= {"HF_HUB_CACHE": str(hub), "LLAMA_CACHE": str(hub)}
-    text = "[llmswap]\ncache-models = on\n[*]\nctx-size = 256\n"
-    text += "[two/tiny:q8_0]\nalias = second\nctx-size = 128"
+    text = f"[llmswap]\nllama-server = {LLAMA_SERVER}\ncache-models = on\n"
+    text += "[*]\nctx-size = 256\n[two/tiny:q8_0]\nalias = second\nctx-size = 128"
+    env = {"HF_HUB_CACHE": str(hub), "LLAMA_CACHE": str(hub)}
     with Llmswap(text, env=env) as server:
         models = lambda: server.get("/v1/models").json()["data"]  # noqa: E731
         eventually(lambda: len(models()) > 1)
-        entries = {each["id"]: each for each in models()}
-        assert {name: entry["source"] for name, entry in entries.items()} == {
+        assert {each["id"]: each["source"] for each in models()} == {
             "one/tiny:Q8_0": "cache", "two/tiny:Q4_K_M": "cache",
             "two/tiny:q8_0": "preset",
         }  # fmt: skip
-        assert entries["one/tiny:Q8_0"]["can_remove"]
+        assert entry_of(server, "one/tiny")["can_remove"]
         for name, size in (("one/tiny", "256"), ("second", "128")):
             assert server.post(CHAT, real_chat(name)).status == 200
             args = entry_of(server, name)["status"]["args"]
