@@ -2667,7 +2667,7 @@ def test_a_stop_at_any_moment_of_a_start_leaves_nothing(begin, delay):
 
 
 STOPS = [
-    # flags, keys, is it loaded; the fewest seconds that its stop takes
+    # flags, keys, is it loaded; the fewest seconds that it takes
     (["--ignore-term", "--grandchild"], {"stop_timeout": 60}, False, 0.0),
     (["--ignore-term", "--grandchild"], {"stop_timeout": 0.3}, True, 0.3),
     (["--stop-delay", "0.2"], {"cmd_stop": "/no", "stop_timeout": 60}, True, 0.2),
@@ -3401,7 +3401,7 @@ def test_a_second_signal_ends_everything_at_once(number):
 
 
 def test_idle_backends_are_stopped_in_parallel():
-    models = "".join(f"[{n}]\ncmd = FAKE --model {n} --stop-delay 0.5\n" for n in "abcd")
+    models = "".join(f"[{n}]\ncmd = FAKE --model {n} --stop-delay .5\n" for n in "abcd")
     with Llmswap(f"[llmswap]\nmodels-max = 0\n{models}") as server:
         for name in "abcd":
             server.chat(name)
@@ -3572,7 +3572,7 @@ def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
     with Llmswap("") as tcp, Fake() as other, ours:
         for listen, status, text in (
             (f"127.0.0.1:{tcp.port}", 0, "llmswap answers at http://{}/ already"),
-            (f"127.0.0.1:{other.port}", 1, "listen on http://{}/: Address already in use"),
+            (f"127.0.0.1:{other.port}", 1, "http://{}/: Address already in use"),
             (f"unix:{place}", 0, "llmswap answers at {} already"),
         ):
             done = subprocess.run([*command, listen], stderr=subprocess.PIPE, text=True)
@@ -3742,8 +3742,8 @@ class Units:
     def __init__(self, folder):
         self.folder = folder
         self.env = {"PATH": f"{folder}:{os.environ['PATH']}", "STAND_IN": str(folder)}
-        words = f"{sys.executable} -IS {CI}/systemctl.py"
-        executable(folder / "systemctl", f'exec {words} "$@"')
+        systemctl = f'exec {sys.executable} -IS {CI}/systemctl.py "$@"'
+        executable(folder / "systemctl", systemctl)
         executable(folder / "journalctl", JOURNALCTL)
 
     def add(self, name, *flags, port):
@@ -3773,8 +3773,7 @@ class Units:
 
 @pytest.fixture
 def units(tmp_path):
-    found = Units(tmp_path)
-    yield found
+    yield Units(tmp_path)
     for path in tmp_path.glob("*.pid"):
         with contextlib.suppress(OSError, ValueError):
             os.killpg(os.getpgid(int(path.read_text())), signal.SIGKILL)
@@ -3971,7 +3970,8 @@ cmd = FAKE
         assert is_asleep or "did not fall asleep" in server.log()
         assert server.post("/v1/x", {"model": "a"}).status == 200
         asked = re.findall(r"^(POST (?!/v1/x).*\S)", journal.read_text(), re.M)
-    assert asked == ["POST /sleep?level=2", f"POST {last}", *(wake if is_asleep else [])]
+    falls_asleep = ["POST /sleep?level=2", f"POST {last}"]
+    assert asked == falls_asleep + (wake if is_asleep else [])
 
 
 @pytest.mark.parametrize("flags", ["", "--wake-fails"])
@@ -4020,7 +4020,7 @@ def test_a_llama_server_that_puts_itself_to_sleep_shows_as_sleeping(tmp_path):
 
 @contextmanager
 def ears():
-    """(keys, packets): those by which a machine is woken, and what they send and when."""
+    """(keys, packets): those that wake a machine, and what they send, with the time."""
     packets = []
     hear = lambda data, *_: packets.append((time.monotonic(), data[0]))  # noqa: E731
     with socketserver.UDPServer(("127.0.0.1", 0), hear) as server:
@@ -4165,7 +4165,7 @@ with_openssl = pytest.mark.skipif(
 
 
 def certified(folder, machine, name="IP:127.0.0.1"):
-    """The file of an https upstream in front of the machine, and its TLS."""
+    """The INI text for an https upstream before the machine, and that upstream."""
     eventually(machine.is_ready)
     tls = load_tool("tls").Tls(folder, machine.port, name)
     return remote_ini(tls.port, "load-timeout = 5s").replace("http:", "https:"), tls
@@ -4393,8 +4393,7 @@ def test_without_requests_all_is_unloaded_and_the_idle_command_runs(tmp_path):
 
 
 GPU_USES = [
-    # the tool; what it is asked; its answers while others use a GPU, and while not;
-    # what the log says
+    # the tool, what it is asked, what it answers while others use a GPU and while not
     ("nvidia-smi", "compute-apps", "PID, [N/A]", "", "holds GPU memory"),
     ("nvidia-smi", "utilization", "11\n[N/A]", "10\n[N/A]", "in use, 11 %"),
     ("rocm-smi", "showuse", "device,x\ncard0,97", "device,x\ncard0,3", "in use, 97 %"),
@@ -10027,8 +10026,7 @@ model = {folder}/one.gguf
 ctx-sise = 1
 """
 def real_models(folder, names, settings="", common="", **shape):
-    """Make model files of these names; the INI text by which a real llama-server has
-    them."""
+    """Make model files of these names; the INI text for a real llama-server."""
     text = f"[llmswap]\nllama-server = {LLAMA_SERVER}\n{settings}\n[*]\n{common}\n"
     for seed, name in enumerate(names):
         path = gguf.write_model(folder / f"{name}.gguf", seed=seed, **shape)
