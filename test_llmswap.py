@@ -3077,7 +3077,6 @@ class Puppet:
         self.is_stopping = True
 
     def is_reachable(self, within):
-        """Whether it may be given to a request."""
         return True
 
     def load(self):
