@@ -2923,7 +2923,7 @@ def test_a_worker_may_be_the_server_and_close_its_output(begin, tmp_path):
     assert get(backend.port, "/stats")["pid"] != backend.pid
     cpu = time.process_time()
     threading.Event().wait(0.2)
-    assert time.process_time() - cpu < 0.15  # nobody spins on the end of its output
+    assert time.process_time() - cpu < 0.03  # nobody spins on the end of its output
     assert watched.stop() is None
 
 
