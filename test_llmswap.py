@@ -2417,10 +2417,10 @@ class WatchedBackend:
         self.backend.start()
 
     def on_loaded(self, _):
-        self.news.put(("loaded", None))
+        self.news.put("loaded")
 
     def on_exited(self, _, problem):
-        self.news.put(("exited", problem))
+        self.news.put(problem)
 
     def on_line(self, *_):
         """Of no concern here, as are the next ones."""
@@ -2428,13 +2428,13 @@ class WatchedBackend:
     on_dying = on_described = on_progress = on_line
 
     def loaded(self):
-        event, problem = self.news.get(timeout=30)
-        assert event == "loaded", problem
+        news = self.news.get(timeout=30)
+        assert news == "loaded", news
         return self.backend
 
     def exited(self):
-        event, problem = self.news.get(timeout=30)
-        assert event == "exited"
+        problem = self.news.get(timeout=30)
+        assert problem != "loaded"
         return problem
 
     def stop(self):
@@ -2477,9 +2477,8 @@ def model_of(folder, *flags, **keys):
     keys = {name.replace("_", "-"): value for name, value in keys.items()}
     if not {"cmd", "model"} & set(keys):
         keys["cmd"] = fake_command(*flags)
-    path = folder / "m.ini"
-    path.write_text("[m]\n" + "".join(f"{n} = {v}\n" for n, v in keys.items()))
-    model = llmswap.load_config(str(path)).models["m"]
+    text = "[m]\n" + "".join(f"{name} = {value}\n" for name, value in keys.items())
+    model = read(folder, text, os.environ).models["m"]
     assert not model.problem, model.problem
     return model
 
@@ -2491,11 +2490,8 @@ def script(folder, text, name="script"):
 
 
 def has_group(group):
-    for entry in filter(str.isdigit, os.listdir("/proc") if group else []):
-        found = llmswap.process_stat(int(entry))
-        if found and found.group == group and found.state != "Z":
-            return True
-    return False
+    stats = [stat for _, stat in llmswap.processes() if stat.group == group]
+    return any(stat.state != "Z" for stat in stats)
 
 
 def get(port, path):
@@ -2536,7 +2532,7 @@ def test_what_is_missing_is_found_before_the_start(tmp_path, monkeypatch, keys, 
 def test_a_command_gives_its_status_and_output_in_time(words, result):
     argv = ["/bin/sh", "-c", words] if words else ["/no/such/file"]
     began = time.monotonic()
-    assert llmswap.run_command(argv, 1.0) == result
+    assert llmswap.run_command(argv, 0.5) == result
     assert time.monotonic() - began < 30
 
 
@@ -2564,22 +2560,15 @@ def test_forty_callers_ask_a_binary_for_its_options_once(tmp_path):
     assert asked.read_text() == "x\n"
 
 
-SURROUNDINGS = """\
-cat /proc/self/oom_score_adj
-ls /proc/self/fd
-grep ^Sig /proc/self/status
-env
-exit 3
-"""
-
-
 def test_a_child_starts_in_clean_surroundings(begin, tmp_path, monkeypatch):
     foreign = ("LISTEN_FDS LISTEN_PID NOTIFY_SOCKET WATCHDOG_USEC WATCHDOG_PID "
                "LLAMA_API_KEY LLAMA_SERVER_ROUTER_PORT LLMSWAP_API_KEY "
                "JOURNAL_STREAM").split()  # fmt: skip
     for name in (*foreign, "KEPT"):
         monkeypatch.setenv(name, "1")
-    keys = {"cmd": script(tmp_path, SURROUNDINGS), "env.OTHER": "${PORT}"}
+    text = "cat /proc/self/oom_score_adj; ls /proc/self/fd; "
+    text += "grep ^Sig /proc/self/status; env; exit 3"
+    keys = {"cmd": script(tmp_path, text), "env.OTHER": "${PORT}"}
     inherited = os.open("/dev/null", os.O_RDONLY)
     os.set_inheritable(inherited, True)
     watched = begin(**keys, oom_score_adj=777)
@@ -2587,8 +2576,7 @@ def test_a_child_starts_in_clean_surroundings(begin, tmp_path, monkeypatch):
     os.close(inherited)
     lines = list(watched.backend.lines)
     assert lines[:5] == ["777", "0", "1", "2", "3"]  # the last one is of ls itself
-    masks = {name: int(mask, 16) for name, mask in (
-        line.split(":\t") for line in lines if line[:6] in ("SigBlk", "SigIgn"))}
+    masks = {line[:6]: int(line[8:], 16) for line in lines if line.startswith("Sig")}
     ignored = re.search(r"SigIgn:\t(\w+)", Path("/proc/self/status").read_text())[1]
     ours = int(ignored, 16) & ~(1 << signal.SIGPIPE - 1)  # nohup's, for one
     assert masks["SigBlk"] == 0 and masks["SigIgn"] & ~ours == 0, masks
@@ -2610,7 +2598,6 @@ def test_a_score_that_the_kernel_refuses_is_told(guard, tmp_path):
 FAILED_LOADS = [
     # how it ends; how many processes the kernel kills for memory meanwhile; the reason
     ("--load-exit 7", 0, "exited with status 7"),
-    ("--load-signal 11", 0, "killed by signal 11 (SIGSEGV)"),
     ("--load-signal 9", 0, "killed by signal 9 (SIGKILL)"),
     ("--load-signal 9", 1, "killed by the kernel: out of memory"),
     ("--load-exit 137", 1, "killed by the kernel: out of memory"),
@@ -2631,45 +2618,42 @@ def test_a_failed_load_is_told_with_its_reason_and_last_lines(
     assert problem.__traceback__ is None  # whose frames would keep descriptors open
 
 
-@pytest.mark.parametrize("flags", [["--load-hang"], ["--no-health"]])
-def test_a_load_without_a_sign_of_progress_is_given_up(begin, flags):
-    problem = begin(*flags, load_timeout=0.3).exited()
+def test_a_load_without_a_sign_of_progress_is_given_up(begin, monkeypatch):
+    pages = itertools.count(0, 4096)  # one that is read now and then is none
+    monkeypatch.setattr(llmswap, "_kernel_counts", lambda *_: next(pages))
+    monkeypatch.setattr(llmswap, "LOOK_AT_LOADS", 0.05)
+    problem = begin("--load-hang", load_timeout=0.3).exited()
     assert isinstance(problem, llmswap.LoadTimeout) and problem.status == 504
     assert "no sign of progress for 0.3 s" in str(problem)
 
 
-def test_a_load_that_goes_on_writing_is_not_given_up(begin):
-    begin("--load", "1.8", "--lines", "36", load_timeout=1.2).loaded()
+LOADS = [
+    # what a server does again and again before it is ready; how it is started
+    ("print('line', flush=True)", ""),
+    ("memory.append(b'x' * 2**20)", ""),
+    ("os.preadv(file, [page], 0)", "sh -c '\"$@\"; exit' x "),  # past the cache
+]
+LOADING_SERVER = """\
+import mmap, os, time
+memory, page = [], mmap.mmap(-1, 2**20)
+file = os.open('file', os.O_RDONLY | os.O_DIRECT)
+while True:
+    STEP
+    time.sleep(0.03)
+"""
 
 
-LOADS = {  # how a silent server gets at its model
-    "memory grows": "kept = []; step = lambda: kept.append(b'x' * 2**20)",
-    "read past the cache": "page = mmap.mmap(-1, 2**20); file = os.open('file', "
-    "os.O_RDONLY | os.O_DIRECT); step = lambda: os.preadv(file, [page], 0)",
-}
-
-
-@pytest.mark.parametrize("wrapper", ["", "sh -c '\"$@\"; exit' x "])
-@pytest.mark.parametrize("load", LOADS)
-def test_a_load_that_goes_on_in_silence_is_not_given_up(
-    begin, tmp_path, monkeypatch, load, wrapper
+@pytest.mark.parametrize("step, wrapper", LOADS)
+def test_a_load_that_goes_on_is_not_given_up(
+    begin, tmp_path, monkeypatch, step, wrapper
 ):
     monkeypatch.setattr(llmswap, "LOOK_AT_LOADS", 0.1)
-    loop = "while True:\n    step()\n    time.sleep(0.03)\n"
-    (tmp_path / "x.py").write_text(f"import mmap, os, time\n{LOADS[load]}\n{loop}")
+    (tmp_path / "x.py").write_text(LOADING_SERVER.replace("STEP", step))
     (tmp_path / "file").write_bytes(bytes(2**20))
     watched = begin(cmd=f"{wrapper}{sys.executable} -S {tmp_path}/x.py", load_timeout=1,
                  proxy="http://127.0.0.1:1", cwd=tmp_path)  # fmt: skip
     with pytest.raises(queue.Empty):
         watched.news.get(timeout=1.5)
-
-
-def test_a_page_read_now_and_then_is_no_progress(begin, monkeypatch):
-    monkeypatch.setattr(llmswap, "LOOK_AT_LOADS", 0.05)
-    pages = itertools.count(0, 4096)
-    monkeypatch.setattr(llmswap, "_kernel_counts", lambda *_: next(pages))
-    watched = begin("--load-hang", load_timeout=0.3)
-    assert "no sign of progress for 0.3 s" in str(watched.exited())
 
 
 @pytest.mark.parametrize("delay", [0, 0.001, 0.003, 0.01, 0.02, 0.04, 0.08])
@@ -2678,14 +2662,12 @@ def test_a_stop_at_any_moment_of_a_start_leaves_nothing(begin, delay):
     threading.Event().wait(delay)
     watched.backend.stop()
     news = watched.news.get(timeout=5)
-    if news[0] == "loaded":
-        news = watched.news.get(timeout=5)
-    assert news == ("exited", None)
+    assert (watched.news.get(timeout=5) if news == "loaded" else news) is None
     assert not has_group(watched.backend.pid)
 
 
 STOPS = [
-    # flags, keys, is it loaded; the fewest seconds that its stop takes
+    # flags, keys, is it loaded; the fewest seconds that it takes
     (["--ignore-term", "--grandchild"], {"stop_timeout": 60}, False, 0.0),
     (["--ignore-term", "--grandchild"], {"stop_timeout": 0.3}, True, 0.3),
     (["--stop-delay", "0.2"], {"cmd_stop": "/no", "stop_timeout": 60}, True, 0.2),
@@ -2704,8 +2686,11 @@ def test_a_stop_takes_no_longer_than_it_may(begin, flags, keys, is_loaded, least
     assert not has_group(watched.backend.pid)
 
 
-def test_workers_that_outlive_their_leader_are_killed(begin):
-    watched = begin("--grandchild")
+@pytest.mark.parametrize("has_pidfd", [True, False])
+def test_workers_that_outlive_their_leader_are_killed(begin, monkeypatch, has_pidfd):
+    if not has_pidfd:
+        monkeypatch.delattr(os, "pidfd_open")
+    watched = begin("--grandchild")  # which holds its output open
     backend = watched.loaded()
     stats = get(backend.port, "/stats")
     assert (stats["pid"], stats["oom_score_adj"]) == (backend.pid, 1000)
@@ -2716,21 +2701,13 @@ def test_workers_that_outlive_their_leader_are_killed(begin):
     assert worker is None or worker.state == "Z"
 
 
-STOPPER = """\
-echo "$1 $2" >{told}
-kill -TERM $1
-sleep 0.2
-echo done >>{told}
-"""
-
-
 def test_a_stop_command_is_run_instead_and_may_finish(begin, tmp_path):
     told = tmp_path / "told"
-    command = executable(tmp_path / "stop", STOPPER.format(told=told))
-    watched = begin(cmd_stop=f"{command} ${{PID}} ${{PORT}}")
+    text = f"echo $1 $2 >{told}; kill -TERM $2; sleep 0.2; echo done >>{told}"
+    watched = begin(cmd_stop=f"{script(tmp_path, text)} ${{PID}}")
     backend = watched.loaded()
     assert watched.stop() is None
-    assert told.read_text() == f"{backend.pid} {backend.port}\ndone\n"
+    assert told.read_text() == f"{backend.port} {backend.pid}\ndone\n"
 
 
 def test_a_stop_command_that_hangs_is_killed_with_what_it_started(begin, tmp_path):
@@ -2740,17 +2717,6 @@ def test_a_stop_command_that_hangs_is_killed_with_what_it_started(begin, tmp_pat
     assert watched.stop() is None
     stopper = int((tmp_path / "pid").read_text())
     eventually(lambda: not has_group(stopper))
-
-
-def test_a_server_that_closes_its_output_lives_on(begin, tmp_path):
-    command = fake_command()
-    watched = begin(cmd=script(tmp_path, f"exec >&- 2>&-\nPORT=$1\nexec {command}"))
-    port = watched.loaded().port
-    assert get(port, "/stats")["pid"] == watched.backend.pid
-    cpu = time.process_time()
-    threading.Event().wait(0.2)
-    assert time.process_time() - cpu < 0.15  # nobody spins on the end of its output
-    assert watched.stop() is None
 
 
 def test_a_flood_of_output_neither_blocks_it_nor_fills_the_memory(begin, tmp_path):
@@ -2764,47 +2730,36 @@ def test_a_flood_of_output_neither_blocks_it_nor_fills_the_memory(begin, tmp_pat
 def test_a_process_that_left_the_group_and_floods_the_output_delays_nothing(
     begin, tmp_path
 ):
-    (tmp_path / "flood").write_text(f"echo $$ >{tmp_path}/pid; exec yes")
-    leave = f"setsid sh {tmp_path}/flood &"
-    wait = f"while [ ! -s {tmp_path}/pid ]; do sleep 0.01; done"
-    watched = begin(cmd=script(tmp_path, f"{leave} {wait}; exit 4"))
+    pid = tmp_path / "pid"
+    text = f"setsid sh -c 'echo $$ >{pid}; exec yes' &\n"
+    text += f"while [ ! -s {pid} ]; do sleep 0.01; done; exit 4"
     try:
-        assert "exited with status 4" in str(watched.exited())
+        assert "status 4" in str(begin(cmd=script(tmp_path, text)).exited())
     finally:
-        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+        os.kill(int(pid.read_text()), signal.SIGKILL)
 
 
 # -- readiness and strangers
-
-
-def test_all_listeners_of_a_port_are_found():
-    with contextlib.ExitStack() as sockets:
-        port, inodes = 0, set()
-        for _ in range(100):
-            sock = sockets.enter_context(socket.socket())
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            sock.bind(("127.0.0.1", port))
-            sock.listen()
-            port = sock.getsockname()[1]
-            inodes.add(os.fstat(sock.fileno()).st_ino)
-        assert llmswap.listening_inodes(port) == inodes
 
 
 @pytest.mark.parametrize("address, is_found", [
     ("127.0.0.1", True), ("0.0.0.0", True), ("127.0.0.2", False), ("::", True),
     ("::ffff:127.0.0.1", True),
 ])  # fmt: skip
-def test_the_listener_of_a_loopback_port_is_found(address, is_found):
+def test_all_listeners_of_a_loopback_port_are_found(address, is_found):
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family) as listener, socket.socket() as silent:
-        listener.bind((address, 0))
-        port = listener.getsockname()[1]
-        assert llmswap.listening_inodes(port) == set()
-        listener.listen()
-        inode = os.fstat(listener.fileno()).st_ino
-        assert llmswap.listening_inodes(port) == ({inode} if is_found else set())
-        assert llmswap.holder_of(inode) == os.getpid()
-        assert llmswap.holder_of(os.fstat(silent.fileno()).st_ino, [1]) == os.getpid()
+    with contextlib.ExitStack() as sockets:
+        port, inodes = 0, set()
+        for _ in range(100):
+            sock = sockets.enter_context(socket.socket(family))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            sock.bind((address, port))
+            port = sock.getsockname()[1]
+            assert inodes or llmswap.listening_inodes(port) == set()
+            sock.listen()
+            inodes.add(os.fstat(sock.fileno()).st_ino)
+        assert llmswap.listening_inodes(port) == (inodes if is_found else set())
+        assert llmswap.holder_of(inodes.pop(), [1]) == os.getpid()
 
 
 def test_without_a_check_endpoint_ready_means_that_the_port_accepts(begin):
@@ -2828,9 +2783,8 @@ def test_a_health_check_that_nobody_answers_is_repeated(odd, monkeypatch):
     odd("deaf").loaded()
 
 
-@pytest.mark.parametrize("act", ["SSH-2.0", "HTTP"])
-def test_an_answer_that_is_no_http_is_not_healthy(odd, act):
-    assert "no sign of progress" in str(odd(act, load_timeout=0.4).exited())
+def test_an_answer_that_is_no_http_is_not_healthy(odd):
+    assert "no sign of progress" in str(odd("SSH-2.0", load_timeout=0.4).exited())
 
 
 @pytest.mark.parametrize("act", ["GET /health", "POST /wake"])
@@ -2843,27 +2797,18 @@ def test_an_exit_ends_a_probe_whose_socket_a_worker_holds_open(odd, act):
         watched.loaded()  # it is started anew
 
 
-def ticks():
-    """The time since boot, as /proc counts it."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK") - 1
-
-
 class Stranger:
-    """A process that takes a port, at once or when told, and tells what it hears."""
+    """A process that takes a port when it is told, and tells what it hears."""
 
-    def __init__(self, port=None, *, is_late=False):
-        self.port = port
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", CI / "stranger.py"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
+    def __init__(self, port=None):
+        self.port, pipe = port, subprocess.PIPE
+        words = [sys.executable, "-I", "-S", CI / "stranger.py"]
+        new = {"start_new_session": True, "stdin": pipe, "stdout": pipe}
+        self._process = subprocess.Popen(words, **new)
         self.pid = self._process.pid
-        birth = llmswap.process_stat(self.pid).start
-        eventually(lambda: ticks() > birth)  # whoever is born now is younger
-        if port and not is_late:
-            self.listen()
+        birth = llmswap.process_stat(self.pid).start + 1
+        ticks = os.sysconf("SC_CLK_TCK")  # whoever is born after this wait is younger
+        eventually(lambda: time.clock_gettime(time.CLOCK_BOOTTIME) * ticks > birth)
 
     def listen(self):
         self._process.stdin.write(b"%d\n" % self.port)
@@ -2873,15 +2818,6 @@ class Stranger:
     def heard(self):
         self._process.kill()
         return self._process.communicate()[0]
-
-
-@pytest.fixture
-def first_port(monkeypatch):
-    """The port that is chosen first, whether it is free or not."""
-    port, really = free_port(), llmswap.free_port
-    ports = iter([port])
-    monkeypatch.setattr(llmswap, "free_port", lambda: next(ports, None) or really())
-    return port
 
 
 def kind_keys(kind, folder):
@@ -2899,14 +2835,18 @@ def kind_keys(kind, folder):
 @pytest.mark.parametrize("kind", ["cmd", "llama-server"])
 @pytest.mark.parametrize("is_late", [False, True])
 def test_a_stranger_on_the_chosen_port_hears_nothing(
-    begin, tmp_path, first_port, kind, is_late
+    begin, tmp_path, monkeypatch, kind, is_late
 ):
-    stranger = Stranger(first_port, is_late=is_late)
+    stranger, free = Stranger(free_port()), llmswap.free_port
+    ports = iter([stranger.port])
+    monkeypatch.setattr(llmswap, "free_port", lambda: next(ports, None) or free())
+    if not is_late:
+        stranger.listen()
     watched = begin(**kind_keys(kind, tmp_path))
     if is_late:
         eventually(lambda: watched.backend.pid)
         stranger.listen()
-    assert watched.loaded().port != first_port
+    assert watched.loaded().port != stranger.port
     assert get(watched.backend.port, "/stats")["pid"] == watched.backend.pid
     assert stranger.heard() == b""
 
@@ -2941,7 +2881,7 @@ def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(
     begin, tmp_path, kind
 ):
     backend = begin(**kind_keys(kind, tmp_path), hang_timeout=0.3).loaded()
-    stranger = Stranger(backend.port, is_late=True)
+    stranger = Stranger(backend.port)
     backend.upstream.connect()[0].close()
     os.kill(backend.pid, order_to("deaf"))  # it lives on
     eventually(lambda: not is_listening(backend.port))
@@ -2953,16 +2893,14 @@ def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(
     assert stranger.heard() == b""
 
 
-def test_a_fixed_port_held_by_a_stranger_is_told(begin, tmp_path, monkeypatch):
+def test_a_fixed_port_held_by_a_stranger_is_told(begin, monkeypatch):
     monkeypatch.setattr(llmswap, "HEALTH_TIMEOUT", 0.3)
-    port = free_port()
-    stranger = Stranger(port)
-    proxy = f"http://127.0.0.1:{port}"
-    said = rf"its port {port} is held by process {stranger.pid} \(python"
-    exiting = begin(cmd=fake_command(port=str(port)), proxy=proxy)
-    assert re.search(said, str(exiting.exited()))
-    patient = begin(cmd="sleep 60", proxy=proxy)
-    assert re.search(said, str(patient.exited()))
+    stranger = Stranger(free_port())
+    stranger.listen()
+    reason = rf"its port {stranger.port} is held by process {stranger.pid} \(python"
+    for command in (fake_command(port=str(stranger.port)), "sleep 60"):
+        watched = begin(cmd=command, proxy=f"http://127.0.0.1:{stranger.port}")
+        assert re.search(reason, str(watched.exited()))
     assert stranger.heard() == b""
 
 
@@ -2978,14 +2916,15 @@ def test_a_line_written_at_every_check_does_not_make_checks_endless(
     assert 2 < len(probes) <= most + 2
 
 
-def test_a_listener_in_the_childs_group_is_the_childs(begin, tmp_path):
-    wrapped = fake_command(port="$1")
-    watched = begin(cmd=script(tmp_path, f"{wrapped} &\nwait"))
+def test_a_worker_may_be_the_server_and_close_its_output(begin, tmp_path):
+    text = f"exec >&- 2>&-\nPORT=$1\n{fake_command()} &\nwait"
+    watched = begin(cmd=script(tmp_path, text))
     backend = watched.loaded()
     assert get(backend.port, "/stats")["pid"] != backend.pid
-
-
-# -- hanging
+    cpu = time.process_time()
+    threading.Event().wait(0.2)
+    assert time.process_time() - cpu < 0.03  # nobody spins on the end of its output
+    assert watched.stop() is None
 
 
 def test_a_silent_request_with_answering_health_is_left_alone(begin):
@@ -2999,34 +2938,28 @@ def test_a_silent_request_with_answering_health_is_left_alone(begin):
             eventually(lambda: backend._silent_since is None)
         assert get(backend.port, "/stats")["health"] > seen
         assert watched.news.empty()
-
-
-def test_cmd_models_are_not_suspected_by_default(begin):
-    backend = begin().loaded()
+    backend = begin().loaded()  # of `cmd`, which is not suspected by default
     backend.report_stall()
     assert backend._silent_since is None
 
 
-# -- memory of the GPU
-
-
 GPU_TOOLS = [
     # the tool, what it does with the pid of a worker of the model that goes; is that
-    # waited for
-    ("nvidia-smi", "echo 1; echo $PID", True),
-    ("rocm-smi", "echo 'PID  PROCESS'; echo \"$PID  python3  1  4096\"", True),
-    ("nvidia-smi", "echo 1; [ -e $0.asked ] || echo $PID; touch $0.asked", False),
-    ("nvidia-smi", "exec sleep 60", True),
-    ("nvidia-smi", "exit 9", False),
+    # waited for, and how long at most
+    ("nvidia-smi", "echo 1; echo $PID", True, 0.5),
+    ("rocm-smi", "echo 'PID  PROCESS'; echo \"$PID  python3  1  4096\"", True, 0.5),
+    ("nvidia-smi", "echo 1; [ -e $0.asked ] || echo $PID; touch $0.asked", False, 2),
+    ("nvidia-smi", "exec sleep 60", True, 0.5),
+    ("nvidia-smi", "exit 9", False, 2),
 ]
 
 
-@pytest.mark.parametrize("tool, does, is_awaited", GPU_TOOLS)
+@pytest.mark.parametrize("tool, does, is_awaited, most", GPU_TOOLS)
 def test_the_next_start_waits_for_the_gpu_no_longer_than_it_may(
-    tool, does, is_awaited, tmp_path
+    tool, does, is_awaited, most, tmp_path
 ):
-    text = "[llmswap]\nsettle-timeout = 1.5s\n[a]\ncmd = FAKE --model a --grandchild\n"
-    text += "[b]\ncmd = FAKE --model b\n"
+    text = f"[llmswap]\nsettle-timeout = {most}s\n[b]\ncmd = FAKE --model b\n"
+    text += "[a]\ncmd = FAKE --model a --grandchild\n"
     path = f"{tmp_path}:{os.environ['PATH']}"
     with Llmswap(text, env={"PATH": path}) as server:
         server.chat("a")
@@ -3034,26 +2967,26 @@ def test_the_next_start_waits_for_the_gpu_no_longer_than_it_may(
         executable(tmp_path / tool, f"PID={pid}\n{does}")
         assert server.chat("b").status == 200
         ended, began = server.journal("end", "a")[0], server.journal("main", "b")[0]
-        assert (began["t"] - ended["t"] >= 1.5) is is_awaited
+        assert (began["t"] - ended["t"] >= most) is is_awaited
 
 
 # -- descriptors, threads, guard
 
 
-def test_lives_leave_no_descriptor_and_no_thread(begin, tmp_path, monkeypatch):
-    def live(number):
-        watched = begin(*[[], ["--load-exit", "1"], ["--load-hang"]][number % 3])
-        if number % 3 == 0:
+def test_lives_leave_no_descriptor_and_no_thread(begin):
+    def live(*flags):
+        watched = begin(*flags)
+        if not flags:
             watched.loaded()
-        if number % 3 != 1:
+        if "--load-exit" not in flags:
             watched.backend.stop()
         watched.exited()
         watched.backend = SimpleNamespace(pid=None, stop=lambda at_once: None)
 
-    live(0)
+    live()
     threads, before = threading.active_count(), len(os.listdir("/proc/self/fd"))
-    for number in range(12):
-        live(number)
+    for _ in range(4):
+        live(), live("--load-exit", "1"), live("--load-hang")
     eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)
     eventually(lambda: threading.active_count() <= threads)
     assert not zombies_of(os.getpid())
@@ -3066,60 +2999,51 @@ def test_a_fork_that_fails_is_a_failed_start(begin, monkeypatch):
     begin().loaded()
 
 
-def test_without_pidfd_an_exit_is_noticed_all_the_same(begin, monkeypatch):
-    monkeypatch.delattr(os, "pidfd_open")
-    watched = begin()
-    os.kill(watched.loaded().pid, signal.SIGKILL)
-    assert "killed by signal 9" in str(watched.exited())
-    assert begin("--load-exit", "3").exited().status == 502
-    third = begin()
-    third.loaded()
-    assert third.stop() is None
-
-
-def test_a_closed_upstream_gives_no_connection_and_cuts_those_in_use():
+@pytest.fixture
+def upstream():
+    """An Upstream, and as `listener` the socket to which it leads."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         upstream = llmswap.Upstream(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        used, idle = upstream.connect()[0], upstream.connect()[0]
-        upstream.release_connection(idle)
-        assert upstream.connect() == (idle, True)
-        upstream.release_connection(idle)
+        upstream.listener = listener
+        yield upstream
         upstream.close()
-        assert used.recv(1) == b""
-        upstream.release_connection(used)
-        assert used.fileno() == idle.fileno() == -1
-        with pytest.raises(ConnectionAbortedError):
-            upstream.connect()
 
 
-def test_a_connection_kept_over_a_suspension_is_not_used_again(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        upstream = llmswap.Upstream(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        upstream.release_connection(upstream.connect()[0])
-        suspended = llmswap.suspended_seconds() + 60
-        monkeypatch.setattr(llmswap, "suspended_seconds", lambda: suspended)
-        sock, was_used = upstream.connect()
-        assert not was_used
-        upstream.drop(sock)
+def test_a_closed_upstream_gives_no_connection_and_cuts_those_in_use(upstream):
+    used, idle = upstream.connect()[0], upstream.connect()[0]
+    upstream.release_connection(idle)
+    assert upstream.connect() == (idle, True)
+    upstream.release_connection(idle)
+    upstream.close()
+    assert used.recv(1) == b""
+    upstream.release_connection(used)
+    assert used.fileno() == idle.fileno() == -1
+    with pytest.raises(ConnectionAbortedError):
+        upstream.connect()
+
+
+def test_a_connection_kept_over_a_suspension_is_not_used_again(upstream, monkeypatch):
+    upstream.release_connection(upstream.connect()[0])
+    suspended = llmswap.suspended_seconds() + 60
+    monkeypatch.setattr(llmswap, "suspended_seconds", lambda: suspended)
+    assert not upstream.connect()[1]
 
 
 @pytest.mark.parametrize("shell", ["/bin/sh", "bash"])
 def test_the_guard_kills_the_groups_it_was_told_and_no_others(shell):
     stubborn = ["/bin/sh", "-c", "trap '' TERM INT HUP; echo; sleep 60 & sleep 60"]
-    new = dict(start_new_session=True, stderr=subprocess.DEVNULL)
-    groups = [
-        subprocess.Popen(stubborn, stdout=subprocess.PIPE, **new) for _ in range(3)
-    ]
+    new = {"start_new_session": True, "stderr": subprocess.DEVNULL}
+    pipe = subprocess.PIPE
+    groups = [subprocess.Popen(stubborn, stdout=pipe, **new) for _ in range(3)]
     for group in groups:
-        with group.stdout as told:
-            assert told.readline()  # it is stubborn now
-    words = [shell, "-c", llmswap.GUARD_SCRIPT]
-    guard = subprocess.Popen(words, stdin=subprocess.PIPE, **new)
-    first, second, third = (group.pid for group in groups)
-    told = f"+ {first}\n+ {second}\n- {second}\n+ {third}\n+ {third}\n- {third}\n"
-    guard.communicate(told.encode(), timeout=20)
+        with group.stdout as output:
+            assert output.readline()  # it is stubborn now
+    guard = subprocess.Popen([shell, "-c", llmswap.GUARD_SCRIPT], stdin=pipe, **new)
+    signs = "+ {0}\n+ {1}\n- {1}\n+ {2}\n+ {2}\n- {2}\n"
+    signs = signs.format(*(group.pid for group in groups))
+    guard.communicate(signs.encode(), timeout=20)
     assert groups[0].wait(20) == -signal.SIGKILL
-    eventually(lambda: not has_group(first))
+    eventually(lambda: not has_group(groups[0].pid))
     assert groups[1].poll() is None and groups[2].poll() is None
     for group in groups[1:]:
         os.killpg(group.pid, signal.SIGKILL)
@@ -3144,21 +3068,16 @@ class Puppet:
     def __init__(self, model, listener):
         self.model = model
         self.listener = listener
-        self.is_stopping = self.is_killed = False
+        self.is_stopping = False
 
     def start(self):
         """Nothing: the test says when it is loaded."""
 
     def stop(self, at_once=False):
         self.is_stopping = True
-        self.is_killed = self.is_killed or at_once
 
     def is_reachable(self):
-        """Whether it may be given to a request."""
         return True
-
-    def processes(self):
-        return set()
 
     def load(self):
         self.started_at = time.monotonic()
@@ -3171,17 +3090,16 @@ class Puppet:
 class PoolRequest:
     """A request on a thread of its own, with a lease until `end`."""
 
-    def __init__(self, pool, name, preemptible=False):
+    def __init__(self, pool, name):
         self.backend = self.problem = None
         self._may_end, self._is_over = threading.Event(), threading.Event()
-        work, before = (pool, pool.config.resolve(name), preemptible), count_of(pool)
+        work, before = (pool, pool.config.resolve(name)), count_of(pool)
         threading.Thread(target=self._run, args=work, daemon=True).start()
-        is_over = self._is_over.is_set
-        eventually(lambda: preemptible or is_over() or count_of(pool) > before)
+        eventually(lambda: self._is_over.is_set() or count_of(pool) > before)
 
-    def _run(self, pool, model, preemptible):
+    def _run(self, pool, model):
         try:
-            with pool.lease(model, lambda: False, preemptible) as backend:
+            with pool.lease(model, lambda: False) as backend:
                 self.backend = backend
                 self._may_end.wait(30)
         except llmswap.APIError as problem:
@@ -3209,27 +3127,22 @@ class PoolStage:
     """A Pool whose backends are puppets and whose clock is turned by hand."""
 
     def __init__(self, folder, text):
-        self.path = folder / "pool.ini"
+        self._folder = folder
         self.now = 1000.0
         self.backends = []  # every puppet there was
         self.log_lines = []
-        config = self.config(text)
-        self.pool = llmswap.Pool(config, self._log, self._make, lambda: self.now)
-
-    def _log(self, level, text):
-        self.log_lines.append((level, text))
+        log = lambda *line: self.log_lines.append(line)  # noqa: E731
+        self.pool = llmswap.Pool(self.config(text), log, self._make, lambda: self.now)
 
     def _make(self, model, listener):
         self.backends.append(Puppet(model, listener))
         return self.backends[-1]
 
     def config(self, text):
-        text = text.replace("TRUE", "cmd = true ${PORT}")
-        self.path.write_text(text)
-        return llmswap.load_config(str(self.path))
+        return read(self._folder, text.replace("TRUE", "cmd = true ${PORT}"))
 
-    def ask(self, name, preemptible=False):
-        return PoolRequest(self.pool, name, preemptible)
+    def ask(self, name):
+        return PoolRequest(self.pool, name)
 
     def backend(self, name, number=-1):
         found = lambda: [e for e in self.backends if e.model.name == name]  # noqa: E731
@@ -3238,14 +3151,11 @@ class PoolStage:
     def state(self, name):
         return self.pool.status(self.pool.config.models[name]).state
 
-    def busy(self, name):
+    def load(self, name):
         request = self.ask(name)
         self.backend(name).load()
         request.granted()
-        return request
-
-    def load(self, name):
-        self.busy(name).end()
+        request.end()
 
 
 @pytest.fixture
@@ -3261,26 +3171,22 @@ def test_a_start_that_fails_at_once_blocks_nothing(stage, monkeypatch, error):
 
     is_made = isinstance(error, RuntimeError)  # and cannot begin its backend
     broken = (Puppet, "start") if is_made else (stage.pool, "_make_backend")
-    monkeypatch.setattr(*broken, fail)
-    with stage.pool.events.subscribe() as get:
+    with monkeypatch.context() as patch, stage.pool.events.subscribe() as get:
+        patch.setattr(*broken, fail)
         problem = stage.ask("a").refused()
         events = [get(1)["data"], get(1)["data"]]
     assert problem.status == 502 and "could not be started" in str(problem)
     assert ("error", str(problem)) in stage.log_lines and stage.state("a") == "unloaded"
     assert events == [{"status": "loading"}, {"status": "unloaded", "exit_code": 1}]
     assert stage.pool.backend_of(stage.pool.config.resolve("a")) is None
-    monkeypatch.undo()
-    request = stage.ask("b")
-    stage.backend("b").load()
-    assert request.granted()
+    stage.load("b")
 
 
 def test_a_model_misconfigured_by_a_reload_refuses_waiting_and_new_requests(stage):
     stage.load("a")
     waiting = stage.ask("b")
-    stage.pool.reload(
-        stage.config("[a]\nTRUE\nno-such-key = 1\n[b]\nno-such-key = 1\n")
-    )
+    broken = "[a]\nTRUE\nno-such-key = 1\n[b]\nno-such-key = 1\n"
+    stage.pool.reload(stage.config(broken))
     assert isinstance(waiting.refused(), llmswap.ModelMisconfigured)
     assert stage.state("a") == "loaded"  # as it is
     assert isinstance(stage.ask("a").refused(), llmswap.ModelMisconfigured)
@@ -3298,20 +3204,18 @@ class Quick(Puppet):
 
     def _run(self):
         chance = random.random()
-        if self._is_asked.wait(random.random() * 0.004) or chance < 0.1:
-            is_asked = self._is_asked.is_set()
-            problem = None if is_asked else llmswap.LoadFailed("bad luck")
-            return self.listener.on_exited(self, problem)
-        self.load()
-        is_asked = self._is_asked.wait(random.random() * 0.05 if chance < 0.3 else None)
-        problem = None if is_asked else llmswap.LoadFailed("it died")
-        return self.listener.on_exited(self, problem)
+        is_asked = self._is_asked.wait(random.random() * 0.004)
+        if not is_asked and chance > 0.1:
+            self.load()
+            lifetime = random.random() * 0.05 if chance < 0.3 else None
+            is_asked = self._is_asked.wait(lifetime)
+        self.end(None if is_asked else llmswap.LoadFailed("bad luck"))
 
 
 def test_many_threads_at_once_get_a_backend_or_a_reason(tmp_path):
     text = "[llmswap]\nmodels-max = 2\npatience = 0\n"
-    stage = PoolStage(tmp_path, text + "".join(f"[{name}]\nTRUE\n" for name in "abcde"))
-    pool = llmswap.Pool(stage.pool.config, lambda *_: None, Quick)
+    text += "".join(f"[{name}]\ncmd = true ${{PORT}}\n" for name in "abcde")
+    pool = llmswap.Pool(read(tmp_path, text), lambda *_: None, Quick)
     pool.start()
     served = []
 
@@ -3325,12 +3229,10 @@ def test_many_threads_at_once_get_a_backend_or_a_reason(tmp_path):
                     if rng.random() < 0.1:
                         pool.unload(model)
 
-    crowd = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(16)]
-    for thread in crowd:
-        thread.start()
-    eventually(lambda: not any(thread.is_alive() for thread in crowd), 60)
+    with ThreadPoolExecutor(16) as crowd:
+        list(crowd.map(work, range(16)))
     assert all(served) and len(served) > 20
-    assert pool.counts()["requests"] == pool.counts()["queued"] == 0
+    assert count_of(pool) == 0
     pool.close(0)
 
 
@@ -3348,9 +3250,8 @@ def test_load_on_startup_does_not_delay_the_start(tmp_path, monkeypatch):
     may_go_on.set()
     stage.backend("a").load()
     assert stage.state("a") == "loaded"
-    threading.Thread(target=stage.pool.close, args=(0,), daemon=True).start()
-    eventually(lambda: stage.backend("a").is_stopping)
     stage.backend("a").end()
+    stage.pool.close(0)
 
 
 def test_a_model_misconfigured_by_a_reload_during_its_check_blocks_nothing(
@@ -3381,19 +3282,17 @@ def test_a_unit_replaced_by_a_reload_during_the_search_is_not_adopted(
     assert stage.state("a") == "unloaded" and not stage.backends
 
 
-def test_a_follower_gets_the_history_and_each_new_item_once(monkeypatch):
+def test_a_follower_that_does_not_keep_up_loses_items(monkeypatch):
     monkeypatch.setattr(llmswap.Broadcast, "BACKLOG", 10)
     feed = llmswap.Broadcast(3)
-    for number in range(5):
-        feed.publish(number)
-    assert feed.history() == [2, 3, 4]
-    with feed.subscribe() as get, feed.subscribe(with_history=False) as get_new:
-        feed.publish(5)
-        assert [get(0.1) for _ in range(5)] == [2, 3, 4, 5, None]
-        assert [get_new(0.1) for _ in range(2)] == [5, None]
-        for number in range(100):  # it does not keep up and loses some
+    with feed.subscribe() as get, feed.subscribe() as other:
+        for number in range(100):
             feed.publish(number)
         assert [get(0) for _ in range(11)] == [*range(10), None]
+        feed.publish(100)
+        assert get(0.1) == 100 and other(0) == 0
+    with feed.subscribe() as get:
+        assert [get(0) for _ in range(4)] == [98, 99, 100, None]
     assert not feed._followers
 
 
@@ -3404,13 +3303,10 @@ def test_a_follower_gets_the_history_and_each_new_item_once(monkeypatch):
 MANY = """\
 [llmswap]
 models-max = 0
-
 [still]
 cmd = FAKE --model still --grandchild --ignore-term
-
 [loading]
 cmd = FAKE --model loading --load-hang --grandchild --ignore-term
-
 [stopping]
 cmd = FAKE --model stopping --grandchild --ignore-term
 stop-timeout = 20
@@ -3424,14 +3320,10 @@ def ask_later(server, model):
     return client
 
 
-def guard_of(server):
-    lines = family(server.token).items()
-    return next((pid for pid, line in lines if "llmswap-guard" in line), None)
-
-
-def assert_all_gone(server):
-    """Nothing of it is left, 2 s after its end at the latest."""
-    eventually(lambda: not family(server.token), 2.5)
+def unload(server, model):
+    """Unload a model by hand, and wait until it is unloaded."""
+    assert server.post("/models/unload", {"model": model}).status == 200
+    eventually(lambda: server.states()[model] == "unloaded")
 
 
 KILLS = int(os.environ.get("KILLS", 2))  # 50 takes most of a minute
@@ -3452,22 +3344,25 @@ def test_sigkill_at_any_moment_leaves_nothing_of_any_group(moment):
         else:
             threading.Event().wait(moment)
         server.kill()
-        assert_all_gone(server)
+        eventually(lambda: not family(server.token), 2.5)
 
 
 def test_a_killed_guard_is_replaced_and_knows_every_group():
+    def guards(server):
+        lines = family(server.token).items()
+        return [pid for pid, line in lines if "llmswap-guard" in line]
+
     with Llmswap(MANY) as server:
         ask_later(server, "loading")
         assert server.chat("still").status == 200
         eventually(lambda: server.journal("grandchild", "loading"))
-        old = guard_of(server)
+        [old] = guards(server)
         os.kill(old, signal.SIGKILL)
         eventually(lambda: zombies_of(server.pid))
         ask_later(server, "stopping")
-        eventually(lambda: guard_of(server) not in (None, old))
+        eventually(lambda: guards(server) not in ([], [old]))
         eventually(lambda: not zombies_of(server.pid))
         server.kill()
-        assert_all_gone(server)
 
 
 # ---- signals
@@ -3492,7 +3387,6 @@ def test_sigterm_lets_requests_end_and_refuses_those_that_wait_or_come_late():
         late.sock.sendall(body[9:])  # at the very end
         assert late.answer().status == 503
         assert server.process.wait(20) == 0
-        assert_all_gone(server)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -3503,11 +3397,10 @@ def test_a_second_signal_ends_everything_at_once(number):
         eventually(lambda: "ending" in server.log())
         server.process.send_signal(number)
         assert server.process.wait(20) == 0
-        assert_all_gone(server)
 
 
 def test_idle_backends_are_stopped_in_parallel():
-    models = "".join(f"[{n}]\ncmd = FAKE --model {n} --stop-delay 1\n" for n in "abcd")
+    models = "".join(f"[{n}]\ncmd = FAKE --model {n} --stop-delay .5\n" for n in "abcd")
     with Llmswap(f"[llmswap]\nmodels-max = 0\n{models}") as server:
         for name in "abcd":
             server.chat(name)
@@ -3517,45 +3410,24 @@ def test_idle_backends_are_stopped_in_parallel():
         assert max(each["t"] for each in terms) < min(each["t"] for each in ends)
 
 
-# ---- stops that take long
-
-
-def test_sigterm_ignored_delays_only_the_models_that_need_the_room():
-    text = (
-        "[llmswap]\nmodels-max = 2\n"
-        "[slow]\ncmd = FAKE --model slow --ignore-term\nstop-timeout = 60\n"
-        "[a]\ncmd = FAKE --model a\n[b]\ncmd = FAKE --model b\n"
-    )
-    with Llmswap(text) as server:
-        assert server.chat("slow").status == server.chat("a").status == 200
-        needs_room = ask_later(server, "b")
-        eventually(lambda: server.journal("term", "slow"))
-        assert server.chat("a").status == 200
-        os.kill(server.journal("main", "slow")[0]["pid"], signal.SIGKILL)
-        assert needs_room.answer().status == 200
-
-
 def test_a_request_after_a_stop_during_the_load_is_served_every_time():
-    refused = 0
-    with Llmswap("[a]\ncmd = FAKE --model a --load 0.1\n") as server:
-        for number in range(12):
+    statuses = []
+    with Llmswap("[a]\ncmd = FAKE --load 0.1\n") as server:
+        for number in range(8):
             first = ask_later(server, "a")
             eventually(lambda: server.states()["a"] == "loading", every=0.001)
             server.post("/models/unload", {"model": "a"})
             assert server.chat("a").status == 200, number
-            status = first.answer().status
-            assert status in (200, 503)
-            refused += status == 503
-            server.post("/models/unload", {"model": "a"})
-            eventually(lambda: server.states()["a"] == "unloaded")
+            statuses.append(first.answer().status)
+            unload(server, "a")
         eventually(lambda: not zombies_of(server.pid))
-    assert refused >= 5  # the others were loaded before the stop came
+    assert {*statuses} <= {200, 503}
+    assert statuses.count(503) >= 3  # the others were loaded before the stop came
 
 
 def test_nothing_runs_while_nothing_happens():
-    text = "[llmswap]\nmodels-max = 0\n[a]\ncmd = FAKE\n[b]\ncmd = FAKE\n"
-    with Llmswap(text) as server:
-        server.chat("a"), server.chat("b")
+    with Llmswap("[a]\ncmd = FAKE\n") as server:
+        server.chat("a")
         counts = [-1]
 
         def is_asleep():
@@ -3568,25 +3440,15 @@ def test_nothing_runs_while_nothing_happens():
 
 # ---- reload
 
-RELOADS = """\
-[llmswap]
-models-max = 0
-[kept]
-cmd = FAKE --model kept
-[changed]
-cmd = FAKE --model {changed}
-"""
-
 
 def test_a_reload_keeps_streams_replaces_changed_and_removes_missing_models():
-    gone = "[gone]\ncmd = FAKE --model gone\n"
-    with Llmswap(RELOADS.format(changed="old") + gone) as server:
-        streams = [
-            server.stream(name, tokens=40, interval=0.02)
-            for name in ("kept", "changed", "gone")
-        ]
+    text = "[llmswap]\nmodels-max = 0\n[kept]\ncmd = FAKE --model kept\n"
+    text += "[changed]\ncmd = FAKE --model {}\n"
+    with Llmswap(text.format("old") + "[gone]\ncmd = FAKE --model gone\n") as server:
+        names = "kept", "changed", "gone"
+        streams = [server.stream(name, tokens=40, interval=0.02) for name in names]
         pid = server.stats("kept")["pid"]
-        server.reload(RELOADS.format(changed="new"))
+        server.reload(text.format("new"))
         eventually(lambda: "was read again" in server.log())
         waiting = ask_later(server, "changed")
         assert server.chat("gone").status == 404
@@ -3606,27 +3468,6 @@ def test_a_new_key_counts_on_open_connections():
         eventually(lambda: "was read again" in server.log())
         answers = [client.ask(*request, key).status for key in (old, new, old, new)]
         assert answers == [401, 200, 401, 200]
-
-
-def test_a_broken_file_changes_nothing_and_the_log_says_why():
-    whole = RELOADS.format(changed="old")
-    with Llmswap(whole) as server:
-        pid = server.stats("kept")["pid"]
-        broken = [
-            ("[llmswap]\nmodels-max = many\n", "test.ini:2: [llmswap] models-max"),
-            ("[kept\n", "test.ini:1:"),
-            ("[llmswap]\nno-such-key = 1\n", "test.ini:2: [llmswap] no-such-key"),
-        ]
-        for number, (text, place) in enumerate(broken, 1):
-            server.reload(text)
-            eventually(lambda n=number: server.log().count("not reloaded") == n)
-            assert f"not reloaded: {server.folder}/{place}" in server.log()
-        server.ini.unlink()
-        server.process.send_signal(signal.SIGHUP)
-        eventually(lambda: server.log().count("not reloaded") == len(broken) + 1)
-        server.reload(whole.replace("[llmswap]", "[llmswap]\nlog-level = debug"))
-        eventually(lambda: "was read again" in server.log())
-        assert server.stats("kept")["pid"] == pid
 
 
 @pytest.mark.parametrize("args", [(), ("--verbose",)])
@@ -3717,8 +3558,7 @@ def test_a_unix_socket_is_removed_at_the_end_and_listen_needs_a_restart(tmp_path
     with running(command, str(place), **pipe) as process:
         path.write_text(f"[llmswap]\nlisten = 127.0.0.1:{free_port()}\n")
         process.send_signal(signal.SIGHUP)
-        wanted = "a change of `listen` needs a restart"
-        assert any(wanted in line for line in process.stderr)
+        assert any("`listen` needs a restart" in line for line in process.stderr)
         assert llmswap.is_llmswap(str(place))
     assert not place.exists()
 
@@ -3729,16 +3569,14 @@ def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
     place = str(tmp_path / "socket")
     ours = running([*command, f"unix:{place}"], place)
     with Llmswap("") as tcp, Fake() as other, ours:
-        for listen, shown, status, text in (
-            (f"127.0.0.1:{tcp.port}", f"http://127.0.0.1:{tcp.port}/", 0,
-             "llmswap answers at {} already"),
-            (f"127.0.0.1:{other.port}", f"http://127.0.0.1:{other.port}/", 1,
-             "cannot listen on {}: Address already in use"),
-            (f"unix:{place}", f"unix:{place}", 0, "llmswap answers at {} already"),
-        ):  # fmt: skip
+        for listen, status, text in (
+            (f"127.0.0.1:{tcp.port}", 0, "llmswap answers at http://{}/ already"),
+            (f"127.0.0.1:{other.port}", 1, "http://{}/: Address already in use"),
+            (f"unix:{place}", 0, "llmswap answers at {} already"),
+        ):
             done = subprocess.run([*command, listen], stderr=subprocess.PIPE, text=True)
             assert done.returncode == status
-            assert text.format(shown) + "\n" in done.stderr
+            assert text.format(listen) + "\n" in done.stderr
 
 
 def test_output_that_cannot_be_written_is_an_error():
@@ -3752,7 +3590,6 @@ def test_an_edited_file_is_in_use_before_the_next_request(by_rename):
     text = "[llmswap]\nmodels-max = 0\n[kept]\ncmd = FAKE --model kept\n"
     with Llmswap(text, WATCH_EVERY=0.0) as server:
         edit = server.write if by_rename else server.ini.write_text
-        pid = server.stats("kept")["pid"]
         with server.stream("kept", tokens=10**6, pause=0.05) as stream:
             events = stream.events()
             next(events)
@@ -3762,15 +3599,16 @@ def test_an_edited_file_is_in_use_before_the_next_request(by_rename):
             edit(text + "[new]\nuses = nobody\n[[")
             for _ in range(3):
                 assert server.chat("new").status == 200  # of the last good file
-            assert server.log().count("not reloaded: ") == 1
+            assert server.log().count(f"not reloaded: {server.ini}:7: ") == 1
             assert ":7: " in shown_problem(server)
             server.ini.unlink()
             assert server.chat("new").status == 200
+            server.process.send_signal(signal.SIGHUP)
+            eventually(lambda: server.log().count("not reloaded: ") == 2)
             edit(text)
             assert server.chat("new").status == 404
             assert shown_problem(server) is None
             next(events)
-        assert server.stats("kept")["pid"] == pid
 
 
 def shown_problem(server):
@@ -3779,15 +3617,13 @@ def shown_problem(server):
 
 
 def test_a_file_is_looked_at_by_requests_only_and_not_if_told_so(tmp_path):
-    path = tmp_path / "x.ini"
-    path.write_text("1")
-    watch, changes = llmswap.FileWatch(str(path)), []
-    path.write_text("22")
-    watch.check(lambda: changes.append(path.read_text()))
-    assert changes == ["22"]
-    path.write_text("333")
-    watch.check(lambda: changes.append(path.read_text()))  # within a second
-    assert changes == ["22"]
+    path, changes = tmp_path / "x.ini", []
+    path.touch()
+    watch = llmswap.FileWatch(str(path))
+    for text in ("1", "22"):  # the second one within a second
+        path.write_text(text)
+        watch.check(lambda: changes.append(path.read_text()))
+    assert changes == ["1"]
     with Llmswap("[llmswap]\nwatch = off\n[a]\ncmd = FAKE", WATCH_EVERY=0.0) as server:
         server.write("[b]\ncmd = FAKE")
         assert server.chat("a").status == 200
@@ -3810,13 +3646,12 @@ def test_a_file_on_a_mount_that_hangs_delays_requests_only_a_little(
 
 
 def test_a_file_is_looked_at_later_if_no_thread_can_be_started(tmp_path, monkeypatch):
-    watch = llmswap.FileWatch(str(tmp_path))
+    watch, changes = llmswap.FileWatch(str(tmp_path)), []
     monkeypatch.setattr(llmswap, "WATCH_EVERY", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse_to_start)
         watch.check(lambda: None)
     (tmp_path / "new").touch()
-    changes = []
     watch.check(lambda: changes.append("seen"))
     assert changes == ["seen"]
 
@@ -3828,8 +3663,7 @@ def refuse_to_start(_):
 @pytest.mark.parametrize("output", [None, "number of models in cache: 0"])
 def test_without_a_file_and_downloads_three_lines_say_what_to_do(tmp_path, output):
     if output:
-        (tmp_path / "llama-server").write_text(f"#!/bin/sh\necho '{output}'")
-        (tmp_path / "llama-server").chmod(0o755)
+        executable(tmp_path / "llama-server", f"echo '{output}'")
     env = {**os.environ, "PATH": f"{tmp_path}:/usr/bin:/bin"}
     words = [sys.executable, LLMSWAP]
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=30)
@@ -3854,7 +3688,7 @@ def test_a_connection_without_a_thread_is_refused(monkeypatch):
 
 
 # ==================================================================================
-# 4  Backends: systemd units (of a stand-in systemctl), remote models, sleep
+# 4  Backends: units (of a stand-in systemctl), sleep, remote models, models that stay
 # ==================================================================================
 
 BRISK = dict(
@@ -3871,23 +3705,22 @@ def test_the_parrot_repeats_the_last_message_and_survives_nonsense():
             assert client.ask("GET", "/v1/models").json()["data"] == [{"id": "parrot"}]
             messages = [{"content": "no"}, {"content": "Hi you"}]
             body = {"model": "jo", "messages": messages}
-            answer = client.ask("POST", CHAT, body).json()
-            assert answer["choices"][0]["message"]["content"] == "jo says: Hi you"
-            assert answer["usage"]["completion_tokens"] == 4
-            for nonsense in (b"", b"{", b"[]", b"3", b'{"messages":"x"}', b"[" * 5000):
+            answer = client.ask("POST", CHAT, body)
+            assert answer.content() == "jo says: Hi you"
+            assert answer.json()["usage"]["completion_tokens"] == 4
+            for nonsense in (b"{", b"[]", b'{"messages":"x"}', b"[" * 5000):
                 assert client.ask("POST", CHAT, nonsense).status == 400
+            assert b"squawk" in client.ask("POST", CHAT, {"messages": []}).body
             began = time.monotonic()
             events = client.ask("POST", CHAT, {**body, "stream": True}).body
             assert time.monotonic() > began + 0.2
-            chunks = [json.loads(event[6:]) for event in events.split(b"\n\n")[:-2]]
-            words = [chunk["choices"][0]["delta"]["content"] for chunk in chunks]
-            assert words == ["jo ", "says: ", "Hi ", "you"]
+            words = re.findall(rb'"content": ?"([^"]*)"', events)
+            assert words == [b"jo ", b"says: ", b"Hi ", b"you"]
             assert events.endswith(b"data: [DONE]\n\n")
-            assert b"squawk" in client.ask("POST", CHAT, {"messages": []}).body
 
 
-def brisk(text, *args, env=None, **constants):
-    return Llmswap(text, *args, env=env, **{**BRISK, **constants})
+def brisk(text, **more):
+    return Llmswap(text, **{**BRISK, **more})
 
 
 JOURNALCTL = r'''
@@ -3902,8 +3735,8 @@ class Units:
     def __init__(self, folder):
         self.folder = folder
         self.env = {"PATH": f"{folder}:{os.environ['PATH']}", "STAND_IN": str(folder)}
-        words = f"{sys.executable} -IS {CI}/systemctl.py"
-        executable(folder / "systemctl", f'exec {words} "$@"')
+        systemctl = f'exec {sys.executable} -IS {CI}/systemctl.py "$@"'
+        executable(folder / "systemctl", systemctl)
         executable(folder / "journalctl", JOURNALCTL)
 
     def add(self, name, *flags, port):
@@ -3915,6 +3748,12 @@ class Units:
         done = subprocess.run(words, env=env, stdout=subprocess.PIPE, timeout=60)
         return done.stdout
 
+    def serve(self, *flags, more="", constants={}, **keys):
+        """llmswap with one unit [a] that is a fake server with these flags."""
+        port = free_port()
+        self.add("a", *flags, port=port)
+        return brisk(unit_ini(("a", port), **keys) + more, env=self.env, **constants)
+
     def pid(self, name):
         return int((self.folder / f"{name}.service.pid").read_text())
 
@@ -3922,14 +3761,12 @@ class Units:
         return self("is-active", "--", f"{name}.service") == b"active\n"
 
     def calls(self):
-        path = self.folder / "calls"
-        return path.read_text().splitlines() if path.exists() else []
+        return (self.folder / "calls").read_text().splitlines()
 
 
 @pytest.fixture
 def units(tmp_path):
-    found = Units(tmp_path)
-    yield found
+    yield Units(tmp_path)
     for path in tmp_path.glob("*.pid"):
         with contextlib.suppress(OSError, ValueError):
             os.killpg(os.getpgid(int(path.read_text())), signal.SIGKILL)
@@ -3937,39 +3774,24 @@ def units(tmp_path):
 
 def unit_ini(*units, head="", manager="", **more):
     """An INI file of units, each (name, port), with the same further keys."""
-    keys = "".join(f"{key.replace('_', '-')} = {more[key]}\n" for key in more)
-    return f"[llmswap]\n{head}\n" + "".join(
-        f"[{name}]\nunit = {manager}{name}.service\n"
-        f"proxy = http://127.0.0.1:{port}\n{keys}"
-        for name, port in units
-    )
+    text = f"[llmswap]\n{head}\n"
+    for name, port in units:
+        text += f"[{name}]\nunit = {manager}{name}.service\n"
+        text += f"proxy = http://127.0.0.1:{port}\n"
+        text += "".join(f"{key.replace('_', '-')} = {more[key]}\n" for key in more)
+    return text
 
 
-@pytest.fixture
-def unit_server(units):
-    """llmswap with one unit [a] that is a fake server with these flags."""
-
-    def unit_server(*flags, more="", constants={}, **keys):
-        port = free_port()
-        units.add("a", *flags, port=port)
-        return brisk(unit_ini(("a", port), **keys) + more, env=units.env, **constants)
-
-    return unit_server
-
-
-# ==================================================================================
-# Units
-# ==================================================================================
+# ---- units
 
 
 @pytest.mark.parametrize("manager", ["", "system:"])
-def test_a_unit_is_started_asked_and_stopped(units, unit_server, manager):
-    with unit_server("--load", "0.2", manager=manager) as server:
+def test_a_unit_is_started_asked_and_stopped(units, manager):
+    with units.serve("--load", "0.2", manager=manager) as server:
         assert server.states() == {"a": "unloaded"}
         assert server.chat("a").content().startswith("a ")
         assert server.states() == {"a": "loaded"} and units.is_running("a")
-        assert server.post("/models/unload", {"model": "a"}).status == 200
-        eventually(lambda: server.states() == {"a": "unloaded"})
+        unload(server, "a")
         assert not units.is_running("a")
         assert server.chat("a").status == 200
     assert not units.is_running("a")
@@ -3982,14 +3804,14 @@ def test_two_units_share_one_port_and_are_never_confused(units):
     port = free_port()
     units.add("a", "--load", "0.1", "--stop-delay", "0.2", port=port)
     units.add("b", "--load", "0.1", port=port)
-    ini = unit_ini(("a", port), ("b", port), head="models-max = 0")
-    with brisk(ini, env=units.env) as server:
+    text = unit_ini(("a", port), ("b", port), head="models-max = 0")
+    with brisk(text, env=units.env) as server:
         for name in "aba":
             assert server.chat(name).content().split()[0] == name
             assert server.loaded() == [name]
 
 
-def test_a_foreign_listener_the_port_of_a_unit_gets_no_request(units):
+def test_a_foreign_listener_on_the_port_of_a_unit_gets_no_request(units):
     with Fake("--model", "stranger") as stranger:
         units.add("a", "--load", "0.1", port=stranger.port)
         ini = unit_ini(("a", stranger.port), load_timeout="1s")
@@ -4000,32 +3822,27 @@ def test_a_foreign_listener_the_port_of_a_unit_gets_no_request(units):
             assert stranger.stats()["requests"] == 0
 
 
-def test_a_unit_found_running_is_adopted(units):
-    port = free_port()
-    units.add("a", "--load", "0.5", port=port)
-    server = brisk(unit_ini(("a", port), idle_timeout="200ms"), env=units.env)
+def test_a_unit_found_running_or_added_by_a_reload_is_adopted(units):
+    ports = {"a": free_port(), "b": free_port()}
+    for name, port in ports.items():
+        units.add(name, "--load", "0.5", port=port)
+    keys = {"idle_timeout": "200ms", "head": "models-max = 0"}
+    server = brisk(unit_ini(("a", ports["a"]), **keys), env=units.env)
     units("start", "--", "a.service", TEST_FAMILY=server.token)
     pid = units.pid("a")
     with server:
         assert server.states() == {"a": "loading"}
-        assert server.chat("a").content().split() == ["a", str(pid), "word1", "word2"]
-        assert not any(" start " in call for call in units.calls()[1:])
+        assert server.chat("a").content().split()[1] == str(pid)
         eventually(lambda: server.states() == {"a": "unloaded"})
         assert not units.is_running("a")
-
-
-def test_a_unit_added_by_a_reload_is_adopted(units):
-    ports = free_port(), free_port()
-    units.add("a", port=ports[0])
-    units.add("b", port=ports[1])
-    with brisk(unit_ini(("a", ports[0])), env=units.env) as server:
         units("start", "--", "b.service", TEST_FAMILY=server.token)
-        server.reload(unit_ini(("a", ports[0]), ("b", ports[1])))
+        server.reload(unit_ini(*ports.items(), **keys))
         eventually(lambda: server.states() == {"a": "unloaded", "b": "loaded"})
+        assert not any(" --no-ask-password start" in call for call in units.calls())
 
 
-def test_a_unit_that_stops_by_itself_is_noticed_and_started_again(units, unit_server):
-    with unit_server() as server:
+def test_a_unit_that_stops_by_itself_is_noticed_and_started_again(units):
+    with units.serve() as server:
         assert server.chat("a").status == 200
         os.kill(units.pid("a"), signal.SIGKILL)
         eventually(lambda: server.states() == {"a": "unloaded"})
@@ -4039,41 +3856,37 @@ def test_a_unit_that_stops_by_itself_is_noticed_and_started_again(units, unit_se
         assert "failed" not in server.get("/v1/models/a").json()["status"]
 
 
-def test_a_unit_without_a_main_process_is_looked_at_now_and_then(units, unit_server):
+def test_a_unit_without_a_main_process_is_looked_at_now_and_then(units):
     (units.folder / "a.service.forks").touch()
-    with unit_server(constants={"UNIT_POLL": 0.2}, hang_timeout="30s") as server:
+    with units.serve(constants={"UNIT_POLL": 0.2}, hang_timeout="30s") as server:
         assert server.chat("a").status == 200
         os.kill(units.pid("a"), signal.SIGSTOP)
-        waiting = threading.Thread(target=server.chat, args=("a",))
-        waiting.start()
+        ask_later(server, "a")
         eventually(lambda: server.get("/health").json()["requests"])
         os.kill(units.pid("a"), signal.SIGKILL)
         eventually(lambda: "ended by itself" in server.log(), timeout=5)
-        waiting.join()
 
 
-def test_the_reason_why_a_unit_does_not_come_up_is_told(unit_server):
+def test_the_reason_why_a_unit_does_not_come_up_is_told(units):
     other = unit_ini(("b", free_port())).replace("[llmswap]", "")
-    with unit_server("--load-exit", "3", more=other) as server:
+    with units.serve("--load-exit", "3", more=other) as server:
         answer = server.chat("a")
-        assert answer.status == 502
+        assert (answer.status, answer.headers["x-should-retry"]) == (502, "false")
         text = "a (a.service) could not be started: exit-code, status 3"
         assert text in answer.message()
         assert "exiting due to model loading error 3" in answer.message()
-        assert answer.headers["x-should-retry"] == "false"
         assert server.get("/v1/models/a").json()["status"]["exit_code"] == 3
         assert "Unit b.service not found." in server.chat("b").message()
-        assert server.chat("a").status == 502  # and not: repeated too quickly
         assert "repeated too quickly" not in server.chat("a").message()
 
 
 @pytest.mark.parametrize("verb", ["is-active", "show", "start", "stop"])
-def test_a_systemctl_that_hangs_blocks_no_other_model(units, unit_server, verb):
+def test_a_systemctl_that_hangs_blocks_no_other_model(units, verb):
     (units.folder / f"a.service.hang-{verb}").touch()
     keys = {"head": "models-max = 0", "stop_timeout": "0.3"}
     keys["load_timeout"] = "1s" if verb == "start" else "20s"
     near = "[b]\ncmd = FAKE\n"
-    with unit_server(more=near, constants={"COMMAND_TIMEOUT": 0.7}, **keys) as server:
+    with units.serve(more=near, constants={"COMMAND_TIMEOUT": 0.7}, **keys) as server:
         assert server.chat("b").status == 200  # once it waited for systemd
         with ThreadPoolExecutor() as crowd:
             waits = crowd.submit(server.chat, "a")
@@ -4082,7 +3895,7 @@ def test_a_systemctl_that_hangs_blocks_no_other_model(units, unit_server, verb):
             assert time.monotonic() - began < 0.7
             assert waits.result(30).status == (504 if verb == "start" else 200)
         server.post("/models/unload", {"model": "a"})
-        eventually(lambda: server.states()["a"] == "unloaded", 30)
+        eventually(lambda: server.states()["a"] == "unloaded")
         os.unlink(units.folder / f"a.service.hang-{verb}")
         assert not units.is_running("a")
 
@@ -4098,9 +3911,7 @@ def test_without_systemctl_or_if_it_fails_the_answer_says_so(tmp_path, text):
         assert server.chat("b").status == 200
 
 
-# ==================================================================================
-# Sleep of processes
-# ==================================================================================
+# ---- sleep of processes
 
 SLEEPY = """
 [a]
@@ -4110,16 +3921,6 @@ wake = POST /wake_up
 [b]
 cmd = FAKE --model b
 """
-
-
-def test_a_unit_that_ignores_the_stop_is_killed(units, unit_server):
-    with unit_server("--ignore-term", stop_timeout="0.3") as server:
-        assert server.chat("a").status == 200
-        began = time.monotonic()
-        server.post("/models/unload", {"model": "a"})
-        eventually(lambda: server.states() == {"a": "unloaded"}, 9)
-        assert 0.25 < time.monotonic() - began
-        assert not units.is_running("a")
 
 
 def test_a_victim_that_can_sleep_is_put_to_sleep_and_woken():
@@ -4137,8 +3938,7 @@ def test_a_victim_that_can_sleep_is_put_to_sleep_and_woken():
         eventually(lambda: server.states() == {"a": "loaded", "b": "unloaded"})
         server.chat("b")
         assert server.states()["a"] == "sleeping"
-        assert server.post("/models/unload", {"model": "a"}).status == 200
-        eventually(lambda: server.states()["a"] == "unloaded")
+        unload(server, "a")
         events = [each["event"] for each in server.journal(model="a")]
         assert (events.count("sleep"), events.count("wake")) == (3, 2)
         assert events.count("main") == 1
@@ -4146,12 +3946,13 @@ def test_a_victim_that_can_sleep_is_put_to_sleep_and_woken():
 
 @pytest.mark.parametrize("last, is_asleep", [("/reset", True), ("/fails", False)])
 def test_sleep_and_wake_may_take_several_requests(tmp_path, last, is_asleep):
-    program, journal = CI / "steps.py", tmp_path / "journal"
+    journal = tmp_path / "journal"
+    wake = ["POST /wake_up", 'POST /rpc {"method": "reload"}', "POST /done"]
     text = f"""\
 [a]
-cmd   = {sys.executable} {program} ${{PORT}} {journal}
+cmd   = {sys.executable} {CI}/steps.py ${{PORT}} {journal}
 sleep = POST /sleep?level=2, {last}
-wake  = POST /wake_up, POST /rpc {{"method": "reload"}}, POST /done
+wake  = {", ".join(wake)}
 [b]
 cmd = FAKE
 """
@@ -4161,10 +3962,9 @@ cmd = FAKE
         assert server.states()["a"] == ("sleeping" if is_asleep else "unloaded")
         assert is_asleep or "did not fall asleep" in server.log()
         assert server.post("/v1/x", {"model": "a"}).status == 200
-        lines = [line.strip() for line in journal.read_text().splitlines()]
-        asked = [line for line in lines if line[:4] == "POST" and "/v1/x" not in line]
-    wake = ["POST /wake_up", 'POST /rpc {"method": "reload"}', "POST /done"]
-    assert asked == ["POST /sleep?level=2", f"POST {last}", *(wake if is_asleep else [])]
+        asked = re.findall(r"^(POST (?!/v1/x).*\S)", journal.read_text(), re.M)
+    falls_asleep = ["POST /sleep?level=2", f"POST {last}"]
+    assert asked == falls_asleep + (wake if is_asleep else [])
 
 
 @pytest.mark.parametrize("flags", ["", "--wake-fails"])
@@ -4187,62 +3987,48 @@ def test_sleep_needs_count_while_it_sleeps():
         assert server.states() == {"a": "unloaded", "b": "loaded"}
 
 
-@pytest.mark.skipif(not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server")
+@with_llama_server
 def test_a_llama_server_that_puts_itself_to_sleep_shows_as_sleeping(tmp_path):
-    tiny = gguf.write_model(tmp_path / "a.gguf")
-    text = f"""
-[llmswap]
-budget = vram 8G
-[*]
-needs = vram 5G
-[a]
-llama-server = {LLAMA_SERVER}
-model = {tiny}
-sleep-idle-seconds = 1
-[b]
-cmd = FAKE --model b
-"""
-    body = {"model": "a", "prompt": "hi", "max_tokens": 2}
-    lists = "/health / /v1/models /v1/models/a /running /metrics /slots".split()
+    text = real_models(tmp_path, "a", "budget = vram 8G", "needs = vram 5G")
+    text += "sleep-idle-seconds = 1\n[b]\ncmd = FAKE --model b\n"
+    paths = "/health / /v1/models /v1/models/a /running /metrics /slots".split()
     with brisk(text, SLEEP_POLL=0.3) as server:
-        assert server.post("/v1/completions", body).status == 200
+        assert server.post(CHAT, real_chat("a")).status == 200
         eventually(lambda: server.states()["a"] == "sleeping")
-        for path in (*lists, "/props?model=a", "/metrics?model=a"):
+        for path in (*paths, "/props?model=a", "/metrics?model=a"):
             server.get(path)
         assert server.get("/props?model=a").json()["is_sleeping"] is True
         assert server.get("/slots?model=a").status == 400
         assert server.states() == {"a": "sleeping", "b": "unloaded"}
         assert server.chat("b").status == 200  # beside it: what sleeps needs nothing
         assert server.states() == {"a": "sleeping", "b": "loaded"}
-        assert server.post("/v1/completions", body).status == 200
+        assert server.post(CHAT, real_chat("a")).status == 200
         assert server.states() == {"a": "loaded", "b": "unloaded"}
-        assert sum("a.gguf" in each for each in family(server.token).values()) == 1
         eventually(lambda: server.log().count("a: loaded in") == 2)
         assert "a: unloading" not in server.log()  # the same process all the time
 
 
-# ==================================================================================
-# Remote models
-# ==================================================================================
+# ---- remote models
 
 
 @contextmanager
 def ears():
-    """(port, packets): a UDP socket and what it hears, with the time."""
+    """(keys, packets): those that wake a machine, and what they send, with the time."""
     packets = []
     hear = lambda data, *_: packets.append((time.monotonic(), data[0]))  # noqa: E731
     with socketserver.UDPServer(("127.0.0.1", 0), hear) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        yield server.server_address[1], packets
+        port = server.server_address[1]
+        keys = "wake-mac = ab:cd:ef:01:23:45", f"wake-broadcast = 127.0.0.1:{port}"
+        yield keys, packets
         server.shutdown()
 
 
 @pytest.fixture
 def machine():
-    """A machine elsewhere that can be switched on and off."""
-    found = Fake("--model", "far", "--load", "0.1", "--sleepable")
-    yield found
-    found.off()
+    """A machine elsewhere that can be switched off and on."""
+    with Fake("--model", "far", "--load", "0.1", "--sleepable") as machine:
+        yield machine
 
 
 def remote_ini(port, *lines):
@@ -4252,7 +4038,6 @@ def remote_ini(port, *lines):
 
 
 def test_a_remote_model_takes_no_room_and_gets_the_proxy_key(machine):
-    machine.on()
     with brisk(remote_ini(machine.port, "proxy-key = secret")) as server:
         assert server.chat("near").status == 200
         assert server.chat("far").content().startswith("far ")
@@ -4260,13 +4045,11 @@ def test_a_remote_model_takes_no_room_and_gets_the_proxy_key(machine):
         got = echoed(server.post("/echo", {"model": "far"}, ours))
         assert got["authorization"] == "Bearer secret"
         assert server.loaded() == ["far", "near"]
-        assert server.post("/models/unload", {"model": "far"}).status == 200
-        eventually(lambda: server.loaded() == ["near"])
-        assert is_listening(machine.port)
+        unload(server, "far")
+        assert server.loaded() == ["near"] and is_listening(machine.port)
 
 
 def test_a_proxy_may_lead_to_other_llmswaps_but_not_back(machine):
-    machine.on()
     loop = "[far]\nproxy = {}\nconcurrency = 1\n"
     with brisk(remote_ini(machine.port)) as inner, brisk(loop.format(inner.url)) as outer:
         edge = {"Via": "1.0 edge"}.items()
@@ -4286,9 +4069,9 @@ def test_a_proxy_may_lead_to_other_llmswaps_but_not_back(machine):
 
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_a_sleeping_machine_is_woken_and_the_client_gets_its_answer(machine, is_stream):
-    with ears() as (port, packets), ThreadPoolExecutor() as crowd:
-        lines = ["wake-mac = ab:cd:ef:01:23:45", f"wake-broadcast = 127.0.0.1:{port}"]
-        with brisk(remote_ini(machine.port, *lines)) as server:
+    machine.off()
+    with ears() as (keys, packets), ThreadPoolExecutor() as crowd:
+        with brisk(remote_ini(machine.port, *keys)) as server:
             waits = crowd.submit(server.stream if is_stream else server.chat, "far")
             eventually(lambda: len(packets) >= 3)
             machine.on()
@@ -4300,93 +4083,53 @@ def test_a_sleeping_machine_is_woken_and_the_client_gets_its_answer(machine, is_
             assert times[-1] - times[0] > 0.2 * (count - 1) - 0.1, times
             packet = b"\xff" * 6 + bytes.fromhex("abcdef012345") * 16
             assert {data for _, data in packets} == {packet}
-            with server.stream("far", tokens=9, interval=0.05) as stream:
-                assert stream.text().startswith("far ")
+            assert server.chat("far").status == 200
             assert len(packets) <= count + 1  # it answers: there is nobody to wake
 
 
 def test_a_machine_that_does_not_wake_in_time_is_a_504(machine):
-    with ears() as (port, packets), brisk(
-        remote_ini(machine.port, "load-timeout = 250ms", "wake-mac = ab:cd:ef:01:23:45",
-                   f"wake-broadcast = 127.0.0.1:{port}"), WAKE_INTERVAL=60.0
-    ) as server:  # fmt: skip
-        for turn in range(3):  # it is tried again each time: asleep, not broken
-            eventually(lambda: len(packets) == turn)  # each of them sent at once
-            began = time.monotonic()
-            answer = server.chat("far")
-            assert answer.status == 504 and 0.24 < time.monotonic() - began
-            assert "did not answer for 0.25 s" in answer.message()
-            assert "Connection refused" in answer.message()
-        machine.on()
-        eventually(machine.is_ready)
-        assert server.chat("far").status == 200
+    machine.off()
+    with ears() as (keys, packets):
+        ini = remote_ini(machine.port, "load-timeout = 250ms", *keys)
+        with brisk(ini, WAKE_INTERVAL=60.0) as server:
+            for turn in range(3):  # it is tried again each time: asleep, not broken
+                eventually(lambda: len(packets) == turn)  # each of them sent at once
+                began = time.monotonic()
+                answer = server.chat("far")
+                assert answer.status == 504 and 0.24 < time.monotonic() - began
+                assert "did not answer for 0.25 s" in answer.message()
+                assert "Connection refused" in answer.message()
 
 
 @pytest.mark.parametrize("is_silent", [False, True])
 def test_a_remote_that_vanished_is_waited_for_and_not_called_broken(machine, is_silent):
-    machine.on()
-    with brisk(remote_ini(machine.port), FRESH=0.0) as server:
-        for _ in range(3):
+    lines = ["sleep = POST /sleep?level=1", "wake = POST /wake_up", "needs = gpu 2"]
+    text = "[llmswap]\nbudget = gpu 2\n" + remote_ini(machine.port, *lines)
+    with brisk(text + "needs = gpu 1\n", FRESH=0.0) as server:
+        for state in ("loaded", "sleeping"):
             assert server.chat("far").status == 200
+            assert state == "loaded" or server.chat("near").status == 200
+            assert server.states()["far"] == state
             machine.off()
             return_later(machine, 0.5, is_silent)
-            assert server.chat("far").status == 200
+            assert server.chat("far").content().startswith("far ")
         status = server.get("/v1/models/far").json()["status"]
         assert status["value"] == "loaded" and "failed" not in status
-        assert "could not" not in server.log()
+        assert "could not" not in server.log() and "did not wake up" in server.log()
 
 
 def return_later(machine, seconds, is_silent):
     """Switch the machine on after a while; until then it drops or refuses what comes."""
+    place = "127.0.0.1", machine.port
     with contextlib.ExitStack() as stack:
-        if is_silent:
-            stack.enter_context(full_backlog(machine.port))
+        if is_silent:  # as a listener with a full backlog is
+            stack.enter_context(socket.create_server(place, backlog=0))
+            for _ in range(3):
+                sock = stack.enter_context(socket.socket())
+                sock.setblocking(False)
+                sock.connect_ex(place)
         stack.callback(machine.on)
         threading.Timer(seconds, stack.pop_all().close).start()
-
-
-@pytest.mark.parametrize("is_silent", [False, True])
-def test_a_machine_that_left_while_its_model_slept_is_waited_for(machine, is_silent):
-    machine.on()
-    lines = ["sleep = POST /sleep?level=1", "wake = POST /wake_up", "needs = gpu 2"]
-    text = "[llmswap]\nbudget = gpu 2\n" + remote_ini(machine.port, *lines)
-    with brisk(text + "needs = gpu 1\n") as server:
-        assert server.chat("far").status == server.chat("near").status == 200
-        assert server.states() == {"far": "sleeping", "near": "loaded"}
-        machine.off()
-        return_later(machine, 0.5, is_silent)
-        assert server.chat("far").content().startswith("far ")
-        assert "did not wake up" in server.log()
-
-
-@contextmanager
-def full_backlog(port):
-    """Who listens there drops what comes, as a machine that sleeps does."""
-    with socket.create_server(("127.0.0.1", port), backlog=0):
-        crowd = [socket.socket() for _ in range(3)]
-        for sock in crowd:
-            sock.setblocking(False)
-            sock.connect_ex(("127.0.0.1", port))
-        yield
-        for sock in crowd:
-            sock.close()
-
-
-def test_a_stream_from_a_remote_that_vanishes_ends_broken(machine):
-    machine.on()
-    with brisk(remote_ini(machine.port)) as server:
-        with server.stream("far", tokens=100, interval=0.02) as stream:
-            events = stream.events()
-            next(events), next(events)
-            machine.off()
-            with pytest.raises((BrokenAnswer, OSError, StopIteration)) as caught:
-                while "error" not in (event := next(events)):
-                    assert event != "[DONE]"
-                next(events)
-            assert caught.type is not StopIteration or not stream.is_complete
-        timer = threading.Timer(0.2, machine.on)
-        timer.start()
-        assert server.chat("far").status == 200
 
 
 def test_a_remote_llmswap_that_is_started_anew_cuts_no_stream_and_fails_no_request():
@@ -4406,22 +4149,27 @@ def test_a_remote_llmswap_that_is_started_anew_cuts_no_stream_and_fails_no_reque
                 assert waits.result().status == 200
 
 
-# ==================================================================================
-# TLS, suspension
-# ==================================================================================
+# ---- TLS, suspension
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
-def test_an_https_upstream_is_used_if_its_certificate_is_good(machine, tmp_path):
-    machine.on()
+with_openssl = pytest.mark.skipif(
+    not shutil.which("openssl"), reason="needs openssl"
+)
+
+
+def certified(folder, machine, name="IP:127.0.0.1"):
+    """The INI text for an https upstream before the machine, and that upstream."""
     eventually(machine.is_ready)
-    tls = load_tool("tls").Tls(tmp_path, machine.port)
-    ini = remote_ini(tls.port, "load-timeout = 5s").replace("http:", "https:")
+    tls = load_tool("tls").Tls(folder, machine.port, name)
+    return remote_ini(tls.port, "load-timeout = 5s").replace("http:", "https:"), tls
+
+
+@with_openssl
+def test_an_https_upstream_is_used_if_its_certificate_is_good(machine, tmp_path):
+    ini, tls = certified(tmp_path, machine)
     with brisk(ini, env={"SSL_CERT_FILE": str(tls.certificate)}) as server:
         for _ in range(3):
             assert server.chat("far").content().startswith("far ")
-        with server.stream("far", tokens=5, interval=0.02) as stream:
-            assert stream.text().startswith("far ")
         big = server.chat("far", size=3_000_000)
         assert len(big.content()) >= 3_000_000 - 3
         with server.stream("far", tokens=3, stall=0.25) as stream:
@@ -4429,46 +4177,40 @@ def test_an_https_upstream_is_used_if_its_certificate_is_good(machine, tmp_path)
         assert tls.accepted <= 5  # kept connections are used again
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
+@with_openssl
 @pytest.mark.parametrize("trust", [False, True])
 def test_an_https_upstream_that_cannot_be_verified_gets_nothing(
     machine, tmp_path, trust
 ):
-    machine.on()
-    eventually(machine.is_ready)
-    name = "DNS:elsewhere" if trust else "IP:127.0.0.1"
-    tls = load_tool("tls").Tls(tmp_path, machine.port, name)
+    ini, tls = certified(tmp_path, machine, *["DNS:elsewhere"] * trust)
     env = {"SSL_CERT_FILE": str(tls.certificate)} if trust else {}
-    ini = remote_ini(tls.port).replace("http:", "https:")
     with brisk(ini, env=env) as server:
         answer = server.chat("far")
         assert answer.status == 502 and "certificate verify failed" in answer.message()
-        assert ask(machine.port, "GET", "/stats").json()["requests"] == 0
+        assert machine.stats()["requests"] == 0
 
 
 @pytest.mark.parametrize("act, is_quiet", [
     (lambda other: None, True), (lambda other: other.sendall(b"x"), False),
-    (lambda other: other.shutdown(socket.SHUT_WR), False),
     (lambda other: other.close(), False),
     (lambda other: (reset_at_close(other), other.close()), False),
 ])  # fmt: skip
-def test_a_kept_connection_serves_again_only_if_nothing_came_on_it(act, is_quiet):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        upstream = llmswap.Upstream(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        ours, _ = upstream.connect()
-        theirs, _ = listener.accept()
-        with theirs:
-            theirs.sendall(b"x" * 1000)
-            assert len(ours.recv(1000)) == 1000  # what was read leaves no trace
-            act(theirs)
-            # nothing has come to it, its end included
-            eventually(lambda: not select.select([ours], [], [], 0)[0] == is_quiet)
-            upstream.release_connection(ours)
-            assert upstream.connect()[1] is is_quiet
-        upstream.close()
+def test_a_kept_connection_serves_again_only_if_nothing_came_on_it(
+    upstream, act, is_quiet
+):
+    ours, _ = upstream.connect()
+    theirs, _ = upstream.listener.accept()
+    with theirs:
+        theirs.sendall(b"x" * 1000)
+        assert len(ours.recv(1000)) == 1000  # what was read leaves no trace
+        act(theirs)
+        # nothing has come to it, its end included
+        eventually(lambda: not select.select([ours], [], [], 0)[0] == is_quiet)
+        upstream.release_connection(ours)
+        assert upstream.connect()[1] is is_quiet
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
+@with_openssl
 def test_a_kept_connection_with_tls_holds_nothing_of_its_last_record(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         tls = load_tool("tls").Tls(tmp_path, listener.getsockname()[1])
@@ -4493,35 +4235,30 @@ def test_after_a_suspension_the_whole_program_trusts_nothing_of_before(
     machine, tmp_path
 ):
     """It is stopped as the machine would stop it; only the clocks' jump is played."""
-    machine.on()
     eventually(machine.is_ready)
     clock = tmp_path / "slept"  # an hour, once this is there
     slept = Code(f"lambda: 3600.0 * l.os.path.exists({str(clock)!r})")
     with brisk(remote_ini(machine.port), suspended_seconds=slept, FRESH=1e9) as server:
         assert server.chat("far").status == server.chat("near").status == 200
-        for is_jump in (False, True):
-            before = ask(machine.port, "GET", "/stats").json()
-            with server.connect() as client:
-                asked = client.ask("GET", "/upstream/near/stats").json()["health"]
-                # its thread is done with near's connection once it answers again
-                health = "GET", "/health"
-                eventually(lambda c=client: c.ask(*health).json()["requests"] == 0)
-            server.process.send_signal(signal.SIGSTOP)
-            machine.process.send_signal(signal.SIGSTOP)
-            if is_jump:
-                clock.touch()
-            server.process.send_signal(signal.SIGCONT)
-            with ThreadPoolExecutor() as crowd:
-                far = crowd.submit(server.chat, "far")
-                assert server.chat("near").status == 200
-                machine.process.send_signal(signal.SIGCONT)
-                assert far.result().status == 200
-            after = ask(machine.port, "GET", "/stats").json()
-            assert after["requests"] == before["requests"] + 1
-            assert after["health"] == before["health"] + is_jump
-            assert server.stats("near")["health"] == asked + is_jump
-            kept = set(after["ports"]) & set(before["ports"])
-            assert len(kept) == (0 if is_jump else 1)
+        before = machine.stats()
+        with server.connect() as client:
+            asked = client.ask("GET", "/upstream/near/stats").json()["health"]
+            # its thread is done with near's connection once it answers again
+            eventually(lambda: client.ask("GET", "/health").json()["requests"] == 0)
+        server.process.send_signal(signal.SIGSTOP)
+        machine.process.send_signal(signal.SIGSTOP)
+        clock.touch()
+        server.process.send_signal(signal.SIGCONT)
+        with ThreadPoolExecutor() as crowd:
+            far = crowd.submit(server.chat, "far")
+            assert server.chat("near").status == 200
+            machine.process.send_signal(signal.SIGCONT)
+            assert far.result().status == 200
+        after = machine.stats()
+        assert after["requests"] == before["requests"] + 1
+        assert after["health"] == before["health"] + 1
+        assert server.stats("near")["health"] == asked + 1
+        assert set(after["ports"]).isdisjoint(before["ports"])
 
 
 @pytest.mark.skipif(
@@ -4536,9 +4273,7 @@ def test_how_long_the_machine_slept_is_read_from_the_kernels_clocks():
     assert 3599 < float(done.stdout) - llmswap.suspended_seconds() < 3601
 
 
-# ==================================================================================
-# Models that stay, and models that stand for several
-# ==================================================================================
+# ---- models that stay, and models that stand for several
 
 
 def starts_of(server, model):
@@ -4577,16 +4312,6 @@ def test_a_kept_model_is_loaded_whenever_it_fits_but_not_against_an_unload_by_ha
         eventually(lambda: server.loaded() == ["k"])
 
 
-def test_a_kept_model_that_cannot_be_loaded_backs_off_and_disturbs_nobody():
-    text = "[k]\ncmd = /no/such ${PORT}\nkeep-loaded = on\n[b]\ncmd = FAKE\n"
-    with brisk(text) as server:
-        assert server.chat("b").status == 200
-        assert server.post("/models/unload", {"model": "b"}).status == 200
-        eventually(lambda: server.log().count("k: loading") == 4)  # 2 s until the next
-        assert server.chat("b").status == 200
-        assert server.log().count("k: loading") == 4
-
-
 def test_what_is_loaded_on_startup_comes_before_what_is_kept_loaded():
     with brisk(f"{KEPT}load-on-startup = on\n") as server:
         eventually(lambda: server.loaded() == ["b"])
@@ -4619,8 +4344,8 @@ def test_of_several_models_the_one_that_is_loaded_or_loading_is_used(tmp_path):
         (tmp_path / "go").touch()
         assert [client.answer().status for client in clients] == [200, 200]
         assert (chats_seen(server, "a"), chats_seen(server, "b")) == (1, 2)
-        headers = server.post("/echo", {"model": "any"}).json()["headers"]
-        assert ["authorization", "Bearer of-b"] in [[n.lower(), v] for n, v in headers]
+        headers = echoed(server.post("/echo", {"model": "any"}))
+        assert headers["authorization"] == "Bearer of-b"
         assert server.post("/models/unload", {"model": "any"}).status == 200
         eventually(lambda: server.states()["b"] == "unloaded")
         assert server.chat("any").status == 200
@@ -4636,66 +4361,51 @@ def test_a_request_over_which_one_of_several_models_died_goes_to_the_next(tmp_pa
         assert starts_of(server, "a") == starts_of(server, "b") == 1
 
 
-# ==================================================================================
-# The idle-command
-# ==================================================================================
-
-
-def test_what_is_kept_loaded_rests_from_the_idle_command_until_a_request(tmp_path):
-    mark = tmp_path / "ran"
-    head = f"[llmswap]\nmodels-max = 2\nidle-command = touch {mark}\n"
-    with brisk(f"{head}idle-command-after = 1.5s\n{KEPT}") as server:
-        eventually(lambda: starts_of(server, "k") == 1)
-        eventually(lambda: "idle-command ended" in server.log())
-        assert server.states() == {"k": "unloaded", "b": "unloaded"}
-        assert starts_of(server, "k") == 1
-        assert server.chat("b").status == 200
-        eventually(lambda: starts_of(server, "k") == 2)
+# ---- the idle-command
 
 
 def test_without_requests_all_is_unloaded_and_the_idle_command_runs(tmp_path):
     mark = tmp_path / "ran"
     mark.touch()
     command = f"/bin/sh -c 'date +%s.%N >>{mark}; sleep 0.1'"
-    head = f"[llmswap]\nidle-command = {command}\nidle-command-after = 0.5s\n"
-    with brisk(head + "[a]\ncmd = FAKE --model a\npin = on\n") as server:
+    head = f"[llmswap]\nmodels-max = 2\nidle-command = {command}\n"
+    head += f"idle-command-after = 1s\n{KEPT}pin = on\n"
+    with brisk(head) as server:
         for turn in (1, 2):
-            assert server.chat("a").status == 200
+            assert server.chat("b").status == 200
+            eventually(lambda t=turn: starts_of(server, "k") == t)
             ended, marks = time.time(), []
             while len(marks) < turn:
                 assert server.get("/v1/models").status == 200  # which is no use
                 marks = mark.read_text().split()
             assert float(marks[-1]) > ended + 0.45
-            assert server.states() == {"a": "unloaded"}
             done = "idle-command ended with status 0"
             eventually(lambda t=turn: server.log().count(done) == t)
+            assert server.states() == {"k": "unloaded", "b": "unloaded"}
+            assert starts_of(server, "k") == turn  # it rests until a request
 
 
-VENDORS_TOOLS = {
-    "nvidia-smi": """\
-case "$*" in
-*compute-apps*) [ ! -e {0}/held ] || echo "{1}, [N/A]" ;;
-*utilization*) [ ! -e {0}/busy ] && echo 10 || echo 11; echo "[N/A]" ;;
-esac""",
-    "rocm-smi": """\
-case "$*" in
-*showpids*) [ ! -e {0}/held ] || echo "{1} python 1 2000 0 0" ;;
-*showuse*) echo "device,GPU use (%)"; [ ! -e {0}/busy ] && echo card0,3 || echo card0,97 ;;
-esac""",
-}
+GPU_USES = [
+    # the tool, what it is asked, what it answers while others use a GPU and while not
+    ("nvidia-smi", "compute-apps", "PID, [N/A]", "", "holds GPU memory"),
+    ("nvidia-smi", "utilization", "11\n[N/A]", "10\n[N/A]", "in use, 11 %"),
+    ("rocm-smi", "showuse", "device,x\ncard0,97", "device,x\ncard0,3", "in use, 97 %"),
+]
 
 
-@pytest.mark.parametrize("tool", VENDORS_TOOLS)
-@pytest.mark.parametrize("use, text", [("held", "holds GPU memory"), ("busy", "in use, ")])
-def test_the_idle_command_waits_while_others_use_a_gpu(tmp_path, tool, use, text):
-    executable(tmp_path / tool, VENDORS_TOOLS[tool].format(tmp_path, os.getpid()))
-    (tmp_path / use).touch()
+@pytest.mark.parametrize("tool, question, used, free, text", GPU_USES)
+def test_the_idle_command_waits_while_others_use_a_gpu(
+    tmp_path, tool, question, used, free, text
+):
+    answer = f"[ -e {tmp_path}/free ] && echo '{free}' || echo '{used}'"
+    answer = answer.replace("PID", str(os.getpid()))
+    executable(tmp_path / tool, f'case "$*" in *{question}*) {answer};; esac')
     head = f"[llmswap]\nidle-command = touch {tmp_path}/ran\nidle-command-after = 0.1s\n"
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     with brisk(head + "[a]\ncmd = FAKE\n", env=env, GPU_LOOK_EVERY=0.05) as server:
         eventually(lambda: "the idle-command waits: " in server.log())
         assert text in server.log() and not (tmp_path / "ran").exists()
-        (tmp_path / use).unlink()
+        (tmp_path / "free").touch()
         eventually(lambda: "idle-command ended with status 0" in server.log())
         assert server.log().count("the idle-command waits: ") == 1
 
@@ -9160,27 +8870,20 @@ cublasCreate_v2(&handle): CUBLAS_STATUS_ALLOC_FAILED
 alloc_tensor_range: failed to allocate ROCm0 buffer of size 2147483648
 ggml_vulkan: Device memory allocation of size 1048898304 failed.
 ggml_vulkan: vk::Device::allocateMemory: ErrorOutOfDeviceMemory
-ggml_backend_metal_buffer_type_alloc_buffer: error: failed to allocate buffer
 error: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)
 llama_model_load: error loading model: unable to allocate CUDA0 buffer
-failed to initialize the context: failed to allocate buffer for kv cache
 graph_reserve: failed to allocate compute buffers
 terminate called after throwing an instance of 'std::bad_alloc'
 torch.OutOfMemoryError: HIP. Tried to allocate 12.95 GiB.
 OSError: [Errno 12] Cannot allocate memory
 MemoryError
-ValueError: Free memory on device (31.44/47.38 GiB) is less than desired GPU memory \
-utilization (0.95, 45.01 GiB).
+Free memory on device (31.44/47.38 GiB) is less than desired GPU memory utilization
 ValueError: No available memory for the cache blocks. Try increasing the utilization.
 ValueError: 16.00 GiB KV cache is needed, larger than the available KV cache memory
-The max seq len (4096) is larger than the maximum number of tokens that can be stored
-killed by the kernel: out of memory"""
+The max seq len (4096) is larger than the maximum number of tokens that can be stored"""
 OTHER_FAILURES = """\
 error loading model: failed to open GGUF file '/models/x.gguf'
-ggml_vulkan: Failed to allocate pinned memory (x)
-couldn't bind HTTP server socket, hostname: 127.0.0.1, port: 10001
-load_tensors: offloading 61 repeating layers to GPU
-ValueError: Unrecognized model type"""
+ggml_vulkan: Failed to allocate pinned memory (x)"""
 
 
 def test_servers_say_when_memory_is_short():
@@ -9200,18 +8903,11 @@ ROCM_PROCESSES = (
 )
 MACHINES = [
     # what the tool prints of GPUs and of processes, of which 1 is ours; GiB of vram
-    ("24576, 0\n", "", 23.5),
-    ("24576, 2048\n", "7, 2048\n", 21.5),
     ("24576, 9216\n", "7, 1024\n1, 8192\n", 22.5),  # a unit that runs already
     ("24576, 0\n12288, 1024\n", "7, [N/A]\n", 34),
     ("24576, 0\n[N/A], [N/A]\n", "", 23.5),
-    ("81920, 40\n", "7, 20\n1, 20\n", 80 - 20 / 1024 - 0.5),  # two MIG instances
-    ("[Insufficient Permissions], [Insufficient Permissions]\n", "", None),  # MIG
     ("512, 512\n", "", 2**-30),  # models that use it are loaded one at a time
     ("[N/A], [N/A]\n", "", None),  # its memory is that of the machine
-    ("No devices were found\n", "", None),
-    ("NVIDIA-SMI has failed because it couldn't communicate.\n", "", None),
-    (ROCM_SIZES, "", (17163091968 - 692142080 - 2**29) / GB),
     (ROCM_SIZES, ROCM_PROCESSES, (17163091968 - 692142080 - 2**29 + 15053770752) / GB),
     (None, None, None),
 ]
@@ -9221,11 +8917,9 @@ MACHINES = [
 def test_the_budget_of_a_machine(tmp_path, monkeypatch, sizes, processes, vram):
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     if sizes is not None:
-        executable(
-            tmp_path / ("rocm-smi" if sizes == ROCM_SIZES else "nvidia-smi"),
-            f"case $1 in *memory.total*|*meminfo) echo '{sizes}' ;;"
-            f" *) echo '{processes}'; esac",
-        )
+        tool = "rocm-smi" if sizes == ROCM_SIZES else "nvidia-smi"
+        questions = f"*memory.total*|*meminfo) echo '{sizes}' ;; *) echo '{processes}'"
+        executable(tmp_path / tool, f"case $1 in {questions}; esac")
     budget = llmswap.machine_budget(lambda pid: pid == 1)
     assert budget.get("vram") == (vram and vram * GB)
     memory = int(re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())[1])
@@ -9244,38 +8938,33 @@ def test_processes_are_known_by_their_group_or_unit(monkeypatch):
 
 
 def test_mapped_files_count_as_memory_unless_they_are_on_the_gpu(tmp_path):
-    model = tmp_path / "m.gguf"
-    model.write_bytes(bytes(64 << 20))
+    model, size = tmp_path / "m.gguf", 64 * MB
+    model.write_bytes(bytes(size))
     code = "import mmap, sys, time\nfile = open(sys.argv[2], 'rb')\n"
     code += "held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)\n"
     code += "sum(held[i] for i in range(0, len(held), 4096))\ntime.sleep(60)"
     command = [sys.executable, "-c", code, "-m", str(model)]
-    child = subprocess.Popen(command, start_new_session=True)
-    try:
-        eventually(lambda: llmswap.memory_of(child.pid).get("RssFile", 0) > 64 << 20)
+    with subprocess.Popen(command, start_new_session=True) as child:
+        eventually(lambda: llmswap.memory_of(child.pid).get("RssFile", 0) > size)
         alone = llmswap.memory_taken(child.pid, None)
-        on_gpu = llmswap.memory_taken(child.pid, 64 << 20)
-    finally:
+        on_gpu = llmswap.memory_taken(child.pid, size)
         child.kill()
-        child.wait()
-    assert on_gpu["vram"] == 64 << 20 and "vram" not in alone
-    assert on_gpu["ram"] < 64 << 20 < alone["ram"]
-    assert llmswap.memory_taken(child.pid, 64 << 20) == {}  # it is gone
+    assert on_gpu["vram"] == size and "vram" not in alone
+    assert on_gpu["ram"] < size < alone["ram"]
+    assert llmswap.memory_taken(child.pid, size) == {}  # it is gone
 
 
 def auto_model(folder, name="m", budget="auto", **keys):
     keys = keys or {"cmd": f"true {name} ${{PORT}}"}
     rows = "".join(f"{key.replace('_', '-')} = {text}\n" for key, text in keys.items())
-    path = folder / "auto.ini"
-    path.write_text(f"[llmswap]\nbudget = {budget}\n[{name}]\n{rows}")
-    return llmswap.load_config(str(path)).models[name]
+    text = f"[llmswap]\nbudget = {budget}\n[{name}]\n{rows}"
+    return read(folder, text).models[name]
 
 
 BUDGET = {"vram": 24 * GB, "ram": 64 * GB}
 LEARNED = [
     # what was known in GiB, and from where; peak; may it have been squeezed, is the run
     # over; what is known then
-    (None, "not known yet", 10, False, False, 10.5),
     (None, "not known yet", 10, True, False, 10.5),
     (21, "measured", 10, False, False, 21),  # later in this run it may take more
     (21, "measured", 10, False, True, 10.5),
@@ -9284,9 +8973,17 @@ LEARNED = [
     (20, "llama-fit-params", 17, True, True, None),
     (20, "llama-fit-params", 19, True, True, 19.95),
     (20, "llama-fit-params", 17, False, False, 17.85),
-    (40, "file sizes", 10, False, False, 10.5),
     (40, "out of memory", 10, False, False, 10.5),
 ]
+
+
+def needs_file(folder, *known):
+    """Write what is known: of each model a source and GiB."""
+    rows = {}
+    for model, source, size in known:
+        row = {"source": source, "amounts": {"vram": int(size * GB)}}
+        rows[llmswap._command_key(model)] = row
+    (folder / "needs.json").write_text(json.dumps({"version": 1, "needs": rows}))
 
 
 @pytest.mark.parametrize("known, source, peak, squeezed, over, then", LEARNED)
@@ -9294,11 +8991,8 @@ def test_a_peak_is_learned_unless_it_was_squeezed(
     tmp_path, known, source, peak, squeezed, over, then
 ):
     model = auto_model(tmp_path)
-    row = {"model": "m", "source": source, "amounts": {}}
     if known:
-        row["amounts"] = {"vram": int(known * GB)}
-    document = {"version": 1, "needs": {llmswap._command_key(model): row}}
-    (tmp_path / "needs.json").write_text(json.dumps(document))
+        needs_file(tmp_path, (model, source, known))
     needs = llmswap.Needs(str(tmp_path), print)
     needs.learn(model, {"vram": peak * GB}, squeezed, over)
     amounts, told = needs.of(model, BUDGET)
@@ -9328,34 +9022,32 @@ def test_what_is_known_is_kept_by_command_and_shared(tmp_path):
 
 
 BROKEN_NEEDS = [
-    "", "{", "[]", "\xff", '{"k": 3}', '{"version": 2, "needs": {}}', '{"version": 1}',
-    '{"version": 1, "needs": {"k": {"vram": 1}}}',
+    "", "[]", "\xff", '{"version": 2, "needs": {}}', '{"version": 1}', "[" * 100000,
     '{"version": 1, "needs": {"k": {"amounts": {"vram": "6G"}}}}',
-    '{"version": 1, "needs": {"k": {"amounts": 3}}}', "[" * 100000,
+    '{"version": 1, "needs": {"k": {"amounts": 3}}}',
     '{"version": 1, "needs": {"k": {"amounts": {"vram": 1e999}}}}',
 ]  # fmt: skip
 
 
 def test_a_broken_file_of_needs_is_set_aside_and_a_lost_one_is_a_warning(tmp_path):
-    path, aside = tmp_path / "needs.json", tmp_path / "needs.json.broken"
-    model, log = auto_model(tmp_path), []
-    for text in BROKEN_NEEDS:
-        path.write_text(text, encoding="latin-1")
-        needs = llmswap.Needs(str(tmp_path), lambda *line: log.append(line))
-        (level, message) = log.pop()
-        assert level == "warning" and "cannot be read and is set aside: " in message
-        assert aside.read_text(encoding="latin-1") == text
+    path, model, log = tmp_path / "needs.json", auto_model(tmp_path), []
+    for text in (*BROKEN_NEEDS, None):
+        folder = tmp_path if text is not None else "/proc/nowhere"
+        path.write_text(text or "", encoding="latin-1")
+        needs = llmswap.Needs(str(folder), lambda *line: log.append(line))
         needs.learn(model, {"ram": GB}, False, False)
         needs.save()
-        assert len(json.loads(path.read_text())["needs"]) == 1
-    needs = llmswap.Needs("/proc/nowhere", lambda *line: log.append(line))
-    needs.learn(model, {"ram": GB}, False, False)
-    needs.save()
-    assert [level for level, _ in log] == ["warning"]
+        [(level, message)] = log
+        assert level == "warning"
+        log.clear()
+        if text is not None:
+            assert "cannot be read and is set aside: " in message
+            aside = tmp_path / "needs.json.broken"
+            assert aside.read_text(encoding="latin-1") == text
+            assert len(json.loads(path.read_text())["needs"]) == 1
 
 
 FIT_HELP = """\
--h,    --help, --usage                  print usage
 -c,    --ctx-size N                     size of the prompt context
 -ngl,  --gpu-layers, --n-gpu-layers N   max. number of layers
 -fa,   --flash-attn [on|off|auto]       use Flash Attention
@@ -9364,6 +9056,9 @@ FIT_HELP = """\
 -fitp, --fit-print [on|off]             print the estimated required memory
 """
 FIT_ROWS = "0.00.1 I main: printing ...\nCUDA0 7401 814 517 \nHost 1280 0 154 \n"
+UNFIT = "error: failed to load model\n"
+
+
 ESTIMATES = [
     # what llama-fit-params prints; the budget; MiB of the estimate, and its source
     (FIT_ROWS, "auto", {"vram": 8732 + 3, "ram": 1434}, "llama-fit-params"),
@@ -9371,9 +9066,8 @@ ESTIMATES = [
      {"vram": 66 + 3, "ram": 6}, "llama-fit-params"),
     ("Host 100 20 3 \n", "auto", {"vram": 0, "ram": 123 + 3}, "llama-fit-params"),
     (FIT_ROWS, "ram auto", {"ram": 8732 + 1434 + 3}, "llama-fit-params"),
-    ("error: failed to load model\n", "vram 24G, ram auto", {"vram": 6, "ram": 0},
-     "file sizes"),
-    ("error: failed to load model\n", "ram auto", {"ram": 6}, "file sizes"),
+    (UNFIT, "vram 24G, ram auto", {"vram": 6, "ram": 0}, "file sizes"),
+    (UNFIT, "ram auto", {"ram": 6}, "file sizes"),
 ]  # fmt: skip
 
 
@@ -9381,14 +9075,9 @@ def fit_model(folder, help, rows, budget="vram 24G, ram auto"):
     """A llama-server model with a projector, and a stand-in for llama-fit-params."""
     (folder / "m.gguf").write_bytes(bytes(2 * MB))
     (folder / "mmproj.gguf").write_bytes(bytes(3 * MB))
-    (folder / "help").write_text(help)
-    (folder / "rows").write_text(rows)
+    tool = f"echo $* >>{folder}/argv; [ $1 = --help ] && echo '{help}' || echo '{rows}'"
+    executable(folder / "llama-fit-params", tool)
     server = executable(folder / "llama-server", "")
-    executable(
-        folder / "llama-fit-params",
-        f'echo "$@" >>{folder}/argv\n'
-        f'[ "$1" = --help ] && exec cat {folder}/help\ncat {folder}/rows',
-    )
     keys = {"llama-server": server, "model": folder / "m.gguf", "ctx-size": 4096}
     keys |= {"mmproj": folder / "mmproj.gguf", "temp": "0.7"}
     keys["extra-args"] = "-ngl 9 --jinja --flash-attn on --chat-template x"
@@ -9399,20 +9088,16 @@ def fit_model(folder, help, rows, budget="vram 24G, ram auto"):
 def test_a_model_is_estimated(tmp_path, rows, budget, expected, source):
     model = fit_model(tmp_path, FIT_HELP, rows, budget)
     needs = llmswap.Needs(str(tmp_path), print)
-    needs.save()
-    total = {name: 64 * GB for name in expected}
+    total = dict.fromkeys(expected, 64 * GB)
     assert needs.estimate(model, total) and not needs.estimate(model, total)
     amounts, told = needs.of(model, total)
     assert {name: round(size / MB) for name, size in amounts.items()} == expected
     assert told == source
     asked = (tmp_path / "argv").read_text().splitlines()
-    assert asked[0] == "--help" and asked[1:] == [
-        f"--ctx-size 4096 --model {tmp_path}/m.gguf -ngl 9 --flash-attn on "
-        "--offline -fitp on",
-    ]  # only the options that it has
+    options = f"--ctx-size 4096 --model {tmp_path}/m.gguf -ngl 9 --flash-attn on"
+    assert asked == ["--help", f"{options} --offline -fitp on"]  # those that it has
     if source == "file sizes":  # what is measured replaces it
-        peak = {name: GB for name in expected}
-        needs.learn(model, peak, was_squeezed=False, is_over=False)
+        needs.learn(model, dict.fromkeys(expected, GB), False, False)
         assert needs.of(model, total)[0] == dict.fromkeys(expected, int(GB * 1.05))
 
 
@@ -9444,12 +9129,12 @@ def test_needs_are_cut_down_so_that_each_can_be_loaded(tmp_path, _, pinned, othe
     text, known, expected = "[llmswap]\nbudget = vram auto\n", {}, []
     sizes = {"byte": 1, "rest": 24 * GB - 1}
     for number, (written, needs, count) in enumerate([*others, *pinned]):
-        text += f"[m{number}]\ncmd = true ${{PORT}}\npin = {number >= len(others)}\n"
-        text += "" if written is None else f"needs = vram {written}G\n"
+        pin = "on" if number >= len(others) else "off"
+        text += f"[m{number}]\ncmd = true ${{PORT}}\npin = {pin}\n"
+        text += f"needs = vram {written}G\n" if written else ""
         known[f"m{number}"] = {"vram": needs * GB}
         expected.append(sizes.get(count) or count * GB)
-    (tmp_path / "x.ini").write_text(text.replace("False", "off").replace("True", "on"))
-    config = llmswap.load_config(str(tmp_path / "x.ini"))
+    config = read(tmp_path, text)
     counted = llmswap.counted_needs(config, {"vram": 24 * GB}, known)
     assert [counted[name]["vram"] for name in known] == expected
 
@@ -9457,7 +9142,6 @@ def test_needs_are_cut_down_so_that_each_can_be_loaded(tmp_path, _, pinned, othe
 AUTO_FILES = [
     # budget; needs in [*]; needs of m; its needs as read, its problem
     ("auto", "", "", None, None),
-    ("vram auto", "", "", None, None),
     ("vram 24G, ram auto", "", "", None, None),
     ("vram 24G", "", "", {}, None),
     ("vram 24G", "", "auto", None, None),
@@ -9474,8 +9158,7 @@ def test_needs_are_auto_where_the_budget_is(tmp_path, budget, star, own, needs, 
     text = f"[llmswap]\nbudget = {budget}\n[*]\n" + (f"needs = {star}\n" if star else "")
     text += "[m]\ncmd = true ${PORT}\n" + (f"needs = {own}\n" if own else "")
     text += "[far]\nproxy = http://127.0.0.1:1\n[twin]\nuses = m\n"
-    (tmp_path / "x.ini").write_text(text)
-    config = llmswap.load_config(str(tmp_path / "x.ini"))
+    config = read(tmp_path, text)
     model = config.models["m"]
     assert model.settings.needs == needs and (problem or "") in (model.problem or "")
     assert not config.models["far"].has_auto_needs
@@ -9483,18 +9166,10 @@ def test_needs_are_auto_where_the_budget_is(tmp_path, budget, star, own, needs, 
     assert config.settings.models_max == (0 if budget else 1)
 
 
-AUTO_FILE = """\
-[llmswap]
-budget = auto
-state-dir = STATE
-[small]
-cmd = FAKE --model small
-[middle]
-cmd = FAKE --model middle
-[large]
-cmd = FAKE --model large
-"""
 GPU_MODELS = {"small": 6144, "middle": 8192, "large": 14336}
+AUTO_FILE = "[llmswap]\nbudget = auto\nstate-dir = STATE\n" + "".join(
+    f"[{name}]\ncmd = FAKE --model {name}\n" for name in GPU_MODELS
+)
 
 
 @pytest.mark.parametrize("text", ["gpu0 auto", "auto, ram 4G", "vram auto, vram 4G"])
@@ -9542,12 +9217,13 @@ def test_models_of_unknown_size_are_loaded_alone_first_and_together_afterwards(t
     with auto_server(tmp_path, text) as server:
         for model in ("small", "middle", "large"):
             assert measured_chat(server, model) == [model]
-        assert server.chat("small").status == 200
-        assert server.loaded() == ["large", "small"]
-        assert server.chat("middle").status == 200  # it evicts one, the older one
-        assert server.loaded() == ["middle", "small"]
-        assert server.chat("large").status == 200  # it evicts what it must, no more
-        assert server.loaded() == ["large", "middle"]
+        for model, loaded in (
+            ("small", ["large", "small"]),
+            ("middle", ["middle", "small"]),  # it evicts one, the older one
+            ("large", ["large", "middle"]),  # it evicts what it must, no more
+        ):
+            assert server.chat(model).status == 200
+            assert server.loaded() == loaded
         needs = entry_of(server, "large")["needs"]
         assert needs["vram"] == int(14 * GB * 1.05)
         server.kill()
@@ -9560,26 +9236,25 @@ def test_models_of_unknown_size_are_loaded_alone_first_and_together_afterwards(t
 
 
 def test_the_vendors_tool_is_asked_rarely_and_delays_nobody(tmp_path):
+    def hanging_tools(server):
+        lines = family(server.token).items()
+        return [pid for pid, words in lines if words == "sleep 60"]
+
     with auto_server(tmp_path) as server:
         server.get("/health")
         asked, tool = tmp_path / "asked", tmp_path / "nvidia-smi"
-        at_start = len(asked.read_text().splitlines())
+        at_start = asked.read_text().count("\n")
         measured_chat(server, "small")
-        assert 1 <= len(asked.read_text().splitlines()) - at_start <= 3
-        before, end = asked.read_text(), time.monotonic() + 1
-        while time.monotonic() < end:
+        before = asked.read_text()
+        assert 1 <= before.count("\n") - at_start <= 3
+        for _ in range(100):
             assert server.chat("small").status == 200
         assert asked.read_text() == before and llmswap.MEASURE_INTERVAL == 60
         tool.write_text("#!/bin/sh\nexec sleep 60\n")
         assert server.chat("middle").status == 200
-
-        def hanging_tools():
-            lines = family(server.token).items()
-            return [pid for pid, words in lines if words == "sleep 60"]
-
-        hanging = eventually(hanging_tools)
+        hanging = eventually(lambda: hanging_tools(server))
         assert server.loaded() == ["middle"] and server.chat("middle").status == 200
-        assert hanging == hanging_tools()  # neither waited for it
+        assert hanging == hanging_tools(server)  # neither waited for it
         tool.write_text("#!/bin/sh\n")
         os.kill(hanging[0], signal.SIGKILL)
         eventually(lambda: entry_of(server, "middle")["needs"]["source"] == "measured")
@@ -9595,7 +9270,7 @@ def test_a_tool_that_shows_no_processes_tells_what_a_model_alone_takes(tmp_path,
 
 
 def test_the_peak_of_the_last_run_counts(tmp_path):
-    with auto_server(tmp_path, MEASURE_INTERVAL=0.1) as server:
+    with auto_server(tmp_path, MEASURE_INTERVAL=0.02) as server:
         asked = tmp_path / "asked"
 
         def needs_of_small(size):
@@ -9607,17 +9282,15 @@ def test_the_peak_of_the_last_run_counts(tmp_path):
         measured_chat(server, "small")
         assert needs_of_small(10) == pytest.approx(10)
         assert needs_of_small(7) == pytest.approx(10)
-        server.post("/models/unload", {"model": "small"})
-        eventually(lambda: server.loaded() == [])
+        unload(server, "small")
         assert server.chat("small").status == 200
         assert needs_of_small(8) == pytest.approx(10)
-        server.post("/models/unload", {"model": "small"})
+        unload(server, "small")
         eventually(lambda: entry_of(server, "small")["needs"]["vram"] < 9 * GB)
 
 
 def test_without_auto_nothing_is_measured(tmp_path):
-    text = AUTO_FILE.replace("budget = auto", "budget = vram 24G\n[*]\nneeds = vram 6G")
-    text = text.replace("state-dir = STATE\n", "")
+    text = "[llmswap]\nbudget = vram 24G\n[small]\ncmd = FAKE\nneeds = vram 6G\n"
     with auto_server(tmp_path, text) as server:
         assert server.chat("small").status == 200
         assert not (tmp_path / "asked").exists()
@@ -9632,32 +9305,29 @@ cmd = FAKE --model first
 [second]
 cmd = FAKE --model second
 [hungry]
-cmd = /bin/sh FOLDER/hungry ${PORT}
+cmd = /bin/sh FOLDER/hungry FAKE --model hungry
 """
 HUNGRY = """\
 echo >>FOLDER/tries
-if cat /proc/[0-9]*/cmdline 2>&1 | tr '\\0' ' ' | grep -Eaq 'JOURNAL [-]-model (OTHERS)'
-then
-  echo 'CUDA0: cudaMalloc failed: out of memory'
-  exit 1
-fi
-exec COMMAND
+[ $(wc -l <FOLDER/tries) -le FAILURES ] || exec "$@"
+echo 'CUDA0: cudaMalloc failed: out of memory'
+exit 1
 """
 
 
-@pytest.mark.parametrize("others", ["first", "first|second"])
-def test_a_load_without_memory_makes_room_once_unseen_by_its_client(tmp_path, others):
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_load_without_memory_makes_room_once_unseen_by_its_client(tmp_path, failures):
+    script = HUNGRY.replace("FOLDER", str(tmp_path)).replace("FAILURES", str(failures))
+    (tmp_path / "hungry").write_text(script)
     with Llmswap(SHORT_FILE.replace("FOLDER", str(tmp_path))) as server:
-        script = HUNGRY.replace("OTHERS", others).replace("FOLDER", str(tmp_path))
-        script = script.replace("JOURNAL", f"{server.folder}/journal")
-        command = fake_command("--model", "hungry", port="$1")
-        (tmp_path / "hungry").write_text(script.replace("COMMAND", command))
         for model in ("first", "second"):
             assert server.chat(model).status == 200
         answer = server.chat("hungry")
         assert len((tmp_path / "tries").read_text()) == 2
-        if others == "first":
+        if failures == 1:
             assert answer.status == 200 and server.loaded() == ["hungry", "second"]
+            [end], [start] = map(server.journal, ("end", "main"), ("first", "hungry"))
+            assert end["t"] < start["t"]
             assert "hungry: loading again once first is unloaded" in server.log()
             assert "failed" not in entry_of(server, "hungry")["status"]
         else:
@@ -9669,14 +9339,10 @@ def test_a_load_without_memory_makes_room_once_unseen_by_its_client(tmp_path, ot
 def stage_of_needs(folder, **sources):
     """A stage whose models need, by source and GiB, what is known of them."""
     text = f"[llmswap]\nbudget = vram 24G\nstate-dir = {folder}\n[*]\nneeds = auto\n"
-    stage = PoolStage(folder, text + "".join(f"[{n}]\nTRUE {n}\n" for n in sources))
-    pool, models = stage.pool, stage.pool.config.models
-    for name, (source, size) in sources.items():
-        known = llmswap.Known(name, source, {"vram": size * GB})
-        pool._needs._set(llmswap._command_key(models[name]), known)
-    with pool._lock:
-        pool._refresh_specs()
-    return stage
+    text += "".join(f"[{name}]\nTRUE {name}\n" for name in sources)
+    models = PoolStage(folder, text).pool.config.models
+    needs_file(folder, *((models[name], *known) for name, known in sources.items()))
+    return PoolStage(folder, text)
 
 
 def test_a_model_that_never_fits_whole_is_not_learned_from_what_it_squeezed_into(
@@ -9688,8 +9354,6 @@ def test_a_model_that_never_fits_whole_is_not_learned_from_what_it_squeezed_into
     for name in estimates:
         stage.load(name)
         pool._runs[stage.backend(name)].peak = {"vram": 12 * GB}
-        with pool._lock:
-            pool._learn(stage.backend(name), is_over=True)
         stage.now += 99
         pool.unload(models[name])
         stage.backend(name).end()
@@ -9697,11 +9361,8 @@ def test_a_model_that_never_fits_whole_is_not_learned_from_what_it_squeezed_into
     assert sources == ["llama-fit-params", "measured"]
 
 
-def test_a_model_that_had_no_memory_beside_another_needs_more_from_then_on(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr(llmswap, "POLL_INTERVAL", 0.02)
-    sizes = {name: ("measured", size) for name, size in dict(a=8, b=6, c=4).items()}
+def test_a_model_that_had_no_memory_beside_another_needs_more_from_then_on(tmp_path):
+    sizes = {"a": ("measured", 8), "b": ("measured", 6), "c": ("measured", 4)}
     stage = stage_of_needs(tmp_path, **sizes)
     stage.load("a")
     stage.now += 9
@@ -9712,11 +9373,10 @@ def test_a_model_that_had_no_memory_beside_another_needs_more_from_then_on(
     stage.backend("a").end()
     stage.backend("c", 1).load()
     assert request.granted() is stage.backend("c", 1)
-    needs = stage.pool.status(stage.pool.config.models["c"])
-    assert needs.needs == {"vram": (24 - 6) * GB}
-    assert needs.needs_source == "out of memory"
+    status = stage.pool.status(stage.pool.config.models["c"])
+    assert status.needs == {"vram": (24 - 6) * GB}
+    assert status.needs_source == "out of memory"
     request.end()
-    assert json.loads((tmp_path / "needs.json").read_text())
 
 
 def test_needs_and_budget_are_shown(tmp_path):
@@ -9728,16 +9388,13 @@ def test_needs_and_budget_are_shown(tmp_path):
         assert f'llmswap_budget_bytes{{resource="vram"}} {total}\n' in metrics
         labels = '{model="small",resource="vram"}'
         assert f"llmswap_model_needs_bytes{labels} {need}\n" in metrics
-        server.reload(AUTO_FILE.replace("STATE", str(tmp_path / "state")) + "ttl = 9\n")
-        eventually(lambda: "was read again" in server.log())
         with snapshots_of(server) as stream:
             snapshot = next(stream.documents())
         models = {model["id"]: model for model in snapshot["models"]}
-        assert snapshot["budget"]["vram"] == total  # as it was found at the start
+        assert snapshot["budget"]["vram"] == total
         assert models["small"]["holds"]["vram"] == need and not models["large"]["holds"]
-        command = [sys.executable, LLMSWAP, str(server.ini), "--check"]
         env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        told = subprocess.run(command, capture_output=True, text=True, env=env).stdout
+        told = check(server.ini, env=env).stdout
         assert re.search(r"^  needs vram 6.3G, ram \S+ \(measured\)$", told, re.M)
         assert re.search(r"^  needs vram .* \(not known yet\)$", told, re.M)
         assert re.search(r"^budget vram \S+G, ram \S+G$", told, re.M)
@@ -9810,6 +9467,11 @@ class Keeping(Llmswap):
         """Have a's place taken."""
         assert self.chat("b").status == 200
 
+    def tell_and_swap(self, *words, **wish):
+        cached = self.tell(*words, **wish)
+        self.swap()
+        return cached
+
     def restart(self):
         self.process.terminate()
         assert self.process.wait(30) == 0
@@ -9817,10 +9479,6 @@ class Keeping(Llmswap):
 
     def await_unloaded(self):
         eventually(lambda: self.states()["a"] == "unloaded")
-
-    def unload(self):
-        self.post("/models/unload", {"model": "a"})
-        self.await_unloaded()
 
     def reload_and_swap(self):
         self.reload(self.text.replace("[b]\nc = 1", "[c]\nc = 2"))
@@ -9844,8 +9502,7 @@ class Keeping(Llmswap):
 
     def actions(self, action):
         """How often its servers were asked to do that with a slot."""
-        lines = (self.place / "journal").read_text().splitlines()
-        return sum(json.loads(line)["event"] == action for line in lines)
+        return (self.place / "journal").read_text().count(f'"event": "{action}"')
 
     def complaints(self):
         """The lines of the log that say why a context is not there."""
@@ -9857,8 +9514,8 @@ class Keeping(Llmswap):
 
 
 KEEPING_STOPS = {
-    Keeping.swap: "", Keeping.unload: "", Keeping.restart: "",
-    Keeping.reload_and_swap: "", Keeping.await_unloaded: "idle-timeout = 100ms",
+    Keeping.swap: "", Keeping.restart: "", Keeping.reload_and_swap: "",
+    Keeping.await_unloaded: "idle-timeout = 100ms",
 }  # fmt: skip
 
 
@@ -9870,10 +9527,9 @@ def test_a_conversation_outlives_every_stop_but_a_kill(tmp_path, stop):
         assert server.tell(prompt=3100, model="a-too") == 3000
         stop(server)
         eventually(lambda: len(server.files()) == 1)
-        found = {p: p.stat().st_mode & 0o777 for p in (tmp_path / "state").rglob("*")}
-        modes = {mode for path, mode in found.items() if path.is_file()}
-        folders = {mode for path, mode in found.items() if path.is_dir()}
-        assert modes == {0o600} and folders == {0o700}
+        paths = (tmp_path / "state").rglob("*")
+        modes = {(path.is_dir(), path.stat().st_mode & 0o777) for path in paths}
+        assert modes == {(True, 0o700), (False, 0o600)}
         sizes = server.get("/metrics").body.decode()
         assert server.tell(prompt=3200) == 3100 and server.complaints() == []
         eventually(lambda: server.files() == [])
@@ -9884,18 +9540,14 @@ def test_a_conversation_outlives_every_stop_but_a_kill(tmp_path, stop):
             assert 'context_tokens_total{model="a",action="restored"} 6100\n' in metrics()
             assert 'context_seconds_saved_total{model="a"} 12.2\n' in metrics()
             assert 'llmswap_context_bytes{model="a"} 12400\n' in sizes
-            saved = r"a: saved 3,000 tokens of context \(\d MB\) in \d+ ms"
-            assert re.search(saved, server.log())
-            assert "a: restored 3,100 tokens of context" in server.log()
 
 
 @pytest.mark.parametrize("text", [
     "", "[]", '{"F": []}', '{"F": ["c", 1, 1, [[0, "f"]]]}', "[" * 100000,
-    '{"F": ["c", "a", 1, []]}', '{"F": ["c", 1, 1e999, []]}', '{"F": ["c", 1, "a", 3]}',
+    '{"F": ["c", 1, 1e999, []]}',
 ])  # fmt: skip
 def test_a_broken_manifest_of_contexts_counts_as_none(tmp_path, text):
-    (tmp_path / "x.ini").write_text(context_file(tmp_path, settings="context-max = 1"))
-    config = llmswap.load_config(str(tmp_path / "x.ini"))
+    config = read(tmp_path, context_file(tmp_path, settings="context-max = 1"))
     [folder] = {each.context_dir for each in config.models.values()} - {""}
     os.makedirs(folder)
     manifest = tmp_path / "state/context/manifest.json"
@@ -9907,8 +9559,8 @@ def test_a_broken_manifest_of_contexts_counts_as_none(tmp_path, text):
 
 
 FAULTS_OF_SLOTS = [
-    "list hang", "list fail", "list die", "save hang", "save fail", "save die",
-    "save short", "restore hang", "restore fail", "restore die",
+    "list hang", "save hang", "save die", "save short", "restore hang", "restore fail",
+    "restore die",
 ]  # fmt: skip
 
 
@@ -9940,12 +9592,11 @@ def test_what_goes_wrong_with_a_context_delays_a_swap_within_bounds(tmp_path, fa
         assert server.tell() == 3000
 
 
-@pytest.mark.parametrize(
-    "fault, action, reason",
-    [("list fail", "list", "context was not saved: /slots: it answers 501"),
-     ("save slow", "save", "context was not saved: /slots/0.action=save: no answer in"),
-     ("restore useless", "restore", "the restored context was of no use")],
-)  # fmt: skip
+@pytest.mark.parametrize("fault, action, reason", [
+    ("list fail", "list", "context was not saved: /slots: it answers 501"),
+    ("save slow", "save", "context was not saved: /slots/0.action=save: no answer in"),
+    ("restore useless", "restore", "the restored context was of no use"),
+])  # fmt: skip
 def test_after_two_failures_no_context_of_a_command_is_kept(
     tmp_path, fault, action, reason
 ):
@@ -9954,8 +9605,7 @@ def test_after_two_failures_no_context_of_a_command_is_kept(
         for _ in range(4):
             server.tell("another", prompt=600)  # which says nothing either way
             server.tell("another", prompt=900)
-            server.tell(prompt=2000)
-            server.swap()
+            server.tell_and_swap(prompt=2000)
         assert server.actions(action) == 2
         first, second = server.complaints()
         assert re.match(reason, first) and second.startswith(first)
@@ -9963,16 +9613,14 @@ def test_after_two_failures_no_context_of_a_command_is_kept(
         assert ": used" not in server.log()
         server.change_command()
         server.fault("none")
-        server.tell()
-        server.swap()
+        server.tell_and_swap()
         assert server.tell() == 3000
 
 
 def test_a_llama_server_that_cannot_save_is_left_alone(tmp_path):
     other = "[c]\ncmd = FAKE\nkeep-context = on"
     with Keeping(tmp_path, f"embeddings = on\n{other}") as server:
-        server.tell()
-        server.swap()
+        server.tell_and_swap()
         assert server.tell() == server.actions("list") == 0
         assert server.complaints() == []
         assert "keep-context: without effect beside cmd" in server.log()
@@ -9983,20 +9631,18 @@ def test_a_llama_server_that_cannot_save_is_left_alone(tmp_path):
     assert f"{tmp_path}/state/context/a/" in model.command(llmswap.UNKNOWN_OPTIONS, 1)
 
 
-@pytest.mark.parametrize(
-    "change, complaints, restores",
-    [(lambda server: server.change_file("m.gguf"), 1, 0),
-     (lambda server: server.change_file("llama-server"), 1, 0),
-     (Keeping.change_command, 1, 0), (Keeping.crash, 0, 1)],
-    ids=["weights", "binary", "command", "crash"],
-)  # fmt: skip
+@pytest.mark.parametrize("change, complaints, restores", [
+    (lambda server: server.change_file("m.gguf"), 1, 0),
+    (lambda server: server.change_file("llama-server"), 1, 0),
+    (Keeping.change_command, 1, 0), (Keeping.crash, 0, 1),
+], ids=["weights", "binary", "command", "crash"])  # fmt: skip
 def test_in_doubt_a_saved_context_is_deleted(tmp_path, change, complaints, restores):
     with Keeping(tmp_path) as server:
-        server.tell()
-        server.swap()
+        server.tell_and_swap()
         change(server)
         assert server.tell() == 0
-        assert ["has changed" in each for each in server.complaints()] == [True] * complaints
+        reasons = ["has changed" in each for each in server.complaints()]
+        assert reasons == [True] * complaints
         assert server.actions("restore") == restores
         eventually(lambda: server.files() == [])
         server.swap()
@@ -10005,11 +9651,9 @@ def test_in_doubt_a_saved_context_is_deleted(tmp_path, change, complaints, resto
 
 def test_two_conversations_come_back_and_one_that_rests_stays(tmp_path):
     with Keeping(tmp_path) as server:
-        server.tell("x"), server.tell("y", slot=1)
-        server.swap()
-        for prompt in (3100, 3200):
-            assert server.tell("x", prompt) == prompt - 100
-            server.swap()
+        server.tell("y", slot=1)
+        cached = [server.tell_and_swap("x", prompt) for prompt in (3000, 3100, 3200)]
+        assert cached == [0, 3000, 3100]
         assert server.tell("y", slot=1) == 3000
 
 
@@ -10017,11 +9661,9 @@ def test_saved_contexts_stay_below_a_limit_and_go_with_their_model(tmp_path):
     lines = "[c]\nkeep-context = on"
     with Keeping(tmp_path, lines, "context-max = 30K\nmodels-max = 1") as server:
         server.tell(model="c")
-        server.tell(model="a")
-        server.swap()
+        server.tell_and_swap(model="a")
         assert len(server.files("a")) == len(server.files("c")) == 1
-        server.tell(prompt=5000)
-        server.swap()  # 20 KB and 12 KB
+        server.tell_and_swap(prompt=5000)  # 20 KB and 12 KB
         eventually(lambda: server.files("c") == [])
         assert len(server.files("a")) == 1
         server.reload(server.text.replace("keep-context = on\n[c]", "[c]"))
@@ -10035,13 +9677,11 @@ def test_a_folder_of_the_presets_own_is_used_with_care(tmp_path):
     for name in {*names, "a.0.0123abcd"}:  # the last is of one that was killed
         (own / name).write_text("x")
     with Keeping(tmp_path, f"slot-save-path = {own}/") as server:
-        server.tell()
-        server.swap()
+        server.tell_and_swap()
         eventually(lambda: len(os.listdir(own)) == 4)
         assert names < {*os.listdir(own)} and "a.0.0123abcd" not in os.listdir(own)
         server.restart()
-        assert server.tell() == 3000 and server.files() == []
-        server.swap()
+        assert server.tell_and_swap() == 3000
         server.reload(server.text.replace("keep-context = on", ""))
         eventually(lambda: {*os.listdir(own)} == names)
 
@@ -10049,15 +9689,14 @@ def test_a_folder_of_the_presets_own_is_used_with_care(tmp_path):
 def test_without_a_state_directory_models_run_as_without_contexts(tmp_path):
     (tmp_path / "state").write_text("a file")
     with Keeping(tmp_path) as server:
-        server.tell()
-        server.swap()
+        server.tell_and_swap()
         assert server.tell() == server.actions("list") == 0
         assert "cannot be kept" in server.complaints()[0]
 
 
 def test_a_kill_of_llmswap_at_any_moment_leaves_nothing_that_is_half(tmp_path):
     with Keeping(tmp_path) as server:
-        for seconds in (0.0, 0.02, 0.05, 0.15, 0.3):
+        for seconds in (0.0, 0.05, 0.15):
             server.tell()
             client = ask_later(server, "b")
             time.sleep(seconds)  # whatever that meets: a save, a stop, a start
@@ -10071,13 +9710,12 @@ def test_a_kill_of_llmswap_at_any_moment_leaves_nothing_that_is_half(tmp_path):
 
 def test_a_stop_during_a_restore_is_a_kill(tmp_path):
     with Keeping(tmp_path, "stop-timeout = 60") as server:
-        server.tell()
-        server.swap()
+        server.tell_and_swap()
         server.fault("restore hang")
         client = ask_later(server, "a")
         eventually(lambda: server.actions("restore"))
         began = time.monotonic()
-        server.unload()
+        unload(server, "a")
         assert time.monotonic() - began < 3 and client.answer().status == 503
         assert server.tell() == 0 and server.complaints() == []
 
@@ -10123,86 +9761,42 @@ ctx-size = many
 model = {folder}/one.gguf
 ctx-sise = 1
 """
-TALKS_FILE = """
-[llmswap]
-state-dir = {folder}/state
-llama-server = {server}
-[*]
-ctx-size = 8192
-threads = 1
-keep-context = on
-parallel = 2
-[a]
-model = {folder}/a.gguf
-[b]
-model = {folder}/b.gguf
-"""
+def real_models(folder, names, settings="", common="", **shape):
+    """Make model files of these names; the INI text for a real llama-server."""
+    text = f"[llmswap]\nllama-server = {LLAMA_SERVER}\n{settings}\n[*]\n{common}\n"
+    for seed, name in enumerate(names):
+        path = gguf.write_model(folder / f"{name}.gguf", seed=seed, **shape)
+        text += f"[{name}]\nthreads = 1\nmodel = {path}\n"
+    return text
 
 
-class Talk:
-    """A conversation of some 3,000 tokens with model a of a real llama-server."""
-
-    def __init__(self, server, seed=0):
-        self.server = server
-        chance = random.Random(seed)
-        text = " ".join("".join(chance.choices("abcdefgh", k=5)) for _ in range(600))
-        self.messages = [{"role": "user", "content": text}]
-
-    def go_on(self):
-        """Ask once more; return how much of the prompt was in the cache, and in all."""
-        body = {"model": "a", "messages": self.messages, "max_tokens": 8}
-        answer = self.server.post(CHAT, body).json()
-        content = answer["choices"][0]["message"]["content"]
-        self.messages += [{"role": "assistant", "content": content},
-                          {"role": "user", "content": "and then"}]  # fmt: skip
-        timings = answer["timings"]
-        return timings["cache_n"], timings["cache_n"] + timings["prompt_n"]
-
-
-def test_the_scheduler_learns_how_long_a_stop_with_a_save_takes(tmp_path, monkeypatch):
-    (tmp_path / "fault").write_text("save slow")  # half a second
-    (tmp_path / "pool.ini").write_text(context_file(tmp_path))
-    config, exited = llmswap.load_config(str(tmp_path / "pool.ini")), queue.SimpleQueue()
-
-    class Spy(llmswap.Scheduler):
-        def exited(self, name, *report):
-            victim = super().exited(name, *report)
-            exited.put((name, self.models[name].stop_seconds))
-            return victim
-
-    monkeypatch.setattr(llmswap, "Scheduler", Spy)
-    pool = llmswap.Pool(config, lambda *_: None)
-    pool.start()
-    try:
-        request = PoolRequest(pool, "a")
-        port = request.granted().port
-        assert ask(port, "POST", CHAT, chat_body("a", prompt_tokens=4500)).status == 200
-        request.end()
-        PoolRequest(pool, "b").end()
-        name, seconds = exited.get(timeout=10)
-        assert name == "a" and seconds >= 0.5
-    finally:
-        pool.close(0)
+def go_on(server, messages):
+    """Ask model a once more; return how much of the prompt was cached, and in all."""
+    body = {"model": "a", "messages": messages, "max_tokens": 8}
+    answer = server.post(CHAT, body).json()
+    content = answer["choices"][0]["message"]["content"]
+    messages.append({"role": "assistant", "content": content})
+    messages.append({"role": "user", "content": "and then"})
+    timings = answer["timings"]
+    return timings["cache_n"], timings["cache_n"] + timings["prompt_n"]
 
 
 @with_llama_server
 def test_two_real_conversations_outlive_swaps_and_a_restart(tmp_path):
-    for name, seed in (("a", 1), ("b", 2)):
-        gguf.write_model(tmp_path / f"{name}.gguf", width=256, seed=seed)
-    text = TALKS_FILE.format(folder=tmp_path, server=LLAMA_SERVER)
+    keys = "ctx-size = 8192\nkeep-context = on\nparallel = 2"
+    text = real_models(tmp_path, "ab", f"state-dir = {tmp_path}/state", keys, width=256)
+    talks = [[{"role": "user", "content": 600 * word}] for word in ("hedge ", "badge ")]
     with Llmswap(text) as server:
-        talks = [Talk(server, seed) for seed in (1, 2)]
-        other = {"model": "b", "prompt": "hi", "max_tokens": 1}
-        assert [talk.go_on()[0] for talk in talks] == [0, 0]
+        assert [go_on(server, talk)[0] for talk in talks] == [0, 0]
         for turn in range(3):
             if turn < 2:
-                assert server.post("/v1/completions", other).status == 200
+                assert server.post(CHAT, real_chat("b")).status == 200
             else:
                 server.process.terminate()
                 assert server.process.wait(30) == 0
                 server.start()
             for talk in talks:
-                cached, prompt = talk.go_on()
+                cached, prompt = go_on(server, talk)
                 assert cached >= 0.95 * prompt > 2800
         assert "context was not" not in server.log()
         saved, restored = (
@@ -10232,30 +9826,12 @@ def real_chat(model, **wish):
     return {"model": model, "messages": messages, **how, **wish}
 
 
-REAL_AUTO_FILE = """\
-[llmswap]
-budget = ram auto
-state-dir = {folder}/state
-llama-server = {server}
-[*]
-ctx-size = 2048
-threads = 1
-temp = 0.5
-[one]
-model = {folder}/one.gguf
-[two]
-model = {folder}/two.gguf
-extra-args = --no-warmup
-"""
-
-
 @with_llama_server
 def test_real_models_are_estimated_measured_and_loaded_together(tmp_path):
-    for name in ("one", "two"):
-        gguf.write_model(tmp_path / f"{name}.gguf", width=256, layers=8)
-    text = REAL_AUTO_FILE.format(server=LLAMA_SERVER, folder=tmp_path)
-    (tmp_path / "real.ini").write_text(text)
-    model = llmswap.load_config(str(tmp_path / "real.ini")).models["two"]
+    budget = f"budget = ram auto\nstate-dir = {tmp_path}/state"
+    common, shape = "ctx-size = 2048\ntemp = 0.5", {"width": 256, "layers": 8}
+    text = real_models(tmp_path, ("one", "two"), budget, common, **shape)
+    model = read(tmp_path, f"{text}extra-args = --no-warmup\n").models["two"]
     size = (tmp_path / "two.gguf").stat().st_size
     beside = Path(LLAMA_SERVER).resolve().with_name("llama-fit-params")
     estimate = llmswap.fit_params_estimate(model)
@@ -10270,11 +9846,9 @@ def test_real_models_are_estimated_measured_and_loaded_together(tmp_path):
 
 
 def test_a_real_model_answers_streams_and_is_swapped_and_unloaded(real):
-    for name in ("one", "first"):
-        answer = real.post(CHAT, real_chat(name))
-        assert answer.status == 200, answer.body
-        assert answer.json()["usage"]["completion_tokens"] == 4
-        assert answer.json()["object"] == "chat.completion"
+    answer = real.post(CHAT, real_chat("first")).json()
+    assert answer["usage"]["completion_tokens"] == 4
+    assert answer["object"] == "chat.completion"
     wish = {"stream_options": {"include_usage": True}}
     with real.stream("one", max_tokens=4, ignore_eos=True, **wish) as stream:
         documents = list(stream.documents())
@@ -10290,13 +9864,10 @@ def test_a_real_model_answers_streams_and_is_swapped_and_unloaded(real):
 
 
 def test_a_real_model_that_cannot_be_loaded_says_why_in_its_own_words(real):
-    for model, words in (
-        ("broken", ["exited with status 1", "invalid magic characters"]),
-        ("wrong", ["--ctx-size"]),
-    ):
+    for model, words in (("broken", "invalid magic"), ("wrong", "--ctx-size")):
         answer = real.post(CHAT, real_chat(model))
         assert answer.status == 502 and answer.headers["x-should-retry"] == "false"
-        assert all(word in answer.message() for word in words)
+        assert words in answer.message()
     eventually(lambda: "failed" in entry_of(real, "typo")["status"])  # not asked for
     error = entry_of(real, "typo")["status"]["error"]
     assert "ctx-sise" in error and "ctx-size?" in error
@@ -10307,21 +9878,15 @@ def test_a_real_model_that_cannot_be_loaded_says_why_in_its_own_words(real):
 def test_a_gguf_header_is_read_up_to_its_tokenizer(tmp_path):
     path = tmp_path / "x.gguf"
     fields, _ = gguf.header_fields(64, 2)
-    tags = gguf.STRING, ["a", "b"]
-    fields.insert(3, gguf.field_bytes("general.tags", gguf.ARRAY, tags))
+    fields.insert(3, gguf.field_bytes("tags", gguf.ARRAY, (gguf.STRING, ["a", "b"])))
     before = b"".join(f for f in fields if b"tokenizer" not in f)
     head = b"GGUF" + struct.pack("<IQQ", 3, 0, len(fields)) + before
-    tokenizer = gguf.string_bytes("tokenizer.ggml.tokens") + b"anything"
-    path.write_bytes(head + tokenizer)
-    metadata = llmswap.read_gguf(path)
-    assert metadata["llama.context_length"] == 4096
-    assert metadata["general.architecture"] == "llama"
-    for size in range(len(head)):
-        path.write_bytes(head[:size])
-        assert llmswap.read_gguf(path) == {}
+    path.write_bytes(head + gguf.string_bytes("tokenizer.ggml.tokens") + b"anything")
+    assert llmswap.read_gguf(path)["llama.context_length"] == 4096
     endless = gguf.string_bytes("x") + struct.pack("<IQ", gguf.STRING, 1 << 62)
     deep = gguf.string_bytes("x") + struct.pack("<IIQ", gguf.ARRAY, gguf.ARRAY, 1 << 60)
-    for data in (b"", b"GGML" + head[4:], head[:24] + endless, head[:24] + deep):
+    cut = [head[:size] for size in range(len(head))]
+    for data in (*cut, b"GGML" + head[4:], head[:24] + endless, head[:24] + deep):
         path.write_bytes(data)
         assert llmswap.read_gguf(path) == {}
     assert llmswap.read_gguf(tmp_path) == llmswap.read_gguf(tmp_path / "none") == {}
@@ -10448,9 +10013,8 @@ def test_models_are_described_as_by_llama_cpps_router(tmp_path):
     (tmp_path / "projector.gguf").write_bytes(head)
     text = ROUTER_FILE.format(folder=tmp_path)
     (tmp_path / "models.ini").write_text(text)
-    (tmp_path / "llama-server").symlink_to(LLAMA_SERVER)
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    with llama_router(tmp_path) as router, Llmswap(text, env=env) as proxy:
+    text = f"[llmswap]\nllama-server = {LLAMA_SERVER}\n{text}"
+    with llama_router(tmp_path) as router, Llmswap(text) as proxy:
         ports = router, proxy.port
 
         def compare():
@@ -10477,36 +10041,38 @@ def test_models_are_described_as_by_llama_cpps_router(tmp_path):
 
 @with_llama_server
 def test_downloaded_models_are_served_without_a_file(tmp_path):
-    names = "one/tiny:Q8_0", "two/tiny:Q8_0", "two/tiny:Q4_K_M"
-    for name in names:
-        repository, tag = name.split(":")
-        base = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
-        folder = base / "snapshots" / ("0" * 40)
+    hub, commit = tmp_path / "hub", "0" * 40
+    for user, tag in (("one", "Q8_0"), ("two", "Q8_0"), ("two", "Q4_K_M")):
+        base = hub / f"models--{user}--tiny"
+        folder = base / "snapshots" / commit
         folder.mkdir(parents=True, exist_ok=True)
         (base / "refs").mkdir(exist_ok=True)
-        (base / "refs" / "main").write_text("0" * 40)
+        (base / "refs" / "main").write_text(commit)
         gguf.write_model(folder / f"tiny-{tag}.gguf")
-    (tmp_path / "llama-server").symlink_to(LLAMA_SERVER)
-    env = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}", "HF_HUB_CACHE": str(tmp_path / "hub"),
-        "LLAMA_CACHE": str(tmp_path / "hub"),
-    }  # fmt: skip
-    text = "[llmswap]\ncache-models = on\n[*]\nctx-size = 256\n"
-    text += "[two/tiny:q8_0]\nalias = second\nctx-size = 128"
+    text = f"[llmswap]\nllama-server = {LLAMA_SERVER}\ncache-models = on\n"
+    text += "[*]\nctx-size = 256\n[two/tiny:q8_0]\nalias = second\nctx-size = 128"
+    env = {"HF_HUB_CACHE": str(hub), "LLAMA_CACHE": str(hub)}
     with Llmswap(text, env=env) as server:
-        listed = eventually(lambda: server.get("/v1/models").json()["data"][2:] and
-                            server.get("/v1/models").json()["data"])
-        entries = {each["id"]: each for each in listed}
-        assert set(entries) == {"one/tiny:Q8_0", "two/tiny:q8_0", "two/tiny:Q4_K_M"}
-        assert [entries[name]["source"] for name in sorted(entries)] == [
-            "cache", "cache", "preset"]  # fmt: skip
-        assert entries["one/tiny:Q8_0"]["can_remove"]
+        models = lambda: server.get("/v1/models").json()["data"]  # noqa: E731
+        eventually(lambda: len(models()) > 1)
+        assert {each["id"]: each["source"] for each in models()} == {
+            "one/tiny:Q8_0": "cache", "two/tiny:Q4_K_M": "cache",
+            "two/tiny:q8_0": "preset",
+        }  # fmt: skip
+        assert entry_of(server, "one/tiny")["can_remove"]
         for name, size in (("one/tiny", "256"), ("second", "128")):
-            answer = server.post("/v1/chat/completions", real_chat(name))
-            assert answer.status == 200, answer.body
-            args = server.get(f"/v1/models/{name}").json()["status"]["args"]
+            assert server.post(CHAT, real_chat(name)).status == 200
+            args = entry_of(server, name)["status"]["args"]
             assert args[args.index("--ctx-size") + 1] == size and "--offline" in args
-        assert server.post("/v1/chat/completions", real_chat("two/tiny")).status == 404
+        assert server.post(CHAT, real_chat("two/tiny")).status == 404
+
+
+# ==================================================================================
+# The exploration: every order of events in small worlds of the scheduler.
+# ==================================================================================
+
+explore = load_tool("explore")
+EXPLORED = [(name, 2, 1) for name in explore.SMALL_WORLDS]
 
 
 @with_llama_server
@@ -10522,14 +10088,6 @@ def test_a_killed_real_model_is_loaded_again_and_gone_soon_after_llmswap_is(tmp_
         assert zombies_of(proxy.pid) == []
         proxy.kill()
         eventually(lambda: not family(proxy.token), 2)
-
-
-# ==================================================================================
-# The exploration: every order of events in small worlds of the scheduler.
-# ==================================================================================
-
-explore = load_tool("explore")
-EXPLORED = [(name, 2, 1) for name in explore.SMALL_WORLDS]
 
 
 @pytest.mark.parametrize("name, tickets, faults", EXPLORED)
@@ -10587,8 +10145,8 @@ def test_a_hung_backend_is_restarted_unless_tokens_flow(
     sources = {"cmd": "cmd = FAKE", "unit": "unit = m.service", "remote": ""}
     proxy = "" if kind == "cmd" else f"proxy = http://127.0.0.1:{machine.port}"
     text = f"[m]\n{sources[kind]}\n{proxy}\nhang-timeout = 500ms\nstop-timeout = 0.5\n"
-    if kind == "remote":
-        machine.on()
+    if kind != "remote":
+        machine.off()
     with brisk(text, env=units.env, STALL_CHECK_AFTER=0.1, POLL_INTERVAL=0.05) as server:
         assert server.chat("m").status == 200
         with server.stream("m", tokens=24, interval=0.05) as stream:
