@@ -10067,14 +10067,6 @@ def test_downloaded_models_are_served_without_a_file(tmp_path):
         assert server.post(CHAT, real_chat("two/tiny")).status == 404
 
 
-# ==================================================================================
-# The exploration: every order of events in small worlds of the scheduler.
-# ==================================================================================
-
-explore = load_tool("explore")
-EXPLORED = [(name, 2, 1) for name in explore.SMALL_WORLDS]
-
-
 @with_llama_server
 def test_a_killed_real_model_is_loaded_again_and_gone_soon_after_llmswap_is(tmp_path):
     gguf.write_model(tmp_path / "one.gguf")
@@ -10088,6 +10080,14 @@ def test_a_killed_real_model_is_loaded_again_and_gone_soon_after_llmswap_is(tmp_
         assert zombies_of(proxy.pid) == []
         proxy.kill()
         eventually(lambda: not family(proxy.token), 2)
+
+
+# ==================================================================================
+# The exploration: every order of events in small worlds of the scheduler.
+# ==================================================================================
+
+explore = load_tool("explore")
+EXPLORED = [(name, 2, 1) for name in explore.SMALL_WORLDS]
 
 
 @pytest.mark.parametrize("name, tickets, faults", EXPLORED)
