@@ -2512,6 +2512,9 @@ MISSING = [
     ({"cmd": "./m.ini ${PORT}", "cwd": "HERE"}, "m.ini is not executable"),
     ({"cmd": "${env.NONE} ${PORT}"}, "no program '' on the PATH"),
     ({"model": "HERE/x", "llama-server": "/bin/true"}, "x does not exist (option"),
+    ({"cmd": "true ${PORT}", "cwd": "HERE/none"}, "/none is not a folder (cwd)"),
+    ({"cmd": "env -u NONE true ${PORT}"}, None),
+    ({"cmd": "PATH=HERE:/bin no-such-one ${PORT}"}, None),  # env(1) may find it
 ]
 
 
@@ -2519,7 +2522,8 @@ MISSING = [
 def test_what_is_missing_is_found_before_the_start(tmp_path, monkeypatch, keys, text):
     monkeypatch.setenv("NONE", "")
     keys = {key: value.replace("HERE", str(tmp_path)) for key, value in keys.items()}
-    with pytest.raises(llmswap.LoadFailed, match=re.escape(text)):
+    fails = pytest.raises(llmswap.LoadFailed, match=text and re.escape(text))
+    with fails if text else contextlib.nullcontext():
         llmswap.check_start(model_of(tmp_path, **keys))
 
 
@@ -2541,6 +2545,11 @@ def test_half_a_help_of_a_binary_that_was_killed_is_not_believed(tmp_path, monke
     monkeypatch.setattr(llmswap, "run_command", lambda *_, **__: killed)
     binary = executable(tmp_path / "server", "true")
     assert llmswap.options_of(binary) is llmswap.UNKNOWN_OPTIONS
+    monkeypatch.setattr(llmswap, "run_command", lambda *_, **__: (0, HELP))
+    assert llmswap.options_of(binary) is llmswap.UNKNOWN_OPTIONS
+    later = time.monotonic() + llmswap.ASK_AGAIN_AFTER
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert llmswap.options_of(binary).find("jinja")
 
 
 def test_a_relative_folder_of_the_path_is_below_the_models_own(tmp_path):
@@ -2708,6 +2717,14 @@ def test_a_stop_command_is_run_instead_and_may_finish(begin, tmp_path):
     backend = watched.loaded()
     assert watched.stop() is None
     assert told.read_text() == f"{backend.port} {backend.pid}\ndone\n"
+
+
+def test_a_stop_command_that_fails_without_a_word_is_reported():
+    text = "[a]\ncmd = FAKE\ncmd-stop = false\nstop-timeout = 0.1\n"
+    with Llmswap(text) as server:
+        server.chat("a")
+        unload(server, "a")
+        assert "a | llmswap: cmd-stop: it failed" in server.log()
 
 
 def test_a_stop_command_that_hangs_is_killed_with_what_it_started(begin, tmp_path):
@@ -3182,6 +3199,15 @@ def test_a_start_that_fails_at_once_blocks_nothing(stage, monkeypatch, error):
     stage.load("b")
 
 
+def test_a_backend_that_wakes_by_itself_is_no_load(stage):
+    stage.load("a")
+    stage.pool.on_slept(stage.backend("a"))
+    stage.pool.on_loaded(stage.backend("a"))
+    assert stage.state("a") == "loaded"
+    loads = [count for key, count in stage.pool.metrics().items() if key[0] == "loads"]
+    assert loads == [1]
+
+
 def test_a_model_misconfigured_by_a_reload_refuses_waiting_and_new_requests(stage):
     stage.load("a")
     waiting = stage.ask("b")
@@ -3344,6 +3370,17 @@ def test_sigkill_at_any_moment_leaves_nothing_of_any_group(moment):
         else:
             threading.Event().wait(moment)
         server.kill()
+        eventually(lambda: not family(server.token), 2.5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_command_that_hangs_ends_with_llmswap(tmp_path, number):
+    binary = executable(tmp_path / "llama-server", "exec sleep 600")
+    text = f"[llmswap]\nllama-server = {binary}\n[a]\nmodel = {binary}\n"
+    with Llmswap(text) as server:  # which asks the binary for its options
+        eventually(lambda: "sleep 600" in family(server.token).values())
+        server.process.send_signal(number)
+        server.process.wait(30)
         eventually(lambda: not family(server.token), 2.5)
 
 
@@ -4038,12 +4075,12 @@ def remote_ini(port, *lines):
 
 
 def test_a_remote_model_takes_no_room_and_gets_the_proxy_key(machine):
-    with brisk(remote_ini(machine.port, "proxy-key = secret")) as server:
+    with brisk(remote_ini(machine.port, "proxy-key = s\u20accret")) as server:
         assert server.chat("near").status == 200
         assert server.chat("far").content().startswith("far ")
         ours = {"Authorization": "Bearer mine"}
         got = echoed(server.post("/echo", {"model": "far"}, ours))
-        assert got["authorization"] == "Bearer secret"
+        assert got["authorization"].encode("latin-1").decode() == "Bearer s\u20accret"
         assert server.loaded() == ["far", "near"]
         unload(server, "far")
         assert server.loaded() == ["near"] and is_listening(machine.port)
@@ -7214,6 +7251,7 @@ def test_notices_tell_of_the_room_and_a_failed_load_ends_them_with_an_error():
     with watchful(f"{text}[b]\ncmd = FAKE {flags}\n") as server:
         with server.stream("a", interval=0.2), server.stream("b") as stream:
             *chunks, last = stream.documents()
+        assert {row["status"] for row in ended_rows(server, 2)} == {200, 502}
     notices = [each["choices"][0]["delta"]["reasoning_content"] for each in chunks]
     assert notices[0] == "waiting for room for b\n"
     assert re.fullmatch(r"loading b, \d s\n", notices[-1])
@@ -7241,6 +7279,7 @@ def test_the_meta_of_a_llama_server_is_shown_once_it_came(tmp_path, delay):
 def test_an_address_is_shown_as_one_that_can_be_clicked():
     assert llmswap.shown_address(("::", 80)) == "http://[::1]:80/"
     assert llmswap.shown_address(("0.0.0.0", 80)) == "http://127.0.0.1:80/"
+    assert llmswap.shown_address(b"\0llmswap") == "unix:@llmswap"
 
 
 @pytest.mark.parametrize("is_journal", [False, True])
@@ -9045,6 +9084,9 @@ def test_a_broken_file_of_needs_is_set_aside_and_a_lost_one_is_a_warning(tmp_pat
             aside = tmp_path / "needs.json.broken"
             assert aside.read_text(encoding="latin-1") == text
             assert len(json.loads(path.read_text())["needs"]) == 1
+    path.unlink(), aside.unlink(), path.mkdir()  # it cannot be read, whole as it is
+    llmswap.Needs(str(tmp_path), lambda *line: log.append(line))
+    assert len(log) == 1 and path.is_dir() and not aside.exists()
 
 
 FIT_HELP = """\
@@ -9111,6 +9153,18 @@ def test_a_llama_fit_params_that_hangs_or_cannot_print_is_not_waited_for(
     began = time.monotonic()
     assert llmswap.fit_params_estimate(model) == {}
     assert time.monotonic() - began < 5
+
+
+def test_a_client_that_waits_for_an_estimate_gets_comments_and_may_leave(tmp_path):
+    fit_model(tmp_path, FIT_HELP, FIT_ROWS)
+    executable(tmp_path / "llama-fit-params", "exec sleep 600")
+    text = f"[llmswap]\nbudget = ram 64G\n[a]\nllama-server = {tmp_path}/llama-server\n"
+    text += f"model = {tmp_path}/m.gguf\nneeds = auto\n"
+    with watchful(text) as server:
+        with server.stream("a") as stream:  # its head is there
+            assert next(stream.client.pieces(stream.status, stream.headers))[:1] == b":"
+        eventually(lambda: ended_rows(server, 1)[0]["status"] == 499)
+        assert "a: loading" not in server.log()
 
 
 COUNTED = [
@@ -10050,12 +10104,11 @@ def test_downloaded_models_are_served_without_a_file(tmp_path):
         (base / "refs" / "main").write_text(commit)
         gguf.write_model(folder / f"tiny-{tag}.gguf")
     text = f"[llmswap]\nllama-server = {LLAMA_SERVER}\ncache-models = on\n"
-    text += "[*]\nctx-size = 256\n[two/tiny:q8_0]\nalias = second\nctx-size = 128"
+    text += "default-model = one/tiny\n[*]\nctx-size = 256\n[two/tiny:q8_0]\nalias = second\nctx-size = 128"
     env = {"HF_HUB_CACHE": str(hub), "LLAMA_CACHE": str(hub)}
     with Llmswap(text, env=env) as server:
-        models = lambda: server.get("/v1/models").json()["data"]  # noqa: E731
-        eventually(lambda: len(models()) > 1)
-        assert {each["id"]: each["source"] for each in models()} == {
+        models = server.get("/v1/models").json()["data"]
+        assert {each["id"]: each["source"] for each in models} == {
             "one/tiny:Q8_0": "cache", "two/tiny:Q4_K_M": "cache",
             "two/tiny:q8_0": "preset",
         }  # fmt: skip
